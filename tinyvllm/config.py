@@ -1,0 +1,197 @@
+"""Settings as frozen dataclasses: what a model is, how the engine runs it, how a request is sampled.
+
+Parsed once at the edge (command line, server, `LLM(...)`); inside, values arrive as arguments. No tinygrad here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tinyvllm.errors import RequestError, TinyvllmError
+
+MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs; the graph's output row has room for this many
+MAX_STOP_IDS = 16  # ids that min_tokens can hold back, per request: a fixed-width row of the graph's input
+MAX_STOP_STRINGS = 16
+MAX_CHOICES = 128  # the most `n` may be
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched. kind 'llama3': Llama 3.1 model card; 'linear': position interpolation."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model's own files say of it. Letters as in docs/ARCHITECTURE.md: L, H, K, D, V."""
+
+    architecture: str  # the registry's key: "llama"
+    num_layers: int  # L
+    hidden_size: int
+    ffn_size: int
+    num_heads: int  # H, query heads
+    num_kv_heads: int  # K
+    head_dim: int  # D
+    vocab_size: int  # V, rows of the embedding table
+    max_position: int  # tokens: the context the model was trained for
+    rope_theta: float
+    norm_eps: float
+    tie_embeddings: bool
+    rope_scaling: RopeScaling | None = None
+    # llama.cpp stores llama3 scaling as a tensor of frequency divisors (rope_freqs.weight): (D/2,), or None
+    rope_divisors: tuple[float, ...] | None = None
+    dtype: str = "float16"  # what the checkpoint's unquantised matrices are stored in
+    name: str = ""
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes that one token's keys and values take over all layers."""
+        return 2 * self.num_layers * self.kv_size * itemsize
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What generation_config.json (or GGUF metadata) recommends. None: not stated."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    eos_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine runs a model. Names follow vLLM's flags."""
+
+    model: str  # catalogue name, directory, .gguf file or hub id
+    dtype: str = "auto"  # of activations and unquantised matrices; auto: float32 on a CPU, else float16 (bfloat16 stays)
+    kv_cache_dtype: str = "auto"  # auto: float16 (bfloat16 if dtype is)
+    dequantize: bool = False  # unpack quantised weights at load
+    block_size: int = 16  # tokens a KV block
+    num_gpu_blocks_override: int | None = None  # blocks in the pool; None: from memory
+    gpu_memory_utilization: float = 0.9  # share of the device's free memory that weights and KV may take
+    max_model_len: int | None = None  # tokens of prompt and output together; None: the model's own, cut to what fits
+    max_num_seqs: int = 16  # sequences in one step
+    max_num_batched_tokens: int = 256  # tokens in one step
+    decode_buckets: tuple[int, ...] = ()  # batch sizes of decode graphs; (): powers of two up to max_num_seqs
+    token_buckets: tuple[int, ...] = ()  # token counts of prefill and mixed graphs; (): 16, 64, 256, ... up to the budget
+    enable_prefix_caching: bool = True
+    scheduling_policy: str = "fcfs"  # or "priority": lower numbers first
+    seed: int = 0  # base of the seeds of requests that bring none
+    served_model_name: str | None = None
+    chat_template: str | None = None  # a Jinja file that replaces the model's own
+
+    def __post_init__(self) -> None:
+        def refuse(flag: str, value: object, remedy: str) -> None:
+            raise TinyvllmError(f"--{flag} is {value!r}: {remedy}")
+
+        if self.dtype not in ("auto", *DTYPES):
+            refuse("dtype", self.dtype, f"choose one of auto, {', '.join(DTYPES)}")
+        if self.kv_cache_dtype not in ("auto", *DTYPES):
+            refuse("kv-cache-dtype", self.kv_cache_dtype, f"choose one of auto, {', '.join(DTYPES)}")
+        if self.block_size not in (8, 16, 32, 64):
+            refuse("block-size", self.block_size, "choose 8, 16, 32 or 64 tokens")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            refuse("gpu-memory-utilization", self.gpu_memory_utilization, "give a share above 0 and at most 1")
+        for flag, value in (("max-num-seqs", self.max_num_seqs), ("max-num-batched-tokens", self.max_num_batched_tokens)):
+            if value < 1:
+                refuse(flag, value, "give at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            refuse("max-num-batched-tokens", self.max_num_batched_tokens, f"give at least --max-num-seqs ({self.max_num_seqs}), so that every running sequence can decode in one step")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            refuse("max-model-len", self.max_model_len, "give at least 2 tokens: one of prompt and one of output")
+        if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 2:
+            refuse("num-gpu-blocks-override", self.num_gpu_blocks_override, "give at least 2: block 0 is a dummy for padded rows")
+        if self.scheduling_policy not in ("fcfs", "priority"):
+            refuse("scheduling-policy", self.scheduling_policy, "choose fcfs or priority")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What was found at start-up: the pool and the limits that follow from it. `explanation` says how, one line each."""
+
+    num_blocks: int  # with block 0, the dummy
+    block_size: int  # tokens
+    max_model_len: int  # tokens
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    explanation: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the usable blocks hold."""
+        return (self.num_blocks - 1) * self.block_size
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is sampled and when it stops. vLLM's names and defaults."""
+
+    n: int = 1
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: all
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16  # None: as many as fit
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; 0: the chosen token's; k: and the k likeliest
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # the two spellings that OpenAI allows
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+
+        def check(ok: bool, param: str, limit: str) -> None:
+            if not ok:
+                raise RequestError(f"{param} is {getattr(self, param)!r}: it must be {limit}", param=param)
+
+        check(1 <= self.n <= MAX_CHOICES, "n", f"between 1 and {MAX_CHOICES}")
+        check(math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
+        check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
+        check(0 <= self.top_k < 2**31, "top_k", "0 (off), -1 (off) or a positive count")
+        check(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
+        check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
+        check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        check(self.min_tokens >= 0, "min_tokens", "0 or more")
+        if self.max_tokens is not None:
+            check(self.min_tokens <= self.max_tokens, "min_tokens", f"at most max_tokens ({self.max_tokens})")
+        check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
+        check(all(isinstance(s, str) and s for s in self.stop), "stop", "strings that are not empty")
+        check(len(self.stop_token_ids) <= MAX_STOP_IDS - 8, "stop_token_ids", f"at most {MAX_STOP_IDS - 8} ids")
+        check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"between 0 and {MAX_LOGPROBS}")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that was found on disk. `kind` is "gguf" (path is the file) or "hf" (path is the directory)."""
+
+    kind: str
+    path: Path
+    name: str  # what users call it
+    extra: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,90 @@
+"""What passes between scheduler and device: a plan down, tokens up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tinyvllm.scheduling.request import Request
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """Compute tokens [start, start + count) of `request` in this step."""
+
+    request: Request
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """True when the step reaches the request's last known token, so that a new one is sampled."""
+        return self.start + self.count == self.request.num_tokens
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step's work. Entries are in batch order; each request appears once."""
+
+    entries: tuple[Scheduled, ...]
+    preempted: tuple[Request, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.count for entry in self.entries)
+
+    @property
+    def is_decode(self) -> bool:
+        """Every entry is one token that samples: the decode graph can run it."""
+        return all(entry.count == 1 and entry.samples for entry in self.entries)
+
+    @property
+    def sampled(self) -> tuple[Scheduled, ...]:
+        return tuple(entry for entry in self.entries if entry.samples)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probabilities under the model's raw distribution (before temperature and filters)."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first; as many as were asked
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What the device returned, aligned with `plan.sampled`. A token id of -1: the logits had no finite value."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...]
+    pack_s: float = 0.0
+    device_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class TokenOut:
+    """One new token of one request, after commit. finish_reason is set on the last."""
+
+    request: Request
+    token_id: int | None  # None: the request ended without a token (abort, error)
+    logprobs: TokenLogprobs | None = None
+    finish_reason: str | None = None
+
+
+@dataclass
+class StepStats:
+    """Counts and seconds of one step, for the log, /metrics and the benchmarks."""
+
+    schedule_s: float = 0.0
+    pack_s: float = 0.0
+    device_s: float = 0.0
+    commit_s: float = 0.0
+    num_tokens: int = 0
+    num_seqs: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0
+    prefix_queries: int = 0  # tokens looked up in the prefix cache, since start
+    prefix_hits: int = 0  # tokens found, since start
+    num_preemptions: int = 0  # since start
+    num_captures: int = 0  # graphs captured, since start: constant once ready
+    extra: dict[str, float] = field(default_factory=dict)

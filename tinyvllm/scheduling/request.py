@@ -1,0 +1,68 @@
+"""One sequence that is being generated, from arrival to its finish."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from tinyvllm.config import SamplingParams
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"  # no blocks; queued, new or preempted
+    RUNNING = "running"  # owns blocks
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)  # identity is the request itself: two requests with equal prompts are not one
+class Request:
+    """A prompt, its settings and what became of it.
+
+    [0, num_computed) in the pool · [num_computed, num_tokens) still to compute. Invariant while running:
+    0 <= num_computed <= num_tokens <= len(block_ids) * block_size (the last holds once the step's blocks are taken).
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    eos_ids: frozenset[int] = frozenset()  # ids that end the text; empty when params.ignore_eos
+    max_tokens: int = 16  # resolved: params.max_tokens cut to what max_model_len leaves
+    seed: int = 0  # resolved: params.seed or one drawn by the engine; 32 bits
+    priority: int = 0  # lower runs first, under the priority policy
+    arrival: int = 0  # a counter: order of arrival
+    arrival_s: float = 0.0  # monotonic clock
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of full blocks, in order
+    status: Status = Status.WAITING
+    finish_reason: str | None = None  # stop, length, abort, error
+    stop_reason: int | str | None = None  # the stop id or stop string that ended it
+    num_preemptions: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_pending(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def held_back_ids(self) -> tuple[int, ...]:
+        """Ids that may not be sampled now, because min_tokens is not reached: EOS and stop ids."""
+        if len(self.output_ids) >= self.params.min_tokens:
+            return ()
+        return tuple(sorted({*self.eos_ids, *self.params.stop_token_ids}))
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Ids [start, stop) of prompt and output together."""
+        split = len(self.prompt_ids)
+        if stop <= split:
+            return self.prompt_ids[start:stop]
+        return self.prompt_ids[start:split] + self.output_ids[max(start - split, 0) : stop - split]

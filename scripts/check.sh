@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Lint and types, without the tests: what an editor's save hook or a commit hook wants.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python="${PYTHON:-.venv/bin/python}"
+"$python" -m ruff check .
+"$python" -m mypy

@@ -1,0 +1,232 @@
+"""RoPE, KV write and paged attention on the CPU device.
+
+A key block is stored `[kv head][D][block_size]`, so that a dot product over D runs with the block's tokens as vector
+lanes; a value block `[kv head][block_size][D]`, so that the weighted sum runs with D as lanes. Both inner loops read
+consecutive memory and neither needs a horizontal sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinygrad import UOp
+
+from tinyvllm.ops.kernel import F32, I32, LOG2E, LOWEST, Body, KernelFn, balanced, cached_kernel, exp2, fill, finish
+from tinyvllm.ops.step_inputs import StepLayout
+
+VALUE_CHUNK = 64  # values of one head accumulated at once: 8 AVX2 registers
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One layer's attention over paged KV. `fused_write`: every row is the last token of a sequence of its own, so that
+    it can write its key and value itself; otherwise `write_kv_kernel` runs before."""
+
+    layout: StepLayout
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # D
+    num_blocks: int
+    fused_write: bool
+    qkv_cols: tuple[int, ...]  # columns of each part of qkv; parts side by side make (H + 2K) * D
+    kv_dtype: str
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def block_elements(self) -> int:
+        """Elements of one key (or value) block."""
+        return self.num_kv_heads * self.head_dim * self.layout.block_size
+
+
+class _Row:
+    """One token row inside a kernel: its inputs, and its q, k, v before RoPE."""
+
+    def __init__(self, spec: AttentionSpec, row: UOp, inputs: UOp, rope: UOp, parts: tuple[UOp, ...]) -> None:
+        layout = spec.layout
+        self.spec, self.row, self.rope, self.parts = spec, row, rope, parts
+        self.position = inputs[layout.offset("positions") + row].load().maximum(0)
+        self.slot = inputs[layout.offset("slots") + row].load().maximum(0)
+        seq = inputs[layout.offset("seq_rows") + row].load()
+        self.table = seq * layout.max_blocks + layout.offset("block_tables")
+        self.inputs = inputs
+
+    def block(self, index: UOp) -> UOp:
+        """The id of the sequence's index-th block."""
+        return self.inputs[self.table + index].load()
+
+    def qkv(self, head: UOp | int, offset: UOp) -> UOp:
+        """qkv[row, head * D + offset], from the part that holds it. `head` counts q heads, then k, then v."""
+        spec = self.spec
+        if len(self.parts) == 1:
+            return self.parts[0][self.row * spec.qkv_cols[0] + head * spec.head_dim + offset].load()
+        start, value = 0, None
+        col = head * spec.head_dim + offset
+        for part, cols in zip(self.parts, spec.qkv_cols, strict=True):
+            here = part[self.row * cols + (col - start).maximum(0).minimum(cols - 1)].load()
+            value = here if value is None else (col < start).where(value, here)
+            start += cols
+        assert value is not None
+        return value
+
+    def roped(self, head: UOp | int, i: UOp) -> tuple[UOp, UOp]:
+        """Values i and i + D/2 of a head, rotated by the row's position (Su et al. 2021, half-split pairs)."""
+        half = self.spec.head_dim // 2
+        cos = self.rope[self.position * self.spec.head_dim + i].load()
+        sin = self.rope[self.position * self.spec.head_dim + half + i].load()
+        a, b = self.qkv(head, i), self.qkv(head, i + half)
+        return a * cos - b * sin, b * cos + a * sin
+
+    def write(self, body: Body, keys: UOp, values: UOp) -> UOp:
+        """Stores of the row's roped keys and its values at its slot."""
+        spec, block_size = self.spec, self.spec.layout.block_size
+        half = spec.head_dim // 2
+        head, i = body.loop(spec.num_kv_heads), body.loop(half)
+        block, offset = self.slot // block_size, self.slot % block_size
+        base = block * spec.block_elements + head * (spec.head_dim * block_size)
+        low, high = self.roped(head + spec.num_heads, i)
+        v_head = head + (spec.num_heads + spec.num_kv_heads)
+        stores = [
+            keys[base + i * block_size + offset].store(low.cast(keys.dtype)),
+            keys[base + (i + half) * block_size + offset].store(high.cast(keys.dtype)),
+            values[base + offset * spec.head_dim + i].store(self.qkv(v_head, i).cast(values.dtype)),
+            values[base + offset * spec.head_dim + i + half].store(self.qkv(v_head, i + half).cast(values.dtype)),
+        ]
+        return UOp.group(*stores).end(i, head)
+
+
+@cached_kernel
+def write_kv_kernel(spec: AttentionSpec) -> KernelFn:
+    """fn(keys, values, inputs, rope, *qkv parts): every row's roped key and its value go to its slot of the pool."""
+
+    def kernel(keys: UOp, values: UOp, inputs: UOp, rope: UOp, *parts: UOp) -> UOp:
+        body = Body()
+        row = body.loop(spec.layout.num_tokens)
+        stores = _Row(spec, row, inputs, rope, parts).write(body, keys, values).end(row)
+        tokens, width = spec.layout.num_tokens, spec.num_kv_heads * spec.head_dim
+        return finish(stores, f"write_kv_{tokens}x{width}", ops=6 * tokens * width, nbytes=12 * tokens * width)
+
+    return kernel
+
+
+@cached_kernel
+def attention_kernel(spec: AttentionSpec) -> KernelFn:
+    """fn(out (T, H * D), keys, values, inputs, rope, *qkv parts): causal attention of each row over its own blocks.
+
+    Online softmax by block (Milakov & Gimelshein 2018). A row's cost follows its own context. With `fused_write`, keys
+    and values are written too (they are outputs of the kernel then).
+    """
+
+    def kernel(out: UOp, keys: UOp, values: UOp, inputs: UOp, rope: UOp, *parts: UOp) -> UOp:
+        body, tokens = Body(), spec.layout.num_tokens
+        # the rows are the one GLOBAL axis (a worker command each): codegen cannot nest a loop whose length is data
+        # in a LOOP axis that the length depends on
+        axis = body.grid(tokens) if tokens > 1 else body.loop(1)
+        row = _Row(spec, axis, inputs, rope, parts)
+        if spec.fused_write:
+            written = row.write(body, keys, values)
+            keys, values = keys.after(written), values.after(written)
+        head = body.loop(spec.num_kv_heads)
+        stores = _attend(body, row, head, out, keys, values)
+        width = spec.num_kv_heads * spec.head_dim
+        context = spec.layout.max_blocks * spec.layout.block_size  # the longest; the true one is data
+        name = f"attention_{tokens}x{spec.num_heads}x{spec.head_dim}"
+        ops = 4 * tokens * spec.num_heads * spec.head_dim * context
+        return finish(stores.end(head, axis), name, ops=ops, nbytes=2 * tokens * width * context * 2)
+
+    return kernel
+
+
+def _attend(body: Body, row: _Row, head: UOp, out: UOp, keys: UOp, values: UOp) -> UOp:
+    """Stores of the G query heads that share KV head `head`."""
+    spec, axis = row.spec, row.row
+    size, dim, group = spec.layout.block_size, spec.head_dim, spec.group
+    query = _load_queries(body, row, head, keys)
+    best, total = body.registers(group), body.registers(group)
+    acc = body.registers(group * dim)
+    ready = [fill(best, LOWEST, group, axis, head), fill(total, 0.0, group, axis, head)]
+    d0 = body.loop(group * dim)
+    ready.append(acc.after(acc.after(axis, head)[d0].store(0.0).end(d0)))
+    best, total, acc = ready
+
+    block = body.fold_while(row.position // size + 1)
+    base = row.block(block) * spec.block_elements + head * (dim * size)
+    scores = _scores(body, query, keys, base, block, spec, row, [best, total, acc])
+    weights = body.registers(group * size)
+    updates, rescales = [], []
+    for g in range(group):
+        old = best.after(block)[g].load()
+        new = old.maximum(balanced(scores[g], lambda a, b: a.maximum(b)))
+        decay, shares = exp2(old - new), [exp2(s - new) for s in scores[g]]
+        updates += [weights.after(block)[g * size + x].store(share) for x, share in enumerate(shares)]
+        updates.append(total.after(block)[g].store(total.after(block)[g].load() * decay + balanced(shares)))
+        rescales.append((g, new, decay))
+    done = UOp.group(*updates)
+    for g, new, decay in rescales:
+        d = body.loop(dim)
+        scaled = acc.after(done)[g * dim + d].store(acc.after(block, done)[g * dim + d].load() * decay).end(d)
+        done = UOp.group(scaled, best.after(scaled)[g].store(new))
+    for g in range(group):
+        for start in range(0, dim, VALUE_CHUNK):
+            done = _add_values(body, acc, weights, values, base, g, start, spec, done)
+    end = done.end(block)
+    acc, total = acc.after(end), total.after(end)
+    stores = []
+    for g in range(group):
+        d = body.loop(dim)
+        inverse = total[g].load().reciprocal()
+        index = axis * (spec.num_heads * dim) + (head * group + g) * dim + d
+        stores.append(out[index].store(acc[g * dim + d].load() * inverse).end(d))
+    return UOp.group(*stores)
+
+
+def _load_queries(body: Body, row: _Row, head: UOp, keys: UOp) -> UOp:
+    """G roped queries in registers, scaled by log2(e) / sqrt(D) so that scores are exponents of 2."""
+    spec = row.spec
+    dim, half, scale = spec.head_dim, spec.head_dim // 2, LOG2E / spec.head_dim**0.5
+    query = body.registers(spec.group * dim)
+    g, i = body.loop(spec.group), body.loop(half)
+    low, high = row.roped(head * spec.group + g, i)
+    target = query.after(row.row, head, keys)
+    stores = UOp.group(target[g * dim + i].store(low * scale), target[g * dim + i + half].store(high * scale))
+    return query.after(stores.end(i, g))
+
+
+def _scores(
+    body: Body, query: UOp, keys: UOp, base: UOp, block: UOp, spec: AttentionSpec, row: _Row, ready: list[UOp]
+) -> list[list[UOp]]:
+    """[G][block_size] scores of one block, LOWEST behind the row's own position. A key is loaded once for all G."""
+    size, group = spec.layout.block_size, spec.group
+    sums = body.registers(group * size)
+    sums = fill(sums, 0.0, group * size, block, query, *ready)
+    d = body.fold(spec.head_dim)
+    inner = sums.after(d)
+    lanes = [keys[base + d * size + x].load().cast(F32) for x in range(size)]
+    stores = []
+    for g in range(group):
+        q = query[g * spec.head_dim + d].load()
+        stores += [inner[g * size + x].store(inner[g * size + x] + lane * q) for x, lane in enumerate(lanes)]
+    sums = sums.after(UOp.group(*stores).end(d))
+    token = block.cast(I32) * size
+    return [
+        [(token + x <= row.position).where(sums[g * size + x].load(), LOWEST) for x in range(size)]
+        for g in range(group)
+    ]
+
+
+def _add_values(
+    body: Body, acc: UOp, weights: UOp, values: UOp, base: UOp, g: int, start: int, spec: AttentionSpec, done: UOp
+) -> UOp:
+    """acc[g, start : start + 64] += sum over the block's tokens of weight * value."""
+    size, dim = spec.layout.block_size, spec.head_dim
+    token = body.fold(size)
+    inner = acc.after(done, token)
+    weight = weights.after(done)[g * size + token].load()
+    stores = []
+    for d in range(start, min(start + VALUE_CHUNK, dim)):
+        value = values[base + token * dim + d].load().cast(F32)
+        stores.append(inner[g * dim + d].store(inner[g * dim + d] + value * weight))
+    return UOp.group(*stores).end(token)

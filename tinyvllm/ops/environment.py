@@ -1,0 +1,35 @@
+"""tinygrad's settings, made before tinygrad is imported: most of them are read once, at import."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import sys
+
+from tinyvllm.errors import DeviceError
+
+# HCQ2: kernels of a step go to a worker thread in one C submit (0.3 ms a step) and not as one Python call each (25 us a kernel).
+# DMC: scalar C, which clang vectorises 8 wide; without it tinygrad emits float4 loads, which pin clang to 4 wide.
+CPU_SETTINGS = {"HCQ2": "1", "DMC": "1"}
+
+
+def prepare_environment() -> None:
+    """Choose the device (DEV) where the user has not, and make its settings. Raises DeviceError when it is too late."""
+    wanted = {"DEV": os.environ.get("DEV") or default_device()}
+    if wanted["DEV"].split(":")[0].upper() == "CPU":
+        wanted |= {key: os.environ.get(key, value) for key, value in CPU_SETTINGS.items()}
+    late = {key: value for key, value in wanted.items() if os.environ.get(key) != value}
+    if late and "tinygrad" in sys.modules:
+        settings = " ".join(f"{key}={value}" for key, value in late.items())
+        raise DeviceError(
+            f"tinygrad was imported before tinyvllm, so its settings cannot be made any more: "
+            f"import tinyvllm first, or start the program with {settings} in its environment"
+        )
+    os.environ.update(late)
+
+
+def default_device() -> str:
+    """METAL on a Mac, CUDA where its driver is installed, else CPU. tinygrad's own search would also pick OpenCL."""
+    if sys.platform == "darwin":
+        return "METAL"
+    return "CUDA" if ctypes.util.find_library("cuda") else "CPU"

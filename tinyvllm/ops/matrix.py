@@ -1,0 +1,285 @@
+"""Weight matrices in memory: which planes a format has, how each device lays them out, how a value is read back.
+
+Two layouts with the same planes:
+
+- `panel` (CPU): panels of 32 output rows, `[N/32][K][32]`. A vector lane is an output row, so that a product needs no
+  horizontal sum, and the 32 weights of one column lie side by side.
+- `row` (GPU): `[N][K]`, as checkpoints have it.
+
+Quantised matrices keep their bits: 4-bit codes two to a byte, the 5th (and 6th) bits in a plane of their own, and the
+scales as ggml stores them (a float16 a block; for K quants the small integer steps beside it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tinygrad import Tensor, UOp, dtypes
+from tinygrad.dtype import DType
+
+from tinyvllm.arrays import BFloat16Array, HostMatrix, QuantizedMatrix, Scales, to_float32
+from tinyvllm.errors import InvariantError, UnsupportedModelError
+from tinyvllm.ops.kernel import F32, I32, U32
+
+PANEL = 32  # output rows of a panel, and codes of one packed run
+HIGH_LANES = {1: 4, 2: 8}  # bits of the high plane -> bytes that hold them for one run of 32 codes
+
+
+@dataclass(frozen=True)
+class ScaleFormat:
+    """Columns a base covers, and whether integer steps multiply it."""
+
+    span: int
+    has_steps: bool
+
+
+@dataclass(frozen=True)
+class Format:
+    """How values are stored. Hashable: kernels are cached by it. `bits` 32: float32; 16: float16 or bfloat16."""
+
+    name: str
+    bits: int
+    group: int = 0  # columns that share a scale; 0: not quantised
+    offset: int = 0
+    scale: ScaleFormat | None = None
+    minimum: ScaleFormat | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.group > 0
+
+    @property
+    def high_bits(self) -> int:
+        return self.bits - 4 if self.bits in (5, 6) else 0
+
+    @property
+    def needs_input_sum(self) -> bool:
+        """The product needs sum(x) over each group, for the offset or the minimum."""
+        return self.offset != 0 or self.minimum is not None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix on a device, (N, K). `planes` are flat tensors in `Planes`' order."""
+
+    format: Format
+    num_rows: int  # N, a multiple of 32 (zero rows behind `used_rows`)
+    num_cols: int  # K
+    used_rows: int
+    layout: str  # "panel" or "row"
+    planes: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(plane.nbytes() for plane in self.planes)
+
+
+class Planes:
+    """Names for a matrix's planes, be they Tensors or the UOps that stand for them in a kernel."""
+
+    def __init__(self, fmt: Format, planes: Sequence[UOp]) -> None:
+        rest = list(planes)
+        self.fmt = fmt
+        self.codes = rest.pop(0)  # or the values, when not quantised
+        self.high = rest.pop(0) if fmt.high_bits else None
+        self.scale = self._scales(fmt.scale, rest)
+        self.minimum = self._scales(fmt.minimum, rest)
+        if rest:
+            raise InvariantError(f"format {fmt.name} left {len(rest)} planes over")
+
+    @staticmethod
+    def _scales(fmt: ScaleFormat | None, rest: list[UOp]) -> tuple[ScaleFormat, UOp, UOp | None] | None:
+        if fmt is None:
+            return None
+        return fmt, rest.pop(0), rest.pop(0) if fmt.has_steps else None
+
+    @staticmethod
+    def count(fmt: Format) -> int:
+        """How many planes a matrix of this format has."""
+        scales = [s for s in (fmt.scale, fmt.minimum) if s is not None]
+        return 1 + (1 if fmt.high_bits else 0) + sum(2 if s.has_steps else 1 for s in scales)
+
+    # -- reading, in the panel layout --------------------------------------------------------------------------------
+
+    def panel_code(self, panel: UOp, col: UOp, lane: UOp | int, num_cols: int) -> UOp:
+        """The unscaled value of one weight as float32; `lane` is the row inside the panel (an int for packed codes)."""
+        run = panel * num_cols + col
+        if self.fmt.name == "bfloat16":  # a bfloat16 is the upper half of a float32
+            return (self.codes[run * PANEL + lane].load().cast(U32) << 16).bitcast(F32)
+        if self.fmt.bits in (8, 16, 32):
+            return self.codes[run * PANEL + lane].load().cast(F32)
+        assert isinstance(lane, int), "packed codes are unrolled by lane"
+        byte = self.codes[run * (PANEL // 2) + lane % (PANEL // 2)].load()
+        code = ((byte & 15) if lane < PANEL // 2 else (byte >> 4)).cast(I32)
+        if self.high is not None:
+            width, lanes = self.fmt.high_bits, HIGH_LANES[self.fmt.high_bits]
+            high = self.high[run * lanes + lane % lanes].load().cast(I32) >> (lane // lanes * width)
+            code = code + ((high & ((1 << width) - 1)) << 4)
+        return code.cast(F32)
+
+    def panel_factor(self, which: str, panel: UOp, group: UOp, lane: int | UOp, num_cols: int) -> UOp:
+        """The scale (or minimum) of one row's group of columns, as float32."""
+        scales = self.scale if which == "scale" else self.minimum
+        assert scales is not None
+        fmt, base, steps = scales
+        per_base = fmt.span // self.fmt.group
+        factor = base[(panel * (num_cols // fmt.span) + group // per_base) * PANEL + lane].load().cast(F32)
+        if steps is not None:
+            groups = num_cols // self.fmt.group
+            factor = factor * steps[(panel * groups + group) * PANEL + lane].load().cast(I32).cast(F32)
+        return factor
+
+    def panel_value(self, row: UOp, col: UOp, num_cols: int) -> UOp:
+        """One whole value at a row that is data (an embedding row), as float32."""
+        panel, lane = row // PANEL, row % PANEL
+        run = panel * num_cols + col
+        if not self.fmt.is_quantized:
+            value = self.codes[run * PANEL + lane].load()
+            return (value.cast(U32) << 16).bitcast(F32) if self.fmt.name == "bfloat16" else value.cast(F32)
+        if self.fmt.bits == 8:
+            code = self.codes[run * PANEL + lane].load().cast(I32)
+        else:
+            half = PANEL // 2
+            code = (self.codes[run * half + lane % half].load().cast(I32) >> (lane // half * 4).cast(I32)) & 15
+        if self.high is not None:
+            width, lanes = self.fmt.high_bits, HIGH_LANES[self.fmt.high_bits]
+            high = self.high[run * lanes + lane % lanes].load().cast(I32) >> (lane // lanes * width).cast(I32)
+            code = code + ((high & ((1 << width) - 1)) << 4)
+        group = col // self.fmt.group
+        value = (code - self.fmt.offset).cast(F32) * self.panel_factor("scale", panel, group, lane, num_cols)
+        if self.minimum is not None:
+            value = value + self.panel_factor("minimum", panel, group, lane, num_cols)
+        return value
+
+
+# -- packing ---------------------------------------------------------------------------------------------------------
+
+
+def pack(host: HostMatrix, layout: str, dtype: str | None, device: str, *, dequantize: bool = False) -> Matrix:
+    """Put a host matrix (N, K) on `device`. `dtype` recasts dense values (None: as stored); codes stay codes unless
+    `dequantize`. Raises UnsupportedModelError where K is not a multiple of 32."""
+    rows, cols = host.shape
+    if cols % PANEL:
+        raise UnsupportedModelError(f"a matrix of {rows} x {cols} has a width that is no multiple of {PANEL}")
+    if isinstance(host, QuantizedMatrix) and dequantize:
+        host, dtype = to_float32(host), dtype or "float16"
+    padded = -(-rows // PANEL) * PANEL
+    if isinstance(host, QuantizedMatrix):
+        fmt, planes = _quantized_planes(host, padded, layout)
+    else:
+        fmt, planes = _dense_planes(host, dtype, padded, layout)
+    tensors = tuple(Tensor(plane.reshape(-1), device=device).realize() for plane in planes)
+    return Matrix(fmt, padded, cols, rows, layout, tensors)
+
+
+def _arrange(plane: np.ndarray, padded: int, layout: str) -> np.ndarray:
+    """(N, C) -> (padded/32, C, 32) for panels, (padded, C) for rows."""
+    if plane.shape[0] < padded:
+        plane = np.concatenate([plane, np.zeros((padded - plane.shape[0], plane.shape[1]), plane.dtype)])
+    if layout == "row":
+        return np.ascontiguousarray(plane)
+    return np.ascontiguousarray(plane.reshape(padded // PANEL, PANEL, -1).transpose(0, 2, 1))
+
+
+def _dense_planes(host: np.ndarray | BFloat16Array, dtype: str | None, padded: int, layout: str) -> tuple[Format, list[np.ndarray]]:
+    stored = "bfloat16" if isinstance(host, BFloat16Array) else str(host.dtype)
+    dtype = dtype or stored
+    if dtype == "bfloat16":
+        bits = host.bits if isinstance(host, BFloat16Array) else round_to_bfloat16(host.astype(np.float32))
+        return Format("bfloat16", 16), [_arrange(bits, padded, layout)]
+    values = host.to_float32() if isinstance(host, BFloat16Array) else host
+    return Format(dtype, 32 if dtype == "float32" else 16), [_arrange(values.astype(dtype), padded, layout)]
+
+
+def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 -> the bits of the nearest bfloat16 (ties to even), uint16."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _quantized_planes(host: QuantizedMatrix, padded: int, layout: str) -> tuple[Format, list[np.ndarray]]:
+    scale, minimum = host.scale, host.minimum
+    fmt = Format(host.kind, host.bits, host.group, host.offset, _scale_format(scale), _scale_format(minimum) if minimum else None)
+    codes = _arrange(host.codes, padded, layout)
+    planes = [codes]
+    if host.bits != 8:
+        runs = codes.reshape(-1, PANEL)  # 32 lanes of one column, or 32 columns of one row
+        planes = [runs[:, : PANEL // 2] & 15 | (runs[:, PANEL // 2 :] & 15) << 4]
+        if fmt.high_bits:
+            planes.append(_pack_high(runs >> 4, fmt.high_bits))
+    for scales in (scale, minimum):
+        if scales is not None:
+            planes.append(_arrange(scales.base, padded, layout))
+            if scales.steps is not None:
+                planes.append(_arrange(scales.steps, padded, layout))
+    return fmt, planes
+
+
+def _scale_format(scales: Scales) -> ScaleFormat:
+    return ScaleFormat(scales.span, scales.steps is not None)
+
+
+def _pack_high(high: np.ndarray, width: int) -> np.ndarray:
+    """(runs, 32) values of `width` bits -> (runs, lanes) bytes; lane j sits in byte j % lanes, at bit j // lanes * width."""
+    lanes = HIGH_LANES[width]
+    packed = np.zeros((len(high), lanes), np.uint8)
+    for step in range(PANEL // lanes):
+        packed |= high[:, step * lanes : (step + 1) * lanes] << (step * width)
+    return packed
+
+
+# -- the plain reference ---------------------------------------------------------------------------------------------
+
+
+def unpack(matrix: Matrix, dtype: DType = dtypes.float) -> Tensor:
+    """The whole matrix as a Tensor (N, K), by plain Tensor arithmetic: the reference of the kernels' readers, and the
+    form in which GPUs' generic products read weights (the arithmetic fuses into the product's kernel)."""
+    planes = Planes(matrix.format, matrix.planes)
+    values = _unpack_values(planes, matrix)
+    if not matrix.format.is_quantized:
+        return _unarrange(values, matrix).cast(dtype)
+    group = matrix.format.group
+    codes = (_unarrange(values, matrix) - matrix.format.offset).reshape(matrix.num_rows, -1, group)  # (N, K/group, group)
+    out = codes * _unpack_factor(planes, "scale", matrix).unsqueeze(-1)
+    if planes.minimum is not None:
+        out = out + _unpack_factor(planes, "minimum", matrix).unsqueeze(-1)
+    return out.reshape(matrix.num_rows, matrix.num_cols).cast(dtype)
+
+
+def _unpack_values(planes: Planes, matrix: Matrix) -> Tensor:
+    """Dense values or codes as float32, still in the layout's order, flat."""
+    fmt, stored = matrix.format, planes.codes
+    if fmt.name == "bfloat16":
+        return (stored.cast(dtypes.uint) << 16).bitcast(dtypes.float)
+    if fmt.bits in (8, 16, 32):
+        return stored.cast(dtypes.float)
+    low = stored.reshape(-1, 1, PANEL // 2)
+    codes = (low & 15).cat(low >> 4, dim=1).reshape(-1, PANEL)
+    if planes.high is not None:
+        lanes = HIGH_LANES[fmt.high_bits]
+        shifts = [step * fmt.high_bits for step in range(PANEL // lanes)]
+        high = planes.high.reshape(-1, 1, lanes)
+        parts = [(high >> shift) & ((1 << fmt.high_bits) - 1) for shift in shifts]
+        codes = codes + (parts[0].cat(*parts[1:], dim=1).reshape(-1, PANEL) << 4)
+    return codes.reshape(-1).cast(dtypes.float)
+
+
+def _unarrange(flat: Tensor, matrix: Matrix) -> Tensor:
+    """The inverse of `_arrange`: (N, C)."""
+    if matrix.layout == "row":
+        return flat.reshape(matrix.num_rows, -1)
+    panels = matrix.num_rows // PANEL
+    return flat.reshape(panels, -1, PANEL).permute(0, 2, 1).reshape(matrix.num_rows, -1)
+
+
+def _unpack_factor(planes: Planes, which: str, matrix: Matrix) -> Tensor:
+    """(N, K / group) float32."""
+    fmt, base, steps = getattr(planes, which)
+    factor = _unarrange(base, matrix).cast(dtypes.float)
+    if steps is None:
+        return factor
+    per_base = fmt.span // matrix.format.group
+    factor = factor.unsqueeze(-1).expand(*factor.shape, per_base).reshape(matrix.num_rows, -1)
+    return factor * _unarrange(steps, matrix).cast(dtypes.float)

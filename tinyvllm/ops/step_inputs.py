@@ -1,0 +1,69 @@
+"""The one int32 buffer that carries a step's inputs to the device, and where each of them lies in it.
+
+One buffer means one host-to-device copy a step, and one kernel argument where six would be (METAL allows 31 in all).
+Floats travel as their bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from tinyvllm.config import MAX_STOP_IDS
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Offsets (in int32 words) of a bucket's inputs. Hashable: kernels are cached by it.
+
+    T token rows · R sequences · M blocks a table. Table R (behind the last sequence) is all zeros: padded token rows
+    point to it, and so to the dummy block 0.
+    """
+
+    num_tokens: int  # T
+    num_seqs: int  # R
+    max_blocks: int  # M
+    block_size: int
+
+    @cached_property
+    def _offsets(self) -> dict[str, tuple[int, int]]:
+        tokens, seqs = self.num_tokens, self.num_seqs
+        sizes = {
+            "token_ids": tokens,
+            "positions": tokens,  # of the token in its sequence
+            "slots": tokens,  # where its key and value go: block_id * block_size + offset
+            "seq_rows": tokens,  # which block table is its own
+            "logit_rows": seqs,  # token row whose logits are sampled, by sequence
+            "temperature": seqs,  # float bits; 0 is greedy
+            "top_k": seqs,  # 0: off
+            "top_p": seqs,  # float bits; 1: off
+            "min_p": seqs,  # float bits; 0: off
+            "seed": seqs,
+            "draw": seqs,  # how many tokens this request has drawn before: the noise's counter
+            "num_logprobs": seqs,  # -1: none; 0: the chosen token's; n: and the n likeliest
+            "held_back": seqs * MAX_STOP_IDS,  # ids that must not be sampled; -1: unused
+            "block_tables": (seqs + 1) * self.max_blocks,
+        }
+        offsets, start = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = (start, size)
+            start += size
+        offsets["end"] = (start, 0)
+        return offsets
+
+    def offset(self, name: str) -> int:
+        return self._offsets[name][0]
+
+    @property
+    def size(self) -> int:
+        """int32 words of the whole buffer."""
+        return self._offsets["end"][0]
+
+    def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """Named int32 views of a host buffer of `size` words; view floats with `.view(np.float32)`."""
+        views = {name: buffer[start : start + size] for name, (start, size) in self._offsets.items() if name != "end"}
+        views["held_back"] = views["held_back"].reshape(self.num_seqs, MAX_STOP_IDS)
+        views["block_tables"] = views["block_tables"].reshape(self.num_seqs + 1, self.max_blocks)
+        return views

@@ -1,0 +1,71 @@
+"""What all tests share: the device, the versions in the report's head, and model files that are made or found once."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# Before tinyvllm.ops is imported, which is before tinygrad is: the tests' figures are those of the CPU device.
+os.environ.setdefault("DEV", "CPU")
+# What the command line prints must not depend on the terminal that the tests run in.
+os.environ["NO_COLOR"] = "1"
+os.environ["COLUMNS"] = "120"
+
+import hypothesis
+import pytest
+
+from tinyvllm.config import ModelFiles
+
+pytest.register_assert_rewrite("tests.builders")
+
+# The same examples in every run, and no limit on the time of one: what fails here fails everywhere.
+hypothesis.settings.register_profile("tinyvllm", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("tinyvllm")
+
+SHOWN_VERSIONS = ("tinygrad", "numpy", "tokenizers", "safetensors", "gguf", "fastapi", "openai")
+REFERENCE = Path(__file__).parent / "data" / "smollm2_reference.json"
+
+
+def pytest_report_header() -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in SHOWN_VERSIONS)
+    return f"device {os.environ['DEV']}, Python {platform.python_version()}, {versions}"
+
+
+@pytest.fixture(scope="session")
+def smollm2_files() -> ModelFiles:
+    """The default model's files. A test that takes them carries the mark `model`."""
+    from tinyvllm.errors import ModelError
+    from tinyvllm.storage.catalogue import DEFAULT_MODEL
+    from tinyvllm.storage.resolve import resolve_model
+
+    try:
+        return resolve_model(DEFAULT_MODEL)
+    except ModelError as error:
+        pytest.fail(f"{error}\nscripts/test.sh fetches it; by hand: tinyvllm pull {DEFAULT_MODEL}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference() -> dict[str, Any]:
+    """What transformers generates with the default model; scripts/make_reference.py wrote it and names its fields."""
+    reference: dict[str, Any] = json.loads(REFERENCE.read_text(encoding="utf-8"))
+    return reference
+
+
+@pytest.fixture(scope="session")
+def tiny_hf_files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    """A tiny llama in Hugging Face's format, for tests that only read it; others use tests.builders."""
+    from tests.builders import write_tiny_hf_llama
+
+    return write_tiny_hf_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf_files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    """The same weights, quantised, as one .gguf file."""
+    from tests.builders import write_tiny_gguf
+
+    return write_tiny_gguf(tmp_path_factory.mktemp("models") / "tiny-llama.gguf")

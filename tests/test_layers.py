@@ -1,0 +1,118 @@
+"""The arrows between the rooms: what may import what, and who may use tinygrad. docs/ARCHITECTURE.md draws them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "tinyvllm"
+
+BASE = {"config", "errors"}
+DOWN_TO_ENGINE = BASE | {"storage", "text", "scheduling", "execution", "engine"}
+MAY_IMPORT = {
+    "errors": set(),
+    "arrays": set(),
+    "config": {"errors"},
+    "storage": BASE,
+    "text": BASE | {"storage"},
+    "scheduling": BASE,
+    "profiling": BASE,
+    "ops": BASE | {"arrays"},
+    "model": BASE | {"arrays", "ops", "storage"},
+    "execution": BASE | {"arrays", "ops", "model", "scheduling", "storage"},
+    "engine": BASE | {"text", "scheduling", "execution", "storage"},
+    "server": BASE | {"text", "engine", "__init__"},
+    "bench": BASE | {"text", "engine", "profiling", "__init__"},
+    "cli": DOWN_TO_ENGINE | {"profiling", "server", "bench", "__init__"},
+    "__init__": BASE | {"engine"},
+}
+USES_TINYGRAD = ("ops", "model", "execution")
+NO_TINYGRAD_INSIDE = ("model/weights",)  # reading a checkpoint is a matter of files and NumPy
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Every module that the file names in an import, wherever it stands; relative ones begin with a dot."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield "." * node.level + (node.module or "")
+            elif node.module == "tinyvllm":  # `from tinyvllm import engine` names a room, `import LLM` the front door
+                yield from (f"tinyvllm.{alias.name}" for alias in node.names)
+            else:
+                yield node.module or ""
+
+
+def is_wrong(room: str, where: str, name: str) -> bool:
+    if name.startswith("."):
+        return True
+    package, _, rest = name.partition(".")
+    if package == "tinygrad":
+        return room not in USES_TINYGRAD or where.startswith(NO_TINYGRAD_INSIDE)
+    if package != "tinyvllm":
+        return False
+    target = rest.partition(".")[0]
+    if target not in MAY_IMPORT:
+        target = "__init__"
+    return target not in MAY_IMPORT[room] | {room}
+
+
+def violations(package: Path) -> list[str]:
+    """One line an import that goes against the arrows."""
+    wrong = []
+    for path in sorted(package.rglob("*.py")):
+        where = path.relative_to(package).as_posix()
+        room = where.partition("/")[0].removesuffix(".py")
+        if room not in MAY_IMPORT:
+            wrong.append(f"{where}: the room {room} is not in MAY_IMPORT")
+            continue
+        wrong += [f"{where}: {room} -> {name}" for name in imported_names(path) if is_wrong(room, where, name)]
+    return wrong
+
+
+def test_rooms_import_only_downwards() -> None:
+    wrong = violations(PACKAGE)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("model/llama.py", "from tinyvllm.scheduling.plan import StepPlan"),
+        ("scheduling/scheduler.py", "import tinygrad"),
+        ("model/weights/quant.py", "from tinygrad.tensor import Tensor"),
+        ("storage/pull.py", "import tinyvllm.text.tokenizer"),
+        ("text/chat.py", "from tinyvllm import engine"),
+        ("engine/core.py", "def f():\n    from tinyvllm.server import app"),
+        ("errors.py", "from tinyvllm.config import ModelConfig"),
+        ("ops/sample.py", "from . import kernel"),
+        ("execution/runner.py", "from tinyvllm import LLM"),
+        ("cellar/wine.py", "import os"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path: Path, where: str, line: str) -> None:
+    path = tmp_path / where
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(line)
+    assert len(violations(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("ops/attention.py", "from tinygrad import Tensor"),
+        ("model/llama.py", "import tinyvllm.ops.attention"),
+        ("scheduling/scheduler.py", "import tinygradients"),
+        ("cli.py", "from tinyvllm import LLM"),
+        ("server/app.py", "from tinyvllm.config import SamplingParams"),
+    ],
+)
+def test_an_arrow_that_points_down_passes(tmp_path: Path, where: str, line: str) -> None:
+    path = tmp_path / where
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(line)
+    assert violations(tmp_path) == []

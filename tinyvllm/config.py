@@ -18,6 +18,8 @@ MAX_CHOICES = 128  # the most `n` may be
 
 DTYPES = ("float32", "float16", "bfloat16")
 
+MODELS_DIR_VARIABLE = "TINYVLLM_MODELS"  # environment: the directory that pulled models live in
+
 
 @dataclass(frozen=True)
 class RopeScaling:

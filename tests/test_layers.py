@@ -116,3 +116,15 @@ def test_an_arrow_that_points_down_passes(tmp_path: Path, where: str, line: str)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(line)
     assert violations(tmp_path) == []
+
+
+def test_the_architecture_page_has_the_same_arrows() -> None:
+    page = (PACKAGE.parent / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    drawn = {
+        room.strip("`"): ({name.strip() for name in names.split(",") if name}, tinygrad == "yes")
+        for room, _, names, tinygrad in (row for row in rows if row[-1] in ("yes", "no"))
+    }
+    held = {room: (names - BASE - {"__init__"}, room in USES_TINYGRAD) for room, names in MAY_IMPORT.items()}
+    del held["__init__"]
+    assert drawn == held

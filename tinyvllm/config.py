@@ -88,7 +88,9 @@ class EngineConfig:
     dequantize: bool = False  # unpack quantised weights at load
     block_size: int = 16  # tokens a KV block
     num_gpu_blocks_override: int | None = None  # blocks in the pool; None: from memory
-    gpu_memory_utilization: float = 0.9  # share of the device's free memory that weights and KV may take
+    # share of the device's memory free at start that weights and KV may take; None: 0.9 of a device's own memory, 0.5
+    # of memory that it shares with the computer (CPU, METAL)
+    gpu_memory_utilization: float | None = None
     max_model_len: int | None = None  # tokens of prompt and output together; None: the model's own, cut to what fits
     max_num_seqs: int = 16  # sequences in one step
     max_num_batched_tokens: int = 256  # tokens in one step
@@ -110,7 +112,7 @@ class EngineConfig:
             refuse("kv-cache-dtype", self.kv_cache_dtype, f"choose one of auto, {', '.join(DTYPES)}")
         if self.block_size not in (8, 16, 32, 64):
             refuse("block-size", self.block_size, "choose 8, 16, 32 or 64 tokens")
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+        if self.gpu_memory_utilization is not None and not 0.0 < self.gpu_memory_utilization <= 1.0:
             refuse("gpu-memory-utilization", self.gpu_memory_utilization, "give a share above 0 and at most 1")
         for flag, value in (("max-num-seqs", self.max_num_seqs), ("max-num-batched-tokens", self.max_num_batched_tokens)):
             if value < 1:

@@ -39,6 +39,7 @@ class Request:
     status: Status = Status.WAITING
     finish_reason: str | None = None  # stop, length, abort, error
     stop_reason: int | str | None = None  # the stop id or stop string that ended it
+    error: str | None = None  # what went wrong, when finish_reason is error
     num_preemptions: int = 0
 
     @property

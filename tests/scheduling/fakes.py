@@ -1,0 +1,163 @@
+"""A device of integers: what it answers depends on every slot that a request's block table names.
+
+Each slot holds a digest of its token and of the slot before it in the sequence, as keys and values depend on all that
+came before. The next token is a hash of all the digests that are read back through the table. So a block that was
+given away too early, shared while it was written, found for the wrong text or not computed changes the output.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tinyvllm.config import Capacity, SamplingParams
+from tinyvllm.scheduling.block_manager import BlockManager
+from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenLogprobs, TokenOut
+from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.scheduler import Scheduler
+
+VOCAB_SIZE = 260  # as tests.builders' byte tokenizer
+
+
+def mix(*numbers: int) -> int:
+    """A hash of integers that is the same in every process."""
+    value = 0x9E3779B97F4A7C15
+    for number in numbers:
+        value = (value ^ (number & 0xFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        value ^= value >> 29
+    return value
+
+
+class FakeRunner:
+    """Executes plans on a dict of slots. `before_step` may raise, to play a device that fails."""
+
+    num_captures = 3
+
+    def __init__(self, block_size: int, vocab_size: int = VOCAB_SIZE) -> None:
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.pool: dict[int, int] = {}
+        self.plans: list[StepPlan] = []
+        self.before_step: Callable[[StepPlan], None] = lambda plan: None
+        self.choose: Callable[[Request, int], int] = lambda request, digest: digest % self.vocab_size
+        self.is_closed = False
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        self.before_step(plan)
+        self.plans.append(plan)
+        written: set[int] = set()
+        for entry in plan.entries:
+            self._write(entry, written)
+        sampled = [self._sample(entry.request) for entry in plan.sampled]
+        return StepOutput(tuple(ids for ids, _ in sampled), tuple(lps for _, lps in sampled), pack_s=0.25, device_s=0.5)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def _slot(self, request: Request, position: int) -> int:
+        block_id = request.block_ids[position // self.block_size]
+        assert block_id != 0, f"request {request.request_id} was given the dummy block: {request.block_ids}"
+        return block_id * self.block_size + position % self.block_size
+
+    def _write(self, entry: Scheduled, written: set[int]) -> None:
+        request, stop = entry.request, entry.start + entry.count
+        assert entry.count > 0 and entry.start == request.num_computed, entry
+        for position, token_id in enumerate(request.tokens(entry.start, stop), entry.start):
+            slot = self._slot(request, position)
+            assert slot not in written, f"slot {slot} is written twice in one step"
+            written.add(slot)
+            before = self.pool[self._slot(request, position - 1)] if position else 0
+            self.pool[slot] = mix(before, token_id)
+
+    def _sample(self, request: Request) -> tuple[int, TokenLogprobs | None]:
+        digests = [self.pool[self._slot(request, position)] for position in range(request.num_tokens)]
+        noise = (request.seed, request.num_tokens) if request.params.temperature else ()
+        token_id = self.choose(request, mix(*digests, *noise))
+        while token_id in request.held_back_ids:
+            token_id = (token_id + 1) % self.vocab_size
+        if request.params.logprobs is None:
+            return token_id, None
+        top = tuple(((token_id + i) % self.vocab_size, -0.5 - i) for i in range(request.params.logprobs))
+        return token_id, TokenLogprobs(-0.5, top)
+
+
+def make_capacity(num_blocks: int = 1000, block_size: int = 4, **fields: int) -> Capacity:
+    defaults = {"max_model_len": 100_000, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    return Capacity(num_blocks=num_blocks, block_size=block_size, **{**defaults, **fields})
+
+
+def make_scheduler(
+    num_blocks: int = 1000, block_size: int = 4, policy: str = "fcfs", prefix_caching: bool = True, **fields: int
+) -> Scheduler:
+    capacity = make_capacity(num_blocks, block_size, **fields)
+    return Scheduler(BlockManager(num_blocks, block_size, prefix_caching), capacity, policy)
+
+
+def make_request(
+    request_id: str = "r",
+    prompt: int | Iterable[int] = 5,
+    max_tokens: int = 8,
+    eos_ids: Iterable[int] = (),
+    priority: int = 0,
+    seed: int = 0,
+    **params: Any,
+) -> Request:
+    """A greedy request. An integer prompt is that many tokens which no other id shares."""
+    if isinstance(prompt, int):
+        rng = random.Random(request_id)
+        prompt = [rng.randrange(VOCAB_SIZE) for _ in range(prompt)]
+    settings = SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens, **params})
+    return Request(
+        request_id,
+        list(prompt),
+        settings,
+        eos_ids=frozenset(eos_ids),
+        max_tokens=max_tokens,
+        seed=seed,
+        priority=priority,
+    )
+
+
+def step(scheduler: Scheduler, runner: FakeRunner) -> list[TokenOut]:
+    """One step with the pool audited after each of its halves."""
+    plan = scheduler.schedule()
+    scheduler.block_manager.audit()
+    if plan is None:
+        return []
+    check_limits(scheduler, plan)
+    outs = scheduler.commit(plan, runner.execute(plan))
+    scheduler.block_manager.audit()
+    return outs
+
+
+def check_limits(scheduler: Scheduler, plan: StepPlan) -> None:
+    capacity = scheduler.capacity
+    assert 0 < plan.num_tokens <= capacity.max_num_batched_tokens, plan.num_tokens
+    assert len(plan.entries) <= capacity.max_num_seqs
+    assert {entry.request for entry in plan.entries} == set(scheduler.running), "all that run move in every step"
+    assert not set(plan.preempted) & set(scheduler.running), "who was preempted in this step does not come back in it"
+
+
+def run(scheduler: Scheduler, *requests: Request, runner: FakeRunner | None = None) -> list[list[int]]:
+    """Add the requests together, run until all have ended and return their outputs."""
+    runner = runner or FakeRunner(scheduler.capacity.block_size)
+    for request in requests:
+        scheduler.add(request)
+    while scheduler.has_work:
+        step(scheduler, runner)
+    return [request.output_ids for request in requests]
+
+
+def run_alone(request: Request) -> list[int]:
+    """What the request answers with nobody else there, unchunked, uncached and never preempted."""
+    scheduler = make_scheduler(prefix_caching=False, max_num_batched_tokens=100_000)
+    twin = Request(
+        request.request_id,
+        list(request.prompt_ids),
+        request.params,
+        eos_ids=request.eos_ids,
+        max_tokens=request.max_tokens,
+        seed=request.seed,
+    )
+    return run(scheduler, twin)[0]

@@ -1,0 +1,145 @@
+"""Whatever comes and goes, the pool adds up and every request answers as it would alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.scheduling.fakes import FakeRunner, make_request, make_scheduler, run, run_alone, step
+from tinyvllm.scheduling.request import Request, Status
+from tinyvllm.scheduling.scheduler import Scheduler
+
+
+class Traffic:
+    """Drives a scheduler with seeded arrivals, aborts and stops, and remembers every request."""
+
+    def __init__(self, scheduler: Scheduler, seed: int) -> None:
+        self.scheduler = scheduler
+        self.runner = FakeRunner(scheduler.capacity.block_size)
+        self.rng = random.Random(seed)
+        self.requests: list[Request] = []
+        self.disturbed: set[Request] = set()
+        # A few heads that many prompts share, of lengths that fall on and beside the borders of blocks.
+        self.heads = [[self.rng.randrange(200) for _ in range(n)] for n in (0, 3, 4, 8, 9, 12)]
+
+    def arrive(self) -> None:
+        longest = self.scheduler.capacity.num_tokens - 1
+        tail = [self.rng.randrange(200) for _ in range(self.rng.randrange(1, 7))]
+        prompt = [*self.rng.choice(self.heads), *tail][:longest]
+        if self.requests and self.rng.random() < 0.2:  # a next turn, or the same again
+            earlier = self.rng.choice(self.requests)
+            prompt = [*earlier.prompt_ids, *earlier.output_ids][:longest]
+        request = make_request(
+            f"r{len(self.requests)}",
+            prompt,
+            max_tokens=self.rng.randrange(1, 24),
+            eos_ids=[self.rng.randrange(200) for _ in range(2)],
+            priority=self.rng.randrange(3),
+            seed=self.rng.randrange(2**32),
+            temperature=self.rng.choice([0.0, 1.0]),
+        )
+        self.requests.append(request)
+        self.scheduler.add(request)
+
+    def disturb(self) -> None:
+        """Abort or stop somebody, running or waiting."""
+        alive = [request for request in self.requests[-40:] if request.status is not Status.FINISHED]
+        if not alive:
+            return
+        victim = self.rng.choice(alive)
+        self.disturbed.add(victim)
+        if self.rng.random() < 0.7:
+            assert self.scheduler.abort(victim.request_id) is victim
+        else:
+            self.scheduler.finish(victim, self.rng.choice(["stop", "error"]))
+        self.scheduler.block_manager.audit()
+
+    def move(self, arrivals: float, disturbances: float) -> None:
+        while self.rng.random() < arrivals and self.scheduler.num_waiting < 20:
+            self.arrive()
+        if self.rng.random() < disturbances:
+            self.disturb()
+        step(self.scheduler, self.runner)
+
+    def check_answers(self) -> None:
+        for request in self.requests:
+            assert request.status is Status.FINISHED
+            alone = run_alone(request)
+            assert request.output_ids == alone[: len(request.output_ids)], request.request_id
+            if request not in self.disturbed and request.num_tokens < self.scheduler.capacity.num_tokens:
+                assert len(request.output_ids) == len(alone), request.request_id
+
+
+@pytest.mark.parametrize(
+    ("seed", "num_blocks", "policy", "prefix_caching", "budget"),
+    [
+        (1, 9, "fcfs", True, 8),
+        (2, 12, "fcfs", True, 64),
+        (3, 9, "priority", True, 8),
+        (4, 30, "priority", True, 16),
+        (5, 9, "fcfs", False, 9),
+        (6, 60, "fcfs", True, 24),
+    ],
+)
+def test_random_traffic_keeps_the_pool_and_the_answers(
+    seed: int, num_blocks: int, policy: str, prefix_caching: bool, budget: int
+) -> None:
+    scheduler = make_scheduler(
+        num_blocks, policy=policy, prefix_caching=prefix_caching, max_num_seqs=6, max_num_batched_tokens=budget
+    )
+    traffic = Traffic(scheduler, seed)
+    for _ in range(1000):
+        traffic.move(arrivals=0.35, disturbances=0.1)
+    num_steps = 0
+    while scheduler.has_work:
+        step(scheduler, traffic.runner)
+        num_steps += 1
+        assert num_steps < 2000, "what waits is reached"
+    assert scheduler.block_manager.num_free == num_blocks - 1
+    assert len(traffic.requests) > 100
+    if num_blocks < 20:
+        assert scheduler.num_preemptions > 10
+    if prefix_caching:
+        assert scheduler.prefix_hits > 0
+    traffic.check_answers()
+
+
+prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=6)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    prompts=prompts,
+    block_size=st.sampled_from([1, 2, 4]),
+    spare_blocks=st.integers(0, 6),
+    max_num_seqs=st.integers(1, 6),
+    spare_budget=st.integers(0, 12),
+    policy=st.sampled_from(["fcfs", "priority"]),
+)
+def test_batched_chunked_cached_and_preempted_answers_equal_those_alone(
+    prompts: list[list[int]], block_size: int, spare_blocks: int, max_num_seqs: int, spare_budget: int, policy: str
+) -> None:
+    max_tokens = 6
+    longest = max(map(len, prompts)) + max_tokens
+    scheduler = make_scheduler(
+        num_blocks=1 + -(-longest // block_size) + spare_blocks,
+        block_size=block_size,
+        policy=policy,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + spare_budget,
+    )
+    requests = [make_request(f"r{i}", p, max_tokens, priority=i % 2) for i, p in enumerate(prompts)]
+    assert run(scheduler, *requests) == [run_alone(request) for request in requests]
+    assert scheduler.block_manager.num_free == scheduler.block_manager.num_blocks - 1
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_else_runs() -> None:
+    alone = run(make_scheduler(), make_request("x", range(9), seed=7, temperature=1.0))[0]
+    crowd = [make_request(f"r{i}", 5 + i, seed=i, temperature=1.0) for i in range(5)]
+    request, other = (make_request(name, range(9), seed=s, temperature=1.0) for name, s in (("x", 7), ("y", 8)))
+    outputs = run(make_scheduler(num_blocks=14), *crowd, request, other)
+    assert outputs[-2] == alone
+    assert outputs[-1] != alone

@@ -1,0 +1,42 @@
+"""tinyvllm: an LLM serving engine on tinygrad. The public doors; everything else may move.
+
+>>> from tinyvllm import LLM, SamplingParams
+>>> LLM("smollm2-135m-instruct").generate("The sky is", SamplingParams(max_tokens=32))[0].outputs[0].text
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinyvllm.config import EngineConfig, SamplingParams
+    from tinyvllm.engine.llm import LLM
+
+    __version__: str
+
+__all__ = ["LLM", "EngineConfig", "SamplingParams", "__version__"]
+
+_DOORS = {"LLM": "tinyvllm.engine.llm", "EngineConfig": "tinyvllm.config", "SamplingParams": "tinyvllm.config"}
+
+
+def __getattr__(name: str) -> Any:
+    """Open a door when it is first asked for, so that `import tinyvllm` is instant and starts no device."""
+    if name in _DOORS:
+        value = getattr(import_module(_DOORS[name]), name)
+    elif name == "__version__":
+        value = _read_version()
+    else:
+        raise AttributeError(f"module 'tinyvllm' has no attribute {name!r}: it has {', '.join(__all__)}")
+    globals()[name] = value
+    return value
+
+
+def _read_version() -> str:
+    """The installed package's version, so that it is written down in one place, pyproject.toml."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("tinyvllm")
+    except PackageNotFoundError:  # a checkout on the path that was never installed
+        return "0+unknown"

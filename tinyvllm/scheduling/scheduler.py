@@ -1,0 +1,251 @@
+"""Which tokens of which requests the next step computes.
+
+There are no phases. Each request has `num_pending` tokens to compute: one when it decodes, many when its prompt is new
+or it was preempted. A step deals its token budget out to the running requests, then to waiting ones, so that chunks of
+long prompts ride along with decodes. When the pool runs out, the last in rank gives its blocks back and is computed
+again later (Kwon et al. 2023, sec. 4.5, recomputation).
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+
+from tinyvllm.config import Capacity
+from tinyvllm.errors import ContextLengthError, InvariantError, RequestError
+from tinyvllm.scheduling.block_manager import BlockManager
+from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenLogprobs, TokenOut
+from tinyvllm.scheduling.request import Request, Status
+
+NO_FINITE_LOGITS = "the model produced no finite logits"
+
+
+def max_request_len(capacity: Capacity) -> int:
+    """The most tokens, prompt and output together, that one request can have."""
+    return min(capacity.max_model_len, capacity.num_tokens)
+
+
+def check_length(num_prompt_tokens: int, max_tokens: int | None, capacity: Capacity) -> None:
+    """Refuse what can never run: an empty prompt, or one that leaves no room for `max_tokens` (None: for one token)."""
+    limit = max_request_len(capacity)
+    if num_prompt_tokens == 0:
+        raise RequestError("the prompt is empty: give at least one token", param="prompt")
+    total = num_prompt_tokens + (1 if max_tokens is None else max_tokens)
+    if total <= limit:
+        return
+    if capacity.max_model_len <= limit:
+        bound, remedy = f"the maximum context length is {limit} tokens", "raise --max-model-len"
+    else:
+        bound = f"the KV pool holds {limit} tokens (the maximum context length is {capacity.max_model_len})"
+        remedy = "raise --gpu-memory-utilization or --num-gpu-blocks-override"
+    if max_tokens is None or num_prompt_tokens >= limit:
+        raise ContextLengthError(
+            f"{bound}, but the prompt has {num_prompt_tokens} tokens and at least one must be left for the output: "
+            f"shorten the prompt or {remedy}"
+        )
+    raise ContextLengthError(
+        f"{bound}, but {total} were asked for, {num_prompt_tokens} of the prompt and {max_tokens} of the output: "
+        f"shorten the prompt, lower max_tokens or {remedy}",
+        param="max_tokens",
+    )
+
+
+class Scheduler:
+    """Owns the waiting queue and the running list. Rank decides: lower is admitted first and preempted last.
+
+    Rank is arrival (policy fcfs), or priority and then arrival (priority). Nobody overtakes the first of the queue, so
+    within one priority every request is reached.
+    """
+
+    def __init__(self, block_manager: BlockManager, capacity: Capacity, policy: str = "fcfs") -> None:
+        if capacity.max_num_batched_tokens < capacity.max_num_seqs:
+            raise InvariantError(
+                f"a step of {capacity.max_num_batched_tokens} tokens cannot decode {capacity.max_num_seqs} sequences"
+            )
+        self.block_manager = block_manager
+        self.capacity = capacity
+        self.running: list[Request] = []  # in order of rank
+        self.num_preemptions = 0  # since start
+        self.prefix_queries = 0  # prompt tokens looked up in the prefix cache, since start
+        self.prefix_hits = 0  # prompt tokens found there, since start
+        self._by_priority = policy == "priority"
+        self._max_len = max_request_len(capacity)
+        self._requests: dict[str, Request] = {}  # all that are not finished
+        # A heap by rank. Requests that ended while they waited stay in it until they come up: removal would be O(n).
+        self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._num_arrived = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._requests) - len(self.running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def add(self, request: Request) -> None:
+        """Queue a new request. RequestError or ContextLengthError for one that can never run."""
+        check_length(request.num_prompt_tokens, None, self.capacity)
+        if request.request_id in self._requests:
+            raise RequestError(f"request_id {request.request_id!r} is in use: choose another", param="request_id")
+        request.arrival = self._num_arrived
+        self._num_arrived += 1
+        self._requests[request.request_id] = request
+        self._queue(request)
+
+    def abort(self, request_id: str) -> Request | None:
+        """End a request now and free its blocks. None when it is unknown or has finished. Between steps only."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self.finish(request, "abort")
+        return request
+
+    def finish(
+        self, request: Request, reason: str, stop_reason: int | str | None = None, error: str | None = None
+    ) -> None:
+        """End a request, as when its text reached a stop string. One that has ended only takes on the new reason."""
+        request.finish_reason, request.stop_reason, request.error = reason, stop_reason, error
+        if request.status is Status.FINISHED:
+            return
+        if request.status is Status.RUNNING:
+            self.running.remove(request)
+        request.status = Status.FINISHED
+        self.block_manager.free(request, keep=reason != "error")  # what a failure left behind may be NaN
+        del self._requests[request.request_id]
+
+    def schedule(self) -> StepPlan | None:
+        """Choose the next step's tokens and give them blocks. None when there is nothing to do."""
+        if not self._requests:
+            return None
+        entries: list[Scheduled] = []
+        preempted: list[Request] = []
+        budget = self._continue_running(entries, preempted)
+        if not preempted:  # else the pool has just run out
+            self._admit_waiting(entries, budget)
+        if not entries:
+            raise InvariantError(
+                f"nothing can be scheduled: {self.num_running} running, {self.num_waiting} waiting, "
+                f"{self.block_manager.num_free} blocks free"
+            )
+        return StepPlan(tuple(entries), tuple(preempted))
+
+    def commit(self, plan: StepPlan, output: StepOutput) -> list[TokenOut]:
+        """Book what a step computed: append tokens, seal full blocks, free what has ended. One TokenOut a new token."""
+        num_sampled = len(plan.sampled)
+        if len(output.token_ids) != num_sampled or len(output.logprobs) != num_sampled:
+            raise InvariantError(
+                f"the plan samples {num_sampled} tokens, but the step returned {len(output.token_ids)} tokens and "
+                f"{len(output.logprobs)} logprobs"
+            )
+        outs: list[TokenOut] = []
+        sampled = iter(zip(output.token_ids, output.logprobs, strict=True))
+        for entry in plan.entries:
+            request, samples = entry.request, entry.samples
+            request.num_computed += entry.count
+            if samples:
+                outs.append(self._append(request, *next(sampled)))
+            else:
+                self.block_manager.seal(request)
+        return outs
+
+    def _continue_running(self, entries: list[Scheduled], preempted: list[Request]) -> int:
+        """Schedule the running requests in order of rank; return what is left of the budget."""
+        budget = self.capacity.max_num_batched_tokens
+        index = 0
+        while index < len(self.running):  # the list shortens from its end when requests are preempted
+            request = self.running[index]
+            num_behind = len(self.running) - index - 1  # a token is kept for each, so that a long prompt stops nobody
+            count = min(request.num_pending, budget - num_behind)
+            if not self._make_room(request, request.num_computed + count, preempted):
+                break
+            entries.append(Scheduled(request, request.num_computed, count))
+            budget -= count
+            index += 1
+        return budget
+
+    def _make_room(self, request: Request, num_tokens: int, preempted: list[Request]) -> bool:
+        """Grow the request's table, taking blocks from the last in rank. False if that was the request itself."""
+        while not self.block_manager.grow(request, num_tokens):
+            victim = self.running.pop()
+            self.block_manager.free(victim)
+            victim.status = Status.WAITING
+            victim.num_computed = 0
+            victim.num_preemptions += 1
+            self.num_preemptions += 1
+            preempted.append(victim)
+            self._queue(victim)  # by rank: before all that came after it, and with its output kept
+            if victim is request:
+                return False
+        return True
+
+    def _admit_waiting(self, entries: list[Scheduled], budget: int) -> None:
+        while budget > 0 and len(self.running) < self.capacity.max_num_seqs:
+            request = self._first_waiting()
+            if request is None or not self._place(request):
+                return
+            heapq.heappop(self._waiting)
+            request.status = Status.RUNNING
+            insort(self.running, request, key=self._rank)
+            count = min(request.num_pending, budget)
+            entries.append(Scheduled(request, request.num_computed, count))
+            budget -= count
+
+    def _place(self, request: Request) -> bool:
+        """Give a waiting request blocks for all its known tokens; False, and nothing changed, if they are not there.
+
+        One free block is left to each running request, which may need it soon: to admit one and preempt it at once
+        would only waste steps. With nothing running nothing is left, so that what fits into the pool does run.
+        """
+        manager, num_reserved = self.block_manager, len(self.running)
+        if manager.num_free <= num_reserved:
+            return False
+        num_cached = manager.match_prefix(request)
+        num_missing = manager.blocks_for(request.num_tokens) - len(request.block_ids)
+        if manager.num_free - num_missing < num_reserved:
+            manager.free(request)
+            return False
+        manager.grow(request, request.num_tokens)
+        request.num_computed = num_cached
+        if request.num_preemptions == 0:  # a preempted request finds itself, which says nothing of prompts
+            request.num_cached_tokens = num_cached
+            self.prefix_queries += request.num_prompt_tokens
+            self.prefix_hits += num_cached
+        return True
+
+    def _queue(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (self._rank(request), request))
+
+    def _first_waiting(self) -> Request | None:
+        while self._waiting and self._waiting[0][1].status is Status.FINISHED:
+            heapq.heappop(self._waiting)
+        return self._waiting[0][1] if self._waiting else None
+
+    def _rank(self, request: Request) -> tuple[int, int]:
+        return (request.priority if self._by_priority else 0, request.arrival)
+
+    def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOut:
+        if token_id < 0:
+            self.finish(request, "error", error=NO_FINITE_LOGITS)
+            return TokenOut(request, None, None, "error")
+        request.output_ids.append(token_id)
+        self.block_manager.seal(request)
+        reason, stop_reason = self._reason_to_stop(request, token_id)
+        if reason is not None:
+            self.finish(request, reason, stop_reason)
+        return TokenOut(request, token_id, logprobs, reason)
+
+    def _reason_to_stop(self, request: Request, token_id: int) -> tuple[str | None, int | None]:
+        """finish_reason and stop_reason after `token_id`, the request's newest token."""
+        num_output = len(request.output_ids)
+        if num_output > request.params.min_tokens:
+            if token_id in request.eos_ids:
+                return "stop", None
+            if token_id in request.params.stop_token_ids:
+                return "stop", token_id
+        if num_output >= request.max_tokens or request.num_tokens >= self._max_len:
+            return "length", None
+        return None, None

@@ -1,0 +1,190 @@
+"""An engine of AsyncEngine's public shape that types out a given reply, and a server of it on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import uvicorn
+
+from tinyvllm.config import Capacity, GenerationDefaults, SamplingParams
+from tinyvllm.engine.output import Delta, TokenLogprob
+from tinyvllm.errors import RequestError
+from tinyvllm.scheduling.plan import StepStats
+from tinyvllm.server.app import make_app
+from tinyvllm.server.serve import bind
+
+
+class ByteTokenizer:
+    """One token a byte."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+class TagTemplate:
+    """<role>content, line by line."""
+
+    def __init__(self) -> None:
+        self.kwargs: dict[str, Any] = {}
+        self.messages: list[dict[str, Any]] = []
+
+    def render(
+        self, messages: list[dict[str, Any]], *, tools: Any = None, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        self.messages, self.kwargs = messages, kwargs
+        if kwargs.get("fail"):
+            raise RequestError("the template refuses these messages", param="messages")
+        lines = [f"<{message['role']}>{message['content']}\n" for message in messages]
+        return "".join(lines) + ("<assistant>" if add_generation_prompt else "")
+
+
+@dataclass
+class Call:
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    priority: int
+
+    @property
+    def prompt(self) -> str:
+        return bytes(self.prompt_ids).decode()
+
+
+@dataclass
+class FakeEngine:
+    """Types `reply` one character a delta, after one delta without text. Records calls and who is still running."""
+
+    reply: str = "Hello, wörld!"
+    is_ready: bool = True
+    error: BaseException | None = None
+    hang_before: bool = False  # a request waits for ever before its first delta
+    hang_after: int | None = None  # characters, after which a request waits for ever
+    fail_after: int | None = None  # characters, after which the step fails
+    abort_after: int | None = None
+    refuse: Exception | None = None  # raised before the first delta
+    crash_after: int | None = None  # characters, after which the iterator raises what nobody expects
+    max_model_len: int = 1000
+    served_model_name: str = "tiny"
+    created: int = 1_700_000_000
+    chat_template: TagTemplate | None = field(default_factory=TagTemplate)
+    generation_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    calls: list[Call] = field(default_factory=list)
+    running: set[str] = field(default_factory=set)
+    closed: list[str] = field(default_factory=list)  # requests that were closed before their end
+    has_shut_down: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokenizer = ByteTokenizer()
+        self.model_config = SimpleNamespace(vocab_size=256, name="tiny-model")
+        self.capacity = Capacity(
+            num_blocks=11, block_size=16, max_model_len=self.max_model_len, max_num_seqs=4, max_num_batched_tokens=64
+        )
+        self.statistics = StepStats(num_running=2, num_waiting=1, num_free_blocks=5, prefix_queries=40, prefix_hits=30)
+        self.statistics.num_preemptions, self.statistics.num_captures = 3, 7
+        self.changed = threading.Condition()
+
+    def stats(self) -> StepStats:
+        return self.statistics
+
+    async def wait_ready(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    async def shutdown(self) -> None:
+        self.has_shut_down = True
+
+    async def generate(
+        self, prompt_ids: list[int], params: SamplingParams, *, request_id: str, priority: int = 0
+    ) -> AsyncGenerator[Delta, None]:
+        self.calls.append(Call(request_id, prompt_ids, params, priority))
+        if self.refuse is not None:
+            raise self.refuse
+        self._note(request_id, running=True)
+        try:
+            if self.hang_before:
+                await asyncio.Event().wait()
+            for position in range(len(self.reply) + 1):
+                for index in range(params.n):
+                    await asyncio.sleep(0)
+                    delta = self._delta(position, index, prompt_ids, params)
+                    if delta is not None:
+                        yield delta
+                if self.hang_after is not None and position >= self.hang_after:
+                    await asyncio.Event().wait()
+                if self.crash_after is not None and position >= self.crash_after:
+                    raise ZeroDivisionError("a bug")
+                if delta is not None and delta.finish_reason is not None:
+                    self._note(request_id, running=False)
+                    return
+        finally:
+            if request_id in self.running:
+                self.closed.append(request_id)
+                self._note(request_id, running=False)
+
+    def _note(self, request_id: str, *, running: bool) -> None:
+        with self.changed:
+            (self.running.add if running else self.running.discard)(request_id)
+            self.changed.notify_all()
+
+    def wait_until(self, condition: Any, timeout_s: float = 20.0) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, timeout_s), f"{self.running=} {self.closed=}"
+
+    def _delta(self, position: int, index: int, prompt_ids: list[int], params: SamplingParams) -> Delta | None:
+        """Position 0 is a delta without text, position p the p-th character."""
+        limit = params.max_tokens or len(self.reply) + 1
+        text, finish, stop_reason, error = self.reply[:position][-1:], None, None, None
+        if position and self.reply[:position].endswith(params.stop or ("\0",)):
+            finish, stop_reason, text = "stop", next(s for s in params.stop if self.reply[:position].endswith(s)), ""
+        elif position >= len(self.reply):
+            finish = "stop"
+        elif position >= limit:
+            finish = "length"
+        if self.fail_after is not None and position >= self.fail_after:
+            finish, error = "error", "the step failed: logits are not finite"
+        if self.abort_after is not None and position >= self.abort_after:
+            finish = "abort"
+        logprobs = (_logprob(text, params.logprobs),) if params.logprobs is not None and text else ()
+        return Delta(
+            index=index,
+            text=text,
+            token_ids=(1,) * bool(position),
+            logprobs=logprobs,
+            finish_reason=finish,
+            stop_reason=stop_reason,
+            num_prompt_tokens=len(prompt_ids),
+            num_cached_tokens=min(4, len(prompt_ids) - 1),
+            num_output_tokens=position,
+            error=error,
+        )
+
+
+def _logprob(text: str, num_top: int) -> TokenLogprob:
+    likeliest = [
+        TokenLogprob(token_id=n, token=chr(97 + n), bytes=bytes([97 + n]), logprob=-0.5 - n, top=())
+        for n in range(num_top)
+    ]
+    return TokenLogprob(token_id=99, token=text, bytes=text.encode(), logprob=float("-inf"), top=tuple(likeliest))
+
+
+@contextlib.contextmanager
+def serving(engine: FakeEngine) -> Iterator[str]:
+    """The address of a server of `engine`, on a socket of this machine and a thread of its own."""
+    sock = bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(make_app(engine), log_config=None, timeout_graceful_shutdown=5))  # type: ignore[arg-type]
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

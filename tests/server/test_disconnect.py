@@ -1,0 +1,173 @@
+"""A client that leaves frees what its request holds: over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.server.fake_engine import FakeEngine, serving
+from tinyvllm.config import SamplingParams
+from tinyvllm.server.failures import ClientGone
+from tinyvllm.server.streaming import EventStream, begun, guarded, merge, until_disconnect
+
+BODIES = {
+    "/v1/completions": {"prompt": "ab", "n": 2},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_leaving_a_stream_ends_the_request(path: str) -> None:
+    engine = FakeEngine(hang_after=3)
+    with serving(engine) as url:
+        with httpx.stream("POST", url + path, json={**BODIES[path], "stream": True}) as response:
+            chunks = response.iter_text()  # by a name: httpx closes the response with its last iterator
+            assert next(chunks).startswith("data: ")
+            assert engine.running
+        engine.wait_until(lambda: not engine.running)
+        assert len(engine.closed) == 1
+        assert httpx.get(url + "/health").status_code == 200
+
+
+def test_leaving_a_stream_of_many_prompts_ends_them_all() -> None:
+    engine = FakeEngine(hang_after=3)
+    with serving(engine) as url:
+        body = {"prompt": ["a", "b", "c"], "stream": True}
+        with httpx.stream("POST", url + "/v1/completions", json=body) as response:
+            chunks = response.iter_text()
+            next(chunks)
+            engine.wait_until(lambda: len(engine.running) == 3)
+        engine.wait_until(lambda: not engine.running)
+        assert len(engine.closed) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", BODIES)
+def test_leaving_before_the_first_byte_ends_the_request(path: str, stream: bool) -> None:
+    engine = FakeEngine(hang_before=True)
+    with serving(engine) as url:
+        with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port)) as sock:
+            sock.sendall(raw_post(path, {**BODIES[path], "stream": stream}))
+            engine.wait_until(lambda: bool(engine.running))
+        engine.wait_until(lambda: not engine.running)
+        assert len(engine.closed) == 1
+
+
+def raw_post(path: str, body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+def test_many_that_leave_disturb_none_that_stay() -> None:
+    engine = FakeEngine()
+    with serving(engine) as url:
+        for _ in range(20):
+            with httpx.stream("POST", url + "/v1/completions", json={"prompt": "a", "stream": True}) as response:
+                next(response.iter_raw())
+        whole = httpx.post(url + "/v1/completions", json={"prompt": "a", "max_tokens": 50}).json()
+        assert whole["choices"][0]["text"] == engine.reply
+        engine.wait_until(lambda: not engine.running)
+
+
+# ---- The pieces, without a socket ----
+
+
+async def stay() -> dict[str, Any]:
+    await asyncio.Event().wait()
+    return {}
+
+
+async def leave() -> dict[str, Any]:
+    return {"type": "http.disconnect"}
+
+
+def begin(engine: FakeEngine) -> Any:
+    return merge([engine.generate([1], SamplingParams(max_tokens=50), request_id="r")], 1)
+
+
+async def test_work_is_cancelled_when_the_client_leaves() -> None:
+    cancelled = False
+
+    async def work() -> None:
+        nonlocal cancelled
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled = True
+            raise
+
+    with pytest.raises(ClientGone):
+        await until_disconnect(leave, work())
+    assert cancelled
+
+
+async def test_work_that_is_done_wins_over_a_client_that_leaves() -> None:
+    async def work() -> int:
+        return 7
+
+    assert await until_disconnect(leave, work()) == 7
+
+
+async def test_work_is_cancelled_with_the_caller() -> None:
+    started, ended = asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    task = asyncio.create_task(until_disconnect(stay, work()))
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
+
+
+async def test_closing_a_begun_stream_ends_the_request_though_nothing_was_read() -> None:
+    engine = FakeEngine()
+    items = await begun(begin(engine))
+    assert engine.running == {"r"}
+    await items.aclose()
+    assert engine.closed == ["r"]
+
+
+async def test_client_that_never_reads_ends_the_request() -> None:
+    engine = FakeEngine()
+    items = await begun(begin(engine))
+
+    async def frames() -> Any:
+        async for item in items:
+            yield item.delta.text
+
+    async def send(message: Any) -> None:
+        await asyncio.Event().wait()  # a client whose window is full
+
+    await EventStream(guarded(frames()), items)({"type": "http"}, leave, send)
+    assert engine.closed == ["r"]
+
+
+async def test_server_that_raises_on_writing_ends_the_request() -> None:
+    engine = FakeEngine()
+    items = await begun(begin(engine))
+
+    async def frames() -> Any:
+        async for item in items:
+            yield item.delta.text
+
+    async def send(message: Any) -> None:
+        raise OSError("broken pipe")
+
+    await EventStream(guarded(frames()), items)({"type": "http"}, stay, send)
+    assert engine.closed == ["r"]

@@ -1,0 +1,600 @@
+"""Every route over ASGI: shapes, defaults, refusals."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.fake_engine import FakeEngine
+from tinyvllm.config import GenerationDefaults
+from tinyvllm.errors import ContextLengthError, EngineDeadError
+from tinyvllm.server.app import make_app
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+def client_of(engine: FakeEngine, **options: Any) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(make_app(engine, **options))  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+async def post(engine: FakeEngine, path: str, body: Any, **options: Any) -> httpx.Response:
+    async with client_of(engine, **options) as client:
+        return await client.post(path, json=body)
+
+
+async def get(engine: FakeEngine, path: str, **options: Any) -> httpx.Response:
+    async with client_of(engine) as client:
+        return await client.get(path, **options)
+
+
+async def complete(engine: FakeEngine, **body: Any) -> dict[str, Any]:
+    response = await post(engine, "/v1/completions", {"prompt": "ab", "max_tokens": 100, **body})
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+async def chat(engine: FakeEngine, **body: Any) -> dict[str, Any]:
+    response = await post(engine, "/v1/chat/completions", {**CHAT, **body})
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+async def events(engine: FakeEngine, path: str, body: dict[str, Any]) -> list[Any]:
+    response = await post(engine, path, {**body, "stream": True})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    frames = response.text.split("\n\n")
+    assert frames[-1] == "" and frames[-2] == "data: [DONE]"
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-2]]
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return dict(error)
+
+
+# ---- Completions ----
+
+
+async def test_completion_has_every_field_of_the_format() -> None:
+    answer = await complete(FakeEngine())
+    assert answer.pop("id").startswith("cmpl-") and answer.pop("created") > 0
+    assert answer == {
+        "object": "text_completion",
+        "model": "tiny",
+        "choices": [
+            {"index": 0, "text": "Hello, wörld!", "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+        ],
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": 13,
+            "total_tokens": 15,
+            "prompt_tokens_details": {"cached_tokens": 1},
+        },
+        "system_fingerprint": None,
+    }
+
+
+async def test_completion_defaults_to_sixteen_tokens() -> None:
+    engine = FakeEngine(reply="x" * 40)
+    answer = await complete(engine, max_tokens=None)
+    assert answer["choices"][0]["text"] == "x" * 16 and answer["choices"][0]["finish_reason"] == "length"
+    assert engine.calls[0].params.max_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [
+        ("ab", [b"ab"]),
+        (["ab", "c"], [b"ab", b"c"]),
+        ([97, 98], [b"ab"]),
+        ([[97], [98, 99]], [b"a", b"bc"]),
+    ],
+)
+async def test_prompt_takes_four_forms(prompt: Any, texts: list[bytes]) -> None:
+    engine = FakeEngine(reply="x")
+    answer = await complete(engine, prompt=prompt)
+    assert [bytes(call.prompt_ids) for call in sorted(engine.calls, key=lambda call: call.request_id)] == texts
+    assert [choice["index"] for choice in answer["choices"]] == list(range(len(texts)))
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, texts))
+
+
+async def test_choices_of_a_prompt_are_neighbours() -> None:
+    answer = await complete(FakeEngine(reply="xy"), prompt=["a", "bb"], n=2, echo=True)
+    assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [
+        (0, "axy"), (1, "axy"), (2, "bbxy"), (3, "bbxy")
+    ]  # fmt: skip
+    assert answer["usage"]["prompt_tokens"] == 3 and answer["usage"]["completion_tokens"] == 8
+
+
+async def test_echo_shows_the_text_of_token_ids() -> None:
+    answer = await complete(FakeEngine(reply="!"), prompt=[104, 105], echo=True)
+    assert answer["choices"][0]["text"] == "hi!"
+
+
+async def test_completion_logprobs_have_the_old_shape() -> None:
+    answer = await complete(FakeEngine(reply="öb"), logprobs=2)
+    assert answer["choices"][0]["logprobs"] == {
+        "tokens": ["ö", "b"],
+        "token_logprobs": [-9999.0, -9999.0],
+        "top_logprobs": [{"a": -0.5, "b": -1.5, "ö": -9999.0}, {"a": -0.5, "b": -1.5}],
+        "text_offset": [0, 1],
+    }
+
+
+async def test_zero_logprobs_name_the_chosen_token_alone() -> None:
+    answer = await complete(FakeEngine(reply="x"), logprobs=0)
+    assert answer["choices"][0]["logprobs"]["top_logprobs"] == [{"x": -9999.0}]
+
+
+async def test_streamed_completion_adds_up_to_the_whole_one() -> None:
+    body = {"prompt": ["ab", "c"], "n": 2, "max_tokens": 100, "echo": True, "stream_options": {"include_usage": True}}
+    chunks = await events(FakeEngine(), "/v1/completions", body)
+    texts = ["", "", "", ""]
+    for chunk in chunks[:-1]:
+        assert chunk["object"] == "text_completion" and chunk["usage"] is None
+        (choice,) = chunk["choices"]
+        assert choice["text"] or choice["finish_reason"]
+        texts[choice["index"]] += choice["text"]
+    assert texts == ["abHello, wörld!"] * 2 + ["cHello, wörld!"] * 2
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 4 * 13
+
+
+async def test_offsets_of_streamed_logprobs_go_on_across_chunks() -> None:
+    chunks = await events(FakeEngine(reply="aöb"), "/v1/completions", {"prompt": "x", "logprobs": 0})
+    offsets = [offset for chunk in chunks for offset in chunk["choices"][0]["logprobs"]["text_offset"]]
+    assert offsets == [0, 1, 2]
+    assert "usage" not in chunks[0]
+
+
+# ---- Chat ----
+
+
+async def test_chat_completion_has_every_field_of_the_format() -> None:
+    engine = FakeEngine()
+    answer = await chat(engine)
+    assert answer.pop("id").startswith("chatcmpl-") and answer.pop("created") > 0
+    assert answer == {
+        "object": "chat.completion",
+        "model": "tiny",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hello, wörld!", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 20,
+            "completion_tokens": 13,
+            "total_tokens": 33,
+            "prompt_tokens_details": {"cached_tokens": 4},
+        },
+        "system_fingerprint": None,
+    }
+    assert engine.calls[0].prompt == "<user>hi\n<assistant>"
+    assert engine.calls[0].params.max_tokens is None  # as many as fit
+
+
+async def test_chat_stream_begins_with_roles_and_ends_with_reasons() -> None:
+    chunks = await events(FakeEngine(reply="ab"), "/v1/chat/completions", {**CHAT, "n": 2})
+    assert len({(chunk["id"], chunk["created"]) for chunk in chunks}) == 1
+    for index in range(2):
+        mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        deltas = [choice["delta"] for choice in mine]
+        assert deltas == [{"role": "assistant", "content": ""}, {"content": "a"}, {"content": "b"}, {}]
+        assert [choice["finish_reason"] for choice in mine] == [None, None, None, "stop"]
+    assert all("usage" not in chunk and chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+
+
+async def test_chat_stream_ends_with_usage_when_asked() -> None:
+    body = {**CHAT, "stream_options": {"include_usage": True}}
+    *chunks, last = await events(FakeEngine(reply="ab"), "/v1/chat/completions", body)
+    assert all(chunk["usage"] is None and len(chunk["choices"]) == 1 for chunk in chunks)
+    assert last["choices"] == [] and last["usage"]["total_tokens"] == 22
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_chat_logprobs_have_their_shape(stream: bool) -> None:
+    body = {**CHAT, "logprobs": True, "top_logprobs": 1}
+    if stream:
+        chunks = await events(FakeEngine(reply="ö"), "/v1/chat/completions", body)
+        (logprobs,) = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]]
+    else:
+        logprobs = (await chat(FakeEngine(reply="ö"), **body))["choices"][0]["logprobs"]
+    assert logprobs == {
+        "content": [
+            {
+                "token": "ö",
+                "logprob": -9999.0,
+                "bytes": [0xC3, 0xB6],
+                "top_logprobs": [{"token": "a", "logprob": -0.5, "bytes": [97]}],
+            }
+        ],
+        "refusal": None,
+    }
+
+
+async def test_messages_reach_the_template_in_its_own_words() -> None:
+    engine = FakeEngine()
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    messages = [
+        {"role": "developer", "content": [{"type": "text", "text": "be"}, {"type": "text", "text": "kind"}]},
+        {"role": "user", "content": "hi", "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "content": "2", "tool_call_id": "call_1"},
+    ]
+    await chat(engine, messages=messages, chat_template_kwargs={"enable_thinking": False})
+    assert engine.chat_template is not None and engine.chat_template.kwargs == {"enable_thinking": False}
+    assert engine.chat_template.messages == [
+        {"role": "system", "content": "be\nkind"},
+        {"role": "user", "content": "hi", "name": "Ann"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{**call, "function": {"name": "f", "arguments": {"x": 1}}}],
+        },
+        {"role": "tool", "content": "2", "tool_call_id": "call_1"},
+    ]
+
+
+async def test_final_message_can_be_continued() -> None:
+    engine = FakeEngine()
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, "}]
+    await chat(engine, messages=messages, continue_final_message=True)
+    assert engine.calls[0].prompt == "<user>hi\n<assistant>Well,"
+
+
+async def test_generation_prompt_can_be_left_out() -> None:
+    engine = FakeEngine()
+    await chat(engine, add_generation_prompt=False)
+    assert engine.calls[0].prompt == "<user>hi\n"
+
+
+async def test_completion_tokens_limit_wins_over_the_old_name() -> None:
+    engine = FakeEngine()
+    await chat(engine, max_tokens=9, max_completion_tokens=3)
+    assert engine.calls[0].params.max_tokens == 3
+
+
+# ---- Settings ----
+
+
+async def test_settings_reach_the_engine() -> None:
+    engine = FakeEngine()
+    settings = {
+        "temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "seed": -5, "min_tokens": 1, "ignore_eos": True,
+        "include_stop_str_in_output": True, "skip_special_tokens": False,
+    }  # fmt: skip
+    await complete(engine, **settings, stop="zz", stop_token_ids=[3, 4], priority=2)
+    params = engine.calls[0].params
+    assert {name: getattr(params, name) for name in settings} == settings
+    assert (params.stop, params.stop_token_ids, params.logprobs) == (("zz",), (3, 4), None)
+    assert engine.calls[0].priority == 2
+
+
+async def test_defaults_come_from_the_model_then_from_the_format() -> None:
+    engine = FakeEngine(generation_defaults=GenerationDefaults(temperature=0.25, top_k=50))
+    await complete(engine)
+    await complete(engine, temperature=0, top_k=-1, stop=None)
+    first, second = (call.params for call in engine.calls)
+    assert (first.temperature, first.top_k, first.top_p, first.seed) == (0.25, 50, 1.0, None)
+    assert (second.temperature, second.top_k, second.stop) == (0, 0, ())
+
+
+async def test_stop_string_ends_the_text_and_is_named() -> None:
+    answer = await complete(FakeEngine(), stop=["zzz", ", w"])
+    choice = answer["choices"][0]
+    assert choice["finish_reason"] == "stop" and choice["stop_reason"] == ", w"
+
+
+NEUTRAL = {
+    "frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {}, "best_of": 1,
+    "suffix": None, "response_format": {"type": "text"}, "n": 1, "user": "u", "metadata": {"a": "b"}, "store": True,
+    "service_tier": "auto", "parallel_tool_calls": True, "reasoning_effort": "low", "prompt_logprobs": None,
+}  # fmt: skip
+
+
+async def test_neutral_values_of_unsupported_fields_are_accepted() -> None:
+    await complete(FakeEngine(), **NEUTRAL, echo=False)
+    await chat(FakeEngine(), **NEUTRAL, tools=[], tool_choice="none")
+    await chat(FakeEngine(), tools=[{"type": "function"}], tool_choice="none")
+
+
+async def test_unknown_fields_are_accepted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "tinyvllm"):
+        await complete(FakeEngine(), wibble=1)
+        await complete(FakeEngine(), wibble=2)
+    assert [record.getMessage() for record in caplog.records if "wibble" in record.getMessage()] == [
+        "the request field 'wibble' is not known and has no effect (said once)"
+    ]
+
+
+# ---- Refusals ----
+
+BOTH = [
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
+    ({"n": "2"}, "n"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": 1e9}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"top_k": 1.5}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"seed": 2**63}, "seed"),
+    ({"seed": True}, "seed"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"stop": 3}, "stop"),
+    ({"stop": ["a", 3]}, "stop"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stop_token_ids": ["x"]}, "stop_token_ids.0"),
+    ({"stop_token_ids": list(range(30))}, "stop_token_ids"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    ({"presence_penalty": 0.5}, "presence_penalty"),
+    ({"repetition_penalty": 1.1}, "repetition_penalty"),
+    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"best_of": 2}, "best_of"),
+    ({"suffix": "x"}, "suffix"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"guided_json": {"type": "object"}}, "guided_json"),
+    ({"structured_outputs": {"json": {}}}, "structured_outputs"),
+    ({"truncate_prompt_tokens": 4}, "truncate_prompt_tokens"),
+    ({"priority": 2**40}, "priority"),
+    ({"model": 5}, "model"),
+]
+COMPLETION_ONLY = [
+    ({"prompt": None}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": ["a", 1]}, "prompt"),
+    ({"prompt": [1, -1]}, "prompt"),
+    ({"prompt": [256]}, "prompt"),
+    ({"prompt": [True]}, "prompt"),
+    ({"prompt": {"a": 1}}, "prompt"),
+    ({"prompt": ["a"] * 2049}, "prompt"),
+    ({"prompt": "\ud800"}, "prompt"),
+    ({"echo": True, "logprobs": 1}, "echo"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+]
+CHAT_ONLY = [
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ["b"]}]}, "messages.1.content"),
+    ({"messages": [{"role": "user", "content": "\udc00"}]}, "messages"),
+    ({"messages": [{"role": "assistant", "tool_calls": "f"}]}, "messages.0.tool_calls"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": {}}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"functions": [{}]}, "functions"),
+    ({"modalities": ["audio"]}, "modalities"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"chat_template": "{{ messages }}"}, "chat_template"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"fail": True}}, "messages"),
+    ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
+    ({"messages": [{"role": "user", "content": ""}], "continue_final_message": True}, "continue_final_message"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [("/v1/completions", {"prompt": "a", **body}, param) for body, param in BOTH + COMPLETION_ONLY]
+    + [("/v1/chat/completions", {**CHAT, **body}, param) for body, param in BOTH + CHAT_ONLY],
+)
+async def test_bad_field_is_refused_by_name(path: str, body: dict[str, Any], param: str) -> None:
+    engine = FakeEngine()
+    async with client_of(engine) as client:
+        headers = {"content-type": "application/json"}
+        response = await client.post(path, content=json.dumps(body), headers=headers)
+    error = error_of(response)
+    assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param), error
+    assert param.rsplit(".", 1)[-1] in error["message"] or param.split(".")[0] in error["message"]
+    assert not engine.calls
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity"])
+async def test_numbers_that_are_none_are_refused(constant: str) -> None:
+    async with client_of(FakeEngine()) as client:
+        for name in ("temperature", "top_p", "min_p"):
+            body = f'{{"prompt": "a", "{name}": {constant}}}'
+            response = await client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+            assert response.status_code == 400 and error_of(response)["param"] == name
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type"),
+    [
+        (b"{", "application/json"),
+        (b"", "application/json"),
+        (b"[1]", "application/json"),
+        (b'"x"', "application/json"),
+        (b"\xff\xfe\x00", "application/json"),
+        (b"[" * 100_000, "application/json"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "application/json"),
+        (b'{"prompt": "a"}', "text/plain"),
+        (b'{"prompt": "a"}', "nonsense"),
+        (b'{"prompt": "a", "\\ud800": 1}', "application/json"),
+    ],
+)
+async def test_body_that_is_not_a_json_object_is_refused(content: bytes, content_type: str) -> None:
+    async with client_of(FakeEngine()) as client:
+        response = await client.post("/v1/completions", content=content, headers={"content-type": content_type})
+    assert response.status_code == 400
+    assert error_of(response)["type"] == "invalid_request_error"
+
+
+async def test_unknown_model_is_not_found() -> None:
+    for response in (
+        await post(FakeEngine(), "/v1/completions", {"prompt": "a", "model": "gpt-9"}),
+        await post(FakeEngine(), "/v1/chat/completions", {**CHAT, "model": "gpt-9"}),
+        await get(FakeEngine(), "/v1/models/gpt-9"),
+        await get(FakeEngine(), "/v1/models/org/name"),
+    ):
+        error = error_of(response)
+        assert response.status_code == 404
+        assert (error["code"], error["param"]) == ("model_not_found", "model") and "'tiny'" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/nope", 404), ("GET", "/v1/completions", 405), ("PUT", "/health", 405)]
+)
+async def test_unknown_routes_and_methods_have_the_error_body(method: str, path: str, status: int) -> None:
+    async with client_of(FakeEngine()) as client:
+        response = await client.request(method, path)
+    assert response.status_code == status
+    assert path in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "x" * 1000}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 999}]}, "messages"),
+    ],
+)
+async def test_overlong_prompt_names_both_lengths(path: str, body: dict[str, Any], param: str) -> None:
+    response = await post(FakeEngine(), path, body)
+    error = error_of(response)
+    assert response.status_code == 400
+    assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+    assert "1000" in error["message"] and "10" in error["message"].split("has")[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_refusal_by_the_engine_has_its_status_in_streams_too(stream: bool) -> None:
+    engine = FakeEngine(refuse=ContextLengthError("prompt has 5 tokens, but the pool holds 4"))
+    response = await post(engine, "/v1/chat/completions", {**CHAT, "stream": stream})
+    assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
+
+
+async def test_model_without_a_template_cannot_chat() -> None:
+    response = await post(FakeEngine(chat_template=None), "/v1/chat/completions", CHAT)
+    assert response.status_code == 400 and "--chat-template" in error_of(response)["message"]
+
+
+async def test_large_body_is_refused() -> None:
+    response = await post(FakeEngine(), "/v1/completions", {"prompt": "x" * 500}, max_body_bytes=400)
+    assert response.status_code == 413 and "400 bytes" in error_of(response)["message"]
+    response = await post(FakeEngine(), "/v1/completions", {"prompt": "x" * 300}, max_body_bytes=400)
+    assert response.status_code == 200
+
+
+# ---- Failures ----
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_failed_step_is_an_internal_error(path: str) -> None:
+    for stream in (False, True):
+        response = await post(FakeEngine(fail_after=0), path, {"prompt": "a", **CHAT, "stream": stream})
+        assert response.status_code == 500 and "logits are not finite" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_failure_inside_a_stream_is_an_event(path: str) -> None:
+    for engine, text in (
+        (FakeEngine(fail_after=2), "logits are not finite"),
+        (FakeEngine(abort_after=2), "aborted"),
+        (FakeEngine(crash_after=2), "internal error"),
+    ):
+        *chunks, last = await events(engine, path, {"prompt": "a", **CHAT})
+        assert text in last["error"]["message"] and last["error"]["type"] == "server_error"
+        assert chunks and all("error" not in chunk for chunk in chunks)
+        assert not engine.running
+
+
+async def test_one_failed_prompt_ends_the_others() -> None:
+    engine = FakeEngine(fail_after=3)
+    response = await post(engine, "/v1/completions", {"prompt": ["a", "b", "c"]})
+    assert response.status_code == 500 and not engine.running
+
+
+async def test_unexpected_error_tells_nothing_of_the_inside() -> None:
+    response = await post(FakeEngine(refuse=ZeroDivisionError("secret")), "/v1/completions", {"prompt": "a"})
+    assert response.status_code == 500
+    assert "secret" not in response.text and error_of(response)["code"] == "internal_error"
+    assert response.headers["x-request-id"]
+
+
+async def test_aborted_request_may_be_tried_again() -> None:
+    response = await post(FakeEngine(abort_after=0), "/v1/chat/completions", CHAT)
+    assert response.status_code == 503 and response.headers["retry-after"]
+
+
+# ---- Operations ----
+
+
+async def test_health_follows_the_engine() -> None:
+    response = await get(FakeEngine(), "/health")
+    assert (response.status_code, response.content) == (200, b"")
+    response = await get(FakeEngine(is_ready=False), "/health")
+    assert response.status_code == 503 and response.headers["retry-after"] == "5"
+    assert error_of(response)["code"] == "engine_not_ready"
+    response = await get(FakeEngine(error=EngineDeadError("the thread has ended")), "/health")
+    assert response.status_code == 500 and response.headers["x-should-retry"] == "false"
+    assert "the thread has ended" in error_of(response)["message"]
+
+
+async def test_nothing_is_generated_before_the_engine_is_ready() -> None:
+    for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", CHAT)):
+        response = await post(FakeEngine(is_ready=False), path, body)
+        assert response.status_code == 503 and error_of(response)["code"] == "engine_not_ready"
+    assert (await get(FakeEngine(is_ready=False), "/v1/models")).status_code == 503
+
+
+async def test_models_are_listed_and_retrieved() -> None:
+    card = {
+        "id": "tiny", "object": "model", "created": 1_700_000_000, "owned_by": "tinyvllm", "root": "tiny-model",
+        "parent": None, "max_model_len": 1000,
+    }  # fmt: skip
+    assert (await get(FakeEngine(), "/v1/models")).json() == {"object": "list", "data": [card]}
+    assert (await get(FakeEngine(), "/v1/models/tiny")).json() == card
+    with_slash = FakeEngine(served_model_name="org/name")
+    assert (await get(with_slash, "/v1/models/org/name")).json()["id"] == "org/name"
+
+
+async def test_version_is_a_string() -> None:
+    assert set((await get(FakeEngine(), "/version")).json()) == {"version"}
+
+
+async def test_request_id_is_echoed_when_sane_and_made_otherwise() -> None:
+    mine = (await get(FakeEngine(), "/health", headers={"x-request-id": "abc-1"})).headers["x-request-id"]
+    assert mine == "abc-1"
+    for odd in ("", "a b", "x" * 200, "é"):
+        headers = {"x-request-id": odd.encode()}
+        made = (await get(FakeEngine(), "/nope", headers=headers)).headers["x-request-id"]
+        assert len(made) == 32
+
+
+async def test_schema_describes_the_routes() -> None:
+    schema = (await get(FakeEngine(), "/openapi.json")).json()
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics"} <= set(schema["paths"])

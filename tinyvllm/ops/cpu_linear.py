@@ -19,6 +19,15 @@ NORM_LANES = 16
 
 
 @dataclass(frozen=True)
+class NormSpec:
+    """RMSNorm of T rows of K columns."""
+
+    num_tokens: int  # T
+    num_cols: int  # K
+    eps: float
+
+
+@dataclass(frozen=True)
 class LinearSpec:
     """One product: out (T, N) = epilogue(x (T, K) @ w.T). Hashable: the key of its kernel."""
 
@@ -38,6 +47,11 @@ class LinearSpec:
     def tile_rows(self) -> int:
         """Input rows of a register tile."""
         return next(m for m in (4, 2, 1) if self.num_tokens % m == 0)
+
+    @property
+    def norm(self) -> NormSpec:
+        assert self.norm_eps is not None
+        return NormSpec(self.num_tokens, self.num_cols, self.norm_eps)
 
 
 @cached_kernel
@@ -81,17 +95,16 @@ def _stage(body: Body, spec: LinearSpec, x: UOp, norm_weight: UOp | None) -> UOp
     if norm_weight is None:
         return staged
     token = body.loop(tokens)
-    scale = _rms_scale(body, staged, token, spec)
+    scale = _rms_scale(body, staged, token, spec.norm)
     col = body.loop(cols)
     target = staged.after(scale)
     normed = target[token * cols + col] * scale[0] * norm_weight[col]
     return staged.after(target[token * cols + col].store(normed).end(col).end(token))
 
 
-def _rms_scale(body: Body, x: UOp, token: UOp, spec: LinearSpec) -> UOp:
+def _rms_scale(body: Body, x: UOp, token: UOp, spec: NormSpec) -> UOp:
     """A register with 1 / sqrt(mean(x[token]^2) + eps)."""
     cols = spec.num_cols
-    assert spec.norm_eps is not None
     sums = body.registers(NORM_LANES)
     sums = fill(sums, 0.0, NORM_LANES, token, x)
     k = body.fold(cols // NORM_LANES)
@@ -100,11 +113,11 @@ def _rms_scale(body: Body, x: UOp, token: UOp, spec: LinearSpec) -> UOp:
     added = UOp.group(*[inner[i].store(inner[i] + v * v) for i, v in enumerate(values)]).end(k)
     total = balanced(sums.after(added)[i].load() for i in range(NORM_LANES))
     scale = body.registers(1)
-    return scale.after(scale.after(token)[0].store((total * (1.0 / cols) + spec.norm_eps).sqrt().reciprocal()))
+    return scale.after(scale.after(token)[0].store((total * (1.0 / cols) + spec.eps).sqrt().reciprocal()))
 
 
 @cached_kernel
-def rms_norm_kernel(spec: LinearSpec) -> KernelFn:
+def rms_norm_kernel(spec: NormSpec) -> KernelFn:
     """fn(out, x, weight): RMSNorm of T rows, for products of more rows than a stack should hold."""
 
     def kernel(out: UOp, x: UOp, weight: UOp) -> UOp:

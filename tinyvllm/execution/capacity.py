@@ -1,0 +1,81 @@
+"""How many KV blocks the device's memory holds, and the limits that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinyvllm.config import Capacity, EngineConfig, ModelConfig
+from tinyvllm.errors import CapacityError, TinyvllmError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """Bytes, as found on the device. `free_bytes` before the weights were loaded."""
+
+    free_bytes: int
+    share: float  # of free_bytes that weights and KV may take together
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+
+def plan_capacity(config: EngineConfig, model: ModelConfig, memory: MemoryFacts) -> Capacity:
+    """Size the pool: what memory leaves after the weights, but never more than all sequences at full length can use.
+
+    Raises CapacityError, with the numbers, where one sequence of max_model_len cannot fit, and TinyvllmError where
+    max_model_len is beyond what the model was trained for.
+    """
+    size = config.block_size
+    longest = _longest(config, model)
+    block_bytes = size * memory.kv_bytes_per_token
+    budget = int(memory.free_bytes * memory.share)
+    by_memory = max(0, budget - memory.weight_bytes) // block_bytes
+    useful = config.max_num_seqs * _ceil_div(longest, size) + 1
+    num_blocks = config.num_gpu_blocks_override or min(by_memory, useful)
+    source = _explain(config, memory, budget, by_memory, useful, num_blocks, block_bytes)
+    if num_blocks < 2:
+        raise CapacityError(
+            f"no room for KV blocks: {source}. Close other programs, raise --gpu-memory-utilization, or choose a smaller model"
+        )
+    fits = (num_blocks - 1) * size
+    if config.max_model_len is not None and fits < longest:
+        raise CapacityError(
+            f"one sequence of --max-model-len {longest} tokens needs {_ceil_div(longest, size)} blocks, "
+            f"but the pool has {num_blocks - 1} ({fits} tokens): {source}. "
+            f"Lower --max-model-len to {fits}, or raise --gpu-memory-utilization or --num-gpu-blocks-override"
+        )
+    max_model_len = min(longest, fits)
+    explanation = (
+        source,
+        f"{num_blocks - 1} blocks of {size} tokens hold {fits} tokens; "
+        f"max_model_len {max_model_len}" + (f" (the model's {model.max_position} do not fit)" if max_model_len < longest else ""),
+    )
+    return Capacity(num_blocks, size, max_model_len, config.max_num_seqs, config.max_num_batched_tokens, explanation)
+
+
+def _longest(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_len is not None and config.max_model_len > model.max_position:
+        raise TinyvllmError(
+            f"--max-model-len is {config.max_model_len}, but the model was made for {model.max_position} tokens: "
+            f"give at most {model.max_position}"
+        )
+    return config.max_model_len or model.max_position
+
+
+def _explain(
+    config: EngineConfig, memory: MemoryFacts, budget: int, by_memory: int, useful: int, num_blocks: int, block_bytes: int
+) -> str:
+    if config.num_gpu_blocks_override:
+        return f"--num-gpu-blocks-override gives {num_blocks} blocks of {block_bytes / 2**20:.2f} MiB"
+    text = (
+        f"{memory.free_bytes / GIB:.2f} GiB free x {memory.share:.2f} = {budget / GIB:.2f} GiB, less {memory.weight_bytes / GIB:.2f} GiB "
+        f"of weights: room for {by_memory} blocks of {block_bytes / 2**20:.2f} MiB"
+    )
+    if useful < by_memory:
+        text += f"; {config.max_num_seqs} sequences can use {useful}"
+    return text
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

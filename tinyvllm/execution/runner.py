@@ -1,0 +1,127 @@
+"""The model on its device: weights, pool and graphs, behind `execute(plan)`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles
+from tinyvllm.errors import DeviceError, InvariantError
+from tinyvllm.execution.buckets import Bucket, choose_bucket, make_buckets
+from tinyvllm.execution.capacity import MemoryFacts, plan_capacity
+from tinyvllm.execution.graphs import Graph, capture
+from tinyvllm.model.registry import Model, make_model
+from tinyvllm.model.weights.checkpoint import open_checkpoint
+from tinyvllm.ops.backend import Backend, KVPool
+from tinyvllm.ops.backends import make_backend
+from tinyvllm.ops.device import FLOATS, open_device
+from tinyvllm.ops.sample import OUT_LOGPROB, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
+from tinyvllm.scheduling.plan import StepOutput, StepPlan, TokenLogprobs
+from tinyvllm.storage.model_config import read_model_config
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]  # stage ("load", "warm-up"), done, total
+
+
+def load_runner(files: ModelFiles, config: EngineConfig, progress: Progress | None = None) -> ModelRunner:
+    """Open the device, load the weights and make the pool. Graphs come with `warm_up`. All on the calling thread:
+    tinygrad's caches belong to the thread that opened the device.
+
+    Raises ModelError, CapacityError, DeviceError.
+    """
+    report = progress or (lambda stage, done, total: None)
+    model_config = read_model_config(files)
+    checkpoint = open_checkpoint(files, model_config)
+    device = open_device()
+    free_bytes = device.free_memory()
+    backend = make_backend(device, config.dtype, dequantize=config.dequantize)
+    positions = min(config.max_model_len or model_config.max_position, model_config.max_position)
+    model = make_model(
+        model_config, checkpoint, backend, positions, lambda done, total: report("load", done, total)
+    )
+    kv_dtype = backend.kv_dtype(config.kv_cache_dtype, model_config.dtype)
+    memory = MemoryFacts(
+        free_bytes=free_bytes,
+        share=config.gpu_memory_utilization or device.default_share(),
+        weight_bytes=model.nbytes,
+        kv_bytes_per_token=model_config.kv_bytes_per_token(FLOATS[kv_dtype].itemsize),
+    )
+    capacity = plan_capacity(config, model_config, memory)
+    for line in capacity.explanation:
+        logger.info("%s", line)
+    pool = backend.make_pool(model_config.num_layers, capacity.num_blocks, capacity.block_size, model.shape, kv_dtype)
+    return ModelRunner(model, backend, pool, capacity, make_buckets(config))
+
+
+class ModelRunner:
+    """Owns the device's side of the engine. One thread only."""
+
+    def __init__(self, model: Model, backend: Backend, pool: KVPool, capacity: Capacity, buckets: list[Bucket]) -> None:
+        self._model, self._backend, self._pool, self._buckets = model, backend, pool, buckets
+        self._graphs: dict[Bucket, Graph] = {}
+        self.capacity = capacity
+        self.num_captures = 0
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self._model.config
+
+    @property
+    def device(self) -> str:
+        return self._backend.device.name
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Capture every bucket's graph. After this nothing is compiled."""
+        for done, bucket in enumerate(self._buckets):
+            if progress:
+                progress("warm-up", done, len(self._buckets))
+            start = time.perf_counter()
+            self._graphs[bucket] = capture(bucket, self._model, self._backend, self._pool, self.capacity)
+            self.num_captures += 1
+            logger.info("captured %s in %.2f s", bucket.name, time.perf_counter() - start)
+        if progress:
+            progress("warm-up", len(self._buckets), len(self._buckets))
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """Run one step and wait for its tokens. Raises DeviceError where the device fails."""
+        start = time.perf_counter()
+        bucket = choose_bucket(self._buckets, plan)
+        graph = self._graphs.get(bucket)
+        if graph is None:
+            raise InvariantError(f"graph {bucket.name} was not captured: warm_up() must run before execute()")
+        graph.packer.pack(plan)
+        packed = time.perf_counter()
+        try:
+            graph.send()
+            graph.run()
+            rows = self._backend.device.read(graph.output).reshape(-1, OUT_WIDTH)
+        except RuntimeError as error:
+            raise DeviceError(f"step {bucket.name} failed on {self.device}: {error}") from error
+        done = time.perf_counter()
+        return make_output(plan, rows, pack_s=packed - start, device_s=done - packed)
+
+    def close(self) -> None:
+        """Let go of graphs, pool and weights. The runner cannot be used again."""
+        self._graphs.clear()
+        self._pool.keys.clear()
+        self._pool.values.clear()
+
+
+def make_output(plan: StepPlan, rows: np.ndarray, *, pack_s: float, device_s: float) -> StepOutput:
+    """Unpack the graph's (R, OUT_WIDTH) int32 rows for the plan's sampled entries."""
+    tokens, logprobs = [], []
+    floats = rows.view(np.float32)
+    for i, entry in enumerate(plan.sampled):
+        tokens.append(int(rows[i, OUT_TOKEN]))
+        count = entry.request.params.logprobs
+        if count is None:
+            logprobs.append(None)
+            continue
+        ids = rows[i, OUT_TOP : OUT_TOP + count].tolist()
+        values = floats[i, OUT_TOP_LOGPROB : OUT_TOP_LOGPROB + count].tolist()
+        logprobs.append(TokenLogprobs(float(floats[i, OUT_LOGPROB]), tuple(zip(ids, values, strict=True))))
+    return StepOutput(tuple(tokens), tuple(logprobs), pack_s, device_s)

@@ -1,0 +1,44 @@
+"""Which class runs which architecture. A further family is one file beside llama.py and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from tinygrad import Tensor
+
+from tinyvllm.config import ModelConfig
+from tinyvllm.errors import UnsupportedModelError
+from tinyvllm.model.llama import Llama
+from tinyvllm.model.weights.checkpoint import Checkpoint
+from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
+from tinyvllm.ops.step_inputs import StepLayout
+
+
+class Model(Protocol):
+    """What execution needs of a family."""
+
+    config: ModelConfig
+    shape: AttentionShape
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def logit_stride(self) -> int: ...
+
+    def __call__(self, layout: StepLayout, inputs: Tensor, pool: KVPool, *, is_decode: bool) -> Tensor: ...
+
+
+FAMILIES: dict[str, Callable[..., Model]] = {"llama": Llama}
+
+
+def make_model(
+    config: ModelConfig, checkpoint: Checkpoint, backend: Backend, num_positions: int,
+    progress: Callable[[int, int], None],
+) -> Model:  # fmt: skip
+    """Load a model's weights onto the backend's device. Raises UnsupportedModelError, WeightMismatchError."""
+    family = FAMILIES.get(config.architecture)
+    if family is None:
+        raise UnsupportedModelError(f"architecture {config.architecture!r} is not known; known: {', '.join(sorted(FAMILIES))}")
+    return family(config, checkpoint, backend, num_positions, progress)

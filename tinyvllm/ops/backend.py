@@ -1,0 +1,143 @@
+"""The operations that a transformer layer is made of, as each kind of device has them.
+
+Activations are flat tensors, (T * columns,): rows side by side. A model is written against `Backend` alone, so that
+what differs by device (layouts, fusion, kernels) stays in this room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from tinygrad import Tensor
+
+from tinyvllm.arrays import BFloat16Array, HostMatrix, QuantizedMatrix, Scales
+from tinyvllm.ops.device import DeviceHandle
+from tinyvllm.ops.matrix import Matrix
+from tinyvllm.ops.sample import OUT_WIDTH, SampleSpec, sample
+from tinyvllm.ops.step_inputs import StepLayout
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What attention must know of a model."""
+
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # D
+
+
+@dataclass
+class KVPool:
+    """The paged cache: one key and one value tensor a layer, flat; block b of a layer lies at b * block_elements."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    num_blocks: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm: its weight (columns,) float32, and epsilon."""
+
+    weight: Tensor
+    eps: float
+
+
+class Backend(Protocol):
+    """A device's way to load weights and to run the operations of a layer."""
+
+    device: DeviceHandle
+
+    def matrix(self, host: HostMatrix) -> Matrix:
+        """Put one matrix on the device."""
+
+    def stacked(self, hosts: Sequence[HostMatrix]) -> tuple[Matrix, ...]:
+        """Matrices that share their input, fused by rows: one where their formats agree, else as few as possible."""
+
+    def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
+        """The two halves of a gated feed-forward, fused as `gated` wants them."""
+
+    def kv_dtype(self, wanted: str, stored: str) -> str:
+        """The dtype of the pool: `wanted`, or for "auto" what suits the device and the checkpoint's dtype."""
+
+    def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout) -> Tensor:
+        """(T * K,): the rows of `table` named by the step's token ids."""
+
+    def norm_linear(self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int) -> list[Tensor]:
+        """RMSNorm, then one product for each matrix: [(T * N,)]."""
+
+    def linear_add(self, name: str, x: Tensor, matrix: Matrix, residual: Tensor, num_tokens: int) -> Tensor:
+        """residual + x @ matrix.T, (T * N,)."""
+
+    def norm_gated(self, name: str, x: Tensor, norm: Norm, matrix: Matrix, num_tokens: int) -> Tensor:
+        """RMSNorm, then silu(x @ gate.T) * (x @ up.T), (T * N / 2,)."""
+
+    def attend(
+        self, qkv: Sequence[Tensor], widths: Sequence[int], shape: AttentionShape, pool: KVPool, layer: int,
+        inputs: Tensor, rope: Tensor, layout: StepLayout, *, is_decode: bool,
+    ) -> Tensor:  # fmt: skip
+        """Rotate, write keys and values to their slots, attend: (T * H * D,)."""
+
+    def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:
+        """(R * columns,): the rows whose logits are wanted."""
+
+    def sample(self, logits: Tensor, vocab_size: int, stride: int, inputs: Tensor, layout: StepLayout) -> Tensor:
+        """(R * OUT_WIDTH,) int32."""
+
+    def make_pool(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: str) -> KVPool:
+        """A zeroed pool."""
+
+
+def sample_rows(device: DeviceHandle, logits: Tensor, vocab_size: int, stride: int, inputs: Tensor, layout: StepLayout) -> Tensor:
+    """`Backend.sample`, the same for every device."""
+    return sample(SampleSpec(layout, vocab_size, stride, device.has_threads), logits, inputs)
+
+
+def stack_rows(hosts: Sequence[HostMatrix]) -> list[HostMatrix]:
+    """Concatenate neighbours of the same format by rows."""
+    out: list[HostMatrix] = []
+    for host in hosts:
+        if out and _format_key(out[-1]) == _format_key(host):
+            out[-1] = _concatenate(out[-1], host)
+        else:
+            out.append(host)
+    return out
+
+
+def _format_key(host: HostMatrix) -> str:
+    if isinstance(host, QuantizedMatrix):
+        return host.kind
+    return "bfloat16" if isinstance(host, BFloat16Array) else str(host.dtype)
+
+
+def _concatenate(a: HostMatrix, b: HostMatrix) -> HostMatrix:
+    if isinstance(a, QuantizedMatrix) and isinstance(b, QuantizedMatrix):
+        scale = _concatenate_scales(a.scale, b.scale)
+        minimum = _concatenate_scales(a.minimum, b.minimum) if a.minimum and b.minimum else None
+        codes = np.concatenate([a.codes, b.codes])
+        return QuantizedMatrix(a.kind, codes, a.bits, a.group, a.offset, scale, minimum)
+    if isinstance(a, BFloat16Array) and isinstance(b, BFloat16Array):
+        return BFloat16Array(np.concatenate([a.bits, b.bits]))
+    assert isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
+    return np.concatenate([a, b])
+
+
+def _concatenate_scales(a: Scales, b: Scales) -> Scales:
+    steps = np.concatenate([a.steps, b.steps]) if a.steps is not None and b.steps is not None else None
+    return Scales(np.concatenate([a.base, b.base]), steps, a.span)
+
+
+def take(host: HostMatrix, rows: np.ndarray) -> HostMatrix:
+    """The rows of a host matrix in the order of `rows`."""
+    if isinstance(host, QuantizedMatrix):
+        return host.rows(rows)
+    return BFloat16Array(host.bits[rows]) if isinstance(host, BFloat16Array) else host[rows]
+
+
+__all__ = [
+    "OUT_WIDTH", "AttentionShape", "Backend", "KVPool", "Norm", "sample_rows", "stack_rows", "take",
+]  # fmt: skip

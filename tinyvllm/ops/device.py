@@ -1,0 +1,154 @@
+"""The device that the engine runs on: its name, its memory, and how bytes get there and back."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad.device import Buffer, BufferSpec
+from tinygrad.dtype import DType
+from tinygrad.uop.ops import buffers
+
+from tinyvllm.errors import DeviceError
+
+NAP_S = 30e-6  # tinygrad's own wait spins and takes a core from the workers: 60 products on two cores, 4.1 -> 2.6 ms
+KERNEL_STACK_BYTES = 64 << 20  # CPU kernels keep their tiles on the stack; threads of a Mac get 512 KiB by default
+UNIFIED_SHARE = 0.5  # of a computer's memory that --gpu-memory-utilization auto may take where it is shared with the rest
+DISCRETE_SHARE = 0.9
+
+FLOATS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.bfloat16}
+
+
+@dataclass(frozen=True)
+class DeviceHandle:
+    """An opened device. `has_threads`: kernels have threadgroups (every GPU); otherwise they run on a core."""
+
+    name: str  # tinygrad's: CPU, METAL, CUDA, CL
+    has_threads: bool
+    is_unified: bool  # its memory is the computer's
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name.split(":")[0] == "CPU"
+
+    def free_memory(self) -> int:
+        """Bytes that could be allocated now."""
+        if self.name.split(":")[0] == "CUDA":
+            return _cuda_free_bytes()
+        return _host_available_bytes()
+
+    def default_share(self) -> float:
+        """Share of the free memory that the engine takes when it is not told."""
+        return UNIFIED_SHARE if self.is_unified else DISCRETE_SHARE
+
+    def wait(self) -> None:
+        """Return when everything enqueued has run. On a CPU with naps, so that the workers keep their cores."""
+        if self.is_cpu:
+            _nap_until_done(Device[self.name])
+        Device[self.name].synchronize()
+
+    def upload(self, array: np.ndarray) -> Tensor:
+        """A host array as a flat tensor of its own on the device."""
+        return Tensor(np.ascontiguousarray(array).reshape(-1), device=self.name).realize()
+
+    def zeros(self, size: int, dtype: DType) -> Tensor:
+        """A flat zeroed tensor. On a CPU fresh anonymous memory, which is zero already and takes no room until used."""
+        if not self.is_cpu:
+            return Tensor.zeros(size, dtype=dtype, device=self.name).clone().realize()
+        uop = UOp.new_buffer(self.name, size, dtype)
+        # nolru: never a recycled buffer, whose old contents would be there
+        buffers[uop] = Buffer(self.name, size, dtype, options=BufferSpec(nolru=True)).allocate().ref(1)
+        return Tensor(uop)
+
+    def input_buffer(self, words: int) -> tuple[Tensor, np.ndarray, Callable[[], None]]:
+        """A persistent int32 tensor of a step's inputs, the host array to fill, and what sends the array over.
+
+        On a CPU the array is the tensor's memory and there is nothing to send."""
+        tensor = self.zeros(words, dtypes.int)
+        buffer = tensor.uop.base.buffer.ensure_allocated()
+        if self.is_cpu:
+            return tensor, np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.int32), lambda: None
+        host = np.zeros(words, np.int32)
+        return tensor, host, lambda: buffer.copyin(memoryview(host).cast("B"))
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """A copy of a realised int32 tensor's values. Waits for the device: a step's one synchronisation."""
+        self.wait()
+        buffer = tensor.uop.base.buffer
+        if self.is_cpu:
+            return np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.int32).copy()
+        return np.frombuffer(buffer.as_memoryview(), np.int32).copy()
+
+
+def open_device() -> DeviceHandle:
+    """Open tinygrad's default device. Raises DeviceError that says what is missing and what to install."""
+    wanted = os.environ.get("DEV", "")
+    if wanted.split(":")[0].upper() == "CPU":
+        _require_compiler()
+    previous = threading.stack_size(KERNEL_STACK_BYTES)  # the CPU device starts its worker thread while it opens
+    try:
+        device = Device[Device.DEFAULT]
+        if device.device.startswith("CPU"):
+            device.worker("COMPUTE:0")
+    except Exception as error:
+        raise DeviceError(f"device {wanted or 'of tinygrad'} cannot be opened: {error}. Choose another with --device") from error
+    finally:
+        threading.stack_size(previous)
+    name = device.device
+    kind = name.split(":")[0]
+    return DeviceHandle(name, bool(device.renderer.has_local), kind in ("CPU", "METAL", "CL"))
+
+
+def _require_compiler() -> None:
+    compiler = os.environ.get("CC", "clang")
+    if shutil.which(compiler) is None:
+        raise DeviceError(
+            f"the CPU device needs a C compiler and {compiler!r} is not on the PATH: "
+            "install clang (Debian: apt-get install clang), or name one in CC"
+        )
+
+
+def _nap_until_done(device: object) -> None:
+    """Sleep until the workers' queues are empty: `done` counts the commands that ran, `put` those submitted."""
+    for worker in device.workers:  # type: ignore[attr-defined]
+        put, done = (getattr(worker, name)._buf.cpu_view().view(fmt="Q") for name in ("put", "done"))
+        while done[0] < put[0]:
+            time.sleep(NAP_S)
+
+
+def _cuda_free_bytes() -> int:
+    from tinygrad.runtime.autogen import cuda  # only where there is a driver to load
+
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    status = cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    if status != 0:
+        raise DeviceError(f"cuMemGetInfo failed with CUDA error {status}: give --num-gpu-blocks-override")
+    return free.value
+
+
+def _host_available_bytes() -> int:
+    """Memory that programs could take without swapping (Linux); physical memory elsewhere."""
+    if sys.platform.startswith("linux"):
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return min(int(line.split()[1]) * 1024, _cgroup_limit())
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cgroup_limit() -> int:
+    """A container's memory limit, which /proc/meminfo does not know; a huge number where there is none."""
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            text = file.read().strip()
+    except OSError:
+        return 1 << 62
+    return 1 << 62 if text == "max" else int(text)

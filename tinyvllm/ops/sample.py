@@ -1,0 +1,348 @@
+"""Sampling in the captured graph: logits in, one packed int32 row a sequence out.
+
+The kernels never sort. A token is drawn by an exponential race: argmax of w_i / E_i with E_i = -ln(u_i) draws i with
+probability w_i / sum(w) (Devroye 1986, ch. 5; the Gumbel trick without the logarithm of w). u_i is a hash of the
+request's seed, the number of tokens it has drawn, and i, so the same seed gives the same tokens whatever else is in the
+batch. Min-p, top-k and top-p (in this order) keep the tokens whose weight reaches a threshold; the last two thresholds
+are found by bisection over the bits of the weight, so ties at the threshold are all kept.
+
+A row pays for what it asks: the length of each pass is data, and zero for a row that does not need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tinygrad import Tensor, UOp, dtypes
+from tinygrad.dtype import DType
+from tinygrad.uop.ops import Ops
+
+from tinyvllm.config import MAX_LOGPROBS, MAX_STOP_IDS
+from tinyvllm.ops.kernel import (
+    F32, I32, LN2, LOG2E, LOWEST, NEG_INF, U32, Body, KernelFn, cached_kernel, empty, exp2, finish, log2, run_kernel,
+)  # fmt: skip
+from tinyvllm.ops.step_inputs import StepLayout
+
+CPU_LANES = 32  # accumulators of one core: four AVX2 registers
+GPU_LANES = 256  # threads of a threadgroup
+# words of an output row: the token, its logprob's bits, the likeliest ids, the bits of their logprobs
+OUT_TOKEN, OUT_LOGPROB, OUT_TOP, OUT_TOP_LOGPROB = 0, 1, 2, 2 + MAX_LOGPROBS
+OUT_WIDTH = 2 + 2 * MAX_LOGPROBS
+BISECTION_STEPS = 31  # weights lie in [0, 1]: positive floats order as their 31 bits do
+ABOVE_ONE_BITS = 0x3F800001  # the bits behind 1.0f
+
+State = list[UOp]
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """Logits are (R, stride) float32, of which the first V of each row are real."""
+
+    layout: StepLayout
+    vocab_size: int  # V
+    stride: int
+    has_threads: bool  # a threadgroup a row (GPU), or unrolled lanes of one core (CPU)
+
+
+def sample(spec: SampleSpec, logits: Tensor, inputs: Tensor) -> Tensor:
+    """(R * OUT_WIDTH,) int32: tokens and logprobs. The logits are changed in place (held-back ids become -inf)."""
+    seqs, device = spec.layout.num_seqs, logits.device
+    out, norms = empty(seqs * OUT_WIDTH, I32, device), empty(seqs, F32, device)
+    # the logits are passed on, so that they change only after they were read: held-back ids count in raw logprobs
+    out, norms, logits = run_kernel(logprobs_kernel(spec), [out, norms, logits], [inputs])
+    (logits,) = run_kernel(hold_back_kernel(spec), [logits], [inputs])
+    weights = empty(seqs * spec.stride, F32, device)
+    return run_kernel(draw_kernel(spec), [out, weights], [logits, inputs, norms])[0]
+
+
+class _Row:
+    """Passes over one row of V values: each lane folds its share, then the lanes' results are combined."""
+
+    def __init__(self, spec: SampleSpec, body: Body, inputs: UOp) -> None:
+        self.spec, self.body, self.inputs = spec, body, inputs
+        seqs = spec.layout.num_seqs
+        # the rows are the GLOBAL axis: passes whose length is data cannot nest in a LOOP axis
+        self.axis = body.grid(seqs) if seqs > 1 or spec.has_threads else body.loop(1)
+        self.thread = body.threads(GPU_LANES) if spec.has_threads else None
+        self.lanes = GPU_LANES if spec.has_threads else CPU_LANES
+        self.axes = (self.axis,) if self.thread is None else (self.axis, self.thread)
+        self.base = self.axis * spec.stride
+
+    def param(self, name: str) -> UOp:
+        """This row's int32 word of a step input."""
+        return self.inputs[self.spec.layout.offset(name) + self.axis].load()
+
+    def number(self, name: str) -> UOp:
+        """This row's float of a step input."""
+        return self.param(name).bitcast(F32)
+
+    def only_once(self, index: UOp) -> UOp:
+        """An index to store at from one thread of the row."""
+        return index if self.thread is None else index.valid(self.thread.eq(0))
+
+    def keep(self, values: Sequence[UOp], kinds: Sequence[DType], *after: UOp) -> State:
+        """Put values into registers, so that they are computed once and behind `after`."""
+        regs = [self.body.registers(1, kind) for kind in kinds]
+        stores = [r.after(*self.axes, *after)[0].store(v) for r, v in zip(regs, values, strict=True)]
+        done = UOp.group(*stores)
+        return [reg.after(done)[0].load() for reg in regs]
+
+    def fold(
+        self,
+        is_wanted: UOp,
+        init: tuple[float | int, ...],
+        step: Callable[[UOp, UOp, State], State],
+        combine: Callable[[State, State], State],
+        *after: UOp,
+    ) -> State:
+        """Fold `step(index, is_inside, old) -> new` over the row; the combined state, the same in every thread.
+
+        `is_wanted` (int32 0 or 1) multiplies the length of the pass: at 0 the state stays `init`. A state's dtype is
+        int32 where its init is an int, else float32.
+        """
+        kinds = [I32 if isinstance(value, int) else F32 for value in init]
+        lanes = self.lanes if self.thread is None else 1
+        regs = [self.body.registers(lanes, kind) for kind in kinds]
+        targets = [reg.after(*self.axes, *after) for reg in regs]
+        start = UOp.group(*[t[i].store(v) for t, v in zip(targets, init, strict=True) for i in range(lanes)])
+        regs = [reg.after(start) for reg in regs]
+        chunk = self.body.fold_while(is_wanted * -(-self.spec.vocab_size // self.lanes))
+        olds = [[reg.after(chunk)[i].load() for reg in regs] for i in range(lanes)]
+        news = [step(*self._index(chunk, i), old) for i, old in enumerate(olds)]
+        stores = [reg.after(chunk)[i].store(news[i][s]) for s, reg in enumerate(regs) for i in range(lanes)]
+        end = UOp.group(*stores).end(chunk)
+        regs = [reg.after(end) for reg in regs]
+        if self.thread is not None:
+            return self._combine_threads(regs, kinds, init, combine, end)
+        states = [[reg[i].load() for reg in regs] for i in range(lanes)]
+        while len(states) > 1:
+            states = [combine(states[i], states[i + 1]) for i in range(0, len(states), 2)]
+        return self.keep(states[0], kinds, end)
+
+    def _index(self, chunk: UOp, lane: int) -> tuple[UOp, UOp]:
+        """The value that a lane looks at, bounded, and whether it is inside the row."""
+        index = chunk.cast(dtypes.weakint) * self.lanes + (lane if self.thread is None else self.thread)
+        if self.spec.vocab_size % self.lanes == 0:
+            return index, UOp.const(True, dtypes.bool)
+        inside = index < self.spec.vocab_size
+        return inside.where(index, 0), inside
+
+    def _combine_threads(
+        self, regs: State, kinds: Sequence[DType], init: tuple[float | int, ...],
+        combine: Callable[[State, State], State], end: UOp,
+    ) -> State:  # fmt: skip
+        """Through threadgroup memory; every thread reads all partial results in the same order."""
+        assert self.thread is not None
+        shared = [self.body.shared(self.lanes, kind) for kind in kinds]
+        stores = [s.after(end)[self.thread].store(reg[0].load()) for s, reg in zip(shared, regs, strict=True)]
+        done = UOp.group(*stores)
+        shared = [s.after(done) for s in shared]
+        totals = [self.body.registers(1, kind) for kind in kinds]
+        start = UOp.group(*[t.after(done)[0].store(v) for t, v in zip(totals, init, strict=True)])
+        totals = [t.after(start) for t in totals]
+        other = self.body.fold(self.lanes)
+        new = combine([t.after(other)[0].load() for t in totals], [s[other].load() for s in shared])
+        folded = UOp.group(*[t.after(other)[0].store(v) for t, v in zip(totals, new, strict=True)]).end(other)
+        return [t.after(folded)[0].load() for t in totals]
+
+
+def _first_best(a: State, b: State) -> State:
+    """The larger (value, index); at a tie the lower index. An index of -1 stands for no value at all."""
+    is_b = (b[0] > a[0]) | (b[0].eq(a[0]) & (b[1] < a[1]) & (b[1] >= 0)) | (a[1] < 0)
+    return [is_b.where(b[0], a[0]), is_b.where(b[1], a[1])]
+
+
+def _largest(a: State, b: State) -> State:
+    return [a[0].maximum(b[0])]
+
+
+def _added(a: State, b: State) -> State:
+    return [a[0] + b[0]]
+
+
+def _flag(condition: UOp) -> UOp:
+    """A condition as int32 0 or 1: the length of a pass."""
+    return condition.where(UOp.const(1, I32), UOp.const(0, I32))
+
+
+@cached_kernel
+def logprobs_kernel(spec: SampleSpec) -> KernelFn:
+    """fn(out, norms (R), logits, inputs): log-sum-exp of the raw logits, and the likeliest ids with their logprobs, for
+    the rows that ask for them."""
+
+    def kernel(out: UOp, norms: UOp, logits: UOp, inputs: UOp) -> UOp:
+        body = Body()
+        row = _Row(spec, body, inputs)
+        count = row.param("num_logprobs").maximum(-1).minimum(MAX_LOGPROBS)
+        wanted = _flag(count >= 0)
+
+        def larger(index: UOp, inside: UOp, old: State) -> State:
+            return [inside.where(old[0].maximum(logits[row.base + index].load()), old[0])]
+
+        (best,) = row.fold(wanted, (LOWEST,), larger, _largest)
+
+        def add(index: UOp, inside: UOp, old: State) -> State:
+            return [inside.where(old[0] + exp2((logits[row.base + index].load() - best) * LOG2E), old[0])]
+
+        (total,) = row.fold(wanted, (0.0,), add, _added)
+        (norm,) = row.keep([best + log2(total.maximum(1e-30)) * LN2], [F32])
+        store_norm = norms[row.only_once(row.axis)].store(norm)
+
+        rank = body.fold_while(count.maximum(0))
+        last = [body.registers(1, F32), body.registers(1, I32)]  # the token found before, by value and index
+        start = UOp.group(*[r.after(*row.axes)[0].store(v) for r, v in zip(last, (-LOWEST, -1), strict=True)])
+        last = [r.after(start) for r in last]
+        last_value, last_index = (r.after(rank)[0].load() for r in last)
+
+        def next_best(index: UOp, inside: UOp, old: State) -> State:
+            value, position = logits[row.base + index].load(), index.cast(I32)
+            is_left = (value < last_value) | (value.eq(last_value) & (position > last_index))
+            better = inside & is_left & ((value > old[0]) | (old[1] < 0))
+            return [better.where(value, old[0]), better.where(position, old[1])]
+
+        value, index = row.fold(UOp.const(1, I32), (LOWEST, -1), next_best, _first_best, rank)
+        base = row.axis * OUT_WIDTH + rank.cast(dtypes.weakint)
+        found = [
+            out[row.only_once(base + OUT_TOP)].store(index),
+            out[row.only_once(base + OUT_TOP_LOGPROB)].store((value - norm).bitcast(I32)),
+            *[r.after(rank)[0].store(v) for r, v in zip(last, (value, index), strict=True)],
+        ]
+        stores = UOp.group(store_norm, UOp.group(*found).end(rank)).end(*reversed(row.axes))
+        return finish(stores, f"logprobs_{spec.layout.num_seqs}x{spec.vocab_size}", nbytes=4 * spec.layout.num_seqs)
+
+    return kernel
+
+
+@cached_kernel
+def hold_back_kernel(spec: SampleSpec) -> KernelFn:
+    """fn(logits, inputs): the ids that min_tokens holds back get -inf."""
+
+    def kernel(logits: UOp, inputs: UOp) -> UOp:
+        body, seqs = Body(), spec.layout.num_seqs
+        row = body.grid(seqs) if spec.has_threads else body.loop(seqs)
+        slot = body.threads(MAX_STOP_IDS) if spec.has_threads else body.loop(MAX_STOP_IDS)
+        token = inputs[spec.layout.offset("held_back") + row * MAX_STOP_IDS + slot].load()
+        index = row * spec.stride + token.maximum(0).minimum(spec.vocab_size - 1).cast(dtypes.weakint)
+        is_used = (token >= 0) & (token < spec.vocab_size)
+        store = logits[index.valid(is_used)].store(NEG_INF)
+        return finish(store.end(slot, row), f"hold_back_{seqs}", nbytes=4 * seqs * MAX_STOP_IDS)
+
+    return kernel
+
+
+@cached_kernel
+def draw_kernel(spec: SampleSpec) -> KernelFn:
+    """fn(out, weights (R, stride), logits, inputs, norms): choose each row's token; -1 where no logit is finite."""
+
+    def kernel(out: UOp, weights: UOp, logits: UOp, inputs: UOp, norms: UOp) -> UOp:
+        body = Body()
+        row = _Row(spec, body, inputs)
+
+        def better(index: UOp, inside: UOp, old: State) -> State:
+            value = logits[row.base + index].load()
+            is_better = inside & (value > old[0])
+            return [is_better.where(value, old[0]), is_better.where(index.cast(I32), old[1])]
+
+        best, greedy = row.fold(UOp.const(1, I32), (LOWEST, -1), better, _first_best)
+        temperature = row.number("temperature")
+        draws = _flag(temperature > 0.0)
+        threshold, weights = _threshold(row, weights, logits, best, temperature, draws)
+        drawn = _race(row, weights, threshold, draws)
+        (token,) = row.keep([(draws > 0).where(drawn, greedy)], [I32])
+        chosen = logits[row.base + token.maximum(0).cast(dtypes.weakint)].load()
+        base = row.axis * OUT_WIDTH
+        stores = [
+            out[row.only_once(base + OUT_TOKEN)].store(token),
+            out[row.only_once(base + OUT_LOGPROB)].store((chosen - norms[row.axis].load()).bitcast(I32)),
+        ]
+        seqs, vocab = spec.layout.num_seqs, spec.vocab_size
+        return finish(UOp.group(*stores).end(*reversed(row.axes)), f"draw_{seqs}x{vocab}", ops=seqs * vocab, nbytes=4 * seqs * vocab)
+
+    return kernel
+
+
+def _threshold(
+    row: _Row, weights: UOp, logits: UOp, best: UOp, temperature: UOp, draws: UOp
+) -> tuple[UOp, UOp]:
+    """Write weights exp((logit - best) / temperature) and return the smallest weight that is kept."""
+    scale = (draws > 0).where(temperature, 1.0).reciprocal() * LOG2E
+    (scale,) = row.keep([scale], [F32])
+
+    def weigh(index: UOp, inside: UOp, old: State) -> State:
+        weight = exp2((logits[row.base + index].load() - best) * scale)
+        at = row.base + index
+        # the weights themselves are the result; their sum is there to tie the stores to the pass
+        written = weights[at if inside.op is Ops.CONST else at.valid(inside)].store(weight)
+        return [old[0] + weights.after(written)[at].load()]
+
+    (total,) = row.fold(draws, (0.0,), weigh, _added)
+    weights = weights.after(total)
+    floor = row.number("min_p")  # the best weight is 1
+    top_k = row.param("top_k")
+
+    def count(threshold: UOp, floor: UOp, *after: UOp) -> UOp:
+        def step(index: UOp, inside: UOp, old: State) -> State:
+            weight = weights[row.base + index].load()
+            is_kept = inside & (weight >= threshold) & (weight >= floor)
+            return [old[0] + is_kept.where(UOp.const(1, I32), UOp.const(0, I32))]
+
+        return row.fold(UOp.const(1, I32), (0,), step, _added, *after)[0]
+
+    def mass(threshold: UOp, wanted: UOp, *after: UOp) -> UOp:
+        def step(index: UOp, inside: UOp, old: State) -> State:
+            weight = weights[row.base + index].load()
+            return [old[0] + (inside & (weight >= threshold)).where(weight, 0.0)]
+
+        return row.fold(wanted, (0.0,), step, _added, *after)[0]
+
+    uses_k = draws * _flag(top_k > 0)
+    kth = _bisect(row, uses_k, lambda t, it: count(t, floor, it) >= top_k)
+    (floor,) = row.keep([floor.maximum(kth)], [F32])
+    top_p = row.number("top_p")
+    uses_p = draws * _flag(top_p < 1.0)
+    total = mass(floor, uses_p)
+    (target,) = row.keep([total * top_p], [F32])
+    edge = _bisect(row, uses_p, lambda t, it: mass(t.maximum(floor), UOp.const(1, I32), it) >= target)
+    (floor,) = row.keep([floor.maximum(edge)], [F32])
+    return floor, weights
+
+
+def _bisect(row: _Row, wanted: UOp, holds: Callable[[UOp, UOp], UOp]) -> UOp:
+    """The largest float t in [0, 1] for which `holds(t, iteration)`; 0 where the search is not wanted."""
+    low, high = row.body.registers(1, I32), row.body.registers(1, I32)
+    start = UOp.group(low.after(*row.axes)[0].store(0), high.after(*row.axes)[0].store(ABOVE_ONE_BITS))
+    low, high = low.after(start), high.after(start)
+    step = row.body.fold_while(wanted * BISECTION_STEPS)
+    a, b = low.after(step)[0].load(), high.after(step)[0].load()
+    (middle,) = row.keep([(a + b) >> 1], [I32], step, start)
+    is_held = holds(middle.bitcast(F32), step)
+    (flag,) = row.keep([_flag(is_held)], [I32], step)
+    stores = UOp.group(
+        low.after(step)[0].store((flag > 0).where(middle, a)), high.after(step)[0].store((flag > 0).where(b, middle))
+    )
+    return low.after(stores.end(step))[0].load().bitcast(F32)
+
+
+def _race(row: _Row, weights: UOp, threshold: UOp, draws: UOp) -> UOp:
+    """The index of the largest w_i / E_i among the weights that reach the threshold; -1 where none does."""
+    key = mix32(row.param("seed").bitcast(U32) + mix32(row.param("draw").bitcast(U32) + 0x9E3779B9))
+    (key,) = row.keep([key], [U32])
+
+    def run(index: UOp, inside: UOp, old: State) -> State:
+        weight = weights[row.base + index].load()
+        bits = mix32(index.cast(U32) * 0x9E3779B9 + key)
+        # 23 bits: the largest u is 1 - 2**-24, a float, so that E is never 0
+        uniform = ((bits >> 9).cast(I32).cast(F32) + 0.5) * 2.0**-23
+        score = weight / (log2(uniform) * -1.0)
+        is_better = inside & (weight >= threshold) & (score > old[0])
+        return [is_better.where(score, old[0]), is_better.where(index.cast(I32), old[1])]
+
+    return row.fold(draws, (0.0, -1), run, _first_best)[1]
+
+
+def mix32(x: UOp) -> UOp:
+    """MurmurHash3's 32-bit finaliser (Appleby, public domain): a bijection whose every output bit hangs on every input bit."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)

@@ -1,0 +1,64 @@
+"""A model's weights, taken tensor by tensor by the family's own names; strict about what is missing or left over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tinyvllm.arrays import HostMatrix
+from tinyvllm.config import ModelConfig, ModelFiles
+from tinyvllm.errors import WeightMismatchError
+from tinyvllm.model.weights.gguf import read_gguf
+from tinyvllm.model.weights.safetensors import read_safetensors
+from tinyvllm.model.weights.stored import StoredTensor
+
+# Buffers that old versions of transformers saved; the model computes them
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+HEAD_NAME = "lm_head.weight"
+
+
+def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
+    """Find every tensor of the model, without reading values. Raises ModelError and its kinds."""
+    read = read_gguf(files.path, config) if files.kind == "gguf" else read_safetensors(files.path)
+    # tied embeddings: some writers store the head nevertheless, as a copy that transformers does not read either
+    ignored = (*IGNORED_SUFFIXES, HEAD_NAME) if config.tie_embeddings else IGNORED_SUFFIXES
+    return Checkpoint(files.path, {name: tensor for name, tensor in read.items() if not name.endswith(ignored)})
+
+
+class Checkpoint:
+    """Owns the list of the tensors that were taken."""
+
+    def __init__(self, source: Path, tensors: Mapping[str, StoredTensor]) -> None:
+        self._source = source
+        self._tensors = tensors
+        self._taken: set[str] = set()
+
+    def names(self) -> list[str]:
+        """Every tensor's name, sorted."""
+        return sorted(self._tensors)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> HostMatrix:
+        """Read one tensor. A dense one is a read-only view of the file: its pages come in as they are used.
+
+        Raises WeightMismatchError if it is missing or has another shape.
+        """
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise WeightMismatchError(
+                f"{self._source} has no tensor {name} (shape {shape}): it is incomplete or of another architecture"
+            )
+        if tensor.shape != shape:
+            raise WeightMismatchError(
+                f"{self._source}: tensor {name} has shape {tensor.shape}, but the model's settings ask for {shape}"
+            )
+        self._taken.add(name)
+        return tensor.read()
+
+    def finish(self) -> None:
+        """Raise WeightMismatchError if the files have tensors that were never taken: the model would be another one."""
+        surplus = [name for name in self.names() if name not in self._taken]
+        if surplus:
+            shown = ", ".join(surplus[:5]) + (", ..." if len(surplus) > 5 else "")
+            raise WeightMismatchError(
+                f"{self._source} has {len(surplus)} tensor(s) that this architecture does not use: {shown}"
+            )

@@ -1,0 +1,28 @@
+"""A tensor that lies in a file and has not been read yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tinyvllm.arrays import BFloat16Array, HostMatrix
+
+# Unquantised types, which safetensors and GGUF call the same
+DENSE_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """`read` returns the values; unquantised ones as a view of the file's memory map wherever the order allows."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], HostMatrix]
+
+
+def view_dense(raw: np.ndarray, type_name: str, shape: tuple[int, ...]) -> HostMatrix:
+    """Bytes, (num_bytes,) uint8, as an array of a type in DENSE_DTYPES, without a copy."""
+    values = raw.view(DENSE_DTYPES[type_name]).reshape(shape)
+    return BFloat16Array(values) if type_name == "BF16" else values

@@ -1,0 +1,194 @@
+"""Chat templates: messages to the text that a model was trained on.
+
+Templates come from the model's files or the operator, never from a request, and run in Jinja's sandbox: no access to
+Python's insides, no writing to what they are given, ranges of at most 100,000. The text they make is bounded by
+MAX_CHAT_CHARS. What remains: a hostile template can spend time in nested loops that write nothing, or memory in one
+expression (`"a" * 10**9`), so a template deserves the trust that its model's weights get.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from tinyvllm.config import ModelFiles
+from tinyvllm.errors import ModelError, RequestError
+from tinyvllm.storage.gguf_file import GGUFFile
+from tinyvllm.text import gguf_tokenizer, hf_tokenizer
+
+MAX_CHAT_CHARS = 16 * 1024 * 1024  # of a rendered chat: far more than any context holds
+
+
+def load_chat_template(files: ModelFiles, override_path: str | Path | None = None) -> ChatTemplate | None:
+    """The model's chat template: that of `override_path` if given, else the model's own; None if there is none.
+
+    A directory's chat_template.jinja goes before tokenizer_config.json's chat_template. Raises ModelError for a file
+    that cannot be read and for a template that does not parse.
+    """
+    if files.kind == "gguf":
+        metadata = GGUFFile(files.path).metadata
+        special_texts = gguf_tokenizer.read_special_texts(metadata)
+        sources = read_gguf_templates(metadata)
+    else:
+        special_texts = hf_tokenizer.read_special_texts(files.path)
+        sources = read_hf_templates(files.path)
+    if override_path is not None:
+        sources = {"default": read_template_file(Path(override_path))}
+    return ChatTemplate(sources, special_texts, files.name) if sources else None
+
+
+def read_gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    prefix = "tokenizer.chat_template"
+    keys = {"default": prefix, "tool_use": f"{prefix}.tool_use"}
+    return {name: str(metadata[key]) for name, key in keys.items() if key in metadata}
+
+
+def read_hf_templates(directory: Path) -> dict[str, str]:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return {"default": read_template_file(path)}
+    value = hf_tokenizer.read_json(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(value, list):  # several, by name
+        return {str(entry["name"]): str(entry["template"]) for entry in value}
+    return {} if value is None else {"default": str(value)}
+
+
+def read_template_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"the chat template {path} cannot be read: {error}") from error
+
+
+class ChatTemplate:
+    """A model's templates by name: "default", and for some "tool_use", which serves chats with tools."""
+
+    def __init__(self, sources: Mapping[str, str], special_texts: Mapping[str, str], model_name: str) -> None:
+        self.sources = dict(sources)
+        self._special_texts = dict(special_texts)
+        environment = make_environment()
+        self._templates: dict[str, jinja2.Template] = {}
+        for name, source in sources.items():
+            try:
+                self._templates[name] = environment.from_string(source)
+            except jinja2.TemplateSyntaxError as error:
+                where = f"the chat template {name!r} of {model_name}, line {error.lineno}"
+                raise ModelError(f"{where}: it does not parse: {error.message}") from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """The chat as text, special tokens written out: encode it with `Tokenizer.encode_chat`.
+
+        `kwargs` are further variables of the template. Raises RequestError(param="messages") where the template
+        refuses the messages or fails on them, and for content that is not text.
+        """
+        variables = {
+            **self._special_texts,
+            **kwargs,
+            "messages": [flatten_content(message, index) for index, message in enumerate(messages)],
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        template = self._choose(bool(tools))
+        pieces, num_chars = [], 0
+        try:
+            for piece in template.generate(variables):
+                pieces.append(piece)
+                num_chars += len(piece)
+                if num_chars > MAX_CHAT_CHARS:
+                    raise refuse(f"made more than {MAX_CHAT_CHARS} characters: send fewer or shorter messages")
+        except RequestError:
+            raise
+        except Exception as error:  # a template can fail in any way that Python code can
+            raise refuse(f"refused the messages: {error or type(error).__name__}") from error
+        return "".join(pieces)
+
+    def _choose(self, has_tools: bool) -> jinja2.Template:
+        name = "tool_use" if has_tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            known = ", ".join(sorted(self._templates))
+            raise refuse(f"has no version named 'default' (it has {known}): give one with --chat-template")
+        return self._templates[name]
+
+
+def refuse(what: str) -> RequestError:
+    return RequestError(f"the model's chat template {what}", param="messages")
+
+
+def flatten_content(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The message with its content as one string: text parts on lines of their own, as in vLLM; none is empty."""
+    content = message.get("content")
+    if content is None:
+        return {**message, "content": ""}
+    if isinstance(content, str):
+        return dict(message)
+    if not isinstance(content, Sequence):
+        what = f"messages[{index}].content is a {type(content).__name__}"
+        raise RequestError(f"{what}: send a string or a list of text parts", param="messages")
+    texts = []
+    for part in content:
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (type(part).__name__, None)
+        if kind != "text" or not isinstance(text, str):
+            what = f"messages[{index}].content has a part of type {kind!r}"
+            raise RequestError(f"{what}: this model takes only text parts", param="messages")
+        texts.append(text)
+    return {**message, "content": "\n".join(texts)}
+
+
+# --- What templates may use, as in transformers -----------------------------------------------------------
+# https://github.com/huggingface/transformers/blob/5e43e2e892453b405ce6d2cb94387b3a3213f30a/src/transformers/utils/chat_template_utils.py
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` marks the assistant's words for training; here its body stands alone."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line_number = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line_number)
+
+
+def make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, GenerationTag]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML, which a prompt is not."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def strftime_now(date_format: str) -> str:
+    return datetime.now().strftime(date_format)

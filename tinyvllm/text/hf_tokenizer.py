@@ -1,0 +1,124 @@
+"""A tokenizer from a directory in Hugging Face format: tokenizer.json and the settings beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from tinyvllm.errors import ModelError, UnsupportedModelError
+from tinyvllm.text.parts import SPACE_MARK, Spelling, TokenizerParts, byte_level_bytes, sentencepiece_bytes
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def read_hf_tokenizer(directory: Path) -> TokenizerParts:
+    """Read a tokenizer. Raises ModelError where a file is missing or broken, UnsupportedModelError for its kind."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{directory} has no tokenizer.json, the only form that is read here: "
+            "save the tokenizer again with transformers' AutoTokenizer.save_pretrained"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{path} is not a tokenizer that can be read: {error}") from error
+    backend.no_truncation()  # a file may ask to cut or pad every text in silence
+    backend.no_padding()
+
+    texts = read_special_texts(directory)
+    add_special_texts(backend, texts)
+    settings = read_json(directory / "tokenizer_config.json")
+    bos_id, eos_id = (token_id_of(backend, texts.get(name)) for name in ("bos_token", "eos_token"))
+    prefix_ids, suffix_ids = find_added_ids(backend, path)
+    spelling, strips_leading_space = read_decoder(backend, path)
+    return TokenizerParts(
+        backend=backend,
+        spelling=spelling,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        eos_ids=read_eos_ids(directory) | ({eos_id} if eos_id is not None else set()),
+        prefix_ids=apply_flag(prefix_ids, bos_id, settings.get("add_bos_token")),
+        suffix_ids=apply_flag(suffix_ids, eos_id, settings.get("add_eos_token")),
+        strips_leading_space=strips_leading_space,
+    )
+
+
+def read_special_texts(directory: Path) -> dict[str, str]:
+    """Texts of bos_token, eos_token, unk_token and pad_token, those that the files name."""
+    named = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
+    values = {name: named.get(name) for name in SPECIAL_NAMES}
+    # a token is its text, or an object with the text and how to match it
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}, where a JSON object belongs")
+    return value
+
+
+def read_eos_ids(directory: Path) -> frozenset[int]:
+    """eos_token_id of generation_config.json, one or several; where that says nothing, of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(directory / name).get("eos_token_id")
+        if value is not None:
+            return frozenset(value if isinstance(value, list) else [value])
+    return frozenset()
+
+
+def add_special_texts(backend: tokenizers.Tokenizer, texts: Mapping[str, str]) -> None:
+    """Make the named tokens special where tokenizer.json forgot to, as transformers does; none are invented."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    missing = [text for text in texts.values() if text not in special and backend.token_to_id(text) is not None]
+    backend.add_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in missing])
+
+
+def token_id_of(backend: tokenizers.Tokenizer, text: str | None) -> int | None:
+    return None if text is None else backend.token_to_id(text)
+
+
+def find_added_ids(backend: tokenizers.Tokenizer, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the file's post-processor puts before and after a text, found by asking it once."""
+    plain = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a", add_special_tokens=True).ids
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return tuple(whole[:start]), tuple(whole[start + len(plain) :])
+    raise UnsupportedModelError(f"{path}: its post_processor changes the text's own tokens, from {plain} to {whole}")
+
+
+def apply_flag(added_ids: tuple[int, ...], token_id: int | None, flag: bool | None) -> tuple[int, ...]:
+    """add_bos_token and add_eos_token overrule the post-processor where they are stated, as in transformers."""
+    if flag is None or token_id is None:
+        return added_ids
+    others = tuple(added_id for added_id in added_ids if added_id != token_id)
+    return (token_id, *others) if flag else others
+
+
+def read_decoder(backend: tokenizers.Tokenizer, path: Path) -> tuple[Spelling, bool]:
+    """(how tokens spell bytes, whether decoding takes a leading space away), from the file's decoder."""
+    # a decoder's fields can be read only through its pickled state, which is JSON
+    state = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": "none"}
+    steps = {step["type"]: step for step in state.get("decoders", [state])}
+    if "ByteLevel" in steps:
+        return byte_level_bytes, False
+    if steps.get("Metaspace", {}).get("replacement") == SPACE_MARK:
+        return sentencepiece_bytes, steps["Metaspace"].get("prepend_scheme", "always") != "never"
+    if steps.get("Replace", {}).get("pattern") == {"String": SPACE_MARK}:
+        return sentencepiece_bytes, steps.get("Strip", {}).get("start", 0) > 0
+    raise UnsupportedModelError(
+        f"{path}: its decoder is {' + '.join(steps)}: known are ByteLevel, Metaspace and Replace of {SPACE_MARK}"
+    )

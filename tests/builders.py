@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -323,10 +324,14 @@ def random_k_rows(rng: np.random.Generator, kind: str, rows: int, columns: int) 
     return blocks.reshape(rows, -1)
 
 
+@cache
+def llama_names() -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 32)
+
+
 def gguf_name(hf_name: str) -> str:
     """llama.cpp's name of a Hugging Face tensor, from the gguf package's own map."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1000)
-    name = names.get_name(hf_name, try_suffixes=(".weight",))
+    name = llama_names().get_name(hf_name, try_suffixes=(".weight",))
     assert name is not None, hf_name
     return name
 

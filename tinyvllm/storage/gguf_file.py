@@ -88,6 +88,8 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         metadata[key] = cursor.value(cursor.number(U32))
     infos = [cursor.tensor_info() for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ModelError(f"{path}: general.alignment is {alignment!r}: it must be a power of two")
     start = -(-cursor.offset // alignment) * alignment
     return metadata, {info.name: _locate(info, path, data, start) for info in infos}
 

@@ -38,7 +38,7 @@ def load_runner(files: ModelFiles, config: EngineConfig, progress: Progress | No
     checkpoint = open_checkpoint(files, model_config)
     device = open_device()
     free_bytes = device.free_memory()
-    backend = make_backend(device, config.dtype, dequantize=config.dequantize)
+    backend = make_backend(device, config.dtype, model_config.dtype, dequantize=config.dequantize)
     positions = min(config.max_model_len or model_config.max_position, model_config.max_position)
     model = make_model(
         model_config, checkpoint, backend, positions, lambda done, total: report("load", done, total)

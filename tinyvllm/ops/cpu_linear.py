@@ -245,7 +245,7 @@ def embed_kernel(fmt: Format, num_tokens: int, num_rows: int, num_cols: int, tok
         body, table = Body(), Planes(fmt, planes)
         token, col = body.loop(num_tokens), body.loop(num_cols)
         row = inputs[token_offset + token].load().maximum(0).minimum(num_rows - 1)
-        store = out[token * num_cols + col].store(table.panel_value(row, col, num_cols))
+        store = out[token * num_cols + col].store(table.value(row, col, num_cols, "panel"))
         name = f"embed_{fmt.name}_{num_tokens}x{num_cols}"
         return finish(store.end(col).end(token), name, nbytes=num_tokens * num_cols * (4 + fmt.bits // 8))
 

@@ -68,24 +68,32 @@ class DeviceHandle:
         buffers[uop] = Buffer(self.name, size, dtype, options=BufferSpec(nolru=True)).allocate().ref(1)
         return Tensor(uop)
 
+    @property
+    def _is_mapped(self) -> bool:
+        """The host can read and write the device's buffers in place (CPU, METAL)."""
+        return hasattr(Device[self.name].allocator, "_as_buffer")
+
     def input_buffer(self, words: int) -> tuple[Tensor, np.ndarray, Callable[[], None]]:
         """A persistent int32 tensor of a step's inputs, the host array to fill, and what sends the array over.
 
-        On a CPU the array is the tensor's memory and there is nothing to send."""
+        Where memory is mapped, the array is the tensor's own memory and there is nothing to send."""
         tensor = self.zeros(words, dtypes.int)
         buffer = tensor.uop.base.buffer.ensure_allocated()
-        if self.is_cpu:
+        if self._is_mapped:
             return tensor, np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.int32), lambda: None
-        host = np.zeros(words, np.int32)
-        return tensor, host, lambda: buffer.copyin(memoryview(host).cast("B"))
+        host, allocator = np.zeros(words, np.int32), Device[self.name].allocator
+        # the allocator's own copy: Buffer.copy_from would schedule a graph for each
+        return tensor, host, lambda: allocator._copyin(buffer._buf, memoryview(host).cast("B"))
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """A copy of a realised int32 tensor's values. Waits for the device: a step's one synchronisation."""
-        self.wait()
         buffer = tensor.uop.base.buffer
-        if self.is_cpu:
-            return np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.int32).copy()
-        return np.frombuffer(buffer.as_memoryview(), np.int32).copy()
+        if self._is_mapped:
+            self.wait()
+            return np.frombuffer(buffer.as_memoryview(force_zero_copy=True, no_sync=True), np.int32).copy()
+        host = np.empty(buffer.size, np.int32)
+        Device[self.name].allocator._copyout(memoryview(host).cast("B"), buffer._buf)
+        return host
 
 
 def open_device() -> DeviceHandle:

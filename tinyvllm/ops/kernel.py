@@ -14,6 +14,8 @@ from tinygrad.dtype import AddrSpace, DType
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo
 
+from tinyvllm.errors import InvariantError
+
 F32, F16, I32, U32, U8, I8, U16 = (
     dtypes.float, dtypes.half, dtypes.int, dtypes.uint, dtypes.uint8, dtypes.int8, dtypes.uint16,
 )  # fmt: skip
@@ -47,7 +49,12 @@ class Body:
         return self._range(size, AxisType.REDUCE)
 
     def fold_while(self, size: UOp) -> UOp:
-        """A fold whose length is data. An int32 range: without a dtype it would be a 64-bit one."""
+        """A fold whose length is data. An int32 range: without a dtype it would be a 64-bit one.
+
+        Its length must be able to exceed 1: tinygrad drops a loop that it knows to run at most once, and the order of
+        the stores around it with it."""
+        if size.vmax < 2:
+            raise InvariantError(f"a loop of at most {size.vmax} iterations cannot order its stores")
         return self._range(size.cast(I32), AxisType.REDUCE, dtype=I32)
 
     def grid(self, size: int) -> UOp:

@@ -131,10 +131,12 @@ class Planes:
             factor = factor * steps[(panel * groups + group) * PANEL + lane].load().cast(I32).cast(F32)
         return factor
 
-    def panel_value(self, row: UOp, col: UOp, num_cols: int) -> UOp:
-        """One whole value at a row that is data (an embedding row), as float32."""
-        panel, lane = row // PANEL, row % PANEL
-        run = panel * num_cols + col
+    def value(self, row: UOp, col: UOp, num_cols: int, layout: str) -> UOp:
+        """One whole value at a row that is data (an embedding row), as float32, in either layout."""
+        if layout == "panel":
+            run, lane = row // PANEL * num_cols + col, row % PANEL
+        else:
+            run, lane = row * (num_cols // PANEL) + col // PANEL, col % PANEL
         if not self.fmt.is_quantized:
             value = self.codes[run * PANEL + lane].load()
             return (value.cast(U32) << 16).bitcast(F32) if self.fmt.name == "bfloat16" else value.cast(F32)
@@ -147,11 +149,26 @@ class Planes:
             width, lanes = self.fmt.high_bits, HIGH_LANES[self.fmt.high_bits]
             high = self.high[run * lanes + lane % lanes].load().cast(I32) >> (lane // lanes * width).cast(I32)
             code = code + ((high & ((1 << width) - 1)) << 4)
-        group = col // self.fmt.group
-        value = (code - self.fmt.offset).cast(F32) * self.panel_factor("scale", panel, group, lane, num_cols)
+        value = (code - self.fmt.offset).cast(F32) * self._factor(self.scale, row, col, num_cols, layout)
         if self.minimum is not None:
-            value = value + self.panel_factor("minimum", panel, group, lane, num_cols)
+            value = value + self._factor(self.minimum, row, col, num_cols, layout)
         return value
+
+    def _factor(
+        self, scales: tuple[ScaleFormat, UOp, UOp | None] | None, row: UOp, col: UOp, num_cols: int, layout: str
+    ) -> UOp:
+        """The scale or minimum that covers one value."""
+        assert scales is not None
+        fmt, base, steps = scales
+
+        def at(span: int) -> UOp:
+            per_row = num_cols // span
+            if layout == "panel":
+                return (row // PANEL * per_row + col // span) * PANEL + row % PANEL
+            return row * per_row + col // span
+
+        factor = base[at(fmt.span)].load().cast(F32)
+        return factor if steps is None else factor * steps[at(self.fmt.group)].load().cast(I32).cast(F32)
 
 
 # -- packing ---------------------------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ class _Row:
         self.lanes = GPU_LANES if spec.has_threads else CPU_LANES
         self.axes = (self.axis,) if self.thread is None else (self.axis, self.thread)
         self.base = self.axis * spec.stride
+        self.chunks = max(2, -(-spec.vocab_size // self.lanes))  # 2: see Body.fold_while
 
     def param(self, name: str) -> UOp:
         """This row's int32 word of a step input."""
@@ -107,7 +108,7 @@ class _Row:
         targets = [reg.after(*self.axes, *after) for reg in regs]
         start = UOp.group(*[t[i].store(v) for t, v in zip(targets, init, strict=True) for i in range(lanes)])
         regs = [reg.after(start) for reg in regs]
-        chunk = self.body.fold_while(is_wanted * -(-self.spec.vocab_size // self.lanes))
+        chunk = self.body.fold_while(is_wanted * self.chunks)
         olds = [[reg.after(chunk)[i].load() for reg in regs] for i in range(lanes)]
         news = [step(*self._index(chunk, i), old) for i, old in enumerate(olds)]
         stores = [reg.after(chunk)[i].store(news[i][s]) for s, reg in enumerate(regs) for i in range(lanes)]
@@ -123,7 +124,7 @@ class _Row:
     def _index(self, chunk: UOp, lane: int) -> tuple[UOp, UOp]:
         """The value that a lane looks at, bounded, and whether it is inside the row."""
         index = chunk.cast(dtypes.weakint) * self.lanes + (lane if self.thread is None else self.thread)
-        if self.spec.vocab_size % self.lanes == 0:
+        if self.spec.vocab_size == self.chunks * self.lanes:
             return index, UOp.const(True, dtypes.bool)
         inside = index < self.spec.vocab_size
         return inside.where(index, 0), inside

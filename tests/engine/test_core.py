@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from tests.engine.fakes import FakeModelRunner
+from tests.scheduling.fakes import make_request, run_alone
+from tinyvllm.engine.core import EngineCore
+from tinyvllm.errors import ContextLengthError, EngineDeadError, InvariantError
+from tinyvllm.scheduling.block_manager import BlockManager
+from tinyvllm.scheduling.plan import StepOutput, StepPlan
+from tinyvllm.scheduling.scheduler import Scheduler
+
+
+def make_core(runner: FakeModelRunner | None = None) -> EngineCore:
+    runner = runner or FakeModelRunner()
+    capacity = runner.capacity
+    return EngineCore(runner, Scheduler(BlockManager(capacity.num_blocks, capacity.block_size), capacity))
+
+
+def fail(*steps: int) -> FakeModelRunner:
+    """A runner whose steps of these numbers throw."""
+    runner = FakeModelRunner()
+    number = iter(range(1000))
+
+    def before_step(plan: StepPlan) -> None:
+        if next(number) in steps:
+            raise RuntimeError("the device is on fire")
+
+    runner.before_step = before_step
+    return runner
+
+
+def test_a_step_without_work_is_nothing() -> None:
+    core = make_core()
+    assert core.step() == []
+    assert core.stats.extra["num_steps"] == 0
+
+
+def test_steps_move_every_request_to_its_end() -> None:
+    core, requests = make_core(), [make_request(f"r{i}", 5 + i) for i in range(3)]
+    for request in requests:
+        core.add(request)
+    outs = []
+    while core.has_work:
+        outs += core.step()
+    assert len(outs) == 24
+    assert [request.output_ids for request in requests] == [run_alone(request) for request in requests]
+
+
+def test_stats_count_what_happened() -> None:
+    core = make_core()
+    core.add(make_request("a", 9, max_tokens=2))
+    core.add(make_request("b", 9, max_tokens=2))
+    assert (core.stats.num_waiting, core.stats.num_running) == (2, 0)
+    core.step()
+    stats = core.stats
+    assert (stats.num_tokens, stats.num_seqs, stats.num_running, stats.num_waiting) == (18, 2, 2, 0)
+    assert stats.num_free_blocks == 999 - 6
+    assert (stats.pack_s, stats.device_s, stats.num_captures) == (0.25, 0.5, 3)
+    assert stats.schedule_s > 0 and stats.commit_s > 0
+    assert stats.prefix_queries == 18
+    core.step()
+    assert stats.num_tokens == 18, "what was read does not change"
+    stats = core.stats
+    assert (stats.num_running, stats.num_free_blocks) == (0, 999)
+    counters = {"num_steps": 2, "num_failed_steps": 0, "num_computed_tokens": 20, "num_output_tokens": 4}
+    assert stats.extra == counters
+
+
+def test_abort_is_seen_in_the_stats_without_a_step() -> None:
+    core = make_core()
+    core.add(make_request("a"))
+    core.step()
+    assert core.abort("a") is not None
+    assert core.abort("a") is None
+    assert (core.stats.num_running, core.stats.num_free_blocks) == (0, 999)
+
+
+def test_a_refused_request_leaves_nothing_behind() -> None:
+    core = make_core()
+    with pytest.raises(ContextLengthError):
+        core.add(make_request(prompt=256))
+    assert not core.has_work
+
+
+def test_a_step_that_throws_ends_its_requests_and_no_others(caplog: pytest.LogCaptureFixture) -> None:
+    core = make_core(fail(1))
+    first = [make_request(f"r{i}", 9) for i in range(8)]  # as many as run at once
+    waiting = make_request("waiting")
+    for request in (*first, waiting):
+        core.add(request)
+    core.step()
+    with caplog.at_level(logging.ERROR):
+        outs = core.step()
+    assert {out.request for out in outs} == set(first)
+    assert all((out.finish_reason, out.token_id) == ("error", None) for out in outs)
+    assert first[0].error == "the step that computed this request failed with RuntimeError: the device is on fire"
+    assert "Traceback" in caplog.text and "r0, r1" in caplog.text
+    core.scheduler.block_manager.audit()
+    while core.has_work:
+        core.step()
+    assert waiting.output_ids == run_alone(waiting)
+    assert core.stats.extra["num_failed_steps"] == 1
+    assert core.stats.num_free_blocks == 999
+
+
+def test_what_a_failed_step_wrote_is_not_a_cached_prefix() -> None:
+    core = make_core(fail(1))
+    core.add(make_request("a", range(20)))
+    core.step()
+    core.step()
+    again = make_request("b", range(20))
+    core.add(again)
+    core.step()
+    assert again.num_cached_tokens == 0
+
+
+def test_failures_in_a_row_end_the_engine() -> None:
+    core = make_core(fail(0, 1, 3, 4, 5))
+    for index in range(5):
+        core.add(make_request(f"r{index}", max_tokens=1))
+        core.step()
+    core.add(make_request("last"))
+    with pytest.raises(EngineDeadError, match="3 steps in a row have failed, the last with RuntimeError"):
+        core.step()
+
+
+def test_an_output_that_does_not_fit_its_plan_is_a_failed_step() -> None:
+    runner = FakeModelRunner()
+    core, request = make_core(runner), make_request()
+    runner.execute = lambda plan: StepOutput((1, 2), (None, None))
+    core.add(request)
+    (out,) = core.step()
+    assert (out.finish_reason, request.finish_reason) == ("error", "error")
+    assert "samples 1 tokens" in str(request.error)
+
+
+def test_a_broken_invariant_of_the_scheduler_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core()
+    core.add(make_request())
+    monkeypatch.setattr(core.scheduler.block_manager, "grow", lambda request, num_tokens: False)
+    monkeypatch.setattr(core.scheduler, "_place", lambda request: False)
+    with pytest.raises(InvariantError, match="0 running, 1 waiting, 999 blocks free"):
+        core.step()

@@ -1,0 +1,67 @@
+"""From what a caller asks to Requests that can run: lengths, ids and seeds are checked and resolved here."""
+
+from __future__ import annotations
+
+import operator
+import random
+import time
+from collections.abc import Sequence
+
+from tinyvllm.config import Capacity, SamplingParams
+from tinyvllm.errors import RequestError
+from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.scheduler import check_length, max_request_len
+
+SEED_MASK = 0xFFFFFFFF  # the graph's seeds are 32 bits wide
+
+
+class RequestFactory:
+    """Makes Requests of prompts and settings. Owns the generator that draws the seeds of those that bring none."""
+
+    def __init__(self, vocab_size: int, capacity: Capacity, eos_ids: frozenset[int], seed: int) -> None:
+        self.vocab_size = vocab_size
+        self.capacity = capacity
+        self.eos_ids = eos_ids
+        self._seeds = random.Random(seed)
+
+    def make_requests(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0
+    ) -> list[Request]:
+        """One Request a choice, params.n in all; choice i has the seed of choice 0 plus i.
+
+        Raises RequestError for an empty prompt and for ids that are not in the vocabulary, ContextLengthError for what
+        does not fit: prompt and max_tokens together, where max_tokens is given, else the prompt and one token.
+        """
+        prompt = self._check_ids(prompt_ids, "prompt")
+        self._check_ids(params.stop_token_ids, "stop_token_ids")
+        check_length(len(prompt), params.max_tokens, self.capacity)
+        max_tokens = params.max_tokens
+        if max_tokens is None:
+            max_tokens = max_request_len(self.capacity) - len(prompt)
+        seed = self._seeds.getrandbits(32) if params.seed is None else params.seed
+        return [
+            Request(
+                request_id if params.n == 1 else f"{request_id}:{index}",
+                prompt,
+                params,
+                eos_ids=frozenset() if params.ignore_eos else self.eos_ids,
+                max_tokens=max_tokens,
+                seed=(seed + index) & SEED_MASK,
+                priority=priority,
+                arrival_s=time.monotonic(),
+            )
+            for index in range(params.n)
+        ]
+
+    def _check_ids(self, token_ids: Sequence[int], param: str) -> list[int]:
+        try:
+            ids = [operator.index(token_id) for token_id in token_ids]  # NumPy's integers too
+        except TypeError as error:
+            raise RequestError(f"{param} has a token id that is not an integer: {error}", param=param) from None
+        for token_id in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= token_id < self.vocab_size:
+                raise RequestError(
+                    f"{param} has the token id {token_id}, but the vocabulary's ids are 0 to {self.vocab_size - 1}",
+                    param=param,
+                )
+        return ids

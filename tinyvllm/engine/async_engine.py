@@ -1,0 +1,316 @@
+"""The engine for servers: a thread of its own, asked and read from event loops.
+
+The thread builds the model, runs the steps and turns tokens into text. Callers' event loops post to its inbox, which it
+empties between steps; it answers with one `call_soon_threadsafe` a step and loop, whatever the number of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
+
+from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig, SamplingParams
+from tinyvllm.engine.output import Delta, TextEngine
+from tinyvllm.engine.parts import EngineParts, Progress, load_parts
+from tinyvllm.errors import EngineDeadError, RequestError, TinyvllmError
+from tinyvllm.scheduling.plan import StepStats
+from tinyvllm.scheduling.request import Request
+from tinyvllm.text.chat import ChatTemplate
+from tinyvllm.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Task = Callable[[TextEngine], object]  # what a caller wants done on the engine's thread, between two steps
+Load = Callable[[EngineConfig, Progress], EngineParts]
+
+
+class Stream:
+    """Where the deltas of one call wait for its reader. Made on the reader's event loop and touched there only.
+
+    A reader that is late finds what has gathered merged, one delta a choice: it never holds the engine.
+    """
+
+    def __init__(self, request_id: str, requests: list[Request]) -> None:
+        self.request_id = request_id
+        self.requests = requests
+        self.loop = asyncio.get_running_loop()
+        self.num_open = len(requests)  # choices whose last delta has not been taken
+        self._deltas: dict[int, Delta] = {}
+        self._error: TinyvllmError | None = None
+        self._has_news = asyncio.Event()
+
+    def receive(self, news: Delta | TinyvllmError) -> None:
+        if isinstance(news, Delta):
+            earlier = self._deltas.get(news.index)
+            self._deltas[news.index] = news if earlier is None else earlier.then(news)
+        else:
+            self._error = news
+        self._has_news.set()
+
+    async def take(self) -> list[Delta]:
+        """Wait for news; return all there is. Raises what ended the stream, once its last delta was taken."""
+        await self._has_news.wait()
+        if not self._deltas and self._error is not None:
+            raise self._error
+        deltas, self._deltas = list(self._deltas.values()), {}
+        if self._error is None:
+            self._has_news.clear()
+        self.num_open -= sum(delta.finish_reason is not None for delta in deltas)
+        return deltas
+
+
+class AsyncEngine:
+    """Owns the engine's thread. Every method may be called from any event loop."""
+
+    def __init__(self, config: EngineConfig, progress: Progress | None, load: Load) -> None:
+        self.config = config
+        self.created = int(time.time())
+        self.error: BaseException | None = None  # why the engine did not start, or why its thread has stopped
+        self._progress = progress
+        self._load = load
+        self._parts: EngineParts | None = None
+        self._started: Future[None] = Future()
+        self._started.set_running_or_notify_cancel()  # one caller who stops waiting does not cancel it for the others
+        # Guarded by _wake:
+        self._wake = threading.Condition()
+        self._inbox: list[Task] = []
+        self._streams: dict[str, Stream] = {}  # calls whose reader has not left, by request_id
+        self._stop_at_s: float | None = None  # monotonic; set once a shutdown was asked for
+        self._is_closed = False  # nothing will be taken from the inbox any more
+        # The engine thread's own:
+        self._routes: dict[str, Stream] = {}  # unfinished requests
+        self._thread = threading.Thread(target=self._run, name="tinyvllm-engine", daemon=True)
+
+    @classmethod
+    def start(cls, config: EngineConfig, progress: Progress | None = None, load: Load = load_parts) -> AsyncEngine:
+        """Start the thread, which loads the model, and return at once. `progress` is called on that thread."""
+        engine = cls(config, progress, load)
+        engine._thread.start()
+        return engine
+
+    async def wait_ready(self) -> None:
+        """Return once requests can be answered; raise what kept the engine from it."""
+        await asyncio.wrap_future(self._started)
+        if self.error is not None:
+            raise self.error
+
+    @property
+    def is_ready(self) -> bool:
+        return self._parts is not None and not self._is_closed and self._stop_at_s is None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._loaded.tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        return self._loaded.chat_template
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self._loaded.model_config
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._loaded.capacity
+
+    @property
+    def generation_defaults(self) -> GenerationDefaults:
+        return self._loaded.generation_defaults
+
+    @property
+    def served_model_name(self) -> str:
+        loaded_name = self._parts.name if self._parts is not None else self.config.model
+        return self.config.served_model_name or loaded_name
+
+    def stats(self) -> StepStats:
+        """Counts and seconds of the latest step."""
+        return self._parts.engine.core.stats if self._parts is not None else StepStats()
+
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str, priority: int = 0
+    ) -> AsyncGenerator[Delta, None]:
+        """Yield the request's output as it is made: at least one delta a choice, the last with a finish_reason.
+
+        Waits until the engine is ready. Raises RequestError before the first delta when the request is refused, and
+        EngineDeadError when the engine stops. Closing or cancelling the generator ends the request: its blocks are
+        free at the next step.
+        """
+        await self.wait_ready()
+        stream = Stream(request_id, self._loaded.factory.make_requests(request_id, prompt_ids, params, priority))
+        self._open(stream)
+        try:
+            while stream.num_open:
+                for delta in await stream.take():
+                    yield delta
+        finally:
+            self._leave(stream)
+
+    def abort(self, request_id: str) -> None:
+        """End a request: its reader gets last deltas with finish_reason "abort". Nothing happens if it is unknown."""
+        with self._wake:
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                self._post(partial(self._cancel, stream))
+
+    async def shutdown(self, drain_s: float = 0.0) -> None:
+        """Refuse new requests, give those that run `drain_s` seconds, abort the rest, and end the thread."""
+        with self._wake:
+            stop_at_s = time.monotonic() + drain_s
+            self._stop_at_s = stop_at_s if self._stop_at_s is None else min(stop_at_s, self._stop_at_s)
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def _loaded(self) -> EngineParts:
+        if self._parts is None:
+            raise EngineDeadError("the model is not loaded: await wait_ready() first") from self.error
+        return self._parts
+
+    # On the callers' threads.
+
+    def _open(self, stream: Stream) -> None:
+        with self._wake:
+            if self._is_closed or self._stop_at_s is not None:
+                raise EngineDeadError("the engine is shut down" if self.error is None else str(self.error))
+            if stream.request_id in self._streams:
+                raise RequestError(f"request_id {stream.request_id!r} is in use: choose another", param="request_id")
+            self._streams[stream.request_id] = stream
+            self._post(partial(self._begin, stream))
+
+    def _leave(self, stream: Stream) -> None:
+        with self._wake:
+            if self._streams.get(stream.request_id) is stream:
+                del self._streams[stream.request_id]
+            if stream.num_open:
+                self._post(partial(self._drop, stream))
+
+    def _post(self, task: Task) -> None:
+        """Put a task into the inbox. The caller holds _wake."""
+        if not self._is_closed:
+            self._inbox.append(task)
+            self._wake.notify()
+
+    # On the engine's thread.
+
+    def _run(self) -> None:
+        """The thread: load, serve, close. However it ends, nobody is left waiting."""
+        try:
+            parts = self._load(self.config, self._report)
+        except BaseException as error:
+            self._close(error)
+            self._started.set_exception(error)
+            return
+        self._parts = parts
+        self._started.set_result(None)
+        error_or_none: EngineDeadError | None = None
+        try:
+            self._serve(parts.engine)
+        except BaseException as error:
+            logger.critical("the engine's thread stops", exc_info=error)
+            error_or_none = (
+                error
+                if isinstance(error, EngineDeadError)
+                else EngineDeadError(f"the engine's thread has stopped: {type(error).__name__}: {error}")
+            )
+        self._close(error_or_none)
+        parts.runner.close()
+
+    def _report(self, stage: str, done: int, total: int) -> None:
+        """Pass progress on; a shutdown during the start ends it here."""
+        if self._stop_at_s is not None:
+            raise EngineDeadError("the engine was shut down before it was ready")
+        if self._progress is not None:
+            self._progress(stage, done, total)
+
+    def _serve(self, engine: TextEngine) -> None:
+        while (tasks := self._next_tasks(engine)) is not None:
+            for task in tasks:
+                task(engine)
+            if engine.has_work:
+                self._send([(self._route(request, delta), delta) for request, delta in engine.step()])
+        for stream in set(self._routes.values()):
+            self._cancel(stream, engine)
+
+    def _next_tasks(self, engine: TextEngine) -> list[Task] | None:
+        """Empty the inbox, sleeping while there is nothing to do at all. None when it is time to stop."""
+        with self._wake:
+            while not self._inbox and not engine.has_work and self._stop_at_s is None:
+                self._wake.wait()
+            if self._stop_at_s is not None:
+                is_idle = not self._inbox and not engine.has_work
+                if is_idle or time.monotonic() >= self._stop_at_s:
+                    return None
+            tasks, self._inbox = self._inbox, []
+            return tasks
+
+    def _begin(self, stream: Stream, engine: TextEngine) -> None:
+        for index, request in enumerate(stream.requests):
+            try:
+                engine.add(request, index)
+            except RequestError as error:
+                self._drop(stream, engine)
+                self._send([(stream, error)])
+                return
+            self._routes[request.request_id] = stream
+
+    def _cancel(self, stream: Stream, engine: TextEngine) -> None:
+        """End what is left of a call and tell its reader."""
+        self._send((stream, delta) for delta in self._drop(stream, engine))
+
+    def _drop(self, stream: Stream, engine: TextEngine) -> list[Delta]:
+        """End what is left of a call whose reader has gone."""
+        open_ids = [r.request_id for r in stream.requests if self._routes.get(r.request_id) is stream]
+        last = []
+        for request_id in open_ids:
+            del self._routes[request_id]
+            delta = engine.abort(request_id)
+            if delta is not None:
+                last.append(delta)
+        return last
+
+    def _route(self, request: Request, delta: Delta) -> Stream:
+        if delta.finish_reason is not None:
+            return self._routes.pop(request.request_id)
+        return self._routes[request.request_id]
+
+    def _send(self, news: Iterable[tuple[Stream, Delta | TinyvllmError]]) -> None:
+        """Hand news to the readers' event loops, in one hop each."""
+        by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[Stream, Delta | TinyvllmError]]] = defaultdict(list)
+        for stream, item in news:
+            by_loop[stream.loop].append((stream, item))
+        for loop, batch in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_receive_all, batch)
+            except RuntimeError:  # the loop is closed and its readers with it
+                with self._wake:
+                    for stream in {stream for stream, _ in batch}:
+                        self._post(partial(self._forget, stream))
+
+    def _forget(self, stream: Stream, engine: TextEngine) -> None:
+        """Drop a call whose event loop is closed, which will never leave by itself."""
+        self._drop(stream, engine)
+        with self._wake:
+            if self._streams.get(stream.request_id) is stream:
+                del self._streams[stream.request_id]
+
+    def _close(self, error: BaseException | None) -> None:
+        """Take no more work, and raise EngineDeadError in every reader that still waits."""
+        with self._wake:
+            self.error = error
+            self._is_closed = True
+            self._inbox.clear()
+            streams = list(self._streams.values())
+        reason = "the engine was shut down" if error is None else str(error)
+        self._send([(stream, EngineDeadError(reason)) for stream in streams])
+
+
+def _receive_all(batch: list[tuple[Stream, Delta | TinyvllmError]]) -> None:
+    for stream, news in batch:
+        stream.receive(news)

@@ -1,0 +1,227 @@
+"""The offline engine: prompts in, finished answers out, on the caller's own thread. Names follow vLLM's.
+
+>>> llm = LLM("smollm2-135m-instruct", max_model_len=1024)
+>>> [output] = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=8))
+>>> output.outputs[0].text, output.outputs[0].finish_reason
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.engine.output import Delta, TokenLogprob
+from tinyvllm.engine.parts import Progress as LoadProgress
+from tinyvllm.engine.parts import load_parts
+from tinyvllm.errors import RequestError, TinyvllmError
+from tinyvllm.scheduling.plan import StepStats
+from tinyvllm.scheduling.request import Request
+
+Prompt = str | Mapping[str, Any]  # text, {"prompt": text} or {"prompt_token_ids": ids}
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """How likely a token was. `rank` is 1 for the likeliest; None where it is beyond what was asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+@dataclass
+class CompletionOutput:
+    """One choice: what was said, and why it ended."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None  # of the chosen tokens; None unless logprobs were asked for
+    logprobs: list[dict[int, Logprob]] | None = None  # one a token: the chosen one's and the likeliest
+    finish_reason: str | None = None  # stop, length, error
+    stop_reason: int | str | None = None
+
+    @classmethod
+    def begin(cls, index: int, params: SamplingParams) -> CompletionOutput:
+        """A choice of which nothing was said yet."""
+        return cls(index) if params.logprobs is None else cls(index, cumulative_logprob=0.0, logprobs=[])
+
+    def append(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        for token in delta.logprobs:
+            assert self.logprobs is not None and self.cumulative_logprob is not None
+            self.logprobs.append(_rank(token))
+            self.cumulative_logprob += token.logprob
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its n choices."""
+
+    request_id: str
+    prompt: str | None  # None when ids were given
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    num_cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(output.finish_reason is not None for output in self.outputs)
+
+
+class LLM:
+    """A loaded model for offline use. Bound to the thread that made it, as the device's caches are."""
+
+    def __init__(self, model: str, *, progress: LoadProgress | None = None, **engine_config: Any) -> None:
+        """Load and warm up `model`: a catalogue name, a directory, a .gguf file or a hub id.
+
+        engine_config: fields of EngineConfig, such as max_model_len=1024. progress(stage, done, total) follows the
+        start. Raises ModelError, CapacityError or, for an unknown field, TinyvllmError.
+        """
+        known = [f.name for f in fields(EngineConfig) if f.name != "model"]
+        unknown = sorted(set(engine_config) - set(known))
+        if unknown:
+            raise TinyvllmError(f"LLM has no setting {', '.join(unknown)}: it has {', '.join(known)}")
+        self.config = EngineConfig(model, **engine_config)
+        self._parts = load_parts(self.config, progress)
+        self._thread_id = threading.get_ident()
+        self._numbers = itertools.count()
+
+    @property
+    def stats(self) -> StepStats:
+        """Counts and seconds of the latest step."""
+        return self._parts.engine.core.stats
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's own files recommend."""
+        defaults = self._parts.generation_defaults
+        names = ("temperature", "top_p", "top_k", "min_p")
+        stated = {name: getattr(defaults, name) for name in names if getattr(defaults, name) is not None}
+        return SamplingParams(**stated)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer every prompt, in the order given, as many at a time as fit.
+
+        params: one for all, one a prompt, or None for the model's defaults. use_tqdm: draw a bar, on a terminal.
+        Raises RequestError (ContextLengthError) before anything is computed if one of the prompts cannot run.
+        """
+        batch: Sequence[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        return self._run([self._tokenize(prompt) for prompt in batch], params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **template_arguments: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of several, written with the model's chat template."""
+        template = self._parts.chat_template
+        if template is None:
+            raise RequestError("the model has no chat template: give one as chat_template", param="messages")
+        batch: Any = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        texts = [template.render(conversation, **template_arguments) for conversation in batch]
+        return self._run([(text, self._parts.tokenizer.encode_chat(text)) for text in texts], params, use_tqdm)
+
+    def close(self) -> None:
+        """Give the device's memory back. The LLM cannot be used afterwards."""
+        self._parts.runner.close()
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """The prompt's text, where it has one, and ids."""
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            prompt = prompt.get("prompt", prompt)
+        if not isinstance(prompt, str):
+            raise RequestError(
+                f"a prompt is {type(prompt).__name__} {prompt!r:.100}: give a string, {{'prompt': text}} or "
+                "{'prompt_token_ids': ids}",
+                param="prompt",
+            )
+        return prompt, self._parts.tokenizer.encode(prompt)
+
+    def _run(
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        if threading.get_ident() != self._thread_id:
+            raise TinyvllmError("an LLM is bound to the thread that made it: use AsyncEngine from several threads")
+        outputs: list[RequestOutput] = []
+        requests: list[list[Request]] = []
+        for (text, prompt_ids), one in zip(prompts, self._spread(params, len(prompts)), strict=True):
+            request_id = str(next(self._numbers))
+            choices = self._parts.factory.make_requests(request_id, prompt_ids, one)
+            requests.append(choices)
+            blank = [CompletionOutput.begin(index, one) for index in range(one.n)]
+            outputs.append(RequestOutput(request_id, text, choices[0].prompt_ids, blank))
+        self._generate(requests, outputs, use_tqdm)
+        return outputs
+
+    def _spread(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise RequestError(f"{len(params)} sampling params for {count} prompts: give one for all, or one a prompt")
+        return list(params)
+
+    def _generate(self, requests: list[list[Request]], outputs: list[RequestOutput], use_tqdm: bool) -> None:
+        """Run the requests to their end, filling `outputs`. Whatever is raised, no request is left behind."""
+        engine = self._parts.engine
+        owners = {
+            request.request_id: output for choices, output in zip(requests, outputs, strict=True) for request in choices
+        }
+        try:
+            for choices in requests:
+                for index, request in enumerate(choices):
+                    engine.add(request, index)
+            with _progress_bar(len(outputs), use_tqdm) as advance:
+                while engine.has_work:
+                    for request, delta in engine.step():
+                        output = owners[request.request_id]
+                        output.outputs[delta.index].append(delta)
+                        output.num_cached_tokens = max(output.num_cached_tokens, delta.num_cached_tokens)
+                        if output.finished:
+                            advance()
+        finally:
+            for request_id in owners:
+                engine.abort(request_id)
+
+
+def _rank(token: TokenLogprob) -> dict[int, Logprob]:
+    """The chosen token and the likeliest by id, the chosen first."""
+    ranks = {other.token_id: rank for rank, other in enumerate(token.top, 1)}
+    return {one.token_id: Logprob(one.logprob, ranks.get(one.token_id), one.token) for one in (token, *token.top)}
+
+
+@contextmanager
+def _progress_bar(num_prompts: int, is_wanted: bool) -> Iterator[Any]:
+    """Yield what to call when a prompt is answered. Draws on a terminal only."""
+    console = Console(stderr=True)
+    if not is_wanted or not console.is_terminal:
+        yield lambda: None
+        return
+    columns = (TextColumn("Generating"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("Generating", total=num_prompts)
+        yield lambda: bar.advance(task)

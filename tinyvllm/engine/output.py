@@ -1,0 +1,150 @@
+"""From token ids to text: incremental detokenisation, stop strings, and logprobs with their tokens spelled out."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from tinyvllm.engine.core import EngineCore
+from tinyvllm.scheduling.plan import TokenLogprobs, TokenOut
+from tinyvllm.scheduling.request import Request
+from tinyvllm.text.detokenizer import Detokenizer
+from tinyvllm.text.stop import StopChecker
+from tinyvllm.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, how likely it was, and the likeliest tokens in its place: as many as were asked for, likeliest first."""
+
+    token_id: int
+    token: str
+    bytes: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New output of one choice of one request. The last one of a choice has a finish_reason."""
+
+    index: int  # which of n
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]  # one a token id; empty unless asked for
+    finish_reason: str | None  # stop, length, abort, error
+    stop_reason: int | str | None  # the stop id or stop string that ended it
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int  # so far, of this index
+    error: str | None = None  # a message, when finish_reason is "error"
+
+    def then(self, later: Delta) -> Delta:
+        """This and the next delta of the same choice as one."""
+        return Delta(
+            later.index,
+            self.text + later.text,
+            self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
+            later.finish_reason,
+            later.stop_reason,
+            later.num_prompt_tokens,
+            later.num_cached_tokens,
+            later.num_output_tokens,
+            later.error,
+        )
+
+
+class OutputProcessor:
+    """Owns the text side of one request: bytes that are not yet a character, text that may begin a stop string."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, index: int = 0) -> None:
+        params = request.params
+        self.request = request
+        self.index = index
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens)
+        self._stop = StopChecker(params.stop, params.include_stop_str_in_output) if params.stop else None
+
+    def push(self, out: TokenOut) -> Delta:
+        """The new token as text. When a stop string ends the request, the delta says so before the engine knows."""
+        request, finish_reason = self.request, out.finish_reason
+        text, matched = "" if out.token_id is None else self._detokenize(out), None
+        if finish_reason is not None:
+            text += self._detokenizer.flush()
+        if self._stop is not None and len(request.output_ids) > request.params.min_tokens:
+            text, matched = self._stop.push(text)
+            if finish_reason is not None and matched is None:
+                text += self._stop.flush()
+        return Delta(
+            self.index,
+            text,
+            () if out.token_id is None else (out.token_id,),
+            () if out.token_id is None or out.logprobs is None else (self._spell(out.token_id, out.logprobs),),
+            finish_reason if matched is None else "stop",
+            request.stop_reason if matched is None else matched,
+            request.num_prompt_tokens,
+            request.num_cached_tokens,
+            len(request.output_ids),
+            request.error if finish_reason == "error" else None,
+        )
+
+    def _detokenize(self, out: TokenOut) -> str:
+        """Text that the token adds. The token that ends a text, EOS or a stop id, is no part of it by default."""
+        assert out.token_id is not None
+        if out.finish_reason == "stop" and not self.request.params.include_stop_str_in_output:
+            return ""
+        return self._detokenizer.push(out.token_id)
+
+    def _spell(self, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
+        top = tuple(self._spell_one(other_id, logprob) for other_id, logprob in logprobs.top)
+        return self._spell_one(token_id, logprobs.chosen, top)
+
+    def _spell_one(self, token_id: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        text, data = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
+        return TokenLogprob(token_id, text, data, logprob, top)
+
+
+class TextEngine:
+    """An EngineCore that answers in Deltas. Owns the open requests' processors, and ends what reached a stop string."""
+
+    def __init__(self, core: EngineCore, tokenizer: Tokenizer) -> None:
+        self.core = core
+        self.tokenizer = tokenizer
+        self._processors: dict[str, OutputProcessor] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return self.core.has_work
+
+    def add(self, request: Request, index: int = 0) -> None:
+        """Queue a request whose deltas will carry `index`. Raises as EngineCore.add."""
+        self.core.add(request)
+        self._processors[request.request_id] = OutputProcessor(request, self.tokenizer, index)
+
+    def abort(self, request_id: str) -> Delta | None:
+        """End a request now and free its blocks; return its last delta. None when it is unknown or has finished."""
+        request = self.core.abort(request_id)
+        return None if request is None else self._push(TokenOut(request, None, None, "abort"))
+
+    def step(self) -> list[tuple[Request, Delta]]:
+        """Run one step. Raises as EngineCore.step."""
+        return [(out.request, self._push(out)) for out in self.core.step()]
+
+    def _push(self, out: TokenOut) -> Delta:
+        request = out.request
+        processor = self._processors[request.request_id]
+        try:
+            delta = processor.push(out)
+        except Exception as error:  # text is one request's matter: the others go on
+            logger.exception("the text of request %s cannot be made", request.request_id)
+            message = f"the tokens cannot be turned into text: {error}"
+            counts = request.num_prompt_tokens, request.num_cached_tokens, len(request.output_ids)
+            delta = Delta(processor.index, "", (), (), "error", None, *counts, message)
+        if delta.finish_reason is not None:
+            del self._processors[request.request_id]
+            if delta.finish_reason != out.finish_reason:
+                self.core.finish(request, delta.finish_reason, delta.stop_reason, delta.error)
+        return delta

@@ -1,0 +1,76 @@
+"""What an engine is made of, and how it is found, loaded and put together. Shared by LLM and AsyncEngine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig
+from tinyvllm.engine.admission import RequestFactory
+from tinyvllm.engine.core import EngineCore, Runner
+from tinyvllm.engine.output import TextEngine
+from tinyvllm.scheduling.block_manager import BlockManager
+from tinyvllm.scheduling.scheduler import Scheduler
+from tinyvllm.storage.model_config import read_generation_defaults
+from tinyvllm.storage.resolve import resolve_model
+from tinyvllm.text.chat import ChatTemplate, load_chat_template
+from tinyvllm.text.tokenizer import Tokenizer, load_tokenizer
+
+Progress = Callable[[str, int, int], None]  # stage ("load", "warm-up"), done, total
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """A model that is ready to answer. Bound to the thread that made it."""
+
+    name: str  # what the model's files are called
+    runner: Runner
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    generation_defaults: GenerationDefaults
+    factory: RequestFactory
+    engine: TextEngine
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.runner.model_config
+
+    @property
+    def capacity(self) -> Capacity:
+        return self.runner.capacity
+
+
+def load_parts(config: EngineConfig, progress: Progress | None = None) -> EngineParts:
+    """Find the model's files, load them and warm every graph up; what can be wrong and is quickly read comes first."""
+    files = resolve_model(config.model)
+    tokenizer = load_tokenizer(files)
+    chat_template = load_chat_template(files, config.chat_template)
+    generation_defaults = read_generation_defaults(files)
+
+    from tinyvllm.execution.runner import load_runner  # here, because it starts the device
+
+    runner = load_runner(files, config, progress)
+    try:
+        runner.warm_up(progress)
+    except BaseException:
+        runner.close()
+        raise
+    return assemble(config, files.name, runner, tokenizer, chat_template, generation_defaults)
+
+
+def assemble(
+    config: EngineConfig,
+    name: str,
+    runner: Runner,
+    tokenizer: Tokenizer,
+    chat_template: ChatTemplate | None,
+    generation_defaults: GenerationDefaults,
+) -> EngineParts:
+    """Put a scheduler, a core and a text side around a runner."""
+    capacity = runner.capacity
+    block_manager = BlockManager(capacity.num_blocks, capacity.block_size, config.enable_prefix_caching)
+    scheduler = Scheduler(block_manager, capacity, config.scheduling_policy)
+    eos_ids = frozenset(tokenizer.eos_ids) | frozenset(generation_defaults.eos_ids)
+    factory = RequestFactory(runner.model_config.vocab_size, capacity, eos_ids, config.seed)
+    engine = TextEngine(EngineCore(runner, scheduler), tokenizer)
+    return EngineParts(name, runner, tokenizer, chat_template, generation_defaults, factory, engine)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.builders import GGUFTweaks, byte_vocabulary, write_tiny_gguf
 from tinyvllm.errors import ModelError, UnsupportedModelError
-from tinyvllm.storage.gguf_file import GGUFFile, open_gguf
+from tinyvllm.storage.gguf_file import GGUFFile
 
 VALUES = {
     "test.text": "héllo 世界",
@@ -61,10 +61,9 @@ def test_tensors_are_where_the_gguf_package_finds_them(tmp_path, quant):
 
 def test_a_file_is_read_once_until_it_changes(tmp_path):
     path = write_tiny_gguf(tmp_path / "m.gguf", layers=1).path
-    first = open_gguf(path)
-    assert open_gguf(path) is first
+    assert GGUFFile(path).metadata is GGUFFile(path).metadata
     write_tiny_gguf(path, layers=2)
-    assert open_gguf(path).metadata["llama.block_count"] == 2
+    assert GGUFFile(path).metadata["llama.block_count"] == 2
 
 
 def test_a_file_cut_anywhere_says_so(tmp_path):
@@ -104,7 +103,7 @@ def test_what_is_no_readable_gguf_file_is_named(tmp_path, content, message):
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=message):
-        open_gguf(path)
+        GGUFFile(path)
 
 
 def test_unknown_tensor_type_lists_the_known(tmp_path):
@@ -114,11 +113,11 @@ def test_unknown_tensor_type_lists_the_known(tmp_path):
     type_at = content.index(name) + len(name) + 4 + 8  # one dimension's count and length come between
     path.write_bytes(content[:type_at] + (999).to_bytes(4, "little") + content[type_at + 4 :])
     with pytest.raises(UnsupportedModelError, match=r"output_norm\.weight has type number 999.*known are F32, F16"):
-        open_gguf(path)
+        GGUFFile(path)
 
 
 def test_split_model_is_read_from_its_first_part(tmp_path):
-    file = open_gguf(write_split(tmp_path, 3))
+    file = GGUFFile(write_split(tmp_path, 3))
     assert list(file.tensors) == ["t0", "t1", "t2"]
     assert file.tensors["t2"].data.view(np.float32).tolist() == [2.0] * 6
 
@@ -126,7 +125,7 @@ def test_split_model_is_read_from_its_first_part(tmp_path):
 def test_split_model_says_which_part_is_missing_or_to_be_given(tmp_path):
     first = write_split(tmp_path, 3)
     with pytest.raises(ModelError, match="one of 3 parts: give the first"):
-        open_gguf(tmp_path / "tiny-00002-of-00003.gguf")
+        GGUFFile(tmp_path / "tiny-00002-of-00003.gguf")
     (tmp_path / "tiny-00002-of-00003.gguf").unlink()
     with pytest.raises(ModelError, match=r"beside it there is no tiny-00002-of-00003\.gguf"):
         GGUFFile(first)
@@ -134,4 +133,4 @@ def test_split_model_says_which_part_is_missing_or_to_be_given(tmp_path):
 
 def test_absent_file_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"there is no file .*none\.gguf"):
-        open_gguf(tmp_path / "none.gguf")
+        GGUFFile(tmp_path / "none.gguf")

@@ -52,27 +52,25 @@ class GGUFFile:
     """A GGUF file's metadata and tensors; of a split model, given its first part, the tensors of all parts.
 
     Raises ModelError for a file that is cut short or damaged, UnsupportedModelError for a version of the format or a
-    type of tensor that is not known.
+    type of tensor that is not known. The header is read once for as long as the file stays the same, and what it says
+    is shared by all objects of the file: not to be changed.
     """
 
     def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise ModelError(f"there is no file {path}")
+        status = path.stat()
         self.path = path
-        self.metadata, self.tensors = _read_part(path)
-        for part in _further_parts(path, self.metadata):
-            self.tensors |= _read_part(part)[1]
-
-
-def open_gguf(path: Path) -> GGUFFile:
-    """The file's contents, read once for as long as the file stays the same."""
-    if not path.is_file():
-        raise ModelError(f"there is no file {path}")
-    status = path.stat()
-    return _open_cached(path.resolve(), status.st_mtime_ns, status.st_size)
+        self.metadata, self.tensors = _read_model(path.resolve(), status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=4)
-def _open_cached(path: Path, mtime_ns: int, num_bytes: int) -> GGUFFile:
-    return GGUFFile(path)
+def _read_model(path: Path, mtime_ns: int, num_bytes: int) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+    """Metadata and tensors of a file and, if it was split, of its further parts."""
+    metadata, tensors = _read_part(path)
+    for part in _further_parts(path, metadata):
+        tensors |= _read_part(part)[1]
+    return metadata, tensors
 
 
 def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:

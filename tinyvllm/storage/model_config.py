@@ -13,7 +13,7 @@ import numpy as np
 
 from tinyvllm.config import DTYPES, GenerationDefaults, ModelConfig, ModelFiles, RopeScaling
 from tinyvllm.errors import ModelError, UnsupportedModelError
-from tinyvllm.storage.gguf_file import GGUFFile, open_gguf
+from tinyvllm.storage.gguf_file import GGUFFile
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ ROPE_FREQS = "rope_freqs.weight"
 def read_model_config(files: ModelFiles) -> ModelConfig:
     """Raises UnsupportedModelError for what cannot be run, ModelError for values that are missing or make no sense."""
     if files.kind == "gguf":
-        return _from_gguf(open_gguf(files.path), files.name)
+        return _from_gguf(GGUFFile(files.path), files.name)
     path = files.path / "config.json"
     return _from_hf(Values(path, read_json(path)), files.name)
 
@@ -45,7 +45,7 @@ def read_model_config(files: ModelFiles) -> ModelConfig:
 def read_generation_defaults(files: ModelFiles) -> GenerationDefaults:
     """Sampling values that the model's authors recommend, and every id that ends an answer, the format's own first."""
     if files.kind == "gguf":
-        values = Values(files.path, open_gguf(files.path).metadata)
+        values = Values(files.path, GGUFFile(files.path).metadata)
         eos_keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
         return _generation_defaults(
             values, "general.sampling.", "temp", tuple(i for key in eos_keys for i in values.token_ids(key))

@@ -14,7 +14,7 @@ from tinyvllm.config import ModelConfig
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
 from tinyvllm.model.weights.stored import DENSE_DTYPES, StoredTensor, view_dense
-from tinyvllm.storage.gguf_file import GGUFTensor, open_gguf
+from tinyvllm.storage.gguf_file import GGUFFile, GGUFTensor
 from tinyvllm.storage.model_config import ROPE_FREQS
 
 KNOWN_TYPES = (*DENSE_DTYPES, *QUANTIZED_KINDS)
@@ -43,10 +43,10 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """All tensors of the file, by Hugging Face's names (a tensor that has none keeps its own).
 
     `rope_freqs.weight` is left out: it is in `config.rope_divisors`. Raises UnsupportedModelError for tensors of a type
-    that cannot be taken apart, and what open_gguf raises.
+    that cannot be taken apart, and what GGUFFile raises.
     """
     tensors = {}
-    for tensor in open_gguf(path).tensors.values():
+    for tensor in GGUFFile(path).tensors.values():
         if tensor.name == ROPE_FREQS:
             continue
         if tensor.ggml_type not in KNOWN_TYPES:

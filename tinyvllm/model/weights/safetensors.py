@@ -89,12 +89,13 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
             raise ModelError(
                 f"{path} is cut short or damaged: {num_bytes} bytes, header of {header_bytes}; download it again"
             )
-        try:
-            header = json.loads(file.read(header_bytes))
-        except ValueError as error:
-            raise ModelError(f"{path} is damaged: its header is not JSON ({error}); download it again") from error
+        header = file.read(header_bytes)
     data = np.asarray(np.memmap(path, np.uint8, "r"))[8 + header_bytes :]
-    return {name: _tensor(path, name, info, data) for name, info in header.items() if name != "__metadata__"}
+    try:
+        infos = json.loads(header)
+        return {name: _tensor(path, name, info, data) for name, info in infos.items() if name != "__metadata__"}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"{path} is damaged: its header makes no sense ({error!r}); download it again") from error
 
 
 def _tensor(path: Path, name: str, info: dict[str, Any], data: np.ndarray) -> StoredTensor:

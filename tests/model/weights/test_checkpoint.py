@@ -1,0 +1,283 @@
+"""Both formats give the same weights under the same names, and nothing missing or left over goes unnoticed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from tests.builders import (
+    LLAMA3_SCALING,
+    WIDE,
+    GGUFTweaks,
+    TinyLlama,
+    encode_floats,
+    make_weights,
+    write_safetensors,
+    write_tiny_gguf,
+    write_tiny_hf_llama,
+)
+from tinyvllm.arrays import BFloat16Array, QuantizedMatrix, to_float32
+from tinyvllm.config import ModelFiles
+from tinyvllm.errors import ModelError, UnsupportedModelError, WeightMismatchError
+from tinyvllm.model.weights.checkpoint import Checkpoint, open_checkpoint
+from tinyvllm.model.weights.gguf import canonical_name
+from tinyvllm.model.weights.quant import QUANTIZED_KINDS
+from tinyvllm.storage.catalogue import DEFAULT_MODEL
+from tinyvllm.storage.gguf_file import GGUFFile
+from tinyvllm.storage.model_config import read_model_config
+from tinyvllm.storage.resolve import resolve_model
+
+Q_NAME = "model.layers.0.self_attn.q_proj.weight"
+
+
+def open_files(files: ModelFiles) -> Checkpoint:
+    return open_checkpoint(files, read_model_config(files))
+
+
+def take_all(files: ModelFiles, **numbers: Any) -> dict[str, np.ndarray]:
+    """Every tensor of the model, in float32; finish() is content."""
+    checkpoint = open_files(files)
+    shapes = {name: weight.shape for name, weight in make_weights(TinyLlama(**numbers)).items()}
+    assert checkpoint.names() == sorted(shapes)
+    taken = {name: to_float32(checkpoint.take(name, shape)) for name, shape in shapes.items()}
+    checkpoint.finish()
+    return taken
+
+
+def assert_same(taken: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(taken[name], weight, err_msg=name)
+
+
+def as_stored(weight: np.ndarray, dtype: str) -> np.ndarray:
+    stored = encode_floats(weight, dtype)
+    return to_float32(BFloat16Array(stored) if dtype == "bfloat16" else stored)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_directory_gives_the_weights_that_were_written(tmp_path, dtype, shards):
+    taken = take_all(write_tiny_hf_llama(tmp_path / "m", dtype=dtype, shards=shards, tie=False), tie=False)
+    assert_same(taken, {name: as_stored(w, dtype) for name, w in make_weights(TinyLlama(tie=False)).items()})
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")])
+@pytest.mark.parametrize("numbers", [{}, {"tie": False, "hidden": 96, "kv_heads": 1, "head_dim": 32}])
+def test_unquantised_gguf_gives_the_directory_s_weights_in_its_order(tmp_path, kind, dtype, numbers):
+    taken = take_all(write_tiny_gguf(tmp_path / "m.gguf", quant=kind, **numbers), **numbers)
+    weights = make_weights(TinyLlama(**numbers))
+    assert_same(taken, {name: as_stored(w, dtype) if w.ndim == 2 else w for name, w in weights.items()})
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_quantised_gguf_gives_each_row_s_own_quantisation(tmp_path, kind):
+    """Blocks lie within rows, so reordering rows and quantising may be done in either order."""
+    taken = take_all(write_tiny_gguf(tmp_path / "m.gguf", quant=kind))
+    for name, weight in make_weights(TinyLlama()).items():
+        if weight.ndim == 2:
+            quantization = gguf.GGMLQuantizationType[kind]
+            weight = gguf.quants.dequantize(gguf.quants.quantize(weight, quantization), quantization)
+        np.testing.assert_array_equal(taken[name], weight, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED_KINDS)
+def test_quantised_matrices_stay_quantised(tmp_path, kind):
+    files = write_tiny_gguf(tmp_path / "m.gguf", quant=kind, tweaks=GGUFTweaks(quant_of={"ffn_down": "Q6_K"}), **WIDE)
+    checkpoint = open_files(files)
+    q = checkpoint.take(Q_NAME, (256, 256))
+    down = checkpoint.take("model.layers.1.mlp.down_proj.weight", (256, 512))
+    assert isinstance(q, QuantizedMatrix)
+    assert isinstance(down, QuantizedMatrix)
+    assert (q.kind, down.kind) == (kind, "Q6_K")
+
+
+def test_dense_tensors_are_views_of_the_file(tmp_path):
+    for files in (write_tiny_hf_llama(tmp_path / "m"), write_tiny_gguf(tmp_path / "m.gguf", quant="F32")):
+        matrix = open_files(files).take("model.layers.0.mlp.up_proj.weight", (96, 64))
+        assert isinstance(matrix, np.ndarray)
+        assert not matrix.flags.owndata
+        assert not matrix.flags.writeable
+
+
+def test_rope_divisors_are_no_surplus(tmp_path):
+    take_all(write_tiny_gguf(tmp_path / "m.gguf", rope_scaling=LLAMA3_SCALING))
+
+
+def test_buffers_and_the_copy_of_a_tied_head_are_ignored(tmp_path):
+    files = write_tiny_hf_llama(tmp_path / "m")
+    weights = make_weights(TinyLlama())
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    write_safetensors(files.path / "model.safetensors", weights)
+    take_all(files)
+
+
+# --- strictness --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_missing_tensor_is_named(tmp_path, form):
+    if form == "gguf":
+        files = write_tiny_gguf(tmp_path / "m.gguf", tweaks=GGUFTweaks(drop=("blk.0.attn_q.weight",)))
+    else:
+        files = write_tiny_hf_llama(tmp_path / "m")
+        weights = make_weights(TinyLlama())
+        del weights[Q_NAME]
+        write_safetensors(files.path / "model.safetensors", weights)
+    with pytest.raises(WeightMismatchError, match=rf"has no tensor {Q_NAME} \(shape \(64, 64\)\)"):
+        open_files(files).take(Q_NAME, (64, 64))
+
+
+def test_surplus_tensors_are_named(tmp_path):
+    tweaks = GGUFTweaks(extra={"blk.0.attn_q.bias": np.ones(64), "strange.weight": np.ones(3)})
+    checkpoint = open_files(write_tiny_gguf(tmp_path / "m.gguf", tweaks=tweaks))
+    for name, weight in make_weights(TinyLlama()).items():
+        checkpoint.take(name, weight.shape)
+    with pytest.raises(
+        WeightMismatchError,
+        match=r"has 2 tensor\(s\) that .*: model\.layers\.0\.self_attn\.q_proj\.bias, strange\.weight$",
+    ):
+        checkpoint.finish()
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_misshapen_tensor_is_named_with_both_shapes(tmp_path, form):
+    files = write_tiny_gguf(tmp_path / "m.gguf") if form == "gguf" else write_tiny_hf_llama(tmp_path / "m")
+    with pytest.raises(WeightMismatchError, match=rf"{Q_NAME} has shape \(64, 64\), but .* ask for \(64, 32\)"):
+        open_files(files).take(Q_NAME, (64, 32))
+
+
+def test_unknown_quantisation_lists_the_known_before_anything_is_read(tmp_path):
+    path = write_tiny_gguf(tmp_path / "m.gguf", layers=1, quant="Q4_0").path
+    content = path.read_bytes()
+    name = b"blk.0.attn_v.weight"
+    type_at = content.index(name) + len(name) + 4 + 16  # two dimensions' count and lengths come between
+    kind = int(gguf.GGMLQuantizationType.IQ4_NL).to_bytes(4, "little")  # blocks of Q4_0's size
+    path.write_bytes(content[:type_at] + kind + content[type_at + 4 :])
+    with pytest.raises(
+        UnsupportedModelError, match=r"blk\.0\.attn_v\.weight has type IQ4_NL, .*known: F32, F16, BF16, Q4_0, .*Q6_K"
+    ):
+        open_files(ModelFiles("gguf", path, "m"))
+
+
+# --- files of a directory ----------------------------------------------------------------------------------------
+
+
+def test_shards_without_an_index_are_all_read(tmp_path):
+    files = write_tiny_hf_llama(tmp_path / "m", shards=2)
+    (files.path / "model.safetensors.index.json").unlink()
+    take_all(files)
+
+
+def test_files_that_the_index_does_not_list_are_not_read(tmp_path):
+    files = write_tiny_hf_llama(tmp_path / "m", shards=2)
+    write_safetensors(files.path / "adapter.safetensors", {"strange.weight": np.ones(3, np.float32)})
+    take_all(files)
+
+
+def test_file_that_the_index_lists_must_be_there(tmp_path):
+    files = write_tiny_hf_llama(tmp_path / "m", shards=2)
+    (files.path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"index\.json lists model-00002-of-00002\.safetensors, which is not there"):
+        open_files(files)
+
+
+def test_tensor_that_the_index_lists_must_be_in_its_file(tmp_path):
+    files = write_tiny_hf_llama(tmp_path / "m", shards=2)
+    index = files.path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.extra.weight"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(WeightMismatchError, match=r"places tensor model\.extra\.weight in model-00001.*lacks it"):
+        open_files(files)
+
+
+def test_index_without_a_map_is_named(tmp_path):
+    files = write_tiny_hf_llama(tmp_path / "m", shards=2)
+    (files.path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"index\.json has no weight_map"):
+        open_files(files)
+
+
+def test_tensor_in_two_files_is_named(tmp_path):
+    files = write_tiny_hf_llama(tmp_path / "m", shards=2)
+    (files.path / "model.safetensors.index.json").unlink()
+    write_safetensors(files.path / "model-00003.safetensors", {Q_NAME: np.ones((64, 64), np.float32)})
+    with pytest.raises(WeightMismatchError, match=f"has tensor {Q_NAME}, which another file"):
+        open_files(files)
+
+
+def test_pickled_weights_are_refused_and_never_preferred(tmp_path):
+    files = write_tiny_hf_llama(tmp_path / "m")
+    (files.path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    take_all(files)
+    (files.path / "model.safetensors").unlink()
+    with pytest.raises(
+        UnsupportedModelError, match=r"pickle files \(pytorch_model\.bin\).*convert them to safetensors"
+    ):
+        open_files(files)
+    (files.path / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match=r"has no \*\.safetensors"):
+        open_files(files)
+
+
+def test_cut_file_says_so_wherever_it_was_cut(tmp_path):
+    files = write_tiny_hf_llama(tmp_path / "m", layers=1)
+    path = files.path / "model.safetensors"
+    whole = path.read_bytes()
+    for size in (0, 4, 8, 200, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ModelError, match=r"model\.safetensors is (cut short|damaged)"):
+            open_files(files)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("[1, 2]", "its header makes no sense"),
+        ("{not json", "its header makes no sense"),
+        ('{"a": {"dtype": "F32", "shape": [4]}}', "its header makes no sense"),
+        (
+            '{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}',
+            r"tensor a is F32 of shape \(4,\) in 8 bytes",
+        ),
+    ],
+)
+def test_damaged_header_is_named(tmp_path, header, message):
+    files = write_tiny_hf_llama(tmp_path / "m")
+    content = len(header).to_bytes(8, "little") + header.encode() + bytes(64)
+    (files.path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        open_files(files)
+
+
+def test_pointer_of_git_lfs_is_recognised(tmp_path):
+    files = write_tiny_hf_llama(tmp_path / "m")
+    (files.path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(ModelError, match="pointer of Git LFS"):
+        open_files(files)
+
+
+def test_unknown_type_lists_the_known(tmp_path):
+    files = write_tiny_hf_llama(tmp_path / "m")
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}})
+    content = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
+    (files.path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match="tensor a has type F8_E4M3; known: F32, F16, BF16"):
+        open_files(files).take("a", (4,))
+
+
+@pytest.mark.model
+def test_default_model_is_taken_whole():
+    files = resolve_model(DEFAULT_MODEL)
+    checkpoint = open_files(files)
+    tensors = GGUFFile(files.path).tensors
+    for tensor in tensors.values():
+        matrix = checkpoint.take(canonical_name(tensor.name), tensor.shape)
+        assert isinstance(matrix, QuantizedMatrix) == (len(tensor.shape) == 2)
+    checkpoint.finish()
+    assert len(checkpoint.names()) == len(tensors) == 272

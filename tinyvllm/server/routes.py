@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -18,6 +19,7 @@ from tinyvllm.errors import ContextLengthError, EngineDeadError, RequestError
 from tinyvllm.server.answers import Heading, chat_answer, chat_frames, completion_answer, completion_frames
 from tinyvllm.server.failures import NotReadyError, UnknownModelError
 from tinyvllm.server.protocol import (
+    DEFAULT_COMPLETION_TOKENS,
     ChatCompletion,
     ChatRequest,
     Completion,
@@ -30,6 +32,9 @@ from tinyvllm.server.protocol import (
 )
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import EventStream, Item, begun, guarded, merge, until_disconnect
+
+if TYPE_CHECKING:
+    from tinyvllm.engine.output import Delta
 
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
@@ -84,7 +89,7 @@ def require_ready(state: ServerState) -> None:
     if state.engine.error is not None:
         raise EngineDeadError(f"the engine has stopped: {state.engine.error}. Start the server anew")
     if not state.engine.is_ready:
-        raise NotReadyError("the model is still loading or warming up: try again in some seconds")
+        raise NotReadyError("the model is still loading or warming up, or the server is stopping: try again later")
 
 
 def require_model(state: ServerState, name: str | None) -> None:
@@ -108,14 +113,15 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
     params = body.sampling_params(state.engine.generation_defaults)
     prompts, echoes = await asyncio.to_thread(_read_prompts, state, body)
     heading = _heading(state, "cmpl")
-    streams = [
-        state.metrics.observed(
-            state.engine.generate(ids, params, request_id=f"{heading.id}-{position}", priority=body.priority or 0),
-            arrival_s=arrival_s,
-            n=params.n,
-        )
-        for position, ids in enumerate(prompts)
-    ]
+    streams: list[AsyncGenerator[Delta, None]] = []
+    for position, ids in enumerate(prompts):
+        fitted = params
+        if body.max_tokens is None:  # the default gives way to a long prompt; what was asked for does not
+            room = _context_limit(state) - len(ids)
+            fitted = dataclasses.replace(params, max_tokens=min(DEFAULT_COMPLETION_TOKENS, room))
+        request_id = f"{heading.id}-{position}"
+        deltas = state.engine.generate(ids, fitted, request_id=request_id, priority=body.priority or 0)
+        streams.append(state.metrics.observed(deltas, arrival_s=arrival_s, n=params.n))
     items = merge(streams, params.n)
     if not body.stream:
         wants_logprobs = body.logprobs is not None
@@ -132,8 +138,8 @@ def _read_prompts(state: ServerState, body: CompletionRequest) -> tuple[list[lis
     prompts: list[list[int]] = []
     echoes: list[str] = []
     for prompt in body.prompt:
-        ids = _encode(state, prompt, param="prompt", add_special_tokens=True) if isinstance(prompt, str) else prompt
-        _check_ids(state, ids, param="prompt")
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        _check_ids(state, ids, body.max_tokens, param="prompt")
         prompts.append(ids)
         if not body.echo:
             echoes.append("")
@@ -181,9 +187,8 @@ def _read_messages(state: ServerState, body: ChatRequest) -> list[int]:
     text = template.render(messages, add_generation_prompt=begins, **(body.chat_template_kwargs or {}))
     if goes_on:
         text = _cut_after(text, messages[-1]["content"])
-    # the template has written BOS and the like itself
-    ids = _encode(state, text, param="messages", add_special_tokens=False)
-    _check_ids(state, ids, param="messages")
+    ids = state.engine.tokenizer.encode_chat(text)
+    _check_ids(state, ids, body.token_limit, param="messages")
     return ids
 
 
@@ -208,26 +213,29 @@ def _check_request(state: ServerState, body: GenerationRequest) -> None:
     body.refuse_unsupported()
 
 
-def _encode(state: ServerState, text: str, *, param: str, add_special_tokens: bool) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RequestError(f"{param} holds half of a surrogate pair, which is not a character", param=param) from None
-    return state.engine.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+def _context_limit(state: ServerState) -> int:
+    """Most tokens of prompt and output together: the pool may hold fewer than the model can."""
+    return min(state.engine.capacity.max_model_len, state.engine.capacity.num_tokens)
 
 
-def _check_ids(state: ServerState, ids: list[int], *, param: str) -> None:
-    """Refuse what can never run while the whole request can still be refused, and under the field's own name."""
-    vocab_size, limit = state.engine.model_config.vocab_size, state.engine.capacity.max_model_len
+def _check_ids(state: ServerState, ids: list[int], max_tokens: int | None, *, param: str) -> None:
+    """Refuse what can never run: here, while the whole request can still be refused, and under its field's name."""
+    vocab_size, limit = state.engine.model_config.vocab_size, _context_limit(state)
     if not ids:
         raise RequestError(f"{param} has no tokens: give at least one", param=param)
     if max(ids) >= vocab_size:
         raise RequestError(f"{param} has the token id {max(ids)}, but the vocabulary has {vocab_size}", param=param)
     if len(ids) >= limit:
         raise ContextLengthError(
-            f"{param} has {len(ids)} tokens, but max_model_len is {limit} and one must be left for output: "
-            "shorten it or raise --max-model-len",
+            f"{param} has {len(ids)} tokens, but the maximum context length is {limit} tokens, of which one must be "
+            "left for the output: shorten it, or start the server with a larger --max-model-len",
             param=param,
+        )
+    if max_tokens is not None and len(ids) + max_tokens > limit:
+        raise ContextLengthError(
+            f"{len(ids)} tokens of {param} and {max_tokens} of output are more than the maximum context length of "
+            f"{limit} tokens: shorten the first, ask for fewer, or start the server with a larger --max-model-len",
+            param="max_tokens",
         )
 
 

@@ -26,18 +26,20 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket on host:port (0: any free port). Done before a model is loaded, so that a port in use costs no wait."""
+    if not 0 <= port < 2**16:  # the system would take the lower 16 bits without a word
+        raise TinyvllmError(f"--port is {port}: give a number between 0 (any free port) and 65535")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise TinyvllmError(f"--host {host} --port {port} is no address of this machine: {error}") from error
     sock = socket.socket(family, kind, proto)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind(address)
         sock.listen(2048)  # SO_REUSEADDR lets two bind; the second to listen is told
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         sock.close()
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        if error.errno == errno.EADDRINUSE:
             remedy = "stop the program that has it, or choose another with --port"
             raise TinyvllmError(f"port {port} of {host} is in use: {remedy}") from error
         raise TinyvllmError(f"cannot listen on --host {host} --port {port}: {error}") from error

@@ -1,0 +1,108 @@
+"""`tinyvllm chat`: history, commands and the two ways to interrupt."""
+
+from __future__ import annotations
+
+import builtins
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.fakes import Terminal, make_terminal
+from tinyvllm.errors import EngineDeadError
+
+
+def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
+    """What input() returns, line by line; an exception is what a key press raises."""
+    typed: Iterator[Any] = iter((*lines, EOFError))
+
+    def read(_: str = "") -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(builtins, "input", read)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Terminal:
+    return make_terminal(monkeypatch, tmp_path, reply="Fine.")
+
+
+def test_answers_become_history(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+    type_in(monkeypatch, "hi", "  ", "again")
+    result = terminal.run("chat", "--system", "Be kind.", "--max-tokens", "40")
+    assert result.exit_code == 0 and result.stdout.count("Fine.\n") == 2
+    first, second = (call.prompt for call in terminal.engine.calls)
+    assert first == "<system>Be kind.\n<user>hi\n<assistant>"
+    assert second == "<system>Be kind.\n<user>hi\n<assistant>Fine.\n<user>again\n<assistant>"
+    assert terminal.configs[0].max_num_seqs == 1 and terminal.engine.has_shut_down
+
+
+def test_reset_forgets_and_exit_leaves(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+    type_in(monkeypatch, "hi", "/reset", "again", "/what", "/exit", "never")
+    result = terminal.run("chat")
+    assert [call.prompt for call in terminal.engine.calls] == ["<user>hi\n<assistant>", "<user>again\n<assistant>"]
+    assert "/what is no command" in result.stdout
+
+
+def test_interrupt_at_the_prompt_does_not_leave(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+    type_in(monkeypatch, KeyboardInterrupt, "hi")
+    assert terminal.run("chat").exit_code == 0
+    assert len(terminal.engine.calls) == 1
+
+
+def test_interrupt_stops_the_answer_and_not_the_program(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+    engine = terminal.engine
+    engine.hang_after = 3
+    on_hang = engine.tokenizer.encode_chat
+
+    def encode_and_plan_an_interrupt(text: str) -> list[int]:
+        if not engine.calls:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+        else:
+            engine.hang_after = None
+        return on_hang(text)
+
+    monkeypatch.setattr(engine.tokenizer, "encode_chat", encode_and_plan_an_interrupt)
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        type_in(monkeypatch, "hi", "again")
+        result = terminal.run("chat")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert result.exit_code == 0 and "Fin [stopped]\n" in result.stdout and "Fine.\n" in result.stdout
+    assert engine.closed == ["chat-1"]
+    assert engine.calls[1].prompt == "<user>hi\n<assistant>Fin\n<user>again\n<assistant>"
+
+
+def test_refused_question_is_not_kept(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+    type_in(monkeypatch, "\ud800", "hi")
+    result = terminal.run("chat")
+    assert result.exit_code == 0 and "error: " in result.stderr
+    assert [call.prompt for call in terminal.engine.calls] == ["<user>hi\n<assistant>"]
+
+
+def test_failed_answer_is_told_and_the_chat_goes_on(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+    terminal.engine.fail_after = 2
+    type_in(monkeypatch, "hi")
+    result = terminal.run("chat")
+    assert result.exit_code == 0 and "logits are not finite" in result.stderr
+
+
+def test_dead_engine_ends_the_chat(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+    terminal.engine.refuse = EngineDeadError("the engine's thread has stopped")
+    type_in(monkeypatch, "hi", "again")
+    result = terminal.run("chat")
+    assert result.exit_code == 1 and "thread has stopped" in result.stderr
+    assert len(terminal.engine.calls) == 1
+
+
+def test_model_without_a_template_cannot_chat(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+    terminal.engine.chat_template = None
+    type_in(monkeypatch, "hi")
+    result = terminal.run("chat")
+    assert result.exit_code == 1 and "--chat-template" in result.stderr and terminal.engine.has_shut_down

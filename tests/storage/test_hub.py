@@ -75,11 +75,13 @@ def test_download_asks_for_the_listed_files_at_the_listed_commit(tmp_path, monke
 
 def test_failures_of_the_client_become_ours(tmp_path, monkeypatch):
     def fail(*args, **options):
-        raise ConnectionError("no route to host\nand many more lines")
+        raise ConnectionError("404 Client Error.\n\nRepository Not Found\nand more lines")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
-    with pytest.raises(DownloadError, match=r"did not give org/name: no route to host \(check the name.*HF_TOKEN"):
+    with pytest.raises(
+        DownloadError, match=r"org/name: 404 Client Error\. Repository Not Found \(check the name.*HF_TOKEN"
+    ):
         hub.list_files("org/name")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(DownloadError, match="no route to host"):
+    with pytest.raises(DownloadError, match="404 Client Error"):
         hub.download(hub.Listing("org/name", "0123abc", ()), tmp_path)

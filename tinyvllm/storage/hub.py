@@ -82,7 +82,8 @@ def download(listing: Listing, directory: Path) -> None:
 
 
 def _failure(repo_id: str, error: Exception) -> DownloadError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = " ".join(lines[:2]) or type(error).__name__  # the status, and what the hub says of it
     return DownloadError(
         f"the hub did not give {repo_id}: {reason} (check the name and the network; "
         "for gated models accept the licence on the model's page and set HF_TOKEN)"

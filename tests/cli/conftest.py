@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    root, names = logging.getLogger(), ("tinyvllm", "uvicorn")
+    root, names = logging.getLogger(), ("tinyvllm", "uvicorn.access")
     handlers, level = list(root.handlers), root.level
     yield
     root.handlers[:] = handlers

@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 
 from tinyvllm.config import Capacity, GenerationDefaults, SamplingParams
+from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.output import Delta, TokenLogprob
 from tinyvllm.errors import RequestError
 from tinyvllm.scheduling.plan import StepStats
@@ -183,7 +184,7 @@ def _logprob(text: str, num_top: int) -> TokenLogprob:
 
 
 @contextlib.contextmanager
-def serving(engine: FakeEngine) -> Iterator[str]:
+def serving(engine: FakeEngine | AsyncEngine) -> Iterator[str]:
     """The address of a server of `engine`, on a socket of this machine and a thread of its own."""
     sock = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(make_app(engine), log_config=None, timeout_graceful_shutdown=5))  # type: ignore[arg-type]

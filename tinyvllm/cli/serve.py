@@ -60,9 +60,7 @@ def serve(
 
 
 def _greet(engine: AsyncEngine, address: str) -> None:
-    """Say what was found at start-up, where the server is, and how to try it."""
-    for line in engine.capacity.explanation:
-        log.info("%s", line)
+    """Say where the server is, and how to try it."""
     name = engine.served_model_name
     out.print(f"{name} is served on {address} in OpenAI's format; Ctrl-C stops. Try:", highlight=False, markup=False)
     out.print(_curl_line(address, name, can_chat=engine.chat_template is not None), highlight=False, markup=False)

@@ -36,15 +36,23 @@ class RedErrors(TyperGroup):
 
 
 def set_up_logging(level: str) -> None:
-    """Log to stderr. `level` is for tinyvllm and the HTTP server; other libraries speak from warnings on."""
+    """Log to stderr. `level` is for tinyvllm and its HTTP accesses; other libraries speak from warnings on."""
     if level not in LOG_LEVELS:
         raise TinyvllmError(f"--log-level is {level!r}: choose one of {', '.join(LOG_LEVELS)}")
-    from rich.logging import RichHandler
-
-    handler = RichHandler(console=err, show_path=False, rich_tracebacks=False, log_time_format="%H:%M:%S")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
-    for name in ("tinyvllm", "uvicorn"):
+    logging.basicConfig(level=logging.WARNING, handlers=[_log_handler()], force=True)
+    for name in ("tinyvllm", "uvicorn.access"):
         logging.getLogger(name).setLevel(level.upper())
+
+
+def _log_handler() -> logging.Handler:
+    """On a terminal rich's, which writes above the bars; in files whole lines, which rich would wrap."""
+    if err.is_terminal:
+        from rich.logging import RichHandler
+
+        return RichHandler(console=err, show_path=False, log_time_format="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler
 
 
 @contextlib.contextmanager

@@ -1,0 +1,198 @@
+"""The server around a real AsyncEngine, whose device is one of integers: text, blocks and metrics end to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.engine.fakes import FakeModelRunner, make_parts, say
+from tests.server.fake_engine import serving
+from tinyvllm.config import EngineConfig
+from tinyvllm.engine.async_engine import AsyncEngine
+from tinyvllm.engine.parts import EngineParts, Progress
+from tinyvllm.scheduling.plan import StepStats
+
+USER: Any = [{"role": "user", "content": "hi"}]
+ANSWER = "Grüße, 世界! 👋"
+
+
+class Device:
+    """A device that says ANSWER to everything, and what the engine made around it."""
+
+    def __init__(self) -> None:
+        self.runner = FakeModelRunner(num_blocks=64, max_num_seqs=4)
+        self.runner.choose = say(ANSWER)
+        self.parts: EngineParts | None = None
+
+    def load(self, config: EngineConfig, progress: Progress) -> EngineParts:
+        self.parts = make_parts(self.runner)
+        return self.parts
+
+    def babble(self, step_s: float) -> None:
+        """Never say EOS, and take step_s for each step."""
+        self.runner.choose = lambda request, digest: 97 + digest % 26
+        self.runner.before_step = lambda plan: time.sleep(step_s)
+
+    @property
+    def stats(self) -> StepStats:
+        assert self.parts is not None
+        return self.parts.engine.core.stats
+
+    def wait_until_all_is_free(self) -> None:
+        """Every block is back, and the pool's books are right."""
+        for _ in range(2000):
+            if self.stats.num_free_blocks == 63 and not self.stats.num_running and not self.stats.num_waiting:
+                break
+            time.sleep(0.01)
+        assert self.parts is not None
+        self.parts.engine.core.scheduler.block_manager.audit()
+        assert self.stats.num_free_blocks == 63
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device()
+
+
+@pytest.fixture
+def engine(device: Device) -> Iterator[AsyncEngine]:
+    engine = AsyncEngine.start(EngineConfig("tiny", served_model_name="tiny"), load=device.load)
+    asyncio.run(engine.wait_ready())
+    yield engine
+    asyncio.run(engine.shutdown())
+
+
+@pytest.fixture
+def url(engine: AsyncEngine) -> Iterator[str]:
+    with serving(engine) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_chat_says_what_the_model_says_streamed_and_whole(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="tiny", messages=USER, temperature=0)
+    assert whole.choices[0].message.content == ANSWER and whole.choices[0].finish_reason == "stop"
+    pieces = client.chat.completions.create(model="tiny", messages=USER, temperature=0, stream=True)
+    contents = [chunk.choices[0].delta.content or "" for chunk in pieces]
+    assert "".join(contents) == ANSWER and "\ufffd" not in "".join(contents)
+
+
+def test_second_question_finds_the_first_in_the_cache(client: openai.OpenAI) -> None:
+    cached = []
+    for _ in range(2):
+        usage = client.completions.create(model="tiny", prompt="a long enough prompt", max_tokens=3).usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        cached.append(usage.prompt_tokens_details.cached_tokens)
+    assert cached[0] == 0 and cached[1] == 16  # of 20 tokens: whole blocks of 4, and the last is computed anew
+
+
+def test_stop_seed_and_logprobs(client: openai.OpenAI, device: Device) -> None:
+    stopped = client.completions.create(model="tiny", prompt="x", max_tokens=40, stop="世")
+    assert stopped.choices[0].text == "Grüße, " and stopped.choices[0].finish_reason == "stop"
+    device.babble(step_s=0)
+    texts = [client.completions.create(model="tiny", prompt="x", seed=seed).choices[0].text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2] and len(texts[0]) == 16
+    answer = client.chat.completions.create(model="tiny", messages=USER, max_tokens=5, logprobs=True, top_logprobs=2)
+    assert answer.choices[0].logprobs is not None
+    entries = answer.choices[0].logprobs.content or []
+    assert "".join(entry.token for entry in entries) == answer.choices[0].message.content
+    assert all(len(entry.top_logprobs) == 2 for entry in entries)
+
+
+def test_many_clients_are_answered_at_once(client: openai.OpenAI, device: Device) -> None:
+    def ask(number: int) -> str:
+        answer = client.completions.create(model="tiny", prompt=f"number {number}", max_tokens=40, n=1 + number % 2)
+        return "|".join(choice.text for choice in answer.choices)
+
+    device.runner.choose = say(ANSWER, ANSWER)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(24)))
+    assert answers == [ANSWER, f"{ANSWER}|{ANSWER}"] * 12
+    device.wait_until_all_is_free()
+
+
+def test_clients_that_leave_free_their_blocks(url: str, device: Device) -> None:
+    device.babble(step_s=0.02)  # so that 200 tokens take seconds
+    with contextlib.ExitStack() as streams:
+        for number in range(4):
+            body = {"prompt": f"{number} is a prompt", "max_tokens": 200, "stream": True}
+            response = streams.enter_context(httpx.stream("POST", url + "/v1/completions", json=body, timeout=20))
+            chunks = streams.enter_context(contextlib.closing(response.iter_text()))
+            next(chunks)
+        assert device.stats.num_running == 4 and device.stats.num_free_blocks < 63
+    device.wait_until_all_is_free()
+    assert 'finished_reason="abort",model_name="tiny"} 4.0' in httpx.get(url + "/metrics").text
+
+
+def test_client_that_leaves_the_queue_is_never_run(url: str, device: Device) -> None:
+    device.babble(step_s=0.02)
+    body = {"prompt": "x", "max_tokens": 50, "n": 4}
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=20)
+        while device.stats.num_running < 4:
+            time.sleep(0.01)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url + "/v1/completions", json={"prompt": "late"}, timeout=0.2)
+        assert whole.result().status_code == 200
+    device.wait_until_all_is_free()
+    assert max(len(plan.entries) for plan in device.runner.plans) == 4
+    assert {entry.request.num_prompt_tokens for plan in device.runner.plans for entry in plan.entries} == {1}
+
+
+def test_failed_step_is_an_error_and_the_server_goes_on(client: openai.OpenAI, device: Device) -> None:
+    def fail(plan: Any) -> None:
+        device.runner.before_step = lambda plan: None
+        raise RuntimeError("the device is on fire")
+
+    device.runner.before_step = fail
+    with pytest.raises(openai.InternalServerError, match="on fire"):
+        client.chat.completions.create(model="tiny", messages=USER)
+    assert client.chat.completions.create(model="tiny", messages=USER).choices[0].message.content == ANSWER
+
+
+def test_refusals_carry_their_fields(client: openai.OpenAI) -> None:
+    for arguments, param in (
+        ({"prompt": "x" * 300}, "prompt"),
+        ({"prompt": "x" * 200, "max_tokens": 100}, "max_tokens"),
+        ({"prompt": [9999]}, "prompt"),
+        ({"prompt": "x", "extra_body": {"stop_token_ids": [9999]}}, "stop_token_ids"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(model="tiny", **arguments)  # type: ignore[call-overload]
+        assert refused.value.param == param
+
+
+def test_metrics_show_what_was_done(url: str, client: openai.OpenAI) -> None:
+    client.completions.create(model="tiny", prompt="abcdefgh", max_tokens=5)
+    text = httpx.get(url + "/metrics").text
+    label = 'engine="0",model_name="tiny"'
+    assert f"vllm:kv_cache_usage_perc{{{label}}} 0.0" in text
+    assert f"vllm:prompt_tokens_total{{{label}}} 8.0" in text
+    assert f"vllm:generation_tokens_total{{{label}}} 5.0" in text
+    assert f"vllm:prefix_cache_queries_total{{{label}}} 8.0" in text
+    assert f"tinyvllm:graph_captures_total{{{label}}} 3.0" in text
+
+
+def test_stopping_engine_ends_its_streams(url: str, device: Device, engine: AsyncEngine) -> None:
+    device.babble(step_s=0.02)
+    body = {"prompt": "x", "max_tokens": 200, "stream": True}
+    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=20) as response:
+        chunks = response.iter_text()
+        text = next(chunks)
+        asyncio.run(engine.shutdown())
+        text += "".join(chunks)
+    assert "request_aborted" in text and text.endswith("data: [DONE]\n\n")
+    assert httpx.get(url + "/health").status_code == 503

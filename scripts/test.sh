@@ -8,6 +8,8 @@ export DEV="${DEV:-CPU}" # the device that every machine has
 set_up dev
 "$venv/bin/tinyvllm" pull "$default_model"
 cd "$repo"
-"$venv/bin/python" -m ruff check .
-"$venv/bin/python" -m mypy
-exec "$venv/bin/python" -m pytest "$@"
+failed=0 # all three are run, so that one run says everything
+"$venv/bin/python" -m ruff check --output-format concise . || failed=1
+"$venv/bin/python" -m mypy || failed=1
+"$venv/bin/python" -m pytest "$@" || failed=1
+exit "$failed"

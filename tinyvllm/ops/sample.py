@@ -24,7 +24,7 @@ from tinyvllm.ops.kernel import (
 )  # fmt: skip
 from tinyvllm.ops.step_inputs import StepLayout
 
-CPU_LANES = 32  # accumulators of one core: four AVX2 registers
+CPU_LANES = 32  # accumulators of one core; a loop over them, which clang turns into vectors
 GPU_LANES = 256  # threads of a threadgroup
 # words of an output row: the token, its logprob's bits, the likeliest ids, the bits of their logprobs
 OUT_TOKEN, OUT_LOGPROB, OUT_TOP, OUT_TOP_LOGPROB = 0, 1, 2, 2 + MAX_LOGPROBS
@@ -42,7 +42,7 @@ class SampleSpec:
     layout: StepLayout
     vocab_size: int  # V
     stride: int
-    has_threads: bool  # a threadgroup a row (GPU), or unrolled lanes of one core (CPU)
+    has_threads: bool  # a threadgroup a row (GPU), or the lanes of one core (CPU)
 
 
 def sample(spec: SampleSpec, logits: Tensor, inputs: Tensor) -> Tensor:
@@ -103,48 +103,52 @@ class _Row:
         int32 where its init is an int, else float32.
         """
         kinds = [I32 if isinstance(value, int) else F32 for value in init]
-        lanes = self.lanes if self.thread is None else 1
-        regs = [self.body.registers(lanes, kind) for kind in kinds]
-        targets = [reg.after(*self.axes, *after) for reg in regs]
-        start = UOp.group(*[t[i].store(v) for t, v in zip(targets, init, strict=True) for i in range(lanes)])
-        regs = [reg.after(start) for reg in regs]
+        regs = self._fresh(init, kinds, *self.axes, *after)
         chunk = self.body.fold_while(is_wanted * self.chunks)
-        olds = [[reg.after(chunk)[i].load() for reg in regs] for i in range(lanes)]
-        news = [step(*self._index(chunk, i), old) for i, old in enumerate(olds)]
-        stores = [reg.after(chunk)[i].store(news[i][s]) for s, reg in enumerate(regs) for i in range(lanes)]
-        end = UOp.group(*stores).end(chunk)
-        regs = [reg.after(end) for reg in regs]
-        if self.thread is not None:
-            return self._combine_threads(regs, kinds, init, combine, end)
-        states = [[reg[i].load() for reg in regs] for i in range(lanes)]
-        while len(states) > 1:
-            states = [combine(states[i], states[i + 1]) for i in range(0, len(states), 2)]
-        return self.keep(states[0], kinds, end)
+        lane = self.thread if self.thread is not None else self.body.loop(self.lanes)
+        at = 0 if self.thread is not None else lane
+        new = step(*self._index(chunk, lane), [reg.after(chunk)[at].load() for reg in regs])
+        stores = UOp.group(*[reg.after(chunk)[at].store(value) for reg, value in zip(regs, new, strict=True)])
+        end = stores.end(chunk) if self.thread is not None else stores.end(lane, chunk)
+        return self._combine([reg.after(end) for reg in regs], kinds, init, combine, end)
 
-    def _index(self, chunk: UOp, lane: int) -> tuple[UOp, UOp]:
+    def _fresh(self, init: tuple[float | int, ...], kinds: Sequence[DType], *after: UOp) -> State:
+        """Registers of each lane (all lanes' on a core), set to `init`."""
+        count = 1 if self.thread is not None else self.lanes
+        regs = [self.body.registers(count, kind) for kind in kinds]
+        if self.thread is not None:
+            done = UOp.group(*[reg.after(*after)[0].store(value) for reg, value in zip(regs, init, strict=True)])
+        else:
+            lane = self.body.loop(count)
+            stores = [reg.after(*after)[lane].store(value) for reg, value in zip(regs, init, strict=True)]
+            done = UOp.group(*stores).end(lane)
+        return [reg.after(done) for reg in regs]
+
+    def _index(self, chunk: UOp, lane: UOp) -> tuple[UOp, UOp]:
         """The value that a lane looks at, bounded, and whether it is inside the row."""
-        index = chunk.cast(dtypes.weakint) * self.lanes + (lane if self.thread is None else self.thread)
+        index = chunk.cast(dtypes.weakint) * self.lanes + lane
         if self.spec.vocab_size == self.chunks * self.lanes:
             return index, UOp.const(True, dtypes.bool)
         inside = index < self.spec.vocab_size
         return inside.where(index, 0), inside
 
-    def _combine_threads(
+    def _combine(
         self, regs: State, kinds: Sequence[DType], init: tuple[float | int, ...],
         combine: Callable[[State, State], State], end: UOp,
     ) -> State:  # fmt: skip
-        """Through threadgroup memory; every thread reads all partial results in the same order."""
-        assert self.thread is not None
-        shared = [self.body.shared(self.lanes, kind) for kind in kinds]
-        stores = [s.after(end)[self.thread].store(reg[0].load()) for s, reg in zip(shared, regs, strict=True)]
-        done = UOp.group(*stores)
-        shared = [s.after(done) for s in shared]
+        """The lanes' results, in the order of the lanes. On a GPU through threadgroup memory, in every thread alike."""
+        partial = regs
+        if self.thread is not None:
+            shared = [self.body.shared(self.lanes, kind) for kind in kinds]
+            stores = [s.after(end)[self.thread].store(reg[0].load()) for s, reg in zip(shared, regs, strict=True)]
+            end = UOp.group(*stores)
+            partial = [s.after(end) for s in shared]
         totals = [self.body.registers(1, kind) for kind in kinds]
-        start = UOp.group(*[t.after(done)[0].store(v) for t, v in zip(totals, init, strict=True)])
+        start = UOp.group(*[t.after(end)[0].store(v) for t, v in zip(totals, init, strict=True)])
         totals = [t.after(start) for t in totals]
-        other = self.body.fold(self.lanes)
-        new = combine([t.after(other)[0].load() for t in totals], [s[other].load() for s in shared])
-        folded = UOp.group(*[t.after(other)[0].store(v) for t, v in zip(totals, new, strict=True)]).end(other)
+        lane = self.body.fold(self.lanes)
+        new = combine([t.after(lane)[0].load() for t in totals], [p[lane].load() for p in partial])
+        folded = UOp.group(*[t.after(lane)[0].store(v) for t, v in zip(totals, new, strict=True)]).end(lane)
         return [t.after(folded)[0].load() for t in totals]
 
 

@@ -1,6 +1,6 @@
 """Every error that tinyvllm raises on purpose. A message names the thing, the value, the limit and the remedy.
 
-`server/routes.py` alone maps these to HTTP status codes; the command line prints them without a traceback.
+`server/failures.py` alone maps these to HTTP status codes; the command line prints them without a traceback.
 """
 
 

@@ -179,7 +179,6 @@ def test_engine_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch,
         arguments = {"generate": ("-p", "x"), "serve": ("--port", "0")}.get(command, ())
         result = terminal.run(command, *arguments)
         assert result.exit_code == 1 and "error: the file is cut in half" in result.stderr, command
-    assert terminal.engine.has_shut_down
 
 
 def test_prompt_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

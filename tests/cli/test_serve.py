@@ -98,3 +98,16 @@ def test_server_warms_up_answers_and_stops_cleanly(tmp_path: Path, number: signa
         assert "aborted" in rest and rest.rstrip().endswith("data: [DONE]")
         assert process.wait(timeout=20) == 0
         assert process.stdout.read() == "shut down\n"
+
+
+def test_server_that_still_warms_up_stops_cleanly_too(tmp_path: Path) -> None:
+    with serving(tmp_path) as (process, address):
+        assert process.stdin is not None and process.stdout is not None
+        assert httpx.get(address + "/health").status_code == 503
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(httpx.TransportError):
+            while httpx.get(address + "/health").status_code == 503:
+                pass
+        process.stdin.close()  # what the engine's thread waits for
+        assert process.wait(timeout=20) == 0
+        assert process.stdout.read() == ""

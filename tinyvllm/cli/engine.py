@@ -22,9 +22,6 @@ async def ready_engine(config: EngineConfig) -> AsyncEngine:
     """A warm engine, which the caller shuts down. Raises what kept it from starting."""
     with progress_bars() as report:
         engine = start_engine(config, report)
-        try:
-            await engine.wait_ready()
-        except BaseException:
-            await engine.shutdown()
-            raise
+        # when Ctrl-C ends this wait, nobody waits for the engine's thread: it is a daemon and ends with the process
+        await engine.wait_ready()
     return engine

@@ -120,7 +120,7 @@ def _shown(value: object) -> str:
 
 def _rule(error: Mapping[str, Any]) -> str:
     """pydantic's sentence in our words: "Input should be a valid integer" -> "it must be a valid integer"."""
-    message = str(error["msg"]).removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ").replace(" after validation", "")
     return message.replace("Input should be", "it must be").replace("List should have", "it must have")
 
 

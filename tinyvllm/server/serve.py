@@ -82,7 +82,8 @@ async def serve(
                 return
             server.should_exit = True
             raise
-        on_ready(engine)
+        if not server.should_exit:
+            on_ready(engine)
 
     announcement = asyncio.create_task(announce())
     try:
@@ -102,7 +103,10 @@ class _Server(uvicorn.Server):
         self._engine = engine
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self._engine.shutdown()
+        # While it loads there is nothing to abort, and it could not be waited for: a graph takes long to capture. Its
+        # thread is a daemon and ends with the process.
+        if self._engine.is_ready:
+            await self._engine.shutdown()
         await super().shutdown(sockets)
 
     @contextlib.contextmanager

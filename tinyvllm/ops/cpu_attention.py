@@ -145,42 +145,23 @@ def _attend(body: Body, row: _Row, head: UOp, out: UOp, keys: UOp, values: UOp) 
     spec, axis = row.spec, row.row
     size, dim, group = spec.layout.block_size, spec.head_dim, spec.group
     query = _load_queries(body, row, head, keys)
-    best, total = body.registers(group), body.registers(group)
-    acc = body.registers(group * dim)
-    ready = [fill(best, LOWEST, group, axis, head), fill(total, 0.0, group, axis, head)]
-    d0 = body.loop(group * dim)
-    ready.append(acc.after(acc.after(axis, head)[d0].store(0.0).end(d0)))
-    best, total, acc = ready
-
+    best = fill(body, body.registers(group), LOWEST, axis, head)
+    total = fill(body, body.registers(group), 0.0, axis, head)
+    acc = fill(body, body.registers(group * dim), 0.0, axis, head)
     block = body.fold_while(row.position // size + 1)
     base = row.block(block) * spec.block_elements + head * (dim * size)
-    scores = _scores(body, query, keys, base, block, spec, row, [best, total, acc])
-    weights = body.registers(group * size)
-    updates, rescales = [], []
-    for g in range(group):
-        old = best.after(block)[g].load()
-        new = old.maximum(balanced(scores[g], lambda a, b: a.maximum(b)))
-        decay, shares = exp2(old - new), [exp2(s - new) for s in scores[g]]
-        updates += [weights.after(block)[g * size + x].store(share) for x, share in enumerate(shares)]
-        updates.append(total.after(block)[g].store(total.after(block)[g].load() * decay + balanced(shares)))
-        rescales.append((g, new, decay))
-    done = UOp.group(*updates)
-    for g, new, decay in rescales:
-        d = body.loop(dim)
-        scaled = acc.after(done)[g * dim + d].store(acc.after(block, done)[g * dim + d].load() * decay).end(d)
-        done = UOp.group(scaled, best.after(scaled)[g].store(new))
+    weights, decay, done = _weigh(body, row, query, keys, base, block, best, total, acc)
+    d = body.loop(group * dim)
+    target = acc.after(block, done)
+    acc_done = target[d].store(target[d].load() * decay[d // dim].load()).end(d)
     for g in range(group):
         for start in range(0, dim, VALUE_CHUNK):
-            done = _add_values(body, acc, weights, values, base, g, start, spec, done)
-    end = done.end(block)
+            acc_done = _add_values(body, acc, weights, values, base, g, start, spec, acc_done)
+    end = acc_done.end(block)
     acc, total = acc.after(end), total.after(end)
-    stores = []
-    for g in range(group):
-        d = body.loop(dim)
-        inverse = total[g].load().reciprocal()
-        index = axis * (spec.num_heads * dim) + (head * group + g) * dim + d
-        stores.append(out[index].store(acc[g * dim + d].load() * inverse).end(d))
-    return UOp.group(*stores)
+    g, d = body.loop(group), body.loop(dim)
+    index = axis * (spec.num_heads * dim) + (head * group + g) * dim + d
+    return out[index].store(acc[g * dim + d].load() / total[g].load()).end(d, g)
 
 
 def _load_queries(body: Body, row: _Row, head: UOp, keys: UOp) -> UOp:
@@ -195,38 +176,62 @@ def _load_queries(body: Body, row: _Row, head: UOp, keys: UOp) -> UOp:
     return query.after(stores.end(i, g))
 
 
-def _scores(
-    body: Body, query: UOp, keys: UOp, base: UOp, block: UOp, spec: AttentionSpec, row: _Row, ready: list[UOp]
-) -> list[list[UOp]]:
-    """[G][block_size] scores of one block, LOWEST behind the row's own position. A key is loaded once for all G."""
+def _weigh(
+    body: Body, row: _Row, query: UOp, keys: UOp, base: UOp, block: UOp, best: UOp, total: UOp, acc: UOp
+) -> tuple[UOp, UOp, UOp]:
+    """One block's part of the online softmax: (weights [G][block_size], decay [G] of what was summed before, the stores
+    that moved `best` and `total` on)."""
+    spec = row.spec
     size, group = spec.layout.block_size, spec.group
-    sums = body.registers(group * size)
-    sums = fill(sums, 0.0, group * size, block, query, *ready)
-    d = body.fold(spec.head_dim)
-    inner = sums.after(d)
-    lanes = [keys[base + d * size + x].load().cast(F32) for x in range(size)]
+    scores = _scores(body, row, query, keys, base, block, [best, total, acc])
+    newest, decay = body.registers(group), body.registers(group)
     stores = []
     for g in range(group):
-        q = query[g * spec.head_dim + d].load()
-        stores += [inner[g * size + x].store(inner[g * size + x] + lane * q) for x, lane in enumerate(lanes)]
-    sums = sums.after(UOp.group(*stores).end(d))
-    token = block.cast(I32) * size
-    return [
-        [(token + x <= row.position).where(sums[g * size + x].load(), LOWEST) for x in range(size)]
-        for g in range(group)
-    ]
+        old = best.after(block)[g].load()
+        new = old.maximum(balanced([scores[g * size + x].load() for x in range(size)], lambda a, b: a.maximum(b)))
+        stores += [newest.after(block)[g].store(new), decay.after(block)[g].store(exp2(old - new))]
+    found = UOp.group(*stores)
+    newest, decay = newest.after(found), decay.after(found)
+    weights = body.registers(group * size)
+    g, x = body.loop(group), body.loop(size)
+    share = exp2(scores[g * size + x].load() - newest[g].load())
+    weights = weights.after(weights.after(block)[g * size + x].store(share).end(x, g))
+    stores = []
+    for g in range(group):
+        added = balanced(weights[g * size + x].load() for x in range(size))
+        stores.append(total.after(block)[g].store(total.after(block)[g].load() * decay[g].load() + added))
+        stores.append(best.after(block, weights)[g].store(newest[g].load()))
+    return weights, decay, UOp.group(*stores)
+
+
+def _scores(body: Body, row: _Row, query: UOp, keys: UOp, base: UOp, block: UOp, ready: list[UOp]) -> UOp:
+    """[G][block_size] scores of one block, LOWEST behind the row's own position. A key is loaded once for all G."""
+    spec = row.spec
+    size, group = spec.layout.block_size, spec.group
+    sums = fill(body, body.registers(group * size), 0.0, block, query, *ready)
+    d = body.fold(spec.head_dim)
+    inner = sums.after(d)
+    queries = [query[g * spec.head_dim + d].load() for g in range(group)]
+    x = body.loop(size)
+    key = keys[base + d * size + x].load().cast(F32)
+    stores = [inner[g * size + x].store(inner[g * size + x].load() + key * q) for g, q in enumerate(queries)]
+    sums = sums.after(UOp.group(*stores).end(x, d))
+    g, x = body.loop(group), body.loop(size)
+    is_seen = block.cast(I32) * size + x <= row.position
+    at = g * size + x
+    return sums.after(sums[at].store(is_seen.where(sums[at].load(), LOWEST)).end(x, g))
 
 
 def _add_values(
     body: Body, acc: UOp, weights: UOp, values: UOp, base: UOp, g: int, start: int, spec: AttentionSpec, done: UOp
 ) -> UOp:
-    """acc[g, start : start + 64] += sum over the block's tokens of weight * value."""
+    """acc[g, start : start + VALUE_CHUNK] += sum over the block's tokens of weight * value."""
     size, dim = spec.layout.block_size, spec.head_dim
     token = body.fold(size)
     inner = acc.after(done, token)
     weight = weights.after(done)[g * size + token].load()
-    stores = []
-    for d in range(start, min(start + VALUE_CHUNK, dim)):
-        value = values[base + token * dim + d].load().cast(F32)
-        stores.append(inner[g * dim + d].store(inner[g * dim + d] + value * weight))
-    return UOp.group(*stores).end(token)
+    lane = body.loop(min(VALUE_CHUNK, dim - start))
+    d = lane + start
+    value = values[base + token * dim + d].load().cast(F32)
+    store = inner[g * dim + d].store(inner[g * dim + d].load() + value * weight)
+    return store.end(lane, token)

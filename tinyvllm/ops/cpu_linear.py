@@ -6,13 +6,12 @@ epilogues. Sums run over k in order, lane by lane, so a row's result depends on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinygrad import UOp
 
 from tinyvllm.ops.kernel import F32, Body, KernelFn, balanced, cached_kernel, fill, finish, silu
-from tinyvllm.ops.matrix import PANEL, Format, Planes
+from tinyvllm.ops.matrix import HALF, PANEL, Format, Planes
 
 STAGED_ROWS = 16  # up to here a kernel copies (and normalises) its input rows on its stack; above, rms_norm runs before
 NORM_LANES = 16
@@ -76,15 +75,11 @@ def linear_kernel(spec: LinearSpec) -> KernelFn:
             x = _stage(body, spec, x, norm_weight)
         panel = body.loop(spec.num_rows // PANEL)
         product = _gemv if spec.num_tokens <= GEMV_TOKENS else _gemm
-        row, tile, loops = product(body, spec, planes, x, panel)
-        stores = [
-            store
-            for i, lanes in enumerate(tile)
-            for store in _epilogue(spec, out, residual, row + i, panel, lanes)
-        ]
+        tile = product(body, spec, planes, x, panel)
+        stores = _epilogue(body, spec, out, residual, panel, tile)
         nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
         ops = 2 * spec.num_tokens * spec.num_rows * spec.num_cols
-        return finish(UOp.group(*stores).end(*loops, panel), _name(spec), ops=ops, nbytes=nbytes)
+        return finish(stores.end(*tile.loops, panel), _name(spec), ops=ops, nbytes=nbytes)
 
     return kernel
 
@@ -113,7 +108,7 @@ def _rms_scale(body: Body, x: UOp, token: UOp, spec: NormSpec) -> UOp:
     """A register with 1 / sqrt(mean(x[token]^2) + eps)."""
     cols = spec.num_cols
     sums = body.registers(NORM_LANES)
-    sums = fill(sums, 0.0, NORM_LANES, token, x)
+    sums = fill(body, sums, 0.0, token, x)
     k = body.fold(cols // NORM_LANES)
     inner = sums.after(k)
     values = [x[token * cols + k * NORM_LANES + lane].load().cast(F32) for lane in range(NORM_LANES)]
@@ -139,85 +134,89 @@ def rms_norm_kernel(spec: NormSpec) -> KernelFn:
     return kernel
 
 
-# -- products: each returns (first row of the tile, [[32 lanes] for each row of the tile], loops to close) -------------
+@dataclass(frozen=True)
+class _Tile:
+    """A product's result: rows [first, first + rows) of x against a panel, in registers [rows][32]."""
 
-Tile = tuple[UOp | int, list[list[UOp]], list[UOp]]
+    first: UOp
+    rows: int
+    registers: UOp
+    loops: list[UOp]  # to close when the registers have been stored
 
 
-def _gemv(body: Body, spec: LinearSpec, planes: Planes, x: UOp, panel: UOp) -> Tile:
+def _gemv(body: Body, spec: LinearSpec, planes: Planes, x: UOp, panel: UOp) -> _Tile:
     """Weights are unpacked in registers and used at once: 32 accumulators, one a lane, for each row of the tile.
     Quantised: the codes' product by group, then scaled, so that a weight costs one multiply-add and its scale 1/group."""
     cols, fmt, rows = spec.num_cols, spec.format, spec.gemv_rows
     tile_row = body.loop(spec.num_tokens // rows) if spec.num_tokens > rows else None
     loops = [tile_row] if tile_row is not None else []
     first = tile_row * rows if tile_row is not None else UOp.const(0)
-    lanes = rows * PANEL
-    acc = body.registers(lanes)
-    acc = fill(acc, 0.0, lanes, panel, x, *loops)
+    count = rows * PANEL
+    acc = fill(body, body.registers(count), 0.0, panel, x, *loops)
     if not fmt.is_quantized:
         k = body.fold(cols)
-        stores = _multiply(acc.after(k), planes, x, panel, k, spec, first)
-        acc = acc.after(UOp.group(*stores).end(k))
-        return first, [[acc[r * PANEL + i].load() for i in range(PANEL)] for r in range(rows)], loops
+        acc = acc.after(_multiply(body, acc.after(k), planes, x, panel, k, spec, first).end(k))
+        return _Tile(first, rows, acc, loops)
 
     group = body.fold(cols // fmt.group)
-    count = lanes + (rows if fmt.needs_input_sum else 0)  # the last `rows` registers: the sum of x over the group
-    part = body.registers(count)
-    part = fill(part, 0.0, count, acc, group)
+    part = fill(body, body.registers(count), 0.0, acc, group)
     k = body.fold(fmt.group)
     col = group * fmt.group + k
-    inner = part.after(k)
-    stores = _multiply(inner, planes, x, panel, col, spec, first)
+    stores = [_multiply(body, part.after(k), planes, x, panel, col, spec, first)]
+    total = body.registers(rows)  # the sum of x over the group
     if fmt.needs_input_sum:
-        stores += [inner[lanes + r].store(inner[lanes + r] + x[(first + r) * cols + col].load()) for r in range(rows)]
-    part = part.after(UOp.group(*stores).end(k))
-    outer = acc.after(group, part)
+        total = fill(body, total, 0.0, acc, group)
+        inner = total.after(k)
+        stores += [inner[r].store(inner[r].load() + x[(first + r) * cols + col].load()) for r in range(rows)]
+    done = UOp.group(*stores).end(k)
+    part, total, outer = part.after(done), total.after(done), acc.after(group, done)
+    lane = body.loop(PANEL)
+    scale = planes.panel_factor("scale", panel, group, lane, cols)
+    minimum = planes.panel_factor("minimum", panel, group, lane, cols) if planes.minimum is not None else None
     sums = []
-    for i in range(PANEL):
-        scale = planes.panel_factor("scale", panel, group, i, cols)
-        minimum = planes.panel_factor("minimum", panel, group, i, cols) if planes.minimum is not None else None
-        for r in range(rows):
-            dot = part[r * PANEL + i].load()
-            if fmt.offset:
-                dot = dot - part[lanes + r].load() * float(fmt.offset)
-            dot = dot * scale
-            if minimum is not None:
-                dot = dot + part[lanes + r].load() * minimum
-            sums.append(outer[r * PANEL + i].store(outer[r * PANEL + i] + dot))
-    acc = acc.after(UOp.group(*sums).end(group))
-    return first, [[acc[r * PANEL + i].load() for i in range(PANEL)] for r in range(rows)], loops
+    for r in range(rows):
+        dot = part[r * PANEL + lane].load()
+        if fmt.offset:
+            dot = dot - total[r].load() * float(fmt.offset)
+        dot = dot * scale
+        if minimum is not None:
+            dot = dot + total[r].load() * minimum
+        sums.append(outer[r * PANEL + lane].store(outer[r * PANEL + lane].load() + dot))
+    acc = acc.after(UOp.group(*sums).end(lane, group))
+    return _Tile(first, rows, acc, loops)
 
 
-def _multiply(acc: UOp, planes: Planes, x: UOp, panel: UOp, col: UOp, spec: LinearSpec, first: UOp) -> list[UOp]:
+def _multiply(body: Body, acc: UOp, planes: Planes, x: UOp, panel: UOp, col: UOp, spec: LinearSpec, first: UOp) -> UOp:
     """acc[r][lane] += code[lane] * x[r] for one column."""
-    codes = [planes.panel_code(panel, col, i, spec.num_cols) for i in range(PANEL)]
     values = [x[(first + r) * spec.num_cols + col].load() for r in range(spec.gemv_rows)]
-    return [
-        acc[r * PANEL + i].store(acc[r * PANEL + i] + code * value)
-        for r, value in enumerate(values)
-        for i, code in enumerate(codes)
-    ]
+    lane = body.loop(spec.format.code_lanes)
+    stores = []
+    for half in range(PANEL // spec.format.code_lanes):
+        code = planes.panel_code(panel, col, lane, spec.num_cols, half)
+        for r, value in enumerate(values):
+            at = r * PANEL + half * HALF + lane
+            stores.append(acc[at].store(acc[at].load() + code * value))
+    return UOp.group(*stores).end(lane)
 
 
-def _gemm(body: Body, spec: LinearSpec, planes: Planes, x: UOp, panel: UOp) -> Tile:
+def _gemm(body: Body, spec: LinearSpec, planes: Planes, x: UOp, panel: UOp) -> _Tile:
     """Unpack the panel to float32 on the stack once, then tiles of 4 rows x 16 lanes (8 AVX2 accumulators)."""
-    cols, rows, half = spec.num_cols, spec.tile_rows, PANEL // 2
+    cols, rows = spec.num_cols, spec.tile_rows
     weights = _unpack_panel(body, spec, planes, x, panel)
     tile_row = body.loop(spec.num_tokens // rows)
-    halves: list[UOp] = []
-    for part in range(2):
-        acc = body.registers(rows * half)
-        acc = fill(acc, 0.0, rows * half, tile_row, weights, *halves)
+    acc = fill(body, body.registers(rows * PANEL), 0.0, tile_row, weights)
+    for half in range(2):
         k = body.fold(cols)
         inner = acc.after(k)
         xs = [x[(tile_row * rows + r) * cols + k].load() for r in range(rows)]
-        ws = [weights[k * PANEL + part * half + i].load() for i in range(half)]
-        stores = [
-            inner[r * half + i].store(inner[r * half + i] + ws[i] * xs[r]) for r in range(rows) for i in range(half)
-        ]
-        halves.append(acc.after(UOp.group(*stores).end(k)))
-    tile = [[halves[i // half][r * half + i % half].load() for i in range(PANEL)] for r in range(rows)]
-    return tile_row * rows, tile, [tile_row]
+        lane = body.loop(HALF)
+        weight = weights[k * PANEL + half * HALF + lane].load()
+        stores = []
+        for r, value in enumerate(xs):
+            at = r * PANEL + half * HALF + lane
+            stores.append(inner[at].store(inner[at].load() + weight * value))
+        acc = acc.after(UOp.group(*stores).end(lane, k))
+    return _Tile(tile_row * rows, rows, acc, [tile_row])
 
 
 def _unpack_panel(body: Body, spec: LinearSpec, planes: Planes, x: UOp, panel: UOp) -> UOp:
@@ -225,40 +224,35 @@ def _unpack_panel(body: Body, spec: LinearSpec, planes: Planes, x: UOp, panel: U
     cols, fmt = spec.num_cols, spec.format
     weights = body.registers(cols * PANEL)
     target = weights.after(panel, x) if spec.num_tokens <= STAGED_ROWS else weights.after(panel)
-    # whole-byte codes: the lanes as a loop, which clang vectorises; packed codes: the lanes unrolled, since each
-    # has its own shift (measured, float32 and Q8_0: 5 x faster this way; 4-bit kinds: 3 x faster that way)
-    lane = body.loop(PANEL) if fmt.bits >= 8 else None
     group = body.loop(cols // fmt.group) if fmt.is_quantized else None
     k = body.loop(fmt.group if fmt.is_quantized else cols)
     col = k if group is None else group * fmt.group + k
-
-    def value(i: UOp | int) -> UOp:
-        code = planes.panel_code(panel, col, i, cols)
-        if group is None:
-            return code
-        if fmt.offset:
-            code = code - float(fmt.offset)
-        code = code * planes.panel_factor("scale", panel, group, i, cols)
-        return code + planes.panel_factor("minimum", panel, group, i, cols) if planes.minimum is not None else code
-
-    if lane is not None:
-        store = target[col * PANEL + lane].store(value(lane)).end(lane)
-    else:
-        store = UOp.group(*[target[col * PANEL + i].store(value(i)) for i in range(PANEL)])
-    return weights.after(store.end(*[loop for loop in (k, group) if loop is not None]))
+    lane = body.loop(fmt.code_lanes)
+    stores = []
+    for half in range(PANEL // fmt.code_lanes):
+        value, at = planes.panel_code(panel, col, lane, cols, half), half * HALF + lane
+        if group is not None:
+            value = value - float(fmt.offset) if fmt.offset else value
+            value = value * planes.panel_factor("scale", panel, group, at, cols)
+            if planes.minimum is not None:
+                value = value + planes.panel_factor("minimum", panel, group, at, cols)
+        stores.append(target[col * PANEL + at].store(value))
+    loops = [loop for loop in (lane, k, group) if loop is not None]
+    return weights.after(UOp.group(*stores).end(*loops))
 
 
-def _epilogue(
-    spec: LinearSpec, out: UOp, residual: UOp | None, row: UOp | int, panel: UOp, lanes: Sequence[UOp]
-) -> list[UOp]:
-    """Stores of one row's 32 lanes."""
-    if spec.epilogue == "silu":
-        half = PANEL // 2
-        lanes = [silu(lanes[i]) * lanes[i + half] for i in range(half)]
-    base = row * spec.out_cols + panel * len(lanes)
-    if residual is not None:
-        lanes = [value + residual[base + i].load() for i, value in enumerate(lanes)]
-    return [out[base + i].store(value) for i, value in enumerate(lanes)]
+def _epilogue(body: Body, spec: LinearSpec, out: UOp, residual: UOp | None, panel: UOp, tile: _Tile) -> UOp:
+    """Stores of the tile's rows."""
+    width = HALF if spec.epilogue == "silu" else PANEL
+    lane = body.loop(width)
+    stores = []
+    for r in range(tile.rows):
+        value = tile.registers[r * PANEL + lane].load()
+        if spec.epilogue == "silu":
+            value = silu(value) * tile.registers[r * PANEL + HALF + lane].load()
+        at = (tile.first + r) * spec.out_cols + panel * width + lane
+        stores.append(out[at].store(value if residual is None else value + residual[at].load()))
+    return UOp.group(*stores).end(lane)
 
 
 @cached_kernel

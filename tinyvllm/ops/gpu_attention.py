@@ -114,7 +114,7 @@ def attention_kernel(spec: GpuAttentionSpec) -> KernelFn:
         kv_head = head // (spec.num_heads // spec.num_kv_heads)
         query = body.shared(dim)
         query = query.after(query.after(*axes)[thread].store(row.rotated(head, thread) * (LOG2E / dim**0.5)))
-        best, total, acc = (fill(body.registers(1), v, 1, *axes) for v in (LOWEST, 0.0, 0.0))
+        best, total, acc = (fill(body, body.registers(1), v, *axes) for v in (LOWEST, 0.0, 0.0))
 
         count = row.position + 1
         step = body.fold_while((count + dim - 1) // dim)
@@ -158,7 +158,7 @@ def attention_kernel(spec: GpuAttentionSpec) -> KernelFn:
 def _score(body: Body, spec: GpuAttentionSpec, query: UOp, keys: UOp, slot: UOp, kv_head: UOp, step: UOp) -> UOp:
     """query . key of the thread's own token."""
     dim = spec.head_dim
-    acc = fill(body.registers(1), 0.0, 1, step)
+    acc = fill(body, body.registers(1), 0.0, step)
     chunk = body.fold(dim // VECTOR)
     base = slot * spec.slot_elements + kv_head * dim + chunk * VECTOR
     products = [query[chunk * VECTOR + i].load() * keys[base + i].load().cast(F32) for i in range(VECTOR)]

@@ -75,10 +75,13 @@ class Body:
         return UOp.placeholder((size,), dtype, self._slot - 1, addrspace=AddrSpace.LOCAL)
 
 
-def fill(registers: UOp, value: float, count: int, *after: UOp) -> UOp:
-    """Set `count` registers to `value`, inside the loops and behind the stores named by `after`."""
-    target = registers.after(*after)
-    return registers.after(UOp.group(*[target[i].store(value) for i in range(count)]))
+def fill(body: Body, registers: UOp, value: float, *after: UOp) -> UOp:
+    """Set all registers to `value`, inside the loops and behind the stores named by `after`."""
+    target, count = registers.after(*after), registers.max_numel()
+    if count == 1:
+        return registers.after(target[0].store(value))
+    i = body.loop(count)
+    return registers.after(target[i].store(value).end(i))
 
 
 def finish(stores: Sequence[UOp] | UOp, name: str, *, ops: int = 0, nbytes: int = 0) -> UOp:

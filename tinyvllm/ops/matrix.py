@@ -24,7 +24,8 @@ from tinyvllm.errors import InvariantError, UnsupportedModelError
 from tinyvllm.ops.kernel import F32, I32, U32
 
 PANEL = 32  # output rows of a panel, and codes of one packed run
-HIGH_LANES = {1: 4, 2: 8}  # bits of the high plane -> bytes that hold them for one run of 32 codes
+HALF = PANEL // 2
+WORD = 32  # bits of a word of the high plane: the bits of a run of 32 codes fill one word, or two
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Format:
     @property
     def high_bits(self) -> int:
         return self.bits - 4 if self.bits in (5, 6) else 0
+
+    @property
+    def code_lanes(self) -> int:
+        """Lanes whose codes are read by one expression: the halves of a run share bytes where codes are packed."""
+        return HALF if self.bits < 8 else PANEL
 
     @property
     def needs_input_sum(self) -> bool:
@@ -103,21 +109,26 @@ class Planes:
 
     # -- reading, in the panel layout --------------------------------------------------------------------------------
 
-    def panel_code(self, panel: UOp, col: UOp, lane: UOp | int, num_cols: int) -> UOp:
-        """The unscaled value of one weight as float32; `lane` is the row inside the panel (an int for packed codes)."""
+    def panel_code(self, panel: UOp, col: UOp, lane: UOp | int, num_cols: int, half: int = 0) -> UOp:
+        """The unscaled value of one weight as float32. `lane` is the row inside the panel; for packed codes (4 to 6
+        bits) inside its half, since the two halves share bytes."""
         run = panel * num_cols + col
-        if self.fmt.name == "bfloat16":  # a bfloat16 is the upper half of a float32
-            return (self.codes[run * PANEL + lane].load().cast(U32) << 16).bitcast(F32)
-        if self.fmt.bits in (8, 16, 32):
-            return self.codes[run * PANEL + lane].load().cast(F32)
-        assert isinstance(lane, int), "packed codes are unrolled by lane"
-        byte = self.codes[run * (PANEL // 2) + lane % (PANEL // 2)].load()
-        code = ((byte & 15) if lane < PANEL // 2 else (byte >> 4)).cast(I32)
-        if self.high is not None:
-            width, lanes = self.fmt.high_bits, HIGH_LANES[self.fmt.high_bits]
-            high = self.high[run * lanes + lane % lanes].load().cast(I32) >> (lane // lanes * width)
-            code = code + ((high & ((1 << width) - 1)) << 4)
-        return code.cast(F32)
+        if self.fmt.bits < 8:
+            byte = self.codes[run * HALF + lane].load()
+            code = ((byte >> 4) if half else (byte & 15)).cast(I32)
+            return (code if self.high is None else code + self._high_bits(run, lane + half * HALF)).cast(F32)
+        value = self.codes[run * PANEL + lane].load()
+        # a bfloat16 is the upper half of a float32
+        return (value.cast(U32) << 16).bitcast(F32) if self.fmt.name == "bfloat16" else value.cast(F32)
+
+    def _high_bits(self, run: UOp, lane: UOp | int) -> UOp:
+        """The bits above the fourth of code `lane` of a run, in their place."""
+        assert self.high is not None
+        width = self.fmt.high_bits
+        bit = lane * width
+        word = self.high[run * width + bit // WORD].load()
+        shift = bit % WORD if isinstance(bit, int) else (bit % WORD).cast(U32)
+        return ((word >> shift) & ((1 << width) - 1)).cast(I32) << 4
 
     def panel_factor(self, which: str, panel: UOp, group: UOp, lane: int | UOp, num_cols: int) -> UOp:
         """The scale (or minimum) of one row's group of columns, as float32."""
@@ -143,12 +154,9 @@ class Planes:
         if self.fmt.bits == 8:
             code = self.codes[run * PANEL + lane].load().cast(I32)
         else:
-            half = PANEL // 2
-            code = (self.codes[run * half + lane % half].load().cast(I32) >> (lane // half * 4).cast(I32)) & 15
+            code = (self.codes[run * HALF + lane % HALF].load().cast(I32) >> (lane // HALF * 4).cast(I32)) & 15
         if self.high is not None:
-            width, lanes = self.fmt.high_bits, HIGH_LANES[self.fmt.high_bits]
-            high = self.high[run * lanes + lane % lanes].load().cast(I32) >> (lane // lanes * width).cast(I32)
-            code = code + ((high & ((1 << width) - 1)) << 4)
+            code = code + self._high_bits(run, lane)
         value = (code - self.fmt.offset).cast(F32) * self._factor(self.scale, row, col, num_cols, layout)
         if self.minimum is not None:
             value = value + self._factor(self.minimum, row, col, num_cols, layout)
@@ -223,7 +231,7 @@ def _quantized_planes(host: QuantizedMatrix, padded: int, layout: str) -> tuple[
     planes = [codes]
     if host.bits != 8:
         runs = codes.reshape(-1, PANEL)  # 32 lanes of one column, or 32 columns of one row
-        planes = [runs[:, : PANEL // 2] & 15 | (runs[:, PANEL // 2 :] & 15) << 4]
+        planes = [runs[:, :HALF] & 15 | (runs[:, HALF:] & 15) << 4]
         if fmt.high_bits:
             planes.append(_pack_high(runs >> 4, fmt.high_bits))
     for scales in (scale, minimum):
@@ -239,12 +247,9 @@ def _scale_format(scales: Scales) -> ScaleFormat:
 
 
 def _pack_high(high: np.ndarray, width: int) -> np.ndarray:
-    """(runs, 32) values of `width` bits -> (runs, lanes) bytes; lane j sits in byte j % lanes, at bit j // lanes * width."""
-    lanes = HIGH_LANES[width]
-    packed = np.zeros((len(high), lanes), np.uint8)
-    for step in range(PANEL // lanes):
-        packed |= high[:, step * lanes : (step + 1) * lanes] << (step * width)
-    return packed
+    """(runs, 32) values of `width` bits -> (runs, width) uint32 words; lane j at bit j * width, low bits first."""
+    bits = np.unpackbits(high[:, :, None], axis=2, count=width, bitorder="little")  # (runs, 32, width)
+    return np.packbits(bits.reshape(len(high), -1), axis=1, bitorder="little").view("<u4")
 
 
 # -- the plain reference ---------------------------------------------------------------------------------------------
@@ -272,14 +277,13 @@ def _unpack_values(planes: Planes, matrix: Matrix) -> Tensor:
         return (stored.cast(dtypes.uint) << 16).bitcast(dtypes.float)
     if fmt.bits in (8, 16, 32):
         return stored.cast(dtypes.float)
-    low = stored.reshape(-1, 1, PANEL // 2)
-    codes = (low & 15).cat(low >> 4, dim=1).reshape(-1, PANEL)
+    low = stored.reshape(-1, 1, HALF)
+    codes = (low & 15).cat(low >> 4, dim=1).reshape(-1, PANEL).cast(dtypes.uint)
     if planes.high is not None:
-        lanes = HIGH_LANES[fmt.high_bits]
-        shifts = [step * fmt.high_bits for step in range(PANEL // lanes)]
-        high = planes.high.reshape(-1, 1, lanes)
-        parts = [(high >> shift) & ((1 << fmt.high_bits) - 1) for shift in shifts]
-        codes = codes + (parts[0].cat(*parts[1:], dim=1).reshape(-1, PANEL) << 4)
+        width = fmt.high_bits
+        shifts = Tensor(list(range(0, WORD, width)), dtype=dtypes.uint, device=stored.device)
+        high = (planes.high.reshape(-1, 1) >> shifts.reshape(1, -1)) & ((1 << width) - 1)
+        codes = codes + (high.reshape(-1, PANEL) << 4)
     return codes.reshape(-1).cast(dtypes.float)
 
 

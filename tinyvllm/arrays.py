@@ -40,7 +40,7 @@ class Scales:
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """value[n, k] = (codes[n, k] - offset) * scale[n, k // group] + minimum[n, k // group], in float32, as ggml has it."""
+    """value[n, k] = (codes[n, k] - offset) * scale[n, k // group] + minimum[n, k // group], in float32 as in ggml."""
 
     kind: str  # ggml's name: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K
     codes: np.ndarray  # (N, K) uint8, unsigned codes of `bits` bits; int8 for Q8_0
@@ -64,7 +64,9 @@ class QuantizedMatrix:
 
         scale = pick(self.scale)
         assert scale is not None
-        return QuantizedMatrix(self.kind, self.codes[index], self.bits, self.group, self.offset, scale, pick(self.minimum))
+        return QuantizedMatrix(
+            self.kind, self.codes[index], self.bits, self.group, self.offset, scale, pick(self.minimum)
+        )
 
 
 HostMatrix = np.ndarray | BFloat16Array | QuantizedMatrix
@@ -77,7 +79,7 @@ def to_float32(matrix: HostMatrix) -> np.ndarray:
     if isinstance(matrix, np.ndarray):
         return matrix.astype(np.float32)
     scale = np.repeat(matrix.scale.expand(), matrix.group, axis=1)
-    values = (matrix.codes.astype(np.float32) - matrix.offset) * scale
+    values: np.ndarray = (matrix.codes.astype(np.float32) - matrix.offset) * scale
     if matrix.minimum is not None:
         values += np.repeat(matrix.minimum.expand(), matrix.group, axis=1)
     return values

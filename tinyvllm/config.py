@@ -83,7 +83,9 @@ class EngineConfig:
     """How the engine runs a model. Names follow vLLM's flags."""
 
     model: str  # catalogue name, directory, .gguf file or hub id
-    dtype: str = "auto"  # of activations and unquantised matrices; auto: float32 on a CPU, else float16 (bfloat16 stays)
+    dtype: str = (
+        "auto"  # of activations and unquantised matrices; auto: float32 on a CPU, else float16 (bfloat16 stays)
+    )
     kv_cache_dtype: str = "auto"  # auto: float16 (bfloat16 if dtype is)
     dequantize: bool = False  # unpack quantised weights at load
     block_size: int = 16  # tokens a KV block
@@ -95,7 +97,9 @@ class EngineConfig:
     max_num_seqs: int = 16  # sequences in one step
     max_num_batched_tokens: int = 256  # tokens in one step
     decode_buckets: tuple[int, ...] = ()  # batch sizes of decode graphs; (): powers of two up to max_num_seqs
-    token_buckets: tuple[int, ...] = ()  # token counts of prefill and mixed graphs; (): 16, 64, 256, ... up to the budget
+    token_buckets: tuple[
+        int, ...
+    ] = ()  # token counts of prefill and mixed graphs; (): 16, 64, 256, ... up to the budget
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"  # or "priority": lower numbers first
     seed: int = 0  # base of the seeds of requests that bring none
@@ -114,22 +118,33 @@ class EngineConfig:
             refuse("block-size", self.block_size, "choose 8, 16, 32 or 64 tokens")
         if self.gpu_memory_utilization is not None and not 0.0 < self.gpu_memory_utilization <= 1.0:
             refuse("gpu-memory-utilization", self.gpu_memory_utilization, "give a share above 0 and at most 1")
-        for flag, value in (("max-num-seqs", self.max_num_seqs), ("max-num-batched-tokens", self.max_num_batched_tokens)):
+        for flag, value in (
+            ("max-num-seqs", self.max_num_seqs),
+            ("max-num-batched-tokens", self.max_num_batched_tokens),
+        ):
             if value < 1:
                 refuse(flag, value, "give at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
-            refuse("max-num-batched-tokens", self.max_num_batched_tokens, f"give at least --max-num-seqs ({self.max_num_seqs}), so that every running sequence can decode in one step")
+            refuse(
+                "max-num-batched-tokens",
+                self.max_num_batched_tokens,
+                f"give at least --max-num-seqs ({self.max_num_seqs}): each sequence decodes one token a step",
+            )
         if self.max_model_len is not None and self.max_model_len < 2:
             refuse("max-model-len", self.max_model_len, "give at least 2 tokens: one of prompt and one of output")
         if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 2:
-            refuse("num-gpu-blocks-override", self.num_gpu_blocks_override, "give at least 2: block 0 is a dummy for padded rows")
+            refuse(
+                "num-gpu-blocks-override",
+                self.num_gpu_blocks_override,
+                "give at least 2: block 0 is a dummy for padded rows",
+            )
         if self.scheduling_policy not in ("fcfs", "priority"):
             refuse("scheduling-policy", self.scheduling_policy, "choose fcfs or priority")
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What was found at start-up: the pool and the limits that follow from it. `explanation` says how, one line each."""
+    """What was found at start-up: the pool and the limits that follow from it. `explanation` says how, by lines."""
 
     num_blocks: int  # with block 0, the dummy
     block_size: int  # tokens

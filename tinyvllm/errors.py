@@ -9,7 +9,7 @@ class TinyvllmError(Exception):
 
 
 class RequestError(TinyvllmError):
-    """A caller asked for something that cannot be done: HTTP 400. `param` is the request field at fault, where one is."""
+    """A caller asked for something that cannot be done: HTTP 400. `param` is the request field at fault, if any."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)

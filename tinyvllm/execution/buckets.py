@@ -48,7 +48,9 @@ def _series(first: int, factor: int, limit: int) -> tuple[int, ...]:
 
 def _check(flag: str, sizes: tuple[int, ...], limit_flag: str, limit: int) -> None:
     if min(sizes) < 1 or max(sizes) != limit:
-        raise TinyvllmError(f"--{flag} is {sizes}: the largest must equal --{limit_flag} ({limit}) and the smallest be at least 1")
+        raise TinyvllmError(
+            f"--{flag} is {sizes}: the largest must equal --{limit_flag} ({limit}) and the smallest be at least 1"
+        )
 
 
 def choose_bucket(buckets: list[Bucket], plan: StepPlan) -> Bucket:
@@ -56,4 +58,6 @@ def choose_bucket(buckets: list[Bucket], plan: StepPlan) -> Bucket:
     for bucket in buckets:
         if bucket.is_decode == plan.is_decode and bucket.num_tokens >= plan.num_tokens:
             return bucket
-    raise InvariantError(f"no bucket for a plan of {plan.num_tokens} tokens ({plan.is_decode=}) among {[b.name for b in buckets]}")
+    raise InvariantError(
+        f"no bucket for a plan of {plan.num_tokens} tokens ({plan.is_decode=}) among {[b.name for b in buckets]}"
+    )

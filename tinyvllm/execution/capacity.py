@@ -36,7 +36,8 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: MemoryFacts)
     source = _explain(config, memory, budget, by_memory, useful, num_blocks, block_bytes)
     if num_blocks < 2:
         raise CapacityError(
-            f"no room for KV blocks: {source}. Close other programs, raise --gpu-memory-utilization, or choose a smaller model"
+            f"no room for KV blocks: {source}. "
+            "Close other programs, raise --gpu-memory-utilization, or choose a smaller model"
         )
     fits = (num_blocks - 1) * size
     if config.max_model_len is not None and fits < longest:
@@ -49,7 +50,8 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: MemoryFacts)
     explanation = (
         source,
         f"{num_blocks - 1} blocks of {size} tokens hold {fits} tokens; "
-        f"max_model_len {max_model_len}" + (f" (the model's {model.max_position} do not fit)" if max_model_len < longest else ""),
+        f"max_model_len {max_model_len}"
+        + (f" (the model's {model.max_position} do not fit)" if max_model_len < longest else ""),
     )
     return Capacity(num_blocks, size, max_model_len, config.max_num_seqs, config.max_num_batched_tokens, explanation)
 
@@ -64,13 +66,20 @@ def _longest(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _explain(
-    config: EngineConfig, memory: MemoryFacts, budget: int, by_memory: int, useful: int, num_blocks: int, block_bytes: int
+    config: EngineConfig,
+    memory: MemoryFacts,
+    budget: int,
+    by_memory: int,
+    useful: int,
+    num_blocks: int,
+    block_bytes: int,
 ) -> str:
     if config.num_gpu_blocks_override:
         return f"--num-gpu-blocks-override gives {num_blocks} blocks of {block_bytes / 2**20:.2f} MiB"
     text = (
-        f"{memory.free_bytes / GIB:.2f} GiB free x {memory.share:.2f} = {budget / GIB:.2f} GiB, less {memory.weight_bytes / GIB:.2f} GiB "
-        f"of weights: room for {by_memory} blocks of {block_bytes / 2**20:.2f} MiB"
+        f"{memory.free_bytes / GIB:.2f} GiB free x {memory.share:.2f} = {budget / GIB:.2f} GiB, "
+        f"less {memory.weight_bytes / GIB:.2f} GiB of weights: "
+        f"room for {by_memory} blocks of {block_bytes / 2**20:.2f} MiB"
     )
     if useful < by_memory:
         text += f"; {config.max_num_seqs} sequences can use {useful}"

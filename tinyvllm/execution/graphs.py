@@ -17,7 +17,7 @@ from tinyvllm.ops.step_inputs import StepLayout
 
 @dataclass
 class Graph:
-    """A bucket's captured step. `run` enqueues it on what the packer last wrote; `output` is overwritten by each run."""
+    """A bucket's captured step. `run` enqueues it on what the packer last wrote, and overwrites `output`."""
 
     bucket: Bucket
     layout: StepLayout

@@ -52,7 +52,9 @@ class InputPacker:
         stop = entry.start + entry.count
         num_blocks = -(-stop // size)
         if num_blocks > len(request.block_ids):
-            raise InvariantError(f"request {request.request_id} has {len(request.block_ids)} blocks, but computes up to token {stop}")
+            raise InvariantError(
+                f"request {request.request_id} has {len(request.block_ids)} blocks, but computes up to token {stop}"
+            )
         table = views["block_tables"][index]
         table[:num_blocks] = request.block_ids[:num_blocks]
         rows = slice(row, row + entry.count)

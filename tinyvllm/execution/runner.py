@@ -40,9 +40,7 @@ def load_runner(files: ModelFiles, config: EngineConfig, progress: Progress | No
     free_bytes = device.free_memory()
     backend = make_backend(device, config.dtype, model_config.dtype, dequantize=config.dequantize)
     positions = min(config.max_model_len or model_config.max_position, model_config.max_position)
-    model = make_model(
-        model_config, checkpoint, backend, positions, lambda done, total: report("load", done, total)
-    )
+    model = make_model(model_config, checkpoint, backend, positions, lambda done, total: report("load", done, total))
     kv_dtype = backend.kv_dtype(config.kv_cache_dtype, model_config.dtype)
     memory = MemoryFacts(
         free_bytes=free_bytes,
@@ -51,8 +49,6 @@ def load_runner(files: ModelFiles, config: EngineConfig, progress: Progress | No
         kv_bytes_per_token=model_config.kv_bytes_per_token(FLOATS[kv_dtype].itemsize),
     )
     capacity = plan_capacity(config, model_config, memory)
-    for line in capacity.explanation:
-        logger.info("%s", line)
     pool = backend.make_pool(model_config.num_layers, capacity.num_blocks, capacity.block_size, model.shape, kv_dtype)
     return ModelRunner(model, backend, pool, capacity, make_buckets(config))
 
@@ -113,7 +109,8 @@ class ModelRunner:
 
 def make_output(plan: StepPlan, rows: np.ndarray, *, pack_s: float, device_s: float) -> StepOutput:
     """Unpack the graph's (R, OUT_WIDTH) int32 rows for the plan's sampled entries."""
-    tokens, logprobs = [], []
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs | None] = []
     floats = rows.view(np.float32)
     for i, entry in enumerate(plan.sampled):
         tokens.append(int(rows[i, OUT_TOKEN]))

@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.x and its kin (SmolLM2, Mistral without a window): RMSNorm, grouped-query attention with RoPE, SwiGLU."""
+"""Llama 2, 3, 3.x and kin (SmolLM2, Mistral without a window): RMSNorm, grouped-query attention with RoPE, SwiGLU."""
 
 from __future__ import annotations
 
@@ -36,9 +36,13 @@ class Llama:
     """Owns the weights on the device; `__call__` emits one step's operations."""
 
     def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint, backend: Backend, num_positions: int,
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        num_positions: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Load every tensor. `num_positions`: rows of the rope table (max_model_len). Raises WeightMismatchError."""
         self.config, self.backend, self.checkpoint = config, backend, checkpoint
         self.shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim)
@@ -61,7 +65,9 @@ class Llama:
     def nbytes(self) -> int:
         """Bytes of the matrices on the device."""
         matrices = [m for layer in self.layers for m in (*layer.qkv, layer.attention_out, layer.gate_up, layer.down)]
-        return sum(m.nbytes for m in [*matrices, self.embedding]) + (0 if self.head is self.embedding else self.head.nbytes)
+        return sum(m.nbytes for m in [*matrices, self.embedding]) + (
+            0 if self.head is self.embedding else self.head.nbytes
+        )
 
     @property
     def logit_stride(self) -> int:

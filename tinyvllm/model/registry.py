@@ -34,11 +34,16 @@ FAMILIES: dict[str, Callable[..., Model]] = {"llama": Llama}
 
 
 def make_model(
-    config: ModelConfig, checkpoint: Checkpoint, backend: Backend, num_positions: int,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    backend: Backend,
+    num_positions: int,
     progress: Callable[[int, int], None],
-) -> Model:  # fmt: skip
+) -> Model:
     """Load a model's weights onto the backend's device. Raises UnsupportedModelError, WeightMismatchError."""
     family = FAMILIES.get(config.architecture)
     if family is None:
-        raise UnsupportedModelError(f"architecture {config.architecture!r} is not known; known: {', '.join(sorted(FAMILIES))}")
+        raise UnsupportedModelError(
+            f"architecture {config.architecture!r} is not known; known: {', '.join(sorted(FAMILIES))}"
+        )
     return family(config, checkpoint, backend, num_positions, progress)

@@ -67,7 +67,9 @@ class Backend(Protocol):
     def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout) -> Tensor:
         """(T * K,): the rows of `table` named by the step's token ids."""
 
-    def norm_linear(self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int) -> list[Tensor]:
+    def norm_linear(
+        self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int
+    ) -> list[Tensor]:
         """RMSNorm, then one product for each matrix: [(T * N,)]."""
 
     def linear_add(self, name: str, x: Tensor, matrix: Matrix, residual: Tensor, num_tokens: int) -> Tensor:
@@ -77,9 +79,18 @@ class Backend(Protocol):
         """RMSNorm, then silu(x @ gate.T) * (x @ up.T), (T * N / 2,)."""
 
     def attend(
-        self, qkv: Sequence[Tensor], widths: Sequence[int], shape: AttentionShape, pool: KVPool, layer: int,
-        inputs: Tensor, rope: Tensor, layout: StepLayout, *, is_decode: bool,
-    ) -> Tensor:  # fmt: skip
+        self,
+        qkv: Sequence[Tensor],
+        widths: Sequence[int],
+        shape: AttentionShape,
+        pool: KVPool,
+        layer: int,
+        inputs: Tensor,
+        rope: Tensor,
+        layout: StepLayout,
+        *,
+        is_decode: bool,
+    ) -> Tensor:
         """Rotate, write keys and values to their slots, attend: (T * H * D,)."""
 
     def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:
@@ -92,7 +103,9 @@ class Backend(Protocol):
         """A zeroed pool."""
 
 
-def sample_rows(device: DeviceHandle, logits: Tensor, vocab_size: int, stride: int, inputs: Tensor, layout: StepLayout) -> Tensor:
+def sample_rows(
+    device: DeviceHandle, logits: Tensor, vocab_size: int, stride: int, inputs: Tensor, layout: StepLayout
+) -> Tensor:
     """`Backend.sample`, the same for every device."""
     return sample(SampleSpec(layout, vocab_size, stride, device.has_threads), logits, inputs)
 
@@ -139,5 +152,12 @@ def take(host: HostMatrix, rows: np.ndarray) -> HostMatrix:
 
 
 __all__ = [
-    "OUT_WIDTH", "AttentionShape", "Backend", "KVPool", "Norm", "sample_rows", "stack_rows", "take",
-]  # fmt: skip
+    "OUT_WIDTH",
+    "AttentionShape",
+    "Backend",
+    "KVPool",
+    "Norm",
+    "sample_rows",
+    "stack_rows",
+    "take",
+]

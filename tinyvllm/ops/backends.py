@@ -16,7 +16,9 @@ def make_backend(device: DeviceHandle, dtype: str, stored: str, *, dequantize: b
     if device.is_cpu:
         return CpuBackend(device, None if dtype == "auto" else dtype, dequantize=dequantize)
     if device.name.split(":")[0] not in GPU_DEVICES:
-        raise DeviceError(f"device {device.name} has no kernels here: choose one of CPU, {', '.join(GPU_DEVICES)} with --device")
+        raise DeviceError(
+            f"device {device.name} has no kernels here: choose one of CPU, {', '.join(GPU_DEVICES)} with --device"
+        )
     if dtype == "auto":
         dtype = "bfloat16" if stored == "bfloat16" else "float16"
     return GpuBackend(device, dtype, dequantize=dequantize)

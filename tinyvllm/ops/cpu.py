@@ -68,7 +68,9 @@ class CpuBackend:
         fn = embed_kernel(table.format, tokens, table.used_rows, cols, layout.offset("token_ids"))
         return run_kernel(fn, [self._empty(tokens * cols)], [inputs, *table.planes])[0]
 
-    def norm_linear(self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int) -> list[Tensor]:
+    def norm_linear(
+        self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int
+    ) -> list[Tensor]:
         x, eps, weight = self._normed(x, norm, matrices[0].num_cols, num_tokens)
         return [self._linear(name, x, matrix, num_tokens, eps, weight) for matrix in matrices]
 
@@ -80,11 +82,27 @@ class CpuBackend:
         return self._linear(name, x, matrix, num_tokens, None, [], epilogue="residual", residual=[residual])
 
     def attend(
-        self, qkv: Sequence[Tensor], widths: Sequence[int], shape: AttentionShape, pool: KVPool, layer: int,
-        inputs: Tensor, rope: Tensor, layout: StepLayout, *, is_decode: bool,
-    ) -> Tensor:  # fmt: skip
+        self,
+        qkv: Sequence[Tensor],
+        widths: Sequence[int],
+        shape: AttentionShape,
+        pool: KVPool,
+        layer: int,
+        inputs: Tensor,
+        rope: Tensor,
+        layout: StepLayout,
+        *,
+        is_decode: bool,
+    ) -> Tensor:
         spec = AttentionSpec(
-            layout, shape.num_heads, shape.num_kv_heads, shape.head_dim, pool.num_blocks, is_decode, tuple(widths), pool.dtype
+            layout,
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            pool.num_blocks,
+            is_decode,
+            tuple(widths),
+            pool.dtype,
         )
         keys, values = pool.keys[layer], pool.values[layer]
         out = self._empty(layout.num_tokens * shape.num_heads * shape.head_dim)
@@ -114,9 +132,17 @@ class CpuBackend:
         return normed, None, []
 
     def _linear(
-        self, name: str, x: Tensor, matrix: Matrix, num_tokens: int, eps: float | None, weight: list[Tensor],
-        *, epilogue: str = "none", residual: Sequence[Tensor] = (),
-    ) -> Tensor:  # fmt: skip
+        self,
+        name: str,
+        x: Tensor,
+        matrix: Matrix,
+        num_tokens: int,
+        eps: float | None,
+        weight: list[Tensor],
+        *,
+        epilogue: str = "none",
+        residual: Sequence[Tensor] = (),
+    ) -> Tensor:
         spec = LinearSpec(name, matrix.format, num_tokens, matrix.num_rows, matrix.num_cols, eps, epilogue)
         out = self._empty(num_tokens * spec.out_cols)
         return run_kernel(linear_kernel(spec), [out], [*matrix.planes, x, *weight, *residual])[0]
@@ -137,6 +163,8 @@ def take_rows_kernel(layout: StepLayout, num_cols: int) -> KernelFn:
         seq, col = body.loop(layout.num_seqs), body.loop(num_cols)
         row = inputs[layout.offset("logit_rows") + seq].load().maximum(0).minimum(layout.num_tokens - 1)
         store = out[seq * num_cols + col].store(x[row * num_cols + col].load())
-        return finish(store.end(col, seq), f"take_rows_{layout.num_seqs}x{num_cols}", nbytes=8 * layout.num_seqs * num_cols)
+        return finish(
+            store.end(col, seq), f"take_rows_{layout.num_seqs}x{num_cols}", nbytes=8 * layout.num_seqs * num_cols
+        )
 
     return kernel

@@ -89,7 +89,7 @@ def _name(spec: LinearSpec) -> str:
 
 
 def _stage(body: Body, spec: LinearSpec, x: UOp, norm_weight: UOp | None) -> UOp:
-    """Copy x (T, K) to the stack, RMS-normed where asked: x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019)."""
+    """Copy x (T, K) to the stack, RMS-normed where asked: x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019)."""
     tokens, cols = spec.num_tokens, spec.num_cols
     staged = body.registers(tokens * cols)
     i = body.loop(tokens * cols)
@@ -129,7 +129,12 @@ def rms_norm_kernel(spec: NormSpec) -> KernelFn:
         col = body.loop(cols)
         normed = x[token * cols + col].load() * scale[0] * weight[col]
         store = out[token * cols + col].store(normed).end(col).end(token)
-        return finish(store, f"rms_norm_{spec.num_tokens}x{cols}", ops=4 * spec.num_tokens * cols, nbytes=8 * spec.num_tokens * cols)
+        return finish(
+            store,
+            f"rms_norm_{spec.num_tokens}x{cols}",
+            ops=4 * spec.num_tokens * cols,
+            nbytes=8 * spec.num_tokens * cols,
+        )
 
     return kernel
 
@@ -146,7 +151,8 @@ class _Tile:
 
 def _gemv(body: Body, spec: LinearSpec, planes: Planes, x: UOp, panel: UOp) -> _Tile:
     """Weights are unpacked in registers and used at once: 32 accumulators, one a lane, for each row of the tile.
-    Quantised: the codes' product by group, then scaled, so that a weight costs one multiply-add and its scale 1/group."""
+
+    Quantised: the codes' product by group, then scaled: a weight costs one multiply-add, and its scale 1/group."""
     cols, fmt, rows = spec.num_cols, spec.format, spec.gemv_rows
     tile_row = body.loop(spec.num_tokens // rows) if spec.num_tokens > rows else None
     loops = [tile_row] if tile_row is not None else []

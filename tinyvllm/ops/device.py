@@ -21,7 +21,9 @@ from tinyvllm.errors import DeviceError
 
 NAP_S = 30e-6  # tinygrad's own wait spins and takes a core from the workers: 60 products on two cores, 4.1 -> 2.6 ms
 KERNEL_STACK_BYTES = 64 << 20  # CPU kernels keep their tiles on the stack; threads of a Mac get 512 KiB by default
-UNIFIED_SHARE = 0.5  # of a computer's memory that --gpu-memory-utilization auto may take where it is shared with the rest
+UNIFIED_SHARE = (
+    0.5  # of a computer's memory that --gpu-memory-utilization auto may take where it is shared with the rest
+)
 DISCRETE_SHARE = 0.9
 
 FLOATS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.bfloat16}
@@ -83,7 +85,7 @@ class DeviceHandle:
             return tensor, np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.int32), lambda: None
         host, allocator = np.zeros(words, np.int32), Device[self.name].allocator
         # the allocator's own copy: Buffer.copy_from would schedule a graph for each
-        return tensor, host, lambda: allocator._copyin(buffer._buf, memoryview(host).cast("B"))
+        return tensor, host, lambda: allocator._copyin(buffer._buf, host.data.cast("B"))
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """A copy of a realised int32 tensor's values. Waits for the device: a step's one synchronisation."""
@@ -92,7 +94,7 @@ class DeviceHandle:
             self.wait()
             return np.frombuffer(buffer.as_memoryview(force_zero_copy=True, no_sync=True), np.int32).copy()
         host = np.empty(buffer.size, np.int32)
-        Device[self.name].allocator._copyout(memoryview(host).cast("B"), buffer._buf)
+        Device[self.name].allocator._copyout(host.data.cast("B"), buffer._buf)
         return host
 
 
@@ -107,7 +109,9 @@ def open_device() -> DeviceHandle:
         if device.device.startswith("CPU"):
             device.worker("COMPUTE:0")
     except Exception as error:
-        raise DeviceError(f"device {wanted or 'of tinygrad'} cannot be opened: {error}. Choose another with --device") from error
+        raise DeviceError(
+            f"device {wanted or 'of tinygrad'} cannot be opened: {error}. Choose another with --device"
+        ) from error
     finally:
         threading.stack_size(previous)
     name = device.device

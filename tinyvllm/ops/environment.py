@@ -8,7 +8,7 @@ import sys
 
 from tinyvllm.errors import DeviceError
 
-# HCQ2: kernels of a step go to a worker thread in one C submit (0.3 ms a step) and not as one Python call each (25 us a kernel).
+# HCQ2: a step goes to a worker thread in one C submit (0.3 ms), and not kernel by kernel as Python calls (25 us each).
 # DMC: scalar C, which clang vectorises 8 wide; without it tinygrad emits float4 loads, which pin clang to 4 wide.
 CPU_SETTINGS = {"HCQ2": "1", "DMC": "1"}
 

@@ -62,7 +62,9 @@ class GpuBackend:
         fn = embed_kernel(table.format, layout.num_tokens, table.used_rows, table.num_cols, layout.offset("token_ids"))
         return run_kernel(fn, [self._empty(layout.num_tokens * table.num_cols)], [inputs, *table.planes])[0]
 
-    def norm_linear(self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int) -> list[Tensor]:
+    def norm_linear(
+        self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int
+    ) -> list[Tensor]:
         normed = self._normed(x, norm, num_tokens)
         return [self._product(normed, matrix).reshape(-1).contiguous() for matrix in matrices]
 
@@ -76,10 +78,21 @@ class GpuBackend:
         return (residual.cast(dtypes.float) + out).cast(self.float).contiguous()
 
     def attend(
-        self, qkv: Sequence[Tensor], widths: Sequence[int], shape: AttentionShape, pool: KVPool, layer: int,
-        inputs: Tensor, rope: Tensor, layout: StepLayout, *, is_decode: bool,
-    ) -> Tensor:  # fmt: skip
-        spec = GpuAttentionSpec(layout, shape.num_heads, shape.num_kv_heads, shape.head_dim, pool.num_blocks, tuple(widths))
+        self,
+        qkv: Sequence[Tensor],
+        widths: Sequence[int],
+        shape: AttentionShape,
+        pool: KVPool,
+        layer: int,
+        inputs: Tensor,
+        rope: Tensor,
+        layout: StepLayout,
+        *,
+        is_decode: bool,
+    ) -> Tensor:
+        spec = GpuAttentionSpec(
+            layout, shape.num_heads, shape.num_kv_heads, shape.head_dim, pool.num_blocks, tuple(widths)
+        )
         common = [inputs, rope, *qkv]
         keys, values = run_kernel(write_kv_kernel(spec), [pool.keys[layer], pool.values[layer]], common)
         out = self._empty(layout.num_tokens * shape.num_heads * shape.head_dim)

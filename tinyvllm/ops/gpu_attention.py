@@ -42,7 +42,9 @@ class _Row:
     def __init__(self, spec: GpuAttentionSpec, row: UOp, inputs: UOp, rope: UOp, parts: tuple[UOp, ...]) -> None:
         layout = spec.layout
         self.spec, self.row, self.inputs, self.rope, self.parts = spec, row, inputs, rope, parts
-        positions = max(layout.max_blocks * layout.block_size, 2 * spec.head_dim)  # at least two passes: Body.fold_while
+        positions = max(
+            layout.max_blocks * layout.block_size, 2 * spec.head_dim
+        )  # at least two passes: Body.fold_while
         self.position = clamp(inputs[layout.offset("positions") + row].load(), 0, positions - 1)
         seq = clamp(inputs[layout.offset("seq_rows") + row].load(), 0, layout.num_seqs)
         self.table = seq * layout.max_blocks + layout.offset("block_tables")
@@ -92,7 +94,9 @@ def write_kv_kernel(spec: GpuAttentionSpec) -> KernelFn:
         value = row.qkv(head + (spec.num_heads + spec.num_kv_heads), d)
         stores = UOp.group(keys[at].store(key.cast(keys.dtype)), values[at].store(value.cast(values.dtype)))
         tokens, width = spec.layout.num_tokens, spec.slot_elements
-        return finish(stores.end(d, head, axis), f"write_kv_{tokens}x{width}", ops=6 * tokens * width, nbytes=8 * tokens * width)
+        return finish(
+            stores.end(d, head, axis), f"write_kv_{tokens}x{width}", ops=6 * tokens * width, nbytes=8 * tokens * width
+        )
 
     return kernel
 
@@ -124,7 +128,8 @@ def attention_kernel(spec: GpuAttentionSpec) -> KernelFn:
         score = _score(body, spec, query, keys, slot, kv_head, step)
         scores, slots = body.shared(dim), body.shared(dim, I32)
         shared = UOp.group(
-            scores.after(step)[thread].store(is_inside.where(score, LOWEST)), slots.after(step)[thread].store(slot.cast(I32))
+            scores.after(step)[thread].store(is_inside.where(score, LOWEST)),
+            slots.after(step)[thread].store(slot.cast(I32)),
         )
         scores, slots = scores.after(shared), slots.after(shared)
         old = best.after(step)[0].load()
@@ -134,7 +139,8 @@ def attention_kernel(spec: GpuAttentionSpec) -> KernelFn:
 
         decay = (old - new).exp2()
         scaled = UOp.group(
-            acc.after(step)[0].store(acc.after(step)[0].load() * decay), total.after(step)[0].store(total.after(step)[0].load() * decay)
+            acc.after(step)[0].store(acc.after(step)[0].load() * decay),
+            total.after(step)[0].store(total.after(step)[0].load() * decay),
         )
         other = body.fold(dim)
         weight = weights[other].load()
@@ -142,7 +148,8 @@ def attention_kernel(spec: GpuAttentionSpec) -> KernelFn:
         inner = acc.after(scaled, other)
         sums = total.after(scaled, other)
         added = UOp.group(
-            inner[0].store(inner[0].load() + weight * values[at].load().cast(F32)), sums[0].store(sums[0].load() + weight)
+            inner[0].store(inner[0].load() + weight * values[at].load().cast(F32)),
+            sums[0].store(sums[0].load() + weight),
         ).end(other)
         done = UOp.group(added, best.after(added)[0].store(new)).end(step)
         result = acc.after(done)[0].load() / total.after(done)[0].load()
@@ -150,7 +157,12 @@ def attention_kernel(spec: GpuAttentionSpec) -> KernelFn:
         store = out[at].store(result.cast(out.dtype)).end(thread, head, axis)
         tokens, context = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
         name = f"attention_{tokens}x{spec.num_heads}x{dim}"
-        return finish(store, name, ops=4 * tokens * spec.num_heads * dim * context, nbytes=4 * tokens * spec.slot_elements * context)
+        return finish(
+            store,
+            name,
+            ops=4 * tokens * spec.num_heads * dim * context,
+            nbytes=4 * tokens * spec.slot_elements * context,
+        )
 
     return kernel
 

@@ -1,7 +1,7 @@
 """The pieces that our UOp kernels are written with: axes, registers, and arithmetic that vectorises.
 
-A kernel is a function from 1-D buffer UOps to a SINK; `Tensor.custom_kernel` calls it. tinygrad marks that door "alpha",
-so every use of it goes through `run_kernel` here.
+A kernel is a function from 1-D buffer UOps to a SINK; `Tensor.custom_kernel` calls it. tinygrad marks that door
+"alpha", so every use of it goes through `run_kernel` here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ from tinygrad.uop.ops import AxisType, KernelInfo
 from tinyvllm.errors import InvariantError
 
 F32, F16, I32, U32, U8, I8, U16 = (
-    dtypes.float, dtypes.half, dtypes.int, dtypes.uint, dtypes.uint8, dtypes.int8, dtypes.uint16,
-)  # fmt: skip
+    dtypes.float,
+    dtypes.half,
+    dtypes.int,
+    dtypes.uint,
+    dtypes.uint8,
+    dtypes.int8,
+    dtypes.uint16,
+)
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 NEG_INF = float("-inf")
@@ -58,7 +64,7 @@ class Body:
         return self._range(size.cast(I32), AxisType.REDUCE, dtype=I32)
 
     def grid(self, size: int) -> UOp:
-        """Independent work items: threadgroups on a GPU, commands of the worker on a CPU (one such axis at most there)."""
+        """Independent work items: threadgroups on a GPU; on a CPU commands of the worker (one such axis at most)."""
         return self._range(size, AxisType.GLOBAL)
 
     def threads(self, size: int) -> UOp:

@@ -208,7 +208,9 @@ def _arrange(plane: np.ndarray, padded: int, layout: str) -> np.ndarray:
     return np.ascontiguousarray(plane.reshape(padded // PANEL, PANEL, -1).transpose(0, 2, 1))
 
 
-def _dense_planes(host: np.ndarray | BFloat16Array, dtype: str | None, padded: int, layout: str) -> tuple[Format, list[np.ndarray]]:
+def _dense_planes(
+    host: np.ndarray | BFloat16Array, dtype: str | None, padded: int, layout: str
+) -> tuple[Format, list[np.ndarray]]:
     stored = "bfloat16" if isinstance(host, BFloat16Array) else str(host.dtype)
     dtype = dtype or stored
     if dtype == "bfloat16":
@@ -226,7 +228,9 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 def _quantized_planes(host: QuantizedMatrix, padded: int, layout: str) -> tuple[Format, list[np.ndarray]]:
     scale, minimum = host.scale, host.minimum
-    fmt = Format(host.kind, host.bits, host.group, host.offset, _scale_format(scale), _scale_format(minimum) if minimum else None)
+    fmt = Format(
+        host.kind, host.bits, host.group, host.offset, _scale_format(scale), _scale_format(minimum) if minimum else None
+    )
     codes = _arrange(host.codes, padded, layout)
     planes = [codes]
     if host.bits != 8:
@@ -263,7 +267,9 @@ def unpack(matrix: Matrix, dtype: DType = dtypes.float) -> Tensor:
     if not matrix.format.is_quantized:
         return _unarrange(values, matrix).cast(dtype)
     group = matrix.format.group
-    codes = (_unarrange(values, matrix) - matrix.format.offset).reshape(matrix.num_rows, -1, group)  # (N, K/group, group)
+    codes = (_unarrange(values, matrix) - matrix.format.offset).reshape(
+        matrix.num_rows, -1, group
+    )  # (N, K/group, group)
     out = codes * _unpack_factor(planes, "scale", matrix).unsqueeze(-1)
     if planes.minimum is not None:
         out = out + _unpack_factor(planes, "minimum", matrix).unsqueeze(-1)

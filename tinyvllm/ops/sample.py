@@ -20,8 +20,22 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.config import MAX_LOGPROBS, MAX_STOP_IDS
 from tinyvllm.ops.kernel import (
-    F32, I32, LN2, LOG2E, LOWEST, NEG_INF, U32, Body, KernelFn, cached_kernel, empty, exp2, finish, log2, run_kernel,
-)  # fmt: skip
+    F32,
+    I32,
+    LN2,
+    LOG2E,
+    LOWEST,
+    NEG_INF,
+    U32,
+    Body,
+    KernelFn,
+    cached_kernel,
+    empty,
+    exp2,
+    finish,
+    log2,
+    run_kernel,
+)
 from tinyvllm.ops.step_inputs import StepLayout
 
 CPU_LANES = 32  # accumulators of one core; a loop over them, which clang turns into vectors
@@ -133,9 +147,13 @@ class _Row:
         return inside.where(index, 0), inside
 
     def _combine(
-        self, regs: State, kinds: Sequence[DType], init: tuple[float | int, ...],
-        combine: Callable[[State, State], State], end: UOp,
-    ) -> State:  # fmt: skip
+        self,
+        regs: State,
+        kinds: Sequence[DType],
+        init: tuple[float | int, ...],
+        combine: Callable[[State, State], State],
+        end: UOp,
+    ) -> State:
         """The lanes' results, in the order of the lanes. On a GPU through threadgroup memory, in every thread alike."""
         partial = regs
         if self.thread is not None:
@@ -262,14 +280,17 @@ def draw_kernel(spec: SampleSpec) -> KernelFn:
             out[row.only_once(base + OUT_LOGPROB)].store((chosen - norms[row.axis].load()).bitcast(I32)),
         ]
         seqs, vocab = spec.layout.num_seqs, spec.vocab_size
-        return finish(UOp.group(*stores).end(*reversed(row.axes)), f"draw_{seqs}x{vocab}", ops=seqs * vocab, nbytes=4 * seqs * vocab)
+        return finish(
+            UOp.group(*stores).end(*reversed(row.axes)),
+            f"draw_{seqs}x{vocab}",
+            ops=seqs * vocab,
+            nbytes=4 * seqs * vocab,
+        )
 
     return kernel
 
 
-def _threshold(
-    row: _Row, weights: UOp, logits: UOp, best: UOp, temperature: UOp, draws: UOp
-) -> tuple[UOp, UOp]:
+def _threshold(row: _Row, weights: UOp, logits: UOp, best: UOp, temperature: UOp, draws: UOp) -> tuple[UOp, UOp]:
     """Write weights exp((logit - best) / temperature) and return the smallest weight that is kept."""
     scale = (draws > 0).where(temperature, 1.0).reciprocal() * LOG2E
     (scale,) = row.keep([scale], [F32])
@@ -347,7 +368,7 @@ def _race(row: _Row, weights: UOp, threshold: UOp, draws: UOp) -> UOp:
 
 
 def mix32(x: UOp) -> UOp:
-    """MurmurHash3's 32-bit finaliser (Appleby, public domain): a bijection whose every output bit hangs on every input bit."""
+    """MurmurHash3's 32-bit finaliser (Appleby, public domain): a bijection that mixes every bit into every other."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
     return x ^ (x >> 16)

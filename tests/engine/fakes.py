@@ -72,7 +72,6 @@ def make_parts(
 ) -> EngineParts:
     return assemble(
         EngineConfig("tiny", **config),
-        "tiny",
         runner or FakeModelRunner(),
         *load_text(),
         defaults or GenerationDefaults(),

@@ -13,7 +13,7 @@ import pytest
 
 from tests.engine.fakes import EOS_ID, FakeModelRunner, join, load_text, make_parts, running_engine, say
 from tests.scheduling.fakes import make_request, run_alone
-from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.config import EngineConfig, ModelFiles, SamplingParams
 from tinyvllm.engine.async_engine import AsyncEngine, Stream
 from tinyvllm.engine.output import Delta
 from tinyvllm.engine.parts import EngineParts
@@ -369,6 +369,15 @@ async def test_a_failed_start_surfaces_where_it_is_waited_for() -> None:
     await engine.shutdown()
 
 
+async def test_the_name_is_that_of_the_files_before_they_are_loaded(tiny_hf_files: ModelFiles) -> None:
+    def load(config: EngineConfig, progress: object) -> EngineParts:
+        raise ModelError("not now")
+
+    engine = AsyncEngine.start(EngineConfig(str(tiny_hf_files.path)), load=load)
+    assert engine.served_model_name == tiny_hf_files.name
+    await engine.shutdown()
+
+
 async def test_progress_is_passed_on_and_a_shutdown_ends_the_start() -> None:
     seen, is_loading = [], threading.Event()
 
@@ -392,10 +401,11 @@ async def test_progress_is_passed_on_and_a_shutdown_ends_the_start() -> None:
 
 async def test_shutdown_aborts_what_runs() -> None:
     runner = FakeModelRunner()
+    gate = Gate(runner)
     async with running_engine(runner) as engine:
         stream = engine.generate([1], LONG, request_id="x")
+        gate.let(1)
         await anext(stream)
-        gate = Gate(runner)
         reader = asyncio.ensure_future(collect(stream))
         stopping = asyncio.ensure_future(engine.shutdown())
         await asyncio.sleep(0)
@@ -403,7 +413,7 @@ async def test_shutdown_aborts_what_runs() -> None:
             await anext(engine.generate([1], GREEDY, request_id="late"))
         gate.open()
         await stopping
-        assert (await reader)[-1].finish_reason in ("abort", "length")
+        assert (await reader)[-1].finish_reason == "abort"
         assert runner.is_closed and engine.stats().num_free_blocks == 999
 
 

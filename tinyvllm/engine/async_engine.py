@@ -17,7 +17,7 @@ from functools import partial
 
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig, SamplingParams
 from tinyvllm.engine.output import Delta, TextEngine
-from tinyvllm.engine.parts import EngineParts, Progress, load_parts
+from tinyvllm.engine.parts import EngineParts, Progress, load_parts, model_name
 from tinyvllm.errors import EngineDeadError, RequestError, TinyvllmError
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.scheduling.request import Request
@@ -71,6 +71,7 @@ class AsyncEngine:
     def __init__(self, config: EngineConfig, progress: Progress | None, load: Load) -> None:
         self.config = config
         self.created = int(time.time())
+        self.served_model_name = model_name(config)
         self.error: BaseException | None = None  # why the engine did not start, or why its thread has stopped
         self._progress = progress
         self._load = load
@@ -123,11 +124,6 @@ class AsyncEngine:
     @property
     def generation_defaults(self) -> GenerationDefaults:
         return self._loaded.generation_defaults
-
-    @property
-    def served_model_name(self) -> str:
-        loaded_name = self._parts.name if self._parts is not None else self.config.model
-        return self.config.served_model_name or loaded_name
 
     def stats(self) -> StepStats:
         """Counts and seconds of the latest step."""
@@ -209,17 +205,17 @@ class AsyncEngine:
             return
         self._parts = parts
         self._started.set_result(None)
-        error_or_none: EngineDeadError | None = None
+        cause: BaseException | None = None
         try:
             self._serve(parts.engine)
+        except EngineDeadError as error:
+            cause = error
         except BaseException as error:
-            logger.critical("the engine's thread stops", exc_info=error)
-            error_or_none = (
-                error
-                if isinstance(error, EngineDeadError)
-                else EngineDeadError(f"the engine's thread has stopped: {type(error).__name__}: {error}")
-            )
-        self._close(error_or_none)
+            cause = EngineDeadError(f"the engine's thread has stopped: {type(error).__name__}: {error}")
+            cause.__cause__ = error
+        if cause is not None:
+            logger.critical("the engine's thread stops", exc_info=cause)
+        self._close(cause)
         parts.runner.close()
 
     def _report(self, stage: str, done: int, total: int) -> None:

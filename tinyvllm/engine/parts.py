@@ -9,6 +9,7 @@ from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelCon
 from tinyvllm.engine.admission import RequestFactory
 from tinyvllm.engine.core import EngineCore, Runner
 from tinyvllm.engine.output import TextEngine
+from tinyvllm.errors import TinyvllmError
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.scheduler import Scheduler
 from tinyvllm.storage.model_config import read_generation_defaults
@@ -23,7 +24,6 @@ Progress = Callable[[str, int, int], None]  # stage ("load", "warm-up"), done, t
 class EngineParts:
     """A model that is ready to answer. Bound to the thread that made it."""
 
-    name: str  # what the model's files are called
     runner: Runner
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
@@ -38,6 +38,16 @@ class EngineParts:
     @property
     def capacity(self) -> Capacity:
         return self.runner.capacity
+
+
+def model_name(config: EngineConfig) -> str:
+    """What callers call the model: the name that was chosen for it, else that of its files."""
+    if config.served_model_name is not None:
+        return config.served_model_name
+    try:
+        return resolve_model(config.model).name
+    except TinyvllmError:  # loading says it better, and to those who wait
+        return config.model
 
 
 def load_parts(config: EngineConfig, progress: Progress | None = None) -> EngineParts:
@@ -55,12 +65,11 @@ def load_parts(config: EngineConfig, progress: Progress | None = None) -> Engine
     except BaseException:
         runner.close()
         raise
-    return assemble(config, files.name, runner, tokenizer, chat_template, generation_defaults)
+    return assemble(config, runner, tokenizer, chat_template, generation_defaults)
 
 
 def assemble(
     config: EngineConfig,
-    name: str,
     runner: Runner,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate | None,
@@ -73,4 +82,4 @@ def assemble(
     eos_ids = frozenset(tokenizer.eos_ids) | frozenset(generation_defaults.eos_ids)
     factory = RequestFactory(runner.model_config.vocab_size, capacity, eos_ids, config.seed)
     engine = TextEngine(EngineCore(runner, scheduler), tokenizer)
-    return EngineParts(name, runner, tokenizer, chat_template, generation_defaults, factory, engine)
+    return EngineParts(runner, tokenizer, chat_template, generation_defaults, factory, engine)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from tests.engine.fakes import FakeModelRunner
+from tinyvllm.config import EngineConfig, ModelFiles
+from tinyvllm.engine.parts import load_parts
+from tinyvllm.errors import ModelError
+
+
+class WarmRunner(FakeModelRunner):
+    """Stands in for a ModelRunner that reports its warm-up, or fails in it."""
+
+    failure: BaseException | None = None
+
+    def warm_up(self, progress) -> None:
+        progress("warm-up", 1, 1)
+        if self.failure is not None:
+            raise self.failure
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> WarmRunner:
+    """What execution.runner.load_runner will return, without a device."""
+    runner, module = WarmRunner(), ModuleType("tinyvllm.execution.runner")
+    module.load_runner = lambda files, config, progress: runner
+    monkeypatch.setitem(sys.modules, "tinyvllm.execution.runner", module)
+    return runner
+
+
+def test_parts_are_read_from_the_models_files(tiny_hf_files: ModelFiles, runner: WarmRunner) -> None:
+    seen = []
+    config = EngineConfig(str(tiny_hf_files.path), enable_prefix_caching=False, scheduling_policy="priority", seed=3)
+    parts = load_parts(config, lambda *report: seen.append(report))
+    assert seen == [("warm-up", 1, 1)]
+    assert parts.runner is runner and parts.capacity is runner.capacity
+    assert parts.tokenizer.encode("hi") == list(b"hi")
+    assert parts.chat_template is not None
+    assert parts.factory.eos_ids >= parts.tokenizer.eos_ids
+    assert not parts.engine.core.scheduler.block_manager.enable_prefix_caching
+
+
+def test_a_failed_warm_up_gives_the_device_back(tiny_hf_files: ModelFiles, runner: WarmRunner) -> None:
+    runner.failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        load_parts(EngineConfig(str(tiny_hf_files.path)), lambda *report: None)
+    assert runner.is_closed
+
+
+def test_an_unknown_model_is_refused_before_anything_is_loaded(runner: WarmRunner) -> None:
+    with pytest.raises(ModelError):
+        load_parts(EngineConfig("./no/such/model"))

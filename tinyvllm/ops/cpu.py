@@ -9,11 +9,11 @@ import numpy as np
 from tinygrad import Tensor, UOp
 
 from tinyvllm.arrays import HostMatrix, to_float32
-from tinyvllm.errors import UnsupportedModelError
+from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, sample_rows, stack_rows, take
 from tinyvllm.ops.cpu_attention import AttentionSpec, attention_kernel, write_kv_kernel
 from tinyvllm.ops.cpu_linear import STAGED_ROWS, LinearSpec, NormSpec, embed_kernel, linear_kernel, rms_norm_kernel
-from tinyvllm.ops.device import FLOATS, DeviceHandle
+from tinyvllm.ops.device import FLOATS, DeviceHandle, has_many_registers
 from tinyvllm.ops.kernel import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.matrix import PANEL, Matrix, pack
 from tinyvllm.ops.step_inputs import StepLayout
@@ -28,6 +28,7 @@ class CpuBackend:
         self.device = device
         self.dtype = dtype
         self.dequantize = dequantize
+        self.tile_rows = 4 if has_many_registers() else 2
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -58,7 +59,11 @@ class CpuBackend:
         return KVPool(keys, values, num_blocks, dtype)
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
-        """float16 unless told: half the bytes of float32, which decoding at long contexts waits for."""
+        """float16 unless told: half the bytes of float32, which decoding at long contexts waits for.
+
+        Raises DeviceError for bfloat16: not every C compiler has the type (clang 14 on x86 has not)."""
+        if wanted == "bfloat16":
+            raise DeviceError("--kv-cache-dtype is 'bfloat16', which the CPU device has not: give float16 or float32")
         return "float16" if wanted == "auto" else wanted
 
     # -- operations ---------------------------------------------------------------------------------------------------
@@ -143,7 +148,9 @@ class CpuBackend:
         epilogue: str = "none",
         residual: Sequence[Tensor] = (),
     ) -> Tensor:
-        spec = LinearSpec(name, matrix.format, num_tokens, matrix.num_rows, matrix.num_cols, eps, epilogue)
+        spec = LinearSpec(
+            name, matrix.format, num_tokens, matrix.num_rows, matrix.num_cols, eps, epilogue, self.tile_rows
+        )
         out = self._empty(num_tokens * spec.out_cols)
         return run_kernel(linear_kernel(spec), [out], [*matrix.planes, x, *weight, *residual])[0]
 

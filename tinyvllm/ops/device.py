@@ -119,6 +119,14 @@ def open_device() -> DeviceHandle:
     return DeviceHandle(name, bool(device.renderer.has_local), kind in ("CPU", "METAL", "CL"))
 
 
+def has_many_registers() -> bool:
+    """Whether this computer's CPU has 32 vector registers of 256 bits (AVX-512VL), and not 16 or narrower ones."""
+    if not sys.platform.startswith("linux"):
+        return False
+    with open("/proc/cpuinfo") as file:
+        return any("avx512vl" in line.split() for line in file if line.startswith("flags"))
+
+
 def _require_compiler() -> None:
     compiler = os.environ.get("CC", "clang")
     if shutil.which(compiler) is None:

@@ -7,6 +7,7 @@ A kernel is a function from 1-D buffer UOps to a SINK; `Tensor.custom_kernel` ca
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from tinygrad import Tensor, UOp, dtypes
@@ -144,10 +145,11 @@ def exp2(x: UOp) -> UOp:
     """
     x = x.maximum(-126.0).minimum(126.0)
     n = (x + 127.5).cast(I32)  # positive, so that the cast's truncation is a floor
-    f = (x - (n.cast(F32) - 127.0)) * LN2
-    p = UOp.const(1.0 / 720.0, F32)
-    for c in (1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0):
-        p = p * f + c
+    # the 127 and ln2 stand where tinygrad cannot distribute over them: (x - n) + 127 would round x first, to 2.9e-6
+    f = x - (n - 127).cast(F32)
+    p = UOp.const(LN2**6 / math.factorial(6), F32)
+    for k in range(5, -1, -1):
+        p = p * f + LN2**k / math.factorial(k)
     return p * (n << 23).bitcast(F32)
 
 

@@ -6,7 +6,8 @@ request's seed, the number of tokens it has drawn, and i, so the same seed gives
 batch. Min-p, top-k and top-p (in this order) keep the tokens whose weight reaches a threshold; the last two thresholds
 are found by bisection over the bits of the weight, so ties at the threshold are all kept.
 
-A row pays for what it asks: the length of each pass is data, and zero for a row that does not need it.
+A row pays for what it asks: the length of each pass is data, and zero for a row that does not need it. `reference.py`
+has the same in a few lines of NumPy, with the same tokens.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ GPU_LANES = 256  # threads of a threadgroup
 OUT_TOKEN, OUT_LOGPROB, OUT_TOP, OUT_TOP_LOGPROB = 0, 1, 2, 2 + MAX_LOGPROBS
 OUT_WIDTH = 2 + 2 * MAX_LOGPROBS
 BISECTION_STEPS = 31  # weights lie in [0, 1]: positive floats order as their 31 bits do
+COLDEST = 1e-6  # temperatures below are this one, as good as greedy: the reciprocal must stay finite
 ABOVE_ONE_BITS = 0x3F800001  # the bits behind 1.0f
 
 State = list[UOp]
@@ -272,7 +274,8 @@ def draw_kernel(spec: SampleSpec) -> KernelFn:
         draws = _flag(temperature > 0.0)
         threshold, weights = _threshold(row, weights, logits, best, temperature, draws)
         drawn = _race(row, weights, threshold, draws)
-        (token,) = row.keep([(draws > 0).where(drawn, greedy)], [I32])
+        # without a finite logit all weights are equal, or NaN: nobody may win such a race
+        (token,) = row.keep([((draws > 0) & (greedy >= 0)).where(drawn, greedy)], [I32])
         chosen = logits[row.base + token.maximum(0).cast(dtypes.weakint)].load()
         base = row.axis * OUT_WIDTH
         stores = [
@@ -292,7 +295,7 @@ def draw_kernel(spec: SampleSpec) -> KernelFn:
 
 def _threshold(row: _Row, weights: UOp, logits: UOp, best: UOp, temperature: UOp, draws: UOp) -> tuple[UOp, UOp]:
     """Write weights exp((logit - best) / temperature) and return the smallest weight that is kept."""
-    scale = (draws > 0).where(temperature, 1.0).reciprocal() * LOG2E
+    scale = temperature.maximum(COLDEST).reciprocal() * LOG2E
     (scale,) = row.keep([scale], [F32])
 
     def weigh(index: UOp, inside: UOp, old: State) -> State:

@@ -1,0 +1,156 @@
+"""What the tests of kernels are made of: seeded weights of every format, steps as input buffers, plain pools."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+import numpy as np
+
+import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
+from tests.builders import K_KINDS, encode_floats, random_k_rows
+from tinyvllm.arrays import BFloat16Array, HostMatrix
+from tinyvllm.model.weights.quant import decompose
+from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
+from tinyvllm.ops.cpu import CpuBackend
+from tinyvllm.ops.device import FLOATS
+from tinyvllm.ops.sample import OUT_LOGPROB, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
+from tinyvllm.ops.step_inputs import StepLayout
+
+DENSE = ("float32", "float16", "bfloat16")
+QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *K_KINDS)
+FORMATS = (*DENSE, *QUANTIZED)
+
+
+def make_host(fmt: str, rows: int, cols: int, seed: int = 0) -> HostMatrix:
+    """A matrix as a checkpoint's reader hands it over, values of about 1 / sqrt(cols)."""
+    rng = np.random.default_rng(seed)
+    values = (rng.standard_normal((rows, cols)) / math.sqrt(cols)).astype(np.float32)
+    if fmt in DENSE:
+        encoded = encode_floats(values, fmt)
+        return BFloat16Array(encoded) if fmt == "bfloat16" else encoded
+    if fmt in K_KINDS:
+        raw = random_k_rows(rng, fmt, rows, cols)
+    else:
+        raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType[fmt])
+    return decompose(fmt, raw, (rows, cols))
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """In units of b's largest value."""
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens [start, start + count) of one sequence, computed in a step."""
+
+    start: int
+    count: int = 1
+
+
+def make_step(layout: StepLayout, pieces: list[Piece], *, seed: int = 0) -> np.ndarray:
+    """The input buffer of a step over `pieces`; sequence i owns M blocks of its own, in a shuffled order. Rows behind
+    the pieces' are padding. Block ids run from 1 to R * M."""
+    buffer = np.zeros(layout.size, np.int32)
+    views = layout.views(buffer)
+    rng = np.random.default_rng(seed)
+    blocks = 1 + rng.permutation(layout.num_seqs * layout.max_blocks)
+    views["block_tables"][:-1] = blocks.reshape(layout.num_seqs, layout.max_blocks)
+    views["seq_rows"][:] = layout.num_seqs
+    views["num_logprobs"][:] = views["held_back"][:] = -1
+    row = 0
+    for index, piece in enumerate(pieces):
+        positions = np.arange(piece.start, piece.start + piece.count)
+        rows = slice(row, row + piece.count)
+        table = views["block_tables"][index]
+        views["positions"][rows] = positions
+        views["seq_rows"][rows] = index
+        views["slots"][rows] = table[positions // layout.block_size] * layout.block_size + positions % layout.block_size
+        row += piece.count
+        views["logit_rows"][index] = row - 1
+    assert row <= layout.num_tokens, f"{row} rows do not fit into {layout}"
+    return buffer
+
+
+# -- pools in plain order, (slots, kv heads, D) ----------------------------------------------------------------------
+
+
+def make_pool(
+    backend: Backend, shape: AttentionShape, block_size: int, dtype: str, keys: np.ndarray, values: np.ndarray
+) -> KVPool:
+    """A pool of one layer that holds the given keys and values."""
+    num_blocks = len(keys) // block_size
+    pool = backend.make_pool(1, num_blocks, block_size, shape, dtype)
+    for tensors, plain, is_key in ((pool.keys, keys, True), (pool.values, values, False)):
+        stored = plain
+        if isinstance(backend, CpuBackend):
+            stored = plain.reshape(num_blocks, block_size, *plain.shape[1:]).transpose(_to_cpu(is_key))
+        tensors[0] = backend.device.upload(stored).cast(FLOATS[dtype]).contiguous().realize()
+    return pool
+
+
+def read_pool(backend: Backend, shape: AttentionShape, block_size: int, pool: KVPool) -> tuple[np.ndarray, np.ndarray]:
+    """The keys and values of a pool's first layer, float32."""
+    plain = []
+    for tensor, is_key in ((pool.keys[0], True), (pool.values[0], False)):
+        stored = tensor.float().numpy()
+        if isinstance(backend, CpuBackend):
+            axes = _to_cpu(is_key)
+            sizes = (pool.num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
+            stored = stored.reshape([sizes[axis] for axis in axes]).transpose(np.argsort(axes))
+        plain.append(stored.reshape(-1, shape.num_kv_heads, shape.head_dim))
+    return plain[0], plain[1]
+
+
+def _to_cpu(is_key: bool) -> tuple[int, ...]:
+    """Axes of (block, token, kv head, D) in the order in which the CPU kind stores them."""
+    return (0, 2, 3, 1) if is_key else (0, 2, 1, 3)
+
+
+# -- sampling --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a sampling step answered, by sequence."""
+
+    tokens: np.ndarray  # (R,)
+    logprobs: np.ndarray  # (R,) float32
+    top_ids: np.ndarray  # (R, MAX_LOGPROBS)
+    top_logprobs: np.ndarray  # (R, MAX_LOGPROBS) float32
+
+
+def sample(backend: Backend, logits: np.ndarray, **columns: Any) -> Sampled:
+    """Sample each row of logits (R, V). `columns` are a step's sampling inputs by name, one value or one a row;
+    `held_back` a list of ids a row. Unless told: greedy, no filters, no logprobs, seed = row, first draw."""
+    seqs, vocab = logits.shape
+    layout = StepLayout(seqs, seqs, 1, 8)
+    buffer = make_step(layout, [])
+    views = layout.views(buffer)
+    views["top_p"].view(np.float32)[:] = 1.0
+    views["seed"][:] = np.arange(seqs)
+    for row, ids in enumerate(columns.pop("held_back", [])):
+        views["held_back"][row, : len(ids)] = ids
+    for name, column in columns.items():
+        is_float = name in ("temperature", "top_p", "min_p")
+        target = views[name].view(np.float32) if is_float else views[name]
+        target[:] = column
+    stride = -(-vocab // 32) * 32
+    padded = np.full((seqs, stride), 1e30, np.float32)  # behind the vocabulary: nothing may read it
+    padded[:, :vocab] = logits
+    inputs, tensor = backend.device.upload(buffer), backend.device.upload(padded)
+    rows = backend.sample(tensor, vocab, stride, inputs, layout).numpy().reshape(seqs, OUT_WIDTH)
+    floats = rows.view(np.float32)
+    return Sampled(
+        rows[:, OUT_TOKEN], floats[:, OUT_LOGPROB], rows[:, OUT_TOP:OUT_TOP_LOGPROB], floats[:, OUT_TOP_LOGPROB:]
+    )

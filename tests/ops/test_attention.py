@@ -1,0 +1,220 @@
+"""RoPE, KV write and paged attention against the plain reference. On a GPU: DEV=CL python -m pytest -m gpu tests/ops"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from tests.builders import encode_floats
+from tests.ops.builders import Piece, make_pool, make_step, normal, read_pool
+from tinyvllm.arrays import BFloat16Array
+from tinyvllm.errors import DeviceError, UnsupportedModelError
+from tinyvllm.ops.backend import AttentionShape, Backend
+from tinyvllm.ops.cpu import CpuBackend
+from tinyvllm.ops.device import DeviceHandle
+from tinyvllm.ops.gpu import GpuBackend
+from tinyvllm.ops.reference import ReferenceBackend
+from tinyvllm.ops.step_inputs import StepLayout
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape of attention. H and K heads of D; `widths` are the columns of qkv's parts in units of heads."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    layout: StepLayout
+    is_decode: bool
+    dtype: str = "float32"
+    widths: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> AttentionShape:
+        return AttentionShape(self.heads, self.kv_heads, self.dim)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Columns of qkv's parts."""
+        return tuple(width * self.dim for width in self.widths or (self.heads + 2 * self.kv_heads,))
+
+    @property
+    def name(self) -> str:
+        step = f"{'decode' if self.is_decode else 'mixed'}{self.layout.num_tokens}"
+        return f"{step}-{self.heads}over{self.kv_heads}x{self.dim}-{self.layout.block_size}-{self.dtype}"
+
+
+DECODE = [
+    Case(9, 3, 64, StepLayout(1, 1, 8, 16), True, "float16"),  # the default model's
+    Case(4, 4, 16, StepLayout(3, 3, 5, 8), True),  # no grouping
+    Case(8, 2, 32, StepLayout(4, 4, 3, 32), True, "float16", (8, 2, 2)),
+    Case(8, 1, 128, StepLayout(2, 2, 4, 16), True),
+    Case(6, 2, 16, StepLayout(5, 5, 3, 8), True, "float16", (8, 2)),
+]
+MIXED = [
+    Case(9, 3, 64, StepLayout(16, 3, 6, 16), False, "float16", (12, 3)),  # V in another format than Q and K
+    Case(2, 2, 16, StepLayout(24, 2, 3, 32), False),
+    Case(8, 1, 32, StepLayout(16, 4, 9, 8), False, "float16"),
+    Case(4, 1, 128, StepLayout(8, 2, 2, 16), False, "float32", (4, 1, 1)),
+    Case(4, 2, 64, StepLayout(8, 2, 2, 64), False),
+]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What attention gave, and the pool before and behind it in plain order."""
+
+    out: np.ndarray  # (T, H, D)
+    before: tuple[np.ndarray, np.ndarray]
+    after: tuple[np.ndarray, np.ndarray]
+
+
+def attend(ops: Backend, case: Case, buffer: np.ndarray, history: tuple[np.ndarray, np.ndarray]) -> Result:
+    """Run one step over a pool that holds `history`: keys and values (slots, K, D)."""
+    size = case.layout.block_size
+    pool = make_pool(ops, case.shape, size, case.dtype, *history)
+    before = read_pool(ops, case.shape, size, pool)
+    qkv = normal(case.layout.num_tokens, sum(case.parts), seed=3)
+    parts = [ops.device.upload(part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
+    rope = ops.device.upload(make_rope(case.dim, case.layout.max_blocks * size))
+    inputs = ops.device.upload(buffer)
+    out = ops.attend(parts, case.parts, case.shape, pool, 0, inputs, rope, case.layout, is_decode=case.is_decode)
+    rows = out.numpy().reshape(-1, case.heads, case.dim)
+    return Result(rows, before, read_pool(ops, case.shape, size, pool))
+
+
+def make_rope(dim: int, positions: int) -> np.ndarray:
+    angles = np.arange(positions)[:, None] / 10000.0 ** (np.arange(0, dim, 2) / dim)
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def make_history(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values of every slot of the pool, of numbers that its dtype holds exactly."""
+    slots = (case.layout.num_seqs * case.layout.max_blocks + 1) * case.layout.block_size
+
+    def stored(seed: int) -> np.ndarray:
+        encoded = encode_floats(normal(slots, case.kv_heads, case.dim, seed=seed), case.dtype)
+        return BFloat16Array(encoded).to_float32() if case.dtype == "bfloat16" else encoded.astype(np.float32)
+
+    return stored(1), stored(2)
+
+
+def decode_pieces(case: Case) -> list[list[Piece]]:
+    """Batches whose contexts are 1, at and behind a block's end, and the longest."""
+    size, rows = case.layout.block_size, case.layout.num_seqs
+    longest = case.layout.max_blocks * size
+    starts = [0, size - 1, size, longest - 1, longest // 2, 1, 2 * size - 1]
+    starts += starts[: -len(starts) % rows]
+    return [[Piece(start) for start in starts[i : i + rows]] for i in range(0, len(starts), rows)]
+
+
+def mixed_pieces(case: Case) -> list[list[Piece]]:
+    """Ragged batches: a chunk that ends at a block's end beside a decode; one sequence over all rows; half empty."""
+    size, tokens = case.layout.block_size, case.layout.num_tokens
+    longest = case.layout.max_blocks * size
+    chunk = tokens // 2
+    return [
+        [Piece(longest - chunk, chunk), Piece(size)],
+        [Piece(0, tokens)],
+        [Piece(size - 1, 3), Piece(0, tokens - 4)],
+    ]
+
+
+def check(ops: Backend, reference: ReferenceBackend, case: Case, pieces: list[Piece], seed: int) -> None:
+    buffer, history = make_step(case.layout, pieces, seed=seed), make_history(case)
+    got, expected = attend(ops, case, buffer, history), attend(reference, case, buffer, history)
+    live = sum(piece.count for piece in pieces)
+    difference = np.abs(got.out[:live] - expected.out[:live]).max()
+    print(f"{case.name} {pieces}: {difference:.1e}")
+    assert difference < 1e-5
+
+    size = case.layout.block_size
+    slots = case.layout.views(buffer)["slots"][:live]
+    step = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}[case.dtype]  # one rounding of a rotated key
+    others = np.setdiff1d(np.arange(size, len(history[0])), slots)
+    for now, then, wanted in zip(got.after, got.before, expected.after, strict=True):
+        np.testing.assert_allclose(now[slots], wanted[slots], rtol=step, atol=step)
+        np.testing.assert_array_equal(now[others], then[others])  # padding wrote to the dummy block alone
+
+
+@pytest.mark.parametrize("case", DECODE, ids=lambda case: case.name)
+def test_decode_equals_the_reference_and_writes_its_slots_alone(
+    backend: Backend, reference: ReferenceBackend, case: Case
+) -> None:
+    for seed, pieces in enumerate(decode_pieces(case)):
+        check(backend, reference, case, pieces, seed)
+
+
+@pytest.mark.parametrize("case", MIXED, ids=lambda case: case.name)
+def test_mixed_steps_equal_the_reference_and_write_their_slots_alone(
+    backend: Backend, reference: ReferenceBackend, case: Case
+) -> None:
+    for seed, pieces in enumerate(mixed_pieces(case)):
+        check(backend, reference, case, pieces, seed)
+
+
+@pytest.mark.gpu
+def test_a_gpu_keeps_a_bfloat16_pool(device: DeviceHandle, reference: ReferenceBackend) -> None:
+    case = Case(6, 2, 16, StepLayout(8, 5, 3, 8), False, "bfloat16")
+    check(GpuBackend(device, "float32"), reference, case, [Piece(8, 5), Piece(0, 2)], seed=0)
+
+
+def test_the_cpu_says_that_it_has_no_bfloat16_pool(device: DeviceHandle) -> None:
+    cpu = CpuBackend(device, None)
+    with pytest.raises(DeviceError, match="CPU device has not: give float16 or float32"):
+        cpu.kv_dtype("bfloat16", "bfloat16")
+    assert cpu.kv_dtype("auto", "bfloat16") == cpu.kv_dtype("float16", "bfloat16") == "float16"
+    assert cpu.kv_dtype("float32", "bfloat16") == "float32"
+
+
+@pytest.mark.parametrize("case", [DECODE[1], MIXED[2]], ids=lambda case: case.name)
+def test_padded_rows_change_nothing(backend: Backend, case: Case) -> None:
+    """The same sequences alone and beside padding give the same bits."""
+    tokens = case.layout.num_tokens
+    pieces = [Piece(9), Piece(3)] if case.is_decode else [Piece(9, 5), Piece(3, 2)]
+    live, history = sum(piece.count for piece in pieces), make_history(case)
+    padded = make_step(case.layout, pieces)
+    full = make_step(case.layout, [*pieces, Piece(1, tokens - live)])
+    a, b = attend(backend, case, padded, history), attend(backend, case, full, history)
+    np.testing.assert_array_equal(a.out[:live], b.out[:live])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("case", [DECODE[1], MIXED[2]], ids=lambda case: case.name)
+def test_what_another_request_left_in_a_block_is_not_read(backend: Backend, case: Case, bad: float) -> None:
+    """A recycled block holds old numbers behind the sequence's own: were they used, one broken request broke others."""
+    pieces = [Piece(9)] if case.is_decode else [Piece(9, 5)]
+    buffer, history = make_step(case.layout, pieces), make_history(case)
+    clean = attend(backend, case, buffer, history)
+    count, size = pieces[0].count, case.layout.block_size
+    table = case.layout.views(buffer)["block_tables"][0]
+    own = [table[p // size] * size + p % size for p in range(9 + count)]
+    others = np.setdiff1d(np.arange(size, len(history[0])), own)
+    for plain in history:
+        plain[others] = bad
+    np.testing.assert_array_equal(attend(backend, case, buffer, history).out[:count], clean.out[:count])
+
+
+def test_the_reference_is_textbook_attention(reference: ReferenceBackend) -> None:
+    """One sequence from its first token, no cache: softmax(q k' / sqrt(D)) v with a causal mask, in NumPy."""
+    case = Case(4, 2, 16, StepLayout(12, 1, 2, 8), False)
+    history = make_history(case)
+    out = attend(reference, case, make_step(case.layout, [Piece(0, 12)]), history).out
+    qkv = normal(12, 8, 16, seed=3).reshape(12, 8, 16)
+    turns = np.exp(1j * np.arange(12)[:, None] / 10000.0 ** (np.arange(8) / 8))[:, None]  # RoPE as complex numbers
+    turned = (qkv[:, :6, :8] + 1j * qkv[:, :6, 8:]) * turns
+    q, k = np.split(np.concatenate([turned.real, turned.imag], axis=-1), [4], axis=1)
+    k, v = (np.repeat(heads, 2, axis=1) for heads in (k, qkv[:, 6:]))
+    scores = np.einsum("thd,shd->hts", q, k) / 4 + np.where(np.tri(12), 0, -np.inf)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    np.testing.assert_allclose(out, np.einsum("hts,shd->thd", weights, v), atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [12, 512])
+def test_head_sizes_that_threadgroups_cannot_serve_are_refused(device: DeviceHandle, dim: int) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"head_dim {dim} is not a multiple of 8 up to 256"):
+        GpuBackend(device, "float32").make_pool(1, 2, 16, AttentionShape(1, 1, dim), "float32")

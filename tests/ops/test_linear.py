@@ -1,0 +1,140 @@
+"""Products of every format against the plain reference. On a GPU: DEV=CL python -m pytest -m gpu tests/ops"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from tests.ops.builders import FORMATS, largest_difference, make_host, normal
+from tinyvllm.arrays import to_float32
+from tinyvllm.errors import UnsupportedModelError
+from tinyvllm.ops.backend import Backend, Norm
+from tinyvllm.ops.cpu import CpuBackend
+from tinyvllm.ops.device import DeviceHandle
+from tinyvllm.ops.gpu import GpuBackend
+from tinyvllm.ops.reference import ReferenceBackend
+
+ROWS, COLS = 64, 256
+TOKENS = (1, 2, 3, 4, 16, 17, 64)
+OPERATIONS = ("norm_linear", "linear_add", "norm_gated")
+Case = tuple[str, int, str]
+
+
+def chosen_cases() -> list[Case]:
+    """Every format on both sides of each border where the kernels differ (1, few, many rows), the operations in turn;
+    and every operation at the other row counts. The rest of the product is `slow`: each case compiles a kernel."""
+    cases = [
+        (fmt, tokens, OPERATIONS[(i + j) % 3])
+        for i, fmt in enumerate(FORMATS)
+        for j, tokens in enumerate((1, 4, 64 if i % 2 else 16))
+    ]
+    return cases + [("Q5_1", tokens, operation) for tokens, operation in product((2, 3, 17), OPERATIONS)]
+
+
+def other_cases() -> list[Case]:
+    return [case for case in product(FORMATS, TOKENS, OPERATIONS) if case not in chosen_cases()]
+
+
+def run(backend: Backend, fmt: str, tokens: int, operation: str) -> np.ndarray:
+    """(tokens, columns) of an operation on seeded weights and inputs."""
+    upload = backend.device.upload
+    x, norm = upload(normal(tokens, COLS, seed=1)), Norm(upload(normal(COLS, seed=2)), eps=1e-5)
+    if operation == "norm_gated":
+        matrix = backend.gate_up(make_host(fmt, ROWS, COLS, seed=3), make_host(fmt, ROWS, COLS, seed=4))
+        out = backend.norm_gated("test", x, norm, matrix, tokens)
+    else:
+        (matrix,) = backend.stacked([make_host(fmt, ROWS, COLS, seed=5)])
+        if operation == "norm_linear":
+            (out,) = backend.norm_linear("test", x, norm, [matrix], tokens)
+        else:
+            out = backend.linear_add("test", x, matrix, upload(normal(tokens, ROWS, seed=6)), tokens)
+    return out.numpy().reshape(tokens, ROWS)
+
+
+def check(backend: Backend, reference: ReferenceBackend, case: Case) -> None:
+    difference = largest_difference(run(backend, *case), run(reference, *case))
+    print(f"{case}: {difference:.1e}")
+    assert difference < 1e-5
+
+
+def name_of(case: Case) -> str:
+    return "-".join(map(str, case))
+
+
+@pytest.mark.parametrize("case", chosen_cases(), ids=name_of)
+def test_a_product_equals_the_reference(backend: Backend, reference: ReferenceBackend, case: Case) -> None:
+    check(backend, reference, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", other_cases(), ids=name_of)
+def test_any_product_equals_the_reference(backend: Backend, reference: ReferenceBackend, case: Case) -> None:
+    check(backend, reference, case)
+
+
+def test_a_row_depends_on_no_other_row(backend: Backend) -> None:
+    """The same row alone, among few and among many: what makes a batch equal to its members alone."""
+    host, rows = make_host("Q4_1", ROWS, COLS), normal(64, COLS, seed=1)
+    (matrix,) = backend.stacked([host])
+    norm = Norm(backend.device.upload(np.ones(COLS, np.float32)), eps=1e-5)
+    alone = [backend.norm_linear("test", backend.device.upload(row), norm, [matrix], 1)[0].numpy() for row in rows[:2]]
+    for tokens in (2, 4, 16, 64):
+        (out,) = backend.norm_linear("test", backend.device.upload(rows[:tokens]), norm, [matrix], tokens)
+        np.testing.assert_allclose(out.numpy().reshape(tokens, ROWS)[:2], alone, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("fmt", ["float32", "Q4_K"])
+def test_half_precision_activations_stay_close(device: DeviceHandle, fmt: str, dtype: str) -> None:
+    half, whole = GpuBackend(device, dtype), ReferenceBackend(device)
+    for operation in OPERATIONS:
+        out = run(half, fmt, 4, operation)
+        assert largest_difference(out, run(whole, fmt, 4, operation)) < {"float16": 2e-3, "bfloat16": 2e-2}[dtype]
+
+
+# -- matrices that do not fill their panels, or do not fit together --------------------------------------------------
+
+
+def test_rows_behind_the_used_ones_are_zero(backend: Backend) -> None:
+    """A vocabulary is seldom a multiple of 32: the head is padded, and its padding cannot be the best logit of NaN."""
+    host = make_host("Q8_0", 40, 64)
+    matrix = backend.matrix(host)
+    assert (matrix.num_rows, matrix.used_rows) == (64, 40)
+    x, norm = normal(2, 64), Norm(backend.device.upload(np.ones(64, np.float32)), eps=1e-5)
+    (out,) = backend.norm_linear("test", backend.device.upload(x), norm, [matrix], 2)
+    rows = out.numpy().reshape(2, 64)
+    expected = x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-5) @ to_float32(host).T
+    np.testing.assert_allclose(rows[:, :40], expected, atol=1e-5)
+    assert (rows[:, 40:] == 0).all()
+
+
+def test_matrices_of_one_format_are_stacked_and_others_kept_apart(backend: Backend) -> None:
+    q, k, v = make_host("Q4_1", 64, 64), make_host("Q4_1", 32, 64, seed=1), make_host("Q8_0", 32, 64, seed=2)
+    assert [matrix.num_rows for matrix in backend.stacked([q, k, v])] == [96, 32]
+    assert [matrix.num_rows for matrix in backend.stacked([q, k, q])] == [160]
+
+
+def test_gate_and_up_of_different_formats_are_fused_all_the_same(backend: Backend, reference: ReferenceBackend) -> None:
+    gate, up, x = make_host("Q4_1", 32, 64), make_host("Q8_0", 32, 64, seed=1), normal(2, 64)
+
+    def gated(ops: Backend) -> np.ndarray:
+        norm = Norm(ops.device.upload(np.ones(64, np.float32)), eps=1e-5)
+        return ops.norm_gated("test", ops.device.upload(x), norm, ops.gate_up(gate, up), 2).numpy()
+
+    assert largest_difference(gated(backend), gated(reference)) < 1e-3  # float16 holds both
+
+
+@pytest.mark.parametrize("rows", [16, 48])
+def test_a_projection_that_does_not_fill_its_panels_is_refused(device: DeviceHandle, rows: int) -> None:
+    host = make_host("float32", rows, 32)
+    for load in (lambda cpu: cpu.stacked([host]), lambda cpu: cpu.gate_up(host, host)):
+        with pytest.raises(UnsupportedModelError, match=f"{rows} rows, which is no multiple of 32"):
+            load(CpuBackend(device, None))
+
+
+def test_a_width_that_is_no_multiple_of_32_is_refused(backend: Backend) -> None:
+    with pytest.raises(UnsupportedModelError, match="matrix of 32 x 40 has a width that is no multiple of 32"):
+        backend.matrix(make_host("float32", 32, 40))

@@ -1,0 +1,101 @@
+"""Packing loses nothing: what comes out of either layout is what went in, and embedding rows are rows of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.ops.builders import DENSE, FORMATS, QUANTIZED, make_host, make_step, normal
+from tinyvllm.arrays import QuantizedMatrix, to_float32
+from tinyvllm.ops.backend import Backend
+from tinyvllm.ops.device import DeviceHandle
+from tinyvllm.ops.matrix import Planes, pack, round_to_bfloat16, unpack
+from tinyvllm.ops.reference import ReferenceBackend
+from tinyvllm.ops.step_inputs import StepLayout
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("layout", ["panel", "row"])
+def test_packing_and_unpacking_gives_the_same_values(device: DeviceHandle, fmt: str, layout: str) -> None:
+    host = make_host(fmt, 40, 512)
+    matrix = pack(host, layout, None, device.name)
+    values = unpack(matrix).numpy()
+    # legacy kinds: one rounding, as in ggml; a fused multiply-add may leave it out
+    np.testing.assert_allclose(values[:40], to_float32(host), rtol=0, atol=0 if fmt in DENSE else 1e-7)
+    assert (values[40:] == 0).all(), "rows behind the used ones"
+
+
+@pytest.mark.parametrize("fmt", QUANTIZED)
+def test_quantised_matrices_keep_the_size_of_their_blocks(device: DeviceHandle, fmt: str) -> None:
+    """ggml's bits a weight; the six-bit steps of Q4_K and Q5_K take a byte here."""
+    bits = {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5, "Q4_K": 4.625, "Q5_K": 5.625, "Q6_K": 6.5625}
+    matrix = pack(make_host(fmt, 64, 512), "panel", None, device.name)
+    assert matrix.nbytes * 8 / (64 * 512) == bits[fmt]
+    assert len(matrix.planes) == Planes.count(matrix.format)
+
+
+@pytest.mark.parametrize("fmt", [*DENSE, "Q4_K"])
+@pytest.mark.parametrize("dtype", DENSE)
+def test_dense_values_are_recast_and_codes_only_when_dequantised(device: DeviceHandle, fmt: str, dtype: str) -> None:
+    host = make_host(fmt, 32, 256)
+    if fmt == "Q4_K":
+        assert pack(host, "panel", dtype, device.name).format.name == "Q4_K"
+    matrix = pack(host, "panel", dtype, device.name, dequantize=True)
+    assert matrix.format.name == dtype
+    values = to_float32(host)
+    if dtype == "bfloat16":
+        expected = (round_to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
+    else:
+        expected = values.astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(unpack(matrix).numpy(), expected)
+
+
+def test_dequantised_matrices_are_float16_unless_told(device: DeviceHandle) -> None:
+    assert pack(make_host("Q8_0", 32, 32), "panel", None, device.name, dequantize=True).format.name == "float16"
+
+
+def test_bfloat16_rounds_to_the_nearest_and_ties_to_even() -> None:
+    values = np.array([1.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8, 1.0 + 2**-8 + 2**-20, -1.0 - 2**-9], np.float32)
+    rounded = (round_to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_array_equal(rounded, np.array([1.0, 1.0, 1.0 + 2**-6, 1.0 + 2**-7, -1.0], np.float32))
+
+
+def test_a_hosts_codes_are_not_changed_by_packing(device: DeviceHandle) -> None:
+    host = make_host("Q5_K", 32, 256)
+    assert isinstance(host, QuantizedMatrix)
+    before = host.codes.copy()
+    pack(host, "panel", None, device.name)
+    np.testing.assert_array_equal(host.codes, before)
+
+
+# -- embedding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_embedding_reads_rows_of_the_table(backend: Backend, fmt: str) -> None:
+    host = make_host(fmt, 72, 256)
+    layout = StepLayout(5, 2, 1, 8)
+    buffer = make_step(layout, [])
+    layout.views(buffer)["token_ids"][:] = [0, 71, 33, 16, 33]
+    out = backend.embed(backend.matrix(host), backend.device.upload(buffer), layout).numpy().reshape(5, 256)
+    np.testing.assert_allclose(out, to_float32(host)[[0, 71, 33, 16, 33]], rtol=0, atol=1e-7)
+
+
+def test_a_token_id_beyond_the_table_reads_its_last_row(backend: Backend, reference: ReferenceBackend) -> None:
+    """Never memory beyond it. The engine does not send such ids; a kernel must not rely on that."""
+    host = make_host("float32", 40, 32)
+    layout = StepLayout(3, 1, 1, 8)
+    buffer = make_step(layout, [])
+    layout.views(buffer)["token_ids"][:] = [40, 2**31 - 1, -7]
+    for ops in (backend, reference):
+        out = ops.embed(ops.matrix(host), ops.device.upload(buffer), layout).numpy().reshape(3, 32)
+        np.testing.assert_array_equal(out, host[[39, 39, 0]])
+
+
+def test_taken_rows_are_those_of_the_logit_rows(backend: Backend, reference: ReferenceBackend) -> None:
+    x, layout = normal(6, 64), StepLayout(6, 3, 1, 8)
+    buffer = make_step(layout, [])
+    layout.views(buffer)["logit_rows"][:] = [5, 0, 2]
+    for ops in (backend, reference):
+        out = ops.take_rows(ops.device.upload(x), ops.device.upload(buffer), layout, 64).numpy()
+        np.testing.assert_array_equal(out.reshape(3, 64), x[[5, 0, 2]])

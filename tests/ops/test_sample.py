@@ -1,0 +1,260 @@
+"""Sampling against NumPy: the right distribution, the right seeds, the right logprobs.
+On a GPU: DEV=CL python -m pytest -m gpu tests/ops"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from tinygrad import Tensor, dtypes
+
+from tests.ops.builders import Sampled, make_step, normal, sample
+from tinyvllm.config import MAX_LOGPROBS
+from tinyvllm.ops.backend import Backend
+from tinyvllm.ops.device import DeviceHandle
+from tinyvllm.ops.kernel import Body, KernelFn, empty, finish, run_kernel
+from tinyvllm.ops.reference import ReferenceBackend, threshold, uniforms
+from tinyvllm.ops.reference import mix32 as reference_mix32
+from tinyvllm.ops.sample import OUT_TOP, OUT_WIDTH, SampleSpec, draw_kernel, logprobs_kernel, mix32
+from tinyvllm.ops.step_inputs import StepLayout
+
+VOCABULARIES = (5, 32, 40, 256, 1000, 49152)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """One way to sample."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """What NumPy says they should be: min-p, then top-k, then top-p, by sorting."""
+        weights = np.exp((logits.astype(np.float64) - logits.max()) / self.temperature)
+        order = np.argsort(-weights)
+        ranked = weights[order]
+        kept = ranked >= self.min_p * ranked[0]
+        if self.top_k:
+            kept[self.top_k :] = False
+        mass = np.where(kept, ranked, 0.0).cumsum()
+        kept &= mass - ranked < self.top_p * mass[-1] - 1e-12  # the tokens before it do not reach top_p yet
+        out = np.zeros(len(weights))
+        out[order] = np.where(kept, ranked, 0.0) / ranked[kept].sum()
+        return out
+
+
+FILTERS = [
+    Filters(),
+    Filters(temperature=0.6),
+    Filters(temperature=1.7),
+    Filters(top_k=5),
+    Filters(top_p=0.6),
+    Filters(min_p=0.1),
+    Filters(temperature=1.3, top_k=12, top_p=0.8, min_p=0.02),
+]
+
+
+@pytest.mark.parametrize("vocab", [5, 40])
+def test_tokens_are_drawn_as_often_as_their_probability_says(backend: Backend, vocab: int) -> None:
+    """Chi-square over 8192 draws of fixed seeds; a token that a filter cuts is never drawn."""
+    seqs, draws = 1024, 8
+    logits = 2 * normal(vocab, seed=vocab)
+    for filters in FILTERS:
+        counts = np.zeros(vocab)
+        for draw in range(draws):
+            rows = np.tile(logits, (seqs, 1))
+            columns = vars(filters)
+            np.add.at(counts, sample(backend, rows, draw=draw, seed=7919 * np.arange(seqs), **columns).tokens, 1)
+        expected = filters.probabilities(logits) * seqs * draws
+        assert (counts[expected == 0] == 0).all(), filters
+        seen = expected >= 5
+        chi_square = ((counts - expected)[seen] ** 2 / expected[seen]).sum()
+        freedom = max(seen.sum() - 1, 1)
+        print(f"{filters}: {chi_square:.1f} of {freedom}")
+        assert chi_square < freedom + 4 * math.sqrt(2 * freedom), filters
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_tokens_and_logprobs_equal_the_reference(backend: Backend, reference: ReferenceBackend, vocab: int) -> None:
+    """Every row asks for something else. The hash is the same bit for bit, so the same tokens win."""
+    seqs = 24
+    rng = np.random.default_rng(vocab)
+    logits = 3 * normal(seqs, vocab, seed=vocab)
+    columns = {
+        "temperature": rng.choice([0.0, 0.5, 1.0, 1.5], seqs),
+        "top_k": rng.choice([0, 1, 3, 50], seqs),
+        "top_p": rng.choice([1.0, 0.9, 0.3], seqs),
+        "min_p": rng.choice([0.0, 0.05], seqs),
+        "seed": rng.integers(-(2**31), 2**31, seqs),
+        "draw": rng.integers(0, 1000, seqs),
+        "num_logprobs": rng.choice([-1, 0, 3, 5], seqs),
+    }
+    got, expected = (sample(ops, logits, **columns) for ops in (backend, reference))
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    for row, count in enumerate(columns["num_logprobs"]):
+        if count >= 0:
+            check_logprobs(got, expected, row, count)
+
+
+def check_logprobs(got: Sampled, expected: Sampled, row: int, count: int) -> None:
+    np.testing.assert_array_equal(got.top_ids[row, :count], expected.top_ids[row, :count])
+    np.testing.assert_allclose(got.top_logprobs[row, :count], expected.top_logprobs[row, :count], atol=1e-5)
+    assert abs(got.logprobs[row] - expected.logprobs[row]) < 1e-5
+
+
+def test_filters_of_the_reference_are_those_of_sorting() -> None:
+    logits = 2 * normal(40)
+    for filters in FILTERS:
+        weights = np.exp((logits - logits.max()) / filters.temperature)
+        cut = threshold(weights, min_p=filters.min_p, top_k=filters.top_k, top_p=filters.top_p)
+        np.testing.assert_array_equal(weights >= cut, filters.probabilities(logits) > 0)
+
+
+def test_ties_at_the_edge_of_a_filter_are_all_kept(backend: Backend) -> None:
+    logits = np.tile(np.array([3.0, 1.0, 2.0, 2.0, 2.0, 0.0], np.float32), (256, 1))
+    drawn = {
+        name: set(sample(backend, logits, temperature=2.0, **{name: value}).tokens.tolist())
+        for name, value in (("top_k", 2), ("top_p", 0.4))
+    }
+    assert drawn == {"top_k": {0, 2, 3, 4}, "top_p": {0, 2, 3, 4}}
+
+
+def test_the_same_seed_gives_the_same_tokens_at_any_place_in_any_batch(backend: Backend) -> None:
+    seqs, vocab = 12, 300
+    logits, seeds = 2 * normal(seqs, vocab), np.arange(100, 100 + seqs)
+    columns = {"temperature": 1.0, "top_p": 0.95}
+    tokens = sample(backend, logits, seed=seeds, draw=5, **columns).tokens
+    for order in (np.arange(seqs)[::-1], np.array([3, 1, 8]), np.array([11])):
+        moved = sample(backend, logits[order], seed=seeds[order], draw=5, **columns).tokens
+        np.testing.assert_array_equal(moved, tokens[order])
+
+
+def test_another_seed_or_another_draw_gives_other_tokens(backend: Backend) -> None:
+    logits = np.zeros((64, 1000), np.float32)
+    tokens = sample(backend, logits, temperature=1.0).tokens
+    for columns in ({"seed": np.arange(1000, 1064)}, {"draw": 1}):
+        assert (sample(backend, logits, temperature=1.0, **columns).tokens == tokens).sum() < 5
+    assert len(set(tokens.tolist())) > 50, "rows of neighbouring seeds are independent"
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_greedy_ties_go_to_the_lowest_id(backend: Backend, vocab: int) -> None:
+    best = [[vocab - 1], [0, vocab - 1], [vocab // 2, vocab - 2], list(range(vocab))]
+    logits = -np.abs(normal(len(best), vocab))
+    for row, ids in enumerate(best):
+        logits[row, ids] = 4.0
+    np.testing.assert_array_equal(sample(backend, logits).tokens, [min(ids) for ids in best])
+
+
+def test_a_temperature_of_almost_nothing_is_greedy(backend: Backend) -> None:
+    logits = normal(8, 100)
+    for temperature in (1e-4, 1e-40):  # the reciprocal of the latter is infinite in float32
+        tokens = sample(backend, logits, temperature=temperature).tokens
+        np.testing.assert_array_equal(tokens, logits.argmax(1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_held_back_ids_are_never_drawn_yet_count_in_the_logprobs(backend: Backend, temperature: float) -> None:
+    seqs, vocab = 64, 40
+    logits = np.tile(normal(vocab), (seqs, 1))
+    best = np.argsort(-logits[0])
+    held = best[:6].tolist()
+    got = sample(backend, logits, temperature=temperature, held_back=[held] * seqs, num_logprobs=3)
+    assert not set(got.tokens.tolist()) & set(held)
+    if temperature == 0:
+        assert set(got.tokens.tolist()) == {best[6]}
+    raw = logits[0] - np.log(np.exp(logits[0]).sum())
+    np.testing.assert_array_equal(got.top_ids[:, :3], np.tile(best[:3], (seqs, 1)))
+    np.testing.assert_allclose(got.logprobs, raw[got.tokens], atol=1e-5)
+
+
+def test_likeliest_tokens_come_in_exact_order_ties_by_id(backend: Backend) -> None:
+    logits = normal(4, 1000)
+    logits[1] = np.round(logits[1])  # many ties
+    logits[2, 500:] = -math.inf
+    logits[3, :990] = -math.inf  # fewer finite ones than asked for
+    got = sample(backend, logits, num_logprobs=MAX_LOGPROBS)
+    expected = np.argsort(-logits, axis=1, kind="stable")[:, :MAX_LOGPROBS]
+    np.testing.assert_array_equal(got.top_ids, expected)
+    with np.errstate(divide="ignore"):
+        norms = np.log(np.exp(logits.astype(np.float64)).sum(1, keepdims=True))
+    np.testing.assert_allclose(got.top_logprobs, np.take_along_axis(logits, expected, 1) - norms, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_without_a_finite_value_give_no_token(backend: Backend, bad: float, temperature: float) -> None:
+    logits = normal(3, 100)
+    logits[1] = bad
+    got = sample(backend, logits, temperature=temperature, top_p=0.9, num_logprobs=2)
+    assert got.tokens[1] == -1
+    assert (got.tokens[[0, 2]] >= 0).all(), "neighbours are well"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_single_nan_is_not_chosen(backend: Backend, temperature: float) -> None:
+    logits = normal(256, 40)
+    logits[:, 7] = math.nan
+    tokens = sample(backend, logits, temperature=temperature).tokens
+    assert (tokens >= 0).all()
+    assert 7 not in tokens
+
+
+# -- the hash --------------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_equals_the_references_bit_for_bit(device: DeviceHandle, kind: str) -> None:
+    numbers = np.concatenate([np.arange(64), np.random.default_rng(0).integers(0, 2**32, 4032)]).astype(np.uint32)
+
+    def kernel(out, x):  # type: ignore[no-untyped-def]
+        i = Body().loop(len(numbers))
+        return finish(out[i].store(mix32(x[i].load())).end(i), "mix")
+
+    out = run_kernel(kernel, [empty(len(numbers), dtypes.uint, device.name)], [device.upload(numbers)])[0].numpy()
+    np.testing.assert_array_equal(out, reference_mix32(numbers))
+
+
+def test_uniform_numbers_are_uniform_and_never_0_or_1() -> None:
+    numbers = uniforms(seed=-5, draw=3, count=1 << 16)
+    assert 0 < numbers.min() < 1e-4
+    assert 1 - 1e-4 < numbers.max() < 1
+    counts = np.histogram(numbers, 64, (0, 1))[0]
+    assert ((counts - 1024) ** 2 / 1024).sum() < 63 + 4 * math.sqrt(2 * 63)
+    assert np.float32(numbers.max()) < 1
+
+
+# -- what a row does not ask for, it does not pay for ----------------------------------------------------------------
+
+
+def run_sentinels(kernel: KernelFn, device: DeviceHandle, sizes: list[int], inputs: list[Tensor]) -> list[np.ndarray]:
+    """Run a kernel on outputs that hold -77 everywhere."""
+    outputs = [device.upload(np.full(size, -77, np.int32)) for size in sizes[:1]]
+    outputs += [device.upload(np.full(size, -77, np.float32)) for size in sizes[1:]]
+    return [out.numpy() for out in run_kernel(kernel, outputs, inputs)]
+
+
+def test_only_rows_that_draw_compute_weights_and_only_rows_that_ask_rank(device: DeviceHandle, kind: str) -> None:
+    """The passes' lengths are data: a pass that does not run leaves its output as it was."""
+    seqs, vocab = 4, 100
+    layout = StepLayout(seqs, seqs, 1, 8)
+    spec = SampleSpec(layout, vocab, 128, has_threads=kind == "gpu")
+    buffer = make_step(layout, [])
+    views = layout.views(buffer)
+    views["temperature"].view(np.float32)[:] = [0.0, 1.0, 0.0, 0.5]
+    views["num_logprobs"][:] = [-1, -1, 0, 2]
+    inputs, logits = device.upload(buffer), device.upload(normal(seqs, 128))
+    norms = device.upload(np.zeros(seqs, np.float32))
+
+    _, weights = run_sentinels(draw_kernel(spec), device, [seqs * OUT_WIDTH, seqs * 128], [logits, inputs, norms])
+    drawn = (weights.reshape(seqs, 128)[:, :vocab] != -77).all(1)
+    untouched = (weights.reshape(seqs, 128) == -77).all(1)
+    assert drawn.tolist() == [False, True, False, True]
+    assert untouched.tolist() == [True, False, True, False]
+
+    out, _ = run_sentinels(logprobs_kernel(spec), device, [seqs * OUT_WIDTH, seqs], [logits, inputs])
+    ranked = (out.reshape(seqs, OUT_WIDTH)[:, OUT_TOP : OUT_TOP + MAX_LOGPROBS] != -77).sum(1)
+    assert ranked.tolist() == [0, 0, 0, 2]

@@ -1,0 +1,212 @@
+"""Every operation of `Backend` again, in plain Tensor arithmetic that any device runs: the kernels' documentation and
+the oracle of their tests. Written to be read; its cost follows the pool and the longest context, not the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from tinygrad import Tensor
+
+from tinyvllm.arrays import HostMatrix, to_float32
+from tinyvllm.config import MAX_LOGPROBS
+from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, stack_rows
+from tinyvllm.ops.device import FLOATS, DeviceHandle
+from tinyvllm.ops.matrix import Matrix, pack, unpack
+from tinyvllm.ops.sample import OUT_LOGPROB, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
+from tinyvllm.ops.step_inputs import StepLayout
+
+
+class ReferenceBackend:
+    """Activations are float32. Matrices keep their formats, in row layout; the pool is `[slot][kv head][D]`."""
+
+    def __init__(self, device: DeviceHandle, *, dequantize: bool = False) -> None:
+        self.device = device
+        self.dequantize = dequantize
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def matrix(self, host: HostMatrix) -> Matrix:
+        return pack(host, "row", None, self.device.name, dequantize=self.dequantize)
+
+    def stacked(self, hosts: Sequence[HostMatrix]) -> tuple[Matrix, ...]:
+        return tuple(self.matrix(host) for host in stack_rows(hosts))
+
+    def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
+        """Gate rows, then up rows; float32 where their formats differ."""
+        stacked = stack_rows([gate, up])
+        return self.matrix(stacked[0] if len(stacked) == 1 else np.concatenate([to_float32(gate), to_float32(up)]))
+
+    def make_pool(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: str) -> KVPool:
+        size = num_blocks * block_size * shape.num_kv_heads * shape.head_dim
+        keys, values = ([self.device.zeros(size, FLOATS[dtype]) for _ in range(num_layers)] for _ in range(2))
+        return KVPool(keys, values, num_blocks, dtype)
+
+    def kv_dtype(self, wanted: str, stored: str) -> str:
+        return "float32" if wanted == "auto" else wanted
+
+    # -- operations ---------------------------------------------------------------------------------------------------
+
+    def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout) -> Tensor:
+        token_ids = _words(inputs, layout, "token_ids", layout.num_tokens).clip(0, table.used_rows - 1)
+        return unpack(table)[token_ids].reshape(-1)
+
+    def norm_linear(
+        self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int
+    ) -> list[Tensor]:
+        normed = rms_norm(x.reshape(num_tokens, -1), norm)
+        return [(normed @ unpack(matrix).T).reshape(-1) for matrix in matrices]
+
+    def linear_add(self, name: str, x: Tensor, matrix: Matrix, residual: Tensor, num_tokens: int) -> Tensor:
+        return residual + (x.reshape(num_tokens, -1) @ unpack(matrix).T).reshape(-1)
+
+    def norm_gated(self, name: str, x: Tensor, norm: Norm, matrix: Matrix, num_tokens: int) -> Tensor:
+        both = rms_norm(x.reshape(num_tokens, -1), norm) @ unpack(matrix).T  # (T, 2 * ffn)
+        gate, up = both.chunk(2, dim=1)
+        return (gate * gate.sigmoid() * up).reshape(-1)
+
+    def attend(
+        self,
+        qkv: Sequence[Tensor],
+        widths: Sequence[int],
+        shape: AttentionShape,
+        pool: KVPool,
+        layer: int,
+        inputs: Tensor,
+        rope: Tensor,
+        layout: StepLayout,
+        *,
+        is_decode: bool,
+    ) -> Tensor:
+        tokens, size = layout.num_tokens, layout.block_size
+        heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        positions = _words(inputs, layout, "positions", tokens)
+        slots = _words(inputs, layout, "slots", tokens)
+        seq_rows = _words(inputs, layout, "seq_rows", tokens)
+        tables = _words(inputs, layout, "block_tables", (layout.num_seqs + 1) * layout.max_blocks)
+
+        parts = [part.reshape(tokens, width) for part, width in zip(qkv, widths, strict=True)]
+        q, k, v = Tensor.cat(*parts, dim=1).reshape(tokens, -1, dim).split([heads, kv_heads, kv_heads], dim=1)
+        angles = rope.reshape(-1, dim)[positions].unsqueeze(1)  # (T, 1, D): D/2 cosines, then D/2 sines
+        q, k = rotate(q, angles), rotate(k, angles)
+
+        keys, values = (flat.reshape(-1, kv_heads, dim) for flat in (pool.keys[layer], pool.values[layer]))
+        keys[slots] = k.cast(keys.dtype)
+        values[slots] = v.cast(values.dtype)
+
+        # context slots, (T, C): every slot of the row's block table, in the order of positions
+        blocks = tables.reshape(-1, layout.max_blocks)[seq_rows].unsqueeze(-1)  # (T, M, 1)
+        context = (blocks * size + Tensor.arange(size)).reshape(tokens, -1)
+        near_k, near_v = keys[context].float(), values[context].float()  # (T, C, K, D)
+        is_causal = Tensor.arange(context.shape[1]) <= positions.unsqueeze(1)  # (T, C)
+
+        q = q.reshape(tokens, kv_heads, heads // kv_heads, dim)  # G query heads share a KV head
+        scores = Tensor.einsum("tkgd,tckd->tkgc", q, near_k) / dim**0.5
+        weights = is_causal.reshape(tokens, 1, 1, -1).where(scores, -float("inf")).softmax(-1)
+        return Tensor.einsum("tkgc,tckd->tkgd", weights, near_v).reshape(-1)
+
+    def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:
+        return x.reshape(-1, num_cols)[_words(inputs, layout, "logit_rows", layout.num_seqs)].reshape(-1)
+
+    def sample(self, logits: Tensor, vocab_size: int, stride: int, inputs: Tensor, layout: StepLayout) -> Tensor:
+        rows = logits.numpy().reshape(layout.num_seqs, stride)[:, :vocab_size]
+        views = layout.views(inputs.numpy())
+        out = np.stack([sample_row(row, views, index) for index, row in enumerate(rows)])
+        return Tensor(out.reshape(-1), device=inputs.device)
+
+
+def _words(inputs: Tensor, layout: StepLayout, name: str, count: int) -> Tensor:
+    """The int32 words of one of a step's inputs, (count,)."""
+    start = layout.offset(name)
+    return inputs[start : start + count]
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """x (T, K) / sqrt(mean of its squares + eps) * weight (Zhang & Sennrich 2019)."""
+    return x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """RoPE with half-split pairs: elements i and i + D/2 of x (T, heads, D) turn together (Su et al. 2021)."""
+    (low, high), (cos, sin) = x.chunk(2, dim=-1), angles.chunk(2, dim=-1)
+    return Tensor.cat(low * cos - high * sin, high * cos + low * sin, dim=-1)
+
+
+# -- sampling, one row at a time, in NumPy ----------------------------------------------------------------------------
+
+
+def sample_row(logits: np.ndarray, views: dict[str, np.ndarray], row: int) -> np.ndarray:
+    """(OUT_WIDTH,) int32: the token of one sequence, and its logprobs where they are asked for. logits (V,) float32."""
+    out = np.zeros(OUT_WIDTH, np.int32)
+    floats = out.view(np.float32)
+    held_back = views["held_back"][row]
+    allowed = logits.astype(np.float64)
+    allowed[held_back[(held_back >= 0) & (held_back < len(logits))]] = -np.inf
+    temperature = views["temperature"].view(np.float32)[row]
+    greedy = first_best(allowed)
+    token = greedy
+    if temperature > 0 and greedy >= 0:
+        weights = np.exp((allowed - allowed[greedy]) / temperature)
+        kept = weights >= threshold(
+            weights,
+            min_p=views["min_p"].view(np.float32)[row],
+            top_k=views["top_k"][row],
+            top_p=views["top_p"].view(np.float32)[row],
+        )
+        token = race(np.where(kept, weights, 0.0), uniforms(views["seed"][row], views["draw"][row], len(logits)))
+    out[OUT_TOKEN] = token
+    count = min(int(views["num_logprobs"][row]), MAX_LOGPROBS)
+    if count >= 0:
+        logprobs = log_softmax(logits.astype(np.float64))  # of the raw logits: neither held back nor heated
+        likeliest = np.argsort(-logprobs, kind="stable")[:count]
+        floats[OUT_LOGPROB] = logprobs[max(token, 0)]
+        out[OUT_TOP : OUT_TOP + len(likeliest)] = likeliest
+        floats[OUT_TOP_LOGPROB : OUT_TOP_LOGPROB + len(likeliest)] = logprobs[likeliest]
+    return out
+
+
+def first_best(logits: np.ndarray) -> int:
+    """The index of the largest logit, the lowest one at a tie; -1 where none is above -inf."""
+    values = np.where(np.isnan(logits), -np.inf, logits)
+    best = int(values.argmax())
+    return best if values[best] > -np.inf else -1
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Natural-log probabilities."""
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def threshold(weights: np.ndarray, *, min_p: float, top_k: int, top_p: float) -> float:
+    """The smallest weight that is kept by min-p, then top-k, then top-p; ties at it are all kept. Weights (V,), the
+    largest 1. min_p 0, top_k 0 and top_p 1 keep everything."""
+    kept = np.sort(weights[weights >= min_p])[::-1]
+    if 0 < top_k < len(kept):
+        kept = kept[kept >= kept[top_k - 1]]
+    if top_p < 1:
+        mass = np.cumsum(kept)
+        kept = kept[: np.searchsorted(mass, top_p * mass[-1]) + 1]
+    return float(kept[-1])
+
+
+def race(weights: np.ndarray, uniform: np.ndarray) -> int:
+    """Draw an index with probability weights / sum(weights), by an exponential race (Devroye 1986, ch. 5)."""
+    return int((weights / -np.log2(uniform)).argmax())
+
+
+def uniforms(seed: int, draw: int, count: int) -> np.ndarray:
+    """The uniform numbers of a request's `draw`-th token, one for each of `count` ids: 23 bits of a hash, in (0, 1)."""
+    golden = np.uint32(0x9E3779B9)
+    seeds, draws = np.array([seed], np.int32).view(np.uint32), np.array([draw], np.int32).view(np.uint32)
+    key = mix32(seeds + mix32(draws + golden))
+    bits = mix32(np.arange(count, dtype=np.uint32) * golden + key)
+    return ((bits >> 9) + 0.5) * 2.0**-23
+
+
+def mix32(x: np.ndarray) -> np.ndarray:
+    """MurmurHash3's 32-bit finaliser on uint32, which wraps around."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))

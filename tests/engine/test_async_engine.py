@@ -418,12 +418,18 @@ async def test_shutdown_aborts_what_runs() -> None:
 
 
 async def test_shutdown_drains_when_it_is_given_time() -> None:
-    async with running_engine() as engine:
+    runner = FakeModelRunner()
+    gate = Gate(runner)
+    async with running_engine(runner) as engine:
         streams = [engine.generate([i], LONG, request_id=str(i)) for i in range(20)]
         readers = [asyncio.ensure_future(collect(stream)) for stream in streams]
         while len(engine._streams) < 20:
             await asyncio.sleep(0.001)
-        await engine.shutdown(drain_s=60)
+        stopping = asyncio.ensure_future(engine.shutdown(drain_s=3600))
+        await asyncio.sleep(0)
+        assert not engine.is_ready
+        gate.open()
+        await stopping
         assert all(join(deltas).finish_reason == "length" for deltas in await asyncio.gather(*readers))
 
 

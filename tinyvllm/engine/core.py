@@ -113,16 +113,8 @@ class EngineCore:
     def _fail(self, plan: StepPlan, error: Exception) -> list[TokenOut]:
         self._num_failures += 1
         message = f"the step that computed this request failed with {_describe(error)}"
-        logger.error(
-            "a step of %d tokens for %d sequences failed (%d in a row): %s",
-            *(
-                plan.num_tokens,
-                len(plan.entries),
-                self._num_failures,
-                ", ".join(e.request.request_id for e in plan.entries),
-            ),
-            exc_info=error,
-        )
+        names = ", ".join(entry.request.request_id for entry in plan.entries)
+        logger.error("a step failed (%d in a row), and with it %s", self._num_failures, names, exc_info=error)
         for entry in plan.entries:
             self.scheduler.finish(entry.request, "error", error=message)
         return [TokenOut(entry.request, None, None, "error") for entry in plan.entries]

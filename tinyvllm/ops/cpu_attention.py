@@ -156,7 +156,7 @@ def _attend(body: Body, row: _Row, head: UOp, out: UOp, keys: UOp, values: UOp) 
     acc_done = target[d].store(target[d].load() * decay[d // dim].load()).end(d)
     for g in range(group):
         for start in range(0, dim, VALUE_CHUNK):
-            acc_done = _add_values(body, acc, weights, values, base, g, start, spec, acc_done)
+            acc_done = _add_values(body, row, acc, weights, values, base, block, g, start, acc_done)
     end = acc_done.end(block)
     acc, total = acc.after(end), total.after(end)
     g, d = body.loop(group), body.loop(dim)
@@ -223,15 +223,17 @@ def _scores(body: Body, row: _Row, query: UOp, keys: UOp, base: UOp, block: UOp,
 
 
 def _add_values(
-    body: Body, acc: UOp, weights: UOp, values: UOp, base: UOp, g: int, start: int, spec: AttentionSpec, done: UOp
+    body: Body, row: _Row, acc: UOp, weights: UOp, values: UOp, base: UOp, block: UOp, g: int, start: int, done: UOp
 ) -> UOp:
     """acc[g, start : start + VALUE_CHUNK] += sum over the block's tokens of weight * value."""
-    size, dim = spec.layout.block_size, spec.head_dim
+    size, dim = row.spec.layout.block_size, row.spec.head_dim
     token = body.fold(size)
     inner = acc.after(done, token)
     weight = weights.after(done)[g * size + token].load()
     lane = body.loop(min(VALUE_CHUNK, dim - start))
     d = lane + start
-    value = values[base + token * dim + d].load().cast(F32)
+    # behind the row's own token lies what another sequence left, be it NaN: its weight of almost 0 meets the own value
+    own = token.cast(I32).minimum(row.position - block.cast(I32) * size)
+    value = values[base + own * dim + d].load().cast(F32)
     store = inner[g * dim + d].store(inner[g * dim + d].load() + value * weight)
     return store.end(lane, token)

@@ -1,7 +1,8 @@
 """The operations that a transformer layer is made of, as each kind of device has them.
 
 Activations are flat tensors, (T * columns,): rows side by side. A model is written against `Backend` alone, so that
-what differs by device (layouts, fusion, kernels) stays in this room. `reference.py` has each operation in plain Tensors.
+what differs by device (layouts, fusion, kernels) stays in this room.
+`reference.py` has each operation in plain Tensor arithmetic.
 """
 
 from __future__ import annotations

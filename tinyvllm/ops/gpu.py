@@ -93,10 +93,11 @@ class GpuBackend:
         spec = GpuAttentionSpec(
             layout, shape.num_heads, shape.num_kv_heads, shape.head_dim, pool.num_blocks, tuple(widths)
         )
-        common = [inputs, rope, *qkv]
-        keys, values = run_kernel(write_kv_kernel(spec), [pool.keys[layer], pool.values[layer]], common)
+        written = [inputs, rope, *qkv[spec.kv_parts]]
+        keys, values = run_kernel(write_kv_kernel(spec), [pool.keys[layer], pool.values[layer]], written)
         out = self._empty(layout.num_tokens * shape.num_heads * shape.head_dim)
-        return run_kernel(attention_kernel(spec), [out], [keys, values, *common])[0]
+        read = [keys, values, inputs, rope, *qkv[spec.query_parts]]
+        return run_kernel(attention_kernel(spec), [out], read)[0]
 
     def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:
         fn = take_rows_kernel(layout, num_cols)

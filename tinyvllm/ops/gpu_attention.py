@@ -7,6 +7,7 @@ tokens. Threads meet through threadgroup memory alone, so one source renders for
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from tinygrad import UOp, dtypes
 
@@ -35,13 +36,35 @@ class GpuAttentionSpec:
     def num_slots(self) -> int:
         return self.num_blocks * self.layout.block_size
 
+    @property
+    def query_parts(self) -> slice:
+        """The parts of qkv that hold queries: what attention_kernel takes. A kernel must read every buffer that it is
+        given, else the arguments of its calls on CUDA and OpenCL do not match."""
+        return self._parts(0, self.num_heads)
+
+    @property
+    def kv_parts(self) -> slice:
+        """The parts of qkv that hold keys and values: what write_kv_kernel takes."""
+        return self._parts(self.num_heads, self.num_heads + 2 * self.num_kv_heads)
+
+    def _parts(self, first_head: int, end_head: int) -> slice:
+        ends = list(accumulate(self.qkv_cols))
+        starts = [0, *ends[:-1]]
+        first = next(i for i, end in enumerate(ends) if end > first_head * self.head_dim)
+        last = next(i for i in reversed(range(len(ends))) if starts[i] < end_head * self.head_dim)
+        return slice(first, last + 1)
+
 
 class _Row:
     """One token row's inputs inside a kernel."""
 
-    def __init__(self, spec: GpuAttentionSpec, row: UOp, inputs: UOp, rope: UOp, parts: tuple[UOp, ...]) -> None:
+    def __init__(
+        self, spec: GpuAttentionSpec, row: UOp, inputs: UOp, rope: UOp, parts: tuple[UOp, ...], held: slice
+    ) -> None:
+        """`held`: which parts of qkv `parts` are."""
         layout = spec.layout
         self.spec, self.row, self.inputs, self.rope, self.parts = spec, row, inputs, rope, parts
+        self.part_cols, self.first_col = spec.qkv_cols[held], sum(spec.qkv_cols[: held.start])
         positions = max(
             layout.max_blocks * layout.block_size, 2 * spec.head_dim
         )  # at least two passes: Body.fold_while
@@ -61,8 +84,8 @@ class _Row:
 
     def qkv(self, head: UOp, offset: UOp) -> UOp:
         """qkv[row, head * D + offset]; `head` counts q heads, then k, then v."""
-        col, start, value = head * self.spec.head_dim + offset, 0, None
-        for part, cols in zip(self.parts, self.spec.qkv_cols, strict=True):
+        col, start, value = head * self.spec.head_dim + offset - self.first_col, 0, None
+        for part, cols in zip(self.parts, self.part_cols, strict=True):
             inside = (col - start).maximum(0).minimum(cols - 1) if len(self.parts) > 1 else col
             here = part[self.row * cols + inside].load().cast(F32)
             value = here if value is None else (col < start).where(value, here)
@@ -82,13 +105,13 @@ class _Row:
 
 @cached_kernel
 def write_kv_kernel(spec: GpuAttentionSpec) -> KernelFn:
-    """fn(keys, values, inputs, rope, *qkv parts): every row's rotated key and its value go to its slot."""
+    """fn(keys, values, inputs, rope, *qkv[kv_parts]): every row's rotated key and its value go to its slot."""
 
     def kernel(keys: UOp, values: UOp, inputs: UOp, rope: UOp, *parts: UOp) -> UOp:
         body = Body()
         axis, head = body.grid(spec.layout.num_tokens), body.grid(spec.num_kv_heads)
         d = body.threads(spec.head_dim)
-        row = _Row(spec, axis, inputs, rope, parts)
+        row = _Row(spec, axis, inputs, rope, parts, spec.kv_parts)
         at = row.slot() * spec.slot_elements + head * spec.head_dim + d
         key = row.rotated(head + spec.num_heads, d)
         value = row.qkv(head + (spec.num_heads + spec.num_kv_heads), d)
@@ -103,7 +126,7 @@ def write_kv_kernel(spec: GpuAttentionSpec) -> KernelFn:
 
 @cached_kernel
 def attention_kernel(spec: GpuAttentionSpec) -> KernelFn:
-    """fn(out (T, H * D), keys, values, inputs, rope, *qkv parts): a threadgroup a row and head.
+    """fn(out (T, H * D), keys, values, inputs, rope, *qkv[query_parts]): a threadgroup a row and head.
 
     Passes of D tokens: thread t scores token t of the pass, then thread d adds up element d of the values (online
     softmax, Milakov & Gimelshein 2018). A row's cost follows its own context.
@@ -114,7 +137,7 @@ def attention_kernel(spec: GpuAttentionSpec) -> KernelFn:
         axis, head = body.grid(spec.layout.num_tokens), body.grid(spec.num_heads)
         thread = body.threads(dim)
         axes = (axis, head, thread)
-        row = _Row(spec, axis, inputs, rope, parts)
+        row = _Row(spec, axis, inputs, rope, parts, spec.query_parts)
         kv_head = head // (spec.num_heads // spec.num_kv_heads)
         query = body.shared(dim)
         query = query.after(query.after(*axes)[thread].store(row.rotated(head, thread) * (LOG2E / dim**0.5)))

@@ -127,6 +127,12 @@ def has_many_registers() -> bool:
         return any("avx512vl" in line.split() for line in file if line.startswith("flags"))
 
 
+def has_half(name: str) -> bool:
+    """Whether the device computes with float16. Where it does not, tinygrad emulates it without subnormal numbers, of
+    which the scales of Q6_K have many."""
+    return dtypes.half in Device[name].renderer.supported_dtypes()
+
+
 def _require_compiler() -> None:
     compiler = os.environ.get("CC", "clang")
     if shutil.which(compiler) is None:

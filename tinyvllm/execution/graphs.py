@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tinygrad import Tensor, TinyJit
+from tinygrad.engine.realize import get_call_kernels
+from tinygrad.uop.ops import Ops, UOp
 
 from tinyvllm.config import Capacity
 from tinyvllm.execution.buckets import Bucket
@@ -25,6 +27,7 @@ class Graph:
     send: Callable[[], None]  # moves the packed inputs to the device
     run: Callable[[], Tensor]
     output: Tensor
+    num_kernels: int  # that one run launches
 
 
 def capture(bucket: Bucket, model: Model, backend: Backend, pool: KVPool, capacity: Capacity) -> Graph:
@@ -42,4 +45,16 @@ def capture(bucket: Bucket, model: Model, backend: Backend, pool: KVPool, capaci
     jit.cnt = 1  # the first call captures: TinyJit's plain call 0 would schedule everything twice
     output = jit()
     backend.device.wait()
-    return Graph(bucket, layout, packer, send, jit, output)
+    return Graph(bucket, layout, packer, send, jit, output, count_kernels(jit.captured.linear))
+
+
+def count_kernels(linear: UOp) -> int:
+    """Kernels of a captured step. tinygrad's own counters take a whole graph for one."""
+    return sum(_kernels_of(call) for call in linear.src)
+
+
+def _kernels_of(call: UOp) -> int:
+    target = call.src[0]
+    if target.op is Ops.CUSTOM_FUNCTION and target.arg == "graph":
+        return len(target.src[0].src)
+    return len(get_call_kernels(call))  # of the CPU's submitter, which runs many, or of a call that stands alone

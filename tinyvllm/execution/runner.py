@@ -12,11 +12,14 @@ from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles
 from tinyvllm.errors import DeviceError, InvariantError
 from tinyvllm.execution.buckets import Bucket, choose_bucket, make_buckets
 from tinyvllm.execution.capacity import MemoryFacts, plan_capacity
+from tinyvllm.execution.cost import StepCost, WeightFacts, step_cost, weight_facts
 from tinyvllm.execution.graphs import Graph, capture
 from tinyvllm.model.registry import Model, make_model
-from tinyvllm.model.weights.checkpoint import open_checkpoint
+from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
+from tinyvllm.model.weights.random import RandomWeights
 from tinyvllm.ops.backend import Backend, KVPool
 from tinyvllm.ops.backends import make_backend
+from tinyvllm.ops.bandwidth import measure_bandwidth
 from tinyvllm.ops.device import FLOATS, open_device
 from tinyvllm.ops.sample import OUT_LOGPROB, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, TokenLogprobs
@@ -25,6 +28,7 @@ from tinyvllm.storage.model_config import read_model_config
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # stage ("load", "warm-up"), done, total
+FILL_VALUES = 1_000_003  # random numbers that a pool is filled with, over and over: a prime, so that no block repeats
 
 
 def load_runner(files: ModelFiles, config: EngineConfig, progress: Progress | None = None) -> ModelRunner:
@@ -33,19 +37,32 @@ def load_runner(files: ModelFiles, config: EngineConfig, progress: Progress | No
 
     Raises ModelError, CapacityError, DeviceError.
     """
-    report = progress or (lambda stage, done, total: None)
     model_config = read_model_config(files)
-    checkpoint = open_checkpoint(files, model_config)
+    return make_runner(model_config, open_checkpoint(files, model_config), config, progress)
+
+
+def load_random_runner(
+    model_config: ModelConfig, kind: str, config: EngineConfig, progress: Progress | None = None
+) -> ModelRunner:
+    """`load_runner` for a shape alone: weights of `kind` (float16, Q4_0, ...) are drawn from config.seed."""
+    return make_runner(model_config, RandomWeights(kind, config.seed), config, progress)
+
+
+def make_runner(
+    model_config: ModelConfig, source: WeightSource, config: EngineConfig, progress: Progress | None = None
+) -> ModelRunner:
+    """`load_runner` for a model whose settings are known and whose tensors come from `source`."""
+    report = progress or (lambda stage, done, total: None)
     device = open_device()
     free_bytes = device.free_memory()
     backend = make_backend(device, config.dtype, model_config.dtype, dequantize=config.dequantize)
     positions = min(config.max_model_len or model_config.max_position, model_config.max_position)
-    model = make_model(model_config, checkpoint, backend, positions, lambda done, total: report("load", done, total))
+    model = make_model(model_config, source, backend, positions, lambda done, total: report("load", done, total))
     kv_dtype = backend.kv_dtype(config.kv_cache_dtype, model_config.dtype)
     memory = MemoryFacts(
         free_bytes=free_bytes,
         share=config.gpu_memory_utilization or device.default_share(),
-        weight_bytes=model.nbytes,
+        weight_bytes=weight_facts(model).nbytes,
         kv_bytes_per_token=model_config.kv_bytes_per_token(FLOATS[kv_dtype].itemsize),
     )
     capacity = plan_capacity(config, model_config, memory)
@@ -85,10 +102,7 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one step and wait for its tokens. Raises DeviceError where the device fails."""
         start = time.perf_counter()
-        bucket = choose_bucket(self._buckets, plan)
-        graph = self._graphs.get(bucket)
-        if graph is None:
-            raise InvariantError(f"graph {bucket.name} was not captured: warm_up() must run before execute()")
+        graph = self._graph_for(plan)
         graph.packer.pack(plan)
         packed = time.perf_counter()
         try:
@@ -96,7 +110,7 @@ class ModelRunner:
             graph.run()
             rows = self._backend.device.read(graph.output).reshape(-1, OUT_WIDTH)
         except RuntimeError as error:
-            raise DeviceError(f"step {bucket.name} failed on {self.device}: {error}") from error
+            raise DeviceError(f"step {graph.bucket.name} failed on {self.device}: {error}") from error
         done = time.perf_counter()
         return make_output(plan, rows, pack_s=packed - start, device_s=done - packed)
 
@@ -105,6 +119,44 @@ class ModelRunner:
         self._graphs.clear()
         self._pool.keys.clear()
         self._pool.values.clear()
+
+    def _graph_for(self, plan: StepPlan) -> Graph:
+        bucket = choose_bucket(self._buckets, plan)
+        graph = self._graphs.get(bucket)
+        if graph is None:
+            raise InvariantError(f"graph {bucket.name} was not captured: warm_up() must run before a step")
+        return graph
+
+    # -- for measurements -----------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> WeightFacts:
+        """What the model's matrices are and take."""
+        return weight_facts(self._model)
+
+    def cost(self, plan: StepPlan) -> StepCost:
+        """What executing `plan` takes, by count."""
+        graph = self._graph_for(plan)
+        kv_bytes = self.model_config.kv_bytes_per_token(FLOATS[self._pool.dtype].itemsize)
+        return step_cost(graph.bucket.name, graph.num_kernels, plan, self._model, kv_bytes)
+
+    def measure_bandwidth(self) -> float:
+        """Bytes a second that the device's memory gives, by a test of a second or less."""
+        return measure_bandwidth(self._backend.device)
+
+    def fill_pool(self, num_blocks: int, seed: int) -> None:
+        """Write random keys and values to the first blocks: what was never written may not even be memory yet (a CPU
+        reads all untouched pages from one page of zeros, out of its cache)."""
+        pool, config = self._pool, self.model_config
+        size = num_blocks * self.capacity.block_size * config.kv_size
+        values = np.random.default_rng(seed).standard_normal(FILL_VALUES, np.float32)
+        if pool.dtype == "bfloat16":
+            drawn = (values.view(np.uint32) >> 16).astype(np.uint16)
+        else:
+            drawn = values.astype(pool.dtype)
+        filling = np.resize(drawn, size)
+        for tensor in (*pool.keys, *pool.values):
+            self._backend.device.write(tensor, filling)
 
 
 def make_output(plan: StepPlan, rows: np.ndarray, *, pack_s: float, device_s: float) -> StepOutput:

@@ -17,7 +17,7 @@ from tinyvllm.ops.matrix import Matrix
 from tinyvllm.ops.step_inputs import StepLayout
 
 if TYPE_CHECKING:
-    from tinyvllm.model.weights.checkpoint import Checkpoint
+    from tinyvllm.model.weights.checkpoint import WeightSource
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Llama:
     def __init__(
         self,
         config: ModelConfig,
-        checkpoint: Checkpoint,
+        checkpoint: WeightSource,
         backend: Backend,
         num_positions: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
@@ -62,12 +62,10 @@ class Llama:
         progress(total, total)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the matrices on the device."""
+    def matrices(self) -> list[Matrix]:
+        """Every matrix on the device, once; a tied head is the embedding."""
         matrices = [m for layer in self.layers for m in (*layer.qkv, layer.attention_out, layer.gate_up, layer.down)]
-        return sum(m.nbytes for m in [*matrices, self.embedding]) + (
-            0 if self.head is self.embedding else self.head.nbytes
-        )
+        return [*matrices, self.embedding] + ([] if self.head is self.embedding else [self.head])
 
     @property
     def logit_stride(self) -> int:

@@ -10,8 +10,9 @@ from tinygrad import Tensor
 from tinyvllm.config import ModelConfig
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.llama import Llama
-from tinyvllm.model.weights.checkpoint import Checkpoint
+from tinyvllm.model.weights.checkpoint import WeightSource
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
+from tinyvllm.ops.matrix import Matrix
 from tinyvllm.ops.step_inputs import StepLayout
 
 
@@ -20,9 +21,11 @@ class Model(Protocol):
 
     config: ModelConfig
     shape: AttentionShape
+    embedding: Matrix
+    head: Matrix  # the embedding itself where the two are tied
 
     @property
-    def nbytes(self) -> int: ...
+    def matrices(self) -> list[Matrix]: ...
 
     @property
     def logit_stride(self) -> int: ...
@@ -35,7 +38,7 @@ FAMILIES: dict[str, Callable[..., Model]] = {"llama": Llama}
 
 def make_model(
     config: ModelConfig,
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     backend: Backend,
     num_positions: int,
     progress: Callable[[int, int], None],

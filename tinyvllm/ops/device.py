@@ -87,6 +87,16 @@ class DeviceHandle:
         # the allocator's own copy: Buffer.copy_from would schedule a graph for each
         return tensor, host, lambda: allocator._copyin(buffer._buf, host.data.cast("B"))
 
+    def write(self, tensor: Tensor, array: np.ndarray) -> None:
+        """Overwrite the beginning of a realised tensor with an array's bytes. Waits for the device."""
+        buffer = tensor.uop.base.buffer.ensure_allocated()
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self.wait()
+        if self._is_mapped:
+            np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.uint8)[: data.size] = data
+        else:
+            Device[self.name].allocator._copyin(buffer._buf, data.data)
+
     def read(self, tensor: Tensor) -> np.ndarray:
         """A copy of a realised int32 tensor's values. Waits for the device: a step's one synchronisation."""
         buffer = tensor.uop.base.buffer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.config import ModelConfig, ModelFiles
@@ -23,6 +24,14 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
     # tied embeddings: some writers store the head nevertheless, as a copy that transformers does not read either
     ignored = (*IGNORED_SUFFIXES, HEAD_NAME) if config.tie_embeddings else IGNORED_SUFFIXES
     return Checkpoint(files.path, {name: tensor for name, tensor in read.items() if not name.endswith(ignored)})
+
+
+class WeightSource(Protocol):
+    """What a model family loads its tensors from, one by one."""
+
+    def take(self, name: str, shape: tuple[int, ...]) -> HostMatrix: ...
+
+    def finish(self) -> None: ...
 
 
 class Checkpoint:

@@ -1,0 +1,55 @@
+"""How fast a device's memory is, by a small test: what the floor under a step's time is computed with."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tinygrad import Tensor, TinyJit, dtypes
+
+from tinyvllm.ops.device import DeviceHandle
+
+ROUNDS = 12  # the fastest counts: a floor is what the memory can do, not what other programs left of it
+CPU_BYTES = 64 << 20  # that each core reads: beyond any cache
+GPU_BYTES = 512 << 20  # that are copied
+GPU_COPIES = 4  # in a row, so that the launch does not count
+
+
+def measure_bandwidth(device: DeviceHandle) -> float:
+    """Bytes a second. On a CPU all cores read, as decoding does; elsewhere a copy, whose reads and writes count."""
+    return _cpu_bandwidth() if device.is_cpu else _copy_bandwidth(device)
+
+
+def _cpu_bandwidth() -> float:
+    """NumPy's maximum, which vectorises and lets go of the interpreter's lock: a sum would wait for its additions."""
+    cores = os.cpu_count() or 1
+    parts = [np.ones(CPU_BYTES // 4, np.int32) for _ in range(cores)]
+    with ThreadPoolExecutor(cores) as pool:
+        return cores * CPU_BYTES / _fastest(lambda: list(pool.map(np.max, parts)))
+
+
+def _copy_bandwidth(device: DeviceHandle) -> float:
+    source = Tensor.zeros(GPU_BYTES // 4, dtype=dtypes.uint, device=device.name).clone().realize()
+    copy = TinyJit(lambda: (source ^ 1).contiguous().realize())
+    copy()
+
+    def round_of_copies() -> None:
+        for _ in range(GPU_COPIES):
+            copy()
+        device.wait()
+
+    round_of_copies()  # captures
+    return 2 * GPU_COPIES * GPU_BYTES / _fastest(round_of_copies)
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the quickest of ROUNDS."""
+    best = float("inf")
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best

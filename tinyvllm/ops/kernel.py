@@ -16,6 +16,9 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo
 
 from tinyvllm.errors import InvariantError
+from tinyvllm.ops.disk_cache import share_disk_cache
+
+share_disk_cache()  # before the first kernel is compiled, on whatever thread
 
 F32, F16, I32, U32, U8, I8, U16 = (
     dtypes.float,

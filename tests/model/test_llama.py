@@ -1,0 +1,216 @@
+"""Llama through the CPU's kernels against an implementation in NumPy: no pages, no packing, no fusion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
+from tests.builders import (
+    LLAMA3_SCALING,
+    WIDE,
+    GGUFTweaks,
+    TinyLlama,
+    make_weights,
+    rope_divisors,
+    write_tiny_gguf,
+    write_tiny_hf_llama,
+)
+from tests.ops.builders import Piece, make_step
+from tinyvllm.arrays import to_float32
+from tinyvllm.config import ModelFiles
+from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
+from tinyvllm.model.llama import Llama
+from tinyvllm.model.weights.checkpoint import open_checkpoint
+from tinyvllm.ops.backend import Backend
+from tinyvllm.ops.cpu import CpuBackend
+from tinyvllm.ops.device import open_device
+from tinyvllm.ops.reference import ReferenceBackend
+from tinyvllm.ops.step_inputs import StepLayout
+from tinyvllm.storage.model_config import read_model_config
+
+Weights = Mapping[str, np.ndarray]
+PROMPT = [3, 141, 59, 26, 5, 35, 89, 79, 32, 38, 46, 2, 250]
+BLOCK_SIZE = 8
+
+
+# -- the implementation in NumPy -------------------------------------------------------------------------------------
+
+
+def numpy_llama(model: TinyLlama, weights: Weights, token_ids: list[int]) -> np.ndarray:
+    """Logits of every position, (T, V), float64."""
+    w = {name: weight.astype(np.float64) for name, weight in weights.items()}
+    x = w["model.embed_tokens.weight"][token_ids]
+    for index in range(model.layers):
+        layer = {name: w[f"model.layers.{index}.{name}.weight"] for name in LAYER_NAMES}
+        h = rms_norm(x, layer["input_layernorm"], model.norm_eps)
+        x = x + attention(model, layer, h) @ layer["self_attn.o_proj"].T
+        h = rms_norm(x, layer["post_attention_layernorm"], model.norm_eps)
+        gate = h @ layer["mlp.gate_proj"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ layer["mlp.up_proj"].T)) @ layer["mlp.down_proj"].T
+    head = w["model.embed_tokens.weight"] if model.tie else w["lm_head.weight"]
+    return rms_norm(x, w["model.norm.weight"], model.norm_eps) @ head.T
+
+
+LAYER_NAMES = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def attention(model: TinyLlama, layer: Weights, h: np.ndarray) -> np.ndarray:
+    """Causal attention over the whole sequence, (T, H * D)."""
+    tokens = len(h)
+    q, k, v = (
+        (h @ layer[f"self_attn.{name}_proj"].T).reshape(tokens, heads, model.head_dim)
+        for name, heads in (("q", model.heads), ("k", model.kv_heads), ("v", model.kv_heads))
+    )
+    angles = np.arange(tokens)[:, None] * frequencies(model)
+    q, k = rotate(q, angles), rotate(k, angles)
+    out = np.empty_like(q)
+    for head in range(model.heads):
+        kv_head = head * model.kv_heads // model.heads
+        scores = q[:, head] @ k[:, kv_head].T / math.sqrt(model.head_dim)
+        scores[np.triu_indices(tokens, 1)] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, kv_head]
+    return out.reshape(tokens, -1)
+
+
+def rotate(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
+    half = x.shape[-1] // 2
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None]
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def frequencies(model: TinyLlama) -> np.ndarray:
+    plain = 1 / model.rope_theta ** (np.arange(0, model.head_dim, 2) / model.head_dim)
+    scaling = model.rope_scaling
+    if scaling is None:
+        return plain
+    return plain / (rope_divisors(model) if scaling["rope_type"] == "llama3" else scaling["factor"])
+
+
+# -- the model under test --------------------------------------------------------------------------------------------
+
+
+def load(files: ModelFiles, make: Callable[..., Backend] = lambda device: CpuBackend(device, None)) -> Llama:
+    config = read_model_config(files)
+    return Llama(config, open_checkpoint(files, config), make(open_device()), num_positions=64)
+
+
+def run(model: Llama, token_ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (V,) behind all tokens but the last by one prefill step, and behind all by a decode step."""
+    ops = model.backend
+    pool = ops.make_pool(model.config.num_layers, 5, BLOCK_SIZE, model.shape, "float32")
+    start = len(token_ids) - 1
+    # the same block table in both steps: make_step draws it from the seed
+    steps = ((StepLayout(16, 1, 4, BLOCK_SIZE), Piece(0, start)), (StepLayout(1, 1, 4, BLOCK_SIZE), Piece(start)))
+    rows = []
+    for layout, piece in steps:
+        buffer = make_step(layout, [piece])
+        layout.views(buffer)["token_ids"][: piece.count] = token_ids[piece.start : piece.start + piece.count]
+        is_decode = layout.num_tokens == 1
+        logits = model(layout, ops.device.upload(buffer), pool, is_decode=is_decode).numpy()
+        rows.append(logits.reshape(1, model.logit_stride)[0, : model.config.vocab_size])
+    return rows[0], rows[1]
+
+
+def check(model: Llama, expected: np.ndarray, tolerance: float = 1e-4) -> None:
+    for got, wanted in zip(run(model, PROMPT), expected[-2:], strict=True):
+        difference = np.abs(got - wanted).max()
+        print(f"largest difference {difference:.1e}")
+        assert difference < tolerance
+
+
+def weights_of(files: ModelFiles, numbers: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The file's own values, quantised as they are."""
+    checkpoint = open_checkpoint(files, read_model_config(files))
+    shapes = {name: weight.shape for name, weight in make_weights(TinyLlama(**numbers)).items()}
+    return {name: to_float32(checkpoint.take(name, shape)) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {},
+        {"tie": False, "kv_heads": 4, "seed": 1},  # an own head, no grouping
+        {"heads": 6, "kv_heads": 2, "hidden": 64, "head_dim": 32, "ffn": 160, "seed": 2},  # H * D is not hidden
+        {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500000.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ],
+    ids=["tied", "untied", "wide heads", "llama3 rope", "linear rope"],
+)
+def test_logits_equal_the_implementation_in_numpy(tmp_path: Path, numbers: dict[str, Any]) -> None:
+    files = write_tiny_hf_llama(tmp_path, **numbers)
+    tiny = TinyLlama(**numbers)
+    check(load(files), numpy_llama(tiny, make_weights(tiny), PROMPT))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_checkpoints_are_computed_in_float32(tmp_path: Path, dtype: str) -> None:
+    files = write_tiny_hf_llama(tmp_path, dtype=dtype)
+    check(load(files), numpy_llama(TinyLlama(), weights_of(files, {}), PROMPT))
+
+
+@pytest.mark.parametrize(
+    ("quant", "quant_of", "numbers"),
+    [
+        ("F32", {}, {"rope_scaling": LLAMA3_SCALING}),
+        ("Q4_1", {"token_embd": "Q8_0"}, {}),
+        ("Q4_K", {"attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}, WIDE),  # as Q4_K_M mixes them
+        ("Q5_0", {"attn_q": "Q4_0", "attn_v": "Q5_1"}, {"tie": False}),
+    ],
+    ids=["f32", "q4_1", "q4_k_m", "all different"],
+)
+def test_quantised_gguf_equals_its_own_values_in_numpy(
+    tmp_path: Path, quant: str, quant_of: dict[str, str], numbers: dict[str, Any]
+) -> None:
+    files = write_tiny_gguf(tmp_path / "tiny.gguf", quant=quant, tweaks=GGUFTweaks(quant_of=quant_of), **numbers)
+    expected = numpy_llama(TinyLlama(**numbers), weights_of(files, numbers), PROMPT)
+    check(load(files), expected)
+    check(load(files, lambda device: CpuBackend(device, "float32", dequantize=True)), expected)
+
+
+def test_both_formats_give_the_same_logits(tmp_path: Path) -> None:
+    hf = load(write_tiny_hf_llama(tmp_path / "hf", seed=3))
+    gguf = load(write_tiny_gguf(tmp_path / "tiny.gguf", quant="F32", seed=3))
+    for a, b in zip(run(hf, PROMPT), run(gguf, PROMPT), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_the_reference_backend_runs_the_same_model(tmp_path: Path) -> None:
+    files = write_tiny_gguf(tmp_path / "tiny.gguf", quant="Q4_1", tweaks=GGUFTweaks(quant_of={"attn_v": "Q8_0"}))
+    check(load(files, ReferenceBackend), numpy_llama(TinyLlama(), weights_of(files, {}), PROMPT), tolerance=1e-5)
+
+
+def test_loading_reports_its_progress_to_the_end(tmp_path: Path) -> None:
+    files = write_tiny_hf_llama(tmp_path)
+    config = read_model_config(files)
+    seen: list[tuple[int, int]] = []
+    backend = CpuBackend(open_device(), None)
+    Llama(config, open_checkpoint(files, config), backend, 8, lambda *step: seen.append(step))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_surplus_tensor_is_named(tmp_path: Path) -> None:
+    extra = {"blk.0.attn_q.bias": np.zeros(64, np.float32)}
+    files = write_tiny_gguf(tmp_path / "tiny.gguf", tweaks=GGUFTweaks(extra=extra))
+    with pytest.raises((WeightMismatchError, UnsupportedModelError), match=r"attn_q\.bias|q_proj\.bias"):
+        load(files)

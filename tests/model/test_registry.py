@@ -1,0 +1,33 @@
+"""Families by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
+from tinyvllm.config import ModelFiles
+from tinyvllm.errors import UnsupportedModelError
+from tinyvllm.model.llama import Llama
+from tinyvllm.model.registry import FAMILIES, make_model
+from tinyvllm.model.weights.checkpoint import open_checkpoint
+from tinyvllm.ops.cpu import CpuBackend
+from tinyvllm.ops.device import open_device
+from tinyvllm.storage.model_config import read_model_config
+
+
+def test_a_known_architecture_becomes_its_family(tiny_hf_files: ModelFiles) -> None:
+    config = read_model_config(tiny_hf_files)
+    checkpoint = open_checkpoint(tiny_hf_files, config)
+    model = make_model(config, checkpoint, CpuBackend(open_device(), None), 16, lambda done, total: None)
+    assert isinstance(model, Llama)
+    assert model.logit_stride % 32 == 0
+    assert model.logit_stride >= config.vocab_size
+
+
+def test_an_unknown_architecture_lists_the_known(tiny_hf_files: ModelFiles) -> None:
+    config = replace(read_model_config(tiny_hf_files), architecture="mamba")
+    checkpoint = open_checkpoint(tiny_hf_files, config)
+    with pytest.raises(UnsupportedModelError, match="architecture 'mamba' is not known; known: " + ", ".join(FAMILIES)):
+        make_model(config, checkpoint, CpuBackend(open_device(), None), 16, lambda done, total: None)

@@ -1,0 +1,94 @@
+"""The table of rotary angles against plain formulas."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
+from tinyvllm.config import ModelConfig, RopeScaling
+from tinyvllm.errors import UnsupportedModelError
+from tinyvllm.model.rope import inverse_frequencies, rope_table
+
+LLAMA31 = RopeScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
+# some of the inverse frequencies that transformers 5.23.0 computes for Llama 3.1 (theta 500000, D 128), by index
+LLAMA31_FREQUENCIES = {
+    0: 1.0,
+    20: 0.016560440883040428,
+    28: 0.0032114461064338684,
+    31: 0.0008567514596506953,
+    34: 0.0001785077911335975,
+    45: 1.2297638932067368e-05,
+    63: 3.068925877869333e-07,
+}
+
+
+def make_config(head_dim: int = 64, theta: float = 10000.0, **rope: object) -> ModelConfig:
+    return ModelConfig(
+        architecture="llama",
+        num_layers=1,
+        hidden_size=64,
+        ffn_size=64,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        vocab_size=32,
+        max_position=8192,
+        rope_theta=theta,
+        norm_eps=1e-5,
+        tie_embeddings=True,
+        **rope,  # type: ignore[arg-type]
+    )
+
+
+def test_the_table_holds_cosines_then_sines() -> None:
+    table = rope_table(make_config(), 300)
+    assert table.shape == (300, 64)
+    assert table.dtype == np.float32
+    for position, i in ((0, 0), (1, 0), (17, 5), (299, 31)):
+        angle = position * 10000.0 ** (-2 * i / 64)
+        assert table[position, i] == pytest.approx(math.cos(angle), abs=1e-7)
+        assert table[position, 32 + i] == pytest.approx(math.sin(angle), abs=1e-7)
+
+
+def test_angles_of_far_positions_are_exact() -> None:
+    """float32 angles would be off by 0.008 at position 131071."""
+    assert rope_table(make_config(), 131072)[-1, 0] == pytest.approx(math.cos(131071), abs=1e-7)
+
+
+def test_linear_scaling_divides_positions() -> None:
+    scaled = inverse_frequencies(make_config(rope_scaling=RopeScaling("linear", 4.0)))
+    np.testing.assert_allclose(scaled, inverse_frequencies(make_config()) / 4)
+
+
+def test_llama3_scaling_by_wavelength() -> None:
+    """Short waves stay, long ones are stretched by the factor, and between them lies a mixture."""
+    plain = inverse_frequencies(make_config(128, 500000.0))
+    scaled = inverse_frequencies(make_config(128, 500000.0, rope_scaling=LLAMA31))
+    for before, after in zip(plain, scaled, strict=True):
+        wavelength = 2 * math.pi / before
+        if wavelength < 8192 / 4:
+            assert after == before
+        elif wavelength > 8192:
+            assert after == pytest.approx(before / 8)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            assert after == pytest.approx((1 - smooth) * before / 8 + smooth * before)
+
+
+def test_llama3_scaling_equals_transformers() -> None:
+    scaled = inverse_frequencies(make_config(128, 500000.0, rope_scaling=LLAMA31))
+    np.testing.assert_allclose(scaled[list(LLAMA31_FREQUENCIES)], list(LLAMA31_FREQUENCIES.values()), rtol=1e-6)
+
+
+def test_stored_divisors_divide() -> None:
+    divisors = tuple(np.linspace(1, 8, 32))
+    got = inverse_frequencies(make_config(rope_divisors=divisors))
+    np.testing.assert_allclose(got, inverse_frequencies(make_config()) / divisors)
+
+
+def test_an_unknown_scaling_lists_the_known() -> None:
+    with pytest.raises(UnsupportedModelError, match="rope scaling 'yarn' is not known; known: linear, llama3"):
+        inverse_frequencies(make_config(rope_scaling=RopeScaling("yarn", 4.0)))

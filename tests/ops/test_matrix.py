@@ -8,7 +8,7 @@ import pytest
 from tests.ops.builders import DENSE, FORMATS, QUANTIZED, make_host, make_step, normal
 from tinyvllm.arrays import QuantizedMatrix, to_float32
 from tinyvllm.ops.backend import Backend
-from tinyvllm.ops.device import DeviceHandle
+from tinyvllm.ops.device import DeviceHandle, has_half
 from tinyvllm.ops.matrix import Planes, pack, round_to_bfloat16, unpack
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.step_inputs import StepLayout
@@ -16,12 +16,14 @@ from tinyvllm.ops.step_inputs import StepLayout
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("layout", ["panel", "row"])
-def test_packing_and_unpacking_gives_the_same_values(device: DeviceHandle, fmt: str, layout: str) -> None:
+def test_packing_and_unpacking_gives_the_same_values(device: DeviceHandle, kind: str, fmt: str, layout: str) -> None:
     host = make_host(fmt, 40, 512)
     matrix = pack(host, layout, None, device.name)
     values = unpack(matrix).numpy()
-    # legacy kinds: one rounding, as in ggml; a fused multiply-add may leave it out
-    np.testing.assert_allclose(values[:40], to_float32(host), rtol=0, atol=0 if fmt in DENSE else 1e-7)
+    tolerance = 0.0 if fmt in DENSE else 1e-7  # a fused multiply-add may leave out one of ggml's roundings
+    if fmt == "float16" and not has_half(device.name):
+        tolerance = 6.2e-5  # tinygrad's emulation has no subnormal numbers
+    np.testing.assert_allclose(values[:40], to_float32(host), rtol=0, atol=tolerance)
     assert (values[40:] == 0).all(), "rows behind the used ones"
 
 

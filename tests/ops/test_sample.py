@@ -212,7 +212,7 @@ def test_the_hash_equals_the_references_bit_for_bit(device: DeviceHandle, kind: 
 
     def kernel(out, x):  # type: ignore[no-untyped-def]
         i = Body().loop(len(numbers))
-        return finish(out[i].store(mix32(x[i].load())).end(i), "mix")
+        return finish(out[i].store(mix32(x[i].load())).end(i), "hash_numbers")
 
     out = run_kernel(kernel, [empty(len(numbers), dtypes.uint, device.name)], [device.upload(numbers)])[0].numpy()
     np.testing.assert_array_equal(out, reference_mix32(numbers))

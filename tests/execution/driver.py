@@ -1,0 +1,96 @@
+"""Requests run by hand, without a scheduler: each owns its blocks from the start; the test says how they are cut."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
+from tinyvllm.config import Capacity, ModelFiles, SamplingParams
+from tinyvllm.execution.buckets import Bucket, choose_bucket
+from tinyvllm.execution.inputs import InputPacker
+from tinyvllm.execution.runner import make_output
+from tinyvllm.model.llama import Llama
+from tinyvllm.model.weights.checkpoint import open_checkpoint
+from tinyvllm.ops.device import open_device
+from tinyvllm.ops.reference import ReferenceBackend
+from tinyvllm.ops.sample import OUT_WIDTH
+from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenLogprobs
+from tinyvllm.scheduling.request import Request
+from tinyvllm.storage.model_config import read_model_config
+
+GREEDY = {"temperature": 0.0}
+
+
+class Runner(Protocol):
+    """What runs plans."""
+
+    capacity: Capacity
+
+    def execute(self, plan: StepPlan) -> StepOutput: ...
+
+
+def make_request(
+    prompt_ids: list[int], *, name: str = "a", eos: frozenset[int] = frozenset(), **params: Any
+) -> Request:
+    """A request of `params` (SamplingParams' fields; greedy unless told), of a seed as the engine resolves it."""
+    sampling = SamplingParams(**{**GREEDY, "max_tokens": None, **params})
+    return Request(name, list(prompt_ids), sampling, eos_ids=eos, seed=sampling.seed or 0)
+
+
+def give_blocks(requests: list[Request], num_tokens: int, block_size: int, *, first: int = 1) -> None:
+    """Blocks for `num_tokens` tokens each, none shared, in no order."""
+    each = -(-num_tokens // block_size)
+    ids = (first + np.random.default_rng(each).permutation(len(requests) * each)).tolist()
+    for index, request in enumerate(requests):
+        request.block_ids = ids[index * each : (index + 1) * each]
+
+
+def generate(
+    runner: Runner, requests: list[Request], num_tokens: int, *, chunk: int = 1 << 30
+) -> list[list[TokenLogprobs | None]]:
+    """Run all requests together until each has `num_tokens` of output, a prompt in pieces of at most `chunk` tokens.
+    Returns each one's logprobs; the tokens are in its output_ids."""
+    longest = max(len(request.prompt_ids) for request in requests) + num_tokens
+    give_blocks(requests, longest, runner.capacity.block_size)
+    logprobs: list[list[TokenLogprobs | None]] = [[] for _ in requests]
+    while True:
+        budget, entries = runner.capacity.max_num_batched_tokens, []
+        for request in requests:
+            count = min(request.num_pending, chunk, budget)
+            if len(request.output_ids) < num_tokens and count:
+                entries.append(Scheduled(request, request.num_computed, count))
+                budget -= count
+        if not entries:
+            return logprobs
+        plan = StepPlan(tuple(entries))
+        output = runner.execute(plan)
+        sampled = plan.sampled  # before the requests grow
+        for entry in entries:
+            entry.request.num_computed += entry.count
+        for entry, token_id, logprob in zip(sampled, output.token_ids, output.logprobs, strict=True):
+            entry.request.output_ids.append(token_id)
+            logprobs[requests.index(entry.request)].append(logprob)
+
+
+class EagerRunner:
+    """The plain reference of a runner: no graph, no kernels of ours, one scheduling of Tensor operations a step."""
+
+    def __init__(self, files: ModelFiles, capacity: Capacity, buckets: list[Bucket]) -> None:
+        config = read_model_config(files)
+        self.capacity, self._buckets = capacity, buckets
+        self._backend = ReferenceBackend(open_device())
+        self._model = Llama(config, open_checkpoint(files, config), self._backend, capacity.max_model_len)
+        self._pool = self._backend.make_pool(
+            config.num_layers, capacity.num_blocks, capacity.block_size, self._model.shape, "float32"
+        )
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        layout = choose_bucket(self._buckets, plan).layout(self.capacity)
+        buffer = np.zeros(layout.size, np.int32)
+        InputPacker(layout, buffer).pack(plan)
+        inputs = self._backend.device.upload(buffer)
+        logits = self._model(layout, inputs, self._pool, is_decode=plan.is_decode)
+        out = self._backend.sample(logits, self._model.config.vocab_size, self._model.logit_stride, inputs, layout)
+        return make_output(plan, out.numpy().reshape(-1, OUT_WIDTH), pack_s=0.0, device_s=0.0)

@@ -1,0 +1,81 @@
+"""How the pool gets its size, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.model.test_rope import make_config
+from tinyvllm.config import EngineConfig
+from tinyvllm.errors import CapacityError, TinyvllmError
+from tinyvllm.execution.capacity import GIB, MemoryFacts, plan_capacity
+
+MODEL = replace(make_config(), max_position=2048)
+# 64 KiB a token, so 1 MiB a block of 16; 4 GiB x 0.5 - 1 GiB leave 1024 blocks
+MEMORY = MemoryFacts(free_bytes=4 * GIB, share=0.5, weight_bytes=GIB, kv_bytes_per_token=1 << 16)
+
+
+def plan(memory: MemoryFacts = MEMORY, **config: Any):
+    return plan_capacity(EngineConfig("tiny", **config), MODEL, memory)
+
+
+def test_memory_behind_the_weights_becomes_blocks() -> None:
+    capacity = plan(max_num_seqs=16)
+    assert capacity.num_blocks == 1024
+    assert capacity.num_tokens == 1023 * 16
+    assert (capacity.max_model_len, capacity.max_num_seqs, capacity.max_num_batched_tokens) == (2048, 16, 256)
+    assert capacity.explanation == (
+        "4.00 GiB free x 0.50 = 2.00 GiB, less 1.00 GiB of weights: room for 1024 blocks of 1.00 MiB",
+        "1023 blocks of 16 tokens hold 16368 tokens; max_model_len 2048",
+    )
+
+
+def test_no_more_blocks_than_all_sequences_can_use() -> None:
+    capacity = plan(max_num_seqs=4)
+    assert capacity.num_blocks == 4 * 2048 // 16 + 1
+    assert "room for 1024 blocks of 1.00 MiB; 4 sequences can use 513" in capacity.explanation[0]
+    assert plan(max_num_seqs=4, max_model_len=100).num_blocks == 4 * 7 + 1, "a block begun counts"
+
+
+def test_an_override_is_taken_as_it_is() -> None:
+    capacity = plan(num_gpu_blocks_override=300)
+    assert capacity.num_blocks == 300
+    assert capacity.explanation[0] == "--num-gpu-blocks-override gives 300 blocks of 1.00 MiB"
+
+
+def test_a_length_that_was_not_asked_for_is_cut_to_what_fits() -> None:
+    capacity = plan(num_gpu_blocks_override=11)
+    assert capacity.max_model_len == 160
+    assert capacity.explanation[1] == (
+        "10 blocks of 16 tokens hold 160 tokens; max_model_len 160 (the model's 2048 do not fit)"
+    )
+
+
+def test_a_length_that_was_asked_for_and_does_not_fit_is_refused_with_the_numbers() -> None:
+    message = (
+        "one sequence of --max-model-len 1000 tokens needs 63 blocks, but the pool has 10 (160 tokens): "
+        "--num-gpu-blocks-override gives 11 blocks of 1.00 MiB. "
+        "Lower --max-model-len to 160, or raise --gpu-memory-utilization or --num-gpu-blocks-override"
+    )
+    with pytest.raises(CapacityError, match=re.escape(message)):
+        plan(num_gpu_blocks_override=11, max_model_len=1000)
+    assert plan(num_gpu_blocks_override=64, max_model_len=1000).max_model_len == 1000
+
+
+@pytest.mark.parametrize("weight_bytes", [2 * GIB, 2 * GIB - (1 << 20), 5 * GIB])
+def test_no_room_behind_the_weights_is_refused_with_the_numbers(weight_bytes: int) -> None:
+    """One block is none: the first is the dummy."""
+    with pytest.raises(CapacityError) as error:
+        plan(replace(MEMORY, weight_bytes=weight_bytes))
+    text = str(error.value)
+    assert text.startswith("no room for KV blocks: 4.00 GiB free x 0.50 = 2.00 GiB, less")
+    assert f"{weight_bytes / GIB:.2f} GiB of weights" in text
+    assert "raise --gpu-memory-utilization" in text
+
+
+def test_a_length_beyond_the_models_own_is_refused() -> None:
+    with pytest.raises(TinyvllmError, match="--max-model-len is 4096, but the model was made for 2048 tokens"):
+        plan(max_model_len=4096)

@@ -1,0 +1,46 @@
+"""What a captured step consists of. Counts do not flake, as times do."""
+
+from __future__ import annotations
+
+import pytest
+
+from tinyvllm.config import Capacity, ModelFiles
+from tinyvllm.execution.buckets import Bucket
+from tinyvllm.execution.graphs import capture
+from tinyvllm.model.llama import Llama
+from tinyvllm.model.weights.checkpoint import open_checkpoint
+from tinyvllm.ops.cpu import CpuBackend
+from tinyvllm.ops.device import open_device
+from tinyvllm.storage.model_config import read_model_config
+
+CAPACITY = Capacity(num_blocks=9, block_size=8, max_model_len=64, max_num_seqs=2, max_num_batched_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_hf_files: ModelFiles) -> Llama:
+    config = read_model_config(tiny_hf_files)
+    return Llama(config, open_checkpoint(tiny_hf_files, config), CpuBackend(open_device(), None), 64)
+
+
+@pytest.mark.parametrize(
+    ("bucket", "a_layer", "outside"),
+    [
+        (
+            Bucket(1, True),
+            5,
+            5,
+        ),  # norm+qkv, attention, out+residual, norm+gate+up, down+residual · embed, head, sampling
+        (Bucket(2, True), 5, 5),
+        (
+            Bucket(16, False),
+            6,
+            6,
+        ),  # keys and values are written before: another row may attend to them · rows are taken
+        (Bucket(32, False), 8, 6),  # and many rows are normed apart
+    ],
+    ids=lambda value: value.name if isinstance(value, Bucket) else str(value),
+)
+def test_a_step_launches_so_many_kernels(model: Llama, bucket: Bucket, a_layer: int, outside: int) -> None:
+    pool = model.backend.make_pool(model.config.num_layers, 9, 8, model.shape, "float16")
+    graph = capture(bucket, model, model.backend, pool, CAPACITY)
+    assert graph.num_kernels == a_layer * model.config.num_layers + outside

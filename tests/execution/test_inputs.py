@@ -1,0 +1,145 @@
+"""Plans as arrays: every word that a kernel reads is the plan's or padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.execution.driver import make_request
+from tinyvllm.config import MAX_STOP_IDS
+from tinyvllm.errors import InvariantError
+from tinyvllm.execution.inputs import InputPacker
+from tinyvllm.ops.step_inputs import StepLayout
+from tinyvllm.scheduling.plan import Scheduled, StepPlan
+from tinyvllm.scheduling.request import Request
+
+LAYOUT = StepLayout(num_tokens=8, num_seqs=3, max_blocks=4, block_size=4)
+
+
+def make_packer(layout: StepLayout = LAYOUT) -> InputPacker:
+    """Over a buffer of rubbish."""
+    return InputPacker(layout, np.full(layout.size, -1234567, np.int32))
+
+
+def running(num_prompt: int, block_ids: list[int], *, outputs: int = 0, computed: int = 0, **params: Any) -> Request:
+    """A request of tokens 100, 101, ... of which `computed` are done."""
+    request = make_request(list(range(100, 100 + num_prompt)), **params)
+    request.output_ids = list(range(200, 200 + outputs))
+    request.block_ids, request.num_computed = block_ids, computed
+    return request
+
+
+def plan_of(*entries: tuple[Request, int]) -> StepPlan:
+    """A plan that computes `count` tokens of each request."""
+    return StepPlan(tuple(Scheduled(request, request.num_computed, count) for request, count in entries))
+
+
+def test_tokens_lie_in_their_sequences_slots() -> None:
+    packer = make_packer()
+    decode = running(5, [7, 2], outputs=1, computed=5)
+    chunk = running(9, [3, 9, 4], computed=2)
+    packer.pack(plan_of((decode, 1), (chunk, 4)))
+    views = {name: view.tolist() for name, view in packer.views.items()}
+    assert views["token_ids"] == [200, 102, 103, 104, 105, 0, 0, 0]
+    assert views["positions"] == [5, 2, 3, 4, 5, 0, 0, 0]
+    assert views["slots"] == [2 * 4 + 1, 3 * 4 + 2, 3 * 4 + 3, 9 * 4, 9 * 4 + 1, 0, 0, 0]
+    assert views["seq_rows"] == [0, 1, 1, 1, 1, 3, 3, 3]
+    assert views["block_tables"][0][:2] == [7, 2]
+    assert views["block_tables"][1][:2] == [3, 9]
+
+
+def test_padding_lies_in_the_dummy_block() -> None:
+    packer = make_packer()
+    request = running(8, [1, 2], computed=0)
+    packer.pack(plan_of((request, 8)))
+    request.num_computed = 4
+    packer.pack(plan_of((request, 2)))
+    views = packer.views
+    assert views["slots"][2:].tolist() == [0] * 6
+    assert views["positions"][2:].tolist() == [0] * 6
+    assert (views["seq_rows"][2:] == LAYOUT.num_seqs).all(), "the table behind the last"
+    assert (views["block_tables"][LAYOUT.num_seqs] == 0).all()
+
+
+def test_only_sequences_that_reach_their_last_token_are_sampled_in_order() -> None:
+    packer = make_packer()
+    unfinished = running(9, [1, 2, 3], temperature=0.9)
+    decode = running(5, [4, 5], outputs=2, computed=6, temperature=0.5, top_k=7, top_p=0.8, min_p=0.1, seed=42)
+    last_chunk = running(6, [6, 7], computed=4, logprobs=3)
+    packer.pack(plan_of((unfinished, 4), (decode, 1), (last_chunk, 2)))
+    views = packer.views
+    assert views["logit_rows"][:2].tolist() == [4, 6]
+    assert packer.floats["temperature"].tolist() == [0.5, 0.0, 0.0]
+    assert views["top_k"][:2].tolist() == [7, 0]
+    np.testing.assert_array_equal(packer.floats["top_p"][:2], np.float32([0.8, 1.0]))
+    np.testing.assert_array_equal(packer.floats["min_p"][:2], np.float32([0.1, 0.0]))
+    assert views["seed"][0] == 42
+    assert views["draw"][:2].tolist() == [2, 0], "tokens drawn before"
+    assert views["num_logprobs"].tolist() == [-1, 3, -1]
+
+
+def test_floats_travel_as_their_bits() -> None:
+    packer = make_packer()
+    packer.pack(plan_of((running(1, [1], temperature=0.7), 1)))
+    assert packer.views["temperature"][0] == np.float32(0.7).view(np.int32)
+
+
+@pytest.mark.parametrize(("seed", "word"), [(0, 0), (2**31, -(2**31)), (2**32 - 1, -1), (-1, -1), (2**40 + 5, 5)])
+def test_a_seed_is_its_low_32_bits(seed: int, word: int) -> None:
+    packer = make_packer()
+    request = running(1, [1], temperature=1.0)
+    request.seed = seed
+    packer.pack(plan_of((request, 1)))
+    assert packer.views["seed"][0] == word
+
+
+def test_ids_are_held_back_until_min_tokens_is_reached() -> None:
+    packer = make_packer()
+    params = {"min_tokens": 2, "max_tokens": 9, "stop_token_ids": (9, 5)}
+    early = running(3, [1, 5], outputs=1, computed=3, eos=frozenset({258, 5}), **params)
+    reached = running(2, [2], outputs=2, computed=3, eos=frozenset({258}), **params)
+    packer.pack(plan_of((early, 1), (reached, 1)))
+    held_back = packer.views["held_back"]
+    assert held_back[0].tolist() == [5, 9, 258] + [-1] * (MAX_STOP_IDS - 3)
+    assert (held_back[1:] == -1).all()
+    early.output_ids.append(1)
+    early.num_computed = 4
+    packer.pack(plan_of((early, 1)))
+    assert (packer.views["held_back"] == -1).all(), "nothing stays of the step before"
+
+
+def test_a_fresh_packer_is_all_padding() -> None:
+    packer = make_packer()
+    views = packer.views
+    assert (views["seq_rows"] == LAYOUT.num_seqs).all()
+    assert (views["num_logprobs"] == -1).all()
+    assert (views["held_back"] == -1).all()
+    rest = [view for name, view in views.items() if name not in ("seq_rows", "num_logprobs", "held_back")]
+    assert all((view == 0).all() for view in rest)
+
+
+def test_the_layout_covers_the_buffer_once() -> None:
+    buffer = np.zeros(LAYOUT.size, np.int32)
+    for view in LAYOUT.views(buffer).values():
+        view += 1
+    assert (buffer == 1).all()
+
+
+def test_a_plan_that_does_not_fit_is_our_bug() -> None:
+    with pytest.raises(InvariantError, match="9 tokens of 1 sequences do not fit"):
+        make_packer().pack(plan_of((running(9, [1, 2, 3]), 9)))
+    with pytest.raises(InvariantError, match="4 tokens of 4 sequences do not fit"):
+        make_packer().pack(plan_of(*[(running(1, [i]), 1) for i in range(1, 5)]))
+
+
+def test_a_request_without_enough_blocks_is_our_bug() -> None:
+    with pytest.raises(InvariantError, match="request a has 1 blocks, but computes up to token 5"):
+        make_packer().pack(plan_of((running(5, [1]), 5)))
+
+
+def test_more_held_back_ids_than_a_row_has_room_for_are_our_bug() -> None:
+    request = running(1, [1], eos=frozenset(range(MAX_STOP_IDS + 1)), min_tokens=1)
+    with pytest.raises(InvariantError, match=f"{MAX_STOP_IDS + 1} ids are held back"):
+        make_packer().pack(plan_of((request, 1)))

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "execution": BASE | {"arrays", "ops", "model", "scheduling", "storage"},
     "engine": BASE | {"text", "scheduling", "execution", "storage"},
     "server": BASE | {"text", "engine", "__init__"},
-    "bench": BASE | {"text", "engine", "profiling", "__init__"},
+    "bench": DOWN_TO_ENGINE | {"profiling", "__init__"},
     "cli": DOWN_TO_ENGINE | {"profiling", "server", "bench", "__init__"},
     "__init__": BASE | {"engine"},
 }

@@ -30,8 +30,60 @@ Model = Annotated[
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineFlags:
-    """Of every command that runs a model."""
+class RunnerFlags:
+    """Of every command that loads a model: the device, memory and number formats."""
+
+    max_num_batched_tokens: Annotated[
+        int, Option(metavar="TOKENS", help="Most tokens in one step; longer prompts are computed in pieces.")
+    ] = _STANDARD.max_num_batched_tokens
+    gpu_memory_utilization: Annotated[
+        float | None,
+        Option(
+            metavar="SHARE",
+            help="Share of the device's free memory, above 0 to 1, for weights and KV cache. "
+            "[default: 0.9 on a GPU of its own memory, 0.5 where host and device share it]",
+            show_default=False,
+        ),
+    ] = None
+    block_size: Annotated[int, Option(metavar="TOKENS", help="Tokens in a block of the KV cache: 8, 16, 32 or 64.")] = (
+        _STANDARD.block_size
+    )
+    dtype: Annotated[
+        str, Option(metavar="TYPE", help=f"Of activations and of weights that are not quantised: {_DTYPES}.")
+    ] = _STANDARD.dtype
+    kv_cache_dtype: Annotated[str, Option(metavar="TYPE", help=f"Of the KV cache: {_DTYPES}.")] = (
+        _STANDARD.kv_cache_dtype
+    )
+    dequantize: Annotated[
+        bool, Option("--dequantize", help="Unpack quantised weights at load: more memory, no unpacking in the kernels.")
+    ] = False
+    seed: Annotated[int, Option(metavar="INTEGER", help="Base of the seeds of requests that bring none.")] = (
+        _STANDARD.seed
+    )
+    device: Annotated[
+        str | None,
+        Option(metavar="DEVICE", help="tinygrad's device: METAL, CUDA, CPU. [default: METAL on a Mac, CUDA, else CPU]"),
+    ] = None
+    pull: Annotated[bool, Option("--pull", help="Download the model first if it is not here.")] = False
+    log_level: Annotated[str, Option(metavar="LEVEL", help=f"What is logged on stderr: {', '.join(LOG_LEVELS)}.")] = (
+        "info"
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of EngineConfig that these flags, and those of a subclass, give as they are."""
+        known = {field.name for field in dataclasses.fields(EngineConfig)}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name in known}
+
+    def apply(self) -> None:
+        """Set up logging and the device: before anything imports tinygrad."""
+        set_up_logging(self.log_level)
+        if self.device is not None:
+            os.environ[DEVICE_VARIABLE] = self.device
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineFlags(RunnerFlags):
+    """Of the commands that generate."""
 
     max_model_len: Annotated[
         str,
@@ -45,73 +97,29 @@ class EngineFlags:
             show_default=False,
         ),
     ] = None
-    max_num_batched_tokens: Annotated[
-        int, Option(metavar="TOKENS", help="Most tokens in one step; longer prompts are computed in pieces.")
-    ] = _STANDARD.max_num_batched_tokens
-    gpu_memory_utilization: Annotated[
-        float | None,
-        Option(
-            metavar="SHARE",
-            help="Share of the device's free memory, above 0 to 1, for weights and KV cache. "
-            "[default: 0.9 on a GPU of its own memory, 0.5 where host and device share it]",
-            show_default=False,
-        ),
-    ] = None
     num_gpu_blocks_override: Annotated[
         int | None, Option(metavar="BLOCKS", help="Blocks of the KV cache, instead of what the memory allows.")
     ] = None
-    block_size: Annotated[int, Option(metavar="TOKENS", help="Tokens in a block of the KV cache: 8, 16, 32 or 64.")] = (
-        _STANDARD.block_size
-    )
     enable_prefix_caching: Annotated[bool, Option(help="Reuse the KV blocks of prompts that begin alike.")] = (
         _STANDARD.enable_prefix_caching
     )
     scheduling_policy: Annotated[
         str, Option(metavar="POLICY", help="fcfs: in order of arrival; priority: by the request's priority, low first.")
     ] = _STANDARD.scheduling_policy
-    dtype: Annotated[
-        str, Option(metavar="TYPE", help=f"Of activations and of weights that are not quantised: {_DTYPES}.")
-    ] = _STANDARD.dtype
-    kv_cache_dtype: Annotated[str, Option(metavar="TYPE", help=f"Of the KV cache: {_DTYPES}.")] = (
-        _STANDARD.kv_cache_dtype
-    )
-    dequantize: Annotated[
-        bool, Option("--dequantize", help="Unpack quantised weights at load: more memory, no unpacking in the kernels.")
-    ] = False
-    seed: Annotated[int, Option(metavar="INTEGER", help="Base of the seeds of requests that bring none.")] = (
-        _STANDARD.seed
-    )
     chat_template: Annotated[
         str | None, Option(metavar="FILE", help="A Jinja file that replaces the model's own chat template.")
     ] = None
-    device: Annotated[
-        str | None,
-        Option(metavar="DEVICE", help="tinygrad's device: METAL, CUDA, CPU. [default: METAL on a Mac, CUDA, else CPU]"),
-    ] = None
-    pull: Annotated[bool, Option("--pull", help="Download the model first if it is not here.")] = False
-    log_level: Annotated[str, Option(metavar="LEVEL", help=f"What is logged on stderr: {', '.join(LOG_LEVELS)}.")] = (
-        "info"
-    )
 
     def make_config(
         self, model: str, *, num_seqs: int = _STANDARD.max_num_seqs, served_model_name: str | None = None
     ) -> EngineConfig:
         """The engine's settings; num_seqs if the user says nothing of it. Raises TinyvllmError for a bad value."""
-        apart = ("max_model_len", "max_num_seqs", "device", "pull", "log_level")
-        same = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
-        return EngineConfig(
-            model=model,
-            max_model_len=_parse_model_len(self.max_model_len),
-            max_num_seqs=num_seqs if self.max_num_seqs is None else self.max_num_seqs,
-            served_model_name=served_model_name,
-            **same,
-        )
-
-    def apply(self) -> None:
-        """Set up logging and the device: before anything imports tinygrad."""
-        set_up_logging(self.log_level)
-        if self.device is not None:
-            os.environ[DEVICE_VARIABLE] = self.device
+        resolved = {
+            "max_model_len": _parse_model_len(self.max_model_len),
+            "max_num_seqs": num_seqs if self.max_num_seqs is None else self.max_num_seqs,
+            "served_model_name": served_model_name,
+        }
+        return EngineConfig(model=model, **(self.settings() | resolved))
 
 
 def _parse_model_len(text: str) -> int | None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tinyvllm.cli.bench import bench
 from tinyvllm.cli.chat import chat
 from tinyvllm.cli.flags import spread
 from tinyvllm.cli.generate import generate
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 for command in (serve, generate, chat, pull, models):
     app.command()(spread(command))
+app.add_typer(bench)
 
 
 def _print_version(wanted: bool) -> None:

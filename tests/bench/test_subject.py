@@ -1,0 +1,97 @@
+"""Shapes with random weights on the real device: counts that do not depend on the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.bench.fakes import make_model_config
+from tinyvllm.bench.latency import Case, LatencyWork, fit_config, measure_latency
+from tinyvllm.bench.shapes import SHAPES, find_shape
+from tinyvllm.bench.subject import Subject
+from tinyvllm.bench.throughput import ThroughputWork, run_once
+from tinyvllm.config import EngineConfig
+from tinyvllm.errors import TinyvllmError, UnsupportedModelError
+from tinyvllm.execution.runner import ModelRunner
+
+WORK = LatencyWork((Case("prefill", 1, 20), Case("decode", 2, 40)), num_decoded=4, num_repeats=2)
+TINY = make_model_config(tie_embeddings=False)
+KV_BYTES = TINY.kv_bytes_per_token(2)  # float16
+
+
+def ignore(stage: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[ModelRunner]:
+    config = fit_config(EngineConfig("tiny", max_num_batched_tokens=16), WORK, TINY)
+    loaded = Subject("tiny", TINY, kind="Q4_1").load(config, ignore)
+    yield loaded
+    loaded.close()
+
+
+def test_step_reads_every_matrix_once_and_rows_of_an_untied_table(runner: ModelRunner) -> None:
+    prefill, decode = measure_latency(runner, Subject("tiny", TINY).describe(runner, 1.0, 0), WORK, ignore)
+    layer = (64 * 64 + 2 * 32 * 64 + 64 * 64) + 3 * 64 * 96
+    num_params = 2 * layer + 2 * 260 * 64
+    head_rows = 288  # 260, padded to whole panels of 32
+    read_params = 2 * layer + head_rows * 64
+    assert decode.machine.num_params == num_params and decode.machine.dtype == "Q4_1"
+    row_bytes = 64 * 5 // 8  # Q4_1: 5 bits a weight
+    assert decode.weight_bytes == read_params * 5 // 8 + 2 * row_bytes
+    assert decode.kv_written_bytes == 2 * KV_BYTES
+    assert decode.kv_read_bytes == round(2 * 41.5 * KV_BYTES)
+    assert prefill.num_replays == 2 and prefill.kv_read_bytes == 16 * KV_BYTES
+    assert decode.kernels is not None and 2 < decode.kernels <= 5 * 2 + 5
+    assert prefill.kernels is not None and prefill.kernels % 2 == 0
+
+
+def test_measuring_captures_nothing(runner: ModelRunner) -> None:
+    before = runner.num_captures
+    measure_latency(runner, Subject("tiny", TINY).describe(runner, 1.0, 0), WORK, ignore)
+    assert runner.num_captures == before == 2
+
+
+def test_engine_runs_on_random_weights(runner: ModelRunner) -> None:
+    run = run_once(runner, ThroughputWork(num_requests=3, input_len=18, output_len=4))
+    assert [len(times) for times in run.token_s] == [4] * 3
+
+
+def test_bandwidth_is_measured(runner: ModelRunner) -> None:
+    assert runner.measure_bandwidth() > 0
+
+
+def test_description_has_what_a_figure_depends_on(runner: ModelRunner) -> None:
+    environment = Subject("tiny", TINY).describe(runner, 1.0, seed=5).environment
+    assert {"commit", "tinygrad", "python", "date", "command", "cpu", "cores"} <= set(environment)
+    assert environment["seed"] == 5
+
+
+def test_shapes_have_the_parameters_of_their_names() -> None:
+    millions = {
+        name: (
+            shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
+            + shape.num_layers * shape.hidden_size * (2 * shape.q_size + 2 * shape.kv_size + 3 * shape.ffn_size)
+        )
+        / 1e6
+        for name, shape in SHAPES.items()
+    }
+    expected = {"smollm2-135m": 134.5, "tinyllama-1.1b": 1100, "llama-3.2-1b": 1236, "llama-3.1-8b": 8030}
+    assert millions == pytest.approx(expected, rel=1e-3)
+
+
+def test_shape_is_found_in_any_case_and_cut_to_layers() -> None:
+    subject = Subject.of_shape("Llama-3.2-1B", "float16", num_layers=2)
+    assert subject.model_config.num_layers == 2 and subject.name == "llama-3.2-1b/2-layers"
+
+
+def test_unknown_shape_lists_the_known() -> None:
+    with pytest.raises(UnsupportedModelError, match="tinyllama"):
+        find_shape("gpt-2")
+
+
+def test_more_layers_than_the_shape_has_are_refused() -> None:
+    with pytest.raises(TinyvllmError, match="1 to 30"):
+        Subject.of_shape("smollm2-135m", "float16", num_layers=31)

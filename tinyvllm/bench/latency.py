@@ -1,0 +1,257 @@
+"""Steps alone: made-up plans straight into the runner, without scheduler, text or queue.
+
+Prefill computes whole prompts, in pieces as large as the engine's token budget. Decode steps go on from a context that
+is in the pool already: random keys and values, in shuffled blocks. Every step feeds the next one's token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tinyvllm.bench.rows import Machine, Row
+from tinyvllm.bench.spread import Spread
+from tinyvllm.config import Capacity, EngineConfig, ModelConfig, SamplingParams
+from tinyvllm.errors import CapacityError, DeviceError, TinyvllmError
+from tinyvllm.execution.buckets import make_buckets
+from tinyvllm.execution.cost import StepCost
+from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan
+from tinyvllm.scheduling.request import Request
+
+Report = Callable[[str, int, int], None]  # stage, done, total
+
+
+class Runner(Protocol):
+    """What is measured here of execution.runner.ModelRunner."""
+
+    @property
+    def model_config(self) -> ModelConfig: ...
+
+    @property
+    def capacity(self) -> Capacity: ...
+
+    def execute(self, plan: StepPlan) -> StepOutput: ...
+
+    def cost(self, plan: StepPlan) -> StepCost: ...
+
+    def fill_pool(self, num_blocks: int, seed: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """`length` is the prompt's for a prefill, and the context before the first step for a decode."""
+
+    phase: str  # prefill or decode
+    batch: int
+    length: int
+
+
+@dataclass(frozen=True)
+class LatencyWork:
+    """The cases, and how each is repeated: `num_warmup` untimed repeats, then `num_repeats`."""
+
+    cases: tuple[Case, ...]
+    num_decoded: int = 32  # decode steps of a repeat
+    num_repeats: int = 5
+    num_warmup: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.cases:
+            raise TinyvllmError("there is nothing to measure: give --prefill, or --batch and --context")
+        for flag, value, least in (
+            ("tokens", self.num_decoded, 1),
+            ("repeats", self.num_repeats, 1),
+            ("warmup", self.num_warmup, 1),
+            *(("batch", case.batch, 1) for case in self.cases),
+            *(("context", case.length, 0) for case in self.cases if case.phase == "decode"),
+            *(("prefill", case.length, 2) for case in self.cases if case.phase == "prefill"),
+        ):
+            if value < least:
+                raise TinyvllmError(f"--{flag} has {value}: give at least {least}")
+
+    def max_tokens(self, case: Case) -> int:
+        """Of one sequence of the case, in the pool."""
+        return case.length + (self.num_decoded if case.phase == "decode" else 0)
+
+    def num_blocks(self, case: Case, block_size: int) -> int:
+        return case.batch * -(-self.max_tokens(case) // block_size)
+
+
+def fit_config(config: EngineConfig, work: LatencyWork, model: ModelConfig) -> EngineConfig:
+    """The engine's settings, with limits for this work and only the buckets that it runs in: those that the engine
+    would choose. Raises TinyvllmError where a case is longer than the model's context."""
+    longest = max(work.max_tokens(case) for case in work.cases) + 1
+    if longest > model.max_position:
+        raise TinyvllmError(
+            f"the longest case has {longest} tokens, but the model was made for {model.max_position}: "
+            "lower --context, --prefill or --tokens"
+        )
+    num_seqs = max(case.batch for case in work.cases)
+    limited = dataclasses.replace(config, max_num_seqs=num_seqs, max_model_len=longest)
+    sizes = [bucket.num_tokens for bucket in make_buckets(limited) if not bucket.is_decode]
+    budget = limited.max_num_batched_tokens
+    totals = [case.batch * case.length for case in work.cases if case.phase == "prefill"]
+    pieces = {min(budget, total) for total in totals} | {total % budget for total in totals} - {0}
+    if not pieces:  # the smallest limit that is allowed
+        limited, sizes, budget = dataclasses.replace(limited, max_num_batched_tokens=num_seqs), [num_seqs], num_seqs
+    needed = {min(size for size in sizes if size >= piece) for piece in pieces}
+    return dataclasses.replace(
+        limited,
+        decode_buckets=tuple(sorted({case.batch for case in work.cases if case.phase == "decode"} | {num_seqs})),
+        token_buckets=tuple(sorted(needed | {budget})),
+    )
+
+
+def measure_latency(runner: Runner, machine: Machine, work: LatencyWork, report: Report) -> list[Row]:
+    """One row a case. Raises CapacityError, before anything is measured, for a case that the pool cannot hold."""
+    size, available = runner.capacity.block_size, runner.capacity.num_blocks - 1
+    for case in work.cases:
+        needed = work.num_blocks(case, size)
+        if needed > available:
+            raise CapacityError(
+                f"{case.batch} sequences of {work.max_tokens(case)} tokens need {needed} KV blocks, but the pool has "
+                f"{available}: lower --batch or --context, or raise --gpu-memory-utilization"
+            )
+    runner.fill_pool(1 + max(work.num_blocks(case, size) for case in work.cases), work.seed)
+    rows = []
+    for done, case in enumerate(work.cases):
+        report("measure", done, len(work.cases))
+        measure = _measure_prefill if case.phase == "prefill" else _measure_decode
+        rows.append(measure(runner, machine, work, case))
+    report("measure", len(work.cases), len(work.cases))
+    return rows
+
+
+def make_requests(runner: Runner, work: LatencyWork, case: Case) -> list[Request]:
+    """Random prompts that own shuffled blocks. A decode's prompt is its context and the token of the first step."""
+    rng = random.Random(work.seed)
+    per_request = work.num_blocks(case, runner.capacity.block_size) // case.batch
+    block_ids = rng.sample(range(1, 1 + case.batch * per_request), case.batch * per_request)
+    num_tokens = case.length + (1 if case.phase == "decode" else 0)
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=None)
+    return [
+        Request(
+            f"{case.phase}-{index}",
+            [rng.randrange(runner.model_config.vocab_size) for _ in range(num_tokens)],
+            params,
+            block_ids=block_ids[index * per_request : (index + 1) * per_request],
+        )
+        for index in range(case.batch)
+    ]
+
+
+def prefill_plans(requests: Sequence[Request], budget: int) -> list[StepPlan]:
+    """Steps that compute all prompts in order, each as full as the budget allows: what the scheduler would do."""
+    plans: list[StepPlan] = []
+    entries: list[Scheduled] = []
+    room = budget
+    for request in requests:
+        start = 0
+        while start < request.num_tokens:
+            count = min(room, request.num_tokens - start)
+            entries.append(Scheduled(request, start, count))
+            start += count
+            room -= count
+            if room == 0:
+                plans.append(StepPlan(tuple(entries)))
+                entries, room = [], budget
+    return [*plans, StepPlan(tuple(entries))] if entries else plans
+
+
+def _measure_prefill(runner: Runner, machine: Machine, work: LatencyWork, case: Case) -> Row:
+    plans = prefill_plans(make_requests(runner, work, case), runner.capacity.max_num_batched_tokens)
+    times: list[float] = []
+    for repeat in range(-work.num_warmup, work.num_repeats):
+        start_s = time.perf_counter()
+        for plan in plans:
+            runner.execute(plan)
+        if repeat >= 0:
+            times.append(time.perf_counter() - start_s)
+    costs = [runner.cost(plan) for plan in plans]
+    return Row(
+        test=f"pp{case.length}" + (f", batch {case.batch}" if case.batch > 1 else ""),
+        phase="prefill",
+        batch=case.batch,
+        context=0,
+        num_tokens=case.length,
+        machine=machine,
+        tok_s=Spread.of([case.batch * case.length / seconds for seconds in times]),
+        step_ms=Spread.of([seconds * 1e3 for seconds in times]),
+        num_replays=len(plans),
+        bucket=costs[0].bucket,
+        kernels=sum(cost.num_kernels for cost in costs),
+        nbytes=sum(cost.nbytes for cost in costs),
+        weight_bytes=sum(cost.weight_bytes for cost in costs),
+        kv_read_bytes=sum(cost.kv_read_bytes for cost in costs),
+        kv_written_bytes=sum(cost.kv_written_bytes for cost in costs),
+    )
+
+
+def _measure_decode(runner: Runner, machine: Machine, work: LatencyWork, case: Case) -> Row:
+    requests = make_requests(runner, work, case)
+    repeats: list[list[float]] = []
+    for repeat in range(-work.num_warmup, work.num_repeats):
+        times = _decode(runner, requests, work.num_decoded)
+        if repeat >= 0:
+            repeats.append(times)
+    costs = _decode_costs(runner, requests, work.num_decoded)
+    return Row(
+        test=f"tg{work.num_decoded} @ d{case.length}" + (f", batch {case.batch}" if case.batch > 1 else ""),
+        phase="decode",
+        batch=case.batch,
+        context=case.length,
+        num_tokens=work.num_decoded,
+        machine=machine,
+        tok_s=Spread.of([case.batch * len(times) / sum(times) for times in repeats]),
+        step_ms=Spread.of([seconds * 1e3 for times in repeats for seconds in times]),
+        bucket=costs[0].bucket,
+        kernels=costs[0].num_kernels,
+        # the context grows with the steps: their mean
+        nbytes=_mean([cost.nbytes for cost in costs]),
+        weight_bytes=_mean([cost.weight_bytes for cost in costs]),
+        kv_read_bytes=_mean([cost.kv_read_bytes for cost in costs]),
+        kv_written_bytes=_mean([cost.kv_written_bytes for cost in costs]),
+    )
+
+
+def _mean(counts: list[int]) -> int:
+    return round(sum(counts) / len(counts))
+
+
+def _decode(runner: Runner, requests: list[Request], num_steps: int) -> list[float]:
+    """Generate from the requests' prompts: each step's seconds. The requests are left as they were."""
+    times = []
+    for _ in range(num_steps):
+        plan = _decode_plan(requests)
+        start_s = time.perf_counter()
+        output = runner.execute(plan)
+        times.append(time.perf_counter() - start_s)
+        for request, token_id in zip(requests, output.token_ids, strict=True):
+            if token_id < 0:
+                raise DeviceError(f"a step of {len(requests)} sequences produced no finite logits")
+            request.output_ids.append(token_id)
+    for request in requests:
+        request.output_ids.clear()
+    return times
+
+
+def _decode_costs(runner: Runner, requests: list[Request], num_steps: int) -> list[StepCost]:
+    """Of the same steps. Apart, because counting takes longer than what lies between two steps of the engine."""
+    costs = []
+    for _ in range(num_steps):
+        costs.append(runner.cost(_decode_plan(requests)))
+        for request in requests:
+            request.output_ids.append(0)
+    for request in requests:
+        request.output_ids.clear()
+    return costs
+
+
+def _decode_plan(requests: list[Request]) -> StepPlan:
+    """The next token of every request."""
+    return StepPlan(tuple(Scheduled(request, request.num_tokens - 1, 1) for request in requests))

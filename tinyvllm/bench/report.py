@@ -1,0 +1,99 @@
+"""Rows as tables for people: rich on a terminal, Markdown with llama-bench's columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tinyvllm.bench.rows import Machine, Row
+from tinyvllm.bench.spread import Spread
+
+GIB, MIB = 1 << 30, 1 << 20
+LOAD_METRICS = {
+    "ttft_ms": "time to first token, ms",
+    "tpot_ms": "time per output token, ms",
+    "itl_ms": "between two tokens, ms",
+    "e2e_ms": "whole request, ms",
+}
+
+
+def latency_table(rows: Sequence[Row]) -> RenderableType:
+    """One line a case. The share is that of the median step in the floor."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("test", no_wrap=True)
+    for column in ("t/s", "median ms", "mean ms", "min ms", "p95 ms", "kernels", "MB", "floor ms", "of floor"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        step = row.step_ms
+        table.add_row(
+            row.test,
+            _plus_minus(row.tok_s),
+            _number(step.median),
+            _plus_minus(step),
+            _number(step.min),
+            _number(step.p95),
+            "-" if row.kernels is None else str(row.kernels),
+            "-" if row.nbytes is None else f"{row.nbytes / 1e6:,.1f}",
+            _number(row.floor_ms),
+            "-" if row.floor_share is None else f"{row.floor_share:.0%}",
+        )
+    return Group(Text(_title(rows[0].machine), style="bold"), table)
+
+
+def throughput_table(row: Row) -> RenderableType:
+    """The rates, then the spread of the times over requests."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    for column in ("mean", "std", "median", "p95", "p99"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, label in LOAD_METRICS.items():
+        table.add_row(label, *_cells(row.more[name]))
+    table.add_row("step, ms", *_cells(row.step_ms))
+    rates = (
+        f"{row.test}, at most {row.batch} at a time, {row.tok_s.count} repeats: "
+        f"{_plus_minus(row.tok_s)} output tokens/s, {_number(row.more['input_tok_s'])} input tokens/s, "
+        f"{row.more['preemptions']} preemptions"
+    )
+    return Group(Text(_title(row.machine), style="bold"), Text(rates), table)
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """llama-bench's columns: sizes in powers of 1024, tokens a second with the deviation over repeats."""
+    lines = ["| model | size | params | backend | test | t/s |", "| --- | ---: | ---: | --- | ---: | ---: |"]
+    for row in rows:
+        machine = row.machine
+        cells = (
+            f"{machine.model} {machine.dtype}",
+            f"{machine.model_bytes / GIB:.2f} GiB"
+            if machine.model_bytes >= GIB
+            else f"{machine.model_bytes / MIB:.2f} MiB",
+            f"{machine.num_params / 1e9:.2f} B" if machine.num_params >= 1e9 else f"{machine.num_params / 1e6:.2f} M",
+            machine.device,
+            row.test,
+            f"{row.tok_s.mean:.2f} ± {row.tok_s.std:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _title(machine: Machine) -> str:
+    text = f"{machine.model}, {machine.dtype}, {machine.model_bytes / 1e6:,.1f} MB of weights, on {machine.device}"
+    return text if machine.bandwidth_gbps is None else f"{text} with {machine.bandwidth_gbps:,.1f} GB/s"
+
+
+def _cells(spread: Spread) -> list[str]:
+    return [_number(value) for value in (spread.mean, spread.std, spread.median, spread.p95, spread.p99)]
+
+
+def _plus_minus(spread: Spread) -> str:
+    return f"{_number(spread.mean)} ± {_number(spread.std)}"
+
+
+def _number(value: float | None) -> str:
+    """Three digits or more."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"

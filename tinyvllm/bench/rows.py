@@ -1,0 +1,93 @@
+"""One row a measurement: the schema that all benchmarks share."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from tinyvllm.bench.spread import Spread
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What all rows of a run have in common."""
+
+    model: str
+    dtype: str  # of most of the weights' bytes
+    num_params: int
+    model_bytes: int
+    device: str
+    bandwidth_gbps: float | None  # 1e9 bytes a second; None where no floor is computed
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case. A step is one replay of a graph when decoding and under load. Of a prefill it is the whole prompt,
+    which may take several replays (`num_replays`); `kernels` and `nbytes` are those of them all."""
+
+    test: str  # llama-bench's name of it: pp512, tg32 @ d1024
+    phase: str  # prefill, decode or throughput
+    batch: int  # sequences
+    context: int  # tokens of each sequence that the pool holds before the first step
+    num_tokens: int  # of each sequence: prompt tokens computed, or tokens generated, in a repeat
+    machine: Machine
+    tok_s: Spread  # of repeats: tokens of all sequences a second
+    step_ms: Spread  # of all steps of all repeats
+    num_replays: int = 1
+    bucket: str | None = None
+    kernels: int | None = None
+    nbytes: int | None = None  # the least that a step must move
+    weight_bytes: int | None = None
+    kv_read_bytes: int | None = None
+    kv_written_bytes: int | None = None
+    more: dict[str, Any] = field(default_factory=dict)  # of this benchmark alone; JSON values or Spreads
+
+    @property
+    def floor_ms(self) -> float | None:
+        """How long the bytes of a step take at the memory's bandwidth."""
+        if self.nbytes is None or self.machine.bandwidth_gbps is None:
+            return None
+        return self.nbytes / self.machine.bandwidth_gbps / 1e6
+
+    @property
+    def floor_share(self) -> float | None:
+        """1: the median step is as fast as the memory allows."""
+        return None if self.floor_ms is None else self.floor_ms / self.step_ms.median
+
+    def as_json(self) -> dict[str, Any]:
+        """Flat but for `environment` and the spreads of `more`."""
+        machine = self.machine
+        return {
+            "test": self.test,
+            "phase": self.phase,
+            "batch": self.batch,
+            "context": self.context,
+            "tokens": self.num_tokens,
+            "model": machine.model,
+            "dtype": machine.dtype,
+            "params": machine.num_params,
+            "model_bytes": machine.model_bytes,
+            "device": machine.device,
+            "tok_s": self.tok_s.mean,
+            "tok_s_std": self.tok_s.std,
+            "repeats": self.tok_s.count,
+            **{f"step_ms_{name}": value for name, value in dataclasses.asdict(self.step_ms).items() if name != "count"},
+            "steps": self.step_ms.count,
+            "replays": self.num_replays,
+            "bucket": self.bucket,
+            "kernels": self.kernels,
+            "bytes": self.nbytes,
+            "weight_bytes": self.weight_bytes,
+            "kv_read_bytes": self.kv_read_bytes,
+            "kv_written_bytes": self.kv_written_bytes,
+            # kernels declare the bytes of their main operand only, and none what a context of data reads: a ratio of
+            # moved to needed bytes made of that would flatter
+            "bytes_ratio": None,
+            "bandwidth_gbps": machine.bandwidth_gbps,
+            "floor_ms": self.floor_ms,
+            "floor_share": self.floor_share,
+            **{k: dataclasses.asdict(v) if isinstance(v, Spread) else v for k, v in self.more.items()},
+            "environment": machine.environment,
+        }

@@ -1,0 +1,66 @@
+"""What is measured: a model's files, or a shape with random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from tinyvllm.bench.environment import describe_environment
+from tinyvllm.bench.rows import Machine
+from tinyvllm.bench.shapes import find_shape
+from tinyvllm.config import EngineConfig, ModelConfig, ModelFiles
+from tinyvllm.errors import TinyvllmError
+from tinyvllm.execution.runner import ModelRunner, Progress, load_random_runner, load_runner
+from tinyvllm.storage.model_config import read_model_config
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`files` is None for random weights, which are of `kind`: float16, Q4_0, ..."""
+
+    name: str
+    model_config: ModelConfig
+    files: ModelFiles | None = None
+    kind: str = ""
+
+    @classmethod
+    def of_files(cls, files: ModelFiles) -> Subject:
+        """Raises ModelError for files that cannot be run."""
+        return cls(files.name, read_model_config(files), files=files)
+
+    @classmethod
+    def of_shape(cls, shape: str, kind: str, num_layers: int | None = None) -> Subject:
+        """A shape of SHAPES, cut to its first layers where `num_layers` is given."""
+        model_config = find_shape(shape)
+        if num_layers is None:
+            return cls(model_config.name, model_config, kind=kind)
+        if not 1 <= num_layers <= model_config.num_layers:
+            raise TinyvllmError(f"--layers is {num_layers}: {shape} has 1 to {model_config.num_layers}")
+        name = f"{model_config.name}/{num_layers}-layers"
+        return cls(name, dataclasses.replace(model_config, num_layers=num_layers), kind=kind)
+
+    def load(self, config: EngineConfig, progress: Progress) -> ModelRunner:
+        """A warm runner, which the caller closes."""
+        if self.files is not None:
+            runner = load_runner(self.files, config, progress)
+        else:
+            runner = load_random_runner(self.model_config, self.kind, config, progress)
+        try:
+            runner.warm_up(progress)
+        except BaseException:
+            runner.close()
+            raise
+        return runner
+
+    def describe(self, runner: ModelRunner, bandwidth_gbps: float | None, seed: int) -> Machine:
+        """What the rows of a run have in common."""
+        weights = runner.weights
+        return Machine(
+            model=self.name,
+            dtype=weights.dtype,
+            num_params=weights.num_params,
+            model_bytes=weights.nbytes,
+            device=runner.device,
+            bandwidth_gbps=bandwidth_gbps,
+            environment=describe_environment(seed),
+        )

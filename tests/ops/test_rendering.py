@@ -1,0 +1,180 @@
+"""Every kernel as source for devices that are not here: it renders, and keeps to the device's limits.
+
+A backend is asked for a step on tensors that are never realised; what it would launch is rendered for each device.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad.codegen import to_program
+from tinygrad.codegen.opt import tc
+from tinygrad.device import Compiler
+from tinygrad.dtype import AddrSpace, DType
+from tinygrad.helpers import Target
+from tinygrad.renderer import Renderer
+from tinygrad.renderer.cstyle import CUDARenderer, MetalRenderer, OpenCLRenderer
+from tinygrad.uop.ops import Ops
+
+from tests.ops.builders import make_host
+from tinyvllm.ops.backend import AttentionShape, Backend, Norm
+from tinyvllm.ops.cpu import CpuBackend
+from tinyvllm.ops.device import FLOATS, KERNEL_STACK_BYTES, DeviceHandle
+from tinyvllm.ops.gpu import GpuBackend
+from tinyvllm.ops.matrix import Matrix
+from tinyvllm.ops.step_inputs import StepLayout
+
+METAL_BUFFERS = 31  # buffers and variables together
+THREADGROUP_BYTES = 32 << 10  # METAL's; tinygrad does not check it for custom kernels
+THREADS = 1024
+
+TARGETS = {
+    "METAL": (MetalRenderer, Target("METAL", arch="Apple9"), tc.metal),
+    "CUDA sm_80": (CUDARenderer, Target("CUDA", arch="sm_80"), tc.get_cuda("sm_80")),
+    "CUDA sm_90": (CUDARenderer, Target("CUDA", arch="sm_90"), tc.get_cuda("sm_90")),
+    "OpenCL": (OpenCLRenderer, Target("CL", arch="cl_khr_fp16"), []),
+}
+
+
+@cache
+def make_renderer(name: str) -> Renderer:
+    """A device's renderer without the device, which its constructor would look for; it compiles nothing."""
+    kind, target, tensor_cores = TARGETS[name]
+    renderer = kind.__new__(kind)
+    Renderer.__init__(renderer, target)
+    renderer.tensor_cores, renderer.compiler = tensor_cores, Compiler()
+    return renderer
+
+
+# -- steps that are never run ---------------------------------------------------------------------------------------
+
+
+def unwritten(backend: Backend, size: int, dtype: DType = dtypes.float) -> Tensor:
+    return Tensor.empty(size, dtype=dtype, device=backend.device.name)
+
+
+def plan_layer(backend: Backend, layout: StepLayout, formats: tuple[str, str], *, is_decode: bool) -> list[Tensor]:
+    """A small model's step: embedding, one layer, head and sampling. `formats`: of most matrices, and of V and down."""
+    most, few = formats
+    tokens, hidden, shape = layout.num_tokens, 256, AttentionShape(8, 2, 64)
+    inputs, rope = unwritten(backend, layout.size, dtypes.int), unwritten(backend, 64 * 64)
+    norm = Norm(unwritten(backend, hidden), 1e-5)
+    pool = backend.make_pool(1, 5, layout.block_size, shape, "float16")
+    qkv = backend.stacked([make_host(most, 512, hidden), make_host(most, 128, hidden), make_host(few, 128, hidden)])
+    (out,) = backend.stacked([make_host(most, hidden, 512)])
+    gate_up = backend.gate_up(make_host(most, 256, hidden), make_host(most, 256, hidden))
+    (down,) = backend.stacked([make_host(few, hidden, 256)])
+    table = backend.matrix(make_host(few, 300, hidden))
+
+    x = backend.embed(table, inputs, layout)
+    parts = backend.norm_linear("qkv", x, norm, qkv, tokens)
+    widths = [matrix.num_rows for matrix in qkv]
+    heads = backend.attend(parts, widths, shape, pool, 0, inputs, rope, layout, is_decode=is_decode)
+    x = backend.linear_add("attention_out", heads, out, x, tokens)
+    hidden_states = backend.norm_gated("gate_up", x, norm, gate_up, tokens)
+    x = backend.linear_add("down", hidden_states, down, x, tokens)
+    if not is_decode:
+        x, tokens = backend.take_rows(x, inputs, layout, hidden), layout.num_seqs
+    (logits,) = backend.norm_linear("lm_head", x, norm, [table], tokens)
+    return [backend.sample(logits, 300, table.num_rows, inputs, layout)]
+
+
+def plan_attention(backend: Backend, shape: AttentionShape, dtype: str) -> list[Tensor]:
+    """Attention of a large model's shape."""
+    layout = StepLayout(16, 4, 64, 16)
+    widths = ((shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim,)
+    inputs, rope = unwritten(backend, layout.size, dtypes.int), unwritten(backend, 1024 * shape.head_dim)
+    pool = backend.make_pool(1, 5, 16, shape, dtype)
+    qkv = [unwritten(backend, 16 * widths[0], FLOATS[dtype])]
+    return [backend.attend(qkv, widths, shape, pool, 0, inputs, rope, layout, is_decode=False)]
+
+
+def kernels_of(outputs: list[Tensor]) -> list[UOp]:
+    """What realising the outputs would launch, each kernel once."""
+    calls = Tensor.schedule_linear(*outputs).src
+    return list(dict.fromkeys(call.src[0] for call in calls if call.src[0].op is Ops.SINK))
+
+
+def buffer_bytes(program: UOp, space: AddrSpace) -> int:
+    """Bytes of a program's own memory: registers (a CPU's stack) or a threadgroup's."""
+    buffers = [uop for uop in program.src[1].src if uop.op is Ops.BUFFER and uop.addrspace is space]
+    return sum(uop.max_numel() * uop.dtype.itemsize for uop in buffers)
+
+
+def check_limits(kernel: UOp, target: str) -> None:
+    program = to_program(kernel, make_renderer(target))
+    name, source, info = kernel.arg.name, program.src[2].arg, program.arg
+    params = sum(uop.op is Ops.PARAM for uop in program.src[1].src)
+    threads = 1
+    for size in info.local_size or ():
+        threads *= size
+    assert params <= METAL_BUFFERS, f"{name} takes {params} buffers"
+    assert buffer_bytes(program, AddrSpace.LOCAL) <= THREADGROUP_BYTES, f"{name} shares too much"
+    assert threads <= THREADS, f"{name} has {threads} threads"
+    assert "double" not in source, f"{name} computes in double precision"
+
+
+def gpu_backend(dtype: str) -> Backend:
+    """The GPU kind; its tensors have to lie somewhere."""
+    return GpuBackend(DeviceHandle("CPU", has_threads=True, is_unified=True), dtype)
+
+
+# -- the GPU kind ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("is_decode", [True, False], ids=["decode", "mixed"])
+def test_a_step_renders_within_the_limits(target: str, is_decode: bool) -> None:
+    layout = StepLayout(4, 4, 2, 16) if is_decode else StepLayout(16, 3, 2, 16)
+    kernels = kernels_of(plan_layer(gpu_backend("float16"), layout, ("Q4_K", "Q6_K"), is_decode=is_decode))
+    names = {kernel.arg.name.split("_")[0] for kernel in kernels}
+    assert names >= {"embed", "write", "attention", "logprobs", "hold", "draw"}
+    for kernel in kernels:
+        check_limits(kernel, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("formats", [("Q5_1", "Q8_0"), ("bfloat16", "bfloat16"), ("Q4_0", "Q5_0")], ids="-".join)
+def test_every_way_to_store_weights_renders(target: str, formats: tuple[str, str]) -> None:
+    dtype = "bfloat16" if formats[0] == "bfloat16" else "float16"
+    for kernel in kernels_of(plan_layer(gpu_backend(dtype), StepLayout(2, 2, 2, 16), formats, is_decode=True)):
+        check_limits(kernel, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "shape", [AttentionShape(64, 8, 128), AttentionShape(16, 8, 256), AttentionShape(9, 3, 64)], ids=str
+)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_attention_of_large_models_renders_within_the_limits(target: str, shape: AttentionShape, dtype: str) -> None:
+    for kernel in kernels_of(plan_attention(gpu_backend(dtype), shape, dtype)):
+        check_limits(kernel, target)
+
+
+# -- the CPU kind ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_decode", [True, False], ids=["decode", "mixed"])
+def test_cpu_kernels_use_neither_threads_nor_double_precision(is_decode: bool) -> None:
+    layout = StepLayout(1, 1, 2, 16) if is_decode else StepLayout(16, 3, 2, 16)
+    backend = CpuBackend(DeviceHandle("CPU", has_threads=False, is_unified=True), None)
+    for kernel in kernels_of(plan_layer(backend, layout, ("Q4_1", "Q8_0"), is_decode=is_decode)):
+        program = to_program(kernel, Device["CPU"].renderer)
+        assert "double" not in program.src[2].arg, kernel.arg.name
+        assert buffer_bytes(program, AddrSpace.LOCAL) == 0, kernel.arg.name
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 256])
+def test_the_stack_holds_a_large_models_tiles(tokens: int) -> None:
+    """Llama 3.1 70B's down projection is 28672 wide. The matrix stays virtual: what counts is its shape."""
+    backend = CpuBackend(DeviceHandle("CPU", has_threads=False, is_unified=True), None)
+    narrow = backend.matrix(make_host("Q4_K", 32, 256))
+    planes = tuple(unwritten(backend, plane.numel() * 28672 // 256, plane.dtype) for plane in narrow.planes)
+    wide = Matrix(narrow.format, 32, 28672, 32, "panel", planes)
+    norm = Norm(unwritten(backend, 28672), 1e-5)
+    x = unwritten(backend, tokens * 28672)
+    for kernel in kernels_of(backend.norm_linear("wide", x, norm, [wide], tokens)):
+        program = to_program(kernel, Device["CPU"].renderer)
+        assert buffer_bytes(program, AddrSpace.REG) < KERNEL_STACK_BYTES // 8, kernel.arg.name

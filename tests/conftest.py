@@ -18,7 +18,7 @@ os.environ["COLUMNS"] = "120"
 import hypothesis
 import pytest
 
-from tinyvllm.config import ModelFiles
+from tinyvllm.config import CACHE_DIR_VARIABLE, ModelFiles
 
 pytest.register_assert_rewrite("tests.builders")
 
@@ -33,6 +33,12 @@ REFERENCE = Path(__file__).parent / "data" / "smollm2_reference.json"
 def pytest_report_header() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in SHOWN_VERSIONS)
     return f"device {os.environ['DEV']}, Python {platform.python_version()}, {versions}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Engines of one run share their compiled programs, and leave the user's alone."""
+    os.environ[CACHE_DIR_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

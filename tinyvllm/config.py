@@ -19,6 +19,7 @@ MAX_CHOICES = 128  # the most `n` may be
 DTYPES = ("float32", "float16", "bfloat16")
 
 MODELS_DIR_VARIABLE = "TINYVLLM_MODELS"  # environment: the directory that pulled models live in
+CACHE_DIR_VARIABLE = "TINYVLLM_CACHE"  # environment: the directory that compiled programs are kept in
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class EngineConfig:
     ] = ()  # token counts of prefill and mixed graphs; (): 16, 64, 256, ... up to the budget
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"  # or "priority": lower numbers first
+    compile_cache: bool = True  # keep compiled programs on disk for the next start
     seed: int = 0  # base of the seeds of requests that bring none
     served_model_name: str | None = None
     chat_template: str | None = None  # a Jinja file that replaces the model's own

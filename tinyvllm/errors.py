@@ -48,6 +48,10 @@ class DeviceError(TinyvllmError):
     """The device lacks something we need (a compiler, a driver, a feature), or a step on it failed."""
 
 
+class CacheError(TinyvllmError):
+    """A cache's folder or file cannot be trusted or used; the message says why and what to do."""
+
+
 class EngineDeadError(TinyvllmError):
     """The engine's thread has stopped; nothing further can be generated in this process."""
 

@@ -30,7 +30,7 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: MemoryFacts)
     longest = _longest(config, model)
     block_bytes = size * memory.kv_bytes_per_token
     budget = int(memory.free_bytes * memory.share)
-    by_memory = max(0, budget - memory.weight_bytes) // block_bytes
+    by_memory = _steady(max(0, budget - memory.weight_bytes) // block_bytes)
     useful = config.max_num_seqs * _ceil_div(longest, size) + 1
     num_blocks = config.num_gpu_blocks_override or min(by_memory, useful)
     source = _explain(config, memory, budget, by_memory, useful, num_blocks, block_bytes)
@@ -84,6 +84,13 @@ def _explain(
     if useful < by_memory:
         text += f"; {config.max_num_seqs} sequences can use {useful}"
     return text
+
+
+def _steady(count: int) -> int:
+    """`count` less at most 1/32, so that a few bytes more or less of free memory give the same pool: kernels are
+    compiled for its size, and a start finds only the programs of a pool of its own size."""
+    unit = 1 << max(0, count.bit_length() - 6)
+    return count // unit * unit
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -1,60 +1,116 @@
-"""One captured TinyJit a bucket: fixed shapes, persistent inputs, nothing compiled while serving."""
+"""One recorded step a bucket: fixed shapes, persistent inputs, nothing compiled while serving."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from tinygrad import Tensor, TinyJit
-from tinygrad.engine.realize import get_call_kernels
-from tinygrad.uop.ops import Ops, UOp
+from tinygrad import Tensor
+from tinygrad.nn.state import get_state_dict
 
 from tinyvllm.config import Capacity
+from tinyvllm.errors import CacheError
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.inputs import InputPacker
 from tinyvllm.model.registry import Model
 from tinyvllm.ops.backend import Backend, KVPool
+from tinyvllm.ops.program_store import ProgramStore
+from tinyvllm.ops.recording import SavedStep, Step, bind_step, record, save_step
+from tinyvllm.ops.replay import make_replay
 from tinyvllm.ops.step_inputs import StepLayout
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Graph:
-    """A bucket's captured step. `run` enqueues it on what the packer last wrote, and overwrites `output`."""
+    """A bucket's step. `run` enqueues it on what the packer last wrote, and overwrites `output`."""
 
     bucket: Bucket
     layout: StepLayout
     packer: InputPacker
     send: Callable[[], None]  # moves the packed inputs to the device
-    run: Callable[[], Tensor]
+    run: Callable[[], None]
     output: Tensor
     num_kernels: int  # that one run launches
 
 
-def capture(bucket: Bucket, model: Model, backend: Backend, pool: KVPool, capacity: Capacity) -> Graph:
-    """Trace, compile and run a bucket's step once, on padding alone: it touches only the dummy block."""
-    layout = bucket.layout(capacity)
-    inputs, host, send = backend.device.input_buffer(layout.size)
+def capture(
+    bucket: Bucket, model: Model, backend: Backend, pool: KVPool, capacity: Capacity, store: ProgramStore | None = None
+) -> Graph:
+    """A bucket's step, from `store` or else traced, compiled and kept there."""
+    layout, device = bucket.layout(capacity), backend.device
+    inputs, host, send = device.input_buffer(layout.size)
     packer = InputPacker(layout, host)
     send()
 
-    def step() -> Tensor:
+    def trace() -> Tensor:
         logits = model(layout, inputs, pool, is_decode=bucket.is_decode)
         return backend.sample(logits, model.config.vocab_size, model.logit_stride, inputs, layout).realize()
 
-    jit = TinyJit(step)
-    jit.cnt = 1  # the first call captures: TinyJit's plain call 0 would schedule everything twice
-    output = jit()
-    backend.device.wait()
-    return Graph(bucket, layout, packer, send, jit, output, count_kernels(jit.captured.linear))
+    if store is None:
+        step = record(trace)
+    else:
+        tensors = get_state_dict({"model": model, "backend": backend, "pool": pool, "inputs": inputs})
+        name = step_name(bucket, model, backend, pool, layout, tensors)
+        step = _restore(store, name, tensors, device.name) or _record_and_keep(trace, store, name, tensors, device.name)
+    run = make_replay(device, step)
+    if not device.is_cpu:  # a GPU's graph is made by its first run: on padding alone, which touches the dummy block
+        run()
+        device.wait()
+    return Graph(bucket, layout, packer, send, run, step.output, len(step.calls))
 
 
-def count_kernels(linear: UOp) -> int:
-    """Kernels of a captured step. tinygrad's own counters take a whole graph for one."""
-    return sum(_kernels_of(call) for call in linear.src)
+def _restore(store: ProgramStore, name: str, tensors: dict[str, Tensor], device: str) -> Step | None:
+    saved = store.read_step(name)
+    if not isinstance(saved, SavedStep):
+        return None
+    try:
+        return bind_step(saved, tensors, device)
+    except CacheError as error:
+        logger.warning("a kept step is made anew: %s", error)
+        return None
 
 
-def _kernels_of(call: UOp) -> int:
-    target = call.src[0]
-    if target.op is Ops.CUSTOM_FUNCTION and target.arg == "graph":
-        return len(target.src[0].src)
-    return len(get_call_kernels(call))  # of the CPU's submitter, which runs many, or of a call that stands alone
+def _record_and_keep(
+    trace: Callable[[], Tensor], store: ProgramStore, name: str, tensors: dict[str, Tensor], device: str
+) -> Step:
+    step = record(trace, store)
+    try:
+        store.write_step(name, save_step(step, tensors, device))
+    except CacheError as error:
+        logger.info("not kept for the next start: %s", error)
+    return step
+
+
+def step_name(
+    bucket: Bucket, model: Model, backend: Backend, pool: KVPool, layout: StepLayout, tensors: dict[str, Tensor]
+) -> str:
+    """A hash of everything that decides what is traced: our code, the model's shape and formats, the settings.
+
+    An attribute of the backend that has no repr of its own only makes the name new at every start."""
+    matrices = [(m.format, m.num_rows, m.num_cols, m.used_rows, m.layout) for m in model.matrices]
+    settings = {key: value for key, value in sorted(vars(backend).items()) if not isinstance(value, Tensor)}
+    facts = (
+        sources_digest(),
+        (type(model).__qualname__, model.config, model.logit_stride, matrices),
+        (type(backend).__qualname__, settings),
+        (pool.num_blocks, pool.dtype),
+        (bucket, layout),
+        {key: (tensor.numel(), tensor.dtype) for key, tensor in tensors.items()},
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
+
+
+@functools.cache
+def sources_digest() -> str:
+    """A hash of this package's code, all of which may decide what a step is."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
+    return digest.hexdigest()

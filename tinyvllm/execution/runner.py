@@ -21,6 +21,7 @@ from tinyvllm.ops.backend import Backend, KVPool
 from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.bandwidth import measure_bandwidth
 from tinyvllm.ops.device import FLOATS, open_device
+from tinyvllm.ops.program_store import ProgramStore, open_program_store
 from tinyvllm.ops.sample import OUT_LOGPROB, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, TokenLogprobs
 from tinyvllm.storage.model_config import read_model_config
@@ -67,14 +68,23 @@ def make_runner(
     )
     capacity = plan_capacity(config, model_config, memory)
     pool = backend.make_pool(model_config.num_layers, capacity.num_blocks, capacity.block_size, model.shape, kv_dtype)
-    return ModelRunner(model, backend, pool, capacity, make_buckets(config))
+    store = open_program_store(device.name) if config.compile_cache else None
+    return ModelRunner(model, backend, pool, capacity, make_buckets(config), store)
 
 
 class ModelRunner:
     """Owns the device's side of the engine. One thread only."""
 
-    def __init__(self, model: Model, backend: Backend, pool: KVPool, capacity: Capacity, buckets: list[Bucket]) -> None:
-        self._model, self._backend, self._pool, self._buckets = model, backend, pool, buckets
+    def __init__(
+        self,
+        model: Model,
+        backend: Backend,
+        pool: KVPool,
+        capacity: Capacity,
+        buckets: list[Bucket],
+        store: ProgramStore | None = None,
+    ) -> None:
+        self._model, self._backend, self._pool, self._buckets, self._store = model, backend, pool, buckets, store
         self._graphs: dict[Bucket, Graph] = {}
         self.capacity = capacity
         self.num_captures = 0
@@ -93,9 +103,11 @@ class ModelRunner:
             if progress:
                 progress("warm-up", done, len(self._buckets))
             start = time.perf_counter()
-            self._graphs[bucket] = capture(bucket, self._model, self._backend, self._pool, self.capacity)
+            self._graphs[bucket] = capture(bucket, self._model, self._backend, self._pool, self.capacity, self._store)
             self.num_captures += 1
             logger.info("captured %s in %.2f s", bucket.name, time.perf_counter() - start)
+        if self._store is not None:
+            self._store.close()
         if progress:
             progress("warm-up", len(self._buckets), len(self._buckets))
 

@@ -59,6 +59,7 @@ class Llama:
         if not config.tie_embeddings:
             self.head = backend.matrix(self._take("lm_head.weight", config.vocab_size, config.hidden_size))
         checkpoint.finish()
+        del self.checkpoint  # its file need not stay open
         progress(total, total)
 
     @property

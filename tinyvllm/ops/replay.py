@@ -1,0 +1,110 @@
+"""Running a recorded step again and again, by one call.
+
+On a CPU a step is one entry in the queue of the device's worker thread: a small program that calls the step's kernels
+one after another from a table. (tinygrad's own way there, HCQ2's graph, takes a second of Python and a C compilation a
+graph, and 0.3 ms a step.) Elsewhere it is tinygrad's graph of the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from tinygrad import Device, UOp, dtypes
+from tinygrad.codegen import do_to_program
+from tinygrad.device import Buffer
+from tinygrad.dtype import AddrSpace
+from tinygrad.engine.jit import graph_split_rewrite
+from tinygrad.engine.realize import get_runtime, run_linear
+from tinygrad.helpers import JIT, JIT_BATCH_SIZE
+from tinygrad.renderer.cstyle import ClangRenderer
+from tinygrad.runtime.ops_cpu import CMD_SIZE, RING_SLOTS, CPUProgram
+from tinygrad.uop.ops import KernelInfo, Ops
+
+from tinyvllm.errors import InvariantError
+from tinyvllm.ops.device import NAP_S, DeviceHandle
+from tinyvllm.ops.recording import Call, Step
+
+QUEUE = "COMPUTE:0"
+MAX_COMMANDS = 1 << 20  # of a step: keeps the index into its table within 32 bits
+
+
+def make_replay(device: DeviceHandle, step: Step) -> Callable[[], None]:
+    """A function that enqueues the step. It keeps the step's buffers alive."""
+    return CpuReplay(device.name, step) if device.is_cpu else GraphReplay(step)
+
+
+class GraphReplay:
+    """A step as tinygrad's graph, or as single launches on a device without graphs."""
+
+    def __init__(self, step: Step) -> None:
+        calls = tuple(call.target.call(*(UOp.from_buffer(buffer) for buffer in call.buffers)) for call in step.calls)
+        self._linear = UOp(Ops.LINEAR, src=calls)
+        if JIT < 2:
+            self._linear = graph_split_rewrite(self._linear, max_batch_size=JIT_BATCH_SIZE.value)
+        self._step = step
+
+    def __call__(self) -> None:
+        run_linear(self._linear, jit=True)
+
+
+class CpuReplay:
+    """A step as a table of commands, one a row: the address of a program, then its arguments."""
+
+    def __init__(self, device: str, step: Step) -> None:
+        self._step = step  # whose buffers' addresses the table holds
+        self._table = np.concatenate([_commands(device, call) for call in step.calls])
+        self._entry = np.array([_run_table(device).addr, self._table.ctypes.data, len(self._table)], np.uint64)
+        worker = Device[device].worker(QUEUE)
+        self._ring, self._put, self._done = (_words(buffer) for buffer in (worker.ring, worker.put, worker.done))
+        self._post = functools.partial(ctypes.CDLL(None).sem_post, ctypes.c_void_p(worker.sem._buf.va_addr))
+        # tinygrad's submitter (HCQ2), which runs on a worker of its own, puts commands into the same queue
+        others = [other for other in Device[device].workers if other is not worker]
+        self._others = [(_words(other.put), _words(other.done)) for other in others]
+
+    def __call__(self) -> None:
+        for put, done in self._others:
+            while done[0] < put[0]:
+                time.sleep(NAP_S)
+        num_put = int(self._put[0])
+        if num_put - int(self._done[0]) >= RING_SLOTS:
+            raise InvariantError(f"the CPU's queue of {RING_SLOTS} is full: nobody waits for the steps' outputs")
+        start = num_put % RING_SLOTS * CMD_SIZE
+        self._ring[start : start + len(self._entry)] = self._entry
+        self._put[0] = num_put + 1
+        self._post()
+
+
+def _words(buffer: Buffer) -> np.ndarray:
+    return np.frombuffer(buffer.as_memoryview(force_zero_copy=True, no_sync=True), np.uint64)
+
+
+def _commands(device: str, call: Call) -> np.ndarray:
+    """One row; where the kernel has a grid, one for each of its work items."""
+    program, info = call.target, call.target.arg
+    if program.op is not Ops.PROGRAM or any(name != "core_id" for name in (v.expr for v in info.vars)):
+        raise InvariantError(f"a CPU's step launches kernels without variables only, but this one has {program.op}")
+    words = [get_runtime(device, program).addr]
+    words += [call.buffers[i].get_buf(device).va_addr for i in info.globals]
+    rows = np.zeros((info.global_size[0], CMD_SIZE), np.uint64)
+    rows[:, : len(words)] = words
+    if "core_id" in info.runtimevars:
+        rows[:, len(words) + info.runtimevars["core_id"]] = np.arange(len(rows))
+    return rows
+
+
+@functools.cache
+def _run_table(device: str) -> CPUProgram:
+    """fn(table, count): call the programs of a table's rows. Every program is passed a whole row and reads its part."""
+    opened = Device[device]
+    table = UOp.param(0, dtypes.uint64, (MAX_COMMANDS * CMD_SIZE,))
+    count = UOp.param(1, dtypes.int, (), vmin_vmax=(0, MAX_COMMANDS), name="count", addrspace=AddrSpace.ALU)
+    row = UOp.range(count, 0, dtype=dtypes.int)
+    words = [table.index(row * CMD_SIZE + i).load() for i in range(CMD_SIZE)]
+    sink = words[0].call(*words[1:], ret_dtype=dtypes.void).end(row).sink(arg=KernelInfo("run_table"), tag=1)
+    program = do_to_program(sink, ClangRenderer(replace(opened.renderer.target, renderer="CLANG")))
+    return CPUProgram(opened, program.to_elf())

@@ -12,7 +12,7 @@ from tinyvllm.arrays import to_float32
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.ops.backend import Backend, Norm
 from tinyvllm.ops.cpu import CpuBackend
-from tinyvllm.ops.device import DeviceHandle
+from tinyvllm.ops.device import DeviceHandle, has_half
 from tinyvllm.ops.gpu import GpuBackend
 from tinyvllm.ops.reference import ReferenceBackend
 
@@ -56,7 +56,9 @@ def run(backend: Backend, fmt: str, tokens: int, operation: str) -> np.ndarray:
 def check(backend: Backend, reference: ReferenceBackend, case: Case) -> None:
     difference = largest_difference(run(backend, *case), run(reference, *case))
     print(f"{case}: {difference:.1e}")
-    assert difference < 1e-5
+    # tinygrad's emulation of float16 has no subnormal numbers
+    lacks_small_values = case[0] == "float16" and not has_half(backend.device.name)
+    assert difference < (1e-4 if lacks_small_values else 1e-5)
 
 
 def name_of(case: Case) -> str:

@@ -21,6 +21,7 @@ from tinygrad.dtype import DType
 
 from tinyvllm.arrays import BFloat16Array, HostMatrix, QuantizedMatrix, Scales, to_float32
 from tinyvllm.errors import InvariantError, UnsupportedModelError
+from tinyvllm.ops.device import has_half
 from tinyvllm.ops.kernel import F32, I32, U32
 
 PANEL = 32  # output rows of a panel, and codes of one packed run
@@ -192,7 +193,7 @@ def pack(host: HostMatrix, layout: str, dtype: str | None, device: str, *, dequa
         host, dtype = to_float32(host), dtype or "float16"
     padded = -(-rows // PANEL) * PANEL
     if isinstance(host, QuantizedMatrix):
-        fmt, planes = _quantized_planes(host, padded, layout)
+        fmt, planes = _quantized_planes(host, padded, layout, np.float16 if has_half(device) else np.float32)
     else:
         fmt, planes = _dense_planes(host, dtype, padded, layout)
     tensors = tuple(Tensor(plane.reshape(-1), device=device).realize() for plane in planes)
@@ -226,7 +227,9 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def _quantized_planes(host: QuantizedMatrix, padded: int, layout: str) -> tuple[Format, list[np.ndarray]]:
+def _quantized_planes(
+    host: QuantizedMatrix, padded: int, layout: str, base_dtype: type[np.floating]
+) -> tuple[Format, list[np.ndarray]]:
     scale, minimum = host.scale, host.minimum
     fmt = Format(
         host.kind, host.bits, host.group, host.offset, _scale_format(scale), _scale_format(minimum) if minimum else None
@@ -240,7 +243,7 @@ def _quantized_planes(host: QuantizedMatrix, padded: int, layout: str) -> tuple[
             planes.append(_pack_high(runs >> 4, fmt.high_bits))
     for scales in (scale, minimum):
         if scales is not None:
-            planes.append(_arrange(scales.base, padded, layout))
+            planes.append(_arrange(scales.base.astype(base_dtype), padded, layout))
             if scales.steps is not None:
                 planes.append(_arrange(scales.steps, padded, layout))
     return fmt, planes

@@ -15,12 +15,12 @@ from typing import Any
 import tinyvllm
 
 
-def describe_environment(seed: int) -> dict[str, Any]:
-    """Versions, machine, commit, date, seed and command; JSON values."""
+def describe_environment(seed: int, library: str = "tinygrad") -> dict[str, Any]:
+    """Versions, machine, commit, date, seed and command; JSON values. `library`: the package that computes."""
     return {
         "tinyvllm": tinyvllm.__version__,
         "commit": _commit(),
-        "tinygrad": version("tinygrad"),
+        library: version(library),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tinyvllm.bench.subject import Subject
     from tinyvllm.execution.runner import ModelRunner
 
-TABLE_WIDTH = 140
+TABLE_WIDTH = 140  # columns
 
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure how fast a model runs on this machine.")
 
@@ -170,7 +170,9 @@ def throughput(
 
 def _print_table(table: RenderableType) -> None:
     """In its own width, also where stdout is no terminal, whose 80 columns would cut figures short."""
-    out.print(table, soft_wrap=False, crop=False, width=max(out.width, TABLE_WIDTH), highlight=False)
+    from rich.console import Console
+
+    Console(width=max(out.width, TABLE_WIDTH), highlight=False).print(table, crop=False)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""Products of every format against the plain reference. On a GPU: DEV=CL python -m pytest -m gpu tests/ops"""
+"""Products of every format against the plain reference. On a GPU: DEV=CL python -m pytest -m gpu tests/ops
+
+All formats by all row counts by all operations: python -m pytest -m "slow and not gpu" tests/ops
+"""
 
 from __future__ import annotations
 

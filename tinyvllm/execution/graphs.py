@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -97,7 +98,7 @@ def step_name(
     settings = {key: value for key, value in sorted(vars(backend).items()) if not isinstance(value, Tensor)}
     facts = (
         sources_digest(),
-        (type(model).__qualname__, model.config, model.logit_stride, matrices),
+        (type(model).__qualname__, dataclasses.replace(model.config, name=""), model.logit_stride, matrices),
         (type(backend).__qualname__, settings),
         (pool.num_blocks, pool.dtype),
         (bucket, layout),

@@ -84,7 +84,7 @@ class ModelRunner:
         buckets: list[Bucket],
         store: ProgramStore | None = None,
     ) -> None:
-        self._model, self._backend, self._pool, self._buckets, self._store = model, backend, pool, buckets, store
+        self._model, self._backend, self._pool, self._buckets, self.store = model, backend, pool, buckets, store
         self._graphs: dict[Bucket, Graph] = {}
         self.capacity = capacity
         self.num_captures = 0
@@ -103,11 +103,11 @@ class ModelRunner:
             if progress:
                 progress("warm-up", done, len(self._buckets))
             start = time.perf_counter()
-            self._graphs[bucket] = capture(bucket, self._model, self._backend, self._pool, self.capacity, self._store)
+            self._graphs[bucket] = capture(bucket, self._model, self._backend, self._pool, self.capacity, self.store)
             self.num_captures += 1
             logger.info("captured %s in %.2f s", bucket.name, time.perf_counter() - start)
-        if self._store is not None:
-            self._store.close()
+        if self.store is not None:
+            self.store.close()
         if progress:
             progress("warm-up", len(self._buckets), len(self._buckets))
 

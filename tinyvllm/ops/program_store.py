@@ -55,6 +55,7 @@ class ProgramStore:
 
     def __init__(self, root: Path, device: str) -> None:
         """Raises CacheError where the folder cannot be trusted."""
+        self.root = root
         self._folder = PrivateFolder(root, environment_key(device))
         self._has_written = False
         self.num_programs_read = 0

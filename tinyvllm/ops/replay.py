@@ -23,7 +23,7 @@ from tinygrad.engine.realize import get_runtime, run_linear
 from tinygrad.helpers import JIT, JIT_BATCH_SIZE
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.ops_cpu import CMD_SIZE, RING_SLOTS, CPUProgram
-from tinygrad.uop.ops import KernelInfo, Ops
+from tinygrad.uop.ops import CallInfo, KernelInfo, Ops
 
 from tinyvllm.errors import InvariantError
 from tinyvllm.ops.device import NAP_S, DeviceHandle
@@ -42,14 +42,18 @@ class GraphReplay:
     """A step as tinygrad's graph, or as single launches on a device without graphs."""
 
     def __init__(self, step: Step) -> None:
-        calls = tuple(call.target.call(*(UOp.from_buffer(buffer) for buffer in call.buffers)) for call in step.calls)
-        self._linear = UOp(Ops.LINEAR, src=calls)
+        self._linear = UOp(Ops.LINEAR, src=tuple(_call(call) for call in step.calls))
         if JIT < 2:
             self._linear = graph_split_rewrite(self._linear, max_batch_size=JIT_BATCH_SIZE.value)
         self._step = step
 
     def __call__(self) -> None:
         run_linear(self._linear, jit=True)
+
+
+def _call(call: Call) -> UOp:
+    """A launch. Not by UOp.call, which takes a program's loops whose length is data for open ones."""
+    return UOp(Ops.CALL, src=(call.target, *(UOp.from_buffer(buffer) for buffer in call.buffers)), arg=CallInfo())
 
 
 class CpuReplay:

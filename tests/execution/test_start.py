@@ -1,0 +1,140 @@
+"""A second start finds what the first one made, and answers the same; it is counted, not timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from tinygrad.codegen import to_program_cache
+
+from tests.builders import write_tiny_gguf
+from tests.execution.driver import generate, make_request
+from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
+from tinyvllm.execution import graphs
+from tinyvllm.execution.runner import ModelRunner, load_runner
+from tinyvllm.ops.program_store import ProgramStore
+
+CONFIG = EngineConfig(
+    "tiny",
+    max_model_len=96,
+    max_num_seqs=2,
+    max_num_batched_tokens=8,
+    num_gpu_blocks_override=33,
+    block_size=8,
+)
+NUM_GRAPHS = 3  # decode 1, decode 2, prefill 8
+PROMPTS = [[5, 9, 200, 13, 64, 7, 7, 31, 90, 18, 2], [31, 7]]
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstStart:
+    """What a cold start left and did."""
+
+    root: Path
+    num_programs: int
+    tokens: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, tiny_gguf_files: ModelFiles) -> FirstStart:
+    root = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_DIR_VARIABLE, str(root))
+        store, tokens = start(tiny_gguf_files)
+    assert store.num_steps_read == 0
+    assert store.num_programs_compiled > 0
+    return FirstStart(root, store.num_programs_compiled, tokens)
+
+
+@pytest.fixture
+def cache(first: FirstStart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of one's own, as the first start left it."""
+    shutil.copytree(first.root, tmp_path / "cache")
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache" / "programs"
+
+
+def start(files: ModelFiles, config: EngineConfig = CONFIG) -> tuple[ProgramStore, list[list[int]]]:
+    """A new runner, as in a process that has compiled nothing: the store that it used, and what it generates."""
+    with mock.patch.dict(to_program_cache, clear=True):
+        runner = load_runner(files, config)
+        runner.warm_up()
+    assert runner.store is not None
+    return runner.store, tokens_of(runner)
+
+
+def tokens_of(runner: ModelRunner) -> list[list[int]]:
+    requests = [make_request(prompt, name=str(i), logprobs=2) for i, prompt in enumerate(PROMPTS)]
+    generate(runner, requests, 12, chunk=5)
+    return [request.output_ids for request in requests]
+
+
+def counts(store: ProgramStore) -> tuple[int, int]:
+    """Steps that were found, programs that were compiled."""
+    return store.num_steps_read, store.num_programs_compiled
+
+
+def test_a_second_start_compiles_nothing_and_answers_the_same(
+    first: FirstStart, cache: Path, tiny_gguf_files: ModelFiles
+) -> None:
+    store, tokens = start(tiny_gguf_files)
+    assert counts(store) == (NUM_GRAPHS, 0)
+    assert store.num_programs_read == 0  # a step brings its programs along
+    assert tokens == first.tokens
+
+
+def test_the_cache_can_be_left_out_and_changes_no_token(
+    first: FirstStart, tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
+    runner = load_runner(tiny_gguf_files, dataclasses.replace(CONFIG, compile_cache=False))
+    runner.warm_up()
+    assert runner.store is None
+    assert list(tmp_path.iterdir()) == []
+    assert tokens_of(runner) == first.tokens
+
+
+def test_other_weights_of_the_same_shape_find_the_same_steps(first: FirstStart, cache: Path, tmp_path: Path) -> None:
+    store, tokens = start(write_tiny_gguf(tmp_path / "other.gguf", seed=12))
+    assert counts(store) == (NUM_GRAPHS, 0)
+    assert tokens != first.tokens
+
+
+def test_other_settings_make_their_own_steps_out_of_the_same_programs(
+    first: FirstStart, cache: Path, tiny_gguf_files: ModelFiles
+) -> None:
+    store, tokens = start(tiny_gguf_files, dataclasses.replace(CONFIG, max_num_seqs=3, decode_buckets=(1, 2, 3)))
+    assert store.num_steps_read == 2  # both decode graphs that were there; prefill now gathers 3 rows
+    assert 0 < store.num_programs_compiled < first.num_programs
+    assert store.num_programs_read > 0
+    assert tokens == first.tokens
+
+
+def test_damaged_files_are_made_anew(first: FirstStart, cache: Path, tiny_gguf_files: ModelFiles) -> None:
+    for path in cache.glob("*/*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    store, tokens = start(tiny_gguf_files)
+    assert counts(store) == (0, first.num_programs)
+    assert tokens == first.tokens
+    assert counts(start(tiny_gguf_files)[0]) == (NUM_GRAPHS, 0)
+
+
+def test_after_a_change_of_our_code_steps_are_traced_anew(
+    first: FirstStart, cache: Path, tiny_gguf_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "sources_digest", lambda: "edited")
+    store, tokens = start(tiny_gguf_files)
+    assert counts(store) == (0, 0)  # kernels that are as they were need no compiler
+    assert store.num_programs_read == first.num_programs
+    assert tokens == first.tokens
+
+
+def test_a_cache_that_others_can_write_is_not_used(
+    cache: Path, tiny_gguf_files: ModelFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.chmod(0o777)
+    assert load_runner(tiny_gguf_files, CONFIG).store is None
+    assert "chmod go-w" in caplog.text

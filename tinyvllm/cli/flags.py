@@ -12,7 +12,14 @@ from typing import Annotated, Any, get_type_hints
 from typer import Argument, Option
 
 from tinyvllm.cli.terminal import LOG_LEVELS, set_up_logging
-from tinyvllm.config import DTYPES, MODELS_DIR_VARIABLE, EngineConfig, GenerationDefaults, SamplingParams
+from tinyvllm.config import (
+    CACHE_DIR_VARIABLE,
+    DTYPES,
+    MODELS_DIR_VARIABLE,
+    EngineConfig,
+    GenerationDefaults,
+    SamplingParams,
+)
 from tinyvllm.errors import TinyvllmError
 
 DEVICE_VARIABLE = "DEV"  # tinygrad's, which it reads once, when it is imported
@@ -60,6 +67,13 @@ class RunnerFlags:
     seed: Annotated[int, Option(metavar="INTEGER", help="Base of the seeds of requests that bring none.")] = (
         _STANDARD.seed
     )
+    compile_cache: Annotated[
+        bool,
+        Option(
+            help="Keep compiled programs for the next start, in "
+            f"${CACHE_DIR_VARIABLE}/programs or the user's cache directory."
+        ),
+    ] = _STANDARD.compile_cache
     device: Annotated[
         str | None,
         Option(metavar="DEVICE", help="tinygrad's device: METAL, CUDA, CPU. [default: METAL on a Mac, CUDA, else CPU]"),

@@ -64,7 +64,8 @@ class FakeRunner:
     def cost(self, plan: StepPlan) -> StepCost:
         read = sum(entry.start for entry in plan.entries) * KV_BYTES_PER_TOKEN
         name = "decode" if plan.is_decode else "prefill"
-        return StepCost(name, 10, WEIGHT_BYTES, read, plan.num_tokens * KV_BYTES_PER_TOKEN)
+        written = plan.num_tokens * KV_BYTES_PER_TOKEN
+        return StepCost(name, 10, WEIGHT_BYTES, read, written, moved_bytes=2 * (WEIGHT_BYTES + read + written))
 
     def fill_pool(self, num_blocks: int, seed: int) -> None:
         self.filled.append(num_blocks)

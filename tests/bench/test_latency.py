@@ -49,7 +49,7 @@ def test_decode_row_counts_steps_kernels_and_bytes() -> None:
     assert (row.tok_s.count, row.step_ms.count, row.num_replays, row.kernels) == (2, 6, 1, 10)
     assert row.kv_read_bytes == 2 * 101 * KV_BYTES_PER_TOKEN  # the mean of contexts 100, 101 and 102
     assert row.kv_written_bytes == 2 * KV_BYTES_PER_TOKEN
-    assert row.nbytes == WEIGHT_BYTES + row.kv_read_bytes + row.kv_written_bytes
+    assert row.nbytes == WEIGHT_BYTES + row.kv_read_bytes + row.kv_written_bytes and row.bytes_ratio == 2
 
 
 def test_floor_is_bytes_over_bandwidth() -> None:

@@ -30,6 +30,7 @@ def make_row(bandwidth_gbps: float | None = 0.002) -> Row:
         weight_bytes=9_000,
         kv_read_bytes=900,
         kv_written_bytes=100,
+        moved_bytes=10_400,
     )
 
 
@@ -49,14 +50,14 @@ def test_json_has_the_fields_that_are_promised() -> None:
     } <= set(row)
     assert (row["tok_s"], row["step_ms_median"], row["kernels"], row["bytes"]) == (100.0, 10.0, 15, 10_000)
     assert (row["floor_ms"], row["floor_share"]) == (5.0, 0.5)
-    assert row["bytes_ratio"] is None  # never made up
+    assert row["bytes_ratio"] == 1.04
 
 
 def test_spreads_of_one_benchmark_are_objects_in_json() -> None:
     work = ThroughputWork(num_requests=2, input_len=4, output_len=3, num_repeats=1)
     row = measure_throughput(FakeRunner(), make_machine(None), work, lambda stage, done, total: None).as_json()
     assert set(row["ttft_ms"]) == {"count", "mean", "std", "median", "min", "p95", "p99"}
-    assert row["floor_ms"] is None and row["bytes"] is None
+    assert row["floor_ms"] is None and row["bytes"] is None and row["bytes_ratio"] is None
 
 
 def test_markdown_has_llama_benchs_columns() -> None:
@@ -68,7 +69,7 @@ def test_markdown_has_llama_benchs_columns() -> None:
 
 def test_table_shows_the_share_of_the_floor() -> None:
     text = render(latency_table([make_row()]))
-    assert "tg32 @ d128" in text and "50%" in text and "100.0 ± 1.41" in text
+    assert "tg32 @ d128" in text and "50%" in text and "1.04 x" in text and "100.0 ± 1.41" in text
 
 
 def test_table_without_a_bandwidth_has_no_floor() -> None:

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 from tests.bench.fakes import make_model_config
-from tinyvllm.bench.latency import Case, LatencyWork, fit_config, measure_latency
+from tinyvllm.bench.latency import Case, LatencyWork, fit_config, make_requests, measure_latency
 from tinyvllm.bench.shapes import SHAPES, find_shape
 from tinyvllm.bench.subject import Subject
 from tinyvllm.bench.throughput import ThroughputWork, run_once
 from tinyvllm.config import EngineConfig
 from tinyvllm.errors import TinyvllmError, UnsupportedModelError
 from tinyvllm.execution.runner import ModelRunner
+from tinyvllm.scheduling.plan import Scheduled, StepPlan
 
 WORK = LatencyWork((Case("prefill", 1, 20), Case("decode", 2, 40)), num_decoded=4, num_repeats=2)
 TINY = make_model_config(tie_embeddings=False)
@@ -22,6 +23,11 @@ KV_BYTES = TINY.kv_bytes_per_token(2)  # float16
 
 def ignore(stage: str, done: int, total: int) -> None:
     pass
+
+
+def decode_plan(runner: ModelRunner, context: int) -> StepPlan:
+    requests = make_requests(runner, WORK, Case("decode", 2, context))
+    return StepPlan(tuple(Scheduled(request, context, 1) for request in requests))
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,15 @@ def test_step_reads_every_matrix_once_and_rows_of_an_untied_table(runner: ModelR
     assert prefill.num_replays == 2 and prefill.kv_read_bytes == 16 * KV_BYTES
     assert decode.kernels is not None and 2 < decode.kernels <= 5 * 2 + 5
     assert prefill.kernels is not None and prefill.kernels % 2 == 0
+
+
+def test_kernels_move_what_is_needed_and_activations(runner: ModelRunner) -> None:
+    plans = [decode_plan(runner, context) for context in (16, 40, 41)]
+    costs = [runner.cost(plan) for plan in plans]
+    extra = [cost.moved_bytes - cost.nbytes for cost in costs]
+    assert extra[0] == extra[1] == extra[2] > 0  # only keys and values grow with the context, and all of them are seen
+    logits_bytes, hidden_bytes = 2 * 288 * 4, 2 * 64 * 4
+    assert 2 * logits_bytes + 8 * hidden_bytes < extra[0] < 10 * logits_bytes + 2 * 40 * hidden_bytes
 
 
 def test_measuring_captures_nothing(runner: ModelRunner) -> None:

@@ -189,6 +189,7 @@ def _measure_prefill(runner: Runner, machine: Machine, work: LatencyWork, case: 
         weight_bytes=sum(cost.weight_bytes for cost in costs),
         kv_read_bytes=sum(cost.kv_read_bytes for cost in costs),
         kv_written_bytes=sum(cost.kv_written_bytes for cost in costs),
+        moved_bytes=sum(cost.moved_bytes for cost in costs),
     )
 
 
@@ -216,6 +217,7 @@ def _measure_decode(runner: Runner, machine: Machine, work: LatencyWork, case: C
         weight_bytes=_mean([cost.weight_bytes for cost in costs]),
         kv_read_bytes=_mean([cost.kv_read_bytes for cost in costs]),
         kv_written_bytes=_mean([cost.kv_written_bytes for cost in costs]),
+        moved_bytes=_mean([cost.moved_bytes for cost in costs]),
     )
 
 

@@ -24,7 +24,7 @@ def latency_table(rows: Sequence[Row]) -> RenderableType:
     """One line a case. The share is that of the median step in the floor."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("test", no_wrap=True)
-    for column in ("t/s", "median ms", "mean ms", "min ms", "p95 ms", "kernels", "MB", "floor ms", "of floor"):
+    for column in ("t/s", "median ms", "mean ms", "min ms", "p95 ms", "kernels", "MB", "moved", "floor ms", "of floor"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         step = row.step_ms
@@ -37,6 +37,7 @@ def latency_table(rows: Sequence[Row]) -> RenderableType:
             _number(step.p95),
             "-" if row.kernels is None else str(row.kernels),
             "-" if row.nbytes is None else f"{row.nbytes / 1e6:,.1f}",
+            "-" if row.bytes_ratio is None else f"{row.bytes_ratio:.2f} x",
             _number(row.floor_ms),
             "-" if row.floor_share is None else f"{row.floor_share:.0%}",
         )

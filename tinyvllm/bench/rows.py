@@ -42,6 +42,7 @@ class Row:
     weight_bytes: int | None = None
     kv_read_bytes: int | None = None
     kv_written_bytes: int | None = None
+    moved_bytes: int | None = None  # what its kernels do move, by their arguments
     more: dict[str, Any] = field(default_factory=dict)  # of this benchmark alone; JSON values or Spreads
 
     @property
@@ -55,6 +56,11 @@ class Row:
     def floor_share(self) -> float | None:
         """1: the median step is as fast as the memory allows."""
         return None if self.floor_ms is None else self.floor_ms / self.step_ms.median
+
+    @property
+    def bytes_ratio(self) -> float | None:
+        """1: the kernels move nothing but weights, keys and values, each once."""
+        return None if self.moved_bytes is None or self.nbytes is None else self.moved_bytes / self.nbytes
 
     def as_json(self) -> dict[str, Any]:
         """Flat but for `environment` and the spreads of `more`."""
@@ -82,9 +88,8 @@ class Row:
             "weight_bytes": self.weight_bytes,
             "kv_read_bytes": self.kv_read_bytes,
             "kv_written_bytes": self.kv_written_bytes,
-            # kernels declare the bytes of their main operand only, and none what a context of data reads: a ratio of
-            # moved to needed bytes made of that would flatter
-            "bytes_ratio": None,
+            "moved_bytes": self.moved_bytes,
+            "bytes_ratio": self.bytes_ratio,
             "bandwidth_gbps": machine.bandwidth_gbps,
             "floor_ms": self.floor_ms,
             "floor_share": self.floor_share,

@@ -1,11 +1,17 @@
-"""What a step costs by count: kernels launched and the bytes that must cross the memory's bus, at the least."""
+"""What a step costs by count: kernels, the bytes that it must move at the least, and those that its kernels move."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tinygrad import Tensor
+from tinygrad.uop.ops import Ops
+
 from tinyvllm.model.registry import Model
+from tinyvllm.ops.backend import KVPool
+from tinyvllm.ops.recording import Call
 from tinyvllm.scheduling.plan import StepPlan
 
 
@@ -20,15 +26,16 @@ class WeightFacts:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One step's. Bytes are those of the plan, not of the bucket's padding: each matrix once, of the embedding table
+    """One step's. `nbytes` are those of the plan, not of the bucket's padding: each matrix once, of the embedding table
     the tokens' rows, keys and values of the context before this step, and those of its tokens. Norms and activations,
-    which are small, do not count."""
+    which need not leave the chip, do not count there; in `moved_bytes` they do."""
 
     bucket: str
     num_kernels: int
     weight_bytes: int
     kv_read_bytes: int
     kv_written_bytes: int
+    moved_bytes: int  # by the kernels that are launched, each touching each of its arguments once
 
     @property
     def nbytes(self) -> int:
@@ -44,11 +51,59 @@ def weight_facts(model: Model) -> WeightFacts:
     return WeightFacts(num_params, by_format.total(), by_format.most_common(1)[0][0])
 
 
-def step_cost(bucket: str, num_kernels: int, plan: StepPlan, model: Model, kv_bytes_per_token: int) -> StepCost:
-    """Count what `plan` needs."""
-    weights = sum(matrix.nbytes for matrix in model.matrices)
-    if model.head is not model.embedding:
-        table = model.embedding
-        weights += plan.num_tokens * (table.nbytes // table.num_rows) - table.nbytes
-    num_read = sum(entry.start for entry in plan.entries)
-    return StepCost(bucket, num_kernels, weights, num_read * kv_bytes_per_token, plan.num_tokens * kv_bytes_per_token)
+class CostCounter:
+    """Counts what plans take of one model and pool."""
+
+    def __init__(self, model: Model, pool: KVPool) -> None:
+        self._model = model
+        self._keys_and_values = _buffers([*pool.keys, *pool.values])
+        self._kv_bytes = pool.keys[0].dtype.itemsize * model.config.kv_size  # of one token, in one of these tensors
+        self._table = _buffers(model.embedding.planes)
+        self._rope = _buffers([model.rope])
+        self._row_bytes = model.embedding.nbytes // model.embedding.num_rows
+
+    def count(self, bucket: str, calls: tuple[Call, ...], inputs: Tensor, plan: StepPlan) -> StepCost:
+        """Of one run of `calls`, which read what `plan` was packed to from `inputs`."""
+        model, num_tokens = self._model, plan.num_tokens
+        weights = sum(matrix.nbytes for matrix in model.matrices)
+        if model.head is not model.embedding:
+            weights += num_tokens * self._row_bytes - model.embedding.nbytes
+        all_layers = len(self._keys_and_values) * self._kv_bytes
+        return StepCost(
+            bucket,
+            num_kernels=len(calls),
+            weight_bytes=weights,
+            kv_read_bytes=sum(entry.start for entry in plan.entries) * all_layers,
+            kv_written_bytes=num_tokens * all_layers,
+            moved_bytes=sum(self._moved_by(call, _buffers([inputs]), plan) for call in calls),
+        )
+
+    def _moved_by(self, call: Call, inputs: set[int], plan: StepPlan) -> int:
+        """Every argument once and whole, but for those that a kernel looks things up in: the pool by the sequences'
+        lengths, rope and (beside the step's inputs, which are not counted) the embedding table by rows."""
+        looks_up = any(id(buffer.base) in inputs for buffer in call.buffers)
+        # by place: scratch buffers are views of one arena, and a kernel may get the same one twice
+        args = {(id(buffer.base), buffer.offset): (index, buffer) for index, buffer in enumerate(call.buffers)}
+        moved = 0
+        for (base, _), (index, buffer) in args.items():
+            if base in self._keys_and_values:
+                moved += self._moved_in_pool(call, index, plan)
+            elif base in self._rope:
+                moved += plan.num_tokens * self._model.config.head_dim * 4
+            elif base in self._table and looks_up:
+                moved += plan.num_tokens * self._row_bytes * buffer.nbytes // self._model.embedding.nbytes
+            elif base not in inputs:
+                moved += buffer.nbytes
+        return moved
+
+    def _moved_in_pool(self, call: Call, index: int, plan: StepPlan) -> int:
+        """Of one tensor of the pool, `call`'s argument `index`."""
+        outs, ins = (call.target.arg.outs, call.target.arg.ins) if call.target.op is Ops.PROGRAM else ((0,), (1,))
+        num_read = sum(entry.start for entry in plan.entries) if index in ins else 0
+        num_written = plan.num_tokens if index in outs else 0
+        return (num_read + num_written) * self._kv_bytes
+
+
+def _buffers(tensors: Iterable[Tensor]) -> set[int]:
+    """Identities of the tensors' memory."""
+    return {id(tensor.uop.base.buffer.base) for tensor in tensors}

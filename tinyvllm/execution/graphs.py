@@ -20,7 +20,7 @@ from tinyvllm.execution.inputs import InputPacker
 from tinyvllm.model.registry import Model
 from tinyvllm.ops.backend import Backend, KVPool
 from tinyvllm.ops.program_store import ProgramStore
-from tinyvllm.ops.recording import SavedStep, Step, bind_step, record, save_step
+from tinyvllm.ops.recording import Call, SavedStep, Step, bind_step, record, save_step
 from tinyvllm.ops.replay import make_replay
 from tinyvllm.ops.step_inputs import StepLayout
 
@@ -33,11 +33,16 @@ class Graph:
 
     bucket: Bucket
     layout: StepLayout
-    packer: InputPacker
+    inputs: Tensor
+    packer: InputPacker  # fills the host's side of `inputs`
     send: Callable[[], None]  # moves the packed inputs to the device
     run: Callable[[], None]
     output: Tensor
-    num_kernels: int  # that one run launches
+    calls: tuple[Call, ...]  # what one run launches
+
+    @property
+    def num_kernels(self) -> int:
+        return len(self.calls)
 
 
 def capture(
@@ -63,7 +68,7 @@ def capture(
     if not device.is_cpu:  # a GPU's graph is made by its first run: on padding alone, which touches the dummy block
         run()
         device.wait()
-    return Graph(bucket, layout, packer, send, run, step.output, len(step.calls))
+    return Graph(bucket, layout, inputs, packer, send, run, step.output, step.calls)
 
 
 def _restore(store: ProgramStore, name: str, tensors: dict[str, Tensor], device: str) -> Step | None:

@@ -12,7 +12,7 @@ from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles
 from tinyvllm.errors import DeviceError, InvariantError
 from tinyvllm.execution.buckets import Bucket, choose_bucket, make_buckets
 from tinyvllm.execution.capacity import MemoryFacts, plan_capacity
-from tinyvllm.execution.cost import StepCost, WeightFacts, step_cost, weight_facts
+from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, weight_facts
 from tinyvllm.execution.graphs import Graph, capture
 from tinyvllm.model.registry import Model, make_model
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
@@ -149,8 +149,7 @@ class ModelRunner:
     def cost(self, plan: StepPlan) -> StepCost:
         """What executing `plan` takes, by count."""
         graph = self._graph_for(plan)
-        kv_bytes = self.model_config.kv_bytes_per_token(FLOATS[self._pool.dtype].itemsize)
-        return step_cost(graph.bucket.name, graph.num_kernels, plan, self._model, kv_bytes)
+        return CostCounter(self._model, self._pool).count(graph.bucket.name, graph.calls, graph.inputs, plan)
 
     def measure_bandwidth(self) -> float:
         """Bytes a second that the device's memory gives, by a test of a second or less."""

@@ -23,6 +23,7 @@ class Model(Protocol):
     shape: AttentionShape
     embedding: Matrix
     head: Matrix  # the embedding itself where the two are tied
+    rope: Tensor  # (positions, D) float32
 
     @property
     def matrices(self) -> list[Matrix]: ...

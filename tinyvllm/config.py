@@ -89,6 +89,7 @@ class EngineConfig:
     )
     kv_cache_dtype: str = "auto"  # auto: float16 (bfloat16 if dtype is)
     dequantize: bool = False  # unpack quantised weights at load
+    cpu_cores: int | None = None  # cores that a CPU device uses; None: all that the process may, one a KV head at most
     block_size: int = 16  # tokens a KV block
     num_gpu_blocks_override: int | None = None  # blocks in the pool; None: from memory
     # share of the device's memory free at start that weights and KV may take; None: 0.9 of a device's own memory, 0.5
@@ -123,8 +124,9 @@ class EngineConfig:
         for flag, value in (
             ("max-num-seqs", self.max_num_seqs),
             ("max-num-batched-tokens", self.max_num_batched_tokens),
+            ("cpu-cores", self.cpu_cores),
         ):
-            if value < 1:
+            if value is not None and value < 1:
                 refuse(flag, value, "give at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
             refuse(

@@ -61,6 +61,10 @@ class RunnerFlags:
     kv_cache_dtype: Annotated[str, Option(metavar="TYPE", help=f"Of the KV cache: {_DTYPES}.")] = (
         _STANDARD.kv_cache_dtype
     )
+    cpu_cores: Annotated[
+        int | None,
+        Option(metavar="NUMBER", help="Cores that a CPU device uses.  [default: all there are, one a KV head at most]"),
+    ] = _STANDARD.cpu_cores
     dequantize: Annotated[
         bool, Option("--dequantize", help="Unpack quantised weights at load: more memory, no unpacking in the kernels.")
     ] = False

@@ -63,7 +63,7 @@ def capture(
     else:
         tensors = get_state_dict({"model": model, "backend": backend, "pool": pool, "inputs": inputs})
         name = step_name(bucket, model, backend, pool, layout, tensors)
-        step = _restore(store, name, tensors, device.name) or _record_and_keep(trace, store, name, tensors, device.name)
+        step = _restore(store, name, tensors) or _record_and_keep(trace, store, name, tensors)
     run = make_replay(device, step)
     if not device.is_cpu:  # a GPU's graph is made by its first run: on padding alone, which touches the dummy block
         run()
@@ -71,23 +71,21 @@ def capture(
     return Graph(bucket, layout, inputs, packer, send, run, step.output, step.calls)
 
 
-def _restore(store: ProgramStore, name: str, tensors: dict[str, Tensor], device: str) -> Step | None:
+def _restore(store: ProgramStore, name: str, tensors: dict[str, Tensor]) -> Step | None:
     saved = store.read_step(name)
     if not isinstance(saved, SavedStep):
         return None
     try:
-        return bind_step(saved, tensors, device)
+        return bind_step(saved, tensors)
     except CacheError as error:
         logger.warning("a kept step is made anew: %s", error)
         return None
 
 
-def _record_and_keep(
-    trace: Callable[[], Tensor], store: ProgramStore, name: str, tensors: dict[str, Tensor], device: str
-) -> Step:
+def _record_and_keep(trace: Callable[[], Tensor], store: ProgramStore, name: str, tensors: dict[str, Tensor]) -> Step:
     step = record(trace, store)
     try:
-        store.write_step(name, save_step(step, tensors, device))
+        store.write_step(name, save_step(step, tensors))
     except CacheError as error:
         logger.info("not kept for the next start: %s", error)
     return step

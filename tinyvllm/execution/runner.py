@@ -17,10 +17,10 @@ from tinyvllm.execution.graphs import Graph, capture
 from tinyvllm.model.registry import Model, make_model
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
 from tinyvllm.model.weights.random import RandomWeights
-from tinyvllm.ops.backend import Backend, KVPool
+from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
 from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.bandwidth import measure_bandwidth
-from tinyvllm.ops.device import FLOATS, open_device
+from tinyvllm.ops.device import FLOATS, open_device, usable_cores
 from tinyvllm.ops.program_store import ProgramStore, open_program_store
 from tinyvllm.ops.sample import OUT_LOGPROB, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, TokenLogprobs
@@ -54,9 +54,10 @@ def make_runner(
 ) -> ModelRunner:
     """`load_runner` for a model whose settings are known and whose tensors come from `source`."""
     report = progress or (lambda stage, done, total: None)
-    device = open_device()
+    device = open_device(min(config.cpu_cores or usable_cores(), model_config.num_kv_heads))
     free_bytes = device.free_memory()
-    backend = make_backend(device, config.dtype, model_config.dtype, dequantize=config.dequantize)
+    shape = AttentionShape(model_config.num_heads, model_config.num_kv_heads, model_config.head_dim)
+    backend = make_backend(device, config.dtype, model_config.dtype, shape, dequantize=config.dequantize)
     positions = min(config.max_model_len or model_config.max_position, model_config.max_position)
     model = make_model(model_config, source, backend, positions, lambda done, total: report("load", done, total))
     kv_dtype = backend.kv_dtype(config.kv_cache_dtype, model_config.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tinyvllm.errors import DeviceError
-from tinyvllm.ops.backend import Backend
+from tinyvllm.ops.backend import AttentionShape, Backend
 from tinyvllm.ops.cpu import CpuBackend
 from tinyvllm.ops.device import DeviceHandle
 from tinyvllm.ops.gpu import GpuBackend
@@ -11,10 +11,10 @@ from tinyvllm.ops.gpu import GpuBackend
 GPU_DEVICES = ("METAL", "CUDA", "CL")
 
 
-def make_backend(device: DeviceHandle, dtype: str, stored: str, *, dequantize: bool) -> Backend:
+def make_backend(device: DeviceHandle, dtype: str, stored: str, shape: AttentionShape, *, dequantize: bool) -> Backend:
     """`dtype`: "auto" or a name of config.DTYPES; `stored`: what the checkpoint's dense matrices are stored in."""
     if device.is_cpu:
-        return CpuBackend(device, None if dtype == "auto" else dtype, dequantize=dequantize)
+        return CpuBackend(device, None if dtype == "auto" else dtype, shape, dequantize=dequantize)
     if device.name.split(":")[0] not in GPU_DEVICES:
         raise DeviceError(
             f"device {device.name} has no kernels here: choose one of CPU, {', '.join(GPU_DEVICES)} with --device"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from tinygrad import UOp
 
-from tinyvllm.ops.kernel import F32, Body, KernelFn, balanced, cached_kernel, fill, finish, silu
+from tinyvllm.ops.kernel import Body, KernelFn, balanced, cached_kernel, fill, finish, silu
 from tinyvllm.ops.matrix import HALF, PANEL, Format, Planes
 
 STAGED_ROWS = 16  # up to here a kernel copies (and normalises) its input rows on its stack; above, rms_norm runs before
@@ -27,6 +27,7 @@ class NormSpec:
     num_tokens: int  # T
     num_cols: int  # K
     eps: float
+    x_cols: tuple[int, ...] = ()  # as in LinearSpec
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class LinearSpec:
     num_cols: int  # K
     norm_eps: float | None = None  # RMSNorm the input rows first
     epilogue: str = "none"  # "none", "residual" (+ residual (T, N)), "silu" (panels of 16 gate and 16 up rows; N/2 out)
+    x_cols: tuple[int, ...] = ()  # columns of each part of x, side by side; (): one part of K
     tile_rows: int = 4  # input rows whose accumulators fit the vector registers: 32 lanes each
 
     @property
@@ -57,19 +59,41 @@ class LinearSpec:
         return NormSpec(self.num_tokens, self.num_cols, self.norm_eps)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Columns [start, start + width) of an input, (T, width) in a buffer of their own: each core's share of a row."""
+
+    buffer: UOp
+    start: int
+    width: int
+
+    def at(self, row: UOp, col: UOp) -> UOp:
+        """Index of a column counted from `start`."""
+        return row * self.width + col
+
+
+def _take_parts(operands: list[UOp], x_cols: tuple[int, ...], num_cols: int) -> list[_Part]:
+    """The input's parts, off the front of the operands."""
+    parts, start = [], 0
+    for width in x_cols or (num_cols,):
+        parts.append(_Part(operands.pop(0), start, width))
+        start += width
+    return parts
+
+
 @cached_kernel
 def linear_kernel(spec: LinearSpec) -> KernelFn:
-    """fn(out, *planes, x[, norm_weight][, residual])."""
+    """fn(out, *planes, *x parts[, norm_weight][, residual])."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands = list(rest)
         planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
-        x = operands.pop(0)
+        x = _take_parts(operands, spec.x_cols, spec.num_cols)
         norm_weight = operands.pop(0) if spec.norm_eps is not None else None
         residual = operands.pop(0) if spec.epilogue == "residual" else None
         body = Body()
         if spec.num_tokens <= STAGED_ROWS:
-            x = _stage(body, spec, x, norm_weight)
+            x = [_stage(body, spec, x, norm_weight)]
         panel = body.loop(spec.num_rows // PANEL)
         tile = _multiply_panel(body, spec, planes, x, panel)
         stores = _epilogue(body, spec, out, residual, panel, tile)
@@ -84,53 +108,57 @@ def _name(spec: LinearSpec) -> str:
     return f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
 
 
-def _stage(body: Body, spec: LinearSpec, x: UOp, norm_weight: UOp | None) -> UOp:
+def _stage(body: Body, spec: LinearSpec, x: list[_Part], norm_weight: UOp | None) -> _Part:
     """Copy x (T, K) to the stack, RMS-normed where asked: x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019)."""
     tokens, cols = spec.num_tokens, spec.num_cols
     staged = body.registers(tokens * cols)
-    i = body.loop(tokens * cols)
-    staged = staged.after(staged[i].store(x[i].load().cast(F32)).end(i))
+    copies = []
+    for part in x:
+        row, col = body.loop(tokens), body.loop(part.width)
+        value = part.buffer[part.at(row, col)].load()
+        copies.append(staged[row * cols + part.start + col].store(value).end(col, row))
+    staged = staged.after(UOp.group(*copies))
     if norm_weight is None:
-        return staged
+        return _Part(staged, 0, cols)
     token = body.loop(tokens)
-    scale = _rms_scale(body, staged, token, spec.norm)
+    scale = _rms_scale(body, [_Part(staged, 0, cols)], token, spec.norm)
     col = body.loop(cols)
     target = staged.after(scale)
     normed = target[token * cols + col] * scale[0] * norm_weight[col]
-    return staged.after(target[token * cols + col].store(normed).end(col).end(token))
+    return _Part(staged.after(target[token * cols + col].store(normed).end(col).end(token)), 0, cols)
 
 
-def _rms_scale(body: Body, x: UOp, token: UOp, spec: NormSpec) -> UOp:
+def _rms_scale(body: Body, x: list[_Part], token: UOp, spec: NormSpec) -> UOp:
     """A register with 1 / sqrt(mean(x[token]^2) + eps)."""
-    cols = spec.num_cols
-    sums = body.registers(NORM_LANES)
-    sums = fill(body, sums, 0.0, token, x)
-    k = body.fold(cols // NORM_LANES)
-    inner = sums.after(k)
-    values = [x[token * cols + k * NORM_LANES + lane].load().cast(F32) for lane in range(NORM_LANES)]
-    added = UOp.group(*[inner[i].store(inner[i] + v * v) for i, v in enumerate(values)]).end(k)
-    total = balanced(sums.after(added)[i].load() for i in range(NORM_LANES))
+    sums = fill(body, body.registers(NORM_LANES), 0.0, token, *[part.buffer for part in x])
+    for part in x:
+        k = body.fold(part.width // NORM_LANES)
+        inner = sums.after(k)
+        values = [part.buffer[part.at(token, k * NORM_LANES + lane)].load() for lane in range(NORM_LANES)]
+        sums = sums.after(UOp.group(*[inner[i].store(inner[i] + v * v) for i, v in enumerate(values)]).end(k))
+    total = balanced(sums[i].load() for i in range(NORM_LANES))
     scale = body.registers(1)
-    return scale.after(scale.after(token)[0].store((total * (1.0 / cols) + spec.eps).sqrt().reciprocal()))
+    return scale.after(scale.after(token)[0].store((total * (1.0 / spec.num_cols) + spec.eps).sqrt().reciprocal()))
 
 
 @cached_kernel
 def rms_norm_kernel(spec: NormSpec) -> KernelFn:
-    """fn(out, x, weight): RMSNorm of T rows, for products of more rows than a stack should hold."""
+    """fn(out, *x parts, weight): RMSNorm of T rows, for products of more rows than a stack should hold."""
 
-    def kernel(out: UOp, x: UOp, weight: UOp) -> UOp:
-        body, cols = Body(), spec.num_cols
+    def kernel(out: UOp, *rest: UOp) -> UOp:
+        body, cols, operands = Body(), spec.num_cols, list(rest)
+        x = _take_parts(operands, spec.x_cols, cols)
+        weight = operands.pop(0)
         token = body.loop(spec.num_tokens)
         scale = _rms_scale(body, x, token, spec)
-        col = body.loop(cols)
-        normed = x[token * cols + col].load() * scale[0] * weight[col]
-        store = out[token * cols + col].store(normed).end(col).end(token)
-        return finish(
-            store,
-            f"rms_norm_{spec.num_tokens}x{cols}",
-            ops=4 * spec.num_tokens * cols,
-            nbytes=8 * spec.num_tokens * cols,
-        )
+        stores = []
+        for part in x:
+            col = body.loop(part.width)
+            normed = part.buffer[part.at(token, col)].load() * scale[0] * weight[part.start + col]
+            stores.append(out[token * cols + part.start + col].store(normed).end(col))
+        tokens = spec.num_tokens
+        name = f"rms_norm_{tokens}x{cols}"
+        return finish(UOp.group(*stores).end(token), name, ops=4 * tokens * cols, nbytes=8 * tokens * cols)
 
     return kernel
 
@@ -145,33 +173,42 @@ class _Tile:
     loops: list[UOp]  # to close when the registers have been stored
 
 
-def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: UOp, panel: UOp) -> _Tile:
-    """Weights are unpacked in registers and used at once: 32 accumulators, one a lane, for each row of the tile.
-
-    Quantised: the codes' product by group, then scaled: a weight costs one multiply-add, and its scale 1/group."""
-    cols, fmt, rows = spec.num_cols, spec.format, spec.rows_per_pass
+def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: list[_Part], panel: UOp) -> _Tile:
+    """Weights are unpacked in registers and used at once: 32 accumulators, one a lane, for each row of the tile."""
+    rows = spec.rows_per_pass
     tile_row = body.loop(spec.num_tokens // rows) if spec.num_tokens > rows else None
     loops = [tile_row] if tile_row is not None else []
     first = tile_row * rows if tile_row is not None else UOp.const(0)
-    count = rows * PANEL
-    acc = fill(body, body.registers(count), 0.0, panel, x, *loops)
-    if not fmt.is_quantized:
-        k = body.fold(cols)
-        acc = acc.after(_multiply(body, acc.after(k), planes, x, panel, k, spec, first).end(k))
-        return _Tile(first, rows, acc, loops)
+    acc = fill(body, body.registers(rows * PANEL), 0.0, panel, *[part.buffer for part in x], *loops)
+    add = _add_groups if spec.format.is_quantized else _add_columns
+    for part in x:
+        acc = acc.after(add(body, acc, planes, part, panel, spec, first))
+    return _Tile(first, rows, acc, loops)
 
-    group = body.fold(cols // fmt.group)
-    part = fill(body, body.registers(count), 0.0, acc, group)
+
+def _add_columns(body: Body, acc: UOp, planes: Planes, x: _Part, panel: UOp, spec: LinearSpec, first: UOp) -> UOp:
+    """Add the product of one part of the input with dense weights."""
+    k = body.fold(x.width)
+    return _multiply(body, acc.after(k), planes, x, panel, k, spec, first).end(k)
+
+
+def _add_groups(body: Body, acc: UOp, planes: Planes, x: _Part, panel: UOp, spec: LinearSpec, first: UOp) -> UOp:
+    """The same with quantised weights: the codes' product by group, then scaled, so that a weight costs one
+    multiply-add and its scale 1/group."""
+    fmt, cols, rows = spec.format, spec.num_cols, spec.rows_per_pass
+    step = body.fold(x.width // fmt.group)
+    group = step + x.start // fmt.group
+    part = fill(body, body.registers(rows * PANEL), 0.0, acc, step)
     k = body.fold(fmt.group)
-    col = group * fmt.group + k
+    col = step * fmt.group + k
     stores = [_multiply(body, part.after(k), planes, x, panel, col, spec, first)]
     total = body.registers(rows)  # the sum of x over the group
     if fmt.needs_input_sum:
-        total = fill(body, total, 0.0, acc, group)
+        total = fill(body, total, 0.0, acc, step)
         inner = total.after(k)
-        stores += [inner[r].store(inner[r].load() + x[(first + r) * cols + col].load()) for r in range(rows)]
+        stores += [inner[r].store(inner[r].load() + x.buffer[x.at(first + r, col)].load()) for r in range(rows)]
     done = UOp.group(*stores).end(k)
-    part, total, outer = part.after(done), total.after(done), acc.after(group, done)
+    part, total, outer = part.after(done), total.after(done), acc.after(step, done)
     lane = body.loop(PANEL)
     scale = planes.panel_factor("scale", panel, group, lane, cols)
     minimum = planes.panel_factor("minimum", panel, group, lane, cols) if planes.minimum is not None else None
@@ -184,17 +221,18 @@ def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: UOp, panel:
         if minimum is not None:
             dot = dot + total[r].load() * minimum
         sums.append(outer[r * PANEL + lane].store(outer[r * PANEL + lane].load() + dot))
-    acc = acc.after(UOp.group(*sums).end(lane, group))
-    return _Tile(first, rows, acc, loops)
+    return UOp.group(*sums).end(lane, step)
 
 
-def _multiply(body: Body, acc: UOp, planes: Planes, x: UOp, panel: UOp, col: UOp, spec: LinearSpec, first: UOp) -> UOp:
-    """acc[r][lane] += code[lane] * x[r] for one column."""
-    values = [x[(first + r) * spec.num_cols + col].load() for r in range(spec.rows_per_pass)]
+def _multiply(
+    body: Body, acc: UOp, planes: Planes, x: _Part, panel: UOp, col: UOp, spec: LinearSpec, first: UOp
+) -> UOp:
+    """acc[r][lane] += code[lane] * x[r] for one column, counted from the part's start."""
+    values = [x.buffer[x.at(first + r, col)].load() for r in range(spec.rows_per_pass)]
     lane = body.loop(spec.format.code_lanes)
     stores = []
     for half in range(PANEL // spec.format.code_lanes):
-        code = planes.panel_code(panel, col, lane, spec.num_cols, half)
+        code = planes.panel_code(panel, col + x.start, lane, spec.num_cols, half)
         for r, value in enumerate(values):
             at = r * PANEL + half * HALF + lane
             stores.append(acc[at].store(acc[at].load() + code * value))
@@ -215,16 +253,52 @@ def _epilogue(body: Body, spec: LinearSpec, out: UOp, residual: UOp | None, pane
     return UOp.group(*stores).end(lane)
 
 
+@dataclass(frozen=True)
+class EmbedSpec:
+    """Columns [first_col, first_col + num_cols) of the rows of a table that lies in parts, by rows."""
+
+    format: Format
+    num_tokens: int  # T
+    part_rows: tuple[int, ...]  # rows of each part of the table; their sum is what token ids are bounded by
+    table_cols: int  # K
+    first_col: int
+    num_cols: int
+    token_offset: int  # of the token ids in the step's inputs
+
+
 @cached_kernel
-def embed_kernel(fmt: Format, num_tokens: int, num_rows: int, num_cols: int, token_offset: int) -> KernelFn:
-    """fn(out (T, K), inputs, *planes): rows of a panel-packed table. A token id beyond it reads the last row."""
+def embed_kernel(spec: EmbedSpec) -> KernelFn:
+    """fn(out (T, columns), inputs, *planes of each part). A token id beyond the table reads its last row."""
 
     def kernel(out: UOp, inputs: UOp, *planes: UOp) -> UOp:
-        body, table = Body(), Planes(fmt, planes)
-        token, col = body.loop(num_tokens), body.loop(num_cols)
-        row = inputs[token_offset + token].load().maximum(0).minimum(num_rows - 1)
-        store = out[token * num_cols + col].store(table.value(row, col, num_cols, "panel"))
-        name = f"embed_{fmt.name}_{num_tokens}x{num_cols}"
-        return finish(store.end(col).end(token), name, nbytes=num_tokens * num_cols * (4 + fmt.bits // 8))
+        body, count = Body(), Planes.count(spec.format)
+        token, col = body.loop(spec.num_tokens), body.loop(spec.num_cols)
+        row = inputs[spec.token_offset + token].load().maximum(0)
+        value, start = None, 0
+        for i, rows in enumerate(spec.part_rows):
+            table = Planes(spec.format, planes[i * count : (i + 1) * count])
+            inside = (row - start).maximum(0).minimum(rows - 1)
+            here = table.value(inside, col + spec.first_col, spec.table_cols, "panel")
+            value = here if value is None else (row < start).where(value, here)
+            start += rows
+        store = out[token * spec.num_cols + col].store(value)
+        name = f"embed_{spec.format.name}_{spec.num_tokens}x{spec.num_cols}"
+        nbytes = spec.num_tokens * spec.num_cols * (4 + spec.format.bits // 8)
+        return finish(store.end(col).end(token), name, nbytes=nbytes)
+
+    return kernel
+
+
+@cached_kernel
+def join_kernel(num_rows: int, part_cols: tuple[int, ...]) -> KernelFn:
+    """fn(out (R, sum of columns), *parts (R, columns)): the parts side by side in one buffer."""
+
+    def kernel(out: UOp, *rest: UOp) -> UOp:
+        body, cols, stores = Body(), sum(part_cols), []
+        for part in _take_parts(list(rest), part_cols, cols):
+            row, col = body.loop(num_rows), body.loop(part.width)
+            value = part.buffer[part.at(row, col)].load()
+            stores.append(out[row * cols + part.start + col].store(value).end(col, row))
+        return finish(stores, f"join_{num_rows}x{cols}", nbytes=8 * num_rows * cols)
 
     return kernel

@@ -36,6 +36,7 @@ class DeviceHandle:
     name: str  # tinygrad's: CPU, METAL, CUDA, CL
     has_threads: bool
     is_unified: bool  # its memory is the computer's
+    cores: tuple[str, ...] = ()  # of a CPU: tinygrad's name of each core's device
 
     @property
     def is_cpu(self) -> bool:
@@ -54,20 +55,22 @@ class DeviceHandle:
     def wait(self) -> None:
         """Return when everything enqueued has run. On a CPU with naps, so that the workers keep their cores."""
         if self.is_cpu:
-            _nap_until_done(Device[self.name])
-        Device[self.name].synchronize()
+            for core in self.cores:
+                _nap_until_done(Device[core])
+        for name in self.cores or (self.name,):
+            Device[name].synchronize()
 
     def upload(self, array: np.ndarray) -> Tensor:
         """A host array as a flat tensor of its own on the device."""
         return Tensor(np.ascontiguousarray(array).reshape(-1), device=self.name).realize()
 
-    def zeros(self, size: int, dtype: DType) -> Tensor:
+    def zeros(self, size: int, dtype: DType, core: str | None = None) -> Tensor:
         """A flat zeroed tensor. On a CPU fresh anonymous memory, which is zero already and takes no room until used."""
         if not self.is_cpu:
             return Tensor.zeros(size, dtype=dtype, device=self.name).clone().realize()
-        uop = UOp.new_buffer(self.name, size, dtype)
+        uop = UOp.new_buffer(core or self.name, size, dtype)
         # nolru: never a recycled buffer, whose old contents would be there
-        buffers[uop] = Buffer(self.name, size, dtype, options=BufferSpec(nolru=True)).allocate().ref(1)
+        buffers[uop] = Buffer(core or self.name, size, dtype, options=BufferSpec(nolru=True)).allocate().ref(1)
         return Tensor(uop)
 
     @property
@@ -108,25 +111,40 @@ class DeviceHandle:
         return host
 
 
-def open_device() -> DeviceHandle:
-    """Open tinygrad's default device. Raises DeviceError that says what is missing and what to install."""
+def open_device(num_cores: int = 1) -> DeviceHandle:
+    """Open tinygrad's default device; of a CPU so many cores, each a device with a worker thread of its own.
+
+    Raises DeviceError that says what is missing and what to install."""
     wanted = os.environ.get("DEV", "")
     if wanted.split(":")[0].upper() == "CPU":
         _require_compiler()
     previous = threading.stack_size(KERNEL_STACK_BYTES)  # the CPU device starts its worker thread while it opens
+    cores: tuple[str, ...] = ()
     try:
         device = Device[Device.DEFAULT]
-        if device.device.startswith("CPU"):
-            device.worker("COMPUTE:0")
+        if device.device.split(":")[0] == "CPU":
+            cores = ("CPU", *[f"CPU:{i}" for i in range(1, num_cores)])
+            for core in cores:
+                Device[core].worker("COMPUTE:0")
     except Exception as error:
         raise DeviceError(
             f"device {wanted or 'of tinygrad'} cannot be opened: {error}. Choose another with --device"
         ) from error
     finally:
         threading.stack_size(previous)
-    name = device.device
-    kind = name.split(":")[0]
-    return DeviceHandle(name, bool(device.renderer.has_local), kind in ("CPU", "METAL", "CL"))
+    kind = device.device.split(":")[0]
+    return DeviceHandle(device.device, bool(device.renderer.has_local), kind in ("CPU", "METAL", "CL"), cores)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, cut to a container's CPU quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        return count
+    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
 
 
 def has_many_registers() -> bool:

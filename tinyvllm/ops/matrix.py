@@ -77,10 +77,27 @@ class Matrix:
     used_rows: int
     layout: str  # "panel" or "row"
     planes: tuple[Tensor, ...]
+    shares: tuple[Matrix, ...] = ()  # by rows, where several cores hold them; `planes` is empty then
+
+    @property
+    def parts(self) -> tuple[Matrix, ...]:
+        """The shares, or the whole as the one part."""
+        return self.shares or (self,)
 
     @property
     def nbytes(self) -> int:
+        if self.shares:
+            return sum(share.nbytes for share in self.shares)
         return sum(plane.nbytes() for plane in self.planes)
+
+
+def share_rows(parts: Sequence[Matrix]) -> Matrix:
+    """Matrices of the same format and width, each on its core, as one matrix of all their rows."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    num_rows, used_rows = sum(part.num_rows for part in parts), sum(part.used_rows for part in parts)
+    return Matrix(first.format, num_rows, first.num_cols, used_rows, first.layout, (), tuple(parts))
 
 
 class Planes:

@@ -44,11 +44,10 @@ class Step:
 class SavedStep:
     """A step in plain values and programs.
 
-    bases: (the name of a borrowed tensor, or None for scratch; elements; dtype). views: (base, byte offset, elements,
-    dtype). calls: (program, views). output: a base."""
+    bases: (the name of a borrowed tensor, or None for scratch; elements; dtype; device, a CPU's core). views: (base,
+    byte offset, elements, dtype). calls: (program, views). output: a base."""
 
-    device: str
-    bases: tuple[tuple[str | None, int, DType], ...]
+    bases: tuple[tuple[str | None, int, DType, str], ...]
     views: tuple[tuple[int, int, int, DType], ...]
     programs: tuple[UOp, ...]
     calls: tuple[tuple[int, tuple[int, ...]], ...]
@@ -117,7 +116,7 @@ def _make_call(call: UOp) -> Call:
 # -- saved, and bound again ------------------------------------------------------------------------------------------
 
 
-def save_step(step: Step, named: Mapping[str, Tensor], device: str) -> SavedStep:
+def save_step(step: Step, named: Mapping[str, Tensor]) -> SavedStep:
     """The step without its buffers. Raises CacheError where it copies, or borrows what is not among `named`."""
     names = {id(tensor.uop.base.buffer): name for name, tensor in named.items()}
     unnamed = [base for base in step.borrowed if id(base) not in names]
@@ -133,8 +132,8 @@ def save_step(step: Step, named: Mapping[str, Tensor], device: str) -> SavedStep
         (programs.of(slim(call.target)), tuple(number_view(buffer) for buffer in call.buffers)) for call in step.calls
     )
     output = bases.of(step.output.uop.base.buffer)
-    described = tuple((names.get(id(base)), base.size, base.dtype) for base in bases.order)
-    return SavedStep(device, described, tuple(views.order), tuple(programs.order), calls, output)
+    described = tuple((names.get(id(base)), base.size, base.dtype, base.device) for base in bases.order)
+    return SavedStep(described, tuple(views.order), tuple(programs.order), calls, output)
 
 
 class _Numbers:
@@ -147,23 +146,23 @@ class _Numbers:
         return self.order.setdefault(key, len(self.order))
 
 
-def bind_step(saved: SavedStep, named: Mapping[str, Tensor], device: str) -> Step:
+def bind_step(saved: SavedStep, named: Mapping[str, Tensor]) -> Step:
     """The step on this process's tensors, with scratch memory of its own. Raises CacheError where they do not fit."""
     bases = []
-    for name, size, dtype in saved.bases:
+    for name, size, dtype, device in saved.bases:
         if name is None:
             bases.append(Buffer(device, size, dtype))
             continue
         if name not in named:
             raise CacheError(f"the saved step reads {name}, which this model has not")
         base = named[name].uop.base.buffer
-        if (base.size, base.dtype, base.device, saved.device) != (size, dtype, device, device):
-            raise CacheError(f"the saved step reads {name} of {size} {dtype} on {saved.device}, but it is {base}")
+        if (base.size, base.dtype, base.device) != (size, dtype, device):
+            raise CacheError(f"the saved step reads {name} of {size} {dtype} on {device}, but it is {base}")
         bases.append(base)
     views = [_view(bases[base], offset, size, dtype) for base, offset, size, dtype in saved.views]
     calls = tuple(Call(saved.programs[program], tuple(views[i] for i in args)) for program, args in saved.calls)
     output = Tensor(UOp.from_buffer(bases[saved.output].ensure_allocated()))
-    borrowed = tuple(base for base, (name, _, _) in zip(bases, saved.bases, strict=True) if name is not None)
+    borrowed = tuple(base for base, (name, *_) in zip(bases, saved.bases, strict=True) if name is not None)
     return Step(calls, output, borrowed)
 
 

@@ -1,8 +1,9 @@
 """Running a recorded step again and again, by one call.
 
-On a CPU a step is one entry in the queue of the device's worker thread: a small program that calls the step's kernels
-one after another from a table. (tinygrad's own way there, HCQ2's graph, takes a second of Python and a C compilation a
-graph, and 0.3 ms a step.) Elsewhere it is tinygrad's graph of the device.
+On a CPU a step is one entry in the queue of each core's worker thread: a small program that calls the core's kernels
+one after another from a table, in which signals and waits stand where a kernel follows one of another core. (tinygrad's
+own way there, HCQ2's graph, takes a second of Python and a C compilation a graph, and 0.3 ms a step.) Elsewhere it is
+tinygrad's graph of the device.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from dataclasses import replace
 import numpy as np
 from tinygrad import Device, UOp, dtypes
 from tinygrad.codegen import do_to_program
-from tinygrad.device import Buffer
+from tinygrad.device import Buffer, DepsTracker
 from tinygrad.dtype import AddrSpace
 from tinygrad.engine.jit import graph_split_rewrite
 from tinygrad.engine.realize import get_runtime, run_linear
 from tinygrad.helpers import JIT, JIT_BATCH_SIZE
 from tinygrad.renderer.cstyle import ClangRenderer
-from tinygrad.runtime.ops_cpu import CMD_SIZE, RING_SLOTS, CPUProgram
+from tinygrad.runtime.ops_cpu import CMD_SIZE, RING_SLOTS, CPUProgram, signal_prog, wait_prog
 from tinygrad.uop.ops import CallInfo, KernelInfo, Ops
 
 from tinyvllm.errors import InvariantError
@@ -30,12 +31,13 @@ from tinyvllm.ops.device import NAP_S, DeviceHandle
 from tinyvllm.ops.recording import Call, Step
 
 QUEUE = "COMPUTE:0"
+LINE_WORDS = 32  # uint32 words: two cache lines, which some processors fetch together
 MAX_COMMANDS = 1 << 20  # of a step: keeps the index into its table within 32 bits
 
 
 def make_replay(device: DeviceHandle, step: Step) -> Callable[[], None]:
     """A function that enqueues the step. It keeps the step's buffers alive."""
-    return CpuReplay(device.name, step) if device.is_cpu else GraphReplay(step)
+    return CpuReplay(device.cores, step) if device.is_cpu else GraphReplay(step)
 
 
 class GraphReplay:
@@ -57,20 +59,45 @@ def _call(call: Call) -> UOp:
 
 
 class CpuReplay:
-    """A step as a table of commands, one a row: the address of a program, then its arguments."""
+    """A step as a table of commands for each core, one a row: the address of a program, then its arguments."""
 
-    def __init__(self, device: str, step: Step) -> None:
-        self._step = step  # whose buffers' addresses the table holds
-        self._table = np.concatenate([_commands(device, call) for call in step.calls])
-        self._entry = np.array([_run_table(device).addr, self._table.ctypes.data, len(self._table)], np.uint64)
-        worker = Device[device].worker(QUEUE)
+    def __init__(self, cores: tuple[str, ...], step: Step) -> None:
+        self._step = step  # whose buffers' addresses the tables hold
+        # how far each core has come in this step; apart by a cache line, since every core watches the others'
+        self._progress = np.zeros((len(cores), LINE_WORDS), np.uint32)
+        self._queues = [
+            _Queue(core, np.concatenate(rows))
+            for core, rows in zip(cores, _tables(cores, step, self._progress), strict=True)
+            if rows
+        ]
+
+    def __call__(self) -> None:
+        if len(self._queues) > 1:  # the counters start anew: the step before must have ended on every core
+            for queue in self._queues:
+                queue.wait_until_empty()
+            self._progress[:] = 0
+        for queue in self._queues:
+            queue.submit()
+
+
+class _Queue:
+    """The queue of one core's worker, and the table that a step puts into it."""
+
+    def __init__(self, core: str, table: np.ndarray) -> None:
+        self._table = table
+        self._entry = np.array([_run_table(core).addr, table.ctypes.data, len(table)], np.uint64)
+        worker = Device[core].worker(QUEUE)
         self._ring, self._put, self._done = (_words(buffer) for buffer in (worker.ring, worker.put, worker.done))
         self._post = functools.partial(ctypes.CDLL(None).sem_post, ctypes.c_void_p(worker.sem._buf.va_addr))
         # tinygrad's submitter (HCQ2), which runs on a worker of its own, puts commands into the same queue
-        others = [other for other in Device[device].workers if other is not worker]
+        others = [other for other in Device[core].workers if other is not worker]
         self._others = [(_words(other.put), _words(other.done)) for other in others]
 
-    def __call__(self) -> None:
+    def wait_until_empty(self) -> None:
+        while self._done[0] < self._put[0]:
+            time.sleep(NAP_S)
+
+    def submit(self) -> None:
         for put, done in self._others:
             while done[0] < put[0]:
                 time.sleep(NAP_S)
@@ -81,6 +108,45 @@ class CpuReplay:
         self._ring[start : start + len(self._entry)] = self._entry
         self._put[0] = num_put + 1
         self._post()
+
+
+def _tables(cores: tuple[str, ...], step: Step, progress: np.ndarray) -> list[list[np.ndarray]]:
+    """Each core's rows. A core runs its kernels in their order; for another core's it waits."""
+    owner = [cores.index(call.buffers[0].device) for call in step.calls]
+    waits = _waits(owner, step)
+    awaited = {call for call_waits in waits for call in call_waits}
+    rows: list[list[np.ndarray]] = [[] for _ in cores]
+    for number, (call, core) in enumerate(zip(step.calls, owner, strict=True)):
+        for other in waits[number]:
+            rows[core].append(_synchronise(cores[core], wait_prog, progress[owner[other]], other + 1))
+        rows[core].append(_commands(cores[core], call))
+        if number in awaited:
+            rows[core].append(_synchronise(cores[core], signal_prog, progress[core], number + 1))
+    return rows
+
+
+def _waits(owner: list[int], step: Step) -> list[list[int]]:
+    """For each call the calls of other cores to wait for: of each core the last that touches the same memory, where
+    this core has not waited for that or a later one already. (Write after read too: scratch memory is shared.)"""
+    tracker = DepsTracker()
+    seen: dict[tuple[int, int], int] = {}  # (core, other core) -> the last call waited for
+    waits = []
+    for number, call in enumerate(step.calls):
+        core = owner[number]
+        last: dict[int, int] = {}
+        for other in tracker.access_resources(list(call.buffers), list(call.target.arg.outs), number):
+            last[owner[other]] = max(other, last.get(owner[other], -1))
+        needed = {o: c for o, c in last.items() if o != core and c > seen.get((core, o), -1)}
+        seen |= {(core, o): c for o, c in needed.items()}
+        waits.append(list(needed.values()))
+    return waits
+
+
+def _synchronise(core: str, program: Callable, counter: np.ndarray, value: int) -> np.ndarray:
+    """One row: set a core's counter to `value`, or wait until it is there."""
+    row = np.zeros((1, CMD_SIZE), np.uint64)
+    row[0, :3] = Device[core].prgs[program].addr, counter.ctypes.data, value
+    return row
 
 
 def _words(buffer: Buffer) -> np.ndarray:

@@ -1,0 +1,123 @@
+"""A layer shared out to several cores of a CPU gives what one core gives, and its kernels wait for one another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tinygrad import Tensor, UOp, dtypes
+
+from tests.builders import write_tiny_gguf, write_tiny_hf_llama
+from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.execution.runner import ModelRunner, load_runner
+from tinyvllm.ops.device import open_device
+from tinyvllm.ops.kernel import Body, KernelFn, cached_kernel, empty, finish, run_kernel
+from tinyvllm.ops.recording import Call, Step, record
+from tinyvllm.ops.replay import _waits, make_replay
+from tinyvllm.scheduling.plan import Scheduled, StepPlan
+from tinyvllm.scheduling.request import Request
+
+SETTINGS = {
+    "max_model_len": 64,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "kv_cache_dtype": "float32",
+    "decode_buckets": (4,),
+    "token_buckets": (32,),
+}
+
+
+def generate(runner: ModelRunner, prompts: list[list[int]], count: int) -> list[tuple[list[int], list[float]]]:
+    """Greedy tokens and their logprobs of all prompts in one batch, the prompts in chunks of 20."""
+    requests = []
+    for i, prompt in enumerate(prompts):
+        request = Request(str(i), prompt, SamplingParams(temperature=0.0, logprobs=0, max_tokens=count))
+        request.block_ids = list(range(1 + 4 * i, 5 + 4 * i))
+        requests.append(request)
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    while any(len(request.output_ids) < count for request in requests):
+        plan, budget = [], 20
+        for request in requests:
+            take = min(request.num_pending, budget)
+            if take and len(request.output_ids) < count:
+                plan.append(Scheduled(request, request.num_computed, take))
+                budget -= take
+        step = StepPlan(tuple(plan))
+        sampled, output = step.sampled, runner.execute(step)
+        for entry in plan:
+            entry.request.num_computed += entry.count
+        for entry, token, logprob in zip(sampled, output.token_ids, output.logprobs, strict=True):
+            entry.request.output_ids.append(token)
+            assert logprob is not None
+            logprobs[int(entry.request.request_id)].append(logprob.chosen)
+    return [(request.output_ids, found) for request, found in zip(requests, logprobs, strict=True)]
+
+
+@pytest.mark.parametrize(("quant", "cores"), [(None, 2), ("Q4_1", 2), ("Q8_0", 3)])
+def test_several_cores_generate_what_one_generates(tmp_path: Path, quant: str | None, cores: int) -> None:
+    """Shares are uneven: 4 KV heads among 3 cores, 3 panels of hidden columns among 2."""
+    shape = {"hidden": 96, "heads": 8, "kv_heads": 4, "head_dim": 32, "ffn": 160, "layers": 2, "tie": quant is None}
+    files = (
+        write_tiny_hf_llama(tmp_path / "model", **shape)
+        if quant is None
+        else write_tiny_gguf(tmp_path / "model.gguf", quant=quant, **shape)
+    )
+    prompts = [[7, 3, 9, 1, 4] * 6, [5], [200, 100, 50, 25]]
+    expected, found = (generate(_runner(files, number), prompts, 8) for number in (1, cores))
+    for (tokens, logprobs), (other_tokens, other_logprobs) in zip(expected, found, strict=True):
+        assert other_tokens == tokens
+        np.testing.assert_allclose(other_logprobs, logprobs, atol=1e-4)
+
+
+def _runner(files: object, cores: int) -> ModelRunner:
+    runner = load_runner(files, EngineConfig("tiny", cpu_cores=cores, **SETTINGS))  # type: ignore[arg-type]
+    runner.warm_up()
+    return runner
+
+
+@cached_kernel
+def add_one_kernel(size: int) -> KernelFn:
+    """fn(out, x): x + 1."""
+
+    def kernel(out: UOp, x: UOp) -> UOp:
+        i = Body().loop(size)
+        return finish(out[i].store(x[i].load() + 1.0).end(i), f"add_one_{size}")
+
+    return kernel
+
+
+def test_a_chain_across_cores_runs_in_order_again_and_again() -> None:
+    """Each core reads, where it lies, what the other has just written; scratch memory is used again on the way."""
+    device, size = open_device(2), 4096
+    start = Tensor.zeros(size, device="CPU").contiguous().realize()
+
+    def trace() -> Tensor:
+        x = start
+        for i in range(20):
+            x = run_kernel(add_one_kernel(size), [empty(size, device="CPU:1" if i % 2 else "CPU")], [x])[0]
+        return x.realize()
+
+    step = record(trace)
+    assert [call.buffers[0].device for call in step.calls] == ["CPU", "CPU:1"] * 10
+    run = make_replay(device, step)
+    for _ in range(50):
+        run()
+        device.wait()
+        assert (np.frombuffer(step.output.uop.base.buffer.as_memoryview(), np.float32) == 20).all()
+
+
+def test_waits_name_the_other_cores_last_call_once() -> None:
+    """Calls 0 (core 0) -> 1 (core 1) -> 2 (core 0), and 3 (core 1), which needs what 1 has waited for already."""
+
+    class Target:
+        class arg:
+            outs = (0,)
+
+    first, second, third, fourth = (Tensor.zeros(8).contiguous().realize().uop.base.buffer for _ in range(4))
+    calls = tuple(
+        Call(Target, buffers)  # type: ignore[arg-type]
+        for buffers in ((first,), (second, first), (third, second), (fourth, first))
+    )
+    step = Step(calls, Tensor.zeros(1, dtype=dtypes.int), ())
+    assert _waits([0, 1, 0, 1], step) == [[], [0], [1], []]

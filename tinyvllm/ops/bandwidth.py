@@ -12,7 +12,7 @@ from tinygrad import Tensor, TinyJit, dtypes
 
 from tinyvllm.ops.device import DeviceHandle
 
-ROUNDS = 12  # the fastest counts: a floor is what the memory can do, not what other programs left of it
+ROUNDS = 40  # the fastest counts: a floor is what the memory can do, not what other programs left of it
 CPU_BYTES = 64 << 20  # that each core reads: beyond any cache
 GPU_BYTES = 512 << 20  # that are copied
 GPU_COPIES = 4  # in a row, so that the launch does not count

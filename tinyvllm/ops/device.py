@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.device import Buffer, BufferSpec
-from tinygrad.dtype import DType
+from tinygrad.dtype import DType, _from_np_dtype
 from tinygrad.uop.ops import buffers
 
 from tinyvllm.errors import DeviceError
@@ -62,7 +62,7 @@ class DeviceHandle:
 
     def upload(self, array: np.ndarray) -> Tensor:
         """A host array as a flat tensor of its own on the device."""
-        return Tensor(np.ascontiguousarray(array).reshape(-1), device=self.name).realize()
+        return upload(array, self.name)
 
     def zeros(self, size: int, dtype: DType, core: str | None = None) -> Tensor:
         """A flat zeroed tensor. On a CPU fresh anonymous memory, which is zero already and takes no room until used."""
@@ -75,8 +75,7 @@ class DeviceHandle:
 
     @property
     def _is_mapped(self) -> bool:
-        """The host can read and write the device's buffers in place (CPU, METAL)."""
-        return hasattr(Device[self.name].allocator, "_as_buffer")
+        return _is_mapped(self.name)
 
     def input_buffer(self, words: int) -> tuple[Tensor, np.ndarray, Callable[[], None]]:
         """A persistent int32 tensor of a step's inputs, the host array to fill, and what sends the array over.
@@ -92,13 +91,8 @@ class DeviceHandle:
 
     def write(self, tensor: Tensor, array: np.ndarray) -> None:
         """Overwrite the beginning of a realised tensor with an array's bytes. Waits for the device."""
-        buffer = tensor.uop.base.buffer.ensure_allocated()
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self.wait()
-        if self._is_mapped:
-            np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.uint8)[: data.size] = data
-        else:
-            Device[self.name].allocator._copyin(buffer._buf, data.data)
+        _copy_in(tensor.uop.base.buffer.ensure_allocated(), array)
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """A copy of a realised int32 tensor's values. Waits for the device: a step's one synchronisation."""
@@ -145,6 +139,27 @@ def usable_cores() -> int:
     except (OSError, ValueError):
         return count
     return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
+
+
+def upload(array: np.ndarray, device: str) -> Tensor:
+    """A host array as a flat tensor of its own on `device`. Without tinygrad's scheduler, which takes 2 ms a tensor."""
+    uop = UOp.new_buffer(device, array.size, _from_np_dtype(array.dtype))
+    _copy_in(uop.buffer.allocate(), array)
+    return Tensor(uop)
+
+
+def _copy_in(buffer: Buffer, array: np.ndarray) -> None:
+    """Overwrite the beginning of a buffer. Waits for the device, whose memory may be one that was just let go of."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if _is_mapped(buffer.device):
+        np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.uint8)[: data.size] = data
+    else:
+        buffer.allocator._copyin(buffer._buf, data.data)
+
+
+def _is_mapped(device: str) -> bool:
+    """The host can read and write the device's buffers in place (CPU, METAL)."""
+    return hasattr(Device[device].allocator, "_as_buffer")
 
 
 def has_many_registers() -> bool:

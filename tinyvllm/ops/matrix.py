@@ -21,7 +21,7 @@ from tinygrad.dtype import DType
 
 from tinyvllm.arrays import BFloat16Array, HostMatrix, QuantizedMatrix, Scales, to_float32
 from tinyvllm.errors import InvariantError, UnsupportedModelError
-from tinyvllm.ops.device import has_half
+from tinyvllm.ops.device import has_half, upload
 from tinyvllm.ops.kernel import F32, I32, U32
 
 PANEL = 32  # output rows of a panel, and codes of one packed run
@@ -213,7 +213,7 @@ def pack(host: HostMatrix, layout: str, dtype: str | None, device: str, *, dequa
         fmt, planes = _quantized_planes(host, padded, layout, np.float16 if has_half(device) else np.float32)
     else:
         fmt, planes = _dense_planes(host, dtype, padded, layout)
-    tensors = tuple(Tensor(plane.reshape(-1), device=device).realize() for plane in planes)
+    tensors = tuple(upload(plane, device) for plane in planes)
     return Matrix(fmt, padded, cols, rows, layout, tensors)
 
 

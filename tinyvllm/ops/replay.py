@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -70,6 +71,8 @@ class CpuReplay:
             for core, rows in zip(cores, _tables(cores, step, self._progress), strict=True)
             if rows
         ]
+        # whoever lets go of the replay, or ends the process, must not take the tables from under the workers
+        weakref.finalize(self, _drain, self._queues, self._progress, step)
 
     def __call__(self) -> None:
         if len(self._queues) > 1:  # the counters start anew: the step before must have ended on every core
@@ -78,6 +81,11 @@ class CpuReplay:
             self._progress[:] = 0
         for queue in self._queues:
             queue.submit()
+
+
+def _drain(queues: list[_Queue], *kept_until_then: object) -> None:
+    for queue in queues:
+        queue.wait_until_empty()
 
 
 class _Queue:

@@ -7,6 +7,8 @@ from tinyvllm.ops.backend import AttentionShape, Backend
 from tinyvllm.ops.cpu import CpuBackend
 from tinyvllm.ops.device import DeviceHandle
 from tinyvllm.ops.gpu import GpuBackend
+from tinyvllm.ops.gpu_fused import FusedGpuBackend
+from tinyvllm.ops.gpu_kernel import lanes_of
 
 GPU_DEVICES = ("METAL", "CUDA", "CL")
 
@@ -21,4 +23,7 @@ def make_backend(device: DeviceHandle, dtype: str, stored: str, shape: Attention
         )
     if dtype == "auto":
         dtype = "bfloat16" if stored == "bfloat16" else "float16"
-    return GpuBackend(device, dtype, dequantize=dequantize)
+    lanes = lanes_of(device.name)
+    if lanes is None:  # OpenCL
+        return GpuBackend(device, dtype, dequantize=dequantize)
+    return FusedGpuBackend(device, dtype, lanes, dequantize=dequantize)

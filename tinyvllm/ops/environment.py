@@ -11,19 +11,22 @@ from tinyvllm.errors import DeviceError
 # HCQ2: a step goes to a worker thread in one C submit (0.3 ms), and not kernel by kernel as Python calls (25 us each).
 # DMC: scalar C, which clang vectorises 8 wide; without it tinygrad emits float4 loads, which pin clang to 4 wide.
 CPU_SETTINGS = {"HCQ2": "1", "DMC": "1"}
+# ALLOW_HALF8: loads of 16 bytes of float16. METAL has no such vectors.
+CUDA_SETTINGS = {"ALLOW_HALF8": "1"}
+SETTINGS = {"CPU": CPU_SETTINGS, "CUDA": CUDA_SETTINGS}
 
 
 def prepare_environment() -> None:
     """Choose the device (DEV) where the user has not, and make its settings. Raises DeviceError when it is too late."""
     wanted = {"DEV": os.environ.get("DEV") or default_device()}
-    if wanted["DEV"].split(":")[0].upper() == "CPU":
-        wanted |= {key: os.environ.get(key, value) for key, value in CPU_SETTINGS.items()}
+    settings = SETTINGS.get(wanted["DEV"].split(":")[0].upper(), {})
+    wanted |= {key: os.environ.get(key, value) for key, value in settings.items()}
     late = {key: value for key, value in wanted.items() if os.environ.get(key) != value}
     if late and "tinygrad" in sys.modules:
-        settings = " ".join(f"{key}={value}" for key, value in late.items())
+        missing = " ".join(f"{key}={value}" for key, value in late.items())
         raise DeviceError(
             f"tinygrad was imported before tinyvllm, so its settings cannot be made any more: "
-            f"import tinyvllm first, or start the program with {settings} in its environment"
+            f"import tinyvllm first, or start the program with {missing} in its environment"
         )
     os.environ.update(late)
 

@@ -4,7 +4,8 @@ Two layouts with the same planes:
 
 - `panel` (CPU): panels of 32 output rows, `[N/32][K][32]`. A vector lane is an output row, so that a product needs no
   horizontal sum, and the 32 weights of one column lie side by side.
-- `row` (GPU): `[N][K]`, as checkpoints have it.
+- `row` (GPU): `[N][K]`, as checkpoints have it. Codes and bfloat16 values lie in 32-bit words, low bits first: tinygrad
+  reads four words at once, and bytes one by one.
 
 Quantised matrices keep their bits: 4-bit codes two to a byte, the 5th (and 6th) bits in a plane of their own, and the
 scales as ggml stores them (a float16 a block; for K quants the small integer steps beside it).
@@ -162,10 +163,9 @@ class Planes:
 
     def value(self, row: UOp, col: UOp, num_cols: int, layout: str) -> UOp:
         """One whole value at a row that is data (an embedding row), as float32, in either layout."""
-        if layout == "panel":
-            run, lane = row // PANEL * num_cols + col, row % PANEL
-        else:
-            run, lane = row * (num_cols // PANEL) + col // PANEL, col % PANEL
+        if layout == "row":
+            return self._row_value(row, col, num_cols)
+        run, lane = row // PANEL * num_cols + col, row % PANEL
         if not self.fmt.is_quantized:
             value = self.codes[run * PANEL + lane].load()
             return (value.cast(U32) << 16).bitcast(F32) if self.fmt.name == "bfloat16" else value.cast(F32)
@@ -173,6 +173,27 @@ class Planes:
             code = self.codes[run * PANEL + lane].load().cast(I32)
         else:
             code = (self.codes[run * HALF + lane % HALF].load().cast(I32) >> (lane // HALF * 4).cast(I32)) & 15
+        return self._scaled(code, run, lane, row, col, num_cols, layout)
+
+    def _row_value(self, row: UOp, col: UOp, num_cols: int) -> UOp:
+        """`value` in row layout, whose codes are words."""
+        index = row * num_cols + col
+        if self.fmt.name == "bfloat16":
+            word = self.codes[index // 2].load()
+            return ((word >> (index % 2 * 16).cast(U32)) << 16).bitcast(F32)
+        if not self.fmt.is_quantized:
+            return self.codes[index].load().cast(F32)
+        run, lane = index // PANEL, index % PANEL
+        if self.fmt.bits == 8:
+            byte = (self.codes[index // 4].load() >> (lane % 4 * 8).cast(U32)) & 0xFF
+            code = (byte ^ 0x80).cast(I32) - 0x80
+        else:
+            word = self.codes[run * (HALF // 4) + lane % HALF // 4].load()
+            code = ((word >> (lane % 4 * 8 + lane // HALF * 4).cast(U32)) & 15).cast(I32)
+        return self._scaled(code, run, lane, row, col, num_cols, "row")
+
+    def _scaled(self, code: UOp, run: UOp, lane: UOp, row: UOp, col: UOp, num_cols: int, layout: str) -> UOp:
+        """The value of a code's low bits."""
         if self.high is not None:
             code = code + self._high_bits(run, lane)
         value = (code - self.fmt.offset).cast(F32) * self._factor(self.scale, row, col, num_cols, layout)
@@ -213,6 +234,8 @@ def pack(host: HostMatrix, layout: str, dtype: str | None, device: str, *, dequa
         fmt, planes = _quantized_planes(host, padded, layout, np.float16 if has_half(device) else np.float32)
     else:
         fmt, planes = _dense_planes(host, dtype, padded, layout)
+    if layout == "row" and planes[0].dtype in (np.uint8, np.int8, np.uint16):
+        planes[0] = planes[0].reshape(-1).view(np.uint32)
     tensors = tuple(upload(plane, device) for plane in planes)
     return Matrix(fmt, padded, cols, rows, layout, tensors)
 
@@ -299,6 +322,9 @@ def unpack(matrix: Matrix, dtype: DType = dtypes.float) -> Tensor:
 def _unpack_values(planes: Planes, matrix: Matrix) -> Tensor:
     """Dense values or codes as float32, still in the layout's order, flat."""
     fmt, stored = matrix.format, planes.codes
+    if stored.dtype == dtypes.uint:  # row layout: words
+        inside = dtypes.ushort if fmt.name == "bfloat16" else dtypes.char if fmt.bits == 8 else dtypes.uchar
+        stored = stored.bitcast(inside)
     if fmt.name == "bfloat16":
         return (stored.cast(dtypes.uint) << 16).bitcast(dtypes.float)
     if fmt.bits in (8, 16, 32):

@@ -1,0 +1,213 @@
+"""The fused kernels of CUDA and METAL: counted and rendered anywhere, run where there is such a device:
+DEV=CUDA python -m pytest -m gpu tests/ops/test_gpu_fused.py"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+from tinygrad import Tensor, dtypes
+
+from tests.ops.builders import (
+    QUANTIZED,
+    Piece,
+    largest_difference,
+    make_host,
+    make_pool,
+    make_step,
+    normal,
+    read_pool,
+)
+from tests.ops.test_attention import DECODE, Case, Result, decode_pieces, make_history, make_rope
+from tests.ops.test_rendering import check_limits, kernels_of, plan_layer
+from tinyvllm.arrays import to_float32
+from tinyvllm.ops.backend import AttentionShape, Backend, Norm
+from tinyvllm.ops.device import DeviceHandle
+from tinyvllm.ops.gpu_fused import FusedGpuBackend
+from tinyvllm.ops.gpu_kernel import Lanes, lanes_of
+from tinyvllm.ops.reference import ReferenceBackend
+from tinyvllm.ops.step_inputs import StepLayout
+
+KINDS = {"METAL": "METAL", "CUDA": "CUDA sm_80"}  # by the targets of test_rendering
+TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}  # of the largest value
+
+
+def rendered(kind: str, dtype: str = "float16") -> FusedGpuBackend:
+    """A backend whose tensors have to lie somewhere, and are never realised."""
+    lanes = Lanes(kind, (dtypes.half, dtypes.bfloat16))
+    return FusedGpuBackend(DeviceHandle("CPU", has_threads=True, is_unified=True), dtype, lanes)
+
+
+@pytest.fixture
+def lanes(device: DeviceHandle) -> Lanes:
+    found = lanes_of(device.name)
+    if found is None:
+        pytest.fail(f"the fused kernels do not run on DEV={device.name}", pytrace=False)
+    return found
+
+
+# -- counts and limits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("tokens", "inside", "outside"), [(1, 5, 5), (2, 7, 7), (64, 7, 7)])
+def test_a_layer_takes_five_kernels_for_one_row_and_seven_for_more(
+    kind: str, tokens: int, inside: int, outside: int
+) -> None:
+    """One of those outside is due to the tiny vocabulary: its product is split, and added up by a kernel of its own."""
+    layout = StepLayout(tokens, tokens, 2, 16)
+    outputs = plan_layer(rendered(kind), layout, ("float16", "float16"), is_decode=True)
+    assert len(Tensor.schedule_linear(*outputs).src) <= inside + outside
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("tokens", "formats"),
+    [(1, ("Q4_K", "Q6_K")), (1, ("bfloat16", "bfloat16")), (3, ("Q8_0", "Q5_0")), (3, ("float16", "bfloat16"))],
+)
+def test_a_decoding_step_renders_within_the_limits(kind: str, tokens: int, formats: tuple[str, str]) -> None:
+    backend = rendered(kind, "bfloat16" if "bfloat16" in formats else "float16")
+    layout = StepLayout(tokens, tokens, 2, 16)
+    kernels = kernels_of(plan_layer(backend, layout, formats, is_decode=True))
+    assert "decode" in {kernel.arg.name.split("_")[0] for kernel in kernels}
+    for kernel in kernels:
+        check_limits(kernel, KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixed_step_renders_within_the_limits(kind: str) -> None:
+    for kernel in kernels_of(plan_layer(rendered(kind), StepLayout(18, 3, 2, 16), ("Q4_1", "Q4_1"), is_decode=False)):
+        check_limits(kernel, KINDS[kind])
+
+
+def test_a_shape_that_does_not_fit_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        rendered("CUDA").make_pool(1, 2, 16, AttentionShape(9, 3, 64), "float16")
+        assert not caplog.messages
+        rendered("CUDA").make_pool(1, 2, 8, AttentionShape(9, 3, 64), "float16")
+        rendered("CUDA", "float32")
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        "decoding takes the general attention kernels",
+        "products of more than one row take the general kernels",
+    ]
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+def upload(backend: Backend, values: np.ndarray) -> Tensor:
+    tensor = backend.device.upload(values)
+    return tensor.cast(backend.float).contiguous().realize() if isinstance(backend, FusedGpuBackend) else tensor
+
+
+def multiply(backend: Backend, fmt: str, tokens: int, operation: str, rows: int, cols: int) -> np.ndarray:
+    x, norm = upload(backend, normal(tokens, cols, seed=1)), Norm(backend.device.upload(normal(cols, seed=2)), 1e-5)
+    if operation == "norm_gated":
+        matrix = backend.gate_up(make_host(fmt, rows, cols, seed=3), make_host(fmt, rows, cols, seed=4))
+        return backend.norm_gated("test", x, norm, matrix, tokens).float().numpy().reshape(tokens, -1)
+    (matrix,) = backend.stacked([make_host(fmt, rows, cols, seed=5)])
+    if operation == "norm_linear":
+        return backend.norm_linear("test", x, norm, [matrix], tokens)[0].float().numpy().reshape(tokens, -1)
+    added = backend.linear_add("test", x, matrix, upload(backend, normal(tokens, rows, seed=6)), tokens)
+    if operation == "linear_add":
+        return added.float().numpy().reshape(tokens, -1)
+    # a sum that the next norm computes, and that is read again behind it
+    (second,) = backend.stacked([make_host(fmt, 64, rows, seed=7)])
+    norm = Norm(backend.device.upload(normal(rows, seed=8)), 1e-5)
+    (out,) = backend.norm_linear("test", added, norm, [second], tokens)
+    return np.concatenate([t.float().numpy().reshape(tokens, -1) for t in (out, added)], axis=1)
+
+
+SHAPES = {"norm_linear": (96, 256), "norm_gated": (64, 512), "linear_add": (64, 1280), "chain": (256, 768)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", SHAPES)
+@pytest.mark.parametrize("fmt", ["float32", *QUANTIZED])
+def test_a_row_of_float32_equals_the_reference(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str, operation: str
+) -> None:
+    case = (fmt, 1, operation, *SHAPES[operation])
+    difference = largest_difference(
+        multiply(FusedGpuBackend(device, "float32", lanes), *case), multiply(reference, *case)
+    )
+    assert difference < TOLERANCE["float32"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", SHAPES)
+@pytest.mark.parametrize("tokens", [1, 2, 8, 20, 64, 70])
+@pytest.mark.parametrize("fmt", ["float16", "bfloat16", "Q4_1", "Q6_K", "Q8_0"])
+def test_rows_in_half_precision_equal_the_reference(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str, tokens: int, operation: str
+) -> None:
+    dtype = "bfloat16" if fmt == "bfloat16" else "float16"
+    case = (fmt, tokens, operation, *SHAPES[operation])
+    difference = largest_difference(multiply(FusedGpuBackend(device, dtype, lanes), *case), multiply(reference, *case))
+    print(f"{case}: {difference:.1e}")
+    assert difference < TOLERANCE[dtype]
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+CASES = [
+    DECODE[0],
+    Case(8, 2, 64, StepLayout(1, 1, 200, 16), True, "float16"),  # the context in parts, all of them in use
+    Case(32, 8, 64, StepLayout(3, 3, 40, 16), True, "float16"),
+    Case(8, 1, 128, StepLayout(2, 2, 4, 32), True, "float16", (8, 2)),
+    Case(4, 4, 64, StepLayout(40, 40, 5, 16), True, "float16", (4, 4, 4)),
+    Case(16, 2, 128, StepLayout(1, 1, 40, 16), True, "float16"),
+]
+
+
+def attend(
+    backend: Backend, case: Case, buffer: np.ndarray, history: tuple[np.ndarray, np.ndarray]
+) -> tuple[Result, Tensor]:
+    size = case.layout.block_size
+    pool = make_pool(backend, case.shape, size, case.dtype, *history)
+    before = read_pool(backend, case.shape, size, pool)
+    qkv = normal(case.layout.num_tokens, sum(case.parts), seed=3)
+    parts = [backend.device.upload(part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
+    rope = backend.device.upload(make_rope(case.dim, case.layout.max_blocks * size))
+    inputs = backend.device.upload(buffer)
+    out = backend.attend(parts, case.parts, case.shape, pool, 0, inputs, rope, case.layout, is_decode=True)
+    rows = out.float().numpy().reshape(-1, case.heads, case.dim)
+    return Result(rows, before, read_pool(backend, case.shape, size, pool)), out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_decoding_equals_the_reference_and_writes_its_slots_alone(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, case: Case
+) -> None:
+    backend, size = FusedGpuBackend(device, "float16", lanes), case.layout.block_size
+    for seed, pieces in enumerate(decode_pieces(case)):
+        buffer, history = make_step(case.layout, pieces, seed=seed), make_history(case)
+        (got, out), (expected, _) = (attend(ops, case, buffer, history) for ops in (backend, reference))
+        live = len(pieces)
+        assert largest_difference(got.out[:live], expected.out[:live]) < TOLERANCE["float16"]
+        slots = case.layout.views(buffer)["slots"][:live]
+        others = np.setdiff1d(np.arange(size, len(history[0])), slots)
+        for now, then, wanted in zip(got.after, got.before, expected.after, strict=True):
+            np.testing.assert_allclose(now[slots], wanted[slots], rtol=1e-3, atol=1e-3)
+            np.testing.assert_array_equal(now[others], then[others])  # padding wrote to the dummy block alone
+        if case.layout.num_tokens == 1:  # the projection reads the parts
+            host = make_host("float16", 64, case.heads * case.dim, seed=5)
+            zero = upload(backend, np.zeros(64, np.float32))
+            projected = backend.linear_add("test", out, backend.stacked([host])[0], zero, 1).float().numpy()
+            assert largest_difference(projected, to_float32(host) @ expected.out.reshape(-1)) < TOLERANCE["float16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_another_request_left_behind_is_not_read(device: DeviceHandle, lanes: Lanes, bad: float) -> None:
+    case, backend = CASES[2], FusedGpuBackend(device, "float16", lanes)
+    buffer, history = make_step(case.layout, [Piece(9), Piece(40)]), make_history(case)
+    clean, _ = attend(backend, case, buffer, history)
+    size, tables = case.layout.block_size, case.layout.views(buffer)["block_tables"]
+    own = [tables[i][p // size] * size + p % size for i, end in ((0, 10), (1, 41)) for p in range(end)]
+    for plain in history:
+        plain[np.setdiff1d(np.arange(size, len(plain)), own)] = bad
+    dirty, _ = attend(backend, case, buffer, history)
+    np.testing.assert_array_equal(dirty.out[:2], clean.out[:2])

@@ -1,0 +1,192 @@
+"""What kernels of GPUs are made of beyond kernel.py: sums across lanes, carried registers, matrix units.
+
+Two things differ by the kind of device, and both live here: how a lane's value reaches another lane, and which elements
+of a matrix product a lane holds. A device without either (OpenCL) takes the general kernels of gpu.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tinygrad import Device, UOp, dtypes
+from tinygrad.dtype import DType
+from tinygrad.uop.ops import Ops
+
+from tinyvllm.ops.kernel import F32, Body, balanced
+
+LANES = 32  # threads that run in step: CUDA's warp, METAL's simdgroup
+SHARED_BYTES = 32 << 10  # threadgroup memory that every device has (METAL's limit; CUDA has 48 KiB)
+
+SHUFFLES = {"CUDA": "__shfl_xor_sync(0xffffffffu,{0},%d)", "METAL": "simd_shuffle_xor({0},%d)"}
+# (columns of the right operand, rows of the left one, terms) of one instruction
+MATRIX_DIMS = {"CUDA": (8, 16, 16), "METAL": (8, 8, 8)}
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """A kind of device whose lanes exchange values. Hashable: part of the kernels' keys."""
+
+    kind: str  # CUDA or METAL
+    matrix_dtypes: tuple[DType, ...] = ()  # operands that its matrix unit multiplies with float32 sums
+
+    def shuffle(self, value: UOp, mask: int) -> UOp:
+        """The float32 `value` of the lane whose number differs by the bits of `mask`."""
+        # CUSTOM and not CUSTOMI: evaluated once, into a variable
+        return UOp(Ops.CUSTOM, F32, src=(value,), arg=SHUFFLES[self.kind] % mask)
+
+    def sum(self, value: UOp, masks: Sequence[int] = (16, 8, 4, 2, 1)) -> UOp:
+        """The sum over the lanes that `masks` connect, in each of them."""
+        for mask in masks:
+            value = value + self.shuffle(value, mask)
+        return value
+
+    def maximum(self, value: UOp, masks: Sequence[int] = (16, 8, 4, 2, 1)) -> UOp:
+        """The maximum over the lanes that `masks` connect, in each of them."""
+        for mask in masks:
+            value = value.maximum(self.shuffle(value, mask))
+        return value
+
+
+def lanes_of(device_name: str) -> Lanes | None:
+    """The lanes of an opened device; None where kernels know no way to exchange their values."""
+    kind = device_name.split(":")[0]
+    if kind not in SHUFFLES:
+        return None
+    cores = Device[device_name].renderer.tensor_cores
+    fitting = [core.dtype_in for core in cores if core.dims == MATRIX_DIMS[kind] and core.dtype_out == dtypes.float]
+    return Lanes(kind, tuple(fitting))  # none before sm_80 and Apple7
+
+
+@dataclass(frozen=True)
+class Mma:
+    """Tiles of out[token, row] += sum over k of x[token, k] * w[row, k] on a device's matrix unit.
+
+    A permutation of k applied to both operands leaves a product as it is. So each lane reads a run of consecutive
+    columns, `slots` runs side by side make a chunk, and no operand passes through threadgroup memory.
+    """
+
+    kind: str
+    dtype: DType  # of the operands
+
+    @property
+    def rows(self) -> int:
+        """Rows of w in a tile; a tile has 8 tokens."""
+        return MATRIX_DIMS[self.kind][1]
+
+    @property
+    def slots(self) -> int:
+        """Runs in a chunk."""
+        return 4 if self.kind == "CUDA" else 8
+
+    @property
+    def elements(self) -> int:
+        """Of a tile's sums, those that one lane holds."""
+        return 4 if self.kind == "CUDA" else 2
+
+    def row_runs(self, lane: UOp) -> list[tuple[UOp, UOp]]:
+        """(row in the tile, slot) of the two runs of w that a lane feeds."""
+        if self.kind == "CUDA":
+            return [(lane // 4, lane % 4), (lane // 4 + 8, lane % 4)]
+        across, down = _metal_place(lane)
+        return [(down, across), (down + 1, across)]
+
+    def token_runs(self, lane: UOp) -> list[tuple[UOp, UOp]]:
+        """(token in the tile, slot) of the runs of x that a lane feeds: one (CUDA) or two (METAL)."""
+        if self.kind == "CUDA":
+            return [(lane // 4, lane % 4)]
+        across, down = _metal_place(lane)
+        return [(across, down), (across, down + 1)]
+
+    def place(self, lane: UOp, element: int | UOp) -> tuple[UOp, UOp]:
+        """(token, row) in the tile of a lane's sum."""
+        if self.kind == "CUDA":
+            return lane % 4 * 2 + element % 2, lane // 4 + element // 2 * 8
+        across, down = _metal_place(lane)
+        return across, down + element
+
+    def head(self, lane: UOp) -> UOp:
+        """The row of the left operand, and of the sums, that a lane holds first."""
+        return lane // 4 if self.kind == "CUDA" else _metal_place(lane)[0]
+
+    def column(self, lane: UOp) -> UOp:
+        """The first of the two columns that a lane holds in that row of the sums."""
+        return lane % 4 * 2 if self.kind == "CUDA" else _metal_place(lane)[1]
+
+    @property
+    def row_masks(self) -> tuple[int, ...]:
+        """Which lanes hold the same row: `Lanes.sum` over these adds up a row."""
+        return (1, 2) if self.kind == "CUDA" else (1, 8)
+
+    def multiply(self, w: list[list[UOp]], x: list[list[UOp]], sums: UOp) -> UOp:
+        """Add the product of one chunk: w the lane's `row_runs`, x its `token_runs`, values of `dtype`."""
+        if self.kind == "METAL":
+            for a, b, c, d in zip(x[0], x[1], w[0], w[1], strict=True):
+                sums = self.tile((a, b), (c, d), sums)
+            return sums
+        low, high, right = w[0], w[1], x[0]
+        for i in range(0, len(low), 4):
+            left = (*low[i : i + 2], *high[i : i + 2], *low[i + 2 : i + 4], *high[i + 2 : i + 4])
+            sums = self.tile(left, right[i : i + 4], sums)
+        return sums
+
+    def tile(self, left: Sequence[UOp], right: Sequence[UOp], sums: UOp) -> UOp:
+        """One instruction. CUDA: left are rows; METAL: left are tokens."""
+        return UOp.wmma(UOp.stack(*left), UOp.stack(*right), sums, MATRIX_DIMS[self.kind], self.kind, LANES)
+
+
+def _metal_place(lane: UOp) -> tuple[UOp, UOp]:
+    """(row, first of two columns) of an 8 x 8 simdgroup matrix that a lane holds."""
+    quad = lane // 4
+    return quad // 4 % 2 * 4 + lane // 2 % 4, quad // 2 % 2 * 4 + lane % 2 * 2
+
+
+# -- axes and registers ------------------------------------------------------------------------------------------------
+
+
+def warps(body: Body, count: int) -> UOp | int:
+    """An axis over the warps of a threadgroup; 0 where there is one."""
+    return body.threads(count) if count > 1 else 0
+
+
+def grid(body: Body, count: int) -> UOp | int:
+    """An axis over threadgroups; 0 where there is one."""
+    return body.grid(count) if count > 1 else 0
+
+
+def axes_of(*axes: UOp | int) -> tuple[UOp, ...]:
+    """Those that are axes."""
+    return tuple(axis for axis in axes if isinstance(axis, UOp))
+
+
+Step = Callable[[UOp | int, list[UOp]], list[UOp]]
+
+
+def carry(body: Body, init: Sequence[UOp], count: int | UOp, outer: Sequence[UOp], step: Step) -> list[UOp]:
+    """Values carried in float32 registers over a loop: `step(iteration, old) -> new`, from `init`; the last ones.
+
+    `outer`: the axes and loops around it. A single iteration is written without a loop.
+    """
+    if isinstance(count, int) and count == 1:
+        return step(0, list(init))
+    registers = body.registers(len(init))
+    start = UOp.group(*[registers.after(*outer)[i].store(value) for i, value in enumerate(init)])
+    registers = registers.after(start)
+    loop = body.fold(count) if isinstance(count, int) else body.fold_while(count)
+    old = [registers.after(loop)[i].load() for i in range(len(init))]
+    new = step(loop.cast(dtypes.weakint) if loop.dtype != dtypes.weakint else loop, old)
+    done = UOp.group(*[registers.after(loop)[i].store(value) for i, value in enumerate(new)]).end(loop)
+    return [registers.after(done)[i].load() for i in range(len(init))]
+
+
+def load_floats(buffer: UOp, at: UOp, count: int) -> list[UOp]:
+    """Neighbours as float32: one vector load, or a few."""
+    return [buffer[at + i].load().cast(F32) for i in range(count)]
+
+
+def dot(a: Sequence[UOp], b: Sequence[UOp]) -> UOp:
+    return balanced(x * y for x, y in zip(a, b, strict=True))
+
+
+def zeros(count: int) -> list[UOp]:
+    return [UOp.const(0.0, F32)] * count

@@ -1,0 +1,138 @@
+"""Reading a matrix in row layout by runs: consecutive columns of one row, which one lane of a GPU holds in registers.
+
+A code of b bits is never converted from an integer, which GPUs do at a fraction of their speed: it is put into the high
+bits of a float32's mantissa, f = 1 + code / 2**b, and what that adds goes into the group's factors:
+value = (code - offset) * scale + minimum = f * (scale * 2**b) + (minimum - scale * (2**b + offset)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tinygrad import UOp
+from tinygrad.dtype import DType
+
+from tinyvllm.ops.kernel import F32, I32, balanced
+from tinyvllm.ops.matrix import PANEL, Format, Planes, ScaleFormat
+
+ONE_BITS, MANTISSA_BITS = 0x3F800000, 23
+
+
+def run_cols(fmt: Format, dense_cols: int) -> int:
+    """Columns of a run: quantised formats read as many codes as share their words and scales."""
+    return PANEL if fmt.is_quantized else dense_cols
+
+
+@dataclass(frozen=True)
+class Run:
+    """One lane's consecutive weights. Dense: `floats` are the values and `factors` is empty. Quantised: value i is
+    floats[i] * a + b, with (a, b) = factors[i // group]."""
+
+    floats: list[UOp]
+    factors: list[tuple[UOp, UOp]]
+
+    @property
+    def group(self) -> int:
+        return len(self.floats) // len(self.factors)
+
+    def values(self, dtype: DType) -> list[UOp]:
+        """The weights, rounded to `dtype`."""
+        if not self.factors:
+            return [value.cast(dtype) for value in self.floats]
+        scaled = []
+        for i, value in enumerate(self.floats):
+            a, b = self.factors[i // self.group]
+            scaled.append((value * a + b).cast(dtype))
+        return scaled
+
+    def dot(self, x: Sequence[UOp], sums: Sequence[UOp]) -> UOp:
+        """weights . x. `sums`: of x over each group, (`group_sums`)."""
+        products = [value * v for value, v in zip(self.floats, x, strict=True)]
+        if not self.factors:
+            return balanced(products)
+        size = self.group
+        parts = [
+            a * balanced(products[i * size : (i + 1) * size]) + b * total
+            for i, ((a, b), total) in enumerate(zip(self.factors, sums, strict=True))
+        ]
+        return balanced(parts)
+
+
+def group_sums(fmt: Format, x: Sequence[UOp]) -> list[UOp]:
+    """What `Run.dot` wants beside x: nothing for dense formats."""
+    if not fmt.is_quantized:
+        return []
+    return [balanced(x[i : i + fmt.group]) for i in range(0, len(x), fmt.group)]
+
+
+def read_run(planes: Planes, row: UOp, run: UOp, num_cols: int, cols: int) -> Run:
+    """Columns [run * cols, (run + 1) * cols) of a row."""
+    fmt = planes.fmt
+    start = row * num_cols + run * cols
+    if fmt.name == "bfloat16":
+        words = [planes.codes[row * (num_cols // 2) + run * (cols // 2) + i].load() for i in range(cols // 2)]
+        return Run([half for word in words for half in _bfloat16_pair(word)], [])
+    if not fmt.is_quantized:
+        return Run([planes.codes[start + i].load().cast(F32) for i in range(cols)], [])
+    index = row * (num_cols // PANEL) + run
+    floats = _byte_codes(planes, index) if fmt.bits == 8 else _packed_codes(planes, index)
+    return Run(floats, _factors(planes, row, run, num_cols))
+
+
+def _bfloat16_pair(word: UOp) -> list[UOp]:
+    """Two neighbours: a bfloat16 is the upper half of a float32."""
+    return [(word << 16).bitcast(F32), (word & 0xFFFF0000).bitcast(F32)]
+
+
+def _in_mantissa(bits: UOp) -> UOp:
+    return (bits | ONE_BITS).bitcast(F32)
+
+
+def _moved(word: UOp, start: int, width: int, target: int) -> UOp:
+    """Bits [start, start + width) of a word, moved to bit `target`."""
+    moved = word << (target - start) if target >= start else word >> (start - target)
+    return moved & (((1 << width) - 1) << target)
+
+
+def _byte_codes(planes: Planes, run: UOp) -> list[UOp]:
+    """Signed bytes, of which 128 is taken by `_factors`."""
+    words = [planes.codes[run * (PANEL // 4) + i].load() ^ 0x80808080 for i in range(PANEL // 4)]
+    return [_in_mantissa(_moved(words[i // 4], i % 4 * 8, 8, MANTISSA_BITS - 8)) for i in range(PANEL)]
+
+
+def _packed_codes(planes: Planes, run: UOp) -> list[UOp]:
+    """4 bits of a code in a byte that it shares, the 5th and 6th in the high plane."""
+    fmt, bits = planes.fmt, planes.fmt.bits
+    half = PANEL // 2
+    words = [planes.codes[run * (half // 4) + i].load() for i in range(half // 4)]
+    low = MANTISSA_BITS - bits
+    codes = [_moved(words[i % half // 4], i % 4 * 8 + i // half * 4, 4, low) for i in range(PANEL)]
+    if planes.high is not None:
+        width = fmt.high_bits
+        high = [planes.high[run * width + i].load() for i in range(width)]
+        codes = [code | _moved(high[i * width // 32], i * width % 32, width, low + 4) for i, code in enumerate(codes)]
+    return [_in_mantissa(code) for code in codes]
+
+
+def _factors(planes: Planes, row: UOp, run: UOp, num_cols: int) -> list[tuple[UOp, UOp]]:
+    fmt = planes.fmt
+    offset = fmt.offset + (128 if fmt.bits == 8 else 0)
+    factors = []
+    for i in range(PANEL // fmt.group):
+        group = run * (PANEL // fmt.group) + i
+        scale = _scale(planes.scale, row, group, fmt, num_cols)
+        shift = scale * -float((1 << fmt.bits) + offset)
+        if planes.minimum is not None:
+            shift = shift + _scale(planes.minimum, row, group, fmt, num_cols)
+        factors.append((scale * float(1 << fmt.bits), shift))
+    return factors
+
+
+def _scale(scales: tuple[ScaleFormat, UOp, UOp | None] | None, row: UOp, group: UOp, fmt: Format, num_cols: int) -> UOp:
+    assert scales is not None
+    form, base, steps = scales
+    value = base[row * (num_cols // form.span) + group // (form.span // fmt.group)].load().cast(F32)
+    if steps is None:
+        return value
+    return value * steps[row * (num_cols // fmt.group) + group].load().cast(I32).cast(F32)

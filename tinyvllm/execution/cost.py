@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tinygrad import Tensor
@@ -54,12 +53,13 @@ def weight_facts(model: Model) -> WeightFacts:
 class CostCounter:
     """Counts what plans take of one model and pool."""
 
-    def __init__(self, model: Model, pool: KVPool) -> None:
+    def __init__(self, model: Model, pool: KVPool, block_size: int) -> None:
         self._model = model
-        self._keys_and_values = _buffers([*pool.keys, *pool.values])
-        self._kv_bytes = pool.keys[0].dtype.itemsize * model.config.kv_size  # of one token, in one of these tensors
-        self._table = _buffers(model.embedding.planes)
-        self._rope = _buffers([model.rope])
+        num_slots = pool.num_blocks * block_size
+        # bytes of one token in each of the pool's tensors
+        self._kv_bytes = {_buffer(tensor): tensor.nbytes() // num_slots for tensor in pool.tensors}
+        self._table = {_buffer(plane) for part in model.embedding.parts for plane in part.planes}
+        self._rope = _buffer(model.rope)
         self._row_bytes = model.embedding.nbytes // model.embedding.num_rows
 
     def count(self, bucket: str, calls: tuple[Call, ...], inputs: Tensor, plan: StepPlan) -> StepCost:
@@ -68,42 +68,42 @@ class CostCounter:
         weights = sum(matrix.nbytes for matrix in model.matrices)
         if model.head is not model.embedding:
             weights += num_tokens * self._row_bytes - model.embedding.nbytes
-        all_layers = len(self._keys_and_values) * self._kv_bytes
+        all_layers = sum(self._kv_bytes.values())
         return StepCost(
             bucket,
             num_kernels=len(calls),
             weight_bytes=weights,
             kv_read_bytes=sum(entry.start for entry in plan.entries) * all_layers,
             kv_written_bytes=num_tokens * all_layers,
-            moved_bytes=sum(self._moved_by(call, _buffers([inputs]), plan) for call in calls),
+            moved_bytes=sum(self._moved_by(call, _buffer(inputs), plan) for call in calls),
         )
 
-    def _moved_by(self, call: Call, inputs: set[int], plan: StepPlan) -> int:
+    def _moved_by(self, call: Call, inputs: int, plan: StepPlan) -> int:
         """Every argument once and whole, but for those that a kernel looks things up in: the pool by the sequences'
         lengths, rope and (beside the step's inputs, which are not counted) the embedding table by rows."""
-        looks_up = any(id(buffer.base) in inputs for buffer in call.buffers)
+        looks_up = any(id(buffer.base) == inputs for buffer in call.buffers)
         # by place: scratch buffers are views of one arena, and a kernel may get the same one twice
         args = {(id(buffer.base), buffer.offset): (index, buffer) for index, buffer in enumerate(call.buffers)}
         moved = 0
         for (base, _), (index, buffer) in args.items():
-            if base in self._keys_and_values:
-                moved += self._moved_in_pool(call, index, plan)
-            elif base in self._rope:
+            if base in self._kv_bytes:
+                moved += self._kv_bytes[base] * _tokens_moved(call, index, plan)
+            elif base == self._rope:
                 moved += plan.num_tokens * self._model.config.head_dim * 4
             elif base in self._table and looks_up:
                 moved += plan.num_tokens * self._row_bytes * buffer.nbytes // self._model.embedding.nbytes
-            elif base not in inputs:
+            elif base != inputs:
                 moved += buffer.nbytes
         return moved
 
-    def _moved_in_pool(self, call: Call, index: int, plan: StepPlan) -> int:
-        """Of one tensor of the pool, `call`'s argument `index`."""
-        outs, ins = (call.target.arg.outs, call.target.arg.ins) if call.target.op is Ops.PROGRAM else ((0,), (1,))
-        num_read = sum(entry.start for entry in plan.entries) if index in ins else 0
-        num_written = plan.num_tokens if index in outs else 0
-        return (num_read + num_written) * self._kv_bytes
+
+def _tokens_moved(call: Call, index: int, plan: StepPlan) -> int:
+    """How many tokens' keys (or values) `call` reads and writes in its argument `index`, a tensor of the pool."""
+    outs, ins = (call.target.arg.outs, call.target.arg.ins) if call.target.op is Ops.PROGRAM else ((0,), (1,))
+    num_read = sum(entry.start for entry in plan.entries) if index in ins else 0
+    return num_read + (plan.num_tokens if index in outs else 0)
 
 
-def _buffers(tensors: Iterable[Tensor]) -> set[int]:
-    """Identities of the tensors' memory."""
-    return {id(tensor.uop.base.buffer.base) for tensor in tensors}
+def _buffer(tensor: Tensor) -> int:
+    """The identity of a tensor's memory."""
+    return id(tensor.uop.base.buffer.base)

@@ -150,7 +150,8 @@ class ModelRunner:
     def cost(self, plan: StepPlan) -> StepCost:
         """What executing `plan` takes, by count."""
         graph = self._graph_for(plan)
-        return CostCounter(self._model, self._pool).count(graph.bucket.name, graph.calls, graph.inputs, plan)
+        counter = CostCounter(self._model, self._pool, self.capacity.block_size)
+        return counter.count(graph.bucket.name, graph.calls, graph.inputs, plan)
 
     def measure_bandwidth(self) -> float:
         """Bytes a second that the device's memory gives, by a test of a second or less."""
@@ -159,16 +160,16 @@ class ModelRunner:
     def fill_pool(self, num_blocks: int, seed: int) -> None:
         """Write random keys and values to the first blocks: what was never written may not even be memory yet (a CPU
         reads all untouched pages from one page of zeros, out of its cache)."""
-        pool, config = self._pool, self.model_config
-        size = num_blocks * self.capacity.block_size * config.kv_size
+        pool = self._pool
         values = np.random.default_rng(seed).standard_normal(FILL_VALUES, np.float32)
         if pool.dtype == "bfloat16":
             drawn = (values.view(np.uint32) >> 16).astype(np.uint16)
         else:
             drawn = values.astype(pool.dtype)
-        filling = np.resize(drawn, size)
-        for tensor in (*pool.keys, *pool.values):
-            self._backend.device.write(tensor, filling)
+        tensors = pool.tensors
+        filling = np.resize(drawn, num_blocks * max(tensor.numel() for tensor in tensors) // pool.num_blocks)
+        for tensor in tensors:
+            self._backend.device.write(tensor, filling[: num_blocks * tensor.numel() // pool.num_blocks])
 
 
 def make_output(plan: StepPlan, rows: np.ndarray, *, pack_s: float, device_s: float) -> StepOutput:

@@ -39,6 +39,12 @@ class KVPool:
     num_blocks: int
     dtype: str
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor: of a layer that several cores share, each core's."""
+        layers = [entry if isinstance(entry, tuple) else (entry,) for entry in (*self.keys, *self.values)]
+        return [tensor for layer in layers for tensor in layer]
+
 
 @dataclass(frozen=True)
 class Norm:

@@ -8,9 +8,8 @@ import sys
 
 from tinyvllm.errors import DeviceError
 
-# HCQ2: a step goes to a worker thread in one C submit (0.3 ms), and not kernel by kernel as Python calls (25 us each).
 # DMC: scalar C, which clang vectorises 8 wide; without it tinygrad emits float4 loads, which pin clang to 4 wide.
-CPU_SETTINGS = {"HCQ2": "1", "DMC": "1"}
+CPU_SETTINGS = {"DMC": "1"}
 # ALLOW_HALF8: loads of 16 bytes of float16. METAL has no such vectors.
 CUDA_SETTINGS = {"ALLOW_HALF8": "1"}
 SETTINGS = {"CPU": CPU_SETTINGS, "CUDA": CUDA_SETTINGS}

@@ -24,7 +24,7 @@ from tinygrad.engine.jit import graph_split_rewrite
 from tinygrad.engine.realize import get_runtime, run_linear
 from tinygrad.helpers import JIT, JIT_BATCH_SIZE
 from tinygrad.renderer.cstyle import ClangRenderer
-from tinygrad.runtime.ops_cpu import CMD_SIZE, RING_SLOTS, CPUProgram, signal_prog, wait_prog
+from tinygrad.runtime.ops_cpu import CMD_SIZE, RING_SLOTS, CPUProgram, signal_prog
 from tinygrad.uop.ops import CallInfo, KernelInfo, Ops
 
 from tinyvllm.errors import InvariantError
@@ -126,10 +126,12 @@ def _tables(cores: tuple[str, ...], step: Step, progress: np.ndarray) -> list[li
     rows: list[list[np.ndarray]] = [[] for _ in cores]
     for number, (call, core) in enumerate(zip(step.calls, owner, strict=True)):
         for other in waits[number]:
-            rows[core].append(_synchronise(cores[core], wait_prog, progress[owner[other]], other + 1))
+            rows[core].append(
+                _synchronise(_wait_until(cores[core]), progress[owner[other]], _give_way().ctypes.data, other + 1)
+            )
         rows[core].append(_commands(cores[core], call))
         if number in awaited:
-            rows[core].append(_synchronise(cores[core], signal_prog, progress[core], number + 1))
+            rows[core].append(_synchronise(Device[cores[core]].prgs[signal_prog], progress[core], number + 1))
     return rows
 
 
@@ -150,11 +152,31 @@ def _waits(owner: list[int], step: Step) -> list[list[int]]:
     return waits
 
 
-def _synchronise(core: str, program: Callable, counter: np.ndarray, value: int) -> np.ndarray:
-    """One row: set a core's counter to `value`, or wait until it is there."""
+def _synchronise(program: CPUProgram, counter: np.ndarray, *arguments: int) -> np.ndarray:
+    """One row: set a core's counter to a value, or wait until it is there."""
     row = np.zeros((1, CMD_SIZE), np.uint64)
-    row[0, :3] = Device[core].prgs[program].addr, counter.ctypes.data, value
+    row[0, : 2 + len(arguments)] = program.addr, counter.ctypes.data, *arguments
     return row
+
+
+@functools.cache
+def _give_way() -> np.ndarray:
+    """A word that holds the address of libc's sched_yield."""
+    return np.array([ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value], np.uint64)
+
+
+@functools.cache
+def _wait_until(core: str) -> CPUProgram:
+    """fn(counter, give_way, value): return when the counter has reached `value`.
+
+    Each look is followed by a yield: a wait that only spins keeps the processor from the very core that it waits for,
+    where others want processors too."""
+    counter, give_way = UOp.param(0, dtypes.uint32, (1,), volatile=True), UOp.param(1, dtypes.uint64, (1,))
+    value = UOp.param(2, dtypes.int, (), vmin_vmax=(0, dtypes.int.max), name="value", addrspace=AddrSpace.ALU)
+    look = UOp.loop(0)
+    yielded = give_way.after(look)[0].load().call(ret_dtype=dtypes.int)
+    now = counter.after(look, yielded)[0].load()
+    return _compile(core, now.end(look, now < value.cast(dtypes.uint32)), "wait_until")
 
 
 def _words(buffer: Buffer) -> np.ndarray:
@@ -178,11 +200,15 @@ def _commands(device: str, call: Call) -> np.ndarray:
 @functools.cache
 def _run_table(device: str) -> CPUProgram:
     """fn(table, count): call the programs of a table's rows. Every program is passed a whole row and reads its part."""
-    opened = Device[device]
     table = UOp.param(0, dtypes.uint64, (MAX_COMMANDS * CMD_SIZE,))
     count = UOp.param(1, dtypes.int, (), vmin_vmax=(0, MAX_COMMANDS), name="count", addrspace=AddrSpace.ALU)
     row = UOp.range(count, 0, dtype=dtypes.int)
     words = [table.index(row * CMD_SIZE + i).load() for i in range(CMD_SIZE)]
-    sink = words[0].call(*words[1:], ret_dtype=dtypes.void).end(row).sink(arg=KernelInfo("run_table"), tag=1)
+    return _compile(device, words[0].call(*words[1:], ret_dtype=dtypes.void).end(row), "run_table")
+
+
+def _compile(device: str, body: UOp, name: str) -> CPUProgram:
+    opened = Device[device]
+    sink = body.sink(arg=KernelInfo(name), tag=1)
     program = do_to_program(sink, ClangRenderer(replace(opened.renderer.target, renderer="CLANG")))
     return CPUProgram(opened, program.to_elf())

@@ -60,7 +60,7 @@ class CpuBackend:
         self.dequantize = dequantize
         self.tile_rows = 4 if has_many_registers() else 2
         self.num_kv_heads = shape.num_kv_heads if shape is not None else 1
-        self.cores = device.cores[: _count_cores(len(device.cores), shape)]
+        self.cores = device.cores[: _count_cores(len(device.cores), shape)] or (device.name,)
 
     # -- weights ------------------------------------------------------------------------------------------------------
 

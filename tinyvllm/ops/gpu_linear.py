@@ -26,7 +26,7 @@ from tinyvllm.ops.gpu_kernel import (
 from tinyvllm.ops.gpu_runs import group_sums, read_run, run_cols
 from tinyvllm.ops.gpu_split import SplitHeads, read_split
 from tinyvllm.ops.kernel import F32, LOG2E, Body, KernelFn, balanced, cached_kernel, finish
-from tinyvllm.ops.matrix import Format, Planes
+from tinyvllm.ops.matrix import PANEL, Format, Planes
 
 GROUPS_WANTED = 256  # threadgroups that keep every core of a large GPU busy: two each on 132
 
@@ -39,6 +39,7 @@ def fast_silu(x: UOp) -> UOp:
 # -- one token row -----------------------------------------------------------------------------------------------------
 
 VECTOR_COLS = 8  # dense columns of a lane's run: 16 bytes of float16
+STAGED_RUN = PANEL + 4  # floats from one run to the next in threadgroup memory: eight lanes' vectors in eight banks
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,17 @@ class VectorSpec:
     def cols(self) -> int:
         """Columns of a lane's run."""
         return run_cols(self.format, VECTOR_COLS)
+
+    @property
+    def stages(self) -> bool:
+        """Whether a threadgroup first puts x * norm weight into its memory, to be read by runs. A quantised run has 32
+        columns: lanes that read those from main memory touch 32 lines at once, and that costs more than the codes."""
+        return (
+            self.format.is_quantized
+            and self.norm_eps is not None
+            and self.num_cols % VECTOR_COLS == 0
+            and self.num_cols // PANEL * STAGED_RUN * 4 <= SHARED_BYTES // 2
+        )
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -105,6 +117,11 @@ def vector_kernel(spec: VectorSpec) -> KernelFn:
         if spec.epilogue == "silu":
             own += [row + spec.out_rows for row in own]
 
+        staged = squares = None
+        if spec.stages:
+            assert norm_weight is not None
+            threads = (row_warp * across + column_warp) * LANES + lane
+            staged, squares = _stage(body, spec, x, norm_weight, threads, down * across)
         num_runs = spec.num_cols // spec.cols
         steps = -(-num_runs // (LANES * across * ahead))
         is_ragged = num_runs % (LANES * across * ahead) != 0
@@ -120,11 +137,13 @@ def vector_kernel(spec: VectorSpec) -> KernelFn:
                     assert spec.split is not None
                     outer = [*axes, *axes_of(iteration)]
                     values = read_split(body, spec.split, x, *split, run * spec.cols, spec.cols, outer)
+                elif staged is not None:
+                    values = load_floats(staged, run * STAGED_RUN, spec.cols)
                 else:
                     values = load_floats(x, run * spec.cols, spec.cols)
                 if is_ragged:
                     values = [(asked < num_runs).where(value, 0.0) for value in values]
-                if norm_weight is not None:
+                if norm_weight is not None and staged is None:
                     new[-1] = new[-1] + dot(values, values)
                     values = [
                         v * w for v, w in zip(values, load_floats(norm_weight, run * spec.cols, spec.cols), strict=True)
@@ -134,11 +153,11 @@ def vector_kernel(spec: VectorSpec) -> KernelFn:
                     new[i] = new[i] + weight.dot(values, sums)
             return new
 
-        count = len(own) + (norm_weight is not None)
+        count = len(own) + (norm_weight is not None and staged is None)
         totals = [spec.lanes.sum(total) for total in carry(body, zeros(count), steps, axes, step)]
         if across > 1:
             totals = _add_warps(body, totals, row_warp * across + column_warp, row_warp * across, across, down, lane)
-        totals = _finish_row(spec, totals, own, residual)
+        totals = _finish_row(spec, totals if squares is None else [*totals, squares], own, residual)
         is_first = lane.eq(0) if across == 1 else lane.eq(0) & column_warp.eq(0)
         stores = [out[own[i].valid(is_first)].store(total.cast(out.dtype)) for i, total in enumerate(totals)]
         nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
@@ -148,6 +167,31 @@ def vector_kernel(spec: VectorSpec) -> KernelFn:
         )
 
     return kernel
+
+
+def _stage(body: Body, spec: VectorSpec, x: UOp, norm_weight: UOp, thread: UOp, num_warps: int) -> tuple[UOp, UOp]:
+    """x * norm weight in threadgroup memory, run by run, and the sum of x's squares in every thread."""
+    shared, sums = body.shared(spec.num_cols // PANEL * STAGED_RUN), body.shared(num_warps)
+    threads, pieces = num_warps * LANES, spec.num_cols // VECTOR_COLS
+    stores, squares = [], []
+    for start in range(0, pieces, threads):
+        piece = start + thread
+        is_inside = None if start + threads <= pieces else piece < pieces
+        piece = piece if is_inside is None else is_inside.where(piece, 0)
+        values = load_floats(x, piece * VECTOR_COLS, VECTOR_COLS)
+        square = dot(values, values)
+        squares.append(square if is_inside is None else is_inside.where(square, 0.0))
+        weights = load_floats(norm_weight, piece * VECTOR_COLS, VECTOR_COLS)
+        per_run = PANEL // VECTOR_COLS
+        at = piece // per_run * STAGED_RUN + piece % per_run * VECTOR_COLS
+        for i, (value, weight) in enumerate(zip(values, weights, strict=True)):
+            target = at + i if is_inside is None else (at + i).valid(is_inside)
+            stores.append(shared[target].store(value * weight))
+    total = spec.lanes.sum(balanced(squares))
+    stores.append(sums[(thread // LANES).valid((thread % LANES).eq(0))].store(total))
+    done = UOp.group(*stores)
+    sums = sums.after(done)
+    return shared.after(done), balanced(sums[i].load() for i in range(num_warps))
 
 
 def _finish_row(spec: VectorSpec, totals: list[UOp], own: list[UOp], residual: UOp | None) -> list[UOp]:
@@ -214,7 +258,7 @@ class MatrixSpec:
     def row_tiles(self) -> int:
         """Tiles of rows a warp owns; gate and up count as two."""
         scale = 16 // self.mma.rows  # METAL's tiles have half the rows
-        wanted = 1 if self.token_tiles == 1 else 2
+        wanted = 1 if self.token_tiles == 1 and self.num_rows < 8192 else 2
         if self.token_tiles > 2 and (self.num_rows >= 8192 or self.num_cols >= 8192):
             wanted = 4
         if self.is_gated:
@@ -237,9 +281,18 @@ class MatrixSpec:
     def splits(self) -> int:
         """S: parts of K with threadgroups of their own, where there are too few rows to fill the device."""
         splits, groups = 1, self.num_rows // (self.row_tiles * self.mma.rows) * self.token_groups
-        while not self.is_gated and groups * splits < GROUPS_WANTED and self.chunks >= 4 * splits * self.warps:
+        wanted = GROUPS_WANTED * 3 // 2 if self.token_tiles == 1 else GROUPS_WANTED
+        while not self.is_gated and groups * splits < wanted and self.chunks >= 4 * splits * self.warps:
             splits *= 2
         return splits
+
+    @property
+    def ahead(self) -> int:
+        """Chunks whose loads a warp has in flight: as many as its registers hold beside the sums."""
+        ahead = max(1, (4 if not self.format.is_quantized else 2) // self.token_tiles)
+        while ahead > 1 and self.chunks < self.splits * self.warps * ahead:
+            ahead //= 2
+        return ahead
 
 
 def fits_matrix_unit(mma: Mma, matrix_rows: int, *, is_gated: bool) -> bool:
@@ -274,15 +327,15 @@ def matrix_kernel(spec: MatrixSpec) -> KernelFn:
             return row if spec.num_tokens % (token_tiles * TOKENS) == 0 else row.minimum(spec.num_tokens - 1)
 
         num_runs = spec.num_cols // spec.cols
-        stride = spec.splits * spec.warps
+        stride = spec.splits * spec.warps * spec.ahead
         steps = -(-spec.chunks // stride)
         ragged = num_runs % (mma.slots * stride) != 0
 
-        def step(iteration: UOp | int, old: list[UOp]) -> list[UOp]:
-            chunk = ((part * spec.warps + warp) * steps + iteration) * mma.slots
+        def load(chunk: UOp) -> tuple[list[list[list[UOp]]], list[list[list[UOp]]]]:
+            """The lane's runs of w by tile of rows, and of x by tile of tokens."""
 
             def run_of(slot: UOp) -> tuple[UOp, UOp]:
-                run = chunk + slot
+                run = chunk * mma.slots + slot
                 return ((run < num_runs).where(run, 0), run < num_runs) if ragged else (run, run)
 
             weights = [
@@ -301,14 +354,16 @@ def matrix_kernel(spec: MatrixSpec) -> KernelFn:
                     values = [x[at + i].load().cast(mma.dtype) for i in range(spec.cols)]
                     runs.append([inside.where(v, v.const_like(0.0)) for v in values] if ragged else values)
                 inputs.append(runs)
-            new = []
+            return weights, inputs
+
+        def step(iteration: UOp | int, old: list[UOp]) -> list[UOp]:
+            first = ((part * spec.warps + warp) * steps + iteration) * spec.ahead
             size = mma.elements
-            for r in range(row_tiles):
-                for t in range(token_tiles):
-                    start = (r * token_tiles + t) * size
-                    sums = mma.multiply(weights[r], inputs[t], UOp.stack(*old[start : start + size]))
-                    new += [sums.index(e) for e in range(size)]
-            return new
+            sums = [UOp.stack(*old[i : i + size]) for i in range(0, len(old), size)]
+            for weights, inputs in [load(first + i) for i in range(spec.ahead)]:
+                for tile in range(len(sums)):
+                    sums[tile] = mma.multiply(weights[tile // token_tiles], inputs[tile % token_tiles], sums[tile])
+            return [tile.index(e) for tile in sums for e in range(size)]
 
         per_tile = token_tiles * mma.elements
         totals = carry(body, zeros(row_tiles * per_tile), steps, axes, step)
@@ -316,21 +371,39 @@ def matrix_kernel(spec: MatrixSpec) -> KernelFn:
         kept, first = _share_out(body, spec, pieces, warp, lane)
         stores = []
         for r in range(0, row_tiles, 2 if spec.is_gated else 1):
-            for i in range(len(kept[r])):
-                element = first + i
-                token, row = mma.place(lane, element % mma.elements)
-                at = first_token + element // mma.elements * TOKENS + token
-                value = fast_silu(kept[r][i]) * kept[r + 1][i] if spec.is_gated else kept[r][i]
-                index = (part * spec.num_tokens + at) * spec.out_rows + bases[r] + row
-                if spec.num_tokens % (token_tiles * TOKENS):
-                    index = index.valid(at < spec.num_tokens)
-                stores.append(out[index].store(value.cast(out.dtype)))
+            values = kept[r]
+            if spec.is_gated:
+                values = [fast_silu(gate) * up for gate, up in zip(values, kept[r + 1], strict=True)]
+            stores += _store_tile(spec, out, values, first, lane, first_token, part, bases[r])
         name = f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
         nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
         ops = 2 * spec.num_tokens * spec.num_rows * spec.num_cols
         return finish(UOp.group(*stores).end(*reversed(axes)), name, ops=ops, nbytes=nbytes)
 
     return kernel
+
+
+def _store_tile(
+    spec: MatrixSpec,
+    out: UOp,
+    values: list[UOp],
+    first: UOp | int,
+    lane: UOp,
+    first_token: UOp | int,
+    part: UOp | int,
+    base: UOp,
+) -> list[UOp]:
+    """Stores of a lane's elements [first, first + n) of one tile of rows, which begins at row `base`."""
+    stores, mma = [], spec.mma
+    for i, value in enumerate(values):
+        element = first + i
+        token, row = mma.place(lane, element % mma.elements)
+        at = first_token + element // mma.elements * TOKENS + token
+        index = (part * spec.num_tokens + at) * spec.out_rows + base + row
+        if spec.num_tokens % (spec.token_tiles * TOKENS):
+            index = index.valid(at < spec.num_tokens)
+        stores.append(out[index].store(value.cast(out.dtype)))
+    return stores
 
 
 def _share_out(

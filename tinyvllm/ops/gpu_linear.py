@@ -158,7 +158,7 @@ def vector_kernel(spec: VectorSpec) -> KernelFn:
         if across > 1:
             totals = _add_warps(body, totals, row_warp * across + column_warp, row_warp * across, across, down, lane)
         totals = _finish_row(spec, totals if squares is None else [*totals, squares], own, residual)
-        is_first = lane.eq(0) if across == 1 else lane.eq(0) & column_warp.eq(0)
+        is_first = lane.eq(0) & column_warp.eq(0) if isinstance(column_warp, UOp) else lane.eq(0)
         stores = [out[own[i].valid(is_first)].store(total.cast(out.dtype)) for i, total in enumerate(totals)]
         nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
         name = f"{spec.name}_{spec.format.name}_1x{spec.num_rows}x{spec.num_cols}"

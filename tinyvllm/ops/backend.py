@@ -7,6 +7,7 @@ what differs by device (layouts, fusion, kernels) stays in this room.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,11 +15,13 @@ from typing import Protocol
 import numpy as np
 from tinygrad import Tensor
 
-from tinyvllm.arrays import BFloat16Array, HostMatrix, QuantizedMatrix, Scales
+from tinyvllm.arrays import BFloat16Array, HostMatrix, QuantizedMatrix, Scales, to_float32
 from tinyvllm.ops.device import DeviceHandle
 from tinyvllm.ops.matrix import Matrix
 from tinyvllm.ops.sample import OUT_WIDTH, SampleSpec, sample
 from tinyvllm.ops.step_inputs import StepLayout
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,16 @@ def stack_rows(hosts: Sequence[HostMatrix]) -> list[HostMatrix]:
     return out
 
 
+def gate_over_up(gate: HostMatrix, up: HostMatrix) -> HostMatrix:
+    """The gate's rows, then the up projection's, as one matrix: both in float16, with a warning, where their formats
+    differ, since one kernel reads both."""
+    stacked = stack_rows([gate, up])
+    if len(stacked) > 1:
+        logger.warning("gate and up projections have different formats: both are kept as float16")
+        stacked = stack_rows([to_float32(gate).astype(np.float16), to_float32(up).astype(np.float16)])
+    return stacked[0]
+
+
 def _format_key(host: HostMatrix) -> str:
     if isinstance(host, QuantizedMatrix):
         return host.kind
@@ -164,6 +177,7 @@ __all__ = [
     "Backend",
     "KVPool",
     "Norm",
+    "gate_over_up",
     "sample_rows",
     "stack_rows",
     "take",

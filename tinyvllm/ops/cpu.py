@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -10,9 +9,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from tinygrad import Tensor, UOp
 
-from tinyvllm.arrays import HostMatrix, to_float32
+from tinyvllm.arrays import HostMatrix
 from tinyvllm.errors import DeviceError, UnsupportedModelError
-from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, sample_rows, stack_rows, take
+from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, sample_rows, stack_rows, take
 from tinyvllm.ops.cpu_attention import AttentionSpec, attention_kernel, write_kv_kernel
 from tinyvllm.ops.cpu_linear import (
     STAGED_ROWS,
@@ -28,8 +27,6 @@ from tinyvllm.ops.device import FLOATS, DeviceHandle, has_many_registers
 from tinyvllm.ops.kernel import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.matrix import HALF, PANEL, Matrix, pack, share_rows
 from tinyvllm.ops.step_inputs import StepLayout
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,14 +84,11 @@ class CpuBackend:
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
         """Panels of 16 gate rows and the 16 up rows that belong to them, shared out by panels of 32 columns."""
         _require_panels(gate)
-        if len(stack_rows([gate, up])) > 1:
-            logger.warning("gate and up projections have different formats: both are kept as float16")
-            gate, up = to_float32(gate).astype(np.float16), to_float32(up).astype(np.float16)
-        rows, parts = gate.shape[0], []
+        both, rows, parts = gate_over_up(gate, up), gate.shape[0], []
         for (a, b), core in self._bounds(rows // PANEL):
             index = np.arange(a * PANEL, b * PANEL).reshape(-1, 1, HALF)
             order = np.concatenate([index, index + rows], axis=1).reshape(-1)
-            parts.append(self._pack(take(stack_rows([gate, up])[0], order), core))
+            parts.append(self._pack(take(both, order), core))
         return share_rows(parts)
 
     def make_pool(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: str) -> KVPool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 
-from tinyvllm.arrays import HostMatrix, to_float32
+from tinyvllm.arrays import HostMatrix
 from tinyvllm.errors import UnsupportedModelError
-from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, sample_rows, stack_rows
+from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, sample_rows, stack_rows
 from tinyvllm.ops.device import FLOATS, DeviceHandle
 from tinyvllm.ops.gpu_attention import THREADS, GpuAttentionSpec, attention_kernel, take_rows_kernel, write_kv_kernel
 from tinyvllm.ops.kernel import Body, KernelFn, cached_kernel, clamp, empty, finish, run_kernel
@@ -39,10 +38,7 @@ class GpuBackend:
 
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
         """Gate rows, then up rows."""
-        stacked = stack_rows([gate, up])
-        if len(stacked) > 1:
-            stacked = stack_rows([to_float32(gate).astype(np.float16), to_float32(up).astype(np.float16)])
-        return self.matrix(stacked[0])
+        return self.matrix(gate_over_up(gate, up))
 
     def make_pool(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: str) -> KVPool:
         if shape.head_dim > MAX_HEAD_DIM or shape.head_dim % 8:

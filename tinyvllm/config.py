@@ -163,6 +163,28 @@ class Capacity:
         return (self.num_blocks - 1) * self.block_size
 
 
+GRAMMAR_KINDS = ("json_object", "json_schema", "regex", "choice", "grammar", "lark")
+
+
+@dataclass(frozen=True)
+class GrammarSpec:
+    """What an output must look like. Hashable, so that what was compiled for one request serves the next.
+
+    text by kind: json_schema: the schema as JSON; regex: the expression, which the whole output matches; choice: a
+    list of strings as JSON; grammar: GBNF or Lark, by its looks; lark: Lark of llguidance; json_object: unused.
+    """
+
+    kind: str
+    text: str = ""
+    # the request's field that it came from, for messages; as the same grammar may come from several, no part of it
+    param: str = field(default="structured_outputs", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in GRAMMAR_KINDS:
+            known = ", ".join(GRAMMAR_KINDS)
+            raise RequestError(f"a grammar of kind {self.kind!r} is not known: known are {known}", param=self.param)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled and when it stops. vLLM's names and defaults."""
@@ -181,6 +203,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; 0: the chosen token's; k: and the k likeliest
     skip_special_tokens: bool = True
+    grammar: GrammarSpec | None = None  # what the output must look like
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):  # the two spellings that OpenAI allows

@@ -4,14 +4,42 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 from tinyvllm.config import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Status(enum.Enum):
     WAITING = "waiting"  # no blocks; queued, new or preempted
     RUNNING = "running"  # owns blocks
     FINISHED = "finished"
+
+
+class Constraint(Protocol):
+    """What one request's output must look like, token by token. Its state is that after the accepted tokens.
+
+    Used on the engine's thread alone. A preempted request keeps it, as it keeps its output.
+    """
+
+    def fill_mask(self, out: NDArray[np.int32]) -> None:
+        """Set the bits of the ids that may come next: (ceil(V/32),) int32 or uint32, C-contiguous; bit i%32 of word
+        i//32 is id i. At least one is set, EOS among them where the output may end. Never raises."""
+
+    def accept(self, token_id: int) -> bool:
+        """Move on by a token that was sampled. False: it is not allowed, or a limit was hit; `error` says which, and
+        the request must end with finish_reason "error"."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Nothing may follow: the output is complete, and the request ends with finish_reason "stop"."""
+
+    @property
+    def error(self) -> str | None:
+        """Why the constraint cannot go on, once `accept` has returned False."""
 
 
 @dataclass(eq=False)  # identity is the request itself: two requests with equal prompts are not one
@@ -29,6 +57,7 @@ class Request:
     max_tokens: int = 16  # resolved: params.max_tokens cut to what max_model_len leaves
     seed: int = 0  # resolved: params.seed or one drawn by the engine; 32 bits
     priority: int = 0  # lower runs first, under the priority policy
+    constraint: Constraint | None = None  # what the output must look like: a grammar's matcher
     arrival: int = 0  # a counter: order of arrival
     arrival_s: float = 0.0  # monotonic clock
     output_ids: list[int] = field(default_factory=list)

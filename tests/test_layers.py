@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tinyvllm"
 
 BASE = {"config", "errors"}
-DOWN_TO_ENGINE = BASE | {"storage", "text", "scheduling", "execution", "engine"}
+DOWN_TO_ENGINE = BASE | {"storage", "text", "scheduling", "execution", "engine", "profiling"}
 MAY_IMPORT = {
     "errors": set(),
     "arrays": set(),
@@ -22,11 +22,11 @@ MAY_IMPORT = {
     "profiling": BASE,
     "ops": BASE | {"arrays"},
     "model": BASE | {"arrays", "ops", "storage"},
-    "execution": BASE | {"arrays", "ops", "model", "scheduling", "storage"},
-    "engine": BASE | {"text", "scheduling", "execution", "storage"},
-    "server": BASE | {"text", "engine", "__init__"},
-    "bench": DOWN_TO_ENGINE | {"profiling", "__init__"},
-    "cli": DOWN_TO_ENGINE | {"profiling", "server", "bench", "__init__"},
+    "execution": BASE | {"arrays", "ops", "model", "profiling", "scheduling", "storage"},
+    "engine": BASE | {"text", "scheduling", "execution", "profiling", "storage"},
+    "server": BASE | {"text", "engine", "profiling", "__init__"},
+    "bench": DOWN_TO_ENGINE | {"__init__"},
+    "cli": DOWN_TO_ENGINE | {"server", "bench", "__init__"},
     "__init__": BASE | {"engine"},
 }
 USES_TINYGRAD = ("ops", "model", "execution")

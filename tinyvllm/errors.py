@@ -52,6 +52,10 @@ class CacheError(TinyvllmError):
     """A cache's folder or file cannot be trusted or used; the message says why and what to do."""
 
 
+class ProfilingError(TinyvllmError):
+    """A measurement was asked for that cannot be made: one that runs already, or of what is not known."""
+
+
 class EngineDeadError(TinyvllmError):
     """The engine's thread has stopped; nothing further can be generated in this process."""
 

@@ -1,0 +1,140 @@
+"""Spans nest, close on errors, cost nothing while off, and never take more memory than was allowed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyvllm.errors import InvariantError, ProfilingError
+from tinyvllm.profiling import measure
+from tinyvllm.profiling.measure import Recorder, Recording
+
+
+@pytest.fixture(autouse=True)
+def _off() -> Iterator[None]:
+    """However a test ends, nothing is recorded after it."""
+    yield
+    if measure.is_on():
+        measure.stop()
+
+
+def record_nested() -> Recording:
+    measure.start()
+    with measure.span(measure.STEP) as step:
+        with measure.span(measure.SCHEDULE):
+            pass
+        with measure.span(measure.PACK):
+            pass
+        step.tell(kind="decode", bucket="decode 8")
+    return measure.stop()
+
+
+def test_a_span_knows_what_lies_inside_of_it() -> None:
+    recording = record_nested()
+    (step,) = recording.named("step")
+    inner = [*recording.named("schedule"), *recording.named("pack")]
+    assert step.facts == {"kind": "decode", "bucket": "decode 8"}
+    assert [span.depth for span in (step, *inner)] == [0, 1, 1]
+    assert step.inner_ns == sum(span.duration_ns for span in inner)
+    assert step.own_ns + step.inner_ns == step.duration_ns <= recording.wall_ns
+    assert all(step.start_ns <= span.start_ns <= span.end_ns <= step.end_ns for span in inner)
+
+
+def test_own_times_of_all_spans_sum_to_the_outermost() -> None:
+    recording = record_nested()
+    assert sum(total.own_ns for total in recording.totals.values()) == recording.totals["step"].total_ns
+
+
+def test_off_is_one_shared_object_that_does_nothing() -> None:
+    assert measure.span("pack") is measure.span("wait", bucket="decode 1")
+    with measure.span("pack") as span:
+        span.tell(kind="decode")
+    measure.add("queue", 0, 1)
+    measure.count("syncs")
+    measure.start()
+    recording = measure.stop()
+    assert (recording.spans, recording.totals, recording.counts) == ((), {}, {})
+
+
+def test_a_span_closes_on_an_error_and_names_it() -> None:
+    measure.start()
+    with pytest.raises(ValueError), measure.span("step"), measure.span("pack"):
+        raise ValueError("as planned")
+    with measure.span("commit"):
+        pass
+    recording = measure.stop()
+    assert {span.name: (span.depth, span.facts) for span in recording.spans} == {
+        "pack": (1, {"error": "ValueError"}),
+        "step": (0, {"error": "ValueError"}),
+        "commit": (0, {}),
+    }
+
+
+def test_an_error_passes_while_off() -> None:
+    with pytest.raises(ValueError), measure.span("pack"):
+        raise ValueError("as planned")
+
+
+def test_threads_do_not_nest_in_each_other() -> None:
+    measure.start()
+
+    def other() -> None:
+        with measure.span("tokenise"):
+            pass
+
+    with measure.span("step"):
+        thread = threading.Thread(target=other, name="caller")
+        thread.start()
+        thread.join()
+    recording = measure.stop()
+    (tokenise,), (step,) = recording.named("tokenise"), recording.named("step")
+    assert (tokenise.depth, tokenise.thread, step.inner_ns) == (0, "caller", 0)
+
+
+@given(st.integers(1, 20), st.integers(0, 60))
+def test_memory_is_bounded_and_totals_stay_exact(kept: int, made: int) -> None:
+    recorder = Recorder(max_spans=kept)
+    for index in range(made):
+        recorder.add("queue", 10 * index, 10 * index + 3)
+    recording = recorder.finish()
+    assert len(recording.spans) == min(kept, made)
+    assert recording.num_dropped == made - len(recording.spans)
+    assert [span.start_ns for span in recording.spans] == [10 * index for index in range(made)][-kept:]
+    if made:
+        assert (recording.totals["queue"].count, recording.totals["queue"].total_ns) == (made, 3 * made)
+
+
+def test_counts_add_up() -> None:
+    measure.start()
+    measure.count("syncs")
+    measure.count("syncs")
+    measure.count("copied_bytes", 4096)
+    assert measure.stop().counts == {"syncs": 2, "copied_bytes": 4096}
+
+
+def test_a_span_that_is_open_at_the_end_is_left_out_and_ends_well() -> None:
+    measure.start()
+    with measure.span("step"):
+        recording = measure.stop()
+    assert recording.spans == ()
+
+
+def test_starting_twice_and_stopping_nothing_are_refused() -> None:
+    with pytest.raises(ProfilingError, match="no profile"):
+        measure.stop()
+    measure.start()
+    with pytest.raises(ProfilingError, match="already"):
+        measure.start()
+
+
+def test_a_span_around_an_await_is_found_out() -> None:
+    recorder = Recorder()
+    first, second = recorder.span("queue"), recorder.span("wait")
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(InvariantError, match="await"):
+        first.__exit__(None, None, None)

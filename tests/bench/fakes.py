@@ -46,6 +46,14 @@ class FakeRunner:
         # (ids of the requests' blocks, [start, stop) of their tokens, the last token's id) by step
         self.steps: list[list[tuple[tuple[int, ...], int, int, int]]] = []
 
+    max_in_flight = 1
+
+    def launch(self, plan: StepPlan) -> StepOutput:
+        return self.execute(plan)
+
+    def collect(self, flight: StepOutput) -> StepOutput:
+        return flight
+
     def execute(self, plan: StepPlan) -> StepOutput:
         self.steps.append(
             [

@@ -144,3 +144,69 @@ def test_a_broken_invariant_of_the_scheduler_is_not_hidden(monkeypatch: pytest.M
     monkeypatch.setattr(core.scheduler, "_place", lambda request: False)
     with pytest.raises(InvariantError, match="0 running, 1 waiting, 999 blocks free"):
         core.step()
+
+
+def overlapped(runner: FakeModelRunner | None = None) -> EngineCore:
+    """A core whose device takes a step before the one before was read."""
+    core = make_core(runner)
+    core.runner.max_in_flight = 2
+    return core
+
+
+def test_overlapped_steps_give_the_same_tokens() -> None:
+    core, requests = overlapped(), [make_request(f"r{i}", 5 + i, max_tokens=3 + i % 4) for i in range(20)]
+    for request in requests:
+        core.add(request)
+    outs = []
+    while core.has_work:
+        outs += core.step()
+    assert [request.output_ids for request in requests] == [run_alone(request) for request in requests]
+    assert len(outs) == sum(len(request.output_ids) for request in requests)
+    assert all(request.num_in_flight == 0 for request in requests)
+    assert core.stats.num_free_blocks == 999
+
+
+def test_a_length_is_known_ahead_and_an_end_of_text_is_one_step_late() -> None:
+    runner = FakeModelRunner()
+    core = overlapped(runner)
+    core.add(make_request("a", max_tokens=4))
+    while core.has_work:
+        core.step()
+    assert len(runner.plans) == 4
+    request = make_request("b", max_tokens=9, eos_ids=[run_alone(make_request("b", max_tokens=9))[1]])
+    core.add(request)
+    while core.has_work:
+        core.step()
+    assert (request.finish_reason, len(request.output_ids)) == ("stop", 2)
+    assert len(runner.plans) == 4 + 3
+
+
+def test_what_ends_in_flight_says_nothing_more() -> None:
+    core, gone, stays = overlapped(), make_request("gone"), make_request("stays")
+    core.add(gone)
+    core.add(stays)
+    for _ in range(3):
+        core.step()
+    assert gone.num_in_flight == 1
+    assert core.abort("gone") is gone
+    num_output = len(gone.output_ids)
+    outs = []
+    while core.has_work:
+        outs += core.step()
+    assert len(gone.output_ids) == num_output and all(out.request is stays for out in outs)
+    assert stays.output_ids == run_alone(stays)
+    core.scheduler.block_manager.audit()
+
+
+def test_an_overlapped_step_that_throws_ends_all_that_is_in_flight() -> None:
+    core = overlapped(fail(2))
+    first, late = [make_request(f"r{i}") for i in range(8)], make_request("late")
+    for request in (*first, late):
+        core.add(request)
+    outs = []
+    while core.has_work:
+        outs += core.step()
+    assert [out.request for out in outs if out.finish_reason == "error"] == first
+    assert all(len(request.output_ids) == 1 for request in first), "the second step's token was never read"
+    assert late.output_ids == run_alone(late)
+    assert core.stats.num_free_blocks == 999

@@ -8,6 +8,7 @@ given away too early, shared while it was written, found for the wrong text or n
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -33,6 +34,7 @@ class FakeRunner:
     """Executes plans on a dict of slots. `before_step` may raise, to play a device that fails."""
 
     num_captures = 3
+    max_in_flight = 1
 
     def __init__(self, block_size: int, vocab_size: int = VOCAB_SIZE) -> None:
         self.block_size = block_size
@@ -42,6 +44,14 @@ class FakeRunner:
         self.before_step: Callable[[StepPlan], None] = lambda plan: None
         self.choose: Callable[[Request, int], int] = lambda request, digest: digest % self.vocab_size
         self.is_closed = False
+        self._newest: dict[Request, int] = {}  # the token that was sampled last, which the host may not know yet
+
+    def launch(self, plan: StepPlan) -> StepOutput:
+        """A device that is done at once; whoever launches reads its output when they like."""
+        return self.execute(plan)
+
+    def collect(self, flight: StepOutput) -> StepOutput:
+        return flight
 
     def execute(self, plan: StepPlan) -> StepOutput:
         self.before_step(plan)
@@ -50,6 +60,7 @@ class FakeRunner:
         for entry in plan.entries:
             self._write(entry, written)
         sampled = [self._sample(entry.request) for entry in plan.sampled]
+        self._newest = {entry.request: ids for entry, (ids, _) in zip(plan.sampled, sampled, strict=True)}
         return StepOutput(tuple(ids for ids, _ in sampled), tuple(lps for _, lps in sampled), pack_s=0.25, device_s=0.5)
 
     def close(self) -> None:
@@ -63,7 +74,13 @@ class FakeRunner:
     def _write(self, entry: Scheduled, written: set[int]) -> None:
         request, stop = entry.request, entry.start + entry.count
         assert entry.count > 0 and entry.start == request.num_computed, entry
-        for position, token_id in enumerate(request.tokens(entry.start, stop), entry.start):
+        tokens = request.tokens(entry.start, stop)
+        if len(tokens) < entry.count:  # the last is in flight
+            assert list(self._newest)[request.flight_row] is request, (
+                "the row that the step is told to read is another's"
+            )
+            tokens = [*tokens, self._newest[request]]
+        for position, token_id in enumerate(tokens, entry.start):
             slot = self._slot(request, position)
             assert slot not in written, f"slot {slot} is written twice in one step"
             written.add(slot)
@@ -119,33 +136,57 @@ def make_request(
     )
 
 
+class Flights:
+    """Steps on a FakeRunner that were not committed yet: as many as `depth` before the first is."""
+
+    def __init__(self, scheduler: Scheduler, runner: FakeRunner, depth: int = 1) -> None:
+        self.scheduler, self.runner, self.depth = scheduler, runner, depth
+        self._flights: deque[tuple[StepPlan, StepOutput]] = deque()
+
+    def step(self) -> list[TokenOut]:
+        """Plan one step and commit the oldest if it is time, with the pool audited after each of these."""
+        scheduler = self.scheduler
+        plan = scheduler.schedule()
+        scheduler.block_manager.audit()
+        if plan is not None:
+            check_limits(scheduler, plan)
+            self._flights.append((plan, self.runner.execute(plan)))
+            scheduler.advance(plan)
+        if not self._flights or (plan is not None and len(self._flights) < self.depth):
+            return []
+        outs = scheduler.commit(*self._flights.popleft())
+        scheduler.block_manager.audit()
+        return outs
+
+
 def step(scheduler: Scheduler, runner: FakeRunner) -> list[TokenOut]:
-    """One step with the pool audited after each of its halves."""
-    plan = scheduler.schedule()
-    scheduler.block_manager.audit()
-    if plan is None:
-        return []
-    check_limits(scheduler, plan)
-    outs = scheduler.commit(plan, runner.execute(plan))
-    scheduler.block_manager.audit()
-    return outs
+    """One step, planned, run and committed."""
+    return Flights(scheduler, runner).step()
 
 
 def check_limits(scheduler: Scheduler, plan: StepPlan) -> None:
     capacity = scheduler.capacity
     assert 0 < plan.num_tokens <= capacity.max_num_batched_tokens, plan.num_tokens
     assert len(plan.entries) <= capacity.max_num_seqs
-    assert {entry.request for entry in plan.entries} == set(scheduler.running), "all that run move in every step"
+    ending = {request for request in scheduler.running if request.num_in_flight and request not in _requests(plan)}
+    assert _requests(plan) | ending == set(scheduler.running), "all that run move in every step, or end with it"
+    for request in ending:
+        num_tokens = min(request.num_prompt_tokens + request.max_tokens, capacity.max_model_len, capacity.num_tokens)
+        assert request.num_tokens == num_tokens, "who stands still has its last token in flight"
     assert not set(plan.preempted) & set(scheduler.running), "who was preempted in this step does not come back in it"
 
 
-def run(scheduler: Scheduler, *requests: Request, runner: FakeRunner | None = None) -> list[list[int]]:
+def _requests(plan: StepPlan) -> set[Request]:
+    return {entry.request for entry in plan.entries}
+
+
+def run(scheduler: Scheduler, *requests: Request, runner: FakeRunner | None = None, depth: int = 1) -> list[list[int]]:
     """Add the requests together, run until all have ended and return their outputs."""
-    runner = runner or FakeRunner(scheduler.capacity.block_size)
+    flights = Flights(scheduler, runner or FakeRunner(scheduler.capacity.block_size), depth)
     for request in requests:
         scheduler.add(request)
     while scheduler.has_work:
-        step(scheduler, runner)
+        flights.step()
     return [request.output_ids for request in requests]
 
 

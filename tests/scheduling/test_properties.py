@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.scheduling.fakes import FakeRunner, make_request, make_scheduler, run, run_alone, step
+from tests.scheduling.fakes import FakeRunner, Flights, make_request, make_scheduler, run, run_alone
 from tinyvllm.scheduling.request import Request, Status
 from tinyvllm.scheduling.scheduler import Scheduler
 
@@ -16,9 +16,9 @@ from tinyvllm.scheduling.scheduler import Scheduler
 class Traffic:
     """Drives a scheduler with seeded arrivals, aborts and stops, and remembers every request."""
 
-    def __init__(self, scheduler: Scheduler, seed: int) -> None:
+    def __init__(self, scheduler: Scheduler, seed: int, depth: int) -> None:
         self.scheduler = scheduler
-        self.runner = FakeRunner(scheduler.capacity.block_size)
+        self.flights = Flights(scheduler, FakeRunner(scheduler.capacity.block_size), depth)
         self.rng = random.Random(seed)
         self.requests: list[Request] = []
         self.disturbed: set[Request] = set()
@@ -62,7 +62,7 @@ class Traffic:
             self.arrive()
         if self.rng.random() < disturbances:
             self.disturb()
-        step(self.scheduler, self.runner)
+        self.flights.step()
 
     def check_answers(self) -> None:
         for request in self.requests:
@@ -73,6 +73,7 @@ class Traffic:
                 assert len(request.output_ids) == len(alone), request.request_id
 
 
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize(
     ("seed", "num_blocks", "policy", "prefix_caching", "budget"),
     [
@@ -85,17 +86,17 @@ class Traffic:
     ],
 )
 def test_random_traffic_keeps_the_pool_and_the_answers(
-    seed: int, num_blocks: int, policy: str, prefix_caching: bool, budget: int
+    seed: int, num_blocks: int, policy: str, prefix_caching: bool, budget: int, depth: int
 ) -> None:
     scheduler = make_scheduler(
         num_blocks, policy=policy, prefix_caching=prefix_caching, max_num_seqs=6, max_num_batched_tokens=budget
     )
-    traffic = Traffic(scheduler, seed)
+    traffic = Traffic(scheduler, seed, depth)
     for _ in range(1000):
         traffic.move(arrivals=0.35, disturbances=0.1)
     num_steps = 0
     while scheduler.has_work:
-        step(scheduler, traffic.runner)
+        traffic.flights.step()
         num_steps += 1
         assert num_steps < 2000, "what waits is reached"
     assert scheduler.block_manager.num_free == num_blocks - 1
@@ -118,9 +119,16 @@ prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_siz
     max_num_seqs=st.integers(1, 6),
     spare_budget=st.integers(0, 12),
     policy=st.sampled_from(["fcfs", "priority"]),
+    depth=st.sampled_from([1, 2]),
 )
 def test_batched_chunked_cached_and_preempted_answers_equal_those_alone(
-    prompts: list[list[int]], block_size: int, spare_blocks: int, max_num_seqs: int, spare_budget: int, policy: str
+    prompts: list[list[int]],
+    block_size: int,
+    spare_blocks: int,
+    max_num_seqs: int,
+    spare_budget: int,
+    policy: str,
+    depth: int,
 ) -> None:
     max_tokens = 6
     longest = max(map(len, prompts)) + max_tokens
@@ -132,7 +140,7 @@ def test_batched_chunked_cached_and_preempted_answers_equal_those_alone(
         max_num_batched_tokens=max_num_seqs + spare_budget,
     )
     requests = [make_request(f"r{i}", p, max_tokens, priority=i % 2) for i, p in enumerate(prompts)]
-    assert run(scheduler, *requests) == [run_alone(request) for request in requests]
+    assert run(scheduler, *requests, depth=depth) == [run_alone(request) for request in requests]
     assert scheduler.block_manager.num_free == scheduler.block_manager.num_blocks - 1
 
 

@@ -357,6 +357,7 @@ def test_eos_before_min_tokens_does_not_stop() -> None:
     for reason in (None, "stop"):
         plan = scheduler.schedule()
         assert plan is not None
+        scheduler.advance(plan)
         (out,) = scheduler.commit(plan, StepOutput((7,), (None,)))
         assert out.finish_reason == reason
 

@@ -1,16 +1,22 @@
-"""The step loop's body: schedule, execute, commit. Synchronous, on one thread, with token ids in and out."""
+"""The step loop's body: schedule, launch, collect, commit. On one thread, with token ids in and out.
+
+Where the device can feed a step with the tokens of the one before, two steps are in flight: while one runs, the next is
+planned, packed and enqueued, and the device never waits for Python. That a request has ended is seen one step late.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import time
-from typing import Protocol
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from tinyvllm.config import Capacity, ModelConfig
 from tinyvllm.errors import EngineDeadError
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, StepStats, TokenOut
-from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.request import Request, Status
 from tinyvllm.scheduling.scheduler import Scheduler
 
 MAX_CONSECUTIVE_FAILURES = 3  # one may be an accident of its batch; this many in a row are a broken device
@@ -30,9 +36,26 @@ class Runner(Protocol):
     @property
     def num_captures(self) -> int: ...
 
-    def execute(self, plan: StepPlan) -> StepOutput: ...
+    @property
+    def max_in_flight(self) -> int:
+        """Steps that may be launched before the first of them is collected."""
+
+    def launch(self, plan: StepPlan) -> Any:
+        """Enqueue a step; tokens in flight are fed by the device. Returns what `collect` takes."""
+
+    def collect(self, flight: Any) -> StepOutput:
+        """Wait for the oldest launched step and read its tokens."""
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step on the device, and the seconds that it was made in."""
+
+    plan: StepPlan
+    handle: Any
+    schedule_s: float
 
 
 class EngineCore:
@@ -49,11 +72,12 @@ class EngineCore:
             num_free_blocks=scheduler.block_manager.num_free,
             extra={"num_steps": 0, "num_failed_steps": 0, "num_computed_tokens": 0, "num_output_tokens": 0},
         )
+        self._flights: deque[Flight] = deque()  # oldest first
         self._num_failures = 0  # consecutive
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._flights)
 
     def add(self, request: Request) -> None:
         """Queue a new request. RequestError or ContextLengthError for one that can never run."""
@@ -74,50 +98,70 @@ class EngineCore:
         self._publish(self.stats)
 
     def step(self) -> list[TokenOut]:
-        """Run one step; return each request's new token or its end. [] when there is nothing to do.
+        """Launch a step if there is one, and take the tokens of the oldest once as many are in flight as may be.
 
-        A step that throws ends its requests with finish_reason "error", and the next step may succeed.
-        Raises EngineDeadError after MAX_CONSECUTIVE_FAILURES of them.
+        Returns new tokens and ends; [] when there is nothing to do, or nothing to read yet. A step that throws ends the
+        requests of all steps in flight with finish_reason "error", and the next may succeed. Raises EngineDeadError
+        after MAX_CONSECUTIVE_FAILURES of them.
         """
         start_s = time.perf_counter()
         plan = self.scheduler.schedule()
-        if plan is None:
+        if plan is None and not self._flights:
             return []
-        scheduled_s = time.perf_counter()
         try:
-            output = self.runner.execute(plan)
-            executed_s = time.perf_counter()
-            outs = self.scheduler.commit(plan, output)
+            if plan is not None:
+                self._launch(plan, time.perf_counter() - start_s)
+                if len(self._flights) < self.runner.max_in_flight:
+                    return []
+            return self._land(self._flights[0])
         except Exception as error:
-            outs = self._fail(plan, error)
-            self._publish(self._count(self.stats, num_failed_steps=1))
-            if self._num_failures >= MAX_CONSECUTIVE_FAILURES:
-                raise EngineDeadError(
-                    f"{self._num_failures} steps in a row have failed, the last with {_describe(error)}"
-                ) from error
-            return outs
+            return self._fail(plan, error)
+
+    def _launch(self, plan: StepPlan, schedule_s: float) -> None:
+        handle = self.runner.launch(plan)
+        self.scheduler.advance(plan)
+        self._flights.append(Flight(plan, handle, schedule_s))
+
+    def _land(self, flight: Flight) -> list[TokenOut]:
+        """Wait for the oldest step and book what it computed."""
+        output = self.runner.collect(flight.handle)
+        collected_s = time.perf_counter()
+        outs = self.scheduler.commit(flight.plan, output)
+        self._flights.popleft()
         self._num_failures = 0
         stats = self._count(
             self.stats,
             num_steps=1,
-            num_computed_tokens=plan.num_tokens,
+            num_computed_tokens=flight.plan.num_tokens,
             num_output_tokens=sum(out.token_id is not None for out in outs),
         )
-        stats.schedule_s = scheduled_s - start_s
+        stats.schedule_s = flight.schedule_s
         stats.pack_s, stats.device_s = output.pack_s, output.device_s
-        stats.commit_s = time.perf_counter() - executed_s
-        stats.num_tokens, stats.num_seqs = plan.num_tokens, len(plan.entries)
+        stats.commit_s = time.perf_counter() - collected_s
+        stats.num_tokens, stats.num_seqs = flight.plan.num_tokens, len(flight.plan.entries)
         self._publish(stats)
         return outs
 
-    def _fail(self, plan: StepPlan, error: Exception) -> list[TokenOut]:
+    def _fail(self, plan: StepPlan | None, error: Exception) -> list[TokenOut]:
+        """End the requests of `plan`, which may not have been launched, and of all that is in flight."""
         self._num_failures += 1
+        plans = [flight.plan for flight in self._flights] + ([plan] if plan is not None else [])
+        self._flights.clear()
+        failed = {entry.request: None for some in plans for entry in some.entries}  # in order, each once
         message = f"the step that computed this request failed with {_describe(error)}"
-        names = ", ".join(entry.request.request_id for entry in plan.entries)
+        outs = []
+        for request in failed:
+            if request.status is not Status.FINISHED:
+                self.scheduler.finish(request, "error", error=message)
+                outs.append(TokenOut(request, None, None, "error"))
+        names = ", ".join(out.request.request_id for out in outs)
         logger.error("a step failed (%d in a row), and with it %s", self._num_failures, names, exc_info=error)
-        for entry in plan.entries:
-            self.scheduler.finish(entry.request, "error", error=message)
-        return [TokenOut(entry.request, None, None, "error") for entry in plan.entries]
+        self._publish(self._count(self.stats, num_failed_steps=1))
+        if self._num_failures >= MAX_CONSECUTIVE_FAILURES:
+            raise EngineDeadError(
+                f"{self._num_failures} steps in a row have failed, the last with {_describe(error)}"
+            ) from error
+        return outs
 
     def _publish(self, stats: StepStats) -> None:
         """Replace `stats` by a copy with the gauges of this moment."""

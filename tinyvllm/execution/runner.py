@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -73,6 +74,16 @@ def make_runner(
     return ModelRunner(model, backend, pool, capacity, make_buckets(config), store)
 
 
+@dataclass(frozen=True)
+class Flight:
+    """A step that was enqueued and not yet read."""
+
+    plan: StepPlan
+    graph: Graph
+    pack_s: float
+    packed_s: float  # perf_counter's time
+
+
 class ModelRunner:
     """Owns the device's side of the engine. One thread only."""
 
@@ -95,6 +106,11 @@ class ModelRunner:
         return self._model.config
 
     @property
+    def max_in_flight(self) -> int:
+        """Steps that may be launched before the first of them is collected."""
+        return 1
+
+    @property
     def device(self) -> str:
         return self._backend.device.name
 
@@ -114,6 +130,10 @@ class ModelRunner:
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one step and wait for its tokens. Raises DeviceError where the device fails."""
+        return self.collect(self.launch(plan))
+
+    def launch(self, plan: StepPlan) -> Flight:
+        """Enqueue one step, and what reads its tokens. Raises DeviceError."""
         start = time.perf_counter()
         graph = self._graph_for(plan)
         graph.packer.pack(plan)
@@ -121,11 +141,19 @@ class ModelRunner:
         try:
             graph.send()
             graph.run()
+        except RuntimeError as error:
+            raise DeviceError(f"step {graph.bucket.name} failed on {self.device}: {error}") from error
+        return Flight(plan, graph, packed - start, packed)
+
+    def collect(self, flight: Flight) -> StepOutput:
+        """Wait for a launched step's tokens. Raises DeviceError."""
+        graph = flight.graph
+        try:
             rows = self._backend.device.read(graph.output).reshape(-1, OUT_WIDTH)
         except RuntimeError as error:
             raise DeviceError(f"step {graph.bucket.name} failed on {self.device}: {error}") from error
-        done = time.perf_counter()
-        return make_output(plan, rows, pack_s=packed - start, device_s=done - packed)
+        device_s = time.perf_counter() - flight.packed_s
+        return make_output(flight.plan, rows, pack_s=flight.pack_s, device_s=device_s)
 
     def close(self) -> None:
         """Let go of graphs, pool and weights. The runner cannot be used again."""

@@ -9,16 +9,19 @@ from tinyvllm.scheduling.request import Request
 
 @dataclass(frozen=True)
 class Scheduled:
-    """Compute tokens [start, start + count) of `request` in this step."""
+    """Compute tokens [start, start + count) of `request` in this step.
+
+    samples: the step reaches the request's last token, so that a new one is sampled. Decided when the entry is made,
+    since the request moves on before the step's output is there.
+    """
 
     request: Request
     start: int
     count: int
+    samples: bool = field(init=False)
 
-    @property
-    def samples(self) -> bool:
-        """True when the step reaches the request's last known token, so that a new one is sampled."""
-        return self.start + self.count == self.request.num_tokens
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", self.start + self.count == self.request.num_tokens)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,9 @@ class Request:
 
     [0, num_computed) in the pool · [num_computed, num_tokens) still to compute. Invariant while running:
     0 <= num_computed <= num_tokens <= len(block_ids) * block_size (the last holds once the step's blocks are taken).
+
+    A step may be planned while the device still runs the one before. What that one computes and samples is counted
+    already: its tokens are in flight, their number is known and their ids are not.
     """
 
     request_id: str
@@ -60,8 +63,11 @@ class Request:
     constraint: Constraint | None = None  # what the output must look like: a grammar's matcher
     arrival: int = 0  # a counter: order of arrival
     arrival_s: float = 0.0  # monotonic clock
+    scheduled_s: float = 0.0  # monotonic clock: when it last left the queue
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_in_flight: int = 0  # sampled by a step whose output was not read yet: the newest tokens, without ids
+    flight_row: int = 0  # where the token in flight lies: its number among those that its step sampled
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of full blocks, in order
@@ -76,7 +82,16 @@ class Request:
         return len(self.prompt_ids)
 
     @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_ids) + self.num_in_flight
+
+    @property
     def num_tokens(self) -> int:
+        return len(self.prompt_ids) + self.num_output_tokens
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens whose ids are here: all but those in flight."""
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
@@ -86,12 +101,12 @@ class Request:
     @property
     def held_back_ids(self) -> tuple[int, ...]:
         """Ids that may not be sampled now, because min_tokens is not reached: EOS and stop ids."""
-        if len(self.output_ids) >= self.params.min_tokens:
+        if self.num_output_tokens >= self.params.min_tokens:
             return ()
         return tuple(sorted({*self.eos_ids, *self.params.stop_token_ids}))
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Ids [start, stop) of prompt and output together."""
+        """Ids [start, stop) of prompt and output together, as far as they are known."""
         split = len(self.prompt_ids)
         if stop <= split:
             return self.prompt_ids[start:stop]

@@ -4,11 +4,15 @@ There are no phases. Each request has `num_pending` tokens to compute: one when 
 or it was preempted. A step deals its token budget out to the running requests, then to waiting ones, so that chunks of
 long prompts ride along with decodes. When the pool runs out, the last in rank gives its blocks back and is computed
 again later (Kwon et al. 2023, sec. 4.5, recomputation).
+
+A step's life has three moments: `schedule` plans it, `advance` books it as running, `commit` takes its tokens. Another
+step may be planned between the last two, with tokens that are still in flight.
 """
 
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import insort
 
 from tinyvllm.config import Capacity
@@ -118,7 +122,8 @@ class Scheduler:
         del self._requests[request.request_id]
 
     def schedule(self) -> StepPlan | None:
-        """Choose the next step's tokens and give them blocks. None when there is nothing to do."""
+        """Choose the next step's tokens and give them blocks. None when there is nothing to do, or nothing before the
+        tokens in flight are known."""
         if not self._requests:
             return None
         entries: list[Scheduled] = []
@@ -127,14 +132,25 @@ class Scheduler:
         if not preempted:  # else the pool has just run out
             self._admit_waiting(entries, budget)
         if not entries:
+            if any(request.num_in_flight for request in self._requests.values()):
+                return None
             raise InvariantError(
                 f"nothing can be scheduled: {self.num_running} running, {self.num_waiting} waiting, "
                 f"{self.block_manager.num_free} blocks free"
             )
         return StepPlan(tuple(entries), tuple(preempted))
 
+    def advance(self, plan: StepPlan) -> None:
+        """Book a step that was handed to the device: its tokens count as computed, what it samples is in flight."""
+        for entry in plan.entries:
+            entry.request.num_computed += entry.count
+        for row, entry in enumerate(plan.sampled):
+            entry.request.num_in_flight += 1
+            entry.request.flight_row = row
+
     def commit(self, plan: StepPlan, output: StepOutput) -> list[TokenOut]:
-        """Book what a step computed: append tokens, seal full blocks, free what has ended. One TokenOut a new token."""
+        """Take the tokens of a step that was advanced: append them, seal full blocks, free what has ended. One TokenOut
+        a new token; none for a request that ended while its token was in flight."""
         num_sampled = len(plan.sampled)
         if len(output.token_ids) != num_sampled or len(output.logprobs) != num_sampled:
             raise InvariantError(
@@ -144,11 +160,13 @@ class Scheduler:
         outs: list[TokenOut] = []
         sampled = iter(zip(output.token_ids, output.logprobs, strict=True))
         for entry in plan.entries:
-            request, samples = entry.request, entry.samples
-            request.num_computed += entry.count
-            if samples:
-                outs.append(self._append(request, *next(sampled)))
-            else:
+            request, token = entry.request, next(sampled) if entry.samples else None
+            if request.status is Status.FINISHED:
+                continue
+            if token is not None:
+                request.num_in_flight -= 1
+                outs.append(self._append(request, *token))
+            elif request.status is Status.RUNNING:
                 self.block_manager.seal(request)
         return outs
 
@@ -159,13 +177,22 @@ class Scheduler:
         while index < len(self.running):  # the list shortens from its end when requests are preempted
             request = self.running[index]
             num_behind = len(self.running) - index - 1  # a token is kept for each, so that a long prompt stops nobody
-            count = min(request.num_pending, budget - num_behind)
+            count = 0 if self._is_ending(request) else min(request.num_pending, budget - num_behind)
             if not self._make_room(request, request.num_computed + count, preempted):
                 break
-            entries.append(Scheduled(request, request.num_computed, count))
+            if count:
+                entries.append(Scheduled(request, request.num_computed, count))
             budget -= count
             index += 1
         return budget
+
+    def _is_ending(self, request: Request) -> bool:
+        """Whether the token in flight is the request's last, whatever it is."""
+        return request.num_in_flight > 0 and self._is_full(request, request.num_output_tokens)
+
+    def _is_full(self, request: Request, num_output: int) -> bool:
+        """Whether a request with `num_output` tokens of output may not have another."""
+        return num_output >= request.max_tokens or request.num_prompt_tokens + num_output >= self._max_len
 
     def _make_room(self, request: Request, num_tokens: int, preempted: list[Request]) -> bool:
         """Grow the request's table, taking blocks from the last in rank. False if that was the request itself."""
@@ -189,6 +216,7 @@ class Scheduler:
                 return
             heapq.heappop(self._waiting)
             request.status = Status.RUNNING
+            request.scheduled_s = time.monotonic()
             insort(self.running, request, key=self._rank)
             count = min(request.num_pending, budget)
             entries.append(Scheduled(request, request.num_computed, count))
@@ -246,6 +274,6 @@ class Scheduler:
                 return "stop", None
             if token_id in request.params.stop_token_ids:
                 return "stop", token_id
-        if num_output >= request.max_tokens or request.num_tokens >= self._max_len:
+        if self._is_full(request, num_output):
             return "length", None
         return None, None

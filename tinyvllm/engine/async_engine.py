@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from typing import Any, TypeVar
 
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig, SamplingParams
 from tinyvllm.engine.output import Delta, TextEngine
@@ -27,6 +28,8 @@ from tinyvllm.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 Task = Callable[[TextEngine], object]  # what a caller wants done on the engine's thread, between two steps
+OnStep = Callable[[StepStats], None]
+T = TypeVar("T")
 Load = Callable[[EngineConfig, Progress], EngineParts]
 
 
@@ -73,6 +76,7 @@ class AsyncEngine:
         self.created = int(time.time())
         self.served_model_name = model_name(config)
         self.error: BaseException | None = None  # why the engine did not start, or why its thread has stopped
+        self.on_step: OnStep | None = None  # called on the engine's thread after each step; must be quick
         self._progress = progress
         self._load = load
         self._parts: EngineParts | None = None
@@ -82,6 +86,7 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._inbox: list[Task] = []
         self._streams: dict[str, Stream] = {}  # calls whose reader has not left, by request_id
+        self._questions: set[Future[Any]] = set()  # asked and not answered
         self._stop_at_s: float | None = None  # monotonic; set once a shutdown was asked for
         self._is_closed = False  # nothing will be taken from the inbox any more
         # The engine thread's own:
@@ -147,6 +152,29 @@ class AsyncEngine:
                     yield delta
         finally:
             self._leave(stream)
+
+    async def ask(self, question: Callable[[TextEngine], T]) -> T:
+        """What `question` returns on the engine's thread, between two steps. It must be quick: all requests wait.
+
+        Raises what it raises, and EngineDeadError when the engine is not ready or stops before it was asked.
+        """
+        answer: Future[T] = Future()
+
+        def task(engine: TextEngine) -> None:
+            if not answer.set_running_or_notify_cancel():
+                return  # nobody waits any more
+            try:
+                answer.set_result(question(engine))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        with self._wake:
+            if self._parts is None or self._is_closed:
+                raise EngineDeadError("the engine cannot be asked: it is not ready, or has stopped")
+            self._post(task)
+            self._questions.add(answer)
+        answer.add_done_callback(self._questions.discard)
+        return await asyncio.wrap_future(answer)
 
     def abort(self, request_id: str) -> None:
         """End a request: its reader gets last deltas with finish_reason "abort". Nothing happens if it is unknown."""
@@ -231,8 +259,19 @@ class AsyncEngine:
                 task(engine)
             if engine.has_work:
                 self._send([(self._route(request, delta), delta) for request, delta in engine.step()])
+                self._tell(engine.core.stats)
         for stream in set(self._routes.values()):
             self._cancel(stream, engine)
+
+    def _tell(self, stats: StepStats) -> None:
+        """Show a step to whoever watches; what goes wrong there is no reason to stop."""
+        if self.on_step is None:
+            return
+        try:
+            self.on_step(stats)
+        except Exception:
+            logger.exception("on_step raised an error and is not called again")
+            self.on_step = None
 
     def _next_tasks(self, engine: TextEngine) -> list[Task] | None:
         """Empty the inbox, sleeping while there is nothing to do at all. None when it is time to stop."""
@@ -302,8 +341,11 @@ class AsyncEngine:
             self.error = error
             self._is_closed = True
             self._inbox.clear()
-            streams = list(self._streams.values())
+            streams, questions = list(self._streams.values()), list(self._questions)
         reason = "the engine was shut down" if error is None else str(error)
+        for answer in questions:
+            if answer.set_running_or_notify_cancel():
+                answer.set_exception(EngineDeadError(reason))
         self._send([(stream, EngineDeadError(reason)) for stream in streams])
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.scheduling.plan import TokenLogprobs, TokenOut
 from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.scheduler import NO_FINITE_LOGITS
 from tinyvllm.text.detokenizer import Detokenizer
 from tinyvllm.text.stop import StopChecker
 from tinyvllm.text.tokenizer import Tokenizer
@@ -27,6 +29,18 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """When one choice was where, on the monotonic clock. What never happened has the time of what follows it."""
+
+    queued_s: float  # it entered the engine's queue
+    scheduled_s: float  # it last left the queue
+    first_token_s: float
+    last_token_s: float
+    num_preemptions: int
+    is_corrupted: bool = False  # it ended because the model produced no finite logits
+
+
+@dataclass(frozen=True)
 class Delta:
     """New output of one choice of one request. The last one of a choice has a finish_reason."""
 
@@ -40,6 +54,7 @@ class Delta:
     num_cached_tokens: int
     num_output_tokens: int  # so far, of this index
     error: str | None = None  # a message, when finish_reason is "error"
+    timing: Timing | None = None  # of the last delta
 
     def then(self, later: Delta) -> Delta:
         """This and the next delta of the same choice as one."""
@@ -54,6 +69,7 @@ class Delta:
             later.num_cached_tokens,
             later.num_output_tokens,
             later.error,
+            later.timing,
         )
 
 
@@ -67,10 +83,15 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens)
         self._stop = StopChecker(params.stop, params.include_stop_str_in_output) if params.stop else None
+        self._first_token_s: float | None = None
+        self._last_token_s = 0.0
 
     def push(self, out: TokenOut) -> Delta:
         """The new token as text. When a stop string ends the request, the delta says so before the engine knows."""
         request, finish_reason = self.request, out.finish_reason
+        if out.token_id is not None:
+            self._last_token_s = time.monotonic()
+            self._first_token_s = self._first_token_s or self._last_token_s
         text, matched = "" if out.token_id is None else self._detokenize(out), None
         if finish_reason is not None:
             text += self._detokenizer.flush()
@@ -89,6 +110,21 @@ class OutputProcessor:
             request.num_cached_tokens,
             len(request.output_ids),
             request.error if finish_reason == "error" else None,
+            None if finish_reason is None and matched is None else self.timing(),
+        )
+
+    def timing(self) -> Timing:
+        """How the request fared, told at its end."""
+        request = self.request
+        now_s = time.monotonic()
+        first_token_s = now_s if self._first_token_s is None else self._first_token_s
+        return Timing(
+            queued_s=request.arrival_s,
+            scheduled_s=request.scheduled_s or first_token_s,
+            first_token_s=first_token_s,
+            last_token_s=self._last_token_s or first_token_s,
+            num_preemptions=request.num_preemptions,
+            is_corrupted=request.error == NO_FINITE_LOGITS,
         )
 
     def _detokenize(self, out: TokenOut) -> str:
@@ -142,7 +178,7 @@ class TextEngine:
             logger.exception("the text of request %s cannot be made", request.request_id)
             message = f"the tokens cannot be turned into text: {error}"
             counts = request.num_prompt_tokens, request.num_cached_tokens, len(request.output_ids)
-            delta = Delta(processor.index, "", (), (), "error", None, *counts, message)
+            delta = Delta(processor.index, "", (), (), "error", None, *counts, message, processor.timing())
         if delta.finish_reason is not None:
             del self._processors[request.request_id]
             if delta.finish_reason != out.finish_reason:

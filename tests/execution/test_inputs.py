@@ -116,7 +116,8 @@ def test_a_fresh_packer_is_all_padding() -> None:
     assert (views["seq_rows"] == LAYOUT.num_seqs).all()
     assert (views["num_logprobs"] == -1).all()
     assert (views["held_back"] == -1).all()
-    rest = [view for name, view in views.items() if name not in ("seq_rows", "num_logprobs", "held_back")]
+    assert (views["forced"] == -1).all()
+    rest = [view for name, view in views.items() if name not in ("seq_rows", "num_logprobs", "held_back", "forced")]
     assert all((view == 0).all() for view in rest)
 
 

@@ -16,7 +16,7 @@ from tinyvllm.model.weights.quant import decompose
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
 from tinyvllm.ops.cpu import CpuBackend
 from tinyvllm.ops.device import FLOATS
-from tinyvllm.ops.sample import OUT_LOGPROB, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
+from tinyvllm.ops.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.ops.step_inputs import StepLayout
 
 DENSE = ("float32", "float16", "bfloat16")
@@ -67,7 +67,8 @@ def make_step(layout: StepLayout, pieces: list[Piece], *, seed: int = 0) -> np.n
     blocks = 1 + rng.permutation(layout.num_seqs * layout.max_blocks)
     views["block_tables"][:-1] = blocks.reshape(layout.num_seqs, layout.max_blocks)
     views["seq_rows"][:] = layout.num_seqs
-    views["num_logprobs"][:] = views["held_back"][:] = -1
+    for name in ("num_logprobs", "held_back", "forced", "state_rows"):
+        views[name][:] = -1
     row = 0
     for index, piece in enumerate(pieces):
         positions = np.arange(piece.start, piece.start + piece.count)
@@ -126,6 +127,7 @@ class Sampled:
 
     tokens: np.ndarray  # (R,)
     logprobs: np.ndarray  # (R,) float32
+    ranks: np.ndarray  # (R,)
     top_ids: np.ndarray  # (R, MAX_LOGPROBS)
     top_logprobs: np.ndarray  # (R, MAX_LOGPROBS) float32
 
@@ -137,7 +139,8 @@ def sample(backend: Backend, logits: np.ndarray, **columns: Any) -> Sampled:
     layout = StepLayout(seqs, seqs, 1, 8)
     buffer = make_step(layout, [])
     views = layout.views(buffer)
-    views["top_p"].view(np.float32)[:] = 1.0
+    for name in ("top_p", "typical_p", "repetition_penalty"):
+        views[name].view(np.float32)[:] = 1.0
     views["seed"][:] = np.arange(seqs)
     for row, ids in enumerate(columns.pop("held_back", [])):
         views["held_back"][row, : len(ids)] = ids
@@ -152,5 +155,9 @@ def sample(backend: Backend, logits: np.ndarray, **columns: Any) -> Sampled:
     rows = backend.sample(tensor, vocab, stride, inputs, layout).numpy().reshape(seqs, OUT_WIDTH)
     floats = rows.view(np.float32)
     return Sampled(
-        rows[:, OUT_TOKEN], floats[:, OUT_LOGPROB], rows[:, OUT_TOP:OUT_TOP_LOGPROB], floats[:, OUT_TOP_LOGPROB:]
+        rows[:, OUT_TOKEN],
+        floats[:, OUT_LOGPROB],
+        rows[:, OUT_RANK],
+        rows[:, OUT_TOP:OUT_TOP_LOGPROB],
+        floats[:, OUT_TOP_LOGPROB:],
     )

@@ -11,7 +11,7 @@ import pytest
 from tinygrad import Tensor, dtypes
 
 from tests.ops.builders import Sampled, make_step, normal, sample
-from tinyvllm.config import MAX_LOGPROBS
+from tinyvllm.config import MAX_LOGPROBS, MAX_STOP_IDS
 from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.device import DeviceHandle
 from tinyvllm.ops.kernel import Body, KernelFn, empty, finish, run_kernel
@@ -104,6 +104,7 @@ def check_logprobs(got: Sampled, expected: Sampled, row: int, count: int) -> Non
     np.testing.assert_array_equal(got.top_ids[row, :count], expected.top_ids[row, :count])
     np.testing.assert_allclose(got.top_logprobs[row, :count], expected.top_logprobs[row, :count], atol=1e-5)
     assert abs(got.logprobs[row] - expected.logprobs[row]) < 1e-5
+    assert got.ranks[row] == expected.ranks[row]
 
 
 def test_filters_of_the_reference_are_those_of_sorting() -> None:
@@ -170,6 +171,7 @@ def test_held_back_ids_are_never_drawn_yet_count_in_the_logprobs(backend: Backen
     raw = logits[0] - np.log(np.exp(logits[0]).sum())
     np.testing.assert_array_equal(got.top_ids[:, :3], np.tile(best[:3], (seqs, 1)))
     np.testing.assert_allclose(got.logprobs, raw[got.tokens], atol=1e-5)
+    np.testing.assert_array_equal(got.ranks, 1 + np.argsort(best)[got.tokens])
 
 
 def test_likeliest_tokens_come_in_exact_order_ties_by_id(backend: Backend) -> None:
@@ -183,6 +185,29 @@ def test_likeliest_tokens_come_in_exact_order_ties_by_id(backend: Backend) -> No
     with np.errstate(divide="ignore"):
         norms = np.log(np.exp(logits.astype(np.float64)).sum(1, keepdims=True))
     np.testing.assert_allclose(got.top_logprobs, np.take_along_axis(logits, expected, 1) - norms, atol=1e-5)
+
+
+def test_more_likeliest_tokens_than_there_are_end_in_minus_one(backend: Backend) -> None:
+    got = sample(backend, normal(3, 5), num_logprobs=MAX_LOGPROBS)
+    assert (np.sort(got.top_ids[:, :5]) == np.arange(5)).all()
+    assert (got.top_ids[:, 5:] == -1).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_forced_token_is_reported_with_its_own_logprob_and_rank(backend: Backend, temperature: float) -> None:
+    seqs, vocab = 16, 40
+    logits = normal(seqs, vocab)
+    logits[1] = np.round(logits[1])  # many ties: the lower id is ahead
+    forced = np.where(np.arange(seqs) % 3, np.arange(seqs), -1)
+    got = sample(backend, logits, temperature=temperature, forced=forced, num_logprobs=2)
+    free = sample(backend, logits, temperature=temperature, num_logprobs=2)
+    np.testing.assert_array_equal(got.tokens, np.where(forced >= 0, forced, free.tokens))
+    np.testing.assert_array_equal(got.top_ids[:, :2], free.top_ids[:, :2])
+    raw = logits - np.log(np.exp(logits.astype(np.float64)).sum(1, keepdims=True))
+    np.testing.assert_allclose(got.logprobs, raw[np.arange(seqs), got.tokens], atol=1e-5)
+    order = np.argsort(-logits, axis=1, kind="stable")
+    ranks = [1 + order[row].tolist().index(token) for row, token in enumerate(got.tokens)]
+    assert got.ranks.tolist() == ranks
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
@@ -249,7 +274,9 @@ def test_only_rows_that_draw_compute_weights_and_only_rows_that_ask_rank(device:
     inputs, logits = device.upload(buffer), device.upload(normal(seqs, 128))
     norms = device.upload(np.zeros(seqs, np.float32))
 
-    _, weights = run_sentinels(draw_kernel(spec), device, [seqs * OUT_WIDTH, seqs * 128], [logits, inputs, norms])
+    held = device.upload(np.zeros(seqs * MAX_STOP_IDS, np.float32))
+    operands = [logits, inputs, norms, held]
+    _, weights = run_sentinels(draw_kernel(spec), device, [seqs * OUT_WIDTH, seqs * 128], operands)
     drawn = (weights.reshape(seqs, 128)[:, :vocab] != -77).all(1)
     untouched = (weights.reshape(seqs, 128) == -77).all(1)
     assert drawn.tolist() == [False, True, False, True]

@@ -29,6 +29,7 @@ class InputPacker:
     def _reset_sampling(self) -> None:
         self.views["num_logprobs"][:] = -1
         self.views["held_back"][:] = -1
+        self.views["forced"][:] = -1
         self.floats["temperature"][:] = 0.0
 
     def pack(self, plan: StepPlan) -> None:

@@ -213,5 +213,6 @@ def make_output(plan: StepPlan, rows: np.ndarray, *, pack_s: float, device_s: fl
             continue
         ids = rows[i, OUT_TOP : OUT_TOP + count].tolist()
         values = floats[i, OUT_TOP_LOGPROB : OUT_TOP_LOGPROB + count].tolist()
-        logprobs.append(TokenLogprobs(float(floats[i, OUT_LOGPROB]), tuple(zip(ids, values, strict=True))))
+        top = tuple((token_id, value) for token_id, value in zip(ids, values, strict=True) if token_id >= 0)
+        logprobs.append(TokenLogprobs(float(floats[i, OUT_LOGPROB]), top))
     return StepOutput(tuple(tokens), tuple(logprobs), pack_s, device_s)

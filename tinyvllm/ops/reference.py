@@ -14,7 +14,7 @@ from tinyvllm.config import MAX_LOGPROBS
 from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, stack_rows
 from tinyvllm.ops.device import FLOATS, DeviceHandle
 from tinyvllm.ops.matrix import Matrix, pack, unpack
-from tinyvllm.ops.sample import OUT_LOGPROB, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
+from tinyvllm.ops.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.ops.step_inputs import StepLayout
 
 
@@ -145,8 +145,10 @@ def sample_row(logits: np.ndarray, views: dict[str, np.ndarray], row: int) -> np
     allowed[held_back[(held_back >= 0) & (held_back < len(logits))]] = -np.inf
     temperature = views["temperature"].view(np.float32)[row]
     greedy = first_best(allowed)
-    token = greedy
-    if temperature > 0 and greedy >= 0:
+    token, forced = greedy, int(views["forced"][row])
+    if forced >= 0:
+        token = min(forced, len(logits) - 1)
+    elif temperature > 0 and greedy >= 0:
         weights = np.exp((allowed - allowed[greedy]) / temperature)
         kept = weights >= threshold(
             weights,
@@ -159,8 +161,11 @@ def sample_row(logits: np.ndarray, views: dict[str, np.ndarray], row: int) -> np
     count = min(int(views["num_logprobs"][row]), MAX_LOGPROBS)
     if count >= 0:
         logprobs = log_softmax(logits.astype(np.float64))  # of the raw logits: neither held back nor heated
-        likeliest = np.argsort(-logprobs, kind="stable")[:count]
+        ranked = np.argsort(-logprobs, kind="stable")
+        likeliest = ranked[:count]
         floats[OUT_LOGPROB] = logprobs[max(token, 0)]
+        out[OUT_RANK] = 1 + ranked.tolist().index(max(token, 0))
+        out[OUT_TOP : OUT_TOP + count] = -1  # where there are fewer ids than asked for
         out[OUT_TOP : OUT_TOP + len(likeliest)] = likeliest
         floats[OUT_TOP_LOGPROB : OUT_TOP_LOGPROB + len(likeliest)] = logprobs[likeliest]
     return out

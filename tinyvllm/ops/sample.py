@@ -4,7 +4,9 @@ The kernels never sort. A token is drawn by an exponential race: argmax of w_i /
 probability w_i / sum(w) (Devroye 1986, ch. 5; the Gumbel trick without the logarithm of w). u_i is a hash of the
 request's seed, the number of tokens it has drawn, and i, so the same seed gives the same tokens whatever else is in the
 batch. Min-p, top-k and top-p (in this order) keep the tokens whose weight reaches a threshold; the last two thresholds
-are found by bisection over the bits of the weight, so ties at the threshold are all kept.
+are found by bisection over the bits of the weight, so ties at the threshold are all kept. Locally typical sampling
+(Meister et al. 2022; adjusted steps only, see adjust.py) keeps, of what is left, those whose surprise is nearest to the
+entropy, by the same bisection over the distance.
 
 A row pays for what it asks: the length of each pass is data, and zero for a row that does not need it. `reference.py`
 has the same in a few lines of NumPy, with the same tokens.
@@ -41,12 +43,14 @@ from tinyvllm.ops.step_inputs import StepLayout
 
 CPU_LANES = 32  # accumulators of one core; a loop over them, which clang turns into vectors
 GPU_LANES = 256  # threads of a threadgroup
-# words of an output row: the token, its logprob's bits, the likeliest ids, the bits of their logprobs
-OUT_TOKEN, OUT_LOGPROB, OUT_TOP, OUT_TOP_LOGPROB = 0, 1, 2, 2 + MAX_LOGPROBS
-OUT_WIDTH = 2 + 2 * MAX_LOGPROBS
+# words of an output row: the token, its logprob's bits, its rank (1: the likeliest), the likeliest ids (-1: the
+# vocabulary has no more), the bits of their logprobs. Ranks and logprobs are those of the raw logits.
+OUT_TOKEN, OUT_LOGPROB, OUT_RANK, OUT_TOP, OUT_TOP_LOGPROB = 0, 1, 2, 3, 3 + MAX_LOGPROBS
+OUT_WIDTH = 3 + 2 * MAX_LOGPROBS
 BISECTION_STEPS = 31  # weights lie in [0, 1]: positive floats order as their 31 bits do
 COLDEST = 1e-6  # temperatures below are this one, as good as greedy: the reciprocal must stay finite
 ABOVE_ONE_BITS = 0x3F800001  # the bits behind 1.0f
+FARTHEST = 128.0  # bits: no two weights that exp2 tells apart are as far from each other
 
 State = list[UOp]
 
@@ -59,6 +63,7 @@ class SampleSpec:
     vocab_size: int  # V
     stride: int
     has_threads: bool  # a threadgroup a row (GPU), or the lanes of one core (CPU)
+    is_adjusted: bool = False  # the raw logits lie beside those that are sampled from
 
 
 def sample(spec: SampleSpec, logits: Tensor, inputs: Tensor) -> Tensor:
@@ -67,9 +72,10 @@ def sample(spec: SampleSpec, logits: Tensor, inputs: Tensor) -> Tensor:
     out, norms = empty(seqs * OUT_WIDTH, I32, device), empty(seqs, F32, device)
     # the logits are passed on, so that they change only after they were read: held-back ids count in raw logprobs
     out, norms, logits = run_kernel(logprobs_kernel(spec), [out, norms, logits], [inputs])
-    (logits,) = run_kernel(hold_back_kernel(spec), [logits], [inputs])
+    held = empty(seqs * MAX_STOP_IDS, F32, device)
+    logits, held = run_kernel(hold_back_kernel(spec), [logits, held], [inputs])
     weights = empty(seqs * spec.stride, F32, device)
-    return run_kernel(draw_kernel(spec), [out, weights], [logits, inputs, norms])[0]
+    return run_kernel(draw_kernel(spec), [out, weights], [logits, inputs, norms, held])[0]
 
 
 class _Row:
@@ -241,16 +247,18 @@ def logprobs_kernel(spec: SampleSpec) -> KernelFn:
 
 @cached_kernel
 def hold_back_kernel(spec: SampleSpec) -> KernelFn:
-    """fn(logits, inputs): the ids that min_tokens holds back get -inf."""
+    """fn(logits, held (R, MAX_STOP_IDS), inputs): the ids that min_tokens holds back get -inf; `held` keeps their raw
+    logits."""
 
-    def kernel(logits: UOp, inputs: UOp) -> UOp:
+    def kernel(logits: UOp, held: UOp, inputs: UOp) -> UOp:
         body, seqs = Body(), spec.layout.num_seqs
         row = body.grid(seqs) if spec.has_threads else body.loop(seqs)
         slot = body.threads(MAX_STOP_IDS) if spec.has_threads else body.loop(MAX_STOP_IDS)
         token = inputs[spec.layout.offset("held_back") + row * MAX_STOP_IDS + slot].load()
         index = row * spec.stride + token.maximum(0).minimum(spec.vocab_size - 1).cast(dtypes.weakint)
         is_used = (token >= 0) & (token < spec.vocab_size)
-        store = logits[index.valid(is_used)].store(NEG_INF)
+        kept = held[row * MAX_STOP_IDS + slot].store(logits[index].load())
+        store = logits.after(kept)[index.valid(is_used)].store(NEG_INF)
         return finish(store.end(slot, row), f"hold_back_{seqs}", nbytes=4 * seqs * MAX_STOP_IDS)
 
     return kernel
@@ -258,9 +266,11 @@ def hold_back_kernel(spec: SampleSpec) -> KernelFn:
 
 @cached_kernel
 def draw_kernel(spec: SampleSpec) -> KernelFn:
-    """fn(out, weights (R, stride), logits, inputs, norms): choose each row's token; -1 where no logit is finite."""
+    """fn(out, weights (R, stride), logits, inputs, norms, raw): choose each row's token; -1 where no logit is finite.
 
-    def kernel(out: UOp, weights: UOp, logits: UOp, inputs: UOp, norms: UOp) -> UOp:
+    `raw`: the raw logits of the held-back ids (R, MAX_STOP_IDS), or, of an adjusted step, all of them (R, stride)."""
+
+    def kernel(out: UOp, weights: UOp, logits: UOp, inputs: UOp, norms: UOp, raw: UOp) -> UOp:
         body = Body()
         row = _Row(spec, body, inputs)
 
@@ -272,20 +282,25 @@ def draw_kernel(spec: SampleSpec) -> KernelFn:
         best, greedy = row.fold(UOp.const(1, I32), (LOWEST, -1), better, _first_best)
         temperature = row.number("temperature")
         draws = _flag(temperature > 0.0)
-        threshold, weights = _threshold(row, weights, logits, best, temperature, draws)
-        drawn = _race(row, weights, threshold, draws)
+        weights, is_kept = _weigh_and_filter(row, weights, logits, best, temperature, draws)
+        drawn = _race(row, weights, is_kept, draws)
+        forced = row.param("forced").minimum(spec.vocab_size - 1)
         # without a finite logit all weights are equal, or NaN: nobody may win such a race
-        (token,) = row.keep([((draws > 0) & (greedy >= 0)).where(drawn, greedy)], [I32])
-        chosen = logits[row.base + token.maximum(0).cast(dtypes.weakint)].load()
+        token = (forced >= 0).where(forced, ((draws > 0) & (greedy >= 0)).where(drawn, greedy))
+        (token,) = row.keep([token], [I32])
+        before = raw if spec.is_adjusted else logits
+        chosen = before[row.base + token.maximum(0).cast(dtypes.weakint)].load()
+        rank = _rank(row, before, None if spec.is_adjusted else raw, token, chosen)
         base = row.axis * OUT_WIDTH
         stores = [
             out[row.only_once(base + OUT_TOKEN)].store(token),
             out[row.only_once(base + OUT_LOGPROB)].store((chosen - norms[row.axis].load()).bitcast(I32)),
+            out[row.only_once(base + OUT_RANK)].store(rank),
         ]
         seqs, vocab = spec.layout.num_seqs, spec.vocab_size
         return finish(
             UOp.group(*stores).end(*reversed(row.axes)),
-            f"draw_{seqs}x{vocab}",
+            f"draw{'_adjusted' if spec.is_adjusted else ''}_{seqs}x{vocab}",
             ops=seqs * vocab,
             nbytes=4 * seqs * vocab,
         )
@@ -293,8 +308,36 @@ def draw_kernel(spec: SampleSpec) -> KernelFn:
     return kernel
 
 
-def _threshold(row: _Row, weights: UOp, logits: UOp, best: UOp, temperature: UOp, draws: UOp) -> tuple[UOp, UOp]:
-    """Write weights exp((logit - best) / temperature) and return the smallest weight that is kept."""
+def _rank(row: _Row, logits: UOp, held: UOp | None, token: UOp, chosen: UOp) -> UOp:
+    """1 and how many ids are ahead of the token, by raw logit and then by id; 1 in rows that ask for no logprobs.
+
+    `held`: raw logits of ids whose own place in `logits` says -inf."""
+    wanted = _flag((row.param("num_logprobs") >= 0) & (token >= 0))
+
+    def is_ahead(value: UOp, index: UOp) -> UOp:
+        return (value > chosen) | (value.eq(chosen) & (index < token))
+
+    def count(index: UOp, inside: UOp, old: State) -> State:
+        ahead = inside & is_ahead(logits[row.base + index].load(), index.cast(I32))
+        return [old[0] + _flag(ahead)]
+
+    (rank,) = row.fold(wanted, (1,), count, lambda a, b: [a[0] + b[0] - 1])
+    if held is None:
+        return rank
+    total = row.body.registers(1, I32)
+    total = total.after(total.after(*row.axes)[0].store(rank))
+    slot = row.body.fold_while(wanted * MAX_STOP_IDS)
+    at = row.axis * MAX_STOP_IDS + slot.cast(dtypes.weakint)
+    index = row.inputs[row.spec.layout.offset("held_back") + at].load()
+    ahead = (index >= 0) & (index < row.spec.vocab_size) & is_ahead(held[at].load(), index)
+    step = total.after(slot)[0].store(total.after(slot)[0].load() + _flag(ahead))
+    return total.after(step.end(slot))[0].load()
+
+
+def _weigh_and_filter(
+    row: _Row, weights: UOp, logits: UOp, best: UOp, temperature: UOp, draws: UOp
+) -> tuple[UOp, Callable[[UOp, UOp], UOp]]:
+    """Write weights exp((logit - best) / temperature); return them, and which (index, weight) may be drawn."""
     scale = temperature.maximum(COLDEST).reciprocal() * LOG2E
     (scale,) = row.keep([scale], [F32])
 
@@ -307,6 +350,15 @@ def _threshold(row: _Row, weights: UOp, logits: UOp, best: UOp, temperature: UOp
 
     (total,) = row.fold(draws, (0.0,), weigh, _added)
     weights = weights.after(total)
+    floor = _threshold(row, weights, draws)
+    if not row.spec.is_adjusted:
+        return weights, lambda index, weight: weight >= floor
+    is_typical = _typical(row, weights, floor, lambda index: (logits[row.base + index].load() - best) * scale, draws)
+    return weights, lambda index, weight: (weight >= floor) & is_typical(index)
+
+
+def _threshold(row: _Row, weights: UOp, draws: UOp) -> UOp:
+    """The smallest weight that min-p, top-k and top-p keep."""
     floor = row.number("min_p")  # the best weight is 1
     top_k = row.param("top_k")
 
@@ -334,7 +386,41 @@ def _threshold(row: _Row, weights: UOp, logits: UOp, best: UOp, temperature: UOp
     (target,) = row.keep([total * top_p], [F32])
     edge = _bisect(row, uses_p, lambda t, it: mass(t.maximum(floor), UOp.const(1, I32), it) >= target)
     (floor,) = row.keep([floor.maximum(edge)], [F32])
-    return floor, weights
+    return floor
+
+
+def _typical(row: _Row, weights: UOp, floor: UOp, exponent: Callable[[UOp], UOp], draws: UOp) -> Callable[[UOp], UOp]:
+    """Which ids locally typical sampling keeps of those whose weight reaches `floor`.
+
+    With p = w / Z and log2 w = x, surprise less entropy is (log2 Z - x) - (log2 Z - sum(p * x)): how far x is from its
+    mean. The nearest are kept until they hold typical_p of the mass."""
+    typical_p = row.number("typical_p")
+    uses = draws * _flag(typical_p < 1.0)
+
+    def add(index: UOp, inside: UOp, old: State) -> State:
+        weight = weights[row.base + index].load()
+        kept = (inside & (weight >= floor)).where(weight, 0.0)
+        return [old[0] + kept, old[1] + kept * exponent(index).maximum(-126.0)]
+
+    total, moment = row.fold(uses, (0.0, 0.0), add, lambda a, b: [a[0] + b[0], a[1] + b[1]])
+    target, mean = row.keep([total * typical_p, moment / total.maximum(1e-30)], [F32, F32])
+
+    def distance(index: UOp) -> UOp:
+        gap = exponent(index) - mean
+        return gap.maximum(gap * -1.0) * (1.0 / FARTHEST)
+
+    def nearer(edge: UOp, *after: UOp) -> UOp:
+        def step(index: UOp, inside: UOp, old: State) -> State:
+            weight = weights[row.base + index].load()
+            is_near = inside & (weight >= floor) & (distance(index) < edge)
+            return [old[0] + is_near.where(weight, 0.0)]
+
+        return row.fold(UOp.const(1, I32), (0.0,), step, _added, *after)[0]
+
+    # the largest edge in front of which the mass is missed lies at the last id that is needed
+    edge = _bisect(row, uses, lambda t, it: nearer(t, it) < target)
+    (edge,) = row.keep([(uses > 0).where(edge, UOp.const(float("inf"), F32))], [F32])
+    return lambda index: distance(index) <= edge
 
 
 def _bisect(row: _Row, wanted: UOp, holds: Callable[[UOp, UOp], UOp]) -> UOp:
@@ -353,8 +439,8 @@ def _bisect(row: _Row, wanted: UOp, holds: Callable[[UOp, UOp], UOp]) -> UOp:
     return low.after(stores.end(step))[0].load().bitcast(F32)
 
 
-def _race(row: _Row, weights: UOp, threshold: UOp, draws: UOp) -> UOp:
-    """The index of the largest w_i / E_i among the weights that reach the threshold; -1 where none does."""
+def _race(row: _Row, weights: UOp, is_kept: Callable[[UOp, UOp], UOp], draws: UOp) -> UOp:
+    """The index of the largest w_i / E_i among the weights that are kept; -1 where none is."""
     key = mix32(row.param("seed").bitcast(U32) + mix32(row.param("draw").bitcast(U32) + 0x9E3779B9))
     (key,) = row.keep([key], [U32])
 
@@ -364,7 +450,7 @@ def _race(row: _Row, weights: UOp, threshold: UOp, draws: UOp) -> UOp:
         # 23 bits: the largest u is 1 - 2**-24, a float, so that E is never 0
         uniform = ((bits >> 9).cast(I32).cast(F32) + 0.5) * 2.0**-23
         score = weight / (log2(uniform) * -1.0)
-        is_better = inside & (weight >= threshold) & (score > old[0])
+        is_better = inside & is_kept(index, weight) & (score > old[0])
         return [is_better.where(score, old[0]), is_better.where(index.cast(I32), old[1])]
 
     return row.fold(draws, (0.0, -1), run, _first_best)[1]

@@ -44,6 +44,16 @@ class StepLayout:
             "draw": seqs,  # how many tokens this request has drawn before: the noise's counter
             "num_logprobs": seqs,  # -1: none; 0: the chosen token's; n: and the n likeliest
             "held_back": seqs * MAX_STOP_IDS,  # ids that must not be sampled; -1: unused
+            "forced": seqs,  # the token to report instead of sampling one: a prompt's own; -1: none
+            # what only an adjusted step reads: docs in ops/adjust.py
+            "state_rows": seqs,  # the request's row of the sampling state; -1: none
+            "is_counted": seqs,  # 1: the penalties below apply, and the token is counted
+            "is_masked": seqs,  # 1: only the ids of the state row's mask may be sampled
+            "num_bias": seqs,  # entries of the state row's logit bias
+            "repetition_penalty": seqs,  # float bits; 1: off
+            "frequency_penalty": seqs,  # float bits; 0: off
+            "presence_penalty": seqs,  # float bits; 0: off
+            "typical_p": seqs,  # float bits; 1: off
             "block_tables": (seqs + 1) * self.max_blocks,
         }
         offsets, start = {}, 0

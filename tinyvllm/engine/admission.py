@@ -11,6 +11,7 @@ from tinyvllm.config import Capacity, SamplingParams
 from tinyvllm.errors import RequestError
 from tinyvllm.scheduling.request import Request
 from tinyvllm.scheduling.scheduler import check_length, max_request_len
+from tinyvllm.text.grammar import Grammar
 
 SEED_MASK = 0xFFFFFFFF  # the graph's seeds are 32 bits wide
 
@@ -25,13 +26,19 @@ class RequestFactory:
         self._seeds = random.Random(seed)
 
     def make_requests(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+        grammar: Grammar | None = None,
     ) -> list[Request]:
-        """One Request a choice, params.n in all; choice i has the seed of choice 0 plus i.
+        """One Request a choice, params.n in all; choice i has the seed of choice 0 plus i. grammar: params.grammar's.
 
         Raises RequestError for an empty prompt and for ids that are not in the vocabulary, ContextLengthError for what
         does not fit: prompt and max_tokens together, where max_tokens is given, else the prompt and one token.
         """
+        assert (grammar is None) == (params.grammar is None), "a grammar that was asked for is compiled first"
         prompt = self._check_ids(prompt_ids, "prompt")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
         check_length(len(prompt), params.max_tokens, self.capacity)
@@ -49,6 +56,7 @@ class RequestFactory:
                 seed=(seed + index) & SEED_MASK,
                 priority=priority,
                 arrival_s=time.monotonic(),
+                constraint=None if grammar is None else grammar.matcher(),
             )
             for index in range(params.n)
         ]

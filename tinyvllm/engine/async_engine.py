@@ -144,7 +144,9 @@ class AsyncEngine:
         free at the next step.
         """
         await self.wait_ready()
-        stream = Stream(request_id, self._loaded.factory.make_requests(request_id, prompt_ids, params, priority))
+        parts = self._loaded
+        grammar = None if params.grammar is None else await parts.grammars.compile(params.grammar)
+        stream = Stream(request_id, parts.factory.make_requests(request_id, prompt_ids, params, priority, grammar))
         self._open(stream)
         try:
             while stream.num_open:

@@ -169,7 +169,8 @@ class LLM:
         requests: list[list[Request]] = []
         for (text, prompt_ids), one in zip(prompts, self._spread(params, len(prompts)), strict=True):
             request_id = str(next(self._numbers))
-            choices = self._parts.factory.make_requests(request_id, prompt_ids, one)
+            grammar = None if one.grammar is None else self._parts.grammars.compile_now(one.grammar)
+            choices = self._parts.factory.make_requests(request_id, prompt_ids, one, grammar=grammar)
             requests.append(choices)
             blank = [CompletionOutput.begin(index, one) for index in range(one.n)]
             outputs.append(RequestOutput(request_id, text, choices[0].prompt_ids, blank))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig
 from tinyvllm.engine.admission import RequestFactory
+from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.core import EngineCore, Runner
 from tinyvllm.engine.output import TextEngine
 from tinyvllm.errors import TinyvllmError
@@ -29,6 +30,7 @@ class EngineParts:
     chat_template: ChatTemplate | None
     generation_defaults: GenerationDefaults
     factory: RequestFactory
+    grammars: GrammarCompiler
     engine: TextEngine
 
     @property
@@ -81,5 +83,6 @@ def assemble(
     scheduler = Scheduler(block_manager, capacity, config.scheduling_policy)
     eos_ids = frozenset(tokenizer.eos_ids) | frozenset(generation_defaults.eos_ids)
     factory = RequestFactory(runner.model_config.vocab_size, capacity, eos_ids, config.seed)
+    grammars = GrammarCompiler(tokenizer, runner.model_config.vocab_size, eos_ids)
     engine = TextEngine(EngineCore(runner, scheduler), tokenizer)
-    return EngineParts(runner, tokenizer, chat_template, generation_defaults, factory, engine)
+    return EngineParts(runner, tokenizer, chat_template, generation_defaults, factory, grammars, engine)

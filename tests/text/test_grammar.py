@@ -1,0 +1,316 @@
+"""Grammars against random walks: whatever the mask allows makes an output that is as it was asked for."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from typing import Any
+
+import hypothesis
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from tests.text.vocabularies import make_byte_level, make_spm
+from tinyvllm.config import GrammarSpec
+from tinyvllm.errors import RequestError
+from tinyvllm.text.grammar import Grammar, GrammarLimits, Matcher, Vocabulary, compile_grammar
+from tinyvllm.text.tokenizer import Tokenizer
+
+NUM_PADDED = 37  # rows of the logits that no token has
+TOKENIZERS = {"byte-level": make_byte_level(), "sentencepiece": make_spm()}
+VOCABULARIES = {
+    name: Vocabulary(tokenizer, tokenizer.vocab_size + NUM_PADDED, tokenizer.eos_ids)
+    for name, tokenizer in TOKENIZERS.items()
+}
+
+
+def compiled(kind: str, value: Any = "", vocabulary: str = "byte-level", **limits: Any) -> Grammar:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return compile_grammar(GrammarSpec(kind, text), VOCABULARIES[vocabulary], GrammarLimits(**limits))
+
+
+def allowed(matcher: Matcher, vocab_size: int) -> np.ndarray:
+    """The ids that may come next."""
+    mask = np.zeros(-(-vocab_size // 32), np.int32)
+    matcher.fill_mask(mask)
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    assert matcher.error or not bits[vocab_size:].any(), "ids beyond the vocabulary are allowed"
+    return np.flatnonzero(bits[:vocab_size])
+
+
+def walk(
+    grammar: Grammar, name: str = "byte-level", seed: int = 0, max_tokens: int = 3000, end_early: bool = True
+) -> str:
+    """Tokens at random, of those that the mask allows, until the grammar is finished; as text."""
+    tokenizer, matcher, rng = TOKENIZERS[name], grammar.matcher(), random.Random(seed)
+    vocab_size, ids = VOCABULARIES[name].vocab_size, []
+    for _ in range(max_tokens):
+        choices = allowed(matcher, vocab_size)
+        ends = sorted(tokenizer.eos_ids & {*map(int, choices)})
+        token_id = ends[0] if ends and end_early else steer(rng, choices, tokenizer)
+        assert token_id not in tokenizer.special_ids - tokenizer.eos_ids
+        assert matcher.accept(token_id), matcher.error
+        if token_id in tokenizer.eos_ids:
+            assert matcher.is_finished
+            break
+        ids.append(token_id)
+        if matcher.is_finished:
+            break
+    assert matcher.is_finished and matcher.error is None
+    return tokenizer.decode(ids, is_continuation=True)
+
+
+def steer(rng: random.Random, choices: np.ndarray, tokenizer: Tokenizer) -> int:
+    """One of `choices`: often one that closes something, so that a document ends."""
+    closing = [int(c) for c in choices if tokenizer.token_bytes(int(c))[:1] in (b'"', b"]", b"}")]
+    return rng.choice(closing) if closing and rng.random() < 0.5 else int(rng.choice(choices))
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 2, "maxLength": 9, "title": "Name"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 1, "maxItems": 3},
+        "next": {"anyOf": [{"$ref": "#/$defs/Leaf"}, {"type": "null"}]},
+        "day": {"type": "string", "format": "date"},
+    },
+    "required": ["name", "age", "tags", "next", "day"],
+    "additionalProperties": False,
+    "$defs": {"Leaf": {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}},
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("seed", range(5))
+def test_documents_are_of_their_schema(name: str, seed: int) -> None:
+    document = json.loads(walk(compiled("json_schema", SCHEMA, name), name, seed))
+    jsonschema.validate(document, SCHEMA, format_checker=jsonschema.FormatChecker())
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("seed", range(5))
+def test_json_object_is_an_object(name: str, seed: int) -> None:
+    assert isinstance(json.loads(walk(compiled("json_object", vocabulary=name), name, seed)), dict)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("seed", range(5))
+def test_an_expression_matches_the_whole_output(name: str, seed: int) -> None:
+    pattern = r"(ab|c)[0-9]{2,4}( é| 日本)*x?"
+    assert re.fullmatch(pattern, walk(compiled("regex", pattern, name), name, seed, end_early=False))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_choice_can_be_made_and_no_other(name: str) -> None:
+    choices = ["yes", "no", 'né "\n\\', "no way", "/[a]+/", "日本"]
+    made = {walk(compiled("choice", choices, name), name, seed, end_early=seed % 2 == 0) for seed in range(60)}
+    assert made == set(choices)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['root ::= ("a" | "b")+ "!"', 'start: ("a" | "b")+ "!"', "start: AB+ /!/\nAB: /[ab]/"],
+    ids=["gbnf", "lark", "lark with a terminal"],
+)
+def test_grammars_of_both_notations(text: str) -> None:
+    for seed in range(5):
+        assert re.fullmatch("[ab]+!", walk(compiled("grammar", text), seed=seed))
+
+
+def test_the_end_is_allowed_only_where_the_output_is_complete() -> None:
+    tokenizer, vocabulary = TOKENIZERS["byte-level"], VOCABULARIES["byte-level"]
+    matcher = compiled("regex", "ab(cd)?").matcher()
+    complete = []
+    for character in "abcd":
+        complete.append(bool(tokenizer.eos_ids & {*map(int, allowed(matcher, vocabulary.vocab_size))}))
+        assert not matcher.is_finished and matcher.accept(tokenizer.encode(character, add_special_tokens=False)[0])
+    assert complete == [False, False, True, False]
+    assert matcher.is_finished, "nothing can follow, so no step is needed to sample the end"
+    assert tokenizer.eos_ids <= {*map(int, allowed(matcher, vocabulary.vocab_size))}
+
+
+def test_a_token_that_is_not_allowed_is_refused_with_a_reason() -> None:
+    matcher = compiled("regex", "ab").matcher()
+    assert not matcher.accept(TOKENIZERS["byte-level"].encode("b", add_special_tokens=False)[0])
+    assert matcher.error is not None and "grammar" in matcher.error and not matcher.is_finished
+    mask = np.zeros(-(-VOCABULARIES["byte-level"].vocab_size // 32), np.int32)
+    matcher.fill_mask(mask)  # does not raise
+    assert not matcher.accept(1)
+
+
+def test_matchers_of_one_grammar_know_nothing_of_each_other() -> None:
+    grammar, tokenizer = compiled("regex", "abc"), TOKENIZERS["byte-level"]
+    first, second = grammar.matcher(), grammar.matcher()
+    assert first.accept(tokenizer.encode("a", add_special_tokens=False)[0])
+    assert not first.accept(tokenizer.encode("a", add_special_tokens=False)[0])
+    assert second.accept(tokenizer.encode("a", add_special_tokens=False)[0]) and second.error is None
+
+
+def test_blanks_come_to_an_end() -> None:
+    """A model that wants nothing but blanks is made to go on."""
+    tokenizer, vocabulary = TOKENIZERS["byte-level"], VOCABULARIES["byte-level"]
+    matcher = compiled("json_object").matcher()
+    assert matcher.accept(tokenizer.encode("{", add_special_tokens=False)[0])
+    num_blanks = 0
+    while num_blanks < 40:
+        blanks = [c for c in allowed(matcher, vocabulary.vocab_size) if tokenizer.token_bytes(int(c)).isspace()]
+        if not blanks:
+            break
+        assert matcher.accept(int(blanks[0]))
+        num_blanks += 1
+    assert 0 < num_blanks <= 34
+
+
+# ---- Schemas at random ----
+
+SCALARS = st.one_of(
+    st.fixed_dictionaries({"type": st.just("integer")}, optional={"minimum": st.integers(-9, 9)}),
+    st.fixed_dictionaries(
+        {"type": st.just("string")}, optional={"maxLength": st.integers(0, 5), "description": st.text(max_size=3)}
+    ),
+    st.fixed_dictionaries({"enum": st.lists(st.sampled_from([1, "x", None, True]), min_size=1, max_size=3)}),
+    st.just({"type": ["boolean", "null"]}),
+    st.fixed_dictionaries({"type": st.just("string"), "format": st.sampled_from(["date", "ipv4", "uuid"])}),
+)
+
+
+def deeper(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    properties = st.dictionaries(st.sampled_from(["a", "b", "ç d", '"']), inner, min_size=1, max_size=3)
+    return st.one_of(
+        st.builds(lambda items, count: {"type": "array", "items": items, "maxItems": count}, inner, st.integers(0, 3)),
+        st.builds(lambda options: {"anyOf": options}, st.lists(inner, min_size=1, max_size=3)),
+        st.builds(
+            lambda values: {
+                "type": "object", "properties": values, "required": sorted(values), "additionalProperties": False
+            },
+            properties,
+        ),
+    )  # fmt: skip
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(st.recursive(SCALARS, deeper, max_leaves=8), st.integers(0, 3))
+def test_what_random_schemas_allow_is_valid(schema: dict[str, Any], seed: int) -> None:
+    document = json.loads(walk(compiled("json_schema", schema), seed=seed))
+    jsonschema.validate(document, schema, format_checker=jsonschema.FormatChecker())
+
+
+# ---- Refusals ----
+
+
+@pytest.mark.parametrize(
+    ("schema", "path", "word"),
+    [
+        ({"properties": {"a": {"not": {}}}}, ".properties.a.not", "enforced"),
+        ({"type": "object", "propertyNames": {"pattern": "a"}}, ".propertyNames", "enforced"),
+        ({"$defs": {"D": {"if": {}, "then": {}}}, "$ref": "#/$defs/D"}, ".$defs.D.if", "enforced"),
+        ({"items": {"type": "strnig"}}, ".items.type", "string"),
+        ({"type": "string", "format": "postcode"}, ".format", "date-time"),
+        ({"type": "array", "uniqueItems": True}, ".uniqueItems", "enforced"),
+        ({"type": "string", "nullable": True}, ".nullable", "enforced"),
+        ({"typo": 1}, ".typo", "enforced"),
+        ({"x-guidance": {"lenient": True}}, ".x-guidance", "enforced"),
+        ({"properties": {"a": {"items": {"pattern": "(?=b)"}}}}, ".properties.a.items", "look-ahead"),
+        ({"properties": {"a": {}, "b": {"$ref": "#/$defs/X"}}}, ".properties.b", "does not exist"),
+        ({"$defs": {"D": {"pattern": "["}}, "properties": {"a": {"$ref": "#/$defs/D"}}}, ".properties.a", "unclosed"),
+        ({"enum": []}, "", "empty"),
+        ([], "", "list"),
+        (False, "", "false"),
+        ({"properties": 3}, "", "object"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_enforced_is_refused_by_name(schema: Any, path: str, word: str) -> None:
+    with pytest.raises(RequestError) as error:
+        compiled("json_schema", schema)
+    assert error.value.param == "structured_outputs" + path
+    assert word in str(error.value)
+
+
+def test_an_alternative_that_nothing_matches_leaves_the_others() -> None:
+    nothing = {"minItems": 3, "maxItems": 1, "type": "array"}
+    assert json.loads(walk(compiled("json_schema", {"anyOf": [{"type": "null"}, nothing]}))) is None
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": 1, "x-order": 1, "nullable": False, "uniqueItems": False, "deprecated": True},
+        {"type": "array", "maxItems": 0, "uniqueItems": False, "discriminator": {"propertyName": "a"}},
+    ],
+)
+def test_annotations_are_accepted(schema: Any) -> None:
+    jsonschema.validate(json.loads(walk(compiled("json_schema", schema))), schema)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("json_schema", "{"),
+        ("json_schema", "[" * 100_000),
+        ("regex", ""),
+        ("regex", "["),
+        ("regex", "(?=a)b"),
+        ("regex", r"(a)\1"),
+        ("choice", "[]"),
+        ("choice", '["a", ""]'),
+        ("choice", '"a"'),
+        ("choice", json.dumps([str(n) for n in range(1001)])),
+        ("grammar", " "),
+        ("grammar", "root ::= foo"),
+        ("grammar", 'root ::= "a'),
+        ("grammar", "start: foo"),
+        ("grammar", "nonsense"),
+        ("grammar", "root ::= " + "(" * 5000),
+        ("lark", "start[temperature=0.5]: /a/"),
+    ],
+)
+def test_what_does_not_parse_is_refused(kind: str, text: str) -> None:
+    with pytest.raises(RequestError) as error:
+        compiled(kind, text)
+    assert error.value.param == "structured_outputs" and len(str(error.value)) < 700
+
+
+def test_a_schema_that_is_nested_too_deeply_is_refused() -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(70):
+        schema = {"type": "object", "properties": {"a": schema}}
+    with pytest.raises(RequestError, match="nested more than 64"):
+        compiled("json_schema", schema)
+
+
+def test_a_grammar_that_is_too_large_is_refused_before_it_is_read() -> None:
+    with pytest.raises(RequestError, match="has 300 characters, but a grammar may have 100"):
+        compiled("regex", "a" * 300, max_chars=100)
+
+
+@pytest.mark.parametrize("pattern", ["((.{1,9}a){1,90}){1,90}", "(.*){1,1000}x(.*){500}"])
+def test_an_expression_that_explodes_hits_a_limit_and_says_so(pattern: str) -> None:
+    """Here at the twentieth part of the usual limits. Before the first token it is a refusal, afterwards an error."""
+    try:
+        matcher = compiled(
+            "regex", pattern, lexer_fuel=50_000, step_fuel=1000, step_items=1000, lexer_states=500
+        ).matcher()
+    except RequestError as error:
+        assert error.param == "structured_outputs"
+        return
+    rng = random.Random(0)
+    for _ in range(300):
+        choices = allowed(matcher, VOCABULARIES["byte-level"].vocab_size)
+        if not matcher.accept(int(rng.choice(choices))):
+            break
+    assert not matcher.accept(0)
+    assert matcher.error is not None and "limit" in matcher.error
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(RequestError, match="json_schema"):
+        GrammarSpec("xml", "")
+
+
+def test_a_model_without_an_end_cannot_be_constrained() -> None:
+    with pytest.raises(RequestError, match="end of text"):
+        Vocabulary(TOKENIZERS["byte-level"], 300, frozenset())

@@ -1,0 +1,95 @@
+"""Compiling grammars beside the engine: on threads of their own, each once, and never for longer than a limit."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from tinyvllm.config import GrammarSpec
+from tinyvllm.errors import RequestError
+from tinyvllm.text.grammar import Grammar, GrammarLimits, Vocabulary, compile_grammar
+from tinyvllm.text.tokenizer import Tokenizer
+
+NUM_THREADS = 2  # so that one slow grammar does not hold the next
+MAX_GRAMMARS = 256  # that are kept
+MAX_WAITING = 64  # grammars that wait for a thread
+
+
+class GrammarCompiler:
+    """Makes grammars of their specs. Owns the threads that do, and the grammars that were asked for last.
+
+    May be called from any thread. Compiling lets go of the interpreter's lock, so that neither the engine's steps nor
+    the event loop wait; a thread whose caller has given up ends by the compiler's own limits, which count work.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+        limits: GrammarLimits = GrammarLimits(),  # noqa: B008 - frozen
+    ) -> None:
+        """vocab_size: rows of the logits. Nothing is read of the tokenizer before the first grammar."""
+        self._make_vocabulary = partial(Vocabulary, tokenizer, vocab_size, eos_ids)
+        self._limits = limits
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tinyvllm-grammar")
+        self._vocabulary: Vocabulary | None = None
+        self._vocabulary_lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._grammars: OrderedDict[GrammarSpec, Future[Grammar]] = OrderedDict()
+        self._num_waiting = 0
+
+    async def compile(self, spec: GrammarSpec) -> Grammar:
+        """The grammar, made or found. Raises RequestError for one that is wrong, too large or too slow to compile."""
+        future = asyncio.wrap_future(self._submit(spec))
+        done, _ = await asyncio.wait([future], timeout=self._limits.compile_s)  # unlike wait_for, cancels nothing
+        if not done:
+            future.add_done_callback(asyncio.Future.exception)  # looked at, so that nobody logs it
+            raise self._too_slow(spec)
+        return future.result()
+
+    def compile_now(self, spec: GrammarSpec) -> Grammar:
+        """The same for a caller without an event loop."""
+        future = self._submit(spec)
+        try:
+            return future.result(self._limits.compile_s)
+        except TimeoutError:
+            raise self._too_slow(spec) from None
+
+    def _too_slow(self, spec: GrammarSpec) -> RequestError:
+        return RequestError(
+            f"{spec.param} took more than {self._limits.compile_s:g} s to compile: simplify it, or send it again if "
+            "the server was busy with others",
+            param=spec.param,
+        )
+
+    def _submit(self, spec: GrammarSpec) -> Future[Grammar]:
+        with self._lock:
+            future = self._grammars.get(spec)
+            if future is not None and not (future.done() and future.exception() is not None):
+                self._grammars.move_to_end(spec)
+                return future
+            if self._num_waiting >= MAX_WAITING:
+                raise RequestError(
+                    f"{self._num_waiting} grammars wait to be compiled already, the most that may: send it later",
+                    param=spec.param,
+                )
+            self._num_waiting += 1
+            future = self._threads.submit(self._compile, spec)
+            self._grammars[spec] = future
+            while len(self._grammars) > MAX_GRAMMARS:
+                self._grammars.popitem(last=False)
+            return future
+
+    def _compile(self, spec: GrammarSpec) -> Grammar:
+        try:
+            with self._vocabulary_lock:
+                if self._vocabulary is None:
+                    self._vocabulary = self._make_vocabulary()
+            return compile_grammar(spec, self._vocabulary, self._limits)
+        finally:
+            with self._lock:
+                self._num_waiting -= 1

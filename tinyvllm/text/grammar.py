@@ -1,0 +1,298 @@
+"""Grammars: which tokens may come next, so that an output is a JSON document, a choice or whatever was asked for.
+
+llguidance does the work (MIT; wheels of one ABI for Python 3.10 and later on Linux and macOS; no dependencies of its
+own): it walks a trie of the vocabulary with an Earley parser over lexemes, in some 50 us a mask for 49,152 tokens. What
+it does is bounded by counts, not by a clock, so that a hostile grammar ends in an error and not in a stall.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import any_to_lark
+from numpy.typing import NDArray
+
+from tinyvllm.config import GrammarSpec
+from tinyvllm.errors import RequestError
+from tinyvllm.text.json_schema import parse_schema, prepare_schema, refuse, subschemas
+
+if TYPE_CHECKING:
+    from tinyvllm.text.tokenizer import Tokenizer
+
+MAX_CHOICES = 1000
+_LOCATE_TRIES = 200  # parts of a schema that are compiled alone, to find the one at fault
+
+
+@dataclass(frozen=True)
+class GrammarLimits:
+    """What one grammar may cost. Fuel is llguidance's count of regular-expression nodes, items its parser's rows."""
+
+    max_chars: int = 256 * 1024  # of schema, expression or grammar; some 0.3 s of compiling at most
+    compile_s: float = 10.0  # a caller waits so long, and is refused then
+    lexer_fuel: int = 1_000_000  # to build a grammar: 20 ms
+    step_fuel: int = 200_000  # of one mask: 14 ms
+    step_items: int = 50_000  # of one mask: 3 ms
+    lexer_states: int = 50_000  # 1 to 2 KB each, so that a grammar stays below 100 MB
+
+    def for_parser(self) -> LLParserLimits:
+        return LLParserLimits(
+            initial_lexer_fuel=self.lexer_fuel,
+            step_lexer_fuel=self.step_fuel,
+            step_max_items=self.step_items,
+            max_lexer_states=self.lexer_states,
+            verbose_errors=False,
+        )
+
+
+class Vocabulary:
+    """A tokenizer as the grammar library sees it: the bytes of every token, and which of them end a text.
+
+    Slow to make (0.1 s for 49,152 tokens), and safe to share between threads.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> None:
+        """vocab_size: rows of the logits, which may be more than there are tokens; eos_ids: at least one."""
+        if not eos_ids:
+            raise RequestError("the model's files name no end of text, without which no output can be constrained")
+        self.vocab_size = vocab_size
+        wrapper = TokenizerWrapper(_Bytes(tokenizer, vocab_size, eos_ids))
+        self.trie = LLTokenizer(wrapper, eos_token=sorted(eos_ids))
+
+
+class _Bytes:
+    """What TokenizerWrapper wants of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = min(eos_ids)
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
+        self.special_token_ids = sorted(tokenizer.special_ids | eos_ids)
+        self._id_of: dict[bytes, int] | None = None
+        self._longest = 0
+
+    def __call__(self, data: bytes) -> list[int]:
+        """How the tokenizer spells `data` in the middle of a text: what is forced is sampled in these tokens."""
+        ids = self._encode(data.decode(errors="replace"))
+        if self._tokenizer.strips_leading_space:  # it begins a text by a space, and this is not the beginning
+            ids = self._encode("\n" + data.decode(errors="replace"))[len(self._encode("\n")) :]
+        if b"".join(self.tokens[token_id] for token_id in ids) == data:
+            return ids
+        return self._spell_greedily(data)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+
+    def _spell_greedily(self, data: bytes) -> list[int]:
+        """The longest token that fits, again and again; what no token begins is left out, and then not forced."""
+        if self._id_of is None:
+            special = set(self.special_token_ids)
+            self._id_of = {data: token_id for token_id, data in enumerate(self.tokens) if token_id not in special}
+            self._longest = max(map(len, self._id_of))
+        ids: list[int] = []
+        while data:
+            lengths = range(min(self._longest, len(data)), 0, -1)
+            length = next((length for length in lengths if data[:length] in self._id_of), None)
+            if length is None:
+                break
+            ids.append(self._id_of[data[:length]])
+            data = data[length:]
+        return ids
+
+
+class Grammar:
+    """A compiled grammar. Makes matchers, from any thread."""
+
+    def __init__(self, root: LLMatcher, vocab_size: int) -> None:
+        self._root = root
+        self._vocab_size = vocab_size
+
+    def matcher(self) -> Matcher:
+        """A matcher at the grammar's start. What one matcher learns of the vocabulary, all others know."""
+        return Matcher(self._root.deep_copy(), self._vocab_size)
+
+
+class Matcher:
+    """Follows one output through a grammar: a `Constraint` of scheduling/request.py. For one thread at a time."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._num_words = -(-vocab_size // 32)
+
+    def fill_mask(self, out: NDArray[np.int32]) -> None:
+        """Set the bits of the ids that may come next. out: (ceil(V/32),), four bytes an item, C-contiguous.
+
+        Where a limit is hit all are set: something is sampled, and `accept` refuses it with the reason.
+        """
+        assert out.shape == (self._num_words,) and out.itemsize == 4, f"{out.shape=} {out.dtype=} {self._num_words=}"
+        assert out.flags.c_contiguous and out.flags.writeable, f"{out.flags=}"
+        self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
+        if self._matcher.is_error():
+            out.fill(-1)
+
+    def accept(self, token_id: int) -> bool:
+        """Move on by a sampled token. False: it is not allowed or a limit was hit, and nothing is accepted any more."""
+        return self._matcher.consume_token(token_id)
+
+    @property
+    def is_finished(self) -> bool:
+        """Nothing may follow but the end, or the end was accepted."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    @property
+    def error(self) -> str | None:
+        if not self._matcher.is_error():
+            return None
+        return (
+            f"the output's grammar cannot go on: {_reason(self._matcher)}. Where a limit is named, the grammar is too "
+            "ambiguous: make repetitions and alternatives of its expressions simpler"
+        )
+
+
+def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, limits: GrammarLimits = GrammarLimits()) -> Grammar:
+    """Compile, and find the first mask. Takes milliseconds, at the limits a second, without the interpreter's lock.
+
+    Raises RequestError, its param beginning with spec.param, for what is wrong, too large or cannot be enforced.
+    """
+    if len(spec.text) > limits.max_chars:
+        raise RequestError(
+            f"{spec.param} has {len(spec.text)} characters, but a grammar may have {limits.max_chars}: simplify it",
+            param=spec.param,
+        )
+    source = _SOURCES[spec.kind](spec)
+    root = LLMatcher(vocabulary.trie, source, log_level=0, limits=limits.for_parser())
+    if not root.is_error():
+        # the first mask builds most of the lexer's states: here, since the engine's thread waits for nobody
+        root.deep_copy().compute_bitmask()
+    if root.is_error():
+        raise _explain(spec, root, vocabulary, limits)
+    return Grammar(root, vocabulary.vocab_size)
+
+
+def _from_json_object(spec: GrammarSpec) -> str:
+    return _json_source({"type": "object"}, spec.param)
+
+
+def _from_json_schema(spec: GrammarSpec) -> str:
+    return _json_source(parse_schema(spec.text, spec.param), spec.param)
+
+
+def _json_source(schema: Any, param: str) -> str:
+    return LLMatcher.grammar_from_json_schema(json.dumps(prepare_schema(schema, param)))
+
+
+def _from_regex(spec: GrammarSpec) -> str:
+    if not spec.text:
+        raise RequestError(f"{spec.param} is empty: give a regular expression", param=spec.param)
+    return LLMatcher.grammar_from_regex(spec.text)
+
+
+def _from_choice(spec: GrammarSpec) -> str:
+    choices = parse_schema(spec.text, spec.param)
+    if not isinstance(choices, list) or not choices or not all(isinstance(text, str) and text for text in choices):
+        raise RequestError(f"{spec.param} must be a list of strings, none of them empty", param=spec.param)
+    if len(choices) > MAX_CHOICES:
+        raise RequestError(
+            f"{spec.param} has {len(choices)} strings: give at most {MAX_CHOICES}, or a regex", param=spec.param
+        )
+    return LLMatcher.grammar_from_lark("start: " + " | ".join(lark_string(text) for text in dict.fromkeys(choices)))
+
+
+def lark_string(text: str) -> str:
+    """A literal of Lark, which are JSON's."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def lark_json(schema: Any, param: str) -> str:
+    """A rule's body that is a document of `schema`. Raises RequestError for what cannot be enforced."""
+    return "%json " + json.dumps(prepare_schema(schema, param), ensure_ascii=False)
+
+
+def _from_grammar(spec: GrammarSpec) -> str:
+    if not spec.text.strip():
+        raise RequestError(f"{spec.param} is empty: give a grammar in GBNF or Lark", param=spec.param)
+    try:
+        return _from_lark(GrammarSpec("lark", any_to_lark(spec.text), spec.param))
+    except RequestError:
+        raise
+    except Exception as error:  # the reader of GBNF raises what it likes, RecursionError too
+        raise RequestError(
+            f"{spec.param} is neither Lark nor GBNF: {error or type(error).__name__}", param=spec.param
+        ) from None
+
+
+def _from_lark(spec: GrammarSpec) -> str:
+    # in the brackets after a rule's name; llguidance would only tell the sampler of it
+    if re.search(r"^[^\"/]*\[[^\]]*\btemperature\s*=", spec.text, re.MULTILINE):
+        raise RequestError(f"{spec.param}: a rule's temperature is not supported: leave it out", param=spec.param)
+    return LLMatcher.grammar_from_lark(spec.text)
+
+
+_SOURCES: dict[str, Callable[[GrammarSpec], str]] = {
+    "json_object": _from_json_object,
+    "json_schema": _from_json_schema,
+    "regex": _from_regex,
+    "choice": _from_choice,
+    "grammar": _from_grammar,
+    "lark": _from_lark,
+}
+
+
+# ---- What went wrong ----
+
+
+def _explain(spec: GrammarSpec, root: LLMatcher, vocabulary: Vocabulary, limits: GrammarLimits) -> RequestError:
+    path, reason = spec.param, _reason(root)
+    if spec.kind == "json_schema":
+        path, reason = _Locator(vocabulary, limits).find(parse_schema(spec.text, spec.param), spec.param, reason)
+    return refuse(path, "cannot be enforced", reason)
+
+
+class _Locator:
+    """Finds the part of a schema that does not compile. Owns the number of tries that are left."""
+
+    def __init__(self, vocabulary: Vocabulary, limits: GrammarLimits) -> None:
+        self._vocabulary = vocabulary
+        self._limits = limits
+        self._num_tries = _LOCATE_TRIES
+
+    def find(self, schema: Any, path: str, reason: str) -> tuple[str, str]:
+        """(path, reason) of the innermost part that fails by itself."""
+        if not isinstance(schema, dict):
+            return path, reason
+        groups = ((keyword, schema.get(keyword)) for keyword in ("$defs", "definitions"))
+        definitions = {keyword: group for keyword, group in groups if isinstance(group, dict)}
+        parts = [*subschemas(schema, path)]
+        for keyword, group in definitions.items():
+            parts += [(f"{path}.{keyword}.{name}", part) for name, part in group.items()]
+        while parts:
+            inner_path, inner = parts.pop(0)
+            if self._num_tries == 0:
+                break
+            self._num_tries -= 1
+            inner_reason = self._fault(inner, definitions, inner_path)
+            if inner_reason is not None:
+                path, reason = inner_path, inner_reason
+                parts = [*subschemas(inner, inner_path)]
+        return path, reason
+
+    def _fault(self, part: Any, definitions: dict[str, Any], path: str) -> str | None:
+        if not isinstance(part, dict):
+            return None
+        source = _json_source({**definitions, **part}, path)
+        matcher = LLMatcher(self._vocabulary.trie, source, log_level=0, limits=self._limits.for_parser())
+        return _reason(matcher) if matcher.is_error() else None
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """The library's message on one line, without its drawing of where."""
+    lines = [line.strip() for line in matcher.get_error().splitlines()]
+    kept = [line for line in lines if line and line != "<non-verbose/>" and not re.fullmatch(r"[\^|\s]*", line)]
+    text = " ".join(kept) or matcher.stop_reason()
+    return text if len(text) <= 400 else text[:397] + "..."

@@ -1,0 +1,142 @@
+"""JSON Schema as far as it can be enforced: every keyword is known and enforced, known and said to mean nothing, or
+refused with the path of the property that has it.
+
+What is enforced: https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md. Two differences to draft
+2020-12 are part of it: properties come in the schema's order, and `format` is enforced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tinyvllm.errors import RequestError
+
+MAX_DEPTH = 64  # of schemas in schemas; the compiler's JSON reader stops at 128 levels of brackets
+MAX_PROPERTIES = 5000  # in one schema, all levels together: OpenAI's limit
+
+TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+
+# fmt: off
+ENFORCED = frozenset((
+    "anyOf", "oneOf", "allOf", "$ref", "const", "enum", "type", "items", "additionalItems", "prefixItems", "minItems",
+    "maxItems", "properties", "additionalProperties", "patternProperties", "required", "minProperties",
+    "maxProperties", "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum",
+    "exclusiveMaximum", "multipleOf",
+))
+# Annotations: of JSON Schema, of OpenAPI, and of the libraries that write schemas.
+WITHOUT_MEANING = frozenset((
+    "$anchor", "$defs", "definitions", "$schema", "$id", "id", "$comment", "title", "description", "default",
+    "readOnly", "writeOnly", "examples", "example", "contentMediaType", "contentEncoding", "deprecated",
+    "discriminator", "externalDocs", "markdownDescription", "$vocabulary", "strict",
+))
+# fmt: on
+# What holds for every instance may be written down without being enforced: {"nullable": false, "uniqueItems": false}.
+SAYS_NOTHING: dict[str, tuple[object, ...]] = {
+    "nullable": (False,),
+    "uniqueItems": (False,),
+    "minContains": (0,),
+    "dependentRequired": ({},),
+    "dependentSchemas": ({},),
+    "unevaluatedProperties": (True,),
+    "unevaluatedItems": (True,),
+    "propertyNames": ({}, True, {"type": "string"}),
+}
+
+_MAPS_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+_LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
+_SCHEMAS = ("items", "additionalItems", "additionalProperties")
+
+# One space, or a line's end and its indentation. Blanks without a bound are a loop that a small model falls into.
+_GUIDANCE = {"whitespace_pattern": r"[ ]|\n[ \t]{0,32}", "lenient": False, "coerce_one_of": False}
+
+
+def parse_schema(text: str, param: str) -> Any:
+    """The schema in a JSON text. Raises RequestError(param)."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{param} is not a JSON schema: {error or 'it is nested too deeply'}", param=param) from None
+
+
+def prepare_schema(schema: Any, param: str) -> Any:
+    """A copy that the compiler reads as it is meant: checked, without annotations, with our rule for blanks.
+
+    Raises RequestError whose message and param name the keyword's path, beginning with `param`.
+    """
+    prepared = _Preparation(param).copy(schema, param, 0)
+    if isinstance(prepared, dict):
+        return {"x-guidance": _GUIDANCE, **prepared}
+    return prepared
+
+
+class _Preparation:
+    """One walk over a schema. Owns the count of its properties."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._num_properties = 0
+
+    def copy(self, schema: Any, path: str, depth: int) -> Any:
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, Mapping):
+            raise refuse(path, f"is a {type(schema).__name__}", "a schema is an object, true or false")
+        if depth > MAX_DEPTH:
+            raise refuse(self._root, f"is nested more than {MAX_DEPTH} schemas deep", "flatten it")
+        copied: dict[str, Any] = {}
+        for keyword, value in schema.items():
+            if self._has_meaning(keyword, value, path):
+                copied[keyword] = self._copy_value(keyword, value, f"{path}.{keyword}", depth + 1)
+        return copied
+
+    def _has_meaning(self, keyword: str, value: Any, path: str) -> bool:
+        """False for what may be left out. Raises RequestError for what can be neither enforced nor left out."""
+        if keyword in ENFORCED or keyword in ("$defs", "definitions", "$id", "id", "$anchor", "$schema"):
+            return True
+        is_extension = keyword.startswith("x-") and keyword != "x-guidance"
+        if keyword in WITHOUT_MEANING or is_extension or value in SAYS_NOTHING.get(keyword, ()):
+            return False
+        known = ", ".join(sorted(ENFORCED))
+        raise refuse(f"{path}.{keyword}", "cannot be enforced", f"leave it out. Enforced are {known}")
+
+    def _copy_value(self, keyword: str, value: Any, path: str, depth: int) -> Any:
+        if keyword in _MAPS_OF_SCHEMAS and isinstance(value, Mapping):
+            self._num_properties += len(value)
+            if self._num_properties > MAX_PROPERTIES:
+                raise refuse(self._root, f"has more than {MAX_PROPERTIES} properties", "split it")
+            return {name: self.copy(schema, f"{path}.{name}", depth) for name, schema in value.items()}
+        if keyword in _LISTS_OF_SCHEMAS and isinstance(value, list):
+            return [self.copy(schema, f"{path}.{index}", depth) for index, schema in enumerate(value)]
+        if keyword == "items" and isinstance(value, list):
+            return [self.copy(schema, f"{path}.{index}", depth) for index, schema in enumerate(value)]
+        if keyword in _SCHEMAS:
+            return self.copy(value, path, depth)
+        if keyword == "type":
+            for kind in value if isinstance(value, list) else [value]:
+                if kind not in TYPES:
+                    raise refuse(path, f"is {kind!a:.60}", f"choose from {', '.join(TYPES)}")
+        if keyword == "format" and value not in FORMATS:
+            raise refuse(path, f"is {value!a:.60}", f"choose from {', '.join(FORMATS)}, or leave it out")
+        return value
+
+
+def refuse(path: str, what: str, remedy: str) -> RequestError:
+    path = ascii(path)[1:-1]  # names come from clients
+    shown = path if len(path) <= 300 else f"{path[:140]}...{path[-140:]}"
+    return RequestError(f"{shown} {what}: {remedy}", param=shown)
+
+
+def subschemas(schema: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """(path, schema) of the schemas directly inside a prepared one, without definitions."""
+    if not isinstance(schema, Mapping):
+        return
+    for keyword, value in schema.items():
+        if keyword in ("properties", "patternProperties") and isinstance(value, Mapping):
+            yield from ((f"{path}.{keyword}.{name}", inner) for name, inner in value.items())
+        elif keyword in (*_LISTS_OF_SCHEMAS, "items") and isinstance(value, list):
+            yield from ((f"{path}.{keyword}.{index}", inner) for index, inner in enumerate(value))
+        elif keyword in _SCHEMAS:
+            yield f"{path}.{keyword}", value

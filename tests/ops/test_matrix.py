@@ -11,6 +11,7 @@ from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.device import DeviceHandle, has_half
 from tinyvllm.ops.matrix import Planes, pack, round_to_bfloat16, unpack
 from tinyvllm.ops.reference import ReferenceBackend
+from tinyvllm.ops.sample import OUT_TOKEN, OUT_WIDTH
 from tinyvllm.ops.step_inputs import StepLayout
 
 
@@ -92,6 +93,22 @@ def test_a_token_id_beyond_the_table_reads_its_last_row(backend: Backend, refere
     for ops in (backend, reference):
         out = ops.embed(ops.matrix(host), ops.device.upload(buffer), layout).numpy().reshape(3, 32)
         np.testing.assert_array_equal(out, host[[39, 39, 0]])
+
+
+@pytest.mark.parametrize("fmt", ["float16", "Q4_K"])
+def test_a_token_id_below_zero_names_a_row_of_the_output_before(
+    backend: Backend, reference: ReferenceBackend, fmt: str
+) -> None:
+    """Beyond the last row it is the last one's; a token of -1, of a row without finite logits, reads the first."""
+    host, layout = make_host(fmt, 72, 256), StepLayout(6, 4, 1, 8)
+    buffer = make_step(layout, [])
+    layout.views(buffer)["token_ids"][:] = [-1, 7, -3, -2, -4, -(2**31)]
+    newest = np.full((4, OUT_WIDTH), 99, np.int32)
+    newest[:, OUT_TOKEN] = [71, 12, 30, -1]
+    for ops in (backend, reference):
+        inputs, output = ops.device.upload(buffer), ops.device.upload(newest.reshape(-1))
+        out = ops.embed(ops.matrix(host), inputs, layout, output).numpy().reshape(6, 256)
+        np.testing.assert_allclose(out, to_float32(host)[[71, 7, 30, 12, 0, 0]], rtol=0, atol=1e-7)
 
 
 def test_taken_rows_are_those_of_the_logit_rows(backend: Backend, reference: ReferenceBackend) -> None:

@@ -73,10 +73,13 @@ class Llama:
         """Columns of a row of logits: the vocabulary, padded."""
         return self.head.num_rows
 
-    def __call__(self, layout: StepLayout, inputs: Tensor, pool: KVPool, *, is_decode: bool) -> Tensor:
-        """One step: (R * logit_stride,) float32 logits. `is_decode`: T = R and row i samples for sequence i."""
+    def __call__(
+        self, layout: StepLayout, inputs: Tensor, pool: KVPool, *, is_decode: bool, newest: Tensor | None = None
+    ) -> Tensor:
+        """One step: (R * logit_stride,) float32 logits. `is_decode`: T = R and row i samples for sequence i. `newest`:
+        the output of the step before, for tokens that the host does not know yet."""
         ops, tokens = self.backend, layout.num_tokens
-        x = ops.embed(self.embedding, inputs, layout)  # (T * hidden,)
+        x = ops.embed(self.embedding, inputs, layout, newest)  # (T * hidden,)
         for index, layer in enumerate(self.layers):
             x = self._layer(layer, index, x, layout, inputs, pool, is_decode)
         if not is_decode:

@@ -31,7 +31,9 @@ class Model(Protocol):
     @property
     def logit_stride(self) -> int: ...
 
-    def __call__(self, layout: StepLayout, inputs: Tensor, pool: KVPool, *, is_decode: bool) -> Tensor: ...
+    def __call__(
+        self, layout: StepLayout, inputs: Tensor, pool: KVPool, *, is_decode: bool, newest: Tensor | None = None
+    ) -> Tensor: ...
 
 
 FAMILIES: dict[str, Callable[..., Model]] = {"llama": Llama}

@@ -74,8 +74,9 @@ class Backend(Protocol):
     def kv_dtype(self, wanted: str, stored: str) -> str:
         """The dtype of the pool: `wanted`, or for "auto" what suits the device and the checkpoint's dtype."""
 
-    def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout) -> Tensor:
-        """(T * K,): the rows of `table` named by the step's token ids."""
+    def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout, newest: Tensor | None = None) -> Tensor:
+        """(T * K,): the rows of `table` named by the step's token ids. An id of -1 - r stands for the token in row r of
+        `newest`, the output of the step before."""
 
     def norm_linear(
         self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int
@@ -106,18 +107,32 @@ class Backend(Protocol):
     def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:
         """(R * columns,): the rows whose logits are wanted."""
 
-    def sample(self, logits: Tensor, vocab_size: int, stride: int, inputs: Tensor, layout: StepLayout) -> Tensor:
-        """(R * OUT_WIDTH,) int32."""
+    def sample(
+        self,
+        logits: Tensor,
+        vocab_size: int,
+        stride: int,
+        inputs: Tensor,
+        layout: StepLayout,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """(R * OUT_WIDTH,) int32, at the beginning of `out` where that is given."""
 
     def make_pool(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: str) -> KVPool:
         """A zeroed pool."""
 
 
 def sample_rows(
-    device: DeviceHandle, logits: Tensor, vocab_size: int, stride: int, inputs: Tensor, layout: StepLayout
+    device: DeviceHandle,
+    logits: Tensor,
+    vocab_size: int,
+    stride: int,
+    inputs: Tensor,
+    layout: StepLayout,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`Backend.sample`, the same for every device."""
-    return sample(SampleSpec(layout, vocab_size, stride, device.has_threads), logits, inputs)
+    return sample(SampleSpec(layout, vocab_size, stride, device.has_threads), logits, inputs, out)
 
 
 def stack_rows(hosts: Sequence[HostMatrix]) -> list[HostMatrix]:

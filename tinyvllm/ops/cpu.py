@@ -122,14 +122,15 @@ class CpuBackend:
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout) -> Activation:
+    def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout, newest: Tensor | None = None) -> Activation:
         tokens, planes = layout.num_tokens, [plane for part in table.parts for plane in part.planes]
-        rows = tuple(part.used_rows for part in table.parts)
+        rows, sources = tuple(part.used_rows for part in table.parts), [inputs] if newest is None else [inputs, newest]
         outs, widths = [], []
         for (a, b), core in self._bounds(table.num_cols // PANEL):
             first, cols = a * PANEL, (b - a) * PANEL
-            spec = EmbedSpec(table.format, tokens, rows, table.num_cols, first, cols, layout.offset("token_ids"))
-            outs += run_kernel(embed_kernel(spec), [empty(tokens * cols, device=core)], [inputs, *planes])
+            at = layout.offset("token_ids")
+            spec = EmbedSpec(table.format, tokens, rows, table.num_cols, first, cols, at, newest is not None)
+            outs += run_kernel(embed_kernel(spec), [empty(tokens * cols, device=core)], [*sources, *planes])
             widths.append(cols)
         return _share(outs, widths)
 
@@ -181,12 +182,20 @@ class CpuBackend:
             outs += run_kernel(take_rows_kernel(layout, cols), [out], [tensor, inputs])
         return _share(outs, widths)
 
-    def sample(self, logits: Activation, vocab_size: int, stride: int, inputs: Tensor, layout: StepLayout) -> Tensor:
+    def sample(
+        self,
+        logits: Activation,
+        vocab_size: int,
+        stride: int,
+        inputs: Tensor,
+        layout: StepLayout,
+        out: Tensor | None = None,
+    ) -> Tensor:
         if isinstance(logits, Shares):
             fn = join_kernel(layout.num_seqs, logits.widths)
-            out = empty(layout.num_seqs * stride, device=self.device.name)
-            logits = run_kernel(fn, [out], logits.tensors)[0]
-        return sample_rows(self.device, logits, vocab_size, stride, inputs, layout)
+            joined = empty(layout.num_seqs * stride, device=self.device.name)
+            logits = run_kernel(fn, [joined], logits.tensors)[0]
+        return sample_rows(self.device, logits, vocab_size, stride, inputs, layout, out)
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from tinygrad import UOp
 
 from tinyvllm.ops.kernel import Body, KernelFn, balanced, cached_kernel, fill, finish, silu
 from tinyvllm.ops.matrix import HALF, PANEL, Format, Planes
+from tinyvllm.ops.token_ids import token_id
 
 STAGED_ROWS = 16  # up to here a kernel copies (and normalises) its input rows on its stack; above, rms_norm runs before
 NORM_LANES = 16
@@ -264,16 +265,18 @@ class EmbedSpec:
     first_col: int
     num_cols: int
     token_offset: int  # of the token ids in the step's inputs
+    is_fed: bool = False  # the output of the step before is there too, and a token id may name one of its rows
 
 
 @cached_kernel
 def embed_kernel(spec: EmbedSpec) -> KernelFn:
-    """fn(out (T, columns), inputs, *planes of each part). A token id beyond the table reads its last row."""
+    """fn(out (T, columns), inputs, *[newest], *planes of each part). A token id beyond the table reads its last row."""
 
-    def kernel(out: UOp, inputs: UOp, *planes: UOp) -> UOp:
+    def kernel(out: UOp, inputs: UOp, *rest: UOp) -> UOp:
+        newest, planes = (rest[0], rest[1:]) if spec.is_fed else (None, rest)
         body, count = Body(), Planes.count(spec.format)
         token, col = body.loop(spec.num_tokens), body.loop(spec.num_cols)
-        row = inputs[spec.token_offset + token].load().maximum(0)
+        row = token_id(inputs[spec.token_offset + token].load(), newest, sum(spec.part_rows))
         value, start = None, 0
         for i, rows in enumerate(spec.part_rows):
             table = Planes(spec.format, planes[i * count : (i + 1) * count])

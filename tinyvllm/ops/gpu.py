@@ -12,9 +12,10 @@ from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, sample_rows, stack_rows
 from tinyvllm.ops.device import FLOATS, DeviceHandle
 from tinyvllm.ops.gpu_attention import THREADS, GpuAttentionSpec, attention_kernel, take_rows_kernel, write_kv_kernel
-from tinyvllm.ops.kernel import Body, KernelFn, cached_kernel, clamp, empty, finish, run_kernel
+from tinyvllm.ops.kernel import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.matrix import Format, Matrix, Planes, pack, unpack
 from tinyvllm.ops.step_inputs import StepLayout
+from tinyvllm.ops.token_ids import token_id
 
 MAX_HEAD_DIM = 256  # threads of an attention threadgroup
 
@@ -54,9 +55,11 @@ class GpuBackend:
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout) -> Tensor:
-        fn = embed_kernel(table.format, layout.num_tokens, table.used_rows, table.num_cols, layout.offset("token_ids"))
-        return run_kernel(fn, [self._empty(layout.num_tokens * table.num_cols)], [inputs, *table.planes])[0]
+    def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout, newest: Tensor | None = None) -> Tensor:
+        rows, cols, at = table.used_rows, table.num_cols, layout.offset("token_ids")
+        fn = embed_kernel(table.format, layout.num_tokens, rows, cols, at, newest is not None)
+        sources = [inputs] if newest is None else [inputs, newest]
+        return run_kernel(fn, [self._empty(layout.num_tokens * cols)], [*sources, *table.planes])[0]
 
     def norm_linear(
         self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int
@@ -99,8 +102,16 @@ class GpuBackend:
         fn = take_rows_kernel(layout, num_cols)
         return run_kernel(fn, [self._empty(layout.num_seqs * num_cols)], [x, inputs])[0]
 
-    def sample(self, logits: Tensor, vocab_size: int, stride: int, inputs: Tensor, layout: StepLayout) -> Tensor:
-        return sample_rows(self.device, logits, vocab_size, stride, inputs, layout)
+    def sample(
+        self,
+        logits: Tensor,
+        vocab_size: int,
+        stride: int,
+        inputs: Tensor,
+        layout: StepLayout,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return sample_rows(self.device, logits, vocab_size, stride, inputs, layout, out)
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 
@@ -119,14 +130,18 @@ class GpuBackend:
 
 
 @cached_kernel
-def embed_kernel(fmt: Format, num_tokens: int, num_rows: int, num_cols: int, token_offset: int) -> KernelFn:
-    """fn(out (T, K), inputs, *planes): rows of a table in row layout. A token id beyond it reads the last row."""
+def embed_kernel(
+    fmt: Format, num_tokens: int, num_rows: int, num_cols: int, token_offset: int, is_fed: bool
+) -> KernelFn:
+    """fn(out (T, K), inputs, *[newest], *planes): rows of a table in row layout. A token id beyond it reads the last
+    row; is_fed: one below 0 names a row of `newest`."""
 
-    def kernel(out: UOp, inputs: UOp, *planes: UOp) -> UOp:
+    def kernel(out: UOp, inputs: UOp, *rest: UOp) -> UOp:
+        newest, planes = (rest[0], rest[1:]) if is_fed else (None, rest)
         body, table = Body(), Planes(fmt, planes)
         token, chunk, thread = body.grid(num_tokens), body.grid(num_cols // THREADS), body.threads(THREADS)
         col = chunk * THREADS + thread
-        row = clamp(inputs[token_offset + token].load(), 0, num_rows - 1)
+        row = token_id(inputs[token_offset + token].load(), newest, num_rows)
         store = out[token * num_cols + col].store(table.value(row, col, num_cols, "row").cast(out.dtype))
         name = f"embed_{fmt.name}_{num_tokens}x{num_cols}"
         return finish(store.end(thread, chunk, token), name, nbytes=num_tokens * num_cols * 4)

@@ -48,9 +48,12 @@ class ReferenceBackend:
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout) -> Tensor:
-        token_ids = _words(inputs, layout, "token_ids", layout.num_tokens).clip(0, table.used_rows - 1)
-        return unpack(table)[token_ids].reshape(-1)
+    def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout, newest: Tensor | None = None) -> Tensor:
+        token_ids = _words(inputs, layout, "token_ids", layout.num_tokens)
+        if newest is not None:
+            tokens = newest.reshape(-1, OUT_WIDTH)[:, OUT_TOKEN]
+            token_ids = (token_ids < 0).where(tokens[(-1 - token_ids).clip(0, tokens.shape[0] - 1)], token_ids)
+        return unpack(table)[token_ids.clip(0, table.used_rows - 1)].reshape(-1)
 
     def norm_linear(
         self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int
@@ -109,11 +112,22 @@ class ReferenceBackend:
     def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:
         return x.reshape(-1, num_cols)[_words(inputs, layout, "logit_rows", layout.num_seqs)].reshape(-1)
 
-    def sample(self, logits: Tensor, vocab_size: int, stride: int, inputs: Tensor, layout: StepLayout) -> Tensor:
+    def sample(
+        self,
+        logits: Tensor,
+        vocab_size: int,
+        stride: int,
+        inputs: Tensor,
+        layout: StepLayout,
+        out: Tensor | None = None,
+    ) -> Tensor:
         rows = logits.numpy().reshape(layout.num_seqs, stride)[:, :vocab_size]
         views = layout.views(inputs.numpy())
-        out = np.stack([sample_row(row, views, index) for index, row in enumerate(rows)])
-        return Tensor(out.reshape(-1), device=inputs.device)
+        sampled = np.stack([sample_row(row, views, index) for index, row in enumerate(rows)]).reshape(-1)
+        if out is None:
+            return Tensor(sampled, device=inputs.device)
+        self.device.write(out, sampled)
+        return out
 
 
 def _words(inputs: Tensor, layout: StepLayout, name: str, count: int) -> Tensor:

@@ -66,10 +66,12 @@ class SampleSpec:
     is_adjusted: bool = False  # the raw logits lie beside those that are sampled from
 
 
-def sample(spec: SampleSpec, logits: Tensor, inputs: Tensor) -> Tensor:
-    """(R * OUT_WIDTH,) int32: tokens and logprobs. The logits are changed in place (held-back ids become -inf)."""
+def sample(spec: SampleSpec, logits: Tensor, inputs: Tensor, out: Tensor | None = None) -> Tensor:
+    """(R * OUT_WIDTH,) int32: tokens and logprobs, at the beginning of `out` where that is given. Changes the logits
+    (held-back ids become -inf)."""
     seqs, device = spec.layout.num_seqs, logits.device
-    out, norms = empty(seqs * OUT_WIDTH, I32, device), empty(seqs, F32, device)
+    out = empty(seqs * OUT_WIDTH, I32, device) if out is None else out
+    norms = empty(seqs, F32, device)
     # the logits are passed on, so that they change only after they were read: held-back ids count in raw logprobs
     out, norms, logits = run_kernel(logprobs_kernel(spec), [out, norms, logits], [inputs])
     held = empty(seqs * MAX_STOP_IDS, F32, device)

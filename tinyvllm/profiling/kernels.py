@@ -1,0 +1,119 @@
+"""Kernels that were timed, and the tables they add up to. From a profile of ours or from a trace's text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tinyvllm.errors import ProfilingError
+from tinyvllm.profiling.chips import GB, Chip
+from tinyvllm.profiling.names import label
+
+GROUPINGS = ("operation", "layer", "kernel", "program")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One place in a step, or one line of a trace. `seconds`: of one run, on the device. Bytes and operations are those
+    of one run; None where nobody knows them."""
+
+    operation: str  # qkv, attention, sample
+    layer: int | None
+    program: str
+    device: str
+    seconds: float
+    nbytes: float | None = None
+    flops: float | None = None
+    count: int = 1  # runs that this stands for: a graph's kernels
+
+    @property
+    def label(self) -> str:
+        return label(self.layer, self.operation)
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """Kernels of one label. Rates are over the time of those kernels whose bytes or operations are known."""
+
+    label: str
+    dispatches: int
+    total_s: float
+    share: float  # of all kernels' time
+    nbytes: float | None
+    flops: float | None
+    bytes_per_s: float | None
+    flops_per_s: float | None
+    roof_share: float | None  # of what the chip's roofline allows for these bytes and operations
+
+    @property
+    def average_s(self) -> float:
+        return self.total_s / self.dispatches
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "label": self.label,
+            "dispatches": self.dispatches,
+            "total_s": self.total_s,
+            "average_s": self.average_s,
+            "share": self.share,
+            "bytes": self.nbytes,
+            "flops": self.flops,
+            "gb_per_s": None if self.bytes_per_s is None else self.bytes_per_s / GB,
+            "gflop_per_s": None if self.flops_per_s is None else self.flops_per_s / 1e9,
+            "roof_share": self.roof_share,
+        }
+
+
+def tabulate(kernels: Sequence[Kernel], by: str = "operation", chip: Chip | None = None) -> list[KernelRow]:
+    """Rows that together have all the kernels' time, the longest first."""
+    if by not in GROUPINGS:
+        raise ProfilingError(f"--by is {by!r}: give one of {', '.join(GROUPINGS)}")
+    groups: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        groups.setdefault(_key(kernel, by), []).append(kernel)
+    whole = sum(kernel.seconds for kernel in kernels)
+    rows = [_row(name, group, whole, chip) for name, group in groups.items()]
+    return sorted(rows, key=lambda row: -row.total_s)
+
+
+def _key(kernel: Kernel, by: str) -> str:
+    if by == "layer":
+        return "outside of layers" if kernel.layer is None else f"layer {kernel.layer}"
+    return {"operation": kernel.operation, "kernel": kernel.label, "program": kernel.program or kernel.operation}[by]
+
+
+def _row(name: str, group: list[Kernel], whole_s: float, chip: Chip | None) -> KernelRow:
+    total_s = sum(kernel.seconds for kernel in group)
+    nbytes, bytes_s = _known((kernel.nbytes, kernel.seconds) for kernel in group)
+    flops, flops_s = _known((kernel.flops, kernel.seconds) for kernel in group)
+    return KernelRow(
+        label=name,
+        dispatches=sum(kernel.count for kernel in group),
+        total_s=total_s,
+        share=total_s / whole_s if whole_s else 0.0,
+        nbytes=nbytes,
+        flops=flops,
+        bytes_per_s=None if nbytes is None or not bytes_s else nbytes / bytes_s,
+        flops_per_s=None if flops is None or not flops_s else flops / flops_s,
+        roof_share=None if chip is None else _roof_share(group, chip),
+    )
+
+
+def _known(pairs: Iterable[tuple[float | None, float]]) -> tuple[float | None, float]:
+    """The sum of what is known, and the seconds that it took."""
+    known = [(amount, seconds) for amount, seconds in pairs if amount is not None]
+    return (sum(amount for amount, _ in known), sum(seconds for _, seconds in known)) if known else (None, 0.0)
+
+
+def _roof_share(group: list[Kernel], chip: Chip) -> float | None:
+    """The least time of the group's kernels over the time they took, for those whose bytes are known."""
+    known = [kernel for kernel in group if kernel.nbytes is not None]
+    took_s = sum(kernel.seconds for kernel in known)
+    if not took_s:
+        return None
+    return sum(floor_s(chip, kernel.nbytes or 0, kernel.flops or 0) for kernel in known) / took_s
+
+
+def floor_s(chip: Chip, nbytes: float, flops: float) -> float:
+    """The least time for so many bytes and operations: Williams, Waterman and Patterson 2009, the roofline model."""
+    return max(nbytes / (chip.bandwidth_gbps * GB), flops / (chip.half_tflops * 1e12))

@@ -1,0 +1,176 @@
+"""Reading what tinygrad prints under DEBUG=2: one line a kernel, whatever the device, cut short or mixed with others.
+
+A line of tinygrad 0.14 (realize.track_stats), without its colours:
+
+    *** CUDA    12 qkv_float16_1x3072x2048 arg  5 mem   3.13 GB tm 10.98us/ 106.58ms ( 1081 GFLOPS  192|3893   GB/s)
+
+Each part is looked for by itself, so that a line without a name, without a time, of an earlier version or cut in the
+middle still gives what it has. A number counts only with its unit behind it: half a number is never read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tinyvllm.profiling.kernels import Kernel
+from tinyvllm.profiling.names import SAMPLE, is_sampling, layers_by_order, role_of, strip_colours
+
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+_SCALE = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+
+_START = re.compile(r"(?=\*\*\* )")  # kernels of two threads may share a line
+_HEAD = re.compile(r"\*\*\* (?P<device>[A-Z][A-Z0-9]*(?::\d*)?)\s+(?:(?P<number>\d{1,15})\s+)?(?P<rest>.*)")
+_ARGS = re.compile(r"(?:^|\s)arg\s+(\d{1,9})\s")
+_MEMORY = re.compile(r"(?:^|\s)mem\s+(\d+(?:\.\d+)?) ([KMGT]?)B\b")
+_NAME_END = re.compile(r"(?:^|\s+)(?:arg\s+\d+\s|arg\s*\d*$|tm\s|mem\s)")
+_TIME = re.compile(r"(?:^|\s)tm\s+(\d+(?:\.\d+)?)(ns|us|ms|s)(?=[\s/]|$)")
+_FLOPS = re.compile(r"(\d+(?:\.\d+)?) ([KMGTP]?)FLOPS")
+_RATES = re.compile(r"(\d+(?:\.\d+)?)(?:\|(\d+(?:\.\d+)?))?\s+([KMGTP]?)B/s")
+_BATCH = re.compile(r"^batched (\d{1,9})")
+_SCHEDULED = re.compile(r"(?:^|\*\*\* |\s)scheduled\s+(\d{1,9}) kernels in\s+(\d+(?:\.\d+)?) (ns|us|ms|s)\b")
+
+
+@dataclass(frozen=True)
+class TraceLine:
+    """What one line says. `seconds` and the rates are None where it does not, or where it was cut before."""
+
+    device: str
+    name: str
+    number: int | None  # of kernels that had run; those of one graph share it
+    num_args: int | None
+    memory_bytes: float | None  # in use then
+    seconds: float | None
+    flops_per_s: float | None
+    bytes_per_s: float | None  # of distinct memory, as the kernel declares it
+    accessed_per_s: float | None  # of all accesses, loads from caches too
+    num_kernels: int  # 1, or those of a graph
+    is_copy: bool
+    is_cut: bool
+
+    @property
+    def nbytes(self) -> float | None:
+        return None if self.bytes_per_s is None or self.seconds is None else self.bytes_per_s * self.seconds
+
+    @property
+    def flops(self) -> float | None:
+        return None if self.flops_per_s is None or self.seconds is None else self.flops_per_s * self.seconds
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All kernels of a text in their order, and what else it said."""
+
+    lines: tuple[TraceLine, ...]
+    num_other_lines: int  # that are no kernel's
+    scheduling_s: float  # "scheduled N kernels in T": Python, before kernels run
+    num_scheduled: int  # kernels that were scheduled so
+
+    @property
+    def num_cut(self) -> int:
+        return sum(line.is_cut for line in self.lines)
+
+    @property
+    def num_untimed(self) -> int:
+        return sum(line.seconds is None for line in self.lines)
+
+    @property
+    def device_s(self) -> float:
+        return sum(line.seconds or 0.0 for line in self.lines)
+
+    def kernels(self, last_steps: int | None = None) -> list[Kernel]:
+        """The lines that have a time, named by what they do. `last_steps`: only those from so many embeddings before
+        the end on, which leaves loading and warming up out; all of them where the trace has fewer."""
+        operations = [_operation(line) for line in self.lines]
+        layers = self._layers(operations)
+        first = _start_of(operations, last_steps)
+        return [
+            Kernel(operation, layer, line.name, line.device, line.seconds, line.nbytes, line.flops, line.num_kernels)
+            for line, operation, layer in list(zip(self.lines, operations, layers, strict=True))[first:]
+            if line.seconds is not None
+        ]
+
+    def _layers(self, operations: Sequence[str]) -> list[int | None]:
+        """Each device counts for itself: the cores of a CPU have every layer."""
+        layers: list[int | None] = [None] * len(operations)
+        for device in {line.device for line in self.lines}:
+            places = [index for index, line in enumerate(self.lines) if line.device == device]
+            found = layers_by_order(operations[index] for index in places)
+            for index, layer in zip(places, found, strict=True):
+                layers[index] = layer
+        return layers
+
+
+def parse_trace(text: str) -> Trace:
+    """Never raises: what is no kernel's line is counted and left alone."""
+    lines: list[TraceLine] = []
+    num_other, num_scheduled, scheduling_s = 0, 0, 0.0
+    for piece in _pieces(strip_colours(text)):
+        scheduled = _SCHEDULED.search(piece)
+        if scheduled:
+            num_scheduled += int(scheduled[1])
+            scheduling_s += float(scheduled[2]) * _SECONDS[scheduled[3]]
+        elif (line := _parse_line(piece)) is not None:
+            lines.append(line)
+        elif piece.strip():
+            num_other += 1
+    return Trace(tuple(lines), num_other, scheduling_s, num_scheduled)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Lines, and the parts of a line that begin with a kernel's stars. A progress bar ends with a carriage return."""
+    for line in text.splitlines():
+        yield from _START.split(line)
+
+
+def _parse_line(piece: str) -> TraceLine | None:
+    head = _HEAD.match(piece)
+    if head is None:
+        return None
+    rest = head["rest"]
+    end = _NAME_END.search(rest)
+    if head["number"] is None and end is None:
+        return None  # somebody else's stars
+    name = (rest[: end.start()] if end else rest).strip()
+    args, memory, time = _ARGS.search(rest), _MEMORY.search(rest), _TIME.search(rest)
+    figures = rest[time.end() :] if time else ""
+    flops, rates = _FLOPS.search(figures), _RATES.search(figures)
+    batch = _BATCH.match(name)
+    is_copy = name.startswith("copy")
+    return TraceLine(
+        device=head["device"],
+        name=name,
+        number=None if head["number"] is None else int(head["number"]),
+        num_args=int(args[1]) if args else None,
+        memory_bytes=float(memory[1]) * _SCALE[memory[2]] if memory else None,
+        seconds=float(time[1]) * _SECONDS[time[2]] if time else None,
+        flops_per_s=float(flops[1]) * _SCALE[flops[2]] if flops else None,
+        bytes_per_s=float(rates[1]) * _SCALE[rates[3]] if rates else None,
+        accessed_per_s=float(rates[2]) * _SCALE[rates[3]] if rates and rates[2] else None,
+        num_kernels=int(batch[1]) if batch else 1,
+        is_copy=is_copy,
+        is_cut=rates is None and not (time is None and memory is not None and rest.endswith("GB")),
+    )
+
+
+def _operation(line: TraceLine) -> str:
+    if line.is_copy:
+        return "copy"
+    if line.num_kernels > 1:
+        return f"graph of {line.num_kernels} kernels"
+    if is_sampling(line.name):
+        return SAMPLE
+    return role_of(line.name) or line.name or "a kernel without a name"
+
+
+def _start_of(operations: Sequence[str], last_steps: int | None) -> int:
+    """Where the last steps begin; 0 for all. The cores of a CPU embed one after the other: that is one step."""
+    if last_steps is None:
+        return 0
+    starts = [
+        index
+        for index, operation in enumerate(operations)
+        if operation == "embed" and (index == 0 or operations[index - 1] != "embed")
+    ]
+    return starts[-last_steps] if len(starts) >= last_steps else 0

@@ -1,0 +1,305 @@
+"""Calls as the families write them: read the same however the text is cut, and written so that they can be read."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import hypothesis
+import jsonschema
+import pytest
+from hypothesis import strategies as st
+
+from tests.text.test_grammar import TOKENIZERS, VOCABULARIES, walk
+from tinyvllm.config import GrammarSpec
+from tinyvllm.errors import RequestError, TinyvllmError
+from tinyvllm.text.grammar import compile_grammar
+from tinyvllm.text.tools import FORMATS, Tool, find_tool_format
+from tinyvllm.text.tools.base import CallArguments, CallBegin, Text, joined
+
+WEATHER = Tool(
+    "get_weather",
+    "The weather of a place.",
+    {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 6}, "days": {"type": "integer", "minimum": 1}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    },
+)
+TIME = Tool("time-now")
+NAMES = frozenset({"get_weather", "time-now"})
+
+Calls = list[tuple[str, str]]
+
+
+def read(family: str, pieces: Iterable[str]) -> tuple[str, Calls]:
+    """(text, calls) of a message that comes in pieces; checks the events' order on the way."""
+    parser = FORMATS[family].parser(NAMES)
+    events = [event for piece in pieces for event in parser.push(piece)] + parser.flush()
+    text, calls = "", []
+    for event in joined(events):
+        match event:
+            case Text():
+                text += event.text
+            case CallBegin():
+                assert event.index == len(calls)
+                calls.append([event.name, ""])
+            case CallArguments():
+                assert event.index == len(calls) - 1 and event.text
+                calls[-1][1] += event.text
+    assert parser.num_calls == len(calls)
+    return text, [(name, arguments) for name, arguments in calls]
+
+
+CASES: list[tuple[str, str, str, Calls]] = [
+    # hermes
+    ("hermes", "Just words, with < and <tool.", "Just words, with < and <tool.", []),
+    ("hermes", "  two\n\nlines \n", "  two\n\nlines \n", []),
+    (
+        "hermes",
+        'Let me see.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rom", "days": 2}}\n</tool_call>\n',
+        "Let me see.",
+        [("get_weather", '{"city": "Rom", "days": 2}')],
+    ),
+    (
+        "hermes",
+        '<tool_call>{"name": "a", "arguments": {}}</tool_call>\n<tool_call>\n{"name": "b"}\n</tool_call> Done. ',
+        "Done. ",
+        [("a", "{}"), ("b", "{}")],
+    ),
+    (
+        "hermes",
+        '<tool_call>[{"name": "a"}, {"name": "b", "arguments": null}]</tool_call>',
+        "",
+        [("a", "{}"), ("b", "{}")],
+    ),
+    (
+        "hermes",
+        '<tool_call>{"arguments": {"x": "</tool_call> }\\" {"}, "name": "a"}</tool_call>',
+        "",
+        [("a", '{"x": "</tool_call> }\\" {"}')],
+    ),
+    ("hermes", '<tool_call>{"name": "a", "arguments": "{\\"x\\": 1}"}</tool_call>', "", [("a", '{"x": 1}')]),
+    ("hermes", "<tool_call>\nnot JSON\n</tool_call>.", "<tool_call>\nnot JSON\n</tool_call>.", []),
+    ("hermes", "<tool_call></tool_call>", "<tool_call></tool_call>", []),
+    ("hermes", '<tool_call>{"nam', '<tool_call>{"nam', []),
+    ("hermes", '<tool_call>{"name": "a", "arguments": {"x": 1}</tool_call> end', "end", [("a", '{"x": 1}')]),
+    ("hermes", '<tool_call>{"name": "a", "arguments": {"x": 1}}}</tool_call> end', "end", [("a", '{"x": 1}')]),
+    ("hermes", '<tool_call>{"name": "a", "arguments": {"x": [1, 2', "", [("a", '{"x": [1, 2')]),
+    ("hermes", '<tool_call>{"city": "Rom"}</tool_call>', '<tool_call>{"city": "Rom"}</tool_call>', []),
+    # llama
+    ("llama3_json", '{"name": "get_weather", "parameters": {"city": "Rom"}}', "", [("get_weather", '{"city": "Rom"}')]),
+    (
+        "llama3_json",
+        '<|python_tag|>{"type": "function", "name": "time-now", "parameters": {}}; {"name": "get_weather"}',
+        "",
+        [("time-now", "{}"), ("get_weather", "{}")],
+    ),
+    ("llama3_json", '{"city": "Rom"}', '{"city": "Rom"}', []),
+    ("llama3_json", '{"name": "Rosa", "age": 3}', '{"name": "Rosa", "age": 3}', []),
+    ("llama3_json", "Words first. {}", "Words first. {}", []),
+    ("llama3_json", '{"name": "time-now"} and so on', "and so on", [("time-now", "{}")]),
+    ("llama3_json", "<|python_tag|>print(1)", "print(1)", []),
+    ("llama3_json", "<|py", "<|py", []),
+    ("llama3_json", " <|pyt {", " <|pyt {", []),
+    ("llama3_json", '{"na', '{"na', []),
+    ("llama3_json", "", "", []),
+    # mistral
+    (
+        "mistral",
+        '[TOOL_CALLS] [{"name": "a", "arguments": {"x": 1}}, {"name": "b"}]',
+        "",
+        [("a", '{"x": 1}'), ("b", "{}")],
+    ),
+    ("mistral", 'Yes: [TOOL_CALLS]a[ARGS]{"x": "}"}[TOOL_CALLS]b{}', "Yes:", [("a", '{"x": "}"}'), ("b", "{}")]),
+    ("mistral", '[TOOL_CALLS]a[CALL_ID]12345abcd[ARGS]{"x": 1}', "", [("a", '{"x": 1}')]),
+    ("mistral", "[TOOL_CALL] [] {}", "[TOOL_CALL] [] {}", []),
+    ("mistral", "[TOOL_CALLS]", "[TOOL_CALLS]", []),
+    ("mistral", "[TOOL_CALLS]two words{}", "[TOOL_CALLS]two words{}", []),
+    ("mistral", "[TOOL_CALLS][3]", "[TOOL_CALLS][3]", []),
+    # generic
+    ("json", '{"name": "time-now", "arguments": {}}', "", [("time-now", "{}")]),
+    (
+        "json",
+        '[{"name": "time-now"}, {"name": "get_weather", "arguments": {"a": 1}}]',
+        "",
+        [("time-now", "{}"), ("get_weather", '{"a": 1}')],
+    ),
+    ("json", '\n{"function": {"name": "time-now", "arguments": {"a": 1}}}', "", [("time-now", '{"a": 1}')]),
+    ("json", '{"name": "unknown", "arguments": {}}', '{"name": "unknown", "arguments": {}}', []),
+    ("json", "[1, 2]", "[1, 2]", []),
+    ("json", "Hello {name}.", "Hello {name}.", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "message", "text", "calls"), CASES)
+def test_text_and_calls_are_told_apart(family: str, message: str, text: str, calls: Calls) -> None:
+    assert read(family, [message]) == (text, calls)
+
+
+@pytest.mark.parametrize(("family", "message", "text", "calls"), CASES)
+def test_single_characters_say_the_same(family: str, message: str, text: str, calls: Calls) -> None:
+    assert read(family, message) == (text, calls)
+
+
+FRAGMENTS = [
+    "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", '{"name": "time-now"', ', "arguments": ',
+    '"parameters": ', "{", "}", "[", "]", '"', "\\", ",", ";", ":", " ", "\n", "x", "1", "null", "<tool", "[TOOL", "é",
+]  # fmt: skip
+
+
+@st.composite
+def cut_messages(draw: st.DrawFn) -> tuple[str, list[str]]:
+    """A message, and the same in pieces."""
+    message = draw(
+        st.one_of(
+            st.sampled_from([case[1] for case in CASES]), st.lists(st.sampled_from(FRAGMENTS), max_size=25).map("".join)
+        )
+    )
+    cuts = sorted(draw(st.sets(st.integers(0, len(message)), max_size=10)) | {0, len(message)})
+    return message, [message[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+@pytest.mark.parametrize("family", FORMATS)
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(cut_messages())
+def test_every_cut_gives_the_same_calls(family: str, cut: tuple[str, list[str]]) -> None:
+    message, pieces = cut
+    assert read(family, pieces) == read(family, [message])
+
+
+@pytest.mark.parametrize("family", FORMATS)
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(st.text(alphabet='abc{}[]"<>:,\\ \n|_', max_size=60))
+def test_no_word_of_a_message_without_calls_is_lost(family: str, message: str) -> None:
+    text, calls = read(family, [message])
+    assert calls == [] and text == message
+
+
+def test_arguments_come_in_pieces_and_the_name_before_them() -> None:
+    parser = FORMATS["hermes"].parser(NAMES)
+    assert parser.push('<tool_call>\n{"name": "get_wea') == []
+    assert parser.push('ther", ') == [CallBegin(0, "get_weather")]
+    assert parser.push('"arguments": {"ci') == [CallArguments(0, '{"ci')]
+    assert parser.push('ty": "R') == [CallArguments(0, 'ty": "R')]
+
+
+def test_text_is_not_held_longer_than_it_may_be_a_mark() -> None:
+    parser = FORMATS["hermes"].parser(NAMES)
+    assert parser.push("a < b") == [Text("a < b")]
+    assert parser.push(" <tool") == []
+    assert parser.push("box>") == [Text(" <toolbox>")]
+
+
+# ---- Grammars ----
+
+
+def lark(text: str) -> GrammarSpec:
+    return GrammarSpec("lark", text)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("family", FORMATS)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_forced_call_can_be_read_and_is_of_its_schema(family: str, name: str, seed: int) -> None:
+    format = FORMATS[family]
+    text = format.forced_grammar([WEATHER, TIME], TOKENIZERS[name], is_parallel=seed % 2 == 1)
+    written = walk(compile_grammar(lark(text), VOCABULARIES[name]), name, seed)
+    rest, calls = read(family, [written])
+    assert rest == "" and calls and (seed % 2 == 1 or len(calls) == 1), written
+    for called, arguments in calls:
+        schema = {tool.name: tool.parameters for tool in (WEATHER, TIME)}[called]
+        jsonschema.validate(json.loads(arguments), schema or {"type": "object", "maxProperties": 0})
+
+
+@pytest.mark.parametrize("family", ["hermes", "mistral"])
+def test_a_free_answer_may_be_text_or_calls(family: str) -> None:
+    strict = Tool("get_weather", "", WEATHER.parameters, is_strict=True)
+    tokenizer = TOKENIZERS["byte-level"]
+    text = FORMATS[family].free_grammar([strict, TIME], tokenizer)
+    assert text is not None
+    grammar = compile_grammar(lark(text), VOCABULARIES["byte-level"])
+
+    def accepts(message: str) -> bool:
+        matcher = grammar.matcher()
+        return all(matcher.accept(token_id) for token_id in tokenizer.encode(message, add_special_tokens=False))
+
+    call = {"hermes": '<tool_call>\n{}\n</tool_call>', "mistral": "[TOOL_CALLS][{}]"}[family]  # fmt: skip
+    good = '{"name": "get_weather", "arguments": {"city": "Rom", "days": 1}}'
+    assert accepts("No call at all. <tool [TOOL") and accepts("Words " + call.format(good))
+    assert accepts(call.format('{"name": "time-now", "arguments": {"x": 1}}')), "not strict, so any object will do"
+    assert not accepts(call.format('{"name": "get_weather", "arguments": {"town": "Rom"}}'))
+    assert not accepts(call.format('{"name": "unknown", "arguments": {}}'))
+
+
+@pytest.mark.parametrize("family", ["llama3_json", "json"])
+def test_formats_without_marks_cannot_constrain_a_free_answer(family: str) -> None:
+    assert FORMATS[family].free_grammar([WEATHER], TOKENIZERS["byte-level"]) is None
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused_where_it_stands() -> None:
+    tool = Tool("f", "", {"type": "object", "properties": {"a": {"not": {}}}}, param="tools.3.function.parameters")
+    with pytest.raises(RequestError) as error:
+        FORMATS["hermes"].forced_grammar([tool], TOKENIZERS["byte-level"], is_parallel=True)
+    assert error.value.param == "tools.3.function.parameters.properties.a.not"
+
+
+# ---- Choosing ----
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("{{ '<tool_call>' }}", "hermes"),
+        ("{% if role == 'ipython' %}", "llama3_json"),
+        ("[AVAILABLE_TOOLS]", "mistral"),
+        ("{{ messages }}", "json"),
+        ("", "json"),
+    ],
+)
+def test_the_template_names_the_format(source: str, name: str) -> None:
+    assert find_tool_format(None, source).name == name
+
+
+def test_a_name_goes_before_the_template() -> None:
+    assert find_tool_format("mistral", "<tool_call>").name == "mistral"
+    with pytest.raises(TinyvllmError, match="hermes"):
+        find_tool_format("hermse", "")
+
+
+def test_ids_are_of_the_family() -> None:
+    assert len(FORMATS["mistral"].make_id()) == 9 and FORMATS["mistral"].make_id().isalnum()
+    assert FORMATS["hermes"].make_id().startswith("call_")
+    assert len({FORMATS["hermes"].make_id() for _ in range(100)}) == 100
+
+
+# ---- The generic format's messages ----
+
+HISTORY: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Weather?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "1", "function": {"name": "get_weather", "arguments": {"city": "Rom"}}}],
+    },
+    {"role": "tool", "tool_call_id": "1", "content": "sunny"},
+]
+
+
+def test_tools_are_described_to_a_template_that_knows_none() -> None:
+    messages = FORMATS["json"].prepare(HISTORY, [WEATHER], has_template=False)
+    assert messages[0]["content"].startswith("Be brief.\n\n") and "get_weather" in messages[0]["content"]
+    assert messages[2]["content"] == '{"name": "get_weather", "arguments": {"city": "Rom"}}'
+    assert "tool_calls" not in messages[2]
+    assert messages[3] == {"role": "user", "content": "Result of the call 1: sunny"}
+    alone = FORMATS["json"].prepare(HISTORY[1:2], [WEATHER], has_template=False)
+    assert [message["role"] for message in alone] == ["system", "user"]
+
+
+def test_a_template_that_knows_tools_gets_the_messages_as_they_are() -> None:
+    for format in FORMATS.values():
+        assert format.prepare(HISTORY, [WEATHER], has_template=True) == HISTORY

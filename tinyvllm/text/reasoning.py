@@ -1,0 +1,114 @@
+"""What a model thinks before it answers, split off: text between marks, `<think>` … `</think>` in most families."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinyvllm.errors import TinyvllmError
+from tinyvllm.text.tools.marks import MarkFinder
+
+
+@dataclass(frozen=True)
+class ReasoningFormat:
+    """The marks of a family."""
+
+    begin: str
+    end: str
+
+    def starts_inside(self, prompt: str) -> bool:
+        """The prompt itself ends within reasoning, as where the chat template writes the first mark."""
+        return prompt.rfind(self.begin) > prompt.rfind(self.end) and not prompt[prompt.rfind(self.begin) :].count(
+            "\n\n"
+        )
+
+    def parser(self, prompt: str) -> ReasoningParser:
+        return ReasoningParser(self, self.starts_inside(prompt))
+
+
+FORMATS = {
+    "think": ReasoningFormat("<think>", "</think>"),
+    "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
+}
+# vLLM's names for families that use the first
+ALIASES = {name: "think" for name in ("qwen3", "deepseek_r1", "deepseek_v3", "glm45", "smollm3", "exaone4")}
+
+
+def find_reasoning_format(name: str | None, template_source: str) -> ReasoningFormat | None:
+    """The format of that name ("none": no format), else the one whose marks the chat template has, else None."""
+    if name is None:
+        return next((format for format in FORMATS.values() if format.end in template_source), None)
+    if name == "none":
+        return None
+    known = ALIASES.get(name, name)
+    if known not in FORMATS:
+        raise TinyvllmError(f"--reasoning-parser is {name!r}: choose from none, {', '.join([*FORMATS, *ALIASES])}")
+    return FORMATS[known]
+
+
+class ReasoningParser:
+    """Splits one message. Reasoning comes first, once; marks that stand later are text like any other."""
+
+    def __init__(self, format: ReasoningFormat, is_inside: bool) -> None:
+        self._begin = MarkFinder(format.begin)
+        self._end = MarkFinder(format.end)
+        self._state = "inside" if is_inside else "before"
+        self._is_blank = True  # nothing but blanks was read in this state; they are left out around the marks
+        self._blanks = ""
+
+    def push(self, text: str) -> tuple[str, str]:
+        """(reasoning, content) that have become certain."""
+        reasoning, content = "", ""
+        for position, character in enumerate(text):
+            if self._state == "after" and not self._is_blank:
+                return reasoning, content + text[position:]
+            more_reasoning, more_content = self._read(character)
+            reasoning += more_reasoning
+            content += more_content
+        return reasoning, content
+
+    def _read(self, character: str) -> tuple[str, str]:
+        if self._state == "before":
+            return "", self._read_before(character)
+        if self._state == "inside":
+            text, is_found = self._end.read(character)
+            reasoning = self._without_blanks(text)
+            if is_found:
+                self._state, self._is_blank, self._blanks = "after", True, ""
+            return reasoning, ""
+        if self._is_blank and character.isspace():
+            return "", ""
+        self._is_blank = False
+        return "", character
+
+    def _read_before(self, character: str) -> str:
+        if not self._begin.held and character.isspace():
+            self._blanks += character
+            return ""
+        text, is_found = self._begin.read(character)
+        if is_found:
+            self._state, self._blanks = "inside", ""
+        if not text:
+            return ""
+        self._state, self._is_blank = "after", False  # no reasoning at all
+        text, self._blanks = self._blanks + text + self._begin.held, ""
+        return text
+
+    def _without_blanks(self, text: str) -> str:
+        """Reasoning without the blanks at its two ends."""
+        if self._is_blank:
+            text = text.lstrip()
+        if not text:
+            return ""
+        self._is_blank = False
+        text = self._blanks + text
+        kept = text.rstrip()
+        self._blanks = text[len(kept) :]
+        return kept
+
+    def flush(self) -> tuple[str, str]:
+        """The rest, once nothing follows."""
+        if self._state == "before":
+            return "", self._blanks + self._begin.held
+        if self._state == "inside":
+            return self._without_blanks(self._end.held), ""
+        return "", ""

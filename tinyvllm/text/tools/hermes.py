@@ -1,0 +1,97 @@
+"""Hermes' format, which Qwen 2.5 and 3, SmolLM2 1.7B and others use: JSON in `<tool_call>` … `</tool_call>`.
+
+https://github.com/NousResearch/Hermes-Function-Calling
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tinyvllm.text.tools.base import Event, ListReader, Tool, ToolFormat, ToolParser, call_rules, joined, mark
+from tinyvllm.text.tools.marks import MarkFinder
+
+if TYPE_CHECKING:
+    from tinyvllm.text.tokenizer import Tokenizer
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+
+
+class HermesParser(ToolParser):
+    """Text, and between the marks calls: one object, several, or a list of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begin, self._end = MarkFinder(BEGIN), MarkFinder(END)
+        self._body: ListReader | None = None
+        self._raw = ""  # what is text if no call comes of it
+
+    def _read(self, character: str) -> list[Event]:
+        if self._body is None:
+            return self._read_text(character)
+        if self._body.is_in_string:  # where the end's mark is a text like any other
+            return self._read_body(character)
+        inside, is_end = self._end.read(character)
+        events: list[Event] = []
+        for one in inside:
+            events += self._read_text(one) if self._body is None else self._read_body(one)
+        if self._body is None:
+            held = END if is_end else self._end.held
+            for one in held:
+                events += self._read_text(one)
+        elif is_end:
+            events += self._close(END)
+        return events
+
+    def _read_text(self, character: str) -> list[Event]:
+        text, is_found = self._begin.read(character)
+        if is_found:
+            self._body, self._raw, self._end = ListReader(self.num_calls, separators=","), BEGIN, MarkFinder(END)
+        return self._text(text) if text else []
+
+    def _read_body(self, character: str) -> list[Event]:
+        assert self._body is not None
+        self._raw += character
+        events = self._called(self._body.read(character))
+        if self._body.state == "broken" and self._body.num_told == 0:
+            self._body = None
+            return self._text(self._raw)
+        if not self._body.is_pending:
+            self._raw = ""
+        return events
+
+    def _close(self, end: str) -> list[Event]:
+        """The end of the marks. What stands between a call and the end without being a call is left out."""
+        assert self._body is not None
+        num_told, self._body = self._body.num_told, None
+        return self._text(self._raw + end) if num_told == 0 else []
+
+    def flush(self) -> list[Event]:
+        events = self._text(self._begin.held) if self._body is None else self._close(self._end.held)
+        return joined(events + self._end_text())
+
+
+class HermesFormat(ToolFormat):
+    name = "hermes"
+    marks = (BEGIN,)
+    special_texts = (BEGIN, END)
+
+    def parser(self, names: frozenset[str]) -> ToolParser:
+        return HermesParser()
+
+    def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:
+        more = ' ("\\n" marked)*' if is_parallel else ""
+        return f"start: marked{more}\n{self._marked(tokenizer)}{call_rules(tools, 'arguments')}"
+
+    def free_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer) -> str | None:
+        begin = mark(tokenizer, BEGIN)
+        # a literal ends the text before it, at its first place; a special token cannot be inside of a text
+        head = f"head: TEXT {begin}" if begin.startswith("<[") else f"head[lazy]: TEXT {begin}"
+        end = mark(tokenizer, END)
+        return (
+            f'start: (head "\\n" call "\\n" {end})* TEXT\n{head}\nTEXT: /(.|\\n)*/\n'
+            f"{call_rules(tools, 'arguments', all_strict=False)}"
+        )
+
+    def _marked(self, tokenizer: Tokenizer) -> str:
+        return f'marked: {mark(tokenizer, BEGIN)} "\\n" call "\\n" {mark(tokenizer, END)}\n'

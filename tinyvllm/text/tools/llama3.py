@@ -1,0 +1,91 @@
+"""Llama 3.1 to 3.3: the whole message is a call, {"name": ..., "parameters": {...}}, or several with `;` between.
+
+https://github.com/meta-llama/llama-models/blob/main/models/llama3_1/prompt_format.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tinyvllm.text.tools.base import Event, ListReader, Tool, ToolFormat, ToolParser, call_rules, joined
+from tinyvllm.text.tools.marks import MarkFinder
+
+if TYPE_CHECKING:
+    from tinyvllm.text.tokenizer import Tokenizer
+
+PYTHON_TAG = "<|python_tag|>"  # some write it before their calls, as they were taught to for code
+
+
+class BareParser(ToolParser):
+    """A message that begins with a call of a known function is calls, until something else comes; any other is text.
+
+    Without marks only the name shows that it is a call, so that text is held until the name was read.
+    """
+
+    def __init__(self, names: frozenset[str], separators: str = ";,", mark: str | None = None) -> None:
+        """mark: what may stand before the first call."""
+        super().__init__()
+        self._names = names
+        self._separators = separators
+        self._mark = None if mark is None else MarkFinder(mark)
+        self._is_start = True  # nothing but blanks so far
+        self._body: ListReader | None = None
+        self._raw = ""
+
+    def _read(self, character: str) -> list[Event]:
+        if self._mark is None:
+            return self._read_unmarked(character)
+        text, is_found = self._mark.read(character)
+        if is_found:
+            self._mark = None
+        elif text and not text.isspace():
+            text += self._mark.held
+            self._mark = None
+        return [event for one in text for event in self._read_unmarked(one)]
+
+    def _read_unmarked(self, character: str) -> list[Event]:
+        if self._body is not None:
+            return self._read_body(self._body, character)
+        return self._read_start(character) if self._is_start else self._text(character)
+
+    def _read_start(self, character: str) -> list[Event]:
+        if character in "{[":
+            self._body, self._raw = ListReader(0, self._names, self._separators), ""
+            return self._read_body(self._body, character)
+        self._is_start = character.isspace()
+        return self._text(character)
+
+    def _read_body(self, body: ListReader, character: str) -> list[Event]:
+        was_told = not body.is_pending
+        events = self._called(body.read(character))
+        if was_told or not body.is_pending:
+            self._raw = ""
+        if not was_told or body.state == "broken":
+            self._raw += character
+        if body.state != "open":
+            self._body, self._is_start = None, False
+            raw = self._raw.lstrip(" \n" + self._separators) if body.num_told else self._raw
+            events += self._text(raw) if body.state == "broken" and raw else []
+        return events
+
+    def flush(self) -> list[Event]:
+        events: list[Event] = []
+        if self._body is not None and (self._body.num_told == 0 or (self._body.is_in_call and self._body.is_pending)):
+            events = self._text(self._raw)
+        if self._mark is not None:
+            events += self._text(self._mark.held)
+        return joined(events + self._end_text())
+
+
+class Llama3Format(ToolFormat):
+    name = "llama3_json"
+    marks = ("<|python_tag|>", "Environment: ipython", '"ipython"', "'ipython'")
+    special_texts = (PYTHON_TAG,)
+
+    def parser(self, names: frozenset[str]) -> ToolParser:
+        return BareParser(names, mark=PYTHON_TAG)
+
+    def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:
+        more = ' ("; " call)*' if is_parallel else ""
+        return f"start: call{more}\n{call_rules(tools, 'parameters')}"

@@ -1,0 +1,109 @@
+"""Mistral: after the mark [TOOL_CALLS] a list of calls, or, in newer models, `name[ARGS]{...}`, a mark each.
+
+https://github.com/mistralai/mistral-common (tokens/tokenizers/instruct.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tinyvllm.text.tools.base import (
+    CallArguments,
+    CallBegin,
+    Event,
+    ListReader,
+    Tool,
+    ToolFormat,
+    ToolParser,
+    ValueReader,
+    call_rules,
+    joined,
+    mark,
+)
+from tinyvllm.text.tools.marks import MarkFinder
+
+if TYPE_CHECKING:
+    from tinyvllm.text.tokenizer import Tokenizer
+
+CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+
+
+class MistralParser(ToolParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self._begin = MarkFinder(CALLS)
+        self._is_inside = False
+        self._raw = ""
+        self._body: ListReader | None = None
+        self._value: ValueReader | None = None  # of name[ARGS]{...}
+
+    def _read(self, character: str) -> list[Event]:
+        if not self._is_inside:
+            text, self._is_inside = self._begin.read(character)
+            self._raw = CALLS
+            return self._text(text) if text else []
+        if self._value is not None:
+            return self._read_arguments(character)
+        self._raw += character
+        if self._body is not None:
+            return self._read_list(self._body, character)
+        head = self._raw.removeprefix(CALLS).strip()
+        if head in ("[", "{"):
+            self._body = ListReader(self.num_calls)
+            return self._read_list(self._body, character)
+        if character == "{":
+            return self._begin_call(head[:-1])
+        return []
+
+    def _read_list(self, body: ListReader, character: str) -> list[Event]:
+        events = self._called(body.read(character))
+        if body.state == "broken" and body.num_told == 0:
+            events += self._text(self._raw)
+        if body.state != "open":
+            self._body, self._is_inside = None, False
+        return events
+
+    def _begin_call(self, head: str) -> list[Event]:
+        name = head.removesuffix(ARGS).split(CALL_ID)[0].strip()
+        if not name or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+            self._is_inside = False
+            return self._text(self._raw)
+        self._value, self._raw = ValueReader("{"), ""
+        index = self.num_calls
+        return self._called([CallBegin(index, name), CallArguments(index, "{")])
+
+    def _read_arguments(self, character: str) -> list[Event]:
+        assert self._value is not None
+        self._value.read(character)
+        if self._value.is_done:
+            self._value, self._is_inside = None, False
+        return [CallArguments(self.num_calls - 1, character)]
+
+    def flush(self) -> list[Event]:
+        if not self._is_inside:
+            return joined(self._text(self._begin.held) + self._end_text())
+        is_told = self._value is not None or (self._body is not None and self._body.num_told > 0)
+        return joined(([] if is_told else self._text(self._raw)) + self._end_text())
+
+
+class MistralFormat(ToolFormat):
+    name = "mistral"
+    marks = (CALLS, "[AVAILABLE_TOOLS]")
+    special_texts = (CALLS, ARGS)
+    id_prefix = ""  # its templates insist on nine letters and digits
+    id_length = 9
+
+    def parser(self, names: frozenset[str]) -> ToolParser:
+        return MistralParser()
+
+    def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:
+        more = ' (", " call)*' if is_parallel else ""
+        return f'start: {mark(tokenizer, CALLS)} "[" call{more} "]"\n{call_rules(tools, "arguments")}'
+
+    def free_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer) -> str | None:
+        begin = mark(tokenizer, CALLS)
+        # a literal ends the text before it, at its first place; a special token cannot be inside of a text
+        head = f"head: TEXT {begin}" if begin.startswith("<[") else f"head[lazy]: TEXT {begin}"
+        rules = call_rules(tools, "arguments", all_strict=False)
+        return f'start: TEXT | head "[" call (", " call)* "]"\n{head}\nTEXT: /(.|\\n)*/\n{rules}'

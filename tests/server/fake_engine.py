@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
 
-from tinyvllm.config import Capacity, GenerationDefaults, SamplingParams
+from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, SamplingParams
 from tinyvllm.engine.async_engine import AsyncEngine
-from tinyvllm.engine.output import Delta, TokenLogprob
+from tinyvllm.engine.output import Delta, Timing, TokenLogprob
 from tinyvllm.errors import RequestError
+from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.server.app import make_app
 from tinyvllm.server.serve import bind
+from tinyvllm.server.settings import ServerSettings
 from tinyvllm.text.tokenizer import check_characters
 
 
@@ -52,6 +54,10 @@ class TagTemplate:
             raise RequestError("the template refuses these messages", param="messages")
         lines = [f"<{message['role']}>{message['content']}\n" for message in messages]
         return "".join(lines) + ("<assistant>" if add_generation_prompt else "")
+
+
+# Of every choice: a second in the queue, two to the first token, four to the last.
+TIMING = Timing(queued_s=10.0, scheduled_s=11.0, first_token_s=13.0, last_token_s=17.0, num_preemptions=1)
 
 
 @dataclass
@@ -97,6 +103,11 @@ class FakeEngine:
         )
         self.statistics = StepStats(num_running=2, num_waiting=1, num_free_blocks=50, prefix_queries=40, prefix_hits=30)
         self.statistics.num_preemptions, self.statistics.num_captures = 3, 7
+        self.config = EngineConfig("tiny")
+        self.on_step: Callable[[StepStats], None] | None = None
+        self.inner = SimpleNamespace(
+            core=SimpleNamespace(scheduler=SimpleNamespace(block_manager=BlockManager(101, 16)))
+        )
         self.changed = threading.Condition()
 
     def stats(self) -> StepStats:
@@ -105,6 +116,9 @@ class FakeEngine:
     async def wait_ready(self) -> None:
         if self.error is not None:
             raise self.error
+
+    async def ask(self, question: Callable[[Any], Any]) -> Any:
+        return question(self.inner)
 
     async def shutdown(self) -> None:
         self.has_shut_down = True
@@ -172,6 +186,7 @@ class FakeEngine:
             num_cached_tokens=min(4, len(prompt_ids) - 1),
             num_output_tokens=position,
             error=error,
+            timing=None if finish is None else TIMING,
         )
 
 
@@ -184,10 +199,11 @@ def _logprob(text: str, num_top: int) -> TokenLogprob:
 
 
 @contextlib.contextmanager
-def serving(engine: FakeEngine | AsyncEngine) -> Iterator[str]:
+def serving(engine: FakeEngine | AsyncEngine, **settings: Any) -> Iterator[str]:
     """The address of a server of `engine`, on a socket of this machine and a thread of its own."""
     sock = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(make_app(engine), log_config=None, timeout_graceful_shutdown=5))  # type: ignore[arg-type]
+    app = make_app(engine, ServerSettings(**settings))  # type: ignore[arg-type]
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
+from pathlib import Path
+
 import httpx
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.fake_engine import FakeEngine, serving
 from tests.server.test_routes import client_of
+from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.server.app import make_app
+from tinyvllm.server.metrics import token_count_buckets
+from tinyvllm.server.steps import StatusReporter
 
 LABELS = {"model_name": "tiny", "engine": "0"}
 
@@ -96,3 +104,151 @@ def test_client_that_left_counts_as_an_abort() -> None:
         engine.wait_until(lambda: not engine.running)
         text = httpx.get(url + "/metrics").text
     assert 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="tiny"} 2.0' in text
+
+
+# The families that vLLM's own dashboard queries (examples/observability/prometheus_grafana/grafana.json), and the rest
+# of vllm/v1/metrics/loggers.py that a text model on one device has. Type, then labels besides model_name and engine.
+VLLM_FAMILIES = {
+    "vllm:num_requests_running": ("gauge", set()),
+    "vllm:num_requests_waiting": ("gauge", set()),
+    "vllm:num_requests_waiting_by_reason": ("gauge", {"reason"}),
+    "vllm:kv_cache_usage_perc": ("gauge", set()),
+    "vllm:engine_sleep_state": ("gauge", {"sleep_state"}),
+    "vllm:prompt_tokens": ("counter", set()),
+    "vllm:prompt_tokens_cached": ("counter", set()),
+    "vllm:prompt_tokens_by_source": ("counter", {"source"}),
+    "vllm:generation_tokens": ("counter", set()),
+    "vllm:request_success": ("counter", {"finished_reason"}),
+    "vllm:num_preemptions": ("counter", set()),
+    "vllm:prefix_cache_queries": ("counter", set()),
+    "vllm:prefix_cache_hits": ("counter", set()),
+    "vllm:corrupted_requests": ("counter", set()),
+    "vllm:time_to_first_token_seconds": ("histogram", set()),
+    "vllm:inter_token_latency_seconds": ("histogram", set()),
+    "vllm:request_time_per_output_token_seconds": ("histogram", set()),
+    "vllm:e2e_request_latency_seconds": ("histogram", set()),
+    "vllm:request_queue_time_seconds": ("histogram", set()),
+    "vllm:request_inference_time_seconds": ("histogram", set()),
+    "vllm:request_prefill_time_seconds": ("histogram", set()),
+    "vllm:request_decode_time_seconds": ("histogram", set()),
+    "vllm:request_prompt_tokens": ("histogram", set()),
+    "vllm:request_generation_tokens": ("histogram", set()),
+    "vllm:request_max_num_generation_tokens": ("histogram", set()),
+    "vllm:request_params_max_tokens": ("histogram", set()),
+    "vllm:request_params_n": ("histogram", set()),
+    "vllm:request_num_preemptions": ("histogram", set()),
+    "vllm:request_prefill_kv_computed_tokens": ("histogram", set()),
+    "vllm:iteration_tokens_total": ("histogram", set()),
+}  # fmt: skip
+
+
+async def test_every_family_of_vllm_is_there_from_the_first_scrape_on() -> None:
+    async with client_of(FakeEngine()) as client:
+        families = await scrape(client)
+    for name, (kind, more) in VLLM_FAMILIES.items():
+        assert families[name].type == kind, name
+        for sample in families[name].samples:
+            assert set(sample.labels) - {"le"} == {"model_name", "engine"} | more, name
+    info = families["vllm:cache_config_info"].samples[0]
+    assert info.value == 1 and info.labels["num_gpu_blocks"] == "101" and info.labels["block_size"] == "16"
+    assert {"http_requests", "http_request_duration_seconds"} <= set(families)
+    assert sys.platform != "linux" or "process_resident_memory_bytes" in families
+    assert any(name.startswith("python_gc_") for name in families)
+
+
+async def test_our_dashboard_asks_for_what_is_there() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text(encoding="utf-8")
+    board = json.loads(text)
+    async with client_of(FakeEngine()) as client:
+        await client.post("/v1/completions", json={"prompt": "x"})
+        families = await scrape(client)
+    samples = {sample.name for family in families.values() for sample in family.samples}
+    expressions = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    asked = {name for expression in expressions for name in re.findall(r"(?:(?:tiny)?vllm:|http_)\w+", expression)}
+    assert asked and asked <= samples, asked - samples
+    assert {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count") for name in asked} >= {
+        "vllm:e2e_request_latency_seconds", "vllm:time_to_first_token_seconds", "vllm:kv_cache_usage_perc",
+    }  # fmt: skip
+
+
+async def test_times_and_sizes_of_a_request_are_counted() -> None:
+    async with client_of(FakeEngine(reply="abc")) as client:
+        await client.post("/v1/completions", json={"prompt": "xxxxxx", "n": 2, "max_tokens": 7})
+        families = await scrape(client)
+    for name, total, count in (
+        ("request_queue_time_seconds", 1.0, 2),
+        ("request_prefill_time_seconds", 2.0, 2),
+        ("request_decode_time_seconds", 4.0, 2),
+        ("request_inference_time_seconds", 6.0, 2),
+        ("request_time_per_output_token_seconds", 4.0 / 2, 2),
+        ("request_num_preemptions", 1, 2),
+        ("request_prompt_tokens", 6, 2),
+        ("request_prefill_kv_computed_tokens", 2, 2),
+        ("request_generation_tokens", 3, 2),
+        ("request_params_max_tokens", 7, 2),
+        ("request_max_num_generation_tokens", 3, 1),
+        ("request_params_n", 2, 1),
+    ):
+        assert value_of(families, f"vllm:{name}_sum") == total * count, name
+        assert value_of(families, f"vllm:{name}_count") == count, name
+    assert value_of(families, "vllm:prompt_tokens_cached_total") == 4
+    assert value_of(families, "vllm:prompt_tokens_by_source_total", source="local_compute") == 2
+    assert value_of(families, "vllm:prompt_tokens_by_source_total", source="local_cache_hit") == 4
+
+
+async def test_sizes_have_buckets_up_to_the_context_length() -> None:
+    async with client_of(FakeEngine(max_model_len=300)) as client:
+        families = await scrape(client)
+    samples = families["vllm:request_prompt_tokens"].samples
+    found = [float(sample.labels["le"]) for sample in samples if sample.name.endswith("_bucket")]
+    assert found == [1, 2, 5, 10, 20, 50, 100, 200, float("inf")]
+    assert token_count_buckets(500)[-1] == 500 and token_count_buckets(1) == (1,)
+
+
+async def test_each_step_is_counted_once() -> None:
+    engine = FakeEngine()
+    async with client_of(engine) as client:
+        assert engine.on_step is not None
+        for number, num_tokens in ((1, 7), (1, 7), (2, 30)):  # a turn of the loop may end no step
+            engine.on_step(StepStats(num_tokens=num_tokens, extra={"num_steps": number}))
+        families = await scrape(client)
+    assert value_of(families, "vllm:iteration_tokens_total_count") == 2
+    assert value_of(families, "vllm:iteration_tokens_total_sum") == 37
+
+
+async def test_answers_are_counted_by_route_and_status() -> None:
+    async with client_of(FakeEngine()) as client:
+        await client.post("/v1/completions", json={"prompt": "x"})
+        await client.post("/v1/completions", json={"prompt": 7})
+        await client.get("/v1/models/tiny")
+        await client.get("/nowhere/at/all")
+        await client.get("/health")
+        families = await scrape(client)
+    counts = {tuple(s.labels.values()): s.value for s in families["http_requests"].samples if s.name.endswith("_total")}
+    assert counts == {
+        ("/v1/completions", "POST", "2xx"): 1,
+        ("/v1/completions", "POST", "4xx"): 1,
+        ("/v1/models/{model_id:path}", "GET", "2xx"): 1,
+        ("none", "GET", "4xx"): 1,
+    }
+    assert value_of(families, "tinyvllm:requests_refused_total", reason="invalid") == 1
+
+
+async def test_the_status_line_is_that_of_vllm_and_silent_when_idle() -> None:
+    engine = FakeEngine(reply="abc")
+    app = make_app(engine)  # type: ignore[arg-type]
+    state = app.state.server
+    reporter = StatusReporter(engine, state.metrics)  # type: ignore[arg-type]
+    line = reporter.line()
+    assert line is not None and re.fullmatch(
+        r"Engine 000: Avg prompt throughput: 0\.0 tokens/s, Avg generation throughput: 0\.0 tokens/s, Running: 2 reqs, "
+        r"Waiting: 1 reqs, GPU KV cache usage: 50\.0%, Prefix cache hit rate: 75\.0%",
+        line,
+    )
+    engine.statistics = StepStats(num_free_blocks=100)
+    assert reporter.line() is not None  # once more, so that the log shows that it went idle
+    assert reporter.line() is None
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        await client.post("/v1/completions", json={"prompt": "xx"})
+    line = reporter.line()
+    assert line is not None and not re.search(r"generation throughput: 0\.0 ", line)

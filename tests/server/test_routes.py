@@ -13,12 +13,13 @@ from tests.server.fake_engine import FakeEngine
 from tinyvllm.config import GenerationDefaults
 from tinyvllm.errors import ContextLengthError, EngineDeadError
 from tinyvllm.server.app import make_app
+from tinyvllm.server.settings import ServerSettings
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
-def client_of(engine: FakeEngine, **options: Any) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(make_app(engine, **options))  # type: ignore[arg-type]
+def client_of(engine: FakeEngine, **settings: Any) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(make_app(engine, ServerSettings(**settings)))  # type: ignore[arg-type]
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
@@ -513,9 +514,9 @@ async def test_model_without_a_template_cannot_chat() -> None:
 
 
 async def test_large_body_is_refused() -> None:
-    response = await post(FakeEngine(), "/v1/completions", {"prompt": "x" * 500}, max_body_bytes=400)
-    assert response.status_code == 413 and "400 bytes" in error_of(response)["message"]
-    response = await post(FakeEngine(), "/v1/completions", {"prompt": "x" * 300}, max_body_bytes=400)
+    response = await post(FakeEngine(), "/v1/completions", {"prompt": "x" * 1100}, max_body_bytes=1024)
+    assert response.status_code == 413 and "1024 bytes" in error_of(response)["message"]
+    response = await post(FakeEngine(), "/v1/completions", {"prompt": "x" * 900}, max_body_bytes=1024)
     assert response.status_code == 200
 
 
@@ -570,8 +571,8 @@ async def test_health_follows_the_engine() -> None:
     assert response.status_code == 503 and response.headers["retry-after"] == "5"
     assert error_of(response)["code"] == "engine_not_ready"
     response = await get(FakeEngine(error=EngineDeadError("the thread has ended")), "/health")
-    assert response.status_code == 500 and response.headers["x-should-retry"] == "false"
-    assert "the thread has ended" in error_of(response)["message"]
+    assert response.status_code == 503 and response.headers["x-should-retry"] == "false"
+    assert "the thread has ended" in error_of(response)["message"] and error_of(response)["code"] == "engine_dead"
 
 
 async def test_nothing_is_generated_before_the_engine_is_ready() -> None:

@@ -20,7 +20,7 @@ from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelCon
 from tinyvllm.engine.output import Delta, TextEngine
 from tinyvllm.engine.parts import EngineParts, Progress, load_parts, model_name
 from tinyvllm.errors import EngineDeadError, RequestError, TinyvllmError
-from tinyvllm.scheduling.plan import StepStats
+from tinyvllm.scheduling.plan import StepStats as StepStats  # for those above, who see engines alone
 from tinyvllm.scheduling.request import Request
 from tinyvllm.text.chat import ChatTemplate
 from tinyvllm.text.tokenizer import Tokenizer

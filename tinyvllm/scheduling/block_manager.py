@@ -117,6 +117,16 @@ class BlockManager:
                     self._free.move_to_end(block_id, last=False)
         self._holders.discard(request)
 
+    def states(self) -> bytes:
+        """One letter a block, without the dummy: `h`eld by one request, `s`hared, free and `c`ached, or free: `.`"""
+        letters = bytearray(b"." * self.num_blocks)
+        for block_id in self._findable.values():
+            letters[block_id] = ord("c")
+        for request in self._holders:
+            for block_id in request.block_ids:
+                letters[block_id] = ord("h") if self._ref_counts[block_id] == 1 else ord("s")
+        return bytes(letters[1:])
+
     def audit(self) -> None:
         """Check every invariant of the pool, in time proportional to its size; InvariantError with the numbers."""
         self._audit_counts()

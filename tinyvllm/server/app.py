@@ -1,8 +1,10 @@
-"""The ASGI application: routes, error bodies, request ids and the limit on a body's size."""
+"""The ASGI application: routes, error bodies, and the envelope around every request."""
 
 from __future__ import annotations
 
+import asyncio
 import re
+import time
 import uuid
 from typing import TYPE_CHECKING
 
@@ -10,83 +12,151 @@ from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyvllm import __version__
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.server import operations, routes
+from tinyvllm.server.context import RequestContext, entered
 from tinyvllm.server.failures import ClientGone, answer_failure, failure_of
-from tinyvllm.server.metrics import Metrics
-from tinyvllm.server.routes import router
+from tinyvllm.server.security import Guard, KeyRing
+from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.state import ServerState
 
 if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AsyncEngine
 
-MAX_BODY_BYTES = 16 * 2**20  # some million tokens of text, above any context that a laptop serves
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_HARMLESS_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
-def make_app(engine: AsyncEngine, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+def make_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> FastAPI:
     """The HTTP side of `engine`, which need not be ready yet and is not shut down here."""
+    settings = settings or ServerSettings()
     app = FastAPI(title="tinyvllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.server = ServerState(engine, Metrics(engine))
-    app.include_router(router)
+    state = app.state.server = ServerState(engine, settings)
+    app.include_router(operations.router)
+    app.include_router(routes.router)
+    app.mount("/static", operations.PageFiles(directory=operations.STATIC))
     for kind in (TinyvllmError, ClientGone, RequestValidationError, AnyHTTPException):
         app.add_exception_handler(kind, answer_failure)
-    app.add_middleware(Envelope, max_body_bytes=max_body_bytes)
+    # the last added is the outermost
+    if settings.api_keys:
+        app.add_middleware(Guard, keys=KeyRing(settings.api_keys))
+    if settings.cors.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors.origins,
+            allow_methods=settings.cors.methods,
+            allow_headers=settings.cors.headers,
+            allow_credentials=settings.cors.credentials,
+            expose_headers=("x-request-id", "retry-after"),
+        )
+    app.add_middleware(Envelope, state=state)
     return app
 
 
-class Envelope:
-    """Middleware around all requests: x-request-id in and out, 413 for large bodies, 500 for what nobody caught."""
+class SilentClientError(OSError):
+    """The client has not taken or sent a byte for --idle-timeout: it counts as gone."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+
+class Envelope:
+    """Middleware around all requests: ids, limits on size and silence, counts, and 500 for what nobody caught."""
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app
-        self._max_body_bytes = max_body_bytes
+        self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")
-        if not _SANE_REQUEST_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex
-        has_started = False
+        await _Exchange(self._app, self._state, scope, receive, send).run()
 
-        async def send_with_id(message: Message) -> None:
-            nonlocal has_started
-            if message["type"] == "http.response.start":
-                has_started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
 
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, app: ASGIApp, state: ServerState, scope: Scope, receive: Receive, send: Send) -> None:
+        self._app = app
+        self._state = state
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._status = 499  # of a request whose client leaves before there is an answer, as access logs write it
+        self._has_started = False
+        self._num_body_bytes = 0
+        self._has_body = False  # all of it
+        asked_id = Headers(scope=scope).get("x-request-id", "")
+        is_sane = _SANE_REQUEST_ID.fullmatch(asked_id) is not None
+        self._context = RequestContext(
+            request_id=asked_id if is_sane else uuid.uuid4().hex,
+            is_own_id=not is_sane,
+            keepalive_s=state.settings.keepalive_s,
+        )
+
+    async def run(self) -> None:
+        state, method = self._state, self._scope["method"]
+        asks_for_work = method not in _HARMLESS_METHODS
+        start_s = time.perf_counter()
+        if asks_for_work:
+            state.drain.begin_request()
+        with entered(self._context):
+            try:
+                await self._app(self._scope, self.receive, self.send)
+            except Exception as error:
+                if self._has_started:
+                    raise
+                await failure_of(error).response()(self._scope, self.receive, self.send)
+            finally:
+                state.admission.release(self._context)
+                if asks_for_work:
+                    state.drain.end_request()
+                    if self._status >= 400:
+                        state.metrics.count_refusal(self._status)
+                route = self._scope.get("route")
+                handler = getattr(route, "path", "none")
+                state.metrics.count_http(method, handler, self._status, time.perf_counter() - start_s)
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._has_started = True
+            self._status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self._context.request_id
         try:
-            await self._app(scope, self._limited(receive), send_with_id)
-        except Exception as error:
-            if has_started:
-                raise
-            await failure_of(error).response()(scope, receive, send_with_id)
+            async with asyncio.timeout(self._state.settings.idle_timeout_s):
+                await self._send(message)
+        except TimeoutError as error:
+            raise SilentClientError("the client does not read") from error
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive` that reads a body of any size and raises 413 at its end if it was too large.
+    async def receive(self) -> Message:
+        """The next message; a body of any size is read, and 413 raised at its end if it was too large.
 
         To its end, because a server that answers and closes while the client still writes resets the connection, and
         the client never sees the answer. What is too much is thrown away as it comes.
         """
-        num_bytes = 0
+        message = await self._timed_receive()
+        if message["type"] != "http.request":
+            return message
+        self._num_body_bytes += len(message.get("body", b""))
+        limit = self._state.settings.max_body_bytes
+        if self._num_body_bytes <= limit:
+            return message
+        while message["type"] == "http.request" and message.get("more_body", False):
+            message = await self._timed_receive()
+        # FastAPI's own class: its reading of the body lets that one through
+        raise HTTPException(413, f"the body is larger than {limit} bytes: send less at a time")
 
-        async def limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            if message["type"] != "http.request":
-                return message
-            num_bytes += len(message.get("body", b""))
-            if num_bytes <= self._max_body_bytes:
-                return message
-            while message["type"] == "http.request" and message.get("more_body", False):
-                message = await receive()
-            # FastAPI's own class: its reading of the body lets that one through
-            raise HTTPException(413, f"the body is larger than {self._max_body_bytes} bytes: send less at a time")
-
-        return limited
+    async def _timed_receive(self) -> Message:
+        """The next message; HTTPException 408 when the client falls silent in the middle of its body."""
+        if self._has_body:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._state.settings.idle_timeout_s):
+                message = await self._receive()
+        except TimeoutError as error:
+            self._has_body = True  # what can be had of it
+            raise HTTPException(408, "the body did not arrive in time: send it without pauses") from error
+        self._has_body = not message.get("more_body", False)
+        return message

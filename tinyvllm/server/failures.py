@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +15,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tinyvllm.errors import EngineDeadError, RequestError, TinyvllmError
+from tinyvllm.server.limits import DrainingError, QueueFullError, RequestTimeoutError
 from tinyvllm.server.protocol import ErrorBody, ErrorDetail
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 5  # what clients are told to wait while the engine warms up
+RETRY_AFTER_S = 5  # what clients are told to wait while the engine warms up, or another server must take over
+QUEUE_RETRY_AFTER_S = 1  # and while the queue is full: a place is free as soon as one answer is complete
 INVALID = "invalid_request_error"
 SERVER = "server_error"
 
@@ -29,6 +32,10 @@ class UnknownModelError(TinyvllmError):
 
 class NotReadyError(TinyvllmError):
     """The engine is still loading or warming up: HTTP 503, and worth another try."""
+
+
+class StalledError(TinyvllmError):
+    """The engine has work and no step of it ends: HTTP 503."""
 
 
 class StepFailedError(TinyvllmError):
@@ -63,6 +70,22 @@ class Failure:
         return Response(self.body(), self.status, headers=self.headers, media_type="application/json")
 
 
+_LATER = {"retry-after": str(RETRY_AFTER_S)}
+_NEVER = {"x-should-retry": "false"}  # clients of OpenAI's try again otherwise
+
+# States of the server: status, type, code and headers. The first that the error is an instance of counts.
+_STATES: tuple[tuple[type[TinyvllmError], int, str, str, Mapping[str, str]], ...] = (
+    (QueueFullError, 429, "rate_limit_error", "queue_full", {"retry-after": str(QUEUE_RETRY_AFTER_S)}),
+    (NotReadyError, 503, SERVER, "engine_not_ready", _LATER),
+    (DrainingError, 503, SERVER, "server_draining", {**_LATER, "connection": "close"}),
+    (AbortedError, 503, SERVER, "request_aborted", _LATER),
+    (StalledError, 503, SERVER, "engine_stalled", _LATER),
+    (EngineDeadError, 503, SERVER, "engine_dead", _NEVER),
+    (RequestTimeoutError, 504, SERVER, "request_timeout", _NEVER),
+    (TinyvllmError, 500, SERVER, "generation_failed", _NEVER),
+)
+
+
 def failure_of(error: BaseException) -> Failure:
     """What to answer to `error`. Errors that are not ours are logged and told without their text."""
     match error:
@@ -75,18 +98,28 @@ def failure_of(error: BaseException) -> Failure:
         case HTTPException():
             kind = INVALID if error.status_code < 500 else SERVER
             return Failure(error.status_code, str(error.detail), kind, headers=error.headers or {})
-        case NotReadyError():
-            headers = {"retry-after": str(RETRY_AFTER_S)}
-            return Failure(503, str(error), SERVER, code="engine_not_ready", headers=headers)
-        case AbortedError():
-            return Failure(503, str(error), SERVER, code="request_aborted", headers={"retry-after": str(RETRY_AFTER_S)})
-        case EngineDeadError():
-            return Failure(500, str(error), SERVER, code="engine_dead", headers={"x-should-retry": "false"})
         case TinyvllmError():
-            return Failure(500, str(error), SERVER, code="generation_failed", headers={"x-should-retry": "false"})
+            return _of_state(error)
+        case MemoryError():
+            log.error("a request did not fit into memory", exc_info=error)
+            message = "out of memory: send less, or try again later"
+            return Failure(503, message, SERVER, code="out_of_memory", headers=_LATER)
         case _:
             log.error("a request failed with an error that nobody expected", exc_info=error)
             return Failure(500, "internal error: the server's log has the details", SERVER, code="internal_error")
+
+
+def _of_state(error: TinyvllmError) -> Failure:
+    status, kind, code, headers = next(row[1:] for row in _STATES if isinstance(error, row[0]))
+    return Failure(status, _without_paths(error), kind, code=code, headers=headers)
+
+
+_PATH = re.compile(r"(?<![\w/:.])~?(?:/[\w.+@-]+){2,}/?")
+
+
+def _without_paths(error: BaseException) -> str:
+    """The error's text, with files of this machine left out: clients need not know where they lie."""
+    return _PATH.sub("(a file of the server)", str(error))
 
 
 def _of_validation(errors: Sequence[Mapping[str, Any]]) -> Failure:
@@ -137,5 +170,4 @@ def _unrouted(request: Request, error: HTTPException) -> str:
     path = ascii(request.url.path)[1:-1]
     if error.status_code == 405:
         return f"{path} does not take {request.method}: use {(error.headers or {}).get('Allow', 'another method')}"
-    routes = "/v1/models, /v1/completions, /v1/chat/completions, /health, /metrics, /version"
-    return f"no route {request.method} {path}: there are {routes}"
+    return f"no route {request.method} {path}: there are {', '.join(sorted(request.app.openapi()['paths']))}"

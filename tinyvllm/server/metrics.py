@@ -1,7 +1,11 @@
 """GET /metrics: Prometheus text under vLLM's names, so that its dashboards work.
 
-What requests show is counted here as their deltas pass; what the engine knows is read when somebody scrapes. Each app
-has a registry of its own.
+What requests show is counted here as their deltas pass; steps are counted as the engine shows them; the rest is read of
+the engine when somebody scrapes. Each app has a registry of its own.
+
+Names, labels and buckets are those of vLLM's vllm/v1/metrics/loggers.py, and of prometheus-fastapi-instrumentator for
+HTTP, which vLLM uses. What vLLM exports for features that this engine lacks (LoRA adapters, speculation, caches of
+images and of other hosts, sampled block lifetimes) is left out. Names of our own begin with `tinyvllm:`.
 """
 
 from __future__ import annotations
@@ -9,20 +13,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from tinyvllm.server.limits import RequestTimeoutError
+
 if TYPE_CHECKING:
+    from tinyvllm.config import SamplingParams
     from tinyvllm.engine.async_engine import AsyncEngine
     from tinyvllm.engine.output import Delta
+    from tinyvllm.server.steps import StepHistory
 
 LABELS = ("model_name", "engine")
 
-# Seconds; vLLM's own buckets (vllm/v1/metrics/loggers.py), so that histograms of both can be laid over each other.
+# Seconds.
 # fmt: off
 TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
@@ -31,76 +44,274 @@ TTFT_BUCKETS = (
 ITL_BUCKETS = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 )
-E2E_BUCKETS = (
+LATENCY_BUCKETS = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 )
+HTTP_BUCKETS = (0.1, 0.5, 1.0)
+HTTP_FINE_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0, 30.0, 60.0,
+)
+# Counts.
+STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+SMALL_COUNT_BUCKETS = (1, 2, 5, 10, 20)
 # fmt: on
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
+PROMPT_SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
+REFUSALS = {400: "invalid", 401: "unauthorized", 404: "not_found", 408: "timeout", 413: "too_large", 429: "queue_full"}
+REFUSALS |= {499: "client_left", 500: "failed", 503: "unavailable", 504: "timeout"}  # statuses, and what they count as
+UNCOUNTED_PATHS = frozenset(("/metrics", "/health", "/ready", "/ping", "/version", "/engine/state"))
+
+NUM_RECENT = 512  # first tokens and gaps that the page's quantiles are made of
+
+
+def token_count_buckets(most: int) -> tuple[int, ...]:
+    """1, 2, 5, 10, 20, 50, ... up to `most`."""
+    bounds, power = [1], 1
+    while bounds[-1] <= most:
+        bounds += [2 * power, 5 * power, 10 * power]
+        power *= 10
+    return tuple(bound for bound in bounds if bound <= most)
+
+
+@dataclass
+class Totals:
+    """Counts since start, for the log and the page."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt tokens
+    num_output_tokens: int = 0
 
 
 class Metrics:
-    """Owns one app's registry."""
+    """Owns one app's registry. Lives on the server's event loop; steps alone are counted on the engine's thread."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, history: StepHistory) -> None:
+        self.totals = Totals()
+        self.recent_ttft_s: deque[float] = deque(maxlen=NUM_RECENT)
+        self.recent_itl_s: deque[float] = deque(maxlen=NUM_RECENT)
+        self._engine = engine
         self._registry = CollectorRegistry()
-        values = (engine.served_model_name, "0")  # of LABELS; there is one engine in a process
-        self._registry.register(_EngineCollector(engine, values))
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, LABELS, buckets=buckets, registry=self._registry).labels(*values)
-
-        def counter(name: str, text: str) -> Counter:
-            return Counter(name, text, LABELS, registry=self._registry).labels(*values)
-
-        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens processed.")
-        self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
-        finished = Counter(
-            "vllm:request_success", "Finished choices.", (*LABELS, "finished_reason"), registry=self._registry
-        )
-        self._finished = {reason: finished.labels(*values, reason) for reason in FINISH_REASONS}
-        self._ttft_s = histogram("vllm:time_to_first_token_seconds", "From arrival to first token.", TTFT_BUCKETS)
-        self._itl_s = histogram("vllm:inter_token_latency_seconds", "Between tokens of a choice.", ITL_BUCKETS)
-        self._e2e_s = histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.", E2E_BUCKETS)
+        self._values = (engine.served_model_name, "0")  # of LABELS; there is one engine in a process
+        self._registry.register(_EngineCollector(engine, self._values))
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self._registry)
+        self._sizes: _RequestSizes | None = None
+        self._make_counters()
+        self._make_histograms()
+        self._make_http()
+        step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of a step.", STEP_TOKEN_BUCKETS)
+        history.observe_tokens = step_tokens.observe
 
     def render(self) -> bytes:
+        if self._engine.is_ready:
+            self._request_sizes()  # present from the start, not from the first request on
         return generate_latest(self._registry)
 
+    def count_http(self, method: str, handler: str, status: int, duration_s: float) -> None:
+        """An answer was sent. `handler` is the route's path, with its placeholders."""
+        if handler in UNCOUNTED_PATHS:
+            return
+        self._http_requests.labels(handler, method, f"{status // 100}xx").inc()
+        self._http_duration_s.labels(handler, method).observe(duration_s)
+        self._http_duration_fine_s.observe(duration_s)
+
+    def count_refusal(self, status: int) -> None:
+        """Work was asked for and not done."""
+        self._refused[REFUSALS.get(status, "other")].inc()
+
     async def observed(
-        self, deltas: AsyncGenerator[Delta, None], *, arrival_s: float, n: int
+        self,
+        deltas: AsyncGenerator[Delta, None],
+        *,
+        arrival_s: float,
+        params: SamplingParams,
+        on_first: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[Delta, None]:
         """The same deltas, counted; closing it closes them. arrival_s: perf_counter() when the request came."""
-        last_s: dict[int, float] = {}  # choice -> when its last token came
-        num_tokens: dict[int, int] = {}
-        num_open = n
+        watch = _Watch(self, params, arrival_s)
         try:
             async with contextlib.aclosing(deltas):
                 async for delta in deltas:
-                    now_s = time.perf_counter()
-                    if not num_tokens:
-                        self._prompt_tokens.inc(delta.num_prompt_tokens)
-                    num_new = delta.num_output_tokens - num_tokens.get(delta.index, 0)
-                    num_tokens[delta.index] = delta.num_output_tokens
-                    if num_new > 0:
-                        self._count_tokens(num_new, now_s, arrival_s, last_s.get(delta.index))
-                        last_s[delta.index] = now_s
-                    if delta.finish_reason is not None:
-                        self._finished[delta.finish_reason].inc()
-                        self._e2e_s.observe(now_s - arrival_s)
-                        num_open -= 1
+                    if watch.is_first:
+                        on_first()
+                    watch.add(delta)
                     yield delta
-        except (GeneratorExit, asyncio.CancelledError):  # the client left
-            self._finished["abort"].inc(num_open)
+        except (GeneratorExit, asyncio.CancelledError, RequestTimeoutError):  # the client left, or we let it go
+            self._finished["abort"].inc(watch.num_open)
             raise
 
-    def _count_tokens(self, num_new: int, now_s: float, arrival_s: float, last_s: float | None) -> None:
+    # ---- What a _Watch counts ----
+
+    def prompt_started(self, num_tokens: int, num_cached: int) -> None:
+        self.totals.num_prompt_tokens += num_tokens
+        self.totals.num_cached_tokens += num_cached
+        self._prompt_tokens.inc(num_tokens)
+        self._prompt_tokens_cached.inc(num_cached)
+        self._by_source["local_compute"].inc(num_tokens - num_cached)
+        self._by_source["local_cache_hit"].inc(num_cached)
+
+    def tokens_came(self, num_new: int, seconds: float, *, is_first: bool) -> None:
+        """`num_new` tokens of one choice: the first of them `seconds` after arrival, or all after the last before."""
+        self.totals.num_output_tokens += num_new
         self._generation_tokens.inc(num_new)
-        if last_s is None:
-            self._ttft_s.observe(now_s - arrival_s)
+        if is_first:
+            self._ttft_s.observe(seconds)
+            self.recent_ttft_s.append(seconds)
             return
         for _ in range(num_new):  # tokens that came together share the time
-            self._itl_s.observe((now_s - last_s) / num_new)
+            self._itl_s.observe(seconds / num_new)
+        self.recent_itl_s.append(seconds / num_new)
+
+    def choice_ended(self, delta: Delta, params: SamplingParams, e2e_s: float) -> None:
+        assert delta.finish_reason is not None
+        self._finished[delta.finish_reason].inc()
+        self._e2e_s.observe(e2e_s)
+        sizes = self._request_sizes()
+        sizes.prompt_tokens.observe(delta.num_prompt_tokens)
+        sizes.computed_tokens.observe(delta.num_prompt_tokens - delta.num_cached_tokens)
+        sizes.output_tokens.observe(delta.num_output_tokens)
+        if params.max_tokens is not None:
+            sizes.max_tokens.observe(params.max_tokens)
+        timing = delta.timing
+        if timing is None:
+            return
+        decode_s = timing.last_token_s - timing.first_token_s
+        self._queue_s.observe(max(0.0, timing.scheduled_s - timing.queued_s))
+        self._prefill_s.observe(max(0.0, timing.first_token_s - timing.scheduled_s))
+        self._decode_s.observe(decode_s)
+        self._inference_s.observe(max(0.0, timing.last_token_s - timing.scheduled_s))
+        if delta.num_output_tokens > 1:
+            self._time_per_token_s.observe(decode_s / (delta.num_output_tokens - 1))
+        self._preemptions.observe(timing.num_preemptions)
+        self._corrupted.inc(timing.is_corrupted)
+
+    def request_ended(self, params: SamplingParams, longest: int) -> None:
+        """All choices of one prompt have ended; `longest` is the most output tokens of one."""
+        self._request_sizes().longest_output.observe(longest)
+        self._n.observe(params.n)
+
+    # ---- Making ----
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, LABELS, registry=self._registry).labels(*self._values)
+
+    def _labelled(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Counter]:
+        """A counter for each value of one label more. All begin at 0, so that rates are right from the first."""
+        family = Counter(name, text, (*LABELS, label), registry=self._registry)
+        return {value: family.labels(*self._values, value) for value in values}
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, LABELS, buckets=buckets, registry=self._registry).labels(*self._values)
+
+    def _make_counters(self) -> None:
+        counter, labelled = self._counter, self._labelled
+        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that began.")
+        self._prompt_tokens_cached = counter("vllm:prompt_tokens_cached", "Prompt tokens found in the prefix cache.")
+        self._by_source = labelled(
+            "vllm:prompt_tokens_by_source", "Prompt tokens by where they came from.", "source", PROMPT_SOURCES
+        )
+        self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        self._corrupted = counter("vllm:corrupted_requests", "Choices that ended without finite logits.")
+        self._finished = labelled("vllm:request_success", "Ended choices.", "finished_reason", FINISH_REASONS)
+        self._refused = labelled(
+            "tinyvllm:requests_refused", "Requests refused.", "reason", sorted({*REFUSALS.values(), "other"})
+        )
+
+    def _make_histograms(self) -> None:
+        latency, histogram = LATENCY_BUCKETS, self._histogram
+        self._ttft_s = histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.", TTFT_BUCKETS)
+        self._itl_s = histogram("vllm:inter_token_latency_seconds", "Between tokens of a choice.", ITL_BUCKETS)
+        self._time_per_token_s = histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean time a token after the first.", ITL_BUCKETS
+        )
+        self._e2e_s = histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.", latency)
+        self._queue_s = histogram("vllm:request_queue_time_seconds", "In the queue.", latency)
+        self._prefill_s = histogram("vllm:request_prefill_time_seconds", "From the queue to the first token.", latency)
+        self._decode_s = histogram("vllm:request_decode_time_seconds", "From the first token to the last.", latency)
+        self._inference_s = histogram(
+            "vllm:request_inference_time_seconds", "From the queue to the last token.", latency
+        )
+        self._n = histogram("vllm:request_params_n", "Choices asked for.", SMALL_COUNT_BUCKETS)
+        self._preemptions = histogram(
+            "vllm:request_num_preemptions", "Times that a request was preempted.", SMALL_COUNT_BUCKETS
+        )
+
+    def _make_http(self) -> None:
+        registry = self._registry
+        self._http_requests = Counter(
+            "http_requests", "Answers by route, method and kind of status.", ("handler", "method", "status"),
+            registry=registry,
+        )  # fmt: skip
+        self._http_duration_s = Histogram(
+            "http_request_duration_seconds", "From a request's head to its answer's end.", ("handler", "method"),
+            buckets=HTTP_BUCKETS, registry=registry,
+        )  # fmt: skip
+        self._http_duration_fine_s = Histogram(
+            "http_request_duration_highr_seconds", "The same of all routes.",
+            buckets=HTTP_FINE_BUCKETS, registry=registry,
+        )  # fmt: skip
+
+    def _request_sizes(self) -> _RequestSizes:
+        """Made when the model is loaded: their buckets end at its context length."""
+        if self._sizes is None:
+            buckets = token_count_buckets(self._engine.capacity.max_model_len)
+            self._sizes = _RequestSizes(*(self._histogram(name, text, buckets) for name, text in _SIZE_NAMES))
+        return self._sizes
+
+
+_SIZE_NAMES = (
+    ("vllm:request_prompt_tokens", "Prompt tokens of a choice."),
+    ("vllm:request_generation_tokens", "Output tokens of a choice."),
+    ("vllm:request_max_num_generation_tokens", "Output tokens of a request's longest choice."),
+    ("vllm:request_params_max_tokens", "Output tokens asked for at most."),
+    ("vllm:request_prefill_kv_computed_tokens", "Prompt tokens of a choice that were not in the prefix cache."),
+)
+
+
+@dataclass(frozen=True)
+class _RequestSizes:
+    """In the order of _SIZE_NAMES."""
+
+    prompt_tokens: Histogram
+    output_tokens: Histogram
+    longest_output: Histogram
+    max_tokens: Histogram
+    computed_tokens: Histogram
+
+
+class _Watch:
+    """What one prompt's deltas have shown so far."""
+
+    def __init__(self, metrics: Metrics, params: SamplingParams, arrival_s: float) -> None:
+        self.num_open = params.n
+        self._metrics = metrics
+        self._params = params
+        self._arrival_s = arrival_s
+        self._num_tokens: dict[int, int] = {}  # by choice
+        self._last_s: dict[int, float] = {}  # when a choice's last token came
+
+    @property
+    def is_first(self) -> bool:
+        return not self._num_tokens
+
+    def add(self, delta: Delta) -> None:
+        now_s = time.perf_counter()
+        if self.is_first:
+            self._metrics.prompt_started(delta.num_prompt_tokens, delta.num_cached_tokens)
+        num_new = delta.num_output_tokens - self._num_tokens.get(delta.index, 0)
+        self._num_tokens[delta.index] = delta.num_output_tokens
+        if num_new > 0:
+            last_s = self._last_s.get(delta.index)
+            since_s = self._arrival_s if last_s is None else last_s
+            self._metrics.tokens_came(num_new, now_s - since_s, is_first=last_s is None)
+            self._last_s[delta.index] = now_s
+        if delta.finish_reason is not None:
+            self._metrics.choice_ended(delta, self._params, now_s - self._arrival_s)
+            self.num_open -= 1
+            if self.num_open == 0:
+                self._metrics.request_ended(self._params, max(self._num_tokens.values()))
 
 
 class _EngineCollector(Collector):
@@ -116,25 +327,59 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         if not self._engine.is_ready:
             return
+        yield from self._gauges()
+        yield from self._counters()
+        yield self._cache_config()
+
+    def _gauges(self) -> Iterator[Metric]:
         stats = self._engine.stats()
-        num_blocks = self._engine.capacity.num_blocks - 1  # block 0 is a dummy
-        usage = 1.0 - stats.num_free_blocks / num_blocks
-        gauges = (
+        usage = 1.0 - stats.num_free_blocks / (self._engine.capacity.num_blocks - 1)  # block 0 is a dummy
+        for name, text, value in (
             ("vllm:num_requests_running", "Requests in the running batch.", stats.num_running),
             ("vllm:num_requests_waiting", "Requests in the queue.", stats.num_waiting),
             ("vllm:kv_cache_usage_perc", "Share of KV blocks in use: 1 is all.", usage),
+        ):
+            gauge = GaugeMetricFamily(name, text, labels=LABELS)
+            gauge.add_metric(self._values, value)
+            yield gauge
+        waiting = GaugeMetricFamily(
+            "vllm:num_requests_waiting_by_reason", "Requests in the queue, by why.", labels=(*LABELS, "reason")
         )
-        counters = (
+        for reason, value in (("capacity", stats.num_waiting), ("deferred", 0)):
+            waiting.add_metric((*self._values, reason), value)
+        yield waiting
+        awake = GaugeMetricFamily(
+            "vllm:engine_sleep_state", "1 for the state that the engine is in.", labels=(*LABELS, "sleep_state")
+        )
+        for state, value in (("awake", 1), ("weights_offloaded", 0), ("discard_all", 0)):
+            awake.add_metric((*self._values, state), value)
+        yield awake
+
+    def _counters(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        for name, text, value in (
             ("vllm:num_preemptions", "Requests set back to the queue for lack of blocks.", stats.num_preemptions),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
             ("tinyvllm:graph_captures", "Graphs captured since start: constant while serving.", stats.num_captures),
-        )
-        for name, text, value in gauges:
-            gauge = GaugeMetricFamily(name, text, labels=LABELS)
-            gauge.add_metric(self._values, value)
-            yield gauge
-        for name, text, value in counters:
+            ("tinyvllm:failed_steps", "Steps that raised an error.", stats.extra.get("num_failed_steps", 0)),
+        ):
             counter = CounterMetricFamily(name, text, labels=LABELS)
             counter.add_metric(self._values, value)
             yield counter
+
+    def _cache_config(self) -> Metric:
+        """A gauge of 1 whose labels are the settings, as vLLM writes it."""
+        config, capacity = self._engine.config, self._engine.capacity
+        labels = {
+            "block_size": capacity.block_size,
+            "cache_dtype": config.kv_cache_dtype,
+            "enable_prefix_caching": config.enable_prefix_caching,
+            "engine": 0,
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "num_gpu_blocks": capacity.num_blocks,
+            "num_gpu_blocks_override": config.num_gpu_blocks_override,
+        }
+        info = GaugeMetricFamily("vllm:cache_config_info", "Settings of the KV cache.", labels=tuple(labels))
+        info.add_metric([str(value) for value in labels.values()], 1)
+        return info

@@ -10,14 +10,13 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
-from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from tinyvllm import __version__
-from tinyvllm.errors import ContextLengthError, EngineDeadError, RequestError
+from tinyvllm.errors import ContextLengthError, RequestError
 from tinyvllm.server.answers import Heading, chat_answer, chat_frames, completion_answer, completion_frames
-from tinyvllm.server.failures import NotReadyError, UnknownModelError
+from tinyvllm.server.context import current
+from tinyvllm.server.failures import UnknownModelError
 from tinyvllm.server.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletion,
@@ -28,7 +27,6 @@ from tinyvllm.server.protocol import (
     GenerationRequest,
     ModelCard,
     ModelList,
-    Version,
 )
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import EventStream, Item, begun, guarded, merge, until_disconnect
@@ -41,24 +39,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": 
 router = APIRouter(responses=_ERRORS)
 
 
-# ---- Operations ----
-
-
-@router.get("/health", response_class=Response)
-async def health(request: Request) -> Response:
-    """200 with an empty body once the engine is warm, 503 before, 500 when it is dead."""
-    require_ready(state_of(request))
-    return Response()
-
-
-@router.get("/version")
-async def version() -> Version:
-    return Version(version=__version__)
-
-
-@router.get("/metrics", response_class=Response)
-async def metrics(request: Request) -> Response:
-    return Response(state_of(request).metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+# ---- Models ----
 
 
 @router.get("/v1/models")
@@ -74,7 +55,7 @@ async def retrieve_model(model_id: str, request: Request) -> ModelCard:
 
 
 def _model_card(state: ServerState) -> ModelCard:
-    require_ready(state)
+    state.require_engine()
     engine = state.engine
     return ModelCard(
         id=engine.served_model_name,
@@ -82,14 +63,6 @@ def _model_card(state: ServerState) -> ModelCard:
         root=engine.model_config.name or engine.served_model_name,
         max_model_len=engine.capacity.max_model_len,
     )
-
-
-def require_ready(state: ServerState) -> None:
-    """Raise EngineDeadError or NotReadyError unless the engine can generate."""
-    if state.engine.error is not None:
-        raise EngineDeadError(f"the engine has stopped: {state.engine.error}. Start the server anew")
-    if not state.engine.is_ready:
-        raise NotReadyError("the model is still loading or warming up, or the server is stopping: try again later")
 
 
 def require_model(state: ServerState, name: str | None) -> None:
@@ -120,8 +93,9 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
             room = _context_limit(state) - len(ids)
             fitted = dataclasses.replace(params, max_tokens=min(DEFAULT_COMPLETION_TOKENS, room))
         request_id = f"{heading.id}-{position}"
-        deltas = state.engine.generate(ids, fitted, request_id=request_id, priority=body.priority or 0)
-        streams.append(state.metrics.observed(deltas, arrival_s=arrival_s, n=params.n))
+        streams.append(
+            state.generate(ids, fitted, request_id=request_id, arrival_s=arrival_s, priority=body.priority or 0)
+        )
     items = merge(streams, params.n)
     if not body.stream:
         wants_logprobs = body.logprobs is not None
@@ -165,8 +139,8 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
     params = body.sampling_params(state.engine.generation_defaults)
     ids = await asyncio.to_thread(_read_messages, state, body)
     heading = _heading(state, "chatcmpl")
-    deltas = state.engine.generate(ids, params, request_id=heading.id, priority=body.priority or 0)
-    items = merge([state.metrics.observed(deltas, arrival_s=arrival_s, n=params.n)], params.n)
+    deltas = state.generate(ids, params, request_id=heading.id, arrival_s=arrival_s, priority=body.priority or 0)
+    items = merge([deltas], params.n)
     if not body.stream:
         return _json(await chat_answer(items, heading, n=params.n, logprobs=bool(body.logprobs)))
     items = await begun(items)
@@ -208,7 +182,7 @@ def _cut_after(text: str, last_content: str) -> str:
 
 
 def _check_request(state: ServerState, body: GenerationRequest) -> None:
-    require_ready(state)
+    state.require_ready()
     require_model(state, body.model)
     body.refuse_unsupported()
 
@@ -240,8 +214,9 @@ def _check_ids(state: ServerState, ids: list[int], max_tokens: int | None, *, pa
 
 
 def _heading(state: ServerState, prefix: str) -> Heading:
-    model = state.engine.served_model_name
-    return Heading(id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()), model=model)
+    context = current()  # its id is in this one, and so in every line that the engine logs of the request
+    unique = context.request_id if context.is_own_id else f"{context.request_id}-{uuid.uuid4().hex[:8]}"
+    return Heading(id=f"{prefix}-{unique}", created=int(time.time()), model=state.engine.served_model_name)
 
 
 def _json(answer: BaseModel) -> Response:

@@ -1,22 +1,97 @@
-"""What the handlers of one app share."""
+"""What the handlers of one app share, and the one door to the engine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 
+from tinyvllm.errors import EngineDeadError
+from tinyvllm.server.context import current
+from tinyvllm.server.failures import NotReadyError
+from tinyvllm.server.limits import Admission, Drain, DrainingError, until_timeout
 from tinyvllm.server.metrics import Metrics
+from tinyvllm.server.steps import StepHistory
 
 if TYPE_CHECKING:
+    from tinyvllm.config import SamplingParams
     from tinyvllm.engine.async_engine import AsyncEngine
+    from tinyvllm.engine.output import Delta
+    from tinyvllm.server.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+MAX_LOGGED_CHARS = 2000  # of a prompt, with --log-requests
 
 
-@dataclass(frozen=True)
 class ServerState:
-    engine: AsyncEngine
-    metrics: Metrics
+    """The engine and everything that is counted around it. Lives on the server's event loop."""
+
+    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.admission = Admission(settings)
+        self.drain = Drain()
+        self.history = StepHistory()
+        self.metrics = Metrics(engine, self.history)
+        self.start_s = time.monotonic()
+        engine.on_step = self.history.add
+
+    def require_engine(self) -> None:
+        """Raise EngineDeadError or NotReadyError unless the engine can be asked."""
+        if self.engine.error is not None:
+            raise EngineDeadError(f"the engine has stopped: {self.engine.error}. Start the server anew")
+        if not self.engine.is_ready:
+            raise NotReadyError("the model is still loading or warming up, or the server is stopping: try again later")
+
+    def require_ready(self) -> None:
+        """Raise what keeps the server from taking one more request; called before a prompt is read."""
+        self.require_engine()
+        if self.drain.has_begun:
+            raise DrainingError("the server is stopping and takes no new requests: ask another, or try again later")
+        self.admission.check_room(self.engine.capacity.max_num_seqs)
+
+    @property
+    def stalled_s(self) -> float | None:
+        """For how long a step has not ended though there is work, once that is longer than the watchdog allows."""
+        limit_s = self.settings.watchdog_timeout_s
+        if limit_s is None or not self.admission.num_seqs:
+            return None
+        since_s = time.monotonic() - max(self.history.last_end_s, self.admission.busy_since_s)
+        return since_s if since_s > limit_s else None
+
+    def generate(
+        self, ids: list[int], params: SamplingParams, *, request_id: str, arrival_s: float, priority: int = 0
+    ) -> AsyncGenerator[Delta, None]:
+        """The engine's deltas for one prompt, and what the server adds: admission, a deadline, metrics, a log line.
+
+        Raises at once, before anything has begun, when the prompt is not let in; the answer's end releases its place.
+        arrival_s: perf_counter() when the request came.
+        """
+        context = current()
+        self.admission.admit(context, params.n, len(ids), self.engine.capacity.max_num_seqs)
+        if self.settings.log_requests:
+            self._log_request(ids, params, request_id)
+        deltas = self.engine.generate(ids, params, request_id=request_id, priority=priority)
+        timeout_s = self.settings.request_timeout_s
+        if timeout_s is not None:
+            spent_s = time.perf_counter() - arrival_s
+            deltas = until_timeout(deltas, timeout_s, asyncio.get_running_loop().time() + timeout_s - spent_s)
+        return self.metrics.observed(
+            deltas,
+            arrival_s=arrival_s,
+            params=params,
+            on_first=lambda: self.admission.prompt_computed(context, len(ids)),
+        )
+
+    def _log_request(self, ids: list[int], params: SamplingParams, request_id: str) -> None:
+        text = self.engine.tokenizer.decode(ids[:MAX_LOGGED_CHARS], skip_special_tokens=False)
+        shown = ascii(text if len(text) <= MAX_LOGGED_CHARS else text[:MAX_LOGGED_CHARS] + "...")
+        log.info("received request %s: %d tokens, prompt: %s, params: %s", request_id, len(ids), shown, params)
 
 
 def state_of(request: Request) -> ServerState:

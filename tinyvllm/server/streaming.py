@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from tinyvllm.server.context import current
 from tinyvllm.server.failures import AbortedError, ClientGone, StepFailedError, failure_of
 from tinyvllm.server.protocol import PromptTokensDetails, Usage
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DONE = "data: [DONE]\n\n"
+KEEPALIVE = ": keep-alive\n\n"  # a comment, which clients of server-sent events skip
 
 
 def frame(chunk: BaseModel, *, omit: set[str] | None = None) -> str:
@@ -59,7 +61,8 @@ class EventStream(StreamingResponse):
 
     def __init__(self, frames: AsyncGenerator[str, None], items: AsyncGenerator[Item, None]) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy may hold events back
-        super().__init__(frames, headers=headers, media_type="text/event-stream")
+        lively = kept_alive(frames, current().keepalive_s)
+        super().__init__(lively, headers=headers, media_type="text/event-stream")
         self._frames = frames
         self._items = items
 
@@ -71,6 +74,30 @@ class EventStream(StreamingResponse):
             await self._frames.aclose()
             # apart, since closing a generator that was never begun does not close what it would have read
             await self._items.aclose()
+
+
+async def kept_alive(frames: AsyncGenerator[str, None], every_s: float | None) -> AsyncGenerator[str, None]:
+    """`frames`, and a comment whenever none has come for `every_s` seconds: proxies end streams that say nothing."""
+    upcoming: asyncio.Task[str] | None = None
+    try:
+        while True:
+            upcoming = asyncio.ensure_future(_next_of(frames))
+            while not (await asyncio.wait((upcoming,), timeout=every_s))[0]:
+                yield KEEPALIVE
+            try:
+                yield upcoming.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        if upcoming is not None:
+            upcoming.cancel()
+            await asyncio.gather(upcoming, return_exceptions=True)
+        await frames.aclose()
+
+
+async def _next_of(source: AsyncGenerator[T, None]) -> T:
+    """anext as a coroutine, of which a task can be made."""
+    return await anext(source)
 
 
 async def guarded(frames: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
@@ -143,20 +170,29 @@ async def _interleave(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGe
 
 
 async def begun(items: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
-    """The same items, once the first is there: what the engine refuses is so refused before a status is sent."""
-    held = _hold_first(items)
+    """The same items, once the first is there: what the engine refuses is so refused before a status is sent.
+
+    A first item that takes longer than a stream may be silent, that of a long prompt, is not waited for.
+    """
+    held = _hold_first(items, current().keepalive_s)
     await anext(held)
     return held
 
 
-async def _hold_first(items: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
-    """Yields the first item twice: `begun` takes it once, so that the generator runs and closing it closes `items`."""
+async def _hold_first(items: AsyncGenerator[Item, None], patience_s: float | None) -> AsyncGenerator[Any, None]:
+    """Yields something before the first item: `begun` takes it, so that this runs and closing it closes `items`."""
     async with contextlib.aclosing(items):
-        is_first = True
+        first = asyncio.ensure_future(_next_of(items))
+        try:
+            await asyncio.wait((first,), timeout=patience_s)
+            if first.done():
+                first.result()
+            yield None
+            yield await first
+        finally:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
         async for item in items:
-            if is_first:
-                yield item
-                is_first = False
             yield item
 
 

@@ -1,0 +1,192 @@
+"""What GET /engine/state shows: the engine's present and recent past, small enough to be asked for every second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel
+
+from tinyvllm import __version__
+from tinyvllm.errors import EngineDeadError
+
+if TYPE_CHECKING:
+    from tinyvllm.engine.output import TextEngine
+    from tinyvllm.server.state import ServerState
+    from tinyvllm.server.steps import Step
+
+MAX_CELLS = 1024  # of the picture of the pool; a larger pool has several blocks a cell
+MAX_STEPS = 60
+
+
+class LiveLimits(BaseModel):
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int  # that hold tokens
+
+
+class LiveCounts(BaseModel):
+    """Of this moment, and since start."""
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_preemptions: int
+    num_failed_steps: int
+
+
+class Quantiles(BaseModel):
+    """Of the latest measurements, in seconds. None while there are none."""
+
+    p50: float | None = None
+    p95: float | None = None
+
+
+class LiveStep(BaseModel):
+    """Milliseconds of each stage of one step."""
+
+    number: int
+    age_s: float
+    schedule_ms: float
+    pack_ms: float
+    device_ms: float
+    commit_ms: float
+    num_tokens: int
+    num_seqs: int
+
+
+class PoolPicture(BaseModel):
+    """The KV pool as cells of `blocks_per_cell` blocks each, the last perhaps of fewer. Shares are 0 to 9.
+
+    `held` and `cached` have one digit a cell: how much of it requests hold, and how much is free but still found by
+    prompts that begin alike.
+    """
+
+    blocks_per_cell: int
+    held: str
+    cached: str
+    num_held: int
+    num_cached: int
+    num_shared: int  # held by several requests
+
+
+class EngineState(BaseModel):
+    status: Literal["loading", "ready", "draining", "dead"]
+    model: str
+    version: str
+    uptime_s: float
+    can_chat: bool = False
+    limits: LiveLimits | None = None
+    counts: LiveCounts | None = None
+    ttft_s: Quantiles = Quantiles()
+    itl_s: Quantiles = Quantiles()
+    steps: list[LiveStep] = []
+    pool: PoolPicture | None = None
+
+
+async def engine_state(state: ServerState) -> EngineState:
+    engine = state.engine
+    shown = EngineState(
+        status="loading",
+        model=engine.served_model_name,
+        version=__version__,
+        uptime_s=time.monotonic() - state.start_s,
+    )
+    if engine.error is not None:
+        shown.status = "dead"
+        return shown
+    if not engine.is_ready:
+        return shown
+    shown.status = "draining" if state.drain.has_begun else "ready"
+    capacity, metrics = engine.capacity, state.metrics
+    shown.can_chat = engine.chat_template is not None
+    shown.limits = LiveLimits(
+        max_model_len=capacity.max_model_len,
+        max_num_seqs=capacity.max_num_seqs,
+        max_num_batched_tokens=capacity.max_num_batched_tokens,
+        block_size=capacity.block_size,
+        num_blocks=capacity.num_blocks - 1,
+    )
+    shown.counts = _counts(state)
+    shown.ttft_s, shown.itl_s = quantiles(metrics.recent_ttft_s), quantiles(metrics.recent_itl_s)
+    now_s = time.monotonic()
+    shown.steps = [_step(step, now_s) for step in state.history.latest()[-MAX_STEPS:]]
+    try:
+        shown.pool = await engine.ask(picture)
+    except EngineDeadError:
+        shown.status = "dead" if engine.error is not None else "draining"
+    return shown
+
+
+def _counts(state: ServerState) -> LiveCounts:
+    stats, totals = state.engine.stats(), state.metrics.totals
+    return LiveCounts(
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting,
+        num_free_blocks=stats.num_free_blocks,
+        num_prompt_tokens=totals.num_prompt_tokens,
+        num_cached_tokens=totals.num_cached_tokens,
+        num_output_tokens=totals.num_output_tokens,
+        num_preemptions=stats.num_preemptions,
+        num_failed_steps=int(stats.extra.get("num_failed_steps", 0)),
+    )
+
+
+def _step(step: Step, now_s: float) -> LiveStep:
+    stats = step.stats
+    return LiveStep(
+        number=step.number,
+        age_s=round(now_s - step.end_s, 3),
+        schedule_ms=_milliseconds(stats.schedule_s),
+        pack_ms=_milliseconds(stats.pack_s),
+        device_ms=_milliseconds(stats.device_s),
+        commit_ms=_milliseconds(stats.commit_s),
+        num_tokens=stats.num_tokens,
+        num_seqs=stats.num_seqs,
+    )
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(1000 * seconds, 3)
+
+
+def quantiles(values: Sequence[float]) -> Quantiles:
+    """The median and the 95th percentile, interpolated."""
+    if not values:
+        return Quantiles()
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        position = share * (len(ordered) - 1)
+        low = int(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+    return Quantiles(p50=at(0.5), p95=at(0.95))
+
+
+def picture(engine: TextEngine) -> PoolPicture:
+    """The pool as it is between two steps. Runs on the engine's thread, in time proportional to the pool."""
+    states = engine.core.scheduler.block_manager.states()
+    size = -(-len(states) // MAX_CELLS)
+    cells = [states[start : start + size] for start in range(0, len(states), size)]
+    num_shared = states.count(b"s")
+    return PoolPicture(
+        blocks_per_cell=size,
+        held="".join(_digit(len(cell) - cell.count(b".") - cell.count(b"c"), len(cell)) for cell in cells),
+        cached="".join(_digit(cell.count(b"c"), len(cell)) for cell in cells),
+        num_held=states.count(b"h") + num_shared,
+        num_cached=states.count(b"c"),
+        num_shared=num_shared,
+    )
+
+
+def _digit(part: int, whole: int) -> str:
+    """The share as a digit: 0 is none, 9 is all, and what is not nothing is at least 1."""
+    return str(-(-9 * part // whole))

@@ -1,0 +1,86 @@
+"""Routes for those who run the server: is it well, is it ready, what does it do. And the page that shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from tinyvllm import __version__
+from tinyvllm.server.failures import StalledError
+from tinyvllm.server.live import EngineState, engine_state
+from tinyvllm.server.protocol import Version
+from tinyvllm.server.state import state_of
+
+STATIC = Path(__file__).parent / "static"
+# The page runs nothing and loads nothing that is not its own, and no other page may frame it.
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'none'",
+    "cache-control": "no-cache",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+router = APIRouter()
+
+
+@router.get("/health", response_class=Response)
+async def health(request: Request) -> Response:
+    """200 with an empty body while the engine is warm and works; 503 before, when it is dead, and when it stalls."""
+    state = state_of(request)
+    state.require_engine()
+    stalled_s = state.stalled_s
+    if stalled_s is not None:
+        raise StalledError(f"no step of the engine has ended for {stalled_s:.0f} s, though there is work")
+    return Response()
+
+
+@router.get("/ping", response_class=Response)
+@router.post("/ping", response_class=Response, include_in_schema=False)
+async def ping(request: Request) -> Response:
+    """The same under the name that SageMaker asks for."""
+    return await health(request)
+
+
+@router.get("/ready", response_class=Response)
+async def ready(request: Request) -> Response:
+    """200 while new requests are welcome; 503 from the first signal to stop on, while /health may still be 200."""
+    state = state_of(request)
+    if not state.drain.has_begun:  # a full queue is not a reason to be taken out of the rotation for ever
+        return await health(request)
+    state.require_ready()
+    return Response()
+
+
+@router.get("/version")
+async def version() -> Version:
+    return Version(version=__version__)
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    return Response(state_of(request).metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+@router.get("/engine/state")
+async def live_state(request: Request) -> EngineState:
+    """What the engine does now: queue, blocks, latest steps. Made for the page; its shape may change."""
+    return await engine_state(state_of(request))
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> FileResponse:
+    return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
+
+
+class PageFiles(StaticFiles):
+    """The page's script, style and icon."""
+
+    def file_response(self, *arguments: object, **options: object) -> Response:
+        response = super().file_response(*arguments, **options)  # type: ignore[arg-type]
+        response.headers.update(PAGE_HEADERS)
+        return response

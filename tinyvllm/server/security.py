@@ -1,0 +1,72 @@
+"""Who may ask: API keys as bearer tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tinyvllm.server.failures import Failure
+
+# What an orchestrator, a scraper and a browser ask for before they have a key. None of it shows what requests hold.
+OPEN_PATHS = frozenset(("/", "/health", "/ready", "/ping", "/version", "/metrics", "/favicon.ico"))
+OPEN_PREFIX = "/static/"
+
+
+class KeyRing:
+    """Knows keys by their hashes, so that all comparisons are of one length and none ends early."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = tuple(_digest(key) for key in keys)
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def holds(self, key: str) -> bool:
+        given, is_known = _digest(key), False
+        for digest in self._digests:  # all of them: the time must not tell which one came close
+            is_known |= hmac.compare_digest(given, digest)
+        return is_known
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("latin-1", errors="replace")).digest()
+
+
+class Guard:
+    """Middleware that answers 401 to requests without a known key."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_open(scope["method"], scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and self._keys.holds(key.strip()):
+            await self._app(scope, receive, send)
+            return
+        # the body is read to its end, so that a client that is still writing gets to see the answer
+        while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+            pass
+        remedy = "send a key that this server knows, as Authorization: Bearer KEY"
+        failure = Failure(
+            401,
+            f"the API key is {'missing' if not key else 'not known'}: {remedy}",
+            "invalid_request_error",
+            code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
+        await failure.response()(scope, receive, send)
+
+
+def is_open(method: str, path: str) -> bool:
+    """Whether the request needs no key: what shows no content, and the question of a browser whether it may ask."""
+    if path == "/ping":  # POST too
+        return True
+    return method == "OPTIONS" or (method in ("GET", "HEAD") and (path in OPEN_PATHS or path.startswith(OPEN_PREFIX)))

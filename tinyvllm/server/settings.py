@@ -1,0 +1,91 @@
+"""How a server is run: what it accepts, how long it waits, who may ask. Checked once, as the flags are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyvllm.errors import TinyvllmError
+
+API_KEY_VARIABLE = "TINYVLLM_API_KEY"  # environment: keys that clients may show, separated by spaces or line ends
+MIN_KEY_CHARS = 8  # a shorter one can be guessed over the network
+
+
+@dataclass(frozen=True)
+class Cors:
+    """Which pages of other origins may call this server. None may unless origins are named."""
+
+    origins: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ("*",)
+    headers: tuple[str, ...] = ("*",)
+    credentials: bool = False
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Limits and times of one server. None: no such limit. Times are in seconds."""
+
+    max_num_queued_requests: int | None = 2048  # sequences beyond those that can run: as many as one call may ask for
+    max_num_queued_tokens: int | None = None  # prompt tokens that wait for their first output token
+    max_body_bytes: int = 16 * 2**20  # some million tokens of text, above any context that a laptop serves
+    request_timeout_s: float | None = None  # from arrival to the last token
+    idle_timeout_s: float | None = 60.0  # a connection in the middle of a request or answer may not move a byte
+    keepalive_s: float | None = 15.0  # a stream that has nothing to say sends a comment
+    watchdog_timeout_s: float | None = 300.0  # a step may take this long before /health calls the engine stalled
+    shutdown_timeout_s: float = 25.0  # what runs may go on after a signal; below the 30 s that orchestrators allow
+    stats_interval_s: float | None = 10.0  # the log's line on the engine
+    log_requests: bool = False  # prompts and settings of requests into the log
+    api_keys: tuple[str, ...] = ()
+    cors: Cors = Cors()
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, flag: str, value: object, remedy: str) -> None:
+            if not ok:
+                raise TinyvllmError(f"--{flag} is {value}: {remedy}")
+
+        for flag, count in (
+            ("max-num-queued-requests", self.max_num_queued_requests),
+            ("max-num-queued-tokens", self.max_num_queued_tokens),
+        ):
+            check(count is None or count >= 0, flag, count, "give 0 or more, or leave it out")
+        check(self.max_body_bytes >= 1024, "max-body-bytes", self.max_body_bytes, "give at least 1024")
+        check(self.shutdown_timeout_s >= 0, "shutdown-timeout", self.shutdown_timeout_s, "give 0 seconds or more")
+        for flag, seconds in (
+            ("request-timeout", self.request_timeout_s),
+            ("idle-timeout", self.idle_timeout_s),
+            ("sse-keepalive-interval", self.keepalive_s),
+            ("watchdog-timeout", self.watchdog_timeout_s),
+            ("log-stats-interval", self.stats_interval_s),
+        ):
+            check(seconds is None or seconds > 0, flag, seconds, "give a number of seconds above 0, or 0 for none")
+        if self.cors.credentials and "*" in self.cors.origins:
+            raise TinyvllmError("--allow-credentials with --allowed-origins '*' would let every page in: name origins")
+
+
+def gather_api_keys(given: list[str], file: str | None, environment: str | None) -> tuple[str, ...]:
+    """All keys of the flag, the file (one a line; # begins a comment line) and the environment, each once.
+
+    Raises TinyvllmError, which never shows a key.
+    """
+    keys = [key.strip() for key in given]
+    if file is not None:
+        keys += _read_keys(file)
+    if environment is not None:
+        keys += environment.split()
+    for key in keys:
+        if len(key) < MIN_KEY_CHARS or not key.isascii() or not key.isprintable() or " " in key:
+            raise TinyvllmError(
+                f"an API key has {len(key)} characters: give at least {MIN_KEY_CHARS} printable ASCII ones, no spaces"
+            )
+    return tuple(dict.fromkeys(keys))
+
+
+def _read_keys(file: str) -> list[str]:
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TinyvllmError(f"--api-key-file {file} cannot be read: {error}") from error
+    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not keys:  # an empty file would silently open the server to everybody
+        raise TinyvllmError(f"--api-key-file {file} has no key: write one a line")
+    return keys

@@ -14,6 +14,7 @@ from tinyvllm.errors import RequestError, TinyvllmError
 MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs; the graph's output row has room for this many
 MAX_STOP_IDS = 16  # ids that min_tokens can hold back, per request: a fixed-width row of the graph's input
 MAX_STOP_STRINGS = 16
+MAX_LOGIT_BIAS = 1024  # ids of a request's logit_bias: vLLM's limit; a fixed-width row of the sampling state
 MAX_CHOICES = 128  # the most `n` may be
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -104,6 +105,8 @@ class EngineConfig:
     ] = ()  # token counts of prefill and mixed graphs; (): 16, 64, 256, ... up to the budget
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"  # or "priority": lower numbers first
+    # plan and enqueue a step while the one before runs; None: where that pays, which is not on a CPU
+    async_scheduling: bool | None = None
     compile_cache: bool = True  # keep compiled programs on disk for the next start
     seed: int = 0  # base of the seeds of requests that bring none
     served_model_name: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -15,13 +15,17 @@ from tinyvllm.arrays import BFloat16Array, HostMatrix
 from tinyvllm.model.weights.quant import decompose
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
 from tinyvllm.ops.cpu import CpuBackend
-from tinyvllm.ops.device import FLOATS
+from tinyvllm.ops.device import FLOATS, DeviceHandle
 from tinyvllm.ops.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.ops.step_inputs import StepLayout
+
+if TYPE_CHECKING:
+    from tinygrad import Tensor
 
 DENSE = ("float32", "float16", "bfloat16")
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *K_KINDS)
 FORMATS = (*DENSE, *QUANTIZED)
+PENALTIES = ("repetition", "frequency", "presence")
 
 
 def make_host(fmt: str, rows: int, cols: int, seed: int = 0) -> HostMatrix:
@@ -137,22 +141,39 @@ def sample(backend: Backend, logits: np.ndarray, **columns: Any) -> Sampled:
     `held_back` a list of ids a row. Unless told: greedy, no filters, no logprobs, seed = row, first draw."""
     seqs, vocab = logits.shape
     layout = StepLayout(seqs, seqs, 1, 8)
+    inputs, tensor = backend.device.upload(pack_sampling(layout, columns)), upload_logits(backend.device, logits)
+    return read_sampled(backend.sample(tensor, vocab, tensor.numel() // seqs, inputs, layout))
+
+
+FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "typical_p", *[f"{n}_penalty" for n in PENALTIES])
+
+
+def pack_sampling(layout: StepLayout, columns: dict[str, Any]) -> np.ndarray:
+    """The input buffer of a step that samples a token for every sequence."""
     buffer = make_step(layout, [])
     views = layout.views(buffer)
     for name in ("top_p", "typical_p", "repetition_penalty"):
         views[name].view(np.float32)[:] = 1.0
-    views["seed"][:] = np.arange(seqs)
-    for row, ids in enumerate(columns.pop("held_back", [])):
-        views["held_back"][row, : len(ids)] = ids
+    views["seed"][:] = np.arange(layout.num_seqs)
     for name, column in columns.items():
-        is_float = name in ("temperature", "top_p", "min_p")
-        target = views[name].view(np.float32) if is_float else views[name]
-        target[:] = column
-    stride = -(-vocab // 32) * 32
-    padded = np.full((seqs, stride), 1e30, np.float32)  # behind the vocabulary: nothing may read it
+        if name == "held_back":
+            for row, ids in enumerate(column):
+                views[name][row, : len(ids)] = ids
+        else:
+            (views[name].view(np.float32) if name in FLOAT_COLUMNS else views[name])[:] = column
+    return buffer
+
+
+def upload_logits(device: DeviceHandle, logits: np.ndarray) -> Tensor:
+    """Rows of logits, padded to a multiple of 32: nothing may heed what is behind the vocabulary."""
+    seqs, vocab = logits.shape
+    padded = np.full((seqs, -(-vocab // 32) * 32), 1e30, np.float32)
     padded[:, :vocab] = logits
-    inputs, tensor = backend.device.upload(buffer), backend.device.upload(padded)
-    rows = backend.sample(tensor, vocab, stride, inputs, layout).numpy().reshape(seqs, OUT_WIDTH)
+    return device.upload(padded)
+
+
+def read_sampled(out: Tensor) -> Sampled:
+    rows = out.numpy().reshape(-1, OUT_WIDTH)
     floats = rows.view(np.float32)
     return Sampled(
         rows[:, OUT_TOKEN],

@@ -19,6 +19,7 @@ from tinygrad.renderer.cstyle import CUDARenderer, MetalRenderer, OpenCLRenderer
 from tinygrad.uop.ops import Ops
 
 from tests.ops.builders import make_host
+from tinyvllm.ops.adjust import SamplingState
 from tinyvllm.ops.backend import AttentionShape, Backend, Norm
 from tinyvllm.ops.cpu import CpuBackend
 from tinyvllm.ops.device import FLOATS, KERNEL_STACK_BYTES, DeviceHandle
@@ -91,6 +92,13 @@ def plan_attention(backend: Backend, shape: AttentionShape, dtype: str) -> list[
     return [backend.attend(qkv, widths, shape, pool, 0, inputs, rope, layout, is_decode=False)]
 
 
+def plan_adjusted(backend: Backend, vocab: int) -> Tensor:
+    """Sampling with everything that a request may ask for, of logits whose rows are not padded."""
+    layout = StepLayout(4, 4, 2, 16)
+    inputs, logits = unwritten(backend, layout.size, dtypes.int), unwritten(backend, 4 * vocab)
+    return backend.sample(logits, vocab, vocab, inputs, layout, state=SamplingState(backend.device, 5, vocab))
+
+
 def kernels_of(outputs: list[Tensor]) -> list[UOp]:
     """What realising the outputs would launch, each kernel once."""
     calls = Tensor.schedule_linear(*outputs).src
@@ -153,6 +161,17 @@ def test_attention_of_large_models_renders_within_the_limits(target: str, shape:
         check_limits(kernel, target)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("vocab", [300, 49152])
+def test_an_adjusted_step_renders_within_the_limits(target: str, vocab: int) -> None:
+    """A vocabulary that is no multiple of a mask's word among them."""
+    kernels = kernels_of([plan_adjusted(gpu_backend("float16"), vocab)])
+    names = [kernel.arg.name.split("_")[0] for kernel in kernels]
+    assert names == ["logprobs", "adjust", "bias", "hold", "draw", "count"]
+    for kernel in kernels:
+        check_limits(kernel, target)
+
+
 # -- the CPU kind ---------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +180,15 @@ def test_cpu_kernels_use_neither_threads_nor_double_precision(is_decode: bool) -
     layout = StepLayout(1, 1, 2, 16) if is_decode else StepLayout(16, 3, 2, 16)
     backend = CpuBackend(DeviceHandle("CPU", has_threads=False, is_unified=True), None)
     for kernel in kernels_of(plan_layer(backend, layout, ("Q4_1", "Q8_0"), is_decode=is_decode)):
+        program = to_program(kernel, Device["CPU"].renderer)
+        assert "double" not in program.src[2].arg, kernel.arg.name
+        assert buffer_bytes(program, AddrSpace.LOCAL) == 0, kernel.arg.name
+
+
+@pytest.mark.parametrize("vocab", [300, 49152])
+def test_cpu_kernels_of_an_adjusted_step_use_neither_threads_nor_double_precision(vocab: int) -> None:
+    backend = CpuBackend(DeviceHandle("CPU", has_threads=False, is_unified=True), None)
+    for kernel in kernels_of([plan_adjusted(backend, vocab)]):
         program = to_program(kernel, Device["CPU"].renderer)
         assert "double" not in program.src[2].arg, kernel.arg.name
         assert buffer_bytes(program, AddrSpace.LOCAL) == 0, kernel.arg.name

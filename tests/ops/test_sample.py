@@ -15,8 +15,9 @@ from tinyvllm.config import MAX_LOGPROBS, MAX_STOP_IDS
 from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.device import DeviceHandle
 from tinyvllm.ops.kernel import Body, KernelFn, empty, finish, run_kernel
-from tinyvllm.ops.reference import ReferenceBackend, threshold, uniforms
-from tinyvllm.ops.reference import mix32 as reference_mix32
+from tinyvllm.ops.reference import ReferenceBackend
+from tinyvllm.ops.reference_sample import mix32 as reference_mix32
+from tinyvllm.ops.reference_sample import threshold, uniforms
 from tinyvllm.ops.sample import OUT_TOP, OUT_WIDTH, SampleSpec, draw_kernel, logprobs_kernel, mix32
 from tinyvllm.ops.step_inputs import StepLayout
 

@@ -16,6 +16,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinyvllm.arrays import BFloat16Array, HostMatrix, QuantizedMatrix, Scales, to_float32
+from tinyvllm.ops.adjust import SamplingState, sample_adjusted
 from tinyvllm.ops.device import DeviceHandle
 from tinyvllm.ops.matrix import Matrix
 from tinyvllm.ops.sample import OUT_WIDTH, SampleSpec, sample
@@ -107,6 +108,9 @@ class Backend(Protocol):
     def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:
         """(R * columns,): the rows whose logits are wanted."""
 
+    def join(self, logits: Tensor, stride: int, layout: StepLayout) -> Tensor:
+        """(R * stride,): logits in one piece, as they are sampled from."""
+
     def sample(
         self,
         logits: Tensor,
@@ -115,8 +119,9 @@ class Backend(Protocol):
         inputs: Tensor,
         layout: StepLayout,
         out: Tensor | None = None,
+        state: SamplingState | None = None,
     ) -> Tensor:
-        """(R * OUT_WIDTH,) int32, at the beginning of `out` where that is given."""
+        """(R * OUT_WIDTH,) int32, at the beginning of `out` where that is given. With a `state`: an adjusted step's."""
 
     def make_pool(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: str) -> KVPool:
         """A zeroed pool."""
@@ -130,9 +135,11 @@ def sample_rows(
     inputs: Tensor,
     layout: StepLayout,
     out: Tensor | None = None,
+    state: SamplingState | None = None,
 ) -> Tensor:
     """`Backend.sample`, the same for every device."""
-    return sample(SampleSpec(layout, vocab_size, stride, device.has_threads), logits, inputs, out)
+    spec = SampleSpec(layout, vocab_size, stride, device.has_threads)
+    return sample(spec, logits, inputs, out) if state is None else sample_adjusted(spec, logits, inputs, state, out)
 
 
 def stack_rows(hosts: Sequence[HostMatrix]) -> list[HostMatrix]:

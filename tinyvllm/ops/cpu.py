@@ -11,6 +11,7 @@ from tinygrad import Tensor, UOp
 
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.errors import DeviceError, UnsupportedModelError
+from tinyvllm.ops.adjust import SamplingState
 from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, sample_rows, stack_rows, take
 from tinyvllm.ops.cpu_attention import AttentionSpec, attention_kernel, write_kv_kernel
 from tinyvllm.ops.cpu_linear import (
@@ -182,6 +183,12 @@ class CpuBackend:
             outs += run_kernel(take_rows_kernel(layout, cols), [out], [tensor, inputs])
         return _share(outs, widths)
 
+    def join(self, logits: Activation, stride: int, layout: StepLayout) -> Tensor:
+        if not isinstance(logits, Shares):
+            return logits
+        joined = empty(layout.num_seqs * stride, device=self.device.name)
+        return run_kernel(join_kernel(layout.num_seqs, logits.widths), [joined], logits.tensors)[0]
+
     def sample(
         self,
         logits: Activation,
@@ -190,12 +197,10 @@ class CpuBackend:
         inputs: Tensor,
         layout: StepLayout,
         out: Tensor | None = None,
+        state: SamplingState | None = None,
     ) -> Tensor:
-        if isinstance(logits, Shares):
-            fn = join_kernel(layout.num_seqs, logits.widths)
-            joined = empty(layout.num_seqs * stride, device=self.device.name)
-            logits = run_kernel(fn, [joined], logits.tensors)[0]
-        return sample_rows(self.device, logits, vocab_size, stride, inputs, layout, out)
+        logits = self.join(logits, stride, layout)
+        return sample_rows(self.device, logits, vocab_size, stride, inputs, layout, out, state)
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from tinygrad import Tensor, UOp, dtypes
 
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.errors import UnsupportedModelError
+from tinyvllm.ops.adjust import SamplingState
 from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, sample_rows, stack_rows
 from tinyvllm.ops.device import FLOATS, DeviceHandle
 from tinyvllm.ops.gpu_attention import THREADS, GpuAttentionSpec, attention_kernel, take_rows_kernel, write_kv_kernel
@@ -102,6 +103,9 @@ class GpuBackend:
         fn = take_rows_kernel(layout, num_cols)
         return run_kernel(fn, [self._empty(layout.num_seqs * num_cols)], [x, inputs])[0]
 
+    def join(self, logits: Tensor, stride: int, layout: StepLayout) -> Tensor:
+        return logits
+
     def sample(
         self,
         logits: Tensor,
@@ -110,8 +114,9 @@ class GpuBackend:
         inputs: Tensor,
         layout: StepLayout,
         out: Tensor | None = None,
+        state: SamplingState | None = None,
     ) -> Tensor:
-        return sample_rows(self.device, logits, vocab_size, stride, inputs, layout, out)
+        return sample_rows(self.device, logits, vocab_size, stride, inputs, layout, out, state)
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Every operation of `Backend` again, in plain Tensor arithmetic that any device runs: the kernels' documentation and
-the oracle of their tests. Written to be read; its cost follows the pool and the longest context, not the step.
+the oracle of their tests; sampling is NumPy's, in reference_sample.py. Written to be read; its cost follows the pool
+and the longest context, not the step.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinyvllm.arrays import HostMatrix, to_float32
-from tinyvllm.config import MAX_LOGPROBS
+from tinyvllm.ops.adjust import SamplingState
 from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, stack_rows
 from tinyvllm.ops.device import FLOATS, DeviceHandle
 from tinyvllm.ops.matrix import Matrix, pack, unpack
-from tinyvllm.ops.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
+from tinyvllm.ops.reference_sample import HostState, sample_row
+from tinyvllm.ops.sample import OUT_TOKEN, OUT_WIDTH
 from tinyvllm.ops.step_inputs import StepLayout
 
 
@@ -112,6 +114,9 @@ class ReferenceBackend:
     def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:
         return x.reshape(-1, num_cols)[_words(inputs, layout, "logit_rows", layout.num_seqs)].reshape(-1)
 
+    def join(self, logits: Tensor, stride: int, layout: StepLayout) -> Tensor:
+        return logits
+
     def sample(
         self,
         logits: Tensor,
@@ -120,10 +125,14 @@ class ReferenceBackend:
         inputs: Tensor,
         layout: StepLayout,
         out: Tensor | None = None,
+        state: SamplingState | None = None,
     ) -> Tensor:
         rows = logits.numpy().reshape(layout.num_seqs, stride)[:, :vocab_size]
         views = layout.views(inputs.numpy())
-        sampled = np.stack([sample_row(row, views, index) for index, row in enumerate(rows)]).reshape(-1)
+        host = None if state is None else _read_state(state)
+        sampled = np.stack([sample_row(row, views, index, host) for index, row in enumerate(rows)]).reshape(-1)
+        if state is not None and host is not None:
+            self.device.write(state.counts, host.counts)
         if out is None:
             return Tensor(sampled, device=inputs.device)
         self.device.write(out, sampled)
@@ -147,85 +156,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return Tensor.cat(low * cos - high * sin, high * cos + low * sin, dim=-1)
 
 
-# -- sampling, one row at a time, in NumPy ----------------------------------------------------------------------------
-
-
-def sample_row(logits: np.ndarray, views: dict[str, np.ndarray], row: int) -> np.ndarray:
-    """(OUT_WIDTH,) int32: the token of one sequence, and its logprobs where they are asked for. logits (V,) float32."""
-    out = np.zeros(OUT_WIDTH, np.int32)
-    floats = out.view(np.float32)
-    held_back = views["held_back"][row]
-    allowed = logits.astype(np.float64)
-    allowed[held_back[(held_back >= 0) & (held_back < len(logits))]] = -np.inf
-    temperature = views["temperature"].view(np.float32)[row]
-    greedy = first_best(allowed)
-    token, forced = greedy, int(views["forced"][row])
-    if forced >= 0:
-        token = min(forced, len(logits) - 1)
-    elif temperature > 0 and greedy >= 0:
-        weights = np.exp((allowed - allowed[greedy]) / temperature)
-        kept = weights >= threshold(
-            weights,
-            min_p=views["min_p"].view(np.float32)[row],
-            top_k=views["top_k"][row],
-            top_p=views["top_p"].view(np.float32)[row],
-        )
-        token = race(np.where(kept, weights, 0.0), uniforms(views["seed"][row], views["draw"][row], len(logits)))
-    out[OUT_TOKEN] = token
-    count = min(int(views["num_logprobs"][row]), MAX_LOGPROBS)
-    if count >= 0:
-        logprobs = log_softmax(logits.astype(np.float64))  # of the raw logits: neither held back nor heated
-        ranked = np.argsort(-logprobs, kind="stable")
-        likeliest = ranked[:count]
-        floats[OUT_LOGPROB] = logprobs[max(token, 0)]
-        out[OUT_RANK] = 1 + ranked.tolist().index(max(token, 0))
-        out[OUT_TOP : OUT_TOP + count] = -1  # where there are fewer ids than asked for
-        out[OUT_TOP : OUT_TOP + len(likeliest)] = likeliest
-        floats[OUT_TOP_LOGPROB : OUT_TOP_LOGPROB + len(likeliest)] = logprobs[likeliest]
-    return out
-
-
-def first_best(logits: np.ndarray) -> int:
-    """The index of the largest logit, the lowest one at a tie; -1 where none is above -inf."""
-    values = np.where(np.isnan(logits), -np.inf, logits)
-    best = int(values.argmax())
-    return best if values[best] > -np.inf else -1
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Natural-log probabilities."""
-    shifted = logits - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
-
-
-def threshold(weights: np.ndarray, *, min_p: float, top_k: int, top_p: float) -> float:
-    """The smallest weight that is kept by min-p, then top-k, then top-p; ties at it are all kept. Weights (V,), the
-    largest 1. min_p 0, top_k 0 and top_p 1 keep everything."""
-    kept = np.sort(weights[weights >= min_p])[::-1]
-    if 0 < top_k < len(kept):
-        kept = kept[kept >= kept[top_k - 1]]
-    if top_p < 1:
-        mass = np.cumsum(kept)
-        kept = kept[: np.searchsorted(mass, top_p * mass[-1]) + 1]
-    return float(kept[-1])
-
-
-def race(weights: np.ndarray, uniform: np.ndarray) -> int:
-    """Draw an index with probability weights / sum(weights), by an exponential race (Devroye 1986, ch. 5)."""
-    return int((weights / -np.log2(uniform)).argmax())
-
-
-def uniforms(seed: int, draw: int, count: int) -> np.ndarray:
-    """The uniform numbers of a request's `draw`-th token, one for each of `count` ids: 23 bits of a hash, in (0, 1)."""
-    golden = np.uint32(0x9E3779B9)
-    seeds, draws = np.array([seed], np.int32).view(np.uint32), np.array([draw], np.int32).view(np.uint32)
-    key = mix32(seeds + mix32(draws + golden))
-    bits = mix32(np.arange(count, dtype=np.uint32) * golden + key)
-    return ((bits >> 9) + 0.5) * 2.0**-23
-
-
-def mix32(x: np.ndarray) -> np.ndarray:
-    """MurmurHash3's 32-bit finaliser on uint32, which wraps around."""
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> np.uint32(16))
+def _read_state(state: SamplingState) -> HostState:
+    """A copy, whose counts move on."""
+    tensors = (state.counts, state.mask, state.bias)
+    return HostState(*[tensor.numpy().reshape(state.num_rows, -1).copy() for tensor in tensors])

@@ -1,0 +1,59 @@
+"""Writing single rows of a tensor while the device runs steps that read others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from tinygrad import Device, Tensor
+from tinygrad.device import Buffer
+
+RowWriter = Callable[[int, np.ndarray], None]  # (row, its first values)
+
+
+def row_writer(tensor: Tensor, row_size: int) -> RowWriter:
+    """What writes rows of `row_size` elements of a realised tensor. Where memory is mapped a row changes at once, so
+    that no step in flight may read it; elsewhere it changes behind what was enqueued before."""
+    buffer = tensor.uop.base.buffer.ensure_allocated()
+    allocator = Device[buffer.device].allocator
+    if hasattr(allocator, "_as_buffer"):
+        rows = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.uint8).reshape(-1, row_size * _size(buffer))
+
+        def write(row: int, values: np.ndarray) -> None:
+            data = _bytes(buffer, values)
+            rows[row, : len(data)] = data
+
+        return write
+    if buffer.device.split(":")[0] == "CL":
+        return _opencl_writer(buffer, row_size)
+
+    def copy(row: int, values: np.ndarray) -> None:
+        target = allocator._offset(buffer._buf, values.nbytes, row * row_size * _size(buffer))
+        allocator._copyin(target, _bytes(buffer, values).data)
+
+    return copy
+
+
+def _opencl_writer(buffer: Buffer, row_size: int) -> RowWriter:
+    """OpenCL has no address inside a buffer, but a copy that begins there."""
+    from tinygrad.runtime.ops_cl import check, cl, from_mv  # only where there is an OpenCL to load
+
+    device = Device[buffer.device]
+
+    def copy(row: int, values: np.ndarray) -> None:
+        data, offset = memoryview(bytearray(_bytes(buffer, values).data)), row * row_size * _size(buffer)
+        check(
+            cl.clEnqueueWriteBuffer(device.queue, buffer._buf, False, offset, len(data), from_mv(data), 0, None, None)
+        )
+        device.pending_copyin.append(data)  # which keeps it until the copy has run
+
+    return copy
+
+
+def _size(buffer: Buffer) -> int:
+    return buffer.dtype.itemsize
+
+
+def _bytes(buffer: Buffer, values: np.ndarray) -> np.ndarray:
+    assert values.itemsize == _size(buffer), f"{values.dtype} values for a tensor of {buffer.dtype}"
+    return np.ascontiguousarray(values).view(np.uint8)

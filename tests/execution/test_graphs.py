@@ -11,6 +11,8 @@ from tinyvllm.model.llama import Llama
 from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.ops.cpu import CpuBackend
 from tinyvllm.ops.device import open_device
+from tinyvllm.ops.kernel import I32
+from tinyvllm.ops.sample import OUT_WIDTH
 from tinyvllm.storage.model_config import read_model_config
 
 CAPACITY = Capacity(num_blocks=9, block_size=8, max_model_len=64, max_num_seqs=2, max_num_batched_tokens=32)
@@ -42,5 +44,6 @@ def model(tiny_hf_files: ModelFiles) -> Llama:
 )
 def test_a_step_launches_so_many_kernels(model: Llama, bucket: Bucket, a_layer: int, outside: int) -> None:
     pool = model.backend.make_pool(model.config.num_layers, 9, 8, model.shape, "float16")
-    graph = capture(bucket, model, model.backend, pool, CAPACITY)
+    outputs = [model.backend.device.zeros(CAPACITY.max_num_seqs * OUT_WIDTH, I32) for _ in range(2)]
+    graph = capture(bucket, model, model.backend, pool, CAPACITY, outputs)
     assert graph.num_kernels == a_layer * model.config.num_layers + outside

@@ -47,7 +47,8 @@ def test_recording_runs_nothing_and_a_replay_does(device: DeviceHandle) -> None:
 
 
 def test_replays_run_in_order_and_read_what_is_there_when_they_run(device: DeviceHandle) -> None:
-    inputs, host, send = device.input_buffer(len(VALUES))
+    buffer = device.input_buffer(len(VALUES))
+    inputs, host, send = buffer.tensor, buffer.host, buffer.send
     step = record(lambda: trace_two_kernels(inputs))
     run = make_replay(device, step)
     for values in (VALUES, VALUES[::-1] * 7):

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,25 +20,37 @@ from tinyvllm.execution.inputs import InputPacker
 from tinyvllm.model.registry import Model
 from tinyvllm.ops.backend import Backend, KVPool
 from tinyvllm.ops.program_store import ProgramStore
-from tinyvllm.ops.recording import Call, SavedStep, Step, bind_step, record, save_step
+from tinyvllm.ops.recording import Call, SavedStep, Step, bind_step, cut_here, rebind, record, save_step
 from tinyvllm.ops.replay import make_replay
 from tinyvllm.ops.step_inputs import StepLayout
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Lane:
+    """One form of a bucket's step, with inputs and output of its own. A graph has as many as steps may be in flight:
+    while one runs, another is filled, and each reads the tokens of the one before from the other's output."""
+
+    packer: InputPacker  # fills the host's side of the inputs
+    send: Callable[[], None]  # moves the packed inputs to the device
+    step: Step
+    run: Callable[[], None]  # enqueues the step on what was sent last
+
+
+@dataclass(frozen=True)
 class Graph:
-    """A bucket's step. `run` enqueues it on what the packer last wrote, and overwrites `output`."""
+    """A bucket's step, in each of its lanes."""
 
     bucket: Bucket
     layout: StepLayout
-    inputs: Tensor
-    packer: InputPacker  # fills the host's side of `inputs`
-    send: Callable[[], None]  # moves the packed inputs to the device
-    run: Callable[[], None]
-    output: Tensor
-    calls: tuple[Call, ...]  # what one run launches
+    inputs: Tensor  # of the first lane, whose calls are looked at
+    lanes: tuple[Lane, ...]
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """What one run launches."""
+        return self.lanes[0].step.calls
 
     @property
     def num_kernels(self) -> int:
@@ -46,29 +58,44 @@ class Graph:
 
 
 def capture(
-    bucket: Bucket, model: Model, backend: Backend, pool: KVPool, capacity: Capacity, store: ProgramStore | None = None
+    bucket: Bucket,
+    model: Model,
+    backend: Backend,
+    pool: KVPool,
+    capacity: Capacity,
+    outputs: Sequence[Tensor],
+    store: ProgramStore | None = None,
 ) -> Graph:
-    """A bucket's step, from `store` or else traced, compiled and kept there."""
+    """A bucket's step, from `store` or else traced, compiled and kept there: a lane for each of `outputs`, which are
+    (rows * OUT_WIDTH,) int32 and shared by all buckets. The step of a lane reads the output of the lane before it."""
     layout, device = bucket.layout(capacity), backend.device
-    inputs, host, send = device.input_buffer(layout.size)
-    packer = InputPacker(layout, host)
-    send()
+    buffers = [device.input_buffer(layout.size) for _ in outputs]
+    inputs, output, newest = buffers[0].tensor, outputs[0], outputs[-1]
 
     def trace() -> Tensor:
-        logits = model(layout, inputs, pool, is_decode=bucket.is_decode)
-        return backend.sample(logits, model.config.vocab_size, model.logit_stride, inputs, layout).realize()
+        logits = model(layout, inputs, pool, is_decode=bucket.is_decode, newest=newest)
+        cut_here(logits)
+        return backend.sample(logits, model.config.vocab_size, model.logit_stride, inputs, layout, output).realize()
 
+    lanes_tensors = {"inputs": inputs, **{f"output {i}": tensor for i, tensor in enumerate(outputs)}}
     if store is None:
-        step = record(trace)
+        first = record(trace)
     else:
-        tensors = get_state_dict({"model": model, "backend": backend, "pool": pool, "inputs": inputs})
+        tensors = get_state_dict({"model": model, "backend": backend, "pool": pool}) | lanes_tensors
         name = step_name(bucket, model, backend, pool, layout, tensors)
-        step = _restore(store, name, tensors) or _record_and_keep(trace, store, name, tensors)
-    run = make_replay(device, step)
-    if not device.is_cpu:  # a GPU's graph is made by its first run: on padding alone, which touches the dummy block
-        run()
-        device.wait()
-    return Graph(bucket, layout, inputs, packer, send, run, step.output, step.calls)
+        first = _restore(store, name, tensors) or _record_and_keep(trace, store, name, tensors)
+    lanes = []
+    for index, buffer in enumerate(buffers):
+        packer = InputPacker(layout, buffer.host)
+        buffer.send()
+        turned = {old: outputs[(i + index) % len(outputs)] for i, old in enumerate(outputs)}
+        step = rebind(first, turned | {inputs: buffer.tensor}) if index else first
+        run = make_replay(device, step)
+        if not device.is_cpu:  # a GPU's graph is made by its first run: on padding alone, which touches the dummy block
+            run()
+        lanes.append(Lane(packer, buffer.send, step, run))
+    device.wait()
+    return Graph(bucket, layout, inputs, tuple(lanes))
 
 
 def _restore(store: ProgramStore, name: str, tensors: dict[str, Tensor]) -> Step | None:

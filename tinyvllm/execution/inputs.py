@@ -8,6 +8,7 @@ from tinyvllm.config import MAX_STOP_IDS
 from tinyvllm.errors import InvariantError
 from tinyvllm.ops.step_inputs import StepLayout
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
+from tinyvllm.scheduling.request import Request
 
 
 class InputPacker:
@@ -60,7 +61,7 @@ class InputPacker:
         table[:num_blocks] = request.block_ids[:num_blocks]
         rows = slice(row, row + entry.count)
         positions = np.arange(entry.start, stop, dtype=np.int32)
-        views["token_ids"][rows] = request.tokens(entry.start, stop)
+        views["token_ids"][rows] = known_or_fed(request, entry.start, stop)
         views["positions"][rows] = positions
         views["slots"][rows] = table[positions // size] * size + positions % size
         views["seq_rows"][rows] = index
@@ -79,10 +80,23 @@ class InputPacker:
             self.floats["min_p"][sample] = params.min_p
             views["top_k"][sample] = params.top_k
             views["seed"][sample] = np.uint32(request.seed & 0xFFFFFFFF).view(np.int32)
-            views["draw"][sample] = len(request.output_ids)
+            views["draw"][sample] = request.num_output_tokens
             views["num_logprobs"][sample] = -1 if params.logprobs is None else params.logprobs
             held_back = request.held_back_ids
             if len(held_back) > MAX_STOP_IDS:
                 raise InvariantError(f"{len(held_back)} ids are held back, but a row has room for {MAX_STOP_IDS}")
             views["held_back"][sample, : len(held_back)] = held_back
             sample += 1
+
+
+def known_or_fed(request: Request, start: int, stop: int) -> list[int]:
+    """Token ids [start, stop). One that is in flight is -1 - its row in the output of the step before."""
+    ids = request.tokens(start, stop)
+    if len(ids) == stop - start:
+        return ids
+    if request.num_in_flight != 1 or len(ids) != stop - start - 1:
+        raise InvariantError(
+            f"request {request.request_id} has {request.num_in_flight} tokens in flight, but a step wants "
+            f"{stop - start - len(ids)} of them: it can have the newest only"
+        )
+    return [*ids, -1 - request.flight_row]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from tinygrad import dtypes
 
 from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles
 from tinyvllm.errors import DeviceError, InvariantError
@@ -18,18 +19,21 @@ from tinyvllm.execution.graphs import Graph, capture
 from tinyvllm.model.registry import Model, make_model
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
 from tinyvllm.model.weights.random import RandomWeights
+from tinyvllm.ops.accounting import DeviceAccount
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
 from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.bandwidth import measure_bandwidth
 from tinyvllm.ops.device import FLOATS, open_device, usable_cores
 from tinyvllm.ops.program_store import ProgramStore, open_program_store
 from tinyvllm.ops.sample import OUT_LOGPROB, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
+from tinyvllm.ops.transfer import OutputReader
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, TokenLogprobs
 from tinyvllm.storage.model_config import read_model_config
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # stage ("load", "warm-up"), done, total
+OUTPUT_ROWS = 64  # an output has a multiple of so many: a few sequences more or less, and the kept steps still fit it
 FILL_VALUES = 1_000_003  # random numbers that a pool is filled with, over and over: a prime, so that no block repeats
 
 
@@ -71,7 +75,8 @@ def make_runner(
     capacity = plan_capacity(config, model_config, memory)
     pool = backend.make_pool(model_config.num_layers, capacity.num_blocks, capacity.block_size, model.shape, kv_dtype)
     store = open_program_store(device.name) if config.compile_cache else None
-    return ModelRunner(model, backend, pool, capacity, make_buckets(config), store)
+    overlaps = not device.is_cpu if config.async_scheduling is None else config.async_scheduling
+    return ModelRunner(model, backend, pool, capacity, make_buckets(config), store, 2 if overlaps else 1)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ class Flight:
     """A step that was enqueued and not yet read."""
 
     plan: StepPlan
-    graph: Graph
+    name: str
+    reader: OutputReader
     pack_s: float
     packed_s: float  # perf_counter's time
 
@@ -95,7 +101,13 @@ class ModelRunner:
         capacity: Capacity,
         buckets: list[Bucket],
         store: ProgramStore | None = None,
+        max_in_flight: int = 1,
     ) -> None:
+        device, num_rows = backend.device, max(bucket.layout(capacity).num_seqs for bucket in buckets)
+        words = -(-num_rows // OUTPUT_ROWS) * OUTPUT_ROWS * OUT_WIDTH
+        self._outputs = [device.zeros(words, dtypes.int) for _ in range(max_in_flight)]
+        self._readers = [device.output_reader(output) for output in self._outputs]
+        self._num_launched = 0
         self._model, self._backend, self._pool, self._buckets, self.store = model, backend, pool, buckets, store
         self._graphs: dict[Bucket, Graph] = {}
         self.capacity = capacity
@@ -108,7 +120,7 @@ class ModelRunner:
     @property
     def max_in_flight(self) -> int:
         """Steps that may be launched before the first of them is collected."""
-        return 1
+        return len(self._outputs)
 
     @property
     def device(self) -> str:
@@ -120,7 +132,9 @@ class ModelRunner:
             if progress:
                 progress("warm-up", done, len(self._buckets))
             start = time.perf_counter()
-            self._graphs[bucket] = capture(bucket, self._model, self._backend, self._pool, self.capacity, self.store)
+            self._graphs[bucket] = capture(
+                bucket, self._model, self._backend, self._pool, self.capacity, self._outputs, self.store
+            )
             self.num_captures += 1
             logger.info("captured %s in %.2f s", bucket.name, time.perf_counter() - start)
         if self.store is not None:
@@ -135,23 +149,25 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> Flight:
         """Enqueue one step, and what reads its tokens. Raises DeviceError."""
         start = time.perf_counter()
-        graph = self._graph_for(plan)
-        graph.packer.pack(plan)
+        graph, number = self._graph_for(plan), self._num_launched % len(self._outputs)
+        lane, reader = graph.lanes[number], self._readers[number]
+        lane.packer.pack(plan)
         packed = time.perf_counter()
         try:
-            graph.send()
-            graph.run()
+            lane.send()
+            lane.run()
+            reader.start()
         except RuntimeError as error:
             raise DeviceError(f"step {graph.bucket.name} failed on {self.device}: {error}") from error
-        return Flight(plan, graph, packed - start, packed)
+        self._num_launched += 1
+        return Flight(plan, graph.bucket.name, reader, packed - start, packed)
 
     def collect(self, flight: Flight) -> StepOutput:
         """Wait for a launched step's tokens. Raises DeviceError."""
-        graph = flight.graph
         try:
-            rows = self._backend.device.read(graph.output).reshape(-1, OUT_WIDTH)
+            rows = flight.reader.read().reshape(-1, OUT_WIDTH)
         except RuntimeError as error:
-            raise DeviceError(f"step {graph.bucket.name} failed on {self.device}: {error}") from error
+            raise DeviceError(f"step {flight.name} failed on {self.device}: {error}") from error
         device_s = time.perf_counter() - flight.packed_s
         return make_output(flight.plan, rows, pack_s=flight.pack_s, device_s=device_s)
 
@@ -180,6 +196,14 @@ class ModelRunner:
         graph = self._graph_for(plan)
         counter = CostCounter(self._model, self._pool, self.capacity.block_size)
         return counter.count(graph.bucket.name, graph.calls, graph.inputs, plan)
+
+    def wait(self) -> None:
+        """Return when the device has done all that was launched."""
+        self._backend.device.wait()
+
+    def account(self) -> DeviceAccount:
+        """What counts everything that is asked of the device, while it is open."""
+        return DeviceAccount(self._backend.device)
 
     def measure_bandwidth(self) -> float:
         """Bytes a second that the device's memory gives, by a test of a second or less."""

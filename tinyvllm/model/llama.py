@@ -85,7 +85,8 @@ class Llama:
         if not is_decode:
             x = ops.take_rows(x, inputs, layout, self.config.hidden_size)
             tokens = layout.num_seqs
-        return ops.norm_linear("lm_head", x, self.norm, [self.head], tokens)[0]
+        (logits,) = ops.norm_linear("lm_head", x, self.norm, [self.head], tokens)
+        return ops.join(logits, self.logit_stride, layout)
 
     def _layer(
         self, layer: Layer, index: int, x: Tensor, layout: StepLayout, inputs: Tensor, pool: KVPool, is_decode: bool

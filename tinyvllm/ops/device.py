@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import shutil
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
@@ -18,6 +20,7 @@ from tinygrad.dtype import DType, _from_np_dtype
 from tinygrad.uop.ops import buffers
 
 from tinyvllm.errors import DeviceError
+from tinyvllm.ops.transfer import InputBuffer, OutputReader, copy_out, input_buffer, output_reader
 
 NAP_S = 30e-6  # tinygrad's own wait spins and takes a core from the workers: 60 products on two cores, 4.1 -> 2.6 ms
 KERNEL_STACK_BYTES = 64 << 20  # CPU kernels keep their tiles on the stack; threads of a Mac get 512 KiB by default
@@ -60,6 +63,13 @@ class DeviceHandle:
         for name in self.cores or (self.name,):
             Device[name].synchronize()
 
+    def mark(self) -> Callable[[], None]:
+        """What waits for all that is enqueued now. On a CPU not for what comes after it, either."""
+        if not self.is_cpu:
+            return self.wait
+        queues = [_counters(worker) for core in self.cores for worker in Device[core].workers]
+        return functools.partial(_nap_until, [(done, int(put[0])) for put, done in queues])
+
     def upload(self, array: np.ndarray) -> Tensor:
         """A host array as a flat tensor of its own on the device."""
         return upload(array, self.name)
@@ -77,17 +87,13 @@ class DeviceHandle:
     def _is_mapped(self) -> bool:
         return _is_mapped(self.name)
 
-    def input_buffer(self, words: int) -> tuple[Tensor, np.ndarray, Callable[[], None]]:
-        """A persistent int32 tensor of a step's inputs, the host array to fill, and what sends the array over.
+    def input_buffer(self, words: int) -> InputBuffer:
+        """A persistent tensor of a step's inputs, zeroed."""
+        return input_buffer(self.zeros(words, dtypes.int), self._is_mapped)
 
-        Where memory is mapped, the array is the tensor's own memory and there is nothing to send."""
-        tensor = self.zeros(words, dtypes.int)
-        buffer = tensor.uop.base.buffer.ensure_allocated()
-        if self._is_mapped:
-            return tensor, np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.int32), lambda: None
-        host, allocator = np.zeros(words, np.int32), Device[self.name].allocator
-        # the allocator's own copy: Buffer.copy_from would schedule a graph for each
-        return tensor, host, lambda: allocator._copyin(buffer._buf, host.data.cast("B"))
+    def output_reader(self, tensor: Tensor) -> OutputReader:
+        """What reads a step's output without waiting for the steps behind it."""
+        return output_reader(tensor, self._is_mapped, self.mark)
 
     def write(self, tensor: Tensor, array: np.ndarray) -> None:
         """Overwrite the beginning of a realised tensor with an array's bytes. Waits for the device."""
@@ -115,14 +121,9 @@ class DeviceHandle:
         return copy
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """A copy of a realised int32 tensor's values. Waits for the device: a step's one synchronisation."""
-        buffer = tensor.uop.base.buffer
-        if self._is_mapped:
-            self.wait()
-            return np.frombuffer(buffer.as_memoryview(force_zero_copy=True, no_sync=True), np.int32).copy()
-        host = np.empty(buffer.size, np.int32)
-        Device[self.name].allocator._copyout(host.data.cast("B"), buffer._buf)
-        return host
+        """A copy of a realised int32 tensor's values. Waits for all that the device has to do."""
+        self.wait()
+        return copy_out(tensor.uop.base.buffer, self._is_mapped)
 
 
 def open_device(num_cores: int = 1) -> DeviceHandle:
@@ -205,11 +206,20 @@ def _require_compiler() -> None:
         )
 
 
-def _nap_until_done(device: object) -> None:
-    """Sleep until the workers' queues are empty: `done` counts the commands that ran, `put` those submitted."""
-    for worker in device.workers:  # type: ignore[attr-defined]
-        put, done = (getattr(worker, name)._buf.cpu_view().view(fmt="Q") for name in ("put", "done"))
-        while done[0] < put[0]:
+def _nap_until_done(device: Any) -> None:
+    """Sleep until the workers' queues are empty."""
+    _nap_until([(done, int(put[0])) for put, done in map(_counters, device.workers)])
+
+
+def _counters(worker: Any) -> tuple[Any, Any]:
+    """A worker's `put`, how many commands were submitted, and `done`, how many have run: views of one word each."""
+    put, done = (getattr(worker, name)._buf.cpu_view().view(fmt="Q") for name in ("put", "done"))
+    return put, done
+
+
+def _nap_until(goals: list[tuple[Any, int]]) -> None:
+    for done, goal in goals:
+        while done[0] < goal:
             time.sleep(NAP_S)
 
 

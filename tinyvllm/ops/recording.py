@@ -33,11 +33,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """Owns its scratch memory and its output, which every run overwrites. `borrowed`: what was there before it."""
+    """Owns its scratch memory and its output, which every run overwrites. `borrowed`: what was there before it. `cut`:
+    how many calls come before the place that `cut_here` marked; all of them where it marked none."""
 
     calls: tuple[Call, ...]
     output: Tensor
     borrowed: tuple[Buffer, ...]
+    cut: int
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,14 @@ class SavedStep:
     """A step in plain values and programs.
 
     bases: (the name of a borrowed tensor, or None for scratch; elements; dtype; device, a CPU's core). views: (base,
-    byte offset, elements, dtype). calls: (program, views). output: a base."""
+    byte offset, elements, dtype). calls: (program, views). output: a base. cut: as in Step."""
 
     bases: tuple[tuple[str | None, int, DType, str], ...]
     views: tuple[tuple[int, int, int, DType], ...]
     programs: tuple[UOp, ...]
     calls: tuple[tuple[int, tuple[int, ...]], ...]
     output: int
+    cut: int
 
 
 def record(trace: Callable[[], Tensor], store: ProgramStore | None = None) -> Step:
@@ -67,8 +70,20 @@ def record(trace: Callable[[], Tensor], store: ProgramStore | None = None) -> St
         realize.capturing.clear()
     linear = memory_plan_rewrite(UOp(Ops.LINEAR, src=tuple(recorder.calls)), set(buffers) | set(_live_buffers()))
     calls = tuple(_make_call(call) for call in _compile(linear, store).src)
+    if len(calls) != len(recorder.calls):
+        raise InvariantError(f"a step of {len(recorder.calls)} kernels became one of {len(calls)}")
     bases = {id(buffer.base): buffer.base for call in calls for buffer in call.buffers}
-    return Step(calls, output, tuple(base for key, base in bases.items() if key in before))
+    cut = len(calls) if recorder.cut is None else recorder.cut
+    return Step(calls, output, tuple(base for key, base in bases.items() if key in before), cut)
+
+
+def cut_here(*tensors: Tensor) -> None:
+    """While recording: finish these tensors, and mark the place behind them as the step's cut."""
+    if tensors:
+        tensors[0].realize(*tensors[1:])
+    for recorder in realize.capturing:
+        if isinstance(recorder, _Recorder):
+            recorder.cut = len(recorder.calls)
 
 
 class _Recorder:
@@ -76,6 +91,7 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.calls: list[UOp] = []
+        self.cut: int | None = None
 
     def add_linear(self, linear: UOp, var_vals: dict[str, int]) -> None:
         self.calls += linear.src
@@ -113,6 +129,19 @@ def _make_call(call: UOp) -> Call:
     return Call(target, tuple(arg.buffer for arg in args))
 
 
+def rebind(step: Step, others: Mapping[Tensor, Tensor]) -> Step:
+    """The same step on other tensors of the same sizes; its scratch memory is shared, so the two must not overlap."""
+    swaps = {id(old.uop.base.buffer): new.uop.base.buffer.ensure_allocated() for old, new in others.items()}
+
+    def swap(buffer: Buffer) -> Buffer:
+        base = swaps.get(id(buffer.base))
+        return buffer if base is None else _view(base, buffer.offset, buffer.size, buffer.dtype)
+
+    calls = tuple(Call(call.target, tuple(swap(buffer) for buffer in call.buffers)) for call in step.calls)
+    output = Tensor(UOp.from_buffer(swap(step.output.uop.base.buffer)))
+    return Step(calls, output, tuple(swap(base) for base in step.borrowed), step.cut)
+
+
 # -- saved, and bound again ------------------------------------------------------------------------------------------
 
 
@@ -133,7 +162,7 @@ def save_step(step: Step, named: Mapping[str, Tensor]) -> SavedStep:
     )
     output = bases.of(step.output.uop.base.buffer)
     described = tuple((names.get(id(base)), base.size, base.dtype, base.device) for base in bases.order)
-    return SavedStep(described, tuple(views.order), tuple(programs.order), calls, output)
+    return SavedStep(described, tuple(views.order), tuple(programs.order), calls, output, step.cut)
 
 
 class _Numbers:
@@ -163,7 +192,7 @@ def bind_step(saved: SavedStep, named: Mapping[str, Tensor]) -> Step:
     calls = tuple(Call(saved.programs[program], tuple(views[i] for i in args)) for program, args in saved.calls)
     output = Tensor(UOp.from_buffer(bases[saved.output].ensure_allocated()))
     borrowed = tuple(base for base, (name, *_) in zip(bases, saved.bases, strict=True) if name is not None)
-    return Step(calls, output, borrowed)
+    return Step(calls, output, borrowed, saved.cut)
 
 
 def _view(base: Buffer, offset: int, size: int, dtype: DType) -> Buffer:

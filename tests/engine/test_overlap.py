@@ -1,0 +1,78 @@
+"""Steps that overlap on a real runner: the device feeds one with the tokens of the other, and nothing is different."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tinyvllm.config import EngineConfig, ModelFiles, SamplingParams
+from tinyvllm.engine.core import EngineCore
+from tinyvllm.execution.runner import ModelRunner, load_runner
+from tinyvllm.scheduling.block_manager import BlockManager
+from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.scheduler import Scheduler
+
+SETTINGS = {
+    "max_model_len": 64,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 8,
+    "token_buckets": (8,),
+    "num_gpu_blocks_override": 12,  # four requests do not fit: some are preempted
+    "block_size": 8,
+}
+
+
+def make_runner(files: ModelFiles, **settings: bool) -> ModelRunner:
+    runner = load_runner(files, EngineConfig("tiny", **SETTINGS, **settings))
+    runner.warm_up()
+    return runner
+
+
+def make_requests(num: int) -> list[Request]:
+    rng = random.Random(7)
+    requests = []
+    for index in range(num):
+        params = SamplingParams(
+            temperature=rng.choice([0.0, 1.0]), logprobs=rng.choice([None, 2]), min_tokens=rng.choice([0, 4])
+        )
+        prompt = [rng.randrange(200) for _ in range(rng.randrange(1, 24))]
+        eos_ids = frozenset(range(0, 256, 16))  # so that some end early, when nobody knew
+        request = Request(f"r{index}", prompt, params, eos_ids, max_tokens=rng.randrange(1, 20), seed=index)
+        requests.append(request)
+    return requests
+
+
+def run(runner: ModelRunner, num: int = 12) -> tuple[list[list[int]], EngineCore]:
+    capacity = runner.capacity
+    core = EngineCore(runner, Scheduler(BlockManager(capacity.num_blocks, capacity.block_size), capacity))
+    requests = make_requests(num)
+    for request in requests:
+        core.add(request)
+    while core.has_work:
+        core.step()
+    assert all(request.finish_reason in ("stop", "length") for request in requests)
+    return [request.output_ids for request in requests], core
+
+
+@pytest.fixture(scope="module")
+def alternating(tiny_gguf_files: ModelFiles) -> tuple[list[list[int]], EngineCore]:
+    runner = make_runner(tiny_gguf_files, async_scheduling=False)
+    assert runner.max_in_flight == 1
+    return run(runner)
+
+
+@pytest.mark.parametrize("compile_cache", [False, True], ids=["traced", "from the cache"])
+def test_overlapping_steps_give_the_tokens_of_alternating_ones(
+    alternating: tuple[list[list[int]], EngineCore], tiny_gguf_files: ModelFiles, compile_cache: bool
+) -> None:
+    expected, core = alternating
+    assert core.stats.num_preemptions > 0 and any(len(tokens) < 3 for tokens in expected)
+    for _ in range(1 + compile_cache):  # the second time from what the first kept
+        runner = make_runner(tiny_gguf_files, async_scheduling=True, compile_cache=compile_cache)
+        assert runner.max_in_flight == 2
+        tokens, core = run(runner)
+        assert tokens == expected
+        assert core.stats.num_free_blocks == SETTINGS["num_gpu_blocks_override"] - 1
+    if compile_cache:
+        assert runner.store is not None and runner.store.num_steps_read == runner.num_captures

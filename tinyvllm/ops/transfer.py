@@ -1,0 +1,169 @@
+"""A step's inputs on their way to the device and its output on the way back, while other steps run.
+
+Both go through memory that device and host share: on METAL and a CPU that is all memory, on CUDA pages of the host that
+are pinned, beside the device's own. So nothing here waits but `OutputReader.read`, and that for one step only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from tinygrad import Device, Tensor, dtypes
+from tinygrad.device import Buffer, BufferSpec
+
+EVENT_WITHOUT_TIME = 2  # CU_EVENT_DISABLE_TIMING
+
+
+@dataclass(frozen=True)
+class InputBuffer:
+    """A persistent int32 tensor, the host array to fill, and `send`, which enqueues what brings one to the other.
+
+    The array may be filled again once a step that was enqueued behind `send` has ended."""
+
+    tensor: Tensor
+    host: np.ndarray
+    send: Callable[[], None]
+
+
+class OutputReader(Protocol):
+    """Reads one int32 tensor. Its steps may overlap with others that write elsewhere."""
+
+    def start(self) -> None:
+        """Enqueue the reading of what the tensor holds when everything enqueued before has run."""
+
+    def read(self) -> np.ndarray:
+        """Wait for what was started last, and for nothing behind it; a copy of the values."""
+
+
+def input_buffer(tensor: Tensor, is_mapped: bool) -> InputBuffer:
+    """Inputs in a realised int32 tensor. Where memory is mapped the host array is the tensor's own memory."""
+    buffer = tensor.uop.base.buffer.ensure_allocated()
+    if is_mapped:
+        Device[buffer.device].synchronize()  # the kernel that zeroes it, if in flight, would undo what the host writes
+        return InputBuffer(tensor, mapped(buffer), lambda: None)
+    if _kind(buffer) == "CUDA":
+        pinned = _Pinned(buffer.device, buffer.size)
+        return InputBuffer(tensor, pinned.array, lambda: _cuda_send(buffer, pinned))
+    host, allocator = np.zeros(buffer.size, np.int32), Device[buffer.device].allocator
+    # the allocator's own copy: Buffer.copy_from would schedule a graph for each
+    return InputBuffer(tensor, host, lambda: allocator._copyin(buffer._buf, host.data.cast("B")))
+
+
+def output_reader(tensor: Tensor, is_mapped: bool, mark: Callable[[], Callable[[], None]]) -> OutputReader:
+    """A reader of a realised int32 tensor. `mark` returns what waits for all that is enqueued when it is called."""
+    buffer = tensor.uop.base.buffer.ensure_allocated()
+    kind = _kind(buffer)
+    if kind == "CUDA":
+        return _CudaReader(buffer)
+    if kind == "METAL":
+        return _MetalReader(buffer)
+    return _PlainReader(buffer, is_mapped, mark)
+
+
+def copy_out(buffer: Buffer, is_mapped: bool) -> np.ndarray:
+    """A copy of an int32 buffer's values, now."""
+    if is_mapped:
+        return mapped(buffer).copy()
+    host = np.empty(buffer.size, np.int32)
+    Device[buffer.device].allocator._copyout(host.data.cast("B"), buffer._buf)
+    return host
+
+
+def mapped(buffer: Buffer) -> np.ndarray:
+    """The int32 words of a buffer that the host reads and writes in place."""
+    return np.frombuffer(buffer.as_memoryview(force_zero_copy=True, no_sync=True), np.int32)
+
+
+def _kind(buffer: Buffer) -> str:
+    return buffer.device.split(":")[0]
+
+
+class _PlainReader:
+    """Waits for a mark in the device's queue, then copies."""
+
+    def __init__(self, buffer: Buffer, is_mapped: bool, mark: Callable[[], Callable[[], None]]) -> None:
+        self._buffer, self._is_mapped, self._mark = buffer, is_mapped, mark
+        self._wait = mark()
+
+    def start(self) -> None:
+        self._wait = self._mark()
+
+    def read(self) -> np.ndarray:
+        self._wait()
+        return copy_out(self._buffer, self._is_mapped)
+
+
+class _MetalReader:
+    """Waits for the command buffers that were committed up to `start`; the values are read where they lie."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self._device, self._array = Device[buffer.device], mapped(buffer)
+        self._committed: list[Any] = []
+
+    def start(self) -> None:
+        self._committed = list(self._device.mtl_buffers_in_flight)
+
+    def read(self) -> np.ndarray:
+        from tinygrad.runtime.ops_metal import wait_check  # only where there is a Metal to load
+
+        for command_buffer in self._committed:
+            wait_check(command_buffer)
+        # tinygrad keeps a list of what it has to wait for: what has ended must leave it, or it grows with every step
+        ended = {id(command_buffer) for command_buffer in self._committed}
+        in_flight = self._device.mtl_buffers_in_flight
+        in_flight[:] = [command_buffer for command_buffer in in_flight if id(command_buffer) not in ended]
+        self._committed = []
+        return self._array.copy()
+
+
+class _CudaReader:
+    """Copies the values to pinned memory behind the step, and waits for an event behind the copy."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        from tinygrad.runtime.autogen import cuda  # only where there is a driver to load
+
+        self._cuda, self._buffer, self._pinned = cuda, buffer, _Pinned(buffer.device, buffer.size)
+        self._event = cuda.CUevent()
+        _check(cuda.cuEventCreate(ctypes.byref(self._event), EVENT_WITHOUT_TIME))
+        self._sent: list[Any] = []  # tinygrad's staging of the copies before, which it only frees when all is idle
+
+    def start(self) -> None:
+        cuda, device = self._cuda, Device[self._buffer.device]
+        self._sent += device.pending_copyin
+        device.pending_copyin.clear()
+        _check(cuda.cuMemcpyDtoHAsync_v2(self._pinned.address, self._buffer._buf, self._pinned.array.nbytes, None))
+        _check(cuda.cuEventRecord(self._event, None))
+
+    def read(self) -> np.ndarray:
+        _check(self._cuda.cuEventSynchronize(self._event))
+        allocator = Device[self._buffer.device].allocator
+        for opaque, size, options in self._sent:
+            allocator.free(opaque, size, options)
+        self._sent.clear()
+        return self._pinned.array.copy()
+
+
+class _Pinned:
+    """Int32 words of the host's memory that a CUDA device reaches by itself."""
+
+    def __init__(self, device: str, words: int) -> None:
+        self._buffer = Buffer(device, words, dtypes.int, options=BufferSpec(host=True, nolru=True)).allocate()
+        self.address = self._buffer._buf
+        self.array = np.ctypeslib.as_array((ctypes.c_int32 * words).from_address(self.address.value))
+        self.array[:] = 0
+
+
+def _cuda_send(buffer: Buffer, pinned: _Pinned) -> None:
+    from tinygrad.runtime.autogen import cuda
+
+    _check(cuda.cuMemcpyHtoDAsync_v2(buffer._buf, pinned.address, pinned.array.nbytes, None))
+
+
+def _check(status: int) -> None:
+    from tinygrad.runtime.ops_cuda import check  # raises RuntimeError with the driver's own words
+
+    check(status)

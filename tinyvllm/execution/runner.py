@@ -187,6 +187,11 @@ class ModelRunner:
     # -- for measurements -----------------------------------------------------------------------------------------
 
     @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """In the order in which `warm_up` captures them."""
+        return tuple(self._buckets)
+
+    @property
     def weights(self) -> WeightFacts:
         """What the model's matrices are and take."""
         return weight_facts(self._model)

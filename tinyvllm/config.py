@@ -111,6 +111,8 @@ class EngineConfig:
     seed: int = 0  # base of the seeds of requests that bring none
     served_model_name: str | None = None
     chat_template: str | None = None  # a Jinja file that replaces the model's own
+    tool_call_parser: str | None = None  # how the model writes tool calls; None: found by its chat template
+    reasoning_parser: str | None = None  # how it marks reasoning; None: found by its chat template; none: not split off
 
     def __post_init__(self) -> None:
         def refuse(flag: str, value: object, remedy: str) -> None:
@@ -179,6 +181,8 @@ class GrammarSpec:
 
     kind: str
     text: str = ""
+    # Lark of what comes before it, whose `@answer` is the grammar itself: reasoning, which no schema binds
+    prefix: str = ""
     # the request's field that it came from, for messages; as the same grammar may come from several, no part of it
     param: str = field(default="structured_outputs", compare=False)
 

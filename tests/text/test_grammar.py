@@ -17,8 +17,10 @@ from tests.text.vocabularies import make_byte_level, make_spm
 from tinyvllm.config import GrammarSpec
 from tinyvllm.errors import RequestError
 from tinyvllm.text.grammar import Grammar, GrammarLimits, Matcher, Vocabulary, compile_grammar
+from tinyvllm.text.reasoning import FORMATS
 from tinyvllm.text.tokenizer import Tokenizer
 
+THINK = FORMATS["think"]
 NUM_PADDED = 37  # rows of the logits that no token has
 TOKENIZERS = {"byte-level": make_byte_level(), "sentencepiece": make_spm()}
 VOCABULARIES = {
@@ -314,3 +316,26 @@ def test_an_unknown_kind_is_refused() -> None:
 def test_a_model_without_an_end_cannot_be_constrained() -> None:
     with pytest.raises(RequestError, match="end of text"):
         Vocabulary(TOKENIZERS["byte-level"], 300, frozenset())
+
+
+# ---- Behind reasoning ----
+
+
+@pytest.mark.parametrize("kind", ["json_schema", "regex", "choice", "grammar"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("prompt", ["", "<think>\n", "<think></think>"])
+def test_an_answer_behind_reasoning_is_bound_and_the_reasoning_is_not(kind: str, name: str, prompt: str) -> None:
+    text = {"json_schema": '{"enum": [7]}', "regex": "7", "choice": '["7"]', "grammar": 'root ::= "7"'}[kind]
+    prefix = THINK.prefix(prompt, TOKENIZERS[name])
+    grammar = compile_grammar(GrammarSpec(kind, text, prefix), VOCABULARIES[name])
+
+    def accepts(message: str) -> bool:
+        matcher, tokenizer = grammar.matcher(), TOKENIZERS[name]
+        marked = tokenizer.encode("\n" + message, add_special_tokens=False)
+        ids = marked[len(tokenizer.encode("\n", add_special_tokens=False)) :]
+        return all(matcher.accept(token_id) for token_id in ids) and matcher.is_finished
+
+    begin = "" if prompt == "<think>\n" else "<think>"
+    assert accepts(f"{begin}8 or 9?\n</think>\n\n7") == (prompt != "<think></think>")
+    assert not accepts(f"{begin}hm</think>8")
+    assert accepts("7") == (prompt != "<think>\n")

@@ -16,7 +16,7 @@ from tests.text.test_grammar import TOKENIZERS, VOCABULARIES, walk
 from tinyvllm.config import GrammarSpec
 from tinyvllm.errors import RequestError, TinyvllmError
 from tinyvllm.text.grammar import compile_grammar
-from tinyvllm.text.tools import FORMATS, Tool, find_tool_format
+from tinyvllm.text.tools import FORMATS, Tool, ToolFormat, find_tool_format
 from tinyvllm.text.tools.base import CallArguments, CallBegin, Text, joined
 
 WEATHER = Tool(
@@ -215,29 +215,34 @@ def test_a_forced_call_can_be_read_and_is_of_its_schema(family: str, name: str, 
         jsonschema.validate(json.loads(arguments), schema or {"type": "object", "maxProperties": 0})
 
 
-@pytest.mark.parametrize("family", ["hermes", "mistral"])
+@pytest.mark.parametrize("family", FORMATS)
 def test_a_free_answer_may_be_text_or_calls(family: str) -> None:
+    format, tokenizer = FORMATS[family], TOKENIZERS["byte-level"]
     strict = Tool("get_weather", "", WEATHER.parameters, is_strict=True)
-    tokenizer = TOKENIZERS["byte-level"]
-    text = FORMATS[family].free_grammar([strict, TIME], tokenizer)
-    assert text is not None
-    grammar = compile_grammar(lark(text), VOCABULARIES["byte-level"])
+    grammar = compile_grammar(lark(format.free_grammar([strict, TIME], tokenizer)), VOCABULARIES["byte-level"])
 
     def accepts(message: str) -> bool:
         matcher = grammar.matcher()
         return all(matcher.accept(token_id) for token_id in tokenizer.encode(message, add_special_tokens=False))
 
-    call = {"hermes": '<tool_call>\n{}\n</tool_call>', "mistral": "[TOOL_CALLS][{}]"}[family]  # fmt: skip
-    good = '{"name": "get_weather", "arguments": {"city": "Rom", "days": 1}}'
-    assert accepts("No call at all. <tool [TOOL") and accepts("Words " + call.format(good))
-    assert accepts(call.format('{"name": "time-now", "arguments": {"x": 1}}')), "not strict, so any object will do"
-    assert not accepts(call.format('{"name": "get_weather", "arguments": {"town": "Rom"}}'))
-    assert not accepts(call.format('{"name": "unknown", "arguments": {}}'))
+    def call(name: str, **arguments: Any) -> str:
+        return format.write([{"name": name, "arguments": arguments}])
+
+    assert accepts("No call at all. <tool [TOOL") and accepts(call("get_weather", city="Rom", days=1))
+    assert accepts(call("time-now", x=1)), "not strict, so any object will do"
+    assert not accepts(call("get_weather", town="Rom"))
+    assert not accepts(call("unknown"))
+    if family in ("hermes", "mistral"):
+        assert accepts("Words " + call("get_weather", city="Rom", days=1))
 
 
-@pytest.mark.parametrize("family", ["llama3_json", "json"])
-def test_formats_without_marks_cannot_constrain_a_free_answer(family: str) -> None:
-    assert FORMATS[family].free_grammar([WEATHER], TOKENIZERS["byte-level"]) is None
+@pytest.mark.parametrize("family", FORMATS)
+@pytest.mark.parametrize("num_calls", [1, 3])
+def test_what_a_format_writes_it_reads(family: str, num_calls: int) -> None:
+    calls = [{"name": "get_weather", "arguments": {"city": "Köln", "days": n}} for n in range(num_calls)]
+    text, found = read(family, [FORMATS[family].write(calls)])
+    assert text == ""
+    assert [{"name": name, "arguments": json.loads(arguments)} for name, arguments in found] == calls
 
 
 def test_a_schema_that_cannot_be_enforced_is_refused_where_it_stands() -> None:
@@ -288,6 +293,12 @@ HISTORY: list[dict[str, Any]] = [
     },
     {"role": "tool", "tool_call_id": "1", "content": "sunny"},
 ]
+
+
+@pytest.mark.parametrize("format", FORMATS.values())
+def test_every_format_describes_tools_by_an_example_of_its_own(format: ToolFormat) -> None:
+    [system, _] = format.prepare(HISTORY[1:2], [WEATHER], has_template=False)
+    assert format.write([{"name": "function name", "arguments": {"argument": "value"}}]) in system["content"]
 
 
 def test_tools_are_described_to_a_template_that_knows_none() -> None:

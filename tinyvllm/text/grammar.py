@@ -165,7 +165,8 @@ def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, limits: GrammarLi
             f"{spec.param} has {len(spec.text)} characters, but a grammar may have {limits.max_chars}: simplify it",
             param=spec.param,
         )
-    source = _SOURCES[spec.kind](spec)
+    answer = {"name": "answer", **_SOURCES[spec.kind](spec)}
+    source = json.dumps({"grammars": [{"lark_grammar": spec.prefix}, answer] if spec.prefix else [answer]})
     root = LLMatcher(vocabulary.trie, source, log_level=0, limits=limits.for_parser())
     if not root.is_error():
         # the first mask builds most of the lexer's states: here, since the engine's thread waits for nobody
@@ -175,25 +176,30 @@ def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, limits: GrammarLi
     return Grammar(root, vocabulary.vocab_size)
 
 
-def _from_json_object(spec: GrammarSpec) -> str:
+# One of llguidance's grammars, as an object of its JSON.
+Source = dict[str, Any]
+
+
+def _from_json_object(spec: GrammarSpec) -> Source:
     return _json_source({"type": "object"}, spec.param)
 
 
-def _from_json_schema(spec: GrammarSpec) -> str:
+def _from_json_schema(spec: GrammarSpec) -> Source:
     return _json_source(parse_schema(spec.text, spec.param), spec.param)
 
 
-def _json_source(schema: Any, param: str) -> str:
-    return LLMatcher.grammar_from_json_schema(json.dumps(prepare_schema(schema, param)))
+def _json_source(schema: Any, param: str) -> Source:
+    return {"json_schema": prepare_schema(schema, param)}
 
 
-def _from_regex(spec: GrammarSpec) -> str:
+def _from_regex(spec: GrammarSpec) -> Source:
     if not spec.text:
         raise RequestError(f"{spec.param} is empty: give a regular expression", param=spec.param)
-    return LLMatcher.grammar_from_regex(spec.text)
+    [source] = json.loads(LLMatcher.grammar_from_regex(spec.text))["grammars"]  # which escapes what Lark would read
+    return {"lark_grammar": source["lark_grammar"]}
 
 
-def _from_choice(spec: GrammarSpec) -> str:
+def _from_choice(spec: GrammarSpec) -> Source:
     choices = parse_schema(spec.text, spec.param)
     if not isinstance(choices, list) or not choices or not all(isinstance(text, str) and text for text in choices):
         raise RequestError(f"{spec.param} must be a list of strings, none of them empty", param=spec.param)
@@ -201,7 +207,7 @@ def _from_choice(spec: GrammarSpec) -> str:
         raise RequestError(
             f"{spec.param} has {len(choices)} strings: give at most {MAX_CHOICES}, or a regex", param=spec.param
         )
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(lark_string(text) for text in dict.fromkeys(choices)))
+    return {"lark_grammar": "start: " + " | ".join(lark_string(text) for text in dict.fromkeys(choices))}
 
 
 def lark_string(text: str) -> str:
@@ -214,11 +220,11 @@ def lark_json(schema: Any, param: str) -> str:
     return "%json " + json.dumps(prepare_schema(schema, param), ensure_ascii=False)
 
 
-def _from_grammar(spec: GrammarSpec) -> str:
+def _from_grammar(spec: GrammarSpec) -> Source:
     if not spec.text.strip():
         raise RequestError(f"{spec.param} is empty: give a grammar in GBNF or Lark", param=spec.param)
     try:
-        return _from_lark(GrammarSpec("lark", any_to_lark(spec.text), spec.param))
+        return _from_lark(GrammarSpec("lark", any_to_lark(spec.text), param=spec.param))
     except RequestError:
         raise
     except Exception as error:  # the reader of GBNF raises what it likes, RecursionError too
@@ -227,14 +233,14 @@ def _from_grammar(spec: GrammarSpec) -> str:
         ) from None
 
 
-def _from_lark(spec: GrammarSpec) -> str:
+def _from_lark(spec: GrammarSpec) -> Source:
     # in the brackets after a rule's name; llguidance would only tell the sampler of it
     if re.search(r"^[^\"/]*\[[^\]]*\btemperature\s*=", spec.text, re.MULTILINE):
         raise RequestError(f"{spec.param}: a rule's temperature is not supported: leave it out", param=spec.param)
-    return LLMatcher.grammar_from_lark(spec.text)
+    return {"lark_grammar": spec.text}
 
 
-_SOURCES: dict[str, Callable[[GrammarSpec], str]] = {
+_SOURCES: dict[str, Callable[[GrammarSpec], Source]] = {
     "json_object": _from_json_object,
     "json_schema": _from_json_schema,
     "regex": _from_regex,
@@ -285,7 +291,7 @@ class _Locator:
     def _fault(self, part: Any, definitions: dict[str, Any], path: str) -> str | None:
         if not isinstance(part, dict):
             return None
-        source = _json_source({**definitions, **part}, path)
+        source = json.dumps({"grammars": [_json_source({**definitions, **part}, path)]})
         matcher = LLMatcher(self._vocabulary.trie, source, log_level=0, limits=self._limits.for_parser())
         return _reason(matcher) if matcher.is_error() else None
 

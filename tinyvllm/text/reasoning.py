@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.text.tools.base import mark
 from tinyvllm.text.tools.marks import MarkFinder
+
+if TYPE_CHECKING:
+    from tinyvllm.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,16 @@ class ReasoningFormat:
         return prompt.rfind(self.begin) > prompt.rfind(self.end) and not prompt[prompt.rfind(self.begin) :].count(
             "\n\n"
         )
+
+    def prefix(self, prompt: str, tokenizer: Tokenizer) -> str:
+        """Lark of the reasoning that may stand before an `@answer` with a grammar: GrammarSpec.prefix."""
+        if prompt.rstrip().endswith(self.end):  # as where the template was asked for no reasoning
+            return ""
+        end = mark(tokenizer, self.end)
+        thought = f"thought: TEXT {end}" if end.startswith("<[") else f"thought[lazy]: TEXT {end}"
+        begin = "" if self.starts_inside(prompt) else f"{mark(tokenizer, self.begin)} "
+        start = "reasoning @answer" if not begin else "reasoning @answer | @answer"
+        return f"start: {start}\nreasoning: {begin}thought BLANKS\n{thought}\nTEXT: /(.|\\n)*/\nBLANKS: /\\n{{0,2}}/\n"
 
     def parser(self, prompt: str) -> ReasoningParser:
         return ReasoningParser(self, self.starts_inside(prompt))

@@ -393,18 +393,55 @@ class ToolFormat(ABC):
     def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:
         """Lark of one call at least, and with is_parallel of several. Raises RequestError for a schema."""
 
-    def free_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer) -> str | None:
-        """Lark of text with calls in it, where strict tools' arguments are of their schema.
+    @abstractmethod
+    def free_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer) -> str:
+        """Lark of text or calls, as the model likes, where strict tools' arguments are of their schema."""
 
-        None where the format cannot tell a call from a text before its end.
-        """
-        return None
+    @abstractmethod
+    def write(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        """Calls, {"name": ..., "arguments": {...}} each, as the model would write them."""
 
     def prepare(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], *, has_template: bool
     ) -> list[Mapping[str, Any]]:
-        """The messages as the chat template gets them. has_template: it writes tools and calls by itself."""
-        return list(messages)
+        """The messages as the chat template gets them.
+
+        has_template: it writes tools, calls and results by itself. Where it would leave them out they become text.
+        """
+        if has_template:
+            return list(messages)
+        written = [self._as_text(message) for message in messages]
+        if not tools:
+            return written
+        instructions = self._describe(tools)
+        if written and written[0]["role"] == "system":
+            content = written[0].get("content")
+            instructions = f"{content}\n\n{instructions}" if content else instructions
+            return [{**written[0], "content": instructions}, *written[1:]]
+        return [{"role": "system", "content": instructions}, *written]
+
+    def _describe(self, tools: Sequence[Tool]) -> str:
+        example = self.write([{"name": "function name", "arguments": {"argument": "value"}}])
+        functions = (
+            {"name": tool.name, "description": tool.description, "parameters": tool.parameters or {}} for tool in tools
+        )
+        lines = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
+        return f"You can call functions. To call one, answer with nothing but:\n{example}\nThe functions:\n{lines}"
+
+    def _as_text(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A call as the model would write it, a result as words of the user."""
+        if message["role"] == "tool":
+            of = message.get("name") or message.get("tool_call_id")
+            content = message.get("content", "")
+            return {"role": "user", "content": f"Result of the call{f' {of}' if of else ''}: {content}"}
+        calls = message.get("tool_calls")
+        if not calls:
+            return message
+        functions = [call.get("function", {}) for call in calls]
+        text = self.write([{"name": f.get("name"), "arguments": f.get("arguments", {})} for f in functions])
+        content = message.get("content")
+        kept = {name: value for name, value in message.items() if name != "tool_calls"}
+        return {**kept, "content": f"{content}\n{text}" if content else text}
 
 
 def special_id(tokenizer: Tokenizer, text: str) -> int | None:
@@ -417,6 +454,15 @@ def mark(tokenizer: Tokenizer, text: str) -> str:
     """A mark in Lark: a special token by its id, which no literal matches, or a literal."""
     token_id = special_id(tokenizer, text)
     return lark_string(text) if token_id is None else f"<[{token_id}]>"
+
+
+def marked_head(begin: str) -> str:
+    """The rule `head` of a text and the mark that ends it. A literal does so at its first place; a special token
+    cannot be inside of a text at all."""
+    return f"head: TEXT {begin}\n" if begin.startswith("<[") else f"head[lazy]: TEXT {begin}\n"
+
+
+TEXT_RULE = "TEXT: /(.|\\n)*/\n"
 
 
 def call_rules(tools: Sequence[Tool], arguments_key: str, *, all_strict: bool = True) -> str:

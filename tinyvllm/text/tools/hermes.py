@@ -5,10 +5,22 @@ https://github.com/NousResearch/Hermes-Function-Calling
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from tinyvllm.text.tools.base import Event, ListReader, Tool, ToolFormat, ToolParser, call_rules, joined, mark
+from tinyvllm.text.tools.base import (
+    TEXT_RULE,
+    Event,
+    ListReader,
+    Tool,
+    ToolFormat,
+    ToolParser,
+    call_rules,
+    joined,
+    mark,
+    marked_head,
+)
 from tinyvllm.text.tools.marks import MarkFinder
 
 if TYPE_CHECKING:
@@ -83,15 +95,13 @@ class HermesFormat(ToolFormat):
         more = ' ("\\n" marked)*' if is_parallel else ""
         return f"start: marked{more}\n{self._marked(tokenizer)}{call_rules(tools, 'arguments')}"
 
-    def free_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer) -> str | None:
-        begin = mark(tokenizer, BEGIN)
-        # a literal ends the text before it, at its first place; a special token cannot be inside of a text
-        head = f"head: TEXT {begin}" if begin.startswith("<[") else f"head[lazy]: TEXT {begin}"
-        end = mark(tokenizer, END)
-        return (
-            f'start: (head "\\n" call "\\n" {end})* TEXT\n{head}\nTEXT: /(.|\\n)*/\n'
-            f"{call_rules(tools, 'arguments', all_strict=False)}"
-        )
+    def free_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer) -> str:
+        begin, end = mark(tokenizer, BEGIN), mark(tokenizer, END)
+        rules = call_rules(tools, "arguments", all_strict=False)
+        return f'start: (head "\\n" call "\\n" {end})* TEXT\n{marked_head(begin)}{TEXT_RULE}{rules}'
+
+    def write(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        return "\n".join(f"{BEGIN}\n{json.dumps(call, ensure_ascii=False)}\n{END}" for call in calls)
 
     def _marked(self, tokenizer: Tokenizer) -> str:
         return f'marked: {mark(tokenizer, BEGIN)} "\\n" call "\\n" {mark(tokenizer, END)}\n'

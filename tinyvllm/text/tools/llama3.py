@@ -5,16 +5,20 @@ https://github.com/meta-llama/llama-models/blob/main/models/llama3_1/prompt_form
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from tinyvllm.text.tools.base import Event, ListReader, Tool, ToolFormat, ToolParser, call_rules, joined
+from tinyvllm.text.tools.base import Event, ListReader, Tool, ToolFormat, ToolParser, call_rules, joined, mark
 from tinyvllm.text.tools.marks import MarkFinder
 
 if TYPE_CHECKING:
     from tinyvllm.text.tokenizer import Tokenizer
 
 PYTHON_TAG = "<|python_tag|>"  # some write it before their calls, as they were taught to for code
+
+# Without marks, what begins like a call has to be one.
+WORDS_RULE = "WORDS: /[^{\\[<\\s](.|\\n)*/\n"
 
 
 class BareParser(ToolParser):
@@ -89,3 +93,11 @@ class Llama3Format(ToolFormat):
     def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:
         more = ' ("; " call)*' if is_parallel else ""
         return f"start: call{more}\n{call_rules(tools, 'parameters')}"
+
+    def free_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer) -> str:
+        rules = call_rules(tools, "parameters", all_strict=False)
+        return f'start: WORDS? | {mark(tokenizer, PYTHON_TAG)}? call ("; " call)*\n{WORDS_RULE}{rules}'
+
+    def write(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        written = ({"name": call["name"], "parameters": call["arguments"]} for call in calls)
+        return "; ".join(json.dumps(call, ensure_ascii=False) for call in written)

@@ -5,10 +5,12 @@ https://github.com/mistralai/mistral-common (tokens/tokenizers/instruct.py)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tinyvllm.text.tools.base import (
+    TEXT_RULE,
     CallArguments,
     CallBegin,
     Event,
@@ -20,6 +22,7 @@ from tinyvllm.text.tools.base import (
     call_rules,
     joined,
     mark,
+    marked_head,
 )
 from tinyvllm.text.tools.marks import MarkFinder
 
@@ -101,9 +104,10 @@ class MistralFormat(ToolFormat):
         more = ' (", " call)*' if is_parallel else ""
         return f'start: {mark(tokenizer, CALLS)} "[" call{more} "]"\n{call_rules(tools, "arguments")}'
 
-    def free_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer) -> str | None:
-        begin = mark(tokenizer, CALLS)
-        # a literal ends the text before it, at its first place; a special token cannot be inside of a text
-        head = f"head: TEXT {begin}" if begin.startswith("<[") else f"head[lazy]: TEXT {begin}"
+    def free_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer) -> str:
         rules = call_rules(tools, "arguments", all_strict=False)
-        return f'start: TEXT | head "[" call (", " call)* "]"\n{head}\nTEXT: /(.|\\n)*/\n{rules}'
+        head = marked_head(mark(tokenizer, CALLS))
+        return f'start: TEXT | head "[" call (", " call)* "]"\n{head}{TEXT_RULE}{rules}'
+
+    def write(self, calls: Sequence[Mapping[str, Any]]) -> str:
+        return CALLS + json.dumps(calls, ensure_ascii=False)

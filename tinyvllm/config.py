@@ -6,6 +6,7 @@ Parsed once at the edge (command line, server, `LLM(...)`); inside, values arriv
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,8 @@ MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs; the graph's output row has
 MAX_STOP_IDS = 16  # ids that min_tokens can hold back, per request: a fixed-width row of the graph's input
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024  # ids of a request's logit_bias: vLLM's limit; a fixed-width row of the sampling state
+MAX_BIAS = 100.0  # OpenAI's: the most that a logit_bias may add or take
+MAX_BAD_WORDS = 256
 MAX_CHOICES = 128  # the most `n` may be
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -78,6 +81,8 @@ class GenerationDefaults:
     top_k: int | None = None
     min_p: float | None = None
     eos_ids: tuple[int, ...] = ()
+    repetition_penalty: float | None = None
+    typical_p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,13 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0  # 0 or -1: all
     min_p: float = 0.0
+    typical_p: float = 1.0  # locally typical sampling; 1: off
+    repetition_penalty: float = 1.0  # above 1: ids of prompt and output become less likely
+    frequency_penalty: float = 0.0  # taken from an id's logit for each time that it is in the output
+    presence_penalty: float = 0.0  # taken from an id's logit once it is in the output
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these ids
+    bad_words: tuple[str, ...] = ()  # texts whose last token is not sampled where it would complete them
+    allowed_token_ids: tuple[int, ...] | None = None  # nothing else is sampled; None: everything may be
     seed: int | None = None
     max_tokens: int | None = 16  # None: as many as fit
     min_tokens: int = 0
@@ -209,6 +221,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; 0: the chosen token's; k: and the k likeliest
+    prompt_logprobs: int | None = None  # the same of every token of the prompt but the first
     skip_special_tokens: bool = True
     grammar: GrammarSpec | None = None  # what the output must look like
 
@@ -217,19 +230,49 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
 
-        def check(ok: bool, param: str, limit: str) -> None:
-            if not ok:
-                raise RequestError(f"{param} is {getattr(self, param)!r}: it must be {limit}", param=param)
+        self._check_draw()
+        self._check_adjustments()
+        self._check_output()
 
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
+    def _check(self, ok: bool, param: str, limit: str) -> None:
+        if not ok:
+            raise RequestError(f"{param} is {getattr(self, param)!r:.200}: it must be {limit}", param=param)
+
+    def _check_draw(self) -> None:
+        check = self._check
         check(1 <= self.n <= MAX_CHOICES, "n", f"between 1 and {MAX_CHOICES}")
         check(math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
         check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
         check(0 <= self.top_k < 2**31, "top_k", "0 (off), -1 (off) or a positive count")
         check(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
+        check(0.0 < self.typical_p <= 1.0, "typical_p", "above 0 and at most 1")
         check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
+
+    def _check_adjustments(self) -> None:
+        check = self._check
+        check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0 and at most 100")
+        check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
+        check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
+        check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"of at most {MAX_LOGIT_BIAS} ids")
+        in_range = all(-MAX_BIAS <= value <= MAX_BIAS for value in self.logit_bias.values())
+        check(in_range, "logit_bias", f"of values between {-MAX_BIAS:g} and {MAX_BIAS:g}")
+        check(len(self.bad_words) <= MAX_BAD_WORDS, "bad_words", f"at most {MAX_BAD_WORDS} strings")
+        check(all(isinstance(s, str) and s for s in self.bad_words), "bad_words", "strings that are not empty")
+        check(self.allowed_token_ids != (), "allowed_token_ids", "at least one id, or be left out")
+
+    def _check_output(self) -> None:
+        check = self._check
         check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
         check(self.min_tokens >= 0, "min_tokens", "0 or more")
         if self.max_tokens is not None:
@@ -237,7 +280,9 @@ class SamplingParams:
         check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
         check(all(isinstance(s, str) and s for s in self.stop), "stop", "strings that are not empty")
         check(len(self.stop_token_ids) <= MAX_STOP_IDS - 8, "stop_token_ids", f"at most {MAX_STOP_IDS - 8} ids")
-        check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"between 0 and {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            check(count is None or 0 <= count <= MAX_LOGPROBS, name, f"between 0 and {MAX_LOGPROBS}")
 
 
 @dataclass(frozen=True)

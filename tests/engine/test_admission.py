@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 
 from tests.scheduling.fakes import make_capacity
-from tinyvllm.config import SamplingParams
+from tinyvllm.config import MAX_BAD_WORDS, MAX_LOGIT_BIAS, SamplingParams
 from tinyvllm.engine.admission import RequestFactory
 from tinyvllm.errors import ContextLengthError, RequestError
 
 
 def make_factory(seed: int = 0, **capacity: int) -> RequestFactory:
     fields = {"max_model_len": 64, **capacity}
-    return RequestFactory(260, make_capacity(**fields), frozenset({258}), seed)
+    return RequestFactory(260, make_capacity(**fields), frozenset({258}), seed, lambda text: list(text.encode()))
 
 
 def test_each_choice_is_a_request_with_the_next_seed() -> None:
@@ -89,3 +92,45 @@ def test_an_id_that_is_no_integer_is_refused_and_numpys_are_taken() -> None:
     (request,) = make_factory().make_requests("x", np.array([1, 2]), SamplingParams())
     assert request.prompt_ids == [1, 2]
     assert all(type(token_id) is int for token_id in request.prompt_ids)
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"),
+    [({"allowed_token_ids": (3, 260)}, "allowed_token_ids"), ({"logit_bias": {-1: 1.0}}, "logit_bias")],
+)
+def test_ids_of_adjustments_must_be_in_the_vocabulary(settings: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError, match=f"{param} has the token id .* 0 to 259") as caught:
+        make_factory().make_requests("x", [5], SamplingParams(**settings))
+    assert caught.value.param == param
+
+
+def test_bad_words_become_tokens_with_and_without_a_space_before_them() -> None:
+    (request,) = make_factory().make_requests("x", [5], SamplingParams(bad_words=("ab", " ab", "c")))
+    assert request.bad_words_ids == ((97, 98), (32, 97, 98), (99,), (32, 99))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0: it must be above 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty is inf: it must be above 0 and at most 100"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty is 2.5: it must be between -2 and 2"),
+        ({"presence_penalty": math.nan}, "presence_penalty is nan: it must be between -2 and 2"),
+        ({"typical_p": 0.0}, "typical_p is 0.0: it must be above 0 and at most 1"),
+        ({"logit_bias": {3: 100.5}}, "logit_bias is {3: 100.5}: it must be of values between -100 and 100"),
+        ({"logit_bias": dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 0.0)}, "it must be of at most 1024 ids"),
+        ({"bad_words": ("a", "")}, "bad_words is .*: it must be strings that are not empty"),
+        ({"bad_words": tuple(map(str, range(MAX_BAD_WORDS + 1)))}, "it must be at most 256 strings"),
+        ({"allowed_token_ids": ()}, "it must be at least one id, or be left out"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs is 21: it must be between 0 and 20"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        SamplingParams(**settings)
+    assert caught.value.param == next(iter(settings))
+
+
+def test_lists_and_nothing_become_what_the_fields_say() -> None:
+    params = SamplingParams(bad_words=["a"], allowed_token_ids=[1, 2], logit_bias=None)  # type: ignore[arg-type]
+    assert (params.bad_words, params.allowed_token_ids, params.logit_bias) == (("a",), (1, 2), {})

@@ -88,12 +88,15 @@ def test_every_end_of_an_answer_is_known(tmp_path):
 def test_recommended_sampling_is_read(tmp_path):
     files = hf_files(tmp_path, eos_token_id=[7, 8])
     (tmp_path / "generation_config.json").write_text(
-        json.dumps({"temperature": 0.6, "top_p": 0.9, "top_k": 40, "min_p": None, "eos_token_id": 8})
+        json.dumps(
+            {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "min_p": None, "eos_token_id": 8}
+            | {"repetition_penalty": 1.1, "typical_p": 0.95}
+        )
     )
-    assert read_generation_defaults(files) == GenerationDefaults(0.6, 0.9, 40, None, (8, 7))
+    assert read_generation_defaults(files) == GenerationDefaults(0.6, 0.9, 40, None, (8, 7), 1.1, 0.95)
     metadata = {"general.sampling.temp": 0.5, "general.sampling.top_k": 20, "general.sampling.min_p": 0.25}
-    gguf = gguf_files(tmp_path, **metadata)
-    assert read_generation_defaults(gguf) == GenerationDefaults(0.5, None, 20, 0.25, (IM_END_ID,))
+    gguf = gguf_files(tmp_path, **metadata, **{"general.sampling.penalty_repeat": 1.25})
+    assert read_generation_defaults(gguf) == GenerationDefaults(0.5, None, 20, 0.25, (IM_END_ID,), 1.25)
 
 
 def test_without_a_generation_config_the_end_comes_from_config(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tinyvllm.config import Capacity, SamplingParams
 from tinyvllm.errors import RequestError
@@ -13,16 +13,20 @@ from tinyvllm.scheduling.request import Request
 from tinyvllm.scheduling.scheduler import check_length, max_request_len
 from tinyvllm.text.grammar import Grammar
 
+Encode = Callable[[str], list[int]]
+
 SEED_MASK = 0xFFFFFFFF  # the graph's seeds are 32 bits wide
 
 
 class RequestFactory:
     """Makes Requests of prompts and settings. Owns the generator that draws the seeds of those that bring none."""
 
-    def __init__(self, vocab_size: int, capacity: Capacity, eos_ids: frozenset[int], seed: int) -> None:
+    def __init__(self, vocab_size: int, capacity: Capacity, eos_ids: frozenset[int], seed: int, encode: Encode) -> None:
+        """vocab_size: rows of the logits. encode: the tokens of a text alone, without BOS and EOS."""
         self.vocab_size = vocab_size
         self.capacity = capacity
         self.eos_ids = eos_ids
+        self._encode = encode
         self._seeds = random.Random(seed)
 
     def make_requests(
@@ -41,6 +45,9 @@ class RequestFactory:
         assert (grammar is None) == (params.grammar is None), "a grammar that was asked for is compiled first"
         prompt = self._check_ids(prompt_ids, "prompt")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
+        self._check_ids(params.allowed_token_ids or (), "allowed_token_ids")
+        self._check_ids(tuple(params.logit_bias), "logit_bias")
+        bad_words_ids = self._encode_bad_words(params.bad_words)
         check_length(len(prompt), params.max_tokens, self.capacity)
         max_tokens = params.max_tokens
         if max_tokens is None:
@@ -57,9 +64,18 @@ class RequestFactory:
                 priority=priority,
                 arrival_s=time.monotonic(),
                 constraint=None if grammar is None else grammar.matcher(),
+                bad_words_ids=bad_words_ids,
             )
             for index in range(params.n)
         ]
+
+    def _encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each word as it begins a text, and as it follows a space."""
+        spellings = [spelling for word in words for spelling in (word, " " + word.lstrip())]
+        encoded = dict.fromkeys(tuple(self._encode(spelling)) for spelling in spellings)
+        if () in encoded:
+            raise RequestError("bad_words has a text that the tokenizer makes no token of", param="bad_words")
+        return tuple(encoded)
 
     def _check_ids(self, token_ids: Sequence[int], param: str) -> list[int]:
         try:

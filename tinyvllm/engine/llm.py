@@ -106,7 +106,7 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's own files recommend."""
         defaults = self._parts.generation_defaults
-        names = ("temperature", "top_p", "top_k", "min_p")
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "typical_p")
         stated = {name: getattr(defaults, name) for name in names if getattr(defaults, name) is not None}
         return SamplingParams(**stated)
 

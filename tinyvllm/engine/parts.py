@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig
 from tinyvllm.engine.admission import RequestFactory
@@ -82,7 +83,8 @@ def assemble(
     block_manager = BlockManager(capacity.num_blocks, capacity.block_size, config.enable_prefix_caching)
     scheduler = Scheduler(block_manager, capacity, config.scheduling_policy)
     eos_ids = frozenset(tokenizer.eos_ids) | frozenset(generation_defaults.eos_ids)
-    factory = RequestFactory(runner.model_config.vocab_size, capacity, eos_ids, config.seed)
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    factory = RequestFactory(runner.model_config.vocab_size, capacity, eos_ids, config.seed, encode)
     grammars = GrammarCompiler(tokenizer, runner.model_config.vocab_size, eos_ids)
     engine = TextEngine(EngineCore(runner, scheduler), tokenizer)
     return EngineParts(runner, tokenizer, chat_template, generation_defaults, factory, grammars, engine)

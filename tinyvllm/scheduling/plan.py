@@ -41,8 +41,18 @@ class StepPlan:
         return all(entry.count == 1 and entry.samples for entry in self.entries)
 
     @property
+    def is_adjusted(self) -> bool:
+        """Some row is sampled from other logits than the model's."""
+        return any(entry.samples and entry.request.needs_adjustment for entry in self.entries)
+
+    @property
     def sampled(self) -> tuple[Scheduled, ...]:
         return tuple(entry for entry in self.entries if entry.samples)
+
+    @property
+    def needs_adjustment(self) -> bool:
+        """Whether a row that samples wants other logits than the model's."""
+        return any(entry.samples and entry.request.needs_adjustment for entry in self.entries)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from tinyvllm.config import SamplingParams
@@ -61,6 +62,7 @@ class Request:
     seed: int = 0  # resolved: params.seed or one drawn by the engine; 32 bits
     priority: int = 0  # lower runs first, under the priority policy
     constraint: Constraint | None = None  # what the output must look like: a grammar's matcher
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # params.bad_words as tokens
     arrival: int = 0  # a counter: order of arrival
     arrival_s: float = 0.0  # monotonic clock
     scheduled_s: float = 0.0  # monotonic clock: when it last left the queue
@@ -104,6 +106,32 @@ class Request:
         if self.num_output_tokens >= self.params.min_tokens:
             return ()
         return tuple(sorted({*self.eos_ids, *self.params.stop_token_ids}))
+
+    @cached_property
+    def is_masked(self) -> bool:
+        """Whether some ids may never, or not always, be sampled (beside those that min_tokens holds back)."""
+        return self.params.allowed_token_ids is not None or bool(self.bad_words_ids) or self.constraint is not None
+
+    @cached_property
+    def needs_adjustment(self) -> bool:
+        """Whether its tokens are drawn from other logits than the model's, by an adjusted step."""
+        params = self.params
+        is_typical = params.typical_p < 1.0 and params.temperature > 0.0
+        return self.is_masked or params.has_penalties or bool(params.logit_bias) or is_typical
+
+    @cached_property
+    def mask_follows_output(self) -> bool:
+        """Whether the next token's mask depends on the tokens before it, so that none of them may be in flight."""
+        return self.constraint is not None or any(len(word) > 1 for word in self.bad_words_ids)
+
+    def banned_ids(self) -> list[int]:
+        """Ids that would complete one of the bad words now."""
+        output = self.output_ids
+        return [
+            word[-1]
+            for word in self.bad_words_ids
+            if len(word) <= len(output) + 1 and tuple(output[len(output) + 1 - len(word) :]) == word[:-1]
+        ]
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Ids [start, stop) of prompt and output together, as far as they are known."""

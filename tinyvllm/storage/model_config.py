@@ -48,18 +48,22 @@ def read_generation_defaults(files: ModelFiles) -> GenerationDefaults:
         values = Values(files.path, GGUFFile(files.path).metadata)
         eos_keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
         return _generation_defaults(
-            values, "general.sampling.", "temp", tuple(i for key in eos_keys for i in values.token_ids(key))
+            values,
+            "general.sampling.",
+            "temp",
+            "penalty_repeat",
+            tuple(i for key in eos_keys for i in values.token_ids(key)),
         )
     config_path, path = files.path / "config.json", files.path / "generation_config.json"
     values = Values(path, read_json(path) if path.is_file() else {})
     eos_ids = values.token_ids("eos_token_id")
     if config_path.is_file():
         eos_ids += Values(config_path, read_json(config_path)).token_ids("eos_token_id")
-    return _generation_defaults(values, "", "temperature", eos_ids)
+    return _generation_defaults(values, "", "temperature", "repetition_penalty", eos_ids)
 
 
 def _generation_defaults(
-    values: Values, prefix: str, temperature_key: str, eos_ids: tuple[int, ...]
+    values: Values, prefix: str, temperature_key: str, repetition_key: str, eos_ids: tuple[int, ...]
 ) -> GenerationDefaults:
     return GenerationDefaults(
         temperature=values.optional_number(prefix + temperature_key),
@@ -67,6 +71,8 @@ def _generation_defaults(
         top_k=values.optional_integer(prefix + "top_k", at_least=-1),
         min_p=values.optional_number(prefix + "min_p"),
         eos_ids=tuple(dict.fromkeys(eos_ids)),
+        repetition_penalty=values.optional_number(prefix + repetition_key),
+        typical_p=values.optional_number(prefix + "typical_p"),
     )
 
 

@@ -23,7 +23,7 @@ from tinygrad.helpers import GlobalCounters, ansistrip
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops import device as device_module
-from tinyvllm.ops import replay
+from tinyvllm.ops import replay, transfer
 from tinyvllm.ops.device import DeviceHandle
 
 CUDA_WAITS = ("cuCtxSynchronize", "cuStreamSynchronize", "cuEventSynchronize")
@@ -52,7 +52,8 @@ class DeviceCounts:
     bytes_h2d: int = 0
     bytes_d2h: int = 0
     compilations: int = 0  # schedules with kernels to lower, whether or not a cache had them
-    compile_s: float = 0.0
+    compile_s: float = 0.0  # in tinygrad's code generation and its compiler
+    replay_s: float = 0.0  # making, launching and waiting for recorded steps
     details: Counter[str] = field(default_factory=Counter)  # what ran outside of recorded steps, and where
 
     @property
@@ -87,6 +88,7 @@ class DeviceAccount:
     def __enter__(self) -> DeviceAccount:
         hook = self._hook
         for kind in (replay.CpuReplay, replay.GraphReplay):
+            hook(kind, "__init__", self._on_make_replay)
             hook(kind, "__call__", self._on_replay)
         hook(realize, "track_stats", self._on_executed)
         hook(realize, "lower_and_compile", self._on_compile)
@@ -95,6 +97,8 @@ class DeviceAccount:
             self._hook_driver()
             return self
         hook(device_module, "_copy_in", self._on_write)
+        hook(device_module, "_nap_until", self._on_wait)
+        hook(transfer._MetalReader, "read", self._on_metal_read)
         for name in self._names:
             opened = Device[name]
             hook(opened, "synchronize", self._on_wait)
@@ -133,12 +137,16 @@ class DeviceAccount:
 
     # -- what is hooked ----------------------------------------------------------------------------------------------
 
+    def _on_make_replay(self, original: Callable[..., None], *args: Any) -> None:
+        with self._timed("replay_s"):
+            original(*args)
+
     def _on_replay(self, original: Callable[..., None], one: replay.CpuReplay | replay.GraphReplay) -> None:
         self._counts.replays += 1
         self._counts.kernels += len(one._step.calls)
         if isinstance(one, replay.CpuReplay):  # its own launch; the other's goes through tinygrad's executor
             self._counts.graph_launches += 1
-        with self._flag("_is_replaying"):
+        with self._flag("_is_replaying"), self._timed("replay_s"):
             original(one)
 
     def _on_executed(self, original: Callable[..., None], context: Any, call: Any, *args: Any) -> None:
@@ -157,19 +165,21 @@ class DeviceAccount:
 
     def _on_compile(self, original: Callable[..., Any], linear: Any) -> Any:
         self._counts.compilations += any(call.src[0].op is Ops.SINK for call in linear.src)
-        start_s = time.perf_counter()
-        try:
+        with self._timed("compile_s"):
             return original(linear)
-        finally:
-            self._counts.compile_s += time.perf_counter() - start_s
 
     def _on_wait(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Of a device, or of all its cores: what that waits for inside is the same wait."""
         if self._is_waiting or self.device.name.split(":")[0] == "CUDA":  # there the driver's functions are counted
             return original(*args, **kwargs)
         self._counts.syncs += 1
-        with self._flag("_is_waiting"):
+        with self._flag("_is_waiting"), self._timed("replay_s"):
             return original(*args, **kwargs)
+
+    def _on_metal_read(self, original: Callable[..., Any], reader: Any) -> Any:
+        values = self._on_wait(original, reader)
+        self._book(False, values.nbytes)
+        return values
 
     def _on_write(self, original: Callable[..., None], *args: Any) -> None:
         with self._flag("_is_writing"):
@@ -190,7 +200,8 @@ class DeviceAccount:
 
     def _on_driver_wait(self, original: Callable[..., int], *args: Any) -> int:
         self._counts.syncs += 1
-        return original(*args)
+        with self._timed("replay_s"):
+            return original(*args)
 
     def _on_driver_copy_in(self, original: Callable[..., int], to: Any, source: Any, nbytes: int, *args: Any) -> int:
         self._book(True, nbytes)
@@ -207,6 +218,14 @@ class DeviceAccount:
         else:
             self._counts.copies_d2h += 1
             self._counts.bytes_d2h += nbytes
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self._counts, name, getattr(self._counts, name) + time.perf_counter() - start_s)
 
     @contextmanager
     def _flag(self, name: str) -> Iterator[None]:

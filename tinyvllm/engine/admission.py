@@ -21,8 +21,16 @@ SEED_MASK = 0xFFFFFFFF  # the graph's seeds are 32 bits wide
 class RequestFactory:
     """Makes Requests of prompts and settings. Owns the generator that draws the seeds of those that bring none."""
 
-    def __init__(self, vocab_size: int, capacity: Capacity, eos_ids: frozenset[int], seed: int, encode: Encode) -> None:
-        """vocab_size: rows of the logits. encode: the tokens of a text alone, without BOS and EOS."""
+    def __init__(
+        self,
+        vocab_size: int,
+        capacity: Capacity,
+        eos_ids: frozenset[int],
+        seed: int,
+        encode: Encode | None = None,
+    ) -> None:
+        """vocab_size: rows of the logits. encode: the tokens of a text alone, without BOS and EOS; None where no request
+        brings bad words."""
         self.vocab_size = vocab_size
         self.capacity = capacity
         self.eos_ids = eos_ids
@@ -71,6 +79,9 @@ class RequestFactory:
 
     def _encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of each word as it begins a text, and as it follows a space."""
+        if not words:
+            return ()
+        assert self._encode is not None, "bad words need a tokenizer"
         spellings = [spelling for word in words for spelling in (word, " " + word.lstrip())]
         encoded = dict.fromkeys(tuple(self._encode(spelling)) for spelling in spellings)
         if () in encoded:

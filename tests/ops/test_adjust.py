@@ -103,14 +103,15 @@ class Bench:
     def pack(self, **columns: Any) -> tuple[StepLayout, np.ndarray]:
         seqs = len(self.wishes)
         layout = StepLayout(seqs, seqs, 1, 8)
-        wishes = [wish if wish is not None else Wish(temperature=0.0) for wish in self.wishes]
+        # what an earlier step has left in a row without state is not to be heeded
+        stale = Wish(temperature=0.0, typical_p=0.2, repetition=9.0, frequency=1.0, presence=1.0)
+        wishes = [wish if wish is not None else stale for wish in self.wishes]
         names = ("temperature", "typical_p", "top_p", "top_k", "min_p", *PENALTIES)
         for name in names:
             column = f"{name}_penalty" if name in PENALTIES else name
             columns.setdefault(column, [getattr(wish, name) for wish in wishes])
         has_state = np.array([wish is not None for wish in self.wishes])
         columns["state_rows"] = np.where(has_state, self.num_rows - 1 - np.arange(seqs), -1)
-        # those of rows without state are not to be heeded
         columns["is_counted"] = [wish is None or wish.is_counted for wish in self.wishes]
         columns["is_masked"] = [wish is None or wish.allowed is not None for wish in self.wishes]
         columns["num_bias"] = [7 if wish is None else len(wish.bias) for wish in self.wishes]
@@ -224,7 +225,7 @@ def test_rows_that_ask_for_nothing_get_the_tokens_of_a_plain_step(backend: Backe
     wishes = [WISHES["all"] if row % 3 == 0 else None for row in range(seqs)]
     columns = {"temperature": 0.9, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "num_logprobs": 1}
     plain = sample(backend, logits, seed=np.arange(seqs), **columns)
-    got = Bench(device, wishes, vocab).sample(logits, seed=np.arange(seqs), typical_p=1.0, **columns)
+    got = Bench(device, wishes, vocab).sample(logits, seed=np.arange(seqs), **columns)
     asks = np.arange(seqs) % 3 == 0
     np.testing.assert_array_equal(got.tokens[~asks], plain.tokens[~asks])
     np.testing.assert_array_equal(got.logprobs[~asks], plain.logprobs[~asks])

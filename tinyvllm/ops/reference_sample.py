@@ -44,7 +44,7 @@ def sample_row(
             top_k=views["top_k"][row],
             top_p=views["top_p"].view(np.float32)[row],
         )
-        if state is not None:
+        if state is not None and views["state_rows"][row] >= 0:
             kept &= typical(np.where(kept, weights, 0.0), views["typical_p"].view(np.float32)[row])
         token = race(np.where(kept, weights, 0.0), uniforms(views["seed"][row], views["draw"][row], len(logits)))
     out[OUT_TOKEN] = token

@@ -397,7 +397,8 @@ def _typical(row: _Row, weights: UOp, floor: UOp, exponent: Callable[[UOp], UOp]
     With p = w / Z and log2 w = x, surprise less entropy is (log2 Z - x) - (log2 Z - sum(p * x)): how far x is from its
     mean. The nearest are kept until they hold typical_p of the mass."""
     typical_p = row.number("typical_p")
-    uses = draws * _flag(typical_p < 1.0)
+    # a row without sampling state asks for nothing, whatever an earlier step left in its inputs
+    uses = draws * _flag((typical_p < 1.0) & (row.param("state_rows") >= 0))
 
     def add(index: UOp, inside: UOp, old: State) -> State:
         weight = weights[row.base + index].load()

@@ -75,13 +75,14 @@ class CostCounter:
             weight_bytes=weights,
             kv_read_bytes=sum(entry.start for entry in plan.entries) * all_layers,
             kv_written_bytes=num_tokens * all_layers,
-            moved_bytes=sum(self._moved_by(call, _buffer(inputs), plan) for call in calls),
+            moved_bytes=sum(self.moved_by(call, inputs, plan) for call in calls),
         )
 
-    def _moved_by(self, call: Call, inputs: int, plan: StepPlan) -> int:
-        """Every argument once and whole, but for those that a kernel looks things up in: the pool by the sequences'
-        lengths, rope and (beside the step's inputs, which are not counted) the embedding table by rows."""
-        looks_up = any(id(buffer.base) == inputs for buffer in call.buffers)
+    def moved_by(self, call: Call, inputs: Tensor, plan: StepPlan) -> int:
+        """By one call: every argument once and whole, but for those that it looks things up in: the pool by the
+        sequences' lengths, rope and (beside the step's inputs, which are not counted) the embedding table by rows."""
+        own = _buffer(inputs)
+        looks_up = any(id(buffer.base) == own for buffer in call.buffers)
         # by place: scratch buffers are views of one arena, and a kernel may get the same one twice
         args = {(id(buffer.base), buffer.offset): (index, buffer) for index, buffer in enumerate(call.buffers)}
         moved = 0
@@ -92,7 +93,7 @@ class CostCounter:
                 moved += plan.num_tokens * self._model.config.head_dim * 4
             elif base in self._table and looks_up:
                 moved += plan.num_tokens * self._row_bytes * buffer.nbytes // self._model.embedding.nbytes
-            elif base != inputs:
+            elif base != own:
                 moved += buffer.nbytes
         return moved
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,21 +13,26 @@ from tinygrad import dtypes
 
 from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles
 from tinyvllm.errors import DeviceError, InvariantError
+from tinyvllm.execution.adjusted import SamplingRows
 from tinyvllm.execution.buckets import Bucket, choose_bucket, make_buckets
 from tinyvllm.execution.capacity import MemoryFacts, plan_capacity
 from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, weight_facts
-from tinyvllm.execution.graphs import Graph, capture
+from tinyvllm.execution.graphs import Graph, Lane, capture
+from tinyvllm.execution.profile import profile_step
 from tinyvllm.model.registry import Model, make_model
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
 from tinyvllm.model.weights.random import RandomWeights
 from tinyvllm.ops.accounting import DeviceAccount
+from tinyvllm.ops.adjust import SamplingState, state_bytes
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
 from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.bandwidth import measure_bandwidth
 from tinyvllm.ops.device import FLOATS, open_device, usable_cores
+from tinyvllm.ops.hardware import hardware_name, measure_flops
 from tinyvllm.ops.program_store import ProgramStore, open_program_store
 from tinyvllm.ops.sample import OUT_LOGPROB, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.ops.transfer import OutputReader
+from tinyvllm.profiling.kernels import StepProfile
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, TokenLogprobs
 from tinyvllm.storage.model_config import read_model_config
 
@@ -69,7 +75,7 @@ def make_runner(
     memory = MemoryFacts(
         free_bytes=free_bytes,
         share=config.gpu_memory_utilization or device.default_share(),
-        weight_bytes=weight_facts(model).nbytes,
+        weight_bytes=weight_facts(model).nbytes + state_bytes(config.max_num_seqs, model_config.vocab_size),
         kv_bytes_per_token=model_config.kv_bytes_per_token(FLOATS[kv_dtype].itemsize),
     )
     capacity = plan_capacity(config, model_config, memory)
@@ -85,6 +91,7 @@ class Flight:
 
     plan: StepPlan
     name: str
+    lane: Lane
     reader: OutputReader
     pack_s: float
     packed_s: float  # perf_counter's time
@@ -108,6 +115,8 @@ class ModelRunner:
         self._outputs = [device.zeros(words, dtypes.int) for _ in range(max_in_flight)]
         self._readers = [device.output_reader(output) for output in self._outputs]
         self._num_launched = 0
+        self._state = SamplingState(device, capacity.max_num_seqs, model.config.vocab_size)
+        self._rows = SamplingRows(self._state)
         self._model, self._backend, self._pool, self._buckets, self.store = model, backend, pool, buckets, store
         self._graphs: dict[Bucket, Graph] = {}
         self.capacity = capacity
@@ -133,7 +142,7 @@ class ModelRunner:
                 progress("warm-up", done, len(self._buckets))
             start = time.perf_counter()
             self._graphs[bucket] = capture(
-                bucket, self._model, self._backend, self._pool, self.capacity, self._outputs, self.store
+                bucket, self._model, self._backend, self._pool, self.capacity, self._outputs, self._state, self.store
             )
             self.num_captures += 1
             logger.info("captured %s in %.2f s", bucket.name, time.perf_counter() - start)
@@ -144,32 +153,53 @@ class ModelRunner:
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one step and wait for its tokens. Raises DeviceError where the device fails."""
-        return self.collect(self.launch(plan))
+        flight = self.launch(plan)
+        self.sample(flight)
+        return self.collect(flight)
 
     def launch(self, plan: StepPlan) -> Flight:
-        """Enqueue one step, and what reads its tokens. Raises DeviceError."""
+        """Enqueue one step, and what reads its tokens; of an adjusted step only what comes before sampling. Raises
+        DeviceError."""
         start = time.perf_counter()
         graph, number = self._graph_for(plan), self._num_launched % len(self._outputs)
-        lane, reader = graph.lanes[number], self._readers[number]
+        lane = graph.lanes[number]
         lane.packer.pack(plan)
         packed = time.perf_counter()
-        try:
+        flight = Flight(plan, graph.bucket.name, lane, self._readers[number], packed - start, packed)
+        with self._named_failure(flight):
             lane.send()
-            lane.run()
-            reader.start()
-        except RuntimeError as error:
-            raise DeviceError(f"step {graph.bucket.name} failed on {self.device}: {error}") from error
+            if plan.is_adjusted:
+                lane.run_forward()
+            else:
+                lane.run()
+                flight.reader.start()
         self._num_launched += 1
-        return Flight(plan, graph.bucket.name, reader, packed - start, packed)
+        return flight
+
+    def sample(self, flight: Flight) -> None:
+        """Enqueue the sampling of an adjusted step, whose masks hang on the tokens of the step before: that one must
+        have been committed. Nothing to do for other steps. Raises DeviceError."""
+        if not flight.plan.is_adjusted:
+            return
+        with self._named_failure(flight):
+            self._rows.pack(flight.plan, flight.lane.packer.views)
+            flight.lane.send()
+            flight.lane.run_adjusted()
+            flight.reader.start()
 
     def collect(self, flight: Flight) -> StepOutput:
         """Wait for a launched step's tokens. Raises DeviceError."""
-        try:
+        with self._named_failure(flight):
             rows = flight.reader.read().reshape(-1, OUT_WIDTH)
-        except RuntimeError as error:
-            raise DeviceError(f"step {flight.name} failed on {self.device}: {error}") from error
         device_s = time.perf_counter() - flight.packed_s
         return make_output(flight.plan, rows, pack_s=flight.pack_s, device_s=device_s)
+
+    @contextmanager
+    def _named_failure(self, flight: Flight) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise DeviceError(f"step {flight.name} failed on {self.device}: {error}") from error
 
     def close(self) -> None:
         """Let go of graphs, pool and weights. The runner cannot be used again."""
@@ -209,6 +239,20 @@ class ModelRunner:
     def account(self) -> DeviceAccount:
         """What counts everything that is asked of the device, while it is open."""
         return DeviceAccount(self._backend.device)
+
+    def profile(self, plan: StepPlan, *, repeats: int, warmup: int) -> StepProfile:
+        """How long each kernel of `plan`'s step takes. Nothing else may be in flight."""
+        graph, device = self._graph_for(plan), self._backend.device
+        return profile_step(graph, self._model, self._pool, device, plan, repeats=repeats, warmup=warmup)
+
+    @property
+    def hardware(self) -> str:
+        """The maker's name of the device."""
+        return hardware_name(self._backend.device)
+
+    def measure_flops(self) -> float:
+        """Operations a second of a matrix product, by a test of a second or two."""
+        return measure_flops(self._backend.device)
 
     def measure_bandwidth(self) -> float:
         """Bytes a second that the device's memory gives, by a test of a second or less."""

@@ -60,15 +60,17 @@ def _call(call: Call) -> UOp:
 
 
 class CpuReplay:
-    """A step as a table of commands for each core, one a row: the address of a program, then its arguments."""
+    """A step as a table of commands for each core, one a row: the address of a program, then its arguments.
 
-    def __init__(self, cores: tuple[str, ...], step: Step) -> None:
-        self._step = step  # whose buffers' addresses the tables hold
+    `stamps`: where each kernel's start and end are written, (calls, 2, 2) words of seconds and nanoseconds."""
+
+    def __init__(self, cores: tuple[str, ...], step: Step, stamps: np.ndarray | None = None) -> None:
+        self._step, self._stamps = step, stamps  # whose addresses the tables hold
         # how far each core has come in this step; apart by a cache line, since every core watches the others'
         self._progress = np.zeros((len(cores), LINE_WORDS), np.uint32)
         self._queues = [
             _Queue(core, np.concatenate(rows))
-            for core, rows in zip(cores, _tables(cores, step, self._progress), strict=True)
+            for core, rows in zip(cores, _tables(cores, step, self._progress, stamps), strict=True)
             if rows
         ]
         # whoever lets go of the replay, or ends the process, must not take the tables from under the workers
@@ -118,7 +120,9 @@ class _Queue:
         self._post()
 
 
-def _tables(cores: tuple[str, ...], step: Step, progress: np.ndarray) -> list[list[np.ndarray]]:
+def _tables(
+    cores: tuple[str, ...], step: Step, progress: np.ndarray, stamps: np.ndarray | None
+) -> list[list[np.ndarray]]:
     """Each core's rows. A core runs its kernels in their order; for another core's it waits."""
     owner = [cores.index(call.buffers[0].device) for call in step.calls]
     waits = _waits(owner, step)
@@ -129,7 +133,10 @@ def _tables(cores: tuple[str, ...], step: Step, progress: np.ndarray) -> list[li
             rows[core].append(
                 _synchronise(_wait_until(cores[core]), progress[owner[other]], _give_way().ctypes.data, other + 1)
             )
-        rows[core].append(_commands(cores[core], call))
+        commands = [_commands(cores[core], call)]
+        if stamps is not None:
+            commands = [_stamp(stamps[number, 0]), *commands, _stamp(stamps[number, 1])]
+        rows[core] += commands
         if number in awaited:
             rows[core].append(_synchronise(Device[cores[core]].prgs[signal_prog], progress[core], number + 1))
     return rows
@@ -156,6 +163,15 @@ def _synchronise(program: CPUProgram, counter: np.ndarray, *arguments: int) -> n
     """One row: set a core's counter to a value, or wait until it is there."""
     row = np.zeros((1, CMD_SIZE), np.uint64)
     row[0, : 2 + len(arguments)] = program.addr, counter.ctypes.data, *arguments
+    return row
+
+
+def _stamp(place: np.ndarray) -> np.ndarray:
+    """One row that is no program of ours: libc's clock_gettime, of the clock that perf_counter reads."""
+    clock = getattr(time, "CLOCK_UPTIME_RAW", time.CLOCK_MONOTONIC)  # macOS has the first
+    address = ctypes.cast(ctypes.CDLL(None).clock_gettime, ctypes.c_void_p).value
+    row = np.zeros((1, CMD_SIZE), np.uint64)
+    row[0, :3] = address, clock, place.ctypes.data
     return row
 
 

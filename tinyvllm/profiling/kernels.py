@@ -32,6 +32,43 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """One run of one kernel, for a time line. `start_ns` is of the clock perf_counter_ns."""
+
+    label: str
+    program: str
+    device: str
+    start_ns: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """One step, as it runs when serving (`step_s`) and kernel by kernel. Times are medians over repeats.
+
+    `kernels`: of a CPU each stands for its shares on all cores, with the slowest's time. `is_graphed`: the kernels were
+    timed inside the step as it is served; else each by itself."""
+
+    bucket: str
+    device: str
+    num_cores: int
+    is_graphed: bool
+    kernels: tuple[Kernel, ...]
+    step_s: float  # from launch to done, without packing and reading
+    profiled_s: float  # the same while its kernels were timed
+    launches: tuple[Launch, ...]  # of the last repeat, in order
+
+    @property
+    def kernels_s(self) -> float:
+        return sum(kernel.seconds for kernel in self.kernels)
+
+    @property
+    def num_kernels(self) -> int:
+        """Launched, by all cores together."""
+        return sum(kernel.count for kernel in self.kernels)
+
+
+@dataclass(frozen=True)
 class KernelRow:
     """Kernels of one label. Rates are over the time of those kernels whose bytes or operations are known."""
 

@@ -17,6 +17,7 @@ _WORDS = {
     "decode_attention": "attention",
     "write_kv": "kv write",
     "sum": "residual sum",
+    "join": "join logits",
 }
 # Kernels behind the head that make a token of logits, whatever further ones a sampler may get.
 SAMPLE = "sample"

@@ -1,0 +1,129 @@
+"""Every kernel of a step has a name that says what it does, a time, and bytes and operations that add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.builders import write_tiny_hf_llama
+from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.execution.profile import merge_cores
+from tinyvllm.execution.runner import ModelRunner, load_runner
+from tinyvllm.profiling.kernels import Kernel, tabulate
+from tinyvllm.scheduling.plan import Scheduled, StepPlan
+from tinyvllm.scheduling.request import Request
+
+NUM_LAYERS, HIDDEN, HEADS, HEAD_DIM, FFN, QKV = 2, 64, 4, 16, 96, (4 + 2 * 2) * 16  # of TinyLlama
+CONTEXT = 20
+
+
+@pytest.fixture(scope="module")
+def runners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ModelRunner]]:
+    """The same model twice: with steps that were traced, and with those that the first left on disk."""
+    files = write_tiny_hf_llama(tmp_path_factory.mktemp("model"))
+    cache: Path = tmp_path_factory.mktemp("cache")
+    config = EngineConfig(
+        model="tiny", max_num_seqs=2, max_model_len=64, max_num_batched_tokens=16, token_buckets=(16,)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYVLLM_CACHE", str(cache))
+        loaded = []
+        for _ in range(2):
+            runner = load_runner(files, config)
+            runner.warm_up()
+            loaded.append(runner)
+    assert loaded[1].store is not None and loaded[1].store.num_steps_read
+    yield loaded
+    for runner in loaded:
+        runner.close()
+
+
+def decode_plan(*contexts: int) -> StepPlan:
+    params = SamplingParams(temperature=0.0, max_tokens=None)
+    requests = [
+        Request(str(i), [7] * (context + 1), params, block_ids=list(range(1 + 4 * i, 5 + 4 * i)))
+        for i, context in enumerate(contexts)
+    ]
+    return StepPlan(tuple(Scheduled(request, request.num_tokens - 1, 1) for request in requests))
+
+
+def prefill_plan(count: int) -> StepPlan:
+    request = Request("0", [7] * count, SamplingParams(), block_ids=[1, 2, 3, 4])
+    return StepPlan((Scheduled(request, 0, count),))
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["traced", "kept"])
+@pytest.mark.parametrize("plan", [decode_plan(CONTEXT), decode_plan(5, 9), prefill_plan(11)], ids=["1", "2", "prefill"])
+def test_kernels_are_named_by_what_they_do(runners: list[ModelRunner], which: int, plan: StepPlan) -> None:
+    profile = runners[which].profile(plan, repeats=1, warmup=0)
+    labels = [kernel.label for kernel in profile.kernels]
+    for layer in range(NUM_LAYERS):
+        for operation in ("qkv", "attention", "attention out", "gate up", "down"):
+            assert labels.count(f"layer {layer} · {operation}") == 1, labels
+    assert labels[0] == "embed" and labels.count("head") == 1 and labels[-1] == "sample"
+    assert not any("other" in label for label in labels)
+
+
+def test_traced_and_kept_steps_get_the_same_names(runners: list[ModelRunner]) -> None:
+    first, second = (
+        [(kernel.label, kernel.program, kernel.nbytes, kernel.flops) for kernel in profile.kernels]
+        for profile in (runner.profile(decode_plan(CONTEXT), repeats=1, warmup=0) for runner in runners)
+    )
+    assert first == second
+
+
+def test_bytes_are_those_of_the_step(runners: list[ModelRunner]) -> None:
+    plan = decode_plan(CONTEXT)
+    profile, cost = runners[0].profile(plan, repeats=1, warmup=0), runners[0].cost(plan)
+    assert sum(kernel.nbytes or 0 for kernel in profile.kernels) == cost.moved_bytes
+    assert profile.num_kernels == cost.num_kernels
+
+
+def test_operations_are_two_for_each_weight_and_four_for_each_element_attended(runners: list[ModelRunner]) -> None:
+    profile = runners[0].profile(decode_plan(CONTEXT, 7), repeats=1, warmup=0)
+    flops = {row.label: row.flops for row in tabulate(profile.kernels)}
+    assert flops["qkv"] == 2 * 2 * NUM_LAYERS * HIDDEN * QKV
+    assert flops["gate up"] == 2 * 2 * NUM_LAYERS * HIDDEN * 2 * FFN
+    assert flops["down"] == 2 * 2 * NUM_LAYERS * HIDDEN * FFN
+    assert flops["attention"] == 4 * NUM_LAYERS * HEADS * HEAD_DIM * (CONTEXT + 1 + 7 + 1)
+    assert flops["embed"] == flops["sample"] == 0
+
+
+def test_a_prompt_attends_to_what_is_before_each_token(runners: list[ModelRunner]) -> None:
+    profile = runners[0].profile(prefill_plan(11), repeats=1, warmup=0)
+    flops = {row.label: row.flops for row in tabulate(profile.kernels)}
+    assert flops["attention"] == 4 * NUM_LAYERS * HEADS * HEAD_DIM * (11 * 12 // 2)
+    assert flops["kv write"] == 0
+    # one row of logits, whatever the prompt's length
+    assert flops["head"] == 2 * HIDDEN * runners[0].model_config.vocab_size
+
+
+def test_a_profile_changes_nothing(runners: list[ModelRunner]) -> None:
+    plan = decode_plan(CONTEXT)
+    before = runners[0].execute(plan).token_ids
+    runners[0].profile(decode_plan(3), repeats=2, warmup=1)
+    assert runners[0].execute(plan).token_ids == before
+
+
+def test_stamps_lie_in_order_on_every_core(runners: list[ModelRunner]) -> None:
+    profile = runners[0].profile(decode_plan(CONTEXT), repeats=2, warmup=0)
+    for device in {launch.device for launch in profile.launches}:
+        launches = [launch for launch in profile.launches if launch.device == device]
+        ends = [launch.start_ns + round(launch.seconds * 1e9) for launch in launches]
+        assert all(end <= launch.start_ns for end, launch in zip(ends, launches[1:], strict=False))
+    assert all(launch.seconds >= 0 for launch in profile.launches)
+
+
+def test_the_shares_of_cores_are_one_kernel_with_the_slowest_time() -> None:
+    shares = [
+        Kernel("qkv", 0, "qkv_1", "CPU", 2.0, 10, 1),
+        Kernel("qkv", 0, "qkv_1", "CPU:1", 3.0, 20, 2),
+        Kernel("qkv", 1, "qkv_1", "CPU", 1.0, 5, 5),
+    ]
+    merged = merge_cores(shares)
+    assert [(k.label, k.seconds, k.nbytes, k.flops, k.count) for k in merged] == [
+        ("layer 0 · qkv", 3.0, 30, 3, 2),
+        ("layer 1 · qkv", 1.0, 5, 5, 1),
+    ]

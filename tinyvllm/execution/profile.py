@@ -1,0 +1,262 @@
+"""What each kernel of a step is, and how long it takes: the recorded calls of the serving graph, timed one by one.
+
+A call is known by the tensors that it touches: those of the model and the pool have names (`model.layers.3.qkv...`),
+which say layer and role whatever the kernel is called, for traced and for kept steps, on every device.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from tinygrad import Tensor
+from tinygrad.device import Buffer
+from tinygrad.nn.state import get_state_dict
+from tinygrad.uop.ops import Ops
+
+from tinyvllm.execution.cost import CostCounter
+from tinyvllm.execution.graphs import Graph
+from tinyvllm.model.registry import Model
+from tinyvllm.ops.backend import KVPool
+from tinyvllm.ops.device import DeviceHandle
+from tinyvllm.ops.matrix import Matrix
+from tinyvllm.ops.recording import Call
+from tinyvllm.ops.timing import CallTime, make_timer
+from tinyvllm.profiling.kernels import Kernel, Launch, StepProfile
+from tinyvllm.profiling.names import SAMPLE, is_generated, role_of, strip_colours
+from tinyvllm.scheduling.plan import StepPlan
+
+_LAYER = re.compile(r"\.(?:layers|keys|values)\.(\d+)")
+_OUTSIDE_LAYERS = ("take rows", "embed")  # roles of kernels that touch no tensor which says so
+
+
+@dataclass(frozen=True)
+class CallName:
+    """What a call does."""
+
+    operation: str
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class Named:
+    """A tensor of the model or the pool. `matrix`: the (share of a) matrix that it is a plane of."""
+
+    path: str
+    nbytes: int
+    matrix: Matrix | None = None
+
+    @property
+    def layer(self) -> int | None:
+        found = _LAYER.search(self.path)
+        return int(found[1]) if found else None
+
+    @property
+    def is_pool(self) -> bool:
+        return self.path.startswith("pool.")
+
+    @property
+    def role(self) -> str:
+        """`model.layers.3.gate_up.planes.0` is gate up, `model.norm.weight` final norm."""
+        parts = self.path.split(".")
+        role = parts[3] if self.layer is not None else parts[1]
+        return {"norm": "final norm", "embedding": "head"}.get(role, role.replace("_", " "))
+
+
+class CallNamer:
+    """Names the calls of one model and pool."""
+
+    def __init__(self, model: Model, pool: KVPool) -> None:
+        tensors = get_state_dict({"model": model, "pool": pool})
+        matrices = {_base(plane): part for matrix in model.matrices for part in matrix.parts for plane in part.planes}
+        self._named = {
+            _base(tensor): Named(path, tensor.nbytes(), matrices.get(_base(tensor)))
+            for path, tensor in reversed(list(tensors.items()))  # of two names, the first: a tied head is the embedding
+        }
+
+    def touched(self, call: Call) -> list[Named]:
+        """The named tensors among the call's arguments, the largest first; those of matrices before all others."""
+        found = {id(buffer.base): self._named.get(id(buffer.base)) for buffer in call.buffers}
+        return sorted((n for n in found.values() if n), key=lambda n: (n.matrix is None, not n.is_pool, -n.nbytes))
+
+    def name(self, calls: Sequence[Call], cut: int) -> list[CallName]:
+        """In the calls' order. `cut`: from there on they sample."""
+        names: list[CallName | None] = [
+            CallName(SAMPLE, None) if number >= cut else self._by_tensors(call) for number, call in enumerate(calls)
+        ]
+        consumers = list(_consumers(calls))
+        for number in reversed(range(len(calls))):  # a consumer lies behind, and has its name already
+            if names[number] is None and is_generated(_program(calls[number])):
+                consumer = consumers[number]
+                after = None if consumer is None else names[consumer]
+                names[number] = after and CallName(f"{after.operation}, its input", after.layer)
+        return [name or self._by_place(calls, names, number) for number, name in enumerate(names)]
+
+    def _by_tensors(self, call: Call) -> CallName | None:
+        touched = self.touched(call)
+        if not touched:
+            return None
+        first, role = touched[0], role_of(_program(call))
+        if first.is_pool:
+            return CallName(role or "attention", first.layer)
+        return CallName("embed" if role == "embed" else first.role, first.layer)
+
+    def _by_place(self, calls: Sequence[Call], names: Sequence[CallName | None], number: int) -> CallName:
+        """A kernel of ours between two layers' works for the one before it."""
+        operation = role_of(_program(calls[number])) or "other"
+        before = next((name for name in reversed(names[:number]) if name is not None), None)
+        layer = None if before is None or operation in _OUTSIDE_LAYERS else before.layer
+        return CallName(operation, layer)
+
+
+def profile_step(
+    graph: Graph, model: Model, pool: KVPool, device: DeviceHandle, plan: StepPlan, *, repeats: int, warmup: int
+) -> StepProfile:
+    """Time the step that `plan` was packed into, in the graph's first lane, as it runs and kernel by kernel.
+
+    Runs the step again and again: its tokens' keys and values are written to the same slots each time."""
+    lane = graph.lanes[0]
+    lane.packer.pack(plan)
+    lane.send()
+    device.wait()
+    step_s = [_timed(lane.run, device) for _ in range(warmup + repeats)][warmup:]
+    run = make_timer(device, lane.step)
+    passes, walls_s = [], []
+    for number in range(warmup + repeats):
+        start = time.perf_counter()
+        times = run()
+        if number >= warmup:
+            walls_s.append(time.perf_counter() - start)
+            passes.append(times)
+    calls, block_size = lane.step.calls, graph.layout.block_size
+    names = CallNamer(model, pool).name(calls, lane.step.cut)
+    counter = CostCounter(model, pool, block_size)
+    flops = FlopCounter(model, pool, block_size)
+    each = [
+        Kernel(
+            name.operation,
+            name.layer,
+            _program(call),
+            call.buffers[0].device,
+            statistics.median(times[number].seconds for times in passes),
+            counter.moved_by(call, graph.inputs, plan),
+            flops.of(call, plan),
+        )
+        for number, (call, name) in enumerate(zip(calls, names, strict=True))
+    ]
+    return StepProfile(
+        bucket=graph.bucket.name,
+        device=device.name,
+        num_cores=max(1, len(device.cores)),
+        is_graphed=device.is_cpu,
+        kernels=tuple(merge_cores(each)),
+        step_s=statistics.median(step_s),
+        profiled_s=statistics.median(walls_s),
+        launches=tuple(_launches(each, passes[-1])),
+    )
+
+
+def merge_cores(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """The shares of several cores as one kernel each: the slowest's time, the bytes and operations of all."""
+    shares: dict[tuple[str, int], list[Kernel]] = {}
+    seen: dict[tuple[str, str], int] = {}
+    for kernel in kernels:
+        place = seen[kernel.label, kernel.device] = seen.get((kernel.label, kernel.device), -1) + 1
+        shares.setdefault((kernel.label, place), []).append(kernel)
+    return [
+        replace(
+            max(group, key=lambda kernel: kernel.seconds),
+            nbytes=sum(kernel.nbytes or 0 for kernel in group),
+            flops=sum(kernel.flops or 0 for kernel in group),
+            count=len(group),
+        )
+        for group in shares.values()
+    ]
+
+
+class FlopCounter:
+    """Multiplications and additions of matrix products and attention; of norms, rope and sampling nothing is counted.
+    Those of the plan, not of the bucket's padding."""
+
+    def __init__(self, model: Model, pool: KVPool, block_size: int) -> None:
+        self._namer = CallNamer(model, pool)
+        self._model, self._num_slots = model, pool.num_blocks * block_size
+        self._pool = {_base(tensor): tensor.numel() for tensor in pool.tensors}
+
+    def of(self, call: Call, plan: StepPlan) -> int:
+        """Of one run of the call."""
+        first = next(iter(self._namer.touched(call)), None)
+        if first is None:
+            return 0
+        if first.matrix is not None:
+            return 0 if self._only_looks_up(call) else 2 * self._rows(first, plan) * self._weights(call)
+        return self._of_attention(call, plan) if first.is_pool else 0
+
+    def _weights(self, call: Call) -> int:
+        parts = {id(named.matrix): named.matrix for named in self._namer.touched(call) if named.matrix is not None}
+        return sum(part.used_rows * part.num_cols for part in parts.values())
+
+    def _rows(self, first: Named, plan: StepPlan) -> int:
+        return plan.num_tokens if first.layer is not None else len(plan.sampled)
+
+    def _only_looks_up(self, call: Call) -> bool:
+        """The embedding, by its role: the table's rows are copied, not multiplied."""
+        return role_of(_program(call)) == "embed"
+
+    def _of_attention(self, call: Call, plan: StepPlan) -> int:
+        """Products with keys and with values, two operations each for every element of a head."""
+        outs, ins = (call.target.arg.outs, call.target.arg.ins) if call.target.op is Ops.PROGRAM else ((), ())
+        elements = [self._pool.get(id(buffer.base), 0) if i in ins else 0 for i, buffer in enumerate(call.buffers)]
+        if not any(elements) or not (set(outs) - {i for i, size in enumerate(elements) if size}):
+            return 0
+        shape = self._model.shape
+        group = shape.num_heads // shape.num_kv_heads  # query heads that a KV head serves
+        seen = sum(entry.count * entry.start + entry.count * (entry.count + 1) // 2 for entry in plan.entries)
+        return 2 * group * seen * (sum(elements) // self._num_slots)
+
+
+def _launches(kernels: Sequence[Kernel], times: Sequence[CallTime]) -> Iterator[Launch]:
+    for kernel, timed in zip(kernels, times, strict=True):
+        yield Launch(kernel.label, kernel.program, kernel.device, timed.start_ns, timed.seconds)
+
+
+def _consumers(calls: Sequence[Call]) -> Iterator[int | None]:
+    """For each call the first later one that reads what it writes."""
+    for number, call in enumerate(calls):
+        written = {(id(b.base), b.offset) for b in _written(call)}
+        yield next(
+            (later for later in range(number + 1, len(calls)) if written & set(map(_place, _read(calls[later])))), None
+        )
+
+
+def _written(call: Call) -> list[Buffer]:
+    outs = call.target.arg.outs if call.target.op is Ops.PROGRAM else (0,)
+    return [call.buffers[index] for index in outs]
+
+
+def _read(call: Call) -> list[Buffer]:
+    ins = call.target.arg.ins if call.target.op is Ops.PROGRAM else (1,)
+    return [call.buffers[index] for index in ins]
+
+
+def _place(buffer: Buffer) -> tuple[int, int]:
+    return id(buffer.base), buffer.offset
+
+
+def _timed(run: Callable[[], None], device: DeviceHandle) -> float:
+    start = time.perf_counter()
+    run()
+    device.wait()
+    return time.perf_counter() - start
+
+
+def _program(call: Call) -> str:
+    return strip_colours(call.target.arg.name) if call.target.op is Ops.PROGRAM else "copy"
+
+
+def _base(tensor: Tensor) -> int:
+    """The identity of a tensor's memory."""
+    return id(tensor.uop.base.buffer.base)

@@ -1,0 +1,70 @@
+"""What the hardware behind a device is, and how fast it calculates where no table says so."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+from tinygrad import Device, Tensor, TinyJit, dtypes
+
+from tinyvllm.ops.device import DeviceHandle
+
+CPU_SIZE, GPU_SIZE = 1024, 4096  # rows and columns of the products that are timed
+ROUNDS = 8
+
+
+def hardware_name(device: DeviceHandle) -> str:
+    """The maker's name of it ("NVIDIA H200", "Apple M4"); tinygrad's name of the device where it gives no other."""
+    kind = device.name.split(":")[0]
+    if kind == "CUDA":
+        return _cuda_name(int(device.name.partition(":")[2] or 0))
+    if kind == "METAL" and sys.platform == "darwin":
+        from tinygrad.runtime.ops_metal import from_ns_str
+
+        return str(from_ns_str(Device[device.name].sysdevice.name()))
+    return device.name
+
+
+def _cuda_name(number: int) -> str:
+    from tinygrad.runtime.autogen import cuda  # only where there is a driver to load
+
+    handle, text = cuda.CUdevice(), ctypes.create_string_buffer(256)
+    failed = cuda.cuDeviceGet(ctypes.byref(handle), number) or cuda.cuDeviceGetName(text, len(text), handle)
+    return f"CUDA:{number}" if failed else text.value.decode(errors="replace")
+
+
+def measure_flops(device: DeviceHandle) -> float:
+    """Operations a second of a matrix product, a multiplication and an addition being two. On a CPU NumPy's, in float32
+    on as many threads as its BLAS takes; elsewhere tinygrad's own in float16, which a tuned one exceeds."""
+    return _cpu_flops() if device.is_cpu else _gpu_flops(device)
+
+
+def _cpu_flops() -> float:
+    a = np.random.default_rng(0).standard_normal((CPU_SIZE, CPU_SIZE), np.float32)
+    return 2 * CPU_SIZE**3 / _fastest(lambda: a @ a)
+
+
+def _gpu_flops(device: DeviceHandle) -> float:
+    a, b = (Tensor.rand(GPU_SIZE, GPU_SIZE, device=device.name).cast(dtypes.half).realize() for _ in range(2))
+    product = TinyJit(lambda: (a @ b).realize())
+
+    def run() -> None:
+        product()
+        device.wait()
+
+    run()
+    run()  # captures
+    return 2 * GPU_SIZE**3 / _fastest(run)
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the quickest of ROUNDS."""
+    best = float("inf")
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,126 @@
+"""How long each kernel of a recorded step takes.
+
+On a CPU the step runs as it does when serving, on all its cores, with a stamp of the clock before and behind every
+kernel: 30 to 60 ns each. Elsewhere kernels run by themselves, one after the other with a wait between, because inside a
+graph nobody sees them: CUDA has no times of a graph's nodes, and those of METAL are made up by tinygrad (the graph's
+time, spread evenly).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tinygrad import UOp
+from tinygrad.engine.realize import get_runtime
+from tinygrad.uop.ops import Ops
+
+from tinyvllm.errors import InvariantError
+from tinyvllm.ops.device import DeviceHandle
+from tinyvllm.ops.kernel import Body, cached_kernel, empty, finish, run_kernel
+from tinyvllm.ops.recording import Call, Step, record
+from tinyvllm.ops.replay import CpuReplay, GraphReplay
+
+SPIN_ITERATIONS = 1 << 15  # of four cycles or so: about 75 us at 1.75 GHz, more than a launch takes in Python
+
+
+@dataclass(frozen=True)
+class CallTime:
+    """One run of one call. `start_ns` is of the clock perf_counter_ns; of a GPU's kernel, when it was asked for."""
+
+    start_ns: int
+    seconds: float
+
+
+Timer = Callable[[], list[CallTime]]  # runs the step once: a time for each of its calls
+
+
+def make_timer(device: DeviceHandle, step: Step) -> Timer:
+    """What runs a step on what its buffers hold, and times its calls, in their order."""
+    return _stamped(device, step) if device.is_cpu else _one_by_one(device, step)
+
+
+def _stamped(device: DeviceHandle, step: Step) -> Timer:
+    stamps = np.zeros((len(step.calls), 2, 2), np.uint64)
+    replay = CpuReplay(device.cores, step, stamps)
+
+    def run() -> list[CallTime]:
+        replay()
+        device.wait()
+        ends = (stamps[..., 0] * 1_000_000_000 + stamps[..., 1]).astype(np.int64)
+        return [CallTime(int(start), int(end - start) * 1e-9) for start, end in ends]
+
+    return run
+
+
+def _one_by_one(device: DeviceHandle, step: Step) -> Timer:
+    occupy = _occupation(device) if device.name.split(":")[0] == "CUDA" else _nothing
+    launches = [_launch(device, step, call) for call in step.calls]
+
+    def run() -> list[CallTime]:
+        times = []
+        for launch in launches:
+            occupy()
+            start_ns = time.perf_counter_ns()
+            times.append(CallTime(start_ns, launch()))
+        device.wait()
+        return times
+
+    return run
+
+
+def _launch(device: DeviceHandle, step: Step, call: Call) -> Callable[[], float]:
+    """A function that runs the call, waits, and returns the device's own measure of it in seconds."""
+    program = call.target
+    if program.op is not Ops.PROGRAM:  # a copy has no measure but the host's
+        copy = GraphReplay(replace(step, calls=(call,)))
+        return lambda: _host_seconds(device, copy)
+    info, runtime = program.arg, get_runtime(device.name, program)
+    buffers = [call.buffers[index].ensure_allocated().get_buf(device.name) for index in info.globals]
+    global_size, local_size = info.launch_dims({})
+    values = info.vals({})
+
+    def run() -> float:
+        seconds = runtime(*buffers, global_size=global_size, local_size=local_size, vals=values, wait=True)
+        if seconds is None:
+            raise InvariantError(f"device {device.name} gives no time for {info.name}")
+        return float(seconds)
+
+    return run
+
+
+def _host_seconds(device: DeviceHandle, work: Callable[[], None]) -> float:
+    device.wait()
+    start = time.perf_counter()
+    work()
+    device.wait()
+    return time.perf_counter() - start
+
+
+def _nothing() -> None:
+    """METAL and OpenCL time a kernel by the device's own clock, from when it starts to when it ends."""
+
+
+def _occupation(device: DeviceHandle) -> Callable[[], None]:
+    """What keeps the device busy while the next kernel is launched: CUDA's events measure from when the device is free,
+    so that a kernel on an idle device would be charged with its own launch."""
+    step = record(lambda: run_kernel(spin_kernel(SPIN_ITERATIONS), [empty(1, device=device.name)], [])[0].realize())
+    return GraphReplay(step)
+
+
+@cached_kernel
+def spin_kernel(iterations: int) -> Callable[..., UOp]:
+    """fn(out (1,)): one thread in a chain of multiplications and additions that touches no memory on its way."""
+
+    def kernel(out: UOp) -> UOp:
+        body = Body()
+        total = body.registers(1)
+        total = total.after(total[0].store(1.0))
+        turn = body.fold(iterations)
+        sofar = total.after(turn)[0]
+        total = total.after(total[0].store(sofar * 0.999 + turn.cast(out.dtype.base) * 1e-9).end(turn))
+        return finish(out[0].store(total[0]), "spin")
+
+    return kernel

@@ -29,8 +29,8 @@ class RequestFactory:
         seed: int,
         encode: Encode | None = None,
     ) -> None:
-        """vocab_size: rows of the logits. encode: the tokens of a text alone, without BOS and EOS; None where no request
-        brings bad words."""
+        """vocab_size: rows of the logits. encode: the tokens of a text alone, without BOS and EOS; None where no
+        request brings bad words."""
         self.vocab_size = vocab_size
         self.capacity = capacity
         self.eos_ids = eos_ids

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,17 +12,15 @@ from tinygrad import dtypes
 
 from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles
 from tinyvllm.errors import DeviceError, InvariantError
-from tinyvllm.execution.adjusted import SamplingRows
 from tinyvllm.execution.buckets import Bucket, choose_bucket, make_buckets
 from tinyvllm.execution.capacity import MemoryFacts, plan_capacity
 from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, weight_facts
-from tinyvllm.execution.graphs import Graph, Lane, capture
+from tinyvllm.execution.graphs import Graph, capture
 from tinyvllm.execution.profile import profile_step
 from tinyvllm.model.registry import Model, make_model
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
 from tinyvllm.model.weights.random import RandomWeights
 from tinyvllm.ops.accounting import DeviceAccount
-from tinyvllm.ops.adjust import SamplingState, state_bytes
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
 from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.bandwidth import measure_bandwidth
@@ -75,7 +72,7 @@ def make_runner(
     memory = MemoryFacts(
         free_bytes=free_bytes,
         share=config.gpu_memory_utilization or device.default_share(),
-        weight_bytes=weight_facts(model).nbytes + state_bytes(config.max_num_seqs, model_config.vocab_size),
+        weight_bytes=weight_facts(model).nbytes,
         kv_bytes_per_token=model_config.kv_bytes_per_token(FLOATS[kv_dtype].itemsize),
     )
     capacity = plan_capacity(config, model_config, memory)
@@ -91,7 +88,6 @@ class Flight:
 
     plan: StepPlan
     name: str
-    lane: Lane
     reader: OutputReader
     pack_s: float
     packed_s: float  # perf_counter's time
@@ -115,8 +111,6 @@ class ModelRunner:
         self._outputs = [device.zeros(words, dtypes.int) for _ in range(max_in_flight)]
         self._readers = [device.output_reader(output) for output in self._outputs]
         self._num_launched = 0
-        self._state = SamplingState(device, capacity.max_num_seqs, model.config.vocab_size)
-        self._rows = SamplingRows(self._state)
         self._model, self._backend, self._pool, self._buckets, self.store = model, backend, pool, buckets, store
         self._graphs: dict[Bucket, Graph] = {}
         self.capacity = capacity
@@ -142,7 +136,7 @@ class ModelRunner:
                 progress("warm-up", done, len(self._buckets))
             start = time.perf_counter()
             self._graphs[bucket] = capture(
-                bucket, self._model, self._backend, self._pool, self.capacity, self._outputs, self._state, self.store
+                bucket, self._model, self._backend, self._pool, self.capacity, self._outputs, self.store
             )
             self.num_captures += 1
             logger.info("captured %s in %.2f s", bucket.name, time.perf_counter() - start)
@@ -153,53 +147,32 @@ class ModelRunner:
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one step and wait for its tokens. Raises DeviceError where the device fails."""
-        flight = self.launch(plan)
-        self.sample(flight)
-        return self.collect(flight)
+        return self.collect(self.launch(plan))
 
     def launch(self, plan: StepPlan) -> Flight:
-        """Enqueue one step, and what reads its tokens; of an adjusted step only what comes before sampling. Raises
-        DeviceError."""
+        """Enqueue one step, and what reads its tokens. Raises DeviceError."""
         start = time.perf_counter()
         graph, number = self._graph_for(plan), self._num_launched % len(self._outputs)
-        lane = graph.lanes[number]
+        lane, reader = graph.lanes[number], self._readers[number]
         lane.packer.pack(plan)
         packed = time.perf_counter()
-        flight = Flight(plan, graph.bucket.name, lane, self._readers[number], packed - start, packed)
-        with self._named_failure(flight):
+        try:
             lane.send()
-            if plan.is_adjusted:
-                lane.run_forward()
-            else:
-                lane.run()
-                flight.reader.start()
+            lane.run()
+            reader.start()
+        except RuntimeError as error:
+            raise DeviceError(f"step {graph.bucket.name} failed on {self.device}: {error}") from error
         self._num_launched += 1
-        return flight
-
-    def sample(self, flight: Flight) -> None:
-        """Enqueue the sampling of an adjusted step, whose masks hang on the tokens of the step before: that one must
-        have been committed. Nothing to do for other steps. Raises DeviceError."""
-        if not flight.plan.is_adjusted:
-            return
-        with self._named_failure(flight):
-            self._rows.pack(flight.plan, flight.lane.packer.views)
-            flight.lane.send()
-            flight.lane.run_adjusted()
-            flight.reader.start()
+        return Flight(plan, graph.bucket.name, reader, packed - start, packed)
 
     def collect(self, flight: Flight) -> StepOutput:
         """Wait for a launched step's tokens. Raises DeviceError."""
-        with self._named_failure(flight):
-            rows = flight.reader.read().reshape(-1, OUT_WIDTH)
-        device_s = time.perf_counter() - flight.packed_s
-        return make_output(flight.plan, rows, pack_s=flight.pack_s, device_s=device_s)
-
-    @contextmanager
-    def _named_failure(self, flight: Flight) -> Iterator[None]:
         try:
-            yield
+            rows = flight.reader.read().reshape(-1, OUT_WIDTH)
         except RuntimeError as error:
             raise DeviceError(f"step {flight.name} failed on {self.device}: {error}") from error
+        device_s = time.perf_counter() - flight.packed_s
+        return make_output(flight.plan, rows, pack_s=flight.pack_s, device_s=device_s)
 
     def close(self) -> None:
         """Let go of graphs, pool and weights. The runner cannot be used again."""

@@ -51,6 +51,8 @@ class FakeRunner:
     def launch(self, plan: StepPlan) -> StepOutput:
         return self.execute(plan)
 
+    def sample(self, flight: StepOutput) -> None: ...
+
     def collect(self, flight: StepOutput) -> StepOutput:
         return flight
 

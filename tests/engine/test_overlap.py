@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tinyvllm.config import EngineConfig, ModelFiles, SamplingParams
@@ -29,29 +32,64 @@ def make_runner(files: ModelFiles, **settings: bool) -> ModelRunner:
     return runner
 
 
-def make_requests(num: int) -> list[Request]:
+ADJUSTMENTS: list[dict[str, Any]] = [
+    {},
+    {"repetition_penalty": 1.7, "presence_penalty": 0.5},
+    {"frequency_penalty": 1.0, "logit_bias": {5: 3.0, 9: -100.0}},
+    {"allowed_token_ids": tuple(range(1, 200, 3))},
+    {"typical_p": 0.5},
+]
+
+
+class Alternate:
+    """Even and odd ids in turn: what may come next hangs on the token before."""
+
+    is_finished, error = False, None
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def fill_mask(self, out: np.ndarray) -> None:
+        out.view(np.uint32)[:] = 0x55555555 << (len(self.ids) and 1 - self.ids[-1] % 2)
+
+    def accept(self, token_id: int) -> bool:
+        self.ids.append(token_id)
+        return True
+
+
+def make_requests(num: int, is_adjusted: bool) -> list[Request]:
     rng = random.Random(7)
     requests = []
     for index in range(num):
         params = SamplingParams(
-            temperature=rng.choice([0.0, 1.0]), logprobs=rng.choice([None, 2]), min_tokens=rng.choice([0, 4])
+            temperature=rng.choice([0.0, 1.0]),
+            logprobs=rng.choice([None, 2]),
+            min_tokens=rng.choice([0, 4]),
+            **(ADJUSTMENTS[index % len(ADJUSTMENTS)] if is_adjusted else {}),
         )
         prompt = [rng.randrange(200) for _ in range(rng.randrange(1, 24))]
         eos_ids = frozenset(range(0, 256, 16))  # so that some end early, when nobody knew
         request = Request(f"r{index}", prompt, params, eos_ids, max_tokens=rng.randrange(1, 20), seed=index)
+        if is_adjusted and index % 4 == 0:
+            request.constraint = Alternate()
         requests.append(request)
     return requests
 
 
-def run(runner: ModelRunner, num: int = 12) -> tuple[list[list[int]], EngineCore]:
+def run(runner: ModelRunner, *, is_adjusted: bool = False, num: int = 12) -> tuple[list[list[int]], EngineCore]:
     capacity = runner.capacity
     core = EngineCore(runner, Scheduler(BlockManager(capacity.num_blocks, capacity.block_size), capacity))
-    requests = make_requests(num)
+    requests = make_requests(num, is_adjusted)
     for request in requests:
         core.add(request)
     while core.has_work:
         core.step()
     assert all(request.finish_reason in ("stop", "length") for request in requests)
+    for request in requests:
+        if request.constraint is not None:
+            assert all(a % 2 != b % 2 for a, b in pairwise(request.output_ids)), request.output_ids
+        if request.params.allowed_token_ids is not None:
+            assert set(request.output_ids) <= {*request.params.allowed_token_ids, *request.eos_ids}
     return [request.output_ids for request in requests], core
 
 
@@ -75,4 +113,15 @@ def test_overlapping_steps_give_the_tokens_of_alternating_ones(
         assert tokens == expected
         assert core.stats.num_free_blocks == SETTINGS["num_gpu_blocks_override"] - 1
     if compile_cache:
-        assert runner.store is not None and runner.store.num_steps_read == runner.num_captures
+        assert runner.store is not None and runner.store.num_steps_read == 2 * runner.num_captures
+
+
+def test_overlapping_adjusted_steps_give_the_tokens_of_alternating_ones(tiny_gguf_files: ModelFiles) -> None:
+    """Adjusted rows beside plain ones, rows whose mask needs the token before, preemptions: the same either way."""
+    results = []
+    for overlaps in (False, True):
+        tokens, core = run(make_runner(tiny_gguf_files, async_scheduling=overlaps), is_adjusted=True, num=20)
+        assert core.stats.num_preemptions > 0
+        results.append(tokens)
+    assert results[0] == results[1]
+    assert any(len(tokens) > 4 for tokens in results[0][::4])

@@ -9,6 +9,7 @@ from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.graphs import capture
 from tinyvllm.model.llama import Llama
 from tinyvllm.model.weights.checkpoint import open_checkpoint
+from tinyvllm.ops.adjust import SamplingState
 from tinyvllm.ops.cpu import CpuBackend
 from tinyvllm.ops.device import open_device
 from tinyvllm.ops.kernel import I32
@@ -45,5 +46,6 @@ def model(tiny_hf_files: ModelFiles) -> Llama:
 def test_a_step_launches_so_many_kernels(model: Llama, bucket: Bucket, a_layer: int, outside: int) -> None:
     pool = model.backend.make_pool(model.config.num_layers, 9, 8, model.shape, "float16")
     outputs = [model.backend.device.zeros(CAPACITY.max_num_seqs * OUT_WIDTH, I32) for _ in range(2)]
-    graph = capture(bucket, model, model.backend, pool, CAPACITY, outputs)
+    state = SamplingState(model.backend.device, CAPACITY.max_num_seqs, model.config.vocab_size)
+    graph = capture(bucket, model, model.backend, pool, CAPACITY, outputs, state)
     assert graph.num_kernels == a_layer * model.config.num_layers + outside

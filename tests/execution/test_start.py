@@ -24,7 +24,7 @@ CONFIG = EngineConfig(
     num_gpu_blocks_override=33,
     block_size=8,
 )
-NUM_GRAPHS = 3  # decode 1, decode 2, prefill 8
+NUM_STEPS = 2 * 3  # decode 1, decode 2, prefill 8; each with sampling as it is and adjusted
 PROMPTS = [[5, 9, 200, 13, 64, 7, 7, 31, 90, 18, 2], [31, 7]]
 
 
@@ -80,7 +80,7 @@ def test_a_second_start_compiles_nothing_and_answers_the_same(
     first: FirstStart, cache: Path, tiny_gguf_files: ModelFiles
 ) -> None:
     store, tokens = start(tiny_gguf_files)
-    assert counts(store) == (NUM_GRAPHS, 0)
+    assert counts(store) == (NUM_STEPS, 0)
     assert store.num_programs_read == 0  # a step brings its programs along
     assert tokens == first.tokens
 
@@ -98,7 +98,7 @@ def test_the_cache_can_be_left_out_and_changes_no_token(
 
 def test_other_weights_of_the_same_shape_find_the_same_steps(first: FirstStart, cache: Path, tmp_path: Path) -> None:
     store, tokens = start(write_tiny_gguf(tmp_path / "other.gguf", seed=12))
-    assert counts(store) == (NUM_GRAPHS, 0)
+    assert counts(store) == (NUM_STEPS, 0)
     assert tokens != first.tokens
 
 
@@ -106,7 +106,7 @@ def test_other_settings_make_their_own_steps_out_of_the_same_programs(
     first: FirstStart, cache: Path, tiny_gguf_files: ModelFiles
 ) -> None:
     store, tokens = start(tiny_gguf_files, dataclasses.replace(CONFIG, max_num_seqs=3, decode_buckets=(1, 2, 3)))
-    assert store.num_steps_read == 2  # both decode graphs that were there; prefill now gathers 3 rows
+    assert store.num_steps_read == 4  # both decode graphs that were there; prefill now gathers 3 rows
     assert 0 < store.num_programs_compiled < first.num_programs
     assert store.num_programs_read > 0
     assert tokens == first.tokens
@@ -118,7 +118,7 @@ def test_damaged_files_are_made_anew(first: FirstStart, cache: Path, tiny_gguf_f
     store, tokens = start(tiny_gguf_files)
     assert counts(store) == (0, first.num_programs)
     assert tokens == first.tokens
-    assert counts(start(tiny_gguf_files)[0]) == (NUM_GRAPHS, 0)
+    assert counts(start(tiny_gguf_files)[0]) == (NUM_STEPS, 0)
 
 
 def test_after_a_change_of_our_code_steps_are_traced_anew(

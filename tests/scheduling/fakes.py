@@ -50,6 +50,8 @@ class FakeRunner:
         """A device that is done at once; whoever launches reads its output when they like."""
         return self.execute(plan)
 
+    def sample(self, flight: StepOutput) -> None: ...
+
     def collect(self, flight: StepOutput) -> StepOutput:
         return flight
 

@@ -21,6 +21,8 @@ from tinyvllm.scheduling.scheduler import Scheduler
 
 MAX_CONSECUTIVE_FAILURES = 3  # one may be an accident of its batch; this many in a row are a broken device
 
+MAX_IN_FLIGHT = 2  # one that runs, and one behind it
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,10 +40,13 @@ class Runner(Protocol):
 
     @property
     def max_in_flight(self) -> int:
-        """Steps that may be launched before the first of them is collected."""
+        """Steps that may be launched before the first of them is collected: 1, or MAX_IN_FLIGHT."""
 
     def launch(self, plan: StepPlan) -> Any:
-        """Enqueue a step; tokens in flight are fed by the device. Returns what `collect` takes."""
+        """Enqueue a step; tokens in flight are fed by the device. Returns what `sample` and `collect` take."""
+
+    def sample(self, flight: Any) -> None:
+        """Enqueue what launching left out: sampling that may hang on the tokens of the step before, now committed."""
 
     def collect(self, flight: Any) -> StepOutput:
         """Wait for the oldest launched step and read its tokens."""
@@ -108,14 +113,19 @@ class EngineCore:
         plan = self.scheduler.schedule()
         if plan is None and not self._flights:
             return []
+        outs: list[TokenOut] = []
         try:
             if plan is not None:
                 self._launch(plan, time.perf_counter() - start_s)
-                if len(self._flights) < self.runner.max_in_flight:
-                    return []
-            return self._land(self._flights[0])
+            if plan is None or len(self._flights) == MAX_IN_FLIGHT:
+                outs += self._land(self._flights[0])
+            if plan is not None:
+                self.runner.sample(self._flights[-1].handle)
+                if self.runner.max_in_flight == 1:
+                    outs += self._land(self._flights[0])
         except Exception as error:
-            return self._fail(plan, error)
+            outs += self._fail(plan, error)
+        return outs
 
     def _launch(self, plan: StepPlan, schedule_s: float) -> None:
         handle = self.runner.launch(plan)

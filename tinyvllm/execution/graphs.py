@@ -8,6 +8,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tinygrad import Tensor
@@ -18,9 +19,22 @@ from tinyvllm.errors import CacheError
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.inputs import InputPacker
 from tinyvllm.model.registry import Model
+from tinyvllm.ops.adjust import SamplingState
 from tinyvllm.ops.backend import Backend, KVPool
+from tinyvllm.ops.device import DeviceHandle
 from tinyvllm.ops.program_store import ProgramStore
-from tinyvllm.ops.recording import Call, SavedStep, Step, bind_step, cut_here, rebind, record, save_step
+from tinyvllm.ops.recording import (
+    Call,
+    SavedStep,
+    Step,
+    bind_step,
+    cut_here,
+    head_of,
+    last_written,
+    rebind,
+    record,
+    save_step,
+)
 from tinyvllm.ops.replay import make_replay
 from tinyvllm.ops.step_inputs import StepLayout
 
@@ -36,6 +50,18 @@ class Lane:
     send: Callable[[], None]  # moves the packed inputs to the device
     step: Step
     run: Callable[[], None]  # enqueues the step on what was sent last
+    device: DeviceHandle
+    adjusted: Step  # sampling from the step's logits as requests want them adjusted
+
+    @cached_property
+    def run_forward(self) -> Callable[[], None]:
+        """Enqueues the step up to its logits. Made when first asked for: nothing is compiled for it."""
+        return make_replay(self.device, head_of(self.step))
+
+    @cached_property
+    def run_adjusted(self) -> Callable[[], None]:
+        """Enqueues the adjusted sampling, after `run_forward`."""
+        return make_replay(self.device, self.adjusted)
 
 
 @dataclass(frozen=True)
@@ -64,6 +90,7 @@ def capture(
     pool: KVPool,
     capacity: Capacity,
     outputs: Sequence[Tensor],
+    state: SamplingState,
     store: ProgramStore | None = None,
 ) -> Graph:
     """A bucket's step, from `store` or else traced, compiled and kept there: a lane for each of `outputs`, which are
@@ -72,30 +99,48 @@ def capture(
     buffers = [device.input_buffer(layout.size) for _ in outputs]
     inputs, output, newest = buffers[0].tensor, outputs[0], outputs[-1]
 
+    vocab_size, stride = model.config.vocab_size, model.logit_stride
+
+    kept: list[Tensor] = []  # while it lives, the memory planner lets nothing else have the logits' place
+
     def trace() -> Tensor:
         logits = model(layout, inputs, pool, is_decode=bucket.is_decode, newest=newest)
+        kept.append(logits)
         cut_here(logits)
-        return backend.sample(logits, model.config.vocab_size, model.logit_stride, inputs, layout, output).realize()
+        return backend.sample(logits, vocab_size, stride, inputs, layout, output).realize()
 
-    lanes_tensors = {"inputs": inputs, **{f"output {i}": tensor for i, tensor in enumerate(outputs)}}
-    if store is None:
-        first = record(trace)
-    else:
-        tensors = get_state_dict({"model": model, "backend": backend, "pool": pool}) | lanes_tensors
-        name = step_name(bucket, model, backend, pool, layout, tensors)
-        first = _restore(store, name, tensors) or _record_and_keep(trace, store, name, tensors)
+    own = {"inputs": inputs, **{f"output {i}": tensor for i, tensor in enumerate(outputs)}}
+    tensors = own | get_state_dict({"model": model, "backend": backend, "pool": pool})
+    name = step_name(bucket, model, backend, pool, layout, tensors)
+    first = _restore_or_record(trace, store, name, tensors)
+    logits = last_written(head_of(first))
+
+    def trace_adjusted() -> Tensor:
+        return backend.sample(logits, vocab_size, stride, inputs, layout, output, state).realize()
+
+    tensors = own | {"logits": logits, "counts": state.counts, "mask": state.mask, "bias": state.bias}
+    adjusted = _restore_or_record(trace_adjusted, store, f"{name}-adjusted", tensors)
     lanes = []
     for index, buffer in enumerate(buffers):
         packer = InputPacker(layout, buffer.host)
         buffer.send()
         turned = {old: outputs[(i + index) % len(outputs)] for i, old in enumerate(outputs)}
-        step = rebind(first, turned | {inputs: buffer.tensor}) if index else first
+        others = turned | {inputs: buffer.tensor} if index else {}
+        step = rebind(first, others)
         run = make_replay(device, step)
         if not device.is_cpu:  # a GPU's graph is made by its first run: on padding alone, which touches the dummy block
             run()
-        lanes.append(Lane(packer, buffer.send, step, run))
+        lanes.append(Lane(packer, buffer.send, step, run, device, rebind(adjusted, others)))
     device.wait()
     return Graph(bucket, layout, inputs, tuple(lanes))
+
+
+def _restore_or_record(
+    trace: Callable[[], Tensor], store: ProgramStore | None, name: str, tensors: dict[str, Tensor]
+) -> Step:
+    if store is None:
+        return record(trace)
+    return _restore(store, name, tensors) or _record_and_keep(trace, store, name, tensors)
 
 
 def _restore(store: ProgramStore, name: str, tensors: dict[str, Tensor]) -> Step | None:

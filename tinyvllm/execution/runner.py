@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,15 +13,17 @@ from tinygrad import dtypes
 
 from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles
 from tinyvllm.errors import DeviceError, InvariantError
+from tinyvllm.execution.adjusted import SamplingRows
 from tinyvllm.execution.buckets import Bucket, choose_bucket, make_buckets
 from tinyvllm.execution.capacity import MemoryFacts, plan_capacity
 from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, weight_facts
-from tinyvllm.execution.graphs import Graph, capture
+from tinyvllm.execution.graphs import Graph, Lane, capture
 from tinyvllm.execution.profile import profile_step
 from tinyvllm.model.registry import Model, make_model
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
 from tinyvllm.model.weights.random import RandomWeights
 from tinyvllm.ops.accounting import DeviceAccount
+from tinyvllm.ops.adjust import SamplingState, state_bytes
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
 from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.bandwidth import measure_bandwidth
@@ -36,7 +39,7 @@ from tinyvllm.storage.model_config import read_model_config
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # stage ("load", "warm-up"), done, total
-OUTPUT_ROWS = 64  # an output has a multiple of so many: a few sequences more or less, and the kept steps still fit it
+ROW_STEP = 64  # outputs and sampling state have a multiple of so many rows, so that kept steps fit other --max-num-seqs
 FILL_VALUES = 1_000_003  # random numbers that a pool is filled with, over and over: a prime, so that no block repeats
 
 
@@ -72,7 +75,8 @@ def make_runner(
     memory = MemoryFacts(
         free_bytes=free_bytes,
         share=config.gpu_memory_utilization or device.default_share(),
-        weight_bytes=weight_facts(model).nbytes,
+        weight_bytes=weight_facts(model).nbytes
+        + state_bytes(padded_rows(config.max_num_seqs), model_config.vocab_size),
         kv_bytes_per_token=model_config.kv_bytes_per_token(FLOATS[kv_dtype].itemsize),
     )
     capacity = plan_capacity(config, model_config, memory)
@@ -88,6 +92,7 @@ class Flight:
 
     plan: StepPlan
     name: str
+    lane: Lane
     reader: OutputReader
     pack_s: float
     packed_s: float  # perf_counter's time
@@ -106,11 +111,12 @@ class ModelRunner:
         store: ProgramStore | None = None,
         max_in_flight: int = 1,
     ) -> None:
-        device, num_rows = backend.device, max(bucket.layout(capacity).num_seqs for bucket in buckets)
-        words = -(-num_rows // OUTPUT_ROWS) * OUTPUT_ROWS * OUT_WIDTH
-        self._outputs = [device.zeros(words, dtypes.int) for _ in range(max_in_flight)]
+        device, num_rows = backend.device, padded_rows(capacity.max_num_seqs)
+        self._outputs = [device.zeros(num_rows * OUT_WIDTH, dtypes.int) for _ in range(max_in_flight)]
         self._readers = [device.output_reader(output) for output in self._outputs]
         self._num_launched = 0
+        self._state = SamplingState(device, num_rows, model.config.vocab_size)
+        self._rows = SamplingRows(self._state)
         self._model, self._backend, self._pool, self._buckets, self.store = model, backend, pool, buckets, store
         self._graphs: dict[Bucket, Graph] = {}
         self.capacity = capacity
@@ -136,7 +142,7 @@ class ModelRunner:
                 progress("warm-up", done, len(self._buckets))
             start = time.perf_counter()
             self._graphs[bucket] = capture(
-                bucket, self._model, self._backend, self._pool, self.capacity, self._outputs, self.store
+                bucket, self._model, self._backend, self._pool, self.capacity, self._outputs, self._state, self.store
             )
             self.num_captures += 1
             logger.info("captured %s in %.2f s", bucket.name, time.perf_counter() - start)
@@ -147,32 +153,53 @@ class ModelRunner:
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one step and wait for its tokens. Raises DeviceError where the device fails."""
-        return self.collect(self.launch(plan))
+        flight = self.launch(plan)
+        self.sample(flight)
+        return self.collect(flight)
 
     def launch(self, plan: StepPlan) -> Flight:
-        """Enqueue one step, and what reads its tokens. Raises DeviceError."""
+        """Enqueue one step, and what reads its tokens; of an adjusted step only what comes before sampling. Raises
+        DeviceError."""
         start = time.perf_counter()
         graph, number = self._graph_for(plan), self._num_launched % len(self._outputs)
-        lane, reader = graph.lanes[number], self._readers[number]
+        lane = graph.lanes[number]
         lane.packer.pack(plan)
         packed = time.perf_counter()
-        try:
+        flight = Flight(plan, graph.bucket.name, lane, self._readers[number], packed - start, packed)
+        with self._named_failure(flight):
             lane.send()
-            lane.run()
-            reader.start()
-        except RuntimeError as error:
-            raise DeviceError(f"step {graph.bucket.name} failed on {self.device}: {error}") from error
+            if plan.is_adjusted:
+                lane.run_forward()
+            else:
+                lane.run()
+                flight.reader.start()
         self._num_launched += 1
-        return Flight(plan, graph.bucket.name, reader, packed - start, packed)
+        return flight
+
+    def sample(self, flight: Flight) -> None:
+        """Enqueue the sampling of an adjusted step, whose masks hang on the tokens of the step before: that one must
+        have been committed. Nothing to do for other steps. Raises DeviceError."""
+        if not flight.plan.is_adjusted:
+            return
+        with self._named_failure(flight):
+            self._rows.pack(flight.plan, flight.lane.packer.views)
+            flight.lane.send()
+            flight.lane.run_adjusted()
+            flight.reader.start()
 
     def collect(self, flight: Flight) -> StepOutput:
         """Wait for a launched step's tokens. Raises DeviceError."""
-        try:
+        with self._named_failure(flight):
             rows = flight.reader.read().reshape(-1, OUT_WIDTH)
-        except RuntimeError as error:
-            raise DeviceError(f"step {flight.name} failed on {self.device}: {error}") from error
         device_s = time.perf_counter() - flight.packed_s
         return make_output(flight.plan, rows, pack_s=flight.pack_s, device_s=device_s)
+
+    @contextmanager
+    def _named_failure(self, flight: Flight) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise DeviceError(f"step {flight.name} failed on {self.device}: {error}") from error
 
     def close(self) -> None:
         """Let go of graphs, pool and weights. The runner cannot be used again."""
@@ -204,6 +231,16 @@ class ModelRunner:
         graph = self._graph_for(plan)
         counter = CostCounter(self._model, self._pool, self.capacity.block_size)
         return counter.count(graph.bucket.name, graph.calls, graph.inputs, plan)
+
+    @property
+    def num_cores(self) -> int:
+        """Of a CPU, each of which launches kernels of its own; 1 elsewhere."""
+        return max(1, len(self._backend.device.cores))
+
+    @property
+    def output_bytes(self) -> int:
+        """What the host reads of every step: tokens and their logprobs, with the padding."""
+        return self._outputs[0].nbytes()
 
     def wait(self) -> None:
         """Return when the device has done all that was launched."""
@@ -244,6 +281,11 @@ class ModelRunner:
         filling = np.resize(drawn, num_blocks * max(tensor.numel() for tensor in tensors) // pool.num_blocks)
         for tensor in tensors:
             self._backend.device.write(tensor, filling[: num_blocks * tensor.numel() // pool.num_blocks])
+
+
+def padded_rows(max_num_seqs: int) -> int:
+    """Rows of a step's output and of the sampling state."""
+    return -(-max_num_seqs // ROW_STEP) * ROW_STEP
 
 
 def make_output(plan: StepPlan, rows: np.ndarray, *, pack_s: float, device_s: float) -> StepOutput:

@@ -129,6 +129,17 @@ def _make_call(call: UOp) -> Call:
     return Call(target, tuple(arg.buffer for arg in args))
 
 
+def head_of(step: Step) -> Step:
+    """The part of a step before its cut, on the same memory."""
+    return Step(step.calls[: step.cut], step.output, step.borrowed, step.cut)
+
+
+def last_written(step: Step) -> Tensor:
+    """What a step's last kernel writes first."""
+    call = step.calls[-1]
+    return Tensor(UOp.from_buffer(call.buffers[call.target.arg.outs[0]]))
+
+
 def rebind(step: Step, others: Mapping[Tensor, Tensor]) -> Step:
     """The same step on other tensors of the same sizes; its scratch memory is shared, so the two must not overlap."""
     swaps = {id(old.uop.base.buffer): new.uop.base.buffer.ensure_allocated() for old, new in others.items()}

@@ -1,0 +1,85 @@
+"""Who has which row of the device's sampling state, and what stands in it: the host's side of adjusted steps."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tinyvllm.errors import InvariantError
+from tinyvllm.ops.adjust import SamplingState, mask_words
+from tinyvllm.scheduling.plan import StepPlan
+from tinyvllm.scheduling.request import Request, Status
+
+FLOAT_FIELDS = ("repetition_penalty", "frequency_penalty", "presence_penalty", "typical_p")
+ALL_ALLOWED = np.uint32(0xFFFFFFFF)
+
+
+class SamplingRows:
+    """Owns the state's rows. A request has one from the first adjusted step that samples it to the first that does not:
+    what is then written again is made of its prompt and output, so nothing is lost by a preemption.
+
+    Rows change hands while no adjusted step is in flight: `pack` comes after the step before was read.
+    """
+
+    def __init__(self, state: SamplingState) -> None:
+        self._state = state
+        self._rows: dict[Request, int] = {}
+        self._free = list(range(state.num_rows))
+        self._words = np.empty(mask_words(state.vocab_size), np.uint32)
+
+    def pack(self, plan: StepPlan, views: dict[str, np.ndarray]) -> None:
+        """Write what the step's sampled requests ask for into the state and into the step's inputs."""
+        wanted = [entry.request for entry in plan.sampled]
+        adjusted = {request for request in wanted if request.needs_adjustment and request.status is not Status.FINISHED}
+        for request in [request for request in self._rows if request not in adjusted]:
+            self._free.append(self._rows.pop(request))
+        views["state_rows"][:] = -1
+        for index, request in enumerate(wanted):
+            if request in adjusted:
+                views["state_rows"][index] = self._row_of(request)
+                self._pack_row(index, request, views)
+
+    def _row_of(self, request: Request) -> int:
+        """The request's row, filled if it is new."""
+        row = self._rows.get(request)
+        if row is None:
+            if not self._free:
+                raise InvariantError(f"all {self._state.num_rows} rows of the sampling state are taken")
+            row = self._rows[request] = self._free.pop()
+            if request.params.has_penalties:
+                self._state.write_counts(row, request.prompt_ids, request.output_ids)
+            if request.params.logit_bias:
+                self._state.write_bias(row, request.params.logit_bias)
+            if request.is_masked and not request.mask_follows_output:
+                self._state.write_mask(row, self._mask(request))
+        if request.mask_follows_output:
+            self._state.write_mask(row, self._mask(request))
+        return row
+
+    def _pack_row(self, index: int, request: Request, views: dict[str, np.ndarray]) -> None:
+        params = request.params
+        views["is_counted"][index] = params.has_penalties
+        views["is_masked"][index] = request.is_masked
+        views["num_bias"][index] = len(params.logit_bias)
+        for name in FLOAT_FIELDS:
+            views[name].view(np.float32)[index] = getattr(params, name)
+
+    def _mask(self, request: Request) -> np.ndarray:
+        """(W,) uint32: a bit for each id that may be sampled now."""
+        words, allowed = self._words, request.params.allowed_token_ids
+        if request.constraint is not None:
+            request.constraint.fill_mask(words.view(np.int32))
+        else:
+            words[:] = ALL_ALLOWED
+        if allowed is not None:
+            words &= _bits(allowed, len(words))
+        banned = request.banned_ids()
+        if banned:
+            words &= ~_bits(banned, len(words))
+        return words
+
+
+def _bits(ids: tuple[int, ...] | list[int], num_words: int) -> np.ndarray:
+    """(num_words,) uint32 with these ids' bits set."""
+    flags = np.zeros(num_words * 32, np.uint8)
+    flags[list(ids)] = 1
+    return np.packbits(flags, bitorder="little").view(np.uint32)

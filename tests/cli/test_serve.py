@@ -1,23 +1,26 @@
-"""`tinyvllm serve` as a process: health while it warms up, the line to paste, and a clean stop."""
+"""`tinyvllm serve` as a process: health while it warms up, the line to paste, and ends that lose nothing."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import httpx
 import pytest
 
 # Serves an engine that hangs in the middle of an answer and is ready as soon as the test has seen that it was not.
 PROGRAM = """
-import asyncio, sys
+import asyncio, sys, threading
 from tests.server.fake_engine import FakeEngine
 from tinyvllm.cli import engine as engines, main
 
@@ -35,10 +38,18 @@ class SlowEngine(FakeEngine):
     async def generate(self, *arguments, **options):
         async for delta in super().generate(*arguments, **options):
             if delta.num_output_tokens == 6:
+                # when the test says so; a daemon, since nobody may be waited for at the end
+                loop = asyncio.get_running_loop()
+                threading.Thread(target=self.go_on, args=(loop,), daemon=True).start()
                 await self.released.wait()
-                yield type(delta)(**{**vars(delta), "finish_reason": "abort"})
-                return
+                if self.abort_after == 0:
+                    yield type(delta)(**{**vars(delta), "finish_reason": "abort"})
+                    return
             yield delta
+
+    def go_on(self, loop):
+        if sys.stdin.readline():
+            loop.call_soon_threadsafe(self.released.set)
 
 def start_engine(config, progress):
     engine = SlowEngine(served_model_name=config.served_model_name)
@@ -51,12 +62,26 @@ main()
 """
 
 
+lines: list[str] = []  # of the log, after the first with the address
+
+
+def keep_lines(log: IO[str]) -> None:
+    for line in log:
+        lines.append(line)  # not extend, which shows them only at the end
+
+
+def say(process: subprocess.Popen[str], word: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(word + "\n")
+    process.stdin.flush()
+
+
 @contextlib.contextmanager
-def serving(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(tmp_path: Path, *flags: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its address, read from the log while the engine is not ready yet."""
     model = tmp_path / "tiny.gguf"
     model.write_bytes(b"GGUF")
-    arguments = ["serve", str(model), "--port", "0", "--log-level", "info"]
+    arguments = ["serve", str(model), "--port", "0", "--log-level", "info", *flags]
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *arguments],
         stdin=subprocess.PIPE,
@@ -64,13 +89,15 @@ def serving(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
+        env={**os.environ, **environment},
     ) as process:
         assert process.stderr is not None
         try:
-            line = next(line for line in process.stderr if "http://" in line)
-            reader = threading.Thread(target=process.stderr.read, daemon=True)  # so that the pipe never fills
-            reader.start()
-            yield process, "http://" + line.split("http://")[1].split()[0].rstrip(",")
+            line = next(line for line in process.stderr if "HTTP is up on " in line)
+            lines.clear()
+            reader = threading.Thread(target=keep_lines, args=(process.stderr,), daemon=True)
+            reader.start()  # so that the pipe never fills
+            yield process, line.split("HTTP is up on ")[1].split()[0].rstrip(",")
             reader.join()
         finally:
             process.kill()
@@ -78,11 +105,10 @@ def serving(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_server_warms_up_answers_and_stops_cleanly(tmp_path: Path, number: signal.Signals) -> None:
-    with serving(tmp_path) as (process, address):
-        assert process.stdin is not None and process.stdout is not None
+    with serving(tmp_path, "--shutdown-timeout", "0") as (process, address):
+        assert process.stdout is not None
         assert httpx.get(address + "/health").status_code == 503
-        process.stdin.write("ready\n")
-        process.stdin.flush()
+        say(process, "ready")
         assert address in process.stdout.readline()
         curl = shlex.split(process.stdout.readline())
         assert curl[0] == "curl" and curl[1] == address + "/v1/chat/completions"
@@ -111,3 +137,119 @@ def test_server_that_still_warms_up_stops_cleanly_too(tmp_path: Path) -> None:
         process.stdin.close()  # what the engine's thread waits for
         assert process.wait(timeout=20) == 0
         assert process.stdout.read() == ""
+
+
+@contextlib.contextmanager
+def hanging_stream(address: str) -> Iterator[Iterator[str]]:
+    """A stream that has said "Hello," and goes on when the test says so."""
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+    with httpx.stream("POST", address + "/v1/chat/completions", json=body, timeout=20) as response:
+        chunks = response.iter_lines()
+        while '"content":"o"' not in next(chunks):
+            pass
+        yield chunks
+
+
+def refusal(address: str) -> httpx.Response:
+    return httpx.post(address + "/v1/completions", json={"prompt": "x"})
+
+
+def wait_until(address: str, path: str, status: int) -> None:
+    while httpx.get(address + path).status_code != status:
+        pass
+
+
+def test_a_signal_turns_new_work_away_and_lets_what_runs_finish(tmp_path: Path) -> None:
+    with serving(tmp_path) as (process, address):
+        say(process, "ready")
+        wait_until(address, "/ready", 200)
+        with hanging_stream(address) as chunks:
+            process.send_signal(signal.SIGTERM)
+            wait_until(address, "/ready", 503)
+            assert httpx.get(address + "/health").status_code == 200
+            assert httpx.get(address + "/engine/state").json()["status"] == "draining"
+            refused = refusal(address)
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "server_draining"
+            assert refused.headers["retry-after"] == "5" and refused.headers["connection"] == "close"
+            while not any("1 requests may go on" in line for line in lines):
+                time.sleep(0.01)
+            say(process, "go on")
+            rest = "\n".join(chunks)
+        assert '"finish_reason":"stop"' in rest and rest.rstrip().endswith("data: [DONE]")
+        assert process.wait(timeout=20) == 0
+        with pytest.raises(httpx.TransportError):
+            httpx.get(address + "/health")
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    with serving(tmp_path, "--shutdown-timeout", "1000") as (process, address):
+        say(process, "ready")
+        wait_until(address, "/ready", 200)
+        with hanging_stream(address) as chunks:
+            process.send_signal(signal.SIGTERM)
+            wait_until(address, "/ready", 503)
+            process.send_signal(signal.SIGTERM)
+            rest = "\n".join(chunks)
+        assert "aborted" in rest and rest.rstrip().endswith("data: [DONE]")
+        assert process.wait(timeout=20) == 0
+
+
+def test_what_still_runs_after_the_time_is_aborted(tmp_path: Path) -> None:
+    with serving(tmp_path, "--shutdown-timeout", "0.3") as (process, address):
+        say(process, "ready")
+        wait_until(address, "/ready", 200)
+        with hanging_stream(address) as chunks:
+            process.send_signal(signal.SIGTERM)
+            rest = "\n".join(chunks)
+        assert "aborted" in rest
+        assert process.wait(timeout=20) == 0
+
+
+def test_keys_of_all_sources_are_asked_for_and_shown_nowhere(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nfile-key-1\n\nfile-key-2\n")
+    flags = ("--api-key", "flag-key-1", "--api-key-file", str(keys))
+    with serving(tmp_path, *flags, TINYVLLM_API_KEY="env-key-1 env-key-2") as (process, address):
+        assert process.stdout is not None
+        say(process, "ready")
+        wait_until(address, "/ready", 200)
+        assert refusal(address).status_code == 401
+        for key in ("flag-key-1", "file-key-1", "file-key-2", "env-key-1", "env-key-2"):
+            answer = httpx.get(address + "/v1/models", headers={"authorization": f"Bearer {key}"})
+            assert answer.status_code == 200
+        httpx.get(address + "/v1/models", headers={"authorization": "Bearer wrong-key-1"})
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        said = process.stdout.read()
+    assert "Bearer KEY" in said
+    assert "-key-" not in said + "".join(lines)
+
+
+def test_log_lines_carry_the_requests_id_and_no_content(tmp_path: Path) -> None:
+    for flags, shows_content in (((), False), (("--log-requests",), True)):
+        with serving(tmp_path, *flags) as (process, address):
+            say(process, "ready")
+            wait_until(address, "/ready", 200)
+            body = {"prompt": "a very secret prompt", "max_tokens": 3}
+            httpx.post(address + "/v1/completions", json=body, headers={"x-request-id": "order-66"})
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=20) == 0
+        log = "".join(lines)
+        assert "[order-66]" in log and "POST /v1/completions" in log
+        assert ("secret" in log) is shows_content
+        assert ("cmpl-order-66-" in log) is shows_content
+
+
+def test_a_unix_socket_serves_and_goes_with_the_server(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with serving(tmp_path, "--uds", str(path)) as (process, address):
+        assert address == f"unix:{path}" and process.stdout is not None
+        say(process, "ready")
+        assert str(path) in process.stdout.readline()
+        assert f"--unix-socket {path} http://localhost/v1/" in process.stdout.readline()
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
+            assert client.get("/health").status_code == 200
+            assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3}).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+    assert not path.exists()

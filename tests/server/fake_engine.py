@@ -14,18 +14,31 @@ import uvicorn
 
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, SamplingParams
 from tinyvllm.engine.async_engine import AsyncEngine
+from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.output import Delta, Timing, TokenLogprob
 from tinyvllm.errors import RequestError
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.server.app import make_app
-from tinyvllm.server.serve import bind
 from tinyvllm.server.settings import ServerSettings
+from tinyvllm.server.sockets import bind
 from tinyvllm.text.tokenizer import check_characters
 
 
 class ByteTokenizer:
-    """One token a byte."""
+    """One token a byte, and one that ends a text."""
+
+    vocab_size = 257
+    bos_id = None
+    eos_id = 256
+    eos_ids = special_ids = frozenset({256})
+    strips_leading_space = False
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"<end>" if token_id == 256 else bytes([token_id])
+
+    def token_text(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode(errors="replace")
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         check_characters(text, "prompt")
@@ -42,14 +55,17 @@ class ByteTokenizer:
 class TagTemplate:
     """<role>content, line by line."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: str = "{{ tools }}") -> None:
+        self.source = source  # looked at for marks of families, and not rendered
+        self.sources = {"default": source}
         self.kwargs: dict[str, Any] = {}
         self.messages: list[dict[str, Any]] = []
+        self.tools: Any = None
 
     def render(
         self, messages: list[dict[str, Any]], *, tools: Any = None, add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        self.messages, self.kwargs = messages, kwargs
+        self.messages, self.tools, self.kwargs = messages, tools, kwargs
         if kwargs.get("fail"):
             raise RequestError("the template refuses these messages", param="messages")
         lines = [f"<{message['role']}>{message['content']}\n" for message in messages]
@@ -97,7 +113,8 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self.tokenizer = ByteTokenizer()
-        self.model_config = SimpleNamespace(vocab_size=256, name="tiny-model")
+        self.model_config = SimpleNamespace(vocab_size=257, name="tiny-model")
+        self.grammars = GrammarCompiler(self.tokenizer, 257, self.tokenizer.eos_ids)  # type: ignore[arg-type]
         self.capacity = Capacity(
             num_blocks=101, block_size=16, max_model_len=self.max_model_len, max_num_seqs=4, max_num_batched_tokens=64
         )
@@ -129,6 +146,8 @@ class FakeEngine:
         self.calls.append(Call(request_id, prompt_ids, params, priority))
         if self.refuse is not None:
             raise self.refuse
+        if params.grammar is not None:
+            await self.grammars.compile(params.grammar)  # for its refusals: the reply is what it is
         self._note(request_id, running=True)
         try:
             if self.hang_before:

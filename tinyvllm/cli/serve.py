@@ -14,6 +14,7 @@ from typer import Option
 from tinyvllm.cli import engine as engines
 from tinyvllm.cli.flags import EngineFlags, Model
 from tinyvllm.cli.models import require_model
+from tinyvllm.cli.server_flags import ListenFlags, ServerFlags
 from tinyvllm.cli.terminal import out, progress_bars
 from tinyvllm.storage.catalogue import DEFAULT_MODEL
 
@@ -26,48 +27,68 @@ log = logging.getLogger(__name__)
 def serve(
     *,
     model: Model = DEFAULT_MODEL,
-    host: Annotated[
-        str, Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0: all, for other machines too.")
-    ] = "127.0.0.1",
-    port: Annotated[int, Option(metavar="NUMBER", help="TCP port to listen on; 0: any that is free.")] = 8000,
     served_model_name: Annotated[
         str | None, Option(metavar="NAME", help="What clients call the model. [default: MODEL]")
     ] = None,
+    listen: ListenFlags,
+    http: ServerFlags,
     engine: EngineFlags,
 ) -> None:
     """Serve a model over HTTP, in OpenAI's format."""
     engine.apply()
     engine.make_config(model)  # refuses bad values before anything is begun
+    settings = http.settings()
 
     from tinyvllm.server import serve as server
+    from tinyvllm.server import sockets
+    from tinyvllm.server.context import RequestIdFilter
 
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(RequestIdFilter())
+    tls = listen.tls()
     with contextlib.ExitStack() as stack:
-        sock = stack.enter_context(contextlib.closing(server.bind(host, port)))
+        sock = listen.bind()
+        stack.enter_context(sockets.closing(sock))
         files = require_model(model, pull=engine.pull)
         config = engine.make_config(model, served_model_name=served_model_name or files.name)
-        address = server.address_of(sock)
+        address = sockets.address_of(sock, has_tls=tls is not None)
         log.info(
             "%s loads; HTTP is up on %s, where /health is 503 until it is ready", config.served_model_name, address
         )
+        if sockets.is_public(sock) and not settings.api_keys:
+            log.warning("%s is open to all who can reach it: see --api-key-file", address)
         bars = stack.enter_context(contextlib.ExitStack())  # apart: they end when the engine is ready
         report = bars.enter_context(progress_bars())
 
         def greet(ready: AsyncEngine) -> None:
             bars.close()
-            _greet(ready, address)
+            _greet(ready, address, needs_key=bool(settings.api_keys))
 
-        asyncio.run(server.serve(lambda: engines.start_engine(config, report), sock, on_ready=greet))
+        asyncio.run(
+            server.serve(
+                lambda: engines.start_engine(config, report),
+                sock,
+                on_ready=greet,
+                settings=settings,
+                tls=tls,
+                access_log=http.access_log,
+            )
+        )
 
 
-def _greet(engine: AsyncEngine, address: str) -> None:
+def _greet(engine: AsyncEngine, address: str, *, needs_key: bool) -> None:
     """Say where the server is, and how to try it."""
     name = engine.served_model_name
-    out.print(f"{name} is served on {address} in OpenAI's format; Ctrl-C stops. Try:", highlight=False, markup=False)
-    out.print(_curl_line(address, name, can_chat=engine.chat_template is not None), highlight=False, markup=False)
+    page = "" if address.startswith("unix:") else f" and as a page on {address}/"
+    out.print(
+        f"{name} is served on {address} in OpenAI's format{page}; Ctrl-C stops. Try:", highlight=False, markup=False
+    )
+    line = _curl_line(address, name, can_chat=engine.chat_template is not None, needs_key=needs_key)
+    out.print(line, highlight=False, markup=False)
 
 
-def _curl_line(address: str, model: str, *, can_chat: bool) -> str:
-    """A command to paste into a shell."""
+def _curl_line(address: str, model: str, *, can_chat: bool, needs_key: bool) -> str:
+    """A command to paste into a shell. A key is left for the user to fill in: it is in no log."""
     body: dict[str, object] = {"model": model}
     if can_chat:
         path = "chat/completions"
@@ -75,5 +96,9 @@ def _curl_line(address: str, model: str, *, can_chat: bool) -> str:
     else:
         path = "completions"
         body["prompt"] = "The capital of France is"
+    target = f"{address}/v1/{path}"
+    if address.startswith("unix:"):
+        target = f"--unix-socket {shlex.quote(address.removeprefix('unix:'))} http://localhost/v1/{path}"
+    key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
     text = shlex.quote(json.dumps(body))
-    return f"curl {address}/v1/{path} -H 'Content-Type: application/json' -d {text}"
+    return f"curl {target}{key} -H 'Content-Type: application/json' -d {text}"

@@ -1,56 +1,35 @@
-"""Starting and stopping: the socket first, then HTTP and the engine beside each other, and a clean end."""
+"""Starting and stopping: HTTP and the engine beside each other, and an end in which nobody loses an answer."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
+import logging
+import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
 
-from tinyvllm.errors import TinyvllmError
 from tinyvllm.server.app import make_app
+from tinyvllm.server.settings import ServerSettings
+from tinyvllm.server.sockets import TlsFiles, end_silent_peers
+from tinyvllm.server.steps import log_status
 
 if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AsyncEngine
+    from tinyvllm.server.state import ServerState
+
+log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75  # longer than clients' pools keep connections, so that they seldom write into one that just closed
-GRACE_S = 5  # for answers that are being written when the server stops
+GRACE_S = 5.0  # for answers that are being written when the server stops, and for the engine's last step
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket on host:port (0: any free port). Done before a model is loaded, so that a port in use costs no wait."""
-    if not 0 <= port < 2**16:  # the system would take the lower 16 bits without a word
-        raise TinyvllmError(f"--port is {port}: give a number between 0 (any free port) and 65535")
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:
-        raise TinyvllmError(f"--host {host} --port {port} is no address of this machine: {error}") from error
-    sock = socket.socket(family, kind, proto)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind(address)
-        sock.listen(2048)  # SO_REUSEADDR lets two bind; the second to listen is told
-    except OSError as error:
-        sock.close()
-        if error.errno == errno.EADDRINUSE:
-            remedy = "stop the program that has it, or choose another with --port"
-            raise TinyvllmError(f"port {port} of {host} is in use: {remedy}") from error
-        raise TinyvllmError(f"cannot listen on --host {host} --port {port}: {error}") from error
-    return sock
-
-
-def address_of(sock: socket.socket) -> str:
-    """The URL that reaches `sock` from this machine."""
-    host, port = sock.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 async def serve(
@@ -58,21 +37,31 @@ async def serve(
     sock: socket.socket,
     *,
     on_ready: Callable[[AsyncEngine], None],
+    settings: ServerSettings | None = None,
+    tls: TlsFiles | None = None,
     access_log: bool = True,
 ) -> None:
     """Answer on `sock` until SIGINT or SIGTERM, while the engine warms up and after.
 
-    Raises what kept the engine from starting. On a signal, running requests are aborted and the engine is shut down.
+    On a signal /ready turns to 503 and new requests are refused; those that run may go on for the settings'
+    shutdown_timeout_s, then they are aborted and the engine is shut down. A second signal does so at once. Raises what
+    kept the engine from starting.
     """
+    settings = settings or ServerSettings()
     engine = start_engine()
+    app = make_app(engine, settings)
+    end_silent_peers(sock, settings.idle_timeout_s)
     config = uvicorn.Config(
-        make_app(engine),
+        app,
         log_config=None,  # the command line has set logging up
         access_log=access_log,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=GRACE_S,
+        timeout_graceful_shutdown=int(GRACE_S),
+        ssl_certfile=tls.certfile if tls else None,
+        ssl_keyfile=tls.keyfile if tls else None,
+        server_header=False,
     )
-    server = _Server(config, engine)
+    server = Server(config, app.state.server)
 
     async def announce() -> None:
         try:
@@ -86,27 +75,65 @@ async def serve(
             on_ready(engine)
 
     announcement = asyncio.create_task(announce())
+    tasks = [announcement]
+    if settings.stats_interval_s is not None:
+        tasks.append(asyncio.create_task(log_status(engine, app.state.server.metrics, settings.stats_interval_s)))
     try:
         await server.serve(sockets=[sock])
     finally:
-        if not announcement.done():
-            announcement.cancel()
+        for task in tasks:
+            if not task.done():
+                task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await announcement
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server, which stops the engine first, so that no answer runs on for minutes after a signal."""
+class Server(uvicorn.Server):
+    """uvicorn's server, which drains before it stops, and stops the engine before it waits for answers."""
 
-    def __init__(self, config: uvicorn.Config, engine: AsyncEngine) -> None:
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._state = state
+        self._drain_until_s: float | None = None  # monotonic; set once the drain was announced
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal to stop: the first begins to drain, any later one ends that."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+        self._state.drain.has_begun = True  # here, so that /ready shows it at once
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop now. Sockets stay open while the server drains, so that refusals and /ready are answered."""
+        if not await super().on_tick(counter):
+            return False
+        drain = self._state.drain
+        if self.force_exit or not drain.num_requests or not self._state.engine.is_ready:
+            return True
+        if self._drain_until_s is None:
+            timeout_s = self._state.settings.shutdown_timeout_s
+            self._drain_until_s = time.monotonic() + timeout_s
+            if timeout_s:
+                log.warning(
+                    "stopping: %d requests may go on for up to %g s; a second signal stops at once",
+                    drain.num_requests,
+                    timeout_s,
+                )
+        return time.monotonic() >= self._drain_until_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        engine = self._state.engine
+        if self._state.drain.num_requests:
+            log.warning("stopping: %d requests are aborted", self._state.drain.num_requests)
         # While it loads there is nothing to abort, and it could not be waited for: a graph takes long to capture. Its
         # thread is a daemon and ends with the process.
-        if self._engine.is_ready:
-            await self._engine.shutdown()
+        if engine.is_ready:
+            ended = asyncio.create_task(engine.shutdown())
+            if not (await asyncio.wait((ended,), timeout=GRACE_S))[0] and self.force_exit:
+                # it waits for a step that may never end, on a thread that Python would wait for at its exit
+                log.critical("the engine's step does not end: the process is ended as it is")
+                os._exit(1)
+            await ended
         await super().shutdown(sockets)
 
     @contextlib.contextmanager

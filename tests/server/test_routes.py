@@ -274,10 +274,14 @@ async def test_settings_reach_the_engine() -> None:
     engine = FakeEngine()
     settings = {
         "temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "seed": -5, "min_tokens": 1, "ignore_eos": True,
-        "include_stop_str_in_output": True, "skip_special_tokens": False,
+        "include_stop_str_in_output": True, "skip_special_tokens": False, "typical_p": 0.5, "frequency_penalty": 0.5,
+        "presence_penalty": -0.5, "repetition_penalty": 1.5,
     }  # fmt: skip
-    await complete(engine, **settings, stop="zz", stop_token_ids=[3, 4], priority=2)
+    lists = {"stop_token_ids": [3, 4], "bad_words": ["no"], "allowed_token_ids": [7, 8]}
+    await complete(engine, **settings, **lists, stop="zz", logit_bias={"5": 1, "60": -2.5}, priority=2)
     params = engine.calls[0].params
+    assert {name: list(getattr(params, name)) for name in lists} == lists
+    assert params.logit_bias == {5: 1.0, 60: -2.5}
     assert {name: getattr(params, name) for name in settings} == settings
     assert (params.stop, params.stop_token_ids, params.logprobs) == (("zz",), (3, 4), None)
     assert engine.calls[0].priority == 2
@@ -308,7 +312,6 @@ NEUTRAL = {
 async def test_neutral_values_of_unsupported_fields_are_accepted() -> None:
     await complete(FakeEngine(), **NEUTRAL, echo=False)
     await chat(FakeEngine(), **NEUTRAL, tools=[], tool_choice="none")
-    await chat(FakeEngine(), tools=[{"type": "function"}], tool_choice="none")
 
 
 async def test_unknown_fields_are_accepted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -348,17 +351,30 @@ BOTH = [
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-    ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty"),
-    ({"presence_penalty": 0.5}, "presence_penalty"),
-    ({"repetition_penalty": 1.1}, "repetition_penalty"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"frequency_penalty": 3}, "frequency_penalty"),
+    ({"presence_penalty": -2.5}, "presence_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"typical_p": 0}, "typical_p"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": "much"}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"bad_words": [""]}, "bad_words"),
+    ({"allowed_token_ids": []}, "allowed_token_ids"),
     ({"best_of": 2}, "best_of"),
+    ({"length_penalty": 2}, "length_penalty"),
     ({"suffix": "x"}, "suffix"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"prompt_logprobs": 1}, "prompt_logprobs"),
-    ({"guided_json": {"type": "object"}}, "guided_json"),
-    ({"structured_outputs": {"json": {}}}, "structured_outputs"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
+    ({"response_format": "json"}, "response_format"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"guided_json": [1]}, "guided_json"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"json": 3}}, "structured_outputs.json"),
+    ({"structured_outputs": {"xml": 1}}, "structured_outputs.xml"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"regex": "a"}, "guided_regex": "a"}, "guided_regex"),
     ({"truncate_prompt_tokens": 4}, "truncate_prompt_tokens"),
     ({"priority": 2**40}, "priority"),
     ({"model": 5}, "model"),
@@ -370,7 +386,7 @@ COMPLETION_ONLY = [
     ({"prompt": ""}, "prompt"),
     ({"prompt": ["a", 1]}, "prompt"),
     ({"prompt": [1, -1]}, "prompt"),
-    ({"prompt": [256]}, "prompt"),
+    ({"prompt": [257]}, "prompt"),
     ({"prompt": [True]}, "prompt"),
     ({"prompt": {"a": 1}}, "prompt"),
     ({"prompt": ["a"] * 2049}, "prompt"),
@@ -390,8 +406,14 @@ CHAT_ONLY = [
     ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ["b"]}]}, "messages.1.content"),
     ({"messages": [{"role": "user", "content": "\udc00"}]}, "messages"),
     ({"messages": [{"role": "assistant", "tool_calls": "f"}]}, "messages.0.tool_calls"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "messages.0.tool_calls.0.function.name"),
+    ({"messages": [{"role": "user", "content": "x"}] * 4097}, "messages"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function"),
+    ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools.1"),
     ({"tools": {}}, "tools"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"functions": [{}]}, "functions"),
     ({"modalities": ["audio"]}, "modalities"),

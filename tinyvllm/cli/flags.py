@@ -127,6 +127,22 @@ class EngineFlags(RunnerFlags):
     chat_template: Annotated[
         str | None, Option(metavar="FILE", help="A Jinja file that replaces the model's own chat template.")
     ] = None
+    tool_call_parser: Annotated[
+        str | None,
+        Option(
+            metavar="NAME",
+            help="How the model writes tool calls: hermes (Qwen too), llama3_json, mistral, json. "
+            "[default: by its chat template]",
+        ),
+    ] = None
+    reasoning_parser: Annotated[
+        str | None,
+        Option(
+            metavar="NAME",
+            help="How the model marks reasoning: think (or qwen3, deepseek_r1), mistral, none. "
+            "[default: by its chat template]",
+        ),
+    ] = None
 
     def make_config(
         self, model: str, *, num_seqs: int = _STANDARD.max_num_seqs, served_model_name: str | None = None

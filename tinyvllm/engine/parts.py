@@ -17,7 +17,9 @@ from tinyvllm.scheduling.scheduler import Scheduler
 from tinyvllm.storage.model_config import read_generation_defaults
 from tinyvllm.storage.resolve import resolve_model
 from tinyvllm.text.chat import ChatTemplate, load_chat_template
+from tinyvllm.text.reasoning import find_reasoning_format
 from tinyvllm.text.tokenizer import Tokenizer, load_tokenizer
+from tinyvllm.text.tools import find_tool_format
 
 Progress = Callable[[str, int, int], None]  # stage ("load", "warm-up"), done, total
 
@@ -58,6 +60,8 @@ def load_parts(config: EngineConfig, progress: Progress | None = None) -> Engine
     files = resolve_model(config.model)
     tokenizer = load_tokenizer(files)
     chat_template = load_chat_template(files, config.chat_template)
+    find_tool_format(config.tool_call_parser, "")  # raises for a name that is not known
+    find_reasoning_format(config.reasoning_parser, "")
     generation_defaults = read_generation_defaults(files)
 
     from tinyvllm.execution.runner import load_runner  # here, because it starts the device

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from tinyvllm.errors import EngineDeadError, RequestError, TinyvllmError
 from tinyvllm.server.limits import DrainingError, QueueFullError, RequestTimeoutError
-from tinyvllm.server.protocol import ErrorBody, ErrorDetail
+from tinyvllm.server.protocol.common import ErrorBody, ErrorDetail
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from starlette.staticfiles import StaticFiles
 from tinyvllm import __version__
 from tinyvllm.server.failures import StalledError
 from tinyvllm.server.live import EngineState, engine_state
-from tinyvllm.server.protocol import Version
+from tinyvllm.server.protocol.common import Version
 from tinyvllm.server.state import state_of
 
 STATIC = Path(__file__).parent / "static"

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from tinyvllm.server.context import current
 from tinyvllm.server.failures import AbortedError, ClientGone, StepFailedError, failure_of
-from tinyvllm.server.protocol import PromptTokensDetails, Usage
+from tinyvllm.server.protocol.common import PromptTokensDetails, Usage
 
 if TYPE_CHECKING:
     from tinyvllm.engine.output import Delta

@@ -74,6 +74,7 @@ class ChatTemplate:
 
     def __init__(self, sources: Mapping[str, str], special_texts: Mapping[str, str], model_name: str) -> None:
         self.sources = dict(sources)
+        self.source = "\n".join(sources.values())  # of all: it shows what the family's messages look like
         self._special_texts = dict(special_texts)
         environment = make_environment()
         self._templates: dict[str, jinja2.Template] = {}

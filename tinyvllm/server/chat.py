@@ -1,0 +1,92 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from tinyvllm.config import SamplingParams
+from tinyvllm.server.chat_answers import ChatStream, chat_answer
+from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
+from tinyvllm.server.intake import (
+    ERRORS,
+    check_ids,
+    check_request,
+    event_stream,
+    event_stream_too,
+    json_response,
+    make_heading,
+)
+from tinyvllm.server.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
+from tinyvllm.server.protocol.tools import NamedChoice
+from tinyvllm.server.state import ServerState, state_of
+from tinyvllm.server.streaming import begun, merge, until_disconnect
+
+router = APIRouter(responses=ERRORS)
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=event_stream_too(ChatChunk))
+async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    state = state_of(request)
+    return await until_disconnect(request.receive, _chat(state, body))
+
+
+async def _chat(state: ServerState, body: ChatRequest) -> Response:
+    arrival_s = time.perf_counter()
+    check_request(state, body)
+    prompt, params = await asyncio.to_thread(_read, state, body)
+    heading = make_heading(state, "chatcmpl-")
+    deltas = state.generate(prompt.ids, params, request_id=heading.id, arrival_s=arrival_s, priority=body.priority or 0)
+    items = merge([deltas], params.n)
+    if not body.stream:
+        return json_response(await chat_answer(items, heading, prompt.format, n=params.n, logprobs=bool(body.logprobs)))
+    items = await begun(items)
+    stream = ChatStream(
+        heading,
+        prompt.format,
+        n=params.n,
+        include_usage=body.include_usage,
+        continuous_usage=body.continuous_usage,
+    )
+    return event_stream(stream.frames(items), items)
+
+
+def _read(state: ServerState, body: ChatRequest) -> tuple[Prompt, SamplingParams]:
+    """The prompt and the settings. Runs on a worker thread."""
+    prompt = make_prompt(conversation_of(body), state.engine)
+    check_ids(state, prompt.ids, body.token_limit, param="messages")
+    params = body.make_params(
+        state.engine.generation_defaults,
+        max_tokens=body.token_limit,
+        logprobs=body.num_logprobs,
+        grammar=prompt.grammar,
+        keeps_special_tokens=prompt.keeps_special_tokens,
+    )
+    return prompt, params
+
+
+def conversation_of(body: ChatRequest) -> Conversation:
+    choice: dict[str, Any] = {}
+    if isinstance(body.tool_choice, NamedChoice):
+        choice = {"tool_choice": "required", "named_tool": body.tool_choice.name}
+    elif body.tool_choice is not None:
+        choice = {"tool_choice": body.tool_choice}
+    tools = body.tools or []
+    goes_on = bool(body.continue_final_message)
+    return Conversation(
+        messages=[message.for_template() for message in body.messages],
+        tools=[tool.as_tool(f"tools.{position}") for position, tool in enumerate(tools)],
+        tools_for_template=[tool.for_template() for tool in tools],
+        # a call of one function is one call
+        is_parallel=body.parallel_tool_calls is not False and "named_tool" not in choice,
+        grammar=body.grammar(),
+        shows_reasoning=body.include_reasoning is not False,
+        add_generation_prompt=not goes_on if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=goes_on,
+        template_arguments=body.template_arguments,
+        **choice,
+    )

@@ -1,0 +1,150 @@
+"""From deltas to answers of /v1/chat/completions, whole and streamed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING
+
+from tinyvllm.server.answers import finite, gather
+from tinyvllm.server.intake import Heading
+from tinyvllm.server.message import Message, MessageReader, OutputFormat, Piece, Reasoning
+from tinyvllm.server.protocol.chat import (
+    AssistantMessage,
+    CalledFunction,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatTokenLogprob,
+    FunctionDelta,
+    ToolCall,
+    ToolCallDelta,
+    TopLogprob,
+)
+from tinyvllm.server.streaming import Item, Tally, frame
+from tinyvllm.text.tools.base import CallArguments, CallBegin, Text
+
+if TYPE_CHECKING:
+    from tinyvllm.engine.output import TokenLogprob
+
+
+async def chat_answer(
+    items: AsyncGenerator[Item, None], heading: Heading, format: OutputFormat, *, n: int, logprobs: bool
+) -> ChatCompletion:
+    choices, tally = await gather(items, n)
+    answers = []
+    for index, choice in enumerate(choices):
+        message, reader = Message.read(choice.text, format)
+        answer = ChatChoice(
+            index=index,
+            message=_assistant_message(message),
+            logprobs=chat_logprobs(choice.logprobs) if logprobs else None,
+            finish_reason=reader.finish_reason(choice.finish_reason),
+            stop_reason=choice.stop_reason,
+        )
+        answers.append(answer)
+    return ChatCompletion(
+        id=heading.id, created=heading.created, model=heading.model, choices=answers, usage=tally.usage()
+    )
+
+
+def _assistant_message(message: Message) -> AssistantMessage:
+    calls = [
+        ToolCall(id=call.id, function=CalledFunction(name=call.name, arguments=call.arguments))
+        for call in message.calls
+    ]
+    return AssistantMessage(
+        content=message.content if message.content or not calls else None,
+        reasoning_content=message.reasoning or None,
+        tool_calls=calls or None,
+    )
+
+
+class ChatStream:
+    """The events of one answer. Owns the readers of its choices and the count of tokens."""
+
+    def __init__(
+        self, heading: Heading, format: OutputFormat, *, n: int, include_usage: bool, continuous_usage: bool = False
+    ) -> None:
+        self._heading = heading
+        self._format = format
+        self._readers = [format.reader() for _ in range(n)]
+        self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
+        self._tally = Tally()
+
+    async def frames(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[str, None]:
+        """The role of each choice, its message as it comes, its finish_reason, and the usage if asked."""
+        for index in range(len(self._readers)):
+            yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
+        async with contextlib.aclosing(items):
+            async for item in items:
+                self._tally.add(item)
+                for choice in self._choices(item, self._readers[item.choice]):
+                    yield self._chunk(choice)
+        if self._include_usage:
+            yield self._frame([], has_usage=True)
+
+    def _choices(self, item: Item, reader: MessageReader) -> list[ChatChunkChoice]:
+        delta = item.delta
+        pieces = reader.push(delta.text)
+        if delta.finish_reason is not None:
+            pieces += reader.flush()
+        choices = [ChatChunkChoice(index=item.choice, delta=self._delta(piece)) for piece in pieces]
+        if delta.logprobs:  # with what the tokens made certain, which may be nothing yet
+            if not choices:
+                choices = [ChatChunkChoice(index=item.choice, delta=ChatDelta(content=""))]
+            choices[0].logprobs = chat_logprobs(delta.logprobs)
+        if delta.finish_reason is not None:
+            ended = ChatChunkChoice(
+                index=item.choice,
+                delta=ChatDelta(),
+                finish_reason=reader.finish_reason(delta.finish_reason),
+                stop_reason=delta.stop_reason,
+            )
+            choices.append(ended)
+        return choices
+
+    def _delta(self, piece: Piece) -> ChatDelta:
+        match piece:
+            case Reasoning():
+                return ChatDelta(reasoning_content=piece.text)
+            case Text():
+                return ChatDelta(content=piece.text)
+            case CallBegin():
+                assert self._format.tools is not None
+                function = FunctionDelta(name=piece.name, arguments="")
+                call_id = self._format.tools.make_id()
+                call = ToolCallDelta(index=piece.index, id=call_id, type="function", function=function)
+                return ChatDelta(tool_calls=[call])
+            case CallArguments():
+                call = ToolCallDelta(index=piece.index, function=FunctionDelta(arguments=piece.text))
+                return ChatDelta(tool_calls=[call])
+
+    def _chunk(self, choice: ChatChunkChoice) -> str:
+        return self._frame([choice], has_usage=self._continuous_usage)
+
+    def _frame(self, choices: list[ChatChunkChoice], *, has_usage: bool) -> str:
+        heading = self._heading
+        usage = self._tally.usage() if has_usage else None
+        chunk = ChatChunk(id=heading.id, created=heading.created, model=heading.model, choices=choices, usage=usage)
+        return frame(chunk, omit=None if self._include_usage else {"usage"})
+
+
+def chat_logprobs(logprobs: tuple[TokenLogprob, ...] | list[TokenLogprob]) -> ChatLogprobs:
+    return ChatLogprobs(
+        content=[
+            ChatTokenLogprob(
+                token=entry.token,
+                logprob=finite(entry.logprob),
+                bytes=list(entry.bytes),
+                top_logprobs=[
+                    TopLogprob(token=top.token, logprob=finite(top.logprob), bytes=list(top.bytes)) for top in entry.top
+                ],
+            )
+            for entry in logprobs
+        ]
+    )

@@ -1,0 +1,86 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from tinyvllm.server.completion_answers import CompletionStream, completion_answer
+from tinyvllm.server.intake import (
+    ERRORS,
+    check_ids,
+    check_request,
+    context_limit,
+    event_stream,
+    event_stream_too,
+    json_response,
+    make_heading,
+)
+from tinyvllm.server.protocol.completions import DEFAULT_TOKENS, Completion, CompletionRequest
+from tinyvllm.server.state import ServerState, state_of
+from tinyvllm.server.streaming import begun, merge, until_disconnect
+
+if TYPE_CHECKING:
+    from tinyvllm.engine.output import Delta
+
+router = APIRouter(responses=ERRORS)
+
+
+@router.post("/v1/completions", response_model=Completion, responses=event_stream_too(Completion))
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    state = state_of(request)
+    return await until_disconnect(request.receive, _complete(state, body))
+
+
+async def _complete(state: ServerState, body: CompletionRequest) -> Response:
+    arrival_s = time.perf_counter()
+    check_request(state, body)
+    params = body.sampling_params(state.engine.generation_defaults)
+    prompts, echoes = await asyncio.to_thread(_read_prompts, state, body)
+    heading = make_heading(state, "cmpl-")
+    streams: list[AsyncGenerator[Delta, None]] = []
+    for position, ids in enumerate(prompts):
+        fitted = params
+        if body.max_tokens is None:  # the default gives way to a long prompt; what was asked for does not
+            room = context_limit(state) - len(ids)
+            fitted = dataclasses.replace(params, max_tokens=min(DEFAULT_TOKENS, room))
+        request_id = f"{heading.id}-{position}"
+        streams.append(
+            state.generate(ids, fitted, request_id=request_id, arrival_s=arrival_s, priority=body.priority or 0)
+        )
+    items = merge(streams, params.n)
+    if not body.stream:
+        wants_logprobs = body.logprobs is not None
+        return json_response(
+            await completion_answer(items, heading, n=params.n, echoes=echoes, logprobs=wants_logprobs)
+        )
+    items = await begun(items)
+    stream = CompletionStream(heading, include_usage=body.include_usage, continuous_usage=body.continuous_usage)
+    return event_stream(stream.frames(items, n=params.n, echoes=echoes), items)
+
+
+def _read_prompts(state: ServerState, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
+    """Each prompt's ids, and its text if it shall be echoed (else ""). Runs on a worker thread."""
+    tokenizer = state.engine.tokenizer
+    prompts: list[list[int]] = []
+    echoes: list[str] = []
+    for prompt in body.prompt:
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+        else:
+            ids = prompt
+        check_ids(state, ids, body.max_tokens, param="prompt")
+        prompts.append(ids)
+        if not body.echo:
+            echoes.append("")
+        elif isinstance(prompt, str):
+            echoes.append(prompt)
+        else:
+            echoes.append(tokenizer.decode(ids, skip_special_tokens=body.skip_special_tokens is not False))
+    return prompts, echoes

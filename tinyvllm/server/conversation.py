@@ -1,0 +1,123 @@
+"""From messages and tools to a prompt, what the output must look like, and how it is to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from tinyvllm.config import GrammarSpec
+from tinyvllm.errors import RequestError
+from tinyvllm.server.message import OutputFormat
+from tinyvllm.text.grammar import lark_json
+from tinyvllm.text.json_schema import parse_schema
+from tinyvllm.text.reasoning import find_reasoning_format
+from tinyvllm.text.tools import Tool, ToolFormat, find_tool_format
+
+if TYPE_CHECKING:
+    from tinyvllm.engine.async_engine import AsyncEngine
+
+JSON_KINDS = ("json_object", "json_schema")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a route has read of its request."""
+
+    messages: Sequence[Mapping[str, Any]]  # as templates expect them
+    tools: Sequence[Tool] = ()
+    tools_for_template: Sequence[Mapping[str, Any]] = ()
+    tool_choice: Literal["none", "auto", "required"] = "auto"
+    named_tool: str | None = None  # the one that must be called
+    is_parallel: bool = True
+    grammar: GrammarSpec | None = None  # of an answer in words
+    shows_reasoning: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_tools(self) -> bool:
+        return bool(self.tools) and self.tool_choice != "none"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the engine is asked."""
+
+    ids: list[int]
+    grammar: GrammarSpec | None
+    format: OutputFormat
+    keeps_special_tokens: bool  # marks of calls are among them, so that they must come as text
+
+
+def make_prompt(conversation: Conversation, engine: AsyncEngine) -> Prompt:
+    """Render and encode. Takes milliseconds for long chats, so it belongs on a worker thread.
+
+    Raises RequestError for what the template refuses and for tools whose schema cannot be enforced.
+    """
+    template = engine.chat_template
+    if template is None:
+        raise RequestError(
+            "this model has no chat template: use /v1/completions, or start the server with --chat-template FILE",
+            param="messages",
+        )
+    tool_format = find_tool_format(engine.config.tool_call_parser, template.source)
+    reasoning = find_reasoning_format(engine.config.reasoning_parser, template.source)
+    tools = conversation.tools if conversation.has_tools else ()
+    text = template.render(
+        tool_format.prepare(conversation.messages, tools, has_template="tools" in template.source),
+        tools=list(conversation.tools_for_template) if tools else None,
+        add_generation_prompt=conversation.add_generation_prompt,
+        **conversation.template_arguments,
+    )
+    if conversation.continue_final_message:
+        text = cut_after(text, str(conversation.messages[-1]["content"]))
+    grammar = _grammar(conversation, tool_format, engine) if tools else conversation.grammar
+    if grammar is not None and reasoning is not None:
+        grammar = replace(grammar, prefix=reasoning.prefix(text, engine.tokenizer))
+    output = OutputFormat(
+        prompt=text[-100:],
+        reasoning=reasoning,
+        shows_reasoning=conversation.shows_reasoning,
+        tools=tool_format if tools else None,
+        tool_names=frozenset(tool.name for tool in tools),
+        is_parallel=conversation.is_parallel,
+    )
+    keeps = bool(tools) and tool_format.shows_special_tokens(engine.tokenizer)
+    return Prompt(engine.tokenizer.encode_chat(text), grammar, output, keeps)
+
+
+def _grammar(conversation: Conversation, format: ToolFormat, engine: AsyncEngine) -> GrammarSpec | None:
+    """What the output of a request with tools must look like; None: whatever the model likes."""
+    tools, answer = conversation.tools, conversation.grammar
+    if conversation.named_tool is not None:
+        tools = [tool for tool in tools if tool.name == conversation.named_tool]
+    if conversation.tool_choice == "required":  # an answer in words, which `answer` would bind, is not made
+        text = format.forced_grammar(tools, engine.tokenizer, is_parallel=conversation.is_parallel)
+        return GrammarSpec("lark", text, param="tools")
+    if answer is None:
+        is_bound = any(tool.is_strict for tool in tools)
+        return GrammarSpec("lark", format.free_grammar(tools, engine.tokenizer), param="tools") if is_bound else None
+    if answer.kind not in JSON_KINDS:
+        raise RequestError(
+            f"{answer.param} cannot bind an answer that may be a call of a tool: send tool_choice 'none' or "
+            "'required', or leave the tools out",
+            param=answer.param,
+        )
+    schema = parse_schema(answer.text, answer.param) if answer.kind == "json_schema" else {"type": "object"}
+    calls = format.forced_grammar(tools, engine.tokenizer, is_parallel=conversation.is_parallel)
+    text = f"start: calls | document\ndocument: {lark_json(schema, answer.param)}\n"
+    return GrammarSpec("lark", text + calls.replace("start:", "calls:", 1), param=answer.param)
+
+
+def cut_after(text: str, last_content: str) -> str:
+    """`text` without what the template puts after the last message's content, so that the model goes on with it."""
+    content = last_content.strip()  # templates strip it
+    start = text.rfind(content) if content else -1
+    if start < 0:
+        raise RequestError(
+            "continue_final_message needs a last message whose content the chat template shows as it is",
+            param="continue_final_message",
+        )
+    return text[: start + len(content)]

@@ -1,0 +1,93 @@
+"""What every route that generates does first and last: checks, limits, ids of answers, and the way out."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from tinyvllm.errors import ContextLengthError, RequestError
+from tinyvllm.server.context import current
+from tinyvllm.server.failures import UnknownModelError
+from tinyvllm.server.protocol.common import ErrorBody
+from tinyvllm.server.streaming import EventStream, Item, guarded
+
+if TYPE_CHECKING:
+    from tinyvllm.server.protocol.generation import GenerationRequest
+    from tinyvllm.server.state import ServerState
+
+# What every route of OpenAI's may answer besides its own, for the OpenAPI document.
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+
+
+def event_stream_too(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The same of a route that answers `stream=true` by server-sent events of `model`."""
+    schema = {"type": "string", "description": f"Events of {model.__name__} as JSON, then [DONE]."}
+    return {200: {"content": {"text/event-stream": {"schema": schema}}}}
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What every chunk of one answer repeats."""
+
+    id: str
+    created: int
+    model: str
+
+
+def make_heading(state: ServerState, prefix: str) -> Heading:
+    context = current()  # its id is in this one, and so in every line that the engine logs of the request
+    unique = context.request_id if context.is_own_id else f"{context.request_id}-{uuid.uuid4().hex[:8]}"
+    return Heading(id=f"{prefix}{unique}", created=int(time.time()), model=state.engine.served_model_name)
+
+
+def require_model(state: ServerState, name: str | None) -> None:
+    served = state.engine.served_model_name
+    if name is not None and name != served:
+        raise UnknownModelError(f"the model {name!a} does not exist: this server has {served!r}")
+
+
+def check_request(state: ServerState, body: GenerationRequest) -> None:
+    """Raise what can be said of a request before its prompt is read."""
+    state.require_ready()
+    require_model(state, body.model)
+    body.refuse_unsupported()
+
+
+def context_limit(state: ServerState) -> int:
+    """Most tokens of prompt and output together: the pool may hold fewer than the model can."""
+    return min(state.engine.capacity.max_model_len, state.engine.capacity.num_tokens)
+
+
+def check_ids(state: ServerState, ids: list[int], max_tokens: int | None, *, param: str) -> None:
+    """Refuse what can never run: here, while the whole request can still be refused, and under its field's name."""
+    vocab_size, limit = state.engine.model_config.vocab_size, context_limit(state)
+    if not ids:
+        raise RequestError(f"{param} has no tokens: give at least one", param=param)
+    if max(ids) >= vocab_size:
+        raise RequestError(f"{param} has the token id {max(ids)}, but the vocabulary has {vocab_size}", param=param)
+    if len(ids) >= limit:
+        raise ContextLengthError(
+            f"{param} has {len(ids)} tokens, but the maximum context length is {limit} tokens, of which one must be "
+            "left for the output: shorten it, or start the server with a larger --max-model-len",
+            param=param,
+        )
+    if max_tokens is not None and len(ids) + max_tokens > limit:
+        raise ContextLengthError(
+            f"{len(ids)} tokens of {param} and {max_tokens} of output are more than the maximum context length of "
+            f"{limit} tokens: shorten the first, ask for fewer, or start the server with a larger --max-model-len",
+            param="max_tokens",
+        )
+
+
+def json_response(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def event_stream(frames: AsyncGenerator[str, None], items: AsyncGenerator[Item, None]) -> EventStream:
+    return EventStream(guarded(frames), items)

@@ -1,0 +1,111 @@
+"""What is served, and its tokenizer: /v1/models, /tokenize, /detokenize, /tokenizer_info."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request
+
+from tinyvllm.errors import RequestError
+from tinyvllm.server.chat import conversation_of
+from tinyvllm.server.conversation import make_prompt
+from tinyvllm.server.intake import ERRORS, require_model
+from tinyvllm.server.protocol.common import ModelCard, ModelList
+from tinyvllm.server.protocol.tokens import (
+    Detokenized,
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
+    TokenizerInfo,
+)
+from tinyvllm.server.state import ServerState, state_of
+
+router = APIRouter(responses=ERRORS)
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> ModelList:
+    return ModelList(data=[_model_card(state_of(request))])
+
+
+@router.get("/v1/models/{model_id:path}")
+async def retrieve_model(model_id: str, request: Request) -> ModelCard:
+    state = state_of(request)
+    require_model(state, model_id)
+    return _model_card(state)
+
+
+def _model_card(state: ServerState) -> ModelCard:
+    state.require_engine()
+    engine = state.engine
+    return ModelCard(
+        id=engine.served_model_name,
+        created=engine.created,
+        root=engine.model_config.name or engine.served_model_name,
+        max_model_len=engine.capacity.max_model_len,
+    )
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> Tokenized:
+    """Token ids of a text, or of messages through the chat template."""
+    state = state_of(request)
+    state.require_engine()
+    require_model(state, body.model)
+    body.check()
+    return await asyncio.to_thread(_tokenize, state, body)
+
+
+def _tokenize(state: ServerState, body: TokenizeRequest) -> Tokenized:
+    tokenizer = state.engine.tokenizer
+    if body.prompt is not None:
+        ids = tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+    else:
+        chat = body.as_chat()
+        chat.refuse_unsupported()
+        ids = make_prompt(conversation_of(chat), state.engine).ids
+    return Tokenized(
+        count=len(ids),
+        max_model_len=state.engine.capacity.max_model_len,
+        tokens=ids,
+        token_strs=[tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None,
+    )
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> Detokenized:
+    """The text of token ids, special tokens written out."""
+    state = state_of(request)
+    state.require_engine()
+    require_model(state, body.model)
+    vocab_size = state.engine.model_config.vocab_size
+    for token_id in body.tokens:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"tokens has the id {token_id}, but the vocabulary's are 0 to {vocab_size - 1}", param="tokens"
+            )
+    return Detokenized(prompt=state.engine.tokenizer.decode(body.tokens, skip_special_tokens=False))
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> TokenizerInfo:
+    """What clients need to use this server as their tokenizer."""
+    state = state_of(request)
+    state.require_engine()
+    engine = state.engine
+    tokenizer, template = engine.tokenizer, engine.chat_template
+
+    def text(token_id: int | None) -> str | None:
+        return None if token_id is None else tokenizer.token_text(token_id)
+
+    return TokenizerInfo(
+        tokenizer_class="TinyvllmTokenizer",
+        vocab_size=tokenizer.vocab_size,
+        model_max_length=engine.capacity.max_model_len,
+        bos_token=text(tokenizer.bos_id),
+        eos_token=text(tokenizer.eos_id),
+        pad_token=text(tokenizer.eos_id),
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        chat_template=None if template is None else template.sources.get("default"),
+    )

@@ -1,0 +1,1 @@
+"""The wire format: what the routes read and write, as pydantic models. A file a concern."""

@@ -1,0 +1,97 @@
+"""/v1/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field
+
+from tinyvllm.config import MAX_LOGPROBS, GenerationDefaults, SamplingParams
+from tinyvllm.errors import RequestError
+from tinyvllm.server.protocol.common import Usage, refuse
+from tinyvllm.server.protocol.generation import GenerationRequest
+
+DEFAULT_TOKENS = 16  # OpenAI's default of max_tokens here; chat has none
+MAX_CHOICES_PER_CALL = 2048  # prompts x n of one HTTP request: each is a sequence in the scheduler's queue
+
+
+def _check_prompt(value: object) -> object:
+    """str | [str] | [int] | [[int]], as a list of prompts: each a string or a list of token ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return value
+        if is_ids(value):
+            return [value]
+        if all(isinstance(item, list) and is_ids(item) for item in value):
+            return value
+    raise ValueError(
+        "give a string, a list of strings, a list of token ids or a list of such lists, none of them empty"
+    )
+
+
+def is_ids(value: list[object]) -> bool:
+    return bool(value) and all(type(item) is int and 0 <= item < 2**31 for item in value)
+
+
+# Any inside: the validator has seen every item, and checking a prompt of 100,000 ids twice costs time
+Prompts = Annotated[
+    list[Any], BeforeValidator(_check_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+]
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: Prompts
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
+    echo: bool | None = None
+    add_special_tokens: bool | None = None
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        if self.echo and self.logprobs is not None:
+            raise refuse("echo", True, "logprobs of prompt tokens are not computed: ask for one of echo and logprobs")
+        if len(self.prompt) * self.num_choices > MAX_CHOICES_PER_CALL:
+            raise RequestError(
+                f"{len(self.prompt)} prompts with n={self.num_choices} are more than {MAX_CHOICES_PER_CALL} choices: "
+                "send them in several requests",
+                param="prompt",
+            )
+
+    def sampling_params(self, defaults: GenerationDefaults) -> SamplingParams:
+        max_tokens = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
+        return self.make_params(defaults, max_tokens=max_tokens, logprobs=self.logprobs, grammar=self.grammar())
+
+
+# ---- Answers ----
+
+
+class CompletionLogprobs(BaseModel):
+    """Parallel lists, one item a token. text_offset counts characters from the start of the choice's text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]  # None: of a prompt's first token, which nothing predicts
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class Completion(BaseModel):
+    """An answer of /v1/completions; streamed pieces have this shape too, with usage in the last one alone."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    system_fingerprint: str | None = None

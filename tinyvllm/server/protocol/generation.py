@@ -1,0 +1,316 @@
+"""What every request for text may say of how it is made: sampling, limits, the form of the output.
+
+Requests are strict (a number in quotes is an error, not a number) and keep fields that they do not know. A field that
+would change the output and that cannot be honoured is refused by name, so that nothing is ignored in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from tinyvllm.config import MAX_CHOICES, GenerationDefaults, GrammarSpec, SamplingParams
+from tinyvllm.errors import RequestError
+from tinyvllm.server.protocol.common import refuse
+
+log = logging.getLogger(__name__)
+
+# Fields that change the output and are not supported, each with the values (besides null) that ask for nothing.
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "audio": (),
+    "cache_salt": (),
+    "chat_template": (),
+    "documents": ([],),
+    "echo": (False,),  # on chat; completions have a field for it
+    "function_call": ("none",),
+    "functions": ([],),
+    "logits_processors": ([],),
+    "modalities": (["text"],),
+    "prediction": (),
+    "prompt_embeds": ([],),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "suffix": ("",),
+    "truncate_prompt_tokens": (),
+    "web_search_options": (),
+}
+
+# Known fields that say nothing about the output: bookkeeping of the caller, hints to a hosted service.
+# fmt: off
+_WITHOUT_EFFECT = frozenset((
+    "metadata", "prompt_cache_key", "prompt_cache_retention", "request_id", "safety_identifier", "service_tier",
+    "store", "user", "verbosity",
+))
+# fmt: on
+
+# Settings that go from the body to SamplingParams under one name, where they are given.
+_PASSED = (
+    "n", "frequency_penalty", "presence_penalty", "repetition_penalty", "typical_p", "seed", "min_tokens",
+    "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "bad_words", "allowed_token_ids",
+    "prompt_logprobs",
+)  # fmt: skip
+
+_logged_fields: set[str] = set()
+_MAX_LOGGED_FIELDS = 200  # names come from clients: the set must not grow for ever
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # padding against onlookers who measure packets, which we never send
+
+
+def _check_schema(value: object) -> object:
+    """A schema, as it is or as a text."""
+    if value is None or isinstance(value, dict | str | bool):
+        return value
+    raise ValueError("give a JSON schema: an object")
+
+
+Schema = Annotated[Any, BeforeValidator(_check_schema, json_schema_input_type=dict[str, Any] | str | bool | None)]
+
+
+class JsonSchemaFormat(BaseModel):
+    """response_format.json_schema. What is not `strict` is enforced all the same."""
+
+    model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[Schema, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's structured_outputs: one of these."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    json_: Annotated[Schema, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+def _check_stop(value: object) -> object:
+    """One string or a list of strings, as a list."""
+    if value is None or isinstance(value, str):
+        return [value] if value else []
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    raise ValueError("give a string or a list of strings")
+
+
+def _check_biases(value: object) -> object:
+    """Token ids, which JSON's keys write as strings, to numbers."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ValueError("give an object of token ids and numbers")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not isinstance(key, str | int) or not str(key).isdecimal() or len(str(key)) > 10:
+            raise ValueError(f"{ascii(key)[:40]} is no token id: give decimal numbers as keys")
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise ValueError(f"the bias of {key} is no number")
+        biases[int(key)] = float(bias)
+    return biases
+
+
+class GenerationRequest(BaseModel):
+    """What all routes that generate accept. OpenAI's names, and vLLM's for what OpenAI lacks. Null: the default."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int | None, Field(ge=1, le=MAX_CHOICES)] = None
+    best_of: Annotated[int | None, Field(ge=1, le=MAX_CHOICES)] = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Annotated[
+        dict[int, float] | None, BeforeValidator(_check_biases, json_schema_input_type=dict[str, float] | None)
+    ] = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    seed: int | None = None
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    min_tokens: Annotated[int | None, Field(ge=0)] = None
+    stop: Annotated[list[str], BeforeValidator(_check_stop, json_schema_input_type=str | list[str] | None)] = []
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    priority: Annotated[int | None, Field(ge=-(2**31), lt=2**31)] = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    # vLLM's older names for structured_outputs
+    guided_json: Schema = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Usage in every chunk."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def refuse_unsupported(self) -> None:
+        """Raise RequestError for a field that cannot be honoured; log, once each, the names of unknown ones."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError(
+                "stream_options is for streams: send stream=true, or leave it out", param="stream_options"
+            )
+        if self.use_beam_search:
+            raise refuse("use_beam_search", True, "leave it out, or ask for n samples with logprobs")
+        if self.length_penalty not in (None, 1):
+            raise refuse("length_penalty", self.length_penalty, "it is for beam search: leave it out")
+        if self.prompt_logprobs is not None:
+            raise refuse("prompt_logprobs", self.prompt_logprobs, "leave it out")
+        if self.best_of not in (None, self.num_choices):
+            raise refuse("best_of", self.best_of, "leave it out, or ask for n samples with logprobs and choose")
+        refuse_extras(self.model_extra or {})
+
+    def grammar(self) -> GrammarSpec | None:
+        """What the output must look like. Raises RequestError where it is said twice or not completely."""
+        found = {**self._response_grammar(), **self._structured_grammar(), **self._guided_grammar()}
+        if len(found) > 1:
+            names = list(found)
+            raise RequestError(f"{' and '.join(names)} both say what the output is: send one", param=names[1])
+        return next(iter(found.values()), None)
+
+    def _response_grammar(self) -> dict[str, GrammarSpec]:
+        asked = self.response_format
+        if asked is None or asked.type == "text":
+            return {}
+        if asked.type == "json_object":
+            return {"response_format": GrammarSpec("json_object", param="response_format")}
+        param = "response_format.json_schema"
+        if asked.json_schema is None or asked.json_schema.schema_ is None:
+            missing = param if asked.json_schema is None else f"{param}.schema"
+            raise RequestError(f"{missing} is missing: give the schema that the output shall have", param=missing)
+        schema = asked.json_schema.schema_
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        return {"response_format": GrammarSpec("json_schema", text, param=f"{param}.schema")}
+
+    def _structured_grammar(self) -> dict[str, GrammarSpec]:
+        asked = self.structured_outputs
+        if asked is None:
+            return {}
+        found = _specs(
+            "structured_outputs.", json=asked.json_, regex=asked.regex, choice=asked.choice, grammar=asked.grammar
+        )
+        if asked.json_object:
+            param = "structured_outputs.json_object"
+            found[param] = GrammarSpec("json_object", param=param)
+        if not found:
+            known = "json, regex, choice, grammar and json_object"
+            raise RequestError(f"structured_outputs is empty: give one of {known}", param="structured_outputs")
+        return found
+
+    def _guided_grammar(self) -> dict[str, GrammarSpec]:
+        return _specs(
+            "guided_",
+            json=self.guided_json,
+            regex=self.guided_regex or None,
+            choice=self.guided_choice or None,
+            grammar=self.guided_grammar or None,
+        )
+
+    def make_params(
+        self,
+        defaults: GenerationDefaults,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        grammar: GrammarSpec | None,
+        keeps_special_tokens: bool = False,
+    ) -> SamplingParams:
+        """The request's settings, else the model's own defaults, else vLLM's. Raises RequestError with the field."""
+        settings: dict[str, Any] = {
+            "max_tokens": max_tokens,
+            "logprobs": logprobs,
+            "stop": tuple(self.stop),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "grammar": grammar,
+        }
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+            value = _first(getattr(self, name), getattr(defaults, name, None))
+            if value is not None:
+                settings[name] = value
+        for name in _PASSED:
+            value = getattr(self, name)
+            if value is not None:
+                settings[name] = tuple(value) if isinstance(value, list) else value
+        if self.logit_bias:
+            settings["logit_bias"] = self.logit_bias
+        if keeps_special_tokens:
+            settings["skip_special_tokens"] = False
+        return SamplingParams(**settings)
+
+
+def refuse_extras(extras: Mapping[str, object]) -> None:
+    """RequestError for a known field that cannot be honoured; others are logged by name, once each."""
+    for name, value in extras.items():
+        if name in _UNSUPPORTED:
+            neutral = _UNSUPPORTED[name]
+            if value is not None and value not in neutral:
+                usual = f" or send {json.dumps(neutral[0])}" if neutral else ""
+                raise refuse(name, value, f"leave it out{usual}")
+        elif name not in _WITHOUT_EFFECT and name not in _logged_fields and len(_logged_fields) < _MAX_LOGGED_FIELDS:
+            _logged_fields.add(name)
+            log.warning("the request field %s is not known and has no effect (said once)", ascii(name[:80]))
+
+
+def _specs(prefix: str, *, json: Any, **texts: Any) -> dict[str, GrammarSpec]:
+    """The grammars that are given, by the name of their field."""
+    found: dict[str, GrammarSpec] = {}
+    if json is not None:
+        text = json if isinstance(json, str) else _dumps(json)
+        found[f"{prefix}json"] = GrammarSpec("json_schema", text, param=f"{prefix}json")
+    for kind, value in texts.items():
+        if value is not None:
+            text = value if isinstance(value, str) else _dumps(value)
+            found[prefix + kind] = GrammarSpec(kind, text, param=prefix + kind)
+    return found
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value)
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)

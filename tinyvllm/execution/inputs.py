@@ -10,83 +10,138 @@ from tinyvllm.ops.step_inputs import StepLayout
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
+FLOATS = ("temperature", "top_p", "min_p")  # settings that travel as their bits
+
 
 class InputPacker:
-    """Writes plans into one bucket's input buffer, in place."""
+    """Writes plans into one bucket's input buffer, in place.
+
+    What the buffer holds already is not written again: a sequence that keeps its row adds the blocks that are new, and
+    leaves its sampling settings as they are. So a decode step writes some words a sequence, whatever its length.
+    """
 
     def __init__(self, layout: StepLayout, buffer: np.ndarray) -> None:
         self.layout = layout
         self.views = layout.views(buffer)
-        self.floats = {name: self.views[name].view(np.float32) for name in ("temperature", "top_p", "min_p")}
+        self.floats = {name: self.views[name].view(np.float32) for name in FLOATS}
+        # by row: whose table it is and how many of its blocks stand there; whose settings they are
+        self._tables: list[tuple[Request | None, int, int]] = [(None, 0, 0)] * layout.num_seqs
+        self._samplers: list[Request | None] = [None] * layout.num_seqs
+        self._held_back: set[int] = set()  # sampled rows that hold ids back
         self.clear()
 
     def clear(self) -> None:
         """All rows padding: the dummy block's slot 0, position 0, greedy, no logprobs."""
         for view in self.views.values():
             view[...] = 0
+        for name in ("num_logprobs", "held_back", "forced"):
+            self.views[name][:] = -1
         self.views["seq_rows"][:] = self.layout.num_seqs
-        self._reset_sampling()
-
-    def _reset_sampling(self) -> None:
-        self.views["num_logprobs"][:] = -1
-        self.views["held_back"][:] = -1
-        self.views["forced"][:] = -1
-        self.floats["temperature"][:] = 0.0
 
     def pack(self, plan: StepPlan) -> None:
         """Fill the buffer. Rows behind the plan's are padding again, whatever they held before."""
         views, layout = self.views, self.layout
         if plan.num_tokens > layout.num_tokens or len(plan.entries) > layout.num_seqs:
             raise InvariantError(f"{plan.num_tokens} tokens of {len(plan.entries)} sequences do not fit into {layout}")
-        self._reset_sampling()
-        row = 0
         for index, entry in enumerate(plan.entries):
-            self._pack_tokens(index, entry, row)
-            row += entry.count
+            self._pack_table(index, entry)
+        if plan.is_decode:
+            self._pack_single_tokens(plan.entries)
+        else:
+            self._pack_tokens(plan.entries)
         # a padded row's table is the all-zero one behind the last, its slot lies in the dummy block
-        for name, padding in (("token_ids", 0), ("positions", 0), ("slots", 0), ("seq_rows", layout.num_seqs)):
-            views[name][row:] = padding
+        padding = (("token_ids", 0), ("positions", 0), ("slots", 0), ("seq_rows", layout.num_seqs))
+        for name, value in padding:
+            views[name][plan.num_tokens :] = value
         self._pack_samples(plan)
 
-    def _pack_tokens(self, index: int, entry: Scheduled, row: int) -> None:
-        """Token rows [row, row + count) and block table `index` of one sequence."""
-        views, size, request = self.views, self.layout.block_size, entry.request
-        stop = entry.start + entry.count
-        num_blocks = -(-stop // size)
+    def _pack_table(self, index: int, entry: Scheduled) -> None:
+        """Block table `index`: what it lacks of the sequence's blocks."""
+        request, stop = entry.request, entry.start + entry.count
+        num_blocks = -(-stop // self.layout.block_size)
         if num_blocks > len(request.block_ids):
             raise InvariantError(
                 f"request {request.request_id} has {len(request.block_ids)} blocks, but computes up to token {stop}"
             )
-        table = views["block_tables"][index]
-        table[:num_blocks] = request.block_ids[:num_blocks]
-        rows = slice(row, row + entry.count)
-        positions = np.arange(entry.start, stop, dtype=np.int32)
-        views["token_ids"][rows] = known_or_fed(request, entry.start, stop)
-        views["positions"][rows] = positions
-        views["slots"][rows] = table[positions // size] * size + positions % size
-        views["seq_rows"][rows] = index
+        owner, generation, num_there = self._tables[index]
+        if owner is not request or generation != request.num_preemptions:  # a preempted one has other blocks
+            num_there = 0
+        if num_blocks > num_there:
+            self.views["block_tables"][index, num_there:num_blocks] = request.block_ids[num_there:num_blocks]
+            self._tables[index] = (request, request.num_preemptions, num_blocks)
+
+    def _pack_single_tokens(self, entries: tuple[Scheduled, ...]) -> None:
+        """One token row a sequence, all fields at once."""
+        views, size, num = self.views, self.layout.block_size, len(entries)
+        starts = [entry.start for entry in entries]
+        blocks = [entry.request.block_ids[entry.start // size] for entry in entries]
+        views["token_ids"][:num] = [newest_token(entry.request) for entry in entries]
+        views["positions"][:num] = starts
+        views["slots"][:num] = [block * size + start % size for block, start in zip(blocks, starts, strict=True)]
+        views["seq_rows"][:num] = range(num)
+
+    def _pack_tokens(self, entries: tuple[Scheduled, ...]) -> None:
+        views, size, row = self.views, self.layout.block_size, 0
+        for index, entry in enumerate(entries):
+            stop = entry.start + entry.count
+            rows = slice(row, row + entry.count)
+            positions = np.arange(entry.start, stop, dtype=np.int32)
+            views["token_ids"][rows] = known_or_fed(entry.request, entry.start, stop)
+            views["positions"][rows] = positions
+            views["slots"][rows] = views["block_tables"][index, positions // size] * size + positions % size
+            views["seq_rows"][rows] = index
+            row += entry.count
 
     def _pack_samples(self, plan: StepPlan) -> None:
         """Sampling parameters by sampled sequence, in `plan.sampled`'s order."""
-        views, sample, row = self.views, 0, 0
+        views, draws, logit_rows, row = self.views, [], [], 0
         for entry in plan.entries:
             row += entry.count
-            if not entry.samples:
-                continue
-            request, params = entry.request, entry.request.params
-            views["logit_rows"][sample] = row - 1
-            self.floats["temperature"][sample] = params.temperature
-            self.floats["top_p"][sample] = params.top_p
-            self.floats["min_p"][sample] = params.min_p
-            views["top_k"][sample] = params.top_k
-            views["seed"][sample] = np.uint32(request.seed & 0xFFFFFFFF).view(np.int32)
-            views["draw"][sample] = request.num_output_tokens
-            views["num_logprobs"][sample] = -1 if params.logprobs is None else params.logprobs
-            held_back = request.held_back_ids
-            if len(held_back) > MAX_STOP_IDS:
-                raise InvariantError(f"{len(held_back)} ids are held back, but a row has room for {MAX_STOP_IDS}")
-            views["held_back"][sample, : len(held_back)] = held_back
-            sample += 1
+            if entry.samples:
+                self._pack_settings(len(draws), entry.request)
+                draws.append(entry.request.num_output_tokens)
+                logit_rows.append(row - 1)
+        num = len(draws)
+        views["logit_rows"][:num] = logit_rows
+        views["draw"][:num] = draws
+        for index in range(num, len(self._samplers)):
+            if self._samplers[index] is not None:
+                self._forget_settings(index)
+
+    def _pack_settings(self, index: int, request: Request) -> None:
+        """Row `index` of what is sampled, where it holds another's settings; and the ids that are held back now."""
+        views, params = self.views, request.params
+        if self._samplers[index] is not request:
+            self._samplers[index] = request
+            for name in FLOATS:
+                self.floats[name][index] = getattr(params, name)
+            views["top_k"][index] = params.top_k
+            views["seed"][index] = np.uint32(request.seed & 0xFFFFFFFF).view(np.int32)
+            views["num_logprobs"][index] = -1 if params.logprobs is None else params.logprobs
+        held_back = request.held_back_ids if params.min_tokens else ()
+        if held_back or index in self._held_back:
+            self._pack_held_back(index, held_back)
+
+    def _pack_held_back(self, index: int, ids: tuple[int, ...]) -> None:
+        if len(ids) > MAX_STOP_IDS:
+            raise InvariantError(f"{len(ids)} ids are held back, but a row has room for {MAX_STOP_IDS}")
+        self.views["held_back"][index] = -1
+        self.views["held_back"][index, : len(ids)] = ids
+        (self._held_back.add if ids else self._held_back.discard)(index)
+
+    def _forget_settings(self, index: int) -> None:
+        """Row `index` samples for nobody: greedily, without logprobs."""
+        self._samplers[index] = None
+        self.floats["temperature"][index] = 0.0
+        self.views["num_logprobs"][index] = -1
+        self._pack_held_back(index, ())
+
+
+def newest_token(request: Request) -> int:
+    """The last token's id, or where a token in flight is fed from."""
+    if request.num_in_flight:
+        return known_or_fed(request, request.num_tokens - 1, request.num_tokens)[0]
+    return request.output_ids[-1] if request.output_ids else request.prompt_ids[-1]
 
 
 def known_or_fed(request: Request, start: int, stop: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from tinyvllm.scheduling.request import Request
 
@@ -31,21 +32,21 @@ class StepPlan:
     entries: tuple[Scheduled, ...]
     preempted: tuple[Request, ...] = ()
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return sum(entry.count for entry in self.entries)
 
-    @property
+    @cached_property
     def is_decode(self) -> bool:
         """Every entry is one token that samples: the decode graph can run it."""
         return all(entry.count == 1 and entry.samples for entry in self.entries)
 
-    @property
+    @cached_property
     def is_adjusted(self) -> bool:
         """Some row is sampled from other logits than the model's."""
         return any(entry.samples and entry.request.needs_adjustment for entry in self.entries)
 
-    @property
+    @cached_property
     def sampled(self) -> tuple[Scheduled, ...]:
         return tuple(entry for entry in self.entries if entry.samples)
 

@@ -128,9 +128,14 @@ class OutputProcessor:
         )
 
     def _detokenize(self, out: TokenOut) -> str:
-        """Text that the token adds. The token that ends a text, EOS or a stop id, is no part of it by default."""
+        """Text that the token adds. The token that ends a text, EOS or a stop id, is no part of it by default.
+
+        One that ends it because a grammar is complete is.
+        """
         assert out.token_id is not None
-        if out.finish_reason == "stop" and not self.request.params.include_stop_str_in_output:
+        params = self.request.params
+        is_end = out.token_id in self.request.eos_ids or out.token_id in params.stop_token_ids
+        if out.finish_reason == "stop" and is_end and not params.include_stop_str_in_output:
             return ""
         return self._detokenizer.push(out.token_id)
 

@@ -262,14 +262,14 @@ class Scheduler:
         request.output_ids.append(token_id)
         self.block_manager.seal(request)
         reason, stop_reason = self._reason_to_stop(request, token_id)
-        if reason != "stop" and request.constraint is not None:
+        if request.constraint is not None and stop_reason is None:
             reason = self._follow(request, token_id, reason)
         if reason is not None:
             self.finish(request, reason, stop_reason, request.constraint.error if reason == "error" else None)
         return TokenOut(request, token_id, logprobs, reason)
 
     def _follow(self, request: Request, token_id: int, reason: str | None) -> str | None:
-        """Move the request's constraint on by a token that does not end the text; the reason to finish after that."""
+        """Move the request's constraint on by a token, EOS too; the reason to finish after that."""
         assert request.constraint is not None
         if not request.constraint.accept(token_id):
             return "error"

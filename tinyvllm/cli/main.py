@@ -11,6 +11,7 @@ from tinyvllm.cli.chat import chat
 from tinyvllm.cli.flags import spread
 from tinyvllm.cli.generate import generate
 from tinyvllm.cli.models import models, pull
+from tinyvllm.cli.profile import profile
 from tinyvllm.cli.serve import serve
 from tinyvllm.cli.terminal import RedErrors, out
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     help="Serve language models with tinygrad: paged KV cache, continuous batching, OpenAI's HTTP format.",
 )
 
-for command in (serve, generate, chat, pull, models):
+for command in (serve, generate, chat, pull, models, profile):
     app.command()(spread(command))
 app.add_typer(bench)
 

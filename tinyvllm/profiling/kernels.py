@@ -73,6 +73,7 @@ class KernelRow:
     """Kernels of one label. Rates are over the time of those kernels whose bytes or operations are known."""
 
     label: str
+    num_timed: int  # what has a time of its own: a graph, or a kernel's shares on several cores, is one
     dispatches: int
     total_s: float
     share: float  # of all kernels' time
@@ -84,7 +85,7 @@ class KernelRow:
 
     @property
     def average_s(self) -> float:
-        return self.total_s / self.dispatches
+        return self.total_s / self.num_timed
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -125,6 +126,7 @@ def _row(name: str, group: list[Kernel], whole_s: float, chip: Chip | None) -> K
     flops, flops_s = _known((kernel.flops, kernel.seconds) for kernel in group)
     return KernelRow(
         label=name,
+        num_timed=len(group),
         dispatches=sum(kernel.count for kernel in group),
         total_s=total_s,
         share=total_s / whole_s if whole_s else 0.0,

@@ -1,0 +1,76 @@
+"""`tinyvllm profile`: a table for people, JSON and a trace for tools, from a run, a text or the shape alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tinyvllm.cli.main import app
+
+DATA = Path(__file__).parents[1] / "profiling" / "data"
+
+
+def run(*arguments: str, fails: bool = False, text: str | None = None) -> str:
+    result = CliRunner().invoke(app, ["profile", *arguments], input=text)
+    assert (result.exit_code != 0) == fails, result.output
+    return result.output
+
+
+def test_a_shape_is_profiled_from_its_kernels_to_a_verdict(tmp_path: Path) -> None:
+    figures, trace = tmp_path / "figures.json", tmp_path / "trace.json"
+    output = run(
+        *("--shape", "smollm2-135m", "--layers", "1", "--weights", "Q4_0", "--context", "16", "--tokens", "2"),
+        *("--warmup", "1", "--chip", "m4", "--json", str(figures), "--trace", str(trace), "--cpu-cores", "1"),
+    )
+    for words in ("gate up", "head", "the step as it is served", "floor", "verdict: "):
+        assert words in output
+    document = json.loads(figures.read_text())
+    assert document["kernels"] == sum(row["dispatches"] for row in document["by_kernel"]) > 8
+    assert sum(row["total_s"] for row in document["by_layer"]) == pytest.approx(document["kernels_s"])
+    assert document["roofline"]["chip"] == "m4" and document["verdict"][0]["because"]
+    assert document["environment"]["command"] and document["timed"] == "in the step as served"
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"layer 0 · attention", "head", "step"} <= names
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in DATA.glob("*.txt")))
+def test_a_text_of_debug_2_is_tabled(name: str) -> None:
+    *_, last = run("--from", str(DATA / name), "--json", "-").splitlines()
+    document = json.loads(last)
+    assert sum(row["share"] for row in document["by_operation"]) == pytest.approx(1)
+
+
+def test_a_text_may_come_from_stdin() -> None:
+    output = run("--from", "-", "--last-steps", "1", "--by", "layer", text=(DATA / "cpu.txt").read_text())
+    assert "layer 1" in output and "outside of layers" in output
+
+
+def test_a_text_without_kernels_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "empty.txt"
+    path.write_text("nothing\n")
+    assert "DEBUG=2" in run("--from", str(path), fails=True)
+    assert "cannot be read" in run("--from", str(tmp_path / "none.txt"), fails=True)
+
+
+def test_a_prediction_lists_what_it_rests_on_and_how_far_it_is_off() -> None:
+    output = run("--predict", "m4", "--shape", "tinyllama-1.1b", "--json", "-")
+    document = json.loads(output.splitlines()[-1])
+    assert "predicted and not measured" in output and len(document["assumptions"]) > 3
+    assert {check["chip"] for check in document["checked"]} == {"h200"}
+    assert 30 < document["tok_s"] < document["roof_tok_s"] < 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--predict", "m9", "--shape", "smollm2-135m"), "known: m1"),
+        (("--by", "colour", "--from", "-"), "--by"),
+        (("--predict", "m4", "--from", "-"), "one of them"),
+        (("--chip", "z80", "--from", str(DATA / "cpu.txt")), "z80"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_can(arguments: tuple[str, ...], says: str) -> None:
+    assert says in run(*arguments, fails=True)

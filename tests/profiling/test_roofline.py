@@ -1,0 +1,202 @@
+"""Bytes, operations and floors of a step, by hand for a tiny model; chips have sources; verdicts have reasons."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyvllm.bench.shapes import SHAPES
+from tinyvllm.config import ModelConfig
+from tinyvllm.errors import ProfilingError
+from tinyvllm.profiling.chips import CHIPS, Chip, find_chip, guess_chip, measured_chip
+from tinyvllm.profiling.kernels import Kernel
+from tinyvllm.profiling.predict import FACTORS, MEASURED, predict
+from tinyvllm.profiling.roofline import BYTES_PER_WEIGHT, Roofline, bytes_per_weight, count_work
+from tinyvllm.profiling.verdict import Evidence, judge
+
+TINY = ModelConfig(
+    name="tiny",
+    architecture="llama",
+    num_layers=2,
+    hidden_size=8,
+    ffn_size=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    vocab_size=10,
+    max_position=64,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+    tie_embeddings=False,
+)
+# q and o 8 x 8, k and v 8 x 4, gate, up and down 8 x 16: 576 a layer; the head 10 x 8
+LAYER, TABLE = 64 + 64 + 32 + 32 + 3 * 128, 80
+CHIP = Chip("toy", bandwidth_gbps=1.0, half_tflops=0.01, source="made up", device="CPU")
+
+
+def test_a_decode_step_of_a_tiny_model_is_what_it_is_by_hand() -> None:
+    work = count_work(TINY, 2.0, 2, [(5, 1)])
+    assert work.weight_bytes == 2 * (2 * LAYER + TABLE + 8)  # the head whole, of the embedding one row
+    assert work.kv_read_bytes == 5 * 2 * 2 * 4 * 2  # tokens, keys and values, layers, width of a head, bytes
+    assert work.kv_written_bytes == 2 * 2 * 4 * 2
+    assert work.matrix_flops == 2 * (2 * LAYER + TABLE)
+    assert work.attention_flops == 2 * 2 * 2 * (2 * 4) * 6  # two products of two operations, layers, heads, tokens seen
+
+
+def test_a_tied_table_is_read_once_and_whole() -> None:
+    tied = replace(TINY, tie_embeddings=True)
+    assert count_work(tied, 2.0, 2, [(5, 1)] * 3).weight_bytes == 2 * (2 * LAYER + TABLE)
+
+
+def test_a_prompt_gives_one_row_of_logits_and_attends_backwards_only() -> None:
+    work = count_work(TINY, 2.0, 2, [(0, 4)])
+    assert work.matrix_flops == 2 * (4 * 2 * LAYER + TABLE)
+    assert work.attention_flops == 4 * 2 * 8 * (1 + 2 + 3 + 4)
+    assert work.kv_read_bytes == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(1, 50)), min_size=1, max_size=5))
+def test_a_prompt_in_pieces_calculates_what_the_whole_does(entries: list[tuple[int, int]]) -> None:
+    whole = count_work(TINY, 2.0, 2, entries, num_sampled=0)
+    pieces = [count_work(TINY, 2.0, 2, [(start + i, 1)], num_sampled=0) for start, n in entries for i in range(n)]
+    assert sum(piece.flops for piece in pieces) == whole.flops
+    assert sum(piece.kv_written_bytes for piece in pieces) == whole.kv_written_bytes
+
+
+def test_the_floor_is_the_larger_of_two() -> None:
+    memory, compute = Roofline(CHIP, 1e6, 1e6, 0.01), Roofline(CHIP, 1e6, 1e9, 0.2)
+    assert memory.floor_s == pytest.approx(1e-3) and memory.is_memory_bound
+    assert compute.floor_s == pytest.approx(0.1) and not compute.is_memory_bound
+    assert memory.utilisation == pytest.approx(0.1)
+    assert memory.knee == pytest.approx(10)
+    assert memory.achieved_gbps == pytest.approx(0.1)
+
+
+def test_more_than_all_is_a_warning_and_not_a_triumph() -> None:
+    assert Roofline(CHIP, 1e6, 1e6, 1e-3).warnings() == []
+    (warning,) = Roofline(CHIP, 1.043e6, 1e6, 1e-3).warnings()
+    assert "104%" in warning and "byte count is wrong" in warning
+    (warning,) = Roofline(CHIP, 1, 2e9, 0.1).warnings()
+    assert "200%" in warning and "operation count" in warning
+
+
+def test_every_chip_says_who_says_so() -> None:
+    assert {"m1", "m1-ultra", "m2-max", "m3-ultra", "m4-pro", "m5-max", "h100", "h200", "rtx-4090"} <= set(CHIPS)
+    for chip in CHIPS.values():
+        assert len(chip.source) > 20 and chip.device in FACTORS
+        assert 60 <= chip.bandwidth_gbps <= 8000 and 2 <= chip.half_tflops <= 1000
+
+
+def test_larger_chips_of_a_family_are_not_slower() -> None:
+    for family in ("m1", "m2", "m3", "m4", "m5"):
+        sizes = [CHIPS[name] for name in (family, f"{family}-pro", f"{family}-max", f"{family}-ultra") if name in CHIPS]
+        assert [chip.bandwidth_gbps for chip in sizes] == sorted(chip.bandwidth_gbps for chip in sizes)
+        assert [chip.half_tflops for chip in sizes] == sorted(chip.half_tflops for chip in sizes)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("Apple M4 Max", "m4-max"),
+        ("Apple M4", "m4"),
+        ("AMD EPYC 9B14", None),
+        ("CPU", None),
+    ],
+)
+def test_a_chip_is_known_by_what_the_device_calls_itself(hardware: str, name: str | None) -> None:
+    chip = guess_chip(hardware)
+    assert (None if chip is None else chip.name) == name
+
+
+def test_an_unknown_chip_lists_the_known_ones() -> None:
+    assert find_chip("Apple M4 Pro") is CHIPS["m4-pro"]
+    with pytest.raises(ProfilingError, match="m4-pro"):
+        find_chip("m9")
+    with pytest.raises(ProfilingError, match="Q4_K"):
+        bytes_per_weight("Q3_K")
+
+
+# -- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def evidence(kernels: list[Kernel], step_s: float, roof: Roofline | None = None, **more: float) -> Evidence:
+    return Evidence(kernels, step_s, roof or Roofline(CHIP, 1e5, 1e5, step_s), 100, **more)
+
+
+def kernels(**seconds: float) -> list[Kernel]:
+    return [Kernel(name, 0, name, "CPU", time, 1.0, 1.0) for name, time in seconds.items()]
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("copy-bound", evidence(kernels(qkv=1e-3, copy=1e-3), 2e-3)),
+        ("copy-bound", evidence(kernels(qkv=1e-3), 1e-3, turn_s=2e-3, copy_s=0.5e-3)),
+        ("host-bound", evidence(kernels(qkv=1e-3), 1e-3, turn_s=2e-3)),
+        ("prefill-bound", evidence(kernels(qkv=1e-3), 1e-3, prefill_s=3.0, decode_s=1.0)),
+        ("dispatch-bound", evidence([Kernel("norm", i, "n", "CPU", 2e-6) for i in range(50)], 1e-4)),
+        ("attention-bound at this context", evidence(kernels(qkv=1e-3, attention=2e-3), 3e-3)),
+        ("bandwidth-bound", evidence(kernels(qkv=1e-3), 1e-3, Roofline(CHIP, 0.9e6, 1e6, 1e-3))),
+        ("compute-bound", evidence(kernels(qkv=1e-3), 1e-3, Roofline(CHIP, 1e4, 0.9e7, 1e-3))),
+        ("below the roof", evidence(kernels(qkv=1e-3), 1e-3, Roofline(CHIP, 1e5, 1e5, 1e-3))),
+    ],
+)
+def test_each_cause_has_its_verdict_with_numbers(name: str, facts: Evidence) -> None:
+    first = judge(facts)[0]
+    assert first.name == name
+    assert any(char.isdigit() for char in first.because) and first.next_step
+    assert 0 < first.share <= 1
+
+
+def test_many_kernels_with_work_to_do_are_no_dispatch() -> None:
+    """They take as long as each other because they do the same."""
+    busy = [Kernel("qkv", i, "qkv", "CPU", 1e-3, 0.3e6, 1.0) for i in range(50)]
+    assert "dispatch-bound" not in [finding.name for finding in judge(evidence(busy, 0.05))]
+
+
+def test_causes_outside_of_the_kernels_come_first_and_others_are_not_lost() -> None:
+    facts = evidence(kernels(attention=1e-3), 1e-3, Roofline(CHIP, 0.9e6, 1e6, 1e-3), turn_s=3e-3)
+    assert [finding.name for finding in judge(facts)] == [
+        "host-bound",
+        "attention-bound at this context",
+        "bandwidth-bound",
+    ]
+
+
+# -- predictions ------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_are_near_what_was_measured_on_an_h200() -> None:
+    for measured in MEASURED:
+        if measured.chip == "h200":
+            prediction = predict(SHAPES[measured.shape], measured.kind, CHIPS["h200"], measured.batch, measured.context)
+            assert abs(measured.error_of(prediction)) < 0.25, measured
+
+
+@pytest.mark.parametrize("name", CHIPS)
+@pytest.mark.parametrize("kind", BYTES_PER_WEIGHT)
+def test_no_prediction_is_above_the_roof(name: str, kind: str) -> None:
+    for batch in (1, 2, 64):
+        prediction = predict(SHAPES["llama-3.2-1b"], kind, CHIPS[name], batch, 256)
+        assert 0 < prediction.tok_s < prediction.roof_tok_s
+        assert prediction.step_s > Roofline(CHIPS[name], prediction.work.nbytes, prediction.work.flops, 1).floor_s
+        assert len(prediction.assumptions) > 3
+
+
+def test_the_original_s_model_on_its_chip_is_units_made_explicit() -> None:
+    """2.07 GB of TinyLlama's weights at 120 GB/s: 57.9 tokens a second at the most."""
+    prediction = predict(SHAPES["tinyllama-1.1b"], "float16", CHIPS["m4"], 1, 0)
+    assert prediction.work.weight_bytes == pytest.approx(2.069e9, rel=1e-3)
+    assert prediction.roof_tok_s == pytest.approx(120e9 / 2.069e9, rel=1e-3)
+
+
+def test_a_measured_chip_has_the_measured_rates() -> None:
+    chip = measured_chip("cpu", 40e9, 2e11, "CPU")
+    assert chip.bandwidth_gbps == pytest.approx(40) and chip.half_tflops == pytest.approx(0.2)
+    assert predict(SHAPES["smollm2-135m"], "Q4_1", chip, 1, 128).num_kernels == 30 * 5 + 6

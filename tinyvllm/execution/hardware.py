@@ -1,0 +1,13 @@
+"""A device's rates without a model on it."""
+
+from __future__ import annotations
+
+from tinyvllm.ops.bandwidth import measure_bandwidth
+from tinyvllm.ops.device import open_device, usable_cores
+from tinyvllm.ops.hardware import measure_flops
+
+
+def measure_device(num_cores: int | None = None) -> tuple[float, float]:
+    """(bytes, operations) a second of the default device, by tests of a few seconds. Raises DeviceError."""
+    device = open_device(num_cores or usable_cores())
+    return measure_bandwidth(device), measure_flops(device)

@@ -1,0 +1,264 @@
+"""What a profile says, for people and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tinyvllm.profiling.chips import Chip
+from tinyvllm.profiling.kernels import KernelRow, StepProfile, tabulate
+from tinyvllm.profiling.measure import Recording
+from tinyvllm.profiling.predict import Measured, Prediction
+from tinyvllm.profiling.roofline import Roofline
+from tinyvllm.profiling.trace import Trace
+from tinyvllm.profiling.verdict import Finding
+
+SCHEMA = 1  # of the JSON
+
+
+@dataclass(frozen=True)
+class ProfileReport:
+    """A step of a model on a device: its kernels, and what they say together."""
+
+    model: str
+    dtype: str
+    hardware: str
+    phase: str
+    batch: int
+    context: int
+    profile: StepProfile
+    roofline: Roofline
+    findings: tuple[Finding, ...]
+    turn_s: float  # one step with the host's part, median
+    pack_s: float
+    moved_bytes: int  # by the kernels, by their arguments
+    num_repeats: int
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def chip(self) -> Chip:
+        return self.roofline.chip
+
+    def rows(self, by: str) -> list[KernelRow]:
+        return tabulate(self.profile.kernels, by, self.chip)
+
+    def as_json(self) -> dict[str, Any]:
+        profile = self.profile
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "dtype": self.dtype,
+            "device": profile.device,
+            "hardware": self.hardware,
+            "cores": profile.num_cores,
+            "phase": self.phase,
+            "batch": self.batch,
+            "context": self.context,
+            "bucket": profile.bucket,
+            "repeats": self.num_repeats,
+            "step_s": profile.step_s,
+            "profiled_s": profile.profiled_s,
+            "kernels_s": profile.kernels_s,
+            "turn_s": self.turn_s,
+            "pack_s": self.pack_s,
+            "kernels": profile.num_kernels,
+            "moved_bytes": self.moved_bytes,
+            "timed": "in the step as served" if profile.is_graphed else "one by one",
+            "roofline": self.roofline.as_json(),
+            "verdict": [finding.as_json() for finding in self.findings],
+            **{f"by_{by}": [row.as_json() for row in self.rows(by)] for by in ("operation", "layer", "kernel")},
+            "environment": self.environment,
+        }
+
+
+def profile_table(report: ProfileReport, by: str) -> RenderableType:
+    """The kernels, and below them what their times mean."""
+    profile = report.profile
+    where = f"{profile.bucket}, context {report.context}" if report.phase == "decode" else profile.bucket
+    title = f"{report.model} ({report.dtype}) on {report.hardware}: {where}"
+    return Group(
+        Text(title, style="bold"),
+        kernel_table(report.rows(by)),
+        Text(""),
+        *(Text(line) for line in _explain_times(report)),
+        *(Text(line) for line in _explain_roof(report)),
+        Text(""),
+        *(_finding_text(finding, index == 0) for index, finding in enumerate(report.findings)),
+    )
+
+
+def kernel_table(rows: Sequence[KernelRow]) -> Table:
+    """One line a row, the longest first."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("what", no_wrap=True)
+    for column in ("dispatches", "total ms", "average us", "share", "GB/s", "GFLOP/s", "of roof"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.label,
+            f"{row.dispatches:,}",
+            f"{row.total_s * 1e3:,.3f}",
+            f"{row.average_s * 1e6:,.1f}",
+            f"{row.share:.1%}",
+            _rate(row.bytes_per_s),
+            _rate(row.flops_per_s),
+            "-" if row.roof_share is None else f"{row.roof_share:.0%}",
+        )
+    return table
+
+
+def _rate(per_s: float | None) -> str:
+    if not per_s:
+        return "-"
+    return f"{per_s / 1e9:,.1f}" if per_s < 1e12 else f"{per_s / 1e9:,.0f}"
+
+
+def _explain_times(report: ProfileReport) -> list[str]:
+    """The sum of the kernels beside the step as it is served, and what timing cost."""
+    profile = report.profile
+    kernels, step, profiled = (_ms(s) for s in (profile.kernels_s, profile.step_s, profile.profiled_s))
+    cost = profile.profiled_s / profile.step_s - 1
+    lines = [f"kernels {kernels} in {profile.num_kernels:,} dispatches; the step as it is served {step}"]
+    if profile.is_graphed:
+        between = profile.profiled_s - profile.kernels_s
+        lines.append(
+            f"timed inside the step on {profile.num_cores} core(s), a row's time is that of its slowest core; the step "
+            f"took {profiled} so ({cost:+.0%}), {_ms(between)} of it between kernels: launching, and cores that wait"
+        )
+    else:
+        lines.append(
+            f"timed one by one by the device's clock, ungraphed: the step took {profiled} so ({cost:+.0%}); read the "
+            "shares, and the speed from the step as it is served"
+        )
+    host = report.turn_s - profile.step_s
+    return [
+        *lines,
+        f"with the host {_ms(report.turn_s)}: packing {_ms(report.pack_s)}, host in all {_ms(max(0.0, host))}",
+    ]
+
+
+def _explain_roof(report: ProfileReport) -> list[str]:
+    roof, chip = report.roofline, report.chip
+    bound = "memory" if roof.is_memory_bound else "compute"
+    lines = [
+        f"at the least {roof.nbytes / 1e6:,.1f} MB and {roof.flops / 1e9:,.3f} GFLOP a step "
+        f"({roof.intensity:,.2f} FLOP/B, the roof bends at {roof.knee:,.1f}); kernels move "
+        f"{report.moved_bytes / 1e6:,.1f} MB ({report.moved_bytes / roof.nbytes:.2f} x)",
+        f"{chip.name}: {chip.bandwidth_gbps:,.1f} GB/s, {chip.half_tflops:,.2f} TFLOP/s ({chip.source})",
+        f"floor {_ms(roof.floor_s)} ({bound}); achieved {roof.achieved_gbps:,.1f} GB/s and {roof.achieved_tflops:,.3f} "
+        f"TFLOP/s: {roof.utilisation:.0%} of the roof",
+    ]
+    return lines + [f"WARNING: {warning}" for warning in roof.warnings()]
+
+
+def _finding_text(finding: Finding, is_verdict: bool) -> Text:
+    name = f"verdict: {finding.name}" if is_verdict else f"also: {finding.name}"
+    return Text.assemble((name, "bold" if is_verdict else ""), f" - {finding.because}. Next: {finding.next_step}.")
+
+
+def trace_table(trace: Trace, by: str, last_steps: int | None, chip: Chip | None = None) -> RenderableType:
+    """What a DEBUG=2 text says."""
+    kernels = trace.kernels(last_steps)
+    notes = [
+        f"{sum(kernel.count for kernel in kernels):,} dispatches, {_ms(sum(kernel.seconds for kernel in kernels))} on "
+        f"{', '.join(sorted({kernel.device for kernel in kernels})) or 'no device'}; tinygrad waited after each"
+    ]
+    if any(kernel.operation.startswith("graph of") for kernel in kernels):
+        notes.append("whole graphs have one line each: run with JIT=2 for their kernels")
+    if trace.num_scheduled:
+        notes.append(f"{trace.num_scheduled:,} kernels were scheduled in {_ms(trace.scheduling_s)} of Python")
+    for count, what in (
+        (trace.num_cut, "lines were cut short"),
+        (trace.num_untimed, "lines have no time and are left out"),
+        (trace.num_other_lines, "lines are no kernel's"),
+    ):
+        if count:
+            notes.append(f"{count:,} {what}")
+    return Group(kernel_table(tabulate(kernels, by, chip)), Text(""), *(Text(note) for note in notes))
+
+
+def recording_table(recording: Recording) -> RenderableType:
+    """The named measurements of a while: where the host's time went."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("what", no_wrap=True)
+    for column in ("count", "total ms", "own ms", "mean ms", "median ms", "p95 ms", "of the time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, total in sorted(recording.totals.items(), key=lambda item: -item[1].total_ns):
+        times = sorted(span.duration_ns for span in recording.named(name))
+        table.add_row(
+            name,
+            f"{total.count:,}",
+            f"{total.total_ns / 1e6:,.2f}",
+            f"{total.own_ns / 1e6:,.2f}",
+            f"{total.total_ns / total.count / 1e6:,.3f}",
+            f"{_quantile(times, 0.5) / 1e6:,.3f}",
+            f"{_quantile(times, 0.95) / 1e6:,.3f}",
+            f"{total.total_ns / recording.wall_ns:.1%}",
+        )
+    notes = [Text(f"{name}: {count:,}") for name, count in sorted(recording.counts.items())]
+    if recording.num_dropped:
+        notes.append(Text(f"percentiles are of the last spans: {recording.num_dropped:,} earlier ones were let go"))
+    title = (
+        f"{recording.wall_ns / 1e9:,.3f} s were recorded; waits for the device are in `wait`, a step's kernels are not"
+    )
+    return Group(Text(title, style="bold"), table, *notes)
+
+
+def recording_as_json(recording: Recording) -> dict[str, Any]:
+    """The same as numbers, in seconds."""
+    return {
+        "schema": SCHEMA,
+        "wall_s": recording.wall_ns / 1e9,
+        "spans": {
+            name: {
+                "count": total.count,
+                "total_s": total.total_ns / 1e9,
+                "own_s": total.own_ns / 1e9,
+                "share": total.total_ns / recording.wall_ns,
+            }
+            for name, total in recording.totals.items()
+        },
+        "counts": recording.counts,
+        "dropped": recording.num_dropped,
+    }
+
+
+def prediction_table(
+    name: str, kind: str, predictions: Sequence[Prediction], checks: Sequence[tuple[Measured, Prediction]]
+) -> RenderableType:
+    """Predicted speeds, what they rest on, and how far the rule is off where it can be checked."""
+    first = predictions[0]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("batch", "context", "ms a step", "tok/s", "memory", "compute", "kernels", "host", "roof tok/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for p in predictions:
+        parts = (f"{seconds * 1e3:,.3f}" for seconds in (p.memory_s, p.compute_s, p.kernels_s, p.host_s))
+        step = f"{p.step_s * 1e3:,.3f}"
+        table.add_row(str(p.batch), str(p.context), step, f"{p.tok_s:,.1f}", *parts, f"{p.roof_tok_s:,.1f}")
+    lines = [f"by {text}" for text in first.assumptions]
+    lines += [
+        f"checked: {m.shape} {m.kind} on {m.chip}, batch {m.batch}, context {m.context}: predicted {p.tok_s:,.0f}, "
+        f"measured {m.tok_s:,.0f} tok/s ({m.error_of(p):+.0%})"
+        for m, p in checks
+    ]
+    title = Text(f"{name} ({kind}) on {first.chip.name}, predicted and not measured; ms of its parts", style="bold")
+    return Group(title, table, Text(""), *(Text(line) for line in lines))
+
+
+def _quantile(ordered: Sequence[int], share: float) -> float:
+    """By linear interpolation between neighbours; 0 for none."""
+    if not ordered:
+        return 0.0
+    place = (len(ordered) - 1) * share
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3f} ms"

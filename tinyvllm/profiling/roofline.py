@@ -1,0 +1,182 @@
+"""What a step must move and calculate at least, and how close it comes: the roofline model (Williams, Waterman and
+Patterson 2009, Communications of the ACM 52(4)).
+
+GB is 1e9 bytes, GiB 2**30. An operation is a multiplication or an addition. Norms, rope, softmax and sampling are left
+out of the operations: together they are below one in a hundred of a product's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tinyvllm.config import ModelConfig
+from tinyvllm.errors import ProfilingError
+from tinyvllm.profiling.chips import GB, Chip
+from tinyvllm.profiling.kernels import floor_s
+
+# Bytes of a weight as they lie on the device: ggml's blocks, with the small steps of K quants unpacked to a byte each.
+BYTES_PER_WEIGHT = {
+    "float32": 4.0,
+    "float16": 2.0,
+    "bfloat16": 2.0,
+    "Q4_0": 0.5 + 2 / 32,
+    "Q4_1": 0.5 + 4 / 32,
+    "Q5_0": 0.625 + 2 / 32,
+    "Q5_1": 0.625 + 4 / 32,
+    "Q8_0": 1.0 + 2 / 32,
+    "Q4_K": 0.5 + 20 / 256,
+    "Q5_K": 0.625 + 20 / 256,
+    "Q6_K": 0.75 + 18 / 256,
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one step. The least bytes: each weight once, of the embedding table the tokens' rows (it is read whole where
+    it is the head too), keys and values of the context, and those written."""
+
+    weight_bytes: float
+    kv_read_bytes: float
+    kv_written_bytes: float
+    matrix_flops: float  # with the head's
+    attention_flops: float
+
+    @property
+    def kv_bytes(self) -> float:
+        return self.kv_read_bytes + self.kv_written_bytes
+
+    @property
+    def nbytes(self) -> float:
+        return self.weight_bytes + self.kv_bytes
+
+    @property
+    def flops(self) -> float:
+        return self.matrix_flops + self.attention_flops
+
+
+def weights_of(config: ModelConfig) -> tuple[int, int]:
+    """(in all layers' matrices, in one of vocabulary by width: the embedding, and the head)."""
+    attention = config.hidden_size * (2 * config.q_size + 2 * config.kv_size)
+    return config.num_layers * (attention + 3 * config.hidden_size * config.ffn_size), (
+        config.vocab_size * config.hidden_size
+    )
+
+
+def count_work(
+    config: ModelConfig,
+    bytes_per_weight: float,
+    kv_itemsize: int,
+    entries: Iterable[tuple[int, int]],
+    num_sampled: int | None = None,
+) -> Work:
+    """From the model's numbers alone. `entries`: (tokens before this step, tokens computed in it) by sequence.
+    `num_sampled`: rows of logits; one a sequence unless it is said."""
+    entries = list(entries)
+    num_tokens = sum(count for _, count in entries)
+    num_rows = len(entries) if num_sampled is None else num_sampled
+    in_layers, in_table = weights_of(config)
+    kv_token = config.kv_bytes_per_token(kv_itemsize)
+    attended = sum(count * start + count * (count + 1) // 2 for start, count in entries)
+    return Work(
+        weight_bytes=bytes_per_weight
+        * (in_layers + in_table + (0 if config.tie_embeddings else num_tokens * config.hidden_size)),
+        kv_read_bytes=kv_token * sum(start for start, _ in entries),
+        kv_written_bytes=kv_token * num_tokens,
+        matrix_flops=2 * (num_tokens * in_layers + num_rows * in_table),
+        attention_flops=4 * config.num_layers * config.q_size * attended,
+    )
+
+
+def bytes_per_weight(kind: str) -> float:
+    """Raises ProfilingError for a kind that is not known."""
+    found = {name.lower(): size for name, size in BYTES_PER_WEIGHT.items()}.get(kind.lower())
+    if found is None:
+        raise ProfilingError(f"weights of {kind!r} are not known; known: {', '.join(BYTES_PER_WEIGHT)}")
+    return found
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """A step of so many bytes and operations that took `seconds`, under a chip's roof."""
+
+    chip: Chip
+    nbytes: float
+    flops: float
+    seconds: float
+
+    @property
+    def memory_s(self) -> float:
+        return floor_s(self.chip, self.nbytes, 0)
+
+    @property
+    def compute_s(self) -> float:
+        return floor_s(self.chip, 0, self.flops)
+
+    @property
+    def floor_s(self) -> float:
+        """The least time."""
+        return max(self.memory_s, self.compute_s)
+
+    @property
+    def utilisation(self) -> float:
+        """The least time over the time taken: 1 is as fast as the chip allows."""
+        return self.floor_s / self.seconds
+
+    @property
+    def is_memory_bound(self) -> bool:
+        """By its counts: fewer operations a byte than where the roof bends."""
+        return self.memory_s >= self.compute_s
+
+    @property
+    def intensity(self) -> float:
+        """Operations a byte."""
+        return self.flops / self.nbytes
+
+    @property
+    def knee(self) -> float:
+        """Operations a byte at which the chip is bound by both."""
+        return self.chip.half_tflops * 1e12 / (self.chip.bandwidth_gbps * GB)
+
+    @property
+    def achieved_gbps(self) -> float:
+        return self.nbytes / self.seconds / GB
+
+    @property
+    def achieved_tflops(self) -> float:
+        return self.flops / self.seconds / 1e12
+
+    def warnings(self) -> list[str]:
+        """What cannot be: a share above 100 % says that a count or the chip's figure is wrong, not that it is fast."""
+        found = []
+        if self.memory_s > self.seconds:
+            found.append(
+                f"{self.achieved_gbps:,.1f} GB/s is {self.memory_s / self.seconds:.0%} of what {self.chip.name} can "
+                f"({self.chip.bandwidth_gbps:,g} GB/s): a byte count is wrong, another chip is meant, or the bytes fit "
+                "into a cache"
+            )
+        if self.compute_s > self.seconds:
+            found.append(
+                f"{self.achieved_tflops:,.2f} TFLOP/s is {self.compute_s / self.seconds:.0%} of what {self.chip.name} "
+                f"can ({self.chip.half_tflops:,g}): an operation count is wrong, or another chip is meant"
+            )
+        return found
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "chip": self.chip.name,
+            "chip_source": self.chip.source,
+            "bandwidth_gbps": self.chip.bandwidth_gbps,
+            "half_tflops": self.chip.half_tflops,
+            "bytes": self.nbytes,
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "floor_s": self.floor_s,
+            "utilisation": self.utilisation,
+            "intensity": self.intensity,
+            "knee": self.knee,
+            "achieved_gbps": self.achieved_gbps,
+            "achieved_tflops": self.achieved_tflops,
+            "bound": "memory" if self.is_memory_bound else "compute",
+            "warnings": self.warnings(),
+        }

@@ -1,0 +1,178 @@
+"""What a step waits for, by rule and with the numbers that the rule used, and what to try next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tinyvllm.profiling.kernels import Kernel, floor_s, tabulate
+from tinyvllm.profiling.roofline import Roofline
+
+# Shares from which on a cause has a verdict of its own.
+COPY_SHARE, HOST_SHARE, PREFILL_SHARE, DISPATCH_SHARE, ATTENTION_SHARE = 0.15, 0.25, 0.5, 0.35, 0.35
+IDLE_SHARE = 0.1  # of a kernel's time that its bytes and operations would take: below, it is a launch and little else
+ROOF_SHARE = 0.6  # of the roof: what is above is bound by the chip and not by how its kernels are written
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a step. Seconds; None where nobody measured it."""
+
+    kernels: Sequence[Kernel]
+    step_s: float  # on the device, as it runs when serving
+    roofline: Roofline
+    context: int  # tokens of a sequence before this step
+    turn_s: float | None = None  # with the host's part: packing, launching, reading
+    copy_s: float | None = None  # between host and device, where they are not kernels of the step
+    prefill_s: float | None = None  # of a recording with steps of both kinds
+    decode_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One cause. `share`: of the time, between 0 and 1."""
+
+    name: str
+    share: float
+    because: str
+    next_step: str
+
+    def as_json(self) -> dict[str, object]:
+        return {"name": self.name, "share": self.share, "because": self.because, "next": self.next_step}
+
+
+def judge(evidence: Evidence) -> list[Finding]:
+    """What holds, the verdict first: causes outside of the kernels come before those inside. Never empty."""
+    rules: tuple[Callable[[Evidence], Finding | None], ...] = (
+        _copies,
+        _host,
+        _prefill,
+        _dispatch,
+        _attention,
+        _compute,
+        _bandwidth,
+    )
+    found = [finding for finding in (rule(evidence) for rule in rules) if finding is not None]
+    return found or [_below_the_roof(evidence)]
+
+
+def _copies(evidence: Evidence) -> Finding | None:
+    in_kernels_s = sum(kernel.seconds for kernel in evidence.kernels if kernel.operation.startswith("copy"))
+    copy_s = in_kernels_s + (evidence.copy_s or 0.0)
+    whole_s = evidence.turn_s or evidence.step_s
+    if copy_s < COPY_SHARE * whole_s:
+        return None
+    return Finding(
+        "copy-bound",
+        copy_s / whole_s,
+        f"copies take {_ms(copy_s)} of {_ms(whole_s)}",
+        "find who copies: weights belong on the device from the start, and a step needs one small copy of its inputs",
+    )
+
+
+def _host(evidence: Evidence) -> Finding | None:
+    if evidence.turn_s is None or evidence.turn_s - evidence.step_s < HOST_SHARE * evidence.turn_s:
+        return None
+    host_s = evidence.turn_s - evidence.step_s
+    return Finding(
+        "host-bound",
+        host_s / evidence.turn_s,
+        f"a step takes {_ms(evidence.turn_s)}, of which the device works {_ms(evidence.step_s)}: "
+        f"{_ms(host_s)} are packing, launching and reading",
+        "let host and device overlap (async scheduling), or give a step more sequences",
+    )
+
+
+def _prefill(evidence: Evidence) -> Finding | None:
+    if evidence.prefill_s is None or evidence.decode_s is None:
+        return None
+    whole_s = evidence.prefill_s + evidence.decode_s
+    if whole_s == 0 or evidence.prefill_s < PREFILL_SHARE * whole_s:
+        return None
+    return Finding(
+        "prefill-bound",
+        evidence.prefill_s / whole_s,
+        f"steps with prompts take {_ms(evidence.prefill_s)}, those that only decode {_ms(evidence.decode_s)}",
+        "reuse prompts (prefix caching), send shorter ones, or limit --max-num-batched-tokens where decoding must not "
+        "wait",
+    )
+
+
+def _dispatch(evidence: Evidence) -> Finding | None:
+    """What a kernel costs whatever it does: the shortest tenth of those that move and calculate next to nothing."""
+    kernels = [kernel for kernel in evidence.kernels if not kernel.operation.startswith("copy")]
+    chip = evidence.roofline.chip
+    idle = [k.seconds for k in kernels if floor_s(chip, k.nbytes or 0, k.flops or 0) < IDLE_SHARE * k.seconds]
+    whole_s = sum(kernel.seconds for kernel in kernels)
+    if not idle or not whole_s:
+        return None
+    least_s = sorted(idle)[len(idle) // 10]
+    share = min(1.0, least_s * len(kernels) / whole_s)
+    if share < DISPATCH_SHARE or len(kernels) < 10:
+        return None
+    return Finding(
+        "dispatch-bound",
+        share,
+        f"{len(kernels)} kernels of at least {least_s * 1e6:,.1f} us each are {_ms(least_s * len(kernels))} of "
+        f"{_ms(whole_s)}",
+        "fewer kernels: fuse the short ones (see --by kernel), or give a step more sequences",
+    )
+
+
+def _attention(evidence: Evidence) -> Finding | None:
+    whole_s = sum(kernel.seconds for kernel in evidence.kernels)
+    attention_s = sum(kernel.seconds for kernel in evidence.kernels if kernel.operation == "attention")
+    if whole_s == 0 or attention_s < ATTENTION_SHARE * whole_s:
+        return None
+    return Finding(
+        "attention-bound at this context",
+        attention_s / whole_s,
+        f"at {evidence.context:,} tokens of context attention takes {_ms(attention_s)} of {_ms(whole_s)}",
+        "a smaller --kv-cache-dtype, shorter contexts, or a model with fewer KV heads; its kernel's share of the roof "
+        "says how much is left",
+    )
+
+
+def _compute(evidence: Evidence) -> Finding | None:
+    roof = evidence.roofline
+    if roof.is_memory_bound or roof.utilisation < ROOF_SHARE:
+        return None
+    return Finding(
+        "compute-bound",
+        roof.utilisation,
+        f"{roof.intensity:,.1f} operations a byte are above the chip's {roof.knee:,.1f}, and "
+        f"{roof.achieved_tflops:,.2f} of {roof.chip.half_tflops:,g} TFLOP/s are reached",
+        "more speed needs a faster chip or fewer operations: a smaller model, or prompts that are found in the cache",
+    )
+
+
+def _bandwidth(evidence: Evidence) -> Finding | None:
+    roof = evidence.roofline
+    if not roof.is_memory_bound or roof.utilisation < ROOF_SHARE:
+        return None
+    return Finding(
+        "bandwidth-bound",
+        roof.utilisation,
+        f"{roof.nbytes / 1e6:,.1f} MB a step at {roof.achieved_gbps:,.1f} of {roof.chip.bandwidth_gbps:,g} GB/s",
+        "fewer bytes a token: smaller weights (Q4_K), or more sequences in a step, which share the weights' bytes",
+    )
+
+
+def _below_the_roof(evidence: Evidence) -> Finding:
+    """No resource is used up: the kernels themselves leave it lie. Names those that lose most."""
+    roof = evidence.roofline
+    rows = [row for row in tabulate(evidence.kernels, "operation", roof.chip) if row.roof_share is not None]
+    losses = sorted(rows, key=lambda row: -row.total_s * (1 - min(1.0, row.roof_share or 0.0)))[:3]
+    named = ", ".join(f"{row.label} ({_ms(row.total_s)}, {row.roof_share:.0%} of the roof)" for row in losses)
+    bound = "memory" if roof.is_memory_bound else "compute"
+    return Finding(
+        "below the roof",
+        1 - min(1.0, roof.utilisation),
+        f"the step is {bound}-bound by its counts, but reaches {roof.utilisation:.0%} of that roof; "
+        f"most is lost in {named}",
+        "better kernels there: a layout that reads whole lines, more loads in flight, larger tiles",
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3f} ms"

@@ -1,0 +1,141 @@
+"""What the commands of `tinyvllm bench` share: which model, where figures go, lists of numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument, Option
+
+from tinyvllm.cli.models import require_model
+from tinyvllm.cli.terminal import Progress, out, progress_bars
+from tinyvllm.config import EngineConfig
+from tinyvllm.errors import TinyvllmError
+from tinyvllm.storage.catalogue import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from tinyvllm.bench.rows import Row
+    from tinyvllm.bench.subject import Subject
+    from tinyvllm.execution.runner import ModelRunner
+
+TABLE_WIDTH = 140  # columns
+
+
+@dataclasses.dataclass(frozen=True)
+class SubjectFlags:
+    """Which model is measured, and where the figures go."""
+
+    model: Annotated[
+        str | None,
+        Argument(
+            metavar="[MODEL]",
+            help=f"A model as `tinyvllm generate` takes it. [default: {DEFAULT_MODEL}, where there is no --shape]",
+            show_default=False,
+        ),
+    ] = None
+    shape: Annotated[
+        str | None,
+        Option(
+            metavar="NAME",
+            help="Random weights of a model's shape, instead of MODEL: smollm2-135m, tinyllama-1.1b, llama-3.2-1b or "
+            "llama-3.1-8b.",
+        ),
+    ] = None
+    weights: Annotated[
+        str, Option(metavar="KIND", help="With --shape: float32, float16, bfloat16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, ...")
+    ] = "float16"
+    layers: Annotated[
+        int | None, Option(metavar="COUNT", help="With --shape: only the first layers, for a quick look.")
+    ] = None
+    json: Annotated[
+        str | None, Option(metavar="FILE", help="Write the rows as JSON; -: as the last line of stdout.")
+    ] = None
+    markdown: Annotated[
+        bool, Option("--markdown", help="Print a Markdown table with llama-bench's columns instead.")
+    ] = False
+
+    def find(self, *, pull: bool) -> Subject:
+        """Raises ModelError for what is not here or cannot be run."""
+        from tinyvllm.bench.subject import Subject
+
+        if self.shape is None:
+            if self.layers is not None:
+                raise TinyvllmError("--layers cuts a --shape, not a model's files: give --shape NAME")
+            return Subject.of_files(require_model(self.model or DEFAULT_MODEL, pull=pull))
+        if self.model is not None:
+            raise TinyvllmError(f"both a model ({self.model}) and --shape {self.shape} are given: give one of them")
+        return Subject.of_shape(self.shape, self.weights, self.layers)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Everything but the table for people."""
+        from tinyvllm.bench.report import markdown_table
+
+        if self.markdown:
+            print(markdown_table(rows))
+        self.write_json([row.as_json() for row in rows])
+
+    def write_json(self, value: Any) -> None:
+        """To the file of --json, or as the last line of stdout."""
+        if self.json is None:
+            return
+        text = json.dumps(value)
+        if self.json == "-":
+            print(text)  # stdout itself: rich would wrap
+        else:
+            write_file(self.json, text + "\n")
+
+
+def print_table(table: RenderableType) -> None:
+    """In its own width, also where stdout is no terminal, whose 80 columns would cut figures short."""
+    from rich.console import Console
+
+    Console(width=max(out.width, TABLE_WIDTH), highlight=False).print(table, crop=False)
+
+
+@contextlib.contextmanager
+def loaded(subject: Subject, config: EngineConfig) -> Iterator[tuple[ModelRunner, Progress]]:
+    """A warm runner and where to report further stages, with bars on stderr."""
+    with progress_bars() as report:
+        runner = subject.load(config, report)
+        try:
+            yield runner, report
+        finally:
+            runner.close()
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of a list with commas; "none" has none."""
+    return [] if text == "none" else [part.strip() for part in text.split(",")]
+
+
+def write_file(path: str, text: str) -> None:
+    """Raises TinyvllmError where that is not possible."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise TinyvllmError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def parse_counts(flag: str, text: str) -> list[int]:
+    """1,8 -> [1, 8]; none -> []. Raises TinyvllmError."""
+    return [parse_count(flag, part) for part in split_list(text)]
+
+
+def parse_prompt(text: str) -> tuple[int, int]:
+    """512 -> (1, 512), 16x1024 -> (16, 1024): how many prompts, and how long they are."""
+    batch, times, length = text.rpartition("x")
+    return (parse_count("prefill", batch) if times else 1), parse_count("prefill", length)
+
+
+def parse_count(flag: str, text: str) -> int:
+    """Raises TinyvllmError for what is no whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise TinyvllmError(f"--{flag} has {text!r}: give whole numbers with commas between, or none") from None

@@ -20,7 +20,7 @@ LOAD_METRICS = {
 }
 
 
-def latency_table(rows: Sequence[Row]) -> RenderableType:
+def latency_table(rows: Sequence[Row], *, has_title: bool = True) -> RenderableType:
     """One line a case. The share is that of the median step in the floor."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("test", no_wrap=True)
@@ -31,17 +31,17 @@ def latency_table(rows: Sequence[Row]) -> RenderableType:
         table.add_row(
             row.test,
             _plus_minus(row.tok_s),
-            _number(step.median),
+            format_number(step.median),
             _plus_minus(step),
-            _number(step.min),
-            _number(step.p95),
+            format_number(step.min),
+            format_number(step.p95),
             "-" if row.kernels is None else str(row.kernels),
             "-" if row.nbytes is None else f"{row.nbytes / 1e6:,.1f}",
             "-" if row.bytes_ratio is None else f"{row.bytes_ratio:.2f} x",
-            _number(row.floor_ms),
+            format_number(row.floor_ms),
             "-" if row.floor_share is None else f"{row.floor_share:.0%}",
         )
-    return Group(Text(_title(rows[0].machine), style="bold"), table)
+    return Group(Text(make_title(rows[0].machine), style="bold"), table) if has_title else table
 
 
 def throughput_table(row: Row) -> RenderableType:
@@ -55,10 +55,10 @@ def throughput_table(row: Row) -> RenderableType:
     table.add_row("step, ms", *_cells(row.step_ms))
     rates = (
         f"{row.test}, at most {row.batch} at a time, {row.tok_s.count} repeats: "
-        f"{_plus_minus(row.tok_s)} output tokens/s, {_number(row.more['input_tok_s'])} input tokens/s, "
+        f"{_plus_minus(row.tok_s)} output tokens/s, {format_number(row.more['input_tok_s'])} input tokens/s, "
         f"{row.more['preemptions']} preemptions"
     )
-    return Group(Text(_title(row.machine), style="bold"), Text(rates), table)
+    return Group(Text(make_title(row.machine), style="bold"), Text(rates), table)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -80,20 +80,21 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _title(machine: Machine) -> str:
+def make_title(machine: Machine) -> str:
+    """What was measured, and on what."""
     text = f"{machine.model}, {machine.dtype}, {machine.model_bytes / 1e6:,.1f} MB of weights, on {machine.device}"
     return text if machine.bandwidth_gbps is None else f"{text} with {machine.bandwidth_gbps:,.1f} GB/s"
 
 
 def _cells(spread: Spread) -> list[str]:
-    return [_number(value) for value in (spread.mean, spread.std, spread.median, spread.p95, spread.p99)]
+    return [format_number(value) for value in (spread.mean, spread.std, spread.median, spread.p95, spread.p99)]
 
 
 def _plus_minus(spread: Spread) -> str:
-    return f"{_number(spread.mean)} ± {_number(spread.std)}"
+    return f"{format_number(spread.mean)} ± {format_number(spread.std)}"
 
 
-def _number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Three digits or more."""
     if value is None:
         return "-"

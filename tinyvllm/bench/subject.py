@@ -39,12 +39,15 @@ class Subject:
         name = f"{model_config.name}/{num_layers}-layers"
         return cls(name, dataclasses.replace(model_config, num_layers=num_layers), kind=kind)
 
+    def open(self, config: EngineConfig, progress: Progress) -> ModelRunner:
+        """A runner whose graphs are not captured yet; the caller closes it."""
+        if self.files is not None:
+            return load_runner(self.files, config, progress)
+        return load_random_runner(self.model_config, self.kind, config, progress)
+
     def load(self, config: EngineConfig, progress: Progress) -> ModelRunner:
         """A warm runner, which the caller closes."""
-        if self.files is not None:
-            runner = load_runner(self.files, config, progress)
-        else:
-            runner = load_random_runner(self.model_config, self.kind, config, progress)
+        runner = self.open(config, progress)
         try:
             runner.warm_up(progress)
         except BaseException:

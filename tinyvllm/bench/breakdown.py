@@ -1,0 +1,524 @@
+"""Where the time of an engine goes: stages that sum to the wall time, kernels, counts of a step, and a start's parts.
+
+Sampling runs inside of the recorded step, so no clock of the host can see it. Its time is a share of the device's: that
+of the kernels behind the logits in the same step, timed kernel by kernel on the same bucket and context.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tinyvllm.bench.cold_start import GREEDY, ColdStart, plans_for
+from tinyvllm.bench.counts import Finding, StepCounts, find_faults
+from tinyvllm.bench.prompts import make_text
+from tinyvllm.bench.rows import Machine, Row
+from tinyvllm.bench.spread import Spread
+from tinyvllm.bench.stages import (
+    DECODE,
+    PREFILL,
+    REST,
+    SAMPLING,
+    STAGES,
+    Case,
+    Driver,
+    PlainRound,
+    Round,
+    Runner,
+)
+from tinyvllm.config import EngineConfig, ModelConfig, SamplingParams
+from tinyvllm.errors import TinyvllmError
+from tinyvllm.execution.buckets import Bucket
+from tinyvllm.execution.cost import StepCost
+from tinyvllm.profiling.chips import Chip
+from tinyvllm.profiling.kernels import StepProfile, tabulate
+from tinyvllm.profiling.measure import DETOKENISE, PACK, QUEUE, SCHEDULE, TOKENISE
+from tinyvllm.profiling.names import SAMPLE
+from tinyvllm.profiling.roofline import Roofline
+from tinyvllm.profiling.verdict import Evidence, judge
+from tinyvllm.profiling.verdict import Finding as Verdict
+from tinyvllm.scheduling.plan import StepPlan
+from tinyvllm.text.tokenizer import Tokenizer
+
+Report = Callable[[str, int, int], None]  # stage, done, total
+MAX_RESIDUAL_SHARE = 0.02  # of the wall time that may be in no stage
+SCHEMA = 1  # of the JSON: raised when a field changes its meaning
+
+
+class Account(Protocol):
+    """What is used here of ops.accounting.DeviceAccount."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *error: Any) -> None: ...
+
+    def take(self) -> Any: ...
+
+    def used_memory(self) -> int: ...
+
+
+class MeasuredRunner(Runner, Protocol):
+    """What is measured here of execution.runner.ModelRunner."""
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]: ...
+
+    @property
+    def num_cores(self) -> int: ...
+
+    @property
+    def output_bytes(self) -> int: ...
+
+    def account(self) -> Account: ...
+
+    def cost(self, plan: StepPlan) -> StepCost: ...
+
+    def profile(self, plan: StepPlan, *, repeats: int, warmup: int) -> StepProfile: ...
+
+
+@dataclass(frozen=True)
+class BreakdownWork:
+    """The cases, each repeated `num_repeats` times with looks and as often without, after one of both. `num_warmup`:
+    calls of each bucket before that."""
+
+    cases: tuple[Case, ...]
+    num_repeats: int = 3
+    num_warmup: int = 3
+    num_profiled: int = 5  # repeats of the step that is timed kernel by kernel
+    seed: int = 0
+    prefix_caching: bool = False
+    params: SamplingParams = GREEDY
+
+    def __post_init__(self) -> None:
+        if not self.cases:
+            raise TinyvllmError("there is nothing to measure: give --prompts, --ids or --context")
+        for flag, value, least in (("repeats", self.num_repeats, 1), ("warmup", self.num_warmup, 1)):
+            if value < least:
+                raise TinyvllmError(f"--{flag} is {value}: give at least {least}")
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Of one stage over all repeats: `spread` of its single times in seconds, and their sum."""
+
+    name: str
+    spread: Spread | None  # None: it never ran
+    total_s: float
+    share: float  # of the wall time
+    parts: dict[str, float] = field(default_factory=dict)  # seconds: enqueue, wait, read
+
+    def as_json(self) -> dict[str, Any]:
+        spread = self.spread
+        numbers = ("mean", "std", "min", "median", "p95", "p99")
+        times = {f"{name}_s": 0.0 if spread is None else getattr(spread, name) for name in numbers}
+        count = 0 if spread is None else spread.count
+        return {"count": count, "total_s": self.total_s, "share": self.share, **times, **self.parts}
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What was measured of one case."""
+
+    case: Case
+    num_prompt_tokens: int  # of one prompt, on average
+    rounds: tuple[Round, ...]
+    plain: tuple[PlainRound, ...]
+    sampling_shares: dict[str, float]  # of the device's time, by phase
+    counts: dict[str, StepCounts]  # by phase
+    profiles: dict[str, StepProfile]  # by phase
+    costs: dict[str, StepCost]  # by phase
+
+    @property
+    def wall_s(self) -> float:
+        return sum(one.wall_s for one in self.rounds)
+
+    @property
+    def samples(self) -> dict[str, list[float]]:
+        """Every single time of every stage, in seconds."""
+        out: dict[str, list[float]] = {name: [] for name in STAGES}
+        for one in self.rounds:
+            out[TOKENISE] += one.tokenise_s
+            out[QUEUE] += one.queue_s
+            for step in one.steps:
+                sampling_s = step.device_s * self.sampling_shares[step.kind]
+                out[SCHEDULE].append(step.schedule_s)
+                out[PACK].append(step.pack_s)
+                out[step.kind].append(step.device_s - sampling_s + step.read_s)
+                out[SAMPLING].append(sampling_s)
+                out[DETOKENISE].append(step.detokenise_s)
+                out[REST].append(step.rest_s)
+        return out
+
+    def parts(self, phase: str) -> dict[str, float]:
+        """How a phase's seconds, sampling among them, were spent: by the host, or by the device while it waited."""
+        steps = [step for one in self.rounds for step in one.steps if step.kind == phase]
+        return {
+            "enqueue_s": sum(step.enqueue_s for step in steps),
+            "wait_s": sum(step.wait_s for step in steps),
+            "read_s": sum(step.read_s for step in steps),
+        }
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """All of a run."""
+
+    machine: Machine
+    work: BreakdownWork
+    cold_start: ColdStart
+    cases: tuple[CaseResult, ...]
+    max_in_flight: int  # steps that the engine overlaps when nobody looks
+    findings: tuple[Finding, ...]
+    chip: Chip
+    vocab_size: int
+
+    @property
+    def wall_s(self) -> float:
+        return sum(case.wall_s for case in self.cases)
+
+    @property
+    def stages(self) -> list[StageTimes]:
+        return sum_stages(self.cases)
+
+    @property
+    def residual_share(self) -> float:
+        return residual_share(self.cases)
+
+    @property
+    def device_share(self) -> float:
+        """Of the wall time, from each launch until the device was done."""
+        busy_s = sum(step.device_s for case in self.cases for one in case.rounds for step in one.steps)
+        return busy_s / self.wall_s
+
+    @property
+    def overhead_share(self) -> float:
+        """By how much looks and waits made the same work longer: medians over repeats, all cases together."""
+        looked_s = sum(statistics.median(one.wall_s for one in case.rounds) for case in self.cases)
+        plain_s = sum(statistics.median(one.wall_s for one in case.plain) for case in self.cases)
+        return looked_s / plain_s - 1
+
+    @property
+    def main(self) -> CaseResult:
+        """The case whose decode step is shown kernel by kernel: the longest prompt, alone."""
+        return max(self.cases, key=lambda result: (-result.case.batch, result.num_prompt_tokens))
+
+    def roofline(self, phase: str) -> Roofline | None:
+        """The main case's step of a phase under the chip's roof; None where it has no such step."""
+        profile, cost = self.main.profiles.get(phase), self.main.costs.get(phase)
+        if profile is None or cost is None:
+            return None
+        flops = sum(kernel.flops or 0.0 for kernel in profile.kernels)
+        return Roofline(self.chip, cost.nbytes, flops, profile.step_s)
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """What the main case waits for: its decode steps, and its prefill beside them. The first is the verdict."""
+        roofline = self.roofline(DECODE)
+        assert roofline is not None, "every case decodes"
+        main = self.main
+        profile = main.profiles[DECODE]
+        phases = {name: [s for one in main.rounds for s in one.steps if s.kind == name] for name in (PREFILL, DECODE)}
+        plain_s = [(one.wall_s - one.first_token_s) / (main.case.num_output - 1) for one in main.plain]
+        return judge(
+            Evidence(
+                kernels=profile.kernels,
+                step_s=profile.step_s,
+                roofline=roofline,
+                context=main.num_prompt_tokens + main.case.num_output // 2,
+                turn_s=statistics.median(plain_s),
+                prefill_s=sum(step.device_s for step in phases[PREFILL]),
+                decode_s=sum(step.device_s for step in phases[DECODE]),
+            )
+        )
+
+
+def sum_stages(cases: Sequence[CaseResult]) -> list[StageTimes]:
+    """Of several cases together, in the order in which a request meets them."""
+    wall_s = sum(case.wall_s for case in cases)
+    pooled: dict[str, list[float]] = {name: [] for name in STAGES}
+    for case in cases:
+        for name, values in case.samples.items():
+            pooled[name] += values
+    out = []
+    for name, values in pooled.items():
+        parts: dict[str, float] = {}
+        if name in (PREFILL, DECODE):
+            each = [case.parts(name) for case in cases]
+            parts = {key: sum(one[key] for one in each) for key in each[0]}
+        out.append(StageTimes(name, Spread.of(values) if values else None, sum(values), sum(values) / wall_s, parts))
+    return out
+
+
+def residual_share(cases: Sequence[CaseResult]) -> float:
+    """Of the wall time, what no stage has."""
+    return 1 - sum(stage.share for stage in sum_stages(cases))
+
+
+def fit_config(config: dict[str, Any], work: BreakdownWork, longest: int, model: ModelConfig) -> EngineConfig:
+    """The engine's settings for this work: as when serving, but for limits that it needs. `longest`: tokens of the
+    longest case, prompt and output. Raises TinyvllmError where the model was made for fewer."""
+    if longest > model.max_position:
+        raise TinyvllmError(
+            f"the longest case has {longest} tokens, but the model was made for {model.max_position}: "
+            "lower --context, --ids or --tokens"
+        )
+    batch = max(case.batch for case in work.cases)
+    budget = max(config["max_num_batched_tokens"], batch)
+    return EngineConfig(
+        **(config | {"max_num_seqs": batch, "max_model_len": longest + 1, "max_num_batched_tokens": budget})
+    )
+
+
+def longest_case(work: BreakdownWork, tokenizer: Tokenizer | None) -> int:
+    """Tokens of the longest request of all cases."""
+
+    def length(case: Case, number: int) -> int:
+        if case.text is None or tokenizer is None:
+            return case.num_ids + case.num_output
+        return len(tokenizer.encode(make_text(case.text, number))) + case.num_output
+
+    return max(length(case, number) for case in work.cases for number in range(case.batch))
+
+
+def measure_breakdown(
+    runner: MeasuredRunner,
+    tokenizer: Tokenizer | None,
+    machine: Machine,
+    work: BreakdownWork,
+    cold_start: ColdStart,
+    chip: Chip,
+    report: Report,
+) -> Breakdown:
+    """Measure all cases. The runner is warm, its pool belongs to this until it returns. `chip`: whose roof counts."""
+    driver = Driver(runner, tokenizer, seed=work.seed, prefix_caching=work.prefix_caching, params=work.params)
+    results = []
+    for done, case in enumerate(work.cases):
+        report("measure", done, len(work.cases))
+        results.append(measure_case(driver, runner, work, case))
+    report("measure", len(work.cases), len(work.cases))
+    findings: dict[tuple[str, str], Finding] = {}
+    for result in results:
+        for counts in result.counts.values():
+            for finding in find_faults(
+                counts,
+                num_layers=runner.model_config.num_layers,
+                num_cores=runner.num_cores,
+                vocab_size=runner.model_config.vocab_size,
+            ):
+                findings.setdefault((finding.name, counts.phase), finding)
+    found = tuple(findings.values())
+    return Breakdown(
+        machine, work, cold_start, tuple(results), runner.max_in_flight, found, chip, runner.model_config.vocab_size
+    )
+
+
+def measure_case(driver: Driver, runner: MeasuredRunner, work: BreakdownWork, case: Case) -> CaseResult:
+    """Counts first, which also warms up; then repeats with looks and without, taking turns; then kernels."""
+    counts, plans = count_steps(driver, runner, case)
+    rounds: list[Round] = []
+    plain: list[PlainRound] = []
+    for repeat in range(-1, work.num_repeats):
+        looked, unseen = driver.run(case), driver.run_plain(case)
+        if repeat >= 0:
+            rounds.append(looked)
+            plain.append(unseen)
+    num_prompt_tokens = round(statistics.fmean(request.num_prompt_tokens for request in rounds[0].requests))
+    profiles, costs = {}, {}
+    for phase, bucket in plans.items():
+        context = num_prompt_tokens + case.num_output // 2
+        plan = plans_for(bucket, runner.capacity, context, work.params)[0]
+        profiles[phase] = runner.profile(plan, repeats=work.num_profiled, warmup=1)
+        costs[phase] = runner.cost(plan)
+    shares = {phase: sampling_share(profile) for phase, profile in profiles.items()}
+    finished = {phase: _with_sampling(one, profiles[phase]) for phase, one in counts.items()}
+    return CaseResult(case, num_prompt_tokens, tuple(rounds), tuple(plain), shares, finished, profiles, costs)
+
+
+def sampling_share(profile: StepProfile) -> float:
+    """Of a step's kernels' time, what those behind the logits take."""
+    total_s = profile.kernels_s
+    return sum(kernel.seconds for kernel in profile.kernels if kernel.operation == SAMPLE) / total_s if total_s else 0.0
+
+
+def _with_sampling(counts: StepCounts, profile: StepProfile) -> StepCounts:
+    num_kernels = sum(kernel.count for kernel in profile.kernels if kernel.operation == SAMPLE)
+    return dataclasses.replace(counts, sampling_kernels=num_kernels)
+
+
+def count_steps(driver: Driver, runner: MeasuredRunner, case: Case) -> tuple[dict[str, StepCounts], dict[str, Bucket]]:
+    """The most that any step of each phase asks for, and the bucket of each phase's largest step."""
+    highest: dict[str, dict[str, Any]] = {}
+    buckets: dict[str, Bucket] = {}
+    by_name = {bucket.name: bucket for bucket in runner.buckets}
+    num_captures = runner.num_captures
+    with runner.account() as account:
+        account.take()
+
+        def look(plan: StepPlan | None) -> None:
+            nonlocal num_captures
+            counts = account.take()
+            if plan is None:
+                return
+            phase = DECODE if plan.is_decode else PREFILL
+            cost = runner.cost(plan)
+            bucket = by_name[cost.bucket]
+            if bucket.num_tokens >= buckets.setdefault(phase, bucket).num_tokens:
+                buckets[phase] = bucket
+            values = counts.numbers | {
+                "captures": runner.num_captures - num_captures,
+                "moved_bytes": cost.moved_bytes,
+                "num_seqs": len(plan.entries),
+                "kv_blocks": driver.num_used_blocks,
+                "device_bytes": account.used_memory(),
+            }
+            num_captures = runner.num_captures
+            kept = highest.setdefault(phase, {"steps": 0, "details": {}})
+            kept["steps"] += 1
+            kept["details"] |= counts.details
+            for name, value in values.items():
+                kept[name] = max(kept.get(name, 0), value)
+            account.take()  # what counting itself may have asked for
+
+        driver.run_plain(case, look)
+    return {phase: _step_counts(phase, values, runner.output_bytes) for phase, values in highest.items()}, buckets
+
+
+def _step_counts(phase: str, values: dict[str, Any], output_bytes: int) -> StepCounts:
+    details = tuple(f"{text} x {count}" for text, count in values.pop("details").items())
+    values.pop("replays")
+    return StepCounts(phase=phase, details=details, sampling_kernels=0, output_bytes=output_bytes, **values)
+
+
+# -- llama-bench's rows ----------------------------------------------------------------------------------------------
+
+
+def bench_rows(breakdown: Breakdown) -> list[Row]:
+    """Prefill and decode of each case without looks and waits, under llama-bench's names."""
+    rows = []
+    for result in breakdown.cases:
+        case, length = result.case, result.num_prompt_tokens
+        suffix = f", batch {case.batch}" if case.batch > 1 else ""
+        num_prompt = sum(request.num_prompt_tokens for request in result.plain[0].requests)
+        num_decoded = case.batch * (case.num_output - 1)
+        first_s = [one.first_token_s for one in result.plain]
+        rest_s = [one.wall_s - one.first_token_s for one in result.plain]
+        rows.append(_row(breakdown, result, f"pp{length}{suffix}", PREFILL, num_prompt, first_s, 1))
+        name = f"tg{case.num_output} @ d{length}{suffix}"
+        rows.append(_row(breakdown, result, name, DECODE, num_decoded, rest_s, case.num_output - 1))
+    return rows
+
+
+def _row(
+    breakdown: Breakdown,
+    result: CaseResult,
+    name: str,
+    phase: str,
+    num_tokens: int,
+    seconds: list[float],
+    num_steps: int,
+) -> Row:
+    counts = result.counts.get(phase)
+    return Row(
+        test=name,
+        phase=phase,
+        batch=result.case.batch,
+        context=result.num_prompt_tokens if phase == DECODE else 0,
+        num_tokens=num_tokens // result.case.batch,
+        machine=breakdown.machine,
+        tok_s=Spread.of([num_tokens / one for one in seconds]),
+        step_ms=Spread.of([one * 1e3 / num_steps for one in seconds]),
+        kernels=None if counts is None else counts.kernels,
+        moved_bytes=None if counts is None else counts.moved_bytes,
+    )
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def breakdown_json(breakdown: Breakdown) -> dict[str, Any]:
+    """The documented form: docs/PROFILING.md has its fields."""
+    return {
+        "schema": SCHEMA,
+        "kind": "breakdown",
+        **_machine_json(breakdown.machine),
+        "wall_s": breakdown.wall_s,
+        "residual_share": breakdown.residual_share,
+        "device_share": breakdown.device_share,
+        "overhead_share": breakdown.overhead_share,
+        "max_in_flight": breakdown.max_in_flight,
+        "vocab_size": breakdown.vocab_size,
+        "sampling": {
+            "temperature": breakdown.work.params.temperature,
+            "top_p": breakdown.work.params.top_p,
+            "top_k": breakdown.work.params.top_k,
+        },
+        "prefix_caching": breakdown.work.prefix_caching,
+        "repeats": breakdown.work.num_repeats,
+        "stages": {stage.name: stage.as_json() for stage in breakdown.stages},
+        "cold_start": breakdown.cold_start.as_json(),
+        "per_step": _per_step(breakdown.cases),
+        "findings": [finding.as_json() for finding in breakdown.findings],
+        "verdicts": [verdict.as_json() for verdict in breakdown.verdicts],
+        "roofline": {
+            phase: roofline.as_json()
+            for phase in (PREFILL, DECODE)
+            if (roofline := breakdown.roofline(phase)) is not None
+        },
+        "main_case": breakdown.main.case.name,
+        "cases": [_case_json(breakdown, result) for result in breakdown.cases],
+        "environment": breakdown.machine.environment,
+    }
+
+
+def _machine_json(machine: Machine) -> dict[str, Any]:
+    return {
+        "model": machine.model,
+        "dtype": machine.dtype,
+        "params": machine.num_params,
+        "model_bytes": machine.model_bytes,
+        "device": machine.device,
+        "bandwidth_gbps": machine.bandwidth_gbps,
+    }
+
+
+def _per_step(cases: Sequence[CaseResult]) -> dict[str, Any]:
+    """The decode step that asks for most, over all cases."""
+    found = [case.counts[DECODE].as_json() for case in cases if DECODE in case.counts]
+    names = [name for name, value in found[0].items() if isinstance(value, int)]
+    return {name: max(one[name] for one in found) for name in names}
+
+
+def _case_json(breakdown: Breakdown, result: CaseResult) -> dict[str, Any]:
+    walls = Spread.of([one.wall_s for one in result.rounds])
+    plain = Spread.of([one.wall_s for one in result.plain])
+    ttft = [request.token_s[0] for one in result.plain for request in one.requests]
+    tpot = [
+        (request.token_s[-1] - request.token_s[0]) / (len(request.token_s) - 1)
+        for one in result.plain
+        for request in one.requests
+    ]
+    waited = [request.waited_s for one in result.rounds for request in one.requests]
+    decode = result.profiles.get(DECODE)
+    return {
+        "name": result.case.name,
+        "batch": result.case.batch,
+        "prompt_tokens": result.num_prompt_tokens,
+        "output_tokens": result.case.num_output,
+        "wall_s": _spread_json(walls),
+        "plain_wall_s": _spread_json(plain),
+        "residual_share": residual_share([result]),
+        "ttft_s": _spread_json(Spread.of(ttft)),
+        "tpot_s": _spread_json(Spread.of(tpot)),
+        "queue_wait_s": _spread_json(Spread.of(waited)),
+        "stages": {stage.name: stage.as_json() for stage in sum_stages([result])},
+        "sampling_share": result.sampling_shares,
+        "per_step": {phase: counts.as_json() for phase, counts in result.counts.items()},
+        "kernels": [] if decode is None else [row.as_json() for row in tabulate(decode.kernels, chip=breakdown.chip)],
+    }
+
+
+def _spread_json(spread: Spread) -> dict[str, Any]:
+    return dataclasses.asdict(spread)

@@ -1,0 +1,183 @@
+"""A breakdown for people: tables on a terminal, and a CSV of all stages of all cases."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tinyvllm.bench.breakdown import MAX_RESIDUAL_SHARE, Breakdown, CaseResult, bench_rows, sum_stages
+from tinyvllm.bench.report import format_number, latency_table, make_title
+from tinyvllm.bench.stages import DECODE, PREFILL
+from tinyvllm.profiling.kernels import tabulate
+
+NUM_TOP_KERNELS = 5
+MIB = 1 << 20
+STAGE_COLUMNS = ("count", "total ms", "share", "mean ± std ms", "min", "median", "p95", "p99")
+
+
+def breakdown_tables(breakdown: Breakdown) -> RenderableType:
+    """Everything, from a start's parts to the kernels of one step."""
+    return Group(
+        Text(make_title(breakdown.machine), style="bold"),
+        Text("\nCold start", style="bold"),
+        _cold_start_table(breakdown),
+        Text("\nStages, all cases and repeats", style="bold"),
+        _stage_table(breakdown),
+        Text(stage_summary(breakdown)),
+        Text("\nWithout looks and waits", style="bold"),
+        latency_table(bench_rows(breakdown), has_title=False),
+        Text("\nA step, by count: the most that any of its kind asked for", style="bold"),
+        _count_table(breakdown),
+        *[Text(f"fault: {finding.name}: {finding.text}", style="red") for finding in breakdown.findings],
+        Text(f"\nKernels of a decode step: {breakdown.main.case.name}", style="bold"),
+        _kernel_table(breakdown),
+        *_verdict_lines(breakdown),
+    )
+
+
+def stage_summary(breakdown: Breakdown) -> str:
+    """What the stages leave over, the device's part, and the price of having looked."""
+    residual = breakdown.residual_share
+    verdict = "within" if residual < MAX_RESIDUAL_SHARE else "OVER"
+    decode = breakdown.main.sampling_shares.get(DECODE, 0.0)
+    return (
+        f"residual {residual:.2%} of {breakdown.wall_s:.3f} s in no stage ({verdict} the limit of "
+        f"{MAX_RESIDUAL_SHARE:.0%}); from launch to done {breakdown.device_share:.1%} device, the rest host\n"
+        f"looks and waits cost {breakdown.overhead_share:+.1%} against the control run, which had up to "
+        f"{breakdown.max_in_flight} steps in flight\n"
+        "sampling: its kernels' share of the step's, timed kernel by kernel in the same bucket and context "
+        f"({decode:.2%} of a decode step of {breakdown.main.case.name})"
+    )
+
+
+def breakdown_csv(breakdown: Breakdown) -> str:
+    """One line a case and stage, seconds; the case "all" is all of them together."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = ("count", "total_s", "share", "mean_s", "std_s", "min_s", "median_s", "p95_s", "p99_s")
+    writer.writerow(("case", "stage", *names))
+    groups: list[tuple[str, Sequence[CaseResult]]] = [("all", breakdown.cases)]
+    groups += [(result.case.name, [result]) for result in breakdown.cases]
+    for name, results in groups:
+        for stage in sum_stages(results):
+            values = stage.as_json()
+            writer.writerow((name, stage.name, *(values[column] for column in names)))
+    return out.getvalue()
+
+
+def _cold_start_table(breakdown: Breakdown) -> Table:
+    start = breakdown.cold_start
+    table = _table("", "schedule s", "compile s", "capture s", "warm-up calls ms")
+    for bucket in start.buckets:
+        calls = " ".join(f"{seconds * 1e3:.2f}" for seconds in bucket.calls_s)
+        table.add_row(bucket.name, *_seconds(bucket.schedule_s, bucket.compile_s, bucket.capture_s), calls)
+    sums = start.sums
+    table.add_row("all buckets", *_seconds(sums["schedule_s"], sums["compile_s"], sums["capture_s"]), "")
+    process = "unknown" if start.process_s is None else f"{start.process_s:.2f} s"
+    table.caption = f"process {process}, import {start.import_s:.2f} s, load {start.load_s:.2f} s, " + (
+        f"all {start.total_s:.2f} s"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _stage_table(breakdown: Breakdown) -> Table:
+    table = _table("stage", *STAGE_COLUMNS)
+    for stage in breakdown.stages:
+        spread = stage.spread
+        if spread is None:
+            table.add_row(stage.name, "0", *["-"] * (len(STAGE_COLUMNS) - 1))
+            continue
+        ms = [f"{value * 1e3:.3f}" for value in (spread.min, spread.median, spread.p95, spread.p99)]
+        mean = f"{spread.mean * 1e3:.3f} ± {spread.std * 1e3:.3f}"
+        table.add_row(stage.name, str(spread.count), f"{stage.total_s * 1e3:,.1f}", f"{stage.share:.2%}", mean, *ms)
+    residual_ms = breakdown.residual_share * breakdown.wall_s * 1e3
+    empty = [""] * (len(STAGE_COLUMNS) - 3)
+    table.add_row("residual", "", f"{residual_ms:,.1f}", f"{breakdown.residual_share:.2%}", *empty, style="dim")
+    table.add_row("wall", "", f"{breakdown.wall_s * 1e3:,.1f}", "100.00%", *empty, style="bold")
+    return table
+
+
+def _count_table(breakdown: Breakdown) -> Table:
+    table = _table(
+        "case", "kernels", "graphs", "single", "eager", "syncs", "to device", "to host", "KV blocks", "device MiB"
+    )
+    for result in breakdown.cases:
+        for phase in (PREFILL, DECODE):
+            counts = result.counts.get(phase)
+            if counts is None:
+                continue
+            table.add_row(
+                f"{result.case.name}, {phase}",
+                str(counts.kernels),
+                str(counts.graph_launches),
+                str(counts.single_launches),
+                str(counts.eager_kernels),
+                str(counts.syncs),
+                f"{counts.copies_h2d} ({counts.bytes_h2d:,} B)",
+                f"{counts.copies_d2h} ({counts.bytes_d2h:,} B)",
+                str(counts.kv_blocks),
+                f"{counts.device_bytes / MIB:,.0f}",
+            )
+    return table
+
+
+def _verdict_lines(breakdown: Breakdown) -> list[Text]:
+    """The roof, what cannot be, and each verdict with what to do about it."""
+    lines = [Text("")]
+    for phase in (PREFILL, DECODE):
+        roofline = breakdown.roofline(phase)
+        if roofline is not None:
+            lines.append(
+                Text(
+                    f"{phase} step: {roofline.nbytes / 1e6:,.1f} MB and {roofline.flops / 1e9:,.2f} GFLOP at least, "
+                    f"floor {roofline.floor_s * 1e3:.3f} ms, took {roofline.seconds * 1e3:.3f} ms: "
+                    f"{roofline.utilisation:.0%} of the roof of {roofline.chip.name} "
+                    f"({roofline.chip.bandwidth_gbps:,.1f} GB/s, {roofline.chip.half_tflops:,.2f} TFLOP/s)"
+                )
+            )
+            lines += [Text(f"warning: {warning}", style="yellow") for warning in roofline.warnings()]
+    for place, verdict in enumerate(breakdown.verdicts):
+        head = "verdict" if place == 0 else "also"
+        lines.append(Text(f"{head}: {verdict.name}: {verdict.because}", style="bold" if place == 0 else ""))
+        lines.append(Text(f"  next: {verdict.next_step}"))
+    return lines
+
+
+def _kernel_table(breakdown: Breakdown) -> Table:
+    profile = breakdown.main.profiles[DECODE]
+    table = _table("operation", "dispatches", "total ms", "average us", "share", "GB/s", "GFLOP/s", "of roof")
+    for row in tabulate(profile.kernels, chip=breakdown.chip)[:NUM_TOP_KERNELS]:
+        table.add_row(
+            row.label,
+            str(row.dispatches),
+            f"{row.total_s * 1e3:.3f}",
+            f"{row.average_s * 1e6:.1f}",
+            f"{row.share:.1%}",
+            format_number(None if row.bytes_per_s is None else row.bytes_per_s / 1e9),
+            format_number(None if row.flops_per_s is None else row.flops_per_s / 1e9),
+            "-" if row.roof_share is None else f"{row.roof_share:.0%}",
+        )
+    table.caption = (
+        f"{profile.num_kernels} kernels, {profile.kernels_s * 1e3:.3f} ms one by one, "
+        f"{profile.step_s * 1e3:.3f} ms as one step"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _seconds(*values: float) -> list[str]:
+    return [f"{value:.3f}" for value in values]

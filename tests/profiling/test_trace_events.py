@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from tinyvllm.profiling.kernels import Launch
 from tinyvllm.profiling.measure import Recorder, Recording
-from tinyvllm.profiling.trace_events import trace_events, write_trace
+from tinyvllm.profiling.trace_events import trace_events, trace_text
 
 
 def make_recording() -> Recording:
@@ -52,10 +51,8 @@ def test_threads_and_devices_have_names() -> None:
     assert all((e["pid"], e["tid"]) in names for e in events if e["ph"] != "M")
 
 
-def test_a_file_is_json_with_the_counts(tmp_path: Path) -> None:
-    path = tmp_path / "out.json"
-    write_trace(str(path), make_recording(), LAUNCHES)
-    document = json.loads(path.read_text())
+def test_a_file_is_json_with_the_counts() -> None:
+    document = json.loads(trace_text(make_recording(), LAUNCHES))
     assert document["otherData"] == {"dropped_spans": 0, "syncs": 3}
 
 

@@ -15,6 +15,7 @@ from typer import Option
 from tinyvllm.cli.engine import ready_engine
 from tinyvllm.cli.flags import EngineFlags, Model, SamplingFlags
 from tinyvllm.cli.models import require_model
+from tinyvllm.cli.record_flags import RecordFlags
 from tinyvllm.cli.terminal import out
 from tinyvllm.config import EngineConfig, SamplingParams
 from tinyvllm.errors import TinyvllmError
@@ -43,6 +44,7 @@ def generate(
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print one JSON document when all is done.")] = False,
     sampling: SamplingFlags,
+    record: RecordFlags,
     engine: EngineFlags,
 ) -> None:
     """Generate text from prompts, in this process."""
@@ -52,22 +54,30 @@ def generate(
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
     config = engine.make_config(model, num_seqs=max(1, min(len(prompts) * n, MAX_SEQS)))
     require_model(model, pull=engine.pull)
-    asyncio.run(_generate(config, prompts, sampling, {"n": n, "logprobs": logprobs}, as_json=as_json))
+    more = {"n": n, "logprobs": logprobs}
+    asyncio.run(_generate(config, prompts, sampling, more, record, as_json=as_json))
 
 
 async def _generate(
-    config: EngineConfig, prompts: list[str], sampling: SamplingFlags, more: dict[str, Any], *, as_json: bool
+    config: EngineConfig,
+    prompts: list[str],
+    sampling: SamplingFlags,
+    more: dict[str, Any],
+    record: RecordFlags,
+    *,
+    as_json: bool,
 ) -> None:
     engine = await ready_engine(config)
     try:
         params = sampling.make_params(engine.generation_defaults, **more)
         streams = len(prompts) == 1 and params.n == 1 and not as_json
-        results = await asyncio.gather(
-            *(
-                _run(engine, prompt, params, request_id=f"prompt-{position}", streams=streams)
-                for position, prompt in enumerate(prompts)
+        with record.recording():
+            results = await asyncio.gather(
+                *(
+                    _run(engine, prompt, params, request_id=f"prompt-{position}", streams=streams)
+                    for position, prompt in enumerate(prompts)
+                )
             )
-        )
     finally:
         await engine.shutdown()
     if as_json:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json as jsons
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from tinyvllm.cli.bench_flags import SubjectFlags
+from tinyvllm.cli.bench_flags import SubjectFlags, print_table, write_file
 from tinyvllm.cli.flags import RunnerFlags
-from tinyvllm.cli.terminal import out, progress_bars
+from tinyvllm.cli.terminal import progress_bars
 from tinyvllm.config import EngineConfig
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.profiling import measure
@@ -24,11 +23,7 @@ from tinyvllm.profiling.predict import MEASURED, Measured, Prediction, predict
 from tinyvllm.profiling.trace import parse_trace
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from tinyvllm.bench.subject import Subject
-
-TABLE_WIDTH = 140  # columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +69,14 @@ def profile(*, flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) 
         raise TinyvllmError(f"--by is {flags.by!r}: give one of {', '.join(GROUPINGS)}")
     runner.apply()
     if flags.from_ is not None:
-        _read(flags, subject.json)
+        _read(flags, subject)
     elif flags.predict is not None:
         _predict(flags, subject, runner)
     else:
         _run(flags, subject, runner)
 
 
-def _read(flags: ProfileFlags, json: str | None) -> None:
+def _read(flags: ProfileFlags, subject: SubjectFlags) -> None:
     from tinyvllm.profiling.report import trace_table
 
     text = _text(flags.from_ or "-")
@@ -92,10 +87,10 @@ def _read(flags: ProfileFlags, json: str | None) -> None:
             f"{flags.from_} has no line of a kernel with a time: run the program with DEBUG=2 and keep all it prints"
         )
     chip = find_chip(flags.chip) if flags.chip else None
-    _print(trace_table(trace, flags.by, flags.last_steps, chip))
+    print_table(trace_table(trace, flags.by, flags.last_steps, chip))
     rows = {f"by_{by}": [row.as_json() for row in tabulate(kernels, by, chip)] for by in GROUPINGS}
     counts = {"cut": trace.num_cut, "untimed": trace.num_untimed, "other_lines": trace.num_other_lines}
-    _write_json(json, {"schema": 1, "source": flags.from_, **counts, **rows})
+    subject.write_json({"schema": 1, "source": flags.from_, **counts, **rows})
 
 
 def _text(path: str) -> str:
@@ -113,7 +108,7 @@ def _run(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> Non
     from tinyvllm.bench.kernels import one_case, profile_case
     from tinyvllm.bench.latency import Case, fit_config
     from tinyvllm.profiling.report import profile_table
-    from tinyvllm.profiling.trace_events import write_trace
+    from tinyvllm.profiling.trace_events import trace_text
 
     chip = find_chip(flags.chip) if flags.chip else None
     case = Case("decode", flags.batch, flags.context) if flags.prefill is None else Case("prefill", 1, flags.prefill)
@@ -123,10 +118,10 @@ def _run(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> Non
         loaded = found.load(fit_config(config, work, found.model_config), report)
     with contextlib.closing(loaded), _recorded() as recorded:
         result = profile_case(loaded, found, work, chip)
-    _print(profile_table(result, flags.by))
+    print_table(profile_table(result, flags.by))
     if flags.trace is not None:
-        write_trace(flags.trace, recorded[0], result.profile.launches)
-    _write_json(subject.json, result.as_json())
+        write_file(flags.trace, trace_text(recorded[0], result.profile.launches))
+    subject.write_json(result.as_json())
 
 
 @contextlib.contextmanager
@@ -157,13 +152,13 @@ def _predict(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) ->
         checks.append(
             (measured, predict(find_shape(measured.shape), measured.kind, where, measured.batch, measured.context))
         )
-    _print(prediction_table(found.name, kind, [prediction], checks))
+    print_table(prediction_table(found.name, kind, [prediction], checks))
     document = prediction.as_json() | {
         "model": found.name,
         "dtype": kind,
         "checked": [dataclasses.asdict(m) | {"predicted_tok_s": p.tok_s, "error": m.error_of(p)} for m, p in checks],
     }
-    _write_json(subject.json, document)
+    subject.write_json(document)
 
 
 def _chip_to_predict(name: str, runner: RunnerFlags) -> Chip:
@@ -185,20 +180,3 @@ def _kind_of(subject: Subject) -> str:
     num_weights = in_layers + in_table * (1 if subject.model_config.tie_embeddings else 2)
     size = sum(file.stat().st_size for file in files) / num_weights
     return min(BYTES_PER_WEIGHT, key=lambda kind: abs(BYTES_PER_WEIGHT[kind] - size))
-
-
-def _print(table: RenderableType) -> None:
-    """In its own width, also where stdout is no terminal, whose 80 columns would cut figures short."""
-    from rich.console import Console
-
-    Console(width=max(out.width, TABLE_WIDTH), highlight=False).print(table, crop=False)
-
-
-def _write_json(path: str | None, document: dict[str, object]) -> None:
-    if path is None:
-        return
-    text = jsons.dumps(document)
-    if path == "-":
-        print(text)  # stdout itself: rich would wrap
-    else:
-        Path(path).write_text(text + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from typer import Option
 from tinyvllm.cli import engine as engines
 from tinyvllm.cli.flags import EngineFlags, Model
 from tinyvllm.cli.models import require_model
+from tinyvllm.cli.record_flags import RecordFlags
 from tinyvllm.cli.server_flags import ListenFlags, ServerFlags
 from tinyvllm.cli.terminal import out, progress_bars
 from tinyvllm.storage.catalogue import DEFAULT_MODEL
@@ -32,6 +33,7 @@ def serve(
     ] = None,
     listen: ListenFlags,
     http: ServerFlags,
+    record: RecordFlags,
     engine: EngineFlags,
 ) -> None:
     """Serve a model over HTTP, in OpenAI's format."""
@@ -62,6 +64,7 @@ def serve(
 
         def greet(ready: AsyncEngine) -> None:
             bars.close()
+            stack.enter_context(record.recording())
             _greet(ready, address, needs_key=bool(settings.api_keys))
 
         asyncio.run(

@@ -130,10 +130,14 @@ class ServerFlags:
         Option("--log-requests", help="Log the prompts and settings of requests: without it no content is logged."),
     ] = False
     access_log: Annotated[bool, Option(help="Log a line for each HTTP request.")] = True
+    enable_profiling: Annotated[
+        bool, Option("--enable-profiling", help="Allow POST /start_profile and /stop_profile, to all who may ask.")
+    ] = False
 
     def settings(self) -> ServerSettings:
         """Checked. Raises TinyvllmError for a bad value."""
         return ServerSettings(
+            enable_profiling=self.enable_profiling,
             max_num_queued_requests=self.max_num_queued_requests,
             max_num_queued_tokens=self.max_num_queued_tokens,
             max_body_bytes=self.max_body_bytes,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from tinyvllm.profiling.kernels import Launch
@@ -36,9 +35,9 @@ def trace_events(recording: Recording | None, launches: Sequence[Launch] = ()) -
     return document
 
 
-def write_trace(path: str, recording: Recording | None, launches: Sequence[Launch] = ()) -> None:
-    """Raises OSError."""
-    Path(path).write_text(json.dumps(trace_events(recording, launches)) + "\n", encoding="utf-8")
+def trace_text(recording: Recording | None, launches: Sequence[Launch] = ()) -> str:
+    """The document as a file has it."""
+    return json.dumps(trace_events(recording, launches)) + "\n"
 
 
 def _order(names: Iterable[str]) -> dict[str, int]:

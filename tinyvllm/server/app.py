@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyvllm import __version__
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.server import operations, routes
+from tinyvllm.server import operations, profile_routes, routes
 from tinyvllm.server.context import RequestContext, entered
 from tinyvllm.server.failures import ClientGone, answer_failure, failure_of
 from tinyvllm.server.security import Guard, KeyRing
@@ -38,6 +38,7 @@ def make_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> Fas
     state = app.state.server = ServerState(engine, settings)
     app.include_router(operations.router)
     app.include_router(routes.router)
+    app.include_router(profile_routes.router)
     app.mount("/static", operations.PageFiles(directory=operations.STATIC))
     for kind in (TinyvllmError, ClientGone, RequestValidationError, AnyHTTPException):
         app.add_exception_handler(kind, answer_failure)

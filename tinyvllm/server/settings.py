@@ -35,6 +35,7 @@ class ServerSettings:
     shutdown_timeout_s: float = 25.0  # what runs may go on after a signal; below the 30 s that orchestrators allow
     stats_interval_s: float | None = 10.0  # the log's line on the engine
     log_requests: bool = False  # prompts and settings of requests into the log
+    enable_profiling: bool = False  # /start_profile and /stop_profile
     api_keys: tuple[str, ...] = ()
     cors: Cors = Cors()
 

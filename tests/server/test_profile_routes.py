@@ -1,0 +1,56 @@
+"""Recording on request: allowed by a flag only, one at a time, and a 403 or 409 that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.server.fake_engine import FakeEngine
+from tests.server.test_routes import client_of, error_of
+from tinyvllm.profiling import measure
+
+
+@pytest.fixture(autouse=True)
+def _off() -> Iterator[None]:
+    yield
+    if measure.is_on():
+        measure.stop()
+
+
+@pytest.mark.parametrize("path", ["/start_profile", "/stop_profile"])
+async def test_a_server_without_the_flag_refuses(path: str) -> None:
+    async with client_of(FakeEngine()) as client:
+        response = await client.post(path)
+    assert response.status_code == 403 and "--enable-profiling" in error_of(response)["message"]
+    assert not measure.is_on()
+
+
+async def test_what_happens_between_start_and_stop_is_told() -> None:
+    async with client_of(FakeEngine(), enable_profiling=True) as client:
+        assert (await client.post("/start_profile")).json()["status"] == "recording"
+        with measure.span(measure.STEP, kind="decode"), measure.span(measure.PACK):
+            pass
+        document = (await client.post("/stop_profile")).json()
+    assert document["spans"]["step"]["count"] == document["spans"]["pack"]["count"] == 1
+    assert 0 < document["spans"]["pack"]["total_s"] <= document["spans"]["step"]["total_s"] <= document["wall_s"]
+
+
+async def test_a_trace_is_for_the_asking() -> None:
+    async with client_of(FakeEngine(), enable_profiling=True) as client:
+        await client.post("/start_profile")
+        with measure.span(measure.STEP):
+            pass
+        wrong = await client.post("/stop_profile", params={"format": "xml"})
+        document = (await client.post("/stop_profile", params={"format": "trace"})).json()
+    assert wrong.status_code == 400 and "xml" in error_of(wrong)["message"]
+    assert "step" in {event["name"] for event in document["traceEvents"]}
+
+
+async def test_one_recording_at_a_time() -> None:
+    async with client_of(FakeEngine(), enable_profiling=True) as client:
+        nothing = await client.post("/stop_profile")
+        await client.post("/start_profile")
+        second = await client.post("/start_profile")
+    assert nothing.status_code == second.status_code == 409
+    assert "start one first" in error_of(nothing)["message"] and "already" in error_of(second)["message"]

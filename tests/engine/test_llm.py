@@ -67,10 +67,16 @@ def test_an_output_has_vllms_names(make_llm: Any) -> None:
     assert (first.logprob, first.rank, first.decoded_token) == (-0.5, 1, "h")
 
 
-def test_a_rank_beyond_what_was_asked_for_is_unknown(make_llm: Any) -> None:
-    (output,) = make_llm().generate("prompt", SamplingParams(logprobs=0, max_tokens=1))
-    ((entry,),) = (row.values() for row in output.outputs[0].logprobs)
-    assert entry.rank is None
+def test_the_prompts_logprobs_come_once_whatever_n_is(make_llm: Any) -> None:
+    runner = FakeModelRunner(max_num_seqs=2)
+    (output,) = make_llm(runner).generate("prompt", SamplingParams(n=3, prompt_logprobs=2, max_tokens=2))
+    first, *others = output.prompt_logprobs
+    assert first is None
+    assert [next(iter(entry)) for entry in others] == list(b"rompt")
+    assert all(len(entry) >= 2 for entry in others)
+    assert sum(entry.num_scored for plan in runner.plans for entry in plan.entries) == 5
+    (plain,) = make_llm(runner).generate("prompt", SamplingParams(max_tokens=2))
+    assert plain.prompt_logprobs is None
 
 
 def test_without_logprobs_there_are_none(make_llm: Any) -> None:

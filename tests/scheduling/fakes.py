@@ -63,7 +63,9 @@ class FakeRunner:
             self._write(entry, written)
         sampled = [self._sample(entry.request) for entry in plan.sampled]
         self._newest = {entry.request: ids for entry, (ids, _) in zip(plan.sampled, sampled, strict=True)}
-        return StepOutput(tuple(ids for ids, _ in sampled), tuple(lps for _, lps in sampled), pack_s=0.25, device_s=0.5)
+        ids, logprobs = ([one[part] for one in sampled] for part in (0, 1))
+        scores = tuple(self._score(entry) for entry in plan.scored)
+        return StepOutput(tuple(ids), tuple(logprobs), scores, pack_s=0.25, device_s=0.5)
 
     def close(self) -> None:
         self.is_closed = True
@@ -98,7 +100,18 @@ class FakeRunner:
         if request.params.logprobs is None:
             return token_id, None
         top = tuple(((token_id + i) % self.vocab_size, -0.5 - i) for i in range(request.params.logprobs))
-        return token_id, TokenLogprobs(-0.5, top)
+        return token_id, TokenLogprobs(-0.5, top, rank=1)
+
+    def _score(self, entry: Scheduled) -> tuple[TokenLogprobs, ...]:
+        """For each scored token a number that says what was read before it, and which token came."""
+        request, count = entry.request, entry.request.num_prompt_logprobs or 0
+        scores = []
+        for position in range(entry.first_scored, entry.first_scored + entry.num_scored):
+            assert entry.start <= position < entry.start + entry.count, "only what is computed has logits"
+            digest = mix(self.pool[self._slot(request, position)], request.prompt_ids[position + 1])
+            top = tuple((digest % self.vocab_size, -float(rank)) for rank in range(count))
+            scores.append(TokenLogprobs(-float(digest % 1000), top, rank=1 + digest % 7))
+        return tuple(scores)
 
 
 def make_capacity(num_blocks: int = 1000, block_size: int = 4, **fields: int) -> Capacity:
@@ -135,6 +148,7 @@ def make_request(
         max_tokens=max_tokens,
         seed=seed,
         priority=priority,
+        num_prompt_logprobs=settings.prompt_logprobs,
     )
 
 
@@ -170,6 +184,7 @@ def check_limits(scheduler: Scheduler, plan: StepPlan) -> None:
     capacity = scheduler.capacity
     assert 0 < plan.num_tokens <= capacity.max_num_batched_tokens, plan.num_tokens
     assert len(plan.entries) <= capacity.max_num_seqs
+    assert plan.num_logit_rows <= capacity.max_num_seqs
     ending = {request for request in scheduler.running if request.num_in_flight and request not in _requests(plan)}
     assert _requests(plan) | ending == set(scheduler.running), "all that run move in every step, or end with it"
     for request in ending:
@@ -194,7 +209,16 @@ def run(scheduler: Scheduler, *requests: Request, runner: FakeRunner | None = No
 
 def run_alone(request: Request) -> list[int]:
     """What the request answers with nobody else there, unchunked, uncached and never preempted."""
-    scheduler = make_scheduler(prefix_caching=False, max_num_batched_tokens=100_000)
+    return _run_twin(request).output_ids
+
+
+def scores_alone(request: Request) -> list[TokenLogprobs]:
+    """Its prompt's logprobs, computed in one step."""
+    return _run_twin(request).prompt_logprobs
+
+
+def _run_twin(request: Request) -> Request:
+    scheduler = make_scheduler(prefix_caching=False, max_num_batched_tokens=100_000, max_num_seqs=100_000)
     twin = Request(
         request.request_id,
         list(request.prompt_ids),
@@ -202,5 +226,7 @@ def run_alone(request: Request) -> list[int]:
         eos_ids=request.eos_ids,
         max_tokens=request.max_tokens,
         seed=request.seed,
+        num_prompt_logprobs=request.num_prompt_logprobs,
     )
-    return run(scheduler, twin)[0]
+    run(scheduler, twin)
+    return twin

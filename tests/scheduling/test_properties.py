@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.scheduling.fakes import FakeRunner, Flights, make_request, make_scheduler, run, run_alone
+from tests.scheduling.fakes import FakeRunner, Flights, make_request, make_scheduler, run, run_alone, scores_alone
 from tinyvllm.scheduling.request import Request, Status
 from tinyvllm.scheduling.scheduler import Scheduler
 
@@ -40,6 +40,7 @@ class Traffic:
             priority=self.rng.randrange(3),
             seed=self.rng.randrange(2**32),
             temperature=self.rng.choice([0.0, 1.0]),
+            prompt_logprobs=self.rng.choice([None, None, 0, 2]),
         )
         self.requests.append(request)
         self.scheduler.add(request)
@@ -69,6 +70,9 @@ class Traffic:
             assert request.status is Status.FINISHED
             alone = run_alone(request)
             assert request.output_ids == alone[: len(request.output_ids)], request.request_id
+            assert request.prompt_logprobs == scores_alone(request)[: len(request.prompt_logprobs)], request.request_id
+            if request.output_ids and request.num_prompt_logprobs is not None:
+                assert len(request.prompt_logprobs) == request.num_prompt_tokens - 1, request.request_id
             if request not in self.disturbed and request.num_tokens < self.scheduler.capacity.num_tokens:
                 assert len(request.output_ids) == len(alone), request.request_id
 

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.scheduling.fakes import FakeRunner, make_request, make_scheduler, run, run_alone, step
+from tests.scheduling.fakes import FakeRunner, make_request, make_scheduler, run, run_alone, scores_alone, step
 from tinyvllm.errors import ContextLengthError, InvariantError, RequestError
-from tinyvllm.scheduling.plan import StepOutput
-from tinyvllm.scheduling.request import Status
+from tinyvllm.scheduling.plan import StepOutput, StepPlan
+from tinyvllm.scheduling.request import Request, Status
 from tinyvllm.scheduling.scheduler import NO_FINITE_LOGITS
 
 
@@ -381,3 +381,65 @@ def test_commit_refuses_an_output_of_another_size() -> None:
     assert plan is not None
     with pytest.raises(InvariantError, match="samples 1 tokens, but the step returned 2"):
         scheduler.commit(plan, StepOutput((1, 2), (None, None)))
+
+
+# -- prompts that are scored -----------------------------------------------------------------------------------------
+
+
+def chunks_of(plans: list[StepPlan], request: Request) -> list[tuple[int, int, int]]:
+    entries = [entry for plan in plans for entry in plan.entries if entry.request is request]
+    return [(entry.start, entry.count, entry.num_scored) for entry in entries]
+
+
+def test_a_scored_prompt_is_cut_to_the_rows_of_logits_that_nobody_needs() -> None:
+    """Of 4 rows one is the request's own; one is kept for whoever waits, and each that runs has one."""
+    scheduler, runner = make_scheduler(max_num_seqs=4), FakeRunner(4)
+    scored, plain = make_request("a", 10, max_tokens=2, prompt_logprobs=0), make_request("b", 3, max_tokens=9)
+    scheduler.add(scored)
+    step(scheduler, runner)
+    assert chunks_of(runner.plans, scored) == [(0, 4, 4)]
+    scheduler.add(plain)
+    while scheduler.has_work:
+        step(scheduler, runner)
+    assert chunks_of(runner.plans, scored) == [(0, 4, 4), (4, 3, 3), (7, 3, 2), (10, 1, 0)]
+    assert scored.prompt_logprobs == scores_alone(scored)
+    assert len(scored.prompt_logprobs) == 9
+    assert chunks_of(runner.plans, plain)[0] == (0, 3, 0), "admitted beside it, at once"
+
+
+def test_a_scored_prompt_neither_starves_others_nor_is_starved() -> None:
+    scheduler, runner = make_scheduler(max_num_seqs=2), FakeRunner(4)
+    requests = [make_request(name, 9, max_tokens=4, prompt_logprobs=1) for name in "abc"]
+    assert run(scheduler, *requests, runner=runner) == [run_alone(request) for request in requests]
+    assert [entry.request.request_id for entry in runner.plans[1].entries] == ["a", "b"]
+    for request in requests:
+        assert request.prompt_logprobs == scores_alone(request)
+
+
+def test_a_scored_prompt_is_computed_whole_and_found_by_others() -> None:
+    """The pool knows keys and values, and not what the logits were."""
+    scheduler, runner = make_scheduler(), FakeRunner(4)
+    first = make_request("a", 12)
+    run(scheduler, first, runner=runner)
+    scored = make_request("b", first.prompt_ids, prompt_logprobs=0)
+    run(scheduler, scored, runner=runner)
+    assert scored.num_cached_tokens == 0
+    assert len(scored.prompt_logprobs) == 11
+    again = make_request("c", first.prompt_ids)
+    run(scheduler, again, runner=runner)
+    assert again.num_cached_tokens == 8
+
+
+def test_scores_outlive_a_preemption_and_are_not_computed_twice() -> None:
+    scheduler, runner = make_scheduler(num_blocks=7, max_num_seqs=2), FakeRunner(4)
+    first, scored = make_request("a", 4, max_tokens=18), make_request("b", 12, max_tokens=2, prompt_logprobs=0)
+    run(scheduler, first, scored, runner=runner)
+    assert scored.num_preemptions > 0
+    assert scored.prompt_logprobs == scores_alone(scored)
+    assert sum(num_scored for _, _, num_scored in chunks_of(runner.plans, scored)) == 11
+
+
+def test_a_prompt_of_one_token_has_nothing_to_score() -> None:
+    request = make_request("a", 1, prompt_logprobs=3)
+    run(make_scheduler(), request)
+    assert request.prompt_logprobs == []

@@ -73,6 +73,7 @@ class RequestFactory:
                 arrival_s=time.monotonic(),
                 constraint=None if grammar is None else grammar.matcher(),
                 bad_words_ids=bad_words_ids,
+                num_prompt_logprobs=None if index else params.prompt_logprobs,  # the prompt is one
             )
             for index in range(params.n)
         ]

@@ -31,7 +31,7 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Logprob:
-    """How likely a token was. `rank` is 1 for the likeliest; None where it is beyond what was asked for."""
+    """How likely a token was. `rank` is 1 for the likeliest."""
 
     logprob: float
     rank: int | None
@@ -74,6 +74,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # one a prompt token, None for the first
 
     @property
     def finished(self) -> bool:
@@ -201,6 +202,9 @@ class LLM:
                     for request, delta in engine.step():
                         output = owners[request.request_id]
                         output.outputs[delta.index].append(delta)
+                        if delta.prompt_logprobs is not None:
+                            scores = delta.prompt_logprobs
+                            output.prompt_logprobs = [None if token is None else _rank(token) for token in scores]
                         output.num_cached_tokens = max(output.num_cached_tokens, delta.num_cached_tokens)
                         if output.finished:
                             advance()
@@ -211,8 +215,7 @@ class LLM:
 
 def _rank(token: TokenLogprob) -> dict[int, Logprob]:
     """The chosen token and the likeliest by id, the chosen first."""
-    ranks = {other.token_id: rank for rank, other in enumerate(token.top, 1)}
-    return {one.token_id: Logprob(one.logprob, ranks.get(one.token_id), one.token) for one in (token, *token.top)}
+    return {one.token_id: Logprob(one.logprob, one.rank, one.token) for one in (token, *token.top)}
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class TokenLogprob:
     bytes: bytes
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
+    rank: int | None = None  # of the token; 1: the likeliest
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Delta:
     num_output_tokens: int  # so far, of this index
     error: str | None = None  # a message, when finish_reason is "error"
     timing: Timing | None = None  # of the last delta
+    # one a token of the prompt, None for the first; in the first delta of choice 0, where they are asked for
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     def then(self, later: Delta) -> Delta:
         """This and the next delta of the same choice as one."""
@@ -70,6 +73,7 @@ class Delta:
             later.num_output_tokens,
             later.error,
             later.timing,
+            self.prompt_logprobs if later.prompt_logprobs is None else later.prompt_logprobs,
         )
 
 
@@ -111,6 +115,7 @@ class OutputProcessor:
             len(request.output_ids),
             request.error if finish_reason == "error" else None,
             None if finish_reason is None and matched is None else self.timing(),
+            self._spell_prompt() if out.token_id is not None and len(request.output_ids) == 1 else None,
         )
 
     def timing(self) -> Timing:
@@ -139,13 +144,23 @@ class OutputProcessor:
             return ""
         return self._detokenizer.push(out.token_id)
 
-    def _spell(self, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
-        top = tuple(self._spell_one(other_id, logprob) for other_id, logprob in logprobs.top)
-        return self._spell_one(token_id, logprobs.chosen, top)
+    def _spell_prompt(self) -> tuple[TokenLogprob | None, ...] | None:
+        request = self.request
+        if request.num_prompt_logprobs is None:
+            return None
+        scores = zip(request.prompt_ids[1:], request.prompt_logprobs, strict=True)
+        return (None, *[self._spell(token_id, logprobs) for token_id, logprobs in scores])
 
-    def _spell_one(self, token_id: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+    def _spell(self, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
+        ranked = enumerate(logprobs.top, 1)
+        top = tuple(self._spell_one(other_id, logprob, rank) for rank, (other_id, logprob) in ranked)
+        return self._spell_one(token_id, logprobs.chosen, logprobs.rank, top)
+
+    def _spell_one(
+        self, token_id: int, logprob: float, rank: int | None, top: tuple[TokenLogprob, ...] = ()
+    ) -> TokenLogprob:
         text, data = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
-        return TokenLogprob(token_id, text, data, logprob, top)
+        return TokenLogprob(token_id, text, data, logprob, top, rank)
 
 
 class TextEngine:

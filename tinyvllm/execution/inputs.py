@@ -10,6 +10,12 @@ from tinyvllm.ops.step_inputs import StepLayout
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
+
+class Scored:
+    """Whose settings a row holds that scores a prompt's token: nobody's."""
+
+
+SCORED = Scored()
 FLOATS = ("temperature", "top_p", "min_p")  # settings that travel as their bits
 
 
@@ -26,7 +32,7 @@ class InputPacker:
         self.floats = {name: self.views[name].view(np.float32) for name in FLOATS}
         # by row: whose table it is and how many of its blocks stand there; whose settings they are
         self._tables: list[tuple[Request | None, int, int]] = [(None, 0, 0)] * layout.num_seqs
-        self._samplers: list[Request | None] = [None] * layout.num_seqs
+        self._samplers: list[Request | Scored | None] = [None] * layout.num_seqs
         self._held_back: set[int] = set()  # sampled rows that hold ids back
         self.clear()
 
@@ -94,7 +100,9 @@ class InputPacker:
 
     def _pack_samples(self, plan: StepPlan) -> None:
         """Sampling parameters by sampled sequence, in `plan.sampled`'s order."""
-        views, draws, logit_rows, row = self.views, [], [], 0
+        views, row = self.views, 0
+        draws: list[int] = []
+        logit_rows: list[int] = []
         for entry in plan.entries:
             row += entry.count
             if entry.samples:
@@ -104,6 +112,8 @@ class InputPacker:
         num = len(draws)
         views["logit_rows"][:num] = logit_rows
         views["draw"][:num] = draws
+        if plan.scored:
+            num = self._pack_scores(plan, num)
         for index in range(num, len(self._samplers)):
             if self._samplers[index] is not None:
                 self._forget_settings(index)
@@ -118,9 +128,29 @@ class InputPacker:
             views["top_k"][index] = params.top_k
             views["seed"][index] = np.uint32(request.seed & 0xFFFFFFFF).view(np.int32)
             views["num_logprobs"][index] = -1 if params.logprobs is None else params.logprobs
+            views["forced"][index] = -1
         held_back = request.held_back_ids if params.min_tokens else ()
         if held_back or index in self._held_back:
             self._pack_held_back(index, held_back)
+
+    def _pack_scores(self, plan: StepPlan, num_sampled: int) -> int:
+        """Logit rows behind those that sample: greedy, with the prompt's own next token forced. Returns their end."""
+        views, index, row = self.views, num_sampled, 0
+        if plan.num_logit_rows > self.layout.num_seqs:
+            raise InvariantError(f"{plan.num_logit_rows} rows of logits do not fit into {self.layout}")
+        for entry in plan.entries:
+            if entry.num_scored:
+                rows = slice(index, index + entry.num_scored)
+                for at in range(index, rows.stop):
+                    self._forget_settings(at)
+                    self._samplers[at] = SCORED
+                first = entry.first_scored
+                views["logit_rows"][rows] = row + np.arange(first, first + entry.num_scored) - entry.start
+                views["forced"][rows] = entry.request.prompt_ids[first + 1 : first + 1 + entry.num_scored]
+                views["num_logprobs"][rows] = entry.request.num_prompt_logprobs
+                index = rows.stop
+            row += entry.count
+        return index
 
     def _pack_held_back(self, index: int, ids: tuple[int, ...]) -> None:
         if len(ids) > MAX_STOP_IDS:
@@ -132,6 +162,7 @@ class InputPacker:
     def _forget_settings(self, index: int) -> None:
         """Row `index` samples for nobody: greedily, without logprobs."""
         self._samplers[index] = None
+        self.views["forced"][index] = -1
         self.floats["temperature"][index] = 0.0
         self.views["num_logprobs"][index] = -1
         self._pack_held_back(index, ())

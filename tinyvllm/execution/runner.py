@@ -30,7 +30,7 @@ from tinyvllm.ops.bandwidth import measure_bandwidth
 from tinyvllm.ops.device import FLOATS, open_device, usable_cores
 from tinyvllm.ops.hardware import hardware_name, measure_flops
 from tinyvllm.ops.program_store import ProgramStore, open_program_store
-from tinyvllm.ops.sample import OUT_LOGPROB, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
+from tinyvllm.ops.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.ops.transfer import OutputReader
 from tinyvllm.profiling.kernels import StepProfile
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, TokenLogprobs
@@ -289,18 +289,30 @@ def padded_rows(max_num_seqs: int) -> int:
 
 
 def make_output(plan: StepPlan, rows: np.ndarray, *, pack_s: float, device_s: float) -> StepOutput:
-    """Unpack the graph's (R, OUT_WIDTH) int32 rows for the plan's sampled entries."""
-    tokens: list[int] = []
-    logprobs: list[TokenLogprobs | None] = []
+    """Unpack the graph's (R, OUT_WIDTH) int32 rows: first those of the plan's sampled entries, then the scores."""
+    sampled = plan.sampled
+    tokens = tuple(rows[: len(sampled), OUT_TOKEN].tolist())
+    logprobs = tuple(
+        read_logprobs(row, entry.request.params.logprobs) for row, entry in zip(rows, sampled, strict=False)
+    )
+    scores, start = [], len(sampled)
+    for entry in plan.scored:
+        of_entry = rows[start : start + entry.num_scored]
+        scores.append(tuple(read_scores(of_entry, entry.request.num_prompt_logprobs or 0)))
+        start += entry.num_scored
+    return StepOutput(tokens, logprobs, tuple(scores), pack_s, device_s)
+
+
+def read_logprobs(row: np.ndarray, count: int | None) -> TokenLogprobs | None:
+    """The logprobs of one output row, with the `count` likeliest tokens; None: not asked for."""
+    return None if count is None else next(read_scores(row[None], count))
+
+
+def read_scores(rows: np.ndarray, count: int) -> Iterator[TokenLogprobs]:
+    """The logprobs of output rows. A vocabulary may have fewer than `count` tokens."""
     floats = rows.view(np.float32)
-    for i, entry in enumerate(plan.sampled):
-        tokens.append(int(rows[i, OUT_TOKEN]))
-        count = entry.request.params.logprobs
-        if count is None:
-            logprobs.append(None)
-            continue
-        ids = rows[i, OUT_TOP : OUT_TOP + count].tolist()
-        values = floats[i, OUT_TOP_LOGPROB : OUT_TOP_LOGPROB + count].tolist()
-        top = tuple((token_id, value) for token_id, value in zip(ids, values, strict=True) if token_id >= 0)
-        logprobs.append(TokenLogprobs(float(floats[i, OUT_LOGPROB]), top))
-    return StepOutput(tuple(tokens), tuple(logprobs), pack_s, device_s)
+    for row, values in zip(rows, floats, strict=True):
+        ids = row[OUT_TOP : OUT_TOP + count].tolist()
+        tops = zip(ids, values[OUT_TOP_LOGPROB : OUT_TOP_LOGPROB + count].tolist(), strict=True)
+        top = tuple((token_id, value) for token_id, value in tops if token_id >= 0)
+        yield TokenLogprobs(float(values[OUT_LOGPROB]), top, int(row[OUT_RANK]))

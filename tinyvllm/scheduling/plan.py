@@ -12,17 +12,29 @@ from tinyvllm.scheduling.request import Request
 class Scheduled:
     """Compute tokens [start, start + count) of `request` in this step.
 
-    samples: the step reaches the request's last token, so that a new one is sampled. Decided when the entry is made,
-    since the request moves on before the step's output is there.
+    samples: the step reaches the request's last token, so that a new one is sampled.
+    num_scored: this many of its tokens from `first_scored` on, whose logits say how likely the prompt's next token was.
+    Decided when the entry is made, since the request moves on before the step's output is there.
     """
 
     request: Request
     start: int
     count: int
     samples: bool = field(init=False)
+    first_scored: int = field(init=False)
+    num_scored: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "samples", self.start + self.count == self.request.num_tokens)
+        request, stop = self.request, self.start + self.count
+        first = max(self.start, request.num_scored)
+        last = 0 if request.num_prompt_logprobs is None else min(stop, request.num_prompt_tokens - 1)
+        object.__setattr__(self, "samples", stop == request.num_tokens)
+        object.__setattr__(self, "first_scored", first)
+        object.__setattr__(self, "num_scored", max(0, last - first))
+
+    @property
+    def num_logit_rows(self) -> int:
+        return self.samples + self.num_scored
 
 
 @dataclass(frozen=True)
@@ -50,26 +62,33 @@ class StepPlan:
     def sampled(self) -> tuple[Scheduled, ...]:
         return tuple(entry for entry in self.entries if entry.samples)
 
-    @property
-    def needs_adjustment(self) -> bool:
-        """Whether a row that samples wants other logits than the model's."""
-        return any(entry.samples and entry.request.needs_adjustment for entry in self.entries)
+    @cached_property
+    def scored(self) -> tuple[Scheduled, ...]:
+        return tuple(entry for entry in self.entries if entry.num_scored)
+
+    @cached_property
+    def num_logit_rows(self) -> int:
+        """Token rows whose logits are looked at: first those of `sampled`, then each of `scored`'s."""
+        return len(self.sampled) + sum(entry.num_scored for entry in self.scored)
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural-log probabilities under the model's raw distribution (before temperature and filters)."""
+    """Natural-log probabilities under the model's raw distribution (before anything that a request asks for)."""
 
     chosen: float
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first; as many as were asked
+    rank: int | None = None  # of the chosen token; 1: the likeliest
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What the device returned, aligned with `plan.sampled`. A token id of -1: the logits had no finite value."""
+    """What the device returned, aligned with `plan.sampled`, and `prompt_logprobs` with `plan.scored`. A token id of
+    -1: the logits had no finite value."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs | None, ...]
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
     pack_s: float = 0.0
     device_s: float = 0.0
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from tinyvllm.scheduling.plan import TokenLogprobs
+
 
 class Status(enum.Enum):
     WAITING = "waiting"  # no blocks; queued, new or preempted
@@ -63,10 +65,14 @@ class Request:
     priority: int = 0  # lower runs first, under the priority policy
     constraint: Constraint | None = None  # what the output must look like: a grammar's matcher
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # params.bad_words as tokens
+    # how many of the likeliest tokens to report beside each of the prompt's, as params.prompt_logprobs; None: no scores
+    num_prompt_logprobs: int | None = None
     arrival: int = 0  # a counter: order of arrival
     arrival_s: float = 0.0  # monotonic clock
     scheduled_s: float = 0.0  # monotonic clock: when it last left the queue
     output_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens from the second on
+    num_scored: int = 0  # prompt tokens that have their logprobs, or will when the steps in flight have ended
     num_computed: int = 0
     num_in_flight: int = 0  # sampled by a step whose output was not read yet: the newest tokens, without ids
     flight_row: int = 0  # where the token in flight lies: its number among those that its step sampled
@@ -99,6 +105,11 @@ class Request:
     @property
     def num_pending(self) -> int:
         return self.num_tokens - self.num_computed
+
+    @property
+    def num_to_score(self) -> int:
+        """Prompt tokens whose logprobs are still to compute; the first token has none."""
+        return 0 if self.num_prompt_logprobs is None else self.num_prompt_tokens - 1 - self.num_scored
 
     @property
     def held_back_ids(self) -> tuple[int, ...]:

@@ -78,6 +78,7 @@ class Scheduler:
         # A heap by rank. Requests that ended while they waited stay in it until they come up: removal would be O(n).
         self._waiting: list[tuple[tuple[int, int], Request]] = []
         self._num_arrived = 0
+        self._num_spare_rows = 0  # of the step that is being planned: logit rows that no sequence has to itself
 
     @property
     def num_running(self) -> int:
@@ -144,6 +145,7 @@ class Scheduler:
         """Book a step that was handed to the device: its tokens count as computed, what it samples is in flight."""
         for entry in plan.entries:
             entry.request.num_computed += entry.count
+            entry.request.num_scored += entry.num_scored
         for row, entry in enumerate(plan.sampled):
             entry.request.num_in_flight += 1
             entry.request.flight_row = row
@@ -157,6 +159,8 @@ class Scheduler:
                 f"the plan samples {num_sampled} tokens, but the step returned {len(output.token_ids)} tokens and "
                 f"{len(output.logprobs)} logprobs"
             )
+        for entry, logprobs in zip(plan.scored, output.prompt_logprobs, strict=True):
+            entry.request.prompt_logprobs += logprobs
         outs: list[TokenOut] = []
         sampled = iter(zip(output.token_ids, output.logprobs, strict=True))
         for entry in plan.entries:
@@ -173,11 +177,13 @@ class Scheduler:
     def _continue_running(self, entries: list[Scheduled], preempted: list[Request]) -> int:
         """Schedule the running requests in order of rank; return what is left of the budget."""
         budget = self.capacity.max_num_batched_tokens
+        self._num_spare_rows = self.capacity.max_num_seqs - len(self.running)
         index = 0
         while index < len(self.running):  # the list shortens from its end when requests are preempted
             request = self.running[index]
             num_behind = len(self.running) - index - 1  # a token is kept for each, so that a long prompt stops nobody
             count = 0 if self._is_ending(request) else min(request.num_pending, budget - num_behind)
+            count = self._limit_scored(request, request.num_computed, count)
             if not self._make_room(request, request.num_computed + count, preempted):
                 break
             if count:
@@ -185,6 +191,20 @@ class Scheduler:
             budget -= count
             index += 1
         return budget
+
+    def _limit_scored(self, request: Request, start: int, count: int) -> int:
+        """As many of tokens [start, start + count) as there are logit rows for, where each of them scores the prompt.
+
+        A step has a row for each sequence that may run, and the request's own is one of them. Those that nobody has are
+        dealt out by rank, but for one that lets the next in the queue in.
+        """
+        if request.num_to_score <= 0:
+            return count
+        num_free = max(0, request.num_scored - start)  # computed again after a preemption: scored before
+        num_spare = max(0, self._num_spare_rows - (self.num_waiting > 0))
+        count = min(count, num_free + 1 + num_spare)
+        self._num_spare_rows -= max(0, count - num_free - 1)
+        return count
 
     def _is_ending(self, request: Request) -> bool:
         """Whether the token in flight is the request's last, whatever it is."""
@@ -210,7 +230,7 @@ class Scheduler:
         return True
 
     def _admit_waiting(self, entries: list[Scheduled], budget: int) -> None:
-        while budget > 0 and len(self.running) < self.capacity.max_num_seqs:
+        while budget > 0 and len(self.running) < self.capacity.max_num_seqs and self._num_spare_rows > 0:
             request = self._first_waiting()
             if request is None or not self._place(request):
                 return
@@ -218,7 +238,8 @@ class Scheduler:
             request.status = Status.RUNNING
             request.scheduled_s = time.monotonic()
             insort(self.running, request, key=self._rank)
-            count = min(request.num_pending, budget)
+            self._num_spare_rows -= 1
+            count = self._limit_scored(request, request.num_computed, min(request.num_pending, budget))
             entries.append(Scheduled(request, request.num_computed, count))
             budget -= count
 
@@ -231,7 +252,8 @@ class Scheduler:
         manager, num_reserved = self.block_manager, len(self.running)
         if manager.num_free <= num_reserved:
             return False
-        num_cached = manager.match_prefix(request)
+        # a prompt that is scored is computed whole: the pool knows its keys and values, but not its logits
+        num_cached = manager.match_prefix(request) if request.num_to_score <= 0 else 0
         num_missing = manager.blocks_for(request.num_tokens) - len(request.block_ids)
         if manager.num_free - num_missing < num_reserved:
             manager.free(request)
@@ -265,7 +287,8 @@ class Scheduler:
         if request.constraint is not None and stop_reason is None:
             reason = self._follow(request, token_id, reason)
         if reason is not None:
-            self.finish(request, reason, stop_reason, request.constraint.error if reason == "error" else None)
+            constraint = request.constraint
+            self.finish(request, reason, stop_reason, constraint.error if constraint and reason == "error" else None)
         return TokenOut(request, token_id, logprobs, reason)
 
     def _follow(self, request: Request, token_id: int, reason: str | None) -> str | None:

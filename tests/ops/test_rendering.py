@@ -29,6 +29,7 @@ from tinyvllm.ops.step_inputs import StepLayout
 
 METAL_BUFFERS = 31  # buffers and variables together
 THREADGROUP_BYTES = 32 << 10  # METAL's; tinygrad does not check it for custom kernels
+CUDA_THREADGROUP_BYTES = 48 << 10
 THREADS = 1024
 
 TARGETS = {
@@ -119,7 +120,8 @@ def check_limits(kernel: UOp, target: str) -> None:
     for size in info.local_size or ():
         threads *= size
     assert params <= METAL_BUFFERS, f"{name} takes {params} buffers"
-    assert buffer_bytes(program, AddrSpace.LOCAL) <= THREADGROUP_BYTES, f"{name} shares too much"
+    limit = CUDA_THREADGROUP_BYTES if target.startswith("CUDA") else THREADGROUP_BYTES
+    assert buffer_bytes(program, AddrSpace.LOCAL) <= limit, f"{name} shares too much"
     assert threads <= THREADS, f"{name} has {threads} threads"
     assert "double" not in source, f"{name} computes in double precision"
 

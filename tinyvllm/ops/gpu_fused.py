@@ -18,6 +18,7 @@ from tinyvllm.ops.backend import AttentionShape, KVPool, Norm
 from tinyvllm.ops.device import FLOATS, DeviceHandle
 from tinyvllm.ops.gpu import GpuBackend
 from tinyvllm.ops.gpu_decode import DecodeSpec, decode_kernel, fits_decode
+from tinyvllm.ops.gpu_gemm import MIN_TOKENS, GemmSpec, gemm_kernel
 from tinyvllm.ops.gpu_kernel import Lanes, Mma
 from tinyvllm.ops.gpu_linear import (
     MatrixSpec,
@@ -28,8 +29,9 @@ from tinyvllm.ops.gpu_linear import (
     sum_kernel,
     vector_kernel,
 )
+from tinyvllm.ops.gpu_prefill import PrefillSpec, attend_tiles, fits_prefill
 from tinyvllm.ops.gpu_split import SplitHeads, combine_kernel
-from tinyvllm.ops.kernel import F32, empty, run_kernel
+from tinyvllm.ops.kernel import F32, KernelFn, empty, run_kernel
 from tinyvllm.ops.matrix import Matrix
 from tinyvllm.ops.step_inputs import StepLayout
 
@@ -51,6 +53,11 @@ class Split(Tensor):
     sums: Tensor
     inputs: Tensor
     split: SplitHeads
+
+
+def product_kernel(spec: MatrixSpec | GemmSpec) -> KernelFn:
+    """The kernel of a product of several rows."""
+    return gemm_kernel(spec) if isinstance(spec, GemmSpec) else matrix_kernel(spec)
 
 
 class FusedGpuBackend(GpuBackend):
@@ -115,7 +122,7 @@ class FusedGpuBackend(GpuBackend):
             return super().norm_gated(name, x, norm, matrix, num_tokens)
         spec = self._matrix_spec(name, self.mma, matrix, num_tokens, is_gated=True)
         normed = self._normed_rows(x, norm, num_tokens)
-        return run_kernel(matrix_kernel(spec), [self._empty(num_tokens * spec.out_rows)], [*matrix.planes, normed])[0]
+        return run_kernel(product_kernel(spec), [self._empty(num_tokens * spec.out_rows)], [*matrix.planes, normed])[0]
 
     def linear_add(self, name: str, x: Tensor, matrix: Matrix, residual: Tensor, num_tokens: int) -> Tensor:
         if num_tokens == 1:
@@ -139,10 +146,14 @@ class FusedGpuBackend(GpuBackend):
     ) -> Tensor:
         heads, kv_heads, dim, cols = shape.num_heads, shape.num_kv_heads, shape.head_dim, tuple(widths)
         mma = self._decode_mma(pool.dtype)
-        if not is_decode or mma is None or not fits_decode(heads, kv_heads, dim, layout.block_size, cols):
-            return super().attend(qkv, widths, shape, pool, layer, inputs, rope, layout, is_decode=is_decode)
         counts = tuple(part.num_parts if isinstance(part, Summed) else 1 for part in qkv)
         parts = [part.parts if isinstance(part, Summed) else part for part in qkv]
+        if not is_decode and mma is not None and fits_prefill(heads, kv_heads, dim, cols):
+            tiled = PrefillSpec(layout, self.lanes, mma, heads, kv_heads, dim, pool.num_blocks, cols, counts)
+            rows = self._empty(layout.num_tokens * heads * dim)
+            return attend_tiles(tiled, rows, (pool.keys[layer], pool.values[layer]), inputs, rope, parts)
+        if not is_decode or mma is None or not fits_decode(heads, kv_heads, dim, layout.block_size, cols):
+            return super().attend(qkv, widths, shape, pool, layer, inputs, rope, layout, is_decode=is_decode)
         spec = DecodeSpec(layout, self.lanes, mma, heads, kv_heads, dim, pool.num_blocks, cols, counts)
         written = [pool.keys[layer], pool.values[layer]]
         split = spec.split
@@ -184,13 +195,16 @@ class FusedGpuBackend(GpuBackend):
 
     def _matrix_spec(
         self, name: str, mma: Mma, matrix: Matrix, num_tokens: int, *, is_gated: bool = False
-    ) -> MatrixSpec:
+    ) -> MatrixSpec | GemmSpec:
+        if num_tokens >= MIN_TOKENS:
+            shape = (num_tokens, matrix.num_rows, matrix.num_cols, is_gated)
+            return GemmSpec(name, mma, matrix.format, self.float, *shape)
         return MatrixSpec(name, mma, matrix.format, num_tokens, matrix.num_rows, matrix.num_cols, is_gated)
 
-    def _summed(self, spec: MatrixSpec, matrix: Matrix, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _summed(self, spec: MatrixSpec | GemmSpec, matrix: Matrix, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """A product of many rows, and the residual where there is one."""
         size = spec.num_tokens * spec.num_rows
-        parts = run_kernel(matrix_kernel(spec), [self._floats(spec.splits * size)], [*matrix.planes, x])[0]
+        parts = run_kernel(product_kernel(spec), [self._floats(spec.splits * size)], [*matrix.planes, x])[0]
         if spec.splits == 1 and residual is None:
             return parts
         add = SumSpec(self.lanes, spec.num_tokens, spec.num_rows, spec.splits, residual is not None, None)

@@ -1,0 +1,183 @@
+"""Steps with many rows on CUDA and METAL: their kernels are rendered anywhere, and run where there is such a device:
+DEV=CUDA python -m pytest -m gpu tests/ops/test_gpu_prefill.py"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tinygrad import Tensor, dtypes
+
+from tests.ops.builders import Piece, largest_difference, make_pool, make_step, normal, read_pool
+from tests.ops.test_attention import Case, Result, make_history, make_rope
+from tests.ops.test_gpu_fused import KINDS, SHAPES, TOLERANCE, lanes, multiply, rendered
+from tests.ops.test_rendering import check_limits, kernels_of, plan_attention, plan_layer
+from tinyvllm.ops.backend import AttentionShape, Backend
+from tinyvllm.ops.device import DeviceHandle
+from tinyvllm.ops.gpu_fused import FusedGpuBackend
+from tinyvllm.ops.gpu_gemm import MIN_TOKENS, GemmSpec
+from tinyvllm.ops.gpu_kernel import Lanes, Mma
+from tinyvllm.ops.gpu_prefill import PrefillSpec, tile_map_kernel
+from tinyvllm.ops.kernel import empty, run_kernel
+from tinyvllm.ops.matrix import Format
+from tinyvllm.ops.reference import ReferenceBackend
+from tinyvllm.ops.step_inputs import StepLayout
+
+__all__ = ["lanes"]  # a fixture
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("tokens", "formats"),
+    [(100, ("float16", "float16")), (256, ("Q4_K", "Q6_K")), (80, ("bfloat16", "bfloat16")), (96, ("Q8_0", "Q5_0"))],
+)
+def test_a_step_of_many_rows_renders_within_the_limits(kind: str, tokens: int, formats: tuple[str, str]) -> None:
+    backend = rendered(kind, "bfloat16" if "bfloat16" in formats else "float16")
+    kernels = kernels_of(plan_layer(backend, StepLayout(tokens, 3, 9, 16), formats, is_decode=False))
+    names = {kernel.arg.name for kernel in kernels}
+    assert {"prefill", "tile", "store"} <= {name.split("_")[0] for name in names}
+    for kernel in kernels:
+        check_limits(kernel, KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [AttentionShape(64, 8, 128), AttentionShape(9, 3, 64), AttentionShape(32, 32, 128)])
+def test_tiled_attention_of_large_models_renders_within_the_limits(kind: str, shape: AttentionShape) -> None:
+    kernels = kernels_of(plan_attention(rendered(kind), shape, "float16"))
+    assert "prefill" in {kernel.arg.name.split("_")[0] for kernel in kernels}
+    for kernel in kernels:
+        check_limits(kernel, KINDS[kind])
+
+
+def test_too_few_tiles_share_out_the_columns() -> None:
+    def spec(tokens: int, rows: int, cols: int) -> GemmSpec:
+        return GemmSpec("test", Mma("CUDA", dtypes.half), Format("float16", 16), dtypes.half, tokens, rows, cols)
+
+    assert spec(2048, 2048, 8192).splits == 1
+    assert spec(128, 2048, 8192).splits > 1
+    assert spec(128, 2048, 96).splits == 1  # a part would be too short
+    for rows, cols in ((960, 576), (2048, 8192), (3072, 3072)):
+        chosen = spec(128, rows, cols)
+        assert chosen.steps * chosen.splits * 32 == cols
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", SHAPES)
+@pytest.mark.parametrize("tokens", [MIN_TOKENS, 128, 200])
+@pytest.mark.parametrize("fmt", ["float16", "bfloat16", "Q4_0", "Q4_K", "Q5_1", "Q6_K", "Q8_0"])
+def test_many_rows_equal_the_reference(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str, tokens: int, operation: str
+) -> None:
+    dtype = "bfloat16" if fmt == "bfloat16" else "float16"
+    case = (fmt, tokens, operation, *SHAPES[operation])
+    difference = largest_difference(multiply(FusedGpuBackend(device, dtype, lanes), *case), multiply(reference, *case))
+    print(f"{case}: {difference:.1e}")
+    assert difference < TOLERANCE[dtype]
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+CASES = [
+    Case(32, 8, 64, StepLayout(300, 6, 20, 16), False, "float16"),
+    Case(9, 3, 64, StepLayout(100, 3, 12, 16), False, "float16", (12, 3)),  # V in another format than Q and K
+    Case(4, 4, 64, StepLayout(260, 2, 40, 8), False, "float16"),  # no grouping, blocks smaller than a tile's piece
+    Case(16, 2, 128, StepLayout(150, 4, 10, 32), False, "float16", (16, 2, 2)),
+    Case(5, 1, 64, StepLayout(33, 33, 5, 64), False, "float16"),  # a tile's rows are no multiple of the group
+]
+
+
+def ragged(case: Case, rng: np.random.Generator) -> list[Piece]:
+    """Sequences of random shares of the step, at random places of their contexts; some rows are left as padding."""
+    layout = case.layout
+    longest, room = layout.max_blocks * layout.block_size, layout.num_tokens - int(rng.integers(0, 5))
+    pieces: list[Piece] = []
+    while room > 0 and len(pieces) < layout.num_seqs:
+        last = len(pieces) == layout.num_seqs - 1
+        count = 1 if rng.random() < 0.3 else int(rng.integers(1, room + 1))
+        count = min(room if last else count, longest)
+        pieces.append(Piece(int(rng.integers(0, longest - count + 1)), count))
+        room -= count
+    return pieces
+
+
+def attend(backend: Backend, case: Case, buffer: np.ndarray, history: tuple[np.ndarray, np.ndarray]) -> Result:
+    size = case.layout.block_size
+    pool = make_pool(backend, case.shape, size, case.dtype, *history)
+    before = read_pool(backend, case.shape, size, pool)
+    qkv = normal(case.layout.num_tokens, sum(case.parts), seed=3)
+    parts = [backend.device.upload(part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
+    rope = backend.device.upload(make_rope(case.dim, case.layout.max_blocks * size))
+    inputs = backend.device.upload(buffer)
+    out = backend.attend(parts, case.parts, case.shape, pool, 0, inputs, rope, case.layout, is_decode=False)
+    rows = out.float().numpy().reshape(-1, case.heads, case.dim)
+    return Result(rows, before, read_pool(backend, case.shape, size, pool))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_ragged_steps_equal_the_reference_and_write_their_slots_alone(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, case: Case, seed: int
+) -> None:
+    backend, size = FusedGpuBackend(device, "float16", lanes), case.layout.block_size
+    longest = case.layout.max_blocks * size
+    pieces = ragged(case, np.random.default_rng(seed)) if seed else [Piece(0, min(longest, case.layout.num_tokens))]
+    buffer, history = make_step(case.layout, pieces, seed=seed), make_history(case)
+    got, expected = (attend(ops, case, buffer, history) for ops in (backend, reference))
+    live = sum(piece.count for piece in pieces)
+    difference = largest_difference(got.out[:live], expected.out[:live])
+    print(f"{case.name} {pieces}: {difference:.1e}")
+    assert difference < TOLERANCE["float16"]
+    slots = case.layout.views(buffer)["slots"][:live]
+    others = np.setdiff1d(np.arange(size, len(history[0])), slots)
+    for now, then, wanted in zip(got.after, got.before, expected.after, strict=True):
+        np.testing.assert_allclose(now[slots], wanted[slots], rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(now[others], then[others])  # padding wrote to the dummy block alone
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_another_request_left_behind_is_not_attended(device: DeviceHandle, lanes: Lanes, bad: float) -> None:
+    case, backend = CASES[0], FusedGpuBackend(device, "float16", lanes)
+    buffer, history = make_step(case.layout, [Piece(9, 70), Piece(40)]), make_history(case)
+    clean = attend(backend, case, buffer, history)
+    size, tables = case.layout.block_size, case.layout.views(buffer)["block_tables"]
+    own = [tables[i][p // size] * size + p % size for i, end in ((0, 79), (1, 41)) for p in range(end)]
+    for plain in history:
+        plain[np.setdiff1d(np.arange(size, len(plain)), own)] = bad
+    np.testing.assert_array_equal(attend(backend, case, buffer, history).out[:71], clean.out[:71])
+
+
+# -- the map of tiles --------------------------------------------------------------------------------------------------
+
+
+def expected_map(spec: PrefillSpec, views: dict[str, np.ndarray]) -> list[int]:
+    """The first row of each tile, and the end."""
+    firsts, end = [], int((views["seq_rows"] < spec.layout.num_seqs).sum())
+    for row in range(end):
+        is_other = row == 0 or views["seq_rows"][row] != views["seq_rows"][row - 1]
+        if is_other or views["positions"][row] % spec.tokens == 0:
+            firsts.append(row)
+    return [*firsts, end]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_tiles_begin_where_sequences_do_and_at_their_size(device: DeviceHandle, case: Case) -> None:
+    """By threadgroup memory alone: any device with threadgroups runs it."""
+    for kind, seed in (("CUDA", 0), ("METAL", 1), ("CUDA", 2), ("METAL", 3)):
+        mma = Mma(kind, dtypes.half)
+        shape = (case.heads, case.kv_heads, case.dim, 2, case.parts, (1,) * len(case.parts))
+        spec = PrefillSpec(case.layout, Lanes(kind), mma, *shape)
+        buffer = make_step(case.layout, ragged(case, np.random.default_rng(seed)), seed=seed)
+        tiles = empty(spec.map_size, dtypes.int, device.name)
+        inputs: Tensor = device.upload(buffer)
+        got = run_kernel(tile_map_kernel(spec), [tiles], [inputs])[0].numpy()
+        expected = expected_map(spec, case.layout.views(buffer))
+        assert len(expected) <= spec.max_tiles + 1
+        assert got[: len(expected)].tolist() == expected
+        assert (got[len(expected) :] == expected[-1]).all()

@@ -1,0 +1,323 @@
+"""Matrix products of many token rows: tiles of both operands in threadgroup memory, multiplied on the matrix unit.
+
+A threadgroup computes a tile of tokens by a tile of the matrix's rows and walks along the columns, 32 at a time. CUDA
+copies the next columns asynchronously while it multiplies these; quantised weights are unpacked on their way into the
+tile, once for all the tile's tokens. Elsewhere a tile is loaded, multiplied, and the threadgroups of a core take turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinygrad import UOp
+from tinygrad.dtype import DType
+from tinygrad.uop.ops import Ops
+
+from tinyvllm.ops.gpu_gemm_tiles import PIECE, TILE_COLS, TileMma, arrival, commit, copy_piece, quick_silu, together
+from tinyvllm.ops.gpu_kernel import LANES, Mma, axes_of, grid, load_floats, warps
+from tinyvllm.ops.gpu_runs import read_run
+from tinyvllm.ops.kernel import F16, F32, I32, Body, KernelFn, cached_kernel, finish
+from tinyvllm.ops.matrix import Format, Planes
+
+MIN_TOKENS = 65  # rows from which on a tile of tokens is worth filling
+STAGES = 3  # tiles of an operand that CUDA holds: one is multiplied, two are on their way
+GROUPS_WANTED = 128  # threadgroups that keep a large GPU busy
+SHORTEST_SPLIT = 16  # steps of 32 columns that are worth a threadgroup of their own
+
+
+@dataclass(frozen=True)
+class GemmSpec:
+    """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = silu(gate) * up."""
+
+    name: str
+    mma: Mma
+    format: Format
+    x_dtype: DType
+    num_tokens: int  # T
+    num_rows: int  # N
+    num_cols: int  # K
+    is_gated: bool = False
+
+    @property
+    def out_rows(self) -> int:
+        return self.num_rows // 2 if self.is_gated else self.num_rows
+
+    @property
+    def tiles(self) -> TileMma:
+        return TileMma(self.mma)
+
+    @property
+    def is_async(self) -> bool:
+        """Whether x is copied as it is."""
+        return self.mma.kind == "CUDA" and self.x_dtype == self.mma.dtype == F16
+
+    @property
+    def weights_as_stored(self) -> bool:
+        """Whether weights are copied as they are."""
+        return self.is_async and self.format.name == "float16"
+
+    @property
+    def token_tile(self) -> int:
+        return 128 if self.mma.kind == "CUDA" else 64
+
+    @property
+    def row_tile(self) -> int:
+        """Rows of the matrix in a tile: where it is gated, half of them gate and half up."""
+        return 128 if self.mma.kind == "CUDA" else 64
+
+    @property
+    def warp_grid(self) -> tuple[int, int]:
+        """Warps by tokens and by rows."""
+        return 2, 2
+
+    @property
+    def num_warps(self) -> int:
+        return self.warp_grid[0] * self.warp_grid[1]
+
+    @property
+    def token_groups(self) -> int:
+        return -(-self.num_tokens // self.token_tile)
+
+    @property
+    def row_groups(self) -> int:
+        return -(-self.num_rows // self.row_tile)
+
+    @property
+    def splits(self) -> int:
+        """S: parts of K with threadgroups of their own, where there are too few tiles to fill the device."""
+        splits, steps = 1, self.num_cols // TILE_COLS
+        while (
+            not self.is_gated
+            and self.token_groups * self.row_groups * splits < GROUPS_WANTED
+            and steps % (splits * 2) == 0
+            and steps // (splits * 2) >= SHORTEST_SPLIT
+        ):
+            splits *= 2
+        return splits
+
+    @property
+    def steps(self) -> int:
+        """Steps of a threadgroup along the columns."""
+        return self.num_cols // TILE_COLS // self.splits
+
+
+@cached_kernel
+def gemm_kernel(spec: GemmSpec) -> KernelFn:
+    """fn(out, *planes, x): see GemmSpec. Tokens behind T are the last one again, and are not stored."""
+
+    def kernel(out: UOp, *rest: UOp) -> UOp:
+        tile = _Tile(spec, list(rest))
+        sums = tile.sums_async() if spec.is_async else tile.sums_plain()
+        stores = tile.stores(out, sums)
+        name = f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
+        nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
+        ops = 2 * spec.num_tokens * spec.num_rows * spec.num_cols
+        return finish(UOp.group(*stores).end(*reversed(tile.axes)), name, ops=ops, nbytes=nbytes)
+
+    return kernel
+
+
+class _Tile:
+    """One threadgroup's work inside the kernel."""
+
+    def __init__(self, spec: GemmSpec, operands: list[UOp]) -> None:
+        self.spec, self.mma, body = spec, spec.tiles, Body()
+        self.planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
+        self.x = operands.pop(0)
+        # threadgroups that run together share the rows of the matrix, and x is small
+        self.part = grid(body, spec.splits)
+        self.row_group, self.token_group = grid(body, spec.row_groups), grid(body, spec.token_groups)
+        self.lane, warp = body.threads(LANES), warps(body, spec.num_warps)
+        self.axes = axes_of(self.part, self.row_group, self.token_group, self.lane, warp)
+        self.body, self.thread = body, warp * LANES + self.lane
+        down, across = spec.warp_grid
+        self.token_blocks = spec.token_tile // down // self.mma.left_rows
+        self.row_blocks = spec.row_tile // across // self.mma.right_rows
+        self.warp_token = warp // across * (spec.token_tile // down)
+        self.warp_row = warp % across
+        self.first_token = self.token_group * spec.token_tile
+
+    @property
+    def threads(self) -> int:
+        return self.spec.num_warps * LANES
+
+    # -- which rows a tile's are ---------------------------------------------------------------------------------------
+
+    def token(self, row: UOp) -> UOp:
+        token = self.first_token + row
+        return token if self.spec.num_tokens % self.spec.token_tile == 0 else token.minimum(self.spec.num_tokens - 1)
+
+    def block_row(self, block: int) -> UOp:
+        """Where a block of the warp's rows begins in the tile: gated, its first half are gates."""
+        per_warp = self.spec.row_tile // self.spec.warp_grid[1]
+        size = self.mma.right_rows
+        if not self.spec.is_gated:
+            return self.warp_row * per_warp + block * size
+        half = self.row_blocks // 2
+        start = self.warp_row * (per_warp // 2) + block % half * size
+        return start + block // half * (self.spec.row_tile // 2)
+
+    def matrix_row(self, row: UOp) -> UOp:
+        """The matrix's row for a row of the tile; the last one again behind them."""
+        spec = self.spec
+        if not spec.is_gated:
+            whole = self.row_group * spec.row_tile + row
+            return whole if spec.num_rows % spec.row_tile == 0 else whole.minimum(spec.num_rows - 1)
+        half = spec.row_tile // 2
+        inner = self.row_group * half + row % half
+        if spec.out_rows % half:
+            inner = inner.minimum(spec.out_rows - 1)
+        return inner + row // half * spec.out_rows
+
+    # -- sums ----------------------------------------------------------------------------------------------------------
+
+    def sums_async(self) -> list[UOp]:
+        """The tile's sums, tiles of the next columns on their way meanwhile (CUDA)."""
+        spec, body, steps = self.spec, self.body, self.spec.steps
+        size = spec.token_tile * TILE_COLS
+        tile_x = body.shared(STAGES * size, F16)
+        weight_stages = STAGES if spec.weights_as_stored else 2
+        weight_size = spec.row_tile * TILE_COLS
+        tile_w = body.shared(weight_stages * weight_size, F16)
+
+        def begin(step: UOp | int, *after: UOp) -> UOp:
+            """The copies for a step, if there is such a one."""
+            wanted = None if isinstance(step, int) and step < steps else UOp.const(0, I32) + step < steps
+            slot = step % STAGES
+            copies = self._copies(tile_x, slot * size, step, wanted, after, is_x=True)
+            if spec.weights_as_stored:
+                copies += self._copies(tile_w, slot * weight_size, step, wanted, after, is_x=False)
+            return commit(*copies)
+
+        primed: list[UOp] = []
+        for stage in range(STAGES - 1):
+            primed.append(begin(stage, *primed[-1:]))
+        unpacked: list[UOp] = []
+        if not spec.weights_as_stored:
+            unpacked = self._unpack(tile_w, 0, 0)
+        registers, count = body.registers(self._num_sums), self._num_sums
+        zeroed = UOp.group(*[registers.after(*self.axes)[i].store(UOp.const(0.0, F32)) for i in range(count)])
+        registers = registers.after(zeroed)
+        loop = body.fold(steps)
+        arrived = arrival(STAGES - 2, loop, primed[-1], *unpacked)
+        begun = begin(loop + (STAGES - 1), arrived)
+        added = self._multiply(
+            tile_x.after(arrived),
+            loop % STAGES * size,
+            tile_w.after(arrived),
+            loop % weight_stages * weight_size,
+            registers.after(loop),
+            begun,
+        )
+        ends = [added, begun]
+        if not spec.weights_as_stored:
+            following = (loop + 1).minimum(steps - 1)
+            ends += self._unpack(tile_w.after(arrived), (loop + 1) % 2 * weight_size, following)
+        done = together(*ends).end(loop)
+        return [registers.after(done)[i].load() for i in range(count)]
+
+    def _copies(
+        self, tile: UOp, base: UOp | int, step: UOp | int, wanted: UOp | None, after: tuple[UOp, ...], *, is_x: bool
+    ) -> list[UOp]:
+        """Copies of a tile of x, or of weights."""
+        spec, copies = self.spec, []
+        rows = spec.token_tile if is_x else spec.row_tile
+        source = self.x if is_x else self.planes.codes
+        per_row = TILE_COLS // PIECE
+        for start in range(0, rows * per_row, self.threads):
+            piece = start + self.thread
+            row, slot = piece // per_row, piece % per_row
+            whole = self.token(row) if is_x else self.matrix_row(row)
+            at = whole * spec.num_cols + (self.part * spec.steps + step) * TILE_COLS + slot * PIECE
+            copies.append(copy_piece(tile[base + self.mma.at(row, slot)], source[at], wanted, *after))
+        return copies
+
+    def sums_plain(self) -> list[UOp]:
+        """The tile's sums, each tile loaded when its turn has come."""
+        spec, body = self.spec, self.body
+        tile_x = body.shared(spec.token_tile * TILE_COLS, F16)
+        tile_w = body.shared(spec.row_tile * TILE_COLS, F16)
+        registers, count = body.registers(self._num_sums), self._num_sums
+        zeroed = UOp.group(*[registers.after(*self.axes)[i].store(UOp.const(0.0, F32)) for i in range(count)])
+        registers = registers.after(zeroed)
+        loop = body.fold(spec.steps)
+        filled = UOp.group(*self._load_x(tile_x.after(loop), loop), *self._unpack(tile_w.after(loop), 0, loop))
+        added = self._multiply(tile_x.after(filled), 0, tile_w.after(filled), 0, registers.after(loop))
+        done = UOp(Ops.BARRIER, src=(added,)).end(loop)  # before the tiles are overwritten
+        return [registers.after(done)[i].load() for i in range(count)]
+
+    def _load_x(self, tile: UOp, step: UOp) -> list[UOp]:
+        spec, stores = self.spec, []
+        per_row = TILE_COLS // PIECE
+        for start in range(0, spec.token_tile * per_row, self.threads):
+            piece = start + self.thread
+            row, slot = piece // per_row, piece % per_row
+            at = self.token(row) * spec.num_cols + (self.part * spec.steps + step) * TILE_COLS + slot * PIECE
+            stores += self.mma.write(tile, 0, row, slot * (PIECE // self.mma.slot_cols), load_floats(self.x, at, PIECE))
+        return stores
+
+    def _unpack(self, tile: UOp, base: UOp | int, step: UOp | int) -> list[UOp]:
+        """Stores of a tile of weights: a thread takes as many columns as share their words and scales."""
+        spec, stores = self.spec, []
+        cols = TILE_COLS if spec.format.is_quantized else PIECE
+        per_row = TILE_COLS // cols
+        pieces = spec.row_tile * per_row
+        for start in range(0, pieces, self.threads):
+            piece = start + self.thread
+            if pieces < start + self.threads:  # fewer rows than threads: the others write the same again
+                piece = piece % pieces
+            row, part = piece // per_row, piece % per_row
+            run = ((self.part * spec.steps + step) * per_row) + part
+            values = read_run(self.planes, self.matrix_row(row), run, spec.num_cols, cols).values(self.mma.mma.dtype)
+            stores += self.mma.write(tile, base, row, part * (cols // self.mma.slot_cols), values)
+        return stores
+
+    @property
+    def _num_sums(self) -> int:
+        return self.token_blocks * self.row_blocks * self.mma.elements
+
+    def _multiply(self, tile_x: UOp, base_x: UOp | int, tile_w: UOp, base_w: UOp | int, sums: UOp, *after: UOp) -> UOp:
+        """Add the product of 32 columns to the warp's sums."""
+        mma, statements = self.mma, []
+        lefts = [
+            mma.left(tile_x, base_x, self.warp_token + block * mma.left_rows, self.lane, *after)
+            for block in range(self.token_blocks)
+        ]
+        rights = [
+            mma.right(tile_w, base_w, self.block_row(block), self.lane, *after) for block in range(self.row_blocks)
+        ]
+        for i, left in enumerate(lefts):
+            for j, right in enumerate(rights):
+                statements.append(mma.add(left, right, sums, (i * self.row_blocks + j) * mma.elements))
+        return together(*statements)
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def stores(self, out: UOp, sums: list[UOp]) -> list[UOp]:
+        spec, mma, stores = self.spec, self.mma, []
+        half = self.row_blocks // 2 if spec.is_gated else self.row_blocks
+
+        def block(i: int, j: int) -> list[UOp]:
+            at = (i * self.row_blocks + j) * mma.elements
+            return sums[at : at + mma.elements]
+
+        for i in range(self.token_blocks):
+            for j in range(half):
+                values = block(i, j)
+                if spec.is_gated:
+                    values = [quick_silu(g, mma.mma.kind) * u for g, u in zip(values, block(i, j + half), strict=True)]
+                first_row = self.row_group * (spec.row_tile // (2 if spec.is_gated else 1)) + self.block_row(j)
+                for e, value in enumerate(values):
+                    token, row = mma.place(self.lane, e)
+                    stores.append(self._store(out, first_row, row, i, token, value))
+        return stores
+
+    def _store(self, out: UOp, first_row: UOp, row: UOp, block: int, token: UOp, value: UOp) -> UOp:
+        spec = self.spec
+        whole = self.first_token + self.warp_token + block * self.mma.left_rows + token
+        at = (self.part * spec.num_tokens + whole) * spec.out_rows + first_row + row
+        if spec.num_tokens % spec.token_tile:
+            at = at.valid(whole < spec.num_tokens)
+        if spec.num_rows % spec.row_tile:
+            at = at.valid(first_row < spec.out_rows)
+        return out[at].store(value.cast(out.dtype))

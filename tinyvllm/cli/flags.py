@@ -124,6 +124,13 @@ class EngineFlags(RunnerFlags):
     scheduling_policy: Annotated[
         str, Option(metavar="POLICY", help="fcfs: in order of arrival; priority: by the request's priority, low first.")
     ] = _STANDARD.scheduling_policy
+    async_scheduling: Annotated[
+        bool | None,
+        Option(
+            help="Plan and enqueue a step while the one before runs. [default: on GPUs, where the device would wait]",
+            show_default=False,
+        ),
+    ] = None
     chat_template: Annotated[
         str | None, Option(metavar="FILE", help="A Jinja file that replaces the model's own chat template.")
     ] = None

@@ -14,6 +14,7 @@ from tinyvllm.cli.models import models, pull
 from tinyvllm.cli.profile import profile
 from tinyvllm.cli.serve import serve
 from tinyvllm.cli.terminal import RedErrors, out
+from tinyvllm.cli.tune import tune
 
 app = typer.Typer(
     cls=RedErrors,
@@ -25,7 +26,7 @@ app = typer.Typer(
     help="Serve language models with tinygrad: paged KV cache, continuous batching, OpenAI's HTTP format.",
 )
 
-for command in (serve, generate, chat, pull, models, profile):
+for command in (serve, generate, chat, pull, models, profile, tune):
     app.command()(spread(command))
 app.add_typer(bench)
 

@@ -19,6 +19,7 @@ from tinyvllm.errors import CacheError
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.inputs import InputPacker
 from tinyvllm.model.registry import Model
+from tinyvllm.ops import tuning
 from tinyvllm.ops.adjust import SamplingState
 from tinyvllm.ops.backend import Backend, KVPool
 from tinyvllm.ops.device import DeviceHandle
@@ -169,17 +170,26 @@ def step_name(
     """A hash of everything that decides what is traced: our code, the model's shape and formats, the settings.
 
     An attribute of the backend that has no repr of its own only makes the name new at every start."""
-    matrices = [(m.format, m.num_rows, m.num_cols, m.used_rows, m.layout) for m in model.matrices]
-    settings = {key: value for key, value in sorted(vars(backend).items()) if not isinstance(value, Tensor)}
     facts = (
         sources_digest(),
-        (type(model).__qualname__, dataclasses.replace(model.config, name=""), model.logit_stride, matrices),
-        (type(backend).__qualname__, settings),
+        tuning.current.digest,
+        model_digest(model, backend),
         (pool.num_blocks, pool.dtype),
         (bucket, layout),
         {key: (tensor.numel(), tensor.dtype) for key, tensor in tensors.items()},
     )
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
+
+
+def model_digest(model: Model, backend: Backend) -> str:
+    """A hash of the model's shape and formats and of how its backend was set up."""
+    matrices = [(m.format, m.num_rows, m.num_cols, m.used_rows, m.layout) for m in model.matrices]
+    settings = {key: value for key, value in sorted(vars(backend).items()) if not isinstance(value, Tensor)}
+    facts = (
+        (type(model).__qualname__, dataclasses.replace(model.config, name=""), model.logit_stride, matrices),
+        (type(backend).__qualname__, settings),
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 
 @functools.cache

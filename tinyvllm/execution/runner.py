@@ -17,21 +17,23 @@ from tinyvllm.execution.adjusted import SamplingRows
 from tinyvllm.execution.buckets import Bucket, choose_bucket, make_buckets
 from tinyvllm.execution.capacity import MemoryFacts, plan_capacity
 from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, weight_facts
-from tinyvllm.execution.graphs import Graph, Lane, capture
+from tinyvllm.execution.graphs import Graph, Lane, capture, model_digest
 from tinyvllm.execution.profile import profile_step
 from tinyvllm.model.registry import Model, make_model
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
 from tinyvllm.model.weights.random import RandomWeights
+from tinyvllm.ops import tuning
 from tinyvllm.ops.accounting import DeviceAccount
 from tinyvllm.ops.adjust import SamplingState, state_bytes
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
 from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.bandwidth import measure_bandwidth
 from tinyvllm.ops.device import FLOATS, open_device, usable_cores
-from tinyvllm.ops.hardware import hardware_name, measure_flops
-from tinyvllm.ops.program_store import ProgramStore, open_program_store
+from tinyvllm.ops.hardware import hardware_name, measure_flops, processor_name
+from tinyvllm.ops.program_store import ProgramStore, default_root, open_program_store
 from tinyvllm.ops.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.ops.transfer import OutputReader
+from tinyvllm.ops.tuning import choices_path, load_choices
 from tinyvllm.profiling.kernels import StepProfile
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, TokenLogprobs
 from tinyvllm.storage.model_config import read_model_config
@@ -67,6 +69,8 @@ def make_runner(
     report = progress or (lambda stage, done, total: None)
     device = open_device(min(config.cpu_cores or usable_cores(), model_config.num_kv_heads))
     free_bytes = device.free_memory()
+    hardware = processor_name() if device.is_cpu else hardware_name(device)
+    tuning.use(load_choices(choices_path(default_root().with_name("tuned"), device.name, hardware)))
     shape = AttentionShape(model_config.num_heads, model_config.num_kv_heads, model_config.head_dim)
     backend = make_backend(device, config.dtype, model_config.dtype, shape, dequantize=config.dequantize)
     positions = min(config.max_model_len or model_config.max_position, model_config.max_position)
@@ -148,6 +152,7 @@ class ModelRunner:
             logger.info("captured %s in %.2f s", bucket.name, time.perf_counter() - start)
         if self.store is not None:
             self.store.close()
+        logger.info("kernels are %s", "tuned" if self.is_tuned else "untuned: run `tinyvllm tune` with the same flags")
         if progress:
             progress("warm-up", len(self._buckets), len(self._buckets))
 
@@ -215,6 +220,22 @@ class ModelRunner:
         return graph
 
     # -- for measurements -----------------------------------------------------------------------------------------
+
+    def tuning_name(self, bucket: Bucket) -> str:
+        """What `Choices.searched` calls a bucket of this model."""
+        name = model_digest(self._model, self._backend)
+        return f"{name} {bucket.name} of {self.capacity.max_num_seqs} x {self.capacity.max_model_len}"
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether a search has been over every bucket."""
+        return all(self.tuning_name(bucket) in tuning.current.searched for bucket in self._buckets)
+
+    def recapture(self, bucket: Bucket) -> None:
+        """Trace a bucket's step anew, as the present choices of `ops.tuning` make it."""
+        self._graphs[bucket] = capture(
+            bucket, self._model, self._backend, self._pool, self.capacity, self._outputs, self._state
+        )
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:

@@ -28,6 +28,7 @@ from tinyvllm.ops.device import FLOATS, DeviceHandle, has_many_registers
 from tinyvllm.ops.kernel import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.matrix import HALF, PANEL, Matrix, pack, share_rows
 from tinyvllm.ops.step_inputs import StepLayout
+from tinyvllm.ops.tuning import choose
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,7 @@ class CpuBackend:
             spec = LinearSpec(
                 name, part.format, num_tokens, part.num_rows, part.num_cols, eps, epilogue, x_cols, self.tile_rows
             )
+            spec = choose(spec)
             out = empty(num_tokens * spec.out_cols, device=self.cores[i])
             operands = [*part.planes, *_tensors(inputs[i]), *weight]
             if residual is not None:

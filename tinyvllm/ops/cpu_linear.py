@@ -9,6 +9,7 @@ epilogues. Sums run over k in order, lane by lane, so a row's result depends on 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tinygrad import UOp
@@ -16,7 +17,9 @@ from tinygrad import UOp
 from tinyvllm.ops.kernel import Body, KernelFn, balanced, cached_kernel, fill, finish, silu
 from tinyvllm.ops.matrix import HALF, PANEL, Format, Planes
 from tinyvllm.ops.token_ids import token_id
+from tinyvllm.ops.tuning import Tunable
 
+ROWS_PER_PASS = (8, 4, 2, 1)
 STAGED_ROWS = 16  # up to here a kernel copies (and normalises) its input rows on its stack; above, rms_norm runs before
 NORM_LANES = 16
 
@@ -32,7 +35,7 @@ class NormSpec:
 
 
 @dataclass(frozen=True)
-class LinearSpec:
+class LinearSpec(Tunable):
     """One product: out (T, N) = epilogue(x (T, K) @ w.T). Hashable: the key of its kernel."""
 
     name: str  # what it does in the model: "qkv", "attn_out", ...
@@ -52,7 +55,12 @@ class LinearSpec:
     @property
     def rows_per_pass(self) -> int:
         """Input rows that one pass over a panel serves: what divides T, up to `tile_rows`."""
-        return next(rows for rows in (4, 2, 1) if rows <= self.tile_rows and self.num_tokens % rows == 0)
+        wanted = self.knob("rows_per_pass", self.tile_rows)
+        return next(rows for rows in ROWS_PER_PASS if rows <= wanted and self.num_tokens % rows == 0)
+
+    def knobs(self) -> Mapping[str, tuple[int, ...]]:
+        rows = tuple(rows for rows in ROWS_PER_PASS if rows != self.rows_per_pass and self.num_tokens % rows == 0)
+        return {"rows_per_pass": rows} if self.num_tokens > 1 else {}
 
     @property
     def norm(self) -> NormSpec:

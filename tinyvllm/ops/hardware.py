@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +35,17 @@ def _cuda_name(number: int) -> str:
     handle, text = cuda.CUdevice(), ctypes.create_string_buffer(256)
     failed = cuda.cuDeviceGet(ctypes.byref(handle), number) or cuda.cuDeviceGetName(text, len(text), handle)
     return f"CUDA:{number}" if failed else text.value.decode(errors="replace")
+
+
+def processor_name() -> str:
+    """The maker's name of the computer's CPU, "" where it says none."""
+    if sys.platform == "darwin":
+        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
+    except OSError:
+        return ""
 
 
 def measure_flops(device: DeviceHandle) -> float:

@@ -1,0 +1,80 @@
+"""Choices that were measured: they overrule rules, live in a file, and change no result."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.ops.builders import make_host, normal
+from tinyvllm.ops import tuning
+from tinyvllm.ops.cpu import CpuBackend
+from tinyvllm.ops.cpu_linear import LinearSpec
+from tinyvllm.ops.device import DeviceHandle
+from tinyvllm.ops.matrix import pack
+from tinyvllm.ops.tuning import Choices, candidates, choices_path, load_choices, spec_key
+
+
+def make_spec(num_tokens: int = 8) -> LinearSpec:
+    matrix = pack(make_host("Q4_0", 64, 64), "panel", None, "CPU")
+    return LinearSpec("down", matrix.format, num_tokens, 64, 64)
+
+
+def test_a_choice_overrules_a_rule_and_no_other_spec() -> None:
+    spec, other = make_spec(8), make_spec(4)
+    choices = Choices(chosen={spec_key(spec): (("rows_per_pass", 2),)})
+    assert (choices.choose(spec).rows_per_pass, choices.choose(other).rows_per_pass) == (2, 4)
+    assert spec_key(choices.choose(spec)) == spec_key(spec), "what was chosen is no part of the name"
+
+
+def test_candidates_turn_one_knob_each_and_are_possible() -> None:
+    spec = make_spec(6)
+    rows = [candidate.rows_per_pass for candidate in candidates(spec)]
+    assert rows == [2, 1]
+    assert len(list(candidates(make_spec(1)))) == 1
+
+
+@pytest.mark.parametrize("rows_per_pass", [1, 2, 4, 8])
+def test_no_choice_changes_a_result(device: DeviceHandle, rows_per_pass: int) -> None:
+    backend, x, residual = CpuBackend(device, None), normal(8, 256), normal(8, 64)
+    matrix = backend.matrix(make_host("Q4_K", 64, 256))
+    before = backend.linear_add("down", device.upload(x), matrix, device.upload(residual), 8).numpy()
+    with tuning.current.watching() as asked:
+        backend.linear_add("down", device.upload(x), matrix, device.upload(residual), 8)
+    (key,) = asked
+    tuning.current.chosen[key] = (("rows_per_pass", rows_per_pass),)
+    try:
+        after = backend.linear_add("down", device.upload(x), matrix, device.upload(residual), 8).numpy()
+    finally:
+        del tuning.current.chosen[key]
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_choices_outlive_the_process(tmp_path: Path) -> None:
+    path = choices_path(tmp_path, "CUDA", "NVIDIA H200")
+    assert path.name.startswith("cuda-nvidia-h200-tinygrad-") and path.suffix == ".json"
+    Choices(path, {"a": (("tiles", 2),), "b": ()}, {"bad"}, {"model decode 1"}).save()
+    again = load_choices(path)
+    assert (again.chosen, again.bad, again.searched) == (
+        {"a": (("tiles", 2),), "b": ()},
+        {"bad"},
+        {"model decode 1"},
+    )
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"chosen": {"a": 5}, "bad": [], "searched": []}', '{"chosen": {}}'])
+def test_a_damaged_file_is_said_and_not_used(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "choices.json"
+    path.write_text(text)
+    with caplog.at_level(logging.WARNING):
+        choices = load_choices(path)
+    assert not choices.chosen and not choices.searched
+    assert "tinyvllm tune" in caplog.text
+
+
+def test_digests_name_choices() -> None:
+    assert Choices(chosen={"a": ()}).digest != Choices().digest
+    assert Choices(chosen={"a": (), "b": ()}).digest == Choices(chosen={"b": (), "a": ()}).digest

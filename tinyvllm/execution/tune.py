@@ -1,0 +1,122 @@
+"""The search for a bucket's fastest kernels: real steps on the real weights, one knob at a time.
+
+A candidate is timed where it will run, in the recorded step between its neighbours, since caches and launch gaps decide
+as much as the kernel. One that changes a token is thrown away. The search runs in a process of its own
+(`tune_worker.py`), because a bad kernel may take its process with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinyvllm.config import SamplingParams
+from tinyvllm.execution.buckets import Bucket
+from tinyvllm.execution.runner import ModelRunner
+from tinyvllm.ops import tuning
+from tinyvllm.ops.tuning import Chosen, Tunable, candidates
+from tinyvllm.scheduling.plan import Scheduled, StepPlan
+from tinyvllm.scheduling.request import Request
+
+LEAST_GAIN = 0.01  # of a step: a candidate that gains less is noise
+NUM_WARM, NUM_TIMED = 3, 20
+FILL_TOKEN_SEED = 11
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate about to be tried, or the result of one. `name` is the same in every process."""
+
+    bucket: str
+    kernel: str
+    chosen: Chosen
+    name: str
+    seconds: float | None = None  # a step's, with it
+
+
+def search(runner: ModelRunner, bucket: Bucket, bad: set[str], begin: Callable[[Trial], None]) -> Iterator[Trial]:
+    """Try candidates for every tunable kernel of a bucket, and keep the best in `tuning.current`. `begin` is called
+    before each, so that whoever watches knows what ran when the process died. Yields every result."""
+    plan = make_plan(runner, bucket)
+    with tuning.current.watching() as asked:
+        best_s, expected = time_step(runner, bucket, plan)
+    for key, spec in list(asked.items()):
+        first, *others = candidates(spec)
+        yield Trial(bucket.name, describe(first), (), key, best_s)
+        best = tuning.current.chosen.get(key, ())
+        for candidate in others:
+            trial = Trial(bucket.name, describe(spec), candidate.chosen, f"{key} {dict(candidate.chosen)}")
+            if trial.name in bad or candidate.chosen == best:
+                continue
+            begin(trial)
+            seconds = _try(runner, bucket, plan, key, candidate.chosen, expected)
+            yield Trial(trial.bucket, trial.kernel, trial.chosen, trial.name, seconds)
+            if seconds is None:
+                bad.add(trial.name)
+            elif seconds < best_s * (1 - LEAST_GAIN):
+                # the machine may only have been busy before: the gain must be there again, against what it beats
+                best_s = min(best_s, time_step(runner, bucket, plan)[0])
+                yield Trial(bucket.name, trial.kernel, best, f"{key} {dict(best)}", best_s)
+                if seconds < best_s * (1 - LEAST_GAIN):
+                    best, best_s = candidate.chosen, seconds
+                    tuning.current.chosen[key] = best
+        tuning.current.chosen[key] = best
+    tuning.current.searched.add(runner.tuning_name(bucket))
+    runner.recapture(bucket)
+
+
+def _try(
+    runner: ModelRunner, bucket: Bucket, plan: StepPlan, key: str, chosen: Chosen, expected: np.ndarray
+) -> float | None:
+    """A step's seconds with a candidate; None where it cannot be made or answers something else."""
+    before = tuning.current.chosen.get(key)
+    tuning.current.chosen[key] = chosen
+    try:
+        seconds, tokens = time_step(runner, bucket, plan)
+    except Exception:
+        return None
+    finally:
+        if before is None:
+            del tuning.current.chosen[key]
+        else:
+            tuning.current.chosen[key] = before
+    return seconds if np.array_equal(tokens, expected) else None
+
+
+def time_step(runner: ModelRunner, bucket: Bucket, plan: StepPlan) -> tuple[float, np.ndarray]:
+    """The median seconds of a bucket's step as the present choices make it, and the tokens that it samples."""
+    runner.recapture(bucket)
+    times: list[float] = []
+    for repeat in range(NUM_WARM + NUM_TIMED):
+        start = time.perf_counter()
+        output = runner.execute(plan)
+        if repeat >= NUM_WARM:
+            times.append(time.perf_counter() - start)
+    return float(np.median(times)), np.array(output.token_ids)
+
+
+def make_plan(runner: ModelRunner, bucket: Bucket) -> StepPlan:
+    """A full step: a decode bucket's sequences in the middle of the longest context that fits the pool for all, or
+    one prompt that fills a token bucket."""
+    capacity, rng = runner.capacity, np.random.default_rng(FILL_TOKEN_SEED)
+    num_seqs = bucket.num_tokens if bucket.is_decode else 1
+    room = (capacity.num_blocks - 1) // num_seqs * capacity.block_size
+    length = min(capacity.max_model_len, room) // 2 if bucket.is_decode else bucket.num_tokens
+    entries, blocks = [], iter(range(1, capacity.num_blocks))
+    for index in range(num_seqs):
+        prompt = rng.integers(0, runner.model_config.vocab_size, max(1, min(length, room))).tolist()
+        request = Request(f"tune-{index}", prompt, SamplingParams(temperature=0.0))
+        request.block_ids = [next(blocks) for _ in range(-(-len(prompt) // capacity.block_size))]
+        start = len(prompt) - 1 if bucket.is_decode else 0
+        entries.append(Scheduled(request, start, len(prompt) - start))
+    return StepPlan(tuple(entries))
+
+
+def describe(spec: Tunable) -> str:
+    """What a table calls a spec's kernel."""
+    name = str(getattr(spec, "name", "")) or type(spec).__name__.removesuffix("Spec").lower()
+    size = [str(getattr(spec, field)) for field in ("num_tokens", "num_rows", "num_cols") if hasattr(spec, field)]
+    return f"{name} {'x'.join(size)}".strip()

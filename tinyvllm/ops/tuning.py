@@ -1,0 +1,150 @@
+"""Choices that were measured: for a kernel's spec the values of its knobs, by chip, kept in a file from run to run.
+
+A spec has rules of its own for how its kernel is cut (tiles, splits, loads ahead). A knob is such a rule that a search
+may overrule. What a kernel computes never hangs on a knob, only how fast; so the file is data, and a stale or foreign
+one costs time at worst. Searching is execution/tune.py's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+Chosen = tuple[tuple[str, int], ...]  # (knob, value), by name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tunable:
+    """A kernel's spec whose rules may be overruled. Subclasses list `knobs` and ask `knob` where a rule decides."""
+
+    chosen: Chosen = field(default=(), repr=False)
+
+    def knob(self, name: str, rule: int) -> int:
+        """The chosen value, or else the rule's."""
+        return next((value for key, value in self.chosen if key == name), rule)
+
+    def knobs(self) -> Mapping[str, tuple[int, ...]]:
+        """For each knob the values worth a try; those that the spec cannot have are sorted out by `is_possible`."""
+        return {}
+
+    def is_possible(self) -> bool:
+        """Whether a kernel can be made with these choices."""
+        return True
+
+
+AnySpec = TypeVar("AnySpec", bound=Tunable)
+
+
+@dataclass
+class Choices:
+    """What was chosen on one chip. `bad`: candidates that faulted, hung or answered wrong, which no search tries again.
+    `searched`: names of the steps that a search has been over.
+
+    `asked` collects the specs of the steps that are being traced, while `watching`."""
+
+    path: Path | None = None
+    chosen: dict[str, Chosen] = field(default_factory=dict)
+    bad: set[str] = field(default_factory=set)
+    searched: set[str] = field(default_factory=set)
+    asked: dict[str, Tunable] | None = None
+
+    def choose(self, spec: AnySpec) -> AnySpec:
+        """The spec with what was chosen for it."""
+        if not spec.knobs():
+            return spec
+        key = spec_key(spec)
+        if self.asked is not None:
+            self.asked[key] = spec
+        chosen = self.chosen.get(key)
+        return dataclasses.replace(spec, chosen=chosen) if chosen else spec
+
+    @contextmanager
+    def watching(self) -> Iterator[dict[str, Tunable]]:
+        """Collect the specs that are asked for inside."""
+        self.asked = {}
+        try:
+            yield self.asked
+        finally:
+            self.asked = None
+
+    @property
+    def digest(self) -> str:
+        """A name for all choices together: steps that were traced with others are other steps."""
+        return hashlib.sha256(repr(sorted(self.chosen.items())).encode()).hexdigest()[:16]
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        data = {
+            "chosen": {key: dict(value) for key, value in sorted(self.chosen.items())},
+            "bad": sorted(self.bad),
+            "searched": sorted(self.searched),
+        }
+        temporary = self.path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(data, indent=1))
+        temporary.replace(self.path)
+
+
+def load_choices(path: Path) -> Choices:
+    """The file's choices; none, with a warning, where it cannot be read."""
+    try:
+        data = json.loads(path.read_text())
+        chosen = {str(key): _checked(value) for key, value in data["chosen"].items()}
+        return Choices(path, chosen, set(map(str, data["bad"])), set(map(str, data["searched"])))
+    except FileNotFoundError:
+        return Choices(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s cannot be read (%s): kernels are untuned until the next `tinyvllm tune`", path, error)
+        return Choices(path)
+
+
+def _checked(value: Any) -> Chosen:
+    return tuple(sorted((str(knob), int(number)) for knob, number in value.items()))
+
+
+def spec_key(spec: Tunable) -> str:
+    """A spec's name in the file: all its fields but what was chosen."""
+    return f"{type(spec).__name__}-{hashlib.sha256(repr(spec).encode()).hexdigest()[:24]}"
+
+
+def candidates(spec: AnySpec) -> Iterator[AnySpec]:
+    """The spec as it is, and with one knob after another turned to each of its values."""
+    yield spec
+    for name, values in spec.knobs().items():
+        for value in values:
+            turned = dataclasses.replace(spec, chosen=tuple(sorted({**dict(spec.chosen), name: value}.items())))
+            if turned.is_possible():
+                yield turned
+
+
+def choices_path(root: Path, device: str, hardware: str) -> Path:
+    """The file of one chip and one version of tinygrad, whose compiler decides what is fast."""
+    name = re.sub(r"[^a-z0-9]+", "-", f"{device} {hardware} tinygrad {version('tinygrad')}".lower()).strip("-")
+    return root / f"{name}.json"
+
+
+current = Choices()  # of this process: `use` sets it before steps are traced
+
+
+def use(choices: Choices) -> None:
+    """Make these the choices of this process."""
+    current.__dict__.update(choices.__dict__)
+
+
+def choose(spec: AnySpec) -> AnySpec:
+    """The spec with what was chosen for it on this chip."""
+    return current.choose(spec)

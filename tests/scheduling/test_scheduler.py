@@ -6,7 +6,7 @@ from tests.scheduling.fakes import FakeRunner, make_request, make_scheduler, run
 from tinyvllm.errors import ContextLengthError, InvariantError, RequestError
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 from tinyvllm.scheduling.request import Request, Status
-from tinyvllm.scheduling.scheduler import NO_FINITE_LOGITS
+from tinyvllm.scheduling.scheduler import NO_FINITE_LOGITS, NOTHING_ALLOWED
 
 
 def token_at(index: int, **fields: object) -> int:
@@ -437,6 +437,17 @@ def test_scores_outlive_a_preemption_and_are_not_computed_twice() -> None:
     assert scored.num_preemptions > 0
     assert scored.prompt_logprobs == scores_alone(scored)
     assert sum(num_scored for _, _, num_scored in chunks_of(runner.plans, scored)) == 11
+
+
+def test_a_token_that_cannot_be_sampled_says_what_may_be_to_blame() -> None:
+    errors = []
+    for params in ({}, {"allowed_token_ids": (1,)}):
+        scheduler, request = make_scheduler(), make_request("a", 3, **params)
+        runner = FakeRunner(4)
+        runner.choose = lambda request, digest: -1
+        run(scheduler, request, runner=runner)
+        errors.append(request.error)
+    assert errors == [NO_FINITE_LOGITS, NOTHING_ALLOWED]
 
 
 def test_a_prompt_of_one_token_has_nothing_to_score() -> None:

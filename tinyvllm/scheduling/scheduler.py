@@ -22,6 +22,10 @@ from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenLogpr
 from tinyvllm.scheduling.request import Request, Status
 
 NO_FINITE_LOGITS = "the model produced no finite logits"
+NOTHING_ALLOWED = (
+    "no token is left to sample: allowed_token_ids, bad_words and the grammar together exclude every one, or "
+    "the model produced no finite logits"
+)
 
 
 def max_request_len(capacity: Capacity) -> int:
@@ -279,7 +283,7 @@ class Scheduler:
 
     def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOut:
         if token_id < 0:
-            self.finish(request, "error", error=NO_FINITE_LOGITS)
+            self.finish(request, "error", error=NOTHING_ALLOWED if request.is_masked else NO_FINITE_LOGITS)
             return TokenOut(request, None, None, "error")
         request.output_ids.append(token_id)
         self.block_manager.seal(request)

@@ -8,6 +8,7 @@ from tests.engine.fakes import FakeModelRunner
 from tests.scheduling.fakes import make_request, run_alone
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.errors import ContextLengthError, EngineDeadError, InvariantError
+from tinyvllm.profiling import measure
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 from tinyvllm.scheduling.scheduler import Scheduler
@@ -210,3 +211,24 @@ def test_an_overlapped_step_that_throws_ends_all_that_is_in_flight() -> None:
     assert all(len(request.output_ids) == 1 for request in first), "the second step's token was never read"
     assert late.output_ids == run_alone(late)
     assert core.stats.num_free_blocks == 999
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_steps_time_is_named_while_somebody_measures(depth: int) -> None:
+    core = make_core()
+    core.runner.max_in_flight = depth
+    requests = [make_request(f"r{i}", 5 + i, max_tokens=3) for i in range(3)]
+    for request in requests:
+        core.add(request)
+    measure.start()
+    try:
+        while core.has_work:
+            core.step()
+    finally:
+        recording = measure.stop()
+    kinds = [span.facts.get("kind") for span in recording.named(measure.STEP)]
+    assert kinds == ["prefill", "decode", "decode"] + ["decode"] * (depth - 1), "the last reads what is in flight"
+    assert recording.totals[measure.SCHEDULE].count == len(kinds)
+    assert {span.facts["request"] for span in recording.named(measure.QUEUE)} == {"r0", "r1", "r2"}
+    for span in recording.named(measure.STEP):
+        assert 0 < span.inner_ns <= span.duration_ns

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from tinyvllm.config import Capacity, ModelConfig
 from tinyvllm.errors import EngineDeadError
+from tinyvllm.profiling import measure
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, StepStats, TokenOut
 from tinyvllm.scheduling.request import Request, Status
 from tinyvllm.scheduling.scheduler import Scheduler
@@ -109,10 +110,18 @@ class EngineCore:
         requests of all steps in flight with finish_reason "error", and the next may succeed. Raises EngineDeadError
         after MAX_CONSECUTIVE_FAILURES of them.
         """
+        with measure.span(measure.STEP) as span:
+            return self._step(span)
+
+    def _step(self, span: measure.OpenSpan | measure.Nothing) -> list[TokenOut]:
         start_s = time.perf_counter()
-        plan = self.scheduler.schedule()
+        with measure.span(measure.SCHEDULE):
+            plan = self.scheduler.schedule()
         if plan is None and not self._flights:
             return []
+        if measure.is_on():
+            span.tell(**_facts(plan or self._flights[0].plan))
+            _measure_queues(plan)
         outs: list[TokenOut] = []
         try:
             if plan is not None:
@@ -129,14 +138,16 @@ class EngineCore:
 
     def _launch(self, plan: StepPlan, schedule_s: float) -> None:
         handle = self.runner.launch(plan)
-        self.scheduler.advance(plan)
+        with measure.span(measure.COMMIT):
+            self.scheduler.advance(plan)
         self._flights.append(Flight(plan, handle, schedule_s))
 
     def _land(self, flight: Flight) -> list[TokenOut]:
         """Wait for the oldest step and book what it computed."""
         output = self.runner.collect(flight.handle)
         collected_s = time.perf_counter()
-        outs = self.scheduler.commit(flight.plan, output)
+        with measure.span(measure.COMMIT):
+            outs = self.scheduler.commit(flight.plan, output)
         self._flights.popleft()
         self._num_failures = 0
         stats = self._count(
@@ -190,6 +201,25 @@ class EngineCore:
     def _count(stats: StepStats, **more: int) -> StepStats:
         """A copy with the counters of `extra`, all since start, moved on."""
         return dataclasses.replace(stats, extra={name: n + more.get(name, 0) for name, n in stats.extra.items()})
+
+
+def _facts(plan: StepPlan) -> dict[str, measure.Fact]:
+    """What a step's span says of it."""
+    if plan.is_decode:
+        kind = "decode"
+    else:
+        kind = "mixed" if any(entry.count == 1 and entry.samples for entry in plan.entries) else "prefill"
+    return {"kind": kind, "tokens": plan.num_tokens, "sequences": len(plan.entries)}
+
+
+def _measure_queues(plan: StepPlan | None) -> None:
+    """The time that requests waited which have left the queue for the first time."""
+    now_ns = time.perf_counter_ns()
+    for entry in plan.entries if plan is not None else ():
+        request = entry.request
+        if entry.start == request.num_cached_tokens and not request.num_output_tokens and not request.num_preemptions:
+            waited_ns = max(0, int((time.monotonic() - request.arrival_s) * 1e9))
+            measure.add(measure.QUEUE, now_ns - waited_ns, now_ns, request=request.request_id)
 
 
 def _describe(error: Exception) -> str:

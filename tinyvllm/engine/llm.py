@@ -22,6 +22,7 @@ from tinyvllm.engine.output import Delta, TokenLogprob
 from tinyvllm.engine.parts import Progress as LoadProgress
 from tinyvllm.engine.parts import load_parts
 from tinyvllm.errors import RequestError, TinyvllmError
+from tinyvllm.profiling import measure
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.scheduling.request import Request
 
@@ -156,7 +157,8 @@ class LLM:
                 "{'prompt_token_ids': ids}",
                 param="prompt",
             )
-        return prompt, self._parts.tokenizer.encode(prompt)
+        with measure.span(measure.TOKENISE):
+            return prompt, self._parts.tokenizer.encode(prompt)
 
     def _run(
         self,

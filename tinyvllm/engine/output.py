@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 from tinyvllm.engine.core import EngineCore
+from tinyvllm.profiling import measure
 from tinyvllm.scheduling.plan import TokenLogprobs, TokenOut
 from tinyvllm.scheduling.request import Request
 from tinyvllm.scheduling.scheduler import NO_FINITE_LOGITS
@@ -187,7 +188,9 @@ class TextEngine:
 
     def step(self) -> list[tuple[Request, Delta]]:
         """Run one step. Raises as EngineCore.step."""
-        return [(out.request, self._push(out)) for out in self.core.step()]
+        outs = self.core.step()
+        with measure.span(measure.DETOKENISE):
+            return [(out.request, self._push(out)) for out in outs]
 
     def _push(self, out: TokenOut) -> Delta:
         request = out.request

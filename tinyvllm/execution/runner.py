@@ -34,6 +34,7 @@ from tinyvllm.ops.program_store import ProgramStore, default_root, open_program_
 from tinyvllm.ops.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.ops.transfer import OutputReader
 from tinyvllm.ops.tuning import choices_path, load_choices
+from tinyvllm.profiling import measure
 from tinyvllm.profiling.kernels import StepProfile
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, TokenLogprobs
 from tinyvllm.storage.model_config import read_model_config
@@ -168,10 +169,11 @@ class ModelRunner:
         start = time.perf_counter()
         graph, number = self._graph_for(plan), self._num_launched % len(self._outputs)
         lane = graph.lanes[number]
-        lane.packer.pack(plan)
+        with measure.span(measure.PACK):
+            lane.packer.pack(plan)
         packed = time.perf_counter()
         flight = Flight(plan, graph.bucket.name, lane, self._readers[number], packed - start, packed)
-        with self._named_failure(flight):
+        with self._named_failure(flight), measure.span(measure.LAUNCH, bucket=flight.name):
             lane.send()
             if plan.is_adjusted:
                 lane.run_forward()
@@ -186,15 +188,16 @@ class ModelRunner:
         have been committed. Nothing to do for other steps. Raises DeviceError."""
         if not flight.plan.is_adjusted:
             return
-        with self._named_failure(flight):
+        with measure.span(measure.PACK):
             self._rows.pack(flight.plan, flight.lane.packer.views)
+        with self._named_failure(flight), measure.span(measure.LAUNCH, bucket=flight.name):
             flight.lane.send()
             flight.lane.run_adjusted()
             flight.reader.start()
 
     def collect(self, flight: Flight) -> StepOutput:
         """Wait for a launched step's tokens. Raises DeviceError."""
-        with self._named_failure(flight):
+        with self._named_failure(flight), measure.span(measure.WAIT):
             rows = flight.reader.read().reshape(-1, OUT_WIDTH)
         device_s = time.perf_counter() - flight.packed_s
         return make_output(flight.plan, rows, pack_s=flight.pack_s, device_s=device_s)

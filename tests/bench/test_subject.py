@@ -61,7 +61,8 @@ def test_kernels_move_what_is_needed_and_activations(runner: ModelRunner) -> Non
     extra = [cost.moved_bytes - cost.nbytes for cost in costs]
     assert extra[0] == extra[1] == extra[2] > 0  # only keys and values grow with the context, and all of them are seen
     logits_bytes, hidden_bytes = 2 * 288 * 4, 2 * 64 * 4
-    assert 2 * logits_bytes + 8 * hidden_bytes < extra[0] < 10 * logits_bytes + 2 * 40 * hidden_bytes
+    most = 10 * logits_bytes + 2 * 40 * hidden_bytes + 3 * runner.output_bytes  # an output is counted with its padding
+    assert 2 * logits_bytes + 8 * hidden_bytes < extra[0] < most
 
 
 def test_measuring_captures_nothing(runner: ModelRunner) -> None:

@@ -82,10 +82,12 @@ def breakdown(
     from tinyvllm.bench.plots import check_plot, draw_breakdown
     from tinyvllm.bench.stages import Case
     from tinyvllm.config import SamplingParams
+    from tinyvllm.profiling.chips import find_chip
 
     limit, earlier = parse_share(max_regress), None if baseline is None else read_breakdown(baseline)
     if plot is not None:
         check_plot(plot)
+    roof = None if chip is None else find_chip(chip)
     found, tokenizer = _find(subject, named, pull=runner.pull)
     texts = ("short,medium,long" if tokenizer else "none") if prompts is None else prompts
     shapes: list[tuple[str | None, int]] = [(text, 0) for text in split_list(texts)]
@@ -98,7 +100,7 @@ def breakdown(
         prefix_caching=prefix_caching,
         params=SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, ignore_eos=True),
     )
-    result = _measure(found, tokenizer, work, runner, chip, process_s, import_s)
+    result = _measure(found, tokenizer, work, runner, roof, process_s, import_s)
     figures = breakdown_json(result)
     _show(result, subject)
     subject.write_json(figures)
@@ -140,7 +142,7 @@ def _measure(
     tokenizer: Tokenizer | None,
     work: BreakdownWork,
     runner: RunnerFlags,
-    chip: str | None,
+    chip: Chip | None,
     process_s: float | None,
     import_s: float,
 ) -> Breakdown:
@@ -152,19 +154,17 @@ def _measure(
     with progress_bars() as report:
         loaded, cold_start = start_engine(found, config, report, process_s, import_s, work.num_warmup)
         try:
-            roof = _find_chip(loaded, chip)
+            roof = chip or _find_chip(loaded)
             machine = found.describe(loaded, roof.bandwidth_gbps, work.seed)
             return measure_breakdown(loaded, tokenizer, machine, work, cold_start, roof, report)
         finally:
             loaded.close()
 
 
-def _find_chip(runner: ModelRunner, name: str | None) -> Chip:
-    """The chip whose roof counts; its rates are measured where no table has them."""
-    from tinyvllm.profiling.chips import find_chip, guess_chip, measured_chip
+def _find_chip(runner: ModelRunner) -> Chip:
+    """The chip by the device's own name; where no table has that, its rates are measured."""
+    from tinyvllm.profiling.chips import guess_chip, measured_chip
 
-    if name is not None:
-        return find_chip(name)
     found = guess_chip(runner.hardware)
     if found is not None:
         return found

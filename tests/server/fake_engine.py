@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -206,7 +207,19 @@ class FakeEngine:
             num_output_tokens=position,
             error=error,
             timing=None if finish is None else TIMING,
+            prompt_logprobs=_score(prompt_ids, params.prompt_logprobs) if position == index == 0 else None,
         )
+
+
+def _score(prompt_ids: list[int], num_top: int | None) -> tuple[TokenLogprob | None, ...] | None:
+    """Of a prompt's tokens: the n-th has a logprob of -n."""
+    if num_top is None:
+        return None
+    scored = [
+        dataclasses.replace(_logprob(chr(token_id), num_top), token_id=token_id, logprob=-float(n), rank=n)
+        for n, token_id in enumerate(prompt_ids[1:], 1)
+    ]
+    return (None, *scored)
 
 
 def _logprob(text: str, num_top: int) -> TokenLogprob:

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.server.fake_engine import FakeEngine, TagTemplate, serving
-from tests.server.test_routes import chat, error_of, events, get, post
+from tests.server.test_routes import chat, complete, error_of, events, get, post
 from tinyvllm.config import EngineConfig
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
@@ -298,6 +298,53 @@ def test_the_openai_client_rebuilds_calls_of_a_stream() -> None:
             [choice] = stream.get_final_completion().choices
     assert choice.finish_reason == "tool_calls" and choice.message.tool_calls is not None
     assert json.loads(choice.message.tool_calls[0].function.arguments) == {"city": "Köln"}
+
+
+# ---- Logprobs of prompts ----
+
+
+async def test_an_echo_has_the_logprobs_of_the_prompt_before_those_of_the_answer() -> None:
+    answer = await complete(FakeEngine(reply="xy"), prompt="abc", echo=True, logprobs=2)
+    choice = answer["choices"][0]
+    assert choice["text"] == "abcxy"
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == ["a", "b", "c", "x", "y"] and logprobs["text_offset"] == [0, 1, 2, 3, 4]
+    assert logprobs["token_logprobs"] == [None, -1.0, -2.0, -9999.0, -9999.0]
+    assert logprobs["top_logprobs"][0] is None and [len(top) for top in logprobs["top_logprobs"][1:]] == [2, 3, 3, 3]
+
+
+async def test_an_echo_streams_once_its_logprobs_are_there() -> None:
+    body = {"prompt": ["abc", "d"], "n": 2, "echo": True, "logprobs": 1, "max_tokens": 2}
+    chunks = await events(FakeEngine(reply="xy"), "/v1/completions", body)
+    for index, text in enumerate(["abcxy", "abcxy", "dxy", "dxy"]):
+        pieces = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert "".join(piece["text"] for piece in pieces) == text
+        tokens = [token for piece in pieces for token in (piece["logprobs"] or {"tokens": []})["tokens"]]
+        offsets = [n for piece in pieces for n in (piece["logprobs"] or {"text_offset": []})["text_offset"]]
+        assert tokens == list(text) and offsets == list(range(len(text)))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_nothing_but_the_prompt_may_be_asked_for(stream: bool) -> None:
+    body = {"prompt": "abc", "echo": True, "logprobs": 0, "max_tokens": 0}
+    if stream:
+        chunks = await events(FakeEngine(reply="xy"), "/v1/completions", body)
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "abc"
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        return
+    answer = await complete(FakeEngine(reply="xy"), **body)
+    assert answer["choices"][0]["text"] == "abc" and answer["choices"][0]["finish_reason"] == "length"
+    assert answer["choices"][0]["logprobs"]["token_logprobs"] == [None, -1.0, -2.0]
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+async def test_prompt_logprobs_have_vllms_form() -> None:
+    expected = {"98": {"logprob": -1.0, "rank": 1, "decoded_token": "b"}}
+    answer = await complete(FakeEngine(reply="x"), prompt="ab", prompt_logprobs=0)
+    assert answer["choices"][0]["prompt_logprobs"] == [None, expected]
+    answer = await chat(FakeEngine(reply="x"), prompt_logprobs=1)
+    assert answer["prompt_logprobs"][0] is None and len(answer["prompt_logprobs"][1]) == 2
+    assert "prompt_logprobs" not in await chat(FakeEngine(reply="x"))
 
 
 # ---- Tokens ----

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tinyvllm.server.protocol.common import PromptLogprob, PromptLogprobs
 from tinyvllm.server.streaming import Item, Tally
 
 if TYPE_CHECKING:
@@ -27,16 +28,33 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str = "stop"
     stop_reason: int | str | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     def add(self, item: Item) -> None:
         self.texts.append(item.delta.text)
         self.logprobs += item.delta.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or item.delta.prompt_logprobs
         if item.delta.finish_reason is not None:
             self.finish_reason, self.stop_reason = item.delta.finish_reason, item.delta.stop_reason
 
     @property
     def text(self) -> str:
         return "".join(self.texts)
+
+
+def write_prompt_logprobs(scores: tuple[TokenLogprob | None, ...] | None, num_top: int) -> PromptLogprobs | None:
+    """vLLM's form, of the prompt's own tokens and the `num_top` likeliest."""
+    if scores is None:
+        return None
+    return [
+        None
+        if token is None
+        else {
+            one.token_id: PromptLogprob(logprob=finite(one.logprob), rank=one.rank, decoded_token=one.token)
+            for one in (*token.top[:num_top], token)
+        }
+        for token in scores
+    ]
 
 
 async def gather(items: AsyncGenerator[Item, None], num_choices: int) -> tuple[list[Choice], Tally]:

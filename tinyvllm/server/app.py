@@ -20,6 +20,7 @@ from tinyvllm.errors import TinyvllmError
 from tinyvllm.server import operations, profile_routes, routes
 from tinyvllm.server.context import RequestContext, entered
 from tinyvllm.server.failures import ClientGone, answer_failure, failure_of
+from tinyvllm.server.response_store import ResponseStore
 from tinyvllm.server.security import Guard, KeyRing
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.state import ServerState
@@ -36,6 +37,7 @@ def make_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> Fas
     settings = settings or ServerSettings()
     app = FastAPI(title="tinyvllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     state = app.state.server = ServerState(engine, settings)
+    app.state.responses = ResponseStore()
     app.include_router(operations.router)
     app.include_router(routes.router)
     app.include_router(profile_routes.router)

@@ -24,7 +24,7 @@ from tinyvllm.server.intake import (
 from tinyvllm.server.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from tinyvllm.server.protocol.tools import NamedChoice
 from tinyvllm.server.state import ServerState, state_of
-from tinyvllm.server.streaming import begun, merge, until_disconnect
+from tinyvllm.server.streaming import begun, first_choices, merge, until_disconnect
 
 router = APIRouter(responses=ERRORS)
 
@@ -40,15 +40,31 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
     check_request(state, body)
     prompt, params = await asyncio.to_thread(_read, state, body)
     heading = make_heading(state, "chatcmpl-")
-    deltas = state.generate(prompt.ids, params, request_id=heading.id, arrival_s=arrival_s, priority=body.priority or 0)
-    items = merge([deltas], params.n)
+    n = body.num_choices
+    deltas = state.generate(
+        prompt.ids,
+        params,
+        request_id=heading.id,
+        arrival_s=arrival_s,
+        priority=body.priority or 0,
+        beams=body.beams(),
+    )
+    items = merge([first_choices(deltas, n)], n)
     if not body.stream:
-        return json_response(await chat_answer(items, heading, prompt.format, n=params.n, logprobs=bool(body.logprobs)))
+        answer = await chat_answer(
+            items,
+            heading,
+            prompt.format,
+            n=n,
+            logprobs=bool(body.logprobs),
+            prompt_logprobs=body.prompt_logprobs,
+        )
+        return json_response(answer)
     items = await begun(items)
     stream = ChatStream(
         heading,
         prompt.format,
-        n=params.n,
+        n=n,
         include_usage=body.include_usage,
         continuous_usage=body.continuous_usage,
     )

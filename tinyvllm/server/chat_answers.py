@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
-from tinyvllm.server.answers import finite, gather
+from tinyvllm.server.answers import finite, gather, write_prompt_logprobs
 from tinyvllm.server.intake import Heading
 from tinyvllm.server.message import Message, MessageReader, OutputFormat, Piece, Reasoning
 from tinyvllm.server.protocol.chat import (
@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 
 
 async def chat_answer(
-    items: AsyncGenerator[Item, None], heading: Heading, format: OutputFormat, *, n: int, logprobs: bool
+    items: AsyncGenerator[Item, None],
+    heading: Heading,
+    format: OutputFormat,
+    *,
+    n: int,
+    logprobs: bool,
+    prompt_logprobs: int | None = None,
 ) -> ChatCompletion:
     choices, tally = await gather(items, n)
     answers = []
@@ -46,8 +52,14 @@ async def chat_answer(
             stop_reason=choice.stop_reason,
         )
         answers.append(answer)
+    scores = None if prompt_logprobs is None else write_prompt_logprobs(choices[0].prompt_logprobs, prompt_logprobs)
     return ChatCompletion(
-        id=heading.id, created=heading.created, model=heading.model, choices=answers, usage=tally.usage()
+        id=heading.id,
+        created=heading.created,
+        model=heading.model,
+        choices=answers,
+        usage=tally.usage(),
+        prompt_logprobs=scores,
     )
 
 

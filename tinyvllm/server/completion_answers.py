@@ -5,9 +5,10 @@ from __future__ import annotations
 import codecs
 import contextlib
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tinyvllm.server.answers import finite, gather
+from tinyvllm.server.answers import finite, gather, write_prompt_logprobs
 from tinyvllm.server.intake import Heading
 from tinyvllm.server.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
 from tinyvllm.server.streaming import Item, Tally, frame
@@ -15,67 +16,132 @@ from tinyvllm.server.streaming import Item, Tally, frame
 if TYPE_CHECKING:
     from tinyvllm.engine.output import TokenLogprob
 
+EMPTY_LOGPROBS = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
 
-async def completion_answer(
-    items: AsyncGenerator[Item, None], heading: Heading, *, n: int, echoes: list[str], logprobs: bool
-) -> Completion:
-    """`echoes` is the text to put before each prompt's choices: one string a prompt."""
-    choices, tally = await gather(items, n * len(echoes))
-    answers = [
-        CompletionChoice(
+
+@dataclass(frozen=True)
+class Echo:
+    """What stands before a prompt's choices."""
+
+    text: str = ""
+    first_token: bytes = b""  # of the prompt, which has no logprob
+
+
+@dataclass(frozen=True)
+class CompletionForm:
+    """What an answer shows."""
+
+    n: int
+    echoes: list[Echo]  # one a prompt
+    has_logprobs: bool = False
+    num_echoed_top: int | None = None  # likeliest tokens beside each of the echo's; None: no logprobs of the echo
+    num_prompt_logprobs: int | None = None
+    has_output: bool = True  # False: of one token that was made because none cannot be, nothing is shown
+
+    @property
+    def num_choices(self) -> int:
+        return self.n * len(self.echoes)
+
+
+async def completion_answer(items: AsyncGenerator[Item, None], heading: Heading, form: CompletionForm) -> Completion:
+    choices, tally = await gather(items, form.num_choices)
+    answers = []
+    for index, choice in enumerate(choices):
+        scores = choices[index - index % form.n].prompt_logprobs  # which come with a prompt's first choice
+        echo, writer = form.echoes[index // form.n], CompletionLogprobsWriter()
+        logprobs = None
+        if form.has_logprobs:
+            logprobs = EMPTY_LOGPROBS if form.num_echoed_top is None else writer.echo(echo, scores, form.num_echoed_top)
+            logprobs = logprobs.then(writer.write(choice.logprobs if form.has_output else []))
+        answer = CompletionChoice(
             index=index,
-            text=echoes[index // n] + choice.text,
-            logprobs=CompletionLogprobsWriter().write(choice.logprobs) if logprobs else None,
-            finish_reason=choice.finish_reason,
-            stop_reason=choice.stop_reason,
+            text=echo.text + (choice.text if form.has_output else ""),
+            logprobs=logprobs,
+            finish_reason=choice.finish_reason if form.has_output else "length",
+            stop_reason=choice.stop_reason if form.has_output else None,
         )
-        for index, choice in enumerate(choices)
-    ]
-    return Completion(id=heading.id, created=heading.created, model=heading.model, choices=answers, usage=tally.usage())
+        if form.num_prompt_logprobs is not None:
+            answer.prompt_logprobs = write_prompt_logprobs(scores, form.num_prompt_logprobs)
+        answers.append(answer)
+    return Completion(
+        id=heading.id,
+        created=heading.created,
+        model=heading.model,
+        choices=answers,
+        usage=tally.usage(has_output=form.has_output),
+    )
 
 
 class CompletionStream:
     """The events of one answer. Owns the running logprob offsets of its choices and the count of tokens."""
 
-    def __init__(self, heading: Heading, *, include_usage: bool, continuous_usage: bool = False) -> None:
+    def __init__(
+        self, heading: Heading, form: CompletionForm, *, include_usage: bool, continuous_usage: bool = False
+    ) -> None:
         self._heading = heading
+        self._form = form
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
         self._tally = Tally()
-        self._writers: dict[int, CompletionLogprobsWriter] = {}
+        self._writers = [CompletionLogprobsWriter() for _ in range(form.num_choices)]
+        # prompts whose echo waits for its logprobs, with the items that wait for the echo
+        self._waiting: dict[int, list[Item]] = {}
 
-    async def frames(
-        self, items: AsyncGenerator[Item, None], *, n: int, echoes: list[str]
-    ) -> AsyncGenerator[str, None]:
+    async def frames(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[str, None]:
         """The echo of each choice if there is one, its text as it comes, and the usage if asked."""
-        for index in range(n * len(echoes)):
-            if echoes[index // n]:
-                yield self._chunk(CompletionChoice(index=index, text=echoes[index // n]))
+        for prompt, echo in enumerate(self._form.echoes):
+            if echo.text and self._form.num_echoed_top is not None:
+                self._waiting[prompt] = []
+            elif echo.text:
+                for index in range(prompt * self._form.n, (prompt + 1) * self._form.n):
+                    yield self._chunk(CompletionChoice(index=index, text=echo.text))
         async with contextlib.aclosing(items):
             async for item in items:
                 self._tally.add(item)
-                if item.delta.text or item.delta.logprobs or item.delta.finish_reason is not None:
-                    yield self._chunk(self._choice(item))
+                for choice in self._choices(item):
+                    yield self._chunk(choice)
         if self._include_usage:
             yield self._frame([], has_usage=True)
 
-    def _choice(self, item: Item) -> CompletionChoice:
+    def _choices(self, item: Item) -> list[CompletionChoice]:
+        if item.prompt not in self._waiting:
+            return self._choice(item)
+        self._waiting[item.prompt].append(item)
+        scores = item.delta.prompt_logprobs
+        if scores is None:
+            return []
+        form, echo, num_top = self._form, self._form.echoes[item.prompt], self._form.num_echoed_top
+        assert num_top is not None
+        choices = [
+            CompletionChoice(index=index, text=echo.text, logprobs=self._writers[index].echo(echo, scores, num_top))
+            for index in range(item.prompt * form.n, (item.prompt + 1) * form.n)
+        ]
+        for held in self._waiting.pop(item.prompt):
+            choices += self._choice(held)
+        return choices
+
+    def _choice(self, item: Item) -> list[CompletionChoice]:
         delta = item.delta
-        writer = self._writers.setdefault(item.choice, CompletionLogprobsWriter())
-        return CompletionChoice(
+        is_last = delta.finish_reason is not None
+        if not self._form.has_output:
+            return [CompletionChoice(index=item.choice, text="", finish_reason="length")] if is_last else []
+        if not delta.text and not delta.logprobs and not is_last:
+            return []
+        choice = CompletionChoice(
             index=item.choice,
             text=delta.text,
-            logprobs=writer.write(delta.logprobs) if delta.logprobs else None,
+            logprobs=self._writers[item.choice].write(delta.logprobs) if delta.logprobs else None,
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
         )
+        return [choice]
 
     def _chunk(self, choice: CompletionChoice) -> str:
         return self._frame([choice], has_usage=self._continuous_usage)
 
     def _frame(self, choices: list[CompletionChoice], *, has_usage: bool) -> str:
         heading = self._heading
-        usage = self._tally.usage() if has_usage else None
+        usage = self._tally.usage(has_output=self._form.has_output) if has_usage else None
         chunk = Completion(id=heading.id, created=heading.created, model=heading.model, choices=choices, usage=usage)
         return frame(chunk, omit=None if self._include_usage else {"usage"})
 
@@ -86,6 +152,15 @@ class CompletionLogprobsWriter:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._num_chars = 0
+
+    def echo(self, echo: Echo, scores: tuple[TokenLogprob | None, ...] | None, num_top: int) -> CompletionLogprobs:
+        """Of the prompt: nothing predicts its first token."""
+        self._num_chars = len(self._decoder.decode(echo.first_token))
+        first = CompletionLogprobs(
+            tokens=[bytes_name(echo.first_token)], token_logprobs=[None], top_logprobs=[None], text_offset=[0]
+        )
+        known = [replace(score, top=score.top[:num_top]) for score in scores or () if score is not None]
+        return first.then(self.write(known))
 
     def write(self, logprobs: tuple[TokenLogprob, ...] | list[TokenLogprob]) -> CompletionLogprobs:
         offsets = []
@@ -109,8 +184,12 @@ def named_top(entry: TokenLogprob) -> dict[str, float]:
 
 
 def token_name(entry: TokenLogprob) -> str:
-    """The token's text; OpenAI's `bytes:\\x..` form where the token holds a part of a character."""
+    return bytes_name(entry.bytes)
+
+
+def bytes_name(data: bytes) -> str:
+    """A token's text; OpenAI's `bytes:\\x..` form where the token holds a part of a character."""
     try:
-        return entry.bytes.decode()
+        return data.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in entry.bytes)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from tinyvllm.server.completion_answers import CompletionStream, completion_answer
+from tinyvllm.profiling import measure
+from tinyvllm.server.completion_answers import CompletionForm, CompletionStream, Echo, completion_answer
 from tinyvllm.server.intake import (
     ERRORS,
     check_ids,
@@ -24,7 +25,7 @@ from tinyvllm.server.intake import (
 )
 from tinyvllm.server.protocol.completions import DEFAULT_TOKENS, Completion, CompletionRequest
 from tinyvllm.server.state import ServerState, state_of
-from tinyvllm.server.streaming import begun, merge, until_disconnect
+from tinyvllm.server.streaming import begun, first_choices, merge, until_disconnect
 
 if TYPE_CHECKING:
     from tinyvllm.engine.output import Delta
@@ -44,43 +45,56 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
     params = body.sampling_params(state.engine.generation_defaults)
     prompts, echoes = await asyncio.to_thread(_read_prompts, state, body)
     heading = make_heading(state, "cmpl-")
+    n, beams = body.num_choices, body.beams()
     streams: list[AsyncGenerator[Delta, None]] = []
     for position, ids in enumerate(prompts):
         fitted = params
         if body.max_tokens is None:  # the default gives way to a long prompt; what was asked for does not
             room = context_limit(state) - len(ids)
             fitted = dataclasses.replace(params, max_tokens=min(DEFAULT_TOKENS, room))
-        request_id = f"{heading.id}-{position}"
-        streams.append(
-            state.generate(ids, fitted, request_id=request_id, arrival_s=arrival_s, priority=body.priority or 0)
+        deltas = state.generate(
+            ids,
+            fitted,
+            request_id=f"{heading.id}-{position}",
+            arrival_s=arrival_s,
+            priority=body.priority or 0,
+            beams=beams,
         )
-    items = merge(streams, params.n)
+        streams.append(first_choices(deltas, n))
+    items = merge(streams, n)
+    form = CompletionForm(
+        n=n,
+        echoes=echoes,
+        has_logprobs=body.logprobs is not None,
+        num_echoed_top=body.logprobs if body.echo else None,
+        num_prompt_logprobs=body.prompt_logprobs,
+        has_output=body.max_tokens != 0,
+    )
     if not body.stream:
-        wants_logprobs = body.logprobs is not None
-        return json_response(
-            await completion_answer(items, heading, n=params.n, echoes=echoes, logprobs=wants_logprobs)
-        )
+        return json_response(await completion_answer(items, heading, form))
     items = await begun(items)
-    stream = CompletionStream(heading, include_usage=body.include_usage, continuous_usage=body.continuous_usage)
-    return event_stream(stream.frames(items, n=params.n, echoes=echoes), items)
+    stream = CompletionStream(heading, form, include_usage=body.include_usage, continuous_usage=body.continuous_usage)
+    return event_stream(stream.frames(items), items)
 
 
-def _read_prompts(state: ServerState, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:
-    """Each prompt's ids, and its text if it shall be echoed (else ""). Runs on a worker thread."""
+def _read_prompts(state: ServerState, body: CompletionRequest) -> tuple[list[list[int]], list[Echo]]:
+    """Each prompt's ids, and what is echoed of it. Runs on a worker thread."""
     tokenizer = state.engine.tokenizer
     prompts: list[list[int]] = []
-    echoes: list[str] = []
+    echoes: list[Echo] = []
     for prompt in body.prompt:
         if isinstance(prompt, str):
-            ids = tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
+            with measure.span(measure.TOKENISE):
+                ids = tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
         else:
             ids = prompt
         check_ids(state, ids, body.max_tokens, param="prompt")
         prompts.append(ids)
         if not body.echo:
-            echoes.append("")
-        elif isinstance(prompt, str):
-            echoes.append(prompt)
-        else:
-            echoes.append(tokenizer.decode(ids, skip_special_tokens=body.skip_special_tokens is not False))
+            echoes.append(Echo())
+            continue
+        text = prompt
+        if not isinstance(prompt, str):
+            text = tokenizer.decode(ids, skip_special_tokens=body.skip_special_tokens is not False)
+        echoes.append(Echo(text, tokenizer.token_bytes(ids[0])))
     return prompts, echoes

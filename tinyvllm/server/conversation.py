@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tinyvllm.config import GrammarSpec
 from tinyvllm.errors import RequestError
+from tinyvllm.profiling import measure
 from tinyvllm.server.message import OutputFormat
 from tinyvllm.text.grammar import lark_json
 from tinyvllm.text.json_schema import parse_schema
@@ -85,7 +86,9 @@ def make_prompt(conversation: Conversation, engine: AsyncEngine) -> Prompt:
         is_parallel=conversation.is_parallel,
     )
     keeps = bool(tools) and tool_format.shows_special_tokens(engine.tokenizer)
-    return Prompt(engine.tokenizer.encode_chat(text), grammar, output, keeps)
+    with measure.span(measure.TOKENISE):
+        ids = engine.tokenizer.encode_chat(text)
+    return Prompt(ids, grammar, output, keeps)
 
 
 def _grammar(conversation: Conversation, format: ToolFormat, engine: AsyncEngine) -> GrammarSpec | None:

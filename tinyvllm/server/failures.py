@@ -30,6 +30,14 @@ class UnknownModelError(TinyvllmError):
     """The request names a model that this server does not serve: HTTP 404."""
 
 
+class UnknownResponseError(TinyvllmError):
+    """The request names a response that is not stored, in its field `param`: HTTP 404."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class NotReadyError(TinyvllmError):
     """The engine is still loading or warming up: HTTP 503, and worth another try."""
 
@@ -61,10 +69,12 @@ class Failure:
     code: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
+    def detail(self) -> ErrorDetail:
+        return ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
+
     def body(self) -> str:
         """OpenAI's error body. ASCII, since messages quote what clients send, and that need not encode as UTF-8."""
-        detail = ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
-        return json.dumps(ErrorBody(error=detail).model_dump())
+        return json.dumps(ErrorBody(error=self.detail()).model_dump())
 
     def response(self) -> Response:
         return Response(self.body(), self.status, headers=self.headers, media_type="application/json")
@@ -93,6 +103,8 @@ def failure_of(error: BaseException) -> Failure:
             return Failure(400, str(error), INVALID, error.param, error.code)
         case RequestValidationError():
             return _of_validation(error.errors())
+        case UnknownResponseError():
+            return Failure(404, str(error), INVALID, error.param, "response_not_found")
         case UnknownModelError():
             return Failure(404, str(error), INVALID, "model", "model_not_found")
         case HTTPException():

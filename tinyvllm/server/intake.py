@@ -86,7 +86,7 @@ def check_ids(state: ServerState, ids: list[int], max_tokens: int | None, *, par
 
 
 def json_response(answer: BaseModel) -> Response:
-    return Response(answer.model_dump_json(), media_type="application/json")
+    return Response(answer.model_dump_json(by_alias=True), media_type="application/json")
 
 
 def event_stream(frames: AsyncGenerator[str, None], items: AsyncGenerator[Item, None]) -> EventStream:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from tinyvllm.server import chat, completions, models
+from tinyvllm.server import chat, completions, models, responses
 
 router = APIRouter()
-for part in (models, completions, chat):
+for part in (models, completions, chat, responses):
     router.include_router(part.router)

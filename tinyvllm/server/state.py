@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 
+from tinyvllm.engine.beam import BeamSettings, generate_beams
 from tinyvllm.errors import EngineDeadError
 from tinyvllm.server.context import current
 from tinyvllm.server.failures import NotReadyError
@@ -65,18 +66,28 @@ class ServerState:
         return since_s if since_s > limit_s else None
 
     def generate(
-        self, ids: list[int], params: SamplingParams, *, request_id: str, arrival_s: float, priority: int = 0
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        arrival_s: float,
+        priority: int = 0,
+        beams: BeamSettings | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """The engine's deltas for one prompt, and what the server adds: admission, a deadline, metrics, a log line.
 
         Raises at once, before anything has begun, when the prompt is not let in; the answer's end releases its place.
-        arrival_s: perf_counter() when the request came.
+        arrival_s: perf_counter() when the request came. beams: search by params.n beams instead of sampling.
         """
         context = current()
         self.admission.admit(context, params.n, len(ids), self.engine.capacity.max_num_seqs)
         if self.settings.log_requests:
             self._log_request(ids, params, request_id)
-        deltas = self.engine.generate(ids, params, request_id=request_id, priority=priority)
+        if beams is None:
+            deltas = self.engine.generate(ids, params, request_id=request_id, priority=priority)
+        else:
+            deltas = generate_beams(self.engine, ids, params, beams, request_id=request_id, priority=priority)
         timeout_s = self.settings.request_timeout_s
         if timeout_s is not None:
             spent_s = time.perf_counter() - arrival_s

@@ -137,6 +137,14 @@ async def merge(streams: Sequence[AsyncGenerator[Delta, None]], n: int) -> Async
             yield Item(prompt, prompt * n + delta.index, delta)
 
 
+async def first_choices(deltas: AsyncGenerator[Delta, None], n: int) -> AsyncGenerator[Delta, None]:
+    """The deltas of the first n choices: of the best n beams, where more were followed."""
+    async with contextlib.aclosing(deltas):
+        async for delta in deltas:
+            if delta.index < n:
+                yield delta
+
+
 async def _interleave(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:
     if len(streams) == 1:  # the usual case needs no tasks
         async with contextlib.aclosing(streams[0]) as only:
@@ -208,9 +216,10 @@ class Tally:
         self._prompts.setdefault(item.prompt, (item.delta.num_prompt_tokens, item.delta.num_cached_tokens))
         self._outputs[item.choice] = item.delta.num_output_tokens
 
-    def usage(self) -> Usage:
+    def usage(self, *, has_output: bool = True) -> Usage:
+        """has_output: False where nothing was asked for but the prompt."""
         prompt_tokens = sum(tokens for tokens, _ in self._prompts.values())
-        completion_tokens = sum(self._outputs.values())
+        completion_tokens = sum(self._outputs.values()) if has_output else 0
         return Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,

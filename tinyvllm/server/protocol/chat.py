@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tinyvllm.config import MAX_LOGPROBS
 from tinyvllm.errors import RequestError
-from tinyvllm.server.protocol.common import Usage, optional, refuse
+from tinyvllm.server.protocol.common import PromptLogprobs, Usage, optional, refuse
 from tinyvllm.server.protocol.generation import GenerationRequest
 from tinyvllm.server.protocol.tools import (
     MAX_TOOLS,
@@ -218,6 +218,7 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str | None = None
+    prompt_logprobs: PromptLogprobs | None = optional()
 
 
 class FunctionDelta(BaseModel):

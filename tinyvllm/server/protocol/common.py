@@ -21,6 +21,18 @@ def optional(default: Any = None) -> Any:
     return Field(default=default, exclude_if=lambda value: value is None)
 
 
+class PromptLogprob(BaseModel):
+    """vLLM's: how likely a token of the prompt was, or another in its place."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+# One a token of the prompt, None for the first: the token's own and the likeliest, by their ids.
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+
+
 class PromptTokensDetails(BaseModel):
     cached_tokens: int
 

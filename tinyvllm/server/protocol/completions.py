@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
 from tinyvllm.config import MAX_LOGPROBS, GenerationDefaults, SamplingParams
 from tinyvllm.errors import RequestError
-from tinyvllm.server.protocol.common import Usage, refuse
+from tinyvllm.server.protocol.common import PromptLogprobs, Usage, optional
 from tinyvllm.server.protocol.generation import GenerationRequest
 
 DEFAULT_TOKENS = 16  # OpenAI's default of max_tokens here; chat has none
@@ -45,14 +46,15 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: Prompts
+    max_tokens: Annotated[int | None, Field(ge=0)] = None  # 0: with echo, the prompt alone and how likely it is
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
-        if self.echo and self.logprobs is not None:
-            raise refuse("echo", True, "logprobs of prompt tokens are not computed: ask for one of echo and logprobs")
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens is 0, which leaves only the prompt: send echo=true", param="max_tokens")
         if len(self.prompt) * self.num_choices > MAX_CHOICES_PER_CALL:
             raise RequestError(
                 f"{len(self.prompt)} prompts with n={self.num_choices} are more than {MAX_CHOICES_PER_CALL} choices: "
@@ -61,8 +63,11 @@ class CompletionRequest(GenerationRequest):
             )
 
     def sampling_params(self, defaults: GenerationDefaults) -> SamplingParams:
-        max_tokens = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
-        return self.make_params(defaults, max_tokens=max_tokens, logprobs=self.logprobs, grammar=self.grammar())
+        max_tokens = DEFAULT_TOKENS if self.max_tokens is None else max(self.max_tokens, 1)
+        params = self.make_params(defaults, max_tokens=max_tokens, logprobs=self.logprobs, grammar=self.grammar())
+        if self.echo and self.logprobs is not None:
+            return replace(params, prompt_logprobs=max(self.logprobs, self.prompt_logprobs or 0))
+        return params
 
 
 # ---- Answers ----
@@ -76,6 +81,15 @@ class CompletionLogprobs(BaseModel):
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
+    def then(self, later: CompletionLogprobs) -> CompletionLogprobs:
+        """These and those of the tokens that follow."""
+        return CompletionLogprobs(
+            tokens=self.tokens + later.tokens,
+            token_logprobs=self.token_logprobs + later.token_logprobs,
+            top_logprobs=self.top_logprobs + later.top_logprobs,
+            text_offset=self.text_offset + later.text_offset,
+        )
+
 
 class CompletionChoice(BaseModel):
     index: int
@@ -83,6 +97,7 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    prompt_logprobs: PromptLogprobs | None = optional()
 
 
 class Completion(BaseModel):

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tinyvllm.config import MAX_CHOICES, GenerationDefaults, GrammarSpec, SamplingParams
+from tinyvllm.engine.beam import BeamSettings
 from tinyvllm.errors import RequestError
 from tinyvllm.server.protocol.common import refuse
 
@@ -49,7 +50,7 @@ _WITHOUT_EFFECT = frozenset((
 
 # Settings that go from the body to SamplingParams under one name, where they are given.
 _PASSED = (
-    "n", "frequency_penalty", "presence_penalty", "repetition_penalty", "typical_p", "seed", "min_tokens",
+    "n", "frequency_penalty", "presence_penalty", "seed", "min_tokens",
     "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "bad_words", "allowed_token_ids",
     "prompt_logprobs",
 )  # fmt: skip
@@ -143,6 +144,7 @@ class GenerationRequest(BaseModel):
     best_of: Annotated[int | None, Field(ge=1, le=MAX_CHOICES)] = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
+    early_stopping: bool | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -194,15 +196,34 @@ class GenerationRequest(BaseModel):
             raise RequestError(
                 "stream_options is for streams: send stream=true, or leave it out", param="stream_options"
             )
-        if self.use_beam_search:
-            raise refuse("use_beam_search", True, "leave it out, or ask for n samples with logprobs")
-        if self.length_penalty not in (None, 1):
-            raise refuse("length_penalty", self.length_penalty, "it is for beam search: leave it out")
-        if self.prompt_logprobs is not None:
-            raise refuse("prompt_logprobs", self.prompt_logprobs, "leave it out")
+        if self.prompt_logprobs is not None and self.stream:
+            raise refuse("prompt_logprobs", self.prompt_logprobs, "they do not come in streams: send stream=false")
+        if not self.use_beam_search:
+            self._refuse_beam_settings()
+        refuse_extras(self.model_extra or {})
+
+    def _refuse_beam_settings(self) -> None:
         if self.best_of not in (None, self.num_choices):
             raise refuse("best_of", self.best_of, "leave it out, or ask for n samples with logprobs and choose")
-        refuse_extras(self.model_extra or {})
+        for name, neutral in (("length_penalty", 1), ("early_stopping", False)):
+            value = getattr(self, name)
+            if value not in (None, neutral):
+                raise refuse(name, value, "it is for beam search: leave it out, or send use_beam_search=true")
+
+    def beams(self) -> BeamSettings | None:
+        """How to search by beams; None: sample."""
+        if not self.use_beam_search:
+            return None
+        length_penalty = 1.0 if self.length_penalty is None else self.length_penalty
+        return BeamSettings(length_penalty, bool(self.early_stopping))
+
+    @property
+    def num_beams(self) -> int:
+        """How many beams are followed; the best num_choices of them are the answer."""
+        num_beams = self.best_of or self.num_choices
+        if num_beams < self.num_choices:
+            raise RequestError(f"best_of is {num_beams}: it must be at least n ({self.num_choices})", param="best_of")
+        return num_beams
 
     def grammar(self) -> GrammarSpec | None:
         """What the output must look like. Raises RequestError where it is said twice or not completely."""
@@ -267,8 +288,10 @@ class GenerationRequest(BaseModel):
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "grammar": grammar,
         }
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-            value = _first(getattr(self, name), getattr(defaults, name, None))
+        if self.use_beam_search:  # which draws nothing, so that the model's advice on drawing is not for it
+            defaults = GenerationDefaults()
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty"):
+            value = _first(getattr(self, name), getattr(defaults, name))
             if value is not None:
                 settings[name] = value
         for name in _PASSED:
@@ -277,6 +300,8 @@ class GenerationRequest(BaseModel):
                 settings[name] = tuple(value) if isinstance(value, list) else value
         if self.logit_bias:
             settings["logit_bias"] = self.logit_bias
+        if self.use_beam_search:
+            settings["n"] = self.num_beams
         if keeps_special_tokens:
             settings["skip_special_tokens"] = False
         return SamplingParams(**settings)

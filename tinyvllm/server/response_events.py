@@ -1,0 +1,185 @@
+"""From deltas to the items of a response, and the events that tell of them while they grow."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from tinyvllm.server.chat_answers import chat_logprobs
+from tinyvllm.server.message import OutputFormat, Piece, Reasoning
+from tinyvllm.server.protocol.chat import ChatTokenLogprob
+from tinyvllm.server.protocol.responses import (
+    FunctionCallItem,
+    IncompleteDetails,
+    InputTokensDetails,
+    MessageItem,
+    OutputText,
+    OutputTokensDetails,
+    ReasoningItem,
+    ReasoningText,
+    ResponseAnswer,
+    ResponseUsage,
+    Status,
+)
+from tinyvllm.text.tools.base import CallArguments, CallBegin, Text
+
+if TYPE_CHECKING:
+    from tinyvllm.engine.output import Delta
+
+Event = dict[str, Any]
+
+
+class ResponseWriter:
+    """Writes one response. Owns its growing items, of which the last may be open, and the events' numbers."""
+
+    def __init__(self, answer: ResponseAnswer, format: OutputFormat) -> None:
+        """answer: without output, in progress."""
+        self.answer = answer
+        self._format = format
+        self._reader = format.reader()
+        self._number = 0
+        self._is_open = False
+        self._num_reasoning_tokens = 0
+        self._logprobs: list[ChatTokenLogprob] = []  # of tokens whose text is not certain yet
+
+    def begin(self) -> Iterator[Event]:
+        for kind in ("response.created", "response.in_progress"):
+            yield self._event(kind, response=_dump(self.answer))
+
+    def push(self, delta: Delta) -> Iterator[Event]:
+        """What a delta adds; after the last one the answer is complete."""
+        pieces = self._reader.push(delta.text)
+        self._logprobs += chat_logprobs(delta.logprobs).content
+        if any(isinstance(piece, Reasoning) for piece in pieces):
+            self._num_reasoning_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            pieces += self._reader.flush()
+        for piece in pieces:
+            yield from self._write(piece)
+        if delta.finish_reason is not None:
+            yield from self._end(delta)
+
+    def _write(self, piece: Piece) -> Iterator[Event]:
+        match piece:
+            case Reasoning():
+                if not self._is_last(ReasoningItem):
+                    yield from self._open(ReasoningItem(id=_new_id("rs"), content=[], status="in_progress"))
+                    yield from self._add_part(ReasoningText(text=""))
+                yield from self._grow_text("response.reasoning_text.delta", piece.text)
+            case Text():
+                if not self._is_last(MessageItem):
+                    yield from self._open(MessageItem(id=_new_id("msg"), content=[], status="in_progress"))
+                    yield from self._add_part(OutputText(text=""))
+                logprobs, self._logprobs = self._logprobs, []
+                self._parts[0].logprobs += logprobs
+                shown = [entry.model_dump() for entry in logprobs]
+                yield from self._grow_text("response.output_text.delta", piece.text, logprobs=shown)
+            case CallBegin():
+                assert self._format.tools is not None
+                call_id = self._format.tools.make_id()
+                item = FunctionCallItem(
+                    id=_new_id("fc"), call_id=call_id, name=piece.name, arguments="", status="in_progress"
+                )
+                yield from self._open(item)
+            case CallArguments():
+                call = self.answer.output[-1]
+                assert isinstance(call, FunctionCallItem)
+                call.arguments += piece.text
+                yield self._of_item("response.function_call_arguments.delta", delta=piece.text)
+
+    @property
+    def _parts(self) -> list[Any]:
+        item = self.answer.output[-1]
+        assert not isinstance(item, FunctionCallItem)
+        return item.content
+
+    def _is_last(self, kind: type[BaseModel]) -> bool:
+        return self._is_open and isinstance(self.answer.output[-1], kind)
+
+    def _open(self, item: MessageItem | ReasoningItem | FunctionCallItem) -> Iterator[Event]:
+        yield from self._close("completed")
+        self.answer.output.append(item)
+        self._is_open = True
+        yield self._event(
+            "response.output_item.added", output_index=len(self.answer.output) - 1, item=item.model_dump()
+        )
+
+    def _add_part(self, part: OutputText | ReasoningText) -> Iterator[Event]:
+        self._parts.append(part)
+        kind = "content_part" if isinstance(part, OutputText) else "reasoning_part"
+        yield self._of_item(f"response.{kind}.added", content_index=0, part=part.model_dump())
+
+    def _grow_text(self, kind: str, text: str, **more: Any) -> Iterator[Event]:
+        self._parts[0].text += text
+        yield self._of_item(kind, content_index=0, delta=text, **more)
+
+    def _close(self, status: Status) -> Iterator[Event]:
+        if not self._is_open:
+            return
+        self._is_open = False
+        item = self.answer.output[-1]
+        item.status = status
+        match item:
+            case FunctionCallItem():
+                yield self._of_item("response.function_call_arguments.done", name=item.name, arguments=item.arguments)
+            case MessageItem():
+                part = item.content[0]
+                shown = [entry.model_dump() for entry in part.logprobs]
+                yield self._of_item("response.output_text.done", content_index=0, text=part.text, logprobs=shown)
+                yield self._of_item("response.content_part.done", content_index=0, part=part.model_dump())
+            case ReasoningItem():
+                thought = item.content[0]
+                yield self._of_item("response.reasoning_text.done", content_index=0, text=thought.text)
+                yield self._of_item("response.reasoning_part.done", content_index=0, part=thought.model_dump())
+        yield self._event("response.output_item.done", output_index=len(self.answer.output) - 1, item=item.model_dump())
+
+    def _end(self, delta: Delta) -> Iterator[Event]:
+        is_cut = delta.finish_reason == "length"
+        if not self.answer.output:  # nothing was said: an empty message, as OpenAI has it
+            yield from self._write(Text(""))
+        yield from self._close("incomplete" if is_cut else "completed")
+        answer = self.answer
+        answer.status = "incomplete" if is_cut else "completed"
+        answer.completed_at = int(time.time())
+        if is_cut:
+            answer.incomplete_details = IncompleteDetails(reason="max_output_tokens")
+        answer.usage = ResponseUsage(
+            input_tokens=delta.num_prompt_tokens,
+            input_tokens_details=InputTokensDetails(cached_tokens=delta.num_cached_tokens),
+            output_tokens=delta.num_output_tokens,
+            output_tokens_details=OutputTokensDetails(reasoning_tokens=self._num_reasoning_tokens),
+            total_tokens=delta.num_prompt_tokens + delta.num_output_tokens,
+        )
+        yield self._event(f"response.{answer.status}", response=_dump(answer))
+
+    def _of_item(self, kind: str, **more: Any) -> Event:
+        """An event of the last item."""
+        index = len(self.answer.output) - 1
+        return self._event(kind, item_id=self.answer.output[index].id, output_index=index, **more)
+
+    def _event(self, kind: str, **more: Any) -> Event:
+        event = {"type": kind, "sequence_number": self._number, **more}
+        self._number += 1
+        return event
+
+    def failure(self, error: dict[str, Any]) -> Event:
+        """The last event of a response that fails. `error` is OpenAI's; clients raise where they find the key."""
+        return self._event("error", error=error, **{name: error[name] for name in ("code", "message", "param")})
+
+
+def frame_event(event: Event) -> str:
+    """One server-sent event, named by its type."""
+    return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+
+
+def _dump(answer: ResponseAnswer) -> dict[str, Any]:
+    return answer.model_dump(mode="json", by_alias=True)
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}_{uuid.uuid4().hex}"

@@ -1,0 +1,57 @@
+"""Responses that later ones may go on from, in memory, with a bound."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tinyvllm.server.failures import UnknownResponseError
+from tinyvllm.server.protocol.responses import ResponseAnswer
+
+MAX_RESPONSES = 1000
+MAX_CHARS = 64 * 2**20  # of all conversations together
+
+
+@dataclass(frozen=True)
+class StoredResponse:
+    answer: ResponseAnswer
+    messages: tuple[Mapping[str, Any], ...]  # the conversation up to its end, without instructions
+
+    @property
+    def num_chars(self) -> int:
+        return sum(len(str(message)) for message in self.messages)
+
+
+class ResponseStore:
+    """Owns the latest responses. Lives on the server's event loop."""
+
+    def __init__(self, max_responses: int = MAX_RESPONSES, max_chars: int = MAX_CHARS) -> None:
+        self._max_responses = max_responses
+        self._max_chars = max_chars
+        self._responses: OrderedDict[str, tuple[StoredResponse, int]] = OrderedDict()
+        self._num_chars = 0
+
+    def add(self, stored: StoredResponse) -> None:
+        """Keep a response; the oldest make room for it."""
+        self._responses[stored.answer.id] = stored, stored.num_chars
+        self._num_chars += stored.num_chars
+        while len(self._responses) > self._max_responses or self._num_chars > self._max_chars:
+            _, (_, num_chars) = self._responses.popitem(last=False)
+            self._num_chars -= num_chars
+
+    def get(self, response_id: str, param: str) -> StoredResponse:
+        """Raises UnknownResponseError."""
+        if response_id not in self._responses:
+            raise UnknownResponseError(
+                f"the response {ascii(response_id)[:80]} is not stored. Of those sent with store=true the latest "
+                f"{self._max_responses} are, while the server runs: send the whole conversation as input",
+                param,
+            )
+        return self._responses[response_id][0]
+
+    def remove(self, response_id: str, param: str) -> None:
+        self.get(response_id, param)
+        _, num_chars = self._responses.pop(response_id)
+        self._num_chars -= num_chars

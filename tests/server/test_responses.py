@@ -285,5 +285,5 @@ async def test_a_client_that_leaves_cancels_the_response() -> None:
             httpx.AsyncClient(base_url=url) as client,
             client.stream("POST", "/v1/responses", json=body) as answer,
         ):
-            await anext(sent.aiter_lines())
+            await anext(answer.aiter_lines())
         engine.wait_until(lambda: len(engine.closed) == 1)

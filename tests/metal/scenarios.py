@@ -1,0 +1,141 @@
+"""What the engine is asked on METAL and on the CPU, so that the answers can be compared.
+
+`answer` runs one on the device of this process. For the CPU's answers that is another process, whose command is
+`python -m tests.metal.scenarios FOLDER NAME...`: it makes the models in FOLDER, where the tests find them, and prints
+the answers as JSON, a line each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.builders import GGUFTweaks, write_tiny_gguf, write_tiny_hf_llama
+from tinyvllm import LLM, SamplingParams
+from tinyvllm.config import ModelFiles
+
+# a shape that the fused kernels serve, wide enough for the K kinds' blocks, and one that they do not serve
+FUSED = {"hidden": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 512}
+GENERAL = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 96}
+# each kind that matters, where llama.cpp's mixtures may have it
+MIXED = {"attn_v": "Q6_K", "attn_output": "Q4_1", "ffn_down": "Q6_K", "ffn_gate": "Q4_0", "ffn_up": "Q4_0"}
+
+# Rows of every kind at once: decode buckets 1 to 4, prompts cut into chunks beside others' decodes, a pool of 5 blocks
+# and the dummy for five sequences that would take 13, prompts that begin alike.
+CROWDED: dict[str, Any] = {
+    "max_model_len": 64,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "num_gpu_blocks_override": 6,
+    "decode_buckets": (1, 2, 4),
+    "token_buckets": (16,),
+}
+EXACT = {"dtype": "float32", "kv_cache_dtype": "float32"}
+BRIEF: dict[str, Any] = {"max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16}
+
+LONG = "the quick brown fox jumps over"
+PROMPTS = (LONG, "a", LONG[:20] + " cat", "0123456789abcdefghi", "the quick brown dog")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A model, an engine, and what is asked. Greedy unless `sampling` says otherwise."""
+
+    write: Callable[[Path], ModelFiles]
+    engine: Mapping[str, Any]
+    prompts: tuple[str, ...] = PROMPTS
+    max_tokens: int = 16
+    sampling: tuple[Mapping[str, Any], ...] = ()
+    tie: float = 1e-3  # greedy tokens may differ where the CPU's two likeliest logprobs are nearer than this
+
+
+def _dense(dtype: str, shape: Mapping[str, Any]) -> Callable[[Path], ModelFiles]:
+    return lambda path: write_tiny_hf_llama(path, dtype=dtype, **shape)
+
+
+def _quantised(kind: str, quant_of: Mapping[str, str] = {}) -> Callable[[Path], ModelFiles]:
+    tweaks = GGUFTweaks(quant_of=quant_of)
+    return lambda path: write_tiny_gguf(path.with_suffix(".gguf"), quant=kind, tweaks=tweaks, **FUSED)
+
+
+SAMPLING: tuple[Mapping[str, Any], ...] = (
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.8, "seed": 2, "top_k": 20},
+    {"temperature": 1.3, "seed": 3, "top_p": 0.8},
+    {"temperature": 1.0, "seed": 4, "min_p": 0.1, "logprobs": 3},
+    {"temperature": 0.0, "logprobs": 5},
+)
+
+SCENARIOS: dict[str, Scenario] = {
+    "float32": Scenario(_dense("float32", GENERAL), CROWDED | EXACT),
+    "float16": Scenario(_dense("float16", FUSED), CROWDED, tie=0.03),
+    "bfloat16": Scenario(_dense("bfloat16", FUSED), CROWDED, tie=0.03),
+    "mixed": Scenario(_quantised("Q4_K", MIXED), BRIEF, PROMPTS[:3], tie=0.03),
+    "sampled": Scenario(_dense("float32", GENERAL), CROWDED | EXACT, sampling=SAMPLING),
+}
+QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+SCENARIOS |= {kind: Scenario(_quantised(kind), BRIEF, PROMPTS[:3], tie=0.03) for kind in QUANTISED}
+
+
+@dataclass
+class Answer:
+    """What an engine gave. `gaps`: on the CPU, how far apart the two likeliest logprobs were, by token."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[dict[int, float]] | None]
+    cached_tokens: int
+    num_preemptions: int
+    num_captures: int
+    gaps: list[list[float]] = field(default_factory=list)
+
+
+def answer(name: str, path: Path, *, with_gaps: bool = False) -> Answer:
+    """Run one scenario on this process's device, with the model in `path`, which is made if it is not there."""
+    scenario = SCENARIOS[name]
+    made = path.with_suffix(".gguf")
+    source = made if made.exists() else path if path.exists() else scenario.write(path).path
+    llm = LLM(str(source), **scenario.engine)
+    captures = llm.stats.num_captures
+    params = [
+        SamplingParams(max_tokens=scenario.max_tokens, ignore_eos=True, **{"temperature": 0.0, **given})
+        for given in scenario.sampling or ({},) * len(scenario.prompts)
+    ]
+    outputs = llm.generate(list(scenario.prompts), params)
+    again = llm.generate([scenario.prompts[0]], [params[0]])  # its prompt is in the cache, at least for some blocks
+    assert llm.stats.num_captures == captures, "a graph was captured while serving"
+    found = Answer(
+        tokens=[list(output.outputs[0].token_ids) for output in [*outputs, *again]],
+        logprobs=[_plain(output.outputs[0].logprobs) for output in [*outputs, *again]],
+        cached_tokens=again[0].num_cached_tokens,
+        num_preemptions=llm.stats.num_preemptions,
+        num_captures=captures,
+    )
+    if with_gaps:
+        greedy = SamplingParams(max_tokens=scenario.max_tokens, ignore_eos=True, temperature=0.0, logprobs=2)
+        found.gaps = [_gaps(output.outputs[0].logprobs) for output in llm.generate(list(scenario.prompts), greedy)]
+    llm.close()
+    return found
+
+
+def _plain(logprobs: Any) -> list[dict[int, float]] | None:
+    if logprobs is None:
+        return None
+    return [{token: entry.logprob for token, entry in found.items()} for found in logprobs]
+
+
+def _gaps(logprobs: Any) -> list[float]:
+    best = [sorted((entry.logprob for entry in found.values()), reverse=True) for found in logprobs]
+    return [values[0] - values[1] for values in best]
+
+
+def main(folder: Path, names: list[str]) -> None:
+    for name in names:
+        print(json.dumps(vars(answer(name, folder / name, with_gaps=True))), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -236,6 +236,7 @@ def test_log_lines_carry_the_requests_id_and_no_content(tmp_path: Path) -> None:
             assert process.wait(timeout=20) == 0
         log = "".join(lines)
         assert "[order-66]" in log and "POST /v1/completions" in log
+        assert "/ready" not in log.replace('/ready HTTP/1.1" 503', "")  # probes that went well say nothing
         assert ("secret" in log) is shows_content
         assert ("cmpl-order-66-" in log) is shows_content
 

@@ -43,9 +43,10 @@ def serve(
 
     from tinyvllm.server import serve as server
     from tinyvllm.server import sockets
-    from tinyvllm.server.context import RequestIdFilter
+    from tinyvllm.server.context import QuietPollsFilter, RequestIdFilter
 
     for handler in logging.getLogger().handlers:
+        handler.addFilter(QuietPollsFilter())
         handler.addFilter(RequestIdFilter())
     tls = listen.tls()
     with contextlib.ExitStack() as stack:

@@ -50,3 +50,15 @@ class RequestIdFilter(logging.Filter):
             record.msg = f"[{context.request_id}] {record.msg}"
             record.has_request_id = True  # a record passes one filter a handler
         return True
+
+
+class QuietPollsFilter(logging.Filter):
+    """Drops access log lines of probes and scrapes that went well: they come every second and say nothing."""
+
+    PATHS = ("/health", "/ready", "/ping", "/metrics", "/engine/state")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        arguments = record.args  # uvicorn's: client, method, path, HTTP version, status
+        if record.name != "uvicorn.access" or not isinstance(arguments, tuple) or len(arguments) != 5:
+            return True
+        return not (str(arguments[2]).partition("?")[0] in self.PATHS and arguments[4] == 200)

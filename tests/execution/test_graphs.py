@@ -49,3 +49,5 @@ def test_a_step_launches_so_many_kernels(model: Llama, bucket: Bucket, a_layer: 
     state = SamplingState(model.backend.device, CAPACITY.max_num_seqs, model.config.vocab_size)
     graph = capture(bucket, model, model.backend, pool, CAPACITY, outputs, state)
     assert graph.num_kernels == a_layer * model.config.num_layers + outside
+    assert graph.num_kernels - graph.lanes[0].step.cut == 3, "logprobs, held-back ids, the draw"
+    assert len(graph.lanes[0].adjusted.calls) == 6, "and masks with penalties, biases, the counting of what was drawn"

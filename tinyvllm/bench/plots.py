@@ -55,8 +55,9 @@ def draw_load(rows: Sequence[dict[str, Any]], path: str) -> None:
     unit = "requests a second" if rows[0]["rate"] is not None else "requests at once"
     for name, label in (("ttft_ms", "first token"), ("tpot_ms", "per token"), ("itl_ms", "between tokens")):
         for percent, style in (("median", "-"), ("p99", ":")):
-            values = [row[name][percent] for row in rows]
-            latency.plot(loads, values, style, marker="o", label=f"{label}, {percent}")
+            points = [(load, row[name][percent]) for load, row in zip(loads, rows, strict=True) if row[name]]
+            if points:
+                latency.plot(*zip(*points, strict=True), style, marker="o", label=f"{label}, {percent}")
     latency.set(xlabel=unit, ylabel="ms", yscale="log", title="latency against load")
     latency.legend(fontsize="small")
     rate.plot(loads, [row["output_tok_s"] for row in rows], marker="o", label="output tokens a second")

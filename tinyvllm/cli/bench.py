@@ -10,6 +10,7 @@ from typer import Option
 
 from tinyvllm.cli.bench_breakdown import breakdown, compare
 from tinyvllm.cli.bench_flags import SubjectFlags, loaded, parse_counts, parse_prompt, print_table, split_list
+from tinyvllm.cli.bench_serve import serve
 from tinyvllm.cli.flags import RunnerFlags, spread
 from tinyvllm.config import EngineConfig
 
@@ -92,5 +93,5 @@ def throughput(
     subject.write([row])
 
 
-for command in (breakdown, compare):
+for command in (breakdown, compare, serve):
     bench.command()(spread(command))

@@ -19,7 +19,7 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.errors import InvariantError
 from tinyvllm.ops.device import DeviceHandle
-from tinyvllm.ops.kernel import Body, cached_kernel, empty, finish, run_kernel
+from tinyvllm.ops.kernel import F32, Body, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.recording import Call, Step, record
 from tinyvllm.ops.replay import CpuReplay, GraphReplay
 
@@ -106,21 +106,22 @@ def _nothing() -> None:
 def _occupation(device: DeviceHandle) -> Callable[[], None]:
     """What keeps the device busy while the next kernel is launched: CUDA's events measure from when the device is free,
     so that a kernel on an idle device would be charged with its own launch."""
-    step = record(lambda: run_kernel(spin_kernel(SPIN_ITERATIONS), [empty(1, device=device.name)], [])[0].realize())
+    step = record(lambda: run_kernel(spin_kernel(SPIN_ITERATIONS), [empty(32, device=device.name)], [])[0].realize())
     return GraphReplay(step)
 
 
 @cached_kernel
 def spin_kernel(iterations: int) -> Callable[..., UOp]:
-    """fn(out (1,)): one thread in a chain of multiplications and additions that touches no memory on its way."""
+    """fn(out (32,)): each thread in a chain of multiplications and additions that touches no memory on its way."""
 
     def kernel(out: UOp) -> UOp:
         body = Body()
+        thread = body.threads(32)
         total = body.registers(1)
         total = total.after(total[0].store(1.0))
         turn = body.fold(iterations)
-        sofar = total.after(turn)[0]
-        total = total.after(total[0].store(sofar * 0.999 + turn.cast(out.dtype.base) * 1e-9).end(turn))
-        return finish(out[0].store(total[0]), "spin")
+        so_far = total.after(turn)[0]
+        total = total.after(total[0].store(so_far * 0.999 + turn.cast(F32) * 1e-9).end(turn))
+        return finish(out[thread].store(total[0]).end(thread), "spin")
 
     return kernel

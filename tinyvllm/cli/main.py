@@ -12,6 +12,7 @@ from tinyvllm.cli.flags import spread
 from tinyvllm.cli.generate import generate
 from tinyvllm.cli.models import models, pull
 from tinyvllm.cli.profile import profile
+from tinyvllm.cli.run_batch import run_batch
 from tinyvllm.cli.serve import serve
 from tinyvllm.cli.terminal import RedErrors, out
 from tinyvllm.cli.tune import tune
@@ -26,7 +27,7 @@ app = typer.Typer(
     help="Serve language models with tinygrad: paged KV cache, continuous batching, OpenAI's HTTP format.",
 )
 
-for command in (serve, generate, chat, pull, models, profile, tune):
+for command in (serve, generate, chat, run_batch, pull, models, profile, tune):
     app.command()(spread(command))
 app.add_typer(bench)
 

@@ -119,5 +119,5 @@ def test_waits_name_the_other_cores_last_call_once() -> None:
         Call(Target, buffers)  # type: ignore[arg-type]
         for buffers in ((first,), (second, first), (third, second), (fourth, first))
     )
-    step = Step(calls, Tensor.zeros(1, dtype=dtypes.int), (), len(calls))
+    step = Step(calls, Tensor.zeros(1, dtype=dtypes.int), (), len(calls), ())
     assert _waits([0, 1, 0, 1], step) == [[], [0], [1], []]

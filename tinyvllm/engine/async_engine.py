@@ -16,10 +16,13 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig, SamplingParams
 from tinyvllm.engine.output import Delta, TextEngine
 from tinyvllm.engine.parts import EngineParts, Progress, load_parts, model_name
-from tinyvllm.errors import EngineDeadError, RequestError, TinyvllmError
+from tinyvllm.errors import DeviceError, EngineDeadError, RequestError, TinyvllmError
 from tinyvllm.scheduling.plan import StepStats as StepStats  # for those above, who see engines alone
 from tinyvllm.scheduling.request import Request
 from tinyvllm.text.chat import ChatTemplate
@@ -30,6 +33,8 @@ logger = logging.getLogger(__name__)
 Task = Callable[[TextEngine], object]  # what a caller wants done on the engine's thread, between two steps
 OnStep = Callable[[StepStats], None]
 T = TypeVar("T")
+POOLINGS = ("mean", "last")
+EMBEDDING_PARAMS = SamplingParams(temperature=0.0, max_tokens=1)  # one token is sampled, and nobody reads it
 Load = Callable[[EngineConfig, Progress], EngineParts]
 
 
@@ -154,6 +159,29 @@ class AsyncEngine:
                     yield delta
         finally:
             self._leave(stream)
+
+    async def embed(
+        self, prompt_ids: Sequence[int], pooling: str = "mean", *, request_id: str, priority: int = 0
+    ) -> NDArray[np.float32]:
+        """(hidden,) of length 1: the mean of the prompt's states behind the last norm, or the last token's.
+
+        Raises as `generate`; DeviceError where the step failed."""
+        if pooling not in POOLINGS:
+            raise RequestError(f"pooling is {pooling!r}: choose one of {', '.join(POOLINGS)}", param="pooling")
+        await self.wait_ready()
+        requests = self._loaded.factory.make_requests(request_id, prompt_ids, EMBEDDING_PARAMS, priority)
+        requests[0].pooling = pooling
+        stream = Stream(request_id, requests)
+        self._open(stream)
+        try:
+            while stream.num_open:
+                deltas = await stream.take()
+        finally:
+            self._leave(stream)
+        pooled = requests[0].pooled
+        if pooled is None or deltas[-1].finish_reason not in ("stop", "length"):
+            raise DeviceError(f"the text was not embedded: {deltas[-1].error or deltas[-1].finish_reason}")
+        return np.asarray(pooled / max(float(np.linalg.norm(pooled)), 1e-12), np.float32)
 
     async def ask(self, question: Callable[[TextEngine], T]) -> T:
         """What `question` returns on the engine's thread, between two steps. It must be quick: all requests wait.

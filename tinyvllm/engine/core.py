@@ -130,7 +130,8 @@ class EngineCore:
                 outs += self._land(self._flights[0])
             if plan is not None:
                 self.runner.sample(self._flights[-1].handle)
-                if self.runner.max_in_flight == 1:
+                # hidden states lie in scratch memory, which the next step would write over
+                if self.runner.max_in_flight == 1 or plan.pooled:
                     outs += self._land(self._flights[0])
         except Exception as error:
             outs += self._fail(plan, error)

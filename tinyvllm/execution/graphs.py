@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tinygrad import Tensor
+from tinygrad import Tensor, UOp
+from tinygrad.device import Buffer
 from tinygrad.nn.state import get_state_dict
 
 from tinyvllm.config import Capacity
@@ -31,7 +32,7 @@ from tinyvllm.ops.recording import (
     bind_step,
     cut_here,
     head_of,
-    last_written,
+    keep,
     rebind,
     record,
     save_step,
@@ -72,6 +73,7 @@ class Graph:
     bucket: Bucket
     layout: StepLayout
     inputs: Tensor  # of the first lane, whose calls are looked at
+    hidden: tuple[Buffer, ...]  # (T, columns) before the last norm, side by side; () of a decode bucket
     lanes: tuple[Lane, ...]
 
     @property
@@ -102,19 +104,17 @@ def capture(
 
     vocab_size, stride = model.config.vocab_size, model.logit_stride
 
-    kept: list[Tensor] = []  # while it lives, the memory planner lets nothing else have the logits' place
-
     def trace() -> Tensor:
         logits = model(layout, inputs, pool, is_decode=bucket.is_decode, newest=newest)
-        kept.append(logits)
-        cut_here(logits)
+        keep(logits)
+        cut_here()
         return backend.sample(logits, vocab_size, stride, inputs, layout, output).realize()
 
     own = {"inputs": inputs, **{f"output {i}": tensor for i, tensor in enumerate(outputs)}}
     tensors = own | get_state_dict({"model": model, "backend": backend, "pool": pool})
     name = step_name(bucket, model, backend, pool, layout, tensors)
     first = _restore_or_record(trace, store, name, tensors)
-    logits = last_written(head_of(first))
+    logits = Tensor(UOp.from_buffer(first.kept[-1]))
 
     def trace_adjusted() -> Tensor:
         return backend.sample(logits, vocab_size, stride, inputs, layout, output, state).realize()
@@ -133,7 +133,7 @@ def capture(
             run()
         lanes.append(Lane(packer, buffer.send, step, run, device, rebind(adjusted, others)))
     device.wait()
-    return Graph(bucket, layout, inputs, tuple(lanes))
+    return Graph(bucket, layout, inputs, first.kept[:-1], tuple(lanes))
 
 
 def _restore_or_record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -96,11 +97,15 @@ class Flight:
     """A step that was enqueued and not yet read."""
 
     plan: StepPlan
-    name: str
+    graph: Graph
     lane: Lane
     reader: OutputReader
     pack_s: float
     packed_s: float  # perf_counter's time
+
+    @property
+    def name(self) -> str:
+        return self.graph.bucket.name
 
 
 class ModelRunner:
@@ -172,7 +177,7 @@ class ModelRunner:
         with measure.span(measure.PACK):
             lane.packer.pack(plan)
         packed = time.perf_counter()
-        flight = Flight(plan, graph.bucket.name, lane, self._readers[number], packed - start, packed)
+        flight = Flight(plan, graph, lane, self._readers[number], packed - start, packed)
         with self._named_failure(flight), measure.span(measure.LAUNCH, bucket=flight.name):
             lane.send()
             if plan.is_adjusted:
@@ -199,8 +204,28 @@ class ModelRunner:
         """Wait for a launched step's tokens. Raises DeviceError."""
         with self._named_failure(flight), measure.span(measure.WAIT):
             rows = flight.reader.read().reshape(-1, OUT_WIDTH)
+            pooled = self._pool_states(flight)
         device_s = time.perf_counter() - flight.packed_s
-        return make_output(flight.plan, rows, pack_s=flight.pack_s, device_s=device_s)
+        output = make_output(flight.plan, rows, pack_s=flight.pack_s, device_s=device_s)
+        return dataclasses.replace(output, pooled=pooled) if pooled else output
+
+    def _pool_states(self, flight: Flight) -> tuple[np.ndarray, ...]:
+        """By pooled entry (hidden,) float32: the sum of its rows' states behind the last norm, or the last row's."""
+        if not flight.plan.pooled:
+            return ()
+        tokens = flight.graph.layout.num_tokens
+        parts = [self._backend.device.read_floats(buffer).reshape(tokens, -1) for buffer in flight.graph.hidden]
+        states = np.concatenate(parts, axis=1)  # (T, hidden)
+        norm = self._model.norm
+        states *= 1.0 / np.sqrt(np.mean(states**2, axis=1, keepdims=True) + norm.eps)
+        states *= self._backend.device.read_floats(norm.weight.uop.base.buffer)
+        pooled, row = [], 0
+        for entry in flight.plan.entries:
+            rows = states[row : row + entry.count]
+            if entry.request.pooling is not None:
+                pooled.append(rows.sum(axis=0) if entry.request.pooling == "mean" else rows[-1].copy())
+            row += entry.count
+        return tuple(pooled)
 
     @contextmanager
     def _named_failure(self, flight: Flight) -> Iterator[None]:

@@ -14,6 +14,7 @@ from tinyvllm.config import ModelConfig
 from tinyvllm.model.rope import rope_table
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool, Norm
 from tinyvllm.ops.matrix import Matrix
+from tinyvllm.ops.recording import keep
 from tinyvllm.ops.step_inputs import StepLayout
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Llama:
         for index, layer in enumerate(self.layers):
             x = self._layer(layer, index, x, layout, inputs, pool, is_decode)
         if not is_decode:
+            keep(*ops.parts_of(x))  # which are asked for where a text is embedded
             x = ops.take_rows(x, inputs, layout, self.config.hidden_size)
             tokens = layout.num_seqs
         (logits,) = ops.norm_linear("lm_head", x, self.norm, [self.head], tokens)

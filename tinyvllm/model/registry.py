@@ -11,7 +11,7 @@ from tinyvllm.config import ModelConfig
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.llama import Llama
 from tinyvllm.model.weights.checkpoint import WeightSource
-from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
+from tinyvllm.ops.backend import AttentionShape, Backend, KVPool, Norm
 from tinyvllm.ops.matrix import Matrix
 from tinyvllm.ops.step_inputs import StepLayout
 
@@ -22,6 +22,7 @@ class Model(Protocol):
     config: ModelConfig
     shape: AttentionShape
     embedding: Matrix
+    norm: Norm  # the last one
     head: Matrix  # the embedding itself where the two are tied
     rope: Tensor  # (positions, D) float32
 

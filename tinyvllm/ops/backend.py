@@ -108,6 +108,9 @@ class Backend(Protocol):
     def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:
         """(R * columns,): the rows whose logits are wanted."""
 
+    def parts_of(self, x: Tensor) -> Sequence[Tensor]:
+        """The tensors of an activation, whose columns lie side by side."""
+
     def join(self, logits: Tensor, stride: int, layout: StepLayout) -> Tensor:
         """(R * stride,): logits in one piece, as they are sampled from."""
 

@@ -184,6 +184,9 @@ class CpuBackend:
             outs += run_kernel(take_rows_kernel(layout, cols), [out], [tensor, inputs])
         return _share(outs, widths)
 
+    def parts_of(self, x: Activation) -> Sequence[Tensor]:
+        return _tensors(x)
+
     def join(self, logits: Activation, stride: int, layout: StepLayout) -> Tensor:
         if not isinstance(logits, Shares):
             return logits

@@ -20,7 +20,7 @@ from tinygrad.dtype import DType, _from_np_dtype
 from tinygrad.uop.ops import buffers
 
 from tinyvllm.errors import DeviceError
-from tinyvllm.ops.transfer import InputBuffer, OutputReader, copy_out, input_buffer, output_reader
+from tinyvllm.ops.transfer import InputBuffer, OutputReader, copy_out, copy_out_floats, input_buffer, output_reader
 
 NAP_S = 30e-6  # tinygrad's own wait spins and takes a core from the workers: 60 products on two cores, 4.1 -> 2.6 ms
 KERNEL_STACK_BYTES = 64 << 20  # CPU kernels keep their tiles on the stack; threads of a Mac get 512 KiB by default
@@ -99,6 +99,11 @@ class DeviceHandle:
         """Overwrite the beginning of a realised tensor with an array's bytes. Waits for the device."""
         self.wait()
         _copy_in(tensor.uop.base.buffer.ensure_allocated(), array)
+
+    def read_floats(self, buffer: Buffer) -> np.ndarray:
+        """A copy of a float buffer's values as float32. Waits for all that the device has to do."""
+        self.wait()
+        return copy_out_floats(buffer, self._is_mapped)
 
     def row_writer(self, tensor: Tensor, row_size: int) -> Callable[[int, np.ndarray], None]:
         """write(row, values) for a realised tensor of rows. Where memory is mapped it takes place at once, so that no

@@ -103,6 +103,9 @@ class GpuBackend:
         fn = take_rows_kernel(layout, num_cols)
         return run_kernel(fn, [self._empty(layout.num_seqs * num_cols)], [x, inputs])[0]
 
+    def parts_of(self, x: Tensor) -> Sequence[Tensor]:
+        return [x]
+
     def join(self, logits: Tensor, stride: int, layout: StepLayout) -> Tensor:
         return logits
 

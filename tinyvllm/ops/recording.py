@@ -7,7 +7,7 @@ A recorded step has two forms: `Step` in memory, and `SavedStep` without any buf
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinygrad import Device, Tensor, UOp
 from tinygrad.codegen import to_program_key
@@ -34,12 +34,14 @@ class Call:
 @dataclass(frozen=True)
 class Step:
     """Owns its scratch memory and its output, which every run overwrites. `borrowed`: what was there before it. `cut`:
-    how many calls come before the place that `cut_here` marked; all of them where it marked none."""
+    how many calls come before the place that `cut_here` marked; all of them where it marked none. `kept`: what `keep`
+    was given."""
 
     calls: tuple[Call, ...]
     output: Tensor
     borrowed: tuple[Buffer, ...]
     cut: int
+    kept: tuple[Buffer, ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class SavedStep:
     """A step in plain values and programs.
 
     bases: (the name of a borrowed tensor, or None for scratch; elements; dtype; device, a CPU's core). views: (base,
-    byte offset, elements, dtype). calls: (program, views). output: a base. cut: as in Step."""
+    byte offset, elements, dtype). calls: (program, views). output: a base. cut: as in Step. kept: bases."""
 
     bases: tuple[tuple[str | None, int, DType, str], ...]
     views: tuple[tuple[int, int, int, DType], ...]
@@ -55,6 +57,7 @@ class SavedStep:
     calls: tuple[tuple[int, tuple[int, ...]], ...]
     output: int
     cut: int
+    kept: tuple[int, ...]
 
 
 def record(trace: Callable[[], Tensor], store: ProgramStore | None = None) -> Step:
@@ -74,16 +77,23 @@ def record(trace: Callable[[], Tensor], store: ProgramStore | None = None) -> St
         raise InvariantError(f"a step of {len(recorder.calls)} kernels became one of {len(calls)}")
     bases = {id(buffer.base): buffer.base for call in calls for buffer in call.buffers}
     cut = len(calls) if recorder.cut is None else recorder.cut
-    return Step(calls, output, tuple(base for key, base in bases.items() if key in before), cut)
+    kept = tuple(tensor.uop.base.buffer for tensor in recorder.kept)
+    return Step(calls, output, tuple(base for key, base in bases.items() if key in before), cut, kept)
 
 
-def cut_here(*tensors: Tensor) -> None:
-    """While recording: finish these tensors, and mark the place behind them as the step's cut."""
-    if tensors:
-        tensors[0].realize(*tensors[1:])
+def cut_here() -> None:
+    """While recording: mark this place as the step's cut."""
     for recorder in realize.capturing:
         if isinstance(recorder, _Recorder):
             recorder.cut = len(recorder.calls)
+
+
+def keep(*tensors: Tensor) -> None:
+    """While recording: finish these tensors, and let no other use their place, so that they can be read after a run."""
+    for recorder in realize.capturing:
+        if isinstance(recorder, _Recorder):
+            tensors[0].realize(*tensors[1:])
+            recorder.kept += tensors  # while they live, the memory planner lets nothing else have their place
 
 
 class _Recorder:
@@ -92,6 +102,7 @@ class _Recorder:
     def __init__(self) -> None:
         self.calls: list[UOp] = []
         self.cut: int | None = None
+        self.kept: list[Tensor] = []
 
     def add_linear(self, linear: UOp, var_vals: dict[str, int]) -> None:
         self.calls += linear.src
@@ -131,13 +142,7 @@ def _make_call(call: UOp) -> Call:
 
 def head_of(step: Step) -> Step:
     """The part of a step before its cut, on the same memory."""
-    return Step(step.calls[: step.cut], step.output, step.borrowed, step.cut)
-
-
-def last_written(step: Step) -> Tensor:
-    """What a step's last kernel writes first."""
-    call = step.calls[-1]
-    return Tensor(UOp.from_buffer(call.buffers[call.target.arg.outs[0]]))
+    return replace(step, calls=step.calls[: step.cut])
 
 
 def rebind(step: Step, others: Mapping[Tensor, Tensor]) -> Step:
@@ -150,7 +155,7 @@ def rebind(step: Step, others: Mapping[Tensor, Tensor]) -> Step:
 
     calls = tuple(Call(call.target, tuple(swap(buffer) for buffer in call.buffers)) for call in step.calls)
     output = Tensor(UOp.from_buffer(swap(step.output.uop.base.buffer)))
-    return Step(calls, output, tuple(swap(base) for base in step.borrowed), step.cut)
+    return replace(step, calls=calls, output=output, borrowed=tuple(swap(base) for base in step.borrowed))
 
 
 # -- saved, and bound again ------------------------------------------------------------------------------------------
@@ -172,8 +177,9 @@ def save_step(step: Step, named: Mapping[str, Tensor]) -> SavedStep:
         (programs.of(slim(call.target)), tuple(number_view(buffer) for buffer in call.buffers)) for call in step.calls
     )
     output = bases.of(step.output.uop.base.buffer)
+    kept = tuple(bases.of(buffer) for buffer in step.kept)
     described = tuple((names.get(id(base)), base.size, base.dtype, base.device) for base in bases.order)
-    return SavedStep(described, tuple(views.order), tuple(programs.order), calls, output, step.cut)
+    return SavedStep(described, tuple(views.order), tuple(programs.order), calls, output, step.cut, kept)
 
 
 class _Numbers:
@@ -203,7 +209,7 @@ def bind_step(saved: SavedStep, named: Mapping[str, Tensor]) -> Step:
     calls = tuple(Call(saved.programs[program], tuple(views[i] for i in args)) for program, args in saved.calls)
     output = Tensor(UOp.from_buffer(bases[saved.output].ensure_allocated()))
     borrowed = tuple(base for base, (name, *_) in zip(bases, saved.bases, strict=True) if name is not None)
-    return Step(calls, output, borrowed, saved.cut)
+    return Step(calls, output, borrowed, saved.cut, tuple(bases[base].ensure_allocated() for base in saved.kept))
 
 
 def _view(base: Buffer, offset: int, size: int, dtype: DType) -> Buffer:

@@ -114,6 +114,9 @@ class ReferenceBackend:
     def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:
         return x.reshape(-1, num_cols)[_words(inputs, layout, "logit_rows", layout.num_seqs)].reshape(-1)
 
+    def parts_of(self, x: Tensor) -> Sequence[Tensor]:
+        return [x]
+
     def join(self, logits: Tensor, stride: int, layout: StepLayout) -> Tensor:
         return logits
 

@@ -73,6 +73,18 @@ def copy_out(buffer: Buffer, is_mapped: bool) -> np.ndarray:
     return host
 
 
+def copy_out_floats(buffer: Buffer, is_mapped: bool) -> np.ndarray:
+    """A copy of a float buffer's values, now, as float32."""
+    if is_mapped:
+        data = np.frombuffer(buffer.as_memoryview(force_zero_copy=True, no_sync=True), np.uint8)
+    else:
+        data = np.empty(buffer.nbytes, np.uint8)
+        Device[buffer.device].allocator._copyout(data.data, buffer._buf)
+    if buffer.dtype == dtypes.bfloat16:
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return data.view(np.float16 if buffer.dtype == dtypes.half else np.float32).astype(np.float32)
+
+
 def mapped(buffer: Buffer) -> np.ndarray:
     """The int32 words of a buffer that the host reads and writes in place."""
     return np.frombuffer(buffer.as_memoryview(force_zero_copy=True, no_sync=True), np.int32)

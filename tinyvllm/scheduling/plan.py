@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tinyvllm.scheduling.request import Request
 
 
@@ -50,8 +53,8 @@ class StepPlan:
 
     @cached_property
     def is_decode(self) -> bool:
-        """Every entry is one token that samples: the decode graph can run it."""
-        return all(entry.count == 1 and entry.samples for entry in self.entries)
+        """Every entry is one token that samples: the decode graph can run it, which keeps no hidden states."""
+        return all(entry.count == 1 and entry.samples for entry in self.entries) and not self.pooled
 
     @cached_property
     def is_adjusted(self) -> bool:
@@ -61,6 +64,10 @@ class StepPlan:
     @cached_property
     def sampled(self) -> tuple[Scheduled, ...]:
         return tuple(entry for entry in self.entries if entry.samples)
+
+    @cached_property
+    def pooled(self) -> tuple[Scheduled, ...]:
+        return tuple(entry for entry in self.entries if entry.request.pooling is not None)
 
     @cached_property
     def scored(self) -> tuple[Scheduled, ...]:
@@ -83,14 +90,15 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What the device returned, aligned with `plan.sampled`, and `prompt_logprobs` with `plan.scored`. A token id of
-    -1: the logits had no finite value."""
+    """What the device returned, aligned with `plan.sampled`, `prompt_logprobs` with `plan.scored`, and `pooled` with
+    `plan.pooled`. A token id of -1: the logits had no finite value."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs | None, ...]
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
     pack_s: float = 0.0
     device_s: float = 0.0
+    pooled: tuple[NDArray[np.float32], ...] = ()  # (hidden,): the sum of an entry's normed states, or the last one
 
 
 @dataclass(frozen=True)

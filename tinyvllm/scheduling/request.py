@@ -70,6 +70,8 @@ class Request:
     arrival: int = 0  # a counter: order of arrival
     arrival_s: float = 0.0  # monotonic clock
     scheduled_s: float = 0.0  # monotonic clock: when it last left the queue
+    pooling: str | None = None  # "mean" or "last": the text is embedded, and what it generates means nothing
+    pooled: NDArray[np.float32] | None = None  # (hidden,): normed states, the sum of those so far or the last one
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens from the second on
     num_scored: int = 0  # prompt tokens that have their logprobs, or will when the steps in flight have ended

@@ -165,6 +165,10 @@ class Scheduler:
             )
         for entry, logprobs in zip(plan.scored, output.prompt_logprobs, strict=True):
             entry.request.prompt_logprobs += logprobs
+        for entry, states in zip(plan.pooled, output.pooled, strict=True):
+            request = entry.request
+            earlier = request.pooled if entry.start and request.pooling == "mean" else None  # none after a preemption
+            request.pooled = states if earlier is None else earlier + states
         outs: list[TokenOut] = []
         sampled = iter(zip(output.token_ids, output.logprobs, strict=True))
         for entry in plan.entries:
@@ -256,8 +260,9 @@ class Scheduler:
         manager, num_reserved = self.block_manager, len(self.running)
         if manager.num_free <= num_reserved:
             return False
-        # a prompt that is scored is computed whole: the pool knows its keys and values, but not its logits
-        num_cached = manager.match_prefix(request) if request.num_to_score <= 0 else 0
+        # a prompt that is scored or pooled is computed whole: the pool knows its keys and values, but not its states
+        is_known = request.num_to_score <= 0 and request.pooling is None
+        num_cached = manager.match_prefix(request) if is_known else 0
         num_missing = manager.blocks_for(request.num_tokens) - len(request.block_ids)
         if manager.num_free - num_missing < num_reserved:
             manager.free(request)

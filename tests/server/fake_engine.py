@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import uvicorn
+from numpy.typing import NDArray
 
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, SamplingParams
 from tinyvllm.engine.async_engine import AsyncEngine
@@ -114,7 +116,7 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self.tokenizer = ByteTokenizer()
-        self.model_config = SimpleNamespace(vocab_size=257, name="tiny-model")
+        self.model_config = SimpleNamespace(vocab_size=257, name="tiny-model", hidden_size=4)
         self.grammars = GrammarCompiler(self.tokenizer, 257, self.tokenizer.eos_ids)  # type: ignore[arg-type]
         self.capacity = Capacity(
             num_blocks=101, block_size=16, max_model_len=self.max_model_len, max_num_seqs=4, max_num_batched_tokens=64
@@ -170,6 +172,21 @@ class FakeEngine:
             if request_id in self.running:
                 self.closed.append(request_id)
                 self._note(request_id, running=False)
+
+    async def embed(
+        self, prompt_ids: list[int], pooling: str, *, request_id: str, priority: int = 0
+    ) -> NDArray[np.float32]:
+        """Length, first and last id, and whether it is the mean."""
+        self._note(request_id, running=True)
+        try:
+            await asyncio.sleep(0)
+            if self.refuse is not None:
+                raise self.refuse
+            if self.hang_before:
+                await asyncio.Event().wait()
+            return np.array([len(prompt_ids), prompt_ids[0], prompt_ids[-1], pooling == "mean"], np.float32)
+        finally:
+            self._note(request_id, running=False)
 
     def _note(self, request_id: str, *, running: bool) -> None:
         with self.changed:

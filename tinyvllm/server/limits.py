@@ -115,6 +115,14 @@ class Drain:
         await self._is_idle.wait()
 
 
+def timed_out(timeout_s: float) -> RequestTimeoutError:
+    """What a request gets that is not complete in time."""
+    return RequestTimeoutError(
+        f"the request was not complete after {timeout_s:g} s: ask for fewer tokens, or start the server with a larger "
+        "--request-timeout"
+    )
+
+
 async def until_timeout(
     deltas: AsyncGenerator[Delta, None], timeout_s: float, deadline_s: float
 ) -> AsyncGenerator[Delta, None]:
@@ -127,10 +135,7 @@ async def until_timeout(
             except StopAsyncIteration:
                 return
             except TimeoutError as error:
-                raise RequestTimeoutError(
-                    f"the request was not complete after {timeout_s:g} s: ask for fewer tokens, or start the server "
-                    "with a larger --request-timeout"
-                ) from error
+                raise timed_out(timeout_s) from error
             yield delta
     finally:
         await deltas.aclose()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from tinyvllm.server import chat, completions, models, responses
+from tinyvllm.server import chat, completions, embeddings, models, responses
 
 router = APIRouter()
-for part in (models, completions, chat, responses):
+for part in (models, completions, chat, responses, embeddings):
     router.include_router(part.router)

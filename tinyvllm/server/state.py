@@ -14,11 +14,14 @@ from tinyvllm.engine.beam import BeamSettings, generate_beams
 from tinyvllm.errors import EngineDeadError
 from tinyvllm.server.context import current
 from tinyvllm.server.failures import NotReadyError
-from tinyvllm.server.limits import Admission, Drain, DrainingError, until_timeout
+from tinyvllm.server.limits import Admission, Drain, DrainingError, timed_out, until_timeout
 from tinyvllm.server.metrics import Metrics
 from tinyvllm.server.steps import StepHistory
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from tinyvllm.config import SamplingParams
     from tinyvllm.engine.async_engine import AsyncEngine
     from tinyvllm.engine.output import Delta
@@ -98,6 +101,22 @@ class ServerState:
             params=params,
             on_first=lambda: self.admission.prompt_computed(context, len(ids)),
         )
+
+    async def embed(
+        self, ids: list[int], pooling: str, *, request_id: str, arrival_s: float, priority: int = 0
+    ) -> NDArray[np.float32]:
+        """(hidden,): the engine's embedding of one text, behind admission and within the deadline."""
+        context = current()
+        self.admission.admit(context, 1, len(ids), self.engine.capacity.max_num_seqs)
+        timeout_s = self.settings.request_timeout_s
+        remaining_s = None if timeout_s is None else timeout_s - (time.perf_counter() - arrival_s)
+        try:
+            async with asyncio.timeout(remaining_s):
+                embedding = await self.engine.embed(ids, pooling, request_id=request_id, priority=priority)
+        except TimeoutError as error:
+            raise timed_out(timeout_s or 0.0) from error
+        self.admission.prompt_computed(context, len(ids))
+        return embedding
 
     def _log_request(self, ids: list[int], params: SamplingParams, request_id: str) -> None:
         text = self.engine.tokenizer.decode(ids[:MAX_LOGGED_CHARS], skip_special_tokens=False)

@@ -16,7 +16,7 @@ DEFAULT_TOKENS = 16  # OpenAI's default of max_tokens here; chat has none
 MAX_CHOICES_PER_CALL = 2048  # prompts x n of one HTTP request: each is a sequence in the scheduler's queue
 
 
-def _check_prompt(value: object) -> object:
+def check_prompt(value: object) -> object:
     """str | [str] | [int] | [[int]], as a list of prompts: each a string or a list of token ids."""
     if isinstance(value, str):
         return [value]
@@ -38,7 +38,7 @@ def is_ids(value: list[object]) -> bool:
 
 # Any inside: the validator has seen every item, and checking a prompt of 100,000 ids twice costs time
 Prompts = Annotated[
-    list[Any], BeforeValidator(_check_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+    list[Any], BeforeValidator(check_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
 ]
 
 

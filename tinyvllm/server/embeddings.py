@@ -1,0 +1,68 @@
+"""/v1/embeddings: the pooled hidden states of texts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from tinyvllm.profiling import measure
+from tinyvllm.server.intake import ERRORS, check_ids, json_response, make_heading, require_model
+from tinyvllm.server.protocol.embeddings import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
+from tinyvllm.server.state import ServerState, state_of
+from tinyvllm.server.streaming import until_disconnect
+
+router = APIRouter(responses=ERRORS)
+
+
+@router.post("/v1/embeddings", response_model=EmbeddingList)
+async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+    """A vector of length 1 for each text: the mean of its hidden states behind the last norm, or the last token's."""
+    return await until_disconnect(request.receive, _embed(state_of(request), body))
+
+
+async def _embed(state: ServerState, body: EmbeddingRequest) -> Response:
+    arrival_s = time.perf_counter()
+    state.require_ready()
+    require_model(state, body.model)
+    body.refuse_unsupported(state.engine.model_config.hidden_size)
+    texts = await asyncio.to_thread(_read_inputs, state, body)
+    heading = make_heading(state, "embd-")
+    tasks = [
+        asyncio.ensure_future(
+            state.embed(
+                ids,
+                body.pooling or "mean",
+                request_id=f"{heading.id}-{index}",
+                arrival_s=arrival_s,
+                priority=body.priority or 0,
+            )
+        )
+        for index, ids in enumerate(texts)
+    ]
+    try:
+        vectors = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:  # where one fails or the client has gone, the others stop
+            task.cancel()
+    num_tokens = sum(map(len, texts))
+    data = [Embedding(index=index, embedding=body.encoded(vector)) for index, vector in enumerate(vectors)]
+    usage = EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
+    return json_response(
+        EmbeddingList(id=heading.id, created=heading.created, model=heading.model, data=data, usage=usage)
+    )
+
+
+def _read_inputs(state: ServerState, body: EmbeddingRequest) -> list[list[int]]:
+    """Each text's ids. Runs on a worker thread."""
+    texts: list[list[int]] = []
+    for text in body.input:
+        ids = text
+        if isinstance(text, str):
+            with measure.span(measure.TOKENISE):
+                ids = state.engine.tokenizer.encode(text, add_special_tokens=body.add_special_tokens is not False)
+        check_ids(state, ids, None, param="input")
+        texts.append(ids)
+    return texts

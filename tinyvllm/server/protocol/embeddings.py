@@ -1,0 +1,75 @@
+"""/v1/embeddings: OpenAI's request and answer, with vLLM's `pooling` and `add_special_tokens`."""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from tinyvllm.errors import RequestError
+from tinyvllm.server.protocol.completions import check_prompt
+
+MAX_INPUTS = 2048  # OpenAI's limit of one request
+
+Inputs = Annotated[
+    list[Any], BeforeValidator(check_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+]
+
+
+class EmbeddingRequest(BaseModel):
+    """POST /v1/embeddings: a text, texts, token ids, or lists of them."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    input: Inputs
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int | None, Field(ge=1)] = None
+    pooling: Literal["mean", "last"] | None = None
+    add_special_tokens: bool | None = None
+    priority: Annotated[int | None, Field(ge=-(2**31), lt=2**31)] = None
+    user: str | None = None
+
+    def refuse_unsupported(self, hidden_size: int) -> None:
+        if self.model_extra:
+            name = min(self.model_extra)
+            raise RequestError(f"{name} is no field of an embedding request: leave it out", param=name)
+        if len(self.input) > MAX_INPUTS:
+            raise RequestError(
+                f"input has {len(self.input)} texts, but one request takes {MAX_INPUTS}: send several", param="input"
+            )
+        if self.dimensions not in (None, hidden_size):
+            raise RequestError(
+                f"dimensions is {self.dimensions}, but this model's embeddings have {hidden_size} and were not trained "
+                "to be cut: leave it out",
+                param="dimensions",
+            )
+
+    def encoded(self, embedding: NDArray[np.float32]) -> list[float] | str:
+        """The vector as it was asked for: numbers, or base64 of little-endian float32."""
+        if self.encoding_format == "base64":
+            return base64.b64encode(embedding.astype("<f4").tobytes()).decode()
+        return embedding.tolist()  # type: ignore[no-any-return]
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(BaseModel):
+    object: Literal["list"] = "list"
+    id: str
+    created: int
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage

@@ -16,7 +16,8 @@ from tinyvllm.profiling.trace import parse_trace
 DATA = Path(__file__).parent / "data"
 # What made them: two layers of SmolLM2-135M's shape with random Q4_0 weights, decoding with 32 tokens of context and a
 # prompt of 20, by tinygrad 0.14 under DEBUG=2. CPU: two cores, calls one by one, colours. CL: PoCL 2 on the same CPU.
-# METAL: the simulator of tests/metal, its kernels with JIT=2, and as graphs; its times are a CPU's.
+# METAL: the simulator of tests/metal, its kernels with JIT=2, and as graphs; its times are a CPU's. CUDA: an H200, the
+# same two ways.
 TRACES = sorted(path.name for path in DATA.glob("*.txt"))
 
 
@@ -24,9 +25,9 @@ def read(name: str) -> str:
     return (DATA / name).read_text(encoding="utf-8")
 
 
-def test_there_are_traces_of_three_kinds_of_device() -> None:
+def test_there_are_traces_of_four_kinds_of_device() -> None:
     devices = {line.device.partition(":")[0] for name in TRACES for line in parse_trace(read(name)).lines}
-    assert devices >= {"CPU", "CL", "METAL"}
+    assert devices >= {"CPU", "CL", "METAL", "CUDA"}
     assert all((DATA / name).stat().st_size < 100_000 for name in TRACES)
 
 

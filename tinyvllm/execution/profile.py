@@ -207,15 +207,15 @@ class FlopCounter:
         return role_of(_program(call)) == "embed"
 
     def _of_attention(self, call: Call, plan: StepPlan) -> int:
-        """Products with keys and with values, two operations each for every element of a head."""
-        outs, ins = (call.target.arg.outs, call.target.arg.ins) if call.target.op is Ops.PROGRAM else ((), ())
-        elements = [self._pool.get(id(buffer.base), 0) if i in ins else 0 for i, buffer in enumerate(call.buffers)]
-        if not any(elements) or not (set(outs) - {i for i, size in enumerate(elements) if size}):
+        """Products with keys and with values, two operations each for every element of a head; nothing where only the
+        pool is written."""
+        in_pool = {id(buffer.base) for buffer in call.buffers} & set(self._pool)
+        if all(id(buffer.base) in in_pool for buffer in _written(call)):
             return 0
         shape = self._model.shape
         group = shape.num_heads // shape.num_kv_heads  # query heads that a KV head serves
         seen = sum(entry.count * entry.start + entry.count * (entry.count + 1) // 2 for entry in plan.entries)
-        return 2 * group * seen * (sum(elements) // self._num_slots)
+        return 2 * group * seen * (sum(self._pool[base] for base in in_pool) // self._num_slots)
 
 
 def _launches(kernels: Sequence[Kernel], times: Sequence[CallTime]) -> Iterator[Launch]:

@@ -15,7 +15,9 @@ _GENERATED = re.compile(r"^[rE](?:n\d+)?(?:_\d+)*(?:n\d+)?$")
 _WORDS = {
     "lm_head": "head",
     "decode_attention": "attention",
+    "prefill_attention": "attention",
     "write_kv": "kv write",
+    "store_kv": "kv write",
     "sum": "residual sum",
     "join": "join logits",
 }

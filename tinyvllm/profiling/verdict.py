@@ -99,22 +99,24 @@ def _prefill(evidence: Evidence) -> Finding | None:
 
 
 def _dispatch(evidence: Evidence) -> Finding | None:
-    """What a kernel costs whatever it does: the shortest tenth of those that move and calculate next to nothing."""
+    """What a kernel costs whatever it does: the shortest tenth of those that move and calculate next to nothing, less
+    what each took longer by itself than in the step as it is served."""
     kernels = [kernel for kernel in evidence.kernels if not kernel.operation.startswith("copy")]
     chip = evidence.roofline.chip
     idle = [k.seconds for k in kernels if floor_s(chip, k.nbytes or 0, k.flops or 0) < IDLE_SHARE * k.seconds]
     whole_s = sum(kernel.seconds for kernel in kernels)
     if not idle or not whole_s:
         return None
-    least_s = sorted(idle)[len(idle) // 10]
-    share = min(1.0, least_s * len(kernels) / whole_s)
+    alone_s = max(0.0, whole_s - evidence.step_s)
+    least_s = max(0.0, sorted(idle)[len(idle) // 10] - alone_s / len(kernels))
+    share = min(1.0, least_s * len(kernels) / (whole_s - alone_s))
     if share < DISPATCH_SHARE or len(kernels) < 10:
         return None
     return Finding(
         "dispatch-bound",
         share,
         f"{len(kernels)} kernels of at least {least_s * 1e6:,.1f} us each are {_ms(least_s * len(kernels))} of "
-        f"{_ms(whole_s)}",
+        f"{_ms(whole_s - alone_s)}",
         "fewer kernels: fuse the short ones (see --by kernel), or give a step more sequences",
     )
 

@@ -1,0 +1,372 @@
+"""Rough traffic for a server process: what is asked, what may become of it, and what must be left of it: nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+MAX_MODEL_LEN = 256
+NUM_BLOCKS = 24  # few enough that requests are preempted
+FLAGS = (
+    "--port", "0", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "8", "--num-gpu-blocks-override",
+    str(NUM_BLOCKS), "--max-num-batched-tokens", "64", "--max-num-queued-requests", "22", "--shutdown-timeout", "3",
+    "--no-access-log", "--log-level", "warning", "--served-model-name", "tiny",
+)  # fmt: skip
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+# What is wrong, and the status that says so.
+BAD: tuple[tuple[dict[str, Any] | bytes, int], ...] = (
+    ({"prompt": 7}, 400),
+    ({"prompt": "x" * 400}, 400),
+    ({"prompt": "x", "max_tokens": 0}, 400),
+    ({"prompt": "x", "max_tokens": 10_000}, 400),
+    ({"prompt": [[99_999]]}, 400),
+    ({"prompt": "x", "temperature": "hot"}, 400),
+    ({"prompt": "x", "n": 1000}, 400),
+    ({"prompt": "x", "model": "other"}, 404),
+    ({"prompt": "x", "stop_token_ids": [1 << 40]}, 400),
+    (b'{"prompt": "x"', 400),
+    (b"\xff\xfe", 400),
+    (b"[" * 5000, 400),
+)
+
+
+class Broken(AssertionError):
+    """Something that no client should ever see."""
+
+
+@dataclass
+class Figures:
+    """What became of the traffic."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    answers: dict[str, str] = field(default_factory=dict)  # greedy: what was asked -> the one answer it may have
+    num_tokens: int = 0
+    reports: list[dict[str, Any]] = field(default_factory=list)  # of the process, before, at each quarter, after
+
+    def lines(self) -> str:
+        counts = ", ".join(f"{number} {outcome}" for outcome, number in sorted(self.outcomes.items()))
+        rss = ", ".join(f"{report['rss_mib']:.1f}" for report in self.reports)
+        last = self.reports[-1]
+        return (
+            f"{sum(self.outcomes.values())} requests: {counts}\n"
+            f"{self.num_tokens} output tokens in complete answers, {last['steps']} steps, "
+            f"{last['preemptions']} preemptions\n"
+            f"RSS before, at each quarter and after, in MiB: {rss}\n"
+            f"left: {last}"
+        )
+
+
+# ---- The process ----
+
+
+class Process:
+    """A server and the pipe to ask it by."""
+
+    def __init__(self, popen: subprocess.Popen[str], url: str) -> None:
+        self.popen = popen
+        self.url = url
+
+    def report(self) -> dict[str, Any]:
+        """Audits the pool on the way."""
+        assert self.popen.stdin is not None and self.popen.stdout is not None
+        self.popen.stdin.write("report\n")
+        self.popen.stdin.flush()
+        line = self.popen.stdout.readline()
+        if not line:
+            raise Broken("the server cannot answer for itself: its stderr says why")
+        return dict(json.loads(line))
+
+
+@contextlib.contextmanager
+def serving_process(device: str, model: str, log: Path) -> Iterator[Process]:
+    """The process, ready to answer; its log in a file."""
+    command = [sys.executable, "-m", "tests.server.soak_server", device, "serve", model, *FLAGS]
+    environment = {**os.environ, "PYTHONWARNINGS": "default"}
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            env=environment,
+        ) as popen,
+    ):
+        try:
+            assert popen.stdout is not None
+            greeting = popen.stdout.readline()
+            if " is served on " not in greeting:
+                raise Broken(f"the server did not start: {log.read_text()[-2000:]}")
+            popen.stdout.readline()  # the line to paste
+            yield Process(popen, greeting.split(" is served on ")[1].split()[0])
+        finally:
+            popen.kill()
+
+
+# ---- One request ----
+
+
+class Customer:
+    """Asks for all kinds of things, by a seed, and checks what it gets."""
+
+    def __init__(self, client: httpx.AsyncClient, figures: Figures, seed: int, *, has_grammar: bool) -> None:
+        self._client = client
+        self._figures = figures
+        self._random = random.Random(seed)
+        self._has_grammar = has_grammar
+
+    async def ask(self) -> None:
+        """One request of a random kind. Raises Broken for an answer that is none."""
+        kinds = {
+            self._whole: 36, self._stream: 20, self._leave_stream: 14, self._leave_early: 8, self._long: 8,
+            self._bad: 8, self._guided: 6,
+        }  # fmt: skip
+        kind = self._random.choices(list(kinds), list(kinds.values()))[0]
+        self._figures.outcomes[await kind()] += 1
+
+    def _body(self) -> tuple[str, dict[str, Any]]:
+        pick = self._random
+        body: dict[str, Any] = {"max_tokens": pick.randint(1, 40), "ignore_eos": True}
+        if pick.random() < 0.5:
+            body["temperature"] = 0
+        else:
+            body |= {"temperature": 1.0, "top_p": 0.9, "n": pick.choice((1, 1, 2)), "seed": pick.randrange(1000)}
+            body |= pick.choice(({}, {"stop": ["e", "ab"]}, {"top_k": 5}, {"presence_penalty": 0.5}))
+        text = f"{pick.choice(('A shared beginning of all prompts, ', ''))}{pick.randrange(30)}"
+        if pick.random() < 0.5:
+            return "/v1/completions", body | {"prompt": text}
+        return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": text}]}
+
+    async def _whole(self) -> str:
+        path, body = self._body()
+        return self._judge(body, await self._client.post(path, json=body))
+
+    async def _long(self) -> str:
+        """A prompt of several steps, which others decode beside."""
+        prompt = f"{self._random.randrange(8)} " * self._random.randint(40, 110)
+        body = {"prompt": prompt[: MAX_MODEL_LEN - 20], "max_tokens": self._random.randint(1, 16), "ignore_eos": True}
+        return self._judge(body, await self._client.post("/v1/completions", json=body))
+
+    async def _guided(self) -> str:
+        if not self._has_grammar:
+            return await self._whole()
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+        body = {"messages": [{"role": "user", "content": "go"}], "max_tokens": 60, "response_format": form, "seed": 1}
+        if self._random.random() < 0.4:
+            return await self._left({**body, "stream": True}, "/v1/chat/completions")
+        return self._judge(body, await self._client.post("/v1/chat/completions", json=body))
+
+    async def _bad(self) -> str:
+        body, status = self._random.choice(BAD)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"content-type": "application/json"}
+        response = await self._client.post("/v1/completions", content=content, headers=headers)
+        if response.status_code != 429:
+            self._require(response.status_code == status, f"{body!r}: {response.status_code} {response.text}")
+        return self._refused(response)
+
+    async def _stream(self) -> str:
+        path, body = self._body()
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        async with self._client.stream("POST", path, json=body) as response:
+            if response.status_code != 200:
+                await response.aread()
+                return self._refused(response)
+            chunks = [chunk async for chunk in events(response)]
+        if "error" in chunks[-1]:
+            raise Broken(f"a stream ended with {chunks[-1]}")
+        ended = [choice for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
+        self._require(len(ended) == body.get("n", 1), f"{len(ended)} choices ended of {body}")
+        self._require(chunks[-1]["usage"]["completion_tokens"] >= 1, "no usage")
+        pieces = [
+            (choice["index"], choice["delta"].get("content") or "" if "delta" in choice else choice["text"])
+            for chunk in chunks
+            for choice in chunk["choices"]
+        ]
+        self._check_greedy(body, "".join(text for index, text in pieces if index == 0))
+        self._figures.num_tokens += chunks[-1]["usage"]["completion_tokens"]
+        return "streamed"
+
+    async def _leave_stream(self) -> str:
+        path, body = self._body()
+        return await self._left({**body, "max_tokens": 100, "stream": True}, path)
+
+    async def _left(self, body: dict[str, Any], path: str) -> str:
+        async with self._client.stream("POST", path, json=body) as response:
+            if response.status_code != 200:
+                await response.aread()
+                return self._refused(response)
+            num_wanted = self._random.randint(1, 6)
+            async for _ in response.aiter_lines():
+                num_wanted -= 1
+                if not num_wanted:
+                    break
+        return "left in the middle"
+
+    async def _leave_early(self) -> str:
+        """While it is tokenised, queued, or in its prompt."""
+        path, body = self._body()
+        body["max_tokens"] = 100
+        try:
+            async with asyncio.timeout(self._random.random() * 0.1):
+                response = await self._client.post(path, json=body)
+        except TimeoutError:
+            return "left before an answer"
+        return self._judge(body, response)
+
+    def _judge(self, body: dict[str, Any], response: httpx.Response) -> str:
+        if response.status_code != 200:
+            return self._refused(response)
+        answer = response.json()
+        self._require(len(answer["choices"]) == body.get("n", 1), f"{answer} for {body}")
+        for choice in answer["choices"]:
+            self._require(choice["finish_reason"] in ("stop", "length"), f"{choice}")
+            self._check_schema(body, choice)
+        tokens = answer["usage"]["completion_tokens"]
+        if all(choice["finish_reason"] == "length" for choice in answer["choices"]):
+            self._require(tokens == body["max_tokens"] * body.get("n", 1), f"{tokens} tokens for {body}")
+        first = answer["choices"][0]
+        self._check_greedy(body, first["message"]["content"] if "message" in first else first["text"])
+        self._figures.num_tokens += tokens
+        return "complete"
+
+    def _check_greedy(self, body: dict[str, Any], text: str) -> None:
+        """The likeliest tokens are the same however the request was batched, cut, cached and preempted."""
+        if body.get("temperature") != 0:
+            return
+        asked = json.dumps([body.get("prompt"), body.get("messages"), body["max_tokens"]])
+        self._require(self._figures.answers.setdefault(asked, text) == text, f"two answers to {asked}")
+
+    def _check_schema(self, body: dict[str, Any], choice: dict[str, Any]) -> None:
+        if "response_format" in body and choice["finish_reason"] == "stop":
+            value = json.loads(choice["message"]["content"])
+            self._require(set(value) == {"a", "b"} and value["b"] in ("x", "y"), f"{value}")
+
+    def _refused(self, response: httpx.Response) -> str:
+        """A refusal has OpenAI's body; a full queue says when to come again."""
+        error = response.json()["error"]
+        self._require(set(error) == {"message", "type", "param", "code"} and error["message"], f"{error}")
+        self._require(response.status_code in (400, 404, 429), f"{response.status_code}: {error}")
+        if response.status_code != 429:
+            return "refused as bad"
+        self._require("retry-after" in response.headers and error["code"] == "queue_full", f"{error}")
+        return "refused as too many"
+
+    def _require(self, claim: object, message: str) -> None:
+        if not claim:
+            raise Broken(message)
+
+
+async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """A stream's events; Broken if it ends without [DONE]."""
+    async for line in response.aiter_lines():
+        if line == "data: [DONE]":
+            return
+        if line.startswith("data: "):
+            yield json.loads(line.removeprefix("data: "))
+    raise Broken("a stream ended without [DONE]")
+
+
+# ---- All of them ----
+
+
+async def run_traffic(process: Process, num_requests: int, concurrency: int, *, has_grammar: bool) -> Figures:
+    """The requests, four quarters of them with a report after each, and one when all is quiet."""
+    figures = Figures()
+    numbers = iter(range(num_requests))
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    async with httpx.AsyncClient(base_url=process.url, timeout=60, limits=limits) as client:
+        figures.reports.append(await asyncio.to_thread(process.report))
+
+        async def customer() -> None:
+            for number in numbers:
+                await Customer(client, figures, seed=number, has_grammar=has_grammar).ask()
+                if (number + 1) % (num_requests // 4) == 0:
+                    figures.reports.append(await asyncio.to_thread(process.report))
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(customer())
+    await settle(process, figures)
+    return figures
+
+
+async def settle(process: Process, figures: Figures) -> None:
+    """Wait until what clients left behind is gone, which takes a step; report what stays."""
+    for _ in range(200):
+        report = await asyncio.to_thread(process.report)
+        if not report["requests"] and not report["streams"] and report["tasks"] <= figures.reports[0]["tasks"]:
+            break
+        await asyncio.sleep(0.05)
+    figures.reports.append(report)
+
+
+def check_nothing_is_left(figures: Figures) -> None:
+    """Every block is back, and so is every task, thread and stream. The pool was audited with each report."""
+    first, last = figures.reports[0], figures.reports[-1]
+    assert last["free_blocks"] == last["all_blocks"] == NUM_BLOCKS - 1, last
+    assert last["requests"] == last["processors"] == last["streams"] == 0, last
+    assert last["tasks"] <= first["tasks"], (first, last)
+    assert last["threads"] <= first["threads"] + 8, (first, last)  # tokenising has a few, made as they are needed
+
+
+async def stop_under_load(process: Process, concurrency: int) -> Counter[str]:
+    """SIGTERM in the middle of long streams: each is complete, or says that it was aborted or refused."""
+    outcomes: Counter[str] = Counter()
+    has_begun = asyncio.Event()
+
+    async def stream(client: httpx.AsyncClient, number: int) -> None:
+        body = {"prompt": f"{number}", "max_tokens": 20 + 6 * number, "ignore_eos": True, "stream": True}
+        try:
+            async with client.stream("POST", "/v1/completions", json=body) as response:
+                if response.status_code != 200:
+                    code = json.loads(await response.aread())["error"]["code"]
+                    outcomes[f"refused: {code}"] += 1
+                    return
+                chunks = []
+                async for chunk in events(response):
+                    chunks.append(chunk)
+                    has_begun.set()
+        except httpx.ConnectError:
+            outcomes["refused: the server has gone"] += 1
+            return
+        if "error" in chunks[-1]:
+            outcomes[f"ended: {chunks[-1]['error']['code']}"] += 1
+        else:
+            assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+            outcomes["complete"] += 1
+
+    limits = httpx.Limits(max_connections=concurrency)
+    async with (
+        httpx.AsyncClient(base_url=process.url, timeout=60, limits=limits) as client,
+        asyncio.TaskGroup() as group,
+    ):
+        for number in range(concurrency // 2):
+            group.create_task(stream(client, number))
+        await has_begun.wait()
+        process.popen.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.05)
+        for number in range(concurrency // 2, concurrency):
+            group.create_task(stream(client, number))
+    assert await asyncio.to_thread(process.popen.wait, 20) == 0
+    return outcomes

@@ -1,0 +1,80 @@
+"""`tinyvllm serve` in a process that answers questions about itself: a line on stdin, a line of JSON on stdout.
+
+    python -m tests.server.soak_server DEVICE serve MODEL ...
+
+DEVICE is `model`, the real thing, or `integers`, the tests' device that computes with hashes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from tests.engine.fakes import FakeModelRunner, make_parts
+from tinyvllm.cli import engine as engines
+from tinyvllm.cli import main
+from tinyvllm.cli.terminal import Progress
+from tinyvllm.config import EngineConfig
+from tinyvllm.engine.async_engine import AsyncEngine
+from tinyvllm.engine.output import TextEngine
+from tinyvllm.engine.parts import EngineParts, load_parts
+
+
+def start_engine(config: EngineConfig, progress: Progress) -> AsyncEngine:
+    """Runs on the server's event loop."""
+    load = load_integers if device == "integers" else load_parts
+    engine = AsyncEngine.start(config, progress, load)
+    threading.Thread(target=answer, args=(engine, asyncio.get_running_loop()), daemon=True).start()
+    return engine
+
+
+def load_integers(config: EngineConfig, progress: Progress | None) -> EngineParts:
+    runner = FakeModelRunner(
+        num_blocks=config.num_gpu_blocks_override or 64, block_size=16, max_num_seqs=config.max_num_seqs
+    )
+    runner.plans = deque(maxlen=1)  # type: ignore[assignment]  # it would keep them all
+    return make_parts(runner)
+
+
+def answer(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:
+    for _ in sys.stdin:
+        print(json.dumps(asyncio.run(report(engine, loop))), flush=True)
+
+
+async def report(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
+    """What the process holds. Raises what BlockManager.audit does, which the reader sees as the end of the file."""
+
+    def count(inner: TextEngine) -> dict[str, int]:
+        manager = inner.core.scheduler.block_manager
+        manager.audit()
+        return {
+            "free_blocks": manager.num_free,
+            "all_blocks": manager.num_blocks - 1,
+            "steps": int(inner.core.stats.extra["num_steps"]),
+            "preemptions": inner.core.stats.num_preemptions,
+            "requests": inner.core.scheduler.num_running + inner.core.scheduler.num_waiting,
+            "processors": len(inner._processors),
+        }
+
+    counts = await engine.ask(count)
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
+    return counts | {
+        "streams": len(engine._streams),
+        "tasks": len(asyncio.all_tasks(loop)),
+        "threads": threading.active_count(),
+        "rss_mib": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
+    }
+
+
+if __name__ == "__main__":
+    device = sys.argv.pop(1)
+    engines.start_engine = start_engine
+    main()

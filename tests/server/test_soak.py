@@ -1,0 +1,46 @@
+"""Rough traffic leaves nothing behind, and a signal in the middle of it loses no answer in silence.
+
+The long one, on a real model with random weights, says what it saw:
+
+    pytest -m slow tests/server/test_soak.py -s
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.builders import write_tiny_hf_llama
+from tests.server.soak import check_nothing_is_left, run_traffic, serving_process, stop_under_load
+
+KINDS = {"complete", "streamed", "left in the middle", "left before an answer", "refused as bad"}
+
+
+async def test_rough_traffic_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = tmp_path / "tiny.gguf"
+    model.write_bytes(b"GGUF")  # the device of integers reads none of it
+    with serving_process("integers", str(model), tmp_path / "log") as process:
+        figures = await run_traffic(process, num_requests=150, concurrency=32, has_grammar=False)
+        check_nothing_is_left(figures)
+        assert set(figures.outcomes) >= KINDS and sum(figures.outcomes.values()) == 150
+        outcomes = await stop_under_load(process, concurrency=16)
+    assert sum(outcomes.values()) == 16 and outcomes["complete"]
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+async def test_two_thousand_rough_requests_leave_nothing_behind(tmp_path: Path) -> None:
+    model = write_tiny_hf_llama(tmp_path / "tiny")
+    with serving_process("model", str(model.path), tmp_path / "log") as process:
+        figures = await run_traffic(process, num_requests=2000, concurrency=32, has_grammar=True)
+        print(f"\n{figures.lines()}")
+        check_nothing_is_left(figures)
+        assert set(figures.outcomes) >= KINDS | {"refused as too many"} and sum(figures.outcomes.values()) == 2000
+        _, first_quarter, *_, last = (report["rss_mib"] for report in figures.reports)
+        assert last < first_quarter + 8, "memory grows"  # MiB: the first quarter warms caches, then it is flat
+        outcomes = await stop_under_load(process, concurrency=32)
+        print(f"SIGTERM under load: {dict(outcomes)}")
+    assert sum(outcomes.values()) == 32 and outcomes["complete"]
+    assert "Traceback" not in (tmp_path / "log").read_text()

@@ -18,7 +18,8 @@ from tinyvllm.ops.backend import AttentionShape, KVPool, Norm
 from tinyvllm.ops.device import FLOATS, DeviceHandle
 from tinyvllm.ops.gpu import GpuBackend
 from tinyvllm.ops.gpu_decode import DecodeSpec, decode_kernel, fits_decode
-from tinyvllm.ops.gpu_gemm import MIN_TOKENS, GemmSpec, gemm_kernel
+from tinyvllm.ops.gpu_gemm import MIN_TOKENS, GemmSpec, multiply_rows
+from tinyvllm.ops.gpu_gemm_hopper import allow_wide
 from tinyvllm.ops.gpu_kernel import Lanes, Mma
 from tinyvllm.ops.gpu_linear import (
     MatrixSpec,
@@ -31,7 +32,7 @@ from tinyvllm.ops.gpu_linear import (
 )
 from tinyvllm.ops.gpu_prefill import PrefillSpec, attend_tiles, fits_prefill
 from tinyvllm.ops.gpu_split import SplitHeads, combine_kernel
-from tinyvllm.ops.kernel import F32, KernelFn, empty, run_kernel
+from tinyvllm.ops.kernel import F32, empty, run_kernel
 from tinyvllm.ops.matrix import Matrix
 from tinyvllm.ops.step_inputs import StepLayout
 
@@ -55,9 +56,11 @@ class Split(Tensor):
     split: SplitHeads
 
 
-def product_kernel(spec: MatrixSpec | GemmSpec) -> KernelFn:
-    """The kernel of a product of several rows."""
-    return gemm_kernel(spec) if isinstance(spec, GemmSpec) else matrix_kernel(spec)
+def multiply(spec: MatrixSpec | GemmSpec, out: Tensor, matrix: Matrix, x: Tensor) -> Tensor:
+    """The product of several rows, in `out`."""
+    if isinstance(spec, GemmSpec):
+        return multiply_rows(spec, out, matrix.planes, x)
+    return run_kernel(matrix_kernel(spec), [out], [*matrix.planes, x])[0]
 
 
 class FusedGpuBackend(GpuBackend):
@@ -68,6 +71,7 @@ class FusedGpuBackend(GpuBackend):
         self.lanes = lanes
         self.float = dtypes.half if dtype == "float16" else dtypes.float
         self.mma = self._mma(FLOATS[dtype])
+        self.has_wide = allow_wide(device.name)
         if self.mma is None:
             logger.warning("products of more than one row take the general kernels: no matrix unit for %s", dtype)
 
@@ -122,7 +126,7 @@ class FusedGpuBackend(GpuBackend):
             return super().norm_gated(name, x, norm, matrix, num_tokens)
         spec = self._matrix_spec(name, self.mma, matrix, num_tokens, is_gated=True)
         normed = self._normed_rows(x, norm, num_tokens)
-        return run_kernel(product_kernel(spec), [self._empty(num_tokens * spec.out_rows)], [*matrix.planes, normed])[0]
+        return multiply(spec, self._empty(num_tokens * spec.out_rows), matrix, normed)
 
     def linear_add(self, name: str, x: Tensor, matrix: Matrix, residual: Tensor, num_tokens: int) -> Tensor:
         if num_tokens == 1:
@@ -197,14 +201,14 @@ class FusedGpuBackend(GpuBackend):
         self, name: str, mma: Mma, matrix: Matrix, num_tokens: int, *, is_gated: bool = False
     ) -> MatrixSpec | GemmSpec:
         if num_tokens >= MIN_TOKENS:
-            shape = (num_tokens, matrix.num_rows, matrix.num_cols, is_gated)
+            shape = (num_tokens, matrix.num_rows, matrix.num_cols, is_gated, self.has_wide)
             return GemmSpec(name, mma, matrix.format, self.float, *shape)
         return MatrixSpec(name, mma, matrix.format, num_tokens, matrix.num_rows, matrix.num_cols, is_gated)
 
     def _summed(self, spec: MatrixSpec | GemmSpec, matrix: Matrix, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """A product of many rows, and the residual where there is one."""
         size = spec.num_tokens * spec.num_rows
-        parts = run_kernel(product_kernel(spec), [self._floats(spec.splits * size)], [*matrix.planes, x])[0]
+        parts = multiply(spec, self._floats(spec.splits * size), matrix, x)
         if spec.splits == 1 and residual is None:
             return parts
         add = SumSpec(self.lanes, spec.num_tokens, spec.num_rows, spec.splits, residual is not None, None)

@@ -7,19 +7,25 @@ tile, once for all the tile's tokens. Elsewhere a tile is loaded, multiplied, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from tinygrad import UOp
+from tinygrad import Tensor, UOp
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.ops.gpu_gemm_hopper import WIDE_TOKENS, arrive_wide, copy_wide, declare, finish_wide, multiply_wide
 from tinyvllm.ops.gpu_gemm_tiles import PIECE, TILE_COLS, TileMma, arrival, commit, copy_piece, quick_silu, together
 from tinyvllm.ops.gpu_kernel import LANES, Mma, axes_of, grid, load_floats, warps
 from tinyvllm.ops.gpu_runs import read_run
-from tinyvllm.ops.kernel import F16, F32, I32, Body, KernelFn, cached_kernel, finish
-from tinyvllm.ops.matrix import Format, Planes
+from tinyvllm.ops.kernel import F16, F32, I32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
+from tinyvllm.ops.matrix import PANEL, Format, Planes
 
+DENSE = Format("float16", 16)
 MIN_TOKENS = 65  # rows from which on a tile of tokens is worth filling
+UNPACK_TOKENS = 256  # from which on weights are unpacked first
+UNPACK_ELEMENTS = 64 << 20  # of the largest matrix that is: 128 MiB of float16
+WIDE_STEPS = 2  # steps of 32 columns that Hopper multiplies at a time
 STAGES = 3  # tiles of an operand that CUDA holds: one is multiplied, two are on their way
 GROUPS_WANTED = 128  # threadgroups that keep a large GPU busy
 SHORTEST_SPLIT = 16  # steps of 32 columns that are worth a threadgroup of their own
@@ -37,6 +43,8 @@ class GemmSpec:
     num_rows: int  # N
     num_cols: int  # K
     is_gated: bool = False
+    has_wide: bool = False  # the device has Hopper's instructions for four warps
+    wide_rows: int = 128
 
     @property
     def out_rows(self) -> int:
@@ -52,6 +60,32 @@ class GemmSpec:
         return self.mma.kind == "CUDA" and self.x_dtype == self.mma.dtype == F16
 
     @property
+    def is_wide(self) -> bool:
+        return self.has_wide and self.weights_as_stored and self.num_cols % (WIDE_STEPS * TILE_COLS) == 0
+
+    @property
+    def wide_stages(self) -> int:
+        """Stages that Hopper's threadgroup memory holds, two threadgroups' or one's."""
+        return 3 if self.row_tile == 128 else 4
+
+    @property
+    def wide_bytes(self) -> int:
+        """Threadgroup memory of Hopper's kernel."""
+        return self.wide_stages * WIDE_STEPS * (self.token_tile + self.row_tile) * TILE_COLS * 2
+
+    @property
+    def unpacks_first(self) -> bool:
+        """Whether quantised weights are unpacked by a kernel of their own: where many tokens share it, the quickest
+        instructions make up for it."""
+        return (
+            self.has_wide
+            and self.is_async
+            and self.format.is_quantized
+            and self.num_tokens >= UNPACK_TOKENS
+            and self.num_rows * self.num_cols <= UNPACK_ELEMENTS
+        )
+
+    @property
     def weights_as_stored(self) -> bool:
         """Whether weights are copied as they are."""
         return self.is_async and self.format.name == "float16"
@@ -63,12 +97,14 @@ class GemmSpec:
     @property
     def row_tile(self) -> int:
         """Rows of the matrix in a tile: where it is gated, half of them gate and half up."""
+        if self.is_wide:
+            return self.wide_rows
         return 128 if self.mma.kind == "CUDA" else 64
 
     @property
     def warp_grid(self) -> tuple[int, int]:
         """Warps by tokens and by rows."""
-        return 2, 2
+        return (8, 1) if self.is_wide else (2, 2)
 
     @property
     def num_warps(self) -> int:
@@ -89,7 +125,7 @@ class GemmSpec:
         while (
             not self.is_gated
             and self.token_groups * self.row_groups * splits < GROUPS_WANTED
-            and steps % (splits * 2) == 0
+            and steps % (splits * 2 * WIDE_STEPS) == 0
             and steps // (splits * 2) >= SHORTEST_SPLIT
         ):
             splits *= 2
@@ -101,18 +137,46 @@ class GemmSpec:
         return self.num_cols // TILE_COLS // self.splits
 
 
+def multiply_rows(spec: GemmSpec, out: Tensor, planes: Sequence[Tensor], x: Tensor) -> Tensor:
+    """`out` of `gemm_kernel`, behind what has to be done before it."""
+    if spec.unpacks_first:
+        whole = empty(spec.num_rows * spec.num_cols, F16, str(out.device))
+        planes = run_kernel(unpack_kernel(spec.format, spec.num_rows, spec.num_cols), [whole], planes)
+        spec = replace(spec, format=DENSE)
+    return run_kernel(gemm_kernel(spec), [out], [*planes, x])[0]
+
+
 @cached_kernel
 def gemm_kernel(spec: GemmSpec) -> KernelFn:
     """fn(out, *planes, x): see GemmSpec. Tokens behind T are the last one again, and are not stored."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         tile = _Tile(spec, list(rest))
-        sums = tile.sums_async() if spec.is_async else tile.sums_plain()
+        sums = tile.sums_wide() if spec.is_wide else tile.sums_async() if spec.is_async else tile.sums_plain()
         stores = tile.stores(out, sums)
         name = f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
+        if spec.is_wide:
+            name += f"_wide{spec.wide_bytes}"
         nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
         ops = 2 * spec.num_tokens * spec.num_rows * spec.num_cols
         return finish(UOp.group(*stores).end(*reversed(tile.axes)), name, ops=ops, nbytes=nbytes)
+
+    return kernel
+
+
+@cached_kernel
+def unpack_kernel(fmt: Format, num_rows: int, num_cols: int) -> KernelFn:
+    """fn(out (N, K), *planes): a quantised matrix as float16."""
+
+    def kernel(out: UOp, *planes: UOp) -> UOp:
+        body, runs, threads = Body(), num_rows * num_cols // PANEL, 128
+        group, thread = grid(body, -(-runs // threads)), body.threads(threads)
+        run = (group * threads + thread).minimum(runs - 1)
+        per_row = num_cols // PANEL
+        values = read_run(Planes(fmt, planes), run // per_row, run % per_row, num_cols, PANEL).values(out.dtype)
+        stores = UOp.group(*[out[run * PANEL + i].store(value) for i, value in enumerate(values)])
+        name = f"unpack_{fmt.name}_{num_rows}x{num_cols}"
+        return finish(stores.end(*reversed(axes_of(group, thread))), name, nbytes=num_rows * num_cols * 3)
 
     return kernel
 
@@ -170,6 +234,54 @@ class _Tile:
         return inner + row // half * spec.out_rows
 
     # -- sums ----------------------------------------------------------------------------------------------------------
+
+    def sums_wide(self) -> list[UOp]:
+        """The tile's sums by Hopper's instructions; two steps of 32 columns at a time, the next ones on their way."""
+        spec, body, mma = self.spec, self.body, self.mma
+        steps, size = spec.steps // WIDE_STEPS, spec.wide_bytes // 2 // spec.wide_stages
+        declared = declare()
+
+        def begin(step: UOp | int, *after: UOp) -> UOp:
+            wanted = None if isinstance(step, int) and step < steps else UOp.const(0, I32) + step < steps
+            base, copies = step % spec.wide_stages * size, []
+            per_row = WIDE_STEPS * TILE_COLS // PIECE
+            for start in range(0, (spec.token_tile + spec.row_tile) * per_row, self.threads):
+                is_x = start < spec.token_tile * per_row
+                piece = (start if is_x else start - spec.token_tile * per_row) + self.thread
+                row, part = piece // per_row, piece % per_row
+                slot = part % (TILE_COLS // PIECE)
+                tile = self._wide_tile(part // (TILE_COLS // PIECE), is_x=is_x)
+                whole = self.token(row) if is_x else self.matrix_row(row)
+                at = whole * spec.num_cols + (self.part * steps + step) * (WIDE_STEPS * TILE_COLS) + part * PIECE
+                source = self.x if is_x else self.planes.codes
+                copies.append(copy_wide(base + tile + mma.at(row, slot), source[at], wanted, declared, *after))
+            return commit(*copies)
+
+        primed: list[UOp] = []
+        for stage in range(spec.wide_stages - 1):
+            primed.append(begin(stage, *primed[-1:]))
+        registers, count = body.registers(self._num_sums), self._num_sums
+        zeroed = UOp.group(*[registers.after(*self.axes)[i].store(UOp.const(0.0, F32)) for i in range(count)])
+        registers = registers.after(zeroed)
+        loop = body.fold(steps)
+        arrived = arrive_wide(spec.wide_stages - 2, loop, primed[-1])
+        begun = begin(loop + (spec.wide_stages - 1), arrived)
+        base = loop % spec.wide_stages * size
+        first = self.warp_token // WIDE_TOKENS * (WIDE_TOKENS * TILE_COLS)
+        pairs = [
+            (base + self._wide_tile(i, is_x=True) + first, base + self._wide_tile(i, is_x=False))
+            for i in range(WIDE_STEPS)
+        ]
+        added = multiply_wide(mma, pairs, registers.after(loop), arrived, begun)
+        done = together(added, begun).end(loop)
+        registers = registers.after(finish_wide(registers.after(done)))
+        return [registers[i].load() for i in range(count)]
+
+    def _wide_tile(self, step: UOp | int, *, is_x: bool) -> UOp | int:
+        """Where the tile of x or of weights of one of a stage's steps begins."""
+        rows = self.spec.token_tile if is_x else self.spec.row_tile
+        first = 0 if is_x else WIDE_STEPS * self.spec.token_tile * TILE_COLS
+        return step * (rows * TILE_COLS) + first
 
     def sums_async(self) -> list[UOp]:
         """The tile's sums, tiles of the next columns on their way meanwhile (CUDA)."""

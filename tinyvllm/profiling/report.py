@@ -134,7 +134,7 @@ def _explain_times(report: ProfileReport) -> list[str]:
         each_us = max(0.0, profile.kernels_s - profile.step_s) / len(profile.kernels) * 1e6
         lines.append(
             f"timed one by one by the device's clock, ungraphed: the step took {profiled} so ({cost:+.0%}), and a "
-            f"kernel {each_us:,.1f} us more than in the graph; read the shares, and the speed from the step as it is served"
+            f"kernel {each_us:,.1f} us more than in the graph: read the shares, and the speed from the step as served"
         )
     host = report.turn_s - profile.step_s
     return [

@@ -1,0 +1,68 @@
+"""A step's kernels one by one on a GPU: named by what they do, timed by the device, with their bytes and operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.builders import TinyLlama, write_tiny_hf_llama
+from tests.execution.test_profile import decode_plan
+from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.execution.runner import ModelRunner, load_runner
+from tinyvllm.profiling.kernels import StepProfile, tabulate
+from tinyvllm.scheduling.plan import Scheduled, StepPlan
+from tinyvllm.scheduling.request import Request
+
+MODEL = TinyLlama()
+PROMPT = 70  # more rows than a decode step has: the kernels for prompts
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelRunner]:
+    files = write_tiny_hf_llama(tmp_path_factory.mktemp("model"))
+    config = EngineConfig(
+        model="tiny",
+        max_num_seqs=1,
+        max_model_len=96,
+        max_num_batched_tokens=80,
+        token_buckets=(80,),
+        compile_cache=False,
+    )
+    loaded = load_runner(files, config)
+    loaded.warm_up()
+    yield loaded
+    loaded.close()
+
+
+def prefill_plan() -> StepPlan:
+    request = Request("0", [7] * PROMPT, SamplingParams(), block_ids=[1, 2, 3, 4, 5])
+    return StepPlan((Scheduled(request, 0, PROMPT),))
+
+
+def profile(runner: ModelRunner, plan: StepPlan) -> StepProfile:
+    return runner.profile(plan, repeats=1, warmup=0)
+
+
+@pytest.mark.parametrize("plan", [decode_plan(20), prefill_plan()], ids=["decode", "prefill"])
+def test_fused_kernels_are_named_by_what_they_do(runner: ModelRunner, plan: StepPlan) -> None:
+    found = profile(runner, plan)
+    labels = [kernel.label for kernel in found.kernels]
+    for layer in range(MODEL.layers):
+        for operation in ("qkv", "attention", "attention out", "gate up", "down"):
+            assert f"layer {layer} · {operation}" in labels, labels
+    assert labels[0] == "embed" and "head" in labels and labels[-1] == "sample"
+    assert not any("other" in label for label in labels)
+    assert not found.is_graphed and all(kernel.seconds > 0 for kernel in found.kernels)
+
+
+def test_a_step_calculates_what_its_weights_and_tokens_ask(runner: ModelRunner) -> None:
+    decode, prompt = (
+        {row.label: row.flops for row in tabulate(profile(runner, plan).kernels)}
+        for plan in (decode_plan(20), prefill_plan())
+    )
+    assert decode["gate up"] == 2 * MODEL.layers * MODEL.hidden * 2 * MODEL.ffn
+    assert prompt["gate up"] == PROMPT * (decode["gate up"] or 0)
+    each = 4 * MODEL.layers * MODEL.heads * MODEL.head_dim
+    assert decode["attention"] == each * 21
+    assert prompt["attention"] == each * PROMPT * (PROMPT + 1) // 2

@@ -232,6 +232,25 @@ def test_what_cannot_be_enforced_is_refused_by_name(schema: Any, path: str, word
     assert word in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("schema", "is_closed"),
+    [
+        ({"type": "object", "properties": {"a": {}}}, True),
+        ({"type": "object", "properties": {"a": {}}, "additionalProperties": {}}, False),
+        ({"type": "object"}, False),
+        ({"type": "object", "properties": {"a": {}}, "required": ["b"]}, False),
+        ({"type": "object", "properties": {"b": {}}, "required": ["b"], "minProperties": 2}, False),
+        ({"allOf": [{"type": "object", "properties": {"a": {}}}, {"properties": {"b": {}}}]}, False),
+        ({"$defs": {"D": {"properties": {"b": {}}}}, "$ref": "#/$defs/D", "properties": {"a": {}}}, False),
+    ],
+)
+def test_objects_get_the_properties_that_are_listed(schema: Any, is_closed: bool) -> None:
+    """And others only where they are asked for, or have to be let in."""
+    tokenizer, matcher = TOKENIZERS["byte-level"], compiled("json_schema", schema).matcher()
+    ids = tokenizer.encode('{"b": 1', add_special_tokens=False)
+    assert all(matcher.accept(token_id) for token_id in ids) != is_closed
+
+
 def test_an_alternative_that_nothing_matches_leaves_the_others() -> None:
     nothing = {"minItems": 3, "maxItems": 1, "type": "array"}
     assert json.loads(walk(compiled("json_schema", {"anyOf": [{"type": "null"}, nothing]}))) is None

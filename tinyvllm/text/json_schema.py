@@ -64,20 +64,31 @@ def parse_schema(text: str, param: str) -> Any:
 def prepare_schema(schema: Any, param: str) -> Any:
     """A copy that the compiler reads as it is meant: checked, without annotations, with our rule for blanks.
 
+    An object whose schema lists properties and says nothing of others gets no others: what is made is valid all the
+    same, and a small model that was free to invent properties would do so until its tokens are spent.
     Raises RequestError whose message and param name the keyword's path, beginning with `param`.
     """
-    prepared = _Preparation(param).copy(schema, param, 0)
+    preparation = _Preparation(param)
+    prepared = preparation.copy(schema, param, 0)
+    preparation.close_objects()
     if isinstance(prepared, dict):
         return {"x-guidance": _GUIDANCE, **prepared}
     return prepared
 
 
 class _Preparation:
-    """One walk over a schema. Owns the count of its properties."""
+    """One walk over a schema. Owns the count of its properties, and the objects that may be closed after it."""
 
     def __init__(self, root: str) -> None:
         self._root = root
         self._num_properties = 0
+        self._open_objects: list[dict[str, Any]] = []
+        self._has_intersections = False  # of schemas, where each has to let the other's properties in
+
+    def close_objects(self) -> None:
+        if not self._has_intersections:
+            for copied in self._open_objects:
+                copied["additionalProperties"] = False
 
     def copy(self, schema: Any, path: str, depth: int) -> Any:
         if isinstance(schema, bool):
@@ -90,7 +101,20 @@ class _Preparation:
         for keyword, value in schema.items():
             if self._has_meaning(keyword, value, path):
                 copied[keyword] = self._copy_value(keyword, value, f"{path}.{keyword}", depth + 1)
+        self._note_object(copied)
         return copied
+
+    def _note_object(self, copied: dict[str, Any]) -> None:
+        properties = copied.get("properties")
+        if "allOf" in copied or (properties and not {"anyOf", "oneOf", "$ref"}.isdisjoint(copied)):
+            self._has_intersections = True
+        if not isinstance(properties, dict) or not properties:
+            return
+        required = copied.get("required", [])
+        is_listed = isinstance(required, list) and all(name in properties for name in required)
+        others = {"additionalProperties", "patternProperties", "minProperties"}
+        if is_listed and others.isdisjoint(copied):
+            self._open_objects.append(copied)
 
     def _has_meaning(self, keyword: str, value: Any, path: str) -> bool:
         """False for what may be left out. Raises RequestError for what can be neither enforced nor left out."""

@@ -1,0 +1,27 @@
+"""Clients of OpenAI's API in JavaScript: npm's openai, and Vercel's AI SDK with its strict reading of every chunk.
+
+npm install --prefix tests/clients openai ai @ai-sdk/openai-compatible zod && pytest -m clients tests/clients
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.clients, pytest.mark.model, pytest.mark.timeout(300)]
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("script", ["openai.mjs", "ai_sdk.mjs"])
+def test_script(server_url: str, script: str) -> None:
+    """The script checks what it gets, and ends with an error code where something is wrong."""
+    environment = {**os.environ, "BASE_URL": server_url, "MODEL": "smol"}
+    done = subprocess.run(
+        ["node", str(HERE / script)], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().endswith("ok")

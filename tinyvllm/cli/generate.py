@@ -68,25 +68,25 @@ async def _generate(
     as_json: bool,
 ) -> None:
     engine = await ready_engine(config)
-    try:
-        params = sampling.make_params(engine.generation_defaults, **more)
-        streams = len(prompts) == 1 and params.n == 1 and not as_json
-        with record.recording():
+    with record.recording():
+        try:
+            params = sampling.make_params(engine.generation_defaults, **more)
+            streams = len(prompts) == 1 and params.n == 1 and not as_json
             results = await asyncio.gather(
                 *(
                     _run(engine, prompt, params, request_id=f"prompt-{position}", streams=streams)
                     for position, prompt in enumerate(prompts)
                 )
             )
-    finally:
-        await engine.shutdown()
-    if as_json:
-        # stdout itself: rich would wrap, and colour on a terminal
-        print(json.dumps({"model": engine.served_model_name, "outputs": [_as_json(result) for result in results]}))
-    elif streams:
-        out.print()
-    else:
-        _print_results(results)
+        finally:
+            await engine.shutdown()
+        if as_json:
+            # stdout itself: rich would wrap, and colour on a terminal
+            print(json.dumps({"model": engine.served_model_name, "outputs": [_as_json(result) for result in results]}))
+        elif streams:
+            out.print()
+        else:
+            _print_results(results)
 
 
 @dataclasses.dataclass

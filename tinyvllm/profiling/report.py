@@ -201,6 +201,9 @@ def recording_table(recording: Recording) -> RenderableType:
             f"{_quantile(times, 0.95) / 1e6:,.3f}",
             f"{total.total_ns / recording.wall_ns:.1%}",
         )
+    for thread, rest_ns in sorted(outside_spans(recording).items()):
+        share = f"{rest_ns / recording.wall_ns:.1%}"
+        table.add_row(f"outside of all ({thread})", "", f"{rest_ns / 1e6:,.2f}", "", "", "", "", share)
     notes = [Text(f"{name}: {count:,}") for name, count in sorted(recording.counts.items())]
     if recording.num_dropped:
         notes.append(Text(f"percentiles are of the last spans: {recording.num_dropped:,} earlier ones were let go"))
@@ -208,6 +211,17 @@ def recording_table(recording: Recording) -> RenderableType:
         f"{recording.wall_ns / 1e9:,.3f} s were recorded; waits for the device are in `wait`, a step's kernels are not"
     )
     return Group(Text(title, style="bold"), table, *notes)
+
+
+def outside_spans(recording: Recording) -> dict[str, int]:
+    """Nanoseconds of each thread that has spans on its stack, outside of them all; nothing where spans were let go."""
+    if recording.num_dropped:
+        return {}
+    rest: dict[str, int] = {}
+    for span in recording.spans:
+        if span.depth == 0:
+            rest[span.thread] = rest.get(span.thread, recording.wall_ns) - span.duration_ns
+    return rest
 
 
 def recording_as_json(recording: Recording) -> dict[str, Any]:
@@ -224,6 +238,7 @@ def recording_as_json(recording: Recording) -> dict[str, Any]:
             }
             for name, total in recording.totals.items()
         },
+        "outside_s": {thread: rest_ns / 1e9 for thread, rest_ns in outside_spans(recording).items()},
         "counts": recording.counts,
         "dropped": recording.num_dropped,
     }

@@ -8,6 +8,7 @@ import typer
 
 from tinyvllm.cli.bench import bench
 from tinyvllm.cli.chat import chat
+from tinyvllm.cli.doctor import doctor
 from tinyvllm.cli.flags import spread
 from tinyvllm.cli.generate import generate
 from tinyvllm.cli.models import models, pull
@@ -27,7 +28,7 @@ app = typer.Typer(
     help="Serve language models with tinygrad: paged KV cache, continuous batching, OpenAI's HTTP format.",
 )
 
-for command in (serve, generate, chat, run_batch, pull, models, profile, tune):
+for command in (serve, generate, chat, run_batch, pull, models, profile, tune, doctor):
     app.command()(spread(command))
 app.add_typer(bench)
 

@@ -31,6 +31,7 @@ from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.bandwidth import measure_bandwidth
 from tinyvllm.ops.device import FLOATS, open_device, usable_cores
 from tinyvllm.ops.hardware import hardware_name, measure_flops, processor_name
+from tinyvllm.ops.limits import ProgramFacts, program_facts
 from tinyvllm.ops.program_store import ProgramStore, default_root, open_program_store
 from tinyvllm.ops.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.ops.transfer import OutputReader
@@ -78,9 +79,11 @@ def make_runner(
     positions = min(config.max_model_len or model_config.max_position, model_config.max_position)
     model = make_model(model_config, source, backend, positions, lambda done, total: report("load", done, total))
     kv_dtype = backend.kv_dtype(config.kv_cache_dtype, model_config.dtype)
+    share = config.gpu_memory_utilization or device.default_share()
+    device.check_share(share)
     memory = MemoryFacts(
         free_bytes=free_bytes,
-        share=config.gpu_memory_utilization or device.default_share(),
+        share=share,
         weight_bytes=weight_facts(model).nbytes
         + state_bytes(padded_rows(config.max_num_seqs), model_config.vocab_size),
         kv_bytes_per_token=model_config.kv_bytes_per_token(FLOATS[kv_dtype].itemsize),
@@ -290,6 +293,12 @@ class ModelRunner:
     def output_bytes(self) -> int:
         """What the host reads of every step: tokens and their logprobs, with the padding."""
         return self._outputs[0].nbytes()
+
+    def programs(self) -> list[ProgramFacts]:
+        """What each program of each graph takes of the device's limits."""
+        calls = [call for graph in self._graphs.values() for lane in graph.lanes[:1] for call in lane.step.calls]
+        adjusted = [call for graph in self._graphs.values() for call in graph.lanes[0].adjusted.calls]
+        return program_facts([*calls, *adjusted])
 
     def wait(self) -> None:
         """Return when the device has done all that was launched."""

@@ -19,7 +19,7 @@ from tinygrad.device import Buffer, BufferSpec
 from tinygrad.dtype import DType, _from_np_dtype
 from tinygrad.uop.ops import buffers
 
-from tinyvllm.errors import DeviceError
+from tinyvllm.errors import DeviceError, TinyvllmError
 from tinyvllm.ops.transfer import InputBuffer, OutputReader, copy_out, copy_out_floats, input_buffer, output_reader
 
 NAP_S = 30e-6  # tinygrad's own wait spins and takes a core from the workers: 60 products on two cores, 4.1 -> 2.6 ms
@@ -27,6 +27,8 @@ KERNEL_STACK_BYTES = 64 << 20  # CPU kernels keep their tiles on the stack; thre
 UNIFIED_SHARE = (
     0.5  # of a computer's memory that --gpu-memory-utilization auto may take where it is shared with the rest
 )
+METAL_SHARE = 0.8  # of what the system recommends for the GPU, which leaves the rest its own part already
+MAX_UNIFIED_SHARE = 0.9  # of memory that is shared, whatever is asked for
 DISCRETE_SHARE = 0.9
 
 FLOATS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.bfloat16}
@@ -46,14 +48,29 @@ class DeviceHandle:
         return self.name.split(":")[0] == "CPU"
 
     def free_memory(self) -> int:
-        """Bytes that could be allocated now."""
-        if self.name.split(":")[0] == "CUDA":
+        """Bytes that could be allocated now. On METAL, where the weights are not there yet: what the system recommends
+        that a GPU holds at most, two thirds to three quarters of a Mac's memory."""
+        kind = self.name.split(":")[0]
+        if kind == "CUDA":
             return _cuda_free_bytes()
+        if kind == "METAL":
+            if recommended := int(Device[self.name].sysdevice.recommendedMaxWorkingSetSize()):
+                return recommended
         return _host_available_bytes()
 
     def default_share(self) -> float:
         """Share of the free memory that the engine takes when it is not told."""
+        if self.name.split(":")[0] == "METAL":
+            return METAL_SHARE
         return UNIFIED_SHARE if self.is_unified else DISCRETE_SHARE
+
+    def check_share(self, share: float) -> None:
+        """Raise TinyvllmError for more than the computer can spare: what it shares, it needs for itself too."""
+        if self.is_unified and share > MAX_UNIFIED_SHARE:
+            raise TinyvllmError(
+                f"--gpu-memory-utilization is {share:g}, but {self.name} shares its memory with the computer: give at "
+                f"most {MAX_UNIFIED_SHARE:g}"
+            )
 
     def wait(self) -> None:
         """Return when everything enqueued has run. On a CPU with naps, so that the workers keep their cores."""

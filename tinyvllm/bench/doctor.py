@@ -1,0 +1,139 @@
+"""Whether a model runs here as it should, and what to do where it does not: what a bug report should contain."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
+
+from tinyvllm.bench.latency import Case, LatencyWork, measure_latency
+from tinyvllm.bench.subject import Subject
+from tinyvllm.config import EngineConfig
+from tinyvllm.errors import TinyvllmError
+from tinyvllm.execution.runner import ModelRunner, Progress
+from tinyvllm.profiling.chips import guess_chip, measured_chip
+from tinyvllm.profiling.predict import predict
+
+GOOD, ODD, BAD = "ok", "odd", "bad"  # as it should be; worth a look; does not work
+SMOKE_TOKENS, SMOKE_CONTEXT = 20, 128
+SLOW = 0.6  # of the predicted speed: below, something is in the way
+BUSY = 0.5  # load a core, of the last minute
+
+Reporter = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: what was looked at, how it is, and for what is not right the one thing that mends it."""
+
+    name: str
+    status: str
+    value: str
+    remedy: str = ""
+
+
+def examine(find: Callable[[], Subject], config: EngineConfig, report: Progress) -> Iterator[Check]:
+    """Look at everything in turn; what breaks ends the list, as the rest hangs on it. `find` names the model."""
+    yield from software()
+    yield from machine()
+    try:
+        subject = find()
+        yield Check("model", GOOD, f"{subject.name}, {subject.model_config.architecture}")
+        start = time.perf_counter()
+        runner = subject.load(config, report)
+    except TinyvllmError as error:
+        yield Check("start", BAD, type(error).__name__, " ".join(str(error).split()))
+        return
+    try:
+        yield from device(runner, time.perf_counter() - start)
+        yield from programs(runner)
+        yield from smoke(runner, subject, config, report)
+    finally:
+        runner.close()
+
+
+def software() -> Iterator[Check]:
+    """Versions, and whether tinygrad's is the one that our kernels are written for."""
+    yield Check("tinyvllm", GOOD, f"{version('tinyvllm')}, Python {platform.python_version()}")
+    wanted = next((text.partition("==")[2] for text in requires("tinyvllm") or () if text.startswith("tinygrad==")), "")
+    try:
+        found = version("tinygrad")
+    except PackageNotFoundError:
+        yield Check("tinygrad", BAD, "not installed", f"pip install tinygrad=={wanted}")
+        return
+    fits = not wanted or found == wanted
+    yield Check("tinygrad", GOOD if fits else BAD, found, "" if fits else f"pip install tinygrad=={wanted}")
+
+
+def machine() -> Iterator[Check]:
+    """The computer: its system, its compiler, and what else it does."""
+    yield Check(
+        "system", GOOD, f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} cores"
+    )
+    compiler = os.environ.get("CC", "clang")
+    path = shutil.which(compiler)
+    if path is not None:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout.splitlines()
+        yield Check("compiler", GOOD, said[0] if said else path)
+    else:
+        remedy = "only the CPU device needs one: apt-get install clang, or xcode-select --install"
+        yield Check("compiler", ODD, f"no {compiler}", remedy)
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    remedy = "" if load < BUSY else "something else is running: figures taken now are too low"
+    yield Check("load", GOOD if load < BUSY else ODD, f"{load:.2f} a core", remedy)
+
+
+def device(runner: ModelRunner, start_s: float) -> Iterator[Check]:
+    """What was opened, the memory that the engine has, and what start-up found."""
+    yield Check("device", GOOD, f"{runner.device}: {runner.hardware}")
+    capacity = runner.capacity
+    yield Check("KV cache", GOOD, "; ".join(capacity.explanation))
+    kept = 0 if runner.store is None else runner.store.num_steps_read
+    yield Check("start", GOOD, f"{start_s:.1f} s, {kept} of {2 * runner.num_captures} steps from the cache")
+    remedy = "" if runner.is_tuned else "tinyvllm tune with the flags that you serve with: once, some minutes"
+    yield Check("kernels", GOOD if runner.is_tuned else ODD, "tuned" if runner.is_tuned else "untuned", remedy)
+
+
+def programs(runner: ModelRunner) -> Iterator[Check]:
+    """Every program of every graph against the device's limits, and what a step launches."""
+    facts = runner.programs()
+    over = [text for fact in facts for text in fact.over(runner.device)]
+    most = (max(fact.arguments for fact in facts), max(fact.threads for fact in facts))
+    shared = max(fact.shared_bytes for fact in facts)
+    value = f"{len(facts)}, at most {most[0]} arguments, {most[1]} threads, {shared >> 10} KiB of threadgroup memory"
+    remedy = "" if not over else "please report this: " + "; ".join(over)
+    yield Check("programs", BAD if over else GOOD, value, remedy)
+
+
+def smoke(runner: ModelRunner, subject: Subject, config: EngineConfig, report: Progress) -> Iterator[Check]:
+    """Twenty tokens, their speed, and the speed that the counts predict."""
+    context = min(SMOKE_CONTEXT, runner.capacity.max_model_len - SMOKE_TOKENS - 1)
+    work = LatencyWork((Case("decode", 1, context),), SMOKE_TOKENS, 1, 1, config.seed)
+    chip = guess_chip(runner.hardware)
+    if chip is None:
+        kind = "METAL" if runner.device.startswith("METAL") else "CPU" if runner.device.startswith("CPU") else "CUDA"
+        chip = measured_chip(runner.hardware, runner.measure_bandwidth(), runner.measure_flops(), kind)
+    try:
+        (row,) = measure_latency(runner, subject.describe(runner, chip.bandwidth_gbps, config.seed), work, report)
+    except TinyvllmError as error:
+        yield Check("smoke", BAD, type(error).__name__, f"please report this: {error}")
+        return
+    expected = predict(subject.model_config, runner.weights.dtype, chip, 1, context).tok_s
+    found = row.tok_s.mean
+    value = f"{found:.1f} tok/s at context {context}, {expected:.1f} predicted for {chip.name}"
+    if found >= SLOW * expected:
+        yield Check("smoke", GOOD, value)
+    else:
+        remedy = f"less than {SLOW:.0%} of it: tinyvllm profile {subject.name} says where it goes"
+        yield Check("smoke", ODD, value, remedy)
+
+
+def as_json(checks: list[Check]) -> dict[str, Any]:
+    """For a bug report. `ok`: nothing is bad."""
+    return {"ok": all(check.status != BAD for check in checks), "checks": [asdict(check) for check in checks]}

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import random
+import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -110,6 +111,7 @@ class LoadWork:
     output_len: int = 64
     seed: int = 0
     slo_ms: dict[str, float] = field(default_factory=dict)
+    run_id: str = field(default_factory=lambda: secrets.token_hex(4))  # so that no run finds an earlier one's prompts
 
     def __post_init__(self) -> None:
         for flag, value, least in (
@@ -126,7 +128,7 @@ class LoadWork:
 
     def prompt(self, number: int) -> str:
         """About `input_len` tokens of text that is no other number's from its first word on."""
-        words = [f"{number}-{self.seed}:"]
+        words = [f"{number}-{self.run_id}:"]
         sentences = itertools.islice(itertools.cycle(SENTENCES), number % len(SENTENCES), None)
         size = round(self.input_len * CHARACTERS_PER_TOKEN)
         while sum(len(word) + 1 for word in words) < size:

@@ -24,16 +24,16 @@ class Scheduled:
     start: int
     count: int
     samples: bool = field(init=False)
-    first_scored: int = field(init=False)
-    num_scored: int = field(init=False)
+    first_scored: int = field(init=False, default=0)
+    num_scored: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         request, stop = self.request, self.start + self.count
-        first = max(self.start, request.num_scored)
-        last = 0 if request.num_prompt_logprobs is None else min(stop, request.num_prompt_tokens - 1)
         object.__setattr__(self, "samples", stop == request.num_tokens)
-        object.__setattr__(self, "first_scored", first)
-        object.__setattr__(self, "num_scored", max(0, last - first))
+        if request.num_prompt_logprobs is not None:
+            first = max(self.start, request.num_scored)
+            object.__setattr__(self, "first_scored", first)
+            object.__setattr__(self, "num_scored", max(0, min(stop, request.num_prompt_tokens - 1) - first))
 
     @property
     def num_logit_rows(self) -> int:

@@ -13,9 +13,10 @@ from tinyvllm.config import ModelConfig
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import CHIPS, Chip, find_chip, guess_chip, measured_chip
 from tinyvllm.profiling.kernels import Kernel
+from tinyvllm.profiling.measure import Recording, Span, Total
 from tinyvllm.profiling.predict import FACTORS, MEASURED, predict
 from tinyvllm.profiling.roofline import BYTES_PER_WEIGHT, Roofline, bytes_per_weight, count_work
-from tinyvllm.profiling.verdict import Evidence, judge
+from tinyvllm.profiling.verdict import Evidence, judge, judge_recording
 
 TINY = ModelConfig(
     name="tiny",
@@ -167,6 +168,24 @@ def test_causes_outside_of_the_kernels_come_first_and_others_are_not_lost() -> N
         "attention-bound at this context",
         "bandwidth-bound",
     ]
+
+
+def recording_of(*steps: tuple[str, int, int]) -> Recording:
+    """(kind, microseconds, of them waiting) by step."""
+    spans: list[Span] = []
+    for kind, whole_us, wait_us in steps:
+        spans.append(Span("wait", 0, wait_us * 1000, "engine", 1))
+        spans.append(Span("step", 0, whole_us * 1000, "engine", 0, wait_us * 1000, {"kind": kind}))
+    return Recording(0, 10**9, tuple(spans), {"pack": Total(1, 5000, 5000)}, {}, 0)
+
+
+def test_a_recording_is_judged_by_who_waits_and_what_kind_its_steps_are() -> None:
+    assert judge_recording(recording_of()) == []
+    assert judge_recording(recording_of(("decode", 100, 95))) == []
+    (host,) = judge_recording(recording_of(("decode", 100, 40)))
+    assert host.name == "host-bound" and host.share == pytest.approx(0.6) and "pack" in host.because
+    (prompts,) = judge_recording(recording_of(("mixed", 300, 290), ("decode", 100, 95)))
+    assert prompts.name == "prefill-bound" and prompts.share == pytest.approx(0.75)
 
 
 # -- predictions ------------------------------------------------------------------------------------------------------

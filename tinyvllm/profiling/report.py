@@ -16,7 +16,7 @@ from tinyvllm.profiling.measure import Recording
 from tinyvllm.profiling.predict import Measured, Prediction
 from tinyvllm.profiling.roofline import Roofline
 from tinyvllm.profiling.trace import Trace
-from tinyvllm.profiling.verdict import Finding
+from tinyvllm.profiling.verdict import Finding, judge_recording
 
 SCHEMA = 1  # of the JSON
 
@@ -210,7 +210,8 @@ def recording_table(recording: Recording) -> RenderableType:
     title = (
         f"{recording.wall_ns / 1e9:,.3f} s were recorded; waits for the device are in `wait`, a step's kernels are not"
     )
-    return Group(Text(title, style="bold"), table, *notes)
+    findings = (_finding_text(finding, index == 0) for index, finding in enumerate(judge_recording(recording)))
+    return Group(Text(title, style="bold"), table, *notes, *findings)
 
 
 def outside_spans(recording: Recording) -> dict[str, int]:
@@ -239,6 +240,7 @@ def recording_as_json(recording: Recording) -> dict[str, Any]:
             for name, total in recording.totals.items()
         },
         "outside_s": {thread: rest_ns / 1e9 for thread, rest_ns in outside_spans(recording).items()},
+        "verdict": [finding.as_json() for finding in judge_recording(recording)],
         "counts": recording.counts,
         "dropped": recording.num_dropped,
     }

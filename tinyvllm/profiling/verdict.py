@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tinyvllm.profiling.kernels import Kernel, floor_s, tabulate
+from tinyvllm.profiling.measure import COMMIT, DETOKENISE, LAUNCH, PACK, SCHEDULE, STEP, WAIT, Recording
 from tinyvllm.profiling.roofline import Roofline
 
 # Shares from which on a cause has a verdict of its own.
@@ -56,6 +57,35 @@ def judge(evidence: Evidence) -> list[Finding]:
     return found or [_below_the_roof(evidence)]
 
 
+def judge_recording(recording: Recording) -> list[Finding]:
+    """What holds of steps that were recorded while serving: by kind, and by who waited for whom. May be empty."""
+    steps = recording.named(STEP)
+    steps_s = sum(span.duration_ns for span in steps) / 1e9
+    if not steps:
+        return []
+    wait_s = sum(span.duration_ns for span in recording.named(WAIT)) / 1e9
+    prompts_s = sum(span.duration_ns for span in steps if span.facts.get("kind") in ("prefill", "mixed")) / 1e9
+    found = []
+    if steps_s - wait_s >= HOST_SHARE * steps_s:
+        host = max((SCHEDULE, PACK, LAUNCH, COMMIT, DETOKENISE), key=lambda name: _own_ns(recording, name))
+        found.append(
+            Finding(
+                "host-bound",
+                1 - wait_s / steps_s,
+                f"steps take {_ms(steps_s)}, of which the host waits for the device {_ms(wait_s)}; of its own work "
+                f"{host} takes most, {_ms(_own_ns(recording, host) / 1e9)}",
+                "let host and device overlap (async scheduling), or give a step more sequences",
+            )
+        )
+    if prompts_s >= PREFILL_SHARE * steps_s:
+        found.append(_of_prompts(prompts_s, steps_s - prompts_s))
+    return found
+
+
+def _own_ns(recording: Recording, name: str) -> int:
+    return recording.totals[name].own_ns if name in recording.totals else 0
+
+
 def _copies(evidence: Evidence) -> Finding | None:
     in_kernels_s = sum(kernel.seconds for kernel in evidence.kernels if kernel.operation.startswith("copy"))
     copy_s = in_kernels_s + (evidence.copy_s or 0.0)
@@ -89,10 +119,14 @@ def _prefill(evidence: Evidence) -> Finding | None:
     whole_s = evidence.prefill_s + evidence.decode_s
     if whole_s == 0 or evidence.prefill_s < PREFILL_SHARE * whole_s:
         return None
+    return _of_prompts(evidence.prefill_s, evidence.decode_s)
+
+
+def _of_prompts(prefill_s: float, decode_s: float) -> Finding:
     return Finding(
         "prefill-bound",
-        evidence.prefill_s / whole_s,
-        f"steps with prompts take {_ms(evidence.prefill_s)}, those that only decode {_ms(evidence.decode_s)}",
+        prefill_s / (prefill_s + decode_s),
+        f"steps with prompts take {_ms(prefill_s)}, those that only decode {_ms(decode_s)}",
         "reuse prompts (prefix caching), send shorter ones, or limit --max-num-batched-tokens where decoding must not "
         "wait",
     )

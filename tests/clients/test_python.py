@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import openai
 import pytest
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 pytestmark = [pytest.mark.clients, pytest.mark.model, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 
@@ -29,7 +29,7 @@ class City(BaseModel):
 
     name: Literal["Paris", "Rome"]
     is_capital: bool
-    sights: list[Literal["tower", "bridge"]]
+    sights: Annotated[list[Literal["tower", "bridge"]], Field(max_length=2)]
 
 
 def check_city(city: Any) -> None:
@@ -61,7 +61,9 @@ def test_openai(server_url: str) -> None:
     assert "tool_calls.function.arguments.delta" in kinds
     answer = client.responses.parse(model=MODEL, input="Describe Rome.", text_format=City, max_output_tokens=200)
     check_city(answer.output_parsed)
-    scored = client.completions.create(model=MODEL, prompt="The capital of France is", max_tokens=1, echo=True, logprobs=1)
+    scored = client.completions.create(
+        model=MODEL, prompt="The capital of France is", max_tokens=1, echo=True, logprobs=1
+    )
     logprobs = scored.choices[0].logprobs
     assert logprobs is not None and logprobs.token_logprobs is not None and logprobs.token_logprobs[0] is None
 
@@ -153,14 +155,14 @@ async def test_openai_agents(server_url: str, kind: str) -> None:
         make = agents.OpenAIChatCompletionsModel if kind == "chat" else agents.OpenAIResponsesModel
         agent = agents.Agent(
             name="Weather",
-            instructions="Answer briefly.",
+            instructions="You are a helpful assistant. Once you know the weather, say it in plain words.",
             model=make(model=MODEL, openai_client=client),
             tools=[get_weather],
-            model_settings=agents.ModelSettings(tool_choice="required", max_tokens=100, parallel_tool_calls=False),
+            model_settings=agents.ModelSettings(tool_choice="required", temperature=0.0, max_tokens=100),
         )
-        result = await agents.Runner.run(agent, QUESTION, max_turns=4)
+        result = await agents.Runner.run(agent, QUESTION, max_turns=8)
         assert called and result.final_output is not None
-        streamed = agents.Runner.run_streamed(agent, QUESTION, max_turns=4)
+        streamed = agents.Runner.run_streamed(agent, QUESTION, max_turns=8)
         events = [event.type async for event in streamed.stream_events()]
     assert len(called) >= 2 and "raw_response_event" in events and streamed.final_output is not None
 

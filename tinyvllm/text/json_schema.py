@@ -111,7 +111,9 @@ class _Preparation:
         if not isinstance(properties, dict) or not properties:
             return
         required = copied.get("required", [])
-        is_listed = isinstance(required, list) and all(name in properties for name in required)
+        is_listed = isinstance(required, list) and all(
+            isinstance(name, str) and name in properties for name in required
+        )
         others = {"additionalProperties", "patternProperties", "minProperties"}
         if is_listed and others.isdisjoint(copied):
             self._open_objects.append(copied)

@@ -1,0 +1,254 @@
+"""Requests at random, valid and broken: none is a 500, every refusal has OpenAI's shape and names a field.
+
+`pytest -m clients tests/server/test_fuzz.py` also lets schemathesis loose on the OpenAPI document (extra `clients`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.server.fake_engine import FakeEngine, TagTemplate, serving
+from tests.server.test_messages import CALL, THINKING
+from tinyvllm.server.app import make_app
+
+# ---- Valid requests ----
+
+words = st.text(st.characters(codec="utf-8"), max_size=8)
+names = st.text("abcxyz_-", min_size=1, max_size=6)
+
+
+def objects(required: dict[str, Any], **optional: Any) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(required, optional=optional)
+
+
+def nullable(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.none() | strategy
+
+
+schemas = st.recursive(
+    st.sampled_from([{"type": "string"}, {"type": "integer", "minimum": 0}, {"enum": ["a", 1, None]}, {"const": 3}]),
+    lambda inner: st.one_of(
+        st.builds(lambda items: {"type": "array", "items": items, "maxItems": 3}, inner),
+        st.builds(
+            lambda properties: {"type": "object", "properties": properties, "required": sorted(properties)},
+            st.dictionaries(names, inner, max_size=3),
+        ),
+        st.builds(lambda options: {"anyOf": options}, st.lists(inner, min_size=1, max_size=2)),
+    ),
+    max_leaves=4,
+)
+arguments = st.builds(lambda properties: {"type": "object", "properties": properties}, st.dictionaries(names, schemas))
+functions = objects({"name": names}, description=words, parameters=arguments, strict=st.booleans())
+tools = st.lists(
+    st.builds(lambda function: {"type": "function", "function": function}, functions),
+    max_size=3,
+    unique_by=lambda tool: tool["function"]["name"],
+)
+contents = words | st.lists(st.builds(lambda text: {"type": "text", "text": text}, words), max_size=2)
+past_calls = st.lists(
+    st.builds(
+        lambda name, text: {"id": "c", "type": "function", "function": {"name": name, "arguments": text}},
+        names,
+        st.sampled_from(["{}", '{"a": 1}', "not JSON", ""]),
+    ),
+    min_size=1,
+    max_size=2,
+)
+messages = st.lists(
+    st.one_of(
+        objects({"role": st.sampled_from(["system", "developer", "user", "assistant"]), "content": contents}),
+        objects({"role": st.just("assistant"), "tool_calls": past_calls}, content=nullable(words)),
+        objects({"role": st.just("tool"), "content": contents, "tool_call_id": st.just("c")}),
+    ),
+    min_size=1,
+    max_size=4,
+)
+sampling: dict[str, Any] = {
+    "n": st.integers(1, 3),
+    "temperature": st.floats(0, 2),
+    "top_p": st.floats(0.1, 1),
+    "top_k": st.integers(-1, 50),
+    "min_p": st.floats(0, 1),
+    "typical_p": st.floats(0.1, 1),
+    "frequency_penalty": st.floats(-2, 2),
+    "presence_penalty": st.floats(-2, 2),
+    "repetition_penalty": st.floats(0.5, 2),
+    "logit_bias": st.dictionaries(st.integers(0, 255).map(str), st.floats(-100, 100), max_size=3),
+    "bad_words": st.lists(names, max_size=2),
+    "allowed_token_ids": st.lists(st.integers(0, 255), min_size=1, max_size=4),
+    "seed": st.integers(-(2**63), 2**63 - 1),
+    "stop": words | st.lists(names, max_size=3),
+    "stop_token_ids": st.lists(st.integers(0, 255), max_size=3),
+    "ignore_eos": st.booleans(),
+    "user": words,
+    "metadata": st.dictionaries(words, words, max_size=2),
+}
+formats = st.one_of(
+    st.sampled_from([{"type": "text"}, {"type": "json_object"}]),
+    st.builds(lambda schema: {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}, schemas),
+)
+chats = objects(
+    {"messages": messages},
+    **{name: nullable(strategy) for name, strategy in sampling.items()},
+    max_tokens=st.integers(1, 50),
+    max_completion_tokens=st.integers(1, 50),
+    tools=tools,
+    tool_choice=st.sampled_from(["none", "auto"]),
+    parallel_tool_calls=st.booleans(),
+    response_format=formats,
+    stream=st.booleans(),
+    logprobs=st.booleans(),
+    chat_template_kwargs=st.just({"enable_thinking": False}),
+)
+completions = objects(
+    {"prompt": names | st.lists(names, min_size=1, max_size=2) | st.lists(st.integers(0, 255), min_size=1, max_size=5)},
+    **sampling,
+    max_tokens=st.integers(1, 50),
+    stream=st.booleans(),
+    logprobs=st.integers(0, 5),
+    echo=st.booleans(),
+    structured_outputs=st.sampled_from([{"regex": "a+"}, {"choice": ["a", "b"]}, {"grammar": 'root ::= "a"'}]),
+)
+responses = objects(
+    {
+        "input": words
+        | st.lists(objects({"role": st.sampled_from(["user", "assistant"]), "content": words}), min_size=1, max_size=3)
+    },
+    instructions=words,
+    max_output_tokens=st.integers(1, 50),
+    temperature=st.floats(0, 2),
+    tools=st.lists(
+        st.builds(lambda function: {"type": "function", **function}, functions),
+        max_size=2,
+        unique_by=lambda tool: tool["name"],
+    ),
+    stream=st.booleans(),
+    store=st.booleans(),
+)
+tokenizations = objects({"prompt": words}) | objects({"messages": messages}, tools=tools)
+ROUTES = {
+    "/v1/chat/completions": chats,
+    "/v1/completions": completions,
+    "/v1/responses": responses,
+    "/tokenize": tokenizations,
+}
+requests = st.one_of([st.tuples(st.just(path), bodies) for path, bodies in ROUTES.items()])
+
+# ---- Broken ones ----
+
+junk = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.sampled_from([2**63, -1, "", "\ud800", "x" * 300, {"$ref": "#"}, {"not": {}}, {"type": "function"}]),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def paths_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where a value can be replaced."""
+    inner: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        inner = list(value.items())
+    elif isinstance(value, list):
+        inner = list(enumerate(value))
+    return [path, *(deeper for key, item in inner for deeper in paths_of(item, (*path, key)))]
+
+
+@st.composite
+def broken_requests(draw: st.DrawFn) -> tuple[str, Any]:
+    """A valid request in which something at any depth is replaced, removed or added."""
+    path, body = draw(requests)
+    body = copy.deepcopy(body)
+    for _ in range(draw(st.integers(1, 2))):
+        *parents, last = draw(st.sampled_from([*paths_of(body)[1:], ("x",)]))
+        holder = body
+        for key in parents:
+            holder = holder[key]
+        if isinstance(holder, dict) and draw(st.booleans()):
+            holder.pop(last, None)
+        elif isinstance(holder, dict | list):
+            holder[last] = draw(junk)
+    return path, body
+
+
+REPLIES = ["ab", f"<think>x</think>{CALL}", '{"name": "a", "arguments": {}}', "{"]
+
+
+@functools.cache
+def shared() -> tuple[FakeEngine, httpx.ASGITransport]:
+    """One application for all examples: to make one takes longer than to ask it."""
+    engine = FakeEngine(chat_template=TagTemplate(THINKING), max_model_len=5000)
+    return engine, httpx.ASGITransport(make_app(engine))  # type: ignore[arg-type]
+
+
+async def ask(path: str, body: Any, reply: str) -> tuple[int, str]:
+    engine, transport = shared()
+    engine.reply = reply
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        content = json.dumps(body).encode()
+        response = await client.post(path, content=content, headers={"content-type": "application/json"})
+    assert not engine.running, "a request runs on"
+    return response.status_code, response.text
+
+
+def is_reason_to_refuse(message: str) -> bool:
+    """Valid fields may still not go together, and a schema may be valid and not be enforced."""
+    known = ("cannot be enforced", "has no tokens", "is more than", "must be at most", "both say", "cannot bind")
+    return any(word in message for word in known)
+
+
+@settings(max_examples=100)
+@given(requests, st.sampled_from(REPLIES))
+def test_valid_requests_are_answered(request: tuple[str, Any], reply: str) -> None:
+    status, text = asyncio.run(ask(*request, reply))
+    assert status == 200 or (status == 400 and is_reason_to_refuse(text)), text
+    if status == 200 and '"error": {' in text:
+        assert "internal error" not in text, text
+
+
+@settings(max_examples=200)
+@given(broken_requests(), st.sampled_from(REPLIES))
+def test_broken_requests_are_answered_or_refused_by_name(request: tuple[str, Any], reply: str) -> None:
+    status, text = asyncio.run(ask(*request, reply))
+    assert status in (200, 400, 404), text
+    assert "internal error" not in text, text
+    if status != 200:
+        error = json.loads(text)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["message"] and error["type"] == "invalid_request_error"
+
+
+# What the document says must hold of every answer, whatever is sent.
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+
+
+@pytest.mark.clients
+@pytest.mark.timeout(900)
+def test_schemathesis_finds_no_crash_and_no_answer_that_the_document_lacks() -> None:
+    command = Path(sys.executable).parent / "schemathesis"
+    with serving(FakeEngine(reply="ab")) as url:
+        flags = f"--checks {CHECKS} --max-examples 50 --seed 1 --phases examples,coverage,fuzzing"
+        done = subprocess.run(
+            [command, "run", f"{url}/openapi.json", *flags.split(), "--exclude-path-regex", "profile"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

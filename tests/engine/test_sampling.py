@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "block_size": 8,
     "num_gpu_blocks_override": 15,  # four requests do not fit with their output: some are preempted
     "kv_cache_dtype": "float32",
+    "dtype": "float32",  # on a GPU too
 }
 
 

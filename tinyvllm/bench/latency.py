@@ -1,7 +1,8 @@
 """Steps alone: made-up plans straight into the runner, without scheduler, text or queue.
 
 Prefill computes whole prompts, in pieces as large as the engine's token budget. Decode steps go on from a context that
-is in the pool already: random keys and values, in shuffled blocks. Every step feeds the next one's token.
+is in the pool already: random keys and values, in shuffled blocks. Every step feeds the next one's token, and is
+launched behind it where the device does that by itself, as the engine does (--no-async-scheduling: one after another).
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from tinyvllm.bench.rows import Machine, Row
 from tinyvllm.bench.spread import Spread
@@ -34,7 +36,14 @@ class Runner(Protocol):
     @property
     def capacity(self) -> Capacity: ...
 
-    def execute(self, plan: StepPlan) -> StepOutput: ...
+    @property
+    def max_in_flight(self) -> int: ...
+
+    def launch(self, plan: StepPlan) -> Any: ...
+
+    def sample(self, flight: Any) -> None: ...
+
+    def collect(self, flight: Any) -> StepOutput: ...
 
     def cost(self, plan: StepPlan) -> StepCost: ...
 
@@ -168,8 +177,7 @@ def _measure_prefill(runner: Runner, machine: Machine, work: LatencyWork, case: 
     times: list[float] = []
     for repeat in range(-work.num_warmup, work.num_repeats):
         start_s = time.perf_counter()
-        for plan in plans:
-            runner.execute(plan)
+        _run(runner, plans)
         if repeat >= 0:
             times.append(time.perf_counter() - start_s)
     costs = [runner.cost(plan) for plan in plans]
@@ -191,6 +199,19 @@ def _measure_prefill(runner: Runner, machine: Machine, work: LatencyWork, case: 
         kv_written_bytes=sum(cost.kv_written_bytes for cost in costs),
         moved_bytes=sum(cost.moved_bytes for cost in costs),
     )
+
+
+def _run(runner: Runner, plans: Sequence[StepPlan]) -> None:
+    """Plans whose tokens nobody needs before the last, as many in flight as may be."""
+    flights: deque[Any] = deque()
+    for plan in plans:
+        if len(flights) == runner.max_in_flight:
+            runner.collect(flights.popleft())
+        flight = runner.launch(plan)
+        runner.sample(flight)
+        flights.append(flight)
+    for flight in flights:
+        runner.collect(flight)
 
 
 def _measure_decode(runner: Runner, machine: Machine, work: LatencyWork, case: Case) -> Row:
@@ -227,19 +248,32 @@ def _mean(counts: list[int]) -> int:
 
 def _decode(runner: Runner, requests: list[Request], num_steps: int) -> list[float]:
     """Generate from the requests' prompts: each step's seconds. The requests are left as they were."""
-    times = []
-    for _ in range(num_steps):
-        plan = _decode_plan(requests)
-        start_s = time.perf_counter()
-        output = runner.execute(plan)
-        times.append(time.perf_counter() - start_s)
-        for request, token_id in zip(requests, output.token_ids, strict=True):
-            if token_id < 0:
-                raise DeviceError(f"a step of {len(requests)} sequences produced no finite logits")
-            request.output_ids.append(token_id)
+    times: list[float] = []
+    flights: deque[Any] = deque()
+    last_s = time.perf_counter()
+    for number in range(num_steps + runner.max_in_flight - 1):
+        if number < num_steps:  # behind the step that runs, as the engine does it, where the device feeds itself
+            flight = runner.launch(_decode_plan(requests))
+            runner.sample(flight)
+            flights.append(flight)
+            for row, request in enumerate(requests):
+                request.num_in_flight, request.flight_row = request.num_in_flight + 1, row
+        if len(flights) == runner.max_in_flight or number >= num_steps:
+            _append(requests, runner.collect(flights.popleft()))
+            now_s = time.perf_counter()
+            times.append(now_s - last_s)
+            last_s = now_s
     for request in requests:
         request.output_ids.clear()
     return times
+
+
+def _append(requests: list[Request], output: StepOutput) -> None:
+    for request, token_id in zip(requests, output.token_ids, strict=True):
+        if token_id < 0:
+            raise DeviceError(f"a step of {len(requests)} sequences produced no finite logits")
+        request.output_ids.append(token_id)
+        request.num_in_flight -= 1
 
 
 def _decode_costs(runner: Runner, requests: list[Request], num_steps: int) -> list[StepCost]:

@@ -82,6 +82,13 @@ class RunnerFlags:
         str | None,
         Option(metavar="DEVICE", help="tinygrad's device: METAL, CUDA, CPU. [default: METAL on a Mac, CUDA, else CPU]"),
     ] = None
+    async_scheduling: Annotated[
+        bool | None,
+        Option(
+            help="Plan and enqueue a step while the one before runs. [default: on GPUs, where the device would wait]",
+            show_default=False,
+        ),
+    ] = None
     pull: Annotated[bool, Option("--pull", help="Download the model first if it is not here.")] = False
     log_level: Annotated[str, Option(metavar="LEVEL", help=f"What is logged on stderr: {', '.join(LOG_LEVELS)}.")] = (
         "info"
@@ -124,13 +131,6 @@ class EngineFlags(RunnerFlags):
     scheduling_policy: Annotated[
         str, Option(metavar="POLICY", help="fcfs: in order of arrival; priority: by the request's priority, low first.")
     ] = _STANDARD.scheduling_policy
-    async_scheduling: Annotated[
-        bool | None,
-        Option(
-            help="Plan and enqueue a step while the one before runs. [default: on GPUs, where the device would wait]",
-            show_default=False,
-        ),
-    ] = None
     chat_template: Annotated[
         str | None, Option(metavar="FILE", help="A Jinja file that replaces the model's own chat template.")
     ] = None

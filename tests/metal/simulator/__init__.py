@@ -48,7 +48,7 @@ def install(cache: Path, *, family: str = "Apple9", is_checked: bool = True) -> 
     from tinygrad.runtime.support import c
 
     metal.MTLCreateSystemDefaultDevice = lambda: metal.MTLDevice(MTLDevice(settings).address)
-    service = _CodeGenService(settings.natives)
+    service = _CodeGenService(settings)
 
     class Libraries(c.DLL):  # type: ignore[misc]
         def __new__(cls, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -83,8 +83,8 @@ def watching_device_memory(settings: Settings) -> Iterator[None]:
 class _CodeGenService:
     """MTLCompiler.framework's functions. A "library" is the source, compiled to machine code in the background."""
 
-    def __init__(self, natives: Natives) -> None:
-        self._natives = natives
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self.MTLCodeGenServiceCreate = self._Create()
 
     class _Create:
@@ -101,12 +101,13 @@ class _CodeGenService:
         answer = callback._obj  # a reference with an offset, to look like a block
         try:
             kernel = read_kernel(source)
-            if found := refusals(kernel):
+            if (found := refusals(kernel)) and not self._settings.is_dry:
                 raise MslError(f"program_source: error: {'; '.join(found)} (kernel {kernel.name})")
         except MslError as error:
             answer(None, 1, None, 0, str(error).encode())
             return
-        self._natives.start(kernel)
+        if not self._settings.is_dry:
+            self._settings.natives.start(kernel)
         library = LIBRARY_HEAD + source.encode() + LIBRARY_TAIL
         reply = bytes(8) + struct.pack("<LL", 16, 0) + library
         data = ctypes.create_string_buffer(reply, len(reply))

@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tests.metal.simulator.msl import MAX_BUFFERS, MAX_THREADGROUP_BYTES, MAX_THREADS, SIMDGROUP, Kernel, read_kernel
@@ -38,6 +39,7 @@ class Settings:
     family: str = "Apple9"
     name: str = "Simulated Apple GPU"
     memory_bytes: int = 16 << 30
+    is_dry: bool = False  # nothing is compiled, checked or run, and no buffer takes memory before the host looks at it
     watches_device_memory: bool = False  # who reads what another thread of the same dispatch wrote
     num_command_buffers: int = 0  # committed
     num_graph_runs: int = 0
@@ -93,7 +95,7 @@ class MTLDevice(Object):
     ) -> MTLComputePipelineState | None:
         assert descriptor.function is not None, "setComputeFunction comes first"
         kernel = descriptor.function.kernel
-        if kernel.threadgroup_bytes > MAX_THREADGROUP_BYTES:
+        if kernel.threadgroup_bytes > MAX_THREADGROUP_BYTES and not self.settings.is_dry:
             NSError(
                 f"{kernel.name}: Threadgroup memory size ({kernel.threadgroup_bytes}) exceeds the maximum threadgroup "
                 f"memory allowed ({MAX_THREADGROUP_BYTES})"
@@ -115,11 +117,19 @@ class MTLBuffer(Object):
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length
-        self._memory = mmap.mmap(-1, max(1, length))
         self._shadow: mmap.mmap | None = None
-        self.base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        if length <= POISONED_BYTES:
-            ctypes.memset(self.base, 0xFF, length)
+
+    @cached_property
+    def _memory(self) -> mmap.mmap:
+        return mmap.mmap(-1, max(1, self.length))
+
+    @cached_property
+    def base(self) -> int:
+        """The memory's address. There is none before somebody asks."""
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        if self.length <= POISONED_BYTES:
+            ctypes.memset(address, 0xFF, self.length)
+        return address
 
     def contents(self) -> int:
         return self.base
@@ -212,6 +222,8 @@ class Command:
     def run(self, settings: Settings) -> None:
         """Raises MetalError, KernelFault, CompilerError."""
         assert self.pipeline is not None, "a dispatch needs a pipeline"
+        if settings.is_dry:
+            return
         kernel = self.pipeline.kernel
         total = self.threads[0] * self.threads[1] * self.threads[2]
         if total > MAX_THREADS:
@@ -463,7 +475,7 @@ class MTLCommandBuffer(Object):
 
     def checked_buffers(self) -> list[MTLBuffer]:
         buffers = {bound.buffer for command in self._commands for bound in command.bound.values()}
-        return [buffer for buffer in buffers if buffer.length <= CHECKED_BYTES]
+        return [buffer for buffer in buffers if buffer.length <= CHECKED_BYTES and not self.settings.is_dry]
 
     def user_of(self, buffer: MTLBuffer) -> str:
         """The first command that a buffer is bound to, and where."""

@@ -1,0 +1,321 @@
+"""Every program of every graph of a model's shape on METAL, with Metal's limits beside it:
+python -m tests.metal.limits --shape llama-3.2-1b --family Apple7 --kind Q4_K
+
+The engine itself is started, on a simulated computer where nothing runs and buffers have no memory: the weights are
+shapes alone. Ends with status 1 where a program is over a limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+
+from tests.metal.simulator import FAMILIES, Settings, set_family
+from tests.metal.simulator.metal_objects import MAX_OFFSET
+from tests.metal.simulator.msl import (
+    MAX_BUFFERS,
+    MAX_THREADGROUP_BYTES,
+    MAX_THREADS,
+    SIMDGROUP,
+    MslError,
+    read_kernel,
+    refusals,
+)
+from tinyvllm.arrays import BFloat16Array, HostMatrix, QuantizedMatrix
+from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from tinyvllm.ops.backend import Backend
+    from tinyvllm.ops.matrix import Matrix
+
+# Qwen/Qwen3-0.6B's dimensions, as a Llama: its norms of queries and keys are not among them
+QWEN3_LIKE = ModelConfig(
+    name="qwen3-0.6b-like",
+    architecture="llama",
+    num_layers=28,
+    hidden_size=1024,
+    ffn_size=3072,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+    max_position=40960,
+    rope_theta=1000000.0,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+)
+MAX_MODEL_LEN = 2048
+DECODE, PREFILL = (1, 2, 4, 8, 16, 32, 64), (64, 256, 1024)
+ROWS = 32  # of the stand-in for a matrix: its planes are as much larger as the matrix has more rows
+MEMORY_BYTES = 1 << 40
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program of a graph. `over`: the limits that it breaks, in words."""
+
+    graph: str
+    name: str
+    launches: int
+    arguments: int
+    threadgroup_bytes: int
+    threads: int
+    over: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What one step of a bucket launches. `command_buffers`: the graphs that it is split into, and single launches."""
+
+    name: str
+    kernels: int
+    command_buffers: int
+    others: int  # launches that are no kernel, and so split the graph
+    programs: tuple[Program, ...]
+
+
+def find_shape(name: str) -> ModelConfig:
+    """A shape of the benchmarks, or the one that is only known here."""
+    from tinyvllm.bench import shapes
+
+    return QWEN3_LIKE if name == QWEN3_LIKE.name else shapes.find_shape(name)
+
+
+def graphs_of(
+    settings: Settings, model: ModelConfig, family: str, kind: str, decode: Sequence[int], prefill: Sequence[int]
+) -> list[GraphFacts]:
+    """The graphs of a shape's buckets on a family's computer, its matrices of `kind`."""
+    from tinyvllm.execution.runner import make_runner
+
+    config = EngineConfig(
+        model.name,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=max(decode),
+        max_num_batched_tokens=max(prefill),
+        num_gpu_blocks_override=MAX_MODEL_LEN // 16 * max(decode) + 1,
+        decode_buckets=tuple(decode),
+        token_buckets=tuple(prefill),
+        compile_cache=False,
+    )
+    dtype = kind if kind in ("float32", "float16", "bfloat16") else "float16"
+    with _nothing_runs(settings, family):
+        runner = make_runner(replace(model, dtype=dtype), _Weights(kind), config)
+        runner.warm_up()
+        graphs = [_facts(settings, graph) for graph in runner._graphs.values()]
+        runner.close()
+    return graphs
+
+
+@contextmanager
+def _nothing_runs(settings: Settings, family: str) -> Iterator[None]:
+    from tinyvllm.execution import runner
+    from tinyvllm.ops import backends
+    from tinyvllm.ops.device import DeviceHandle
+
+    old = settings.family, settings.memory_bytes
+
+    def make_backend(*args: Any, **kwargs: Any) -> Backend:
+        return _without_weights(backends.make_backend(*args, **kwargs))
+
+    settings.is_dry, settings.memory_bytes = True, MEMORY_BYTES
+    set_family(settings, family)
+    try:
+        with (
+            mock.patch.object(runner, "make_backend", make_backend),
+            mock.patch.object(DeviceHandle, "free_memory", lambda self: MEMORY_BYTES),
+        ):
+            yield
+    finally:
+        settings.is_dry, settings.memory_bytes = False, old[1]
+        set_family(settings, old[0])
+
+
+# -- weights that are shapes -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Stands for a matrix of a checkpoint."""
+
+    kind: str
+    shape: tuple[int, int]
+
+
+class _Weights:
+    """A checkpoint of shapes; vectors are ones. In a mixture called Q4_K, V and down are Q6_K, as in llama.cpp's."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Any:
+        if len(shape) == 1:
+            return np.ones(shape, np.float32)
+        is_finer = self._kind == "Q4_K" and any(part in name for part in ("v_proj", "down_proj", "embed", "lm_head"))
+        return _Shape("Q6_K" if is_finer else self._kind, (shape[0], shape[1]))
+
+    def finish(self) -> None:
+        """Nothing is left over."""
+
+
+def _without_weights(backend: Backend) -> Backend:
+    """The backend, loading shapes: it is given matrices of a few rows, and what it makes of them is enlarged."""
+    matrix, stacked, gate_up = backend.matrix, backend.stacked, backend.gate_up
+    known: dict[Any, Any] = {}  # the layers share their matrices
+
+    def once(key: Any, make: Callable[[], Any]) -> Any:
+        if key not in known:
+            known[key] = make()
+        return known[key]
+
+    def load_one(host: Any) -> Matrix:
+        if not isinstance(host, _Shape):  # the backend's own call, for stand-ins
+            return matrix(host)
+        shape = host
+        loaded: Matrix = once(shape, lambda: _enlarged(matrix(_stand_in(shape, 1)), shape.shape[0]))
+        return loaded
+
+    def load_stacked(hosts: Sequence[Any]) -> tuple[Matrix, ...]:
+        # each has its own power of two of rows, so that sums tell who was put together
+        made = stacked([_stand_in(host, 1 << i) for i, host in enumerate(hosts)])
+        rows = [sum(host.shape[0] for i, host in enumerate(hosts) if part.used_rows // ROWS >> i & 1) for part in made]
+        return tuple(_enlarged(part, count) for part, count in zip(made, rows, strict=True))
+
+    def load_gate_up(gate: Any, up: Any) -> Matrix:
+        return _enlarged(gate_up(_stand_in(gate, 1), _stand_in(up, 1)), gate.shape[0] + up.shape[0])
+
+    patched: Any = backend
+    patched.matrix = load_one
+    patched.stacked = lambda hosts: once(tuple(hosts), lambda: load_stacked(hosts))
+    patched.gate_up = lambda gate, up: once((gate, up, "gated"), lambda: load_gate_up(gate, up))
+    return backend
+
+
+def _stand_in(host: _Shape, blocks: int) -> HostMatrix:
+    """A matrix of the same kind and width, of so many blocks of rows."""
+    from tinyvllm.model.weights.random import RandomWeights
+
+    made: np.ndarray | BFloat16Array | QuantizedMatrix = RandomWeights(host.kind, 0).take(
+        "", (ROWS * blocks, host.shape[1])
+    )
+    return made
+
+
+def _enlarged(matrix: Matrix, rows: int) -> Matrix:
+    """The same with so many rows, in planes that nobody allocates."""
+    from tinygrad import Tensor
+
+    padded = -(-rows // ROWS) * ROWS
+    planes = tuple(
+        Tensor.empty(plane.numel() * padded // matrix.num_rows, dtype=plane.dtype, device=plane.device)
+        for plane in matrix.planes
+    )
+    return replace(matrix, num_rows=padded, used_rows=rows, planes=planes)
+
+
+# -- reading what was made ---------------------------------------------------------------------------------------------
+
+
+def _facts(settings: Settings, graph: Any) -> GraphFacts:
+    from tinygrad.uop.ops import Ops
+
+    lane = graph.lanes[0]
+    before = settings.num_command_buffers
+    lane.run()
+    command_buffers = settings.num_command_buffers - before
+    name = graph.bucket.name
+    # what an adjusted step launches apart is a graph of its own
+    calls = [(name, call) for call in lane.step.calls] + [(f"{name} adjusted", call) for call in lane.adjusted.calls]
+    kernels = [(where, call) for where, call in calls if call.target.op is Ops.PROGRAM]
+    counts = Counter((where, call.target) for where, call in kernels)
+    offsets = {(where, call.target): max(buffer.offset for buffer in call.buffers) for where, call in kernels}
+    programs = tuple(_program(where, uop, count, offsets[where, uop]) for (where, uop), count in counts.items())
+    return GraphFacts(name, len(lane.step.calls), command_buffers, len(calls) - len(kernels), programs)
+
+
+def _program(graph: str, uop: Any, launches: int, offset: int) -> Program:
+    source = uop.src[2].arg
+    threads = int(np.prod([int(size) for size in uop.arg.local_size or (1,)]))
+    try:
+        kernel = read_kernel(source)
+    except MslError as error:
+        return Program(graph, uop.arg.name, launches, 0, 0, threads, (str(error),))
+    over = refusals(kernel)  # among them more than 31 arguments, double, vectors of 8
+    if kernel.threadgroup_bytes > MAX_THREADGROUP_BYTES:
+        over.append(f"{kernel.threadgroup_bytes} bytes of threadgroup memory")
+    if threads > MAX_THREADS:
+        over.append(f"{threads} threads")
+    if kernel.uses_matrices and threads % SIMDGROUP:
+        over.append(f"matrices among {threads} threads")
+    if offset > MAX_OFFSET:
+        over.append(f"a buffer at offset {offset}")
+    return Program(graph, kernel.name, launches, len(kernel.params), kernel.threadgroup_bytes, threads, tuple(over))
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def table(graphs: Sequence[GraphFacts]) -> str:
+    lines = [f"{'program':60} {'launches':>8} {'arguments':>9} {'threadgroup':>11} {'threads':>7}  over a limit"]
+    for graph in graphs:
+        lines.append(
+            f"-- {graph.name}: {graph.kernels} kernels in {graph.command_buffers} command buffers, "
+            f"{graph.others} launches that are no kernel"
+        )
+        for program in graph.programs:
+            name = program.name if program.graph == graph.name else f"{program.name} (adjusted)"
+            lines.append(
+                f"{name:60} {program.launches:8} {program.arguments:9} {program.threadgroup_bytes:11} "
+                f"{program.threads:7}  {'; '.join(program.over) or '-'}"
+            )
+    most = max((program.arguments for graph in graphs for program in graph.programs), default=0)
+    largest = max((program.threadgroup_bytes for graph in graphs for program in graph.programs), default=0)
+    lines.append(
+        f"at most {most} arguments of {MAX_BUFFERS}, {largest} bytes of threadgroup memory of {MAX_THREADGROUP_BYTES}"
+    )
+    return "\n".join(lines)
+
+
+def over_limits(graphs: Sequence[GraphFacts]) -> list[str]:
+    """Each break of a limit, in words."""
+    found = [
+        f"{program.graph}: {program.name}: {reason}"
+        for graph in graphs
+        for program in graph.programs
+        for reason in program.over
+    ]
+    return found + [f"{graph.name}: {graph.others} launches split the graph" for graph in graphs if graph.others]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Programs of a shape's graphs on METAL, with Metal's limits.")
+    parser.add_argument("--shape", default="llama-3.2-1b", help="tinyllama-1.1b, llama-3.1-8b, qwen3-0.6b-like, ...")
+    parser.add_argument("--family", choices=FAMILIES, default="Apple7")
+    parser.add_argument("--kind", default="float16", help="of the matrices: float16, bfloat16, Q4_0, Q4_K, Q8_0, ...")
+    parser.add_argument("--decode", type=int, nargs="+", default=DECODE, help="batches")
+    parser.add_argument("--prefill", type=int, nargs="+", default=PREFILL, help="tokens")
+    flags = parser.parse_args()
+    from tests.metal.plugin import settings  # makes METAL a device, simulated
+
+    if settings is None:
+        parser.error("the simulator does not run on a Mac")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[CACHE_DIR_VARIABLE] = folder  # nothing of this is kept for an engine
+        graphs = graphs_of(settings, find_shape(flags.shape), flags.family, flags.kind, flags.decode, flags.prefill)
+    print(table(graphs))
+    found = over_limits(graphs)
+    print(f"{len(found)} over a limit", *found, sep="\n")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Every operation of the backend that the product chooses on METAL, against the reference on the CPU: random shapes,
+ragged contexts, rows of padding. What tests/ops has for GPUs runs on the simulator too, in a quarter of an hour:
+DEV=METAL python -m pytest -p tests.metal.plugin -m gpu tests/ops"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from tests.metal.simulator import Settings, watching_device_memory
+
+if TYPE_CHECKING:
+    from tinyvllm.ops.backend import Backend
+
+pytestmark = pytest.mark.timeout(600)
+
+TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}  # of the largest value
+DTYPE_OF = {"float32": "float32", "bfloat16": "bfloat16"}  # of activations, by a matrix's format: else float16
+OPERATIONS = ("norm_linear", "norm_gated", "linear_add")
+PRODUCTS = [
+    (fmt, tokens, OPERATIONS[(index + place) % 3])
+    for index, fmt in enumerate(("float16", "bfloat16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "float32"))
+    for place, tokens in enumerate((1, 5) if fmt[0] == "Q" else (1, 3, 70))
+]
+
+
+def backends(fmt: str, heads: tuple[int, int, int] = (4, 2, 64)) -> tuple[Backend, Backend]:
+    """What the product takes on this device, and the reference."""
+    from tinyvllm.ops.backend import AttentionShape
+    from tinyvllm.ops.backends import make_backend
+    from tinyvllm.ops.device import DeviceHandle, open_device
+    from tinyvllm.ops.reference import ReferenceBackend
+
+    dtype = DTYPE_OF.get(fmt, "float16")
+    chosen = make_backend(open_device(), dtype, dtype, AttentionShape(*heads), dequantize=False)
+    return chosen, ReferenceBackend(DeviceHandle("CPU", has_threads=False, is_unified=True, cores=("CPU",)))
+
+
+def activations(backend: Any, values: np.ndarray) -> Any:
+    """In the backend's own dtype."""
+    tensor = backend.device.upload(values)
+    return tensor.cast(backend.float).contiguous().realize() if hasattr(backend, "float") else tensor
+
+
+def multiply(backend: Backend, fmt: str, tokens: int, operation: str, rows: int, cols: int) -> np.ndarray:
+    from tests.ops.builders import make_host, normal
+    from tinyvllm.ops.backend import Norm
+
+    x = activations(backend, normal(tokens, cols, seed=1))
+    norm = Norm(backend.device.upload(normal(cols, seed=2)), 1e-5)
+    if operation == "norm_gated":
+        matrix = backend.gate_up(make_host(fmt, rows, cols, seed=3), make_host(fmt, rows, cols, seed=4))
+        out = backend.norm_gated("test", x, norm, matrix, tokens)
+    elif operation == "norm_linear":
+        (out,) = backend.norm_linear("test", x, norm, backend.stacked([make_host(fmt, rows, cols, seed=5)]), tokens)
+    else:
+        (matrix,) = backend.stacked([make_host(fmt, rows, cols, seed=5)])
+        out = backend.linear_add("test", x, matrix, activations(backend, normal(tokens, rows, seed=6)), tokens)
+    return np.asarray(out.float().numpy()).reshape(tokens, -1)
+
+
+@pytest.mark.parametrize(("fmt", "tokens", "operation"), PRODUCTS, ids=str)
+def test_products_equal_the_reference(fmt: str, tokens: int, operation: str) -> None:
+    from tests.ops.builders import largest_difference
+
+    rng = np.random.default_rng([tokens, *fmt.encode(), *operation.encode()])
+    rows, cols = 32 * int(rng.integers(2, 9)), 256 * int(rng.integers(1, 4))
+    found, expected = (multiply(ops, fmt, tokens, operation, rows, cols) for ops in backends(fmt))
+    difference = largest_difference(found, expected)
+    print(f"{fmt} {tokens}x{rows}x{cols}: {difference:.1e}")
+    assert difference < TOLERANCE[DTYPE_OF.get(fmt, "float16")]
+
+
+# (heads, kv heads, D), (T, R, M, block size), is decode, the pool's dtype
+ATTENTION = [
+    ((9, 3, 64), (1, 1, 8, 16), True, "float16"),
+    ((9, 3, 64), (3, 3, 40, 16), True, "float16"),
+    ((8, 1, 128), (2, 2, 4, 32), True, "float16"),
+    ((4, 2, 16), (3, 3, 5, 8), True, "float32"),
+    ((9, 3, 64), (16, 3, 6, 16), False, "float16"),
+    ((4, 2, 64), (70, 3, 6, 16), False, "float16"),
+    ((4, 1, 32), (8, 2, 4, 8), False, "float32"),
+]
+
+
+@pytest.mark.parametrize(("heads", "sizes", "is_decode", "dtype"), ATTENTION, ids=str)
+def test_attention_equals_the_reference_and_writes_its_slots_alone(
+    simulator: Settings, heads: tuple[int, int, int], sizes: tuple[int, ...], is_decode: bool, dtype: str
+) -> None:
+    """Where no row is padding, nobody reads what another thread of the same dispatch writes: padding may."""
+    from tests.ops.builders import Piece, largest_difference, make_step
+    from tests.ops.test_attention import Case, attend, make_history
+    from tinyvllm.ops.step_inputs import StepLayout
+
+    layout = StepLayout(*sizes)
+    case = Case(*heads, layout, is_decode, dtype)
+    rng = np.random.default_rng(sizes)
+    longest, history = layout.max_blocks * layout.block_size, make_history(case)
+    for is_full in (True, False):
+        count = layout.num_seqs if is_full else max(1, layout.num_seqs - 1)
+        lengths = np.ones(count, int)
+        if not is_decode:
+            lengths[0] = layout.num_tokens - count + 1 - (0 if is_full else 2)
+        starts = [int(rng.integers(0, longest - length + 1)) for length in lengths]
+        buffer = make_step(layout, [Piece(start, int(n)) for start, n in zip(starts, lengths, strict=True)], seed=count)
+        chosen, reference = backends(dtype, heads)
+        with watching_device_memory(simulator) if is_full else nullcontext():
+            found = attend(chosen, case, buffer, history)
+        expected = attend(reference, case, buffer, history)
+        live = int(lengths.sum())
+        assert largest_difference(found.out[:live], expected.out[:live]) < TOLERANCE[dtype]
+        slots = layout.views(buffer)["slots"][:live]
+        others = np.setdiff1d(np.arange(layout.block_size, len(history[0])), slots)  # block 0 is the dummy
+        for now, then, wanted in zip(found.after, found.before, expected.after, strict=True):
+            np.testing.assert_allclose(now[slots], wanted[slots], rtol=2e-3, atol=2e-3)
+            np.testing.assert_array_equal(now[others], then[others])
+
+
+@pytest.mark.parametrize("fmt", ["float16", "bfloat16", "Q4_0", "Q8_0", "Q6_K"])
+def test_rows_are_embedded_and_taken_as_by_the_reference(fmt: str) -> None:
+    from tests.ops.builders import largest_difference, make_host, make_step
+    from tinyvllm.ops.step_inputs import StepLayout
+
+    layout, cols = StepLayout(6, 3, 2, 16), 256
+    buffer = make_step(layout, [])
+    layout.views(buffer)["token_ids"][:] = [0, 99, 17, 5, 17, 1000]  # the last is beyond the table
+    layout.views(buffer)["logit_rows"][:] = [4, 0, 2]
+    out = []
+    for ops in backends(fmt):
+        inputs = ops.device.upload(buffer)
+        rows = ops.embed(ops.matrix(make_host(fmt, 100, cols)), inputs, layout)
+        taken = ops.take_rows(rows, inputs, layout, cols)
+        out.append(np.concatenate([rows.float().numpy(), taken.float().numpy()]))
+    assert largest_difference(*out) < TOLERANCE[DTYPE_OF.get(fmt, "float16")]
+
+
+@pytest.mark.parametrize("vocab", [260, 5000])
+def test_sampled_tokens_and_logprobs_equal_the_reference(vocab: int) -> None:
+    """Greedy, heated, each filter, held-back ids, logprobs asked for or not: a row of each in one step."""
+    from tests.ops.builders import normal, sample
+
+    logits = 3 * normal(8, vocab, seed=vocab)
+    logits[5, 7] = np.nan
+    columns: dict[str, Any] = {
+        "temperature": [0.0, 1.0, 0.7, 1.3, 1.0, 0.0, 0.9, 1.0],
+        "top_k": [0, 0, 20, 0, 0, 0, 5, 0],
+        "top_p": [1.0, 1.0, 1.0, 0.8, 1.0, 1.0, 0.9, 1.0],
+        "min_p": [0.0, 0.0, 0.0, 0.0, 0.1, 0.0, 0.01, 0.0],
+        "num_logprobs": [5, -1, 0, 20, -1, -1, 3, 1],
+        "draw": [0, 1, 2, 3, 4, 5, 6, 7],
+    }
+    held_back = [[int(logits[0].argmax())], *([] for _ in range(7))]
+    got, expected = (sample(ops, logits, **columns, held_back=held_back) for ops in backends("float16"))
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    for row, count in enumerate(columns["num_logprobs"]):
+        if count >= 0:
+            assert got.logprobs[row] == pytest.approx(expected.logprobs[row], abs=1e-4)
+            np.testing.assert_array_equal(got.top_ids[row, :count], expected.top_ids[row, :count])
+            np.testing.assert_allclose(got.top_logprobs[row, :count], expected.top_logprobs[row, :count], atol=1e-4)

@@ -30,6 +30,7 @@ from tinyvllm.profiling.names import SAMPLE, is_generated, role_of, strip_colour
 from tinyvllm.scheduling.plan import StepPlan
 
 _LAYER = re.compile(r"\.(?:layers|keys|values)\.(\d+)")
+UNPACK = "unpack"  # the role of a kernel that writes a quantised matrix out, for a product that reads it so
 _OUTSIDE_LAYERS = ("take rows", "embed")  # roles of kernels that touch no tensor which says so
 
 
@@ -102,7 +103,9 @@ class CallNamer:
         first, role = touched[0], role_of(_program(call))
         if first.is_pool:
             return CallName(role or "attention", first.layer)
-        return CallName("embed" if role == "embed" else first.role, first.layer)
+        if role == "embed":
+            return CallName(role, None)
+        return CallName(f"{first.role}, unpacked" if role == UNPACK else first.role, first.layer)
 
     def _by_place(self, calls: Sequence[Call], names: Sequence[CallName | None], number: int) -> CallName:
         """A kernel of ours between two layers' works for the one before it."""
@@ -134,7 +137,7 @@ def profile_step(
     calls, block_size = lane.step.calls, graph.layout.block_size
     names = CallNamer(model, pool).name(calls, lane.step.cut)
     counter = CostCounter(model, pool, block_size)
-    flops = FlopCounter(model, pool, block_size)
+    flops = FlopCounter(model, pool, block_size).count(calls, plan)
     each = [
         Kernel(
             name.operation,
@@ -143,7 +146,7 @@ def profile_step(
             call.buffers[0].device,
             statistics.median(times[number].seconds for times in passes),
             counter.moved_by(call, graph.inputs, plan),
-            flops.of(call, plan),
+            flops[number],
         )
         for number, (call, name) in enumerate(zip(calls, names, strict=True))
     ]
@@ -186,25 +189,32 @@ class FlopCounter:
         self._model, self._num_slots = model, pool.num_blocks * block_size
         self._pool = {_base(tensor): tensor.numel() for tensor in pool.tensors}
 
-    def of(self, call: Call, plan: StepPlan) -> int:
-        """Of one run of the call."""
-        first = next(iter(self._namer.touched(call)), None)
-        if first is None:
-            return 0
-        if first.matrix is not None:
-            return 0 if self._only_looks_up(call) else 2 * self._rows(first, plan) * self._weights(call)
-        return self._of_attention(call, plan) if first.is_pool else 0
+    def count(self, calls: Sequence[Call], plan: StepPlan) -> list[int]:
+        """Of one run of each call."""
+        unpacked: dict[tuple[int, int], Named] = {}
+        counts = []
+        for call in calls:
+            role, touched = role_of(_program(call)), self._namer.touched(call)
+            first = next(iter(touched), None)
+            copies = [unpacked[_place(buffer)] for buffer in call.buffers if _place(buffer) in unpacked]
+            for buffer in _written(call):  # scratch memory is used again and again
+                unpacked.pop(_place(buffer), None)
+                if role == UNPACK and first is not None:
+                    unpacked[_place(buffer)] = first
+            if first is not None and first.is_pool:
+                counts.append(self._of_attention(call, plan))
+            elif role in (UNPACK, "embed"):  # which copy weights, and multiply none
+                counts.append(0)
+            else:
+                counts.append(self._of_product([*touched, *copies], plan))
+        return counts
 
-    def _weights(self, call: Call) -> int:
-        parts = {id(named.matrix): named.matrix for named in self._namer.touched(call) if named.matrix is not None}
-        return sum(part.used_rows * part.num_cols for part in parts.values())
-
-    def _rows(self, first: Named, plan: StepPlan) -> int:
-        return plan.num_tokens if first.layer is not None else len(plan.sampled)
-
-    def _only_looks_up(self, call: Call) -> bool:
-        """The embedding, by its role: the table's rows are copied, not multiplied."""
-        return role_of(_program(call)) == "embed"
+    def _of_product(self, touched: Sequence[Named], plan: StepPlan) -> int:
+        """Each weight once for each row, for the matrices among what a call touches."""
+        parts = {id(named.matrix): named for named in touched if named.matrix is not None}
+        weights = sum(part.matrix.used_rows * part.matrix.num_cols for part in parts.values() if part.matrix)
+        rows = plan.num_tokens if all(part.layer is not None for part in parts.values()) else len(plan.sampled)
+        return 2 * rows * weights
 
     def _of_attention(self, call: Call, plan: StepPlan) -> int:
         """Products with keys and with values, two operations each for every element of a head; nothing where only the

@@ -23,8 +23,7 @@ _WORDS = {
 }
 # Kernels behind the head that make a token of logits, whatever further ones a sampler may get.
 SAMPLE = "sample"
-_SAMPLING = ("join", "logprobs", "hold_back", "draw", "adjust", "rank", "mask", "penal", "top_")
-_LAYER_STARTS = ("qkv", "attention norm")  # of a layer's kernels the first is one of these
+_SAMPLING = ("logprobs_", "leaders_", "hold_back_", "draw_", "adjust_", "bias_", "count_")
 
 
 def strip_colours(text: str) -> str:

@@ -43,6 +43,14 @@ def test_a_text_of_debug_2_is_tabled(name: str) -> None:
     assert sum(row["share"] for row in document["by_operation"]) == pytest.approx(1)
 
 
+def test_markdown_has_a_row_for_each_kernel() -> None:
+    lines = run("--from", str(DATA / "cuda.txt"), "--last-steps", "1", "--by", "kernel", "--markdown").splitlines()
+    assert lines[0].startswith("| what | dispatches |") and set(lines[1]) == set("| -:")
+    assert any(line.startswith("| layer 1 · gate up | 1 |") for line in lines)
+    assert "one of them" in run("--predict", "m4", "--from", "-", "--markdown", fails=True)
+    assert "--json" in run("--predict", "m4", "--markdown", fails=True)
+
+
 def test_a_text_may_come_from_stdin() -> None:
     output = run("--from", "-", "--last-steps", "1", "--by", "layer", text=(DATA / "cpu.txt").read_text())
     assert "layer 1" in output and "outside of layers" in output

@@ -65,6 +65,8 @@ def profile(*, flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) 
     chosen = [name for name in ("from_", "predict") if getattr(flags, name) is not None]
     if len(chosen) > 1:
         raise TinyvllmError("--from reads a text and --predict calculates: give one of them")
+    if flags.predict is not None and subject.markdown:
+        raise TinyvllmError("--markdown is of kernels, and --predict runs none: give --json, or leave it out")
     if flags.by not in GROUPINGS:
         raise TinyvllmError(f"--by is {flags.by!r}: give one of {', '.join(GROUPINGS)}")
     runner.apply()
@@ -77,7 +79,7 @@ def profile(*, flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) 
 
 
 def _read(flags: ProfileFlags, subject: SubjectFlags) -> None:
-    from tinyvllm.profiling.report import trace_table
+    from tinyvllm.profiling.report import kernel_markdown, trace_table
 
     text = _text(flags.from_ or "-")
     trace = parse_trace(text)
@@ -87,7 +89,10 @@ def _read(flags: ProfileFlags, subject: SubjectFlags) -> None:
             f"{flags.from_} has no line of a kernel with a time: run the program with DEBUG=2 and keep all it prints"
         )
     chip = find_chip(flags.chip) if flags.chip else None
-    print_table(trace_table(trace, flags.by, flags.last_steps, chip))
+    if subject.markdown:
+        print(kernel_markdown(tabulate(kernels, flags.by, chip)))
+    else:
+        print_table(trace_table(trace, flags.by, flags.last_steps, chip))
     rows = {f"by_{by}": [row.as_json() for row in tabulate(kernels, by, chip)] for by in GROUPINGS}
     counts = {"cut": trace.num_cut, "untimed": trace.num_untimed, "other_lines": trace.num_other_lines}
     subject.write_json({"schema": 1, "source": flags.from_, **counts, **rows})
@@ -107,7 +112,7 @@ def _run(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> Non
 
     from tinyvllm.bench.kernels import one_case, profile_case
     from tinyvllm.bench.latency import Case, fit_config
-    from tinyvllm.profiling.report import profile_table
+    from tinyvllm.profiling.report import kernel_markdown, profile_table
     from tinyvllm.profiling.trace_events import trace_text
 
     chip = find_chip(flags.chip) if flags.chip else None
@@ -118,7 +123,10 @@ def _run(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> Non
         loaded = found.load(fit_config(config, work, found.model_config), report)
     with contextlib.closing(loaded), _recorded() as recorded:
         result = profile_case(loaded, found, work, chip)
-    print_table(profile_table(result, flags.by))
+    if subject.markdown:
+        print(kernel_markdown(result.rows(flags.by)))
+    else:
+        print_table(profile_table(result, flags.by))
     if flags.trace is not None:
         write_file(flags.trace, trace_text(recorded[0], result.profile.launches))
     subject.write_json(result.as_json())

@@ -92,24 +92,36 @@ def profile_table(report: ProfileReport, by: str) -> RenderableType:
     )
 
 
+KERNEL_COLUMNS = ("what", "dispatches", "total ms", "average us", "share", "GB/s", "GFLOP/s", "of roof")
+
+
 def kernel_table(rows: Sequence[KernelRow]) -> Table:
     """One line a row, the longest first."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("what", no_wrap=True)
-    for column in ("dispatches", "total ms", "average us", "share", "GB/s", "GFLOP/s", "of roof"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for index, column in enumerate(KERNEL_COLUMNS):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        table.add_row(
-            row.label,
-            f"{row.dispatches:,}",
-            f"{row.total_s * 1e3:,.3f}",
-            f"{row.average_s * 1e6:,.1f}",
-            f"{row.share:.1%}",
-            _rate(row.bytes_per_s),
-            _rate(row.flops_per_s),
-            "-" if row.roof_share is None else f"{row.roof_share:.0%}",
-        )
+        table.add_row(*_kernel_cells(row))
     return table
+
+
+def kernel_markdown(rows: Sequence[KernelRow]) -> str:
+    """The same for an issue or a page."""
+    lines = [KERNEL_COLUMNS, ("---", *("---:" for _ in KERNEL_COLUMNS[1:])), *(_kernel_cells(row) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _kernel_cells(row: KernelRow) -> tuple[str, ...]:
+    return (
+        row.label,
+        f"{row.dispatches:,}",
+        f"{row.total_s * 1e3:,.3f}",
+        f"{row.average_s * 1e6:,.1f}",
+        f"{row.share:.1%}",
+        _rate(row.bytes_per_s),
+        _rate(row.flops_per_s),
+        "-" if row.roof_share is None else f"{row.roof_share:.0%}",
+    )
 
 
 def _rate(per_s: float | None) -> str:

@@ -142,7 +142,10 @@ class Customer:
             self._bad: 8, self._guided: 6,
         }  # fmt: skip
         kind = self._random.choices(list(kinds), list(kinds.values()))[0]
-        self._figures.outcomes[await kind()] += 1
+        outcome = await kind()
+        self._figures.outcomes[outcome] += 1
+        if outcome == "refused as too many":
+            await asyncio.sleep(0.1)  # less than was asked for, so that the queue stays full
 
     def _body(self) -> tuple[str, dict[str, Any]]:
         pick = self._random

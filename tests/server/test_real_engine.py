@@ -13,67 +13,11 @@ import httpx
 import openai
 import pytest
 
-from tests.engine.fakes import FakeModelRunner, make_parts, say
-from tests.server.fake_engine import serving
-from tinyvllm.config import EngineConfig
+from tests.engine.fakes import say
+from tests.server.device import ANSWER, Device
 from tinyvllm.engine.async_engine import AsyncEngine
-from tinyvllm.engine.parts import EngineParts, Progress
-from tinyvllm.scheduling.plan import StepStats
 
 USER: Any = [{"role": "user", "content": "hi"}]
-ANSWER = "Grüße, 世界! 👋"
-
-
-class Device:
-    """A device that says ANSWER to everything, and what the engine made around it."""
-
-    def __init__(self) -> None:
-        self.runner = FakeModelRunner(num_blocks=64, max_num_seqs=4)
-        self.runner.choose = say(ANSWER)
-        self.parts: EngineParts | None = None
-
-    def load(self, config: EngineConfig, progress: Progress) -> EngineParts:
-        self.parts = make_parts(self.runner)
-        return self.parts
-
-    def babble(self, step_s: float) -> None:
-        """Never say EOS, and take step_s for each step."""
-        self.runner.choose = lambda request, digest: 97 + digest % 26
-        self.runner.before_step = lambda plan: time.sleep(step_s)
-
-    @property
-    def stats(self) -> StepStats:
-        assert self.parts is not None
-        return self.parts.engine.core.stats
-
-    def wait_until_all_is_free(self) -> None:
-        """Every block is back, and the pool's books are right."""
-        for _ in range(2000):
-            if self.stats.num_free_blocks == 63 and not self.stats.num_running and not self.stats.num_waiting:
-                break
-            time.sleep(0.01)
-        assert self.parts is not None
-        self.parts.engine.core.scheduler.block_manager.audit()
-        assert self.stats.num_free_blocks == 63
-
-
-@pytest.fixture
-def device() -> Device:
-    return Device()
-
-
-@pytest.fixture
-def engine(device: Device) -> Iterator[AsyncEngine]:
-    engine = AsyncEngine.start(EngineConfig("tiny", served_model_name="tiny"), load=device.load)
-    asyncio.run(engine.wait_ready())
-    yield engine
-    asyncio.run(engine.shutdown())
-
-
-@pytest.fixture
-def url(engine: AsyncEngine) -> Iterator[str]:
-    with serving(engine) as address:
-        yield address
 
 
 @pytest.fixture

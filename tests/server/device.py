@@ -1,0 +1,45 @@
+"""A real AsyncEngine's device of integers, and what tests ask of it."""
+
+from __future__ import annotations
+
+import time
+
+from tests.engine.fakes import FakeModelRunner, make_parts, say
+from tinyvllm.config import EngineConfig
+from tinyvllm.engine.parts import EngineParts, Progress
+from tinyvllm.scheduling.plan import StepStats
+
+ANSWER = "Grüße, 世界! 👋"
+
+
+class Device:
+    """A device that says ANSWER to everything, and what the engine made around it."""
+
+    def __init__(self) -> None:
+        self.runner = FakeModelRunner(num_blocks=64, max_num_seqs=4)
+        self.runner.choose = say(ANSWER)
+        self.parts: EngineParts | None = None
+
+    def load(self, config: EngineConfig, progress: Progress) -> EngineParts:
+        self.parts = make_parts(self.runner)
+        return self.parts
+
+    def babble(self, step_s: float) -> None:
+        """Never say EOS, and take step_s for each step."""
+        self.runner.choose = lambda request, digest: 97 + digest % 26
+        self.runner.before_step = lambda plan: time.sleep(step_s)
+
+    @property
+    def stats(self) -> StepStats:
+        assert self.parts is not None
+        return self.parts.engine.core.stats
+
+    def wait_until_all_is_free(self) -> None:
+        """Every block is back, and the pool's books are right."""
+        for _ in range(2000):
+            if self.stats.num_free_blocks == 63 and not self.stats.num_running and not self.stats.num_waiting:
+                break
+            time.sleep(0.01)
+        assert self.parts is not None
+        self.parts.engine.core.scheduler.block_manager.audit()
+        assert self.stats.num_free_blocks == 63

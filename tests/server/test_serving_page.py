@@ -1,0 +1,50 @@
+"""docs/SERVING.md names every flag, route, metric and code that there is, and none that there is not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from typer.main import get_command
+
+from tests.server.fake_engine import FakeEngine
+from tinyvllm.cli.main import app as cli
+from tinyvllm.server.app import make_app
+from tinyvllm.server.failures import _STATES
+
+PAGE = (Path(__file__).parents[2] / "docs" / "SERVING.md").read_text(encoding="utf-8")
+
+
+def test_flags() -> None:
+    serve = get_command(cli).commands["serve"]  # type: ignore[attr-defined]
+    flags = {option for parameter in serve.params for option in parameter.opts if option.startswith("--")}
+    named = set(re.findall(r"(?<!\w)--[a-z][a-z-]+", PAGE)) - {"--unix-socket"}  # curl's
+    assert named - flags - {"--no-access-log"} == set()
+    assert flags - named == {"--max-num-queued-reqs"}  # vLLM's spelling, an alias
+
+
+def test_routes() -> None:
+    paths = set(make_app(FakeEngine()).openapi()["paths"])  # type: ignore[arg-type]
+    named = set(re.findall(r"(?:GET|POST|DELETE)[a-z ]*`? ?`?(/[\w/{}]*)", PAGE))
+    assert named - paths == {"/"} and paths <= named
+
+
+async def test_metrics() -> None:
+    app = make_app(FakeEngine())  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        await client.post("/v1/completions", json={"prompt": "x"})
+        text = (await client.get("/metrics")).text
+    families = {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in text_string_to_metric_families(text)
+        if not family.name.startswith(("process_", "python_")) and not family.name.endswith("_created")
+    }
+    named = set(re.findall(r"`((?:tiny)?vllm:\w+|http_\w+)`", PAGE))
+    assert named == families
+
+
+def test_codes() -> None:
+    for _, status, _, code, _ in _STATES:
+        assert re.search(rf"^\| {status} \|.*`{code}`", PAGE, re.MULTILINE), code

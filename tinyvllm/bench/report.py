@@ -56,7 +56,7 @@ def throughput_table(row: Row) -> RenderableType:
     rates = (
         f"{row.test}, at most {row.batch} at a time, {row.tok_s.count} repeats: "
         f"{_plus_minus(row.tok_s)} output tokens/s, {format_number(row.more['input_tok_s'])} input tokens/s, "
-        f"{row.more['preemptions']} preemptions"
+        f"{row.more['preemptions']} preemptions, {row.more['padding_share']:.1%} of all rows padding"
     )
     return Group(Text(make_title(row.machine), style="bold"), Text(rates), table)
 

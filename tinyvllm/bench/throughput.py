@@ -55,6 +55,8 @@ class Run:
     step_s: list[float]
     token_s: list[list[float]]  # by request: when each token came, since the start
     num_preemptions: int
+    num_padded: int = 0  # rows of graphs without a token
+    num_computed: int = 0  # tokens
 
 
 def measure_throughput(runner: Runner, machine: Machine, work: ThroughputWork, report: Report) -> Row:
@@ -90,6 +92,9 @@ def measure_throughput(runner: Runner, machine: Machine, work: ThroughputWork, r
             "itl_ms": _in_ms([after - before for times in requests for before, after in itertools.pairwise(times)]),
             "e2e_ms": _in_ms([times[-1] for times in requests]),
             "preemptions": sum(run.num_preemptions for run in runs),
+            # of all rows that graphs computed, those that stood for no token
+            "padding_share": sum(run.num_padded for run in runs)
+            / max(1, sum(run.num_padded + run.num_computed for run in runs)),
         },
     )
 
@@ -117,7 +122,9 @@ def run_once(runner: Runner, work: ThroughputWork) -> Run:
             if out.token_id is None:
                 raise DeviceError(f"request {out.request.request_id} failed: {out.request.error}")
             token_s[out.request.request_id].append(now_s - start_s)
-    return Run(now_s - start_s, step_s, list(token_s.values()), core.scheduler.num_preemptions)
+    counters = core.stats.extra
+    padded, computed = int(counters["num_padded_rows"]), int(counters["num_computed_tokens"])
+    return Run(now_s - start_s, step_s, list(token_s.values()), core.scheduler.num_preemptions, padded, computed)
 
 
 def _in_ms(seconds: list[float]) -> Spread:

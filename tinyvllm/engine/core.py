@@ -22,6 +22,8 @@ from tinyvllm.scheduling.scheduler import Scheduler
 
 MAX_CONSECUTIVE_FAILURES = 3  # one may be an accident of its batch; this many in a row are a broken device
 
+# since start; a padded row is one of a graph's that its step had no token for
+COUNTERS = ("num_steps", "num_failed_steps", "num_computed_tokens", "num_padded_rows", "num_output_tokens")
 MAX_IN_FLIGHT = 2  # one that runs, and one behind it
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class EngineCore:
         self.stats = StepStats(
             num_captures=runner.num_captures,
             num_free_blocks=scheduler.block_manager.num_free,
-            extra={"num_steps": 0, "num_failed_steps": 0, "num_computed_tokens": 0, "num_output_tokens": 0},
+            extra=dict.fromkeys(COUNTERS, 0),
         )
         self._flights: deque[Flight] = deque()  # oldest first
         self._num_failures = 0  # consecutive
@@ -155,6 +157,7 @@ class EngineCore:
             self.stats,
             num_steps=1,
             num_computed_tokens=flight.plan.num_tokens,
+            num_padded_rows=max(0, output.num_rows - flight.plan.num_tokens),
             num_output_tokens=sum(out.token_id is not None for out in outs),
         )
         stats.schedule_s = flight.schedule_s

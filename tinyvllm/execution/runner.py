@@ -210,7 +210,7 @@ class ModelRunner:
             pooled = self._pool_states(flight)
         device_s = time.perf_counter() - flight.packed_s
         output = make_output(flight.plan, rows, pack_s=flight.pack_s, device_s=device_s)
-        return dataclasses.replace(output, pooled=pooled) if pooled else output
+        return dataclasses.replace(output, num_rows=flight.graph.bucket.num_tokens, pooled=pooled)
 
     def _pool_states(self, flight: Flight) -> tuple[np.ndarray, ...]:
         """By pooled entry (hidden,) float32: the sum of its rows' states behind the last norm, or the last row's."""

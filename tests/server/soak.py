@@ -96,9 +96,9 @@ class Process:
 
 
 @contextlib.contextmanager
-def serving_process(device: str, model: str, log: Path) -> Iterator[Process]:
+def serving_process(device: str, model: str, log: Path, *flags: str) -> Iterator[Process]:
     """The process, ready to answer; its log in a file."""
-    command = [sys.executable, "-m", "tests.server.soak_server", device, "serve", model, *FLAGS]
+    command = [sys.executable, "-m", "tests.server.soak_server", device, "serve", model, *FLAGS, *flags]
     environment = {**os.environ, "PYTHONWARNINGS": "default"}
     with (
         log.open("w") as stderr,

@@ -39,6 +39,7 @@ def load_integers(config: EngineConfig, progress: Progress | None) -> EnginePart
     runner = FakeModelRunner(
         num_blocks=config.num_gpu_blocks_override or 64, block_size=16, max_num_seqs=config.max_num_seqs
     )
+    runner.max_in_flight = 2 if config.async_scheduling else 1
     runner.plans = deque(maxlen=1)  # type: ignore[assignment]  # it would keep them all
     return make_parts(runner)
 

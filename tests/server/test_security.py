@@ -6,6 +6,7 @@ import ssl
 import stat
 import threading
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ import uvicorn
 
 from tests.server.fake_engine import FakeEngine, serving
 from tests.server.test_routes import client_of, error_of
+from tinyvllm.cli.server_flags import ListenFlags, ServerFlags
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.server.app import make_app
 from tinyvllm.server.security import KeyRing
@@ -120,6 +122,37 @@ async def test_a_page_cannot_send_what_a_form_can() -> None:
             response = await client.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers)
             assert response.status_code == 400
     assert not engine.calls
+
+
+async def test_a_server_of_this_machine_answers_to_its_own_names() -> None:
+    """DNS rebinding: a page's own name that points here is no name of ours."""
+    engine = FakeEngine()
+    async with client_of(engine, allowed_hosts=("localhost", "127.0.0.1", "[::1]")) as client:
+        for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000"):
+            assert (await client.get("/health", headers={"host": host})).status_code == 200
+        for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost:8000:8000", ""):
+            response = await client.post("/v1/completions", json={"prompt": "x"}, headers={"host": host})
+            assert response.status_code == 403 and error_of(response)["code"] == "host_not_allowed"
+    assert not engine.calls
+
+
+@pytest.mark.parametrize(
+    ("flags", "hosts"),
+    [
+        ({}, {"localhost", "127.0.0.1", "[::1]"}),
+        ({"host": "127.0.0.5"}, {"localhost", "127.0.0.1", "[::1]", "127.0.0.5"}),
+        ({"host": "0.0.0.0"}, None),
+        ({"uds": "/tmp/s"}, None),
+        ({"api_key": ["a-long-key"]}, None),
+        ({"allowed_hosts": ["chat.example"]}, {"localhost", "127.0.0.1", "[::1]", "chat.example"}),
+        ({"allowed_hosts": ["*"]}, None),
+    ],
+)
+def test_names_are_checked_where_no_key_is(flags: dict[str, Any], hosts: set[str] | None) -> None:
+    listen = ListenFlags(**{name: value for name, value in flags.items() if name in ("host", "uds")})
+    http = ServerFlags(**{name: value for name, value in flags.items() if name not in ("host", "uds")})
+    allowed = http.settings(local_host=listen.local_host).allowed_hosts
+    assert (None if allowed is None else set(allowed)) == hosts
 
 
 # ---- Sockets ----

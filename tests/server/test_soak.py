@@ -20,7 +20,7 @@ KINDS = {"complete", "streamed", "left in the middle", "left before an answer", 
 async def test_rough_traffic_leaves_nothing_behind(tmp_path: Path) -> None:
     model = tmp_path / "tiny.gguf"
     model.write_bytes(b"GGUF")  # the device of integers reads none of it
-    with serving_process("integers", str(model), tmp_path / "log") as process:
+    with serving_process("integers", str(model), tmp_path / "log", "--async-scheduling") as process:
         figures = await run_traffic(process, num_requests=150, concurrency=32, has_grammar=False)
         check_nothing_is_left(figures)
         assert set(figures.outcomes) >= KINDS and sum(figures.outcomes.values()) == 150
@@ -31,9 +31,10 @@ async def test_rough_traffic_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-async def test_two_thousand_rough_requests_leave_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--no-async-scheduling", "--async-scheduling"])
+async def test_two_thousand_rough_requests_leave_nothing_behind(tmp_path: Path, flag: str) -> None:
     model = write_tiny_hf_llama(tmp_path / "tiny")
-    with serving_process("model", str(model.path), tmp_path / "log") as process:
+    with serving_process("model", str(model.path), tmp_path / "log", flag) as process:
         figures = await run_traffic(process, num_requests=2000, concurrency=32, has_grammar=True)
         print(f"\n{figures.lines()}")
         check_nothing_is_left(figures)

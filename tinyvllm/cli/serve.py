@@ -39,7 +39,7 @@ def serve(
     """Serve a model over HTTP, in OpenAI's format."""
     engine.apply()
     engine.make_config(model)  # refuses bad values before anything is begun
-    settings = http.settings()
+    settings = http.settings(local_host=listen.local_host)
 
     from tinyvllm.server import serve as server
     from tinyvllm.server import sockets

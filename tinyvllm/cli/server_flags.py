@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.server.settings import API_KEY_VARIABLE, Cors, ServerSettings, gather_api_keys
+from tinyvllm.server.settings import API_KEY_VARIABLE, LOOPBACK_HOSTS, Cors, ServerSettings, gather_api_keys
 
 if TYPE_CHECKING:
     import socket
@@ -41,6 +41,12 @@ class ListenFlags:
         from tinyvllm.server import sockets
 
         return sockets.bind(self.host, self.port) if self.uds is None else sockets.bind_unix(self.uds)
+
+    @property
+    def local_host(self) -> str | None:
+        """The address, if it is one that only this machine can reach. A name other than localhost may be anything."""
+        is_local = self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return self.host if is_local and self.uds is None else None
 
     def tls(self) -> TlsFiles | None:
         """The files for HTTPS, checked; None without them."""
@@ -83,6 +89,14 @@ class ServerFlags:
     allow_credentials: Annotated[
         bool, Option("--allow-credentials", help="Let those pages send cookies and the like.")
     ] = False
+    allowed_hosts: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME",
+            help="Names that clients may call the server by, as a proxy's; * for any. Several times. "
+            "[default: any; without a key on a loopback address: localhost, 127.0.0.1, [::1]]",
+        ),
+    ] = None
     max_num_queued_requests: Annotated[
         int,
         Option(
@@ -134,8 +148,14 @@ class ServerFlags:
         bool, Option("--enable-profiling", help="Allow POST /start_profile and /stop_profile, to all who may ask.")
     ] = False
 
-    def settings(self) -> ServerSettings:
-        """Checked. Raises TinyvllmError for a bad value."""
+    def settings(self, *, local_host: str | None) -> ServerSettings:
+        """Checked. local_host: the address, where only this machine can reach it. Raises TinyvllmError."""
+        keys = gather_api_keys(self.api_key or [], self.api_key_file, os.environ.get(API_KEY_VARIABLE))
+        hosts: tuple[str, ...] | None = None
+        if self.allowed_hosts:
+            hosts = None if "*" in self.allowed_hosts else (*self.allowed_hosts, *LOOPBACK_HOSTS)
+        elif local_host is not None and not keys:
+            hosts = (*LOOPBACK_HOSTS, local_host)
         return ServerSettings(
             enable_profiling=self.enable_profiling,
             max_num_queued_requests=self.max_num_queued_requests,
@@ -148,7 +168,8 @@ class ServerFlags:
             shutdown_timeout_s=self.shutdown_timeout,
             stats_interval_s=self.log_stats_interval or None,
             log_requests=self.log_requests,
-            api_keys=gather_api_keys(self.api_key or [], self.api_key_file, os.environ.get(API_KEY_VARIABLE)),
+            api_keys=keys,
+            allowed_hosts=hosts,
             cors=Cors(
                 origins=tuple(self.allowed_origins or ()),
                 methods=tuple(self.allowed_methods or ("*",)),

@@ -21,7 +21,7 @@ from tinyvllm.server import operations, profile_routes, routes
 from tinyvllm.server.context import RequestContext, entered
 from tinyvllm.server.failures import ClientGone, answer_failure, failure_of
 from tinyvllm.server.response_store import ResponseStore
-from tinyvllm.server.security import Guard, KeyRing
+from tinyvllm.server.security import Guard, HostCheck, KeyRing
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.state import ServerState
 
@@ -56,6 +56,8 @@ def make_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> Fas
             allow_credentials=settings.cors.credentials,
             expose_headers=("x-request-id", "retry-after"),
         )
+    if settings.allowed_hosts is not None:
+        app.add_middleware(HostCheck, hosts=settings.allowed_hosts)
     app.add_middleware(Envelope, state=state)
     return app
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers
@@ -14,6 +15,8 @@ from tinyvllm.server.failures import Failure
 # What an orchestrator, a scraper and a browser ask for before they have a key. None of it shows what requests hold.
 OPEN_PATHS = frozenset(("/", "/health", "/ready", "/ping", "/version", "/metrics", "/favicon.ico"))
 OPEN_PREFIX = "/static/"
+
+_PORT = re.compile(r":\d+$")
 
 
 class KeyRing:
@@ -63,6 +66,28 @@ class Guard:
             headers={"www-authenticate": "Bearer"},
         )
         await failure.response()(scope, receive, send)
+
+
+class HostCheck:
+    """Middleware that answers 403 to requests which call the server by another name than it has.
+
+    A page of any origin may make its own name point to this machine once it is loaded (DNS rebinding); to the browser
+    the server is then of the page's origin, and only the Host header tells.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Iterable[str]) -> None:
+        self._app = app
+        self._hosts = frozenset(host.lower() for host in hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            host = Headers(scope=scope).get("host", "")
+            if _PORT.sub("", host).lower() not in self._hosts:
+                message = f"the server is not called {host[:100]!a}: start it with --allowed-hosts to let it be"
+                failure = Failure(403, message, "invalid_request_error", code="host_not_allowed")
+                await failure.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def is_open(method: str, path: str) -> bool:

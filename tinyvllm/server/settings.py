@@ -8,6 +8,7 @@ from pathlib import Path
 from tinyvllm.errors import TinyvllmError
 
 API_KEY_VARIABLE = "TINYVLLM_API_KEY"  # environment: keys that clients may show, separated by spaces or line ends
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")  # what this machine calls itself
 MIN_KEY_CHARS = 8  # a shorter one can be guessed over the network
 
 
@@ -38,6 +39,7 @@ class ServerSettings:
     enable_profiling: bool = False  # /start_profile and /stop_profile
     api_keys: tuple[str, ...] = ()
     cors: Cors = Cors()
+    allowed_hosts: tuple[str, ...] | None = None  # names that clients may call this server by; None: any
 
     def __post_init__(self) -> None:
         def check(ok: bool, flag: str, value: object, remedy: str) -> None:

@@ -10,7 +10,7 @@ from tinyvllm.profiling.measure import COMMIT, DETOKENISE, LAUNCH, PACK, SCHEDUL
 from tinyvllm.profiling.roofline import Roofline
 
 # Shares from which on a cause has a verdict of its own.
-COPY_SHARE, HOST_SHARE, PREFILL_SHARE, DISPATCH_SHARE, ATTENTION_SHARE = 0.15, 0.25, 0.5, 0.35, 0.35
+COPY_SHARE, HOST_SHARE, PREFILL_SHARE, DISPATCH_SHARE, ATTENTION_SHARE = 0.15, 0.25, 0.5, 0.3, 0.35
 IDLE_SHARE = 0.1  # of a kernel's time that its bytes and operations would take: below, it is a launch and little else
 ROOF_SHARE = 0.6  # of the roof: what is above is bound by the chip and not by how its kernels are written
 
@@ -133,8 +133,8 @@ def _of_prompts(prefill_s: float, decode_s: float) -> Finding:
 
 
 def _dispatch(evidence: Evidence) -> Finding | None:
-    """What a kernel costs whatever it does: the shortest tenth of those that move and calculate next to nothing, less
-    what each took longer by itself than in the step as it is served."""
+    """What a kernel costs whatever it does: the shortest of those that move and calculate next to nothing, less what
+    each took longer by itself than in the step as it is served."""
     kernels = [kernel for kernel in evidence.kernels if not kernel.operation.startswith("copy")]
     chip = evidence.roofline.chip
     idle = [k.seconds for k in kernels if floor_s(chip, k.nbytes or 0, k.flops or 0) < IDLE_SHARE * k.seconds]
@@ -142,7 +142,7 @@ def _dispatch(evidence: Evidence) -> Finding | None:
     if not idle or not whole_s:
         return None
     alone_s = max(0.0, whole_s - evidence.step_s)
-    least_s = max(0.0, sorted(idle)[len(idle) // 10] - alone_s / len(kernels))
+    least_s = max(0.0, min(idle) - alone_s / len(kernels))
     share = min(1.0, least_s * len(kernels) / (whole_s - alone_s))
     if share < DISPATCH_SHARE or len(kernels) < 10:
         return None

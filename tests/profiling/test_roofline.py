@@ -140,6 +140,7 @@ def kernels(**seconds: float) -> list[Kernel]:
         ("copy-bound", evidence(kernels(qkv=1e-3, copy=1e-3), 2e-3)),
         ("copy-bound", evidence(kernels(qkv=1e-3), 1e-3, turn_s=2e-3, copy_s=0.5e-3)),
         ("host-bound", evidence(kernels(qkv=1e-3), 1e-3, turn_s=2e-3)),
+        ("waiting between kernels", evidence(kernels(qkv=1e-3), 2e-3, between_s=1e-3)),
         ("prefill-bound", evidence(kernels(qkv=1e-3), 1e-3, prefill_s=3.0, decode_s=1.0)),
         ("dispatch-bound", evidence([Kernel("norm", i, "n", "CPU", 2e-6) for i in range(50)], 1e-4)),
         ("attention-bound at this context", evidence(kernels(qkv=1e-3, attention=2e-3), 3e-3)),

@@ -47,7 +47,7 @@ def profile_case(runner: ModelRunner, subject: Subject, work: LatencyWork, chip:
     roofline = Roofline(find_hardware(runner, chip), cost.nbytes, flops, profile.step_s)
     turn_s = statistics.median(turns_s)
     context = max(entry.start for entry in plan.entries)
-    findings = judge(Evidence(profile.kernels, profile.step_s, roofline, context, turn_s))
+    findings = judge(Evidence(profile.kernels, profile.step_s, roofline, context, turn_s, profile.between_s))
     return ProfileReport(
         model=subject.name,
         dtype=runner.weights.dtype,

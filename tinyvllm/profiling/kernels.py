@@ -63,6 +63,11 @@ class StepProfile:
         return sum(kernel.seconds for kernel in self.kernels)
 
     @property
+    def between_s(self) -> float | None:
+        """Of a step that was timed as it runs, what lies between kernels: launching, and cores that wait."""
+        return max(0.0, self.profiled_s - self.kernels_s) if self.is_graphed else None
+
+    @property
     def num_kernels(self) -> int:
         """Launched, by all cores together."""
         return sum(kernel.count for kernel in self.kernels)

@@ -136,11 +136,10 @@ def _explain_times(report: ProfileReport) -> list[str]:
     kernels, step, profiled = (_ms(s) for s in (profile.kernels_s, profile.step_s, profile.profiled_s))
     cost = profile.profiled_s / profile.step_s - 1
     lines = [f"kernels {kernels} in {profile.num_kernels:,} dispatches; the step as it is served {step}"]
-    if profile.is_graphed:
-        between = profile.profiled_s - profile.kernels_s
+    if profile.between_s is not None:
         lines.append(
             f"timed inside the step on {profile.num_cores} core(s), a row's time is that of its slowest core; the step "
-            f"took {profiled} so ({cost:+.0%}), {_ms(between)} of it between kernels: launching, and cores that wait"
+            f"took {profiled} so ({cost:+.0%}), {_ms(profile.between_s)} of it between kernels: launching, and waiting"
         )
     else:
         each_us = max(0.0, profile.kernels_s - profile.step_s) / len(profile.kernels) * 1e6

@@ -24,6 +24,7 @@ class Evidence:
     roofline: Roofline
     context: int  # tokens of a sequence before this step
     turn_s: float | None = None  # with the host's part: packing, launching, reading
+    between_s: float | None = None  # of the step, in which a CPU's slowest core ran no kernel
     copy_s: float | None = None  # between host and device, where they are not kernels of the step
     prefill_s: float | None = None  # of a recording with steps of both kinds
     decode_s: float | None = None
@@ -47,6 +48,7 @@ def judge(evidence: Evidence) -> list[Finding]:
     rules: tuple[Callable[[Evidence], Finding | None], ...] = (
         _copies,
         _host,
+        _between,
         _prefill,
         _dispatch,
         _attention,
@@ -110,6 +112,20 @@ def _host(evidence: Evidence) -> Finding | None:
         f"a step takes {_ms(evidence.turn_s)}, of which the device works {_ms(evidence.step_s)}: "
         f"{_ms(host_s)} are packing, launching and reading",
         "let host and device overlap (async scheduling), or give a step more sequences",
+    )
+
+
+def _between(evidence: Evidence) -> Finding | None:
+    if evidence.between_s is None:
+        return None
+    whole_s = evidence.between_s + sum(kernel.seconds for kernel in evidence.kernels)
+    if evidence.between_s < HOST_SHARE * whole_s:
+        return None
+    return Finding(
+        "waiting between kernels",
+        evidence.between_s / whole_s,
+        f"of {_ms(whole_s)} no kernel runs for {_ms(evidence.between_s)}",
+        "see what else the machine runs (load_average in the JSON); try --cpu-cores 1, where no core waits for another",
     )
 
 

@@ -222,6 +222,8 @@ async def test_answers_are_counted_by_route_and_status() -> None:
         await client.post("/v1/completions", json={"prompt": 7})
         await client.get("/v1/models/tiny")
         await client.get("/nowhere/at/all")
+        for method in ("BREW", "STEEP"):
+            await client.request(method, "/v1/completions")
         await client.get("/health")
         families = await scrape(client)
     counts = {tuple(s.labels.values()): s.value for s in families["http_requests"].samples if s.name.endswith("_total")}
@@ -230,6 +232,7 @@ async def test_answers_are_counted_by_route_and_status() -> None:
         ("/v1/completions", "POST", "4xx"): 1,
         ("/v1/models/{model_id:path}", "GET", "2xx"): 1,
         ("none", "GET", "4xx"): 1,
+        ("/v1/completions", "other", "4xx"): 2,
     }
     assert value_of(families, "tinyvllm:requests_refused_total", reason="invalid") == 1
 

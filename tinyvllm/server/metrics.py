@@ -61,6 +61,7 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 PROMPT_SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
 REFUSALS = {400: "invalid", 401: "unauthorized", 404: "not_found", 408: "timeout", 413: "too_large", 429: "queue_full"}
 REFUSALS |= {499: "client_left", 500: "failed", 503: "unavailable", 504: "timeout"}  # statuses, and what they count as
+HTTP_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 UNCOUNTED_PATHS = frozenset(("/metrics", "/health", "/ready", "/ping", "/version", "/engine/state"))
 
 NUM_RECENT = 512  # first tokens and gaps that the page's quantiles are made of
@@ -113,6 +114,7 @@ class Metrics:
         """An answer was sent. `handler` is the route's path, with its placeholders."""
         if handler in UNCOUNTED_PATHS:
             return
+        method = method if method in HTTP_METHODS else "other"  # clients can invent any, and each would stay for ever
         self._http_requests.labels(handler, method, f"{status // 100}xx").inc()
         self._http_duration_s.labels(handler, method).observe(duration_s)
         self._http_duration_fine_s.observe(duration_s)

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tinygrad import Tensor, dtypes
+from tinygrad import Tensor, UOp, dtypes
+from tinygrad.codegen import to_program
 
-from tests.ops.builders import Piece, largest_difference, make_pool, make_step, normal, read_pool
+from tests.ops.builders import Piece, largest_difference, make_host, make_pool, make_step, normal, read_pool
 from tests.ops.test_attention import Case, Result, make_history, make_rope
 from tests.ops.test_gpu_fused import KINDS, SHAPES, TOLERANCE, lanes, multiply, rendered
-from tests.ops.test_rendering import check_limits, kernels_of, plan_attention, plan_layer
+from tests.ops.test_rendering import check_limits, kernels_of, make_renderer, plan_attention, plan_layer
 from tinyvllm.ops.backend import AttentionShape, Backend
-from tinyvllm.ops.device import DeviceHandle
+from tinyvllm.ops.device import FLOATS, DeviceHandle
 from tinyvllm.ops.gpu_fused import FusedGpuBackend
-from tinyvllm.ops.gpu_gemm import MIN_TOKENS, GemmSpec
+from tinyvllm.ops.gpu_gemm import MIN_TOKENS, GemmSpec, gemm_kernel, multiply_rows
 from tinyvllm.ops.gpu_kernel import Lanes, Mma
 from tinyvllm.ops.gpu_prefill import PrefillSpec, tile_map_kernel
 from tinyvllm.ops.kernel import empty, run_kernel
@@ -28,17 +29,25 @@ __all__ = ["lanes"]  # a fixture
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("tokens", "formats"),
-    [(100, ("float16", "float16")), (256, ("Q4_K", "Q6_K")), (80, ("bfloat16", "bfloat16")), (96, ("Q8_0", "Q5_0"))],
-)
-def test_a_step_of_many_rows_renders_within_the_limits(kind: str, tokens: int, formats: tuple[str, str]) -> None:
-    backend = rendered(kind, "bfloat16" if "bfloat16" in formats else "float16")
-    kernels = kernels_of(plan_layer(backend, StepLayout(tokens, 3, 9, 16), formats, is_decode=False))
+def test_a_step_of_many_rows_renders_within_the_limits(kind: str) -> None:
+    outputs = plan_layer(rendered(kind), StepLayout(100, 3, 9, 16), ("float16", "float16"), is_decode=False)
+    kernels = kernels_of(outputs)
     names = {kernel.arg.name for kernel in kernels}
     assert {"prefill", "tile", "store"} <= {name.split("_")[0] for name in names}
     for kernel in kernels:
         check_limits(kernel, KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fmt", ["bfloat16", "Q8_0", "Q5_0", "Q6_K"])
+def test_products_of_every_way_to_store_weights_render_within_the_limits(kind: str, fmt: str) -> None:
+    backend = rendered(kind, "bfloat16" if fmt == "bfloat16" else "float16")
+    matrix = backend.matrix(make_host(fmt, 96, 256))
+    spec = GemmSpec("test", Mma(kind, FLOATS[backend.dtype]), matrix.format, backend.float, 100, 96, 256)
+    x = Tensor.empty(100 * 256, dtype=backend.float, device="CPU")
+    out = empty(spec.splits * 100 * 96, dtypes.float, "CPU")
+    (kernel,) = kernels_of([multiply_rows(spec, out, matrix.planes, x)])
+    check_limits(kernel, KINDS[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,12 +71,28 @@ def test_too_few_tiles_share_out_the_columns() -> None:
         assert chosen.steps * chosen.splits * 32 == cols
 
 
+@pytest.mark.parametrize(("tokens", "rows"), [(100, 192), (2048, 16384)])
+def test_hopper_multiplies_in_the_memory_that_it_has(tokens: int, rows: int) -> None:
+    spec = GemmSpec(
+        "test", Mma("CUDA", dtypes.half), Format("float16", 16), dtypes.half, tokens, rows, 2048, True, has_wide=True
+    )
+    out, weights, x = (
+        UOp.placeholder((size,), dtypes.half, i)
+        for i, size in enumerate((tokens * spec.out_rows, rows * 2048, tokens * 2048))
+    )
+    program = to_program(gemm_kernel(spec)(out, weights, x), make_renderer("CUDA sm_90"))
+    source = program.src[2].arg
+    assert "wgmma.mma_async" in source
+    assert program.arg.name.endswith(f"_wide{spec.wide_bytes}")  # what a launch is told
+    assert spec.wide_bytes * (2 if spec.wide_rows == 128 else 1) <= 227 << 10
+
+
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("operation", SHAPES)
-@pytest.mark.parametrize("tokens", [MIN_TOKENS, 128, 200])
+@pytest.mark.parametrize("tokens", [MIN_TOKENS, 200, 520])
 @pytest.mark.parametrize("fmt", ["float16", "bfloat16", "Q4_0", "Q4_K", "Q5_1", "Q6_K", "Q8_0"])
 def test_many_rows_equal_the_reference(
     device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str, tokens: int, operation: str

@@ -147,8 +147,9 @@ def embed_kernel(
     def kernel(out: UOp, inputs: UOp, *rest: UOp) -> UOp:
         newest, planes = (rest[0], rest[1:]) if is_fed else (None, rest)
         body, table = Body(), Planes(fmt, planes)
-        token, chunk, thread = body.grid(num_tokens), body.grid(num_cols // THREADS), body.threads(THREADS)
-        col = chunk * THREADS + thread
+        threads = next(count for count in (256, 128, 64, THREADS) if num_cols % count == 0)
+        token, chunk, thread = body.grid(num_tokens), body.grid(num_cols // threads), body.threads(threads)
+        col = chunk * threads + thread
         row = token_id(inputs[token_offset + token].load(), newest, num_rows)
         store = out[token * num_cols + col].store(table.value(row, col, num_cols, "row").cast(out.dtype))
         name = f"embed_{fmt.name}_{num_tokens}x{num_cols}"

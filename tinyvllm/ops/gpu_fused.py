@@ -155,7 +155,7 @@ class FusedGpuBackend(GpuBackend):
         if not is_decode and mma is not None and fits_prefill(heads, kv_heads, dim, cols):
             tiled = PrefillSpec(layout, self.lanes, mma, heads, kv_heads, dim, pool.num_blocks, cols, counts)
             rows = self._empty(layout.num_tokens * heads * dim)
-            return attend_tiles(tiled, rows, (pool.keys[layer], pool.values[layer]), inputs, rope, parts)
+            return attend_tiles(tiled, layer, rows, (pool.keys[layer], pool.values[layer]), inputs, rope, parts)
         if not is_decode or mma is None or not fits_decode(heads, kv_heads, dim, layout.block_size, cols):
             return super().attend(qkv, widths, shape, pool, layer, inputs, rope, layout, is_decode=is_decode)
         spec = DecodeSpec(layout, self.lanes, mma, heads, kv_heads, dim, pool.num_blocks, cols, counts)
@@ -208,6 +208,8 @@ class FusedGpuBackend(GpuBackend):
     def _summed(self, spec: MatrixSpec | GemmSpec, matrix: Matrix, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """A product of many rows, and the residual where there is one."""
         size = spec.num_tokens * spec.num_rows
+        if isinstance(spec, GemmSpec) and residual is not None and spec.splits == 1:
+            return multiply_rows(spec, self._empty(size), matrix.planes, x, residual)
         parts = multiply(spec, self._floats(spec.splits * size), matrix, x)
         if spec.splits == 1 and residual is None:
             return parts

@@ -25,8 +25,10 @@ DENSE = Format("float16", 16)
 MIN_TOKENS = 65  # rows from which on a tile of tokens is worth filling
 UNPACK_TOKENS = 256  # from which on weights are unpacked first
 UNPACK_ELEMENTS = 64 << 20  # of the largest matrix that is: 128 MiB of float16
+LARGE_ROWS, LARGE_TOKENS, LARGE_COLS = 256, 512, 4096  # of Hopper's large tiles, and of what is worth them
 WIDE_STEPS = 2  # steps of 32 columns that Hopper multiplies at a time
 STAGES = 3  # tiles of an operand that CUDA holds: one is multiplied, two are on their way
+CACHED_TOKENS = 2048  # rows of x that a large GPU's cache holds beside the matrix's
 GROUPS_WANTED = 128  # threadgroups that keep a large GPU busy
 SHORTEST_SPLIT = 16  # steps of 32 columns that are worth a threadgroup of their own
 
@@ -44,7 +46,7 @@ class GemmSpec:
     num_cols: int  # K
     is_gated: bool = False
     has_wide: bool = False  # the device has Hopper's instructions for four warps
-    wide_rows: int = 128
+    adds_residual: bool = False  # to the one part
 
     @property
     def out_rows(self) -> int:
@@ -62,6 +64,14 @@ class GemmSpec:
     @property
     def is_wide(self) -> bool:
         return self.has_wide and self.weights_as_stored and self.num_cols % (WIDE_STEPS * TILE_COLS) == 0
+
+    @property
+    def wide_rows(self) -> int:
+        """Rows of the matrix in a tile of Hopper's: as many as leave each multiprocessor work. (NVIDIA H200, TFLOP/s by
+        256 and 128 rows: 579 and 460 at 2048 tokens of 2048 x 8192, 106 and 151 at 128 tokens of 3072 x 2048.)"""
+        tiles = self.token_groups * -(-self.num_rows // LARGE_ROWS)
+        is_large = self.num_tokens >= LARGE_TOKENS and (self.num_cols >= LARGE_COLS or tiles >= GROUPS_WANTED)
+        return LARGE_ROWS if is_large else 128
 
     @property
     def wide_stages(self) -> int:
@@ -137,18 +147,22 @@ class GemmSpec:
         return self.num_cols // TILE_COLS // self.splits
 
 
-def multiply_rows(spec: GemmSpec, out: Tensor, planes: Sequence[Tensor], x: Tensor) -> Tensor:
-    """`out` of `gemm_kernel`, behind what has to be done before it."""
+def multiply_rows(
+    spec: GemmSpec, out: Tensor, planes: Sequence[Tensor], x: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """`out` of `gemm_kernel`, behind what has to be done before it. A residual is added where there is one."""
+    spec = replace(spec, adds_residual=residual is not None)
     if spec.unpacks_first:
         whole = empty(spec.num_rows * spec.num_cols, F16, str(out.device))
         planes = run_kernel(unpack_kernel(spec.format, spec.num_rows, spec.num_cols), [whole], planes)
         spec = replace(spec, format=DENSE)
-    return run_kernel(gemm_kernel(spec), [out], [*planes, x])[0]
+    rest = [] if residual is None else [residual]
+    return run_kernel(gemm_kernel(spec), [out], [*planes, x, *rest])[0]
 
 
 @cached_kernel
 def gemm_kernel(spec: GemmSpec) -> KernelFn:
-    """fn(out, *planes, x): see GemmSpec. Tokens behind T are the last one again, and are not stored."""
+    """fn(out, *planes, x[, residual]): see GemmSpec. Tokens behind T are the last one again, and are not stored."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         tile = _Tile(spec, list(rest))
@@ -188,11 +202,16 @@ class _Tile:
         self.spec, self.mma, body = spec, spec.tiles, Body()
         self.planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
         self.x = operands.pop(0)
-        # threadgroups that run together share the rows of the matrix, and x is small
-        self.part = grid(body, spec.splits)
-        self.row_group, self.token_group = grid(body, spec.row_groups), grid(body, spec.token_groups)
+        self.residual = operands.pop(0) if spec.adds_residual else None
+        # threadgroups that run together share the rows of the matrix, and as much of x as caches hold
+        together = min(spec.token_groups, CACHED_TOKENS // spec.token_tile)
+        if spec.token_groups % together:
+            together = spec.token_groups
+        self.part, outer = grid(body, spec.splits), grid(body, spec.token_groups // together)
+        self.row_group, inner = grid(body, spec.row_groups), grid(body, together)
+        self.token_group = outer * together + inner
         self.lane, warp = body.threads(LANES), warps(body, spec.num_warps)
-        self.axes = axes_of(self.part, self.row_group, self.token_group, self.lane, warp)
+        self.axes = axes_of(self.part, outer, self.row_group, inner, self.lane, warp)
         self.body, self.thread = body, warp * LANES + self.lane
         down, across = spec.warp_grid
         self.token_blocks = spec.token_tile // down // self.mma.left_rows
@@ -265,14 +284,14 @@ class _Tile:
         registers = registers.after(zeroed)
         loop = body.fold(steps)
         arrived = arrive_wide(spec.wide_stages - 2, loop, primed[-1])
-        begun = begin(loop + (spec.wide_stages - 1), arrived)
         base = loop % spec.wide_stages * size
         first = self.warp_token // WIDE_TOKENS * (WIDE_TOKENS * TILE_COLS)
         pairs = [
             (base + self._wide_tile(i, is_x=True) + first, base + self._wide_tile(i, is_x=False))
             for i in range(WIDE_STEPS)
         ]
-        added = multiply_wide(mma, pairs, registers.after(loop), arrived, begun)
+        added = multiply_wide(mma, pairs, registers.after(loop), arrived)
+        begun = begin(loop + (spec.wide_stages - 1), added)  # while the products run
         done = together(added, begun).end(loop)
         registers = registers.after(finish_wide(registers.after(done)))
         return [registers[i].load() for i in range(count)]
@@ -432,4 +451,6 @@ class _Tile:
             at = at.valid(whole < spec.num_tokens)
         if spec.num_rows % spec.row_tile:
             at = at.valid(first_row < spec.out_rows)
+        if self.residual is not None:
+            value = value + self.residual[at].load().cast(F32)
         return out[at].store(value.cast(out.dtype))

@@ -25,6 +25,7 @@ from tinyvllm.ops.gpu_gemm_tiles import (
     commit,
     copy_piece,
     quick_exp2,
+    quick_maximum,
     together,
 )
 from tinyvllm.ops.gpu_kernel import LANES, Lanes, Mma, axes_of, grid, load_floats, warps, zeros
@@ -136,14 +137,29 @@ def fits_prefill(num_heads: int, num_kv_heads: int, head_dim: int, num_cols: tup
 
 
 def attend_tiles(
-    spec: PrefillSpec, out: Tensor, pool: tuple[Tensor, Tensor], inputs: Tensor, rope: Tensor, qkv: Sequence[Tensor]
+    spec: PrefillSpec,
+    layer: int,
+    out: Tensor,
+    pool: tuple[Tensor, Tensor],
+    inputs: Tensor,
+    rope: Tensor,
+    qkv: Sequence[Tensor],
 ) -> Tensor:
     """Rotate, write keys and values to the pool, attend: `out` (T, H * D)."""
     written = [inputs, rope, *[qkv[i] for i in spec.parts(1, 2)]]
     keys, values = run_kernel(store_kernel(spec), list(pool), written)
-    tiles = run_kernel(tile_map_kernel(spec), [empty(spec.map_size, I32, str(out.device))], [inputs])[0]
+    tiles = _tile_map(spec, layer, inputs)
     read = [keys, values, tiles, inputs, rope, *[qkv[i] for i in spec.parts(0)]]
     return run_kernel(prefill_kernel(spec), [out], read)[0]
+
+
+def _tile_map(spec: PrefillSpec, layer: int, inputs: Tensor) -> Tensor:
+    """Which rows make up a tile: computed in a step's first layer, and held by its inputs for the others."""
+    if layer == 0 or not hasattr(inputs, "tile_map"):
+        fresh = empty(spec.map_size, I32, str(inputs.device))
+        inputs.tile_map = run_kernel(tile_map_kernel(spec), [fresh], [inputs])[0]
+    tiles: Tensor = inputs.tile_map
+    return tiles
 
 
 class _Inputs:
@@ -334,7 +350,9 @@ class _AttentionTile:
         self.threads = NUM_WARPS * LANES
         tile = spec.max_tiles - 1 - tile  # the last tokens of a prompt have most to attend: they go first
         self.first = clamp(tiles[tile].load(), 0, layout.num_tokens - 1)
-        self.count = (clamp(tiles[tile + 1].load(), 0, layout.num_tokens) - self.first).maximum(0)
+        # of the bounds as they are: a tile behind the last row of a full bucket has none, where `first` is the last row
+        begin, end = (clamp(tiles[at].load(), 0, layout.num_tokens) for at in (tile, tile + 1))
+        self.count = (end - begin).maximum(0)
         self.position = self.step.position(self.first)
         self.sequence = self.step.sequence(self.first)
         self.context = (self.count > 0).where(self.position + self.count, 0).minimum(self.step.positions)
@@ -406,8 +424,33 @@ class _AttentionTile:
         started = UOp.group(*[registers.after(*self.axes)[i].store(value) for i, value in enumerate(init)])
         registers = registers.after(started)
         primed: tuple[UOp, ...] = (self._begin(tile_k, tile_v, 0, 0),) if mma.is_cuda else ()
-        loop = body.fold_while(steps)
-        step = loop.cast(dtypes.weakint)
+        # tiles of keys that all tokens attend, then those that a token's own place cuts
+        whole = ((self.position + 1) // spec.keys).minimum(steps)
+        for first, count, is_whole in ((0, whole, True), (whole, steps - whole, False)):
+            registers = self._walk(
+                first, count, queries, tile_k, tile_v, registers, rows, is_whole=is_whole, primed=primed
+            )
+        last = [registers[i].load() for i in range(len(init))]
+        totals = [spec.lanes.sum(total, spec.mma.row_masks) for total in last[rows : 2 * rows]]
+        return totals, last[2 * rows :]
+
+    def _walk(
+        self,
+        first: UOp | int,
+        count: UOp,
+        queries: list[Operands],
+        tile_k: UOp,
+        tile_v: UOp,
+        registers: UOp,
+        rows: int,
+        *,
+        is_whole: bool,
+        primed: tuple[UOp, ...],
+    ) -> UOp:
+        """The registers behind `count` tiles of keys, from tile number `first` on."""
+        spec, mma, size = self.spec, self.mma, self.spec.keys * self.spec.head_dim
+        loop = self.body.fold_while(count)
+        step = loop.cast(dtypes.weakint) + first
         first_key = step * spec.keys
         begun: tuple[UOp, ...] = ()
         if mma.is_cuda:
@@ -418,13 +461,10 @@ class _AttentionTile:
         else:
             filled = UOp.group(*self._fill(tile_k.after(loop), tile_v.after(loop), first_key))
             base, tile_k, tile_v = 0, tile_k.after(filled), tile_v.after(filled)
-        old = [registers.after(loop)[i].load() for i in range(len(init))]
-        new = self._step(queries, tile_k, tile_v, base, first_key, old, rows, begun)
+        old = [registers.after(loop)[i].load() for i in range(registers.max_numel())]
+        new = self._step(queries, tile_k, tile_v, base, None if is_whole else first_key, old, rows, begun)
         stored = UOp.group(*[registers.after(loop)[i].store(value) for i, value in enumerate(new)])
-        done = together(stored, *begun).end(loop)
-        last = [registers.after(done)[i].load() for i in range(len(init))]
-        totals = [spec.lanes.sum(total, spec.mma.row_masks) for total in last[rows : 2 * rows]]
-        return totals, last[2 * rows :]
+        return registers.after(together(stored, *begun).end(loop))
 
     def _begin(
         self,
@@ -463,12 +503,12 @@ class _AttentionTile:
         tile_k: UOp,
         tile_v: UOp,
         base: UOp | int,
-        first_key: UOp,
+        first_key: UOp | None,
         old: list[UOp],
         rows: int,
         begun: tuple[UOp, ...],
     ) -> list[UOp]:
-        """Maxima, totals and sums behind one more tile of keys."""
+        """Maxima, totals and sums behind one more tile of keys; `first_key` where not all tokens attend all of it."""
         spec, mma = self.spec, self.mma
         per_block, key_blocks = mma.elements // 2, spec.keys // mma.right_rows
         scores: list[list[list[UOp]]] = [[] for _ in queries]
@@ -480,13 +520,16 @@ class _AttentionTile:
             key = [operand for chunk in chunks for operand in chunk]
             for i, query in enumerate(queries):
                 products = mma.sum(query, key, zeros(mma.elements))
-                scores[i].append(self._masked(products, i, first_key + block * mma.right_rows))
+                if first_key is not None:
+                    products = self._masked(products, i, first_key + block * mma.right_rows)
+                scores[i].append(products)
         new_best, new_total, weights, decays = [], [], [], []
         for i, blocks in enumerate(scores):
             for r in range(per_block):
                 at = i * per_block + r
                 top = balanced(
-                    [value for block in blocks for value in block[2 * r : 2 * r + 2]], lambda a, b: a.maximum(b)
+                    [value for block in blocks for value in block[2 * r : 2 * r + 2]],
+                    lambda a, b: quick_maximum(a, b, mma),
                 )
                 best = old[at].maximum(spec.lanes.maximum(top, spec.mma.row_masks))
                 new_best.append(best)

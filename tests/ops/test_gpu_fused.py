@@ -7,7 +7,9 @@ import logging
 
 import numpy as np
 import pytest
-from tinygrad import Tensor, dtypes
+from tinygrad import Tensor, UOp, dtypes
+from tinygrad.codegen import to_program
+from tinygrad.uop.ops import Ops
 
 from tests.ops.builders import (
     QUANTIZED,
@@ -20,12 +22,12 @@ from tests.ops.builders import (
     read_pool,
 )
 from tests.ops.test_attention import DECODE, Case, Result, decode_pieces, make_history, make_rope
-from tests.ops.test_rendering import check_limits, kernels_of, plan_layer
+from tests.ops.test_rendering import check_limits, kernels_of, make_renderer, plan_layer
 from tinyvllm.arrays import to_float32
 from tinyvllm.ops.backend import AttentionShape, Backend, Norm
 from tinyvllm.ops.device import DeviceHandle
 from tinyvllm.ops.gpu_fused import FusedGpuBackend
-from tinyvllm.ops.gpu_kernel import Lanes, lanes_of
+from tinyvllm.ops.gpu_kernel import AWAIT_PREVIOUS, Lanes, lanes_of
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.step_inputs import StepLayout
 
@@ -33,9 +35,9 @@ KINDS = {"METAL": "METAL", "CUDA": "CUDA sm_80"}  # by the targets of test_rende
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}  # of the largest value
 
 
-def rendered(kind: str, dtype: str = "float16") -> FusedGpuBackend:
+def rendered(kind: str, dtype: str = "float16", *, is_chained: bool = False) -> FusedGpuBackend:
     """A backend whose tensors have to lie somewhere, and are never realised."""
-    lanes = Lanes(kind, (dtypes.half, dtypes.bfloat16))
+    lanes = Lanes(kind, (dtypes.half, dtypes.bfloat16), is_chained)
     return FusedGpuBackend(DeviceHandle("CPU", has_threads=True, is_unified=True), dtype, lanes)
 
 
@@ -79,6 +81,29 @@ def test_a_decoding_step_renders_within_the_limits(kind: str, tokens: int, forma
 def test_a_mixed_step_renders_within_the_limits(kind: str) -> None:
     for kernel in kernels_of(plan_layer(rendered(kind), StepLayout(18, 3, 2, 16), ("Q4_1", "Q4_1"), is_decode=False)):
         check_limits(kernel, KINDS[kind])
+
+
+@pytest.mark.parametrize(("tokens", "formats"), [(1, ("Q4_0", "float16")), (2, ("float16", "float16"))])
+def test_a_chained_kernel_waits_before_it_touches_what_the_step_writes(tokens: int, formats: tuple[str, str]) -> None:
+    """It may begin while kernels before it still run. Before it waits it reads weights and the host's words alone."""
+    layout = StepLayout(tokens, tokens, 2, 16)
+    outputs = plan_layer(rendered("CUDA", is_chained=True), layout, formats, is_decode=True)
+    calls = [call for call in Tensor.schedule_linear(*outputs).src if call.src[0].op is Ops.SINK]
+    programs = [to_program(call.src[0], make_renderer("CUDA sm_90")) for call in calls]
+    written: set[UOp] = set()
+    chained = 0
+    for call, program in zip(calls, programs, strict=True):
+        source = program.src[2].arg
+        body = source[source.index("__global__") :].split("{", 1)[1]
+        early, wait, _ = body.partition(AWAIT_PREVIOUS)
+        buffers = [argument.buf_uop for argument in call.src[1:]]
+        if wait:
+            chained += 1
+            for slot, buffer in enumerate(buffers):
+                if buffer in written or slot in program.arg.outs:
+                    assert f"(data{slot}_" not in early, f"{call.src[0].arg.name} touches argument {slot} early"
+        written |= {buffers[slot] for slot in program.arg.outs}
+    assert chained > (5 if tokens == 1 else 7)  # a layer's, and the head's
 
 
 def test_a_shape_that_does_not_fit_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -138,7 +163,7 @@ def test_a_row_of_float32_equals_the_reference(
 @pytest.mark.gpu
 @pytest.mark.parametrize("operation", SHAPES)
 @pytest.mark.parametrize("tokens", [1, 2, 8, 20, 64, 70])
-@pytest.mark.parametrize("fmt", ["float16", "bfloat16", "Q4_1", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("fmt", ["float16", "bfloat16", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q6_K", "Q8_0"])
 def test_rows_in_half_precision_equal_the_reference(
     device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str, tokens: int, operation: str
 ) -> None:

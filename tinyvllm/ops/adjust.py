@@ -27,11 +27,11 @@ from dataclasses import dataclass
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 
-from tinyvllm.config import MAX_LOGIT_BIAS, MAX_STOP_IDS
+from tinyvllm.config import MAX_LOGIT_BIAS
 from tinyvllm.ops.device import DeviceHandle
 from tinyvllm.ops.kernel import F32, I32, NEG_INF, U16, U32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.rows import row_writer
-from tinyvllm.ops.sample import OUT_TOKEN, OUT_WIDTH, SampleSpec, draw_kernel, hold_back_kernel, logprobs_kernel
+from tinyvllm.ops.sample import OUT_TOKEN, OUT_WIDTH, SampleSpec, draw_kernel, hold_back, logprobs_kernel
 
 WORD = 32  # ids a word of a mask
 THREADS = 256  # of a threadgroup that adjusts logits
@@ -105,12 +105,12 @@ def sample_adjusted(
     out = empty(seqs * OUT_WIDTH, I32, device) if out is None else out
     norms = empty(seqs, F32, device)
     out, norms = run_kernel(logprobs_kernel(spec), [out, norms], [logits, inputs])
-    adjusted, held = empty(seqs * spec.stride, F32, device), empty(seqs * MAX_STOP_IDS, F32, device)
+    adjusted = empty(seqs * spec.stride, F32, device)
     (adjusted,) = run_kernel(adjust_kernel(adjust), [adjusted], [logits, inputs, state.counts, state.mask])
     (adjusted,) = run_kernel(bias_kernel(adjust), [adjusted], [logits, inputs, state.counts, state.mask, state.bias])
-    adjusted, _ = run_kernel(hold_back_kernel(spec), [adjusted, held], [inputs])
+    adjusted, _, leaders = hold_back(spec, adjusted, inputs)
     weights = empty(seqs * spec.stride, F32, device)
-    out, _ = run_kernel(draw_kernel(spec), [out, weights], [adjusted, inputs, norms, logits])
+    out, _ = run_kernel(draw_kernel(spec), [out, weights], [adjusted, inputs, norms, logits, *leaders])
     # the output is passed on, so that whoever waits for it waits for the counts
     return run_kernel(count_kernel(adjust), [out, state.counts], [inputs])[0]
 

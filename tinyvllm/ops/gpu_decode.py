@@ -18,6 +18,7 @@ from tinyvllm.ops.gpu_kernel import (
     SHARED_BYTES,
     Lanes,
     Mma,
+    await_previous,
     axes_of,
     carry,
     dot,
@@ -31,6 +32,7 @@ from tinyvllm.ops.step_inputs import StepLayout
 
 MAX_GROUP = 8  # rows of a matrix tile
 MAX_PARTS = 16
+FEW_GROUPS = 64  # threadgroups that leave half of a large GPU's cores idle: each takes more warps
 RUN = 8  # consecutive dimensions of a lane
 
 
@@ -64,7 +66,8 @@ class DecodeSpec:
 
     @property
     def num_warps(self) -> int:
-        wanted = 4 if self.split.num_parts > 1 or self.layout.num_tokens * self.num_kv_heads > 256 else 8
+        groups = self.layout.num_tokens * self.num_kv_heads
+        wanted = 4 if self.split.num_parts > 1 or groups > 256 else 8 if groups > FEW_GROUPS else 16
         while wanted > 1 and wanted * self.group * (self.head_dim + 2) * 4 > SHARED_BYTES:
             wanted //= 2
         return wanted
@@ -72,7 +75,7 @@ class DecodeSpec:
     @property
     def tiles_ahead(self) -> int:
         """Tiles that a warp loads at once."""
-        return 2 if self.layout.num_tokens >= 32 and self.head_dim <= 64 else 1
+        return 2 if self.head_dim <= 64 else 1
 
 
 def fits_decode(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, num_cols: tuple[int, ...]) -> bool:
@@ -93,7 +96,8 @@ class _Row:
 
     def __init__(self, spec: DecodeSpec, axis: UOp | int, kv_head: UOp | int, lane: UOp, operands: list[UOp]) -> None:
         self.spec, self.axis, self.kv_head, self.lane = spec, axis, kv_head, lane
-        self.inputs, self.rope, *self.parts = operands
+        self.inputs, self.rope, *parts = operands
+        self.parts = await_previous(spec.lanes, *parts)
         layout = spec.layout
         limit = max(layout.max_blocks * layout.block_size, 4096)  # more than two passes of a loop: Body.fold_while
         self.past = clamp(self.inputs[layout.offset("positions") + axis].load(), 0, limit - 1)

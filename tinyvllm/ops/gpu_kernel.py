@@ -19,6 +19,18 @@ LANES = 32  # threads that run in step: CUDA's warp, METAL's simdgroup
 SHARED_BYTES = 32 << 10  # threadgroup memory that every device has (METAL's limit; CUDA has 48 KiB)
 
 SHUFFLES = {"CUDA": "__shfl_xor_sync(0xffffffffu,{0},%d)", "METAL": "simd_shuffle_xor({0},%d)"}
+HALF_PAIR = 0x64006400  # two halves of 1024, whose last bit is worth 1
+# word & mask | bits as one instruction, which has room for one constant only
+AND_OR = (
+    '[](uint w){{{{ uint d; asm("lop3.b32 %0, %1, {0:#x}, {1:#x}, 0xea;" : "=r"(d) : "r"(w)); return d; }}}}({{0}})'
+)
+MULTIPLY_WORDS = (
+    'asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32'
+    ' {{{{%0,%1,%2,%3}}}}, {{{{%4,%5,%6,%7}}}}, {{{{%8,%9}}}}, {{{{%0,%1,%2,%3}}}};"'
+    ' : "+f"({sums}_0), "+f"({sums}_1), "+f"({sums}_2), "+f"({sums}_3) : {words});'
+)
+AWAIT_PREVIOUS = "griddepcontrol.wait"
+CHAIN = f'asm volatile("{AWAIT_PREVIOUS}; griddepcontrol.launch_dependents;" ::: "memory");'
 # (columns of the right operand, rows of the left one, terms) of one instruction
 MATRIX_DIMS = {"CUDA": (8, 16, 16), "METAL": (8, 8, 8)}
 
@@ -29,6 +41,7 @@ class Lanes:
 
     kind: str  # CUDA or METAL
     matrix_dtypes: tuple[DType, ...] = ()  # operands that its matrix unit multiplies with float32 sums
+    is_chained: bool = False  # a kernel may be launched before the one before it has ended: see gpu_graph
 
     def shuffle(self, value: UOp, mask: int) -> UOp:
         """The float32 `value` of the lane whose number differs by the bits of `mask`."""
@@ -55,7 +68,12 @@ def lanes_of(device_name: str) -> Lanes | None:
         return None
     cores = Device[device_name].renderer.tensor_cores
     fitting = [core.dtype_in for core in cores if core.dims == MATRIX_DIMS[kind] and core.dtype_out == dtypes.float]
-    return Lanes(kind, tuple(fitting))  # none before sm_80 and Apple7
+    return Lanes(kind, tuple(fitting), _is_chained(device_name))  # no matrix unit before sm_80 and Apple7
+
+
+def _is_chained(device_name: str) -> bool:
+    arch: str = Device[device_name].renderer.target.arch
+    return arch.startswith("sm_") and int(arch[3:].rstrip("a")) >= 90
 
 
 @dataclass(frozen=True)
@@ -118,6 +136,36 @@ class Mma:
         """Which lanes hold the same row: `Lanes.sum` over these adds up a row."""
         return (1, 2) if self.kind == "CUDA" else (1, 8)
 
+    @property
+    def slot_masks(self) -> tuple[int, ...]:
+        """Which lanes hold the sums of one row of w with the tokens below `slots`: `Lanes.sum` over these adds them."""
+        return (1,) if self.kind == "CUDA" else (2, 4, 16)
+
+    def to_halves(self, word: UOp, mask: int) -> UOp:
+        """A word of two halves: 1024 + each of the two small integers of `word & mask`."""
+        if self.kind == "CUDA":
+            return UOp(Ops.CUSTOM, dtypes.uint, src=(word,), arg=AND_OR.format(mask, HALF_PAIR))
+        return (word & mask) | HALF_PAIR
+
+    def multiply_words(self, body: Body, w: list[list[UOp]], x: list[list[UOp]], start: Sequence[UOp]) -> list[UOp]:
+        """The elements of a tile's sums that begin at `start`; operands as in `multiply`, in words of two halves.
+
+        On CUDA a statement of our own: tinygrad would take the words apart, and the compiler move every half."""
+        if self.kind == "METAL":
+            sums = self.multiply([_in_halves(run) for run in w], [_in_halves(run) for run in x], UOp.stack(*start))
+            return [sums.index(e) for e in range(self.elements)]
+        low, high, right, name = w[0], w[1], x[0], f"sums{body.label()}"
+        lines = ["float " + ", ".join(f"{name}_{e} = {{{e}}}" for e in range(self.elements)) + ";"]
+        operands = list(start)
+        for i in range(0, len(low), 2):
+            words = ", ".join(f'"r"({{{len(operands) + j}}})' for j in range(6))
+            lines.append(MULTIPLY_WORDS.format(sums=name, words=words))
+            operands += [low[i], high[i], low[i + 1], high[i + 1], right[i], right[i + 1]]
+        done = UOp(Ops.CUSTOM, dtypes.void, src=tuple(operands), arg="\n".join(lines))
+        # the zero is not rendered: it says that there is one value
+        zero = UOp.const(0.0, F32)
+        return [UOp(Ops.CUSTOM, F32, src=(zero, done), arg=f"{name}_{e}") for e in range(self.elements)]
+
     def multiply(self, w: list[list[UOp]], x: list[list[UOp]], sums: UOp) -> UOp:
         """Add the product of one chunk: w the lane's `row_runs`, x its `token_runs`, values of `dtype`."""
         if self.kind == "METAL":
@@ -135,10 +183,27 @@ class Mma:
         return UOp.wmma(UOp.stack(*left), UOp.stack(*right), sums, MATRIX_DIMS[self.kind], self.kind, LANES)
 
 
+def _in_halves(words: Sequence[UOp]) -> list[UOp]:
+    return [bits.cast(dtypes.ushort).bitcast(dtypes.half) for word in words for bits in (word & 0xFFFF, word >> 16)]
+
+
 def _metal_place(lane: UOp) -> tuple[UOp, UOp]:
     """(row, first of two columns) of an 8 x 8 simdgroup matrix that a lane holds."""
     quad = lane // 4
     return quad // 4 % 2 * 4 + lane // 2 % 4, quad // 2 % 2 * 4 + lane % 2 * 2
+
+
+# -- the kernel before -------------------------------------------------------------------------------------------------
+
+
+def await_previous(lanes: Lanes, *buffers: UOp) -> tuple[UOp, ...]:
+    """The buffers, to be read when the kernels before this one have ended. Where kernels are chained, every kernel of
+    ours passes what it reads through here, but for what no kernel of a step writes: weights, and the host's words."""
+    if not lanes.is_chained:
+        return buffers
+    # behind a barrier, because tinygrad does not heed a statement of ours as something to come after
+    ready = UOp(Ops.BARRIER, src=(UOp(Ops.CUSTOM, dtypes.void, src=(), arg=CHAIN),))
+    return tuple(buffer.after(ready) for buffer in buffers)
 
 
 # -- axes and registers ------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from tinyvllm.ops.gpu_kernel import (
     SHARED_BYTES,
     Lanes,
     Mma,
+    await_previous,
     axes_of,
     carry,
     dot,
@@ -28,6 +29,7 @@ from tinyvllm.ops.gpu_split import SplitHeads, read_split
 from tinyvllm.ops.kernel import F32, LOG2E, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.matrix import PANEL, Format, Planes
 
+FEW_GROUPS = 96
 GROUPS_WANTED = 256  # threadgroups that keep every core of a large GPU busy: two each on 132
 
 
@@ -103,10 +105,7 @@ def vector_kernel(spec: VectorSpec) -> KernelFn:
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands = list(rest)
         planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
-        x = operands.pop(0)
-        split = (operands.pop(0), operands.pop(0)) if spec.split is not None else None
-        norm_weight = operands.pop(0) if spec.norm_eps is not None else None
-        residual = operands.pop(0) if spec.epilogue == "residual" else None
+        x, split, norm_weight, residual = _vector_operands(spec, operands)
         body = Body()
         rows, down, across, ahead = spec.shape
         group, lane = body.grid(spec.out_rows // (rows * down)), body.threads(LANES)
@@ -169,6 +168,21 @@ def vector_kernel(spec: VectorSpec) -> KernelFn:
     return kernel
 
 
+def _vector_operands(
+    spec: VectorSpec, operands: list[UOp]
+) -> tuple[UOp, tuple[UOp, UOp] | None, UOp | None, UOp | None]:
+    """x, the rest of what a split x is read from, the norm's weight and the residual, taken from `operands`."""
+    (x,) = await_previous(spec.lanes, operands.pop(0))
+    split = norm_weight = residual = None
+    if spec.split is not None:
+        split = (await_previous(spec.lanes, operands.pop(0))[0], operands.pop(0))
+    if spec.norm_eps is not None:
+        norm_weight = operands.pop(0)
+    if spec.epilogue == "residual":
+        (residual,) = await_previous(spec.lanes, operands.pop(0))
+    return x, split, norm_weight, residual
+
+
 def _stage(body: Body, spec: VectorSpec, x: UOp, norm_weight: UOp, thread: UOp, num_warps: int) -> tuple[UOp, UOp]:
     """x * norm weight in threadgroup memory, run by run, and the sum of x's squares in every thread."""
     shared, sums = body.shared(spec.num_cols // PANEL * STAGED_RUN), body.shared(num_warps)
@@ -229,6 +243,7 @@ class MatrixSpec:
     """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = silu(gate) * up."""
 
     name: str
+    lanes: Lanes
     mma: Mma
     format: Format
     num_tokens: int  # T
@@ -259,7 +274,7 @@ class MatrixSpec:
         """Tiles of rows a warp owns; gate and up count as two."""
         scale = 16 // self.mma.rows  # METAL's tiles have half the rows
         wanted = 1 if self.token_tiles == 1 and self.num_rows < 8192 else 2
-        if self.token_tiles > 2 and (self.num_rows >= 8192 or self.num_cols >= 8192):
+        if self.token_tiles > 4 and (self.num_rows >= 8192 or self.num_cols >= 8192):
             wanted = 4
         if self.is_gated:
             wanted = max(2, wanted)
@@ -271,7 +286,12 @@ class MatrixSpec:
     @property
     def warps(self) -> int:
         """Warps that share the columns, and at the end a lane's sums."""
-        return 1 if self.chunks < 8 else 4 if self.token_tiles * self.mma.elements % 4 == 0 else 2
+        if self.chunks < 8:
+            return 1
+        share = self.token_tiles * self.mma.elements
+        if 2 < self.token_tiles <= 4 and share % 8 == 0 and self._num_groups < FEW_GROUPS and not self.is_gated:
+            return 8
+        return 4 if share % 4 == 0 else 2
 
     @property
     def chunks(self) -> int:
@@ -280,11 +300,16 @@ class MatrixSpec:
     @property
     def splits(self) -> int:
         """S: parts of K with threadgroups of their own, where there are too few rows to fill the device."""
-        splits, groups = 1, self.num_rows // (self.row_tiles * self.mma.rows) * self.token_groups
+        splits, groups = 1, self._num_groups
         wanted = GROUPS_WANTED * 3 // 2 if self.token_tiles == 1 else GROUPS_WANTED
-        while not self.is_gated and groups * splits < wanted and self.chunks >= 4 * splits * self.warps:
+        while not self.is_gated and groups * splits < wanted and self.chunks >= 4 * splits * min(4, self.warps):
             splits *= 2
         return splits
+
+    @property
+    def _num_groups(self) -> int:
+        """Threadgroups, if none shared its columns with another."""
+        return self.num_rows // (self.row_tiles * self.mma.rows) * self.token_groups
 
     @property
     def ahead(self) -> int:
@@ -307,7 +332,7 @@ def matrix_kernel(spec: MatrixSpec) -> KernelFn:
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands, mma = list(rest), spec.mma
         planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
-        x = operands.pop(0)
+        (x,) = await_previous(spec.lanes, operands.pop(0))
         body, row_tiles, token_tiles = Body(), spec.row_tiles, spec.token_tiles
         per_group = row_tiles // 2 if spec.is_gated else row_tiles
         token_group = grid(body, spec.token_groups)
@@ -462,8 +487,8 @@ def sum_kernel(spec: SumSpec) -> KernelFn:
         rest = list(operands)
         x_out = rest.pop(0) if spec.num_parts else None
         h_out = rest.pop(0) if spec.norm_eps is not None else None
-        source = rest.pop(0)
-        residual = rest.pop(0) if spec.has_residual else None
+        (source,) = await_previous(spec.lanes, rest.pop(0))
+        residual = await_previous(spec.lanes, rest.pop(0))[0] if spec.has_residual else None
         norm_weight = rest.pop(0) if spec.norm_eps is not None else None
         body, cols, width = Body(), spec.num_cols, 8
         threads = spec.num_warps * LANES

@@ -7,7 +7,7 @@ value = (code - offset) * scale + minimum = f * (scale * 2**b) + (minimum - scal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tinygrad import UOp
@@ -17,6 +17,7 @@ from tinyvllm.ops.kernel import F32, I32, balanced
 from tinyvllm.ops.matrix import PANEL, Format, Planes, ScaleFormat
 
 ONE_BITS, MANTISSA_BITS = 0x3F800000, 23
+CODE_ORDER = (0, 2, 1, 3)  # of four neighbours' codes in `read_pairs`: a word's halves hold every other one
 
 
 def run_cols(fmt: Format, dense_cols: int) -> int:
@@ -115,21 +116,55 @@ def _packed_codes(planes: Planes, run: UOp) -> list[UOp]:
     return [_in_mantissa(code) for code in codes]
 
 
+def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, to_halves: Callable[[UOp, int], UOp]) -> list[UOp]:
+    """A run's codes in words of two halves, 1024 + code each (signed bytes: + 128): one instruction for two.
+
+    `to_halves`: `Mma.to_halves`. In quads of neighbours in `CODE_ORDER`: the first four columns, the first four of the
+    run's second half, the second four, and so on.
+    """
+    fmt, index = planes.fmt, row * num_runs + run
+    pairs = []
+    if fmt.bits == 8:
+        words = [planes.codes[index * (PANEL // 4) + i].load() ^ 0x80808080 for i in range(PANEL // 4)]
+        for i in range(PANEL // 4):
+            word = words[i // 2 + i % 2 * 4]
+            pairs += [to_halves(word, 0x00FF00FF), to_halves(word >> 8, 0x00FF00FF)]
+        return pairs
+    count = PANEL // 8
+    words = [planes.codes[index * count + i].load() for i in range(count)]
+    high = []
+    if planes.high is not None:
+        high = [planes.high[index * fmt.high_bits + i].load() for i in range(fmt.high_bits)]
+    for i in range(PANEL // 4):
+        for odd in range(2):
+            shift = i % 2 * 4 + odd * 8
+            pair, mask = words[i // 2] >> shift if shift else words[i // 2], 0x000F000F
+            for place in range(2 if high else 0):
+                bit = (i // 2 * 4 + i % 2 * (PANEL // 2) + odd + place * 2) * fmt.high_bits
+                pair = (pair & mask) | _moved(high[bit // 32], bit % 32, fmt.high_bits, 4 + place * 16)
+                mask |= ((1 << fmt.high_bits) - 1) << (4 + place * 16)
+            pairs.append(to_halves(pair, mask))
+    return pairs
+
+
 def _factors(planes: Planes, row: UOp, run: UOp, num_cols: int) -> list[tuple[UOp, UOp]]:
     fmt = planes.fmt
     offset = fmt.offset + (128 if fmt.bits == 8 else 0)
     factors = []
     for i in range(PANEL // fmt.group):
         group = run * (PANEL // fmt.group) + i
-        scale = _scale(planes.scale, row, group, fmt, num_cols)
+        scale = group_scale(planes.scale, row, group, fmt, num_cols)
         shift = scale * -float((1 << fmt.bits) + offset)
         if planes.minimum is not None:
-            shift = shift + _scale(planes.minimum, row, group, fmt, num_cols)
+            shift = shift + group_scale(planes.minimum, row, group, fmt, num_cols)
         factors.append((scale * float(1 << fmt.bits), shift))
     return factors
 
 
-def _scale(scales: tuple[ScaleFormat, UOp, UOp | None] | None, row: UOp, group: UOp, fmt: Format, num_cols: int) -> UOp:
+def group_scale(
+    scales: tuple[ScaleFormat, UOp, UOp | None] | None, row: UOp, group: UOp, fmt: Format, num_cols: int
+) -> UOp:
+    """The scale or minimum of one row's group of columns, as float32."""
     assert scales is not None
     form, base, steps = scales
     value = base[row * (num_cols // form.span) + group // (form.span // fmt.group)].load().cast(F32)

@@ -75,6 +75,11 @@ class Body:
         """Threads of a threadgroup. The first one made is the fastest varying (lid.x)."""
         return self._range(size, AxisType.LOCAL)
 
+    def label(self) -> int:
+        """A number for a name of one's own in a statement of the device's language."""
+        self._slot += 1
+        return self._slot - 1
+
     def registers(self, size: int, dtype: DType = F32) -> UOp:
         self._slot += 1
         return UOp.placeholder((size,), dtype, self._slot - 1, addrspace=AddrSpace.REG)

@@ -38,7 +38,14 @@ MAX_COMMANDS = 1 << 20  # of a step: keeps the index into its table within 32 bi
 
 def make_replay(device: DeviceHandle, step: Step) -> Callable[[], None]:
     """A function that enqueues the step. It keeps the step's buffers alive."""
-    return CpuReplay(device.cores, step) if device.is_cpu else GraphReplay(step)
+    if device.is_cpu:
+        return CpuReplay(device.cores, step)
+    if device.name.startswith("CUDA"):
+        from tinyvllm.ops.gpu_graph import ChainReplay, fits_chain  # the driver's bindings: not for other devices
+
+        if fits_chain(step):
+            return ChainReplay(device.name, step)
+    return GraphReplay(step)
 
 
 class GraphReplay:

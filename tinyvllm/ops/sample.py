@@ -32,6 +32,7 @@ from tinyvllm.ops.kernel import (
     U32,
     Body,
     KernelFn,
+    balanced,
     cached_kernel,
     empty,
     exp2,
@@ -42,7 +43,11 @@ from tinyvllm.ops.kernel import (
 from tinyvllm.ops.step_inputs import StepLayout
 
 CPU_LANES = 32  # accumulators of one core; a loop over them, which clang turns into vectors
-GPU_LANES = 256  # threads of a threadgroup
+GPU_LANES = 512  # threads of a threadgroup that has a row
+GPU_WIDTH = 4  # neighbours that such a thread reads at once
+TREE = 4  # results that one thread of them combines, until one is left
+PART_LANES = 256  # threads of a threadgroup that has a part of a row
+MAX_PARTS = 32
 # words of an output row: the token, its logprob's bits, its rank (1: the likeliest), the likeliest ids (-1: the
 # vocabulary has no more), the bits of their logprobs. Ranks and logprobs are those of the raw logits.
 OUT_TOKEN, OUT_LOGPROB, OUT_RANK, OUT_TOP, OUT_TOP_LOGPROB = 0, 1, 2, 3, 3 + MAX_LOGPROBS
@@ -65,6 +70,11 @@ class SampleSpec:
     has_threads: bool  # a threadgroup a row (GPU), or the lanes of one core (CPU)
     is_adjusted: bool = False  # the raw logits lie beside those that are sampled from
 
+    @property
+    def num_parts(self) -> int:
+        """Threadgroups that look for a row's largest logit: one row alone must not keep a whole GPU waiting."""
+        return min(MAX_PARTS, max(1, 512 // self.layout.num_seqs)) if self.has_threads else 1
+
 
 def sample(spec: SampleSpec, logits: Tensor, inputs: Tensor, out: Tensor | None = None) -> Tensor:
     """(R * OUT_WIDTH,) int32: tokens and logprobs, at the beginning of `out` where that is given. Changes the logits
@@ -74,10 +84,22 @@ def sample(spec: SampleSpec, logits: Tensor, inputs: Tensor, out: Tensor | None 
     norms = empty(seqs, F32, device)
     # the logits are passed on, so that they change only after they were read: held-back ids count in raw logprobs
     out, norms, logits = run_kernel(logprobs_kernel(spec), [out, norms, logits], [inputs])
-    held = empty(seqs * MAX_STOP_IDS, F32, device)
-    logits, held = run_kernel(hold_back_kernel(spec), [logits, held], [inputs])
+    logits, held, leaders = hold_back(spec, logits, inputs)
     weights = empty(seqs * spec.stride, F32, device)
-    return run_kernel(draw_kernel(spec), [out, weights], [logits, inputs, norms, held])[0]
+    return run_kernel(draw_kernel(spec), [out, weights], [logits, inputs, norms, held, *leaders])[0]
+
+
+def hold_back(spec: SampleSpec, logits: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The logits, of which those that min_tokens holds back become -inf; those as they were (R, MAX_STOP_IDS); and,
+    where threads share a row, what `draw_kernel` wants of them: the largest logit of each part of a row, and its id."""
+    seqs, device = spec.layout.num_seqs, logits.device
+    held = empty(seqs * MAX_STOP_IDS, F32, device)
+    if not spec.has_threads:
+        logits, held = run_kernel(hold_back_kernel(spec), [logits, held], [inputs])
+        return logits, held, []
+    leaders = [empty(seqs * spec.num_parts, kind, device) for kind in (F32, I32)]
+    logits, held, *leaders = run_kernel(leaders_kernel(spec), [logits, held, *leaders], [inputs])
+    return logits, held, leaders
 
 
 class _Row:
@@ -92,7 +114,8 @@ class _Row:
         self.lanes = GPU_LANES if spec.has_threads else CPU_LANES
         self.axes = (self.axis,) if self.thread is None else (self.axis, self.thread)
         self.base = self.axis * spec.stride
-        self.chunks = max(2, -(-spec.vocab_size // self.lanes))  # 2: see Body.fold_while
+        self.width = GPU_WIDTH if spec.has_threads else 1
+        self.chunks = max(2, -(-spec.vocab_size // (self.lanes * self.width)))  # 2: see Body.fold_while
 
     def param(self, name: str) -> UOp:
         """This row's int32 word of a step input."""
@@ -131,7 +154,9 @@ class _Row:
         chunk = self.body.fold_while(is_wanted * self.chunks)
         lane = self.thread if self.thread is not None else self.body.loop(self.lanes)
         at = 0 if self.thread is not None else lane
-        new = step(*self._index(chunk, lane), [reg.after(chunk)[at].load() for reg in regs])
+        new = [reg.after(chunk)[at].load() for reg in regs]
+        for index, inside in self._indices(chunk, lane):
+            new = step(index, inside, new)
         stores = UOp.group(*[reg.after(chunk)[at].store(value) for reg, value in zip(regs, new, strict=True)])
         end = stores.end(chunk) if self.thread is not None else stores.end(lane, chunk)
         return self._combine([reg.after(end) for reg in regs], kinds, init, combine, end)
@@ -148,13 +173,10 @@ class _Row:
             done = UOp.group(*stores).end(lane)
         return [reg.after(done) for reg in regs]
 
-    def _index(self, chunk: UOp, lane: UOp) -> tuple[UOp, UOp]:
-        """The value that a lane looks at, bounded, and whether it is inside the row."""
-        index = chunk.cast(dtypes.weakint) * self.lanes + lane
-        if self.spec.vocab_size == self.chunks * self.lanes:
-            return index, UOp.const(True, dtypes.bool)
-        inside = index < self.spec.vocab_size
-        return inside.where(index, 0), inside
+    def _indices(self, chunk: UOp, lane: UOp) -> list[tuple[UOp, UOp]]:
+        """The neighbours that a lane looks at, bounded, and whether each is inside the row."""
+        place = chunk.cast(dtypes.weakint) * self.lanes + lane
+        return neighbours(self.spec, place, self.width, self.chunks * self.lanes)
 
     def _combine(
         self,
@@ -164,25 +186,48 @@ class _Row:
         combine: Callable[[State, State], State],
         end: UOp,
     ) -> State:
-        """The lanes' results, in the order of the lanes. On a GPU through threadgroup memory, in every thread alike."""
-        partial = regs
+        """The lanes' results, in the order of the lanes on a core."""
         if self.thread is not None:
-            shared = [self.body.shared(self.lanes, kind) for kind in kinds]
-            stores = [s.after(end)[self.thread].store(reg[0].load()) for s, reg in zip(shared, regs, strict=True)]
-            end = UOp.group(*stores)
-            partial = [s.after(end) for s in shared]
+            return combine_threads(self.body, self.thread, self.lanes, [reg[0].load() for reg in regs], combine, end)
         totals = [self.body.registers(1, kind) for kind in kinds]
         start = UOp.group(*[t.after(end)[0].store(v) for t, v in zip(totals, init, strict=True)])
         totals = [t.after(start) for t in totals]
         lane = self.body.fold(self.lanes)
-        new = combine([t.after(lane)[0].load() for t in totals], [p[lane].load() for p in partial])
+        new = combine([t.after(lane)[0].load() for t in totals], [reg[lane].load() for reg in regs])
         folded = UOp.group(*[t.after(lane)[0].store(v) for t, v in zip(totals, new, strict=True)]).end(lane)
         return [t.after(folded)[0].load() for t in totals]
 
 
+def neighbours(spec: SampleSpec, place: UOp, count: int, limit: int) -> list[tuple[UOp, UOp]]:
+    """`count` indices from place * count: bounded, and whether each is inside the row. `place` is below `limit`.
+
+    They stay neighbours where they are bounded, so that they are read at once: a row's stride is a multiple of 32."""
+    if limit * count == spec.vocab_size:
+        return [(place * count + i, UOp.const(True, dtypes.bool)) for i in range(count)]
+    bounded = (place < -(-spec.vocab_size // count)).where(place, 0) * count
+    return [(bounded + i, place * count + i < spec.vocab_size) for i in range(count)]
+
+
+def combine_threads(
+    body: Body, thread: UOp, count: int, values: State, combine: Callable[[State, State], State], *after: UOp
+) -> State:
+    """The states of a threadgroup's `count` threads (a power of two) as one, in every thread: a tree through
+    threadgroup memory."""
+    while True:
+        shared = [body.shared(count, value.dtype) for value in values]
+        stores = [s.after(*after)[thread.valid(thread < count)].store(v) for s, v in zip(shared, values, strict=True)]
+        shared = [s.after(UOp.group(*stores)) for s in shared]
+        width = min(TREE, count)
+        count //= width
+        at = thread % count if count > 1 else UOp.const(0, dtypes.weakint)
+        values = balanced([[s[at + i * count].load() for s in shared] for i in range(width)], combine)
+        if count == 1:
+            return values
+
+
 def _first_best(a: State, b: State) -> State:
     """The larger (value, index); at a tie the lower index. An index of -1 stands for no value at all."""
-    is_b = (b[0] > a[0]) | (b[0].eq(a[0]) & (b[1] < a[1]) & (b[1] >= 0)) | (a[1] < 0)
+    is_b = (b[1] >= 0) & ((b[0] > a[0]) | (b[0].eq(a[0]) & (b[1] < a[1])) | (a[1] < 0))
     return [is_b.where(b[0], a[0]), is_b.where(b[1], a[1])]
 
 
@@ -267,12 +312,54 @@ def hold_back_kernel(spec: SampleSpec) -> KernelFn:
 
 
 @cached_kernel
+def leaders_kernel(spec: SampleSpec) -> KernelFn:
+    """fn(logits, held (R, MAX_STOP_IDS), values (R, P), ids (R, P), inputs): `hold_back_kernel` and, of the P parts of
+    each row, the largest logit and its id (-1: none is finite). A threadgroup a part."""
+
+    def kernel(logits: UOp, held: UOp, values: UOp, ids: UOp, inputs: UOp) -> UOp:
+        body, seqs, parts = Body(), spec.layout.num_seqs, spec.num_parts
+        row, part, thread = body.grid(seqs), body.grid(parts), body.threads(PART_LANES)
+        passes = max(2, -(-spec.vocab_size // (parts * PART_LANES * GPU_WIDTH)))
+        span = passes * PART_LANES * GPU_WIDTH
+        slot = row * MAX_STOP_IDS + thread % MAX_STOP_IDS
+        token = inputs[spec.layout.offset("held_back") + slot].load()
+        index = row * spec.stride + token.maximum(0).minimum(spec.vocab_size - 1).cast(dtypes.weakint)
+        is_own = (token >= part * span) & (token < (part + 1) * span) & (token < spec.vocab_size)
+        is_own = is_own & (thread < MAX_STOP_IDS)
+        kept = held[slot.valid(is_own)].store(logits[index].load())
+        stored = logits.after(kept)[index.valid(is_own)].store(NEG_INF)
+        read = logits.after(UOp(Ops.BARRIER, src=(stored,)))
+
+        best, place = body.registers(1, F32), body.registers(1, I32)
+        start = UOp.group(*[r.after(row, part, thread)[0].store(v) for r, v in ((best, LOWEST), (place, -1))])
+        best, place = best.after(start), place.after(start)
+        step = body.fold(passes)
+        quad = (part * passes + step) * PART_LANES + thread
+        state = [best.after(step)[0].load(), place.after(step)[0].load()]
+        for at, inside in neighbours(spec, quad, GPU_WIDTH, parts * passes * PART_LANES):
+            value = read[row * spec.stride + at].load()
+            is_better = inside & (value > state[0])
+            state = [is_better.where(value, state[0]), is_better.where(at.cast(I32), state[1])]
+        done = UOp.group(*[r.after(step)[0].store(v) for r, v in zip((best, place), state, strict=True)]).end(step)
+        own = [r.after(done)[0].load() for r in (best, place)]
+        value, at = combine_threads(body, thread, PART_LANES, own, _first_best, done)
+        target = (row * parts + part).valid(thread.eq(0))
+        stores = [values[target].store(value), ids[target].store(at)]
+        name = f"leaders_{seqs}x{spec.vocab_size}"
+        read_once = seqs * spec.vocab_size
+        return finish(UOp.group(*stores).end(thread, part, row), name, ops=read_once, nbytes=4 * read_once)
+
+    return kernel
+
+
+@cached_kernel
 def draw_kernel(spec: SampleSpec) -> KernelFn:
-    """fn(out, weights (R, stride), logits, inputs, norms, raw): choose each row's token; -1 where no logit is finite.
+    """fn(out, weights (R, stride), logits, inputs, norms, raw[, values, ids]): choose each row's token; -1 where no
+    logit is finite. `values` and `ids`: those of `leaders_kernel`.
 
     `raw`: the raw logits of the held-back ids (R, MAX_STOP_IDS), or, of an adjusted step, all of them (R, stride)."""
 
-    def kernel(out: UOp, weights: UOp, logits: UOp, inputs: UOp, norms: UOp, raw: UOp) -> UOp:
+    def kernel(out: UOp, weights: UOp, logits: UOp, inputs: UOp, norms: UOp, raw: UOp, *leaders: UOp) -> UOp:
         body = Body()
         row = _Row(spec, body, inputs)
 
@@ -281,7 +368,12 @@ def draw_kernel(spec: SampleSpec) -> KernelFn:
             is_better = inside & (value > old[0])
             return [is_better.where(value, old[0]), is_better.where(index.cast(I32), old[1])]
 
-        best, greedy = row.fold(UOp.const(1, I32), (LOWEST, -1), better, _first_best)
+        if leaders:
+            first = row.axis * spec.num_parts
+            found = [[leader[first + i].load() for leader in leaders] for i in range(spec.num_parts)]
+            best, greedy = row.keep(balanced(found, _first_best), [F32, I32])
+        else:
+            best, greedy = row.fold(UOp.const(1, I32), (LOWEST, -1), better, _first_best)
         temperature = row.number("temperature")
         draws = _flag(temperature > 0.0)
         weights, is_kept = _weigh_and_filter(row, weights, logits, best, temperature, draws)

@@ -8,7 +8,7 @@ import pytest
 from tests.engine.fakes import FakeModelRunner
 from tinyvllm.config import EngineConfig, ModelFiles
 from tinyvllm.engine.parts import load_parts
-from tinyvllm.errors import ModelError
+from tinyvllm.errors import ModelError, TinyvllmError
 
 
 class WarmRunner(FakeModelRunner):
@@ -53,3 +53,11 @@ def test_a_failed_warm_up_gives_the_device_back(tiny_hf_files: ModelFiles, runne
 def test_an_unknown_model_is_refused_before_anything_is_loaded(runner: WarmRunner) -> None:
     with pytest.raises(ModelError):
         load_parts(EngineConfig("./no/such/model"))
+
+
+@pytest.mark.parametrize("setting", ["tool_call_parser", "reasoning_parser"])
+def test_an_unknown_parser_is_refused_before_anything_is_loaded(
+    tiny_hf_files: ModelFiles, runner: WarmRunner, setting: str
+) -> None:
+    with pytest.raises(TinyvllmError, match=f"--{setting.replace('_', '-')} is 'herms': choose from"):
+        load_parts(EngineConfig(str(tiny_hf_files.path), **{setting: "herms"}))

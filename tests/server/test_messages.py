@@ -10,7 +10,9 @@ import pytest
 
 from tests.server.fake_engine import FakeEngine, TagTemplate, serving
 from tests.server.test_routes import chat, complete, error_of, events, get, post
-from tinyvllm.config import EngineConfig
+from tinyvllm.config import EngineConfig, GenerationDefaults
+from tinyvllm.engine.beam import BeamSettings
+from tinyvllm.server import state
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -364,3 +366,23 @@ async def test_texts_become_tokens_and_tokens_texts() -> None:
 async def test_the_tokenizer_says_what_lm_eval_wants_to_know() -> None:
     info = (await get(FakeEngine(), "/tokenizer_info")).json()
     assert (info["eos_token"], info["vocab_size"], info["bos_token"]) == ("<end>", 257, None)
+
+
+# ---- Beams ----
+
+
+async def test_beam_search_goes_the_engines_way_with_best_of_beams(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def search(engine: Any, ids: list[int], params: Any, settings: Any, **options: Any) -> Any:
+        asked.append((params, settings))
+        return engine.generate(ids, params, **options)
+
+    monkeypatch.setattr(state, "generate_beams", search)
+    engine = FakeEngine(reply="ab", generation_defaults=GenerationDefaults(temperature=0.5, top_p=0.5))
+    body = {"use_beam_search": True, "n": 2, "best_of": 4, "length_penalty": 0.5, "early_stopping": True}
+    for answer in (await complete(engine, **body), await chat(engine, **body)):
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    for params, settings in asked:
+        assert (params.n, params.top_p, settings) == (4, 1.0, BeamSettings(0.5, early_stopping=True))
+    assert len(asked) == 2

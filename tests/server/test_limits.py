@@ -16,6 +16,7 @@ from tests.server.fake_engine import FakeEngine, serving
 from tests.server.test_disconnect import raw_post
 from tests.server.test_routes import CHAT, client_of, error_of, post
 from tinyvllm.errors import RequestError, TinyvllmError
+from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.server.app import make_app
 from tinyvllm.server.context import RequestContext
 from tinyvllm.server.limits import Admission, QueueFullError
@@ -177,18 +178,33 @@ def test_a_client_that_does_not_send_its_body_is_told_so() -> None:
 # ---- Health ----
 
 
-async def test_an_engine_whose_steps_do_not_end_is_unhealthy() -> None:
-    app = make_app(FakeEngine(), ServerSettings(watchdog_timeout_s=5))  # type: ignore[arg-type]
-    state = app.state.server
+async def test_an_engine_whose_steps_do_not_end_is_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    engine = FakeEngine()
+    engine.statistics = StepStats()
+    app = make_app(engine, ServerSettings(watchdog_timeout_s=5))  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        state.admission.busy_since_s = time.monotonic() - 60  # long ago, but nothing is asked for now
-        assert (await client.get("/health")).status_code == 200
-        state.admission.num_seqs = 1
+
+        async def health() -> int:
+            return (await client.get("/health")).status_code
+
+        app.state.server.history.add(StepStats(extra={"num_steps": 1}))
+        now_s += 60  # idle for a long time, and a request that has just come: all is well
+        assert await health() == 200
+        await client.post("/v1/completions", json={"prompt": "x"})
+        engine.statistics = StepStats(num_waiting=1)
+        assert await health() == 200
+        now_s += 6
         for path in ("/health", "/ready", "/ping"):
             response = await client.get(path)
             assert response.status_code == 503 and error_of(response)["code"] == "engine_stalled"
-        state.admission.busy_since_s = time.monotonic()
-        assert (await client.get("/health")).status_code == 200
+        app.state.server.history.add(StepStats(extra={"num_steps": 2}))  # it ended after all
+        assert await health() == 200
+        now_s += 60
+        engine.statistics = StepStats()  # done; that a client reads slowly is not the engine's fault
+        app.state.server.admission.num_seqs = 1
+        assert await health() == 200
 
 
 async def test_ping_is_health_by_get_and_post() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
@@ -38,7 +37,6 @@ class Admission:
         self._settings = settings
         self.num_seqs = 0  # sequences let in and not answered
         self.num_waiting_tokens = 0  # prompt tokens of those that have no output yet
-        self.busy_since_s = 0.0  # monotonic: when num_seqs last left 0
 
     def check_room(self, max_num_seqs: int) -> None:
         """QueueFullError if not even one more sequence fits: before the prompt is read, which costs time."""
@@ -67,8 +65,6 @@ class Admission:
                 f"{self.num_waiting_tokens} prompt tokens are waiting and this prompt has {num_tokens}, but at most "
                 f"{token_limit} may wait: try again later, or start the server with a larger --max-num-queued-tokens"
             )
-        if not self.num_seqs:
-            self.busy_since_s = time.monotonic()
         self.num_seqs += num_seqs
         context.num_seqs += num_seqs
         self.num_waiting_tokens += num_tokens

@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from tinyvllm.engine.beam import BeamSettings, generate_beams
 from tinyvllm.errors import EngineDeadError
-from tinyvllm.server.context import current
+from tinyvllm.server.context import RequestContext, current
 from tinyvllm.server.failures import NotReadyError
 from tinyvllm.server.limits import Admission, Drain, DrainingError, timed_out, until_timeout
 from tinyvllm.server.metrics import Metrics
@@ -43,6 +43,7 @@ class ServerState:
         self.history = StepHistory()
         self.metrics = Metrics(engine, self.history)
         self.start_s = time.monotonic()
+        self._work_since_s = self.start_s  # monotonic: when a request last came to an idle engine
         engine.on_step = self.history.add
 
     def require_engine(self) -> None:
@@ -63,10 +64,24 @@ class ServerState:
     def stalled_s(self) -> float | None:
         """For how long a step has not ended though there is work, once that is longer than the watchdog allows."""
         limit_s = self.settings.watchdog_timeout_s
-        if limit_s is None or not self.admission.num_seqs:
+        if limit_s is None or self._is_idle:
             return None
-        since_s = time.monotonic() - max(self.history.last_end_s, self.admission.busy_since_s)
+        since_s = time.monotonic() - max(self.history.last_end_s, self._work_since_s)
         return since_s if since_s > limit_s else None
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether the engine has nothing to do; answers that it has given may still be on their way to slow readers."""
+        stats = self.engine.stats()
+        return not stats.num_running and not stats.num_waiting
+
+    def _admit(self, num_seqs: int, num_tokens: int) -> RequestContext:
+        """Let sequences of one prompt into the engine, for the request that is being handled."""
+        context = current()
+        self.admission.admit(context, num_seqs, num_tokens, self.engine.capacity.max_num_seqs)
+        if self._is_idle:
+            self._work_since_s = time.monotonic()
+        return context
 
     def generate(
         self,
@@ -83,8 +98,7 @@ class ServerState:
         Raises at once, before anything has begun, when the prompt is not let in; the answer's end releases its place.
         arrival_s: perf_counter() when the request came. beams: search by params.n beams instead of sampling.
         """
-        context = current()
-        self.admission.admit(context, params.n, len(ids), self.engine.capacity.max_num_seqs)
+        context = self._admit(params.n, len(ids))
         if self.settings.log_requests:
             self._log_request(ids, params, request_id)
         if beams is None:
@@ -106,8 +120,7 @@ class ServerState:
         self, ids: list[int], pooling: str, *, request_id: str, arrival_s: float, priority: int = 0
     ) -> NDArray[np.float32]:
         """(hidden,): the engine's embedding of one text, behind admission and within the deadline."""
-        context = current()
-        self.admission.admit(context, 1, len(ids), self.engine.capacity.max_num_seqs)
+        context = self._admit(1, len(ids))
         timeout_s = self.settings.request_timeout_s
         remaining_s = None if timeout_s is None else timeout_s - (time.perf_counter() - arrival_s)
         try:

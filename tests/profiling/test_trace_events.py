@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from tinyvllm.profiling.kernels import Launch
-from tinyvllm.profiling.measure import Recorder, Recording
-from tinyvllm.profiling.trace_events import trace_events, trace_text
+from tinyvllm.profiling.measure import Recorder, Recording, Span
+from tinyvllm.profiling.trace_events import device_steps, trace_events, trace_text
 
 
 def make_recording() -> Recording:
@@ -42,6 +42,23 @@ def test_inner_spans_lie_inside_of_outer_ones() -> None:
     step, pack = events["step"], events["pack"]
     assert step["tid"] == pack["tid"]
     assert step["ts"] <= pack["ts"] and pack["ts"] + pack["dur"] <= step["ts"] + step["dur"]
+
+
+def test_the_device_has_a_row_of_steps_that_do_not_overlap() -> None:
+    """Two steps in flight: the second is launched before the first is read, and begins when that one ends."""
+    spans = (
+        Span("wait", 0, 900, "engine", 1, 0, {"bucket": "decode 1", "step": 6}),  # launched before the recording
+        Span("launch", 1_000, 2_000, "engine", 1, 0, {"bucket": "decode 1", "step": 7}),
+        Span("launch", 3_000, 4_000, "engine", 1, 0, {"bucket": "decode 1", "step": 8}),
+        Span("wait", 4_000, 9_000, "engine", 1, 0, {"bucket": "decode 1", "step": 7}),
+        Span("launch", 9_100, 9_200, "engine", 1, 0, {"bucket": "decode 1", "step": 9}),  # never read
+        Span("wait", 9_300, 12_000, "engine", 1, 0, {"bucket": "decode 1", "step": 8}),
+    )
+    steps = device_steps(Recording(0, 20_000, spans, {}, {}, 0))
+    assert [(step.label, step.start_ns, round(step.seconds * 1e9)) for step in steps] == [
+        ("decode 1", 2_000, 7_000),
+        ("decode 1", 9_000, 3_000),
+    ]
 
 
 def test_threads_and_devices_have_names() -> None:

@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated
 
+from rich.console import Console
 from typer import Option
 
-from tinyvllm.cli.bench_flags import write_file
+from tinyvllm.cli.bench_flags import TABLE_WIDTH, write_file
 from tinyvllm.cli.terminal import err
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.trace_events import trace_text
@@ -43,7 +44,7 @@ class RecordFlags:
     def _show(self, recording: measure.Recording) -> None:
         from tinyvllm.profiling.report import recording_table
 
-        if self.profile:
-            err.print(recording_table(recording), crop=False)
+        if self.profile:  # in its own width, where stderr is no terminal
+            Console(stderr=True, width=max(err.width, TABLE_WIDTH), highlight=False).print(recording_table(recording))
         if self.trace is not None:
             write_file(self.trace, trace_text(recording))

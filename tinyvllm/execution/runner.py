@@ -99,12 +99,17 @@ def make_runner(
 class Flight:
     """A step that was enqueued and not yet read."""
 
+    number: int  # of all steps that were launched
     plan: StepPlan
     graph: Graph
     lane: Lane
     reader: OutputReader
     pack_s: float
     packed_s: float  # perf_counter's time
+
+    def measured(self, stage: str) -> measure.OpenSpan | measure.Nothing:
+        """A span that says which step it is of."""
+        return measure.span(stage, bucket=self.name, step=self.number)
 
     @property
     def name(self) -> str:
@@ -180,8 +185,8 @@ class ModelRunner:
         with measure.span(measure.PACK):
             lane.packer.pack(plan)
         packed = time.perf_counter()
-        flight = Flight(plan, graph, lane, self._readers[number], packed - start, packed)
-        with self._named_failure(flight), measure.span(measure.LAUNCH, bucket=flight.name):
+        flight = Flight(self._num_launched, plan, graph, lane, self._readers[number], packed - start, packed)
+        with self._named_failure(flight), flight.measured(measure.LAUNCH):
             lane.send()
             if plan.is_adjusted:
                 lane.run_forward()
@@ -198,14 +203,14 @@ class ModelRunner:
             return
         with measure.span(measure.PACK):
             self._rows.pack(flight.plan, flight.lane.packer.views)
-        with self._named_failure(flight), measure.span(measure.LAUNCH, bucket=flight.name):
+        with self._named_failure(flight), flight.measured(measure.LAUNCH):
             flight.lane.send()
             flight.lane.run_adjusted()
             flight.reader.start()
 
     def collect(self, flight: Flight) -> StepOutput:
         """Wait for a launched step's tokens. Raises DeviceError."""
-        with self._named_failure(flight), measure.span(measure.WAIT):
+        with self._named_failure(flight), flight.measured(measure.WAIT):
             rows = flight.reader.read().reshape(-1, OUT_WIDTH)
             pooled = self._pool_states(flight)
         device_s = time.perf_counter() - flight.packed_s

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tinyvllm.profiling.kernels import Launch
-from tinyvllm.profiling.measure import Recording, Span
+from tinyvllm.profiling.measure import LAUNCH, STEP, WAIT, Recording, Span
 
 HOST, DEVICE = 1, 2  # process numbers
 
@@ -18,6 +18,8 @@ HOST, DEVICE = 1, 2  # process numbers
 def trace_events(recording: Recording | None, launches: Sequence[Launch] = ()) -> dict[str, Any]:
     """The document. Times are microseconds from the first event on."""
     spans = recording.spans if recording is not None else ()
+    if recording is not None:
+        launches = [*device_steps(recording), *launches]
     first_ns = min([span.start_ns for span in spans] + [launch.start_ns for launch in launches], default=0)
     events = [*_metadata(HOST, "host", _order(span.thread for span in spans))]
     events += _metadata(DEVICE, "device", _order(launch.device for launch in launches))
@@ -33,6 +35,21 @@ def trace_events(recording: Recording | None, launches: Sequence[Launch] = ()) -
     if recording is not None:
         document["otherData"] = {"dropped_spans": recording.num_dropped, **recording.counts}
     return document
+
+
+def device_steps(recording: Recording) -> list[Launch]:
+    """When the device had a step to work at, as the host sees it: from its last launch, or the end of the step before,
+    until its tokens were read. Steps of which the recording has only one end are left out."""
+    launched = {span.facts["step"]: span.end_ns for span in recording.named(LAUNCH) if "step" in span.facts}
+    steps, free_ns = [], 0
+    for wait in recording.named(WAIT):
+        number = wait.facts.get("step")
+        if number in launched:
+            start_ns = max(launched[number], free_ns)
+            free_ns = wait.end_ns
+            seconds = (wait.end_ns - start_ns) / 1e9
+            steps.append(Launch(str(wait.facts.get("bucket", STEP)), "a whole step", "steps", start_ns, seconds))
+    return steps
 
 
 def trace_text(recording: Recording | None, launches: Sequence[Launch] = ()) -> str:

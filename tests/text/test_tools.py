@@ -17,7 +17,7 @@ from tinyvllm.config import GrammarSpec
 from tinyvllm.errors import RequestError, TinyvllmError
 from tinyvllm.text.grammar import compile_grammar
 from tinyvllm.text.tools import FORMATS, Tool, ToolFormat, find_tool_format
-from tinyvllm.text.tools.base import CallArguments, CallBegin, Text, joined
+from tinyvllm.text.tools.events import CallArguments, CallBegin, Text, joined
 
 WEATHER = Tool(
     "get_weather",

@@ -25,7 +25,7 @@ from tinyvllm.server.protocol.chat import (
     TopLogprob,
 )
 from tinyvllm.server.streaming import Item, Tally, frame
-from tinyvllm.text.tools.base import CallArguments, CallBegin, Text
+from tinyvllm.text.tools.events import CallArguments, CallBegin, Text
 
 if TYPE_CHECKING:
     from tinyvllm.engine.output import TokenLogprob

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tinyvllm.text.reasoning import ReasoningFormat
-from tinyvllm.text.tools.base import CallArguments, CallBegin, Event, Text, ToolFormat
+from tinyvllm.text.tools.base import ToolFormat
+from tinyvllm.text.tools.events import CallArguments, CallBegin, Event, Text
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from tinyvllm.server.protocol.responses import (
     ResponseUsage,
     Status,
 )
-from tinyvllm.text.tools.base import CallArguments, CallBegin, Text
+from tinyvllm.text.tools.events import CallArguments, CallBegin, Text
 
 if TYPE_CHECKING:
     from tinyvllm.engine.output import Delta

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinyvllm.text.tools.base import Tool, ToolFormat, ToolParser, call_rules
+from tinyvllm.text.tools.base import Tool, ToolFormat, call_rules
+from tinyvllm.text.tools.events import ToolParser
 from tinyvllm.text.tools.llama3 import WORDS_RULE, BareParser
 
 if TYPE_CHECKING:

@@ -9,18 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinyvllm.text.tools.base import (
-    TEXT_RULE,
-    Event,
-    ListReader,
-    Tool,
-    ToolFormat,
-    ToolParser,
-    call_rules,
-    joined,
-    mark,
-    marked_head,
-)
+from tinyvllm.text.tools.base import TEXT_RULE, Tool, ToolFormat, call_rules, mark, marked_head
+from tinyvllm.text.tools.events import Event, ToolParser, joined
+from tinyvllm.text.tools.json_calls import ListReader
 from tinyvllm.text.tools.marks import MarkFinder
 
 if TYPE_CHECKING:

@@ -9,7 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinyvllm.text.tools.base import Event, ListReader, Tool, ToolFormat, ToolParser, call_rules, joined, mark
+from tinyvllm.text.tools.base import Tool, ToolFormat, call_rules, mark
+from tinyvllm.text.tools.events import Event, ToolParser, joined
+from tinyvllm.text.tools.json_calls import ListReader
 from tinyvllm.text.tools.marks import MarkFinder
 
 if TYPE_CHECKING:

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.metal.scenarios import QUANTISED, SCENARIOS, Answer, answer
+from tests.metal.simulator import Settings, without_checks
+from tinyvllm.config import ModelFiles
 
 pytestmark = pytest.mark.timeout(600)  # an engine compiles for 10 s on an idle core, and there may be no idle one
 
@@ -92,3 +95,25 @@ def test_samplers_with_seeds_draw_the_cpus_tokens_with_its_logprobs(name: str, c
         assert (rows is None) == (wanted is None)
         for row, right in zip(rows or [], wanted or [], strict=True):
             assert row == pytest.approx({int(token): value for token, value in right.items()}, abs=1e-4)
+
+
+@pytest.mark.model
+def test_the_default_model_gives_the_references_tokens(
+    simulator: Settings, smollm2_files: ModelFiles, smollm2_reference: dict[str, Any]
+) -> None:
+    """A few tokens of a chunked prompt beside a short one, in float16; the reference computed in float32. Each run of a
+    step takes seconds, so that there are few: one decode bucket, one lane."""
+    from tinyvllm import LLM, SamplingParams
+
+    cases = sorted(smollm2_reference["prompts"], key=lambda case: len(case["prompt_ids"]))
+    chosen = [cases[0], next(case for case in cases if len(case["prompt_ids"]) > 16)]
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    with without_checks(simulator):
+        llm = LLM(
+            str(smollm2_files.path), max_model_len=64, max_num_seqs=2, max_num_batched_tokens=16, decode_buckets=(2,),
+            num_gpu_blocks_override=9, async_scheduling=False,
+        )  # fmt: skip
+        outputs = llm.generate([{"prompt_token_ids": case["prompt_ids"]} for case in chosen], params)
+        llm.close()
+    for case, output in zip(chosen, outputs, strict=True):
+        assert list(output.outputs[0].token_ids) == case["output_ids"][:4], case["name"]

@@ -80,6 +80,17 @@ def watching_device_memory(settings: Settings) -> Iterator[None]:
         settings.watches_device_memory = False
 
 
+@contextmanager
+def without_checks(settings: Settings) -> Iterator[None]:
+    """Within: kernels run faster, and no access to memory is looked at. For kernels that are checked elsewhere."""
+    checked = settings.natives
+    settings.natives = Natives(checked.folder, is_checked=False)
+    try:
+        yield
+    finally:
+        settings.natives = checked
+
+
 class _CodeGenService:
     """MTLCompiler.framework's functions. A "library" is the source, compiled to machine code in the background."""
 
@@ -124,4 +135,5 @@ __all__ = [
     "live_objects",
     "set_family",
     "watching_device_memory",
+    "without_checks",
 ]

@@ -99,11 +99,11 @@ class Argument:
 
 
 class Natives:
-    """Compiles and keeps kernels. `is_checked`: with every access to memory looked at."""
+    """Compiles and keeps kernels. `is_checked`: with every access to memory looked at, which takes most of a run."""
 
     def __init__(self, folder: Path, *, is_checked: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._is_checked = folder, is_checked
+        self.folder, self._is_checked = folder, is_checked
         self._pool = ThreadPoolExecutor(COMPILERS, thread_name_prefix="clang")
         self._futures: dict[str, Future[Path]] = {}
         self._entries: dict[str, int] = {}
@@ -152,7 +152,7 @@ class Natives:
         return self._entries[kernel.source]
 
     def _compile(self, kernel: Kernel) -> Path:
-        flags = [*FLAGS.split(), *_processor_flags(), *(CHECKS.split() if self._is_checked else [])]
+        flags = [*FLAGS.split(), *_processor_flags(), *(CHECKS.split() if self._is_checked else ["-O2"])]
         return self._build(to_cpp(kernel), [*flags, f"-I{HERE}"], kernel.name)
 
     def _load_runtime(self) -> ctypes.CDLL:
@@ -167,10 +167,10 @@ class Natives:
     def _build(self, source: str, flags: list[str], name: str) -> Path:
         """A shared library made from the source, unless there is one of the same."""
         made_from = "\0".join([source, HEADER.read_text(), *flags, _compiler_version()])
-        path = self._folder / f"{hashlib.sha256(made_from.encode()).hexdigest()[:40]}.so"
+        path = self.folder / f"{hashlib.sha256(made_from.encode()).hexdigest()[:40]}.so"
         if path.exists():
             return path
-        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             text, library = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
             text.write_text(source)
             command = [find_clang(), *flags, str(text), "-o", str(library), "-lm", "-lc"]

@@ -145,7 +145,8 @@ async def test_openai_agents(server_url: str, kind: str) -> None:
     agents.set_tracing_disabled(True)
     called: list[str] = []
 
-    @agents.function_tool
+    # offered until it was called, so that a model as small as this comes to words
+    @agents.function_tool(is_enabled=lambda context, agent: not called)
     def get_weather(city: Literal["Paris", "Rome"]) -> str:
         """The weather of a city."""
         called.append(city)
@@ -161,10 +162,11 @@ async def test_openai_agents(server_url: str, kind: str) -> None:
             model_settings=agents.ModelSettings(tool_choice="required", temperature=0.0, max_tokens=100),
         )
         result = await agents.Runner.run(agent, QUESTION, max_turns=8)
-        assert called and result.final_output is not None
+        assert len(called) == 1 and result.final_output is not None
+        called.clear()
         streamed = agents.Runner.run_streamed(agent, QUESTION, max_turns=8)
         events = [event.type async for event in streamed.stream_events()]
-    assert len(called) >= 2 and "raw_response_event" in events and streamed.final_output is not None
+    assert len(called) == 1 and "raw_response_event" in events and streamed.final_output is not None
 
 
 # ---- litellm ----

@@ -139,7 +139,7 @@ class ValueReader:
     """Reads one JSON value, without judging what is inside of its brackets."""
 
     def __init__(self, first: str) -> None:
-        self.text = first
+        self._characters = [first]
         self.is_string = first == '"'
         self.is_container = first in "{["
         self.is_done = False
@@ -152,7 +152,7 @@ class ValueReader:
         if not self.is_string and not self.is_container and character in ",}] \t\r\n":
             self.is_done = True
             return False
-        self.text += character
+        self._characters.append(character)
         if self.is_in_string:
             self._read_in_string(character)
         elif character == '"':
@@ -175,10 +175,11 @@ class ValueReader:
 
     def loads(self) -> object:
         """The value; its text where it is no JSON."""
+        text = "".join(self._characters)
         try:
-            return json.loads(self.text)
+            return json.loads(text)
         except (ValueError, RecursionError):
-            return self.text
+            return text
 
 
 class ListReader:

@@ -19,7 +19,8 @@ from tests.metal import plugin_name, reports_variable
 
 IS_METAL = os.environ["DEV"].split(":")[0].upper() == "METAL"
 if sys.platform == "darwin":
-    collect_ignore = ["test_simulator.py", "test_commands.py"]  # what is tested there is this folder's simulator
+    # what is tested there is this folder's simulator, or needs its computer
+    collect_ignore = ["test_simulator.py", "test_commands.py", "test_limits.py", "test_live_objects.py"]
 
 
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
@@ -88,8 +89,7 @@ PROCESS = pytest.StashKey[MetalProcess]()
 
 @pytest.fixture(scope="session")
 def simulator() -> Any:
-    """The simulated computer's settings."""
+    """The simulated computer's settings; None on a Mac."""
     from tests.metal.plugin import settings
 
-    assert settings is not None, "there is a real METAL"
     return settings

@@ -99,7 +99,7 @@ def test_samplers_with_seeds_draw_the_cpus_tokens_with_its_logprobs(name: str, c
 
 @pytest.mark.model
 def test_the_default_model_gives_the_references_tokens(
-    simulator: Settings, smollm2_files: ModelFiles, smollm2_reference: dict[str, Any]
+    simulator: Settings | None, smollm2_files: ModelFiles, smollm2_reference: dict[str, Any]
 ) -> None:
     """A few tokens of a chunked prompt beside a short one, in float16; the reference computed in float32. Each run of a
     step takes seconds, so that there are few: one decode bucket, one lane."""

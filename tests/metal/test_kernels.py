@@ -88,7 +88,7 @@ ATTENTION = [
 
 @pytest.mark.parametrize(("heads", "sizes", "is_decode", "dtype"), ATTENTION, ids=str)
 def test_attention_equals_the_reference_and_writes_its_slots_alone(
-    simulator: Settings, heads: tuple[int, int, int], sizes: tuple[int, ...], is_decode: bool, dtype: str
+    simulator: Settings | None, heads: tuple[int, int, int], sizes: tuple[int, ...], is_decode: bool, dtype: str
 ) -> None:
     """Where no row is padding, nobody reads what another thread of the same dispatch writes: padding may."""
     from tests.ops.builders import Piece, largest_difference, make_step

@@ -4,17 +4,13 @@ The whole sweep, in about half an hour: python -m pytest -m slow tests/metal/tes
 from __future__ import annotations
 
 import resource
-import sys
 
 import pytest
 
 from tests.metal.limits import GraphFacts, Program, find_shape, graphs_of, over_limits, table
 from tests.metal.simulator import Settings
 
-pytestmark = [
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(sys.platform == "darwin", reason="needs the simulated computer"),
-]
+pytestmark = pytest.mark.timeout(900)
 
 SHAPES = ("smollm2-135m", "tinyllama-1.1b", "llama-3.2-1b", "llama-3.1-8b", "qwen3-0.6b-like")
 KINDS = {"Apple7": ("float16", "bfloat16", "Q4_K", "Q8_0"), "Apple8": ("Q4_K",), "Apple9": ("float16", "Q4_0")}

@@ -5,7 +5,6 @@ python -m pytest -m slow tests/metal/test_live_objects.py"""
 from __future__ import annotations
 
 import gc
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,10 +12,7 @@ import pytest
 
 from tests.metal.simulator import Settings, live_objects
 
-pytestmark = [
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(sys.platform == "darwin", reason="counts the simulator's objects"),
-]
+pytestmark = pytest.mark.timeout(1800)
 
 CONTEXT = 128
 

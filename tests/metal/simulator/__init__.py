@@ -71,8 +71,12 @@ def set_family(settings: Settings, family: str) -> None:
 
 
 @contextmanager
-def watching_device_memory(settings: Settings) -> Iterator[None]:
-    """Within: a thread that reads or writes what another thread of the same dispatch wrote is a fault."""
+def watching_device_memory(settings: Settings | None) -> Iterator[None]:
+    """Within: a thread that reads or writes what another thread of the same dispatch wrote is a fault. On a real
+    device (no settings) nothing is watched."""
+    if settings is None:
+        yield
+        return
     settings.watches_device_memory = True
     try:
         yield
@@ -81,8 +85,12 @@ def watching_device_memory(settings: Settings) -> Iterator[None]:
 
 
 @contextmanager
-def without_checks(settings: Settings) -> Iterator[None]:
-    """Within: kernels run faster, and no access to memory is looked at. For kernels that are checked elsewhere."""
+def without_checks(settings: Settings | None) -> Iterator[None]:
+    """Within: kernels run faster, and no access to memory is looked at. For kernels that are checked elsewhere, and
+    without effect on a real device (no settings)."""
+    if settings is None:
+        yield
+        return
     checked = settings.natives
     settings.natives = Natives(checked.folder, is_checked=False)
     try:

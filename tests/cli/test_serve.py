@@ -226,8 +226,8 @@ def test_keys_of_all_sources_are_asked_for_and_shown_nowhere(tmp_path: Path) -> 
 
 
 def test_log_lines_carry_the_requests_id_and_no_content(tmp_path: Path) -> None:
-    for flags, shows_content in (((), False), (("--log-requests",), True)):
-        with serving(tmp_path, *flags) as (process, address):
+    for flags, shows_content in (((), False), (("--log-requests", "--host", "0.0.0.0"), True)):
+        with serving(tmp_path, "--log-stats-interval", "0.05", *flags) as (process, address):
             say(process, "ready")
             wait_until(address, "/ready", 200)
             body = {"prompt": "a very secret prompt", "max_tokens": 3}
@@ -238,6 +238,8 @@ def test_log_lines_carry_the_requests_id_and_no_content(tmp_path: Path) -> None:
         assert "[order-66]" in log and "POST /v1/completions" in log
         assert "/ready" not in log.replace('/ready HTTP/1.1" 503', "")  # probes that went well say nothing
         assert ("secret" in log) is shows_content
+        assert "Engine 000: Avg prompt throughput: " in log
+        assert ("is open to all who can reach it" in log) is ("0.0.0.0" in flags)
         assert ("cmpl-order-66-" in log) is shows_content
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import time
+from collections import Counter
 from collections.abc import Iterator
 
 import jsonschema
@@ -96,3 +99,37 @@ def test_a_grammar_that_hits_a_limit_ends_its_request_alone(llm: LLM) -> None:
     first, second = (output.outputs[0] for output in outputs)
     assert first.finish_reason in ("error", "length")
     assert second.finish_reason == "stop" and len(second.text) == 9
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.timeout(1800)
+def test_five_hundred_documents_of_a_small_model_are_valid(smollm2_files: ModelFiles) -> None:
+    """At temperature 1; `pytest -m slow -s` prints the throughput with the mask and without it."""
+    llm = LLM(str(smollm2_files.path), max_num_seqs=16, max_model_len=512, decode_buckets=(16,))
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+            "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 3},
+        },
+        "required": ["name", "age", "tags"],
+        "additionalProperties": False,
+    }
+    chat = [{"role": "user", "content": "Describe a person as JSON."}]
+    bound = [params("json_schema", schema, seed=seed, temperature=1.0, max_tokens=80) for seed in range(500)]
+    free = [dataclasses.replace(one, grammar=None) for one in bound[:100]]
+    for name, settings in (("with the mask", bound), ("without", free)):
+        start_s = time.perf_counter()
+        outputs = [output.outputs[0] for output in llm.chat([chat] * len(settings), settings)]
+        num_tokens = sum(len(output.token_ids) for output in outputs)
+        print(f"{name}: {num_tokens / (time.perf_counter() - start_s):.1f} tokens/s of {len(settings)} requests")
+        if settings is bound:
+            reasons = Counter(output.finish_reason for output in outputs)
+            print(reasons)
+            assert set(reasons) <= {"stop", "length"} and reasons["stop"] > 450
+            for output in outputs:
+                if output.finish_reason == "stop":
+                    jsonschema.validate(json.loads(output.text), schema)
+    llm.close()

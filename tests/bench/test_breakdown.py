@@ -18,7 +18,7 @@ from tests.bench.fakes import FakeRunner
 from tinyvllm.bench.breakdown import MAX_RESIDUAL_SHARE, BreakdownWork, longest_case
 from tinyvllm.bench.plots import draw_breakdown
 from tinyvllm.bench.prompts import LENGTHS, make_ids, make_text
-from tinyvllm.bench.stages import DECODE, PREFILL, STAGES, Case, Driver
+from tinyvllm.bench.stages import DECODE, PREFILL, STAGES, Case, Driver, PlainRound, RequestTimes
 from tinyvllm.cli import app
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import TinyvllmError
@@ -106,6 +106,11 @@ def test_plain_round_does_the_same_work() -> None:
     plain = driver.run_plain(Case(None, 30, 3, 4))
     assert [[entry[1:3] for entry in step] for step in runner.steps] == [[e[1:3] for e in step] for step in looked]
     assert [len(request.token_s) for request in plain.requests] == [4, 4, 4]
+
+
+def test_tokens_before_the_last_prompt_was_read_are_not_decoding() -> None:
+    one = PlainRound(9.0, [RequestTimes(4, 0.0, (1.0, 2.0, 5.0, 6.0)), RequestTimes(4, 0.0, (4.0, 5.0, 6.0, 9.0))])
+    assert (one.first_token_s, one.num_decoded, one.num_decode_steps) == (4.0, 5, 3)
 
 
 @pytest.mark.parametrize("is_on", [False, True])

@@ -396,29 +396,29 @@ def _step_counts(phase: str, values: dict[str, Any], output_bytes: int) -> StepC
 
 
 def bench_rows(breakdown: Breakdown) -> list[Row]:
-    """Prefill and decode of each case without looks and waits, under llama-bench's names."""
+    """Prefill and decode of each case without looks and waits, under llama-bench's names.
+
+    Prefill lasts until every request has its first token: of several requests those that have theirs decode meanwhile.
+    Decode is what is left then, of all that still generate."""
     rows = []
     for result in breakdown.cases:
         case, length = result.case, result.num_prompt_tokens
         suffix = f", batch {case.batch}" if case.batch > 1 else ""
         num_prompt = sum(request.num_prompt_tokens for request in result.plain[0].requests)
-        num_decoded = case.batch * (case.num_output - 1)
         first_s = [one.first_token_s for one in result.plain]
-        rest_s = [one.wall_s - one.first_token_s for one in result.plain]
-        rows.append(_row(breakdown, result, f"pp{length}{suffix}", PREFILL, num_prompt, first_s, 1))
-        name = f"tg{case.num_output} @ d{length}{suffix}"
-        rows.append(_row(breakdown, result, name, DECODE, num_decoded, rest_s, case.num_output - 1))
+        rates = [num_prompt / seconds for seconds in first_s]
+        rows.append(_row(breakdown, result, f"pp{length}{suffix}", PREFILL, rates, [1e3 * one for one in first_s]))
+        rest = [one for one in result.plain if one.num_decoded]
+        if rest:
+            rates = [one.num_decoded / (one.wall_s - one.first_token_s) for one in rest]
+            steps_ms = [1e3 * (one.wall_s - one.first_token_s) / one.num_decode_steps for one in rest]
+            name = f"tg{case.num_output} @ d{length}{suffix}"
+            rows.append(_row(breakdown, result, name, DECODE, rates, steps_ms))
     return rows
 
 
 def _row(
-    breakdown: Breakdown,
-    result: CaseResult,
-    name: str,
-    phase: str,
-    num_tokens: int,
-    seconds: list[float],
-    num_steps: int,
+    breakdown: Breakdown, result: CaseResult, name: str, phase: str, rates: list[float], steps_ms: list[float]
 ) -> Row:
     counts = result.counts.get(phase)
     return Row(
@@ -426,10 +426,10 @@ def _row(
         phase=phase,
         batch=result.case.batch,
         context=result.num_prompt_tokens if phase == DECODE else 0,
-        num_tokens=num_tokens // result.case.batch,
+        num_tokens=result.case.num_output if phase == DECODE else result.num_prompt_tokens,
         machine=breakdown.machine,
-        tok_s=Spread.of([num_tokens / one for one in seconds]),
-        step_ms=Spread.of([one * 1e3 / num_steps for one in seconds]),
+        tok_s=Spread.of(rates),
+        step_ms=Spread.of(steps_ms),
         kernels=None if counts is None else counts.kernels,
         moved_bytes=None if counts is None else counts.moved_bytes,
     )

@@ -124,6 +124,17 @@ class PlainRound:
         """When every request had its first token."""
         return max(request.token_s[0] for request in self.requests)
 
+    @property
+    def num_decoded(self) -> int:
+        """Tokens of all requests after that."""
+        return sum(token_s > self.first_token_s for request in self.requests for token_s in request.token_s)
+
+    @property
+    def num_decode_steps(self) -> int:
+        """Of the request that generated most after that."""
+        first_s = self.first_token_s
+        return max(sum(token_s > first_s for token_s in request.token_s) for request in self.requests)
+
 
 @dataclass(frozen=True)
 class Round:

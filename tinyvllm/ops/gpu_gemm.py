@@ -395,12 +395,14 @@ class _Tile:
         pieces = spec.row_tile * per_row
         for start in range(0, pieces, self.threads):
             piece = start + self.thread
-            if pieces < start + self.threads:  # fewer rows than threads: the others write the same again
-                piece = piece % pieces
+            is_wanted = None
+            if pieces < start + self.threads:  # fewer rows than threads
+                is_wanted, piece = piece < pieces, piece % pieces
             row, part = piece // per_row, piece % per_row
             run = ((self.part * spec.steps + step) * per_row) + part
             values = read_run(self.planes, self.matrix_row(row), run, spec.num_cols, cols).values(self.mma.mma.dtype)
-            stores += self.mma.write(tile, base, row, part * (cols // self.mma.slot_cols), values)
+            slot = part * (cols // self.mma.slot_cols)
+            stores += self.mma.write(tile, base, row, slot, values, is_wanted)
         return stores
 
     @property

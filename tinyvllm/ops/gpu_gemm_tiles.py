@@ -169,12 +169,22 @@ class TileMma:
         value = value.cast(self.mma.dtype)
         return value if self.mma.dtype == F16 else value.bitcast(F16)
 
-    def write(self, tile: UOp, base: UOp | int, row: UOp, first_slot: UOp | int, values: Sequence[UOp]) -> list[UOp]:
-        """Stores of whole slots of a row."""
+    def write(
+        self,
+        tile: UOp,
+        base: UOp | int,
+        row: UOp,
+        first_slot: UOp | int,
+        values: Sequence[UOp],
+        is_wanted: UOp | None = None,
+    ) -> list[UOp]:
+        """Stores of whole slots of a row, where they are wanted (None: everywhere)."""
         stores, width = [], self.slot_cols
         for i in range(0, len(values), width):
             start = base + self.at(row, first_slot + i // width)
-            stores += [tile[start + j].store(self.encode(value)) for j, value in enumerate(values[i : i + width])]
+            for j, value in enumerate(values[i : i + width]):
+                at = start + j if is_wanted is None else (start + j).valid(is_wanted)
+                stores.append(tile[at].store(self.encode(value)))
         return stores
 
 

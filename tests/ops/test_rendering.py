@@ -140,7 +140,7 @@ def test_a_step_renders_within_the_limits(target: str, is_decode: bool) -> None:
     layout = StepLayout(4, 4, 2, 16) if is_decode else StepLayout(16, 3, 2, 16)
     kernels = kernels_of(plan_layer(gpu_backend("float16"), layout, ("Q4_K", "Q6_K"), is_decode=is_decode))
     names = {kernel.arg.name.split("_")[0] for kernel in kernels}
-    assert names >= {"embed", "write", "attention", "logprobs", "hold", "draw"}
+    assert names >= {"embed", "write", "attention", "logprobs", "leaders", "draw"}
     for kernel in kernels:
         check_limits(kernel, target)
 

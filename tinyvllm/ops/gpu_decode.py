@@ -33,6 +33,7 @@ from tinyvllm.ops.step_inputs import StepLayout
 MAX_GROUP = 8  # rows of a matrix tile
 MAX_PARTS = 16
 FEW_GROUPS = 64  # threadgroups that leave half of a large GPU's cores idle: each takes more warps
+LONG_CONTEXT = 2048  # tokens
 RUN = 8  # consecutive dimensions of a lane
 
 
@@ -67,7 +68,7 @@ class DecodeSpec:
     @property
     def num_warps(self) -> int:
         groups = self.layout.num_tokens * self.num_kv_heads
-        wanted = 4 if self.split.num_parts > 1 or groups > 256 else 8 if groups > FEW_GROUPS else 16
+        wanted = 4 if self.split.num_parts > 1 or groups > 256 else 16 if groups <= FEW_GROUPS and self.is_long else 8
         while wanted > 1 and wanted * self.group * (self.head_dim + 2) * 4 > SHARED_BYTES:
             wanted //= 2
         return wanted
@@ -75,7 +76,12 @@ class DecodeSpec:
     @property
     def tiles_ahead(self) -> int:
         """Tiles that a warp loads at once."""
-        return 2 if self.head_dim <= 64 else 1
+        return 2 if self.head_dim <= 64 and (self.is_long or self.layout.num_tokens >= 32) else 1
+
+    @property
+    def is_long(self) -> bool:
+        """Whether contexts may be long: what speeds these up costs a short one some tenths of a microsecond."""
+        return self.layout.max_blocks * self.layout.block_size >= LONG_CONTEXT
 
 
 def fits_decode(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, num_cols: tuple[int, ...]) -> bool:

@@ -23,6 +23,8 @@ from tinyvllm.ops.gpu_gemm import MIN_TOKENS, GemmSpec, multiply_rows
 from tinyvllm.ops.gpu_gemm_hopper import allow_wide
 from tinyvllm.ops.gpu_kernel import Lanes, Mma
 from tinyvllm.ops.gpu_linear import (
+    RUN_COLS,
+    EmbedSpec,
     MatrixSpec,
     SumSpec,
     VectorSpec,
@@ -49,6 +51,13 @@ class Summed(Tensor):
     parts: Tensor
     num_parts: int
     residual: Tensor | None
+
+
+class Embedded(Tensor):
+    """Rows of an embedding table, which the first norm reads. `sources`: the step's inputs, and the table's planes."""
+
+    spec: EmbedSpec
+    sources: list[Tensor]
 
 
 class Split(Tensor):
@@ -111,6 +120,15 @@ class FusedGpuBackend(GpuBackend):
         return self._mma(dtypes.half) if dtype == "float16" else None
 
     # -- operations ---------------------------------------------------------------------------------------------------
+
+    def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout, newest: Tensor | None = None) -> Tensor:
+        rows = super().embed(table, inputs, layout, newest)
+        if layout.num_tokens == 1 or table.num_cols % RUN_COLS:
+            return rows
+        result = Embedded(rows.uop)
+        result.spec = EmbedSpec(table.format, table.used_rows, layout.offset("token_ids"), newest is not None)
+        result.sources = [inputs, *([] if newest is None else [newest]), *table.planes]
+        return result
 
     def norm_linear(
         self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int
@@ -241,9 +259,16 @@ class FusedGpuBackend(GpuBackend):
         return result
 
     def _normed_rows(self, x: Tensor, norm: Norm, num_tokens: int) -> Tensor:
-        """RMSNorm of rows. Where x is still a sum, it is computed here, and x is then its value."""
+        """RMSNorm of rows. Where x is still a sum, or rows of a table, it is computed here, and x is then its value."""
         cols, weight = norm.weight.shape[0], norm.weight
         normed = self._empty(num_tokens * cols)
+        if isinstance(x, Embedded) and x.sources:
+            spec = SumSpec(self._lanes(num_tokens), num_tokens, cols, 0, False, norm.eps, x.spec)
+            outs = [self._empty(num_tokens * cols), normed]
+            whole, normed = run_kernel(sum_kernel(spec), outs, [*x.sources, weight])
+            x.replace(whole)
+            x.sources = []
+            return normed
         if not isinstance(x, Summed) or x.num_parts == 0:
             spec = SumSpec(self._lanes(num_tokens), num_tokens, cols, 0, False, norm.eps)
             return run_kernel(sum_kernel(spec), [normed], [x, weight])[0]

@@ -5,6 +5,7 @@ Both stream the weights from memory straight into registers; K is split over the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tinygrad import UOp, dtypes
@@ -28,6 +29,7 @@ from tinyvllm.ops.gpu_runs import group_sums, read_run, run_cols
 from tinyvllm.ops.gpu_split import SplitHeads, read_split
 from tinyvllm.ops.kernel import F32, LOG2E, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.matrix import PANEL, Format, Planes
+from tinyvllm.ops.token_ids import token_id
 
 FEW_GROUPS = 96
 GROUPS_WANTED = 256  # threadgroups that keep every core of a large GPU busy: two each on 132
@@ -462,9 +464,23 @@ def _share_out(
 # -- the sums between products -----------------------------------------------------------------------------------------
 
 
+RUN_COLS = 8  # columns that one thread of a row's reads at once
+
+
+@dataclass(frozen=True)
+class EmbedSpec:
+    """Rows of an embedding table, by the step's token ids."""
+
+    format: Format
+    num_rows: int
+    token_offset: int  # of the ids in the step's inputs
+    is_fed: bool  # ids below 0 name rows of the step before's output
+
+
 @dataclass(frozen=True)
 class SumSpec:
-    """x (T, K) = residual + the sum of S partial products, and h = RMS-normed x, as far as they are asked for."""
+    """x (T, K) = residual + the sum of S partial products, or rows of a table, and h = RMS-normed x, as far as they are
+    asked for."""
 
     lanes: Lanes
     num_tokens: int  # T
@@ -472,25 +488,25 @@ class SumSpec:
     num_parts: int  # S; 0: x is given
     has_residual: bool
     norm_eps: float | None
+    embed: EmbedSpec | None = None
 
     @property
     def num_warps(self) -> int:
-        return min(8, max(1, self.num_cols // (LANES * 8)))
+        return min(8, max(1, self.num_cols // (LANES * RUN_COLS)))
 
 
 @cached_kernel
 def sum_kernel(spec: SumSpec) -> KernelFn:
-    """fn([x][, h], (parts (S, T, K)[, residual] | x)[, norm_weight]): a threadgroup a row. x is written where parts
-    are given, h where a norm is."""
+    """fn([x][, h], (parts (S, T, K)[, residual] | inputs[, newest], *planes | x)[, norm_weight]): a threadgroup a row.
+    x is written where it is not given, h where a norm is."""
 
     def kernel(*operands: UOp) -> UOp:
         rest = list(operands)
-        x_out = rest.pop(0) if spec.num_parts else None
+        x_out = rest.pop(0) if spec.num_parts or spec.embed is not None else None
         h_out = rest.pop(0) if spec.norm_eps is not None else None
-        (source,) = await_previous(spec.lanes, rest.pop(0))
-        residual = await_previous(spec.lanes, rest.pop(0))[0] if spec.has_residual else None
-        norm_weight = rest.pop(0) if spec.norm_eps is not None else None
-        body, cols, width = Body(), spec.num_cols, 8
+        norm_weight = rest.pop() if spec.norm_eps is not None else None
+        read = _row_reader(spec, rest)
+        body, cols, width = Body(), spec.num_cols, RUN_COLS
         threads = spec.num_warps * LANES
         row, lane, warp = body.grid(spec.num_tokens), body.threads(LANES), warps(body, spec.num_warps)
         axes = axes_of(row, lane, warp)
@@ -498,19 +514,9 @@ def sum_kernel(spec: SumSpec) -> KernelFn:
         runs = [thread + i * threads for i in range(-(-num_runs // threads))]
         inside = [None if (i + 1) * threads <= num_runs else run < num_runs for i, run in enumerate(runs)]
         starts = [(run if ok is None else ok.where(run, 0)) * width for run, ok in zip(runs, inside, strict=True)]
-        values = []
-        for start in starts:
-            at = row * cols + start
-            if spec.num_parts:
-                parts = [load_floats(source, at + s * (spec.num_tokens * cols), width) for s in range(spec.num_parts)]
-                new = [balanced(column) for column in zip(*parts, strict=True)]
-                if residual is not None:
-                    new = [a + b for a, b in zip(new, load_floats(residual, at, width), strict=True)]
-                assert x_out is not None
-                new = [value.cast(x_out.dtype).cast(F32) for value in new]
-            else:
-                new = load_floats(source, at, width)
-            values.append(new)
+        values = [read(row, start) for start in starts]
+        if x_out is not None:
+            values = [[value.cast(x_out.dtype).cast(F32) for value in new] for new in values]
         stores = []
 
         def store(target: UOp, piece: int, new: list[UOp]) -> None:
@@ -533,8 +539,36 @@ def sum_kernel(spec: SumSpec) -> KernelFn:
             for piece, new in enumerate(values):
                 weight = load_floats(norm_weight, starts[piece], width)
                 store(h_out, piece, [v * scale * w for v, w in zip(new, weight, strict=True)])
-        name = f"sum{spec.num_parts}{'_norm' if h_out is not None else ''}_{spec.num_tokens}x{cols}"
+        kind = f"sum{spec.num_parts}{'_norm' if h_out is not None else ''}"
+        if spec.embed is not None:
+            kind = f"embed_{spec.embed.format.name}"
+        name = f"{kind}_{spec.num_tokens}x{cols}"
         nbytes = spec.num_tokens * cols * (4 * spec.num_parts + 6)
         return finish(UOp.group(*stores).end(*reversed(axes)), name, nbytes=nbytes)
 
     return kernel
+
+
+def _row_reader(spec: SumSpec, operands: list[UOp]) -> Callable[[UOp, UOp], list[UOp]]:
+    """A function from a row and a column to RUN_COLS elements of x from there on."""
+    size = spec.num_tokens * spec.num_cols
+
+    def read_table(row: UOp, start: UOp) -> list[UOp]:
+        embed = spec.embed
+        assert embed is not None
+        inputs, *planes = operands
+        newest = planes.pop(0) if embed.is_fed else None
+        token = token_id(inputs[embed.token_offset + row].load(), newest, embed.num_rows)
+        table = Planes(embed.format, planes)
+        return [table.value(token, start + i, spec.num_cols, "row") for i in range(RUN_COLS)]
+
+    def read_sum(row: UOp, start: UOp) -> list[UOp]:
+        source, *residual = await_previous(spec.lanes, *operands)
+        at = row * spec.num_cols + start
+        parts = [load_floats(source, at + part * size, RUN_COLS) for part in range(max(1, spec.num_parts))]
+        new = [balanced(column) for column in zip(*parts, strict=True)]
+        for values in residual:
+            new = [a + b for a, b in zip(new, load_floats(values, at, RUN_COLS), strict=True)]
+        return new
+
+    return read_table if spec.embed is not None else read_sum

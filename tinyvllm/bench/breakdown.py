@@ -420,7 +420,9 @@ def bench_rows(breakdown: Breakdown) -> list[Row]:
 def _row(
     breakdown: Breakdown, result: CaseResult, name: str, phase: str, rates: list[float], steps_ms: list[float]
 ) -> Row:
-    counts = result.counts.get(phase)
+    counts, cost = result.counts.get(phase), result.costs.get(phase)
+    # the least bytes and the floor are those of one step, which a prompt is not, and of all its sequences
+    is_whole = phase == DECODE and cost is not None and cost.bucket == Bucket(result.case.batch, True).name
     return Row(
         test=name,
         phase=phase,
@@ -430,8 +432,10 @@ def _row(
         machine=breakdown.machine,
         tok_s=Spread.of(rates),
         step_ms=Spread.of(steps_ms),
+        bucket=None if cost is None else cost.bucket,
         kernels=None if counts is None else counts.kernels,
-        moved_bytes=None if counts is None else counts.moved_bytes,
+        nbytes=cost.nbytes if cost is not None and is_whole else None,
+        moved_bytes=cost.moved_bytes if cost is not None and is_whole else None,
     )
 
 

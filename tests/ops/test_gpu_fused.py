@@ -28,7 +28,9 @@ from tinyvllm.ops.backend import AttentionShape, Backend, Norm
 from tinyvllm.ops.device import DeviceHandle
 from tinyvllm.ops.gpu_fused import FusedGpuBackend
 from tinyvllm.ops.gpu_kernel import AWAIT_PREVIOUS, Lanes, lanes_of
+from tinyvllm.ops.recording import record
 from tinyvllm.ops.reference import ReferenceBackend
+from tinyvllm.ops.replay import make_replay
 from tinyvllm.ops.step_inputs import StepLayout
 
 KINDS = {"METAL": "METAL", "CUDA": "CUDA sm_80"}  # by the targets of test_rendering
@@ -191,6 +193,39 @@ def test_rows_of_a_table_are_normed_as_they_are_read(
 
     difference = largest_difference(run(FusedGpuBackend(device, "float16", lanes)), run(reference))
     assert difference < TOLERANCE["float16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_replayed_chain_of_kernels_equals_the_same_kernels_one_by_one(
+    device: DeviceHandle, lanes: Lanes, tokens: int
+) -> None:
+    """Many layers, so that a kernel which did not wait for the one before would read what an earlier one left."""
+    backend = FusedGpuBackend(device, "float16", lanes)
+    x, norm = upload(backend, normal(tokens, 512, seed=1)), Norm(device.upload(normal(512, seed=2)), 1e-5)
+    layers = [
+        (
+            backend.gate_up(make_host("Q4_0", 1024, 512, seed=i), make_host("Q4_0", 1024, 512, seed=i + 50)),
+            backend.stacked([make_host("float16", 512, 1024, seed=i + 100)])[0],
+        )
+        for i in range(8)
+    ]
+
+    def trace() -> Tensor:
+        out = x
+        for gate_up, down in layers:
+            out = backend.linear_add(
+                "down", backend.norm_gated("gate_up", out, norm, gate_up, tokens), down, out, tokens
+            )
+        return out.contiguous().realize()
+
+    expected = trace().numpy()
+    step = record(trace)
+    run = make_replay(device, step)
+    for _ in range(20):
+        run()
+    device.wait()
+    np.testing.assert_array_equal(step.output.numpy(), expected)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def main() -> None:
         [score(model, tokenizer, question["question"], choice) for choice in question["choices"]]
         for question in questions
     ]
-    best = [max(range(len(row)), key=lambda index, row=row: row[index][0]) for row in scores]
+    best = [row.index(max(row, key=lambda scored: scored[0])) for row in scores]
     num_right = sum(index == question["answer"] for index, question in zip(best, questions, strict=True))
     header = {
         "about": "Log probabilities of the answers in float32. Written by scripts/make_scores_reference.py.",

@@ -53,9 +53,8 @@ class DeviceHandle:
         kind = self.name.split(":")[0]
         if kind == "CUDA":
             return _cuda_free_bytes()
-        if kind == "METAL":
-            if recommended := int(Device[self.name].sysdevice.recommendedMaxWorkingSetSize()):
-                return recommended
+        if kind == "METAL" and (recommended := int(Device[self.name].sysdevice.recommendedMaxWorkingSetSize())):
+            return recommended
         return _host_available_bytes()
 
     def default_share(self) -> float:

@@ -1,14 +1,16 @@
 """Tests on METAL, simulated where there is none, in a process of their own: its DEV is METAL, and tinygrad reads its
-settings once a process. That process is another pytest, started with the first of these tests; what it reports is
-reported here. On a Mac, or with `-p tests.metal.plugin`, the tests run where they are."""
+settings once a process. That process is another pytest, which runs beside the tests of other folders; what it reports
+is reported here. On a Mac, or with `-p tests.metal.plugin`, the tests run where they are."""
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,16 @@ if sys.platform == "darwin":
     collect_ignore = ["test_simulator.py", "test_commands.py", "test_limits.py", "test_live_objects.py"]
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    wanted = [item.nodeid for item in session.items if item.path.is_relative_to(Path(__file__).parent)]
+    if wanted and not IS_METAL and not session.config.option.collectonly:
+        session.stash[PROCESS] = MetalProcess(wanted, str(session.config.rootpath))
+
+
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if IS_METAL or not item.path.is_relative_to(Path(__file__).parent):  # this hook is called for every test
         return None
     session = item.session
-    if PROCESS not in session.stash:
-        wanted = [other.nodeid for other in session.items if other.path.is_relative_to(Path(__file__).parent)]
-        session.stash[PROCESS] = MetalProcess(wanted, str(session.config.rootpath))
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in session.stash[PROCESS].reports(item):
         item.ihook.pytest_runtest_logreport(report=report)
@@ -58,17 +63,27 @@ class MetalProcess:
             stderr=subprocess.STDOUT,
         )
         os.close(write_end)
-        self._lines = os.fdopen(read_end)
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        # a pipe holds few reports: somebody must read while other tests run here
+        self._reader = threading.Thread(target=self._read, args=(read_end,), daemon=True)
+        self._reader.start()
+
+    def _read(self, descriptor: int) -> None:
+        with os.fdopen(descriptor) as lines:
+            for line in lines:
+                self._lines.put(line)
+        self._lines.put("")  # the end
 
     def reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
         """Those of one test: setup, call, teardown. A failure where the process ended before it."""
-        for line in self._lines:
+        while line := self._lines.get():
             data: dict[str, Any] = json.loads(line)
             report = pytest.TestReport._from_json(data)
             assert report.nodeid == item.nodeid, f"{report.nodeid} was reported, but {item.nodeid} is next"
             yield report
             if report.when == "teardown":
                 return
+        self._lines.put("")  # for the tests behind this one
         self._process.wait()
         self._output.seek(0)
         tail = "".join(self._output.readlines()[-40:])
@@ -77,10 +92,10 @@ class MetalProcess:
 
     def close(self) -> None:
         """End the process, should it still run."""
-        self._lines.close()
         if self._process.poll() is None:
             self._process.terminate()
         self._process.wait()
+        self._reader.join()
         self._output.close()
 
 

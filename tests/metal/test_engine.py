@@ -101,13 +101,13 @@ def test_samplers_with_seeds_draw_the_cpus_tokens_with_its_logprobs(name: str, c
 def test_the_default_model_gives_the_references_tokens(
     simulator: Settings | None, smollm2_files: ModelFiles, smollm2_reference: dict[str, Any]
 ) -> None:
-    """A few tokens of a chunked prompt beside a short one, in float16; the reference computed in float32. Each run of a
-    step takes seconds, so that there are few: one decode bucket, one lane."""
+    """The first tokens of two prompts, in float16; the reference computed in float32. Each run of a step takes seconds,
+    so that there are few: one decode bucket, one lane."""
     from tinyvllm import LLM, SamplingParams
 
     cases = sorted(smollm2_reference["prompts"], key=lambda case: len(case["prompt_ids"]))
-    chosen = [cases[0], next(case for case in cases if len(case["prompt_ids"]) > 16)]
-    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    chosen = cases[:2]
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
     with without_checks(simulator):
         llm = LLM(
             str(smollm2_files.path), max_model_len=64, max_num_seqs=2, max_num_batched_tokens=16, decode_buckets=(2,),
@@ -116,4 +116,4 @@ def test_the_default_model_gives_the_references_tokens(
         outputs = llm.generate([{"prompt_token_ids": case["prompt_ids"]} for case in chosen], params)
         llm.close()
     for case, output in zip(chosen, outputs, strict=True):
-        assert list(output.outputs[0].token_ids) == case["output_ids"][:4], case["name"]
+        assert list(output.outputs[0].token_ids) == case["output_ids"][:3], case["name"]

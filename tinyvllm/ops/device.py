@@ -121,26 +121,6 @@ class DeviceHandle:
         self.wait()
         return copy_out_floats(buffer, self._is_mapped)
 
-    def row_writer(self, tensor: Tensor, row_size: int) -> Callable[[int, np.ndarray], None]:
-        """write(row, values) for a realised tensor of rows. Where memory is mapped it takes place at once, so that no
-        step may be reading the row; elsewhere behind what was enqueued before."""
-        buffer = tensor.uop.base.buffer.ensure_allocated()
-        if self._is_mapped:
-            memory = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.uint8)
-            rows = memory.view(np.dtype(buffer.dtype.fmt)).reshape(-1, row_size)
-
-            def write(row: int, values: np.ndarray) -> None:
-                rows[row, : len(values)] = values
-
-            return write
-        allocator, itemsize = Device[self.name].allocator, buffer.dtype.itemsize
-
-        def copy(row: int, values: np.ndarray) -> None:
-            target = buffer.view(len(values), buffer.dtype, row * row_size * itemsize).ensure_allocated()
-            allocator._copyin(target._buf, np.ascontiguousarray(values).data.cast("B"))
-
-        return copy
-
     def read(self, tensor: Tensor) -> np.ndarray:
         """A copy of a realised int32 tensor's values. Waits for all that the device has to do."""
         self.wait()

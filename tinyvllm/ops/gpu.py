@@ -75,7 +75,8 @@ class GpuBackend:
 
     def linear_add(self, name: str, x: Tensor, matrix: Matrix, residual: Tensor, num_tokens: int) -> Tensor:
         out = self._product(x.reshape(num_tokens, -1), matrix).reshape(-1)
-        return (residual.cast(dtypes.float) + out).cast(self.float).contiguous()
+        # the product first: a residual that is more than a Tensor (gpu_fused) adds to its own kind alone
+        return (out + residual.cast(dtypes.float)).cast(self.float).contiguous()
 
     def attend(
         self,

@@ -39,6 +39,7 @@ from tinyvllm.ops.gpu_vector import QuantizedVectorSpec, fits_quantized_vector, 
 from tinyvllm.ops.kernel import F32, empty, run_kernel
 from tinyvllm.ops.matrix import Matrix
 from tinyvllm.ops.step_inputs import StepLayout
+from tinyvllm.ops.tuning import choose
 
 logger = logging.getLogger(__name__)
 
@@ -226,6 +227,7 @@ class FusedGpuBackend(GpuBackend):
         if matrix.format.is_quantized and self.mma is not None and self.float == self.mma.dtype == dtypes.half:
             packed = QuantizedVectorSpec(name, self.lanes, self.mma, *shape)
             if fits_quantized_vector(packed):
+                packed = choose(packed)
                 spec, fn = packed, quantized_vector_kernel(packed)
         source = [x.values, x.sums, x.inputs] if isinstance(x, Split) else [x]
         weight = [norm.weight] if norm is not None else []
@@ -238,9 +240,10 @@ class FusedGpuBackend(GpuBackend):
     ) -> MatrixSpec | GemmSpec:
         if num_tokens >= MIN_TOKENS:
             shape = (num_tokens, matrix.num_rows, matrix.num_cols, is_gated, self.has_wide)
-            return GemmSpec(name, mma, matrix.format, self.float, *shape)
+            return choose(GemmSpec(name, mma, matrix.format, self.float, *shape))
         lanes = self._lanes(num_tokens, is_packed=matrix.format.is_quantized)
-        return MatrixSpec(name, lanes, mma, matrix.format, num_tokens, matrix.num_rows, matrix.num_cols, is_gated)
+        size = (num_tokens, matrix.num_rows, matrix.num_cols)
+        return choose(MatrixSpec(name, lanes, mma, matrix.format, *size, is_gated))
 
     def _summed(self, spec: MatrixSpec | GemmSpec, matrix: Matrix, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """A product of many rows, and the residual where there is one."""

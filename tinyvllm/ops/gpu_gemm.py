@@ -7,7 +7,7 @@ tile, once for all the tile's tokens. Elsewhere a tile is loaded, multiplied, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tinygrad import Tensor, UOp
@@ -20,6 +20,7 @@ from tinyvllm.ops.gpu_kernel import LANES, Mma, axes_of, grid, load_floats, warp
 from tinyvllm.ops.gpu_runs import read_run
 from tinyvllm.ops.kernel import F16, F32, I32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.matrix import PANEL, Format, Planes
+from tinyvllm.ops.tuning import Tunable
 
 DENSE = Format("float16", 16)
 MIN_TOKENS = 65  # rows from which on a tile of tokens is worth filling
@@ -34,7 +35,7 @@ SHORTEST_SPLIT = 16  # steps of 32 columns that are worth a threadgroup of their
 
 
 @dataclass(frozen=True)
-class GemmSpec:
+class GemmSpec(Tunable):
     """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = silu(gate) * up."""
 
     name: str
@@ -71,7 +72,7 @@ class GemmSpec:
         256 and 128 rows: 579 and 460 at 2048 tokens of 2048 x 8192, 106 and 151 at 128 tokens of 3072 x 2048.)"""
         tiles = self.token_groups * -(-self.num_rows // LARGE_ROWS)
         is_large = self.num_tokens >= LARGE_TOKENS and (self.num_cols >= LARGE_COLS or tiles >= GROUPS_WANTED)
-        return LARGE_ROWS if is_large else 128
+        return self.knob("wide_rows", LARGE_ROWS if is_large else 128)
 
     @property
     def wide_stages(self) -> int:
@@ -139,7 +140,14 @@ class GemmSpec:
             and steps // (splits * 2) >= SHORTEST_SPLIT
         ):
             splits *= 2
-        return splits
+        return self.knob("splits", splits)
+
+    def knobs(self) -> Mapping[str, tuple[int, ...]]:
+        splits = () if self.is_gated else (1, 2, 4, 8)
+        return {"wide_rows": (128, LARGE_ROWS) if self.is_wide else (), "splits": splits}
+
+    def is_possible(self) -> bool:
+        return self.num_cols // TILE_COLS % (self.splits * WIDE_STEPS) == 0
 
     @property
     def steps(self) -> int:

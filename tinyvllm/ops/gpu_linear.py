@@ -5,7 +5,7 @@ Both stream the weights from memory straight into registers; K is split over the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tinygrad import UOp, dtypes
@@ -30,6 +30,7 @@ from tinyvllm.ops.gpu_split import SplitHeads, read_split
 from tinyvllm.ops.kernel import F32, LOG2E, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.matrix import PANEL, Format, Planes
 from tinyvllm.ops.token_ids import token_id
+from tinyvllm.ops.tuning import Tunable
 
 FEW_GROUPS = 96
 GROUPS_WANTED = 256  # threadgroups that keep every core of a large GPU busy: two each on 132
@@ -237,11 +238,12 @@ def _add_warps(body: Body, totals: list[UOp], warp: UOp, first: UOp, across: int
 
 TOKENS = 8  # token rows of a tile
 DENSE_COLS = 16  # dense columns of a lane's run
+MAX_SUMS = 128  # registers of a lane for them
 MAX_TOKEN_TILES = 8  # whose sums a warp keeps in registers; more tokens take more threadgroups
 
 
 @dataclass(frozen=True)
-class MatrixSpec:
+class MatrixSpec(Tunable):
     """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = silu(gate) * up."""
 
     name: str
@@ -283,7 +285,20 @@ class MatrixSpec:
         wanted *= scale
         while wanted > 1 + self.is_gated and self.num_rows % (wanted * self.mma.rows):
             wanted //= 2
-        return wanted
+        return self.knob("row_tiles", wanted)
+
+    def knobs(self) -> Mapping[str, tuple[int, ...]]:
+        splits = () if self.is_gated else (1, 2, 4, 8, 16)
+        return {"row_tiles": (1, 2, 4, 8), "splits": splits}
+
+    def is_possible(self) -> bool:
+        least = 2 if self.is_gated else 1
+        return (
+            self.row_tiles >= least
+            and self.num_rows % (self.row_tiles * self.mma.rows) == 0
+            and self.row_tiles * self.token_tiles * self.mma.elements <= MAX_SUMS
+            and self.chunks >= self.splits
+        )
 
     @property
     def warps(self) -> int:
@@ -306,7 +321,7 @@ class MatrixSpec:
         wanted = GROUPS_WANTED * 3 // 2 if self.token_tiles == 1 else GROUPS_WANTED
         while not self.is_gated and groups * splits < wanted and self.chunks >= 4 * splits * min(4, self.warps):
             splits *= 2
-        return splits
+        return self.knob("splits", splits)
 
     @property
     def _num_groups(self) -> int:

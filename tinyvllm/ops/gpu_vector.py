@@ -12,7 +12,7 @@ tile's sums is one run of one row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tinygrad import UOp
@@ -35,6 +35,7 @@ from tinyvllm.ops.gpu_runs import CODE_ORDER, group_scale, read_pairs
 from tinyvllm.ops.gpu_split import SplitHeads, read_split
 from tinyvllm.ops.kernel import F16, F32, LOG2E, U16, U32, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.matrix import PANEL, Format, Planes
+from tinyvllm.ops.tuning import Tunable
 
 PIECE = 8  # columns that a thread stages at once
 STAGED_RUN = PANEL // 2 + 4  # words from one run to the next in threadgroup memory: neighbours lie in other banks
@@ -45,7 +46,7 @@ IN_HALF = 1024  # what the bits of a half add to a code in its mantissa
 
 
 @dataclass(frozen=True)
-class QuantizedVectorSpec:
+class QuantizedVectorSpec(Tunable):
     """out (N,) = epilogue(norm(x) (K,) @ w.T) for a quantised w. Hashable: the key of its kernel."""
 
     name: str
@@ -82,7 +83,7 @@ class QuantizedVectorSpec:
         count = 4
         while count < MAX_WARPS and self.chunks >= 4 * count:
             count *= 2
-        return count
+        return self.knob("warps", count)
 
     @property
     def tiles(self) -> int:
@@ -91,7 +92,16 @@ class QuantizedVectorSpec:
         wanted = 4 * 16 // self.mma.rows
         while wanted > least and not self._fills_device(wanted):
             wanted //= 2
-        return wanted
+        return self.knob("tiles", wanted)
+
+    def knobs(self) -> Mapping[str, tuple[int, ...]]:
+        return {"tiles": (1, 2, 4, 8), "warps": (4, 8, 16)}
+
+    def is_possible(self) -> bool:
+        least = 2 if self.epilogue == "silu" else 1
+        per_group = self.tiles // 2 if self.epilogue == "silu" else self.tiles
+        fits = self.tiles >= least and self.out_rows % (per_group * self.mma.rows) == 0
+        return fits and fits_quantized_vector(self)
 
     def _fills_device(self, tiles: int) -> bool:
         """Whether threadgroups of so many tiles share the rows out evenly, and are enough."""

@@ -1,0 +1,33 @@
+"""No choice that a search may make changes what a product computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.metal.test_kernels import backends, multiply
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "tokens", "operation"),
+    [("Q4_0", 1, "norm_linear"), ("Q6_K", 1, "norm_gated"), ("float16", 5, "linear_add"), ("Q4_K", 70, "norm_linear")],
+    ids=str,
+)
+def test_every_candidate_computes_the_same(fmt: str, tokens: int, operation: str) -> None:
+    from tinyvllm.ops import tuning
+
+    (backend, _), size = backends(fmt), (96, 512)
+    with tuning.current.watching() as asked:
+        expected = multiply(backend, fmt, tokens, operation, *size)
+    (key, spec), *_ = asked.items()
+    candidates = list(tuning.candidates(spec))
+    assert len(candidates) > 1
+    for candidate in candidates:
+        tuning.current.chosen[key] = candidate.chosen
+        try:
+            found = multiply(backend, fmt, tokens, operation, *size)
+        finally:
+            del tuning.current.chosen[key]
+        np.testing.assert_allclose(found, expected, atol=4e-3 * np.abs(expected).max(), err_msg=str(candidate.chosen))

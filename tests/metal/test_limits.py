@@ -18,18 +18,10 @@ KINDS["Mac2"] = ("float16", "Q4_K")
 SWEEP = [(shape, family, kind) for shape in SHAPES for family, kinds in KINDS.items() for kind in kinds]
 
 
-def most_command_buffers(kernels: int) -> int:
-    """What tinygrad's batches of 32, 64, 128, ... make of so many."""
-    count, size = 0, 32
-    while kernels > 0:
-        count, kernels, size = count + 1, kernels - size, size * 2
-    return count
-
-
 def check(graphs: list[GraphFacts]) -> None:
     assert over_limits(graphs) == [], table(graphs)
     for graph in graphs:
-        assert graph.command_buffers <= most_command_buffers(graph.kernels), f"{graph.name} is split: {graph}"
+        assert graph.command_buffers == 1, f"{graph.name} is split: {graph}"
         assert len(graph.programs) >= 5 and graph.kernels >= 5 * 16, f"{graph.name} is no whole step: {graph}"
 
 

@@ -22,7 +22,7 @@ from tinygrad.device import Buffer, DepsTracker
 from tinygrad.dtype import AddrSpace
 from tinygrad.engine.jit import graph_split_rewrite
 from tinygrad.engine.realize import get_runtime, run_linear
-from tinygrad.helpers import JIT, JIT_BATCH_SIZE
+from tinygrad.helpers import JIT
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.ops_cpu import CMD_SIZE, RING_SLOTS, CPUProgram, signal_prog
 from tinygrad.uop.ops import CallInfo, KernelInfo, Ops
@@ -54,7 +54,9 @@ class GraphReplay:
     def __init__(self, step: Step) -> None:
         self._linear = UOp(Ops.LINEAR, src=tuple(_call(call) for call in step.calls))
         if JIT < 2:
-            self._linear = graph_split_rewrite(self._linear, max_batch_size=JIT_BATCH_SIZE.value)
+            # all in one: tinygrad's batches of 32, 64, ... let a device begin while the host still encodes the rest, but
+            # these are encoded once, and a step is launched while the one before runs
+            self._linear = graph_split_rewrite(self._linear, max_batch_size=0)
         self._step = step
 
     def __call__(self) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.codegen import to_program
+from tinygrad.uop.ops import Ops
 
 from tests.ops.builders import Piece, largest_difference, make_host, make_pool, make_step, normal, read_pool
 from tests.ops.test_attention import Case, Result, make_history, make_rope
@@ -85,6 +86,20 @@ def test_hopper_multiplies_in_the_memory_that_it_has(tokens: int, rows: int) -> 
     assert "wgmma.mma_async" in source
     assert program.arg.name.endswith(f"_wide{spec.wide_bytes}")  # what a launch is told
     assert spec.wide_bytes * (2 if spec.wide_rows == 128 else 1) <= 227 << 10
+
+
+@pytest.mark.parametrize(("tokens", "rows", "cols"), [(512, 2048, 8192), (1024, 2048, 8192), (256, 3072, 2048)])
+def test_a_product_of_unpacked_weights_fills_what_its_spec_asks_for(tokens: int, rows: int, cols: int) -> None:
+    fmt = rendered("CUDA").matrix(make_host("Q4_0", 32, 256)).format
+    spec = GemmSpec("test", Mma("CUDA", dtypes.half), fmt, dtypes.half, tokens, rows, cols, has_wide=True)
+    assert spec.unpacks_first
+    codes, scales = (empty(rows * cols // n, kind, "CPU") for n, kind in ((8, dtypes.uint), (32, dtypes.half)))
+    x, out = empty(tokens * cols, dtypes.half, "CPU"), empty(spec.splits * tokens * rows, dtypes.float, "CPU")
+    product = kernels_of([multiply_rows(spec, out, [codes, scales], x)])[-1]
+    program = to_program(product, make_renderer("CUDA sm_90"))
+    stored = [uop.src[0] for uop in program.src[1].src if uop.op is Ops.STORE and uop.src[0].op is Ops.INDEX]
+    places = [index.src[1] for index in stored if index.src[0].op is Ops.PARAM]
+    assert max(place.vmax for place in places) == out.numel() - 1
 
 
 # -- products ----------------------------------------------------------------------------------------------------------

@@ -64,7 +64,10 @@ class GemmSpec(Tunable):
 
     @property
     def is_wide(self) -> bool:
-        return self.has_wide and self.weights_as_stored and self.num_cols % (WIDE_STEPS * TILE_COLS) == 0
+        """Whether Hopper's kernel multiplies. A spec that unpacks first says so as well: its tiles and parts, by which
+        memory is made, are those of the product behind."""
+        is_dense = self.weights_as_stored or self.unpacks_first
+        return self.has_wide and is_dense and self.num_cols % (WIDE_STEPS * TILE_COLS) == 0
 
     @property
     def wide_rows(self) -> int:

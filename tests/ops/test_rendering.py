@@ -169,7 +169,7 @@ def test_an_adjusted_step_renders_within_the_limits(target: str, vocab: int) -> 
     """A vocabulary that is no multiple of a mask's word among them."""
     kernels = kernels_of([plan_adjusted(gpu_backend("float16"), vocab)])
     names = [kernel.arg.name.split("_")[0] for kernel in kernels]
-    assert names == ["logprobs", "adjust", "bias", "hold", "draw", "count"]
+    assert names == ["logprobs", "adjust", "bias", "leaders", "draw", "count"]
     for kernel in kernels:
         check_limits(kernel, target)
 

@@ -54,7 +54,7 @@ class GraphReplay:
     def __init__(self, step: Step) -> None:
         self._linear = UOp(Ops.LINEAR, src=tuple(_call(call) for call in step.calls))
         if JIT < 2:
-            # all in one: tinygrad's batches of 32, 64, ... let a device begin while the host encodes the rest, but these
+            # all in one: tinygrad's batches of 32, 64, ... let a device begin while the host encodes the rest, but ours
             # are encoded once, and a step is launched while the one before runs
             self._linear = graph_split_rewrite(self._linear, max_batch_size=0)
         self._step = step

@@ -36,7 +36,7 @@ def test_no_program_is_over_a_limit(simulator: Settings, shape: str, family: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "family", "kind"), SWEEP, ids="-".join)
+@pytest.mark.parametrize(("shape", "family", "kind"), SWEEP, ids=["-".join(case) for case in SWEEP])
 def test_no_program_of_the_sweep_is_over_a_limit(simulator: Settings, shape: str, family: str, kind: str) -> None:
     check(graphs_of(simulator, find_shape(shape), family, kind, [1, 2, 8, 64], [64, 1024]))
 

@@ -189,8 +189,8 @@ MEASURED = (
     Measured("h200", "llama-3.2-1b", "Q4_0", 1, 256, 1558),
     Measured("h200", "llama-3.2-1b", "Q4_0", 8, 256, 9988),
     Measured("h200", "llama-3.2-1b", "Q4_0", 64, 256, 42266),
-    Measured("cpu", "smollm2-135m", "Q4_1", 1, 128, 234),
-    Measured("cpu", "smollm2-135m", "Q4_1", 1, 1024, 148),
-    Measured("cpu", "smollm2-135m", "Q4_1", 16, 128, 612),
-    Measured("cpu", "smollm2-135m", "Q4_1", 16, 1024, 275),
+    Measured("cpu", "smollm2-135m", "Q4_1", 1, 128, 203),
+    Measured("cpu", "smollm2-135m", "Q4_1", 1, 1024, 122),
+    Measured("cpu", "smollm2-135m", "Q4_1", 16, 128, 587),
+    Measured("cpu", "smollm2-135m", "Q4_1", 16, 1024, 229),
 )

@@ -333,7 +333,8 @@ def _unpack_values(planes: Planes, matrix: Matrix) -> Tensor:
     codes = (low & 15).cat(low >> 4, dim=1).reshape(-1, PANEL).cast(dtypes.uint)
     if planes.high is not None:
         width = fmt.high_bits
-        shifts = Tensor(list(range(0, WORD, width)), dtype=dtypes.uint, device=stored.device)
+        # calculated, and not from a list, which every step would copy from the host anew
+        shifts = Tensor.arange(0, WORD, width, dtype=dtypes.uint)
         high = (planes.high.reshape(-1, 1) >> shifts.reshape(1, -1)) & ((1 << width) - 1)
         codes = codes + (high.reshape(-1, PANEL) << 4)
     return codes.reshape(-1).cast(dtypes.float)

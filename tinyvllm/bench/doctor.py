@@ -8,17 +8,17 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
+from tinyvllm.bench.kernels import find_hardware
 from tinyvllm.bench.latency import Case, LatencyWork, measure_latency
 from tinyvllm.bench.subject import Subject
 from tinyvllm.config import EngineConfig
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.execution.runner import ModelRunner, Progress
-from tinyvllm.profiling.chips import guess_chip, measured_chip
-from tinyvllm.profiling.predict import predict
+from tinyvllm.profiling.predict import FACTORS, predict
 
 GOOD, ODD, BAD = "ok", "odd", "bad"  # as it should be; worth a look; does not work
 SMOKE_TOKENS, SMOKE_CONTEXT = 20, 128
@@ -115,10 +115,9 @@ def smoke(runner: ModelRunner, subject: Subject, config: EngineConfig, report: P
     """Twenty tokens, their speed, and the speed that the counts predict."""
     context = min(SMOKE_CONTEXT, runner.capacity.max_model_len - SMOKE_TOKENS - 1)
     work = LatencyWork((Case("decode", 1, context),), SMOKE_TOKENS, 1, 1, config.seed)
-    chip = guess_chip(runner.hardware)
-    if chip is None:
-        kind = "METAL" if runner.device.startswith("METAL") else "CPU" if runner.device.startswith("CPU") else "CUDA"
-        chip = measured_chip(runner.hardware, runner.measure_bandwidth(), runner.measure_flops(), kind)
+    chip = find_hardware(runner, None)
+    if chip.device not in FACTORS:  # OpenCL's, of which nothing is known: as another GPU
+        chip = replace(chip, device="CUDA")
     try:
         (row,) = measure_latency(runner, subject.describe(runner, chip.bandwidth_gbps, config.seed), work, report)
     except TinyvllmError as error:

@@ -16,7 +16,6 @@ from tinyvllm.errors import TinyvllmError
 if TYPE_CHECKING:
     from tinyvllm.bench.breakdown import Breakdown, BreakdownWork
     from tinyvllm.bench.subject import Subject
-    from tinyvllm.execution.runner import ModelRunner
     from tinyvllm.profiling.chips import Chip
     from tinyvllm.text.tokenizer import Tokenizer
 
@@ -148,27 +147,18 @@ def _measure(
 ) -> Breakdown:
     from tinyvllm.bench.breakdown import fit_config, longest_case, measure_breakdown
     from tinyvllm.bench.cold_start import start_engine
+    from tinyvllm.bench.kernels import find_hardware
 
     longest = longest_case(work, tokenizer)
     config = fit_config({"model": found.name, **runner.settings()}, work, longest, found.model_config)
     with progress_bars() as report:
         loaded, cold_start = start_engine(found, config, report, process_s, import_s, work.num_warmup)
         try:
-            roof = chip or _find_chip(loaded)
+            roof = find_hardware(loaded, chip)
             machine = found.describe(loaded, roof.bandwidth_gbps, work.seed)
             return measure_breakdown(loaded, tokenizer, machine, work, cold_start, roof, report)
         finally:
             loaded.close()
-
-
-def _find_chip(runner: ModelRunner) -> Chip:
-    """The chip by the device's own name; where no table has that, its rates are measured."""
-    from tinyvllm.profiling.chips import guess_chip, measured_chip
-
-    found = guess_chip(runner.hardware)
-    if found is not None:
-        return found
-    return measured_chip(runner.hardware, runner.measure_bandwidth(), runner.measure_flops(), runner.device)
 
 
 def _show(result: Breakdown, subject: SubjectFlags) -> None:

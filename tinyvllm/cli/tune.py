@@ -60,9 +60,6 @@ def _say(outcome: Outcome) -> None:
         err.print("the budget is spent: run the same command again to go on", highlight=False)
 
 
-LEAST_GAIN = 0.01  # as in the search: less is noise
-
-
 class _Progress:
     """What the worker has said so far: by bucket and kernel a step's seconds with each candidate."""
 
@@ -99,6 +96,8 @@ class _Progress:
 
     def _results(self) -> Iterator[tuple[str, str, float, float, tuple[tuple[str, int], ...]]]:
         """Bucket, kernel, seconds of a step by the rules and by the fastest candidate, and that candidate."""
+        from tinyvllm.execution.tune_process import LEAST_GAIN
+
         for (bucket, kernel), times in self._seconds.items():
             chosen = min(times, key=lambda candidate: times[candidate])
             first = times.get((), times[chosen])

@@ -16,12 +16,12 @@ import numpy as np
 from tinyvllm.config import SamplingParams
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.runner import ModelRunner
+from tinyvllm.execution.tune_process import LEAST_GAIN
 from tinyvllm.ops import tuning
 from tinyvllm.ops.tuning import Chosen, Tunable, candidates
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
-LEAST_GAIN = 0.01  # of a step: a candidate that gains less is noise
 NUM_WARM, NUM_TIMED = 3, 20
 FILL_TOKEN_SEED = 11
 

@@ -19,6 +19,7 @@ from tinyvllm.errors import DeviceError
 
 TRIAL_TIMEOUT_S = 120.0  # for one candidate, compiling included
 LOAD_TIMEOUT_S = 900.0
+LEAST_GAIN = 0.01  # of a step's time: a candidate that gains less is noise
 MAX_DEATHS = 20  # of workers in one search: then something else is wrong
 
 

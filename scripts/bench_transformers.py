@@ -2,14 +2,17 @@
 
     pip install torch transformers rich    # in an environment of its own
     python scripts/bench_transformers.py --shape llama-3.2-1b --batch 1,8,64 --context 128 --json transformers.json
+    python scripts/bench_transformers.py --shape llama-3.2-1b --batch "" --requests 256 --context 128 --output-len 128
 
 Random float16 weights, greedy. A step is the difference of two generations that differ in `--tokens` tokens, over
-`--tokens`, so that prompts and start-up fall out; the first pair, in which torch compiles, is not counted.
+`--tokens`, so that prompts and start-up fall out; the first pair, in which torch compiles, is not counted. `--requests`
+runs transformers' continuous batching instead (a paged cache, CUDA graphs), as `tinyvllm bench throughput` runs ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tinyvllm need not be installed here
 
@@ -39,6 +42,8 @@ def main() -> None:
     rows = [measure_prefill(model, machine, length, args) for length in args.prefill]
     for batch in args.batch:
         rows += [measure_decode(model, machine, batch, context, args) for context in args.context]
+    if args.requests:
+        rows += [measure_throughput(model, machine, context, args) for context in args.context]
     print(markdown_table(rows))
     text = json.dumps([row.as_json() for row in rows])
     if args.json == "-":
@@ -55,6 +60,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", default=[128], help="tokens of each prompt", **counts)
     parser.add_argument("--prefill", default=[], help="prompt lengths", **counts)
     parser.add_argument("--tokens", type=int, default=128, help="decode steps in a repeat")
+    parser.add_argument("--requests", type=int, default=0, help="requests at once, with continuous batching")
+    parser.add_argument("--output-len", type=int, default=128, help="tokens that each of --requests generates")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -169,6 +176,41 @@ def measure_prefill(model: LlamaForCausalLM, machine: Machine, length: int, args
         tok_s=Spread.of([length / seconds for seconds in times]),
         step_ms=Spread.of([seconds * 1e3 for seconds in times]),
     )
+
+
+def measure_throughput(model: LlamaForCausalLM, machine: Machine, context: int, args: argparse.Namespace) -> Row:
+    """All requests are there at the start. The clock runs from the first one's arrival to the last token, so that
+    making the cache and its graphs falls out; the first round is not counted."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=args.output_len, eos_token_id=-1, pad_token_id=0)
+    inputs = prompts(model, args.requests, context).tolist()
+    walls, gaps = [], []
+    for repeat in range(-1, args.repeats):
+        outputs = list(model.generate_batch(inputs, generation_config=config, record_timestamps=True).values())
+        check_outputs(outputs, args)
+        if repeat >= 0:
+            walls.append(max(out.timestamps[-1] for out in outputs) - min(out.created_time for out in outputs))
+            gaps += [after - before for out in outputs for before, after in itertools.pairwise(out.timestamps)]
+    num_out = args.requests * args.output_len
+    return Row(
+        test=f"pp{context}+tg{args.output_len}, {args.requests} requests",
+        phase="throughput",
+        batch=args.requests,
+        context=context,
+        num_tokens=args.output_len,
+        machine=machine,
+        tok_s=Spread.of([num_out / wall_s for wall_s in walls]),
+        step_ms=Spread.of([gap_s * 1e3 for gap_s in gaps]),
+        more={"requests": args.requests, "wall_s": Spread.of(walls)},
+    )
+
+
+def check_outputs(outputs: list[Any], args: argparse.Namespace) -> None:
+    lengths = {len(out.generated_tokens) for out in outputs}
+    if len(outputs) != args.requests or lengths != {args.output_len}:
+        raise SystemExit(
+            f"transformers answered {len(outputs)} of {args.requests} requests, with {sorted(lengths)} tokens, "
+            f"where each was to have {args.output_len}: its log says why"
+        )
 
 
 if __name__ == "__main__":

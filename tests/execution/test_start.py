@@ -14,7 +14,8 @@ from tests.execution.driver import generate, make_request
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
 from tinyvllm.execution import graphs
 from tinyvllm.execution.runner import ModelRunner, load_runner
-from tinyvllm.ops.program_store import ProgramStore, to_program_cache
+from tinyvllm.ops.compiling import to_program_cache
+from tinyvllm.ops.program_store import ProgramStore
 
 CONFIG = EngineConfig(
     "tiny",

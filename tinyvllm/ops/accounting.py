@@ -24,6 +24,7 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops import device as device_module
 from tinyvllm.ops import replay, transfer
+from tinyvllm.ops.compiling import Compiler
 from tinyvllm.ops.device import DeviceHandle
 
 CUDA_WAITS = ("cuCtxSynchronize", "cuStreamSynchronize", "cuEventSynchronize")
@@ -92,6 +93,7 @@ class DeviceAccount:
             hook(kind, "__call__", self._on_replay)
         hook(realize, "track_stats", self._on_executed)
         hook(realize, "lower_and_compile", self._on_compile)
+        hook(Compiler, "programs", self._on_make_programs)
         hook(DeviceHandle, "wait", self._on_wait)
         if self.device.name.split(":")[0] == "CUDA":
             self._hook_driver()
@@ -167,6 +169,12 @@ class DeviceAccount:
         self._counts.compilations += any(call.src[0].op is Ops.SINK for call in linear.src)
         with self._timed("compile_s"):
             return original(linear)
+
+    def _on_make_programs(self, original: Callable[..., Any], compiler: Any, kernels: Any) -> Any:
+        """Of a recorded step. What other processes compile while this one goes on is not waited for, and not booked."""
+        self._counts.compilations += 1
+        with self._timed("compile_s"):
+            return original(compiler, kernels)
 
     def _on_wait(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Of a device, or of all its cores: what that waits for inside is the same wait."""

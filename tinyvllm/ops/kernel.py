@@ -17,6 +17,7 @@ from tinygrad.uop.ops import AxisType, KernelInfo
 
 from tinyvllm.errors import InvariantError
 from tinyvllm.ops.disk_cache import share_disk_cache
+from tinyvllm.ops.recording import launch
 
 share_disk_cache()  # before the first kernel is compiled, on whatever thread
 
@@ -122,8 +123,12 @@ def cached_kernel(make: Callable[..., KernelFn]) -> Callable[..., KernelFn]:
 
 
 def run_kernel(fn: KernelFn, outputs: Sequence[Tensor], inputs: Iterable[Tensor]) -> list[Tensor]:
-    """Run `fn(*outputs, *inputs)`; returns the written `outputs`. Use those: they carry the order of execution."""
-    return Tensor.custom_kernel(*outputs, *inputs, fxn=fn)[: len(outputs)]
+    """Run `fn(*outputs, *inputs)`; returns the written `outputs`. Use those: they carry the order of execution, except
+    while a step is recorded, where that is the order of the calls."""
+    tensors = [*outputs, *inputs]
+    if launch(fn, tensors):
+        return tensors[: len(outputs)]
+    return Tensor.custom_kernel(*tensors, fxn=fn)[: len(outputs)]
 
 
 def empty(size: int, dtype: DType = F32, device: str | None = None) -> Tensor:

@@ -7,7 +7,6 @@ folder's name: versions, sources, the compiler, the processor.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import logging
@@ -16,12 +15,10 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tinygrad
 from tinygrad import Device, UOp
-from tinygrad.codegen import to_program_cache
 from tinygrad.helpers import ContextVar
 from tinygrad.uop.ops import Ops, ProgramInfo
 
@@ -62,23 +59,18 @@ class ProgramStore:
         self.num_programs_compiled = 0
         self.num_steps_read = 0
 
-    @contextlib.contextmanager
-    def around_compiler(self, keys: Iterable[tuple]) -> Iterator[None]:
-        """Give tinygrad the programs that are stored, before it compiles; store what it compiled, after."""
-        missing = []
-        for key in keys:
-            if key in to_program_cache:
-                continue
-            program = self._folder.read(f"program-{_digest(key)}")
-            if isinstance(program, UOp) and program.op is Ops.PROGRAM:
-                to_program_cache[key] = program
-                self.num_programs_read += 1
-            else:
-                missing.append(key)
-        yield
-        for key in missing:
-            self._write(f"program-{_digest(key)}", slim(to_program_cache[key]))
-        self.num_programs_compiled += len(missing)
+    def read_program(self, key: tuple) -> UOp | None:
+        """The program of tinygrad's key, or None."""
+        program = self._folder.read(f"program-{_digest(key)}")
+        if not isinstance(program, UOp) or program.op is not Ops.PROGRAM:
+            return None
+        self.num_programs_read += 1
+        return program
+
+    def write_program(self, key: tuple, program: UOp) -> None:
+        """Keep a program that was just compiled."""
+        self._write(f"program-{_digest(key)}", slim(program))
+        self.num_programs_compiled += 1
 
     def read_step(self, name: str) -> object | None:
         """What `write_step` kept under this name, or None."""

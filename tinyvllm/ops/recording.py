@@ -1,16 +1,17 @@
 """A step as the list of kernels that it launches: recorded once, without running anything.
 
-This is what tinygrad's TinyJit does in three calls, less the making of a graph, which `replay.py` does by device.
-A recorded step has two forms: `Step` in memory, and `SavedStep` without any buffer, for another process to bind.
+A kernel of ours is launched in the order of the calls, on the buffers it was given: there is nothing for tinygrad's
+scheduler to find out, which took most of a start. Other operations of tensors are scheduled when they are realized.
+A step is first a `Tracing`, whose kernels are still being compiled, then a `Step`, and on disk a `SavedStep` without
+any buffer, for another process to bind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tinygrad import Device, Tensor, UOp
-from tinygrad.codegen import to_program_key
+from tinygrad import Tensor, UOp
 from tinygrad.device import Buffer
 from tinygrad.dtype import DType
 from tinygrad.engine import realize
@@ -20,6 +21,7 @@ from tinygrad.tensor import all_tensors
 from tinygrad.uop.ops import Ops, buffers, graph_rewrite
 
 from tinyvllm.errors import CacheError, InvariantError
+from tinyvllm.ops.compiling import Compiler, Kernel
 from tinyvllm.ops.program_store import ProgramStore, slim
 
 
@@ -60,10 +62,37 @@ class SavedStep:
     kept: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Tracing:
+    """A step before its kernels are compiled. `launches`: what is launched, a kernel's SINK or a COPY, and on what."""
+
+    launches: tuple[tuple[UOp, tuple[Buffer, ...]], ...]
+    output: Tensor
+    borrowed: tuple[Buffer, ...]
+    cut: int
+    kept: tuple[Buffer, ...]
+
+    @property
+    def kernels(self) -> set[Kernel]:
+        """What is to be compiled."""
+        return {(target, args[0].device) for target, args in self.launches if target.op is Ops.SINK}
+
+    def finish(self, compiler: Compiler) -> Step:
+        """The step, once all of it is compiled."""
+        programs = compiler.programs(self.kernels)
+        calls = tuple(Call(programs.get((target, args[0].device), target), args) for target, args in self.launches)
+        return Step(calls, self.output, self.borrowed, self.cut, self.kept)
+
+
 def record(trace: Callable[[], Tensor], store: ProgramStore | None = None) -> Step:
     """Call `trace`, which realizes and returns one tensor, and compile what this would have run.
 
     Programs come from `store` where it has them, and are kept there where it has not."""
+    return trace_step(trace).finish(Compiler(store))
+
+
+def trace_step(trace: Callable[[], Tensor]) -> Tracing:
+    """Call `trace`, which realizes and returns one tensor, and note what this would have run."""
     before = {id(buffer): buffer for buffer in buffers.values()}
     recorder = _Recorder()
     realize.capturing.append(recorder)
@@ -71,14 +100,25 @@ def record(trace: Callable[[], Tensor], store: ProgramStore | None = None) -> St
         output = trace()
     finally:
         realize.capturing.clear()
-    linear = memory_plan_rewrite(UOp(Ops.LINEAR, src=tuple(recorder.calls)), set(buffers) | set(_live_buffers()))
-    calls = tuple(_make_call(call) for call in _compile(linear, store).src)
-    if len(calls) != len(recorder.calls):
-        raise InvariantError(f"a step of {len(recorder.calls)} kernels became one of {len(calls)}")
-    bases = {id(buffer.base): buffer.base for call in calls for buffer in call.buffers}
-    cut = len(calls) if recorder.cut is None else recorder.cut
+    linear = UOp(Ops.LINEAR, src=tuple(recorder.calls))
+    if beam := getenv("JITBEAM", BEAM.value):
+        linear = graph_rewrite(linear, realize.pm_beam, ctx=beam, walk=True)
+    linear = memory_plan_rewrite(linear, set(buffers) | set(_live_buffers()))
+    launches = tuple(_make_launch(call) for call in linear.src)
+    if len(launches) != len(recorder.calls):
+        raise InvariantError(f"a step of {len(recorder.calls)} kernels became one of {len(launches)}")
+    bases = {id(buffer.base): buffer.base for _, args in launches for buffer in args}
+    cut = len(launches) if recorder.cut is None else recorder.cut
     kept = tuple(tensor.uop.base.buffer for tensor in recorder.kept)
-    return Step(calls, output, tuple(base for key, base in bases.items() if key in before), cut, kept)
+    return Tracing(launches, output, tuple(base for key, base in bases.items() if key in before), cut, kept)
+
+
+def launch(fn: Callable[..., UOp], tensors: Sequence[Tensor]) -> bool:
+    """While recording: note that the kernel `fn` runs on these tensors now. False where nothing is recorded."""
+    recorders = [recorder for recorder in realize.capturing if isinstance(recorder, _Recorder)]
+    for recorder in recorders:
+        recorder.launch(fn, tensors)
+    return bool(recorders)
 
 
 def cut_here() -> None:
@@ -97,7 +137,7 @@ def keep(*tensors: Tensor) -> None:
 
 
 class _Recorder:
-    """What tinygrad hands schedules to instead of running them."""
+    """What kernels are handed to instead of the device: ours one by one, tinygrad's by its schedules."""
 
     def __init__(self) -> None:
         self.calls: list[UOp] = []
@@ -107,6 +147,11 @@ class _Recorder:
     def add_linear(self, linear: UOp, var_vals: dict[str, int]) -> None:
         self.calls += linear.src
 
+    def launch(self, fn: Callable[..., UOp], tensors: Sequence[Tensor]) -> None:
+        tensors[0].realize(*tensors[1:])  # what is not in a buffer yet; nothing to do for what kernels of ours wrote
+        kernel = fn(*[UOp.placeholder_like(tensor.uop, slot=slot) for slot, tensor in enumerate(tensors)])
+        self.calls.append(kernel.call(*[tensor.uop.base for tensor in tensors]))
+
 
 def _live_buffers() -> Iterator[UOp]:
     """Buffers that a living tensor refers to: the memory planner must leave them alone."""
@@ -115,29 +160,11 @@ def _live_buffers() -> Iterator[UOp]:
             yield from (uop for uop in tensor.uop.toposort() if uop.op is Ops.BUFFER)
 
 
-def _compile(linear: UOp, store: ProgramStore | None) -> UOp:
-    """tinygrad's `compile_linear` without its own way to submit to a CPU, and with the store around the compiler."""
-    if beam := getenv("JITBEAM", BEAM.value):
-        linear = graph_rewrite(linear, realize.pm_beam, ctx=beam, walk=True)
-    if store is None:
-        linear = realize.lower_and_compile(linear)
-    else:
-        with store.around_compiler(_program_keys(linear)):
-            linear = realize.lower_and_compile(linear)
-    return graph_rewrite(linear, realize.pm_optimize_local_size, walk=True)
-
-
-def _program_keys(linear: UOp) -> set[tuple]:
-    """tinygrad's keys of the programs that the step's kernels become."""
-    kernels = {(call.src[0], call.src[1].device) for call in linear.src if call.src[0].op is Ops.SINK}
-    return {to_program_key(kernel, Device[device].renderer) for kernel, device in kernels}
-
-
-def _make_call(call: UOp) -> Call:
+def _make_launch(call: UOp) -> tuple[UOp, tuple[Buffer, ...]]:
     target, args = call.src[0], call.src[1:]
-    if target.op not in (Ops.PROGRAM, Ops.COPY) or any(arg.is_bound_var for arg in args):
+    if target.op not in (Ops.SINK, Ops.COPY) or any(arg.is_bound_var for arg in args):
         raise InvariantError(f"a step launches kernels and copies of fixed shapes, but this one has {target.op}")
-    return Call(target, tuple(arg.buffer for arg in args))
+    return target, tuple(arg.buffer for arg in args)
 
 
 def head_of(step: Step) -> Step:

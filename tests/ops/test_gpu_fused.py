@@ -21,7 +21,7 @@ from tests.ops.builders import (
     normal,
     read_pool,
 )
-from tests.ops.test_attention import DECODE, Case, Result, decode_pieces, make_history, make_rope
+from tests.ops.test_attention import DECODE, Case, Result, decode_pieces, make_head_norm, make_history, make_rope
 from tests.ops.test_rendering import check_limits, kernels_of, make_renderer, plan_layer
 from tinyvllm.arrays import to_float32
 from tinyvllm.ops.backend import AttentionShape, Backend, Norm
@@ -237,6 +237,9 @@ CASES = [
     Case(8, 1, 128, StepLayout(2, 2, 4, 32), True, "float16", (8, 2)),
     Case(4, 4, 64, StepLayout(40, 40, 5, 16), True, "float16", (4, 4, 4)),
     Case(16, 2, 128, StepLayout(1, 1, 40, 16), True, "float16"),
+    Case(16, 8, 128, StepLayout(1, 1, 40, 16), True, "float16", normed=True),  # Qwen3's
+    Case(16, 8, 128, StepLayout(5, 5, 9, 16), True, "float16", normed=True),
+    Case(6, 2, 64, StepLayout(36, 36, 5, 16), True, "float16", (6, 2, 2), normed=True),
 ]
 
 
@@ -249,8 +252,9 @@ def attend(
     qkv = normal(case.layout.num_tokens, sum(case.parts), seed=3)
     parts = [backend.device.upload(part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
     rope = backend.device.upload(make_rope(case.dim, case.layout.max_blocks * size))
-    inputs = backend.device.upload(buffer)
-    out = backend.attend(parts, case.parts, case.shape, pool, 0, inputs, rope, case.layout, is_decode=True)
+    step = (pool, 0, backend.device.upload(buffer), rope, case.layout)
+    norm = make_head_norm(backend, case)
+    out = backend.attend(parts, case.parts, case.shape, *step, is_decode=True, head_norm=norm)
     rows = out.float().numpy().reshape(-1, case.heads, case.dim)
     return Result(rows, before, read_pool(backend, case.shape, size, pool)), out
 

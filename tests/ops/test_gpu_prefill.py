@@ -10,7 +10,7 @@ from tinygrad.codegen import to_program
 from tinygrad.uop.ops import Ops
 
 from tests.ops.builders import Piece, largest_difference, make_host, make_pool, make_step, normal, read_pool
-from tests.ops.test_attention import Case, Result, make_history, make_rope
+from tests.ops.test_attention import Case, Result, make_head_norm, make_history, make_rope
 from tests.ops.test_gpu_fused import KINDS, SHAPES, TOLERANCE, lanes, multiply, rendered
 from tests.ops.test_rendering import check_limits, kernels_of, make_renderer, plan_attention, plan_layer
 from tinyvllm.ops.backend import AttentionShape, Backend
@@ -127,6 +127,8 @@ CASES = [
     Case(4, 4, 64, StepLayout(260, 2, 40, 8), False, "float16"),  # no grouping, blocks smaller than a tile's piece
     Case(16, 2, 128, StepLayout(150, 4, 10, 32), False, "float16", (16, 2, 2)),
     Case(5, 1, 64, StepLayout(33, 33, 5, 64), False, "float16"),  # a tile's rows are no multiple of the group
+    Case(16, 8, 128, StepLayout(150, 4, 10, 16), False, "float16", normed=True),  # Qwen3's
+    Case(3, 1, 64, StepLayout(35, 3, 5, 16), False, "float16", (3, 1, 1), normed=True),  # pieces in part of a warp
 ]
 
 
@@ -151,8 +153,9 @@ def attend(backend: Backend, case: Case, buffer: np.ndarray, history: tuple[np.n
     qkv = normal(case.layout.num_tokens, sum(case.parts), seed=3)
     parts = [backend.device.upload(part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
     rope = backend.device.upload(make_rope(case.dim, case.layout.max_blocks * size))
-    inputs = backend.device.upload(buffer)
-    out = backend.attend(parts, case.parts, case.shape, pool, 0, inputs, rope, case.layout, is_decode=False)
+    step = (pool, 0, backend.device.upload(buffer), rope, case.layout)
+    norm = make_head_norm(backend, case)
+    out = backend.attend(parts, case.parts, case.shape, *step, is_decode=False, head_norm=norm)
     rows = out.float().numpy().reshape(-1, case.heads, case.dim)
     return Result(rows, before, read_pool(backend, case.shape, size, pool))
 

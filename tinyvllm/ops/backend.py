@@ -102,8 +102,10 @@ class Backend(Protocol):
         layout: StepLayout,
         *,
         is_decode: bool,
+        head_norm: Norm | None = None,
     ) -> Tensor:
-        """Rotate, write keys and values to their slots, attend: (T * H * D,)."""
+        """Rotate, write keys and values to their slots, attend: (T * H * D,). `head_norm`: each head of queries and
+        keys is normed before it is rotated; its weight (2 * D,) is the queries', then the keys'."""
 
     def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:
         """(R * columns,): the rows whose logits are wanted."""

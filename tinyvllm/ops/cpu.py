@@ -162,7 +162,9 @@ class CpuBackend:
         layout: StepLayout,
         *,
         is_decode: bool,
+        head_norm: Norm | None = None,
     ) -> Activation:
+        tables, eps = ([rope], None) if head_norm is None else ([rope, head_norm.weight], head_norm.eps)
         outs, out_widths = [], []
         keys, values = _tensors(pool.keys[layer]), _tensors(pool.values[layer])
         group = shape.num_heads // shape.num_kv_heads
@@ -170,10 +172,10 @@ class CpuBackend:
             mine = [_tensors(part)[i] for part in qkv]
             cols = tuple(_widths(part, width)[i] for part, width in zip(qkv, widths, strict=True))
             spec = AttentionSpec(
-                layout, (b - a) * group, b - a, shape.head_dim, pool.num_blocks, is_decode, cols, pool.dtype
+                layout, (b - a) * group, b - a, shape.head_dim, pool.num_blocks, is_decode, cols, pool.dtype, eps
             )
             out = empty(layout.num_tokens * spec.num_heads * shape.head_dim, device=core)
-            outs.append(self._attend(spec, out, keys[i], values[i], [inputs, rope, *mine]))
+            outs.append(self._attend(spec, out, keys[i], values[i], [inputs, *tables, *mine]))
             out_widths.append(spec.num_heads * shape.head_dim)
         return _share(outs, out_widths)
 

@@ -8,6 +8,7 @@ consecutive memory and neither needs a horizontal sum.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 from tinygrad import UOp
 
@@ -15,6 +16,7 @@ from tinyvllm.ops.kernel import F32, I32, LOG2E, LOWEST, Body, KernelFn, balance
 from tinyvllm.ops.step_inputs import StepLayout
 
 VALUE_CHUNK = 64  # values of one head accumulated at once: 8 AVX2 registers
+NORM_LANES = 16  # sums of squares that run side by side
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class AttentionSpec:
     fused_write: bool
     qkv_cols: tuple[int, ...]  # columns of each part of qkv; parts side by side make (H + 2K) * D
     kv_dtype: str
+    head_eps: float | None = None  # of an RMSNorm of every head of queries and keys; None: they have none
 
     @property
     def group(self) -> int:
@@ -43,11 +46,15 @@ class AttentionSpec:
 
 
 class _Row:
-    """One token row inside a kernel: its inputs, and its q, k, v before RoPE."""
+    """One token row inside a kernel: its inputs, and its q, k, v before they are normed and rotated."""
 
-    def __init__(self, spec: AttentionSpec, row: UOp, inputs: UOp, rope: UOp, parts: tuple[UOp, ...]) -> None:
+    def __init__(self, spec: AttentionSpec, row: UOp, inputs: UOp, rope: UOp, operands: tuple[UOp, ...]) -> None:
+        """`operands`: the heads' norm where there is one, and the parts of qkv."""
         layout = spec.layout
-        self.spec, self.row, self.rope, self.parts = spec, row, rope, parts
+        self.spec, self.row, self.rope = spec, row, rope
+        parts = list(operands)
+        self.head_norm = None if spec.head_eps is None else parts.pop(0)
+        self.parts = parts
         self.position = inputs[layout.offset("positions") + row].load().maximum(0)
         self.slot = inputs[layout.offset("slots") + row].load().maximum(0)
         seq = inputs[layout.offset("seq_rows") + row].load()
@@ -72,12 +79,33 @@ class _Row:
         assert value is not None
         return value
 
-    def roped(self, head: UOp | int, i: UOp) -> tuple[UOp, UOp]:
-        """Values i and i + D/2 of a head, rotated by the row's position (Su et al. 2021, half-split pairs)."""
-        half = self.spec.head_dim // 2
-        cos = self.rope[self.position * self.spec.head_dim + i].load()
-        sin = self.rope[self.position * self.spec.head_dim + half + i].load()
+    def head_scale(self, body: Body, head: UOp, *after: UOp) -> UOp | None:
+        """A register with 1 / sqrt(mean square + eps) of a head, inside the loops named by `after`; None without a
+        norm."""
+        if self.head_norm is None:
+            return None
+        dim = self.spec.head_dim
+        lanes = gcd(dim, NORM_LANES)
+        sums = fill(body, body.registers(lanes), 0.0, *after)
+        chunk = body.fold(dim // lanes)
+        inner = sums.after(chunk)
+        values = [self.qkv(head, chunk * lanes + lane) for lane in range(lanes)]
+        done = UOp.group(*[inner[i].store(inner[i].load() + v * v) for i, v in enumerate(values)]).end(chunk)
+        sums = sums.after(done)
+        mean = balanced(sums[i].load() for i in range(lanes)) * (1.0 / dim)
+        scale = body.registers(1)
+        return scale.after(scale.after(*after)[0].store((mean + self.spec.head_eps).sqrt().reciprocal()))
+
+    def roped(self, section: int, head: UOp, i: UOp, scale: UOp | None) -> tuple[UOp, UOp]:
+        """Values i and i + D/2 of a head of queries (section 0) or keys (1), normed where they are (`scale`:
+        head_scale's), and rotated by the row's position (Su et al. 2021, half-split pairs)."""
+        dim, half = self.spec.head_dim, self.spec.head_dim // 2
+        cos = self.rope[self.position * dim + i].load()
+        sin = self.rope[self.position * dim + half + i].load()
         a, b = self.qkv(head, i), self.qkv(head, i + half)
+        if self.head_norm is not None and scale is not None:
+            pairs = ((a, i), (b, i + half))
+            a, b = (v * scale[0].load() * self.head_norm[section * dim + at].load() for v, at in pairs)
         return a * cos - b * sin, b * cos + a * sin
 
     def write(self, body: Body, keys: UOp, values: UOp) -> UOp:
@@ -87,7 +115,8 @@ class _Row:
         head, i = body.loop(spec.num_kv_heads), body.loop(half)
         block, offset = self.slot // block_size, self.slot % block_size
         base = block * spec.block_elements + head * (spec.head_dim * block_size)
-        low, high = self.roped(head + spec.num_heads, i)
+        k_head = head + spec.num_heads
+        low, high = self.roped(1, k_head, i, self.head_scale(body, k_head, self.row, head))
         v_head = head + (spec.num_heads + spec.num_kv_heads)
         stores = [
             keys[base + i * block_size + offset].store(low.cast(keys.dtype)),
@@ -100,12 +129,12 @@ class _Row:
 
 @cached_kernel
 def write_kv_kernel(spec: AttentionSpec) -> KernelFn:
-    """fn(keys, values, inputs, rope, *qkv parts): every row's roped key and its value go to its slot of the pool."""
+    """fn(keys, values, inputs, rope[, head_norm], *qkv parts): every row's roped key and its value go to its slot."""
 
-    def kernel(keys: UOp, values: UOp, inputs: UOp, rope: UOp, *parts: UOp) -> UOp:
+    def kernel(keys: UOp, values: UOp, inputs: UOp, rope: UOp, *operands: UOp) -> UOp:
         body = Body()
         row = body.loop(spec.layout.num_tokens)
-        stores = _Row(spec, row, inputs, rope, parts).write(body, keys, values).end(row)
+        stores = _Row(spec, row, inputs, rope, operands).write(body, keys, values).end(row)
         tokens, width = spec.layout.num_tokens, spec.num_kv_heads * spec.head_dim
         return finish(stores, f"write_kv_{tokens}x{width}", ops=6 * tokens * width, nbytes=12 * tokens * width)
 
@@ -114,18 +143,19 @@ def write_kv_kernel(spec: AttentionSpec) -> KernelFn:
 
 @cached_kernel
 def attention_kernel(spec: AttentionSpec) -> KernelFn:
-    """fn(out (T, H * D), keys, values, inputs, rope, *qkv parts): causal attention of each row over its own blocks.
+    """fn(out (T, H * D), keys, values, inputs, rope[, head_norm], *qkv parts): causal attention of each row over its
+    own blocks.
 
     Online softmax by block (Milakov & Gimelshein 2018). A row's cost follows its own context. With `fused_write`, keys
     and values are written too (they are outputs of the kernel then).
     """
 
-    def kernel(out: UOp, keys: UOp, values: UOp, inputs: UOp, rope: UOp, *parts: UOp) -> UOp:
+    def kernel(out: UOp, keys: UOp, values: UOp, inputs: UOp, rope: UOp, *operands: UOp) -> UOp:
         body, tokens = Body(), spec.layout.num_tokens
         # the rows are the one GLOBAL axis (a worker command each): codegen cannot nest a loop whose length is data
         # in a LOOP axis that the length depends on
         axis = body.grid(tokens) if tokens > 1 else body.loop(1)
-        row = _Row(spec, axis, inputs, rope, parts)
+        row = _Row(spec, axis, inputs, rope, operands)
         if spec.fused_write:
             written = row.write(body, keys, values)
             keys, values = keys.after(written), values.after(written)
@@ -170,7 +200,8 @@ def _load_queries(body: Body, row: _Row, head: UOp, keys: UOp) -> UOp:
     dim, half, scale = spec.head_dim, spec.head_dim // 2, LOG2E / spec.head_dim**0.5
     query = body.registers(spec.group * dim)
     g, i = body.loop(spec.group), body.loop(half)
-    low, high = row.roped(head * spec.group + g, i)
+    query_head = head * spec.group + g
+    low, high = row.roped(0, query_head, i, row.head_scale(body, query_head, row.row, head, g))
     target = query.after(row.row, head, keys)
     stores = UOp.group(target[g * dim + i].store(low * scale), target[g * dim + i + half].store(high * scale))
     return query.after(stores.end(i, g))

@@ -90,14 +90,15 @@ class GpuBackend:
         layout: StepLayout,
         *,
         is_decode: bool,
+        head_norm: Norm | None = None,
     ) -> Tensor:
-        spec = GpuAttentionSpec(
-            layout, shape.num_heads, shape.num_kv_heads, shape.head_dim, pool.num_blocks, tuple(widths)
-        )
-        written = [inputs, rope, *qkv[spec.kv_parts]]
+        heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
+        tables, eps = ([rope], None) if head_norm is None else ([rope, head_norm.weight], head_norm.eps)
+        spec = GpuAttentionSpec(layout, *heads, pool.num_blocks, tuple(widths), eps)
+        written = [inputs, *tables, *qkv[spec.kv_parts]]
         keys, values = run_kernel(write_kv_kernel(spec), [pool.keys[layer], pool.values[layer]], written)
         out = self._empty(layout.num_tokens * shape.num_heads * shape.head_dim)
-        read = [keys, values, inputs, rope, *qkv[spec.query_parts]]
+        read = [keys, values, inputs, *tables, *qkv[spec.query_parts]]
         return run_kernel(attention_kernel(spec), [out], read)[0]
 
     def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:

@@ -27,6 +27,7 @@ class GpuAttentionSpec:
     head_dim: int  # D; also the threads of a threadgroup and the tokens of one pass
     num_blocks: int
     qkv_cols: tuple[int, ...]
+    head_eps: float | None = None  # of an RMSNorm of every head of queries and keys; None: they have none
 
     @property
     def slot_elements(self) -> int:
@@ -59,11 +60,14 @@ class _Row:
     """One token row's inputs inside a kernel."""
 
     def __init__(
-        self, spec: GpuAttentionSpec, row: UOp, inputs: UOp, rope: UOp, parts: tuple[UOp, ...], held: slice
+        self, spec: GpuAttentionSpec, row: UOp, inputs: UOp, rope: UOp, operands: tuple[UOp, ...], held: slice
     ) -> None:
-        """`held`: which parts of qkv `parts` are."""
+        """`operands`: the heads' norm where there is one, and the parts of qkv that are `held`."""
         layout = spec.layout
-        self.spec, self.row, self.inputs, self.rope, self.parts = spec, row, inputs, rope, parts
+        self.spec, self.row, self.inputs, self.rope = spec, row, inputs, rope
+        parts = list(operands)
+        self.head_norm = None if spec.head_eps is None else parts.pop(0)
+        self.parts = parts
         self.part_cols, self.first_col = spec.qkv_cols[held], sum(spec.qkv_cols[: held.start])
         positions = max(
             layout.max_blocks * layout.block_size, 2 * spec.head_dim
@@ -93,27 +97,45 @@ class _Row:
         assert value is not None
         return value
 
-    def rotated(self, head: UOp, d: UOp) -> UOp:
-        """Element d of a head, rotated by the row's position (half-split pairs, Su et al. 2021)."""
+    def rotated(self, body: Body, section: int, head: UOp, d: UOp, *outer: UOp) -> UOp:
+        """Element d, the thread's own, of a head of queries (section 0) or keys (1), normed where they are, and rotated
+        by the row's position (half-split pairs, Su et al. 2021). `outer`: the kernel's axes."""
         dim, half = self.spec.head_dim, self.spec.head_dim // 2
-        i = d % half
+        i, other = d % half, (d + half) % dim
         cos = self.rope[self.position * dim + i].load()
         sin = self.rope[self.position * dim + half + i].load()
-        partner = self.qkv(head, (d + half) % dim)
-        return self.qkv(head, d) * cos + partner * (d < half).where(sin * -1.0, sin)
+        own, partner = self.qkv(head, d), self.qkv(head, other)
+        if self.head_norm is not None:
+            scale = self._head_scale(body, own, d, *outer)
+            own, partner = (
+                v * scale * self.head_norm[section * dim + at].load() for v, at in ((own, d), (partner, other))
+            )
+        return own * cos + partner * (d < half).where(sin * -1.0, sin)
+
+    def _head_scale(self, body: Body, own: UOp, d: UOp, *outer: UOp) -> UOp:
+        """1 / sqrt(mean square + eps) of the head whose element d is `own`, the same in every thread."""
+        dim = self.spec.head_dim
+        squares = body.shared(dim)
+        squares = squares.after(squares.after(*outer)[d].store(own * own))
+        total = fill(body, body.registers(1), 0.0, squares)
+        i = body.fold(dim)
+        inner = total.after(i)
+        total = total.after(inner[0].store(inner[0].load() + squares[i].load()).end(i))
+        return (total[0].load() * (1.0 / dim) + self.spec.head_eps).sqrt().reciprocal()
 
 
 @cached_kernel
 def write_kv_kernel(spec: GpuAttentionSpec) -> KernelFn:
-    """fn(keys, values, inputs, rope, *qkv[kv_parts]): every row's rotated key and its value go to its slot."""
+    """fn(keys, values, inputs, rope[, head_norm], *qkv[kv_parts]): every row's rotated key and its value go to its
+    slot."""
 
-    def kernel(keys: UOp, values: UOp, inputs: UOp, rope: UOp, *parts: UOp) -> UOp:
+    def kernel(keys: UOp, values: UOp, inputs: UOp, rope: UOp, *operands: UOp) -> UOp:
         body = Body()
         axis, head = body.grid(spec.layout.num_tokens), body.grid(spec.num_kv_heads)
         d = body.threads(spec.head_dim)
-        row = _Row(spec, axis, inputs, rope, parts, spec.kv_parts)
+        row = _Row(spec, axis, inputs, rope, operands, spec.kv_parts)
         at = row.slot() * spec.slot_elements + head * spec.head_dim + d
-        key = row.rotated(head + spec.num_heads, d)
+        key = row.rotated(body, 1, head + spec.num_heads, d, axis, head, d)
         value = row.qkv(head + (spec.num_heads + spec.num_kv_heads), d)
         stores = UOp.group(keys[at].store(key.cast(keys.dtype)), values[at].store(value.cast(values.dtype)))
         tokens, width = spec.layout.num_tokens, spec.slot_elements
@@ -126,21 +148,22 @@ def write_kv_kernel(spec: GpuAttentionSpec) -> KernelFn:
 
 @cached_kernel
 def attention_kernel(spec: GpuAttentionSpec) -> KernelFn:
-    """fn(out (T, H * D), keys, values, inputs, rope, *qkv[query_parts]): a threadgroup a row and head.
+    """fn(out (T, H * D), keys, values, inputs, rope[, head_norm], *qkv[query_parts]): a threadgroup a row and head.
 
     Passes of D tokens: thread t scores token t of the pass, then thread d adds up element d of the values (online
     softmax, Milakov & Gimelshein 2018). A row's cost follows its own context.
     """
 
-    def kernel(out: UOp, keys: UOp, values: UOp, inputs: UOp, rope: UOp, *parts: UOp) -> UOp:
+    def kernel(out: UOp, keys: UOp, values: UOp, inputs: UOp, rope: UOp, *operands: UOp) -> UOp:
         body, dim = Body(), spec.head_dim
         axis, head = body.grid(spec.layout.num_tokens), body.grid(spec.num_heads)
         thread = body.threads(dim)
         axes = (axis, head, thread)
-        row = _Row(spec, axis, inputs, rope, parts, spec.query_parts)
+        row = _Row(spec, axis, inputs, rope, operands, spec.query_parts)
         kv_head = head // (spec.num_heads // spec.num_kv_heads)
         query = body.shared(dim)
-        query = query.after(query.after(*axes)[thread].store(row.rotated(head, thread) * (LOG2E / dim**0.5)))
+        own = row.rotated(body, 0, head, thread, *axes) * (LOG2E / dim**0.5)
+        query = query.after(query.after(*axes)[thread].store(own))
         best, total, acc = (fill(body, body.registers(1), v, *axes) for v in (LOWEST, 0.0, 0.0))
 
         count = row.position + 1

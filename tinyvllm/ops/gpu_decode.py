@@ -50,6 +50,7 @@ class DecodeSpec:
     num_blocks: int
     qkv_cols: tuple[int, ...]  # columns of each part of qkv
     qkv_parts: tuple[int, ...]  # partial sums of each: (S, T, columns)
+    head_eps: float | None = None  # of an RMSNorm of every head of queries and keys; None: they have none
 
     @property
     def group(self) -> int:
@@ -103,6 +104,7 @@ class _Row:
     def __init__(self, spec: DecodeSpec, axis: UOp | int, kv_head: UOp | int, lane: UOp, operands: list[UOp]) -> None:
         self.spec, self.axis, self.kv_head, self.lane = spec, axis, kv_head, lane
         self.inputs, self.rope, *parts = operands
+        self.head_norm = None if spec.head_eps is None else parts.pop(0)
         self.parts = await_previous(spec.lanes, *parts)
         layout = spec.layout
         limit = max(layout.max_blocks * layout.block_size, 4096)  # more than two passes of a loop: Body.fold_while
@@ -128,15 +130,35 @@ class _Row:
         ]
         return [balanced(column) for column in zip(*rows, strict=True)]
 
-    def rotated(self, section: int, head: UOp | int, dim: UOp) -> list[UOp]:
-        """`loaded`, rotated by the row's position (half-split pairs, Su et al. 2021)."""
+    def rotated(self, section: int, head: UOp | int) -> list[list[list[UOp]]]:
+        """The lane's runs (`query_dims`) of a head of queries or keys, normed where they are, and rotated by the row's
+        position (half-split pairs, Su et al. 2021)."""
+        scale = self._head_scale(section, head)
+        return [[self._rotated_run(section, head, dim, scale) for dim in runs] for runs in self.query_dims]
+
+    def _rotated_run(self, section: int, head: UOp | int, dim: UOp, scale: UOp | None) -> list[UOp]:
         size, half = self.spec.head_dim, self.spec.head_dim // 2
-        here = self.loaded(section, head, dim)
-        partner = self.loaded(section, head, (dim + half) % size)
+        here, partner = (self._normed(section, head, d, scale) for d in (dim, (dim + half) % size))
         at = self.past * size + dim % half
         cos, sin = load_floats(self.rope, at, RUN), load_floats(self.rope, at + half, RUN)
         sign = (dim < half).where(UOp.const(-1.0, F32), UOp.const(1.0, F32))
         return [a * c + b * (s * sign) for a, b, c, s in zip(here, partner, cos, sin, strict=True)]
+
+    def _normed(self, section: int, head: UOp | int, dim: UOp, scale: UOp | None) -> list[UOp]:
+        values = self.loaded(section, head, dim)
+        if self.head_norm is None or scale is None:
+            return values
+        weights = load_floats(self.head_norm, section * self.spec.head_dim + dim, RUN)
+        return [v * scale * w for v, w in zip(values, weights, strict=True)]
+
+    def _head_scale(self, section: int, head: UOp | int) -> UOp | None:
+        """1 / sqrt(mean square + eps) of the lane's head, in each lane that holds some of it; None without a norm."""
+        spec = self.spec
+        if self.head_norm is None:
+            return None
+        runs = [self.loaded(section, head, dim) for runs in self.query_dims for dim in runs]
+        total = spec.lanes.sum(balanced(dot(run, run) for run in runs), spec.mma.row_masks)
+        return (total * (1.0 / spec.head_dim) + spec.head_eps).sqrt().reciprocal()
 
     @property
     def query_dims(self) -> list[list[UOp]]:
@@ -157,7 +179,8 @@ class _Row:
 
 @cached_kernel
 def decode_kernel(spec: DecodeSpec) -> KernelFn:
-    """fn(out (T, H * D), keys, values, inputs, rope, *qkv), or with a split context fn(values, sums, keys, ...)."""
+    """fn(out (T, H * D), keys, values, inputs, rope[, head_norm], *qkv), or with a split context fn(values, sums, keys,
+    ...)."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands, split, mma = list(rest), spec.split, spec.mma
@@ -171,8 +194,8 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
         stored = keys.dtype
 
         query_head = kv_head * spec.group + row.head % spec.group
-        query = [[[v.cast(mma.dtype) for v in row.rotated(0, query_head, d)] for d in runs] for runs in row.query_dims]
-        key = [[[v.cast(stored) for v in row.rotated(1, kv_head, d)] for d in runs] for runs in row.query_dims]
+        query = [[[v.cast(mma.dtype) for v in run] for run in runs] for runs in row.rotated(0, query_head)]
+        key = [[[v.cast(stored) for v in run] for run in runs] for runs in row.rotated(1, kv_head)]
         size = spec.head_dim // RUN
         value = [
             [v.cast(stored) for i in range(0, size, RUN) for v in row.loaded(2, kv_head, d + i)] for d in row.value_dims

@@ -170,26 +170,29 @@ class FusedGpuBackend(GpuBackend):
         layout: StepLayout,
         *,
         is_decode: bool,
+        head_norm: Norm | None = None,
     ) -> Tensor:
         heads, kv_heads, dim, cols = shape.num_heads, shape.num_kv_heads, shape.head_dim, tuple(widths)
         mma = self._decode_mma(pool.dtype)
         counts = tuple(part.num_parts if isinstance(part, Summed) else 1 for part in qkv)
         parts = [part.parts if isinstance(part, Summed) else part for part in qkv]
+        tables, eps = ([rope], None) if head_norm is None else ([rope, head_norm.weight], head_norm.eps)
         if not is_decode and mma is not None and fits_prefill(heads, kv_heads, dim, cols):
-            tiled = PrefillSpec(layout, self.lanes, mma, heads, kv_heads, dim, pool.num_blocks, cols, counts)
+            tiled = PrefillSpec(layout, self.lanes, mma, heads, kv_heads, dim, pool.num_blocks, cols, counts, eps)
             rows = self._empty(layout.num_tokens * heads * dim)
-            return attend_tiles(tiled, layer, rows, (pool.keys[layer], pool.values[layer]), inputs, rope, parts)
+            return attend_tiles(tiled, layer, rows, (pool.keys[layer], pool.values[layer]), inputs, tables, parts)
         if not is_decode or mma is None or not fits_decode(heads, kv_heads, dim, layout.block_size, cols):
-            return super().attend(qkv, widths, shape, pool, layer, inputs, rope, layout, is_decode=is_decode)
+            step = (inputs, rope, layout)
+            return super().attend(qkv, widths, shape, pool, layer, *step, is_decode=is_decode, head_norm=head_norm)
         lanes = self._lanes(layout.num_tokens)
-        spec = DecodeSpec(layout, lanes, mma, heads, kv_heads, dim, pool.num_blocks, cols, counts)
+        spec = DecodeSpec(layout, lanes, mma, heads, kv_heads, dim, pool.num_blocks, cols, counts, eps)
         written = [pool.keys[layer], pool.values[layer]]
         split = spec.split
         if split.num_parts == 1:
             out = self._empty(layout.num_tokens * split.num_cols)
-            return run_kernel(decode_kernel(spec), [out, *written], [inputs, rope, *parts])[0]
+            return run_kernel(decode_kernel(spec), [out, *written], [inputs, *tables, *parts])[0]
         outs = [self._floats(split.num_parts * split.num_cols), self._floats(split.num_parts * split.num_heads)]
-        values, sums, *_ = run_kernel(decode_kernel(spec), [*outs, *written], [inputs, rope, *parts])
+        values, sums, *_ = run_kernel(decode_kernel(spec), [*outs, *written], [inputs, *tables, *parts])
         whole = run_kernel(combine_kernel(split), [self._empty(split.num_cols)], [values, sums, inputs])[0]
         result = Split(whole.uop)
         result.values, result.sums, result.inputs, result.split = values, sums, inputs, split

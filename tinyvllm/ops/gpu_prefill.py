@@ -28,7 +28,7 @@ from tinyvllm.ops.gpu_gemm_tiles import (
     quick_maximum,
     together,
 )
-from tinyvllm.ops.gpu_kernel import LANES, Lanes, Mma, axes_of, grid, load_floats, warps, zeros
+from tinyvllm.ops.gpu_kernel import LANES, Lanes, Mma, axes_of, dot, grid, load_floats, warps, zeros
 from tinyvllm.ops.kernel import (
     F16,
     F32,
@@ -64,6 +64,7 @@ class PrefillSpec:
     num_blocks: int
     qkv_cols: tuple[int, ...]  # columns of each part of qkv
     qkv_parts: tuple[int, ...]  # partial sums of each: (S, T, columns)
+    head_eps: float | None = None  # of an RMSNorm of every head of queries and keys; None: they have none
 
     @property
     def tiles(self) -> TileMma:
@@ -142,14 +143,15 @@ def attend_tiles(
     out: Tensor,
     pool: tuple[Tensor, Tensor],
     inputs: Tensor,
-    rope: Tensor,
+    tables: Sequence[Tensor],
     qkv: Sequence[Tensor],
 ) -> Tensor:
-    """Rotate, write keys and values to the pool, attend: `out` (T, H * D)."""
-    written = [inputs, rope, *[qkv[i] for i in spec.parts(1, 2)]]
+    """Rotate, write keys and values to the pool, attend: `out` (T, H * D). `tables`: RoPE's, and the weight of the
+    heads' norm where there is one."""
+    written = [inputs, *tables, *[qkv[i] for i in spec.parts(1, 2)]]
     keys, values = run_kernel(store_kernel(spec), list(pool), written)
     tiles = _tile_map(spec, layer, inputs)
-    read = [keys, values, tiles, inputs, rope, *[qkv[i] for i in spec.parts(0)]]
+    read = [keys, values, tiles, inputs, *tables, *[qkv[i] for i in spec.parts(0)]]
     return run_kernel(prefill_kernel(spec), [out], read)[0]
 
 
@@ -165,9 +167,12 @@ def _tile_map(spec: PrefillSpec, layer: int, inputs: Tensor) -> Tensor:
 class _Inputs:
     """A step's inputs inside a kernel."""
 
-    def __init__(self, spec: PrefillSpec, inputs: UOp, rope: UOp | None, parts: dict[int, UOp]) -> None:
-        self.spec, self.inputs, self.rope, self.parts = spec, inputs, rope, parts
-        layout = spec.layout
+    def __init__(self, spec: PrefillSpec, inputs: UOp, operands: Sequence[UOp] = (), *sections: int) -> None:
+        """`operands`: the tables and parts of qkv of a kernel that reads these sections."""
+        self.spec, self.inputs = spec, inputs
+        layout, num_tables = spec.layout, 1 if spec.head_eps is None else 2
+        self.tables = operands[:num_tables]  # RoPE's, and the weight of the heads' norm where there is one
+        self.parts = dict(zip(spec.parts(*sections), operands[num_tables:], strict=True))
         self.positions = max(layout.max_blocks * layout.block_size, MIN_LOOP * spec.keys)
 
     def position(self, row: UOp) -> UOp:
@@ -200,15 +205,27 @@ class _Inputs:
         return [balanced(column) for column in zip(*rows, strict=True)]
 
     def rotated(self, section: int, row: UOp, head: UOp | int, dim: UOp) -> tuple[list[UOp], list[UOp]]:
-        """Dimensions [dim, dim + 8), dim < D / 2, and their partners D / 2 further, rotated by the row's position
-        (half-split pairs, Su et al. 2021)."""
-        assert self.rope is not None
-        half = self.spec.head_dim // 2
+        """Dimensions [dim, dim + 8), dim < D / 2, and their partners D / 2 further, normed where heads are, and rotated
+        by the row's position (half-split pairs, Su et al. 2021). A head's pieces are those of neighbouring lanes."""
+        half, rope = self.spec.head_dim // 2, self.tables[0]
         low, high = self.loaded(section, row, head, dim), self.loaded(section, row, head, dim + half)
+        if self.spec.head_eps is not None:
+            scale, weight = self._head_scale(low + high), section * self.spec.head_dim + dim
+            low, high = (
+                [v * scale * w for v, w in zip(run, load_floats(self.tables[1], at, PIECE), strict=True)]
+                for run, at in ((low, weight), (high, weight + half))
+            )
         at = self.position(row) * self.spec.head_dim + dim
-        cos, sin = load_floats(self.rope, at, PIECE), load_floats(self.rope, at + half, PIECE)
+        cos, sin = load_floats(rope, at, PIECE), load_floats(rope, at + half, PIECE)
         turned = list(zip(low, high, cos, sin, strict=True))
         return [a * c - b * s for a, b, c, s in turned], [b * c + a * s for a, b, c, s in turned]
+
+    def _head_scale(self, values: list[UOp]) -> UOp:
+        """1 / sqrt(mean square + eps) of a head, of which each of D / 16 neighbouring lanes holds 16 values."""
+        spec = self.spec
+        masks = [1 << i for i in range((spec.head_dim // len(values)).bit_length() - 1)]
+        total = spec.lanes.sum(dot(values, values), masks)
+        return (total * (1.0 / spec.head_dim) + spec.head_eps).sqrt().reciprocal()
 
 
 # -- keys and values into the pool -------------------------------------------------------------------------------------
@@ -216,11 +233,11 @@ class _Inputs:
 
 @cached_kernel
 def store_kernel(spec: PrefillSpec) -> KernelFn:
-    """fn(keys, values, inputs, rope, *qkv[parts(1, 2)]): every row's rotated key and its value go to its slot."""
+    """fn(keys, values, inputs, *tables, *qkv[parts(1, 2)]): every row's rotated key and its value go to its slot."""
 
-    def kernel(keys: UOp, values: UOp, inputs: UOp, rope: UOp, *parts: UOp) -> UOp:
+    def kernel(keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
         body, half = Body(), spec.head_dim // 2
-        step = _Inputs(spec, inputs, rope, dict(zip(spec.parts(1, 2), parts, strict=True)))
+        step = _Inputs(spec, inputs, operands, 1, 2)
         per_row = spec.num_kv_heads * half // PIECE
         count, threads = spec.layout.num_tokens * per_row, 128
         group, thread = grid(body, -(-count // threads)), body.threads(threads)
@@ -256,7 +273,7 @@ def tile_map_kernel(spec: PrefillSpec) -> KernelFn:
 
     def kernel(tiles: UOp, inputs: UOp) -> UOp:
         body, rows = Body(), spec.layout.num_tokens
-        step = _Inputs(spec, inputs, None, {})
+        step = _Inputs(spec, inputs)
         threads = spec.map_threads
         per_thread = -(-rows // threads)
         thread = body.threads(threads)
@@ -317,10 +334,10 @@ def tile_map_kernel(spec: PrefillSpec) -> KernelFn:
 
 @cached_kernel
 def prefill_kernel(spec: PrefillSpec) -> KernelFn:
-    """fn(out (T, H * D), keys, values, tiles, inputs, rope, *qkv[parts(0)]). Rows of padding are left as they are."""
+    """fn(out (T, H * D), keys, values, tiles, inputs, *tables, *qkv[parts(0)]). Rows of padding stay as they are."""
 
-    def kernel(out: UOp, keys: UOp, values: UOp, tiles: UOp, inputs: UOp, rope: UOp, *parts: UOp) -> UOp:
-        tile = _AttentionTile(spec, keys, values, tiles, inputs, rope, parts)
+    def kernel(out: UOp, keys: UOp, values: UOp, tiles: UOp, inputs: UOp, *operands: UOp) -> UOp:
+        tile = _AttentionTile(spec, keys, values, tiles, inputs, operands)
         totals, sums = tile.attend()
         stores = tile.stores(out, totals, sums)
         tokens, context = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
@@ -338,10 +355,10 @@ class _AttentionTile:
     """One threadgroup's work: a tile of tokens and a KV head."""
 
     def __init__(
-        self, spec: PrefillSpec, keys: UOp, values: UOp, tiles: UOp, inputs: UOp, rope: UOp, parts: Sequence[UOp]
+        self, spec: PrefillSpec, keys: UOp, values: UOp, tiles: UOp, inputs: UOp, operands: Sequence[UOp]
     ) -> None:
         self.spec, self.mma, self.keys, self.values = spec, spec.tiles, keys, values
-        self.step = _Inputs(spec, inputs, rope, dict(zip(spec.parts(0), parts, strict=True)))
+        self.step = _Inputs(spec, inputs, operands, 0)
         body, layout = Body(), spec.layout
         tile, self.kv_head = grid(body, spec.max_tiles), grid(body, spec.num_kv_heads)
         self.lane, self.warp = body.threads(LANES), warps(body, NUM_WARPS)

@@ -83,6 +83,7 @@ class ReferenceBackend:
         layout: StepLayout,
         *,
         is_decode: bool,
+        head_norm: Norm | None = None,
     ) -> Tensor:
         tokens, size = layout.num_tokens, layout.block_size
         heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
@@ -93,6 +94,8 @@ class ReferenceBackend:
 
         parts = [part.reshape(tokens, width) for part, width in zip(qkv, widths, strict=True)]
         q, k, v = Tensor.cat(*parts, dim=1).reshape(tokens, -1, dim).split([heads, kv_heads, kv_heads], dim=1)
+        if head_norm is not None:
+            q, k = (rms_norm(x, Norm(w, head_norm.eps)) for x, w in zip((q, k), head_norm.weight.chunk(2), strict=True))
         angles = rope.reshape(-1, dim)[positions].unsqueeze(1)  # (T, 1, D): D/2 cosines, then D/2 sines
         q, k = rotate(q, angles), rotate(k, angles)
 
@@ -149,7 +152,7 @@ def _words(inputs: Tensor, layout: StepLayout, name: str, count: int) -> Tensor:
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    """x (T, K) / sqrt(mean of its squares + eps) * weight (Zhang & Sennrich 2019)."""
+    """x (..., K) / sqrt(mean of a row's squares + eps) * weight (Zhang & Sennrich 2019)."""
     return x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
 
 

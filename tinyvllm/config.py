@@ -41,7 +41,7 @@ class RopeScaling:
 class ModelConfig:
     """What a model's own files say of it. Letters as in docs/ARCHITECTURE.md: L, H, K, D, V."""
 
-    architecture: str  # the registry's key: "llama"
+    architecture: str  # the registry's key: "llama", "qwen3"
     num_layers: int  # L
     hidden_size: int
     ffn_size: int

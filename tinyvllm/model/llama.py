@@ -27,6 +27,7 @@ class Layer:
 
     attention_norm: Norm
     qkv: tuple[Matrix, ...]
+    head_norm: Norm | None  # of every head of queries and keys, in families that have it
     attention_out: Matrix
     ffn_norm: Norm
     gate_up: Matrix
@@ -96,7 +97,18 @@ class Llama:
         ops, tokens = self.backend, layout.num_tokens
         qkv = ops.norm_linear("qkv", x, layer.attention_norm, layer.qkv, tokens)  # (T * (H + 2K) * D,) in all
         widths = [matrix.num_rows for matrix in layer.qkv]
-        heads = ops.attend(qkv, widths, self.shape, pool, index, inputs, self.rope, layout, is_decode=is_decode)
+        heads = ops.attend(
+            qkv,
+            widths,
+            self.shape,
+            pool,
+            index,
+            inputs,
+            self.rope,
+            layout,
+            is_decode=is_decode,
+            head_norm=layer.head_norm,
+        )
         x = ops.linear_add("attention_out", heads, layer.attention_out, x, tokens)
         hidden = ops.norm_gated("gate_up", x, layer.ffn_norm, layer.gate_up, tokens)  # (T * ffn,)
         return ops.linear_add("down", hidden, layer.down, x, tokens)
@@ -114,6 +126,7 @@ class Llama:
         return Layer(
             attention_norm=self._norm(f"{prefix}.input_layernorm.weight"),
             qkv=ops.stacked([q, k, v]),
+            head_norm=self._head_norm(f"{prefix}.self_attn"),
             attention_out=ops.stacked([self._take(f"{prefix}.self_attn.o_proj.weight", hidden, config.q_size)])[0],
             ffn_norm=self._norm(f"{prefix}.post_attention_layernorm.weight"),
             gate_up=ops.gate_up(gate, up),
@@ -123,6 +136,12 @@ class Llama:
     def _take(self, name: str, rows: int, cols: int) -> HostMatrix:
         return self.checkpoint.take(name, (rows, cols))
 
-    def _norm(self, name: str) -> Norm:
-        weight = to_float32(self.checkpoint.take(name, (self.config.hidden_size,)))
+    def _head_norm(self, prefix: str) -> Norm | None:
+        """What `Backend.attend` norms heads with; a family that does so has this method its own way."""
+        return None
+
+    def _norm(self, *names: str, size: int | None = None) -> Norm:
+        """The norms of these names, side by side, each of `size` weights, or of hidden_size."""
+        shape = (size or self.config.hidden_size,)
+        weight = np.concatenate([to_float32(self.checkpoint.take(name, shape)) for name in names])
         return Norm(self.backend.device.upload(weight.astype(np.float32)), self.config.norm_eps)

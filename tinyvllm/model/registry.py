@@ -10,6 +10,7 @@ from tinygrad import Tensor
 from tinyvllm.config import ModelConfig
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.llama import Llama
+from tinyvllm.model.qwen3 import Qwen3
 from tinyvllm.model.weights.checkpoint import WeightSource
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool, Norm
 from tinyvllm.ops.matrix import Matrix
@@ -37,7 +38,7 @@ class Model(Protocol):
     ) -> Tensor: ...
 
 
-FAMILIES: dict[str, Callable[..., Model]] = {"llama": Llama}
+FAMILIES: dict[str, Callable[..., Model]] = {"llama": Llama, "qwen3": Qwen3}
 
 
 def make_model(

@@ -28,6 +28,7 @@ class FamilyNames:
 # By the registry's key; a further family is a line here. Mistral without a sliding window is llama's computation.
 KNOWN_ARCHITECTURES: dict[str, FamilyNames] = {
     "llama": FamilyNames(("LlamaForCausalLM", "MistralForCausalLM"), ("llama", "mistral"), ("llama",)),
+    "qwen3": FamilyNames(("Qwen3ForCausalLM",), ("qwen3",), ("qwen3",)),
 }
 ROPE_KINDS = ("default", "linear", "llama3")  # config.json's rope types
 GGUF_ROPE_KINDS = ("none", "linear")  # {arch}.rope.scaling.type; llama3's scaling comes as the tensor rope_freqs.weight
@@ -222,12 +223,22 @@ def _refuse_hf_variants(values: Values) -> None:
             values.unsupported(key, "false (no biases)")
     if values.get("partial_rotary_factor") not in (None, 1, 1.0):
         values.unsupported("partial_rotary_factor", "1.0")
-    if (values.optional_integer("sliding_window") or math.inf) < values.integer("max_position_embeddings"):
-        values.unsupported("sliding_window", "null (full attention)")
+    _refuse_hf_windows(values)
     if values.get("quantization_config") is not None:
         values.unsupported(
             "quantization_config", "none (float32, float16 or bfloat16 weights), or a GGUF file of the model"
         )
+
+
+def _refuse_hf_windows(values: Values) -> None:
+    """Refuse layers that attend to a window. Qwen states one that `use_sliding_window` switches off; `layer_types`
+    (transformers 5) says it of each layer."""
+    kinds = values.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        values.unsupported("layer_types", "full_attention in every layer")
+    window = values.optional_integer("sliding_window") or math.inf
+    if values.flag("use_sliding_window", default=True) and window < values.integer("max_position_embeddings"):
+        values.unsupported("sliding_window", "null (full attention)")
 
 
 def _hf_rope(values: Values) -> tuple[float, RopeScaling | None]:

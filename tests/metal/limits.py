@@ -2,7 +2,8 @@
 python -m tests.metal.limits --shape llama-3.2-1b --family Apple7 --kind Q4_K
 
 The engine itself is started, on a simulated computer where nothing runs and buffers have no memory: the weights are
-shapes alone. Ends with status 1 where a program is over a limit.
+shapes alone. Three layers stand for all, unless it is told otherwise. Ends with status 1 where a program is over a
+limit.
 """
 
 from __future__ import annotations
@@ -38,10 +39,9 @@ if TYPE_CHECKING:
     from tinyvllm.ops.backend import Backend
     from tinyvllm.ops.matrix import Matrix
 
-# Qwen/Qwen3-0.6B's dimensions, as a Llama: its norms of queries and keys are not among them
-QWEN3_LIKE = ModelConfig(
-    name="qwen3-0.6b-like",
-    architecture="llama",
+QWEN3 = ModelConfig(
+    name="qwen3-0.6b",  # Qwen/Qwen3-0.6B
+    architecture="qwen3",
     num_layers=28,
     hidden_size=1024,
     ffn_size=3072,
@@ -56,6 +56,7 @@ QWEN3_LIKE = ModelConfig(
 )
 MAX_MODEL_LEN = 2048
 DECODE, PREFILL = (1, 2, 4, 8, 16, 32, 64), (64, 256, 1024)
+LAYERS = 3  # that stand for all: the first, one in the middle, the last
 ROWS = 32  # of the stand-in for a matrix: its planes are as much larger as the matrix has more rows
 MEMORY_BYTES = 1 << 40
 
@@ -83,36 +84,68 @@ class GraphFacts:
     others: int  # launches that are no kernel, and so split the graph
     programs: tuple[Program, ...]
 
+    def with_more_layers(self, count: int, less: GraphFacts) -> GraphFacts:
+        """The same with `count` more layers. `less`: of one layer less than this."""
+
+        def stretched(program: Program, other: Program) -> Program:
+            assert replace(other, launches=program.launches) == program, f"{program} became {other}"
+            return replace(program, launches=program.launches + count * (program.launches - other.launches))
+
+        programs = tuple(stretched(*pair) for pair in zip(self.programs, less.programs, strict=True))
+        return replace(self, kernels=self.kernels + count * (self.kernels - less.kernels), programs=programs)
+
 
 def find_shape(name: str) -> ModelConfig:
     """A shape of the benchmarks, or the one that is only known here."""
     from tinyvllm.bench import shapes
 
-    return QWEN3_LIKE if name == QWEN3_LIKE.name else shapes.find_shape(name)
+    return QWEN3 if name == QWEN3.name else shapes.find_shape(name)
 
 
-def graphs_of(
-    settings: Settings, model: ModelConfig, family: str, kind: str, decode: Sequence[int], prefill: Sequence[int]
-) -> list[GraphFacts]:
-    """The graphs of a shape's buckets on a family's computer, its matrices of `kind`."""
+@dataclass(frozen=True)
+class Case:
+    """A shape on a family's computer, its matrices of `kind`, with these buckets."""
+
+    shape: str
+    family: str
+    kind: str
+    decode: tuple[int, ...]
+    prefill: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.shape}-{self.family}-{self.kind}"
+
+
+def graphs_of(settings: Settings, case: Case, *, is_whole: bool = False) -> list[GraphFacts]:
+    """The graphs of a case's buckets. Unless `is_whole`, of LAYERS layers, which have the programs of all; what a step
+    launches is then counted from it and from a step of one layer less."""
+    model = find_shape(case.shape)
+    with _nothing_runs(settings, case.family):
+        if is_whole:
+            return _record(settings, model, case)
+        graphs, less = (_record(settings, replace(model, num_layers=count), case) for count in (LAYERS, LAYERS - 1))
+    missing = model.num_layers - LAYERS
+    return [graph.with_more_layers(missing, other) for graph, other in zip(graphs, less, strict=True)]
+
+
+def _record(settings: Settings, model: ModelConfig, case: Case) -> list[GraphFacts]:
     from tinyvllm.execution.runner import make_runner
 
     config = EngineConfig(
         model.name,
         max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=max(decode),
-        max_num_batched_tokens=max(prefill),
-        num_gpu_blocks_override=MAX_MODEL_LEN // 16 * max(decode) + 1,
-        decode_buckets=tuple(decode),
-        token_buckets=tuple(prefill),
+        max_num_seqs=max(case.decode),
+        max_num_batched_tokens=max(case.prefill),
+        num_gpu_blocks_override=MAX_MODEL_LEN // 16 * max(case.decode) + 1,
+        decode_buckets=case.decode,
+        token_buckets=case.prefill,
         compile_cache=False,
     )
-    dtype = kind if kind in ("float32", "float16", "bfloat16") else "float16"
-    with _nothing_runs(settings, family):
-        runner = make_runner(replace(model, dtype=dtype), _Weights(kind), config)
-        runner.warm_up()
-        graphs = [_facts(settings, graph) for graph in runner._graphs.values()]
-        runner.close()
+    dtype = case.kind if case.kind in ("float32", "float16", "bfloat16") else "float16"
+    runner = make_runner(replace(model, dtype=dtype), _Weights(case.kind), config)
+    runner.warm_up()
+    graphs = [_facts(settings, graph) for graph in runner._graphs.values()]
+    runner.close()
     return graphs
 
 
@@ -129,6 +162,7 @@ def _nothing_runs(settings: Settings, family: str) -> Iterator[None]:
 
     settings.is_dry, settings.memory_bytes = True, MEMORY_BYTES
     set_family(settings, family)
+    share_programs()
     try:
         with (
             mock.patch.object(runner, "make_backend", make_backend),
@@ -138,6 +172,18 @@ def _nothing_runs(settings: Settings, family: str) -> Iterator[None]:
     finally:
         settings.is_dry, settings.memory_bytes = False, old[1]
         set_family(settings, old[0])
+
+
+def share_programs() -> None:
+    """Let the open device have what was compiled for other families whose renderer writes the same: tinygrad's asks a
+    family for its simdgroup matrices and nothing else, which test_limits.py holds it to."""
+    from tinygrad import Device
+    from tinygrad.codegen import to_program_cache
+
+    renderer = Device["METAL"].renderer
+    for (kernel, kind, target, *settings), program in list(to_program_cache.items()):
+        if kind is type(renderer) and kind(target).tensor_cores == renderer.tensor_cores:
+            to_program_cache.setdefault((kernel, kind, renderer.target, *settings), program)
 
 
 # -- weights that are shapes -------------------------------------------------------------------------------------------
@@ -285,6 +331,20 @@ def table(graphs: Sequence[GraphFacts]) -> str:
     return "\n".join(lines)
 
 
+def summary(case: Case, graphs: Sequence[GraphFacts]) -> str:
+    """A line of docs/METAL.md's table."""
+    programs = [program for graph in graphs for program in graph.programs]
+    most = (
+        max(program.arguments for program in programs),
+        f"{max(program.threadgroup_bytes for program in programs):,}",
+        max(program.threads for program in programs),
+        " / ".join(str(graph.kernels) for graph in graphs),
+        len(over_limits(graphs)),
+    )
+    facts = (case.shape, case.family, case.kind, len(graphs), len(programs), *most)
+    return f"| {' | '.join(map(str, facts))} |"
+
+
 def over_limits(graphs: Sequence[GraphFacts]) -> list[str]:
     """Each break of a limit, in words."""
     found = [
@@ -298,11 +358,12 @@ def over_limits(graphs: Sequence[GraphFacts]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Programs of a shape's graphs on METAL, with Metal's limits.")
-    parser.add_argument("--shape", default="llama-3.2-1b", help="tinyllama-1.1b, llama-3.1-8b, qwen3-0.6b-like, ...")
+    parser.add_argument("--shape", default="llama-3.2-1b", help="tinyllama-1.1b, llama-3.1-8b, qwen3-0.6b, ...")
     parser.add_argument("--family", choices=FAMILIES, default="Apple7")
     parser.add_argument("--kind", default="float16", help="of the matrices: float16, bfloat16, Q4_0, Q4_K, Q8_0, ...")
     parser.add_argument("--decode", type=int, nargs="+", default=DECODE, help="batches")
     parser.add_argument("--prefill", type=int, nargs="+", default=PREFILL, help="tokens")
+    parser.add_argument("--whole", action="store_true", help="record every layer")
     flags = parser.parse_args()
     from tests.metal.plugin import settings  # makes METAL a device, simulated
 
@@ -310,8 +371,10 @@ def main() -> int:
         parser.error("the simulator does not run on a Mac")
     with tempfile.TemporaryDirectory() as folder:
         os.environ[CACHE_DIR_VARIABLE] = folder  # nothing of this is kept for an engine
-        graphs = graphs_of(settings, find_shape(flags.shape), flags.family, flags.kind, flags.decode, flags.prefill)
+        case = Case(flags.shape, flags.family, flags.kind, tuple(flags.decode), tuple(flags.prefill))
+        graphs = graphs_of(settings, case, is_whole=flags.whole)
     print(table(graphs))
+    print(summary(case, graphs))
     found = over_limits(graphs)
     print(f"{len(found)} over a limit", *found, sep="\n")
     return 1 if found else 0

@@ -1,21 +1,28 @@
 """No program of any graph breaks one of Metal's limits, for the shapes of real models, on every family of GPUs.
-The whole sweep, in about half an hour: python -m pytest -m slow tests/metal/test_limits.py"""
+The whole sweep, in a quarter of an hour, with a line for each case (docs/METAL.md has them as a table):
+python -m pytest -m slow -rP tests/metal/test_limits.py"""
 
 from __future__ import annotations
 
 import resource
+from dataclasses import replace
 
 import pytest
 
-from tests.metal.limits import GraphFacts, Program, find_shape, graphs_of, over_limits, table
-from tests.metal.simulator import Settings
+from tests.metal.limits import Case, GraphFacts, Program, graphs_of, over_limits, summary, table
+from tests.metal.simulator import FAMILIES, Settings
 
 pytestmark = pytest.mark.timeout(900)
 
-SHAPES = ("smollm2-135m", "tinyllama-1.1b", "llama-3.2-1b", "llama-3.1-8b", "qwen3-0.6b-like")
-KINDS = {"Apple7": ("float16", "bfloat16", "Q4_K", "Q8_0"), "Apple8": ("Q4_K",), "Apple9": ("float16", "Q4_0")}
-KINDS["Mac2"] = ("float16", "Q4_K")
-SWEEP = [(shape, family, kind) for shape in SHAPES for family, kinds in KINDS.items() for kind in kinds]
+SHAPES = ("tinyllama-1.1b", "llama-3.2-1b", "llama-3.1-8b", "qwen3-0.6b")
+SWEEP = [
+    Case(shape, family, kind, (1, 8, 64), (64, 1024))
+    for shape in SHAPES
+    for kind in ("float16", "Q4_K")
+    for family in FAMILIES
+]
+SWEEP += [Case("llama-3.2-1b", "Apple7", kind, (1, 8, 64), (64, 1024)) for kind in ("bfloat16", "Q4_0", "Q8_0")]
+SWEEP += [Case("qwen3-0.6b", "Apple7", "bfloat16", (1, 2, 4, 8, 16, 32, 64), (64, 256, 1024))]
 
 
 def check(graphs: list[GraphFacts]) -> None:
@@ -25,24 +32,53 @@ def check(graphs: list[GraphFacts]) -> None:
         assert len(graph.programs) >= 5 and graph.kernels >= 5 * 16, f"{graph.name} is no whole step: {graph}"
 
 
-@pytest.mark.parametrize(
-    ("shape", "family", "decode", "prefill"), [("llama-3.1-8b", "Apple7", 8, 64), ("smollm2-135m", "Mac2", 1, 16)]
-)
-def test_no_program_is_over_a_limit(simulator: Settings, shape: str, family: str, decode: int, prefill: int) -> None:
-    """With weights that take no memory: 16 GB of them in one case. The computer is then as before."""
-    check(graphs_of(simulator, find_shape(shape), family, "float16", [decode], [prefill]))
+def test_no_program_is_over_a_limit_on_an_m1(simulator: Settings) -> None:
+    """With weights that take no memory: of 16 GB. The computer is then as before."""
+    check(graphs_of(simulator, Case("llama-3.1-8b", "Apple7", "float16", (8,), (64,))))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 << 20, "KiB"
     assert not simulator.is_dry and simulator.family == "Apple9"
 
 
+def test_no_program_is_over_a_limit_without_simdgroup_matrices_and_three_layers_tell_of_all(
+    simulator: Settings,
+) -> None:
+    case = Case("smollm2-135m", "Mac2", "float16", (1,), (16,))
+    graphs = graphs_of(simulator, case, is_whole=True)
+    check(graphs)
+    assert graphs_of(simulator, case) == graphs
+
+
+def test_the_renderer_asks_a_family_for_its_simdgroup_matrices_alone() -> None:
+    """Else `share_programs` would hide what is different."""
+    from tinygrad import Device, Tensor, dtypes
+    from tinygrad.codegen import do_to_program
+    from tinygrad.renderer.cstyle import MetalRenderer
+    from tinygrad.uop.ops import Ops
+
+    a, b = (Tensor.empty(64, 64, dtype=dtypes.half, device="METAL") for _ in range(2))
+    work = [a @ b, a.bfloat16() @ b.bfloat16(), a.exp().sum(), a.sort(1)[0]]
+    kernels = [call.src[0] for tensor in work for call in tensor.schedule_linear().src]
+    assert len(kernels) >= 4 and all(kernel.op is Ops.SINK for kernel in kernels)
+
+    def sources(family: str) -> list[str]:
+        target = replace(Device["METAL"].renderer.target, arch=family)
+        return [do_to_program(kernel, MetalRenderer(target)).src[2].arg for kernel in kernels]
+
+    newest, *others = (sources(family) for family in ("Apple9", "Apple8", "Apple7"))
+    assert all(other == newest for other in others)
+    assert "simdgroup_multiply_accumulate" in "".join(newest)
+    assert "simdgroup_multiply_accumulate" not in "".join(sources("Mac2"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "family", "kind"), SWEEP, ids=["-".join(case) for case in SWEEP])
-def test_no_program_of_the_sweep_is_over_a_limit(simulator: Settings, shape: str, family: str, kind: str) -> None:
-    check(graphs_of(simulator, find_shape(shape), family, kind, [1, 2, 8, 64], [64, 1024]))
+@pytest.mark.parametrize("case", SWEEP, ids=str)
+def test_no_program_of_the_sweep_is_over_a_limit(simulator: Settings, case: Case) -> None:
+    graphs = graphs_of(simulator, case)
+    print(summary(case, graphs))
+    check(graphs)
 
 
 def test_what_is_over_a_limit_is_named_and_counted() -> None:
     program = Program("decode 1", "wide", 2, 32, 0, 64, ("32 buffer arguments",))
     graphs = [GraphFacts("decode 1", 99, 2, 1, (program,))]
     assert over_limits(graphs) == ["decode 1: wide: 32 buffer arguments", "decode 1: 1 launches split the graph"]
-    assert "32 buffer arguments" in table(graphs)

@@ -1,4 +1,5 @@
-"""Writers of tiny seeded model files, for every room's tests: a llama of a few thousand weights and a byte tokenizer.
+"""Writers of tiny seeded model files, for every room's tests: a llama (or a relative, by its family) of a few thousand
+weights and a byte tokenizer.
 
 Both formats hold the same weights for the same seed. A token's id is its byte (`list("hi".encode())`), the specials
 follow: 256 `<|endoftext|>`, 257 `<|im_start|>`, 258 `<|im_end|>`; 259 is the one merge, of two NUL bytes.
@@ -55,6 +56,11 @@ class TinyLlama:
     rope_scaling: Mapping[str, Any] | None = None  # as in config.json: {"rope_type": "linear", "factor": 2.0}
     norm_eps: float = 1e-5
     seed: int = 0
+    family: str = "llama"  # or "qwen3", whose heads are normed
+
+    @property
+    def norms_heads(self) -> bool:
+        return self.family == "qwen3"
 
 
 WIDE = {"hidden": 256, "heads": 8, "kv_heads": 4, "head_dim": 32, "ffn": 512}  # **WIDE: room for the K kinds' blocks
@@ -67,8 +73,8 @@ def make_weights(model: TinyLlama) -> dict[str, np.ndarray]:
     def matrix(rows: int, columns: int) -> np.ndarray:
         return (rng.standard_normal((rows, columns)) / math.sqrt(columns)).astype(np.float32)
 
-    def norm() -> np.ndarray:
-        return (1 + 0.1 * rng.standard_normal(model.hidden)).astype(np.float32)
+    def norm(size: int = model.hidden) -> np.ndarray:
+        return (1 + 0.1 * rng.standard_normal(size)).astype(np.float32)
 
     q_size, kv_size = model.heads * model.head_dim, model.kv_heads * model.head_dim
     weights = {"model.embed_tokens.weight": matrix(model.vocab, model.hidden)}
@@ -79,6 +85,9 @@ def make_weights(model: TinyLlama) -> dict[str, np.ndarray]:
         weights[layer + "self_attn.k_proj.weight"] = matrix(kv_size, model.hidden)
         weights[layer + "self_attn.v_proj.weight"] = matrix(kv_size, model.hidden)
         weights[layer + "self_attn.o_proj.weight"] = matrix(model.hidden, q_size)
+        if model.norms_heads:
+            weights[layer + "self_attn.q_norm.weight"] = norm(model.head_dim)
+            weights[layer + "self_attn.k_norm.weight"] = norm(model.head_dim)
         weights[layer + "post_attention_layernorm.weight"] = norm()
         weights[layer + "mlp.gate_proj.weight"] = matrix(model.ffn, model.hidden)
         weights[layer + "mlp.up_proj.weight"] = matrix(model.ffn, model.hidden)
@@ -116,9 +125,10 @@ def write_tiny_hf_llama(directory: Path, *, dtype: str = "float32", shards: int 
 
 def hf_config(model: TinyLlama, dtype: str = "float32") -> dict[str, Any]:
     """What config.json says, with rope_theta in its old place."""
+    names = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [names[model.family]],
+        "model_type": model.family,
         "num_hidden_layers": model.layers,
         "hidden_size": model.hidden,
         "intermediate_size": model.ffn,
@@ -237,17 +247,17 @@ def write_tiny_gguf(
     """
     model = TinyLlama(**numbers)
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, model.family)
     add_model_metadata(writer, model)
     add_tokenizer_metadata(writer, model.vocab)
     for key, value in tweaks.metadata.items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     rng = np.random.default_rng(model.seed)
     for hf_name, weight in make_weights(model).items():
-        name = gguf_name(hf_name)
+        name = gguf_name(hf_name, model.family)
         if name in tweaks.drop:
             continue
-        if name.endswith(("attn_q.weight", "attn_k.weight")):
+        if name.endswith(("attn_q.weight", "attn_k.weight")) and model.family == "llama":
             weight = interleave_rotary_rows(weight, model.head_dim)
         kind = next((kind for part, kind in tweaks.quant_of.items() if part in name), quant)
         add_tensor(writer, name, weight, kind if weight.ndim == 2 else "F32", rng)
@@ -325,13 +335,13 @@ def random_k_rows(rng: np.random.Generator, kind: str, rows: int, columns: int) 
 
 
 @cache
-def llama_names() -> gguf.TensorNameMap:
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 32)
+def names_of(family: str) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], 32)
 
 
-def gguf_name(hf_name: str) -> str:
+def gguf_name(hf_name: str, family: str = "llama") -> str:
     """llama.cpp's name of a Hugging Face tensor, from the gguf package's own map."""
-    name = llama_names().get_name(hf_name, try_suffixes=(".weight",))
+    name = names_of(family).get_name(hf_name, try_suffixes=(".weight",))
     assert name is not None, hf_name
     return name
 

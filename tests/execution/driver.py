@@ -11,7 +11,7 @@ from tinyvllm.config import Capacity, ModelFiles, SamplingParams
 from tinyvllm.execution.buckets import Bucket, choose_bucket
 from tinyvllm.execution.inputs import InputPacker
 from tinyvllm.execution.runner import make_output
-from tinyvllm.model.llama import Llama
+from tinyvllm.model.registry import make_model
 from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.ops.device import open_device
 from tinyvllm.ops.reference import ReferenceBackend
@@ -81,7 +81,8 @@ class EagerRunner:
         config = read_model_config(files)
         self.capacity, self._buckets = capacity, buckets
         self._backend = ReferenceBackend(open_device())
-        self._model = Llama(config, open_checkpoint(files, config), self._backend, capacity.max_model_len)
+        checkpoint = open_checkpoint(files, config)
+        self._model = make_model(config, checkpoint, self._backend, capacity.max_model_len, lambda done, total: None)
         self._pool = self._backend.make_pool(
             config.num_layers, capacity.num_blocks, capacity.block_size, self._model.shape, "float32"
         )

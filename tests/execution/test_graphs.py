@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tinyvllm.config import Capacity, ModelFiles
+from tests.builders import write_tiny_hf_llama
+from tinyvllm.config import Capacity
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.graphs import capture
-from tinyvllm.model.llama import Llama
+from tinyvllm.model.registry import FAMILIES, Model
 from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.ops.adjust import SamplingState
 from tinyvllm.ops.cpu import CpuBackend
@@ -19,10 +20,11 @@ from tinyvllm.storage.model_config import read_model_config
 CAPACITY = Capacity(num_blocks=9, block_size=8, max_model_len=64, max_num_seqs=2, max_num_batched_tokens=32)
 
 
-@pytest.fixture(scope="module")
-def model(tiny_hf_files: ModelFiles) -> Llama:
-    config = read_model_config(tiny_hf_files)
-    return Llama(config, open_checkpoint(tiny_hf_files, config), CpuBackend(open_device(), None), 64)
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    files = write_tiny_hf_llama(tmp_path_factory.mktemp("models") / request.param, family=request.param)
+    config = read_model_config(files)
+    return FAMILIES[request.param](config, open_checkpoint(files, config), CpuBackend(open_device(), None), 64)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def model(tiny_hf_files: ModelFiles) -> Llama:
     ],
     ids=lambda value: value.name if isinstance(value, Bucket) else str(value),
 )
-def test_a_step_launches_so_many_kernels(model: Llama, bucket: Bucket, a_layer: int, outside: int) -> None:
+def test_a_step_launches_so_many_kernels(model: Model, bucket: Bucket, a_layer: int, outside: int) -> None:
     pool = model.backend.make_pool(model.config.num_layers, 9, 8, model.shape, "float16")
     outputs = [model.backend.device.zeros(CAPACITY.max_num_seqs * OUT_WIDTH, I32) for _ in range(2)]
     state = SamplingState(model.backend.device, CAPACITY.max_num_seqs, model.config.vocab_size)

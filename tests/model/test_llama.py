@@ -1,4 +1,4 @@
-"""Llama through the CPU's kernels against an implementation in NumPy: no pages, no packing, no fusion."""
+"""Llama and Qwen3 through the CPU's kernels against an implementation in NumPy: no pages, no packing, no fusion."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tinyvllm.arrays import to_float32
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.llama import Llama
+from tinyvllm.model.registry import FAMILIES
 from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.cpu import CpuBackend
@@ -47,7 +48,8 @@ def numpy_llama(model: TinyLlama, weights: Weights, token_ids: list[int]) -> np.
     w = {name: weight.astype(np.float64) for name, weight in weights.items()}
     x = w["model.embed_tokens.weight"][token_ids]
     for index in range(model.layers):
-        layer = {name: w[f"model.layers.{index}.{name}.weight"] for name in LAYER_NAMES}
+        names = (*LAYER_NAMES, *HEAD_NORMS) if model.norms_heads else LAYER_NAMES
+        layer = {name: w[f"model.layers.{index}.{name}.weight"] for name in names}
         h = rms_norm(x, layer["input_layernorm"], model.norm_eps)
         x = x + attention(model, layer, h) @ layer["self_attn.o_proj"].T
         h = rms_norm(x, layer["post_attention_layernorm"], model.norm_eps)
@@ -68,6 +70,7 @@ LAYER_NAMES = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -81,6 +84,8 @@ def attention(model: TinyLlama, layer: Weights, h: np.ndarray) -> np.ndarray:
         (h @ layer[f"self_attn.{name}_proj"].T).reshape(tokens, heads, model.head_dim)
         for name, heads in (("q", model.heads), ("k", model.kv_heads), ("v", model.kv_heads))
     )
+    if model.norms_heads:
+        q, k = (rms_norm(x, layer[name], model.norm_eps) for x, name in zip((q, k), HEAD_NORMS, strict=True))
     angles = np.arange(tokens)[:, None] * frequencies(model)
     q, k = rotate(q, angles), rotate(k, angles)
     out = np.empty_like(q)
@@ -112,7 +117,7 @@ def frequencies(model: TinyLlama) -> np.ndarray:
 
 def load(files: ModelFiles, make: Callable[..., Backend] = lambda device: CpuBackend(device, None)) -> Llama:
     config = read_model_config(files)
-    return Llama(config, open_checkpoint(files, config), make(open_device()), num_positions=64)
+    return FAMILIES[config.architecture](config, open_checkpoint(files, config), make(open_device()), num_positions=64)
 
 
 def run(model: Llama, token_ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -154,8 +159,10 @@ def weights_of(files: ModelFiles, numbers: Mapping[str, Any]) -> dict[str, np.nd
         {"heads": 6, "kv_heads": 2, "hidden": 64, "head_dim": 32, "ffn": 160, "seed": 2},  # H * D is not hidden
         {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500000.0},
         {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"family": "qwen3", "head_dim": 32, "norm_eps": 1e-6, "rope_theta": 1e6},  # H * D is twice hidden
+        {"family": "qwen3", "tie": False, "seed": 4},
     ],
-    ids=["tied", "untied", "wide heads", "llama3 rope", "linear rope"],
+    ids=["tied", "untied", "wide heads", "llama3 rope", "linear rope", "qwen3", "qwen3 untied"],
 )
 def test_logits_equal_the_implementation_in_numpy(tmp_path: Path, numbers: dict[str, Any]) -> None:
     files = write_tiny_hf_llama(tmp_path, **numbers)
@@ -163,10 +170,11 @@ def test_logits_equal_the_implementation_in_numpy(tmp_path: Path, numbers: dict[
     check(load(files), numpy_llama(tiny, make_weights(tiny), PROMPT))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_checkpoints_are_computed_in_float32(tmp_path: Path, dtype: str) -> None:
-    files = write_tiny_hf_llama(tmp_path, dtype=dtype)
-    check(load(files), numpy_llama(TinyLlama(), weights_of(files, {}), PROMPT))
+def test_half_precision_checkpoints_are_computed_in_float32(tmp_path: Path, dtype: str, family: str) -> None:
+    files, numbers = write_tiny_hf_llama(tmp_path, dtype=dtype, family=family), {"family": family}
+    check(load(files), numpy_llama(TinyLlama(**numbers), weights_of(files, numbers), PROMPT))
 
 
 @pytest.mark.parametrize(
@@ -175,9 +183,11 @@ def test_half_precision_checkpoints_are_computed_in_float32(tmp_path: Path, dtyp
         ("F32", {}, {"rope_scaling": LLAMA3_SCALING}),
         ("Q4_1", {"token_embd": "Q8_0"}, {}),
         ("Q4_K", {"attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}, WIDE),  # as Q4_K_M mixes them
-        ("Q5_0", {"attn_q": "Q4_0", "attn_v": "Q5_1"}, {"tie": False}),
+        ("Q5_0", {"attn_q.": "Q4_0", "attn_v": "Q5_1"}, {"tie": False}),
+        ("Q4_K", {"attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}, WIDE | {"family": "qwen3"}),
+        ("Q8_0", {"attn_k.": "Q4_0", "attn_v": "Q5_1"}, {"tie": False, "family": "qwen3", "head_dim": 32}),
     ],
-    ids=["f32", "q4_1", "q4_k_m", "all different"],
+    ids=["f32", "q4_1", "q4_k_m", "all different", "qwen3 q4_k_m", "qwen3 all different"],
 )
 def test_quantised_gguf_equals_its_own_values_in_numpy(
     tmp_path: Path, quant: str, quant_of: dict[str, str], numbers: dict[str, Any]
@@ -188,16 +198,20 @@ def test_quantised_gguf_equals_its_own_values_in_numpy(
     check(load(files, lambda device: CpuBackend(device, "float32", dequantize=True)), expected)
 
 
-def test_both_formats_give_the_same_logits(tmp_path: Path) -> None:
-    hf = load(write_tiny_hf_llama(tmp_path / "hf", seed=3))
-    gguf = load(write_tiny_gguf(tmp_path / "tiny.gguf", quant="F32", seed=3))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_formats_give_the_same_logits(tmp_path: Path, family: str) -> None:
+    hf = load(write_tiny_hf_llama(tmp_path / "hf", seed=3, family=family))
+    gguf = load(write_tiny_gguf(tmp_path / "tiny.gguf", quant="F32", seed=3, family=family))
     for a, b in zip(run(hf, PROMPT), run(gguf, PROMPT), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_the_reference_backend_runs_the_same_model(tmp_path: Path) -> None:
-    files = write_tiny_gguf(tmp_path / "tiny.gguf", quant="Q4_1", tweaks=GGUFTweaks(quant_of={"attn_v": "Q8_0"}))
-    check(load(files, ReferenceBackend), numpy_llama(TinyLlama(), weights_of(files, {}), PROMPT), tolerance=1e-5)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reference_backend_runs_the_same_model(tmp_path: Path, family: str) -> None:
+    tweaks, numbers = GGUFTweaks(quant_of={"attn_v": "Q8_0"}), {"family": family}
+    files = write_tiny_gguf(tmp_path / "tiny.gguf", quant="Q4_1", tweaks=tweaks, family=family)
+    expected = numpy_llama(TinyLlama(**numbers), weights_of(files, numbers), PROMPT)
+    check(load(files, ReferenceBackend), expected, tolerance=1e-5)
 
 
 def test_loading_reports_its_progress_to_the_end(tmp_path: Path) -> None:
@@ -207,6 +221,18 @@ def test_loading_reports_its_progress_to_the_end(tmp_path: Path) -> None:
     backend = CpuBackend(open_device(), None)
     Llama(config, open_checkpoint(files, config), backend, 8, lambda *step: seen.append(step))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("numbers", [{}, {"family": "qwen3"}], ids=["llama", "qwen3"])
+def test_norms_of_heads_belong_to_their_family(tmp_path: Path, numbers: dict[str, str]) -> None:
+    """Neither may Qwen3 lack them, nor llama have them unread."""
+    if numbers:
+        tweaks = GGUFTweaks(drop=("blk.1.attn_k_norm.weight",))
+    else:
+        tweaks = GGUFTweaks(extra={"blk.1.attn_k_norm.weight": np.ones(16, np.float32)})
+    files = write_tiny_gguf(tmp_path / "tiny.gguf", tweaks=tweaks, **numbers)
+    with pytest.raises(WeightMismatchError, match=r"model\.layers\.1\.self_attn\.k_norm\.weight"):
+        load(files)
 
 
 def test_a_surplus_tensor_is_named(tmp_path: Path) -> None:

@@ -54,14 +54,15 @@ def lanes(device: DeviceHandle) -> Lanes:
 # -- counts and limits -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("normed", [False, True], ids=["plain heads", "normed heads"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("tokens", "inside", "outside"), [(1, 5, 5), (2, 7, 6), (64, 7, 6)])
 def test_a_layer_takes_five_kernels_for_one_row_and_seven_for_more(
-    kind: str, tokens: int, inside: int, outside: int
+    kind: str, tokens: int, inside: int, outside: int, normed: bool
 ) -> None:
     """One of those outside is due to the tiny vocabulary: its product is split, and added up by a kernel of its own."""
     layout = StepLayout(tokens, tokens, 2, 16)
-    outputs = plan_layer(rendered(kind), layout, ("float16", "float16"), is_decode=True)
+    outputs = plan_layer(rendered(kind), layout, ("float16", "float16"), is_decode=True, normed=normed)
     assert len(Tensor.schedule_linear(*outputs).src) <= inside + outside
 
 
@@ -73,7 +74,7 @@ def test_a_layer_takes_five_kernels_for_one_row_and_seven_for_more(
 def test_a_decoding_step_renders_within_the_limits(kind: str, tokens: int, formats: tuple[str, str]) -> None:
     backend = rendered(kind, "bfloat16" if "bfloat16" in formats else "float16")
     layout = StepLayout(tokens, tokens, 2, 16)
-    kernels = kernels_of(plan_layer(backend, layout, formats, is_decode=True))
+    kernels = kernels_of(plan_layer(backend, layout, formats, is_decode=True, normed=tokens == 3))
     assert "decode" in {kernel.arg.name.split("_")[0] for kernel in kernels}
     for kernel in kernels:
         check_limits(kernel, KINDS[kind])
@@ -81,7 +82,9 @@ def test_a_decoding_step_renders_within_the_limits(kind: str, tokens: int, forma
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mixed_step_renders_within_the_limits(kind: str) -> None:
-    for kernel in kernels_of(plan_layer(rendered(kind), StepLayout(18, 3, 2, 16), ("Q4_1", "Q4_1"), is_decode=False)):
+    layout = StepLayout(18, 3, 2, 16)
+    outputs = plan_layer(rendered(kind), layout, ("Q4_1", "Q4_1"), is_decode=False, normed=True)
+    for kernel in kernels_of(outputs):
         check_limits(kernel, KINDS[kind])
 
 
@@ -89,7 +92,7 @@ def test_a_mixed_step_renders_within_the_limits(kind: str) -> None:
 def test_a_chained_kernel_waits_before_it_touches_what_the_step_writes(tokens: int, formats: tuple[str, str]) -> None:
     """It may begin while kernels before it still run. Before it waits it reads weights and the host's words alone."""
     layout = StepLayout(tokens, tokens, 2, 16)
-    outputs = plan_layer(rendered("CUDA", is_chained=True), layout, formats, is_decode=True)
+    outputs = plan_layer(rendered("CUDA", is_chained=True), layout, formats, is_decode=True, normed=True)
     calls = [call for call in Tensor.schedule_linear(*outputs).src if call.src[0].op is Ops.SINK]
     programs = [to_program(call.src[0], make_renderer("CUDA sm_90")) for call in calls]
     written: set[UOp] = set()

@@ -57,7 +57,9 @@ def unwritten(backend: Backend, size: int, dtype: DType = dtypes.float) -> Tenso
     return Tensor.empty(size, dtype=dtype, device=backend.device.name)
 
 
-def plan_layer(backend: Backend, layout: StepLayout, formats: tuple[str, str], *, is_decode: bool) -> list[Tensor]:
+def plan_layer(
+    backend: Backend, layout: StepLayout, formats: tuple[str, str], *, is_decode: bool, normed: bool = False
+) -> list[Tensor]:
     """A small model's step: embedding, one layer, head and sampling. `formats`: of most matrices, and of V and down."""
     most, few = formats
     tokens, hidden, shape = layout.num_tokens, 256, AttentionShape(8, 2, 64)
@@ -73,7 +75,9 @@ def plan_layer(backend: Backend, layout: StepLayout, formats: tuple[str, str], *
     x = backend.embed(table, inputs, layout)
     parts = backend.norm_linear("qkv", x, norm, qkv, tokens)
     widths = [matrix.num_rows for matrix in qkv]
-    heads = backend.attend(parts, widths, shape, pool, 0, inputs, rope, layout, is_decode=is_decode)
+    head_norm = Norm(unwritten(backend, 2 * shape.head_dim), 1e-6) if normed else None
+    step = (pool, 0, inputs, rope, layout)
+    heads = backend.attend(parts, widths, shape, *step, is_decode=is_decode, head_norm=head_norm)
     x = backend.linear_add("attention_out", heads, out, x, tokens)
     hidden_states = backend.norm_gated("gate_up", x, norm, gate_up, tokens)
     x = backend.linear_add("down", hidden_states, down, x, tokens)
@@ -138,7 +142,8 @@ def gpu_backend(dtype: str) -> Backend:
 @pytest.mark.parametrize("is_decode", [True, False], ids=["decode", "mixed"])
 def test_a_step_renders_within_the_limits(target: str, is_decode: bool) -> None:
     layout = StepLayout(4, 4, 2, 16) if is_decode else StepLayout(16, 3, 2, 16)
-    kernels = kernels_of(plan_layer(gpu_backend("float16"), layout, ("Q4_K", "Q6_K"), is_decode=is_decode))
+    outputs = plan_layer(gpu_backend("float16"), layout, ("Q4_K", "Q6_K"), is_decode=is_decode, normed=not is_decode)
+    kernels = kernels_of(outputs)
     names = {kernel.arg.name.split("_")[0] for kernel in kernels}
     assert names >= {"embed", "write", "attention", "logprobs", "leaders", "draw"}
     for kernel in kernels:

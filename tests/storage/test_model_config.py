@@ -45,14 +45,19 @@ def gguf_files(directory: Path, **metadata: Any) -> ModelFiles:
 # --- both formats ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("numbers", [{}, {"tie": False, "layers": 3}, ODD_HEADS, {"rope_theta": 5e5, "vocab": 300}])
+QWEN3 = {"family": "qwen3", "head_dim": 32, "norm_eps": 1e-6}
+
+
+@pytest.mark.parametrize(
+    "numbers", [{}, {"tie": False, "layers": 3}, ODD_HEADS, {"rope_theta": 5e5, "vocab": 300}, QWEN3]
+)
 def test_both_formats_tell_the_same(tmp_path, numbers):
     hf = read_model_config(write_tiny_hf_llama(tmp_path / "tiny", **numbers))
     gguf = read_model_config(write_tiny_gguf(tmp_path / "tiny.gguf", quant="F32", **numbers))
     assert gguf.norm_eps == pytest.approx(hf.norm_eps)  # GGUF holds it in float32
     assert {**vars(gguf), "norm_eps": 0} == {**vars(hf), "norm_eps": 0}
     model = TinyLlama(**numbers)
-    assert (hf.architecture, hf.name) == ("llama", "tiny")
+    assert (hf.architecture, hf.name) == (model.family, "tiny")
     assert (hf.num_layers, hf.hidden_size, hf.ffn_size) == (model.layers, model.hidden, model.ffn)
     assert (hf.num_heads, hf.num_kv_heads, hf.head_dim) == (model.heads, model.kv_heads, model.head_dim)
     assert (hf.vocab_size, hf.max_position, hf.rope_theta) == (model.vocab, model.max_position, model.rope_theta)
@@ -133,6 +138,17 @@ def test_mistral_without_a_window_is_a_llama(tmp_path):
     assert read_model_config(hf_files(tmp_path, architectures=REMOVED, model_type="mistral")) == config
 
 
+def test_a_window_that_is_switched_off_is_none(tmp_path):
+    """As Qwen's files have it; `layer_types` says the same."""
+    switched_off = {"sliding_window": 128, "use_sliding_window": False, "max_window_layers": 1}
+    config = read_model_config(hf_files(tmp_path, QWEN3, layer_types=["full_attention"] * 2, **switched_off))
+    assert config == read_model_config(hf_files(tmp_path, QWEN3))
+
+
+def test_qwen3_is_found_by_its_type_too(tmp_path):
+    assert read_model_config(hf_files(tmp_path, QWEN3, architectures=REMOVED)).architecture == "qwen3"
+
+
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_dtype_may_have_either_name(tmp_path, key):
     files = hf_files(tmp_path, **({"torch_dtype": REMOVED} | {key: "bfloat16"}))
@@ -154,6 +170,12 @@ def test_dtype_may_have_either_name(tmp_path, key):
         ({"mlp_bias": True}, r"mlp_bias is True"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),
         ({"sliding_window": 128}, r"sliding_window is 128.*known: null"),
+        ({"sliding_window": 128, "use_sliding_window": True}, r"sliding_window is 128.*known: null"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types is \['full_attention', 'sliding_attention'\].*known: full_attention in every layer",
+        ),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, r"'Qwen3MoeForCausalLM'.*known: .*Qwen3ForCausalLM"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config is .*gptq.*GGUF"),
         ({"torch_dtype": "float64"}, r"torch_dtype is 'float64'.*known: float32, float16, bfloat16"),
     ],

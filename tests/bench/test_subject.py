@@ -95,7 +95,13 @@ def test_shapes_have_the_parameters_of_their_names() -> None:
         / 1e6
         for name, shape in SHAPES.items()
     }
-    expected = {"smollm2-135m": 134.5, "tinyllama-1.1b": 1100, "llama-3.2-1b": 1236, "llama-3.1-8b": 8030}
+    expected = {
+        "smollm2-135m": 134.5,
+        "tinyllama-1.1b": 1100,
+        "llama-3.2-1b": 1236,
+        "llama-3.1-8b": 8030,
+        "qwen3-0.6b": 596,
+    }
     assert millions == pytest.approx(expected, rel=1e-3)
 
 

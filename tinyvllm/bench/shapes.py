@@ -70,6 +70,21 @@ SHAPES: dict[str, ModelConfig] = {
             tie_embeddings=False,
             rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
         ),
+        ModelConfig(
+            name="qwen3-0.6b",  # Qwen/Qwen3-0.6B
+            architecture="qwen3",
+            num_layers=28,
+            hidden_size=1024,
+            ffn_size=3072,
+            num_heads=16,
+            num_kv_heads=8,
+            head_dim=128,
+            vocab_size=151936,
+            max_position=40960,
+            rope_theta=1000000.0,
+            norm_eps=1e-6,
+            tie_embeddings=True,
+        ),
     )
 }
 

@@ -43,8 +43,8 @@ class SubjectFlags:
         str | None,
         Option(
             metavar="NAME",
-            help="Random weights of a model's shape, instead of MODEL: smollm2-135m, tinyllama-1.1b, llama-3.2-1b or "
-            "llama-3.1-8b.",
+            help="Random weights of a model's shape, instead of MODEL: smollm2-135m, tinyllama-1.1b, llama-3.2-1b, "
+            "llama-3.1-8b or qwen3-0.6b.",
         ),
     ] = None
     weights: Annotated[

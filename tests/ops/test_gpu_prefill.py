@@ -3,11 +3,13 @@ DEV=CUDA python -m pytest -m gpu tests/ops/test_gpu_prefill.py"""
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.codegen import to_program
-from tinygrad.uop.ops import Ops
 
 from tests.ops.builders import Piece, largest_difference, make_host, make_pool, make_step, normal, read_pool
 from tests.ops.test_attention import Case, Result, make_head_norm, make_history, make_rope
@@ -16,13 +18,16 @@ from tests.ops.test_rendering import check_limits, kernels_of, make_renderer, pl
 from tinyvllm.ops.backend import AttentionShape, Backend
 from tinyvllm.ops.device import FLOATS, DeviceHandle
 from tinyvllm.ops.gpu_fused import FusedGpuBackend
-from tinyvllm.ops.gpu_gemm import MIN_TOKENS, GemmSpec, gemm_kernel, multiply_rows
+from tinyvllm.ops.gpu_gemm import DENSE, MIN_TOKENS, GemmSpec, multiply_rows
+from tinyvllm.ops.gpu_gemm_hopper import HOPPER_SHARED_BYTES, WIDE_COLS
+from tinyvllm.ops.gpu_gemm_wide import MULTIPROCESSORS, TOKEN_TILE, WideSpec, tile_of, wide_kernel
 from tinyvllm.ops.gpu_kernel import Lanes, Mma
 from tinyvllm.ops.gpu_prefill import PrefillSpec, tile_map_kernel
 from tinyvllm.ops.kernel import empty, run_kernel
 from tinyvllm.ops.matrix import Format
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.step_inputs import StepLayout
+from tinyvllm.ops.tuning import candidates
 
 __all__ = ["lanes"]  # a fixture
 
@@ -72,20 +77,64 @@ def test_too_few_tiles_share_out_the_columns() -> None:
         assert chosen.steps * chosen.splits * 32 == cols
 
 
-@pytest.mark.parametrize(("tokens", "rows"), [(100, 192), (2048, 16384)])
-def test_hopper_multiplies_in_the_memory_that_it_has(tokens: int, rows: int) -> None:
-    spec = GemmSpec(
-        "test", Mma("CUDA", dtypes.half), Format("float16", 16), dtypes.half, tokens, rows, 2048, True, has_wide=True
-    )
-    out, weights, x = (
-        UOp.placeholder((size,), dtypes.half, i)
-        for i, size in enumerate((tokens * spec.out_rows, rows * 2048, tokens * 2048))
-    )
-    program = to_program(gemm_kernel(spec)(out, weights, x), make_renderer("CUDA sm_90"))
-    source = program.src[2].arg
-    assert "wgmma.mma_async" in source
+def hopper(tokens: int, rows: int, cols: int, *, is_gated: bool = False) -> GemmSpec:
+    shape = (tokens, rows, cols, is_gated)
+    return GemmSpec("test", Mma("CUDA", dtypes.half), Format("float16", 16), dtypes.half, *shape, has_wide=True)
+
+
+def render_wide(spec: WideSpec) -> UOp:
+    out_type = dtypes.half if spec.is_gated or spec.adds_residual else dtypes.float
+    sizes = [
+        (spec.splits * spec.num_tokens * spec.out_rows, out_type),
+        (spec.map_size, dtypes.uint),
+        (spec.num_rows * spec.num_cols, dtypes.half),
+        (spec.num_tokens * spec.num_cols, dtypes.half),
+    ]
+    if spec.adds_residual:
+        sizes.append((spec.num_tokens * spec.out_rows, dtypes.half))
+    arguments = [UOp.placeholder((size,), dtype, slot) for slot, (size, dtype) in enumerate(sizes)]
+    return to_program(wide_kernel(spec)(*arguments), make_renderer("CUDA sm_90"))
+
+
+WIDE = [(100, 192, 64, True), (2048, 16384, 256, True), (2048, 3072, 192, False), (512, 2048, 128, False)]
+
+
+@pytest.mark.parametrize(("tokens", "rows", "row_tile", "is_gated"), WIDE)
+def test_hopper_multiplies_in_the_memory_that_it_has(tokens: int, rows: int, row_tile: int, is_gated: bool) -> None:
+    spec = replace(hopper(tokens, rows, 2048, is_gated=is_gated).wide, row_tile=row_tile, adds_residual=not is_gated)
+    program = render_wide(spec)
+    assert "wgmma.mma_async" in program.src[2].arg
     assert program.arg.name.endswith(f"_wide{spec.wide_bytes}")  # what a launch is told
-    assert spec.wide_bytes * (2 if spec.wide_rows == 128 else 1) <= 227 << 10
+    assert spec.wide_bytes <= HOPPER_SHARED_BYTES
+    assert spec.stages >= 4
+    assert program.arg.global_size[0] == spec.num_clusters * spec.cluster
+
+
+@pytest.mark.parametrize("tokens", [65, 200, 512, 2048, 3000, 8192])
+@pytest.mark.parametrize(("rows", "cols", "is_gated"), [(96, 256, False), (2048, 8192, False), (3072, 2048, True)])
+def test_hoppers_threadgroups_compute_every_tile_once(tokens: int, rows: int, cols: int, is_gated: bool) -> None:
+    for turned in candidates(hopper(tokens, rows, cols, is_gated=is_gated)):
+        spec = turned.wide
+        numbers = [n for unit in range(spec.num_clusters) for n in range(unit, spec.num_tiles, spec.num_clusters)]
+        tiles = [tile_of(spec, number, rank) for number in numbers for rank in range(spec.cluster)]
+        expected = itertools.product(
+            range(spec.splits),
+            range(0, spec.out_rows, spec.out_tile),
+            range(0, spec.token_groups * spec.cluster * TOKEN_TILE, TOKEN_TILE),
+        )
+        assert sorted(tiles) == sorted(expected)
+        assert spec.token_groups * spec.cluster * TOKEN_TILE >= tokens
+
+
+@pytest.mark.parametrize(("tokens", "rows", "cols"), [(65, 96, 256), (512, 2048, 2048), (2048, 3072, 2048)])
+def test_a_cut_of_hoppers_is_whole(tokens: int, rows: int, cols: int) -> None:
+    spec = hopper(tokens, rows, cols)
+    for turned in candidates(spec):
+        wide = turned.wide
+        assert wide.splits == turned.splits
+        assert wide.steps * wide.splits * WIDE_COLS == cols
+        assert wide.num_clusters * wide.cluster <= MULTIPROCESSORS
+    assert spec.wide.cycles == min(turned.wide.cycles for turned in candidates(spec))
 
 
 @pytest.mark.parametrize(("tokens", "rows", "cols"), [(512, 2048, 8192), (1024, 2048, 8192), (256, 3072, 2048)])
@@ -93,13 +142,8 @@ def test_a_product_of_unpacked_weights_fills_what_its_spec_asks_for(tokens: int,
     fmt = rendered("CUDA").matrix(make_host("Q4_0", 32, 256)).format
     spec = GemmSpec("test", Mma("CUDA", dtypes.half), fmt, dtypes.half, tokens, rows, cols, has_wide=True)
     assert spec.unpacks_first
-    codes, scales = (empty(rows * cols // n, kind, "CPU") for n, kind in ((8, dtypes.uint), (32, dtypes.half)))
-    x, out = empty(tokens * cols, dtypes.half, "CPU"), empty(spec.splits * tokens * rows, dtypes.float, "CPU")
-    product = kernels_of([multiply_rows(spec, out, [codes, scales], x)])[-1]
-    program = to_program(product, make_renderer("CUDA sm_90"))
-    stored = [uop.src[0] for uop in program.src[1].src if uop.op is Ops.STORE and uop.src[0].op is Ops.INDEX]
-    places = [index.src[1] for index in stored if index.src[0].op is Ops.PARAM]
-    assert max(place.vmax for place in places) == out.numel() - 1
+    assert spec.wide == replace(spec, format=DENSE).wide
+    assert spec.splits == spec.wide.splits
 
 
 # -- products ----------------------------------------------------------------------------------------------------------
@@ -117,6 +161,15 @@ def test_many_rows_equal_the_reference(
     difference = largest_difference(multiply(FusedGpuBackend(device, dtype, lanes), *case), multiply(reference, *case))
     print(f"{case}: {difference:.1e}")
     assert difference < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+def test_threadgroups_that_multiply_several_tiles_equal_the_reference(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend
+) -> None:
+    case = ("float16", 2100, "linear_add", 2048, 128)
+    backend = FusedGpuBackend(device, "float16", lanes)
+    assert largest_difference(multiply(backend, *case), multiply(reference, *case)) < TOLERANCE["float16"]
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

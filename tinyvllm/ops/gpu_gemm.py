@@ -14,11 +14,12 @@ from tinygrad import Tensor, UOp
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
-from tinyvllm.ops.gpu_gemm_hopper import WIDE_TOKENS, arrive_wide, copy_wide, declare, finish_wide, multiply_wide
+from tinyvllm.ops.gpu_gemm_hopper import WIDE_COLS
 from tinyvllm.ops.gpu_gemm_tiles import PIECE, TILE_COLS, TileMma, arrival, commit, copy_piece, quick_silu, together
+from tinyvllm.ops.gpu_gemm_wide import CACHED_TOKENS, ROW_TILES, WideSpec, best_cut, wide_kernel
 from tinyvllm.ops.gpu_kernel import LANES, Mma, axes_of, grid, load_floats, warps
 from tinyvllm.ops.gpu_runs import read_run
-from tinyvllm.ops.kernel import F16, F32, I32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
+from tinyvllm.ops.kernel import F16, F32, I32, U32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.matrix import PANEL, Format, Planes
 from tinyvllm.ops.tuning import Tunable
 
@@ -26,10 +27,7 @@ DENSE = Format("float16", 16)
 MIN_TOKENS = 65  # rows from which on a tile of tokens is worth filling
 UNPACK_TOKENS = 256  # from which on weights are unpacked first
 UNPACK_ELEMENTS = 64 << 20  # of the largest matrix that is: 128 MiB of float16
-LARGE_ROWS, LARGE_TOKENS, LARGE_COLS = 256, 512, 4096  # of Hopper's large tiles, and of what is worth them
-WIDE_STEPS = 2  # steps of 32 columns that Hopper multiplies at a time
 STAGES = 3  # tiles of an operand that CUDA holds: one is multiplied, two are on their way
-CACHED_TOKENS = 2048  # rows of x that a large GPU's cache holds beside the matrix's
 GROUPS_WANTED = 128  # threadgroups that keep a large GPU busy
 SHORTEST_SPLIT = 16  # steps of 32 columns that are worth a threadgroup of their own
 
@@ -64,28 +62,18 @@ class GemmSpec(Tunable):
 
     @property
     def is_wide(self) -> bool:
-        """Whether Hopper's kernel multiplies. A spec that unpacks first says so as well: its tiles and parts, by which
-        memory is made, are those of the product behind."""
+        """Whether Hopper's kernel multiplies. A spec that unpacks first says so as well: its parts, by which memory is
+        made, are those of the product behind."""
         is_dense = self.weights_as_stored or self.unpacks_first
-        return self.has_wide and is_dense and self.num_cols % (WIDE_STEPS * TILE_COLS) == 0
+        return self.has_wide and is_dense and self.num_cols % WIDE_COLS == 0
 
     @property
-    def wide_rows(self) -> int:
-        """Rows of the matrix in a tile of Hopper's: as many as leave each multiprocessor work. (NVIDIA H200, TFLOP/s by
-        256 and 128 rows: 579 and 460 at 2048 tokens of 2048 x 8192, 106 and 151 at 128 tokens of 3072 x 2048.)"""
-        tiles = self.token_groups * -(-self.num_rows // LARGE_ROWS)
-        is_large = self.num_tokens >= LARGE_TOKENS and (self.num_cols >= LARGE_COLS or tiles >= GROUPS_WANTED)
-        return self.knob("wide_rows", LARGE_ROWS if is_large else 128)
-
-    @property
-    def wide_stages(self) -> int:
-        """Stages that Hopper's threadgroup memory holds, two threadgroups' or one's."""
-        return 3 if self.row_tile == 128 else 4
-
-    @property
-    def wide_bytes(self) -> int:
-        """Threadgroup memory of Hopper's kernel."""
-        return self.wide_stages * WIDE_STEPS * (self.token_tile + self.row_tile) * TILE_COLS * 2
+    def wide(self) -> WideSpec:
+        """What Hopper's kernel is to multiply, and how it is cut."""
+        shape = (self.num_tokens, self.num_rows, self.num_cols)
+        row_tile, splits = best_cut(*shape, self.is_gated)
+        cut = (self.knob("wide_rows", row_tile), self.knob("splits", splits))
+        return WideSpec(self.name, self.mma, *shape, *cut, self.is_gated, self.adds_residual)
 
     @property
     def unpacks_first(self) -> bool:
@@ -111,14 +99,12 @@ class GemmSpec(Tunable):
     @property
     def row_tile(self) -> int:
         """Rows of the matrix in a tile: where it is gated, half of them gate and half up."""
-        if self.is_wide:
-            return self.wide_rows
         return 128 if self.mma.kind == "CUDA" else 64
 
     @property
     def warp_grid(self) -> tuple[int, int]:
         """Warps by tokens and by rows."""
-        return (8, 1) if self.is_wide else (2, 2)
+        return 2, 2
 
     @property
     def num_warps(self) -> int:
@@ -135,11 +121,13 @@ class GemmSpec(Tunable):
     @property
     def splits(self) -> int:
         """S: parts of K with threadgroups of their own, where there are too few tiles to fill the device."""
+        if self.is_wide:
+            return self.wide.splits
         splits, steps = 1, self.num_cols // TILE_COLS
         while (
             not self.is_gated
             and self.token_groups * self.row_groups * splits < GROUPS_WANTED
-            and steps % (splits * 2 * WIDE_STEPS) == 0
+            and steps % (splits * 2) == 0
             and steps // (splits * 2) >= SHORTEST_SPLIT
         ):
             splits *= 2
@@ -147,10 +135,10 @@ class GemmSpec(Tunable):
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         splits = () if self.is_gated else (1, 2, 4, 8)
-        return {"wide_rows": (128, LARGE_ROWS) if self.is_wide else (), "splits": splits}
+        return {"wide_rows": ROW_TILES if self.is_wide else (), "splits": splits}
 
     def is_possible(self) -> bool:
-        return self.num_cols // TILE_COLS % (self.splits * WIDE_STEPS) == 0
+        return self.num_cols % (self.splits * (WIDE_COLS if self.is_wide else TILE_COLS)) == 0
 
     @property
     def steps(self) -> int:
@@ -168,6 +156,9 @@ def multiply_rows(
         planes = run_kernel(unpack_kernel(spec.format, spec.num_rows, spec.num_cols), [whole], planes)
         spec = replace(spec, format=DENSE)
     rest = [] if residual is None else [residual]
+    if spec.is_wide:
+        maps = empty(spec.wide.map_size, U32, str(out.device))
+        return run_kernel(wide_kernel(spec.wide), [out, maps], [*planes, x, *rest])[0]
     return run_kernel(gemm_kernel(spec), [out], [*planes, x, *rest])[0]
 
 
@@ -177,11 +168,9 @@ def gemm_kernel(spec: GemmSpec) -> KernelFn:
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         tile = _Tile(spec, list(rest))
-        sums = tile.sums_wide() if spec.is_wide else tile.sums_async() if spec.is_async else tile.sums_plain()
+        sums = tile.sums_async() if spec.is_async else tile.sums_plain()
         stores = tile.stores(out, sums)
         name = f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
-        if spec.is_wide:
-            name += f"_wide{spec.wide_bytes}"
         nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
         ops = 2 * spec.num_tokens * spec.num_rows * spec.num_cols
         return finish(UOp.group(*stores).end(*reversed(tile.axes)), name, ops=ops, nbytes=nbytes)
@@ -264,54 +253,6 @@ class _Tile:
         return inner + row // half * spec.out_rows
 
     # -- sums ----------------------------------------------------------------------------------------------------------
-
-    def sums_wide(self) -> list[UOp]:
-        """The tile's sums by Hopper's instructions; two steps of 32 columns at a time, the next ones on their way."""
-        spec, body, mma = self.spec, self.body, self.mma
-        steps, size = spec.steps // WIDE_STEPS, spec.wide_bytes // 2 // spec.wide_stages
-        declared = declare()
-
-        def begin(step: UOp | int, *after: UOp) -> UOp:
-            wanted = None if isinstance(step, int) and step < steps else UOp.const(0, I32) + step < steps
-            base, copies = step % spec.wide_stages * size, []
-            per_row = WIDE_STEPS * TILE_COLS // PIECE
-            for start in range(0, (spec.token_tile + spec.row_tile) * per_row, self.threads):
-                is_x = start < spec.token_tile * per_row
-                piece = (start if is_x else start - spec.token_tile * per_row) + self.thread
-                row, part = piece // per_row, piece % per_row
-                slot = part % (TILE_COLS // PIECE)
-                tile = self._wide_tile(part // (TILE_COLS // PIECE), is_x=is_x)
-                whole = self.token(row) if is_x else self.matrix_row(row)
-                at = whole * spec.num_cols + (self.part * steps + step) * (WIDE_STEPS * TILE_COLS) + part * PIECE
-                source = self.x if is_x else self.planes.codes
-                copies.append(copy_wide(base + tile + mma.at(row, slot), source[at], wanted, declared, *after))
-            return commit(*copies)
-
-        primed: list[UOp] = []
-        for stage in range(spec.wide_stages - 1):
-            primed.append(begin(stage, *primed[-1:]))
-        registers, count = body.registers(self._num_sums), self._num_sums
-        zeroed = UOp.group(*[registers.after(*self.axes)[i].store(UOp.const(0.0, F32)) for i in range(count)])
-        registers = registers.after(zeroed)
-        loop = body.fold(steps)
-        arrived = arrive_wide(spec.wide_stages - 2, loop, primed[-1])
-        base = loop % spec.wide_stages * size
-        first = self.warp_token // WIDE_TOKENS * (WIDE_TOKENS * TILE_COLS)
-        pairs = [
-            (base + self._wide_tile(i, is_x=True) + first, base + self._wide_tile(i, is_x=False))
-            for i in range(WIDE_STEPS)
-        ]
-        added = multiply_wide(mma, pairs, registers.after(loop), arrived)
-        begun = begin(loop + (spec.wide_stages - 1), added)  # while the products run
-        done = together(added, begun).end(loop)
-        registers = registers.after(finish_wide(registers.after(done)))
-        return [registers[i].load() for i in range(count)]
-
-    def _wide_tile(self, step: UOp | int, *, is_x: bool) -> UOp | int:
-        """Where the tile of x or of weights of one of a stage's steps begins."""
-        rows = self.spec.token_tile if is_x else self.spec.row_tile
-        first = 0 if is_x else WIDE_STEPS * self.spec.token_tile * TILE_COLS
-        return step * (rows * TILE_COLS) + first
 
     def sums_async(self) -> list[UOp]:
         """The tile's sums, tiles of the next columns on their way meanwhile (CUDA)."""

@@ -1,8 +1,13 @@
-"""What NVIDIA's Hopper multiplies matrices by: instructions of four warps together that read both operands from
-threadgroup memory, of which a kernel may have more than tinygrad gives it.
+"""What NVIDIA's Hopper multiplies matrices by, as statements of its language.
 
-Both take a word with tinygrad: its compiler must be told the target by its full name, for these instructions belong to
-one generation and not to its successors, and a kernel's launch how much memory it takes (`wide_bytes` in its name).
+Its copy engine fetches a tile by one instruction of one thread, from a description of the matrix (a tensor map) that
+the kernel writes itself, and counts the bytes on a barrier in threadgroup memory (mbarrier); two threadgroups may form
+a cluster, and a tile that both want is fetched once. Its matrix unit reads both operands from threadgroup memory, for
+four warps together. (PTX ISA, "cp.async.bulk.tensor", "tensormap.replace", "mbarrier", "wgmma".)
+
+All of it takes a word with tinygrad: its compiler must be told the target by its full name, for these instructions
+belong to one generation and not to its successors, its renderer how many threadgroups are a cluster, and a kernel's
+launch how much memory it takes (`wide_bytes` in its name).
 """
 
 from __future__ import annotations
@@ -16,36 +21,97 @@ from tinygrad.helpers import Target
 from tinygrad.renderer.cstyle import CUDARenderer
 from tinygrad.uop.ops import Ops
 
-from tinyvllm.ops.gpu_gemm_tiles import PTX_NAMES, TILE_COLS, TileMma
-from tinyvllm.ops.kernel import F16
+from tinyvllm.ops.kernel import F16, F32, I32
 
 ARCH = "sm_90"
-WIDE_TOKENS = 64  # left rows of one instruction
 BYTES_IN_NAME = re.compile(r"_wide(\d+)$")
+CLUSTER = 2  # threadgroups of a cluster, which is two neighbouring multiprocessors
+CLUSTERED = "barrier.cluster"  # in the source of kernels whose threadgroups form clusters
 
-DECLARE = "extern __shared__ __align__(1024) half tiles[];"
-COPY = (
-    'asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: '
-    '"r"((unsigned)__cvta_generic_to_shared(tiles + {0})), "l"({1}), "r"({2}) : "memory");'
+WIDE_TOKENS = 64  # left rows of one instruction
+WIDE_COLS = 64  # columns of a tile: 128 bytes, which is what the copy engine swizzles
+MAP_WORDS = 32  # of a tensor map
+MAX_BOX = 256  # rows that one copy fetches
+HOPPER_SHARED_BYTES = 227 << 10  # threadgroup memory that a kernel may have
+
+DECLARE = (
+    "extern __shared__ __align__(1024) unsigned char wide_memory[];\n"
+    "unsigned wide = (unsigned)__cvta_generic_to_shared(wide_memory);"
 )
-# A tile whose slots are swizzled as TileMma.at does it: 64 bytes a row, 8 rows every 512 bytes (PTX, "wgmma", matrix
-# descriptor). Where it begins is added, in units of 16 bytes.
-DESCRIPTOR = "0x8000002000010000ull + ((unsigned)__cvta_generic_to_shared(tiles + {%d}) >> 4)"
+# Written in threadgroup memory, whose parts a map may be made of, and copied to where the copy engine reads it.
+# A map of all zeros but for what is set here: two dimensions of float16 (6), swizzle by 128 bytes (3), zeros outside.
+DESCRIBE = """if (threadIdx.y == {0}) {{{{
+  unsigned map = wide + {1};
+  asm volatile("st.shared.u32 [%0], 0;" :: "r"(map + threadIdx.x * 4) : "memory");
+  __syncwarp();
+  if (threadIdx.x == 0) {{{{
+    asm volatile("tensormap.replace.tile.global_address.shared::cta.b1024.b64 [%0], %1;" :: "r"(map), "l"({{0}}));
+    asm volatile("tensormap.replace.tile.rank.shared::cta.b1024.b32 [%0], 1;" :: "r"(map));
+    asm volatile("tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [%0], 0, %1;" :: "r"(map), "r"({2}));
+    asm volatile("tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [%0], 1, %1;" :: "r"(map), "r"({3}));
+    asm volatile("tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%0], 0, %1;" :: "r"(map), "r"({4}));
+    asm volatile("tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%0], 1, %1;" :: "r"(map), "r"({5}));
+    asm volatile("tensormap.replace.tile.global_stride.shared::cta.b1024.b64 [%0], 0, %1;" :: "r"(map), "l"({6}ull));
+    asm volatile("tensormap.replace.tile.element_stride.shared::cta.b1024.b32 [%0], 0, 1;" :: "r"(map));
+    asm volatile("tensormap.replace.tile.element_stride.shared::cta.b1024.b32 [%0], 1, 1;" :: "r"(map));
+    asm volatile("tensormap.replace.tile.elemtype.shared::cta.b1024.b32 [%0], 6;" :: "r"(map));
+    asm volatile("tensormap.replace.tile.interleave_layout.shared::cta.b1024.b32 [%0], 0;" :: "r"(map));
+    asm volatile("tensormap.replace.tile.swizzle_mode.shared::cta.b1024.b32 [%0], 3;" :: "r"(map));
+    asm volatile("tensormap.replace.tile.fill_mode.shared::cta.b1024.b32 [%0], 0;" :: "r"(map));
+  }}}}
+  __syncwarp();
+  asm volatile("tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;"
+    :: "l"({{1}}), "r"(map) : "memory");
+}}}}"""
+ACQUIRE_MAP = 'asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" :: "l"({0}) : "memory");'
+# the first `count` barriers await `first` arrivals, as many behind them `second`
+BARRIERS = """if (threadIdx.x == 0 && threadIdx.y == 0) {{{{
+  for (int i = 0; i < {count}; i++) {{{{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(wide + {at} + i * 8), "r"({first}));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(wide + {at} + {count} * 8 + i * 8), "r"({second}));
+  }}}}
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}}}}"""
+MEET = 'asm volatile("barrier.cluster.arrive.release;\\nbarrier.cluster.wait.acquire;" ::: "memory");'
+WAIT = (
+    'asm volatile("{{ .reg .pred done;\\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\\n'
+    '@done bra over;\\nbra again;\\nover: }}" :: "r"(wide + {0}), "r"({1}) : "memory");'
+)
+EXPECT = 'asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%%0], %d;" :: "r"(wide + {0}) : "memory");'
+FETCH = (
+    'asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes%s [%%0], '
+    '[%%1, {{%%2, %%3}}], [%%4]%s;" :: "r"(wide + {0}), "l"({1}), "r"({2}), "r"({3}), "r"(wide + {4})%s : "memory");'
+)
+# by a predicate: products under way must not meet a branch, where the compiler would wait for them
+ARRIVE = (
+    'asm volatile("{{ .reg .pred is_one;\\nsetp.ne.s32 is_one, %1, 0;\\n'
+    '@is_one mbarrier.arrive.shared::cta.b64 _, [%0]; }}" :: "r"(wide + {0}), "r"((int)({1})) : "memory");'
+)
+ARRIVE_THERE = (
+    'asm volatile("{{ .reg .pred is_one;\\n.reg .b32 there;\\nsetp.ne.s32 is_one, %1, 0;\\n'
+    "mapa.shared::cluster.u32 there, %0, %2;\\n@is_one mbarrier.arrive.shared::cluster.b64 _, [there]; "
+    '}}" :: "r"(wide + {0}), "r"((int)({1})), "r"({2}) : "memory");'
+)
+# A tile whose rows are 128 bytes, swizzled, 8 rows every 1024 bytes (PTX, "wgmma", matrix descriptor). Where it begins
+# is added, in units of 16 bytes.
+DESCRIPTOR = "0x4000004000010000ull + ((wide + {%d}) >> 4)"
 FENCE = 'asm volatile("wgmma.fence.sync.aligned;" ::: "memory");'
 COMMIT = 'asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");'
-# the products before have read their tiles, this thread's copies are there, and the next products will see them
-ARRIVE = (
-    'asm volatile("wgmma.wait_group.sync.aligned 0;\\n cp.async.wait_group %d;\\n fence.proxy.async.shared::cta;" '
-    '::: "memory");'
-)
 
 
 class HopperRenderer(CUDARenderer):
-    """tinygrad's, with a compiler for the full target. Its name is part of what compiled programs are kept by."""
+    """tinygrad's, with a compiler for the full target, and clusters. Its name is part of what compiled programs are
+    kept by."""
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
         use_full_target(self.compiler)
+
+    def render_kernel(self, function_name: str, kernel: list[str], *args: Any, **more: Any) -> str:
+        source: str = super().render_kernel(function_name, kernel, *args, **more)
+        if not any(CLUSTERED in line for line in kernel):
+            return source
+        return source.replace("__launch_bounds__", f"__cluster_dims__({CLUSTER}) __launch_bounds__", 1)
 
 
 def use_full_target(compiler: Any) -> None:
@@ -74,54 +140,96 @@ def allow_wide(device_name: str) -> bool:
     return True
 
 
-# -- statements. Places are numbers of values from the beginning of the kernel's memory --------------------------------
+# -- statements. Places are bytes from the beginning of the kernel's memory, barriers the places they lie at -----------
+
+
+def statement(text: str, *operands: UOp) -> UOp:
+    return UOp(Ops.CUSTOM, dtypes.void, src=operands, arg=text)
 
 
 def declare() -> UOp:
     """The kernel's memory: every statement that names a place comes behind it."""
-    return UOp(Ops.CUSTOM, dtypes.void, src=(UOp.const(0.0, F16),), arg=DECLARE)
+    return statement(DECLARE, UOp.const(0.0, F16))
 
 
-def copy_wide(place: UOp, source: UOp, is_wanted: UOp | None, *after: UOp) -> UOp:
-    """Begin to move 16 bytes from device memory; zeros where they are not wanted (None: they are)."""
-    whole = UOp.const(16, dtypes.int)
-    size = whole if is_wanted is None else is_wanted.where(whole, 0)
-    return UOp(Ops.CUSTOM, dtypes.void, src=(place, source, size, *after), arg=COPY)
+def describe(warp: int, place: int, target: UOp, matrix: UOp, rows: int, cols: int, box_rows: int, *after: UOp) -> UOp:
+    """Write the map of a matrix (rows, cols) of float16 to `target`, by one warp; 128 bytes at `place` are its own."""
+    text = DESCRIBE.format(warp, place, WIDE_COLS, box_rows, cols, rows, cols * 2)
+    return statement(text, matrix, target, *after)
 
 
-def arrive_wide(pending: int, *after: UOp) -> UOp:
-    """The products are done, and all but the `pending` latest groups of copies have arrived, in all threads: a
-    barrier."""
-    return UOp(Ops.BARRIER, src=(UOp(Ops.CUSTOM, dtypes.void, src=after, arg=ARRIVE % pending),))
+def make_barriers(place: int, count: int, first: int, second: int, *after: UOp) -> UOp:
+    """`count` barriers from `place` on that await `first` arrivals, and as many behind them that await `second`."""
+    return statement(BARRIERS.format(at=place, count=count, first=first, second=second), *after)
 
 
-def multiply_wide(mma: TileMma, pairs: list[tuple[UOp, UOp]], sums: UOp, *after: UOp) -> UOp:
-    """Begin to add to the registers `sums` the products of pairs of tiles: left (64 x 32) and right (8 n x 32), by the
-    places they begin at. Of the n blocks' sums a lane holds as many as of n blocks of `TileMma.add`."""
+def meet(*after: UOp) -> UOp:
+    """A barrier of all threads of the cluster."""
+    return statement(MEET, *after)
+
+
+def acquire_map(target: UOp, *after: UOp) -> UOp:
+    """What others wrote of a map is seen by the copies of this thread behind it."""
+    return statement(ACQUIRE_MAP, target, *after)
+
+
+def wait(barrier: UOp, parity: UOp, *after: UOp) -> UOp:
+    """The phase of this parity has ended; of a new barrier the one before the first has."""
+    return statement(WAIT, barrier, parity, *after)
+
+
+def expect(barrier: UOp, num_bytes: int, *after: UOp) -> UOp:
+    """Arrive, with so many bytes to come before the phase ends."""
+    return statement(EXPECT % num_bytes, barrier, *after)
+
+
+def fetch(place: UOp, target: UOp, col: UOp, row: UOp, barrier: UOp, *after: UOp, is_shared: bool = False) -> UOp:
+    """Begin to fetch the box of a map that begins at (row, col); its bytes count on the barrier. Shared, both
+    threadgroups of the cluster get it, at the same place and on the same barrier of theirs."""
+    shared = (".multicast::cluster", ", %5", f', "h"((unsigned short){(1 << CLUSTER) - 1})')
+    return statement(FETCH % (shared if is_shared else ("", "", "")), place, target, col, row, barrier, *after)
+
+
+def arrive(barrier: UOp, is_one: UOp, *after: UOp, threadgroup: UOp | None = None) -> UOp:
+    """The threads that `is_one` chooses arrive at a barrier; of a threadgroup of the cluster, where one is told."""
+    if threadgroup is None:
+        return statement(ARRIVE, barrier, is_one, *after)
+    return statement(ARRIVE_THERE, barrier, is_one, threadgroup, *after)
+
+
+def multiply_wide(type_name: str, left: UOp, right: UOp, sums: UOp, pending: int, *after: UOp) -> UOp:
+    """Begin to add to the registers `sums` the product of the tiles left (64 x 64) and right (8 n x 64) at places.
+    Wait until all but the `pending` latest products are done. Of the n blocks' sums a lane holds as many as of n blocks
+    of `TileMma.add`."""
     count = sums.max_numel()
     operands = ", ".join(f"%{i}" for i in range(count))
     registers = ", ".join(f'"+f"(*{{{i}}})' for i in range(count))
-    name = PTX_NAMES[mma.mma.dtype]
-    lines = [FENCE]
-    for i in range(len(pairs)):
-        a, b = DESCRIPTOR % (count + 2 * i), DESCRIPTOR % (count + 2 * i + 1)
-        lines.append(f"{{{{ unsigned long long a = {a}, b = {b};")
-        for k in range(TILE_COLS // 16):
-            lines.append(
-                f'asm volatile("wgmma.mma_async.sync.aligned.m64n{count * 2}k16.f32.{name}.{name} '
-                f'{{{{{operands}}}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;" : '
-                f'{registers} : "l"(a + {2 * k}), "l"(b + {2 * k}));'
-            )
-        lines.append("}}")
-    places = [place for pair in pairs for place in pair]
-    src = (*[sums[i] for i in range(count)], *places, *after)
-    return UOp(Ops.CUSTOM, dtypes.void, src=src, arg="\n".join([*lines, COMMIT]))
+    a, b = DESCRIPTOR % count, DESCRIPTOR % (count + 1)
+    lines = [FENCE, f"{{{{ unsigned long long a = {a}, b = {b};"]
+    for k in range(WIDE_COLS // 16):
+        lines.append(
+            f'asm volatile("wgmma.mma_async.sync.aligned.m64n{count * 2}k16.f32.{type_name}.{type_name} '
+            f'{{{{{operands}}}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;" : '
+            f'{registers} : "l"(a + {2 * k}), "l"(b + {2 * k}));'
+        )
+    lines += ["}}", COMMIT, f'asm volatile("wgmma.wait_group.sync.aligned {pending};" ::: "memory");']
+    return statement("\n".join(lines), *[sums[i] for i in range(count)], left, right, *after)
 
 
 def finish_wide(sums: UOp, *after: UOp) -> UOp:
-    """All products are done, and `sums` may be read: a barrier."""
+    """All products are done, and `sums` may be read, by `read_sums`."""
     count = sums.max_numel()
     registers = ", ".join(f'"+f"(*{{{i}}})' for i in range(count))
-    arg = f'asm volatile("wgmma.wait_group.sync.aligned 0;" : {registers} :: "memory");'
-    waited = UOp(Ops.CUSTOM, dtypes.void, src=(*[sums[i] for i in range(count)], *after), arg=arg)
-    return UOp(Ops.BARRIER, src=(waited,))
+    text = f'asm volatile("wgmma.wait_group.sync.aligned 0;" : {registers} :: "memory");'
+    return statement(text, *[sums[i] for i in range(count)], *after)
+
+
+def read_sums(sums: UOp, *after: UOp) -> list[UOp]:
+    """The registers' values behind statements, which tinygrad's own loads do not heed."""
+    return [UOp(Ops.CUSTOM, F32, src=(sums[i], *after), arg="(*{0})") for i in range(sums.max_numel())]
+
+
+def uniform(value: UOp) -> UOp:
+    """The first lane's value, which the compiler then knows to be all lanes': products do not go on over a branch that
+    might part the lanes. tinygrad knows nothing of how large it may be."""
+    return UOp(Ops.CUSTOM, dtypes.int, src=(UOp.const(0, I32) + value,), arg="__shfl_sync(0xffffffffu, {0}, 0)")

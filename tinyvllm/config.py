@@ -21,6 +21,7 @@ MAX_BAD_WORDS = 256
 MAX_CHOICES = 128  # the most `n` may be
 
 DTYPES = ("float32", "float16", "bfloat16")
+WARM_UPS = ("background", "full")
 
 MODELS_DIR_VARIABLE = "TINYVLLM_MODELS"  # environment: the directory that pulled models live in
 CACHE_DIR_VARIABLE = "TINYVLLM_CACHE"  # environment: the directory that compiled programs are kept in
@@ -102,12 +103,15 @@ class EngineConfig:
     # of memory that it shares with the computer (CPU, METAL)
     gpu_memory_utilization: float | None = None
     max_model_len: int | None = None  # tokens of prompt and output together; None: the model's own, cut to what fits
-    max_num_seqs: int = 16  # sequences in one step
-    max_num_batched_tokens: int = 256  # tokens in one step
+    max_num_seqs: int | None = None  # sequences in one step; None: by the device (execution/limits.py)
+    max_num_batched_tokens: int | None = None  # tokens in one step; None: by the device
     decode_buckets: tuple[int, ...] = ()  # batch sizes of decode graphs; (): powers of two up to max_num_seqs
     token_buckets: tuple[
         int, ...
-    ] = ()  # token counts of prefill and mixed graphs; (): 16, 64, 256, ... up to the budget
+    ] = ()  # token counts of prefill and mixed graphs; (): powers of two from 16 up to max_num_batched_tokens
+    # full: capture all graphs before anything is answered; background: answer once some serve everything, and capture
+    # the others between steps
+    warm_up: str = "full"
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"  # or "priority": lower numbers first
     # plan and enqueue a step while the one before runs; None: where that pays, which is not on a CPU
@@ -120,13 +124,20 @@ class EngineConfig:
     reasoning_parser: str | None = None  # how it marks reasoning; None: found by its chat template; none: not split off
 
     def __post_init__(self) -> None:
+        self._check_limits()
+        for flag, choice, known in (
+            ("dtype", self.dtype, ("auto", *DTYPES)),
+            ("kv-cache-dtype", self.kv_cache_dtype, ("auto", *DTYPES)),
+            ("scheduling-policy", self.scheduling_policy, ("fcfs", "priority")),
+            ("warm-up", self.warm_up, WARM_UPS),
+        ):
+            if choice not in known:
+                raise TinyvllmError(f"--{flag} is {choice!r}: choose one of {', '.join(known)}")
+
+    def _check_limits(self) -> None:
         def refuse(flag: str, value: object, remedy: str) -> None:
             raise TinyvllmError(f"--{flag} is {value!r}: {remedy}")
 
-        if self.dtype not in ("auto", *DTYPES):
-            refuse("dtype", self.dtype, f"choose one of auto, {', '.join(DTYPES)}")
-        if self.kv_cache_dtype not in ("auto", *DTYPES):
-            refuse("kv-cache-dtype", self.kv_cache_dtype, f"choose one of auto, {', '.join(DTYPES)}")
         if self.block_size not in (8, 16, 32, 64):
             refuse("block-size", self.block_size, "choose 8, 16, 32 or 64 tokens")
         if self.gpu_memory_utilization is not None and not 0.0 < self.gpu_memory_utilization <= 1.0:
@@ -138,7 +149,7 @@ class EngineConfig:
         ):
             if value is not None and value < 1:
                 refuse(flag, value, "give at least 1")
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if (self.max_num_batched_tokens or self.max_num_seqs or 0) < (self.max_num_seqs or 0):
             refuse(
                 "max-num-batched-tokens",
                 self.max_num_batched_tokens,
@@ -152,8 +163,14 @@ class EngineConfig:
                 self.num_gpu_blocks_override,
                 "give at least 2: block 0 is a dummy for padded rows",
             )
-        if self.scheduling_policy not in ("fcfs", "priority"):
-            refuse("scheduling-policy", self.scheduling_policy, "choose fcfs or priority")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most of one step: what EngineConfig says, or what suits the device."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def host_copy_of_logits(runner: ModelRunner) -> Iterator[None]:
 
     def launch(plan: StepPlan) -> Any:
         flight = original(plan)
-        _logits(runner._graph_for(plan)).numpy()
+        _logits(runner.captures.graph_for(plan)).numpy()
         return flight
 
     with _replaced(runner, "launch", launch):
@@ -104,7 +104,7 @@ def sampler_on_the_cpu(runner: ModelRunner) -> Iterator[None]:
 
     def collect(flight: Any) -> StepOutput:
         runner.wait()
-        rows = _logits(runner._graph_for(flight.plan)).numpy().reshape(-1, _stride(runner))
+        rows = _logits(runner.captures.graph_for(flight.plan)).numpy().reshape(-1, _stride(runner))
         tokens = [int(np.argmax(row[: runner.model_config.vocab_size])) for row in rows[: len(flight.plan.sampled)]]
         return StepOutput(tuple(tokens), (None,) * len(tokens))
 
@@ -134,7 +134,7 @@ def recompiled_prefill(runner: ModelRunner) -> Iterator[None]:
 
     def launch(plan: StepPlan) -> Any:
         if not plan.is_decode:
-            runner.warm_up(ignore)
+            runner.recapture(runner.buckets[-1])
         return original(plan)
 
     with _replaced(runner, "launch", launch):
@@ -161,14 +161,14 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _replaced_lanes(runner: ModelRunner, change: Any) -> Iterator[None]:
-    before = dict(runner._graphs)
+    before = dict(runner.captures.graphs)
     for bucket, graph in before.items():
         lanes = tuple(change(runner, lane) for lane in graph.lanes)
-        runner._graphs[bucket] = dataclasses.replace(graph, lanes=lanes)
+        runner.captures.graphs[bucket] = dataclasses.replace(graph, lanes=lanes)
     try:
         yield
     finally:
-        runner._graphs.update(before)
+        runner.captures.graphs.update(before)
 
 
 def _without_sampling(runner: ModelRunner, lane: Lane) -> Lane:

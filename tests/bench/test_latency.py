@@ -10,6 +10,7 @@ from tinyvllm.bench.rows import Row
 from tinyvllm.config import EngineConfig
 from tinyvllm.errors import CapacityError, DeviceError, TinyvllmError
 from tinyvllm.execution.buckets import make_buckets
+from tinyvllm.execution.limits import resolve_limits
 
 
 def make_work(*cases: Case, **changes: int) -> LatencyWork:
@@ -110,13 +111,18 @@ def test_case_beyond_the_pool_is_refused_before_anything_runs() -> None:
 def test_settings_have_only_the_buckets_that_run() -> None:
     work = make_work(Case("prefill", 1, 300), Case("decode", 1, 64), Case("decode", 8, 64))
     config = fit_config(EngineConfig("tiny"), work, make_model_config())
-    assert [bucket.name for bucket in make_buckets(config)] == ["decode 1", "decode 8", "prefill 64", "prefill 256"]
+    assert [bucket.name for bucket in make_buckets(resolve_limits(config), config)] == [
+        "decode 1",
+        "decode 8",
+        "prefill 64",
+        "prefill 256",
+    ]
     assert (config.max_num_seqs, config.max_model_len) == (8, 301)
 
 
 def test_decode_alone_has_the_smallest_prefill_bucket() -> None:
     config = fit_config(EngineConfig("tiny"), make_work(Case("decode", 4, 64)), make_model_config())
-    assert [bucket.name for bucket in make_buckets(config)] == ["decode 4", "prefill 4"]
+    assert [bucket.name for bucket in make_buckets(resolve_limits(config), config)] == ["decode 4", "prefill 4"]
 
 
 def test_case_beyond_the_model_is_refused() -> None:

@@ -46,6 +46,23 @@ class FakeModelRunner(FakeRunner):
         )
 
 
+class FakeCaptures:
+    """Graphs that are made in two parts each: tracing, and what needs an idle device."""
+
+    num_failed = 0
+
+    def __init__(self, num_to_come: int, events: list[str] | None = None) -> None:
+        self.num_to_come = num_to_come
+        self.is_next_compiled = False
+        self.events = [] if events is None else events
+
+    def advance(self) -> None:
+        if self.is_next_compiled:
+            self.num_to_come -= 1
+        self.events.append("capture" if self.is_next_compiled else "trace")
+        self.is_next_compiled = not self.is_next_compiled and self.num_to_come > 0
+
+
 @cache
 def load_text() -> tuple[Tokenizer, ChatTemplate | None]:
     with tempfile.TemporaryDirectory() as directory:

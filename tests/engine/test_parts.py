@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.engine.fakes import FakeModelRunner
+from tests.engine.fakes import FakeCaptures, FakeModelRunner
 from tinyvllm.config import EngineConfig, ModelFiles
 from tinyvllm.engine.parts import load_parts
 from tinyvllm.errors import ModelError, TinyvllmError
@@ -20,6 +20,9 @@ class WarmRunner(FakeModelRunner):
         progress("warm-up", 1, 1)
         if self.failure is not None:
             raise self.failure
+
+    def warm_up_first(self, progress) -> None:
+        self.captures = FakeCaptures(5)
 
 
 @pytest.fixture
@@ -41,6 +44,15 @@ def test_parts_are_read_from_the_models_files(tiny_hf_files: ModelFiles, runner:
     assert parts.chat_template is not None
     assert parts.factory.eos_ids >= parts.tokenizer.eos_ids
     assert not parts.engine.core.scheduler.block_manager.enable_prefix_caching
+
+
+def test_graphs_come_in_the_background_where_that_is_asked_for(tiny_hf_files: ModelFiles, runner: WarmRunner) -> None:
+    core = load_parts(EngineConfig(str(tiny_hf_files.path), warm_up="background")).engine.core
+    assert core.has_captures_to_come and core.stats.num_captures_to_come == 5
+    full = load_parts(EngineConfig(str(tiny_hf_files.path)), lambda *report: None)
+    assert not full.engine.core.has_captures_to_come
+    with pytest.raises(TinyvllmError, match="--warm-up is 'never': choose one of background, full"):
+        EngineConfig("tiny", warm_up="never")
 
 
 def test_a_failed_warm_up_gives_the_device_back(tiny_hf_files: ModelFiles, runner: WarmRunner) -> None:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.execution.driver import make_request
-from tinyvllm.config import Capacity, EngineConfig
+from tinyvllm.config import Capacity, EngineConfig, Limits
 from tinyvllm.errors import InvariantError, TinyvllmError
-from tinyvllm.execution.buckets import Bucket, choose_bucket, make_buckets
+from tinyvllm.execution.buckets import FEW_ROWS, Bucket, choose_bucket, first_buckets, make_buckets
+from tinyvllm.execution.limits import BIG_CUDA, CPU, CUDA, SHARED_GPU, device_limits, resolve_limits
+from tinyvllm.ops.device import DeviceHandle
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
+
+
+def buckets_of(seqs: int, tokens: int, **config: tuple[int, ...]) -> list[Bucket]:
+    return make_buckets(Limits(seqs, tokens), EngineConfig("tiny", **config))
 
 
 def sizes(buckets: list[Bucket]) -> tuple[list[int], list[int]]:
@@ -22,19 +30,28 @@ def sizes(buckets: list[Bucket]) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize(
     ("seqs", "tokens", "decode", "prefill"),
     [
-        (16, 256, [1, 2, 4, 8, 16], [16, 64, 256]),
+        (16, 256, [1, 2, 4, 8, 16], [16, 32, 64, 128, 256]),
         (1, 8, [1], [8]),
-        (12, 300, [1, 2, 4, 8, 12], [16, 64, 256, 300]),
+        (12, 300, [1, 2, 4, 8, 12], [16, 32, 64, 128, 256, 300]),
     ],
 )
 def test_buckets_grow_to_their_limits(seqs: int, tokens: int, decode: list[int], prefill: list[int]) -> None:
-    config = EngineConfig("tiny", max_num_seqs=seqs, max_num_batched_tokens=tokens)
-    assert sizes(make_buckets(config)) == (decode, prefill)
+    assert sizes(buckets_of(seqs, tokens)) == (decode, prefill)
 
 
 def test_given_buckets_are_sorted_and_taken_once() -> None:
-    config = EngineConfig("tiny", decode_buckets=(16, 1, 4, 4), token_buckets=(256, 32))
-    assert sizes(make_buckets(config)) == ([1, 4, 16], [32, 256])
+    assert sizes(buckets_of(16, 256, decode_buckets=(16, 1, 4, 4), token_buckets=(256, 32))) == ([1, 4, 16], [32, 256])
+
+
+def test_token_counts_where_logits_weigh_have_a_graph_for_few_sequences() -> None:
+    """256 rows of logits beside a prompt of 512 tokens took a fifth of its step."""
+    names = [bucket.name for bucket in buckets_of(256, 8192) if not bucket.is_decode]
+    assert names == [
+        "prefill 16", "prefill 32", "prefill 64 of 16", "prefill 64", "prefill 128 of 16", "prefill 128",
+        "prefill 256 of 16", "prefill 256", "prefill 512 of 16", "prefill 512", "prefill 1024 of 16", "prefill 1024",
+        "prefill 2048 of 16", "prefill 2048", "prefill 4096", "prefill 8192",
+    ]  # fmt: skip
+    assert len(buckets_of(16, 256)) == 10, "where all sequences are few there is one graph a token count"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +68,7 @@ def test_given_buckets_are_sorted_and_taken_once() -> None:
 )
 def test_buckets_that_do_not_end_at_the_limit_are_refused(field: str, value: tuple[int, ...], message: str) -> None:
     with pytest.raises(TinyvllmError, match=re.escape(message)):
-        make_buckets(EngineConfig("tiny", **{field: value}))
+        buckets_of(16, 256, **{field: value})
 
 
 def make_plan(*counts: tuple[int, int]) -> StepPlan:
@@ -59,7 +76,11 @@ def make_plan(*counts: tuple[int, int]) -> StepPlan:
     return StepPlan(tuple(Scheduled(make_request([1] * (count + rest)), 0, count) for count, rest in counts))
 
 
-BUCKETS = [Bucket(1, True), Bucket(4, True), Bucket(8, False), Bucket(32, False)]
+def token_bucket(num_tokens: int, num_seqs: int = 4) -> Bucket:
+    return Bucket(num_tokens, False, num_seqs)
+
+
+BUCKETS = [Bucket.decode(1), Bucket.decode(4), token_bucket(8), token_bucket(32)]
 
 
 @pytest.mark.parametrize(
@@ -78,13 +99,110 @@ def test_a_plan_takes_the_smallest_bucket_of_its_kind(counts: list[tuple[int, in
     assert choose_bucket(BUCKETS, make_plan(*counts)).name == name
 
 
+def test_decodes_run_in_a_token_bucket_where_there_is_no_other() -> None:
+    assert choose_bucket(BUCKETS[2:], make_plan((1, 0))).name == "prefill 8"
+
+
+def test_prompts_in_small_company_leave_the_other_rows_of_logits_out() -> None:
+    buckets = buckets_of(256, 2048)
+    assert choose_bucket(buckets, make_plan((500, 0))).name == "prefill 512 of 16"
+    assert choose_bucket(buckets, make_plan((480, 0), *[(1, 0)] * 15)).name == "prefill 512 of 16"
+    assert choose_bucket(buckets, make_plan((480, 0), *[(1, 0)] * 16)).name == "prefill 512"
+
+
+def test_rows_that_score_a_prompt_count() -> None:
+    request = make_request([1] * 100)
+    request.num_prompt_logprobs = 0
+    assert choose_bucket(buckets_of(64, 128), StepPlan((Scheduled(request, 0, FEW_ROWS),))).name == "prefill 16"
+    assert choose_bucket(buckets_of(64, 128), StepPlan((Scheduled(request, 0, 60),))).name == "prefill 64"
+
+
 def test_a_plan_for_which_there_is_no_bucket_is_our_bug() -> None:
     with pytest.raises(InvariantError, match=r"no bucket for a plan of 33 tokens .* among \['decode 1'"):
         choose_bucket(BUCKETS, make_plan((33, 0)))
 
 
+LIMITS = st.integers(1, 300).flatmap(lambda seqs: st.builds(Limits, st.just(seqs), st.integers(seqs, 9000)))
+
+
+@given(LIMITS, st.data())
+def test_every_plan_within_the_limits_has_a_bucket_and_takes_the_smallest(limits: Limits, data: st.DataObject) -> None:
+    buckets = make_buckets(limits, EngineConfig("tiny"))
+    num_seqs = data.draw(st.integers(1, limits.max_num_seqs))
+    longest = data.draw(st.integers(1, max(1, limits.max_num_batched_tokens // num_seqs)))
+    counts = data.draw(
+        st.lists(st.tuples(st.integers(1, longest), st.integers(0, 1)), min_size=num_seqs, max_size=num_seqs)
+    )
+    plan = make_plan(*counts)
+    chosen = choose_bucket(buckets, plan)
+    assert chosen.holds(plan)
+    assert chosen.is_decode == plan.is_decode
+    smaller = [bucket for bucket in buckets if bucket.is_decode == chosen.is_decode and bucket != chosen]
+    for bucket in smaller:
+        if bucket.num_tokens <= chosen.num_tokens and bucket.num_seqs <= chosen.num_seqs:
+            assert not bucket.holds(plan)
+    first = choose_bucket(first_buckets(buckets), plan)
+    assert first.holds(plan), "the first graphs serve everything"
+    assert chosen.num_tokens <= first.num_tokens
+    if not plan.is_decode and plan.num_tokens > 16:
+        assert chosen.num_tokens < 2 * max(plan.num_tokens, len(counts)) or chosen.num_tokens in (16, 32)
+
+
+@given(LIMITS)
+def test_few_graphs_are_captured(limits: Limits) -> None:
+    """One a doubling of tokens and of sequences, and at most as many again for few sequences."""
+    buckets = make_buckets(limits, EngineConfig("tiny"))
+    seqs, tokens = limits.max_num_seqs.bit_length(), limits.max_num_batched_tokens.bit_length()
+    assert len(buckets) == len(set(buckets)) <= (seqs + 1) + (tokens + 1) + max(0, seqs - 2)
+    assert len({bucket.name for bucket in buckets}) == len(buckets)
+
+
 def test_layouts_hold_the_longest_sequence() -> None:
     capacity = Capacity(num_blocks=100, block_size=16, max_model_len=100, max_num_seqs=4, max_num_batched_tokens=32)
-    decode, prefill = Bucket(2, True).layout(capacity), Bucket(32, False).layout(capacity)
+    decode, prefill = Bucket.decode(2).layout(capacity), token_bucket(32).layout(capacity)
     assert (decode.num_tokens, decode.num_seqs, decode.max_blocks, decode.block_size) == (2, 2, 7, 16)
     assert (prefill.num_tokens, prefill.num_seqs, prefill.max_blocks) == (32, 4, 7)
+
+
+# -- limits that nobody gave ------------------------------------------------------------------------------------------
+
+
+class Opened(DeviceHandle):
+    """A device with so much memory."""
+
+    free_bytes = 0
+
+    def free_memory(self) -> int:
+        return self.free_bytes
+
+
+def opened(name: str, gib: int = 16) -> DeviceHandle:
+    device = Opened(name, name != "CPU", name in ("CPU", "METAL", "CL"), (name,) if name == "CPU" else ())
+    object.__setattr__(device, "free_bytes", gib << 30)
+    return device
+
+
+@pytest.mark.parametrize(
+    ("device", "limits"),
+    [
+        (opened("CPU", 500), CPU),
+        (opened("METAL", 100), SHARED_GPU),
+        (opened("CL"), SHARED_GPU),
+        (opened("CUDA", 23), CUDA),
+        (opened("CUDA", 139), BIG_CUDA),
+    ],
+    ids=["cpu", "metal", "opencl", "cuda", "cuda of much memory"],
+)
+def test_limits_follow_the_device(device: DeviceHandle, limits: Limits) -> None:
+    assert device_limits(device) == resolve_limits(EngineConfig("tiny"), device) == limits
+
+
+def test_a_limit_that_was_given_is_kept_and_the_other_fitted_to_it() -> None:
+    def resolve(**given: int) -> Limits:
+        return resolve_limits(EngineConfig("tiny", **given), opened("CPU"))
+
+    assert resolve(max_num_seqs=3, max_num_batched_tokens=7) == Limits(3, 7)
+    assert resolve(max_num_seqs=1000) == Limits(1000, 1000)
+    assert resolve(max_num_seqs=4) == Limits(4, 256)
+    assert resolve(max_num_batched_tokens=8) == Limits(8, 8)
+    assert resolve(max_num_batched_tokens=64) == Limits(16, 64)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.model.test_rope import make_config
-from tinyvllm.config import EngineConfig
+from tinyvllm.config import EngineConfig, Limits
 from tinyvllm.errors import CapacityError, TinyvllmError
-from tinyvllm.execution.capacity import GIB, MemoryFacts, plan_capacity
+from tinyvllm.execution.capacity import GIB, MemoryFacts, plan_capacity, scratch_bytes
 
 MODEL = replace(make_config(), max_position=2048)
 # 64 KiB a token, so 1 MiB a block of 16; 4 GiB x 0.5 - 1 GiB leave 1024 blocks
@@ -19,7 +19,8 @@ MEMORY = MemoryFacts(free_bytes=4 * GIB, share=0.5, weight_bytes=GIB, kv_bytes_p
 
 
 def plan(memory: MemoryFacts = MEMORY, **config: Any):
-    return plan_capacity(EngineConfig("tiny", **config), MODEL, memory)
+    limits = Limits(config.get("max_num_seqs", 16), 256)
+    return plan_capacity(EngineConfig("tiny", **config), limits, MODEL, memory)
 
 
 def test_memory_behind_the_weights_becomes_blocks() -> None:
@@ -28,9 +29,16 @@ def test_memory_behind_the_weights_becomes_blocks() -> None:
     assert capacity.num_tokens == 1023 * 16
     assert (capacity.max_model_len, capacity.max_num_seqs, capacity.max_num_batched_tokens) == (2048, 16, 256)
     assert capacity.explanation == (
-        "4.00 GiB free x 0.50 = 2.00 GiB, less 1.00 GiB of weights: room for 1024 blocks of 1.00 MiB",
+        "4.00 GiB free x 0.50 = 2.00 GiB, less 1.00 GiB of weights and 0.00 GiB for a step's intermediate values: "
+        "room for 1024 blocks of 1.00 MiB",
         "1023 blocks of 16 tokens hold 16368 tokens; max_model_len 2048",
     )
+
+
+def test_a_steps_intermediate_values_have_their_place() -> None:
+    assert plan(replace(MEMORY, scratch_bytes=GIB // 2)).num_blocks == 512
+    limits, fewer = Limits(256, 8192), Limits(16, 256)
+    assert scratch_bytes(limits, MODEL) > 16 * scratch_bytes(fewer, MODEL)
 
 
 def test_no_more_blocks_than_all_sequences_can_use() -> None:

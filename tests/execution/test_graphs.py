@@ -7,10 +7,11 @@ import pytest
 from tests.builders import write_tiny_hf_llama
 from tinyvllm.config import Capacity
 from tinyvllm.execution.buckets import Bucket
-from tinyvllm.execution.graphs import capture
+from tinyvllm.execution.graphs import Draft, Ground
 from tinyvllm.model.registry import FAMILIES, Model
 from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.ops.adjust import SamplingState
+from tinyvllm.ops.compiling import Compiler
 from tinyvllm.ops.cpu import CpuBackend
 from tinyvllm.ops.device import open_device
 from tinyvllm.ops.kernel import I32
@@ -31,25 +32,25 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ("bucket", "a_layer", "outside"),
     [
         (
-            Bucket(1, True),
+            Bucket.decode(1),
             5,
             5,
         ),  # norm+qkv, attention, out+residual, norm+gate+up, down+residual · embed, head, sampling
-        (Bucket(2, True), 5, 5),
+        (Bucket.decode(2), 5, 5),
         (
-            Bucket(16, False),
+            Bucket(16, False, 2),
             6,
             6,
         ),  # keys and values are written before: another row may attend to them · rows are taken
-        (Bucket(32, False), 8, 6),  # and many rows are normed apart
+        (Bucket(32, False, 2), 8, 6),  # and many rows are normed apart
     ],
     ids=lambda value: value.name if isinstance(value, Bucket) else str(value),
 )
 def test_a_step_launches_so_many_kernels(model: Model, bucket: Bucket, a_layer: int, outside: int) -> None:
     pool = model.backend.make_pool(model.config.num_layers, 9, 8, model.shape, "float16")
-    outputs = [model.backend.device.zeros(CAPACITY.max_num_seqs * OUT_WIDTH, I32) for _ in range(2)]
+    outputs = tuple(model.backend.device.zeros(CAPACITY.max_num_seqs * OUT_WIDTH, I32) for _ in range(2))
     state = SamplingState(model.backend.device, CAPACITY.max_num_seqs, model.config.vocab_size)
-    graph = capture(bucket, model, model.backend, pool, CAPACITY, outputs, state)
+    graph = Draft(bucket, Ground(model, model.backend, pool, CAPACITY, outputs, state), Compiler()).finish()
     assert graph.num_kernels == a_layer * model.config.num_layers + outside
     assert graph.num_kernels - graph.lanes[0].step.cut == 3, "logprobs, held-back ids, the draw"
     assert len(graph.lanes[0].adjusted.calls) == 6, "and masks with penalties, biases, the counting of what was drawn"

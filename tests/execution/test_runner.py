@@ -14,6 +14,7 @@ from tests.execution.driver import EagerRunner, generate, give_blocks, make_requ
 from tinyvllm.config import EngineConfig, ModelFiles
 from tinyvllm.errors import CapacityError, InvariantError
 from tinyvllm.execution.buckets import make_buckets
+from tinyvllm.execution.limits import resolve_limits
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.scheduling.plan import Scheduled, StepPlan, TokenLogprobs
 from tinyvllm.scheduling.request import Request
@@ -63,7 +64,7 @@ def alone(runner: ModelRunner) -> list[list[int]]:
 
 
 def test_graphs_equal_the_eager_reference(runner: ModelRunner, files: ModelFiles) -> None:
-    eager = EagerRunner(files, runner.capacity, make_buckets(CONFIG))
+    eager = EagerRunner(files, runner.capacity, make_buckets(resolve_limits(CONFIG), CONFIG))
     params = [
         {"logprobs": 3},
         {"temperature": 0.8, "seed": 3, "logprobs": 0},
@@ -153,7 +154,7 @@ def test_every_bucket_is_captured_once_and_none_while_serving(files: ModelFiles)
     runner.warm_up(lambda *stage: stages.append(stage))
     assert stages == [("warm-up", done, 4) for done in range(5)]
     outputs_of(runner, num_tokens=3, chunk=5)
-    assert runner.num_captures == len(make_buckets(CONFIG)) == 4
+    assert runner.num_captures == len(make_buckets(resolve_limits(CONFIG), CONFIG)) == 4
 
 
 def test_a_step_before_warm_up_is_our_bug(files: ModelFiles) -> None:

@@ -18,7 +18,7 @@ from tinyvllm.execution.tune import Trial, make_plan, search
 from tinyvllm.execution.tune_process import Event, Job, tune
 from tinyvllm.ops import tuning
 
-BUCKET = Bucket(2, True)
+BUCKET = Bucket.decode(2)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_choices_make_steps_of_their_own(runner: ModelRunner) -> None:
     assert tuning.current.digest != digest
 
 
-@pytest.mark.parametrize("bucket", [Bucket(1, True), BUCKET, Bucket(8, False)], ids=lambda bucket: bucket.name)
+@pytest.mark.parametrize("bucket", [Bucket.decode(1), BUCKET, Bucket(8, False, 2)], ids=lambda bucket: bucket.name)
 def test_a_plan_fills_its_bucket(runner: ModelRunner, bucket: Bucket) -> None:
     plan = make_plan(runner, bucket)
     assert (plan.num_tokens, plan.is_decode) == (bucket.num_tokens, bucket.is_decode)

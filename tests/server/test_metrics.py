@@ -62,6 +62,8 @@ async def test_counts_of_the_engine_are_shown() -> None:
     assert value_of(families, "vllm:prefix_cache_queries_total") == 40
     assert value_of(families, "vllm:prefix_cache_hits_total") == 30
     assert value_of(families, "tinyvllm:graph_captures_total") == 7
+    assert value_of(families, "tinyvllm:graphs_to_capture") == 2
+    assert value_of(families, "tinyvllm:failed_graph_captures_total") == 1
 
 
 async def test_names_types_and_buckets_are_those_of_vllm() -> None:

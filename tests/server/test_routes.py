@@ -603,6 +603,14 @@ async def test_health_follows_the_engine() -> None:
     assert "the thread has ended" in error_of(response)["message"] and error_of(response)["code"] == "engine_dead"
 
 
+async def test_ready_says_how_many_graphs_are_to_come() -> None:
+    response = await get(FakeEngine(), "/ready")
+    expected = {"num_captures": 7, "num_captures_to_come": 2, "num_failed_captures": 1}
+    assert (response.status_code, response.json()) == (200, expected)
+    state = (await get(FakeEngine(), "/engine/state")).json()
+    assert (state["status"], state["counts"]["num_captures_to_come"]) == ("ready", 2)
+
+
 async def test_nothing_is_generated_before_the_engine_is_ready() -> None:
     for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", CHAT)):
         response = await post(FakeEngine(is_ready=False), path, body)

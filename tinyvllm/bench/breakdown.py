@@ -266,7 +266,7 @@ def fit_config(config: dict[str, Any], work: BreakdownWork, longest: int, model:
             "lower --context, --ids or --tokens"
         )
     batch = max(case.batch for case in work.cases)
-    budget = max(config["max_num_batched_tokens"], batch)
+    budget = max(config["max_num_batched_tokens"], batch) if config["max_num_batched_tokens"] else None
     return EngineConfig(
         **(config | {"max_num_seqs": batch, "max_model_len": longest + 1, "max_num_batched_tokens": budget})
     )
@@ -422,7 +422,7 @@ def _row(
 ) -> Row:
     counts, cost = result.counts.get(phase), result.costs.get(phase)
     # the least bytes and the floor are those of one step, which a prompt is not, and of all its sequences
-    is_whole = phase == DECODE and cost is not None and cost.bucket == Bucket(result.case.batch, True).name
+    is_whole = phase == DECODE and cost is not None and cost.bucket == Bucket.decode(result.case.batch).name
     return Row(
         test=name,
         phase=phase,

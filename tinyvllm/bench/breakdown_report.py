@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinyvllm.bench.breakdown import MAX_RESIDUAL_SHARE, Breakdown, CaseResult, bench_rows, sum_stages
+from tinyvllm.bench.cold_start import ColdStart
 from tinyvllm.bench.report import format_number, latency_table, make_title
 from tinyvllm.bench.stages import DECODE, PREFILL
 from tinyvllm.profiling.kernels import tabulate
@@ -25,7 +26,7 @@ def breakdown_tables(breakdown: Breakdown) -> RenderableType:
     return Group(
         Text(make_title(breakdown.machine), style="bold"),
         Text("\nCold start", style="bold"),
-        _cold_start_table(breakdown),
+        cold_start_table(breakdown.cold_start),
         Text("\nStages, all cases and repeats", style="bold"),
         _stage_table(breakdown),
         Text(stage_summary(breakdown)),
@@ -70,8 +71,8 @@ def breakdown_csv(breakdown: Breakdown) -> str:
     return out.getvalue()
 
 
-def _cold_start_table(breakdown: Breakdown) -> Table:
-    start = breakdown.cold_start
+def cold_start_table(start: ColdStart) -> Table:
+    """A start by graphs, in the order of their capture; the caption says when what was there."""
     table = _table("", "schedule s", "compile s", "capture s", "warm-up calls ms")
     for bucket in start.buckets:
         calls = " ".join(f"{seconds * 1e3:.2f}" for seconds in bucket.calls_s)
@@ -80,7 +81,9 @@ def _cold_start_table(breakdown: Breakdown) -> Table:
     table.add_row("all buckets", *_seconds(sums["schedule_s"], sums["compile_s"], sums["capture_s"]), "")
     process = "unknown" if start.process_s is None else f"{start.process_s:.2f} s"
     table.caption = f"process {process}, import {start.import_s:.2f} s, load {start.load_s:.2f} s, " + (
-        f"all {start.total_s:.2f} s"
+        f"first token after {start.first_token_s:.2f} s, all graphs after {start.all_graphs_s:.2f} s; with calls "
+        f"{start.total_s:.2f} s; {start.num_kept} of {2 * len(start.buckets)} steps kept, "
+        f"{start.num_compiled} programs compiled"
     )
     table.caption_justify = "left"
     return table

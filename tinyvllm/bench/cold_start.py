@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyvllm.bench.latency import prefill_plans
 from tinyvllm.config import Capacity, EngineConfig, SamplingParams
+from tinyvllm.execution.buckets import lengths_that_fill
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from tinyvllm.execution.runner import ModelRunner, Progress
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+FIRST_PROMPT = 16  # tokens
 MIN_WARM_UP_CALLS = 3  # of each bucket: a graph's first calls still find caches empty
 
 
@@ -46,12 +49,31 @@ class BucketStart:
 
 @dataclass(frozen=True)
 class ColdStart:
-    """Seconds. `process_s`: from the process's start until the command's first line; None where nobody tells."""
+    """Seconds. `process_s`: from the process's start until the command's first line; None where nobody tells.
+
+    `first_graphs_s`: the capture of those graphs that serve everything, after which a server is ready;
+    `first_step_s`: a short prompt's step in them. `buckets` in the order of their capture, these first."""
 
     process_s: float | None
     import_s: float
     load_s: float
     buckets: tuple[BucketStart, ...]
+    first_graphs_s: float = 0.0
+    first_step_s: float = 0.0
+    num_kept: int = 0  # steps that an earlier start has left
+    num_compiled: int = 0  # programs that were not
+
+    @property
+    def first_token_s(self) -> float:
+        """From the process's start to the first token of a server that warms up in the background."""
+        return (self.process_s or 0.0) + self.import_s + self.load_s + self.first_graphs_s + self.first_step_s
+
+    @property
+    def all_graphs_s(self) -> float:
+        """From the process's start until all graphs are there."""
+        sums = self.sums
+        parts = sums["schedule_s"] + sums["compile_s"] + sums["capture_s"]
+        return (self.process_s or 0.0) + self.import_s + self.load_s + parts
 
     @property
     def total_s(self) -> float:
@@ -73,6 +95,10 @@ class ColdStart:
             "import_s": self.import_s,
             "load_s": self.load_s,
             **self.sums,
+            "first_token_s": self.first_token_s,
+            "all_graphs_s": self.all_graphs_s,
+            "num_kept": self.num_kept,
+            "num_compiled": self.num_compiled,
             "total_s": self.total_s,
             "buckets": [bucket.as_json() for bucket in self.buckets],
         }
@@ -108,17 +134,24 @@ def start_engine(
     runner = subject.open(config, progress)
     load_s = time.perf_counter() - start_s
     try:
-        captured = _capture(runner, progress)
-        called = [_call(runner, bucket, start, num_calls) for bucket, start in captured]
+        first = _capture(runner, runner.warm_up_first, progress)
+        first_step_s = _answer_once(runner)
+        others = _capture(runner, runner.warm_up, progress)
+        called = tuple(_call(runner, bucket, start, num_calls) for bucket, start in (first | others).items())
     except BaseException:
         runner.close()
         raise
-    return runner, ColdStart(process_s, import_s, load_s, tuple(called))
+    first_graphs_s = sum(start.schedule_s + start.compile_s + start.capture_s for start in first.values())
+    kept = runner.store.num_steps_read if runner.store else 0
+    compiled = runner.store.num_programs_compiled if runner.store else 0
+    return runner, ColdStart(
+        process_s, import_s, load_s, called, first_graphs_s, first_step_s, num_kept=kept, num_compiled=compiled
+    )
 
 
-def _capture(runner: ModelRunner, progress: Progress) -> list[tuple[Bucket, BucketStart]]:
-    """Capture all buckets, each apart."""
-    starts: list[BucketStart] = []
+def _capture(runner: ModelRunner, capture: Callable[[Progress], None], progress: Progress) -> dict[Bucket, BucketStart]:
+    """What each of the graphs took that `capture` makes. All are traced before the first is made."""
+    before, seconds = set(runner.captures.graphs), []
     with runner.account() as account:
         account.take()
         last_s = time.perf_counter()
@@ -127,14 +160,28 @@ def _capture(runner: ModelRunner, progress: Progress) -> list[tuple[Bucket, Buck
             nonlocal last_s
             now_s, counts = time.perf_counter(), account.take()
             if done:
-                schedule_s = now_s - last_s - counts.compile_s - counts.replay_s
-                name = runner.buckets[done - 1].name
-                starts.append(BucketStart(name, max(0.0, schedule_s), counts.compile_s, counts.replay_s))
+                seconds.append((now_s - last_s, counts.compile_s, counts.replay_s))
             progress(stage, done, total)
             last_s = time.perf_counter()
 
-        runner.warm_up(watch)
-    return list(zip(runner.buckets, starts, strict=True))
+        capture(watch)
+    made = [graph for bucket, graph in runner.captures.graphs.items() if bucket not in before]
+    traced_s = [0.0 if index else sum(graph.trace_s for graph in made) for index in range(len(made))]
+    return {
+        graph.bucket: BucketStart(
+            graph.bucket.name, graph.trace_s + max(0.0, all_s - others_s - compile_s - capture_s), compile_s, capture_s
+        )
+        for graph, others_s, (all_s, compile_s, capture_s) in zip(made, traced_s, seconds, strict=True)
+    }
+
+
+def _answer_once(runner: ModelRunner) -> float:
+    """Seconds of a short prompt's step."""
+    request = Request("first", [1] * min(FIRST_PROMPT, runner.capacity.max_num_batched_tokens), GREEDY)
+    request.block_ids = list(range(1, 1 + -(-request.num_tokens // runner.capacity.block_size)))
+    start_s = time.perf_counter()
+    runner.execute(StepPlan((Scheduled(request, 0, request.num_tokens),)))
+    return time.perf_counter() - start_s
 
 
 def _call(runner: ModelRunner, bucket: Bucket, start: BucketStart, num_calls: int) -> BucketStart:
@@ -156,10 +203,9 @@ def plans_for(bucket: Bucket, capacity: Capacity, context: int = 0, params: Samp
     if bucket.is_decode:
         lengths = [min(context, limit - 2) + 1] * bucket.num_tokens
     else:
-        whole, part = divmod(bucket.num_tokens, limit)
-        lengths = [limit] * whole + [part] * (part > 0)
+        lengths = lengths_that_fill(bucket, limit)
     requests, first = [], 1
-    for number, length in enumerate(lengths[: capacity.max_num_seqs]):
+    for number, length in enumerate(lengths):
         num_blocks = -(-length // size)
         request = Request(f"{bucket.name}-{number}", [1] * length, params)
         request.block_ids = [1 + (first - 1 + index) % (capacity.num_blocks - 1) for index in range(num_blocks)]

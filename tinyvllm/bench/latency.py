@@ -94,6 +94,8 @@ class LatencyWork:
 def fit_config(config: EngineConfig, work: LatencyWork, model: ModelConfig) -> EngineConfig:
     """The engine's settings, with limits for this work and only the buckets that it runs in: those that the engine
     would choose. Raises TinyvllmError where a case is longer than the model's context."""
+    from tinyvllm.execution.limits import resolve_limits  # here: it imports tinygrad, which --device must come before
+
     longest = max(work.max_tokens(case) for case in work.cases) + 1
     if longest > model.max_position:
         raise TinyvllmError(
@@ -102,15 +104,17 @@ def fit_config(config: EngineConfig, work: LatencyWork, model: ModelConfig) -> E
         )
     num_seqs = max(case.batch for case in work.cases)
     limited = dataclasses.replace(config, max_num_seqs=num_seqs, max_model_len=longest)
-    sizes = [bucket.num_tokens for bucket in make_buckets(limited) if not bucket.is_decode]
-    budget = limited.max_num_batched_tokens
+    limits = resolve_limits(limited)
+    sizes = [bucket.num_tokens for bucket in make_buckets(limits, limited) if not bucket.is_decode]
+    budget = limits.max_num_batched_tokens
     totals = [case.batch * case.length for case in work.cases if case.phase == "prefill"]
     pieces = {min(budget, total) for total in totals} | {total % budget for total in totals} - {0}
     if not pieces:  # the smallest limit that is allowed
-        limited, sizes, budget = dataclasses.replace(limited, max_num_batched_tokens=num_seqs), [num_seqs], num_seqs
+        sizes, budget = [num_seqs], num_seqs
     needed = {min(size for size in sizes if size >= piece) for piece in pieces}
     return dataclasses.replace(
         limited,
+        max_num_batched_tokens=budget,
         decode_buckets=tuple(sorted({case.batch for case in work.cases if case.phase == "decode"} | {num_seqs})),
         token_buckets=tuple(sorted(needed | {budget})),
     )

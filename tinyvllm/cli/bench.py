@@ -11,6 +11,7 @@ from typer import Option
 from tinyvllm.cli.bench_breakdown import breakdown, compare
 from tinyvllm.cli.bench_flags import SubjectFlags, loaded, parse_counts, parse_prompt, print_table, split_list
 from tinyvllm.cli.bench_serve import serve
+from tinyvllm.cli.bench_start import cold_start
 from tinyvllm.cli.flags import RunnerFlags, spread
 from tinyvllm.config import EngineConfig
 
@@ -93,5 +94,5 @@ def throughput(
     subject.write([row])
 
 
-for command in (breakdown, compare, serve):
+for command in (breakdown, cold_start, compare, serve):
     bench.command()(spread(command))

@@ -36,7 +36,7 @@ def chat(
 ) -> None:
     """Chat with a model in the terminal, in this process."""
     engine.apply()
-    config = engine.make_config(model, num_seqs=1)
+    config = engine.make_config(model, num_seqs=1, warm_up="background")
     require_model(model, pull=engine.pull)
     with contextlib.suppress(ImportError):  # line editing and history of input(), where Python was built with it
         import readline  # noqa: F401

@@ -53,7 +53,7 @@ def serve(
         sock = listen.bind()
         stack.enter_context(sockets.closing(sock))
         files = require_model(model, pull=engine.pull)
-        config = engine.make_config(model, served_model_name=served_model_name or files.name)
+        config = engine.make_config(model, warm_up="background", served_model_name=served_model_name or files.name)
         address = sockets.address_of(sock, has_tls=tls is not None)
         log.info(
             "%s loads; HTTP is up on %s, where /health is 503 until it is ready", config.served_model_name, address

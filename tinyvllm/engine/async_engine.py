@@ -35,6 +35,7 @@ OnStep = Callable[[StepStats], None]
 T = TypeVar("T")
 POOLINGS = ("mean", "last")
 EMBEDDING_PARAMS = SamplingParams(temperature=0.0, max_tokens=1)  # one token is sampled, and nobody reads it
+COMPILE_NAP_S = 0.01  # between two looks at what compilers do beside an idle engine
 Load = Callable[[EngineConfig, Progress], EngineParts]
 
 
@@ -288,10 +289,16 @@ class AsyncEngine:
             for task in tasks:
                 task(engine)
             if engine.has_work:
-                self._send([(self._route(request, delta), delta) for request, delta in engine.step()])
-                self._tell(engine.core.stats)
+                self._pass_on(engine.step(), engine)
+            if engine.core.has_captures_to_come:
+                self._pass_on(engine.advance_captures(), engine)
         for stream in set(self._routes.values()):
             self._cancel(stream, engine)
+
+    def _pass_on(self, deltas: list[tuple[Request, Delta]], engine: TextEngine) -> None:
+        """Send a turn's deltas to their readers, and its counts to whoever watches."""
+        self._send([(self._route(request, delta), delta) for request, delta in deltas])
+        self._tell(engine.core.stats)
 
     def _tell(self, stats: StepStats) -> None:
         """Show a step to whoever watches; what goes wrong there is no reason to stop."""
@@ -304,9 +311,14 @@ class AsyncEngine:
             self.on_step = None
 
     def _next_tasks(self, engine: TextEngine) -> list[Task] | None:
-        """Empty the inbox, sleeping while there is nothing to do at all. None when it is time to stop."""
+        """Empty the inbox, sleeping while there is nothing to do at all, and for a moment while graphs are compiled.
+
+        None when it is time to stop."""
         with self._wake:
             while not self._inbox and not engine.has_work and self._stop_at_s is None:
+                if engine.core.has_captures_to_come:
+                    self._wake.wait(COMPILE_NAP_S)
+                    break
                 self._wake.wait()
             if self._stop_at_s is not None:
                 is_idle = not self._inbox and not engine.has_work

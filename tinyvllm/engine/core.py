@@ -57,6 +57,25 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
+class Captures(Protocol):
+    """What the engine needs of execution.captures.Captures: the making of graphs beside steps that run."""
+
+    @property
+    def num_to_come(self) -> int:
+        """Graphs that `advance` is still to make."""
+
+    @property
+    def num_failed(self) -> int:
+        """Graphs that it could not make."""
+
+    @property
+    def is_next_compiled(self) -> bool:
+        """Whether the next `advance` makes a graph: then no step may be in flight."""
+
+    def advance(self) -> None:
+        """Do one part of what makes the next graph. Returns soon, and raises nothing."""
+
+
 @dataclass(frozen=True)
 class Flight:
     """A step on the device, and the seconds that it was made in."""
@@ -72,11 +91,14 @@ class EngineCore:
     `stats` is a new object after every change, so another thread may read it at any time.
     """
 
-    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, captures: Captures | None = None) -> None:
+        """`captures`: of a runner that lacks some of its graphs still."""
         self.runner = runner
         self.scheduler = scheduler
+        self._captures = captures
         self.stats = StepStats(
             num_captures=runner.num_captures,
+            num_captures_to_come=captures.num_to_come if captures is not None else 0,
             num_free_blocks=scheduler.block_manager.num_free,
             extra=dict.fromkeys(COUNTERS, 0),
         )
@@ -104,6 +126,27 @@ class EngineCore:
         """End a request for a reason that only its text shows; one that has just ended takes on the new reason."""
         self.scheduler.finish(request, reason, stop_reason, error)
         self._publish(self.stats)
+
+    @property
+    def has_captures_to_come(self) -> bool:
+        """Whether graphs are still to be made, for which `advance_captures` is called between steps."""
+        return self._captures is not None and self._captures.num_to_come > 0
+
+    def advance_captures(self) -> list[TokenOut]:
+        """Do one part of what makes the next graph. Before one is made, which no step may see, what is in flight is
+        taken: returns its tokens and ends. Raises as `step`."""
+        captures, outs = self._captures, []
+        if captures is None:
+            return []
+        if captures.is_next_compiled:
+            try:
+                while self._flights:
+                    outs += self._land(self._flights[0])
+            except Exception as error:
+                outs += self._fail(None, error)
+        captures.advance()
+        self._publish(self.stats)
+        return outs
 
     def step(self) -> list[TokenOut]:
         """Launch a step if there is one, and take the tokens of the oldest once as many are in flight as may be.
@@ -199,6 +242,8 @@ class EngineCore:
             prefix_hits=self.scheduler.prefix_hits,
             num_preemptions=self.scheduler.num_preemptions,
             num_captures=self.runner.num_captures,
+            num_captures_to_come=self._captures.num_to_come if self._captures is not None else 0,
+            num_failed_captures=self._captures.num_failed if self._captures is not None else 0,
         )
 
     @staticmethod

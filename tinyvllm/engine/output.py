@@ -188,7 +188,13 @@ class TextEngine:
 
     def step(self) -> list[tuple[Request, Delta]]:
         """Run one step. Raises as EngineCore.step."""
-        outs = self.core.step()
+        return self._push_all(self.core.step())
+
+    def advance_captures(self) -> list[tuple[Request, Delta]]:
+        """Between two steps: see EngineCore.advance_captures."""
+        return self._push_all(self.core.advance_captures())
+
+    def _push_all(self, outs: list[TokenOut]) -> list[tuple[Request, Delta]]:
         with measure.span(measure.DETOKENISE):
             return [(out.request, self._push(out)) for out in outs]
 

@@ -9,7 +9,7 @@ from functools import partial
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig
 from tinyvllm.engine.admission import RequestFactory
 from tinyvllm.engine.constraints import GrammarCompiler
-from tinyvllm.engine.core import EngineCore, Runner
+from tinyvllm.engine.core import Captures, EngineCore, Runner
 from tinyvllm.engine.output import TextEngine
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.scheduling.block_manager import BlockManager
@@ -56,7 +56,9 @@ def model_name(config: EngineConfig) -> str:
 
 
 def load_parts(config: EngineConfig, progress: Progress | None = None) -> EngineParts:
-    """Find the model's files, load them and warm every graph up; what can be wrong and is quickly read comes first."""
+    """Find the model's files, load them and warm up: every graph, or in the background those that serve everything.
+
+    What can be wrong and is quickly read comes first."""
     files = resolve_model(config.model)
     tokenizer = load_tokenizer(files)
     chat_template = load_chat_template(files, config.chat_template)
@@ -68,11 +70,12 @@ def load_parts(config: EngineConfig, progress: Progress | None = None) -> Engine
 
     runner = load_runner(files, config, progress)
     try:
-        runner.warm_up(progress)
+        (runner.warm_up if config.warm_up == "full" else runner.warm_up_first)(progress)
     except BaseException:
         runner.close()
         raise
-    return assemble(config, runner, tokenizer, chat_template, generation_defaults)
+    captures = None if config.warm_up == "full" else runner.captures
+    return assemble(config, runner, tokenizer, chat_template, generation_defaults, captures)
 
 
 def assemble(
@@ -81,8 +84,9 @@ def assemble(
     tokenizer: Tokenizer,
     chat_template: ChatTemplate | None,
     generation_defaults: GenerationDefaults,
+    captures: Captures | None = None,
 ) -> EngineParts:
-    """Put a scheduler, a core and a text side around a runner."""
+    """Put a scheduler, a core and a text side around a runner. `captures`: what makes the graphs that it lacks."""
     capacity = runner.capacity
     block_manager = BlockManager(capacity.num_blocks, capacity.block_size, config.enable_prefix_caching)
     scheduler = Scheduler(block_manager, capacity, config.scheduling_policy)
@@ -90,5 +94,5 @@ def assemble(
     encode = partial(tokenizer.encode, add_special_tokens=False)
     factory = RequestFactory(runner.model_config.vocab_size, capacity, eos_ids, config.seed, encode)
     grammars = GrammarCompiler(tokenizer, runner.model_config.vocab_size, eos_ids)
-    engine = TextEngine(EngineCore(runner, scheduler), tokenizer)
+    engine = TextEngine(EngineCore(runner, scheduler, captures), tokenizer)
     return EngineParts(runner, tokenizer, chat_template, generation_defaults, factory, grammars, engine)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tinyvllm.config import Capacity, EngineConfig, ModelConfig
+from tinyvllm.config import Capacity, EngineConfig, Limits, ModelConfig
 from tinyvllm.errors import CapacityError, TinyvllmError
 
 GIB = 1 << 30
@@ -18,9 +18,10 @@ class MemoryFacts:
     share: float  # of free_bytes that weights and KV may take together
     weight_bytes: int
     kv_bytes_per_token: int
+    scratch_bytes: int = 0  # intermediate values of the largest step
 
 
-def plan_capacity(config: EngineConfig, model: ModelConfig, memory: MemoryFacts) -> Capacity:
+def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memory: MemoryFacts) -> Capacity:
     """Size the pool: what memory leaves after the weights, but never more than all sequences at full length can use.
 
     Raises CapacityError, with the numbers, where one sequence of max_model_len cannot fit, and TinyvllmError where
@@ -30,10 +31,10 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: MemoryFacts)
     longest = _longest(config, model)
     block_bytes = size * memory.kv_bytes_per_token
     budget = int(memory.free_bytes * memory.share)
-    by_memory = _steady(max(0, budget - memory.weight_bytes) // block_bytes)
-    useful = config.max_num_seqs * _ceil_div(longest, size) + 1
+    by_memory = _steady(max(0, budget - memory.weight_bytes - memory.scratch_bytes) // block_bytes)
+    useful = limits.max_num_seqs * _ceil_div(longest, size) + 1
     num_blocks = config.num_gpu_blocks_override or min(by_memory, useful)
-    source = _explain(config, memory, budget, by_memory, useful, num_blocks, block_bytes)
+    source = _explain(config, limits, memory, budget, by_memory, useful, num_blocks, block_bytes)
     if num_blocks < 2:
         raise CapacityError(
             f"no room for KV blocks: {source}. "
@@ -53,7 +54,18 @@ def plan_capacity(config: EngineConfig, model: ModelConfig, memory: MemoryFacts)
         f"max_model_len {max_model_len}"
         + (f" (the model's {model.max_position} do not fit)" if max_model_len < longest else ""),
     )
-    return Capacity(num_blocks, size, max_model_len, config.max_num_seqs, config.max_num_batched_tokens, explanation)
+    return Capacity(num_blocks, size, max_model_len, limits.max_num_seqs, limits.max_num_batched_tokens, explanation)
+
+
+def scratch_bytes(limits: Limits, model: ModelConfig) -> int:
+    """What the intermediate values of the largest step take at most, all taken for float32.
+
+    At once there are of a token: its residual stream in two states, its norm, and its last state, which is kept; what
+    a layer makes of them, once as a kernel's input and once as its output: q, k, v and attention's, or gate and up. And
+    of a sequence its logits: as they are, adjusted, and twice what sampling makes of them."""
+    widest = max(2 * model.q_size + 2 * model.kv_size, 2 * model.ffn_size)
+    by_token, by_sequence = 4 * model.hidden_size + 2 * widest, 4 * model.vocab_size
+    return 4 * (limits.max_num_batched_tokens * by_token + limits.max_num_seqs * by_sequence)
 
 
 def _longest(config: EngineConfig, model: ModelConfig) -> int:
@@ -67,6 +79,7 @@ def _longest(config: EngineConfig, model: ModelConfig) -> int:
 
 def _explain(
     config: EngineConfig,
+    limits: Limits,
     memory: MemoryFacts,
     budget: int,
     by_memory: int,
@@ -78,11 +91,12 @@ def _explain(
         return f"--num-gpu-blocks-override gives {num_blocks} blocks of {block_bytes / 2**20:.2f} MiB"
     text = (
         f"{memory.free_bytes / GIB:.2f} GiB free x {memory.share:.2f} = {budget / GIB:.2f} GiB, "
-        f"less {memory.weight_bytes / GIB:.2f} GiB of weights: "
+        f"less {memory.weight_bytes / GIB:.2f} GiB of weights and {memory.scratch_bytes / GIB:.2f} GiB for a step's "
+        f"intermediate values: "
         f"room for {by_memory} blocks of {block_bytes / 2**20:.2f} MiB"
     )
     if useful < by_memory:
-        text += f"; {config.max_num_seqs} sequences can use {useful}"
+        text += f"; {limits.max_num_seqs} sequences can use {useful}"
     return text
 
 

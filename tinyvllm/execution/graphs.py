@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -23,21 +24,25 @@ from tinyvllm.model.registry import Model
 from tinyvllm.ops import tuning
 from tinyvllm.ops.adjust import SamplingState
 from tinyvllm.ops.backend import Backend, KVPool
+from tinyvllm.ops.compiling import Compiler
 from tinyvllm.ops.device import DeviceHandle
 from tinyvllm.ops.program_store import ProgramStore
 from tinyvllm.ops.recording import (
     Call,
     SavedStep,
     Step,
+    Tracing,
     bind_step,
     cut_here,
     head_of,
+    head_of_tensor,
     keep,
     rebind,
-    record,
     save_step,
+    trace_step,
 )
 from tinyvllm.ops.replay import make_replay
+from tinyvllm.ops.scratch import Scratch
 from tinyvllm.ops.step_inputs import StepLayout
 
 logger = logging.getLogger(__name__)
@@ -75,6 +80,7 @@ class Graph:
     inputs: Tensor  # of the first lane, whose calls are looked at
     hidden: tuple[Buffer, ...]  # (T, columns) before the last norm, side by side; () of a decode bucket
     lanes: tuple[Lane, ...]
+    trace_s: float  # seconds of tracing its steps, or reading them
 
     @property
     def calls(self) -> tuple[Call, ...]:
@@ -86,62 +92,117 @@ class Graph:
         return len(self.calls)
 
 
-def capture(
-    bucket: Bucket,
-    model: Model,
-    backend: Backend,
-    pool: KVPool,
-    capacity: Capacity,
-    outputs: Sequence[Tensor],
-    state: SamplingState,
-    store: ProgramStore | None = None,
-) -> Graph:
-    """A bucket's step, from `store` or else traced, compiled and kept there: a lane for each of `outputs`, which are
-    (rows * OUT_WIDTH,) int32 and shared by all buckets. The step of a lane reads the output of the lane before it."""
-    layout, device = bucket.layout(capacity), backend.device
-    buffers = [device.input_buffer(layout.size) for _ in outputs]
-    inputs, output, newest = buffers[0].tensor, outputs[0], outputs[-1]
+@dataclass(frozen=True)
+class Ground:
+    """What the graphs of all buckets stand on. `outputs`: a lane's each, (rows * OUT_WIDTH,) int32. `scratch`: where
+    each step's intermediate values lie, since one step runs at a time."""
 
-    vocab_size, stride = model.config.vocab_size, model.logit_stride
-
-    def trace() -> Tensor:
-        logits = model(layout, inputs, pool, is_decode=bucket.is_decode, newest=newest)
-        keep(logits)
-        cut_here()
-        return backend.sample(logits, vocab_size, stride, inputs, layout, output).realize()
-
-    own = {"inputs": inputs, **{f"output {i}": tensor for i, tensor in enumerate(outputs)}}
-    tensors = own | get_state_dict({"model": model, "backend": backend, "pool": pool})
-    name = step_name(bucket, model, backend, pool, layout, tensors)
-    first = _restore_or_record(trace, store, name, tensors)
-    logits = Tensor(UOp.from_buffer(first.kept[-1]))
-
-    def trace_adjusted() -> Tensor:
-        return backend.sample(logits, vocab_size, stride, inputs, layout, output, state).realize()
-
-    tensors = own | {"logits": logits, "counts": state.counts, "mask": state.mask, "bias": state.bias}
-    adjusted = _restore_or_record(trace_adjusted, store, f"{name}-adjusted", tensors)
-    lanes = []
-    for index, buffer in enumerate(buffers):
-        packer = InputPacker(layout, buffer.host)
-        buffer.send()
-        turned = {old: outputs[(i + index) % len(outputs)] for i, old in enumerate(outputs)}
-        others = turned | {inputs: buffer.tensor} if index else {}
-        step = rebind(first, others)
-        run = make_replay(device, step)
-        if not device.is_cpu:  # a GPU's graph is made by its first run: on padding alone, which touches the dummy block
-            run()
-        lanes.append(Lane(packer, buffer.send, step, run, device, rebind(adjusted, others)))
-    device.wait()
-    return Graph(bucket, layout, inputs, first.kept[:-1], tuple(lanes))
+    model: Model
+    backend: Backend
+    pool: KVPool
+    capacity: Capacity
+    outputs: tuple[Tensor, ...]
+    state: SamplingState
+    scratch: Scratch = field(default_factory=Scratch)
 
 
-def _restore_or_record(
+class Draft:
+    """A bucket's graph in the making: its steps are read from the compiler's store, or traced and still being compiled.
+
+    Nothing waits until `finish`. Nothing of it runs before, either, so that steps may be in flight meanwhile.
+    """
+
+    def __init__(self, bucket: Bucket, ground: Ground, compiler: Compiler) -> None:
+        self.bucket = bucket
+        start_s = time.perf_counter()
+        self._ground, self._compiler, device = ground, compiler, ground.backend.device
+        self._layout = bucket.layout(ground.capacity)
+        self._buffers = [device.input_buffer(self._layout.size) for _ in ground.outputs]
+        self._forward, self._adjusted = self._draft()
+        for piece in (self._forward, self._adjusted):
+            if isinstance(piece.step, Tracing):
+                compiler.begin(piece.step.kernels)
+        self.trace_s = time.perf_counter() - start_s
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `finish` would wait for no compiler."""
+        pieces = (self._forward, self._adjusted)
+        return all(self._compiler.is_done(one.step.kernels) for one in pieces if isinstance(one.step, Tracing))
+
+    def finish(self) -> Graph:
+        """The graph, with a lane for each output; the step of a lane reads the output of the lane before it. On a GPU
+        this runs the graph on padding, which writes over the outputs: no step may be in flight."""
+        ground, device = self._ground, self._ground.backend.device
+        forward, adjusted = (piece.finish(self._compiler) for piece in (self._forward, self._adjusted))
+        forward, adjusted = ground.scratch.place(forward, adjusted)
+        lanes, inputs, outputs = [], self._buffers[0].tensor, ground.outputs
+        for index, buffer in enumerate(self._buffers):
+            packer = InputPacker(self._layout, buffer.host)
+            buffer.send()
+            turned = {old: outputs[(i + index) % len(outputs)] for i, old in enumerate(outputs)}
+            others = turned | {inputs: buffer.tensor} if index else {}
+            step = rebind(forward, others)
+            run = make_replay(device, step)
+            if not device.is_cpu:  # a GPU's graph is made by its first run: on padding alone, in the dummy block
+                run()
+            lanes.append(Lane(packer, buffer.send, step, run, device, rebind(adjusted, others)))
+        device.wait()
+        return Graph(self.bucket, self._layout, inputs, forward.kept[:-1], tuple(lanes), self.trace_s)
+
+    def _draft(self) -> tuple[Piece, Piece]:
+        """The step, and sampling from its logits as requests want them adjusted."""
+        ground, layout = self._ground, self._layout
+        model, backend, state = ground.model, ground.backend, ground.state
+        inputs, output, newest = self._buffers[0].tensor, ground.outputs[0], ground.outputs[-1]
+        vocab_size, stride = model.config.vocab_size, model.logit_stride
+        # the part that sampling reads is the same for all buckets of so many sequences, and so are its programs
+        settings = head_of_tensor(inputs, layout.num_sampling_words)
+
+        def trace() -> Tensor:
+            logits = model(layout, inputs, ground.pool, is_decode=self.bucket.is_decode, newest=newest)
+            keep(logits)
+            cut_here()
+            return backend.sample(logits, vocab_size, stride, settings, layout, output).realize()
+
+        own = {"inputs": inputs, **{f"output {i}": tensor for i, tensor in enumerate(ground.outputs)}}
+        tensors = own | get_state_dict({"model": model, "backend": backend, "pool": ground.pool})
+        name = step_name(self.bucket, model, backend, ground.pool, layout, tensors)
+        forward = _restore_or_trace(trace, self._compiler.store, name, tensors)
+        logits = Tensor(UOp.from_buffer(forward.step.kept[-1]))
+
+        def trace_adjusted() -> Tensor:
+            return backend.sample(logits, vocab_size, stride, settings, layout, output, state).realize()
+
+        tensors = own | {"logits": logits, "counts": state.counts, "mask": state.mask, "bias": state.bias}
+        return forward, _restore_or_trace(trace_adjusted, self._compiler.store, f"{name}-adjusted", tensors)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A step that was restored, or is being made and then kept under `name`; `tensors`: what it reads and writes."""
+
+    step: Step | Tracing
+    name: str
+    tensors: dict[str, Tensor]
+
+    def finish(self, compiler: Compiler) -> Step:
+        if isinstance(self.step, Step):
+            return self.step
+        step = self.step.finish(compiler)
+        if compiler.store is not None:
+            try:
+                compiler.store.write_step(self.name, save_step(step, self.tensors))
+            except CacheError as error:
+                logger.info("not kept for the next start: %s", error)
+        return step
+
+
+def _restore_or_trace(
     trace: Callable[[], Tensor], store: ProgramStore | None, name: str, tensors: dict[str, Tensor]
-) -> Step:
-    if store is None:
-        return record(trace)
-    return _restore(store, name, tensors) or _record_and_keep(trace, store, name, tensors)
+) -> Piece:
+    step = _restore(store, name, tensors) if store is not None else None
+    return Piece(step or trace_step(trace), name, tensors)
 
 
 def _restore(store: ProgramStore, name: str, tensors: dict[str, Tensor]) -> Step | None:
@@ -153,15 +214,6 @@ def _restore(store: ProgramStore, name: str, tensors: dict[str, Tensor]) -> Step
     except CacheError as error:
         logger.warning("a kept step is made anew: %s", error)
         return None
-
-
-def _record_and_keep(trace: Callable[[], Tensor], store: ProgramStore, name: str, tensors: dict[str, Tensor]) -> Step:
-    step = record(trace, store)
-    try:
-        store.write_step(name, save_step(step, tensors))
-    except CacheError as error:
-        logger.info("not kept for the next start: %s", error)
-    return step
 
 
 def step_name(

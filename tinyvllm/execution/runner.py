@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,12 +13,15 @@ import numpy as np
 from tinygrad import dtypes
 
 from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles
-from tinyvllm.errors import DeviceError, InvariantError
+from tinyvllm.errors import DeviceError
 from tinyvllm.execution.adjusted import SamplingRows
-from tinyvllm.execution.buckets import Bucket, choose_bucket, make_buckets
-from tinyvllm.execution.capacity import MemoryFacts, plan_capacity
+from tinyvllm.execution.buckets import Bucket, make_buckets
+from tinyvllm.execution.capacity import MemoryFacts, plan_capacity, scratch_bytes
+from tinyvllm.execution.captures import Captures
+from tinyvllm.execution.captures import Progress as Progress  # for those above
 from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, weight_facts
-from tinyvllm.execution.graphs import Graph, Lane, capture, model_digest
+from tinyvllm.execution.graphs import Graph, Ground, Lane, model_digest
+from tinyvllm.execution.limits import resolve_limits
 from tinyvllm.execution.profile import profile_step
 from tinyvllm.model.registry import Model, make_model
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
@@ -43,7 +46,6 @@ from tinyvllm.storage.model_config import read_model_config
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]  # stage ("load", "warm-up"), done, total
 ROW_STEP = 64  # outputs and sampling state have a multiple of so many rows, so that kept steps fit other --max-num-seqs
 FILL_VALUES = 1_000_003  # random numbers that a pool is filled with, over and over: a prime, so that no block repeats
 
@@ -72,6 +74,7 @@ def make_runner(
     report = progress or (lambda stage, done, total: None)
     device = open_device(min(config.cpu_cores or usable_cores(), model_config.num_kv_heads))
     free_bytes = device.free_memory()
+    limits = resolve_limits(config, device)
     hardware = processor_name() if device.is_cpu else hardware_name(device)
     tuning.use(load_choices(choices_path(default_root().with_name("tuned"), device.name, hardware)))
     shape = AttentionShape(model_config.num_heads, model_config.num_kv_heads, model_config.head_dim)
@@ -85,14 +88,15 @@ def make_runner(
         free_bytes=free_bytes,
         share=share,
         weight_bytes=weight_facts(model).nbytes
-        + state_bytes(padded_rows(config.max_num_seqs), model_config.vocab_size),
+        + state_bytes(padded_rows(limits.max_num_seqs), model_config.vocab_size),
+        scratch_bytes=scratch_bytes(limits, model_config),
         kv_bytes_per_token=model_config.kv_bytes_per_token(FLOATS[kv_dtype].itemsize),
     )
-    capacity = plan_capacity(config, model_config, memory)
+    capacity = plan_capacity(config, limits, model_config, memory)
     pool = backend.make_pool(model_config.num_layers, capacity.num_blocks, capacity.block_size, model.shape, kv_dtype)
     store = open_program_store(device.name) if config.compile_cache else None
     overlaps = not device.is_cpu if config.async_scheduling is None else config.async_scheduling
-    return ModelRunner(model, backend, pool, capacity, make_buckets(config), store, 2 if overlaps else 1)
+    return ModelRunner(model, backend, pool, capacity, make_buckets(limits, config), store, 2 if overlaps else 1)
 
 
 @dataclass(frozen=True)
@@ -135,10 +139,10 @@ class ModelRunner:
         self._num_launched = 0
         self._state = SamplingState(device, num_rows, model.config.vocab_size)
         self._rows = SamplingRows(self._state)
-        self._model, self._backend, self._pool, self._buckets, self.store = model, backend, pool, buckets, store
-        self._graphs: dict[Bucket, Graph] = {}
+        self._model, self._backend, self._pool = model, backend, pool
+        ground = Ground(model, backend, pool, capacity, tuple(self._outputs), self._state)
+        self.captures = Captures(buckets, ground, store)
         self.capacity = capacity
-        self.num_captures = 0
 
     @property
     def model_config(self) -> ModelConfig:
@@ -153,22 +157,24 @@ class ModelRunner:
     def device(self) -> str:
         return self._backend.device.name
 
+    # -- graphs: docs/ARCHITECTURE.md, "Invariants" ------------------------------------------------------------------
+
     def warm_up(self, progress: Progress | None = None) -> None:
         """Capture every bucket's graph. After this nothing is compiled."""
-        for done, bucket in enumerate(self._buckets):
-            if progress:
-                progress("warm-up", done, len(self._buckets))
-            start = time.perf_counter()
-            self._graphs[bucket] = capture(
-                bucket, self._model, self._backend, self._pool, self.capacity, self._outputs, self._state, self.store
-            )
-            self.num_captures += 1
-            logger.info("captured %s in %.2f s", bucket.name, time.perf_counter() - start)
-        if self.store is not None:
-            self.store.close()
+        self.captures.make_all(progress)
         logger.info("kernels are %s", "tuned" if self.is_tuned else "untuned: run `tinyvllm tune` with the same flags")
-        if progress:
-            progress("warm-up", len(self._buckets), len(self._buckets))
+
+    def warm_up_first(self, progress: Progress | None = None) -> None:
+        """Capture the graphs that any plan can run in; `captures.advance` makes the others, one after another."""
+        self.captures.make_first(progress)
+        logger.info("kernels are %s", "tuned" if self.is_tuned else "untuned: run `tinyvllm tune` with the same flags")
+
+    @property
+    def num_captures(self) -> int:
+        """Graphs that were captured."""
+        return self.captures.num_made
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one step and wait for its tokens. Raises DeviceError where the device fails."""
@@ -180,7 +186,7 @@ class ModelRunner:
         """Enqueue one step, and what reads its tokens; of an adjusted step only what comes before sampling. Raises
         DeviceError."""
         start = time.perf_counter()
-        graph, number = self._graph_for(plan), self._num_launched % len(self._outputs)
+        graph, number = self.captures.graph_for(plan), self._num_launched % len(self._outputs)
         lane = graph.lanes[number]
         with measure.span(measure.PACK):
             lane.packer.pack(plan)
@@ -244,16 +250,9 @@ class ModelRunner:
 
     def close(self) -> None:
         """Let go of graphs, pool and weights. The runner cannot be used again."""
-        self._graphs.clear()
+        self.captures.clear()
         self._pool.keys.clear()
         self._pool.values.clear()
-
-    def _graph_for(self, plan: StepPlan) -> Graph:
-        bucket = choose_bucket(self._buckets, plan)
-        graph = self._graphs.get(bucket)
-        if graph is None:
-            raise InvariantError(f"graph {bucket.name} was not captured: warm_up() must run before a step")
-        return graph
 
     # -- for measurements -----------------------------------------------------------------------------------------
 
@@ -265,18 +264,26 @@ class ModelRunner:
     @property
     def is_tuned(self) -> bool:
         """Whether a search has been over every bucket."""
-        return all(self.tuning_name(bucket) in tuning.current.searched for bucket in self._buckets)
+        return all(self.tuning_name(bucket) in tuning.current.searched for bucket in self.buckets)
 
     def recapture(self, bucket: Bucket) -> None:
         """Trace a bucket's step anew, as the present choices of `ops.tuning` make it."""
-        self._graphs[bucket] = capture(
-            bucket, self._model, self._backend, self._pool, self.capacity, self._outputs, self._state
-        )
+        self.captures.remake(bucket)
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        """In the order in which `warm_up` captures them."""
-        return tuple(self._buckets)
+        """Decode buckets by size, then the others."""
+        return self.captures.buckets
+
+    @property
+    def store(self) -> ProgramStore | None:
+        """Where programs and steps are kept for the next start."""
+        return self.captures.store
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the intermediate values of all graphs take together."""
+        return self.captures.scratch_bytes
 
     @property
     def weights(self) -> WeightFacts:
@@ -285,7 +292,7 @@ class ModelRunner:
 
     def cost(self, plan: StepPlan) -> StepCost:
         """What executing `plan` takes, by count."""
-        graph = self._graph_for(plan)
+        graph = self.captures.graph_for(plan)
         counter = CostCounter(self._model, self._pool, self.capacity.block_size)
         return counter.count(graph.bucket.name, graph.calls, graph.inputs, plan)
 
@@ -301,9 +308,8 @@ class ModelRunner:
 
     def programs(self) -> list[ProgramFacts]:
         """What each program of each graph takes of the device's limits."""
-        calls = [call for graph in self._graphs.values() for lane in graph.lanes[:1] for call in lane.step.calls]
-        adjusted = [call for graph in self._graphs.values() for call in graph.lanes[0].adjusted.calls]
-        return program_facts([*calls, *adjusted])
+        lanes = [graph.lanes[0] for graph in self.captures.graphs.values()]
+        return program_facts([call for lane in lanes for call in (*lane.step.calls, *lane.adjusted.calls)])
 
     def wait(self) -> None:
         """Return when the device has done all that was launched."""
@@ -315,7 +321,7 @@ class ModelRunner:
 
     def profile(self, plan: StepPlan, *, repeats: int, warmup: int) -> StepProfile:
         """How long each kernel of `plan`'s step takes. Nothing else may be in flight."""
-        graph, device = self._graph_for(plan), self._backend.device
+        graph, device = self.captures.graph_for(plan), self._backend.device
         return profile_step(graph, self._model, self._pool, device, plan, repeats=repeats, warmup=warmup)
 
     @property

@@ -7,6 +7,7 @@ as much as the kernel. One that changes a token is thrown away. The search runs 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinyvllm.config import SamplingParams
-from tinyvllm.execution.buckets import Bucket
+from tinyvllm.execution.buckets import Bucket, lengths_that_fill
 from tinyvllm.execution.runner import ModelRunner
 from tinyvllm.execution.tune_process import LEAST_GAIN
 from tinyvllm.ops import tuning
@@ -100,14 +101,16 @@ def time_step(runner: ModelRunner, bucket: Bucket, plan: StepPlan) -> tuple[floa
 
 def make_plan(runner: ModelRunner, bucket: Bucket) -> StepPlan:
     """A full step: a decode bucket's sequences in the middle of the longest context that fits the pool for all, or
-    one prompt that fills a token bucket."""
+    prompts that fill a token bucket."""
     capacity, rng = runner.capacity, np.random.default_rng(FILL_TOKEN_SEED)
-    num_seqs = bucket.num_tokens if bucket.is_decode else 1
-    room = (capacity.num_blocks - 1) // num_seqs * capacity.block_size
-    length = min(capacity.max_model_len, room) // 2 if bucket.is_decode else bucket.num_tokens
-    entries, blocks = [], iter(range(1, capacity.num_blocks))
-    for index in range(num_seqs):
-        prompt = rng.integers(0, runner.model_config.vocab_size, max(1, min(length, room))).tolist()
+    if bucket.is_decode:
+        room = (capacity.num_blocks - 1) // bucket.num_seqs * capacity.block_size
+        lengths = [max(1, min(capacity.max_model_len, room) // 2)] * bucket.num_seqs
+    else:
+        lengths = lengths_that_fill(bucket, min(capacity.max_model_len, capacity.num_tokens))
+    entries, blocks = [], itertools.cycle(range(1, capacity.num_blocks))
+    for index, length in enumerate(lengths):
+        prompt = rng.integers(0, runner.model_config.vocab_size, length).tolist()
         request = Request(f"tune-{index}", prompt, SamplingParams(temperature=0.0))
         request.block_ids = [next(blocks) for _ in range(-(-len(prompt) // capacity.block_size))]
         start = len(prompt) - 1 if bucket.is_decode else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 from collections.abc import Iterable
 from multiprocessing.pool import AsyncResult, Pool
 
@@ -102,7 +103,7 @@ def _with_local_size(program: UOp) -> UOp:
 def _get_pool() -> Pool | None:
     """tinygrad's pool of processes, which searches use too. Made here, because tinygrad's ends each process after 16
     programs, and a new one takes a second to begin; theirs is for searches of thousands."""
-    if PARALLEL.value == 0:
+    if PARALLEL.value == 0 or multiprocessing.current_process().daemon:  # a daemon may not have children
         return None
     if worker.worker_pool is None:
         worker.worker_pool = worker._WorkerContext().Pool(PARALLEL.value, worker._init_worker)

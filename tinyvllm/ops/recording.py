@@ -172,13 +172,19 @@ def head_of(step: Step) -> Step:
     return replace(step, calls=step.calls[: step.cut])
 
 
+def head_of_tensor(tensor: Tensor, size: int) -> Tensor:
+    """The first `size` elements of a flat tensor, on the same memory."""
+    base = tensor.uop.base.buffer
+    return Tensor(UOp.from_buffer(view_of(base, 0, size, base.dtype).ensure_allocated()))
+
+
 def rebind(step: Step, others: Mapping[Tensor, Tensor]) -> Step:
     """The same step on other tensors of the same sizes; its scratch memory is shared, so the two must not overlap."""
     swaps = {id(old.uop.base.buffer): new.uop.base.buffer.ensure_allocated() for old, new in others.items()}
 
     def swap(buffer: Buffer) -> Buffer:
         base = swaps.get(id(buffer.base))
-        return buffer if base is None else _view(base, buffer.offset, buffer.size, buffer.dtype)
+        return buffer if base is None else view_of(base, buffer.offset, buffer.size, buffer.dtype)
 
     calls = tuple(Call(call.target, tuple(swap(buffer) for buffer in call.buffers)) for call in step.calls)
     output = Tensor(UOp.from_buffer(swap(step.output.uop.base.buffer)))
@@ -197,11 +203,11 @@ def save_step(step: Step, named: Mapping[str, Tensor]) -> SavedStep:
         raise CacheError(f"a step with {len(copies)} copies and {len(unnamed)} buffers without a name cannot be saved")
     bases, views, programs = _Numbers(), _Numbers(), _Numbers()
 
-    def number_view(buffer: Buffer) -> int:
+    def numberview_of(buffer: Buffer) -> int:
         return views.of((bases.of(buffer.base), buffer.offset, buffer.size, buffer.dtype))
 
     calls = tuple(
-        (programs.of(slim(call.target)), tuple(number_view(buffer) for buffer in call.buffers)) for call in step.calls
+        (programs.of(slim(call.target)), tuple(numberview_of(buffer) for buffer in call.buffers)) for call in step.calls
     )
     output = bases.of(step.output.uop.base.buffer)
     kept = tuple(bases.of(buffer) for buffer in step.kept)
@@ -220,7 +226,9 @@ class _Numbers:
 
 
 def bind_step(saved: SavedStep, named: Mapping[str, Tensor]) -> Step:
-    """The step on this process's tensors, with scratch memory of its own. Raises CacheError where they do not fit."""
+    """The step on this process's tensors, with scratch memory of its own, which is not allocated yet.
+
+    Raises CacheError where they do not fit."""
     bases = []
     for name, size, dtype, device in saved.bases:
         if name is None:
@@ -232,12 +240,13 @@ def bind_step(saved: SavedStep, named: Mapping[str, Tensor]) -> Step:
         if (base.size, base.dtype, base.device) != (size, dtype, device):
             raise CacheError(f"the saved step reads {name} of {size} {dtype} on {device}, but it is {base}")
         bases.append(base)
-    views = [_view(bases[base], offset, size, dtype) for base, offset, size, dtype in saved.views]
+    views = [view_of(bases[base], offset, size, dtype) for base, offset, size, dtype in saved.views]
     calls = tuple(Call(saved.programs[program], tuple(views[i] for i in args)) for program, args in saved.calls)
     output = Tensor(UOp.from_buffer(bases[saved.output].ensure_allocated()))
     borrowed = tuple(base for base, (name, *_) in zip(bases, saved.bases, strict=True) if name is not None)
-    return Step(calls, output, borrowed, saved.cut, tuple(bases[base].ensure_allocated() for base in saved.kept))
+    return Step(calls, output, borrowed, saved.cut, tuple(bases[base] for base in saved.kept))
 
 
-def _view(base: Buffer, offset: int, size: int, dtype: DType) -> Buffer:
+def view_of(base: Buffer, offset: int, size: int, dtype: DType) -> Buffer:
+    """`size` elements from `offset` bytes on: the buffer itself where that is all of it."""
     return base if (offset, size, dtype) == (0, base.size, base.dtype) else base.view(size, dtype, offset)

@@ -19,7 +19,8 @@ class StepLayout:
     """Offsets (in int32 words) of a bucket's inputs. Hashable: kernels are cached by it.
 
     T token rows · R sequences · M blocks a table. Table R (behind the last sequence) is all zeros: padded token rows
-    point to it, and so to the dummy block 0.
+    point to it, and so to the dummy block 0. What sampling reads comes first, at offsets that depend on R alone: all
+    buckets of R sequences sample by the same programs.
     """
 
     num_tokens: int  # T
@@ -31,11 +32,6 @@ class StepLayout:
     def _offsets(self) -> dict[str, tuple[int, int]]:
         tokens, seqs = self.num_tokens, self.num_seqs
         sizes = {
-            "token_ids": tokens,
-            "positions": tokens,  # of the token in its sequence
-            "slots": tokens,  # where its key and value go: block_id * block_size + offset
-            "seq_rows": tokens,  # which block table is its own
-            "logit_rows": seqs,  # token row whose logits are sampled, by sequence
             "temperature": seqs,  # float bits; 0 is greedy
             "top_k": seqs,  # 0: off
             "top_p": seqs,  # float bits; 1: off
@@ -54,6 +50,11 @@ class StepLayout:
             "frequency_penalty": seqs,  # float bits; 0: off
             "presence_penalty": seqs,  # float bits; 0: off
             "typical_p": seqs,  # float bits; 1: off
+            "token_ids": tokens,
+            "positions": tokens,  # of the token in its sequence
+            "slots": tokens,  # where its key and value go: block_id * block_size + offset
+            "seq_rows": tokens,  # which block table is its own
+            "logit_rows": seqs,  # token row whose logits are sampled, by sequence: for taking it, not for sampling
             "block_tables": (seqs + 1) * self.max_blocks,
         }
         offsets, start = {}, 0
@@ -65,6 +66,11 @@ class StepLayout:
 
     def offset(self, name: str) -> int:
         return self._offsets[name][0]
+
+    @property
+    def num_sampling_words(self) -> int:
+        """int32 words at the buffer's beginning that hold all that sampling reads."""
+        return self.offset("token_ids")
 
     @property
     def size(self) -> int:

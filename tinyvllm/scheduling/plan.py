@@ -128,5 +128,7 @@ class StepStats:
     prefix_queries: int = 0  # tokens looked up in the prefix cache, since start
     prefix_hits: int = 0  # tokens found, since start
     num_preemptions: int = 0  # since start
-    num_captures: int = 0  # graphs captured, since start: constant once ready
+    num_captures: int = 0  # graphs captured, since start
+    num_captures_to_come: int = 0  # graphs that are captured between steps: once it is 0, num_captures stays as it is
+    num_failed_captures: int = 0  # of those, since start; larger graphs take their place
     extra: dict[str, float] = field(default_factory=dict)

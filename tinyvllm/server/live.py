@@ -39,6 +39,7 @@ class LiveCounts(BaseModel):
     num_output_tokens: int
     num_preemptions: int
     num_failed_steps: int
+    num_captures_to_come: int  # graphs that are captured between steps still
 
 
 class Quantiles(BaseModel):
@@ -135,6 +136,7 @@ def _counts(state: ServerState) -> LiveCounts:
         num_output_tokens=totals.num_output_tokens,
         num_preemptions=stats.num_preemptions,
         num_failed_steps=int(stats.extra.get("num_failed_steps", 0)),
+        num_captures_to_come=stats.num_captures_to_come,
     )
 
 

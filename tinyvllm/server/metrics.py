@@ -340,6 +340,11 @@ class _EngineCollector(Collector):
             ("vllm:num_requests_running", "Requests in the running batch.", stats.num_running),
             ("vllm:num_requests_waiting", "Requests in the queue.", stats.num_waiting),
             ("vllm:kv_cache_usage_perc", "Share of KV blocks in use: 1 is all.", usage),
+            (
+                "tinyvllm:graphs_to_capture",
+                "Graphs still to be captured between steps: until it is 0, steps may be slower than they will be.",
+                stats.num_captures_to_come,
+            ),
         ):
             gauge = GaugeMetricFamily(name, text, labels=LABELS)
             gauge.add_metric(self._values, value)
@@ -363,7 +368,22 @@ class _EngineCollector(Collector):
             ("vllm:num_preemptions", "Requests set back to the queue for lack of blocks.", stats.num_preemptions),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
-            ("tinyvllm:graph_captures", "Graphs captured since start: constant while serving.", stats.num_captures),
+            (
+                "tinyvllm:graph_captures",
+                "Graphs captured since start: constant once tinyvllm:graphs_to_capture is 0.",
+                stats.num_captures,
+            ),
+            (
+                "tinyvllm:failed_graph_captures",
+                "Graphs that could not be captured beside steps; larger ones take their place.",
+                stats.num_failed_captures,
+            ),
+            ("tinyvllm:computed_tokens", "Tokens that steps computed.", stats.extra.get("num_computed_tokens", 0)),
+            (
+                "tinyvllm:padded_rows",
+                "Rows of graphs that their steps had no token for: padding.",
+                stats.extra.get("num_padded_rows", 0),
+            ),
             ("tinyvllm:failed_steps", "Steps that raised an error.", stats.extra.get("num_failed_steps", 0)),
         ):
             counter = CounterMetricFamily(name, text, labels=LABELS)

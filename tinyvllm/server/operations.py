@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
@@ -28,6 +29,14 @@ PAGE_HEADERS = {
 router = APIRouter()
 
 
+class Readiness(BaseModel):
+    """How much of a warm-up in the background is done."""
+
+    num_captures: int  # graphs that are there
+    num_captures_to_come: int
+    num_failed_captures: int  # larger graphs take their place
+
+
 @router.get("/health", response_class=Response)
 async def health(request: Request) -> Response:
     """200 with an empty body while the engine is warm and works; 503 before, when it is dead, and when it stalls."""
@@ -46,14 +55,22 @@ async def ping(request: Request) -> Response:
     return await health(request)
 
 
-@router.get("/ready", response_class=Response)
-async def ready(request: Request) -> Response:
-    """200 while new requests are welcome; 503 from the first signal to stop on, while /health may still be 200."""
+@router.get("/ready")
+async def ready(request: Request) -> Readiness:
+    """200 while new requests are welcome; 503 from the first signal to stop on, while /health may still be 200.
+
+    The body says how many graphs are still captured between steps: until it is 0, steps may be slower than later.
+    """
     state = state_of(request)
-    if not state.drain.has_begun:  # a full queue is not a reason to be taken out of the rotation for ever
-        return await health(request)
-    state.require_ready()
-    return Response()
+    if state.drain.has_begun:
+        state.require_ready()
+    await health(request)  # and no more: a full queue is not a reason to be taken out of the rotation for ever
+    stats = state.engine.stats()
+    return Readiness(
+        num_captures=stats.num_captures,
+        num_captures_to_come=stats.num_captures_to_come,
+        num_failed_captures=stats.num_failed_captures,
+    )
 
 
 @router.get("/version")

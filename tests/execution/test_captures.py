@@ -1,0 +1,174 @@
+"""Graphs that come one after another while others serve: the same tokens, one memory, errors that end nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.builders import write_tiny_gguf
+from tests.execution.driver import generate, make_request
+from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, Limits, ModelFiles
+from tinyvllm.execution import captures as captures_module
+from tinyvllm.execution.buckets import Bucket, first_buckets
+from tinyvllm.execution.capacity import scratch_bytes
+from tinyvllm.execution.captures import Captures
+from tinyvllm.execution.graphs import Draft
+from tinyvllm.execution.runner import ModelRunner, load_runner
+
+CONFIG = EngineConfig(
+    "tiny",
+    max_model_len=96,
+    max_num_seqs=4,
+    max_num_batched_tokens=32,
+    num_gpu_blocks_override=49,
+    block_size=8,
+    decode_buckets=(1, 4),
+    token_buckets=(8, 32),
+)
+PROMPTS = [list(b"to be"), list(b"or not to be, that is the question:"), [7], list(b"whether 'tis nobler")]
+PATIENCE_S = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs are compiled once for all tests here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_DIR_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, cache: None) -> ModelFiles:
+    return write_tiny_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def whole(files: ModelFiles) -> ModelRunner:
+    """With all graphs from the start."""
+    runner = load_runner(files, CONFIG)
+    runner.warm_up()
+    return runner
+
+
+@pytest.fixture
+def runner(files: ModelFiles, whole: ModelRunner) -> ModelRunner:
+    """With those that serve everything."""
+    runner = load_runner(files, CONFIG)
+    runner.warm_up_first()
+    return runner
+
+
+def tokens_of(runner: ModelRunner, prompts: list[list[int]] = PROMPTS, *, chunk: int = 5) -> list[list[int]]:
+    requests = [make_request(prompt, temperature=0.7 * (index % 2)) for index, prompt in enumerate(prompts)]
+    generate(runner, requests, 6, chunk=chunk)
+    return [request.output_ids for request in requests]
+
+
+def capture_one(captures: Captures) -> None:
+    """Go on until a graph is there or given up."""
+    before, end_s = captures.num_to_come, time.monotonic() + PATIENCE_S
+    while captures.num_to_come == before and time.monotonic() < end_s:
+        captures.advance()
+    assert captures.num_to_come == before - 1
+
+
+def test_the_first_graphs_serve_everything_with_the_same_tokens(runner: ModelRunner, whole: ModelRunner) -> None:
+    assert list(runner.captures.graphs) == first_buckets(runner.buckets)
+    assert (runner.num_captures, runner.captures.num_to_come) == (2, 2)
+    expected = tokens_of(whole)
+    assert tokens_of(runner) == expected
+    while runner.captures.num_to_come:
+        capture_one(runner.captures)
+        assert tokens_of(runner) == expected
+    assert (runner.num_captures, set(runner.captures.graphs)) == (4, set(whole.buckets))
+    runner.captures.advance()
+    assert runner.num_captures == 4, "there is nothing left to do"
+
+
+def test_what_plans_would_have_run_in_comes_first(runner: ModelRunner) -> None:
+    """Of what nobody has asked for the smallest: that would be decode 1."""
+    tokens_of(runner, PROMPTS[:2], chunk=2)  # pieces of both prompts, 4 tokens a step: prefill 8, many times
+    capture_one(runner.captures)
+    assert list(runner.captures.graphs)[-1].name == "prefill 8"
+    capture_one(runner.captures)
+    assert list(runner.captures.graphs)[-1].name == "decode 1"
+
+
+def test_a_plan_runs_in_the_smallest_graph_that_is_there(runner: ModelRunner) -> None:
+    def ran_in(prompt: list[int]) -> list[int]:
+        sizes: list[int] = []
+        execute = runner.execute
+        runner.execute = lambda plan: sizes.append((out := execute(plan)).num_rows) or out  # type: ignore[method-assign]
+        generate(runner, [make_request(prompt)], 2)
+        del runner.execute
+        return sizes
+
+    assert ran_in([1, 2, 3]) == [32, 4]
+    while runner.captures.num_to_come:
+        capture_one(runner.captures)
+    assert ran_in([1, 2, 3]) == [8, 1]
+
+
+def test_a_graph_that_cannot_be_made_is_said_once_and_the_others_go_on(
+    runner: ModelRunner, whole: ModelRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    finish = Draft.finish
+
+    def fail(draft: Draft) -> object:
+        if draft.bucket == Bucket.decode(1):
+            raise RuntimeError("out of everything")
+        return finish(draft)
+
+    monkeypatch.setattr(Draft, "finish", fail)
+    with caplog.at_level(logging.INFO, captures_module.__name__):
+        while runner.captures.num_to_come:
+            capture_one(runner.captures)
+    (error,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert error.getMessage() == "graph decode 1 cannot be captured, larger ones take its place"
+    assert error.exc_info is not None and str(error.exc_info[1]) == "out of everything"
+    assert (runner.captures.num_failed, runner.num_captures) == (1, 3)
+    assert "captured prefill 8 in" in caplog.text and "0 to come" in caplog.text
+    assert tokens_of(runner) == tokens_of(whole)
+
+
+def test_all_graphs_share_the_place_of_the_largest(files: ModelFiles, whole: ModelRunner) -> None:
+    """And a plan of the memory that counts on it counts enough."""
+    sizes = {}
+    for bucket in whole.buckets:
+        if not bucket.is_decode:
+            alone = load_runner(files, CONFIG)
+            alone.recapture(bucket)
+            sizes[bucket] = alone.scratch_bytes
+    largest = whole.buckets[-1]
+    assert whole.scratch_bytes == sizes[largest] == max(sizes.values())
+    limits = Limits(CONFIG.max_num_seqs or 0, CONFIG.max_num_batched_tokens or 0)
+    assert sizes[largest] < scratch_bytes(limits, whole.model_config) < 4 * sizes[largest]
+
+
+def test_a_step_is_traced_without_tinygrads_scheduler(
+    files: ModelFiles, whole: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which took most of a start: a graph of hundreds of kernels whose order is known."""
+    runner = load_runner(files, dataclasses.replace(CONFIG, compile_cache=False))
+
+    def schedule(*tensors: object) -> None:
+        raise AssertionError("tinygrad's scheduler was asked")
+
+    monkeypatch.setattr("tinygrad.Tensor.linear_with_vars", schedule)
+    runner.warm_up()
+    assert runner.num_captures == len(runner.buckets)
+
+
+def test_buckets_of_as_many_sequences_sample_by_the_same_programs(files: ModelFiles) -> None:
+    config = dataclasses.replace(CONFIG, decode_buckets=(4,), token_buckets=(8, 16, 32), compile_cache=False)
+    runner = load_runner(files, config)
+    runner.warm_up()
+    graphs = runner.captures.graphs.values()
+    sampling = [[call.target.key for call in graph.calls[graph.lanes[0].step.cut :]] for graph in graphs]
+    adjusted = [[call.target.key for call in graph.lanes[0].adjusted.calls] for graph in graphs]
+    assert len(sampling) == 4
+    assert all(keys == sampling[0] for keys in sampling) and all(keys == adjusted[0] for keys in adjusted)

@@ -1,0 +1,29 @@
+"""`tinyvllm bench cold-start`."""
+
+from __future__ import annotations
+
+from tinyvllm.cli.bench_flags import SubjectFlags, print_table
+from tinyvllm.cli.flags import EngineFlags
+from tinyvllm.cli.terminal import progress_bars
+
+
+def cold_start(*, subject: SubjectFlags, engine: EngineFlags) -> None:
+    """Say how long a start takes, from the process to the first token and to the last graph, and what of it where.
+
+    Programs that an earlier start has left are used: for a start from nothing point TINYVLLM_CACHE and XDG_CACHE_HOME
+    to empty directories. The graphs are those that `serve` would capture with the same flags."""
+    from tinyvllm.bench.cold_start import import_engine, process_age
+
+    process_s = process_age()
+    engine.apply()
+    import_s = import_engine()
+
+    from tinyvllm.bench.breakdown_report import cold_start_table
+    from tinyvllm.bench.cold_start import start_engine
+
+    found = subject.find(pull=engine.pull)
+    with progress_bars() as report:
+        runner, start = start_engine(found, engine.make_config(found.name), report, process_s, import_s, num_calls=0)
+        runner.close()
+    print_table(cold_start_table(start))
+    subject.write_json(start.as_json())

@@ -21,7 +21,7 @@ from unittest import mock
 
 import numpy as np
 
-from tests.metal.simulator import FAMILIES, Settings, set_family
+from tests.metal.simulator import FAMILIES, Settings, set_family, where_nothing_runs
 from tests.metal.simulator.metal_objects import MAX_OFFSET
 from tests.metal.simulator.msl import (
     MAX_BUFFERS,
@@ -39,21 +39,6 @@ if TYPE_CHECKING:
     from tinyvllm.ops.backend import Backend
     from tinyvllm.ops.matrix import Matrix
 
-QWEN3 = ModelConfig(
-    name="qwen3-0.6b",  # Qwen/Qwen3-0.6B
-    architecture="qwen3",
-    num_layers=28,
-    hidden_size=1024,
-    ffn_size=3072,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=151936,
-    max_position=40960,
-    rope_theta=1000000.0,
-    norm_eps=1e-6,
-    tie_embeddings=True,
-)
 MAX_MODEL_LEN = 2048
 DECODE, PREFILL = (1, 2, 4, 8, 16, 32, 64), (64, 256, 1024)
 LAYERS = 3  # that stand for all: the first, one in the middle, the last
@@ -95,13 +80,6 @@ class GraphFacts:
         return replace(self, kernels=self.kernels + count * (self.kernels - less.kernels), programs=programs)
 
 
-def find_shape(name: str) -> ModelConfig:
-    """A shape of the benchmarks, or the one that is only known here."""
-    from tinyvllm.bench import shapes
-
-    return QWEN3 if name == QWEN3.name else shapes.find_shape(name)
-
-
 @dataclass(frozen=True)
 class Case:
     """A shape on a family's computer, its matrices of `kind`, with these buckets."""
@@ -119,6 +97,8 @@ class Case:
 def graphs_of(settings: Settings, case: Case, *, is_whole: bool = False) -> list[GraphFacts]:
     """The graphs of a case's buckets. Unless `is_whole`, of LAYERS layers, which have the programs of all; what a step
     launches is then counted from it and from a step of one layer less."""
+    from tinyvllm.bench.shapes import find_shape
+
     model = find_shape(case.shape)
     with _nothing_runs(settings, case.family):
         if is_whole:
@@ -160,17 +140,18 @@ def _nothing_runs(settings: Settings, family: str) -> Iterator[None]:
     def make_backend(*args: Any, **kwargs: Any) -> Backend:
         return _without_weights(backends.make_backend(*args, **kwargs))
 
-    settings.is_dry, settings.memory_bytes = True, MEMORY_BYTES
+    settings.memory_bytes = MEMORY_BYTES
     set_family(settings, family)
     share_programs()
     try:
         with (
+            where_nothing_runs(settings),
             mock.patch.object(runner, "make_backend", make_backend),
             mock.patch.object(DeviceHandle, "free_memory", lambda self: MEMORY_BYTES),
         ):
             yield
     finally:
-        settings.is_dry, settings.memory_bytes = False, old[1]
+        settings.memory_bytes = old[1]
         set_family(settings, old[0])
 
 

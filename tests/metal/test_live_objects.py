@@ -1,5 +1,5 @@
 """A long generation leaves no object of Metal's behind: one a layer and token has ended other engines after some
-thousand tokens, with every count of bytes flat. 20,000 tokens:
+thousand tokens, with every count of bytes flat. 20,000 steps of one token:
 python -m pytest -m slow tests/metal/test_live_objects.py"""
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.metal.simulator import Settings, live_objects
+from tests.engine.test_live_buffers import TINY, generate
+from tests.metal.simulator import Settings, live_objects, where_nothing_runs
 
 pytestmark = pytest.mark.timeout(1800)
-
-CONTEXT = 128
 
 
 def objects_now() -> Counter[str]:
@@ -27,21 +26,16 @@ def objects_now() -> Counter[str]:
 
 @pytest.mark.parametrize("num_tokens", [400, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_a_long_generation_leaves_no_objects_behind(simulator: Settings, tmp_path: Path, num_tokens: int) -> None:
+    """Objects are the host's: what kernels compute changes nothing of them, so that none runs. Each token is 0."""
     from tests.builders import write_tiny_hf_llama
-    from tinyvllm import LLM, SamplingParams
+    from tinyvllm import LLM
 
-    files = write_tiny_hf_llama(tmp_path / "model", layers=1, hidden=32, heads=2, kv_heads=1, head_dim=16, ffn=32)
-    llm = LLM(str(files.path), max_model_len=CONTEXT, max_num_seqs=1, max_num_batched_tokens=16)
-    params = SamplingParams(max_tokens=CONTEXT - 8, ignore_eos=True, temperature=1.0, seed=1)
-
-    def generate(count: int) -> None:
-        for start in range(0, count, CONTEXT - 8):
-            (output,) = llm.generate([f"{start:05}"], params)
-            assert len(output.outputs[0].token_ids) == CONTEXT - 8
-
-    generate(1)
-    before, steps = objects_now(), simulator.num_graph_runs
-    generate(num_tokens)
-    assert simulator.num_graph_runs - steps >= num_tokens, "a step is a graph's run"
-    assert objects_now() == before
-    llm.close()
+    files = write_tiny_hf_llama(tmp_path / "model", **TINY)
+    with where_nothing_runs(simulator):
+        llm = LLM(str(files.path), max_model_len=128, max_num_seqs=1, max_num_batched_tokens=16)
+        generate(llm, 120)
+        before, runs = objects_now(), simulator.num_graph_runs
+        generate(llm, num_tokens)
+        assert simulator.num_graph_runs - runs >= num_tokens, "a step is a graph's run"
+        assert objects_now() == before
+        llm.close()

@@ -85,6 +85,16 @@ def watching_device_memory(settings: Settings | None) -> Iterator[None]:
 
 
 @contextmanager
+def where_nothing_runs(settings: Settings) -> Iterator[None]:
+    """Within: all but the kernels is as ever, and what they would have computed is 0."""
+    settings.is_dry = True
+    try:
+        yield
+    finally:
+        settings.is_dry = False
+
+
+@contextmanager
 def without_checks(settings: Settings | None) -> Iterator[None]:
     """Within: kernels run faster, and no access to memory is looked at. For kernels that are checked elsewhere, and
     without effect on a real device (no settings)."""
@@ -143,5 +153,6 @@ __all__ = [
     "live_objects",
     "set_family",
     "watching_device_memory",
+    "where_nothing_runs",
     "without_checks",
 ]

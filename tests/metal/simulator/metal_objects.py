@@ -39,7 +39,8 @@ class Settings:
     family: str = "Apple9"
     name: str = "Simulated Apple GPU"
     memory_bytes: int = 16 << 30
-    is_dry: bool = False  # nothing is compiled, checked or run, and no buffer takes memory before the host looks at it
+    # nothing is compiled, checked or run; new buffers are zeros, and take no memory before the host looks at them
+    is_dry: bool = False
     watches_device_memory: bool = False  # who reads what another thread of the same dispatch wrote
     num_command_buffers: int = 0  # committed
     num_graph_runs: int = 0
@@ -81,7 +82,7 @@ class MTLDevice(Object):
         return MTLSharedEvent()
 
     def newBufferWithLength_options_(self, length: int, options: int) -> MTLBuffer | None:
-        return None if length > self.maxBufferLength() else MTLBuffer(length)
+        return None if length > self.maxBufferLength() else MTLBuffer(length, is_poisoned=not self.settings.is_dry)
 
     def newLibraryWithData_error_(self, data: Data, error: Any) -> MTLLibrary | None:
         content = data.content
@@ -114,9 +115,10 @@ class MTLSharedEvent(Object):
 
 
 class MTLBuffer(Object):
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, *, is_poisoned: bool = True) -> None:
         super().__init__()
         self.length = length
+        self._is_poisoned = is_poisoned and length <= POISONED_BYTES
         self._shadow: mmap.mmap | None = None
 
     @cached_property
@@ -127,7 +129,7 @@ class MTLBuffer(Object):
     def base(self) -> int:
         """The memory's address. There is none before somebody asks."""
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        if self.length <= POISONED_BYTES:
+        if self._is_poisoned:
             ctypes.memset(address, 0xFF, self.length)
         return address
 

@@ -1,0 +1,49 @@
+"""A long generation leaves no buffer behind: one a layer and token has ended other engines after some thousand tokens.
+20,000 steps of one token: python -m pytest -m slow tests/engine/test_live_buffers.py"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.builders import write_tiny_hf_llama
+from tinyvllm import LLM, SamplingParams
+
+pytestmark = pytest.mark.timeout(1800)
+
+TINY: dict[str, Any] = {"layers": 1, "hidden": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "ffn": 32}
+EACH = 120  # tokens of a request
+
+
+def generate(llm: LLM, num_tokens: int) -> None:
+    """One request after another, at least so many tokens in all, each with a prompt of its own."""
+    params = SamplingParams(max_tokens=EACH, ignore_eos=True, temperature=1.0, seed=1)
+    for start in range(0, num_tokens, EACH):
+        (output,) = llm.generate([f"{start:05}"], params)
+        assert len(output.outputs[0].token_ids) == EACH
+
+
+def counts() -> dict[str, int]:
+    """What a leak would make grow: tinygrad's buffers and their bytes, nodes of its graphs, and tensors."""
+    from tinygrad import Tensor, UOp
+    from tinygrad.device import Buffer
+    from tinygrad.helpers import GlobalCounters
+
+    gc.collect()
+    kinds = [type(thing) for thing in gc.get_objects()]
+    return {"bytes": GlobalCounters.mem_used} | {kind.__name__: kinds.count(kind) for kind in (Buffer, Tensor, UOp)}
+
+
+@pytest.mark.parametrize("num_tokens", [600, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_a_long_generation_leaves_no_buffer_behind(tmp_path: Path, num_tokens: int) -> None:
+    files = write_tiny_hf_llama(tmp_path / "model", **TINY)
+    llm = LLM(str(files.path), max_model_len=128, max_num_seqs=1, max_num_batched_tokens=16)
+    generate(llm, EACH)
+    before = counts()
+    assert before["Buffer"] > 10 and before["bytes"] > 0, before
+    generate(llm, num_tokens)
+    assert counts() == before
+    llm.close()

@@ -21,6 +21,7 @@ from tinyvllm.config import ModelFiles
 # a shape that the fused kernels serve, wide enough for the K kinds' blocks, and one that they do not serve
 FUSED = {"hidden": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 512}
 GENERAL = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 96}
+QWEN3 = {"family": "qwen3", "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 96, "norm_eps": 1e-6}
 # each kind that matters, where llama.cpp's mixtures may have it
 MIXED = {"attn_v": "Q6_K", "attn_output": "Q4_1", "ffn_down": "Q6_K", "ffn_gate": "Q4_0", "ffn_up": "Q4_0"}
 
@@ -74,6 +75,7 @@ SCENARIOS: dict[str, Scenario] = {
     "float32": Scenario(_dense("float32", GENERAL), CROWDED | EXACT),
     "float16": Scenario(_dense("float16", FUSED), CROWDED, tie=0.03),
     "bfloat16": Scenario(_dense("bfloat16", FUSED), CROWDED, tie=0.03),
+    "qwen3": Scenario(_dense("float16", QWEN3), BRIEF | {"decode_buckets": (2,)}, PROMPTS[:2], max_tokens=8, tie=0.03),
     "mixed": Scenario(_quantised("Q4_K", MIXED), BRIEF, PROMPTS[:3], tie=0.03),
     "sampled": Scenario(_dense("float32", GENERAL), CROWDED | EXACT, sampling=SAMPLING),
 }

@@ -86,6 +86,12 @@ def test_quantised_weights_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> N
     assert_same_tokens(answer(name, cpu.folder / name), expected, SCENARIOS[name].tie)
 
 
+@pytest.mark.parametrize("name", ["qwen3"])
+def test_normed_heads_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
+    expected = cpu.answer(name)
+    assert_same_tokens(answer(name, cpu.folder / name), expected, SCENARIOS[name].tie)
+
+
 @pytest.mark.parametrize("name", ["sampled"])
 def test_samplers_with_seeds_draw_the_cpus_tokens_with_its_logprobs(name: str, cpu: CpuProcess) -> None:
     expected = cpu.answer(name)

@@ -84,11 +84,23 @@ ATTENTION = [
     ((4, 2, 64), (70, 3, 6, 16), False, "float16"),
     ((4, 1, 32), (8, 2, 4, 8), False, "float32"),
 ]
+NORMED = [  # the same with an RMSNorm of every head
+    ((16, 8, 128), (1, 1, 8, 16), True, "float16"),  # Qwen3's
+    ((6, 2, 64), (3, 3, 5, 16), True, "float16"),
+    ((4, 2, 128), (35, 3, 4, 16), False, "float16"),
+    ((4, 2, 24), (8, 3, 4, 8), False, "float32"),
+]
+CASES = [(*case, False) for case in ATTENTION] + [(*case, True) for case in NORMED]
 
 
-@pytest.mark.parametrize(("heads", "sizes", "is_decode", "dtype"), ATTENTION, ids=str)
+@pytest.mark.parametrize(("heads", "sizes", "is_decode", "dtype", "normed"), CASES, ids=str)
 def test_attention_equals_the_reference_and_writes_its_slots_alone(
-    simulator: Settings | None, heads: tuple[int, int, int], sizes: tuple[int, ...], is_decode: bool, dtype: str
+    simulator: Settings | None,
+    heads: tuple[int, int, int],
+    sizes: tuple[int, ...],
+    is_decode: bool,
+    dtype: str,
+    normed: bool,
 ) -> None:
     """Where no row is padding, nobody reads what another thread of the same dispatch writes: padding may."""
     from tests.ops.builders import Piece, largest_difference, make_step
@@ -96,7 +108,7 @@ def test_attention_equals_the_reference_and_writes_its_slots_alone(
     from tinyvllm.ops.step_inputs import StepLayout
 
     layout = StepLayout(*sizes)
-    case = Case(*heads, layout, is_decode, dtype)
+    case = Case(*heads, layout, is_decode, dtype, normed=normed)
     rng = np.random.default_rng(sizes)
     longest, history = layout.max_blocks * layout.block_size, make_history(case)
     for is_full in (True, False):

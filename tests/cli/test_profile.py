@@ -67,8 +67,18 @@ def test_a_prediction_lists_what_it_rests_on_and_how_far_it_is_off() -> None:
     output = run("--predict", "m4", "--shape", "tinyllama-1.1b", "--json", "-")
     document = json.loads(output.splitlines()[-1])
     assert "predicted and not measured" in output and len(document["assumptions"]) > 3
-    assert {check["chip"] for check in document["checked"]} == {"h200"}
+    assert {" on h200, " in check["what"] for check in document["checked"]} == {True, False}
+    assert all(f"({check['error']:+.0%})" in output for check in document["checked"])
     assert 30 < document["tok_s"] < document["roof_tok_s"] < 60
+
+
+def test_a_prompt_is_predicted_in_the_pieces_that_it_would_be_computed_in() -> None:
+    flags = ("--predict", "m4", "--shape", "tinyllama-1.1b", "--prefill", "1024", "--json", "-")
+    usual, whole = (
+        json.loads(run(*flags, *more).splitlines()[-1]) for more in ((), ("--max-num-batched-tokens", "1024"))
+    )
+    assert usual["kernels"] == 2 * whole["kernels"] and usual["prefill"] == 1024
+    assert 100 < usual["tok_s"] < whole["tok_s"] < whole["roof_tok_s"]
 
 
 @pytest.mark.parametrize(

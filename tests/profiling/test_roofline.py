@@ -14,7 +14,7 @@ from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import CHIPS, Chip, find_chip, guess_chip, measured_chip
 from tinyvllm.profiling.kernels import Kernel
 from tinyvllm.profiling.measure import Recording, Span, Total
-from tinyvllm.profiling.predict import FACTORS, MEASURED, predict
+from tinyvllm.profiling.predict import FACTORS, MEASURED, Measured, predict, predict_prompt
 from tinyvllm.profiling.roofline import BYTES_PER_WEIGHT, Roofline, bytes_per_weight, count_work
 from tinyvllm.profiling.verdict import Evidence, judge, judge_recording
 
@@ -192,11 +192,21 @@ def test_a_recording_is_judged_by_who_waits_and_what_kind_its_steps_are() -> Non
 # -- predictions ------------------------------------------------------------------------------------------------------
 
 
-def test_predictions_are_near_what_was_measured_on_an_h200() -> None:
-    for measured in MEASURED:
-        if measured.chip == "h200":
-            prediction = predict(SHAPES[measured.shape], measured.kind, CHIPS["h200"], measured.batch, measured.context)
-            assert abs(measured.error_of(prediction)) < 0.25, measured
+@pytest.mark.parametrize("measured", MEASURED, ids=lambda measured: measured.title)
+def test_predictions_are_near_what_was_measured(measured: Measured) -> None:
+    assert abs(measured.error_of(measured.predict(SHAPES[measured.shape]))) < 0.2
+
+
+def test_a_prompt_in_pieces_reads_the_weights_for_each_and_multiplies_as_often() -> None:
+    shape, chip = SHAPES["llama-3.2-1b"], CHIPS["m4"]
+    whole, pieces = (predict_prompt(shape, "float16", chip, 1000, step) for step in (1000, 300))
+    assert pieces.work.attention_flops == whole.work.attention_flops
+    assert pieces.work.kv_written_bytes == whole.work.kv_written_bytes
+    assert pieces.work.weight_bytes == 4 * whole.work.weight_bytes and pieces.num_kernels == 4 * whole.num_kernels
+    assert pieces.work.kv_read_bytes == (300 + 600 + 900) * shape.kv_bytes_per_token(2) and not whole.work.kv_read_bytes
+    assert pieces.tok_s < whole.tok_s < whole.roof_tok_s
+    with pytest.raises(ProfilingError, match="at least one token"):
+        predict_prompt(shape, "float16", chip, 0, 512)
 
 
 @pytest.mark.parametrize("name", CHIPS)

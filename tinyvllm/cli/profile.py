@@ -19,7 +19,7 @@ from tinyvllm.errors import TinyvllmError
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.chips import CHIPS, Chip, find_chip, measured_chip
 from tinyvllm.profiling.kernels import GROUPINGS, tabulate
-from tinyvllm.profiling.predict import MEASURED, Measured, Prediction, predict
+from tinyvllm.profiling.predict import MEASURED, predict, predict_prompt
 from tinyvllm.profiling.trace import parse_trace
 
 if TYPE_CHECKING:
@@ -56,7 +56,11 @@ class ProfileFlags:
     ] = None
     predict: Annotated[
         str | None,
-        Option(metavar="CHIP", help="Predict decoding on a chip instead of running; cpu is measured by a short test."),
+        Option(
+            metavar="CHIP",
+            help="Predict the step, or with --prefill the prompt, on a chip instead of running; cpu is measured by a "
+            "short test.",
+        ),
     ] = None
 
 
@@ -151,22 +155,29 @@ def _predict(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) ->
     chip = _chip_to_predict(flags.predict or "", runner)
     found = subject.find(pull=runner.pull)
     kind = found.kind or _kind_of(found)
-    prediction = predict(found.model_config, kind, chip, flags.batch, flags.context)
-    checks: list[tuple[Measured, Prediction]] = []
-    for measured in MEASURED:
-        if measured.chip == "cpu" and chip.device != "CPU":
-            continue
-        where = chip if measured.chip == "cpu" else CHIPS[measured.chip]
-        checks.append(
-            (measured, predict(find_shape(measured.shape), measured.kind, where, measured.batch, measured.context))
-        )
-    print_table(prediction_table(found.name, kind, [prediction], checks))
+    if flags.prefill is None:
+        prediction = predict(found.model_config, kind, chip, flags.batch, flags.context)
+    else:
+        step_tokens = runner.max_num_batched_tokens or _step_tokens(chip)
+        prediction = predict_prompt(found.model_config, kind, chip, flags.prefill, step_tokens)
+    checks = [(measured, measured.predict(find_shape(measured.shape))) for measured in MEASURED]
+    print_table(prediction_table(found.name, kind, prediction, checks))
     document = prediction.as_json() | {
         "model": found.name,
         "dtype": kind,
-        "checked": [dataclasses.asdict(m) | {"predicted_tok_s": p.tok_s, "error": m.error_of(p)} for m, p in checks],
+        "checked": [
+            {"what": m.title, "tok_s": m.tok_s, "predicted_tok_s": p.tok_s, "error": m.error_of(p)} for m, p in checks
+        ],
     }
     subject.write_json(document)
+
+
+def _step_tokens(chip: Chip) -> int:
+    """Of a prompt in one step, where nobody says so."""
+    from tinyvllm.execution import limits
+
+    of_device = {"CPU": limits.CPU, "METAL": limits.SHARED_GPU, "CUDA": limits.CUDA}
+    return of_device[chip.device].max_num_batched_tokens
 
 
 def _chip_to_predict(name: str, runner: RunnerFlags) -> Chip:

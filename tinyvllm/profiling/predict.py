@@ -1,19 +1,21 @@
-"""How fast a model would decode on a chip that is not at hand: counted bytes, operations and kernels, and a few
-measured factors. Every prediction lists them, and how far the same rule is off where a measurement exists.
+"""How fast a model would run on a chip that is not at hand: counted bytes, operations and kernels, and a few measured
+factors. Every prediction lists them, and how far the same rule is off where a measurement exists.
 
     step = bytes / (bandwidth x its share) + operations / (peak x its share) + kernels x cost of one + host
 
 Weights that have to be unpacked reach another share of the bandwidth than those that need not. The two first are added,
-not overlapped: kernels of a decode step are short, and each waits for the one before.
+not overlapped: kernels are short, and each waits for the one before. The shares of the bandwidth were measured on
+products of a matrix and one row, whose arithmetic is in them: of the operations, those of further rows are added.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from tinyvllm.config import ModelConfig
 from tinyvllm.errors import ProfilingError
-from tinyvllm.profiling.chips import GB, Chip
+from tinyvllm.profiling.chips import CHIPS, GB, Chip
+from tinyvllm.profiling.kernels import floor_s
 from tinyvllm.profiling.roofline import Work, bytes_per_weight, count_work
 
 KV_ITEMSIZE = 2  # float16
@@ -26,11 +28,12 @@ class Factors:
     bandwidth_share: float
     quantized_share: float  # of the bandwidth, for weights that are unpacked on the way
     compute_share: float
+    attention_share: float  # of the peak, where single queries attend: a decode step's
     kernel_us: float
     host_us: float  # of a step, and of each sequence in it
     host_us_per_seq: float
-    layer_kernels: tuple[int, int]  # of a layer: for one sequence, for more
-    other_kernels: tuple[int, int]  # outside of layers
+    layer_kernels: tuple[int, int, int]  # of a layer: for one sequence, for more, for a prompt
+    other_kernels: tuple[int, int, int]  # outside of layers
     sources: tuple[str, ...]
 
 
@@ -39,15 +42,16 @@ FACTORS = {
         bandwidth_share=0.9,
         quantized_share=0.36,
         compute_share=0.42,
+        attention_share=0.42,
         kernel_us=2.2,
         host_us=39,
         host_us_per_seq=1.1,
-        layer_kernels=(5, 7),
-        other_kernels=(5, 6),
+        layer_kernels=(5, 7, 8),
+        other_kernels=(5, 6, 8),
         sources=(
             "bandwidth 90 %, 2.2 us a kernel and 42 % of the peak: fitted to three device times of a prototype of "
             "these kernels on an H200 (Llama-3.2-1B, float16, context 256: 0.760 ms at batch 1, 0.875 at 8, 1.333 at "
-            "64)",
+            "64); prompts are not among them",
             "bandwidth 36 % for quantised weights: fitted to one figure, Q4_0 at batch 1 on the same chip",
             "host 39 us a step and 1.1 us a sequence, not overlapped: measured on that H200's host",
         ),
@@ -56,32 +60,40 @@ FACTORS = {
         bandwidth_share=0.79,
         quantized_share=0.79,
         compute_share=0.42,
-        kernel_us=4.0,
+        attention_share=0.42,
+        kernel_us=2.4,
         host_us=90,
         host_us_per_seq=1.1,
-        layer_kernels=(5, 7),
-        other_kernels=(5, 6),
+        layer_kernels=(6, 10, 8),
+        other_kernels=(5, 6, 8),
         sources=(
             "bandwidth 79 %: a 4-bit product of a matrix and a vector on an M1 Max, 315.7 of 400 GB/s "
-            "(github.com/ggml-org/llama.cpp/pull/1642)",
-            "4 us a kernel: a guess between the H200's 2.2 and the 6 us that akunu's book lists for its shortest",
-            "42 % of the peak: taken from the H200",
+            "(github.com/ggml-org/llama.cpp/pull/1642). llama.cpp's whole steps reach 80 % on an M4 (Llama-3.1-8B "
+            "Q4_K_M, 4.62 GB a token, 20.9 tok/s: github.com/brand-o/normiebench/issues/3)",
+            "2.4 us a kernel that waits for the one before, in one command buffer: 3,200 of them in 7.7 ms on an M3 "
+            "Ultra, less 16 borders of 20 us (github.com/ml-explore/mlx/issues/4521)",
+            "42 % of the peak: taken from the H200; llama.cpp's prompts reach 83 % of an M4's (224.8 tok/s, the same "
+            "issue)",
             "host 90 us a step and 1.1 us a sequence: the H200's, and 50 us to commit and wait (akunu: 30 to 80)",
         ),
     ),
     "CPU": Factors(
         bandwidth_share=0.85,
-        quantized_share=0.5,
+        quantized_share=0.47,
         compute_share=0.85,
+        attention_share=0.1,
         kernel_us=1.5,
         host_us=150,
         host_us_per_seq=10,
-        layer_kernels=(5, 5),
-        other_kernels=(6, 6),
+        layer_kernels=(5, 5, 5),
+        other_kernels=(6, 6, 6),
         sources=(
             "1.5 us a kernel: a call of the table and an exchange with the other core, 1.3 to 1.9 us measured",
             "85 % of NumPy's float32 rate: what the products of a prompt reach on two cores of an AMD EPYC",
-            "85 % of the bandwidth: a guess; half of it for quantised weights: fitted to Q4_1 at batch 1, context 128",
+            "10 % of it where single queries attend, with their exponentials and the float16 that is converted: from "
+            "what 896 more tokens of context cost at batch 1 and at 16, 22 and 28 GFLOP/s of 262; a prompt's attention "
+            "85 %, as its products",
+            "85 % of the bandwidth: a guess; 47 % for quantised weights: fitted to Q4_1 at batch 1, context 128",
             "host 150 us a step and 10 us a sequence: packing and reading, measured",
         ),
     ),
@@ -90,11 +102,12 @@ FACTORS = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one decode step."""
+    """Of one decode step, or of a whole prompt. `prompt`: the prompt's tokens; 0 of a decode step."""
 
     chip: Chip
     batch: int
     context: int
+    prompt: int
     work: Work
     num_kernels: int
     memory_s: float
@@ -105,23 +118,29 @@ class Prediction:
 
     @property
     def step_s(self) -> float:
+        """Of a prompt: all its steps."""
         return self.memory_s + self.compute_s + self.kernels_s + self.host_s
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt or self.batch
 
     @property
     def tok_s(self) -> float:
         """Tokens of all sequences a second."""
-        return self.batch / self.step_s
+        return self.num_tokens / self.step_s
 
     @property
     def roof_tok_s(self) -> float:
-        """What the memory alone allows."""
-        return self.batch * self.chip.bandwidth_gbps * GB / self.work.nbytes
+        """What the chip allows: its memory, or its arithmetic where that takes longer."""
+        return self.num_tokens / floor_s(self.chip, self.work.nbytes, self.work.flops)
 
     def as_json(self) -> dict[str, object]:
         return {
             "chip": self.chip.name,
             "batch": self.batch,
             "context": self.context,
+            "prefill": self.prompt or None,
             "step_ms": self.step_s * 1e3,
             "tok_s": self.tok_s,
             "roof_tok_s": self.roof_tok_s,
@@ -141,56 +160,125 @@ def predict(config: ModelConfig, kind: str, chip: Chip, batch: int, context: int
     Raises ProfilingError for weights that are not known."""
     if batch < 1 or context < 0:
         raise ProfilingError(f"a step has at least one sequence and no negative context, but {batch=} and {context=}")
-    factors = FACTORS[chip.device]
-    weights_share = factors.bandwidth_share if bytes_per_weight(kind) >= 2 else factors.quantized_share
     work = count_work(config, bytes_per_weight(kind), KV_ITEMSIZE, [(context, 1)] * batch)
-    several = int(batch > 1)
-    num_kernels = config.num_layers * factors.layer_kernels[several] + factors.other_kernels[several]
-    return Prediction(
-        chip,
-        batch,
-        context,
-        work,
-        num_kernels,
-        memory_s=(work.weight_bytes / weights_share + work.kv_bytes / factors.bandwidth_share)
-        / (chip.bandwidth_gbps * GB),
-        compute_s=work.flops / (chip.half_tflops * 1e12 * factors.compute_share),
-        kernels_s=num_kernels * factors.kernel_us * 1e-6,
-        host_s=(factors.host_us + batch * factors.host_us_per_seq) * 1e-6,
-        assumptions=(
-            f"{chip.name}: {chip.bandwidth_gbps:,g} GB/s, {chip.half_tflops:,g} TFLOP/s ({chip.source})",
-            f"{num_kernels} kernels: {factors.layer_kernels[several]} a layer, {factors.other_kernels[several]} more",
-            *factors.sources,
-        ),
-    )
+    factors = FACTORS[chip.device]
+    matrix_flops = work.matrix_flops * (batch - 1) / batch
+    compute_s = _compute_s(chip, matrix_flops, factors.compute_share)
+    compute_s += _compute_s(chip, work.attention_flops, factors.attention_share)
+    made = _Made(kind, chip, num_steps=1, column=int(batch > 1))
+    return made.prediction(config, work, compute_s, batch=batch, context=context, prompt=0)
+
+
+def predict_prompt(
+    config: ModelConfig, kind: str, chip: Chip, num_tokens: int, step_tokens: int, num_rows: int = 1
+) -> Prediction:
+    """A prompt of `num_tokens` by itself, computed `step_tokens` at a time. `num_rows`: of logits in each step, one for
+    each sequence that the engine allows. Otherwise as `predict`."""
+    if min(num_tokens, step_tokens, num_rows) < 1:
+        raise ProfilingError(f"a prompt has at least one token, but {num_tokens=}, {step_tokens=}, {num_rows=}")
+    spans = [(start, min(step_tokens, num_tokens - start)) for start in range(0, num_tokens, step_tokens)]
+    steps = [count_work(config, bytes_per_weight(kind), KV_ITEMSIZE, [span], num_rows) for span in spans]
+    work = Work(*(sum(values) for values in zip(*map(astuple, steps), strict=True)))
+    matrix_flops = sum(step.matrix_flops * (count - 1) / count for step, (_, count) in zip(steps, spans, strict=True))
+    compute_s = _compute_s(chip, matrix_flops + work.attention_flops, FACTORS[chip.device].compute_share)
+    made = _Made(kind, chip, num_steps=len(spans), column=2)
+    return made.prediction(config, work, compute_s, batch=1, context=0, prompt=num_tokens)
+
+
+def _compute_s(chip: Chip, flops: float, share: float) -> float:
+    return flops / (chip.half_tflops * 1e12 * share)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a prediction is made for. `column`: of `layer_kernels`."""
+
+    kind: str
+    chip: Chip
+    num_steps: int
+    column: int
+
+    def prediction(
+        self, config: ModelConfig, work: Work, compute_s: float, *, batch: int, context: int, prompt: int
+    ) -> Prediction:
+        chip, factors = self.chip, FACTORS[self.chip.device]
+        weights_share = factors.bandwidth_share if bytes_per_weight(self.kind) >= 2 else factors.quantized_share
+        layer, others = factors.layer_kernels[self.column], factors.other_kernels[self.column]
+        num_kernels = self.num_steps * (config.num_layers * layer + others)
+        moved = work.weight_bytes / weights_share + work.kv_bytes / factors.bandwidth_share
+        return Prediction(
+            chip,
+            batch,
+            context,
+            prompt,
+            work,
+            num_kernels,
+            memory_s=moved / (chip.bandwidth_gbps * GB),
+            compute_s=compute_s,
+            kernels_s=num_kernels * factors.kernel_us * 1e-6,
+            host_s=self.num_steps * (factors.host_us + batch * factors.host_us_per_seq) * 1e-6,
+            assumptions=(
+                f"{chip.name}: {chip.bandwidth_gbps:,g} GB/s, {chip.half_tflops:,g} TFLOP/s ({chip.source})",
+                f"{num_kernels} kernels: {layer} a layer, {others} more a step",
+                *factors.sources,
+            ),
+        )
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure of docs/PERFORMANCE.md: one step after the other, with the host's part, which does not overlap. `chip`
-    "cpu" is two cores of the AMD EPYC there."""
+    """A figure of docs/PERFORMANCE.md: one step after the other, with the host's part, which does not overlap. Of a
+    decode step; where `prompt` is not 0, of a prompt computed `step_tokens` at a time with `num_rows` of logits."""
 
-    chip: str
+    chip: Chip
     shape: str
     kind: str
-    batch: int
-    context: int
     tok_s: float
+    batch: int = 1
+    context: int = 0
+    prompt: int = 0
+    step_tokens: int = 0
+    num_rows: int = 1
+
+    @property
+    def title(self) -> str:
+        work = f"batch {self.batch}, context {self.context}"
+        if self.prompt:
+            work = f"prompt of {self.prompt} with logits of {self.num_rows}"
+        return f"{self.shape} {self.kind} on {self.chip.name}, {work}"
+
+    def predict(self, config: ModelConfig) -> Prediction:
+        """The same by rule. `config`: the shape's."""
+        if self.prompt:
+            return predict_prompt(config, self.kind, self.chip, self.prompt, self.step_tokens, self.num_rows)
+        return predict(config, self.kind, self.chip, self.batch, self.context)
 
     def error_of(self, prediction: Prediction) -> float:
         """The prediction over the measurement, less one: 0.1 is ten per cent too fast."""
         return prediction.tok_s / self.tok_s - 1
 
 
+H200 = CHIPS["h200"]
+EPYC = Chip(
+    "two EPYC cores",
+    44.6,
+    0.262,
+    "measured idle: docs/PROFILING.md, 57 GFLOP in 0.227 s at 96 % of NumPy's rate",
+    "CPU",
+)
 MEASURED = (
-    Measured("h200", "llama-3.2-1b", "float16", 1, 256, 1141),
-    Measured("h200", "llama-3.2-1b", "float16", 8, 256, 8339),
-    Measured("h200", "llama-3.2-1b", "float16", 64, 256, 41544),
-    Measured("h200", "llama-3.2-1b", "Q4_0", 1, 256, 1558),
-    Measured("h200", "llama-3.2-1b", "Q4_0", 8, 256, 9988),
-    Measured("h200", "llama-3.2-1b", "Q4_0", 64, 256, 42266),
-    Measured("cpu", "smollm2-135m", "Q4_1", 1, 128, 203),
-    Measured("cpu", "smollm2-135m", "Q4_1", 1, 1024, 122),
-    Measured("cpu", "smollm2-135m", "Q4_1", 16, 128, 587),
-    Measured("cpu", "smollm2-135m", "Q4_1", 16, 1024, 229),
+    Measured(H200, "llama-3.2-1b", "float16", 1141, batch=1, context=256),
+    Measured(H200, "llama-3.2-1b", "float16", 8339, batch=8, context=256),
+    Measured(H200, "llama-3.2-1b", "float16", 41544, batch=64, context=256),
+    Measured(H200, "llama-3.2-1b", "Q4_0", 1558, batch=1, context=256),
+    Measured(H200, "llama-3.2-1b", "Q4_0", 9988, batch=8, context=256),
+    Measured(H200, "llama-3.2-1b", "Q4_0", 42266, batch=64, context=256),
+    Measured(H200, "llama-3.2-1b", "float16", 130406, prompt=512, step_tokens=2048, num_rows=256),
+    Measured(H200, "llama-3.2-1b", "float16", 160907, prompt=512, step_tokens=2048),
+    Measured(H200, "llama-3.2-1b", "float16", 202441, prompt=2048, step_tokens=2048, num_rows=256),
+    Measured(EPYC, "smollm2-135m", "Q4_1", 203, batch=1, context=128),
+    Measured(EPYC, "smollm2-135m", "Q4_1", 122, batch=1, context=1024),
+    Measured(EPYC, "smollm2-135m", "Q4_1", 587, batch=16, context=128),
+    Measured(EPYC, "smollm2-135m", "Q4_1", 229, batch=16, context=1024),
+    Measured(EPYC, "smollm2-135m", "Q4_1", 942, prompt=512, step_tokens=256),
 )

@@ -258,24 +258,25 @@ def recording_as_json(recording: Recording) -> dict[str, Any]:
 
 
 def prediction_table(
-    name: str, kind: str, predictions: Sequence[Prediction], checks: Sequence[tuple[Measured, Prediction]]
+    name: str, kind: str, prediction: Prediction, checks: Sequence[tuple[Measured, Prediction]]
 ) -> RenderableType:
-    """Predicted speeds, what they rest on, and how far the rule is off where it can be checked."""
-    first = predictions[0]
+    """A predicted speed, what it rests on, and how far the rule is off where it can be checked."""
+    p = prediction
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("batch", "context", "ms a step", "tok/s", "memory", "compute", "kernels", "host", "roof tok/s"):
+    ahead = [("prefill", str(p.prompt))] if p.prompt else [("batch", str(p.batch)), ("context", str(p.context))]
+    times = (p.step_s, p.memory_s, p.compute_s, p.kernels_s, p.host_s)
+    names = ("ms in all" if p.prompt else "ms a step", "memory", "compute", "kernels", "host")
+    cells = [(title, f"{seconds * 1e3:,.3f}") for title, seconds in zip(names, times, strict=True)]
+    cells = [*ahead, *cells, ("tok/s", f"{p.tok_s:,.1f}"), ("roof tok/s", f"{p.roof_tok_s:,.1f}")]
+    for column, _ in cells:
         table.add_column(column, justify="right", no_wrap=True)
-    for p in predictions:
-        parts = (f"{seconds * 1e3:,.3f}" for seconds in (p.memory_s, p.compute_s, p.kernels_s, p.host_s))
-        step = f"{p.step_s * 1e3:,.3f}"
-        table.add_row(str(p.batch), str(p.context), step, f"{p.tok_s:,.1f}", *parts, f"{p.roof_tok_s:,.1f}")
-    lines = [f"by {text}" for text in first.assumptions]
+    table.add_row(*(text for _, text in cells))
+    lines = [f"by {text}" for text in p.assumptions]
     lines += [
-        f"checked: {m.shape} {m.kind} on {m.chip}, batch {m.batch}, context {m.context}: predicted {p.tok_s:,.0f}, "
-        f"measured {m.tok_s:,.0f} tok/s ({m.error_of(p):+.0%})"
-        for m, p in checks
+        f"checked: {m.title}: predicted {of.tok_s:,.0f}, measured {m.tok_s:,.0f} tok/s ({m.error_of(of):+.0%})"
+        for m, of in checks
     ]
-    title = Text(f"{name} ({kind}) on {first.chip.name}, predicted and not measured; ms of its parts", style="bold")
+    title = Text(f"{name} ({kind}) on {p.chip.name}, predicted and not measured; ms of its parts", style="bold")
     return Group(title, table, Text(""), *(Text(line) for line in lines))
 
 

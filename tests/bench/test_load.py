@@ -22,6 +22,7 @@ from tinyvllm.cli import app
 from tinyvllm.config import EngineConfig
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.scheduling.plan import StepStats
 
 TARGET = Target("http://server", "tiny")
 WORK = LoadWork(num_requests=3, num_warmup=2, input_len=16, output_len=4)
@@ -157,6 +158,18 @@ def engine() -> Iterator[AsyncEngine]:
 def url(engine: AsyncEngine) -> Iterator[str]:
     with serving(engine) as address:
         yield address
+
+
+def test_load_waits_until_the_server_is_warm(url: str, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = iter(range(40, 0, -1))  # looked at several times a request
+    monkeypatch.setattr(engine, "stats", lambda: StepStats(num_captures_to_come=next(left, 0)))
+    monkeypatch.setattr("tinyvllm.bench.load.POLL_S", 0.0)
+    stages: list[tuple[str, int, int]] = []
+    rows = asyncio.run(measure_load(Target(url, "tiny"), WORK, [Load(1)], lambda *stage: stages.append(stage)))
+    assert rows[0]["requests"] == 3
+    warm = [(done, total) for name, done, total in stages if name == "warm-up"]
+    assert len(warm) > 2 and warm == sorted(warm)
+    assert warm[0][0] < warm[0][1] and warm[-1][0] == warm[-1][1]
 
 
 @pytest.mark.parametrize("api", ["completions", "chat"])

@@ -181,7 +181,7 @@ def _measure_prefill(runner: Runner, machine: Machine, work: LatencyWork, case: 
     times: list[float] = []
     for repeat in range(-work.num_warmup, work.num_repeats):
         start_s = time.perf_counter()
-        _run(runner, plans)
+        num_rows = _run(runner, plans)
         if repeat >= 0:
             times.append(time.perf_counter() - start_s)
     costs = [runner.cost(plan) for plan in plans]
@@ -202,20 +202,21 @@ def _measure_prefill(runner: Runner, machine: Machine, work: LatencyWork, case: 
         kv_read_bytes=sum(cost.kv_read_bytes for cost in costs),
         kv_written_bytes=sum(cost.kv_written_bytes for cost in costs),
         moved_bytes=sum(cost.moved_bytes for cost in costs),
+        more={"padding_share": 1 - case.batch * case.length / num_rows if num_rows else 0.0},
     )
 
 
-def _run(runner: Runner, plans: Sequence[StepPlan]) -> None:
-    """Plans whose tokens nobody needs before the last, as many in flight as may be."""
+def _run(runner: Runner, plans: Sequence[StepPlan]) -> int:
+    """Plans whose tokens nobody needs before the last, as many in flight as may be. The rows of their graphs."""
     flights: deque[Any] = deque()
+    num_rows = 0
     for plan in plans:
         if len(flights) == runner.max_in_flight:
-            runner.collect(flights.popleft())
+            num_rows += runner.collect(flights.popleft()).num_rows
         flight = runner.launch(plan)
         runner.sample(flight)
         flights.append(flight)
-    for flight in flights:
-        runner.collect(flight)
+    return num_rows + sum(runner.collect(flight).num_rows for flight in flights)
 
 
 def _measure_decode(runner: Runner, machine: Machine, work: LatencyWork, case: Case) -> Row:

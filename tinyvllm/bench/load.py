@@ -34,6 +34,7 @@ CHARACTERS_PER_TOKEN = (
 )
 SLO_NAMES = ("ttft", "tpot", "itl", "e2e")
 CONNECT_TIMEOUT_S = 10.0
+POLL_S = 0.2  # between two looks at a server that warms up
 
 
 @dataclass(frozen=True)
@@ -187,11 +188,30 @@ async def find_model(target: Target) -> str:
         raise TinyvllmError(f"there is no OpenAI server at {target.url}: {type(error).__name__} {error}") from error
 
 
+async def until_warm(client: httpx.AsyncClient, report: Report) -> None:
+    """Return when the server captures no graphs between steps any more, where it says that it does: ours, at /ready."""
+    total = 0
+    while True:
+        try:
+            to_come = int((await client.get("/ready")).json()["num_captures_to_come"])
+        except (httpx.HTTPError, ValueError, LookupError, TypeError):  # another server, which has no such thing
+            return
+        total = max(total, to_come)
+        if total:
+            report("warm-up", total - to_come, total)
+        if not to_come:
+            return
+        await asyncio.sleep(POLL_S)
+
+
 async def measure_load(target: Target, work: LoadWork, loads: Sequence[Load], report: Report) -> list[dict[str, Any]]:
-    """One row a level of load, JSON values. Raises TinyvllmError where not one request of a level succeeds."""
+    """One row a level of load, JSON values, once the server is warm.
+
+    Raises TinyvllmError where not one request of a level succeeds."""
     rows = []
     number = itertools.count()  # of prompts: none comes twice
     async with target.client() as client:
+        await until_warm(client, report)
         for load in loads:
             warm = dataclasses.replace(load, rate=None, concurrency=load.concurrency or work.num_warmup or 1)
             await _send_all(client, target, work, warm, [next(number) for _ in range(work.num_warmup)], None)

@@ -119,16 +119,14 @@ class Draft:
         self._layout = bucket.layout(ground.capacity)
         self._buffers = [device.input_buffer(self._layout.size) for _ in ground.outputs]
         self._forward, self._adjusted = self._draft()
-        for piece in (self._forward, self._adjusted):
-            if isinstance(piece.step, Tracing):
-                compiler.begin(piece.step.kernels)
+        tracings = [piece.step for piece in (self._forward, self._adjusted) if isinstance(piece.step, Tracing)]
+        self._results = [result for tracing in tracings for result in compiler.begin(tracing.kernels)]
         self.trace_s = time.perf_counter() - start_s
 
     @property
     def is_compiled(self) -> bool:
         """Whether `finish` would wait for no compiler."""
-        pieces = (self._forward, self._adjusted)
-        return all(self._compiler.is_done(one.step.kernels) for one in pieces if isinstance(one.step, Tracing))
+        return all(result.ready() for result in self._results)
 
     def finish(self) -> Graph:
         """The graph, with a lane for each output; the step of a lane reads the output of the lane before it. On a GPU

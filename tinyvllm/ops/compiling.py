@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 from collections.abc import Iterable
 from multiprocessing.pool import AsyncResult, Pool
 
@@ -16,6 +17,7 @@ from tinygrad.uop.ops import CallInfo, Ops, graph_rewrite
 
 from tinyvllm.ops.program_store import ProgramStore
 
+WORKER_NICENESS = 5
 Kernel = tuple[UOp, str]  # a SINK, and the device that it is for
 Key = tuple  # tinygrad's, of a kernel and all that decides what it becomes
 
@@ -31,9 +33,10 @@ class Compiler:
         self.num_compiled = 0
         self._begun: dict[Key, AsyncResult | None] = {}  # None: to be made here, when it is asked for
 
-    def begin(self, kernels: Iterable[Kernel]) -> None:
-        """See to it that these kernels become programs. Returns at once."""
-        missing = {key: kernel for kernel in set(kernels) if not self._is_known(key := _key_of(kernel))}
+    def begin(self, kernels: Iterable[Kernel]) -> tuple[AsyncResult, ...]:
+        """See to it that these kernels become programs. Returns at once: what is ready when the compilers are done."""
+        kernels = set(kernels)
+        missing = {key: kernel for kernel in kernels if not self._is_known(key := _key_of(kernel))}
         pool = _get_pool() if len(missing) + len(self._begun) > 1 else None  # a process takes longer to start than one
         for key, (sink, device) in missing.items():
             if pool is None or sink.arg.beam:  # a search times its candidates on the device, which is open here
@@ -42,11 +45,8 @@ class Compiler:
                 context = {variable.key: variable.value for variable in to_program_context}
                 task = (0, (sink, Device[device].renderer), context)
                 self._begun[key] = pool.apply_async(_compile_kernel, (task,))
-
-    def is_done(self, kernels: Iterable[Kernel]) -> bool:
-        """Whether `programs` would return at once."""
-        results = [self._begun.get(_key_of(kernel)) for kernel in set(kernels)]
-        return all(result is None or result.ready() for result in results)
+        results = [self._begun.get(_key_of(kernel)) for kernel in kernels]
+        return tuple(result for result in results if result is not None)
 
     def programs(self, kernels: Iterable[Kernel]) -> dict[Kernel, UOp]:
         """The kernels' programs, ready to be launched. Waits for those that are not done; raises what kept one from
@@ -100,12 +100,18 @@ def _with_local_size(program: UOp) -> UOp:
     return graph_rewrite(call, pm_optimize_local_size, walk=True).src[0]
 
 
+def _begin_worker() -> None:
+    """Let steps that run meanwhile, on the same cores where the device is a CPU, come first."""
+    worker._init_worker()
+    os.nice(WORKER_NICENESS)
+
+
 def _get_pool() -> Pool | None:
     """tinygrad's pool of processes, which searches use too. Made here, because tinygrad's ends each process after 16
     programs, and a new one takes a second to begin; theirs is for searches of thousands."""
     if PARALLEL.value == 0 or multiprocessing.current_process().daemon:  # a daemon may not have children
         return None
     if worker.worker_pool is None:
-        worker.worker_pool = worker._WorkerContext().Pool(PARALLEL.value, worker._init_worker)
+        worker.worker_pool = worker._WorkerContext().Pool(PARALLEL.value, _begin_worker)
         atexit.register(worker.terminate_worker_pool)
     return worker.worker_pool

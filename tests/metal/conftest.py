@@ -22,7 +22,7 @@ from tests.metal import plugin_name, reports_variable
 IS_METAL = os.environ["DEV"].split(":")[0].upper() == "METAL"
 if sys.platform == "darwin":
     # what is tested there is this folder's simulator, or needs its computer
-    collect_ignore = ["test_simulator.py", "test_commands.py", "test_limits.py", "test_live_objects.py"]
+    collect_ignore = [f"test_{name}.py" for name in ("simulator", "commands", "limits", "live_objects", "memory")]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -15,6 +15,7 @@ from tinyvllm.ops.device import open_device
 from tinyvllm.ops.kernel import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.recording import Call, Step, record
 from tinyvllm.ops.replay import _waits, make_replay
+from tinyvllm.ops.scratch import Scratch
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
@@ -105,6 +106,23 @@ def test_a_chain_across_cores_runs_in_order_again_and_again() -> None:
         run()
         device.wait()
         assert (np.frombuffer(step.output.uop.base.buffer.as_memoryview(), np.float32) == 20).all()
+
+
+def test_steps_share_memory_where_a_later_one_uses_fewer_cores() -> None:
+    device, size = open_device(2), 64
+    start = Tensor.zeros(size, device="CPU").contiguous().realize()
+
+    def trace(*devices: str) -> Tensor:
+        x = start
+        for name in devices:
+            x = run_kernel(add_one_kernel(size), [empty(size, device=name)], [x])[0]
+        return x.realize()
+
+    both, one = record(lambda: trace("CPU", "CPU:1", "CPU")), record(lambda: trace("CPU", "CPU"))
+    for step, expected in zip(Scratch().place(both, one), (3, 2), strict=True):
+        make_replay(device, step)()
+        device.wait()
+        assert (np.frombuffer(step.output.uop.base.buffer.as_memoryview(), np.float32) == expected).all()
 
 
 def test_waits_name_the_other_cores_last_call_once() -> None:

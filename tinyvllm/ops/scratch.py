@@ -37,7 +37,7 @@ class Scratch:
         for step in (first, *later):
             ends = dict(kept_ends)
             _append(_scratch_of(step), places, ends)
-            sizes = {device: max(end, sizes.get(device, 0)) for device, end in ends.items()}
+            sizes |= {device: max(end, sizes.get(device, 0)) for device, end in ends.items()}
         for device, size in sizes.items():
             if device not in self._arenas or self._arenas[device].nbytes < size:
                 self._arenas[device] = Buffer(device, size, dtypes.uint8).allocate()

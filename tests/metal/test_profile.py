@@ -8,6 +8,7 @@ import pytest
 
 from tests.builders import TinyLlama, write_tiny_hf_llama
 from tests.execution.test_profile import decode_plan
+from tinyvllm.bench import doctor
 from tinyvllm.config import EngineConfig, SamplingParams
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.profiling.kernels import StepProfile, tabulate
@@ -66,3 +67,20 @@ def test_a_step_calculates_what_its_weights_and_tokens_ask(runner: ModelRunner) 
     each = 4 * MODEL.layers * MODEL.heads * MODEL.head_dim
     assert decode["attention"] == each * 21
     assert prompt["attention"] == each * PROMPT * (PROMPT + 1) // 2
+
+
+def test_the_doctor_names_the_family_and_the_limits_and_says_where_graphs_are_missing(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinygrad import Device
+    from tinygrad.runtime.graph.metal import MetalGraph
+
+    metal = Device["METAL"]
+    monkeypatch.setattr(metal, "graph", MetalGraph)
+    found = next(doctor.device(runner, 1.0))
+    assert found.status == doctor.GOOD and f", {metal.arch}" in found.value and metal.arch.startswith(("Apple", "Mac"))
+    monkeypatch.setattr(metal, "graph", None)
+    found = next(doctor.device(runner, 1.0))
+    assert found.status == doctor.ODD and "without graphs" in found.value and "virtual machine" in found.remedy
+    (programs,) = doctor.programs(runner)
+    assert programs.status == doctor.GOOD and "threadgroup memory" in programs.value

@@ -91,7 +91,12 @@ def machine() -> Iterator[Check]:
 
 def device(runner: ModelRunner, start_s: float) -> Iterator[Check]:
     """What was opened, the memory that the engine has, and what start-up found."""
-    yield Check("device", GOOD, f"{runner.device}: {runner.hardware}")
+    value = f"{runner.device}: {runner.hardware}" + (f", {runner.architecture}" if runner.architecture else "")
+    if runner.has_graphs:
+        yield Check("device", GOOD, value)
+    else:
+        remedy = "a virtual machine's Metal launches each kernel alone: run on the Mac itself for its speed"
+        yield Check("device", ODD, f"{value}, without graphs", remedy)
     capacity = runner.capacity
     yield Check("KV cache", GOOD, "; ".join(capacity.explanation))
     kept = 0 if runner.store is None else runner.store.num_steps_read

@@ -33,7 +33,7 @@ from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
 from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.bandwidth import measure_bandwidth
 from tinyvllm.ops.device import FLOATS, open_device, usable_cores
-from tinyvllm.ops.hardware import hardware_name, measure_flops, processor_name
+from tinyvllm.ops.hardware import architecture, hardware_name, has_graphs, measure_flops, processor_name
 from tinyvllm.ops.limits import ProgramFacts, program_facts
 from tinyvllm.ops.program_store import ProgramStore, default_root, open_program_store
 from tinyvllm.ops.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
@@ -328,6 +328,16 @@ class ModelRunner:
     def hardware(self) -> str:
         """The maker's name of the device."""
         return hardware_name(self._backend.device)
+
+    @property
+    def architecture(self) -> str:
+        """What kernels are made for: "Apple9", "sm_90"; "" on a CPU."""
+        return architecture(self._backend.device)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether a step is launched as one."""
+        return has_graphs(self._backend.device)
 
     def measure_flops(self) -> float:
         """Operations a second of a matrix product, by a test of a second or two."""

@@ -29,6 +29,16 @@ def hardware_name(device: DeviceHandle) -> str:
     return device.name
 
 
+def architecture(device: DeviceHandle) -> str:
+    """What kernels are made for: the family of a Mac's GPU ("Apple9"), CUDA's "sm_90"; "" of what names none."""
+    return "" if device.is_cpu else str(Device[device.name].renderer.target.arch)
+
+
+def has_graphs(device: DeviceHandle) -> bool:
+    """Whether a step is launched as one. Not under virtualised Metal, whose indirect commands do not work."""
+    return device.is_cpu or Device[device.name].graph is not None
+
+
 def _cuda_name(number: int) -> str:
     from tinygrad.runtime.autogen import cuda  # only where there is a driver to load
 

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from tinygrad import Tensor, dtypes
+from tinygrad import dtypes
 
 from tests.ops.builders import Sampled, make_step, normal, sample
-from tinyvllm.config import MAX_LOGPROBS, MAX_STOP_IDS
+from tinyvllm.config import MAX_LOGPROBS
+from tinyvllm.ops import keep
 from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.device import DeviceHandle
-from tinyvllm.ops.kernel import Body, KernelFn, empty, finish, run_kernel
+from tinyvllm.ops.keep import mix32
+from tinyvllm.ops.kernel import Body, empty, finish, run_kernel
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.reference_sample import mix32 as reference_mix32
 from tinyvllm.ops.reference_sample import threshold, uniforms
-from tinyvllm.ops.sample import OUT_TOP, OUT_WIDTH, SampleSpec, draw_kernel, logprobs_kernel, mix32
+from tinyvllm.ops.sample import LEADER_WIDTH, TOP_ID, LeadersSpec, SampleSpec, draw_kernel, leaders_kernel
 from tinyvllm.ops.step_inputs import StepLayout
 
 VOCABULARIES = (5, 32, 40, 256, 1000, 49152)
@@ -256,33 +258,47 @@ def test_uniform_numbers_are_uniform_and_never_0_or_1() -> None:
 # -- what a row does not ask for, it does not pay for ----------------------------------------------------------------
 
 
-def run_sentinels(kernel: KernelFn, device: DeviceHandle, sizes: list[int], inputs: list[Tensor]) -> list[np.ndarray]:
-    """Run a kernel on outputs that hold -77 everywhere."""
-    outputs = [device.upload(np.full(size, -77, np.int32)) for size in sizes[:1]]
-    outputs += [device.upload(np.full(size, -77, np.float32)) for size in sizes[1:]]
-    return [out.numpy() for out in run_kernel(kernel, outputs, inputs)]
-
-
-def test_only_rows_that_draw_compute_weights_and_only_rows_that_ask_rank(device: DeviceHandle, kind: str) -> None:
+def test_only_rows_that_cut_keep_noises_and_only_rows_that_ask_rank(device: DeviceHandle, kind: str) -> None:
     """The passes' lengths are data: a pass that does not run leaves its output as it was."""
     seqs, vocab = 4, 100
     layout = StepLayout(seqs, seqs, 1, 8)
-    spec = SampleSpec(layout, vocab, 128, has_threads=kind == "gpu")
+    spec = SampleSpec(layout, vocab, (128,), has_threads=kind == "gpu")
     buffer = make_step(layout, [])
     views = layout.views(buffer)
     views["temperature"].view(np.float32)[:] = [0.0, 1.0, 0.0, 0.5]
+    views["top_p"].view(np.float32)[:] = [0.9, 1.0, 0.9, 0.9]
     views["num_logprobs"][:] = [-1, -1, 0, 2]
-    inputs, logits = device.upload(buffer), device.upload(normal(seqs, 128))
-    norms = device.upload(np.zeros(seqs, np.float32))
+    sizes = [seqs * spec.num_parts * LEADER_WIDTH, seqs * 128, seqs * 128]
+    outputs = [device.upload(np.full(sizes[0], -77, np.int32)), device.upload(normal(seqs, 128))]
+    outputs.append(device.upload(np.full(sizes[2], -77, np.float32)))
+    out = run_kernel(leaders_kernel(LeadersSpec(spec, 0)), outputs, [device.upload(buffer)])
+    leaders, noises = out[0].numpy().reshape(seqs, LEADER_WIDTH), out[2].numpy().reshape(seqs, 128)
+    assert (noises[:, :vocab] != -77).all(1).tolist() == [False, False, False, True]
+    assert (noises == -77).all(1).tolist() == [True, True, True, False]
+    assert (leaders[:, TOP_ID : TOP_ID + MAX_LOGPROBS] != -77).sum(1).tolist() == [0, 0, 0, 2]
 
-    held = device.upload(np.zeros(seqs * MAX_STOP_IDS, np.float32))
-    operands = [logits, inputs, norms, held]
-    _, weights = run_sentinels(draw_kernel(spec), device, [seqs * OUT_WIDTH, seqs * 128], operands)
-    drawn = (weights.reshape(seqs, 128)[:, :vocab] != -77).all(1)
-    untouched = (weights.reshape(seqs, 128) == -77).all(1)
-    assert drawn.tolist() == [False, True, False, True]
-    assert untouched.tolist() == [True, False, True, False]
 
-    out, _ = run_sentinels(logprobs_kernel(spec), device, [seqs * OUT_WIDTH, seqs], [logits, inputs])
-    ranked = (out.reshape(seqs, OUT_WIDTH)[:, OUT_TOP : OUT_TOP + MAX_LOGPROBS] != -77).sum(1)
-    assert ranked.tolist() == [0, 0, 0, 2]
+@pytest.mark.parametrize(
+    ("cuts", "most"),
+    [
+        ({"top_p": 0.9}, 4),
+        ({"top_p": 0.5}, 6),
+        ({"top_k": 50}, 16),
+        ({"min_p": 0.05}, 1),
+        ({"top_k": 20, "top_p": 0.95}, 32),
+        ({"top_k": 20, "top_p": 0.95, "min_p": 0.01}, 32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("spread", [0.5, 3.0])
+def test_a_cut_takes_a_few_looks(
+    backend: Backend, reference: ReferenceBackend, monkeypatch: pytest.MonkeyPatch, cuts: dict, most: int, spread: float
+) -> None:
+    """A row that had not found its token by then would get the likeliest. A look reads the logits once; thresholds by
+    bisection would be 31."""
+    monkeypatch.setattr(keep, "MAX_TURNS", most)
+    draw_kernel.cache_clear()
+    logits = spread * normal(40, 2000, seed=7)
+    tokens, expected = (sample(ops, logits, temperature=1.0, **cuts).tokens for ops in (backend, reference))
+    draw_kernel.cache_clear()
+    np.testing.assert_array_equal(tokens, expected)

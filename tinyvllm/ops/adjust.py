@@ -22,16 +22,18 @@ bias (S, 2 * MAX_LOGIT_BIAS) int32: ids, then the bits of the floats to add
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 
 from tinyvllm.config import MAX_LOGIT_BIAS
 from tinyvllm.ops.device import DeviceHandle
+from tinyvllm.ops.keep import logit_of
 from tinyvllm.ops.kernel import F32, I32, NEG_INF, U16, U32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.rows import row_writer
-from tinyvllm.ops.sample import OUT_TOKEN, OUT_WIDTH, SampleSpec, draw_kernel, hold_back, logprobs_kernel
+from tinyvllm.ops.sample import OUT_TOKEN, OUT_WIDTH, LeadersSpec, SampleSpec, draw_kernel, look_at_share, row_slices
+from tinyvllm.ops.typical import typical_kernel
 
 WORD = 32  # ids a word of a mask
 THREADS = 256  # of a threadgroup that adjusts logits
@@ -85,7 +87,7 @@ def state_bytes(num_rows: int, vocab_size: int) -> int:
 
 @dataclass(frozen=True)
 class AdjustSpec:
-    """A step's logits (R, stride) float32, and a state of S rows."""
+    """A step's logits, and a state of S rows. They are adjusted in one piece: `sample` has one width."""
 
     sample: SampleSpec
     num_rows: int  # S
@@ -96,21 +98,21 @@ class AdjustSpec:
 
 
 def sample_adjusted(
-    spec: SampleSpec, logits: Tensor, inputs: Tensor, state: SamplingState, out: Tensor | None = None
+    spec: SampleSpec, logits: Sequence[Tensor], inputs: Tensor, state: SamplingState, out: Tensor | None = None
 ) -> Tensor:
     """(R * OUT_WIDTH,) int32, as `sample`. Counts the sampled tokens in the state; leaves the logits as they are."""
-    seqs, device = spec.layout.num_seqs, logits.device
-    spec = SampleSpec(spec.layout, spec.vocab_size, spec.stride, spec.has_threads, is_adjusted=True)
-    adjust = AdjustSpec(spec, state.num_rows)
+    seqs, device = spec.layout.num_seqs, str(inputs.device)
+    parts = [look_at_share(LeadersSpec(spec, i, draws=False), share, inputs) for i, share in enumerate(logits)]
+    whole = replace(spec, widths=(sum(spec.widths),), raw_widths=spec.widths)
+    adjust = AdjustSpec(whole, state.num_rows)
+    adjusted = empty(seqs * whole.widths[0], F32, device)
+    (adjusted,) = run_kernel(adjust_kernel(adjust), [adjusted], [inputs, state.counts, state.mask, *logits])
+    (adjusted,) = run_kernel(bias_kernel(adjust), [adjusted], [inputs, state.counts, state.mask, state.bias, *logits])
+    (adjusted,) = run_kernel(typical_kernel(whole), [adjusted], [inputs])
+    changed = look_at_share(LeadersSpec(whole, 0, ranks=False), adjusted, inputs)
     out = empty(seqs * OUT_WIDTH, I32, device) if out is None else out
-    norms = empty(seqs, F32, device)
-    out, norms = run_kernel(logprobs_kernel(spec), [out, norms], [logits, inputs])
-    adjusted = empty(seqs * spec.stride, F32, device)
-    (adjusted,) = run_kernel(adjust_kernel(adjust), [adjusted], [logits, inputs, state.counts, state.mask])
-    (adjusted,) = run_kernel(bias_kernel(adjust), [adjusted], [logits, inputs, state.counts, state.mask, state.bias])
-    adjusted, _, leaders = hold_back(spec, adjusted, inputs)
-    weights = empty(seqs * spec.stride, F32, device)
-    out, _ = run_kernel(draw_kernel(spec), [out, weights], [adjusted, inputs, norms, logits, *leaders])
+    operands = [inputs, *changed, *[tensor for part in parts for tensor in part]]
+    (out,) = run_kernel(draw_kernel(whole), [out], operands)
     # the output is passed on, so that whoever waits for it waits for the counts
     return run_kernel(count_kernel(adjust), [out, state.counts], [inputs])[0]
 
@@ -152,39 +154,50 @@ class _Adjustment:
 
 @cached_kernel
 def adjust_kernel(spec: AdjustSpec) -> KernelFn:
-    """fn(adjusted (R, stride), logits, inputs, counts, mask): every logit as its row wants it, but for its bias."""
-    seqs, stride, vocab = spec.sample.layout.num_seqs, spec.sample.stride, spec.sample.vocab_size
+    """fn(adjusted (R, stride), inputs, counts, mask, *logits): every logit as its row wants it, but for its bias."""
+    seqs, (stride,), vocab = spec.sample.layout.num_seqs, spec.sample.widths, spec.sample.vocab_size
     is_padded = stride >= spec.words * WORD  # what lies behind the vocabulary may be written
 
-    def kernel(adjusted: UOp, logits: UOp, inputs: UOp, counts: UOp, mask: UOp) -> UOp:
-        body = Body()
-        if spec.sample.has_threads:
-            words = THREADS // WORD
-            row, chunk = body.grid(seqs), body.grid(-(-spec.words // words))
-            lane, group = body.threads(WORD), body.threads(words)
-            word = (chunk * words + group).minimum(spec.words - 1)  # the last words twice: the same values
-            ends = [lane, group, chunk, row]
-        else:
-            row, word, lane = body.grid(seqs) if seqs > 1 else body.loop(1), body.loop(spec.words), body.loop(WORD)
-            ends = [lane, word, row]
+    def kernel(adjusted: UOp, inputs: UOp, counts: UOp, mask: UOp, *logits: UOp) -> UOp:
+        body, has_threads = Body(), spec.sample.has_threads
+        row = body.grid(seqs) if seqs > 1 or has_threads else body.loop(1)
         change = _Adjustment(spec, row, inputs, counts, mask)
-        index = word * WORD + lane
-        at = row * stride + index
-        source = at if is_padded else row * stride + index.minimum(vocab - 1)
-        value = change.apply(logits[source].load(), word, lane, change.word_of(word))
-        store = adjusted[at if is_padded else at.valid(index < vocab)].store(value)
+        stores = []
+        for share in row_slices(logits, spec.sample.raw_widths, row, vocab):
+            first, num_words = share.origin // WORD, mask_words(min(share.span, vocab - share.origin))
+            word, ends = _words(body, num_words, has_threads)
+            lane = ends[0]
+            index = (first + word) * WORD + lane
+            value = share.value_of(index if is_padded else index.minimum(vocab - 1))
+            value = change.apply(value, first + word, lane, change.word_of(first + word))
+            at = row * stride + index
+            stores.append(adjusted[at if is_padded else at.valid(index < vocab)].store(value).end(*ends))
         name = f"adjust_{seqs}x{vocab}"
-        return finish(store.end(*ends), name, ops=8 * seqs * vocab, nbytes=10 * seqs * vocab)
+        return finish(UOp.group(*stores).end(row), name, ops=8 * seqs * vocab, nbytes=10 * seqs * vocab)
 
     return kernel
 
 
+def _words(body: Body, num_words: int, has_threads: bool) -> tuple[UOp, list[UOp]]:
+    """A word of a mask, and the axes that go over all of them, that over the ids of a word first."""
+    if not has_threads:
+        word, lane = body.loop(num_words), body.loop(WORD)
+        return word, [lane, word]
+    per_group = THREADS // WORD
+    chunk, lane, group = body.grid(-(-num_words // per_group)), body.threads(WORD), body.threads(per_group)
+    return (chunk * per_group + group).minimum(num_words - 1), [
+        lane,
+        group,
+        chunk,
+    ]  # the last ones twice: the same values
+
+
 @cached_kernel
 def bias_kernel(spec: AdjustSpec) -> KernelFn:
-    """fn(adjusted, logits, inputs, counts, mask, bias): the ids with a bias once more, from the raw logit and bias."""
-    seqs, stride, vocab = spec.sample.layout.num_seqs, spec.sample.stride, spec.sample.vocab_size
+    """fn(adjusted, inputs, counts, mask, bias, *logits): the ids with a bias once more, from the raw logit and bias."""
+    seqs, (stride,), vocab = spec.sample.layout.num_seqs, spec.sample.widths, spec.sample.vocab_size
 
-    def kernel(adjusted: UOp, logits: UOp, inputs: UOp, counts: UOp, mask: UOp, bias: UOp) -> UOp:
+    def kernel(adjusted: UOp, inputs: UOp, counts: UOp, mask: UOp, bias: UOp, *logits: UOp) -> UOp:
         body = Body()
         has_threads = spec.sample.has_threads
         row = body.grid(seqs) if seqs > 1 or has_threads else body.loop(1)
@@ -197,7 +210,8 @@ def bias_kernel(spec: AdjustSpec) -> KernelFn:
         index = bias[at].load().maximum(0).minimum(vocab - 1).cast(dtypes.weakint)
         added = bias[at + MAX_LOGIT_BIAS].load().bitcast(F32)
         word, lane = index // WORD, index % WORD
-        value = change.apply(logits[row * stride + index].load() + added, word, lane, change.word_of(word))
+        logit = logit_of(row_slices(logits, spec.sample.raw_widths, row, vocab), index)
+        value = change.apply(logit + added, word, lane, change.word_of(word))
         target = row * stride + index
         store = adjusted[target if thread is None else target.valid(entry.cast(I32) < change.num_bias)].store(value)
         axes = (chunk, row) if thread is None else (chunk, thread, row)

@@ -143,8 +143,10 @@ def sample_rows(
     state: SamplingState | None = None,
 ) -> Tensor:
     """`Backend.sample`, the same for every device."""
-    spec = SampleSpec(layout, vocab_size, stride, device.has_threads)
-    return sample(spec, logits, inputs, out) if state is None else sample_adjusted(spec, logits, inputs, state, out)
+    spec = SampleSpec(layout, vocab_size, (stride,), device.has_threads)
+    if state is None:
+        return sample(spec, [logits], inputs, out)
+    return sample_adjusted(spec, [logits], inputs, state, out)
 
 
 def stack_rows(hosts: Sequence[HostMatrix]) -> list[HostMatrix]:

@@ -68,6 +68,12 @@ class Body:
             raise InvariantError(f"a loop of at most {size.vmax} iterations cannot order its stores")
         return self._range(size.cast(I32), AxisType.REDUCE, dtype=I32)
 
+    def repeat(self) -> UOp:
+        """A loop that is ended by `.end(loop, goes_on)`: it runs at least once. No other loop may be around it, and the
+        length of a loop inside it must not hang on what it carries."""
+        self._axis += 1
+        return UOp.loop(self._axis - 1)
+
     def grid(self, size: int) -> UOp:
         """Independent work items: threadgroups on a GPU; on a CPU commands of the worker (one such axis at most)."""
         return self._range(size, AxisType.GLOBAL)

@@ -120,13 +120,13 @@ class Draft:
         self._buffers = [device.input_buffer(self._layout.size) for _ in ground.outputs]
         self._forward, self._adjusted = self._draft()
         tracings = [piece.step for piece in (self._forward, self._adjusted) if isinstance(piece.step, Tracing)]
-        self._results = [result for tracing in tracings for result in compiler.begin(tracing.kernels)]
+        self._pending = [one for tracing in tracings for one in compiler.begin(tracing.kernels)]
         self.trace_s = time.perf_counter() - start_s
 
     @property
     def is_compiled(self) -> bool:
         """Whether `finish` would wait for no compiler."""
-        return all(result.ready() for result in self._results)
+        return all(pending.is_done for pending in self._pending)
 
     def finish(self) -> Graph:
         """The graph, with a lane for each output; the step of a lane reads the output of the lane before it. On a GPU

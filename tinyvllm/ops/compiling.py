@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import os
+import time
 from collections.abc import Iterable
 from multiprocessing.pool import AsyncResult, Pool
 
@@ -18,8 +20,34 @@ from tinygrad.uop.ops import CallInfo, Ops, graph_rewrite
 from tinyvllm.ops.program_store import ProgramStore
 
 WORKER_NICENESS = 5
+# A process that was killed, for memory say, takes its kernel along: after so long it is compiled here.
+LOST_S = 300.0
+
+logger = logging.getLogger(__name__)
 Kernel = tuple[UOp, str]  # a SINK, and the device that it is for
 Key = tuple  # tinygrad's, of a kernel and all that decides what it becomes
+
+
+class Pending:
+    """A kernel that another process compiles."""
+
+    def __init__(self, result: AsyncResult) -> None:
+        self._result = result
+        self._begun_s = time.monotonic()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._result.ready() or self._left_s <= 0
+
+    @property
+    def _left_s(self) -> float:
+        return self._begun_s + LOST_S - time.monotonic()
+
+    def wait(self) -> UOp | None:
+        """The program; None where it was lost. Raises what kept it from being compiled."""
+        self._result.wait(max(0.0, self._left_s))
+        return self._result.get()[1] if self._result.ready() else None
 
 
 class Compiler:
@@ -31,9 +59,9 @@ class Compiler:
     def __init__(self, store: ProgramStore | None = None) -> None:
         self.store = store
         self.num_compiled = 0
-        self._begun: dict[Key, AsyncResult | None] = {}  # None: to be made here, when it is asked for
+        self._begun: dict[Key, Pending | None] = {}  # None: to be made here, when it is asked for
 
-    def begin(self, kernels: Iterable[Kernel]) -> tuple[AsyncResult, ...]:
+    def begin(self, kernels: Iterable[Kernel]) -> list[Pending]:
         """See to it that these kernels become programs. Returns at once: what is ready when the compilers are done."""
         kernels = set(kernels)
         missing = {key: kernel for kernel in kernels if not self._is_known(key := _key_of(kernel))}
@@ -44,9 +72,9 @@ class Compiler:
             else:
                 context = {variable.key: variable.value for variable in to_program_context}
                 task = (0, (sink, Device[device].renderer), context)
-                self._begun[key] = pool.apply_async(_compile_kernel, (task,))
-        results = [self._begun.get(_key_of(kernel)) for kernel in kernels]
-        return tuple(result for result in results if result is not None)
+                self._begun[key] = Pending(pool.apply_async(_compile_kernel, (task,)))
+        pending = [self._begun.get(_key_of(kernel)) for kernel in kernels]
+        return [one for one in pending if one is not None]
 
     def programs(self, kernels: Iterable[Kernel]) -> dict[Kernel, UOp]:
         """The kernels' programs, ready to be launched. Waits for those that are not done; raises what kept one from
@@ -73,9 +101,12 @@ class Compiler:
     def _take(self, kernel: Kernel) -> UOp:
         key = _key_of(kernel)
         if key in self._begun:
-            result, (sink, device) = self._begun.pop(key), kernel
+            pending, (sink, device) = self._begun.pop(key), kernel
             if key not in to_program_cache:  # somebody's eager operation may have had the same kernel
-                to_program_cache[key] = _compile_here(sink, device) if result is None else result.get()[1]
+                program = pending.wait() if pending is not None else None
+                if program is None and pending is not None:
+                    logger.warning("kernel %s was lost by a compiling process: it is compiled here", sink.arg.name)
+                to_program_cache[key] = _compile_here(sink, device) if program is None else program
             self.num_compiled += 1
             if self.store is not None:
                 self.store.write_program(key, to_program_cache[key])

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.text.chat import ChatTemplate
 from tinyvllm.text.reasoning import FORMATS, find_reasoning_format
 
 THINK = FORMATS["think"]
@@ -54,6 +55,16 @@ def test_every_cut_gives_the_same(message: str, cuts: set[int], prompt: str) -> 
     edges = sorted({min(cut, len(message)) for cut in cuts} | {0, len(message)})
     pieces = [message[start:end] for start, end in itertools.pairwise(edges)]
     assert read(pieces, prompt) == read([message], prompt)
+
+
+def test_what_a_template_begins_the_answer_with_decides_who_speaks_first() -> None:
+    """Qwen3's thinks unless the request says otherwise: the prompt then ends behind reasoning that is empty."""
+    source = "{{ messages[0].content }}\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    template = ChatTemplate({"default": source}, {}, "tiny")
+    assert find_reasoning_format(None, template.source) is THINK
+    messages = [{"role": "user", "content": "Hm?"}]
+    assert read(["<think>\nSo.\n</think>\n\nYes."], template.render(messages)) == ("So.", "Yes.")
+    assert read(["Yes."], template.render(messages, enable_thinking=False)) == ("", "Yes.")
 
 
 def test_the_format_is_found_by_name_or_template() -> None:

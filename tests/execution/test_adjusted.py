@@ -11,6 +11,7 @@ import pytest
 
 from tests.execution.driver import make_request
 from tinyvllm.errors import InvariantError
+from tinyvllm.execution import adjusted
 from tinyvllm.execution.adjusted import SamplingRows
 from tinyvllm.ops.reference_sample import allowed_ids
 from tinyvllm.ops.step_inputs import StepLayout
@@ -144,3 +145,23 @@ def test_a_grammars_mask_is_cut_by_what_else_is_allowed() -> None:
         (row,) = bench.step(request)
     assert np.flatnonzero(bench.state.masks[row]).tolist() == [1, 5, 7, 9]
     assert bench.state.written == {"mask": 4}
+
+
+def test_the_allowed_ids_become_bits_once_beside_a_mask_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bad words' bits are made anew, since they follow the output; what is always allowed is not."""
+    made: list[tuple[int, ...]] = []
+    original = adjusted._bits
+
+    def note(ids: Sequence[int], num_words: int) -> np.ndarray:
+        made.append(tuple(ids))
+        return original(list(ids), num_words)
+
+    monkeypatch.setattr(adjusted, "_bits", note)
+    bench = Bench()
+    request = running("a", allowed_token_ids=(5, 7, 9))
+    request.bad_words_ids = ((7, 9),)
+    for _ in range(3):
+        (row,) = bench.step(request)
+        assert set(np.flatnonzero(bench.state.masks[row])) <= {5, 7, 9}
+    assert made.count((5, 7, 9)) == 1
+    assert bench.state.written["mask"] == 3

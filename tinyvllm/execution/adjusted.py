@@ -25,6 +25,7 @@ class SamplingRows:
         self._rows: dict[Request, int] = {}
         self._free = list(range(state.num_rows))
         self._words = np.empty(mask_words(state.vocab_size), np.uint32)
+        self._allowed: dict[Request, np.ndarray] = {}  # the words of allowed_token_ids, of requests with a row
 
     def pack(self, plan: StepPlan, views: dict[str, np.ndarray]) -> None:
         """Write what the step's sampled requests ask for into the state and into the step's inputs."""
@@ -32,6 +33,7 @@ class SamplingRows:
         adjusted = {request for request in wanted if request.needs_adjustment and request.status is not Status.FINISHED}
         for request in [request for request in self._rows if request not in adjusted]:
             self._free.append(self._rows.pop(request))
+            self._allowed.pop(request, None)
         views["state_rows"][:] = -1
         for index, request in enumerate(wanted):
             if request in adjusted:
@@ -65,17 +67,23 @@ class SamplingRows:
 
     def _mask(self, request: Request) -> np.ndarray:
         """(W,) uint32: a bit for each id that may be sampled now."""
-        words, allowed = self._words, request.params.allowed_token_ids
+        words = self._words
         if request.constraint is not None:
             request.constraint.fill_mask(words.view(np.int32))
         else:
             words[:] = ALL_ALLOWED
-        if allowed is not None:
-            words &= _bits(allowed, len(words))
+        if request.params.allowed_token_ids is not None:
+            words &= self._allowed_words(request, request.params.allowed_token_ids)
         banned = request.banned_ids()
         if banned:
             words &= ~_bits(banned, len(words))
         return words
+
+    def _allowed_words(self, request: Request, ids: tuple[int, ...]) -> np.ndarray:
+        """(W,) uint32, made once while the request has its row: a grammar's mask meets it at every step."""
+        if request not in self._allowed:
+            self._allowed[request] = _bits(ids, len(self._words))
+        return self._allowed[request]
 
 
 def _bits(ids: tuple[int, ...] | list[int], num_words: int) -> np.ndarray:

@@ -80,7 +80,8 @@ class CostCounter:
 
     def moved_by(self, call: Call, inputs: Tensor, plan: StepPlan) -> int:
         """By one call: every argument once and whole, but for those that it looks things up in: the pool by the
-        sequences' lengths, rope and (beside the step's inputs, which are not counted) the embedding table by rows."""
+        sequences' lengths, rope and (beside the step's inputs, which are not counted) the embedding table by rows; and
+        a sampling kernel by what requests ask for."""
         own = _buffer(inputs)
         looks_up = any(id(buffer.base) == own for buffer in call.buffers)
         # by place: scratch buffers are views of one arena, and a kernel may get the same one twice
@@ -94,7 +95,7 @@ class CostCounter:
             elif base in self._table and looks_up:
                 moved += plan.num_tokens * self._row_bytes * buffer.nbytes // self._model.embedding.nbytes
             elif base != own:
-                moved += buffer.nbytes
+                moved += round(buffer.nbytes * _share_looked_at(call, index, plan))
         return moved
 
 
@@ -103,6 +104,24 @@ def _tokens_moved(call: Call, index: int, plan: StepPlan) -> int:
     outs, ins = (call.target.arg.outs, call.target.arg.ins) if call.target.op is Ops.PROGRAM else ((0,), (1,))
     num_read = sum(entry.start for entry in plan.entries) if index in ins else 0
     return num_read + (plan.num_tokens if index in outs else 0)
+
+
+def _share_looked_at(call: Call, index: int, plan: StepPlan) -> float:
+    """Of argument `index` of a sampling kernel (see ops/sample.py), the share of the rows that it looks at: the leaders
+    read all logits; the noises, and the logits when a token is drawn, are those of rows that cut the distribution, or
+    rank the token. 1 for every other kernel."""
+    name = call.target.arg.name if call.target.op is Ops.PROGRAM else ""
+    if name.startswith("leaders_"):
+        is_noise, is_logit = index == 2, False
+    elif name.startswith("draw_"):
+        is_noise, is_logit = index > 1 and index % 3 == 1, index > 1 and index % 3 == 0
+    else:
+        return 1.0
+    params = [entry.request.params for entry in plan.entries if entry.samples]
+    cuts = [p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0) for p in params]
+    ranks = [is_cut or p.logprobs is not None for is_cut, p in zip(cuts, params, strict=True)]
+    looks = cuts if is_noise else ranks if is_logit else [True]
+    return sum(looks) / max(1, len(looks))
 
 
 def _buffer(tensor: Tensor) -> int:

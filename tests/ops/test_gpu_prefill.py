@@ -4,6 +4,7 @@ DEV=CUDA python -m pytest -m gpu tests/ops/test_gpu_prefill.py"""
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,14 +16,15 @@ from tests.ops.builders import Piece, largest_difference, make_host, make_pool, 
 from tests.ops.test_attention import Case, Result, make_head_norm, make_history, make_rope
 from tests.ops.test_gpu_fused import KINDS, SHAPES, TOLERANCE, lanes, multiply, rendered
 from tests.ops.test_rendering import check_limits, kernels_of, make_renderer, plan_attention, plan_layer
+from tinyvllm.ops import gpu_prefill
 from tinyvllm.ops.backend import AttentionShape, Backend
 from tinyvllm.ops.device import FLOATS, DeviceHandle
 from tinyvllm.ops.gpu_fused import FusedGpuBackend
 from tinyvllm.ops.gpu_gemm import DENSE, MIN_TOKENS, GemmSpec, multiply_rows
-from tinyvllm.ops.gpu_gemm_hopper import HOPPER_SHARED_BYTES, WIDE_COLS
-from tinyvllm.ops.gpu_gemm_wide import MULTIPROCESSORS, TOKEN_TILE, WideSpec, tile_of, wide_kernel
+from tinyvllm.ops.gpu_gemm_hopper import HOPPER_SHARED_BYTES, WIDE_COLS, Box
+from tinyvllm.ops.gpu_gemm_wide import MIN_STEPS, MULTIPROCESSORS, TOKEN_TILE, WideSpec, row_of, tile_of, wide_kernel
 from tinyvllm.ops.gpu_kernel import Lanes, Mma
-from tinyvllm.ops.gpu_prefill import PrefillSpec, tile_map_kernel
+from tinyvllm.ops.gpu_prefill import PrefillSpec, tile_map_kernel, wide_place
 from tinyvllm.ops.kernel import empty, run_kernel
 from tinyvllm.ops.matrix import Format
 from tinyvllm.ops.reference import ReferenceBackend
@@ -63,6 +65,23 @@ def test_tiled_attention_of_large_models_renders_within_the_limits(kind: str, sh
     assert "prefill" in {kernel.arg.name.split("_")[0] for kernel in kernels}
     for kernel in kernels:
         check_limits(kernel, KINDS[kind])
+
+
+def test_hopper_attends_in_the_memory_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_prefill, "is_wide", lambda name: True)
+    kernels = kernels_of(plan_attention(rendered("CUDA"), AttentionShape(32, 8, 64), "float16"))
+    (kernel,) = [kernel for kernel in kernels if kernel.arg.name.startswith("prefill_attention")]
+    check_limits(kernel, "CUDA sm_90")
+    program = to_program(kernel, make_renderer("CUDA sm_90"))
+    assert program.src[2].arg.count("wgmma.mma_async") == 2 * (64 // 16 + 64 // 16)  # scores and sums, in two loops
+    assert program.arg.name.endswith(f"_wide{(128 + 4 * 64) * 128}")  # queries, and two tiles of keys and values
+
+
+def test_a_row_of_hoppers_tiles_lies_in_its_own_bytes() -> None:
+    places = {wide_place(row, piece) for row in range(64) for piece in range(8)}
+    assert places == set(range(0, 64 * 128, 16))
+    for piece in range(8):  # eight rows' pieces, which are read at once, are in all banks
+        assert len({wide_place(row, piece) % 128 for row in range(8)}) == 8
 
 
 def test_too_few_tiles_share_out_the_columns() -> None:
@@ -126,13 +145,35 @@ def test_hoppers_threadgroups_compute_every_tile_once(tokens: int, rows: int, co
         assert spec.token_groups * spec.cluster * TOKEN_TILE >= tokens
 
 
-@pytest.mark.parametrize(("tokens", "rows", "cols"), [(65, 96, 256), (512, 2048, 2048), (2048, 3072, 2048)])
+def rows_of(box: Box) -> list[int]:
+    """The rows of a matrix in the order in which a copy of a box lays them down."""
+    row, *steps = (stride // box.strides[0] for stride in box.strides)
+    dims = [range(0, taken * step, step) for taken, step in zip(box.box[1:], (row, *steps), strict=True)]
+    return [sum(place) for place in itertools.product(*reversed(dims))]
+
+
+@pytest.mark.parametrize(("is_gated", "adds_residual"), [(True, False), (False, True), (False, False)])
+def test_hoppers_results_are_stored_as_the_rows_that_were_fetched(is_gated: bool, adds_residual: bool) -> None:
+    for turned in candidates(hopper(512, 3072, 2048, is_gated=is_gated)):
+        spec = replace(turned.wide, adds_residual=adds_residual)
+        box, share = spec.row_box, spec.row_tile // spec.boxes
+        assert math.prod(box.box[1:]) == share
+        fetched = [row + i * share for i in range(spec.boxes) for row in rows_of(box)]
+        for lane, block, element in itertools.product(range(32), range(spec.out_tile // 8), range(4)):
+            tile_row = block * 8 + lane % 4 * 2 + element % 2  # whose result the lane holds
+            assert row_of(spec, block, element, lane) == fetched[tile_row]
+        runs = [row_of(spec, block, element, 1) for block in range(spec.run // 2) for element in range(2)]
+        assert runs == list(range(runs[0], runs[0] + spec.run))
+
+
+@pytest.mark.parametrize(("tokens", "rows", "cols"), [(65, 96, 256), (520, 64, 768), (512, 2048, 2048)])
 def test_a_cut_of_hoppers_is_whole(tokens: int, rows: int, cols: int) -> None:
     spec = hopper(tokens, rows, cols)
     for turned in candidates(spec):
         wide = turned.wide
         assert wide.splits == turned.splits
         assert wide.steps * wide.splits * WIDE_COLS == cols
+        assert wide.steps >= MIN_STEPS
         assert wide.num_clusters * wide.cluster <= MULTIPROCESSORS
     assert spec.wide.cycles == min(turned.wide.cycles for turned in candidates(spec))
 

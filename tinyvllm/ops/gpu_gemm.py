@@ -16,7 +16,7 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.gpu_gemm_hopper import WIDE_COLS
 from tinyvllm.ops.gpu_gemm_tiles import PIECE, TILE_COLS, TileMma, arrival, commit, copy_piece, quick_silu, together
-from tinyvllm.ops.gpu_gemm_wide import CACHED_TOKENS, ROW_TILES, WideSpec, best_cut, wide_kernel
+from tinyvllm.ops.gpu_gemm_wide import CACHED_TOKENS, MIN_STEPS, ROW_TILES, RUN_ROWS, WideSpec, best_cut, wide_kernel
 from tinyvllm.ops.gpu_kernel import LANES, Mma, axes_of, grid, load_floats, warps
 from tinyvllm.ops.gpu_runs import read_run
 from tinyvllm.ops.kernel import F16, F32, I32, U32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
@@ -65,7 +65,8 @@ class GemmSpec(Tunable):
         """Whether Hopper's kernel multiplies. A spec that unpacks first says so as well: its parts, by which memory is
         made, are those of the product behind."""
         is_dense = self.weights_as_stored or self.unpacks_first
-        return self.has_wide and is_dense and self.num_cols % WIDE_COLS == 0
+        is_long = self.num_cols % WIDE_COLS == 0 and self.num_cols >= MIN_STEPS * WIDE_COLS
+        return self.has_wide and is_dense and is_long and self.out_rows % RUN_ROWS == 0
 
     @property
     def wide(self) -> WideSpec:
@@ -138,7 +139,8 @@ class GemmSpec(Tunable):
         return {"wide_rows": ROW_TILES if self.is_wide else (), "splits": splits}
 
     def is_possible(self) -> bool:
-        return self.num_cols % (self.splits * (WIDE_COLS if self.is_wide else TILE_COLS)) == 0
+        step = MIN_STEPS * WIDE_COLS if self.is_wide else TILE_COLS
+        return self.splits == 1 or self.num_cols % (self.splits * step) == 0
 
     @property
     def steps(self) -> int:
@@ -180,17 +182,30 @@ def gemm_kernel(spec: GemmSpec) -> KernelFn:
 
 @cached_kernel
 def unpack_kernel(fmt: Format, num_rows: int, num_cols: int) -> KernelFn:
-    """fn(out (N, K), *planes): a quantised matrix as float16."""
+    """fn(out (N, K), *planes): a quantised matrix as float16. A thread unpacks a run of 32 values, and by way of
+    threadgroup memory neighbours store neighbouring pieces of 16 bytes."""
 
     def kernel(out: UOp, *planes: UOp) -> UOp:
         body, runs, threads = Body(), num_rows * num_cols // PANEL, 128
         group, thread = grid(body, -(-runs // threads)), body.threads(threads)
         run = (group * threads + thread).minimum(runs - 1)
-        per_row = num_cols // PANEL
-        values = read_run(Planes(fmt, planes), run // per_row, run % per_row, num_cols, PANEL).values(out.dtype)
-        stores = UOp.group(*[out[run * PANEL + i].store(value) for i, value in enumerate(values)])
+        per_row, per_run, stride = num_cols // PANEL, PANEL // PIECE, PANEL + PIECE  # apart by a piece: other banks
+        values = read_run(Planes(fmt, planes), run // per_row, run % per_row, num_cols, PANEL).values(F16)
+        shared = body.shared(threads * stride, F16)
+        shared = shared.after(UOp.group(*[shared[thread * stride + i].store(value) for i, value in enumerate(values)]))
+        stores = []
+        for start in range(0, threads * per_run, threads):
+            piece = start + thread
+            at, source = (
+                (group * threads * per_run + piece) * PIECE,
+                piece // per_run * stride + piece % per_run * PIECE,
+            )
+            if runs % threads:
+                at = at.valid(group * threads * per_run + piece < runs * per_run)
+            stores += [out[at + i].store(shared[source + i].load().cast(out.dtype)) for i in range(PIECE)]
         name = f"unpack_{fmt.name}_{num_rows}x{num_cols}"
-        return finish(stores.end(*reversed(axes_of(group, thread))), name, nbytes=num_rows * num_cols * 3)
+        ended = UOp.group(*stores).end(*reversed(axes_of(group, thread)))
+        return finish(ended, name, nbytes=num_rows * num_cols * 3)
 
     return kernel
 

@@ -13,6 +13,8 @@ launch how much memory it takes (`wide_bytes` in its name).
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tinygrad import Device, UOp, dtypes
@@ -31,7 +33,6 @@ CLUSTERED = "barrier.cluster"  # in the source of kernels whose threadgroups for
 WIDE_TOKENS = 64  # left rows of one instruction
 WIDE_COLS = 64  # columns of a tile: 128 bytes, which is what the copy engine swizzles
 MAP_WORDS = 32  # of a tensor map
-MAX_BOX = 256  # rows that one copy fetches
 HOPPER_SHARED_BYTES = 227 << 10  # threadgroup memory that a kernel may have
 
 DECLARE = (
@@ -39,30 +40,21 @@ DECLARE = (
     "unsigned wide = (unsigned)__cvta_generic_to_shared(wide_memory);"
 )
 # Written in threadgroup memory, whose parts a map may be made of, and copied to where the copy engine reads it.
-# A map of all zeros but for what is set here: two dimensions of float16 (6), swizzle by 128 bytes (3), zeros outside.
-DESCRIBE = """if (threadIdx.y == {0}) {{{{
-  unsigned map = wide + {1};
+# A map of all zeros but for what is set here: float16 (6), swizzle by 128 bytes (3), zeros outside.
+DESCRIBE = """if (threadIdx.y == {warp}) {{{{
+  unsigned map = wide + {place};
   asm volatile("st.shared.u32 [%0], 0;" :: "r"(map + threadIdx.x * 4) : "memory");
   __syncwarp();
   if (threadIdx.x == 0) {{{{
     asm volatile("tensormap.replace.tile.global_address.shared::cta.b1024.b64 [%0], %1;" :: "r"(map), "l"({{0}}));
-    asm volatile("tensormap.replace.tile.rank.shared::cta.b1024.b32 [%0], 1;" :: "r"(map));
-    asm volatile("tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [%0], 0, %1;" :: "r"(map), "r"({2}));
-    asm volatile("tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [%0], 1, %1;" :: "r"(map), "r"({3}));
-    asm volatile("tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%0], 0, %1;" :: "r"(map), "r"({4}));
-    asm volatile("tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%0], 1, %1;" :: "r"(map), "r"({5}));
-    asm volatile("tensormap.replace.tile.global_stride.shared::cta.b1024.b64 [%0], 0, %1;" :: "r"(map), "l"({6}ull));
-    asm volatile("tensormap.replace.tile.element_stride.shared::cta.b1024.b32 [%0], 0, 1;" :: "r"(map));
-    asm volatile("tensormap.replace.tile.element_stride.shared::cta.b1024.b32 [%0], 1, 1;" :: "r"(map));
-    asm volatile("tensormap.replace.tile.elemtype.shared::cta.b1024.b32 [%0], 6;" :: "r"(map));
-    asm volatile("tensormap.replace.tile.interleave_layout.shared::cta.b1024.b32 [%0], 0;" :: "r"(map));
-    asm volatile("tensormap.replace.tile.swizzle_mode.shared::cta.b1024.b32 [%0], 3;" :: "r"(map));
-    asm volatile("tensormap.replace.tile.fill_mode.shared::cta.b1024.b32 [%0], 0;" :: "r"(map));
+{fields}
   }}}}
   __syncwarp();
   asm volatile("tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;"
     :: "l"({{1}}), "r"(map) : "memory");
 }}}}"""
+FIELD = '    asm volatile("tensormap.replace.tile.{}.shared::cta.b1024.b{} [%0], {}%1;" :: "r"(map), "{}"({}));'
+CONSTANT = '    asm volatile("tensormap.replace.tile.{}.shared::cta.b1024.b32 [%0], {};" :: "r"(map));'
 ACQUIRE_MAP = 'asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" :: "l"({0}) : "memory");'
 # the first `count` barriers await `first` arrivals, as many behind them `second`
 BARRIERS = """if (threadIdx.x == 0 && threadIdx.y == 0) {{{{
@@ -79,9 +71,17 @@ WAIT = (
 )
 EXPECT = 'asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%%0], %d;" :: "r"(wide + {0}) : "memory");'
 FETCH = (
-    'asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes%s [%%0], '
-    '[%%1, {{%%2, %%3}}], [%%4]%s;" :: "r"(wide + {0}), "l"({1}), "r"({2}), "r"({3}), "r"(wide + {4})%s : "memory");'
+    'asm volatile("cp.async.bulk.tensor.%dd.shared::cluster.global.mbarrier::complete_tx::bytes%s [%%0], '
+    '[%%1, {{%s}}], [%%2]%s;" :: "r"(wide + {0}), "l"({1}), "r"(wide + {2}), %s : "memory");'
 )
+COPY = (
+    'asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(wide + {0}), "l"({1}), "r"({2}) : "memory");'
+)
+STORE = (
+    'asm volatile("st.shared.v4.b32 [%0], {{%1, %2, %3, %4}};" :: '
+    '"r"(wide + {0}), "r"({1}), "r"({2}), "r"({3}), "r"({4}) : "memory");'
+)
+ARRIVE_COPIES = 'asm volatile("cp.async.wait_group 0;\\nfence.proxy.async.shared::cta;" ::: "memory");'
 # by a predicate: products under way must not meet a branch, where the compiler would wait for them
 ARRIVE = (
     'asm volatile("{{ .reg .pred is_one;\\nsetp.ne.s32 is_one, %1, 0;\\n'
@@ -140,6 +140,11 @@ def allow_wide(device_name: str) -> bool:
     return True
 
 
+def is_wide(device_name: str) -> bool:
+    """Whether a device was found to have these instructions."""
+    return type(Device[device_name].renderer) is HopperRenderer
+
+
 # -- statements. Places are bytes from the beginning of the kernel's memory, barriers the places they lie at -----------
 
 
@@ -152,9 +157,30 @@ def declare() -> UOp:
     return statement(DECLARE, UOp.const(0.0, F16))
 
 
-def describe(warp: int, place: int, target: UOp, matrix: UOp, rows: int, cols: int, box_rows: int, *after: UOp) -> UOp:
-    """Write the map of a matrix (rows, cols) of float16 to `target`, by one warp; 128 bytes at `place` are its own."""
-    text = DESCRIBE.format(warp, place, WIDE_COLS, box_rows, cols, rows, cols * 2)
+@dataclass(frozen=True)
+class Box:
+    """What one copy fetches of a matrix of float16: `dims` of `sizes`, the innermost first, of which it takes `box`.
+    `strides`: bytes from one to the next, of all dimensions but the innermost, whose values are neighbours."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+
+
+def describe(warp: int, place: int, target: UOp, matrix: UOp, box: Box, *after: UOp) -> UOp:
+    """Write the map of a matrix to `target`, by one warp; 128 bytes at `place` are its own."""
+    fields = [CONSTANT.format("rank", len(box.sizes) - 1)]
+    for i, (size, taken) in enumerate(zip(box.sizes, box.box, strict=True)):
+        fields += [
+            FIELD.format("box_dim", 32, f"{i}, ", "r", taken),
+            FIELD.format("global_dim", 32, f"{i}, ", "r", size),
+        ]
+        fields.append(CONSTANT.format("element_stride", f"{i}, 1"))
+    for i, stride in enumerate(box.strides):
+        fields.append(FIELD.format("global_stride", 64, f"{i}, ", "l", f"{stride}ull"))
+    for name, value in (("elemtype", 6), ("interleave_layout", 0), ("swizzle_mode", 3), ("fill_mode", 0)):
+        fields.append(CONSTANT.format(name, value))
+    text = DESCRIBE.format(warp=warp, place=place, fields="\n".join(fields))
     return statement(text, matrix, target, *after)
 
 
@@ -183,11 +209,33 @@ def expect(barrier: UOp, num_bytes: int, *after: UOp) -> UOp:
     return statement(EXPECT % num_bytes, barrier, *after)
 
 
-def fetch(place: UOp, target: UOp, col: UOp, row: UOp, barrier: UOp, *after: UOp, is_shared: bool = False) -> UOp:
-    """Begin to fetch the box of a map that begins at (row, col); its bytes count on the barrier. Shared, both
-    threadgroups of the cluster get it, at the same place and on the same barrier of theirs."""
-    shared = (".multicast::cluster", ", %5", f', "h"((unsigned short){(1 << CLUSTER) - 1})')
-    return statement(FETCH % (shared if is_shared else ("", "", "")), place, target, col, row, barrier, *after)
+def fetch(place: UOp, target: UOp, barrier: UOp, at: Sequence[UOp], *after: UOp, is_shared: bool = False) -> UOp:
+    """Begin to fetch the box of a map that begins `at`, the innermost dimension first; its bytes count on the barrier.
+    Shared, both threadgroups of the cluster get it, at the same place and on the same barrier of theirs."""
+    rank, last = len(at), 3 + len(at)
+    coordinates = ", ".join(f"%{3 + i}" for i in range(rank))
+    operands = ", ".join(f'"r"({{{3 + i}}})' for i in range(rank))
+    shared, mask = "", ""
+    if is_shared:
+        shared, mask = ".multicast::cluster", f", %{last}"
+        operands += f', "h"((unsigned short){(1 << CLUSTER) - 1})'
+    text = FETCH % (rank, shared, coordinates, mask, operands)
+    return statement(text, place, target, barrier, *[UOp.const(0, I32) + place for place in at], *after)
+
+
+def copy_wide(place: UOp, source: UOp, is_wanted: UOp, *after: UOp) -> UOp:
+    """Begin to move 16 bytes from device memory, by the thread itself; zeros where they are not wanted."""
+    return statement(COPY, place.cast(I32), source, is_wanted.where(UOp.const(16, I32), 0), *after)
+
+
+def store_wide(place: UOp, words: Sequence[UOp], *after: UOp) -> UOp:
+    """Store four words."""
+    return statement(STORE, place.cast(I32), *words, *after)
+
+
+def arrive_copies(*after: UOp) -> UOp:
+    """All copies have arrived, those of all threads, and what they stored: a barrier."""
+    return UOp(Ops.BARRIER, src=(statement(ARRIVE_COPIES, *after),))
 
 
 def arrive(barrier: UOp, is_one: UOp, *after: UOp, threadgroup: UOp | None = None) -> UOp:
@@ -197,31 +245,60 @@ def arrive(barrier: UOp, is_one: UOp, *after: UOp, threadgroup: UOp | None = Non
     return statement(ARRIVE_THERE, barrier, is_one, threadgroup, *after)
 
 
-def multiply_wide(type_name: str, left: UOp, right: UOp, sums: UOp, pending: int, *after: UOp) -> UOp:
-    """Begin to add to the registers `sums` the product of the tiles left (64 x 64) and right (8 n x 64) at places.
-    Wait until all but the `pending` latest products are done. Of the n blocks' sums a lane holds as many as of n blocks
-    of `TileMma.add`."""
+def multiply_wide(
+    type_name: str, left: UOp, right: UOp, sums: UOp, pending: int, *after: UOp, is_fresh: bool = False
+) -> UOp:
+    """Begin to add to the registers `sums` (fresh: to zeros) the product of tiles at places, left (64 x 64) and right
+    (8 n x 64). Wait until all but the `pending` latest products are done. Of the n blocks' sums a lane holds as many as
+    of n blocks of `TileMma.add`."""
     count = sums.max_numel()
-    operands = ", ".join(f"%{i}" for i in range(count))
-    registers = ", ".join(f'"+f"(*{{{i}}})' for i in range(count))
     a, b = DESCRIPTOR % count, DESCRIPTOR % (count + 1)
     lines = [FENCE, f"{{{{ unsigned long long a = {a}, b = {b};"]
     for k in range(WIDE_COLS // 16):
-        lines.append(
-            f'asm volatile("wgmma.mma_async.sync.aligned.m64n{count * 2}k16.f32.{type_name}.{type_name} '
-            f'{{{{{operands}}}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;" : '
-            f'{registers} : "l"(a + {2 * k}), "l"(b + {2 * k}));'
-        )
-    lines += ["}}", COMMIT, f'asm volatile("wgmma.wait_group.sync.aligned {pending};" ::: "memory");']
+        operands = f"%{count}, %{count + 1}, {int(k > 0 or not is_fresh)}, 1, 1, 0, 0"
+        lines.append(_product(type_name, count, operands, f'"l"(a + {2 * k}), "l"(b + {2 * k})'))
+    lines += ["}}", COMMIT, _wait_for(pending, count)]
     return statement("\n".join(lines), *[sums[i] for i in range(count)], left, right, *after)
+
+
+def weigh_wide(type_name: str, weights: Sequence[Sequence[UOp]], right: UOp, sums: UOp, *after: UOp) -> UOp:
+    """Add to the registers `sums` weights @ right, a tile (16 rows for each four words of weights, 64 columns) at a
+    place. The words are a lane's of `TileMma.weights`."""
+    count, words = sums.max_numel(), [word for four in weights for word in four]
+    first = count + len(words)
+    lines = [FENCE, f"{{{{ unsigned long long b = {DESCRIPTOR % first};"]
+    for k in range(len(weights)):
+        four = ", ".join(f"%{count + i}" for i in range(4))
+        inputs = ", ".join(f'"r"({{{count + 4 * k + i}}})' for i in range(4))
+        operands = f"{{{{{four}}}}}, %{count + 4}, 1, 1, 1, 1"
+        lines.append(_product(type_name, count, operands, f'{inputs}, "l"(b + {k * 16 * WIDE_COLS * 2 // 16})'))
+    lines += ["}}", COMMIT, _wait_for(0, count)]
+    return statement("\n".join(lines), *[sums[i] for i in range(count)], *words, right, *after)
+
+
+def _product(type_name: str, count: int, operands: str, inputs: str) -> str:
+    """One instruction, of 16 columns."""
+    sums = ", ".join(f"%{i}" for i in range(count))
+    return (
+        f'asm volatile("wgmma.mma_async.sync.aligned.m64n{count * 2}k16.f32.{type_name}.{type_name} '
+        f'{{{{{sums}}}}}, {operands};" : {_registers(count)} : {inputs});'
+    )
+
+
+def _registers(count: int) -> str:
+    return ", ".join(f'"+f"(*{{{i}}})' for i in range(count))
+
+
+def _wait_for(pending: int, count: int) -> str:
+    """Where none is pending, the sums may be read behind it."""
+    registers = f" : {_registers(count)} :" if pending == 0 else " ::"
+    return f'asm volatile("wgmma.wait_group.sync.aligned {pending};"{registers}: "memory");'
 
 
 def finish_wide(sums: UOp, *after: UOp) -> UOp:
     """All products are done, and `sums` may be read, by `read_sums`."""
     count = sums.max_numel()
-    registers = ", ".join(f'"+f"(*{{{i}}})' for i in range(count))
-    text = f'asm volatile("wgmma.wait_group.sync.aligned 0;" : {registers} :: "memory");'
-    return statement(text, *[sums[i] for i in range(count)], *after)
+    return statement(_wait_for(0, count), *[sums[i] for i in range(count)], *after)
 
 
 def read_sums(sums: UOp, *after: UOp) -> list[UOp]:

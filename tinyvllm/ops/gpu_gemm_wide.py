@@ -21,6 +21,7 @@ from tinyvllm.ops.gpu_gemm_hopper import (
     MAP_WORDS,
     WIDE_COLS,
     WIDE_TOKENS,
+    Box,
     acquire_map,
     arrive,
     declare,
@@ -37,7 +38,7 @@ from tinyvllm.ops.gpu_gemm_hopper import (
 )
 from tinyvllm.ops.gpu_gemm_tiles import PTX_NAMES, TileMma, together
 from tinyvllm.ops.gpu_kernel import LANES, Mma, axes_of
-from tinyvllm.ops.kernel import F16, F32, LOG2E, U32, Body, KernelFn, cached_kernel, clamp, finish
+from tinyvllm.ops.kernel import F16, F32, I32, LOG2E, U32, Body, KernelFn, cached_kernel, clamp, finish
 
 MULTIPROCESSORS = 132  # of an H100 or H200; on another, threadgroups take turns
 TOKEN_TILE = 128
@@ -48,6 +49,8 @@ MAX_STAGES = 8
 EXTRA_BYTES = 1024  # behind the stages: two maps, and the barriers
 BARRIERS_AT = 512
 ROW_TILES = (64, 96, 128, 192, 256)
+MIN_STEPS = 2  # stages of a tile: tinygrad drops a loop that it knows to run once, and the order of what is in it
+RUN_ROWS = 32  # of the output: a multiple of these
 CACHED_TOKENS = 2048  # rows of x that a large GPU's cache holds beside the matrix's
 # what a product takes, in cycles of a multiprocessor (measured on an H200, where 4 a row would be the most there is)
 ROW_CYCLES = 4.25  # of a stage, for each of the tile's rows
@@ -64,14 +67,14 @@ SILU = (
 @dataclass(frozen=True)
 class WideSpec:
     """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = silu(gate) * up; of float16, K being a
-    multiple of 64 * S. Hashable: the key of its kernel."""
+    multiple of 64 * S and the output's rows of 32. Hashable: the key of its kernel."""
 
     name: str
     mma: Mma
     num_tokens: int  # T
     num_rows: int  # N
     num_cols: int  # K
-    row_tile: int  # rows of the matrix in a tile, a multiple of 16: where it is gated, half of them gate and half up
+    row_tile: int  # rows of the matrix in a tile, a multiple of 32: where it is gated, half of them gate and half up
     splits: int  # S
     is_gated: bool = False
     adds_residual: bool = False  # to the one part
@@ -92,6 +95,27 @@ class WideSpec:
     def boxes(self) -> int:
         """Copies that fetch a tile's matrix rows: gates and up, or each threadgroup's share."""
         return 2 if self.is_gated else self.cluster
+
+    @property
+    def token_box(self) -> Box:
+        """What a copy fetches of x."""
+        return Box((self.num_cols, self.num_tokens), (self.num_cols * 2,), (WIDE_COLS, TOKEN_TILE))
+
+    @property
+    def run(self) -> int:
+        """Neighbours among a lane's results: 16 bytes of them, where the tile's shares are whole runs of four lanes."""
+        is_half = self.is_gated or self.adds_residual
+        return 8 if is_half and self.row_tile // self.boxes % 32 == 0 else 4
+
+    @property
+    def row_box(self) -> Box:
+        """What a copy fetches of the matrix: its rows in another order. The unit gives a lane two neighbours of every
+        eight rows of a tile, and four lanes the others; so the tile's rows are (b, l, e) of (run / 2, 4, 2) where the
+        matrix's are (l, b, e), and a lane's results of run / 2 blocks are neighbours."""
+        row, group = self.num_cols * 2, 4 * self.run
+        sizes = (self.num_cols, 2, 4, self.run // 2, self.num_rows // group)
+        box = (WIDE_COLS, 2, 4, self.run // 2, self.row_tile // self.boxes // group)
+        return Box(sizes, (row, self.run * row, 2 * row, group * row), box)
 
     @property
     def token_groups(self) -> int:
@@ -152,7 +176,7 @@ class WideSpec:
 @cache
 def best_cut(num_tokens: int, num_rows: int, num_cols: int, is_gated: bool) -> tuple[int, int]:
     """The quickest (rows of the matrix in a tile, parts of K) of a product."""
-    splits = [s for s in ((1,) if is_gated else (1, 2, 4, 8)) if num_cols % (s * WIDE_COLS) == 0]
+    splits = [s for s in ((1,) if is_gated else (1, 2, 4, 8)) if num_cols % (s * MIN_STEPS * WIDE_COLS) == 0 or s == 1]
     mma = Mma("CUDA", F16)
     specs = [
         WideSpec("", mma, num_tokens, num_rows, num_cols, row_tile, s, is_gated)
@@ -168,6 +192,7 @@ def wide_kernel(spec: WideSpec) -> KernelFn:
     """fn(out, maps (map_size,) uint32, w, x[, residual]): see WideSpec."""
 
     def kernel(out: UOp, maps: UOp, w: UOp, x: UOp, *residual: UOp) -> UOp:
+        assert spec.steps >= MIN_STEPS, f"{spec} has {spec.steps} stages a tile"
         work = _Wide(spec, out, maps, w, x, residual[0] if residual else None)
         ready = work.prepare()
         done = UOp(Ops.BARRIER, src=(work.fetch_tiles(ready), work.multiply_tiles(ready)))
@@ -192,8 +217,14 @@ def tile_of(spec: WideSpec, number: Number, rank: Number) -> tuple[Number, Numbe
     return part, row_group * spec.out_tile, token_group * TOKEN_TILE
 
 
+def row_of(spec: WideSpec, block: int, element: int, lane: Number) -> Number:
+    """The row, from the tile's first, of a lane's result of a block of eight of the tile's rows."""
+    blocks = spec.run // 2
+    return lane % 4 * spec.run + (block // blocks * 4 * spec.run + block % blocks * 2 + element % 2)
+
+
 class _Wide:
-    """One threadgroup's work: every so-manieth tile of its cluster's list."""
+    """One threadgroup's work inside the kernel: of the list of tiles those of its cluster, one after another."""
 
     def __init__(self, spec: WideSpec, out: UOp, maps: UOp, w: UOp, x: UOp, residual: UOp | None) -> None:
         self.spec, self.out, self.maps, self.w, self.x, self.residual = spec, out, maps, w, x, residual
@@ -210,23 +241,12 @@ class _Wide:
         spec, memory = self.spec, declare()
         end = spec.stages * spec.stage_bytes
         word = self.number * (2 * MAP_WORDS)
-        # cleared, so that tinygrad knows them to be written; what is written to them it does not understand
-        cleared = self.maps[word + self.warp * LANES + self.lane]
-        index = (word + self.warp * LANES + self.lane).valid(self.warp < 2)
-        cleared = self.maps[index].store(UOp.const(0, U32))
-        maps = self.maps.after(cleared)
+        # cleared, so that tinygrad knows them to be written: statements of ours it does not understand
+        own = (word + self.warp * MAP_WORDS + self.lane).valid(self.warp < 2)
+        maps = self.maps.after(self.maps[own].store(UOp.const(0, U32)))
         described = [
-            describe(0, end, maps[word], self.x[0], spec.num_tokens, spec.num_cols, TOKEN_TILE, memory),
-            describe(
-                1,
-                end + MAP_WORDS * 4,
-                maps[word + MAP_WORDS],
-                self.w[0],
-                spec.num_rows,
-                spec.num_cols,
-                spec.row_tile // spec.boxes,
-                memory,
-            ),
+            describe(0, end, maps[word], self.x[0], spec.token_box, memory),
+            describe(1, end + MAP_WORDS * 4, maps[word + MAP_WORDS], self.w[0], spec.row_box, memory),
         ]
         barriers = make_barriers(end + BARRIERS_AT, spec.stages, 1, NUM_GROUPS * spec.cluster, memory)
         met = [meet(*described, barriers)] if spec.cluster > 1 else [*described, barriers]
@@ -243,10 +263,10 @@ class _Wide:
         return slot * spec.stage_bytes, full, full + spec.stages * 8, turn % 2
 
     def _loop_tiles(self, has_role: UOp, *, one_lane: bool) -> tuple[UOp, UOp, UOp]:
-        """A loop over this threadgroup's tiles, of the warps that have a role; the tile's number in the loop and in the
-        list."""
+        """A loop over the threadgroup's tiles, of the warps that have a role: where tinygrad has no branch, a loop may
+        run not at all. And the tile's number in the loop, and in the list."""
         spec = self.spec
-        # never one turn alone: what is the same in every turn, the compiler keeps in registers from before the loop
+        # never one turn alone: what is the same in all turns, the compiler keeps in registers from before the loop
         most = max(2, -(-spec.num_tiles // spec.num_clusters))
         count = (spec.num_tiles - 1 - self.unit) // spec.num_clusters + 1
         count = uniform(has_role.where(count, 0))
@@ -257,6 +277,7 @@ class _Wide:
     # -- the warp that fetches -----------------------------------------------------------------------------------------
 
     def fetch_tiles(self, ready: UOp) -> UOp:
+        """All stages of all tiles, one after another, each as soon as it is empty."""
         spec = self.spec
         loop, turn, number = self._loop_tiles(self.warp.eq(FETCHER), one_lane=True)
         part, first_row, first_token = tile_of(spec, number, self.rank)
@@ -267,21 +288,20 @@ class _Wide:
         col = (part * spec.steps + step) * WIDE_COLS
         waited = wait(empty, 1 - parity, step, *acquired)
         last = expect(full, spec.stage_bytes, waited)
-        last = fetch(place, maps[0], col, first_token, full, last)
-        rows, box = place + TOKEN_TILE * WIDE_COLS * 2, spec.row_tile // spec.boxes
-        if spec.cluster > 1:  # each fetches a half for both
-            row = first_row + self.rank * (spec.out_rows if spec.is_gated else box)
-            place = rows + self.rank * (box * WIDE_COLS * 2)
-            last = fetch(place, maps[1], col, row, full, last, is_shared=True)
-        else:
-            for i in range(spec.boxes):
-                place = rows + i * (box * WIDE_COLS * 2)
-                last = fetch(place, maps[1], col, first_row + i * spec.out_rows, full, last)
+        last = fetch(place, maps[0], full, [col, first_token], last)
+        rows, box, nil = place + TOKEN_TILE * WIDE_COLS * 2, spec.row_tile // spec.boxes, UOp.const(0, I32)
+        for i in range(1 if spec.cluster > 1 else spec.boxes):
+            share = self.rank if spec.cluster > 1 else i  # of a cluster's threadgroups each fetches a half for both
+            row = first_row + share * (spec.out_rows if spec.is_gated else box)
+            at = [col, nil, nil, nil, row // (4 * spec.run)]
+            place = rows + share * (box * WIDE_COLS * 2)
+            last = fetch(place, maps[1], full, at, last, is_shared=spec.cluster > 1)
         return last.end(step).end(loop)
 
     # -- the warps that multiply ---------------------------------------------------------------------------------------
 
     def multiply_tiles(self, ready: UOp) -> UOp:
+        """The products of all stages, each as soon as it is full, and the results of each tile."""
         spec = self.spec
         count = spec.row_tile // 8 * 4
         loop, turn, number = self._loop_tiles(self.warp < FETCHER, one_lane=False)
@@ -319,17 +339,18 @@ class _Wide:
         return arrive(empty, is_one, *after, threadgroup=None if spec.cluster == 1 else self.lane % spec.cluster)
 
     def _places(self, part: UOp, first_row: UOp, first_token: UOp) -> list[UOp]:
-        """Where the thread's results of a tile go."""
+        """Where the thread's results of a tile go: runs of neighbours (`WideSpec.row_box`)."""
         spec, mma, places = self.spec, TileMma(self.spec.mma), []
         for block in range(spec.out_tile // 8):
             for element in range(mma.elements):
-                token, row = mma.place(self.lane, element)
-                whole = first_token + self.warp * mma.left_rows + token
-                at = (part * spec.num_tokens + whole) * spec.out_rows + first_row + (block * 8 + row)
+                token = first_token + self.warp * mma.left_rows + mma.place(self.lane, element)[0]
+                row = first_row + row_of(spec, block, element, self.lane)
+                run = first_row + row_of(spec, block // (spec.run // 2) * (spec.run // 2), 0, self.lane)
+                at = (part * spec.num_tokens + token) * spec.out_rows + row
                 if spec.num_tokens % (TOKEN_TILE * spec.cluster):
-                    at = at.valid(whole < spec.num_tokens)
+                    at = at.valid(token < spec.num_tokens)
                 if spec.out_rows % spec.out_tile:
-                    at = at.valid(first_row + block * 8 < spec.out_rows)
+                    at = at.valid(run < spec.out_rows)  # all of a run or none
                 places.append(at)
         return places
 

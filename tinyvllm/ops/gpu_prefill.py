@@ -11,19 +11,34 @@ sequence does and at multiples of its size in positions, so that no tile mixes s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TypeVar
 
 from tinygrad import Tensor, UOp, dtypes
 
+from tinyvllm.ops.gpu_gemm_hopper import (
+    WIDE_COLS,
+    WIDE_TOKENS,
+    arrive_copies,
+    copy_wide,
+    declare,
+    is_wide,
+    multiply_wide,
+    read_sums,
+    store_wide,
+    weigh_wide,
+)
 from tinyvllm.ops.gpu_gemm_tiles import (
     PIECE,
+    PTX_NAMES,
     TILE_COLS,
     Operands,
     TileMma,
     arrival,
     commit,
     copy_piece,
+    pack_words,
     quick_exp2,
     quick_maximum,
     together,
@@ -46,9 +61,11 @@ from tinyvllm.ops.kernel import (
 )
 from tinyvllm.ops.step_inputs import StepLayout
 
-NUM_WARPS = 4
+ROW_BYTES = WIDE_COLS * 2  # of a row of Hopper's tiles
 MAP_THREADS = 256
 MIN_LOOP = 2  # iterations that a loop must be able to run: Body.fold_while
+
+Number = TypeVar("Number", int, UOp)
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,21 @@ class PrefillSpec:
     qkv_cols: tuple[int, ...]  # columns of each part of qkv
     qkv_parts: tuple[int, ...]  # partial sums of each: (S, T, columns)
     head_eps: float | None = None  # of an RMSNorm of every head of queries and keys; None: they have none
+    has_wide: bool = False  # the device has Hopper's instructions for four warps
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether Hopper's kernel attends: a head's row is one of its tiles'."""
+        return self.has_wide and self.mma.dtype == F16 and self.head_dim == WIDE_COLS
+
+    @property
+    def num_warps(self) -> int:
+        return 8 if self.is_wide else 4
+
+    @property
+    def wide_bytes(self) -> int:
+        """Threadgroup memory of Hopper's kernel: queries, and two tiles of keys and values."""
+        return (self.rows + 4 * self.keys) * ROW_BYTES
 
     @property
     def tiles(self) -> TileMma:
@@ -81,12 +113,12 @@ class PrefillSpec:
     @property
     def row_blocks(self) -> int:
         """Blocks of rows that a warp owns: as many as its registers hold the sums of."""
-        return 2 if self.head_dim <= 64 else 1
+        return 2 if self.head_dim <= 64 and not self.is_wide else 1
 
     @property
     def rows(self) -> int:
         """Rows of a tile."""
-        return NUM_WARPS * self.row_blocks * self.tiles.left_rows
+        return self.num_warps * self.row_blocks * self.tiles.left_rows
 
     @property
     def tokens(self) -> int:
@@ -148,6 +180,7 @@ def attend_tiles(
 ) -> Tensor:
     """Rotate, write keys and values to the pool, attend: `out` (T, H * D). `tables`: RoPE's, and the weight of the
     heads' norm where there is one."""
+    spec = replace(spec, has_wide=is_wide(str(out.device)))
     written = [inputs, *tables, *[qkv[i] for i in spec.parts(1, 2)]]
     keys, values = run_kernel(store_kernel(spec), list(pool), written)
     tiles = _tile_map(spec, layer, inputs)
@@ -337,13 +370,15 @@ def prefill_kernel(spec: PrefillSpec) -> KernelFn:
     """fn(out (T, H * D), keys, values, tiles, inputs, *tables, *qkv[parts(0)]). Rows of padding stay as they are."""
 
     def kernel(out: UOp, keys: UOp, values: UOp, tiles: UOp, inputs: UOp, *operands: UOp) -> UOp:
-        tile = _AttentionTile(spec, keys, values, tiles, inputs, operands)
+        kind = _HopperTile if spec.is_wide else _AttentionTile
+        tile = kind(spec, keys, values, tiles, inputs, operands)
         totals, sums = tile.attend()
         stores = tile.stores(out, totals, sums)
         tokens, context = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
+        name = f"prefill_attention_{tokens}x{spec.num_heads}x{spec.head_dim}"
         return finish(
             UOp.group(*stores).end(*reversed(tile.axes)),
-            f"prefill_attention_{tokens}x{spec.num_heads}x{spec.head_dim}",
+            f"{name}_wide{spec.wide_bytes}" if spec.is_wide else name,
             ops=4 * tokens * spec.num_heads * spec.head_dim * context,
             nbytes=4 * tokens * spec.slot_elements * context // spec.tokens,
         )
@@ -361,10 +396,10 @@ class _AttentionTile:
         self.step = _Inputs(spec, inputs, operands, 0)
         body, layout = Body(), spec.layout
         tile, self.kv_head = grid(body, spec.max_tiles), grid(body, spec.num_kv_heads)
-        self.lane, self.warp = body.threads(LANES), warps(body, NUM_WARPS)
+        self.lane, self.warp = body.threads(LANES), warps(body, spec.num_warps)
         self.axes = axes_of(tile, self.kv_head, self.lane, self.warp)
         self.body, self.thread = body, self.warp * LANES + self.lane
-        self.threads = NUM_WARPS * LANES
+        self.threads = spec.num_warps * LANES
         tile = spec.max_tiles - 1 - tile  # the last tokens of a prompt have most to attend: they go first
         self.first = clamp(tiles[tile].load(), 0, layout.num_tokens - 1)
         # of the bounds as they are: a tile behind the last row of a full bucket has none, where `first` is the last row
@@ -385,10 +420,7 @@ class _AttentionTile:
         for start in range(0, spec.rows * per_row, self.threads):
             item = start + self.thread
             row, dim = item // per_row, item % per_row * PIECE
-            token, head = row // spec.group, row % spec.group
-            source = (self.first + token.minimum((self.count - 1).maximum(0))).minimum(spec.layout.num_tokens - 1)
-            runs = self.step.rotated(0, source, self.kv_head * spec.group + head, dim)
-            for run, at in zip(runs, (dim, dim + half), strict=True):
+            for run, at in zip(self.rotated_queries(row, dim), (dim, dim + half), strict=True):
                 scaled = [value * scale for value in run]
                 stores += mma.write(
                     shared, at // TILE_COLS * (spec.rows * TILE_COLS), row, at % TILE_COLS // mma.slot_cols, scaled
@@ -400,6 +432,12 @@ class _AttentionTile:
             operands = [mma.left(shared, c * spec.rows * TILE_COLS, row, self.lane) for c in range(spec.chunks)]
             blocks.append([operand for chunk in operands for operand in chunk])
         return blocks
+
+    def rotated_queries(self, row: UOp, dim: UOp) -> tuple[list[UOp], list[UOp]]:
+        """Dimensions [dim, dim + 8) of a row of the tile, dim < D / 2, and their partners."""
+        spec, token, head = self.spec, row // self.spec.group, row % self.spec.group
+        source = (self.first + token.minimum((self.count - 1).maximum(0))).minimum(spec.layout.num_tokens - 1)
+        return self.step.rotated(0, source, self.kv_head * spec.group + head, dim)
 
     def key_slots(self, first_key: UOp | int) -> list[tuple[UOp, UOp]]:
         """(slot, whether it is in the context) of the keys of a tile whose pieces the thread moves."""
@@ -617,3 +655,104 @@ class _AttentionTile:
                     is_real = (token < self.count) & (row < spec.tokens * spec.group)
                     stores.append(out[at.valid(is_real)].store(value.cast(out.dtype)))
         return stores
+
+
+class _HopperTile(_AttentionTile):
+    """The same on Hopper: two groups of four warps with 64 rows each, whose scores and sums are the unit's registers.
+
+    Rows of queries, keys and values are 128 bytes, swizzled as the unit wants them."""
+
+    def attend(self) -> tuple[list[UOp], list[UOp]]:
+        spec, body = self.spec, self.body
+        memory = declare()
+        primed = (self._put_queries(memory), self._copy(0, self.key_slots(0), memory))
+        stats, sums = body.registers(4), body.registers(spec.head_dim // 8 * 4)  # two rows' maxima and totals
+        init = [UOp.const(LOWEST, F32)] * 2 + zeros(2)
+        stats = stats.after(UOp.group(*[stats.after(*self.axes)[i].store(value) for i, value in enumerate(init)]))
+        zeroed = [sums.after(*self.axes)[i].store(value) for i, value in enumerate(zeros(sums.max_numel()))]
+        sums = sums.after(UOp.group(*zeroed))
+        steps = (self.context + (spec.keys - 1)) // spec.keys
+        whole = ((self.position + 1) // spec.keys).minimum(steps)
+        for first, count, is_whole in ((0, whole, True), (whole, steps - whole, False)):
+            stats, sums = self._walk_wide(first, count, stats, sums, primed, is_whole=is_whole)
+        totals = [spec.lanes.sum(stats[2 + row].load(), spec.mma.row_masks) for row in range(2)]
+        return totals, [sums[i].load() for i in range(sums.max_numel())]
+
+    def _put_queries(self, memory: UOp) -> UOp:
+        """The tile's queries, rotated and scaled, in threadgroup memory."""
+        spec, half = self.spec, self.spec.head_dim // 2
+        scale, per_row, last = LOG2E / spec.head_dim**0.5, half // PIECE, memory
+        for start in range(0, spec.rows * per_row, self.threads):
+            item = start + self.thread
+            row, dim = item // per_row, item % per_row * PIECE
+            for run, at in zip(self.rotated_queries(row, dim), (dim, dim + half), strict=True):
+                scaled = [value * scale for value in run]
+                words = [pack_words(*scaled[i : i + 2]) for i in range(0, PIECE, 2)]
+                last = store_wide(wide_place(row, at // PIECE), words, last)
+        return last
+
+    def _copy(self, stage: UOp | int, slots: list[tuple[UOp, UOp]], *after: UOp) -> UOp:
+        """Begin to copy a tile of keys and values to a stage; zeros behind the context."""
+        spec, per_key, last = self.spec, self.spec.head_dim // PIECE, list(after)
+        base = self._stage(stage)
+        for start, (slot, wanted) in zip(range(0, spec.keys * per_key, self.threads), slots, strict=True):
+            item = start + self.thread
+            place, source = wide_place(item // per_key, item % per_key), self.source(slot, item % per_key * PIECE)
+            last = [copy_wide(base + place, self.keys[source], wanted, *last)]
+            last = [copy_wide(base + spec.keys * ROW_BYTES + place, self.values[source], wanted, *last)]
+        return commit(*last)
+
+    def _stage(self, stage: UOp | int) -> UOp | int:
+        """Where a stage begins, behind the queries."""
+        return stage * (2 * self.spec.keys * ROW_BYTES) + self.spec.rows * ROW_BYTES
+
+    def _walk_wide(
+        self, first: UOp | int, count: UOp, stats: UOp, sums: UOp, primed: tuple[UOp, ...], *, is_whole: bool
+    ) -> tuple[UOp, UOp]:
+        """Maxima and totals, and sums, behind `count` tiles of keys, from tile number `first` on."""
+        spec, type_name = self.spec, PTX_NAMES[self.mma.mma.dtype]
+        loop = self.body.fold_while(count)
+        step = (loop.cast(dtypes.weakint) + first).minimum(self.step.positions // spec.keys)  # 32 bits wide
+        first_key = step * spec.keys
+        slots = self.key_slots(first_key + spec.keys)
+        arrived = arrive_copies(loop, *primed, *[slot for slot, _ in slots])
+        begun = self._copy((step + 1) % 2, slots, arrived)
+        keys = self._stage(step % 2)
+        scores = self.body.registers(spec.keys // 8 * 4)
+        rows = self.warp // 4 * (WIDE_TOKENS * ROW_BYTES)
+        scored = multiply_wide(type_name, rows, keys, scores.after(loop), 0, arrived, begun, is_fresh=True)
+        values = read_sums(scores, scored)
+        blocks = [values[i : i + 4] for i in range(0, len(values), 4)]
+        if not is_whole:
+            blocks = [self._masked(block, 0, first_key + i * 8) for i, block in enumerate(blocks)]
+        old = [stats.after(loop)[i].load() for i in range(4)]
+        new, decays, weights = self._weigh(blocks, old)
+        scaled = [
+            sums.after(loop)[i].store(sums.after(loop)[i].load() * decays[i % 4 // 2]) for i in range(sums.max_numel())
+        ]
+        pairs = [[pack_words(*block[e : e + 2]) for e in (0, 2)] for block in weights]
+        words = [[*pairs[i], *pairs[i + 1]] for i in range(0, len(pairs), 2)]
+        weighed = weigh_wide(type_name, words, keys + spec.keys * ROW_BYTES, sums.after(UOp.group(*scaled)), begun)
+        kept = UOp.group(*[stats.after(loop)[i].store(value) for i, value in enumerate(new)])
+        done = together(weighed, begun, kept).end(loop)
+        return stats.after(done), sums.after(done)
+
+    def _weigh(self, scores: list[list[UOp]], old: list[UOp]) -> tuple[list[UOp], list[UOp], list[list[UOp]]]:
+        """The two rows' new maxima and totals, what sums shrink by, and the scores' weights."""
+        spec, mma = self.spec, self.mma
+        best, decays, totals = [], [], []
+        for row in range(2):
+            values = [value for block in scores for value in block[2 * row : 2 * row + 2]]
+            top = balanced(values, lambda a, b: quick_maximum(a, b, mma))
+            best.append(old[row].maximum(spec.lanes.maximum(top, spec.mma.row_masks)))
+            decays.append(quick_exp2(old[row] - best[row], mma))
+        weights = [[quick_exp2(value - best[e // 2], mma) for e, value in enumerate(block)] for block in scores]
+        for row in range(2):
+            added = balanced([value for block in weights for value in block[2 * row : 2 * row + 2]])
+            totals.append(old[2 + row] * decays[row] + added)
+        return [*best, *totals], decays, weights
+
+
+def wide_place(row: Number, piece: Number) -> Number:
+    """Where a piece of 16 bytes of a row lies in a tile of Hopper's."""
+    return row * ROW_BYTES + (piece ^ (row % 8)) % 8 * (PIECE * 2)  # % 8: tinygrad does not know how large an xor gets

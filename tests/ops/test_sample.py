@@ -3,6 +3,7 @@ On a GPU: DEV=CL python -m pytest -m gpu tests/ops"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -230,6 +231,31 @@ def test_a_single_nan_is_not_chosen(backend: Backend, temperature: float) -> Non
     tokens = sample(backend, logits, temperature=temperature).tokens
     assert (tokens >= 0).all()
     assert 7 not in tokens
+
+
+EXTREMES = {
+    "top_k": [0, 1, 40, 1_000_000],
+    "top_p": [1e-6, 0.5, 0.99999, 1.0],
+    "min_p": [0.0, 1e-6, 1.0],
+    "temperature": [1e-6, 1.0, 100.0],
+}
+
+
+@pytest.mark.parametrize("vocab", [37, 1000])
+def test_extreme_settings_of_extreme_logits_equal_the_reference(
+    backend: Backend, reference: ReferenceBackend, vocab: int
+) -> None:
+    """Every combination of settings, on logits that are all equal, or few, or far apart, or not numbers."""
+    settings = [dict(zip(EXTREMES, values, strict=True)) for values in itertools.product(*EXTREMES.values())]
+    columns = {name: [setting[name] for setting in settings] for name in EXTREMES}
+    spread = normal(vocab, seed=1)
+    holes, equal, steep = spread.copy(), np.full(vocab, 7.5, np.float32), np.zeros(vocab, np.float32)
+    holes[::3], holes[1::7] = -np.inf, np.nan
+    steep[:5] = 1e4, 1e4, 9.9e3, -1e4, 1e4
+    for logits in (holes, equal, steep, 1e-3 * spread, -50 * np.abs(spread)):
+        rows = np.tile(logits, (len(settings), 1))
+        got, expected = (sample(ops, rows, draw=3, **columns).tokens for ops in (backend, reference))
+        np.testing.assert_array_equal(got, expected)
 
 
 # -- the hash --------------------------------------------------------------------------------------------------------

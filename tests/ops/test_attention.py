@@ -90,7 +90,8 @@ def attend(ops: Backend, case: Case, buffer: np.ndarray, history: tuple[np.ndarr
     step = (pool, 0, ops.device.upload(buffer), rope, case.layout)
     norm = make_head_norm(ops, case)
     out = ops.attend(parts, case.parts, case.shape, *step, is_decode=case.is_decode, head_norm=norm)
-    rows = out.numpy().reshape(-1, case.heads, case.dim)
+    parts_out = [part.numpy().reshape(case.layout.num_tokens, -1) for part in ops.parts_of(out)]
+    rows = np.concatenate(parts_out, axis=1).reshape(-1, case.heads, case.dim)
     return Result(rows, before, read_pool(ops, case.shape, size, pool))
 
 

@@ -24,6 +24,7 @@ from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
 NUM_WARM, NUM_TIMED = 3, 20
+MOST_CONTEXT = 512  # tokens: beside a long context's attention, nobody sees what a product gains
 FILL_TOKEN_SEED = 11
 
 
@@ -105,7 +106,7 @@ def make_plan(runner: ModelRunner, bucket: Bucket) -> StepPlan:
     capacity, rng = runner.capacity, np.random.default_rng(FILL_TOKEN_SEED)
     if bucket.is_decode:
         room = (capacity.num_blocks - 1) // bucket.num_seqs * capacity.block_size
-        lengths = [max(1, min(capacity.max_model_len, room) // 2)] * bucket.num_seqs
+        lengths = [max(1, min(capacity.max_model_len // 2, room // 2, MOST_CONTEXT))] * bucket.num_seqs
     else:
         lengths = lengths_that_fill(bucket, min(capacity.max_model_len, capacity.num_tokens))
     entries, blocks = [], itertools.cycle(range(1, capacity.num_blocks))

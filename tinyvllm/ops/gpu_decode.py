@@ -8,7 +8,8 @@ online softmax (Milakov & Gimelshein 2018). Only for rows that are the last toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from tinygrad import UOp, dtypes
@@ -26,12 +27,13 @@ from tinyvllm.ops.gpu_kernel import (
     load_floats,
     warps,
 )
-from tinyvllm.ops.gpu_split import NOTHING, TILE_TOKENS, SplitHeads
+from tinyvllm.ops.gpu_split import NOTHING, SHORTEST_SPAN, TILE_TOKENS, SplitHeads, arrive
 from tinyvllm.ops.kernel import F32, LOG2E, Body, KernelFn, balanced, cached_kernel, clamp, finish
 from tinyvllm.ops.step_inputs import StepLayout
 
 MAX_GROUP = 8  # rows of a matrix tile
 MAX_PARTS = 16
+GROUPS_WANTED = 256  # threadgroups that fill a large GPU
 FEW_GROUPS = 64  # threadgroups that leave half of a large GPU's cores idle: each takes more warps
 LONG_CONTEXT = 2048  # tokens
 RUN = 8  # consecutive dimensions of a lane
@@ -62,14 +64,31 @@ class DecodeSpec:
 
     @property
     def split(self) -> SplitHeads:
-        """The context is shared out where one row alone would leave most of the device idle."""
-        parts = MAX_PARTS if self.layout.num_tokens == 1 else 1
+        """The context is shared out where the rows alone would leave most of the device idle: of several rows on CUDA,
+        and where it may be long."""
+        parts = MAX_PARTS
+        if self.layout.num_tokens > 1:
+            groups = self.layout.num_tokens * self.num_kv_heads
+            while parts > 1 and parts * groups > GROUPS_WANTED:
+                parts //= 2
+            if self.lanes.kind != "CUDA" or not self.is_long:
+                parts = 1
         return SplitHeads(self.layout, self.num_heads, self.head_dim, parts)
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether the last of the threadgroups that share a context makes their parts one."""
+        return self.layout.num_tokens > 1 and self.split.num_parts > 1
 
     @property
     def num_warps(self) -> int:
         groups = self.layout.num_tokens * self.num_kv_heads
-        wanted = 4 if self.split.num_parts > 1 or groups > 256 else 16 if groups <= FEW_GROUPS and self.is_long else 8
+        if self.is_joined:
+            wanted = 4
+        elif self.split.num_parts > 1:
+            wanted = SHORTEST_SPAN // TILE_TOKENS  # a short part is one pass
+        else:
+            wanted = 4 if groups > 256 else 16 if groups <= FEW_GROUPS and self.is_long else 8
         while wanted > 1 and wanted * self.group * (self.head_dim + 2) * 4 > SHARED_BYTES:
             wanted //= 2
         return wanted
@@ -105,7 +124,7 @@ class _Row:
         self.spec, self.axis, self.kv_head, self.lane = spec, axis, kv_head, lane
         self.inputs, self.rope, *parts = operands
         self.head_norm = None if spec.head_eps is None else parts.pop(0)
-        self.parts = await_previous(spec.lanes, *parts)
+        self.parts = parts  # to be read behind `wait` alone
         layout = spec.layout
         limit = max(layout.max_blocks * layout.block_size, 4096)  # more than two passes of a loop: Body.fold_while
         self.past = clamp(self.inputs[layout.offset("positions") + axis].load(), 0, limit - 1)
@@ -115,6 +134,17 @@ class _Row:
         self.own = slot * spec.slot_elements + kv_head * spec.head_dim
         self.head = spec.mma.head(lane)
         self.column = spec.mma.column(lane)
+
+    def wait(self, ahead: Sequence[UOp]) -> None:
+        """Wait for the kernels before; what rotates, and `ahead`, is loaded meanwhile."""
+        factors = [value for runs in self.query_dims for d in runs for pair in self.factors(d) for value in pair]
+        self.parts = list(await_previous(self.spec.lanes, *self.parts, ahead=[*factors, *ahead]))
+
+    def factors(self, dim: UOp) -> tuple[list[UOp], list[UOp]]:
+        """Cosines and sines of dimensions [dim, dim + 8) at the row's position."""
+        size, half = self.spec.head_dim, self.spec.head_dim // 2
+        at = self.past * size + dim % half
+        return load_floats(self.rope, at, RUN), load_floats(self.rope, at + half, RUN)
 
     def loaded(self, section: int, head: UOp | int, dim: UOp) -> list[UOp]:
         """Dimensions [dim, dim + 8) of a head of section 0 (q), 1 (k) or 2 (v)."""
@@ -139,8 +169,7 @@ class _Row:
     def _rotated_run(self, section: int, head: UOp | int, dim: UOp, scale: UOp | None) -> list[UOp]:
         size, half = self.spec.head_dim, self.spec.head_dim // 2
         here, partner = (self._normed(section, head, d, scale) for d in (dim, (dim + half) % size))
-        at = self.past * size + dim % half
-        cos, sin = load_floats(self.rope, at, RUN), load_floats(self.rope, at + half, RUN)
+        cos, sin = self.factors(dim)
         sign = (dim < half).where(UOp.const(-1.0, F32), UOp.const(1.0, F32))
         return [a * c + b * (s * sign) for a, b, c, s in zip(here, partner, cos, sin, strict=True)]
 
@@ -179,12 +208,15 @@ class _Row:
 
 @cached_kernel
 def decode_kernel(spec: DecodeSpec) -> KernelFn:
-    """fn(out (T, H * D), keys, values, inputs, rope[, head_norm], *qkv), or with a split context fn(values, sums, keys,
-    ...)."""
+    """fn(out (T, H * D), keys, values, inputs, rope[, head_norm], *qkv), with a split context fn(values, sums, keys,
+    ...), and where its parts are joined fn(out, values, sums, arrivals, keys, ...); `arrivals`: T * K counters, which
+    are 0 before and after."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands, split, mma = list(rest), spec.split, spec.mma
+        whole, part_values = out, operands.pop(0) if spec.is_joined else out
         sums = operands.pop(0) if split.num_parts > 1 else None
+        arrivals = operands.pop(0) if spec.is_joined else None
         keys, values = operands.pop(0), operands.pop(0)
         body = Body()
         axis, kv_head = grid(body, spec.layout.num_tokens), grid(body, spec.num_kv_heads)
@@ -192,6 +224,22 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
         axes = axes_of(axis, kv_head, part, lane, warp)
         row = _Row(spec, axis, kv_head, lane, operands)
         stored = keys.dtype
+
+        span = split.span(row.past)
+        low = part * span
+        high = (low + span).minimum(row.past) if split.num_parts > 1 else row.past
+        per_pass = spec.num_warps * spec.tiles_ahead
+        tiles = ((high - low).maximum(0) + (TILE_TOKENS - 1)) // TILE_TOKENS
+        passes = (tiles + (per_pass - 1)) // per_pass
+
+        def load(iteration: UOp | int) -> list[_Tile]:
+            numbers = [(iteration * spec.tiles_ahead + i) * spec.num_warps + warp for i in range(spec.tiles_ahead)]
+            return [_load_tile(row, keys, values, low + number * TILE_TOKENS, low, high) for number in numbers]
+
+        # no kernel of this step writes the tokens before its own
+        early = load(0) if spec.lanes.is_chained else []
+        row.wait([value for tile in early for value in tile.loaded])
+        early = [tile.or_zeros(low < high) for tile in early]
 
         query_head = kv_head * spec.group + row.head % spec.group
         query = [[[v.cast(mma.dtype) for v in run] for run in runs] for runs in row.rotated(0, query_head)]
@@ -227,29 +275,19 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
             (is_first & leads).where(one, zero),
             *[is_first.where(run[i].cast(F32), zero) for i in range(size) for run in value],
         ]
-        span = split.span(row.past)
-        low = part * span
-        high = (low + span).minimum(row.past) if split.num_parts > 1 else row.past
-        per_pass = spec.num_warps * spec.tiles_ahead
-        tiles = ((high - low).maximum(0) + (TILE_TOKENS - 1)) // TILE_TOKENS
-        passes = (tiles + (per_pass - 1)) // per_pass
 
-        def step(iteration: UOp | int, old: list[UOp]) -> list[UOp]:
+        def step(tiles: list[_Tile], old: list[UOp]) -> list[UOp]:
             best, total, acc = old[0], old[1], old[2:]
-            first = [
-                low + ((iteration * spec.tiles_ahead + i) * spec.num_warps + warp) * TILE_TOKENS
-                for i in range(spec.tiles_ahead)
-            ]
-            inside = [token < high for token in first]
-            first = [ok.where(token, low) for ok, token in zip(inside, first, strict=True)]
-            loaded = [_load_tile(row, keys, values, token, high) for token in first]
             scores = []  # of two tokens each, by tile and then by 8 tokens
-            for i, (tile_keys, _) in enumerate(loaded):
+            for tile in tiles:
                 for n in range(2):
-                    pair = _score(spec, query, tile_keys[n])
-                    tokens = [first[i] + n * 8 + row.column + e for e in range(2)]
+                    pair = _score(spec, query, tile.keys[n])
+                    tokens = [tile.first + n * 8 + row.column + e for e in range(2)]
                     scores.append(
-                        [(inside[i] & (t < high)).where(v * scale, nothing) for t, v in zip(tokens, pair, strict=True)]
+                        [
+                            (tile.is_used & (t < high)).where(v * scale, nothing)
+                            for t, v in zip(tokens, pair, strict=True)
+                        ]
                     )
             top = balanced([v for pair in scores for v in pair], lambda a, b: a.maximum(b))
             new_best = best.maximum(spec.lanes.maximum(top, mma.row_masks))
@@ -260,14 +298,19 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
             new = []
             for j in range(size):
                 sums = [acc[j * 2] * decay, acc[j * 2 + 1] * decay]
-                for i, (_, tile_values) in enumerate(loaded):
-                    sums = _add_values(spec, halves[2 * i : 2 * i + 2], [run[j] for run in tile_values], sums)
+                for i, tile in enumerate(tiles):
+                    sums = _add_values(spec, halves[2 * i : 2 * i + 2], [run[j] for run in tile.values], sums)
                 new += sums
             return [new_best, new_total, *new]
 
-        best, total, *acc = carry(body, init, passes, axes, step)
+        if early:
+            init, passes = step(early, init), (passes - 1).maximum(0)
+        skipped = int(bool(early))
+        best, total, *acc = carry(body, init, passes, axes, lambda i, old: step(load(i + skipped), old))
         total = spec.lanes.sum(total, mma.row_masks)
-        stores = _combine_warps(body, spec, out, sums, (axis, kv_head, part, lane, warp), row, best, total, acc)
+        places = (axis, kv_head, part, lane, warp)
+        joining = None if arrivals is None else _Joining(whole, arrivals, split.used(row.past))
+        stores = _combine_warps(body, spec, part_values, sums, joining, places, row, best, total, acc)
         tokens, context = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
         return finish(
             UOp.group(*writes, *stores).end(*reversed(axes)),
@@ -279,10 +322,29 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
     return kernel
 
 
-def _load_tile(
-    row: _Row, keys: UOp, values: UOp, first: UOp, high: UOp
-) -> tuple[list[list[list[list[UOp]]]], list[list[UOp]]]:
-    """The lane's fragments of 16 tokens: keys by 8 tokens and then by runs, values by token."""
+@dataclass(frozen=True)
+class _Tile:
+    """The lane's fragments of 16 tokens from `first` on."""
+
+    first: UOp
+    is_used: UOp  # whether the tile begins before the part's end; if not, it is of other tokens of the context
+    keys: list[list[list[list[UOp]]]]  # by 8 tokens and then by runs
+    values: list[list[UOp]]  # by token
+
+    @property
+    def loaded(self) -> list[UOp]:
+        keys = [value for half in self.keys for chunk in half for run in chunk for value in run]
+        return keys + [value for run in self.values for value in run]
+
+    def or_zeros(self, has_tokens: UOp) -> _Tile:
+        """The tile; where its part has no tokens, of values that are numbers."""
+        return replace(self, values=[[has_tokens.where(v, v.const_like(0.0)) for v in run] for run in self.values])
+
+
+def _load_tile(row: _Row, keys: UOp, values: UOp, wanted: UOp, low: UOp | int, high: UOp) -> _Tile:
+    """The tile that begins at token `wanted` of the part [low, high), which may be empty."""
+    is_used = wanted < high
+    first = is_used.where(wanted, low.minimum((high - 1).maximum(0)) if isinstance(low, UOp) else low)
     spec, lane, mma = row.spec, row.lane, row.spec.mma
     size = spec.layout.block_size
     block = clamp(row.inputs[row.table + first // size].load(), 0, spec.num_blocks - 1)
@@ -303,12 +365,13 @@ def _load_tile(
         return [load(keys, start, RUN) for start in starts]
 
     fragments = [[chunk(n, c) for c in range(spec.head_dim // width)] for n in range(2)]
-    last = high - 1 - first  # behind it lies what another sequence left, be it NaN: its weight 0 must meet a number
+    # what lies behind the part is what another sequence left, be it NaN: its weight 0 must meet a number
+    last = (high - 1 - first).maximum(0)
     loaded = [
         load(values, base + token.minimum(last) * spec.slot_elements + dim, spec.head_dim // RUN)
         for token, dim in zip(value_tokens, value_dims, strict=True)
     ]
-    return fragments, loaded
+    return _Tile(first, is_used, fragments, loaded)
 
 
 def _score(spec: DecodeSpec, query: list[list[list[UOp]]], keys: list[list[list[UOp]]]) -> list[UOp]:
@@ -341,11 +404,21 @@ def _add_values(spec: DecodeSpec, weights: list[list[UOp]], values: list[UOp], s
     return [acc.index(e) for e in range(2)]
 
 
+@dataclass(frozen=True)
+class _Joining:
+    """What the threadgroups that share a row's context need besides its parts."""
+
+    out: UOp
+    arrivals: UOp
+    used: UOp  # parts in use
+
+
 def _combine_warps(
     body: Body,
     spec: DecodeSpec,
     out: UOp,
     sums: UOp | None,
+    joining: _Joining | None,
     axes: tuple[UOp | int, UOp | int, UOp | int, UOp, UOp | int],
     row: _Row,
     best: UOp,
@@ -367,32 +440,87 @@ def _combine_warps(
     stores += [scales[(at * 2).valid(leads)].store(best), scales[(at * 2 + 1).valid(leads)].store(total)]
     done = UOp.group(*stores)
     shared, scales = shared.after(done), scales.after(done)
-    threads = count * LANES
+    width, tokens = spec.num_heads * dim, spec.layout.num_tokens
     results = []
-    for start in range(0, group * dim, threads):
-        index = start + warp * LANES + lane
-        is_inside = None if start + threads <= group * dim else index < group * dim
-        index = index if is_inside is None else is_inside.where(index, 0)
+    for index, is_inside in _elements(spec, warp * LANES + lane):
         head = index // dim
         bests = [scales[(w * group + head) * 2].load() for w in range(count)]
         top = balanced(bests, lambda a, b: a.maximum(b))
         factors = [(b - top).exp2() for b in bests]
         whole = balanced(f * scales[(w * group + head) * 2 + 1].load() for w, f in enumerate(factors))
         value = balanced(f * shared[w * group * dim + index].load() for w, f in enumerate(factors))
-        width = spec.num_heads * dim
-        target = kv_head * (group * dim) + index
-
-        def gate(at: UOp, *conditions: UOp | None) -> UOp:
-            for condition in conditions:
-                at = at if condition is None else at.valid(condition)
-            return at
-
+        target = axis * width + kv_head * (group * dim) + index
         if sums is None:
-            results.append(out[gate(axis * width + target, is_inside)].store((value / whole).cast(out.dtype)))
+            results.append(out[_gate(target, is_inside)].store((value / whole).cast(out.dtype)))
             continue
-        safe = (whole > 0.0).where(whole, 1.0)
-        leads_head = (index % dim).eq(0) if is_inside is None else (index % dim).eq(0) & is_inside
+        safe, is_part = (whole > 0.0).where(whole, 1.0), None
+        if joining is not None:
+            alone = part.eq(0) & joining.used.eq(1) if isinstance(part, UOp) else None
+            results.append(joining.out[_gate(target, is_inside, alone)].store((value / safe).cast(joining.out.dtype)))
+            is_part = (joining.used > 1) & (part < joining.used)
         lse = (whole > 0.0).where(top + safe.log2(), NOTHING)
-        results.append(out[gate(part * width + target, is_inside)].store(value / safe))
-        results.append(sums[(part * spec.num_heads + kv_head * group + head).valid(leads_head)].store(lse))
-    return results
+        place = (part * tokens + axis) * spec.num_heads + kv_head * group + head
+        results.append(out[_gate(part * (tokens * width) + target, is_inside, is_part)].store(value / safe))
+        results.append(sums[_gate(place, is_inside, is_part, (index % dim).eq(0))].store(lse))
+    if joining is None or sums is None:
+        return results
+    return _join_parts(body, spec, out, sums, joining, axes, results)
+
+
+def _elements(spec: DecodeSpec, thread: UOp) -> list[tuple[UOp, UOp | None]]:
+    """The elements of a KV head's group of heads that a thread writes, and whether there is one."""
+    size, threads = spec.group * spec.head_dim, spec.num_warps * LANES
+    elements: list[tuple[UOp, UOp | None]] = []
+    for start in range(0, size, threads):
+        index, is_inside = start + thread, start + thread < size
+        is_whole = start + threads <= size
+        elements.append((index, None) if is_whole else (is_inside.where(index, 0), is_inside))
+    return elements
+
+
+def _gate(at: UOp, *conditions: UOp | None) -> UOp:
+    for condition in conditions:
+        at = at if condition is None else at.valid(condition)
+    return at
+
+
+def _join_parts(
+    body: Body,
+    spec: DecodeSpec,
+    values: UOp,
+    sums: UOp,
+    joining: _Joining,
+    axes: tuple[UOp | int, UOp | int, UOp | int, UOp, UOp | int],
+    stores: list[UOp],
+) -> list[UOp]:
+    """The last threadgroup of a row's makes its parts one, and sets the counter back."""
+    axis, kv_head, part, lane, warp = axes
+    group, dim, tokens = spec.group, spec.head_dim, spec.layout.num_tokens
+    thread, counter = warp * LANES + lane, axis * spec.num_kv_heads + kv_head
+    is_shared = (joining.used > 1) & (part < joining.used)
+    is_last, seen = arrive(body, joining.arrivals, counter, is_shared, joining.used, *stores)
+    values, sums = values.after(seen), sums.after(seen)
+    elements = _elements(spec, thread)
+    outer = axes_of(axis, kv_head, part, lane, warp)
+
+    def step(number: UOp | int, old: list[UOp]) -> list[UOp]:
+        new = []
+        for i, (index, _) in enumerate(elements):
+            best, total, acc = old[3 * i : 3 * i + 3]
+            place = (number * tokens + axis) * spec.num_heads + kv_head * group
+            here = sums[place + index // dim].load()
+            top = best.maximum(here)
+            before, now = (best - top).exp2(), (here - top).exp2()
+            new += [top, total * before + now, acc * before + now * values[place * dim + index].load()]
+        return new
+
+    init = [UOp.const(v, F32) for _ in elements for v in (NOTHING, 0.0, 0.0)]
+    count = is_last.where(joining.used, 0)
+    sums_up = carry(body, init, count, outer, step)
+    results = list(stores)
+    for i, (index, is_inside) in enumerate(elements):
+        _, total, acc = sums_up[3 * i : 3 * i + 3]
+        at = _gate((axis * spec.num_kv_heads + kv_head) * (group * dim) + index, is_inside, is_last)
+        results.append(joining.out[at].store((acc / total).cast(joining.out.dtype)))
+    zero = UOp.const(0, joining.arrivals.dtype)
+    return [*results, joining.arrivals.after(seen)[_gate(counter + 0 * thread, is_last, thread.eq(0))].store(zero)]

@@ -2,8 +2,8 @@
 
 What one operation leaves to be done, the next does on the way: a product's partial sums are added where they are
 normalised or attended to, and the parts of a split context where they are projected. So some tensors that operations
-return are more than their value (`Summed`, `Split`): who knows them reads their parts, and the value is never computed.
-What a shape does not fit goes the general way of gpu.py, and the log says so.
+return are not written yet (`Pending`): who knows them reads what they are made of, and for the others they are written
+(`FusedGpuBackend.whole`). What a shape does not fit goes the general way of gpu.py, and the log says so.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from dataclasses import replace
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
+from tinyvllm.arrays import HostMatrix
 from tinyvllm.ops.backend import AttentionShape, KVPool, Norm
 from tinyvllm.ops.device import FLOATS, DeviceHandle
-from tinyvllm.ops.gpu import GpuBackend
-from tinyvllm.ops.gpu_decode import DecodeSpec, decode_kernel, fits_decode
+from tinyvllm.ops.gpu import GpuBackend, embed_kernel
+from tinyvllm.ops.gpu_decode import GROUPS_WANTED, DecodeSpec, decode_kernel, fits_decode
 from tinyvllm.ops.gpu_gemm import MIN_TOKENS, GemmSpec, multiply_rows
 from tinyvllm.ops.gpu_gemm_hopper import allow_wide
 from tinyvllm.ops.gpu_kernel import Lanes, Mma
@@ -43,25 +44,35 @@ from tinyvllm.ops.tuning import choose
 
 logger = logging.getLogger(__name__)
 
-MAX_CHAINED_TOKENS = 16  # measured on an H200: 5 % at 8 rows, a loss of 2 % at 64
+# measured on an H200: 5 % at 8 rows, a loss of 2 % at 64; of quantised weights 10 % at 32
+MAX_CHAINED_TOKENS, MAX_CHAINED_QUANTIZED = 16, 32
 
 
-class Summed(Tensor):
-    """residual + the sum of `num_parts` tensors side by side in `parts`."""
+class Pending(Tensor):
+    """A tensor that nobody has written yet."""
+
+    is_written = False
+
+
+class Summed(Pending):
+    """residual + the sum of `num_parts` tensors of `num_tokens` rows side by side in `parts`."""
 
     parts: Tensor
     num_parts: int
+    num_tokens: int
     residual: Tensor | None
 
 
-class Embedded(Tensor):
+class Embedded(Pending):
     """Rows of an embedding table, which the first norm reads. `sources`: the step's inputs, and the table's planes."""
 
     spec: EmbedSpec
+    table: Matrix
+    layout: StepLayout
     sources: list[Tensor]
 
 
-class Split(Tensor):
+class Split(Pending):
     """One row's attention, whose context was shared out: see gpu_split."""
 
     values: Tensor
@@ -86,6 +97,8 @@ class FusedGpuBackend(GpuBackend):
         self.float = dtypes.half if dtype == "float16" else dtypes.float
         self.mma = self._mma(FLOATS[dtype])
         self.has_wide = allow_wide(device.name)
+        self.has_quantized = False  # among the matrices so far
+        self.arrivals = device.zeros(GROUPS_WANTED, dtypes.int)  # of threadgroups that share a context
         if self.mma is None:
             logger.warning("products of more than one row take the general kernels: no matrix unit for %s", dtype)
 
@@ -94,6 +107,11 @@ class FusedGpuBackend(GpuBackend):
         return Mma(self.lanes.kind, dtype) if usable else None
 
     # -- weights and pool ---------------------------------------------------------------------------------------------
+
+    def matrix(self, host: HostMatrix) -> Matrix:
+        matrix = super().matrix(host)
+        self.has_quantized |= matrix.format.is_quantized
+        return matrix
 
     def make_pool(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: str) -> KVPool:
         pool = super().make_pool(num_layers, num_blocks, block_size, shape, dtype)
@@ -123,11 +141,11 @@ class FusedGpuBackend(GpuBackend):
     # -- operations ---------------------------------------------------------------------------------------------------
 
     def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout, newest: Tensor | None = None) -> Tensor:
-        rows = super().embed(table, inputs, layout, newest)
         if layout.num_tokens == 1 or table.num_cols % RUN_COLS:
-            return rows
-        result = Embedded(rows.uop)
+            return super().embed(table, inputs, layout, newest)
+        result = Embedded(self._empty(layout.num_tokens * table.num_cols).uop)
         result.spec = EmbedSpec(table.format, table.used_rows, layout.offset("token_ids"), newest is not None)
+        result.table, result.layout = table, layout
         result.sources = [inputs, *([] if newest is None else [newest]), *table.planes]
         return result
 
@@ -138,7 +156,7 @@ class FusedGpuBackend(GpuBackend):
             return [self._vector(name, x, matrix, F32, norm=norm) for matrix in matrices]
         mma = self.mma
         if mma is None or not all(fits_matrix_unit(mma, m.num_rows, is_gated=False) for m in matrices):
-            return super().norm_linear(name, x, norm, matrices, num_tokens)
+            return super().norm_linear(name, self.whole(x), norm, matrices, num_tokens)
         normed = self._normed_rows(x, norm, num_tokens)
         return [self._summed(self._matrix_spec(name, mma, m, num_tokens), m, normed) for m in matrices]
 
@@ -146,7 +164,7 @@ class FusedGpuBackend(GpuBackend):
         if num_tokens == 1:
             return self._vector(name, x, matrix, self.float, norm=norm, epilogue="silu")
         if self.mma is None or not fits_matrix_unit(self.mma, matrix.num_rows, is_gated=True):
-            return super().norm_gated(name, x, norm, matrix, num_tokens)
+            return super().norm_gated(name, self.whole(x), norm, matrix, num_tokens)
         spec = self._matrix_spec(name, self.mma, matrix, num_tokens, is_gated=True)
         normed = self._normed_rows(x, norm, num_tokens)
         return multiply(spec, self._empty(num_tokens * spec.out_rows), matrix, normed)
@@ -155,8 +173,8 @@ class FusedGpuBackend(GpuBackend):
         if num_tokens == 1:
             return self._vector(name, x, matrix, self.float, epilogue="residual", residual=residual)
         if self.mma is None or not fits_matrix_unit(self.mma, matrix.num_rows, is_gated=False):
-            return super().linear_add(name, x, matrix, residual, num_tokens)
-        return self._summed(self._matrix_spec(name, self.mma, matrix, num_tokens), matrix, x, residual)
+            return super().linear_add(name, self.whole(x), matrix, self.whole(residual), num_tokens)
+        return self._summed(self._matrix_spec(name, self.mma, matrix, num_tokens), matrix, x, self.whole(residual))
 
     def attend(
         self,
@@ -183,6 +201,7 @@ class FusedGpuBackend(GpuBackend):
             return attend_tiles(tiled, layer, rows, (pool.keys[layer], pool.values[layer]), inputs, tables, parts)
         if not is_decode or mma is None or not fits_decode(heads, kv_heads, dim, layout.block_size, cols):
             step = (inputs, rope, layout)
+            qkv = [self.whole(part) for part in qkv]
             return super().attend(qkv, widths, shape, pool, layer, *step, is_decode=is_decode, head_norm=head_norm)
         lanes = self._lanes(layout.num_tokens)
         spec = DecodeSpec(layout, lanes, mma, heads, kv_heads, dim, pool.num_blocks, cols, counts, eps)
@@ -191,18 +210,47 @@ class FusedGpuBackend(GpuBackend):
         if split.num_parts == 1:
             out = self._empty(layout.num_tokens * split.num_cols)
             return run_kernel(decode_kernel(spec), [out, *written], [inputs, *tables, *parts])[0]
-        outs = [self._floats(split.num_parts * split.num_cols), self._floats(split.num_parts * split.num_heads)]
+        rows = split.num_parts * layout.num_tokens
+        outs = [self._floats(rows * split.num_cols), self._floats(rows * split.num_heads)]
+        if spec.is_joined:
+            outs = [self._empty(layout.num_tokens * split.num_cols), *outs, self.arrivals]
+            return run_kernel(decode_kernel(spec), [*outs, *written], [inputs, *tables, *parts])[0]
         values, sums, *_ = run_kernel(decode_kernel(spec), [*outs, *written], [inputs, *tables, *parts])
-        whole = run_kernel(combine_kernel(split), [self._empty(split.num_cols)], [values, sums, inputs])[0]
-        result = Split(whole.uop)
+        result = Split(self._empty(split.num_cols).uop)
         result.values, result.sums, result.inputs, result.split = values, sums, inputs, split
         return result
 
+    def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:
+        return super().take_rows(self.whole(x), inputs, layout, num_cols)
+
+    def parts_of(self, x: Tensor) -> Sequence[Tensor]:
+        return [self.whole(x)]
+
+    def join(self, logits: Tensor, stride: int, layout: StepLayout) -> Tensor:
+        return self.whole(logits)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """x, written if it was not."""
+        if not isinstance(x, Pending) or x.is_written:
+            return x
+        out = [Tensor(x.uop)]
+        if isinstance(x, Embedded):
+            spec, table = x.spec, x.table
+            shape = (x.layout.num_tokens, table.used_rows, table.num_cols)
+            out = run_kernel(embed_kernel(spec.format, *shape, spec.token_offset, spec.is_fed), out, x.sources)
+        elif isinstance(x, Summed):
+            cols = x.numel() // x.num_tokens
+            add = SumSpec(self._lanes(x.num_tokens), x.num_tokens, cols, x.num_parts, x.residual is not None, None)
+            out = run_kernel(sum_kernel(add), out, [x.parts] if x.residual is None else [x.parts, x.residual])
+        elif isinstance(x, Split):
+            out = run_kernel(combine_kernel(x.split), out, [x.values, x.sums, x.inputs])
+        return self._written(x, out[0])
+
     # -- pieces -------------------------------------------------------------------------------------------------------
 
-    def _lanes(self, num_tokens: int, *, is_packed: bool = False) -> Lanes:
-        """The lanes of kernels that are worth chaining: not those that compute more than they wait."""
-        if num_tokens > MAX_CHAINED_TOKENS or (is_packed and num_tokens > 1):
+    def _lanes(self, num_tokens: int) -> Lanes:
+        """The lanes of kernels that are worth chaining: not those of steps that compute more than they wait."""
+        if num_tokens > (MAX_CHAINED_QUANTIZED if self.has_quantized else MAX_CHAINED_TOKENS):
             return replace(self.lanes, is_chained=False)
         return self.lanes
 
@@ -244,7 +292,7 @@ class FusedGpuBackend(GpuBackend):
         if num_tokens >= MIN_TOKENS:
             shape = (num_tokens, matrix.num_rows, matrix.num_cols, is_gated, self.has_wide)
             return choose(GemmSpec(name, mma, matrix.format, self.float, *shape))
-        lanes = self._lanes(num_tokens, is_packed=matrix.format.is_quantized)
+        lanes = self._lanes(num_tokens)
         size = (num_tokens, matrix.num_rows, matrix.num_cols)
         return choose(MatrixSpec(name, lanes, mma, matrix.format, *size, is_gated))
 
@@ -256,32 +304,31 @@ class FusedGpuBackend(GpuBackend):
         parts = multiply(spec, self._floats(spec.splits * size), matrix, x)
         if spec.splits == 1 and residual is None:
             return parts
-        lanes = self._lanes(spec.num_tokens)
-        add = SumSpec(lanes, spec.num_tokens, spec.num_rows, spec.splits, residual is not None, None)
-        out = self._floats(size) if residual is None else self._empty(size)
-        whole = run_kernel(sum_kernel(add), [out], [parts] if residual is None else [parts, residual])[0]
-        result = Summed(whole.uop)
-        result.parts, result.num_parts, result.residual = parts, spec.splits, residual
+        result = Summed((self._floats(size) if residual is None else self._empty(size)).uop)
+        result.parts, result.num_parts, result.num_tokens = parts, spec.splits, spec.num_tokens
+        result.residual = residual
         return result
+
+    def _written(self, x: Pending, value: Tensor) -> Tensor:
+        """x, of which `value` is what it was written as."""
+        x.replace(value)
+        x.is_written = True
+        return x
 
     def _normed_rows(self, x: Tensor, norm: Norm, num_tokens: int) -> Tensor:
         """RMSNorm of rows. Where x is still a sum, or rows of a table, it is computed here, and x is then its value."""
         cols, weight = norm.weight.shape[0], norm.weight
         normed = self._empty(num_tokens * cols)
-        if isinstance(x, Embedded) and x.sources:
-            spec = SumSpec(self._lanes(num_tokens), num_tokens, cols, 0, False, norm.eps, x.spec)
-            outs = [self._empty(num_tokens * cols), normed]
-            whole, normed = run_kernel(sum_kernel(spec), outs, [*x.sources, weight])
-            x.replace(whole)
-            x.sources = []
-            return normed
-        if not isinstance(x, Summed) or x.num_parts == 0:
-            spec = SumSpec(self._lanes(num_tokens), num_tokens, cols, 0, False, norm.eps)
+        lanes, outs = self._lanes(num_tokens), [self._empty(num_tokens * cols), normed]
+        if isinstance(x, Embedded) and not x.is_written:
+            spec = SumSpec(lanes, num_tokens, cols, 0, False, norm.eps, x.spec)
+            value, normed = run_kernel(sum_kernel(spec), outs, [*x.sources, weight])
+        elif isinstance(x, Summed) and not x.is_written:
+            spec = SumSpec(lanes, num_tokens, cols, x.num_parts, x.residual is not None, norm.eps)
+            rest = [] if x.residual is None else [x.residual]
+            value, normed = run_kernel(sum_kernel(spec), outs, [x.parts, *rest, weight])
+        else:
+            spec = SumSpec(lanes, num_tokens, cols, 0, False, norm.eps)
             return run_kernel(sum_kernel(spec), [normed], [x, weight])[0]
-        spec = SumSpec(self._lanes(num_tokens), num_tokens, cols, x.num_parts, x.residual is not None, norm.eps)
-        rest = [] if x.residual is None else [x.residual]
-        outs = [self._empty(num_tokens * cols), normed]
-        whole, normed = run_kernel(sum_kernel(spec), outs, [x.parts, *rest, weight])
-        x.replace(whole)
-        x.num_parts = 0
+        self._written(x, value)
         return normed

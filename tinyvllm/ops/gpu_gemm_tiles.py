@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinygrad import UOp, dtypes
-from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
-from tinyvllm.ops.gpu_kernel import Mma
+from tinyvllm.ops.gpu_kernel import WORDS, Mma, VectorType
 from tinyvllm.ops.kernel import F16, F32, LOG2E
 
 TILE_COLS = 32
@@ -41,14 +40,6 @@ EXP2 = '[&]{{ float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"({0})); r
 PTX_NAMES = {dtypes.half: "f16", dtypes.bfloat16: "bf16"}
 
 
-class VectorType(DType):
-    """A type of CUDA's that is one value to tinygrad."""
-
-    def __repr__(self) -> str:
-        return f"VectorType({self.name})"
-
-
-WORDS = VectorType(20, 128, "uint4", None)  # each of two neighbours
 FLOATS = VectorType(20, 128, "float4", None)
 
 Operands = (

@@ -6,7 +6,8 @@ of a matrix product a lane holds. A device without either (OpenCL) takes the gen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from tinygrad import Device, UOp, dtypes
@@ -17,6 +18,14 @@ from tinyvllm.ops.kernel import F32, Body, balanced
 
 LANES = 32  # threads that run in step: CUDA's warp, METAL's simdgroup
 SHARED_BYTES = 32 << 10  # threadgroup memory that every device has (METAL's limit; CUDA has 48 KiB)
+
+
+class VectorType(DType):
+    """A type of CUDA's that is one value to tinygrad."""
+
+    def __repr__(self) -> str:
+        return f"VectorType({self.name})"
+
 
 SHUFFLES = {"CUDA": "__shfl_xor_sync(0xffffffffu,{0},%d)", "METAL": "simd_shuffle_xor({0},%d)"}
 HALF_PAIR = 0x64006400  # two halves of 1024, whose last bit is worth 1
@@ -29,6 +38,14 @@ MULTIPLY_WORDS = (
     ' {{{{%0,%1,%2,%3}}}}, {{{{%4,%5,%6,%7}}}}, {{{{%8,%9}}}}, {{{{%0,%1,%2,%3}}}};"'
     ' : "+f"({sums}_0), "+f"({sums}_1), "+f"({sums}_2), "+f"({sums}_3) : {words});'
 )
+WORDS = VectorType(20, 128, "uint4", None)  # four words of two halves
+LOAD_WORDS = "*((uint4*)({0}))"
+PERMUTE = "__byte_perm({0}, %#x, %#x)"
+FUSE = (
+    '[](uint a, uint b, uint c){{ uint d; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); '
+    "return d; }}({0}, {1}, {2})"
+)
+BOTH = '[](half h){{ uint d; asm("mov.b32 %0, {{%1, %1}};" : "=r"(d) : "h"(__half_as_ushort(h))); return d; }}({0})'
 AWAIT_PREVIOUS = "griddepcontrol.wait"
 CHAIN = f'asm volatile("{AWAIT_PREVIOUS}; griddepcontrol.launch_dependents;" ::: "memory");'
 # (columns of the right operand, rows of the left one, terms) of one instruction
@@ -147,6 +164,50 @@ class Mma:
             return UOp(Ops.CUSTOM, dtypes.uint, src=(word,), arg=AND_OR.format(mask, HALF_PAIR))
         return (word & mask) | HALF_PAIR
 
+    # a pair: two values of float16, on CUDA in one word
+
+    def byte_pair(self, word: UOp, which: int, above: int) -> UOp:
+        """Bytes 2 * which and 2 * which + 1 of a word, each with the byte `above` it, as one word."""
+        if self.kind == "CUDA":
+            selector = 0x4342 if which else 0x4140
+            return UOp(Ops.CUSTOM, dtypes.uint, src=(word,), arg=PERMUTE % (above * 0x01010101, selector))
+        moved = word >> 16 if which else word
+        return (moved & 0xFF) | ((moved & 0xFF00) << 8) | (above << 8 | above << 24)
+
+    def pair_of(self, word: UOp) -> tuple[UOp, ...]:
+        """The pair of a word's halves."""
+        return (word,) if self.kind == "CUDA" else tuple(_in_halves([word]))
+
+    def both(self, value: UOp | float) -> UOp:
+        """A factor or addend of `fuse`, the same for both of a pair: a constant or a value of float16."""
+        if isinstance(value, UOp):
+            return UOp(Ops.CUSTOM, dtypes.uint, src=(value,), arg=BOTH) if self.kind == "CUDA" else value
+        if self.kind != "CUDA":
+            return UOp.const(value, dtypes.half)
+        (bits,) = struct.unpack("<H", struct.pack("<e", value))
+        return UOp.const(bits << 16 | bits, dtypes.uint)
+
+    def fuse(self, pair: tuple[UOp, ...], factor: UOp, addend: UOp | None) -> tuple[UOp, ...]:
+        """pair * factor + addend, in float16."""
+        if self.kind == "CUDA":
+            src = (pair[0], factor, self.both(0.0) if addend is None else addend)
+            return (UOp(Ops.CUSTOM, dtypes.uint, src=src, arg=FUSE),)
+        return tuple(value * factor if addend is None else value * factor + addend for value in pair)
+
+    def load_pairs(self, buffer: UOp, at: UOp, count: int) -> list[UOp]:
+        """`count` neighbours of float16 (a multiple of 8) as the operand that `multiply_pairs` takes."""
+        if self.kind == "METAL":
+            return [buffer[at + i].load() for i in range(count)]
+        words = [UOp(Ops.CUSTOM, WORDS, src=(buffer[at + i],), arg=LOAD_WORDS) for i in range(0, count, 8)]
+        return [UOp(Ops.CUSTOMI, dtypes.uint, src=(four,), arg=f"{{0}}.{name}") for four in words for name in "xyzw"]
+
+    def multiply_pairs(self, body: Body, w: list[list[UOp]], x: list[list[UOp]], start: list[UOp]) -> list[UOp]:
+        """`multiply`, of operands in pairs, onto the elements `start` of a tile's sums."""
+        if self.kind == "CUDA":
+            return self.multiply_words(body, w, x, start)
+        sums = self.multiply(w, x, UOp.stack(*start))
+        return [sums.index(e) for e in range(self.elements)]
+
     def multiply_words(self, body: Body, w: list[list[UOp]], x: list[list[UOp]], start: Sequence[UOp]) -> list[UOp]:
         """The elements of a tile's sums that begin at `start`; operands as in `multiply`, in words of two halves.
 
@@ -196,13 +257,17 @@ def _metal_place(lane: UOp) -> tuple[UOp, UOp]:
 # -- the kernel before -------------------------------------------------------------------------------------------------
 
 
-def await_previous(lanes: Lanes, *buffers: UOp) -> tuple[UOp, ...]:
+def await_previous(lanes: Lanes, *buffers: UOp, ahead: Iterable[UOp] = ()) -> tuple[UOp, ...]:
     """The buffers, to be read when the kernels before this one have ended. Where kernels are chained, every kernel of
-    ours passes what it reads through here, but for what no kernel of a step writes: weights, and the host's words."""
+    ours passes what it reads through here, once, but for what no kernel of a step writes: weights, the host's words.
+
+    `ahead`: values of such, whose loads are under way while the kernel waits. Elsewhere the compiler, which knows no
+    latency, leaves them to where they are used."""
     if not lanes.is_chained:
         return buffers
+    loads = dict.fromkeys(uop for value in ahead for uop in value.toposort() if uop.op is Ops.LOAD)
     # behind a barrier, because tinygrad does not heed a statement of ours as something to come after
-    ready = UOp(Ops.BARRIER, src=(UOp(Ops.CUSTOM, dtypes.void, src=(), arg=CHAIN),))
+    ready = UOp(Ops.BARRIER, src=(UOp(Ops.CUSTOM, dtypes.void, src=tuple(loads), arg=CHAIN),))
     return tuple(buffer.after(ready) for buffer in buffers)
 
 

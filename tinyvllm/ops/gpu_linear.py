@@ -5,7 +5,7 @@ Both stream the weights from memory straight into registers; K is split over the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tinygrad import UOp, dtypes
@@ -25,9 +25,9 @@ from tinyvllm.ops.gpu_kernel import (
     warps,
     zeros,
 )
-from tinyvllm.ops.gpu_runs import group_sums, read_run, run_cols
+from tinyvllm.ops.gpu_runs import Run, group_sums, read_halves, read_run, run_cols
 from tinyvllm.ops.gpu_split import SplitHeads, read_split
-from tinyvllm.ops.kernel import F32, LOG2E, Body, KernelFn, balanced, cached_kernel, finish
+from tinyvllm.ops.kernel import F16, F32, LOG2E, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.matrix import PANEL, Format, Planes
 from tinyvllm.ops.token_ids import token_id
 from tinyvllm.ops.tuning import Tunable
@@ -70,6 +70,16 @@ class VectorSpec:
         return run_cols(self.format, VECTOR_COLS)
 
     @property
+    def num_runs(self) -> int:
+        return self.num_cols // self.cols
+
+    @property
+    def steps(self) -> int:
+        """Iterations of a warp."""
+        _, _, across, ahead = self.shape
+        return -(-self.num_runs // (LANES * across * ahead))
+
+    @property
     def stages(self) -> bool:
         """Whether a threadgroup first puts x * norm weight into its memory, to be read by runs. A quantised run has 32
         columns: lanes that read those from main memory touch 32 lines at once, and that costs more than the codes."""
@@ -93,7 +103,8 @@ class VectorSpec:
             return rows, max(1, 4 // across), across, 1
         if self.out_rows <= 4096 and passes <= 8:
             return 2, 2, _power_below(min(4, -(-passes // 2))), min(2, passes)
-        return (4 if self.out_rows > 32768 else 2), 1, _power_below(min(16, passes)), 1
+        across = _power_below(min(16, passes))
+        return (4 if self.out_rows > 32768 else 2), 1, across, min(2, -(-passes // across))
 
 
 def _power_below(value: int) -> int:
@@ -108,9 +119,8 @@ def vector_kernel(spec: VectorSpec) -> KernelFn:
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands = list(rest)
         planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
-        x, split, norm_weight, residual = _vector_operands(spec, operands)
         body = Body()
-        rows, down, across, ahead = spec.shape
+        rows, down, across, _ = spec.shape
         group, lane = body.grid(spec.out_rows // (rows * down)), body.threads(LANES)
         column_warp, row_warp = warps(body, across), warps(body, down)
         axes = axes_of(group, lane, column_warp, row_warp)
@@ -118,45 +128,43 @@ def vector_kernel(spec: VectorSpec) -> KernelFn:
         own = [first + i for i in range(rows)]
         if spec.epilogue == "silu":
             own += [row + spec.out_rows for row in own]
-
+        norm_weight = operands.pop(1 if spec.split is None else 3) if spec.norm_eps is not None else None
+        loads = _VectorLoads(spec, planes, norm_weight, own, column_warp, lane)
+        only = loads.runs(0) if spec.steps == 1 else []
+        x, split, residual = _vector_operands(spec, operands, [value for run in only for value in run.values])
         staged = squares = None
         if spec.stages:
             assert norm_weight is not None
             threads = (row_warp * across + column_warp) * LANES + lane
             staged, squares = _stage(body, spec, x, norm_weight, threads, down * across)
-        num_runs = spec.num_cols // spec.cols
-        steps = -(-num_runs // (LANES * across * ahead))
-        is_ragged = num_runs % (LANES * across * ahead) != 0
+
+        def read(run: _VectorRun, iteration: UOp | int) -> list[UOp]:
+            """The columns of a run of x."""
+            start = run.number * spec.cols
+            if split is not None:
+                assert spec.split is not None
+                values = read_split(body, spec.split, x, *split, start, spec.cols, [*axes, *axes_of(iteration)])
+            elif staged is not None:
+                values = load_floats(staged, run.number * STAGED_RUN, spec.cols)
+            else:
+                values = load_floats(x, start, spec.cols)
+            inside = run.is_inside
+            return values if inside is None else [inside.where(value, 0.0) for value in values]
 
         def step(iteration: UOp | int, old: list[UOp]) -> list[UOp]:
-            wanted = [((iteration * ahead + i) * across + column_warp) * LANES + lane for i in range(ahead)]
-            runs = [(run < num_runs).where(run, 0) if is_ragged else run for run in wanted]
-            # all weights first: as many loads in flight as there are registers for
-            weights = [[read_run(planes, row, run, spec.num_cols, spec.cols) for row in own] for run in runs]
             new = list(old)
-            for run, asked, row_runs in zip(runs, wanted, weights, strict=True):
-                if split is not None:
-                    assert spec.split is not None
-                    outer = [*axes, *axes_of(iteration)]
-                    values = read_split(body, spec.split, x, *split, run * spec.cols, spec.cols, outer)
-                elif staged is not None:
-                    values = load_floats(staged, run * STAGED_RUN, spec.cols)
-                else:
-                    values = load_floats(x, run * spec.cols, spec.cols)
-                if is_ragged:
-                    values = [(asked < num_runs).where(value, 0.0) for value in values]
-                if norm_weight is not None and staged is None:
+            for run in only or loads.runs(iteration):
+                values = read(run, iteration)
+                if run.norms:
                     new[-1] = new[-1] + dot(values, values)
-                    values = [
-                        v * w for v, w in zip(values, load_floats(norm_weight, run * spec.cols, spec.cols), strict=True)
-                    ]
+                    values = [v * w for v, w in zip(values, run.norms, strict=True)]
                 sums = group_sums(spec.format, values)
-                for i, weight in enumerate(row_runs):
+                for i, weight in enumerate(run.weights):
                     new[i] = new[i] + weight.dot(values, sums)
             return new
 
         count = len(own) + (norm_weight is not None and staged is None)
-        totals = [spec.lanes.sum(total) for total in carry(body, zeros(count), steps, axes, step)]
+        totals = [spec.lanes.sum(total) for total in carry(body, zeros(count), spec.steps, axes, step)]
         if across > 1:
             totals = _add_warps(body, totals, row_warp * across + column_warp, row_warp * across, across, down, lane)
         totals = _finish_row(spec, totals if squares is None else [*totals, squares], own, residual)
@@ -171,19 +179,57 @@ def vector_kernel(spec: VectorSpec) -> KernelFn:
     return kernel
 
 
+@dataclass(frozen=True)
+class _VectorLoads:
+    """What a lane loads of the weights of the rows `own`."""
+
+    spec: VectorSpec
+    planes: Planes
+    norm_weight: UOp | None
+    own: list[UOp]
+    warp: UOp | int  # of those that share the columns
+    lane: UOp
+
+    def runs(self, iteration: UOp | int) -> list[_VectorRun]:
+        """The runs of an iteration, all before any is used: as many loads in flight as there are registers for."""
+        spec, loaded = self.spec, []
+        _, _, across, ahead = spec.shape
+        for i in range(ahead):
+            wanted = ((iteration * ahead + i) * across + self.warp) * LANES + self.lane
+            is_inside = wanted < spec.num_runs if spec.num_runs % (LANES * across * ahead) else None
+            run = wanted if is_inside is None else is_inside.where(wanted, 0)
+            weights = [read_run(self.planes, row, run, spec.num_cols, spec.cols) for row in self.own]
+            norms = []
+            if self.norm_weight is not None and not spec.stages:
+                norms = load_floats(self.norm_weight, run * spec.cols, spec.cols)
+            loaded.append(_VectorRun(run, is_inside, weights, norms))
+        return loaded
+
+
+@dataclass(frozen=True)
+class _VectorRun:
+    """What a lane has loaded of a run: its rows' weights, and the norm's where they are not staged."""
+
+    number: UOp
+    is_inside: UOp | None  # None: all runs are
+    weights: list[Run]
+    norms: list[UOp]
+
+    @property
+    def values(self) -> list[UOp]:
+        factors = [value for weight in self.weights for pair in weight.factors for value in pair]
+        return [value for weight in self.weights for value in weight.floats] + factors + self.norms
+
+
 def _vector_operands(
-    spec: VectorSpec, operands: list[UOp]
-) -> tuple[UOp, tuple[UOp, UOp] | None, UOp | None, UOp | None]:
-    """x, the rest of what a split x is read from, the norm's weight and the residual, taken from `operands`."""
-    (x,) = await_previous(spec.lanes, operands.pop(0))
-    split = norm_weight = residual = None
-    if spec.split is not None:
-        split = (await_previous(spec.lanes, operands.pop(0))[0], operands.pop(0))
-    if spec.norm_eps is not None:
-        norm_weight = operands.pop(0)
-    if spec.epilogue == "residual":
-        (residual,) = await_previous(spec.lanes, operands.pop(0))
-    return x, split, norm_weight, residual
+    spec: VectorSpec, operands: list[UOp], ahead: Sequence[UOp]
+) -> tuple[UOp, tuple[UOp, UOp] | None, UOp | None]:
+    """x, the rest of what a split x is read from, and the residual: `operands` without planes and norm weight, when the
+    kernels before have ended. `ahead` is loaded meanwhile."""
+    inputs = operands.pop(2) if spec.split is not None else None
+    x, *rest = await_previous(spec.lanes, *operands, ahead=ahead)
+    split = (rest.pop(0), inputs) if inputs is not None else None
+    return x, split, rest.pop() if rest else None
 
 
 def _stage(body: Body, spec: VectorSpec, x: UOp, norm_weight: UOp, thread: UOp, num_warps: int) -> tuple[UOp, UOp]:
@@ -238,6 +284,9 @@ def _add_warps(body: Body, totals: list[UOp], warp: UOp, first: UOp, across: int
 
 TOKENS = 8  # token rows of a tile
 DENSE_COLS = 16  # dense columns of a lane's run
+MAX_WARPS = 16
+EARLY_BYTES = 256  # of a lane
+MAX_PAIR_TILES = 4  # tiles of tokens beside which there are registers for weights in pairs
 MAX_SUMS = 128  # registers of a lane for them
 MAX_TOKEN_TILES = 8  # whose sums a warp keeps in registers; more tokens take more threadgroups
 
@@ -264,6 +313,11 @@ class MatrixSpec(Tunable):
         return run_cols(self.format, DENSE_COLS)
 
     @property
+    def has_pairs(self) -> bool:
+        """Whether weights are unpacked two at a time, in float16."""
+        return self.format.is_quantized and self.mma.dtype == F16 and self.token_tiles <= MAX_PAIR_TILES
+
+    @property
     def token_tiles(self) -> int:
         """Tiles of tokens in a threadgroup."""
         return min(MAX_TOKEN_TILES, -(-self.num_tokens // TOKENS))
@@ -281,7 +335,7 @@ class MatrixSpec(Tunable):
         if self.token_tiles > 4 and (self.num_rows >= 8192 or self.num_cols >= 8192):
             wanted = 4
         if self.is_gated:
-            wanted = max(2, wanted)
+            wanted = 4 if self._is_broad else max(2, wanted)
         wanted *= scale
         while wanted > 1 + self.is_gated and self.num_rows % (wanted * self.mma.rows):
             wanted //= 2
@@ -289,15 +343,23 @@ class MatrixSpec(Tunable):
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         splits = () if self.is_gated else (1, 2, 4, 8, 16)
-        return {"row_tiles": (1, 2, 4, 8), "splits": splits}
+        return {
+            "row_tiles": (1, 2, 4, 8),
+            "splits": splits,
+            "warps": (1, 2, 4, 8, 16),
+            "down": (1, 2, 4),
+            "ahead": (1, 2, 4),
+        }
 
     def is_possible(self) -> bool:
         least = 2 if self.is_gated else 1
         return (
             self.row_tiles >= least
-            and self.num_rows % (self.row_tiles * self.mma.rows) == 0
+            and self.num_rows % (self.row_tiles * self.mma.rows * self.down) == 0
+            and self.warps * self.down <= MAX_WARPS
             and self.row_tiles * self.token_tiles * self.mma.elements <= MAX_SUMS
-            and self.chunks >= self.splits
+            and self.chunks >= self.splits * self.warps * self.ahead
+            and self.shared_bytes <= SHARED_BYTES
         )
 
     @property
@@ -305,10 +367,32 @@ class MatrixSpec(Tunable):
         """Warps that share the columns, and at the end a lane's sums."""
         if self.chunks < 8:
             return 1
+        if self._is_broad:
+            return self.knob("warps", 2)
         share = self.token_tiles * self.mma.elements
         if 2 < self.token_tiles <= 4 and share % 8 == 0 and self._num_groups < FEW_GROUPS and not self.is_gated:
             return 8
-        return 4 if share % 4 == 0 else 2
+        return self.knob("warps", 4 if share % 4 == 0 else 2)
+
+    @property
+    def down(self) -> int:
+        """Warps with rows of their own that read the same columns of x, all but one from the nearest cache."""
+        is_wanted = self._is_broad or (self._is_chained_gate and self.token_tiles == 1 and not self.has_pairs)
+        fits = self.num_rows % (self.row_tiles * self.mma.rows * 2) == 0
+        return self.knob("down", 2 if is_wanted and fits and self.chunks >= 8 else 1)
+
+    @property
+    def _is_chained_gate(self) -> bool:
+        return self.is_gated and self.lanes.is_chained and self.num_rows >= 8192
+
+    @property
+    def _is_broad(self) -> bool:
+        """Whether x is so much beside the codes that more rows should share it."""
+        return self._is_chained_gate and self.has_pairs and self.token_tiles > 2
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.down * self.warps * self.token_tiles * self.mma.elements * LANES * 4 if self.warps > 1 else 0
 
     @property
     def chunks(self) -> int:
@@ -326,15 +410,28 @@ class MatrixSpec(Tunable):
     @property
     def _num_groups(self) -> int:
         """Threadgroups, if none shared its columns with another."""
-        return self.num_rows // (self.row_tiles * self.mma.rows) * self.token_groups
+        return self.num_rows // (self.row_tiles * self.mma.rows * self.down) * self.token_groups
+
+    @property
+    def steps(self) -> int:
+        """Iterations of a warp."""
+        return -(-self.chunks // (self.splits * self.warps * self.ahead))
+
+    @property
+    def begins_early(self) -> bool:
+        """Whether a warp loads its first chunks while the kernel before still runs: where it has registers for all of
+        them at once."""
+        run_bytes = self.cols * min(self.format.bits, 16) // 8
+        return self.lanes.is_chained and self.ahead * self.row_tiles * 2 * run_bytes <= EARLY_BYTES
 
     @property
     def ahead(self) -> int:
         """Chunks whose loads a warp has in flight: as many as its registers hold beside the sums."""
-        ahead = max(1, (4 if not self.format.is_quantized else 2) // self.token_tiles)
+        most = 2 if self.format.is_quantized or self.down > 1 else 4
+        ahead = max(1, most // self.token_tiles)
         while ahead > 1 and self.chunks < self.splits * self.warps * ahead:
             ahead //= 2
-        return ahead
+        return self.knob("ahead", ahead)
 
 
 def fits_matrix_unit(mma: Mma, matrix_rows: int, *, is_gated: bool) -> bool:
@@ -347,70 +444,44 @@ def matrix_kernel(spec: MatrixSpec) -> KernelFn:
     """fn(out, *planes, x): see MatrixSpec. Tokens behind T are the last one again, and are not stored."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
-        operands, mma = list(rest), spec.mma
-        planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
-        (x,) = await_previous(spec.lanes, operands.pop(0))
-        body, row_tiles, token_tiles = Body(), spec.row_tiles, spec.token_tiles
+        *stored, x = rest
+        planes, mma, body = Planes(spec.format, stored), spec.mma, Body()
+        row_tiles, token_tiles = spec.row_tiles, spec.token_tiles
         per_group = row_tiles // 2 if spec.is_gated else row_tiles
         token_group = grid(body, spec.token_groups)
-        group = body.grid(spec.out_rows // (per_group * mma.rows))
+        group = body.grid(spec.out_rows // (per_group * mma.rows * spec.down))
         part, lane, warp = grid(body, spec.splits), body.threads(LANES), warps(body, spec.warps)
-        axes = axes_of(token_group, group, part, lane, warp)
+        row_warp = warps(body, spec.down)
+        axes = axes_of(token_group, group, part, lane, warp, row_warp)
         # row tiles alternate between gate and up
         bases = [
-            (group * per_group + (i // 2 if spec.is_gated else i)) * mma.rows
+            ((group * spec.down + row_warp) * per_group + (i // 2 if spec.is_gated else i)) * mma.rows
             + (spec.out_rows * (i % 2) if spec.is_gated else 0)
             for i in range(row_tiles)
         ]
         first_token = token_group * (token_tiles * TOKENS)
+        loads = _MatrixLoads(spec, planes, bases, first_token, part * spec.warps + warp, lane)
+        early = loads.weights(0) if spec.begins_early else []
+        (x,) = await_previous(spec.lanes, x, ahead=[value for chunk in early for value in chunk.values])
 
-        def token_row(tile: int, token: UOp) -> UOp:
-            row = first_token + tile * TOKENS + token
-            return row if spec.num_tokens % (token_tiles * TOKENS) == 0 else row.minimum(spec.num_tokens - 1)
-
-        num_runs = spec.num_cols // spec.cols
-        stride = spec.splits * spec.warps * spec.ahead
-        steps = -(-spec.chunks // stride)
-        ragged = num_runs % (mma.slots * stride) != 0
-
-        def load(chunk: UOp) -> tuple[list[list[list[UOp]]], list[list[list[UOp]]]]:
-            """The lane's runs of w by tile of rows, and of x by tile of tokens."""
-
-            def run_of(slot: UOp) -> tuple[UOp, UOp]:
-                run = chunk * mma.slots + slot
-                return ((run < num_runs).where(run, 0), run < num_runs) if ragged else (run, run)
-
-            weights = [
-                [
-                    read_run(planes, base + row, run_of(slot)[0], spec.num_cols, spec.cols).values(mma.dtype)
-                    for row, slot in mma.row_runs(lane)
-                ]
-                for base in bases
-            ]
-            inputs = []
-            for tile in range(token_tiles):
-                runs = []
-                for token, slot in mma.token_runs(lane):
-                    run, inside = run_of(slot)
-                    at = token_row(tile, token) * spec.num_cols + run * spec.cols
-                    values = [x[at + i].load().cast(mma.dtype) for i in range(spec.cols)]
-                    runs.append([inside.where(v, v.const_like(0.0)) for v in values] if ragged else values)
-                inputs.append(runs)
-            return weights, inputs
-
-        def step(iteration: UOp | int, old: list[UOp]) -> list[UOp]:
-            first = ((part * spec.warps + warp) * steps + iteration) * spec.ahead
+        def step(chunks: list[_MatrixChunk], old: list[UOp]) -> list[UOp]:
             size = mma.elements
-            sums = [UOp.stack(*old[i : i + size]) for i in range(0, len(old), size)]
-            for weights, inputs in [load(first + i) for i in range(spec.ahead)]:
+            sums = [old[i : i + size] for i in range(0, len(old), size)]
+            for chunk in chunks:
+                inputs = [loads.inputs(x, chunk.number, tile) for tile in range(token_tiles)]
                 for tile in range(len(sums)):
-                    sums[tile] = mma.multiply(weights[tile // token_tiles], inputs[tile % token_tiles], sums[tile])
-            return [tile.index(e) for tile in sums for e in range(size)]
+                    operands = (chunk.runs[tile // token_tiles], inputs[tile % token_tiles])
+                    sums[tile] = _multiply_tile(body, spec, *operands, sums[tile])
+            return [value for tile in sums for value in tile]
 
         per_tile = token_tiles * mma.elements
-        totals = carry(body, zeros(row_tiles * per_tile), steps, axes, step)
+        totals, past = zeros(row_tiles * per_tile), 0
+        if early:
+            totals, past = step(early, totals), 1
+        if spec.steps > past:
+            totals = carry(body, totals, spec.steps - past, axes, lambda i, old: step(loads.weights(i + past), old))
         pieces = [totals[r * per_tile : (r + 1) * per_tile] for r in range(row_tiles)]
-        kept, first = _share_out(body, spec, pieces, warp, lane)
+        kept, first = _share_out(body, spec, pieces, warp, row_warp, lane)
         stores = []
         for r in range(0, row_tiles, 2 if spec.is_gated else 1):
             values = kept[r]
@@ -423,6 +494,78 @@ def matrix_kernel(spec: MatrixSpec) -> KernelFn:
         return finish(UOp.group(*stores).end(*reversed(axes)), name, ops=ops, nbytes=nbytes)
 
     return kernel
+
+
+@dataclass(frozen=True)
+class _MatrixChunk:
+    """The lane's runs of w of a chunk, by tile of rows."""
+
+    number: UOp
+    runs: list[list[list[UOp]]]
+
+    @property
+    def values(self) -> list[UOp]:
+        return [value for tile in self.runs for run in tile for value in run]
+
+
+@dataclass(frozen=True)
+class _MatrixLoads:
+    """What a lane loads. `bases`: where tiles of rows begin; `worker`: number of the warp among those that share K."""
+
+    spec: MatrixSpec
+    planes: Planes
+    bases: list[UOp]
+    first_token: UOp | int
+    worker: UOp | int
+    lane: UOp
+
+    def weights(self, iteration: UOp | int) -> list[_MatrixChunk]:
+        """The chunks of an iteration, all before any is used."""
+        spec = self.spec
+        first = (self.worker * spec.steps + iteration) * spec.ahead
+        return [self._chunk(first + i) for i in range(spec.ahead)]
+
+    def _chunk(self, number: UOp) -> _MatrixChunk:
+        places = [(row, self._run(number, slot)[0]) for row, slot in self.spec.mma.row_runs(self.lane)]
+        return _MatrixChunk(number, [[self._weights(base + row, run) for row, run in places] for base in self.bases])
+
+    def _weights(self, row: UOp, run: UOp) -> list[UOp]:
+        spec = self.spec
+        if spec.has_pairs:
+            return read_halves(self.planes, row, run, spec.num_cols, spec.mma)
+        return read_run(self.planes, row, run, spec.num_cols, spec.cols).values(spec.mma.dtype)
+
+    def inputs(self, x: UOp, chunk: UOp, tile: int) -> list[list[UOp]]:
+        """The lane's runs of x, of one tile of tokens."""
+        spec, runs = self.spec, []
+        for token, slot in spec.mma.token_runs(self.lane):
+            run, is_inside = self._run(chunk, slot)
+            at = self._token_row(tile, token) * spec.num_cols + run * spec.cols
+            if spec.has_pairs:
+                values = spec.mma.load_pairs(x, at, spec.cols)
+            else:
+                values = [x[at + i].load().cast(spec.mma.dtype) for i in range(spec.cols)]
+            runs.append(values if is_inside is None else [is_inside.where(v, v.const_like(0)) for v in values])
+        return runs
+
+    def _run(self, chunk: UOp, slot: UOp) -> tuple[UOp, UOp | None]:
+        """The run of a slot, and whether there is one; None: there always is."""
+        spec, run = self.spec, chunk * self.spec.mma.slots + slot
+        num_runs = spec.num_cols // spec.cols
+        if num_runs % (spec.mma.slots * spec.splits * spec.warps * spec.ahead) == 0:
+            return run, None
+        return (run < num_runs).where(run, 0), run < num_runs
+
+    def _token_row(self, tile: int, token: UOp) -> UOp:
+        row, spec = self.first_token + tile * TOKENS + token, self.spec
+        return row if spec.num_tokens % (spec.token_tiles * TOKENS) == 0 else row.minimum(spec.num_tokens - 1)
+
+
+def _multiply_tile(body: Body, spec: MatrixSpec, w: list[list[UOp]], x: list[list[UOp]], sums: list[UOp]) -> list[UOp]:
+    if spec.has_pairs:
+        return spec.mma.multiply_pairs(body, w, x, sums)
+    total = spec.mma.multiply(w, x, UOp.stack(*sums))
+    return [total.index(e) for e in range(spec.mma.elements)]
 
 
 def _store_tile(
@@ -444,27 +587,31 @@ def _store_tile(
         index = (part * spec.num_tokens + at) * spec.out_rows + base + row
         if spec.num_tokens % (spec.token_tiles * TOKENS):
             index = index.valid(at < spec.num_tokens)
+        if spec.warps > spec.token_tiles * mma.elements:
+            index = index.valid(element < spec.token_tiles * mma.elements)
         stores.append(out[index].store(value.cast(out.dtype)))
     return stores
 
 
 def _share_out(
-    body: Body, spec: MatrixSpec, pieces: list[list[UOp]], warp: UOp | int, lane: UOp
+    body: Body, spec: MatrixSpec, pieces: list[list[UOp]], warp: UOp | int, row_warp: UOp | int, lane: UOp
 ) -> tuple[list[list[UOp]], UOp | int]:
     """Add the warps' sums through threadgroup memory, a tile of rows at a time; each warp keeps its share of a lane's
     elements. Returns the shares, and the number of their first element."""
     if spec.warps == 1:
         return pieces, 0
-    count, share = len(pieces[0]), len(pieces[0]) // spec.warps
-    buffer = body.shared(spec.warps * count * LANES)
-    assert spec.warps * count * LANES * 4 <= SHARED_BYTES
-    first = warp * share
+    count = len(pieces[0])
+    share = max(1, count // spec.warps)
+    buffer = body.shared(spec.down * spec.warps * count * LANES)
+    base = row_warp * spec.warps
+    first = warp * share  # of warps beyond a lane's elements, one that is not there
     kept = []
     for r, piece in enumerate(pieces):
-        stores = [buffer[(warp * count + i) * LANES + lane].store(value) for i, value in enumerate(piece)]
+        stores = [buffer[((base + warp) * count + i) * LANES + lane].store(value) for i, value in enumerate(piece)]
         shared = buffer.after(UOp.group(*stores))
+        own = first.minimum(count - share) if isinstance(first, UOp) and share * spec.warps != count else first
         sums = [
-            balanced(shared[(w * count + first + i) * LANES + lane].load() for w in range(spec.warps))
+            balanced(shared[((base + w) * count + own + i) * LANES + lane].load() for w in range(spec.warps))
             for i in range(share)
         ]
         if r + 1 < len(pieces):  # the next tile's sums overwrite the buffer: hold these, and wait for the others

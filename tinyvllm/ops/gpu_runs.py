@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from tinygrad import UOp
 from tinygrad.dtype import DType
 
-from tinyvllm.ops.kernel import F32, I32, balanced
+from tinyvllm.ops.gpu_kernel import HALF_PAIR, Mma
+from tinyvllm.ops.kernel import F16, F32, I32, balanced
 from tinyvllm.ops.matrix import PANEL, Format, Planes, ScaleFormat
 
 ONE_BITS, MANTISSA_BITS = 0x3F800000, 23
+IN_HALF = 1024  # what the bits of a half add to a code in its mantissa
 CODE_ORDER = (0, 2, 1, 3)  # of four neighbours' codes in `read_pairs`: a word's halves hold every other one
 
 
@@ -147,9 +149,59 @@ def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, to_halves: Cal
     return pairs
 
 
+def read_halves(planes: Planes, row: UOp, run: UOp, num_cols: int, mma: Mma) -> list[UOp]:
+    """A quantised run's weights, rounded to float16, as the operand of `Mma.multiply_pairs`: two instructions a pair
+    beside the one or two that bring it in place. (code - offset) is exact in float16, and so its product with a scale
+    of float16 is rounded once."""
+    fmt, index = planes.fmt, row * (num_cols // PANEL) + run
+    pairs = _byte_pairs(planes, index, mma) if fmt.bits == 8 else _packed_pairs(planes, index, mma)
+    factors = []
+    for i in range(PANEL // fmt.group):
+        group = run * (PANEL // fmt.group) + i
+        scales = [planes.scale] if planes.minimum is None else [planes.scale, planes.minimum]
+        values = [group_scale(scale, row, group, fmt, num_cols).cast(F16) for scale in scales]
+        factors.append((mma.both(values[0]), mma.both(values[1]) if len(values) > 1 else None))
+    weights: list[UOp] = []
+    for i, (word, unit) in enumerate(pairs):
+        factor, addend = factors[i * 2 // fmt.group]
+        code = mma.fuse(mma.pair_of(word), mma.both(1.0 / unit), mma.both(-float(IN_HALF // unit + _offset(fmt))))
+        weights += mma.fuse(code, factor, addend)
+    return weights
+
+
+def _offset(fmt: Format) -> int:
+    """What is taken from a code; signed bytes are read as unsigned ones, 128 above."""
+    return fmt.offset + (128 if fmt.bits == 8 else 0)
+
+
+def _byte_pairs(planes: Planes, run: UOp, mma: Mma) -> list[tuple[UOp, int]]:
+    """As `_packed_pairs`."""
+    words = [planes.codes[run * (PANEL // 4) + i].load() ^ 0x80808080 for i in range(PANEL // 4)]
+    return [(mma.byte_pair(words[i // 2], i % 2, HALF_PAIR >> 24), 1) for i in range(PANEL // 2)]
+
+
+def _packed_pairs(planes: Planes, run: UOp, mma: Mma) -> list[tuple[UOp, int]]:
+    """Words of two neighbours' codes as halves, and what a code counts in them: 1024 + code * unit each."""
+    fmt, half = planes.fmt, PANEL // 2
+    words = [planes.codes[run * (half // 4) + i].load() for i in range(half // 4)]
+    low = [mma.byte_pair(words[i // 2], i % 2, 0) for i in range(half // 2)]
+    if planes.high is None:
+        return [(mma.to_halves(pair, 0xF000F * unit), unit) for unit in (1, 16) for pair in low]
+    width = fmt.high_bits
+    high = [planes.high[run * width + i].load() for i in range(width)]
+    pairs = []
+    for i in range(PANEL // 2):
+        pair = (low[i % (half // 2)] >> (i // (half // 2) * 4)) & 0xF000F
+        for side in range(2):
+            bit = (2 * i + side) * width
+            pair = pair | _moved(high[bit // 32], bit % 32, width, 4 + side * 16)
+        pairs.append((mma.to_halves(pair, 0xF000F | ((1 << width) - 1) * 0x100010), 1))
+    return pairs
+
+
 def _factors(planes: Planes, row: UOp, run: UOp, num_cols: int) -> list[tuple[UOp, UOp]]:
     fmt = planes.fmt
-    offset = fmt.offset + (128 if fmt.bits == 8 else 0)
+    offset = _offset(fmt)
     factors = []
     for i in range(PANEL // fmt.group):
         group = run * (PANEL // fmt.group) + i

@@ -1,14 +1,20 @@
-"""Attention of one token row whose context is shared out over threadgroups, and how its parts become one again."""
+"""Attention of rows whose context is shared out over threadgroups, and how its parts become one again.
+
+One row's parts are read as such by the projection behind, or made one by a kernel (`combine_kernel`). Of several rows,
+on CUDA, the threadgroup that is done last makes them one: it knows by a counter that it is the last (`arrive`), and
+sees by fences what the others wrote. METAL gives no such order between threadgroups; several rows fill such a device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinygrad import UOp
+from tinygrad import UOp, dtypes
+from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.gpu_kernel import LANES, axes_of, carry, load_floats, zeros
-from tinyvllm.ops.kernel import F32, Body, KernelFn, cached_kernel, clamp, finish
+from tinyvllm.ops.kernel import F32, I32, Body, KernelFn, cached_kernel, clamp, finish
 from tinyvllm.ops.step_inputs import StepLayout
 
 TILE_TOKENS = 16  # context tokens of a tile; a part's first token is a multiple
@@ -18,7 +24,8 @@ NOTHING = -1.0e30  # log-sum-exp of no tokens at all: finite, for a difference o
 
 @dataclass(frozen=True)
 class SplitHeads:
-    """Row 0's attention in S parts: values (S, H, D) float32, each normalised by itself, and log2-sum-exp (S, H)."""
+    """Attention of T rows in S parts: values (S, T, H, D) float32, each normalised by itself, and log2-sum-exp
+    (S, T, H)."""
 
     layout: StepLayout
     num_heads: int  # H
@@ -67,6 +74,24 @@ def read_split(
     _, total, *acc = carry(body, init, split.used(split.past(inputs)), outer, step)
     inverse = total.reciprocal()
     return [value * inverse for value in acc]
+
+
+# -- the last threadgroup of a row's -----------------------------------------------------------------------------------
+
+ARRIVE = "if ({0} && threadIdx.x == 0 && threadIdx.y == 0) {{ __threadfence(); *({1}) = atomicAdd({2}, 1); }}"
+SEE = "if ({0}) __threadfence();"
+
+
+def arrive(body: Body, arrivals: UOp, at: UOp, is_shared: UOp, count: UOp, *stores: UOp) -> tuple[UOp, UOp]:
+    """(whether this threadgroup is the last of `count` to come here, as a condition that holds in all of its threads;
+    what comes after having seen what they stored). Nothing happens where not `is_shared`. CUDA's alone."""
+    number = body.shared(1, I32)
+    stored = UOp(Ops.BARRIER, src=(UOp.group(*stores),))
+    src = (is_shared, number.after(stored)[0], arrivals.after(stored)[at])
+    arrived = UOp(Ops.BARRIER, src=(UOp(Ops.CUSTOM, dtypes.void, src=src, arg=ARRIVE),))
+    is_last = is_shared & number.after(arrived)[0].load().eq(count.cast(I32) - 1)
+    seen = UOp(Ops.BARRIER, src=(UOp(Ops.CUSTOM, dtypes.void, src=(is_last,), arg=SEE),))
+    return is_last, seen
 
 
 @cached_kernel

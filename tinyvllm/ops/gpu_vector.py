@@ -12,7 +12,7 @@ tile's sums is one run of one row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tinygrad import UOp
@@ -40,6 +40,8 @@ from tinyvllm.ops.tuning import Tunable
 PIECE = 8  # columns that a thread stages at once
 STAGED_RUN = PANEL // 2 + 4  # words from one run to the next in threadgroup memory: neighbours lie in other banks
 MAX_WARPS = 16
+MOST_RESIDENT_TILES = 2
+RESIDENT_BYTES = 24 << 20
 GROUPS_WANTED = 200  # threadgroups that keep every core of a large GPU busy
 LANE_ROWS = 2  # rows of a tile that a lane's sums are of
 IN_HALF = 1024  # what the bits of a half add to a code in its mantissa
@@ -79,28 +81,48 @@ class QuantizedVectorSpec(Tunable):
 
     @property
     def warps(self) -> int:
-        """Warps that share the columns: two chunks each, where there are not more than 16 warps' worth."""
-        count = 4
-        while count < MAX_WARPS and self.chunks >= 4 * count:
+        """Warps that share the columns: two chunks each, where there are not more than 16 warps' worth. Where they read
+        ahead, as few as have registers for all codes, but no less than 8 for a tile whose x is normed on the way."""
+        count, share = 4, 4
+        if self.lanes.is_chained and not self.is_resident:
+            share = 8
+        if self.is_resident:
+            share = max(1, self._room // self.tiles_at_once) + 1
+            count = 8 if self.norm_eps is not None and self.tiles == 1 else 4
+        while count < MAX_WARPS and self.chunks >= share * count:
             count *= 2
         return self.knob("warps", count)
 
     @property
     def tiles(self) -> int:
-        """Tiles of rows of a threadgroup: fewer where there would not be two threadgroups for each core."""
+        """Tiles of rows of a threadgroup: fewer where there would not be two threadgroups for each core, and more where
+        there are many rows, for each threadgroup stages all of x."""
         least = 2 if self.epilogue == "silu" else 1
         wanted = 4 * 16 // self.mma.rows
+        if self.lanes.is_chained:
+            wanted = MOST_RESIDENT_TILES if self.is_resident else 8
         while wanted > least and not self._fills_device(wanted):
             wanted //= 2
         return self.knob("tiles", wanted)
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether all of a chained kernel's threadgroups run at once, and read their codes while they wait for the
+        kernel before: codes for the registers of 132 cores."""
+        return self.lanes.is_chained and self.num_rows * self.num_cols * self.format.bits // 8 <= RESIDENT_BYTES
+
+    @property
+    def tiles_at_once(self) -> int:
+        """Of a threadgroup's tiles, those whose codes it loads together."""
+        return min(self.tiles, 4 * 16 // self.mma.rows)
+
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
-        return {"tiles": (1, 2, 4, 8), "warps": (4, 8, 16)}
+        return {"tiles": (1, 2, 4, 8, 16), "warps": (4, 8, 16)}
 
     def is_possible(self) -> bool:
         least = 2 if self.epilogue == "silu" else 1
-        per_group = self.tiles // 2 if self.epilogue == "silu" else self.tiles
-        fits = self.tiles >= least and self.out_rows % (per_group * self.mma.rows) == 0
+        per_group = (self.tiles // 2 if self.epilogue == "silu" else self.tiles) * self.mma.rows
+        fits = self.tiles >= least and self.out_rows % per_group == 0 and per_group <= self.warps * LANES
         return fits and fits_quantized_vector(self)
 
     def _fills_device(self, tiles: int) -> bool:
@@ -112,11 +134,21 @@ class QuantizedVectorSpec(Tunable):
     def ahead(self) -> int:
         """Chunks whose codes a warp has in flight: all of its own, where there are registers for them."""
         per_warp = -(-self.chunks // self.warps)
-        room = 4 if self.format.bits == 4 else 2  # tiles of 16 rows
-        ahead = min(per_warp, max(1, room * 16 // (self.tiles * self.mma.rows)))
+        ahead = min(per_warp, max(1, self._room * 16 // (self.tiles_at_once * self.mma.rows)))
         while per_warp % ahead:
             ahead -= 1
         return ahead
+
+    @property
+    def _room(self) -> int:
+        """Chunks of 16 rows whose codes a lane has registers for: more where they are loaded while the kernel before
+        still runs, which costs least."""
+        return (4 if self.format.bits == 4 else 2) * (2 if self.is_resident else 1)
+
+    @property
+    def steps(self) -> int:
+        """Iterations of a warp over its chunks."""
+        return -(-self.chunks // (self.warps * self.ahead))
 
     @property
     def shared_bytes(self) -> int:
@@ -133,6 +165,21 @@ def fits_quantized_vector(spec: QuantizedVectorSpec) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """What a warp has loaded of a chunk: by tile the lane's runs of codes, and its `_factors`."""
+
+    number: UOp
+    codes: list[list[list[UOp]]]
+    factors: list[list[list[tuple[UOp, UOp | None]]]]
+
+    @property
+    def values(self) -> list[UOp]:
+        codes = [word for runs in self.codes for run in runs for word in run]
+        factors = [pair for tile in self.factors for pairs in tile for pair in pairs]
+        return codes + [value for pair in factors for value in pair if value is not None]
+
+
 @cached_kernel
 def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
     """fn(out, *planes, x[, split sums, inputs][, norm_weight][, residual])."""
@@ -140,8 +187,6 @@ def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands, mma = list(rest), spec.mma
         planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
-        source = _Source(spec, operands)
-        residual = await_previous(spec.lanes, operands.pop(0))[0] if spec.epilogue == "residual" else None
         body, is_gated = Body(), spec.epilogue == "silu"
         per_group = spec.tiles // 2 if is_gated else spec.tiles
         group, lane = body.grid(spec.out_rows // (per_group * mma.rows)), body.threads(LANES)
@@ -150,46 +195,31 @@ def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
         # gate's tiles, then up's
         tiles = [(group * per_group + i % per_group, i // per_group) for i in range(spec.tiles)]
         bases = [tile * mma.rows + half * spec.out_rows for tile, half in tiles]
-        staged, sums = _stage(body, spec, source, warp * LANES + lane, axes)
+        thread, size = warp * LANES + lane, spec.tiles_at_once
+        rounds = [bases[i : i + size] for i in range(0, len(bases), size)]
+        loads = _Loads(spec, planes, warp, lane)
+        early = loads.chunks(0, rounds[0]) if spec.is_resident else []
+        source = _Source(spec, operands, thread, [value for chunk in early for value in chunk.values])
+        staged = _stage(body, spec, source, thread, axes)
 
-        per_warp = -(-spec.chunks // (spec.warps * spec.ahead))
-        is_ragged = spec.num_runs % (mma.slots * spec.warps * spec.ahead) != 0
+        def sum_up(together: list[UOp], first: list[_Chunk]) -> list[UOp]:
+            """The sums of the tiles that begin at rows `together`, of whose chunks the `first` are loaded already."""
+            totals, past = zeros(len(together) * LANE_ROWS), 0
+            if first:
+                totals, past = _add_chunks(body, spec, first, staged, lane, totals), 1
+            if spec.steps == past:
+                return totals
+            return carry(
+                body,
+                totals,
+                spec.steps - past,
+                axes,
+                lambda i, old: _add_chunks(body, spec, loads.chunks(i + past, together), staged, lane, old),
+            )
 
-        def bounded(run: UOp) -> UOp:
-            return (run < spec.num_runs).where(run, 0) if is_ragged else run
-
-        def step(iteration: UOp | int, old: list[UOp]) -> list[UOp]:
-            first = (iteration * spec.warps + warp) * spec.ahead
-            chunks = [first + i for i in range(spec.ahead)]
-            # all codes and scales first: as many loads in flight as there are registers for
-            loaded = [
-                [
-                    (
-                        _codes(spec, planes, base, chunk, lane, bounded),
-                        _factors(spec, planes, base, chunk, lane, bounded),
-                    )
-                    for base in bases
-                ]
-                for chunk in chunks
-            ]
-            new = list(old)
-            for chunk, tiles in zip(chunks, loaded, strict=True):
-                inputs = _inputs(spec, staged, chunk, lane)
-                start, totals = _starts(spec, sums, chunk, lane)
-                for tile, (runs, factors) in enumerate(tiles):
-                    products = _multiply(body, spec, runs, inputs, start)
-                    for element in range(mma.elements):
-                        at = tile * LANE_ROWS + element // (mma.elements // LANE_ROWS)
-                        for g in range(spec.groups):
-                            scale, minimum = factors[element][g]
-                            new[at] = new[at] + products[g][element] * scale
-                            if minimum is not None:
-                                new[at] = new[at] + totals[element][g] * minimum
-            return new
-
-        own = carry(body, zeros(spec.tiles * LANE_ROWS), per_warp, axes, step)
+        own = [total for i, rows in enumerate(rounds) for total in sum_up(rows, [] if i else early)]
         totals = [spec.lanes.sum(total, mma.slot_masks) for total in own]
-        stores = _finish_rows(body, spec, totals, (group, lane, warp), out, residual)
+        stores = _finish_rows(body, spec, totals, (group, lane, warp), out, source.residual)
         name = f"{spec.name}_{spec.format.name}_1x{spec.num_rows}x{spec.num_cols}"
         nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
         ops = 2 * spec.num_rows * spec.num_cols
@@ -198,21 +228,84 @@ def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
     return kernel
 
 
+@dataclass(frozen=True)
+class _Loads:
+    """What a lane loads of the weights."""
+
+    spec: QuantizedVectorSpec
+    planes: Planes
+    warp: UOp | int
+    lane: UOp
+
+    def chunks(self, iteration: UOp | int, bases: list[UOp]) -> list[_Chunk]:
+        """The codes and scales of an iteration and of the tiles that begin at rows `bases`, all before any is used: as
+        many loads in flight as there are registers for."""
+        spec, shape = self.spec, (self.planes, self.lane, self._bounded)
+        first = (iteration * spec.warps + self.warp) * spec.ahead
+        return [
+            _Chunk(
+                first + i,
+                [_codes(spec, base, first + i, *shape) for base in bases],
+                [_factors(spec, base, first + i, *shape) for base in bases],
+            )
+            for i in range(spec.ahead)
+        ]
+
+    def _bounded(self, run: UOp) -> UOp:
+        spec = self.spec
+        is_ragged = spec.num_runs % (spec.mma.slots * spec.warps * spec.ahead) != 0
+        return (run < spec.num_runs).where(run, 0) if is_ragged else run
+
+
+def _add_chunks(
+    body: Body, spec: QuantizedVectorSpec, chunks: list[_Chunk], staged: tuple[UOp, UOp], lane: UOp, old: list[UOp]
+) -> list[UOp]:
+    """`old` and the products of chunks with x, which is `staged`: a lane's rows of each tile."""
+    new, (x, sums), share = list(old), staged, spec.mma.elements // LANE_ROWS
+    for chunk in chunks:
+        inputs = _inputs(spec, x, chunk.number, lane)
+        start, totals = _starts(spec, sums, chunk.number, lane)
+        for tile, (runs, factors) in enumerate(zip(chunk.codes, chunk.factors, strict=True)):
+            products = _multiply(body, spec, runs, inputs, start)
+            for element, pairs in enumerate(factors):
+                at = tile * LANE_ROWS + element // share
+                for g, (scale, minimum) in enumerate(pairs):
+                    new[at] = new[at] + products[g][element] * scale
+                    if minimum is not None:
+                        new[at] = new[at] + totals[element][g] * minimum
+    return new
+
+
 class _Source:
-    """Where x comes from: its own buffer, or the parts of a split context; and the norm's weight."""
+    """What a thread stages: its pieces of x, which are in a buffer of their own or the parts of a split context. Made
+    of the operands behind the planes, and waits for the kernels before; `ahead` is loaded meanwhile."""
 
-    def __init__(self, spec: QuantizedVectorSpec, operands: list[UOp]) -> None:
-        self._spec = spec
-        self._x, *split = await_previous(spec.lanes, *[operands.pop(0) for _ in range(1 if spec.split is None else 2)])
-        self._split = (split[0], operands.pop(0)) if spec.split is not None else None
-        self.norm_weight = operands.pop(0) if spec.norm_eps is not None else None
+    def __init__(self, spec: QuantizedVectorSpec, operands: list[UOp], thread: UOp, ahead: Sequence[UOp]) -> None:
+        awaited = [operands.pop(0) for _ in range(1 if spec.split is None else 2)]
+        self._spec, self._inputs = spec, operands.pop(0) if spec.split is not None else None
+        norm_weight = operands.pop(0) if spec.norm_eps is not None else None
+        threads, pieces = spec.warps * LANES, spec.num_cols // PIECE
+        self.inside = [
+            None if start + threads <= pieces else start + thread < pieces for start in range(0, pieces, threads)
+        ]
+        wanted = [start + thread for start in range(0, pieces, threads)]
+        self.pieces = [p if ok is None else ok.where(p, 0) for p, ok in zip(wanted, self.inside, strict=True)]
+        self.norm_weights = []
+        if norm_weight is not None:
+            self.norm_weights = [load_floats(norm_weight, piece * PIECE, PIECE) for piece in self.pieces]
+        ahead = [*ahead, *[weight for weights in self.norm_weights for weight in weights]]
+        self._x, *rest = await_previous(spec.lanes, *awaited, *operands, ahead=ahead)
+        self.residual = rest.pop() if spec.epilogue == "residual" else None
+        self._split_sums = rest
 
-    def piece(self, body: Body, col: UOp, axes: tuple[UOp, ...]) -> list[UOp]:
-        """Columns [col, col + PIECE) as float32."""
-        if self._split is None:
-            return load_floats(self._x, col, PIECE)
+    def read(self, body: Body, axes: tuple[UOp, ...]) -> list[list[UOp]]:
+        """The pieces as float32."""
+        starts = [piece * PIECE for piece in self.pieces]
+        if self._inputs is None:
+            return [load_floats(self._x, start, PIECE) for start in starts]
         assert self._spec.split is not None
-        return read_split(body, self._spec.split, self._x, *self._split, col, PIECE, axes)
+        (sums,), inputs, split = self._split_sums, self._inputs, self._spec.split
+        return [read_split(body, split, self._x, sums, inputs, start, PIECE, axes) for start in starts]
 
 
 def _stage(
@@ -222,18 +315,16 @@ def _stage(
     zeros behind them; and the float32 sum of each group of what was stored."""
     staged = body.shared((spec.num_runs + 1) * STAGED_RUN, U32)
     sums = body.shared(spec.num_runs * spec.groups)
-    threads, pieces = spec.warps * LANES, spec.num_cols // PIECE
-    wanted = [start + thread for start in range(0, pieces, threads)]
-    inside = [None if start + threads <= pieces else start + thread < pieces for start in range(0, pieces, threads)]
-    at = [piece if ok is None else ok.where(piece, 0) for piece, ok in zip(wanted, inside, strict=True)]
-    loaded = [source.piece(body, piece * PIECE, axes) for piece in at]
-    if source.norm_weight is not None:
+    at, inside, loaded = source.pieces, source.inside, source.read(body, axes)
+    if source.norm_weights:
         assert spec.norm_eps is not None
         squares = [dot(v, v) if ok is None else ok.where(dot(v, v), 0.0) for v, ok in zip(loaded, inside, strict=True)]
         mean = _sum_threads(body, spec, balanced(squares), thread) * (1.0 / spec.num_cols)
         scale = (mean + spec.norm_eps).sqrt().reciprocal()
-        weights = [load_floats(source.norm_weight, piece * PIECE, PIECE) for piece in at]
-        loaded = [[v * scale * w for v, w in zip(*pair, strict=True)] for pair in zip(loaded, weights, strict=True)]
+        loaded = [
+            [v * scale * w for v, w in zip(*pair, strict=True)]
+            for pair in zip(loaded, source.norm_weights, strict=True)
+        ]
     stores = [staged[(spec.num_runs * STAGED_RUN + thread).valid(thread < PANEL // 2)].store(0)]
     for piece, ok, values in zip(at, inside, loaded, strict=True):
         # through a statement of ours, because tinygrad would take the sum of what was not rounded
@@ -303,7 +394,7 @@ def _multiply(
 
 
 def _codes(
-    spec: QuantizedVectorSpec, planes: Planes, base: UOp, chunk: UOp, lane: UOp, bounded: Callable[[UOp], UOp]
+    spec: QuantizedVectorSpec, base: UOp, chunk: UOp, planes: Planes, lane: UOp, bounded: Callable[[UOp], UOp]
 ) -> list[list[UOp]]:
     """The lane's runs of a tile that begins at row `base`."""
     mma = spec.mma
@@ -312,7 +403,7 @@ def _codes(
 
 
 def _factors(
-    spec: QuantizedVectorSpec, planes: Planes, base: UOp, chunk: UOp, lane: UOp, bounded: Callable[[UOp], UOp]
+    spec: QuantizedVectorSpec, base: UOp, chunk: UOp, planes: Planes, lane: UOp, bounded: Callable[[UOp], UOp]
 ) -> list[list[tuple[UOp, UOp | None]]]:
     """By element and group: the scale, and the minimum where there is one."""
     fmt, factors = spec.format, []

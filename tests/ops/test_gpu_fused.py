@@ -256,6 +256,20 @@ CASES = [
 ]
 
 
+def random_case(seed: int, *, is_decode: bool) -> Case:
+    """Normed heads of a shape that the kernels with matrix units serve."""
+    rng = np.random.default_rng(seed)
+    kv_heads, group, dim = int(rng.integers(1, 5)), int(rng.integers(1, 9)), int(rng.choice([64, 128]))
+    heads, seqs = kv_heads * group, int(rng.integers(1, 20))
+    widths = ((heads, kv_heads, kv_heads), (heads + kv_heads, kv_heads), ())[int(rng.integers(3))]
+    tokens = seqs if is_decode else seqs + int(rng.integers(10, 100))
+    layout = StepLayout(tokens, seqs, int(rng.integers(3, 20)), int(rng.choice([16, 32])))
+    return Case(heads, kv_heads, dim, layout, is_decode, "float16", widths, normed=True)
+
+
+CASES += [random_case(seed, is_decode=True) for seed in range(3)]
+
+
 def attend(
     backend: Backend, case: Case, buffer: np.ndarray, history: tuple[np.ndarray, np.ndarray]
 ) -> tuple[Result, Tensor]:

@@ -14,7 +14,7 @@ from tinygrad.codegen import to_program
 
 from tests.ops.builders import Piece, largest_difference, make_host, make_pool, make_step, normal, read_pool
 from tests.ops.test_attention import Case, Result, make_head_norm, make_history, make_rope
-from tests.ops.test_gpu_fused import KINDS, SHAPES, TOLERANCE, lanes, multiply, rendered
+from tests.ops.test_gpu_fused import KINDS, SHAPES, TOLERANCE, lanes, multiply, random_case, rendered
 from tests.ops.test_rendering import check_limits, kernels_of, make_renderer, plan_attention, plan_layer
 from tinyvllm.ops import gpu_prefill
 from tinyvllm.ops.backend import AttentionShape, Backend
@@ -224,6 +224,7 @@ CASES = [
     Case(16, 8, 128, StepLayout(150, 4, 10, 16), False, "float16", normed=True),  # Qwen3's
     Case(3, 1, 64, StepLayout(35, 3, 5, 16), False, "float16", (3, 1, 1), normed=True),  # pieces in part of a warp
 ]
+CASES += [random_case(seed, is_decode=False) for seed in range(3)]
 
 
 def ragged(case: Case, rng: np.random.Generator) -> list[Piece]:

@@ -24,7 +24,7 @@ CACHE = Path(__file__).parents[2] / ".pytest_cache" / "d" / "metal-simulator"
 
 # A kernel is compiled by rewriting millions of small objects, hardly any of them in cycles: with Python's own 700 the
 # collector takes a quarter of the time.
-gc.set_threshold(50_000, 20, 100)
+gc.set_threshold(200_000, 20, 1000)
 
 settings: Settings | None = None
 if sys.platform != "darwin":

@@ -25,14 +25,14 @@ QWEN3 = {"family": "qwen3", "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim":
 # each kind that matters, where llama.cpp's mixtures may have it
 MIXED = {"attn_v": "Q6_K", "attn_output": "Q4_1", "ffn_down": "Q6_K", "ffn_gate": "Q4_0", "ffn_up": "Q4_0"}
 
-# Rows of every kind at once: decode buckets 1 to 4, prompts cut into chunks beside others' decodes, a pool of 5 blocks
-# and the dummy for five sequences that would take 13, prompts that begin alike.
+# Rows of every kind at once: decode buckets of 1 and 4 (also with rows of padding), prompts cut into chunks beside
+# others' decodes, a pool of 5 blocks and the dummy for five sequences that would take 13, prompts that begin alike.
 CROWDED: dict[str, Any] = {
     "max_model_len": 64,
     "max_num_seqs": 4,
     "max_num_batched_tokens": 16,
     "num_gpu_blocks_override": 6,
-    "decode_buckets": (1, 2, 4),
+    "decode_buckets": (1, 4),
     "token_buckets": (16,),
 }
 EXACT = {"dtype": "float32", "kv_cache_dtype": "float32"}
@@ -76,11 +76,11 @@ SCENARIOS: dict[str, Scenario] = {
     "float16": Scenario(_dense("float16", FUSED), CROWDED, tie=0.03),
     "bfloat16": Scenario(_dense("bfloat16", FUSED), CROWDED, tie=0.03),
     "qwen3": Scenario(_dense("float16", QWEN3), BRIEF | {"decode_buckets": (2,)}, PROMPTS[:2], max_tokens=8, tie=0.03),
-    "mixed": Scenario(_quantised("Q4_K", MIXED), BRIEF, PROMPTS[:3], tie=0.03),
+    "mixed": Scenario(_quantised("Q4_K", MIXED), BRIEF, PROMPTS[:3], max_tokens=8, tie=0.03),
     "sampled": Scenario(_dense("float32", GENERAL), CROWDED | EXACT, sampling=SAMPLING),
 }
 QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-SCENARIOS |= {kind: Scenario(_quantised(kind), BRIEF, PROMPTS[:3], tie=0.03) for kind in QUANTISED}
+SCENARIOS |= {kind: Scenario(_quantised(kind), BRIEF, PROMPTS[:3], max_tokens=8, tie=0.03) for kind in QUANTISED}
 
 
 @dataclass

@@ -28,11 +28,14 @@ from tinyvllm.arrays import to_float32
 from tinyvllm.ops.backend import AttentionShape, Backend, Norm
 from tinyvllm.ops.device import DeviceHandle
 from tinyvllm.ops.gpu_fused import FusedGpuBackend
-from tinyvllm.ops.gpu_kernel import AWAIT_PREVIOUS, Lanes, lanes_of
-from tinyvllm.ops.recording import record
+from tinyvllm.ops.gpu_kernel import AWAIT_PREVIOUS, Lanes, Mma, lanes_of
+from tinyvllm.ops.gpu_linear import MatrixSpec
+from tinyvllm.ops.matrix import Format
+from tinyvllm.ops.recording import record, trace_step
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.replay import make_replay
 from tinyvllm.ops.step_inputs import StepLayout
+from tinyvllm.ops.tuning import candidates
 
 KINDS = {"METAL": "METAL", "CUDA": "CUDA sm_80"}  # by the targets of test_rendering
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}  # of the largest value
@@ -65,6 +68,27 @@ def test_a_layer_takes_five_kernels_for_one_row_and_seven_for_more(
     layout = StepLayout(tokens, tokens, 2, 16)
     outputs = plan_layer(rendered(kind), layout, ("float16", "float16"), is_decode=True, normed=normed)
     assert len(Tensor.schedule_linear(*outputs).src) <= inside + outside
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("tokens", "inside", "outside"), [(1, 5, 5), (2, 7, 6)])
+def test_a_recorded_layer_launches_nothing_that_nobody_reads(kind: str, tokens: int, inside: int, outside: int) -> None:
+    """While a step is recorded, what is called is launched."""
+    backend, layout = rendered(kind), StepLayout(tokens, tokens, 2, 16)
+    tracing = trace_step(lambda: plan_layer(backend, layout, ("float16", "float16"), is_decode=True)[0].realize())
+    ours = [target for target, _ in tracing.launches if target.op is Ops.SINK and target.tag == 1]
+    assert 0 < len(ours) <= inside + outside
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [2, 8, 17, 33, 64])
+def test_warps_that_share_columns_keep_each_sum_once(kind: str, tokens: int) -> None:
+    spec = MatrixSpec("test", Lanes(kind), Mma(kind, dtypes.half), Format("float16", 16), tokens, 2048, 8192)
+    for candidate in candidates(spec):
+        sums = candidate.token_tiles * candidate.mma.elements
+        share = max(1, sums // candidate.warps)
+        kept = [warp * share + i for warp in range(candidate.warps) for i in range(share) if warp * share < sums]
+        assert kept == list(range(sums)), candidate.chosen
 
 
 @pytest.mark.parametrize("kind", KINDS)

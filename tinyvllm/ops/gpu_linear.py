@@ -357,7 +357,8 @@ class MatrixSpec(Tunable):
             self.row_tiles >= least
             and self.num_rows % (self.row_tiles * self.mma.rows * self.down) == 0
             and self.warps * self.down <= MAX_WARPS
-            and self.row_tiles * self.token_tiles * self.mma.elements <= MAX_SUMS
+            and (self._sums % self.warps == 0 or self.warps > self._sums)
+            and self.row_tiles * self._sums <= MAX_SUMS
             and self.chunks >= self.splits * self.warps * self.ahead
             and self.shared_bytes <= SHARED_BYTES
         )
@@ -391,8 +392,13 @@ class MatrixSpec(Tunable):
         return self._is_chained_gate and self.has_pairs and self.token_tiles > 2
 
     @property
+    def _sums(self) -> int:
+        """A lane's sums of one tile of rows: each of the warps that share the columns keeps some of them, or one."""
+        return self.token_tiles * self.mma.elements
+
+    @property
     def shared_bytes(self) -> int:
-        return self.down * self.warps * self.token_tiles * self.mma.elements * LANES * 4 if self.warps > 1 else 0
+        return self.down * self.warps * self._sums * LANES * 4 if self.warps > 1 else 0
 
     @property
     def chunks(self) -> int:

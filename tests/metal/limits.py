@@ -124,7 +124,7 @@ def _record(settings: Settings, model: ModelConfig, case: Case) -> list[GraphFac
     dtype = case.kind if case.kind in ("float32", "float16", "bfloat16") else "float16"
     runner = make_runner(replace(model, dtype=dtype), _Weights(case.kind), config)
     runner.warm_up()
-    graphs = [_facts(settings, graph) for graph in runner.captures.graphs.values()]
+    graphs = [_facts(settings, runner.captures.graphs[bucket]) for bucket in runner.buckets]
     runner.close()
     return graphs
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.metal.limits import Case, GraphFacts, Program, graphs_of, over_limits, summary, table
 from tests.metal.simulator import FAMILIES, Settings
+from tinyvllm.profiling.predict import FACTORS
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -33,8 +34,12 @@ def check(graphs: list[GraphFacts]) -> None:
 
 
 def test_no_program_is_over_a_limit_on_an_m1(simulator: Settings) -> None:
-    """With weights that take no memory: of 16 GB. The computer is then as before."""
-    check(graphs_of(simulator, Case("llama-3.1-8b", "Apple7", "float16", (8,), (64,))))
+    """With weights of 16 GB that take no memory. The computer is then as before. Predictions count what is launched."""
+    graphs = graphs_of(simulator, Case("llama-3.1-8b", "Apple7", "float16", (8,), (64,)))
+    check(graphs)
+    factors = FACTORS["METAL"]
+    predicted = [32 * factors.layer_kernels[column] + factors.other_kernels[column] for column in (1, 2)]
+    assert [graph.kernels for graph in graphs] == predicted, "mend FACTORS in tinyvllm/profiling/predict.py"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 << 20, "KiB"
     assert not simulator.is_dry and simulator.family == "Apple9"
 

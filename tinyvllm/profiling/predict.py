@@ -47,7 +47,7 @@ FACTORS = {
         host_us=39,
         host_us_per_seq=1.1,
         layer_kernels=(5, 7, 8),
-        other_kernels=(5, 6, 8),
+        other_kernels=(4, 4, 7),
         sources=(
             "bandwidth 90 %, 2.2 us a kernel and 42 % of the peak: fitted to three device times of a prototype of "
             "these kernels on an H200 (Llama-3.2-1B, float16, context 256: 0.760 ms at batch 1, 0.875 at 8, 1.333 at "
@@ -64,8 +64,8 @@ FACTORS = {
         kernel_us=2.4,
         host_us=90,
         host_us_per_seq=1.1,
-        layer_kernels=(6, 10, 8),
-        other_kernels=(5, 6, 8),
+        layer_kernels=(5, 7, 8),
+        other_kernels=(4, 4, 7),
         sources=(
             "bandwidth 79 %: a 4-bit product of a matrix and a vector on an M1 Max, 315.7 of 400 GB/s "
             "(github.com/ggml-org/llama.cpp/pull/1642). llama.cpp's whole steps reach 80 % on an M4 (Llama-3.1-8B "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -127,6 +128,15 @@ def test_hopper_multiplies_in_the_memory_that_it_has(tokens: int, rows: int, row
     assert spec.wide_bytes <= HOPPER_SHARED_BYTES
     assert spec.stages >= 4
     assert program.arg.global_size[0] == spec.num_clusters * spec.cluster
+
+
+@pytest.mark.parametrize("tokens", [65, 96, 112, 128, 200, 960])
+def test_hoppers_tiles_that_are_not_full_have_the_loops_of_full_ones(tokens: int) -> None:
+    """Stores behind a condition must not split the loop that they are in."""
+    source = render_wide(hopper(tokens, 512, 128).wide).src[2].arg
+    loops = re.findall(r"for \(int (Ridx\d+)", source)
+    assert len(loops) == len(set(loops)) == 4  # tiles and stages, of the warps that fetch and of those that multiply
+    assert source.count("{") == source.count("}")
 
 
 @pytest.mark.parametrize("tokens", [65, 200, 512, 2048, 3000, 8192])

@@ -232,6 +232,7 @@ class _Wide:
         count = spec.num_clusters * spec.cluster
         self.number: UOp | int = body.grid(count) if count > 1 else 0
         self.lane, self.warp = body.threads(LANES), body.threads(FETCHER + 1)
+        self.role = uniform(self.warp)  # the warp's number, which tinygrad cannot know the limits of
         self.axes = axes_of(self.number, self.lane, self.warp)
         self.rank = self.number % spec.cluster  # in the cluster
         self.unit = self.number // spec.cluster
@@ -264,7 +265,10 @@ class _Wide:
 
     def _loop_tiles(self, has_role: UOp, *, one_lane: bool) -> tuple[UOp, UOp, UOp]:
         """A loop over the threadgroup's tiles, of the warps that have a role: where tinygrad has no branch, a loop may
-        run not at all. And the tile's number in the loop, and in the list."""
+        run not at all. And the tile's number in the loop, and in the list.
+
+        `has_role` hangs on `role`, not on `warp`: behind a condition on the warp, as of stores of the first rows alone,
+        tinygrad would have another loop, whose warps all have the role."""
         spec = self.spec
         # never one turn alone: what is the same in all turns, the compiler keeps in registers from before the loop
         most = max(2, -(-spec.num_tiles // spec.num_clusters))
@@ -279,7 +283,7 @@ class _Wide:
     def fetch_tiles(self, ready: UOp) -> UOp:
         """All stages of all tiles, one after another, each as soon as it is empty."""
         spec = self.spec
-        loop, turn, number = self._loop_tiles(self.warp.eq(FETCHER), one_lane=True)
+        loop, turn, number = self._loop_tiles(self.role.eq(FETCHER), one_lane=True)
         part, first_row, first_token = tile_of(spec, number, self.rank)
         maps = [self.maps[self.number * (2 * MAP_WORDS) + i * MAP_WORDS] for i in range(2)]
         acquired = [acquire_map(each, loop, ready) for each in maps]
@@ -304,7 +308,7 @@ class _Wide:
         """The products of all stages, each as soon as it is full, and the results of each tile."""
         spec = self.spec
         count = spec.row_tile // 8 * 4
-        loop, turn, number = self._loop_tiles(self.warp < FETCHER, one_lane=False)
+        loop, turn, number = self._loop_tiles(self.role < FETCHER, one_lane=False)
         places = self._places(*tile_of(spec, number, self.rank))
         registers = self.body.registers(count)
         begun = [UOp.const(0.0, F32)] * count

@@ -19,6 +19,7 @@ from tinyvllm.profiling.kernels import floor_s
 from tinyvllm.profiling.roofline import Work, bytes_per_weight, count_work
 
 KV_ITEMSIZE = 2  # float16
+FEW_ROWS = 64  # of a step, which have kernels of their own: behind that products are those of prompts
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Factors:
 
     bandwidth_share: float
     quantized_share: float  # of the bandwidth, for weights that are unpacked on the way
-    compute_share: float
-    attention_share: float  # of the peak, where single queries attend: a decode step's
+    compute_share: float  # of the peak: products of FEW_ROWS at the most
+    prompt_share: float  # of more rows, and a prompt's attention
+    attention_share: float  # where single queries attend: a decode step's
     kernel_us: float
     host_us: float  # of a step, and of each sequence in it
     host_us_per_seq: float
@@ -40,8 +42,9 @@ class Factors:
 FACTORS = {
     "CUDA": Factors(
         bandwidth_share=0.9,
-        quantized_share=0.36,
+        quantized_share=0.5,
         compute_share=0.42,
+        prompt_share=0.72,
         attention_share=0.42,
         kernel_us=2.2,
         host_us=39,
@@ -51,8 +54,9 @@ FACTORS = {
         sources=(
             "bandwidth 90 %, 2.2 us a kernel and 42 % of the peak: fitted to three device times of a prototype of "
             "these kernels on an H200 (Llama-3.2-1B, float16, context 256: 0.760 ms at batch 1, 0.875 at 8, 1.333 at "
-            "64); prompts are not among them",
-            "bandwidth 36 % for quantised weights: fitted to one figure, Q4_0 at batch 1 on the same chip",
+            "64)",
+            "72 % of the peak for prompts: fitted to prompts of 512 and 2048 on the same chip, by Hopper's instructions",
+            "bandwidth 50 % for quantised weights: between Q4_0 at batch 1 and 8 (66 and 77 %) and at 64 (27 %)",
             "host 39 us a step and 1.1 us a sequence, not overlapped: measured on that H200's host",
         ),
     ),
@@ -60,6 +64,7 @@ FACTORS = {
         bandwidth_share=0.79,
         quantized_share=0.79,
         compute_share=0.42,
+        prompt_share=0.42,
         attention_share=0.42,
         kernel_us=2.4,
         host_us=90,
@@ -72,8 +77,8 @@ FACTORS = {
             "Q4_K_M, 4.62 GB a token, 20.9 tok/s: github.com/brand-o/normiebench/issues/3)",
             "2.4 us a kernel that waits for the one before, in one command buffer: 3,200 of them in 7.7 ms on an M3 "
             "Ultra, less 16 borders of 20 us (github.com/ml-explore/mlx/issues/4521)",
-            "42 % of the peak: taken from the H200; llama.cpp's prompts reach 83 % of an M4's (224.8 tok/s, the same "
-            "issue)",
+            "42 % of the peak: what kernels as METAL's reached on an H200, decoding 64 sequences; llama.cpp's prompts "
+            "reach 83 % of an M4's (224.8 tok/s, the same issue)",
             "host 90 us a step and 1.1 us a sequence: the H200's, and 50 us to commit and wait (akunu: 30 to 80)",
         ),
     ),
@@ -81,6 +86,7 @@ FACTORS = {
         bandwidth_share=0.85,
         quantized_share=0.47,
         compute_share=0.85,
+        prompt_share=0.85,
         attention_share=0.1,
         kernel_us=1.5,
         host_us=150,
@@ -163,7 +169,8 @@ def predict(config: ModelConfig, kind: str, chip: Chip, batch: int, context: int
     work = count_work(config, bytes_per_weight(kind), KV_ITEMSIZE, [(context, 1)] * batch)
     factors = FACTORS[chip.device]
     matrix_flops = work.matrix_flops * (batch - 1) / batch
-    compute_s = _compute_s(chip, matrix_flops, factors.compute_share)
+    share = factors.compute_share if batch <= FEW_ROWS else factors.prompt_share
+    compute_s = _compute_s(chip, matrix_flops, share)
     compute_s += _compute_s(chip, work.attention_flops, factors.attention_share)
     made = _Made(kind, chip, num_steps=1, column=int(batch > 1))
     return made.prediction(config, work, compute_s, batch=batch, context=context, prompt=0)
@@ -180,7 +187,7 @@ def predict_prompt(
     steps = [count_work(config, bytes_per_weight(kind), KV_ITEMSIZE, [span], num_rows) for span in spans]
     work = Work(*(sum(values) for values in zip(*map(astuple, steps), strict=True)))
     matrix_flops = sum(step.matrix_flops * (count - 1) / count for step, (_, count) in zip(steps, spans, strict=True))
-    compute_s = _compute_s(chip, matrix_flops + work.attention_flops, FACTORS[chip.device].compute_share)
+    compute_s = _compute_s(chip, matrix_flops + work.attention_flops, FACTORS[chip.device].prompt_share)
     made = _Made(kind, chip, num_steps=len(spans), column=2)
     return made.prediction(config, work, compute_s, batch=1, context=0, prompt=num_tokens)
 
@@ -227,8 +234,8 @@ class _Made:
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure of docs/PERFORMANCE.md: one step after the other, with the host's part, which does not overlap. Of a
-    decode step; where `prompt` is not 0, of a prompt computed `step_tokens` at a time with `num_rows` of logits."""
+    """A figure of docs/PERFORMANCE.md: of a decode step; where `prompt` is not 0, of a prompt computed `step_tokens` at
+    a time with `num_rows` of logits."""
 
     chip: Chip
     shape: str
@@ -267,15 +274,18 @@ EPYC = Chip(
     "CPU",
 )
 MEASURED = (
-    Measured(H200, "llama-3.2-1b", "float16", 1141, batch=1, context=256),
-    Measured(H200, "llama-3.2-1b", "float16", 8339, batch=8, context=256),
-    Measured(H200, "llama-3.2-1b", "float16", 41544, batch=64, context=256),
-    Measured(H200, "llama-3.2-1b", "Q4_0", 1558, batch=1, context=256),
-    Measured(H200, "llama-3.2-1b", "Q4_0", 9988, batch=8, context=256),
-    Measured(H200, "llama-3.2-1b", "Q4_0", 42266, batch=64, context=256),
-    Measured(H200, "llama-3.2-1b", "float16", 130406, prompt=512, step_tokens=2048, num_rows=256),
-    Measured(H200, "llama-3.2-1b", "float16", 160907, prompt=512, step_tokens=2048),
-    Measured(H200, "llama-3.2-1b", "float16", 202441, prompt=2048, step_tokens=2048, num_rows=256),
+    Measured(H200, "llama-3.2-1b", "float16", 1305, batch=1, context=128),
+    Measured(H200, "llama-3.2-1b", "float16", 9382, batch=8, context=128),
+    Measured(H200, "llama-3.2-1b", "float16", 46348, batch=64, context=128),
+    Measured(H200, "llama-3.2-1b", "float16", 119596, batch=256, context=128),
+    Measured(H200, "llama-3.2-1b", "float16", 7878, batch=8, context=2048),
+    Measured(H200, "llama-3.2-1b", "Q4_0", 2448, batch=1, context=128),
+    Measured(H200, "llama-3.2-1b", "Q4_0", 14490, batch=8, context=128),
+    Measured(H200, "llama-3.2-1b", "Q4_0", 47342, batch=64, context=128),
+    Measured(H200, "llama-3.2-1b", "float16", 223749, prompt=512, step_tokens=8192, num_rows=16),
+    Measured(H200, "llama-3.2-1b", "float16", 298104, prompt=2048, step_tokens=8192, num_rows=16),
+    Measured(H200, "qwen3-0.6b", "float16", 1623, batch=1, context=256),
+    Measured(H200, "qwen3-0.6b", "float16", 35065, batch=64, context=256),
     Measured(EPYC, "smollm2-135m", "Q4_1", 203, batch=1, context=128),
     Measured(EPYC, "smollm2-135m", "Q4_1", 122, batch=1, context=1024),
     Measured(EPYC, "smollm2-135m", "Q4_1", 587, batch=16, context=128),

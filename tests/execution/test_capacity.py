@@ -54,6 +54,14 @@ def test_an_override_is_taken_as_it_is() -> None:
     assert capacity.explanation[0] == "--num-gpu-blocks-override gives 300 blocks of 1.00 MiB"
 
 
+def test_an_override_beyond_the_memory_is_refused_with_the_numbers() -> None:
+    memory = replace(MEMORY, max_share=0.9)  # 3.6 GiB, of which 1 is the weights'
+    assert plan(memory, num_gpu_blocks_override=2662).num_blocks == 2662
+    message = "2663 blocks of 1.00 MiB, 2.60 GiB, but of 4.00 GiB free at most 0.9 may be taken, 1.00 GiB of it for"
+    with pytest.raises(CapacityError, match=re.escape(message) + " weights: give at most 2662 blocks"):
+        plan(memory, num_gpu_blocks_override=2663)
+
+
 def test_a_length_that_was_not_asked_for_is_cut_to_what_fits() -> None:
     capacity = plan(num_gpu_blocks_override=11)
     assert capacity.max_model_len == 160

@@ -19,13 +19,14 @@ class MemoryFacts:
     weight_bytes: int
     kv_bytes_per_token: int
     scratch_bytes: int = 0  # intermediate values of the largest step
+    max_share: float = 1.0  # of free_bytes that weights and KV may take, whatever is asked for
 
 
 def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memory: MemoryFacts) -> Capacity:
     """Size the pool: what memory leaves after the weights, but never more than all sequences at full length can use.
 
-    Raises CapacityError, with the numbers, where one sequence of max_model_len cannot fit, and TinyvllmError where
-    max_model_len is beyond what the model was trained for.
+    Raises CapacityError, with the numbers, where one sequence of max_model_len cannot fit, or the blocks that are asked
+    for cannot, and TinyvllmError where max_model_len is beyond what the model was trained for.
     """
     size = config.block_size
     longest = _longest(config, model)
@@ -34,6 +35,8 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
     by_memory = _steady(max(0, budget - memory.weight_bytes - memory.scratch_bytes) // block_bytes)
     useful = limits.max_num_seqs * _ceil_div(longest, size) + 1
     num_blocks = config.num_gpu_blocks_override or min(by_memory, useful)
+    if config.num_gpu_blocks_override:
+        _check_override(config.num_gpu_blocks_override, block_bytes, memory)
     source = _explain(config, limits, memory, budget, by_memory, useful, num_blocks, block_bytes)
     if num_blocks < 2:
         raise CapacityError(
@@ -55,6 +58,18 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
         + (f" (the model's {model.max_position} do not fit)" if max_model_len < longest else ""),
     )
     return Capacity(num_blocks, size, max_model_len, limits.max_num_seqs, limits.max_num_batched_tokens, explanation)
+
+
+def _check_override(num_blocks: int, block_bytes: int, memory: MemoryFacts) -> None:
+    """Raise CapacityError for more blocks than there can be memory for."""
+    most = int(memory.free_bytes * memory.max_share) - memory.weight_bytes
+    if num_blocks * block_bytes > most:
+        raise CapacityError(
+            f"--num-gpu-blocks-override gives {num_blocks} blocks of {block_bytes / 2**20:.2f} MiB, "
+            f"{num_blocks * block_bytes / GIB:.2f} GiB, but of {memory.free_bytes / GIB:.2f} GiB free at most "
+            f"{memory.max_share:g} may be taken, {memory.weight_bytes / GIB:.2f} GiB of it for weights: give at most "
+            f"{max(0, most) // block_bytes} blocks"
+        )
 
 
 def scratch_bytes(limits: Limits, model: ModelConfig) -> int:

@@ -87,6 +87,7 @@ def make_runner(
     memory = MemoryFacts(
         free_bytes=free_bytes,
         share=share,
+        max_share=device.max_share,
         weight_bytes=weight_facts(model).nbytes
         + state_bytes(padded_rows(limits.max_num_seqs), model_config.vocab_size),
         scratch_bytes=scratch_bytes(limits, model_config),

@@ -63,12 +63,17 @@ class DeviceHandle:
             return METAL_SHARE
         return UNIFIED_SHARE if self.is_unified else DISCRETE_SHARE
 
+    @property
+    def max_share(self) -> float:
+        """The most that the computer can spare: what it shares, it needs for itself too."""
+        return MAX_UNIFIED_SHARE if self.is_unified else 1.0
+
     def check_share(self, share: float) -> None:
-        """Raise TinyvllmError for more than the computer can spare: what it shares, it needs for itself too."""
-        if self.is_unified and share > MAX_UNIFIED_SHARE:
+        """Raise TinyvllmError for more than `max_share`."""
+        if share > self.max_share:
             raise TinyvllmError(
                 f"--gpu-memory-utilization is {share:g}, but {self.name} shares its memory with the computer: give at "
-                f"most {MAX_UNIFIED_SHARE:g}"
+                f"most {self.max_share:g}"
             )
 
     def wait(self) -> None:

@@ -55,7 +55,7 @@ FACTORS = {
             "bandwidth 90 %, 2.2 us a kernel and 42 % of the peak: fitted to three device times of a prototype of "
             "these kernels on an H200 (Llama-3.2-1B, float16, context 256: 0.760 ms at batch 1, 0.875 at 8, 1.333 at "
             "64)",
-            "72 % of the peak for prompts: fitted to prompts of 512 and 2048 on the same chip, by Hopper's instructions",
+            "72 % of the peak for prompts: fitted to prompts of 512 and 2048 on that chip, by Hopper's instructions",
             "bandwidth 50 % for quantised weights: between Q4_0 at batch 1 and 8 (66 and 77 %) and at 64 (27 %)",
             "host 39 us a step and 1.1 us a sequence, not overlapped: measured on that H200's host",
         ),

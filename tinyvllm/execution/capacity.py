@@ -65,11 +65,15 @@ def _check_override(num_blocks: int, block_bytes: int, memory: MemoryFacts) -> N
     most = int(memory.free_bytes * memory.max_share) - memory.weight_bytes
     if num_blocks * block_bytes > most:
         raise CapacityError(
-            f"--num-gpu-blocks-override gives {num_blocks} blocks of {block_bytes / 2**20:.2f} MiB, "
+            f"{_override(num_blocks, block_bytes)}, "
             f"{num_blocks * block_bytes / GIB:.2f} GiB, but of {memory.free_bytes / GIB:.2f} GiB free at most "
             f"{memory.max_share:g} may be taken, {memory.weight_bytes / GIB:.2f} GiB of it for weights: give at most "
             f"{max(0, most) // block_bytes} blocks"
         )
+
+
+def _override(num_blocks: int, block_bytes: int) -> str:
+    return f"--num-gpu-blocks-override gives {num_blocks} blocks of {block_bytes / 2**20:.2f} MiB"
 
 
 def scratch_bytes(limits: Limits, model: ModelConfig) -> int:
@@ -103,7 +107,7 @@ def _explain(
     block_bytes: int,
 ) -> str:
     if config.num_gpu_blocks_override:
-        return f"--num-gpu-blocks-override gives {num_blocks} blocks of {block_bytes / 2**20:.2f} MiB"
+        return _override(num_blocks, block_bytes)
     text = (
         f"{memory.free_bytes / GIB:.2f} GiB free x {memory.share:.2f} = {budget / GIB:.2f} GiB, "
         f"less {memory.weight_bytes / GIB:.2f} GiB of weights and {memory.scratch_bytes / GIB:.2f} GiB for a step's "

@@ -40,8 +40,8 @@ class Captures:
 
     @property
     def num_to_come(self) -> int:
-        """Graphs that are still to be made."""
-        return len(self._to_come)
+        """Graphs that are still to be made. Asked for at every step: once all are there, nothing is looked through."""
+        return 0 if self._is_closed else len(self._to_come)
 
     @property
     def num_failed(self) -> int:

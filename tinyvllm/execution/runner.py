@@ -163,11 +163,14 @@ class ModelRunner:
     def warm_up(self, progress: Progress | None = None) -> None:
         """Capture every bucket's graph. After this nothing is compiled."""
         self.captures.make_all(progress)
-        logger.info("kernels are %s", "tuned" if self.is_tuned else "untuned: run `tinyvllm tune` with the same flags")
+        self._log_tuning()
 
     def warm_up_first(self, progress: Progress | None = None) -> None:
         """Capture the graphs that any plan can run in; `captures.advance` makes the others, one after another."""
         self.captures.make_first(progress)
+        self._log_tuning()
+
+    def _log_tuning(self) -> None:
         logger.info("kernels are %s", "tuned" if self.is_tuned else "untuned: run `tinyvllm tune` with the same flags")
 
     @property

@@ -132,6 +132,11 @@ class Backend(Protocol):
         """A zeroed pool."""
 
 
+def head_tables(rope: Tensor, head_norm: Norm | None) -> tuple[list[Tensor], float | None]:
+    """What a kernel that rotates heads takes of a model: its tables, and the epsilon of the heads' norm."""
+    return ([rope], None) if head_norm is None else ([rope, head_norm.weight], head_norm.eps)
+
+
 def sample_rows(
     device: DeviceHandle,
     logits: Tensor,

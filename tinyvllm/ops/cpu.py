@@ -12,7 +12,7 @@ from tinygrad import Tensor, UOp
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.adjust import SamplingState
-from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, sample_rows, stack_rows, take
+from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, head_tables, sample_rows, stack_rows, take
 from tinyvllm.ops.cpu_attention import AttentionSpec, attention_kernel, write_kv_kernel
 from tinyvllm.ops.cpu_linear import (
     STAGED_ROWS,
@@ -164,7 +164,7 @@ class CpuBackend:
         is_decode: bool,
         head_norm: Norm | None = None,
     ) -> Activation:
-        tables, eps = ([rope], None) if head_norm is None else ([rope, head_norm.weight], head_norm.eps)
+        tables, eps = head_tables(rope, head_norm)
         outs, out_widths = [], []
         keys, values = _tensors(pool.keys[layer]), _tensors(pool.values[layer])
         group = shape.num_heads // shape.num_kv_heads

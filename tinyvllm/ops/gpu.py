@@ -10,7 +10,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.ops.adjust import SamplingState
-from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, sample_rows, stack_rows
+from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, head_tables, sample_rows, stack_rows
 from tinyvllm.ops.device import FLOATS, DeviceHandle
 from tinyvllm.ops.gpu_attention import THREADS, GpuAttentionSpec, attention_kernel, take_rows_kernel, write_kv_kernel
 from tinyvllm.ops.kernel import Body, KernelFn, cached_kernel, empty, finish, run_kernel
@@ -93,7 +93,7 @@ class GpuBackend:
         head_norm: Norm | None = None,
     ) -> Tensor:
         heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
-        tables, eps = ([rope], None) if head_norm is None else ([rope, head_norm.weight], head_norm.eps)
+        tables, eps = head_tables(rope, head_norm)
         spec = GpuAttentionSpec(layout, *heads, pool.num_blocks, tuple(widths), eps)
         written = [inputs, *tables, *qkv[spec.kv_parts]]
         keys, values = run_kernel(write_kv_kernel(spec), [pool.keys[layer], pool.values[layer]], written)

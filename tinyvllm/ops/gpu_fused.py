@@ -16,7 +16,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyvllm.arrays import HostMatrix
-from tinyvllm.ops.backend import AttentionShape, KVPool, Norm
+from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, head_tables
 from tinyvllm.ops.device import FLOATS, DeviceHandle
 from tinyvllm.ops.gpu import GpuBackend, embed_kernel
 from tinyvllm.ops.gpu_decode import GROUPS_WANTED, DecodeSpec, decode_kernel, fits_decode
@@ -194,7 +194,7 @@ class FusedGpuBackend(GpuBackend):
         mma = self._decode_mma(pool.dtype)
         counts = tuple(part.num_parts if isinstance(part, Summed) else 1 for part in qkv)
         parts = [part.parts if isinstance(part, Summed) else part for part in qkv]
-        tables, eps = ([rope], None) if head_norm is None else ([rope, head_norm.weight], head_norm.eps)
+        tables, eps = head_tables(rope, head_norm)
         if not is_decode and mma is not None and fits_prefill(heads, kv_heads, dim, cols):
             tiled = PrefillSpec(layout, self.lanes, mma, heads, kv_heads, dim, pool.num_blocks, cols, counts, eps)
             rows = self._empty(layout.num_tokens * heads * dim)

@@ -21,10 +21,10 @@ from tinyvllm.bench.breakdown import BreakdownWork, breakdown_json, measure_brea
 from tinyvllm.bench.cold_start import ColdStart
 from tinyvllm.bench.stages import Case
 from tinyvllm.config import EngineConfig, ModelFiles
+from tinyvllm.device.recording import Step
+from tinyvllm.device.replay import make_replay
 from tinyvllm.execution.graphs import Graph, Lane
 from tinyvllm.execution.runner import ModelRunner, load_runner
-from tinyvllm.ops.recording import Step
-from tinyvllm.ops.replay import make_replay
 from tinyvllm.profiling.chips import Chip
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 

@@ -13,7 +13,7 @@ from tinyvllm.bench import doctor
 from tinyvllm.bench.doctor import BAD, GOOD, ODD, Check
 from tinyvllm.cli import app
 from tinyvllm.config import ModelFiles
-from tinyvllm.ops.limits import ProgramFacts
+from tinyvllm.device.program_limits import ProgramFacts
 
 FLAGS = ["--max-num-seqs", "1", "--max-num-batched-tokens", "8", "--log-level", "error", "--json", "-"]
 

@@ -13,7 +13,7 @@ from tests.model.test_llama import numpy_llama
 from tests.ops.test_adjust import Wish
 from tinyvllm.config import SamplingParams
 from tinyvllm.engine.llm import LLM, RequestOutput
-from tinyvllm.ops.reference_sample import race, uniforms
+from tinyvllm.ops.sampling.reference import race, uniforms
 
 MODEL = TinyLlama(seed=11)
 WEIGHTS = make_weights(MODEL)

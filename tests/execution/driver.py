@@ -8,14 +8,14 @@ import numpy as np
 
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
 from tinyvllm.config import Capacity, ModelFiles, SamplingParams
+from tinyvllm.device.handle import open_device
 from tinyvllm.execution.buckets import Bucket, choose_bucket
 from tinyvllm.execution.inputs import InputPacker
 from tinyvllm.execution.runner import make_output
 from tinyvllm.model.registry import make_model
 from tinyvllm.model.weights.checkpoint import open_checkpoint
-from tinyvllm.ops.device import open_device
 from tinyvllm.ops.reference import ReferenceBackend
-from tinyvllm.ops.sample import OUT_WIDTH
+from tinyvllm.ops.sampling.sample import OUT_WIDTH
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenLogprobs
 from tinyvllm.scheduling.request import Request
 from tinyvllm.storage.model_config import read_model_config

@@ -13,7 +13,7 @@ from tests.execution.driver import make_request
 from tinyvllm.errors import InvariantError
 from tinyvllm.execution import adjusted
 from tinyvllm.execution.adjusted import SamplingRows
-from tinyvllm.ops.reference_sample import allowed_ids
+from tinyvllm.ops.sampling.reference import allowed_ids
 from tinyvllm.ops.step_inputs import StepLayout
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request, Status

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from tests.execution.driver import make_request
 from tinyvllm.config import Capacity, EngineConfig, Limits
+from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import InvariantError, TinyvllmError
 from tinyvllm.execution.buckets import FEW_ROWS, Bucket, choose_bucket, first_buckets, make_buckets
 from tinyvllm.execution.limits import BIG_CUDA, CPU, CUDA, SHARED_GPU, device_limits, resolve_limits
-from tinyvllm.ops.device import DeviceHandle
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 
 

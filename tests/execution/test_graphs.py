@@ -6,16 +6,16 @@ import pytest
 
 from tests.builders import write_tiny_hf_llama
 from tinyvllm.config import Capacity
+from tinyvllm.device.compiling import Compiler
+from tinyvllm.device.handle import open_device
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.graphs import Draft, Ground
 from tinyvllm.model.registry import FAMILIES, Model
 from tinyvllm.model.weights.checkpoint import open_checkpoint
-from tinyvllm.ops.adjust import SamplingState
-from tinyvllm.ops.compiling import Compiler
-from tinyvllm.ops.cpu import CpuBackend
-from tinyvllm.ops.device import open_device
-from tinyvllm.ops.kernel import I32
-from tinyvllm.ops.sample import OUT_WIDTH
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.kernel.body import I32
+from tinyvllm.ops.sampling.adjust import SamplingState
+from tinyvllm.ops.sampling.sample import OUT_WIDTH
 from tinyvllm.storage.model_config import read_model_config
 
 CAPACITY = Capacity(num_blocks=9, block_size=8, max_model_len=64, max_num_seqs=2, max_num_batched_tokens=32)

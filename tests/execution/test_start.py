@@ -12,10 +12,10 @@ import pytest
 from tests.builders import write_tiny_gguf
 from tests.execution.driver import generate, make_request
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
+from tinyvllm.device.compiling import to_program_cache
+from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.execution import graphs
 from tinyvllm.execution.runner import ModelRunner, load_runner
-from tinyvllm.ops.compiling import to_program_cache
-from tinyvllm.ops.program_store import ProgramStore
 
 CONFIG = EngineConfig(
     "tiny",

@@ -16,7 +16,7 @@ from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.execution.tune import Trial, make_plan, search
 from tinyvllm.execution.tune_process import Event, Job, tune
-from tinyvllm.ops import tuning
+from tinyvllm.ops.kernel import tuning
 
 BUCKET = Bucket.decode(2)
 

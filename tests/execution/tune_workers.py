@@ -7,7 +7,7 @@ import time
 from multiprocessing.connection import Connection
 
 from tinyvllm.execution.tune_process import Event, Job
-from tinyvllm.ops.tuning import load_choices
+from tinyvllm.ops.kernel.tuning import load_choices
 
 NUM_CANDIDATES = 4
 FATAL = "kernel {'tiles': 2}"

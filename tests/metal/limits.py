@@ -37,7 +37,7 @@ from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelConfig
 
 if TYPE_CHECKING:
     from tinyvllm.ops.backend import Backend
-    from tinyvllm.ops.matrix import Matrix
+    from tinyvllm.ops.formats.matrix import Matrix
 
 MAX_MODEL_LEN = 2048
 DECODE, PREFILL = (1, 2, 4, 8, 16, 32, 64), (64, 256, 1024)
@@ -131,9 +131,9 @@ def _record(settings: Settings, model: ModelConfig, case: Case) -> list[GraphFac
 
 @contextmanager
 def _nothing_runs(settings: Settings, family: str) -> Iterator[None]:
+    from tinyvllm.device.handle import DeviceHandle
     from tinyvllm.execution import runner
     from tinyvllm.ops import backends
-    from tinyvllm.ops.device import DeviceHandle
 
     old = settings.family, settings.memory_bytes
 

@@ -29,9 +29,9 @@ PRODUCTS = [
 
 def backends(fmt: str, heads: tuple[int, int, int] = (4, 2, 64)) -> tuple[Backend, Backend]:
     """What the product takes on this device, and the reference."""
+    from tinyvllm.device.handle import DeviceHandle, open_device
     from tinyvllm.ops.backend import AttentionShape
     from tinyvllm.ops.backends import make_backend
-    from tinyvllm.ops.device import DeviceHandle, open_device
     from tinyvllm.ops.reference import ReferenceBackend
 
     dtype = DTYPE_OF.get(fmt, "float16")

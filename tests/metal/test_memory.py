@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tinyvllm.device.handle import MAX_UNIFIED_SHARE, METAL_SHARE, open_device
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.ops.device import MAX_UNIFIED_SHARE, METAL_SHARE, open_device
 
 
 def test_the_pool_is_cut_from_what_the_system_recommends(simulator: Any) -> None:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(600)
     ids=str,
 )
 def test_every_candidate_computes_the_same(fmt: str, tokens: int, operation: str) -> None:
-    from tinyvllm.ops import tuning
+    from tinyvllm.ops.kernel import tuning
 
     (backend, _), size = backends(fmt), (96, 512)
     with tuning.current.watching() as asked:

@@ -24,13 +24,13 @@ from tests.builders import (
 from tests.ops.builders import Piece, make_step
 from tinyvllm.arrays import to_float32
 from tinyvllm.config import ModelFiles
+from tinyvllm.device.handle import open_device
 from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.llama import Llama
 from tinyvllm.model.registry import FAMILIES
 from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.ops.backend import Backend
-from tinyvllm.ops.cpu import CpuBackend
-from tinyvllm.ops.device import open_device
+from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.step_inputs import StepLayout
 from tinyvllm.storage.model_config import read_model_config

@@ -10,13 +10,13 @@ import pytest
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
 from tests.builders import write_tiny_hf_llama
 from tinyvllm.config import ModelFiles
+from tinyvllm.device.handle import open_device
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.llama import Llama
 from tinyvllm.model.qwen3 import Qwen3
 from tinyvllm.model.registry import FAMILIES, make_model
 from tinyvllm.model.weights.checkpoint import open_checkpoint
-from tinyvllm.ops.cpu import CpuBackend
-from tinyvllm.ops.device import open_device
+from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.storage.model_config import KNOWN_ARCHITECTURES, read_model_config
 
 

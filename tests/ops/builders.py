@@ -12,11 +12,11 @@ import numpy as np
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
 from tests.builders import K_KINDS, encode_floats, random_k_rows
 from tinyvllm.arrays import BFloat16Array, HostMatrix
+from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.model.weights.quant import decompose
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
-from tinyvllm.ops.cpu import CpuBackend
-from tinyvllm.ops.device import FLOATS, DeviceHandle
-from tinyvllm.ops.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.sampling.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.ops.step_inputs import StepLayout
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
+from tinyvllm.device.handle import DeviceHandle, open_device
 from tinyvllm.ops.backend import Backend
-from tinyvllm.ops.cpu import CpuBackend
-from tinyvllm.ops.device import DeviceHandle, open_device
-from tinyvllm.ops.gpu import GpuBackend
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.gpu.backend import GpuBackend
 from tinyvllm.ops.reference import ReferenceBackend
 
 KINDS = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]

@@ -12,11 +12,11 @@ import pytest
 
 from tests.ops.builders import PENALTIES, Sampled, normal, pack_sampling, read_sampled, sample, upload_logits
 from tinyvllm.config import MAX_LOGIT_BIAS
-from tinyvllm.ops.adjust import IN_PROMPT, MAX_COUNT, SamplingState, mask_words, sample_adjusted, state_bytes
+from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.backend import Backend
-from tinyvllm.ops.device import DeviceHandle
-from tinyvllm.ops.reference_sample import HostState, allowed_ids, sample_row, typical
-from tinyvllm.ops.sample import SampleSpec
+from tinyvllm.ops.sampling.adjust import IN_PROMPT, MAX_COUNT, SamplingState, mask_words, sample_adjusted, state_bytes
+from tinyvllm.ops.sampling.reference import HostState, allowed_ids, sample_row, typical
+from tinyvllm.ops.sampling.sample import SampleSpec
 from tinyvllm.ops.step_inputs import StepLayout
 
 VOCABULARIES = (5, 40, 256, 1000, 49152)

@@ -11,11 +11,11 @@ import pytest
 from tests.builders import encode_floats
 from tests.ops.builders import Piece, make_pool, make_step, normal, read_pool
 from tinyvllm.arrays import BFloat16Array
+from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.backend import AttentionShape, Backend, Norm
-from tinyvllm.ops.cpu import CpuBackend
-from tinyvllm.ops.device import DeviceHandle
-from tinyvllm.ops.gpu import GpuBackend
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.gpu.backend import GpuBackend
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.step_inputs import StepLayout
 

@@ -10,12 +10,12 @@ from tinygrad import Tensor, UOp, dtypes
 
 from tests.builders import write_tiny_gguf, write_tiny_hf_llama
 from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.device.handle import open_device
+from tinyvllm.device.recording import Call, Step, record
+from tinyvllm.device.replay import _waits, make_replay
+from tinyvllm.device.scratch import Scratch
 from tinyvllm.execution.runner import ModelRunner, load_runner
-from tinyvllm.ops.device import open_device
-from tinyvllm.ops.kernel import Body, KernelFn, cached_kernel, empty, finish, run_kernel
-from tinyvllm.ops.recording import Call, Step, record
-from tinyvllm.ops.replay import _waits, make_replay
-from tinyvllm.ops.scratch import Scratch
+from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 

@@ -25,17 +25,17 @@ from tests.ops.builders import (
 from tests.ops.test_attention import DECODE, Case, Result, decode_pieces, make_head_norm, make_history, make_rope
 from tests.ops.test_rendering import check_limits, kernels_of, make_renderer, plan_layer
 from tinyvllm.arrays import to_float32
+from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.device.recording import record, trace_step
+from tinyvllm.device.replay import make_replay
 from tinyvllm.ops.backend import AttentionShape, Backend, Norm
-from tinyvllm.ops.device import DeviceHandle
-from tinyvllm.ops.gpu_fused import FusedGpuBackend
-from tinyvllm.ops.gpu_kernel import AWAIT_PREVIOUS, Lanes, Mma, lanes_of
-from tinyvllm.ops.gpu_linear import MatrixSpec
-from tinyvllm.ops.matrix import Format
-from tinyvllm.ops.recording import record, trace_step
+from tinyvllm.ops.formats.matrix import Format
+from tinyvllm.ops.gpu.fused import FusedGpuBackend
+from tinyvllm.ops.gpu.linear import MatrixSpec
+from tinyvllm.ops.kernel.lanes import AWAIT_PREVIOUS, Lanes, Mma, lanes_of
+from tinyvllm.ops.kernel.tuning import candidates
 from tinyvllm.ops.reference import ReferenceBackend
-from tinyvllm.ops.replay import make_replay
 from tinyvllm.ops.step_inputs import StepLayout
-from tinyvllm.ops.tuning import candidates
 
 KINDS = {"METAL": "METAL", "CUDA": "CUDA sm_80"}  # by the targets of test_rendering
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}  # of the largest value

@@ -17,20 +17,20 @@ from tests.ops.builders import Piece, largest_difference, make_host, make_pool, 
 from tests.ops.test_attention import Case, Result, make_head_norm, make_history, make_rope
 from tests.ops.test_gpu_fused import KINDS, SHAPES, TOLERANCE, lanes, multiply, random_case, rendered
 from tests.ops.test_rendering import check_limits, kernels_of, make_renderer, plan_attention, plan_layer
-from tinyvllm.ops import gpu_prefill
+from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.backend import AttentionShape, Backend
-from tinyvllm.ops.device import FLOATS, DeviceHandle
-from tinyvllm.ops.gpu_fused import FusedGpuBackend
-from tinyvllm.ops.gpu_gemm import DENSE, MIN_TOKENS, GemmSpec, multiply_rows
-from tinyvllm.ops.gpu_gemm_hopper import HOPPER_SHARED_BYTES, WIDE_COLS, Box
-from tinyvllm.ops.gpu_gemm_wide import MIN_STEPS, MULTIPROCESSORS, TOKEN_TILE, WideSpec, row_of, tile_of, wide_kernel
-from tinyvllm.ops.gpu_kernel import Lanes, Mma
-from tinyvllm.ops.gpu_prefill import PrefillSpec, tile_map_kernel, wide_place
-from tinyvllm.ops.kernel import empty, run_kernel
-from tinyvllm.ops.matrix import Format
+from tinyvllm.ops.formats.matrix import Format
+from tinyvllm.ops.gpu import attention_prefill as gpu_prefill
+from tinyvllm.ops.gpu.attention_prefill import PrefillSpec, tile_map_kernel, wide_place
+from tinyvllm.ops.gpu.fused import FusedGpuBackend
+from tinyvllm.ops.gpu.gemm import DENSE, MIN_TOKENS, GemmSpec, multiply_rows
+from tinyvllm.ops.gpu.gemm_hopper import MIN_STEPS, MULTIPROCESSORS, TOKEN_TILE, WideSpec, row_of, tile_of, wide_kernel
+from tinyvllm.ops.kernel.body import empty, run_kernel
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WIDE_COLS, Box
+from tinyvllm.ops.kernel.lanes import Lanes, Mma
+from tinyvllm.ops.kernel.tuning import candidates
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.step_inputs import StepLayout
-from tinyvllm.ops.tuning import candidates
 
 __all__ = ["lanes"]  # a fixture
 

@@ -10,9 +10,9 @@ import pytest
 from tinygrad import Tensor, TinyJit, UOp
 from tinygrad.engine.jit import JitError
 
+from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import InvariantError
-from tinyvllm.ops.device import DeviceHandle
-from tinyvllm.ops.kernel import Body, empty, exp2, fill, finish, log2, run_kernel, silu
+from tinyvllm.ops.kernel.body import Body, empty, exp2, fill, finish, log2, run_kernel, silu
 
 
 def apply(device: DeviceHandle, function: Callable[[UOp], UOp], x: np.ndarray) -> np.ndarray:

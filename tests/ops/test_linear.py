@@ -12,11 +12,11 @@ import pytest
 
 from tests.ops.builders import FORMATS, largest_difference, make_host, normal
 from tinyvllm.arrays import to_float32
+from tinyvllm.device.handle import DeviceHandle, has_half
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.ops.backend import Backend, Norm
-from tinyvllm.ops.cpu import CpuBackend
-from tinyvllm.ops.device import DeviceHandle, has_half
-from tinyvllm.ops.gpu import GpuBackend
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.gpu.backend import GpuBackend
 from tinyvllm.ops.reference import ReferenceBackend
 
 ROWS, COLS = 64, 256

@@ -7,11 +7,11 @@ import pytest
 
 from tests.ops.builders import DENSE, FORMATS, QUANTIZED, make_host, make_step, normal
 from tinyvllm.arrays import QuantizedMatrix, to_float32
+from tinyvllm.device.handle import DeviceHandle, has_half
 from tinyvllm.ops.backend import Backend
-from tinyvllm.ops.device import DeviceHandle, has_half
-from tinyvllm.ops.matrix import Planes, pack, round_to_bfloat16, unpack
+from tinyvllm.ops.formats.matrix import Planes, pack, round_to_bfloat16, unpack
 from tinyvllm.ops.reference import ReferenceBackend
-from tinyvllm.ops.sample import OUT_TOKEN, OUT_WIDTH
+from tinyvllm.ops.sampling.sample import OUT_TOKEN, OUT_WIDTH
 from tinyvllm.ops.step_inputs import StepLayout
 
 

@@ -19,12 +19,12 @@ from tinygrad.renderer.cstyle import CUDARenderer, MetalRenderer, OpenCLRenderer
 from tinygrad.uop.ops import Ops
 
 from tests.ops.builders import make_host
-from tinyvllm.ops.adjust import SamplingState
+from tinyvllm.device.handle import FLOATS, KERNEL_STACK_BYTES, DeviceHandle
 from tinyvllm.ops.backend import AttentionShape, Backend, Norm
-from tinyvllm.ops.cpu import CpuBackend
-from tinyvllm.ops.device import FLOATS, KERNEL_STACK_BYTES, DeviceHandle
-from tinyvllm.ops.gpu import GpuBackend
-from tinyvllm.ops.matrix import Matrix
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.formats.matrix import Matrix
+from tinyvllm.ops.gpu.backend import GpuBackend
+from tinyvllm.ops.sampling.adjust import SamplingState
 from tinyvllm.ops.step_inputs import StepLayout
 
 METAL_BUFFERS = 31  # buffers and variables together

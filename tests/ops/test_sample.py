@@ -13,15 +13,15 @@ from tinygrad import dtypes
 
 from tests.ops.builders import Sampled, make_step, normal, sample
 from tinyvllm.config import MAX_LOGPROBS
-from tinyvllm.ops import keep
+from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.backend import Backend
-from tinyvllm.ops.device import DeviceHandle
-from tinyvllm.ops.keep import mix32
-from tinyvllm.ops.kernel import Body, empty, finish, run_kernel
+from tinyvllm.ops.kernel.body import Body, empty, finish, run_kernel
 from tinyvllm.ops.reference import ReferenceBackend
-from tinyvllm.ops.reference_sample import mix32 as reference_mix32
-from tinyvllm.ops.reference_sample import threshold, uniforms
-from tinyvllm.ops.sample import LEADER_WIDTH, TOP_ID, LeadersSpec, SampleSpec, draw_kernel, leaders_kernel
+from tinyvllm.ops.sampling import keep
+from tinyvllm.ops.sampling.keep import mix32
+from tinyvllm.ops.sampling.reference import mix32 as reference_mix32
+from tinyvllm.ops.sampling.reference import threshold, uniforms
+from tinyvllm.ops.sampling.sample import LEADER_WIDTH, TOP_ID, LeadersSpec, SampleSpec, draw_kernel, leaders_kernel
 from tinyvllm.ops.step_inputs import StepLayout
 
 VOCABULARIES = (5, 32, 40, 256, 1000, 49152)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.ops.builders import make_host, normal
-from tinyvllm.ops import tuning
-from tinyvllm.ops.cpu import CpuBackend
-from tinyvllm.ops.cpu_linear import LinearSpec
-from tinyvllm.ops.device import DeviceHandle
-from tinyvllm.ops.matrix import pack
-from tinyvllm.ops.tuning import Choices, candidates, choices_path, load_choices, spec_key
+from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.cpu.linear import LinearSpec
+from tinyvllm.ops.formats.matrix import pack
+from tinyvllm.ops.kernel import tuning
+from tinyvllm.ops.kernel.tuning import Choices, candidates, choices_path, load_choices, spec_key
 
 
 def make_spec(num_tokens: int = 8) -> LinearSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tinyvllm.errors import InvariantError
-from tinyvllm.ops.adjust import SamplingState, mask_words
+from tinyvllm.ops.sampling.adjust import SamplingState, mask_words
 from tinyvllm.scheduling.plan import StepPlan
 from tinyvllm.scheduling.request import Request, Status
 

@@ -7,11 +7,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
+from tinyvllm.device.compiling import Compiler
+from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.errors import InvariantError
 from tinyvllm.execution.buckets import Bucket, choose_bucket, first_buckets
 from tinyvllm.execution.graphs import Draft, Graph, Ground
-from tinyvllm.ops.compiling import Compiler
-from tinyvllm.ops.program_store import ProgramStore
 from tinyvllm.scheduling.plan import StepPlan
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from tinygrad import Tensor
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.device.recording import Call
 from tinyvllm.model.registry import Model
 from tinyvllm.ops.backend import KVPool
-from tinyvllm.ops.recording import Call
 from tinyvllm.scheduling.plan import StepPlan
 
 

@@ -17,17 +17,10 @@ from tinygrad.device import Buffer
 from tinygrad.nn.state import get_state_dict
 
 from tinyvllm.config import Capacity
-from tinyvllm.errors import CacheError
-from tinyvllm.execution.buckets import Bucket
-from tinyvllm.execution.inputs import InputPacker
-from tinyvllm.model.registry import Model
-from tinyvllm.ops import tuning
-from tinyvllm.ops.adjust import SamplingState
-from tinyvllm.ops.backend import Backend, KVPool
-from tinyvllm.ops.compiling import Compiler
-from tinyvllm.ops.device import DeviceHandle
-from tinyvllm.ops.program_store import ProgramStore
-from tinyvllm.ops.recording import (
+from tinyvllm.device.compiling import Compiler
+from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.device.program_store import ProgramStore
+from tinyvllm.device.recording import (
     Call,
     SavedStep,
     Step,
@@ -41,8 +34,15 @@ from tinyvllm.ops.recording import (
     save_step,
     trace_step,
 )
-from tinyvllm.ops.replay import make_replay
-from tinyvllm.ops.scratch import Scratch
+from tinyvllm.device.replay import make_replay
+from tinyvllm.device.scratch import Scratch
+from tinyvllm.errors import CacheError
+from tinyvllm.execution.buckets import Bucket
+from tinyvllm.execution.inputs import InputPacker
+from tinyvllm.model.registry import Model
+from tinyvllm.ops.backend import Backend, KVPool
+from tinyvllm.ops.kernel import tuning
+from tinyvllm.ops.sampling.adjust import SamplingState
 from tinyvllm.ops.step_inputs import StepLayout
 
 logger = logging.getLogger(__name__)

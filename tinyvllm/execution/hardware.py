@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tinyvllm.ops.bandwidth import measure_bandwidth
-from tinyvllm.ops.device import open_device, usable_cores
-from tinyvllm.ops.hardware import measure_flops
+from tinyvllm.device.bandwidth import measure_bandwidth
+from tinyvllm.device.handle import open_device, usable_cores
+from tinyvllm.device.hardware import measure_flops
 
 
 def measure_device(num_cores: int | None = None) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tinyvllm.config import EngineConfig, Limits
-from tinyvllm.ops.device import DeviceHandle, open_device
+from tinyvllm.device.handle import DeviceHandle, open_device
 
 BIG_BYTES = 40 << 30
 # A step of more tokens computes prompts at a higher rate, and those who decode beside them wait longer: of these sizes

@@ -17,13 +17,13 @@ from tinygrad.device import Buffer
 from tinygrad.nn.state import get_state_dict
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.device.recording import Call
 from tinyvllm.execution.cost import CostCounter
 from tinyvllm.execution.graphs import Graph
 from tinyvllm.model.registry import Model
 from tinyvllm.ops.backend import KVPool
-from tinyvllm.ops.device import DeviceHandle
-from tinyvllm.ops.matrix import Matrix
-from tinyvllm.ops.recording import Call
+from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.timing import CallTime, make_timer
 from tinyvllm.profiling.kernels import Kernel, Launch, StepProfile
 from tinyvllm.profiling.names import SAMPLE, is_generated, role_of, strip_colours

@@ -13,6 +13,13 @@ import numpy as np
 from tinygrad import dtypes
 
 from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles
+from tinyvllm.device.accounting import DeviceAccount
+from tinyvllm.device.bandwidth import measure_bandwidth
+from tinyvllm.device.handle import FLOATS, open_device, usable_cores
+from tinyvllm.device.hardware import architecture, hardware_name, has_graphs, measure_flops, processor_name
+from tinyvllm.device.program_limits import ProgramFacts, program_facts
+from tinyvllm.device.program_store import ProgramStore, default_root, open_program_store
+from tinyvllm.device.transfer import OutputReader
 from tinyvllm.errors import DeviceError
 from tinyvllm.execution.adjusted import SamplingRows
 from tinyvllm.execution.buckets import Bucket, make_buckets
@@ -26,19 +33,12 @@ from tinyvllm.execution.profile import profile_step
 from tinyvllm.model.registry import Model, make_model
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
 from tinyvllm.model.weights.random import RandomWeights
-from tinyvllm.ops import tuning
-from tinyvllm.ops.accounting import DeviceAccount
-from tinyvllm.ops.adjust import SamplingState, state_bytes
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
 from tinyvllm.ops.backends import make_backend
-from tinyvllm.ops.bandwidth import measure_bandwidth
-from tinyvllm.ops.device import FLOATS, open_device, usable_cores
-from tinyvllm.ops.hardware import architecture, hardware_name, has_graphs, measure_flops, processor_name
-from tinyvllm.ops.limits import ProgramFacts, program_facts
-from tinyvllm.ops.program_store import ProgramStore, default_root, open_program_store
-from tinyvllm.ops.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
-from tinyvllm.ops.transfer import OutputReader
-from tinyvllm.ops.tuning import choices_path, load_choices
+from tinyvllm.ops.kernel import tuning
+from tinyvllm.ops.kernel.tuning import choices_path, load_choices
+from tinyvllm.ops.sampling.adjust import SamplingState, state_bytes
+from tinyvllm.ops.sampling.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.kernels import StepProfile
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, TokenLogprobs

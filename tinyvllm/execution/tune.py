@@ -18,8 +18,8 @@ from tinyvllm.config import SamplingParams
 from tinyvllm.execution.buckets import Bucket, lengths_that_fill
 from tinyvllm.execution.runner import ModelRunner
 from tinyvllm.execution.tune_process import LEAST_GAIN
-from tinyvllm.ops import tuning
-from tinyvllm.ops.tuning import Chosen, Tunable, candidates
+from tinyvllm.ops.kernel import tuning
+from tinyvllm.ops.kernel.tuning import Chosen, Tunable, candidates
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 

@@ -137,7 +137,7 @@ def _count(tally: _Tally, event: Event) -> None:
 
 
 def _write_bad(path: Path, trial: Event) -> None:
-    from tinyvllm.ops.tuning import load_choices  # without opening the device
+    from tinyvllm.ops.kernel.tuning import load_choices  # without opening the device
 
     choices = load_choices(path)
     choices.bad.add(trial.name)
@@ -156,7 +156,7 @@ def run_worker(job: Job, pipe: Connection) -> None:
 def _search_all(job: Job, pipe: Connection) -> None:
     from tinyvllm.execution.runner import load_random_runner, load_runner
     from tinyvllm.execution.tune import Trial, search
-    from tinyvllm.ops import tuning
+    from tinyvllm.ops.kernel import tuning
 
     if job.files is not None:
         runner = load_runner(job.files, job.config)

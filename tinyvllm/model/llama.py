@@ -11,10 +11,10 @@ from tinygrad import Tensor
 
 from tinyvllm.arrays import HostMatrix, to_float32
 from tinyvllm.config import ModelConfig
+from tinyvllm.device.recording import keep
 from tinyvllm.model.rope import rope_table
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool, Norm
-from tinyvllm.ops.matrix import Matrix
-from tinyvllm.ops.recording import keep
+from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.step_inputs import StepLayout
 
 if TYPE_CHECKING:

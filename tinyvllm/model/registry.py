@@ -13,7 +13,7 @@ from tinyvllm.model.llama import Llama
 from tinyvllm.model.qwen3 import Qwen3
 from tinyvllm.model.weights.checkpoint import WeightSource
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool, Norm
-from tinyvllm.ops.matrix import Matrix
+from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.step_inputs import StepLayout
 
 

@@ -1,8 +1,8 @@
-"""Every kernel and every fact about devices. Importing this package sets tinygrad's environment, so it must come first.
+"""The operations that a layer is made of, and every kernel that runs them.
 
-The rooms above speak to a `Backend` (backend.py): a handful of fused operations from which a transformer layer is made.
+The rooms above speak to a `Backend` (backend.py): a handful of fused operations. Inside, `kernel` is what kernels are
+written in, `formats` how weights lie in memory, `cpu` and `gpu` the kernels of either kind of device, `sampling` what
+follows the logits.
 """
 
-from tinyvllm.ops.environment import prepare_environment
-
-prepare_environment()
+import tinyvllm.device  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)

@@ -16,10 +16,10 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinyvllm.arrays import BFloat16Array, HostMatrix, QuantizedMatrix, Scales, to_float32
-from tinyvllm.ops.adjust import SamplingState, sample_adjusted
-from tinyvllm.ops.device import DeviceHandle
-from tinyvllm.ops.matrix import Matrix
-from tinyvllm.ops.sample import OUT_WIDTH, SampleSpec, sample
+from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.ops.formats.matrix import Matrix
+from tinyvllm.ops.sampling.adjust import SamplingState, sample_adjusted
+from tinyvllm.ops.sampling.sample import OUT_WIDTH, SampleSpec, sample
 from tinyvllm.ops.step_inputs import StepLayout
 
 logger = logging.getLogger(__name__)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import DeviceError
 from tinyvllm.ops.backend import AttentionShape, Backend
-from tinyvllm.ops.cpu import CpuBackend
-from tinyvllm.ops.device import DeviceHandle
-from tinyvllm.ops.gpu import GpuBackend
-from tinyvllm.ops.gpu_fused import FusedGpuBackend
-from tinyvllm.ops.gpu_kernel import lanes_of
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.gpu.backend import GpuBackend
+from tinyvllm.ops.gpu.fused import FusedGpuBackend
+from tinyvllm.ops.kernel.lanes import lanes_of
 
 GPU_DEVICES = ("METAL", "CUDA", "CL")
 

@@ -11,12 +11,12 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinyvllm.arrays import HostMatrix, to_float32
-from tinyvllm.ops.adjust import SamplingState
+from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, stack_rows
-from tinyvllm.ops.device import FLOATS, DeviceHandle
-from tinyvllm.ops.matrix import Matrix, pack, unpack
-from tinyvllm.ops.reference_sample import HostState, sample_row
-from tinyvllm.ops.sample import OUT_TOKEN, OUT_WIDTH
+from tinyvllm.ops.formats.matrix import Matrix, pack, unpack
+from tinyvllm.ops.sampling.adjust import SamplingState
+from tinyvllm.ops.sampling.reference import HostState, sample_row
+from tinyvllm.ops.sampling.sample import OUT_TOKEN, OUT_WIDTH
 from tinyvllm.ops.step_inputs import StepLayout
 
 

@@ -17,11 +17,11 @@ from tinygrad import UOp
 from tinygrad.engine.realize import get_runtime
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.device.recording import Call, Step, record
+from tinyvllm.device.replay import CpuReplay, GraphReplay
 from tinyvllm.errors import InvariantError
-from tinyvllm.ops.device import DeviceHandle
-from tinyvllm.ops.kernel import F32, Body, cached_kernel, empty, finish, run_kernel
-from tinyvllm.ops.recording import Call, Step, record
-from tinyvllm.ops.replay import CpuReplay, GraphReplay
+from tinyvllm.ops.kernel.body import F32, Body, cached_kernel, empty, finish, run_kernel
 
 SPIN_ITERATIONS = 1 << 15  # of four cycles or so: about 75 us at 1.75 GHz, more than a launch takes in Python
 

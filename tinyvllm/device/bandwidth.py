@@ -1,0 +1,61 @@
+"""How fast a device's memory is, by a small test: what the floor under a step's time is computed with."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tinygrad import Tensor, TinyJit, dtypes
+
+from tinyvllm.device.handle import DeviceHandle
+
+ROUNDS = 40  # the fastest counts: a floor is what the memory can do, not what other programs left of it
+CPU_BYTES = 64 << 20  # that each core reads: beyond any cache
+GPU_BYTES = 256 << 20  # that are copied
+GPU_COPIES = 16  # in one graph: launched one by one by Python, an H200's would take three times as long
+
+
+def measure_bandwidth(device: DeviceHandle) -> float:
+    """Bytes a second. On a CPU all cores read, as decoding does; elsewhere a copy, whose reads and writes count."""
+    return _cpu_bandwidth() if device.is_cpu else _copy_bandwidth(device)
+
+
+def _cpu_bandwidth() -> float:
+    """NumPy's maximum, which vectorises and lets go of the interpreter's lock: a sum would wait for its additions."""
+    cores = os.cpu_count() or 1
+    parts = [np.ones(CPU_BYTES // 4, np.int32) for _ in range(cores)]
+    with ThreadPoolExecutor(cores) as pool:
+        return cores * CPU_BYTES / _fastest(lambda: list(pool.map(np.max, parts)))
+
+
+def _copy_bandwidth(device: DeviceHandle) -> float:
+    source = Tensor.zeros(GPU_BYTES // 4, dtype=dtypes.uint, device=device.name).clone().realize()
+
+    def copies() -> Tensor:
+        copy = source
+        for number in range(GPU_COPIES):
+            copy = (copy ^ (number + 1)).contiguous()
+        return copy.realize()
+
+    captured = TinyJit(copies)
+
+    def round_of_copies() -> None:
+        captured()
+        device.wait()
+
+    for _ in range(3):  # the second call captures, the third makes the graph
+        round_of_copies()
+    return 2 * GPU_COPIES * GPU_BYTES / _fastest(round_of_copies)
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the quickest of ROUNDS."""
+    best = float("inf")
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,259 @@
+"""The device that the engine runs on: its name, its memory, and how bytes get there and back."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad.device import Buffer, BufferSpec
+from tinygrad.dtype import DType, _from_np_dtype
+from tinygrad.uop.ops import buffers
+
+from tinyvllm.device.transfer import InputBuffer, OutputReader, copy_out, copy_out_floats, input_buffer, output_reader
+from tinyvllm.errors import DeviceError, TinyvllmError
+
+NAP_S = 30e-6  # tinygrad's own wait spins and takes a core from the workers: 60 products on two cores, 4.1 -> 2.6 ms
+KERNEL_STACK_BYTES = 64 << 20  # CPU kernels keep their tiles on the stack; threads of a Mac get 512 KiB by default
+UNIFIED_SHARE = (
+    0.5  # of a computer's memory that --gpu-memory-utilization auto may take where it is shared with the rest
+)
+METAL_SHARE = 0.8  # of what the system recommends for the GPU, which leaves the rest its own part already
+MAX_UNIFIED_SHARE = 0.9  # of memory that is shared, whatever is asked for
+DISCRETE_SHARE = 0.9
+
+FLOATS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.bfloat16}
+
+
+@dataclass(frozen=True)
+class DeviceHandle:
+    """An opened device. `has_threads`: kernels have threadgroups (every GPU); otherwise they run on a core."""
+
+    name: str  # tinygrad's: CPU, METAL, CUDA, CL
+    has_threads: bool
+    is_unified: bool  # its memory is the computer's
+    cores: tuple[str, ...] = ()  # of a CPU: tinygrad's name of each core's device
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name.split(":")[0] == "CPU"
+
+    def free_memory(self) -> int:
+        """Bytes that could be allocated now. On METAL, where the weights are not there yet: what the system recommends
+        that a GPU holds at most, two thirds to three quarters of a Mac's memory."""
+        kind = self.name.split(":")[0]
+        if kind == "CUDA":
+            return _cuda_free_bytes()
+        if kind == "METAL" and (recommended := int(Device[self.name].sysdevice.recommendedMaxWorkingSetSize())):
+            return recommended
+        return _host_available_bytes()
+
+    def default_share(self) -> float:
+        """Share of the free memory that the engine takes when it is not told."""
+        if self.name.split(":")[0] == "METAL":
+            return METAL_SHARE
+        return UNIFIED_SHARE if self.is_unified else DISCRETE_SHARE
+
+    @property
+    def max_share(self) -> float:
+        """The most that the computer can spare: what it shares, it needs for itself too."""
+        return MAX_UNIFIED_SHARE if self.is_unified else 1.0
+
+    def check_share(self, share: float) -> None:
+        """Raise TinyvllmError for more than `max_share`."""
+        if share > self.max_share:
+            raise TinyvllmError(
+                f"--gpu-memory-utilization is {share:g}, but {self.name} shares its memory with the computer: give at "
+                f"most {self.max_share:g}"
+            )
+
+    def wait(self) -> None:
+        """Return when everything enqueued has run. On a CPU with naps, so that the workers keep their cores."""
+        if self.is_cpu:
+            for core in self.cores:
+                _nap_until_done(Device[core])
+        for name in self.cores or (self.name,):
+            Device[name].synchronize()
+
+    def mark(self) -> Callable[[], None]:
+        """What waits for all that is enqueued now. On a CPU not for what comes after it, either."""
+        if not self.is_cpu:
+            return self.wait
+        queues = [_counters(worker) for core in self.cores for worker in Device[core].workers]
+        return functools.partial(_nap_until, [(done, int(put[0])) for put, done in queues])
+
+    def upload(self, array: np.ndarray) -> Tensor:
+        """A host array as a flat tensor of its own on the device."""
+        return upload(array, self.name)
+
+    def zeros(self, size: int, dtype: DType, core: str | None = None) -> Tensor:
+        """A flat zeroed tensor. On a CPU fresh anonymous memory, which is zero already and takes no room until used."""
+        if not self.is_cpu:
+            return Tensor.zeros(size, dtype=dtype, device=self.name).clone().realize()
+        uop = UOp.new_buffer(core or self.name, size, dtype)
+        # nolru: never a recycled buffer, whose old contents would be there
+        buffers[uop] = Buffer(core or self.name, size, dtype, options=BufferSpec(nolru=True)).allocate().ref(1)
+        return Tensor(uop)
+
+    @property
+    def _is_mapped(self) -> bool:
+        return _is_mapped(self.name)
+
+    def input_buffer(self, words: int) -> InputBuffer:
+        """A persistent tensor of a step's inputs, zeroed."""
+        return input_buffer(self.zeros(words, dtypes.int), self._is_mapped)
+
+    def output_reader(self, tensor: Tensor) -> OutputReader:
+        """What reads a step's output without waiting for the steps behind it."""
+        return output_reader(tensor, self._is_mapped, self.mark)
+
+    def write(self, tensor: Tensor, array: np.ndarray) -> None:
+        """Overwrite the beginning of a realised tensor with an array's bytes. Waits for the device."""
+        self.wait()
+        _copy_in(tensor.uop.base.buffer.ensure_allocated(), array)
+
+    def read_floats(self, buffer: Buffer) -> np.ndarray:
+        """A copy of a float buffer's values as float32. Waits for all that the device has to do."""
+        self.wait()
+        return copy_out_floats(buffer, self._is_mapped)
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """A copy of a realised int32 tensor's values. Waits for all that the device has to do."""
+        self.wait()
+        return copy_out(tensor.uop.base.buffer, self._is_mapped)
+
+
+def open_device(num_cores: int = 1) -> DeviceHandle:
+    """Open tinygrad's default device; of a CPU so many cores, each a device with a worker thread of its own.
+
+    Raises DeviceError that says what is missing and what to install."""
+    wanted = os.environ.get("DEV", "")
+    if wanted.split(":")[0].upper() == "CPU":
+        _require_compiler()
+    previous = threading.stack_size(KERNEL_STACK_BYTES)  # the CPU device starts its worker thread while it opens
+    cores: tuple[str, ...] = ()
+    try:
+        device = Device[Device.DEFAULT]
+        if device.device.split(":")[0] == "CPU":
+            cores = ("CPU", *[f"CPU:{i}" for i in range(1, num_cores)])
+            for core in cores:
+                Device[core].worker("COMPUTE:0")
+    except Exception as error:
+        raise DeviceError(
+            f"device {wanted or 'of tinygrad'} cannot be opened: {error}. Choose another with --device"
+        ) from error
+    finally:
+        threading.stack_size(previous)
+    kind = device.device.split(":")[0]
+    return DeviceHandle(device.device, bool(device.renderer.has_local), kind in ("CPU", "METAL", "CL"), cores)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, cut to a container's CPU quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        return count
+    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
+
+
+def upload(array: np.ndarray, device: str) -> Tensor:
+    """A host array as a flat tensor of its own on `device`. Without tinygrad's scheduler, which takes 2 ms a tensor."""
+    uop = UOp.new_buffer(device, array.size, _from_np_dtype(array.dtype))
+    _copy_in(uop.buffer.allocate(), array)
+    return Tensor(uop)
+
+
+def _copy_in(buffer: Buffer, array: np.ndarray) -> None:
+    """Overwrite the beginning of a buffer. Waits for the device, whose memory may be one that was just let go of."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if _is_mapped(buffer.device):
+        np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.uint8)[: data.size] = data
+    else:
+        buffer.allocator._copyin(buffer._buf, data.data)
+
+
+def _is_mapped(device: str) -> bool:
+    """The host can read and write the device's buffers in place (CPU, METAL)."""
+    return hasattr(Device[device].allocator, "_as_buffer")
+
+
+def has_many_registers() -> bool:
+    """Whether this computer's CPU has 32 vector registers of 256 bits (AVX-512VL), and not 16 or narrower ones."""
+    if not sys.platform.startswith("linux"):
+        return False
+    with open("/proc/cpuinfo") as file:
+        return any("avx512vl" in line.split() for line in file if line.startswith("flags"))
+
+
+def has_half(name: str) -> bool:
+    """Whether the device computes with float16. Where it does not, tinygrad emulates it without subnormal numbers, of
+    which the scales of Q6_K have many."""
+    return dtypes.half in Device[name].renderer.supported_dtypes()
+
+
+def _require_compiler() -> None:
+    compiler = os.environ.get("CC", "clang")
+    if shutil.which(compiler) is None:
+        raise DeviceError(
+            f"the CPU device needs a C compiler and {compiler!r} is not on the PATH: "
+            "install clang (Debian: apt-get install clang), or name one in CC"
+        )
+
+
+def _nap_until_done(device: Any) -> None:
+    """Sleep until the workers' queues are empty."""
+    _nap_until([(done, int(put[0])) for put, done in map(_counters, device.workers)])
+
+
+def _counters(worker: Any) -> tuple[Any, Any]:
+    """A worker's `put`, how many commands were submitted, and `done`, how many have run: views of one word each."""
+    put, done = (getattr(worker, name)._buf.cpu_view().view(fmt="Q") for name in ("put", "done"))
+    return put, done
+
+
+def _nap_until(goals: list[tuple[Any, int]]) -> None:
+    for done, goal in goals:
+        while done[0] < goal:
+            time.sleep(NAP_S)
+
+
+def _cuda_free_bytes() -> int:
+    from tinygrad.runtime.autogen import cuda  # only where there is a driver to load
+
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    status = cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    if status != 0:
+        raise DeviceError(f"cuMemGetInfo failed with CUDA error {status}: give --num-gpu-blocks-override")
+    return free.value
+
+
+def _host_available_bytes() -> int:
+    """Memory that programs could take without swapping (Linux); physical memory elsewhere."""
+    if sys.platform.startswith("linux"):
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return min(int(line.split()[1]) * 1024, _cgroup_limit())
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cgroup_limit() -> int:
+    """A container's memory limit, which /proc/meminfo does not know; a huge number where there is none."""
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            text = file.read().strip()
+    except OSError:
+        return 1 << 62
+    return 1 << 62 if text == "max" else int(text)

@@ -1,0 +1,92 @@
+"""What the hardware behind a device is, and how fast it calculates where no table says so."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+from tinygrad import Device, Tensor, TinyJit, dtypes
+
+from tinyvllm.device.handle import DeviceHandle
+
+CPU_SIZE, GPU_SIZE = 512, 4096  # rows and columns of the products that are timed: 1 to 100 ms
+ROUNDS = 60  # the fastest counts
+
+
+def hardware_name(device: DeviceHandle) -> str:
+    """The maker's name of it ("NVIDIA H200", "Apple M4"); tinygrad's name of the device where it gives no other."""
+    kind = device.name.split(":")[0]
+    if kind == "CUDA":
+        return _cuda_name(int(device.name.partition(":")[2] or 0))
+    if kind == "METAL" and sys.platform == "darwin":
+        from tinygrad.runtime.ops_metal import from_ns_str
+
+        return str(from_ns_str(Device[device.name].sysdevice.name()))
+    return device.name
+
+
+def architecture(device: DeviceHandle) -> str:
+    """What kernels are made for: the family of a Mac's GPU ("Apple9"), CUDA's "sm_90"; "" of what names none."""
+    return "" if device.is_cpu else str(Device[device.name].renderer.target.arch)
+
+
+def has_graphs(device: DeviceHandle) -> bool:
+    """Whether a step is launched as one. Not under virtualised Metal, whose indirect commands do not work."""
+    return device.is_cpu or Device[device.name].graph is not None
+
+
+def _cuda_name(number: int) -> str:
+    from tinygrad.runtime.autogen import cuda  # only where there is a driver to load
+
+    handle, text = cuda.CUdevice(), ctypes.create_string_buffer(256)
+    failed = cuda.cuDeviceGet(ctypes.byref(handle), number) or cuda.cuDeviceGetName(text, len(text), handle)
+    return f"CUDA:{number}" if failed else text.value.decode(errors="replace")
+
+
+def processor_name() -> str:
+    """The maker's name of the computer's CPU, "" where it says none."""
+    if sys.platform == "darwin":
+        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
+    except OSError:
+        return ""
+
+
+def measure_flops(device: DeviceHandle) -> float:
+    """Operations a second of a matrix product, a multiplication and an addition being two. On a CPU NumPy's, in float32
+    on as many threads as its BLAS takes; elsewhere tinygrad's own in float16, which a tuned one exceeds."""
+    return _cpu_flops() if device.is_cpu else _gpu_flops(device)
+
+
+def _cpu_flops() -> float:
+    a = np.random.default_rng(0).standard_normal((CPU_SIZE, CPU_SIZE), np.float32)
+    return 2 * CPU_SIZE**3 / _fastest(lambda: a @ a)
+
+
+def _gpu_flops(device: DeviceHandle) -> float:
+    a, b = (Tensor.rand(GPU_SIZE, GPU_SIZE, device=device.name).cast(dtypes.half).realize() for _ in range(2))
+    product = TinyJit(lambda: (a @ b).realize())
+
+    def run() -> None:
+        product()
+        device.wait()
+
+    run()
+    run()  # captures
+    return 2 * GPU_SIZE**3 / _fastest(run)
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the quickest of ROUNDS."""
+    best = float("inf")
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,72 @@
+"""What a device allows a program, and what the programs of a recorded step take."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tinygrad.uop.ops import Ops
+
+from tinyvllm.device.recording import Call
+
+# Metal Feature Set Tables, "maximum buffer argument entries", "threads per threadgroup", "threadgroup memory"; CUDA C++
+# Programming Guide, "technical specifications per compute capability": static shared memory, parameters of 8 bytes
+LIMITS = {"METAL": (31, 1024, 32 << 10), "CUDA": (512, 1024, 48 << 10)}
+
+# as tinygrad's renderers declare it, with the alignment
+_SHARED = re.compile(
+    r"(?:threadgroup __attribute__\(\(aligned\(16\)\)\)|__shared__ __align__\(16\)) (?:unsigned )?(\w+) \w+\[(\d+)\]"
+)
+_BYTES = {
+    "bool": 1,
+    "char": 1,
+    "uchar": 1,
+    "half": 2,
+    "bfloat": 2,
+    "nv_bfloat16": 2,
+    "short": 2,
+    "ushort": 2,
+}
+
+
+@dataclass(frozen=True)
+class ProgramFacts:
+    """One program: its arguments (buffers and variables), threads of a threadgroup, bytes of threadgroup memory."""
+
+    name: str
+    arguments: int
+    threads: int
+    shared_bytes: int
+
+    def over(self, device: str) -> list[str]:
+        """The device's limits that it breaks, in words."""
+        limits = LIMITS.get(device.split(":")[0])
+        if limits is None:
+            return []
+        taken = (self.arguments, self.threads, self.shared_bytes)
+        names = ("arguments", "threads", "bytes of threadgroup memory")
+        return [
+            f"{self.name}: {value} {name}, {device} has {limit}"
+            for value, limit, name in zip(taken, limits, names, strict=True)
+            if value > limit
+        ]
+
+
+def program_facts(calls: Iterable[Call]) -> list[ProgramFacts]:
+    """Of each program that the calls launch, once."""
+    programs = {id(call.target): call for call in calls if call.target.op is Ops.PROGRAM}
+    return [_facts(call) for call in programs.values()]
+
+
+def _facts(call: Call) -> ProgramFacts:
+    info = call.target.arg
+    sources = [uop.arg for uop in call.target.src if uop.op is Ops.SOURCE]
+    threads = math.prod(info.local_size or (1,))
+    return ProgramFacts(info.name, len(call.buffers) + len(info.vars), threads, shared_bytes("".join(sources)))
+
+
+def shared_bytes(source: str) -> int:
+    """Bytes of the arrays in threadgroup memory that a kernel's source declares."""
+    return sum(_BYTES.get(kind, 4) * int(count) for kind, count in _SHARED.findall(source))

@@ -1,0 +1,175 @@
+"""Compiled kernels and recorded steps on disk, so that a second start compiles nothing.
+
+Everything is named by its content: a program by tinygrad's own key (a hash of the kernel, the target, the settings of
+code generation), a step by what its maker says (execution/graphs.py). Whatever else a program depends on is in the
+folder's name: versions, sources, the compiler, the processor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import tinygrad
+from tinygrad import Device, UOp
+from tinygrad.helpers import ContextVar
+from tinygrad.uop.ops import Ops, ProgramInfo
+
+from tinyvllm.config import CACHE_DIR_VARIABLE
+from tinyvllm.device.private_folder import PrivateFolder
+from tinyvllm.errors import CacheError
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = 1  # of the files: raise it when what is stored changes its form
+# What tinygrad or its compilers read from the environment at each use, beside their declared settings.
+SETTINGS = ("DMC", "ALLOW_HALF8", "HCQ2", "CC", "CUDA_PATH", "NVRTC", "JITBEAM", "BEAM_UOPS_MAX", "PTX")
+# Where tinygrad's scheduler, code generator and runtimes are; its generated bindings are many and follow the version.
+CODE_FOLDERS = (
+    ".", "uop", "schedule", "mixin", "codegen", "codegen/opt", "codegen/late", "codegen/decomp", "engine", "renderer",
+    "renderer/isa", "runtime", "runtime/graph", "runtime/support",
+)  # fmt: skip
+ONLY_SHOWN = (
+    "DEBUG",
+    "VIZ",
+    "PROFILE",
+    "NO_COLOR",
+    "PARALLEL",
+    "TRACEMETA",
+    "SPEC",
+)  # settings that make no other code
+
+
+class ProgramStore:
+    """Owns the folder of this device and these versions. Counts what it had and what had to be made."""
+
+    def __init__(self, root: Path, device: str) -> None:
+        """Raises CacheError where the folder cannot be trusted."""
+        self.root = root
+        self._folder = PrivateFolder(root, environment_key(device))
+        self._has_written = False
+        self.num_programs_read = 0
+        self.num_programs_compiled = 0
+        self.num_steps_read = 0
+
+    def read_program(self, key: tuple) -> UOp | None:
+        """The program of tinygrad's key, or None."""
+        program = self._folder.read(f"program-{_digest(key)}")
+        if not isinstance(program, UOp) or program.op is not Ops.PROGRAM:
+            return None
+        self.num_programs_read += 1
+        return program
+
+    def write_program(self, key: tuple, program: UOp) -> None:
+        """Keep a program that was just compiled."""
+        self._write(f"program-{_digest(key)}", slim(program))
+        self.num_programs_compiled += 1
+
+    def read_step(self, name: str) -> object | None:
+        """What `write_step` kept under this name, or None."""
+        step = self._folder.read(f"step-{name}")
+        self.num_steps_read += step is not None
+        return step
+
+    def write_step(self, name: str, step: object) -> None:
+        self._write(f"step-{name}", step)
+
+    def close(self) -> None:
+        """Bound the folder's size, where it grew."""
+        if self._has_written:
+            self._folder.trim()
+
+    def _write(self, name: str, value: object) -> None:
+        self._folder.write(name, value)
+        self._has_written = True
+
+
+def open_program_store(device: str) -> ProgramStore | None:
+    """The user's store; None, with a warning that says what to do, where it cannot be trusted."""
+    try:
+        return ProgramStore(default_root(), device)
+    except CacheError as error:
+        logger.warning("compiled programs are not kept for the next start: %s", error)
+        return None
+
+
+def default_root() -> Path:
+    """$TINYVLLM_CACHE/programs, else in the user's cache directory (XDG Base Directory Specification)."""
+    if named := os.environ.get(CACHE_DIR_VARIABLE):
+        return Path(named) / "programs"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "tinyvllm" / "programs"
+
+
+def slim(program: UOp) -> UOp:
+    """A PROGRAM with what running it takes: its name and estimates, its parameters, source and binary. A tenth of the
+    nodes. One whose launch is still to be tuned keeps its kernel."""
+    if not isinstance(program.arg, ProgramInfo) or program.arg.local_size is None or len(program.src) < 4:
+        return program
+    sink, lines, source, binary = program.src[:4]
+    parameters = tuple(uop for uop in lines.src if uop.op is Ops.PARAM)
+    return program.replace(
+        src=(UOp(Ops.SINK, arg=sink.arg), UOp(Ops.LINEAR, src=parameters), source, binary, *program.src[4:])
+    )
+
+
+# -- keys ------------------------------------------------------------------------------------------------------------
+
+
+def environment_key(device: str) -> str:
+    """A folder's name: the device, and a hash of everything that makes one start's programs wrong for another."""
+    renderer = Device[device].renderer
+    settings = {key: var.value for key, var in sorted(ContextVar._cache.items()) if key not in ONLY_SHOWN}
+    facts = (
+        LAYOUT,
+        importlib.metadata.version("tinygrad"),
+        _sources(),
+        sys.version_info[:3],
+        platform.platform(),  # with the system's version: a Mac's compiler is part of it
+        type(renderer).__name__,
+        str(renderer.target),
+        settings,
+        {name: os.environ.get(name) for name in SETTINGS},
+        (_compiler(), _processor()) if device.split(":")[0] == "CPU" else (),
+    )
+    return f"{device.replace(':', '_')}-{_digest(facts)}"
+
+
+def _sources() -> str:
+    """A hash of tinygrad's files by size and time of change: an edit of one's own makes another key."""
+    root = Path(tinygrad.__file__).parent
+    digest = hashlib.sha256()
+    for folder in CODE_FOLDERS:
+        for path in sorted((root / folder).glob("*.py")):
+            info = path.stat()
+            digest.update(f"{path.relative_to(root)} {info.st_size} {info.st_mtime_ns} ".encode())
+    return digest.hexdigest()
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:40]
+
+
+def _compiler() -> tuple:
+    """The C compiler's own file: an upgrade changes its size or time."""
+    path = shutil.which(os.environ.get("CC", "clang"))
+    if path is None:
+        return ()
+    info = os.stat(path)
+    return os.path.realpath(path), info.st_size, info.st_mtime_ns
+
+
+def _processor() -> str:
+    """What the compiler's `native` stands for."""
+    if sys.platform == "darwin":
+        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True)
+    with open("/proc/cpuinfo") as file:
+        lines = {line for line in file if line.startswith(("flags", "Features", "model name", "CPU part"))}
+    return "".join(sorted(lines))

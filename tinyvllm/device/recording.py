@@ -1,0 +1,255 @@
+"""A step as the list of kernels that it launches: recorded once, without running anything.
+
+A kernel of ours is launched in the order of the calls, on the buffers it was given: there is nothing for tinygrad's
+scheduler to find out, which took most of a start. Other operations of tensors are scheduled when they are realized.
+A step is first a `Tracing`, whose kernels are still being compiled, then a `Step`, and on disk a `SavedStep` without
+any buffer, for another process to bind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tinygrad import Tensor, UOp
+from tinygrad.device import Buffer
+from tinygrad.dtype import DType
+from tinygrad.engine import realize
+from tinygrad.helpers import BEAM, getenv
+from tinygrad.schedule.memory import memory_plan_rewrite
+from tinygrad.tensor import all_tensors
+from tinygrad.uop.ops import Ops, buffers, graph_rewrite
+
+from tinyvllm.device.compiling import Compiler, Kernel
+from tinyvllm.device.program_store import ProgramStore, slim
+from tinyvllm.errors import CacheError, InvariantError
+
+# PTX by which a kernel waits for the one before it: a program that has it may be launched early (cuda_graph.py)
+AWAIT_PREVIOUS = "griddepcontrol.wait"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch. `target`: a compiled PROGRAM, or a COPY; `buffers`: its arguments."""
+
+    target: UOp
+    buffers: tuple[Buffer, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Owns its scratch memory and its output, which every run overwrites. `borrowed`: what was there before it. `cut`:
+    how many calls come before the place that `cut_here` marked; all of them where it marked none. `kept`: what `keep`
+    was given."""
+
+    calls: tuple[Call, ...]
+    output: Tensor
+    borrowed: tuple[Buffer, ...]
+    cut: int
+    kept: tuple[Buffer, ...]
+
+
+@dataclass(frozen=True)
+class SavedStep:
+    """A step in plain values and programs.
+
+    bases: (the name of a borrowed tensor, or None for scratch; elements; dtype; device, a CPU's core). views: (base,
+    byte offset, elements, dtype). calls: (program, views). output: a base. cut: as in Step. kept: bases."""
+
+    bases: tuple[tuple[str | None, int, DType, str], ...]
+    views: tuple[tuple[int, int, int, DType], ...]
+    programs: tuple[UOp, ...]
+    calls: tuple[tuple[int, tuple[int, ...]], ...]
+    output: int
+    cut: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """A step before its kernels are compiled. `launches`: what is launched, a kernel's SINK or a COPY, and on what."""
+
+    launches: tuple[tuple[UOp, tuple[Buffer, ...]], ...]
+    output: Tensor
+    borrowed: tuple[Buffer, ...]
+    cut: int
+    kept: tuple[Buffer, ...]
+
+    @property
+    def kernels(self) -> set[Kernel]:
+        """What is to be compiled."""
+        return {(target, args[0].device) for target, args in self.launches if target.op is Ops.SINK}
+
+    def finish(self, compiler: Compiler) -> Step:
+        """The step, once all of it is compiled."""
+        programs = compiler.programs(self.kernels)
+        calls = tuple(Call(programs.get((target, args[0].device), target), args) for target, args in self.launches)
+        return Step(calls, self.output, self.borrowed, self.cut, self.kept)
+
+
+def record(trace: Callable[[], Tensor], store: ProgramStore | None = None) -> Step:
+    """Call `trace`, which realizes and returns one tensor, and compile what this would have run.
+
+    Programs come from `store` where it has them, and are kept there where it has not."""
+    return trace_step(trace).finish(Compiler(store))
+
+
+def trace_step(trace: Callable[[], Tensor]) -> Tracing:
+    """Call `trace`, which realizes and returns one tensor, and note what this would have run."""
+    before = {id(buffer): buffer for buffer in buffers.values()}
+    recorder = _Recorder()
+    realize.capturing.append(recorder)
+    try:
+        output = trace()
+    finally:
+        realize.capturing.clear()
+    linear = UOp(Ops.LINEAR, src=tuple(recorder.calls))
+    if beam := getenv("JITBEAM", BEAM.value):
+        linear = graph_rewrite(linear, realize.pm_beam, ctx=beam, walk=True)
+    linear = memory_plan_rewrite(linear, set(buffers) | set(_live_buffers()))
+    launches = tuple(_make_launch(call) for call in linear.src)
+    if len(launches) != len(recorder.calls):
+        raise InvariantError(f"a step of {len(recorder.calls)} kernels became one of {len(launches)}")
+    bases = {id(buffer.base): buffer.base for _, args in launches for buffer in args}
+    cut = len(launches) if recorder.cut is None else recorder.cut
+    kept = tuple(tensor.uop.base.buffer for tensor in recorder.kept)
+    return Tracing(launches, output, tuple(base for key, base in bases.items() if key in before), cut, kept)
+
+
+def launch(fn: Callable[..., UOp], tensors: Sequence[Tensor]) -> bool:
+    """While recording: note that the kernel `fn` runs on these tensors now. False where nothing is recorded."""
+    recorders = [recorder for recorder in realize.capturing if isinstance(recorder, _Recorder)]
+    for recorder in recorders:
+        recorder.launch(fn, tensors)
+    return bool(recorders)
+
+
+def cut_here() -> None:
+    """While recording: mark this place as the step's cut."""
+    for recorder in realize.capturing:
+        if isinstance(recorder, _Recorder):
+            recorder.cut = len(recorder.calls)
+
+
+def keep(*tensors: Tensor) -> None:
+    """While recording: finish these tensors, and let no other use their place, so that they can be read after a run."""
+    for recorder in realize.capturing:
+        if isinstance(recorder, _Recorder):
+            tensors[0].realize(*tensors[1:])
+            recorder.kept += tensors  # while they live, the memory planner lets nothing else have their place
+
+
+class _Recorder:
+    """What kernels are handed to instead of the device: ours one by one, tinygrad's by its schedules."""
+
+    def __init__(self) -> None:
+        self.calls: list[UOp] = []
+        self.cut: int | None = None
+        self.kept: list[Tensor] = []
+
+    def add_linear(self, linear: UOp, var_vals: dict[str, int]) -> None:
+        self.calls += linear.src
+
+    def launch(self, fn: Callable[..., UOp], tensors: Sequence[Tensor]) -> None:
+        tensors[0].realize(*tensors[1:])  # what is not in a buffer yet; nothing to do for what kernels of ours wrote
+        kernel = fn(*[UOp.placeholder_like(tensor.uop, slot=slot) for slot, tensor in enumerate(tensors)])
+        self.calls.append(kernel.call(*[tensor.uop.base for tensor in tensors]))
+
+
+def _live_buffers() -> Iterator[UOp]:
+    """Buffers that a living tensor refers to: the memory planner must leave them alone."""
+    for reference in list(all_tensors):
+        if (tensor := reference()) is not None:
+            yield from (uop for uop in tensor.uop.toposort() if uop.op is Ops.BUFFER)
+
+
+def _make_launch(call: UOp) -> tuple[UOp, tuple[Buffer, ...]]:
+    target, args = call.src[0], call.src[1:]
+    if target.op not in (Ops.SINK, Ops.COPY) or any(arg.is_bound_var for arg in args):
+        raise InvariantError(f"a step launches kernels and copies of fixed shapes, but this one has {target.op}")
+    return target, tuple(arg.buffer for arg in args)
+
+
+def head_of(step: Step) -> Step:
+    """The part of a step before its cut, on the same memory."""
+    return replace(step, calls=step.calls[: step.cut])
+
+
+def head_of_tensor(tensor: Tensor, size: int) -> Tensor:
+    """The first `size` elements of a flat tensor, on the same memory."""
+    base = tensor.uop.base.buffer
+    return Tensor(UOp.from_buffer(view_of(base, 0, size, base.dtype).ensure_allocated()))
+
+
+def rebind(step: Step, others: Mapping[Tensor, Tensor]) -> Step:
+    """The same step on other tensors of the same sizes; its scratch memory is shared, so the two must not overlap."""
+    swaps = {id(old.uop.base.buffer): new.uop.base.buffer.ensure_allocated() for old, new in others.items()}
+
+    def swap(buffer: Buffer) -> Buffer:
+        base = swaps.get(id(buffer.base))
+        return buffer if base is None else view_of(base, buffer.offset, buffer.size, buffer.dtype)
+
+    calls = tuple(Call(call.target, tuple(swap(buffer) for buffer in call.buffers)) for call in step.calls)
+    output = Tensor(UOp.from_buffer(swap(step.output.uop.base.buffer)))
+    return replace(step, calls=calls, output=output, borrowed=tuple(swap(base) for base in step.borrowed))
+
+
+# -- saved, and bound again ------------------------------------------------------------------------------------------
+
+
+def save_step(step: Step, named: Mapping[str, Tensor]) -> SavedStep:
+    """The step without its buffers. Raises CacheError where it copies, or borrows what is not among `named`."""
+    names = {id(tensor.uop.base.buffer): name for name, tensor in named.items()}
+    unnamed = [base for base in step.borrowed if id(base) not in names]
+    copies = [call for call in step.calls if call.target.op is not Ops.PROGRAM]
+    if unnamed or copies:
+        raise CacheError(f"a step with {len(copies)} copies and {len(unnamed)} buffers without a name cannot be saved")
+    bases, views, programs = _Numbers(), _Numbers(), _Numbers()
+
+    def numberview_of(buffer: Buffer) -> int:
+        return views.of((bases.of(buffer.base), buffer.offset, buffer.size, buffer.dtype))
+
+    calls = tuple(
+        (programs.of(slim(call.target)), tuple(numberview_of(buffer) for buffer in call.buffers)) for call in step.calls
+    )
+    output = bases.of(step.output.uop.base.buffer)
+    kept = tuple(bases.of(buffer) for buffer in step.kept)
+    described = tuple((names.get(id(base)), base.size, base.dtype, base.device) for base in bases.order)
+    return SavedStep(described, tuple(views.order), tuple(programs.order), calls, output, step.cut, kept)
+
+
+class _Numbers:
+    """Numbers things in the order in which they first come."""
+
+    def __init__(self) -> None:
+        self.order: dict = {}
+
+    def of(self, key: object) -> int:
+        return self.order.setdefault(key, len(self.order))
+
+
+def bind_step(saved: SavedStep, named: Mapping[str, Tensor]) -> Step:
+    """The step on this process's tensors, with scratch memory of its own, which is not allocated yet.
+
+    Raises CacheError where they do not fit."""
+    bases = []
+    for name, size, dtype, device in saved.bases:
+        if name is None:
+            bases.append(Buffer(device, size, dtype))
+            continue
+        if name not in named:
+            raise CacheError(f"the saved step reads {name}, which this model has not")
+        base = named[name].uop.base.buffer
+        if (base.size, base.dtype, base.device) != (size, dtype, device):
+            raise CacheError(f"the saved step reads {name} of {size} {dtype} on {device}, but it is {base}")
+        bases.append(base)
+    views = [view_of(bases[base], offset, size, dtype) for base, offset, size, dtype in saved.views]
+    calls = tuple(Call(saved.programs[program], tuple(views[i] for i in args)) for program, args in saved.calls)
+    output = Tensor(UOp.from_buffer(bases[saved.output].ensure_allocated()))
+    borrowed = tuple(base for base, (name, *_) in zip(bases, saved.bases, strict=True) if name is not None)
+    return Step(calls, output, borrowed, saved.cut, tuple(bases[base] for base in saved.kept))
+
+
+def view_of(base: Buffer, offset: int, size: int, dtype: DType) -> Buffer:
+    """`size` elements from `offset` bytes on: the buffer itself where that is all of it."""
+    return base if (offset, size, dtype) == (0, base.size, base.dtype) else base.view(size, dtype, offset)

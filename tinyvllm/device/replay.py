@@ -1,0 +1,239 @@
+"""Running a recorded step again and again, by one call.
+
+On a CPU a step is one entry in the queue of each core's worker thread: a small program that calls the core's kernels
+one after another from a table, in which signals and waits stand where a kernel follows one of another core. (tinygrad's
+own way there, HCQ2's graph, takes a second of Python and a C compilation a graph, and 0.3 ms a step.) Elsewhere it is
+tinygrad's graph of the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from tinygrad import Device, UOp, dtypes
+from tinygrad.codegen import do_to_program
+from tinygrad.device import Buffer, DepsTracker
+from tinygrad.dtype import AddrSpace
+from tinygrad.engine.jit import graph_split_rewrite
+from tinygrad.engine.realize import get_runtime, run_linear
+from tinygrad.helpers import JIT
+from tinygrad.renderer.cstyle import ClangRenderer
+from tinygrad.runtime.ops_cpu import CMD_SIZE, RING_SLOTS, CPUProgram, signal_prog
+from tinygrad.uop.ops import CallInfo, KernelInfo, Ops
+
+from tinyvllm.device.handle import NAP_S, DeviceHandle
+from tinyvllm.device.recording import Call, Step
+from tinyvllm.errors import InvariantError
+
+QUEUE = "COMPUTE:0"
+LINE_WORDS = 32  # uint32 words: two cache lines, which some processors fetch together
+MAX_COMMANDS = 1 << 20  # of a step: keeps the index into its table within 32 bits
+
+
+def make_replay(device: DeviceHandle, step: Step) -> Callable[[], None]:
+    """A function that enqueues the step. It keeps the step's buffers alive."""
+    if device.is_cpu:
+        return CpuReplay(device.cores, step)
+    if device.name.startswith("CUDA"):
+        from tinyvllm.device.cuda_graph import ChainReplay, fits_chain  # the driver's bindings: not for other devices
+
+        if fits_chain(step):
+            return ChainReplay(device.name, step)
+    return GraphReplay(step)
+
+
+class GraphReplay:
+    """A step as tinygrad's graph, or as single launches on a device without graphs."""
+
+    def __init__(self, step: Step) -> None:
+        self._linear = UOp(Ops.LINEAR, src=tuple(_call(call) for call in step.calls))
+        if JIT < 2:
+            # all in one: tinygrad's batches of 32, 64, ... let a device begin while the host encodes the rest, but ours
+            # are encoded once, and a step is launched while the one before runs
+            self._linear = graph_split_rewrite(self._linear, max_batch_size=0)
+        self._step = step
+
+    def __call__(self) -> None:
+        run_linear(self._linear, jit=True)
+
+
+def _call(call: Call) -> UOp:
+    """A launch. Not by UOp.call, which takes a program's loops whose length is data for open ones."""
+    return UOp(Ops.CALL, src=(call.target, *(UOp.from_buffer(buffer) for buffer in call.buffers)), arg=CallInfo())
+
+
+class CpuReplay:
+    """A step as a table of commands for each core, one a row: the address of a program, then its arguments.
+
+    `stamps`: where each kernel's start and end are written, (calls, 2, 2) words of seconds and nanoseconds."""
+
+    def __init__(self, cores: tuple[str, ...], step: Step, stamps: np.ndarray | None = None) -> None:
+        self._step, self._stamps = step, stamps  # whose addresses the tables hold
+        # how far each core has come in this step; apart by a cache line, since every core watches the others'
+        self._progress = np.zeros((len(cores), LINE_WORDS), np.uint32)
+        self._queues = [
+            _Queue(core, np.concatenate(rows))
+            for core, rows in zip(cores, _tables(cores, step, self._progress, stamps), strict=True)
+            if rows
+        ]
+        # whoever lets go of the replay, or ends the process, must not take the tables from under the workers
+        weakref.finalize(self, _drain, self._queues, self._progress, step)
+
+    def __call__(self) -> None:
+        if len(self._queues) > 1:  # the counters start anew: the step before must have ended on every core
+            for queue in self._queues:
+                queue.wait_until_empty()
+            self._progress[:] = 0
+        for queue in self._queues:
+            queue.submit()
+
+
+def _drain(queues: list[_Queue], *kept_until_then: object) -> None:
+    for queue in queues:
+        queue.wait_until_empty()
+
+
+class _Queue:
+    """The queue of one core's worker, and the table that a step puts into it."""
+
+    def __init__(self, core: str, table: np.ndarray) -> None:
+        self._table = table
+        self._entry = np.array([_run_table(core).addr, table.ctypes.data, len(table)], np.uint64)
+        worker = Device[core].worker(QUEUE)
+        self._ring, self._put, self._done = (_words(buffer) for buffer in (worker.ring, worker.put, worker.done))
+        self._post = functools.partial(ctypes.CDLL(None).sem_post, ctypes.c_void_p(worker.sem._buf.va_addr))
+        # tinygrad's submitter (HCQ2), which runs on a worker of its own, puts commands into the same queue
+        others = [other for other in Device[core].workers if other is not worker]
+        self._others = [(_words(other.put), _words(other.done)) for other in others]
+
+    def wait_until_empty(self) -> None:
+        while self._done[0] < self._put[0]:
+            time.sleep(NAP_S)
+
+    def submit(self) -> None:
+        for put, done in self._others:
+            while done[0] < put[0]:
+                time.sleep(NAP_S)
+        num_put = int(self._put[0])
+        if num_put - int(self._done[0]) >= RING_SLOTS:
+            raise InvariantError(f"the CPU's queue of {RING_SLOTS} is full: nobody waits for the steps' outputs")
+        start = num_put % RING_SLOTS * CMD_SIZE
+        self._ring[start : start + len(self._entry)] = self._entry
+        self._put[0] = num_put + 1
+        self._post()
+
+
+def _tables(
+    cores: tuple[str, ...], step: Step, progress: np.ndarray, stamps: np.ndarray | None
+) -> list[list[np.ndarray]]:
+    """Each core's rows. A core runs its kernels in their order; for another core's it waits."""
+    owner = [cores.index(call.buffers[0].device) for call in step.calls]
+    waits = _waits(owner, step)
+    awaited = {call for call_waits in waits for call in call_waits}
+    rows: list[list[np.ndarray]] = [[] for _ in cores]
+    for number, (call, core) in enumerate(zip(step.calls, owner, strict=True)):
+        for other in waits[number]:
+            rows[core].append(
+                _synchronise(_wait_until(cores[core]), progress[owner[other]], _give_way().ctypes.data, other + 1)
+            )
+        commands = [_commands(cores[core], call)]
+        if stamps is not None:
+            commands = [_stamp(stamps[number, 0]), *commands, _stamp(stamps[number, 1])]
+        rows[core] += commands
+        if number in awaited:
+            rows[core].append(_synchronise(Device[cores[core]].prgs[signal_prog], progress[core], number + 1))
+    return rows
+
+
+def _waits(owner: list[int], step: Step) -> list[list[int]]:
+    """For each call the calls of other cores to wait for: of each core the last that touches the same memory, where
+    this core has not waited for that or a later one already. (Write after read too: scratch memory is shared.)"""
+    tracker = DepsTracker()
+    seen: dict[tuple[int, int], int] = {}  # (core, other core) -> the last call waited for
+    waits = []
+    for number, call in enumerate(step.calls):
+        core = owner[number]
+        last: dict[int, int] = {}
+        for other in tracker.access_resources(list(call.buffers), list(call.target.arg.outs), number):
+            last[owner[other]] = max(other, last.get(owner[other], -1))
+        needed = {o: c for o, c in last.items() if o != core and c > seen.get((core, o), -1)}
+        seen |= {(core, o): c for o, c in needed.items()}
+        waits.append(list(needed.values()))
+    return waits
+
+
+def _synchronise(program: CPUProgram, counter: np.ndarray, *arguments: int) -> np.ndarray:
+    """One row: set a core's counter to a value, or wait until it is there."""
+    row = np.zeros((1, CMD_SIZE), np.uint64)
+    row[0, : 2 + len(arguments)] = program.addr, counter.ctypes.data, *arguments
+    return row
+
+
+def _stamp(place: np.ndarray) -> np.ndarray:
+    """One row that is no program of ours: libc's clock_gettime, of the clock that perf_counter reads."""
+    clock = getattr(time, "CLOCK_UPTIME_RAW", time.CLOCK_MONOTONIC)  # macOS has the first
+    address = ctypes.cast(ctypes.CDLL(None).clock_gettime, ctypes.c_void_p).value
+    row = np.zeros((1, CMD_SIZE), np.uint64)
+    row[0, :3] = address, clock, place.ctypes.data
+    return row
+
+
+@functools.cache
+def _give_way() -> np.ndarray:
+    """A word that holds the address of libc's sched_yield."""
+    return np.array([ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value], np.uint64)
+
+
+@functools.cache
+def _wait_until(core: str) -> CPUProgram:
+    """fn(counter, give_way, value): return when the counter has reached `value`.
+
+    Each look is followed by a yield: a wait that only spins keeps the processor from the very core that it waits for,
+    where others want processors too."""
+    counter, give_way = UOp.param(0, dtypes.uint32, (1,), volatile=True), UOp.param(1, dtypes.uint64, (1,))
+    value = UOp.param(2, dtypes.int, (), vmin_vmax=(0, dtypes.int.max), name="value", addrspace=AddrSpace.ALU)
+    look = UOp.loop(0)
+    yielded = give_way.after(look)[0].load().call(ret_dtype=dtypes.int)
+    now = counter.after(look, yielded)[0].load()
+    return _compile(core, now.end(look, now < value.cast(dtypes.uint32)), "wait_until")
+
+
+def _words(buffer: Buffer) -> np.ndarray:
+    return np.frombuffer(buffer.as_memoryview(force_zero_copy=True, no_sync=True), np.uint64)
+
+
+def _commands(device: str, call: Call) -> np.ndarray:
+    """One row; where the kernel has a grid, one for each of its work items."""
+    program, info = call.target, call.target.arg
+    if program.op is not Ops.PROGRAM or any(name != "core_id" for name in (v.expr for v in info.vars)):
+        raise InvariantError(f"a CPU's step launches kernels without variables only, but this one has {program.op}")
+    words = [get_runtime(device, program).addr]
+    words += [call.buffers[i].get_buf(device).va_addr for i in info.globals]
+    rows = np.zeros((info.global_size[0], CMD_SIZE), np.uint64)
+    rows[:, : len(words)] = words
+    if "core_id" in info.runtimevars:
+        rows[:, len(words) + info.runtimevars["core_id"]] = np.arange(len(rows))
+    return rows
+
+
+@functools.cache
+def _run_table(device: str) -> CPUProgram:
+    """fn(table, count): call the programs of a table's rows. Every program is passed a whole row and reads its part."""
+    table = UOp.param(0, dtypes.uint64, (MAX_COMMANDS * CMD_SIZE,))
+    count = UOp.param(1, dtypes.int, (), vmin_vmax=(0, MAX_COMMANDS), name="count", addrspace=AddrSpace.ALU)
+    row = UOp.range(count, 0, dtype=dtypes.int)
+    words = [table.index(row * CMD_SIZE + i).load() for i in range(CMD_SIZE)]
+    return _compile(device, words[0].call(*words[1:], ret_dtype=dtypes.void).end(row), "run_table")
+
+
+def _compile(device: str, body: UOp, name: str) -> CPUProgram:
+    opened = Device[device]
+    sink = body.sink(arg=KernelInfo(name), tag=1)
+    program = do_to_program(sink, ClangRenderer(replace(opened.renderer.target, renderer="CLANG")))
+    return CPUProgram(opened, program.to_elf())

@@ -1,0 +1,75 @@
+"""One place for the intermediate values of all steps that never run at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from tinygrad import dtypes
+from tinygrad.device import Buffer
+
+from tinyvllm.device.recording import Call, Step, view_of
+
+ALIGNMENT = 256  # bytes: tinygrad's memory planner's, and the most that a device asks of a buffer's offset
+
+
+class Scratch:
+    """Owns an arena a device (of a CPU: a core), which all steps that are placed in it overwrite.
+
+    The largest step should come first: for a larger one a new arena is made, and those before keep the old one.
+    """
+
+    def __init__(self) -> None:
+        self._arenas: dict[str, Buffer] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """What the arenas take that the next step may get."""
+        return sum(arena.nbytes for arena in self._arenas.values())
+
+    def place(self, first: Step, *later: Step) -> list[Step]:
+        """These steps on memory of the arenas instead of their own. What `first` keeps is left alone by the later ones,
+        which may read it; the rest of each shares one place."""
+        places: dict[int, tuple[str, int]] = {}
+        kept_ends: dict[str, int] = {}
+        _append(first.kept, places, kept_ends)
+        sizes = dict(kept_ends)
+        for step in (first, *later):
+            ends = dict(kept_ends)
+            _append(_scratch_of(step), places, ends)
+            sizes |= {device: max(end, sizes.get(device, 0)) for device, end in ends.items()}
+        for device, size in sizes.items():
+            if device not in self._arenas or self._arenas[device].nbytes < size:
+                self._arenas[device] = Buffer(device, size, dtypes.uint8).allocate()
+        return [self._moved(step, places) for step in (first, *later)]
+
+    def _moved(self, step: Step, places: dict[int, tuple[str, int]]) -> Step:
+        def move(buffer: Buffer) -> Buffer:
+            place = places.get(id(buffer.base))
+            if place is None:
+                return buffer
+            device, start = place
+            return view_of(self._arenas[device], start + buffer.offset, buffer.size, buffer.dtype)
+
+        return replace(
+            step,
+            calls=tuple(Call(call.target, tuple(map(move, call.buffers))) for call in step.calls),
+            borrowed=tuple(map(move, step.borrowed)),
+            kept=tuple(move(base).ensure_allocated() for base in step.kept),  # which the host reads
+        )
+
+
+def _scratch_of(step: Step) -> Iterable[Buffer]:
+    """The step's own memory, but for its output."""
+    others = {id(base) for base in (*step.borrowed, step.output.uop.base.buffer.base)}
+    bases = {id(buffer.base): buffer.base for call in step.calls for buffer in call.buffers}
+    return [base for key, base in bases.items() if key not in others]
+
+
+def _append(bases: Iterable[Buffer], places: dict[int, tuple[str, int]], ends: dict[str, int]) -> None:
+    """Give each buffer that has none a place behind its device's end, and move that on."""
+    for base in bases:
+        if id(base) not in places:
+            start = ends.get(base.device, 0)
+            places[id(base)] = base.device, start
+            ends[base.device] = start + -(-base.nbytes // ALIGNMENT) * ALIGNMENT

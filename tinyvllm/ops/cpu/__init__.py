@@ -1,0 +1,1 @@
+"""The CPU device's backend and its kernels."""

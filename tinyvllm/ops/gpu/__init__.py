@@ -1,0 +1,1 @@
+"""The backends of devices with threadgroups (METAL, CUDA, OpenCL) and their kernels."""

@@ -1,0 +1,425 @@
+"""Matrix products of many token rows: tiles of both operands in threadgroup memory, multiplied on the matrix unit.
+
+A threadgroup computes a tile of tokens by a tile of the matrix's rows and walks along the columns, 32 at a time. CUDA
+copies the next columns asynchronously while it multiplies these; quantised weights are unpacked on their way into the
+tile, once for all the tile's tokens. Elsewhere a tile is loaded, multiplied, and the threadgroups of a core take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tinygrad import Tensor, UOp
+from tinygrad.dtype import DType
+from tinygrad.uop.ops import Ops
+
+from tinyvllm.ops.formats.matrix import PANEL, Format, Planes
+from tinyvllm.ops.formats.runs import read_run
+from tinyvllm.ops.gpu.gemm_hopper import CACHED_TOKENS, MIN_STEPS, ROW_TILES, RUN_ROWS, WideSpec, best_cut, wide_kernel
+from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
+from tinyvllm.ops.kernel.hopper import WIDE_COLS
+from tinyvllm.ops.kernel.lanes import LANES, Mma, axes_of, grid, load_floats, warps
+from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, TileMma, arrival, commit, copy_piece, quick_silu, together
+from tinyvllm.ops.kernel.tuning import Tunable
+
+DENSE = Format("float16", 16)
+MIN_TOKENS = 65  # rows from which on a tile of tokens is worth filling
+UNPACK_TOKENS = 256  # from which on weights are unpacked first
+UNPACK_ELEMENTS = 64 << 20  # of the largest matrix that is: 128 MiB of float16
+STAGES = 3  # tiles of an operand that CUDA holds: one is multiplied, two are on their way
+GROUPS_WANTED = 128  # threadgroups that keep a large GPU busy
+SHORTEST_SPLIT = 16  # steps of 32 columns that are worth a threadgroup of their own
+
+
+@dataclass(frozen=True)
+class GemmSpec(Tunable):
+    """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = silu(gate) * up."""
+
+    name: str
+    mma: Mma
+    format: Format
+    x_dtype: DType
+    num_tokens: int  # T
+    num_rows: int  # N
+    num_cols: int  # K
+    is_gated: bool = False
+    has_wide: bool = False  # the device has Hopper's instructions for four warps
+    adds_residual: bool = False  # to the one part
+
+    @property
+    def out_rows(self) -> int:
+        return self.num_rows // 2 if self.is_gated else self.num_rows
+
+    @property
+    def tiles(self) -> TileMma:
+        return TileMma(self.mma)
+
+    @property
+    def is_async(self) -> bool:
+        """Whether x is copied as it is."""
+        return self.mma.kind == "CUDA" and self.x_dtype == self.mma.dtype == F16
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether Hopper's kernel multiplies. A spec that unpacks first says so as well: its parts, by which memory is
+        made, are those of the product behind."""
+        is_dense = self.weights_as_stored or self.unpacks_first
+        is_long = self.num_cols % WIDE_COLS == 0 and self.num_cols >= MIN_STEPS * WIDE_COLS
+        return self.has_wide and is_dense and is_long and self.out_rows % RUN_ROWS == 0
+
+    @property
+    def wide(self) -> WideSpec:
+        """What Hopper's kernel is to multiply, and how it is cut."""
+        shape = (self.num_tokens, self.num_rows, self.num_cols)
+        row_tile, splits = best_cut(*shape, self.is_gated)
+        cut = (self.knob("wide_rows", row_tile), self.knob("splits", splits))
+        return WideSpec(self.name, self.mma, *shape, *cut, self.is_gated, self.adds_residual)
+
+    @property
+    def unpacks_first(self) -> bool:
+        """Whether quantised weights are unpacked by a kernel of their own: where many tokens share it, the quickest
+        instructions make up for it."""
+        return (
+            self.has_wide
+            and self.is_async
+            and self.format.is_quantized
+            and self.num_tokens >= UNPACK_TOKENS
+            and self.num_rows * self.num_cols <= UNPACK_ELEMENTS
+        )
+
+    @property
+    def weights_as_stored(self) -> bool:
+        """Whether weights are copied as they are."""
+        return self.is_async and self.format.name == "float16"
+
+    @property
+    def token_tile(self) -> int:
+        return 128 if self.mma.kind == "CUDA" else 64
+
+    @property
+    def row_tile(self) -> int:
+        """Rows of the matrix in a tile: where it is gated, half of them gate and half up."""
+        return 128 if self.mma.kind == "CUDA" else 64
+
+    @property
+    def warp_grid(self) -> tuple[int, int]:
+        """Warps by tokens and by rows."""
+        return 2, 2
+
+    @property
+    def num_warps(self) -> int:
+        return self.warp_grid[0] * self.warp_grid[1]
+
+    @property
+    def token_groups(self) -> int:
+        return -(-self.num_tokens // self.token_tile)
+
+    @property
+    def row_groups(self) -> int:
+        return -(-self.num_rows // self.row_tile)
+
+    @property
+    def splits(self) -> int:
+        """S: parts of K with threadgroups of their own, where there are too few tiles to fill the device."""
+        if self.is_wide:
+            return self.wide.splits
+        splits, steps = 1, self.num_cols // TILE_COLS
+        while (
+            not self.is_gated
+            and self.token_groups * self.row_groups * splits < GROUPS_WANTED
+            and steps % (splits * 2) == 0
+            and steps // (splits * 2) >= SHORTEST_SPLIT
+        ):
+            splits *= 2
+        return self.knob("splits", splits)
+
+    def knobs(self) -> Mapping[str, tuple[int, ...]]:
+        splits = () if self.is_gated else (1, 2, 4, 8)
+        return {"wide_rows": ROW_TILES if self.is_wide else (), "splits": splits}
+
+    def is_possible(self) -> bool:
+        step = MIN_STEPS * WIDE_COLS if self.is_wide else TILE_COLS
+        return self.splits == 1 or self.num_cols % (self.splits * step) == 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of a threadgroup along the columns."""
+        return self.num_cols // TILE_COLS // self.splits
+
+
+def multiply_rows(
+    spec: GemmSpec, out: Tensor, planes: Sequence[Tensor], x: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """`out` of `gemm_kernel`, behind what has to be done before it. A residual is added where there is one."""
+    spec = replace(spec, adds_residual=residual is not None)
+    if spec.unpacks_first:
+        whole = empty(spec.num_rows * spec.num_cols, F16, str(out.device))
+        planes = run_kernel(unpack_kernel(spec.format, spec.num_rows, spec.num_cols), [whole], planes)
+        spec = replace(spec, format=DENSE)
+    rest = [] if residual is None else [residual]
+    if spec.is_wide:
+        maps = empty(spec.wide.map_size, U32, str(out.device))
+        return run_kernel(wide_kernel(spec.wide), [out, maps], [*planes, x, *rest])[0]
+    return run_kernel(gemm_kernel(spec), [out], [*planes, x, *rest])[0]
+
+
+@cached_kernel
+def gemm_kernel(spec: GemmSpec) -> KernelFn:
+    """fn(out, *planes, x[, residual]): see GemmSpec. Tokens behind T are the last one again, and are not stored."""
+
+    def kernel(out: UOp, *rest: UOp) -> UOp:
+        tile = _Tile(spec, list(rest))
+        sums = tile.sums_async() if spec.is_async else tile.sums_plain()
+        stores = tile.stores(out, sums)
+        name = f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
+        nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
+        ops = 2 * spec.num_tokens * spec.num_rows * spec.num_cols
+        return finish(UOp.group(*stores).end(*reversed(tile.axes)), name, ops=ops, nbytes=nbytes)
+
+    return kernel
+
+
+@cached_kernel
+def unpack_kernel(fmt: Format, num_rows: int, num_cols: int) -> KernelFn:
+    """fn(out (N, K), *planes): a quantised matrix as float16. A thread unpacks a run of 32 values, and by way of
+    threadgroup memory neighbours store neighbouring pieces of 16 bytes."""
+
+    def kernel(out: UOp, *planes: UOp) -> UOp:
+        body, runs, threads = Body(), num_rows * num_cols // PANEL, 128
+        group, thread = grid(body, -(-runs // threads)), body.threads(threads)
+        run = (group * threads + thread).minimum(runs - 1)
+        per_row, per_run, stride = num_cols // PANEL, PANEL // PIECE, PANEL + PIECE  # apart by a piece: other banks
+        values = read_run(Planes(fmt, planes), run // per_row, run % per_row, num_cols, PANEL).values(F16)
+        shared = body.shared(threads * stride, F16)
+        shared = shared.after(UOp.group(*[shared[thread * stride + i].store(value) for i, value in enumerate(values)]))
+        stores = []
+        for start in range(0, threads * per_run, threads):
+            piece = start + thread
+            at, source = (
+                (group * threads * per_run + piece) * PIECE,
+                piece // per_run * stride + piece % per_run * PIECE,
+            )
+            if runs % threads:
+                at = at.valid(group * threads * per_run + piece < runs * per_run)
+            stores += [out[at + i].store(shared[source + i].load().cast(out.dtype)) for i in range(PIECE)]
+        name = f"unpack_{fmt.name}_{num_rows}x{num_cols}"
+        ended = UOp.group(*stores).end(*reversed(axes_of(group, thread)))
+        return finish(ended, name, nbytes=num_rows * num_cols * 3)
+
+    return kernel
+
+
+class _Tile:
+    """One threadgroup's work inside the kernel."""
+
+    def __init__(self, spec: GemmSpec, operands: list[UOp]) -> None:
+        self.spec, self.mma, body = spec, spec.tiles, Body()
+        self.planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
+        self.x = operands.pop(0)
+        self.residual = operands.pop(0) if spec.adds_residual else None
+        # threadgroups that run together share the rows of the matrix, and as much of x as caches hold
+        together = min(spec.token_groups, CACHED_TOKENS // spec.token_tile)
+        if spec.token_groups % together:
+            together = spec.token_groups
+        self.part, outer = grid(body, spec.splits), grid(body, spec.token_groups // together)
+        self.row_group, inner = grid(body, spec.row_groups), grid(body, together)
+        self.token_group = outer * together + inner
+        self.lane, warp = body.threads(LANES), warps(body, spec.num_warps)
+        self.axes = axes_of(self.part, outer, self.row_group, inner, self.lane, warp)
+        self.body, self.thread = body, warp * LANES + self.lane
+        down, across = spec.warp_grid
+        self.token_blocks = spec.token_tile // down // self.mma.left_rows
+        self.row_blocks = spec.row_tile // across // self.mma.right_rows
+        self.warp_token = warp // across * (spec.token_tile // down)
+        self.warp_row = warp % across
+        self.first_token = self.token_group * spec.token_tile
+
+    @property
+    def threads(self) -> int:
+        return self.spec.num_warps * LANES
+
+    # -- which rows a tile's are ---------------------------------------------------------------------------------------
+
+    def token(self, row: UOp) -> UOp:
+        token = self.first_token + row
+        return token if self.spec.num_tokens % self.spec.token_tile == 0 else token.minimum(self.spec.num_tokens - 1)
+
+    def block_row(self, block: int) -> UOp:
+        """Where a block of the warp's rows begins in the tile: gated, its first half are gates."""
+        per_warp = self.spec.row_tile // self.spec.warp_grid[1]
+        size = self.mma.right_rows
+        if not self.spec.is_gated:
+            return self.warp_row * per_warp + block * size
+        half = self.row_blocks // 2
+        start = self.warp_row * (per_warp // 2) + block % half * size
+        return start + block // half * (self.spec.row_tile // 2)
+
+    def matrix_row(self, row: UOp) -> UOp:
+        """The matrix's row for a row of the tile; the last one again behind them."""
+        spec = self.spec
+        if not spec.is_gated:
+            whole = self.row_group * spec.row_tile + row
+            return whole if spec.num_rows % spec.row_tile == 0 else whole.minimum(spec.num_rows - 1)
+        half = spec.row_tile // 2
+        inner = self.row_group * half + row % half
+        if spec.out_rows % half:
+            inner = inner.minimum(spec.out_rows - 1)
+        return inner + row // half * spec.out_rows
+
+    # -- sums ----------------------------------------------------------------------------------------------------------
+
+    def sums_async(self) -> list[UOp]:
+        """The tile's sums, tiles of the next columns on their way meanwhile (CUDA)."""
+        spec, body, steps = self.spec, self.body, self.spec.steps
+        size = spec.token_tile * TILE_COLS
+        tile_x = body.shared(STAGES * size, F16)
+        weight_stages = STAGES if spec.weights_as_stored else 2
+        weight_size = spec.row_tile * TILE_COLS
+        tile_w = body.shared(weight_stages * weight_size, F16)
+
+        def begin(step: UOp | int, *after: UOp) -> UOp:
+            """The copies for a step, if there is such a one."""
+            wanted = None if isinstance(step, int) and step < steps else UOp.const(0, I32) + step < steps
+            slot = step % STAGES
+            copies = self._copies(tile_x, slot * size, step, wanted, after, is_x=True)
+            if spec.weights_as_stored:
+                copies += self._copies(tile_w, slot * weight_size, step, wanted, after, is_x=False)
+            return commit(*copies)
+
+        primed: list[UOp] = []
+        for stage in range(STAGES - 1):
+            primed.append(begin(stage, *primed[-1:]))
+        unpacked: list[UOp] = []
+        if not spec.weights_as_stored:
+            unpacked = self._unpack(tile_w, 0, 0)
+        registers, count = body.registers(self._num_sums), self._num_sums
+        zeroed = UOp.group(*[registers.after(*self.axes)[i].store(UOp.const(0.0, F32)) for i in range(count)])
+        registers = registers.after(zeroed)
+        loop = body.fold(steps)
+        arrived = arrival(STAGES - 2, loop, primed[-1], *unpacked)
+        begun = begin(loop + (STAGES - 1), arrived)
+        added = self._multiply(
+            tile_x.after(arrived),
+            loop % STAGES * size,
+            tile_w.after(arrived),
+            loop % weight_stages * weight_size,
+            registers.after(loop),
+            begun,
+        )
+        ends = [added, begun]
+        if not spec.weights_as_stored:
+            following = (loop + 1).minimum(steps - 1)
+            ends += self._unpack(tile_w.after(arrived), (loop + 1) % 2 * weight_size, following)
+        done = together(*ends).end(loop)
+        return [registers.after(done)[i].load() for i in range(count)]
+
+    def _copies(
+        self, tile: UOp, base: UOp | int, step: UOp | int, wanted: UOp | None, after: tuple[UOp, ...], *, is_x: bool
+    ) -> list[UOp]:
+        """Copies of a tile of x, or of weights."""
+        spec, copies = self.spec, []
+        rows = spec.token_tile if is_x else spec.row_tile
+        source = self.x if is_x else self.planes.codes
+        per_row = TILE_COLS // PIECE
+        for start in range(0, rows * per_row, self.threads):
+            piece = start + self.thread
+            row, slot = piece // per_row, piece % per_row
+            whole = self.token(row) if is_x else self.matrix_row(row)
+            at = whole * spec.num_cols + (self.part * spec.steps + step) * TILE_COLS + slot * PIECE
+            copies.append(copy_piece(tile[base + self.mma.at(row, slot)], source[at], wanted, *after))
+        return copies
+
+    def sums_plain(self) -> list[UOp]:
+        """The tile's sums, each tile loaded when its turn has come."""
+        spec, body = self.spec, self.body
+        tile_x = body.shared(spec.token_tile * TILE_COLS, F16)
+        tile_w = body.shared(spec.row_tile * TILE_COLS, F16)
+        registers, count = body.registers(self._num_sums), self._num_sums
+        zeroed = UOp.group(*[registers.after(*self.axes)[i].store(UOp.const(0.0, F32)) for i in range(count)])
+        registers = registers.after(zeroed)
+        loop = body.fold(spec.steps)
+        filled = UOp.group(*self._load_x(tile_x.after(loop), loop), *self._unpack(tile_w.after(loop), 0, loop))
+        added = self._multiply(tile_x.after(filled), 0, tile_w.after(filled), 0, registers.after(loop))
+        done = UOp(Ops.BARRIER, src=(added,)).end(loop)  # before the tiles are overwritten
+        return [registers.after(done)[i].load() for i in range(count)]
+
+    def _load_x(self, tile: UOp, step: UOp) -> list[UOp]:
+        spec, stores = self.spec, []
+        per_row = TILE_COLS // PIECE
+        for start in range(0, spec.token_tile * per_row, self.threads):
+            piece = start + self.thread
+            row, slot = piece // per_row, piece % per_row
+            at = self.token(row) * spec.num_cols + (self.part * spec.steps + step) * TILE_COLS + slot * PIECE
+            stores += self.mma.write(tile, 0, row, slot * (PIECE // self.mma.slot_cols), load_floats(self.x, at, PIECE))
+        return stores
+
+    def _unpack(self, tile: UOp, base: UOp | int, step: UOp | int) -> list[UOp]:
+        """Stores of a tile of weights: a thread takes as many columns as share their words and scales."""
+        spec, stores = self.spec, []
+        cols = TILE_COLS if spec.format.is_quantized else PIECE
+        per_row = TILE_COLS // cols
+        pieces = spec.row_tile * per_row
+        for start in range(0, pieces, self.threads):
+            piece = start + self.thread
+            is_wanted = None
+            if pieces < start + self.threads:  # fewer rows than threads
+                is_wanted, piece = piece < pieces, piece % pieces
+            row, part = piece // per_row, piece % per_row
+            run = ((self.part * spec.steps + step) * per_row) + part
+            values = read_run(self.planes, self.matrix_row(row), run, spec.num_cols, cols).values(self.mma.mma.dtype)
+            slot = part * (cols // self.mma.slot_cols)
+            stores += self.mma.write(tile, base, row, slot, values, is_wanted)
+        return stores
+
+    @property
+    def _num_sums(self) -> int:
+        return self.token_blocks * self.row_blocks * self.mma.elements
+
+    def _multiply(self, tile_x: UOp, base_x: UOp | int, tile_w: UOp, base_w: UOp | int, sums: UOp, *after: UOp) -> UOp:
+        """Add the product of 32 columns to the warp's sums."""
+        mma, statements = self.mma, []
+        lefts = [
+            mma.left(tile_x, base_x, self.warp_token + block * mma.left_rows, self.lane, *after)
+            for block in range(self.token_blocks)
+        ]
+        rights = [
+            mma.right(tile_w, base_w, self.block_row(block), self.lane, *after) for block in range(self.row_blocks)
+        ]
+        for i, left in enumerate(lefts):
+            for j, right in enumerate(rights):
+                statements.append(mma.add(left, right, sums, (i * self.row_blocks + j) * mma.elements))
+        return together(*statements)
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def stores(self, out: UOp, sums: list[UOp]) -> list[UOp]:
+        spec, mma, stores = self.spec, self.mma, []
+        half = self.row_blocks // 2 if spec.is_gated else self.row_blocks
+
+        def block(i: int, j: int) -> list[UOp]:
+            at = (i * self.row_blocks + j) * mma.elements
+            return sums[at : at + mma.elements]
+
+        for i in range(self.token_blocks):
+            for j in range(half):
+                values = block(i, j)
+                if spec.is_gated:
+                    values = [quick_silu(g, mma.mma.kind) * u for g, u in zip(values, block(i, j + half), strict=True)]
+                first_row = self.row_group * (spec.row_tile // (2 if spec.is_gated else 1)) + self.block_row(j)
+                for e, value in enumerate(values):
+                    token, row = mma.place(self.lane, e)
+                    stores.append(self._store(out, first_row, row, i, token, value))
+        return stores
+
+    def _store(self, out: UOp, first_row: UOp, row: UOp, block: int, token: UOp, value: UOp) -> UOp:
+        spec = self.spec
+        whole = self.first_token + self.warp_token + block * self.mma.left_rows + token
+        at = (self.part * spec.num_tokens + whole) * spec.out_rows + first_row + row
+        if spec.num_tokens % spec.token_tile:
+            at = at.valid(whole < spec.num_tokens)
+        if spec.num_rows % spec.row_tile:
+            at = at.valid(first_row < spec.out_rows)
+        if self.residual is not None:
+            value = value + self.residual[at].load().cast(F32)
+        return out[at].store(value.cast(out.dtype))

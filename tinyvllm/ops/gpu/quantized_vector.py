@@ -1,0 +1,455 @@
+"""One token row times a quantised matrix, on the matrix unit, without making a weight of a code.
+
+Unpacking is what such a product costs: 4-bit codes arrive faster from memory than a GPU converts them one by one. Here
+a code is never a number of its own. Two of them are put into the mantissas of a pair of halves, 1024 + code, which is
+one instruction, and the matrix unit multiplies and adds them in float32. What 1024 and the format's offset add to a
+group of columns is the same multiple of the group's sum of x for every row, and is where the sums begin.
+
+A group's sum must stay apart from its neighbours' until it meets its scale. A tile of the matrix unit has 8 tokens but
+there is one: token n of the tile takes what the runs of slot n multiply, and zero elsewhere, so that each column of the
+tile's sums is one run of one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tinygrad import UOp
+from tinygrad.uop.ops import Ops
+
+from tinyvllm.ops.formats.matrix import PANEL, Format, Planes
+from tinyvllm.ops.formats.runs import CODE_ORDER, group_scale, read_pairs
+from tinyvllm.ops.gpu.attention_split import SplitHeads, read_split
+from tinyvllm.ops.kernel.body import F16, F32, LOG2E, U16, U32, Body, KernelFn, balanced, cached_kernel, finish
+from tinyvllm.ops.kernel.lanes import (
+    LANES,
+    SHARED_BYTES,
+    Lanes,
+    Mma,
+    await_previous,
+    axes_of,
+    carry,
+    dot,
+    load_floats,
+    warps,
+    zeros,
+)
+from tinyvllm.ops.kernel.tuning import Tunable
+
+PIECE = 8  # columns that a thread stages at once
+STAGED_RUN = PANEL // 2 + 4  # words from one run to the next in threadgroup memory: neighbours lie in other banks
+MAX_WARPS = 16
+MOST_RESIDENT_TILES = 2
+RESIDENT_BYTES = 24 << 20
+GROUPS_WANTED = 200  # threadgroups that keep every core of a large GPU busy
+LANE_ROWS = 2  # rows of a tile that a lane's sums are of
+IN_HALF = 1024  # what the bits of a half add to a code in its mantissa
+
+
+@dataclass(frozen=True)
+class QuantizedVectorSpec(Tunable):
+    """out (N,) = epilogue(norm(x) (K,) @ w.T) for a quantised w. Hashable: the key of its kernel."""
+
+    name: str
+    lanes: Lanes
+    mma: Mma  # of float16
+    format: Format
+    num_rows: int  # N of the matrix
+    num_cols: int  # K
+    norm_eps: float | None = None  # RMS-norm x on the way
+    epilogue: str = "none"  # "residual": + residual (N,); "silu": rows n and n + N / 2 are gate and up
+    split: SplitHeads | None = None  # x is attention that has still to be combined
+
+    @property
+    def out_rows(self) -> int:
+        return self.num_rows // 2 if self.epilogue == "silu" else self.num_rows
+
+    @property
+    def num_runs(self) -> int:
+        return self.num_cols // PANEL
+
+    @property
+    def groups(self) -> int:
+        """Groups of columns in a run: one, or two halves."""
+        return PANEL // self.format.group
+
+    @property
+    def chunks(self) -> int:
+        """Steps through K: a run for each slot of the matrix unit."""
+        return -(-self.num_runs // self.mma.slots)
+
+    @property
+    def warps(self) -> int:
+        """Warps that share the columns: two chunks each, where there are not more than 16 warps' worth. Where they read
+        ahead, as few as have registers for all codes, but no less than 8, or 4 for tiles that share a normed x. (NVIDIA
+        H200, Llama-3.2-1B's shape in Q4_0: attention_out with 8 warps instead of 4 takes a step from 480 to 437 us.)"""
+        count, share = 4, 4
+        if self.lanes.is_chained and not self.is_resident:
+            share = 8
+        if self.is_resident:
+            share = max(1, self._room // self.tiles_at_once) + 1
+            count = 4 if self.norm_eps is not None and self.tiles > 1 else 8
+        while count < MAX_WARPS and self.chunks >= share * count:
+            count *= 2
+        return self.knob("warps", count)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of rows of a threadgroup: fewer where there would not be two threadgroups for each core, and more where
+        there are many rows, for each threadgroup stages all of x."""
+        least = 2 if self.epilogue == "silu" else 1
+        wanted = 4 * 16 // self.mma.rows
+        if self.lanes.is_chained:
+            wanted = MOST_RESIDENT_TILES if self.is_resident else 8
+        while wanted > least and not self._fills_device(wanted):
+            wanted //= 2
+        return self.knob("tiles", wanted)
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether all of a chained kernel's threadgroups run at once, and read their codes while they wait for the
+        kernel before: codes for the registers of 132 cores."""
+        return self.lanes.is_chained and self.num_rows * self.num_cols * self.format.bits // 8 <= RESIDENT_BYTES
+
+    @property
+    def tiles_at_once(self) -> int:
+        """Of a threadgroup's tiles, those whose codes it loads together."""
+        return min(self.tiles, 4 * 16 // self.mma.rows)
+
+    def knobs(self) -> Mapping[str, tuple[int, ...]]:
+        return {"tiles": (1, 2, 4, 8, 16), "warps": (4, 8, 16)}
+
+    def is_possible(self) -> bool:
+        least = 2 if self.epilogue == "silu" else 1
+        per_group = (self.tiles // 2 if self.epilogue == "silu" else self.tiles) * self.mma.rows
+        fits = self.tiles >= least and self.out_rows % per_group == 0 and per_group <= self.warps * LANES
+        return fits and fits_quantized_vector(self)
+
+    def _fills_device(self, tiles: int) -> bool:
+        """Whether threadgroups of so many tiles share the rows out evenly, and are enough."""
+        rows = tiles * self.mma.rows
+        return self.num_rows % rows == 0 and self.num_rows // rows >= GROUPS_WANTED
+
+    @property
+    def ahead(self) -> int:
+        """Chunks whose codes a warp has in flight: all of its own, where there are registers for them."""
+        per_warp = -(-self.chunks // self.warps)
+        ahead = min(per_warp, max(1, self._room * 16 // (self.tiles_at_once * self.mma.rows)))
+        while per_warp % ahead:
+            ahead -= 1
+        return ahead
+
+    @property
+    def _room(self) -> int:
+        """Chunks of 16 rows whose codes a lane has registers for: more where they are loaded while the kernel before
+        still runs, which costs least."""
+        return (4 if self.format.bits == 4 else 2) * (2 if self.is_resident else 1)
+
+    @property
+    def steps(self) -> int:
+        """Iterations of a warp over its chunks."""
+        return -(-self.chunks // (self.warps * self.ahead))
+
+    @property
+    def shared_bytes(self) -> int:
+        staged = (self.num_runs + 1) * STAGED_RUN * 4 + self.num_runs * self.groups * 4
+        return staged + self.warps * (self.tiles * self.mma.rows + 1) * 4
+
+
+def fits_quantized_vector(spec: QuantizedVectorSpec) -> bool:
+    """Whether x fits into threadgroup memory, and the rows into tiles."""
+    return (
+        spec.shared_bytes <= SHARED_BYTES
+        and spec.out_rows % spec.mma.rows == 0
+        and (spec.split is None or spec.split.head_dim % PIECE == 0)
+    )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What a warp has loaded of a chunk: by tile the lane's runs of codes, and its `_factors`."""
+
+    number: UOp
+    codes: list[list[list[UOp]]]
+    factors: list[list[list[tuple[UOp, UOp | None]]]]
+
+    @property
+    def values(self) -> list[UOp]:
+        codes = [word for runs in self.codes for run in runs for word in run]
+        factors = [pair for tile in self.factors for pairs in tile for pair in pairs]
+        return codes + [value for pair in factors for value in pair if value is not None]
+
+
+@cached_kernel
+def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
+    """fn(out, *planes, x[, split sums, inputs][, norm_weight][, residual])."""
+
+    def kernel(out: UOp, *rest: UOp) -> UOp:
+        operands, mma = list(rest), spec.mma
+        planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
+        body, is_gated = Body(), spec.epilogue == "silu"
+        per_group = spec.tiles // 2 if is_gated else spec.tiles
+        group, lane = body.grid(spec.out_rows // (per_group * mma.rows)), body.threads(LANES)
+        warp = warps(body, spec.warps)
+        axes = axes_of(group, lane, warp)
+        # gate's tiles, then up's
+        tiles = [(group * per_group + i % per_group, i // per_group) for i in range(spec.tiles)]
+        bases = [tile * mma.rows + half * spec.out_rows for tile, half in tiles]
+        thread, size = warp * LANES + lane, spec.tiles_at_once
+        rounds = [bases[i : i + size] for i in range(0, len(bases), size)]
+        loads = _Loads(spec, planes, warp, lane)
+        early = loads.chunks(0, rounds[0]) if spec.is_resident else []
+        source = _Source(spec, operands, thread, [value for chunk in early for value in chunk.values])
+        staged = _stage(body, spec, source, thread, axes)
+
+        def sum_up(together: list[UOp], first: list[_Chunk]) -> list[UOp]:
+            """The sums of the tiles that begin at rows `together`, of whose chunks the `first` are loaded already."""
+            totals, past = zeros(len(together) * LANE_ROWS), 0
+            if first:
+                totals, past = _add_chunks(body, spec, first, staged, lane, totals), 1
+            if spec.steps == past:
+                return totals
+            return carry(
+                body,
+                totals,
+                spec.steps - past,
+                axes,
+                lambda i, old: _add_chunks(body, spec, loads.chunks(i + past, together), staged, lane, old),
+            )
+
+        own = [total for i, rows in enumerate(rounds) for total in sum_up(rows, [] if i else early)]
+        totals = [spec.lanes.sum(total, mma.slot_masks) for total in own]
+        stores = _finish_rows(body, spec, totals, (group, lane, warp), out, source.residual)
+        name = f"{spec.name}_{spec.format.name}_1x{spec.num_rows}x{spec.num_cols}"
+        nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
+        ops = 2 * spec.num_rows * spec.num_cols
+        return finish(UOp.group(*stores).end(*reversed(axes)), name, ops=ops, nbytes=nbytes)
+
+    return kernel
+
+
+@dataclass(frozen=True)
+class _Loads:
+    """What a lane loads of the weights."""
+
+    spec: QuantizedVectorSpec
+    planes: Planes
+    warp: UOp | int
+    lane: UOp
+
+    def chunks(self, iteration: UOp | int, bases: list[UOp]) -> list[_Chunk]:
+        """The codes and scales of an iteration and of the tiles that begin at rows `bases`, all before any is used: as
+        many loads in flight as there are registers for."""
+        spec, shape = self.spec, (self.planes, self.lane, self._bounded)
+        first = (iteration * spec.warps + self.warp) * spec.ahead
+        return [
+            _Chunk(
+                first + i,
+                [_codes(spec, base, first + i, *shape) for base in bases],
+                [_factors(spec, base, first + i, *shape) for base in bases],
+            )
+            for i in range(spec.ahead)
+        ]
+
+    def _bounded(self, run: UOp) -> UOp:
+        spec = self.spec
+        is_ragged = spec.num_runs % (spec.mma.slots * spec.warps * spec.ahead) != 0
+        return (run < spec.num_runs).where(run, 0) if is_ragged else run
+
+
+def _add_chunks(
+    body: Body, spec: QuantizedVectorSpec, chunks: list[_Chunk], staged: tuple[UOp, UOp], lane: UOp, old: list[UOp]
+) -> list[UOp]:
+    """`old` and the products of chunks with x, which is `staged`: a lane's rows of each tile."""
+    new, (x, sums), share = list(old), staged, spec.mma.elements // LANE_ROWS
+    for chunk in chunks:
+        inputs = _inputs(spec, x, chunk.number, lane)
+        start, totals = _starts(spec, sums, chunk.number, lane)
+        for tile, (runs, factors) in enumerate(zip(chunk.codes, chunk.factors, strict=True)):
+            products = _multiply(body, spec, runs, inputs, start)
+            for element, pairs in enumerate(factors):
+                at = tile * LANE_ROWS + element // share
+                for g, (scale, minimum) in enumerate(pairs):
+                    new[at] = new[at] + products[g][element] * scale
+                    if minimum is not None:
+                        new[at] = new[at] + totals[element][g] * minimum
+    return new
+
+
+class _Source:
+    """What a thread stages: its pieces of x, which are in a buffer of their own or the parts of a split context. Made
+    of the operands behind the planes, and waits for the kernels before; `ahead` is loaded meanwhile."""
+
+    def __init__(self, spec: QuantizedVectorSpec, operands: list[UOp], thread: UOp, ahead: Sequence[UOp]) -> None:
+        awaited = [operands.pop(0) for _ in range(1 if spec.split is None else 2)]
+        self._spec, self._inputs = spec, operands.pop(0) if spec.split is not None else None
+        norm_weight = operands.pop(0) if spec.norm_eps is not None else None
+        threads, pieces = spec.warps * LANES, spec.num_cols // PIECE
+        self.inside = [
+            None if start + threads <= pieces else start + thread < pieces for start in range(0, pieces, threads)
+        ]
+        wanted = [start + thread for start in range(0, pieces, threads)]
+        self.pieces = [p if ok is None else ok.where(p, 0) for p, ok in zip(wanted, self.inside, strict=True)]
+        self.norm_weights = []
+        if norm_weight is not None:
+            self.norm_weights = [load_floats(norm_weight, piece * PIECE, PIECE) for piece in self.pieces]
+        ahead = [*ahead, *[weight for weights in self.norm_weights for weight in weights]]
+        self._x, *rest = await_previous(spec.lanes, *awaited, *operands, ahead=ahead)
+        self.residual = rest.pop() if spec.epilogue == "residual" else None
+        self._split_sums = rest
+
+    def read(self, body: Body, axes: tuple[UOp, ...]) -> list[list[UOp]]:
+        """The pieces as float32."""
+        starts = [piece * PIECE for piece in self.pieces]
+        if self._inputs is None:
+            return [load_floats(self._x, start, PIECE) for start in starts]
+        assert self._spec.split is not None
+        (sums,), inputs, split = self._split_sums, self._inputs, self._spec.split
+        return [read_split(body, split, self._x, sums, inputs, start, PIECE, axes) for start in starts]
+
+
+def _stage(
+    body: Body, spec: QuantizedVectorSpec, source: _Source, thread: UOp, axes: tuple[UOp, ...]
+) -> tuple[UOp, UOp]:
+    """x, normed where it is asked for, as halves in threadgroup memory, run by run in the order of codes and a run of
+    zeros behind them; and the float32 sum of each group of what was stored."""
+    staged = body.shared((spec.num_runs + 1) * STAGED_RUN, U32)
+    sums = body.shared(spec.num_runs * spec.groups)
+    at, inside, loaded = source.pieces, source.inside, source.read(body, axes)
+    if source.norm_weights:
+        assert spec.norm_eps is not None
+        squares = [dot(v, v) if ok is None else ok.where(dot(v, v), 0.0) for v, ok in zip(loaded, inside, strict=True)]
+        mean = _sum_threads(body, spec, balanced(squares), thread) * (1.0 / spec.num_cols)
+        scale = (mean + spec.norm_eps).sqrt().reciprocal()
+        loaded = [
+            [v * scale * w for v, w in zip(*pair, strict=True)]
+            for pair in zip(loaded, source.norm_weights, strict=True)
+        ]
+    stores = [staged[(spec.num_runs * STAGED_RUN + thread).valid(thread < PANEL // 2)].store(0)]
+    for piece, ok, values in zip(at, inside, loaded, strict=True):
+        # through a statement of ours, because tinygrad would take the sum of what was not rounded
+        halves = [UOp(Ops.CUSTOM, F16, src=(value.cast(F16),), arg="{0}") for value in values]
+        part = piece % (PANEL // PIECE)
+        start = piece // (PANEL // PIECE) * STAGED_RUN + part // 2 * 2 + part % 2 * 8
+        for i in range(0, PIECE, 4):
+            for j in range(2):
+                word = _word(*[halves[i + CODE_ORDER[2 * j + side]] for side in range(2)])
+                target = start + i + j
+                stores.append(staged[target if ok is None else target.valid(ok)].store(word))
+        total = spec.lanes.sum(balanced(half.cast(F32) for half in halves), (1, 2) if spec.groups == 1 else (1,))
+        per_sum = spec.format.group // PIECE
+        is_first = (piece % per_sum).eq(0) if ok is None else (piece % per_sum).eq(0) & ok
+        stores.append(sums[(piece // per_sum).valid(is_first)].store(total))
+    done = UOp.group(*stores)
+    return staged.after(done), sums.after(done)
+
+
+def _word(low: UOp, high: UOp) -> UOp:
+    low, high = (half.bitcast(U16).cast(U32) for half in (low, high))
+    return low | (high << 16)
+
+
+def _sum_threads(body: Body, spec: QuantizedVectorSpec, value: UOp, thread: UOp) -> UOp:
+    """The sum over a threadgroup, in every thread."""
+    total, partial = spec.lanes.sum(value), body.shared(spec.warps)
+    stored = partial[(thread // LANES).valid((thread % LANES).eq(0))].store(total)
+    return balanced(partial.after(stored)[i].load() for i in range(spec.warps))
+
+
+def _inputs(spec: QuantizedVectorSpec, staged: UOp, chunk: UOp, lane: UOp) -> list[list[UOp]]:
+    """The lane's runs of x: of the token that is its slot, and of the others zeros."""
+    runs = []
+    for token, slot in spec.mma.token_runs(lane):
+        run = chunk * spec.mma.slots + slot
+        is_own = token.eq(slot) & (run < spec.num_runs)
+        start = is_own.where(run, spec.num_runs) * STAGED_RUN
+        runs.append([staged[start + i].load() for i in range(PANEL // 2)])
+    return runs
+
+
+def _starts(spec: QuantizedVectorSpec, sums: UOp, chunk: UOp, lane: UOp) -> tuple[list[list[UOp]], list[list[UOp]]]:
+    """By group: where a tile's sums begin; and by element and group: the sum of x, of the run that it is of."""
+    totals = []
+    for element in range(spec.mma.elements):
+        column, _ = spec.mma.place(lane, element)
+        run = chunk * spec.mma.slots + column % spec.mma.slots
+        is_used = (column < spec.mma.slots) & (run < spec.num_runs)
+        at = is_used.where(run, 0) * spec.groups
+        totals.append([is_used.where(sums[at + g].load(), 0.0) for g in range(spec.groups)])
+    extra = -float(IN_HALF + spec.format.offset + (128 if spec.format.bits == 8 else 0))
+    starts = [[total[g] * extra for total in totals] for g in range(spec.groups)]
+    return starts, totals
+
+
+def _multiply(
+    body: Body, spec: QuantizedVectorSpec, runs: list[list[UOp]], inputs: list[list[UOp]], starts: list[list[UOp]]
+) -> list[list[UOp]]:
+    """A tile's sums by group. Words come in pairs, by turns of the first and the second half of the run."""
+    products = []
+    for g, start in enumerate(starts):
+        words = [i for i in range(PANEL // 2) if spec.groups == 1 or i // 2 % 2 == g]
+        w, x = ([[run[i] for i in words] for run in side] for side in (runs, inputs))
+        products.append(spec.mma.multiply_words(body, w, x, start))
+    return products
+
+
+def _codes(
+    spec: QuantizedVectorSpec, base: UOp, chunk: UOp, planes: Planes, lane: UOp, bounded: Callable[[UOp], UOp]
+) -> list[list[UOp]]:
+    """The lane's runs of a tile that begins at row `base`."""
+    mma = spec.mma
+    runs = [(base + row, bounded(chunk * mma.slots + slot)) for row, slot in mma.row_runs(lane)]
+    return [read_pairs(planes, row, run, spec.num_runs, mma.to_halves) for row, run in runs]
+
+
+def _factors(
+    spec: QuantizedVectorSpec, base: UOp, chunk: UOp, planes: Planes, lane: UOp, bounded: Callable[[UOp], UOp]
+) -> list[list[tuple[UOp, UOp | None]]]:
+    """By element and group: the scale, and the minimum where there is one."""
+    fmt, factors = spec.format, []
+    for element in range(spec.mma.elements):
+        column, row = spec.mma.place(lane, element)
+        run = bounded(chunk * spec.mma.slots + column % spec.mma.slots)
+        groups = [run * spec.groups + g for g in range(spec.groups)]
+        scales = [group_scale(planes.scale, base + row, group, fmt, spec.num_cols) for group in groups]
+        minima: list[UOp | None] = [None] * spec.groups
+        if planes.minimum is not None:
+            minima = [group_scale(planes.minimum, base + row, group, fmt, spec.num_cols) for group in groups]
+        factors.append(list(zip(scales, minima, strict=True)))
+    return factors
+
+
+def _finish_rows(
+    body: Body,
+    spec: QuantizedVectorSpec,
+    totals: list[UOp],
+    axes: tuple[UOp, UOp, UOp | int],
+    out: UOp,
+    residual: UOp | None,
+) -> list[UOp]:
+    """Add the warps' sums through threadgroup memory; then a thread a row has the epilogue."""
+    (group, lane, warp), mma = axes, spec.mma
+    count = spec.tiles * mma.rows
+    shared = body.shared(spec.warps * count)
+    stores = []
+    for i, total in enumerate(totals):
+        column, row = mma.place(lane, i % LANE_ROWS * (mma.elements // LANE_ROWS))
+        at = warp * count + i // LANE_ROWS * mma.rows + row
+        stores.append(shared[at.valid(column.eq(0))].store(total))
+    shared = shared.after(UOp.group(*stores))
+    per_group = count // 2 if spec.epilogue == "silu" else count
+    thread = warp * LANES + lane
+    is_inside = thread < per_group
+    index = is_inside.where(thread, 0)
+
+    def summed(at: UOp) -> UOp:
+        return balanced(shared[at + w * count].load() for w in range(spec.warps))
+
+    value = summed(index)
+    if spec.epilogue == "silu":
+        value = value / ((value * -LOG2E).exp2() + 1.0) * summed(index + per_group)
+    target = group * per_group + index
+    if residual is not None:
+        value = value + residual[target].load().cast(F32)
+    return [out[target.valid(is_inside)].store(value.cast(out.dtype))]

@@ -1,0 +1,194 @@
+"""The pieces that our UOp kernels are written with: axes, registers, and arithmetic that vectorises.
+
+A kernel is a function from 1-D buffer UOps to a SINK; `Tensor.custom_kernel` calls it. tinygrad marks that door
+"alpha", so every use of it goes through `run_kernel` here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from tinygrad import Tensor, UOp, dtypes
+from tinygrad.dtype import AddrSpace, DType
+from tinygrad.renderer import Estimates
+from tinygrad.uop.ops import AxisType, KernelInfo
+
+from tinyvllm.device.disk_cache import share_disk_cache
+from tinyvllm.device.recording import launch
+from tinyvllm.errors import InvariantError
+
+share_disk_cache()  # before the first kernel is compiled, on whatever thread
+
+F32, F16, I32, U32, U8, I8, U16 = (
+    dtypes.float,
+    dtypes.half,
+    dtypes.int,
+    dtypes.uint,
+    dtypes.uint8,
+    dtypes.int8,
+    dtypes.uint16,
+)
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+NEG_INF = float("-inf")
+LOWEST = -3.0e38  # below every logit, yet finite: inf - inf would be NaN
+
+KernelFn = Callable[..., UOp]
+
+
+class Body:
+    """Fresh axis numbers and register slots for one kernel."""
+
+    def __init__(self) -> None:
+        self._axis = 0
+        self._slot = 0
+
+    def _range(self, size: int | UOp, kind: AxisType, dtype: DType | None = None) -> UOp:
+        self._axis += 1
+        if dtype is not None:
+            return UOp.range(size, self._axis - 1, kind, dtype=dtype)
+        return UOp.range(size, self._axis - 1, kind)
+
+    def loop(self, size: int) -> UOp:
+        """A counted loop whose iterations are independent."""
+        return self._range(size, AxisType.LOOP)
+
+    def fold(self, size: int) -> UOp:
+        """A counted loop that carries registers from one iteration to the next."""
+        return self._range(size, AxisType.REDUCE)
+
+    def fold_while(self, size: UOp) -> UOp:
+        """A fold whose length is data. An int32 range: without a dtype it would be a 64-bit one.
+
+        Its length must be able to exceed 1: tinygrad drops a loop that it knows to run at most once, and the order of
+        the stores around it with it."""
+        if size.vmax < 2:
+            raise InvariantError(f"a loop of at most {size.vmax} iterations cannot order its stores")
+        return self._range(size.cast(I32), AxisType.REDUCE, dtype=I32)
+
+    def repeat(self) -> UOp:
+        """A loop that is ended by `.end(loop, goes_on)`: it runs at least once. No other loop may be around it, and the
+        length of a loop inside it must not hang on what it carries."""
+        self._axis += 1
+        return UOp.loop(self._axis - 1)
+
+    def grid(self, size: int) -> UOp:
+        """Independent work items: threadgroups on a GPU; on a CPU commands of the worker (one such axis at most)."""
+        return self._range(size, AxisType.GLOBAL)
+
+    def threads(self, size: int) -> UOp:
+        """Threads of a threadgroup. The first one made is the fastest varying (lid.x)."""
+        return self._range(size, AxisType.LOCAL)
+
+    def label(self) -> int:
+        """A number for a name of one's own in a statement of the device's language."""
+        self._slot += 1
+        return self._slot - 1
+
+    def registers(self, size: int, dtype: DType = F32) -> UOp:
+        self._slot += 1
+        return UOp.placeholder((size,), dtype, self._slot - 1, addrspace=AddrSpace.REG)
+
+    def shared(self, size: int, dtype: DType = F32) -> UOp:
+        """Threadgroup memory."""
+        self._slot += 1
+        return UOp.placeholder((size,), dtype, self._slot - 1, addrspace=AddrSpace.LOCAL)
+
+
+def fill(body: Body, registers: UOp, value: float, *after: UOp) -> UOp:
+    """Set all registers to `value`, inside the loops and behind the stores named by `after`."""
+    target, count = registers.after(*after), registers.max_numel()
+    if count == 1:
+        return registers.after(target[0].store(value))
+    i = body.loop(count)
+    return registers.after(target[i].store(value).end(i))
+
+
+def finish(stores: Sequence[UOp] | UOp, name: str, *, ops: int = 0, nbytes: int = 0) -> UOp:
+    """Close a kernel. The tag and empty opts keep tinygrad's heuristics and BEAM away: BEAM times candidates on
+    uninitialised buffers, and a kernel that follows an index tensor would then touch memory anywhere."""
+    sink = UOp.sink(*([stores] if isinstance(stores, UOp) else stores), arg=_info(name, ops, nbytes))
+    return sink.rtag(1)
+
+
+def _info(name: str, ops: int, nbytes: int) -> KernelInfo:
+    # estimates by hand: tinygrad cannot evaluate a loop bound that is data
+    return KernelInfo(name=name, opts_to_apply=(), estimates=Estimates(ops=ops, lds=nbytes, mem=nbytes))
+
+
+def cached_kernel(make: Callable[..., KernelFn]) -> Callable[..., KernelFn]:
+    """Cache a kernel maker by its arguments, and the UOps it emits by its placeholders: all layers share one kernel."""
+
+    @functools.cache
+    def cached(*args: object) -> KernelFn:
+        return functools.cache(make(*args))
+
+    return functools.wraps(make)(cached)
+
+
+def run_kernel(fn: KernelFn, outputs: Sequence[Tensor], inputs: Iterable[Tensor]) -> list[Tensor]:
+    """Run `fn(*outputs, *inputs)`; returns the written `outputs`. Use those: they carry the order of execution, except
+    while a step is recorded, where that is the order of the calls."""
+    tensors = [*outputs, *inputs]
+    if launch(fn, tensors):
+        return tensors[: len(outputs)]
+    return Tensor.custom_kernel(*tensors, fxn=fn)[: len(outputs)]
+
+
+def empty(size: int, dtype: DType = F32, device: str | None = None) -> Tensor:
+    """A fresh buffer to write into. Fresh each time: the same tensors in a second call would not run again."""
+    return Tensor.empty(size, dtype=dtype, device=device)
+
+
+def clamp(index: UOp, low: int, high: int) -> UOp:
+    """An index that came from memory: bounded, so that no access is wild, and provably 32 bits wide."""
+    return index.maximum(low).minimum(high).cast(dtypes.weakint)
+
+
+def balanced(values: Iterable[UOp], combine: Callable[[UOp, UOp], UOp] = lambda a, b: a + b) -> UOp:
+    """Combine by a balanced tree: short dependency chains, the same shape (and rounding) every time."""
+    level = list(values)
+    while len(level) > 1:
+        pairs = [combine(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
+        level = pairs + level[len(level) - len(level) % 2 :]
+    return level[0]
+
+
+def exp2(x: UOp) -> UOp:
+    """2**x for x in [-126, 126] (clamped), relative error below 3e-7, in arithmetic that clang vectorises.
+
+    2**x = 2**n * 2**f with n = round(x) put into the exponent bits and f in [-0.5, 0.5] by a polynomial
+    (Taylor's, of degree 6: the remainder is (ln2/2)**7 / 7! = 1.2e-7). tinygrad's own exp2 has selects for inf and nan.
+    """
+    x = x.maximum(-126.0).minimum(126.0)
+    n = (x + 127.5).cast(I32)  # positive, so that the cast's truncation is a floor
+    # the 127 and ln2 stand where tinygrad cannot distribute over them: (x - n) + 127 would round x first, to 2.9e-6
+    f = x - (n - 127).cast(F32)
+    p = UOp.const(LN2**6 / math.factorial(6), F32)
+    for k in range(5, -1, -1):
+        p = p * f + LN2**k / math.factorial(k)
+    return p * (n << 23).bitcast(F32)
+
+
+def log2(x: UOp) -> UOp:
+    """log2 of a normal positive float, absolute error below 2e-7 near 1 and 1e-6 elsewhere; vectorises.
+
+    With the mantissa m in [sqrt(1/2), sqrt(2)): ln m = 2 atanh(s), s = (m - 1) / (m + 1), |s| < 0.172 (series to s**9).
+    """
+    bits = x.bitcast(I32)
+    shifted = bits - 0x3F3504F3  # bits of sqrt(1/2): the exponent's step is there, not at 1
+    n = shifted >> 23
+    m = (bits - (n << 23)).bitcast(F32)
+    s = (m - 1.0) / (m + 1.0)
+    z = s * s
+    p = UOp.const(1.0 / 9.0, F32)
+    for c in (1.0 / 7.0, 1.0 / 5.0, 1.0 / 3.0, 1.0):
+        p = p * z + c
+    return n.cast(F32) + s * p * (2.0 * LOG2E)
+
+
+def silu(x: UOp) -> UOp:
+    """x * sigmoid(x)."""
+    return x / (exp2(x * -LOG2E) + 1.0)

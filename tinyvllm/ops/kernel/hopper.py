@@ -1,0 +1,312 @@
+"""What NVIDIA's Hopper multiplies matrices by, as statements of its language.
+
+Its copy engine fetches a tile by one instruction of one thread, from a description of the matrix (a tensor map) that
+the kernel writes itself, and counts the bytes on a barrier in threadgroup memory (mbarrier); two threadgroups may form
+a cluster, and a tile that both want is fetched once. Its matrix unit reads both operands from threadgroup memory, for
+four warps together. (PTX ISA, "cp.async.bulk.tensor", "tensormap.replace", "mbarrier", "wgmma".)
+
+All of it takes a word with tinygrad: its compiler must be told the target by its full name, for these instructions
+belong to one generation and not to its successors, its renderer how many threadgroups are a cluster, and a kernel's
+launch how much memory it takes (`wide_bytes` in its name).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinygrad import Device, UOp, dtypes
+from tinygrad.device import TinyELF
+from tinygrad.helpers import Target
+from tinygrad.renderer.cstyle import CUDARenderer
+from tinygrad.uop.ops import Ops
+
+from tinyvllm.ops.kernel.body import F16, F32, I32
+
+ARCH = "sm_90"
+BYTES_IN_NAME = re.compile(r"_wide(\d+)$")
+CLUSTER = 2  # threadgroups of a cluster, which is two neighbouring multiprocessors
+CLUSTERED = "barrier.cluster"  # in the source of kernels whose threadgroups form clusters
+
+WIDE_TOKENS = 64  # left rows of one instruction
+WIDE_COLS = 64  # columns of a tile: 128 bytes, which is what the copy engine swizzles
+MAP_WORDS = 32  # of a tensor map
+HOPPER_SHARED_BYTES = 227 << 10  # threadgroup memory that a kernel may have
+
+DECLARE = (
+    "extern __shared__ __align__(1024) unsigned char wide_memory[];\n"
+    "unsigned wide = (unsigned)__cvta_generic_to_shared(wide_memory);"
+)
+# Written in threadgroup memory, whose parts a map may be made of, and copied to where the copy engine reads it.
+# A map of all zeros but for what is set here: float16 (6), swizzle by 128 bytes (3), zeros outside.
+DESCRIBE = """if (threadIdx.y == {warp}) {{{{
+  unsigned map = wide + {place};
+  asm volatile("st.shared.u32 [%0], 0;" :: "r"(map + threadIdx.x * 4) : "memory");
+  __syncwarp();
+  if (threadIdx.x == 0) {{{{
+    asm volatile("tensormap.replace.tile.global_address.shared::cta.b1024.b64 [%0], %1;" :: "r"(map), "l"({{0}}));
+{fields}
+  }}}}
+  __syncwarp();
+  asm volatile("tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;"
+    :: "l"({{1}}), "r"(map) : "memory");
+}}}}"""
+FIELD = '    asm volatile("tensormap.replace.tile.{}.shared::cta.b1024.b{} [%0], {}%1;" :: "r"(map), "{}"({}));'
+CONSTANT = '    asm volatile("tensormap.replace.tile.{}.shared::cta.b1024.b32 [%0], {};" :: "r"(map));'
+ACQUIRE_MAP = 'asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" :: "l"({0}) : "memory");'
+# the first `count` barriers await `first` arrivals, as many behind them `second`
+BARRIERS = """if (threadIdx.x == 0 && threadIdx.y == 0) {{{{
+  for (int i = 0; i < {count}; i++) {{{{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(wide + {at} + i * 8), "r"({first}));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(wide + {at} + {count} * 8 + i * 8), "r"({second}));
+  }}}}
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}}}}"""
+MEET = 'asm volatile("barrier.cluster.arrive.release;\\nbarrier.cluster.wait.acquire;" ::: "memory");'
+WAIT = (
+    'asm volatile("{{ .reg .pred done;\\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\\n'
+    '@done bra over;\\nbra again;\\nover: }}" :: "r"(wide + {0}), "r"({1}) : "memory");'
+)
+EXPECT = 'asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%%0], %d;" :: "r"(wide + {0}) : "memory");'
+FETCH = (
+    'asm volatile("cp.async.bulk.tensor.%dd.shared::cluster.global.mbarrier::complete_tx::bytes%s [%%0], '
+    '[%%1, {{%s}}], [%%2]%s;" :: "r"(wide + {0}), "l"({1}), "r"(wide + {2}), %s : "memory");'
+)
+COPY = (
+    'asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(wide + {0}), "l"({1}), "r"({2}) : "memory");'
+)
+STORE = (
+    'asm volatile("st.shared.v4.b32 [%0], {{%1, %2, %3, %4}};" :: '
+    '"r"(wide + {0}), "r"({1}), "r"({2}), "r"({3}), "r"({4}) : "memory");'
+)
+ARRIVE_COPIES = 'asm volatile("cp.async.wait_group 0;\\nfence.proxy.async.shared::cta;" ::: "memory");'
+# by a predicate: products under way must not meet a branch, where the compiler would wait for them
+ARRIVE = (
+    'asm volatile("{{ .reg .pred is_one;\\nsetp.ne.s32 is_one, %1, 0;\\n'
+    '@is_one mbarrier.arrive.shared::cta.b64 _, [%0]; }}" :: "r"(wide + {0}), "r"((int)({1})) : "memory");'
+)
+ARRIVE_THERE = (
+    'asm volatile("{{ .reg .pred is_one;\\n.reg .b32 there;\\nsetp.ne.s32 is_one, %1, 0;\\n'
+    "mapa.shared::cluster.u32 there, %0, %2;\\n@is_one mbarrier.arrive.shared::cluster.b64 _, [there]; "
+    '}}" :: "r"(wide + {0}), "r"((int)({1})), "r"({2}) : "memory");'
+)
+# A tile whose rows are 128 bytes, swizzled, 8 rows every 1024 bytes (PTX, "wgmma", matrix descriptor). Where it begins
+# is added, in units of 16 bytes.
+DESCRIPTOR = "0x4000004000010000ull + ((wide + {%d}) >> 4)"
+FENCE = 'asm volatile("wgmma.fence.sync.aligned;" ::: "memory");'
+COMMIT = 'asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");'
+
+
+class HopperRenderer(CUDARenderer):
+    """tinygrad's, with a compiler for the full target, and clusters. Its name is part of what compiled programs are
+    kept by."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        use_full_target(self.compiler)
+
+    def render_kernel(self, function_name: str, kernel: list[str], *args: Any, **more: Any) -> str:
+        source: str = super().render_kernel(function_name, kernel, *args, **more)
+        if not any(CLUSTERED in line for line in kernel):
+            return source
+        return source.replace("__launch_bounds__", f"__cluster_dims__({CLUSTER}) __launch_bounds__", 1)
+
+
+def use_full_target(compiler: Any) -> None:
+    """Replace sm_90 by sm_90a in a compiler's options."""
+    option = f"--gpu-architecture={ARCH}"
+    compiler.compile_options = [option + "a" if given == option else given for given in compiler.compile_options]
+
+
+def allow_wide(device_name: str) -> bool:
+    """Whether a device has these instructions; if so, it and its compiler are told of them."""
+    device = Device[device_name]
+    renderer = device.renderer
+    if renderer.target.arch != ARCH or type(renderer) not in (CUDARenderer, HopperRenderer):
+        return False
+    if type(renderer) is CUDARenderer:
+        use_full_target(renderer.compiler)
+        renderer.__class__ = HopperRenderer  # by which tinygrad's processes that compile beside this one make their own
+        make = device.runtime_t
+        assert make is not None
+
+        def program(owner: Any, compiled: TinyELF) -> Any:
+            found = BYTES_IN_NAME.search(compiled.name)
+            return make(owner, compiled, smem=int(found[1])) if found else make(owner, compiled)
+
+        device.runtime_t = program
+    return True
+
+
+def is_wide(device_name: str) -> bool:
+    """Whether a device was found to have these instructions."""
+    return type(Device[device_name].renderer) is HopperRenderer
+
+
+# -- statements. Places are bytes from the beginning of the kernel's memory, barriers the places they lie at -----------
+
+
+def statement(text: str, *operands: UOp) -> UOp:
+    return UOp(Ops.CUSTOM, dtypes.void, src=operands, arg=text)
+
+
+def declare() -> UOp:
+    """The kernel's memory: every statement that names a place comes behind it."""
+    return statement(DECLARE, UOp.const(0.0, F16))
+
+
+@dataclass(frozen=True)
+class Box:
+    """What one copy fetches of a matrix of float16: `dims` of `sizes`, the innermost first, of which it takes `box`.
+    `strides`: bytes from one to the next, of all dimensions but the innermost, whose values are neighbours."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+
+
+def describe(warp: int, place: int, target: UOp, matrix: UOp, box: Box, *after: UOp) -> UOp:
+    """Write the map of a matrix to `target`, by one warp; 128 bytes at `place` are its own."""
+    fields = [CONSTANT.format("rank", len(box.sizes) - 1)]
+    for i, (size, taken) in enumerate(zip(box.sizes, box.box, strict=True)):
+        fields += [
+            FIELD.format("box_dim", 32, f"{i}, ", "r", taken),
+            FIELD.format("global_dim", 32, f"{i}, ", "r", size),
+        ]
+        fields.append(CONSTANT.format("element_stride", f"{i}, 1"))
+    for i, stride in enumerate(box.strides):
+        fields.append(FIELD.format("global_stride", 64, f"{i}, ", "l", f"{stride}ull"))
+    for name, value in (("elemtype", 6), ("interleave_layout", 0), ("swizzle_mode", 3), ("fill_mode", 0)):
+        fields.append(CONSTANT.format(name, value))
+    text = DESCRIBE.format(warp=warp, place=place, fields="\n".join(fields))
+    return statement(text, matrix, target, *after)
+
+
+def make_barriers(place: int, count: int, first: int, second: int, *after: UOp) -> UOp:
+    """`count` barriers from `place` on that await `first` arrivals, and as many behind them that await `second`."""
+    return statement(BARRIERS.format(at=place, count=count, first=first, second=second), *after)
+
+
+def meet(*after: UOp) -> UOp:
+    """A barrier of all threads of the cluster."""
+    return statement(MEET, *after)
+
+
+def acquire_map(target: UOp, *after: UOp) -> UOp:
+    """What others wrote of a map is seen by the copies of this thread behind it."""
+    return statement(ACQUIRE_MAP, target, *after)
+
+
+def wait(barrier: UOp, parity: UOp, *after: UOp) -> UOp:
+    """The phase of this parity has ended; of a new barrier the one before the first has."""
+    return statement(WAIT, barrier, parity, *after)
+
+
+def expect(barrier: UOp, num_bytes: int, *after: UOp) -> UOp:
+    """Arrive, with so many bytes to come before the phase ends."""
+    return statement(EXPECT % num_bytes, barrier, *after)
+
+
+def fetch(place: UOp, target: UOp, barrier: UOp, at: Sequence[UOp], *after: UOp, is_shared: bool = False) -> UOp:
+    """Begin to fetch the box of a map that begins `at`, the innermost dimension first; its bytes count on the barrier.
+    Shared, both threadgroups of the cluster get it, at the same place and on the same barrier of theirs."""
+    rank, last = len(at), 3 + len(at)
+    coordinates = ", ".join(f"%{3 + i}" for i in range(rank))
+    operands = ", ".join(f'"r"({{{3 + i}}})' for i in range(rank))
+    shared, mask = "", ""
+    if is_shared:
+        shared, mask = ".multicast::cluster", f", %{last}"
+        operands += f', "h"((unsigned short){(1 << CLUSTER) - 1})'
+    text = FETCH % (rank, shared, coordinates, mask, operands)
+    return statement(text, place, target, barrier, *[UOp.const(0, I32) + place for place in at], *after)
+
+
+def copy_wide(place: UOp, source: UOp, is_wanted: UOp, *after: UOp) -> UOp:
+    """Begin to move 16 bytes from device memory, by the thread itself; zeros where they are not wanted."""
+    return statement(COPY, place.cast(I32), source, is_wanted.where(UOp.const(16, I32), 0), *after)
+
+
+def store_wide(place: UOp, words: Sequence[UOp], *after: UOp) -> UOp:
+    """Store four words."""
+    return statement(STORE, place.cast(I32), *words, *after)
+
+
+def arrive_copies(*after: UOp) -> UOp:
+    """All copies have arrived, those of all threads, and what they stored: a barrier."""
+    return UOp(Ops.BARRIER, src=(statement(ARRIVE_COPIES, *after),))
+
+
+def arrive(barrier: UOp, is_one: UOp, *after: UOp, threadgroup: UOp | None = None) -> UOp:
+    """The threads that `is_one` chooses arrive at a barrier; of a threadgroup of the cluster, where one is told."""
+    if threadgroup is None:
+        return statement(ARRIVE, barrier, is_one, *after)
+    return statement(ARRIVE_THERE, barrier, is_one, threadgroup, *after)
+
+
+def multiply_wide(
+    type_name: str, left: UOp, right: UOp, sums: UOp, pending: int, *after: UOp, is_fresh: bool = False
+) -> UOp:
+    """Begin to add to the registers `sums` (fresh: to zeros) the product of tiles at places, left (64 x 64) and right
+    (8 n x 64). Wait until all but the `pending` latest products are done. Of the n blocks' sums a lane holds as many as
+    of n blocks of `TileMma.add`."""
+    count = sums.max_numel()
+    a, b = DESCRIPTOR % count, DESCRIPTOR % (count + 1)
+    lines = [FENCE, f"{{{{ unsigned long long a = {a}, b = {b};"]
+    for k in range(WIDE_COLS // 16):
+        operands = f"%{count}, %{count + 1}, {int(k > 0 or not is_fresh)}, 1, 1, 0, 0"
+        lines.append(_product(type_name, count, operands, f'"l"(a + {2 * k}), "l"(b + {2 * k})'))
+    lines += ["}}", COMMIT, _wait_for(pending, count)]
+    return statement("\n".join(lines), *[sums[i] for i in range(count)], left, right, *after)
+
+
+def weigh_wide(type_name: str, weights: Sequence[Sequence[UOp]], right: UOp, sums: UOp, *after: UOp) -> UOp:
+    """Add to the registers `sums` weights @ right, a tile (16 rows for each four words of weights, 64 columns) at a
+    place. The words are a lane's of `TileMma.weights`."""
+    count, words = sums.max_numel(), [word for four in weights for word in four]
+    first = count + len(words)
+    lines = [FENCE, f"{{{{ unsigned long long b = {DESCRIPTOR % first};"]
+    for k in range(len(weights)):
+        four = ", ".join(f"%{count + i}" for i in range(4))
+        inputs = ", ".join(f'"r"({{{count + 4 * k + i}}})' for i in range(4))
+        operands = f"{{{{{four}}}}}, %{count + 4}, 1, 1, 1, 1"
+        lines.append(_product(type_name, count, operands, f'{inputs}, "l"(b + {k * 16 * WIDE_COLS * 2 // 16})'))
+    lines += ["}}", COMMIT, _wait_for(0, count)]
+    return statement("\n".join(lines), *[sums[i] for i in range(count)], *words, right, *after)
+
+
+def _product(type_name: str, count: int, operands: str, inputs: str) -> str:
+    """One instruction, of 16 columns."""
+    sums = ", ".join(f"%{i}" for i in range(count))
+    return (
+        f'asm volatile("wgmma.mma_async.sync.aligned.m64n{count * 2}k16.f32.{type_name}.{type_name} '
+        f'{{{{{sums}}}}}, {operands};" : {_registers(count)} : {inputs});'
+    )
+
+
+def _registers(count: int) -> str:
+    return ", ".join(f'"+f"(*{{{i}}})' for i in range(count))
+
+
+def _wait_for(pending: int, count: int) -> str:
+    """Where none is pending, the sums may be read behind it."""
+    registers = f" : {_registers(count)} :" if pending == 0 else " ::"
+    return f'asm volatile("wgmma.wait_group.sync.aligned {pending};"{registers}: "memory");'
+
+
+def finish_wide(sums: UOp, *after: UOp) -> UOp:
+    """All products are done, and `sums` may be read, by `read_sums`."""
+    count = sums.max_numel()
+    return statement(_wait_for(0, count), *[sums[i] for i in range(count)], *after)
+
+
+def read_sums(sums: UOp, *after: UOp) -> list[UOp]:
+    """The registers' values behind statements, which tinygrad's own loads do not heed."""
+    return [UOp(Ops.CUSTOM, F32, src=(sums[i], *after), arg="(*{0})") for i in range(sums.max_numel())]
+
+
+def uniform(value: UOp) -> UOp:
+    """The first lane's value, which the compiler then knows to be all lanes': products do not go on over a branch that
+    might part the lanes. tinygrad knows nothing of how large it may be."""
+    return UOp(Ops.CUSTOM, dtypes.int, src=(UOp.const(0, I32) + value,), arg="__shfl_sync(0xffffffffu, {0}, 0)")

@@ -1,0 +1,322 @@
+"""What kernels of GPUs are made of beyond kernel.py: sums across lanes, carried registers, matrix units.
+
+Two things differ by the kind of device, and both live here: how a lane's value reaches another lane, and which elements
+of a matrix product a lane holds. A device without either (OpenCL) takes the general kernels of gpu.py.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from tinygrad import Device, UOp, dtypes
+from tinygrad.dtype import DType
+from tinygrad.uop.ops import Ops
+
+from tinyvllm.device.recording import AWAIT_PREVIOUS
+from tinyvllm.ops.kernel.body import F32, Body, balanced
+
+LANES = 32  # threads that run in step: CUDA's warp, METAL's simdgroup
+SHARED_BYTES = 32 << 10  # threadgroup memory that every device has (METAL's limit; CUDA has 48 KiB)
+
+
+class VectorType(DType):
+    """A type of CUDA's that is one value to tinygrad."""
+
+    def __repr__(self) -> str:
+        return f"VectorType({self.name})"
+
+
+SHUFFLES = {"CUDA": "__shfl_xor_sync(0xffffffffu,{0},%d)", "METAL": "simd_shuffle_xor({0},%d)"}
+HALF_PAIR = 0x64006400  # two halves of 1024, whose last bit is worth 1
+# word & mask | bits as one instruction, which has room for one constant only
+AND_OR = (
+    '[](uint w){{{{ uint d; asm("lop3.b32 %0, %1, {0:#x}, {1:#x}, 0xea;" : "=r"(d) : "r"(w)); return d; }}}}({{0}})'
+)
+MULTIPLY_WORDS = (
+    'asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32'
+    ' {{{{%0,%1,%2,%3}}}}, {{{{%4,%5,%6,%7}}}}, {{{{%8,%9}}}}, {{{{%0,%1,%2,%3}}}};"'
+    ' : "+f"({sums}_0), "+f"({sums}_1), "+f"({sums}_2), "+f"({sums}_3) : {words});'
+)
+WORDS = VectorType(20, 128, "uint4", None)  # four words of two halves
+LOAD_WORDS = "*((uint4*)({0}))"
+PERMUTE = "__byte_perm({0}, %#x, %#x)"
+FUSE = (
+    '[](uint a, uint b, uint c){{ uint d; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); '
+    "return d; }}({0}, {1}, {2})"
+)
+BOTH = '[](half h){{ uint d; asm("mov.b32 %0, {{%1, %1}};" : "=r"(d) : "h"(__half_as_ushort(h))); return d; }}({0})'
+CHAIN = f'asm volatile("{AWAIT_PREVIOUS}; griddepcontrol.launch_dependents;" ::: "memory");'
+# (columns of the right operand, rows of the left one, terms) of one instruction
+MATRIX_DIMS = {"CUDA": (8, 16, 16), "METAL": (8, 8, 8)}
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """A kind of device whose lanes exchange values. Hashable: part of the kernels' keys."""
+
+    kind: str  # CUDA or METAL
+    matrix_dtypes: tuple[DType, ...] = ()  # operands that its matrix unit multiplies with float32 sums
+    is_chained: bool = False  # a kernel may be launched before the one before it has ended: see gpu_graph
+
+    def shuffle(self, value: UOp, mask: int) -> UOp:
+        """The float32 `value` of the lane whose number differs by the bits of `mask`."""
+        # CUSTOM and not CUSTOMI: evaluated once, into a variable
+        return UOp(Ops.CUSTOM, F32, src=(value,), arg=SHUFFLES[self.kind] % mask)
+
+    def sum(self, value: UOp, masks: Sequence[int] = (16, 8, 4, 2, 1)) -> UOp:
+        """The sum over the lanes that `masks` connect, in each of them."""
+        for mask in masks:
+            value = value + self.shuffle(value, mask)
+        return value
+
+    def maximum(self, value: UOp, masks: Sequence[int] = (16, 8, 4, 2, 1)) -> UOp:
+        """The maximum over the lanes that `masks` connect, in each of them."""
+        for mask in masks:
+            value = value.maximum(self.shuffle(value, mask))
+        return value
+
+
+def lanes_of(device_name: str) -> Lanes | None:
+    """The lanes of an opened device; None where kernels know no way to exchange their values."""
+    kind = device_name.split(":")[0]
+    if kind not in SHUFFLES:
+        return None
+    cores = Device[device_name].renderer.tensor_cores
+    fitting = [core.dtype_in for core in cores if core.dims == MATRIX_DIMS[kind] and core.dtype_out == dtypes.float]
+    return Lanes(kind, tuple(fitting), _is_chained(device_name))  # no matrix unit before sm_80 and Apple7
+
+
+def _is_chained(device_name: str) -> bool:
+    arch: str = Device[device_name].renderer.target.arch
+    return arch.startswith("sm_") and int(arch[3:].rstrip("a")) >= 90
+
+
+@dataclass(frozen=True)
+class Mma:
+    """Tiles of out[token, row] += sum over k of x[token, k] * w[row, k] on a device's matrix unit.
+
+    A permutation of k applied to both operands leaves a product as it is. So each lane reads a run of consecutive
+    columns, `slots` runs side by side make a chunk, and no operand passes through threadgroup memory.
+    """
+
+    kind: str
+    dtype: DType  # of the operands
+
+    @property
+    def rows(self) -> int:
+        """Rows of w in a tile; a tile has 8 tokens."""
+        return MATRIX_DIMS[self.kind][1]
+
+    @property
+    def slots(self) -> int:
+        """Runs in a chunk."""
+        return 4 if self.kind == "CUDA" else 8
+
+    @property
+    def elements(self) -> int:
+        """Of a tile's sums, those that one lane holds."""
+        return 4 if self.kind == "CUDA" else 2
+
+    def row_runs(self, lane: UOp) -> list[tuple[UOp, UOp]]:
+        """(row in the tile, slot) of the two runs of w that a lane feeds."""
+        if self.kind == "CUDA":
+            return [(lane // 4, lane % 4), (lane // 4 + 8, lane % 4)]
+        across, down = _metal_place(lane)
+        return [(down, across), (down + 1, across)]
+
+    def token_runs(self, lane: UOp) -> list[tuple[UOp, UOp]]:
+        """(token in the tile, slot) of the runs of x that a lane feeds: one (CUDA) or two (METAL)."""
+        if self.kind == "CUDA":
+            return [(lane // 4, lane % 4)]
+        across, down = _metal_place(lane)
+        return [(across, down), (across, down + 1)]
+
+    def place(self, lane: UOp, element: int | UOp) -> tuple[UOp, UOp]:
+        """(token, row) in the tile of a lane's sum."""
+        if self.kind == "CUDA":
+            return lane % 4 * 2 + element % 2, lane // 4 + element // 2 * 8
+        across, down = _metal_place(lane)
+        return across, down + element
+
+    def head(self, lane: UOp) -> UOp:
+        """The row of the left operand, and of the sums, that a lane holds first."""
+        return lane // 4 if self.kind == "CUDA" else _metal_place(lane)[0]
+
+    def column(self, lane: UOp) -> UOp:
+        """The first of the two columns that a lane holds in that row of the sums."""
+        return lane % 4 * 2 if self.kind == "CUDA" else _metal_place(lane)[1]
+
+    @property
+    def row_masks(self) -> tuple[int, ...]:
+        """Which lanes hold the same row: `Lanes.sum` over these adds up a row."""
+        return (1, 2) if self.kind == "CUDA" else (1, 8)
+
+    @property
+    def slot_masks(self) -> tuple[int, ...]:
+        """Which lanes hold the sums of one row of w with the tokens below `slots`: `Lanes.sum` over these adds them."""
+        return (1,) if self.kind == "CUDA" else (2, 4, 16)
+
+    def to_halves(self, word: UOp, mask: int) -> UOp:
+        """A word of two halves: 1024 + each of the two small integers of `word & mask`."""
+        if self.kind == "CUDA":
+            return UOp(Ops.CUSTOM, dtypes.uint, src=(word,), arg=AND_OR.format(mask, HALF_PAIR))
+        return (word & mask) | HALF_PAIR
+
+    # a pair: two values of float16, on CUDA in one word
+
+    def byte_pair(self, word: UOp, which: int, above: int) -> UOp:
+        """Bytes 2 * which and 2 * which + 1 of a word, each with the byte `above` it, as one word."""
+        if self.kind == "CUDA":
+            selector = 0x4342 if which else 0x4140
+            return UOp(Ops.CUSTOM, dtypes.uint, src=(word,), arg=PERMUTE % (above * 0x01010101, selector))
+        moved = word >> 16 if which else word
+        return (moved & 0xFF) | ((moved & 0xFF00) << 8) | (above << 8 | above << 24)
+
+    def pair_of(self, word: UOp) -> tuple[UOp, ...]:
+        """The pair of a word's halves."""
+        return (word,) if self.kind == "CUDA" else tuple(_in_halves([word]))
+
+    def both(self, value: UOp | float) -> UOp:
+        """A factor or addend of `fuse`, the same for both of a pair: a constant or a value of float16."""
+        if isinstance(value, UOp):
+            return UOp(Ops.CUSTOM, dtypes.uint, src=(value,), arg=BOTH) if self.kind == "CUDA" else value
+        if self.kind != "CUDA":
+            return UOp.const(value, dtypes.half)
+        (bits,) = struct.unpack("<H", struct.pack("<e", value))
+        return UOp.const(bits << 16 | bits, dtypes.uint)
+
+    def fuse(self, pair: tuple[UOp, ...], factor: UOp, addend: UOp | None) -> tuple[UOp, ...]:
+        """pair * factor + addend, in float16."""
+        if self.kind == "CUDA":
+            src = (pair[0], factor, self.both(0.0) if addend is None else addend)
+            return (UOp(Ops.CUSTOM, dtypes.uint, src=src, arg=FUSE),)
+        return tuple(value * factor if addend is None else value * factor + addend for value in pair)
+
+    def load_pairs(self, buffer: UOp, at: UOp, count: int) -> list[UOp]:
+        """`count` neighbours of float16 (a multiple of 8) as the operand that `multiply_pairs` takes."""
+        if self.kind == "METAL":
+            return [buffer[at + i].load() for i in range(count)]
+        words = [UOp(Ops.CUSTOM, WORDS, src=(buffer[at + i],), arg=LOAD_WORDS) for i in range(0, count, 8)]
+        return [UOp(Ops.CUSTOMI, dtypes.uint, src=(four,), arg=f"{{0}}.{name}") for four in words for name in "xyzw"]
+
+    def multiply_pairs(self, body: Body, w: list[list[UOp]], x: list[list[UOp]], start: list[UOp]) -> list[UOp]:
+        """`multiply`, of operands in pairs, onto the elements `start` of a tile's sums."""
+        if self.kind == "CUDA":
+            return self.multiply_words(body, w, x, start)
+        sums = self.multiply(w, x, UOp.stack(*start))
+        return [sums.index(e) for e in range(self.elements)]
+
+    def multiply_words(self, body: Body, w: list[list[UOp]], x: list[list[UOp]], start: Sequence[UOp]) -> list[UOp]:
+        """The elements of a tile's sums that begin at `start`; operands as in `multiply`, in words of two halves.
+
+        On CUDA a statement of our own: tinygrad would take the words apart, and the compiler move every half."""
+        if self.kind == "METAL":
+            sums = self.multiply([_in_halves(run) for run in w], [_in_halves(run) for run in x], UOp.stack(*start))
+            return [sums.index(e) for e in range(self.elements)]
+        low, high, right, name = w[0], w[1], x[0], f"sums{body.label()}"
+        lines = ["float " + ", ".join(f"{name}_{e} = {{{e}}}" for e in range(self.elements)) + ";"]
+        operands = list(start)
+        for i in range(0, len(low), 2):
+            words = ", ".join(f'"r"({{{len(operands) + j}}})' for j in range(6))
+            lines.append(MULTIPLY_WORDS.format(sums=name, words=words))
+            operands += [low[i], high[i], low[i + 1], high[i + 1], right[i], right[i + 1]]
+        done = UOp(Ops.CUSTOM, dtypes.void, src=tuple(operands), arg="\n".join(lines))
+        # the zero is not rendered: it says that there is one value
+        zero = UOp.const(0.0, F32)
+        return [UOp(Ops.CUSTOM, F32, src=(zero, done), arg=f"{name}_{e}") for e in range(self.elements)]
+
+    def multiply(self, w: list[list[UOp]], x: list[list[UOp]], sums: UOp) -> UOp:
+        """Add the product of one chunk: w the lane's `row_runs`, x its `token_runs`, values of `dtype`."""
+        if self.kind == "METAL":
+            for a, b, c, d in zip(x[0], x[1], w[0], w[1], strict=True):
+                sums = self.tile((a, b), (c, d), sums)
+            return sums
+        low, high, right = w[0], w[1], x[0]
+        for i in range(0, len(low), 4):
+            left = (*low[i : i + 2], *high[i : i + 2], *low[i + 2 : i + 4], *high[i + 2 : i + 4])
+            sums = self.tile(left, right[i : i + 4], sums)
+        return sums
+
+    def tile(self, left: Sequence[UOp], right: Sequence[UOp], sums: UOp) -> UOp:
+        """One instruction. CUDA: left are rows; METAL: left are tokens."""
+        return UOp.wmma(UOp.stack(*left), UOp.stack(*right), sums, MATRIX_DIMS[self.kind], self.kind, LANES)
+
+
+def _in_halves(words: Sequence[UOp]) -> list[UOp]:
+    return [bits.cast(dtypes.ushort).bitcast(dtypes.half) for word in words for bits in (word & 0xFFFF, word >> 16)]
+
+
+def _metal_place(lane: UOp) -> tuple[UOp, UOp]:
+    """(row, first of two columns) of an 8 x 8 simdgroup matrix that a lane holds."""
+    quad = lane // 4
+    return quad // 4 % 2 * 4 + lane // 2 % 4, quad // 2 % 2 * 4 + lane % 2 * 2
+
+
+# -- the kernel before -------------------------------------------------------------------------------------------------
+
+
+def await_previous(lanes: Lanes, *buffers: UOp, ahead: Iterable[UOp] = ()) -> tuple[UOp, ...]:
+    """The buffers, to be read when the kernels before this one have ended. Where kernels are chained, every kernel of
+    ours passes what it reads through here, once, but for what no kernel of a step writes: weights, the host's words.
+
+    `ahead`: values of such, whose loads are under way while the kernel waits. Elsewhere the compiler, which knows no
+    latency, leaves them to where they are used."""
+    if not lanes.is_chained:
+        return buffers
+    loads = dict.fromkeys(uop for value in ahead for uop in value.toposort() if uop.op is Ops.LOAD)
+    # behind a barrier, because tinygrad does not heed a statement of ours as something to come after
+    ready = UOp(Ops.BARRIER, src=(UOp(Ops.CUSTOM, dtypes.void, src=tuple(loads), arg=CHAIN),))
+    return tuple(buffer.after(ready) for buffer in buffers)
+
+
+# -- axes and registers ------------------------------------------------------------------------------------------------
+
+
+def warps(body: Body, count: int) -> UOp | int:
+    """An axis over the warps of a threadgroup; 0 where there is one."""
+    return body.threads(count) if count > 1 else 0
+
+
+def grid(body: Body, count: int) -> UOp | int:
+    """An axis over threadgroups; 0 where there is one."""
+    return body.grid(count) if count > 1 else 0
+
+
+def axes_of(*axes: UOp | int) -> tuple[UOp, ...]:
+    """Those that are axes."""
+    return tuple(axis for axis in axes if isinstance(axis, UOp))
+
+
+Step = Callable[[UOp | int, list[UOp]], list[UOp]]
+
+
+def carry(body: Body, init: Sequence[UOp], count: int | UOp, outer: Sequence[UOp], step: Step) -> list[UOp]:
+    """Values carried in float32 registers over a loop: `step(iteration, old) -> new`, from `init`; the last ones.
+
+    `outer`: the axes and loops around it. A single iteration is written without a loop.
+    """
+    if isinstance(count, int) and count == 1:
+        return step(0, list(init))
+    registers = body.registers(len(init))
+    start = UOp.group(*[registers.after(*outer)[i].store(value) for i, value in enumerate(init)])
+    registers = registers.after(start)
+    loop = body.fold(count) if isinstance(count, int) else body.fold_while(count)
+    old = [registers.after(loop)[i].load() for i in range(len(init))]
+    new = step(loop.cast(dtypes.weakint) if loop.dtype != dtypes.weakint else loop, old)
+    done = UOp.group(*[registers.after(loop)[i].store(value) for i, value in enumerate(new)]).end(loop)
+    return [registers.after(done)[i].load() for i in range(len(init))]
+
+
+def load_floats(buffer: UOp, at: UOp, count: int) -> list[UOp]:
+    """Neighbours as float32: one vector load, or a few."""
+    return [buffer[at + i].load().cast(F32) for i in range(count)]
+
+
+def dot(a: Sequence[UOp], b: Sequence[UOp]) -> UOp:
+    return balanced(x * y for x, y in zip(a, b, strict=True))
+
+
+def zeros(count: int) -> list[UOp]:
+    return [UOp.const(0.0, F32)] * count

@@ -1,0 +1,249 @@
+"""Tiles of threadgroup memory for the matrix unit: how they are filled, and how a lane reads its operands out of them.
+
+A tile is (rows, 32) values of 16 bits: buffers of float16, in which bfloat16 travels as its bits. CUDA has instructions
+of its own for either way, which tinygrad does not know: they are written as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tinygrad import UOp, dtypes
+from tinygrad.uop.ops import Ops
+
+from tinyvllm.ops.kernel.body import F16, F32, LOG2E
+from tinyvllm.ops.kernel.lanes import WORDS, Mma, VectorType
+
+TILE_COLS = 32
+PIECE = 8  # values that one asynchronous copy moves: 16 bytes
+
+COPY = (
+    'asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: '
+    '"r"((unsigned)__cvta_generic_to_shared({0})), "l"({1}), "r"({2}) : "memory");'
+)
+COMMIT = 'asm volatile("cp.async.commit_group;" ::: "memory");'
+WAIT = 'asm volatile("cp.async.wait_group %d;" ::: "memory");'
+READ = (
+    '[&]{{ uint4 r; asm volatile("ldmatrix.sync.aligned.m8n8.x4%s.shared.b16 {{%%0, %%1, %%2, %%3}}, [%%4];" : '
+    '"=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"((unsigned)__cvta_generic_to_shared({0})) : "memory"); '
+    "return r; }}()"
+)
+MULTIPLY = (
+    'asm("mma.sync.aligned.m16n8k16.row.col.f32.%s.%s.f32 {{%%0, %%1, %%2, %%3}}, {{%%4, %%5, %%6, %%7}}, '
+    '{{%%8, %%9}}, {{%%0, %%1, %%2, %%3}};" : "+f"(%s), "+f"(%s), "+f"(%s), "+f"(%s) : '
+    '"r"({%d}.x), "r"({%d}.y), "r"({%d}.z), "r"({%d}.w), "r"({%d}.%s), "r"({%d}.%s));'
+)
+MULTIPLY_FLOATS = "[&]{{ float4 c = make_float4({0}, {1}, {2}, {3}); %s return c; }}()"
+PACK = '[&]{{ uint r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"({1}), "f"({0})); return r; }}()'
+EXP2 = '[&]{{ float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"({0})); return r; }}()'
+PTX_NAMES = {dtypes.half: "f16", dtypes.bfloat16: "bf16"}
+
+
+FLOATS = VectorType(20, 128, "float4", None)
+
+Operands = (
+    list[list[UOp]] | list[UOp]
+)  # what a lane feeds: values by instruction, or on CUDA words of two, four at once
+
+
+@dataclass(frozen=True)
+class TileMma:
+    """Products of tiles, sums[l, r] += sum over 32 columns of left[l, c] * right[r, c], by blocks of an instruction."""
+
+    mma: Mma
+
+    @property
+    def left_rows(self) -> int:
+        """Rows of a block of the left operand."""
+        return 16 if self.is_cuda else 8
+
+    @property
+    def right_rows(self) -> int:
+        return 8
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.mma.kind == "CUDA"
+
+    @property
+    def elements(self) -> int:
+        """Sums of a block that a lane holds."""
+        return self.mma.elements
+
+    @property
+    def slot_cols(self) -> int:
+        """Columns of a slot, which one lane reads at once."""
+        return TILE_COLS // self.mma.slots
+
+    def place(self, lane: UOp, element: int) -> tuple[UOp, UOp]:
+        """(left row, right row) of a lane's sum in the block. Elements 2i and 2i + 1 are neighbours in a left row."""
+        if self.is_cuda:
+            return lane // 4 + element // 2 * 8, lane % 4 * 2 + element % 2
+        return self.mma.place(lane, element)
+
+    def add(self, left: Operands, right: Operands, sums: UOp, first: int) -> UOp:
+        """Add the product of a left and a right block to the registers `sums` from `first` on: a statement.
+
+        It comes behind the loop or the stores that `sums` names, and can itself be waited for by a loop's end alone."""
+        places = [sums[first + e] for e in range(self.elements)]
+        if self.is_cuda:
+            operands = (*places, *left, *right)
+            lines = _multiplications([f"*{{{i}}}" for i in range(4)], len(left), len(places), self.mma)
+            return UOp(Ops.CUSTOM, dtypes.void, src=operands, arg=lines)
+        new = self.sum(left, right, [place.load() for place in places])
+        return UOp.group(*[place.store(value) for place, value in zip(places, new, strict=True)])
+
+    def sum(self, left: Operands, right: Operands, sums: list[UOp]) -> list[UOp]:
+        """`sums` and the product of a left and a right block."""
+        if self.is_cuda:
+            lines = _multiplications(["c.x", "c.y", "c.z", "c.w"], len(left), len(sums), self.mma)
+            block = UOp(Ops.CUSTOM, FLOATS, src=(*sums, *left, *right), arg=MULTIPLY_FLOATS % lines)
+            return [UOp(Ops.CUSTOMI, F32, src=(block,), arg=f"{{0}}.{name}") for name in "xyzw"]
+        block = UOp.stack(*sums)
+        for a, b in zip(left, right, strict=True):
+            block = self.mma.tile(a, b, block)
+        return [block.index(e) for e in range(self.elements)]
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def at(self, row: UOp, slot: UOp | int) -> UOp:
+        """Where a slot of a row lies. CUDA reads one slot of eight rows at a time, and copies all slots of some rows:
+        neither way may two of them share banks."""
+        if self.is_cuda:
+            slot = slot ^ (row // 2 % 4)
+        return row * TILE_COLS + slot * self.slot_cols
+
+    def left(self, tile: UOp, base: UOp | int, first_row: UOp | int, lane: UOp, *after: UOp) -> Operands:
+        """The lane's operands of the block that begins at `first_row` of the tile at `base`; read behind `after`, which
+        only CUDA needs beside what `tile` itself comes behind."""
+        if self.is_cuda:  # quarters: rows, rows + 8, then both at the next eight columns
+            row = first_row + lane % 16
+            return [read_matrices(tile[base + self.at(row, k * 2 + lane // 16)], *after) for k in range(2)]
+        # permuting a product's terms in both operands changes nothing: each lane's slots are whole runs of neighbours
+        return self._runs(tile, base, first_row, self.mma.token_runs(lane))
+
+    def right(self, tile: UOp, base: UOp | int, first_row: UOp | int, lane: UOp, *after: UOp) -> Operands:
+        if self.is_cuda:
+            return [read_matrices(tile[base + self.at(first_row + lane % 8, lane // 8)], *after)]
+        return self._runs(tile, base, first_row, self.mma.row_runs(lane))
+
+    def transposed(
+        self, tile: UOp, base: UOp | int, first_row: UOp | int, first_col: int, lane: UOp, *after: UOp
+    ) -> Operands:
+        """The right operand of 8 columns from `first_col` on and 32 rows: what `weights` of those rows multiply."""
+        if self.is_cuda:
+            start = tile[base + self.at(first_row + lane, first_col // self.slot_cols)]
+            return [read_matrices(start, *after, transposed=True)]
+        row, column = self.mma.place(lane, 0)
+        starts = [base + (first_row + i * 8 + row) * TILE_COLS + first_col + column for i in range(TILE_COLS // 8)]
+        return [[self.decode(tile[start + e].load()) for e in range(2)] for start in starts]
+
+    def weights(self, blocks: list[list[UOp]]) -> Operands:
+        """Four blocks of sums side by side as a left operand of 32 columns: they lie in the right lanes already."""
+        if not self.is_cuda:
+            return [[value.cast(self.mma.dtype) for value in block] for block in blocks]
+        pairs = [[pack_words(block[e], block[e + 1]) for e in (0, 2)] for block in blocks]
+        words = [[*pairs[k], *pairs[k + 1]] for k in (0, 2)]
+        return [UOp(Ops.CUSTOM, WORDS, src=tuple(four), arg="make_uint4({0}, {1}, {2}, {3})") for four in words]
+
+    def _runs(self, tile: UOp, base: UOp | int, first_row: UOp | int, runs: list[tuple[UOp, UOp]]) -> Operands:
+        starts = [base + self.at(first_row + row, slot) for row, slot in runs]
+        return [[self.decode(tile[start + i].load()) for start in starts] for i in range(self.slot_cols)]
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def decode(self, value: UOp) -> UOp:
+        return value if self.mma.dtype == F16 else value.bitcast(self.mma.dtype)
+
+    def encode(self, value: UOp) -> UOp:
+        value = value.cast(self.mma.dtype)
+        return value if self.mma.dtype == F16 else value.bitcast(F16)
+
+    def write(
+        self,
+        tile: UOp,
+        base: UOp | int,
+        row: UOp,
+        first_slot: UOp | int,
+        values: Sequence[UOp],
+        is_wanted: UOp | None = None,
+    ) -> list[UOp]:
+        """Stores of whole slots of a row, where they are wanted (None: everywhere)."""
+        stores, width = [], self.slot_cols
+        for i in range(0, len(values), width):
+            start = base + self.at(row, first_slot + i // width)
+            for j, value in enumerate(values[i : i + width]):
+                at = start + j if is_wanted is None else (start + j).valid(is_wanted)
+                stores.append(tile[at].store(self.encode(value)))
+        return stores
+
+
+# -- what only CUDA has ------------------------------------------------------------------------------------------------
+
+
+def read_matrices(start: UOp, *after: UOp, transposed: bool = False) -> UOp:
+    """Four words of a lane, of four matrices of 8 x 8: lane l names row l % 8 of matrix l / 8, and its word of a matrix
+    holds two neighbours in row l / 4; transposed, in column l / 4."""
+    return UOp(Ops.CUSTOM, WORDS, src=(start, *after), arg=READ % (".trans" * transposed))
+
+
+def _multiplications(sums: list[str], count: int, first: int, mma: Mma) -> str:
+    """sums (16 x 8) += left, `count` blocks of (16 x 16) side by side, times right, blocks of (8 x 32): the operands
+    from number `first` on."""
+    name, lines = PTX_NAMES[mma.dtype], []
+    for k in range(count):
+        words = ("x", "y") if k % 2 == 0 else ("z", "w")
+        left, right = first + k, first + count + k // 2
+        lines.append(MULTIPLY % (name, name, *sums, left, left, left, left, right, words[0], right, words[1]))
+    return "\n".join(lines)
+
+
+def copy_piece(target: UOp, source: UOp, is_wanted: UOp | None, *after: UOp) -> UOp:
+    """Begin to move 16 bytes from device to threadgroup memory; zeros where they are not wanted (None: they are)."""
+    whole = UOp.const(16, dtypes.int)
+    size = whole if is_wanted is None else is_wanted.where(whole, 0)
+    names_type = UOp.const(0.0, F16)  # a type whose values no statement names is not declared
+    return UOp(Ops.CUSTOM, dtypes.void, src=(target, source, size, names_type, *after), arg=COPY)
+
+
+def commit(*copies: UOp) -> UOp:
+    """The copies begun since the last commit are one group."""
+    return UOp(Ops.CUSTOM, dtypes.void, src=copies, arg=COMMIT)
+
+
+def arrival(pending: int, *after: UOp) -> UOp:
+    """All but the `pending` latest groups have arrived, those of all threads: a barrier."""
+    waited = UOp(Ops.CUSTOM, dtypes.void, src=after, arg=WAIT % pending)
+    return UOp(Ops.BARRIER, src=(waited,))
+
+
+def together(*parts: UOp) -> UOp:
+    """Stores and other statements as one; a group may hold stores alone."""
+    return UOp(Ops.NOOP, dtypes.void, src=parts)
+
+
+def pack_words(low: UOp, high: UOp) -> UOp:
+    """Two float32 values rounded to float16, as one word."""
+    return UOp(Ops.CUSTOM, dtypes.uint, src=(low, high, UOp.const(0.0, F16)), arg=PACK)
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+
+
+def quick_silu(x: UOp, kind: str) -> UOp:
+    """x * sigmoid(x) with the device's quick division, good to two units in the last place of float32."""
+    divisor = (x * -LOG2E).exp2() + 1.0
+    if kind != "CUDA":
+        return x / divisor
+    return UOp(Ops.CUSTOM, F32, src=(x, divisor), arg="__fdividef({0}, {1})")
+
+
+def quick_exp2(x: UOp, mma: TileMma) -> UOp:
+    """2**x by the device's own approximation, good to two units in the last place; 0 far below."""
+    return UOp(Ops.CUSTOM, F32, src=(x,), arg=EXP2) if mma.is_cuda else x.exp2()
+
+
+def quick_maximum(a: UOp, b: UOp, mma: TileMma) -> UOp:
+    """The greater of two numbers, by one instruction; tinygrad's is two."""
+    return UOp(Ops.CUSTOMI, F32, src=(a, b), arg="fmaxf({0}, {1})") if mma.is_cuda else a.maximum(b)

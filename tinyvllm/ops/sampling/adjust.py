@@ -1,0 +1,265 @@
+"""Logits as a request wants them changed before a token is sampled: allowed ids, logit bias, penalties.
+
+A step in which no row asks for such things runs `sample.sample` and knows nothing of this file. An adjusted step keeps
+the raw logits, from which logprobs are reported, and samples from a changed copy. In vLLM's order
+(github.com/vllm-project/vllm/blob/3e342658b2e9c85a30a54d19e64e5ad77b8a26a6/vllm/v1/sample/sampler.py, class Sampler):
+
+1. logprobs and ranks of the raw logits
+2. ids that are not allowed (allowed_token_ids, a grammar, bad words) and ids that min_tokens holds back: -inf
+3. logit bias: added
+4. repetition penalty r: ids of prompt and output, logit / r where it is positive, else logit * r (Keskar et al. 2019,
+   sec. 4.1); then less frequency_penalty * (how often the id is in the output), less presence_penalty if it is there
+5. temperature, min-p, top-k, top-p, typical-p, the draw
+
+What a request needs for this lies on the device, in a row of the sampling state that it has while it runs: nothing is
+sent a step but a mask that changed. The step itself counts the tokens that it samples.
+
+counts (S, V) uint16: how often the id was generated (at most 32767), and bit 15 where it is in the prompt
+mask (S, W) uint32: bit i % 32 of word i // 32 is set where id i is allowed
+bias (S, 2 * MAX_LOGIT_BIAS) int32: ids, then the bits of the floats to add
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tinygrad import Tensor, UOp, dtypes
+
+from tinyvllm.config import MAX_LOGIT_BIAS
+from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.device.row_writer import row_writer
+from tinyvllm.ops.kernel.body import (
+    F32,
+    I32,
+    NEG_INF,
+    U16,
+    U32,
+    Body,
+    KernelFn,
+    cached_kernel,
+    empty,
+    finish,
+    run_kernel,
+)
+from tinyvllm.ops.sampling.keep import logit_of
+from tinyvllm.ops.sampling.sample import (
+    OUT_TOKEN,
+    OUT_WIDTH,
+    LeadersSpec,
+    SampleSpec,
+    draw_kernel,
+    look_at_share,
+    row_slices,
+)
+from tinyvllm.ops.sampling.typical import typical_kernel
+
+WORD = 32  # ids a word of a mask
+THREADS = 256  # of a threadgroup that adjusts logits
+MAX_COUNT = 0x7FFF
+IN_PROMPT = 0x8000
+
+
+class SamplingState:
+    """Owns the device's side of the sampling state. Its rows are written by the host while no step reads them."""
+
+    def __init__(self, device: DeviceHandle, num_rows: int, vocab_size: int) -> None:
+        self.num_rows, self.vocab_size = num_rows, vocab_size
+        words = mask_words(vocab_size)
+        self.counts = device.zeros(num_rows * words * WORD, U16)  # rows padded like the mask's
+        self.mask = device.zeros(num_rows * words, U32)
+        self.bias = device.zeros(num_rows * 2 * MAX_LOGIT_BIAS, I32)
+        self._write_counts = row_writer(self.counts, words * WORD)
+        self._write_mask = row_writer(self.mask, words)
+        self._write_bias = row_writer(self.bias, 2 * MAX_LOGIT_BIAS)
+
+    def write_counts(self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Count a request's tokens anew."""
+        counts = np.zeros(mask_words(self.vocab_size) * WORD, np.uint16)
+        ids, times = np.unique(np.asarray(output_ids, np.int64), return_counts=True)
+        counts[ids] = np.minimum(times, MAX_COUNT)
+        counts[np.asarray(prompt_ids, np.int64)] |= IN_PROMPT
+        self._write_counts(row, counts)
+
+    def write_mask(self, row: int, words: np.ndarray) -> None:
+        """Set which ids are allowed: (W,) uint32."""
+        self._write_mask(row, words)
+
+    def write_bias(self, row: int, bias: Mapping[int, float]) -> None:
+        """Set what is added to the logits of at most MAX_LOGIT_BIAS ids. The step's `num_bias` says how many."""
+        words = np.zeros(2 * MAX_LOGIT_BIAS, np.int32)
+        words[: len(bias)] = list(bias)
+        words[MAX_LOGIT_BIAS : MAX_LOGIT_BIAS + len(bias)] = np.array(list(bias.values()), np.float32).view(np.int32)
+        self._write_bias(row, words)
+
+
+def mask_words(vocab_size: int) -> int:
+    """W: words of a mask over a vocabulary."""
+    return -(-vocab_size // WORD)
+
+
+def state_bytes(num_rows: int, vocab_size: int) -> int:
+    """What a SamplingState takes: 2.13 bytes an id and 8 KiB a row; 4.8 MiB for 16 rows of 128,256 ids."""
+    words = mask_words(vocab_size)
+    return num_rows * (2 * words * WORD + 4 * words + 8 * MAX_LOGIT_BIAS)
+
+
+@dataclass(frozen=True)
+class AdjustSpec:
+    """A step's logits, and a state of S rows. They are adjusted in one piece: `sample` has one width."""
+
+    sample: SampleSpec
+    num_rows: int  # S
+
+    @property
+    def words(self) -> int:
+        return mask_words(self.sample.vocab_size)
+
+
+def sample_adjusted(
+    spec: SampleSpec, logits: Sequence[Tensor], inputs: Tensor, state: SamplingState, out: Tensor | None = None
+) -> Tensor:
+    """(R * OUT_WIDTH,) int32, as `sample`. Counts the sampled tokens in the state; leaves the logits as they are."""
+    seqs, device = spec.layout.num_seqs, str(inputs.device)
+    parts = [look_at_share(LeadersSpec(spec, i, draws=False), share, inputs) for i, share in enumerate(logits)]
+    whole = replace(spec, widths=(sum(spec.widths),), raw_widths=spec.widths)
+    adjust = AdjustSpec(whole, state.num_rows)
+    adjusted = empty(seqs * whole.widths[0], F32, device)
+    (adjusted,) = run_kernel(adjust_kernel(adjust), [adjusted], [inputs, state.counts, state.mask, *logits])
+    (adjusted,) = run_kernel(bias_kernel(adjust), [adjusted], [inputs, state.counts, state.mask, state.bias, *logits])
+    (adjusted,) = run_kernel(typical_kernel(whole), [adjusted], [inputs])
+    changed = look_at_share(LeadersSpec(whole, 0, ranks=False), adjusted, inputs)
+    out = empty(seqs * OUT_WIDTH, I32, device) if out is None else out
+    operands = [inputs, *changed, *[tensor for part in parts for tensor in part]]
+    (out,) = run_kernel(draw_kernel(whole), [out], operands)
+    # the output is passed on, so that whoever waits for it waits for the counts
+    return run_kernel(count_kernel(adjust), [out, state.counts], [inputs])[0]
+
+
+class _Adjustment:
+    """What one row's settings make of a logit."""
+
+    def __init__(self, spec: AdjustSpec, row: UOp, inputs: UOp, counts: UOp, mask: UOp) -> None:
+        layout = spec.sample.layout
+        self._counts, self._mask, self.words = counts, mask, spec.words
+
+        def param(name: str) -> UOp:
+            return inputs[layout.offset(name) + row].load()
+
+        # of a row without state, row 0 is read and not heeded
+        self.state_row = param("state_rows").maximum(0).minimum(spec.num_rows - 1).cast(dtypes.weakint)
+        has_state = param("state_rows") >= 0
+        self.is_counted = has_state & (param("is_counted") > 0)
+        self.is_masked = has_state & (param("is_masked") > 0)
+        self.num_bias = has_state.where(param("num_bias").maximum(0).minimum(MAX_LOGIT_BIAS), UOp.const(0, I32))
+        self._repetition = param("repetition_penalty").bitcast(F32)
+        self._frequency = param("frequency_penalty").bitcast(F32)
+        self._presence = param("presence_penalty").bitcast(F32)
+
+    def word_of(self, word: UOp) -> UOp:
+        return self._mask[self.state_row * self.words + word].load()
+
+    def apply(self, logit: UOp, word: UOp, lane: UOp, bits: UOp) -> UOp:
+        """`logit` of id word * 32 + lane, whose word of the mask is `bits`."""
+        count = self._counts[self.state_row * (self.words * WORD) + word * WORD + lane].load().cast(I32)
+        count = self.is_counted.where(count, UOp.const(0, I32))
+        times = count & MAX_COUNT
+        factor = (logit > 0.0).where(self._repetition.reciprocal(), self._repetition)
+        logit = (count > 0).where(logit * factor, logit)
+        logit = logit - self._frequency * times.cast(F32) - (times > 0).where(self._presence, 0.0)
+        allowed = ((bits >> lane.cast(U32)) & 1).cast(I32) > 0
+        return (allowed | self.is_masked.ne(True)).where(logit, NEG_INF)
+
+
+@cached_kernel
+def adjust_kernel(spec: AdjustSpec) -> KernelFn:
+    """fn(adjusted (R, stride), inputs, counts, mask, *logits): every logit as its row wants it, but for its bias."""
+    seqs, (stride,), vocab = spec.sample.layout.num_seqs, spec.sample.widths, spec.sample.vocab_size
+    is_padded = stride >= spec.words * WORD  # what lies behind the vocabulary may be written
+
+    def kernel(adjusted: UOp, inputs: UOp, counts: UOp, mask: UOp, *logits: UOp) -> UOp:
+        body, has_threads = Body(), spec.sample.has_threads
+        row = body.grid(seqs) if seqs > 1 or has_threads else body.loop(1)
+        change = _Adjustment(spec, row, inputs, counts, mask)
+        stores = []
+        for share in row_slices(logits, spec.sample.raw_widths, row, vocab):
+            first, num_words = share.origin // WORD, mask_words(min(share.span, vocab - share.origin))
+            word, ends = _words(body, num_words, has_threads)
+            lane = ends[0]
+            index = (first + word) * WORD + lane
+            value = share.value_of(index if is_padded else index.minimum(vocab - 1))
+            value = change.apply(value, first + word, lane, change.word_of(first + word))
+            at = row * stride + index
+            stores.append(adjusted[at if is_padded else at.valid(index < vocab)].store(value).end(*ends))
+        name = f"adjust_{seqs}x{vocab}"
+        return finish(UOp.group(*stores).end(row), name, ops=8 * seqs * vocab, nbytes=10 * seqs * vocab)
+
+    return kernel
+
+
+def _words(body: Body, num_words: int, has_threads: bool) -> tuple[UOp, list[UOp]]:
+    """A word of a mask, and the axes that go over all of them, that over the ids of a word first."""
+    if not has_threads:
+        word, lane = body.loop(num_words), body.loop(WORD)
+        return word, [lane, word]
+    per_group = THREADS // WORD
+    chunk, lane, group = body.grid(-(-num_words // per_group)), body.threads(WORD), body.threads(per_group)
+    return (chunk * per_group + group).minimum(num_words - 1), [
+        lane,
+        group,
+        chunk,
+    ]  # the last ones twice: the same values
+
+
+@cached_kernel
+def bias_kernel(spec: AdjustSpec) -> KernelFn:
+    """fn(adjusted, inputs, counts, mask, bias, *logits): the ids with a bias once more, from the raw logit and bias."""
+    seqs, (stride,), vocab = spec.sample.layout.num_seqs, spec.sample.widths, spec.sample.vocab_size
+
+    def kernel(adjusted: UOp, inputs: UOp, counts: UOp, mask: UOp, bias: UOp, *logits: UOp) -> UOp:
+        body = Body()
+        has_threads = spec.sample.has_threads
+        row = body.grid(seqs) if seqs > 1 or has_threads else body.loop(1)
+        thread = body.threads(THREADS) if has_threads else None
+        change = _Adjustment(spec, row, inputs, counts, mask)
+        width = THREADS if has_threads else 1
+        chunk = body.fold_while((change.num_bias + (width - 1)) // width)
+        entry = chunk.cast(dtypes.weakint) * width + (thread if thread is not None else 0)
+        at = change.state_row * (2 * MAX_LOGIT_BIAS) + entry.minimum(MAX_LOGIT_BIAS - 1)
+        index = bias[at].load().maximum(0).minimum(vocab - 1).cast(dtypes.weakint)
+        added = bias[at + MAX_LOGIT_BIAS].load().bitcast(F32)
+        word, lane = index // WORD, index % WORD
+        logit = logit_of(row_slices(logits, spec.sample.raw_widths, row, vocab), index)
+        value = change.apply(logit + added, word, lane, change.word_of(word))
+        target = row * stride + index
+        store = adjusted[target if thread is None else target.valid(entry.cast(I32) < change.num_bias)].store(value)
+        axes = (chunk, row) if thread is None else (chunk, thread, row)
+        return finish(store.end(*axes), f"bias_{seqs}x{vocab}", nbytes=8 * seqs)
+
+    return kernel
+
+
+@cached_kernel
+def count_kernel(spec: AdjustSpec) -> KernelFn:
+    """fn(out, counts, inputs): each counted row's token once more. `out` is only read."""
+    seqs, vocab, words = spec.sample.layout.num_seqs, spec.sample.vocab_size, spec.words
+
+    def kernel(out: UOp, counts: UOp, inputs: UOp) -> UOp:
+        body, layout = Body(), spec.sample.layout
+        row = body.grid(seqs) if spec.sample.has_threads else body.loop(seqs)
+
+        def param(name: str) -> UOp:
+            return inputs[layout.offset(name) + row].load()
+
+        token = out[row * OUT_WIDTH + OUT_TOKEN].load()
+        state_row = param("state_rows")
+        is_counted = (state_row >= 0) & (state_row < spec.num_rows) & (param("is_counted") > 0) & (token >= 0)
+        index = state_row.maximum(0).minimum(spec.num_rows - 1).cast(dtypes.weakint) * (words * WORD)
+        index = index + token.maximum(0).minimum(vocab - 1).cast(dtypes.weakint)
+        count = counts[index].load().cast(I32)
+        more = count + ((count & MAX_COUNT) < MAX_COUNT).where(UOp.const(1, I32), UOp.const(0, I32))
+        store = counts[index.valid(is_counted)].store(more.cast(U16))
+        return finish(store.end(row), f"count_{seqs}", nbytes=8 * seqs)
+
+    return kernel

@@ -1,0 +1,156 @@
+"""Sampling again, one row at a time, in NumPy that sorts: the documentation of sample.py's and adjust.py's kernels, and
+the oracle of their tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinyvllm.config import MAX_LOGIT_BIAS, MAX_LOGPROBS
+from tinyvllm.ops.sampling.adjust import IN_PROMPT, MAX_COUNT, WORD
+from tinyvllm.ops.sampling.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
+
+
+@dataclass(frozen=True)
+class HostState:
+    """A sampling state (adjust.py) as NumPy arrays, one row a request."""
+
+    counts: np.ndarray  # (S, at least V) uint16
+    mask: np.ndarray  # (S, W) uint32
+    bias: np.ndarray  # (S, 2 * MAX_LOGIT_BIAS) int32
+
+
+def sample_row(
+    logits: np.ndarray, views: dict[str, np.ndarray], row: int, state: HostState | None = None
+) -> np.ndarray:
+    """(OUT_WIDTH,) int32: the token of one sequence, and its logprobs where they are asked for. logits (V,) float32.
+    Of an adjusted step, its token is counted in `state`."""
+    out = np.zeros(OUT_WIDTH, np.int32)
+    floats = out.view(np.float32)
+    held_back = views["held_back"][row]
+    allowed = logits.astype(np.float64) if state is None else adjust_row(logits, views, row, state)
+    allowed[held_back[(held_back >= 0) & (held_back < len(logits))]] = -np.inf
+    temperature = views["temperature"].view(np.float32)[row]
+    greedy = first_best(allowed)
+    token, forced = greedy, int(views["forced"][row])
+    if forced >= 0:
+        token = min(forced, len(logits) - 1)
+    elif temperature > 0 and greedy >= 0:
+        weights = np.exp((allowed - allowed[greedy]) / temperature)
+        kept = weights >= threshold(
+            weights,
+            min_p=views["min_p"].view(np.float32)[row],
+            top_k=views["top_k"][row],
+            top_p=views["top_p"].view(np.float32)[row],
+        )
+        if state is not None and views["state_rows"][row] >= 0:
+            kept &= typical(np.where(kept, weights, 0.0), views["typical_p"].view(np.float32)[row])
+        token = race(np.where(kept, weights, 0.0), uniforms(views["seed"][row], views["draw"][row], len(logits)))
+    out[OUT_TOKEN] = token
+    if state is not None and token >= 0 and views["state_rows"][row] >= 0 and views["is_counted"][row]:
+        count_token(state.counts[views["state_rows"][row]], token)
+    count = min(int(views["num_logprobs"][row]), MAX_LOGPROBS)
+    if count >= 0:
+        logprobs = log_softmax(logits.astype(np.float64))  # of the raw logits: neither held back nor heated
+        ranked = np.argsort(-logprobs, kind="stable")
+        likeliest = ranked[:count]
+        floats[OUT_LOGPROB] = logprobs[max(token, 0)]
+        out[OUT_RANK] = 1 + ranked.tolist().index(max(token, 0))
+        out[OUT_TOP : OUT_TOP + count] = -1  # where there are fewer ids than asked for
+        out[OUT_TOP : OUT_TOP + len(likeliest)] = likeliest
+        floats[OUT_TOP_LOGPROB : OUT_TOP_LOGPROB + len(likeliest)] = logprobs[likeliest]
+    return out
+
+
+def adjust_row(logits: np.ndarray, views: dict[str, np.ndarray], row: int, state: HostState) -> np.ndarray:
+    """(V,) float64: the logits that one sequence's token is drawn from, but for what min_tokens holds back."""
+    adjusted, state_row = logits.astype(np.float64), views["state_rows"][row]
+    if state_row < 0:
+        return adjusted
+    entries = views["num_bias"][row]
+    ids, values = np.split(state.bias[state_row], [MAX_LOGIT_BIAS])
+    adjusted[ids[:entries]] += values.view(np.float32)[:entries]
+    if views["is_counted"][row]:
+        counts = state.counts[state_row][: len(logits)]
+        repetition, frequency, presence = (
+            views[f"{name}_penalty"].view(np.float32)[row] for name in ("repetition", "frequency", "presence")
+        )
+        times = (counts & MAX_COUNT).astype(np.float64)
+        repeated = np.where(adjusted > 0, adjusted / repetition, adjusted * repetition)
+        adjusted = np.where(counts > 0, repeated, adjusted) - frequency * times - presence * (times > 0)
+    if views["is_masked"][row]:
+        adjusted[~allowed_ids(state.mask[state_row], len(logits))] = -np.inf
+    return adjusted
+
+
+def allowed_ids(mask: np.ndarray, vocab_size: int) -> np.ndarray:
+    """(V,) bool: the bits of a mask's words."""
+    return (mask[:, None] >> np.arange(WORD, dtype=np.uint32) & 1).astype(bool).reshape(-1)[:vocab_size]
+
+
+def count_token(counts: np.ndarray, token: int) -> None:
+    if counts[token] & MAX_COUNT < MAX_COUNT:
+        counts[token] = (counts[token] & IN_PROMPT) | ((counts[token] & MAX_COUNT) + 1)
+
+
+def typical(weights: np.ndarray, typical_p: float) -> np.ndarray:
+    """(V,) bool: what locally typical sampling keeps of weights (0: cut already). The ids whose surprise is nearest to
+    the entropy, until they hold typical_p of the mass; ties are all kept (Meister et al. 2022, sec. 4)."""
+    kept = weights > 0
+    if typical_p >= 1:
+        return kept
+    probabilities = weights[kept] / weights.sum()
+    surprise = -np.log(probabilities)
+    distances = np.full(len(weights), np.inf)
+    distances[kept] = abs(surprise - (probabilities * surprise).sum())
+    order = np.argsort(distances, kind="stable")
+    mass = np.cumsum(weights[order]) / weights.sum()
+    last = order[min(int(np.searchsorted(mass, typical_p)), len(order) - 1)]
+    return distances <= distances[last]
+
+
+def first_best(logits: np.ndarray) -> int:
+    """The index of the largest logit, the lowest one at a tie; -1 where none is above -inf."""
+    values = np.where(np.isnan(logits), -np.inf, logits)
+    best = int(values.argmax())
+    return best if values[best] > -np.inf else -1
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Natural-log probabilities."""
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def threshold(weights: np.ndarray, *, min_p: float, top_k: int, top_p: float) -> float:
+    """The smallest weight that is kept by min-p, then top-k, then top-p; ties at it are all kept. Weights (V,), the
+    largest 1. min_p 0, top_k 0 and top_p 1 keep everything."""
+    kept = np.sort(weights[weights >= min_p])[::-1]
+    if 0 < top_k < len(kept):
+        kept = kept[kept >= kept[top_k - 1]]
+    if top_p < 1:
+        mass = np.cumsum(kept)
+        kept = kept[: np.searchsorted(mass, top_p * mass[-1]) + 1]
+    return float(kept[-1])
+
+
+def race(weights: np.ndarray, uniform: np.ndarray) -> int:
+    """Draw an index with probability weights / sum(weights), by an exponential race (Devroye 1986, ch. 5)."""
+    return int((weights / -np.log2(uniform)).argmax())
+
+
+def uniforms(seed: int, draw: int, count: int) -> np.ndarray:
+    """The uniform numbers of a request's `draw`-th token, one for each of `count` ids: 23 bits of a hash, in (0, 1)."""
+    golden = np.uint32(0x9E3779B9)
+    seeds, draws = np.array([seed], np.int32).view(np.uint32), np.array([draw], np.int32).view(np.uint32)
+    key = mix32(seeds + mix32(draws + golden))
+    bits = mix32(np.arange(count, dtype=np.uint32) * golden + key)
+    return ((bits >> 9) + 0.5) * 2.0**-23
+
+
+def mix32(x: np.ndarray) -> np.ndarray:
+    """MurmurHash3's 32-bit finaliser on uint32, which wraps around."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))

@@ -16,7 +16,7 @@ from tests.server.test_routes import client_of
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.server.app import make_app
 from tinyvllm.server.metrics import token_count_buckets
-from tinyvllm.server.steps import StatusReporter
+from tinyvllm.server.status_log import StatusReporter
 
 LABELS = {"model_name": "tiny", "engine": "0"}
 

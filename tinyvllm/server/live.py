@@ -14,7 +14,7 @@ from tinyvllm.errors import EngineDeadError
 if TYPE_CHECKING:
     from tinyvllm.engine.output import TextEngine
     from tinyvllm.server.state import ServerState
-    from tinyvllm.server.steps import Step
+    from tinyvllm.server.step_history import CompletedStep
 
 MAX_CELLS = 1024  # of the picture of the pool; a larger pool has several blocks a cell
 MAX_STEPS = 60
@@ -140,7 +140,7 @@ def _counts(state: ServerState) -> LiveCounts:
     )
 
 
-def _step(step: Step, now_s: float) -> LiveStep:
+def _step(step: CompletedStep, now_s: float) -> LiveStep:
     stats = step.stats
     return LiveStep(
         number=step.number,

@@ -25,13 +25,13 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from tinyvllm.server.limits import RequestTimeoutError
+from tinyvllm.server.request_limits import RequestTimeoutError
 
 if TYPE_CHECKING:
     from tinyvllm.config import SamplingParams
     from tinyvllm.engine.async_engine import AsyncEngine
     from tinyvllm.engine.output import Delta
-    from tinyvllm.server.steps import StepHistory
+    from tinyvllm.server.step_history import StepHistory
 
 LABELS = ("model_name", "engine")
 

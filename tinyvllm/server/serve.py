@@ -19,7 +19,7 @@ import uvicorn
 from tinyvllm.server.app import make_app
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import TlsFiles, end_silent_peers
-from tinyvllm.server.steps import log_status
+from tinyvllm.server.status_log import log_status
 
 if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AsyncEngine

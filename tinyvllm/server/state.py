@@ -14,9 +14,9 @@ from tinyvllm.engine.beam import BeamSettings, generate_beams
 from tinyvllm.errors import EngineDeadError
 from tinyvllm.server.context import RequestContext, current
 from tinyvllm.server.failures import NotReadyError
-from tinyvllm.server.limits import Admission, Drain, DrainingError, timed_out, until_timeout
 from tinyvllm.server.metrics import Metrics
-from tinyvllm.server.steps import StepHistory
+from tinyvllm.server.request_limits import Admission, Drain, DrainingError, timed_out, until_timeout
+from tinyvllm.server.step_history import StepHistory
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,7 +19,7 @@ from tinyvllm.errors import RequestError, TinyvllmError
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.server.app import make_app
 from tinyvllm.server.context import RequestContext
-from tinyvllm.server.limits import Admission, QueueFullError
+from tinyvllm.server.request_limits import Admission, QueueFullError
 from tinyvllm.server.settings import Cors, ServerSettings
 from tinyvllm.server.streaming import KEEPALIVE
 

@@ -1,65 +1,21 @@
-"""What the engine's latest steps cost, for the page and the log, and the log's line on the engine."""
+"""The engine's status line in the log, in vLLM's format."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tinyvllm.engine.async_engine import AsyncEngine, StepStats
+    from tinyvllm.engine.async_engine import AsyncEngine
     from tinyvllm.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-NUM_STEPS = 120  # kept
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step that has ended."""
-
-    number: int  # since start
-    end_s: float  # monotonic clock
-    stats: StepStats
-
-
-class StepHistory:
-    """The latest steps. Written on the engine's thread, read on the server's event loop."""
-
-    def __init__(self) -> None:
-        self.observe_tokens: Callable[[float], None] = lambda num_tokens: None
-        self._steps: deque[Step] = deque(maxlen=NUM_STEPS)
-        self._number = 0.0
-
-    def add(self, stats: StepStats) -> None:
-        """`stats` after a turn of the engine's loop, which may not have ended a step."""
-        number = stats.extra.get("num_steps", self._number + 1)
-        if number == self._number:
-            return
-        self._number = number
-        self._steps.append(Step(int(number), time.monotonic(), stats))
-        self.observe_tokens(stats.num_tokens)
-
-    def latest(self) -> list[Step]:
-        """Oldest first. A copy, made in one call of C, which no other thread interrupts."""
-        return list(self._steps)
-
-    @property
-    def last_end_s(self) -> float:
-        """When the latest step ended, on the monotonic clock; 0 before the first."""
-        try:
-            return self._steps[-1].end_s
-        except IndexError:
-            return 0.0
-
 
 async def log_status(engine: AsyncEngine, metrics: Metrics, interval_s: float) -> None:
-    """One line every `interval_s` on what the engine does, in vLLM's words; none while it does nothing."""
+    """Log the engine's status every `interval_s` seconds, except while it is idle. Runs until it is cancelled."""
     reporter = StatusReporter(engine, metrics)
     while True:
         await asyncio.sleep(interval_s)
@@ -69,7 +25,7 @@ async def log_status(engine: AsyncEngine, metrics: Metrics, interval_s: float) -
 
 
 class StatusReporter:
-    """Makes the log's line on the engine from what has changed since the last."""
+    """Builds status lines, with rates measured since the previous one."""
 
     def __init__(self, engine: AsyncEngine, metrics: Metrics) -> None:
         self._engine = engine
@@ -81,7 +37,7 @@ class StatusReporter:
         self._hit_rate = 0.0
 
     def line(self) -> str | None:
-        """None when nothing has happened since two lines ago."""
+        """The next status line, or None while the engine loads or stays idle. The first idle line is returned."""
         if not self._engine.is_ready:
             return None
         now_s, totals, stats = time.monotonic(), self._totals, self._engine.stats()

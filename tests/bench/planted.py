@@ -21,9 +21,9 @@ from tinyvllm.bench.breakdown import BreakdownWork, breakdown_json, measure_brea
 from tinyvllm.bench.cold_start import ColdStart
 from tinyvllm.bench.stages import Case
 from tinyvllm.config import EngineConfig, ModelFiles
-from tinyvllm.device.recording import Step
+from tinyvllm.device.recording import RecordedStep
 from tinyvllm.device.replay import make_replay
-from tinyvllm.execution.graphs import Graph, Lane
+from tinyvllm.execution.graphs import Graph, GraphInstance
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.profiling.chips import Chip
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
@@ -116,12 +116,12 @@ def sampler_on_the_cpu(runner: ModelRunner) -> Iterator[None]:
 def ungraphed_step(runner: ModelRunner) -> Iterator[None]:
     """The step's kernels are handed to tinygrad one by one."""
 
-    def without_graph(runner: ModelRunner, lane: Lane) -> Lane:
+    def without_graph(runner: ModelRunner, instance: GraphInstance) -> GraphInstance:
         calls = [
             UOp(Ops.CALL, src=(call.target, *(UOp.from_buffer(buffer) for buffer in call.buffers)), arg=CallInfo())
-            for call in lane.step.calls
+            for call in instance.step.calls
         ]
-        return dataclasses.replace(lane, run=lambda: run_linear(UOp(Ops.LINEAR, src=tuple(calls))))
+        return dataclasses.replace(instance, run=lambda: run_linear(UOp(Ops.LINEAR, src=tuple(calls))))
 
     with _replaced_lanes(runner, without_graph):
         yield
@@ -163,17 +163,17 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def _replaced_lanes(runner: ModelRunner, change: Any) -> Iterator[None]:
     before = dict(runner.captures.graphs)
     for bucket, graph in before.items():
-        lanes = tuple(change(runner, lane) for lane in graph.lanes)
-        runner.captures.graphs[bucket] = dataclasses.replace(graph, lanes=lanes)
+        instances = tuple(change(runner, instance) for instance in graph.instances)
+        runner.captures.graphs[bucket] = dataclasses.replace(graph, instances=instances)
     try:
         yield
     finally:
         runner.captures.graphs.update(before)
 
 
-def _without_sampling(runner: ModelRunner, lane: Lane) -> Lane:
-    step: Step = dataclasses.replace(lane.step, calls=lane.step.calls[: lane.step.cut])
-    return dataclasses.replace(lane, step=step, run=make_replay(runner._backend.device, step))
+def _without_sampling(runner: ModelRunner, instance: GraphInstance) -> GraphInstance:
+    step: RecordedStep = dataclasses.replace(instance.step, calls=instance.step.calls[: instance.step.cut])
+    return dataclasses.replace(instance, step=step, run=make_replay(runner._backend.device, step))
 
 
 def _stride(runner: ModelRunner) -> int:
@@ -182,6 +182,6 @@ def _stride(runner: ModelRunner) -> int:
 
 def _logits(graph: Graph) -> Buffer:
     """What the last kernel before sampling writes."""
-    step = graph.lanes[0].step
+    step = graph.instances[0].step
     call = step.calls[step.cut - 1]
     return call.buffers[call.target.arg.outs[0]]

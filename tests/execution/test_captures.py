@@ -16,7 +16,7 @@ from tinyvllm.execution import captures as captures_module
 from tinyvllm.execution.buckets import Bucket, first_buckets
 from tinyvllm.execution.capacity import scratch_bytes
 from tinyvllm.execution.captures import Captures
-from tinyvllm.execution.graphs import Draft
+from tinyvllm.execution.graphs import PendingGraph
 from tinyvllm.execution.runner import ModelRunner, load_runner
 
 CONFIG = EngineConfig(
@@ -116,14 +116,14 @@ def test_a_plan_runs_in_the_smallest_graph_that_is_there(runner: ModelRunner) ->
 def test_a_graph_that_cannot_be_made_is_said_once_and_the_others_go_on(
     runner: ModelRunner, whole: ModelRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    finish = Draft.finish
+    finish = PendingGraph.finish
 
-    def fail(draft: Draft) -> object:
-        if draft.bucket == Bucket.decode(1):
+    def fail(pending: PendingGraph) -> object:
+        if pending.bucket == Bucket.decode(1):
             raise RuntimeError("out of everything")
-        return finish(draft)
+        return finish(pending)
 
-    monkeypatch.setattr(Draft, "finish", fail)
+    monkeypatch.setattr(PendingGraph, "finish", fail)
     with caplog.at_level(logging.INFO, captures_module.__name__):
         while runner.captures.num_to_come:
             capture_one(runner.captures)
@@ -168,7 +168,7 @@ def test_buckets_of_as_many_sequences_sample_by_the_same_programs(files: ModelFi
     runner = load_runner(files, config)
     runner.warm_up()
     graphs = runner.captures.graphs.values()
-    sampling = [[call.target.key for call in graph.calls[graph.lanes[0].step.cut :]] for graph in graphs]
-    adjusted = [[call.target.key for call in graph.lanes[0].adjusted.calls] for graph in graphs]
+    sampling = [[call.target.key for call in graph.calls[graph.instances[0].step.cut :]] for graph in graphs]
+    adjusted = [[call.target.key for call in graph.instances[0].adjusted.calls] for graph in graphs]
     assert len(sampling) == 4
     assert all(keys == sampling[0] for keys in sampling) and all(keys == adjusted[0] for keys in adjusted)

@@ -9,7 +9,7 @@ from tinyvllm.config import Capacity
 from tinyvllm.device.compiling import Compiler
 from tinyvllm.device.handle import open_device
 from tinyvllm.execution.buckets import Bucket
-from tinyvllm.execution.graphs import Draft, Ground
+from tinyvllm.execution.graphs import GraphContext, PendingGraph
 from tinyvllm.model.registry import FAMILIES, Model
 from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.ops.cpu.backend import CpuBackend
@@ -50,9 +50,11 @@ def test_a_step_launches_so_many_kernels(model: Model, bucket: Bucket, a_layer: 
     pool = model.backend.make_pool(model.config.num_layers, 9, 8, model.shape, "float16")
     outputs = tuple(model.backend.device.zeros(CAPACITY.max_num_seqs * OUT_WIDTH, I32) for _ in range(2))
     state = SamplingState(model.backend.device, CAPACITY.max_num_seqs, model.config.vocab_size)
-    graph = Draft(bucket, Ground(model, model.backend, pool, CAPACITY, outputs, state), Compiler()).finish()
+    graph = PendingGraph(
+        bucket, GraphContext(model, model.backend, pool, CAPACITY, outputs, state), Compiler()
+    ).finish()
     assert graph.num_kernels == a_layer * model.config.num_layers + outside
-    assert graph.num_kernels - graph.lanes[0].step.cut == 2, "what each row's parts have, and the draw"
-    assert len(graph.lanes[0].adjusted.calls) == 7, (
+    assert graph.num_kernels - graph.instances[0].step.cut == 2, "what each row's parts have, and the draw"
+    assert len(graph.instances[0].adjusted.calls) == 7, (
         "and masks with penalties, biases, typical_p, the counting, logprobs"
     )

@@ -255,18 +255,20 @@ def _enlarged(matrix: Matrix, rows: int) -> Matrix:
 def _facts(settings: Settings, graph: Any) -> GraphFacts:
     from tinygrad.uop.ops import Ops
 
-    lane = graph.lanes[0]
+    instance = graph.instances[0]
     before = settings.num_command_buffers
-    lane.run()
+    instance.run()
     command_buffers = settings.num_command_buffers - before
     name = graph.bucket.name
     # what an adjusted step launches apart is a graph of its own
-    calls = [(name, call) for call in lane.step.calls] + [(f"{name} adjusted", call) for call in lane.adjusted.calls]
+    calls = [(name, call) for call in instance.step.calls] + [
+        (f"{name} adjusted", call) for call in instance.adjusted.calls
+    ]
     kernels = [(where, call) for where, call in calls if call.target.op is Ops.PROGRAM]
     counts = Counter((where, call.target) for where, call in kernels)
     offsets = {(where, call.target): max(buffer.offset for buffer in call.buffers) for where, call in kernels}
     programs = tuple(_program(where, uop, count, offsets[where, uop]) for (where, uop), count in counts.items())
-    return GraphFacts(name, len(lane.step.calls), command_buffers, len(calls) - len(kernels), programs)
+    return GraphFacts(name, len(instance.step.calls), command_buffers, len(calls) - len(kernels), programs)
 
 
 def _program(graph: str, uop: Any, launches: int, offset: int) -> Program:

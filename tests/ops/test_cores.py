@@ -11,7 +11,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tests.builders import write_tiny_gguf, write_tiny_hf_llama
 from tinyvllm.config import EngineConfig, SamplingParams
 from tinyvllm.device.handle import open_device
-from tinyvllm.device.recording import Call, Step, record
+from tinyvllm.device.recording import Call, RecordedStep, record
 from tinyvllm.device.replay import _waits, make_replay
 from tinyvllm.device.scratch import Scratch
 from tinyvllm.execution.runner import ModelRunner, load_runner
@@ -137,5 +137,5 @@ def test_waits_name_the_other_cores_last_call_once() -> None:
         Call(Target, buffers)  # type: ignore[arg-type]
         for buffers in ((first,), (second, first), (third, second), (fourth, first))
     )
-    step = Step(calls, Tensor.zeros(1, dtype=dtypes.int), (), len(calls), ())
+    step = RecordedStep(calls, Tensor.zeros(1, dtype=dtypes.int), (), len(calls), ())
     assert _waits([0, 1, 0, 1], step) == [[], [0], [1], []]

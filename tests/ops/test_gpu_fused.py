@@ -75,8 +75,8 @@ def test_a_layer_takes_five_kernels_for_one_row_and_seven_for_more(
 def test_a_recorded_layer_launches_nothing_that_nobody_reads(kind: str, tokens: int, inside: int, outside: int) -> None:
     """While a step is recorded, what is called is launched."""
     backend, layout = rendered(kind), StepLayout(tokens, tokens, 2, 16)
-    tracing = trace_step(lambda: plan_layer(backend, layout, ("float16", "float16"), is_decode=True)[0].realize())
-    ours = [target for target, _ in tracing.launches if target.op is Ops.SINK and target.tag == 1]
+    traced = trace_step(lambda: plan_layer(backend, layout, ("float16", "float16"), is_decode=True)[0].realize())
+    ours = [target for target, _ in traced.launches if target.op is Ops.SINK and target.tag == 1]
     assert 0 < len(ours) <= inside + outside
 
 

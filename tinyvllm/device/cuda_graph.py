@@ -17,12 +17,12 @@ from tinygrad.runtime.autogen import cuda
 from tinygrad.runtime.ops_cuda import check, encode_args
 from tinygrad.uop.ops import Ops
 
-from tinyvllm.device.recording import AWAIT_PREVIOUS, Call, Step
+from tinyvllm.device.recording import AWAIT_PREVIOUS, Call, RecordedStep
 
 MARK = AWAIT_PREVIOUS.encode()
 
 
-def fits_chain(step: Step) -> bool:
+def fits_chain(step: RecordedStep) -> bool:
     """Whether a step is made of kernels alone, without variables."""
     return all(call.target.op is Ops.PROGRAM and not call.target.arg.vars for call in step.calls)
 
@@ -34,7 +34,7 @@ def _awaits(device: str, call: Call) -> bool:
 class ChainReplay:
     """A step as one captured graph, in the order of its calls. It keeps the step's buffers alive."""
 
-    def __init__(self, device: str, step: Step) -> None:
+    def __init__(self, device: str, step: RecordedStep) -> None:
         self._step = step
         self._kept: list[Any] = []  # the arguments, until the graph has them, and the programs
         self._context = Device[device].context

@@ -2,8 +2,8 @@
 
 A kernel of ours is launched in the order of the calls, on the buffers it was given: there is nothing for tinygrad's
 scheduler to find out, which took most of a start. Other operations of tensors are scheduled when they are realized.
-A step is first a `Tracing`, whose kernels are still being compiled, then a `Step`, and on disk a `SavedStep` without
-any buffer, for another process to bind.
+A step is first a `TracedStep`, whose kernels are still being compiled, then a `RecordedStep`; on disk it is a
+`SavedStep` without buffers, which another process binds to its own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Step:
+class RecordedStep:
     """Owns its scratch memory and its output, which every run overwrites. `borrowed`: what was there before it. `cut`:
     how many calls come before the place that `cut_here` marked; all of them where it marked none. `kept`: what `keep`
     was given."""
@@ -54,7 +54,7 @@ class SavedStep:
     """A step in plain values and programs.
 
     bases: (the name of a borrowed tensor, or None for scratch; elements; dtype; device, a CPU's core). views: (base,
-    byte offset, elements, dtype). calls: (program, views). output: a base. cut: as in Step. kept: bases."""
+    byte offset, elements, dtype). calls: (program, views). output: a base. cut: as in RecordedStep. kept: bases."""
 
     bases: tuple[tuple[str | None, int, DType, str], ...]
     views: tuple[tuple[int, int, int, DType], ...]
@@ -66,7 +66,7 @@ class SavedStep:
 
 
 @dataclass(frozen=True)
-class Tracing:
+class TracedStep:
     """A step before its kernels are compiled. `launches`: what is launched, a kernel's SINK or a COPY, and on what."""
 
     launches: tuple[tuple[UOp, tuple[Buffer, ...]], ...]
@@ -80,21 +80,21 @@ class Tracing:
         """What is to be compiled."""
         return {(target, args[0].device) for target, args in self.launches if target.op is Ops.SINK}
 
-    def finish(self, compiler: Compiler) -> Step:
+    def finish(self, compiler: Compiler) -> RecordedStep:
         """The step, once all of it is compiled."""
         programs = compiler.programs(self.kernels)
         calls = tuple(Call(programs.get((target, args[0].device), target), args) for target, args in self.launches)
-        return Step(calls, self.output, self.borrowed, self.cut, self.kept)
+        return RecordedStep(calls, self.output, self.borrowed, self.cut, self.kept)
 
 
-def record(trace: Callable[[], Tensor], store: ProgramStore | None = None) -> Step:
+def record(trace: Callable[[], Tensor], store: ProgramStore | None = None) -> RecordedStep:
     """Call `trace`, which realizes and returns one tensor, and compile what this would have run.
 
     Programs come from `store` where it has them, and are kept there where it has not."""
     return trace_step(trace).finish(Compiler(store))
 
 
-def trace_step(trace: Callable[[], Tensor]) -> Tracing:
+def trace_step(trace: Callable[[], Tensor]) -> TracedStep:
     """Call `trace`, which realizes and returns one tensor, and note what this would have run."""
     before = {id(buffer): buffer for buffer in buffers.values()}
     recorder = _Recorder()
@@ -113,7 +113,7 @@ def trace_step(trace: Callable[[], Tensor]) -> Tracing:
     bases = {id(buffer.base): buffer.base for _, args in launches for buffer in args}
     cut = len(launches) if recorder.cut is None else recorder.cut
     kept = tuple(tensor.uop.base.buffer for tensor in recorder.kept)
-    return Tracing(launches, output, tuple(base for key, base in bases.items() if key in before), cut, kept)
+    return TracedStep(launches, output, tuple(base for key, base in bases.items() if key in before), cut, kept)
 
 
 def launch(fn: Callable[..., UOp], tensors: Sequence[Tensor]) -> bool:
@@ -170,7 +170,7 @@ def _make_launch(call: UOp) -> tuple[UOp, tuple[Buffer, ...]]:
     return target, tuple(arg.buffer for arg in args)
 
 
-def head_of(step: Step) -> Step:
+def head_of(step: RecordedStep) -> RecordedStep:
     """The part of a step before its cut, on the same memory."""
     return replace(step, calls=step.calls[: step.cut])
 
@@ -181,7 +181,7 @@ def head_of_tensor(tensor: Tensor, size: int) -> Tensor:
     return Tensor(UOp.from_buffer(view_of(base, 0, size, base.dtype).ensure_allocated()))
 
 
-def rebind(step: Step, others: Mapping[Tensor, Tensor]) -> Step:
+def rebind(step: RecordedStep, others: Mapping[Tensor, Tensor]) -> RecordedStep:
     """The same step on other tensors of the same sizes; its scratch memory is shared, so the two must not overlap."""
     swaps = {id(old.uop.base.buffer): new.uop.base.buffer.ensure_allocated() for old, new in others.items()}
 
@@ -197,7 +197,7 @@ def rebind(step: Step, others: Mapping[Tensor, Tensor]) -> Step:
 # -- saved, and bound again ------------------------------------------------------------------------------------------
 
 
-def save_step(step: Step, named: Mapping[str, Tensor]) -> SavedStep:
+def save_step(step: RecordedStep, named: Mapping[str, Tensor]) -> SavedStep:
     """The step without its buffers. Raises CacheError where it copies, or borrows what is not among `named`."""
     names = {id(tensor.uop.base.buffer): name for name, tensor in named.items()}
     unnamed = [base for base in step.borrowed if id(base) not in names]
@@ -206,11 +206,11 @@ def save_step(step: Step, named: Mapping[str, Tensor]) -> SavedStep:
         raise CacheError(f"a step with {len(copies)} copies and {len(unnamed)} buffers without a name cannot be saved")
     bases, views, programs = _Numbers(), _Numbers(), _Numbers()
 
-    def numberview_of(buffer: Buffer) -> int:
+    def number_view(buffer: Buffer) -> int:
         return views.of((bases.of(buffer.base), buffer.offset, buffer.size, buffer.dtype))
 
     calls = tuple(
-        (programs.of(slim(call.target)), tuple(numberview_of(buffer) for buffer in call.buffers)) for call in step.calls
+        (programs.of(slim(call.target)), tuple(number_view(buffer) for buffer in call.buffers)) for call in step.calls
     )
     output = bases.of(step.output.uop.base.buffer)
     kept = tuple(bases.of(buffer) for buffer in step.kept)
@@ -228,7 +228,7 @@ class _Numbers:
         return self.order.setdefault(key, len(self.order))
 
 
-def bind_step(saved: SavedStep, named: Mapping[str, Tensor]) -> Step:
+def bind_step(saved: SavedStep, named: Mapping[str, Tensor]) -> RecordedStep:
     """The step on this process's tensors, with scratch memory of its own, which is not allocated yet.
 
     Raises CacheError where they do not fit."""
@@ -247,7 +247,7 @@ def bind_step(saved: SavedStep, named: Mapping[str, Tensor]) -> Step:
     calls = tuple(Call(saved.programs[program], tuple(views[i] for i in args)) for program, args in saved.calls)
     output = Tensor(UOp.from_buffer(bases[saved.output].ensure_allocated()))
     borrowed = tuple(base for base, (name, *_) in zip(bases, saved.bases, strict=True) if name is not None)
-    return Step(calls, output, borrowed, saved.cut, tuple(bases[base] for base in saved.kept))
+    return RecordedStep(calls, output, borrowed, saved.cut, tuple(bases[base] for base in saved.kept))
 
 
 def view_of(base: Buffer, offset: int, size: int, dtype: DType) -> Buffer:

@@ -28,7 +28,7 @@ from tinygrad.runtime.ops_cpu import CMD_SIZE, RING_SLOTS, CPUProgram, signal_pr
 from tinygrad.uop.ops import CallInfo, KernelInfo, Ops
 
 from tinyvllm.device.handle import NAP_S, DeviceHandle
-from tinyvllm.device.recording import Call, Step
+from tinyvllm.device.recording import Call, RecordedStep
 from tinyvllm.errors import InvariantError
 
 QUEUE = "COMPUTE:0"
@@ -36,7 +36,7 @@ LINE_WORDS = 32  # uint32 words: two cache lines, which some processors fetch to
 MAX_COMMANDS = 1 << 20  # of a step: keeps the index into its table within 32 bits
 
 
-def make_replay(device: DeviceHandle, step: Step) -> Callable[[], None]:
+def make_replay(device: DeviceHandle, step: RecordedStep) -> Callable[[], None]:
     """A function that enqueues the step. It keeps the step's buffers alive."""
     if device.is_cpu:
         return CpuReplay(device.cores, step)
@@ -51,7 +51,7 @@ def make_replay(device: DeviceHandle, step: Step) -> Callable[[], None]:
 class GraphReplay:
     """A step as tinygrad's graph, or as single launches on a device without graphs."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: RecordedStep) -> None:
         self._linear = UOp(Ops.LINEAR, src=tuple(_call(call) for call in step.calls))
         if JIT < 2:
             # all in one: tinygrad's batches of 32, 64, ... let a device begin while the host encodes the rest, but ours
@@ -73,7 +73,7 @@ class CpuReplay:
 
     `stamps`: where each kernel's start and end are written, (calls, 2, 2) words of seconds and nanoseconds."""
 
-    def __init__(self, cores: tuple[str, ...], step: Step, stamps: np.ndarray | None = None) -> None:
+    def __init__(self, cores: tuple[str, ...], step: RecordedStep, stamps: np.ndarray | None = None) -> None:
         self._step, self._stamps = step, stamps  # whose addresses the tables hold
         # how far each core has come in this step; apart by a cache line, since every core watches the others'
         self._progress = np.zeros((len(cores), LINE_WORDS), np.uint32)
@@ -130,7 +130,7 @@ class _Queue:
 
 
 def _tables(
-    cores: tuple[str, ...], step: Step, progress: np.ndarray, stamps: np.ndarray | None
+    cores: tuple[str, ...], step: RecordedStep, progress: np.ndarray, stamps: np.ndarray | None
 ) -> list[list[np.ndarray]]:
     """Each core's rows. A core runs its kernels in their order; for another core's it waits."""
     owner = [cores.index(call.buffers[0].device) for call in step.calls]
@@ -151,7 +151,7 @@ def _tables(
     return rows
 
 
-def _waits(owner: list[int], step: Step) -> list[list[int]]:
+def _waits(owner: list[int], step: RecordedStep) -> list[list[int]]:
     """For each call the calls of other cores to wait for: of each core the last that touches the same memory, where
     this core has not waited for that or a later one already. (Write after read too: scratch memory is shared.)"""
     tracker = DepsTracker()

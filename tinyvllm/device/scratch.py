@@ -8,7 +8,7 @@ from dataclasses import replace
 from tinygrad import dtypes
 from tinygrad.device import Buffer
 
-from tinyvllm.device.recording import Call, Step, view_of
+from tinyvllm.device.recording import Call, RecordedStep, view_of
 
 ALIGNMENT = 256  # bytes: tinygrad's memory planner's, and the most that a device asks of a buffer's offset
 
@@ -27,7 +27,7 @@ class Scratch:
         """What the arenas take that the next step may get."""
         return sum(arena.nbytes for arena in self._arenas.values())
 
-    def place(self, first: Step, *later: Step) -> list[Step]:
+    def place(self, first: RecordedStep, *later: RecordedStep) -> list[RecordedStep]:
         """These steps on memory of the arenas instead of their own. What `first` keeps is left alone by the later ones,
         which may read it; the rest of each shares one place."""
         places: dict[int, tuple[str, int]] = {}
@@ -43,7 +43,7 @@ class Scratch:
                 self._arenas[device] = Buffer(device, size, dtypes.uint8).allocate()
         return [self._moved(step, places) for step in (first, *later)]
 
-    def _moved(self, step: Step, places: dict[int, tuple[str, int]]) -> Step:
+    def _moved(self, step: RecordedStep, places: dict[int, tuple[str, int]]) -> RecordedStep:
         def move(buffer: Buffer) -> Buffer:
             place = places.get(id(buffer.base))
             if place is None:
@@ -59,7 +59,7 @@ class Scratch:
         )
 
 
-def _scratch_of(step: Step) -> Iterable[Buffer]:
+def _scratch_of(step: RecordedStep) -> Iterable[Buffer]:
     """The step's own memory, but for its output."""
     others = {id(base) for base in (*step.borrowed, step.output.uop.base.buffer.base)}
     bases = {id(buffer.base): buffer.base for call in step.calls for buffer in call.buffers}

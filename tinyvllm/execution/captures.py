@@ -11,7 +11,7 @@ from tinyvllm.device.compiling import Compiler
 from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.errors import InvariantError
 from tinyvllm.execution.buckets import Bucket, choose_bucket, first_buckets
-from tinyvllm.execution.graphs import Draft, Graph, Ground
+from tinyvllm.execution.graphs import Graph, GraphContext, PendingGraph
 from tinyvllm.scheduling.plan import StepPlan
 
 logger = logging.getLogger(__name__)
@@ -26,15 +26,15 @@ class Captures:
     is wanted most comes next. Where a graph cannot be made, larger ones take its place.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], ground: Ground, store: ProgramStore | None) -> None:
+    def __init__(self, buckets: Sequence[Bucket], context: GraphContext, store: ProgramStore | None) -> None:
         self.buckets = tuple(buckets)
         self.graphs: dict[Bucket, Graph] = {}
         self.num_made = 0  # since start, those that were made anew too
         self.failed: dict[Bucket, Exception] = {}  # of those that came later
         self.store = store
-        self._ground = ground
+        self._context = context
         self._compiler = Compiler(store)
-        self._draft: Draft | None = None  # of what comes next, while it is compiled
+        self._next: PendingGraph | None = None  # of what comes next, while it is compiled
         self._wanted: Counter[Bucket] = Counter()  # plans that would have run in a graph that is not there
         self._is_closed = False
 
@@ -51,7 +51,7 @@ class Captures:
     @property
     def scratch_bytes(self) -> int:
         """What the intermediate values of all graphs take."""
-        return self._ground.scratch.nbytes
+        return self._context.scratch.nbytes
 
     @property
     def _to_come(self) -> list[Bucket]:
@@ -82,31 +82,31 @@ class Captures:
     @property
     def is_next_compiled(self) -> bool:
         """Whether the next `advance` makes a graph, which no step in flight may see."""
-        return self._draft is not None and self._draft.is_compiled
+        return self._next is not None and self._next.is_compiled
 
     def advance(self) -> None:
         """Do one part of what makes the next graph: trace it, or make it where it was compiled meanwhile. Returns soon.
         What fails is logged and not tried again."""
-        if self._draft is None:
+        if self._next is None:
             self._begin_next()
-        elif self._draft.is_compiled:
-            draft, self._draft = self._draft, None
+        elif self._next.is_compiled:
+            pending, self._next = self._next, None
             try:
-                self._finish(draft)
+                self._finish(pending)
             except Exception as error:
-                self._give_up(draft.bucket, error)
+                self._give_up(pending.bucket, error)
         if not self._to_come:
             self._close()
 
     def remake(self, bucket: Bucket) -> None:
         """Trace a bucket's step anew, as the present choices of `ops.tuning` make it, and keep it nowhere."""
-        self.graphs[bucket] = Draft(bucket, self._ground, Compiler()).finish()
+        self.graphs[bucket] = PendingGraph(bucket, self._context, Compiler()).finish()
         self.num_made += 1
 
     def clear(self) -> None:
         """Let go of all graphs."""
         self.graphs.clear()
-        self._draft = None
+        self._next = None
         self._close()
 
     def _make(self, buckets: Sequence[Bucket], progress: Progress | None) -> None:
@@ -115,9 +115,9 @@ class Captures:
         report = progress or (lambda stage, done, total: None)
         report("warm-up", 0, len(buckets))
         order = sorted(buckets, key=lambda bucket: (-bucket.num_tokens, -bucket.num_seqs))
-        drafts = deque(Draft(bucket, self._ground, self._compiler) for bucket in order)
-        for done in range(1, len(drafts) + 1):
-            self._finish(drafts.popleft())
+        pending = deque(PendingGraph(bucket, self._context, self._compiler) for bucket in order)
+        for done in range(1, len(pending) + 1):
+            self._finish(pending.popleft())
             report("warm-up", done, len(buckets))
 
     def _begin_next(self) -> None:
@@ -126,16 +126,16 @@ class Captures:
         if bucket is None:
             return
         try:
-            self._draft = Draft(bucket, self._ground, self._compiler)
+            self._next = PendingGraph(bucket, self._context, self._compiler)
         except Exception as error:
             self._give_up(bucket, error)
 
-    def _finish(self, draft: Draft) -> None:
+    def _finish(self, pending: PendingGraph) -> None:
         start_s = time.perf_counter()
-        self.graphs[draft.bucket] = draft.finish()
+        self.graphs[pending.bucket] = pending.finish()
         self.num_made += 1
-        seconds = draft.trace_s + time.perf_counter() - start_s
-        logger.info("captured %s in %.2f s, %d to come", draft.bucket.name, seconds, self.num_to_come)
+        seconds = pending.trace_s + time.perf_counter() - start_s
+        logger.info("captured %s in %.2f s, %d to come", pending.bucket.name, seconds, self.num_to_come)
 
     def _give_up(self, bucket: Bucket, error: Exception) -> None:
         self.failed[bucket] = error

@@ -1,4 +1,14 @@
-"""One recorded step a bucket: fixed shapes, persistent inputs, nothing compiled while serving."""
+"""One graph a bucket: fixed shapes, persistent inputs, nothing compiled while serving.
+
+The words, in the order in which a graph comes to be:
+
+- A step is *traced*: the model's code runs once, and each kernel that it would launch is noted (`TracedStep`).
+- A step is *recorded* once the traced kernels are compiled: programs and buffers in launch order (`RecordedStep`). It
+  is saved to disk without its buffers (`SavedStep`) and restored by a later start.
+- A bucket is *captured* once its recorded steps can be run: a `Graph`, with an instance for each step that may be in
+  flight. Until then it is a `PendingGraph`.
+- A graph is *replayed*: one call enqueues all its kernels (`device/replay.py`).
+"""
 
 from __future__ import annotations
 
@@ -22,9 +32,9 @@ from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.device.recording import (
     Call,
+    RecordedStep,
     SavedStep,
-    Step,
-    Tracing,
+    TracedStep,
     bind_step,
     cut_here,
     head_of,
@@ -49,16 +59,16 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Lane:
+class GraphInstance:
     """One form of a bucket's step, with inputs and output of its own. A graph has as many as steps may be in flight:
     while one runs, another is filled, and each reads the tokens of the one before from the other's output."""
 
     packer: InputPacker  # fills the host's side of the inputs
     send: Callable[[], None]  # moves the packed inputs to the device
-    step: Step
+    step: RecordedStep
     run: Callable[[], None]  # enqueues the step on what was sent last
     device: DeviceHandle
-    adjusted: Step  # sampling from the step's logits as requests want them adjusted
+    adjusted: RecordedStep  # sampling from the step's logits as requests want them adjusted
 
     @cached_property
     def run_forward(self) -> Callable[[], None]:
@@ -73,19 +83,19 @@ class Lane:
 
 @dataclass(frozen=True)
 class Graph:
-    """A bucket's step, in each of its lanes."""
+    """A bucket's step, in each of its instances."""
 
     bucket: Bucket
     layout: StepLayout
-    inputs: Tensor  # of the first lane, whose calls are looked at
+    inputs: Tensor  # of the first instance, whose calls are looked at
     hidden: tuple[Buffer, ...]  # (T, columns) before the last norm, side by side; () of a decode bucket
-    lanes: tuple[Lane, ...]
+    instances: tuple[GraphInstance, ...]
     trace_s: float  # seconds of tracing its steps, or reading them
 
     @property
     def calls(self) -> tuple[Call, ...]:
         """What one run launches."""
-        return self.lanes[0].step.calls
+        return self.instances[0].step.calls
 
     @property
     def num_kernels(self) -> int:
@@ -93,9 +103,9 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What the graphs of all buckets stand on. `outputs`: a lane's each, (rows * OUT_WIDTH,) int32. `scratch`: where
-    each step's intermediate values lie, since one step runs at a time."""
+class GraphContext:
+    """What the graphs of all buckets share. `outputs`: one an instance, (rows * OUT_WIDTH,) int32. `scratch`: the
+    memory of each step's intermediate values, since one step runs at a time."""
 
     model: Model
     backend: Backend
@@ -106,21 +116,21 @@ class Ground:
     scratch: Scratch = field(default_factory=Scratch)
 
 
-class Draft:
-    """A bucket's graph in the making: its steps are read from the compiler's store, or traced and still being compiled.
+class PendingGraph:
+    """A bucket's graph before it is captured: its steps are restored from the store, or traced and being compiled.
 
     Nothing waits until `finish`. Nothing of it runs before, either, so that steps may be in flight meanwhile.
     """
 
-    def __init__(self, bucket: Bucket, ground: Ground, compiler: Compiler) -> None:
+    def __init__(self, bucket: Bucket, context: GraphContext, compiler: Compiler) -> None:
         self.bucket = bucket
         start_s = time.perf_counter()
-        self._ground, self._compiler, device = ground, compiler, ground.backend.device
-        self._layout = bucket.layout(ground.capacity)
-        self._buffers = [device.input_buffer(self._layout.size) for _ in ground.outputs]
-        self._forward, self._adjusted = self._draft()
-        tracings = [piece.step for piece in (self._forward, self._adjusted) if isinstance(piece.step, Tracing)]
-        self._pending = [one for tracing in tracings for one in compiler.begin(tracing.kernels)]
+        self._context, self._compiler, device = context, compiler, context.backend.device
+        self._layout = bucket.layout(context.capacity)
+        self._buffers = [device.input_buffer(self._layout.size) for _ in context.outputs]
+        self._forward, self._adjusted = self._trace()
+        traced = [piece.step for piece in (self._forward, self._adjusted) if isinstance(piece.step, TracedStep)]
+        self._pending = [one for step in traced for one in compiler.begin(step.kernels)]
         self.trace_s = time.perf_counter() - start_s
 
     @property
@@ -129,12 +139,12 @@ class Draft:
         return all(pending.is_done for pending in self._pending)
 
     def finish(self) -> Graph:
-        """The graph, with a lane for each output; the step of a lane reads the output of the lane before it. On a GPU
+        """The graph, with an instance for each output; each instance reads the output of the one before it. On a GPU
         this runs the graph on padding, which writes over the outputs: no step may be in flight."""
-        ground, device = self._ground, self._ground.backend.device
+        context, device = self._context, self._context.backend.device
         forward, adjusted = (piece.finish(self._compiler) for piece in (self._forward, self._adjusted))
-        forward, adjusted = ground.scratch.place(forward, adjusted)
-        lanes, inputs, outputs = [], self._buffers[0].tensor, ground.outputs
+        forward, adjusted = context.scratch.place(forward, adjusted)
+        instances, inputs, outputs = [], self._buffers[0].tensor, context.outputs
         for index, buffer in enumerate(self._buffers):
             packer = InputPacker(self._layout, buffer.host)
             buffer.send()
@@ -144,28 +154,28 @@ class Draft:
             run = make_replay(device, step)
             if not device.is_cpu:  # a GPU's graph is made by its first run: on padding alone, in the dummy block
                 run()
-            lanes.append(Lane(packer, buffer.send, step, run, device, rebind(adjusted, others)))
+            instances.append(GraphInstance(packer, buffer.send, step, run, device, rebind(adjusted, others)))
         device.wait()
-        return Graph(self.bucket, self._layout, inputs, forward.kept[:-1], tuple(lanes), self.trace_s)
+        return Graph(self.bucket, self._layout, inputs, forward.kept[:-1], tuple(instances), self.trace_s)
 
-    def _draft(self) -> tuple[Piece, Piece]:
+    def _trace(self) -> tuple[Piece, Piece]:
         """The step, and sampling from its logits as requests want them adjusted."""
-        ground, layout = self._ground, self._layout
-        model, backend, state = ground.model, ground.backend, ground.state
-        inputs, output, newest = self._buffers[0].tensor, ground.outputs[0], ground.outputs[-1]
+        context, layout = self._context, self._layout
+        model, backend, state = context.model, context.backend, context.state
+        inputs, output, newest = self._buffers[0].tensor, context.outputs[0], context.outputs[-1]
         vocab_size, stride = model.config.vocab_size, model.logit_stride
         # the part that sampling reads is the same for all buckets of so many sequences, and so are its programs
         settings = head_of_tensor(inputs, layout.num_sampling_words)
 
         def trace() -> Tensor:
-            logits = model(layout, inputs, ground.pool, is_decode=self.bucket.is_decode, newest=newest)
+            logits = model(layout, inputs, context.pool, is_decode=self.bucket.is_decode, newest=newest)
             keep(logits)
             cut_here()
             return backend.sample(logits, vocab_size, stride, settings, layout, output).realize()
 
-        own = {"inputs": inputs, **{f"output {i}": tensor for i, tensor in enumerate(ground.outputs)}}
-        tensors = own | get_state_dict({"model": model, "backend": backend, "pool": ground.pool})
-        name = step_name(self.bucket, model, backend, ground.pool, layout, tensors)
+        own = {"inputs": inputs, **{f"output {i}": tensor for i, tensor in enumerate(context.outputs)}}
+        tensors = own | get_state_dict({"model": model, "backend": backend, "pool": context.pool})
+        name = step_name(self.bucket, model, backend, context.pool, layout, tensors)
         forward = _restore_or_trace(trace, self._compiler.store, name, tensors)
         logits = Tensor(UOp.from_buffer(forward.step.kept[-1]))
 
@@ -180,12 +190,12 @@ class Draft:
 class Piece:
     """A step that was restored, or is being made and then kept under `name`; `tensors`: what it reads and writes."""
 
-    step: Step | Tracing
+    step: RecordedStep | TracedStep
     name: str
     tensors: dict[str, Tensor]
 
-    def finish(self, compiler: Compiler) -> Step:
-        if isinstance(self.step, Step):
+    def finish(self, compiler: Compiler) -> RecordedStep:
+        if isinstance(self.step, RecordedStep):
             return self.step
         step = self.step.finish(compiler)
         if compiler.store is not None:
@@ -203,7 +213,7 @@ def _restore_or_trace(
     return Piece(step or trace_step(trace), name, tensors)
 
 
-def _restore(store: ProgramStore, name: str, tensors: dict[str, Tensor]) -> Step | None:
+def _restore(store: ProgramStore, name: str, tensors: dict[str, Tensor]) -> RecordedStep | None:
     saved = store.read_step(name)
     if not isinstance(saved, SavedStep):
         return None

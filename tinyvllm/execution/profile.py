@@ -118,15 +118,15 @@ class CallNamer:
 def profile_step(
     graph: Graph, model: Model, pool: KVPool, device: DeviceHandle, plan: StepPlan, *, repeats: int, warmup: int
 ) -> StepProfile:
-    """Time the step that `plan` was packed into, in the graph's first lane, as it runs and kernel by kernel.
+    """Time the step that `plan` was packed into, in the graph's first instance, as it runs and kernel by kernel.
 
     Runs the step again and again: its tokens' keys and values are written to the same slots each time."""
-    lane = graph.lanes[0]
-    lane.packer.pack(plan)
-    lane.send()
+    instance = graph.instances[0]
+    instance.packer.pack(plan)
+    instance.send()
     device.wait()
-    step_s = [_timed(lane.run, device) for _ in range(warmup + repeats)][warmup:]
-    run = make_timer(device, lane.step)
+    step_s = [_timed(instance.run, device) for _ in range(warmup + repeats)][warmup:]
+    run = make_timer(device, instance.step)
     passes, walls_s = [], []
     for number in range(warmup + repeats):
         start = time.perf_counter()
@@ -134,8 +134,8 @@ def profile_step(
         if number >= warmup:
             walls_s.append(time.perf_counter() - start)
             passes.append(times)
-    calls, block_size = lane.step.calls, graph.layout.block_size
-    names = CallNamer(model, pool).name(calls, lane.step.cut)
+    calls, block_size = instance.step.calls, graph.layout.block_size
+    names = CallNamer(model, pool).name(calls, instance.step.cut)
     counter = CostCounter(model, pool, block_size)
     flops = FlopCounter(model, pool, block_size).count(calls, plan)
     each = [

@@ -27,7 +27,7 @@ from tinyvllm.execution.capacity import MemoryFacts, plan_capacity, scratch_byte
 from tinyvllm.execution.captures import Captures
 from tinyvllm.execution.captures import Progress as Progress  # for those above
 from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, weight_facts
-from tinyvllm.execution.graphs import Graph, Ground, Lane, model_digest
+from tinyvllm.execution.graphs import Graph, GraphContext, GraphInstance, model_digest
 from tinyvllm.execution.limits import resolve_limits
 from tinyvllm.execution.profile import profile_step
 from tinyvllm.model.registry import Model, make_model
@@ -107,7 +107,7 @@ class Flight:
     number: int  # of all steps that were launched
     plan: StepPlan
     graph: Graph
-    lane: Lane
+    instance: GraphInstance
     reader: OutputReader
     pack_s: float
     packed_s: float  # perf_counter's time
@@ -141,8 +141,8 @@ class ModelRunner:
         self._state = SamplingState(device, num_rows, model.config.vocab_size)
         self._rows = SamplingRows(self._state)
         self._model, self._backend, self._pool = model, backend, pool
-        ground = Ground(model, backend, pool, capacity, tuple(self._outputs), self._state)
-        self.captures = Captures(buckets, ground, store)
+        context = GraphContext(model, backend, pool, capacity, tuple(self._outputs), self._state)
+        self.captures = Captures(buckets, context, store)
         self.capacity = capacity
 
     @property
@@ -191,17 +191,17 @@ class ModelRunner:
         DeviceError."""
         start = time.perf_counter()
         graph, number = self.captures.graph_for(plan), self._num_launched % len(self._outputs)
-        lane = graph.lanes[number]
+        instance = graph.instances[number]
         with measure.span(measure.PACK):
-            lane.packer.pack(plan)
+            instance.packer.pack(plan)
         packed = time.perf_counter()
-        flight = Flight(self._num_launched, plan, graph, lane, self._readers[number], packed - start, packed)
+        flight = Flight(self._num_launched, plan, graph, instance, self._readers[number], packed - start, packed)
         with self._named_failure(flight), flight.measured(measure.LAUNCH):
-            lane.send()
+            instance.send()
             if plan.is_adjusted:
-                lane.run_forward()
+                instance.run_forward()
             else:
-                lane.run()
+                instance.run()
                 flight.reader.start()
         self._num_launched += 1
         return flight
@@ -212,10 +212,10 @@ class ModelRunner:
         if not flight.plan.is_adjusted:
             return
         with measure.span(measure.PACK):
-            self._rows.pack(flight.plan, flight.lane.packer.views)
+            self._rows.pack(flight.plan, flight.instance.packer.views)
         with self._named_failure(flight), flight.measured(measure.LAUNCH):
-            flight.lane.send()
-            flight.lane.run_adjusted()
+            flight.instance.send()
+            flight.instance.run_adjusted()
             flight.reader.start()
 
     def collect(self, flight: Flight) -> StepOutput:
@@ -312,8 +312,8 @@ class ModelRunner:
 
     def programs(self) -> list[ProgramFacts]:
         """What each program of each graph takes of the device's limits."""
-        lanes = [graph.lanes[0] for graph in self.captures.graphs.values()]
-        return program_facts([call for lane in lanes for call in (*lane.step.calls, *lane.adjusted.calls)])
+        instances = [graph.instances[0] for graph in self.captures.graphs.values()]
+        return program_facts([call for one in instances for call in (*one.step.calls, *one.adjusted.calls)])
 
     def wait(self) -> None:
         """Return when the device has done all that was launched."""

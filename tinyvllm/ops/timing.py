@@ -18,7 +18,7 @@ from tinygrad.engine.realize import get_runtime
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.device.handle import DeviceHandle
-from tinyvllm.device.recording import Call, Step, record
+from tinyvllm.device.recording import Call, RecordedStep, record
 from tinyvllm.device.replay import CpuReplay, GraphReplay
 from tinyvllm.errors import InvariantError
 from tinyvllm.ops.kernel.body import F32, Body, cached_kernel, empty, finish, run_kernel
@@ -37,12 +37,12 @@ class CallTime:
 Timer = Callable[[], list[CallTime]]  # runs the step once: a time for each of its calls
 
 
-def make_timer(device: DeviceHandle, step: Step) -> Timer:
+def make_timer(device: DeviceHandle, step: RecordedStep) -> Timer:
     """What runs a step on what its buffers hold, and times its calls, in their order."""
     return _stamped(device, step) if device.is_cpu else _one_by_one(device, step)
 
 
-def _stamped(device: DeviceHandle, step: Step) -> Timer:
+def _stamped(device: DeviceHandle, step: RecordedStep) -> Timer:
     stamps = np.zeros((len(step.calls), 2, 2), np.uint64)
     replay = CpuReplay(device.cores, step, stamps)
 
@@ -55,7 +55,7 @@ def _stamped(device: DeviceHandle, step: Step) -> Timer:
     return run
 
 
-def _one_by_one(device: DeviceHandle, step: Step) -> Timer:
+def _one_by_one(device: DeviceHandle, step: RecordedStep) -> Timer:
     occupy = _occupation(device) if device.name.split(":")[0] == "CUDA" else _nothing
     launches = [_launch(device, step, call) for call in step.calls]
 
@@ -71,7 +71,7 @@ def _one_by_one(device: DeviceHandle, step: Step) -> Timer:
     return run
 
 
-def _launch(device: DeviceHandle, step: Step, call: Call) -> Callable[[], float]:
+def _launch(device: DeviceHandle, step: RecordedStep, call: Call) -> Callable[[], float]:
     """A function that runs the call, waits, and returns the device's own measure of it in seconds."""
     program = call.target
     if program.op is not Ops.PROGRAM:  # a copy has no measure but the host's

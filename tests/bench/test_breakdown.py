@@ -78,9 +78,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_stages_sum_to_the_wall_time(clock: Clock) -> None:
     one = Driver(ClockedRunner(clock), None).run(Case(None, 100, 2, 5))
     in_steps = sum(
-        s.schedule_s + s.pack_s + s.enqueue_s + s.wait_s + s.read_s + s.rest_s + s.detokenise_s for s in one.steps
+        s.schedule_s + s.pack_s + s.enqueue_s + s.wait_s + s.read_s + s.rest_s + s.detokenize_s for s in one.steps
     )
-    named_s = sum(one.tokenise_s) + sum(one.queue_s) + in_steps
+    named_s = sum(one.tokenize_s) + sum(one.queue_s) + in_steps
     assert named_s <= one.wall_s
     assert 1 - named_s / one.wall_s < MAX_RESIDUAL_SHARE
 
@@ -193,7 +193,7 @@ def test_every_request_is_counted_in_its_stage(figures: dict[str, Any]) -> None:
         "short text, batch 2",
         "16 ids, batch 2",
     ]
-    assert (counts["tokenise"], counts["queue"]) == (1 + 2, 1 + 1 + 2 + 2)  # ids are tokens already
+    assert (counts["tokenize"], counts["queue"]) == (1 + 2, 1 + 1 + 2 + 2)  # ids are tokens already
     assert counts["schedule"] == counts["pack"] == counts["prefill"] + counts["decode"] == counts["sampling"]
 
 

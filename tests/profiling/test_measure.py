@@ -83,7 +83,7 @@ def test_threads_do_not_nest_in_each_other() -> None:
     measure.start()
 
     def other() -> None:
-        with measure.span("tokenise"):
+        with measure.span("tokenize"):
             pass
 
     with measure.span("step"):
@@ -91,8 +91,8 @@ def test_threads_do_not_nest_in_each_other() -> None:
         thread.start()
         thread.join()
     recording = measure.stop()
-    (tokenise,), (step,) = recording.named("tokenise"), recording.named("step")
-    assert (tokenise.depth, tokenise.thread, step.inner_ns) == (0, "caller", 0)
+    (tokenize,), (step,) = recording.named("tokenize"), recording.named("step")
+    assert (tokenize.depth, tokenize.thread, step.inner_ns) == (0, "caller", 0)
 
 
 @given(st.integers(1, 20), st.integers(0, 60))

@@ -71,7 +71,7 @@ def test_the_floor_is_the_larger_of_two() -> None:
     memory, compute = Roofline(CHIP, 1e6, 1e6, 0.01), Roofline(CHIP, 1e6, 1e9, 0.2)
     assert memory.floor_s == pytest.approx(1e-3) and memory.is_memory_bound
     assert compute.floor_s == pytest.approx(0.1) and not compute.is_memory_bound
-    assert memory.utilisation == pytest.approx(0.1)
+    assert memory.utilization == pytest.approx(0.1)
     assert memory.knee == pytest.approx(10)
     assert memory.achieved_gbps == pytest.approx(0.1)
 

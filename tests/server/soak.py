@@ -227,7 +227,7 @@ class Customer:
         return "left in the middle"
 
     async def _leave_early(self) -> str:
-        """While it is tokenised, queued, or in its prompt."""
+        """While it is tokenized, queued, or in its prompt."""
         path, body = self._body()
         body["max_tokens"] = 100
         try:

@@ -35,7 +35,7 @@ from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.cost import StepCost
 from tinyvllm.profiling.chips import Chip
 from tinyvllm.profiling.kernels import StepProfile, tabulate
-from tinyvllm.profiling.measure import DETOKENISE, PACK, QUEUE, SCHEDULE, TOKENISE
+from tinyvllm.profiling.measure import DETOKENIZE, PACK, QUEUE, SCHEDULE, TOKENIZE
 from tinyvllm.profiling.names import SAMPLE
 from tinyvllm.profiling.roofline import Roofline
 from tinyvllm.profiling.verdict import Evidence, judge
@@ -45,7 +45,7 @@ from tinyvllm.text.tokenizer import Tokenizer
 
 Report = Callable[[str, int, int], None]  # stage, done, total
 MAX_RESIDUAL_SHARE = 0.02  # of the wall time that may be in no stage
-SCHEMA = 1  # of the JSON: raised when a field changes its meaning
+SCHEMA = 2  # of the JSON: raised when a field changes its name or meaning
 
 
 class Account(Protocol):
@@ -140,7 +140,7 @@ class CaseResult:
         """Every single time of every stage, in seconds."""
         out: dict[str, list[float]] = {name: [] for name in STAGES}
         for one in self.rounds:
-            out[TOKENISE] += one.tokenise_s
+            out[TOKENIZE] += one.tokenize_s
             out[QUEUE] += one.queue_s
             for step in one.steps:
                 sampling_s = step.device_s * self.sampling_shares[step.kind]
@@ -148,7 +148,7 @@ class CaseResult:
                 out[PACK].append(step.pack_s)
                 out[step.kind].append(step.device_s - sampling_s + step.read_s)
                 out[SAMPLING].append(sampling_s)
-                out[DETOKENISE].append(step.detokenise_s)
+                out[DETOKENIZE].append(step.detokenize_s)
                 out[REST].append(step.rest_s)
         return out
 

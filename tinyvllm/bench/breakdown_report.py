@@ -140,7 +140,7 @@ def _verdict_lines(breakdown: Breakdown) -> list[Text]:
                 Text(
                     f"{phase} step: {roofline.nbytes / 1e6:,.1f} MB and {roofline.flops / 1e9:,.2f} GFLOP at least, "
                     f"floor {roofline.floor_s * 1e3:.3f} ms, took {roofline.seconds * 1e3:.3f} ms: "
-                    f"{roofline.utilisation:.0%} of the roof of {roofline.chip.name} "
+                    f"{roofline.utilization:.0%} of the roof of {roofline.chip.name} "
                     f"({roofline.chip.bandwidth_gbps:,.1f} GB/s, {roofline.chip.half_tflops:,.2f} TFLOP/s)"
                 )
             )

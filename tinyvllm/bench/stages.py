@@ -1,7 +1,7 @@
 """One turn of the whole engine on one thread, every part of it between two looks at the clock.
 
-Text becomes ids (tokenise), ids a request in the queue (queue), the scheduler plans and books (schedule), the plan is
-packed (pack), the device computes (prefill, decode), tokens become text (detokenise). What the engine's own loop takes
+Text becomes ids (tokenize), ids a request in the queue (queue), the scheduler plans and books (schedule), the plan is
+packed (pack), the device computes (prefill, decode), tokens become text (detokenize). What the engine's own loop takes
 besides is `rest`. The host waits for the device at the edges of these stages, so that the device's time is not hidden
 behind the host's. Nothing overlaps then: the difference to a run without looks and waits is what profiling costs.
 """
@@ -20,7 +20,7 @@ from tinyvllm.engine.admission import RequestFactory
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.engine.output import OutputProcessor
 from tinyvllm.errors import DeviceError, TinyvllmError
-from tinyvllm.profiling.measure import DETOKENISE, PACK, QUEUE, SCHEDULE, STEP, TOKENISE, Recorder, Span
+from tinyvllm.profiling.measure import DETOKENIZE, PACK, QUEUE, SCHEDULE, STEP, TOKENIZE, Recorder, Span
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, TokenOut
 from tinyvllm.scheduling.request import Request
@@ -28,7 +28,7 @@ from tinyvllm.scheduling.scheduler import Scheduler
 from tinyvllm.text.tokenizer import Tokenizer
 
 PREFILL, DECODE, SAMPLING, REST = "prefill", "decode", "sampling", "rest"
-STAGES = (TOKENISE, QUEUE, SCHEDULE, PACK, PREFILL, DECODE, SAMPLING, DETOKENISE, REST)
+STAGES = (TOKENIZE, QUEUE, SCHEDULE, PACK, PREFILL, DECODE, SAMPLING, DETOKENIZE, REST)
 ENQUEUE, WAIT, READ = "enqueue", "wait", "read"  # of a prefill's or a decode's time
 
 
@@ -95,7 +95,7 @@ class Step:
     wait_s: float
     read_s: float
     rest_s: float
-    detokenise_s: float
+    detokenize_s: float
 
     @property
     def device_s(self) -> float:
@@ -141,7 +141,7 @@ class Round:
     """One repeat of a case, stage by stage."""
 
     wall_s: float
-    tokenise_s: list[float]
+    tokenize_s: list[float]
     queue_s: list[float]
     steps: list[Step]
     requests: list[RequestTimes]
@@ -243,7 +243,7 @@ class Driver:
         while core.has_work:
             with recorder.span(STEP):
                 outs = core.step()
-            with recorder.span(DETOKENISE):
+            with recorder.span(DETOKENIZE):
                 _take(outs, progress)
         wall_s = time.perf_counter() - start_s
         return _make_round(wall_s, recorder.finish().spans, list(progress.values()))
@@ -291,7 +291,7 @@ class Driver:
         for number, prompt in enumerate(prompts):
             if isinstance(prompt, str):
                 assert self.tokenizer is not None, "texts are made for a tokenizer only"
-                with recorder.span(TOKENISE):
+                with recorder.span(TOKENIZE):
                     prompt = self.tokenizer.encode(prompt)
             with recorder.span(QUEUE):
                 (request,) = self._factory.make_requests(str(number), prompt, params)
@@ -354,22 +354,22 @@ def _take(outs: Sequence[TokenOut], progress: dict[str, _Progress]) -> None:
 
 def _make_round(wall_s: float, spans: Sequence[Span], progress: list[_Progress]) -> Round:
     """Sort spans, which come by their ends, into steps."""
-    alone: dict[str, list[float]] = {TOKENISE: [], QUEUE: []}
+    alone: dict[str, list[float]] = {TOKENIZE: [], QUEUE: []}
     steps: list[Step] = []
     inner: list[Span] = []
     for span in spans:
         if span.name == STEP:
             steps.append(_make_step(span, inner))
             inner = []
-        elif span.name == DETOKENISE:
-            steps[-1] = dataclasses.replace(steps[-1], detokenise_s=_seconds(span))
+        elif span.name == DETOKENIZE:
+            steps[-1] = dataclasses.replace(steps[-1], detokenize_s=_seconds(span))
         elif span.name in alone:
             alone[span.name].append(_seconds(span))
         else:
             inner.append(span)
     return Round(
         wall_s,
-        alone[TOKENISE],
+        alone[TOKENIZE],
         alone[QUEUE],
         steps,
         [one.times for one in progress],
@@ -392,7 +392,7 @@ def _make_step(step: Span, inner: Sequence[Span]) -> Step:
         wait_s=total_s(WAIT),
         read_s=total_s(READ),
         rest_s=step.own_ns / 1e9,
-        detokenise_s=0.0,
+        detokenize_s=0.0,
     )
 
 

@@ -157,7 +157,7 @@ class LLM:
                 "{'prompt_token_ids': ids}",
                 param="prompt",
             )
-        with measure.span(measure.TOKENISE):
+        with measure.span(measure.TOKENIZE):
             return prompt, self._parts.tokenizer.encode(prompt)
 
     def _run(

@@ -195,7 +195,7 @@ class TextEngine:
         return self._push_all(self.core.advance_captures())
 
     def _push_all(self, outs: list[TokenOut]) -> list[tuple[Request, Delta]]:
-        with measure.span(measure.DETOKENISE):
+        with measure.span(measure.DETOKENIZE):
             return [(out.request, self._push(out)) for out in outs]
 
     def _push(self, out: TokenOut) -> Delta:

@@ -26,7 +26,7 @@ from tinyvllm.ops.backend import KVPool
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.timing import CallTime, make_timer
 from tinyvllm.profiling.kernels import Kernel, Launch, StepProfile
-from tinyvllm.profiling.names import SAMPLE, is_generated, role_of, strip_colours
+from tinyvllm.profiling.names import SAMPLE, is_generated, role_of, strip_colors
 from tinyvllm.scheduling.plan import StepPlan
 
 _LAYER = re.compile(r"\.(?:layers|keys|values)\.(\d+)")
@@ -264,7 +264,7 @@ def _timed(run: Callable[[], None], device: DeviceHandle) -> float:
 
 
 def _program(call: Call) -> str:
-    return strip_colours(call.target.arg.name) if call.target.op is Ops.PROGRAM else "copy"
+    return strip_colors(call.target.arg.name) if call.target.op is Ops.PROGRAM else "copy"
 
 
 def _base(tensor: Tensor) -> int:

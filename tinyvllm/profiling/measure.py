@@ -19,9 +19,9 @@ from types import TracebackType
 from tinyvllm.errors import InvariantError, ProfilingError
 
 # What a request and a step go through, in order. One word each, in the engine, in tables and in traces.
-TOKENISE, QUEUE, SCHEDULE, PACK = "tokenise", "queue", "schedule", "pack"
-LAUNCH, WAIT, COMMIT, DETOKENISE = "launch", "wait", "commit", "detokenise"
-STAGES = (TOKENISE, QUEUE, SCHEDULE, PACK, LAUNCH, WAIT, COMMIT, DETOKENISE)
+TOKENIZE, QUEUE, SCHEDULE, PACK = "tokenize", "queue", "schedule", "pack"
+LAUNCH, WAIT, COMMIT, DETOKENIZE = "launch", "wait", "commit", "detokenize"
+STAGES = (TOKENIZE, QUEUE, SCHEDULE, PACK, LAUNCH, WAIT, COMMIT, DETOKENIZE)
 STEP = "step"  # one turn of the engine, around its stages; facts: kind (prefill, decode, mixed), bucket
 
 MAX_SPANS = 1 << 18  # kept: about 60 MB when full, an hour of 64 tokens a second with four spans each

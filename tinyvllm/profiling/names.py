@@ -26,7 +26,7 @@ SAMPLE = "sample"
 _SAMPLING = ("logprobs_", "leaders_", "draw_", "adjust_", "bias_", "typical_", "count_")
 
 
-def strip_colours(text: str) -> str:
+def strip_colors(text: str) -> str:
     """Without terminal escapes, also one that was cut in the middle."""
     return ANSI.sub("", text)
 
@@ -38,7 +38,7 @@ def is_generated(program: str) -> bool:
 
 def role_of(program: str) -> str | None:
     """The role in a kernel's name, in words; None where the name is tinygrad's own."""
-    name = strip_colours(program).strip()
+    name = strip_colors(program).strip()
     if not name or is_generated(name):
         return None
     role = _FORMAT.sub("", _SHAPE.sub("", name))
@@ -48,7 +48,7 @@ def role_of(program: str) -> str | None:
 
 def is_sampling(program: str) -> bool:
     """Whether the kernel works on logits, by its name."""
-    return strip_colours(program).startswith(_SAMPLING)
+    return strip_colors(program).startswith(_SAMPLING)
 
 
 def label(layer: int | None, operation: str) -> str:

@@ -18,7 +18,7 @@ from tinyvllm.profiling.roofline import Roofline
 from tinyvllm.profiling.trace import Trace
 from tinyvllm.profiling.verdict import Finding, judge_recording
 
-SCHEMA = 1  # of the JSON
+SCHEMA = 2  # of the JSON: raised when a field changes its name or meaning
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _explain_roof(report: ProfileReport) -> list[str]:
         f"{report.moved_bytes / 1e6:,.1f} MB ({report.moved_bytes / roof.nbytes:.2f} x)",
         f"{chip.name}: {chip.bandwidth_gbps:,.1f} GB/s, {chip.half_tflops:,.2f} TFLOP/s ({chip.source})",
         f"floor {_ms(roof.floor_s)} ({bound}); achieved {roof.achieved_gbps:,.1f} GB/s and {roof.achieved_tflops:,.3f} "
-        f"TFLOP/s: {roof.utilisation:.0%} of the roof",
+        f"TFLOP/s: {roof.utilization:.0%} of the roof",
     ]
     return lines + [f"WARNING: {warning}" for warning in roof.warnings()]
 

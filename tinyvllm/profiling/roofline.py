@@ -119,7 +119,7 @@ class Roofline:
         return max(self.memory_s, self.compute_s)
 
     @property
-    def utilisation(self) -> float:
+    def utilization(self) -> float:
         """The least time over the time taken: 1 is as fast as the chip allows."""
         return self.floor_s / self.seconds
 
@@ -172,7 +172,7 @@ class Roofline:
             "flops": self.flops,
             "seconds": self.seconds,
             "floor_s": self.floor_s,
-            "utilisation": self.utilisation,
+            "utilization": self.utilization,
             "intensity": self.intensity,
             "knee": self.knee,
             "achieved_gbps": self.achieved_gbps,

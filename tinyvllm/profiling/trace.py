@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tinyvllm.profiling.kernels import Kernel
-from tinyvllm.profiling.names import SAMPLE, is_sampling, layers_by_order, role_of, strip_colours
+from tinyvllm.profiling.names import SAMPLE, is_sampling, layers_by_order, role_of, strip_colors
 
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 _SCALE = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
@@ -106,7 +106,7 @@ def parse_trace(text: str) -> Trace:
     """Never raises: what is no kernel's line is counted and left alone."""
     lines: list[TraceLine] = []
     num_other, num_scheduled, scheduling_s = 0, 0, 0.0
-    for piece in _pieces(strip_colours(text)):
+    for piece in _pieces(strip_colors(text)):
         scheduled = _SCHEDULED.search(piece)
         if scheduled:
             num_scheduled += int(scheduled[1])

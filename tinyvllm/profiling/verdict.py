@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tinyvllm.profiling.kernels import Kernel, floor_s, tabulate
-from tinyvllm.profiling.measure import COMMIT, DETOKENISE, LAUNCH, PACK, SCHEDULE, STEP, WAIT, Recording
+from tinyvllm.profiling.measure import COMMIT, DETOKENIZE, LAUNCH, PACK, SCHEDULE, STEP, WAIT, Recording
 from tinyvllm.profiling.roofline import Roofline
 
 # Shares from which on a cause has a verdict of its own.
@@ -69,7 +69,7 @@ def judge_recording(recording: Recording) -> list[Finding]:
     prompts_s = sum(span.duration_ns for span in steps if span.facts.get("kind") in ("prefill", "mixed")) / 1e9
     found = []
     if steps_s - wait_s >= HOST_SHARE * steps_s:
-        host = max((SCHEDULE, PACK, LAUNCH, COMMIT, DETOKENISE), key=lambda name: _own_ns(recording, name))
+        host = max((SCHEDULE, PACK, LAUNCH, COMMIT, DETOKENIZE), key=lambda name: _own_ns(recording, name))
         found.append(
             Finding(
                 "host-bound",
@@ -187,11 +187,11 @@ def _attention(evidence: Evidence) -> Finding | None:
 
 def _compute(evidence: Evidence) -> Finding | None:
     roof = evidence.roofline
-    if roof.is_memory_bound or roof.utilisation < ROOF_SHARE:
+    if roof.is_memory_bound or roof.utilization < ROOF_SHARE:
         return None
     return Finding(
         "compute-bound",
-        roof.utilisation,
+        roof.utilization,
         f"{roof.intensity:,.1f} operations a byte are above the chip's {roof.knee:,.1f}, and "
         f"{roof.achieved_tflops:,.2f} of {roof.chip.half_tflops:,g} TFLOP/s are reached",
         "more speed needs a faster chip or fewer operations: a smaller model, or prompts that are found in the cache",
@@ -200,11 +200,11 @@ def _compute(evidence: Evidence) -> Finding | None:
 
 def _bandwidth(evidence: Evidence) -> Finding | None:
     roof = evidence.roofline
-    if not roof.is_memory_bound or roof.utilisation < ROOF_SHARE:
+    if not roof.is_memory_bound or roof.utilization < ROOF_SHARE:
         return None
     return Finding(
         "bandwidth-bound",
-        roof.utilisation,
+        roof.utilization,
         f"{roof.nbytes / 1e6:,.1f} MB a step at {roof.achieved_gbps:,.1f} of {roof.chip.bandwidth_gbps:,g} GB/s",
         "fewer bytes a token: smaller weights (Q4_K), or more sequences in a step, which share the weights' bytes",
     )
@@ -219,8 +219,8 @@ def _below_the_roof(evidence: Evidence) -> Finding:
     bound = "memory" if roof.is_memory_bound else "compute"
     return Finding(
         "below the roof",
-        1 - min(1.0, roof.utilisation),
-        f"the step is {bound}-bound by its counts, but reaches {roof.utilisation:.0%} of that roof; "
+        1 - min(1.0, roof.utilization),
+        f"the step is {bound}-bound by its counts, but reaches {roof.utilization:.0%} of that roof; "
         f"most is lost in {named}",
         "better kernels there: a layout that reads whole lines, more loads in flight, larger tiles",
     )

@@ -84,7 +84,7 @@ def _read_prompts(state: ServerState, body: CompletionRequest) -> tuple[list[lis
     echoes: list[Echo] = []
     for prompt in body.prompt:
         if isinstance(prompt, str):
-            with measure.span(measure.TOKENISE):
+            with measure.span(measure.TOKENIZE):
                 ids = tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
         else:
             ids = prompt

@@ -86,7 +86,7 @@ def make_prompt(conversation: Conversation, engine: AsyncEngine) -> Prompt:
         is_parallel=conversation.is_parallel,
     )
     keeps = bool(tools) and tool_format.shows_special_tokens(engine.tokenizer)
-    with measure.span(measure.TOKENISE):
+    with measure.span(measure.TOKENIZE):
         ids = engine.tokenizer.encode_chat(text)
     return Prompt(ids, grammar, output, keeps)
 

@@ -61,7 +61,7 @@ def _read_inputs(state: ServerState, body: EmbeddingRequest) -> list[list[int]]:
     for text in body.input:
         ids = text
         if isinstance(text, str):
-            with measure.span(measure.TOKENISE):
+            with measure.span(measure.TOKENIZE):
                 ids = state.engine.tokenizer.encode(text, add_special_tokens=body.add_special_tokens is not False)
         check_ids(state, ids, None, param="input")
         texts.append(ids)

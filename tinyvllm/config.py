@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from tinyvllm.errors import RequestError, TinyvllmError
@@ -39,6 +40,48 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Rope:
+    """Rotary position embeddings (Su et al. 2021) of a layer's heads."""
+
+    theta: float
+    scaling: RopeScaling | None = None
+    # llama.cpp stores llama3 scaling as a tensor of frequency divisors (rope_freqs.weight): (num_dims / 2,), or None
+    divisors: tuple[float, ...] | None = None
+    num_dims: int | None = None  # rotated dimensions of a head, from the first on; None: all of them
+    is_interleaved: bool = False  # pairs are (2i, 2i + 1) rather than (i, i + num_dims / 2)
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What attention computes in one layer. Layers with the same kind run the same kernels."""
+
+    num_heads: int  # H, query heads
+    num_kv_heads: int  # K
+    head_dim: int  # D
+    rope: Rope | None = None  # None: positions do not enter
+    score_scale: float | None = None  # of q . k; None: D ** -0.5
+    window: int | None = None  # a token attends to itself and the window - 1 tokens before it; None: to all before it
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    has_sinks: bool = False  # a learned logit for each head takes part in the softmax, with no value
+    head_norm_eps: float | None = None  # of the RMSNorm of each head of q and k, before rope; None: they have none
+    value_norm_eps: float | None = None  # of the RMSNorm without a weight of each head of v
+    has_bias: bool = False  # q, k and v have biases
+    kv_layer: int | None = None  # the earlier layer whose keys and values it reads; None: it has its own
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a model's own files say of it. Letters as in docs/ARCHITECTURE.md: L, H, K, D, V."""
 
@@ -55,10 +98,40 @@ class ModelConfig:
     norm_eps: float
     tie_embeddings: bool
     rope_scaling: RopeScaling | None = None
-    # llama.cpp stores llama3 scaling as a tensor of frequency divisors (rope_freqs.weight): (D/2,), or None
-    rope_divisors: tuple[float, ...] | None = None
-    dtype: str = "float16"  # what the checkpoint's unquantised matrices are stored in
+    rope_divisors: tuple[float, ...] | None = None  # as in Rope
+    dtype: str = "float16"  # what the checkpoint's unquantized matrices are stored in
     name: str = ""
+    activation: str = "silu"  # of the feed-forward's gate: a name of ops/activation.py
+    window: int | None = None  # tokens that a windowed layer attends to, its own included; None: no layer is windowed
+    windowed: tuple[bool, ...] = ()  # by layer, over again where it is shorter; (): all of them, if there is a window
+    local_rope: Rope | None = None  # of windowed layers, where theirs is another
+    score_scale: float | None = None  # as in LayerKind
+    score_softcap: float | None = None
+    logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
+    norm_offset: float = 0.0  # to be added to norms' weights as they are stored: 1 in Gemma's Hugging Face files
+    # by layer, over again where there are fewer; set by the family (model/registry.py); (): what the fields above say
+    layer_kinds: tuple[LayerKind, ...] = ()
+
+    @cached_property
+    def layers(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        if self.layer_kinds:
+            return tuple(self.layer_kinds[i % len(self.layer_kinds)] for i in range(self.num_layers))
+        return tuple(self.kind_of(i) for i in range(self.num_layers))
+
+    def kind_of(self, layer: int) -> LayerKind:
+        """What the files say of a layer's attention; a family adds what its architecture implies."""
+        is_windowed = self.window is not None and (not self.windowed or self.windowed[layer % len(self.windowed)])
+        rope = Rope(self.rope_theta, self.rope_scaling, self.rope_divisors)
+        return LayerKind(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            rope=self.local_rope if is_windowed and self.local_rope is not None else rope,
+            score_scale=self.score_scale,
+            window=self.window if is_windowed else None,
+            softcap=self.score_softcap,
+        )
 
     @property
     def q_size(self) -> int:
@@ -70,7 +143,7 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes that one token's keys and values take over all layers."""
-        return 2 * self.num_layers * self.kv_size * itemsize
+        return 2 * itemsize * sum(kind.kv_size for kind in self.layers if kind.kv_layer is None)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,14 @@ def test_version_is_printed() -> None:
     assert result.exit_code == 0 and result.stdout.startswith("tinyvllm ")
 
 
+@pytest.mark.parametrize("arguments", [("--version",), ("pull", "no-such-model")])
+def test_the_module_runs_as_the_command_does(arguments: tuple[str, ...]) -> None:
+    expected = run(*arguments, env={"COLUMNS": "200"})
+    module = [sys.executable, "-m", "tinyvllm", *arguments]
+    done = subprocess.run(module, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+    assert (done.returncode, done.stdout, done.stderr) == (expected.exit_code, expected.stdout, expected.stderr)
+
+
 def test_defaults_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     terminal = make_terminal(monkeypatch, tmp_path)
     assert terminal.run("generate", "-p", "x").exit_code == 0

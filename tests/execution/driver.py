@@ -16,8 +16,8 @@ from tinyvllm.model.registry import make_model
 from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.sampling.sample import OUT_WIDTH
-from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenLogprobs
-from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan
+from tinyvllm.scheduling.request import Request, TokenLogprobs
 from tinyvllm.storage.model_config import read_model_config
 
 GREEDY = {"temperature": 0.0}

@@ -14,8 +14,7 @@ import pytest
 from tests.execution.driver import generate, make_request
 from tinyvllm.config import EngineConfig, ModelFiles
 from tinyvllm.execution.runner import ModelRunner, load_runner
-from tinyvllm.scheduling.plan import TokenLogprobs
-from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.request import Request, TokenLogprobs
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 

@@ -16,8 +16,8 @@ from tinyvllm.errors import CapacityError, InvariantError
 from tinyvllm.execution.buckets import make_buckets
 from tinyvllm.execution.limits import resolve_limits
 from tinyvllm.execution.runner import ModelRunner, load_runner
-from tinyvllm.scheduling.plan import Scheduled, StepPlan, TokenLogprobs
-from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.plan import Scheduled, StepPlan
+from tinyvllm.scheduling.request import Request, TokenLogprobs
 
 CONFIG = EngineConfig(
     "tiny",

@@ -14,8 +14,8 @@ from typing import Any
 
 from tinyvllm.config import Capacity, SamplingParams
 from tinyvllm.scheduling.block_manager import BlockManager
-from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenLogprobs, TokenOut
-from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenOut
+from tinyvllm.scheduling.request import Request, TokenLogprobs
 from tinyvllm.scheduling.scheduler import Scheduler
 
 VOCAB_SIZE = 260  # as tests.builders' byte tokenizer

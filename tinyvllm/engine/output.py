@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.profiling import measure
-from tinyvllm.scheduling.plan import TokenLogprobs, TokenOut
-from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.plan import TokenOut
+from tinyvllm.scheduling.request import Request, TokenLogprobs
 from tinyvllm.scheduling.scheduler import NO_FINITE_LOGITS
 from tinyvllm.text.detokenizer import Detokenizer
 from tinyvllm.text.stop import StopChecker

@@ -41,7 +41,8 @@ from tinyvllm.ops.sampling.adjust import SamplingState, state_bytes
 from tinyvllm.ops.sampling.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.kernels import StepProfile
-from tinyvllm.scheduling.plan import StepOutput, StepPlan, TokenLogprobs
+from tinyvllm.scheduling.plan import StepOutput, StepPlan
+from tinyvllm.scheduling.request import TokenLogprobs
 from tinyvllm.storage.model_config import read_model_config
 
 logger = logging.getLogger(__name__)

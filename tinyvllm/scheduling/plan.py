@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.request import Request, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,6 @@ class StepPlan:
     def num_logit_rows(self) -> int:
         """Token rows whose logits are looked at: first those of `sampled`, then each of `scored`'s."""
         return len(self.sampled) + sum(entry.num_scored for entry in self.scored)
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Natural-log probabilities under the model's raw distribution (before anything that a request asks for)."""
-
-    chosen: float
-    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first; as many as were asked
-    rank: int | None = None  # of the chosen token; 1: the likeliest
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from tinyvllm.scheduling.plan import TokenLogprobs
-
 
 class Status(enum.Enum):
     WAITING = "waiting"  # no blocks; queued, new or preempted
@@ -43,6 +41,15 @@ class Constraint(Protocol):
     @property
     def error(self) -> str | None:
         """Why the constraint cannot go on, once `accept` has returned False."""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probabilities under the model's raw distribution (before anything that a request asks for)."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first; as many as were asked for
+    rank: int | None = None  # of the chosen token; 1: the likeliest
 
 
 @dataclass(eq=False)  # identity is the request itself: two requests with equal prompts are not one

@@ -18,8 +18,8 @@ from bisect import insort
 from tinyvllm.config import Capacity
 from tinyvllm.errors import ContextLengthError, InvariantError, RequestError
 from tinyvllm.scheduling.block_manager import BlockManager
-from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenLogprobs, TokenOut
-from tinyvllm.scheduling.request import Request, Status
+from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenOut
+from tinyvllm.scheduling.request import Request, Status, TokenLogprobs
 
 NO_FINITE_LOGITS = "the model produced no finite logits"
 NOTHING_ALLOWED = (

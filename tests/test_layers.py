@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "tinyvllm"
+from tests.house import PACKAGE, drawn_rooms, find_cycles, import_graph, read_package, room_of
 
 BASE = {"config", "errors"}
 DOWN_TO_ENGINE = BASE | {"storage", "text", "scheduling", "execution", "engine", "profiling"}
@@ -39,29 +37,11 @@ MAY_IMPORT = {
     "bench": DOWN_TO_ENGINE | {"__init__"},
     "cli": DOWN_TO_ENGINE | {"server", "bench", "__init__"},
     "__init__": BASE | {"engine"},
+    "__main__": {"cli"},
 }
 USES_TINYGRAD = ("device", "ops", "model", "execution")
+CYCLES_TO_END = (["execution/tune", "execution/tune_process"],)  # of imports
 NO_TINYGRAD_INSIDE = ("model/weights",)  # reading a checkpoint is a matter of files and NumPy
-
-
-def imported_names(path: Path) -> Iterator[str]:
-    """Every module that the file names in an import, wherever it stands; relative ones begin with a dot."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                yield "." * node.level + (node.module or "")
-            elif node.module == "tinyvllm":  # `from tinyvllm import engine` names a room, `import LLM` the front door
-                yield from (f"tinyvllm.{alias.name}" for alias in node.names)
-            else:
-                yield node.module or ""
-
-
-def room_of(where: str) -> str | None:
-    """The innermost room that a file, given by its path without the suffix, lies in."""
-    inside = [room for room in MAY_IMPORT if where == room or where.startswith(f"{room}/")]
-    return max(inside, key=len, default=None)
 
 
 def is_wrong(room: str, where: str, name: str) -> bool:
@@ -73,7 +53,7 @@ def is_wrong(room: str, where: str, name: str) -> bool:
         return outer not in USES_TINYGRAD or where.startswith(NO_TINYGRAD_INSIDE)
     if package != "tinyvllm":
         return False
-    target = room_of(rest.replace(".", "/")) or "__init__"
+    target = room_of(rest.replace(".", "/"), MAY_IMPORT) or "__init__"
     if target == room or target.startswith(f"{room}/"):
         return False
     return not any(target == allowed or target.startswith(f"{allowed}/") for allowed in MAY_IMPORT[room])
@@ -82,13 +62,12 @@ def is_wrong(room: str, where: str, name: str) -> bool:
 def violations(package: Path) -> list[str]:
     """One line an import that goes against the arrows."""
     wrong = []
-    for path in sorted(package.rglob("*.py")):
-        where = path.relative_to(package).as_posix()
-        room = room_of(where.removesuffix(".py"))
+    for module in read_package(package):
+        room = room_of(module.name, MAY_IMPORT)
         if room is None:
-            wrong.append(f"{where}: its room is not in MAY_IMPORT")
+            wrong.append(f"{module.path}: its room is not in MAY_IMPORT")
             continue
-        wrong += [f"{where}: {room} -> {name}" for name in imported_names(path) if is_wrong(room, where, name)]
+        wrong += [f"{module.path}: {room} -> {name}" for name in module.imports if is_wrong(room, module.path, name)]
     return wrong
 
 
@@ -143,15 +122,45 @@ def test_an_arrow_that_points_down_passes(tmp_path: Path, where: str, line: str)
 
 
 def test_the_architecture_page_has_the_same_arrows() -> None:
-    page = (PACKAGE.parent / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
-    drawn = {
-        room.strip("`"): ({name.strip() for name in names.split(",") if name}, tinygrad == "yes")
-        for room, _, names, tinygrad in (row for row in rows if row[-1] in ("yes", "no"))
-    }
+    drawn = {room: (names, tinygrad) for room, names, tinygrad in drawn_rooms()}
     held = {
         room: (names - BASE - {"__init__"}, room.partition("/")[0] in USES_TINYGRAD)
         for room, names in MAY_IMPORT.items()
+        if not room.startswith("__")
     }
-    del held["__init__"]
     assert drawn == held
+
+
+def test_no_modules_import_each_other() -> None:
+    """Imports inside functions and those for types alone count: each module can be read after those that it imports."""
+    cycles = [cycle for cycle in find_cycles(import_graph(read_package())) if cycle not in CYCLES_TO_END]
+    assert not cycles, "\n".join(", ".join(cycle) for cycle in cycles)
+
+
+@pytest.mark.parametrize(
+    ("files", "cycle"),
+    [
+        (
+            {
+                "scheduling/plan.py": "from tinyvllm.scheduling.request import Request",
+                "scheduling/request.py": "if TYPE_CHECKING:\n    from tinyvllm.scheduling import plan",
+                "scheduling/scheduler.py": "import tinyvllm.scheduling.plan",
+            },
+            ["scheduling/plan", "scheduling/request"],
+        ),
+        (
+            {
+                "a.py": "import tinyvllm.b",
+                "b/__init__.py": "from tinyvllm.b.inner import VALUE",
+                "b/inner.py": "def f():\n    from tinyvllm.a import VALUE",
+            },
+            ["a", "b/__init__", "b/inner"],
+        ),
+    ],
+)
+def test_a_planted_cycle_is_found(tmp_path: Path, files: dict[str, str], cycle: list[str]) -> None:
+    for where, text in files.items():
+        path = tmp_path / where
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert find_cycles(import_graph(read_package(tmp_path))) == [cycle]

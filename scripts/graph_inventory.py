@@ -57,7 +57,7 @@ def backend_for(target: str) -> Any:
         return test_rendering.gpu_backend("float16")
     kind = target.split()[0]
     backend = rendered(kind, is_chained=target == "CUDA sm_90")
-    backend.has_wide = target == "CUDA sm_90"
+    backend.has_wgmma = backend.has_wide = target == "CUDA sm_90"
     return backend
 
 
@@ -116,7 +116,7 @@ def take_inventory() -> dict[str, dict[str, list[Any]]]:
             backend = backend_for(target)
             model = make_model(small(shape), RandomWeights(kind, 0), backend, 1024, lambda done, total: None)
             for tokens, is_decode in BUCKETS:
-                with mark_wide(target):
+                with mark_wgmma(target):
                     launches = list(programs(target, model, backend, tokens, is_decode))
                 name = f"{target} {shape} {kind} {'decode' if is_decode else 'prefill'} {tokens}"
                 found[name] = {f"{program} {digest}": [count] for (program, digest), count in Counter(launches).items()}
@@ -125,7 +125,7 @@ def take_inventory() -> dict[str, dict[str, list[Any]]]:
     return found
 
 
-def mark_wide(target: str) -> Any:
+def mark_wgmma(target: str) -> Any:
     """Hopper's instructions are looked up by the device's name, which here is the CPU's."""
     try:
         from tinyvllm.ops.gpu import attention_prefill as module

@@ -21,12 +21,20 @@ from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.backend import AttentionShape, Backend
 from tinyvllm.ops.formats.matrix import Format
 from tinyvllm.ops.gpu import attention_prefill as gpu_prefill
-from tinyvllm.ops.gpu.attention_prefill import PrefillSpec, tile_map_kernel, wide_place
+from tinyvllm.ops.gpu.attention_prefill import PrefillSpec, swizzled_place, tile_map_kernel
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.gemm import DENSE, MIN_TOKENS, GemmSpec, multiply_rows
-from tinyvllm.ops.gpu.gemm_hopper import MIN_STEPS, MULTIPROCESSORS, TOKEN_TILE, WideSpec, row_of, tile_of, wide_kernel
+from tinyvllm.ops.gpu.gemm_hopper import (
+    MIN_STEPS,
+    MULTIPROCESSORS,
+    TOKEN_TILE,
+    WgmmaSpec,
+    row_of,
+    tile_of,
+    wgmma_kernel,
+)
 from tinyvllm.ops.kernel.body import empty, run_kernel
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WIDE_COLS, Box
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WGMMA_COLS, Box
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 from tinyvllm.ops.reference import ReferenceBackend
@@ -69,7 +77,7 @@ def test_tiled_attention_of_large_models_renders_within_the_limits(kind: str, sh
 
 
 def test_hopper_attends_in_the_memory_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_prefill, "is_wide", lambda name: True)
+    monkeypatch.setattr(gpu_prefill, "has_wgmma", lambda name: True)
     kernels = kernels_of(plan_attention(rendered("CUDA"), AttentionShape(32, 8, 64), "float16"))
     (kernel,) = [kernel for kernel in kernels if kernel.arg.name.startswith("prefill_attention")]
     check_limits(kernel, "CUDA sm_90")
@@ -79,10 +87,10 @@ def test_hopper_attends_in_the_memory_that_it_says(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_row_of_hoppers_tiles_lies_in_its_own_bytes() -> None:
-    places = {wide_place(row, piece) for row in range(64) for piece in range(8)}
+    places = {swizzled_place(row, piece) for row in range(64) for piece in range(8)}
     assert places == set(range(0, 64 * 128, 16))
     for piece in range(8):  # eight rows' pieces, which are read at once, are in all banks
-        assert len({wide_place(row, piece) % 128 for row in range(8)}) == 8
+        assert len({swizzled_place(row, piece) % 128 for row in range(8)}) == 8
 
 
 def test_too_few_tiles_share_out_the_columns() -> None:
@@ -99,10 +107,10 @@ def test_too_few_tiles_share_out_the_columns() -> None:
 
 def hopper(tokens: int, rows: int, cols: int, *, is_gated: bool = False) -> GemmSpec:
     shape = (tokens, rows, cols, is_gated)
-    return GemmSpec("test", Mma("CUDA", dtypes.half), Format("float16", 16), dtypes.half, *shape, has_wide=True)
+    return GemmSpec("test", Mma("CUDA", dtypes.half), Format("float16", 16), dtypes.half, *shape, has_wgmma=True)
 
 
-def render_wide(spec: WideSpec) -> UOp:
+def render_wgmma(spec: WgmmaSpec) -> UOp:
     out_type = dtypes.half if spec.is_gated or spec.adds_residual else dtypes.float
     sizes = [
         (spec.splits * spec.num_tokens * spec.out_rows, out_type),
@@ -113,19 +121,19 @@ def render_wide(spec: WideSpec) -> UOp:
     if spec.adds_residual:
         sizes.append((spec.num_tokens * spec.out_rows, dtypes.half))
     arguments = [UOp.placeholder((size,), dtype, slot) for slot, (size, dtype) in enumerate(sizes)]
-    return to_program(wide_kernel(spec)(*arguments), make_renderer("CUDA sm_90"))
+    return to_program(wgmma_kernel(spec)(*arguments), make_renderer("CUDA sm_90"))
 
 
-WIDE = [(100, 192, 64, True), (2048, 16384, 256, True), (2048, 3072, 192, False), (512, 2048, 128, False)]
+WGMMA = [(100, 192, 64, True), (2048, 16384, 256, True), (2048, 3072, 192, False), (512, 2048, 128, False)]
 
 
-@pytest.mark.parametrize(("tokens", "rows", "row_tile", "is_gated"), WIDE)
+@pytest.mark.parametrize(("tokens", "rows", "row_tile", "is_gated"), WGMMA)
 def test_hopper_multiplies_in_the_memory_that_it_has(tokens: int, rows: int, row_tile: int, is_gated: bool) -> None:
-    spec = replace(hopper(tokens, rows, 2048, is_gated=is_gated).wide, row_tile=row_tile, adds_residual=not is_gated)
-    program = render_wide(spec)
+    spec = replace(hopper(tokens, rows, 2048, is_gated=is_gated).wgmma, row_tile=row_tile, adds_residual=not is_gated)
+    program = render_wgmma(spec)
     assert "wgmma.mma_async" in program.src[2].arg
-    assert program.arg.name.endswith(f"_wide{spec.wide_bytes}")  # what a launch is told
-    assert spec.wide_bytes <= HOPPER_SHARED_BYTES
+    assert program.arg.name.endswith(f"_wide{spec.shared_bytes}")  # what a launch is told
+    assert spec.shared_bytes <= HOPPER_SHARED_BYTES
     assert spec.stages >= 4
     assert program.arg.global_size[0] == spec.num_clusters * spec.cluster
 
@@ -133,7 +141,7 @@ def test_hopper_multiplies_in_the_memory_that_it_has(tokens: int, rows: int, row
 @pytest.mark.parametrize("tokens", [65, 96, 112, 128, 200, 960])
 def test_hoppers_tiles_that_are_not_full_have_the_loops_of_full_ones(tokens: int) -> None:
     """Stores behind a condition must not split the loop that they are in."""
-    source = render_wide(hopper(tokens, 512, 128).wide).src[2].arg
+    source = render_wgmma(hopper(tokens, 512, 128).wgmma).src[2].arg
     loops = re.findall(r"for \(int (Ridx\d+)", source)
     assert len(loops) == len(set(loops)) == 4  # tiles and stages, of the warps that fetch and of those that multiply
     assert source.count("{") == source.count("}")
@@ -143,7 +151,7 @@ def test_hoppers_tiles_that_are_not_full_have_the_loops_of_full_ones(tokens: int
 @pytest.mark.parametrize(("rows", "cols", "is_gated"), [(96, 256, False), (2048, 8192, False), (3072, 2048, True)])
 def test_hoppers_threadgroups_compute_every_tile_once(tokens: int, rows: int, cols: int, is_gated: bool) -> None:
     for turned in candidates(hopper(tokens, rows, cols, is_gated=is_gated)):
-        spec = turned.wide
+        spec = turned.wgmma
         numbers = [n for unit in range(spec.num_clusters) for n in range(unit, spec.num_tiles, spec.num_clusters)]
         tiles = [tile_of(spec, number, rank) for number in numbers for rank in range(spec.cluster)]
         expected = itertools.product(
@@ -165,7 +173,7 @@ def rows_of(box: Box) -> list[int]:
 @pytest.mark.parametrize(("is_gated", "adds_residual"), [(True, False), (False, True), (False, False)])
 def test_hoppers_results_are_stored_as_the_rows_that_were_fetched(is_gated: bool, adds_residual: bool) -> None:
     for turned in candidates(hopper(512, 3072, 2048, is_gated=is_gated)):
-        spec = replace(turned.wide, adds_residual=adds_residual)
+        spec = replace(turned.wgmma, adds_residual=adds_residual)
         box, share = spec.row_box, spec.row_tile // spec.boxes
         assert math.prod(box.box[1:]) == share
         fetched = [row + i * share for i in range(spec.boxes) for row in rows_of(box)]
@@ -180,21 +188,21 @@ def test_hoppers_results_are_stored_as_the_rows_that_were_fetched(is_gated: bool
 def test_a_cut_of_hoppers_is_whole(tokens: int, rows: int, cols: int) -> None:
     spec = hopper(tokens, rows, cols)
     for turned in candidates(spec):
-        wide = turned.wide
-        assert wide.splits == turned.splits
-        assert wide.steps * wide.splits * WIDE_COLS == cols
-        assert wide.steps >= MIN_STEPS
-        assert wide.num_clusters * wide.cluster <= MULTIPROCESSORS
-    assert spec.wide.cycles == min(turned.wide.cycles for turned in candidates(spec))
+        wgmma = turned.wgmma
+        assert wgmma.splits == turned.splits
+        assert wgmma.steps * wgmma.splits * WGMMA_COLS == cols
+        assert wgmma.steps >= MIN_STEPS
+        assert wgmma.num_clusters * wgmma.cluster <= MULTIPROCESSORS
+    assert spec.wgmma.cycles == min(turned.wgmma.cycles for turned in candidates(spec))
 
 
 @pytest.mark.parametrize(("tokens", "rows", "cols"), [(512, 2048, 8192), (1024, 2048, 8192), (256, 3072, 2048)])
 def test_a_product_of_unpacked_weights_fills_what_its_spec_asks_for(tokens: int, rows: int, cols: int) -> None:
     fmt = rendered("CUDA").matrix(make_host("Q4_0", 32, 256)).format
-    spec = GemmSpec("test", Mma("CUDA", dtypes.half), fmt, dtypes.half, tokens, rows, cols, has_wide=True)
+    spec = GemmSpec("test", Mma("CUDA", dtypes.half), fmt, dtypes.half, tokens, rows, cols, has_wgmma=True)
     assert spec.unpacks_first
-    assert spec.wide == replace(spec, format=DENSE).wide
-    assert spec.splits == spec.wide.splits
+    assert spec.wgmma == replace(spec, format=DENSE).wgmma
+    assert spec.splits == spec.wgmma.splits
 
 
 # -- products ----------------------------------------------------------------------------------------------------------

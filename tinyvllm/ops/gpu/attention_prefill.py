@@ -33,16 +33,16 @@ from tinyvllm.ops.kernel.body import (
     run_kernel,
 )
 from tinyvllm.ops.kernel.hopper import (
-    WIDE_COLS,
-    WIDE_TOKENS,
+    WGMMA_COLS,
+    WGMMA_TOKENS,
     arrive_copies,
-    copy_wide,
+    copy_async,
     declare,
-    is_wide,
-    multiply_wide,
+    has_wgmma,
+    multiply_wgmma,
     read_sums,
-    store_wide,
-    weigh_wide,
+    store_words,
+    weigh_wgmma,
 )
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma, axes_of, dot, grid, load_floats, warps, zeros
 from tinyvllm.ops.kernel.tiles import (
@@ -61,7 +61,7 @@ from tinyvllm.ops.kernel.tiles import (
 )
 from tinyvllm.ops.step_inputs import StepLayout
 
-ROW_BYTES = WIDE_COLS * 2  # of a row of Hopper's tiles
+ROW_BYTES = WGMMA_COLS * 2  # of a row of Hopper's tiles
 MAP_THREADS = 256
 MIN_LOOP = 2  # iterations that a loop must be able to run: Body.fold_while
 
@@ -82,19 +82,19 @@ class PrefillSpec:
     qkv_cols: tuple[int, ...]  # columns of each part of qkv
     qkv_parts: tuple[int, ...]  # partial sums of each: (S, T, columns)
     head_eps: float | None = None  # of an RMSNorm of every head of queries and keys; None: they have none
-    has_wide: bool = False  # the device has Hopper's instructions for four warps
+    has_wgmma: bool = False  # the device has Hopper's instructions for four warps
 
     @property
-    def is_wide(self) -> bool:
+    def uses_wgmma(self) -> bool:
         """Whether Hopper's kernel attends: a head's row is one of its tiles'."""
-        return self.has_wide and self.mma.dtype == F16 and self.head_dim == WIDE_COLS
+        return self.has_wgmma and self.mma.dtype == F16 and self.head_dim == WGMMA_COLS
 
     @property
     def num_warps(self) -> int:
-        return 8 if self.is_wide else 4
+        return 8 if self.uses_wgmma else 4
 
     @property
-    def wide_bytes(self) -> int:
+    def shared_bytes(self) -> int:
         """Threadgroup memory of Hopper's kernel: queries, and two tiles of keys and values."""
         return (self.rows + 4 * self.keys) * ROW_BYTES
 
@@ -113,7 +113,7 @@ class PrefillSpec:
     @property
     def row_blocks(self) -> int:
         """Blocks of rows that a warp owns: as many as its registers hold the sums of."""
-        return 2 if self.head_dim <= 64 and not self.is_wide else 1
+        return 2 if self.head_dim <= 64 and not self.uses_wgmma else 1
 
     @property
     def rows(self) -> int:
@@ -180,7 +180,7 @@ def attend_tiles(
 ) -> Tensor:
     """Rotate, write keys and values to the pool, attend: `out` (T, H * D). `tables`: RoPE's, and the weight of the
     heads' norm where there is one."""
-    spec = replace(spec, has_wide=is_wide(str(out.device)))
+    spec = replace(spec, has_wgmma=has_wgmma(str(out.device)))
     written = [inputs, *tables, *[qkv[i] for i in spec.parts(1, 2)]]
     keys, values = run_kernel(store_kernel(spec), list(pool), written)
     tiles = _tile_map(spec, layer, inputs)
@@ -370,7 +370,7 @@ def prefill_kernel(spec: PrefillSpec) -> KernelFn:
     """fn(out (T, H * D), keys, values, tiles, inputs, *tables, *qkv[parts(0)]). Rows of padding stay as they are."""
 
     def kernel(out: UOp, keys: UOp, values: UOp, tiles: UOp, inputs: UOp, *operands: UOp) -> UOp:
-        kind = _HopperTile if spec.is_wide else _AttentionTile
+        kind = _HopperTile if spec.uses_wgmma else _AttentionTile
         tile = kind(spec, keys, values, tiles, inputs, operands)
         totals, sums = tile.attend()
         stores = tile.stores(out, totals, sums)
@@ -378,7 +378,7 @@ def prefill_kernel(spec: PrefillSpec) -> KernelFn:
         name = f"prefill_attention_{tokens}x{spec.num_heads}x{spec.head_dim}"
         return finish(
             UOp.group(*stores).end(*reversed(tile.axes)),
-            f"{name}_wide{spec.wide_bytes}" if spec.is_wide else name,
+            f"{name}_wide{spec.shared_bytes}" if spec.uses_wgmma else name,
             ops=4 * tokens * spec.num_heads * spec.head_dim * context,
             nbytes=4 * tokens * spec.slot_elements * context // spec.tokens,
         )
@@ -674,7 +674,7 @@ class _HopperTile(_AttentionTile):
         steps = (self.context + (spec.keys - 1)) // spec.keys
         whole = ((self.position + 1) // spec.keys).minimum(steps)
         for first, count, is_whole in ((0, whole, True), (whole, steps - whole, False)):
-            stats, sums = self._walk_wide(first, count, stats, sums, primed, is_whole=is_whole)
+            stats, sums = self._walk_wgmma(first, count, stats, sums, primed, is_whole=is_whole)
         totals = [spec.lanes.sum(stats[2 + row].load(), spec.mma.row_masks) for row in range(2)]
         return totals, [sums[i].load() for i in range(sums.max_numel())]
 
@@ -688,7 +688,7 @@ class _HopperTile(_AttentionTile):
             for run, at in zip(self.rotated_queries(row, dim), (dim, dim + half), strict=True):
                 scaled = [value * scale for value in run]
                 words = [pack_words(*scaled[i : i + 2]) for i in range(0, PIECE, 2)]
-                last = store_wide(wide_place(row, at // PIECE), words, last)
+                last = store_words(swizzled_place(row, at // PIECE), words, last)
         return last
 
     def _copy(self, stage: UOp | int, slots: list[tuple[UOp, UOp]], *after: UOp) -> UOp:
@@ -697,16 +697,16 @@ class _HopperTile(_AttentionTile):
         base = self._stage(stage)
         for start, (slot, wanted) in zip(range(0, spec.keys * per_key, self.threads), slots, strict=True):
             item = start + self.thread
-            place, source = wide_place(item // per_key, item % per_key), self.source(slot, item % per_key * PIECE)
-            last = [copy_wide(base + place, self.keys[source], wanted, *last)]
-            last = [copy_wide(base + spec.keys * ROW_BYTES + place, self.values[source], wanted, *last)]
+            place, source = swizzled_place(item // per_key, item % per_key), self.source(slot, item % per_key * PIECE)
+            last = [copy_async(base + place, self.keys[source], wanted, *last)]
+            last = [copy_async(base + spec.keys * ROW_BYTES + place, self.values[source], wanted, *last)]
         return commit(*last)
 
     def _stage(self, stage: UOp | int) -> UOp | int:
         """Where a stage begins, behind the queries."""
         return stage * (2 * self.spec.keys * ROW_BYTES) + self.spec.rows * ROW_BYTES
 
-    def _walk_wide(
+    def _walk_wgmma(
         self, first: UOp | int, count: UOp, stats: UOp, sums: UOp, primed: tuple[UOp, ...], *, is_whole: bool
     ) -> tuple[UOp, UOp]:
         """Maxima and totals, and sums, behind `count` tiles of keys, from tile number `first` on."""
@@ -719,8 +719,8 @@ class _HopperTile(_AttentionTile):
         begun = self._copy((step + 1) % 2, slots, arrived)
         keys = self._stage(step % 2)
         scores = self.body.registers(spec.keys // 8 * 4)
-        rows = self.warp // 4 * (WIDE_TOKENS * ROW_BYTES)
-        scored = multiply_wide(type_name, rows, keys, scores.after(loop), 0, arrived, begun, is_fresh=True)
+        rows = self.warp // 4 * (WGMMA_TOKENS * ROW_BYTES)
+        scored = multiply_wgmma(type_name, rows, keys, scores.after(loop), 0, arrived, begun, is_fresh=True)
         values = read_sums(scores, scored)
         blocks = [values[i : i + 4] for i in range(0, len(values), 4)]
         if not is_whole:
@@ -732,7 +732,7 @@ class _HopperTile(_AttentionTile):
         ]
         pairs = [[pack_words(*block[e : e + 2]) for e in (0, 2)] for block in weights]
         words = [[*pairs[i], *pairs[i + 1]] for i in range(0, len(pairs), 2)]
-        weighed = weigh_wide(type_name, words, keys + spec.keys * ROW_BYTES, sums.after(UOp.group(*scaled)), begun)
+        weighed = weigh_wgmma(type_name, words, keys + spec.keys * ROW_BYTES, sums.after(UOp.group(*scaled)), begun)
         kept = UOp.group(*[stats.after(loop)[i].store(value) for i, value in enumerate(new)])
         done = together(weighed, begun, kept).end(loop)
         return stats.after(done), sums.after(done)
@@ -753,6 +753,6 @@ class _HopperTile(_AttentionTile):
         return [*best, *totals], decays, weights
 
 
-def wide_place(row: Number, piece: Number) -> Number:
+def swizzled_place(row: Number, piece: Number) -> Number:
     """Where a piece of 16 bytes of a row lies in a tile of Hopper's."""
     return row * ROW_BYTES + (piece ^ (row % 8)) % 8 * (PIECE * 2)  # % 8: tinygrad does not know how large an xor gets

@@ -37,7 +37,7 @@ from tinyvllm.ops.gpu.linear import (
 )
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector, quantized_vector_kernel
 from tinyvllm.ops.kernel.body import F32, empty, run_kernel
-from tinyvllm.ops.kernel.hopper import allow_wide
+from tinyvllm.ops.kernel.hopper import allows_wgmma
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import choose
 from tinyvllm.ops.step_inputs import StepLayout
@@ -96,7 +96,7 @@ class FusedGpuBackend(GpuBackend):
         self.lanes = lanes
         self.float = dtypes.half if dtype == "float16" else dtypes.float
         self.mma = self._mma(FLOATS[dtype])
-        self.has_wide = allow_wide(device.name)
+        self.has_wgmma = allows_wgmma(device.name)
         self.has_quantized = False  # among the matrices so far
         self.arrivals = device.zeros(GROUPS_WANTED, dtypes.int)  # of threadgroups that share a context
         if self.mma is None:
@@ -290,7 +290,7 @@ class FusedGpuBackend(GpuBackend):
         self, name: str, mma: Mma, matrix: Matrix, num_tokens: int, *, is_gated: bool = False
     ) -> MatrixSpec | GemmSpec:
         if num_tokens >= MIN_TOKENS:
-            shape = (num_tokens, matrix.num_rows, matrix.num_cols, is_gated, self.has_wide)
+            shape = (num_tokens, matrix.num_rows, matrix.num_cols, is_gated, self.has_wgmma)
             return choose(GemmSpec(name, mma, matrix.format, self.float, *shape))
         lanes = self._lanes(num_tokens)
         size = (num_tokens, matrix.num_rows, matrix.num_cols)

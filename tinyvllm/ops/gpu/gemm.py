@@ -16,9 +16,17 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.formats.matrix import PANEL, Format, Planes
 from tinyvllm.ops.formats.runs import read_run
-from tinyvllm.ops.gpu.gemm_hopper import CACHED_TOKENS, MIN_STEPS, ROW_TILES, RUN_ROWS, WideSpec, best_cut, wide_kernel
+from tinyvllm.ops.gpu.gemm_hopper import (
+    CACHED_TOKENS,
+    MIN_STEPS,
+    ROW_TILES,
+    RUN_ROWS,
+    WgmmaSpec,
+    best_cut,
+    wgmma_kernel,
+)
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
-from tinyvllm.ops.kernel.hopper import WIDE_COLS
+from tinyvllm.ops.kernel.hopper import WGMMA_COLS
 from tinyvllm.ops.kernel.lanes import LANES, Mma, axes_of, grid, load_floats, warps
 from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, TileMma, arrival, commit, copy_piece, quick_silu, together
 from tinyvllm.ops.kernel.tuning import Tunable
@@ -44,7 +52,7 @@ class GemmSpec(Tunable):
     num_rows: int  # N
     num_cols: int  # K
     is_gated: bool = False
-    has_wide: bool = False  # the device has Hopper's instructions for four warps
+    has_wgmma: bool = False  # the device has Hopper's instructions for four warps
     adds_residual: bool = False  # to the one part
 
     @property
@@ -61,27 +69,27 @@ class GemmSpec(Tunable):
         return self.mma.kind == "CUDA" and self.x_dtype == self.mma.dtype == F16
 
     @property
-    def is_wide(self) -> bool:
+    def uses_wgmma(self) -> bool:
         """Whether Hopper's kernel multiplies. A spec that unpacks first says so as well: its parts, by which memory is
         made, are those of the product behind."""
         is_dense = self.weights_as_stored or self.unpacks_first
-        is_long = self.num_cols % WIDE_COLS == 0 and self.num_cols >= MIN_STEPS * WIDE_COLS
-        return self.has_wide and is_dense and is_long and self.out_rows % RUN_ROWS == 0
+        is_long = self.num_cols % WGMMA_COLS == 0 and self.num_cols >= MIN_STEPS * WGMMA_COLS
+        return self.has_wgmma and is_dense and is_long and self.out_rows % RUN_ROWS == 0
 
     @property
-    def wide(self) -> WideSpec:
+    def wgmma(self) -> WgmmaSpec:
         """What Hopper's kernel is to multiply, and how it is cut."""
         shape = (self.num_tokens, self.num_rows, self.num_cols)
         row_tile, splits = best_cut(*shape, self.is_gated)
-        cut = (self.knob("wide_rows", row_tile), self.knob("splits", splits))
-        return WideSpec(self.name, self.mma, *shape, *cut, self.is_gated, self.adds_residual)
+        cut = (self.knob("wgmma_rows", row_tile), self.knob("splits", splits))
+        return WgmmaSpec(self.name, self.mma, *shape, *cut, self.is_gated, self.adds_residual)
 
     @property
     def unpacks_first(self) -> bool:
         """Whether quantised weights are unpacked by a kernel of their own: where many tokens share it, the quickest
         instructions make up for it."""
         return (
-            self.has_wide
+            self.has_wgmma
             and self.is_async
             and self.format.is_quantized
             and self.num_tokens >= UNPACK_TOKENS
@@ -122,8 +130,8 @@ class GemmSpec(Tunable):
     @property
     def splits(self) -> int:
         """S: parts of K with threadgroups of their own, where there are too few tiles to fill the device."""
-        if self.is_wide:
-            return self.wide.splits
+        if self.uses_wgmma:
+            return self.wgmma.splits
         splits, steps = 1, self.num_cols // TILE_COLS
         while (
             not self.is_gated
@@ -136,10 +144,10 @@ class GemmSpec(Tunable):
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         splits = () if self.is_gated else (1, 2, 4, 8)
-        return {"wide_rows": ROW_TILES if self.is_wide else (), "splits": splits}
+        return {"wgmma_rows": ROW_TILES if self.uses_wgmma else (), "splits": splits}
 
     def is_possible(self) -> bool:
-        step = MIN_STEPS * WIDE_COLS if self.is_wide else TILE_COLS
+        step = MIN_STEPS * WGMMA_COLS if self.uses_wgmma else TILE_COLS
         return self.splits == 1 or self.num_cols % (self.splits * step) == 0
 
     @property
@@ -158,9 +166,9 @@ def multiply_rows(
         planes = run_kernel(unpack_kernel(spec.format, spec.num_rows, spec.num_cols), [whole], planes)
         spec = replace(spec, format=DENSE)
     rest = [] if residual is None else [residual]
-    if spec.is_wide:
-        maps = empty(spec.wide.map_size, U32, str(out.device))
-        return run_kernel(wide_kernel(spec.wide), [out, maps], [*planes, x, *rest])[0]
+    if spec.uses_wgmma:
+        maps = empty(spec.wgmma.map_size, U32, str(out.device))
+        return run_kernel(wgmma_kernel(spec.wgmma), [out, maps], [*planes, x, *rest])[0]
     return run_kernel(gemm_kernel(spec), [out], [*planes, x, *rest])[0]
 
 

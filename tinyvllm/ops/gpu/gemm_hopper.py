@@ -20,8 +20,8 @@ from tinyvllm.ops.kernel.hopper import (
     CLUSTER,
     HOPPER_SHARED_BYTES,
     MAP_WORDS,
-    WIDE_COLS,
-    WIDE_TOKENS,
+    WGMMA_COLS,
+    WGMMA_TOKENS,
     Box,
     acquire_map,
     arrive,
@@ -29,10 +29,10 @@ from tinyvllm.ops.kernel.hopper import (
     describe,
     expect,
     fetch,
-    finish_wide,
+    finish_wgmma,
     make_barriers,
     meet,
-    multiply_wide,
+    multiply_wgmma,
     read_sums,
     uniform,
     wait,
@@ -43,7 +43,7 @@ from tinyvllm.ops.kernel.tiles import PTX_NAMES, TileMma, together
 MULTIPROCESSORS = 132  # of an H100 or H200; on another, threadgroups take turns
 TOKEN_TILE = 128
 GROUP_WARPS = 4  # that multiply together
-NUM_GROUPS = TOKEN_TILE // WIDE_TOKENS
+NUM_GROUPS = TOKEN_TILE // WGMMA_TOKENS
 FETCHER = NUM_GROUPS * GROUP_WARPS  # the warp that fetches
 MAX_STAGES = 8
 EXTRA_BYTES = 1024  # behind the stages: two maps, and the barriers
@@ -65,7 +65,7 @@ SILU = (
 
 
 @dataclass(frozen=True)
-class WideSpec:
+class WgmmaSpec:
     """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = silu(gate) * up; of float16, K being a
     multiple of 64 * S and the output's rows of 32. Hashable: the key of its kernel."""
 
@@ -99,7 +99,7 @@ class WideSpec:
     @property
     def token_box(self) -> Box:
         """What a copy fetches of x."""
-        return Box((self.num_cols, self.num_tokens), (self.num_cols * 2,), (WIDE_COLS, TOKEN_TILE))
+        return Box((self.num_cols, self.num_tokens), (self.num_cols * 2,), (WGMMA_COLS, TOKEN_TILE))
 
     @property
     def run(self) -> int:
@@ -114,7 +114,7 @@ class WideSpec:
         matrix's are (l, b, e), and a lane's results of run / 2 blocks are neighbours."""
         row, group = self.num_cols * 2, 4 * self.run
         sizes = (self.num_cols, 2, 4, self.run // 2, self.num_rows // group)
-        box = (WIDE_COLS, 2, 4, self.run // 2, self.row_tile // self.boxes // group)
+        box = (WGMMA_COLS, 2, 4, self.run // 2, self.row_tile // self.boxes // group)
         return Box(sizes, (row, self.run * row, 2 * row, group * row), box)
 
     @property
@@ -144,18 +144,18 @@ class WideSpec:
     @property
     def steps(self) -> int:
         """Stages of a tile."""
-        return self.num_cols // WIDE_COLS // self.splits
+        return self.num_cols // WGMMA_COLS // self.splits
 
     @property
     def stage_bytes(self) -> int:
-        return (TOKEN_TILE + self.row_tile) * WIDE_COLS * 2
+        return (TOKEN_TILE + self.row_tile) * WGMMA_COLS * 2
 
     @property
     def stages(self) -> int:
         return min(MAX_STAGES, (HOPPER_SHARED_BYTES - EXTRA_BYTES) // self.stage_bytes)
 
     @property
-    def wide_bytes(self) -> int:
+    def shared_bytes(self) -> int:
         """Threadgroup memory of the kernel."""
         return self.stages * self.stage_bytes + EXTRA_BYTES
 
@@ -167,7 +167,7 @@ class WideSpec:
     @property
     def cycles(self) -> float:
         """What the product takes, roughly: for choosing among tiles."""
-        fetched = (TOKEN_TILE + self.row_tile / self.cluster) * WIDE_COLS * 2 / CACHE_BYTES_PER_CYCLE
+        fetched = (TOKEN_TILE + self.row_tile / self.cluster) * WGMMA_COLS * 2 / CACHE_BYTES_PER_CYCLE
         turns = -(-self.num_tiles // self.num_clusters)
         added = (self.splits - 1) * self.num_tokens * self.num_rows * 8 / MEMORY_BYTES_PER_CYCLE
         return turns * (self.steps * max(self.row_tile * ROW_CYCLES, fetched) + TILE_CYCLES) + added
@@ -176,10 +176,10 @@ class WideSpec:
 @cache
 def best_cut(num_tokens: int, num_rows: int, num_cols: int, is_gated: bool) -> tuple[int, int]:
     """The quickest (rows of the matrix in a tile, parts of K) of a product."""
-    splits = [s for s in ((1,) if is_gated else (1, 2, 4, 8)) if num_cols % (s * MIN_STEPS * WIDE_COLS) == 0 or s == 1]
+    splits = [s for s in ((1,) if is_gated else (1, 2, 4, 8)) if num_cols % (s * MIN_STEPS * WGMMA_COLS) == 0 or s == 1]
     mma = Mma("CUDA", F16)
     specs = [
-        WideSpec("", mma, num_tokens, num_rows, num_cols, row_tile, s, is_gated)
+        WgmmaSpec("", mma, num_tokens, num_rows, num_cols, row_tile, s, is_gated)
         for row_tile in ROW_TILES
         for s in splits
     ]
@@ -188,17 +188,17 @@ def best_cut(num_tokens: int, num_rows: int, num_cols: int, is_gated: bool) -> t
 
 
 @cached_kernel
-def wide_kernel(spec: WideSpec) -> KernelFn:
-    """fn(out, maps (map_size,) uint32, w, x[, residual]): see WideSpec."""
+def wgmma_kernel(spec: WgmmaSpec) -> KernelFn:
+    """fn(out, maps (map_size,) uint32, w, x[, residual]): see WgmmaSpec."""
 
     def kernel(out: UOp, maps: UOp, w: UOp, x: UOp, *residual: UOp) -> UOp:
         assert spec.steps >= MIN_STEPS, f"{spec} has {spec.steps} stages a tile"
-        work = _Wide(spec, out, maps, w, x, residual[0] if residual else None)
+        work = _WgmmaKernel(spec, out, maps, w, x, residual[0] if residual else None)
         ready = work.prepare()
         done = UOp(Ops.BARRIER, src=(work.fetch_tiles(ready), work.multiply_tiles(ready)))
         if spec.cluster > 1:  # none may leave whose memory the other still writes to
             done = meet(done)
-        name = f"{spec.name}_float16_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}_wide{spec.wide_bytes}"
+        name = f"{spec.name}_float16_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}_wide{spec.shared_bytes}"
         size = spec.num_rows * spec.num_cols
         return finish(done.end(*reversed(work.axes)), name, ops=2 * spec.num_tokens * size, nbytes=2 * size)
 
@@ -208,7 +208,7 @@ def wide_kernel(spec: WideSpec) -> KernelFn:
 Number = TypeVar("Number", int, UOp)
 
 
-def tile_of(spec: WideSpec, number: Number, rank: Number) -> tuple[Number, Number, Number]:
+def tile_of(spec: WgmmaSpec, number: Number, rank: Number) -> tuple[Number, Number, Number]:
     """(part of K, first row of the output, first token) of a tile of the list, for a threadgroup of the cluster."""
     inner, rest = number % spec.together, number // spec.together
     row_group, rest = rest % spec.row_groups, rest // spec.row_groups
@@ -217,16 +217,16 @@ def tile_of(spec: WideSpec, number: Number, rank: Number) -> tuple[Number, Numbe
     return part, row_group * spec.out_tile, token_group * TOKEN_TILE
 
 
-def row_of(spec: WideSpec, block: int, element: int, lane: Number) -> Number:
+def row_of(spec: WgmmaSpec, block: int, element: int, lane: Number) -> Number:
     """The row, from the tile's first, of a lane's result of a block of eight of the tile's rows."""
     blocks = spec.run // 2
     return lane % 4 * spec.run + (block // blocks * 4 * spec.run + block % blocks * 2 + element % 2)
 
 
-class _Wide:
+class _WgmmaKernel:
     """One threadgroup's work inside the kernel: of the list of tiles those of its cluster, one after another."""
 
-    def __init__(self, spec: WideSpec, out: UOp, maps: UOp, w: UOp, x: UOp, residual: UOp | None) -> None:
+    def __init__(self, spec: WgmmaSpec, out: UOp, maps: UOp, w: UOp, x: UOp, residual: UOp | None) -> None:
         self.spec, self.out, self.maps, self.w, self.x, self.residual = spec, out, maps, w, x, residual
         body = self.body = Body()
         count = spec.num_clusters * spec.cluster
@@ -289,16 +289,16 @@ class _Wide:
         acquired = [acquire_map(each, loop, ready) for each in maps]
         step = self.body.fold(spec.steps)
         place, full, empty, parity = self._stage(turn * spec.steps + step)
-        col = (part * spec.steps + step) * WIDE_COLS
+        col = (part * spec.steps + step) * WGMMA_COLS
         waited = wait(empty, 1 - parity, step, *acquired)
         last = expect(full, spec.stage_bytes, waited)
         last = fetch(place, maps[0], full, [col, first_token], last)
-        rows, box, nil = place + TOKEN_TILE * WIDE_COLS * 2, spec.row_tile // spec.boxes, UOp.const(0, I32)
+        rows, box, nil = place + TOKEN_TILE * WGMMA_COLS * 2, spec.row_tile // spec.boxes, UOp.const(0, I32)
         for i in range(1 if spec.cluster > 1 else spec.boxes):
             share = self.rank if spec.cluster > 1 else i  # of a cluster's threadgroups each fetches a half for both
             row = first_row + share * (spec.out_rows if spec.is_gated else box)
             at = [col, nil, nil, nil, row // (4 * spec.run)]
-            place = rows + share * (box * WIDE_COLS * 2)
+            place = rows + share * (box * WGMMA_COLS * 2)
             last = fetch(place, maps[1], full, at, last, is_shared=spec.cluster > 1)
         return last.end(step).end(loop)
 
@@ -319,13 +319,13 @@ class _Wide:
         step = self.body.fold(spec.steps)
         place, full, _, parity = self._stage(turn * spec.steps + step)
         group = self.warp // GROUP_WARPS
-        left, right = place + group * (WIDE_TOKENS * WIDE_COLS * 2), place + TOKEN_TILE * WIDE_COLS * 2
+        left, right = place + group * (WGMMA_TOKENS * WGMMA_COLS * 2), place + TOKEN_TILE * WGMMA_COLS * 2
         waited = wait(full, parity, step, ready)
-        added = multiply_wide(PTX_NAMES[spec.mma.dtype], left, right, registers.after(step), 1, waited)
+        added = multiply_wgmma(PTX_NAMES[spec.mma.dtype], left, right, registers.after(step), 1, waited)
         before = (turn * spec.steps + step - 1).maximum(0)
         released = self._release(self._stage(before)[2], step > 0, added)
         registers = registers.after(together(added, released).end(step))
-        finished = finish_wide(registers)
+        finished = finish_wgmma(registers)
         released = self._release(self._stage(turn * spec.steps + (spec.steps - 1))[2], None, finished)
         values = read_sums(registers, released)
         if spec.is_gated:
@@ -343,7 +343,7 @@ class _Wide:
         return arrive(empty, is_one, *after, threadgroup=None if spec.cluster == 1 else self.lane % spec.cluster)
 
     def _places(self, part: UOp, first_row: UOp, first_token: UOp) -> list[UOp]:
-        """Where the thread's results of a tile go: runs of neighbours (`WideSpec.row_box`)."""
+        """Where the thread's results of a tile go: runs of neighbours (`WgmmaSpec.row_box`)."""
         spec, mma, places = self.spec, TileMma(self.spec.mma), []
         for block in range(spec.out_tile // 8):
             for element in range(mma.elements):

@@ -7,7 +7,7 @@ four warps together. (PTX ISA, "cp.async.bulk.tensor", "tensormap.replace", "mba
 
 All of it takes a word with tinygrad: its compiler must be told the target by its full name, for these instructions
 belong to one generation and not to its successors, its renderer how many threadgroups are a cluster, and a kernel's
-launch how much memory it takes (`wide_bytes` in its name).
+launch how much memory it takes (`shared_bytes` in its name).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ BYTES_IN_NAME = re.compile(r"_wide(\d+)$")
 CLUSTER = 2  # threadgroups of a cluster, which is two neighbouring multiprocessors
 CLUSTERED = "barrier.cluster"  # in the source of kernels whose threadgroups form clusters
 
-WIDE_TOKENS = 64  # left rows of one instruction
-WIDE_COLS = 64  # columns of a tile: 128 bytes, which is what the copy engine swizzles
+WGMMA_TOKENS = 64  # left rows of one instruction
+WGMMA_COLS = 64  # columns of a tile: 128 bytes, which is what the copy engine swizzles
 MAP_WORDS = 32  # of a tensor map
 HOPPER_SHARED_BYTES = 227 << 10  # threadgroup memory that a kernel may have
 
@@ -120,7 +120,7 @@ def use_full_target(compiler: Any) -> None:
     compiler.compile_options = [option + "a" if given == option else given for given in compiler.compile_options]
 
 
-def allow_wide(device_name: str) -> bool:
+def allows_wgmma(device_name: str) -> bool:
     """Whether a device has these instructions; if so, it and its compiler are told of them."""
     device = Device[device_name]
     renderer = device.renderer
@@ -140,7 +140,7 @@ def allow_wide(device_name: str) -> bool:
     return True
 
 
-def is_wide(device_name: str) -> bool:
+def has_wgmma(device_name: str) -> bool:
     """Whether a device was found to have these instructions."""
     return type(Device[device_name].renderer) is HopperRenderer
 
@@ -223,12 +223,12 @@ def fetch(place: UOp, target: UOp, barrier: UOp, at: Sequence[UOp], *after: UOp,
     return statement(text, place, target, barrier, *[UOp.const(0, I32) + place for place in at], *after)
 
 
-def copy_wide(place: UOp, source: UOp, is_wanted: UOp, *after: UOp) -> UOp:
+def copy_async(place: UOp, source: UOp, is_wanted: UOp, *after: UOp) -> UOp:
     """Begin to move 16 bytes from device memory, by the thread itself; zeros where they are not wanted."""
     return statement(COPY, place.cast(I32), source, is_wanted.where(UOp.const(16, I32), 0), *after)
 
 
-def store_wide(place: UOp, words: Sequence[UOp], *after: UOp) -> UOp:
+def store_words(place: UOp, words: Sequence[UOp], *after: UOp) -> UOp:
     """Store four words."""
     return statement(STORE, place.cast(I32), *words, *after)
 
@@ -245,7 +245,7 @@ def arrive(barrier: UOp, is_one: UOp, *after: UOp, threadgroup: UOp | None = Non
     return statement(ARRIVE_THERE, barrier, is_one, threadgroup, *after)
 
 
-def multiply_wide(
+def multiply_wgmma(
     type_name: str, left: UOp, right: UOp, sums: UOp, pending: int, *after: UOp, is_fresh: bool = False
 ) -> UOp:
     """Begin to add to the registers `sums` (fresh: to zeros) the product of tiles at places, left (64 x 64) and right
@@ -254,14 +254,14 @@ def multiply_wide(
     count = sums.max_numel()
     a, b = DESCRIPTOR % count, DESCRIPTOR % (count + 1)
     lines = [FENCE, f"{{{{ unsigned long long a = {a}, b = {b};"]
-    for k in range(WIDE_COLS // 16):
+    for k in range(WGMMA_COLS // 16):
         operands = f"%{count}, %{count + 1}, {int(k > 0 or not is_fresh)}, 1, 1, 0, 0"
         lines.append(_product(type_name, count, operands, f'"l"(a + {2 * k}), "l"(b + {2 * k})'))
     lines += ["}}", COMMIT, _wait_for(pending, count)]
     return statement("\n".join(lines), *[sums[i] for i in range(count)], left, right, *after)
 
 
-def weigh_wide(type_name: str, weights: Sequence[Sequence[UOp]], right: UOp, sums: UOp, *after: UOp) -> UOp:
+def weigh_wgmma(type_name: str, weights: Sequence[Sequence[UOp]], right: UOp, sums: UOp, *after: UOp) -> UOp:
     """Add to the registers `sums` weights @ right, a tile (16 rows for each four words of weights, 64 columns) at a
     place. The words are a lane's of `TileMma.weights`."""
     count, words = sums.max_numel(), [word for four in weights for word in four]
@@ -271,7 +271,7 @@ def weigh_wide(type_name: str, weights: Sequence[Sequence[UOp]], right: UOp, sum
         four = ", ".join(f"%{count + i}" for i in range(4))
         inputs = ", ".join(f'"r"({{{count + 4 * k + i}}})' for i in range(4))
         operands = f"{{{{{four}}}}}, %{count + 4}, 1, 1, 1, 1"
-        lines.append(_product(type_name, count, operands, f'{inputs}, "l"(b + {k * 16 * WIDE_COLS * 2 // 16})'))
+        lines.append(_product(type_name, count, operands, f'{inputs}, "l"(b + {k * 16 * WGMMA_COLS * 2 // 16})'))
     lines += ["}}", COMMIT, _wait_for(0, count)]
     return statement("\n".join(lines), *[sums[i] for i in range(count)], *words, right, *after)
 
@@ -295,7 +295,7 @@ def _wait_for(pending: int, count: int) -> str:
     return f'asm volatile("wgmma.wait_group.sync.aligned {pending};"{registers}: "memory");'
 
 
-def finish_wide(sums: UOp, *after: UOp) -> UOp:
+def finish_wgmma(sums: UOp, *after: UOp) -> UOp:
     """All products are done, and `sums` may be read, by `read_sums`."""
     count = sums.max_numel()
     return statement(_wait_for(0, count), *[sums[i] for i in range(count)], *after)

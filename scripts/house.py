@@ -36,11 +36,9 @@ def describe(modules: Sequence[Module], num_functions: int) -> dict[str, Any]:
 def longest_functions(modules: Iterable[Module], count: int) -> list[dict[str, Any]]:
     """The longest first. One that stands inside another is counted by itself too."""
     found = [
-        {"function": f"{module.path}:{function.name}", "lines": function.num_lines}
-        for module in modules
-        for function in module.functions
+        (-function.num_lines, f"{module.path}:{function.name}") for module in modules for function in module.functions
     ]
-    return sorted(found, key=lambda one: (-one["lines"], one["function"]))[:count]
+    return [{"function": name, "lines": -minus_lines} for minus_lines, name in sorted(found)[:count]]
 
 
 def print_plain(house: dict[str, Any]) -> None:

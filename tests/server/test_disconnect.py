@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,6 +10,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from tests.server.client import raw_post
 from tests.server.fake_engine import FakeEngine, serving
 from tinyvllm.config import SamplingParams
 from tinyvllm.server.failures import ClientGone
@@ -57,14 +57,6 @@ def test_leaving_before_the_first_byte_ends_the_request(path: str, stream: bool)
             engine.wait_until(lambda: bool(engine.running))
         engine.wait_until(lambda: not engine.running)
         assert len(engine.closed) == 1
-
-
-def raw_post(path: str, body: dict[str, Any]) -> bytes:
-    content = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    )
-    return head.encode() + content
 
 
 def test_many_that_leave_disturb_none_that_stay() -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from openai import AsyncOpenAI
 
+from tests.server.client import client_of, post
 from tests.server.fake_engine import FakeEngine
-from tests.server.test_routes import client_of, post
 from tinyvllm.errors import DeviceError
 
 

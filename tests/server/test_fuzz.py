@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.server.fake_engine import FakeEngine, TagTemplate, serving
-from tests.server.test_messages import CALL, THINKING
+from tests.server.hermes import CALL, THINKING
 from tinyvllm.server.app import make_app
 
 # ---- Valid requests ----

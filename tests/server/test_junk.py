@@ -9,8 +9,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.server.client import client_of
 from tests.server.fake_engine import FakeEngine
-from tests.server.test_routes import BOTH, CHAT_ONLY, COMPLETION_ONLY, NEUTRAL, client_of
+from tests.server.request_fields import BOTH, CHAT_ONLY, COMPLETION_ONLY, NEUTRAL
 
 NAMES = sorted(
     {name for body, _ in BOTH + CHAT_ONLY + COMPLETION_ONLY for name in body} | set(NEUTRAL) | {"model", "x"}

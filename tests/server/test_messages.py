@@ -8,21 +8,16 @@ from typing import Any
 import openai
 import pytest
 
+from tests.server.client import CHAT, chat, complete, error_of, events, get, post
 from tests.server.fake_engine import FakeEngine, TagTemplate, serving
-from tests.server.test_routes import chat, complete, error_of, events, get, post
+from tests.server.hermes import CALL, THINKING, hermes
 from tinyvllm.config import EngineConfig, GenerationDefaults
 from tinyvllm.engine.beam import BeamSettings
 from tinyvllm.server import state
 
-CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Weather.", "parameters": PARAMETERS}}
 NOW = {"type": "function", "function": {"name": "now"}}
-CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln"}}\n</tool_call>'
-
-
-def hermes(reply: str, **settings: Any) -> FakeEngine:
-    return FakeEngine(reply=reply, chat_template=TagTemplate("{{ tools }} <tool_call>"), **settings)
 
 
 def grammar_text(engine: FakeEngine) -> str:
@@ -177,8 +172,6 @@ async def test_choices_have_calls_of_their_own() -> None:
 
 
 # ---- Reasoning ----
-
-THINKING = "{{ '<think>' }} {{ '</think>' }} {{ tools }} <tool_call>"
 
 
 async def test_reasoning_is_split_off_before_calls() -> None:

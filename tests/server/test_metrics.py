@@ -11,8 +11,8 @@ import httpx
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.server.client import client_of
 from tests.server.fake_engine import FakeEngine, serving
-from tests.server.test_routes import client_of
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.server.app import make_app
 from tinyvllm.server.metrics import token_count_buckets
@@ -92,9 +92,11 @@ async def test_scraping_works_while_the_engine_loads() -> None:
         assert "vllm:kv_cache_usage_perc" in await scrape(client)
 
 
-def test_two_apps_keep_their_own_counts() -> None:
-    make_app(FakeEngine())  # type: ignore[arg-type]
-    make_app(FakeEngine())  # type: ignore[arg-type]
+async def test_two_apps_keep_their_own_counts() -> None:
+    async with client_of(FakeEngine(reply="abc")) as busy, client_of(FakeEngine(reply="abc")) as idle:
+        await busy.post("/v1/completions", json={"prompt": "xx"})
+        assert value_of(await scrape(busy), "vllm:generation_tokens_total") == 3
+        assert value_of(await scrape(idle), "vllm:generation_tokens_total") == 0
 
 
 def test_client_that_left_counts_as_an_abort() -> None:

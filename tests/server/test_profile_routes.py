@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.server.client import client_of, error_of
 from tests.server.fake_engine import FakeEngine
-from tests.server.test_routes import client_of, error_of
 from tinyvllm.profiling import measure
 
 

@@ -12,9 +12,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from tests.server.client import CHAT, client_of, error_of, post, raw_post
 from tests.server.fake_engine import FakeEngine, serving
-from tests.server.test_disconnect import raw_post
-from tests.server.test_routes import CHAT, client_of, error_of, post
 from tinyvllm.errors import RequestError, TinyvllmError
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.server.app import make_app

@@ -12,9 +12,9 @@ import pytest
 from openai.types.responses import ResponseCompletedEvent, ResponseFunctionToolCall
 from pydantic import BaseModel
 
+from tests.server.client import client_of, error_of, post
 from tests.server.fake_engine import FakeEngine, TagTemplate, serving
-from tests.server.test_messages import CALL, THINKING, hermes
-from tests.server.test_routes import client_of, error_of, post
+from tests.server.hermes import CALL, THINKING, hermes
 from tinyvllm.server import response_store
 from tinyvllm.server.response_store import ResponseStore
 

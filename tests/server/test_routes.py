@@ -6,59 +6,13 @@ import json
 import logging
 from typing import Any
 
-import httpx
 import pytest
 
+from tests.server.client import CHAT, chat, client_of, complete, error_of, events, get, post
 from tests.server.fake_engine import FakeEngine
+from tests.server.request_fields import BOTH, CHAT_ONLY, COMPLETION_ONLY, NEUTRAL
 from tinyvllm.config import GenerationDefaults
 from tinyvllm.errors import ContextLengthError, EngineDeadError
-from tinyvllm.server.app import make_app
-from tinyvllm.server.settings import ServerSettings
-
-CHAT = {"messages": [{"role": "user", "content": "hi"}]}
-
-
-def client_of(engine: FakeEngine, **settings: Any) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(make_app(engine, ServerSettings(**settings)))  # type: ignore[arg-type]
-    return httpx.AsyncClient(transport=transport, base_url="http://test")
-
-
-async def post(engine: FakeEngine, path: str, body: Any, **options: Any) -> httpx.Response:
-    async with client_of(engine, **options) as client:
-        return await client.post(path, json=body)
-
-
-async def get(engine: FakeEngine, path: str, **options: Any) -> httpx.Response:
-    async with client_of(engine) as client:
-        return await client.get(path, **options)
-
-
-async def complete(engine: FakeEngine, **body: Any) -> dict[str, Any]:
-    response = await post(engine, "/v1/completions", {"prompt": "ab", "max_tokens": 100, **body})
-    assert response.status_code == 200, response.text
-    return dict(response.json())
-
-
-async def chat(engine: FakeEngine, **body: Any) -> dict[str, Any]:
-    response = await post(engine, "/v1/chat/completions", {**CHAT, **body})
-    assert response.status_code == 200, response.text
-    return dict(response.json())
-
-
-async def events(engine: FakeEngine, path: str, body: dict[str, Any]) -> list[Any]:
-    response = await post(engine, path, {**body, "stream": True})
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("text/event-stream")
-    frames = response.text.split("\n\n")
-    assert frames[-1] == "" and frames[-2] == "data: [DONE]"
-    return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-2]]
-
-
-def error_of(response: httpx.Response) -> dict[str, Any]:
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["message"]
-    return dict(error)
-
 
 # ---- Completions ----
 
@@ -302,13 +256,6 @@ async def test_stop_string_ends_the_text_and_is_named() -> None:
     assert choice["finish_reason"] == "stop" and choice["stop_reason"] == ", w"
 
 
-NEUTRAL = {
-    "frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {}, "best_of": 1,
-    "suffix": None, "response_format": {"type": "text"}, "n": 1, "user": "u", "metadata": {"a": "b"}, "store": True,
-    "service_tier": "auto", "parallel_tool_calls": True, "reasoning_effort": "low", "prompt_logprobs": None,
-}  # fmt: skip
-
-
 async def test_neutral_values_of_unsupported_fields_are_accepted() -> None:
     await complete(FakeEngine(), **NEUTRAL, echo=False)
     await chat(FakeEngine(), **NEUTRAL, tools=[], tool_choice="none")
@@ -324,115 +271,6 @@ async def test_unknown_fields_are_accepted_and_logged_once(caplog: pytest.LogCap
 
 
 # ---- Refusals ----
-
-BOTH = [
-    ({"n": 0}, "n"),
-    ({"n": 129}, "n"),
-    ({"n": "2"}, "n"),
-    ({"temperature": -0.1}, "temperature"),
-    ({"temperature": "hot"}, "temperature"),
-    ({"temperature": 1e9}, "temperature"),
-    ({"top_p": 0}, "top_p"),
-    ({"top_p": 1.1}, "top_p"),
-    ({"top_k": -2}, "top_k"),
-    ({"top_k": 1.5}, "top_k"),
-    ({"min_p": 2}, "min_p"),
-    ({"seed": 2**63}, "seed"),
-    ({"seed": True}, "seed"),
-    ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
-    ({"min_tokens": -1}, "min_tokens"),
-    ({"stop": 3}, "stop"),
-    ({"stop": ["a", 3]}, "stop"),
-    ({"stop": [""]}, "stop"),
-    ({"stop": ["x"] * 17}, "stop"),
-    ({"stop_token_ids": ["x"]}, "stop_token_ids.0"),
-    ({"stop_token_ids": list(range(30))}, "stop_token_ids"),
-    ({"stream": "yes"}, "stream"),
-    ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-    ({"frequency_penalty": 3}, "frequency_penalty"),
-    ({"presence_penalty": -2.5}, "presence_penalty"),
-    ({"repetition_penalty": 0}, "repetition_penalty"),
-    ({"typical_p": 0}, "typical_p"),
-    ({"logit_bias": {"x": 1}}, "logit_bias"),
-    ({"logit_bias": {"5": "much"}}, "logit_bias"),
-    ({"logit_bias": {"5": 101}}, "logit_bias"),
-    ({"logit_bias": [1]}, "logit_bias"),
-    ({"bad_words": [""]}, "bad_words"),
-    ({"allowed_token_ids": []}, "allowed_token_ids"),
-    ({"best_of": 2}, "best_of"),
-    ({"length_penalty": 2}, "length_penalty"),
-    ({"early_stopping": True}, "early_stopping"),
-    ({"use_beam_search": True, "best_of": 1, "n": 2}, "best_of"),
-    ({"use_beam_search": True, "length_penalty": 99}, "length_penalty"),
-    ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
-    ({"suffix": "x"}, "suffix"),
-    ({"response_format": {"type": "xml"}}, "response_format.type"),
-    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
-    ({"response_format": "json"}, "response_format"),
-    ({"prompt_logprobs": 21}, "prompt_logprobs"),
-    ({"guided_json": [1]}, "guided_json"),
-    ({"structured_outputs": {}}, "structured_outputs"),
-    ({"structured_outputs": {"json": 3}}, "structured_outputs.json"),
-    ({"structured_outputs": {"xml": 1}}, "structured_outputs.xml"),
-    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
-    ({"structured_outputs": {"regex": "a"}, "guided_regex": "a"}, "guided_regex"),
-    ({"truncate_prompt_tokens": 4}, "truncate_prompt_tokens"),
-    ({"priority": 2**40}, "priority"),
-    ({"model": 5}, "model"),
-]
-COMPLETION_ONLY = [
-    ({"prompt": None}, "prompt"),
-    ({"prompt": []}, "prompt"),
-    ({"prompt": [[]]}, "prompt"),
-    ({"prompt": ""}, "prompt"),
-    ({"prompt": ["a", 1]}, "prompt"),
-    ({"prompt": [1, -1]}, "prompt"),
-    ({"prompt": [257]}, "prompt"),
-    ({"prompt": [True]}, "prompt"),
-    ({"prompt": {"a": 1}}, "prompt"),
-    ({"prompt": ["a"] * 2049}, "prompt"),
-    ({"prompt": "\ud800"}, "prompt"),
-    ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": -1, "echo": True}, "max_tokens"),
-    ({"logprobs": 21}, "logprobs"),
-    ({"logprobs": True}, "logprobs"),
-]
-CHAT_ONLY = [
-    ({"max_tokens": 0}, "max_tokens"),
-    ({"max_completion_tokens": 0}, "max_completion_tokens"),
-    ({"messages": []}, "messages"),
-    ({"messages": "hi"}, "messages"),
-    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
-    ({"messages": [{"content": "x"}]}, "messages.0.role"),
-    ({"messages": [{"role": "user"}]}, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ["b"]}]}, "messages.1.content"),
-    ({"messages": [{"role": "user", "content": "\udc00"}]}, "messages"),
-    ({"messages": [{"role": "assistant", "tool_calls": "f"}]}, "messages.0.tool_calls"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "messages.0.tool_calls.0.function.name"),
-    ({"messages": [{"role": "user", "content": "x"}] * 4097}, "messages"),
-    ({"tools": [{"type": "function"}]}, "tools.0.function"),
-    ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
-    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools.1"),
-    ({"tools": {}}, "tools"),
-    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
-    ({"tool_choice": "required"}, "tool_choice"),
-    ({"functions": [{}]}, "functions"),
-    ({"modalities": ["audio"]}, "modalities"),
-    ({"top_logprobs": 2}, "top_logprobs"),
-    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"logprobs": 1}, "logprobs"),
-    ({"max_completion_tokens": 0}, "max_completion_tokens"),
-    ({"chat_template": "{{ messages }}"}, "chat_template"),
-    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
-    ({"chat_template_kwargs": {"fail": True}}, "messages"),
-    ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
-    ({"messages": [{"role": "user", "content": ""}], "continue_final_message": True}, "continue_final_message"),
-]
 
 
 @pytest.mark.parametrize(

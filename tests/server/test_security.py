@@ -13,8 +13,8 @@ import pytest
 import trustme
 import uvicorn
 
+from tests.server.client import client_of, error_of
 from tests.server.fake_engine import FakeEngine, serving
-from tests.server.test_routes import client_of, error_of
 from tinyvllm.cli.server_flags import ListenFlags, ServerFlags
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.server.app import make_app

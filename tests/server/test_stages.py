@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from tests.server.client import raw_post
 from tests.server.device import Device
-from tests.server.test_disconnect import raw_post
 
 
 class Hold:

@@ -1,0 +1,65 @@
+"""Requests to an app or a server in tests, and what every answer to them must look like."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+
+from tests.server.fake_engine import FakeEngine
+from tinyvllm.server.app import make_app
+from tinyvllm.server.settings import ServerSettings
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+def client_of(engine: FakeEngine, **settings: Any) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(make_app(engine, ServerSettings(**settings)))  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+async def post(engine: FakeEngine, path: str, body: Any, **options: Any) -> httpx.Response:
+    async with client_of(engine, **options) as client:
+        return await client.post(path, json=body)
+
+
+async def get(engine: FakeEngine, path: str, **options: Any) -> httpx.Response:
+    async with client_of(engine) as client:
+        return await client.get(path, **options)
+
+
+async def complete(engine: FakeEngine, **body: Any) -> dict[str, Any]:
+    response = await post(engine, "/v1/completions", {"prompt": "ab", "max_tokens": 100, **body})
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+async def chat(engine: FakeEngine, **body: Any) -> dict[str, Any]:
+    response = await post(engine, "/v1/chat/completions", {**CHAT, **body})
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+async def events(engine: FakeEngine, path: str, body: dict[str, Any]) -> list[Any]:
+    response = await post(engine, path, {**body, "stream": True})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    frames = response.text.split("\n\n")
+    assert frames[-1] == "" and frames[-2] == "data: [DONE]"
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-2]]
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return dict(error)
+
+
+def raw_post(path: str, body: dict[str, Any]) -> bytes:
+    """The request as bytes, for a socket that is written to directly."""
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content

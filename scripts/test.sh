@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what is missing, fetch the default model, then lint, types and tests.
+# Set up what is missing, fetch the default model, then lint, dead code, types and tests.
 # Arguments are pytest's: bash scripts/test.sh tests/scheduling -k preempt
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
@@ -8,8 +8,9 @@ export DEV="${DEV:-CPU}" # the device that every machine has
 set_up dev
 "$venv/bin/tinyvllm" pull "$default_model"
 cd "$repo"
-failed=0 # all three are run, so that one run says everything
+failed=0 # all are run, so that one run says everything
 "$venv/bin/python" -m ruff check --output-format concise . || failed=1
+"$venv/bin/python" -m vulture || failed=1
 "$venv/bin/python" -m mypy || failed=1
 "$venv/bin/python" -m pytest "$@" || failed=1
 exit "$failed"

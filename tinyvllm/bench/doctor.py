@@ -25,8 +25,6 @@ SMOKE_TOKENS, SMOKE_CONTEXT = 20, 128
 SLOW = 0.6  # of the predicted speed: below, something is in the way
 BUSY = 0.5  # load a core, of the last minute
 
-Reporter = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True)
 class Check:

@@ -44,7 +44,6 @@ class TraceLine:
     seconds: float | None
     flops_per_s: float | None
     bytes_per_s: float | None  # of distinct memory, as the kernel declares it
-    accessed_per_s: float | None  # of all accesses, loads from caches too
     num_kernels: int  # 1, or those of a graph
     is_copy: bool
     is_cut: bool
@@ -147,7 +146,6 @@ def _parse_line(piece: str) -> TraceLine | None:
         seconds=float(time[1]) * _SECONDS[time[2]] if time else None,
         flops_per_s=float(flops[1]) * _SCALE[flops[2]] if flops else None,
         bytes_per_s=float(rates[1]) * _SCALE[rates[3]] if rates else None,
-        accessed_per_s=float(rates[2]) * _SCALE[rates[3]] if rates and rates[2] else None,
         num_kernels=int(batch[1]) if batch else 1,
         is_copy=is_copy,
         is_cut=rates is None and not (time is None and memory is not None and rest.endswith("GB")),

@@ -107,11 +107,6 @@ class Request:
         return len(self.prompt_ids) + self.num_output_tokens
 
     @property
-    def num_known_tokens(self) -> int:
-        """Tokens whose ids are here: all but those in flight."""
-        return len(self.prompt_ids) + len(self.output_ids)
-
-    @property
     def num_pending(self) -> int:
         return self.num_tokens - self.num_computed
 

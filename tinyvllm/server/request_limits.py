@@ -90,25 +90,17 @@ class Admission:
 
 
 class Drain:
-    """The end of a server's life: whether it has begun, and when the last request was answered."""
+    """The end of a server's life: whether it has begun, and how many requests are open."""
 
     def __init__(self) -> None:
         self.has_begun = False
         self.num_requests = 0  # that may ask for work and are not answered: all but GET, HEAD and OPTIONS
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
 
     def begin_request(self) -> None:
         self.num_requests += 1
-        self._is_idle.clear()
 
     def end_request(self) -> None:
         self.num_requests -= 1
-        if self.num_requests == 0:
-            self._is_idle.set()
-
-    async def wait_idle(self) -> None:
-        await self._is_idle.wait()
 
 
 def timed_out(timeout_s: float) -> RequestTimeoutError:

@@ -28,7 +28,6 @@ class CallReader:
         self._key = ""
         self._value: ValueReader | None = None
         self._name: str | None = None
-        self._is_name_due = False
         self._arguments = ""  # read, and not told yet
         self._has_arguments = False
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tinyvllm.errors import RequestError, TinyvllmError
 
 MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs; the graph's output row has room for this many
-MAX_STOP_IDS = 16  # ids that min_tokens can hold back, per request: a fixed-width row of the graph's input
+MAX_STOP_IDS = 16  # ids that min_tokens can suppress, per request: a fixed-width row of the graph's input
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024  # ids of a request's logit_bias: vLLM's limit; a fixed-width row of the sampling state
 MAX_BIAS = 100.0  # OpenAI's: the most that a logit_bias may add or take

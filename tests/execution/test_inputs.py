@@ -95,19 +95,19 @@ def test_a_seed_is_its_low_32_bits(seed: int, word: int) -> None:
     assert packer.views["seed"][0] == word
 
 
-def test_ids_are_held_back_until_min_tokens_is_reached() -> None:
+def test_ids_are_suppressed_until_min_tokens_is_reached() -> None:
     packer = make_packer()
     params = {"min_tokens": 2, "max_tokens": 9, "stop_token_ids": (9, 5)}
     early = running(3, [1, 5], outputs=1, computed=3, eos=frozenset({258, 5}), **params)
     reached = running(2, [2], outputs=2, computed=3, eos=frozenset({258}), **params)
     packer.pack(plan_of((early, 1), (reached, 1)))
-    held_back = packer.views["held_back"]
-    assert held_back[0].tolist() == [5, 9, 258] + [-1] * (MAX_STOP_IDS - 3)
-    assert (held_back[1:] == -1).all()
+    suppressed_ids = packer.views["suppressed_ids"]
+    assert suppressed_ids[0].tolist() == [5, 9, 258] + [-1] * (MAX_STOP_IDS - 3)
+    assert (suppressed_ids[1:] == -1).all()
     early.output_ids.append(1)
     early.num_computed = 4
     packer.pack(plan_of((early, 1)))
-    assert (packer.views["held_back"] == -1).all(), "nothing stays of the step before"
+    assert (packer.views["suppressed_ids"] == -1).all(), "nothing stays of the step before"
 
 
 def test_a_fresh_packer_is_all_padding() -> None:
@@ -115,9 +115,11 @@ def test_a_fresh_packer_is_all_padding() -> None:
     views = packer.views
     assert (views["seq_rows"] == LAYOUT.num_seqs).all()
     assert (views["num_logprobs"] == -1).all()
-    assert (views["held_back"] == -1).all()
+    assert (views["suppressed_ids"] == -1).all()
     assert (views["forced"] == -1).all()
-    rest = [view for name, view in views.items() if name not in ("seq_rows", "num_logprobs", "held_back", "forced")]
+    rest = [
+        view for name, view in views.items() if name not in ("seq_rows", "num_logprobs", "suppressed_ids", "forced")
+    ]
     assert all((view == 0).all() for view in rest)
 
 
@@ -140,7 +142,7 @@ def test_a_request_without_enough_blocks_is_our_bug() -> None:
         make_packer().pack(plan_of((running(5, [1]), 5)))
 
 
-def test_more_held_back_ids_than_a_row_has_room_for_are_our_bug() -> None:
+def test_more_suppressed_ids_than_a_row_has_room_for_are_our_bug() -> None:
     request = running(1, [1], eos=frozenset(range(MAX_STOP_IDS + 1)), min_tokens=1)
-    with pytest.raises(InvariantError, match=f"{MAX_STOP_IDS + 1} ids are held back"):
+    with pytest.raises(InvariantError, match=f"{MAX_STOP_IDS + 1} ids are suppressed"):
         make_packer().pack(plan_of((request, 1)))

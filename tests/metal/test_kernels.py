@@ -165,8 +165,8 @@ def test_sampled_tokens_and_logprobs_equal_the_reference(vocab: int) -> None:
         "num_logprobs": [5, -1, 0, 20, -1, -1, 3, 1],
         "draw": [0, 1, 2, 3, 4, 5, 6, 7],
     }
-    held_back = [[int(logits[0].argmax())], *([] for _ in range(7))]
-    got, expected = (sample(ops, logits, **columns, held_back=held_back) for ops in backends("float16"))
+    suppressed_ids = [[int(logits[0].argmax())], *([] for _ in range(7))]
+    got, expected = (sample(ops, logits, **columns, suppressed_ids=suppressed_ids) for ops in backends("float16"))
     np.testing.assert_array_equal(got.tokens, expected.tokens)
     for row, count in enumerate(columns["num_logprobs"]):
         if count >= 0:

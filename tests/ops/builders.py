@@ -71,7 +71,7 @@ def make_step(layout: StepLayout, pieces: list[Piece], *, seed: int = 0) -> np.n
     blocks = 1 + rng.permutation(layout.num_seqs * layout.max_blocks)
     views["block_tables"][:-1] = blocks.reshape(layout.num_seqs, layout.max_blocks)
     views["seq_rows"][:] = layout.num_seqs
-    for name in ("num_logprobs", "held_back", "forced", "state_rows"):
+    for name in ("num_logprobs", "suppressed_ids", "forced", "state_rows"):
         views[name][:] = -1
     row = 0
     for index, piece in enumerate(pieces):
@@ -138,7 +138,7 @@ class Sampled:
 
 def sample(backend: Backend, logits: np.ndarray, **columns: Any) -> Sampled:
     """Sample each row of logits (R, V). `columns` are a step's sampling inputs by name, one value or one a row;
-    `held_back` a list of ids a row. Unless told: greedy, no filters, no logprobs, seed = row, first draw."""
+    `suppressed_ids` a list of ids a row. Unless told: greedy, no filters, no logprobs, seed = row, first draw."""
     seqs, vocab = logits.shape
     layout = StepLayout(seqs, seqs, 1, 8)
     inputs, tensor = backend.device.upload(pack_sampling(layout, columns)), upload_logits(backend.device, logits)
@@ -156,7 +156,7 @@ def pack_sampling(layout: StepLayout, columns: dict[str, Any]) -> np.ndarray:
         views[name].view(np.float32)[:] = 1.0
     views["seed"][:] = np.arange(layout.num_seqs)
     for name, column in columns.items():
-        if name == "held_back":
+        if name == "suppressed_ids":
             for row, ids in enumerate(column):
                 views[name][row, : len(ids)] = ids
         else:

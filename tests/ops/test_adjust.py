@@ -164,7 +164,7 @@ def test_adjusted_rows_equal_the_reference(device: DeviceHandle, kind: str, voca
     held = [rng.integers(0, vocab, 2 * (row % 2)).tolist() for row in range(seqs)] if vocab > 5 else []
     for draw in range(3):
         logits = 3 * normal(seqs, vocab, seed=vocab + draw)
-        columns = {"seed": 31 * np.arange(seqs), "draw": draw, "num_logprobs": 3, "held_back": held}
+        columns = {"seed": 31 * np.arange(seqs), "draw": draw, "num_logprobs": 3, "suppressed_ids": held}
         got, expected = bench.sample(logits, **columns), bench.expect(logits, **columns)
         np.testing.assert_array_equal(got.tokens, expected.tokens)
         np.testing.assert_array_equal(got.ranks, expected.ranks)
@@ -250,7 +250,7 @@ def test_what_must_not_be_sampled_is_not_whatever_its_bias(device: DeviceHandle,
     """Neither ids outside the mask nor those that min_tokens holds back."""
     seqs, vocab = 64, 40
     wish = Wish(bias={3: 100.0, 4: 100.0, 5: 90.0}, allowed=(4, 5, 6), temperature=temperature)
-    got = Bench(device, [wish] * seqs, vocab).sample(np.tile(normal(vocab), (seqs, 1)), held_back=[[4]] * seqs)
+    got = Bench(device, [wish] * seqs, vocab).sample(np.tile(normal(vocab), (seqs, 1)), suppressed_ids=[[4]] * seqs)
     assert set(got.tokens.tolist()) == {5}
 
 

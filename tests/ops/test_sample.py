@@ -163,12 +163,12 @@ def test_a_temperature_of_almost_nothing_is_greedy(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_held_back_ids_are_never_drawn_yet_count_in_the_logprobs(backend: Backend, temperature: float) -> None:
+def test_suppressed_ids_are_never_drawn_yet_count_in_the_logprobs(backend: Backend, temperature: float) -> None:
     seqs, vocab = 64, 40
     logits = np.tile(normal(vocab), (seqs, 1))
     best = np.argsort(-logits[0])
     held = best[:6].tolist()
-    got = sample(backend, logits, temperature=temperature, held_back=[held] * seqs, num_logprobs=3)
+    got = sample(backend, logits, temperature=temperature, suppressed_ids=[held] * seqs, num_logprobs=3)
     assert not set(got.tokens.tolist()) & set(held)
     if temperature == 0:
         assert set(got.tokens.tolist()) == {best[6]}

@@ -95,7 +95,7 @@ class FakeRunner:
         digests = [self.pool[self._slot(request, position)] for position in range(request.num_tokens)]
         noise = (request.seed, request.num_tokens) if request.params.temperature else ()
         token_id = self.choose(request, mix(*digests, *noise))
-        while token_id in request.held_back_ids:
+        while token_id in request.suppressed_ids:
             token_id = (token_id + 1) % self.vocab_size
         if request.params.logprobs is None:
             return token_id, None

@@ -33,14 +33,14 @@ class InputPacker:
         # by row: whose table it is and how many of its blocks stand there; whose settings they are
         self._tables: list[tuple[Request | None, int, int]] = [(None, 0, 0)] * layout.num_seqs
         self._samplers: list[Request | Scored | None] = [None] * layout.num_seqs
-        self._held_back: set[int] = set()  # sampled rows that hold ids back
+        self._suppressing: set[int] = set()  # sampled rows with suppressed ids
         self.clear()
 
     def clear(self) -> None:
         """All rows padding: the dummy block's slot 0, position 0, greedy, no logprobs."""
         for view in self.views.values():
             view[...] = 0
-        for name in ("num_logprobs", "held_back", "forced"):
+        for name in ("num_logprobs", "suppressed_ids", "forced"):
             self.views[name][:] = -1
         self.views["seq_rows"][:] = self.layout.num_seqs
 
@@ -119,7 +119,7 @@ class InputPacker:
                 self._forget_settings(index)
 
     def _pack_settings(self, index: int, request: Request) -> None:
-        """Row `index` of what is sampled, where it holds another's settings; and the ids that are held back now."""
+        """Row `index` of what is sampled, where it holds another's settings; and the ids that are suppressed now."""
         views, params = self.views, request.params
         if self._samplers[index] is not request:
             self._samplers[index] = request
@@ -129,9 +129,9 @@ class InputPacker:
             views["seed"][index] = np.uint32(request.seed & 0xFFFFFFFF).view(np.int32)
             views["num_logprobs"][index] = -1 if params.logprobs is None else params.logprobs
             views["forced"][index] = -1
-        held_back = request.held_back_ids if params.min_tokens else ()
-        if held_back or index in self._held_back:
-            self._pack_held_back(index, held_back)
+        suppressed_ids = request.suppressed_ids if params.min_tokens else ()
+        if suppressed_ids or index in self._suppressing:
+            self._pack_suppressed(index, suppressed_ids)
 
     def _pack_scores(self, plan: StepPlan, num_sampled: int) -> int:
         """Logit rows behind those that sample: greedy, with the prompt's own next token forced. Returns their end."""
@@ -152,12 +152,12 @@ class InputPacker:
             row += entry.count
         return index
 
-    def _pack_held_back(self, index: int, ids: tuple[int, ...]) -> None:
+    def _pack_suppressed(self, index: int, ids: tuple[int, ...]) -> None:
         if len(ids) > MAX_STOP_IDS:
-            raise InvariantError(f"{len(ids)} ids are held back, but a row has room for {MAX_STOP_IDS}")
-        self.views["held_back"][index] = -1
-        self.views["held_back"][index, : len(ids)] = ids
-        (self._held_back.add if ids else self._held_back.discard)(index)
+            raise InvariantError(f"{len(ids)} ids are suppressed, but a row has room for {MAX_STOP_IDS}")
+        self.views["suppressed_ids"][index] = -1
+        self.views["suppressed_ids"][index, : len(ids)] = ids
+        (self._suppressing.add if ids else self._suppressing.discard)(index)
 
     def _forget_settings(self, index: int) -> None:
         """Row `index` samples for nobody: greedily, without logprobs."""
@@ -165,7 +165,7 @@ class InputPacker:
         self.views["forced"][index] = -1
         self.floats["temperature"][index] = 0.0
         self.views["num_logprobs"][index] = -1
-        self._pack_held_back(index, ())
+        self._pack_suppressed(index, ())
 
 
 def newest_token(request: Request) -> int:

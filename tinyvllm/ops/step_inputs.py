@@ -39,9 +39,9 @@ class StepLayout:
             "seed": seqs,
             "draw": seqs,  # how many tokens this request has drawn before: the noise's counter
             "num_logprobs": seqs,  # -1: none; 0: the chosen token's; n: and the n likeliest
-            "held_back": seqs * MAX_STOP_IDS,  # ids that must not be sampled; -1: unused
+            "suppressed_ids": seqs * MAX_STOP_IDS,  # ids that min_tokens keeps from being sampled; -1: unused
             "forced": seqs,  # the token to report instead of sampling one: a prompt's own; -1: none
-            # what only an adjusted step reads: docs in ops/adjust.py
+            # what only an adjusted step reads: docs in ops/sampling/adjust.py
             "state_rows": seqs,  # the request's row of the sampling state; -1: none
             "is_counted": seqs,  # 1: the penalties below apply, and the token is counted
             "is_masked": seqs,  # 1: only the ids of the state row's mask may be sampled
@@ -80,6 +80,6 @@ class StepLayout:
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
         """Named int32 views of a host buffer of `size` words; view floats with `.view(np.float32)`."""
         views = {name: buffer[start : start + size] for name, (start, size) in self._offsets.items() if name != "end"}
-        views["held_back"] = views["held_back"].reshape(self.num_seqs, MAX_STOP_IDS)
+        views["suppressed_ids"] = views["suppressed_ids"].reshape(self.num_seqs, MAX_STOP_IDS)
         views["block_tables"] = views["block_tables"].reshape(self.num_seqs + 1, self.max_blocks)
         return views

@@ -116,7 +116,7 @@ class Request:
         return 0 if self.num_prompt_logprobs is None else self.num_prompt_tokens - 1 - self.num_scored
 
     @property
-    def held_back_ids(self) -> tuple[int, ...]:
+    def suppressed_ids(self) -> tuple[int, ...]:
         """Ids that may not be sampled now, because min_tokens is not reached: EOS and stop ids."""
         if self.num_output_tokens >= self.params.min_tokens:
             return ()
@@ -124,7 +124,7 @@ class Request:
 
     @cached_property
     def is_masked(self) -> bool:
-        """Whether some ids may never, or not always, be sampled (beside those that min_tokens holds back)."""
+        """Whether some ids may never, or not always, be sampled (beside those that min_tokens suppresses)."""
         return self.params.allowed_token_ids is not None or bool(self.bad_words_ids) or self.constraint is not None
 
     @cached_property

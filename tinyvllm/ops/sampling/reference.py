@@ -28,9 +28,9 @@ def sample_row(
     Of an adjusted step, its token is counted in `state`."""
     out = np.zeros(OUT_WIDTH, np.int32)
     floats = out.view(np.float32)
-    held_back = views["held_back"][row]
+    suppressed_ids = views["suppressed_ids"][row]
     allowed = logits.astype(np.float64) if state is None else adjust_row(logits, views, row, state)
-    allowed[held_back[(held_back >= 0) & (held_back < len(logits))]] = -np.inf
+    allowed[suppressed_ids[(suppressed_ids >= 0) & (suppressed_ids < len(logits))]] = -np.inf
     temperature = views["temperature"].view(np.float32)[row]
     greedy = first_best(allowed)
     token, forced = greedy, int(views["forced"][row])

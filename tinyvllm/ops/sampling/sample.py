@@ -71,7 +71,7 @@ OUT_TOKEN, OUT_LOGPROB, OUT_RANK, OUT_TOP, OUT_TOP_LOGPROB = 0, 1, 2, 3, 3 + MAX
 OUT_WIDTH = 3 + 2 * MAX_LOGPROBS
 # words that are left of a part, floats as their bits: its largest logit and that one's id (-1: none is finite); where
 # the row draws the winner's score, its id, and the mass of all, of weights relative to the largest logit, in other
-# words where the row cuts; the raw logits of ids that are held back (NaN: not in this part); and for logprobs of the
+# words where the row cuts; the raw logits of ids that are suppressed (NaN: not in this part); and for logprobs of the
 # raw logits the likeliest ids with their logits, the largest, and the mass relative to it. What is stored in different
 # passes stays apart, because tinygrad makes one store of neighbours.
 BEST, BEST_ID = 0, 1
@@ -165,7 +165,7 @@ class Row:
 
     def held_id(self, slot: UOp) -> UOp:
         """An id that is held back; below 0: none."""
-        return self.inputs[self.spec.layout.offset("held_back") + self.axis * MAX_STOP_IDS + slot].load()
+        return self.inputs[self.spec.layout.offset("suppressed_ids") + self.axis * MAX_STOP_IDS + slot].load()
 
     @property
     def num_logprobs(self) -> UOp:

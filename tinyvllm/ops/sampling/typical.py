@@ -44,7 +44,7 @@ def typical_kernel(spec: SampleSpec) -> KernelFn:
 
 
 def _hold_back(row: Row, logits: UOp, wanted: UOp) -> UOp:
-    """-inf over the ids that are held back, in front of all threads' reading."""
+    """-inf over the ids that are suppressed, in front of all threads' reading."""
     thread, width = row.lanes.thread, row.spec.widths[0]
     slot = row.body.fold_while(wanted * MAX_STOP_IDS)
     token = row.held_id(slot.cast(dtypes.weakint))

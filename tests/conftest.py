@@ -45,7 +45,7 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def smollm2_files() -> ModelFiles:
     """The default model's files. A test that takes them carries the mark `model`."""
     from tinyvllm.errors import ModelError
-    from tinyvllm.storage.catalogue import DEFAULT_MODEL
+    from tinyvllm.storage.catalog import DEFAULT_MODEL
     from tinyvllm.storage.resolve import resolve_model
 
     try:

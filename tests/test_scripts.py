@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyvllm.storage.catalogue import DEFAULT_MODEL
+from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci" / "run"])

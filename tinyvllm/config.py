@@ -163,7 +163,7 @@ class GenerationDefaults:
 class EngineConfig:
     """How the engine runs a model. Names follow vLLM's flags."""
 
-    model: str  # catalogue name, directory, .gguf file or hub id
+    model: str  # catalog name, directory, .gguf file or hub id
     dtype: str = (
         "auto"  # of activations and unquantised matrices; auto: float32 on a CPU, else float16 (bfloat16 stays)
     )

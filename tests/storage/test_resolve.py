@@ -9,7 +9,7 @@ import pytest
 from tests.builders import write_tiny_gguf, write_tiny_hf_llama
 from tinyvllm.config import MODELS_DIR_VARIABLE, ModelFiles
 from tinyvllm.errors import ModelError, UnsupportedModelError
-from tinyvllm.storage.catalogue import CATALOGUE, DEFAULT_MODEL
+from tinyvllm.storage.catalog import CATALOG, DEFAULT_MODEL
 from tinyvllm.storage.resolve import installed_path, list_models, models_dir, resolve_model
 
 
@@ -101,6 +101,6 @@ def test_models_directory_is_the_variable_then_the_checkout_then_the_cache(tmp_p
     assert models_dir() == tmp_path / "models"
 
 
-def test_catalogue_names_are_no_hub_ids():
-    assert all("/" not in name for name in CATALOGUE)
-    assert DEFAULT_MODEL in CATALOGUE
+def test_catalog_names_are_no_hub_ids():
+    assert all("/" not in name for name in CATALOG)
+    assert DEFAULT_MODEL in CATALOG

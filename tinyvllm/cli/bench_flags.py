@@ -15,7 +15,7 @@ from tinyvllm.cli.models import require_model
 from tinyvllm.cli.terminal import Progress, out, progress_bars
 from tinyvllm.config import EngineConfig
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.storage.catalogue import DEFAULT_MODEL
+from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

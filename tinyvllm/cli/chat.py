@@ -15,7 +15,7 @@ from tinyvllm.cli.generate import write
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.terminal import err, out
 from tinyvllm.errors import EngineDeadError, RequestError, TinyvllmError
-from tinyvllm.storage.catalogue import DEFAULT_MODEL
+from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from tinyvllm.config import SamplingParams

@@ -13,7 +13,7 @@ from tinyvllm.cli.bench_flags import print_table, write_file
 from tinyvllm.cli.flags import EngineFlags
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.terminal import out, progress_bars
-from tinyvllm.storage.catalogue import DEFAULT_MODEL
+from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 MARKS = {"ok": "[green]ok[/]", "odd": "[yellow]look[/]", "bad": "[red]bad[/]"}
 

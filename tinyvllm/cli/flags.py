@@ -30,7 +30,7 @@ Model = Annotated[
     str,
     Argument(
         metavar="MODEL",
-        help="A catalogue name (see `tinyvllm models`), a pulled org/name, a .gguf file or a directory in Hugging Face "
+        help="A catalog name (see `tinyvllm models`), a pulled org/name, a .gguf file or a directory in Hugging Face "
         f"format. Pulled models lie in ${MODELS_DIR_VARIABLE}.",
     ),
 ]

@@ -19,7 +19,7 @@ from tinyvllm.cli.record_flags import RecordFlags
 from tinyvllm.cli.terminal import out
 from tinyvllm.config import EngineConfig, SamplingParams
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.storage.catalogue import DEFAULT_MODEL
+from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AsyncEngine

@@ -10,9 +10,9 @@ from typer import Argument
 from tinyvllm.cli.terminal import out, progress_bars
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, UnsupportedModelError
-from tinyvllm.storage.catalogue import CATALOGUE, DEFAULT_MODEL
+from tinyvllm.storage.catalog import CATALOG, DEFAULT_MODEL
 
-_NAME_HELP = "A catalogue name (see `tinyvllm models`), or org/name of the Hugging Face hub."
+_NAME_HELP = "A catalog name (see `tinyvllm models`), or org/name of the Hugging Face hub."
 
 
 def pull(*, name: Annotated[str, Argument(metavar="NAME", help=_NAME_HELP)] = DEFAULT_MODEL) -> None:
@@ -44,7 +44,7 @@ def require_model(model: str, *, pull: bool) -> ModelFiles:
 
 
 def models() -> None:
-    """List the catalogue and the models that are here."""
+    """List the catalog and the models that are here."""
     from rich.table import Table
 
     from tinyvllm.storage.resolve import list_models, models_dir
@@ -52,12 +52,12 @@ def models() -> None:
     directory = models_dir()
     table = Table("MODEL", "SIZE", "HERE", "DESCRIPTION", box=None, pad_edge=False)
     installed = {model.name: model for model in list_models(directory)}
-    for name, entry in CATALOGUE.items():
+    for name, entry in CATALOG.items():
         table.add_row(
             name, _megabytes(entry.num_bytes), "yes" if name in installed else "no", escape(entry.description)
         )
     for name, model in installed.items():
-        if name not in CATALOGUE:
+        if name not in CATALOG:
             table.add_row(escape(name), _megabytes(model.num_bytes), "yes", escape(str(model.path)))
     out.print(table, soft_wrap=False)
     out.print(f"\nModels are kept in {directory}. To get one: tinyvllm pull MODEL", highlight=False, markup=False)

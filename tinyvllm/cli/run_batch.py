@@ -21,7 +21,7 @@ from tinyvllm.cli.flags import EngineFlags, Model
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.terminal import err, progress_bars
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.storage.catalogue import DEFAULT_MODEL
+from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp

@@ -17,7 +17,7 @@ from tinyvllm.cli.models import require_model
 from tinyvllm.cli.record_flags import RecordFlags
 from tinyvllm.cli.server_flags import ListenFlags, ServerFlags
 from tinyvllm.cli.terminal import out, progress_bars
-from tinyvllm.storage.catalogue import DEFAULT_MODEL
+from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AsyncEngine

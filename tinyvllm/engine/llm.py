@@ -86,7 +86,7 @@ class LLM:
     """A loaded model for offline use. Bound to the thread that made it, as the device's caches are."""
 
     def __init__(self, model: str, *, progress: LoadProgress | None = None, **engine_config: Any) -> None:
-        """Load and warm up `model`: a catalogue name, a directory, a .gguf file or a hub id.
+        """Load and warm up `model`: a catalog name, a directory, a .gguf file or a hub id.
 
         engine_config: fields of EngineConfig, such as max_model_len=1024. progress(stage, done, total) follows the
         start. Raises ModelError, CapacityError or, for an unknown field, TinyvllmError.

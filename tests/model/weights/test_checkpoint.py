@@ -26,7 +26,7 @@ from tinyvllm.errors import ModelError, UnsupportedModelError, WeightMismatchErr
 from tinyvllm.model.weights.checkpoint import Checkpoint, open_checkpoint
 from tinyvllm.model.weights.gguf import canonical_name
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS
-from tinyvllm.storage.catalogue import DEFAULT_MODEL
+from tinyvllm.storage.catalog import DEFAULT_MODEL
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.storage.model_config import read_model_config
 from tinyvllm.storage.resolve import resolve_model

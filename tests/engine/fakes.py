@@ -13,8 +13,8 @@ from tests.builders import IM_END_ID, write_byte_tokenizer
 from tests.scheduling.fakes import FakeRunner, make_capacity
 from tinyvllm.config import EngineConfig, GenerationDefaults, ModelConfig, ModelFiles
 from tinyvllm.engine.async_engine import AsyncEngine
+from tinyvllm.engine.loading import LoadedEngine, Progress, assemble_engine
 from tinyvllm.engine.output import Delta
-from tinyvllm.engine.parts import EngineParts, Progress, assemble
 from tinyvllm.scheduling.request import Request
 from tinyvllm.text.chat import ChatTemplate, load_chat_template
 from tinyvllm.text.tokenizer import Tokenizer, load_tokenizer
@@ -84,10 +84,10 @@ def say(*answers: str | bytes) -> Callable[[Request, int], int]:
     return choose
 
 
-def make_parts(
+def make_loaded(
     runner: FakeModelRunner | None = None, defaults: GenerationDefaults | None = None, **config: Any
-) -> EngineParts:
-    return assemble(
+) -> LoadedEngine:
+    return assemble_engine(
         EngineConfig("tiny", **config),
         runner or FakeModelRunner(),
         *load_text(),
@@ -100,8 +100,8 @@ async def running_engine(runner: FakeModelRunner | None = None, **config: Any) -
     """An AsyncEngine that is ready; shut down afterwards."""
     runner = runner or FakeModelRunner()
 
-    def load(engine_config: EngineConfig, progress: Progress) -> EngineParts:
-        return make_parts(runner, **config)
+    def load(engine_config: EngineConfig, progress: Progress) -> LoadedEngine:
+        return make_loaded(runner, **config)
 
     engine = AsyncEngine.start(EngineConfig("tiny", **config), load=load)
     try:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.engine.fakes import EOS_ID, FakeModelRunner, join, load_text, make_parts, running_engine, say
+from tests.engine.fakes import EOS_ID, FakeModelRunner, join, load_text, make_loaded, running_engine, say
 from tests.scheduling.fakes import make_request, run_alone
 from tinyvllm.config import EngineConfig, ModelFiles, SamplingParams
 from tinyvllm.engine.async_engine import AsyncEngine, Stream
+from tinyvllm.engine.loading import LoadedEngine
 from tinyvllm.engine.output import Delta
-from tinyvllm.engine.parts import EngineParts
 from tinyvllm.errors import ContextLengthError, EngineDeadError, ModelError, RequestError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -353,7 +353,7 @@ async def test_a_dead_engine_raises_in_every_reader(bomb: BaseException, caplog:
 
 
 async def test_a_failed_start_surfaces_where_it_is_waited_for() -> None:
-    def load(config: EngineConfig, progress: object) -> EngineParts:
+    def load(config: EngineConfig, progress: object) -> LoadedEngine:
         raise ModelError("no such model")
 
     engine = AsyncEngine.start(EngineConfig("tiny"), load=load)
@@ -370,7 +370,7 @@ async def test_a_failed_start_surfaces_where_it_is_waited_for() -> None:
 
 
 async def test_the_name_is_that_of_the_files_before_they_are_loaded(tiny_hf_files: ModelFiles) -> None:
-    def load(config: EngineConfig, progress: object) -> EngineParts:
+    def load(config: EngineConfig, progress: object) -> LoadedEngine:
         raise ModelError("not now")
 
     engine = AsyncEngine.start(EngineConfig(str(tiny_hf_files.path)), load=load)
@@ -381,7 +381,7 @@ async def test_the_name_is_that_of_the_files_before_they_are_loaded(tiny_hf_file
 async def test_progress_is_passed_on_and_a_shutdown_ends_the_start() -> None:
     seen, is_loading = [], threading.Event()
 
-    def load(config: EngineConfig, progress: Any) -> EngineParts:
+    def load(config: EngineConfig, progress: Any) -> LoadedEngine:
         progress("load", 1, 2)
         is_loading.set()
         while True:
@@ -468,8 +468,8 @@ async def test_an_idle_engine_sleeps() -> None:
 def test_readers_on_a_loop_that_was_closed_are_dropped() -> None:
     runner = FakeModelRunner()
 
-    def load(config: EngineConfig, progress: object) -> EngineParts:
-        return make_parts(runner)
+    def load(config: EngineConfig, progress: object) -> LoadedEngine:
+        return make_loaded(runner)
 
     engine = AsyncEngine.start(EngineConfig("tiny"), load=load)
 

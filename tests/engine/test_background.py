@@ -14,8 +14,8 @@ from tests.scheduling.fakes import make_request, run_alone
 from tinyvllm.config import EngineConfig, GenerationDefaults, ModelFiles, SamplingParams
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.core import EngineCore
+from tinyvllm.engine.loading import LoadedEngine, Progress, assemble_engine
 from tinyvllm.engine.output import Delta
-from tinyvllm.engine.parts import EngineParts, Progress, assemble
 from tinyvllm.execution.runner import load_runner
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepPlan
@@ -100,8 +100,8 @@ async def collect(engine: AsyncEngine, request_id: str) -> list[Delta]:
 
 
 def start(captures: FakeCaptures, runner: FakeModelRunner) -> AsyncEngine:
-    def load(config: EngineConfig, progress: Progress) -> EngineParts:
-        return assemble(config, runner, *load_text(), GenerationDefaults(), captures)
+    def load(config: EngineConfig, progress: Progress) -> LoadedEngine:
+        return assemble_engine(config, runner, *load_text(), GenerationDefaults(), captures)
 
     return AsyncEngine.start(EngineConfig("tiny"), load=load)
 
@@ -153,10 +153,10 @@ async def test_answers_are_the_same_while_graphs_come(tiny_gguf_files: ModelFile
         async_scheduling=True, decode_buckets=(1, 4), token_buckets=(8, 16), warm_up=warm_up,
     )  # fmt: skip
 
-    def load(engine_config: EngineConfig, progress: Progress) -> EngineParts:
+    def load(engine_config: EngineConfig, progress: Progress) -> LoadedEngine:
         runner = load_runner(tiny_gguf_files, engine_config)
         runner.warm_up() if warm_up == "full" else runner.warm_up_first()
-        return assemble(engine_config, runner, *load_text(), GenerationDefaults(), runner.captures)
+        return assemble_engine(engine_config, runner, *load_text(), GenerationDefaults(), runner.captures)
 
     engine = AsyncEngine.start(config, load=load)
     await engine.wait_ready()

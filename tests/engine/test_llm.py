@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.fakes import EOS_ID, FakeModelRunner, make_parts, say
+from tests.engine.fakes import EOS_ID, FakeModelRunner, make_loaded, say
 from tests.scheduling.fakes import make_request, run_alone
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.config import EngineConfig, GenerationDefaults
@@ -23,9 +23,9 @@ def make_llm(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def make(runner: FakeModelRunner | None = None, defaults: GenerationDefaults | None = None, **fields: Any) -> LLM:
         def load(config: EngineConfig, progress: object) -> object:
-            return make_parts(runner or FakeModelRunner(), defaults)
+            return make_loaded(runner or FakeModelRunner(), defaults)
 
-        monkeypatch.setattr(llm_module, "load_parts", load)
+        monkeypatch.setattr(llm_module, "load_engine", load)
         return LLM("tiny", **fields)
 
     return make
@@ -110,7 +110,7 @@ def test_chat_writes_the_template(make_llm: Any) -> None:
     assert len(llm.chat([messages, messages], GREEDY)) == 2
     with pytest.raises(RequestError):
         llm.chat([{"role": "user", "content": 5}], GREEDY)
-    llm._parts = dataclasses.replace(llm._parts, chat_template=None)
+    llm._loaded = dataclasses.replace(llm._loaded, chat_template=None)
     with pytest.raises(RequestError, match="no chat template"):
         llm.chat(messages, GREEDY)
 

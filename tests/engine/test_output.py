@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from tests.engine.fakes import EOS_ID, FakeModelRunner, join, make_parts, say
+from tests.engine.fakes import EOS_ID, FakeModelRunner, join, make_loaded, say
 from tinyvllm.config import SamplingParams
+from tinyvllm.engine.loading import LoadedEngine
 from tinyvllm.engine.output import Delta, TextEngine
-from tinyvllm.engine.parts import EngineParts
 from tinyvllm.scheduling.request import Status
 
 
@@ -15,20 +15,20 @@ def answer(text: str | bytes, **params: Any) -> list[Delta]:
     """The deltas of a request that the model answers with `text`."""
     runner = FakeModelRunner()
     runner.choose = say(text)
-    return ask(make_parts(runner), **params)
+    return ask(make_loaded(runner), **params)
 
 
-def ask(parts: EngineParts, **params: Any) -> list[Delta]:
-    (request,) = parts.factory.make_requests(
+def ask(loaded: LoadedEngine, **params: Any) -> list[Delta]:
+    (request,) = loaded.factory.make_requests(
         "x", list(b"prompt"), SamplingParams(**{"max_tokens": 50, "temperature": 0.0, **params})
     )
-    parts.engine.add(request)
+    loaded.engine.add(request)
     deltas = []
-    while parts.engine.has_work:
-        deltas += [delta for _, delta in parts.engine.step()]
+    while loaded.engine.has_work:
+        deltas += [delta for _, delta in loaded.engine.step()]
     assert request.status is Status.FINISHED
-    assert parts.engine.core.stats.num_free_blocks == 999
-    assert not parts.engine._processors
+    assert loaded.engine.core.stats.num_free_blocks == 999
+    assert not loaded.engine._processors
     assert (request.finish_reason, request.stop_reason) == (deltas[-1].finish_reason, deltas[-1].stop_reason)
     return deltas
 
@@ -93,7 +93,7 @@ def test_special_tokens_are_text_only_when_asked_for() -> None:
     for skip, text in ((True, "hi"), (False, "h<|im_start|>i")):
         runner = FakeModelRunner()
         runner.choose = choose
-        assert join(ask(make_parts(runner), skip_special_tokens=skip)).text == text
+        assert join(ask(make_loaded(runner), skip_special_tokens=skip)).text == text
 
 
 def test_logprobs_spell_their_tokens() -> None:
@@ -110,7 +110,7 @@ def test_logprobs_spell_their_tokens() -> None:
 def test_a_request_that_fails_says_why() -> None:
     runner = FakeModelRunner()
     runner.choose = lambda request, digest: -1
-    (delta,) = ask(make_parts(runner))
+    (delta,) = ask(make_loaded(runner))
     assert (delta.finish_reason, delta.error) == ("error", "the model produced no finite logits")
     assert (delta.token_ids, delta.text) == ((), "")
 
@@ -118,35 +118,35 @@ def test_a_request_that_fails_says_why() -> None:
 def test_abort_gives_what_was_held_back() -> None:
     runner = FakeModelRunner()
     runner.choose = say("one END")
-    parts = make_parts(runner)
-    (request,) = parts.factory.make_requests("x", [1], SamplingParams(stop=("END",)))
-    parts.engine.add(request)
-    text = "".join(delta.text for _ in range(6) for _, delta in parts.engine.step())
-    last = parts.engine.abort("x")
+    loaded = make_loaded(runner)
+    (request,) = loaded.factory.make_requests("x", [1], SamplingParams(stop=("END",)))
+    loaded.engine.add(request)
+    text = "".join(delta.text for _ in range(6) for _, delta in loaded.engine.step())
+    last = loaded.engine.abort("x")
     assert last is not None
     assert (text, last.text, last.finish_reason) == ("one ", "EN", "abort")
-    assert parts.engine.abort("x") is None
-    assert not parts.engine.has_work
+    assert loaded.engine.abort("x") is None
+    assert not loaded.engine.has_work
 
 
 def test_text_that_cannot_be_made_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = FakeModelRunner()
     runner.choose = lambda request, digest: 7 if request.request_id == "bad" and request.output_ids else 65
-    parts = make_parts(runner)
-    engine: TextEngine = parts.engine
+    loaded = make_loaded(runner)
+    engine: TextEngine = loaded.engine
 
     class Brittle:
         def __getattr__(self, name: str) -> Any:
-            return getattr(parts.tokenizer, name)
+            return getattr(loaded.tokenizer, name)
 
         def token_bytes(self, token_id: int) -> bytes:
             if token_id == 7:
                 raise KeyError("7")
-            return parts.tokenizer.token_bytes(token_id)
+            return loaded.tokenizer.token_bytes(token_id)
 
     engine.tokenizer = Brittle()
     for name in ("bad", "good"):
-        engine.add(parts.factory.make_requests(name, [1], SamplingParams(max_tokens=5))[0])
+        engine.add(loaded.factory.make_requests(name, [1], SamplingParams(max_tokens=5))[0])
     last = {}
     while engine.has_work:
         last.update({request.request_id: delta for request, delta in engine.step() if delta.finish_reason})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from tests.engine.fakes import FakeModelRunner, make_parts, say
+from tests.engine.fakes import FakeModelRunner, make_loaded, say
 from tinyvllm.config import EngineConfig
-from tinyvllm.engine.parts import EngineParts, Progress
+from tinyvllm.engine.loading import LoadedEngine, Progress
 from tinyvllm.scheduling.plan import StepStats
 
 ANSWER = "Grüße, 世界! 👋"
@@ -18,11 +18,11 @@ class Device:
     def __init__(self) -> None:
         self.runner = FakeModelRunner(num_blocks=64, max_num_seqs=4)
         self.runner.choose = say(ANSWER)
-        self.parts: EngineParts | None = None
+        self.loaded: LoadedEngine | None = None
 
-    def load(self, config: EngineConfig, progress: Progress) -> EngineParts:
-        self.parts = make_parts(self.runner)
-        return self.parts
+    def load(self, config: EngineConfig, progress: Progress) -> LoadedEngine:
+        self.loaded = make_loaded(self.runner)
+        return self.loaded
 
     def babble(self, step_s: float) -> None:
         """Never say EOS, and take step_s for each step."""
@@ -31,8 +31,8 @@ class Device:
 
     @property
     def stats(self) -> StepStats:
-        assert self.parts is not None
-        return self.parts.engine.core.stats
+        assert self.loaded is not None
+        return self.loaded.engine.core.stats
 
     def wait_until_all_is_free(self) -> None:
         """Every block is back, and the pool's books are right."""
@@ -40,6 +40,6 @@ class Device:
             if self.stats.num_free_blocks == 63 and not self.stats.num_running and not self.stats.num_waiting:
                 break
             time.sleep(0.01)
-        assert self.parts is not None
-        self.parts.engine.core.scheduler.block_manager.audit()
+        assert self.loaded is not None
+        self.loaded.engine.core.scheduler.block_manager.audit()
         assert self.stats.num_free_blocks == 63

@@ -17,31 +17,31 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from tests.engine.fakes import FakeModelRunner, make_parts
+from tests.engine.fakes import FakeModelRunner, make_loaded
 from tinyvllm.cli import engine as engines
 from tinyvllm.cli import main
 from tinyvllm.cli.terminal import Progress
 from tinyvllm.config import EngineConfig
 from tinyvllm.engine.async_engine import AsyncEngine
+from tinyvllm.engine.loading import LoadedEngine, load_engine
 from tinyvllm.engine.output import TextEngine
-from tinyvllm.engine.parts import EngineParts, load_parts
 
 
 def start_engine(config: EngineConfig, progress: Progress) -> AsyncEngine:
     """Runs on the server's event loop."""
-    load = load_integers if device == "integers" else load_parts
+    load = load_integers if device == "integers" else load_engine
     engine = AsyncEngine.start(config, progress, load)
     threading.Thread(target=answer, args=(engine, asyncio.get_running_loop()), daemon=True).start()
     return engine
 
 
-def load_integers(config: EngineConfig, progress: Progress | None) -> EngineParts:
+def load_integers(config: EngineConfig, progress: Progress | None) -> LoadedEngine:
     runner = FakeModelRunner(
         num_blocks=config.num_gpu_blocks_override or 64, block_size=16, max_num_seqs=config.max_num_seqs
     )
     runner.max_in_flight = 2 if config.async_scheduling else 1
     runner.plans = deque(maxlen=1)  # type: ignore[assignment]  # it would keep them all
-    return make_parts(runner)
+    return make_loaded(runner)
 
 
 def answer(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:

@@ -107,7 +107,7 @@ class ColdStart:
 def import_engine() -> float:
     """Import what an engine needs, tinygrad first of all; the seconds that it took, next to none the second time."""
     start_s = time.perf_counter()
-    import tinyvllm.engine.parts
+    import tinyvllm.engine.loading
     import tinyvllm.execution.runner  # noqa: F401
 
     return time.perf_counter() - start_s

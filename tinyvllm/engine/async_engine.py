@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig, SamplingParams
+from tinyvllm.engine.loading import LoadedEngine, Progress, load_engine, model_name
 from tinyvllm.engine.output import Delta, TextEngine
-from tinyvllm.engine.parts import EngineParts, Progress, load_parts, model_name
 from tinyvllm.errors import DeviceError, EngineDeadError, RequestError, TinyvllmError
 from tinyvllm.scheduling.plan import StepStats as StepStats  # for those above, who see engines alone
 from tinyvllm.scheduling.request import Request
@@ -36,7 +36,7 @@ T = TypeVar("T")
 POOLINGS = ("mean", "last")
 EMBEDDING_PARAMS = SamplingParams(temperature=0.0, max_tokens=1)  # one token is sampled, and nobody reads it
 COMPILE_NAP_S = 0.01  # between two looks at what compilers do beside an idle engine
-Load = Callable[[EngineConfig, Progress], EngineParts]
+Load = Callable[[EngineConfig, Progress], LoadedEngine]
 
 
 class Stream:
@@ -85,7 +85,7 @@ class AsyncEngine:
         self.on_step: OnStep | None = None  # called on the engine's thread after each step; must be quick
         self._progress = progress
         self._load = load
-        self._parts: EngineParts | None = None
+        self._engine: LoadedEngine | None = None
         self._started: Future[None] = Future()
         self._started.set_running_or_notify_cancel()  # one caller who stops waiting does not cancel it for the others
         # Guarded by _wake:
@@ -100,7 +100,7 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="tinyvllm-engine", daemon=True)
 
     @classmethod
-    def start(cls, config: EngineConfig, progress: Progress | None = None, load: Load = load_parts) -> AsyncEngine:
+    def start(cls, config: EngineConfig, progress: Progress | None = None, load: Load = load_engine) -> AsyncEngine:
         """Start the thread, which loads the model, and return at once. `progress` is called on that thread."""
         engine = cls(config, progress, load)
         engine._thread.start()
@@ -114,7 +114,7 @@ class AsyncEngine:
 
     @property
     def is_ready(self) -> bool:
-        return self._parts is not None and not self._is_closed and self._stop_at_s is None
+        return self._engine is not None and not self._is_closed and self._stop_at_s is None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -138,7 +138,7 @@ class AsyncEngine:
 
     def stats(self) -> StepStats:
         """Counts and seconds of the latest step."""
-        return self._parts.engine.core.stats if self._parts is not None else StepStats()
+        return self._engine.engine.core.stats if self._engine is not None else StepStats()
 
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str, priority: int = 0
@@ -150,9 +150,9 @@ class AsyncEngine:
         free at the next step.
         """
         await self.wait_ready()
-        parts = self._loaded
-        grammar = None if params.grammar is None else await parts.grammars.compile(params.grammar)
-        stream = Stream(request_id, parts.factory.make_requests(request_id, prompt_ids, params, priority, grammar))
+        loaded = self._loaded
+        grammar = None if params.grammar is None else await loaded.grammars.compile(params.grammar)
+        stream = Stream(request_id, loaded.factory.make_requests(request_id, prompt_ids, params, priority, grammar))
         self._open(stream)
         try:
             while stream.num_open:
@@ -200,7 +200,7 @@ class AsyncEngine:
                 answer.set_exception(error)
 
         with self._wake:
-            if self._parts is None or self._is_closed:
+            if self._engine is None or self._is_closed:
                 raise EngineDeadError("the engine cannot be asked: it is not ready, or has stopped")
             self._post(task)
             self._questions.add(answer)
@@ -223,10 +223,10 @@ class AsyncEngine:
         await asyncio.to_thread(self._thread.join)
 
     @property
-    def _loaded(self) -> EngineParts:
-        if self._parts is None:
+    def _loaded(self) -> LoadedEngine:
+        if self._engine is None:
             raise EngineDeadError("the model is not loaded: await wait_ready() first") from self.error
-        return self._parts
+        return self._engine
 
     # On the callers' threads.
 
@@ -257,16 +257,16 @@ class AsyncEngine:
     def _run(self) -> None:
         """The thread: load, serve, close. However it ends, nobody is left waiting."""
         try:
-            parts = self._load(self.config, self._report)
+            loaded = self._load(self.config, self._report)
         except BaseException as error:
             self._close(error)
             self._started.set_exception(error)
             return
-        self._parts = parts
+        self._engine = loaded
         self._started.set_result(None)
         cause: BaseException | None = None
         try:
-            self._serve(parts.engine)
+            self._serve(loaded.engine)
         except EngineDeadError as error:
             cause = error
         except BaseException as error:
@@ -275,7 +275,7 @@ class AsyncEngine:
         if cause is not None:
             logger.critical("the engine's thread stops", exc_info=cause)
         self._close(cause)
-        parts.runner.close()
+        loaded.runner.close()
 
     def _report(self, stage: str, done: int, total: int) -> None:
         """Pass progress on; a shutdown during the start ends it here."""

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.engine.loading import Progress as LoadProgress
+from tinyvllm.engine.loading import load_engine
 from tinyvllm.engine.output import Delta, TokenLogprob
-from tinyvllm.engine.parts import Progress as LoadProgress
-from tinyvllm.engine.parts import load_parts
 from tinyvllm.errors import RequestError, TinyvllmError
 from tinyvllm.profiling import measure
 from tinyvllm.scheduling.plan import StepStats
@@ -96,18 +96,18 @@ class LLM:
         if unknown:
             raise TinyvllmError(f"LLM has no setting {', '.join(unknown)}: it has {', '.join(known)}")
         self.config = EngineConfig(model, **engine_config)
-        self._parts = load_parts(self.config, progress)
+        self._loaded = load_engine(self.config, progress)
         self._thread_id = threading.get_ident()
         self._numbers = itertools.count()
 
     @property
     def stats(self) -> StepStats:
         """Counts and seconds of the latest step."""
-        return self._parts.engine.core.stats
+        return self._loaded.engine.core.stats
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's own files recommend."""
-        defaults = self._parts.generation_defaults
+        defaults = self._loaded.generation_defaults
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "typical_p")
         stated = {name: getattr(defaults, name) for name in names if getattr(defaults, name) is not None}
         return SamplingParams(**stated)
@@ -134,16 +134,16 @@ class LLM:
         **template_arguments: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several, written with the model's chat template."""
-        template = self._parts.chat_template
+        template = self._loaded.chat_template
         if template is None:
             raise RequestError("the model has no chat template: give one as chat_template", param="messages")
         batch: Any = [messages] if not messages or isinstance(messages[0], Mapping) else messages
         texts = [template.render(conversation, **template_arguments) for conversation in batch]
-        return self._run([(text, self._parts.tokenizer.encode_chat(text)) for text in texts], params, use_tqdm)
+        return self._run([(text, self._loaded.tokenizer.encode_chat(text)) for text in texts], params, use_tqdm)
 
     def close(self) -> None:
         """Give the device's memory back. The LLM cannot be used afterwards."""
-        self._parts.runner.close()
+        self._loaded.runner.close()
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The prompt's text, where it has one, and ids."""
@@ -158,7 +158,7 @@ class LLM:
                 param="prompt",
             )
         with measure.span(measure.TOKENIZE):
-            return prompt, self._parts.tokenizer.encode(prompt)
+            return prompt, self._loaded.tokenizer.encode(prompt)
 
     def _run(
         self,
@@ -172,8 +172,8 @@ class LLM:
         requests: list[list[Request]] = []
         for (text, prompt_ids), one in zip(prompts, self._spread(params, len(prompts)), strict=True):
             request_id = str(next(self._numbers))
-            grammar = None if one.grammar is None else self._parts.grammars.compile_now(one.grammar)
-            choices = self._parts.factory.make_requests(request_id, prompt_ids, one, grammar=grammar)
+            grammar = None if one.grammar is None else self._loaded.grammars.compile_now(one.grammar)
+            choices = self._loaded.factory.make_requests(request_id, prompt_ids, one, grammar=grammar)
             requests.append(choices)
             blank = [CompletionOutput.begin(index, one) for index in range(one.n)]
             outputs.append(RequestOutput(request_id, text, choices[0].prompt_ids, blank))
@@ -191,7 +191,7 @@ class LLM:
 
     def _generate(self, requests: list[list[Request]], outputs: list[RequestOutput], use_tqdm: bool) -> None:
         """Run the requests to their end, filling `outputs`. Whatever is raised, no request is left behind."""
-        engine = self._parts.engine
+        engine = self._loaded.engine
         owners = {
             request.request_id: output for choices, output in zip(requests, outputs, strict=True) for request in choices
         }

@@ -7,7 +7,7 @@ import pytest
 
 from tests.engine.fakes import FakeCaptures, FakeModelRunner
 from tinyvllm.config import EngineConfig, ModelFiles
-from tinyvllm.engine.parts import load_parts
+from tinyvllm.engine.loading import load_engine
 from tinyvllm.errors import ModelError, TinyvllmError
 
 
@@ -37,19 +37,19 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> WarmRunner:
 def test_parts_are_read_from_the_models_files(tiny_hf_files: ModelFiles, runner: WarmRunner) -> None:
     seen = []
     config = EngineConfig(str(tiny_hf_files.path), enable_prefix_caching=False, scheduling_policy="priority", seed=3)
-    parts = load_parts(config, lambda *report: seen.append(report))
+    loaded = load_engine(config, lambda *report: seen.append(report))
     assert seen == [("warm-up", 1, 1)]
-    assert parts.runner is runner and parts.capacity is runner.capacity
-    assert parts.tokenizer.encode("hi") == list(b"hi")
-    assert parts.chat_template is not None
-    assert parts.factory.eos_ids >= parts.tokenizer.eos_ids
-    assert not parts.engine.core.scheduler.block_manager.enable_prefix_caching
+    assert loaded.runner is runner and loaded.capacity is runner.capacity
+    assert loaded.tokenizer.encode("hi") == list(b"hi")
+    assert loaded.chat_template is not None
+    assert loaded.factory.eos_ids >= loaded.tokenizer.eos_ids
+    assert not loaded.engine.core.scheduler.block_manager.enable_prefix_caching
 
 
 def test_graphs_come_in_the_background_where_that_is_asked_for(tiny_hf_files: ModelFiles, runner: WarmRunner) -> None:
-    core = load_parts(EngineConfig(str(tiny_hf_files.path), warm_up="background")).engine.core
+    core = load_engine(EngineConfig(str(tiny_hf_files.path), warm_up="background")).engine.core
     assert core.has_captures_to_come and core.stats.num_captures_to_come == 5
-    full = load_parts(EngineConfig(str(tiny_hf_files.path)), lambda *report: None)
+    full = load_engine(EngineConfig(str(tiny_hf_files.path)), lambda *report: None)
     assert not full.engine.core.has_captures_to_come
     with pytest.raises(TinyvllmError, match="--warm-up is 'never': choose one of background, full"):
         EngineConfig("tiny", warm_up="never")
@@ -58,13 +58,13 @@ def test_graphs_come_in_the_background_where_that_is_asked_for(tiny_hf_files: Mo
 def test_a_failed_warm_up_gives_the_device_back(tiny_hf_files: ModelFiles, runner: WarmRunner) -> None:
     runner.failure = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        load_parts(EngineConfig(str(tiny_hf_files.path)), lambda *report: None)
+        load_engine(EngineConfig(str(tiny_hf_files.path)), lambda *report: None)
     assert runner.is_closed
 
 
 def test_an_unknown_model_is_refused_before_anything_is_loaded(runner: WarmRunner) -> None:
     with pytest.raises(ModelError):
-        load_parts(EngineConfig("./no/such/model"))
+        load_engine(EngineConfig("./no/such/model"))
 
 
 @pytest.mark.parametrize("setting", ["tool_call_parser", "reasoning_parser"])
@@ -72,4 +72,4 @@ def test_an_unknown_parser_is_refused_before_anything_is_loaded(
     tiny_hf_files: ModelFiles, runner: WarmRunner, setting: str
 ) -> None:
     with pytest.raises(TinyvllmError, match=f"--{setting.replace('_', '-')} is 'herms': choose from"):
-        load_parts(EngineConfig(str(tiny_hf_files.path), **{setting: "herms"}))
+        load_engine(EngineConfig(str(tiny_hf_files.path), **{setting: "herms"}))

@@ -1,4 +1,4 @@
-"""What an engine is made of, and how it is found, loaded and put together. Shared by LLM and AsyncEngine."""
+"""Find a model's files, load them, and build the engine around them. Shared by LLM and AsyncEngine."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Progress = Callable[[str, int, int], None]  # stage ("load", "warm-up"), done, t
 
 
 @dataclass(frozen=True)
-class EngineParts:
-    """A model that is ready to answer. Bound to the thread that made it."""
+class LoadedEngine:
+    """A loaded model with all that answers requests for it. Bound to the thread that made it."""
 
     runner: Runner
     tokenizer: Tokenizer
@@ -46,23 +46,23 @@ class EngineParts:
 
 
 def model_name(config: EngineConfig) -> str:
-    """What callers call the model: the name that was chosen for it, else that of its files."""
+    """The name that clients use for the model: the served name if one is set, else that of its files."""
     if config.served_model_name is not None:
         return config.served_model_name
     try:
         return resolve_model(config.model).name
-    except TinyvllmError:  # loading says it better, and to those who wait
+    except TinyvllmError:  # loading reports this error in full, to everyone who waits for the engine
         return config.model
 
 
-def load_parts(config: EngineConfig, progress: Progress | None = None) -> EngineParts:
-    """Find the model's files, load them and warm up: every graph, or in the background those that serve everything.
+def load_engine(config: EngineConfig, progress: Progress | None = None) -> LoadedEngine:
+    """Find the model's files, load them and warm up: all graphs, or only those needed to serve any request.
 
-    What can be wrong and is quickly read comes first."""
+    Whatever is quick to check is checked before the weights are loaded."""
     files = resolve_model(config.model)
     tokenizer = load_tokenizer(files)
     chat_template = load_chat_template(files, config.chat_template)
-    find_tool_format(config.tool_call_parser, "")  # raises for a name that is not known
+    find_tool_format(config.tool_call_parser, "")  # raises for an unknown name
     find_reasoning_format(config.reasoning_parser, "")
     generation_defaults = read_generation_defaults(files)
 
@@ -75,18 +75,18 @@ def load_parts(config: EngineConfig, progress: Progress | None = None) -> Engine
         runner.close()
         raise
     captures = None if config.warm_up == "full" else runner.captures
-    return assemble(config, runner, tokenizer, chat_template, generation_defaults, captures)
+    return assemble_engine(config, runner, tokenizer, chat_template, generation_defaults, captures)
 
 
-def assemble(
+def assemble_engine(
     config: EngineConfig,
     runner: Runner,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate | None,
     generation_defaults: GenerationDefaults,
     captures: Captures | None = None,
-) -> EngineParts:
-    """Put a scheduler, a core and a text side around a runner. `captures`: what makes the graphs that it lacks."""
+) -> LoadedEngine:
+    """Build scheduler, core and text engine around a runner. `captures` makes the graphs that the runner lacks."""
     capacity = runner.capacity
     block_manager = BlockManager(capacity.num_blocks, capacity.block_size, config.enable_prefix_caching)
     scheduler = Scheduler(block_manager, capacity, config.scheduling_policy)
@@ -95,4 +95,12 @@ def assemble(
     factory = RequestFactory(runner.model_config.vocab_size, capacity, eos_ids, config.seed, encode)
     grammars = GrammarCompiler(tokenizer, runner.model_config.vocab_size, eos_ids)
     engine = TextEngine(EngineCore(runner, scheduler, captures), tokenizer)
-    return EngineParts(runner, tokenizer, chat_template, generation_defaults, factory, grammars, engine)
+    return LoadedEngine(
+        runner=runner,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        generation_defaults=generation_defaults,
+        factory=factory,
+        grammars=grammars,
+        engine=engine,
+    )

@@ -239,7 +239,7 @@ def test_log_lines_carry_the_requests_id_and_no_content(tmp_path: Path) -> None:
         assert "/ready" not in log.replace('/ready HTTP/1.1" 503', "")  # probes that went well say nothing
         assert ("secret" in log) is shows_content
         assert "Engine 000: Avg prompt throughput: " in log
-        assert ("is open to all who can reach it" in log) is ("0.0.0.0" in flags)
+        assert ("is open to everyone who can reach it" in log) is ("0.0.0.0" in flags)
         assert ("cmpl-order-66-" in log) is shows_content
 
 

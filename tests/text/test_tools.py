@@ -16,7 +16,8 @@ from tests.text.test_grammar import TOKENIZERS, VOCABULARIES, walk
 from tinyvllm.config import GrammarSpec
 from tinyvllm.errors import RequestError, TinyvllmError
 from tinyvllm.text.grammar import compile_grammar
-from tinyvllm.text.tools import FORMATS, Tool, ToolFormat, find_tool_format
+from tinyvllm.text.tools import FAMILIES, find_tool_format, load_tool_format
+from tinyvllm.text.tools.base import Tool, ToolFormat
 from tinyvllm.text.tools.events import CallArguments, CallBegin, Text, joined
 
 WEATHER = Tool(
@@ -31,6 +32,7 @@ WEATHER = Tool(
 )
 TIME = Tool("time-now")
 NAMES = frozenset({"get_weather", "time-now"})
+FORMATS = {name: load_tool_format(name) for name in FAMILIES}
 
 Calls = list[tuple[str, str]]
 
@@ -266,11 +268,11 @@ def test_a_schema_that_cannot_be_enforced_is_refused_where_it_stands() -> None:
     ],
 )
 def test_the_template_names_the_format(source: str, name: str) -> None:
-    assert find_tool_format(None, source).name == name
+    assert find_tool_format(None, source) is FORMATS[name]
 
 
 def test_a_name_goes_before_the_template() -> None:
-    assert find_tool_format("mistral", "<tool_call>").name == "mistral"
+    assert find_tool_format("mistral", "<tool_call>") is FORMATS["mistral"]
     with pytest.raises(TinyvllmError, match="hermes"):
         find_tool_format("hermse", "")
 

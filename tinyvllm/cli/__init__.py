@@ -1,4 +1,4 @@
-"""The `tinyvllm` command. Flags become settings here; what is heavy is imported by the command that needs it."""
+"""The `tinyvllm` command. Flags become settings here. Heavy imports happen inside the commands that need them."""
 
 from tinyvllm.cli.main import app, main
 

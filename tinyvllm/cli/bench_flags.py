@@ -1,4 +1,4 @@
-"""What the commands of `tinyvllm bench` share: which model, where figures go, lists of numbers."""
+"""What the commands of `tinyvllm bench` share: the model, where figures go, and lists of numbers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ TABLE_WIDTH = 140  # columns
 
 @dataclasses.dataclass(frozen=True)
 class SubjectFlags:
-    """Which model is measured, and where the figures go."""
+    """Which model to measure, and where the figures go."""
 
     model: Annotated[
         str | None,
         Argument(
             metavar="[MODEL]",
-            help=f"A model as `tinyvllm generate` takes it. [default: {DEFAULT_MODEL}, where there is no --shape]",
+            help=f"A model, as for `tinyvllm generate`. [default: {DEFAULT_MODEL}, unless --shape is given]",
             show_default=False,
         ),
     ] = None
@@ -43,15 +43,19 @@ class SubjectFlags:
         str | None,
         Option(
             metavar="NAME",
-            help="Random weights of a model's shape, instead of MODEL: smollm2-135m, tinyllama-1.1b, llama-3.2-1b, "
-            "llama-3.1-8b or qwen3-0.6b.",
+            help="Random weights in the shape of a known model, instead of MODEL: smollm2-135m, tinyllama-1.1b, "
+            "llama-3.2-1b, llama-3.1-8b or qwen3-0.6b.",
         ),
     ] = None
     weights: Annotated[
-        str, Option(metavar="KIND", help="With --shape: float32, float16, bfloat16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, ...")
+        str,
+        Option(
+            metavar="KIND",
+            help="With --shape, their format: float32, float16, bfloat16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, ...",
+        ),
     ] = "float16"
     layers: Annotated[
-        int | None, Option(metavar="COUNT", help="With --shape: only the first layers, for a quick look.")
+        int | None, Option(metavar="COUNT", help="With --shape: use only the first layers, for a quick look.")
     ] = None
     json: Annotated[
         str | None, Option(metavar="FILE", help="Write the rows as JSON; -: as the last line of stdout.")
@@ -61,7 +65,7 @@ class SubjectFlags:
     ] = False
 
     def find(self, *, pull: bool) -> Subject:
-        """Raises ModelError for what is not here or cannot be run."""
+        """The model's files or its shape. Raises ModelError if they are missing or cannot be run."""
         from tinyvllm.bench.subject import Subject
 
         if self.shape is None:
@@ -69,11 +73,11 @@ class SubjectFlags:
                 raise TinyvllmError("--layers cuts a --shape, not a model's files: give --shape NAME")
             return Subject.of_files(require_model(self.model or DEFAULT_MODEL, pull=pull))
         if self.model is not None:
-            raise TinyvllmError(f"both a model ({self.model}) and --shape {self.shape} are given: give one of them")
+            raise TinyvllmError(f"got both a model ({self.model}) and --shape {self.shape}: give one of them")
         return Subject.of_shape(self.shape, self.weights, self.layers)
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Everything but the table for people."""
+        """Write the rows as Markdown and JSON where asked for; the table is printed elsewhere."""
         from tinyvllm.bench.report import markdown_table
 
         if self.markdown:
@@ -81,18 +85,18 @@ class SubjectFlags:
         self.write_json([row.as_json() for row in rows])
 
     def write_json(self, value: Any) -> None:
-        """To the file of --json, or as the last line of stdout."""
+        """Write to the file of --json, or as the last line of stdout."""
         if self.json is None:
             return
         text = json.dumps(value)
         if self.json == "-":
-            print(text)  # stdout itself: rich would wrap
+            print(text)  # not through rich, which would wrap the line
         else:
             write_file(self.json, text + "\n")
 
 
 def print_table(table: RenderableType) -> None:
-    """In its own width, also where stdout is no terminal, whose 80 columns would cut figures short."""
+    """Print at least TABLE_WIDTH columns wide: without a terminal rich assumes 80, which would cut figures off."""
     from rich.console import Console
 
     Console(width=max(out.width, TABLE_WIDTH), highlight=False).print(table, crop=False)
@@ -100,7 +104,7 @@ def print_table(table: RenderableType) -> None:
 
 @contextlib.contextmanager
 def loaded(subject: Subject, config: EngineConfig) -> Iterator[tuple[ModelRunner, Progress]]:
-    """A warm runner and where to report further stages, with bars on stderr."""
+    """A warm runner, and a function that reports further stages as progress bars on stderr."""
     with progress_bars() as report:
         runner = subject.load(config, report)
         try:
@@ -110,12 +114,12 @@ def loaded(subject: Subject, config: EngineConfig) -> Iterator[tuple[ModelRunner
 
 
 def split_list(text: str) -> list[str]:
-    """The parts of a list with commas; "none" has none."""
+    """The parts of a comma-separated list; "none" is an empty list."""
     return [] if text == "none" else [part.strip() for part in text.split(",")]
 
 
 def write_file(path: str, text: str) -> None:
-    """Raises TinyvllmError where that is not possible."""
+    """Raises TinyvllmError if the file cannot be written."""
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
@@ -128,14 +132,14 @@ def parse_counts(flag: str, text: str) -> list[int]:
 
 
 def parse_prompt(text: str) -> tuple[int, int]:
-    """512 -> (1, 512), 16x1024 -> (16, 1024): how many prompts, and how long they are."""
+    """512 -> (1, 512), 16x1024 -> (16, 1024): the number of prompts and their length. Raises TinyvllmError."""
     batch, times, length = text.rpartition("x")
     return (parse_count("prefill", batch) if times else 1), parse_count("prefill", length)
 
 
 def parse_count(flag: str, text: str) -> int:
-    """Raises TinyvllmError for what is no whole number."""
+    """Raises TinyvllmError unless the text is a whole number."""
     try:
         return int(text)
     except ValueError:
-        raise TinyvllmError(f"--{flag} has {text!r}: give whole numbers with commas between, or none") from None
+        raise TinyvllmError(f"--{flag} has {text!r}: give whole numbers separated by commas, or none") from None

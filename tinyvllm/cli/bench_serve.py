@@ -1,10 +1,10 @@
-"""`tinyvllm bench serve`: load for a server that runs, ours or any that speaks OpenAI's format."""
+"""`tinyvllm bench serve`: load for a running server, ours or any other that speaks OpenAI's API."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json as json_module
+import json
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
@@ -14,84 +14,127 @@ from tinyvllm.cli.terminal import progress_bars
 from tinyvllm.errors import TinyvllmError
 
 if TYPE_CHECKING:
-    from tinyvllm.bench.load import Load
+    from tinyvllm.bench.load import Load, LoadWork, Target
 
 
-def serve(
-    *,
-    url: Annotated[
-        str, Option(metavar="URL", help="The server, without the path of an endpoint.")
-    ] = "http://127.0.0.1:8000",
+@dataclasses.dataclass(frozen=True)
+class TargetFlags:
+    """Which server, and how to talk to it."""
+
+    url: Annotated[str, Option(metavar="URL", help="The server's address, without the path of an endpoint.")] = (
+        "http://127.0.0.1:8000"
+    )
     model: Annotated[
-        str | None, Option(metavar="NAME", help="What the requests ask for. [default: the server's first model]")
-    ] = None,
-    api: Annotated[str, Option(metavar="NAME", help="completions or chat.")] = "completions",
+        str | None, Option(metavar="NAME", help="The model to request. [default: the first that the server lists]")
+    ] = None
+    api: Annotated[str, Option(metavar="NAME", help="completions or chat.")] = "completions"
     api_key: Annotated[
         str | None, Option(metavar="KEY", envvar="OPENAI_API_KEY", help="Sent as a bearer token.", show_envvar=True)
-    ] = None,
-    num_prompts: Annotated[int, Option(metavar="COUNT", help="Requests of each level of load.")] = 32,
+    ] = None
+
+    def make_target(self, *, ignore_eos: bool, timeout_s: float) -> Target:
+        """The server, asked for its first model unless one is named. Raises TinyvllmError if it does not answer."""
+        from tinyvllm.bench.load import Target, find_model
+
+        url = self.url.rstrip("/").removesuffix("/v1")
+        target = Target(url, self.model or "", self.api, self.api_key, ignore_eos, timeout_s)
+        if self.model is not None:
+            return target
+        return dataclasses.replace(target, model=asyncio.run(find_model(target)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadFlags:
+    """Which requests are sent, and when."""
+
+    num_prompts: Annotated[int, Option(metavar="COUNT", help="Requests at each level of load.")] = 32
     input_len: Annotated[
-        int, Option(metavar="TOKENS", help="Length of each prompt, about: of text, no two alike.")
-    ] = 128,
-    output_len: Annotated[int, Option(metavar="TOKENS", help="Tokens of each answer.")] = 64,
+        int, Option(metavar="TOKENS", help="Approximate length of each prompt; no two prompts begin alike.")
+    ] = 128
+    output_len: Annotated[int, Option(metavar="TOKENS", help="Tokens of each answer.")] = 64
     concurrency: Annotated[
-        str, Option(metavar="COUNTS", help="Closed loop: so many requests at once, for each; none.")
-    ] = "1,4,16",
+        str, Option(metavar="COUNTS", help="Closed loop: keep this many requests open; one level for each; or none.")
+    ] = "1,4,16"
     rate: Annotated[
         str,
-        Option(metavar="RATES", help="Open loop instead: so many requests a second at random times, for each; inf."),
-    ] = "none",
+        Option(
+            metavar="RATES",
+            help="Open loop instead: requests per second, at random times; one level for each; inf: all at once.",
+        ),
+    ] = "none"
     max_concurrency: Annotated[
-        int | None, Option(metavar="COUNT", help="With --rate: requests that may be open at once.")
-    ] = None,
-    warmup: Annotated[int, Option(metavar="COUNT", help="Requests before each level that nobody counts.")] = 4,
+        int | None, Option(metavar="COUNT", help="With --rate: most requests that may be open at once.")
+    ] = None
+    warmup: Annotated[int, Option(metavar="COUNT", help="Requests before each level, left out of the figures.")] = 4
     goodput: Annotated[
-        str, Option(metavar="LIMITS", help="What a good request keeps, in ms: ttft:500,tpot:50,itl:100,e2e:5000.")
-    ] = "none",
+        str,
+        Option(
+            metavar="LIMITS",
+            help="Limits in ms that a request must meet to count as good: ttft:500,tpot:50,itl:100,e2e:5000.",
+        ),
+    ] = "none"
     stop_at_eos: Annotated[
-        bool, Option("--stop-at-eos", help="Do not send ignore_eos, which servers other than vLLM and ours may refuse.")
-    ] = False,
-    timeout: Annotated[float, Option(metavar="SECONDS", help="How long an answer may keep silent.")] = 600.0,
-    seed: Annotated[int, Option(metavar="INTEGER", help="Of prompts and of random times.")] = 0,
+        bool, Option("--stop-at-eos", help="Do not send ignore_eos, which servers other than vLLM and ours may reject.")
+    ] = False
+    timeout: Annotated[float, Option(metavar="SECONDS", help="Longest time that a server may stay silent.")] = 600.0
+    seed: Annotated[int, Option(metavar="INTEGER", help="Seed of the prompts and of the random times.")] = 0
+
+    def make_work(self) -> LoadWork:
+        """Raises TinyvllmError for a bad value."""
+        from tinyvllm.bench.load import LoadWork
+
+        limits = _parse_limits(self.goodput)
+        return LoadWork(self.num_prompts, self.warmup, self.input_len, self.output_len, self.seed, limits)
+
+    def levels(self) -> list[Load]:
+        """An open loop if rates are given, else a closed one. Raises TinyvllmError if there is neither."""
+        return _parse_loads(self.concurrency, self.rate, self.max_concurrency)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadOutputFlags:
+    """Where the figures go."""
+
     json: Annotated[
         str | None, Option(metavar="FILE", help="Write the levels as JSON; -: as the last line of stdout.")
-    ] = None,
-    markdown: Annotated[bool, Option("--markdown", help="Print a Markdown table instead.")] = False,
+    ] = None
+    markdown: Annotated[bool, Option("--markdown", help="Print a Markdown table instead.")] = False
     plot: Annotated[
-        str | None, Option(metavar="FILE", help="Draw latency and throughput against load: .html, .svg or .png.")
-    ] = None,
-) -> None:
-    """Send load to a server and time its answers: TTFT, TPOT, ITL, E2E, goodput; closed loop or open."""
+        str | None, Option(metavar="FILE", help="Plot latency and throughput against load: .html, .svg or .png.")
+    ] = None
+
+
+def serve(*, server: TargetFlags, load: LoadFlags, output: LoadOutputFlags) -> None:
+    """Send load to a running server and time its answers.
+
+    Reports TTFT, TPOT, ITL, E2E and goodput. The server is ours or any other that speaks OpenAI's API."""
     from tinyvllm.bench.environment import describe_environment
-    from tinyvllm.bench.load import LoadWork, Target, find_model, measure_load
+    from tinyvllm.bench.load import measure_load
     from tinyvllm.bench.load_report import load_markdown, load_table
     from tinyvllm.bench.plots import check_plot, draw_load
 
-    if plot is not None:
-        check_plot(plot)
-    loads = _parse_loads(concurrency, rate, max_concurrency)
-    work = LoadWork(num_prompts, warmup, input_len, output_len, seed, _parse_limits(goodput))
-    target = Target(url.rstrip("/").removesuffix("/v1"), model or "", api, api_key, not stop_at_eos, timeout)
-    if model is None:
-        target = dataclasses.replace(target, model=asyncio.run(find_model(target)))
+    if output.plot is not None:
+        check_plot(output.plot)
+    loads, work = load.levels(), load.make_work()
+    target = server.make_target(ignore_eos=not load.stop_at_eos, timeout_s=load.timeout)
     with progress_bars() as report:
         rows = asyncio.run(measure_load(target, work, loads, report))
-    environment = describe_environment(seed)
+    environment = describe_environment(load.seed)
     rows = [row | {"environment": environment} for row in rows]
-    if markdown:
+    if output.markdown:
         print(load_markdown(rows))
     else:
         print_table(load_table(rows))
-    if plot is not None:
-        draw_load(rows, plot)
-    if json == "-":
-        print(json_module.dumps(rows))
-    elif json is not None:
-        write_file(json, json_module.dumps(rows) + "\n")
+    if output.plot is not None:
+        draw_load(rows, output.plot)
+    if output.json == "-":
+        print(json.dumps(rows))
+    elif output.json is not None:
+        write_file(output.json, json.dumps(rows) + "\n")
 
 
 def _parse_loads(concurrency: str, rate: str, max_concurrency: int | None) -> list[Load]:
-    """Levels of an open loop where rates are given, else of a closed one. Raises TinyvllmError for none."""
+    """Levels of an open loop if rates are given, else of a closed one. Raises TinyvllmError if there are none."""
     from tinyvllm.bench.load import Load
 
     rates = [_parse_number("rate", part) for part in split_list(rate)]
@@ -115,4 +158,4 @@ def _parse_number(flag: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise TinyvllmError(f"--{flag} has {text!r}: give numbers with commas between, or none") from None
+        raise TinyvllmError(f"--{flag} has {text!r}: give numbers separated by commas, or none") from None

@@ -8,10 +8,10 @@ from tinyvllm.cli.terminal import progress_bars
 
 
 def cold_start(*, subject: SubjectFlags, engine: EngineFlags) -> None:
-    """Say how long a start takes, from the process to the first token and to the last graph, and what of it where.
+    """Time a start, from the process to the first token and to the last graph.
 
-    Programs that an earlier start has left are used: for a start from nothing point TINYVLLM_CACHE and XDG_CACHE_HOME
-    to empty directories. The graphs are those that `serve` would capture with the same flags."""
+    A start reuses the programs that earlier starts compiled. For a start from scratch, point TINYVLLM_CACHE and
+    XDG_CACHE_HOME to empty directories. The graphs are those that `serve` captures with the same flags."""
     from tinyvllm.bench.cold_start import import_engine, process_age
 
     process_s = process_age()

@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AsyncEngine
     from tinyvllm.text.chat import ChatTemplate
 
-HELP = "Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D leaves."
+HELP = "Ctrl-C stops an answer, /reset clears the conversation, /exit or Ctrl-D quits."
 
 
 def chat(
     *,
     model: Model = DEFAULT_MODEL,
     system: Annotated[
-        str | None, Option(metavar="TEXT", help="A system message before the conversation. [default: the template's]")
+        str | None, Option(metavar="TEXT", help="The system message. [default: from the chat template]")
     ] = None,
     sampling: SamplingFlags,
     engine: EngineFlags,
 ) -> None:
-    """Chat with a model in the terminal, in this process."""
+    """Chat with a model in the terminal. No server is needed."""
     engine.apply()
     config = engine.make_config(model, num_seqs=1, warm_up="background")
     require_model(model, pull=engine.pull)
-    with contextlib.suppress(ImportError):  # line editing and history of input(), where Python was built with it
+    with contextlib.suppress(ImportError):  # gives input() line editing and history, if Python was built with it
         import readline  # noqa: F401
     with asyncio.Runner() as runner:
         started = runner.run(ready_engine(config))
@@ -51,12 +51,14 @@ def chat(
 
 def _template_of(engine: AsyncEngine) -> ChatTemplate:
     if engine.chat_template is None:
-        raise TinyvllmError("this model has no chat template: give one with --chat-template FILE, or use generate")
+        raise TinyvllmError(
+            "this model has no chat template: give one with --chat-template FILE, or use `tinyvllm generate`"
+        )
     return engine.chat_template
 
 
 class _Conversation:
-    """Reads lines and streams answers. Owns the history."""
+    """Reads lines and streams answers. Owns the message history."""
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class _Conversation:
         self._num_answers = 0
 
     def hold(self) -> None:
-        """Until the user leaves. Raises EngineDeadError if the engine does."""
+        """Answer lines until the user quits. Raises EngineDeadError if the engine dies."""
         out.print(Text(HELP, style="dim"))
         while True:
             try:
@@ -90,14 +92,14 @@ class _Conversation:
                 return
             if line == "/reset":
                 self._messages = list(self._opening)
-                out.print(Text("The conversation is forgotten.", style="dim"))
+                out.print(Text("Conversation cleared.", style="dim"))
             elif line.startswith("/"):
-                out.print(Text(f"{line} is no command. {HELP}", style="dim"))
+                out.print(Text(f"{line} is not a command. {HELP}", style="dim"))
             elif line:
                 self._take_turn(line)
 
     def _take_turn(self, line: str) -> None:
-        """One question and its answer, which stays in the history as far as it came."""
+        """Answer one question. An answer that was interrupted stays in the history as far as it got."""
         self._messages.append({"role": "user", "content": line})
         pieces: list[str] = []
         try:
@@ -106,7 +108,7 @@ class _Conversation:
             write(" [stopped]")
         except RequestError as error:
             self._messages.pop()
-            err.print(Text(f"error: {error} (/reset forgets the conversation)", style="red"))
+            err.print(Text(f"error: {error} (/reset clears the conversation)", style="red"))
             return
         write("\n")
         self._messages.append({"role": "assistant", "content": "".join(pieces)})

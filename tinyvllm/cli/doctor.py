@@ -1,4 +1,4 @@
-"""`tinyvllm doctor`: whether a model runs here as it should."""
+"""`tinyvllm doctor`: check that a model runs on this machine as it should."""
 
 from __future__ import annotations
 
@@ -19,20 +19,27 @@ MARKS = {"ok": "[green]ok[/]", "odd": "[yellow]look[/]", "bad": "[red]bad[/]"}
 
 
 def doctor(
-    model: Annotated[str, Argument(metavar="[MODEL]", help="A model as `tinyvllm generate` takes it.")] = DEFAULT_MODEL,
+    model: Annotated[str, Argument(metavar="[MODEL]", help="A model, as for `tinyvllm generate`.")] = DEFAULT_MODEL,
     *,
     shape: Annotated[
-        str | None, Option(metavar="NAME", help="Random weights of a model's shape instead, as in `tinyvllm bench`.")
+        str | None,
+        Option(metavar="NAME", help="Random weights in the shape of a known model instead, as in `tinyvllm bench`."),
     ] = None,
-    weights: Annotated[str, Option(metavar="KIND", help="With --shape: float16, Q4_0, Q4_K, ...")] = "float16",
+    weights: Annotated[
+        str, Option(metavar="KIND", help="With --shape, their format: float16, Q4_0, Q4_K, ...")
+    ] = "float16",
     json_file: Annotated[
-        str | None, Option("--json", metavar="FILE", help="Write it for a bug report; -: as the last line of stdout.")
+        str | None,
+        Option(
+            "--json", metavar="FILE", help="Write the checks as JSON, for a bug report; -: as the last line of stdout."
+        ),
     ] = None,
     engine: EngineFlags,
 ) -> None:
-    """Look at the device, its memory, the compiler, versions, tuning, every program's limits, and generate 20 tokens:
-    how each of them is, and what mends what is wrong. Give the flags that you serve with. Exit code 1 where something
-    does not work."""
+    """Check this machine, and say how to fix what is wrong.
+
+    Looks at the device, its memory, the compiler, versions, tuning and every program's limits, and generates 20
+    tokens. Give the flags that you serve with. Exits with code 1 if something does not work."""
     engine.apply()
     config = engine.make_config(model)
 

@@ -1,4 +1,4 @@
-"""An engine inside this process, with its start on progress bars."""
+"""An engine inside this process, with progress bars for its start."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 
 def start_engine(config: EngineConfig, progress: Progress) -> AsyncEngine:
-    """Begin to load and warm up on the engine's own thread. Returns at once."""
+    """Start loading and warming up on the engine's own thread. Returns immediately."""
     from tinyvllm.engine.async_engine import AsyncEngine
 
     return AsyncEngine.start(config, progress)
 
 
 async def ready_engine(config: EngineConfig) -> AsyncEngine:
-    """A warm engine, which the caller shuts down. Raises what kept it from starting."""
+    """A warm engine, which the caller shuts down. Raises whatever kept it from starting."""
     with progress_bars() as report:
         engine = start_engine(config, report)
-        # when Ctrl-C ends this wait, nobody waits for the engine's thread: it is a daemon and ends with the process
+        # Ctrl-C ends this wait without joining the engine's thread: it is a daemon and ends with the process
         await engine.wait_ready()
     return engine

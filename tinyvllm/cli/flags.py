@@ -1,4 +1,4 @@
-"""Flags that several commands share, as dataclasses, and how they become settings. Names are vLLM's."""
+"""Flags that several commands share, as dataclasses, and how they become settings. The names are vLLM's."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from tinyvllm.config import (
     SamplingParams,
 )
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.text.reasoning import ALIASES, FORMATS
+from tinyvllm.text.tools import FAMILIES
 
-DEVICE_VARIABLE = "DEV"  # tinygrad's, which it reads once, when it is imported
+DEVICE_VARIABLE = "DEV"  # tinygrad reads it once, on import
 _STANDARD = EngineConfig(model="")  # for its defaults
 _DTYPES = ", ".join(("auto", *DTYPES))
 
@@ -30,23 +32,23 @@ Model = Annotated[
     str,
     Argument(
         metavar="MODEL",
-        help="A catalog name (see `tinyvllm models`), a pulled org/name, a .gguf file or a directory in Hugging Face "
-        f"format. Pulled models lie in ${MODELS_DIR_VARIABLE}.",
+        help="A catalog name (see `tinyvllm models`), a downloaded org/name, a .gguf file, or a directory in Hugging "
+        f"Face format. Downloads are kept in ${MODELS_DIR_VARIABLE}.",
     ),
 ]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunnerFlags:
-    """Of every command that loads a model: the device, memory and number formats."""
+    """Flags of every command that loads a model: device, memory and number formats."""
 
     max_num_batched_tokens: Annotated[
         int | None,
         Option(
             metavar="TOKENS",
-            help="Most tokens in one step; longer prompts are computed in pieces. More: prompts are computed at a "
-            "higher rate; fewer: those who are being answered wait less beside them. "
-            "[default: 256 on a CPU, 512 on METAL, 2048 on CUDA, 8192 there with 40 GiB free]",
+            help="Most tokens per step; longer prompts are computed in pieces. A larger value computes prompts faster; "
+            "a smaller one delays running requests less. "
+            "[default: 256 on CPU, 512 on METAL, 2048 on CUDA, or 8192 with 40 GiB free]",
             show_default=False,
         ),
     ] = None
@@ -54,60 +56,64 @@ class RunnerFlags:
         float | None,
         Option(
             metavar="SHARE",
-            help="Share of the device's free memory, above 0 to 1, for weights and KV cache. "
-            "[default: 0.9 on a GPU of its own memory, 0.5 where host and device share it]",
+            help="Share of the device's free memory for weights and KV cache, above 0 and up to 1. "
+            "[default: 0.9 on a GPU with its own memory, 0.5 if host and device share memory]",
             show_default=False,
         ),
     ] = None
-    block_size: Annotated[int, Option(metavar="TOKENS", help="Tokens in a block of the KV cache: 8, 16, 32 or 64.")] = (
+    block_size: Annotated[int, Option(metavar="TOKENS", help="Tokens per block of the KV cache: 8, 16, 32 or 64.")] = (
         _STANDARD.block_size
     )
     dtype: Annotated[
-        str, Option(metavar="TYPE", help=f"Of activations and of weights that are not quantised: {_DTYPES}.")
+        str, Option(metavar="TYPE", help=f"Data type of activations and unquantized weights: {_DTYPES}.")
     ] = _STANDARD.dtype
-    kv_cache_dtype: Annotated[str, Option(metavar="TYPE", help=f"Of the KV cache: {_DTYPES}.")] = (
+    kv_cache_dtype: Annotated[str, Option(metavar="TYPE", help=f"Data type of the KV cache: {_DTYPES}.")] = (
         _STANDARD.kv_cache_dtype
     )
     cpu_cores: Annotated[
         int | None,
-        Option(metavar="NUMBER", help="Cores that a CPU device uses.  [default: all there are, one a KV head at most]"),
+        Option(metavar="NUMBER", help="Cores that the CPU device uses. [default: all, but at most one per KV head]"),
     ] = _STANDARD.cpu_cores
     dequantize: Annotated[
-        bool, Option("--dequantize", help="Unpack quantised weights at load: more memory, no unpacking in the kernels.")
+        bool,
+        Option(
+            "--dequantize", help="Unpack quantized weights at load: needs more memory, saves unpacking in the kernels."
+        ),
     ] = False
-    seed: Annotated[int, Option(metavar="INTEGER", help="Base of the seeds of requests that bring none.")] = (
-        _STANDARD.seed
-    )
+    seed: Annotated[int, Option(metavar="INTEGER", help="Base seed for requests that set none.")] = _STANDARD.seed
     compile_cache: Annotated[
         bool,
         Option(
-            help="Keep compiled programs for the next start, in "
-            f"${CACHE_DIR_VARIABLE}/programs or the user's cache directory."
+            help=f"Keep compiled programs for later starts, in ${CACHE_DIR_VARIABLE}/programs or the user's cache "
+            "directory."
         ),
     ] = _STANDARD.compile_cache
     device: Annotated[
         str | None,
-        Option(metavar="DEVICE", help="tinygrad's device: METAL, CUDA, CPU. [default: METAL on a Mac, CUDA, else CPU]"),
+        Option(
+            metavar="DEVICE",
+            help="tinygrad's device: METAL, CUDA or CPU. [default: METAL on a Mac, else CUDA if present, else CPU]",
+        ),
     ] = None
     async_scheduling: Annotated[
         bool | None,
         Option(
-            help="Plan and enqueue a step while the one before runs. [default: on GPUs, where the device would wait]",
+            help="Plan and enqueue a step while the previous one runs. [default: on for GPUs, off for CPU]",
             show_default=False,
         ),
     ] = None
-    pull: Annotated[bool, Option("--pull", help="Download the model first if it is not here.")] = False
-    log_level: Annotated[str, Option(metavar="LEVEL", help=f"What is logged on stderr: {', '.join(LOG_LEVELS)}.")] = (
-        "info"
-    )
+    pull: Annotated[bool, Option("--pull", help="Download the model first if it is missing.")] = False
+    log_level: Annotated[
+        str, Option(metavar="LEVEL", help=f"Least severe level to log on stderr: {', '.join(LOG_LEVELS)}.")
+    ] = "info"
 
     def settings(self) -> dict[str, Any]:
-        """The fields of EngineConfig that these flags, and those of a subclass, give as they are."""
+        """The fields of EngineConfig that flags set under the same name, those of a subclass included."""
         known = {field.name for field in dataclasses.fields(EngineConfig)}
         return {name: value for name, value in dataclasses.asdict(self).items() if name in known}
 
     def apply(self) -> None:
-        """Set up logging and the device: before anything imports tinygrad."""
+        """Set up logging and the device. Must run before anything imports tinygrad."""
         set_up_logging(self.log_level)
         if self.device is not None:
             os.environ[DEVICE_VARIABLE] = self.device
@@ -115,18 +121,21 @@ class RunnerFlags:
 
 @dataclasses.dataclass(frozen=True)
 class EngineFlags(RunnerFlags):
-    """Of the commands that generate."""
+    """Flags of the commands that generate."""
 
     max_model_len: Annotated[
         str,
-        Option(metavar="TOKENS", help="Most tokens of prompt and output together; auto: the model's own, if they fit."),
+        Option(
+            metavar="TOKENS",
+            help="Most tokens per request, prompt plus output; auto: as many as the model and the memory allow.",
+        ),
     ] = "auto"
     max_num_seqs: Annotated[
         int | None,
         Option(
             metavar="COUNT",
-            help="Most sequences in one step. [default: for serve 16, on CUDA 128, there with 40 GiB free 256; else as "
-            "asked for]",
+            help="Most sequences per step. [default: for serve 16; on CUDA 128, or 256 with 40 GiB free; for other "
+            "commands what they need]",
             show_default=False,
         ),
     ] = None
@@ -134,39 +143,43 @@ class EngineFlags(RunnerFlags):
         str | None,
         Option(
             metavar="WHEN",
-            help="background: answer as soon as the first graphs are captured, in which everything can run, and "
-            "capture the others between steps: the first answer comes soonest, but for some seconds steps may be "
-            "slower than they will be. full: capture all graphs before anything is answered, as a benchmark wants. "
-            "/ready and /metrics say how many are to come. [default: background for serve and chat, else full]",
+            help="background: answer once the first graphs are captured, which can run every request, and capture the "
+            "rest between steps; the first answer comes soonest, but steps may be slower for some seconds. full: "
+            "capture all graphs before the first answer, as benchmarks need. "
+            "/ready and /metrics show how many are left. [default: background for serve and chat, else full]",
             show_default=False,
         ),
     ] = None
     num_gpu_blocks_override: Annotated[
-        int | None, Option(metavar="BLOCKS", help="Blocks of the KV cache, instead of what the memory allows.")
+        int | None, Option(metavar="BLOCKS", help="Number of KV cache blocks, instead of as many as the memory allows.")
     ] = None
-    enable_prefix_caching: Annotated[bool, Option(help="Reuse the KV blocks of prompts that begin alike.")] = (
+    enable_prefix_caching: Annotated[bool, Option(help="Reuse the KV blocks of prompts with a common beginning.")] = (
         _STANDARD.enable_prefix_caching
     )
     scheduling_policy: Annotated[
-        str, Option(metavar="POLICY", help="fcfs: in order of arrival; priority: by the request's priority, low first.")
+        str,
+        Option(
+            metavar="POLICY",
+            help="fcfs: in order of arrival; priority: by each request's priority, lowest number first.",
+        ),
     ] = _STANDARD.scheduling_policy
     chat_template: Annotated[
-        str | None, Option(metavar="FILE", help="A Jinja file that replaces the model's own chat template.")
+        str | None, Option(metavar="FILE", help="A Jinja file to use instead of the model's own chat template.")
     ] = None
     tool_call_parser: Annotated[
         str | None,
         Option(
             metavar="NAME",
-            help="How the model writes tool calls: hermes (Qwen too), llama3_json, mistral, json. "
-            "[default: by its chat template]",
+            help=f"Format of the model's tool calls: {', '.join(FAMILIES)}. Qwen uses hermes. "
+            "[default: from its chat template]",
         ),
     ] = None
     reasoning_parser: Annotated[
         str | None,
         Option(
             metavar="NAME",
-            help="How the model marks reasoning: think (or qwen3, deepseek_r1), mistral, none. "
-            "[default: by its chat template]",
+            help=f"How the model marks its reasoning: {', '.join(FORMATS)}, none; or a family that uses the first: "
+            f"{', '.join(ALIASES)}. [default: from its chat template]",
         ),
     ] = None
 
@@ -178,7 +191,7 @@ class EngineFlags(RunnerFlags):
         warm_up: str = _STANDARD.warm_up,
         served_model_name: str | None = None,
     ) -> EngineConfig:
-        """The engine's settings; num_seqs and warm_up where the user says nothing of them.
+        """The engine's settings. num_seqs, warm_up: defaults for flags that the user did not give.
 
         Raises TinyvllmError for a bad value."""
         resolved = {
@@ -201,31 +214,32 @@ def _parse_model_len(text: str) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingFlags:
-    """Of the commands that generate in the terminal."""
+    """Flags of the commands that generate in the terminal."""
 
     max_tokens: Annotated[
         int | None,
-        Option(metavar="TOKENS", help="Most tokens of an answer. [default: as many as fit]", show_default=False),
+        Option(metavar="TOKENS", help="Most tokens per answer. [default: as many as fit]", show_default=False),
     ] = None
     temperature: Annotated[
         float | None,
-        Option(metavar="NUMBER", help="0: always the likeliest token. [default: the model's own, else 1]"),
+        Option(metavar="NUMBER", help="0: greedy, always the most likely token. [default: the model's own, else 1]"),
     ] = None
     top_p: Annotated[
-        float | None, Option(metavar="SHARE", help="Sample from the likeliest tokens that make up this probability.")
+        float | None, Option(metavar="SHARE", help="Sample from the most likely tokens that make up this probability.")
     ] = None
-    top_k: Annotated[int | None, Option(metavar="COUNT", help="Sample from this many of the likeliest tokens.")] = None
+    top_k: Annotated[int | None, Option(metavar="COUNT", help="Sample from this many most likely tokens.")] = None
     min_p: Annotated[
-        float | None, Option(metavar="SHARE", help="Drop tokens less likely than this share of the likeliest one's.")
+        float | None,
+        Option(metavar="SHARE", help="Drop tokens less likely than this share of the most likely one's probability."),
     ] = None
-    min_tokens: Annotated[int, Option(metavar="TOKENS", help="Fewest tokens before an answer may end.")] = 0
-    stop: Annotated[
-        list[str] | None, Option(metavar="TEXT", help="End the answer before this text. May be given several times.")
-    ] = None
-    ignore_eos: Annotated[bool, Option("--ignore-eos", help="Go on after the model's end of text.")] = False
+    min_tokens: Annotated[int, Option(metavar="TOKENS", help="Fewest tokens per answer: it may not end earlier.")] = 0
+    stop: Annotated[list[str] | None, Option(metavar="TEXT", help="End the answer before this text. Repeatable.")] = (
+        None
+    )
+    ignore_eos: Annotated[bool, Option("--ignore-eos", help="Continue past the model's end-of-text token.")] = False
 
     def make_params(self, defaults: GenerationDefaults, **more: Any) -> SamplingParams:
-        """The sampling settings: flags, else the model's defaults, else vLLM's. Raises RequestError for a bad value."""
+        """Sampling settings from flags, else the model's defaults, else vLLM's. Raises RequestError for a bad value."""
         settings: dict[str, Any] = {}
         for name in ("temperature", "top_p", "top_k", "min_p"):
             given = getattr(self, name)
@@ -243,7 +257,7 @@ class SamplingFlags:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` as typer can read it: a parameter that is a dataclass of flags becomes its flags, one by one."""
+    """Wrap `command` for typer: each parameter that is a dataclass of flags is replaced by its individual flags."""
     hints = get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}

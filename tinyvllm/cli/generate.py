@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AsyncEngine
     from tinyvllm.engine.output import Delta, TokenLogprob
 
-MAX_SEQS = 16  # of a step, however many prompts there are: each batch size is a graph to warm up
+MAX_SEQS = 16  # per step, even with more prompts: each batch size is another graph to capture
 
 
 def generate(
@@ -33,24 +33,22 @@ def generate(
     model: Model = DEFAULT_MODEL,
     prompt: Annotated[
         list[str] | None,
-        Option(
-            "--prompt", "-p", metavar="TEXT", help="The text to go on from; - reads stdin. May be given several times."
-        ),
+        Option("--prompt", "-p", metavar="TEXT", help="The text to continue; - reads stdin. Repeatable."),
     ] = None,
-    n: Annotated[int, Option("--n", metavar="COUNT", help="Answers to each prompt.")] = 1,
+    n: Annotated[int, Option("--n", metavar="COUNT", help="Completions per prompt.")] = 1,
     logprobs: Annotated[
         int | None,
-        Option(metavar="COUNT", help="With --json: log probabilities of each token and of this many others."),
+        Option(metavar="COUNT", help="With --json: the log probability of each token and of this many alternatives."),
     ] = None,
-    as_json: Annotated[bool, Option("--json", help="Print one JSON document when all is done.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON document at the end.")] = False,
     sampling: SamplingFlags,
     record: RecordFlags,
     engine: EngineFlags,
 ) -> None:
-    """Generate text from prompts, in this process."""
+    """Generate text from prompts. No server is needed."""
     engine.apply()
     if not prompt:
-        raise TinyvllmError("there is no prompt: give --prompt TEXT, or --prompt - to read stdin")
+        raise TinyvllmError("no prompt given: use --prompt TEXT, or --prompt - to read stdin")
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
     config = engine.make_config(model, num_seqs=max(1, min(len(prompts) * n, MAX_SEQS)))
     require_model(model, pull=engine.pull)
@@ -81,7 +79,7 @@ async def _generate(
         finally:
             await engine.shutdown()
         if as_json:
-            # stdout itself: rich would wrap, and colour on a terminal
+            # not through rich, which would wrap the line, and color it on a terminal
             print(json.dumps({"model": engine.served_model_name, "outputs": [_as_json(result) for result in results]}))
         elif streams:
             out.print()
@@ -113,7 +111,7 @@ class _Choice:
 
 
 async def _run(engine: AsyncEngine, prompt: str, params: SamplingParams, *, request_id: str, streams: bool) -> _Result:
-    """One prompt to its end. Raises TinyvllmError if the engine could not finish it."""
+    """Generate all completions of one prompt. Raises TinyvllmError if the engine could not finish it."""
     ids = engine.tokenizer.encode(prompt)
     result = _Result(prompt, ids, 0, [_Choice() for _ in range(params.n)])
     async with contextlib.aclosing(engine.generate(ids, params, request_id=request_id)) as deltas:
@@ -128,7 +126,7 @@ async def _run(engine: AsyncEngine, prompt: str, params: SamplingParams, *, requ
 
 
 def write(text: str) -> None:
-    """Put a piece of an answer on stdout at once, as it is."""
+    """Write a piece of an answer to stdout verbatim, without buffering."""
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -1,36 +1,47 @@
-"""The commands by name."""
+"""The commands of `tinyvllm`, by name."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Annotated
 
 import typer
 
 from tinyvllm.cli.bench import bench
-from tinyvllm.cli.chat import chat
-from tinyvllm.cli.doctor import doctor
 from tinyvllm.cli.flags import spread
-from tinyvllm.cli.generate import generate
-from tinyvllm.cli.models import models, pull
-from tinyvllm.cli.profile import profile
-from tinyvllm.cli.run_batch import run_batch
-from tinyvllm.cli.serve import serve
 from tinyvllm.cli.terminal import RedErrors, out
-from tinyvllm.cli.tune import tune
 
-app = typer.Typer(
-    cls=RedErrors,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,  # a traceback is for us: plain, so that it can be pasted into an issue
-    rich_markup_mode=None,  # help texts hold brackets of their own
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-    help="Serve language models with tinygrad: paged KV cache, continuous batching, OpenAI's HTTP format.",
+# Files in this directory, each with a function of the same name. --help lists the commands in this order.
+COMMANDS = (
+    "serve",
+    "generate",
+    "chat",
+    "run_batch",
+    "pull",
+    "models",
+    "profile",
+    "tune",
+    "doctor",
 )
 
-for command in (serve, generate, chat, run_batch, pull, models, profile, tune, doctor):
-    app.command()(spread(command))
-app.add_typer(bench)
+
+def make_app() -> typer.Typer:
+    """The command line with every command of COMMANDS, and `bench` with its own."""
+    app = typer.Typer(
+        cls=RedErrors,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,  # a plain traceback can be pasted into an issue
+        rich_markup_mode=None,  # help texts contain brackets, which rich would read as markup
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+        help="Serve language models with tinygrad: paged KV cache, continuous batching, OpenAI-compatible HTTP API.",
+    )
+    for name in COMMANDS:
+        command = getattr(importlib.import_module(f"tinyvllm.cli.{name}"), name)
+        app.command()(spread(command))
+    app.add_typer(bench)
+    app.callback()(_options)
+    return app
 
 
 def _print_version(wanted: bool) -> None:
@@ -41,13 +52,15 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options that stand before a command."""
+    """Options before the command."""
+
+
+app = make_app()
 
 
 def main() -> None:

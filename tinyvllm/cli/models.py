@@ -1,27 +1,17 @@
-"""`tinyvllm pull` and `tinyvllm models`, and making sure that a model is here before an engine starts."""
+"""`tinyvllm models`, and finding or downloading a model before an engine starts."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from rich.markup import escape
-from typer import Argument
 
 from tinyvllm.cli.terminal import out, progress_bars
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, UnsupportedModelError
-from tinyvllm.storage.catalog import CATALOG, DEFAULT_MODEL
-
-_NAME_HELP = "A catalog name (see `tinyvllm models`), or org/name of the Hugging Face hub."
-
-
-def pull(*, name: Annotated[str, Argument(metavar="NAME", help=_NAME_HELP)] = DEFAULT_MODEL) -> None:
-    """Download a model: checked, and complete or not at all."""
-    out.print(f"{name} is in {download(name).path}", highlight=False, markup=False)
+from tinyvllm.storage.catalog import CATALOG
 
 
 def download(name: str) -> ModelFiles:
-    """Pull `name`, with a progress bar, unless it is here."""
+    """Download `name` with a progress bar, unless it is already here."""
     from tinyvllm.storage import pull as storage_pull
     from tinyvllm.storage.resolve import models_dir
 
@@ -30,7 +20,7 @@ def download(name: str) -> ModelFiles:
 
 
 def require_model(model: str, *, pull: bool) -> ModelFiles:
-    """The model's files. Raises ModelError, which says how to get them, if they are not here; `pull` gets them."""
+    """The model's files. `pull`: download them if they are not here; otherwise ModelError says how to get them."""
     from tinyvllm.storage.resolve import is_pullable, resolve_model
 
     try:
@@ -44,7 +34,7 @@ def require_model(model: str, *, pull: bool) -> ModelFiles:
 
 
 def models() -> None:
-    """List the catalog and the models that are here."""
+    """List the models of the catalog and those downloaded."""
     from rich.table import Table
 
     from tinyvllm.storage.resolve import list_models, models_dir
@@ -60,7 +50,7 @@ def models() -> None:
         if name not in CATALOG:
             table.add_row(escape(name), _megabytes(model.num_bytes), "yes", escape(str(model.path)))
     out.print(table, soft_wrap=False)
-    out.print(f"\nModels are kept in {directory}. To get one: tinyvllm pull MODEL", highlight=False, markup=False)
+    out.print(f"\nModels are kept in {directory}. To download one: tinyvllm pull MODEL", highlight=False, markup=False)
 
 
 def _megabytes(num_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""`tinyvllm profile`: where a step's time goes, kernel by kernel; what a trace says; what another chip would do."""
+"""`tinyvllm profile`: a step's time kernel by kernel, from a run or a DEBUG=2 log, or predicted for another chip."""
 
 from __future__ import annotations
 
@@ -28,49 +28,55 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ProfileFlags:
-    """What is profiled, and how it is shown."""
+    """What to profile, and how to show it."""
 
-    batch: Annotated[int, Option(metavar="COUNT", help="Sequences that decode at once.")] = 1
-    context: Annotated[int, Option(metavar="TOKENS", help="That each sequence has behind it.")] = 128
+    batch: Annotated[int, Option(metavar="COUNT", help="Sequences that decode together.")] = 1
+    context: Annotated[int, Option(metavar="TOKENS", help="Tokens already in each sequence.")] = 128
     prefill: Annotated[
-        int | None, Option(metavar="TOKENS", help="The step of a prompt this long instead of a decode step.")
+        int | None,
+        Option(metavar="TOKENS", help="Profile the step of a prompt of this length, instead of a decode step."),
     ] = None
-    tokens: Annotated[int, Option(metavar="COUNT", help="Repeats of the step: the median counts.")] = 20
-    warmup: Annotated[int, Option(metavar="COUNT", help="Untimed repeats before them.")] = 3
-    by: Annotated[str, Option(metavar="WHAT", help=f"A line for each: {', '.join(GROUPINGS)}.")] = "operation"
+    tokens: Annotated[int, Option(metavar="COUNT", help="Timed repeats of the step; medians are reported.")] = 20
+    warmup: Annotated[int, Option(metavar="COUNT", help="Untimed repeats first.")] = 3
+    by: Annotated[str, Option(metavar="WHAT", help=f"One row for each: {', '.join(GROUPINGS)}.")] = "operation"
     chip: Annotated[
         str | None,
         Option(
             metavar="NAME",
-            help=f"Whose roofline: {', '.join(CHIPS)}. [default: what the device names, else measured]",
+            help=f"The chip whose roofline applies: {', '.join(CHIPS)}. "
+            "[default: from the device's name, else measured]",
             show_default=False,
         ),
     ] = None
-    trace: Annotated[str | None, Option(metavar="FILE", help="Write host and kernels as a trace for Perfetto.")] = None
+    trace: Annotated[
+        str | None, Option(metavar="FILE", help="Write host spans and kernels as a trace for Perfetto.")
+    ] = None
     from_: Annotated[
         str | None,
-        Option("--from", metavar="FILE", help="Read a text of DEBUG=2 instead of running anything; - is stdin."),
+        Option("--from", metavar="FILE", help="Read the output of DEBUG=2 instead of running anything; - reads stdin."),
     ] = None
-    last_steps: Annotated[
-        int | None, Option(metavar="COUNT", help="With --from: only so many steps before the text's end.")
-    ] = None
+    last_steps: Annotated[int | None, Option(metavar="COUNT", help="With --from: only the last steps of the log.")] = (
+        None
+    )
     predict: Annotated[
         str | None,
         Option(
             metavar="CHIP",
-            help="Predict the step, or with --prefill the prompt, on a chip instead of running; cpu is measured by a "
-            "short test.",
+            help="Predict the step, or with --prefill the prompt, for this chip instead of running it; cpu: this "
+            "machine's, measured in a short test.",
         ),
     ] = None
 
 
 def profile(*, flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> None:
-    """Time the kernels of a step, named by what they do; read a DEBUG=2 text; predict another chip."""
+    """Time the kernels of one step, named by what they do.
+
+    Or read a DEBUG=2 log of tinygrad's (--from), or predict the speed of a chip that is not here (--predict)."""
     chosen = [name for name in ("from_", "predict") if getattr(flags, name) is not None]
     if len(chosen) > 1:
-        raise TinyvllmError("--from reads a text and --predict calculates: give one of them")
+        raise TinyvllmError("--from reads a log and --predict calculates: give one of them")
     if flags.predict is not None and subject.markdown:
-        raise TinyvllmError("--markdown is of kernels, and --predict runs none: give --json, or leave it out")
+        raise TinyvllmError("--markdown prints kernels, but --predict runs none: use --json, or leave it out")
     if flags.by not in GROUPINGS:
         raise TinyvllmError(f"--by is {flags.by!r}: give one of {', '.join(GROUPINGS)}")
     runner.apply()
@@ -90,7 +96,7 @@ def _read(flags: ProfileFlags, subject: SubjectFlags) -> None:
     kernels = trace.kernels(flags.last_steps)
     if not kernels:
         raise TinyvllmError(
-            f"{flags.from_} has no line of a kernel with a time: run the program with DEBUG=2 and keep all it prints"
+            f"{flags.from_} has no line with a kernel's time: run the program with DEBUG=2 and keep all of its output"
         )
     chip = find_chip(flags.chip) if flags.chip else None
     if subject.markdown:
@@ -138,7 +144,7 @@ def _run(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> Non
 
 @contextlib.contextmanager
 def _recorded() -> Iterator[list[measure.Recording]]:
-    """A list that has the recording once the block is left."""
+    """A list that holds the recording once the block ends."""
     recordings: list[measure.Recording] = []
     measure.start()
     try:
@@ -148,7 +154,7 @@ def _recorded() -> Iterator[list[measure.Recording]]:
 
 
 def _predict(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> None:
-    """Without weights or a graph: the counts are the shape's."""
+    """Predict from the counts of the model's shape, without weights or graphs."""
     from tinyvllm.bench.shapes import find_shape
     from tinyvllm.profiling.report import prediction_table
 
@@ -173,7 +179,7 @@ def _predict(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) ->
 
 
 def _step_tokens(chip: Chip) -> int:
-    """Of a prompt in one step, where nobody says so."""
+    """Tokens of a prompt in one step, by default."""
     from tinyvllm.execution import limits
 
     of_device = {"CPU": limits.CPU, "METAL": limits.SHARED_GPU, "CUDA": limits.CUDA}
@@ -189,7 +195,7 @@ def _chip_to_predict(name: str, runner: RunnerFlags) -> Chip:
 
 
 def _kind_of(subject: Subject) -> str:
-    """The kind of weights whose size is closest to that of the model's files."""
+    """The weight format whose size comes closest to that of the model's files."""
     from tinyvllm.profiling.roofline import BYTES_PER_WEIGHT, weights_of
 
     assert subject.files is not None, subject.name

@@ -1,4 +1,4 @@
-"""Flags of commands that can record where their time goes."""
+"""Flags of the commands that can record where their time goes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tinyvllm.profiling.trace_events import trace_text
 
 @dataclasses.dataclass(frozen=True)
 class RecordFlags:
-    """What is recorded from when the model is ready to the end."""
+    """What to record, from the moment the model is ready until the end."""
 
-    profile: Annotated[bool, Option("--profile", help="Print where the host's time went, on stderr at the end.")] = (
+    profile: Annotated[bool, Option("--profile", help="At the end, print on stderr where the host's time went.")] = (
         False
     )
     trace: Annotated[
-        str | None, Option(metavar="FILE", help="Write the same as a trace for Perfetto, span by span, at the end.")
+        str | None, Option(metavar="FILE", help="At the end, write the same span by span, as a trace for Perfetto.")
     ] = None
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Record what happens inside; nothing where neither is asked for. However it ends, what was recorded is shown.
+        """Record the block if either flag asks for it, and show the recording even if the block raises.
 
-        Raises TinyvllmError where the trace cannot be written."""
+        Raises TinyvllmError if the trace cannot be written."""
         if not self.profile and self.trace is None:
             yield
             return
@@ -44,7 +44,7 @@ class RecordFlags:
     def _show(self, recording: measure.Recording) -> None:
         from tinyvllm.profiling.report import recording_table
 
-        if self.profile:  # in its own width, where stderr is no terminal
+        if self.profile:  # at its own width, even if stderr is not a terminal
             Console(stderr=True, width=max(err.width, TABLE_WIDTH), highlight=False).print(recording_table(recording))
         if self.trace is not None:
             write_file(self.trace, trace_text(recording))

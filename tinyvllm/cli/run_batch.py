@@ -1,6 +1,6 @@
-"""`tinyvllm run-batch`: OpenAI's batch files, answered in this process.
+"""`tinyvllm run-batch`: answer OpenAI batch files in this process.
 
-https://platform.openai.com/docs/guides/batch - a line of the input is a request, a line of the output its answer.
+https://platform.openai.com/docs/guides/batch - each line of the input is a request, each line of the output an answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tinyvllm.config import EngineConfig
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
-AHEAD = 4  # requests in the engine's hands, for each that it can run: enough to fill every step
+AHEAD = 4  # requests submitted for each that can run at once, so that every step is full
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,25 @@ def run_batch(
     *,
     model: Model = DEFAULT_MODEL,
     input_file: Annotated[
-        str, Option("--input-file", "-i", metavar="FILE", help="JSONL: a request a line; - reads stdin.")
+        str, Option("--input-file", "-i", metavar="FILE", help="JSONL, one request per line; - reads stdin.")
     ],
     output_file: Annotated[
-        str, Option("--output-file", "-o", metavar="FILE", help="JSONL: an answer a line, as they come; - is stdout.")
+        str,
+        Option(
+            "--output-file",
+            "-o",
+            metavar="FILE",
+            help="JSONL, one answer per line, in the order of completion; - is stdout.",
+        ),
     ] = "-",
     served_model_name: Annotated[
-        str | None, Option(metavar="NAME", help="What the requests call the model. [default: MODEL]")
+        str | None, Option(metavar="NAME", help="The model's name in the requests. [default: MODEL]")
     ] = None,
     engine: EngineFlags,
 ) -> None:
-    """Answer a file of requests in OpenAI's batch format, without a server."""
+    """Answer a file of requests in OpenAI's batch format.
+
+    No server is needed. Exits with code 1 if any request failed."""
     engine.apply()
     lines = read_batch(input_file)
     files = require_model(model, pull=engine.pull)
@@ -75,14 +83,14 @@ def open_output(file: str) -> IO[str]:
 
 
 def read_batch(file: str) -> list[BatchLine]:
-    """All requests. Raises TinyvllmError with the number of the first line that is none: before a model is loaded."""
+    """All requests. Raises TinyvllmError with the number of the first invalid line, before a model is loaded."""
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TinyvllmError(f"--input-file {file} cannot be read: {error}") from error
     lines = list(_read_lines(text, file))
     if not lines:
-        raise TinyvllmError(f"--input-file {file} has no requests: give one a line")
+        raise TinyvllmError(f"--input-file {file} has no requests: write one per line")
     return lines
 
 
@@ -100,11 +108,11 @@ def _read_lines(text: str, file: str) -> Iterator[BatchLine]:
         except (ValueError, RecursionError) as error:
             raise refuse(f"it is not JSON: {error}") from None
         if not isinstance(request, dict) or not isinstance(request.get("custom_id"), str):
-            raise refuse('give an object with a "custom_id", which is a string')
+            raise refuse('give an object whose "custom_id" is a string')
         if request["custom_id"] in seen:
-            raise refuse(f"the custom_id {request['custom_id']!r} stands in an earlier line too: each must differ")
+            raise refuse(f"the custom_id {request['custom_id']!r} is also used in an earlier line: each must be unique")
         if request.get("method", "POST") != "POST" or request.get("url") not in URLS:
-            raise refuse(f"its method must be POST, and its url one of {', '.join(URLS)}")
+            raise refuse(f"its method must be POST and its url one of {', '.join(URLS)}")
         body = request.get("body")
         if not isinstance(body, dict):
             raise refuse('give the request as "body", an object')
@@ -115,7 +123,7 @@ def _read_lines(text: str, file: str) -> Iterator[BatchLine]:
 
 
 async def _answer_all(config: EngineConfig, lines: list[BatchLine], output: IO[str]) -> int:
-    """Write an answer a line as they come; return how many are errors."""
+    """Write the answers as they complete, one per line; return how many are errors."""
     from tinyvllm.server.app import make_app
     from tinyvllm.server.settings import ServerSettings
 
@@ -133,7 +141,7 @@ async def _answer_all(config: EngineConfig, lines: list[BatchLine], output: IO[s
             num_failed += result["error"] is not None or result["response"]["status_code"] >= 400
             num_done += 1
             output.write(json.dumps(result, ensure_ascii=False) + "\n")
-            output.flush()  # what is answered stays answered, whatever comes
+            output.flush()  # finished answers survive a crash
             report("requests", num_done, len(lines))
 
         try:

@@ -29,16 +29,16 @@ def serve(
     *,
     model: Model = DEFAULT_MODEL,
     served_model_name: Annotated[
-        str | None, Option(metavar="NAME", help="What clients call the model. [default: MODEL]")
+        str | None, Option(metavar="NAME", help="The model's name in the API. [default: MODEL]")
     ] = None,
     listen: ListenFlags,
     http: ServerFlags,
     record: RecordFlags,
     engine: EngineFlags,
 ) -> None:
-    """Serve a model over HTTP, in OpenAI's format."""
+    """Serve a model over HTTP with OpenAI's API."""
     engine.apply()
-    engine.make_config(model)  # refuses bad values before anything is begun
+    engine.make_config(model)  # rejects bad values before anything starts
     settings = http.settings(local_host=listen.local_host)
 
     from tinyvllm.server import serve as server
@@ -56,11 +56,11 @@ def serve(
         config = engine.make_config(model, warm_up="background", served_model_name=served_model_name or files.name)
         address = sockets.address_of(sock, has_tls=tls is not None)
         log.info(
-            "%s loads; HTTP is up on %s, where /health is 503 until it is ready", config.served_model_name, address
+            "loading %s; HTTP is up on %s, where /health is 503 until it is ready", config.served_model_name, address
         )
         if sockets.is_public(sock) and not settings.api_keys:
-            log.warning("%s is open to all who can reach it: see --api-key-file", address)
-        bars = stack.enter_context(contextlib.ExitStack())  # apart: they end when the engine is ready
+            log.warning("%s is open to everyone who can reach it: see --api-key-file", address)
+        bars = stack.enter_context(contextlib.ExitStack())  # a stack of its own: the bars end when the engine is ready
         report = bars.enter_context(progress_bars())
 
         def greet(ready: AsyncEngine) -> None:
@@ -81,18 +81,18 @@ def serve(
 
 
 def _greet(engine: AsyncEngine, address: str, *, needs_key: bool) -> None:
-    """Say where the server is, and how to try it."""
+    """Print where the server listens and how to try it."""
     name = engine.served_model_name
-    page = "" if address.startswith("unix:") else f" and as a page on {address}/"
+    page = "" if address.startswith("unix:") else f" and a web page on {address}/"
     out.print(
-        f"{name} is served on {address} in OpenAI's format{page}; Ctrl-C stops. Try:", highlight=False, markup=False
+        f"{name} is served on {address} with OpenAI's API{page}; Ctrl-C stops it. Try:", highlight=False, markup=False
     )
     line = _curl_line(address, name, can_chat=engine.chat_template is not None, needs_key=needs_key)
     out.print(line, highlight=False, markup=False)
 
 
 def _curl_line(address: str, model: str, *, can_chat: bool, needs_key: bool) -> str:
-    """A command to paste into a shell. A key is left for the user to fill in: it is in no log."""
+    """A command to paste into a shell, with KEY in place of a real key, which must not reach a log."""
     body: dict[str, object] = {"model": model}
     if can_chat:
         path = "chat/completions"

@@ -1,4 +1,4 @@
-"""Flags of `tinyvllm serve` that are about HTTP: where it listens, what it takes in, who may ask. Names are vLLM's."""
+"""HTTP flags of `tinyvllm serve`: where it listens, what it accepts, who may call it. The names are vLLM's."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class ListenFlags:
     """Where the server listens."""
 
     host: Annotated[
-        str, Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0: all, for other machines too.")
+        str, Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0: all, so that other machines can connect.")
     ] = "127.0.0.1"
-    port: Annotated[int, Option(metavar="NUMBER", help="TCP port to listen on; 0: any that is free.")] = 8000
+    port: Annotated[int, Option(metavar="NUMBER", help="TCP port to listen on; 0: any free one.")] = 8000
     uds: Annotated[
-        str | None, Option(metavar="PATH", help="A Unix socket to listen on, instead of an address and a port.")
+        str | None, Option(metavar="PATH", help="Unix socket to listen on, instead of an address and a port.")
     ] = None
     ssl_certfile: Annotated[
-        str | None, Option(metavar="FILE", help="A PEM file with the certificate for HTTPS, and the chain behind it.")
+        str | None, Option(metavar="FILE", help="PEM file with the certificate for HTTPS and its chain.")
     ] = None
     ssl_keyfile: Annotated[
-        str | None, Option(metavar="FILE", help="A PEM file with its key. [default: in --ssl-certfile]")
+        str | None, Option(metavar="FILE", help="PEM file with its key. [default: in --ssl-certfile]")
     ] = None
 
     def bind(self) -> socket.socket:
@@ -44,12 +44,12 @@ class ListenFlags:
 
     @property
     def local_host(self) -> str | None:
-        """The address, if it is one that only this machine can reach. A name other than localhost may be anything."""
+        """The address if only this machine can reach it, else None: a name other than localhost may be anything."""
         is_local = self.host in ("localhost", "::1") or self.host.startswith("127.")
         return self.host if is_local and self.uds is None else None
 
     def tls(self) -> TlsFiles | None:
-        """The files for HTTPS, checked; None without them."""
+        """The files for HTTPS after a check; None without --ssl-certfile. Raises TinyvllmError."""
         from tinyvllm.server.sockets import TlsFiles
 
         if self.ssl_certfile is None:
@@ -63,38 +63,39 @@ class ListenFlags:
 
 @dataclasses.dataclass(frozen=True)
 class ServerFlags:
-    """What the server takes in, how long it waits, who may ask, what it logs."""
+    """What the server accepts, how long it waits, who may call it, and what it logs."""
 
     api_key: Annotated[
         list[str] | None,
         Option(
             metavar="KEY",
-            help="Ask clients for a key; may be given several times. Other users of this machine can see flags: "
-            f"--api-key-file and ${API_KEY_VARIABLE} are for secrets.",
+            help="Require this key from clients. Repeatable. Other users of this machine can see flags, so keep "
+            f"secrets in --api-key-file or ${API_KEY_VARIABLE}.",
         ),
     ] = None
     api_key_file: Annotated[
-        str | None, Option(metavar="FILE", help="A file of keys, one a line; # begins a comment line.")
+        str | None, Option(metavar="FILE", help="File of API keys, one per line; lines that start with # are comments.")
     ] = None
     allowed_origins: Annotated[
         list[str] | None,
-        Option(metavar="ORIGIN", help="Let web pages of this origin call the server (CORS); * for all. Several times."),
+        Option(metavar="ORIGIN", help="Let web pages of this origin call the server (CORS); *: all. Repeatable."),
     ] = None
     allowed_methods: Annotated[
-        list[str] | None, Option(metavar="METHOD", help="HTTP methods that those pages may use. [default: all]")
+        list[str] | None,
+        Option(metavar="METHOD", help="HTTP method that those pages may use. Repeatable. [default: all]"),
     ] = None
     allowed_headers: Annotated[
-        list[str] | None, Option(metavar="HEADER", help="Headers that those pages may send. [default: all]")
+        list[str] | None, Option(metavar="HEADER", help="Header that those pages may send. Repeatable. [default: all]")
     ] = None
     allow_credentials: Annotated[
-        bool, Option("--allow-credentials", help="Let those pages send cookies and the like.")
+        bool, Option("--allow-credentials", help="Let those pages send cookies and other credentials.")
     ] = False
     allowed_hosts: Annotated[
         list[str] | None,
         Option(
             metavar="NAME",
-            help="Names that clients may call the server by, as a proxy's; * for any. Several times. "
-            "[default: any; without a key on a loopback address: localhost, 127.0.0.1, [::1]]",
+            help="Host name that requests may address, such as a proxy's; *: any. Repeatable. "
+            "[default: any; on a loopback address without keys only localhost, 127.0.0.1 and [::1]]",
         ),
     ] = None
     max_num_queued_requests: Annotated[
@@ -103,53 +104,57 @@ class ServerFlags:
             "--max-num-queued-requests",
             "--max-num-queued-reqs",
             metavar="COUNT",
-            help="Most sequences that may wait beyond those that can run; more are refused with 429.",
+            help="Most sequences that may wait beyond those that can run; more are rejected with 429.",
         ),
     ] = _STANDARD.max_num_queued_requests or 0
     max_num_queued_tokens: Annotated[
         int | None,
-        Option(metavar="TOKENS", help="Most prompt tokens that may wait; more are refused with 429. [default: any]"),
+        Option(
+            metavar="TOKENS", help="Most prompt tokens that may wait; more are rejected with 429. [default: no limit]"
+        ),
     ] = None
-    max_body_bytes: Annotated[int, Option(metavar="BYTES", help="Largest body of a request; 413 beyond.")] = (
-        _STANDARD.max_body_bytes
-    )
+    max_body_bytes: Annotated[
+        int, Option(metavar="BYTES", help="Largest request body; larger ones are rejected with 413.")
+    ] = _STANDARD.max_body_bytes
     request_timeout: Annotated[
-        float, Option(metavar="SECONDS", help="Longest that a request may take, queue and all; 0: any time.")
+        float,
+        Option(metavar="SECONDS", help="Longest time for a request, including its wait in the queue; 0: no limit."),
     ] = _STANDARD.request_timeout_s or 0.0
     idle_timeout: Annotated[
         float,
         Option(
-            metavar="SECONDS", help="Longest that a client may neither send its body nor read its answer; 0: any time."
+            metavar="SECONDS",
+            help="Longest time that a client may neither send its body nor read its answer; 0: no limit.",
         ),
     ] = _STANDARD.idle_timeout_s or 0.0
     sse_keepalive_interval: Annotated[
         float,
-        Option(metavar="SECONDS", help="Send a comment in streams that have had nothing to say for so long; 0: none."),
+        Option(metavar="SECONDS", help="Send a comment on streams that have been silent for this long; 0: never."),
     ] = _STANDARD.keepalive_s or 0.0
     watchdog_timeout: Annotated[
         float,
-        Option(metavar="SECONDS", help="/health turns to 503 when a step takes longer than this; 0: it never does."),
+        Option(metavar="SECONDS", help="/health answers 503 while a step has been running longer than this; 0: never."),
     ] = _STANDARD.watchdog_timeout_s or 0.0
     shutdown_timeout: Annotated[
         float,
         Option(
-            metavar="SECONDS", help="Longest that running requests may go on after a signal to stop; 0: abort them."
+            metavar="SECONDS", help="Longest time for running requests to finish after a stop signal; 0: abort them."
         ),
     ] = _STANDARD.shutdown_timeout_s
     log_stats_interval: Annotated[
-        float, Option(metavar="SECONDS", help="How often the log has a line on what the engine does; 0: never.")
+        float, Option(metavar="SECONDS", help="Interval between log lines with the engine's statistics; 0: never.")
     ] = _STANDARD.stats_interval_s or 0.0
     log_requests: Annotated[
         bool,
-        Option("--log-requests", help="Log the prompts and settings of requests: without it no content is logged."),
+        Option("--log-requests", help="Log the prompts and settings of requests. Without it, no content is logged."),
     ] = False
     access_log: Annotated[bool, Option(help="Log a line for each HTTP request.")] = True
     enable_profiling: Annotated[
-        bool, Option("--enable-profiling", help="Allow POST /start_profile and /stop_profile, to all who may ask.")
+        bool, Option("--enable-profiling", help="Allow every client to call POST /start_profile and /stop_profile.")
     ] = False
 
     def settings(self, *, local_host: str | None) -> ServerSettings:
-        """Checked. local_host: the address, where only this machine can reach it. Raises TinyvllmError."""
+        """The server's settings. local_host: its address if only this machine can reach it. Raises TinyvllmError."""
         keys = gather_api_keys(self.api_key or [], self.api_key_file, os.environ.get(API_KEY_VARIABLE))
         hosts: tuple[str, ...] | None = None
         if self.allowed_hosts:

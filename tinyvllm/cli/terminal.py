@@ -1,4 +1,4 @@
-"""What the user sees: errors in one red line, logs and progress bars on stderr, answers on stdout."""
+"""What the user sees: errors as one red line, logs and progress bars on stderr, answers on stdout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class RedErrors(TyperGroup):
-    """A group of commands in which our own errors are one line and exit code 1, not a traceback."""
+    """A group of commands that shows our own errors as one line with exit code 1, not as a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -36,7 +36,7 @@ class RedErrors(TyperGroup):
 
 
 def set_up_logging(level: str) -> None:
-    """Log to stderr. `level` is for tinyvllm and its HTTP accesses; other libraries speak from warnings on."""
+    """Log to stderr. `level` applies to tinyvllm and its access log; other libraries log warnings and errors."""
     if level not in LOG_LEVELS:
         raise TinyvllmError(f"--log-level is {level!r}: choose one of {', '.join(LOG_LEVELS)}")
     logging.basicConfig(level=logging.WARNING, handlers=[_log_handler()], force=True)
@@ -45,7 +45,7 @@ def set_up_logging(level: str) -> None:
 
 
 def _log_handler() -> logging.Handler:
-    """On a terminal rich's, which writes above the bars; in files whole lines, which rich would wrap."""
+    """On a terminal rich's handler, which writes above the progress bars; elsewhere plain lines, without wrapping."""
     if err.is_terminal:
         from rich.logging import RichHandler
 
@@ -57,7 +57,7 @@ def _log_handler() -> logging.Handler:
 
 @contextlib.contextmanager
 def progress_bars(*, in_bytes: bool = False) -> Iterator[Progress]:
-    """A bar for each stage that is reported, from any thread. On a stderr that is no terminal, one line a stage."""
+    """A bar for each reported stage, from any thread. If stderr is not a terminal, one line for each stage."""
     from rich import progress
 
     count = progress.DownloadColumn() if in_bytes else progress.MofNCompleteColumn()

@@ -1,4 +1,4 @@
-"""`tinyvllm tune`: search for the fastest kernels of a model on this chip, once."""
+"""`tinyvllm tune`: search once for a model's fastest kernels on this chip."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 def tune(
     *,
     buckets: Annotated[
-        str, Option(metavar="NAMES", help="Only these steps, as 'decode 1,prefill 256'; all: every one that serve has.")
+        str, Option(metavar="NAMES", help="Only these steps, such as 'decode 1,prefill 256'; all: every step of serve.")
     ] = "all",
-    budget: Annotated[float, Option(metavar="MINUTES", help="Stop after this long; what was found is kept.")] = 20.0,
+    budget: Annotated[float, Option(metavar="MINUTES", help="Stop after this long; results so far are kept.")] = 20.0,
     subject: SubjectFlags,
     engine: EngineFlags,
 ) -> None:
-    """Search for the fastest kernels of a model here, once: `serve`, `generate` and `bench` use what was found.
+    """Search once for a model's fastest kernels here.
 
-    Give the flags that you serve with, since they decide which steps there are. The search runs in a process of its
-    own: a candidate that crashes is remembered and left out. A second run goes on where the first one stopped."""
+    `serve`, `generate` and `bench` use the result. Give the flags that you serve with: they decide which steps there
+    are. The search runs in its own process, so a candidate that crashes is recorded and skipped. A second run continues
+    where the first one stopped."""
     engine.apply()
     if budget <= 0:
-        raise TinyvllmError(f"--budget is {budget:g}: give minutes above 0")
+        raise TinyvllmError(f"--budget is {budget:g}: give more than 0 minutes")
     config = engine.make_config(subject.model or "")
 
     from tinyvllm.execution.tune_process import Job
@@ -53,15 +54,15 @@ def tune(
 
 def _say(outcome: Outcome) -> None:
     out.print(
-        f"{outcome.num_tried} candidates tried, {outcome.num_bad} could not be used; kept in {outcome.path}",
+        f"{outcome.num_tried} candidates tried, {outcome.num_bad} unusable; results are in {outcome.path}",
         highlight=False,
     )
     if not outcome.is_complete:
-        err.print("the budget is spent: run the same command again to go on", highlight=False)
+        err.print("out of time: run the same command again to continue", highlight=False)
 
 
 class _Progress:
-    """What the worker has said so far: by bucket and kernel a step's seconds with each candidate."""
+    """The worker's events so far: a step's seconds by bucket, kernel and candidate."""
 
     def __init__(self) -> None:
         self._buckets: tuple[str, ...] = ()
@@ -80,11 +81,11 @@ class _Progress:
             report("tune", len(self._done), len(self._buckets))
 
     def table(self) -> Table:
-        table = Table(title="a step by the fastest candidate of each kernel")
+        table = Table(title="step time with the fastest candidate of each kernel")
         for name in ("step", "kernel", "before", "best", "choice"):
             table.add_column(name, justify="right" if name in ("before", "best") else "left")
         for bucket, kernel, first, best, chosen in self._results():
-            words = ", ".join(f"{knob} {value}" for knob, value in chosen) or "as it was"
+            words = ", ".join(f"{knob} {value}" for knob, value in chosen) or "unchanged"
             table.add_row(bucket, kernel, f"{first * 1e3:.3f} ms", f"{best * 1e3:.3f} ms", words)
         return table
 
@@ -95,7 +96,7 @@ class _Progress:
         ]
 
     def _results(self) -> Iterator[tuple[str, str, float, float, tuple[tuple[str, int], ...]]]:
-        """Bucket, kernel, seconds of a step by the rules and by the fastest candidate, and that candidate."""
+        """(bucket, kernel, seconds of a step by the default rules, by the fastest candidate, that candidate)."""
         from tinyvllm.execution.tune_process import LEAST_GAIN
 
         for (bucket, kernel), times in self._seconds.items():

@@ -17,10 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyvllm import __version__
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.server import operations, profile_routes, routes
+from tinyvllm.server import operations
 from tinyvllm.server.context import RequestContext, entered
 from tinyvllm.server.failures import ClientGone, answer_failure, failure_of
 from tinyvllm.server.response_store import ResponseStore
+from tinyvllm.server.routes import include_routes
 from tinyvllm.server.security import Guard, HostCheck, KeyRing
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.state import ServerState
@@ -38,9 +39,7 @@ def make_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> Fas
     app = FastAPI(title="tinyvllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     state = app.state.server = ServerState(engine, settings)
     app.state.responses = ResponseStore()
-    app.include_router(operations.router)
-    app.include_router(routes.router)
-    app.include_router(profile_routes.router)
+    include_routes(app)
     app.mount("/static", operations.PageFiles(directory=operations.STATIC))
     for kind in (TinyvllmError, ClientGone, RequestValidationError, AnyHTTPException):
         app.add_exception_handler(kind, answer_failure)

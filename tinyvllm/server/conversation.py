@@ -13,7 +13,8 @@ from tinyvllm.server.message import OutputFormat
 from tinyvllm.text.grammar import lark_json
 from tinyvllm.text.json_schema import parse_schema
 from tinyvllm.text.reasoning import find_reasoning_format
-from tinyvllm.text.tools import Tool, ToolFormat, find_tool_format
+from tinyvllm.text.tools import find_tool_format
+from tinyvllm.text.tools.base import Tool, ToolFormat
 
 if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AsyncEngine

@@ -1,11 +1,24 @@
-"""OpenAI's routes, and the few of vLLM's that clients of OpenAI's use."""
+"""Which files have routes: our own, OpenAI's, and the few of vLLM's that clients of OpenAI's use."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+import importlib
 
-from tinyvllm.server import chat, completions, embeddings, models, responses
+from fastapi import FastAPI
 
-router = APIRouter()
-for part in (models, completions, chat, responses, embeddings):
-    router.include_router(part.router)
+# Files in this directory, each with a `router`.
+ROUTES = (
+    "operations",
+    "models",
+    "completions",
+    "chat",
+    "responses",
+    "embeddings",
+    "profile_routes",
+)
+
+
+def include_routes(app: FastAPI) -> None:
+    """Add the routes of every file in ROUTES."""
+    for name in ROUTES:
+        app.include_router(importlib.import_module(f"tinyvllm.server.{name}").router)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.text.tools.base import mark
 from tinyvllm.text.tools.marks import MarkFinder
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ class ReasoningFormat:
 
     def prefix(self, prompt: str, tokenizer: Tokenizer) -> str:
         """Lark of the reasoning that may stand before an `@answer` with a grammar: GrammarSpec.prefix."""
+        from tinyvllm.text.tools.base import mark  # here: grammars load NumPy, and --help lists the formats
+
         if prompt.rstrip().endswith(self.end):  # as where the template was asked for no reasoning
             return ""
         end = mark(tokenizer, self.end)

@@ -14,7 +14,7 @@ from tinyvllm.server.protocol.chat import MAX_MESSAGES, ChatTokenLogprob, PastCa
 from tinyvllm.server.protocol.common import optional, refuse
 from tinyvllm.server.protocol.generation import GenerationRequest, Schema
 from tinyvllm.server.protocol.tools import MAX_TOOLS, NamedChoice, ToolChoice, ToolName, check_choice, check_names
-from tinyvllm.text.tools import Tool
+from tinyvllm.text.tools.base import Tool
 
 LOGPROBS = "message.output_text.logprobs"  # the value of `include` that asks for them
 # Values of `include` that ask for nothing that there could be.

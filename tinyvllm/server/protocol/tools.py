@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tinyvllm.errors import RequestError
-from tinyvllm.text.tools import Tool
+from tinyvllm.text.tools.base import Tool
 
 MAX_TOOLS = 128  # OpenAI's limit
 

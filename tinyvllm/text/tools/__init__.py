@@ -1,26 +1,38 @@
-"""Tool calls as models write them: a file a family, found by name or by the model's chat template."""
+"""Tool calls as models write them: one file for each family, found by name or by the model's chat template."""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.text.tools.base import Tool, ToolFormat
-from tinyvllm.text.tools.generic import GenericFormat
-from tinyvllm.text.tools.hermes import HermesFormat
-from tinyvllm.text.tools.llama3 import Llama3Format
-from tinyvllm.text.tools.mistral import MistralFormat
 
-__all__ = ["FORMATS", "Tool", "ToolFormat", "find_tool_format"]
+if TYPE_CHECKING:
+    from tinyvllm.text.tools.base import ToolFormat
 
-# In the order of asking: whose marks stand in a template. The last takes all.
-FORMATS: dict[str, ToolFormat] = {
-    format.name: format for format in (MistralFormat(), HermesFormat(), Llama3Format(), GenericFormat())
+# --tool-call-parser's names and the file of each, whose FORMAT it is. A chat template is searched for their marks in
+# this order; the last accepts every template. By name, so that --help can list them without loading a parser.
+FAMILIES = {
+    "mistral": "mistral",
+    "hermes": "hermes",
+    "llama3_json": "llama3",
+    "json": "generic",
 }
 
 
+def load_tool_format(name: str) -> ToolFormat:
+    """The format of that name, which must be one of FAMILIES."""
+    module = importlib.import_module(f"{__name__}.{FAMILIES[name]}")
+    found: ToolFormat = module.FORMAT
+    return found
+
+
 def find_tool_format(name: str | None, template_source: str) -> ToolFormat:
-    """The format of that name, else the one whose marks the chat template has, else the generic one."""
+    """The format of that name, else the first whose marks occur in the chat template, else the generic one.
+
+    Raises TinyvllmError for an unknown name."""
     if name is not None:
-        if name not in FORMATS:
-            raise TinyvllmError(f"--tool-call-parser is {name!r}: choose from {', '.join(FORMATS)}")
-        return FORMATS[name]
-    return next(format for format in FORMATS.values() if format.is_named_in(template_source))
+        if name not in FAMILIES:
+            raise TinyvllmError(f"--tool-call-parser is {name!r}: choose from {', '.join(FAMILIES)}")
+        return load_tool_format(name)
+    return next(found for found in map(load_tool_format, FAMILIES) if found.is_named_in(template_source))

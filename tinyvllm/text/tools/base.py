@@ -38,9 +38,8 @@ _ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 class ToolFormat(ABC):
-    """How a family of models writes calls."""
+    """How a family of models writes calls. A file of FAMILIES has one, called FORMAT."""
 
-    name: str  # what --tool-call-parser calls it
     marks: tuple[str, ...]  # texts in the chat templates of the family
     special_texts: tuple[str, ...] = ()  # marks of calls that are special tokens in some vocabularies
     id_prefix = "call_"

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 
 class GenericFormat(ToolFormat):
-    name = "json"
     marks = ()
 
     def is_named_in(self, template_source: str) -> bool:
@@ -34,3 +33,6 @@ class GenericFormat(ToolFormat):
 
     def write(self, calls: Sequence[Mapping[str, Any]]) -> str:
         return json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
+
+
+FORMAT = GenericFormat()

@@ -75,7 +75,6 @@ class HermesParser(ToolParser):
 
 
 class HermesFormat(ToolFormat):
-    name = "hermes"
     marks = (BEGIN,)
     special_texts = (BEGIN, END)
 
@@ -96,3 +95,6 @@ class HermesFormat(ToolFormat):
 
     def _marked(self, tokenizer: Tokenizer) -> str:
         return f'marked: {mark(tokenizer, BEGIN)} "\\n" call "\\n" {mark(tokenizer, END)}\n'
+
+
+FORMAT = HermesFormat()

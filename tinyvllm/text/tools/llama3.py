@@ -85,7 +85,6 @@ class BareParser(ToolParser):
 
 
 class Llama3Format(ToolFormat):
-    name = "llama3_json"
     marks = ("<|python_tag|>", "Environment: ipython", '"ipython"', "'ipython'")
     special_texts = (PYTHON_TAG,)
 
@@ -103,3 +102,6 @@ class Llama3Format(ToolFormat):
     def write(self, calls: Sequence[Mapping[str, Any]]) -> str:
         written = ({"name": call["name"], "parameters": call["arguments"]} for call in calls)
         return "; ".join(json.dumps(call, ensure_ascii=False) for call in written)
+
+
+FORMAT = Llama3Format()

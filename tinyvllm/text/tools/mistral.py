@@ -79,7 +79,6 @@ class MistralParser(ToolParser):
 
 
 class MistralFormat(ToolFormat):
-    name = "mistral"
     marks = (CALLS, "[AVAILABLE_TOOLS]")
     special_texts = (CALLS, ARGS)
     id_prefix = ""  # its templates insist on nine letters and digits
@@ -99,3 +98,6 @@ class MistralFormat(ToolFormat):
 
     def write(self, calls: Sequence[Mapping[str, Any]]) -> str:
         return CALLS + json.dumps(calls, ensure_ascii=False)
+
+
+FORMAT = MistralFormat()

@@ -68,7 +68,7 @@ def test_more_requests_than_the_queue_of_a_server_holds(terminal: Terminal, tmp_
     [
         ("{", "line 2: it is not JSON"),
         ("[]", "custom_id"),
-        (line("a"), "stands in an earlier line"),
+        (line("a"), "is also used in an earlier line"),
         (json.dumps({"custom_id": "b", "url": "/v1/files", "body": {}}), "/v1/completions"),
         (json.dumps({"custom_id": "b", "url": "/v1/completions", "method": "GET", "body": {}}), "POST"),
         (json.dumps({"custom_id": "b", "url": "/v1/completions"}), "body"),

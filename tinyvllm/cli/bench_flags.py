@@ -34,7 +34,7 @@ class SubjectFlags:
     model: Annotated[
         str | None,
         Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help=f"A model, as for `tinyvllm generate`. [default: {DEFAULT_MODEL}, unless --shape is given]",
             show_default=False,
         ),

@@ -63,7 +63,7 @@ class LoadFlags:
         ),
     ] = "none"
     max_concurrency: Annotated[
-        int | None, Option(metavar="COUNT", help="With --rate: most requests that may be open at once.")
+        int | None, Option(metavar="COUNT", help="With --rate: maximum number of requests that may be open at once.")
     ] = None
     warmup: Annotated[int, Option(metavar="COUNT", help="Requests before each level, left out of the figures.")] = 4
     goodput: Annotated[
@@ -76,7 +76,7 @@ class LoadFlags:
     stop_at_eos: Annotated[
         bool, Option("--stop-at-eos", help="Do not send ignore_eos, which servers other than vLLM and ours may reject.")
     ] = False
-    timeout: Annotated[float, Option(metavar="SECONDS", help="Longest time that a server may stay silent.")] = 600.0
+    timeout: Annotated[float, Option(metavar="SECONDS", help="Maximum time that a server may stay silent.")] = 600.0
     seed: Annotated[int, Option(metavar="INTEGER", help="Seed of the prompts and of the random times.")] = 0
 
     def make_work(self) -> LoadWork:

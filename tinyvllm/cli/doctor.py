@@ -19,7 +19,7 @@ MARKS = {"ok": "[green]ok[/]", "odd": "[yellow]look[/]", "bad": "[red]bad[/]"}
 
 
 def doctor(
-    model: Annotated[str, Argument(metavar="[MODEL]", help="A model, as for `tinyvllm generate`.")] = DEFAULT_MODEL,
+    model: Annotated[str, Argument(metavar="MODEL", help="A model, as for `tinyvllm generate`.")] = DEFAULT_MODEL,
     *,
     shape: Annotated[
         str | None,

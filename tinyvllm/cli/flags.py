@@ -46,8 +46,8 @@ class RunnerFlags:
         int | None,
         Option(
             metavar="TOKENS",
-            help="Most tokens per step; longer prompts are computed in pieces. A larger value computes prompts faster; "
-            "a smaller one delays running requests less. "
+            help="Maximum tokens per step; longer prompts are computed in pieces. A larger value computes prompts "
+            "faster; a smaller one delays running requests less. "
             "[default: 256 on CPU, 512 on METAL, 2048 on CUDA, or 8192 with 40 GiB free]",
             show_default=False,
         ),
@@ -57,7 +57,7 @@ class RunnerFlags:
         Option(
             metavar="SHARE",
             help="Share of the device's free memory for weights and KV cache, above 0 and up to 1. "
-            "[default: 0.9 on a GPU with its own memory, 0.5 if host and device share memory]",
+            "[default: 0.9 on a GPU with its own memory, 0.8 on METAL, else 0.5]",
             show_default=False,
         ),
     ] = None
@@ -127,14 +127,14 @@ class EngineFlags(RunnerFlags):
         str,
         Option(
             metavar="TOKENS",
-            help="Most tokens per request, prompt plus output; auto: as many as the model and the memory allow.",
+            help="Maximum tokens per request, prompt plus output; auto: as many as the model and the memory allow.",
         ),
     ] = "auto"
     max_num_seqs: Annotated[
         int | None,
         Option(
             metavar="COUNT",
-            help="Most sequences per step. [default: for serve 16; on CUDA 128, or 256 with 40 GiB free; for other "
+            help="Maximum sequences per step. [default: for serve 16; on CUDA 128, or 256 with 40 GiB free; for other "
             "commands what they need]",
             show_default=False,
         ),
@@ -218,21 +218,32 @@ class SamplingFlags:
 
     max_tokens: Annotated[
         int | None,
-        Option(metavar="TOKENS", help="Most tokens per answer. [default: as many as fit]", show_default=False),
+        Option(metavar="TOKENS", help="Maximum tokens per answer. [default: as many as fit]", show_default=False),
     ] = None
     temperature: Annotated[
         float | None,
         Option(metavar="NUMBER", help="0: greedy, always the most likely token. [default: the model's own, else 1]"),
     ] = None
     top_p: Annotated[
-        float | None, Option(metavar="SHARE", help="Sample from the most likely tokens that make up this probability.")
+        float | None,
+        Option(
+            metavar="SHARE",
+            help="Sample from the most likely tokens that make up this probability. [default: the model's own, else 1]",
+        ),
     ] = None
-    top_k: Annotated[int | None, Option(metavar="COUNT", help="Sample from this many most likely tokens.")] = None
+    top_k: Annotated[
+        int | None,
+        Option(metavar="COUNT", help="Sample from this many most likely tokens. [default: the model's own, else all]"),
+    ] = None
     min_p: Annotated[
         float | None,
-        Option(metavar="SHARE", help="Drop tokens less likely than this share of the most likely one's probability."),
+        Option(
+            metavar="SHARE",
+            help="Drop tokens less likely than this share of the most likely one's probability. "
+            "[default: the model's own, else 0]",
+        ),
     ] = None
-    min_tokens: Annotated[int, Option(metavar="TOKENS", help="Fewest tokens per answer: it may not end earlier.")] = 0
+    min_tokens: Annotated[int, Option(metavar="TOKENS", help="Minimum tokens per answer.")] = 0
     stop: Annotated[list[str] | None, Option(metavar="TEXT", help="End the answer before this text. Repeatable.")] = (
         None
     )

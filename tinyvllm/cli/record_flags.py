@@ -24,7 +24,8 @@ class RecordFlags:
         False
     )
     trace: Annotated[
-        str | None, Option(metavar="FILE", help="At the end, write the same span by span, as a trace for Perfetto.")
+        str | None,
+        Option(metavar="FILE", help="At the end, write the same data span by span, as a trace for Perfetto."),
     ] = None
 
     @contextlib.contextmanager

@@ -104,27 +104,28 @@ class ServerFlags:
             "--max-num-queued-requests",
             "--max-num-queued-reqs",
             metavar="COUNT",
-            help="Most sequences that may wait beyond those that can run; more are rejected with 429.",
+            help="Maximum sequences that may wait beyond those that can run; more are rejected with 429.",
         ),
     ] = _STANDARD.max_num_queued_requests or 0
     max_num_queued_tokens: Annotated[
         int | None,
         Option(
-            metavar="TOKENS", help="Most prompt tokens that may wait; more are rejected with 429. [default: no limit]"
+            metavar="TOKENS",
+            help="Maximum prompt tokens that may wait; more are rejected with 429. [default: no limit]",
         ),
     ] = None
     max_body_bytes: Annotated[
-        int, Option(metavar="BYTES", help="Largest request body; larger ones are rejected with 413.")
+        int, Option(metavar="BYTES", help="Maximum size of a request body; larger ones are rejected with 413.")
     ] = _STANDARD.max_body_bytes
     request_timeout: Annotated[
         float,
-        Option(metavar="SECONDS", help="Longest time for a request, including its wait in the queue; 0: no limit."),
+        Option(metavar="SECONDS", help="Maximum time for a request, including its wait in the queue; 0: no limit."),
     ] = _STANDARD.request_timeout_s or 0.0
     idle_timeout: Annotated[
         float,
         Option(
             metavar="SECONDS",
-            help="Longest time that a client may neither send its body nor read its answer; 0: no limit.",
+            help="Maximum time that a client may neither send its body nor read its answer; 0: no limit.",
         ),
     ] = _STANDARD.idle_timeout_s or 0.0
     sse_keepalive_interval: Annotated[
@@ -138,7 +139,7 @@ class ServerFlags:
     shutdown_timeout: Annotated[
         float,
         Option(
-            metavar="SECONDS", help="Longest time for running requests to finish after a stop signal; 0: abort them."
+            metavar="SECONDS", help="Maximum time for running requests to finish after a stop signal; 0: abort them."
         ),
     ] = _STANDARD.shutdown_timeout_s
     log_stats_interval: Annotated[

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import ml_dtypes
 import numpy as np
 import tokenizers
+from safetensors.numpy import save_file
 
 from tinyvllm.config import ModelFiles
 
@@ -155,25 +157,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_safetensors(path: Path, weights: Mapping[str, np.ndarray], dtype: str = "float32") -> None:
-    """The format by hand, because the library's NumPy side has no bfloat16: header length, JSON header, data."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    data = b""
-    for name, weight in weights.items():
-        raw = encode_floats(weight, dtype).tobytes()
-        code = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
-        header[name] = {"dtype": code, "shape": list(weight.shape), "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    """A file of tensors in `dtype`, as transformers writes it."""
+    tensors = {name: np.ascontiguousarray(encode_floats(weight, dtype)) for name, weight in weights.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def encode_floats(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Float32 values as `dtype`; bfloat16 as uint16 bits, rounded to nearest even."""
-    if dtype != "bfloat16":
-        return values.astype(dtype)
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    """Float32 values as `dtype`, rounded to nearest even."""
+    return values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
 def byte_alphabet() -> list[str]:

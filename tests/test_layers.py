@@ -15,7 +15,7 @@ INSIDE_OPS |= {"ops/sampling", "ops/backend"}
 # A room is a directory or a file; one inside another has arrows of its own. To name a room is to name all inside it.
 MAY_IMPORT = {
     "errors": set(),
-    "arrays": set(),
+    "arrays": BASE,
     "config": {"errors"},
     "storage": BASE,
     "text": BASE | {"storage"},

@@ -1,85 +1,216 @@
-"""Weights on the host, as NumPy arrays: what the readers of checkpoints hand to the kernels' packers."""
+"""Weights on the host, as NumPy arrays: what the readers of checkpoints hand to the kernels' packers.
+
+bfloat16 and the 8-bit floats are NumPy dtypes of the `ml_dtypes` package.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16, float8_e4m3fn, float8_e8m0fnu
+
+from tinyvllm.errors import UnsupportedModelError
+
+GROUPS = (16, 32, 64, 128)
+CODE_BITS = (2, 3, 4, 5, 6, 8)
+MAX_CODEBOOK_BITS = 4
+DENSE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+SCALE_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(bfloat16),
+    "e8m0": np.dtype(float8_e8m0fnu),  # a power of two: MXFP4
+    "e4m3": np.dtype(float8_e4m3fn),  # NVFP4
+}
 
 
 @dataclass(frozen=True)
-class BFloat16Array:
-    """bfloat16 values, which NumPy lacks, as their bits."""
+class ScaleFormat:
+    """How the scales (or biases) of a row's groups are stored. Their sign is free."""
 
-    bits: np.ndarray  # uint16, any shape
+    span: int  # columns that one base covers: a multiple of the group
+    has_steps: bool = False  # an integer a group multiplies the base (K quants)
+    dtype: str = "float16"  # of the bases: a key of SCALE_DTYPES
+    has_multiplier: bool = False  # a float32 a row multiplies all of them (NVFP4's global scale)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the values of a matrix are stored. Hashable: kernels are cached by it.
+
+    Dense: `name` is the dtype, `group` 0. Quantized: `group` neighboring columns of a row share a scale, and perhaps a
+    bias: value = code * scale + minimum, where the code stands for an integer less `offset`, an entry of `codebook`, or
+    a float8. Raises UnsupportedModelError for what no kernel can read.
+    """
+
+    name: str
+    bits: int  # of a code, or of a dense value
+    group: int = 0
+    offset: int = 0
+    scale: ScaleFormat | None = None
+    minimum: ScaleFormat | None = None
+    codebook: tuple[float, ...] | None = None  # 2**bits values
+    is_float8: bool = False  # codes are e4m3 floats
+
+    def __post_init__(self) -> None:
+        if problem := self._problem():
+            raise UnsupportedModelError(f"format {self.name} {problem}")
+
+    def _problem(self) -> str | None:
+        """What no kernel can read of it, if anything."""
+        if not self.is_quantized:
+            return None if DENSE_BITS.get(self.name) == self.bits else f"is no dense one: known are {_list(DENSE_BITS)}"
+        if self.group not in GROUPS:
+            return f"has groups of {self.group} columns: supported are {_list(GROUPS)}"
+        if self.bits not in CODE_BITS:
+            return f"has codes of {self.bits} bits: supported are {_list(CODE_BITS)}"
+        if self.scale is None:
+            return "has groups without scales"
+        return self._code_problem() or next(filter(None, map(self._scale_problem, (self.scale, self.minimum))), None)
+
+    def _code_problem(self) -> str | None:
+        if self.is_float8 and (self.bits != 8 or self.codebook is not None):
+            return f"has float8 codes of {self.bits} bits{'' if self.codebook is None else ' and a codebook'}"
+        if self.codebook is not None:
+            if self.bits > MAX_CODEBOOK_BITS:
+                return f"has a codebook of {self.bits} bits: supported are up to {MAX_CODEBOOK_BITS}"
+            if len(self.codebook) != 1 << self.bits:
+                return f"has a codebook of {len(self.codebook)} values for codes of {self.bits} bits"
+        if self.offset and (self.codebook is not None or self.is_float8):
+            return f"has an offset of {self.offset} to codes that are not integers"
+        return None
+
+    def _scale_problem(self, scale: ScaleFormat | None) -> str | None:
+        if scale is None:
+            return None
+        if scale.dtype not in SCALE_DTYPES:
+            return f"has scales in {scale.dtype}: supported are {_list(SCALE_DTYPES)}"
+        if scale.span < self.group or scale.span % self.group:
+            return f"has a scale for every {scale.span} columns, which are not whole groups of {self.group}"
+        return None
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.bits.shape
+    def is_quantized(self) -> bool:
+        return self.group > 0
 
-    def to_float32(self) -> np.ndarray:
-        """The same values: a bfloat16 is the upper half of a float32."""
-        return (self.bits.astype(np.uint32) << 16).view(np.float32)
+    @property
+    def scales(self) -> tuple[ScaleFormat, ...]:
+        """Scale and minimum, as far as there are any."""
+        return tuple(scale for scale in (self.scale, self.minimum) if scale is not None)
+
+    @property
+    def columns(self) -> int:
+        """What a matrix's width must be a multiple of."""
+        return max((scale.span for scale in self.scales), default=1)
+
+    @property
+    def needs_input_sum(self) -> bool:
+        """A product needs sum(x) over each group, for the offset or the minimum."""
+        return self.offset != 0 or self.minimum is not None
+
+
+def _list(known: Any) -> str:
+    return ", ".join(map(str, known))
 
 
 @dataclass(frozen=True)
 class Scales:
-    """One factor a group: base[n, k // span], times steps[n, k // group] where steps is not None (K quants)."""
+    """One factor a group: base[n, k // span], times steps[n, k // group] and multiplier[n] as far as there are any."""
 
-    base: np.ndarray  # (N, K // span) float16
-    steps: np.ndarray | None  # (N, K // group) uint8, or int8 for Q6_K
-    span: int  # columns that a base covers: 32 (legacy kinds) or 256 (K quants)
+    base: np.ndarray  # (N, K // span), of ScaleFormat.dtype
+    steps: np.ndarray | None = None  # (N, K // group) uint8 or int8
+    multiplier: np.ndarray | None = None  # (N,) float32
 
-    def expand(self) -> np.ndarray:
+    def expand(self, num_groups: int) -> np.ndarray:
         """(N, K // group) float32."""
-        base = self.base.astype(np.float32)
-        if self.steps is None:
-            return base
-        return np.repeat(base, self.steps.shape[1] // base.shape[1], axis=1) * self.steps.astype(np.float32)
+        factors = self.base.astype(np.float32)
+        if self.multiplier is not None:
+            factors = factors * self.multiplier[:, None]
+        factors = np.repeat(factors, num_groups // factors.shape[1], axis=1)
+        return factors if self.steps is None else factors * self.steps.astype(np.float32)
+
+    def rows(self, index: np.ndarray | slice) -> Scales:
+        """The rows that `index` selects, in its order."""
+        steps = None if self.steps is None else self.steps[index]
+        return Scales(self.base[index], steps, None if self.multiplier is None else self.multiplier[index])
+
+    def over(self, other: Scales) -> Scales:
+        """These rows, then those of `other`, which has the same format."""
+        base = np.concatenate([self.base, other.base])
+        return Scales(base, _join(self.steps, other.steps), _join(self.multiplier, other.multiplier))
+
+
+def _join(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+    return None if a is None or b is None else np.concatenate([a, b])
 
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """value[n, k] = (codes[n, k] - offset) * scale[n, k // group] + minimum[n, k // group], in float32 as in ggml."""
+    """value[n, k] = code[n, k] * scale[n, k // group] + minimum[n, k // group], in float32 as in ggml. What a code
+    stands for is in `Format`."""
 
-    kind: str  # ggml's name: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K
-    codes: np.ndarray  # (N, K) uint8, unsigned codes of `bits` bits; int8 for Q8_0
-    bits: int  # 4, 5, 6 or 8
-    group: int  # columns that share a scale: 32, or 16 for Q6_K
-    offset: int  # 8, 0, 16, 0, 0, 0, 0, 32 in the order of `kind`'s list
+    format: Format
+    codes: np.ndarray  # (N, K) uint8, unsigned codes of `bits` bits; 8 bits: int8, or float8_e4m3fn
     scale: Scales
-    minimum: Scales | None = None  # of Q4_1, Q5_1, Q4_K, Q5_K (K quants: the sign of -dmin * m lies in its base)
+    minimum: Scales | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
 
+    @property
+    def code_values(self) -> np.ndarray:
+        """(N, K) float32: what the codes stand for, before they are scaled."""
+        if self.format.codebook is not None:
+            looked_up: np.ndarray = np.array(self.format.codebook, np.float32)[self.codes]
+            return looked_up
+        values: np.ndarray = self.codes.astype(np.float32) - self.format.offset
+        return values
+
     def rows(self, index: np.ndarray | slice) -> QuantizedMatrix:
         """The rows that `index` selects, in its order."""
+        minimum = None if self.minimum is None else self.minimum.rows(index)
+        return QuantizedMatrix(self.format, self.codes[index], self.scale.rows(index), minimum)
 
-        def pick(scales: Scales | None) -> Scales | None:
-            if scales is None:
-                return None
-            return Scales(scales.base[index], None if scales.steps is None else scales.steps[index], scales.span)
-
-        scale = pick(self.scale)
-        assert scale is not None
-        return QuantizedMatrix(
-            self.kind, self.codes[index], self.bits, self.group, self.offset, scale, pick(self.minimum)
-        )
+    def over(self, other: QuantizedMatrix) -> QuantizedMatrix:
+        """These rows, then those of `other`, which has the same format."""
+        codes, scale = np.concatenate([self.codes, other.codes]), self.scale.over(other.scale)
+        minimum = None if self.minimum is None or other.minimum is None else self.minimum.over(other.minimum)
+        return QuantizedMatrix(self.format, codes, scale, minimum)
 
 
-HostMatrix = np.ndarray | BFloat16Array | QuantizedMatrix
+HostMatrix = np.ndarray | QuantizedMatrix
 
 
 def to_float32(matrix: HostMatrix) -> np.ndarray:
     """Every value, as float32."""
-    if isinstance(matrix, BFloat16Array):
-        return matrix.to_float32()
     if isinstance(matrix, np.ndarray):
         return matrix.astype(np.float32)
-    scale = np.repeat(matrix.scale.expand(), matrix.group, axis=1)
-    values: np.ndarray = (matrix.codes.astype(np.float32) - matrix.offset) * scale
+    group = matrix.format.group
+    num_groups = matrix.shape[1] // group
+    values: np.ndarray = matrix.code_values * np.repeat(matrix.scale.expand(num_groups), group, axis=1)
     if matrix.minimum is not None:
-        values += np.repeat(matrix.minimum.expand(), matrix.group, axis=1)
+        values += np.repeat(matrix.minimum.expand(num_groups), group, axis=1)
     return values
+
+
+def take_rows(matrix: HostMatrix, index: np.ndarray | slice) -> HostMatrix:
+    """The rows that `index` selects, in its order."""
+    return matrix.rows(index) if isinstance(matrix, QuantizedMatrix) else matrix[index]
+
+
+def stack_rows(matrices: Sequence[HostMatrix]) -> list[HostMatrix]:
+    """The same rows in as few matrices as possible: neighbors of one format become one."""
+    stacked: list[HostMatrix] = []
+    for matrix in matrices:
+        above = stacked[-1] if stacked else None
+        if isinstance(above, QuantizedMatrix) and isinstance(matrix, QuantizedMatrix) and above.format == matrix.format:
+            stacked[-1] = above.over(matrix)
+        elif isinstance(above, np.ndarray) and isinstance(matrix, np.ndarray) and above.dtype == matrix.dtype:
+            stacked[-1] = np.concatenate([above, matrix])
+        else:
+            stacked.append(matrix)
+    return stacked

@@ -32,7 +32,7 @@ from tests.metal.simulator.msl import (
     read_kernel,
     refusals,
 )
-from tinyvllm.arrays import BFloat16Array, HostMatrix, QuantizedMatrix
+from tinyvllm.arrays import HostMatrix
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -231,10 +231,7 @@ def _stand_in(host: _Shape, blocks: int) -> HostMatrix:
     """A matrix of the same kind and width, of so many blocks of rows."""
     from tinyvllm.model.weights.random import RandomWeights
 
-    made: np.ndarray | BFloat16Array | QuantizedMatrix = RandomWeights(host.kind, 0).take(
-        "", (ROWS * blocks, host.shape[1])
-    )
-    return made
+    return RandomWeights(host.kind, 0).take("", (ROWS * blocks, host.shape[1]))
 
 
 def _enlarged(matrix: Matrix, rows: int) -> Matrix:

@@ -109,12 +109,11 @@ def test_half_rounds_after_each_operation() -> None:
 
 def test_bfloat_rounds_to_the_nearest_even() -> None:
     from tests.builders import encode_floats
-    from tinyvllm.arrays import BFloat16Array
 
     values = np.concatenate([floats(62), np.array([np.inf, -0.0], np.float32)])
     body = "  *(data0_64+lid.x) = (float)((bfloat)(*(data1_64+lid.x)));"
     out, _ = run("device float* data0_64, device float* data1_64", body, values, values, threads=64)
-    np.testing.assert_array_equal(out, BFloat16Array(encode_floats(values, "bfloat16")).to_float32())
+    np.testing.assert_array_equal(out, encode_floats(values, "bfloat16").astype(np.float32))
 
 
 def test_vectors_are_loaded_taken_apart_and_stored() -> None:

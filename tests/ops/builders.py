@@ -11,7 +11,7 @@ import numpy as np
 
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
 from tests.builders import K_KINDS, encode_floats, random_k_rows
-from tinyvllm.arrays import BFloat16Array, HostMatrix
+from tinyvllm.arrays import HostMatrix
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.model.weights.quant import decompose
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
@@ -33,8 +33,7 @@ def make_host(fmt: str, rows: int, cols: int, seed: int = 0) -> HostMatrix:
     rng = np.random.default_rng(seed)
     values = (rng.standard_normal((rows, cols)) / math.sqrt(cols)).astype(np.float32)
     if fmt in DENSE:
-        encoded = encode_floats(values, fmt)
-        return BFloat16Array(encoded) if fmt == "bfloat16" else encoded
+        return encode_floats(values, fmt)
     if fmt in K_KINDS:
         raw = random_k_rows(rng, fmt, rows, cols)
     else:

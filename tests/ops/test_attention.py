@@ -10,7 +10,6 @@ import pytest
 
 from tests.builders import encode_floats
 from tests.ops.builders import Piece, make_pool, make_step, normal, read_pool
-from tinyvllm.arrays import BFloat16Array
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.backend import AttentionShape, Backend, Norm
@@ -110,8 +109,7 @@ def make_history(case: Case) -> tuple[np.ndarray, np.ndarray]:
     slots = (case.layout.num_seqs * case.layout.max_blocks + 1) * case.layout.block_size
 
     def stored(seed: int) -> np.ndarray:
-        encoded = encode_floats(normal(slots, case.kv_heads, case.dim, seed=seed), case.dtype)
-        return BFloat16Array(encoded).to_float32() if case.dtype == "bfloat16" else encoded.astype(np.float32)
+        return encode_floats(normal(slots, case.kv_heads, case.dim, seed=seed), case.dtype).astype(np.float32)
 
     return stored(1), stored(2)
 

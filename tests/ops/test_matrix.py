@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.builders import encode_floats
 from tests.ops.builders import DENSE, FORMATS, QUANTIZED, make_host, make_step, normal
 from tinyvllm.arrays import QuantizedMatrix, to_float32
 from tinyvllm.device.handle import DeviceHandle, has_half
 from tinyvllm.ops.backend import Backend
-from tinyvllm.ops.formats.matrix import Planes, pack, round_to_bfloat16, unpack
+from tinyvllm.ops.formats.matrix import Planes, pack, unpack
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.sampling.sample import OUT_TOKEN, OUT_WIDTH
 from tinyvllm.ops.step_inputs import StepLayout
@@ -45,11 +46,7 @@ def test_dense_values_are_recast_and_codes_only_when_dequantised(device: DeviceH
         assert pack(host, "panel", dtype, device.name).format.name == "Q4_K"
     matrix = pack(host, "panel", dtype, device.name, dequantize=True)
     assert matrix.format.name == dtype
-    values = to_float32(host)
-    if dtype == "bfloat16":
-        expected = (round_to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
-    else:
-        expected = values.astype(dtype).astype(np.float32)
+    expected = encode_floats(to_float32(host), dtype).astype(np.float32)
     np.testing.assert_array_equal(unpack(matrix).numpy(), expected)
 
 
@@ -57,10 +54,12 @@ def test_dequantised_matrices_are_float16_unless_told(device: DeviceHandle) -> N
     assert pack(make_host("Q8_0", 32, 32), "panel", None, device.name, dequantize=True).format.name == "float16"
 
 
-def test_bfloat16_rounds_to_the_nearest_and_ties_to_even() -> None:
+def test_bfloat16_rounds_to_the_nearest_and_ties_to_even(device: DeviceHandle) -> None:
     values = np.array([1.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8, 1.0 + 2**-8 + 2**-20, -1.0 - 2**-9], np.float32)
-    rounded = (round_to_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
-    np.testing.assert_array_equal(rounded, np.array([1.0, 1.0, 1.0 + 2**-6, 1.0 + 2**-7, -1.0], np.float32))
+    matrix = pack(np.resize(values, (32, 160)), "row", "bfloat16", device.name)
+    np.testing.assert_array_equal(
+        unpack(matrix).numpy()[0, :5], np.array([1.0, 1.0, 1.0 + 2**-6, 1.0 + 2**-7, -1.0], np.float32)
+    )
 
 
 def test_a_hosts_codes_are_not_changed_by_packing(device: DeviceHandle) -> None:

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from tinygrad import Tensor
 
-from tinyvllm.arrays import BFloat16Array, HostMatrix, QuantizedMatrix, Scales, to_float32
+from tinyvllm.arrays import HostMatrix, stack_rows, to_float32
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.sampling.adjust import SamplingState, sample_adjusted
@@ -154,17 +154,6 @@ def sample_rows(
     return sample_adjusted(spec, [logits], inputs, state, out)
 
 
-def stack_rows(hosts: Sequence[HostMatrix]) -> list[HostMatrix]:
-    """Concatenate neighbours of the same format by rows."""
-    out: list[HostMatrix] = []
-    for host in hosts:
-        if out and _format_key(out[-1]) == _format_key(host):
-            out[-1] = _concatenate(out[-1], host)
-        else:
-            out.append(host)
-    return out
-
-
 def gate_over_up(gate: HostMatrix, up: HostMatrix) -> HostMatrix:
     """The gate's rows, then the up projection's, as one matrix: both in float16, with a warning, where their formats
     differ, since one kernel reads both."""
@@ -175,36 +164,6 @@ def gate_over_up(gate: HostMatrix, up: HostMatrix) -> HostMatrix:
     return stacked[0]
 
 
-def _format_key(host: HostMatrix) -> str:
-    if isinstance(host, QuantizedMatrix):
-        return host.kind
-    return "bfloat16" if isinstance(host, BFloat16Array) else str(host.dtype)
-
-
-def _concatenate(a: HostMatrix, b: HostMatrix) -> HostMatrix:
-    if isinstance(a, QuantizedMatrix) and isinstance(b, QuantizedMatrix):
-        scale = _concatenate_scales(a.scale, b.scale)
-        minimum = _concatenate_scales(a.minimum, b.minimum) if a.minimum and b.minimum else None
-        codes = np.concatenate([a.codes, b.codes])
-        return QuantizedMatrix(a.kind, codes, a.bits, a.group, a.offset, scale, minimum)
-    if isinstance(a, BFloat16Array) and isinstance(b, BFloat16Array):
-        return BFloat16Array(np.concatenate([a.bits, b.bits]))
-    assert isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
-    return np.concatenate([a, b])
-
-
-def _concatenate_scales(a: Scales, b: Scales) -> Scales:
-    steps = np.concatenate([a.steps, b.steps]) if a.steps is not None and b.steps is not None else None
-    return Scales(np.concatenate([a.base, b.base]), steps, a.span)
-
-
-def take(host: HostMatrix, rows: np.ndarray) -> HostMatrix:
-    """The rows of a host matrix in the order of `rows`."""
-    if isinstance(host, QuantizedMatrix):
-        return host.rows(rows)
-    return BFloat16Array(host.bits[rows]) if isinstance(host, BFloat16Array) else host[rows]
-
-
 __all__ = [
     "OUT_WIDTH",
     "AttentionShape",
@@ -213,6 +172,4 @@ __all__ = [
     "Norm",
     "gate_over_up",
     "sample_rows",
-    "stack_rows",
-    "take",
 ]

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from tinygrad import Tensor
 
-from tinyvllm.arrays import HostMatrix, to_float32
+from tinyvllm.arrays import HostMatrix, stack_rows, to_float32
 from tinyvllm.device.handle import FLOATS, DeviceHandle
-from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, stack_rows
+from tinyvllm.ops.backend import AttentionShape, KVPool, Norm
 from tinyvllm.ops.formats.matrix import Matrix, pack, unpack
 from tinyvllm.ops.sampling.adjust import SamplingState
 from tinyvllm.ops.sampling.reference import HostState, sample_row

@@ -20,7 +20,7 @@ from tests.builders import (
     write_tiny_gguf,
     write_tiny_hf_llama,
 )
-from tinyvllm.arrays import BFloat16Array, QuantizedMatrix, to_float32
+from tinyvllm.arrays import QuantizedMatrix, to_float32
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.weights.checkpoint import Checkpoint, open_checkpoint
@@ -54,8 +54,7 @@ def assert_same(taken: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 def as_stored(weight: np.ndarray, dtype: str) -> np.ndarray:
-    stored = encode_floats(weight, dtype)
-    return to_float32(BFloat16Array(stored) if dtype == "bfloat16" else stored)
+    return to_float32(encode_floats(weight, dtype))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -92,7 +91,7 @@ def test_quantised_matrices_stay_quantised(tmp_path, kind):
     down = checkpoint.take("model.layers.1.mlp.down_proj.weight", (256, 512))
     assert isinstance(q, QuantizedMatrix)
     assert isinstance(down, QuantizedMatrix)
-    assert (q.kind, down.kind) == (kind, "Q6_K")
+    assert (q.format.name, down.format.name) == (kind, "Q6_K")
 
 
 def test_dense_tensors_are_views_of_the_file(tmp_path):
@@ -238,12 +237,12 @@ def test_cut_file_says_so_wherever_it_was_cut(tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("[1, 2]", "its header makes no sense"),
-        ("{not json", "its header makes no sense"),
-        ('{"a": {"dtype": "F32", "shape": [4]}}', "its header makes no sense"),
+        ("[1, 2]", "is cut short or damaged .*invalid JSON in header"),
+        ("{not json", "is cut short or damaged .*invalid JSON in header"),
+        ('{"a": {"dtype": "F32", "shape": [4]}}', "is cut short or damaged .*missing field `data_offsets`"),
         (
             '{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}',
-            r"tensor a is F32 of shape \(4,\) in 8 bytes",
+            r"is cut short or damaged .*invalid shape, data type, or offset",
         ),
     ],
 )

@@ -45,15 +45,17 @@ def test_decomposed_parts_have_the_promised_shapes_and_types(kind):
     block_size, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     shape = (3, 2 * block_size)
     matrix = decompose(kind, random_rows(kind, 3, 2, seed=0), shape)
-    assert (matrix.kind, matrix.shape) == (kind, shape)
+    assert (matrix.format.name, matrix.shape) == (kind, shape)
     assert matrix.codes.dtype == (np.int8 if kind == "Q8_0" else np.uint8)
     if kind != "Q8_0":
-        assert matrix.codes.max() == 2**matrix.bits - 1, "random bytes use every code"
-    for scales in (matrix.scale, matrix.minimum):
-        if scales is not None:
-            assert scales.base.dtype == np.float16
-            assert scales.base.shape == (3, shape[1] // scales.span)
-            assert scales.expand().shape == (3, shape[1] // matrix.group)
+        assert matrix.codes.max() == 2**matrix.format.bits - 1, "random bytes use every code"
+    stored = matrix.format
+    for scales, form in ((matrix.scale, stored.scale), (matrix.minimum, stored.minimum)):
+        assert (scales is None) == (form is None)
+        if scales is not None and form is not None:
+            assert str(scales.base.dtype) == form.dtype == "float16"
+            assert scales.base.shape == (3, shape[1] // form.span)
+            assert scales.expand(shape[1] // stored.group).shape == (3, shape[1] // stored.group)
     assert (matrix.minimum is not None) == (kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tinyvllm.arrays import BFloat16Array, QuantizedMatrix, to_float32
+from tinyvllm.arrays import QuantizedMatrix, to_float32
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.model.weights.random import DRAWN_ROWS, RANDOM_KINDS, RandomWeights
 
@@ -15,11 +15,8 @@ SHAPE = (200, 512)
 @pytest.mark.parametrize("kind", RANDOM_KINDS)
 def test_matrix_has_the_asked_kind_and_spread(kind: str) -> None:
     matrix = RandomWeights(kind, seed=0).take("w", SHAPE)
-    if kind == "bfloat16":
-        assert isinstance(matrix, BFloat16Array)
-    else:
-        stored = matrix.kind if isinstance(matrix, QuantizedMatrix) else str(matrix.dtype)  # type: ignore[union-attr]
-        assert stored == kind
+    stored = matrix.format.name if isinstance(matrix, QuantizedMatrix) else str(matrix.dtype)
+    assert stored == kind
     values = to_float32(matrix)
     assert values.shape == SHAPE and np.isfinite(values).all()
     assert 0.7 < values.std() * np.sqrt(SHAPE[1]) < 1.4
@@ -47,7 +44,7 @@ def test_vector_is_near_one() -> None:
 
 def test_k_kinds_fall_back_where_rows_are_not_whole_blocks() -> None:
     matrix = RandomWeights("Q4_K", 0).take("w", (64, 576))
-    assert isinstance(matrix, QuantizedMatrix) and matrix.kind == "Q5_0"
+    assert isinstance(matrix, QuantizedMatrix) and matrix.format.name == "Q5_0"
 
 
 def test_rows_without_whole_blocks_are_refused() -> None:

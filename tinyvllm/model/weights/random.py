@@ -7,8 +7,9 @@ import zlib
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from ml_dtypes import bfloat16
 
-from tinyvllm.arrays import BFloat16Array, HostMatrix, QuantizedMatrix
+from tinyvllm.arrays import HostMatrix, QuantizedMatrix
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
 
@@ -47,7 +48,7 @@ class RandomWeights:
             return draw_quantized(self._kind, DRAWN_ROWS, cols, rng).rows(order)
         values = (rng.standard_normal((DRAWN_ROWS, cols)) / math.sqrt(cols)).astype(np.float32)
         if self._kind == "bfloat16":
-            return BFloat16Array((values.view(np.uint32) >> 16).astype(np.uint16)[order])
+            return (values.view(np.uint32) >> 16).astype(np.uint16).view(bfloat16)[order]
         drawn: np.ndarray = values.astype(self._kind)[order]
         return drawn
 

@@ -1,18 +1,17 @@
 """Tensors of a Hugging Face directory's *.safetensors, as views of memory maps.
 
-The header is read here (a length, then JSON) because the safetensors library has no bfloat16 for NumPy.
-Format: https://github.com/huggingface/safetensors/blob/ead9d7baeb72df3b1f9d3c049ab3e513b422b0a8/README.md
+The safetensors library reads and checks a file's header. Values are views of a memory map of ours, because the library
+copies each tensor: a file of 315 MB in bfloat16 took 0.26 s and 35 MB more memory, against 0.09 s.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.errors import ModelError, UnsupportedModelError, WeightMismatchError
@@ -22,7 +21,6 @@ from tinyvllm.storage.resolve import PICKLE_SUFFIXES
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
@@ -79,35 +77,28 @@ def _weight_files(directory: Path, weight_map: dict[str, str]) -> list[Path]:
 
 
 def _read_file(path: Path) -> dict[str, StoredTensor]:
-    num_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        header_bytes = int.from_bytes(start, "little")
-        if start == b"version ":
-            raise ModelError(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` there")
-        if len(start) < 8 or header_bytes > min(num_bytes - 8, MAX_HEADER_BYTES):
-            raise ModelError(
-                f"{path} is cut short or damaged: {num_bytes} bytes, header of {header_bytes}; download it again"
-            )
-        header = file.read(header_bytes)
-    data = np.asarray(np.memmap(path, np.uint8, "r"))[8 + header_bytes :]
+    with path.open("rb") as opened:
+        start = opened.read(8)
+    if start == b"version ":
+        raise ModelError(f"{path} is a pointer of Git LFS, not the weights: run `git lfs pull` there")
     try:
-        infos = json.loads(header)
-        return {name: _tensor(path, name, info, data) for name, info in infos.items() if name != "__metadata__"}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged: its header makes no sense ({error!r}); download it again") from error
+        with safe_open(path, "numpy") as file:
+            found = [(name, file.get_slice(name)) for name in file.offset_keys()]
+    except SafetensorError as error:
+        raise ModelError(f"{path} is cut short or damaged ({error}); download it again") from error
+    data = np.asarray(np.memmap(path, np.uint8, "r"))
+    tensors, begin = {}, 8 + int.from_bytes(start, "little")
+    for name, tensor in found:  # in the order of their bytes, between which the library allows no gaps
+        dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+        end = begin + math.prod(shape) * bits_of(dtype) // 8
+        tensors[name] = StoredTensor(shape, partial(_read, path, name, dtype, shape, data[begin:end]))
+        begin = end
+    return tensors
 
 
-def _tensor(path: Path, name: str, info: dict[str, Any], data: np.ndarray) -> StoredTensor:
-    """Check where a tensor lies; its values are read later."""
-    dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-    if end > data.size:
-        raise ModelError(
-            f"{path} is cut short: tensor {name} ends {end - data.size} bytes after the file's end; download it again"
-        )
-    if dtype in DENSE_DTYPES and end - begin != math.prod(shape) * DENSE_DTYPES[dtype].itemsize:
-        raise ModelError(f"{path} is damaged: tensor {name} is {dtype} of shape {shape} in {end - begin} bytes")
-    return StoredTensor(shape, partial(_read, path, name, dtype, shape, data[begin:end]))
+def bits_of(dtype: str) -> int:
+    """Bits of a value of one of the format's types, whose names tell them: F8_E4M3, BF16, ..."""
+    return 8 if dtype == "BOOL" else int(dtype.partition("_")[0].lstrip("BCFIU"))
 
 
 def _read(path: Path, name: str, dtype: str, shape: tuple[int, ...], raw: np.ndarray) -> HostMatrix:

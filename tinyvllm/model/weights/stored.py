@@ -7,22 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 
-from tinyvllm.arrays import BFloat16Array, HostMatrix
+from tinyvllm.arrays import HostMatrix
 
-# Unquantised types, which safetensors and GGUF call the same
-DENSE_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+# Unquantized types, which safetensors and GGUF call the same
+DENSE_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(bfloat16),
+}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """`read` returns the values; unquantised ones as a view of the file's memory map wherever the order allows."""
+    """`read` returns the values; unquantized ones as a view of the file's memory map wherever the order allows."""
 
     shape: tuple[int, ...]
     read: Callable[[], HostMatrix]
 
 
-def view_dense(raw: np.ndarray, type_name: str, shape: tuple[int, ...]) -> HostMatrix:
+def view_dense(raw: np.ndarray, type_name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Bytes, (num_bytes,) uint8, as an array of a type in DENSE_DTYPES, without a copy."""
-    values = raw.view(DENSE_DTYPES[type_name]).reshape(shape)
-    return BFloat16Array(values) if type_name == "BF16" else values
+    return raw.view(DENSE_DTYPES[type_name]).reshape(shape)

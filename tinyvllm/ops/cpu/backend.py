@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from tinygrad import Tensor, UOp
 
-from tinyvllm.arrays import HostMatrix
+from tinyvllm.arrays import HostMatrix, stack_rows, take_rows
 from tinyvllm.device.handle import FLOATS, DeviceHandle, has_many_registers
 from tinyvllm.errors import DeviceError, UnsupportedModelError
-from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, head_tables, sample_rows, stack_rows, take
+from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, head_tables, sample_rows
 from tinyvllm.ops.cpu.attention import AttentionSpec, attention_kernel, write_kv_kernel
 from tinyvllm.ops.cpu.linear import (
     STAGED_ROWS,
@@ -68,7 +68,7 @@ class CpuBackend:
         rows = host.shape[0]
         bounds = self._bounds(-(-rows // PANEL))
         return share_rows(
-            [self._pack(take(host, np.arange(a * PANEL, min(b * PANEL, rows))), core) for (a, b), core in bounds]
+            [self._pack(take_rows(host, np.arange(a * PANEL, min(b * PANEL, rows))), core) for (a, b), core in bounds]
         )
 
     def stacked(self, hosts: Sequence[HostMatrix]) -> tuple[Matrix, ...]:
@@ -90,7 +90,7 @@ class CpuBackend:
         for (a, b), core in self._bounds(rows // PANEL):
             index = np.arange(a * PANEL, b * PANEL).reshape(-1, 1, HALF)
             order = np.concatenate([index, index + rows], axis=1).reshape(-1)
-            parts.append(self._pack(take(both, order), core))
+            parts.append(self._pack(take_rows(both, order), core))
         return share_rows(parts)
 
     def make_pool(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: str) -> KVPool:
@@ -273,7 +273,7 @@ def _widths(x: Activation, cols: int) -> tuple[int, ...]:
 def _take_share(host: HostMatrix, first: int, last: int, num_units: int) -> HostMatrix:
     """The rows of units [first, last) of `num_units` that the matrix consists of."""
     unit = host.shape[0] // num_units
-    return take(host, np.arange(first * unit, last * unit))
+    return take_rows(host, np.arange(first * unit, last * unit))
 
 
 def _count_cores(available: int, shape: AttentionShape | None) -> int:

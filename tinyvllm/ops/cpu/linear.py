@@ -9,12 +9,13 @@ epilogues. Sums run over k in order, lane by lane, so a row's result depends on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tinygrad import UOp
 
-from tinyvllm.ops.formats.matrix import HALF, PANEL, Format, Planes
+from tinyvllm.ops.formats.matrix import HALF, PANEL, Format, Planes, code_lanes
 from tinyvllm.ops.kernel.body import Body, KernelFn, balanced, cached_kernel, fill, finish, silu
 from tinyvllm.ops.kernel.tuning import Tunable
 from tinyvllm.ops.sampling.token_ids import token_id
@@ -205,11 +206,12 @@ def _add_groups(body: Body, acc: UOp, planes: Planes, x: _Part, panel: UOp, spec
     """The same with quantised weights: the codes' product by group, then scaled, so that a weight costs one
     multiply-add and its scale 1/group."""
     fmt, cols, rows = spec.format, spec.num_cols, spec.rows_per_pass
-    step = body.fold(x.width // fmt.group)
-    group = step + x.start // fmt.group
+    size = math.gcd(fmt.group, x.start, x.width)  # less than a group where a core's share of x ends inside one
+    step = body.fold(x.width // size)
+    group = step + x.start // size if size == fmt.group else (step * size + x.start) // fmt.group
     part = fill(body, body.registers(rows * PANEL), 0.0, acc, step)
-    k = body.fold(fmt.group)
-    col = step * fmt.group + k
+    k = body.fold(size)
+    col = step * size + k
     stores = [_multiply(body, part.after(k), planes, x, panel, col, spec, first)]
     total = body.registers(rows)  # the sum of x over the group
     if fmt.needs_input_sum:
@@ -238,12 +240,13 @@ def _multiply(
 ) -> UOp:
     """acc[r][lane] += code[lane] * x[r] for one column, counted from the part's start."""
     values = [x.buffer[x.at(first + r, col)].load() for r in range(spec.rows_per_pass)]
-    lane = body.loop(spec.format.code_lanes)
+    lanes = code_lanes(spec.format)
+    lane = body.loop(lanes)
     stores = []
-    for half in range(PANEL // spec.format.code_lanes):
-        code = planes.panel_code(panel, col + x.start, lane, spec.num_cols, half)
+    for part in range(PANEL // lanes):
+        code = planes.panel_code(panel, col + x.start, lane, spec.num_cols, part)
         for r, value in enumerate(values):
-            at = r * PANEL + half * HALF + lane
+            at = r * PANEL + part * lanes + lane
             stores.append(acc[at].store(acc[at].load() + code * value))
     return UOp.group(*stores).end(lane)
 

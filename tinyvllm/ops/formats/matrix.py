@@ -7,20 +7,25 @@ Two layouts with the same planes:
 - `row` (GPU): `[N][K]`, as checkpoints have it. Codes and bfloat16 values lie in 32-bit words, low bits first: tinygrad
   reads four words at once, and bytes one by one.
 
-Quantised matrices keep their bits: 4-bit codes two to a byte, the 5th (and 6th) bits in a plane of their own, and the
-scales as ggml stores them (a float16 a block; for K quants the small integer steps beside it).
+Quantized matrices keep their bits. Codes lie in runs of 32: the low 2, 4 or 8 bits in bytes that 4, 2 or 1 of a run's
+codes share, the bits above in a plane of their own. Scales lie as they are stored. docs/FORMATS.md draws the planes.
+Readers here are general: they read every `Format`, in either layout. What fused kernels read is in runs.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 
-from tinyvllm.arrays import BFloat16Array, HostMatrix, QuantizedMatrix, Scales, to_float32
+from tinyvllm.arrays import DENSE_BITS, HostMatrix, QuantizedMatrix, Scales, to_float32
+from tinyvllm.arrays import Format as Format
+from tinyvllm.arrays import ScaleFormat as ScaleFormat
 from tinyvllm.device.handle import has_half, upload
 from tinyvllm.errors import InvariantError, UnsupportedModelError
 from tinyvllm.ops.kernel.body import F32, I32, U32
@@ -28,44 +33,22 @@ from tinyvllm.ops.kernel.body import F32, I32, U32
 PANEL = 32  # output rows of a panel, and codes of one packed run
 HALF = PANEL // 2
 WORD = 32  # bits of a word of the high plane: the bits of a run of 32 codes fill one word, or two
+LEAST_E8M0 = 0x400000  # the bits of 2**-127, which an exponent of 0 stands for
 
 
-@dataclass(frozen=True)
-class ScaleFormat:
-    """Columns a base covers, and whether integer steps multiply it."""
-
-    span: int
-    has_steps: bool
+def low_bits(fmt: Format) -> int:
+    """Bits of a code in the first plane: 2, 4 or 8."""
+    return fmt.bits if fmt.bits == 8 else 4 if fmt.bits >= 4 else 2
 
 
-@dataclass(frozen=True)
-class Format:
-    """How values are stored. Hashable: kernels are cached by it. `bits` 32: float32; 16: float16 or bfloat16."""
+def high_bits(fmt: Format) -> int:
+    """Bits of a code in the high plane: 0, 1 or 2."""
+    return fmt.bits - low_bits(fmt) if fmt.is_quantized else 0
 
-    name: str
-    bits: int
-    group: int = 0  # columns that share a scale; 0: not quantised
-    offset: int = 0
-    scale: ScaleFormat | None = None
-    minimum: ScaleFormat | None = None
 
-    @property
-    def is_quantized(self) -> bool:
-        return self.group > 0
-
-    @property
-    def high_bits(self) -> int:
-        return self.bits - 4 if self.bits in (5, 6) else 0
-
-    @property
-    def code_lanes(self) -> int:
-        """Lanes whose codes are read by one expression: the halves of a run share bytes where codes are packed."""
-        return HALF if self.bits < 8 else PANEL
-
-    @property
-    def needs_input_sum(self) -> bool:
-        """The product needs sum(x) over each group, for the offset or the minimum."""
-        return self.offset != 0 or self.minimum is not None
+def code_lanes(fmt: Format) -> int:
+    """Codes of a run that are read by one expression, each from its own byte: the others share those bytes."""
+    return PANEL * low_bits(fmt) // 8 if fmt.is_quantized else PANEL
 
 
 @dataclass(frozen=True)
@@ -73,12 +56,13 @@ class Matrix:
     """A weight matrix on a device, (N, K). `planes` are flat tensors in `Planes`' order."""
 
     format: Format
-    num_rows: int  # N, a multiple of 32 (zero rows behind `used_rows`)
+    num_rows: int  # N, a multiple of 32 (zero rows follow `used_rows`)
     num_cols: int  # K
     used_rows: int
     layout: str  # "panel" or "row"
     planes: tuple[Tensor, ...]
     shares: tuple[Matrix, ...] = ()  # by rows, where several cores hold them; `planes` is empty then
+    num_experts: int = 0  # that the rows belong to, as many to each, one after the other; 0: no axis of experts
 
     @property
     def parts(self) -> tuple[Matrix, ...]:
@@ -91,153 +75,262 @@ class Matrix:
             return sum(share.nbytes for share in self.shares)
         return sum(plane.nbytes() for plane in self.planes)
 
+    def expert(self, index: int) -> Matrix:
+        """The matrix of one expert: views of its part of the planes. Experts' rows are whole panels, so that the planes
+        of a matrix are those of its experts one after the other, in either layout."""
+        if not 0 <= index < self.num_experts:
+            raise InvariantError(f"expert {index} of a matrix with {self.num_experts}")
+        if self.shares:
+            return share_rows([share.expert(index) for share in self.shares])
+        rows = self.num_rows // self.num_experts
+        planes = tuple(plane.reshape(self.num_experts, -1)[index] for plane in self.planes)
+        return replace(self, num_rows=rows, used_rows=rows, planes=planes, num_experts=0)
+
 
 def share_rows(parts: Sequence[Matrix]) -> Matrix:
-    """Matrices of the same format and width, each on its core, as one matrix of all their rows."""
+    """Matrices of the same format and width, each on its core, as one matrix of all their rows (of each expert's)."""
     if len(parts) == 1:
         return parts[0]
-    first = parts[0]
     num_rows, used_rows = sum(part.num_rows for part in parts), sum(part.used_rows for part in parts)
-    return Matrix(first.format, num_rows, first.num_cols, used_rows, first.layout, (), tuple(parts))
+    return replace(parts[0], num_rows=num_rows, used_rows=used_rows, planes=(), shares=tuple(parts))
+
+
+@dataclass(frozen=True)
+class ScalePlanes:
+    """The planes of a format's scales (or minimums), be they Tensors or UOps."""
+
+    format: ScaleFormat
+    base: Any
+    steps: Any | None
+    multiplier: Any | None
+
+    def at(self, row: UOp, per_row: int, column: UOp, layout: str) -> UOp:
+        """The place of a row's entry `column` in a plane that has `per_row` of them a row."""
+        if layout == "panel":
+            return (row // PANEL * per_row + column) * PANEL + row % PANEL
+        return row * per_row + column
 
 
 class Planes:
     """Names for a matrix's planes, be they Tensors or the UOps that stand for them in a kernel."""
 
-    def __init__(self, fmt: Format, planes: Sequence[UOp]) -> None:
+    def __init__(self, fmt: Format, planes: Sequence[Any]) -> None:
         rest = list(planes)
         self.fmt = fmt
-        self.codes = rest.pop(0)  # or the values, when not quantised
-        self.high = rest.pop(0) if fmt.high_bits else None
+        self.codes = rest.pop(0)  # or the values, when not quantized
+        self.high = rest.pop(0) if high_bits(fmt) else None
         self.scale = self._scales(fmt.scale, rest)
         self.minimum = self._scales(fmt.minimum, rest)
         if rest:
             raise InvariantError(f"format {fmt.name} left {len(rest)} planes over")
 
     @staticmethod
-    def _scales(fmt: ScaleFormat | None, rest: list[UOp]) -> tuple[ScaleFormat, UOp, UOp | None] | None:
+    def _scales(fmt: ScaleFormat | None, rest: list[Any]) -> ScalePlanes | None:
         if fmt is None:
             return None
-        return fmt, rest.pop(0), rest.pop(0) if fmt.has_steps else None
+        base = rest.pop(0)
+        steps = rest.pop(0) if fmt.has_steps else None
+        return ScalePlanes(fmt, base, steps, rest.pop(0) if fmt.has_multiplier else None)
 
     @staticmethod
     def count(fmt: Format) -> int:
         """How many planes a matrix of this format has."""
-        scales = [s for s in (fmt.scale, fmt.minimum) if s is not None]
-        return 1 + (1 if fmt.high_bits else 0) + sum(2 if s.has_steps else 1 for s in scales)
+        return 1 + (1 if high_bits(fmt) else 0) + sum(1 + s.has_steps + s.has_multiplier for s in fmt.scales)
 
     # -- reading, in the panel layout --------------------------------------------------------------------------------
 
-    def panel_code(self, panel: UOp, col: UOp, lane: UOp | int, num_cols: int, half: int = 0) -> UOp:
-        """The unscaled value of one weight as float32. `lane` is the row inside the panel; for packed codes (4 to 6
-        bits) inside its half, since the two halves share bytes."""
+    def panel_code(self, panel: UOp, col: UOp, lane: UOp | int, num_cols: int, part: int = 0) -> UOp:
+        """What one weight's code stands for, as float32. `lane` is a row inside part `part` of the panel, which has
+        PANEL / code_lanes parts whose codes share bytes."""
         run = panel * num_cols + col
-        if self.fmt.bits < 8:
-            byte = self.codes[run * HALF + lane].load()
-            code = ((byte >> 4) if half else (byte & 15)).cast(I32)
-            return (code if self.high is None else code + self._high_bits(run, lane + half * HALF)).cast(F32)
-        value = self.codes[run * PANEL + lane].load()
-        # a bfloat16 is the upper half of a float32
-        return (value.cast(U32) << 16).bitcast(F32) if self.fmt.name == "bfloat16" else value.cast(F32)
+        fmt, lanes, width = self.fmt, code_lanes(self.fmt), low_bits(self.fmt)
+        stored = self.codes[run * lanes + lane].load()
+        if lanes < PANEL:
+            low = stored >> part * width if part else stored
+            low = (low if (part + 1) * width == 8 else low & ((1 << width) - 1)).cast(I32)
+            code = low if self.high is None else low + self._high_bits(run, lane + part * lanes)
+            return code.cast(F32) if fmt.codebook is None else look_up(code, fmt.codebook)
+        if fmt.name == "bfloat16":
+            return float_of_bfloat16(stored)
+        return float_of_e4m3(stored) if fmt.is_float8 else stored.cast(F32)
 
     def _high_bits(self, run: UOp, lane: UOp | int) -> UOp:
-        """The bits above the fourth of code `lane` of a run, in their place."""
+        """The bits of code `lane` of a run that the first plane has not, in their place."""
         assert self.high is not None
-        width = self.fmt.high_bits
+        width = high_bits(self.fmt)
         bit = lane * width
         word = self.high[run * width + bit // WORD].load()
         shift = bit % WORD if isinstance(bit, int) else (bit % WORD).cast(U32)
-        return ((word >> shift) & ((1 << width) - 1)).cast(I32) << 4
+        return ((word >> shift) & ((1 << width) - 1)).cast(I32) << low_bits(self.fmt)
 
     def panel_factor(self, which: str, panel: UOp, group: UOp, lane: int | UOp, num_cols: int) -> UOp:
         """The scale (or minimum) of one row's group of columns, as float32."""
         scales = self.scale if which == "scale" else self.minimum
         assert scales is not None
-        fmt, base, steps = scales
+        fmt = scales.format
         per_base = fmt.span // self.fmt.group
-        factor = base[(panel * (num_cols // fmt.span) + group // per_base) * PANEL + lane].load().cast(F32)
-        if steps is not None:
+        base = scales.base[(panel * (num_cols // fmt.span) + group // per_base) * PANEL + lane].load()
+        factor = float_of_scale(base, fmt)
+        if scales.multiplier is not None:
+            factor = factor * scales.multiplier[panel * PANEL + lane].load()
+        if scales.steps is not None:
             groups = num_cols // self.fmt.group
-            factor = factor * steps[(panel * groups + group) * PANEL + lane].load().cast(I32).cast(F32)
+            factor = factor * scales.steps[(panel * groups + group) * PANEL + lane].load().cast(I32).cast(F32)
         return factor
 
+    # -- reading, in either layout -----------------------------------------------------------------------------------
+
     def value(self, row: UOp, col: UOp, num_cols: int, layout: str) -> UOp:
-        """One whole value at a row that is data (an embedding row), as float32, in either layout."""
+        """One whole value at a row that is data (an embedding row), as float32."""
         if layout == "row":
             return self._row_value(row, col, num_cols)
-        run, lane = row // PANEL * num_cols + col, row % PANEL
-        if not self.fmt.is_quantized:
+        fmt, run, lane = self.fmt, row // PANEL * num_cols + col, row % PANEL
+        lanes, width = code_lanes(fmt), low_bits(fmt)
+        if not fmt.is_quantized or fmt.is_float8:
             value = self.codes[run * PANEL + lane].load()
-            return (value.cast(U32) << 16).bitcast(F32) if self.fmt.name == "bfloat16" else value.cast(F32)
-        if self.fmt.bits == 8:
+            if fmt.is_float8:
+                return self._scaled(float_of_e4m3(value), row, col, num_cols, layout)
+            return float_of_bfloat16(value) if fmt.name == "bfloat16" else value.cast(F32)
+        if fmt.bits == 8:
             code = self.codes[run * PANEL + lane].load().cast(I32)
         else:
-            code = (self.codes[run * HALF + lane % HALF].load().cast(I32) >> (lane // HALF * 4).cast(I32)) & 15
-        return self._scaled(code, run, lane, row, col, num_cols, layout)
+            byte = self.codes[run * lanes + lane % lanes].load().cast(I32)
+            code = (byte >> (lane // lanes * width).cast(I32)) & ((1 << width) - 1)
+        return self._scaled(self._code_value(code, run, lane), row, col, num_cols, layout)
 
     def _row_value(self, row: UOp, col: UOp, num_cols: int) -> UOp:
         """`value` in row layout, whose codes are words."""
-        index = row * num_cols + col
-        if self.fmt.name == "bfloat16":
+        fmt, index = self.fmt, row * num_cols + col
+        if fmt.name == "bfloat16":
             word = self.codes[index // 2].load()
             return ((word >> (index % 2 * 16).cast(U32)) << 16).bitcast(F32)
-        if not self.fmt.is_quantized:
+        if not fmt.is_quantized:
             return self.codes[index].load().cast(F32)
         run, lane = index // PANEL, index % PANEL
-        if self.fmt.bits == 8:
+        if fmt.bits == 8:
             byte = (self.codes[index // 4].load() >> (lane % 4 * 8).cast(U32)) & 0xFF
+            if fmt.is_float8:
+                return self._scaled(float_of_e4m3(byte), row, col, num_cols, "row")
             code = (byte ^ 0x80).cast(I32) - 0x80
         else:
-            word = self.codes[run * (HALF // 4) + lane % HALF // 4].load()
-            code = ((word >> (lane % 4 * 8 + lane // HALF * 4).cast(U32)) & 15).cast(I32)
-        return self._scaled(code, run, lane, row, col, num_cols, "row")
+            lanes, width = code_lanes(fmt), low_bits(fmt)
+            word = self.codes[run * (lanes // 4) + lane % lanes // 4].load()
+            code = ((word >> (lane % 4 * 8 + lane // lanes * width).cast(U32)) & ((1 << width) - 1)).cast(I32)
+        return self._scaled(self._code_value(code, run, lane), row, col, num_cols, "row")
 
-    def _scaled(self, code: UOp, run: UOp, lane: UOp, row: UOp, col: UOp, num_cols: int, layout: str) -> UOp:
-        """The value of a code's low bits."""
+    def _code_value(self, code: UOp, run: UOp, lane: UOp) -> UOp:
+        """What a code stands for whose low bits are given."""
         if self.high is not None:
             code = code + self._high_bits(run, lane)
-        value = (code - self.fmt.offset).cast(F32) * self._factor(self.scale, row, col, num_cols, layout)
+        if self.fmt.codebook is not None:
+            return look_up(code, self.fmt.codebook)
+        return (code - self.fmt.offset).cast(F32)
+
+    def _scaled(self, value: UOp, row: UOp, col: UOp, num_cols: int, layout: str) -> UOp:
+        """The value of what a code stands for."""
+        value = value * self._factor(self.scale, row, col, num_cols, layout)
         if self.minimum is not None:
             value = value + self._factor(self.minimum, row, col, num_cols, layout)
         return value
 
-    def _factor(
-        self, scales: tuple[ScaleFormat, UOp, UOp | None] | None, row: UOp, col: UOp, num_cols: int, layout: str
-    ) -> UOp:
+    def _factor(self, scales: ScalePlanes | None, row: UOp, col: UOp, num_cols: int, layout: str) -> UOp:
         """The scale or minimum that covers one value."""
         assert scales is not None
-        fmt, base, steps = scales
+        span, group = scales.format.span, self.fmt.group
+        base = scales.base[scales.at(row, num_cols // span, col // span, layout)].load()
+        factor = float_of_scale(base, scales.format)
+        if scales.multiplier is not None:
+            factor = factor * scales.multiplier[row].load()
+        if scales.steps is None:
+            return factor
+        step = scales.steps[scales.at(row, num_cols // group, col // group, layout)].load()
+        return factor * step.cast(I32).cast(F32)
 
-        def at(span: int) -> UOp:
-            per_row = num_cols // span
-            if layout == "panel":
-                return (row // PANEL * per_row + col // span) * PANEL + row % PANEL
-            return row * per_row + col // span
 
-        factor = base[at(fmt.span)].load().cast(F32)
-        return factor if steps is None else factor * steps[at(self.fmt.group)].load().cast(I32).cast(F32)
+# -- numbers: of Tensors and of UOps alike -----------------------------------------------------------------------------
+
+
+def look_up(code: Any, codebook: Sequence[float]) -> Any:
+    """codebook[code] as float32, by a tree of selects: lanes of a vector each take their own, where a table in memory
+    would be gathered from. Of a codebook whose upper half is its lower half negated (fp4), half as many."""
+    half = len(codebook) // 2
+    lower, upper = codebook[:half], codebook[half:]
+    is_upper = (code & half).ne(0)
+    if half == 1:
+        return is_upper.where(*[const_like(code, value) for value in (upper[0], lower[0])])
+    low = look_up(code, lower)
+    if tuple(upper) == tuple(-value for value in lower):
+        return is_upper.where(-low, low)
+    return is_upper.where(look_up(code, upper), low)
+
+
+def const_like(code: Any, value: float) -> Any:
+    """A float32 constant of the kind that `code` is."""
+    return UOp.const(value, F32) if isinstance(code, UOp) else value
+
+
+def float_of_bfloat16(bits: Any) -> Any:
+    """A bfloat16 is the upper half of a float32."""
+    return (bits.cast(U32) << 16).bitcast(F32)
+
+
+def float_of_e4m3(byte: Any) -> Any:
+    """Sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinities. The code of NaN is read as 480."""
+    bits = byte.cast(U32)
+    size, sign = bits & 0x7F, (bits & 0x80) << 24
+    normal = ((size << 20) + (120 << 23)) | sign
+    small = size.cast(F32) * 2.0**-9
+    return (size < 8).where((sign.ne(0)).where(-small, small), normal.bitcast(F32))
+
+
+def float_of_scale(base: Any, fmt: ScaleFormat) -> Any:
+    """A scale as it is stored, as float32. Half precision may be stored as float32, where a device lacks it."""
+    if fmt.dtype == "bfloat16":
+        return float_of_bfloat16(base)
+    if fmt.dtype == "e4m3":
+        return float_of_e4m3(base)
+    if fmt.dtype == "e8m0":
+        return (base.cast(U32) << 23).maximum(LEAST_E8M0).bitcast(F32)
+    return base.cast(F32)
 
 
 # -- packing ---------------------------------------------------------------------------------------------------------
 
 
-def pack(host: HostMatrix, layout: str, dtype: str | None, device: str, *, dequantize: bool = False) -> Matrix:
+def pack(
+    host: HostMatrix, layout: str, dtype: str | None, device: str, *, dequantize: bool = False, num_experts: int = 0
+) -> Matrix:
     """Put a host matrix (N, K) on `device`. `dtype` recasts dense values (None: as stored); codes stay codes unless
-    `dequantize`. Raises UnsupportedModelError where K is not a multiple of 32."""
+    `dequantize`. With `num_experts` the rows are those of so many matrices of the same size.
+
+    Raises UnsupportedModelError where K is not a multiple of 32 and of the format's scales, or experts' rows not of 32.
+    """
     rows, cols = host.shape
-    if cols % PANEL:
-        raise UnsupportedModelError(f"a matrix of {rows} x {cols} has a width that is no multiple of {PANEL}")
     if isinstance(host, QuantizedMatrix) and dequantize:
         host, dtype = to_float32(host), dtype or "float16"
+    _check_shape(host, num_experts)
     padded = -(-rows // PANEL) * PANEL
     if isinstance(host, QuantizedMatrix):
-        fmt, planes = _quantized_planes(host, padded, layout, np.float16 if has_half(device) else np.float32)
+        fmt, planes = host.format, _quantized_planes(host, padded, layout, has_half(device))
     else:
         fmt, planes = _dense_planes(host, dtype, padded, layout)
     if layout == "row" and planes[0].dtype in (np.uint8, np.int8, np.uint16):
         planes[0] = planes[0].reshape(-1).view(np.uint32)
     tensors = tuple(upload(plane, device) for plane in planes)
-    return Matrix(fmt, padded, cols, rows, layout, tensors)
+    return Matrix(fmt, padded, cols, rows, layout, tensors, num_experts=num_experts)
+
+
+def _check_shape(host: HostMatrix, num_experts: int) -> None:
+    rows, cols = host.shape
+    if cols % PANEL:
+        raise UnsupportedModelError(f"a matrix of {rows} x {cols} has a width that is no multiple of {PANEL}")
+    if isinstance(host, QuantizedMatrix) and cols % host.format.columns:
+        raise UnsupportedModelError(
+            f"a matrix of {rows} x {cols} has a width that is no multiple of {host.format.columns}, the columns that a "
+            f"scale of {host.format.name} covers: unpack it with --dequantize"
+        )
+    if num_experts and rows % (num_experts * PANEL):
+        raise UnsupportedModelError(f"{rows} rows are not {num_experts} experts' of a multiple of {PANEL} each")
 
 
 def _arrange(plane: np.ndarray, padded: int, layout: str) -> np.ndarray:
@@ -249,48 +342,54 @@ def _arrange(plane: np.ndarray, padded: int, layout: str) -> np.ndarray:
     return np.ascontiguousarray(plane.reshape(padded // PANEL, PANEL, -1).transpose(0, 2, 1))
 
 
-def _dense_planes(
-    host: np.ndarray | BFloat16Array, dtype: str | None, padded: int, layout: str
-) -> tuple[Format, list[np.ndarray]]:
-    stored = "bfloat16" if isinstance(host, BFloat16Array) else str(host.dtype)
-    dtype = dtype or stored
-    if dtype == "bfloat16":
-        bits = host.bits if isinstance(host, BFloat16Array) else round_to_bfloat16(host.astype(np.float32))
-        return Format("bfloat16", 16), [_arrange(bits, padded, layout)]
-    values = host.to_float32() if isinstance(host, BFloat16Array) else host
-    return Format(dtype, 32 if dtype == "float32" else 16), [_arrange(values.astype(dtype), padded, layout)]
+def _dense_planes(host: np.ndarray, dtype: str | None, padded: int, layout: str) -> tuple[Format, list[np.ndarray]]:
+    dtype = dtype or str(host.dtype)
+    fmt = Format(dtype, DENSE_BITS.get(dtype, 0))
+    return fmt, [_arrange(_as_bits(host.astype(_numpy_dtype(dtype), copy=False)), padded, layout)]
 
 
-def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 -> the bits of the nearest bfloat16 (ties to even), uint16."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    return np.dtype(bfloat16 if name == "bfloat16" else name)
 
 
-def _quantized_planes(
-    host: QuantizedMatrix, padded: int, layout: str, base_dtype: type[np.floating]
-) -> tuple[Format, list[np.ndarray]]:
-    scale, minimum = host.scale, host.minimum
-    fmt = Format(
-        host.kind, host.bits, host.group, host.offset, _scale_format(scale), _scale_format(minimum) if minimum else None
-    )
-    codes = _arrange(host.codes, padded, layout)
+def _as_bits(values: np.ndarray) -> np.ndarray:
+    """Numbers that tinygrad has no arrays of as unsigned integers."""
+    if values.dtype.kind != "V":
+        return values
+    return values.view(np.uint16 if values.dtype.itemsize == 2 else np.uint8)
+
+
+def _quantized_planes(host: QuantizedMatrix, padded: int, layout: str, keeps_half: bool) -> list[np.ndarray]:
+    fmt = host.format
+    codes = _arrange(_as_bits(host.codes), padded, layout)
     planes = [codes]
-    if host.bits != 8:
-        runs = codes.reshape(-1, PANEL)  # 32 lanes of one column, or 32 columns of one row
-        planes = [runs[:, :HALF] & 15 | (runs[:, HALF:] & 15) << 4]
-        if fmt.high_bits:
-            planes.append(_pack_high(runs >> 4, fmt.high_bits))
-    for scales in (scale, minimum):
+    if fmt.bits != 8:
+        runs, lanes, width = codes.reshape(-1, PANEL), code_lanes(fmt), low_bits(fmt)  # 32 rows' codes, or columns'
+        parts = (runs & (1 << width) - 1).reshape(len(runs), -1, lanes) << _shifts(width)
+        planes = [np.bitwise_or.reduce(parts, axis=1)]
+        if high_bits(fmt):
+            planes.append(_pack_high(runs >> width, high_bits(fmt)))
+    for scales in (host.scale, host.minimum):
         if scales is not None:
-            planes.append(_arrange(scales.base.astype(base_dtype), padded, layout))
-            if scales.steps is not None:
-                planes.append(_arrange(scales.steps, padded, layout))
-    return fmt, planes
+            planes += _scale_planes(scales, padded, layout, keeps_half)
+    return planes
 
 
-def _scale_format(scales: Scales) -> ScaleFormat:
-    return ScaleFormat(scales.span, scales.steps is not None)
+def _shifts(width: int) -> np.ndarray:
+    """(8 / width, 1): where in a byte the codes of each part of a run lie."""
+    return np.arange(0, 8, width, dtype=np.uint8)[:, None]
+
+
+def _scale_planes(scales: Scales, padded: int, layout: str, keeps_half: bool) -> list[np.ndarray]:
+    base = scales.base
+    if base.dtype == np.float16 and not keeps_half:
+        base = base.astype(np.float32)
+    planes = [_arrange(_as_bits(base), padded, layout)]
+    if scales.steps is not None:
+        planes.append(_arrange(scales.steps, padded, layout))
+    if scales.multiplier is not None:
+        planes.append(_arrange(scales.multiplier[:, None], padded, layout))
+    return planes
 
 
 def _pack_high(high: np.ndarray, width: int) -> np.ndarray:
@@ -305,39 +404,48 @@ def _pack_high(high: np.ndarray, width: int) -> np.ndarray:
 def unpack(matrix: Matrix, dtype: DType = dtypes.float) -> Tensor:
     """The whole matrix as a Tensor (N, K), by plain Tensor arithmetic: the reference of the kernels' readers, and the
     form in which GPUs' generic products read weights (the arithmetic fuses into the product's kernel)."""
-    planes = Planes(matrix.format, matrix.planes)
-    values = _unpack_values(planes, matrix)
-    if not matrix.format.is_quantized:
-        return _unarrange(values, matrix).cast(dtype)
-    group = matrix.format.group
-    codes = (_unarrange(values, matrix) - matrix.format.offset).reshape(
-        matrix.num_rows, -1, group
-    )  # (N, K/group, group)
-    out = codes * _unpack_factor(planes, "scale", matrix).unsqueeze(-1)
+    fmt, planes = matrix.format, Planes(matrix.format, matrix.planes)
+    values = _unarrange(_unpack_values(planes, matrix), matrix)
+    if not fmt.is_quantized:
+        return values.cast(dtype)
+    if fmt.codebook is None and not fmt.is_float8:
+        values = values - fmt.offset
+    values = values.reshape(matrix.num_rows, -1, fmt.group)  # (N, K/group, group)
+    out = values * _unpack_factor(planes.scale, matrix).unsqueeze(-1)
     if planes.minimum is not None:
-        out = out + _unpack_factor(planes, "minimum", matrix).unsqueeze(-1)
+        out = out + _unpack_factor(planes.minimum, matrix).unsqueeze(-1)
     return out.reshape(matrix.num_rows, matrix.num_cols).cast(dtype)
 
 
 def _unpack_values(planes: Planes, matrix: Matrix) -> Tensor:
-    """Dense values or codes as float32, still in the layout's order, flat."""
+    """Dense values, or what codes stand for before the offset, as float32, still in the layout's order, flat."""
     fmt, stored = matrix.format, planes.codes
     if stored.dtype == dtypes.uint:  # row layout: words
-        inside = dtypes.ushort if fmt.name == "bfloat16" else dtypes.char if fmt.bits == 8 else dtypes.uchar
-        stored = stored.bitcast(inside)
+        is_signed = fmt.bits == 8 and not fmt.is_float8
+        stored = stored.bitcast(dtypes.ushort if fmt.name == "bfloat16" else dtypes.char if is_signed else dtypes.uchar)
     if fmt.name == "bfloat16":
         return (stored.cast(dtypes.uint) << 16).bitcast(dtypes.float)
+    if fmt.is_float8:
+        return float_of_e4m3(stored)
     if fmt.bits in (8, 16, 32):
         return stored.cast(dtypes.float)
-    low = stored.reshape(-1, 1, HALF)
-    codes = (low & 15).cat(low >> 4, dim=1).reshape(-1, PANEL).cast(dtypes.uint)
+    codes = _unpack_codes(planes, stored).reshape(-1)
+    return codes.cast(dtypes.float) if fmt.codebook is None else look_up(codes, fmt.codebook)
+
+
+def _unpack_codes(planes: Planes, stored: Tensor) -> Tensor:
+    """(runs, 32) uint32 codes of 2 to 6 bits, of which the bytes `stored` have the low ones."""
+    fmt, width = planes.fmt, low_bits(planes.fmt)
+    low, mask = stored.reshape(-1, 1, code_lanes(fmt)), (1 << width) - 1
+    parts = [low & mask, *[low >> shift & mask for shift in range(width, 8 - width, width)], low >> 8 - width]
+    codes = parts[0].cat(*parts[1:], dim=1).reshape(-1, PANEL).cast(dtypes.uint)
     if planes.high is not None:
-        width = fmt.high_bits
+        count = high_bits(fmt)
         # calculated, and not from a list, which every step would copy from the host anew
-        shifts = Tensor.arange(0, WORD, width, dtype=dtypes.uint)
-        high = (planes.high.reshape(-1, 1) >> shifts.reshape(1, -1)) & ((1 << width) - 1)
-        codes = codes + (high.reshape(-1, PANEL) << 4)
-    return codes.reshape(-1).cast(dtypes.float)
+        shifts = Tensor.arange(0, WORD, count, dtype=dtypes.uint)
+        high = (planes.high.reshape(-1, 1) >> shifts.reshape(1, -1)) & ((1 << count) - 1)
+        codes = codes + (high.reshape(-1, PANEL) << width)
+    return codes
 
 
 def _unarrange(flat: Tensor, matrix: Matrix) -> Tensor:
@@ -348,12 +456,13 @@ def _unarrange(flat: Tensor, matrix: Matrix) -> Tensor:
     return flat.reshape(panels, -1, PANEL).permute(0, 2, 1).reshape(matrix.num_rows, -1)
 
 
-def _unpack_factor(planes: Planes, which: str, matrix: Matrix) -> Tensor:
+def _unpack_factor(scales: ScalePlanes | None, matrix: Matrix) -> Tensor:
     """(N, K / group) float32."""
-    fmt, base, steps = getattr(planes, which)
-    factor = _unarrange(base, matrix).cast(dtypes.float)
-    if steps is None:
-        return factor
-    per_base = fmt.span // matrix.format.group
-    factor = factor.unsqueeze(-1).expand(*factor.shape, per_base).reshape(matrix.num_rows, -1)
-    return factor * _unarrange(steps, matrix).cast(dtypes.float)
+    assert scales is not None
+    factor = float_of_scale(_unarrange(scales.base, matrix), scales.format)
+    if scales.multiplier is not None:
+        factor = factor * scales.multiplier.reshape(-1, 1)
+    per_base = scales.format.span // matrix.format.group
+    if per_base > 1 or scales.steps is not None:
+        factor = factor.unsqueeze(-1).expand(*factor.shape, per_base).reshape(matrix.num_rows, -1)
+    return factor if scales.steps is None else factor * _unarrange(scales.steps, matrix).cast(dtypes.float)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from tinygrad import UOp
 from tinygrad.dtype import DType
 
-from tinyvllm.ops.formats.matrix import PANEL, Format, Planes, ScaleFormat
+from tinyvllm.arrays import Format
+from tinyvllm.errors import UnsupportedModelError
+from tinyvllm.ops.formats.matrix import PANEL, Planes, ScalePlanes, float_of_scale, high_bits
 from tinyvllm.ops.kernel.body import F16, F32, I32, balanced
 from tinyvllm.ops.kernel.lanes import HALF_PAIR, Mma
 
@@ -22,8 +24,34 @@ IN_HALF = 1024  # what the bits of a half add to a code in its mantissa
 CODE_ORDER = (0, 2, 1, 3)  # of four neighbours' codes in `read_pairs`: a word's halves hold every other one
 
 
+COVERED_BITS, COVERED_GROUPS = (4, 5, 6, 8), (16, 32)
+
+
+def covers(fmt: Format) -> bool:
+    """Whether a matrix of this format can be read by runs. What cannot takes the general form (`matrix.unpack`)."""
+    if not fmt.is_quantized:
+        return True
+    has_integers = fmt.codebook is None and not fmt.is_float8 and fmt.bits in COVERED_BITS
+    has_halves = all(scale.dtype == "float16" and not scale.has_multiplier for scale in fmt.scales)
+    return has_integers and has_halves and fmt.group in COVERED_GROUPS
+
+
+def require_covered(fmt: Format) -> None:
+    """Raise UnsupportedModelError for a format that `covers` does not."""
+    if not covers(fmt):
+        raise UnsupportedModelError(
+            f"a fused kernel was given weights in format {fmt.name}, of {fmt.bits} bits in groups of {fmt.group}; it "
+            f"reads integers of {_list(COVERED_BITS)} bits in groups of {_list(COVERED_GROUPS)} with float16 scales: "
+            "use the general product, or --dequantize"
+        )
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
+
+
 def run_cols(fmt: Format, dense_cols: int) -> int:
-    """Columns of a run: quantised formats read as many codes as share their words and scales."""
+    """Columns of a run: quantized formats read as many codes as share their words and scales."""
     return PANEL if fmt.is_quantized else dense_cols
 
 
@@ -71,6 +99,7 @@ def group_sums(fmt: Format, x: Sequence[UOp]) -> list[UOp]:
 
 def read_run(planes: Planes, row: UOp, run: UOp, num_cols: int, cols: int) -> Run:
     """Columns [run * cols, (run + 1) * cols) of a row."""
+    require_covered(planes.fmt)
     fmt = planes.fmt
     start = row * num_cols + run * cols
     if fmt.name == "bfloat16":
@@ -112,7 +141,7 @@ def _packed_codes(planes: Planes, run: UOp) -> list[UOp]:
     low = MANTISSA_BITS - bits
     codes = [_moved(words[i % half // 4], i % 4 * 8 + i // half * 4, 4, low) for i in range(PANEL)]
     if planes.high is not None:
-        width = fmt.high_bits
+        width = high_bits(fmt)
         high = [planes.high[run * width + i].load() for i in range(width)]
         codes = [code | _moved(high[i * width // 32], i * width % 32, width, low + 4) for i, code in enumerate(codes)]
     return [_in_mantissa(code) for code in codes]
@@ -124,6 +153,7 @@ def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, to_halves: Cal
     `to_halves`: `Mma.to_halves`. In quads of neighbours in `CODE_ORDER`: the first four columns, the first four of the
     run's second half, the second four, and so on.
     """
+    require_covered(planes.fmt)
     fmt, index = planes.fmt, row * num_runs + run
     pairs = []
     if fmt.bits == 8:
@@ -136,15 +166,15 @@ def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, to_halves: Cal
     words = [planes.codes[index * count + i].load() for i in range(count)]
     high = []
     if planes.high is not None:
-        high = [planes.high[index * fmt.high_bits + i].load() for i in range(fmt.high_bits)]
+        high = [planes.high[index * high_bits(fmt) + i].load() for i in range(high_bits(fmt))]
     for i in range(PANEL // 4):
         for odd in range(2):
             shift = i % 2 * 4 + odd * 8
             pair, mask = words[i // 2] >> shift if shift else words[i // 2], 0x000F000F
             for place in range(2 if high else 0):
-                bit = (i // 2 * 4 + i % 2 * (PANEL // 2) + odd + place * 2) * fmt.high_bits
-                pair = (pair & mask) | _moved(high[bit // 32], bit % 32, fmt.high_bits, 4 + place * 16)
-                mask |= ((1 << fmt.high_bits) - 1) << (4 + place * 16)
+                bit = (i // 2 * 4 + i % 2 * (PANEL // 2) + odd + place * 2) * high_bits(fmt)
+                pair = (pair & mask) | _moved(high[bit // 32], bit % 32, high_bits(fmt), 4 + place * 16)
+                mask |= ((1 << high_bits(fmt)) - 1) << (4 + place * 16)
             pairs.append(to_halves(pair, mask))
     return pairs
 
@@ -153,6 +183,7 @@ def read_halves(planes: Planes, row: UOp, run: UOp, num_cols: int, mma: Mma) -> 
     """A quantised run's weights, rounded to float16, as the operand of `Mma.multiply_pairs`: two instructions a pair
     beside the one or two that bring it in place. (code - offset) is exact in float16, and so its product with a scale
     of float16 is rounded once."""
+    require_covered(planes.fmt)
     fmt, index = planes.fmt, row * (num_cols // PANEL) + run
     pairs = _byte_pairs(planes, index, mma) if fmt.bits == 8 else _packed_pairs(planes, index, mma)
     factors = []
@@ -187,7 +218,7 @@ def _packed_pairs(planes: Planes, run: UOp, mma: Mma) -> list[tuple[UOp, int]]:
     low = [mma.byte_pair(words[i // 2], i % 2, 0) for i in range(half // 2)]
     if planes.high is None:
         return [(mma.to_halves(pair, 0xF000F * unit), unit) for unit in (1, 16) for pair in low]
-    width = fmt.high_bits
+    width = high_bits(fmt)
     high = [planes.high[run * width + i].load() for i in range(width)]
     pairs = []
     for i in range(PANEL // 2):
@@ -213,13 +244,12 @@ def _factors(planes: Planes, row: UOp, run: UOp, num_cols: int) -> list[tuple[UO
     return factors
 
 
-def group_scale(
-    scales: tuple[ScaleFormat, UOp, UOp | None] | None, row: UOp, group: UOp, fmt: Format, num_cols: int
-) -> UOp:
+def group_scale(scales: ScalePlanes | None, row: UOp, group: UOp, fmt: Format, num_cols: int) -> UOp:
     """The scale or minimum of one row's group of columns, as float32."""
     assert scales is not None
-    form, base, steps = scales
-    value = base[row * (num_cols // form.span) + group // (form.span // fmt.group)].load().cast(F32)
-    if steps is None:
+    span = scales.format.span
+    base = scales.base[row * (num_cols // span) + group // (span // fmt.group)].load()
+    value = float_of_scale(base, scales.format)
+    if scales.steps is None:
         return value
-    return value * steps[row * (num_cols // fmt.group) + group].load().cast(I32).cast(F32)
+    return value * scales.steps[row * (num_cols // fmt.group) + group].load().cast(I32).cast(F32)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinyvllm.arrays import HostMatrix
+from tinyvllm.arrays import HostMatrix, stack_rows
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.errors import UnsupportedModelError
-from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, head_tables, sample_rows, stack_rows
+from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, head_tables, sample_rows
 from tinyvllm.ops.formats.matrix import Format, Matrix, Planes, pack, unpack
 from tinyvllm.ops.gpu.attention import THREADS, GpuAttentionSpec, attention_kernel, take_rows_kernel, write_kv_kernel
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel

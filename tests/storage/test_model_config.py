@@ -132,12 +132,6 @@ def test_defaults_are_transformers_own(tmp_path):
     assert (config.norm_eps, config.tie_embeddings, config.dtype) == (1e-6, False, "float32")
 
 
-def test_mistral_without_a_window_is_a_llama(tmp_path):
-    config = read_model_config(hf_files(tmp_path, architectures=["MistralForCausalLM"], sliding_window=None))
-    assert config.architecture == "llama"
-    assert read_model_config(hf_files(tmp_path, architectures=REMOVED, model_type="mistral")) == config
-
-
 def test_a_window_that_is_switched_off_is_none(tmp_path):
     """As Qwen's files have it; `layer_types` says the same."""
     switched_off = {"sliding_window": 128, "use_sliding_window": False, "max_window_layers": 1}
@@ -166,6 +160,9 @@ def test_dtype_may_have_either_name(tmp_path, key):
         ),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"type is 'dynamic'.*known: default, linear, llama3"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'.*known: silu"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5"),
+        ({"rope_parameters": {"full_attention": {}}}, r"rope_parameters is .*known: the same for every layer"),
+        ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30\.0"),
         ({"attention_bias": True}, r"attention_bias is True"),
         ({"mlp_bias": True}, r"mlp_bias is True"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),

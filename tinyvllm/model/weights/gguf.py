@@ -14,8 +14,8 @@ from tinyvllm.config import ModelConfig
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
 from tinyvllm.model.weights.stored import DENSE_DTYPES, StoredTensor, view_dense
+from tinyvllm.storage.gguf_config import ROPE_FREQS
 from tinyvllm.storage.gguf_file import GGUFFile, GGUFTensor
-from tinyvllm.storage.model_config import ROPE_FREQS
 
 KNOWN_TYPES = (*DENSE_DTYPES, *QUANTIZED_KINDS)
 

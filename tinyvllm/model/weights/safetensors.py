@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.errors import ModelError, UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.weights.stored import DENSE_DTYPES, StoredTensor, view_dense
-from tinyvllm.storage.model_config import read_json
 from tinyvllm.storage.resolve import PICKLE_SUFFIXES
+from tinyvllm.storage.values import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -1,0 +1,251 @@
+"""What each family's files say: windows, ropes, defaults of transformers' classes, and llama.cpp's meaning of GGUF."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from tinyvllm.config import ModelConfig, ModelFiles, Rope, RopeScaling
+from tinyvllm.errors import ModelError, UnsupportedModelError
+from tinyvllm.storage.model_config import read_generation_defaults, read_model_config
+
+SIZES = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+}
+QWEN2 = SIZES | {"architectures": ["Qwen2ForCausalLM"]}
+MISTRAL = SIZES | {"architectures": ["MistralForCausalLM"]}
+GEMMA3 = SIZES | {"architectures": ["Gemma3ForCausalLM"], "head_dim": 32, "sliding_window": 128}
+# google/gemma-3-4b-it's file: what is not here is the class's default
+GEMMA3_4B = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "eos_token_id": [1, 106],
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+    "vision_config": {"hidden_size": 1152},
+}
+LOCAL_5_OF_6 = (True, True, True, True, True, False)
+
+
+def read(directory: Path, values: dict[str, Any], **changes: Any) -> ModelConfig:
+    (directory / "config.json").write_text(json.dumps(values | changes))
+    return read_model_config(ModelFiles("hf", directory, "tiny"))
+
+
+def read_gguf(directory: Path, architecture: str, layers: int = 4, **metadata: Any) -> ModelConfig:
+    path = directory / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(layers)
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tensor("token_embd.weight", np.zeros((300, 64), np.float32))
+    for key, value in metadata.items():
+        writer.add_key_value(f"{architecture}.{key}", value, gguf.GGUFValueType.get_type(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return read_model_config(ModelFiles("gguf", path, "tiny"))
+
+
+def windows(config: ModelConfig) -> list[int | None]:
+    return [kind.window for kind in config.layers]
+
+
+# --- Mistral -----------------------------------------------------------------------------------------------------
+
+
+def test_mistrals_window_is_the_class_default_where_the_file_says_nothing(tmp_path):
+    config = read(tmp_path, MISTRAL, max_position_embeddings=32768)
+    assert (config.architecture, windows(config)) == ("mistral", [4096] * 4)
+    assert read(tmp_path, SIZES | {"model_type": "mistral", "max_position_embeddings": 32768}) == config
+
+
+@pytest.mark.parametrize("changes", [{"sliding_window": None}, {"sliding_window": 512}, {}])
+def test_mistral_has_no_window_where_it_is_null_or_holds_every_position(tmp_path, changes):
+    assert windows(read(tmp_path, MISTRAL, **changes)) == [None] * 4
+
+
+def test_mistral_with_windows_by_layer_is_another_class(tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"layer_types is .*known: full_attention in every layer"):
+        read(tmp_path, MISTRAL, layer_types=["full_attention", "sliding_attention"] * 2)
+
+
+# --- Qwen --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_qwens_window_is_off_unless_the_file_turns_it_on(tmp_path, name):
+    stated = {"architectures": [name], "sliding_window": 128}
+    assert windows(read(tmp_path, QWEN2, **stated)) == [None] * 4
+    on = read(tmp_path, QWEN2, **stated, use_sliding_window=True, max_window_layers=1)
+    assert windows(on) == [None, 128, 128, 128]
+    assert windows(read(tmp_path, QWEN2, **stated, use_sliding_window=True)) == [None] * 4  # from layer 28 on
+    kinds = ["full_attention", "sliding_attention"] * 2
+    by_layer = read(tmp_path, QWEN2, **stated, use_sliding_window=True, layer_types=kinds)
+    assert windows(by_layer) == [None, 128, None, 128]
+    assert by_layer.windowed == (False, True)
+
+
+def test_qwen2_is_found_by_its_type_and_in_gguf(tmp_path):
+    assert read(tmp_path, SIZES | {"model_type": "qwen2"}).architecture == "qwen2"
+    assert read_gguf(tmp_path, "qwen2").architecture == "qwen2"
+
+
+def test_layer_types_are_one_for_each_layer(tmp_path):
+    with pytest.raises(ModelError, match=r"layer_types is .*: it must be a list of num_hidden_layers \(4\) entries"):
+        read(tmp_path, QWEN2, use_sliding_window=True, layer_types=["full_attention"])
+    with pytest.raises(
+        UnsupportedModelError, match=r"layer_types is .*known: a list of full_attention and sliding_att"
+    ):
+        read(tmp_path, QWEN2, use_sliding_window=True, layer_types=["chunked_attention"] * 4)
+
+
+# --- Gemma 3 -----------------------------------------------------------------------------------------------------
+
+
+def test_gemma3_4b_is_mostly_class_defaults(tmp_path):
+    config = read(tmp_path, GEMMA3_4B)
+    assert (config.architecture, config.activation, config.norm_offset) == ("gemma3", "gelu_tanh", 1.0)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (8, 4, 256)
+    assert (config.vocab_size, config.max_position, config.tie_embeddings) == (262208, 131072, True)
+    assert (config.window, config.windowed) == (1024, LOCAL_5_OF_6)
+    assert (config.rope_theta, config.rope_scaling) == (1e6, RopeScaling("linear", 8.0))
+    assert config.local_rope == Rope(10000.0)
+    assert (config.dtype, config.score_scale) == ("bfloat16", None)  # 256 ** -0.5, which is head_dim ** -0.5
+    assert read_generation_defaults(ModelFiles("hf", tmp_path, "tiny")).eos_ids == (1, 106)
+    assert [kind.rope for kind in config.layers[4:6]] == [Rope(10000.0), Rope(1e6, RopeScaling("linear", 8.0))]
+
+
+def test_gemma3s_three_ways_to_say_which_layers_are_local(tmp_path):
+    every_third = [128, 128, None, 128]
+    assert windows(read(tmp_path, GEMMA3)) == [128] * 4  # each 6th is full
+    assert windows(read(tmp_path, GEMMA3, sliding_window_pattern=3)) == every_third
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    config = read(tmp_path, GEMMA3, layer_types=kinds)
+    assert windows(config) == every_third
+    assert config.windowed == (True, True, False)
+    assert windows(read(tmp_path, GEMMA3, layer_types=["full_attention"] * 4)) == [None] * 4
+
+
+def test_gemma3s_ropes_are_in_either_place(tmp_path):
+    linear = {"rope_type": "linear", "factor": 8.0}
+    old = {"rope_theta": 2e6, "rope_local_base_freq": 5000.0, "rope_scaling": linear}
+    config = read(tmp_path, GEMMA3, **old)
+    assert (config.rope_theta, config.rope_scaling, config.local_rope) == (
+        2e6,
+        RopeScaling("linear", 8.0),
+        Rope(5000.0),
+    )
+    new = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        "full_attention": {"rope_theta": 2e6} | linear,
+    }
+    assert read(tmp_path, GEMMA3, rope_parameters=new) == config
+    stretched = read(tmp_path, GEMMA3, rope_parameters=new, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert stretched.rope_scaling == RopeScaling("linear", 2.0)
+    assert stretched.local_rope == Rope(5000.0)
+
+
+def test_gemma3s_local_layers_keep_their_rope_in_a_window_of_all_positions(tmp_path):
+    config = read(tmp_path, GEMMA3, sliding_window=512, sliding_window_pattern=2)
+    assert [kind.rope for kind in config.layers[:2]] == [Rope(10000.0), Rope(1e6)]
+
+
+def test_gemma3s_scale_and_softcaps(tmp_path):
+    capped = {"query_pre_attn_scalar": 168, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    config = read(tmp_path, GEMMA3, **capped)
+    assert (config.score_scale, config.score_softcap, config.logit_softcap) == (168**-0.5, 50.0, 30.0)
+    assert read(tmp_path, GEMMA3).score_scale == 256**-0.5  # the class's default, of heads of 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_activation": "silu"}, "hidden_activation is 'silu'.*known: gelu_pytorch_tanh"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({"attention_bias": True}, "attention_bias is True"),
+    ],
+)
+def test_what_gemma3_would_compute_wrongly_is_refused(tmp_path, changes, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        read(tmp_path, GEMMA3, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sliding_window": None}, "has no sliding_window: it must be a whole number"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern is 0: it must be a whole number of at least 1"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0: it must be a number above 0"),
+        ({"head_dim": 33}, "head_dim is 33: rotary embeddings need an even number"),
+        ({"rope_parameters": {"sliding_attention": 3}}, "sliding_attention is 3: it must be an object"),
+    ],
+)
+def test_gemma3s_values_that_make_no_sense_are_named(tmp_path, changes, message):
+    with pytest.raises(ModelError, match=message):
+        read(tmp_path, GEMMA3, **changes)
+
+
+# --- GGUF --------------------------------------------------------------------------------------------------------
+
+
+def test_gemma3_in_gguf_has_llama_cpps_pattern_and_local_rope(tmp_path):
+    keys = {"attention.key_length": 32, "attention.value_length": 32, "rope.freq_base": 1e6}
+    config = read_gguf(tmp_path, "gemma3", layers=7, **keys, **{"attention.sliding_window": 128})
+    assert (config.window, config.windowed, config.local_rope) == (128, LOCAL_5_OF_6, Rope(10000.0))
+    assert (config.activation, config.norm_offset, config.score_scale) == ("gelu_tanh", 0.0, None)
+    scaled = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
+    config = read_gguf(tmp_path, "gemma3", layers=7, **keys, **scaled, **{"attention.sliding_window": 128})
+    assert config.layers[5].rope == Rope(1e6, RopeScaling("linear", 8.0))
+    assert config.layers[6].rope == Rope(10000.0)
+
+
+@pytest.mark.parametrize("pattern", [2, [True, False, True, False]])
+def test_a_gguf_file_may_state_its_pattern(tmp_path, pattern):
+    metadata = {"attention.sliding_window": 128, "attention.sliding_window_pattern": pattern}
+    assert windows(read_gguf(tmp_path, "gemma3", **metadata)) == [128, None, 128, None]
+
+
+def test_gguf_means_another_scale_for_gemma3_27b(tmp_path):
+    assert read_gguf(tmp_path, "gemma3", layers=62).score_scale == (64 // 4) ** -0.5
+
+
+@pytest.mark.parametrize(
+    ("architecture", "metadata", "message"),
+    [
+        ("qwen2", {"attention.sliding_window": 128}, r"qwen2\.attention\.sliding_window is 128.*known: 0"),
+        ("llama", {"final_logit_softcapping": 30.0}, r"llama\.final_logit_softcapping is 30\.0.*known: 0"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, r"gemma3\.attn_logit_softcapping is 50\.0.*known: 0"),
+    ],
+)
+def test_gguf_settings_that_the_family_does_not_understand_are_refused(tmp_path, architecture, metadata, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        read_gguf(tmp_path, architecture, **metadata)
+
+
+def test_gguf_flags_are_one_for_each_layer(tmp_path):
+    metadata = {"attention.sliding_window": 128, "attention.sliding_window_pattern": [True]}
+    with pytest.raises(ModelError, match=r"sliding_window_pattern is .*one flag for each of 4 layers"):
+        read_gguf(tmp_path, "gemma3", **metadata)

@@ -328,7 +328,7 @@ class SamplingParams:
             object.__setattr__(self, "top_k", 0)
 
         self._check_draw()
-        self._check_adjustments()
+        self._check_logits_processing()
         self._check_output()
 
     @property
@@ -349,7 +349,7 @@ class SamplingParams:
         check(0.0 < self.typical_p <= 1.0, "typical_p", "above 0 and at most 1")
         check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
 
-    def _check_adjustments(self) -> None:
+    def _check_logits_processing(self) -> None:
         check = self._check
         check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0 and at most 100")
         check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")

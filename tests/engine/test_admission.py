@@ -98,7 +98,7 @@ def test_an_id_that_is_no_integer_is_refused_and_numpys_are_taken() -> None:
     ("settings", "param"),
     [({"allowed_token_ids": (3, 260)}, "allowed_token_ids"), ({"logit_bias": {-1: 1.0}}, "logit_bias")],
 )
-def test_ids_of_adjustments_must_be_in_the_vocabulary(settings: dict[str, Any], param: str) -> None:
+def test_ids_of_logits_processing_must_be_in_the_vocabulary(settings: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError, match=f"{param} has the token id .* 0 to 259") as caught:
         make_factory().make_requests("x", [5], SamplingParams(**settings))
     assert caught.value.param == param

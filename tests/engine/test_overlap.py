@@ -32,7 +32,7 @@ def make_runner(files: ModelFiles, **settings: bool) -> ModelRunner:
     return runner
 
 
-ADJUSTMENTS: list[dict[str, Any]] = [
+PROCESSING: list[dict[str, Any]] = [
     {},
     {"repetition_penalty": 1.7, "presence_penalty": 0.5},
     {"frequency_penalty": 1.0, "logit_bias": {5: 3.0, 9: -100.0}},
@@ -57,7 +57,7 @@ class Alternate:
         return True
 
 
-def make_requests(num: int, is_adjusted: bool) -> list[Request]:
+def make_requests(num: int, is_processed: bool) -> list[Request]:
     rng = random.Random(7)
     requests = []
     for index in range(num):
@@ -65,21 +65,21 @@ def make_requests(num: int, is_adjusted: bool) -> list[Request]:
             temperature=rng.choice([0.0, 1.0]),
             logprobs=rng.choice([None, 2]),
             min_tokens=rng.choice([0, 4]),
-            **(ADJUSTMENTS[index % len(ADJUSTMENTS)] if is_adjusted else {}),
+            **(PROCESSING[index % len(PROCESSING)] if is_processed else {}),
         )
         prompt = [rng.randrange(200) for _ in range(rng.randrange(1, 24))]
         eos_ids = frozenset(range(0, 256, 16))  # so that some end early, when nobody knew
         request = Request(f"r{index}", prompt, params, eos_ids, max_tokens=rng.randrange(1, 20), seed=index)
-        if is_adjusted and index % 4 == 0:
+        if is_processed and index % 4 == 0:
             request.constraint = Alternate()
         requests.append(request)
     return requests
 
 
-def run(runner: ModelRunner, *, is_adjusted: bool = False, num: int = 12) -> tuple[list[list[int]], EngineCore]:
+def run(runner: ModelRunner, *, is_processed: bool = False, num: int = 12) -> tuple[list[list[int]], EngineCore]:
     capacity = runner.capacity
     core = EngineCore(runner, Scheduler(BlockManager(capacity.num_blocks, capacity.block_size), capacity))
-    requests = make_requests(num, is_adjusted)
+    requests = make_requests(num, is_processed)
     for request in requests:
         core.add(request)
     while core.has_work:
@@ -116,11 +116,11 @@ def test_overlapping_steps_give_the_tokens_of_alternating_ones(
         assert runner.store is not None and runner.store.num_steps_read == 2 * runner.num_captures
 
 
-def test_overlapping_adjusted_steps_give_the_tokens_of_alternating_ones(tiny_gguf_files: ModelFiles) -> None:
-    """Adjusted rows beside plain ones, rows whose mask needs the token before, preemptions: the same either way."""
+def test_overlapping_logits_processing_gives_the_tokens_of_alternating_steps(tiny_gguf_files: ModelFiles) -> None:
+    """Processed rows beside plain ones, rows whose mask needs the token before, preemptions: the same either way."""
     results = []
     for overlaps in (False, True):
-        tokens, core = run(make_runner(tiny_gguf_files, async_scheduling=overlaps), is_adjusted=True, num=20)
+        tokens, core = run(make_runner(tiny_gguf_files, async_scheduling=overlaps), is_processed=True, num=20)
         assert core.stats.num_preemptions > 0
         results.append(tokens)
     assert results[0] == results[1]

@@ -10,7 +10,7 @@ import pytest
 
 from tests.builders import TinyLlama, make_weights, write_tiny_hf_llama
 from tests.model.test_llama import numpy_llama
-from tests.ops.test_adjust import Wish
+from tests.ops.test_logits_processing import Wish
 from tinyvllm.config import SamplingParams
 from tinyvllm.engine.llm import LLM, RequestOutput
 from tinyvllm.ops.sampling.reference import race, uniforms
@@ -52,7 +52,7 @@ def raw_logits(token_ids: list[int]) -> np.ndarray:
 
 
 def draw(prompt: list[int], params: SamplingParams, num_tokens: int) -> list[int]:
-    """What NumPy says: an adjusted distribution, and the engine's own noise over it."""
+    """What NumPy says: the distribution of processed logits, and the engine's own noise over it."""
     output: list[int] = []
     for index in range(num_tokens):
         wish = Wish(
@@ -109,7 +109,7 @@ def test_a_request_gets_the_tokens_that_its_settings_say(llm: LLM, name: str) ->
 
 
 def test_seeds_reproduce_in_any_company_and_over_preemptions(llm: LLM) -> None:
-    """With adjustments on: alone, together, and beside requests that ask for nothing."""
+    """With logits processing on: alone, together, and beside requests that ask for nothing."""
     all_params = [
         SamplingParams(seed=100 + i, max_tokens=30, ignore_eos=True, **settings)
         for i, settings in enumerate(
@@ -147,7 +147,7 @@ def test_bad_words_do_not_come_and_their_beginnings_may(llm: LLM) -> None:
     assert answer("never", word, plain[0]).count(word) == 0
 
 
-def test_min_tokens_holds_ends_back_in_adjusted_steps_too(llm: LLM) -> None:
+def test_min_tokens_holds_ends_back_in_steps_with_logits_processing_too(llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=9, logit_bias={65: 100.0}, stop_token_ids=(65,), min_tokens=4)
     (got,) = tokens_of(generate(llm, PROMPTS[:1], params))
     assert 65 not in got[:4]
@@ -194,7 +194,7 @@ def test_a_prompt_is_scored_anew_where_the_prefix_cache_knows_it(llm: LLM) -> No
     assert tokens_of([plain]) == tokens_of([again])
 
 
-def test_adjusted_scored_and_plain_requests_share_their_steps(llm: LLM) -> None:
+def test_processed_scored_and_plain_requests_share_their_steps(llm: LLM) -> None:
     params = [
         SamplingParams(temperature=0.7, seed=1, max_tokens=8, ignore_eos=True, presence_penalty=1.0),
         SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, prompt_logprobs=2, logit_bias={97: 4.0}),

@@ -169,6 +169,6 @@ def test_buckets_of_as_many_sequences_sample_by_the_same_programs(files: ModelFi
     runner.warm_up()
     graphs = runner.captures.graphs.values()
     sampling = [[call.target.key for call in graph.calls[graph.instances[0].step.cut :]] for graph in graphs]
-    adjusted = [[call.target.key for call in graph.instances[0].adjusted.calls] for graph in graphs]
+    processed = [[call.target.key for call in graph.instances[0].processed.calls] for graph in graphs]
     assert len(sampling) == 4
-    assert all(keys == sampling[0] for keys in sampling) and all(keys == adjusted[0] for keys in adjusted)
+    assert all(keys == sampling[0] for keys in sampling) and all(keys == processed[0] for keys in processed)

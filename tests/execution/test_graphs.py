@@ -14,7 +14,7 @@ from tinyvllm.model.registry import FAMILIES, Model
 from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.kernel.body import I32
-from tinyvllm.ops.sampling.adjust import SamplingState
+from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.sampling.sample import OUT_WIDTH
 from tinyvllm.storage.model_config import read_model_config
 
@@ -55,6 +55,6 @@ def test_a_step_launches_so_many_kernels(model: Model, bucket: Bucket, a_layer: 
     ).finish()
     assert graph.num_kernels == a_layer * model.config.num_layers + outside
     assert graph.num_kernels - graph.instances[0].step.cut == 2, "what each row's parts have, and the draw"
-    assert len(graph.instances[0].adjusted.calls) == 7, (
+    assert len(graph.instances[0].processed.calls) == 7, (
         "and masks with penalties, biases, typical_p, the counting, logprobs"
     )

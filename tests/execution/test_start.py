@@ -25,7 +25,7 @@ CONFIG = EngineConfig(
     num_gpu_blocks_override=33,
     block_size=8,
 )
-NUM_STEPS = 2 * 3  # decode 1, decode 2, prefill 8; each with sampling as it is and adjusted
+NUM_STEPS = 2 * 3  # decode 1, decode 2, prefill 8; each with sampling as it is and from processed logits
 PROMPTS = [[5, 9, 200, 13, 64, 7, 7, 31, 90, 18, 2], [31, 7]]
 
 

@@ -257,9 +257,9 @@ def _facts(settings: Settings, graph: Any) -> GraphFacts:
     instance.run()
     command_buffers = settings.num_command_buffers - before
     name = graph.bucket.name
-    # what an adjusted step launches apart is a graph of its own
+    # what a step with logits processing launches apart is a graph of its own
     calls = [(name, call) for call in instance.step.calls] + [
-        (f"{name} adjusted", call) for call in instance.adjusted.calls
+        (f"{name} processed", call) for call in instance.processed.calls
     ]
     kernels = [(where, call) for where, call in calls if call.target.op is Ops.PROGRAM]
     counts = Counter((where, call.target) for where, call in kernels)
@@ -298,7 +298,7 @@ def table(graphs: Sequence[GraphFacts]) -> str:
             f"{graph.others} launches that are no kernel"
         )
         for program in graph.programs:
-            name = program.name if program.graph == graph.name else f"{program.name} (adjusted)"
+            name = program.name if program.graph == graph.name else f"{program.name} (processed)"
             lines.append(
                 f"{name:60} {program.launches:8} {program.arguments:9} {program.threadgroup_bytes:11} "
                 f"{program.threads:7}  {'; '.join(program.over) or '-'}"

@@ -24,7 +24,7 @@ from tinyvllm.ops.backend import AttentionShape, Backend, Norm
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.gpu.backend import GpuBackend
-from tinyvllm.ops.sampling.adjust import SamplingState
+from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.step_inputs import StepLayout
 
 METAL_BUFFERS = 31  # buffers and variables together
@@ -98,7 +98,7 @@ def plan_attention(backend: Backend, shape: AttentionShape, dtype: str) -> list[
     return [backend.attend(qkv, widths, shape, pool, 0, inputs, rope, layout, is_decode=False)]
 
 
-def plan_adjusted(backend: Backend, vocab: int) -> Tensor:
+def plan_processed(backend: Backend, vocab: int) -> Tensor:
     """Sampling with everything that a request may ask for, of logits whose rows are not padded."""
     layout = StepLayout(4, 4, 2, 16)
     inputs, logits = unwritten(backend, layout.size, dtypes.int), unwritten(backend, 4 * vocab)
@@ -171,11 +171,11 @@ def test_attention_of_large_models_renders_within_the_limits(target: str, shape:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("vocab", [300, 49152])
-def test_an_adjusted_step_renders_within_the_limits(target: str, vocab: int) -> None:
+def test_a_step_with_logits_processing_renders_within_the_limits(target: str, vocab: int) -> None:
     """A vocabulary that is no multiple of a mask's word among them."""
-    kernels = kernels_of([plan_adjusted(gpu_backend("float16"), vocab)])
+    kernels = kernels_of([plan_processed(gpu_backend("float16"), vocab)])
     names = [kernel.arg.name.split("_")[0] for kernel in kernels]
-    assert names == ["logprobs", "adjust", "bias", "typical", "leaders", "draw", "count"]
+    assert names == ["logprobs", "process", "bias", "typical", "leaders", "draw", "count"]
     for kernel in kernels:
         check_limits(kernel, target)
 
@@ -194,9 +194,9 @@ def test_cpu_kernels_use_neither_threads_nor_double_precision(is_decode: bool) -
 
 
 @pytest.mark.parametrize("vocab", [300, 49152])
-def test_cpu_kernels_of_an_adjusted_step_use_neither_threads_nor_double_precision(vocab: int) -> None:
+def test_cpu_kernels_of_a_step_with_logits_processing_use_neither_threads_nor_double_precision(vocab: int) -> None:
     backend = CpuBackend(DeviceHandle("CPU", has_threads=False, is_unified=True), None)
-    for kernel in kernels_of([plan_adjusted(backend, vocab)]):
+    for kernel in kernels_of([plan_processed(backend, vocab)]):
         program = to_program(kernel, Device["CPU"].renderer)
         assert "double" not in program.src[2].arg, kernel.arg.name
         assert buffer_bytes(program, AddrSpace.LOCAL) == 0, kernel.arg.name

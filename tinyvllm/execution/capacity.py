@@ -81,7 +81,7 @@ def scratch_bytes(limits: Limits, model: ModelConfig) -> int:
 
     At once there are of a token: its residual stream in two states, its norm, and its last state, which is kept; what
     a layer makes of them, once as a kernel's input and once as its output: q, k, v and attention's, or gate and up. And
-    of a sequence its logits: as they are, adjusted, and twice what sampling makes of them."""
+    of a sequence its logits: as they are, processed, and twice what sampling makes of them."""
     widest = max(2 * model.q_size + 2 * model.kv_size, 2 * model.ffn_size)
     by_token, by_sequence = 4 * model.hidden_size + 2 * widest, 4 * model.vocab_size
     return 4 * (limits.max_num_batched_tokens * by_token + limits.max_num_seqs * by_sequence)

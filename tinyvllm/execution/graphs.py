@@ -52,7 +52,7 @@ from tinyvllm.execution.inputs import InputPacker
 from tinyvllm.model.registry import Model
 from tinyvllm.ops.backend import Backend, KVPool
 from tinyvllm.ops.kernel import tuning
-from tinyvllm.ops.sampling.adjust import SamplingState
+from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.step_inputs import StepLayout
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class GraphInstance:
     step: RecordedStep
     run: Callable[[], None]  # enqueues the step on what was sent last
     device: DeviceHandle
-    adjusted: RecordedStep  # sampling from the step's logits as requests want them adjusted
+    processed: RecordedStep  # sampling from the step's logits as requests want them processed
 
     @cached_property
     def run_forward(self) -> Callable[[], None]:
@@ -76,9 +76,9 @@ class GraphInstance:
         return make_replay(self.device, head_of(self.step))
 
     @cached_property
-    def run_adjusted(self) -> Callable[[], None]:
-        """Enqueues the adjusted sampling, after `run_forward`."""
-        return make_replay(self.device, self.adjusted)
+    def run_processed(self) -> Callable[[], None]:
+        """Enqueues the processed sampling, after `run_forward`."""
+        return make_replay(self.device, self.processed)
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ class PendingGraph:
         self._context, self._compiler, device = context, compiler, context.backend.device
         self._layout = bucket.layout(context.capacity)
         self._buffers = [device.input_buffer(self._layout.size) for _ in context.outputs]
-        self._forward, self._adjusted = self._trace()
-        traced = [piece.step for piece in (self._forward, self._adjusted) if isinstance(piece.step, TracedStep)]
+        self._forward, self._processed = self._trace()
+        traced = [piece.step for piece in (self._forward, self._processed) if isinstance(piece.step, TracedStep)]
         self._pending = [one for step in traced for one in compiler.begin(step.kernels)]
         self.trace_s = time.perf_counter() - start_s
 
@@ -142,8 +142,8 @@ class PendingGraph:
         """The graph, with an instance for each output; each instance reads the output of the one before it. On a GPU
         this runs the graph on padding, which writes over the outputs: no step may be in flight."""
         context, device = self._context, self._context.backend.device
-        forward, adjusted = (piece.finish(self._compiler) for piece in (self._forward, self._adjusted))
-        forward, adjusted = context.scratch.place(forward, adjusted)
+        forward, processed = (piece.finish(self._compiler) for piece in (self._forward, self._processed))
+        forward, processed = context.scratch.place(forward, processed)
         instances, inputs, outputs = [], self._buffers[0].tensor, context.outputs
         for index, buffer in enumerate(self._buffers):
             packer = InputPacker(self._layout, buffer.host)
@@ -154,12 +154,12 @@ class PendingGraph:
             run = make_replay(device, step)
             if not device.is_cpu:  # a GPU's graph is made by its first run: on padding alone, in the dummy block
                 run()
-            instances.append(GraphInstance(packer, buffer.send, step, run, device, rebind(adjusted, others)))
+            instances.append(GraphInstance(packer, buffer.send, step, run, device, rebind(processed, others)))
         device.wait()
         return Graph(self.bucket, self._layout, inputs, forward.kept[:-1], tuple(instances), self.trace_s)
 
     def _trace(self) -> tuple[Piece, Piece]:
-        """The step, and sampling from its logits as requests want them adjusted."""
+        """The step, and sampling from its logits as requests want them processed."""
         context, layout = self._context, self._layout
         model, backend, state = context.model, context.backend, context.state
         inputs, output, newest = self._buffers[0].tensor, context.outputs[0], context.outputs[-1]
@@ -179,11 +179,11 @@ class PendingGraph:
         forward = _restore_or_trace(trace, self._compiler.store, name, tensors)
         logits = Tensor(UOp.from_buffer(forward.step.kept[-1]))
 
-        def trace_adjusted() -> Tensor:
+        def trace_processed() -> Tensor:
             return backend.sample(logits, vocab_size, stride, settings, layout, output, state).realize()
 
         tensors = own | {"logits": logits, "counts": state.counts, "mask": state.mask, "bias": state.bias}
-        return forward, _restore_or_trace(trace_adjusted, self._compiler.store, f"{name}-adjusted", tensors)
+        return forward, _restore_or_trace(trace_processed, self._compiler.store, f"{name}-processed", tensors)
 
 
 @dataclass(frozen=True)

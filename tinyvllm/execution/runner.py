@@ -21,7 +21,6 @@ from tinyvllm.device.program_limits import ProgramFacts, program_facts
 from tinyvllm.device.program_store import ProgramStore, default_root, open_program_store
 from tinyvllm.device.transfer import OutputReader
 from tinyvllm.errors import DeviceError
-from tinyvllm.execution.adjusted import SamplingRows
 from tinyvllm.execution.buckets import Bucket, make_buckets
 from tinyvllm.execution.capacity import MemoryFacts, plan_capacity, scratch_bytes
 from tinyvllm.execution.captures import Captures
@@ -29,6 +28,7 @@ from tinyvllm.execution.captures import Progress as Progress  # for those above
 from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, weight_facts
 from tinyvllm.execution.graphs import Graph, GraphContext, GraphInstance, model_digest
 from tinyvllm.execution.limits import resolve_limits
+from tinyvllm.execution.logits_processing import SamplingRows
 from tinyvllm.execution.profile import profile_step
 from tinyvllm.model.registry import Model, make_model
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
@@ -37,7 +37,7 @@ from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
 from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.kernel.tuning import choices_path, load_choices
-from tinyvllm.ops.sampling.adjust import SamplingState, state_bytes
+from tinyvllm.ops.sampling.logits_processing import SamplingState, state_bytes
 from tinyvllm.ops.sampling.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.kernels import StepProfile
@@ -188,8 +188,8 @@ class ModelRunner:
         return self.collect(flight)
 
     def launch(self, plan: StepPlan) -> Flight:
-        """Enqueue one step, and what reads its tokens; of an adjusted step only what comes before sampling. Raises
-        DeviceError."""
+        """Enqueue one step, and what reads its tokens; of a step with logits processing, only what comes before
+        sampling. Raises DeviceError."""
         start = time.perf_counter()
         graph, number = self.captures.graph_for(plan), self._num_launched % len(self._outputs)
         instance = graph.instances[number]
@@ -199,7 +199,7 @@ class ModelRunner:
         flight = Flight(self._num_launched, plan, graph, instance, self._readers[number], packed - start, packed)
         with self._named_failure(flight), flight.measured(measure.LAUNCH):
             instance.send()
-            if plan.is_adjusted:
+            if plan.needs_logits_processing:
                 instance.run_forward()
             else:
                 instance.run()
@@ -208,15 +208,15 @@ class ModelRunner:
         return flight
 
     def sample(self, flight: Flight) -> None:
-        """Enqueue the sampling of an adjusted step, whose masks hang on the tokens of the step before: that one must
-        have been committed. Nothing to do for other steps. Raises DeviceError."""
-        if not flight.plan.is_adjusted:
+        """Enqueue the sampling of a step with logits processing, whose masks depend on the previous step's tokens: that
+        step must have been committed. Does nothing for other steps. Raises DeviceError."""
+        if not flight.plan.needs_logits_processing:
             return
         with measure.span(measure.PACK):
             self._rows.pack(flight.plan, flight.instance.packer.views)
         with self._named_failure(flight), flight.measured(measure.LAUNCH):
             flight.instance.send()
-            flight.instance.run_adjusted()
+            flight.instance.run_processed()
             flight.reader.start()
 
     def collect(self, flight: Flight) -> StepOutput:
@@ -314,7 +314,7 @@ class ModelRunner:
     def programs(self) -> list[ProgramFacts]:
         """What each program of each graph takes of the device's limits."""
         instances = [graph.instances[0] for graph in self.captures.graphs.values()]
-        return program_facts([call for one in instances for call in (*one.step.calls, *one.adjusted.calls)])
+        return program_facts([call for one in instances for call in (*one.step.calls, *one.processed.calls)])
 
     def wait(self) -> None:
         """Return when the device has done all that was launched."""

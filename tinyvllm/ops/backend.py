@@ -18,7 +18,7 @@ from tinygrad import Tensor
 from tinyvllm.arrays import HostMatrix, stack_rows, to_float32
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.formats.matrix import Matrix
-from tinyvllm.ops.sampling.adjust import SamplingState, sample_adjusted
+from tinyvllm.ops.sampling.logits_processing import SamplingState, sample_processed
 from tinyvllm.ops.sampling.sample import OUT_WIDTH, SampleSpec, sample
 from tinyvllm.ops.step_inputs import StepLayout
 
@@ -126,7 +126,7 @@ class Backend(Protocol):
         out: Tensor | None = None,
         state: SamplingState | None = None,
     ) -> Tensor:
-        """(R * OUT_WIDTH,) int32, at the beginning of `out` where that is given. With a `state`: an adjusted step's."""
+        """(R * OUT_WIDTH,) int32, at the beginning of `out` if that is given. With a `state`: of processed logits."""
 
     def make_pool(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: str) -> KVPool:
         """A zeroed pool."""
@@ -151,7 +151,7 @@ def sample_rows(
     spec = SampleSpec(layout, vocab_size, (stride,), device.has_threads)
     if state is None:
         return sample(spec, [logits], inputs, out)
-    return sample_adjusted(spec, [logits], inputs, state, out)
+    return sample_processed(spec, [logits], inputs, state, out)
 
 
 def gate_over_up(gate: HostMatrix, up: HostMatrix) -> HostMatrix:

@@ -14,7 +14,7 @@ from tinyvllm.arrays import HostMatrix, stack_rows, to_float32
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.backend import AttentionShape, KVPool, Norm
 from tinyvllm.ops.formats.matrix import Matrix, pack, unpack
-from tinyvllm.ops.sampling.adjust import SamplingState
+from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.sampling.reference import HostState, sample_row
 from tinyvllm.ops.sampling.sample import OUT_TOKEN, OUT_WIDTH
 from tinyvllm.ops.step_inputs import StepLayout

@@ -41,7 +41,7 @@ class StepLayout:
             "num_logprobs": seqs,  # -1: none; 0: the chosen token's; n: and the n likeliest
             "suppressed_ids": seqs * MAX_STOP_IDS,  # ids that min_tokens keeps from being sampled; -1: unused
             "forced": seqs,  # the token to report instead of sampling one: a prompt's own; -1: none
-            # what only an adjusted step reads: docs in ops/sampling/adjust.py
+            # read with logits processing only: see ops/sampling/logits_processing.py
             "state_rows": seqs,  # the request's row of the sampling state; -1: none
             "is_counted": seqs,  # 1: the penalties below apply, and the token is counted
             "is_masked": seqs,  # 1: only the ids of the state row's mask may be sampled

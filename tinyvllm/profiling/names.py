@@ -23,7 +23,7 @@ _WORDS = {
 }
 # Kernels behind the head that make a token of logits, whatever further ones a sampler may get.
 SAMPLE = "sample"
-_SAMPLING = ("logprobs_", "leaders_", "draw_", "adjust_", "bias_", "typical_", "count_")
+_SAMPLING = ("logprobs_", "leaders_", "draw_", "process_", "bias_", "typical_", "count_")
 
 
 def strip_colors(text: str) -> str:

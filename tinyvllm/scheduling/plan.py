@@ -57,9 +57,9 @@ class StepPlan:
         return all(entry.count == 1 and entry.samples for entry in self.entries) and not self.pooled
 
     @cached_property
-    def is_adjusted(self) -> bool:
+    def needs_logits_processing(self) -> bool:
         """Some row is sampled from other logits than the model's."""
-        return any(entry.samples and entry.request.needs_adjustment for entry in self.entries)
+        return any(entry.samples and entry.request.needs_logits_processing for entry in self.entries)
 
     @cached_property
     def sampled(self) -> tuple[Scheduled, ...]:

@@ -128,8 +128,8 @@ class Request:
         return self.params.allowed_token_ids is not None or bool(self.bad_words_ids) or self.constraint is not None
 
     @cached_property
-    def needs_adjustment(self) -> bool:
-        """Whether its tokens are drawn from other logits than the model's, by an adjusted step."""
+    def needs_logits_processing(self) -> bool:
+        """Whether its tokens are drawn from other logits than the model's own."""
         params = self.params
         is_typical = params.typical_p < 1.0 and params.temperature > 0.0
         return self.is_masked or params.has_penalties or bool(params.logit_bias) or is_typical

@@ -27,7 +27,7 @@ from tinyvllm.ops.cpu.linear import (
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Matrix, pack, share_rows
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.tuning import choose
-from tinyvllm.ops.sampling.adjust import SamplingState
+from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.step_inputs import StepLayout
 
 

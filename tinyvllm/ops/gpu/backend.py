@@ -14,7 +14,7 @@ from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, hea
 from tinyvllm.ops.formats.matrix import Format, Matrix, Planes, pack, unpack
 from tinyvllm.ops.gpu.attention import THREADS, GpuAttentionSpec, attention_kernel, take_rows_kernel, write_kv_kernel
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
-from tinyvllm.ops.sampling.adjust import SamplingState
+from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.sampling.token_ids import token_id
 from tinyvllm.ops.step_inputs import StepLayout
 

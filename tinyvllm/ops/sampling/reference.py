@@ -1,5 +1,5 @@
-"""Sampling again, one row at a time, in NumPy that sorts: the documentation of sample.py's and adjust.py's kernels, and
-the oracle of their tests."""
+"""Sampling again, one row at a time, in NumPy that sorts: the documentation of the kernels of sample.py and
+logits_processing.py, and the oracle of their tests."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinyvllm.config import MAX_LOGIT_BIAS, MAX_LOGPROBS
-from tinyvllm.ops.sampling.adjust import IN_PROMPT, MAX_COUNT, WORD
+from tinyvllm.ops.sampling.logits_processing import IN_PROMPT, MAX_COUNT, WORD
 from tinyvllm.ops.sampling.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 
 
 @dataclass(frozen=True)
 class HostState:
-    """A sampling state (adjust.py) as NumPy arrays, one row a request."""
+    """A sampling state (logits_processing.py) as NumPy arrays, one row a request."""
 
     counts: np.ndarray  # (S, at least V) uint16
     mask: np.ndarray  # (S, W) uint32
@@ -25,11 +25,11 @@ def sample_row(
     logits: np.ndarray, views: dict[str, np.ndarray], row: int, state: HostState | None = None
 ) -> np.ndarray:
     """(OUT_WIDTH,) int32: the token of one sequence, and its logprobs where they are asked for. logits (V,) float32.
-    Of an adjusted step, its token is counted in `state`."""
+    Of a step with logits processing, its token is counted in `state`."""
     out = np.zeros(OUT_WIDTH, np.int32)
     floats = out.view(np.float32)
     suppressed_ids = views["suppressed_ids"][row]
-    allowed = logits.astype(np.float64) if state is None else adjust_row(logits, views, row, state)
+    allowed = logits.astype(np.float64) if state is None else process_row(logits, views, row, state)
     allowed[suppressed_ids[(suppressed_ids >= 0) & (suppressed_ids < len(logits))]] = -np.inf
     temperature = views["temperature"].view(np.float32)[row]
     greedy = first_best(allowed)
@@ -52,7 +52,7 @@ def sample_row(
         count_token(state.counts[views["state_rows"][row]], token)
     count = min(int(views["num_logprobs"][row]), MAX_LOGPROBS)
     if count >= 0:
-        logprobs = log_softmax(logits.astype(np.float64))  # of the raw logits: neither held back nor heated
+        logprobs = log_softmax(logits.astype(np.float64))  # of the raw logits: neither suppressed nor heated
         ranked = np.argsort(-logprobs, kind="stable")
         likeliest = ranked[:count]
         floats[OUT_LOGPROB] = logprobs[max(token, 0)]
@@ -63,25 +63,25 @@ def sample_row(
     return out
 
 
-def adjust_row(logits: np.ndarray, views: dict[str, np.ndarray], row: int, state: HostState) -> np.ndarray:
+def process_row(logits: np.ndarray, views: dict[str, np.ndarray], row: int, state: HostState) -> np.ndarray:
     """(V,) float64: the logits that one sequence's token is drawn from, but for what min_tokens holds back."""
-    adjusted, state_row = logits.astype(np.float64), views["state_rows"][row]
+    processed, state_row = logits.astype(np.float64), views["state_rows"][row]
     if state_row < 0:
-        return adjusted
+        return processed
     entries = views["num_bias"][row]
     ids, values = np.split(state.bias[state_row], [MAX_LOGIT_BIAS])
-    adjusted[ids[:entries]] += values.view(np.float32)[:entries]
+    processed[ids[:entries]] += values.view(np.float32)[:entries]
     if views["is_counted"][row]:
         counts = state.counts[state_row][: len(logits)]
         repetition, frequency, presence = (
             views[f"{name}_penalty"].view(np.float32)[row] for name in ("repetition", "frequency", "presence")
         )
         times = (counts & MAX_COUNT).astype(np.float64)
-        repeated = np.where(adjusted > 0, adjusted / repetition, adjusted * repetition)
-        adjusted = np.where(counts > 0, repeated, adjusted) - frequency * times - presence * (times > 0)
+        repeated = np.where(processed > 0, processed / repetition, processed * repetition)
+        processed = np.where(counts > 0, repeated, processed) - frequency * times - presence * (times > 0)
     if views["is_masked"][row]:
-        adjusted[~allowed_ids(state.mask[state_row], len(logits))] = -np.inf
-    return adjusted
+        processed[~allowed_ids(state.mask[state_row], len(logits))] = -np.inf
+    return processed
 
 
 def allowed_ids(mask: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -94,10 +94,10 @@ class SampleSpec:
     vocab_size: int  # V
     widths: tuple[int, ...]
     has_threads: bool  # a threadgroup a part (GPU), or the lanes of one core (CPU)
-    raw_widths: tuple[int, ...] = ()  # of an adjusted step: the raw logits lie beside those that are sampled from
+    raw_widths: tuple[int, ...] = ()  # with logits processing: the raw logits lie beside the processed ones
 
     @property
-    def is_adjusted(self) -> bool:
+    def is_processed(self) -> bool:
         return bool(self.raw_widths)
 
     @cached_property
@@ -164,7 +164,7 @@ class Row:
         return self.param(name).bitcast(F32)
 
     def held_id(self, slot: UOp) -> UOp:
-        """An id that is held back; below 0: none."""
+        """A suppressed id; below 0: none."""
         return self.inputs[self.spec.layout.offset("suppressed_ids") + self.axis * MAX_STOP_IDS + slot].load()
 
     @property
@@ -405,8 +405,8 @@ class _Tops:
 @cached_kernel
 def draw_kernel(spec: SampleSpec) -> KernelFn:
     """fn(out, inputs, *(leaders, logits, noises of each share)[, *(leaders, logits of each raw share)]): choose each
-    row's token; -1 where no logit is finite. The raw ones of an adjusted step; else the first are of the raw logits,
-    but for what is held back."""
+    row's token; -1 where no logit is finite. The raw shares belong to a step with logits processing; without them, the
+    first shares are of the raw logits, except for suppressed ids."""
 
     def kernel(out: UOp, inputs: UOp, *rest: UOp) -> UOp:
         body, operands = Body(), list(rest)
@@ -416,7 +416,7 @@ def draw_kernel(spec: SampleSpec) -> KernelFn:
         leaders = Leaders(row, [share[0] for share in shares])
         runs = row.runs([share[1] for share in shares], spec.widths, [share[2] for share in shares])
         raw_leaders, raw_runs = leaders, runs
-        if spec.is_adjusted:
+        if spec.is_processed:
             shares = [[operands.pop(0) for _ in range(2)] for _ in spec.raw_widths]
             raw_leaders = Leaders(row, [share[0] for share in shares])
             raw_runs = row.runs([share[1] for share in shares], spec.raw_widths)
@@ -424,7 +424,7 @@ def draw_kernel(spec: SampleSpec) -> KernelFn:
         stores = _describe(row, out, token, raw_leaders, raw_runs)
         stores.append(out[row.lanes.only_once(row.axis * OUT_WIDTH + OUT_TOKEN)].store(token))
         seqs, vocab = spec.layout.num_seqs, spec.vocab_size
-        name = f"draw{'_adjusted' if spec.is_adjusted else ''}_{seqs}x{vocab}"
+        name = f"draw{'_processed' if spec.is_processed else ''}_{seqs}x{vocab}"
         return finish(UOp.group(*stores).end(*reversed(row.lanes.axes)), name, nbytes=4 * seqs * LEADER_WIDTH)
 
     return kernel
@@ -449,7 +449,7 @@ def _choose(row: Row, leaders: Leaders, runs: Sequence[Slice]) -> UOp:
     _, winner, mass = leaders.merge(drawn, _won_and_weighed, [F32, I32, F32])
     draws = (row.number("temperature") > 0.0) & (greedy >= 0)
     is_cut = draws & cuts.is_any
-    if row.spec.is_adjusted:  # whose typical rows were cut already
+    if row.spec.is_processed:  # whose typical rows were cut already
         is_cut = is_cut & is_typical(row).ne(True)
     kept = KeptRace(row.lanes, runs, heat, cuts).run(flag(is_cut), winner, mass, greedy)
     forced = row.param("forced").minimum(row.spec.vocab_size - 1)
@@ -457,8 +457,8 @@ def _choose(row: Row, leaders: Leaders, runs: Sequence[Slice]) -> UOp:
 
 
 def is_typical(row: Row) -> UOp:
-    """Whether a row of an adjusted step wants typical_p. One without sampling state asks for nothing, whatever an
-    earlier step left in its inputs."""
+    """Whether a row of a step with logits processing wants typical_p. One without sampling state asks for nothing,
+    whatever an earlier step left in its inputs."""
     return (row.number("typical_p") < 1.0) & (row.param("state_rows") >= 0) & (row.number("temperature") > 0.0)
 
 
@@ -504,9 +504,9 @@ def _rank(row: Row, leaders: Leaders, runs: Sequence[Slice], token: UOp, wanted:
     section = row.lanes.section(wanted)
     (counted,) = row.lanes.fold(ONE, runs, (0,), count, added, section)
     ahead = ahead.after(ahead.after(section)[0].store(counted).end(section))[0].load()
-    if row.spec.is_adjusted:
+    if row.spec.is_processed:
         return chosen, ahead + 1
-    # the ids that were held back, whose own place in the logits says -inf
+    # the suppressed ids, whose own place in the logits says -inf
     total = row.body.registers(1, I32)
     total = total.after(total.after(*row.lanes.axes)[0].store(ahead + 1))
     slot = row.body.fold_while(wanted * MAX_STOP_IDS)

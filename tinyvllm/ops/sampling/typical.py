@@ -1,4 +1,4 @@
-"""Locally typical sampling (Meister et al. 2022), of adjusted steps: what a row cuts becomes -inf before it is sampled.
+"""Locally typical sampling (Meister et al. 2022), after logits processing: what a row cuts becomes -inf.
 
 Of what min-p, top-k and top-p keep, the ids are kept whose surprise is nearest to the entropy, until they hold
 typical_p of the mass. Thresholds are found by bisection over the bits of a weight, a pass each, so ties at one are all

@@ -1,11 +1,11 @@
-"""Who has which row of the device's sampling state, and what stands in it: the host's side of adjusted steps."""
+"""The host's side of logits processing: which request has which row of the sampling state, and what the row holds."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from tinyvllm.errors import InvariantError
-from tinyvllm.ops.sampling.adjust import SamplingState, mask_words
+from tinyvllm.ops.sampling.logits_processing import SamplingState, mask_words
 from tinyvllm.scheduling.plan import StepPlan
 from tinyvllm.scheduling.request import Request, Status
 
@@ -14,10 +14,10 @@ ALL_ALLOWED = np.uint32(0xFFFFFFFF)
 
 
 class SamplingRows:
-    """Owns the state's rows. A request has one from the first adjusted step that samples it to the first that does not:
-    what is then written again is made of its prompt and output, so nothing is lost by a preemption.
+    """Owns the state's rows. A request holds one from the first step with logits processing that samples it until the
+    first such step that does not. A new row is filled from the prompt and the output, so a preemption loses nothing.
 
-    Rows change hands while no adjusted step is in flight: `pack` comes after the step before was read.
+    Rows change hands while no step with logits processing is in flight: `pack` runs after the previous step was read.
     """
 
     def __init__(self, state: SamplingState) -> None:
@@ -29,14 +29,14 @@ class SamplingRows:
 
     def pack(self, plan: StepPlan, views: dict[str, np.ndarray]) -> None:
         """Write what the step's sampled requests ask for into the state and into the step's inputs."""
-        wanted = [entry.request for entry in plan.sampled]
-        adjusted = {request for request in wanted if request.needs_adjustment and request.status is not Status.FINISHED}
-        for request in [request for request in self._rows if request not in adjusted]:
+        sampled = [entry.request for entry in plan.sampled]
+        processed = {r for r in sampled if r.needs_logits_processing and r.status is not Status.FINISHED}
+        for request in [request for request in self._rows if request not in processed]:
             self._free.append(self._rows.pop(request))
             self._allowed.pop(request, None)
         views["state_rows"][:] = -1
-        for index, request in enumerate(wanted):
-            if request in adjusted:
+        for index, request in enumerate(sampled):
+            if request in processed:
                 views["state_rows"][index] = self._row_of(request)
                 self._pack_row(index, request, views)
 

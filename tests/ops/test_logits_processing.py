@@ -14,7 +14,14 @@ from tests.ops.builders import PENALTIES, Sampled, normal, pack_sampling, read_s
 from tinyvllm.config import MAX_LOGIT_BIAS
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.backend import Backend
-from tinyvllm.ops.sampling.adjust import IN_PROMPT, MAX_COUNT, SamplingState, mask_words, sample_adjusted, state_bytes
+from tinyvllm.ops.sampling.logits_processing import (
+    IN_PROMPT,
+    MAX_COUNT,
+    SamplingState,
+    mask_words,
+    sample_processed,
+    state_bytes,
+)
 from tinyvllm.ops.sampling.reference import HostState, allowed_ids, sample_row, typical
 from tinyvllm.ops.sampling.sample import SampleSpec
 from tinyvllm.ops.step_inputs import StepLayout
@@ -56,7 +63,7 @@ class Wish:
 
     def probabilities(self, raw: np.ndarray) -> np.ndarray:
         """Of each id to be drawn: min-p, top-k, top-p and typical-p by sorting, in this order."""
-        weights = np.exp((adjusted := self.logits(raw) / self.temperature) - adjusted.max())
+        weights = np.exp((processed := self.logits(raw) / self.temperature) - processed.max())
         order = np.argsort(-weights)
         ranked = np.where(weights[order] >= self.min_p, weights[order], 0.0)
         if self.top_k:
@@ -121,7 +128,7 @@ class Bench:
         layout, buffer = self.pack(**columns)
         tensor = upload_logits(self.device, logits)
         spec = SampleSpec(layout, self.vocab, (tensor.numel() // layout.num_seqs,), self.device.has_threads)
-        got = read_sampled(sample_adjusted(spec, [tensor], self.device.upload(buffer), self.state))
+        got = read_sampled(sample_processed(spec, [tensor], self.device.upload(buffer), self.state))
         np.testing.assert_array_equal(tensor.numpy().reshape(logits.shape[0], -1)[:, : self.vocab], logits)
         return got
 
@@ -157,7 +164,7 @@ def draw_wish(rng: np.random.Generator, vocab: int) -> Wish:
 
 
 @pytest.mark.parametrize("vocab", VOCABULARIES)
-def test_adjusted_rows_equal_the_reference(device: DeviceHandle, kind: str, vocab: int) -> None:
+def test_processed_rows_equal_the_reference(device: DeviceHandle, kind: str, vocab: int) -> None:
     """Every row asks for something else, some for nothing. Three steps, so that what was counted is heeded."""
     seqs, rng = 16, np.random.default_rng(vocab)
     bench = Bench(device, [draw_wish(rng, vocab) if rng.random() < 0.8 else None for _ in range(seqs)], vocab)
@@ -198,7 +205,7 @@ WISHES = {
 
 
 @pytest.mark.parametrize("name", WISHES)
-def test_adjusted_tokens_are_drawn_as_often_as_their_probability_says(
+def test_processed_tokens_are_drawn_as_often_as_their_probability_says(
     device: DeviceHandle, kind: str, name: str
 ) -> None:
     """Chi-square over 4096 draws of fixed seeds; what is cut is never drawn. The counts stay those of the wish."""

@@ -1,6 +1,6 @@
 """Logits as a request wants them changed before a token is sampled: allowed ids, logit bias, penalties.
 
-A step in which no row asks for such things runs `sample.sample` and knows nothing of this file. An adjusted step keeps
+A step in which no row asks for such things runs `sample.sample` and knows nothing of this file. Any other step keeps
 the raw logits, from which logprobs are reported, and samples from a changed copy. In vLLM's order
 (github.com/vllm-project/vllm/blob/3e342658b2e9c85a30a54d19e64e5ad77b8a26a6/vllm/v1/sample/sampler.py, class Sampler):
 
@@ -56,7 +56,7 @@ from tinyvllm.ops.sampling.sample import (
 from tinyvllm.ops.sampling.typical import typical_kernel
 
 WORD = 32  # ids a word of a mask
-THREADS = 256  # of a threadgroup that adjusts logits
+THREADS = 256  # of a threadgroup that processes logits
 MAX_COUNT = 0x7FFF
 IN_PROMPT = 0x8000
 
@@ -106,8 +106,8 @@ def state_bytes(num_rows: int, vocab_size: int) -> int:
 
 
 @dataclass(frozen=True)
-class AdjustSpec:
-    """A step's logits, and a state of S rows. They are adjusted in one piece: `sample` has one width."""
+class ProcessingSpec:
+    """A step's logits, and a state of S rows. They are processed in one piece: `sample` has one width."""
 
     sample: SampleSpec
     num_rows: int  # S
@@ -117,30 +117,32 @@ class AdjustSpec:
         return mask_words(self.sample.vocab_size)
 
 
-def sample_adjusted(
+def sample_processed(
     spec: SampleSpec, logits: Sequence[Tensor], inputs: Tensor, state: SamplingState, out: Tensor | None = None
 ) -> Tensor:
     """(R * OUT_WIDTH,) int32, as `sample`. Counts the sampled tokens in the state; leaves the logits as they are."""
     seqs, device = spec.layout.num_seqs, str(inputs.device)
     parts = [look_at_share(LeadersSpec(spec, i, draws=False), share, inputs) for i, share in enumerate(logits)]
     whole = replace(spec, widths=(sum(spec.widths),), raw_widths=spec.widths)
-    adjust = AdjustSpec(whole, state.num_rows)
-    adjusted = empty(seqs * whole.widths[0], F32, device)
-    (adjusted,) = run_kernel(adjust_kernel(adjust), [adjusted], [inputs, state.counts, state.mask, *logits])
-    (adjusted,) = run_kernel(bias_kernel(adjust), [adjusted], [inputs, state.counts, state.mask, state.bias, *logits])
-    (adjusted,) = run_kernel(typical_kernel(whole), [adjusted], [inputs])
-    changed = look_at_share(LeadersSpec(whole, 0, ranks=False), adjusted, inputs)
+    processing = ProcessingSpec(whole, state.num_rows)
+    processed = empty(seqs * whole.widths[0], F32, device)
+    (processed,) = run_kernel(process_kernel(processing), [processed], [inputs, state.counts, state.mask, *logits])
+    (processed,) = run_kernel(
+        bias_kernel(processing), [processed], [inputs, state.counts, state.mask, state.bias, *logits]
+    )
+    (processed,) = run_kernel(typical_kernel(whole), [processed], [inputs])
+    changed = look_at_share(LeadersSpec(whole, 0, ranks=False), processed, inputs)
     out = empty(seqs * OUT_WIDTH, I32, device) if out is None else out
     operands = [inputs, *changed, *[tensor for part in parts for tensor in part]]
     (out,) = run_kernel(draw_kernel(whole), [out], operands)
     # the output is passed on, so that whoever waits for it waits for the counts
-    return run_kernel(count_kernel(adjust), [out, state.counts], [inputs])[0]
+    return run_kernel(count_kernel(processing), [out, state.counts], [inputs])[0]
 
 
-class _Adjustment:
+class _LogitsProcessor:
     """What one row's settings make of a logit."""
 
-    def __init__(self, spec: AdjustSpec, row: UOp, inputs: UOp, counts: UOp, mask: UOp) -> None:
+    def __init__(self, spec: ProcessingSpec, row: UOp, inputs: UOp, counts: UOp, mask: UOp) -> None:
         layout = spec.sample.layout
         self._counts, self._mask, self.words = counts, mask, spec.words
 
@@ -173,15 +175,15 @@ class _Adjustment:
 
 
 @cached_kernel
-def adjust_kernel(spec: AdjustSpec) -> KernelFn:
-    """fn(adjusted (R, stride), inputs, counts, mask, *logits): every logit as its row wants it, but for its bias."""
+def process_kernel(spec: ProcessingSpec) -> KernelFn:
+    """fn(processed (R, stride), inputs, counts, mask, *logits): every logit as its row wants it, but for its bias."""
     seqs, (stride,), vocab = spec.sample.layout.num_seqs, spec.sample.widths, spec.sample.vocab_size
     is_padded = stride >= spec.words * WORD  # what lies behind the vocabulary may be written
 
-    def kernel(adjusted: UOp, inputs: UOp, counts: UOp, mask: UOp, *logits: UOp) -> UOp:
+    def kernel(processed: UOp, inputs: UOp, counts: UOp, mask: UOp, *logits: UOp) -> UOp:
         body, has_threads = Body(), spec.sample.has_threads
         row = body.grid(seqs) if seqs > 1 or has_threads else body.loop(1)
-        change = _Adjustment(spec, row, inputs, counts, mask)
+        change = _LogitsProcessor(spec, row, inputs, counts, mask)
         stores = []
         for share in row_slices(logits, spec.sample.raw_widths, row, vocab):
             first, num_words = share.origin // WORD, mask_words(min(share.span, vocab - share.origin))
@@ -191,8 +193,8 @@ def adjust_kernel(spec: AdjustSpec) -> KernelFn:
             value = share.value_of(index if is_padded else index.minimum(vocab - 1))
             value = change.apply(value, first + word, lane, change.word_of(first + word))
             at = row * stride + index
-            stores.append(adjusted[at if is_padded else at.valid(index < vocab)].store(value).end(*ends))
-        name = f"adjust_{seqs}x{vocab}"
+            stores.append(processed[at if is_padded else at.valid(index < vocab)].store(value).end(*ends))
+        name = f"process_{seqs}x{vocab}"
         return finish(UOp.group(*stores).end(row), name, ops=8 * seqs * vocab, nbytes=10 * seqs * vocab)
 
     return kernel
@@ -213,16 +215,16 @@ def _words(body: Body, num_words: int, has_threads: bool) -> tuple[UOp, list[UOp
 
 
 @cached_kernel
-def bias_kernel(spec: AdjustSpec) -> KernelFn:
-    """fn(adjusted, inputs, counts, mask, bias, *logits): the ids with a bias once more, from the raw logit and bias."""
+def bias_kernel(spec: ProcessingSpec) -> KernelFn:
+    """fn(processed, inputs, counts, mask, bias, *logits): the ids with a bias, from their raw logits and biases."""
     seqs, (stride,), vocab = spec.sample.layout.num_seqs, spec.sample.widths, spec.sample.vocab_size
 
-    def kernel(adjusted: UOp, inputs: UOp, counts: UOp, mask: UOp, bias: UOp, *logits: UOp) -> UOp:
+    def kernel(processed: UOp, inputs: UOp, counts: UOp, mask: UOp, bias: UOp, *logits: UOp) -> UOp:
         body = Body()
         has_threads = spec.sample.has_threads
         row = body.grid(seqs) if seqs > 1 or has_threads else body.loop(1)
         thread = body.threads(THREADS) if has_threads else None
-        change = _Adjustment(spec, row, inputs, counts, mask)
+        change = _LogitsProcessor(spec, row, inputs, counts, mask)
         width = THREADS if has_threads else 1
         chunk = body.fold_while((change.num_bias + (width - 1)) // width)
         entry = chunk.cast(dtypes.weakint) * width + (thread if thread is not None else 0)
@@ -233,7 +235,7 @@ def bias_kernel(spec: AdjustSpec) -> KernelFn:
         logit = logit_of(row_slices(logits, spec.sample.raw_widths, row, vocab), index)
         value = change.apply(logit + added, word, lane, change.word_of(word))
         target = row * stride + index
-        store = adjusted[target if thread is None else target.valid(entry.cast(I32) < change.num_bias)].store(value)
+        store = processed[target if thread is None else target.valid(entry.cast(I32) < change.num_bias)].store(value)
         axes = (chunk, row) if thread is None else (chunk, thread, row)
         return finish(store.end(*axes), f"bias_{seqs}x{vocab}", nbytes=8 * seqs)
 
@@ -241,7 +243,7 @@ def bias_kernel(spec: AdjustSpec) -> KernelFn:
 
 
 @cached_kernel
-def count_kernel(spec: AdjustSpec) -> KernelFn:
+def count_kernel(spec: ProcessingSpec) -> KernelFn:
     """fn(out, counts, inputs): each counted row's token once more. `out` is only read."""
     seqs, vocab, words = spec.sample.layout.num_seqs, spec.sample.vocab_size, spec.words
 

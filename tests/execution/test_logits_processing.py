@@ -1,4 +1,4 @@
-"""What is sent to the device for requests that adjust their logits: once what stays, and a mask only where it moves."""
+"""What is sent to the device for logits processing: what stays is sent once, and a mask only when it changes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from tests.execution.driver import make_request
 from tinyvllm.errors import InvariantError
-from tinyvllm.execution import adjusted
-from tinyvllm.execution.adjusted import SamplingRows
+from tinyvllm.execution import logits_processing
+from tinyvllm.execution.logits_processing import SamplingRows
 from tinyvllm.ops.sampling.reference import allowed_ids
 from tinyvllm.ops.step_inputs import StepLayout
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
@@ -150,13 +150,13 @@ def test_a_grammars_mask_is_cut_by_what_else_is_allowed() -> None:
 def test_the_allowed_ids_become_bits_once_beside_a_mask_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bad words' bits are made anew, since they follow the output; what is always allowed is not."""
     made: list[tuple[int, ...]] = []
-    original = adjusted._bits
+    original = logits_processing._bits
 
     def note(ids: Sequence[int], num_words: int) -> np.ndarray:
         made.append(tuple(ids))
         return original(list(ids), num_words)
 
-    monkeypatch.setattr(adjusted, "_bits", note)
+    monkeypatch.setattr(logits_processing, "_bits", note)
     bench = Bench()
     request = running("a", allowed_token_ids=(5, 7, 9))
     request.bad_words_ids = ((7, 9),)

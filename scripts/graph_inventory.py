@@ -25,8 +25,7 @@ os.environ.setdefault("DEV", "CPU")
 sys.path.insert(0, os.getcwd())  # the checkout that this is run in, and its tests/
 
 import tinyvllm.model  # noqa: F401  (before tinygrad)
-from tests.ops import test_rendering
-from tests.ops.test_gpu_fused import rendered
+from tests.ops.rendering import gpu_backend, rendered
 from tinyvllm.bench.shapes import find_shape
 from tinyvllm.config import ModelConfig
 
@@ -54,7 +53,7 @@ def backend_for(target: str) -> Any:
             from tinyvllm.ops.device import open_device
         return CpuBackend(open_device(), None)
     if target == "OpenCL":
-        return test_rendering.gpu_backend("float16")
+        return gpu_backend("float16")
     kind = target.split()[0]
     backend = rendered(kind, is_chained=target == "CUDA sm_90")
     backend.has_wgmma = backend.has_wide = target == "CUDA sm_90"

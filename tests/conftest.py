@@ -20,7 +20,7 @@ import pytest
 
 from tinyvllm.config import CACHE_DIR_VARIABLE, ModelFiles
 
-pytest.register_assert_rewrite("tests.builders")
+pytest.register_assert_rewrite("tests.ops", "tests.builders")
 
 # The same examples in every run, and no limit on the time of one: what fails here fails everywhere.
 hypothesis.settings.register_profile("tinyvllm", derandomize=True, deadline=None, database=None)

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 from tinygrad import UOp
 
-from tests.ops.test_cores import add_one_kernel
+from tests.ops.kernel.examples import add_one_kernel
 from tinyvllm.device import compiling
 from tinyvllm.device.compiling import Compiler, to_program_cache
 from tinyvllm.ops.kernel.body import F32

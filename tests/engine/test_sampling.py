@@ -10,7 +10,7 @@ import pytest
 
 from tests.builders import TinyLlama, make_weights, write_tiny_hf_llama
 from tests.model.test_llama import numpy_llama
-from tests.ops.test_logits_processing import Wish
+from tests.ops.sampling.wishes import Wish
 from tinyvllm.config import SamplingParams
 from tinyvllm.engine.llm import LLM, RequestOutput
 from tinyvllm.ops.sampling.reference import race, uniforms

@@ -104,8 +104,8 @@ def test_attention_equals_the_reference_and_writes_its_slots_alone(
     normed: bool,
 ) -> None:
     """Where no row is padding, nobody reads what another thread of the same dispatch writes: padding may."""
+    from tests.ops.attention import Case, attend, make_history
     from tests.ops.builders import Piece, largest_difference, make_step
-    from tests.ops.test_attention import Case, attend, make_history
     from tinyvllm.ops.step_inputs import StepLayout
 
     layout = StepLayout(*sizes)

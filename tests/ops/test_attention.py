@@ -3,136 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from tests.builders import encode_floats
-from tests.ops.builders import Piece, make_pool, make_step, normal, read_pool
+from tests.ops.attention import (
+    DECODE,
+    MIXED,
+    Case,
+    attend,
+    decode_pieces,
+    make_history,
+    mixed_pieces,
+)
+from tests.ops.builders import Piece, make_step, normal
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import DeviceError, UnsupportedModelError
-from tinyvllm.ops.backend import AttentionShape, Backend, Norm
+from tinyvllm.ops.backend import AttentionShape, Backend
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.gpu.backend import GpuBackend
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.step_inputs import StepLayout
-
-
-@dataclass(frozen=True)
-class Case:
-    """A shape of attention. H and K heads of D; `widths` are the columns of qkv's parts in units of heads. Heads are
-    `normed` before they are rotated, or not."""
-
-    heads: int
-    kv_heads: int
-    dim: int
-    layout: StepLayout
-    is_decode: bool
-    dtype: str = "float32"
-    widths: tuple[int, ...] = ()
-    normed: bool = False
-
-    @property
-    def shape(self) -> AttentionShape:
-        return AttentionShape(self.heads, self.kv_heads, self.dim)
-
-    @property
-    def parts(self) -> tuple[int, ...]:
-        """Columns of qkv's parts."""
-        return tuple(width * self.dim for width in self.widths or (self.heads + 2 * self.kv_heads,))
-
-    @property
-    def name(self) -> str:
-        step = f"{'decode' if self.is_decode else 'mixed'}{self.layout.num_tokens}"
-        kind = f"{self.dtype}{'-normed' if self.normed else ''}"
-        return f"{step}-{self.heads}over{self.kv_heads}x{self.dim}-{self.layout.block_size}-{kind}"
-
-
-DECODE = [
-    Case(9, 3, 64, StepLayout(1, 1, 8, 16), True, "float16"),  # the default model's
-    Case(4, 4, 16, StepLayout(3, 3, 5, 8), True),  # no grouping
-    Case(8, 2, 32, StepLayout(4, 4, 3, 32), True, "float16", (8, 2, 2)),
-    Case(8, 1, 128, StepLayout(2, 2, 4, 16), True),
-    Case(6, 2, 16, StepLayout(5, 5, 3, 8), True, "float16", (8, 2)),
-    Case(16, 8, 128, StepLayout(1, 1, 8, 16), True, "float16", normed=True),  # Qwen3's
-    Case(4, 2, 40, StepLayout(3, 3, 4, 16), True, "float32", (4, 2, 2), normed=True),
-]
-MIXED = [
-    Case(9, 3, 64, StepLayout(16, 3, 6, 16), False, "float16", (12, 3)),  # V in another format than Q and K
-    Case(2, 2, 16, StepLayout(24, 2, 3, 32), False),
-    Case(8, 1, 32, StepLayout(16, 4, 9, 8), False, "float16"),
-    Case(4, 1, 128, StepLayout(8, 2, 2, 16), False, "float32", (4, 1, 1)),
-    Case(4, 2, 64, StepLayout(8, 2, 2, 64), False),
-    Case(16, 8, 128, StepLayout(16, 3, 3, 16), False, "float16", normed=True),
-    Case(3, 1, 24, StepLayout(12, 2, 4, 8), False, "float32", (3, 1, 1), normed=True),
-]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What attention gave, and the pool before and behind it in plain order."""
-
-    out: np.ndarray  # (T, H, D)
-    before: tuple[np.ndarray, np.ndarray]
-    after: tuple[np.ndarray, np.ndarray]
-
-
-def attend(ops: Backend, case: Case, buffer: np.ndarray, history: tuple[np.ndarray, np.ndarray]) -> Result:
-    """Run one step over a pool that holds `history`: keys and values (slots, K, D)."""
-    size = case.layout.block_size
-    pool = make_pool(ops, case.shape, size, case.dtype, *history)
-    before = read_pool(ops, case.shape, size, pool)
-    qkv = normal(case.layout.num_tokens, sum(case.parts), seed=3)
-    parts = [ops.device.upload(part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
-    rope = ops.device.upload(make_rope(case.dim, case.layout.max_blocks * size))
-    step = (pool, 0, ops.device.upload(buffer), rope, case.layout)
-    norm = make_head_norm(ops, case)
-    out = ops.attend(parts, case.parts, case.shape, *step, is_decode=case.is_decode, head_norm=norm)
-    parts_out = [part.numpy().reshape(case.layout.num_tokens, -1) for part in ops.parts_of(out)]
-    rows = np.concatenate(parts_out, axis=1).reshape(-1, case.heads, case.dim)
-    return Result(rows, before, read_pool(ops, case.shape, size, pool))
-
-
-def make_rope(dim: int, positions: int) -> np.ndarray:
-    angles = np.arange(positions)[:, None] / 10000.0 ** (np.arange(0, dim, 2) / dim)
-    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-
-
-def make_head_norm(ops: Backend, case: Case) -> Norm | None:
-    """Other weights for queries than for keys, and an epsilon that shows."""
-    return Norm(ops.device.upload(1 + 0.3 * normal(2 * case.dim, seed=4)), 0.05) if case.normed else None
-
-
-def make_history(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values of every slot of the pool, of numbers that its dtype holds exactly."""
-    slots = (case.layout.num_seqs * case.layout.max_blocks + 1) * case.layout.block_size
-
-    def stored(seed: int) -> np.ndarray:
-        return encode_floats(normal(slots, case.kv_heads, case.dim, seed=seed), case.dtype).astype(np.float32)
-
-    return stored(1), stored(2)
-
-
-def decode_pieces(case: Case) -> list[list[Piece]]:
-    """Batches whose contexts are 1, at and behind a block's end, and the longest."""
-    size, rows = case.layout.block_size, case.layout.num_seqs
-    longest = case.layout.max_blocks * size
-    starts = [0, size - 1, size, longest - 1, longest // 2, 1, 2 * size - 1]
-    starts += starts[: -len(starts) % rows]
-    return [[Piece(start) for start in starts[i : i + rows]] for i in range(0, len(starts), rows)]
-
-
-def mixed_pieces(case: Case) -> list[list[Piece]]:
-    """Ragged batches: a chunk that ends at a block's end beside a decode; one sequence over all rows; half empty."""
-    size, tokens = case.layout.block_size, case.layout.num_tokens
-    longest = case.layout.max_blocks * size
-    chunk = tokens // 2
-    return [
-        [Piece(longest - chunk, chunk), Piece(size)],
-        [Piece(0, tokens)],
-        [Piece(size - 1, 3), Piece(0, tokens - 4)],
-    ]
 
 
 def check(ops: Backend, reference: ReferenceBackend, case: Case, pieces: list[Piece], seed: int) -> None:

@@ -1,5 +1,5 @@
 """Steps with many rows on CUDA and METAL: their kernels are rendered anywhere, and run where there is such a device:
-DEV=CUDA python -m pytest -m gpu tests/ops/test_gpu_prefill.py"""
+DEV=CUDA python -m pytest -m gpu tests/ops/gpu/test_prefill.py"""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.codegen import to_program
 
+from tests.ops.attention import Case, Result, make_head_norm, make_history, make_rope, random_case
 from tests.ops.builders import Piece, largest_difference, make_host, make_pool, make_step, normal, read_pool
-from tests.ops.test_attention import Case, Result, make_head_norm, make_history, make_rope
-from tests.ops.test_gpu_fused import KINDS, SHAPES, TOLERANCE, lanes, multiply, random_case, rendered
-from tests.ops.test_rendering import check_limits, kernels_of, make_renderer, plan_attention, plan_layer
+from tests.ops.gpu.products import SHAPES, TOLERANCE, multiply
+from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, plan_attention, plan_layer, rendered
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.backend import AttentionShape, Backend
 from tinyvllm.ops.formats.matrix import Format
@@ -39,8 +39,6 @@ from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.step_inputs import StepLayout
-
-__all__ = ["lanes"]  # a fixture
 
 # -- limits ------------------------------------------------------------------------------------------------------------
 

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tinygrad import Tensor, UOp, dtypes
+from tinygrad import Tensor, dtypes
 
 from tests.builders import write_tiny_gguf, write_tiny_hf_llama
+from tests.ops.kernel.examples import add_one_kernel
 from tinyvllm.config import EngineConfig, SamplingParams
 from tinyvllm.device.handle import open_device
 from tinyvllm.device.recording import Call, RecordedStep, record
 from tinyvllm.device.replay import _waits, make_replay
 from tinyvllm.device.scratch import Scratch
 from tinyvllm.execution.runner import ModelRunner, load_runner
-from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
+from tinyvllm.ops.kernel.body import empty, run_kernel
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
@@ -75,17 +76,6 @@ def _runner(files: object, cores: int) -> ModelRunner:
     runner = load_runner(files, EngineConfig("tiny", cpu_cores=cores, **SETTINGS))  # type: ignore[arg-type]
     runner.warm_up()
     return runner
-
-
-@cached_kernel
-def add_one_kernel(size: int) -> KernelFn:
-    """fn(out, x): x + 1."""
-
-    def kernel(out: UOp, x: UOp) -> UOp:
-        i = Body().loop(size)
-        return finish(out[i].store(x[i].load() + 1.0).end(i), f"add_one_{size}")
-
-    return kernel
 
 
 def test_a_chain_across_cores_runs_in_order_again_and_again() -> None:

@@ -1,5 +1,5 @@
 """The fused kernels of CUDA and METAL: counted and rendered anywhere, run where there is such a device:
-DEV=CUDA python -m pytest -m gpu tests/ops/test_gpu_fused.py"""
+DEV=CUDA python -m pytest -m gpu tests/ops/gpu/test_fused.py"""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.codegen import to_program
 from tinygrad.uop.ops import Ops
 
+from tests.ops.attention import (
+    DECODE,
+    Case,
+    Result,
+    decode_pieces,
+    make_head_norm,
+    make_history,
+    make_rope,
+    random_case,
+)
 from tests.ops.builders import (
     QUANTIZED,
     Piece,
@@ -22,8 +32,8 @@ from tests.ops.builders import (
     normal,
     read_pool,
 )
-from tests.ops.test_attention import DECODE, Case, Result, decode_pieces, make_head_norm, make_history, make_rope
-from tests.ops.test_rendering import check_limits, kernels_of, make_renderer, plan_layer
+from tests.ops.gpu.products import SHAPES, TOLERANCE, multiply, read, upload
+from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, plan_layer, rendered
 from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import record, trace_step
@@ -32,28 +42,10 @@ from tinyvllm.ops.backend import AttentionShape, Backend, Norm
 from tinyvllm.ops.formats.matrix import Format
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.linear import MatrixSpec
-from tinyvllm.ops.kernel.lanes import AWAIT_PREVIOUS, Lanes, Mma, lanes_of
+from tinyvllm.ops.kernel.lanes import AWAIT_PREVIOUS, Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.step_inputs import StepLayout
-
-KINDS = {"METAL": "METAL", "CUDA": "CUDA sm_80"}  # by the targets of test_rendering
-TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}  # of the largest value
-
-
-def rendered(kind: str, dtype: str = "float16", *, is_chained: bool = False) -> FusedGpuBackend:
-    """A backend whose tensors have to lie somewhere, and are never realised."""
-    lanes = Lanes(kind, (dtypes.half, dtypes.bfloat16), is_chained)
-    return FusedGpuBackend(DeviceHandle("CPU", has_threads=True, is_unified=True), dtype, lanes)
-
-
-@pytest.fixture
-def lanes(device: DeviceHandle) -> Lanes:
-    found = lanes_of(device.name)
-    if found is None:
-        pytest.fail(f"the fused kernels do not run on DEV={device.name}", pytrace=False)
-    return found
-
 
 # -- counts and limits -------------------------------------------------------------------------------------------------
 
@@ -153,37 +145,6 @@ def test_a_shape_that_does_not_fit_says_so(caplog: pytest.LogCaptureFixture) -> 
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
-def upload(backend: Backend, values: np.ndarray) -> Tensor:
-    tensor = backend.device.upload(values)
-    return tensor.cast(backend.float).contiguous().realize() if isinstance(backend, FusedGpuBackend) else tensor
-
-
-def read(backend: Backend, x: Tensor, tokens: int) -> np.ndarray:
-    (whole,) = backend.parts_of(x)
-    return whole.float().numpy().reshape(tokens, -1)
-
-
-def multiply(backend: Backend, fmt: str, tokens: int, operation: str, rows: int, cols: int) -> np.ndarray:
-    x, norm = upload(backend, normal(tokens, cols, seed=1)), Norm(backend.device.upload(normal(cols, seed=2)), 1e-5)
-    if operation == "norm_gated":
-        matrix = backend.gate_up(make_host(fmt, rows, cols, seed=3), make_host(fmt, rows, cols, seed=4))
-        return read(backend, backend.norm_gated("test", x, norm, matrix, tokens), tokens)
-    (matrix,) = backend.stacked([make_host(fmt, rows, cols, seed=5)])
-    if operation == "norm_linear":
-        return read(backend, backend.norm_linear("test", x, norm, [matrix], tokens)[0], tokens)
-    added = backend.linear_add("test", x, matrix, upload(backend, normal(tokens, rows, seed=6)), tokens)
-    if operation == "linear_add":
-        return read(backend, added, tokens)
-    # a sum that the next norm computes, and that is read again behind it
-    (second,) = backend.stacked([make_host(fmt, 64, rows, seed=7)])
-    norm = Norm(backend.device.upload(normal(rows, seed=8)), 1e-5)
-    (out,) = backend.norm_linear("test", added, norm, [second], tokens)
-    return np.concatenate([read(backend, tensor, tokens) for tensor in (out, added)], axis=1)
-
-
-SHAPES = {"norm_linear": (96, 256), "norm_gated": (64, 512), "linear_add": (64, 1280), "chain": (256, 768)}
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("operation", SHAPES)
 @pytest.mark.parametrize("fmt", ["float32", *QUANTIZED])
@@ -278,17 +239,6 @@ CASES = [
     Case(16, 8, 128, StepLayout(5, 5, 9, 16), True, "float16", normed=True),
     Case(6, 2, 64, StepLayout(36, 36, 5, 16), True, "float16", (6, 2, 2), normed=True),
 ]
-
-
-def random_case(seed: int, *, is_decode: bool) -> Case:
-    """Normed heads of a shape that the kernels with matrix units serve."""
-    rng = np.random.default_rng(seed)
-    kv_heads, group, dim = int(rng.integers(1, 5)), int(rng.integers(1, 9)), int(rng.choice([64, 128]))
-    heads, seqs = kv_heads * group, int(rng.integers(1, 20))
-    widths = ((heads, kv_heads, kv_heads), (heads + kv_heads, kv_heads), ())[int(rng.integers(3))]
-    tokens = seqs if is_decode else seqs + int(rng.integers(10, 100))
-    layout = StepLayout(tokens, seqs, int(rng.integers(3, 20)), int(rng.choice([16, 32])))
-    return Case(heads, kv_heads, dim, layout, is_decode, "float16", widths, normed=True)
 
 
 CASES += [random_case(seed, is_decode=True) for seed in range(3)]

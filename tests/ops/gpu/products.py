@@ -1,0 +1,41 @@
+"""Products of the fused kernels beside the reference's."""
+
+from __future__ import annotations
+
+import numpy as np
+from tinygrad import Tensor
+
+from tests.ops.builders import make_host, normal
+from tinyvllm.ops.backend import Backend, Norm
+from tinyvllm.ops.gpu.fused import FusedGpuBackend
+
+TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}  # of the largest value
+
+
+def upload(backend: Backend, values: np.ndarray) -> Tensor:
+    tensor = backend.device.upload(values)
+    return tensor.cast(backend.float).contiguous().realize() if isinstance(backend, FusedGpuBackend) else tensor
+
+
+def read(backend: Backend, x: Tensor, tokens: int) -> np.ndarray:
+    (whole,) = backend.parts_of(x)
+    return whole.float().numpy().reshape(tokens, -1)
+
+
+def multiply(backend: Backend, fmt: str, tokens: int, operation: str, rows: int, cols: int) -> np.ndarray:
+    x, norm = upload(backend, normal(tokens, cols, seed=1)), Norm(backend.device.upload(normal(cols, seed=2)), 1e-5)
+    if operation == "norm_gated":
+        matrix = backend.gate_up(make_host(fmt, rows, cols, seed=3), make_host(fmt, rows, cols, seed=4))
+        return read(backend, backend.norm_gated("test", x, norm, matrix, tokens), tokens)
+    (matrix,) = backend.stacked([make_host(fmt, rows, cols, seed=5)])
+    if operation == "norm_linear":
+        return read(backend, backend.norm_linear("test", x, norm, [matrix], tokens)[0], tokens)
+    added = backend.linear_add("test", x, matrix, upload(backend, normal(tokens, rows, seed=6)), tokens)
+    if operation == "linear_add":
+        return read(backend, added, tokens)
+    # a sum that the next norm computes, and that is read again behind it
+    (second,) = backend.stacked([make_host(fmt, 64, rows, seed=7)])
+    norm = Norm(backend.device.upload(normal(rows, seed=8)), 1e-5)
+    (out,) = backend.norm_linear("test", added, norm, [second], tokens)
+    return np.concatenate([read(backend, tensor, tokens) for tensor in (out, added)], axis=1)
+SHAPES = {"norm_linear": (96, 256), "norm_gated": (64, 512), "linear_add": (64, 1280), "chain": (256, 768)}

@@ -276,7 +276,7 @@ def test_default_model_is_taken_whole():
     checkpoint = open_files(files)
     tensors = GGUFFile(files.path).tensors
     for tensor in tensors.values():
-        matrix = checkpoint.take(canonical_name(tensor.name), tensor.shape)
+        matrix = checkpoint.take(canonical_name(tensor.name, "llama"), tensor.shape)
         assert isinstance(matrix, QuantizedMatrix) == (len(tensor.shape) == 2)
     checkpoint.finish()
     assert len(checkpoint.names()) == len(tensors) == 272

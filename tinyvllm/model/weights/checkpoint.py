@@ -12,6 +12,7 @@ from tinyvllm.errors import WeightMismatchError
 from tinyvllm.model.weights.gguf import read_gguf
 from tinyvllm.model.weights.safetensors import read_safetensors
 from tinyvllm.model.weights.stored import StoredTensor
+from tinyvllm.storage.families import KNOWN_ARCHITECTURES
 
 # Buffers that old versions of transformers saved; the model computes them
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -20,10 +21,26 @@ HEAD_NAME = "lm_head.weight"
 
 def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
     """Find every tensor of the model, without reading values. Raises ModelError and its kinds."""
-    read = read_gguf(files.path, config) if files.kind == "gguf" else read_safetensors(files.path)
+    if files.kind == "gguf":
+        read = read_gguf(files.path, config)
+    else:
+        read = language_model_tensors(read_safetensors(files.path), config.architecture)
     # tied embeddings: some writers store the head nevertheless, as a copy that transformers does not read either
     ignored = (*IGNORED_SUFFIXES, HEAD_NAME) if config.tie_embeddings else IGNORED_SUFFIXES
     return Checkpoint(files.path, {name: tensor for name, tensor in read.items() if not name.endswith(ignored)})
+
+
+def language_model_tensors(tensors: Mapping[str, StoredTensor], architecture: str) -> dict[str, StoredTensor]:
+    """Tensors by the names that the text model alone would have, without those of other parts (a vision tower)."""
+    family = KNOWN_ARCHITECTURES.get(architecture)
+    if family is None:
+        return dict(tensors)
+    found = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(family.hf_unread):
+            prefix = next((prefix for prefix in family.hf_renamed if name.startswith(prefix)), "")
+            found[family.hf_renamed.get(prefix, "") + name.removeprefix(prefix)] = tensor
+    return found
 
 
 class WeightSource(Protocol):

@@ -33,12 +33,21 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# What a family calls otherwise, by the registry's key: Gemma's layers have norms after attention and feed-forward too
+FAMILY_LAYER_NAMES = {
+    "gemma3": {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
+}
 LAYER_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>\w+)\.(?P<suffix>weight|bias)")
 TOP_TENSOR = re.compile(r"(?P<part>\w+)\.(?P<suffix>weight|bias)")
 
-# Families whose Q and K rows llama.cpp's converter reorders: there a rotated pair lies in neighbouring rows, here in
-# the two halves of a head. By the registry's key.
+# Families whose rows of Q and K (and their biases) llama.cpp's converter reorders: there a rotated pair lies in
+# neighboring rows, here in the two halves of a head. By the registry's key; Mistral's files are llama's.
 ROTARY_PAIRS_INTERLEAVED = {"llama"}
+ROTARY_TENSORS = tuple(f"{part}.{suffix}" for part in ("attn_q", "attn_k") for suffix in ("weight", "bias"))
 
 
 def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
@@ -57,16 +66,18 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
                 f"known: {', '.join(KNOWN_TYPES)}"
             )
         read: Callable[[], HostMatrix] = partial(_read, tensor)
-        if config.architecture in ROTARY_PAIRS_INTERLEAVED and tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+        if config.architecture in ROTARY_PAIRS_INTERLEAVED and tensor.name.endswith(ROTARY_TENSORS):
             read = partial(_read_rotary, tensor, config.head_dim)
-        tensors[canonical_name(tensor.name)] = StoredTensor(tensor.shape, read)
+        tensors[canonical_name(tensor.name, config.architecture)] = StoredTensor(tensor.shape, read)
     return tensors
 
 
-def canonical_name(gguf_name: str) -> str:
+def canonical_name(gguf_name: str, architecture: str) -> str:
     """Hugging Face's name of llama.cpp's tensor, or the same name if there is none."""
-    if (match := LAYER_TENSOR.fullmatch(gguf_name)) and match["part"] in LAYER_NAMES:
-        return f"model.layers.{match['layer']}.{LAYER_NAMES[match['part']]}.{match['suffix']}"
+    if match := LAYER_TENSOR.fullmatch(gguf_name):
+        names = LAYER_NAMES | FAMILY_LAYER_NAMES.get(architecture, {})
+        if match["part"] in names:
+            return f"model.layers.{match['layer']}.{names[match['part']]}.{match['suffix']}"
     if (match := TOP_TENSOR.fullmatch(gguf_name)) and match["part"] in TOP_NAMES:
         return f"{TOP_NAMES[match['part']]}.{match['suffix']}"
     return gguf_name

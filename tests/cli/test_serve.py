@@ -171,7 +171,7 @@ def test_a_signal_turns_new_work_away_and_lets_what_runs_finish(tmp_path: Path) 
             refused = refusal(address)
             assert refused.status_code == 503 and refused.json()["error"]["code"] == "server_draining"
             assert refused.headers["retry-after"] == "5" and refused.headers["connection"] == "close"
-            while not any("1 requests may go on" in line for line in lines):
+            while not any("1 requests may continue" in line for line in lines):
                 time.sleep(0.01)
             say(process, "go on")
             rest = "\n".join(chunks)

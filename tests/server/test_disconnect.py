@@ -14,7 +14,7 @@ from tests.server.client import raw_post
 from tests.server.fake_engine import FakeEngine, serving
 from tinyvllm.config import SamplingParams
 from tinyvllm.server.failures import ClientGone
-from tinyvllm.server.streaming import EventStream, begun, guarded, merge, until_disconnect
+from tinyvllm.server.streaming import EventStream, errors_as_events, merge, until_disconnect, wait_for_first
 
 BODIES = {
     "/v1/completions": {"prompt": "ab", "n": 2},
@@ -129,7 +129,7 @@ async def test_work_is_cancelled_with_the_caller() -> None:
 
 async def test_closing_a_begun_stream_ends_the_request_though_nothing_was_read() -> None:
     engine = FakeEngine()
-    items = await begun(begin(engine))
+    items = await wait_for_first(begin(engine))
     assert engine.running == {"r"}
     await items.aclose()
     assert engine.closed == ["r"]
@@ -137,7 +137,7 @@ async def test_closing_a_begun_stream_ends_the_request_though_nothing_was_read()
 
 async def test_client_that_never_reads_ends_the_request() -> None:
     engine = FakeEngine()
-    items = await begun(begin(engine))
+    items = await wait_for_first(begin(engine))
 
     async def frames() -> Any:
         async for item in items:
@@ -146,13 +146,13 @@ async def test_client_that_never_reads_ends_the_request() -> None:
     async def send(message: Any) -> None:
         await asyncio.Event().wait()  # a client whose window is full
 
-    await EventStream(guarded(frames()), items)({"type": "http"}, leave, send)
+    await EventStream(errors_as_events(frames()), items)({"type": "http"}, leave, send)
     assert engine.closed == ["r"]
 
 
 async def test_server_that_raises_on_writing_ends_the_request() -> None:
     engine = FakeEngine()
-    items = await begun(begin(engine))
+    items = await wait_for_first(begin(engine))
 
     async def frames() -> Any:
         async for item in items:
@@ -161,5 +161,5 @@ async def test_server_that_raises_on_writing_ends_the_request() -> None:
     async def send(message: Any) -> None:
         raise OSError("broken pipe")
 
-    await EventStream(guarded(frames()), items)({"type": "http"}, stay, send)
+    await EventStream(errors_as_events(frames()), items)({"type": "http"}, stay, send)
     assert engine.closed == ["r"]

@@ -266,7 +266,7 @@ async def test_unknown_fields_are_accepted_and_logged_once(caplog: pytest.LogCap
         await complete(FakeEngine(), wibble=1)
         await complete(FakeEngine(), wibble=2)
     assert [record.getMessage() for record in caplog.records if "wibble" in record.getMessage()] == [
-        "the request field 'wibble' is not known and has no effect (said once)"
+        "the request field 'wibble' is unknown and has no effect (logged once)"
     ]
 
 

@@ -168,9 +168,9 @@ def test_https_with_a_certificate(tmp_path: Path) -> None:
     TlsFiles(str(both)).check()
     files = TlsFiles(str(certfile), str(keyfile))
     files.check()
-    with pytest.raises(TinyvllmError, match="no pair"):
+    with pytest.raises(TinyvllmError, match="cannot be used together"):
         TlsFiles(str(keyfile), str(certfile)).check()
-    with pytest.raises(TinyvllmError, match="is no file"):
+    with pytest.raises(TinyvllmError, match="is not a file"):
         TlsFiles(str(tmp_path / "none.pem")).check()
     sock = bind("127.0.0.1", 0)
     address = address_of(sock, has_tls=True)
@@ -208,7 +208,7 @@ def test_a_unix_socket_is_for_owner_and_group_and_replaces_a_dead_one(tmp_path: 
 def test_a_unix_socket_overwrites_no_file(tmp_path: Path) -> None:
     file = tmp_path / "precious"
     file.write_text("data")
-    with pytest.raises(TinyvllmError, match="is no socket"):
+    with pytest.raises(TinyvllmError, match="is not a socket"):
         bind_unix(str(file))
     assert file.read_text() == "data"
     with pytest.raises(TinyvllmError, match="--uds"):

@@ -1,4 +1,4 @@
-"""From deltas to answers: what the formats share."""
+"""From deltas to answers: what all formats share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def finite(logprob: float) -> float:
 
 @dataclass
 class Choice:
-    """One choice, gathered."""
+    """The deltas of one choice, gathered."""
 
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Choice:
 
 
 def write_prompt_logprobs(scores: tuple[TokenLogprob | None, ...] | None, num_top: int) -> PromptLogprobs | None:
-    """vLLM's form, of the prompt's own tokens and the `num_top` likeliest."""
+    """Prompt logprobs in vLLM's form: for each token itself, and the `num_top` likeliest in its place."""
     if scores is None:
         return None
     return [
@@ -58,7 +58,7 @@ def write_prompt_logprobs(scores: tuple[TokenLogprob | None, ...] | None, num_to
 
 
 async def gather(items: AsyncGenerator[Item, None], num_choices: int) -> tuple[list[Choice], Tally]:
-    """All choices, whole, and what they cost."""
+    """All choices, complete, and their token counts."""
     choices, tally = [Choice() for _ in range(num_choices)], Tally()
     async with contextlib.aclosing(items):
         async for item in items:

@@ -1,4 +1,4 @@
-"""The ASGI application: routes, error bodies, and the envelope around every request."""
+"""The ASGI application: routes, error bodies, and the middleware around every request."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tinyvllm import __version__
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.server import operations
-from tinyvllm.server.context import RequestContext, entered
+from tinyvllm.server.context import RequestContext, as_current
 from tinyvllm.server.failures import ClientGone, answer_failure, failure_of
 from tinyvllm.server.response_store import ResponseStore
 from tinyvllm.server.routes import include_routes
-from tinyvllm.server.security import Guard, HostCheck, KeyRing
+from tinyvllm.server.security import HostCheck, KeyCheck, KeyRing
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.state import ServerState
 
 if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AsyncEngine
 
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_HARMLESS_METHODS = ("GET", "HEAD", "OPTIONS")
+_VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # in the sense of RFC 9110: they change nothing
 
 
 def make_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> FastAPI:
-    """The HTTP side of `engine`, which need not be ready yet and is not shut down here."""
+    """The HTTP app of `engine`. The engine may still be loading, and the app does not shut it down."""
     settings = settings or ServerSettings()
     app = FastAPI(title="tinyvllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     state = app.state.server = ServerState(engine, settings)
@@ -43,9 +43,9 @@ def make_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> Fas
     app.mount("/static", operations.PageFiles(directory=operations.STATIC))
     for kind in (TinyvllmError, ClientGone, RequestValidationError, AnyHTTPException):
         app.add_exception_handler(kind, answer_failure)
-    # the last added is the outermost
+    # the middleware added last is the outermost
     if settings.api_keys:
-        app.add_middleware(Guard, keys=KeyRing(settings.api_keys))
+        app.add_middleware(KeyCheck, keys=KeyRing(settings.api_keys))
     if settings.cors.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -62,11 +62,11 @@ def make_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> Fas
 
 
 class SilentClientError(OSError):
-    """The client has not taken or sent a byte for --idle-timeout: it counts as gone."""
+    """The client has neither read nor sent a byte for --idle-timeout, so it counts as gone."""
 
 
 class Envelope:
-    """Middleware around all requests: ids, limits on size and silence, counts, and 500 for what nobody caught."""
+    """Middleware around every request: assigns its id, enforces limits, counts it, and answers unhandled errors."""
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app
@@ -80,7 +80,7 @@ class Envelope:
 
 
 class _Exchange:
-    """One request and its answer."""
+    """One HTTP request and its response."""
 
     def __init__(self, app: ASGIApp, state: ServerState, scope: Scope, receive: Receive, send: Send) -> None:
         self._app = app
@@ -88,25 +88,25 @@ class _Exchange:
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._status = 499  # of a request whose client leaves before there is an answer, as access logs write it
+        self._status = 499  # until a response starts: nginx's code for a client that left first
         self._has_started = False
         self._num_body_bytes = 0
-        self._has_body = False  # all of it
+        self._has_whole_body = False
         asked_id = Headers(scope=scope).get("x-request-id", "")
-        is_sane = _SANE_REQUEST_ID.fullmatch(asked_id) is not None
+        is_valid = _VALID_REQUEST_ID.fullmatch(asked_id) is not None
         self._context = RequestContext(
-            request_id=asked_id if is_sane else uuid.uuid4().hex,
-            is_own_id=not is_sane,
+            request_id=asked_id if is_valid else uuid.uuid4().hex,
+            is_own_id=not is_valid,
             keepalive_s=state.settings.keepalive_s,
         )
 
     async def run(self) -> None:
         state, method = self._state, self._scope["method"]
-        asks_for_work = method not in _HARMLESS_METHODS
+        asks_for_work = method not in _SAFE_METHODS
         start_s = time.perf_counter()
         if asks_for_work:
             state.drain.begin_request()
-        with entered(self._context):
+        with as_current(self._context):
             try:
                 await self._app(self._scope, self.receive, self.send)
             except Exception as error:
@@ -135,10 +135,10 @@ class _Exchange:
             raise SilentClientError("the client does not read") from error
 
     async def receive(self) -> Message:
-        """The next message; a body of any size is read, and 413 raised at its end if it was too large.
+        """The next message. Raises HTTPException 413 at the end of a body that is too large.
 
-        To its end, because a server that answers and closes while the client still writes resets the connection, and
-        the client never sees the answer. What is too much is thrown away as it comes.
+        Not before its end: if the server answered and closed while the client was still writing, the connection would
+        be reset and the client would never see the answer. The excess is discarded as it arrives.
         """
         message = await self._timed_receive()
         if message["type"] != "http.request":
@@ -149,18 +149,18 @@ class _Exchange:
             return message
         while message["type"] == "http.request" and message.get("more_body", False):
             message = await self._timed_receive()
-        # FastAPI's own class: its reading of the body lets that one through
+        # FastAPI's class, the only one that FastAPI passes on while it reads the body
         raise HTTPException(413, f"the body is larger than {limit} bytes: send less at a time")
 
     async def _timed_receive(self) -> Message:
-        """The next message; HTTPException 408 when the client falls silent in the middle of its body."""
-        if self._has_body:
+        """The next message. Raises HTTPException 408 if the client stops sending in the middle of its body."""
+        if self._has_whole_body:
             return await self._receive()
         try:
             async with asyncio.timeout(self._state.settings.idle_timeout_s):
                 message = await self._receive()
         except TimeoutError as error:
-            self._has_body = True  # what can be had of it
+            self._has_whole_body = True  # nothing more will come
             raise HTTPException(408, "the body did not arrive in time: send it without pauses") from error
-        self._has_body = not message.get("more_body", False)
+        self._has_whole_body = not message.get("more_body", False)
         return message

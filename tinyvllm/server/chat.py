@@ -17,19 +17,19 @@ from tinyvllm.server.intake import (
     check_ids,
     check_request,
     event_stream,
-    event_stream_too,
     json_response,
     make_heading,
+    openapi_event_stream,
 )
 from tinyvllm.server.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from tinyvllm.server.protocol.tools import NamedChoice
 from tinyvllm.server.state import ServerState, state_of
-from tinyvllm.server.streaming import begun, first_choices, merge, until_disconnect
+from tinyvllm.server.streaming import first_choices, merge, until_disconnect, wait_for_first
 
 router = APIRouter(responses=ERRORS)
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=event_stream_too(ChatChunk))
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=openapi_event_stream(ChatChunk))
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     state = state_of(request)
     return await until_disconnect(request.receive, _chat(state, body))
@@ -60,7 +60,7 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
             prompt_logprobs=body.prompt_logprobs,
         )
         return json_response(answer)
-    items = await begun(items)
+    items = await wait_for_first(items)
     stream = ChatStream(
         heading,
         prompt.format,
@@ -72,7 +72,7 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
 
 
 def _read(state: ServerState, body: ChatRequest) -> tuple[Prompt, SamplingParams]:
-    """The prompt and the settings. Runs on a worker thread."""
+    """The prompt and the sampling parameters. Runs on a worker thread."""
     prompt = make_prompt(conversation_of(body), state.engine)
     check_ids(state, prompt.ids, body.token_limit, param="messages")
     params = body.make_params(
@@ -92,17 +92,17 @@ def conversation_of(body: ChatRequest) -> Conversation:
     elif body.tool_choice is not None:
         choice = {"tool_choice": body.tool_choice}
     tools = body.tools or []
-    goes_on = bool(body.continue_final_message)
+    continues = bool(body.continue_final_message)
     return Conversation(
         messages=[message.for_template() for message in body.messages],
         tools=[tool.as_tool(f"tools.{position}") for position, tool in enumerate(tools)],
         tools_for_template=[tool.for_template() for tool in tools],
-        # a call of one function is one call
+        # naming a function asks for one call of it
         is_parallel=body.parallel_tool_calls is not False and "named_tool" not in choice,
         grammar=body.grammar(),
         shows_reasoning=body.include_reasoning is not False,
-        add_generation_prompt=not goes_on if body.add_generation_prompt is None else body.add_generation_prompt,
-        continue_final_message=goes_on,
+        add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=continues,
         template_arguments=body.template_arguments,
         **choice,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tinyvllm.server.answers import finite, gather, write_prompt_logprobs
 from tinyvllm.server.intake import Heading
-from tinyvllm.server.message import Message, MessageReader, OutputFormat, Piece, Reasoning
+from tinyvllm.server.message import MessageParser, OutputFormat, ParsedMessage, Piece, Reasoning
 from tinyvllm.server.protocol.chat import (
     AssistantMessage,
     CalledFunction,
@@ -43,27 +43,29 @@ async def chat_answer(
     choices, tally = await gather(items, n)
     answers = []
     for index, choice in enumerate(choices):
-        message, reader = Message.read(choice.text, format)
+        message, parser = ParsedMessage.parse(choice.text, format)
         answer = ChatChoice(
             index=index,
             message=_assistant_message(message),
             logprobs=chat_logprobs(choice.logprobs) if logprobs else None,
-            finish_reason=reader.finish_reason(choice.finish_reason),
+            finish_reason=parser.finish_reason(choice.finish_reason),
             stop_reason=choice.stop_reason,
         )
         answers.append(answer)
-    scores = None if prompt_logprobs is None else write_prompt_logprobs(choices[0].prompt_logprobs, prompt_logprobs)
+    prompt_scores = (
+        None if prompt_logprobs is None else write_prompt_logprobs(choices[0].prompt_logprobs, prompt_logprobs)
+    )
     return ChatCompletion(
         id=heading.id,
         created=heading.created,
         model=heading.model,
         choices=answers,
         usage=tally.usage(),
-        prompt_logprobs=scores,
+        prompt_logprobs=prompt_scores,
     )
 
 
-def _assistant_message(message: Message) -> AssistantMessage:
+def _assistant_message(message: ParsedMessage) -> AssistantMessage:
     calls = [
         ToolCall(id=call.id, function=CalledFunction(name=call.name, arguments=call.arguments))
         for call in message.calls
@@ -76,37 +78,37 @@ def _assistant_message(message: Message) -> AssistantMessage:
 
 
 class ChatStream:
-    """The events of one answer. Owns the readers of its choices and the count of tokens."""
+    """The events of one answer. Owns the parsers of its choices and the token counts."""
 
     def __init__(
         self, heading: Heading, format: OutputFormat, *, n: int, include_usage: bool, continuous_usage: bool = False
     ) -> None:
         self._heading = heading
         self._format = format
-        self._readers = [format.reader() for _ in range(n)]
+        self._parsers = [format.parser() for _ in range(n)]
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
         self._tally = Tally()
 
     async def frames(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[str, None]:
-        """The role of each choice, its message as it comes, its finish_reason, and the usage if asked."""
-        for index in range(len(self._readers)):
+        """The role of each choice, its message as it comes, its finish_reason, and the usage if requested."""
+        for index in range(len(self._parsers)):
             yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
         async with contextlib.aclosing(items):
             async for item in items:
                 self._tally.add(item)
-                for choice in self._choices(item, self._readers[item.choice]):
+                for choice in self._choices(item, self._parsers[item.choice]):
                     yield self._chunk(choice)
         if self._include_usage:
             yield self._frame([], has_usage=True)
 
-    def _choices(self, item: Item, reader: MessageReader) -> list[ChatChunkChoice]:
+    def _choices(self, item: Item, parser: MessageParser) -> list[ChatChunkChoice]:
         delta = item.delta
-        pieces = reader.push(delta.text)
+        pieces = parser.push(delta.text)
         if delta.finish_reason is not None:
-            pieces += reader.flush()
+            pieces += parser.flush()
         choices = [ChatChunkChoice(index=item.choice, delta=self._delta(piece)) for piece in pieces]
-        if delta.logprobs:  # with what the tokens made certain, which may be nothing yet
+        if delta.logprobs:  # with the pieces that these tokens made certain, of which there may be none yet
             if not choices:
                 choices = [ChatChunkChoice(index=item.choice, delta=ChatDelta(content=""))]
             choices[0].logprobs = chat_logprobs(delta.logprobs)
@@ -114,7 +116,7 @@ class ChatStream:
             ended = ChatChunkChoice(
                 index=item.choice,
                 delta=ChatDelta(),
-                finish_reason=reader.finish_reason(delta.finish_reason),
+                finish_reason=parser.finish_reason(delta.finish_reason),
                 stop_reason=delta.stop_reason,
             )
             choices.append(ended)

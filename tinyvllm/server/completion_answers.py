@@ -21,22 +21,22 @@ EMPTY_LOGPROBS = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[
 
 @dataclass(frozen=True)
 class Echo:
-    """What stands before a prompt's choices."""
+    """What a prompt's choices repeat of it."""
 
     text: str = ""
-    first_token: bytes = b""  # of the prompt, which has no logprob
+    first_token: bytes = b""  # the prompt's first, which has no logprob
 
 
 @dataclass(frozen=True)
 class CompletionForm:
-    """What an answer shows."""
+    """What an answer includes."""
 
     n: int
-    echoes: list[Echo]  # one a prompt
+    echoes: list[Echo]  # one per prompt
     has_logprobs: bool = False
-    num_echoed_top: int | None = None  # likeliest tokens beside each of the echo's; None: no logprobs of the echo
+    num_echoed_top: int | None = None  # likeliest tokens for each echoed one; None: no logprobs of the echo
     num_prompt_logprobs: int | None = None
-    has_output: bool = True  # False: of one token that was made because none cannot be, nothing is shown
+    has_output: bool = True  # False: hide the output, a single token, since the engine cannot generate none
 
     @property
     def num_choices(self) -> int:
@@ -47,7 +47,7 @@ async def completion_answer(items: AsyncGenerator[Item, None], heading: Heading,
     choices, tally = await gather(items, form.num_choices)
     answers = []
     for index, choice in enumerate(choices):
-        scores = choices[index - index % form.n].prompt_logprobs  # which come with a prompt's first choice
+        scores = choices[index - index % form.n].prompt_logprobs  # they come with a prompt's first choice
         echo, writer = form.echoes[index // form.n], CompletionLogprobsWriter()
         logprobs = None
         if form.has_logprobs:
@@ -73,7 +73,7 @@ async def completion_answer(items: AsyncGenerator[Item, None], heading: Heading,
 
 
 class CompletionStream:
-    """The events of one answer. Owns the running logprob offsets of its choices and the count of tokens."""
+    """The events of one answer. Owns the logprob offsets of its choices and the token counts."""
 
     def __init__(
         self, heading: Heading, form: CompletionForm, *, include_usage: bool, continuous_usage: bool = False
@@ -84,11 +84,11 @@ class CompletionStream:
         self._continuous_usage = continuous_usage
         self._tally = Tally()
         self._writers = [CompletionLogprobsWriter() for _ in range(form.num_choices)]
-        # prompts whose echo waits for its logprobs, with the items that wait for the echo
+        # by prompt whose echo waits for its logprobs: the items that wait for the echo
         self._waiting: dict[int, list[Item]] = {}
 
     async def frames(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[str, None]:
-        """The echo of each choice if there is one, its text as it comes, and the usage if asked."""
+        """The echo of each choice if any, its text as it comes, and the usage if requested."""
         for prompt, echo in enumerate(self._form.echoes):
             if echo.text and self._form.num_echoed_top is not None:
                 self._waiting[prompt] = []
@@ -147,14 +147,14 @@ class CompletionStream:
 
 
 class CompletionLogprobsWriter:
-    """Writes one choice's logprobs, piece by piece. Owns the running character offset."""
+    """Writes one choice's logprobs incrementally. Owns the running character offset."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._num_chars = 0
 
     def echo(self, echo: Echo, scores: tuple[TokenLogprob | None, ...] | None, num_top: int) -> CompletionLogprobs:
-        """Of the prompt: nothing predicts its first token."""
+        """The prompt's logprobs. The first token has none, because nothing predicts it."""
         self._num_chars = len(self._decoder.decode(echo.first_token))
         first = CompletionLogprobs(
             tokens=[bytes_name(echo.first_token)], token_logprobs=[None], top_logprobs=[None], text_offset=[0]
@@ -176,7 +176,7 @@ class CompletionLogprobsWriter:
 
 
 def named_top(entry: TokenLogprob) -> dict[str, float]:
-    """The likeliest tokens by name, and the chosen one, which may be missing there. Of equal names the first stays."""
+    """The logprobs of the likeliest tokens and of the chosen one, by name. The first of equal names is kept."""
     named: dict[str, float] = {}
     for token in (*entry.top, entry):
         named.setdefault(token_name(token), finite(token.logprob))
@@ -188,7 +188,7 @@ def token_name(entry: TokenLogprob) -> str:
 
 
 def bytes_name(data: bytes) -> str:
-    """A token's text; OpenAI's `bytes:\\x..` form where the token holds a part of a character."""
+    """A token's text; OpenAI's `bytes:\\x..` form if the token holds part of a character."""
     try:
         return data.decode()
     except UnicodeDecodeError:

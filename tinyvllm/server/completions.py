@@ -19,13 +19,13 @@ from tinyvllm.server.intake import (
     check_request,
     context_limit,
     event_stream,
-    event_stream_too,
     json_response,
     make_heading,
+    openapi_event_stream,
 )
 from tinyvllm.server.protocol.completions import DEFAULT_TOKENS, Completion, CompletionRequest
 from tinyvllm.server.state import ServerState, state_of
-from tinyvllm.server.streaming import begun, first_choices, merge, until_disconnect
+from tinyvllm.server.streaming import first_choices, merge, until_disconnect, wait_for_first
 
 if TYPE_CHECKING:
     from tinyvllm.engine.output import Delta
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 router = APIRouter(responses=ERRORS)
 
 
-@router.post("/v1/completions", response_model=Completion, responses=event_stream_too(Completion))
+@router.post("/v1/completions", response_model=Completion, responses=openapi_event_stream(Completion))
 async def completions(body: CompletionRequest, request: Request) -> Response:
     state = state_of(request)
     return await until_disconnect(request.receive, _complete(state, body))
@@ -48,13 +48,13 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
     n, beams = body.num_choices, body.beams()
     streams: list[AsyncGenerator[Delta, None]] = []
     for position, ids in enumerate(prompts):
-        fitted = params
-        if body.max_tokens is None:  # the default gives way to a long prompt; what was asked for does not
+        fitted_params = params
+        if body.max_tokens is None:  # only the default shrinks to fit a long prompt
             room = context_limit(state) - len(ids)
-            fitted = dataclasses.replace(params, max_tokens=min(DEFAULT_TOKENS, room))
+            fitted_params = dataclasses.replace(params, max_tokens=min(DEFAULT_TOKENS, room))
         deltas = state.generate(
             ids,
-            fitted,
+            fitted_params,
             request_id=f"{heading.id}-{position}",
             arrival_s=arrival_s,
             priority=body.priority or 0,
@@ -72,13 +72,13 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
     )
     if not body.stream:
         return json_response(await completion_answer(items, heading, form))
-    items = await begun(items)
+    items = await wait_for_first(items)
     stream = CompletionStream(heading, form, include_usage=body.include_usage, continuous_usage=body.continuous_usage)
     return event_stream(stream.frames(items), items)
 
 
 def _read_prompts(state: ServerState, body: CompletionRequest) -> tuple[list[list[int]], list[Echo]]:
-    """Each prompt's ids, and what is echoed of it. Runs on a worker thread."""
+    """Each prompt's token ids, and what is echoed of it. Runs on a worker thread."""
     tokenizer = state.engine.tokenizer
     prompts: list[list[int]] = []
     echoes: list[Echo] = []

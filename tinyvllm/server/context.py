@@ -1,4 +1,4 @@
-"""What belongs to one HTTP request, wherever its handling has got to: its id, and what it holds of the queue."""
+"""The context of one HTTP request, wherever it is handled: its id, and what it holds of the queue."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 
 @dataclass
 class RequestContext:
-    """Made when a request arrives and closed when its answer has been sent, whatever happened in between."""
+    """The state of one request, from its arrival until its answer has been sent."""
 
     request_id: str
-    is_own_id: bool = True  # we chose it, so it is unique; a client may send one twice
+    is_own_id: bool = True  # we chose it, so it is unique; clients may repeat theirs
     keepalive_s: float | None = 15.0
-    num_seqs: int = 0  # choices it was admitted with
-    num_waiting_tokens: int = 0  # prompt tokens of those that have no output yet
+    num_seqs: int = 0  # sequences admitted for it
+    num_waiting_tokens: int = 0  # prompt tokens of those without output
 
 
 _current: ContextVar[RequestContext | None] = ContextVar("request", default=None)
 
 
 @contextlib.contextmanager
-def entered(context: RequestContext) -> Iterator[None]:
-    """Inside, in this task and those that it starts, `current` is this context."""
+def as_current(context: RequestContext) -> Iterator[None]:
+    """Within the block, in this task and those that it starts, `current()` is `context`."""
     token = _current.set(context)
     try:
         yield
@@ -34,12 +34,12 @@ def entered(context: RequestContext) -> Iterator[None]:
 
 
 def current() -> RequestContext:
-    """The request that is being handled; a nameless one outside of all requests."""
+    """The context of the request that is being handled; outside of all requests, one with the id "-"."""
     return _current.get() or RequestContext(request_id="-")
 
 
 class RequestIdFilter(logging.Filter):
-    """Puts the request's id before the text of every log record that is written while it is handled.
+    """Prefixes log records with the id of the request that is being handled.
 
     The engine's thread serves many requests at once; its records name requests by ids that contain these.
     """
@@ -48,12 +48,12 @@ class RequestIdFilter(logging.Filter):
         context = _current.get()
         if context is not None and not getattr(record, "has_request_id", False):
             record.msg = f"[{context.request_id}] {record.msg}"
-            record.has_request_id = True  # a record passes one filter a handler
+            record.has_request_id = True  # a record passes one filter per handler
         return True
 
 
 class QuietPollsFilter(logging.Filter):
-    """Drops access log lines of probes and scrapes that went well: they come every second and say nothing."""
+    """Drops access log lines of successful probes and scrapes, which come every second and say nothing."""
 
     PATHS = ("/health", "/ready", "/ping", "/metrics", "/engine/state")
 

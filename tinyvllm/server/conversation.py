@@ -1,4 +1,4 @@
-"""From messages and tools to a prompt, what the output must look like, and how it is to be read."""
+"""From messages and tools to a prompt, the grammar of its output, and the format to parse the output with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ JSON_KINDS = ("json_object", "json_schema")
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a route has read of its request."""
+    """A conversation as the routes hand it over, whatever its wire format."""
 
     messages: Sequence[Mapping[str, Any]]  # as templates expect them
     tools: Sequence[Tool] = ()
@@ -32,7 +32,7 @@ class Conversation:
     tool_choice: Literal["none", "auto", "required"] = "auto"
     named_tool: str | None = None  # the one that must be called
     is_parallel: bool = True
-    grammar: GrammarSpec | None = None  # of an answer in words
+    grammar: GrammarSpec | None = None  # of an answer that is not a call
     shows_reasoning: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -45,18 +45,18 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the engine is asked."""
+    """What the engine is asked, and how to parse what it answers."""
 
     ids: list[int]
     grammar: GrammarSpec | None
     format: OutputFormat
-    keeps_special_tokens: bool  # marks of calls are among them, so that they must come as text
+    keeps_special_tokens: bool  # the marks of calls are special tokens, so they must appear in the text
 
 
 def make_prompt(conversation: Conversation, engine: AsyncEngine) -> Prompt:
     """Render and encode. Takes milliseconds for long chats, so it belongs on a worker thread.
 
-    Raises RequestError for what the template refuses and for tools whose schema cannot be enforced.
+    Raises RequestError for messages that the template refuses and for tools whose schema cannot be enforced.
     """
     template = engine.chat_template
     if template is None:
@@ -93,11 +93,11 @@ def make_prompt(conversation: Conversation, engine: AsyncEngine) -> Prompt:
 
 
 def _grammar(conversation: Conversation, format: ToolFormat, engine: AsyncEngine) -> GrammarSpec | None:
-    """What the output of a request with tools must look like; None: whatever the model likes."""
+    """The grammar of the output of a request with tools; None: the output is unconstrained."""
     tools, answer = conversation.tools, conversation.grammar
     if conversation.named_tool is not None:
         tools = [tool for tool in tools if tool.name == conversation.named_tool]
-    if conversation.tool_choice == "required":  # an answer in words, which `answer` would bind, is not made
+    if conversation.tool_choice == "required":  # the output is always a call, so `answer` does not apply
         text = format.forced_grammar(tools, engine.tokenizer, is_parallel=conversation.is_parallel)
         return GrammarSpec("lark", text, param="tools")
     if answer is None:
@@ -105,7 +105,7 @@ def _grammar(conversation: Conversation, format: ToolFormat, engine: AsyncEngine
         return GrammarSpec("lark", format.free_grammar(tools, engine.tokenizer), param="tools") if is_bound else None
     if answer.kind not in JSON_KINDS:
         raise RequestError(
-            f"{answer.param} cannot bind an answer that may be a call of a tool: send tool_choice 'none' or "
+            f"{answer.param} cannot constrain an answer that may be a tool call: send tool_choice 'none' or "
             "'required', or leave the tools out",
             param=answer.param,
         )
@@ -116,12 +116,12 @@ def _grammar(conversation: Conversation, format: ToolFormat, engine: AsyncEngine
 
 
 def cut_after(text: str, last_content: str) -> str:
-    """`text` without what the template puts after the last message's content, so that the model goes on with it."""
+    """`text` without what the template puts after the last message's content, so that the model continues it."""
     content = last_content.strip()  # templates strip it
     start = text.rfind(content) if content else -1
     if start < 0:
         raise RequestError(
-            "continue_final_message needs a last message whose content the chat template shows as it is",
+            "continue_final_message needs a last message whose content the chat template renders unchanged",
             param="continue_final_message",
         )
     return text[: start + len(content)]

@@ -19,7 +19,7 @@ router = APIRouter(responses=ERRORS)
 
 @router.post("/v1/embeddings", response_model=EmbeddingList)
 async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-    """A vector of length 1 for each text: the mean of its hidden states behind the last norm, or the last token's."""
+    """A unit vector for each text: the mean of its hidden states after the last norm, or the last token's state."""
     return await until_disconnect(request.receive, _embed(state_of(request), body))
 
 
@@ -45,7 +45,7 @@ async def _embed(state: ServerState, body: EmbeddingRequest) -> Response:
     try:
         vectors = await asyncio.gather(*tasks)
     finally:
-        for task in tasks:  # where one fails or the client has gone, the others stop
+        for task in tasks:  # if one fails or the client leaves, the others stop
             task.cancel()
     num_tokens = sum(map(len, texts))
     data = [Embedding(index=index, embedding=body.encoded(vector)) for index, vector in enumerate(vectors)]
@@ -56,7 +56,7 @@ async def _embed(state: ServerState, body: EmbeddingRequest) -> Response:
 
 
 def _read_inputs(state: ServerState, body: EmbeddingRequest) -> list[list[int]]:
-    """Each text's ids. Runs on a worker thread."""
+    """Each text's token ids. Runs on a worker thread."""
     texts: list[list[int]] = []
     for text in body.input:
         ids = text

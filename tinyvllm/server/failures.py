@@ -1,4 +1,4 @@
-"""What went wrong, as HTTP: the one place where errors become status codes and OpenAI's error body."""
+"""Errors as HTTP: the one place that turns them into status codes and OpenAI's error body."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tinyvllm.server.request_limits import DrainingError, QueueFullError, Reques
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 5  # what clients are told to wait while the engine warms up, or another server must take over
-QUEUE_RETRY_AFTER_S = 1  # and while the queue is full: a place is free as soon as one answer is complete
+RETRY_AFTER_S = 5  # while the engine warms up, or until another server has taken over
+QUEUE_RETRY_AFTER_S = 1  # while the queue is full: a place is free as soon as one answer is complete
 INVALID = "invalid_request_error"
 SERVER = "server_error"
 
@@ -31,7 +31,7 @@ class UnknownModelError(TinyvllmError):
 
 
 class UnknownResponseError(TinyvllmError):
-    """The request names a response that is not stored, in its field `param`: HTTP 404."""
+    """The request's field `param` names a response that is not stored: HTTP 404."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -39,11 +39,11 @@ class UnknownResponseError(TinyvllmError):
 
 
 class NotReadyError(TinyvllmError):
-    """The engine is still loading or warming up: HTTP 503, and worth another try."""
+    """The engine is still loading or warming up: HTTP 503, worth a retry."""
 
 
 class StalledError(TinyvllmError):
-    """The engine has work and no step of it ends: HTTP 503."""
+    """The engine has work, but its current step does not end: HTTP 503."""
 
 
 class StepFailedError(TinyvllmError):
@@ -73,31 +73,31 @@ class Failure:
         return ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
 
     def body(self) -> str:
-        """OpenAI's error body. ASCII, since messages quote what clients send, and that need not encode as UTF-8."""
+        """OpenAI's error body. ASCII, because messages quote client input that may not be encodable as UTF-8."""
         return json.dumps(ErrorBody(error=self.detail()).model_dump())
 
     def response(self) -> Response:
         return Response(self.body(), self.status, headers=self.headers, media_type="application/json")
 
 
-_LATER = {"retry-after": str(RETRY_AFTER_S)}
-_NEVER = {"x-should-retry": "false"}  # clients of OpenAI's try again otherwise
+_RETRY_LATER = {"retry-after": str(RETRY_AFTER_S)}
+_NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients retry otherwise
 
-# States of the server: status, type, code and headers. The first that the error is an instance of counts.
+# The status, type, code and headers for states of the server. The first class that the error belongs to applies.
 _STATES: tuple[tuple[type[TinyvllmError], int, str, str, Mapping[str, str]], ...] = (
     (QueueFullError, 429, "rate_limit_error", "queue_full", {"retry-after": str(QUEUE_RETRY_AFTER_S)}),
-    (NotReadyError, 503, SERVER, "engine_not_ready", _LATER),
-    (DrainingError, 503, SERVER, "server_draining", {**_LATER, "connection": "close"}),
-    (AbortedError, 503, SERVER, "request_aborted", _LATER),
-    (StalledError, 503, SERVER, "engine_stalled", _LATER),
-    (EngineDeadError, 503, SERVER, "engine_dead", _NEVER),
-    (RequestTimeoutError, 504, SERVER, "request_timeout", _NEVER),
-    (TinyvllmError, 500, SERVER, "generation_failed", _NEVER),
+    (NotReadyError, 503, SERVER, "engine_not_ready", _RETRY_LATER),
+    (DrainingError, 503, SERVER, "server_draining", {**_RETRY_LATER, "connection": "close"}),
+    (AbortedError, 503, SERVER, "request_aborted", _RETRY_LATER),
+    (StalledError, 503, SERVER, "engine_stalled", _RETRY_LATER),
+    (EngineDeadError, 503, SERVER, "engine_dead", _NO_RETRY),
+    (RequestTimeoutError, 504, SERVER, "request_timeout", _NO_RETRY),
+    (TinyvllmError, 500, SERVER, "generation_failed", _NO_RETRY),
 )
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What to answer to `error`. Errors that are not ours are logged and told without their text."""
+    """The answer to `error`. Errors that are not ours are logged, and answered without their text."""
     match error:
         case RequestError():
             return Failure(400, str(error), INVALID, error.param, error.code)
@@ -113,11 +113,11 @@ def failure_of(error: BaseException) -> Failure:
         case TinyvllmError():
             return _of_state(error)
         case MemoryError():
-            log.error("a request did not fit into memory", exc_info=error)
+            log.error("a request ran out of memory", exc_info=error)
             message = "out of memory: send less, or try again later"
-            return Failure(503, message, SERVER, code="out_of_memory", headers=_LATER)
+            return Failure(503, message, SERVER, code="out_of_memory", headers=_RETRY_LATER)
         case _:
-            log.error("a request failed with an error that nobody expected", exc_info=error)
+            log.error("a request failed with an unexpected error", exc_info=error)
             return Failure(500, "internal error: the server's log has the details", SERVER, code="internal_error")
 
 
@@ -130,12 +130,12 @@ _PATH = re.compile(r"(?<![\w/:.])~?(?:/[\w.+@-]+){2,}/?")
 
 
 def _without_paths(error: BaseException) -> str:
-    """The error's text, with files of this machine left out: clients need not know where they lie."""
+    """The error's text without file paths of this machine, which clients need not know."""
     return _PATH.sub("(a file of the server)", str(error))
 
 
 def _of_validation(errors: Sequence[Mapping[str, Any]]) -> Failure:
-    """The first of pydantic's complaints; `param` is its path in the body, such as messages.0.content."""
+    """The first of pydantic's errors; `param` is its path in the body, such as messages.0.content."""
     first = errors[0]
     if first["type"] == "json_invalid":
         position = first["loc"][-1]
@@ -152,7 +152,7 @@ def _of_validation(errors: Sequence[Mapping[str, Any]]) -> Failure:
 
 
 def _shown(value: object) -> str:
-    """A short form of what was sent; containers by their kind alone."""
+    """A short form of a value that was sent; of a container only its kind."""
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list):
@@ -164,15 +164,15 @@ def _shown(value: object) -> str:
 
 
 def _rule(error: Mapping[str, Any]) -> str:
-    """pydantic's sentence in our words: "Input should be a valid integer" -> "it must be a valid integer"."""
+    """pydantic's message in our words: "Input should be a valid integer" -> "it must be a valid integer"."""
     message = str(error["msg"]).removeprefix("Value error, ").replace(" after validation", "")
     return message.replace("Input should be", "it must be").replace("List should have", "it must have")
 
 
 async def answer_failure(request: Request, error: Exception) -> Response:
-    """Starlette's handler for every error that a route raises, and for paths and methods that no route has."""
+    """Starlette's handler for errors that routes raise, and for paths and methods that no route has."""
     if isinstance(error, ClientGone):
-        return Response(status_code=499)  # nobody reads it; the number is what access logs know for this
+        return Response(status_code=499)  # nobody reads it; the status is nginx's for a client that left
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         error = HTTPException(error.status_code, _unrouted(request, error), error.headers)
     return failure_of(error).response()

@@ -1,4 +1,4 @@
-"""Asking an ASGI application from inside its own process: for work that comes from files and not from clients."""
+"""Send requests to an ASGI app within the process, for work that comes from files instead of clients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Scope
 
 
 async def post(app: ASGIApp, path: str, body: bytes, request_id: str) -> tuple[int, bytes]:
-    """(status, body) of a POST of JSON. Cancelling it is a client that leaves."""
+    """POST JSON and return (status, body). Canceling this is what a client does that leaves."""
     scope: Scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -29,7 +29,7 @@ async def post(app: ASGIApp, path: str, body: bytes, request_id: str) -> tuple[i
 
     async def receive() -> Message:
         nonlocal is_sent
-        if is_sent:  # what follows a body is only ever that the client left, which this one does not
+        if is_sent:  # after the body only http.disconnect could follow, and this client stays
             await asyncio.Event().wait()
         is_sent = True
         return {"type": "http.request", "body": body, "more_body": False}

@@ -1,4 +1,4 @@
-"""What every route that generates does first and last: checks, limits, ids of answers, and the way out."""
+"""What the generating routes share: checks of a request, ids of answers, and responses."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from tinyvllm.errors import ContextLengthError, RequestError
 from tinyvllm.server.context import current
 from tinyvllm.server.failures import UnknownModelError
 from tinyvllm.server.protocol.common import ErrorBody
-from tinyvllm.server.streaming import EventStream, Item, guarded
+from tinyvllm.server.streaming import EventStream, Item, errors_as_events
 
 if TYPE_CHECKING:
     from tinyvllm.server.protocol.generation import GenerationRequest
     from tinyvllm.server.state import ServerState
 
-# What every route of OpenAI's may answer besides its own, for the OpenAPI document.
+# The error responses of OpenAI's routes, for the OpenAPI document.
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 
-def event_stream_too(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """The same of a route that answers `stream=true` by server-sent events of `model`."""
+def openapi_event_stream(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entry of a route that answers `stream=true` with server-sent events of `model`."""
     schema = {"type": "string", "description": f"Events of {model.__name__} as JSON, then [DONE]."}
     return {200: {"content": {"text/event-stream": {"schema": schema}}}}
 
 
 @dataclass(frozen=True)
 class Heading:
-    """What every chunk of one answer repeats."""
+    """The fields that every chunk of an answer repeats."""
 
     id: str
     created: int
@@ -41,36 +41,39 @@ class Heading:
 
 
 def make_heading(state: ServerState, prefix: str) -> Heading:
-    context = current()  # its id is in this one, and so in every line that the engine logs of the request
+    context = current()  # the answer's id contains the request's, and so does every line that the engine logs about it
     unique = context.request_id if context.is_own_id else f"{context.request_id}-{uuid.uuid4().hex[:8]}"
     return Heading(id=f"{prefix}{unique}", created=int(time.time()), model=state.engine.served_model_name)
 
 
 def require_model(state: ServerState, name: str | None) -> None:
+    """Raise UnknownModelError if `name` is given and is not the served model."""
     served = state.engine.served_model_name
     if name is not None and name != served:
         raise UnknownModelError(f"the model {name!a} does not exist: this server has {served!r}")
 
 
 def check_request(state: ServerState, body: GenerationRequest) -> None:
-    """Raise what can be said of a request before its prompt is read."""
+    """Raise the errors that can be found before the prompt is read."""
     state.require_ready()
     require_model(state, body.model)
     body.refuse_unsupported()
 
 
 def context_limit(state: ServerState) -> int:
-    """Most tokens of prompt and output together: the pool may hold fewer than the model can."""
+    """The most tokens of prompt and output together. The pool may hold fewer than the model's context."""
     return min(state.engine.capacity.max_model_len, state.engine.capacity.num_tokens)
 
 
 def check_ids(state: ServerState, ids: list[int], max_tokens: int | None, *, param: str) -> None:
-    """Refuse what can never run: here, while the whole request can still be refused, and under its field's name."""
+    """Raise RequestError, naming the field, for a prompt that can never run: all of the request is still refusable."""
     vocab_size, limit = state.engine.model_config.vocab_size, context_limit(state)
     if not ids:
         raise RequestError(f"{param} has no tokens: give at least one", param=param)
     if max(ids) >= vocab_size:
-        raise RequestError(f"{param} has the token id {max(ids)}, but the vocabulary has {vocab_size}", param=param)
+        raise RequestError(
+            f"{param} has the token id {max(ids)}, but the vocabulary has {vocab_size} tokens", param=param
+        )
     if len(ids) >= limit:
         raise ContextLengthError(
             f"{param} has {len(ids)} tokens, but the maximum context length is {limit} tokens, of which one must be "
@@ -79,8 +82,8 @@ def check_ids(state: ServerState, ids: list[int], max_tokens: int | None, *, par
         )
     if max_tokens is not None and len(ids) + max_tokens > limit:
         raise ContextLengthError(
-            f"{len(ids)} tokens of {param} and {max_tokens} of output are more than the maximum context length of "
-            f"{limit} tokens: shorten the first, ask for fewer, or start the server with a larger --max-model-len",
+            f"{len(ids)} tokens of {param} and {max_tokens} of output exceed the maximum context length of {limit} "
+            f"tokens: shorten {param}, ask for fewer tokens, or start the server with a larger --max-model-len",
             param="max_tokens",
         )
 
@@ -90,4 +93,4 @@ def json_response(answer: BaseModel) -> Response:
 
 
 def event_stream(frames: AsyncGenerator[str, None], items: AsyncGenerator[Item, None]) -> EventStream:
-    return EventStream(guarded(frames), items)
+    return EventStream(errors_as_events(frames), items)

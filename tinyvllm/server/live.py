@@ -1,4 +1,4 @@
-"""What GET /engine/state shows: the engine's present and recent past, small enough to be asked for every second."""
+"""GET /engine/state: the engine's counts and latest steps, small enough to be polled every second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tinyvllm.server.state import ServerState
     from tinyvllm.server.step_history import CompletedStep
 
-MAX_CELLS = 1024  # of the picture of the pool; a larger pool has several blocks a cell
+MAX_CELLS = 1024  # of a pool snapshot; a larger pool has several blocks per cell
 MAX_STEPS = 60
 
 
@@ -25,11 +25,11 @@ class LiveLimits(BaseModel):
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
-    num_blocks: int  # that hold tokens
+    num_blocks: int  # usable ones
 
 
 class LiveCounts(BaseModel):
-    """Of this moment, and since start."""
+    """Current counts, and totals since start."""
 
     num_running: int
     num_waiting: int
@@ -39,7 +39,7 @@ class LiveCounts(BaseModel):
     num_output_tokens: int
     num_preemptions: int
     num_failed_steps: int
-    num_captures_to_come: int  # graphs that are captured between steps still
+    num_captures_to_come: int  # graphs still to be captured between steps
 
 
 class Quantiles(BaseModel):
@@ -50,7 +50,7 @@ class Quantiles(BaseModel):
 
 
 class LiveStep(BaseModel):
-    """Milliseconds of each stage of one step."""
+    """One step, with the milliseconds that each stage took."""
 
     number: int
     age_s: float
@@ -62,11 +62,11 @@ class LiveStep(BaseModel):
     num_seqs: int
 
 
-class PoolPicture(BaseModel):
-    """The KV pool as cells of `blocks_per_cell` blocks each, the last perhaps of fewer. Shares are 0 to 9.
+class PoolSnapshot(BaseModel):
+    """The KV pool as cells of `blocks_per_cell` blocks each; the last may have fewer.
 
-    `held` and `cached` have one digit a cell: how much of it requests hold, and how much is free but still found by
-    prompts that begin alike.
+    `held` and `cached` have one digit per cell, from 0 for none to 9 for all: the share of its blocks that requests
+    hold, and the share that is free but still cached for prompts with the same prefix.
     """
 
     blocks_per_cell: int
@@ -88,7 +88,7 @@ class EngineState(BaseModel):
     ttft_s: Quantiles = Quantiles()
     itl_s: Quantiles = Quantiles()
     steps: list[LiveStep] = []
-    pool: PoolPicture | None = None
+    pool: PoolSnapshot | None = None
 
 
 async def engine_state(state: ServerState) -> EngineState:
@@ -119,7 +119,7 @@ async def engine_state(state: ServerState) -> EngineState:
     now_s = time.monotonic()
     shown.steps = [_step(step, now_s) for step in state.history.latest()[-MAX_STEPS:]]
     try:
-        shown.pool = await engine.ask(picture)
+        shown.pool = await engine.ask(pool_snapshot)
     except EngineDeadError:
         shown.status = "dead" if engine.error is not None else "draining"
     return shown
@@ -159,7 +159,7 @@ def _milliseconds(seconds: float) -> float:
 
 
 def quantiles(values: Sequence[float]) -> Quantiles:
-    """The median and the 95th percentile, interpolated."""
+    """The median and the 95th percentile, with linear interpolation."""
     if not values:
         return Quantiles()
     ordered = sorted(values)
@@ -173,13 +173,13 @@ def quantiles(values: Sequence[float]) -> Quantiles:
     return Quantiles(p50=at(0.5), p95=at(0.95))
 
 
-def picture(engine: TextEngine) -> PoolPicture:
-    """The pool as it is between two steps. Runs on the engine's thread, in time proportional to the pool."""
+def pool_snapshot(engine: TextEngine) -> PoolSnapshot:
+    """The pool between two steps. Runs on the engine's thread, in time proportional to the pool."""
     states = engine.core.scheduler.block_manager.states()
     size = -(-len(states) // MAX_CELLS)
     cells = [states[start : start + size] for start in range(0, len(states), size)]
     num_shared = states.count(b"s")
-    return PoolPicture(
+    return PoolSnapshot(
         blocks_per_cell=size,
         held="".join(_digit(len(cell) - cell.count(b".") - cell.count(b"c"), len(cell)) for cell in cells),
         cached="".join(_digit(cell.count(b"c"), len(cell)) for cell in cells),
@@ -189,6 +189,6 @@ def picture(engine: TextEngine) -> PoolPicture:
     )
 
 
-def _digit(part: int, whole: int) -> str:
-    """The share as a digit: 0 is none, 9 is all, and what is not nothing is at least 1."""
-    return str(-(-9 * part // whole))
+def _digit(count: int, size: int) -> str:
+    """count / size as a digit, rounded up: 0 is none, 9 is all."""
+    return str(-(-9 * count // size))

@@ -1,4 +1,4 @@
-"""A model's words as a message: reasoning, content and tool calls, told apart while they come."""
+"""Incremental parsing of a model's output into reasoning, content and tool calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinyvllm.text.tools.events import CallArguments, CallBegin, Event, Text
 
 @dataclass(frozen=True)
 class Reasoning:
-    """What the model thinks."""
+    """A piece of the model's reasoning."""
 
     text: str
 
@@ -22,21 +22,21 @@ Piece = Reasoning | Event
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """How the outputs of one request are to be read."""
+    """How the outputs of one request are parsed."""
 
-    prompt: str = ""  # rendered: it may end within reasoning
+    prompt: str = ""  # the end of the rendered prompt: it may have opened the reasoning
     reasoning: ReasoningFormat | None = None
     shows_reasoning: bool = True
-    tools: ToolFormat | None = None  # None: no calls are looked for
+    tools: ToolFormat | None = None  # None: do not look for calls
     tool_names: frozenset[str] = frozenset()
-    is_parallel: bool = True  # several calls may be made
+    is_parallel: bool = True  # several calls are allowed
 
-    def reader(self) -> MessageReader:
-        return MessageReader(self)
+    def parser(self) -> MessageParser:
+        return MessageParser(self)
 
 
-class MessageReader:
-    """Reads one choice. What it returns, joined, does not depend on how the text is cut."""
+class MessageParser:
+    """Parses one choice. The pieces, joined, do not depend on how the text is divided between pushes."""
 
     def __init__(self, format: OutputFormat) -> None:
         self._format = format
@@ -50,20 +50,20 @@ class MessageReader:
         return made if self._format.is_parallel else min(made, 1)
 
     def push(self, text: str) -> list[Piece]:
-        """What has become certain."""
+        """The pieces that `text` makes certain."""
         if self._reasoning is None:
             return self._read_content(text)
         reasoning, content = self._reasoning.push(text)
         return self._shown(reasoning) + self._read_content(content)
 
     def flush(self) -> list[Piece]:
-        """The rest, once nothing follows."""
+        """The remaining pieces, at the end of the text."""
         reasoning, content = ("", "") if self._reasoning is None else self._reasoning.flush()
         pieces = self._shown(reasoning) + self._read_content(content)
         return pieces + (self._allowed(self._tools.flush()) if self._tools is not None else [])
 
     def finish_reason(self, reason: str) -> str:
-        """OpenAI's, of a choice that the engine ended for `reason`."""
+        """OpenAI's finish_reason for a choice that the engine ended with `reason`."""
         return "tool_calls" if reason == "stop" and self.num_calls else reason
 
     def _shown(self, reasoning: str) -> list[Piece]:
@@ -77,7 +77,7 @@ class MessageReader:
         return self._allowed(self._tools.push(text))
 
     def _allowed(self, events: Sequence[Event]) -> list[Piece]:
-        """Without parallel calls the message ends with its first call."""
+        """`events`, up to the first call if only one is allowed."""
         if self._format.is_parallel:
             return list(events)
         kept: list[Piece] = []
@@ -91,8 +91,8 @@ class MessageReader:
 
 
 @dataclass
-class MessageCall:
-    """A call, gathered."""
+class ParsedCall:
+    """A complete tool call."""
 
     id: str
     name: str
@@ -100,19 +100,19 @@ class MessageCall:
 
 
 @dataclass
-class Message:
-    """One choice, gathered."""
+class ParsedMessage:
+    """The complete message of one choice."""
 
     reasoning: str = ""
     content: str = ""
-    calls: list[MessageCall] = field(default_factory=list)
+    calls: list[ParsedCall] = field(default_factory=list)
 
     @classmethod
-    def read(cls, text: str, format: OutputFormat) -> tuple[Message, MessageReader]:
-        reader, message = format.reader(), cls()
-        for piece in reader.push(text) + reader.flush():
+    def parse(cls, text: str, format: OutputFormat) -> tuple[ParsedMessage, MessageParser]:
+        parser, message = format.parser(), cls()
+        for piece in parser.push(text) + parser.flush():
             message.add(piece, format)
-        return message, reader
+        return message, parser
 
     def add(self, piece: Piece, format: OutputFormat) -> None:
         match piece:
@@ -122,6 +122,6 @@ class Message:
                 self.content += piece.text
             case CallBegin():
                 assert format.tools is not None
-                self.calls.append(MessageCall(format.tools.make_id(), piece.name))
+                self.calls.append(ParsedCall(format.tools.make_id(), piece.name))
             case CallArguments():
                 self.calls[-1].arguments += piece.text

@@ -1,11 +1,11 @@
-"""GET /metrics: Prometheus text under vLLM's names, so that its dashboards work.
+"""GET /metrics: Prometheus text under vLLM's names, so that dashboards made for vLLM work.
 
-What requests show is counted here as their deltas pass; steps are counted as the engine shows them; the rest is read of
-the engine when somebody scrapes. Each app has a registry of its own.
+Requests are counted here as their deltas pass, and steps as the engine reports them. Everything else is read from the
+engine at each scrape. Each app has its own registry.
 
-Names, labels and buckets are those of vLLM's vllm/v1/metrics/loggers.py, and of prometheus-fastapi-instrumentator for
-HTTP, which vLLM uses. What vLLM exports for features that this engine lacks (LoRA adapters, speculation, caches of
-images and of other hosts, sampled block lifetimes) is left out. Names of our own begin with `tinyvllm:`.
+Names, labels and buckets are those of vLLM's vllm/v1/metrics/loggers.py and, for HTTP, of
+prometheus-fastapi-instrumentator, which vLLM uses. Metrics of features that this engine lacks are left out: LoRA
+adapters, speculative decoding, image and remote caches, sampled block lifetimes. Our own names begin with `tinyvllm:`.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ SMALL_COUNT_BUCKETS = (1, 2, 5, 10, 20)
 FINISH_REASONS = ("stop", "length", "abort", "error")
 PROMPT_SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
 REFUSALS = {400: "invalid", 401: "unauthorized", 404: "not_found", 408: "timeout", 413: "too_large", 429: "queue_full"}
-REFUSALS |= {499: "client_left", 500: "failed", 503: "unavailable", 504: "timeout"}  # statuses, and what they count as
+REFUSALS |= {499: "client_left", 500: "failed", 503: "unavailable", 504: "timeout"}  # a status's `reason`
 HTTP_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 UNCOUNTED_PATHS = frozenset(("/metrics", "/health", "/ready", "/ping", "/version", "/engine/state"))
 
-NUM_RECENT = 512  # first tokens and gaps that the page's quantiles are made of
+NUM_RECENT = 512  # latencies kept for the page's quantiles
 
 
 def token_count_buckets(most: int) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ class Totals:
 
 
 class Metrics:
-    """Owns one app's registry. Lives on the server's event loop; steps alone are counted on the engine's thread."""
+    """Owns one app's registry. Used on the server's event loop, except for steps: the engine's thread counts them."""
 
     def __init__(self, engine: AsyncEngine, history: StepHistory) -> None:
         self.totals = Totals()
@@ -94,7 +94,7 @@ class Metrics:
         self.recent_itl_s: deque[float] = deque(maxlen=NUM_RECENT)
         self._engine = engine
         self._registry = CollectorRegistry()
-        self._values = (engine.served_model_name, "0")  # of LABELS; there is one engine in a process
+        self._values = (engine.served_model_name, "0")  # of LABELS; a process has one engine
         self._registry.register(_EngineCollector(engine, self._values))
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._registry)
@@ -107,23 +107,23 @@ class Metrics:
 
     def render(self) -> bytes:
         if self._engine.is_ready:
-            self._request_sizes()  # present from the start, not from the first request on
+            self._request_sizes()  # so that they are there before the first request
         return generate_latest(self._registry)
 
     def count_http(self, method: str, handler: str, status: int, duration_s: float) -> None:
-        """An answer was sent. `handler` is the route's path, with its placeholders."""
+        """Count a response. `handler` is the route's path, with its placeholders."""
         if handler in UNCOUNTED_PATHS:
             return
-        method = method if method in HTTP_METHODS else "other"  # clients can invent any, and each would stay for ever
+        method = method if method in HTTP_METHODS else "other"  # clients can invent any number
         self._http_requests.labels(handler, method, f"{status // 100}xx").inc()
         self._http_duration_s.labels(handler, method).observe(duration_s)
         self._http_duration_fine_s.observe(duration_s)
 
     def count_refusal(self, status: int) -> None:
-        """Work was asked for and not done."""
+        """Count a request for work that was not done."""
         self._refused[REFUSALS.get(status, "other")].inc()
 
-    async def observed(
+    async def count_deltas(
         self,
         deltas: AsyncGenerator[Delta, None],
         *,
@@ -131,22 +131,25 @@ class Metrics:
         params: SamplingParams,
         on_first: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[Delta, None]:
-        """The same deltas, counted; closing it closes them. arrival_s: perf_counter() when the request came."""
-        watch = _Watch(self, params, arrival_s)
+        """The same deltas, counted. Closing this generator closes `deltas`.
+
+        arrival_s: perf_counter() when the request arrived. on_first: called before the first delta is passed on.
+        """
+        observer = _PromptObserver(self, params, arrival_s)
         try:
             async with contextlib.aclosing(deltas):
                 async for delta in deltas:
-                    if watch.is_first:
+                    if observer.is_first:
                         on_first()
-                    watch.add(delta)
+                    observer.add(delta)
                     yield delta
-        except (GeneratorExit, asyncio.CancelledError, RequestTimeoutError):  # the client left, or we let it go
-            self._finished["abort"].inc(watch.num_open)
+        except (GeneratorExit, asyncio.CancelledError, RequestTimeoutError):  # the client left, or the time was up
+            self._finished["abort"].inc(observer.num_open)
             raise
 
-    # ---- What a _Watch counts ----
+    # ---- What a _PromptObserver counts ----
 
-    def prompt_started(self, num_tokens: int, num_cached: int) -> None:
+    def count_prompt(self, num_tokens: int, num_cached: int) -> None:
         self.totals.num_prompt_tokens += num_tokens
         self.totals.num_cached_tokens += num_cached
         self._prompt_tokens.inc(num_tokens)
@@ -154,19 +157,19 @@ class Metrics:
         self._by_source["local_compute"].inc(num_tokens - num_cached)
         self._by_source["local_cache_hit"].inc(num_cached)
 
-    def tokens_came(self, num_new: int, seconds: float, *, is_first: bool) -> None:
-        """`num_new` tokens of one choice: the first of them `seconds` after arrival, or all after the last before."""
+    def count_tokens(self, num_new: int, seconds: float, *, is_first: bool) -> None:
+        """Count `num_new` tokens of one choice. `seconds`: since arrival if first, else since its previous tokens."""
         self.totals.num_output_tokens += num_new
         self._generation_tokens.inc(num_new)
         if is_first:
             self._ttft_s.observe(seconds)
             self.recent_ttft_s.append(seconds)
             return
-        for _ in range(num_new):  # tokens that came together share the time
+        for _ in range(num_new):  # tokens that arrive together share the interval
             self._itl_s.observe(seconds / num_new)
         self.recent_itl_s.append(seconds / num_new)
 
-    def choice_ended(self, delta: Delta, params: SamplingParams, e2e_s: float) -> None:
+    def count_choice(self, delta: Delta, params: SamplingParams, e2e_s: float) -> None:
         assert delta.finish_reason is not None
         self._finished[delta.finish_reason].inc()
         self._e2e_s.observe(e2e_s)
@@ -189,18 +192,18 @@ class Metrics:
         self._preemptions.observe(timing.num_preemptions)
         self._corrupted.inc(timing.is_corrupted)
 
-    def request_ended(self, params: SamplingParams, longest: int) -> None:
-        """All choices of one prompt have ended; `longest` is the most output tokens of one."""
+    def count_request(self, params: SamplingParams, longest: int) -> None:
+        """Count a prompt whose choices have all ended. `longest`: output tokens of its longest choice."""
         self._request_sizes().longest_output.observe(longest)
         self._n.observe(params.n)
 
-    # ---- Making ----
+    # ---- Registration ----
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(name, text, LABELS, registry=self._registry).labels(*self._values)
 
-    def _labelled(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Counter]:
-        """A counter for each value of one label more. All begin at 0, so that rates are right from the first."""
+    def _labeled(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Counter]:
+        """A counter for each value of one additional label. All start at 0, so that rates count the first event."""
         family = Counter(name, text, (*LABELS, label), registry=self._registry)
         return {value: family.labels(*self._values, value) for value in values}
 
@@ -208,32 +211,38 @@ class Metrics:
         return Histogram(name, text, LABELS, buckets=buckets, registry=self._registry).labels(*self._values)
 
     def _make_counters(self) -> None:
-        counter, labelled = self._counter, self._labelled
-        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that began.")
+        counter, labeled = self._counter, self._labeled
+        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that have started.")
         self._prompt_tokens_cached = counter("vllm:prompt_tokens_cached", "Prompt tokens found in the prefix cache.")
-        self._by_source = labelled(
+        self._by_source = labeled(
             "vllm:prompt_tokens_by_source", "Prompt tokens by where they came from.", "source", PROMPT_SOURCES
         )
         self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
-        self._corrupted = counter("vllm:corrupted_requests", "Choices that ended without finite logits.")
-        self._finished = labelled("vllm:request_success", "Ended choices.", "finished_reason", FINISH_REASONS)
-        self._refused = labelled(
+        self._corrupted = counter("vllm:corrupted_requests", "Choices that ended because their logits were not finite.")
+        self._finished = labeled("vllm:request_success", "Choices that have ended.", "finished_reason", FINISH_REASONS)
+        self._refused = labeled(
             "tinyvllm:requests_refused", "Requests refused.", "reason", sorted({*REFUSALS.values(), "other"})
         )
 
     def _make_histograms(self) -> None:
         latency, histogram = LATENCY_BUCKETS, self._histogram
-        self._ttft_s = histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.", TTFT_BUCKETS)
-        self._itl_s = histogram("vllm:inter_token_latency_seconds", "Between tokens of a choice.", ITL_BUCKETS)
-        self._time_per_token_s = histogram(
-            "vllm:request_time_per_output_token_seconds", "Mean time a token after the first.", ITL_BUCKETS
+        self._ttft_s = histogram(
+            "vllm:time_to_first_token_seconds", "Time from arrival to the first token.", TTFT_BUCKETS
         )
-        self._e2e_s = histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.", latency)
-        self._queue_s = histogram("vllm:request_queue_time_seconds", "In the queue.", latency)
-        self._prefill_s = histogram("vllm:request_prefill_time_seconds", "From the queue to the first token.", latency)
-        self._decode_s = histogram("vllm:request_decode_time_seconds", "From the first token to the last.", latency)
+        self._itl_s = histogram("vllm:inter_token_latency_seconds", "Time between tokens of a choice.", ITL_BUCKETS)
+        self._time_per_token_s = histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean time per output token after the first.", ITL_BUCKETS
+        )
+        self._e2e_s = histogram("vllm:e2e_request_latency_seconds", "Time from arrival to the last token.", latency)
+        self._queue_s = histogram("vllm:request_queue_time_seconds", "Time in the queue.", latency)
+        self._prefill_s = histogram(
+            "vllm:request_prefill_time_seconds", "Time from leaving the queue to the first token.", latency
+        )
+        self._decode_s = histogram(
+            "vllm:request_decode_time_seconds", "Time from the first token to the last.", latency
+        )
         self._inference_s = histogram(
-            "vllm:request_inference_time_seconds", "From the queue to the last token.", latency
+            "vllm:request_inference_time_seconds", "Time from leaving the queue to the last token.", latency
         )
         self._n = histogram("vllm:request_params_n", "Choices asked for.", SMALL_COUNT_BUCKETS)
         self._preemptions = histogram(
@@ -243,20 +252,20 @@ class Metrics:
     def _make_http(self) -> None:
         registry = self._registry
         self._http_requests = Counter(
-            "http_requests", "Answers by route, method and kind of status.", ("handler", "method", "status"),
+            "http_requests", "Responses by route, method and class of status.", ("handler", "method", "status"),
             registry=registry,
         )  # fmt: skip
         self._http_duration_s = Histogram(
-            "http_request_duration_seconds", "From a request's head to its answer's end.", ("handler", "method"),
+            "http_request_duration_seconds", "Time from headers to the end of the response.", ("handler", "method"),
             buckets=HTTP_BUCKETS, registry=registry,
         )  # fmt: skip
         self._http_duration_fine_s = Histogram(
-            "http_request_duration_highr_seconds", "The same of all routes.",
+            "http_request_duration_highr_seconds", "The same for all routes together, in finer buckets.",
             buckets=HTTP_FINE_BUCKETS, registry=registry,
         )  # fmt: skip
 
     def _request_sizes(self) -> _RequestSizes:
-        """Made when the model is loaded: their buckets end at its context length."""
+        """Created once the model is loaded, because their buckets end at its context length."""
         if self._sizes is None:
             buckets = token_count_buckets(self._engine.capacity.max_model_len)
             self._sizes = _RequestSizes(*(self._histogram(name, text, buckets) for name, text in _SIZE_NAMES))
@@ -267,7 +276,7 @@ _SIZE_NAMES = (
     ("vllm:request_prompt_tokens", "Prompt tokens of a choice."),
     ("vllm:request_generation_tokens", "Output tokens of a choice."),
     ("vllm:request_max_num_generation_tokens", "Output tokens of a request's longest choice."),
-    ("vllm:request_params_max_tokens", "Output tokens asked for at most."),
+    ("vllm:request_params_max_tokens", "The max_tokens of a choice."),
     ("vllm:request_prefill_kv_computed_tokens", "Prompt tokens of a choice that were not in the prefix cache."),
 )
 
@@ -283,8 +292,8 @@ class _RequestSizes:
     computed_tokens: Histogram
 
 
-class _Watch:
-    """What one prompt's deltas have shown so far."""
+class _PromptObserver:
+    """Derives one prompt's counts and times from its deltas."""
 
     def __init__(self, metrics: Metrics, params: SamplingParams, arrival_s: float) -> None:
         self.num_open = params.n
@@ -292,7 +301,7 @@ class _Watch:
         self._params = params
         self._arrival_s = arrival_s
         self._num_tokens: dict[int, int] = {}  # by choice
-        self._last_s: dict[int, float] = {}  # when a choice's last token came
+        self._last_s: dict[int, float] = {}  # by choice: when its latest token arrived
 
     @property
     def is_first(self) -> bool:
@@ -301,23 +310,23 @@ class _Watch:
     def add(self, delta: Delta) -> None:
         now_s = time.perf_counter()
         if self.is_first:
-            self._metrics.prompt_started(delta.num_prompt_tokens, delta.num_cached_tokens)
+            self._metrics.count_prompt(delta.num_prompt_tokens, delta.num_cached_tokens)
         num_new = delta.num_output_tokens - self._num_tokens.get(delta.index, 0)
         self._num_tokens[delta.index] = delta.num_output_tokens
         if num_new > 0:
             last_s = self._last_s.get(delta.index)
             since_s = self._arrival_s if last_s is None else last_s
-            self._metrics.tokens_came(num_new, now_s - since_s, is_first=last_s is None)
+            self._metrics.count_tokens(num_new, now_s - since_s, is_first=last_s is None)
             self._last_s[delta.index] = now_s
         if delta.finish_reason is not None:
-            self._metrics.choice_ended(delta, self._params, now_s - self._arrival_s)
+            self._metrics.count_choice(delta, self._params, now_s - self._arrival_s)
             self.num_open -= 1
             if self.num_open == 0:
-                self._metrics.request_ended(self._params, max(self._num_tokens.values()))
+                self._metrics.count_request(self._params, max(self._num_tokens.values()))
 
 
 class _EngineCollector(Collector):
-    """The engine's own counts, read at each scrape. Nothing before it is ready."""
+    """The engine's own counts, read at each scrape. Empty until the engine is ready."""
 
     def __init__(self, engine: AsyncEngine, values: tuple[str, ...]) -> None:
         self._engine = engine
@@ -339,10 +348,10 @@ class _EngineCollector(Collector):
         for name, text, value in (
             ("vllm:num_requests_running", "Requests in the running batch.", stats.num_running),
             ("vllm:num_requests_waiting", "Requests in the queue.", stats.num_waiting),
-            ("vllm:kv_cache_usage_perc", "Share of KV blocks in use: 1 is all.", usage),
+            ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", usage),
             (
                 "tinyvllm:graphs_to_capture",
-                "Graphs still to be captured between steps: until it is 0, steps may be slower than they will be.",
+                "Graphs still to be captured between steps. Until it is 0, steps may be slower than later.",
                 stats.num_captures_to_come,
             ),
         ):
@@ -350,13 +359,13 @@ class _EngineCollector(Collector):
             gauge.add_metric(self._values, value)
             yield gauge
         waiting = GaugeMetricFamily(
-            "vllm:num_requests_waiting_by_reason", "Requests in the queue, by why.", labels=(*LABELS, "reason")
+            "vllm:num_requests_waiting_by_reason", "Requests in the queue, by reason.", labels=(*LABELS, "reason")
         )
         for reason, value in (("capacity", stats.num_waiting), ("deferred", 0)):
             waiting.add_metric((*self._values, reason), value)
         yield waiting
         awake = GaugeMetricFamily(
-            "vllm:engine_sleep_state", "1 for the state that the engine is in.", labels=(*LABELS, "sleep_state")
+            "vllm:engine_sleep_state", "1 for the current state of the engine, else 0.", labels=(*LABELS, "sleep_state")
         )
         for state, value in (("awake", 1), ("weights_offloaded", 0), ("discard_all", 0)):
             awake.add_metric((*self._values, state), value)
@@ -365,23 +374,23 @@ class _EngineCollector(Collector):
     def _counters(self) -> Iterator[Metric]:
         stats = self._engine.stats()
         for name, text, value in (
-            ("vllm:num_preemptions", "Requests set back to the queue for lack of blocks.", stats.num_preemptions),
+            ("vllm:num_preemptions", "Requests preempted for lack of KV blocks.", stats.num_preemptions),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
             (
                 "tinyvllm:graph_captures",
-                "Graphs captured since start: constant once tinyvllm:graphs_to_capture is 0.",
+                "Graphs captured since start. Constant once tinyvllm:graphs_to_capture is 0.",
                 stats.num_captures,
             ),
             (
                 "tinyvllm:failed_graph_captures",
-                "Graphs that could not be captured beside steps; larger ones take their place.",
+                "Graphs that could not be captured between steps. Larger ones take their place.",
                 stats.num_failed_captures,
             ),
             ("tinyvllm:computed_tokens", "Tokens that steps computed.", stats.extra.get("num_computed_tokens", 0)),
             (
                 "tinyvllm:padded_rows",
-                "Rows of graphs that their steps had no token for: padding.",
+                "Padding: rows of graphs without a token.",
                 stats.extra.get("num_padded_rows", 0),
             ),
             ("tinyvllm:failed_steps", "Steps that raised an error.", stats.extra.get("num_failed_steps", 0)),
@@ -391,7 +400,7 @@ class _EngineCollector(Collector):
             yield counter
 
     def _cache_config(self) -> Metric:
-        """A gauge of 1 whose labels are the settings, as vLLM writes it."""
+        """A gauge of 1 with the settings as its labels, as in vLLM."""
         config, capacity = self._engine.config, self._engine.capacity
         labels = {
             "block_size": capacity.block_size,

@@ -1,4 +1,4 @@
-"""What is served, and its tokenizer: /v1/models, /tokenize, /detokenize, /tokenizer_info."""
+"""The served model and its tokenizer: /v1/models, /tokenize, /detokenize, /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _model_card(state: ServerState) -> ModelCard:
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> Tokenized:
-    """Token ids of a text, or of messages through the chat template."""
+    """The token ids of a text, or of messages as the chat template renders them."""
     state = state_of(request)
     state.require_engine()
     require_model(state, body.model)
@@ -74,7 +74,7 @@ def _tokenize(state: ServerState, body: TokenizeRequest) -> Tokenized:
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> Detokenized:
-    """The text of token ids, special tokens written out."""
+    """The text of token ids, including special tokens."""
     state = state_of(request)
     state.require_engine()
     require_model(state, body.model)

@@ -1,4 +1,4 @@
-"""Routes for those who run the server: is it well, is it ready, what does it do. And the page that shows it."""
+"""Routes for operators: health, readiness, metrics, the engine's state, and the page that shows it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinyvllm.server.protocol.common import Version
 from tinyvllm.server.state import state_of
 
 STATIC = Path(__file__).parent / "static"
-# The page runs nothing and loads nothing that is not its own, and no other page may frame it.
+# The page runs and loads only its own files, and no other page may frame it.
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; "
     "form-action 'none'",
@@ -30,41 +30,41 @@ router = APIRouter()
 
 
 class Readiness(BaseModel):
-    """How much of a warm-up in the background is done."""
+    """Progress of the background warm-up."""
 
-    num_captures: int  # graphs that are there
+    num_captures: int  # graphs captured so far
     num_captures_to_come: int
     num_failed_captures: int  # larger graphs take their place
 
 
 @router.get("/health", response_class=Response)
 async def health(request: Request) -> Response:
-    """200 with an empty body while the engine is warm and works; 503 before, when it is dead, and when it stalls."""
+    """200 with an empty body while the engine works; 503 until it is warm, when it has died, and when it stalls."""
     state = state_of(request)
     state.require_engine()
     stalled_s = state.stalled_s
     if stalled_s is not None:
-        raise StalledError(f"no step of the engine has ended for {stalled_s:.0f} s, though there is work")
+        raise StalledError(f"the engine has work, but has completed no step for {stalled_s:.0f} s")
     return Response()
 
 
 @router.get("/ping", response_class=Response)
 @router.post("/ping", response_class=Response, include_in_schema=False)
 async def ping(request: Request) -> Response:
-    """The same under the name that SageMaker asks for."""
+    """/health under the name that SageMaker requires."""
     return await health(request)
 
 
 @router.get("/ready")
 async def ready(request: Request) -> Readiness:
-    """200 while new requests are welcome; 503 from the first signal to stop on, while /health may still be 200.
+    """200 while new requests are accepted; 503 from the first stop signal on, while /health may still be 200.
 
-    The body says how many graphs are still captured between steps: until it is 0, steps may be slower than later.
+    The body says how many graphs are still to be captured between steps. Until that is 0, steps may be slower.
     """
     state = state_of(request)
     if state.drain.has_begun:
         state.require_ready()
-    await health(request)  # and no more: a full queue is not a reason to be taken out of the rotation for ever
+    await health(request)  # and no more: a full queue must not take the server out of rotation
     stats = state.engine.stats()
     return Readiness(
         num_captures=stats.num_captures,
@@ -85,7 +85,7 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/engine/state")
 async def live_state(request: Request) -> EngineState:
-    """What the engine does now: queue, blocks, latest steps. Made for the page; its shape may change."""
+    """What the engine is doing: queue, blocks, latest steps. Made for the page; its shape may change."""
     return await engine_state(state_of(request))
 
 

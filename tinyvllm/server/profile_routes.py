@@ -1,4 +1,4 @@
-"""Recording where the server's time goes, on request: /start_profile and /stop_profile, where the server allows it."""
+"""/start_profile and /stop_profile: record where the server's time goes, if --enable-profiling allows it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ router = APIRouter()
 
 @router.post("/start_profile")
 async def start_profile(request: Request) -> dict[str, str]:
-    """Begin to record the named measurements of all threads. 403 where it is off, 409 where one is being made."""
+    """Start recording the named spans of all threads. 403 if profiling is off, 409 if a recording is running."""
     _require_profiling(request)
     try:
         measure.start()
@@ -28,7 +28,7 @@ async def start_profile(request: Request) -> dict[str, str]:
 
 @router.post("/stop_profile")
 async def stop_profile(request: Request, format: str = "table") -> dict[str, Any]:
-    """End it, and answer with its times by name (`table`), or with every span for Perfetto (`trace`)."""
+    """Stop recording, and answer with its times by name (`table`), or with every span for Perfetto (`trace`)."""
     _require_profiling(request)
     if format not in ("table", "trace"):
         raise HTTPException(400, f"format is {format!r}: give table or trace")

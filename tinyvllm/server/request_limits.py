@@ -1,4 +1,4 @@
-"""What the server takes in: a queue with an end, requests that may not last for ever, and the way it closes down."""
+"""Limits on requests: a bounded queue, a timeout, and the drain before the server stops."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class QueueFullError(TinyvllmError):
-    """As many requests or tokens wait as may: HTTP 429, and worth another try."""
+    """The queue of requests or of prompt tokens is full: HTTP 429, worth a retry."""
 
 
 class DrainingError(TinyvllmError):
-    """The server is stopping and takes nothing new: HTTP 503, another server may."""
+    """The server is stopping and takes no new requests: HTTP 503. Another server may take them."""
 
 
 class RequestTimeoutError(TinyvllmError):
@@ -27,39 +27,39 @@ class RequestTimeoutError(TinyvllmError):
 
 
 class Admission:
-    """Counts what was let in and has not been answered, and refuses what would be too much.
+    """Counts the sequences that were admitted and not yet answered, and refuses those beyond the limits.
 
-    Lives on the server's event loop alone. A request that is queued is one beyond those that can run at once, so that
-    the count is exact without asking the engine, which is always a step ahead or behind.
+    Used only on the server's event loop. Sequences beyond those that can run at once count as queued: that is exact,
+    whereas the engine's own counts are always a step ahead or behind.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings = settings
-        self.num_seqs = 0  # sequences let in and not answered
-        self.num_waiting_tokens = 0  # prompt tokens of those that have no output yet
+        self.num_seqs = 0  # admitted and not answered
+        self.num_waiting_tokens = 0  # prompt tokens of admitted sequences without output
 
     def check_room(self, max_num_seqs: int) -> None:
-        """QueueFullError if not even one more sequence fits: before the prompt is read, which costs time."""
+        """Raise QueueFullError if not even one more sequence fits. Called before the prompt is read."""
         limit = self._settings.max_num_queued_requests
         if limit is not None and self.num_seqs >= limit + max_num_seqs:
             raise self._too_many(self.num_seqs - max_num_seqs)
 
     def admit(self, context: RequestContext, num_seqs: int, num_tokens: int, max_num_seqs: int) -> None:
-        """Count `num_seqs` sequences of one prompt of `num_tokens` for this request, until `release`.
+        """Admit `num_seqs` sequences of one prompt of `num_tokens` tokens for this request, until `release`.
 
-        Raises QueueFullError when the queue has no room now, RequestError when it never would have.
+        Raises QueueFullError if the queue has no room now, RequestError if it never could have.
         """
         limit, token_limit = self._settings.max_num_queued_requests, self._settings.max_num_queued_tokens
         if limit is not None and self.num_seqs + num_seqs > limit + max_num_seqs:
             if context.num_seqs + num_seqs > limit + max_num_seqs:
                 raise RequestError(
-                    f"the request has {context.num_seqs + num_seqs} sequences or more, but the server takes "
-                    f"{limit + max_num_seqs} at most: send them in several requests, or raise "
+                    f"the request has at least {context.num_seqs + num_seqs} sequences, but the server takes "
+                    f"{limit + max_num_seqs} at most: split it into several requests, or raise "
                     "--max-num-queued-requests",
                     param="n" if num_seqs > 1 else "prompt",
                 )
             raise self._too_many(max(0, self.num_seqs - max_num_seqs))
-        # the first prompt always gets in: it waits for nobody, and a long one would otherwise never run
+        # with nothing waiting, any prompt is admitted: one longer than the limit would otherwise never run
         if token_limit is not None and self.num_waiting_tokens and self.num_waiting_tokens + num_tokens > token_limit:
             raise QueueFullError(
                 f"{self.num_waiting_tokens} prompt tokens are waiting and this prompt has {num_tokens}, but at most "
@@ -71,13 +71,13 @@ class Admission:
         context.num_waiting_tokens += num_tokens
 
     def prompt_computed(self, context: RequestContext, num_tokens: int) -> None:
-        """A prompt of this request has its first output: its tokens wait no more."""
+        """A prompt of this request has its first output, so its tokens no longer wait."""
         num_tokens = min(num_tokens, context.num_waiting_tokens)
         self.num_waiting_tokens -= num_tokens
         context.num_waiting_tokens -= num_tokens
 
     def release(self, context: RequestContext) -> None:
-        """The request has been answered, or its client has gone."""
+        """Give back what the request holds, once it has been answered or its client has left. May be called again."""
         self.num_seqs -= context.num_seqs
         self.num_waiting_tokens -= context.num_waiting_tokens
         context.num_seqs = context.num_waiting_tokens = 0
@@ -90,11 +90,11 @@ class Admission:
 
 
 class Drain:
-    """The end of a server's life: whether it has begun, and how many requests are open."""
+    """Whether the server has begun to drain, and how many requests it has not answered yet."""
 
     def __init__(self) -> None:
         self.has_begun = False
-        self.num_requests = 0  # that may ask for work and are not answered: all but GET, HEAD and OPTIONS
+        self.num_requests = 0  # unanswered ones that may need the engine: all but GET, HEAD and OPTIONS
 
     def begin_request(self) -> None:
         self.num_requests += 1
@@ -104,9 +104,9 @@ class Drain:
 
 
 def timed_out(timeout_s: float) -> RequestTimeoutError:
-    """What a request gets that is not complete in time."""
+    """The error of a request that does not complete in time."""
     return RequestTimeoutError(
-        f"the request was not complete after {timeout_s:g} s: ask for fewer tokens, or start the server with a larger "
+        f"the request did not complete within {timeout_s:g} s: ask for fewer tokens, or start the server with a larger "
         "--request-timeout"
     )
 
@@ -114,7 +114,7 @@ def timed_out(timeout_s: float) -> RequestTimeoutError:
 async def until_timeout(
     deltas: AsyncGenerator[Delta, None], timeout_s: float, deadline_s: float
 ) -> AsyncGenerator[Delta, None]:
-    """The same deltas until `deadline_s` on the event loop's clock, then RequestTimeoutError; `deltas` is closed."""
+    """The same deltas until `deadline_s` on the event loop's clock, then RequestTimeoutError. Closes `deltas`."""
     try:
         while True:
             try:

@@ -1,4 +1,4 @@
-"""From deltas to the items of a response, and the events that tell of them while they grow."""
+"""From deltas to the items of a response, and the events that report them as they grow."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ Event = dict[str, Any]
 
 
 class ResponseWriter:
-    """Writes one response. Owns its growing items, of which the last may be open, and the events' numbers."""
+    """Writes one response. Owns its items, of which the last may still grow, and the events' sequence numbers."""
 
     def __init__(self, answer: ResponseAnswer, format: OutputFormat) -> None:
-        """answer: without output, in progress."""
+        """answer: in progress, without output."""
         self.answer = answer
         self._format = format
-        self._reader = format.reader()
+        self._parser = format.parser()
         self._number = 0
         self._is_open = False
         self._num_reasoning_tokens = 0
-        self._logprobs: list[ChatTokenLogprob] = []  # of tokens whose text is not certain yet
+        self._logprobs: list[ChatTokenLogprob] = []  # of tokens whose text has not been written yet
 
     def begin(self) -> Iterator[Event]:
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=_dump(self.answer))
 
     def push(self, delta: Delta) -> Iterator[Event]:
-        """What a delta adds; after the last one the answer is complete."""
-        pieces = self._reader.push(delta.text)
+        """The events of a delta. After the last delta the answer is complete."""
+        pieces = self._parser.push(delta.text)
         self._logprobs += chat_logprobs(delta.logprobs).content
         if any(isinstance(piece, Reasoning) for piece in pieces):
             self._num_reasoning_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
-            pieces += self._reader.flush()
+            pieces += self._parser.flush()
         for piece in pieces:
             yield from self._write(piece)
         if delta.finish_reason is not None:
@@ -90,7 +90,7 @@ class ResponseWriter:
                 call = self.answer.output[-1]
                 assert isinstance(call, FunctionCallItem)
                 call.arguments += piece.text
-                yield self._of_item("response.function_call_arguments.delta", delta=piece.text)
+                yield self._item_event("response.function_call_arguments.delta", delta=piece.text)
 
     @property
     def _parts(self) -> list[Any]:
@@ -112,11 +112,11 @@ class ResponseWriter:
     def _add_part(self, part: OutputText | ReasoningText) -> Iterator[Event]:
         self._parts.append(part)
         kind = "content_part" if isinstance(part, OutputText) else "reasoning_part"
-        yield self._of_item(f"response.{kind}.added", content_index=0, part=part.model_dump())
+        yield self._item_event(f"response.{kind}.added", content_index=0, part=part.model_dump())
 
     def _grow_text(self, kind: str, text: str, **more: Any) -> Iterator[Event]:
         self._parts[0].text += text
-        yield self._of_item(kind, content_index=0, delta=text, **more)
+        yield self._item_event(kind, content_index=0, delta=text, **more)
 
     def _close(self, status: Status) -> Iterator[Event]:
         if not self._is_open:
@@ -126,21 +126,23 @@ class ResponseWriter:
         item.status = status
         match item:
             case FunctionCallItem():
-                yield self._of_item("response.function_call_arguments.done", name=item.name, arguments=item.arguments)
+                yield self._item_event(
+                    "response.function_call_arguments.done", name=item.name, arguments=item.arguments
+                )
             case MessageItem():
                 part = item.content[0]
                 shown = [entry.model_dump() for entry in part.logprobs]
-                yield self._of_item("response.output_text.done", content_index=0, text=part.text, logprobs=shown)
-                yield self._of_item("response.content_part.done", content_index=0, part=part.model_dump())
+                yield self._item_event("response.output_text.done", content_index=0, text=part.text, logprobs=shown)
+                yield self._item_event("response.content_part.done", content_index=0, part=part.model_dump())
             case ReasoningItem():
                 thought = item.content[0]
-                yield self._of_item("response.reasoning_text.done", content_index=0, text=thought.text)
-                yield self._of_item("response.reasoning_part.done", content_index=0, part=thought.model_dump())
+                yield self._item_event("response.reasoning_text.done", content_index=0, text=thought.text)
+                yield self._item_event("response.reasoning_part.done", content_index=0, part=thought.model_dump())
         yield self._event("response.output_item.done", output_index=len(self.answer.output) - 1, item=item.model_dump())
 
     def _end(self, delta: Delta) -> Iterator[Event]:
         is_cut = delta.finish_reason == "length"
-        if not self.answer.output:  # nothing was said: an empty message, as OpenAI has it
+        if not self.answer.output:  # no output: an empty message, as from OpenAI
             yield from self._write(Text(""))
         yield from self._close("incomplete" if is_cut else "completed")
         answer = self.answer
@@ -157,8 +159,8 @@ class ResponseWriter:
         )
         yield self._event(f"response.{answer.status}", response=_dump(answer))
 
-    def _of_item(self, kind: str, **more: Any) -> Event:
-        """An event of the last item."""
+    def _item_event(self, kind: str, **more: Any) -> Event:
+        """An event about the last item."""
         index = len(self.answer.output) - 1
         return self._event(kind, item_id=self.answer.output[index].id, output_index=index, **more)
 
@@ -168,7 +170,7 @@ class ResponseWriter:
         return event
 
     def failure(self, error: dict[str, Any]) -> Event:
-        """The last event of a response that fails. `error` is OpenAI's; clients raise where they find the key."""
+        """The last event of a response that fails. `error` is OpenAI's error; clients raise if they find the key."""
         return self._event("error", error=error, **{name: error[name] for name in ("code", "message", "param")})
 
 

@@ -1,4 +1,4 @@
-"""Responses that later ones may go on from, in memory, with a bound."""
+"""A bounded store, in memory, of responses that later requests may continue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_CHARS = 64 * 2**20  # of all conversations together
 @dataclass(frozen=True)
 class StoredResponse:
     answer: ResponseAnswer
-    messages: tuple[Mapping[str, Any], ...]  # the conversation up to its end, without instructions
+    messages: tuple[Mapping[str, Any], ...]  # the conversation up to and including the answer, without instructions
 
     @property
     def num_chars(self) -> int:
@@ -25,7 +25,7 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """Owns the latest responses. Lives on the server's event loop."""
+    """Owns the latest responses. Used only on the server's event loop."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_chars: int = MAX_CHARS) -> None:
         self._max_responses = max_responses
@@ -34,7 +34,7 @@ class ResponseStore:
         self._num_chars = 0
 
     def add(self, stored: StoredResponse) -> None:
-        """Keep a response; the oldest make room for it."""
+        """Store a response. Evicts the oldest ones if there is no room."""
         self._responses[stored.answer.id] = stored, stored.num_chars
         self._num_chars += stored.num_chars
         while len(self._responses) > self._max_responses or self._num_chars > self._max_chars:
@@ -42,11 +42,11 @@ class ResponseStore:
             self._num_chars -= num_chars
 
     def get(self, response_id: str, param: str) -> StoredResponse:
-        """Raises UnknownResponseError."""
+        """Raises UnknownResponseError, naming the field `param`, if it is not stored."""
         if response_id not in self._responses:
             raise UnknownResponseError(
-                f"the response {ascii(response_id)[:80]} is not stored. Of those sent with store=true the latest "
-                f"{self._max_responses} are, while the server runs: send the whole conversation as input",
+                f"the response {ascii(response_id)[:80]} is not stored: the server keeps the latest "
+                f"{self._max_responses} that allow it, while it runs. Send the whole conversation as input",
                 param,
             )
         return self._responses[response_id][0]

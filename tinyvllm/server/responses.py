@@ -1,4 +1,4 @@
-"""/v1/responses: a conversation whose state the server may keep."""
+"""/v1/responses: responses, which the server may store for later requests to continue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starlette.responses import Response
 from tinyvllm.config import SamplingParams
 from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
 from tinyvllm.server.failures import failure_of
-from tinyvllm.server.intake import ERRORS, check_ids, check_request, event_stream_too, json_response
+from tinyvllm.server.intake import ERRORS, check_ids, check_request, json_response, openapi_event_stream
 from tinyvllm.server.protocol.responses import (
     DeletedResponse,
     InputItem,
@@ -30,7 +30,7 @@ from tinyvllm.server.protocol.tools import NamedChoice
 from tinyvllm.server.response_events import ResponseWriter, frame_event
 from tinyvllm.server.response_store import ResponseStore, StoredResponse
 from tinyvllm.server.state import ServerState, state_of
-from tinyvllm.server.streaming import EventStream, Item, begun, first_choices, merge, until_disconnect
+from tinyvllm.server.streaming import EventStream, Item, first_choices, merge, until_disconnect, wait_for_first
 
 router = APIRouter(responses=ERRORS)
 
@@ -40,7 +40,7 @@ def store_of(request: Request) -> ResponseStore:
     return store
 
 
-@router.post("/v1/responses", response_model=ResponseAnswer, responses=event_stream_too(ResponseAnswer))
+@router.post("/v1/responses", response_model=ResponseAnswer, responses=openapi_event_stream(ResponseAnswer))
 async def create_response(body: ResponsesRequest, request: Request) -> Response:
     state = state_of(request)
     return await until_disconnect(request.receive, _respond(state, store_of(request), body))
@@ -76,17 +76,17 @@ async def _respond(state: ServerState, store: ResponseStore, body: ResponsesRequ
         beams=body.beams(),
     )
     items = merge([first_choices(deltas, 1)], 1)
-    task = _Task(ResponseWriter(answer, prompt.format), store, messages)
+    stream = _ResponseStream(ResponseWriter(answer, prompt.format), store, messages)
     if not body.stream:
-        async for _ in task.frames(items):
+        async for _ in stream.frames(items):
             pass
         return json_response(answer)
-    items = await begun(items)
-    return EventStream(_guarded(task, task.frames(items)), items)
+    items = await wait_for_first(items)
+    return EventStream(_errors_as_events(stream, stream.frames(items)), items)
 
 
-class _Task:
-    """One response on its way into the store, which is where it goes when it is complete and may be kept."""
+class _ResponseStream:
+    """Streams one response, and stores it once it is complete, unless the request says store=false."""
 
     def __init__(self, writer: ResponseWriter, store: ResponseStore, messages: tuple[Mapping[str, Any], ...]) -> None:
         self.writer = writer
@@ -105,27 +105,27 @@ class _Task:
                     yield frame_event(event)
 
     def _keep(self) -> None:
-        """Before the last event is sent, since a client may go on at once."""
+        """Store the response if it is complete. Called before the last event, because a client may continue at once."""
         answer = self.writer.answer
         if answer.store and answer.status != "in_progress":
             said = messages_of([InputItem.model_validate(item.model_dump()) for item in answer.output])
             self._store.add(StoredResponse(answer, (*self._messages, *said)))
 
 
-async def _guarded(task: _Task, frames: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """`frames`; an error on the way becomes the last event, since the status 200 has been sent."""
+async def _errors_as_events(stream: _ResponseStream, frames: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """`frames`. An error becomes the last event, because status 200 has already been sent."""
     async with contextlib.aclosing(frames):
         try:
             async for text in frames:
                 yield text
-        except Exception as error:  # all of them: a stream that just ends would look like a whole answer
-            yield frame_event(task.writer.failure(failure_of(error).detail().model_dump()))
+        except Exception as error:  # any error: a stream that just ended would look complete
+            yield frame_event(stream.writer.failure(failure_of(error).detail().model_dump()))
 
 
 def _read(
     state: ServerState, body: ResponsesRequest, messages: tuple[Mapping[str, Any], ...]
 ) -> tuple[Prompt, SamplingParams]:
-    """The prompt and the settings. Runs on a worker thread."""
+    """The prompt and the sampling parameters. Runs on a worker thread."""
     prompt = make_prompt(_conversation_of(body, messages), state.engine)
     check_ids(state, prompt.ids, body.max_output_tokens, param="input")
     params = body.make_params(
@@ -161,11 +161,11 @@ def _conversation_of(body: ResponsesRequest, messages: tuple[Mapping[str, Any], 
 
 
 def _make_answer(state: ServerState, body: ResponsesRequest, params: SamplingParams) -> ResponseAnswer:
-    """The answer before its output."""
+    """The answer, still without output."""
     choice = body.tool_choice
     text = body.text or TextSettings()
     return ResponseAnswer(
-        id=f"resp_{uuid.uuid4().hex}",  # never of the client's making: who knows it may read the conversation
+        id=f"resp_{uuid.uuid4().hex}",  # never the client's choice: whoever knows it may read the conversation
         created_at=int(time.time()),
         status="in_progress",
         instructions=body.instructions,

@@ -1,4 +1,4 @@
-"""Which files have routes: our own, OpenAI's, and the few of vLLM's that clients of OpenAI's use."""
+"""The files that have routes: ours, OpenAI's, and the few of vLLM's that OpenAI clients use."""
 
 from __future__ import annotations
 

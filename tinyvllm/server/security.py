@@ -1,4 +1,4 @@
-"""Who may ask: API keys as bearer tokens."""
+"""Access control: API keys as bearer tokens, and the names that the server answers to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tinyvllm.server.failures import Failure
 
-# What an orchestrator, a scraper and a browser ask for before they have a key. None of it shows what requests hold.
+# What orchestrators, scrapers and browsers request without a key. None of it shows the content of requests.
 OPEN_PATHS = frozenset(("/", "/health", "/ready", "/ping", "/version", "/metrics", "/favicon.ico"))
 OPEN_PREFIX = "/static/"
 
@@ -20,7 +20,7 @@ _PORT = re.compile(r":\d+$")
 
 
 class KeyRing:
-    """Knows keys by their hashes, so that all comparisons are of one length and none ends early."""
+    """Holds the keys as hashes, so that comparisons have one length and none ends early."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = tuple(_digest(key) for key in keys)
@@ -30,7 +30,7 @@ class KeyRing:
 
     def holds(self, key: str) -> bool:
         given, is_known = _digest(key), False
-        for digest in self._digests:  # all of them: the time must not tell which one came close
+        for digest in self._digests:  # all of them: the time must not reveal which one matched
             is_known |= hmac.compare_digest(given, digest)
         return is_known
 
@@ -39,7 +39,7 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("latin-1", errors="replace")).digest()
 
 
-class Guard:
+class KeyCheck:
     """Middleware that answers 401 to requests without a known key."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
@@ -47,14 +47,14 @@ class Guard:
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_open(scope["method"], scope["path"]):
+        if scope["type"] != "http" or needs_no_key(scope["method"], scope["path"]):
             await self._app(scope, receive, send)
             return
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and self._keys.holds(key.strip()):
             await self._app(scope, receive, send)
             return
-        # the body is read to its end, so that a client that is still writing gets to see the answer
+        # read the body to its end: a client that is still writing would not see the answer
         while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
             pass
         remedy = "send a key that this server knows, as Authorization: Bearer KEY"
@@ -69,10 +69,10 @@ class Guard:
 
 
 class HostCheck:
-    """Middleware that answers 403 to requests which call the server by another name than it has.
+    """Middleware that answers 403 to requests for a host name that is not the server's.
 
-    A page of any origin may make its own name point to this machine once it is loaded (DNS rebinding); to the browser
-    the server is then of the page's origin, and only the Host header tells.
+    A page can make its own host name resolve to this machine after it has loaded (DNS rebinding). To the browser the
+    server then has the page's origin, and only the Host header gives it away.
     """
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str]) -> None:
@@ -83,15 +83,15 @@ class HostCheck:
         if scope["type"] == "http":
             host = Headers(scope=scope).get("host", "")
             if _PORT.sub("", host).lower() not in self._hosts:
-                message = f"the server is not called {host[:100]!a}: start it with --allowed-hosts to let it be"
+                message = f"the server is not called {host[:100]!a}: allow that name with --allowed-hosts"
                 failure = Failure(403, message, "invalid_request_error", code="host_not_allowed")
                 await failure.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-def is_open(method: str, path: str) -> bool:
-    """Whether the request needs no key: what shows no content, and the question of a browser whether it may ask."""
+def needs_no_key(method: str, path: str) -> bool:
+    """Whether the request needs no key: it shows no content, or is a browser's CORS preflight."""
     if path == "/ping":  # POST too
         return True
     return method == "OPTIONS" or (method in ("GET", "HEAD") and (path in OPEN_PATHS or path.startswith(OPEN_PREFIX)))

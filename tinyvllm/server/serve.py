@@ -1,4 +1,4 @@
-"""Starting and stopping: HTTP and the engine beside each other, and an end in which nobody loses an answer."""
+"""Run the HTTP server beside the engine, and stop both without losing answers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KEEP_ALIVE_S = 75  # longer than clients' pools keep connections, so that they seldom write into one that just closed
-GRACE_S = 5.0  # for answers that are being written when the server stops, and for the engine's last step
+KEEP_ALIVE_S = 75  # longer than clients' pools keep idle connections, so they rarely reuse one that has just closed
+GRACE_S = 5.0  # how long shutdown waits for responses being written, and for the engine's last step
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -41,11 +41,11 @@ async def serve(
     tls: TlsFiles | None = None,
     access_log: bool = True,
 ) -> None:
-    """Answer on `sock` until SIGINT or SIGTERM, while the engine warms up and after.
+    """Serve on `sock` until SIGINT or SIGTERM, starting before the engine is warm.
 
-    On a signal /ready turns to 503 and new requests are refused; those that run may go on for the settings'
-    shutdown_timeout_s, then they are aborted and the engine is shut down. A second signal does so at once. Raises what
-    kept the engine from starting.
+    After the first signal, /ready returns 503 and new requests are refused. Running requests may continue for the
+    settings' shutdown_timeout_s; then they are aborted and the engine is shut down. A second signal skips the wait.
+    Raises the error that kept the engine from starting.
     """
     settings = settings or ServerSettings()
     engine = start_engine()
@@ -53,7 +53,7 @@ async def serve(
     end_silent_peers(sock, settings.idle_timeout_s)
     config = uvicorn.Config(
         app,
-        log_config=None,  # the command line has set logging up
+        log_config=None,  # the command line has configured logging
         access_log=access_log,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(GRACE_S),
@@ -67,7 +67,7 @@ async def serve(
         try:
             await engine.wait_ready()
         except Exception:
-            if server.should_exit:  # we are being stopped, and that is why
+            if server.should_exit:  # the engine stopped because the server is stopping
                 return
             server.should_exit = True
             raise
@@ -89,22 +89,22 @@ async def serve(
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which drains before it stops, and stops the engine before it waits for answers."""
+    """uvicorn's server, which also drains before it stops, and stops the engine before it waits for responses."""
 
     def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config)
         self._state = state
-        self._drain_until_s: float | None = None  # monotonic; set once the drain was announced
+        self._drain_until_s: float | None = None  # monotonic clock; None until the drain's time limit starts
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal to stop: the first begins to drain, any later one ends that."""
+        """Handle a stop signal: the first starts draining, any later one ends it."""
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
         self._state.drain.has_begun = True  # here, so that /ready shows it at once
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to stop now. Sockets stay open while the server drains, so that refusals and /ready are answered."""
+        """Whether to stop now. Sockets stay open during the drain, so that refusals and /ready are still answered."""
         if not await super().on_tick(counter):
             return False
         drain = self._state.drain
@@ -115,7 +115,7 @@ class Server(uvicorn.Server):
             self._drain_until_s = time.monotonic() + timeout_s
             if timeout_s:
                 log.warning(
-                    "stopping: %d requests may go on for up to %g s; a second signal stops at once",
+                    "stopping: %d requests may continue for up to %g s; a second signal stops at once",
                     drain.num_requests,
                     timeout_s,
                 )
@@ -124,21 +124,21 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         engine = self._state.engine
         if self._state.drain.num_requests:
-            log.warning("stopping: %d requests are aborted", self._state.drain.num_requests)
-        # While it loads there is nothing to abort, and it could not be waited for: a graph takes long to capture. Its
-        # thread is a daemon and ends with the process.
+            log.warning("stopping: aborting %d requests", self._state.drain.num_requests)
+        # While the engine loads there is nothing to abort, and waiting could take as long as a graph's capture. Its
+        # thread is a daemon, so it ends with the process.
         if engine.is_ready:
             ended = asyncio.create_task(engine.shutdown())
             if not (await asyncio.wait((ended,), timeout=GRACE_S))[0] and self.force_exit:
-                # it waits for a step that may never end, on a thread that Python would wait for at its exit
-                log.critical("the engine's step does not end: the process is ended as it is")
+                # the shutdown waits for a step that may never end, on a thread that Python would join at exit
+                log.critical("the engine's current step does not end: terminating the process")
                 os._exit(1)
             await ended
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but the signal is not raised again at the end: a clean stop is exit code 0."""
+        """Like uvicorn's, but without raising the signal again at the end, so that a clean stop has exit code 0."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -1,4 +1,4 @@
-"""How a server is run: what it accepts, how long it waits, who may ask. Checked once, as the flags are read."""
+"""The server's settings: limits, timeouts and access. Checked once, when the flags are parsed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from tinyvllm.errors import TinyvllmError
 
-API_KEY_VARIABLE = "TINYVLLM_API_KEY"  # environment: keys that clients may show, separated by spaces or line ends
-LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")  # what this machine calls itself
+API_KEY_VARIABLE = "TINYVLLM_API_KEY"  # environment variable: accepted API keys, separated by whitespace
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")  # names of this machine for itself
 MIN_KEY_CHARS = 8  # a shorter one can be guessed over the network
 
 
 @dataclass(frozen=True)
 class Cors:
-    """Which pages of other origins may call this server. None may unless origins are named."""
+    """Which origins' pages may call this server, besides its own. None, unless they are listed."""
 
     origins: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("*",)
@@ -24,22 +24,22 @@ class Cors:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Limits and times of one server. None: no such limit. Times are in seconds."""
+    """Limits and timeouts of one server. None means no limit. Times are in seconds."""
 
-    max_num_queued_requests: int | None = 2048  # sequences beyond those that can run: as many as one call may ask for
-    max_num_queued_tokens: int | None = None  # prompt tokens that wait for their first output token
-    max_body_bytes: int = 16 * 2**20  # some million tokens of text, above any context that a laptop serves
+    max_num_queued_requests: int | None = 2048  # sequences beyond those that can run; as many as one call may request
+    max_num_queued_tokens: int | None = None  # prompt tokens of sequences without output
+    max_body_bytes: int = 16 * 2**20  # a few million tokens of text, more than any context that a laptop serves
     request_timeout_s: float | None = None  # from arrival to the last token
-    idle_timeout_s: float | None = 60.0  # a connection in the middle of a request or answer may not move a byte
-    keepalive_s: float | None = 15.0  # a stream that has nothing to say sends a comment
-    watchdog_timeout_s: float | None = 300.0  # a step may take this long before /health calls the engine stalled
-    shutdown_timeout_s: float = 25.0  # what runs may go on after a signal; below the 30 s that orchestrators allow
-    stats_interval_s: float | None = 10.0  # the log's line on the engine
-    log_requests: bool = False  # prompts and settings of requests into the log
-    enable_profiling: bool = False  # /start_profile and /stop_profile
+    idle_timeout_s: float | None = 60.0  # without a byte sent or read, in the middle of a request or response
+    keepalive_s: float | None = 15.0  # a stream that is silent for so long sends a comment
+    watchdog_timeout_s: float | None = 300.0  # a step that takes longer makes /health report a stalled engine
+    shutdown_timeout_s: float = 25.0  # for running requests after a signal; below the 30 s that orchestrators allow
+    stats_interval_s: float | None = 10.0  # between status lines in the log
+    log_requests: bool = False  # log prompts and settings of requests
+    enable_profiling: bool = False  # allow /start_profile and /stop_profile
     api_keys: tuple[str, ...] = ()
     cors: Cors = Cors()
-    allowed_hosts: tuple[str, ...] | None = None  # names that clients may call this server by; None: any
+    allowed_hosts: tuple[str, ...] | None = None  # host names that the server answers to; None: any
 
     def __post_init__(self) -> None:
         def check(ok: bool, flag: str, value: object, remedy: str) -> None:
@@ -62,13 +62,13 @@ class ServerSettings:
         ):
             check(seconds is None or seconds > 0, flag, seconds, "give a number of seconds above 0, or 0 for none")
         if self.cors.credentials and "*" in self.cors.origins:
-            raise TinyvllmError("--allow-credentials with --allowed-origins '*' would let every page in: name origins")
+            raise TinyvllmError("--allow-credentials with --allowed-origins '*' would admit every page: list origins")
 
 
 def gather_api_keys(given: list[str], file: str | None, environment: str | None) -> tuple[str, ...]:
-    """All keys of the flag, the file (one a line; # begins a comment line) and the environment, each once.
+    """The keys of the flag, the file (one per line; # starts a comment line) and the environment, without duplicates.
 
-    Raises TinyvllmError, which never shows a key.
+    Raises TinyvllmError, whose message never contains a key.
     """
     keys = [key.strip() for key in given]
     if file is not None:
@@ -78,7 +78,7 @@ def gather_api_keys(given: list[str], file: str | None, environment: str | None)
     for key in keys:
         if len(key) < MIN_KEY_CHARS or not key.isascii() or not key.isprintable() or " " in key:
             raise TinyvllmError(
-                f"an API key has {len(key)} characters: give at least {MIN_KEY_CHARS} printable ASCII ones, no spaces"
+                f"an API key has {len(key)} characters: use at least {MIN_KEY_CHARS} printable ASCII ones and no spaces"
             )
     return tuple(dict.fromkeys(keys))
 
@@ -89,6 +89,6 @@ def _read_keys(file: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise TinyvllmError(f"--api-key-file {file} cannot be read: {error}") from error
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not keys:  # an empty file would silently open the server to everybody
-        raise TinyvllmError(f"--api-key-file {file} has no key: write one a line")
+    if not keys:  # an empty file would silently open the server to everyone
+        raise TinyvllmError(f"--api-key-file {file} has no key: write one per line")
     return keys

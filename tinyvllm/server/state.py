@@ -1,4 +1,4 @@
-"""What the handlers of one app share, and the one door to the engine."""
+"""The state that an app's handlers share, and their only way to the engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAX_LOGGED_CHARS = 2000  # of a prompt, with --log-requests
 
 
 class ServerState:
-    """The engine and everything that is counted around it. Lives on the server's event loop."""
+    """Owns the limits, counts and history around one engine. Used only on the server's event loop."""
 
     def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
         self.engine = engine
@@ -43,26 +43,26 @@ class ServerState:
         self.history = StepHistory()
         self.metrics = Metrics(engine, self.history)
         self.start_s = time.monotonic()
-        self._work_since_s = self.start_s  # monotonic: when a request last came to an idle engine
+        self._work_since_s = self.start_s  # monotonic clock: when a request last reached an idle engine
         engine.on_step = self.history.add
 
     def require_engine(self) -> None:
-        """Raise EngineDeadError or NotReadyError unless the engine can be asked."""
+        """Raise EngineDeadError or NotReadyError unless the engine can take requests."""
         if self.engine.error is not None:
-            raise EngineDeadError(f"the engine has stopped: {self.engine.error}. Start the server anew")
+            raise EngineDeadError(f"the engine has stopped: {self.engine.error}. Restart the server")
         if not self.engine.is_ready:
             raise NotReadyError("the model is still loading or warming up, or the server is stopping: try again later")
 
     def require_ready(self) -> None:
-        """Raise what keeps the server from taking one more request; called before a prompt is read."""
+        """Raise the error that keeps the server from taking another request. Called before the prompt is read."""
         self.require_engine()
         if self.drain.has_begun:
-            raise DrainingError("the server is stopping and takes no new requests: ask another, or try again later")
+            raise DrainingError("the server is stopping and takes no new requests: use another, or try again later")
         self.admission.check_room(self.engine.capacity.max_num_seqs)
 
     @property
     def stalled_s(self) -> float | None:
-        """For how long a step has not ended though there is work, once that is longer than the watchdog allows."""
+        """How long the engine has had work without completing a step; None while the watchdog allows it."""
         limit_s = self.settings.watchdog_timeout_s
         if limit_s is None or self._is_idle:
             return None
@@ -71,12 +71,12 @@ class ServerState:
 
     @property
     def _is_idle(self) -> bool:
-        """Whether the engine has nothing to do; answers that it has given may still be on their way to slow readers."""
+        """Whether the engine has nothing to do. Its output may still be on its way to slow readers."""
         stats = self.engine.stats()
         return not stats.num_running and not stats.num_waiting
 
     def _admit(self, num_seqs: int, num_tokens: int) -> RequestContext:
-        """Let sequences of one prompt into the engine, for the request that is being handled."""
+        """Admit the sequences of one prompt, for the request that is being handled. Raises if they are refused."""
         context = current()
         self.admission.admit(context, num_seqs, num_tokens, self.engine.capacity.max_num_seqs)
         if self._is_idle:
@@ -93,10 +93,10 @@ class ServerState:
         priority: int = 0,
         beams: BeamSettings | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """The engine's deltas for one prompt, and what the server adds: admission, a deadline, metrics, a log line.
+        """The engine's deltas for one prompt, with the server's admission, deadline, metrics and log line.
 
-        Raises at once, before anything has begun, when the prompt is not let in; the answer's end releases its place.
-        arrival_s: perf_counter() when the request came. beams: search by params.n beams instead of sampling.
+        Raises at once if the prompt is not admitted. What it holds of the queue is released when the request ends.
+        arrival_s: perf_counter() when the request arrived. beams: search params.n beams instead of sampling.
         """
         context = self._admit(params.n, len(ids))
         if self.settings.log_requests:
@@ -109,7 +109,7 @@ class ServerState:
         if timeout_s is not None:
             spent_s = time.perf_counter() - arrival_s
             deltas = until_timeout(deltas, timeout_s, asyncio.get_running_loop().time() + timeout_s - spent_s)
-        return self.metrics.observed(
+        return self.metrics.count_deltas(
             deltas,
             arrival_s=arrival_s,
             params=params,
@@ -119,7 +119,7 @@ class ServerState:
     async def embed(
         self, ids: list[int], pooling: str, *, request_id: str, arrival_s: float, priority: int = 0
     ) -> NDArray[np.float32]:
-        """(hidden,): the engine's embedding of one text, behind admission and within the deadline."""
+        """(hidden_size,): the engine's embedding of one text, subject to admission and the deadline."""
         context = self._admit(1, len(ids))
         timeout_s = self.settings.request_timeout_s
         remaining_s = None if timeout_s is None else timeout_s - (time.perf_counter() - arrival_s)

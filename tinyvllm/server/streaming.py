@@ -1,4 +1,4 @@
-"""Deltas on their way out: watching for clients that leave, merging prompts, server-sent events."""
+"""From deltas to responses: clients that leave, merging several prompts, server-sent events."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEEPALIVE = ": keep-alive\n\n"  # a comment, which clients of server-sent events
 
 
 def frame(chunk: BaseModel, *, omit: set[str] | None = None) -> str:
-    """One server-sent event."""
+    """`chunk` as one server-sent event."""
     return f"data: {chunk.model_dump_json(exclude=omit)}\n\n"
 
 
@@ -34,9 +34,9 @@ def frame(chunk: BaseModel, *, omit: set[str] | None = None) -> str:
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; when the client leaves first, `work` is cancelled and ClientGone raised.
+    """The result of `work`. If the client leaves first, cancels `work` and raises ClientGone.
 
-    The request's body must have been read: what `receive` tells then is only that the client has gone.
+    The request's body must have been read, so that `receive` can only report the disconnect.
     """
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(_disconnection(receive))
@@ -57,27 +57,27 @@ async def _disconnection(receive: Receive) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Sends frames as they come. When the client leaves, the request behind them is closed."""
+    """Sends frames as they come. If the client leaves, `frames` and `items` are closed, which ends the request."""
 
     def __init__(self, frames: AsyncGenerator[str, None], items: AsyncGenerator[Item, None]) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy may hold events back
-        lively = kept_alive(frames, current().keepalive_s)
-        super().__init__(lively, headers=headers, media_type="text/event-stream")
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies must not buffer events
+        content = with_keepalives(frames, current().keepalive_s)
+        super().__init__(content, headers=headers, media_type="text/event-stream")
         self._frames = frames
         self._items = items
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with contextlib.suppress(ClientGone, OSError):  # OSError: how some ASGI servers say that the client left
+            with contextlib.suppress(ClientGone, OSError):  # OSError: from ASGI servers when the client has left
                 await until_disconnect(receive, self.stream_response(send))
         finally:
             await self._frames.aclose()
-            # apart, since closing a generator that was never begun does not close what it would have read
+            # separately: closing a generator that never started does not close the one that it reads
             await self._items.aclose()
 
 
-async def kept_alive(frames: AsyncGenerator[str, None], every_s: float | None) -> AsyncGenerator[str, None]:
-    """`frames`, and a comment whenever none has come for `every_s` seconds: proxies end streams that say nothing."""
+async def with_keepalives(frames: AsyncGenerator[str, None], every_s: float | None) -> AsyncGenerator[str, None]:
+    """`frames`, and a comment whenever none has come for `every_s` seconds, because proxies end silent streams."""
     upcoming: asyncio.Task[str] | None = None
     try:
         while True:
@@ -96,17 +96,17 @@ async def kept_alive(frames: AsyncGenerator[str, None], every_s: float | None) -
 
 
 async def _next_of(source: AsyncGenerator[T, None]) -> T:
-    """anext as a coroutine, of which a task can be made."""
+    """anext() as a coroutine, so that a task can run it."""
     return await anext(source)
 
 
-async def guarded(frames: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """`frames` and a last [DONE]; an error on the way becomes an event, since the status 200 has been sent."""
+async def errors_as_events(frames: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """`frames` and a final [DONE]. An error becomes an event, because status 200 has already been sent."""
     async with contextlib.aclosing(frames):
         try:
             async for text in frames:
                 yield text
-        except Exception as error:  # all of them: a stream that just ends would look like a whole answer
+        except Exception as error:  # any error: a stream that just ended would look complete
             yield f"data: {failure_of(error).body()}\n\n"
     yield DONE
 
@@ -116,7 +116,7 @@ async def guarded(frames: AsyncGenerator[str, None]) -> AsyncGenerator[str, None
 
 @dataclass(frozen=True)
 class Item:
-    """A delta and where it belongs."""
+    """A delta, with the prompt and the choice that it belongs to."""
 
     prompt: int  # which prompt of the request
     choice: int  # index in the answer: prompt * n + delta.index
@@ -124,9 +124,9 @@ class Item:
 
 
 async def merge(streams: Sequence[AsyncGenerator[Delta, None]], n: int) -> AsyncGenerator[Item, None]:
-    """The deltas of all prompts in order of arrival. Closing it closes the streams; an error in one ends all.
+    """The deltas of all prompts in order of arrival. Closing it closes the streams; an error in one ends them all.
 
-    Raises StepFailedError or AbortedError for a choice that ended so: there is no finish_reason for it in the format.
+    Raises StepFailedError or AbortedError for a choice that ended so, because OpenAI has no finish_reason for either.
     """
     async with contextlib.aclosing(_interleave(streams)) as deltas:
         async for prompt, delta in deltas:
@@ -138,7 +138,7 @@ async def merge(streams: Sequence[AsyncGenerator[Delta, None]], n: int) -> Async
 
 
 async def first_choices(deltas: AsyncGenerator[Delta, None], n: int) -> AsyncGenerator[Delta, None]:
-    """The deltas of the first n choices: of the best n beams, where more were followed."""
+    """The deltas of the first n choices: a beam search may follow more than it returns."""
     async with contextlib.aclosing(deltas):
         async for delta in deltas:
             if delta.index < n:
@@ -177,18 +177,18 @@ async def _interleave(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGe
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-async def begun(items: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
-    """The same items, once the first is there: what the engine refuses is so refused before a status is sent.
+async def wait_for_first(items: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
+    """Wait for the first item, then return all items: so the engine's refusals are raised before a status is sent.
 
-    A first item that takes longer than a stream may be silent, that of a long prompt, is not waited for.
+    Waits no longer than a stream may be silent, since the first item of a long prompt can take longer than that.
     """
-    held = _hold_first(items, current().keepalive_s)
-    await anext(held)
-    return held
+    same_items = _after_first(items, current().keepalive_s)
+    await anext(same_items)
+    return same_items
 
 
-async def _hold_first(items: AsyncGenerator[Item, None], patience_s: float | None) -> AsyncGenerator[Any, None]:
-    """Yields something before the first item: `begun` takes it, so that this runs and closing it closes `items`."""
+async def _after_first(items: AsyncGenerator[Item, None], patience_s: float | None) -> AsyncGenerator[Any, None]:
+    """None, then `items`. `wait_for_first` takes the None, so that this has started and closing it closes `items`."""
     async with contextlib.aclosing(items):
         first = asyncio.ensure_future(_next_of(items))
         try:
@@ -205,19 +205,19 @@ async def _hold_first(items: AsyncGenerator[Item, None], patience_s: float | Non
 
 
 class Tally:
-    """Counts tokens for `usage`: prompts once each, outputs of every choice."""
+    """Counts tokens for `usage`: each prompt once, and the output of every choice."""
 
     def __init__(self) -> None:
         self._prompts: dict[int, tuple[int, int]] = {}  # prompt -> (tokens, of them cached)
         self._outputs: dict[int, int] = {}  # choice -> tokens so far
 
     def add(self, item: Item) -> None:
-        # a prompt's first delta counts: with n > 1 the later choices hit what the first has just cached
+        # only a prompt's first delta: with n > 1, later choices hit what the first has just cached
         self._prompts.setdefault(item.prompt, (item.delta.num_prompt_tokens, item.delta.num_cached_tokens))
         self._outputs[item.choice] = item.delta.num_output_tokens
 
     def usage(self, *, has_output: bool = True) -> Usage:
-        """has_output: False where nothing was asked for but the prompt."""
+        """has_output: False if only the prompt was requested."""
         prompt_tokens = sum(tokens for tokens, _ in self._prompts.values())
         completion_tokens = sum(self._outputs.values()) if has_output else 0
         return Usage(

@@ -1,1 +1,1 @@
-"""The wire format: what the routes read and write, as pydantic models. A file a concern."""
+"""The wire format: what the routes read and write, as pydantic models. One file per concern."""

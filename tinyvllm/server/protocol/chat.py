@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tinyvllm.config import MAX_LOGPROBS
 from tinyvllm.errors import RequestError
-from tinyvllm.server.protocol.common import PromptLogprobs, Usage, optional, refuse
+from tinyvllm.server.protocol.common import PromptLogprobs, Usage, optional, unsupported
 from tinyvllm.server.protocol.generation import GenerationRequest
 from tinyvllm.server.protocol.tools import (
     MAX_TOOLS,
@@ -25,7 +25,7 @@ MAX_MESSAGES = 4096
 
 
 def join_parts(value: object) -> object:
-    """Content as one string; a list of text parts is joined by line ends, as vLLM does for text-only templates."""
+    """Content as one string. Text parts are joined by newlines, as vLLM does for text-only templates."""
     if not isinstance(value, list):
         return value
     texts: list[str] = []
@@ -60,7 +60,7 @@ class PastCall(BaseModel):
     function: PastFunction
 
     def for_template(self) -> dict[str, Any]:
-        """Arguments as an object; as they are where a model wrote what is none."""
+        """As chat templates expect it: with arguments as an object, or as text if the model wrote something else."""
         text = self.function.arguments or "{}"
         try:
             arguments = json.loads(text)
@@ -73,7 +73,7 @@ class PastCall(BaseModel):
 
 
 class Message(BaseModel):
-    """One message of a chat. Fields that are not named here reach the model's template as they are."""
+    """One message of a chat. Unknown fields reach the model's template unchanged."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -82,7 +82,7 @@ class Message(BaseModel):
     tool_calls: list[PastCall] | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: no nulls, `developer` under its older name, arguments of calls as objects."""
+        """As chat templates expect it: no nulls, `system` for `developer`, arguments of calls as objects."""
         message = {name: value for name, value in self if value is not None}
         message["role"] = "system" if self.role == "developer" else self.role
         message["content"] = self.content or ""
@@ -93,7 +93,7 @@ class Message(BaseModel):
         return message
 
 
-# Names that the template's renderer gives a meaning of its own.
+# Variables that the template's renderer sets itself.
 RESERVED_TEMPLATE_NAMES = ("self", "messages", "tools", "add_generation_prompt")
 
 
@@ -123,20 +123,22 @@ class ChatRequest(GenerationRequest):
                     param=f"messages.{position}.content",
                 )
             if message.tool_calls and message.role != "assistant":
-                raise refuse(f"messages.{position}.tool_calls", "...", "only messages of an assistant have them")
+                raise unsupported(
+                    f"messages.{position}.tool_calls", "...", "only messages of an assistant may have them"
+                )
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError(
                 "top_logprobs needs logprobs=true: send it, or leave top_logprobs out", param="top_logprobs"
             )
         if self.continue_final_message and self.add_generation_prompt:
             raise RequestError(
-                "add_generation_prompt begins a new message and continue_final_message goes on with the last: send one",
+                "add_generation_prompt starts a new message and continue_final_message continues the last: send one",
                 param="continue_final_message",
             )
         for name in RESERVED_TEMPLATE_NAMES:
             if name in (self.chat_template_kwargs or {}):
                 raise RequestError(
-                    f"chat_template_kwargs may not hold {name!r}: the server sets it from the request's own fields",
+                    f"chat_template_kwargs may not contain {name!r}: the server sets it from the request's own fields",
                     param="chat_template_kwargs",
                 )
 
@@ -151,7 +153,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def token_limit(self) -> int | None:
-        """Most tokens of the answer; None: as many as fit."""
+        """The most tokens of the answer; None: as many as fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -160,7 +162,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def template_arguments(self) -> dict[str, Any]:
-        """Further variables of the template."""
+        """Additional variables of the template."""
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         return effort | (self.chat_template_kwargs or {})
 
@@ -227,7 +229,7 @@ class FunctionDelta(BaseModel):
 
 
 class ToolCallDelta(BaseModel):
-    """id, type and name once, with the first piece of the arguments."""
+    """A piece of a call. Only the first has the id, the type and the name."""
 
     index: int
     id: str | None = optional()
@@ -236,7 +238,7 @@ class ToolCallDelta(BaseModel):
 
 
 class ChatDelta(BaseModel):
-    """What is new in a message; empty beside a finish_reason."""
+    """What is new in a message; empty in the chunk with the finish_reason."""
 
     role: Literal["assistant"] | None = optional()
     content: str | None = optional()

@@ -9,27 +9,27 @@ from pydantic import BaseModel, Field
 from tinyvllm.errors import RequestError
 
 
-def refuse(param: str, value: object, remedy: str) -> RequestError:
-    """The error of a field that is understood and not supported."""
+def unsupported(param: str, value: object, remedy: str) -> RequestError:
+    """The error for a field that is known but not supported."""
     shown = ascii(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return RequestError(f"{param}={shown} is not supported: {remedy}", param=param)
 
 
 def optional(default: Any = None) -> Any:
-    """A field that is left out of the answer while it is None, as clients expect of it."""
+    """A field that is left out of the answer while it is None, as clients expect."""
     return Field(default=default, exclude_if=lambda value: value is None)
 
 
 class PromptLogprob(BaseModel):
-    """vLLM's: how likely a token of the prompt was, or another in its place."""
+    """vLLM's: the logprob of a token of the prompt, or of another one in its place."""
 
     logprob: float
     rank: int | None
     decoded_token: str
 
 
-# One a token of the prompt, None for the first: the token's own and the likeliest, by their ids.
+# One item per token of the prompt: the token's own and the likeliest, by token id. None for the first token.
 PromptLogprobs = list[dict[int, PromptLogprob] | None]
 
 
@@ -71,6 +71,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer of 400 and above."""
+    """The body of every answer with a status of 400 or above."""
 
     error: ErrorDetail

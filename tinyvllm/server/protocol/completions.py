@@ -17,7 +17,7 @@ MAX_CHOICES_PER_CALL = 2048  # prompts x n of one HTTP request: each is a sequen
 
 
 def check_prompt(value: object) -> object:
-    """str | [str] | [int] | [[int]], as a list of prompts: each a string or a list of token ids."""
+    """str | [str] | [int] | [[int]] as a list of prompts, each a string or a list of token ids."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -36,7 +36,7 @@ def is_ids(value: list[object]) -> bool:
     return bool(value) and all(type(item) is int and 0 <= item < 2**31 for item in value)
 
 
-# Any inside: the validator has seen every item, and checking a prompt of 100,000 ids twice costs time
+# list[Any]: the validator has checked every item, and checking a prompt of 100,000 ids twice takes time
 Prompts = Annotated[
     list[Any], BeforeValidator(check_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
 ]
@@ -46,7 +46,7 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: Prompts
-    max_tokens: Annotated[int | None, Field(ge=0)] = None  # 0: with echo, the prompt alone and how likely it is
+    max_tokens: Annotated[int | None, Field(ge=0)] = None  # 0, with echo: only the prompt and its logprobs
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
@@ -58,7 +58,7 @@ class CompletionRequest(GenerationRequest):
         if len(self.prompt) * self.num_choices > MAX_CHOICES_PER_CALL:
             raise RequestError(
                 f"{len(self.prompt)} prompts with n={self.num_choices} are more than {MAX_CHOICES_PER_CALL} choices: "
-                "send them in several requests",
+                "split them into several requests",
                 param="prompt",
             )
 
@@ -74,15 +74,15 @@ class CompletionRequest(GenerationRequest):
 
 
 class CompletionLogprobs(BaseModel):
-    """Parallel lists, one item a token. text_offset counts characters from the start of the choice's text."""
+    """Parallel lists, one item per token. text_offset counts characters from the start of the choice's text."""
 
     tokens: list[str]
-    token_logprobs: list[float | None]  # None: of a prompt's first token, which nothing predicts
+    token_logprobs: list[float | None]  # None for a prompt's first token, which nothing predicts
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
     def then(self, later: CompletionLogprobs) -> CompletionLogprobs:
-        """These and those of the tokens that follow."""
+        """These logprobs, followed by `later`."""
         return CompletionLogprobs(
             tokens=self.tokens + later.tokens,
             token_logprobs=self.token_logprobs + later.token_logprobs,

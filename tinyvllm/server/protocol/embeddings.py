@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from tinyvllm.errors import RequestError
 from tinyvllm.server.protocol.completions import check_prompt
 
-MAX_INPUTS = 2048  # OpenAI's limit of one request
+MAX_INPUTS = 2048  # per request, as at OpenAI
 
 Inputs = Annotated[
     list[Any], BeforeValidator(check_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
@@ -36,20 +36,20 @@ class EmbeddingRequest(BaseModel):
     def refuse_unsupported(self, hidden_size: int) -> None:
         if self.model_extra:
             name = min(self.model_extra)
-            raise RequestError(f"{name} is no field of an embedding request: leave it out", param=name)
+            raise RequestError(f"{name} is not a field of an embedding request: leave it out", param=name)
         if len(self.input) > MAX_INPUTS:
             raise RequestError(
-                f"input has {len(self.input)} texts, but one request takes {MAX_INPUTS}: send several", param="input"
+                f"input has {len(self.input)} texts, but a request takes at most {MAX_INPUTS}: split it", param="input"
             )
         if self.dimensions not in (None, hidden_size):
             raise RequestError(
                 f"dimensions is {self.dimensions}, but this model's embeddings have {hidden_size} and were not trained "
-                "to be cut: leave it out",
+                "to be shortened: leave it out",
                 param="dimensions",
             )
 
     def encoded(self, embedding: NDArray[np.float32]) -> list[float] | str:
-        """The vector as it was asked for: numbers, or base64 of little-endian float32."""
+        """The vector in the requested encoding: numbers, or base64 of little-endian float32."""
         if self.encoding_format == "base64":
             return base64.b64encode(embedding.astype("<f4").tobytes()).decode()
         return embedding.tolist()  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""What every request for text may say of how it is made: sampling, limits, the form of the output.
+"""What all requests that generate text share: sampling, limits, the form of the output.
 
-Requests are strict (a number in quotes is an error, not a number) and keep fields that they do not know. A field that
-would change the output and that cannot be honoured is refused by name, so that nothing is ignored in silence.
+Requests are strict (a quoted number is an error) and keep fields that they do not know. A field that would change the
+output but is not supported is refused by name, so that nothing is silently ignored.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from tinyvllm.config import MAX_CHOICES, GenerationDefaults, GrammarSpec, SamplingParams
 from tinyvllm.engine.beam import BeamSettings
 from tinyvllm.errors import RequestError
-from tinyvllm.server.protocol.common import refuse
+from tinyvllm.server.protocol.common import unsupported
 
 log = logging.getLogger(__name__)
 
-# Fields that change the output and are not supported, each with the values (besides null) that ask for nothing.
+# Unsupported fields that would change the output, each with the values (besides null) that request nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": (),
     "cache_salt": (),
     "chat_template": (),
     "documents": ([],),
-    "echo": (False,),  # on chat; completions have a field for it
+    "echo": (False,),  # in chats; completions have a field for it
     "function_call": ("none",),
     "functions": ([],),
     "logits_processors": ([],),
@@ -40,23 +40,23 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "web_search_options": (),
 }
 
-# Known fields that say nothing about the output: bookkeeping of the caller, hints to a hosted service.
+# Known fields that do not affect the output: the caller's bookkeeping, hints to a hosted service.
 # fmt: off
-_WITHOUT_EFFECT = frozenset((
+_IGNORED = frozenset((
     "metadata", "prompt_cache_key", "prompt_cache_retention", "request_id", "safety_identifier", "service_tier",
     "store", "user", "verbosity",
 ))
 # fmt: on
 
-# Settings that go from the body to SamplingParams under one name, where they are given.
-_PASSED = (
+# Fields that are copied to SamplingParams under the same name, if they are given.
+_COPIED = (
     "n", "frequency_penalty", "presence_penalty", "seed", "min_tokens",
     "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "bad_words", "allowed_token_ids",
     "prompt_logprobs",
 )  # fmt: skip
 
 _logged_fields: set[str] = set()
-_MAX_LOGGED_FIELDS = 200  # names come from clients: the set must not grow for ever
+_MAX_LOGGED_FIELDS = 200  # clients choose the names, so the set needs a bound
 
 
 class StreamOptions(BaseModel):
@@ -64,11 +64,11 @@ class StreamOptions(BaseModel):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None  # padding against onlookers who measure packets, which we never send
+    include_obfuscation: bool | None = None  # padding against traffic analysis, which this server never sends
 
 
 def _check_schema(value: object) -> object:
-    """A schema, as it is or as a text."""
+    """A JSON schema, as an object or as text."""
     if value is None or isinstance(value, dict | str | bool):
         return value
     raise ValueError("give a JSON schema: an object")
@@ -78,7 +78,7 @@ Schema = Annotated[Any, BeforeValidator(_check_schema, json_schema_input_type=di
 
 
 class JsonSchemaFormat(BaseModel):
-    """response_format.json_schema. What is not `strict` is enforced all the same."""
+    """response_format.json_schema. The schema is enforced whether or not `strict` is set."""
 
     model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
 
@@ -96,7 +96,7 @@ class ResponseFormat(BaseModel):
 
 
 class StructuredOutputs(BaseModel):
-    """vLLM's structured_outputs: one of these."""
+    """vLLM's structured_outputs: one of these fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 
@@ -117,23 +117,23 @@ def _check_stop(value: object) -> object:
 
 
 def _check_biases(value: object) -> object:
-    """Token ids, which JSON's keys write as strings, to numbers."""
+    """`value` with its token ids, which are strings as JSON keys, as numbers."""
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise ValueError("give an object of token ids and numbers")
+        raise ValueError("give an object that maps token ids to numbers")
     biases: dict[int, float] = {}
     for key, bias in value.items():
         if not isinstance(key, str | int) or not str(key).isdecimal() or len(str(key)) > 10:
-            raise ValueError(f"{ascii(key)[:40]} is no token id: give decimal numbers as keys")
+            raise ValueError(f"{ascii(key)[:40]} is not a token id: give decimal numbers as keys")
         if isinstance(bias, bool) or not isinstance(bias, int | float):
-            raise ValueError(f"the bias of {key} is no number")
+            raise ValueError(f"the bias of {key} is not a number")
         biases[int(key)] = float(bias)
     return biases
 
 
 class GenerationRequest(BaseModel):
-    """What all routes that generate accept. OpenAI's names, and vLLM's for what OpenAI lacks. Null: the default."""
+    """The fields of all generating routes: OpenAI's, and vLLM's for what OpenAI lacks. Null means the default."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -187,50 +187,50 @@ class GenerationRequest(BaseModel):
 
     @property
     def continuous_usage(self) -> bool:
-        """Usage in every chunk."""
+        """Whether every chunk has the usage so far."""
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def refuse_unsupported(self) -> None:
-        """Raise RequestError for a field that cannot be honoured; log, once each, the names of unknown ones."""
+        """Raise RequestError for a field that is not supported. Log the names of unknown fields, once each."""
         if self.stream_options is not None and not self.stream:
             raise RequestError(
                 "stream_options is for streams: send stream=true, or leave it out", param="stream_options"
             )
         if self.prompt_logprobs is not None and self.stream:
-            raise refuse("prompt_logprobs", self.prompt_logprobs, "they do not come in streams: send stream=false")
+            raise unsupported("prompt_logprobs", self.prompt_logprobs, "streams do not have them: send stream=false")
         if not self.use_beam_search:
             self._refuse_beam_settings()
         refuse_extras(self.model_extra or {})
 
     def _refuse_beam_settings(self) -> None:
         if self.best_of not in (None, self.num_choices):
-            raise refuse("best_of", self.best_of, "leave it out, or ask for n samples with logprobs and choose")
+            raise unsupported("best_of", self.best_of, "leave it out, or ask for n samples with logprobs and choose")
         for name, neutral in (("length_penalty", 1), ("early_stopping", False)):
             value = getattr(self, name)
             if value not in (None, neutral):
-                raise refuse(name, value, "it is for beam search: leave it out, or send use_beam_search=true")
+                raise unsupported(name, value, "it is for beam search: leave it out, or send use_beam_search=true")
 
     def beams(self) -> BeamSettings | None:
-        """How to search by beams; None: sample."""
+        """The settings of beam search; None: sample."""
         if not self.use_beam_search:
             return None
         length_penalty = 1.0 if self.length_penalty is None else self.length_penalty
-        return BeamSettings(length_penalty, bool(self.early_stopping))
+        return BeamSettings(length_penalty=length_penalty, early_stopping=bool(self.early_stopping))
 
     @property
     def num_beams(self) -> int:
-        """How many beams are followed; the best num_choices of them are the answer."""
+        """The number of beams that are followed. The best num_choices are the answer."""
         num_beams = self.best_of or self.num_choices
         if num_beams < self.num_choices:
             raise RequestError(f"best_of is {num_beams}: it must be at least n ({self.num_choices})", param="best_of")
         return num_beams
 
     def grammar(self) -> GrammarSpec | None:
-        """What the output must look like. Raises RequestError where it is said twice or not completely."""
+        """The grammar of the output, if any. Raises RequestError if it is given twice or incompletely."""
         found = {**self._response_grammar(), **self._structured_grammar(), **self._guided_grammar()}
         if len(found) > 1:
             names = list(found)
-            raise RequestError(f"{' and '.join(names)} both say what the output is: send one", param=names[1])
+            raise RequestError(f"{' and '.join(names)} both constrain the output: send one", param=names[1])
         return next(iter(found.values()), None)
 
     def _response_grammar(self) -> dict[str, GrammarSpec]:
@@ -242,7 +242,7 @@ class GenerationRequest(BaseModel):
         param = "response_format.json_schema"
         if asked.json_schema is None or asked.json_schema.schema_ is None:
             missing = param if asked.json_schema is None else f"{param}.schema"
-            raise RequestError(f"{missing} is missing: give the schema that the output shall have", param=missing)
+            raise RequestError(f"{missing} is missing: give the schema of the output", param=missing)
         schema = asked.json_schema.schema_
         text = schema if isinstance(schema, str) else json.dumps(schema)
         return {"response_format": GrammarSpec("json_schema", text, param=f"{param}.schema")}
@@ -280,7 +280,7 @@ class GenerationRequest(BaseModel):
         grammar: GrammarSpec | None,
         keeps_special_tokens: bool = False,
     ) -> SamplingParams:
-        """The request's settings, else the model's own defaults, else vLLM's. Raises RequestError with the field."""
+        """The request's settings, else the model's defaults, else vLLM's. Raises RequestError, naming the field."""
         settings: dict[str, Any] = {
             "max_tokens": max_tokens,
             "logprobs": logprobs,
@@ -288,13 +288,13 @@ class GenerationRequest(BaseModel):
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "grammar": grammar,
         }
-        if self.use_beam_search:  # which draws nothing, so that the model's advice on drawing is not for it
+        if self.use_beam_search:  # does not sample, so the model's sampling defaults do not apply
             defaults = GenerationDefaults()
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty"):
             value = _first(getattr(self, name), getattr(defaults, name))
             if value is not None:
                 settings[name] = value
-        for name in _PASSED:
+        for name in _COPIED:
             value = getattr(self, name)
             if value is not None:
                 settings[name] = tuple(value) if isinstance(value, list) else value
@@ -308,20 +308,20 @@ class GenerationRequest(BaseModel):
 
 
 def refuse_extras(extras: Mapping[str, object]) -> None:
-    """RequestError for a known field that cannot be honoured; others are logged by name, once each."""
+    """Raise RequestError for a known field that is not supported. Log the names of unknown fields, once each."""
     for name, value in extras.items():
         if name in _UNSUPPORTED:
             neutral = _UNSUPPORTED[name]
             if value is not None and value not in neutral:
                 usual = f" or send {json.dumps(neutral[0])}" if neutral else ""
-                raise refuse(name, value, f"leave it out{usual}")
-        elif name not in _WITHOUT_EFFECT and name not in _logged_fields and len(_logged_fields) < _MAX_LOGGED_FIELDS:
+                raise unsupported(name, value, f"leave it out{usual}")
+        elif name not in _IGNORED and name not in _logged_fields and len(_logged_fields) < _MAX_LOGGED_FIELDS:
             _logged_fields.add(name)
-            log.warning("the request field %s is not known and has no effect (said once)", ascii(name[:80]))
+            log.warning("the request field %s is unknown and has no effect (logged once)", ascii(name[:80]))
 
 
 def _specs(prefix: str, *, json: Any, **texts: Any) -> dict[str, GrammarSpec]:
-    """The grammars that are given, by the name of their field."""
+    """The grammars that are given, by field name."""
     found: dict[str, GrammarSpec] = {}
     if json is not None:
         text = json if isinstance(json, str) else _dumps(json)
@@ -334,6 +334,7 @@ def _specs(prefix: str, *, json: Any, **texts: Any) -> dict[str, GrammarSpec]:
 
 
 def _dumps(value: object) -> str:
+    """json.dumps, which a parameter hides in `_specs`."""
     return json.dumps(value)
 
 

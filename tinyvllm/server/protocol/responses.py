@@ -11,16 +11,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from tinyvllm.config import MAX_LOGPROBS, GrammarSpec
 from tinyvllm.errors import RequestError
 from tinyvllm.server.protocol.chat import MAX_MESSAGES, ChatTokenLogprob, PastCall, PastFunction, join_parts
-from tinyvllm.server.protocol.common import optional, refuse
+from tinyvllm.server.protocol.common import optional, unsupported
 from tinyvllm.server.protocol.generation import GenerationRequest, Schema
 from tinyvllm.server.protocol.tools import MAX_TOOLS, NamedChoice, ToolChoice, ToolName, check_choice, check_names
 from tinyvllm.text.tools.base import Tool
 
-LOGPROBS = "message.output_text.logprobs"  # the value of `include` that asks for them
-# Values of `include` that ask for nothing that there could be.
+LOGPROBS = "message.output_text.logprobs"  # the value of `include` that requests logprobs
+# Values of `include` for things that this server never has.
 _INCLUDE_WITHOUT_EFFECT = ("reasoning.encrypted_content",)
 
-# Fields that change the answer and are not supported, with the values besides null that ask for nothing.
+# Unsupported fields that would change the answer, each with the values besides null that request nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "background": (False,),
     "conversation": (),
@@ -32,7 +32,7 @@ _OF_OTHER_ROUTES = {"max_tokens": "max_output_tokens", "response_format": "text.
 
 
 class InputItem(BaseModel):
-    """One item of `input`: a message, a call that the model made, or its result. Which fields count, `type` says."""
+    """One item of `input`: a message, a call that the model made, or its result. `type` says which fields apply."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -51,7 +51,7 @@ def _check_input(value: object) -> object:
 
 
 class ResponseTool(BaseModel):
-    """A function: flat here, where chats nest it."""
+    """A function. Flat here, where chat completions nest it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -118,17 +118,17 @@ class ResponsesRequest(GenerationRequest):
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
         if self.num_choices != 1:
-            raise refuse("n", self.n, "a response is one: leave it out, or use /v1/chat/completions")
+            raise unsupported("n", self.n, "a response has one choice: leave it out, or use /v1/chat/completions")
         for name, instead in _OF_OTHER_ROUTES.items():
             if getattr(self, name) is not None:
-                raise refuse(name, "...", f"send {instead} here")
+                raise unsupported(name, "...", f"send {instead} here")
         for name, neutral in _UNSUPPORTED.items():
             value = (self.model_extra or {}).get(name)
             if value is not None and value not in neutral:
-                raise refuse(name, value, "leave it out")
+                raise unsupported(name, value, "leave it out")
         for position, value in enumerate(self.include or []):
             if value != LOGPROBS and value not in _INCLUDE_WITHOUT_EFFECT:
-                raise refuse(f"include.{position}", value, f"of these there is {LOGPROBS}")
+                raise unsupported(f"include.{position}", value, f"the only one is {LOGPROBS}")
         names = [tool.name for tool in self.tools or []]
         check_names(names, "tools")
         if isinstance(self.tool_choice, NamedChoice):
@@ -147,9 +147,7 @@ class ResponsesRequest(GenerationRequest):
         if asked is None or asked.type == "text":
             return other
         if other is not None:
-            raise RequestError(
-                f"text.format and {other.param} both say what the output is: send one", param=other.param
-            )
+            raise RequestError(f"text.format and {other.param} both constrain the output: send one", param=other.param)
         if asked.type == "json_object":
             return GrammarSpec("json_object", param="text.format")
         if asked.schema_ is None:
@@ -160,12 +158,12 @@ class ResponsesRequest(GenerationRequest):
         return GrammarSpec("json_schema", text, param="text.format.schema")
 
     def messages(self) -> list[dict[str, Any]]:
-        """The input as messages for a chat template, without what came before it."""
+        """The input as messages for a chat template, without those of earlier responses."""
         return messages_of(self.input)
 
 
 def messages_of(items: Sequence[InputItem]) -> list[dict[str, Any]]:
-    """Items as messages: what the assistant thought, said and called between two others is one message."""
+    """Items as messages. The assistant's reasoning, text and calls between other messages become one message."""
     messages: list[dict[str, Any]] = []
     for position, item in enumerate(items):
         param = f"input.{position}"
@@ -173,13 +171,13 @@ def messages_of(items: Sequence[InputItem]) -> list[dict[str, Any]]:
             case "message":
                 role = item.role or "user"
                 message = {"role": "system" if role == "developer" else role, "content": _text(item.content, param)}
-                if role == "assistant" and _is_open(messages):
+                if role == "assistant" and _is_unfinished(messages):
                     messages[-1]["content"] = message["content"]
                 else:
                     messages.append(message)
             case "reasoning":
                 text = _text(item.content or [], param)
-                if text:  # summaries and what is encrypted say nothing to a template
+                if text:  # a template cannot use summaries or encrypted reasoning
                     messages.append({"role": "assistant", "content": "", "reasoning_content": text})
             case "function_call":
                 if item.name is None or item.call_id is None:
@@ -197,8 +195,8 @@ def messages_of(items: Sequence[InputItem]) -> list[dict[str, Any]]:
     return messages
 
 
-def _is_open(messages: list[dict[str, Any]]) -> bool:
-    """The last message has only been thought about."""
+def _is_unfinished(messages: list[dict[str, Any]]) -> bool:
+    """Whether the last message has reasoning, but no content yet."""
     return bool(messages) and "reasoning_content" in messages[-1] and not messages[-1]["content"]
 
 
@@ -286,7 +284,7 @@ class IncompleteDetails(BaseModel):
 
 
 class ResponseAnswer(BaseModel):
-    """An answer of /v1/responses, and what its first and last events carry."""
+    """An answer of /v1/responses, which its first and last events carry too."""
 
     id: str
     object: Literal["response"] = "response"

@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize, /tokenizer_info: vLLM's, which lm-eval uses."""
+"""/tokenize, /detokenize, /tokenizer_info: vLLM's routes, which lm-eval uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinyvllm.server.protocol.tools import MAX_TOOLS, FunctionTool
 
 
 class TokenizeRequest(BaseModel):
-    """POST /tokenize: of a prompt or of messages."""
+    """POST /tokenize: a prompt or messages."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -62,7 +62,7 @@ class Detokenized(BaseModel):
 
 
 class TokenizerInfo(BaseModel):
-    """Keys are those of a tokenizer_config.json."""
+    """GET /tokenizer_info. The keys are those of a tokenizer_config.json."""
 
     tokenizer_class: str
     vocab_size: int

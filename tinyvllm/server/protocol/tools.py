@@ -1,4 +1,4 @@
-"""Tools on the wire: what a request may offer, and how it may ask for calls."""
+"""Tools on the wire: their definitions, and tool_choice."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class FunctionTool(BaseModel):
         )
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: without nulls and without what is for the server."""
+        """As chat templates expect it: without nulls and without fields that only the server needs."""
         function = self.function
         shown = {"name": function.name, "description": function.description or "", "parameters": function.parameters}
         return {"type": "function", "function": shown | ({} if function.parameters else {"parameters": _NO_PARAMETERS})}
@@ -52,13 +52,13 @@ _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 @dataclass(frozen=True)
 class NamedChoice:
-    """tool_choice that names a function."""
+    """A tool_choice that names a function."""
 
     name: str
 
 
 def _check_tool_choice(value: object) -> object:
-    """A word, or the name of a function; of OpenAI's nested form and of the flat one of its responses."""
+    """A keyword, or a function's name: in the nested form of chat completions, or the flat one of responses."""
     if value is None or value in ("none", "auto", "required"):
         return value
     named = value.get("function", value) if isinstance(value, dict) and value.get("type") == "function" else None
@@ -76,15 +76,17 @@ ToolChoice = Annotated[
 
 
 def check_names(names: list[str], param: str) -> None:
-    """RequestError for a name that two tools have."""
+    """Raise RequestError if two tools have one name."""
     for position, name in enumerate(names):
         if name in names[:position]:
             raise RequestError(
-                f"{param}.{position} is named {name!r}, as another is: give each a name", param=f"{param}.{position}"
+                f"{param}.{position} is named {name!r}, as another one is: give each its own name",
+                param=f"{param}.{position}",
             )
 
 
 def check_choice(name: str, names: list[str]) -> None:
+    """Raise RequestError if `name` is not one of the tools' `names`."""
     if name not in names:
         known = ", ".join(map(repr, names)) or "none"
         raise RequestError(f"tool_choice names {name!a:.80}, but tools has {known:.300}", param="tool_choice")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tinyvllm.cli.main import app
+from tinyvllm.cli.commands import app
 
 DATA = Path(__file__).parents[1] / "profiling" / "data"
 

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.main import get_command
 
 from tests.server.fake_engine import FakeEngine
-from tinyvllm.cli.main import app as cli
+from tinyvllm.cli.commands import app as cli
 from tinyvllm.server.app import make_app
 from tinyvllm.server.failures import _STATES
 

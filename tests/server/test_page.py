@@ -92,7 +92,15 @@ def engine() -> FakeEngine:
 def run_steps(engine: FakeEngine, count: int) -> None:
     assert engine.on_step is not None
     for number in range(1, count + 1):
-        stats = StepStats(0.0002, 0.0005, 0.004, 0.0003, num_tokens=4, num_seqs=4, extra={"num_steps": number})
+        stats = StepStats(
+            schedule_s=0.0002,
+            pack_s=0.0005,
+            device_s=0.004,
+            commit_s=0.0003,
+            num_tokens=4,
+            num_seqs=4,
+            extra={"num_steps": number},
+        )
         engine.on_step(stats)
 
 
@@ -183,7 +191,7 @@ def test_the_engine_is_shown_as_it_is(browser: object, engine: FakeEngine) -> No
         visit.until("document.querySelectorAll('#steps rect').length === 240")
         assert (visit.text("#running"), visit.text("#waiting")) == ("2", "1")
         label = visit.page.get_attribute("#pool", "aria-label")
-        assert "45 % of 100 blocks in use, 5 of them shared; 12 kept" in label
+        assert "45 % of 100 blocks in use, 5 of them shared; 12 cached" in label
         visit.page.click("figure summary")
         visit.until("document.querySelectorAll('#step-rows tr').length === 20")
         assert visit.text("#step-rows tr:first-child").split() == ["70", "4", "4", "0.20", "0.50", "4.00", "0.30"]
@@ -191,7 +199,7 @@ def test_the_engine_is_shown_as_it_is(browser: object, engine: FakeEngine) -> No
             "new Set(new Uint32Array(document.getElementById('pool').getContext('2d')"
             ".getImageData(0, 0, 300, 60).data.buffer)).size"
         )
-        assert painted >= 4  # in use, kept, free, and nothing
+        assert painted >= 4  # in use, cached, free, and nothing
         visit.context.close()
 
 

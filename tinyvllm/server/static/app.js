@@ -6,8 +6,8 @@ const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
 const EXAMPLES = ["Why is the sky blue?", "Write a haiku about memory.", "Name three rivers and where they end."];
 
 const $ = (id) => document.getElementById(id);
-const messages = []; // of the conversation, as the API takes them
-let running = null; // the AbortController of the answer that is being written
+const messages = []; // the conversation, in the form that the API takes
+let running = null; // AbortController of the answer in progress
 let canChat = true;
 let model = null;
 let apiKey = sessionStorage.getItem("api-key") ?? "";
@@ -131,7 +131,7 @@ async function send(text) {
     messages.push({ role: "assistant", content: answer.text });
     addLine(element, "facts", factsOf(answer));
   } else {
-    messages.pop(); // an answer that never came is no part of the conversation
+    messages.pop(); // without an answer, the question is not part of the conversation
   }
   $("announce").textContent = answer.failed ? "The answer failed." : `The model answered: ${answer.text}`;
   follow();
@@ -169,7 +169,7 @@ function factsOf({ startMs, firstMs, lastMs, tokens, reason }) {
   if (tokens > 1 && lastMs > firstMs) {
     facts.unshift(`${tokens} tokens`, `${((1000 * (tokens - 1)) / (lastMs - firstMs)).toFixed(1)} tokens/s`);
   }
-  if (reason === "length") facts.push("reached the most tokens");
+  if (reason === "length") facts.push("reached the token limit");
   if (reason === "stopped") facts.push("stopped by you");
   return facts.join(" · ");
 }
@@ -239,7 +239,7 @@ darkScheme.addEventListener("change", () => lastState && show(lastState));
 const seconds = (value) => (value < 1 ? `${Math.round(1000 * value)} ms` : `${value.toFixed(value < 10 ? 2 : 1)} s`);
 const percent = (value) => `${(100 * value).toFixed(value > 0 && value < 0.1 ? 1 : 0)} %`;
 const count = (value) => value.toLocaleString("en");
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function setStatus(status) {
   const element = $("status");
@@ -253,7 +253,7 @@ function show(state) {
   setStatus(state.status);
   const toCome = state.counts?.num_captures_to_come ?? 0;
   $("warming").hidden = toCome === 0;
-  $("warming").textContent = `warming up: ${count(toCome)} ${toCome === 1 ? "graph" : "graphs"} to come`;
+  $("warming").textContent = `warming up: ${count(toCome)} ${toCome === 1 ? "graph" : "graphs"} to capture`;
   model = state.model;
   canChat = state.can_chat;
   $("model").textContent = state.model;
@@ -272,7 +272,7 @@ function duration(value) {
   return `${Math.round(value / 3600)} h`;
 }
 
-let earlier = null; // counts of a few polls ago, for rates
+let earlier = null; // counts of the previous poll
 
 function showCounts({ counts, limits, ttft_s: ttft, itl_s: itl }) {
   $("running").textContent = count(counts.num_running);
@@ -292,10 +292,10 @@ function showCounts({ counts, limits, ttft_s: ttft, itl_s: itl }) {
   $("hits-meter").value = share;
 }
 
-const history = []; // [ms, counts] of the last polls
+const history = []; // [ms, counts] of the latest polls, for rates
 
 function ratesSince(counts, nowMs) {
-  if (earlier && counts.num_output_tokens < earlier.num_output_tokens) history.length = 0; // the server was started anew
+  if (earlier && counts.num_output_tokens < earlier.num_output_tokens) history.length = 0; // the server has restarted
   earlier = counts;
   history.push([nowMs, counts]);
   while (history.length > 4) history.shift();
@@ -305,7 +305,7 @@ function ratesSince(counts, nowMs) {
   return { output: per("num_output_tokens"), prompt: per("num_prompt_tokens") };
 }
 
-/** The pool as a field of squares: dark is in use, light is kept for later, the rest is free. */
+/** Draw the pool as a grid of squares: dark is in use, light is cached, the rest is free. */
 function showPool({ pool, limits }) {
   if (!pool) return;
   const canvas = $("pool");
@@ -319,7 +319,7 @@ function showPool({ pool, limits }) {
   const cells = pool.held.length;
   const { columns, size } = gridOf(cells, width, height);
   const gap = size > 6 ? 2 : size > 3 ? 1 : 0.5;
-  const [free, cached, held] = ["--free", "--cached", "--held"].map(colour);
+  const [free, cached, held] = ["--free", "--cached", "--held"].map(color);
   for (let cell = 0; cell < cells; cell += 1) {
     const x = (cell % columns) * size;
     const y = Math.floor(cell / columns) * size;
@@ -337,11 +337,11 @@ function showPool({ pool, limits }) {
   $("pool-text").textContent = text;
   canvas.setAttribute(
     "aria-label",
-    `${text} in use, ${count(pool.num_shared)} of them shared; ${count(pool.num_cached)} kept for prompts that begin alike`,
+    `${text} in use, ${count(pool.num_shared)} of them shared; ${count(pool.num_cached)} cached for prompts with the same prefix`,
   );
 }
 
-/** The largest squares with which `cells` of them fill a field of this size, row by row. */
+/** Columns and side length of the largest squares of which `cells` fit into this area, row by row. */
 function gridOf(cells, width, height) {
   let columns = Math.max(1, Math.floor(Math.sqrt((cells * width) / height)));
   while (Math.ceil(cells / columns) * (width / columns) > height) columns += 1;
@@ -352,8 +352,8 @@ function showSteps(steps) {
   const svg = $("steps");
   const totals = steps.map((step) => STAGES.reduce((sum, stage) => sum + step[`${stage}_ms`], 0));
   const most = Math.max(...totals, 0.001);
-  const usual = [...totals].sort((a, b) => a - b)[Math.floor(0.9 * totals.length)] ?? most;
-  const full = Math.min(most, 2.5 * usual); // one long step must not flatten all others
+  const typical = [...totals].sort((a, b) => a - b)[Math.floor(0.9 * totals.length)] ?? most;
+  const full = Math.min(most, 2.5 * typical); // one long step must not flatten all others
   const slots = 60;
   svg.setAttribute("viewBox", `0 0 ${slots} 100`);
   const bars = [];

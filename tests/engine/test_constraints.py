@@ -92,7 +92,7 @@ async def test_only_so_many_wait(held: threading.Event, monkeypatch: pytest.Monk
     compiler = make_compiler()
     first = asyncio.ensure_future(compiler.compile(GrammarSpec("regex", "slow")))
     await asyncio.sleep(0)
-    with pytest.raises(RequestError, match="send it later"):
+    with pytest.raises(RequestError, match="retry later"):
         await compiler.compile(DIGITS)
     held.set()
     await first

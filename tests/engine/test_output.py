@@ -151,7 +151,7 @@ def test_text_that_cannot_be_made_ends_its_request_alone(monkeypatch: pytest.Mon
     while engine.has_work:
         last.update({request.request_id: delta for request, delta in engine.step() if delta.finish_reason})
     assert (last["bad"].finish_reason, last["good"].finish_reason) == ("error", "length")
-    assert "cannot be turned into text" in str(last["bad"].error)
+    assert "cannot be detokenized" in str(last["bad"].error)
     engine.core.scheduler.block_manager.audit()
 
 

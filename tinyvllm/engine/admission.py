@@ -1,4 +1,4 @@
-"""From what a caller asks to Requests that can run: lengths, ids and seeds are checked and resolved here."""
+"""Make Requests that can run from prompts and settings: lengths, ids and seeds are checked and resolved here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEED_MASK = 0xFFFFFFFF  # the graph's seeds are 32 bits wide
 
 
 class RequestFactory:
-    """Makes Requests of prompts and settings. Owns the generator that draws the seeds of those that bring none."""
+    """Makes Requests from prompts and settings. Owns the generator of seeds for requests without one."""
 
     def __init__(
         self,
@@ -29,8 +29,7 @@ class RequestFactory:
         seed: int,
         encode: Encode | None = None,
     ) -> None:
-        """vocab_size: rows of the logits. encode: the tokens of a text alone, without BOS and EOS; None where no
-        request brings bad words."""
+        """vocab_size: width of the logits. encode: text to ids, without BOS and EOS; needed for bad words only."""
         self.vocab_size = vocab_size
         self.capacity = capacity
         self.eos_ids = eos_ids
@@ -45,12 +44,12 @@ class RequestFactory:
         priority: int = 0,
         grammar: Grammar | None = None,
     ) -> list[Request]:
-        """One Request a choice, params.n in all; choice i has the seed of choice 0 plus i. grammar: params.grammar's.
+        """One Request per choice, params.n in all; choice i has the seed of choice 0 plus i.
 
-        Raises RequestError for an empty prompt and for ids that are not in the vocabulary, ContextLengthError for what
-        does not fit: prompt and max_tokens together, where max_tokens is given, else the prompt and one token.
+        grammar: params.grammar, compiled. Raises RequestError for an empty prompt or ids outside the vocabulary, and
+        ContextLengthError if the prompt and max_tokens (or one token, if max_tokens is None) do not fit.
         """
-        assert (grammar is None) == (params.grammar is None), "a grammar that was asked for is compiled first"
+        assert (grammar is None) == (params.grammar is None), "a grammar must be compiled first"
         prompt = self._check_ids(prompt_ids, "prompt")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
         self._check_ids(params.allowed_token_ids or (), "allowed_token_ids")
@@ -73,20 +72,20 @@ class RequestFactory:
                 arrival_s=time.monotonic(),
                 constraint=None if grammar is None else grammar.matcher(),
                 bad_words_ids=bad_words_ids,
-                num_prompt_logprobs=None if index else params.prompt_logprobs,  # the prompt is one
+                num_prompt_logprobs=None if index else params.prompt_logprobs,  # all choices share the prompt
             )
             for index in range(params.n)
         ]
 
     def _encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The tokens of each word as it begins a text, and as it follows a space."""
+        """Token ids of each word, at the start of a text and after a space."""
         if not words:
             return ()
         assert self._encode is not None, "bad words need a tokenizer"
         spellings = [spelling for word in words for spelling in (word, " " + word.lstrip())]
         encoded = dict.fromkeys(tuple(self._encode(spelling)) for spelling in spellings)
         if () in encoded:
-            raise RequestError("bad_words has a text that the tokenizer makes no token of", param="bad_words")
+            raise RequestError("bad_words has a text that the tokenizer encodes to no tokens", param="bad_words")
         return tuple(encoded)
 
     def _check_ids(self, token_ids: Sequence[int], param: str) -> list[int]:

@@ -1,7 +1,7 @@
-"""The engine for servers: a thread of its own, asked and read from event loops.
+"""The engine for servers: it runs on its own thread, and event loops submit requests and read outputs.
 
-The thread builds the model, runs the steps and turns tokens into text. Callers' event loops post to its inbox, which it
-empties between steps; it answers with one `call_soon_threadsafe` a step and loop, whatever the number of requests.
+The thread loads the model, runs the steps and detokenizes. Callers' event loops post tasks to its inbox, which it
+empties between steps. It replies with one `call_soon_threadsafe` per step and loop, whatever the number of requests.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelCon
 from tinyvllm.engine.loading import LoadedEngine, Progress, load_engine, model_name
 from tinyvllm.engine.output import Delta, TextEngine
 from tinyvllm.errors import DeviceError, EngineDeadError, RequestError, TinyvllmError
-from tinyvllm.scheduling.plan import StepStats as StepStats  # for those above, who see engines alone
+from tinyvllm.scheduling.plan import StepStats as StepStats  # for the rooms above, which may not import scheduling
 from tinyvllm.scheduling.request import Request
 from tinyvllm.text.chat import ChatTemplate
 from tinyvllm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-Task = Callable[[TextEngine], object]  # what a caller wants done on the engine's thread, between two steps
+Task = Callable[[TextEngine], object]  # runs on the engine's thread, between two steps
 OnStep = Callable[[StepStats], None]
 T = TypeVar("T")
 POOLINGS = ("mean", "last")
-EMBEDDING_PARAMS = SamplingParams(temperature=0.0, max_tokens=1)  # one token is sampled, and nobody reads it
-COMPILE_NAP_S = 0.01  # between two looks at what compilers do beside an idle engine
+EMBEDDING_PARAMS = SamplingParams(temperature=0.0, max_tokens=1)  # one token is sampled and discarded
+COMPILE_POLL_S = 0.01  # how often an idle engine checks whether background compilation has finished
 Load = Callable[[EngineConfig, Progress], LoadedEngine]
 
 
 class Stream:
-    """Where the deltas of one call wait for its reader. Made on the reader's event loop and touched there only.
+    """The deltas of one call, waiting for their reader. Created on the reader's event loop and used there only.
 
-    A reader that is late finds what has gathered merged, one delta a choice: it never holds the engine.
+    Deltas of a slow reader are merged, to one per choice, so a slow reader never blocks the engine.
     """
 
     def __init__(self, request_id: str, requests: list[Request]) -> None:
         self.request_id = request_id
         self.requests = requests
         self.loop = asyncio.get_running_loop()
-        self.num_open = len(requests)  # choices whose last delta has not been taken
+        self.num_open = len(requests)  # choices whose last delta has not been read
         self._deltas: dict[int, Delta] = {}
         self._error: TinyvllmError | None = None
         self._has_news = asyncio.Event()
@@ -63,7 +63,7 @@ class Stream:
         self._has_news.set()
 
     async def take(self) -> list[Delta]:
-        """Wait for news; return all there is. Raises what ended the stream, once its last delta was taken."""
+        """Wait for deltas and return all there are. After the last of them, raises the error that ended the stream."""
         await self._has_news.wait()
         if not self._deltas and self._error is not None:
             raise self._error
@@ -87,27 +87,27 @@ class AsyncEngine:
         self._load = load
         self._engine: LoadedEngine | None = None
         self._started: Future[None] = Future()
-        self._started.set_running_or_notify_cancel()  # one caller who stops waiting does not cancel it for the others
+        self._started.set_running_or_notify_cancel()  # so a caller that stops waiting does not cancel it for the others
         # Guarded by _wake:
         self._wake = threading.Condition()
         self._inbox: list[Task] = []
-        self._streams: dict[str, Stream] = {}  # calls whose reader has not left, by request_id
-        self._questions: set[Future[Any]] = set()  # asked and not answered
-        self._stop_at_s: float | None = None  # monotonic; set once a shutdown was asked for
-        self._is_closed = False  # nothing will be taken from the inbox any more
-        # The engine thread's own:
-        self._routes: dict[str, Stream] = {}  # unfinished requests
+        self._streams: dict[str, Stream] = {}  # calls that still have a reader, by request_id
+        self._questions: set[Future[Any]] = set()  # not answered yet
+        self._stop_at_s: float | None = None  # monotonic; set when a shutdown is requested
+        self._is_closed = False  # the inbox is not read any more
+        # Used by the engine's thread only:
+        self._routes: dict[str, Stream] = {}  # of unfinished requests, by request_id
         self._thread = threading.Thread(target=self._run, name="tinyvllm-engine", daemon=True)
 
     @classmethod
     def start(cls, config: EngineConfig, progress: Progress | None = None, load: Load = load_engine) -> AsyncEngine:
-        """Start the thread, which loads the model, and return at once. `progress` is called on that thread."""
+        """Start the thread, which loads the model, and return immediately. `progress` is called on that thread."""
         engine = cls(config, progress, load)
         engine._thread.start()
         return engine
 
     async def wait_ready(self) -> None:
-        """Return once requests can be answered; raise what kept the engine from it."""
+        """Return when the engine can serve requests. Raises the error that stopped it from starting."""
         await asyncio.wrap_future(self._started)
         if self.error is not None:
             raise self.error
@@ -137,16 +137,16 @@ class AsyncEngine:
         return self._loaded.generation_defaults
 
     def stats(self) -> StepStats:
-        """Counts and seconds of the latest step."""
+        """Counts and times of the latest step."""
         return self._engine.engine.core.stats if self._engine is not None else StepStats()
 
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str, priority: int = 0
     ) -> AsyncGenerator[Delta, None]:
-        """Yield the request's output as it is made: at least one delta a choice, the last with a finish_reason.
+        """Yield the request's output as it is generated: at least one delta per choice, the last with a finish_reason.
 
-        Waits until the engine is ready. Raises RequestError before the first delta when the request is refused, and
-        EngineDeadError when the engine stops. Closing or cancelling the generator ends the request: its blocks are
+        Waits until the engine is ready. Raises RequestError before the first delta if the request is refused, and
+        EngineDeadError if the engine stops. Closing or cancelling the generator aborts the request: its blocks are
         free at the next step.
         """
         await self.wait_ready()
@@ -164,9 +164,11 @@ class AsyncEngine:
     async def embed(
         self, prompt_ids: Sequence[int], pooling: str = "mean", *, request_id: str, priority: int = 0
     ) -> NDArray[np.float32]:
-        """(hidden,) of length 1: the mean of the prompt's states behind the last norm, or the last token's.
+        """The prompt's embedding, (hidden,), normalized to length 1.
 
-        Raises as `generate`; DeviceError where the step failed."""
+        pooling: "mean" of the hidden states after the final norm, or the "last" token's. Raises what `generate` raises,
+        and DeviceError if the step failed.
+        """
         if pooling not in POOLINGS:
             raise RequestError(f"pooling is {pooling!r}: choose one of {', '.join(POOLINGS)}", param="pooling")
         await self.wait_ready()
@@ -181,19 +183,20 @@ class AsyncEngine:
             self._leave(stream)
         pooled = requests[0].pooled
         if pooled is None or deltas[-1].finish_reason not in ("stop", "length"):
-            raise DeviceError(f"the text was not embedded: {deltas[-1].error or deltas[-1].finish_reason}")
+            raise DeviceError(f"the prompt could not be embedded: {deltas[-1].error or deltas[-1].finish_reason}")
         return np.asarray(pooled / max(float(np.linalg.norm(pooled)), 1e-12), np.float32)
 
     async def ask(self, question: Callable[[TextEngine], T]) -> T:
-        """What `question` returns on the engine's thread, between two steps. It must be quick: all requests wait.
+        """Call `question` on the engine's thread, between two steps, and return its result.
 
-        Raises what it raises, and EngineDeadError when the engine is not ready or stops before it was asked.
+        It must be quick, since all requests wait for it. Raises what it raises, and EngineDeadError if the engine is
+        not ready or stops first.
         """
         answer: Future[T] = Future()
 
         def task(engine: TextEngine) -> None:
             if not answer.set_running_or_notify_cancel():
-                return  # nobody waits any more
+                return  # the caller has stopped waiting
             try:
                 answer.set_result(question(engine))
             except BaseException as error:
@@ -201,21 +204,21 @@ class AsyncEngine:
 
         with self._wake:
             if self._engine is None or self._is_closed:
-                raise EngineDeadError("the engine cannot be asked: it is not ready, or has stopped")
+                raise EngineDeadError("the engine cannot answer: it is not ready, or has stopped")
             self._post(task)
             self._questions.add(answer)
         answer.add_done_callback(self._questions.discard)
         return await asyncio.wrap_future(answer)
 
     def abort(self, request_id: str) -> None:
-        """End a request: its reader gets last deltas with finish_reason "abort". Nothing happens if it is unknown."""
+        """Abort a request: its reader gets final deltas with finish_reason "abort". Ignored if it is unknown."""
         with self._wake:
             stream = self._streams.get(request_id)
             if stream is not None:
                 self._post(partial(self._cancel, stream))
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
-        """Refuse new requests, give those that run `drain_s` seconds, abort the rest, and end the thread."""
+        """Refuse new requests, give the running ones `drain_s` seconds, abort the rest, and end the thread."""
         with self._wake:
             stop_at_s = time.monotonic() + drain_s
             self._stop_at_s = stop_at_s if self._stop_at_s is None else min(stop_at_s, self._stop_at_s)
@@ -255,7 +258,7 @@ class AsyncEngine:
     # On the engine's thread.
 
     def _run(self) -> None:
-        """The thread: load, serve, close. However it ends, nobody is left waiting."""
+        """The thread's main function: load, serve, close. However it ends, no caller is left waiting."""
         try:
             loaded = self._load(self.config, self._report)
         except BaseException as error:
@@ -278,7 +281,7 @@ class AsyncEngine:
         loaded.runner.close()
 
     def _report(self, stage: str, done: int, total: int) -> None:
-        """Pass progress on; a shutdown during the start ends it here."""
+        """Report progress. A shutdown requested during start-up takes effect here."""
         if self._stop_at_s is not None:
             raise EngineDeadError("the engine was shut down before it was ready")
         if self._progress is not None:
@@ -296,28 +299,28 @@ class AsyncEngine:
             self._cancel(stream, engine)
 
     def _pass_on(self, deltas: list[tuple[Request, Delta]], engine: TextEngine) -> None:
-        """Send a turn's deltas to their readers, and its counts to whoever watches."""
+        """Send a step's deltas to their readers, and its stats to `on_step`."""
         self._send([(self._route(request, delta), delta) for request, delta in deltas])
-        self._tell(engine.core.stats)
+        self._report_step(engine.core.stats)
 
-    def _tell(self, stats: StepStats) -> None:
-        """Show a step to whoever watches; what goes wrong there is no reason to stop."""
+    def _report_step(self, stats: StepStats) -> None:
+        """Call `on_step`. If it raises, the engine goes on without it."""
         if self.on_step is None:
             return
         try:
             self.on_step(stats)
         except Exception:
-            logger.exception("on_step raised an error and is not called again")
+            logger.exception("on_step raised an error and will not be called again")
             self.on_step = None
 
     def _next_tasks(self, engine: TextEngine) -> list[Task] | None:
-        """Empty the inbox, sleeping while there is nothing to do at all, and for a moment while graphs are compiled.
+        """Empty the inbox. Sleeps while there is nothing to do, and only briefly while graphs are being compiled.
 
         None when it is time to stop."""
         with self._wake:
             while not self._inbox and not engine.has_work and self._stop_at_s is None:
                 if engine.core.has_captures_to_come:
-                    self._wake.wait(COMPILE_NAP_S)
+                    self._wake.wait(COMPILE_POLL_S)
                     break
                 self._wake.wait()
             if self._stop_at_s is not None:
@@ -338,11 +341,11 @@ class AsyncEngine:
             self._routes[request.request_id] = stream
 
     def _cancel(self, stream: Stream, engine: TextEngine) -> None:
-        """End what is left of a call and tell its reader."""
+        """Abort the unfinished requests of a call and send its reader the last deltas."""
         self._send((stream, delta) for delta in self._drop(stream, engine))
 
     def _drop(self, stream: Stream, engine: TextEngine) -> list[Delta]:
-        """End what is left of a call whose reader has gone."""
+        """Abort the unfinished requests of a call; return their last deltas."""
         open_ids = [r.request_id for r in stream.requests if self._routes.get(r.request_id) is stream]
         last = []
         for request_id in open_ids:
@@ -358,27 +361,27 @@ class AsyncEngine:
         return self._routes[request.request_id]
 
     def _send(self, news: Iterable[tuple[Stream, Delta | TinyvllmError]]) -> None:
-        """Hand news to the readers' event loops, in one hop each."""
+        """Hand deltas and errors to the readers' event loops, with one call per loop."""
         by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[Stream, Delta | TinyvllmError]]] = defaultdict(list)
         for stream, item in news:
             by_loop[stream.loop].append((stream, item))
         for loop, batch in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_receive_all, batch)
-            except RuntimeError:  # the loop is closed and its readers with it
+            except RuntimeError:  # the loop is closed, so its readers are gone
                 with self._wake:
                     for stream in {stream for stream, _ in batch}:
                         self._post(partial(self._forget, stream))
 
     def _forget(self, stream: Stream, engine: TextEngine) -> None:
-        """Drop a call whose event loop is closed, which will never leave by itself."""
+        """Drop a call whose event loop is closed, and which can therefore not call `_leave`."""
         self._drop(stream, engine)
         with self._wake:
             if self._streams.get(stream.request_id) is stream:
                 del self._streams[stream.request_id]
 
     def _close(self, error: BaseException | None) -> None:
-        """Take no more work, and raise EngineDeadError in every reader that still waits."""
+        """Accept no more work, and raise EngineDeadError in every reader that still waits."""
         with self._wake:
             self.error = error
             self._is_closed = True

@@ -1,10 +1,10 @@
-"""Beam search: the likeliest continuations that a breadth of `width` finds, by the model's raw distribution.
+"""Beam search: the `width` most likely continuations that it finds, by the model's raw distribution.
 
-Each round asks the engine for one token behind every live beam, with the likeliest tokens in its place: requests like
-any other, batched with any other, whose prompts the prefix cache knows but for a block. The rules are those of Hugging
-Face's generate(num_beams=...) (transformers 5.23, GenerationMixin._beam_search): a beam that ends keeps its place among
-the `width` best ended ones if it was among the `width` best candidates; its score is the sum of its tokens' logprobs
-over their number to the power of the length penalty.
+Each round asks the engine for one token after every live beam, together with the most likely tokens at that position.
+These are ordinary requests, batched with all others, and all but the last block of their prompts is in the prefix
+cache. The rules are those of Hugging Face's generate(num_beams=...) (transformers 5.23, GenerationMixin._beam_search):
+a beam that ends is kept among the `width` best finished beams if it was among the `width` best candidates. Its score is
+the sum of its tokens' logprobs, divided by their number to the power of the length penalty.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tinyvllm.text.tokenizer import Tokenizer
 class BeamSettings:
     """How beams are compared, and when to stop. Names are Hugging Face's."""
 
-    length_penalty: float = 1.0  # above 0 favours long beams
-    # True: stop once `width` beams have ended. False: and once no live beam is better than the worst of them now.
+    length_penalty: float = 1.0  # above 0 favors long beams
+    # True: stop when `width` beams have ended. False: go on until no live beam scores above the worst of those.
     early_stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class Beam:
     """A continuation of the prompt."""
 
     tokens: tuple[TokenLogprob, ...] = ()
-    total: float = 0.0  # of the tokens' logprobs
+    total: float = 0.0  # sum of the tokens' logprobs
     finish_reason: str | None = None  # stop, length
 
     @property
@@ -55,7 +55,7 @@ class Beam:
 
 
 class BeamSearch:
-    """Owns the beams of one prompt. `advance` it by a token until `is_done`."""
+    """Owns the beams of one prompt. Call `advance` for each token until `is_done`."""
 
     def __init__(
         self,
@@ -72,11 +72,11 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """The likeliest tokens that must be known behind each beam: as many as may live on, and all that end."""
+        """How many most likely tokens each beam needs: `width` that may continue, plus every id that ends a beam."""
         return self.width + len(self.end_ids)
 
     def advance(self, likeliest: Sequence[Sequence[TokenLogprob]]) -> None:
-        """Move on by one token. likeliest: behind each live beam `num_candidates` of them, or the whole vocabulary."""
+        """Extend the beams by one token. likeliest: per live beam, its `num_candidates` most likely next tokens."""
         candidates = [beam.then(token) for beam, tokens in zip(self.live, likeliest, strict=True) for token in tokens]
         length = len(self.live[0].tokens) + 1
         if length <= self.min_tokens:
@@ -96,7 +96,7 @@ class BeamSearch:
 
     @property
     def best(self) -> list[Beam]:
-        """The ended beams, best first: `width` of them, unless the vocabulary is too small for that."""
+        """The finished beams, best first: `width` of them, unless the vocabulary is too small."""
         return self._ended
 
     def _ends(self, beam: Beam) -> bool:
@@ -111,14 +111,14 @@ class BeamSearch:
         return beam.total / math.pow(len(beam.tokens), self.settings.length_penalty)
 
     def _is_decided(self) -> bool:
-        """Whether nothing that lives is waited for: by the heuristic, a beam's score will not rise above today's."""
+        """Whether the live beams can be dropped, if a live beam's score only falls, as the heuristic assumes."""
         if not self.live or len(self._ended) < self.width:
             return False
         return self.settings.early_stopping or self._score(self.live[0]) <= self._score(self._ended[-1])
 
 
 class Engine(Protocol):
-    """What the search needs of AsyncEngine."""
+    """The part of AsyncEngine that the search uses."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -145,41 +145,46 @@ async def generate_beams(
     request_id: str,
     priority: int = 0,
 ) -> AsyncGenerator[Delta, None]:
-    """`AsyncEngine.generate` by beam search: params.n beams, best first, each as one delta when all are done.
+    """`AsyncEngine.generate` by beam search: params.n beams, best first, each as one delta after all have finished.
 
-    Raises RequestError for settings that beam search has no use for, and as `generate` does.
+    Raises RequestError for settings that beam search cannot use, and what `generate` raises.
     """
     await engine.wait_ready()
     search = make_search(engine, len(prompt_ids), params, settings)
-    one = SamplingParams(temperature=0.0, max_tokens=1, logprobs=search.num_candidates, ignore_eos=True)
+    one_token = SamplingParams(temperature=0.0, max_tokens=1, logprobs=search.num_candidates, ignore_eos=True)
     num_cached = 0
     while not search.is_done:
         length = len(search.live[0].tokens)
         names = [f"{request_id}-beam{length}.{index}" for index in range(len(search.live))]
         deltas = await _all(
             [
-                _one_delta(engine.generate([*prompt_ids, *beam.token_ids], one, request_id=name, priority=priority))
+                _one_delta(
+                    engine.generate([*prompt_ids, *beam.token_ids], one_token, request_id=name, priority=priority)
+                )
                 for beam, name in zip(search.live, names, strict=True)
             ]
         )
         failed = next((delta for delta in deltas if not delta.logprobs), None)
-        if failed is not None:  # aborted, or ended by an error: all are
+        if failed is not None:  # aborted or failed: end all beams likewise
             for index in range(params.n):
                 yield replace(failed, index=index, num_prompt_tokens=len(prompt_ids), num_output_tokens=0)
             return
         num_cached = num_cached if length else deltas[0].num_cached_tokens
         search.advance([_ranked(delta) for delta in deltas])
     for index, beam in enumerate(search.best):
-        yield _spell(engine.tokenizer, beam, index, params, len(prompt_ids), num_cached)
+        yield _to_delta(engine.tokenizer, beam, index, params, len(prompt_ids), num_cached)
 
 
 def make_search(engine: Engine, num_prompt_tokens: int, params: SamplingParams, settings: BeamSettings) -> BeamSearch:
-    """A search for params.n beams. RequestError for settings that it has no use for, and for a width beyond what the
-    engine ranks; ContextLengthError for what does not fit."""
-    usual = SamplingParams()
+    """A search for params.n beams.
+
+    Raises RequestError for settings that beam search cannot use and for more beams than the engine's logprobs allow,
+    and ContextLengthError if the output does not fit.
+    """
+    defaults = SamplingParams()
     for name in UNUSED:
-        if getattr(params, name) != getattr(usual, name):
-            raise RequestError(f"{name} does not go with beam search, which draws nothing: leave it out", param=name)
+        if getattr(params, name) != getattr(defaults, name):
+            raise RequestError(f"{name} cannot be used with beam search, which does not sample: omit it", param=name)
     check_length(num_prompt_tokens, params.max_tokens, engine.capacity)
     end_ids = frozenset(params.stop_token_ids)
     if not params.ignore_eos:
@@ -193,14 +198,14 @@ def make_search(engine: Engine, num_prompt_tokens: int, params: SamplingParams, 
     )
     if search.num_candidates > MAX_LOGPROBS:
         raise RequestError(
-            f"n is {params.n}: a beam search can be at most {MAX_LOGPROBS - len(end_ids)} wide, because {MAX_LOGPROBS} "
-            f"tokens are ranked and {len(end_ids)} may end a beam",
+            f"n is {params.n}: beam search can have at most {MAX_LOGPROBS - len(end_ids)} beams, because the engine "
+            f"ranks {MAX_LOGPROBS} tokens and {len(end_ids)} ids may end a beam",
             param="n",
         )
     return search
 
 
-# Settings that decide how a token is drawn, or are looked at while one text grows.
+# Settings that affect sampling, or that are checked while a single output grows.
 UNUSED = (
     "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
     "logit_bias", "bad_words", "allowed_token_ids", "seed", "stop", "prompt_logprobs", "grammar",
@@ -208,7 +213,7 @@ UNUSED = (
 
 
 async def _all(calls: Sequence[Coroutine[Any, Any, Delta]]) -> list[Delta]:
-    """The results of all calls at the same time. If one raises, or this is cancelled, none is left running."""
+    """Run all calls concurrently. If one raises, or this is cancelled, the others are cancelled too."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
@@ -219,7 +224,7 @@ async def _all(calls: Sequence[Coroutine[Any, Any, Delta]]) -> list[Delta]:
 
 
 async def _one_delta(deltas: AsyncGenerator[Delta, None]) -> Delta:
-    """The only delta of a request of one token."""
+    """The only delta of a one-token request."""
     async with aclosing(deltas) as closing:
         async for delta in closing:
             if delta.finish_reason is not None:
@@ -228,27 +233,27 @@ async def _one_delta(deltas: AsyncGenerator[Delta, None]) -> Delta:
 
 
 def _ranked(delta: Delta) -> list[TokenLogprob]:
-    """The likeliest tokens, each with all of them beside it."""
+    """The most likely tokens, each with the whole ranking as its `top`."""
     top = delta.logprobs[0].top
     return [replace(token, top=top) for token in top]
 
 
-def _spell(
+def _to_delta(
     tokenizer: Tokenizer, beam: Beam, index: int, params: SamplingParams, num_prompt_tokens: int, num_cached_tokens: int
 ) -> Delta:
-    """A beam as the one delta of a choice. The token that ended it is no part of its text, unless it was asked for."""
+    """A beam as the only delta of a choice. The token that ended it is not part of the text, unless requested."""
     ends = beam.finish_reason == "stop"
     last = beam.token_ids[-1]
     ids = beam.token_ids[:-1] if ends and not params.include_stop_str_in_output else beam.token_ids
     wanted = params.logprobs
     return Delta(
-        index,
-        tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens, is_continuation=True),
-        beam.token_ids,
-        () if wanted is None else tuple(replace(token, top=token.top[:wanted]) for token in beam.tokens),
-        beam.finish_reason,
-        last if ends and last in params.stop_token_ids else None,
-        num_prompt_tokens,
-        num_cached_tokens,
-        len(beam.token_ids),
+        index=index,
+        text=tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens, is_continuation=True),
+        token_ids=beam.token_ids,
+        logprobs=() if wanted is None else tuple(replace(token, top=token.top[:wanted]) for token in beam.tokens),
+        finish_reason=beam.finish_reason,
+        stop_reason=last if ends and last in params.stop_token_ids else None,
+        num_prompt_tokens=num_prompt_tokens,
+        num_cached_tokens=num_cached_tokens,
+        num_output_tokens=len(beam.token_ids),
     )

@@ -1,4 +1,4 @@
-"""Compiling grammars beside the engine: on threads of their own, each once, and never for longer than a limit."""
+"""Compile grammars off the engine's thread: each one once, and within a time limit."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tinyvllm.errors import RequestError
 from tinyvllm.text.grammar import Grammar, GrammarLimits, Vocabulary, compile_grammar
 from tinyvllm.text.tokenizer import Tokenizer
 
-NUM_THREADS = 2  # so that one slow grammar does not hold the next
-MAX_GRAMMARS = 256  # that are kept
+NUM_THREADS = 2  # so that one slow grammar does not block the next
+MAX_GRAMMARS = 256  # compiled grammars in the cache
 MAX_WAITING = 64  # grammars that wait for a thread
 
 
 class GrammarCompiler:
-    """Makes grammars of their specs. Owns the threads that do, and the grammars that were asked for last.
+    """Compiles grammar specs. Owns the compiler threads and a cache of the most recently used grammars.
 
-    May be called from any thread. Compiling lets go of the interpreter's lock, so that neither the engine's steps nor
-    the event loop wait; a thread whose caller has given up ends by the compiler's own limits, which count work.
+    May be called from any thread. The compiler releases the GIL, so neither the engine's steps nor the event loop
+    wait. If the caller gives up, the thread still stops at the compiler's own limits, which count work.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class GrammarCompiler:
         eos_ids: frozenset[int],
         limits: GrammarLimits = GrammarLimits(),  # noqa: B008 - frozen
     ) -> None:
-        """vocab_size: rows of the logits. Nothing is read of the tokenizer before the first grammar."""
+        """vocab_size: width of the logits. The tokenizer is first read for the first grammar."""
         self._make_vocabulary = partial(Vocabulary, tokenizer, vocab_size, eos_ids)
         self._limits = limits
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tinyvllm-grammar")
@@ -43,16 +43,18 @@ class GrammarCompiler:
         self._num_waiting = 0
 
     async def compile(self, spec: GrammarSpec) -> Grammar:
-        """The grammar, made or found. Raises RequestError for one that is wrong, too large or too slow to compile."""
+        """The compiled grammar, cached or new. Raises RequestError if it is invalid, too large or too slow."""
         future = asyncio.wrap_future(self._submit(spec))
-        done, _ = await asyncio.wait([future], timeout=self._limits.compile_s)  # unlike wait_for, cancels nothing
+        done, _ = await asyncio.wait([future], timeout=self._limits.compile_s)  # unlike wait_for, does not cancel
         if not done:
-            future.add_done_callback(asyncio.Future.exception)  # looked at, so that nobody logs it
+            future.add_done_callback(
+                asyncio.Future.exception
+            )  # retrieves the exception, so that asyncio does not log it
             raise self._too_slow(spec)
         return future.result()
 
     def compile_now(self, spec: GrammarSpec) -> Grammar:
-        """The same for a caller without an event loop."""
+        """`compile`, for a caller without an event loop."""
         future = self._submit(spec)
         try:
             return future.result(self._limits.compile_s)
@@ -61,8 +63,8 @@ class GrammarCompiler:
 
     def _too_slow(self, spec: GrammarSpec) -> RequestError:
         return RequestError(
-            f"{spec.param} took more than {self._limits.compile_s:g} s to compile: simplify it, or send it again if "
-            "the server was busy with others",
+            f"{spec.param} took more than {self._limits.compile_s:g} s to compile: simplify it, or retry if the server "
+            "was busy compiling others",
             param=spec.param,
         )
 
@@ -74,7 +76,7 @@ class GrammarCompiler:
                 return future
             if self._num_waiting >= MAX_WAITING:
                 raise RequestError(
-                    f"{self._num_waiting} grammars wait to be compiled already, the most that may: send it later",
+                    f"{self._num_waiting} grammars are waiting to be compiled, which is the limit: retry later",
                     param=spec.param,
                 )
             self._num_waiting += 1

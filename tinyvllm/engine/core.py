@@ -1,7 +1,7 @@
-"""The step loop's body: schedule, launch, collect, commit. On one thread, with token ids in and out.
+"""The body of the step loop: schedule, launch, collect, commit. Runs on one thread; token ids in, token ids out.
 
-Where the device can feed a step with the tokens of the one before, two steps are in flight: while one runs, the next is
-planned, packed and enqueued, and the device never waits for Python. That a request has ended is seen one step late.
+Where the device can feed a step with the previous step's tokens, two steps are in flight: while one runs, the next is
+planned, packed and enqueued, so the device never waits for Python. The end of a request is then seen one step late.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from tinyvllm.scheduling.plan import StepOutput, StepPlan, StepStats, TokenOut
 from tinyvllm.scheduling.request import Request, Status
 from tinyvllm.scheduling.scheduler import Scheduler
 
-MAX_CONSECUTIVE_FAILURES = 3  # one may be an accident of its batch; this many in a row are a broken device
+MAX_CONSECUTIVE_FAILURES = 3  # one may be caused by its batch; this many in a row mean a broken device
 
-# since start; a padded row is one of a graph's that its step had no token for
+# since start; padded rows are the rows of a graph beyond its step's tokens
 COUNTERS = ("num_steps", "num_failed_steps", "num_computed_tokens", "num_padded_rows", "num_output_tokens")
-MAX_IN_FLIGHT = 2  # one that runs, and one behind it
+MAX_IN_FLIGHT = 2  # one that runs, and the next
 
 logger = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
-    """What the engine needs of execution.runner.ModelRunner."""
+    """The part of execution.runner.ModelRunner that the engine uses."""
 
     @property
     def model_config(self) -> ModelConfig: ...
@@ -46,10 +46,12 @@ class Runner(Protocol):
         """Steps that may be launched before the first of them is collected: 1, or MAX_IN_FLIGHT."""
 
     def launch(self, plan: StepPlan) -> Any:
-        """Enqueue a step; tokens in flight are fed by the device. Returns what `sample` and `collect` take."""
+        """Enqueue a step; the device feeds it the tokens in flight. Returns a handle for `sample` and `collect`."""
 
     def sample(self, flight: Any) -> None:
-        """Enqueue what launching left out: sampling that may hang on the tokens of the step before, now committed."""
+        """Enqueue the sampling that `launch` deferred because it depends on the previous step's tokens.
+
+        Call it after those are committed. Does nothing if `launch` deferred nothing."""
 
     def collect(self, flight: Any) -> StepOutput:
         """Wait for the oldest launched step and read its tokens."""
@@ -58,27 +60,27 @@ class Runner(Protocol):
 
 
 class Captures(Protocol):
-    """What the engine needs of execution.captures.Captures: the making of graphs beside steps that run."""
+    """The part of execution.captures.Captures that the engine uses: it makes graphs while the engine serves."""
 
     @property
     def num_to_come(self) -> int:
-        """Graphs that `advance` is still to make."""
+        """Graphs that `advance` has not made yet."""
 
     @property
     def num_failed(self) -> int:
-        """Graphs that it could not make."""
+        """Graphs that could not be made."""
 
     @property
     def is_next_compiled(self) -> bool:
-        """Whether the next `advance` makes a graph: then no step may be in flight."""
+        """Whether the next `advance` instantiates a graph; if so, no step may be in flight."""
 
     def advance(self) -> None:
-        """Do one part of what makes the next graph. Returns soon, and raises nothing."""
+        """Do part of the work on the next graph. Returns soon, and never raises."""
 
 
 @dataclass(frozen=True)
 class Flight:
-    """A step on the device, and the seconds that it was made in."""
+    """A step on the device, and how long it took to schedule."""
 
     plan: StepPlan
     handle: Any
@@ -86,13 +88,13 @@ class Flight:
 
 
 class EngineCore:
-    """Moves requests one step at a time. Everything here, `abort` too, happens between two steps.
+    """Advances requests one step at a time. Call every method, `abort` included, between two steps only.
 
-    `stats` is a new object after every change, so another thread may read it at any time.
+    `stats` is replaced by a new object on every change, so other threads may read it at any time.
     """
 
     def __init__(self, runner: Runner, scheduler: Scheduler, captures: Captures | None = None) -> None:
-        """`captures`: of a runner that lacks some of its graphs still."""
+        """`captures` makes the graphs that the runner lacks; None if it has them all."""
         self.runner = runner
         self.scheduler = scheduler
         self._captures = captures
@@ -110,12 +112,12 @@ class EngineCore:
         return self.scheduler.has_work or bool(self._flights)
 
     def add(self, request: Request) -> None:
-        """Queue a new request. RequestError or ContextLengthError for one that can never run."""
+        """Queue a new request. Raises RequestError or ContextLengthError if it can never run."""
         self.scheduler.add(request)
         self._publish(self.stats)
 
     def abort(self, request_id: str) -> Request | None:
-        """End a request now and free its blocks. None when it is unknown or has finished."""
+        """End a request now and free its blocks. None if it is unknown or has finished."""
         request = self.scheduler.abort(request_id)
         self._publish(self.stats)
         return request
@@ -123,25 +125,26 @@ class EngineCore:
     def finish(
         self, request: Request, reason: str, stop_reason: int | str | None = None, error: str | None = None
     ) -> None:
-        """End a request for a reason that only its text shows; one that has just ended takes on the new reason."""
+        """End a request for a reason found in its text. If it has just ended, the new reason replaces the old one."""
         self.scheduler.finish(request, reason, stop_reason, error)
         self._publish(self.stats)
 
     @property
     def has_captures_to_come(self) -> bool:
-        """Whether graphs are still to be made, for which `advance_captures` is called between steps."""
+        """Whether graphs are still to be made, by calling `advance_captures` between steps."""
         return self._captures is not None and self._captures.num_to_come > 0
 
     def advance_captures(self) -> list[TokenOut]:
-        """Do one part of what makes the next graph. Before one is made, which no step may see, what is in flight is
-        taken: returns its tokens and ends. Raises as `step`."""
+        """Do part of the work on the next graph. If it instantiates one, collect the steps in flight first.
+
+        Returns their new tokens and ends. Raises what `step` raises."""
         captures, outs = self._captures, []
         if captures is None:
             return []
         if captures.is_next_compiled:
             try:
                 while self._flights:
-                    outs += self._land(self._flights[0])
+                    outs += self._collect(self._flights[0])
             except Exception as error:
                 outs += self._fail(None, error)
         captures.advance()
@@ -149,11 +152,11 @@ class EngineCore:
         return outs
 
     def step(self) -> list[TokenOut]:
-        """Launch a step if there is one, and take the tokens of the oldest once as many are in flight as may be.
+        """Launch a step if anything can be scheduled; collect the oldest when the maximum is in flight.
 
-        Returns new tokens and ends; [] when there is nothing to do, or nothing to read yet. A step that throws ends the
-        requests of all steps in flight with finish_reason "error", and the next may succeed. Raises EngineDeadError
-        after MAX_CONSECUTIVE_FAILURES of them.
+        Returns new tokens and ends; [] if there is nothing to do, or nothing to read yet. If a step raises, the
+        requests of all steps in flight end with finish_reason "error", and the next step may succeed. Raises
+        EngineDeadError after MAX_CONSECUTIVE_FAILURES of those in a row.
         """
         with measure.span(measure.STEP) as span:
             return self._step(span)
@@ -172,12 +175,12 @@ class EngineCore:
             if plan is not None:
                 self._launch(plan, time.perf_counter() - start_s)
             if plan is None or len(self._flights) == MAX_IN_FLIGHT:
-                outs += self._land(self._flights[0])
+                outs += self._collect(self._flights[0])
             if plan is not None:
                 self.runner.sample(self._flights[-1].handle)
-                # hidden states lie in scratch memory, which the next step would write over
+                # pooled hidden states are in scratch memory, which the next step would overwrite
                 if self.runner.max_in_flight == 1 or plan.pooled:
-                    outs += self._land(self._flights[0])
+                    outs += self._collect(self._flights[0])
         except Exception as error:
             outs += self._fail(plan, error)
         return outs
@@ -188,8 +191,8 @@ class EngineCore:
             self.scheduler.advance(plan)
         self._flights.append(Flight(plan, handle, schedule_s))
 
-    def _land(self, flight: Flight) -> list[TokenOut]:
-        """Wait for the oldest step and book what it computed."""
+    def _collect(self, flight: Flight) -> list[TokenOut]:
+        """Wait for the oldest step and commit its tokens."""
         output = self.runner.collect(flight.handle)
         collected_s = time.perf_counter()
         with measure.span(measure.COMMIT):
@@ -211,11 +214,11 @@ class EngineCore:
         return outs
 
     def _fail(self, plan: StepPlan | None, error: Exception) -> list[TokenOut]:
-        """End the requests of `plan`, which may not have been launched, and of all that is in flight."""
+        """End the requests of all steps in flight, and of `plan`, which may not have been launched."""
         self._num_failures += 1
         plans = [flight.plan for flight in self._flights] + ([plan] if plan is not None else [])
         self._flights.clear()
-        failed = {entry.request: None for some in plans for entry in some.entries}  # in order, each once
+        failed = {entry.request: None for each in plans for entry in each.entries}  # in order, without duplicates
         message = f"the step that computed this request failed with {_describe(error)}"
         outs = []
         for request in failed:
@@ -223,7 +226,7 @@ class EngineCore:
                 self.scheduler.finish(request, "error", error=message)
                 outs.append(TokenOut(request, None, None, "error"))
         names = ", ".join(out.request.request_id for out in outs)
-        logger.error("a step failed (%d in a row), and with it %s", self._num_failures, names, exc_info=error)
+        logger.error("a step failed (%d in a row), ending %s", self._num_failures, names, exc_info=error)
         self._publish(self._count(self.stats, num_failed_steps=1))
         if self._num_failures >= MAX_CONSECUTIVE_FAILURES:
             raise EngineDeadError(
@@ -232,7 +235,7 @@ class EngineCore:
         return outs
 
     def _publish(self, stats: StepStats) -> None:
-        """Replace `stats` by a copy with the gauges of this moment."""
+        """Replace `stats` by a copy with the current gauges."""
         self.stats = dataclasses.replace(
             stats,
             num_running=self.scheduler.num_running,
@@ -248,12 +251,12 @@ class EngineCore:
 
     @staticmethod
     def _count(stats: StepStats, **more: int) -> StepStats:
-        """A copy with the counters of `extra`, all since start, moved on."""
+        """A copy with the counters in `extra` increased by `more`."""
         return dataclasses.replace(stats, extra={name: n + more.get(name, 0) for name, n in stats.extra.items()})
 
 
 def _facts(plan: StepPlan) -> dict[str, measure.Fact]:
-    """What a step's span says of it."""
+    """Attributes of a step's span."""
     if plan.is_decode:
         kind = "decode"
     else:
@@ -262,7 +265,7 @@ def _facts(plan: StepPlan) -> dict[str, measure.Fact]:
 
 
 def _measure_queues(plan: StepPlan | None) -> None:
-    """The time that requests waited which have left the queue for the first time."""
+    """Record the queue time of requests that are scheduled for the first time."""
     now_ns = time.perf_counter_ns()
     for entry in plan.entries if plan is not None else ():
         request = entry.request

@@ -1,4 +1,4 @@
-"""The offline engine: prompts in, finished answers out, on the caller's own thread. Names follow vLLM's.
+"""The offline engine: prompts in, complete outputs out, on the caller's own thread. Names follow vLLM's.
 
 >>> llm = LLM("smollm2-135m-instruct", max_model_len=1024)
 >>> [output] = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=8))
@@ -32,7 +32,7 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Logprob:
-    """How likely a token was. `rank` is 1 for the likeliest."""
+    """The logprob of a token. `rank` is 1 for the most likely one."""
 
     logprob: float
     rank: int | None
@@ -41,19 +41,19 @@ class Logprob:
 
 @dataclass
 class CompletionOutput:
-    """One choice: what was said, and why it ended."""
+    """One choice: its text and tokens, and why it ended."""
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    cumulative_logprob: float | None = None  # of the chosen tokens; None unless logprobs were asked for
-    logprobs: list[dict[int, Logprob]] | None = None  # one a token: the chosen one's and the likeliest
+    cumulative_logprob: float | None = None  # of the chosen tokens; None unless logprobs were requested
+    logprobs: list[dict[int, Logprob]] | None = None  # per token: the chosen one and the most likely ones
     finish_reason: str | None = None  # stop, length, error
     stop_reason: int | str | None = None
 
     @classmethod
     def begin(cls, index: int, params: SamplingParams) -> CompletionOutput:
-        """A choice of which nothing was said yet."""
+        """A choice without any output yet."""
         return cls(index) if params.logprobs is None else cls(index, cumulative_logprob=0.0, logprobs=[])
 
     def append(self, delta: Delta) -> None:
@@ -62,7 +62,7 @@ class CompletionOutput:
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
         for token in delta.logprobs:
             assert self.logprobs is not None and self.cumulative_logprob is not None
-            self.logprobs.append(_rank(token))
+            self.logprobs.append(_by_id(token))
             self.cumulative_logprob += token.logprob
 
 
@@ -71,11 +71,11 @@ class RequestOutput:
     """A prompt and its n choices."""
 
     request_id: str
-    prompt: str | None  # None when ids were given
+    prompt: str | None  # None if it was given as token ids
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # one a prompt token, None for the first
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # one per prompt token, None for the first
 
     @property
     def finished(self) -> bool:
@@ -88,8 +88,8 @@ class LLM:
     def __init__(self, model: str, *, progress: LoadProgress | None = None, **engine_config: Any) -> None:
         """Load and warm up `model`: a catalog name, a directory, a .gguf file or a hub id.
 
-        engine_config: fields of EngineConfig, such as max_model_len=1024. progress(stage, done, total) follows the
-        start. Raises ModelError, CapacityError or, for an unknown field, TinyvllmError.
+        engine_config: fields of EngineConfig, such as max_model_len=1024. progress(stage, done, total) is called during
+        start-up. Raises ModelError, CapacityError or, for an unknown field, TinyvllmError.
         """
         known = [f.name for f in fields(EngineConfig) if f.name != "model"]
         unknown = sorted(set(engine_config) - set(known))
@@ -106,7 +106,7 @@ class LLM:
         return self._loaded.engine.core.stats
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's own files recommend."""
+        """The settings that the model's own files recommend."""
         defaults = self._loaded.generation_defaults
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "typical_p")
         stated = {name: getattr(defaults, name) for name in names if getattr(defaults, name) is not None}
@@ -118,10 +118,10 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer every prompt, in the order given, as many at a time as fit.
+        """Generate for every prompt, batching as many as fit; outputs are in the order of the prompts.
 
-        params: one for all, one a prompt, or None for the model's defaults. use_tqdm: draw a bar, on a terminal.
-        Raises RequestError (ContextLengthError) before anything is computed if one of the prompts cannot run.
+        params: one for all, one per prompt, or None for the model's defaults. use_tqdm: show a progress bar, if stderr
+        is a terminal. Raises RequestError (ContextLengthError) before anything is computed if a prompt cannot run.
         """
         batch: Sequence[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         return self._run([self._tokenize(prompt) for prompt in batch], params, use_tqdm)
@@ -133,20 +133,20 @@ class LLM:
         use_tqdm: bool = True,
         **template_arguments: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of several, written with the model's chat template."""
+        """Generate the next message of one conversation or several, formatted by the model's chat template."""
         template = self._loaded.chat_template
         if template is None:
-            raise RequestError("the model has no chat template: give one as chat_template", param="messages")
+            raise RequestError("the model has no chat template: set chat_template", param="messages")
         batch: Any = [messages] if not messages or isinstance(messages[0], Mapping) else messages
         texts = [template.render(conversation, **template_arguments) for conversation in batch]
         return self._run([(text, self._loaded.tokenizer.encode_chat(text)) for text in texts], params, use_tqdm)
 
     def close(self) -> None:
-        """Give the device's memory back. The LLM cannot be used afterwards."""
+        """Free the device's memory. The LLM cannot be used afterwards."""
         self._loaded.runner.close()
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """The prompt's text, where it has one, and ids."""
+        """The prompt's text, if it has one, and its token ids."""
         if isinstance(prompt, Mapping):
             if "prompt_token_ids" in prompt:
                 return prompt.get("prompt"), list(prompt["prompt_token_ids"])
@@ -167,30 +167,34 @@ class LLM:
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         if threading.get_ident() != self._thread_id:
-            raise TinyvllmError("an LLM is bound to the thread that made it: use AsyncEngine from several threads")
+            raise TinyvllmError("an LLM is bound to the thread that created it: use AsyncEngine from several threads")
         outputs: list[RequestOutput] = []
         requests: list[list[Request]] = []
-        for (text, prompt_ids), one in zip(prompts, self._spread(params, len(prompts)), strict=True):
+        for (text, prompt_ids), own in zip(prompts, self._params_per_prompt(params, len(prompts)), strict=True):
             request_id = str(next(self._numbers))
-            grammar = None if one.grammar is None else self._loaded.grammars.compile_now(one.grammar)
-            choices = self._loaded.factory.make_requests(request_id, prompt_ids, one, grammar=grammar)
+            grammar = None if own.grammar is None else self._loaded.grammars.compile_now(own.grammar)
+            choices = self._loaded.factory.make_requests(request_id, prompt_ids, own, grammar=grammar)
             requests.append(choices)
-            blank = [CompletionOutput.begin(index, one) for index in range(one.n)]
+            blank = [CompletionOutput.begin(index, own) for index in range(own.n)]
             outputs.append(RequestOutput(request_id, text, choices[0].prompt_ids, blank))
         self._generate(requests, outputs, use_tqdm)
         return outputs
 
-    def _spread(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    def _params_per_prompt(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
         if params is None:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
             return [params] * count
         if len(params) != count:
-            raise RequestError(f"{len(params)} sampling params for {count} prompts: give one for all, or one a prompt")
+            raise RequestError(
+                f"{len(params)} sampling params for {count} prompts: give one for all, or one per prompt"
+            )
         return list(params)
 
     def _generate(self, requests: list[list[Request]], outputs: list[RequestOutput], use_tqdm: bool) -> None:
-        """Run the requests to their end, filling `outputs`. Whatever is raised, no request is left behind."""
+        """Run the requests to their end, filling `outputs`. If anything raises, the remaining requests are aborted."""
         engine = self._loaded.engine
         owners = {
             request.request_id: output for choices, output in zip(requests, outputs, strict=True) for request in choices
@@ -206,7 +210,7 @@ class LLM:
                         output.outputs[delta.index].append(delta)
                         if delta.prompt_logprobs is not None:
                             scores = delta.prompt_logprobs
-                            output.prompt_logprobs = [None if token is None else _rank(token) for token in scores]
+                            output.prompt_logprobs = [None if token is None else _by_id(token) for token in scores]
                         output.num_cached_tokens = max(output.num_cached_tokens, delta.num_cached_tokens)
                         if output.finished:
                             advance()
@@ -215,14 +219,14 @@ class LLM:
                 engine.abort(request_id)
 
 
-def _rank(token: TokenLogprob) -> dict[int, Logprob]:
-    """The chosen token and the likeliest by id, the chosen first."""
-    return {one.token_id: Logprob(one.logprob, one.rank, one.token) for one in (token, *token.top)}
+def _by_id(token: TokenLogprob) -> dict[int, Logprob]:
+    """The chosen token and the most likely ones by id, the chosen one first."""
+    return {each.token_id: Logprob(each.logprob, each.rank, each.token) for each in (token, *token.top)}
 
 
 @contextmanager
 def _progress_bar(num_prompts: int, is_wanted: bool) -> Iterator[Any]:
-    """Yield what to call when a prompt is answered. Draws on a terminal only."""
+    """Yield a function to call after each finished prompt. Draws on a terminal only."""
     console = Console(stderr=True)
     if not is_wanted or not console.is_terminal:
         yield lambda: None

@@ -1,10 +1,10 @@
-"""From token ids to text: incremental detokenisation, stop strings, and logprobs with their tokens spelled out."""
+"""From token ids to text: incremental detokenization, stop strings, and logprobs with the text of their tokens."""
 
 from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.profiling import measure
@@ -20,66 +20,59 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token, how likely it was, and the likeliest tokens in its place: as many as were asked for, likeliest first."""
+    """A token, its logprob, and the requested number of most likely tokens at its position, most likely first."""
 
     token_id: int
     token: str
     bytes: bytes
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
-    rank: int | None = None  # of the token; 1: the likeliest
+    rank: int | None = None  # of the token; 1: the most likely
 
 
 @dataclass(frozen=True)
 class Timing:
-    """When one choice was where, on the monotonic clock. What never happened has the time of what follows it."""
+    """When one choice reached each stage, on the monotonic clock. A skipped stage has the time of the next one."""
 
     queued_s: float  # it entered the engine's queue
     scheduled_s: float  # it last left the queue
     first_token_s: float
     last_token_s: float
     num_preemptions: int
-    is_corrupted: bool = False  # it ended because the model produced no finite logits
+    is_corrupted: bool = False  # the choice ended because the model produced no finite logits
 
 
 @dataclass(frozen=True)
 class Delta:
-    """New output of one choice of one request. The last one of a choice has a finish_reason."""
+    """New output of one choice of one request. The last delta of a choice has a finish_reason."""
 
     index: int  # which of n
     text: str
     token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]  # one a token id; empty unless asked for
+    logprobs: tuple[TokenLogprob, ...]  # one per token id; empty unless requested
     finish_reason: str | None  # stop, length, abort, error
     stop_reason: int | str | None  # the stop id or stop string that ended it
     num_prompt_tokens: int
     num_cached_tokens: int
-    num_output_tokens: int  # so far, of this index
+    num_output_tokens: int  # of this choice, so far
     error: str | None = None  # a message, when finish_reason is "error"
-    timing: Timing | None = None  # of the last delta
-    # one a token of the prompt, None for the first; in the first delta of choice 0, where they are asked for
+    timing: Timing | None = None  # in the last delta
+    # one per prompt token, None for the first; in the first delta of choice 0, if requested
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     def then(self, later: Delta) -> Delta:
-        """This and the next delta of the same choice as one."""
-        return Delta(
-            later.index,
-            self.text + later.text,
-            self.token_ids + later.token_ids,
-            self.logprobs + later.logprobs,
-            later.finish_reason,
-            later.stop_reason,
-            later.num_prompt_tokens,
-            later.num_cached_tokens,
-            later.num_output_tokens,
-            later.error,
-            later.timing,
-            self.prompt_logprobs if later.prompt_logprobs is None else later.prompt_logprobs,
+        """This delta and a later one of the same choice, merged."""
+        return replace(
+            later,
+            text=self.text + later.text,
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=self.logprobs + later.logprobs,
+            prompt_logprobs=self.prompt_logprobs if later.prompt_logprobs is None else later.prompt_logprobs,
         )
 
 
 class OutputProcessor:
-    """Owns the text side of one request: bytes that are not yet a character, text that may begin a stop string."""
+    """Owns the text of one request: incomplete characters, and text that may be the start of a stop string."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer, index: int = 0) -> None:
         params = request.params
@@ -92,35 +85,49 @@ class OutputProcessor:
         self._last_token_s = 0.0
 
     def push(self, out: TokenOut) -> Delta:
-        """The new token as text. When a stop string ends the request, the delta says so before the engine knows."""
-        request, finish_reason = self.request, out.finish_reason
-        if out.token_id is not None:
+        """Convert the new token to text. If that completes a stop string, the delta says so before the engine does."""
+        request, token_id = self.request, out.token_id
+        if token_id is not None:
             self._last_token_s = time.monotonic()
             self._first_token_s = self._first_token_s or self._last_token_s
-        text, matched = "" if out.token_id is None else self._detokenize(out), None
-        if finish_reason is not None:
-            text += self._detokenizer.flush()
-        if self._stop is not None and len(request.output_ids) > request.params.min_tokens:
-            text, matched = self._stop.push(text)
-            if finish_reason is not None and matched is None:
-                text += self._stop.flush()
+        text, stop_string = self._make_text(out)
+        finish_reason = out.finish_reason if stop_string is None else "stop"
+        is_first = token_id is not None and len(request.output_ids) == 1
+        logprobs = () if token_id is None or out.logprobs is None else (self._with_text(token_id, out.logprobs),)
         return Delta(
-            self.index,
-            text,
-            () if out.token_id is None else (out.token_id,),
-            () if out.token_id is None or out.logprobs is None else (self._spell(out.token_id, out.logprobs),),
-            finish_reason if matched is None else "stop",
-            request.stop_reason if matched is None else matched,
-            request.num_prompt_tokens,
-            request.num_cached_tokens,
-            len(request.output_ids),
-            request.error if finish_reason == "error" else None,
-            None if finish_reason is None and matched is None else self.timing(),
-            self._spell_prompt() if out.token_id is not None and len(request.output_ids) == 1 else None,
+            index=self.index,
+            text=text,
+            token_ids=() if token_id is None else (token_id,),
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            stop_reason=request.stop_reason if stop_string is None else stop_string,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=request.num_cached_tokens,
+            num_output_tokens=len(request.output_ids),
+            error=request.error if out.finish_reason == "error" else None,
+            timing=None if finish_reason is None else self.timing(),
+            prompt_logprobs=self._prompt_logprobs() if is_first else None,
+        )
+
+    def fail(self, message: str) -> Delta:
+        """The last delta of a request whose text cannot be made."""
+        request = self.request
+        return Delta(
+            index=self.index,
+            text="",
+            token_ids=(),
+            logprobs=(),
+            finish_reason="error",
+            stop_reason=None,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=request.num_cached_tokens,
+            num_output_tokens=len(request.output_ids),
+            error=message,
+            timing=self.timing(),
         )
 
     def timing(self) -> Timing:
-        """How the request fared, told at its end."""
+        """The request's times; called when it ends."""
         request = self.request
         now_s = time.monotonic()
         first_token_s = now_s if self._first_token_s is None else self._first_token_s
@@ -133,39 +140,58 @@ class OutputProcessor:
             is_corrupted=request.error == NO_FINITE_LOGITS,
         )
 
-    def _detokenize(self, out: TokenOut) -> str:
-        """Text that the token adds. The token that ends a text, EOS or a stop id, is no part of it by default.
+    def _make_text(self, out: TokenOut) -> tuple[str, str | None]:
+        """The text that is certain after this token, and the stop string that it completed."""
+        text, stop_string = self._detokenize(out), None
+        if out.finish_reason is not None:
+            text += self._detokenizer.flush()
+        if self._stop is not None and len(self.request.output_ids) > self.request.params.min_tokens:
+            text, stop_string = self._stop.push(text)
+            if out.finish_reason is not None and stop_string is None:
+                text += self._stop.flush()
+        return text, stop_string
 
-        One that ends it because a grammar is complete is.
+    def _detokenize(self, out: TokenOut) -> str:
+        """Text that the token adds. By default the EOS or stop id that ends the output is not part of the text.
+
+        A token that ends the output because it completes a grammar is part of it.
         """
-        assert out.token_id is not None
+        if out.token_id is None:
+            return ""
         params = self.request.params
         is_end = out.token_id in self.request.eos_ids or out.token_id in params.stop_token_ids
         if out.finish_reason == "stop" and is_end and not params.include_stop_str_in_output:
             return ""
         return self._detokenizer.push(out.token_id)
 
-    def _spell_prompt(self) -> tuple[TokenLogprob | None, ...] | None:
+    def _prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
         request = self.request
         if request.num_prompt_logprobs is None:
             return None
         scores = zip(request.prompt_ids[1:], request.prompt_logprobs, strict=True)
-        return (None, *[self._spell(token_id, logprobs) for token_id, logprobs in scores])
+        return (None, *[self._with_text(token_id, logprobs) for token_id, logprobs in scores])
 
-    def _spell(self, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
+    def _with_text(self, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
+        """The logprobs of one position, each with the text of its token."""
         ranked = enumerate(logprobs.top, 1)
-        top = tuple(self._spell_one(other_id, logprob, rank) for rank, (other_id, logprob) in ranked)
-        return self._spell_one(token_id, logprobs.chosen, logprobs.rank, top)
+        top = tuple(self._token_logprob(other_id, logprob, rank) for rank, (other_id, logprob) in ranked)
+        return self._token_logprob(token_id, logprobs.chosen, logprobs.rank, top)
 
-    def _spell_one(
+    def _token_logprob(
         self, token_id: int, logprob: float, rank: int | None, top: tuple[TokenLogprob, ...] = ()
     ) -> TokenLogprob:
-        text, data = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
-        return TokenLogprob(token_id, text, data, logprob, top, rank)
+        return TokenLogprob(
+            token_id=token_id,
+            token=self._tokenizer.token_text(token_id),
+            bytes=self._tokenizer.token_bytes(token_id),
+            logprob=logprob,
+            top=top,
+            rank=rank,
+        )
 
 
 class TextEngine:
-    """An EngineCore that answers in Deltas. Owns the open requests' processors, and ends what reached a stop string."""
+    """An EngineCore that answers in Deltas. Owns the processors of open requests, and ends those at a stop string."""
 
     def __init__(self, core: EngineCore, tokenizer: Tokenizer) -> None:
         self.core = core
@@ -177,21 +203,21 @@ class TextEngine:
         return self.core.has_work
 
     def add(self, request: Request, index: int = 0) -> None:
-        """Queue a request whose deltas will carry `index`. Raises as EngineCore.add."""
+        """Queue a request whose deltas will carry `index`. Raises what EngineCore.add raises."""
         self.core.add(request)
         self._processors[request.request_id] = OutputProcessor(request, self.tokenizer, index)
 
     def abort(self, request_id: str) -> Delta | None:
-        """End a request now and free its blocks; return its last delta. None when it is unknown or has finished."""
+        """End a request now and free its blocks; return its last delta. None if it is unknown or has finished."""
         request = self.core.abort(request_id)
         return None if request is None else self._push(TokenOut(request, None, None, "abort"))
 
     def step(self) -> list[tuple[Request, Delta]]:
-        """Run one step. Raises as EngineCore.step."""
+        """Run one step. Raises what EngineCore.step raises."""
         return self._push_all(self.core.step())
 
     def advance_captures(self) -> list[tuple[Request, Delta]]:
-        """Between two steps: see EngineCore.advance_captures."""
+        """See EngineCore.advance_captures. Call it between two steps only."""
         return self._push_all(self.core.advance_captures())
 
     def _push_all(self, outs: list[TokenOut]) -> list[tuple[Request, Delta]]:
@@ -203,11 +229,9 @@ class TextEngine:
         processor = self._processors[request.request_id]
         try:
             delta = processor.push(out)
-        except Exception as error:  # text is one request's matter: the others go on
-            logger.exception("the text of request %s cannot be made", request.request_id)
-            message = f"the tokens cannot be turned into text: {error}"
-            counts = request.num_prompt_tokens, request.num_cached_tokens, len(request.output_ids)
-            delta = Delta(processor.index, "", (), (), "error", None, *counts, message, processor.timing())
+        except Exception as error:  # affects this request only: the others go on
+            logger.exception("the output of request %s cannot be detokenized", request.request_id)
+            delta = processor.fail(f"the output cannot be detokenized: {error}")
         if delta.finish_reason is not None:
             del self._processors[request.request_id]
             if delta.finish_reason != out.finish_reason:

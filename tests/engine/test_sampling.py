@@ -13,7 +13,7 @@ from tests.model.test_llama import numpy_llama
 from tests.ops.sampling.wishes import Wish
 from tinyvllm.config import SamplingParams
 from tinyvllm.engine.llm import LLM, RequestOutput
-from tinyvllm.ops.sampling.reference import race, uniforms
+from tinyvllm.ops.sampling.reference import gumbel_max, uniforms
 
 MODEL = TinyLlama(seed=11)
 WEIGHTS = make_weights(MODEL)
@@ -71,7 +71,7 @@ def draw(prompt: list[int], params: SamplingParams, num_tokens: int) -> list[int
         )
         probabilities = wish.probabilities(raw_logits([*prompt, *output]))
         noise = uniforms(params.seed or 0, index, len(probabilities))
-        output.append(race(probabilities, noise) if params.temperature else int(probabilities.argmax()))
+        output.append(gumbel_max(probabilities, noise) if params.temperature else int(probabilities.argmax()))
     return output
 
 

@@ -17,8 +17,8 @@ from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.kernel.body import Body, empty, finish, run_kernel
 from tinyvllm.ops.reference import ReferenceBackend
-from tinyvllm.ops.sampling import keep
-from tinyvllm.ops.sampling.keep import mix32
+from tinyvllm.ops.sampling import filters as filters_module
+from tinyvllm.ops.sampling.filters import mix32
 from tinyvllm.ops.sampling.reference import mix32 as reference_mix32
 from tinyvllm.ops.sampling.reference import threshold, uniforms
 from tinyvllm.ops.sampling.sample import LEADER_WIDTH, TOP_ID, LeadersSpec, SampleSpec, draw_kernel, leaders_kernel
@@ -294,7 +294,7 @@ def test_only_rows_that_cut_keep_noises_and_only_rows_that_ask_rank(device: Devi
     views["temperature"].view(np.float32)[:] = [0.0, 1.0, 0.0, 0.5]
     views["top_p"].view(np.float32)[:] = [0.9, 1.0, 0.9, 0.9]
     views["num_logprobs"][:] = [-1, -1, 0, 2]
-    sizes = [seqs * spec.num_parts * LEADER_WIDTH, seqs * 128, seqs * 128]
+    sizes = [seqs * spec.num_splits * LEADER_WIDTH, seqs * 128, seqs * 128]
     outputs = [device.upload(np.full(sizes[0], -77, np.int32)), device.upload(normal(seqs, 128))]
     outputs.append(device.upload(np.full(sizes[2], -77, np.float32)))
     out = run_kernel(leaders_kernel(LeadersSpec(spec, 0)), outputs, [device.upload(buffer)])
@@ -322,7 +322,7 @@ def test_a_cut_takes_a_few_looks(
 ) -> None:
     """A row that had not found its token by then would get the likeliest. A look reads the logits once; thresholds by
     bisection would be 31."""
-    monkeypatch.setattr(keep, "MAX_TURNS", most)
+    monkeypatch.setattr(filters_module, "MAX_ROUNDS", most)
     draw_kernel.cache_clear()
     logits = spread * normal(40, 2000, seed=7)
     tokens, expected = (sample(ops, logits, temperature=1.0, **cuts).tokens for ops in (backend, reference))

@@ -1,21 +1,21 @@
-"""Logits as a request wants them changed before a token is sampled: allowed ids, logit bias, penalties.
+"""Logits processing, before a token is sampled: allowed ids, logit bias, penalties, typical-p.
 
-A step in which no row asks for such things runs `sample.sample` and knows nothing of this file. Any other step keeps
-the raw logits, from which logprobs are reported, and samples from a changed copy. In vLLM's order
+A step in which no row asks for any of these runs `sample.sample` alone. Any other step keeps the raw logits, from which
+logprobs are reported, and samples from a processed copy. The order is vLLM's
 (github.com/vllm-project/vllm/blob/3e342658b2e9c85a30a54d19e64e5ad77b8a26a6/vllm/v1/sample/sampler.py, class Sampler):
 
 1. logprobs and ranks of the raw logits
-2. ids that are not allowed (allowed_token_ids, a grammar, bad words) and ids that min_tokens holds back: -inf
+2. ids that are not allowed (allowed_token_ids, a grammar, bad words) and ids that min_tokens suppresses: -inf
 3. logit bias: added
-4. repetition penalty r: ids of prompt and output, logit / r where it is positive, else logit * r (Keskar et al. 2019,
-   sec. 4.1); then less frequency_penalty * (how often the id is in the output), less presence_penalty if it is there
+4. repetition penalty r, for ids of prompt and output: logit / r if it is positive, else logit * r (Keskar et al. 2019,
+   sec. 4.1); then minus frequency_penalty * (count of the id in the output), minus presence_penalty if the count is > 0
 5. temperature, min-p, top-k, top-p, typical-p, the draw
 
-What a request needs for this lies on the device, in a row of the sampling state that it has while it runs: nothing is
-sent a step but a mask that changed. The step itself counts the tokens that it samples.
+What a request needs for this stays on the device, in a row of the sampling state that the request has while it runs.
+Only a mask that changed is sent for a step. The step itself counts the tokens that it samples.
 
-counts (S, V) uint16: how often the id was generated (at most 32767), and bit 15 where it is in the prompt
-mask (S, W) uint32: bit i % 32 of word i // 32 is set where id i is allowed
+counts (S, V) uint16: how often the id was generated (at most 32767); bit 15 is set if it is in the prompt
+mask (S, W) uint32: bit i % 32 of word i // 32 is set if id i is allowed
 bias (S, 2 * MAX_LOGIT_BIAS) int32: ids, then the bits of the floats to add
 """
 
@@ -43,26 +43,26 @@ from tinyvllm.ops.kernel.body import (
     finish,
     run_kernel,
 )
-from tinyvllm.ops.sampling.keep import logit_of
+from tinyvllm.ops.sampling.filters import logit_of
 from tinyvllm.ops.sampling.sample import (
     OUT_TOKEN,
     OUT_WIDTH,
     LeadersSpec,
     SampleSpec,
     draw_kernel,
-    look_at_share,
+    reduce_shard,
     row_slices,
 )
 from tinyvllm.ops.sampling.typical import typical_kernel
 
-WORD = 32  # ids a word of a mask
-THREADS = 256  # of a threadgroup that processes logits
+WORD = 32  # ids per word of a mask
+THREADS = 256  # threads of a threadgroup that processes logits
 MAX_COUNT = 0x7FFF
 IN_PROMPT = 0x8000
 
 
 class SamplingState:
-    """Owns the device's side of the sampling state. Its rows are written by the host while no step reads them."""
+    """Owns the sampling state on the device. The host writes its rows while no step reads them."""
 
     def __init__(self, device: DeviceHandle, num_rows: int, vocab_size: int) -> None:
         self.num_rows, self.vocab_size = num_rows, vocab_size
@@ -75,7 +75,7 @@ class SamplingState:
         self._write_bias = row_writer(self.bias, 2 * MAX_LOGIT_BIAS)
 
     def write_counts(self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
-        """Count a request's tokens anew."""
+        """Replace a row's counts by those of a request's tokens."""
         counts = np.zeros(mask_words(self.vocab_size) * WORD, np.uint16)
         ids, times = np.unique(np.asarray(output_ids, np.int64), return_counts=True)
         counts[ids] = np.minimum(times, MAX_COUNT)
@@ -83,11 +83,11 @@ class SamplingState:
         self._write_counts(row, counts)
 
     def write_mask(self, row: int, words: np.ndarray) -> None:
-        """Set which ids are allowed: (W,) uint32."""
+        """Set the allowed ids. words (W,) uint32."""
         self._write_mask(row, words)
 
     def write_bias(self, row: int, bias: Mapping[int, float]) -> None:
-        """Set what is added to the logits of at most MAX_LOGIT_BIAS ids. The step's `num_bias` says how many."""
+        """Set the bias of at most MAX_LOGIT_BIAS ids. The step's `num_bias` says how many there are."""
         words = np.zeros(2 * MAX_LOGIT_BIAS, np.int32)
         words[: len(bias)] = list(bias)
         words[MAX_LOGIT_BIAS : MAX_LOGIT_BIAS + len(bias)] = np.array(list(bias.values()), np.float32).view(np.int32)
@@ -95,19 +95,19 @@ class SamplingState:
 
 
 def mask_words(vocab_size: int) -> int:
-    """W: words of a mask over a vocabulary."""
+    """W: the words of a mask over a vocabulary."""
     return -(-vocab_size // WORD)
 
 
 def state_bytes(num_rows: int, vocab_size: int) -> int:
-    """What a SamplingState takes: 2.13 bytes an id and 8 KiB a row; 4.8 MiB for 16 rows of 128,256 ids."""
+    """The size of a SamplingState: 2.13 bytes per id plus 8 KiB, for each row; 4.3 MiB for 16 rows of 128,256 ids."""
     words = mask_words(vocab_size)
     return num_rows * (2 * words * WORD + 4 * words + 8 * MAX_LOGIT_BIAS)
 
 
 @dataclass(frozen=True)
 class ProcessingSpec:
-    """A step's logits, and a state of S rows. They are processed in one piece: `sample` has one width."""
+    """A step's logits and a state of S rows. Processed logits are one shard: `sample` has one width."""
 
     sample: SampleSpec
     num_rows: int  # S
@@ -120,9 +120,9 @@ class ProcessingSpec:
 def sample_processed(
     spec: SampleSpec, logits: Sequence[Tensor], inputs: Tensor, state: SamplingState, out: Tensor | None = None
 ) -> Tensor:
-    """(R * OUT_WIDTH,) int32, as `sample`. Counts the sampled tokens in the state; leaves the logits as they are."""
+    """(R * OUT_WIDTH,) int32, like `sample`. Counts the sampled tokens in the state; does not change the logits."""
     seqs, device = spec.layout.num_seqs, str(inputs.device)
-    parts = [look_at_share(LeadersSpec(spec, i, draws=False), share, inputs) for i, share in enumerate(logits)]
+    shards = [reduce_shard(LeadersSpec(spec, i, draws=False), shard, inputs) for i, shard in enumerate(logits)]
     whole = replace(spec, widths=(sum(spec.widths),), raw_widths=spec.widths)
     processing = ProcessingSpec(whole, state.num_rows)
     processed = empty(seqs * whole.widths[0], F32, device)
@@ -131,16 +131,16 @@ def sample_processed(
         bias_kernel(processing), [processed], [inputs, state.counts, state.mask, state.bias, *logits]
     )
     (processed,) = run_kernel(typical_kernel(whole), [processed], [inputs])
-    changed = look_at_share(LeadersSpec(whole, 0, ranks=False), processed, inputs)
+    drawn_from = reduce_shard(LeadersSpec(whole, 0, ranks=False), processed, inputs)
     out = empty(seqs * OUT_WIDTH, I32, device) if out is None else out
-    operands = [inputs, *changed, *[tensor for part in parts for tensor in part]]
+    operands = [inputs, *drawn_from, *[tensor for shard in shards for tensor in shard]]
     (out,) = run_kernel(draw_kernel(whole), [out], operands)
-    # the output is passed on, so that whoever waits for it waits for the counts
+    # `out` passes through this kernel, so that waiting for it waits for the counts too
     return run_kernel(count_kernel(processing), [out, state.counts], [inputs])[0]
 
 
 class _LogitsProcessor:
-    """What one row's settings make of a logit."""
+    """Processes the logits of one row, according to its settings."""
 
     def __init__(self, spec: ProcessingSpec, row: UOp, inputs: UOp, counts: UOp, mask: UOp) -> None:
         layout = spec.sample.layout
@@ -149,7 +149,7 @@ class _LogitsProcessor:
         def param(name: str) -> UOp:
             return inputs[layout.offset(name) + row].load()
 
-        # of a row without state, row 0 is read and not heeded
+        # a row without state reads row 0 of the state, and ignores it
         self.state_row = param("state_rows").maximum(0).minimum(spec.num_rows - 1).cast(dtypes.weakint)
         has_state = param("state_rows") >= 0
         self.is_counted = has_state & (param("is_counted") > 0)
@@ -163,7 +163,7 @@ class _LogitsProcessor:
         return self._mask[self.state_row * self.words + word].load()
 
     def apply(self, logit: UOp, word: UOp, lane: UOp, bits: UOp) -> UOp:
-        """`logit` of id word * 32 + lane, whose word of the mask is `bits`."""
+        """The processed logit of id word * 32 + lane. `bits`: the mask's word `word`."""
         count = self._counts[self.state_row * (self.words * WORD) + word * WORD + lane].load().cast(I32)
         count = self.is_counted.where(count, UOp.const(0, I32))
         times = count & MAX_COUNT
@@ -176,21 +176,21 @@ class _LogitsProcessor:
 
 @cached_kernel
 def process_kernel(spec: ProcessingSpec) -> KernelFn:
-    """fn(processed (R, stride), inputs, counts, mask, *logits): every logit as its row wants it, but for its bias."""
+    """fn(processed (R, stride), inputs, counts, mask, *logits): every logit processed, without its bias."""
     seqs, (stride,), vocab = spec.sample.layout.num_seqs, spec.sample.widths, spec.sample.vocab_size
-    is_padded = stride >= spec.words * WORD  # what lies behind the vocabulary may be written
+    is_padded = stride >= spec.words * WORD  # columns after the vocabulary may be written
 
     def kernel(processed: UOp, inputs: UOp, counts: UOp, mask: UOp, *logits: UOp) -> UOp:
         body, has_threads = Body(), spec.sample.has_threads
         row = body.grid(seqs) if seqs > 1 or has_threads else body.loop(1)
         change = _LogitsProcessor(spec, row, inputs, counts, mask)
         stores = []
-        for share in row_slices(logits, spec.sample.raw_widths, row, vocab):
-            first, num_words = share.origin // WORD, mask_words(min(share.span, vocab - share.origin))
+        for shard in row_slices(logits, spec.sample.raw_widths, row, vocab):
+            first, num_words = shard.origin // WORD, mask_words(min(shard.span, vocab - shard.origin))
             word, ends = _words(body, num_words, has_threads)
             lane = ends[0]
             index = (first + word) * WORD + lane
-            value = share.value_of(index if is_padded else index.minimum(vocab - 1))
+            value = shard.value_of(index if is_padded else index.minimum(vocab - 1))
             value = change.apply(value, first + word, lane, change.word_of(first + word))
             at = row * stride + index
             stores.append(processed[at if is_padded else at.valid(index < vocab)].store(value).end(*ends))
@@ -201,22 +201,19 @@ def process_kernel(spec: ProcessingSpec) -> KernelFn:
 
 
 def _words(body: Body, num_words: int, has_threads: bool) -> tuple[UOp, list[UOp]]:
-    """A word of a mask, and the axes that go over all of them, that over the ids of a word first."""
+    """(word of a mask, axes over all ids, of which the first is that over the ids of a word)."""
     if not has_threads:
         word, lane = body.loop(num_words), body.loop(WORD)
         return word, [lane, word]
     per_group = THREADS // WORD
     chunk, lane, group = body.grid(-(-num_words // per_group)), body.threads(WORD), body.threads(per_group)
-    return (chunk * per_group + group).minimum(num_words - 1), [
-        lane,
-        group,
-        chunk,
-    ]  # the last ones twice: the same values
+    # the last word may be computed more than once, always to the same values
+    return (chunk * per_group + group).minimum(num_words - 1), [lane, group, chunk]
 
 
 @cached_kernel
 def bias_kernel(spec: ProcessingSpec) -> KernelFn:
-    """fn(processed, inputs, counts, mask, bias, *logits): the ids with a bias, from their raw logits and biases."""
+    """fn(processed, inputs, counts, mask, bias, *logits): the ids with a bias again, from the raw logits."""
     seqs, (stride,), vocab = spec.sample.layout.num_seqs, spec.sample.widths, spec.sample.vocab_size
 
     def kernel(processed: UOp, inputs: UOp, counts: UOp, mask: UOp, bias: UOp, *logits: UOp) -> UOp:
@@ -244,7 +241,7 @@ def bias_kernel(spec: ProcessingSpec) -> KernelFn:
 
 @cached_kernel
 def count_kernel(spec: ProcessingSpec) -> KernelFn:
-    """fn(out, counts, inputs): each counted row's token once more. `out` is only read."""
+    """fn(out, counts, inputs): add 1 to the count of each counted row's token. `out` is only read."""
     seqs, vocab, words = spec.sample.layout.num_seqs, spec.sample.vocab_size, spec.words
 
     def kernel(out: UOp, counts: UOp, inputs: UOp) -> UOp:

@@ -1,5 +1,5 @@
-"""Sampling again, one row at a time, in NumPy that sorts: the documentation of the kernels of sample.py and
-logits_processing.py, and the oracle of their tests."""
+"""Sampling one row at a time in NumPy, by sorting: the specification of the kernels of sample.py and
+logits_processing.py, and the reference of their tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinyvllm.ops.sampling.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_T
 
 @dataclass(frozen=True)
 class HostState:
-    """A sampling state (logits_processing.py) as NumPy arrays, one row a request."""
+    """A sampling state (logits_processing.py) as NumPy arrays, one row per request."""
 
     counts: np.ndarray  # (S, at least V) uint16
     mask: np.ndarray  # (S, W) uint32
@@ -24,8 +24,8 @@ class HostState:
 def sample_row(
     logits: np.ndarray, views: dict[str, np.ndarray], row: int, state: HostState | None = None
 ) -> np.ndarray:
-    """(OUT_WIDTH,) int32: the token of one sequence, and its logprobs where they are asked for. logits (V,) float32.
-    Of a step with logits processing, its token is counted in `state`."""
+    """(OUT_WIDTH,) int32: the token of one sequence, and its logprobs if asked for. logits (V,) float32. With a
+    `state`, logits are processed and the token is counted in the state."""
     out = np.zeros(OUT_WIDTH, np.int32)
     floats = out.view(np.float32)
     suppressed_ids = views["suppressed_ids"][row]
@@ -46,25 +46,25 @@ def sample_row(
         )
         if state is not None and views["state_rows"][row] >= 0:
             kept &= typical(np.where(kept, weights, 0.0), views["typical_p"].view(np.float32)[row])
-        token = race(np.where(kept, weights, 0.0), uniforms(views["seed"][row], views["draw"][row], len(logits)))
+        token = gumbel_max(np.where(kept, weights, 0.0), uniforms(views["seed"][row], views["draw"][row], len(logits)))
     out[OUT_TOKEN] = token
     if state is not None and token >= 0 and views["state_rows"][row] >= 0 and views["is_counted"][row]:
         count_token(state.counts[views["state_rows"][row]], token)
     count = min(int(views["num_logprobs"][row]), MAX_LOGPROBS)
     if count >= 0:
-        logprobs = log_softmax(logits.astype(np.float64))  # of the raw logits: neither suppressed nor heated
+        logprobs = log_softmax(logits.astype(np.float64))  # of the raw logits: nothing suppressed, temperature 1
         ranked = np.argsort(-logprobs, kind="stable")
         likeliest = ranked[:count]
         floats[OUT_LOGPROB] = logprobs[max(token, 0)]
         out[OUT_RANK] = 1 + ranked.tolist().index(max(token, 0))
-        out[OUT_TOP : OUT_TOP + count] = -1  # where there are fewer ids than asked for
+        out[OUT_TOP : OUT_TOP + count] = -1  # in case there are fewer ids than asked for
         out[OUT_TOP : OUT_TOP + len(likeliest)] = likeliest
         floats[OUT_TOP_LOGPROB : OUT_TOP_LOGPROB + len(likeliest)] = logprobs[likeliest]
     return out
 
 
 def process_row(logits: np.ndarray, views: dict[str, np.ndarray], row: int, state: HostState) -> np.ndarray:
-    """(V,) float64: the logits that one sequence's token is drawn from, but for what min_tokens holds back."""
+    """(V,) float64: the logits that one sequence's token is drawn from, before ids are suppressed."""
     processed, state_row = logits.astype(np.float64), views["state_rows"][row]
     if state_row < 0:
         return processed
@@ -95,8 +95,9 @@ def count_token(counts: np.ndarray, token: int) -> None:
 
 
 def typical(weights: np.ndarray, typical_p: float) -> np.ndarray:
-    """(V,) bool: what locally typical sampling keeps of weights (0: cut already). The ids whose surprise is nearest to
-    the entropy, until they hold typical_p of the mass; ties are all kept (Meister et al. 2022, sec. 4)."""
+    """(V,) bool: the ids that locally typical sampling keeps (Meister et al. 2022, sec. 4): those whose surprise is
+    nearest to the entropy, until they hold typical_p of the mass; ties are all kept. A weight of 0 is filtered
+    already."""
     kept = weights > 0
     if typical_p >= 1:
         return kept
@@ -111,7 +112,7 @@ def typical(weights: np.ndarray, typical_p: float) -> np.ndarray:
 
 
 def first_best(logits: np.ndarray) -> int:
-    """The index of the largest logit, the lowest one at a tie; -1 where none is above -inf."""
+    """The index of the largest logit, at a tie the lowest index; -1 if none is above -inf."""
     values = np.where(np.isnan(logits), -np.inf, logits)
     best = int(values.argmax())
     return best if values[best] > -np.inf else -1
@@ -124,8 +125,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def threshold(weights: np.ndarray, *, min_p: float, top_k: int, top_p: float) -> float:
-    """The smallest weight that is kept by min-p, then top-k, then top-p; ties at it are all kept. Weights (V,), the
-    largest 1. min_p 0, top_k 0 and top_p 1 keep everything."""
+    """The smallest weight that min-p, then top-k, then top-p keep; ties at it are all kept. weights (V,), of which the
+    largest is 1. min_p 0, top_k 0 and top_p 1 keep everything."""
     kept = np.sort(weights[weights >= min_p])[::-1]
     if 0 < top_k < len(kept):
         kept = kept[kept >= kept[top_k - 1]]
@@ -135,13 +136,14 @@ def threshold(weights: np.ndarray, *, min_p: float, top_k: int, top_p: float) ->
     return float(kept[-1])
 
 
-def race(weights: np.ndarray, uniform: np.ndarray) -> int:
-    """Draw an index with probability weights / sum(weights), by an exponential race (Devroye 1986, ch. 5)."""
+def gumbel_max(weights: np.ndarray, uniform: np.ndarray) -> int:
+    """Draw an index with probability weights / sum(weights), by the Gumbel-max trick: argmax(log w - log(-log u)), here
+    without the outer logarithm (Devroye 1986, ch. 5)."""
     return int((weights / -np.log2(uniform)).argmax())
 
 
 def uniforms(seed: int, draw: int, count: int) -> np.ndarray:
-    """The uniform numbers of a request's `draw`-th token, one for each of `count` ids: 23 bits of a hash, in (0, 1)."""
+    """(count,) float64 in (0, 1): the uniform numbers of a request's `draw`-th token, 23 bits of a hash of each id."""
     golden = np.uint32(0x9E3779B9)
     seeds, draws = np.array([seed], np.int32).view(np.uint32), np.array([draw], np.int32).view(np.uint32)
     key = mix32(seeds + mix32(draws + golden))
@@ -150,7 +152,7 @@ def uniforms(seed: int, draw: int, count: int) -> np.ndarray:
 
 
 def mix32(x: np.ndarray) -> np.ndarray:
-    """MurmurHash3's 32-bit finaliser on uint32, which wraps around."""
+    """MurmurHash3's 32-bit finalizer on uint32, which wraps around."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return x ^ (x >> np.uint32(16))

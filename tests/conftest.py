@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,37 @@ hypothesis.settings.register_profile("tinyvllm", derandomize=True, deadline=None
 hypothesis.settings.load_profile("tinyvllm")
 
 SHOWN_VERSIONS = ("tinygrad", "numpy", "tokenizers", "safetensors", "gguf", "fastapi", "openai")
+STDERR = pytest.StashKey[int]()
+GRACE_S = 30.0  # for a test to fail by the limit's signal, and for its teardown
 REFERENCE = Path(__file__).parent / "data" / "smollm2_reference.json"
 
 
 def pytest_report_header() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in SHOWN_VERSIONS)
     return f"device {os.environ['DEV']}, Python {platform.python_version()}, {versions}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STDERR] = os.dup(2)  # where capturing does not reach
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    faulthandler.cancel_dump_traceback_later()
+    os.close(config.stash[STDERR])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> Iterator[None]:
+    """End the run where the time limit's signal cannot end a test: a call that never returns to Python, or a test that
+    took the signal's handler for itself. The tracebacks of all threads go to stderr first."""
+    faulthandler.dump_traceback_later(settings.timeout + GRACE_S, exit=True, file=item.config.stash[STDERR])
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_cancel_timer() -> Iterator[None]:
+    faulthandler.cancel_dump_traceback_later()
+    return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,22 +59,25 @@ def test_interrupt_at_the_prompt_does_not_leave(monkeypatch: pytest.MonkeyPatch,
 def test_interrupt_stops_the_answer_and_not_the_program(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
     engine = terminal.engine
     engine.hang_after = 3
-    on_hang = engine.tokenizer.encode_chat
+    encode = engine.tokenizer.encode_chat
+    # not SIGALRM, which belongs to the time limit of tests
+    interrupt = threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
 
     def encode_and_plan_an_interrupt(text: str) -> list[int]:
         if not engine.calls:
-            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            interrupt.start()
         else:
             engine.hang_after = None
-        return on_hang(text)
+        return encode(text)
 
     monkeypatch.setattr(engine.tokenizer, "encode_chat", encode_and_plan_an_interrupt)
-    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    type_in(monkeypatch, "hi", "again")
+    # what a terminal's programs start with; in the background of a script, SIGINT is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        type_in(monkeypatch, "hi", "again")
         result = terminal.run("chat")
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 0 and "Fin [stopped]\n" in result.stdout and "Fine.\n" in result.stdout
     assert engine.closed == ["chat-1"]
     assert engine.calls[1].prompt == "<user>hi\n<assistant>Fin\n<user>again\n<assistant>"

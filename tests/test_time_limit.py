@@ -1,0 +1,36 @@
+"""The time limit of tests ends what it cannot fail."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+HANG = """
+import signal, time
+
+def test_that_hangs():
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)  # the limit's own
+    time.sleep(600)
+"""
+
+RUN = """
+import sys
+import tests.conftest as conftest
+import pytest
+
+conftest.GRACE_S = 0.5
+sys.exit(pytest.main([sys.argv[1], "--timeout", "0.5", "-c", "pyproject.toml", "-p", "no:cacheprovider"], plugins=[conftest]))
+"""
+
+
+def test_a_call_that_never_returns_ends_the_run_and_shows_where(tmp_path: Path) -> None:
+    path = tmp_path / "test_hang.py"
+    path.write_text(HANG, encoding="utf-8")
+    command = [sys.executable, "-c", RUN, str(path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert "Timeout (0:00:01)!" in result.stderr
+    assert "in test_that_hangs" in result.stderr

@@ -22,14 +22,15 @@ import tests.conftest as conftest
 import pytest
 
 conftest.GRACE_S = 0.5
-sys.exit(pytest.main([sys.argv[1], "--timeout", "0.5", "-c", "pyproject.toml", "-p", "no:cacheprovider"], plugins=[conftest]))
+sys.exit(pytest.main(sys.argv[1:], plugins=[conftest]))
 """
 
 
 def test_a_call_that_never_returns_ends_the_run_and_shows_where(tmp_path: Path) -> None:
     path = tmp_path / "test_hang.py"
     path.write_text(HANG, encoding="utf-8")
-    command = [sys.executable, "-c", RUN, str(path)]
+    options = ["-c", "pyproject.toml", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    command = [sys.executable, "-c", RUN, str(path), "--timeout", "0.5", *options]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert "Timeout (0:00:01)!" in result.stderr

@@ -132,6 +132,15 @@ def drawn_rooms(page: Path = PAGE) -> list[tuple[str, set[str], bool]]:
     ]
 
 
+def drawn_frames(page: Path = PAGE) -> list[str]:
+    """The functions of the page's "A request in 14 frames", in order, each as "server/chat.py:chat_completions"."""
+    section = page.read_text(encoding="utf-8").partition("### A request in 14 frames")[2].partition("\n#")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    frames = [(number, name.strip("`")) for number, name, _ in rows if number.isdigit()]
+    assert [number for number, _ in frames] == [str(number) for number in range(1, len(frames) + 1)]
+    return [name for _, name in frames]
+
+
 def room_of(where: str, rooms: Iterable[str]) -> str | None:
     """The innermost room that a module lies in."""
     return max((room for room in rooms if where == room or where.startswith(f"{room}/")), key=len, default=None)

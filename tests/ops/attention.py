@@ -40,6 +40,8 @@ class Case:
         step = f"{'decode' if self.is_decode else 'mixed'}{self.layout.num_tokens}"
         kind = f"{self.dtype}{'-normed' if self.normed else ''}"
         return f"{step}-{self.heads}over{self.kv_heads}x{self.dim}-{self.layout.block_size}-{kind}"
+
+
 DECODE = [
     Case(9, 3, 64, StepLayout(1, 1, 8, 16), True, "float16"),  # the default model's
     Case(4, 4, 16, StepLayout(3, 3, 5, 8), True),  # no grouping

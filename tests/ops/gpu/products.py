@@ -38,4 +38,6 @@ def multiply(backend: Backend, fmt: str, tokens: int, operation: str, rows: int,
     norm = Norm(backend.device.upload(normal(rows, seed=8)), 1e-5)
     (out,) = backend.norm_linear("test", added, norm, [second], tokens)
     return np.concatenate([read(backend, tensor, tokens) for tensor in (out, added)], axis=1)
+
+
 SHAPES = {"norm_linear": (96, 256), "norm_gated": (64, 512), "linear_add": (64, 1280), "chain": (256, 768)}

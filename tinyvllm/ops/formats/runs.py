@@ -52,6 +52,7 @@ def _list(numbers: Sequence[int]) -> str:
 
 def run_cols(fmt: Format, dense_cols: int) -> int:
     """Columns of a run: quantized formats read as many codes as share their words and scales."""
+    require_covered(fmt)
     return PANEL if fmt.is_quantized else dense_cols
 
 
@@ -92,6 +93,7 @@ class Run:
 
 def group_sums(fmt: Format, x: Sequence[UOp]) -> list[UOp]:
     """What `Run.dot` wants beside x: nothing for dense formats."""
+    require_covered(fmt)
     if not fmt.is_quantized:
         return []
     return [balanced(x[i : i + fmt.group]) for i in range(0, len(x), fmt.group)]

@@ -19,6 +19,7 @@ from tinyvllm.arrays import HostMatrix
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, head_tables
 from tinyvllm.ops.formats.matrix import Matrix
+from tinyvllm.ops.formats.runs import covers
 from tinyvllm.ops.gpu.attention_decode import GROUPS_WANTED, DecodeSpec, decode_kernel, fits_decode
 from tinyvllm.ops.gpu.attention_prefill import PrefillSpec, attend_tiles, fits_prefill
 from tinyvllm.ops.gpu.attention_split import SplitHeads, combine_kernel
@@ -98,6 +99,7 @@ class FusedGpuBackend(GpuBackend):
         self.mma = self._mma(FLOATS[dtype])
         self.has_wgmma = allows_wgmma(device.name)
         self.has_quantized = False  # among the matrices so far
+        self.general_formats: tuple[str, ...] = ()  # of the matrices so far, those that no fused kernel reads
         self.arrivals = device.zeros(GROUPS_WANTED, dtypes.int)  # of threadgroups that share a context
         if self.mma is None:
             logger.warning("products of more than one row take the general kernels: no matrix unit for %s", dtype)
@@ -110,7 +112,11 @@ class FusedGpuBackend(GpuBackend):
 
     def matrix(self, host: HostMatrix) -> Matrix:
         matrix = super().matrix(host)
-        self.has_quantized |= matrix.format.is_quantized
+        fmt = matrix.format
+        self.has_quantized |= fmt.is_quantized
+        if not covers(fmt) and fmt.name not in self.general_formats:
+            self.general_formats += (fmt.name,)
+            logger.warning("products with weights in %s take the general kernels: no fused kernel reads them", fmt.name)
         return matrix
 
     def make_pool(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: str) -> KVPool:
@@ -152,29 +158,28 @@ class FusedGpuBackend(GpuBackend):
     def norm_linear(
         self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int
     ) -> list[Tensor]:
+        if not all(self._is_fused(matrix, num_tokens) for matrix in matrices):
+            return super().norm_linear(name, self.whole(x), norm, matrices, num_tokens)
         if num_tokens == 1:
             return [self._vector(name, x, matrix, F32, norm=norm) for matrix in matrices]
-        mma = self.mma
-        if mma is None or not all(fits_matrix_unit(mma, m.num_rows, is_gated=False) for m in matrices):
-            return super().norm_linear(name, self.whole(x), norm, matrices, num_tokens)
         normed = self._normed_rows(x, norm, num_tokens)
-        return [self._summed(self._matrix_spec(name, mma, m, num_tokens), m, normed) for m in matrices]
+        return [self._summed(self._matrix_spec(name, m, num_tokens), m, normed) for m in matrices]
 
     def norm_gated(self, name: str, x: Tensor, norm: Norm, matrix: Matrix, num_tokens: int) -> Tensor:
+        if not self._is_fused(matrix, num_tokens, is_gated=True):
+            return super().norm_gated(name, self.whole(x), norm, matrix, num_tokens)
         if num_tokens == 1:
             return self._vector(name, x, matrix, self.float, norm=norm, epilogue="silu")
-        if self.mma is None or not fits_matrix_unit(self.mma, matrix.num_rows, is_gated=True):
-            return super().norm_gated(name, self.whole(x), norm, matrix, num_tokens)
-        spec = self._matrix_spec(name, self.mma, matrix, num_tokens, is_gated=True)
+        spec = self._matrix_spec(name, matrix, num_tokens, is_gated=True)
         normed = self._normed_rows(x, norm, num_tokens)
         return multiply(spec, self._empty(num_tokens * spec.out_rows), matrix, normed)
 
     def linear_add(self, name: str, x: Tensor, matrix: Matrix, residual: Tensor, num_tokens: int) -> Tensor:
+        if not self._is_fused(matrix, num_tokens):
+            return super().linear_add(name, self.whole(x), matrix, self.whole(residual), num_tokens)
         if num_tokens == 1:
             return self._vector(name, x, matrix, self.float, epilogue="residual", residual=residual)
-        if self.mma is None or not fits_matrix_unit(self.mma, matrix.num_rows, is_gated=False):
-            return super().linear_add(name, self.whole(x), matrix, self.whole(residual), num_tokens)
-        return self._summed(self._matrix_spec(name, self.mma, matrix, num_tokens), matrix, x, self.whole(residual))
+        return self._summed(self._matrix_spec(name, matrix, num_tokens), matrix, x, self.whole(residual))
 
     def attend(
         self,
@@ -286,9 +291,19 @@ class FusedGpuBackend(GpuBackend):
         out = empty(spec.out_rows, dtype, self.device.name)
         return run_kernel(fn, [out], [*matrix.planes, *source, *weight, *rest])[0]
 
+    def _is_fused(self, matrix: Matrix, num_tokens: int, *, is_gated: bool = False) -> bool:
+        """Whether fused kernels multiply so many rows: they read the format, and have a matrix unit for several."""
+        if not covers(matrix.format):
+            return False
+        return num_tokens == 1 or (
+            self.mma is not None and fits_matrix_unit(self.mma, matrix.num_rows, is_gated=is_gated)
+        )
+
     def _matrix_spec(
-        self, name: str, mma: Mma, matrix: Matrix, num_tokens: int, *, is_gated: bool = False
+        self, name: str, matrix: Matrix, num_tokens: int, *, is_gated: bool = False
     ) -> MatrixSpec | GemmSpec:
+        mma = self.mma
+        assert mma is not None, "_is_fused said so"
         if num_tokens >= MIN_TOKENS:
             shape = (num_tokens, matrix.num_rows, matrix.num_cols, is_gated, self.has_wgmma)
             return choose(GemmSpec(name, mma, matrix.format, self.float, *shape))

@@ -1,0 +1,78 @@
+"""Formats that no checkpoint's reader makes yet, and seeded matrices of any format."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from hypothesis import strategies as st
+from ml_dtypes import float8_e4m3fn
+
+from tinyvllm.arrays import CODE_BITS, GROUPS, SCALE_DTYPES, Format, QuantizedMatrix, ScaleFormat, Scales
+
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # E2M1
+IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
+HALF_SCALE, SUPER_SCALE = ScaleFormat(32), ScaleFormat(256, has_steps=True)
+
+
+def affine(bits: int, group: int, dtype: str = "float16") -> Format:
+    """MLX's: unsigned codes (of 8 bits 128 less, and -128 their offset), with a scale and a bias a group."""
+    scale = ScaleFormat(group, dtype=dtype)
+    offset = -128 if bits == 8 else 0
+    return Format(f"affine{bits}_g{group}", bits, group, offset=offset, scale=scale, minimum=scale)
+
+
+FORMATS = [
+    *[affine(bits, group) for bits, group in zip(CODE_BITS, (64, 64, 64, 32, 64, 128), strict=True)],
+    affine(4, 64, "bfloat16"),
+    affine(4, 16, "float32"),
+    Format("GPTQ", 4, 128, scale=ScaleFormat(128), minimum=ScaleFormat(128, has_steps=True)),
+    Format("W4A16", 4, 64, offset=8, scale=ScaleFormat(64, dtype="bfloat16")),
+    Format("Q2_K", 2, 16, scale=SUPER_SCALE, minimum=SUPER_SCALE),
+    Format("Q3_K", 3, 16, offset=4, scale=SUPER_SCALE),
+    Format("IQ4_NL", 4, 32, scale=HALF_SCALE, codebook=IQ4),
+    Format("IQ4_XS", 4, 32, scale=SUPER_SCALE, codebook=IQ4),
+    Format("MXFP4", 4, 32, scale=ScaleFormat(32, dtype="e8m0"), codebook=FP4),
+    Format("NVFP4", 4, 16, scale=ScaleFormat(16, dtype="e4m3", has_multiplier=True), codebook=FP4),
+    Format("FP8", 8, 128, scale=ScaleFormat(128, dtype="float32"), is_float8=True),
+]
+BY_NAME = {f"{fmt.name}-{fmt.scales[0].dtype}": fmt for fmt in FORMATS}
+
+
+@st.composite
+def any_format(draw: st.DrawFn) -> Format:
+    """Whatever `Format` allows in a matrix of 256 columns."""
+    group, bits = draw(st.sampled_from(GROUPS)), draw(st.sampled_from(CODE_BITS))
+    is_float8 = bits == 8 and draw(st.booleans())
+    codebook = None
+    if bits <= 4 and draw(st.booleans()):
+        codebook = tuple(draw(st.lists(st.integers(-64, 64).map(float), min_size=1 << bits, max_size=1 << bits)))
+    offset = 0 if is_float8 or codebook is not None else draw(st.sampled_from((0, 1 << bits - 1, -7)))
+
+    def scale() -> ScaleFormat:
+        span = draw(st.sampled_from([span for span in (16, 32, 64, 128, 256) if span >= group]))
+        dtype = draw(st.sampled_from(sorted(SCALE_DTYPES)))
+        return ScaleFormat(span, draw(st.booleans()), dtype, draw(st.booleans()))
+
+    minimum = scale() if draw(st.booleans()) else None
+    return Format("random", bits, group, offset, scale(), minimum, codebook, is_float8)
+
+
+def draw_matrix(fmt: Format, rows: int, cols: int, seed: int = 0) -> QuantizedMatrix:
+    """A matrix of any quantized format: codes and scales are drawn, and scales have both signs where they can."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 1 << fmt.bits, (rows, cols), np.uint8)
+    if fmt.bits == 8:
+        codes = rng.standard_normal((rows, cols)).astype(float8_e4m3fn) if fmt.is_float8 else codes.view(np.int8)
+
+    def scales(form: ScaleFormat) -> Scales:
+        shape = (rows, cols // form.span)
+        drawn = rng.standard_normal(shape).astype(np.float32) / math.sqrt(cols)
+        if form.dtype == "e8m0":
+            drawn = np.exp2(rng.integers(-8, 2, shape)).astype(np.float32)
+        steps = rng.integers(-32, 32, (rows, cols // fmt.group), np.int8) if form.has_steps else None
+        multiplier = rng.uniform(0.5, 2, rows).astype(np.float32) if form.has_multiplier else None
+        return Scales(drawn.astype(SCALE_DTYPES[form.dtype]), steps, multiplier)
+
+    assert fmt.scale is not None
+    return QuantizedMatrix(fmt, codes, scales(fmt.scale), None if fmt.minimum is None else scales(fmt.minimum))

@@ -1,0 +1,290 @@
+"""Formats by their properties: whatever `Format` allows is read the same by every reader, and what a kernel cannot read
+is an error by name. In this file METAL's and CUDA's backends run on the CPU, as far as they take general products."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tinygrad import Tensor, UOp
+
+from tests.ops.builders import largest_difference, make_host, normal
+from tests.ops.formats import BY_NAME, FORMATS, FP4, affine, any_format, draw_matrix
+from tests.ops.test_gpu_fused import rendered
+from tinyvllm.arrays import Format, QuantizedMatrix, ScaleFormat, stack_rows, take_rows, to_float32
+from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.errors import InvariantError, UnsupportedModelError
+from tinyvllm.model.weights.quant import QUANTIZED_KINDS
+from tinyvllm.ops.backend import Backend, Norm
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.cpu.linear import LinearSpec, linear_kernel
+from tinyvllm.ops.formats.matrix import Matrix, Planes, pack, share_rows, unpack
+from tinyvllm.ops.formats.runs import covers, group_sums, read_halves, read_pairs, read_run, require_covered, run_cols
+from tinyvllm.ops.gpu.backend import GpuBackend
+from tinyvllm.ops.kernel.body import F32, Body, empty, finish, run_kernel
+from tinyvllm.ops.reference import ReferenceBackend
+
+COLS = 256
+LAYOUTS = ("panel", "row")
+named = pytest.mark.parametrize("fmt", BY_NAME.values(), ids=BY_NAME)
+
+
+def read_values(matrix: Matrix) -> np.ndarray:
+    """Every value, each read by `Planes.value` in a kernel."""
+    rows, cols = matrix.num_rows, matrix.num_cols
+
+    def kernel(out: UOp, *planes: UOp) -> UOp:
+        body = Body()
+        row, col = body.loop(rows), body.loop(cols)
+        value = Planes(matrix.format, planes).value(row, col, cols, matrix.layout)
+        return finish(out[row * cols + col].store(value).end(col, row), "read_values")
+
+    return run_kernel(kernel, [empty(rows * cols)], matrix.planes)[0].numpy().reshape(rows, cols)
+
+
+def read_runs(matrix: Matrix) -> np.ndarray:
+    """Every value, as the fused kernels of GPUs read them."""
+    rows, cols = matrix.num_rows, matrix.num_cols
+    size = run_cols(matrix.format, 8)
+
+    def kernel(out: UOp, *planes: UOp) -> UOp:
+        body = Body()
+        row, run = body.loop(rows), body.loop(cols // size)
+        values = read_run(Planes(matrix.format, planes), row, run, cols, size).values(F32)
+        stores = [out[row * cols + run * size + i].store(value) for i, value in enumerate(values)]
+        return finish(UOp.group(*stores).end(run, row), "read_runs")
+
+    return run_kernel(kernel, [empty(rows * cols)], matrix.planes)[0].numpy().reshape(rows, cols)
+
+
+def assert_close(values: np.ndarray, host: QuantizedMatrix) -> None:
+    """Equal up to the order in which a scale's factors are multiplied; padding is zero, or what E8M0 has for it."""
+    expected = to_float32(host)
+    rows = len(expected)
+    np.testing.assert_allclose(values[:rows], expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    assert (np.abs(values[rows:]) < 1e-30).all(), "rows after the used ones"
+
+
+# -- every reader gives the values of `to_float32` ---------------------------------------------------------------------
+
+
+@settings(max_examples=10, deadline=None)
+@given(fmt=any_format(), layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 99))
+def test_any_format_is_unpacked_to_its_values(fmt: Format, layout: str, seed: int) -> None:
+    host = draw_matrix(fmt, 40, COLS, seed)
+    matrix = pack(host, layout, None, "CPU")
+    assert len(matrix.planes) == Planes.count(fmt)
+    assert_close(unpack(matrix).numpy(), host)
+
+
+@settings(max_examples=20, deadline=None)
+@given(fmt=any_format(), layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 99))
+def test_any_format_is_read_value_by_value(fmt: Format, layout: str, seed: int) -> None:
+    host = draw_matrix(fmt, 40, COLS, seed)
+    assert_close(read_values(pack(host, layout, None, "CPU")), host)
+
+
+@pytest.mark.parametrize(("fmt", "layout"), [(fmt, LAYOUTS[i % 2]) for i, fmt in enumerate(FORMATS)], ids=[*BY_NAME])
+def test_a_known_format_is_unpacked_to_its_values(fmt: Format, layout: str) -> None:
+    host = draw_matrix(fmt, 40, COLS)
+    assert_close(unpack(pack(host, layout, None, "CPU")).numpy(), host)
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [kind.format for kind in QUANTIZED_KINDS.values()] + [affine(bits, group) for bits in (4, 8) for group in (16, 32)],
+    ids=lambda fmt: fmt.name,
+)
+def test_a_format_that_runs_cover_is_read_by_runs(fmt: Format) -> None:
+    host = draw_matrix(fmt, 32, COLS)
+    assert covers(fmt)
+    # a code lies in a mantissa between 1 and 2, so that a value is a difference of larger ones
+    expected, size = to_float32(host), np.abs(to_float32(host)).max()
+    np.testing.assert_allclose(read_runs(pack(host, "row", None, "CPU")), expected, rtol=0, atol=4e-5 * size)
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+def multiply(backend: Backend, host: Any, x: np.ndarray) -> np.ndarray:
+    """norm(x) @ host.T, with a norm of ones."""
+    norm = Norm(backend.device.upload(np.ones(x.shape[1], np.float32)), eps=1e-5)
+    (matrix,) = backend.stacked([host])
+    (out,) = backend.norm_linear("test", backend.device.upload(x), norm, [matrix], len(x))
+    return out.numpy().reshape(len(x), -1)
+
+
+def expected_product(host: Any, x: np.ndarray) -> np.ndarray:
+    wide = x.astype(np.float64)
+    product: np.ndarray = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) @ to_float32(host).astype(float).T
+    return product
+
+
+@pytest.mark.parametrize(("fmt", "tokens"), [(fmt, (1, 17)[i % 2]) for i, fmt in enumerate(FORMATS)], ids=[*BY_NAME])
+def test_the_cpu_multiplies_by_every_format(device: DeviceHandle, fmt: Format, tokens: int) -> None:
+    host, x = draw_matrix(fmt, 64, COLS), normal(tokens, COLS)
+    assert largest_difference(multiply(CpuBackend(device, None), host, x), expected_product(host, x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["affine4_g64-float16", "affine3_g64-float16", "MXFP4-e8m0", "FP8-float32"])
+@pytest.mark.parametrize("operation", ["linear_add", "norm_gated"])
+def test_every_epilogue_takes_every_format(
+    device: DeviceHandle, reference: ReferenceBackend, name: str, operation: str
+) -> None:
+    gate, up = (draw_matrix(BY_NAME[name], 64, COLS, seed) for seed in range(2))
+    x, residual = normal(4, COLS), normal(4, 64, seed=1)
+
+    def run(backend: Backend) -> np.ndarray:
+        upload = backend.device.upload
+        norm = Norm(upload(np.ones(COLS, np.float32)), eps=1e-5)
+        if operation == "norm_gated":
+            out = backend.norm_gated("test", upload(x), norm, backend.gate_up(gate, up), 4)
+        else:
+            out = backend.linear_add("test", upload(x), backend.matrix(gate), upload(residual), 4)
+        return out.numpy()
+
+    assert largest_difference(run(CpuBackend(device, None)), run(reference)) < 1e-5
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("widths", [(96, 160), (32, 224), (128, 128)])
+def test_cores_may_share_a_row_of_x_inside_a_group(group: int, widths: tuple[int, ...]) -> None:
+    """Each core has whole panels of columns, which need not be whole groups. Of so many rows that they are not copied
+    together first."""
+    host, x = draw_matrix(affine(4, group), 32, COLS), normal(18, COLS)
+    matrix = pack(host, "panel", None, "CPU")
+    spec = LinearSpec("test", matrix.format, len(x), 32, COLS, x_cols=widths)
+    parts = [Tensor(part.reshape(-1)).realize() for part in np.split(x, [widths[0]], axis=1)]
+    out = run_kernel(linear_kernel(spec), [empty(len(x) * 32)], [*matrix.planes, *parts])[0].numpy()
+    assert largest_difference(out.reshape(-1, 32), x @ to_float32(host).T) < 1e-5
+
+
+@named
+def test_the_general_product_of_gpus_reads_every_format(device: DeviceHandle, fmt: Format) -> None:
+    host, x = draw_matrix(fmt, 32, COLS), normal(2, COLS)
+    assert largest_difference(multiply(GpuBackend(device, "float32"), host, x), expected_product(host, x)) < 1e-5
+
+
+# -- what a fused kernel cannot read takes the general form, and never its own -----------------------------------------
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.name != "affine5_g32"], ids=lambda fmt: fmt.name)
+def test_runs_refuse_by_name_what_they_do_not_cover(fmt: Format) -> None:
+    """A group of 64 must not be taken for dense, nor a codebook for integers."""
+    matrix = pack(draw_matrix(fmt, 32, COLS), "row", None, "CPU")
+    planes, zero = Planes(fmt, matrix.planes), UOp.const(0)
+    readers: list[Callable[[], Any]] = [
+        lambda: read_run(planes, zero, zero, COLS, 32),
+        lambda: read_pairs(planes, zero, zero, COLS // 32, lambda word, mask: word),
+        lambda: read_halves(planes, zero, zero, COLS, None),  # type: ignore[arg-type]
+        lambda: group_sums(fmt, [zero] * 32),
+        lambda: run_cols(fmt, 8),
+        lambda: require_covered(fmt),
+    ]
+    for read in readers:
+        with pytest.raises(UnsupportedModelError, match=rf"format {fmt.name}, .* reads .*--dequantize"):
+            read()
+
+
+@pytest.mark.parametrize("kind", ["METAL", "CUDA"])
+@pytest.mark.parametrize("tokens", [1, 3, 64])
+@pytest.mark.parametrize("name", ["affine4_g64-float16", "MXFP4-e8m0"])
+def test_fused_backends_multiply_what_they_do_not_cover_by_the_general_product(
+    kind: str, tokens: int, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """These products run here, because they are not METAL's or CUDA's kernels. Both formats' names are in the log."""
+    host, x = draw_matrix(BY_NAME[name], 64, COLS), normal(tokens, COLS)
+    with caplog.at_level(logging.WARNING):
+        out = multiply(rendered(kind), host, x)
+    assert largest_difference(out, expected_product(host, x)) < 4e-3  # float16 activations
+    assert f"products with weights in {BY_NAME[name].name} take the general kernels" in caplog.text
+
+
+def scaled(**numbers: Any) -> ScaleFormat:
+    return ScaleFormat(**({"span": 32} | numbers))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Format("odd", 4, 24, scale=scaled(span=24)), "groups of 24 columns: supported are 16, 32, 64, 128"),
+        (lambda: Format("odd", 4, 256, scale=scaled(span=256)), "groups of 256 columns"),
+        (lambda: Format("odd", 7, 32, scale=scaled()), "codes of 7 bits: supported are 2, 3, 4, 5, 6, 8"),
+        (lambda: Format("odd", 4, 32), "groups without scales"),
+        (lambda: Format("odd", 4, 64, scale=scaled(span=32)), "every 32 columns, .* whole groups of 64"),
+        (lambda: Format("odd", 4, 32, scale=scaled(dtype="e5m2")), "scales in e5m2: supported are float32, .*e4m3"),
+        (lambda: Format("odd", 4, 32, scale=scaled(), codebook=(0.0, 1.0)), "codebook of 2 values for codes of 4 bits"),
+        (lambda: Format("odd", 5, 32, scale=scaled(), codebook=(0.0,) * 32), "codebook of 5 bits: .* up to 4"),
+        (lambda: Format("odd", 4, 32, offset=8, scale=scaled(), codebook=FP4), "offset of 8 to codes that are not int"),
+        (lambda: Format("odd", 4, 32, scale=scaled(), is_float8=True), "float8 codes of 4 bits"),
+        (lambda: Format("odd", 16), "no dense one: known are float32, float16, bfloat16"),
+    ],
+)
+def test_a_format_that_nothing_reads_cannot_be_made(make: Callable[[], Format], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"format odd .*{message}"):
+        make()
+
+
+def test_a_width_that_cuts_a_scale_is_refused_with_the_remedy(device: DeviceHandle) -> None:
+    host = draw_matrix(affine(4, 64), 32, 96)
+    with pytest.raises(UnsupportedModelError, match=r"32 x 96 .* of 64, .* affine4_g64 covers: .*--dequantize"):
+        pack(host, "row", None, device.name)
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["MXFP4-e8m0", "NVFP4-e4m3", "affine3_g64-float16"])
+def test_an_expert_is_a_matrix_of_its_own_rows(layout: str, name: str) -> None:
+    host = draw_matrix(BY_NAME[name], 3 * 64, COLS)
+    matrix = pack(host, layout, None, "CPU", num_experts=3)
+    assert_close(unpack(matrix).numpy(), host)
+    for index in range(3):
+        expert = matrix.expert(index)
+        assert (expert.num_rows, expert.used_rows, expert.num_experts) == (64, 64, 0)
+        assert_close(unpack(expert).numpy(), host.rows(slice(index * 64, index * 64 + 64)))
+    for index in (-1, 3):
+        with pytest.raises(InvariantError, match=f"expert {index} of a matrix with 3"):
+            matrix.expert(index)
+
+
+def test_cores_share_out_the_rows_of_every_expert() -> None:
+    host = make_host("Q4_0", 2 * 96, COLS)
+    rows = np.arange(192).reshape(2, 96)
+    shares = [take_rows(host, rows[:, a:b].reshape(-1)) for a, b in ((0, 32), (32, 96))]
+    matrix = share_rows([pack(share, "panel", None, "CPU", num_experts=2) for share in shares])
+    assert (matrix.num_rows, matrix.num_experts) == (192, 2)
+    for index in range(2):
+        expert = matrix.expert(index)
+        assert (expert.num_rows, expert.num_experts) == (96, 0)
+        values = np.concatenate([unpack(share).numpy() for share in expert.shares])
+        np.testing.assert_allclose(values, to_float32(host)[rows[index]], rtol=0, atol=1e-7)
+
+
+def test_experts_that_do_not_fill_panels_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="96 rows are not 2 experts' of a multiple of 32 each"):
+        pack(make_host("float32", 96, 32), "row", None, "CPU", num_experts=2)
+
+
+# -- on the host -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(fmt=any_format(), seed=st.integers(0, 99))
+def test_rows_may_be_stacked_and_taken_apart_again(fmt: Format, seed: int) -> None:
+    a, b = draw_matrix(fmt, 32, COLS, seed), draw_matrix(fmt, 64, COLS, seed + 1)
+    (stacked,) = stack_rows([a, b])
+    np.testing.assert_array_equal(to_float32(stacked), np.concatenate([to_float32(a), to_float32(b)]))
+    np.testing.assert_array_equal(to_float32(take_rows(stacked, slice(32, None))), to_float32(b))
+
+
+def test_matrices_whose_scales_differ_are_not_stacked() -> None:
+    hosts = [draw_matrix(fmt, 32, COLS) for fmt in (affine(4, 64), affine(4, 64, "bfloat16"), affine(4, 32))]
+    assert len(stack_rows(hosts)) == 3
+    assert len(stack_rows([*hosts, hosts[-1]])) == 3

@@ -1,6 +1,6 @@
 """Settings as frozen dataclasses: what a model is, how the engine runs it, how a request is sampled.
 
-Parsed once at the edge (command line, server, `LLM(...)`); inside, values arrive as arguments. No tinygrad here.
+They are parsed once, at the edge (command line, server, `LLM(...)`), and passed down as arguments. No tinygrad here.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from tinyvllm.errors import RequestError, TinyvllmError
 MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs; the graph's output row has room for this many
 MAX_STOP_IDS = 16  # ids that min_tokens can suppress, per request: a fixed-width row of the graph's input
 MAX_STOP_STRINGS = 16
-MAX_LOGIT_BIAS = 1024  # ids of a request's logit_bias: vLLM's limit; a fixed-width row of the sampling state
-MAX_BIAS = 100.0  # OpenAI's: the most that a logit_bias may add or take
+MAX_LOGIT_BIAS = 1024  # ids in a request's logit_bias: vLLM's limit; a fixed-width row of the sampling state
+MAX_BIAS = 100.0  # OpenAI's limit for the magnitude of a logit_bias
 MAX_BAD_WORDS = 256
-MAX_CHOICES = 128  # the most `n` may be
+MAX_CHOICES = 128  # upper limit of `n`
 
 DTYPES = ("float32", "float16", "bfloat16")
 WARM_UPS = ("background", "full")
 
-MODELS_DIR_VARIABLE = "TINYVLLM_MODELS"  # environment: the directory that pulled models live in
-CACHE_DIR_VARIABLE = "TINYVLLM_CACHE"  # environment: the directory that compiled programs are kept in
+MODELS_DIR_VARIABLE = "TINYVLLM_MODELS"  # environment variable: the directory of pulled models
+CACHE_DIR_VARIABLE = "TINYVLLM_CACHE"  # environment variable: the directory of compiled programs
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a model's own files say of it. Letters as in docs/ARCHITECTURE.md: L, H, K, D, V."""
+    """A model's shape, as its own files state it. Letters as in docs/ARCHITECTURE.md: L, H, K, D, V."""
 
     architecture: str  # the registry's key: "llama", "qwen3"
     num_layers: int  # L
@@ -164,37 +164,36 @@ class EngineConfig:
     """How the engine runs a model. Names follow vLLM's flags."""
 
     model: str  # catalog name, directory, .gguf file or hub id
-    dtype: str = (
-        "auto"  # of activations and unquantised matrices; auto: float32 on a CPU, else float16 (bfloat16 stays)
-    )
+    # of activations and unquantized matrices; auto: float32 on a CPU, bfloat16 for a bfloat16 model, else float16
+    dtype: str = "auto"
     kv_cache_dtype: str = "auto"  # auto: float16 (bfloat16 if dtype is)
-    dequantize: bool = False  # unpack quantised weights at load
-    cpu_cores: int | None = None  # cores that a CPU device uses; None: all that the process may, one a KV head at most
-    block_size: int = 16  # tokens a KV block
-    num_gpu_blocks_override: int | None = None  # blocks in the pool; None: from memory
-    # share of the device's memory free at start that weights and KV may take; None: 0.9 of a device's own memory, 0.5
-    # of memory that it shares with the computer (CPU, METAL)
+    dequantize: bool = False  # unpack quantized weights at load
+    cpu_cores: int | None = None  # for a CPU device; None: all cores of the process, but at most one per KV head
+    block_size: int = 16  # tokens per KV block
+    num_gpu_blocks_override: int | None = None  # blocks in the pool; None: as many as fit in memory
+    # share of the memory that is free at start which weights and KV cache may take; None: 0.9 of a device's own memory,
+    # 0.5 of memory that it shares with the host (CPU, METAL)
     gpu_memory_utilization: float | None = None
-    max_model_len: int | None = None  # tokens of prompt and output together; None: the model's own, cut to what fits
-    max_num_seqs: int | None = None  # sequences in one step; None: by the device (execution/limits.py)
-    max_num_batched_tokens: int | None = None  # tokens in one step; None: by the device
+    max_model_len: int | None = None  # tokens of prompt plus output; None: the model's own limit, reduced to what fits
+    max_num_seqs: int | None = None  # sequences per step; None: depends on the device (execution/limits.py)
+    max_num_batched_tokens: int | None = None  # tokens per step; None: depends on the device
     decode_buckets: tuple[int, ...] = ()  # batch sizes of decode graphs; (): powers of two up to max_num_seqs
-    token_buckets: tuple[
-        int, ...
-    ] = ()  # token counts of prefill and mixed graphs; (): powers of two from 16 up to max_num_batched_tokens
-    # full: capture all graphs before anything is answered; background: answer once some serve everything, and capture
+    # token counts of prefill and mixed graphs; (): powers of two from 16 up to max_num_batched_tokens
+    token_buckets: tuple[int, ...] = ()
+    # full: capture all graphs before serving; background: serve as soon as some graphs can run any step, and capture
     # the others between steps
     warm_up: str = "full"
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"  # or "priority": lower numbers first
-    # plan and enqueue a step while the one before runs; None: where that pays, which is not on a CPU
+    # plan and enqueue a step while the previous one runs; None: wherever that pays, which excludes a CPU
     async_scheduling: bool | None = None
     compile_cache: bool = True  # keep compiled programs on disk for the next start
-    seed: int = 0  # base of the seeds of requests that bring none
+    seed: int = 0  # seeds the generator of seeds for requests without one
     served_model_name: str | None = None
     chat_template: str | None = None  # a Jinja file that replaces the model's own
-    tool_call_parser: str | None = None  # how the model writes tool calls; None: found by its chat template
-    reasoning_parser: str | None = None  # how it marks reasoning; None: found by its chat template; none: not split off
+    tool_call_parser: str | None = None  # the model's format of tool calls; None: recognized by its chat template
+    # the model's format of reasoning; None: recognized by its chat template; "none": reasoning is not split off
+    reasoning_parser: str | None = None
 
     def __post_init__(self) -> None:
         self._check_limits()
@@ -240,7 +239,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class Limits:
-    """The most of one step: what EngineConfig says, or what suits the device."""
+    """The limits of one step: from EngineConfig, or defaults for the device."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -248,9 +247,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What was found at start-up: the pool and the limits that follow from it. `explanation` says how, by lines."""
+    """The size of the KV pool and the limits that follow from it. `explanation` has the derivation, line by line."""
 
-    num_blocks: int  # with block 0, the dummy
+    num_blocks: int  # including block 0, the dummy
     block_size: int  # tokens
     max_model_len: int  # tokens
     max_num_seqs: int
@@ -268,23 +267,23 @@ GRAMMAR_KINDS = ("json_object", "json_schema", "regex", "choice", "grammar", "la
 
 @dataclass(frozen=True)
 class GrammarSpec:
-    """What an output must look like. Hashable, so that what was compiled for one request serves the next.
+    """The grammar that an output must follow. Hashable, so that compiled grammars can be cached by it.
 
-    text by kind: json_schema: the schema as JSON; regex: the expression, which the whole output matches; choice: a
-    list of strings as JSON; grammar: GBNF or Lark, by its looks; lark: Lark of llguidance; json_object: unused.
+    text by kind: json_schema: the schema as JSON; regex: an expression that the whole output must match; choice: a JSON
+    list of strings; grammar: GBNF or Lark, detected; lark: llguidance's Lark; json_object: unused.
     """
 
     kind: str
     text: str = ""
-    # Lark of what comes before it, whose `@answer` is the grammar itself: reasoning, which no schema binds
+    # a Lark grammar for what comes first (reasoning, which no schema constrains), in which `@answer` is this grammar
     prefix: str = ""
-    # the request's field that it came from, for messages; as the same grammar may come from several, no part of it
+    # the request field, for messages; not compared, because the same grammar may come from different fields
     param: str = field(default="structured_outputs", compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in GRAMMAR_KINDS:
             known = ", ".join(GRAMMAR_KINDS)
-            raise RequestError(f"a grammar of kind {self.kind!r} is not known: known are {known}", param=self.param)
+            raise RequestError(f"unknown grammar kind {self.kind!r}: choose one of {known}", param=self.param)
 
 
 @dataclass(frozen=True)
@@ -297,12 +296,12 @@ class SamplingParams:
     top_k: int = 0  # 0 or -1: all
     min_p: float = 0.0
     typical_p: float = 1.0  # locally typical sampling; 1: off
-    repetition_penalty: float = 1.0  # above 1: ids of prompt and output become less likely
-    frequency_penalty: float = 0.0  # taken from an id's logit for each time that it is in the output
-    presence_penalty: float = 0.0  # taken from an id's logit once it is in the output
+    repetition_penalty: float = 1.0  # above 1: ids in the prompt and the output become less likely
+    frequency_penalty: float = 0.0  # subtracted from an id's logit for each occurrence in the output
+    presence_penalty: float = 0.0  # subtracted from an id's logit once it is in the output
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these ids
-    bad_words: tuple[str, ...] = ()  # texts whose last token is not sampled where it would complete them
-    allowed_token_ids: tuple[int, ...] | None = None  # nothing else is sampled; None: everything may be
+    bad_words: tuple[str, ...] = ()  # texts that must not occur: a token that would complete one is not sampled
+    allowed_token_ids: tuple[int, ...] | None = None  # the only ids that may be sampled; None: all may be
     seed: int | None = None
     max_tokens: int | None = 16  # None: as many as fit
     min_tokens: int = 0
@@ -310,10 +309,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    logprobs: int | None = None  # None: none; 0: the chosen token's; k: and the k likeliest
-    prompt_logprobs: int | None = None  # the same of every token of the prompt but the first
+    logprobs: int | None = None  # None: none; 0: of the chosen token; k: and of the k most likely ones
+    prompt_logprobs: int | None = None  # the same for every prompt token except the first
     skip_special_tokens: bool = True
-    grammar: GrammarSpec | None = None  # what the output must look like
+    grammar: GrammarSpec | None = None  # the grammar that the output must follow
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):  # the two spellings that OpenAI allows
@@ -359,7 +358,7 @@ class SamplingParams:
         check(in_range, "logit_bias", f"of values between {-MAX_BIAS:g} and {MAX_BIAS:g}")
         check(len(self.bad_words) <= MAX_BAD_WORDS, "bad_words", f"at most {MAX_BAD_WORDS} strings")
         check(all(isinstance(s, str) and s for s in self.bad_words), "bad_words", "strings that are not empty")
-        check(self.allowed_token_ids != (), "allowed_token_ids", "at least one id, or be left out")
+        check(self.allowed_token_ids != (), "allowed_token_ids", "at least one id, or omitted")
 
     def _check_output(self) -> None:
         check = self._check
@@ -377,7 +376,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model that was found on disk. `kind` is "gguf" (path is the file) or "hf" (path is the directory)."""
+    """A model on disk. `kind` is "gguf" (path is the file) or "hf" (path is the directory)."""
 
     kind: str
     path: Path

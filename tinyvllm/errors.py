@@ -9,7 +9,7 @@ class TinyvllmError(Exception):
 
 
 class RequestError(TinyvllmError):
-    """A caller asked for something that cannot be done: HTTP 400. `param` is the request field at fault, if any."""
+    """The caller asked for something that cannot be done: HTTP 400. `param` is the offending request field, if any."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -18,7 +18,7 @@ class RequestError(TinyvllmError):
 
 
 class ContextLengthError(RequestError):
-    """Prompt and requested output do not fit into max_model_len (or can never fit into the KV pool)."""
+    """Prompt and requested output do not fit into max_model_len, or can never fit into the KV pool."""
 
     def __init__(self, message: str, *, param: str | None = "prompt") -> None:
         super().__init__(message, param=param, code="context_length_exceeded")
@@ -29,7 +29,7 @@ class ModelError(TinyvllmError):
 
 
 class UnsupportedModelError(ModelError):
-    """An architecture, quantisation, rope type or file kind that is not known; the message lists those that are."""
+    """An unknown architecture, quantization, rope type or file kind; the message lists the known ones."""
 
 
 class WeightMismatchError(ModelError):
@@ -45,7 +45,7 @@ class CapacityError(TinyvllmError):
 
 
 class DeviceError(TinyvllmError):
-    """The device lacks something we need (a compiler, a driver, a feature), or a step on it failed."""
+    """The device lacks something we need (a compiler, a driver, a feature), or a step failed on it."""
 
 
 class CacheError(TinyvllmError):
@@ -53,12 +53,12 @@ class CacheError(TinyvllmError):
 
 
 class ProfilingError(TinyvllmError):
-    """A measurement was asked for that cannot be made: one that runs already, or of what is not known."""
+    """A measurement cannot be made: another one is running, or its subject is unknown."""
 
 
 class EngineDeadError(TinyvllmError):
-    """The engine's thread has stopped; nothing further can be generated in this process."""
+    """The engine's thread has stopped; nothing more can be generated in this process."""
 
 
 class InvariantError(TinyvllmError):
-    """A bug of ours: a state that must not occur. The message carries the numbers."""
+    """A bug in tinyvllm: a state that must not occur. The message has the numbers."""

@@ -62,7 +62,7 @@ def test_a_prompt_that_leaves_no_room_names_both_lengths() -> None:
 
 def test_an_output_that_does_not_fit_names_both_parts() -> None:
     make_factory().make_requests("x", [1] * 60, SamplingParams(max_tokens=4))
-    with pytest.raises(ContextLengthError, match="65 were asked for, 60 of the prompt and 5 of the output") as caught:
+    with pytest.raises(ContextLengthError, match="65 were requested, 60 for the prompt and 5 for the output") as caught:
         make_factory().make_requests("x", [1] * 60, SamplingParams(max_tokens=5))
     assert (caught.value.param, caught.value.code) == ("max_tokens", "context_length_exceeded")
 
@@ -121,7 +121,7 @@ def test_bad_words_become_tokens_with_and_without_a_space_before_them() -> None:
         ({"logit_bias": dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 0.0)}, "it must be of at most 1024 ids"),
         ({"bad_words": ("a", "")}, "bad_words is .*: it must be strings that are not empty"),
         ({"bad_words": tuple(map(str, range(MAX_BAD_WORDS + 1)))}, "it must be at most 256 strings"),
-        ({"allowed_token_ids": ()}, "it must be at least one id, or be left out"),
+        ({"allowed_token_ids": ()}, "it must be at least one id, or omitted"),
         ({"prompt_logprobs": 21}, "prompt_logprobs is 21: it must be between 0 and 20"),
     ],
 )

@@ -1,8 +1,8 @@
-"""The KV pool's blocks: which are free, who holds the others, and which of them hold a prefix that is known.
+"""The KV pool's blocks: which are free, which requests hold the others, and which can be found by prefix.
 
-A block is `block_size` consecutive tokens of one sequence. Its life: free -> held and written by one request ->
-sealed, that is full and never written again, and perhaps shared -> free, but still findable -> handed out anew.
-Block 0 is a dummy that padded rows of a graph may write; it is never handed out.
+A block is `block_size` consecutive tokens of one sequence. Its life cycle: free -> held and written by one request ->
+sealed (full, never written again, possibly shared) -> free, but still cached -> allocated again. Block 0 is a dummy
+that the padded rows of a graph may write; it is never allocated.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from tinyvllm.scheduling.request import Request
 
 
 def hash_block(parent: bytes, tokens: list[int]) -> bytes:
-    """Name a full block by its tokens and all before them: `parent` is the hash of the block before, or b""."""
+    """Hash of a full block and everything before it: `parent` is the hash of the previous block, or b""."""
     return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=16).digest()
 
 
 class BlockManager:
     """Owns the pool's free list, reference counts and prefix cache; fills and empties `request.block_ids`.
 
-    A block in the free list keeps its content until it is handed out again, so a prefix whose holders have all
-    finished is still found. Blocks are handed out longest unused first, those without a findable prefix before all.
+    A block in the free list keeps its content until it is allocated again, so a prefix can be found even after all its
+    holders have finished. Blocks without a cached prefix are allocated first, then the least recently used.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
@@ -33,11 +33,11 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))  # next to hand out first
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))  # next to allocate first
         self._ref_counts = [0] * num_blocks
         self._hashes = [b""] * num_blocks  # b"": not sealed
         self._tokens: list[list[int]] = [[]] * num_blocks  # of sealed blocks
-        self._findable: dict[bytes, int] = {}  # hash -> the one block that is found by it
+        self._findable: dict[bytes, int] = {}  # hash -> the one block found by it
         self._holders: set[Request] = set()
 
     @property
@@ -45,14 +45,14 @@ class BlockManager:
         return len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` tokens take."""
+        """Number of blocks for `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     def match_prefix(self, request: Request) -> int:
-        """Give a request that holds nothing the longest known prefix of its tokens; return that prefix's tokens.
+        """Give a request without blocks the longest cached prefix of its tokens; return the prefix's number of tokens.
 
-        At least one token is left to compute, and as only whole blocks are shared, all that the request will ever
-        write lies in blocks of its own: when every block is known, the last is computed again rather than shared.
+        At least one token is left to compute. Only whole blocks are shared, so a request writes to its own blocks only:
+        if all its blocks are cached, the last one is recomputed instead of shared.
         """
         if not self.enable_prefix_caching:
             return 0
@@ -67,7 +67,7 @@ class BlockManager:
         return len(request.block_ids) * self.block_size
 
     def grow(self, request: Request, num_tokens: int) -> bool:
-        """Give a request blocks for its first `num_tokens` tokens; False, and nothing changed, if too few are free."""
+        """Allocate blocks for a request's first `num_tokens` tokens. False, changing nothing, if too few are free."""
         num_missing = self.blocks_for(num_tokens) - len(request.block_ids)
         if num_missing <= 0:
             return True
@@ -84,7 +84,7 @@ class BlockManager:
         return True
 
     def seal(self, request: Request) -> None:
-        """Make the blocks that the request has filled since the last call findable. O(1) when there are none."""
+        """Cache the blocks that the request has filled since the last call. O(1) if there are none."""
         if not self.enable_prefix_caching:
             return
         num_full = request.num_computed // self.block_size
@@ -96,18 +96,18 @@ class BlockManager:
             block_hash = self._hash(request, index)
             self._hashes[block_id] = block_hash
             self._tokens[block_id] = self._block_tokens(request, index)
-            # Two requests may compute one prefix in the same step; the block that is sealed first is the one found.
+            # Two requests may compute the same prefix in one step; the block that is sealed first is the one cached.
             self._findable.setdefault(block_hash, block_id)
 
     def free(self, request: Request, keep: bool = True) -> None:
-        """Take all of the request's blocks back. keep=False: their content is suspect and must not be found again.
+        """Free all blocks of a request. keep=False: their content is invalid, so drop it from the prefix cache.
 
-        Tail first: what continues a prefix is useless without its head, so it is the first to be reused.
+        The tail is freed first, and so is reused first: a continuation is useless without the head of its prefix.
         """
         block_ids, request.block_ids = request.block_ids, []
         for block_id in reversed(block_ids):
             if self._ref_counts[block_id] < 1:
-                raise InvariantError(f"request {request.request_id} frees block {block_id}, which nobody holds")
+                raise InvariantError(f"request {request.request_id} frees block {block_id}, which has no holder")
             if not keep:
                 self._hide(block_id)
             self._ref_counts[block_id] -= 1
@@ -118,7 +118,7 @@ class BlockManager:
         self._holders.discard(request)
 
     def states(self) -> bytes:
-        """One letter a block, without the dummy: `h`eld by one request, `s`hared, free and `c`ached, or free: `.`"""
+        """One letter per block, except the dummy: `h`eld by one request, `s`hared, free but `c`ached, or free: `.`"""
         letters = bytearray(b"." * self.num_blocks)
         for block_id in self._findable.values():
             letters[block_id] = ord("c")
@@ -128,7 +128,7 @@ class BlockManager:
         return bytes(letters[1:])
 
     def audit(self) -> None:
-        """Check every invariant of the pool, in time proportional to its size; InvariantError with the numbers."""
+        """Check every invariant of the pool, in time proportional to its size. Raises InvariantError."""
         self._audit_counts()
         for request in self._holders:
             self._audit_table(request)
@@ -142,7 +142,7 @@ class BlockManager:
         self._ref_counts[block_id] += 1
 
     def _hide(self, block_id: int) -> None:
-        """Make the block impossible to find; its holders keep it."""
+        """Remove the block from the prefix cache; its holders keep it."""
         if self._is_findable(block_id):
             del self._findable[self._hashes[block_id]]
 
@@ -150,14 +150,14 @@ class BlockManager:
         return self._findable.get(self._hashes[block_id]) == block_id
 
     def _find(self, request: Request, index: int) -> int | None:
-        """The known block that equals the request's block `index`, if there is one."""
+        """The cached block with the same tokens and prefix as the request's block `index`, if there is one."""
         block_id = self._findable.get(self._hash(request, index))
         if block_id is None or self._tokens[block_id] != self._block_tokens(request, index):
-            return None  # unknown, or another text with the same hash
+            return None  # unknown, or other tokens with the same hash
         return block_id
 
     def _hash(self, request: Request, index: int) -> bytes:
-        """Hash of the request's full block `index`. Computed once: `request.block_hashes` outlives a preemption."""
+        """Hash of the request's full block `index`. Computed once: `request.block_hashes` survives preemption."""
         hashes = request.block_hashes
         while len(hashes) <= index:
             hashes.append(hash_block(hashes[-1] if hashes else b"", self._block_tokens(request, len(hashes))))
@@ -183,7 +183,7 @@ class BlockManager:
             raise InvariantError(f"block 0, the dummy, was handed out ({tables[0]} times) or is in the free list")
 
     def _audit_table(self, request: Request) -> None:
-        """A block is shared only when sealed, and sealed only when it is full and holds the tokens it is known for."""
+        """Check that shared blocks are sealed, and that sealed blocks are full and hold the right tokens."""
         name, num_full = request.request_id, request.num_computed // self.block_size
         if len(set(request.block_ids)) != len(request.block_ids):
             raise InvariantError(f"the table of request {name} has a block twice: {request.block_ids}")
@@ -198,8 +198,8 @@ class BlockManager:
                 raise InvariantError(f"block {block_id} of request {name} is shared, but not sealed")
             if is_sealed and index >= num_full:
                 raise InvariantError(
-                    f"block {block_id} of request {name} is sealed, but would be written: its index is {index} and "
+                    f"block {block_id} of request {name} is sealed, but not full: its index is {index} and "
                     f"{request.num_computed} tokens are computed"
                 )
             if is_sealed and self._tokens[block_id] != self._block_tokens(request, index):
-                raise InvariantError(f"block {block_id} of request {name} is sealed with another text")
+                raise InvariantError(f"block {block_id} of request {name} is sealed with other tokens")

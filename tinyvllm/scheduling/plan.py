@@ -1,4 +1,4 @@
-"""What passes between scheduler and device: a plan down, tokens up."""
+"""What the scheduler and the device exchange: plans in one direction, tokens in the other."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tinyvllm.scheduling.request import Request, TokenLogprobs
 class Scheduled:
     """Compute tokens [start, start + count) of `request` in this step.
 
-    samples: the step reaches the request's last token, so that a new one is sampled.
-    num_scored: this many of its tokens from `first_scored` on, whose logits say how likely the prompt's next token was.
-    Decided when the entry is made, since the request moves on before the step's output is there.
+    samples: the step reaches the request's last token, so a new one is sampled.
+    num_scored: the number of tokens, from `first_scored` on, whose logits give the logprob of the next prompt token.
+    Both are fixed when the entry is made, because the request changes before the step's output arrives.
     """
 
     request: Request
@@ -53,7 +53,7 @@ class StepPlan:
 
     @cached_property
     def is_decode(self) -> bool:
-        """Every entry is one token that samples: the decode graph can run it, which keeps no hidden states."""
+        """Every entry is one token that samples, so a decode graph can run it; such a graph keeps no hidden states."""
         return all(entry.count == 1 and entry.samples for entry in self.entries) and not self.pooled
 
     @cached_property
@@ -75,27 +75,27 @@ class StepPlan:
 
     @cached_property
     def num_logit_rows(self) -> int:
-        """Token rows whose logits are looked at: first those of `sampled`, then each of `scored`'s."""
+        """Token rows whose logits are used: first those of `sampled`, then those of each entry in `scored`."""
         return len(self.sampled) + sum(entry.num_scored for entry in self.scored)
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What the device returned, aligned with `plan.sampled`, `prompt_logprobs` with `plan.scored`, and `pooled` with
-    `plan.pooled`. A token id of -1: the logits had no finite value."""
+    """What the device returned. `token_ids` and `logprobs` are aligned with `plan.sampled`, `prompt_logprobs` with
+    `plan.scored`, and `pooled` with `plan.pooled`. A token id of -1 means that no logit was finite."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs | None, ...]
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
     pack_s: float = 0.0
     device_s: float = 0.0
-    num_rows: int = 0  # token rows of the graph that ran: the plan's tokens, and padding
-    pooled: tuple[NDArray[np.float32], ...] = ()  # (hidden,): the sum of an entry's normed states, or the last one
+    num_rows: int = 0  # token rows of the graph that ran: the plan's tokens plus padding
+    pooled: tuple[NDArray[np.float32], ...] = ()  # (hidden,): the sum of an entry's normed states, or the last state
 
 
 @dataclass(frozen=True)
 class TokenOut:
-    """One new token of one request, after commit. finish_reason is set on the last."""
+    """One new token of one request, after commit. The last one has a finish_reason."""
 
     request: Request
     token_id: int | None  # None: the request ended without a token (abort, error)
@@ -105,7 +105,7 @@ class TokenOut:
 
 @dataclass
 class StepStats:
-    """Counts and seconds of one step, for the log, /metrics and the benchmarks."""
+    """Counts and times of one step, for the log, /metrics and the benchmarks."""
 
     schedule_s: float = 0.0
     pack_s: float = 0.0
@@ -120,6 +120,6 @@ class StepStats:
     prefix_hits: int = 0  # tokens found, since start
     num_preemptions: int = 0  # since start
     num_captures: int = 0  # graphs captured, since start
-    num_captures_to_come: int = 0  # graphs that are captured between steps: once it is 0, num_captures stays as it is
-    num_failed_captures: int = 0  # of those, since start; larger graphs take their place
+    num_captures_to_come: int = 0  # graphs still to be captured between steps; at 0, num_captures is final
+    num_failed_captures: int = 0  # since start; larger graphs are used in their place
     extra: dict[str, float] = field(default_factory=dict)

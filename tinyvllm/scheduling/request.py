@@ -1,4 +1,4 @@
-"""One sequence that is being generated, from arrival to its finish."""
+"""One sequence that is being generated, from its arrival to its end."""
 
 from __future__ import annotations
 
@@ -21,77 +21,80 @@ class Status(enum.Enum):
 
 
 class Constraint(Protocol):
-    """What one request's output must look like, token by token. Its state is that after the accepted tokens.
+    """Decides, token by token, what one request may generate. Its state follows the accepted tokens.
 
-    Used on the engine's thread alone. A preempted request keeps it, as it keeps its output.
+    Used on the engine's thread only. A preempted request keeps its constraint, as it keeps its output.
     """
 
     def fill_mask(self, out: NDArray[np.int32]) -> None:
-        """Set the bits of the ids that may come next: (ceil(V/32),) int32 or uint32, C-contiguous; bit i%32 of word
-        i//32 is id i. At least one is set, EOS among them where the output may end. Never raises."""
+        """Set the bits of the ids that may come next. Never raises.
+
+        out: (ceil(V/32),) int32 or uint32, C-contiguous; bit i%32 of word i//32 is id i. At least one bit is set, and
+        EOS's if the output may end here.
+        """
 
     def accept(self, token_id: int) -> bool:
-        """Move on by a token that was sampled. False: it is not allowed, or a limit was hit; `error` says which, and
-        the request must end with finish_reason "error"."""
+        """Advance by a sampled token. False if it is not allowed or a limit was hit; `error` says which, and the
+        request must end with finish_reason "error"."""
 
     @property
     def is_finished(self) -> bool:
-        """Nothing may follow: the output is complete, and the request ends with finish_reason "stop"."""
+        """Whether the output is complete and nothing may follow: the request ends with finish_reason "stop"."""
 
     @property
     def error(self) -> str | None:
-        """Why the constraint cannot go on, once `accept` has returned False."""
+        """Why `accept` returned False; None if it has not."""
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural-log probabilities under the model's raw distribution (before anything that a request asks for)."""
+    """Natural-log probabilities under the model's raw distribution, before a request's settings change it."""
 
     chosen: float
-    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first; as many as were asked for
-    rank: int | None = None  # of the chosen token; 1: the likeliest
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first; as many as were requested
+    rank: int | None = None  # of the chosen token; 1: the most likely
 
 
-@dataclass(eq=False)  # identity is the request itself: two requests with equal prompts are not one
+@dataclass(eq=False)  # compared by identity: two requests with equal prompts are different requests
 class Request:
-    """A prompt, its settings and what became of it.
+    """A prompt, its settings and its progress.
 
     [0, num_computed) in the pool · [num_computed, num_tokens) still to compute. Invariant while running:
     0 <= num_computed <= num_tokens <= len(block_ids) * block_size (the last holds once the step's blocks are taken).
 
-    A step may be planned while the device still runs the one before. What that one computes and samples is counted
-    already: its tokens are in flight, their number is known and their ids are not.
+    A step may be planned while the device still runs the previous one. The tokens that the previous step computes and
+    samples are already counted. Those it samples are in flight: their number is known, but not their ids.
     """
 
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams
     eos_ids: frozenset[int] = frozenset()  # ids that end the text; empty when params.ignore_eos
-    max_tokens: int = 16  # resolved: params.max_tokens cut to what max_model_len leaves
-    seed: int = 0  # resolved: params.seed or one drawn by the engine; 32 bits
+    max_tokens: int = 16  # resolved: params.max_tokens, or what max_model_len leaves
+    seed: int = 0  # resolved: params.seed, or one drawn by the engine; 32 bits
     priority: int = 0  # lower runs first, under the priority policy
-    constraint: Constraint | None = None  # what the output must look like: a grammar's matcher
+    constraint: Constraint | None = None  # a grammar's matcher
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # params.bad_words as tokens
-    # how many of the likeliest tokens to report beside each of the prompt's, as params.prompt_logprobs; None: no scores
+    # params.prompt_logprobs: how many most likely tokens to report for each prompt token; None: no prompt logprobs
     num_prompt_logprobs: int | None = None
-    arrival: int = 0  # a counter: order of arrival
+    arrival: int = 0  # a counter that gives the order of arrival
     arrival_s: float = 0.0  # monotonic clock
     scheduled_s: float = 0.0  # monotonic clock: when it last left the queue
-    pooling: str | None = None  # "mean" or "last": the text is embedded, and what it generates means nothing
-    pooled: NDArray[np.float32] | None = None  # (hidden,): normed states, the sum of those so far or the last one
+    pooling: str | None = None  # "mean" or "last": the prompt is embedded, and the generated token is discarded
+    pooled: NDArray[np.float32] | None = None  # (hidden,): the sum of the normed states so far, or the last state
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens from the second on
-    num_scored: int = 0  # prompt tokens that have their logprobs, or will when the steps in flight have ended
+    num_scored: int = 0  # prompt tokens whose logprobs are computed, by the steps in flight included
     num_computed: int = 0
-    num_in_flight: int = 0  # sampled by a step whose output was not read yet: the newest tokens, without ids
-    flight_row: int = 0  # where the token in flight lies: its number among those that its step sampled
+    num_in_flight: int = 0  # newest tokens, sampled by steps whose output has not been read: their ids are unknown
+    flight_row: int = 0  # row of the token in flight among the tokens that its step samples
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of full blocks, in order
     status: Status = Status.WAITING
     finish_reason: str | None = None  # stop, length, abort, error
     stop_reason: int | str | None = None  # the stop id or stop string that ended it
-    error: str | None = None  # what went wrong, when finish_reason is error
+    error: str | None = None  # a message, when finish_reason is error
     num_preemptions: int = 0
 
     @property
@@ -112,7 +115,7 @@ class Request:
 
     @property
     def num_to_score(self) -> int:
-        """Prompt tokens whose logprobs are still to compute; the first token has none."""
+        """Prompt tokens whose logprobs are still to be computed; the first token has none."""
         return 0 if self.num_prompt_logprobs is None else self.num_prompt_tokens - 1 - self.num_scored
 
     @property
@@ -124,23 +127,23 @@ class Request:
 
     @cached_property
     def is_masked(self) -> bool:
-        """Whether some ids may never, or not always, be sampled (beside those that min_tokens suppresses)."""
+        """Whether some ids are excluded from sampling, always or at times (min_tokens apart)."""
         return self.params.allowed_token_ids is not None or bool(self.bad_words_ids) or self.constraint is not None
 
     @cached_property
     def needs_logits_processing(self) -> bool:
-        """Whether its tokens are drawn from other logits than the model's own."""
+        """Whether its tokens are sampled from logits that differ from the model's own."""
         params = self.params
         is_typical = params.typical_p < 1.0 and params.temperature > 0.0
         return self.is_masked or params.has_penalties or bool(params.logit_bias) or is_typical
 
     @cached_property
     def mask_follows_output(self) -> bool:
-        """Whether the next token's mask depends on the tokens before it, so that none of them may be in flight."""
+        """Whether the next token's mask depends on the tokens before it, all of which must then be known."""
         return self.constraint is not None or any(len(word) > 1 for word in self.bad_words_ids)
 
     def banned_ids(self) -> list[int]:
-        """Ids that would complete one of the bad words now."""
+        """Ids that would complete a bad word if sampled next."""
         output = self.output_ids
         return [
             word[-1]
@@ -149,7 +152,7 @@ class Request:
         ]
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Ids [start, stop) of prompt and output together, as far as they are known."""
+        """Ids [start, stop) of the prompt followed by the output, as far as they are known."""
         split = len(self.prompt_ids)
         if stop <= split:
             return self.prompt_ids[start:stop]

@@ -1,12 +1,12 @@
-"""Which tokens of which requests the next step computes.
+"""Decide which tokens of which requests the next step computes.
 
 There are no phases. Each request has `num_pending` tokens to compute: one when it decodes, many when its prompt is new
-or it was preempted. A step deals its token budget out to the running requests, then to waiting ones, so that chunks of
-long prompts ride along with decodes. When the pool runs out, the last in rank gives its blocks back and is computed
-again later (Kwon et al. 2023, sec. 4.5, recomputation).
+or it was preempted. A step distributes its token budget over the running requests, then over the waiting ones, so
+chunks of long prompts share steps with decodes. When the pool runs out, the request that is last in rank gives up its
+blocks and is recomputed later (Kwon et al. 2023, sec. 4.5).
 
-A step's life has three moments: `schedule` plans it, `advance` books it as running, `commit` takes its tokens. Another
-step may be planned between the last two, with tokens that are still in flight.
+A step passes through three calls: `schedule` plans it, `advance` marks it as launched, `commit` takes its tokens. The
+next step may be planned between the last two, while tokens are still in flight.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ NOTHING_ALLOWED = (
 
 
 def max_request_len(capacity: Capacity) -> int:
-    """The most tokens, prompt and output together, that one request can have."""
+    """The maximum number of tokens, prompt plus output, of one request."""
     return min(capacity.max_model_len, capacity.num_tokens)
 
 
 def check_length(num_prompt_tokens: int, max_tokens: int | None, capacity: Capacity) -> None:
-    """Refuse what can never run: an empty prompt, or one that leaves no room for `max_tokens` (None: for one token)."""
+    """Refuse what can never run: an empty prompt, or one without room for `max_tokens` (None: for one token).
+
+    Raises RequestError or ContextLengthError.
+    """
     limit = max_request_len(capacity)
     if num_prompt_tokens == 0:
         raise RequestError("the prompt is empty: give at least one token", param="prompt")
@@ -48,21 +51,21 @@ def check_length(num_prompt_tokens: int, max_tokens: int | None, capacity: Capac
         remedy = "raise --gpu-memory-utilization or --num-gpu-blocks-override"
     if max_tokens is None or num_prompt_tokens >= limit:
         raise ContextLengthError(
-            f"{bound}, but the prompt has {num_prompt_tokens} tokens and at least one must be left for the output: "
+            f"{bound}, but the prompt has {num_prompt_tokens} tokens and the output needs at least one: "
             f"shorten the prompt or {remedy}"
         )
     raise ContextLengthError(
-        f"{bound}, but {total} were asked for, {num_prompt_tokens} of the prompt and {max_tokens} of the output: "
+        f"{bound}, but {total} were requested, {num_prompt_tokens} for the prompt and {max_tokens} for the output: "
         f"shorten the prompt, lower max_tokens or {remedy}",
         param="max_tokens",
     )
 
 
 class Scheduler:
-    """Owns the waiting queue and the running list. Rank decides: lower is admitted first and preempted last.
+    """Owns the waiting queue and the running list. Requests of lower rank are admitted first and preempted last.
 
-    Rank is arrival (policy fcfs), or priority and then arrival (priority). Nobody overtakes the first of the queue, so
-    within one priority every request is reached.
+    Rank is arrival (policy fcfs), or priority and then arrival (policy priority). No request overtakes the head of the
+    queue, so within one priority none starves.
     """
 
     def __init__(self, block_manager: BlockManager, capacity: Capacity, policy: str = "fcfs") -> None:
@@ -78,11 +81,11 @@ class Scheduler:
         self.prefix_hits = 0  # prompt tokens found there, since start
         self._by_priority = policy == "priority"
         self._max_len = max_request_len(capacity)
-        self._requests: dict[str, Request] = {}  # all that are not finished
-        # A heap by rank. Requests that ended while they waited stay in it until they come up: removal would be O(n).
+        self._requests: dict[str, Request] = {}  # all unfinished ones
+        # A heap by rank. Requests that end while they wait stay in it until they reach the top: removal would be O(n).
         self._waiting: list[tuple[tuple[int, int], Request]] = []
         self._num_arrived = 0
-        self._num_spare_rows = 0  # of the step that is being planned: logit rows that no sequence has to itself
+        self._num_spare_rows = 0  # in the step being planned: logit rows that are not reserved for a sequence
 
     @property
     def num_running(self) -> int:
@@ -97,7 +100,7 @@ class Scheduler:
         return bool(self._requests)
 
     def add(self, request: Request) -> None:
-        """Queue a new request. RequestError or ContextLengthError for one that can never run."""
+        """Queue a new request. Raises RequestError or ContextLengthError if it can never run."""
         check_length(request.num_prompt_tokens, None, self.capacity)
         if request.request_id in self._requests:
             raise RequestError(f"request_id {request.request_id!r} is in use: choose another", param="request_id")
@@ -107,7 +110,7 @@ class Scheduler:
         self._queue(request)
 
     def abort(self, request_id: str) -> Request | None:
-        """End a request now and free its blocks. None when it is unknown or has finished. Between steps only."""
+        """End a request now and free its blocks. None if it is unknown or has finished. Call it between steps only."""
         request = self._requests.get(request_id)
         if request is not None:
             self.finish(request, "abort")
@@ -116,25 +119,27 @@ class Scheduler:
     def finish(
         self, request: Request, reason: str, stop_reason: int | str | None = None, error: str | None = None
     ) -> None:
-        """End a request, as when its text reached a stop string. One that has ended only takes on the new reason."""
+        """End a request, for example at a stop string. If it has already ended, only its reason is replaced."""
         request.finish_reason, request.stop_reason, request.error = reason, stop_reason, error
         if request.status is Status.FINISHED:
             return
         if request.status is Status.RUNNING:
             self.running.remove(request)
         request.status = Status.FINISHED
-        self.block_manager.free(request, keep=reason != "error")  # what a failure left behind may be NaN
+        self.block_manager.free(request, keep=reason != "error")  # after a failure the blocks may hold NaN
         del self._requests[request.request_id]
 
     def schedule(self) -> StepPlan | None:
-        """Choose the next step's tokens and give them blocks. None when there is nothing to do, or nothing before the
-        tokens in flight are known."""
+        """Choose the next step's tokens and allocate their blocks.
+
+        None if there is nothing to do, or nothing until the tokens in flight are known.
+        """
         if not self._requests:
             return None
         entries: list[Scheduled] = []
         preempted: list[Request] = []
         budget = self._continue_running(entries, preempted)
-        if not preempted:  # else the pool has just run out
+        if not preempted:  # otherwise the pool has just run out
             self._admit_waiting(entries, budget)
         if not entries:
             if any(request.num_in_flight for request in self._requests.values()):
@@ -146,7 +151,7 @@ class Scheduler:
         return StepPlan(tuple(entries), tuple(preempted))
 
     def advance(self, plan: StepPlan) -> None:
-        """Book a step that was handed to the device: its tokens count as computed, what it samples is in flight."""
+        """Mark a step as launched: its tokens count as computed, and the tokens that it samples are in flight."""
         for entry in plan.entries:
             entry.request.num_computed += entry.count
             entry.request.num_scored += entry.num_scored
@@ -155,8 +160,10 @@ class Scheduler:
             entry.request.flight_row = row
 
     def commit(self, plan: StepPlan, output: StepOutput) -> list[TokenOut]:
-        """Take the tokens of a step that was advanced: append them, seal full blocks, free what has ended. One TokenOut
-        a new token; none for a request that ended while its token was in flight."""
+        """Take the tokens of an advanced step: append them, seal full blocks, and end requests that are complete.
+
+        Returns one TokenOut per new token, but none for requests that ended while their token was in flight.
+        """
         num_sampled = len(plan.sampled)
         if len(output.token_ids) != num_sampled or len(output.logprobs) != num_sampled:
             raise InvariantError(
@@ -183,14 +190,14 @@ class Scheduler:
         return outs
 
     def _continue_running(self, entries: list[Scheduled], preempted: list[Request]) -> int:
-        """Schedule the running requests in order of rank; return what is left of the budget."""
+        """Schedule the running requests in order of rank; return the rest of the budget."""
         budget = self.capacity.max_num_batched_tokens
         self._num_spare_rows = self.capacity.max_num_seqs - len(self.running)
         index = 0
         while index < len(self.running):  # the list shortens from its end when requests are preempted
             request = self.running[index]
-            num_behind = len(self.running) - index - 1  # a token is kept for each, so that a long prompt stops nobody
-            count = 0 if self._is_ending(request) else min(request.num_pending, budget - num_behind)
+            num_after = len(self.running) - index - 1  # one token is reserved for each, so a long prompt stalls nobody
+            count = 0 if self._is_ending(request) else min(request.num_pending, budget - num_after)
             count = self._limit_scored(request, request.num_computed, count)
             if not self._make_room(request, request.num_computed + count, preempted):
                 break
@@ -201,29 +208,29 @@ class Scheduler:
         return budget
 
     def _limit_scored(self, request: Request, start: int, count: int) -> int:
-        """As many of tokens [start, start + count) as there are logit rows for, where each of them scores the prompt.
+        """Limit `count` to the free logit rows, if tokens [start, start + count) need one each for prompt logprobs.
 
-        A step has a row for each sequence that may run, and the request's own is one of them. Those that nobody has are
-        dealt out by rank, but for one that lets the next in the queue in.
+        A step has as many logit rows as sequences may run, and the request owns one of them. The rows without an owner
+        are given out by rank, except one that is kept so that the next request in the queue can be admitted.
         """
         if request.num_to_score <= 0:
             return count
-        num_free = max(0, request.num_scored - start)  # computed again after a preemption: scored before
+        num_free = max(0, request.num_scored - start)  # recomputed after a preemption: these are scored already
         num_spare = max(0, self._num_spare_rows - (self.num_waiting > 0))
         count = min(count, num_free + 1 + num_spare)
         self._num_spare_rows -= max(0, count - num_free - 1)
         return count
 
     def _is_ending(self, request: Request) -> bool:
-        """Whether the token in flight is the request's last, whatever it is."""
+        """Whether the token in flight is the request's last, whatever its id."""
         return request.num_in_flight > 0 and self._is_full(request, request.num_output_tokens)
 
     def _is_full(self, request: Request, num_output: int) -> bool:
-        """Whether a request with `num_output` tokens of output may not have another."""
+        """Whether a request with `num_output` output tokens has reached its maximum length."""
         return num_output >= request.max_tokens or request.num_prompt_tokens + num_output >= self._max_len
 
     def _make_room(self, request: Request, num_tokens: int, preempted: list[Request]) -> bool:
-        """Grow the request's table, taking blocks from the last in rank. False if that was the request itself."""
+        """Grow the request's block table, preempting the last in rank. False if the request itself was preempted."""
         while not self.block_manager.grow(request, num_tokens):
             victim = self.running.pop()
             self.block_manager.free(victim)
@@ -232,7 +239,7 @@ class Scheduler:
             victim.num_preemptions += 1
             self.num_preemptions += 1
             preempted.append(victim)
-            self._queue(victim)  # by rank: before all that came after it, and with its output kept
+            self._queue(victim)  # keeps its rank and its output
             if victim is request:
                 return False
         return True
@@ -252,24 +259,24 @@ class Scheduler:
             budget -= count
 
     def _place(self, request: Request) -> bool:
-        """Give a waiting request blocks for all its known tokens; False, and nothing changed, if they are not there.
+        """Allocate blocks for all known tokens of a waiting request. False, with nothing changed, if too few are free.
 
-        One free block is left to each running request, which may need it soon: to admit one and preempt it at once
-        would only waste steps. With nothing running nothing is left, so that what fits into the pool does run.
+        One free block is reserved for each running request, which may need it soon: admitting a request only to preempt
+        it wastes steps. If nothing runs, nothing is reserved, so every request that fits into the pool can run.
         """
         manager, num_reserved = self.block_manager, len(self.running)
         if manager.num_free <= num_reserved:
             return False
-        # a prompt that is scored or pooled is computed whole: the pool knows its keys and values, but not its states
-        is_known = request.num_to_score <= 0 and request.pooling is None
-        num_cached = manager.match_prefix(request) if is_known else 0
+        # prompt logprobs and embeddings need hidden states, which the pool does not hold: compute the whole prompt
+        is_cacheable = request.num_to_score <= 0 and request.pooling is None
+        num_cached = manager.match_prefix(request) if is_cacheable else 0
         num_missing = manager.blocks_for(request.num_tokens) - len(request.block_ids)
         if manager.num_free - num_missing < num_reserved:
             manager.free(request)
             return False
         manager.grow(request, request.num_tokens)
         request.num_computed = num_cached
-        if request.num_preemptions == 0:  # a preempted request finds itself, which says nothing of prompts
+        if request.num_preemptions == 0:  # a preempted request finds its own blocks, which would distort the hit rate
             request.num_cached_tokens = num_cached
             self.prefix_queries += request.num_prompt_tokens
             self.prefix_hits += num_cached
@@ -301,7 +308,7 @@ class Scheduler:
         return TokenOut(request, token_id, logprobs, reason)
 
     def _follow(self, request: Request, token_id: int, reason: str | None) -> str | None:
-        """Move the request's constraint on by a token, EOS too; the reason to finish after that."""
+        """Advance the request's constraint by a token, which may be EOS; return the reason to finish, if any."""
         assert request.constraint is not None
         if not request.constraint.accept(token_id):
             return "error"

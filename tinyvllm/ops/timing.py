@@ -1,9 +1,8 @@
 """How long each kernel of a recorded step takes.
 
-On a CPU the step runs as it does when serving, on all its cores, with a stamp of the clock before and behind every
-kernel: 30 to 60 ns each. Elsewhere kernels run by themselves, one after the other with a wait between, because inside a
-graph nobody sees them: CUDA has no times of a graph's nodes, and those of METAL are made up by tinygrad (the graph's
-time, spread evenly).
+On a CPU the step runs as it does when serving, on all cores, with a timestamp before and after every kernel, which
+costs 30 to 60 ns each. On other devices kernels run one at a time, with a wait after each, because a graph hides them:
+CUDA does not report the times of a graph's nodes, and tinygrad's times on METAL are the graph's time, spread evenly.
 """
 
 from __future__ import annotations
@@ -23,22 +22,22 @@ from tinyvllm.device.replay import CpuReplay, GraphReplay
 from tinyvllm.errors import InvariantError
 from tinyvllm.ops.kernel.body import F32, Body, cached_kernel, empty, finish, run_kernel
 
-SPIN_ITERATIONS = 1 << 15  # of four cycles or so: about 75 us at 1.75 GHz, more than a launch takes in Python
+SPIN_ITERATIONS = 1 << 15  # of about four cycles: 75 us at 1.75 GHz, longer than a launch takes in Python
 
 
 @dataclass(frozen=True)
 class CallTime:
-    """One run of one call. `start_ns` is of the clock perf_counter_ns; of a GPU's kernel, when it was asked for."""
+    """One run of one call. `start_ns`: perf_counter_ns at its start; on a GPU, at its launch."""
 
     start_ns: int
     seconds: float
 
 
-Timer = Callable[[], list[CallTime]]  # runs the step once: a time for each of its calls
+Timer = Callable[[], list[CallTime]]  # runs the step once, and returns a time for each of its calls
 
 
 def make_timer(device: DeviceHandle, step: RecordedStep) -> Timer:
-    """What runs a step on what its buffers hold, and times its calls, in their order."""
+    """A function that runs a step with the present contents of its buffers, and times its calls in order."""
     return _stamped(device, step) if device.is_cpu else _one_by_one(device, step)
 
 
@@ -72,9 +71,9 @@ def _one_by_one(device: DeviceHandle, step: RecordedStep) -> Timer:
 
 
 def _launch(device: DeviceHandle, step: RecordedStep, call: Call) -> Callable[[], float]:
-    """A function that runs the call, waits, and returns the device's own measure of it in seconds."""
+    """A function that runs the call, waits for it, and returns the seconds that the device measured."""
     program = call.target
-    if program.op is not Ops.PROGRAM:  # a copy has no measure but the host's
+    if program.op is not Ops.PROGRAM:  # a copy is timed by the host
         copy = GraphReplay(replace(step, calls=(call,)))
         return lambda: _host_seconds(device, copy)
     info, runtime = program.arg, get_runtime(device.name, program)
@@ -85,7 +84,7 @@ def _launch(device: DeviceHandle, step: RecordedStep, call: Call) -> Callable[[]
     def run() -> float:
         seconds = runtime(*buffers, global_size=global_size, local_size=local_size, vals=values, wait=True)
         if seconds is None:
-            raise InvariantError(f"device {device.name} gives no time for {info.name}")
+            raise InvariantError(f"device {device.name} reports no time for {info.name}")
         return float(seconds)
 
     return run
@@ -100,19 +99,19 @@ def _host_seconds(device: DeviceHandle, work: Callable[[], None]) -> float:
 
 
 def _nothing() -> None:
-    """METAL and OpenCL time a kernel by the device's own clock, from when it starts to when it ends."""
+    """METAL and OpenCL time a kernel from its start to its end, by the device's clock."""
 
 
 def _occupation(device: DeviceHandle) -> Callable[[], None]:
-    """What keeps the device busy while the next kernel is launched: CUDA's events measure from when the device is free,
-    so that a kernel on an idle device would be charged with its own launch."""
+    """A function that keeps the device busy while the next kernel is launched. CUDA's events measure from the time at
+    which the device is free, so on an idle device a kernel's time would include its launch."""
     step = record(lambda: run_kernel(spin_kernel(SPIN_ITERATIONS), [empty(32, device=device.name)], [])[0].realize())
     return GraphReplay(step)
 
 
 @cached_kernel
 def spin_kernel(iterations: int) -> Callable[..., UOp]:
-    """fn(out (32,)): each thread in a chain of multiplications and additions that touches no memory on its way."""
+    """fn(out (32,)): a chain of multiplications and additions in each thread, without memory accesses."""
 
     def kernel(out: UOp) -> UOp:
         body = Body()

@@ -1,1 +1,1 @@
-"""What kernels are written in: axes and registers, lanes and matrix units, tiles, and the choice of a tuned kernel."""
+"""The building blocks of kernels: axes and registers, lanes and matrix units, tiles, and tuned choices."""

@@ -1,7 +1,7 @@
-"""The pieces that our UOp kernels are written with: axes, registers, and arithmetic that vectorises.
+"""The building blocks of our UOp kernels: axes, registers, and arithmetic that vectorizes.
 
-A kernel is a function from 1-D buffer UOps to a SINK; `Tensor.custom_kernel` calls it. tinygrad marks that door
-"alpha", so every use of it goes through `run_kernel` here.
+A kernel is a function from 1-D buffer UOps to a SINK. `Tensor.custom_kernel` calls it; tinygrad marks that method
+"alpha", so `run_kernel` is the only place that uses it.
 """
 
 from __future__ import annotations
@@ -60,30 +60,30 @@ class Body:
         return self._range(size, AxisType.REDUCE)
 
     def fold_while(self, size: UOp) -> UOp:
-        """A fold whose length is data. An int32 range: without a dtype it would be a 64-bit one.
+        """A fold whose length is data. The range is int32; without a dtype it would be 64-bit.
 
-        Its length must be able to exceed 1: tinygrad drops a loop that it knows to run at most once, and the order of
-        the stores around it with it."""
+        tinygrad must not be able to prove that the length is at most 1: it drops such a loop, and with it the order of
+        the stores around it."""
         if size.vmax < 2:
             raise InvariantError(f"a loop of at most {size.vmax} iterations cannot order its stores")
         return self._range(size.cast(I32), AxisType.REDUCE, dtype=I32)
 
     def repeat(self) -> UOp:
-        """A loop that is ended by `.end(loop, goes_on)`: it runs at least once. No other loop may be around it, and the
-        length of a loop inside it must not hang on what it carries."""
+        """A do-while loop, ended by `.end(loop, goes_on)`: it runs at least once. It must not be inside another loop,
+        and the length of a loop inside it must not depend on the values that it carries."""
         self._axis += 1
         return UOp.loop(self._axis - 1)
 
     def grid(self, size: int) -> UOp:
-        """Independent work items: threadgroups on a GPU; on a CPU commands of the worker (one such axis at most)."""
+        """Independent work items: threadgroups on a GPU; on a CPU commands of the worker (at most one such axis)."""
         return self._range(size, AxisType.GLOBAL)
 
     def threads(self, size: int) -> UOp:
-        """Threads of a threadgroup. The first one made is the fastest varying (lid.x)."""
+        """Threads of a threadgroup. The first such axis is the fastest varying one (lid.x)."""
         return self._range(size, AxisType.LOCAL)
 
     def label(self) -> int:
-        """A number for a name of one's own in a statement of the device's language."""
+        """A number that makes a variable's name unique in a statement in the device's language."""
         self._slot += 1
         return self._slot - 1
 
@@ -98,7 +98,7 @@ class Body:
 
 
 def fill(body: Body, registers: UOp, value: float, *after: UOp) -> UOp:
-    """Set all registers to `value`, inside the loops and behind the stores named by `after`."""
+    """Set all registers to `value`, inside the loops and after the stores in `after`."""
     target, count = registers.after(*after), registers.max_numel()
     if count == 1:
         return registers.after(target[0].store(value))
@@ -107,8 +107,10 @@ def fill(body: Body, registers: UOp, value: float, *after: UOp) -> UOp:
 
 
 def finish(stores: Sequence[UOp] | UOp, name: str, *, ops: int = 0, nbytes: int = 0) -> UOp:
-    """Close a kernel. The tag and empty opts keep tinygrad's heuristics and BEAM away: BEAM times candidates on
-    uninitialised buffers, and a kernel that follows an index tensor would then touch memory anywhere."""
+    """Close a kernel. `ops` and `nbytes` are its operations and the bytes it moves, for the roofline.
+
+    The tag and the empty opts disable tinygrad's heuristics and BEAM: BEAM times candidates on uninitialized buffers,
+    where a kernel that follows an index tensor would access memory anywhere."""
     sink = UOp.sink(*([stores] if isinstance(stores, UOp) else stores), arg=_info(name, ops, nbytes))
     return sink.rtag(1)
 
@@ -119,7 +121,8 @@ def _info(name: str, ops: int, nbytes: int) -> KernelInfo:
 
 
 def cached_kernel(make: Callable[..., KernelFn]) -> Callable[..., KernelFn]:
-    """Cache a kernel maker by its arguments, and the UOps it emits by its placeholders: all layers share one kernel."""
+    """Cache a kernel maker by its arguments, and the UOps that it emits by the placeholders: all layers share a
+    kernel."""
 
     @functools.cache
     def cached(*args: object) -> KernelFn:
@@ -129,8 +132,8 @@ def cached_kernel(make: Callable[..., KernelFn]) -> Callable[..., KernelFn]:
 
 
 def run_kernel(fn: KernelFn, outputs: Sequence[Tensor], inputs: Iterable[Tensor]) -> list[Tensor]:
-    """Run `fn(*outputs, *inputs)`; returns the written `outputs`. Use those: they carry the order of execution, except
-    while a step is recorded, where that is the order of the calls."""
+    """Run `fn(*outputs, *inputs)`; returns the written `outputs`. Use the returned tensors, because they carry the
+    order of execution. (While a step is recorded, the order is that of the calls.)"""
     tensors = [*outputs, *inputs]
     if launch(fn, tensors):
         return tensors[: len(outputs)]
@@ -138,17 +141,18 @@ def run_kernel(fn: KernelFn, outputs: Sequence[Tensor], inputs: Iterable[Tensor]
 
 
 def empty(size: int, dtype: DType = F32, device: str | None = None) -> Tensor:
-    """A fresh buffer to write into. Fresh each time: the same tensors in a second call would not run again."""
+    """A new buffer to write into. New each time: a second call with the same tensors would not run again."""
     return Tensor.empty(size, dtype=dtype, device=device)
 
 
 def clamp(index: UOp, low: int, high: int) -> UOp:
-    """An index that came from memory: bounded, so that no access is wild, and provably 32 bits wide."""
+    """Bound an index that was read from memory, so that no access is out of bounds and tinygrad can prove that 32 bits
+    suffice."""
     return index.maximum(low).minimum(high).cast(dtypes.weakint)
 
 
 def balanced(values: Iterable[UOp], combine: Callable[[UOp, UOp], UOp] = lambda a, b: a + b) -> UOp:
-    """Combine by a balanced tree: short dependency chains, the same shape (and rounding) every time."""
+    """Combine by a balanced tree: short dependency chains, and always the same shape and rounding."""
     level = list(values)
     while len(level) > 1:
         pairs = [combine(level[i], level[i + 1]) for i in range(0, len(level) - 1, 2)]
@@ -157,14 +161,14 @@ def balanced(values: Iterable[UOp], combine: Callable[[UOp, UOp], UOp] = lambda 
 
 
 def exp2(x: UOp) -> UOp:
-    """2**x for x in [-126, 126] (clamped), relative error below 3e-7, in arithmetic that clang vectorises.
+    """2**x for x in [-126, 126] (clamped), relative error below 3e-7, in arithmetic that clang vectorizes.
 
-    2**x = 2**n * 2**f with n = round(x) put into the exponent bits and f in [-0.5, 0.5] by a polynomial
-    (Taylor's, of degree 6: the remainder is (ln2/2)**7 / 7! = 1.2e-7). tinygrad's own exp2 has selects for inf and nan.
+    2**x = 2**n * 2**f, with n = round(x) in the exponent bits and 2**f, f in [-0.5, 0.5], by a Taylor polynomial of
+    degree 6 (the remainder is (ln2/2)**7 / 7! = 1.2e-7). tinygrad's own exp2 has selects for inf and nan.
     """
     x = x.maximum(-126.0).minimum(126.0)
     n = (x + 127.5).cast(I32)  # positive, so that the cast's truncation is a floor
-    # the 127 and ln2 stand where tinygrad cannot distribute over them: (x - n) + 127 would round x first, to 2.9e-6
+    # placed so that tinygrad cannot reassociate: (x - n) + 127 would round x first, with an error of 2.9e-6
     f = x - (n - 127).cast(F32)
     p = UOp.const(LN2**6 / math.factorial(6), F32)
     for k in range(5, -1, -1):
@@ -173,12 +177,12 @@ def exp2(x: UOp) -> UOp:
 
 
 def log2(x: UOp) -> UOp:
-    """log2 of a normal positive float, absolute error below 2e-7 near 1 and 1e-6 elsewhere; vectorises.
+    """log2 of a normal positive float, absolute error below 2e-7 near 1 and 1e-6 elsewhere; vectorizes.
 
     With the mantissa m in [sqrt(1/2), sqrt(2)): ln m = 2 atanh(s), s = (m - 1) / (m + 1), |s| < 0.172 (series to s**9).
     """
     bits = x.bitcast(I32)
-    shifted = bits - 0x3F3504F3  # bits of sqrt(1/2): the exponent's step is there, not at 1
+    shifted = bits - 0x3F3504F3  # bits of sqrt(1/2), so that the exponent changes there and not at 1
     n = shifted >> 23
     m = (bits - (n << 23)).bitcast(F32)
     s = (m - 1.0) / (m + 1.0)

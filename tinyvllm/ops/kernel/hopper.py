@@ -1,13 +1,14 @@
-"""What NVIDIA's Hopper multiplies matrices by, as statements of its language.
+"""NVIDIA Hopper's wgmma, TMA, mbarrier and cluster instructions as inline PTX.
 
-Its copy engine fetches a tile by one instruction of one thread, from a description of the matrix (a tensor map) that
-the kernel writes itself, and counts the bytes on a barrier in threadgroup memory (mbarrier); two threadgroups may form
-a cluster, and a tile that both want is fetched once. Its matrix unit reads both operands from threadgroup memory, for
-four warps together. (PTX ISA, "cp.async.bulk.tensor", "tensormap.replace", "mbarrier", "wgmma".)
+The copy engine (TMA) fetches a tile with one instruction of one thread. It follows a description of the matrix, a
+tensor map, which the kernel writes itself, and counts the bytes that have arrived on a barrier in threadgroup memory
+(mbarrier). Two threadgroups may form a cluster; a tile that both need is then fetched once. The matrix unit (wgmma)
+reads both operands from threadgroup memory, for four warps together. (PTX ISA, "cp.async.bulk.tensor",
+"tensormap.replace", "mbarrier", "wgmma".)
 
-All of it takes a word with tinygrad: its compiler must be told the target by its full name, for these instructions
-belong to one generation and not to its successors, its renderer how many threadgroups are a cluster, and a kernel's
-launch how much memory it takes (`shared_bytes` in its name).
+`allows_wgmma` prepares tinygrad for them. Its compiler needs the full target, sm_90a, because these instructions belong
+to one generation and not to its successors; its renderer, the number of threadgroups of a cluster; and a launch, the
+threadgroup memory of the kernel, which exceeds what CUDA allocates statically.
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ from tinyvllm.ops.kernel.body import F16, F32, I32
 
 ARCH = "sm_90"
 BYTES_IN_NAME = re.compile(r"_wide(\d+)$")
-CLUSTER = 2  # threadgroups of a cluster, which is two neighbouring multiprocessors
-CLUSTERED = "barrier.cluster"  # in the source of kernels whose threadgroups form clusters
+CLUSTER = 2  # threadgroups of a cluster, on two neighboring multiprocessors
+CLUSTERED = "barrier.cluster"  # occurs in the source of kernels whose threadgroups form clusters
 
 WGMMA_TOKENS = 64  # left rows of one instruction
-WGMMA_COLS = 64  # columns of a tile: 128 bytes, which is what the copy engine swizzles
-MAP_WORDS = 32  # of a tensor map
-HOPPER_SHARED_BYTES = 227 << 10  # threadgroup memory that a kernel may have
+WGMMA_COLS = 64  # columns of a tile: 128 bytes, the span that the copy engine swizzles
+MAP_WORDS = 32  # words of a tensor map
+HOPPER_SHARED_BYTES = 227 << 10  # threadgroup memory that a kernel may use
 
 DECLARE = (
     "extern __shared__ __align__(1024) unsigned char wide_memory[];\n"
     "unsigned wide = (unsigned)__cvta_generic_to_shared(wide_memory);"
 )
-# Written in threadgroup memory, whose parts a map may be made of, and copied to where the copy engine reads it.
-# A map of all zeros but for what is set here: float16 (6), swizzle by 128 bytes (3), zeros outside.
+# Written in threadgroup memory, the only place where fields of a map can be set, and then copied to where the copy
+# engine reads it. The fields that are not set here stay 0. What is set: float16 (6), swizzle by 128 bytes (3), zeros
+# outside the matrix.
 DESCRIBE = """if (threadIdx.y == {warp}) {{{{
   unsigned map = wide + {place};
   asm volatile("st.shared.u32 [%0], 0;" :: "r"(map + threadIdx.x * 4) : "memory");
@@ -56,7 +58,7 @@ DESCRIBE = """if (threadIdx.y == {warp}) {{{{
 FIELD = '    asm volatile("tensormap.replace.tile.{}.shared::cta.b1024.b{} [%0], {}%1;" :: "r"(map), "{}"({}));'
 CONSTANT = '    asm volatile("tensormap.replace.tile.{}.shared::cta.b1024.b32 [%0], {};" :: "r"(map));'
 ACQUIRE_MAP = 'asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" :: "l"({0}) : "memory");'
-# the first `count` barriers await `first` arrivals, as many behind them `second`
+# the first `count` barriers expect `first` arrivals, the next `count` expect `second`
 BARRIERS = """if (threadIdx.x == 0 && threadIdx.y == 0) {{{{
   for (int i = 0; i < {count}; i++) {{{{
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(wide + {at} + i * 8), "r"({first}));
@@ -82,7 +84,7 @@ STORE = (
     '"r"(wide + {0}), "r"({1}), "r"({2}), "r"({3}), "r"({4}) : "memory");'
 )
 ARRIVE_COPIES = 'asm volatile("cp.async.wait_group 0;\\nfence.proxy.async.shared::cta;" ::: "memory");'
-# by a predicate: products under way must not meet a branch, where the compiler would wait for them
+# with a predicate: at a branch the compiler would wait for the products that are in flight
 ARRIVE = (
     'asm volatile("{{ .reg .pred is_one;\\nsetp.ne.s32 is_one, %1, 0;\\n'
     '@is_one mbarrier.arrive.shared::cta.b64 _, [%0]; }}" :: "r"(wide + {0}), "r"((int)({1})) : "memory");'
@@ -92,16 +94,16 @@ ARRIVE_THERE = (
     "mapa.shared::cluster.u32 there, %0, %2;\\n@is_one mbarrier.arrive.shared::cluster.b64 _, [there]; "
     '}}" :: "r"(wide + {0}), "r"((int)({1})), "r"({2}) : "memory");'
 )
-# A tile whose rows are 128 bytes, swizzled, 8 rows every 1024 bytes (PTX, "wgmma", matrix descriptor). Where it begins
-# is added, in units of 16 bytes.
+# A tile with swizzled rows of 128 bytes, 8 rows every 1024 bytes (PTX ISA, "wgmma", matrix descriptor). Its address is
+# added, in units of 16 bytes.
 DESCRIPTOR = "0x4000004000010000ull + ((wide + {%d}) >> 4)"
 FENCE = 'asm volatile("wgmma.fence.sync.aligned;" ::: "memory");'
 COMMIT = 'asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");'
 
 
 class HopperRenderer(CUDARenderer):
-    """tinygrad's, with a compiler for the full target, and clusters. Its name is part of what compiled programs are
-    kept by."""
+    """tinygrad's renderer, with a compiler for the full target, and with clusters. The class's name is part of the key
+    of compiled programs."""
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
@@ -121,14 +123,14 @@ def use_full_target(compiler: Any) -> None:
 
 
 def allows_wgmma(device_name: str) -> bool:
-    """Whether a device has these instructions; if so, it and its compiler are told of them."""
+    """Whether a device has these instructions; if so, prepare it and its compiler for them."""
     device = Device[device_name]
     renderer = device.renderer
     if renderer.target.arch != ARCH or type(renderer) not in (CUDARenderer, HopperRenderer):
         return False
     if type(renderer) is CUDARenderer:
         use_full_target(renderer.compiler)
-        renderer.__class__ = HopperRenderer  # by which tinygrad's processes that compile beside this one make their own
+        renderer.__class__ = HopperRenderer  # tinygrad's compiling processes create a renderer of this class
         make = device.runtime_t
         assert make is not None
 
@@ -141,11 +143,11 @@ def allows_wgmma(device_name: str) -> bool:
 
 
 def has_wgmma(device_name: str) -> bool:
-    """Whether a device was found to have these instructions."""
+    """Whether `allows_wgmma` has found these instructions on a device."""
     return type(Device[device_name].renderer) is HopperRenderer
 
 
-# -- statements. Places are bytes from the beginning of the kernel's memory, barriers the places they lie at -----------
+# -- statements. A place is a byte offset in the kernel's threadgroup memory; a barrier is given by its place ----------
 
 
 def statement(text: str, *operands: UOp) -> UOp:
@@ -159,8 +161,8 @@ def declare() -> UOp:
 
 @dataclass(frozen=True)
 class Box:
-    """What one copy fetches of a matrix of float16: `dims` of `sizes`, the innermost first, of which it takes `box`.
-    `strides`: bytes from one to the next, of all dimensions but the innermost, whose values are neighbours."""
+    """The box that one copy fetches from a float16 matrix with dimensions of `sizes`, innermost first. `strides`: in
+    bytes, of all dimensions but the innermost, whose values are contiguous."""
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
@@ -168,7 +170,7 @@ class Box:
 
 
 def describe(warp: int, place: int, target: UOp, matrix: UOp, box: Box, *after: UOp) -> UOp:
-    """Write the map of a matrix to `target`, by one warp; 128 bytes at `place` are its own."""
+    """Let one warp write the map of a matrix to `target`. It uses 128 bytes at `place`."""
     fields = [CONSTANT.format("rank", len(box.sizes) - 1)]
     for i, (size, taken) in enumerate(zip(box.sizes, box.box, strict=True)):
         fields += [
@@ -185,33 +187,34 @@ def describe(warp: int, place: int, target: UOp, matrix: UOp, box: Box, *after: 
 
 
 def make_barriers(place: int, count: int, first: int, second: int, *after: UOp) -> UOp:
-    """`count` barriers from `place` on that await `first` arrivals, and as many behind them that await `second`."""
+    """`count` barriers from `place` on that expect `first` arrivals, followed by `count` that expect `second`."""
     return statement(BARRIERS.format(at=place, count=count, first=first, second=second), *after)
 
 
 def meet(*after: UOp) -> UOp:
-    """A barrier of all threads of the cluster."""
+    """A barrier for all threads of the cluster."""
     return statement(MEET, *after)
 
 
 def acquire_map(target: UOp, *after: UOp) -> UOp:
-    """What others wrote of a map is seen by the copies of this thread behind it."""
+    """Make a map that others wrote visible to this thread's copies after it."""
     return statement(ACQUIRE_MAP, target, *after)
 
 
 def wait(barrier: UOp, parity: UOp, *after: UOp) -> UOp:
-    """The phase of this parity has ended; of a new barrier the one before the first has."""
+    """Wait until the phase of this parity has ended. For a new barrier, the phase before the first one has."""
     return statement(WAIT, barrier, parity, *after)
 
 
 def expect(barrier: UOp, num_bytes: int, *after: UOp) -> UOp:
-    """Arrive, with so many bytes to come before the phase ends."""
+    """Arrive, and let the phase end only after `num_bytes` more bytes have come."""
     return statement(EXPECT % num_bytes, barrier, *after)
 
 
 def fetch(place: UOp, target: UOp, barrier: UOp, at: Sequence[UOp], *after: UOp, is_shared: bool = False) -> UOp:
-    """Begin to fetch the box of a map that begins `at`, the innermost dimension first; its bytes count on the barrier.
-    Shared, both threadgroups of the cluster get it, at the same place and on the same barrier of theirs."""
+    """Start to fetch a map's box that begins `at`, innermost dimension first; its bytes count on the barrier. If
+    shared, both threadgroups of the cluster get it, each at the same place and on the same barrier of its own
+    memory."""
     rank, last = len(at), 3 + len(at)
     coordinates = ", ".join(f"%{3 + i}" for i in range(rank))
     operands = ", ".join(f'"r"({{{3 + i}}})' for i in range(rank))
@@ -224,7 +227,7 @@ def fetch(place: UOp, target: UOp, barrier: UOp, at: Sequence[UOp], *after: UOp,
 
 
 def copy_async(place: UOp, source: UOp, is_wanted: UOp, *after: UOp) -> UOp:
-    """Begin to move 16 bytes from device memory, by the thread itself; zeros where they are not wanted."""
+    """cp.async: start to copy 16 bytes from device memory, without the copy engine; zeros if not `is_wanted`."""
     return statement(COPY, place.cast(I32), source, is_wanted.where(UOp.const(16, I32), 0), *after)
 
 
@@ -234,12 +237,13 @@ def store_words(place: UOp, words: Sequence[UOp], *after: UOp) -> UOp:
 
 
 def arrive_copies(*after: UOp) -> UOp:
-    """All copies have arrived, those of all threads, and what they stored: a barrier."""
+    """A barrier: the copies and stores of all threads have arrived, and wgmma sees them."""
     return UOp(Ops.BARRIER, src=(statement(ARRIVE_COPIES, *after),))
 
 
 def arrive(barrier: UOp, is_one: UOp, *after: UOp, threadgroup: UOp | None = None) -> UOp:
-    """The threads that `is_one` chooses arrive at a barrier; of a threadgroup of the cluster, where one is told."""
+    """The threads with `is_one` arrive at a barrier: their own threadgroup's, or that of `threadgroup` in the
+    cluster."""
     if threadgroup is None:
         return statement(ARRIVE, barrier, is_one, *after)
     return statement(ARRIVE_THERE, barrier, is_one, threadgroup, *after)
@@ -248,9 +252,9 @@ def arrive(barrier: UOp, is_one: UOp, *after: UOp, threadgroup: UOp | None = Non
 def multiply_wgmma(
     type_name: str, left: UOp, right: UOp, sums: UOp, pending: int, *after: UOp, is_fresh: bool = False
 ) -> UOp:
-    """Begin to add to the registers `sums` (fresh: to zeros) the product of tiles at places, left (64 x 64) and right
-    (8 n x 64). Wait until all but the `pending` latest products are done. Of the n blocks' sums a lane holds as many as
-    of n blocks of `TileMma.add`."""
+    """Start to add the product of two tiles, left (64 x 64) and right (8 n x 64), to the registers `sums` (fresh: to
+    zeros), and wait until all but the `pending` latest products are done. A lane holds the same sums of the n blocks as
+    with `TileMma.add`."""
     count = sums.max_numel()
     a, b = DESCRIPTOR % count, DESCRIPTOR % (count + 1)
     lines = [FENCE, f"{{{{ unsigned long long a = {a}, b = {b};"]
@@ -262,8 +266,8 @@ def multiply_wgmma(
 
 
 def weigh_wgmma(type_name: str, weights: Sequence[Sequence[UOp]], right: UOp, sums: UOp, *after: UOp) -> UOp:
-    """Add to the registers `sums` weights @ right, a tile (16 rows for each four words of weights, 64 columns) at a
-    place. The words are a lane's of `TileMma.weights`."""
+    """Add weights @ right to the registers `sums`. right: a tile of 64 columns, with 16 rows for each four words of
+    weights. The words are those of `TileMma.weights`."""
     count, words = sums.max_numel(), [word for four in weights for word in four]
     first = count + len(words)
     lines = [FENCE, f"{{{{ unsigned long long b = {DESCRIPTOR % first};"]
@@ -277,7 +281,7 @@ def weigh_wgmma(type_name: str, weights: Sequence[Sequence[UOp]], right: UOp, su
 
 
 def _product(type_name: str, count: int, operands: str, inputs: str) -> str:
-    """One instruction, of 16 columns."""
+    """The text of one instruction, for 16 columns."""
     sums = ", ".join(f"%{i}" for i in range(count))
     return (
         f'asm volatile("wgmma.mma_async.sync.aligned.m64n{count * 2}k16.f32.{type_name}.{type_name} '
@@ -290,23 +294,23 @@ def _registers(count: int) -> str:
 
 
 def _wait_for(pending: int, count: int) -> str:
-    """Where none is pending, the sums may be read behind it."""
+    """The text of waiting for all but `pending` products. If none is pending, the sums may be read after it."""
     registers = f" : {_registers(count)} :" if pending == 0 else " ::"
     return f'asm volatile("wgmma.wait_group.sync.aligned {pending};"{registers}: "memory");'
 
 
 def finish_wgmma(sums: UOp, *after: UOp) -> UOp:
-    """All products are done, and `sums` may be read, by `read_sums`."""
+    """Wait until all products are done. Then `read_sums` may read `sums`."""
     count = sums.max_numel()
     return statement(_wait_for(0, count), *[sums[i] for i in range(count)], *after)
 
 
 def read_sums(sums: UOp, *after: UOp) -> list[UOp]:
-    """The registers' values behind statements, which tinygrad's own loads do not heed."""
+    """The registers' values after statements; tinygrad does not order its own loads after them."""
     return [UOp(Ops.CUSTOM, F32, src=(sums[i], *after), arg="(*{0})") for i in range(sums.max_numel())]
 
 
 def uniform(value: UOp) -> UOp:
-    """The first lane's value, which the compiler then knows to be all lanes': products do not go on over a branch that
-    might part the lanes. tinygrad knows nothing of how large it may be."""
+    """The first lane's value, which the compiler then knows to be the same in all lanes: products do not stay in flight
+    across a branch that may diverge. tinygrad knows no bounds of the result."""
     return UOp(Ops.CUSTOM, dtypes.int, src=(UOp.const(0, I32) + value,), arg="__shfl_sync(0xffffffffu, {0}, 0)")

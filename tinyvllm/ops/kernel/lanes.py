@@ -1,7 +1,7 @@
-"""What kernels of GPUs are made of beyond kernel.py: sums across lanes, carried registers, matrix units.
+"""The building blocks of GPU kernels, beside body.py: sums across lanes, carried registers, matrix units.
 
-Two things differ by the kind of device, and both live here: how a lane's value reaches another lane, and which elements
-of a matrix product a lane holds. A device without either (OpenCL) takes the general kernels of gpu.py.
+Two things depend on the kind of device, and both are here: how a lane gets another lane's value, and which elements of
+a matrix product a lane holds. A device without either (OpenCL) takes the general kernels of ops/gpu/backend.py.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from tinygrad.uop.ops import Ops
 from tinyvllm.device.recording import AWAIT_PREVIOUS
 from tinyvllm.ops.kernel.body import F32, Body, balanced
 
-LANES = 32  # threads that run in step: CUDA's warp, METAL's simdgroup
+LANES = 32  # threads that run in lockstep: CUDA's warp, METAL's simdgroup
 SHARED_BYTES = 32 << 10  # threadgroup memory that every device has (METAL's limit; CUDA has 48 KiB)
 
 
 class VectorType(DType):
-    """A type of CUDA's that is one value to tinygrad."""
+    """A CUDA vector type that tinygrad sees as one value."""
 
     def __repr__(self) -> str:
         return f"VectorType({self.name})"
 
 
 SHUFFLES = {"CUDA": "__shfl_xor_sync(0xffffffffu,{0},%d)", "METAL": "simd_shuffle_xor({0},%d)"}
-HALF_PAIR = 0x64006400  # two halves of 1024, whose last bit is worth 1
-# word & mask | bits as one instruction, which has room for one constant only
+HALF_PAIR = 0x64006400  # two float16 of 1024, whose lowest mantissa bit is worth 1
+# word & mask | bits as one instruction; the compiler keeps one of the two constants in a register
 AND_OR = (
     '[](uint w){{{{ uint d; asm("lop3.b32 %0, %1, {0:#x}, {1:#x}, 0xea;" : "=r"(d) : "r"(w)); return d; }}}}({{0}})'
 )
@@ -54,15 +54,15 @@ MATRIX_DIMS = {"CUDA": (8, 16, 16), "METAL": (8, 8, 8)}
 
 @dataclass(frozen=True)
 class Lanes:
-    """A kind of device whose lanes exchange values. Hashable: part of the kernels' keys."""
+    """A kind of device whose lanes can exchange values. Hashable, because it is part of the kernels' cache keys."""
 
     kind: str  # CUDA or METAL
-    matrix_dtypes: tuple[DType, ...] = ()  # operands that its matrix unit multiplies with float32 sums
-    is_chained: bool = False  # a kernel may be launched before the one before it has ended: see gpu_graph
+    matrix_dtypes: tuple[DType, ...] = ()  # operands of its matrix unit with float32 sums
+    is_chained: bool = False  # a kernel may start before the previous one has ended: see `await_previous`
 
     def shuffle(self, value: UOp, mask: int) -> UOp:
-        """The float32 `value` of the lane whose number differs by the bits of `mask`."""
-        # CUSTOM and not CUSTOMI: evaluated once, into a variable
+        """The float32 `value` of the lane whose number differs in the bits of `mask`."""
+        # CUSTOM, not CUSTOMI: it is evaluated once, into a variable
         return UOp(Ops.CUSTOM, F32, src=(value,), arg=SHUFFLES[self.kind] % mask)
 
     def sum(self, value: UOp, masks: Sequence[int] = (16, 8, 4, 2, 1)) -> UOp:
@@ -79,7 +79,7 @@ class Lanes:
 
 
 def lanes_of(device_name: str) -> Lanes | None:
-    """The lanes of an opened device; None where kernels know no way to exchange their values."""
+    """The lanes of an opened device; None if kernels have no way to exchange values between them."""
     kind = device_name.split(":")[0]
     if kind not in SHUFFLES:
         return None
@@ -97,8 +97,8 @@ def _is_chained(device_name: str) -> bool:
 class Mma:
     """Tiles of out[token, row] += sum over k of x[token, k] * w[row, k] on a device's matrix unit.
 
-    A permutation of k applied to both operands leaves a product as it is. So each lane reads a run of consecutive
-    columns, `slots` runs side by side make a chunk, and no operand passes through threadgroup memory.
+    Permuting k in both operands does not change the product. So each lane reads a run of consecutive columns, `slots`
+    adjacent runs make up a chunk, and no operand passes through threadgroup memory.
     """
 
     kind: str
@@ -116,7 +116,7 @@ class Mma:
 
     @property
     def elements(self) -> int:
-        """Of a tile's sums, those that one lane holds."""
+        """Sums of a tile that one lane holds."""
         return 4 if self.kind == "CUDA" else 2
 
     def row_runs(self, lane: UOp) -> list[tuple[UOp, UOp]]:
@@ -134,14 +134,14 @@ class Mma:
         return [(across, down), (across, down + 1)]
 
     def place(self, lane: UOp, element: int | UOp) -> tuple[UOp, UOp]:
-        """(token, row) in the tile of a lane's sum."""
+        """(token, row) of a lane's sum in the tile."""
         if self.kind == "CUDA":
             return lane % 4 * 2 + element % 2, lane // 4 + element // 2 * 8
         across, down = _metal_place(lane)
         return across, down + element
 
     def head(self, lane: UOp) -> UOp:
-        """The row of the left operand, and of the sums, that a lane holds first."""
+        """The first row of the left operand, and of the sums, that a lane holds."""
         return lane // 4 if self.kind == "CUDA" else _metal_place(lane)[0]
 
     def column(self, lane: UOp) -> UOp:
@@ -150,24 +150,25 @@ class Mma:
 
     @property
     def row_masks(self) -> tuple[int, ...]:
-        """Which lanes hold the same row: `Lanes.sum` over these adds up a row."""
+        """Masks that connect the lanes of the same row: `Lanes.sum` with these adds up a row."""
         return (1, 2) if self.kind == "CUDA" else (1, 8)
 
     @property
     def slot_masks(self) -> tuple[int, ...]:
-        """Which lanes hold the sums of one row of w with the tokens below `slots`: `Lanes.sum` over these adds them."""
+        """Masks that connect the lanes that hold one row of w's sums with the tokens below `slots`: `Lanes.sum` with
+        these adds them."""
         return (1,) if self.kind == "CUDA" else (2, 4, 16)
 
     def to_halves(self, word: UOp, mask: int) -> UOp:
-        """A word of two halves: 1024 + each of the two small integers of `word & mask`."""
+        """A word of two float16: 1024 + each of the two small integers of `word & mask`."""
         if self.kind == "CUDA":
             return UOp(Ops.CUSTOM, dtypes.uint, src=(word,), arg=AND_OR.format(mask, HALF_PAIR))
         return (word & mask) | HALF_PAIR
 
-    # a pair: two values of float16, on CUDA in one word
+    # a pair: two float16 values, on CUDA in one word
 
     def byte_pair(self, word: UOp, which: int, above: int) -> UOp:
-        """Bytes 2 * which and 2 * which + 1 of a word, each with the byte `above` it, as one word."""
+        """Bytes 2 * which and 2 * which + 1 of a word, each extended by `above` as its high byte, as one word."""
         if self.kind == "CUDA":
             selector = 0x4342 if which else 0x4140
             return UOp(Ops.CUSTOM, dtypes.uint, src=(word,), arg=PERMUTE % (above * 0x01010101, selector))
@@ -175,11 +176,11 @@ class Mma:
         return (moved & 0xFF) | ((moved & 0xFF00) << 8) | (above << 8 | above << 24)
 
     def pair_of(self, word: UOp) -> tuple[UOp, ...]:
-        """The pair of a word's halves."""
+        """A word's two halves as a pair."""
         return (word,) if self.kind == "CUDA" else tuple(_in_halves([word]))
 
     def both(self, value: UOp | float) -> UOp:
-        """A factor or addend of `fuse`, the same for both of a pair: a constant or a value of float16."""
+        """A factor or addend of `fuse` that is the same for both values of a pair: a constant or a float16."""
         if isinstance(value, UOp):
             return UOp(Ops.CUSTOM, dtypes.uint, src=(value,), arg=BOTH) if self.kind == "CUDA" else value
         if self.kind != "CUDA":
@@ -195,23 +196,23 @@ class Mma:
         return tuple(value * factor if addend is None else value * factor + addend for value in pair)
 
     def load_pairs(self, buffer: UOp, at: UOp, count: int) -> list[UOp]:
-        """`count` neighbours of float16 (a multiple of 8) as the operand that `multiply_pairs` takes."""
+        """`count` neighbors in a float16 buffer (a multiple of 8), as an operand of `multiply_pairs`."""
         if self.kind == "METAL":
             return [buffer[at + i].load() for i in range(count)]
         words = [UOp(Ops.CUSTOM, WORDS, src=(buffer[at + i],), arg=LOAD_WORDS) for i in range(0, count, 8)]
         return [UOp(Ops.CUSTOMI, dtypes.uint, src=(four,), arg=f"{{0}}.{name}") for four in words for name in "xyzw"]
 
     def multiply_pairs(self, body: Body, w: list[list[UOp]], x: list[list[UOp]], start: list[UOp]) -> list[UOp]:
-        """`multiply`, of operands in pairs, onto the elements `start` of a tile's sums."""
+        """Like `multiply`, with operands in pairs; returns a tile's sums, which begin at `start`."""
         if self.kind == "CUDA":
             return self.multiply_words(body, w, x, start)
         sums = self.multiply(w, x, UOp.stack(*start))
         return [sums.index(e) for e in range(self.elements)]
 
     def multiply_words(self, body: Body, w: list[list[UOp]], x: list[list[UOp]], start: Sequence[UOp]) -> list[UOp]:
-        """The elements of a tile's sums that begin at `start`; operands as in `multiply`, in words of two halves.
+        """Like `multiply`, with operands in words of two halves; returns a tile's sums, which begin at `start`.
 
-        On CUDA a statement of our own: tinygrad would take the words apart, and the compiler move every half."""
+        On CUDA this is inline PTX: tinygrad would take the words apart, and the compiler would move every half."""
         if self.kind == "METAL":
             sums = self.multiply([_in_halves(run) for run in w], [_in_halves(run) for run in x], UOp.stack(*start))
             return [sums.index(e) for e in range(self.elements)]
@@ -223,12 +224,12 @@ class Mma:
             lines.append(MULTIPLY_WORDS.format(sums=name, words=words))
             operands += [low[i], high[i], low[i + 1], high[i + 1], right[i], right[i + 1]]
         done = UOp(Ops.CUSTOM, dtypes.void, src=tuple(operands), arg="\n".join(lines))
-        # the zero is not rendered: it says that there is one value
+        # the zero is not rendered: it tells tinygrad the shape, one value
         zero = UOp.const(0.0, F32)
         return [UOp(Ops.CUSTOM, F32, src=(zero, done), arg=f"{name}_{e}") for e in range(self.elements)]
 
     def multiply(self, w: list[list[UOp]], x: list[list[UOp]], sums: UOp) -> UOp:
-        """Add the product of one chunk: w the lane's `row_runs`, x its `token_runs`, values of `dtype`."""
+        """Add the product of one chunk to `sums`. w: the lane's `row_runs`, x: its `token_runs`, both of `dtype`."""
         if self.kind == "METAL":
             for a, b, c, d in zip(x[0], x[1], w[0], w[1], strict=True):
                 sums = self.tile((a, b), (c, d), sums)
@@ -240,7 +241,7 @@ class Mma:
         return sums
 
     def tile(self, left: Sequence[UOp], right: Sequence[UOp], sums: UOp) -> UOp:
-        """One instruction. CUDA: left are rows; METAL: left are tokens."""
+        """One instruction. The left operand is rows of w on CUDA, and tokens on METAL."""
         return UOp.wmma(UOp.stack(*left), UOp.stack(*right), sums, MATRIX_DIMS[self.kind], self.kind, LANES)
 
 
@@ -254,19 +255,20 @@ def _metal_place(lane: UOp) -> tuple[UOp, UOp]:
     return quad // 4 % 2 * 4 + lane // 2 % 4, quad // 2 % 2 * 4 + lane % 2 * 2
 
 
-# -- the kernel before -------------------------------------------------------------------------------------------------
+# -- dependent launch --------------------------------------------------------------------------------------------------
 
 
 def await_previous(lanes: Lanes, *buffers: UOp, ahead: Iterable[UOp] = ()) -> tuple[UOp, ...]:
-    """The buffers, to be read when the kernels before this one have ended. Where kernels are chained, every kernel of
-    ours passes what it reads through here, once, but for what no kernel of a step writes: weights, the host's words.
+    """The buffers, which may be read once the previous kernels have ended. With CUDA's programmatic dependent launch,
+    each of our kernels passes its inputs through here, once, except those that no kernel of a step writes: weights and
+    the step's inputs.
 
-    `ahead`: values of such, whose loads are under way while the kernel waits. Elsewhere the compiler, which knows no
-    latency, leaves them to where they are used."""
+    `ahead`: values of such inputs, to be loaded while the kernel waits. Otherwise the compiler, which does not know of
+    the wait, would load them where they are used."""
     if not lanes.is_chained:
         return buffers
     loads = dict.fromkeys(uop for value in ahead for uop in value.toposort() if uop.op is Ops.LOAD)
-    # behind a barrier, because tinygrad does not heed a statement of ours as something to come after
+    # after a barrier, because tinygrad does not order loads after a CUSTOM statement
     ready = UOp(Ops.BARRIER, src=(UOp(Ops.CUSTOM, dtypes.void, src=tuple(loads), arg=CHAIN),))
     return tuple(buffer.after(ready) for buffer in buffers)
 
@@ -275,27 +277,27 @@ def await_previous(lanes: Lanes, *buffers: UOp, ahead: Iterable[UOp] = ()) -> tu
 
 
 def warps(body: Body, count: int) -> UOp | int:
-    """An axis over the warps of a threadgroup; 0 where there is one."""
+    """An axis over the warps of a threadgroup; 0 if there is only one."""
     return body.threads(count) if count > 1 else 0
 
 
 def grid(body: Body, count: int) -> UOp | int:
-    """An axis over threadgroups; 0 where there is one."""
+    """An axis over threadgroups; 0 if there is only one."""
     return body.grid(count) if count > 1 else 0
 
 
 def axes_of(*axes: UOp | int) -> tuple[UOp, ...]:
-    """Those that are axes."""
+    """Those of `axes` that are axes and not the constant 0."""
     return tuple(axis for axis in axes if isinstance(axis, UOp))
 
 
-Step = Callable[[UOp | int, list[UOp]], list[UOp]]
+Iteration = Callable[[UOp | int, list[UOp]], list[UOp]]  # (iteration, old values) -> new values
 
 
-def carry(body: Body, init: Sequence[UOp], count: int | UOp, outer: Sequence[UOp], step: Step) -> list[UOp]:
-    """Values carried in float32 registers over a loop: `step(iteration, old) -> new`, from `init`; the last ones.
+def carry(body: Body, init: Sequence[UOp], count: int | UOp, outer: Sequence[UOp], step: Iteration) -> list[UOp]:
+    """Carry values through a loop in float32 registers, from `init`: new = step(iteration, old). Returns the last ones.
 
-    `outer`: the axes and loops around it. A single iteration is written without a loop.
+    `outer`: the axes and loops around this one. A single iteration needs no loop.
     """
     if isinstance(count, int) and count == 1:
         return step(0, list(init))
@@ -310,7 +312,7 @@ def carry(body: Body, init: Sequence[UOp], count: int | UOp, outer: Sequence[UOp
 
 
 def load_floats(buffer: UOp, at: UOp, count: int) -> list[UOp]:
-    """Neighbours as float32: one vector load, or a few."""
+    """Neighbors as float32, by one vector load or a few."""
     return [buffer[at + i].load().cast(F32) for i in range(count)]
 
 

@@ -1,7 +1,7 @@
-"""Tiles of threadgroup memory for the matrix unit: how they are filled, and how a lane reads its operands out of them.
+"""Tiles in threadgroup memory for the matrix unit: how they are filled, and how a lane reads its operands from them.
 
-A tile is (rows, 32) values of 16 bits: buffers of float16, in which bfloat16 travels as its bits. CUDA has instructions
-of its own for either way, which tinygrad does not know: they are written as they are.
+A tile is (rows, 32) values of 16 bits, in a float16 buffer; bfloat16 is stored as its bits. CUDA has instructions for
+filling and for reading (cp.async, ldmatrix) that tinygrad does not know: they are inline PTX.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ PTX_NAMES = {dtypes.half: "f16", dtypes.bfloat16: "bf16"}
 
 FLOATS = VectorType(20, 128, "float4", None)
 
-Operands = (
-    list[list[UOp]] | list[UOp]
-)  # what a lane feeds: values by instruction, or on CUDA words of two, four at once
+# what a lane feeds: values for each instruction, or on CUDA words of two values, four words at once
+Operands = list[list[UOp]] | list[UOp]
 
 
 @dataclass(frozen=True)
 class TileMma:
-    """Products of tiles, sums[l, r] += sum over 32 columns of left[l, c] * right[r, c], by blocks of an instruction."""
+    """Products of tiles: sums[l, r] += sum over 32 columns c of left[l, c] * right[r, c], in blocks of one
+    instruction."""
 
     mma: Mma
 
@@ -68,24 +68,24 @@ class TileMma:
 
     @property
     def elements(self) -> int:
-        """Sums of a block that a lane holds."""
+        """Sums of a block that one lane holds."""
         return self.mma.elements
 
     @property
     def slot_cols(self) -> int:
-        """Columns of a slot, which one lane reads at once."""
+        """Columns of a slot, the columns that a lane reads at once."""
         return TILE_COLS // self.mma.slots
 
     def place(self, lane: UOp, element: int) -> tuple[UOp, UOp]:
-        """(left row, right row) of a lane's sum in the block. Elements 2i and 2i + 1 are neighbours in a left row."""
+        """(left row, right row) of a lane's sum in the block. Elements 2i and 2i + 1 are neighbors in a left row."""
         if self.is_cuda:
             return lane // 4 + element // 2 * 8, lane % 4 * 2 + element % 2
         return self.mma.place(lane, element)
 
     def add(self, left: Operands, right: Operands, sums: UOp, first: int) -> UOp:
-        """Add the product of a left and a right block to the registers `sums` from `first` on: a statement.
+        """A statement that adds the product of a left and a right block to the registers `sums` from `first` on.
 
-        It comes behind the loop or the stores that `sums` names, and can itself be waited for by a loop's end alone."""
+        It comes after the loop or the stores that `sums` is after, and only the end of a loop can wait for it."""
         places = [sums[first + e] for e in range(self.elements)]
         if self.is_cuda:
             operands = (*places, *left, *right)
@@ -95,7 +95,7 @@ class TileMma:
         return UOp.group(*[place.store(value) for place, value in zip(places, new, strict=True)])
 
     def sum(self, left: Operands, right: Operands, sums: list[UOp]) -> list[UOp]:
-        """`sums` and the product of a left and a right block."""
+        """`sums` plus the product of a left and a right block."""
         if self.is_cuda:
             lines = _multiplications(["c.x", "c.y", "c.z", "c.w"], len(left), len(sums), self.mma)
             block = UOp(Ops.CUSTOM, FLOATS, src=(*sums, *left, *right), arg=MULTIPLY_FLOATS % lines)
@@ -108,19 +108,19 @@ class TileMma:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def at(self, row: UOp, slot: UOp | int) -> UOp:
-        """Where a slot of a row lies. CUDA reads one slot of eight rows at a time, and copies all slots of some rows:
-        neither way may two of them share banks."""
+        """The index of a row's slot. CUDA reads one slot of eight rows at a time, and copies all slots of a few rows;
+        the exclusive or avoids bank conflicts in both."""
         if self.is_cuda:
             slot = slot ^ (row // 2 % 4)
         return row * TILE_COLS + slot * self.slot_cols
 
     def left(self, tile: UOp, base: UOp | int, first_row: UOp | int, lane: UOp, *after: UOp) -> Operands:
-        """The lane's operands of the block that begins at `first_row` of the tile at `base`; read behind `after`, which
-        only CUDA needs beside what `tile` itself comes behind."""
-        if self.is_cuda:  # quarters: rows, rows + 8, then both at the next eight columns
+        """The lane's operands for the block that begins at `first_row` of the tile at `base`. They are read after
+        `after`; METAL needs only what `tile` itself is after."""
+        if self.is_cuda:  # the four 8 x 8 matrices: rows, rows + 8, then the same at the next eight columns
             row = first_row + lane % 16
             return [read_matrices(tile[base + self.at(row, k * 2 + lane // 16)], *after) for k in range(2)]
-        # permuting a product's terms in both operands changes nothing: each lane's slots are whole runs of neighbours
+        # permuting columns in both operands does not change the product: each lane's slots are runs of neighbors
         return self._runs(tile, base, first_row, self.mma.token_runs(lane))
 
     def right(self, tile: UOp, base: UOp | int, first_row: UOp | int, lane: UOp, *after: UOp) -> Operands:
@@ -131,7 +131,8 @@ class TileMma:
     def transposed(
         self, tile: UOp, base: UOp | int, first_row: UOp | int, first_col: int, lane: UOp, *after: UOp
     ) -> Operands:
-        """The right operand of 8 columns from `first_col` on and 32 rows: what `weights` of those rows multiply."""
+        """The right operand of 8 columns from `first_col` on and 32 rows, to be multiplied by `weights` of those
+        rows."""
         if self.is_cuda:
             start = tile[base + self.at(first_row + lane, first_col // self.slot_cols)]
             return [read_matrices(start, *after, transposed=True)]
@@ -140,7 +141,7 @@ class TileMma:
         return [[self.decode(tile[start + e].load()) for e in range(2)] for start in starts]
 
     def weights(self, blocks: list[list[UOp]]) -> Operands:
-        """Four blocks of sums side by side as a left operand of 32 columns: they lie in the right lanes already."""
+        """Four adjacent blocks of sums as a left operand of 32 columns; each value is in the right lane already."""
         if not self.is_cuda:
             return [[value.cast(self.mma.dtype) for value in block] for block in blocks]
         pairs = [[pack_words(block[e], block[e + 1]) for e in (0, 2)] for block in blocks]
@@ -169,7 +170,7 @@ class TileMma:
         values: Sequence[UOp],
         is_wanted: UOp | None = None,
     ) -> list[UOp]:
-        """Stores of whole slots of a row, where they are wanted (None: everywhere)."""
+        """Stores of whole slots of a row, if `is_wanted` (None: always)."""
         stores, width = [], self.slot_cols
         for i in range(0, len(values), width):
             start = base + self.at(row, first_slot + i // width)
@@ -179,18 +180,18 @@ class TileMma:
         return stores
 
 
-# -- what only CUDA has ------------------------------------------------------------------------------------------------
+# -- CUDA only ---------------------------------------------------------------------------------------------------------
 
 
 def read_matrices(start: UOp, *after: UOp, transposed: bool = False) -> UOp:
-    """Four words of a lane, of four matrices of 8 x 8: lane l names row l % 8 of matrix l / 8, and its word of a matrix
-    holds two neighbours in row l / 4; transposed, in column l / 4."""
+    """ldmatrix: a lane's four words, one of each of four 8 x 8 matrices. Lane l passes the address of row l % 8 of
+    matrix l / 8; its word holds two neighbors of row l / 4, or of column l / 4 if transposed."""
     return UOp(Ops.CUSTOM, WORDS, src=(start, *after), arg=READ % (".trans" * transposed))
 
 
 def _multiplications(sums: list[str], count: int, first: int, mma: Mma) -> str:
-    """sums (16 x 8) += left, `count` blocks of (16 x 16) side by side, times right, blocks of (8 x 32): the operands
-    from number `first` on."""
+    """The text of sums (16 x 8) += left * right. left: `count` adjacent blocks of (16 x 16), right: blocks of (8 x 32);
+    they are the operands from number `first` on."""
     name, lines = PTX_NAMES[mma.dtype], []
     for k in range(count):
         words = ("x", "y") if k % 2 == 0 else ("z", "w")
@@ -200,31 +201,33 @@ def _multiplications(sums: list[str], count: int, first: int, mma: Mma) -> str:
 
 
 def copy_piece(target: UOp, source: UOp, is_wanted: UOp | None, *after: UOp) -> UOp:
-    """Begin to move 16 bytes from device to threadgroup memory; zeros where they are not wanted (None: they are)."""
+    """Start to copy 16 bytes from device to threadgroup memory; zeros if not `is_wanted` (None: always wanted)."""
     whole = UOp.const(16, dtypes.int)
     size = whole if is_wanted is None else is_wanted.where(whole, 0)
-    names_type = UOp.const(0.0, F16)  # a type whose values no statement names is not declared
+    names_type = UOp.const(
+        0.0, F16
+    )  # makes tinygrad declare float16, as some operand has it
     return UOp(Ops.CUSTOM, dtypes.void, src=(target, source, size, names_type, *after), arg=COPY)
 
 
 def commit(*copies: UOp) -> UOp:
-    """The copies begun since the last commit are one group."""
+    """Make the copies since the last commit one group."""
     return UOp(Ops.CUSTOM, dtypes.void, src=copies, arg=COMMIT)
 
 
 def arrival(pending: int, *after: UOp) -> UOp:
-    """All but the `pending` latest groups have arrived, those of all threads: a barrier."""
+    """A barrier: all but the `pending` latest groups of copies have arrived, those of all threads."""
     waited = UOp(Ops.CUSTOM, dtypes.void, src=after, arg=WAIT % pending)
     return UOp(Ops.BARRIER, src=(waited,))
 
 
-def together(*parts: UOp) -> UOp:
-    """Stores and other statements as one; a group may hold stores alone."""
-    return UOp(Ops.NOOP, dtypes.void, src=parts)
+def together(*statements: UOp) -> UOp:
+    """Group stores and other statements; `UOp.group` takes stores only."""
+    return UOp(Ops.NOOP, dtypes.void, src=statements)
 
 
 def pack_words(low: UOp, high: UOp) -> UOp:
-    """Two float32 values rounded to float16, as one word."""
+    """Two float32 values, rounded to float16, in one word."""
     return UOp(Ops.CUSTOM, dtypes.uint, src=(low, high, UOp.const(0.0, F16)), arg=PACK)
 
 
@@ -232,7 +235,7 @@ def pack_words(low: UOp, high: UOp) -> UOp:
 
 
 def quick_silu(x: UOp, kind: str) -> UOp:
-    """x * sigmoid(x) with the device's quick division, good to two units in the last place of float32."""
+    """x * sigmoid(x) with the device's fast division, accurate to 2 ulp of float32."""
     divisor = (x * -LOG2E).exp2() + 1.0
     if kind != "CUDA":
         return x / divisor
@@ -240,10 +243,10 @@ def quick_silu(x: UOp, kind: str) -> UOp:
 
 
 def quick_exp2(x: UOp, mma: TileMma) -> UOp:
-    """2**x by the device's own approximation, good to two units in the last place; 0 far below."""
+    """2**x by the device's approximation, accurate to 2 ulp; very negative x gives 0."""
     return UOp(Ops.CUSTOM, F32, src=(x,), arg=EXP2) if mma.is_cuda else x.exp2()
 
 
 def quick_maximum(a: UOp, b: UOp, mma: TileMma) -> UOp:
-    """The greater of two numbers, by one instruction; tinygrad's is two."""
+    """The maximum of two numbers in one instruction; tinygrad's takes two."""
     return UOp(Ops.CUSTOMI, F32, src=(a, b), arg="fmaxf({0}, {1})") if mma.is_cuda else a.maximum(b)

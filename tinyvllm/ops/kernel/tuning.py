@@ -1,8 +1,8 @@
-"""Choices that were measured: for a kernel's spec the values of its knobs, by chip, kept in a file from run to run.
+"""Tuned choices: the fastest measured values of a kernel's knobs, by kernel spec, in one file per chip.
 
-A spec has rules of its own for how its kernel is cut (tiles, splits, loads ahead). A knob is such a rule that a search
-may overrule. What a kernel computes never hangs on a knob, only how fast; so the file is data, and a stale or foreign
-one costs time at worst. Searching is execution/tune.py's.
+A spec has rules that choose the shape of its kernel (tiles, splits, loads ahead). A knob is a rule that a search may
+overrule. A knob changes how fast a kernel is, never what it computes, so an outdated or foreign file costs time at
+worst. The search is in execution/tune.py.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ Chosen = tuple[tuple[str, int], ...]  # (knob, value), by name
 
 @dataclass(frozen=True, kw_only=True)
 class Tunable:
-    """A kernel's spec whose rules may be overruled. Subclasses list `knobs` and ask `knob` where a rule decides."""
+    """A kernel spec with knobs. Subclasses list them in `knobs`, and call `knob` wherever a rule decides."""
 
     chosen: Chosen = field(default=(), repr=False)
 
     def knob(self, name: str, rule: int) -> int:
-        """The chosen value, or else the rule's."""
+        """The chosen value, or else the value of the rule."""
         return next((value for key, value in self.chosen if key == name), rule)
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
-        """For each knob the values worth a try; those that the spec cannot have are sorted out by `is_possible`."""
+        """The values worth trying, for each knob. `is_possible` rejects those that do not suit the spec."""
         return {}
 
     def is_possible(self) -> bool:
-        """Whether a kernel can be made with these choices."""
+        """Whether a kernel can be made with the chosen values."""
         return True
 
 
@@ -49,10 +49,10 @@ AnySpec = TypeVar("AnySpec", bound=Tunable)
 
 @dataclass
 class Choices:
-    """What was chosen on one chip. `bad`: candidates that faulted, hung or answered wrong, which no search tries again.
-    `searched`: names of the steps that a search has been over.
+    """The choices for one chip. `bad`: candidates that faulted, hung or gave wrong results, which no search tries
+    again. `searched`: names of the steps that a search has finished.
 
-    `asked` collects the specs of the steps that are being traced, while `watching`."""
+    `asked` collects the specs of the steps that are traced while `watching`."""
 
     path: Path | None = None
     chosen: dict[str, Chosen] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Choices:
     asked: dict[str, Tunable] | None = None
 
     def choose(self, spec: AnySpec) -> AnySpec:
-        """The spec with what was chosen for it."""
+        """The spec with the values that were chosen for it."""
         if not spec.knobs():
             return spec
         key = spec_key(spec)
@@ -72,7 +72,7 @@ class Choices:
 
     @contextmanager
     def watching(self) -> Iterator[dict[str, Tunable]]:
-        """Collect the specs that are asked for inside."""
+        """Collect the specs that are passed to `choose` inside the context."""
         self.asked = {}
         try:
             yield self.asked
@@ -81,11 +81,11 @@ class Choices:
 
     @property
     def digest(self) -> str:
-        """A name for all choices together: steps that were traced with others are other steps."""
+        """A hash of all choices, part of a recorded step's name: a step traced with other choices is another step."""
         return hashlib.sha256(repr(sorted(self.chosen.items())).encode()).hexdigest()[:16]
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         if self.path is None:
             return
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ class Choices:
 
 
 def load_choices(path: Path) -> Choices:
-    """The file's choices; none, with a warning, where it cannot be read."""
+    """The file's choices; none, with a warning, if it cannot be read."""
     try:
         data = json.loads(path.read_text())
         chosen = {str(key): _checked(value) for key, value in data["chosen"].items()}
@@ -117,12 +117,12 @@ def _checked(value: Any) -> Chosen:
 
 
 def spec_key(spec: Tunable) -> str:
-    """A spec's name in the file: all its fields but what was chosen."""
+    """A spec's key in the file: a hash of all its fields but `chosen`."""
     return f"{type(spec).__name__}-{hashlib.sha256(repr(spec).encode()).hexdigest()[:24]}"
 
 
 def candidates(spec: AnySpec) -> Iterator[AnySpec]:
-    """The spec as it is, and with one knob after another turned to each of its values."""
+    """The spec itself, and then with one knob at a time set to each of its other values."""
     yield spec
     for name, values in spec.knobs().items():
         for value in values:
@@ -132,19 +132,19 @@ def candidates(spec: AnySpec) -> Iterator[AnySpec]:
 
 
 def choices_path(root: Path, device: str, hardware: str) -> Path:
-    """The file of one chip and one version of tinygrad, whose compiler decides what is fast."""
+    """The file for one chip and one version of tinygrad, whose code generation affects what is fast."""
     name = re.sub(r"[^a-z0-9]+", "-", f"{device} {hardware} tinygrad {version('tinygrad')}".lower()).strip("-")
     return root / f"{name}.json"
 
 
-current = Choices()  # of this process: `use` sets it before steps are traced
+current = Choices()  # this process's choices; `use` sets them before steps are traced
 
 
 def use(choices: Choices) -> None:
-    """Make these the choices of this process."""
+    """Make `choices` those of this process."""
     current.__dict__.update(choices.__dict__)
 
 
 def choose(spec: AnySpec) -> AnySpec:
-    """The spec with what was chosen for it on this chip."""
+    """The spec with the values that were chosen for it on this chip."""
     return current.choose(spec)

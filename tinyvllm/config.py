@@ -283,7 +283,7 @@ class GrammarSpec:
     def __post_init__(self) -> None:
         if self.kind not in GRAMMAR_KINDS:
             known = ", ".join(GRAMMAR_KINDS)
-            raise RequestError(f"unknown grammar kind {self.kind!r}: choose one of {known}", param=self.param)
+            raise RequestError(f"grammar kind {self.kind!r} is not known; known: {known}", param=self.param)
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def test_callers_messages_are_left_alone() -> None:
     ],
 )
 def test_failing_template_refuses_the_messages(source: str, message: str) -> None:
-    with pytest.raises(RequestError, match=f"(?s)chat template refused the messages.*{message}") as caught:
+    with pytest.raises(RequestError, match=f"(?s)chat template rejected the messages.*{message}") as caught:
         render(source)
     assert caught.value.param == "messages"
 

@@ -272,7 +272,7 @@ def test_missing_scores_are_named() -> None:
         ({"token_type": [1, 1]}, r"token_type has 2 entries, but tokenizer.ggml.tokens has 260"),
         ({"merges": ["a b"]}, r"merges\[0\] is 'a b'"),
         ({"merges": ["ab"]}, r"merges\[0\] is 'ab'"),
-        ({"tokens": ["a", "b", "a"], "token_type": [1, 1, 1]}, r"holds 'a' more than once"),
+        ({"tokens": ["a", "b", "a"], "token_type": [1, 1, 1]}, r"contains 'a' more than once"),
         ({"bos_token_id": 9999, "add_bos_token": True}, r"bos_token_id"),
     ],
 )

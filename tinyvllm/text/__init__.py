@@ -1,1 +1,1 @@
-"""Text in, text out: tokenizers, incremental decoding, stop strings, chat templates. No tinygrad."""
+"""Between text and token ids: tokenizers, incremental decoding, stop strings, chat templates. No tinygrad."""

@@ -1,9 +1,9 @@
-"""Chat templates: messages to the text that a model was trained on.
+"""Chat templates: from messages to the text format that a model was trained on.
 
 Templates come from the model's files or the operator, never from a request, and run in Jinja's sandbox: no access to
-Python's insides, no writing to what they are given, ranges of at most 100,000. The text they make is bounded by
-MAX_CHAT_CHARS. What remains: a hostile template can spend time in nested loops that write nothing, or memory in one
-expression (`"a" * 10**9`), so a template deserves the trust that its model's weights get.
+Python's internals, no changes to their arguments, ranges of at most 100,000. Their output is limited to MAX_CHAT_CHARS.
+The remaining risk: a malicious template can spend time in nested loops without output, or memory in one expression
+(`"a" * 10**9`), so trust a template only as far as the model's weights.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tinyvllm.errors import ModelError, RequestError
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.text import gguf_tokenizer, hf_tokenizer
 
-MAX_CHAT_CHARS = 16 * 1024 * 1024  # of a rendered chat: far more than any context holds
+MAX_CHAT_CHARS = 16 * 1024 * 1024  # of a rendered chat: far more than any context window holds
 
 
 def load_chat_template(files: ModelFiles, override_path: str | Path | None = None) -> ChatTemplate | None:
-    """The model's chat template: that of `override_path` if given, else the model's own; None if there is none.
+    """The chat template in `override_path` if given, else the model's own; None if there is none.
 
-    A directory's chat_template.jinja goes before tokenizer_config.json's chat_template. Raises ModelError for a file
-    that cannot be read and for a template that does not parse.
+    In a directory, chat_template.jinja takes precedence over tokenizer_config.json's chat_template. Raises ModelError
+    for an unreadable file and for a template that does not parse.
     """
     if files.kind == "gguf":
         metadata = GGUFFile(files.path).metadata
@@ -57,7 +57,7 @@ def read_hf_templates(directory: Path) -> dict[str, str]:
     if path.is_file():
         return {"default": read_template_file(path)}
     value = hf_tokenizer.read_json(directory / "tokenizer_config.json").get("chat_template")
-    if isinstance(value, list):  # several, by name
+    if isinstance(value, list):  # several named templates
         return {str(entry["name"]): str(entry["template"]) for entry in value}
     return {} if value is None else {"default": str(value)}
 
@@ -70,11 +70,12 @@ def read_template_file(path: Path) -> str:
 
 
 class ChatTemplate:
-    """A model's templates by name: "default", and for some "tool_use", which serves chats with tools."""
+    """A model's templates by name: "default", and in some models "tool_use" for chats with tools."""
 
     def __init__(self, sources: Mapping[str, str], special_texts: Mapping[str, str], model_name: str) -> None:
         self.sources = dict(sources)
-        self.source = "\n".join(sources.values())  # of all: it shows what the family's messages look like
+        # of all templates, in which the formats of tools and reasoning are recognized
+        self.source = "\n".join(sources.values())
         self._special_texts = dict(special_texts)
         environment = make_environment()
         self._templates: dict[str, jinja2.Template] = {}
@@ -93,10 +94,10 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> str:
-        """The chat as text, special tokens written out: encode it with `Tokenizer.encode_chat`.
+        """The chat as text, with special tokens written out: encode it with `Tokenizer.encode_chat`.
 
-        `kwargs` are further variables of the template. Raises RequestError(param="messages") where the template
-        refuses the messages or fails on them, and for content that is not text.
+        `kwargs` are additional template variables. Raises RequestError(param="messages") if the template rejects the
+        messages or fails on them, and for content that is not text.
         """
         variables = {
             **self._special_texts,
@@ -112,18 +113,18 @@ class ChatTemplate:
                 pieces.append(piece)
                 num_chars += len(piece)
                 if num_chars > MAX_CHAT_CHARS:
-                    raise refuse(f"made more than {MAX_CHAT_CHARS} characters: send fewer or shorter messages")
+                    raise refuse(f"produced more than {MAX_CHAT_CHARS} characters: send fewer or shorter messages")
         except RequestError:
             raise
-        except Exception as error:  # a template can fail in any way that Python code can
-            raise refuse(f"refused the messages: {error or type(error).__name__}") from error
+        except Exception as error:  # a template can raise anything
+            raise refuse(f"rejected the messages: {error or type(error).__name__}") from error
         return "".join(pieces)
 
     def _choose(self, has_tools: bool) -> jinja2.Template:
         name = "tool_use" if has_tools and "tool_use" in self._templates else "default"
         if name not in self._templates:
             known = ", ".join(sorted(self._templates))
-            raise refuse(f"has no version named 'default' (it has {known}): give one with --chat-template")
+            raise refuse(f"has no version named 'default' (it has {known}): set one with --chat-template")
         return self._templates[name]
 
 
@@ -132,7 +133,7 @@ def refuse(what: str) -> RequestError:
 
 
 def flatten_content(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The message with its content as one string: text parts on lines of their own, as in vLLM; none is empty."""
+    """The message with its content as one string: text parts are joined by newlines, as in vLLM; no content is ""."""
     content = message.get("content")
     if content is None:
         return {**message, "content": ""}
@@ -146,17 +147,17 @@ def flatten_content(message: Mapping[str, Any], index: int) -> dict[str, Any]:
         kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (type(part).__name__, None)
         if kind != "text" or not isinstance(text, str):
             what = f"messages[{index}].content has a part of type {kind!r}"
-            raise RequestError(f"{what}: this model takes only text parts", param="messages")
+            raise RequestError(f"{what}: this model accepts text parts only", param="messages")
         texts.append(text)
     return {**message, "content": "\n".join(texts)}
 
 
-# --- What templates may use, as in transformers -----------------------------------------------------------
+# --- Functions and tags for templates, as in transformers --------------------------------------------------------
 # https://github.com/huggingface/transformers/blob/5e43e2e892453b405ce6d2cb94387b3a3213f30a/src/transformers/utils/chat_template_utils.py
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's words for training; here its body stands alone."""
+    """`{% generation %}…{% endgeneration %}` marks the assistant's tokens for training; here only its body counts."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
@@ -183,7 +184,7 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML, which a prompt is not."""
+    """JSON without HTML escapes, which Jinja's own filter adds."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,4 +1,4 @@
-"""Token ids to text as they come: only text that further tokens cannot change."""
+"""Incremental detokenization: emit only text that later tokens cannot change."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tinyvllm.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """The text of one sequence, piece by piece. Owns the bytes of a character that is not yet whole: at most three.
+    """The text of one sequence, piece by piece. Owns the bytes of an incomplete character: at most three.
 
-    What push and flush return, joined, is `tokenizer.decode(ids, ...)` with the same settings; each push takes time
-    in proportion to its own token. By default the sequence continues a prompt, so that a leading space is kept.
+    The results of push and flush, joined, equal `tokenizer.decode(ids, ...)` with the same settings. Each push takes
+    time proportional to its own token. By default the sequence continues a prompt, so a leading space is kept.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, *, is_continuation: bool = True) -> None:
@@ -21,13 +21,13 @@ class Detokenizer:
         self._strips_space = tokenizer.strips_leading_space and not is_continuation
 
     def push(self, token_id: int) -> str:
-        """New text that is certain; empty while a character is incomplete."""
+        """Text that is now final; empty while a character is incomplete."""
         if token_id in self._skipped:
             return ""
         return self._strip(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
 
     def flush(self) -> str:
-        """The rest, once no token follows: U+FFFD for an incomplete character."""
+        """The rest, when no more tokens follow: U+FFFD for an incomplete character."""
         return self._strip(self._decoder.decode(b"", final=True))
 
     def _strip(self, text: str) -> str:

@@ -1,7 +1,7 @@
-"""A tokenizer from GGUF metadata: byte-level BPE (`gpt2`) and SentencePiece's BPE by score (`llama`).
+"""Build a tokenizer from GGUF metadata: byte-level BPE (`gpt2`) or SentencePiece's score-based BPE (`llama`).
 
 Keys and token types: https://github.com/ggml-org/ggml/blob/9d325133eed396b7bf005a53a83d9747cbd8bde1/docs/gguf.md
-(section "Tokenizer"). What a missing key means follows llama.cpp, which wrote most of these files:
+(section "Tokenizer"). Defaults for missing keys follow llama.cpp, which wrote most of these files:
 https://github.com/ggml-org/llama.cpp/blob/00ad355e009e83abf98f96a6ded7193b95763681/src/llama-vocab.cpp
 """
 
@@ -16,14 +16,14 @@ import tokenizers
 from tokenizers import models, normalizers
 
 from tinyvllm.errors import ModelError, UnsupportedModelError
-from tinyvllm.text.parts import SPACE_MARK, TokenizerParts, byte_level_bytes, sentencepiece_bytes
 from tinyvllm.text.pre_tokenizers import find_pre_tokenizer
+from tinyvllm.text.tokenizer_spec import SPACE_MARK, TokenizerSpec, byte_level_bytes, sentencepiece_bytes
 
 MODELS = ("gpt2", "llama")  # values of tokenizer.ggml.model
 
-# Texts that end a turn or a document wherever they are special tokens. Files name one EOS, but a chat model has two
-# or three: Llama 3 ends a turn with <|eot_id|> and a document with <|end_of_text|>. llama.cpp ends at these too, and
-# at tokens of code completion as well (<reponame> in SmolLM2), which end nothing in a chat and are left out here.
+# Texts that end a turn or a document if they are special tokens. Files name one EOS, but a chat model has two or three:
+# Llama 3 ends a turn with <|eot_id|> and a document with <|end_of_text|>. llama.cpp stops at these too, and also at
+# code completion tokens (<reponame> in SmolLM2), which do not end a chat's turn and are omitted here.
 END_TEXTS = frozenset(
     {
         "</s>",
@@ -65,32 +65,32 @@ class Vocabulary:
         return [token_id for token_id, token_type in enumerate(self.types) if token_type in types]
 
 
-def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> TokenizerParts:
-    """Build a tokenizer. Raises UnsupportedModelError for a kind that is not known, ModelError for a broken one."""
+def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> TokenizerSpec:
+    """Build a tokenizer. Raises UnsupportedModelError for an unknown kind, ModelError for invalid metadata."""
     kind = require(metadata, "tokenizer.ggml.model")
     vocabulary = read_vocabulary(metadata)
     if kind == "gpt2":
         pre_tokenizer = find_pre_tokenizer(metadata.get("tokenizer.ggml.pre", "default"))
         backend = tokenizers.Tokenizer(make_byte_level_bpe(metadata, vocabulary, pre_tokenizer.ignore_merges))
         backend.pre_tokenizer = pre_tokenizer.build()
-        spelling, add_bos, add_space = byte_level_bytes, pre_tokenizer.add_bos, False
+        to_bytes, add_bos, add_space = byte_level_bytes, pre_tokenizer.add_bos, False
     elif kind == "llama":
         add_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
         backend = tokenizers.Tokenizer(make_score_bpe(metadata, vocabulary))
-        # the space goes before every stretch of text, so after each special token too
+        # the space is prepended to every segment of text, so after each special token too
         prepend = [normalizers.Prepend(SPACE_MARK)] if add_space else []
         backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE_MARK)])
-        spelling, add_bos = sentencepiece_bytes, True
+        to_bytes, add_bos = sentencepiece_bytes, True
     else:
-        raise UnsupportedModelError(f"tokenizer.ggml.model is {kind!r}, which is not known: known are {MODELS}")
+        raise UnsupportedModelError(f"tokenizer.ggml.model is {kind!r}, which is not known; known: {', '.join(MODELS)}")
 
     bos_id, eos_id, eos_ids = read_ends(metadata, vocabulary)
     add_added_tokens(backend, vocabulary, {*eos_ids, *([] if bos_id is None else [bos_id])})
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
     add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
-    return TokenizerParts(
+    return TokenizerSpec(
         backend=backend,
-        spelling=spelling,
+        to_bytes=to_bytes,
         bos_id=bos_id,
         eos_id=eos_id,
         eos_ids=eos_ids,
@@ -101,7 +101,7 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> TokenizerParts:
 
 
 def read_special_texts(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Texts of the special tokens that chat templates name: bos_token, eos_token, unk_token, those that there are."""
+    """Texts of the special tokens that chat templates use: bos_token, eos_token and unk_token, as far as they exist."""
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     found = {}
     for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown")):
@@ -119,7 +119,7 @@ def require(metadata: Mapping[str, Any], key: str) -> Any:
 
 def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     raw_tokens = require(metadata, "tokenizer.ggml.tokens")
-    # an empty text cannot be looked up: llama.cpp names it so
+    # an empty text cannot be looked up; these are llama.cpp's names for them
     tokens = [str(token) or f"[EMPTY_{token_id}]" for token_id, token in enumerate(raw_tokens)]
     types = [int(token_type) for token_type in metadata.get("tokenizer.ggml.token_type", [])] or [
         int(TokenType.NORMAL)
@@ -128,13 +128,13 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     ids = {token: token_id for token_id, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         double = next(token for token_id, token in enumerate(tokens) if ids[token] != token_id)
-        raise ModelError(f"tokenizer.ggml.tokens holds {double!r} more than once: every token must differ")
+        raise ModelError(f"tokenizer.ggml.tokens contains {double!r} more than once: tokens must be unique")
     return Vocabulary(tokens, types, ids)
 
 
 def check_length(key: str, length: int, expected: int) -> None:
     if length != expected:
-        raise ModelError(f"{key} has {length} entries, but tokenizer.ggml.tokens has {expected}: they must be as many")
+        raise ModelError(f"{key} has {length} entries, but tokenizer.ggml.tokens has {expected}: they must match")
 
 
 # --- Models ----------------------------------------------------------------------------------------------
@@ -146,16 +146,16 @@ def make_byte_level_bpe(metadata: Mapping[str, Any], vocabulary: Vocabulary, ign
         left, space, right = line[1:].partition(" ")  # from the second character: the first may be a space
         left = line[:1] + left
         if not (space and right and {left, right, left + right} <= vocabulary.ids.keys()):
-            raise ModelError(f"tokenizer.ggml.merges[{rank}] is {line!r}, which is not two tokens that make a third")
+            raise ModelError(f"tokenizer.ggml.merges[{rank}] is {line!r}, which is not two tokens that form a third")
         merges.append((left, right))
     return models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=ignore_merges)
 
 
 def make_score_bpe(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> models.BPE:
-    """SentencePiece's BPE: of all neighbours whose joint text is a piece, merge those of the best score first."""
+    """SentencePiece's BPE: of all adjacent pairs whose joint text is a piece, merge the best-scoring piece first."""
     scores = [float(score) for score in require(metadata, "tokenizer.ggml.scores")]
     check_length("tokenizer.ggml.scores", len(scores), len(vocabulary.tokens))
-    # control, unknown and byte tokens cannot be spelled by text, as in SentencePiece
+    # control, unknown and byte tokens cannot be produced from text, as in SentencePiece
     pieces = vocabulary.of_type(TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
     unk_id = special_id(metadata, "unknown")
     has_unk = unk_id is not None and unk_id < len(vocabulary.tokens)
@@ -169,17 +169,17 @@ def make_score_bpe(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> model
 
 
 def rank_merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """All (left, right) pairs of pieces that make a piece, the best score of the whole first.
+    """All (left, right) pairs of pieces that form a piece, ordered by the score of the whole, best first.
 
-    SentencePiece takes the leftmost of equal scores, where a list of merges has to prefer one pair: pieces, and the
-    parts of a piece, in the order of `scores`, which is that of their ids.
+    SentencePiece breaks ties by position, leftmost first, but a list of merges needs a fixed order: ties are in the
+    order of `scores`, which is that of the ids, first of the whole piece, then of its halves.
     """
     order = {piece: index for index, piece in enumerate(scores)}
     pairs: list[tuple[str, str]] = []
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
         cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        parts = [(left, right) for left, right in cuts if left in order and right in order]
-        pairs += sorted(parts, key=lambda pair: (order[pair[0]], order[pair[1]]))
+        halves = [(left, right) for left, right in cuts if left in order and right in order]
+        pairs += sorted(halves, key=lambda pair: (order[pair[0]], order[pair[1]]))
     return pairs
 
 
@@ -187,20 +187,20 @@ def rank_merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def special_id(metadata: Mapping[str, Any], name: str) -> int | None:
-    """The id under tokenizer.ggml.<name>_token_id; `llama` files that say nothing mean <unk> 0, <s> 1, </s> 2."""
+    """The value of tokenizer.ggml.<name>_token_id. Defaults of `llama` files: <unk> 0, <s> 1, </s> 2."""
     defaults = {"unknown": 0, "bos": 1, "eos": 2} if metadata.get("tokenizer.ggml.model") == "llama" else {}
     token_id = metadata.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name))
     return None if token_id is None else int(token_id)
 
 
 def read_ends(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int | None, int | None, frozenset[int]]:
-    """(bos_id, eos_id, eos_ids). An id outside the vocabulary counts as not stated, as in llama.cpp."""
+    """(bos_id, eos_id, eos_ids). An id outside the vocabulary is ignored, as in llama.cpp."""
     num_tokens = len(vocabulary.tokens)
     stated = {name: special_id(metadata, name) for name in ("bos", "eos", "eot", "eom")}
     valid = {name: token_id for name, token_id in stated.items() if token_id is not None and token_id < num_tokens}
     special = set(vocabulary.of_type(TokenType.CONTROL, TokenType.USER_DEFINED))
     ends = {vocabulary.ids[text] for text in END_TEXTS if vocabulary.ids.get(text) in special}
-    if {"<|return|>", "<|call|>"} <= vocabulary.ids.keys():  # harmony's format: <|end|> closes a message, not a turn
+    if {"<|return|>", "<|call|>"} <= vocabulary.ids.keys():  # Harmony format: <|end|> ends a message, not a turn
         ends.discard(vocabulary.ids.get("<|end|>", -1))
         ends |= {vocabulary.ids["<|return|>"], vocabulary.ids["<|call|>"]}
     eos_ids = ends | {token_id for name, token_id in valid.items() if name != "bos"}
@@ -208,7 +208,7 @@ def read_ends(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int 
 
 
 def add_added_tokens(backend: tokenizers.Tokenizer, vocabulary: Vocabulary, always_special: Iterable[int]) -> None:
-    """Make tokens that are matched in the text before all else: special ones (control, unknown) and user-defined."""
+    """Add the tokens that are matched before all others: special ones (control, unknown) and user-defined ones."""
     special = {*vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN), *always_special}
     plain = set(vocabulary.of_type(TokenType.USER_DEFINED)) - special
     for ids, is_special in ((special, True), (plain, False)):
@@ -218,5 +218,5 @@ def add_added_tokens(backend: tokenizers.Tokenizer, vocabulary: Vocabulary, alwa
 
 def check_id(key: str, token_id: int | None, vocabulary: Vocabulary) -> int:
     if token_id is None:
-        raise ModelError(f"the tokenizer adds a token that {key} does not name (of {len(vocabulary.tokens)} tokens)")
+        raise ModelError(f"the tokenizer adds {key}, which is missing or not below {len(vocabulary.tokens)}")
     return token_id

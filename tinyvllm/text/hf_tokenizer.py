@@ -1,4 +1,4 @@
-"""A tokenizer from a directory in Hugging Face format: tokenizer.json and the settings beside it."""
+"""Read the tokenizer of a directory in Hugging Face format: tokenizer.json and its settings."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import tokenizers
 
 from tinyvllm.errors import ModelError, UnsupportedModelError
-from tinyvllm.text.parts import SPACE_MARK, Spelling, TokenizerParts, byte_level_bytes, sentencepiece_bytes
+from tinyvllm.text.tokenizer_spec import SPACE_MARK, ToBytes, TokenizerSpec, byte_level_bytes, sentencepiece_bytes
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def read_hf_tokenizer(directory: Path) -> TokenizerParts:
-    """Read a tokenizer. Raises ModelError where a file is missing or broken, UnsupportedModelError for its kind."""
+def read_hf_tokenizer(directory: Path) -> TokenizerSpec:
+    """Read a tokenizer. Raises ModelError for a missing or broken file, UnsupportedModelError for an unknown kind."""
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ModelError(
-            f"{directory} has no tokenizer.json, the only form that is read here: "
+            f"{directory} has no tokenizer.json, which is the only supported format: "
             "save the tokenizer again with transformers' AutoTokenizer.save_pretrained"
         )
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{path} is not a tokenizer that can be read: {error}") from error
-    backend.no_truncation()  # a file may ask to cut or pad every text in silence
+        raise ModelError(f"{path} is not a valid tokenizer: {error}") from error
+    backend.no_truncation()  # files may silently truncate or pad every text
     backend.no_padding()
 
     texts = read_special_texts(directory)
@@ -35,10 +35,10 @@ def read_hf_tokenizer(directory: Path) -> TokenizerParts:
     settings = read_json(directory / "tokenizer_config.json")
     bos_id, eos_id = (token_id_of(backend, texts.get(name)) for name in ("bos_token", "eos_token"))
     prefix_ids, suffix_ids = find_added_ids(backend, path)
-    spelling, strips_leading_space = read_decoder(backend, path)
-    return TokenizerParts(
+    to_bytes, strips_leading_space = read_decoder(backend, path)
+    return TokenizerSpec(
         backend=backend,
-        spelling=spelling,
+        to_bytes=to_bytes,
         bos_id=bos_id,
         eos_id=eos_id,
         eos_ids=read_eos_ids(directory) | ({eos_id} if eos_id is not None else set()),
@@ -49,7 +49,7 @@ def read_hf_tokenizer(directory: Path) -> TokenizerParts:
 
 
 def read_special_texts(directory: Path) -> dict[str, str]:
-    """Texts of bos_token, eos_token, unk_token and pad_token, those that the files name."""
+    """Texts of bos_token, eos_token, unk_token and pad_token, as far as the files name them."""
     named = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
     values = {name: named.get(name) for name in SPECIAL_NAMES}
     # a token is its text, or an object with the text and how to match it
@@ -58,7 +58,7 @@ def read_special_texts(directory: Path) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
+    """The object in a JSON file; empty if there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -66,12 +66,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path} holds a {type(value).__name__}, where a JSON object belongs")
+        raise ModelError(f"{path} holds a {type(value).__name__}, but must hold a JSON object")
     return value
 
 
 def read_eos_ids(directory: Path) -> frozenset[int]:
-    """eos_token_id of generation_config.json, one or several; where that says nothing, of config.json."""
+    """eos_token_id, one id or several, from generation_config.json or else from config.json."""
     for name in ("generation_config.json", "config.json"):
         value = read_json(directory / name).get("eos_token_id")
         if value is not None:
@@ -80,7 +80,7 @@ def read_eos_ids(directory: Path) -> frozenset[int]:
 
 
 def add_special_texts(backend: tokenizers.Tokenizer, texts: Mapping[str, str]) -> None:
-    """Make the named tokens special where tokenizer.json forgot to, as transformers does; none are invented."""
+    """Mark the named tokens as special if tokenizer.json does not, as transformers does. Adds no new tokens."""
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     missing = [text for text in texts.values() if text not in special and backend.token_to_id(text) is not None]
     backend.add_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in missing])
@@ -91,7 +91,7 @@ def token_id_of(backend: tokenizers.Tokenizer, text: str | None) -> int | None:
 
 
 def find_added_ids(backend: tokenizers.Tokenizer, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the file's post-processor puts before and after a text, found by asking it once."""
+    """The ids that the file's post-processor adds before and after a text, found by encoding one."""
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
     for start in range(len(whole) - len(plain) + 1):
@@ -101,16 +101,16 @@ def find_added_ids(backend: tokenizers.Tokenizer, path: Path) -> tuple[tuple[int
 
 
 def apply_flag(added_ids: tuple[int, ...], token_id: int | None, flag: bool | None) -> tuple[int, ...]:
-    """add_bos_token and add_eos_token overrule the post-processor where they are stated, as in transformers."""
+    """add_bos_token and add_eos_token, if set, override the post-processor, as in transformers."""
     if flag is None or token_id is None:
         return added_ids
     others = tuple(added_id for added_id in added_ids if added_id != token_id)
     return (token_id, *others) if flag else others
 
 
-def read_decoder(backend: tokenizers.Tokenizer, path: Path) -> tuple[Spelling, bool]:
-    """(how tokens spell bytes, whether decoding takes a leading space away), from the file's decoder."""
-    # a decoder's fields can be read only through its pickled state, which is JSON
+def read_decoder(backend: tokenizers.Tokenizer, path: Path) -> tuple[ToBytes, bool]:
+    """(how tokens map to bytes, whether decoding removes a leading space), from the file's decoder."""
+    # a decoder's fields are accessible through its pickled state only, which is JSON
     state = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": "none"}
     steps = {step["type"]: step for step in state.get("decoders", [state])}
     if "ByteLevel" in steps:
@@ -120,5 +120,5 @@ def read_decoder(backend: tokenizers.Tokenizer, path: Path) -> tuple[Spelling, b
     if steps.get("Replace", {}).get("pattern") == {"String": SPACE_MARK}:
         return sentencepiece_bytes, steps.get("Strip", {}).get("start", 0) > 0
     raise UnsupportedModelError(
-        f"{path}: its decoder is {' + '.join(steps)}: known are ByteLevel, Metaspace and Replace of {SPACE_MARK}"
+        f"{path}: unknown decoder {' + '.join(steps)}: ByteLevel, Metaspace and Replace of {SPACE_MARK} are supported"
     )

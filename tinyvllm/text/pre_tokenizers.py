@@ -1,9 +1,9 @@
-"""How text is cut into words before byte-level merges, by the name that GGUF files give it: `tokenizer.ggml.pre`.
+"""How text is split into words before byte-level merges, by the name in GGUF files: `tokenizer.ggml.pre`.
 
-The names, and what else follows from them (ignore_merges, BOS by default), are llama.cpp's:
+The names, and the settings that they imply (ignore_merges, BOS by default), are llama.cpp's:
 https://github.com/ggml-org/llama.cpp/blob/00ad355e009e83abf98f96a6ded7193b95763681/src/llama-vocab.cpp
-The patterns are those of the models' own tokenizer.json. llama.cpp approximates two of them for want of Unicode
-classes: for `tekken` and `gpt-4o`, combining marks and capitals outside ASCII are cut otherwise there.
+The patterns are those of the models' own tokenizer.json. llama.cpp approximates two of them because it lacks Unicode
+classes: for `tekken` and `gpt-4o`, it splits combining marks and non-ASCII capitals differently.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ DEEPSEEK3_WORDS = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """Cuts, made one after the other, each within the pieces of those before it."""
+    """Splits that are applied in order, each within the pieces of the previous one."""
 
     patterns: tuple[str, ...]
-    ignore_merges: bool = False  # a word that is in the vocabulary is one token, whatever the merges say
-    add_bos: bool = False  # unless tokenizer.ggml.add_bos_token says otherwise
+    ignore_merges: bool = False  # a word in the vocabulary becomes one token, whatever the merges say
+    add_bos: bool = False  # the default of tokenizer.ggml.add_bos_token
 
     def build(self) -> pre_tokenizers.PreTokenizer:
-        cuts: list[pre_tokenizers.PreTokenizer] = [
+        splits: list[pre_tokenizers.PreTokenizer] = [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in self.patterns
         ]
-        return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 GPT2 = PreTokenizer((GPT2_WORDS,))
@@ -80,5 +80,5 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 def find_pre_tokenizer(name: str) -> PreTokenizer:
     if name not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise UnsupportedModelError(f"tokenizer.ggml.pre is {name!r}, which is not known: known are {known}")
+        raise UnsupportedModelError(f"tokenizer.ggml.pre is {name!r}, which is not known; known: {known}")
     return PRE_TOKENIZERS[name]

@@ -1,27 +1,27 @@
-"""Stop strings in a text that comes in pieces."""
+"""Find stop strings in a text that arrives in pieces."""
 
 from __future__ import annotations
 
 
 class StopChecker:
-    """Finds the first stop string to be completed; of several completed by one character, the longest.
+    """Finds the first stop string to be completed; if one character completes several, the longest.
 
-    The answer is the same however the text is cut into pieces. Owns the text that it holds back: the longest suffix
-    that begins a stop string, and no more. Each stop string is matched by Knuth, Morris and Pratt's automaton (SIAM
-    J. Comput. 6, 1977), so a character costs amortised constant time a stop string, however long they are.
+    The result does not depend on how the text is split. Owns the text that it holds back: the longest suffix that could
+    be the start of a stop string. Each stop string is matched by the Knuth-Morris-Pratt automaton (SIAM J. Comput. 6,
+    1977), so each character costs amortized constant time per stop string, whatever its length.
     """
 
     def __init__(self, stop: tuple[str, ...], include: bool) -> None:
-        """include: the stop string itself belongs to the text."""
+        """include: the stop string is part of the text."""
         self._stop = sorted(stop, key=len, reverse=True)
         self._fallbacks = [make_fallbacks(pattern) for pattern in self._stop]
-        self._matched = [0] * len(stop)  # characters of each stop string that the text now ends with
+        self._matched = [0] * len(stop)  # how many characters of each stop string the text ends with
         self._include = include
         self._held = ""
         self._found: str | None = None
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """(text that is safe to emit, the stop string that was found or None). After a find nothing more comes out."""
+        """(text that is safe to emit, the stop string found, or None). After a match, no more text is emitted."""
         if self._found is not None or not self._stop:
             return ("" if self._found is not None else text), self._found
         start = len(self._held)
@@ -35,7 +35,7 @@ class StopChecker:
         return buffer[:safe], None
 
     def flush(self) -> str:
-        """The text that was held back, once no more follows."""
+        """The text that was held back, when no more follows."""
         held, self._held = self._held, ""
         return held
 
@@ -52,7 +52,7 @@ class StopChecker:
 
 
 def make_fallbacks(pattern: str) -> list[int]:
-    """For each length: that of the longest proper suffix of pattern[:length] that is a prefix of pattern too."""
+    """For each length, the length of the longest proper suffix of pattern[:length] that is also a prefix of it."""
     fallbacks = [0, 0]
     for character in pattern[1:]:
         length = fallbacks[-1]

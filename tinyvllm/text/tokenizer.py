@@ -1,4 +1,4 @@
-"""Text to token ids and back, the same for every file kind."""
+"""Encode text to token ids and decode them, for every file format."""
 
 from __future__ import annotations
 
@@ -11,55 +11,55 @@ from tinyvllm.errors import RequestError
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.text.gguf_tokenizer import read_gguf_tokenizer
 from tinyvllm.text.hf_tokenizer import read_hf_tokenizer
-from tinyvllm.text.parts import TokenizerParts
+from tinyvllm.text.tokenizer_spec import TokenizerSpec
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
-    """Read a model's tokenizer. Raises ModelError (UnsupportedModelError) that names what is missing or unknown."""
+    """Read a model's tokenizer. Raises ModelError (or UnsupportedModelError), naming what is missing or unknown."""
     if files.kind == "gguf":
         return Tokenizer(read_gguf_tokenizer(GGUFFile(files.path).metadata))
     return Tokenizer(read_hf_tokenizer(files.path))
 
 
 class Tokenizer:
-    """A model's tokenizer. Safe to use from several threads: nothing changes after it is made, but a cache."""
+    """A model's tokenizer. Thread-safe: nothing but a cache changes after construction."""
 
-    def __init__(self, parts: TokenizerParts) -> None:
-        self._parts = parts
-        self._backend = parts.backend
-        added = parts.backend.get_added_tokens_decoder()
-        self._plain_backend = make_plain_backend(parts.backend)
+    def __init__(self, spec: TokenizerSpec) -> None:
+        self._spec = spec
+        self._backend = spec.backend
+        added = spec.backend.get_added_tokens_decoder()
+        self._plain_backend = make_plain_backend(spec.backend)
         self._added_ids = frozenset(added)
         self._bytes: dict[int, bytes] = {}
-        self.bos_id = parts.bos_id
-        self.eos_id = parts.eos_id
-        self.eos_ids = parts.eos_ids
+        self.bos_id = spec.bos_id
+        self.eos_id = spec.eos_id
+        self.eos_ids = spec.eos_ids
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self.strips_leading_space = parts.strips_leading_space
-        self.vocab_size = 1 + max(parts.backend.get_vocab().values(), default=-1)  # ids may have holes
+        self.strips_leading_space = spec.strips_leading_space
+        self.vocab_size = 1 + max(spec.backend.get_vocab().values(), default=-1)  # ids may have gaps
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of `text`.
 
-        add_special_tokens: put BOS before and EOS after it, where the model's files say so. parse_special: special
-        tokens that are written in the text become their ids; else they are text like any other.
-        Raises RequestError(param="prompt") for a lone surrogate, which is no character.
+        add_special_tokens: add BOS and EOS where the model's files say so. parse_special: special tokens written in the
+        text become their ids; otherwise they are ordinary text.
+        Raises RequestError(param="prompt") for a lone surrogate, which is not a character.
         """
         check_characters(text, "prompt")
         backend = self._backend if parse_special else self._plain_backend
         ids = backend.encode(text, add_special_tokens=False).ids
-        return [*self._parts.prefix_ids, *ids, *self._parts.suffix_ids] if add_special_tokens else ids
+        return [*self._spec.prefix_ids, *ids, *self._spec.suffix_ids] if add_special_tokens else ids
 
     def encode_chat(self, text: str) -> list[int]:
-        """Token ids of a rendered chat. Nothing is added: the template itself writes BOS where the model wants it."""
+        """Token ids of a rendered chat. Nothing is added: the template itself writes BOS if the model needs it."""
         check_characters(text, "messages")
         return self.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True, is_continuation: bool = False) -> str:
-        """The text of `ids`: their bytes in a row, read as UTF-8, U+FFFD for what is none.
+        """The text of `ids`: their bytes, decoded as UTF-8, with U+FFFD for invalid bytes.
 
-        is_continuation: the ids follow others, so that a leading space belongs to the text. It is taken away else,
-        where encoding puts one (`strips_leading_space`).
+        is_continuation: the ids follow others, so a leading space is part of the text. Otherwise it is removed if
+        encoding adds one (`strips_leading_space`).
         """
         skipped = self.special_ids if skip_special_tokens else frozenset()
         kept = (self.token_bytes(token_id) for token_id in ids if token_id not in skipped)
@@ -67,33 +67,33 @@ class Tokenizer:
         return text.removeprefix(" ") if self.strips_leading_space and not is_continuation else text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The exact bytes of a token, which may be a part of a character; empty for an id that has no token.
+        """The exact bytes of a token, which may be part of a character; empty for an id without a token.
 
-        Embedding tables are often padded to more rows than there are tokens, so that such ids can be sampled.
+        Such ids can be sampled, since embedding tables are often padded to more rows than there are tokens.
         """
         if token_id not in self._bytes:
             text = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
             is_added = token_id in self._added_ids
-            self._bytes[token_id] = b"" if text is None else self._parts.spelling(text, is_added)
+            self._bytes[token_id] = b"" if text is None else self._spec.to_bytes(text, is_added)
         return self._bytes[token_id]
 
     def token_text(self, token_id: int) -> str:
-        """A token's bytes as text, for people: U+FFFD stands for parts of characters."""
+        """A token's bytes as readable text: U+FFFD stands for an incomplete character."""
         return self.token_bytes(token_id).decode(errors="replace")
 
 
 def make_plain_backend(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A twin that takes special tokens in a text for text. It shares the model: only the added tokens are copied."""
+    """A copy that encodes special tokens as ordinary text. It shares the model; only the added tokens are copied."""
     twin = tokenizers.Tokenizer(backend.model)
     if backend.normalizer is not None:
         twin.normalizer = backend.normalizer
     if backend.pre_tokenizer is not None:
         twin.pre_tokenizer = backend.pre_tokenizer
     added = backend.get_added_tokens_decoder()
-    twin.add_tokens([added[token_id] for token_id in sorted(added)])  # ids are given out in this order
+    twin.add_tokens([added[token_id] for token_id in sorted(added)])  # ids are assigned in this order
     twin.encode_special_tokens = True
     same = all(twin.token_to_id(token.content) == token_id for token_id, token in added.items())
-    assert same, "added tokens have other ids in the twin"
+    assert same, "added tokens have other ids in the copy"
     return twin
 
 

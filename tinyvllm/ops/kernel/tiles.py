@@ -204,9 +204,7 @@ def copy_piece(target: UOp, source: UOp, is_wanted: UOp | None, *after: UOp) -> 
     """Start to copy 16 bytes from device to threadgroup memory; zeros if not `is_wanted` (None: always wanted)."""
     whole = UOp.const(16, dtypes.int)
     size = whole if is_wanted is None else is_wanted.where(whole, 0)
-    names_type = UOp.const(
-        0.0, F16
-    )  # makes tinygrad declare float16, as some operand has it
+    names_type = UOp.const(0.0, F16)  # makes tinygrad declare float16, as some operand has it
     return UOp(Ops.CUSTOM, dtypes.void, src=(target, source, size, names_type, *after), arg=COPY)
 
 

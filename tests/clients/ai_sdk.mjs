@@ -1,4 +1,4 @@
-// Vercel's AI SDK: streamed text, generated objects, a loop with a tool.
+// Vercel's AI SDK: streamed text, generated objects, a tool loop.
 import assert from "node:assert/strict";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateObject, generateText, stepCountIs, streamText, tool } from "ai";

@@ -1,4 +1,4 @@
-"""A real server of the default model, for real clients. What they need besides `test` is the extra `clients`."""
+"""A real server of the default model, for real clients. These tests need the extra `clients`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinyvllm.config import EngineConfig, ModelFiles
 
 @pytest.fixture(scope="session")
 def server_url(smollm2_files: ModelFiles) -> Iterator[str]:
-    """Its address, up to /v1."""
+    """The server's base URL, ending in /v1."""
     import asyncio
 
     from tinyvllm.engine.async_engine import AsyncEngine

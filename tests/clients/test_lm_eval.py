@@ -1,7 +1,7 @@
-"""lm-eval scores the default model over HTTP as transformers does in its own process.
+"""lm-eval over HTTP scores the default model as transformers does in its own process.
 
-Of the server it uses nothing but its completions and its tokenizer's routes, offline. tests/clients/facts has the
-questions, and what scripts/make_scores_reference.py found transformers to say of them.
+lm-eval uses only the server's completions and tokenizer routes, and works offline. tests/clients/facts has the
+questions, and the scores that scripts/make_scores_reference.py computed with transformers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Clients of OpenAI's API in JavaScript: npm's openai, and Vercel's AI SDK with its strict reading of every chunk.
+"""JavaScript clients of OpenAI's API: npm's openai, and Vercel's AI SDK, which parses every chunk strictly.
 
 npm install --prefix tests/clients openai ai @ai-sdk/openai-compatible zod && pytest -m clients tests/clients
 """
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize("script", ["openai.mjs", "ai_sdk.mjs"])
 def test_script(server_url: str, script: str) -> None:
-    """The script checks what it gets, and ends with an error code where something is wrong."""
+    """The script checks the answers itself, and exits with an error code if one is wrong."""
     environment = {**os.environ, "BASE_URL": server_url, "MODEL": "smol"}
     done = subprocess.run(
         ["node", str(HERE / script)], env=environment, capture_output=True, text=True, timeout=240, check=False

@@ -1,8 +1,8 @@
-"""Clients of OpenAI's API in Python, each as its own documentation uses it, against a real server.
+"""Python clients of OpenAI's API, each used as its documentation says, with a real server.
 
 pip install -e '.[test,clients]' && pytest -m clients tests/clients
 
-The model is too small to call a tool of its own accord: where one is asked for, the server's grammar makes it do so.
+The model is too small to call a tool by itself; where a call is required, the server's grammar forces one.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ async def test_openai_agents(server_url: str, kind: str) -> None:
     agents.set_tracing_disabled(True)
     called: list[str] = []
 
-    # offered until it was called, so that a model as small as this comes to words
+    # offered only until it is called, so that so small a model then answers in text
     @agents.function_tool(is_enabled=lambda context, agent: not called)
     def get_weather(city: Literal["Paris", "Rome"]) -> str:
         """The weather of a city."""

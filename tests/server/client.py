@@ -1,4 +1,4 @@
-"""Requests to an app or a server in tests, and what every answer to them must look like."""
+"""Requests to an app in tests, and checks of the answers that all tests share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 def client_of(engine: FakeEngine, **settings: Any) -> httpx.AsyncClient:
+    """A client of an app around `engine`, without a socket. settings: ServerSettings'."""
     transport = httpx.ASGITransport(make_app(engine, ServerSettings(**settings)))  # type: ignore[arg-type]
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
@@ -42,6 +43,7 @@ async def chat(engine: FakeEngine, **body: Any) -> dict[str, Any]:
 
 
 async def events(engine: FakeEngine, path: str, body: dict[str, Any]) -> list[Any]:
+    """The server-sent events that answer `body`, without the final [DONE]."""
     response = await post(engine, path, {**body, "stream": True})
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -51,13 +53,14 @@ async def events(engine: FakeEngine, path: str, body: dict[str, Any]) -> list[An
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error in the response, after a check that it has OpenAI's shape."""
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
     return dict(error)
 
 
 def raw_post(path: str, body: dict[str, Any]) -> bytes:
-    """The request as bytes, for a socket that is written to directly."""
+    """A POST request as bytes, to be written to a socket."""
     content = json.dumps(body).encode()
     head = (
         f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"

@@ -1,4 +1,4 @@
-"""A server around a real AsyncEngine, whose device is one of integers."""
+"""A server around a real AsyncEngine with a fake device."""
 
 from __future__ import annotations
 

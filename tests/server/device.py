@@ -1,4 +1,4 @@
-"""A real AsyncEngine's device of integers, and what tests ask of it."""
+"""A fake device for a real AsyncEngine: it computes tokens by hashing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ANSWER = "Grüße, 世界! 👋"
 
 
 class Device:
-    """A device that says ANSWER to everything, and what the engine made around it."""
+    """A fake device that answers everything with ANSWER, and the engine that was loaded around it."""
 
     def __init__(self) -> None:
         self.runner = FakeModelRunner(num_blocks=64, max_num_seqs=4)
@@ -24,8 +24,8 @@ class Device:
         self.loaded = make_loaded(self.runner)
         return self.loaded
 
-    def babble(self, step_s: float) -> None:
-        """Never say EOS, and take step_s for each step."""
+    def generate_endlessly(self, step_s: float) -> None:
+        """Never sample EOS, and take step_s seconds for each step."""
         self.runner.choose = lambda request, digest: 97 + digest % 26
         self.runner.before_step = lambda plan: time.sleep(step_s)
 
@@ -34,8 +34,8 @@ class Device:
         assert self.loaded is not None
         return self.loaded.engine.core.stats
 
-    def wait_until_all_is_free(self) -> None:
-        """Every block is back, and the pool's books are right."""
+    def wait_until_all_blocks_are_free(self) -> None:
+        """Wait until every block is free; then audit the pool."""
         for _ in range(2000):
             if self.stats.num_free_blocks == 63 and not self.stats.num_running and not self.stats.num_waiting:
                 break

@@ -1,4 +1,4 @@
-"""An engine of AsyncEngine's public shape that types out a given reply, and a server of it on a real socket."""
+"""A fake AsyncEngine that generates a given reply, and a server around it on a real socket."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tinyvllm.text.tokenizer import check_characters
 
 
 class ByteTokenizer:
-    """One token a byte, and one that ends a text."""
+    """One token per byte, and an EOS token."""
 
     vocab_size = 257
     bos_id = None
@@ -56,10 +56,10 @@ class ByteTokenizer:
 
 
 class TagTemplate:
-    """<role>content, line by line."""
+    """Renders each message as a line, <role>content."""
 
     def __init__(self, source: str = "{{ tools }}") -> None:
-        self.source = source  # looked at for marks of families, and not rendered
+        self.source = source  # searched for the marks of model families, not rendered
         self.sources = {"default": source}
         self.kwargs: dict[str, Any] = {}
         self.messages: list[dict[str, Any]] = []
@@ -75,7 +75,7 @@ class TagTemplate:
         return "".join(lines) + ("<assistant>" if add_generation_prompt else "")
 
 
-# Of every choice: a second in the queue, two to the first token, four to the last.
+# The same for every choice: 1 s in the queue, 2 s to the first token, 4 s more to the last.
 TIMING = Timing(queued_s=10.0, scheduled_s=11.0, first_token_s=13.0, last_token_s=17.0, num_preemptions=1)
 
 
@@ -93,17 +93,17 @@ class Call:
 
 @dataclass
 class FakeEngine:
-    """Types `reply` one character a delta, after one delta without text. Records calls and who is still running."""
+    """Generates `reply`, one character per delta after one delta without text. Records calls and running requests."""
 
     reply: str = "Hello, wörld!"
     is_ready: bool = True
     error: BaseException | None = None
-    hang_before: bool = False  # a request waits for ever before its first delta
-    hang_after: int | None = None  # characters, after which a request waits for ever
-    fail_after: int | None = None  # characters, after which the step fails
-    abort_after: int | None = None
+    hang_before: bool = False  # a request waits forever before its first delta
+    hang_after: int | None = None  # after so many characters, a request waits forever
+    fail_after: int | None = None  # after so many characters, the step fails
+    abort_after: int | None = None  # after so many characters, the request is aborted
     refuse: Exception | None = None  # raised before the first delta
-    crash_after: int | None = None  # characters, after which the iterator raises what nobody expects
+    crash_after: int | None = None  # after so many characters, the iterator raises an unexpected error
     max_model_len: int = 1000
     served_model_name: str = "tiny"
     created: int = 1_700_000_000
@@ -111,7 +111,7 @@ class FakeEngine:
     generation_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     calls: list[Call] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
-    closed: list[str] = field(default_factory=list)  # requests that were closed before their end
+    closed: list[str] = field(default_factory=list)  # requests that were closed before they ended
     has_shut_down: bool = False
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class FakeEngine:
         if self.refuse is not None:
             raise self.refuse
         if params.grammar is not None:
-            await self.grammars.compile(params.grammar)  # for its refusals: the reply is what it is
+            await self.grammars.compile(params.grammar)  # for its errors: the reply is not constrained
         self._note(request_id, running=True)
         try:
             if self.hang_before:
@@ -177,7 +177,7 @@ class FakeEngine:
     async def embed(
         self, prompt_ids: list[int], pooling: str, *, request_id: str, priority: int = 0
     ) -> NDArray[np.float32]:
-        """Length, first and last id, and whether it is the mean."""
+        """A vector of the prompt's length, its first and last id, and whether pooling is "mean"."""
         self._note(request_id, running=True)
         try:
             await asyncio.sleep(0)
@@ -199,7 +199,7 @@ class FakeEngine:
             assert self.changed.wait_for(condition, timeout_s), f"{self.running=} {self.closed=}"
 
     def _delta(self, position: int, index: int, prompt_ids: list[int], params: SamplingParams) -> Delta | None:
-        """Position 0 is a delta without text, position p the p-th character."""
+        """The delta at `position`: 0 has no text, p has the p-th character."""
         limit = params.max_tokens or len(self.reply) + 1
         text, finish, stop_reason, error = self.reply[:position][-1:], None, None, None
         if position and self.reply[:position].endswith(params.stop or ("\0",)):
@@ -230,7 +230,7 @@ class FakeEngine:
 
 
 def _score(prompt_ids: list[int], num_top: int | None) -> tuple[TokenLogprob | None, ...] | None:
-    """Of a prompt's tokens: the n-th has a logprob of -n."""
+    """The prompt's logprobs: the n-th token's is -n."""
     if num_top is None:
         return None
     scored = [
@@ -250,7 +250,7 @@ def _logprob(text: str, num_top: int) -> TokenLogprob:
 
 @contextlib.contextmanager
 def serving(engine: FakeEngine | AsyncEngine, **settings: Any) -> Iterator[str]:
-    """The address of a server of `engine`, on a socket of this machine and a thread of its own."""
+    """The URL of a server around `engine`, which runs on a thread of its own."""
     sock = bind("127.0.0.1", 0)
     app = make_app(engine, ServerSettings(**settings))  # type: ignore[arg-type]
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))

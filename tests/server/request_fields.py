@@ -1,4 +1,4 @@
-"""Request fields that have no effect, and fields that are refused, each with the `param` that the error names."""
+"""Request fields without effect, and fields that are refused, each with the `param` that the error names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NEUTRAL: dict[str, Any] = {
     "service_tier": "auto", "parallel_tool_calls": True, "reasoning_effort": "low", "prompt_logprobs": None,
 }  # fmt: skip
 
-# Refused on completions and on chats.
+# Refused by completions and chats.
 BOTH: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n"),
     ({"n": 129}, "n"),

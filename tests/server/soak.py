@@ -1,4 +1,4 @@
-"""Rough traffic for a server process: what is asked, what may become of it, and what must be left of it: nothing."""
+"""Rough traffic for a server process, checks of every answer, and checks that nothing is left over."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCHEMA = {
     "required": ["a", "b"],
     "additionalProperties": False,
 }
-# What is wrong, and the status that says so.
+# Bad bodies, and the status that answers each.
 BAD: tuple[tuple[dict[str, Any] | bytes, int], ...] = (
     ({"prompt": 7}, 400),
     ({"prompt": "x" * 400}, 400),
@@ -48,18 +48,18 @@ BAD: tuple[tuple[dict[str, Any] | bytes, int], ...] = (
 )
 
 
-class Broken(AssertionError):
-    """Something that no client should ever see."""
+class ServerFault(AssertionError):
+    """The server did something that no client should ever see."""
 
 
 @dataclass
 class Figures:
-    """What became of the traffic."""
+    """The outcomes of the traffic, and reports on the process."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
-    answers: dict[str, str] = field(default_factory=dict)  # greedy: what was asked -> the one answer it may have
+    answers: dict[str, str] = field(default_factory=dict)  # greedy: request -> the only answer it may have
     num_tokens: int = 0
-    reports: list[dict[str, Any]] = field(default_factory=list)  # of the process, before, at each quarter, after
+    reports: list[dict[str, Any]] = field(default_factory=list)  # on the process: before, at each quarter, after
 
     def lines(self) -> str:
         counts = ", ".join(f"{number} {outcome}" for outcome, number in sorted(self.outcomes.items()))
@@ -78,26 +78,26 @@ class Figures:
 
 
 class Process:
-    """A server and the pipe to ask it by."""
+    """A server process, and the pipe that it reports through."""
 
     def __init__(self, popen: subprocess.Popen[str], url: str) -> None:
         self.popen = popen
         self.url = url
 
     def report(self) -> dict[str, Any]:
-        """Audits the pool on the way."""
+        """A report on the process. The server also audits its pool."""
         assert self.popen.stdin is not None and self.popen.stdout is not None
         self.popen.stdin.write("report\n")
         self.popen.stdin.flush()
         line = self.popen.stdout.readline()
         if not line:
-            raise Broken("the server cannot answer for itself: its stderr says why")
+            raise ServerFault("the server sent no report: its stderr says why")
         return dict(json.loads(line))
 
 
 @contextlib.contextmanager
 def serving_process(device: str, model: str, log: Path, *flags: str) -> Iterator[Process]:
-    """The process, ready to answer; its log in a file."""
+    """A server process that is ready to answer. Its stderr goes to `log`."""
     command = [sys.executable, "-m", "tests.server.soak_server", device, "serve", model, *FLAGS, *flags]
     environment = {**os.environ, "PYTHONWARNINGS": "default"}
     with (
@@ -116,8 +116,8 @@ def serving_process(device: str, model: str, log: Path, *flags: str) -> Iterator
             assert popen.stdout is not None
             greeting = popen.stdout.readline()
             if " is served on " not in greeting:
-                raise Broken(f"the server did not start: {log.read_text()[-2000:]}")
-            popen.stdout.readline()  # the line to paste
+                raise ServerFault(f"the server did not start: {log.read_text()[-2000:]}")
+            popen.stdout.readline()  # the example that follows
             yield Process(popen, greeting.split(" is served on ")[1].split()[0])
         finally:
             popen.kill()
@@ -126,8 +126,8 @@ def serving_process(device: str, model: str, log: Path, *flags: str) -> Iterator
 # ---- One request ----
 
 
-class Customer:
-    """Asks for all kinds of things, by a seed, and checks what it gets."""
+class RandomClient:
+    """Sends random requests, determined by a seed, and checks the answers."""
 
     def __init__(self, client: httpx.AsyncClient, figures: Figures, seed: int, *, has_grammar: bool) -> None:
         self._client = client
@@ -136,7 +136,7 @@ class Customer:
         self._has_grammar = has_grammar
 
     async def ask(self) -> None:
-        """One request of a random kind. Raises Broken for an answer that is none."""
+        """Send one request of a random kind. Raises ServerFault for a wrong answer."""
         kinds = {
             self._whole: 36, self._stream: 20, self._leave_stream: 14, self._leave_early: 8, self._long: 8,
             self._bad: 8, self._guided: 6,
@@ -145,7 +145,7 @@ class Customer:
         outcome = await kind()
         self._figures.outcomes[outcome] += 1
         if outcome == "refused as too many":
-            await asyncio.sleep(0.1)  # less than was asked for, so that the queue stays full
+            await asyncio.sleep(0.1)  # less than Retry-After says, so that the queue stays full
 
     def _body(self) -> tuple[str, dict[str, Any]]:
         pick = self._random
@@ -165,7 +165,7 @@ class Customer:
         return self._judge(body, await self._client.post(path, json=body))
 
     async def _long(self) -> str:
-        """A prompt of several steps, which others decode beside."""
+        """A prompt that takes several steps, in which other requests decode."""
         prompt = f"{self._random.randrange(8)} " * self._random.randint(40, 110)
         body = {"prompt": prompt[: MAX_MODEL_LEN - 20], "max_tokens": self._random.randint(1, 16), "ignore_eos": True}
         return self._judge(body, await self._client.post("/v1/completions", json=body))
@@ -197,7 +197,7 @@ class Customer:
                 return self._refused(response)
             chunks = [chunk async for chunk in events(response)]
         if "error" in chunks[-1]:
-            raise Broken(f"a stream ended with {chunks[-1]}")
+            raise ServerFault(f"a stream ended with {chunks[-1]}")
         ended = [choice for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
         self._require(len(ended) == body.get("n", 1), f"{len(ended)} choices ended of {body}")
         self._require(chunks[-1]["usage"]["completion_tokens"] >= 1, "no usage")
@@ -227,7 +227,7 @@ class Customer:
         return "left in the middle"
 
     async def _leave_early(self) -> str:
-        """While it is tokenized, queued, or in its prompt."""
+        """Leave while the request is being tokenized, is queued, or is in its prompt."""
         path, body = self._body()
         body["max_tokens"] = 100
         try:
@@ -254,7 +254,7 @@ class Customer:
         return "complete"
 
     def _check_greedy(self, body: dict[str, Any], text: str) -> None:
-        """The likeliest tokens are the same however the request was batched, cut, cached and preempted."""
+        """Greedy tokens are the same however the request was batched, chunked, cached or preempted."""
         if body.get("temperature") != 0:
             return
         asked = json.dumps([body.get("prompt"), body.get("messages"), body["max_tokens"]])
@@ -266,7 +266,7 @@ class Customer:
             self._require(set(value) == {"a", "b"} and value["b"] in ("x", "y"), f"{value}")
 
     def _refused(self, response: httpx.Response) -> str:
-        """A refusal has OpenAI's body; a full queue says when to come again."""
+        """Check a refusal: it has OpenAI's body, and a full queue says when to retry."""
         error = response.json()["error"]
         self._require(set(error) == {"message", "type", "param", "code"} and error["message"], f"{error}")
         self._require(response.status_code in (400, 404, 429), f"{response.status_code}: {error}")
@@ -277,45 +277,45 @@ class Customer:
 
     def _require(self, claim: object, message: str) -> None:
         if not claim:
-            raise Broken(message)
+            raise ServerFault(message)
 
 
 async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """A stream's events; Broken if it ends without [DONE]."""
+    """A stream's events. Raises ServerFault if it ends without [DONE]."""
     async for line in response.aiter_lines():
         if line == "data: [DONE]":
             return
         if line.startswith("data: "):
             yield json.loads(line.removeprefix("data: "))
-    raise Broken("a stream ended without [DONE]")
+    raise ServerFault("a stream ended without [DONE]")
 
 
-# ---- All of them ----
+# ---- The traffic ----
 
 
 async def run_traffic(process: Process, num_requests: int, concurrency: int, *, has_grammar: bool) -> Figures:
-    """The requests, four quarters of them with a report after each, and one when all is quiet."""
+    """Send the requests. Reports before, after each quarter, and once everything is quiet."""
     figures = Figures()
     numbers = iter(range(num_requests))
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(base_url=process.url, timeout=60, limits=limits) as client:
         figures.reports.append(await asyncio.to_thread(process.report))
 
-        async def customer() -> None:
+        async def send_requests() -> None:
             for number in numbers:
-                await Customer(client, figures, seed=number, has_grammar=has_grammar).ask()
+                await RandomClient(client, figures, seed=number, has_grammar=has_grammar).ask()
                 if (number + 1) % (num_requests // 4) == 0:
                     figures.reports.append(await asyncio.to_thread(process.report))
 
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
-                group.create_task(customer())
+                group.create_task(send_requests())
     await settle(process, figures)
     return figures
 
 
 async def settle(process: Process, figures: Figures) -> None:
-    """Wait until what clients left behind is gone, which takes a step; report what stays."""
+    """Wait until the requests of clients that left are gone, which takes a step. Reports what remains."""
     for _ in range(200):
         report = await asyncio.to_thread(process.report)
         if not report["requests"] and not report["streams"] and report["tasks"] <= figures.reports[0]["tasks"]:
@@ -325,33 +325,35 @@ async def settle(process: Process, figures: Figures) -> None:
 
 
 def check_nothing_is_left(figures: Figures) -> None:
-    """Every block is back, and so is every task, thread and stream. The pool was audited with each report."""
+    """Check that every block is free and that no task, thread or stream is left. Each report has audited the pool."""
     first, last = figures.reports[0], figures.reports[-1]
     assert last["free_blocks"] == last["all_blocks"] == NUM_BLOCKS - 1, last
     assert last["requests"] == last["processors"] == last["streams"] == 0, last
     assert last["tasks"] <= first["tasks"], (first, last)
-    assert last["threads"] <= first["threads"] + 8, (first, last)  # tokenising has a few, made as they are needed
+    assert last["threads"] <= first["threads"] + 8, (first, last)  # for tokenizing, created on demand
 
 
 async def stop_under_load(process: Process, concurrency: int) -> Counter[str]:
-    """SIGTERM in the middle of long streams: each is complete, or says that it was aborted or refused."""
+    """Send SIGTERM during long streams. Each must be complete, or report that it was aborted or refused."""
     outcomes: Counter[str] = Counter()
     has_begun = asyncio.Event()
 
     async def stream(client: httpx.AsyncClient, number: int) -> None:
         body = {"prompt": f"{number}", "max_tokens": 20 + 6 * number, "ignore_eos": True, "stream": True}
+        chunks: list[dict[str, Any]] = []
         try:
             async with client.stream("POST", "/v1/completions", json=body) as response:
                 if response.status_code != 200:
                     code = json.loads(await response.aread())["error"]["code"]
                     outcomes[f"refused: {code}"] += 1
                     return
-                chunks = []
                 async for chunk in events(response):
                     chunks.append(chunk)
                     has_begun.set()
-        except httpx.ConnectError:
-            outcomes["refused: the server has gone"] += 1
+        except (httpx.ConnectError, httpx.ReadError):
+            # the kernel resets connections that the server has not accepted when it closes its socket
+            assert number >= concurrency // 2 and not chunks, "a request that the server had accepted lost its answer"
+            outcomes["refused: the server has stopped"] += 1
             return
         if "error" in chunks[-1]:
             outcomes[f"ended: {chunks[-1]['error']['code']}"] += 1

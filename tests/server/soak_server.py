@@ -1,8 +1,8 @@
-"""`tinyvllm serve` in a process that answers questions about itself: a line on stdin, a line of JSON on stdout.
+"""`tinyvllm serve` in a process that reports on itself: for each line on stdin, a line of JSON on stdout.
 
     python -m tests.server.soak_server DEVICE serve MODEL ...
 
-DEVICE is `model`, the real thing, or `integers`, the tests' device that computes with hashes.
+DEVICE is `model` for a real model, or `fake` for the tests' device, which computes tokens by hashing.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from tinyvllm.engine.output import TextEngine
 
 
 def start_engine(config: EngineConfig, progress: Progress) -> AsyncEngine:
-    """Runs on the server's event loop."""
-    load = load_integers if device == "integers" else load_engine
+    """AsyncEngine.start, plus a thread that answers stdin. Runs on the server's event loop."""
+    load = load_fake if device == "fake" else load_engine
     engine = AsyncEngine.start(config, progress, load)
     threading.Thread(target=answer, args=(engine, asyncio.get_running_loop()), daemon=True).start()
     return engine
 
 
-def load_integers(config: EngineConfig, progress: Progress | None) -> LoadedEngine:
+def load_fake(config: EngineConfig, progress: Progress | None) -> LoadedEngine:
     runner = FakeModelRunner(
         num_blocks=config.num_gpu_blocks_override or 64, block_size=16, max_num_seqs=config.max_num_seqs
     )
     runner.max_in_flight = 2 if config.async_scheduling else 1
-    runner.plans = deque(maxlen=1)  # type: ignore[assignment]  # it would keep them all
+    runner.plans = deque(maxlen=1)  # type: ignore[assignment]  # else it would keep them all
     return make_loaded(runner)
 
 
@@ -50,7 +50,7 @@ def answer(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def report(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
-    """What the process holds. Raises what BlockManager.audit does, which the reader sees as the end of the file."""
+    """What the process holds. Raises what BlockManager.audit raises, which ends stdout for the reader."""
 
     def count(inner: TextEngine) -> dict[str, int]:
         manager = inner.core.scheduler.block_manager

@@ -1,4 +1,4 @@
-"""A client that leaves frees what its request holds: over real sockets."""
+"""A client that leaves frees what its request holds, over real sockets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_leaving_a_stream_ends_the_request(path: str) -> None:
     engine = FakeEngine(hang_after=3)
     with serving(engine) as url:
         with httpx.stream("POST", url + path, json={**BODIES[path], "stream": True}) as response:
-            chunks = response.iter_text()  # by a name: httpx closes the response with its last iterator
+            chunks = response.iter_text()  # keep a reference: httpx closes the response with its last iterator
             assert next(chunks).startswith("data: ")
             assert engine.running
         engine.wait_until(lambda: not engine.running)
@@ -59,7 +59,7 @@ def test_leaving_before_the_first_byte_ends_the_request(path: str, stream: bool)
         assert len(engine.closed) == 1
 
 
-def test_many_that_leave_disturb_none_that_stay() -> None:
+def test_clients_that_leave_do_not_disturb_those_that_stay() -> None:
     engine = FakeEngine()
     with serving(engine) as url:
         for _ in range(20):
@@ -70,7 +70,7 @@ def test_many_that_leave_disturb_none_that_stay() -> None:
         engine.wait_until(lambda: not engine.running)
 
 
-# ---- The pieces, without a socket ----
+# ---- The parts, without a socket ----
 
 
 async def stay() -> dict[str, Any]:
@@ -86,30 +86,30 @@ def begin(engine: FakeEngine) -> Any:
     return merge([engine.generate([1], SamplingParams(max_tokens=50), request_id="r")], 1)
 
 
-async def test_work_is_cancelled_when_the_client_leaves() -> None:
-    cancelled = False
+async def test_work_is_canceled_when_the_client_leaves() -> None:
+    canceled = False
 
     async def work() -> None:
-        nonlocal cancelled
+        nonlocal canceled
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
-            cancelled = True
+            canceled = True
             raise
 
     with pytest.raises(ClientGone):
         await until_disconnect(leave, work())
-    assert cancelled
+    assert canceled
 
 
-async def test_work_that_is_done_wins_over_a_client_that_leaves() -> None:
+async def test_a_finished_result_is_returned_though_the_client_leaves() -> None:
     async def work() -> int:
         return 7
 
     assert await until_disconnect(leave, work()) == 7
 
 
-async def test_work_is_cancelled_with_the_caller() -> None:
+async def test_work_is_canceled_with_the_caller() -> None:
     started, ended = asyncio.Event(), asyncio.Event()
 
     async def work() -> None:
@@ -127,7 +127,7 @@ async def test_work_is_cancelled_with_the_caller() -> None:
     assert ended.is_set()
 
 
-async def test_closing_a_begun_stream_ends_the_request_though_nothing_was_read() -> None:
+async def test_closing_an_unread_stream_ends_the_request() -> None:
     engine = FakeEngine()
     items = await wait_for_first(begin(engine))
     assert engine.running == {"r"}
@@ -144,13 +144,13 @@ async def test_client_that_never_reads_ends_the_request() -> None:
             yield item.delta.text
 
     async def send(message: Any) -> None:
-        await asyncio.Event().wait()  # a client whose window is full
+        await asyncio.Event().wait()  # a client whose TCP window is full
 
     await EventStream(errors_as_events(frames()), items)({"type": "http"}, leave, send)
     assert engine.closed == ["r"]
 
 
-async def test_server_that_raises_on_writing_ends_the_request() -> None:
+async def test_a_write_error_ends_the_request() -> None:
     engine = FakeEngine()
     items = await wait_for_first(begin(engine))
 

@@ -1,4 +1,4 @@
-"""/v1/embeddings over ASGI: shapes, formats, refusals, and OpenAI's own client."""
+"""/v1/embeddings over ASGI: shapes, formats, refusals, and the openai client."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def test_base64_is_little_endian_float32_and_pooling_can_be_the_last_token
         ({"input": ["a"] * 2049}, "input"),
     ],
 )
-async def test_what_cannot_be_done_is_refused_under_its_name(body: dict[str, Any], param: str) -> None:
+async def test_bad_fields_are_refused_by_name(body: dict[str, Any], param: str) -> None:
     response = await embed(FakeEngine(), **body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
 
@@ -85,6 +85,6 @@ async def test_a_late_embedding_is_a_timeout() -> None:
 async def test_openais_client_reads_it() -> None:
     async with client_of(FakeEngine()) as http:
         client = AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http)
-        answer = await client.embeddings.create(model="tiny", input=["abc", "z"])  # asks for base64 by itself
+        answer = await client.embeddings.create(model="tiny", input=["abc", "z"])  # it requests base64
     assert [item.embedding for item in answer.data] == [[3, 97, 99, 1], [1, 122, 122, 1]]
     assert answer.usage.total_tokens == 4

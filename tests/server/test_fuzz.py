@@ -1,6 +1,6 @@
-"""Requests at random, valid and broken: none is a 500, every refusal has OpenAI's shape and names a field.
+"""Random requests, valid and broken: none is a 500, and every refusal has OpenAI's shape and names a field.
 
-`pytest -m clients tests/server/test_fuzz.py` also lets schemathesis loose on the OpenAPI document (extra `clients`).
+`pytest -m clients tests/server/test_fuzz.py` also runs schemathesis on the OpenAPI document (extra `clients`).
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ junk = st.recursive(
 
 
 def paths_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where a value can be replaced."""
+    """The places where a value can be replaced."""
     inner: list[tuple[Any, Any]] = []
     if isinstance(value, dict):
         inner = list(value.items())
@@ -173,7 +173,7 @@ def paths_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @st.composite
 def broken_requests(draw: st.DrawFn) -> tuple[str, Any]:
-    """A valid request in which something at any depth is replaced, removed or added."""
+    """A valid request with one value at any depth replaced, removed or added."""
     path, body = draw(requests)
     body = copy.deepcopy(body)
     for _ in range(draw(st.integers(1, 2))):
@@ -193,7 +193,7 @@ REPLIES = ["ab", f"<think>x</think>{CALL}", '{"name": "a", "arguments": {}}', "{
 
 @functools.cache
 def shared() -> tuple[FakeEngine, httpx.ASGITransport]:
-    """One application for all examples: to make one takes longer than to ask it."""
+    """One app for all examples, because making one takes longer than a request."""
     engine = FakeEngine(chat_template=TagTemplate(THINKING), max_model_len=5000)
     return engine, httpx.ASGITransport(make_app(engine))  # type: ignore[arg-type]
 
@@ -209,7 +209,7 @@ async def ask(path: str, body: Any, reply: str) -> tuple[int, str]:
 
 
 def is_reason_to_refuse(message: str) -> bool:
-    """Valid fields may still not go together, and a schema may be valid and not be enforced."""
+    """Valid fields may be incompatible, and a valid schema may not be enforceable."""
     known = ("cannot be enforced", "has no tokens", "is more than", "must be at most", "both say", "cannot bind")
     return any(word in message for word in known)
 
@@ -235,13 +235,13 @@ def test_broken_requests_are_answered_or_refused_by_name(request: tuple[str, Any
         assert error["message"] and error["type"] == "invalid_request_error"
 
 
-# What the document says must hold of every answer, whatever is sent.
+# Every answer must be as the document says, whatever is sent.
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
 @pytest.mark.clients
 @pytest.mark.timeout(900)
-def test_schemathesis_finds_no_crash_and_no_answer_that_the_document_lacks() -> None:
+def test_schemathesis_finds_no_crash_and_no_undocumented_answer() -> None:
     command = Path(sys.executable).parent / "schemathesis"
     with serving(FakeEngine(reply="ab")) as url:
         flags = f"--checks {CHECKS} --max-examples 50 --seed 1 --phases examples,coverage,fuzzing"

@@ -23,7 +23,7 @@ scalars = (
     | st.integers()
     | st.sampled_from([0, 1, 2, 2**63, 2**70, -1])
     | st.floats()
-    | st.text(st.characters(exclude_categories=()), max_size=5)  # lone surrogates too
+    | st.text(st.characters(exclude_categories=()), max_size=5)  # including lone surrogates
     | st.sampled_from(["user", "assistant", "tiny", "text", "none", "auto"])
 )
 values = st.recursive(

@@ -1,4 +1,4 @@
-"""Chats with tools, reasoning and bound output over HTTP: what the engine is asked, and how its text is read."""
+"""Chats with tools, reasoning and constrained output over HTTP: the requests to the engine, and parsing its text."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ async def test_a_call_that_is_cut_off_ends_by_length() -> None:
     assert CALL.startswith("<tool_call>") and choice["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
 
 
-async def test_without_tools_or_with_none_nothing_is_looked_for() -> None:
+async def test_without_tools_or_with_choice_none_no_calls_are_parsed() -> None:
     for settings in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
         engine = hermes(CALL)
         answer = await chat(engine, **settings)
@@ -89,7 +89,7 @@ async def test_without_tools_or_with_none_nothing_is_looked_for() -> None:
         assert engine.chat_template is not None and engine.chat_template.tools is None
 
 
-async def test_auto_binds_nothing_unless_a_tool_is_strict() -> None:
+async def test_auto_constrains_the_output_only_if_a_tool_is_strict() -> None:
     engine = hermes("Hello")
     await chat(engine, tools=[WEATHER], tool_choice="auto")
     assert engine.calls[0].params.grammar is None
@@ -99,7 +99,7 @@ async def test_auto_binds_nothing_unless_a_tool_is_strict() -> None:
     assert "TEXT" in grammar_text(engine) and '"city"' in grammar_text(engine)
 
 
-async def test_required_and_named_bind_the_output_to_calls() -> None:
+async def test_required_and_named_choices_constrain_the_output_to_calls() -> None:
     engine = hermes(CALL)
     await chat(engine, tools=[WEATHER, NOW], tool_choice="required")
     assert "get_weather" in grammar_text(engine) and "now" in grammar_text(engine) and ")*" in grammar_text(engine)
@@ -201,7 +201,7 @@ async def test_reasoning_may_be_left_out_or_left_in() -> None:
     assert answer["choices"][0]["message"]["content"] == "<think>Hm.</think>Yes."
 
 
-async def test_a_bound_answer_may_be_thought_about_first() -> None:
+async def test_reasoning_may_precede_a_constrained_answer() -> None:
     engine = FakeEngine(reply="<think>Hm.</think>{}", chat_template=TagTemplate(THINKING))
     answer = await chat(engine, response_format={"type": "json_object"})
     assert answer["choices"][0]["message"]["content"] == "{}"
@@ -209,7 +209,7 @@ async def test_a_bound_answer_may_be_thought_about_first() -> None:
     assert grammar is not None and "@answer" in grammar.prefix
 
 
-# ---- Bound output ----
+# ---- Constrained output ----
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ async def test_a_bound_answer_may_be_thought_about_first() -> None:
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-async def test_every_way_to_bind_the_output_reaches_the_engine(
+async def test_every_kind_of_constraint_reaches_the_engine(
     path: str, body: dict[str, Any], kind: str, text: str
 ) -> None:
     engine = FakeEngine(reply="x")
@@ -256,7 +256,7 @@ async def test_what_cannot_be_enforced_is_refused_by_its_path_before_a_status_is
     assert error_of(response)["param"] == "response_format.json_schema.schema.properties.a"
 
 
-async def test_a_bound_answer_beside_tools_is_a_document_or_a_call() -> None:
+async def test_a_constrained_answer_with_tools_is_a_document_or_a_call() -> None:
     engine = hermes("{}")
     await chat(engine, tools=[NOW], response_format={"type": "json_object"})
     assert grammar_text(engine).startswith("start: calls | document")
@@ -266,7 +266,7 @@ async def test_a_bound_answer_beside_tools_is_a_document_or_a_call() -> None:
     assert error_of(response)["param"] == "structured_outputs.regex"
 
 
-# ---- Small things ----
+# ---- Other fields ----
 
 
 async def test_template_arguments_and_roles_reach_the_template() -> None:
@@ -278,7 +278,7 @@ async def test_template_arguments_and_roles_reach_the_template() -> None:
     assert engine.chat_template.messages[0] == {"role": "system", "content": "Be brief."}
 
 
-async def test_usage_in_every_chunk_if_asked() -> None:
+async def test_usage_in_every_chunk_if_requested() -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "a"})):
         chunks = await events(FakeEngine(), path, {**body, "stream_options": options})
@@ -295,7 +295,7 @@ def test_the_openai_client_rebuilds_calls_of_a_stream() -> None:
     assert json.loads(choice.message.tool_calls[0].function.arguments) == {"city": "Köln"}
 
 
-# ---- Logprobs of prompts ----
+# ---- Prompt logprobs ----
 
 
 async def test_an_echo_has_the_logprobs_of_the_prompt_before_those_of_the_answer() -> None:
@@ -320,7 +320,7 @@ async def test_an_echo_streams_once_its_logprobs_are_there() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_nothing_but_the_prompt_may_be_asked_for(stream: bool) -> None:
+async def test_only_the_prompt_may_be_requested(stream: bool) -> None:
     body = {"prompt": "abc", "echo": True, "logprobs": 0, "max_tokens": 0}
     if stream:
         chunks = await events(FakeEngine(reply="xy"), "/v1/completions", body)
@@ -342,7 +342,7 @@ async def test_prompt_logprobs_have_vllms_form() -> None:
     assert "prompt_logprobs" not in await chat(FakeEngine(reply="x"))
 
 
-# ---- Tokens ----
+# ---- Tokenizer ----
 
 
 async def test_texts_become_tokens_and_tokens_texts() -> None:
@@ -356,15 +356,15 @@ async def test_texts_become_tokens_and_tokens_texts() -> None:
         assert (await post(FakeEngine(), path, body)).status_code == 400
 
 
-async def test_the_tokenizer_says_what_lm_eval_wants_to_know() -> None:
+async def test_tokenizer_info_has_what_lm_eval_needs() -> None:
     info = (await get(FakeEngine(), "/tokenizer_info")).json()
     assert (info["eos_token"], info["vocab_size"], info["bos_token"]) == ("<end>", 257, None)
 
 
-# ---- Beams ----
+# ---- Beam search ----
 
 
-async def test_beam_search_goes_the_engines_way_with_best_of_beams(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_beam_search_runs_best_of_beams_on_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def search(engine: Any, ids: list[int], params: Any, settings: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""/metrics: vLLM's names, types, labels and buckets, and true counts."""
+"""/metrics: vLLM's names, types, labels and buckets, and correct counts."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ def test_client_that_left_counts_as_an_abort() -> None:
     assert 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="tiny"} 2.0' in text
 
 
-# The families that vLLM's own dashboard queries (examples/observability/prometheus_grafana/grafana.json), and the rest
-# of vllm/v1/metrics/loggers.py that a text model on one device has. Type, then labels besides model_name and engine.
+# The families that vLLM's dashboard queries (examples/observability/prometheus_grafana/grafana.json), and those of
+# vllm/v1/metrics/loggers.py that a text model on one device has. Type, and labels besides model_name and engine.
 VLLM_FAMILIES = {
     "vllm:num_requests_running": ("gauge", set()),
     "vllm:num_requests_waiting": ("gauge", set()),
@@ -160,7 +160,7 @@ async def test_every_family_of_vllm_is_there_from_the_first_scrape_on() -> None:
     assert any(name.startswith("python_gc_") for name in families)
 
 
-async def test_our_dashboard_asks_for_what_is_there() -> None:
+async def test_our_dashboard_queries_metrics_that_exist() -> None:
     text = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text(encoding="utf-8")
     board = json.loads(text)
     async with client_of(FakeEngine()) as client:
@@ -213,7 +213,7 @@ async def test_each_step_is_counted_once() -> None:
     engine = FakeEngine()
     async with client_of(engine) as client:
         assert engine.on_step is not None
-        for number, num_tokens in ((1, 7), (1, 7), (2, 30)):  # a turn of the loop may end no step
+        for number, num_tokens in ((1, 7), (1, 7), (2, 30)):  # a turn of the loop may complete no step
             engine.on_step(StepStats(num_tokens=num_tokens, extra={"num_steps": number}))
         families = await scrape(client)
     assert value_of(families, "vllm:iteration_tokens_total_count") == 2
@@ -253,7 +253,7 @@ async def test_the_status_line_is_that_of_vllm_and_silent_when_idle() -> None:
         line,
     )
     engine.statistics = StepStats(num_free_blocks=100)
-    assert reporter.line() is not None  # once more, so that the log shows that it went idle
+    assert reporter.line() is not None  # one more line, which shows that the engine is idle
     assert reporter.line() is None
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         await client.post("/v1/completions", json={"prompt": "xx"})

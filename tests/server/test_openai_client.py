@@ -1,4 +1,4 @@
-"""The openai client, for real, against a real socket."""
+"""The real openai client, over a real socket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page in a real Chromium: chat, stop, keys, the live view, and what people need who cannot use a mouse.
+"""The page in a real Chromium: chat, stop, keys, the live view, and accessibility.
 
 pip install -e '.[dev,browser]' && apt-get install chromium && pytest -m browser tests/server/test_page.py
 """
@@ -24,28 +24,28 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touc
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[object]:
-    from playwright.sync_api import sync_playwright  # here: runs without this mark need not have it
+    from playwright.sync_api import sync_playwright  # imported here: other test runs need not have it
 
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with sync_playwright() as driver:
-        # --no-sandbox: containers run tests as root, and what is loaded is ours
+        # --no-sandbox: containers run tests as root, and only our own page is loaded
         browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 class Visit:
-    """A page that is ready, and all that it asked for and complained of."""
+    """An open page, with all its requests and console errors."""
 
     def __init__(self, browser: object, url: str, options: dict[str, object]) -> None:
         self.url = url
         self.context = browser.new_context(**options)  # type: ignore[attr-defined]
         self.page = self.context.new_page()
-        self.complaints: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(url)
 
     def ask(self, text: str) -> None:
@@ -56,7 +56,7 @@ class Visit:
         return self.page.wait_for_selector(selector, timeout=20_000)
 
     def until(self, claim: str) -> None:
-        """Wait until JavaScript finds the claim true. Asked from outside: the page itself may evaluate no strings."""
+        """Wait until the JavaScript expression is true. Polled from here, since the page may not evaluate strings."""
         for _ in range(400):
             if self.page.evaluate(claim):
                 return
@@ -75,7 +75,7 @@ def ready(browser: object, url: str, **options: object) -> Visit:
 
 @pytest.fixture
 def engine() -> FakeEngine:
-    """One that has run: blocks in use, shared and cached, and some steps."""
+    """An engine with blocks in use, shared and cached."""
     engine = FakeEngine()
     manager = engine.inner.core.scheduler.block_manager
     for name, first, length in (("a", 7, 700), ("b", 7, 90), ("c", 9, 200)):
@@ -122,12 +122,12 @@ def test_an_answer_is_streamed_and_counted(browser: object, engine: FakeEngine) 
         assert engine.calls[0].prompt == "<system>Be brief.\n<user>Say <b>hello</b>\n<assistant>"
         visit.ask("And again")
         visit.until("document.querySelectorAll('.facts').length === 2")
-        assert engine.reply in engine.calls[1].prompt  # the conversation goes on
+        assert engine.reply in engine.calls[1].prompt  # the conversation continues
         visit.page.click("#fresh")
         visit.ask("Anew")
         visit.wait_for(".message.assistant .facts")
         assert engine.reply not in engine.calls[2].prompt
-        assert not visit.complaints and all(asked.startswith(url) for asked in visit.asked)
+        assert not visit.errors and all(request.startswith(url) for request in visit.requests)
         visit.context.close()
 
 
@@ -168,7 +168,7 @@ def test_a_model_without_a_template_completes(browser: object, engine: FakeEngin
         visit.context.close()
 
 
-def test_a_key_is_asked_for_and_kept_for_the_tab(browser: object, engine: FakeEngine) -> None:
+def test_a_key_is_requested_and_kept_for_the_tab(browser: object, engine: FakeEngine) -> None:
     with serving(engine, api_keys=("the-right-key",)) as url:
         visit = Visit(browser, url, DESKTOP)
         visit.wait_for("#key-form:not([hidden])")
@@ -184,7 +184,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(browser: object, engine: FakeEn
         visit.context.close()
 
 
-def test_the_engine_is_shown_as_it_is(browser: object, engine: FakeEngine) -> None:
+def test_the_engine_view_shows_its_state(browser: object, engine: FakeEngine) -> None:
     with serving(engine) as url:
         run_steps(engine, 70)
         visit = ready(browser, url)
@@ -203,7 +203,7 @@ def test_the_engine_is_shown_as_it_is(browser: object, engine: FakeEngine) -> No
         visit.context.close()
 
 
-def test_the_page_says_that_the_server_is_gone_and_finds_it_again(browser: object, engine: FakeEngine) -> None:
+def test_the_page_follows_a_server_that_loads_and_goes_away(browser: object, engine: FakeEngine) -> None:
     engine.is_ready = False
     with serving(engine) as url:
         visit = Visit(browser, url, DESKTOP)
@@ -217,10 +217,10 @@ def test_the_page_says_that_the_server_is_gone_and_finds_it_again(browser: objec
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("device", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_everybody_can_use_it(
+def test_the_page_is_accessible(
     browser: object, engine: FakeEngine, scheme: str, device: dict[str, object], tmp_path: Path
 ) -> None:
-    """axe's rules (WCAG 2.2 AA: names, labels, contrast), no sideways scrolling, and no motion where none is wanted."""
+    """axe's rules (WCAG 2.2 AA), no horizontal scrolling, and no motion where users prefer none."""
     from axe_playwright_python.sync_playwright import Axe
 
     with serving(engine) as url:

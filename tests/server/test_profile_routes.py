@@ -1,4 +1,4 @@
-"""Recording on request: allowed by a flag only, one at a time, and a 403 or 409 that says what to do."""
+"""Recording on request: only with the flag, one at a time, and 403 or 409 otherwise."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def test_a_server_without_the_flag_refuses(path: str) -> None:
     assert not measure.is_on()
 
 
-async def test_what_happens_between_start_and_stop_is_told() -> None:
+async def test_the_time_between_start_and_stop_is_reported() -> None:
     async with client_of(FakeEngine(), enable_profiling=True) as client:
         assert (await client.post("/start_profile")).json()["status"] == "recording"
         with measure.span(measure.STEP, kind="decode"), measure.span(measure.PACK):
@@ -36,7 +36,7 @@ async def test_what_happens_between_start_and_stop_is_told() -> None:
     assert 0 < document["spans"]["pack"]["total_s"] <= document["spans"]["step"]["total_s"] <= document["wall_s"]
 
 
-async def test_a_trace_is_for_the_asking() -> None:
+async def test_a_trace_is_returned_on_request() -> None:
     async with client_of(FakeEngine(), enable_profiling=True) as client:
         await client.post("/start_profile")
         with measure.span(measure.STEP):

@@ -1,4 +1,4 @@
-"""The server around a real AsyncEngine, whose device is one of integers: text, blocks and metrics end to end."""
+"""The server around a real AsyncEngine with a fake device: text, blocks and metrics end to end."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_second_question_finds_the_first_in_the_cache(client: openai.OpenAI) -> 
         usage = client.completions.create(model="tiny", prompt="a long enough prompt", max_tokens=3).usage
         assert usage is not None and usage.prompt_tokens_details is not None
         cached.append(usage.prompt_tokens_details.cached_tokens)
-    assert cached[0] == 0 and cached[1] == 16  # of 20 tokens: whole blocks of 4, and the last is computed anew
+    assert cached[0] == 0 and cached[1] == 16  # of 20 tokens: full blocks of 4, without the last, which is recomputed
 
 
 def test_stop_seed_and_logprobs(client: openai.OpenAI, device: Device) -> None:
     stopped = client.completions.create(model="tiny", prompt="x", max_tokens=40, stop="世")
     assert stopped.choices[0].text == "Grüße, " and stopped.choices[0].finish_reason == "stop"
-    device.babble(step_s=0)
+    device.generate_endlessly(step_s=0)
     texts = [client.completions.create(model="tiny", prompt="x", seed=seed).choices[0].text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2] and len(texts[0]) == 16
     answer = client.chat.completions.create(model="tiny", messages=USER, max_tokens=5, logprobs=True, top_logprobs=2)
@@ -65,11 +65,11 @@ def test_many_clients_are_answered_at_once(client: openai.OpenAI, device: Device
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(ask, range(24)))
     assert answers == [ANSWER, f"{ANSWER}|{ANSWER}"] * 12
-    device.wait_until_all_is_free()
+    device.wait_until_all_blocks_are_free()
 
 
 def test_clients_that_leave_free_their_blocks(url: str, device: Device) -> None:
-    device.babble(step_s=0.02)  # so that 200 tokens take seconds
+    device.generate_endlessly(step_s=0.02)  # so that 200 tokens take seconds
     with contextlib.ExitStack() as streams:
         for number in range(4):
             body = {"prompt": f"{number} is a prompt", "max_tokens": 200, "stream": True}
@@ -77,12 +77,12 @@ def test_clients_that_leave_free_their_blocks(url: str, device: Device) -> None:
             chunks = streams.enter_context(contextlib.closing(response.iter_text()))
             next(chunks)
         assert device.stats.num_running == 4 and device.stats.num_free_blocks < 63
-    device.wait_until_all_is_free()
+    device.wait_until_all_blocks_are_free()
     assert 'finished_reason="abort",model_name="tiny"} 4.0' in httpx.get(url + "/metrics").text
 
 
 def test_client_that_leaves_the_queue_is_never_run(url: str, device: Device) -> None:
-    device.babble(step_s=0.02)
+    device.generate_endlessly(step_s=0.02)
     body = {"prompt": "x", "max_tokens": 50, "n": 4}
     with ThreadPoolExecutor(1) as pool:
         whole = pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=20)
@@ -91,12 +91,12 @@ def test_client_that_leaves_the_queue_is_never_run(url: str, device: Device) -> 
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url + "/v1/completions", json={"prompt": "late"}, timeout=0.2)
         assert whole.result().status_code == 200
-    device.wait_until_all_is_free()
+    device.wait_until_all_blocks_are_free()
     assert max(len(plan.entries) for plan in device.runner.plans) == 4
     assert {entry.request.num_prompt_tokens for plan in device.runner.plans for entry in plan.entries} == {1}
 
 
-def test_failed_step_is_an_error_and_the_server_goes_on(client: openai.OpenAI, device: Device) -> None:
+def test_a_failed_step_is_an_error_and_the_server_continues(client: openai.OpenAI, device: Device) -> None:
     def fail(plan: Any) -> None:
         device.runner.before_step = lambda plan: None
         raise RuntimeError("the device is on fire")
@@ -131,7 +131,7 @@ def test_metrics_show_what_was_done(url: str, client: openai.OpenAI) -> None:
 
 
 def test_stopping_engine_ends_its_streams(url: str, device: Device, engine: AsyncEngine) -> None:
-    device.babble(step_s=0.02)
+    device.generate_endlessly(step_s=0.02)
     body = {"prompt": "x", "max_tokens": 200, "stream": True}
     with httpx.stream("POST", url + "/v1/completions", json=body, timeout=20) as response:
         chunks = response.iter_text()

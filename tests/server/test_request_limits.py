@@ -1,4 +1,4 @@
-"""Limits that say so: full queues, long requests, silent clients, large bodies. And steps that fail or stall."""
+"""Full queues, long requests, silent clients, engines that stall, and bad settings: each is answered by an error."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ HANGING = {"prompt": "ab", "stream": True}
 # ---- The queue ----
 
 
-def test_more_than_may_wait_is_refused_and_can_be_tried_again() -> None:
+def test_requests_beyond_the_queue_are_refused_and_may_be_retried() -> None:
     engine = FakeEngine(hang_after=3)  # of 4 sequences at once
     with serving(engine, max_num_queued_requests=1) as url, httpx.Client(base_url=url) as client:
         with client.stream("POST", "/v1/completions", json={**HANGING, "n": 4}) as first:
-            chunks = first.iter_raw()  # by a name: httpx closes the response with its last iterator
+            chunks = first.iter_raw()  # keep a reference: httpx closes the response with its last iterator
             next(chunks)
             with httpx.stream("POST", url + "/v1/completions", json=HANGING) as second:
                 more_chunks = second.iter_raw()
@@ -50,7 +50,7 @@ def test_more_than_may_wait_is_refused_and_can_be_tried_again() -> None:
     assert 'tinyvllm:requests_refused_total{engine="0",model_name="tiny",reason="queue_full"} 2.0' in text
 
 
-async def test_what_could_never_wait_is_a_bad_request() -> None:
+async def test_a_request_larger_than_the_queue_is_a_bad_request() -> None:
     response = await post(FakeEngine(), "/v1/completions", {"prompt": "x", "n": 6}, max_num_queued_requests=1)
     assert response.status_code == 400 and error_of(response)["param"] == "n"
     assert "5 at most" in error_of(response)["message"]
@@ -69,10 +69,10 @@ async def test_a_full_queue_does_not_take_the_server_out_of_rotation() -> None:
         assert (await client.get("/v1/models")).status_code == 200
 
 
-def test_tokens_that_wait_are_bounded_and_one_long_prompt_is_not() -> None:
+def test_waiting_tokens_are_bounded_but_a_long_prompt_alone_is_admitted() -> None:
     admission = Admission(ServerSettings(max_num_queued_tokens=100))
     first, second, third = (RequestContext(name) for name in "abc")
-    admission.admit(first, 1, 1000, max_num_seqs=4)  # nobody waits, so it may be as long as it likes
+    admission.admit(first, 1, 1000, max_num_seqs=4)  # nothing waits, so it may have any length
     with pytest.raises(QueueFullError, match="1000 prompt tokens are waiting and this prompt has 1"):
         admission.admit(second, 1, 1, max_num_seqs=4)
     admission.prompt_computed(first, 1000)
@@ -82,7 +82,7 @@ def test_tokens_that_wait_are_bounded_and_one_long_prompt_is_not() -> None:
         admission.admit(third, 1, 1, max_num_seqs=4)
     for context in (first, second, third):
         admission.release(context)
-        admission.release(context)  # twice is as good as once
+        admission.release(context)  # a second release changes nothing
     assert (admission.num_seqs, admission.num_waiting_tokens) == (0, 0)
 
 
@@ -98,7 +98,7 @@ def test_refused_requests_hold_nothing() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_places_are_given_back_however_a_request_ends(stream: bool) -> None:
+async def test_places_are_released_however_a_request_ends(stream: bool) -> None:
     engine = FakeEngine()
     app = make_app(engine)  # type: ignore[arg-type]
     admission = app.state.server.admission
@@ -132,12 +132,12 @@ async def test_a_stream_that_takes_too_long_says_so_and_ends() -> None:
     assert not engine.running
 
 
-async def test_a_request_in_time_notices_nothing_of_the_limit() -> None:
+async def test_a_request_in_time_is_not_affected_by_the_limit() -> None:
     response = await post(FakeEngine(), "/v1/completions", {"prompt": "a"}, request_timeout_s=60)
     assert response.json()["choices"][0]["text"] == "Hello, wörld!"
 
 
-async def test_a_long_prompt_is_a_stream_of_comments_at_first() -> None:
+async def test_a_stream_sends_comments_while_its_prompt_is_computed() -> None:
     engine = FakeEngine(hang_before=True)
     app = make_app(engine, ServerSettings(keepalive_s=0.02, request_timeout_s=0.3))  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
@@ -152,7 +152,7 @@ async def test_a_quick_stream_has_no_comments() -> None:
     assert KEEPALIVE not in response.text and response.text.count("data: ") == 14
 
 
-def test_a_client_that_does_not_read_is_let_go() -> None:
+def test_a_client_that_does_not_read_loses_its_request() -> None:
     engine = FakeEngine(reply="x" * 200_000)
     with serving(engine, idle_timeout_s=0.3) as url:
         with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port)) as sock:
@@ -164,7 +164,7 @@ def test_a_client_that_does_not_read_is_let_go() -> None:
         assert httpx.get(url + "/health").status_code == 200
 
 
-def test_a_client_that_does_not_send_its_body_is_told_so() -> None:
+def test_a_client_that_does_not_send_its_body_gets_408() -> None:
     with (
         serving(FakeEngine(), idle_timeout_s=0.2) as url,
         socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=20) as sock,
@@ -189,7 +189,7 @@ async def test_an_engine_whose_steps_do_not_end_is_unhealthy(monkeypatch: pytest
             return (await client.get("/health")).status_code
 
         app.state.server.history.add(StepStats(extra={"num_steps": 1}))
-        now_s += 60  # idle for a long time, and a request that has just come: all is well
+        now_s += 60  # after a long idle time, a request that has just arrived is no stall
         assert await health() == 200
         await client.post("/v1/completions", json={"prompt": "x"})
         engine.statistics = StepStats(num_waiting=1)
@@ -198,10 +198,10 @@ async def test_an_engine_whose_steps_do_not_end_is_unhealthy(monkeypatch: pytest
         for path in ("/health", "/ready", "/ping"):
             response = await client.get(path)
             assert response.status_code == 503 and error_of(response)["code"] == "engine_stalled"
-        app.state.server.history.add(StepStats(extra={"num_steps": 2}))  # it ended after all
+        app.state.server.history.add(StepStats(extra={"num_steps": 2}))  # the step ended after all
         assert await health() == 200
         now_s += 60
-        engine.statistics = StepStats()  # done; that a client reads slowly is not the engine's fault
+        engine.statistics = StepStats()  # idle: a client that reads slowly is no stall
         app.state.server.admission.num_seqs = 1
         assert await health() == 200
 
@@ -219,7 +219,7 @@ async def test_out_of_memory_is_a_refusal() -> None:
     assert response.headers["retry-after"]
 
 
-async def test_errors_tell_no_path_of_the_server() -> None:
+async def test_errors_reveal_no_paths_of_the_server() -> None:
     engine = FakeEngine(refuse=TinyvllmError("cannot read /root/models/x.gguf: see ~/a/b or a/b at http://host/v1/x"))
     message = error_of(await post(engine, "/v1/completions", {"prompt": "a"}))["message"]
     assert "/root" not in message and "x.gguf" not in message
@@ -246,7 +246,7 @@ def test_bad_settings_are_refused_by_their_flag(settings: dict[str, Any], flag: 
         ServerSettings(**settings)
 
 
-async def test_ids_of_one_client_may_be_the_same_twice() -> None:
+async def test_a_client_may_repeat_its_request_id() -> None:
     engine = FakeEngine()
     async with client_of(engine) as client:
         headers = {"x-request-id": "same"}

@@ -1,4 +1,4 @@
-"""/v1/responses: items, events, tools, what is kept; and the openai client's own reading of it."""
+"""/v1/responses: items, events, tools, stored responses, and the openai client."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def test_response_has_every_field_of_the_format() -> None:
     }  # fmt: skip
 
 
-async def test_events_tell_the_answer() -> None:
+async def test_events_add_up_to_the_answer() -> None:
     events = await events_of(FakeEngine(reply="Hey"))
     assert [event["type"] for event in events] == [
         "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
@@ -136,7 +136,7 @@ async def test_input_items_become_messages() -> None:
     assert messages[5] == {"role": "tool", "tool_call_id": "2", "content": "rain"}
 
 
-async def test_a_response_goes_on_from_an_earlier_one() -> None:
+async def test_a_response_continues_an_earlier_one() -> None:
     engine = hermes(CALL)
     async with client_of(engine) as client:
 
@@ -163,14 +163,14 @@ async def test_a_response_goes_on_from_an_earlier_one() -> None:
         assert (await client.get(f"/v1/responses/{unkept['id']}")).status_code == 404
 
 
-async def test_a_streamed_response_is_kept_too() -> None:
+async def test_a_streamed_response_is_stored_too() -> None:
     async with client_of(FakeEngine()) as client:
         text = (await client.post("/v1/responses", json={"input": "a", "stream": True})).text
         last = json.loads(text.strip().split("\n")[-1].removeprefix("data: "))
         assert (await client.get(f"/v1/responses/{last['response']['id']}")).json() == last["response"]
 
 
-async def test_only_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_the_latest_responses_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     async with client_of(FakeEngine()) as client:
         client._transport.app.state.responses = ResponseStore(max_responses=2)  # type: ignore[attr-defined]
         ids = [(await client.post("/v1/responses", json={"input": "a"})).json()["id"] for _ in range(3)]

@@ -60,7 +60,7 @@ async def test_prompt_takes_four_forms(prompt: Any, texts: list[bytes]) -> None:
     assert answer["usage"]["prompt_tokens"] == sum(map(len, texts))
 
 
-async def test_choices_of_a_prompt_are_neighbours() -> None:
+async def test_choices_of_a_prompt_are_adjacent() -> None:
     answer = await complete(FakeEngine(reply="xy"), prompt=["a", "bb"], n=2, echo=True)
     assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [
         (0, "axy"), (1, "axy"), (2, "bbxy"), (3, "bbxy")
@@ -102,7 +102,7 @@ async def test_streamed_completion_adds_up_to_the_whole_one() -> None:
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 4 * 13
 
 
-async def test_offsets_of_streamed_logprobs_go_on_across_chunks() -> None:
+async def test_offsets_of_streamed_logprobs_continue_across_chunks() -> None:
     chunks = await events(FakeEngine(reply="aöb"), "/v1/completions", {"prompt": "x", "logprobs": 0})
     offsets = [offset for chunk in chunks for offset in chunk["choices"][0]["logprobs"]["text_offset"]]
     assert offsets == [0, 1, 2]
@@ -151,7 +151,7 @@ async def test_chat_stream_begins_with_roles_and_ends_with_reasons() -> None:
     assert all("usage" not in chunk and chunk["object"] == "chat.completion.chunk" for chunk in chunks)
 
 
-async def test_chat_stream_ends_with_usage_when_asked() -> None:
+async def test_chat_stream_ends_with_usage_when_requested() -> None:
     body = {**CHAT, "stream_options": {"include_usage": True}}
     *chunks, last = await events(FakeEngine(reply="ab"), "/v1/chat/completions", body)
     assert all(chunk["usage"] is None and len(chunk["choices"]) == 1 for chunk in chunks)
@@ -179,7 +179,7 @@ async def test_chat_logprobs_have_their_shape(stream: bool) -> None:
     }
 
 
-async def test_messages_reach_the_template_in_its_own_words() -> None:
+async def test_messages_reach_the_template_in_its_own_form() -> None:
     engine = FakeEngine()
     call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     messages = [
@@ -257,8 +257,13 @@ async def test_stop_string_ends_the_text_and_is_named() -> None:
 
 
 async def test_neutral_values_of_unsupported_fields_are_accepted() -> None:
-    await complete(FakeEngine(), **NEUTRAL, echo=False)
-    await chat(FakeEngine(), **NEUTRAL, tools=[], tool_choice="none")
+    engine = FakeEngine()
+    await complete(engine, **NEUTRAL, echo=False)
+    await complete(engine)
+    await chat(engine, **NEUTRAL, tools=[], tool_choice="none")
+    await chat(engine)
+    with_fields, without, chat_with_fields, chat_without = [call.params for call in engine.calls]
+    assert (with_fields, chat_with_fields) == (without, chat_without)
 
 
 async def test_unknown_fields_are_accepted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -290,7 +295,7 @@ async def test_bad_field_is_refused_by_name(path: str, body: dict[str, Any], par
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity"])
-async def test_numbers_that_are_none_are_refused(constant: str) -> None:
+async def test_nan_and_infinity_are_refused(constant: str) -> None:
     async with client_of(FakeEngine()) as client:
         for name in ("temperature", "top_p", "min_p"):
             body = f'{{"prompt": "a", "{name}": {constant}}}'
@@ -415,14 +420,14 @@ async def test_one_failed_prompt_ends_the_others() -> None:
     assert response.status_code == 500 and not engine.running
 
 
-async def test_unexpected_error_tells_nothing_of_the_inside() -> None:
+async def test_an_unexpected_error_reveals_no_internals() -> None:
     response = await post(FakeEngine(refuse=ZeroDivisionError("secret")), "/v1/completions", {"prompt": "a"})
     assert response.status_code == 500
     assert "secret" not in response.text and error_of(response)["code"] == "internal_error"
     assert response.headers["x-request-id"]
 
 
-async def test_aborted_request_may_be_tried_again() -> None:
+async def test_aborted_request_may_be_retried() -> None:
     response = await post(FakeEngine(abort_after=0), "/v1/chat/completions", CHAT)
     assert response.status_code == 503 and response.headers["retry-after"]
 
@@ -441,7 +446,7 @@ async def test_health_follows_the_engine() -> None:
     assert "the thread has ended" in error_of(response)["message"] and error_of(response)["code"] == "engine_dead"
 
 
-async def test_ready_says_how_many_graphs_are_to_come() -> None:
+async def test_ready_counts_the_graphs_still_to_be_captured() -> None:
     response = await get(FakeEngine(), "/ready")
     expected = {"num_captures": 7, "num_captures_to_come": 2, "num_failed_captures": 1}
     assert (response.status_code, response.json()) == (200, expected)
@@ -471,7 +476,7 @@ async def test_version_is_a_string() -> None:
     assert set((await get(FakeEngine(), "/version")).json()) == {"version"}
 
 
-async def test_request_id_is_echoed_when_sane_and_made_otherwise() -> None:
+async def test_request_id_is_echoed_when_valid_and_generated_otherwise() -> None:
     mine = (await get(FakeEngine(), "/health", headers={"x-request-id": "abc-1"})).headers["x-request-id"]
     assert mine == "abc-1"
     for odd in ("", "a b", "x" * 200, "é"):

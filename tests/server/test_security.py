@@ -1,4 +1,4 @@
-"""Keys, other pages' requests, TLS, sockets in the file system."""
+"""API keys, requests of other origins, TLS, and Unix sockets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPEN = ("/", "/health", "/ready", "/ping", "/version", "/metrics", "/static/app.
 
 
 @pytest.mark.parametrize("path", CLOSED)
-async def test_a_key_is_asked_for(path: str) -> None:
+async def test_a_key_is_required(path: str) -> None:
     async with client_of(FakeEngine(), api_keys=KEYS) as client:
         for header in (None, "Bearer", "Bearer ", "Bearer first-key-2", "Basic first-key-1", "first-key-1", "Bearer é"):
             headers = {} if header is None else {"authorization": header.encode("latin-1")}
@@ -51,7 +51,7 @@ async def test_generation_needs_a_key_and_probes_do_not() -> None:
         assert (await client.post("/static/app.js")).status_code == 401
 
 
-async def test_without_keys_nobody_is_asked() -> None:
+async def test_without_keys_none_is_required() -> None:
     async with client_of(FakeEngine()) as client:
         assert (await client.get("/v1/models", headers={"authorization": "Bearer anything"})).status_code == 200
 
@@ -62,7 +62,7 @@ def test_a_large_body_without_a_key_is_read_and_refused() -> None:
     assert response.status_code == 401
 
 
-def test_keys_are_kept_as_hashes() -> None:
+def test_keys_are_stored_as_hashes() -> None:
     ring = KeyRing(KEYS)
     assert ring.holds("first-key-1") and ring.holds("second-key") and not ring.holds("first-key-") and ring
     assert not any(key in repr(vars(ring)) for key in KEYS)
@@ -99,7 +99,7 @@ def test_a_file_without_keys_does_not_open_the_server(tmp_path: Path, content: s
 PREFLIGHT = {"origin": "https://a.example", "access-control-request-method": "POST"}
 
 
-async def test_other_origins_may_not_ask_unless_named() -> None:
+async def test_other_origins_are_refused_unless_listed() -> None:
     async with client_of(FakeEngine()) as client:
         assert "access-control-allow-origin" not in (await client.get("/v1/models", headers=PREFLIGHT)).headers
         assert (await client.options("/v1/completions", headers=PREFLIGHT)).status_code == 405
@@ -108,13 +108,13 @@ async def test_other_origins_may_not_ask_unless_named() -> None:
         assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == "https://a.example"
         other = await client.options("/v1/completions", headers={**PREFLIGHT, "origin": "https://b.example"})
         assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
-        refused = await client.get("/v1/models", headers=PREFLIGHT)  # a page must be able to read why
+        refused = await client.get("/v1/models", headers=PREFLIGHT)  # a page must be able to read the error
         assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://a.example"
         assert "x-request-id" in refused.headers["access-control-expose-headers"]
 
 
 async def test_a_page_cannot_send_what_a_form_can() -> None:
-    """A form of another page needs nobody's leave, but cannot send JSON as JSON."""
+    """A form on another page needs no permission, but cannot send JSON as application/json."""
     engine = FakeEngine()
     async with client_of(engine) as client:
         for kind in ("text/plain", "application/x-www-form-urlencoded", None):
@@ -125,7 +125,7 @@ async def test_a_page_cannot_send_what_a_form_can() -> None:
 
 
 async def test_a_server_of_this_machine_answers_to_its_own_names() -> None:
-    """DNS rebinding: a page's own name that points here is no name of ours."""
+    """DNS rebinding: a page's host name that resolves to this machine is not one of ours."""
     engine = FakeEngine()
     async with client_of(engine, allowed_hosts=("localhost", "127.0.0.1", "[::1]")) as client:
         for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000"):
@@ -148,7 +148,7 @@ async def test_a_server_of_this_machine_answers_to_its_own_names() -> None:
         ({"allowed_hosts": ["*"]}, None),
     ],
 )
-def test_names_are_checked_where_no_key_is(flags: dict[str, Any], hosts: set[str] | None) -> None:
+def test_host_names_are_checked_if_there_is_no_key(flags: dict[str, Any], hosts: set[str] | None) -> None:
     listen = ListenFlags(**{name: value for name, value in flags.items() if name in ("host", "uds")})
     http = ServerFlags(**{name: value for name, value in flags.items() if name not in ("host", "uds")})
     allowed = http.settings(local_host=listen.local_host).allowed_hosts
@@ -191,14 +191,14 @@ def test_https_with_a_certificate(tmp_path: Path) -> None:
         thread.join()
 
 
-def test_a_unix_socket_is_for_owner_and_group_and_replaces_a_dead_one(tmp_path: Path) -> None:
+def test_a_unix_socket_is_for_owner_and_group_and_replaces_a_stale_one(tmp_path: Path) -> None:
     path = tmp_path / "s"
     first = bind_unix(str(path))
     assert stat.S_IMODE(path.stat().st_mode) == 0o660
     assert address_of(first) == f"unix:{path}" and not is_public(first)
     with pytest.raises(TinyvllmError, match="in use"):
         bind_unix(str(path))
-    first.close()  # the file stays, as after a crash
+    first.close()  # the file remains, as after a crash
     second = bind_unix(str(path))
     with closing(second):
         assert path.exists()

@@ -1,4 +1,4 @@
-"""docs/SERVING.md names every flag, route, metric and code that there is, and none that there is not."""
+"""docs/SERVING.md names all flags, routes, metrics and codes, and no others."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Rough traffic leaves nothing behind, and a signal in the middle of it loses no answer in silence.
+"""Rough traffic leaves nothing behind, and a stop signal during it loses no answer silently.
 
-The long one, on a real model with random weights, says what it saw:
+The long test uses a real model with random weights, and prints its figures:
 
     pytest -m slow tests/server/test_soak.py -s
 """
@@ -19,8 +19,8 @@ KINDS = {"complete", "streamed", "left in the middle", "left before an answer", 
 
 async def test_rough_traffic_leaves_nothing_behind(tmp_path: Path) -> None:
     model = tmp_path / "tiny.gguf"
-    model.write_bytes(b"GGUF")  # the device of integers reads none of it
-    with serving_process("integers", str(model), tmp_path / "log", "--async-scheduling") as process:
+    model.write_bytes(b"GGUF")  # the fake device does not read it
+    with serving_process("fake", str(model), tmp_path / "log", "--async-scheduling") as process:
         figures = await run_traffic(process, num_requests=150, concurrency=32, has_grammar=False)
         check_nothing_is_left(figures)
         assert set(figures.outcomes) >= KINDS and sum(figures.outcomes.values()) == 150
@@ -40,7 +40,7 @@ async def test_two_thousand_rough_requests_leave_nothing_behind(tmp_path: Path, 
         check_nothing_is_left(figures)
         assert set(figures.outcomes) >= KINDS | {"refused as too many"} and sum(figures.outcomes.values()) == 2000
         _, first_quarter, *_, last = (report["rss_mib"] for report in figures.reports)
-        assert last < first_quarter + 8, "memory grows"  # MiB: the first quarter warms caches, then it is flat
+        assert last < first_quarter + 8, "memory grows"  # MiB: caches fill in the first quarter, then it is flat
         outcomes = await stop_under_load(process, concurrency=32)
         print(f"SIGTERM under load: {dict(outcomes)}")
     assert sum(outcomes.values()) == 32 and outcomes["complete"]

@@ -1,4 +1,4 @@
-"""A request may end at any stage, by its client or by a device that fails: what it held is free at the next step."""
+"""A request may end at any stage, by its client or a failing device. What it held is free after the next step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.server.device import Device
 
 
 class Hold:
-    """Holds the engine before each step until it is let through."""
+    """Blocks the engine before each step until the test lets it continue."""
 
     def __init__(self, device: Device) -> None:
         self.reached, self._permits = threading.Semaphore(0), threading.Semaphore(0)
@@ -38,14 +38,14 @@ class Hold:
 
 @contextlib.contextmanager
 def client_that_leaves(url: str, body: dict[str, object]) -> Iterator[None]:
-    """Has sent a request, and leaves at the end of the block."""
+    """A client that has sent a request, and leaves at the end of the block."""
     with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port)) as sock:
         sock.sendall(raw_post("/v1/completions", body))
         yield
 
 
 def wait_for_departure(device: Device, url: str) -> None:
-    """Until the server has noticed: the abort waits in the engine's inbox for the step's end."""
+    """Wait until the server has noticed: the abort is then in the engine's inbox until the step ends."""
     metric = 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="tiny"} 1.0'
     for _ in range(2000):
         if metric in httpx.get(url + "/metrics").text:
@@ -61,15 +61,15 @@ def test_leaving_in_the_prompt_frees_its_blocks_at_the_next_step(device: Device,
     with client_that_leaves(url, {"prompt": "x" * (3 * budget), "max_tokens": 9, "stream": stream}):
         hold.wait()
         hold.let(1)
-        hold.wait()  # the second of three slices is about to be computed
+        hold.wait()  # the second of three chunks is about to be computed
     wait_for_departure(device, url)
     hold.let(1)
-    device.wait_until_all_is_free()
-    assert len(device.runner.plans) == 2  # the third slice never came
+    device.wait_until_all_blocks_are_free()
+    assert len(device.runner.plans) == 2  # the third chunk was never computed
 
 
 def test_leaving_in_the_output_frees_its_blocks_at_the_next_step(device: Device, url: str) -> None:
-    device.babble(step_s=0)
+    device.generate_endlessly(step_s=0)
     hold = Hold(device)
     with client_that_leaves(url, {"prompt": "x", "max_tokens": 100, "stream": True}):
         for _ in range(5):
@@ -78,22 +78,22 @@ def test_leaving_in_the_output_frees_its_blocks_at_the_next_step(device: Device,
         hold.wait()
     wait_for_departure(device, url)
     hold.let(1)
-    device.wait_until_all_is_free()
+    device.wait_until_all_blocks_are_free()
     assert len(device.runner.plans) == 6
 
 
-def test_a_client_that_reads_nothing_holds_up_nobody(device: Device, url: str) -> None:
-    device.babble(step_s=0)
+def test_a_client_that_reads_nothing_delays_nobody(device: Device, url: str) -> None:
+    device.generate_endlessly(step_s=0)
     with contextlib.ExitStack() as idle:
         for number in range(3):  # of 4 places
             body = {"prompt": f"{number}", "max_tokens": 200, "stream": True}
             idle.enter_context(client_that_leaves(url, body))
         answer = httpx.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 20}, timeout=20)
         assert answer.json()["usage"]["completion_tokens"] == 20
-        device.wait_until_all_is_free()  # the engine is done with them all, though nobody has read a byte
+        device.wait_until_all_blocks_are_free()  # the engine has finished them, though nobody has read a byte
 
 
-def test_a_device_that_keeps_failing_is_reported_and_nobody_is_left_waiting(device: Device, url: str) -> None:
+def test_a_device_that_keeps_failing_is_reported_and_nobody_waits_for_it(device: Device, url: str) -> None:
     def fail(plan: object) -> None:
         raise RuntimeError("lost the device at /dev/dri/card0")
 
@@ -120,4 +120,4 @@ def test_a_step_that_runs_out_of_memory_fails_its_requests_alone(device: Device,
     assert first.status_code == 500 or "MemoryError" in json.dumps(first.text)
     assert httpx.post(url + "/v1/completions", json={"prompt": "x"}, timeout=20).status_code == 200
     assert httpx.get(url + "/health").status_code == 200
-    device.wait_until_all_is_free()
+    device.wait_until_all_blocks_are_free()

@@ -244,7 +244,7 @@ class Metrics:
         self._inference_s = histogram(
             "vllm:request_inference_time_seconds", "Time from leaving the queue to the last token.", latency
         )
-        self._n = histogram("vllm:request_params_n", "Choices asked for.", SMALL_COUNT_BUCKETS)
+        self._n = histogram("vllm:request_params_n", "Choices requested per prompt.", SMALL_COUNT_BUCKETS)
         self._preemptions = histogram(
             "vllm:request_num_preemptions", "Times that a request was preempted.", SMALL_COUNT_BUCKETS
         )

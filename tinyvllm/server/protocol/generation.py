@@ -234,27 +234,31 @@ class GenerationRequest(BaseModel):
         return next(iter(found.values()), None)
 
     def _response_grammar(self) -> dict[str, GrammarSpec]:
-        asked = self.response_format
-        if asked is None or asked.type == "text":
+        response_format = self.response_format
+        if response_format is None or response_format.type == "text":
             return {}
-        if asked.type == "json_object":
+        if response_format.type == "json_object":
             return {"response_format": GrammarSpec("json_object", param="response_format")}
         param = "response_format.json_schema"
-        if asked.json_schema is None or asked.json_schema.schema_ is None:
-            missing = param if asked.json_schema is None else f"{param}.schema"
+        if response_format.json_schema is None or response_format.json_schema.schema_ is None:
+            missing = param if response_format.json_schema is None else f"{param}.schema"
             raise RequestError(f"{missing} is missing: give the schema of the output", param=missing)
-        schema = asked.json_schema.schema_
+        schema = response_format.json_schema.schema_
         text = schema if isinstance(schema, str) else json.dumps(schema)
         return {"response_format": GrammarSpec("json_schema", text, param=f"{param}.schema")}
 
     def _structured_grammar(self) -> dict[str, GrammarSpec]:
-        asked = self.structured_outputs
-        if asked is None:
+        outputs = self.structured_outputs
+        if outputs is None:
             return {}
         found = _specs(
-            "structured_outputs.", json=asked.json_, regex=asked.regex, choice=asked.choice, grammar=asked.grammar
+            "structured_outputs.",
+            json=outputs.json_,
+            regex=outputs.regex,
+            choice=outputs.choice,
+            grammar=outputs.grammar,
         )
-        if asked.json_object:
+        if outputs.json_object:
             param = "structured_outputs.json_object"
             found[param] = GrammarSpec("json_object", param=param)
         if not found:

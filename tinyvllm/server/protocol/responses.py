@@ -142,19 +142,19 @@ class ResponsesRequest(GenerationRequest):
         return (self.top_logprobs or 0) if wanted else None
 
     def grammar(self) -> GrammarSpec | None:
-        asked = self.text.format if self.text is not None else None
+        text_format = self.text.format if self.text is not None else None
         other = super().grammar()
-        if asked is None or asked.type == "text":
+        if text_format is None or text_format.type == "text":
             return other
         if other is not None:
             raise RequestError(f"text.format and {other.param} both constrain the output: send one", param=other.param)
-        if asked.type == "json_object":
+        if text_format.type == "json_object":
             return GrammarSpec("json_object", param="text.format")
-        if asked.schema_ is None:
+        if text_format.schema_ is None:
             raise RequestError(
                 "text.format.schema is missing: give the schema of the output", param="text.format.schema"
             )
-        text = asked.schema_ if isinstance(asked.schema_, str) else json.dumps(asked.schema_)
+        text = text_format.schema_ if isinstance(text_format.schema_, str) else json.dumps(text_format.schema_)
         return GrammarSpec("json_schema", text, param="text.format.schema")
 
     def messages(self) -> list[dict[str, Any]]:

@@ -26,9 +26,9 @@ from gguf import GGUFReader, LlamaFileType
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tinyvllm need not be installed here
 
 from tinyvllm.bench.environment import describe_environment
-from tinyvllm.bench.report import markdown_table
 from tinyvllm.bench.rows import Machine, Row
 from tinyvllm.bench.spread import Spread
+from tinyvllm.bench.tables import markdown_table
 
 
 def main() -> None:

@@ -25,10 +25,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tinyvllm need not be installed here
 
 from tinyvllm.bench.environment import describe_environment
-from tinyvllm.bench.report import markdown_table
 from tinyvllm.bench.rows import Machine, Row
 from tinyvllm.bench.shapes import find_shape
 from tinyvllm.bench.spread import Spread
+from tinyvllm.bench.tables import markdown_table
 from tinyvllm.config import ModelConfig
 
 NUM_FIRST = 16  # tokens of the shorter generation

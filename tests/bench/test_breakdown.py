@@ -128,7 +128,7 @@ def test_prompts_are_the_same_everywhere_and_differ_in_a_batch(tiny_hf_files: Mo
     texts = [make_text("medium", number) for number in range(4)]
     assert len({text[:16] for text in texts}) == 4
     assert len(make_text("short")) < len(texts[0]) < len(make_text("long"))
-    with pytest.raises(TinyvllmError, match=f"known lengths are {', '.join(LENGTHS)}"):
+    with pytest.raises(TinyvllmError, match=f"choose from {', '.join(LENGTHS)}"):
         make_text("huge")
     work = BreakdownWork((Case("short", 0, 2, 3), Case(None, 7, 1, 3)))
     assert longest_case(work, load_tokenizer(tiny_hf_files)) == 3 + max(len(make_text("short", n)) for n in range(2))
@@ -206,7 +206,7 @@ def test_tables_name_stages_kernels_and_verdict(run: tuple[Any, Path], figures: 
         "tg3 @ d16",
         "verdict:",
         "roof of m4",
-        "sampling: its kernels' share",
+        "sampling: the share of its kernels",
     ):
         assert word in text, word
     main = next(case for case in figures["cases"] if case["name"] == figures["main_case"])
@@ -241,10 +241,10 @@ def test_markdown_has_llama_benchs_columns(tiny_hf_files: ModelFiles) -> None:
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ("--prompts huge", "known lengths are short, medium, long"),
+        ("--prompts huge", "choose from short, medium, long"),
         ("--prompts none --context none", "nothing to measure"),
         ("--tokens 1", "--tokens is 1"),
-        ("--plot out.pdf", "must end in .png, .svg, .html"),
+        ("--plot out.pdf", "must end in one of .png, .svg, .html"),
         ("--baseline nowhere.json", "nowhere.json cannot be read"),
         ("--max-regress lots", "--max-regress is 'lots'"),
         ("--chip abacus", "abacus"),

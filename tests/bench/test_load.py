@@ -71,7 +71,7 @@ def test_goodput_counts_requests_that_keep_every_limit() -> None:
 
 
 def test_level_without_a_success_is_an_error() -> None:
-    with pytest.raises(TinyvllmError, match=r"none of 2 requests.*503: busy"):
+    with pytest.raises(TinyvllmError, match=r"all 2 requests.*503: busy"):
         summarise(TARGET, WORK, Load(1), [Answer(0.0, error="503: busy")] * 2)
 
 
@@ -185,7 +185,7 @@ def test_every_token_of_every_answer_is_counted(url: str, api: str) -> None:
 
 def test_refused_requests_are_counted_by_their_reason(url: str) -> None:
     too_long = LoadWork(num_requests=2, num_warmup=0, input_len=16, output_len=100_000)
-    with pytest.raises(TinyvllmError, match=r"none of 2 requests.*400: "):
+    with pytest.raises(TinyvllmError, match=r"all 2 requests.*400: "):
         asyncio.run(measure_load(Target(url, "tiny"), too_long, [Load(2)], ignore))
 
 
@@ -199,7 +199,7 @@ def test_key_is_sent(engine: AsyncEngine) -> None:
 
 def test_model_is_found_and_a_missing_server_is_said(url: str) -> None:
     assert asyncio.run(find_model(Target(url, ""))) == "tiny"
-    with pytest.raises(TinyvllmError, match=r"no OpenAI server at http://127\.0\.0\.1:9"):
+    with pytest.raises(TinyvllmError, match=r"no OpenAI server answers at http://127\.0\.0\.1:9"):
         asyncio.run(find_model(Target("http://127.0.0.1:9", "")))
 
 
@@ -221,12 +221,12 @@ def test_command_prints_levels_and_writes_them(url: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        ("--api assistants", "known are completions, chat"),
+        ("--api assistants", "choose from completions, chat"),
         ("--concurrency none", "there is no load"),
-        ("--concurrency 0", "--concurrency has 0"),
+        ("--concurrency 0", "--concurrency is 0"),
         ("--rate fast", "--rate has 'fast'"),
-        ("--rate 0", "--rate has 0"),
-        ("--goodput speed:3", "known are ttft, tpot, itl, e2e"),
+        ("--rate 0", "--rate is 0"),
+        ("--goodput speed:3", "choose from ttft, tpot, itl, e2e"),
         ("--max-concurrency 3", "give --rate too"),
         ("--output-len 1", "--output-len is 1"),
     ],

@@ -31,5 +31,5 @@ def test_spread_has_the_sample_deviation(values: list[float]) -> None:
 
 
 def test_no_values_have_no_percentile() -> None:
-    with pytest.raises(ValueError, match="no values"):
+    with pytest.raises(ValueError, match="at least one value"):
         percentile([], 50)

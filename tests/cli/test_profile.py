@@ -25,7 +25,7 @@ def test_a_shape_is_profiled_from_its_kernels_to_a_verdict(tmp_path: Path) -> No
         *("--shape", "smollm2-135m", "--layers", "1", "--weights", "Q4_0", "--context", "16", "--tokens", "2"),
         *("--warmup", "1", "--chip", "m4", "--json", str(figures), "--trace", str(trace), "--cpu-cores", "1"),
     )
-    for words in ("gate up", "head", "the step as it is served", "floor", "verdict: "):
+    for words in ("gate up", "head", "the step as served", "floor", "verdict: "):
         assert words in output
     document = json.loads(figures.read_text())
     assert document["kernels"] == sum(row["dispatches"] for row in document["by_kernel"]) > 8
@@ -45,7 +45,7 @@ def test_a_text_of_debug_2_is_tabled(name: str) -> None:
 
 def test_markdown_has_a_row_for_each_kernel() -> None:
     lines = run("--from", str(DATA / "cuda.txt"), "--last-steps", "1", "--by", "kernel", "--markdown").splitlines()
-    assert lines[0].startswith("| what | dispatches |") and set(lines[1]) == set("| -:")
+    assert lines[0].startswith("| name | dispatches |") and set(lines[1]) == set("| -:")
     assert any(line.startswith("| layer 1 · gate up | 1 |") for line in lines)
     assert "one of them" in run("--predict", "m4", "--from", "-", "--markdown", fails=True)
     assert "--json" in run("--predict", "m4", "--markdown", fails=True)
@@ -53,7 +53,7 @@ def test_markdown_has_a_row_for_each_kernel() -> None:
 
 def test_a_text_may_come_from_stdin() -> None:
     output = run("--from", "-", "--last-steps", "1", "--by", "layer", text=(DATA / "cpu.txt").read_text())
-    assert "layer 1" in output and "outside of layers" in output
+    assert "layer 1" in output and "outside layers" in output
 
 
 def test_a_text_without_kernels_says_what_to_do(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_text_without_kernels_says_what_to_do(tmp_path: Path) -> None:
 def test_a_prediction_lists_what_it_rests_on_and_how_far_it_is_off() -> None:
     output = run("--predict", "m4", "--shape", "tinyllama-1.1b", "--json", "-")
     document = json.loads(output.splitlines()[-1])
-    assert "predicted and not measured" in output and len(document["assumptions"]) > 3
+    assert "predicted, not measured" in output and len(document["assumptions"]) > 3
     assert {" on h200, " in check["what"] for check in document["checked"]} == {True, False}
     assert all(f"({check['error']:+.0%})" in output for check in document["checked"])
     assert 30 < document["tok_s"] < document["roof_tok_s"] < 60

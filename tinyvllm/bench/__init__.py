@@ -1,1 +1,1 @@
-"""Measurements from outside: steps alone, and the engine under load. Rows of figures, as tables and as JSON."""
+"""Benchmarks: single steps, and the engine under load. Results are rows of figures, as tables and as JSON."""

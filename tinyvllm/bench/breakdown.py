@@ -1,7 +1,7 @@
-"""Where the time of an engine goes: stages that sum to the wall time, kernels, counts of a step, and a start's parts.
+"""Where an engine's time goes: stages that add up to the wall time, kernels and counts of a step, parts of a start.
 
-Sampling runs inside of the recorded step, so no clock of the host can see it. Its time is a share of the device's: that
-of the kernels behind the logits in the same step, timed kernel by kernel on the same bucket and context.
+Sampling runs inside the recorded step, where no host clock can time it. Its time is estimated as a share of the step's
+device time: the share of the kernels after the logits, timed kernel by kernel in the same bucket and context.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tinyvllm.bench.cold_start import GREEDY, ColdStart, plans_for
-from tinyvllm.bench.counts import Finding, StepCounts, find_faults
+from tinyvllm.bench.counts import Fault, StepCounts, find_faults
 from tinyvllm.bench.prompts import make_text
 from tinyvllm.bench.rows import Machine, Row
 from tinyvllm.bench.spread import Spread
@@ -38,18 +38,17 @@ from tinyvllm.profiling.kernels import StepProfile, tabulate
 from tinyvllm.profiling.measure import DETOKENIZE, PACK, QUEUE, SCHEDULE, TOKENIZE
 from tinyvllm.profiling.names import SAMPLE
 from tinyvllm.profiling.roofline import Roofline
-from tinyvllm.profiling.verdict import Evidence, judge
-from tinyvllm.profiling.verdict import Finding as Verdict
+from tinyvllm.profiling.verdict import Evidence, Finding, judge
 from tinyvllm.scheduling.plan import StepPlan
 from tinyvllm.text.tokenizer import Tokenizer
 
 Report = Callable[[str, int, int], None]  # stage, done, total
-MAX_RESIDUAL_SHARE = 0.02  # of the wall time that may be in no stage
+MAX_RESIDUAL_SHARE = 0.02  # of the wall time that no stage accounts for
 SCHEMA = 2  # of the JSON: raised when a field changes its name or meaning
 
 
 class Account(Protocol):
-    """What is used here of ops.accounting.DeviceAccount."""
+    """The part of device.accounting.DeviceAccount that is used here."""
 
     def __enter__(self) -> Any: ...
 
@@ -61,7 +60,7 @@ class Account(Protocol):
 
 
 class MeasuredRunner(Runner, Protocol):
-    """What is measured here of execution.runner.ModelRunner."""
+    """The part of execution.runner.ModelRunner that is used here."""
 
     @property
     def buckets(self) -> tuple[Bucket, ...]: ...
@@ -81,8 +80,8 @@ class MeasuredRunner(Runner, Protocol):
 
 @dataclass(frozen=True)
 class BreakdownWork:
-    """The cases, each repeated `num_repeats` times with looks and as often without, after one of both. `num_warmup`:
-    calls of each bucket before that."""
+    """The cases and how often to run each: `num_repeats` times instrumented and as often plain, after one run of each
+    that is not counted. `num_warmup`: calls of each bucket before all cases."""
 
     cases: tuple[Case, ...]
     num_repeats: int = 3
@@ -94,7 +93,7 @@ class BreakdownWork:
 
     def __post_init__(self) -> None:
         if not self.cases:
-            raise TinyvllmError("there is nothing to measure: give --prompts, --ids or --context")
+            raise TinyvllmError("there is nothing to measure: give --prompts or --context")
         for flag, value, least in (("repeats", self.num_repeats, 1), ("warmup", self.num_warmup, 1)):
             if value < least:
                 raise TinyvllmError(f"--{flag} is {value}: give at least {least}")
@@ -102,25 +101,25 @@ class BreakdownWork:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Of one stage over all repeats: `spread` of its single times in seconds, and their sum."""
+    """One stage over all repeats: the spread of its times in seconds, and their sum."""
 
     name: str
     spread: Spread | None  # None: it never ran
     total_s: float
     share: float  # of the wall time
-    parts: dict[str, float] = field(default_factory=dict)  # seconds: enqueue, wait, read
+    components: dict[str, float] = field(default_factory=dict)  # seconds: enqueue, wait, read
 
     def as_json(self) -> dict[str, Any]:
         spread = self.spread
         numbers = ("mean", "std", "min", "median", "p95", "p99")
         times = {f"{name}_s": 0.0 if spread is None else getattr(spread, name) for name in numbers}
         count = 0 if spread is None else spread.count
-        return {"count": count, "total_s": self.total_s, "share": self.share, **times, **self.parts}
+        return {"count": count, "total_s": self.total_s, "share": self.share, **times, **self.components}
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What was measured of one case."""
+    """The measurements of one case."""
 
     case: Case
     num_prompt_tokens: int  # of one prompt, on average
@@ -137,7 +136,7 @@ class CaseResult:
 
     @property
     def samples(self) -> dict[str, list[float]]:
-        """Every single time of every stage, in seconds."""
+        """All times of each stage, in seconds."""
         out: dict[str, list[float]] = {name: [] for name in STAGES}
         for one in self.rounds:
             out[TOKENIZE] += one.tokenize_s
@@ -152,8 +151,8 @@ class CaseResult:
                 out[REST].append(step.rest_s)
         return out
 
-    def parts(self, phase: str) -> dict[str, float]:
-        """How a phase's seconds, sampling among them, were spent: by the host, or by the device while it waited."""
+    def components(self, phase: str) -> dict[str, float]:
+        """A phase's seconds, sampling included, split by what the host did: enqueue, wait for the device, read."""
         steps = [step for one in self.rounds for step in one.steps if step.kind == phase]
         return {
             "enqueue_s": sum(step.enqueue_s for step in steps),
@@ -164,14 +163,14 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """All of a run."""
+    """All measurements of a run."""
 
     machine: Machine
     work: BreakdownWork
     cold_start: ColdStart
     cases: tuple[CaseResult, ...]
-    max_in_flight: int  # steps that the engine overlaps when nobody looks
-    findings: tuple[Finding, ...]
+    max_in_flight: int  # steps that the engine overlaps in a plain run
+    faults: tuple[Fault, ...]
     chip: Chip
     vocab_size: int
 
@@ -189,16 +188,17 @@ class Breakdown:
 
     @property
     def device_share(self) -> float:
-        """Of the wall time, from each launch until the device was done."""
+        """Share of the wall time between each launch and the end of its step on the device."""
         busy_s = sum(step.device_s for case in self.cases for one in case.rounds for step in one.steps)
         return busy_s / self.wall_s
 
     @property
     def overhead_share(self) -> float:
-        """By how much looks and waits made the same work longer: medians over repeats, all cases together."""
-        looked_s = sum(statistics.median(one.wall_s for one in case.rounds) for case in self.cases)
+        """Measurement overhead: how much longer instrumented runs take than plain ones. Medians over repeats, summed
+        over all cases."""
+        instrumented_s = sum(statistics.median(one.wall_s for one in case.rounds) for case in self.cases)
         plain_s = sum(statistics.median(one.wall_s for one in case.plain) for case in self.cases)
-        return looked_s / plain_s - 1
+        return instrumented_s / plain_s - 1
 
     @property
     def main(self) -> CaseResult:
@@ -206,7 +206,7 @@ class Breakdown:
         return max(self.cases, key=lambda result: (-result.case.batch, result.num_prompt_tokens))
 
     def roofline(self, phase: str) -> Roofline | None:
-        """The main case's step of a phase under the chip's roof; None where it has no such step."""
+        """The roofline of the main case's step of a phase; None if it has no such step."""
         profile, cost = self.main.profiles.get(phase), self.main.costs.get(phase)
         if profile is None or cost is None:
             return None
@@ -214,8 +214,8 @@ class Breakdown:
         return Roofline(self.chip, cost.nbytes, flops, profile.step_s)
 
     @property
-    def verdicts(self) -> list[Verdict]:
-        """What the main case waits for: its decode steps, and its prefill beside them. The first is the verdict."""
+    def verdicts(self) -> list[Finding]:
+        """What limits the main case: its decode steps, and its prefill compared with them. The first is the verdict."""
         roofline = self.roofline(DECODE)
         assert roofline is not None, "every case decodes"
         main = self.main
@@ -236,7 +236,7 @@ class Breakdown:
 
 
 def sum_stages(cases: Sequence[CaseResult]) -> list[StageTimes]:
-    """Of several cases together, in the order in which a request meets them."""
+    """The stages of several cases together, in the order in which a request passes them."""
     wall_s = sum(case.wall_s for case in cases)
     pooled: dict[str, list[float]] = {name: [] for name in STAGES}
     for case in cases:
@@ -244,26 +244,27 @@ def sum_stages(cases: Sequence[CaseResult]) -> list[StageTimes]:
             pooled[name] += values
     out = []
     for name, values in pooled.items():
-        parts: dict[str, float] = {}
+        components: dict[str, float] = {}
         if name in (PREFILL, DECODE):
-            each = [case.parts(name) for case in cases]
-            parts = {key: sum(one[key] for one in each) for key in each[0]}
-        out.append(StageTimes(name, Spread.of(values) if values else None, sum(values), sum(values) / wall_s, parts))
+            each = [case.components(name) for case in cases]
+            components = {key: sum(one[key] for one in each) for key in each[0]}
+        spread = Spread.of(values) if values else None
+        out.append(StageTimes(name, spread, sum(values), sum(values) / wall_s, components))
     return out
 
 
 def residual_share(cases: Sequence[CaseResult]) -> float:
-    """Of the wall time, what no stage has."""
+    """Share of the wall time that no stage accounts for."""
     return 1 - sum(stage.share for stage in sum_stages(cases))
 
 
 def fit_config(config: dict[str, Any], work: BreakdownWork, longest: int, model: ModelConfig) -> EngineConfig:
-    """The engine's settings for this work: as when serving, but for limits that it needs. `longest`: tokens of the
-    longest case, prompt and output. Raises TinyvllmError where the model was made for fewer."""
+    """The engine's settings for this work: those of serving, with the limits that the cases need. `longest`: tokens of
+    the longest case, prompt plus output. Raises TinyvllmError if they exceed the model's context."""
     if longest > model.max_position:
         raise TinyvllmError(
-            f"the longest case has {longest} tokens, but the model was made for {model.max_position}: "
-            "lower --context, --ids or --tokens"
+            f"the longest case has {longest} tokens, but the model's context is {model.max_position}: "
+            "lower --context or --tokens"
         )
     batch = max(case.batch for case in work.cases)
     budget = max(config["max_num_batched_tokens"], batch) if config["max_num_batched_tokens"] else None
@@ -273,7 +274,7 @@ def fit_config(config: dict[str, Any], work: BreakdownWork, longest: int, model:
 
 
 def longest_case(work: BreakdownWork, tokenizer: Tokenizer | None) -> int:
-    """Tokens of the longest request of all cases."""
+    """Tokens of the longest request of all cases, prompt plus output."""
 
     def length(case: Case, number: int) -> int:
         if case.text is None or tokenizer is None:
@@ -292,39 +293,46 @@ def measure_breakdown(
     chip: Chip,
     report: Report,
 ) -> Breakdown:
-    """Measure all cases. The runner is warm, its pool belongs to this until it returns. `chip`: whose roof counts."""
+    """Measure all cases. The runner must be warm, and its pool must not be used otherwise meanwhile. `chip`: whose
+    roofline applies."""
     driver = Driver(runner, tokenizer, seed=work.seed, prefix_caching=work.prefix_caching, params=work.params)
     results = []
     for done, case in enumerate(work.cases):
         report("measure", done, len(work.cases))
         results.append(measure_case(driver, runner, work, case))
     report("measure", len(work.cases), len(work.cases))
-    findings: dict[tuple[str, str], Finding] = {}
+    faults: dict[tuple[str, str], Fault] = {}
     for result in results:
         for counts in result.counts.values():
-            for finding in find_faults(
+            for fault in find_faults(
                 counts,
                 num_layers=runner.model_config.num_layers,
                 num_cores=runner.num_cores,
                 vocab_size=runner.model_config.vocab_size,
             ):
-                findings.setdefault((finding.name, counts.phase), finding)
-    found = tuple(findings.values())
+                faults.setdefault((fault.name, counts.phase), fault)
     return Breakdown(
-        machine, work, cold_start, tuple(results), runner.max_in_flight, found, chip, runner.model_config.vocab_size
+        machine=machine,
+        work=work,
+        cold_start=cold_start,
+        cases=tuple(results),
+        max_in_flight=runner.max_in_flight,
+        faults=tuple(faults.values()),
+        chip=chip,
+        vocab_size=runner.model_config.vocab_size,
     )
 
 
 def measure_case(driver: Driver, runner: MeasuredRunner, work: BreakdownWork, case: Case) -> CaseResult:
-    """Counts first, which also warms up; then repeats with looks and without, taking turns; then kernels."""
+    """Measure one case: counts first, which also warms up; then instrumented and plain runs in turn; then kernels."""
     counts, plans = count_steps(driver, runner, case)
     rounds: list[Round] = []
     plain: list[PlainRound] = []
     for repeat in range(-1, work.num_repeats):
-        looked, unseen = driver.run(case), driver.run_plain(case)
+        instrumented, uninstrumented = driver.run(case), driver.run_plain(case)
         if repeat >= 0:
-            rounds.append(looked)
-            plain.append(unseen)
+            rounds.append(instrumented)
+            plain.append(uninstrumented)
     num_prompt_tokens = round(statistics.fmean(request.num_prompt_tokens for request in rounds[0].requests))
     profiles, costs = {}, {}
     for phase, bucket in plans.items():
@@ -334,11 +342,20 @@ def measure_case(driver: Driver, runner: MeasuredRunner, work: BreakdownWork, ca
         costs[phase] = runner.cost(plan)
     shares = {phase: sampling_share(profile) for phase, profile in profiles.items()}
     finished = {phase: _with_sampling(one, profiles[phase]) for phase, one in counts.items()}
-    return CaseResult(case, num_prompt_tokens, tuple(rounds), tuple(plain), shares, finished, profiles, costs)
+    return CaseResult(
+        case=case,
+        num_prompt_tokens=num_prompt_tokens,
+        rounds=tuple(rounds),
+        plain=tuple(plain),
+        sampling_shares=shares,
+        counts=finished,
+        profiles=profiles,
+        costs=costs,
+    )
 
 
 def sampling_share(profile: StepProfile) -> float:
-    """Of a step's kernels' time, what those behind the logits take."""
+    """Share of a step's kernel time spent in the kernels after the logits."""
     total_s = profile.kernels_s
     return sum(kernel.seconds for kernel in profile.kernels if kernel.operation == SAMPLE) / total_s if total_s else 0.0
 
@@ -349,7 +366,7 @@ def _with_sampling(counts: StepCounts, profile: StepProfile) -> StepCounts:
 
 
 def count_steps(driver: Driver, runner: MeasuredRunner, case: Case) -> tuple[dict[str, StepCounts], dict[str, Bucket]]:
-    """The most that any step of each phase asks for, and the bucket of each phase's largest step."""
+    """The maximum of each count over the steps of each phase, and the bucket of each phase's largest step."""
     highest: dict[str, dict[str, Any]] = {}
     buckets: dict[str, Bucket] = {}
     by_name = {bucket.name: bucket for bucket in runner.buckets}
@@ -357,7 +374,7 @@ def count_steps(driver: Driver, runner: MeasuredRunner, case: Case) -> tuple[dic
     with runner.account() as account:
         account.take()
 
-        def look(plan: StepPlan | None) -> None:
+        def add_counts(plan: StepPlan | None) -> None:
             nonlocal num_captures
             counts = account.take()
             if plan is None:
@@ -380,9 +397,9 @@ def count_steps(driver: Driver, runner: MeasuredRunner, case: Case) -> tuple[dic
             kept["details"] |= counts.details
             for name, value in values.items():
                 kept[name] = max(kept.get(name, 0), value)
-            account.take()  # what counting itself may have asked for
+            account.take()  # drop what counting itself may have asked for
 
-        driver.run_plain(case, look)
+        driver.run_plain(case, add_counts)
     return {phase: _step_counts(phase, values, runner.output_bytes) for phase, values in highest.items()}, buckets
 
 
@@ -396,10 +413,10 @@ def _step_counts(phase: str, values: dict[str, Any], output_bytes: int) -> StepC
 
 
 def bench_rows(breakdown: Breakdown) -> list[Row]:
-    """Prefill and decode of each case without looks and waits, under llama-bench's names.
+    """Prefill and decode of each case's plain runs, under llama-bench's names.
 
-    Prefill lasts until every request has its first token: of several requests those that have theirs decode meanwhile.
-    Decode is what is left then, of all that still generate."""
+    Prefill ends when every request has its first token; requests that have theirs earlier decode meanwhile. Decode is
+    the rest, of all requests that still generate."""
     rows = []
     for result in breakdown.cases:
         case, length = result.case, result.num_prompt_tokens
@@ -421,7 +438,7 @@ def _row(
     breakdown: Breakdown, result: CaseResult, name: str, phase: str, rates: list[float], steps_ms: list[float]
 ) -> Row:
     counts, cost = result.counts.get(phase), result.costs.get(phase)
-    # the least bytes and the floor are those of one step, which a prompt is not, and of all its sequences
+    # minimal bytes and floor are those of one step with all sequences: a prompt may take several steps
     is_whole = phase == DECODE and cost is not None and cost.bucket == Bucket.decode(result.case.batch).name
     return Row(
         test=name,
@@ -443,7 +460,7 @@ def _row(
 
 
 def breakdown_json(breakdown: Breakdown) -> dict[str, Any]:
-    """The documented form: docs/PROFILING.md has its fields."""
+    """The breakdown as JSON values. docs/PROFILING.md describes the fields."""
     return {
         "schema": SCHEMA,
         "kind": "breakdown",
@@ -464,7 +481,7 @@ def breakdown_json(breakdown: Breakdown) -> dict[str, Any]:
         "stages": {stage.name: stage.as_json() for stage in breakdown.stages},
         "cold_start": breakdown.cold_start.as_json(),
         "per_step": _per_step(breakdown.cases),
-        "findings": [finding.as_json() for finding in breakdown.findings],
+        "findings": [fault.as_json() for fault in breakdown.faults],
         "verdicts": [verdict.as_json() for verdict in breakdown.verdicts],
         "roofline": {
             phase: roofline.as_json()
@@ -489,7 +506,7 @@ def _machine_json(machine: Machine) -> dict[str, Any]:
 
 
 def _per_step(cases: Sequence[CaseResult]) -> dict[str, Any]:
-    """The decode step that asks for most, over all cases."""
+    """The maximum of each count over all cases' decode steps."""
     found = [case.counts[DECODE].as_json() for case in cases if DECODE in case.counts]
     names = [name for name, value in found[0].items() if isinstance(value, int)]
     return {name: max(one[name] for one in found) for name in names}

@@ -1,4 +1,4 @@
-"""From nothing to a warm engine, by parts: what a start costs once and a step never again."""
+"""The parts of a cold start, from the process to a warm engine: costs that a start pays once and steps never."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 FIRST_PROMPT = 16  # tokens
-MIN_WARM_UP_CALLS = 3  # of each bucket: a graph's first calls still find caches empty
+MIN_WARM_UP_CALLS = 3  # per bucket: a graph's first calls find caches empty
 
 
 @dataclass(frozen=True)
 class BucketStart:
-    """Of one bucket, in seconds. `schedule_s`: tracing the model and planning its kernels, or reading a kept step;
-    `capture_s`: making the graph, and on a GPU its first run. `calls_s`: the warm-up calls, one after another."""
+    """The start of one bucket, in seconds. `schedule_s`: tracing the model and planning its kernels, or reading a
+    cached step. `capture_s`: building the graph, and on a GPU its first run. `calls_s`: each warm-up call in turn."""
 
     name: str
     schedule_s: float
@@ -49,10 +49,11 @@ class BucketStart:
 
 @dataclass(frozen=True)
 class ColdStart:
-    """Seconds. `process_s`: from the process's start until the command's first line; None where nobody tells.
+    """A start by parts, in seconds. `process_s`: from the start of the process to the command's first line; None if the
+    system does not tell.
 
-    `first_graphs_s`: the capture of those graphs that serve everything, after which a server is ready;
-    `first_step_s`: a short prompt's step in them. `buckets` in the order of their capture, these first."""
+    `first_graphs_s`: capturing the graphs that can run every request, after which a server is ready. `first_step_s`:
+    the step of a short prompt in them. `buckets`: in the order of capture, these first."""
 
     process_s: float | None
     import_s: float
@@ -60,17 +61,17 @@ class ColdStart:
     buckets: tuple[BucketStart, ...]
     first_graphs_s: float = 0.0
     first_step_s: float = 0.0
-    num_kept: int = 0  # steps that an earlier start has left
-    num_compiled: int = 0  # programs that were not
+    num_kept: int = 0  # steps found in the cache of earlier starts
+    num_compiled: int = 0  # programs that were not in the cache
 
     @property
     def first_token_s(self) -> float:
-        """From the process's start to the first token of a server that warms up in the background."""
+        """From the start of the process to the first token of a server that warms up in the background."""
         return (self.process_s or 0.0) + self.import_s + self.load_s + self.first_graphs_s + self.first_step_s
 
     @property
     def all_graphs_s(self) -> float:
-        """From the process's start until all graphs are there."""
+        """From the start of the process until all graphs are captured."""
         sums = self.sums
         parts = sums["schedule_s"] + sums["compile_s"] + sums["capture_s"]
         return (self.process_s or 0.0) + self.import_s + self.load_s + parts
@@ -81,7 +82,7 @@ class ColdStart:
 
     @property
     def sums(self) -> dict[str, float]:
-        """Over all buckets."""
+        """Each part summed over all buckets."""
         return {
             "schedule_s": sum(bucket.schedule_s for bucket in self.buckets),
             "compile_s": sum(bucket.compile_s for bucket in self.buckets),
@@ -105,7 +106,8 @@ class ColdStart:
 
 
 def import_engine() -> float:
-    """Import what an engine needs, tinygrad first of all; the seconds that it took, next to none the second time."""
+    """Import everything that an engine needs, tinygrad above all. Returns the seconds it took: almost 0 the second
+    time."""
     start_s = time.perf_counter()
     import tinyvllm.engine.loading
     import tinyvllm.execution.runner  # noqa: F401
@@ -114,7 +116,7 @@ def import_engine() -> float:
 
 
 def process_age() -> float | None:
-    """Seconds since this process started. Linux only."""
+    """Seconds since this process started; None except on Linux."""
     if not sys.platform.startswith("linux"):
         return None
     started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -129,7 +131,8 @@ def start_engine(
     import_s: float,
     num_calls: int,
 ) -> tuple[ModelRunner, ColdStart]:
-    """A warm runner, every bucket called `num_calls` times; the caller closes it."""
+    """Start a runner and call every bucket `num_calls` times, at least MIN_WARM_UP_CALLS. The caller closes the
+    runner."""
     start_s = time.perf_counter()
     runner = subject.open(config, progress)
     load_s = time.perf_counter() - start_s
@@ -150,7 +153,7 @@ def start_engine(
 
 
 def _capture(runner: ModelRunner, capture: Callable[[Progress], None], progress: Progress) -> dict[Bucket, BucketStart]:
-    """What each of the graphs took that `capture` makes. All are traced before the first is made."""
+    """Time each of the graphs that `capture` builds. All of them are traced before the first is built."""
     before, seconds = set(runner.captures.graphs), []
     with runner.account() as account:
         account.take()
@@ -176,7 +179,7 @@ def _capture(runner: ModelRunner, capture: Callable[[Progress], None], progress:
 
 
 def _answer_once(runner: ModelRunner) -> float:
-    """Seconds of a short prompt's step."""
+    """Run the step of a short prompt; its seconds."""
     request = Request("first", [1] * min(FIRST_PROMPT, runner.capacity.max_num_batched_tokens), GREEDY)
     request.block_ids = list(range(1, 1 + -(-request.num_tokens // runner.capacity.block_size)))
     start_s = time.perf_counter()
@@ -196,9 +199,9 @@ def _call(runner: ModelRunner, bucket: Bucket, start: BucketStart, num_calls: in
 
 
 def plans_for(bucket: Bucket, capacity: Capacity, context: int = 0, params: SamplingParams = GREEDY) -> list[StepPlan]:
-    """One step that fills a bucket, of as few sequences as hold it; a decode's have `context` tokens behind them.
+    """Plans that fill a bucket with as few sequences as possible. Sequences of a decode have `context` tokens already.
 
-    The sequences own blocks from the pool's beginning, so nothing else may be in it."""
+    The sequences own blocks from the start of the pool, so it must hold nothing else."""
     size, limit = capacity.block_size, capacity.max_model_len
     if bucket.is_decode:
         lengths = [min(context, limit - 2) + 1] * bucket.num_tokens

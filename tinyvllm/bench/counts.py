@@ -1,7 +1,7 @@
-"""What a step asks of the device, by count, against written limits: what has no place in a step is called by its name.
+"""What a step asks of the device, counted and compared with limits: anything that does not belong in a step is a fault.
 
-Times are noisy and counts are not, so a hidden copy, a wait too many or a fall-back to the CPU is seen at once, on any
-machine and also when it costs little there.
+Times are noisy and counts are not. So a hidden copy, an extra wait or a fallback to the CPU shows up at once, on any
+machine, even where it costs little.
 """
 
 from __future__ import annotations
@@ -9,22 +9,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# One step at most. Kernels: 12 a layer and 16 besides, on each core.
+# Limits of one step. Kernels: 12 per layer plus 16, on each core.
 MAX_SYNCS = 3
 MAX_COPIES_H2D = 1
 MAX_COPIES_D2H = 1
 MAX_KERNELS_PER_LAYER, MAX_OTHER_KERNELS = 12, 16
-GRAPH_KERNELS = 32  # tinygrad's smallest batch of kernels in a graph: a step has a graph for each of them at most
+GRAPH_KERNELS = 32  # tinygrad's smallest batch of kernels in a graph: at most one graph for each batch
 COUNTED = ("kernels", "graph_launches", "single_launches", "eager_kernels", "syncs", "copies_h2d", "copies_d2h")
 COUNTED_BYTES = ("bytes_h2d", "bytes_d2h", "bytes")
-GUARDED = (*COUNTED, "compilations", "captures", *COUNTED_BYTES, "moved_bytes")  # none of these may rise unseen
+GUARDED = (
+    *COUNTED,
+    "compilations",
+    "captures",
+    *COUNTED_BYTES,
+    "moved_bytes",
+)  # a rise of any of these is a regression
 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """The most that any step of one kind asked for, and what the model makes of it. `bytes` go between host and device,
-    both ways; `moved_bytes` are those that the kernels touch in the device's own memory. `sampling_kernels`: of the
-    recorded step, those that make a token of logits."""
+    """The maximum of each count over all steps of one phase.
+
+    `bytes`: copied between host and device, both directions. `moved_bytes`: read and written by kernels in the device's
+    own memory. `sampling_kernels`: kernels of the recorded step that turn logits into tokens."""
 
     phase: str  # prefill or decode
     steps: int
@@ -41,11 +48,11 @@ class StepCounts:
     captures: int
     moved_bytes: int
     sampling_kernels: int
-    output_bytes: int  # that a step hands to the host by right: tokens and their logprobs
+    output_bytes: int  # that the host needs from a step: tokens and their logprobs
     num_seqs: int
     kv_blocks: int  # in use
     device_bytes: int  # all buffers on the device
-    details: tuple[str, ...] = ()  # what ran outside of recorded steps, and where
+    details: tuple[str, ...] = ()  # what ran outside the recorded steps, and where
 
     @property
     def bytes(self) -> int:
@@ -59,8 +66,8 @@ class StepCounts:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something that has no place in a step. `name` is one of a few, for programs; `text` has the numbers."""
+class Fault:
+    """Something that does not belong in a step. `name`: one of a fixed set, for programs; `text`: the numbers."""
 
     name: str
     text: str
@@ -69,8 +76,8 @@ class Finding:
         return {"name": self.name, "text": self.text}
 
 
-def find_faults(counts: StepCounts, *, num_layers: int, num_cores: int, vocab_size: int) -> list[Finding]:
-    """What is wrong with a step by the limits above; the worst first."""
+def find_faults(counts: StepCounts, *, num_layers: int, num_cores: int, vocab_size: int) -> list[Fault]:
+    """Everything that breaks the limits above, the worst first."""
     checks = (
         _recompiles(counts),
         _runs_ungraphed(counts),
@@ -96,38 +103,38 @@ def find_faults(counts: StepCounts, *, num_layers: int, num_cores: int, vocab_si
     return [finding for finding in checks if finding is not None]
 
 
-def _recompiles(counts: StepCounts) -> Finding | None:
+def _recompiles(counts: StepCounts) -> Fault | None:
     if counts.captures:
-        text = f"{counts.captures} graphs were captured during {counts.phase} steps: a bucket is missing at start"
-        return Finding("recompilation", text)
+        text = f"{counts.captures} graphs were captured during {counts.phase} steps: buckets are missing at the start"
+        return Fault("recompilation", text)
     if counts.compilations and not counts.eager_kernels:
-        text = f"a {counts.phase} step compiled {counts.compilations} schedules: all of it belongs to the start"
-        return Finding("recompilation", text)
+        text = f"a {counts.phase} step compiled {counts.compilations} schedules: compiling belongs to the start"
+        return Fault("recompilation", text)
     return None
 
 
-def _runs_ungraphed(counts: StepCounts) -> Finding | None:
+def _runs_ungraphed(counts: StepCounts) -> Fault | None:
     if not counts.eager_kernels:
         return None
     where = "; ".join(counts.details[:5])
-    text = f"{counts.eager_kernels} kernels of a {counts.phase} step ran outside of its recorded graph: {where}"
-    return Finding("un-graphed step", text)
+    text = f"{counts.eager_kernels} kernels of a {counts.phase} step ran outside its recorded graph: {where}"
+    return Fault("un-graphed step", text)
 
 
-def _reads_logits(counts: StepCounts, vocab_size: int) -> Finding | None:
-    """Beyond its tokens, at least a row of half-precision logits."""
+def _reads_logits(counts: StepCounts, vocab_size: int) -> Fault | None:
+    """A step that reads at least one row of half-precision logits beyond its tokens."""
     if counts.bytes_d2h - counts.output_bytes < 2 * vocab_size and counts.sampling_kernels:
         return None
     if counts.bytes_d2h < 2 * vocab_size:
         return None
     read = f"a {counts.phase} step of {counts.num_seqs} sequences read {counts.bytes_d2h:,} bytes"
     if not counts.sampling_kernels:
-        return Finding("sampler on the CPU", f"{read} and its graph has no sampling kernels: the host samples")
-    return Finding("host copy of the logits", f"{read}, as many as logits have ({vocab_size:,} a row)")
+        return Fault("sampler on the CPU", f"{read} and its graph has no sampling kernels: the host samples")
+    return Fault("host copy of the logits", f"{read}, enough for logits ({vocab_size:,} per row)")
 
 
-def _over(name: str, counts: StepCounts, what: str, limit: int, words: str) -> Finding | None:
+def _over(name: str, counts: StepCounts, what: str, limit: int, words: str) -> Fault | None:
     value = getattr(counts, what)
     if value <= limit:
         return None
-    return Finding(name, f"a {counts.phase} step has {value} {words}, where {limit} are the limit")
+    return Fault(name, f"a {counts.phase} step has {value} {words}, above the limit of {limit}")

@@ -1,4 +1,4 @@
-"""Whether a model runs here as it should, and what to do where it does not: what a bug report should contain."""
+"""Checks that a model runs on this machine as it should, with a remedy for each problem. Belongs in a bug report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
-from tinyvllm.bench.kernels import find_hardware
+from tinyvllm.bench.kernel_profile import find_hardware
 from tinyvllm.bench.latency import Case, LatencyWork, measure_latency
 from tinyvllm.bench.subject import Subject
 from tinyvllm.config import EngineConfig
@@ -20,15 +20,15 @@ from tinyvllm.errors import TinyvllmError
 from tinyvllm.execution.runner import ModelRunner, Progress
 from tinyvllm.profiling.predict import FACTORS, predict
 
-GOOD, ODD, BAD = "ok", "odd", "bad"  # as it should be; worth a look; does not work
+GOOD, ODD, BAD = "ok", "odd", "bad"  # as expected; worth a look; broken
 SMOKE_TOKENS, SMOKE_CONTEXT = 20, 128
-SLOW = 0.6  # of the predicted speed: below, something is in the way
-BUSY = 0.5  # load a core, of the last minute
+SLOW = 0.6  # share of the predicted speed below which something is wrong
+BUSY = 0.5  # load average per core, over the last minute
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line: what was looked at, how it is, and for what is not right the one thing that mends it."""
+    """One line of the result: what was checked, its status, its value, and the remedy if something is wrong."""
 
     name: str
     status: str
@@ -37,7 +37,7 @@ class Check:
 
 
 def examine(find: Callable[[], Subject], config: EngineConfig, report: Progress) -> Iterator[Check]:
-    """Look at everything in turn; what breaks ends the list, as the rest hangs on it. `find` names the model."""
+    """Run all checks in turn. A failed start ends the list, since the rest depends on it. `find` locates the model."""
     yield from software()
     yield from machine()
     try:
@@ -57,7 +57,7 @@ def examine(find: Callable[[], Subject], config: EngineConfig, report: Progress)
 
 
 def software() -> Iterator[Check]:
-    """Versions, and whether tinygrad's is the one that our kernels are written for."""
+    """Versions, and whether tinygrad's is the one that our kernels need."""
     yield Check("tinyvllm", GOOD, f"{version('tinyvllm')}, Python {platform.python_version()}")
     wanted = next((text.partition("==")[2] for text in requires("tinyvllm") or () if text.startswith("tinygrad==")), "")
     try:
@@ -70,7 +70,7 @@ def software() -> Iterator[Check]:
 
 
 def machine() -> Iterator[Check]:
-    """The computer: its system, its compiler, and what else it does."""
+    """The computer: its system, its compiler, and its load."""
     yield Check(
         "system", GOOD, f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} cores"
     )
@@ -80,31 +80,33 @@ def machine() -> Iterator[Check]:
         said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout.splitlines()
         yield Check("compiler", GOOD, said[0] if said else path)
     else:
-        remedy = "only the CPU device needs one: apt-get install clang, or xcode-select --install"
+        remedy = "only the CPU device needs it: apt-get install clang, or xcode-select --install"
         yield Check("compiler", ODD, f"no {compiler}", remedy)
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
-    remedy = "" if load < BUSY else "something else is running: figures taken now are too low"
-    yield Check("load", GOOD if load < BUSY else ODD, f"{load:.2f} a core", remedy)
+    remedy = "" if load < BUSY else "something else is running: measurements taken now are too low"
+    yield Check("load", GOOD if load < BUSY else ODD, f"{load:.2f} per core", remedy)
 
 
 def device(runner: ModelRunner, start_s: float) -> Iterator[Check]:
-    """What was opened, the memory that the engine has, and what start-up found."""
+    """The opened device, the engine's memory, and the result of its start."""
     value = f"{runner.device}: {runner.hardware}" + (f", {runner.architecture}" if runner.architecture else "")
     if runner.has_graphs:
         yield Check("device", GOOD, value)
     else:
-        remedy = "a virtual machine's Metal launches each kernel alone: run on the Mac itself for its speed"
+        remedy = "in a virtual machine Metal launches each kernel separately: run on the Mac itself for full speed"
         yield Check("device", ODD, f"{value}, without graphs", remedy)
     capacity = runner.capacity
     yield Check("KV cache", GOOD, "; ".join(capacity.explanation))
     kept = 0 if runner.store is None else runner.store.num_steps_read
     yield Check("start", GOOD, f"{start_s:.1f} s, {kept} of {2 * runner.num_captures} steps from the cache")
-    remedy = "" if runner.is_tuned else "tinyvllm tune with the flags that you serve with: once, some minutes"
+    remedy = (
+        "" if runner.is_tuned else "run tinyvllm tune once, with the flags that you serve with; it takes some minutes"
+    )
     yield Check("kernels", GOOD if runner.is_tuned else ODD, "tuned" if runner.is_tuned else "untuned", remedy)
 
 
 def programs(runner: ModelRunner) -> Iterator[Check]:
-    """Every program of every graph against the device's limits, and what a step launches."""
+    """Every program of every graph against the device's limits."""
     facts = runner.programs()
     over = [text for fact in facts for text in fact.over(runner.device)]
     most = (max(fact.arguments for fact in facts), max(fact.threads for fact in facts))
@@ -115,11 +117,11 @@ def programs(runner: ModelRunner) -> Iterator[Check]:
 
 
 def smoke(runner: ModelRunner, subject: Subject, config: EngineConfig, report: Progress) -> Iterator[Check]:
-    """Twenty tokens, their speed, and the speed that the counts predict."""
+    """Generate SMOKE_TOKENS tokens, and compare their speed with the predicted one."""
     context = min(SMOKE_CONTEXT, runner.capacity.max_model_len - SMOKE_TOKENS - 1)
     work = LatencyWork((Case("decode", 1, context),), SMOKE_TOKENS, 1, 1, config.seed)
     chip = find_hardware(runner, None)
-    if chip.device not in FACTORS:  # OpenCL's, of which nothing is known: as another GPU
+    if chip.device not in FACTORS:  # OpenCL has no factors of its own: assume those of another GPU
         chip = replace(chip, device="CUDA")
     try:
         (row,) = measure_latency(runner, subject.describe(runner, chip.bandwidth_gbps, config.seed), work, report)
@@ -132,10 +134,10 @@ def smoke(runner: ModelRunner, subject: Subject, config: EngineConfig, report: P
     if found >= SLOW * expected:
         yield Check("smoke", GOOD, value)
     else:
-        remedy = f"less than {SLOW:.0%} of it: tinyvllm profile {subject.name} says where it goes"
+        remedy = f"less than {SLOW:.0%} of the prediction: tinyvllm profile {subject.name} shows where the time goes"
         yield Check("smoke", ODD, value, remedy)
 
 
 def as_json(checks: list[Check]) -> dict[str, Any]:
-    """For a bug report. `ok`: nothing is bad."""
+    """The checks as JSON values, for a bug report. `ok`: no check is bad."""
     return {"ok": all(check.status != BAD for check in checks), "checks": [asdict(check) for check in checks]}

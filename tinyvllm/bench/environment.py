@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: recorded with every row."""
+"""What a measurement depends on besides the code. Recorded with every row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import tinyvllm
 
 
 def describe_environment(seed: int, library: str = "tinygrad") -> dict[str, Any]:
-    """Versions, machine, commit, date, seed and command; JSON values. `library`: the package that computes."""
+    """Versions, machine, commit, date, seed and command, as JSON values. `library`: the package that computes."""
     return {
         "tinyvllm": tinyvllm.__version__,
         "commit": _commit(),
@@ -25,7 +25,7 @@ def describe_environment(seed: int, library: str = "tinygrad") -> dict[str, Any]
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2),  # of the last minute: what else the machine was doing
+        "load_average": round(os.getloadavg()[0], 2),  # over the last minute: shows what else the machine was doing
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -33,7 +33,7 @@ def describe_environment(seed: int, library: str = "tinygrad") -> dict[str, Any]
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package lies in, "-dirty" where files differ; None outside of one."""
+    """The commit of the checkout that contains this package, with "-dirty" if files differ; None outside a checkout."""
     root = Path(tinyvllm.__file__).parent.parent
     if not (root / ".git").exists():
         return None

@@ -1,8 +1,9 @@
-"""Requests to a server that speaks OpenAI's format, as many at once or a second as asked for, and how it fared.
+"""Send load to a server with OpenAI's API, and time its answers.
 
-Closed loop: a fixed number of requests is open, each answer makes room for the next. Open loop: requests come at random
-times (Poisson) whether or not the server keeps up. Definitions are vLLM's: TTFT until the first text, TPOT the rest of
-the time over the tokens behind the first, ITL every gap between two pieces of text, E2E until the last of them.
+Closed loop: a fixed number of requests is open, and each answer makes room for the next. Open loop: requests arrive at
+random times (a Poisson process), whether or not the server keeps up. The metrics are vLLM's: TTFT is the time to the
+first piece of text, TPOT the remaining time divided by the number of tokens after the first, ITL every gap between two
+pieces of text, and E2E the time to the last piece.
 """
 
 from __future__ import annotations
@@ -29,32 +30,31 @@ from tinyvllm.errors import TinyvllmError
 Report = Callable[[str, int, int], None]  # stage, done, total
 
 APIS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
-CHARACTERS_PER_TOKEN = (
-    4.4  # of the built-in text, with vocabularies of 50,000 tokens: lengths are counted by the server
-)
+# Of the built-in text with vocabularies of 50,000 tokens. Only an estimate: the server counts the real lengths.
+CHARACTERS_PER_TOKEN = 4.4
 SLO_NAMES = ("ttft", "tpot", "itl", "e2e")
 CONNECT_TIMEOUT_S = 10.0
-POLL_S = 0.2  # between two looks at a server that warms up
+POLL_S = 0.2  # interval between polls of a server that is warming up
 
 
 @dataclass(frozen=True)
 class Target:
-    """A server: `url` without its path, such as http://127.0.0.1:8000. `transport`: for tests."""
+    """A server. `url` has no path, such as http://127.0.0.1:8000. `transport`: for tests."""
 
     url: str
     model: str
     api: str = "completions"
     api_key: str | None = None
-    ignore_eos: bool = True  # a field of vLLM's and ours: without it answers may be shorter than asked for
+    ignore_eos: bool = True  # vLLM's field, which we support: without it answers may be shorter than asked for
     timeout_s: float = 600.0
     transport: httpx.AsyncBaseTransport | None = None
 
     def __post_init__(self) -> None:
         if self.api not in APIS:
-            raise TinyvllmError(f"--api is {self.api!r}: known are {', '.join(APIS)}")
+            raise TinyvllmError(f"--api is {self.api!r}: choose from {', '.join(APIS)}")
 
     def body(self, prompt: str, num_output: int) -> dict[str, Any]:
-        """A greedy, streamed request for exactly so many tokens."""
+        """A greedy streaming request for exactly `num_output` tokens."""
         given: dict[str, Any] = {"prompt": prompt}
         if self.api == "chat":
             given = {"messages": [{"role": "user", "content": prompt}]}
@@ -77,34 +77,34 @@ class Target:
             timeout=httpx.Timeout(self.timeout_s, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             transport=self.transport,
-            trust_env=False,  # a proxy between us and the server would be measured with it
+            trust_env=False,  # a proxy would be measured along with the server
         )
 
 
 @dataclass(frozen=True)
 class Load:
-    """One level of load: `concurrency` requests at once, or `rate` a second with at most `concurrency` open."""
+    """One level of load: `concurrency` requests at once, or `rate` per second with at most `concurrency` open."""
 
     concurrency: int | None = None
     rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.concurrency is not None and self.concurrency < 1:
-            raise TinyvllmError(f"--concurrency has {self.concurrency}: give at least 1")
+            raise TinyvllmError(f"--concurrency is {self.concurrency}: give at least 1")
         if self.rate is not None and self.rate <= 0:
-            raise TinyvllmError(f"--rate has {self.rate}: give requests a second, above 0")
+            raise TinyvllmError(f"--rate is {self.rate}: give requests per second, above 0")
         if self.rate is None and self.concurrency is None:
             raise TinyvllmError("there is no load: give --concurrency or --rate")
 
     @property
     def name(self) -> str:
-        return f"{self.concurrency} at once" if self.rate is None else f"{self.rate:g} a second"
+        return f"{self.concurrency} at once" if self.rate is None else f"{self.rate:g} per second"
 
 
 @dataclass(frozen=True)
 class LoadWork:
-    """For each level `num_warmup` requests that nobody counts, then `num_requests`. No two prompts begin alike, so that
-    no prefix cache finds them. `slo_ms`: limits that a request must keep to count as good, by name."""
+    """The requests of each level: `num_warmup` uncounted ones, then `num_requests`. No two prompts begin alike, so that
+    no prefix cache matches. `slo_ms`: limits by name that a request must meet to count as good."""
 
     num_requests: int = 32
     num_warmup: int = 4
@@ -112,7 +112,7 @@ class LoadWork:
     output_len: int = 64
     seed: int = 0
     slo_ms: dict[str, float] = field(default_factory=dict)
-    run_id: str = field(default_factory=lambda: secrets.token_hex(4))  # so that no run finds an earlier one's prompts
+    run_id: str = field(default_factory=lambda: secrets.token_hex(4))  # so that no two runs send the same prompts
 
     def __post_init__(self) -> None:
         for flag, value, least in (
@@ -125,10 +125,10 @@ class LoadWork:
                 raise TinyvllmError(f"--{flag} is {value}: give at least {least}")
         unknown = sorted(set(self.slo_ms) - set(SLO_NAMES))
         if unknown:
-            raise TinyvllmError(f"--goodput has {', '.join(unknown)}: known are {', '.join(SLO_NAMES)}")
+            raise TinyvllmError(f"--goodput has {', '.join(unknown)}: choose from {', '.join(SLO_NAMES)}")
 
     def prompt(self, number: int) -> str:
-        """About `input_len` tokens of text that is no other number's from its first word on."""
+        """About `input_len` tokens of text, different for each number from the first word on."""
         words = [f"{number}-{self.run_id}:"]
         sentences = itertools.islice(itertools.cycle(SENTENCES), number % len(SENTENCES), None)
         size = round(self.input_len * CHARACTERS_PER_TOKEN)
@@ -139,17 +139,17 @@ class LoadWork:
 
 @dataclass
 class Answer:
-    """What one request met with, in perf_counter's seconds."""
+    """The outcome of one request. Times are seconds of time.perf_counter."""
 
     sent_s: float
-    text_s: list[float] = field(default_factory=list)  # when each piece of text came
-    num_input: int | None = None  # tokens, by the server's count
+    text_s: list[float] = field(default_factory=list)  # when each piece of text arrived
+    num_input: int | None = None  # tokens, as counted by the server
     num_output: int | None = None
     error: str | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Of output. Where the server counts none, pieces of text stand for them."""
+        """Output tokens. If the server does not count them, the number of pieces of text."""
         return len(self.text_s) if self.num_output is None else self.num_output
 
     @property
@@ -170,13 +170,13 @@ class Answer:
         return [(after - before) * 1e3 for before, after in itertools.pairwise(self.text_s)]
 
     def keeps(self, slo_ms: dict[str, float]) -> bool:
-        """Whether every limit holds; of gaps between tokens the longest counts."""
+        """Whether every limit is met. For itl the longest gap counts."""
         values = {"ttft": self.ttft_ms, "tpot": self.tpot_ms, "itl": max(self.itl_ms, default=0.0), "e2e": self.e2e_ms}
         return self.error is None and all((values[name] or 0.0) <= limit for name, limit in slo_ms.items())
 
 
 async def find_model(target: Target) -> str:
-    """The first model of the server's list. Raises TinyvllmError where there is no server, or it refuses."""
+    """The first model that the server lists. Raises TinyvllmError if there is no server, or it refuses."""
     try:
         async with target.client() as client:
             response = await client.get("/v1/models")
@@ -185,16 +185,16 @@ async def find_model(target: Target) -> str:
     except httpx.HTTPStatusError as error:
         raise TinyvllmError(f"{target.url}/v1/models answered {_describe(error.response)}") from error
     except (httpx.HTTPError, ValueError, LookupError) as error:
-        raise TinyvllmError(f"there is no OpenAI server at {target.url}: {type(error).__name__} {error}") from error
+        raise TinyvllmError(f"no OpenAI server answers at {target.url}: {type(error).__name__} {error}") from error
 
 
 async def until_warm(client: httpx.AsyncClient, report: Report) -> None:
-    """Return when the server captures no graphs between steps any more, where it says that it does: ours, at /ready."""
+    """Wait until the server captures no more graphs between steps. Ours says so at /ready; others return at once."""
     total = 0
     while True:
         try:
             to_come = int((await client.get("/ready")).json()["num_captures_to_come"])
-        except (httpx.HTTPError, ValueError, LookupError, TypeError):  # another server, which has no such thing
+        except (httpx.HTTPError, ValueError, LookupError, TypeError):  # another server, without this field
             return
         total = max(total, to_come)
         if total:
@@ -205,9 +205,9 @@ async def until_warm(client: httpx.AsyncClient, report: Report) -> None:
 
 
 async def measure_load(target: Target, work: LoadWork, loads: Sequence[Load], report: Report) -> list[dict[str, Any]]:
-    """One row a level of load, JSON values, once the server is warm.
+    """Measure each level of load once the server is warm; one row of JSON values for each.
 
-    Raises TinyvllmError where not one request of a level succeeds."""
+    Raises TinyvllmError if no request of a level succeeds."""
     rows = []
     number = itertools.count()  # of prompts: none comes twice
     async with target.client() as client:
@@ -222,11 +222,11 @@ async def measure_load(target: Target, work: LoadWork, loads: Sequence[Load], re
 
 
 def summarise(target: Target, work: LoadWork, load: Load, answers: Sequence[Answer]) -> dict[str, Any]:
-    """A row of the requests of one level. Raises TinyvllmError where none succeeded."""
+    """The row of one level. Raises TinyvllmError if no request succeeded."""
     good = [answer for answer in answers if answer.error is None]
     errors = Counter(answer.error for answer in answers if answer.error is not None)
     if not good:
-        raise TinyvllmError(f"none of {len(answers)} requests to {target.url} succeeded: {errors.most_common(1)[0][0]}")
+        raise TinyvllmError(f"all {len(answers)} requests to {target.url} failed: {errors.most_common(1)[0][0]}")
     duration_s = max(answer.text_s[-1] for answer in good) - min(answer.sent_s for answer in answers)
     num_input = sum(answer.num_input or 0 for answer in good)
     num_output = sum(answer.num_tokens for answer in good)
@@ -269,7 +269,7 @@ async def _send_all(
     numbers: Sequence[int],
     report: Report | None,
 ) -> list[Answer]:
-    """All requests by their load; returns once every one has ended."""
+    """Send all requests at the given load; returns when all of them have ended."""
     slots: contextlib.AbstractAsyncContextManager[Any]
     slots = contextlib.nullcontext() if load.concurrency is None else asyncio.Semaphore(load.concurrency)
     arrivals = random.Random(work.seed)
@@ -295,7 +295,7 @@ async def _send_all(
 
 
 async def _send(client: httpx.AsyncClient, target: Target, body: dict[str, Any]) -> Answer:
-    """One request. What goes wrong is in the answer."""
+    """Send one request. Errors are recorded in the answer."""
     answer = Answer(time.perf_counter())
     try:
         async with client.stream("POST", APIS[target.api], json=body) as response:
@@ -308,19 +308,19 @@ async def _send(client: httpx.AsyncClient, target: Target, body: dict[str, Any])
     except (httpx.HTTPError, ValueError) as error:
         answer.error = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if answer.error is None and not answer.text_s:
-        answer.error = "an answer without text"
+        answer.error = "the answer has no text"
     return answer
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of server-sent events, as they come."""
+    """The JSON of each server-sent event as it arrives."""
     async for line in response.aiter_lines():
         if line.startswith("data:") and (data := line[5:].strip()) != "[DONE]":
             yield json.loads(data)
 
 
 def _take(answer: Answer, event: dict[str, Any], now_s: float) -> None:
-    """Book what an event says: text, the server's counts, or an error."""
+    """Record an event: text, the server's counts, or an error."""
     if event.get("error"):
         error = event["error"]
         answer.error = str(error.get("message", error) if isinstance(error, dict) else error)
@@ -334,7 +334,7 @@ def _take(answer: Answer, event: dict[str, Any], now_s: float) -> None:
 
 
 def _describe(response: httpx.Response) -> str:
-    """Status and the server's own words."""
+    """The status and the server's message."""
     try:
         message = response.json()["error"]["message"]
     except (ValueError, LookupError, TypeError):

@@ -1,6 +1,6 @@
-"""Pictures of runs, from their JSON: where the time goes, kernels under the roof, latency against batch or load.
+"""Plots of runs from their JSON: where the time goes, kernels under the roofline, latency against batch or load.
 
-matplotlib draws them; it comes with the extra `plot` and is imported here only.
+matplotlib comes with the extra `plot`, and is imported here only.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ PAGE = """<!doctype html>
 
 
 def check_plot(path: str) -> None:
-    """Before anything is measured. Raises TinyvllmError for a kind of file that is not drawn, or without matplotlib."""
+    """Raises TinyvllmError for an unsupported file type, or without matplotlib. Call it before measuring."""
     if Path(path).suffix not in SUFFIXES:
-        raise TinyvllmError(f"--plot is {path}: its name must end in {', '.join(SUFFIXES)}")
+        raise TinyvllmError(f"--plot is {path}: its name must end in one of {', '.join(SUFFIXES)}")
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise TinyvllmError('--plot draws with matplotlib, which is missing: pip install "tinyvllm[plot]"') from error
+        raise TinyvllmError('--plot needs matplotlib, which is not installed: pip install "tinyvllm[plot]"') from error
 
 
 def draw_breakdown(figures: dict[str, Any], path: str) -> None:
-    """Three panels of a breakdown's JSON. Raises TinyvllmError as `check_plot`, and where it cannot be written."""
+    """Draw three panels from a breakdown's JSON. Raises TinyvllmError if the file cannot be written."""
     figure, (stages, roof, batches) = _panels(3)
     _draw_stages(stages, figures["cases"])
     _draw_roofline(roof, figures)
@@ -49,10 +49,10 @@ def draw_breakdown(figures: dict[str, Any], path: str) -> None:
 
 
 def draw_load(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """Two panels of `bench serve`'s JSON: latencies, and tokens a second, against the load."""
+    """Draw two panels from `bench serve`'s JSON: latencies and tokens per second, against the load."""
     figure, (latency, rate) = _panels(2)
     loads = [row["rate"] if row["rate"] is not None else row["concurrency"] for row in rows]
-    unit = "requests a second" if rows[0]["rate"] is not None else "requests at once"
+    unit = "requests per second" if rows[0]["rate"] is not None else "requests at once"
     for name, label in (("ttft_ms", "first token"), ("tpot_ms", "per token"), ("itl_ms", "between tokens")):
         for percent, style in (("median", "-"), ("p99", ":")):
             points = [(load, row[name][percent]) for load, row in zip(loads, rows, strict=True) if row[name]]
@@ -60,8 +60,8 @@ def draw_load(rows: Sequence[dict[str, Any]], path: str) -> None:
                 latency.plot(*zip(*points, strict=True), style, marker="o", label=f"{label}, {percent}")
     latency.set(xlabel=unit, ylabel="ms", yscale="log", title="latency against load")
     latency.legend(fontsize="small")
-    rate.plot(loads, [row["output_tok_s"] for row in rows], marker="o", label="output tokens a second")
-    rate.set(xlabel=unit, ylabel="tokens a second", ylim=(0, None), title="throughput against load")
+    rate.plot(loads, [row["output_tok_s"] for row in rows], marker="o", label="output tokens per second")
+    rate.set(xlabel=unit, ylabel="tokens per second", ylim=(0, None), title="throughput against load")
     rate.legend(fontsize="small")
     _save(figure, path, f"{rows[0]['model']} at {rows[0]['url']}")
 
@@ -75,7 +75,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _draw_stages(axes: Axes, cases: Sequence[dict[str, Any]]) -> None:
-    """A bar a case, of all its stages and of what is in none."""
+    """One bar per case, with its stages and its residual."""
     names = [case["name"] for case in cases]
     left = [0.0] * len(cases)
     for stage in STAGES:
@@ -89,7 +89,7 @@ def _draw_stages(axes: Axes, cases: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_roofline(axes: Axes, figures: dict[str, Any]) -> None:
-    """The chip's roof, the decode step and its kernels: operations a second against operations a byte."""
+    """The chip's roofline with a decode step and its kernels: operations per second against operations per byte."""
     roof = figures["roofline"]["decode"]
     kernels = next(case for case in figures["cases"] if case["name"] == figures["main_case"])["kernels"]
     points = [
@@ -106,13 +106,13 @@ def _draw_roofline(axes: Axes, figures: dict[str, Any]) -> None:
     step_s = roof["achieved_tflops"] * 1e3
     axes.plot([roof["intensity"]], [step_s], "*", markersize=14, label="decode step")
     axes.set(
-        xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s", title="roofline of a decode step"
+        xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s", title="roofline of a decode step"
     )
     axes.legend(fontsize="small")
 
 
 def _draw_batches(axes: Axes, cases: Sequence[dict[str, Any]]) -> None:
-    """Time per token of each prompt length, against how many decode at once."""
+    """Time per token for each prompt length, against the number of concurrent requests."""
     groups: dict[str, list[tuple[int, float, float]]] = {}
     for case in cases:
         prompt = case["name"].rpartition(", batch")[0]

@@ -1,5 +1,5 @@
-"""What is asked in measurements: a text of our own, for its tokens are those of real language, and random ids, which
-need no tokenizer and are the same everywhere."""
+"""Prompts for measurements: a text of our own, whose tokens are those of real language, and random ids, which need no
+tokenizer and are the same on every machine."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ LENGTHS = {"short": 1, "medium": 8, "long": len(SENTENCES)}  # sentences
 
 
 def make_text(length: str, number: int = 0) -> str:
-    """A prompt of real text, short, medium or long: about 10, 200 and 600 tokens. Another `number` begins with another
-    sentence, so that no two prompts of a batch share their first block. Raises TinyvllmError for an unknown length."""
+    """A prompt of real text: short, medium or long, which is about 10, 200 or 600 tokens. Each `number` begins with
+    another sentence, so that prompts of a batch do not share their first block. Raises TinyvllmError for an unknown
+    length."""
     if length not in LENGTHS:
-        raise TinyvllmError(f"--prompts has {length!r}: known lengths are {', '.join(LENGTHS)}")
+        raise TinyvllmError(f"--prompts has {length!r}: choose from {', '.join(LENGTHS)}")
     return " ".join(SENTENCES[(number + index) % len(SENTENCES)] for index in range(LENGTHS[length]))
 
 
 def make_ids(length: int, vocab_size: int, seed: int) -> list[int]:
-    """Random ids of a vocabulary: the same for the same seed, on every machine."""
+    """Random token ids. The same seed gives the same ids on every machine."""
     rng = random.Random(seed)
     return [rng.randrange(vocab_size) for _ in range(length)]

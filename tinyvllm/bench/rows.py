@@ -1,4 +1,4 @@
-"""One row a measurement: the schema that all benchmarks share."""
+"""The row of a measurement: the schema that all benchmarks share."""
 
 from __future__ import annotations
 
@@ -11,59 +11,59 @@ from tinyvllm.bench.spread import Spread
 
 @dataclass(frozen=True)
 class Machine:
-    """What all rows of a run have in common."""
+    """The facts that all rows of a run share."""
 
     model: str
-    dtype: str  # of most of the weights' bytes
+    dtype: str  # the format of most of the weights' bytes
     num_params: int
     model_bytes: int
     device: str
-    bandwidth_gbps: float | None  # 1e9 bytes a second; None where no floor is computed
+    bandwidth_gbps: float | None  # 1e9 bytes per second; None if no floor is computed
     environment: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case. A step is one replay of a graph when decoding and under load. Of a prefill it is the whole prompt,
-    which may take several replays (`num_replays`); `kernels` and `nbytes` are those of them all."""
+    """One case. When decoding and under load, a step is one replay of a graph. For a prefill it is the whole prompt,
+    which may take several replays (`num_replays`); `kernels` and `nbytes` are sums over them."""
 
-    test: str  # llama-bench's name of it: pp512, tg32 @ d1024
+    test: str  # its name in llama-bench: pp512, tg32 @ d1024
     phase: str  # prefill, decode or throughput
     batch: int  # sequences
-    context: int  # tokens of each sequence that the pool holds before the first step
-    num_tokens: int  # of each sequence: prompt tokens computed, or tokens generated, in a repeat
+    context: int  # tokens per sequence that the pool holds before the first step
+    num_tokens: int  # per sequence and repeat: prompt tokens computed, or tokens generated
     machine: Machine
-    tok_s: Spread  # of repeats: tokens of all sequences a second
-    step_ms: Spread  # of all steps of all repeats
+    tok_s: Spread  # over repeats: tokens per second of all sequences together
+    step_ms: Spread  # over all steps of all repeats
     num_replays: int = 1
     bucket: str | None = None
     kernels: int | None = None
-    nbytes: int | None = None  # the least that a step must move
+    nbytes: int | None = None  # the minimum that a step must move
     weight_bytes: int | None = None
     kv_read_bytes: int | None = None
     kv_written_bytes: int | None = None
-    moved_bytes: int | None = None  # what its kernels do move, by their arguments
-    more: dict[str, Any] = field(default_factory=dict)  # of this benchmark alone; JSON values or Spreads
+    moved_bytes: int | None = None  # what its kernels actually move, counted from their arguments
+    more: dict[str, Any] = field(default_factory=dict)  # fields of this benchmark only; JSON values or Spreads
 
     @property
     def floor_ms(self) -> float | None:
-        """How long the bytes of a step take at the memory's bandwidth."""
+        """The time that the bytes of a step take at the memory's bandwidth."""
         if self.nbytes is None or self.machine.bandwidth_gbps is None:
             return None
         return self.nbytes / self.machine.bandwidth_gbps / 1e6
 
     @property
     def floor_share(self) -> float | None:
-        """1: the median step is as fast as the memory allows."""
+        """Floor over median step. 1: as fast as the memory allows."""
         return None if self.floor_ms is None else self.floor_ms / self.step_ms.median
 
     @property
     def bytes_ratio(self) -> float | None:
-        """1: the kernels move nothing but weights, keys and values, each once."""
+        """Moved bytes over the minimum. 1: the kernels move only weights, keys and values, each once."""
         return None if self.moved_bytes is None or self.nbytes is None else self.moved_bytes / self.nbytes
 
     def as_json(self) -> dict[str, Any]:
-        """Flat but for `environment` and the spreads of `more`."""
+        """Flat, except for `environment` and the spreads of `more`."""
         machine = self.machine
         return {
             "test": self.test,

@@ -1,4 +1,4 @@
-"""Shapes of well-known models, from their config.json: enough to measure them with random weights."""
+"""Shapes of well-known models, from their config.json: all that is needed to measure them with random weights."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ SHAPES: dict[str, ModelConfig] = {
 
 
 def find_shape(name: str) -> ModelConfig:
-    """The shape of that name, in any case. Raises UnsupportedModelError."""
+    """The shape of that name, upper or lower case. Raises UnsupportedModelError."""
     shape = SHAPES.get(name.lower())
     if shape is None:
         raise UnsupportedModelError(f"shape {name!r} is not known; known: {', '.join(SHAPES)}")

@@ -1,4 +1,4 @@
-"""Repeated measurements as a few numbers."""
+"""Repeated measurements, summarized."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Spread:
-    """Of `count` values, in their unit. `std` is the sample's (divided by count - 1), 0 for a single value."""
+    """Statistics of `count` values, in their unit. `std`: sample standard deviation (count - 1), 0 for one value."""
 
     count: int
     mean: float
@@ -22,7 +22,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Raises ValueError for no values."""
+        """Raises ValueError if there are no values."""
         return cls(
             count=len(values),
             mean=statistics.fmean(values),
@@ -35,9 +35,9 @@ class Spread:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value that `percent` of all lie below, by linear interpolation between neighbours, as NumPy does."""
+    """The value that `percent` of the values lie below. Interpolates linearly between neighbors, like NumPy."""
     if not values:
-        raise ValueError("a percentile of no values")
+        raise ValueError("a percentile needs at least one value")
     ordered = sorted(values)
     place = (len(ordered) - 1) * percent / 100
     low = math.floor(place)

@@ -1,9 +1,10 @@
-"""One turn of the whole engine on one thread, every part of it between two looks at the clock.
+"""The whole engine on one thread, with every stage of its loop timed.
 
-Text becomes ids (tokenize), ids a request in the queue (queue), the scheduler plans and books (schedule), the plan is
-packed (pack), the device computes (prefill, decode), tokens become text (detokenize). What the engine's own loop takes
-besides is `rest`. The host waits for the device at the edges of these stages, so that the device's time is not hidden
-behind the host's. Nothing overlaps then: the difference to a run without looks and waits is what profiling costs.
+The stages: text becomes ids (tokenize), ids become a queued request (queue), the scheduler plans a step and commits its
+tokens (schedule), the plan is packed into arrays (pack), the device computes (prefill, decode), tokens become text
+(detokenize). The time of the engine's own loop is `rest`. The host waits for the device at the border of each stage, so
+that device time does not hide behind host time. Nothing overlaps then: the difference from a plain run is the
+measurement overhead.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from tinyvllm.text.tokenizer import Tokenizer
 
 PREFILL, DECODE, SAMPLING, REST = "prefill", "decode", "sampling", "rest"
 STAGES = (TOKENIZE, QUEUE, SCHEDULE, PACK, PREFILL, DECODE, SAMPLING, DETOKENIZE, REST)
-ENQUEUE, WAIT, READ = "enqueue", "wait", "read"  # of a prefill's or a decode's time
+ENQUEUE, WAIT, READ = "enqueue", "wait", "read"  # the components of a prefill's or a decode's time
 
 
 class Runner(Protocol):
-    """What is driven here of execution.runner.ModelRunner."""
+    """The part of execution.runner.ModelRunner that is used here."""
 
     @property
     def model_config(self) -> ModelConfig: ...
@@ -60,8 +61,8 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """`batch` prompts that are there at once, each answered by exactly `num_output` tokens. A prompt is real text of a
-    length by name, or, where `text` is None, `num_ids` random ids."""
+    """`batch` prompts that arrive together, each answered by exactly `num_output` tokens. A prompt is real text of a
+    named length, or `num_ids` random ids if `text` is None."""
 
     text: str | None
     num_ids: int
@@ -78,13 +79,13 @@ class Case:
             if value < least:
                 raise TinyvllmError(f"--{flag} is {value}: give at least {least}")
         if self.text is None and self.num_ids < 1:
-            raise TinyvllmError(f"--ids is {self.num_ids}: give at least 1")
+            raise TinyvllmError(f"--context is {self.num_ids}: give at least 1")
 
 
 @dataclass(frozen=True)
-class Step:
-    """Seconds of one turn of the engine. `device_s`: from the first launch until the device had done its work; of it
-    `wait_s` the host stood still. `read_s`: the tokens on their way to the host."""
+class StepTimes:
+    """Seconds of one turn of the engine loop. `device_s`: from the first launch until the device is done; during
+    `wait_s` of it the host was idle. `read_s`: copying the tokens to the host."""
 
     kind: str  # prefill (mixed steps too) or decode
     num_tokens: int
@@ -104,8 +105,8 @@ class Step:
 
 @dataclass(frozen=True)
 class RequestTimes:
-    """Of one request. `waited_s`: from the queue to its first step, which is part of other requests' stages.
-    `token_s`: when each of its tokens was there, since the round's start."""
+    """Times of one request. `waited_s`: from entering the queue to its first step; other requests' stages contain this
+    time. `token_s`: when each of its tokens arrived, since the start of the round."""
 
     num_prompt_tokens: int
     waited_s: float
@@ -114,36 +115,36 @@ class RequestTimes:
 
 @dataclass(frozen=True)
 class PlainRound:
-    """One repeat of a case without looks and waits."""
+    """One repeat of a case without instrumentation."""
 
     wall_s: float
     requests: list[RequestTimes]
 
     @property
     def first_token_s(self) -> float:
-        """When every request had its first token."""
+        """When the last request received its first token."""
         return max(request.token_s[0] for request in self.requests)
 
     @property
     def num_decoded(self) -> int:
-        """Tokens of all requests after that."""
+        """Tokens of all requests after `first_token_s`."""
         return sum(token_s > self.first_token_s for request in self.requests for token_s in request.token_s)
 
     @property
     def num_decode_steps(self) -> int:
-        """Of the request that generated most after that."""
+        """Tokens of the request that generated most after `first_token_s`."""
         first_s = self.first_token_s
         return max(sum(token_s > first_s for token_s in request.token_s) for request in self.requests)
 
 
 @dataclass(frozen=True)
 class Round:
-    """One repeat of a case, stage by stage."""
+    """One instrumented repeat of a case, stage by stage."""
 
     wall_s: float
     tokenize_s: list[float]
     queue_s: list[float]
-    steps: list[Step]
+    steps: list[StepTimes]
     requests: list[RequestTimes]
 
 
@@ -162,7 +163,7 @@ class _Progress:
 
 
 class StagedRunner:
-    """A runner between the clock's looks. One step in flight; waits for the device before and after each step."""
+    """A runner whose parts are timed. One step in flight; waits for the device before and after each step."""
 
     max_in_flight = 1
 
@@ -175,7 +176,7 @@ class StagedRunner:
         return self._runner.num_captures
 
     def launch(self, plan: StepPlan) -> Any:
-        self._runner.wait()  # nothing of an earlier step may lie in this one's time
+        self._runner.wait()  # so that no work of an earlier step is counted as this one's
         kind = DECODE if plan.is_decode else PREFILL
         with self._recorder.span(ENQUEUE, kind=kind, num_tokens=plan.num_tokens, num_seqs=len(plan.entries)):
             return self._runner.launch(plan)
@@ -197,7 +198,7 @@ class StagedRunner:
 
 
 class StagedScheduler(Scheduler):
-    """A scheduler between the clock's looks."""
+    """A scheduler whose methods are timed."""
 
     recorder: Recorder
 
@@ -215,7 +216,7 @@ class StagedScheduler(Scheduler):
 
 
 class Driver:
-    """Runs rounds of cases on one runner. The prefix cache is off unless asked for, so that it cannot flatter."""
+    """Runs rounds of cases on one runner. The prefix cache is off by default, since it would flatter the results."""
 
     def __init__(
         self,
@@ -232,7 +233,7 @@ class Driver:
         self._block_manager = self._make_block_manager()
 
     def run(self, case: Case) -> Round:
-        """Stage by stage, the device waited for at their edges."""
+        """Run a case with every stage timed, waiting for the device at the border of each."""
         prompts = self._prompts(case)
         recorder = Recorder()
         scheduler = StagedScheduler(self._new_pool(), self.runner.capacity)
@@ -249,8 +250,8 @@ class Driver:
         return _make_round(wall_s, recorder.finish().spans, list(progress.values()))
 
     def run_plain(self, case: Case, after_step: Callable[[StepPlan | None], None] | None = None) -> PlainRound:
-        """The same work as the engine does it when nobody looks, overlapped where it overlaps. `after_step`, for those
-        who count, is called after each step with its plan; nothing overlaps then."""
+        """Run a case as the engine does when serving, with overlapping steps. `after_step`, for counting, is called
+        after each step with its plan; nothing overlaps then."""
         prompts = self._prompts(case)
         watched = _PlanWatcher(self.runner) if after_step else self.runner
         core = EngineCore(watched, Scheduler(self._new_pool(), self.runner.capacity))
@@ -265,16 +266,18 @@ class Driver:
 
     @property
     def num_used_blocks(self) -> int:
-        """Of the pool, at this moment."""
+        """Blocks of the pool that are in use now."""
         return self.runner.capacity.num_blocks - 1 - self._block_manager.num_free
 
     def _prompts(self, case: Case) -> list[str | list[int]]:
-        """A case's texts or ids. Raises TinyvllmError for text without a tokenizer."""
+        """A case's prompts, as text or ids. Raises TinyvllmError for text if there is no tokenizer."""
         if case.text is None:
             vocab_size = self.runner.model_config.vocab_size
             return [make_ids(case.num_ids, vocab_size, self._seed + number) for number in range(case.batch)]
         if self.tokenizer is None:
-            raise TinyvllmError("a shape has no tokenizer, so its prompts are random ids: give --ids LENGTHS")
+            raise TinyvllmError(
+                "a shape has no tokenizer, so its prompts are random ids: give --context LENGTHS and --prompts none"
+            )
         return [make_text(case.text, number) for number in range(case.batch)]
 
     def _admit(
@@ -285,7 +288,7 @@ class Driver:
         recorder: Recorder,
         start_s: float,
     ) -> dict[str, _Progress]:
-        """Tokenise and queue the prompts, one after another."""
+        """Tokenize and queue the prompts, one after another."""
         progress: dict[str, _Progress] = {}
         params = dataclasses.replace(self._params, max_tokens=num_output, ignore_eos=True)
         for number, prompt in enumerate(prompts):
@@ -301,7 +304,7 @@ class Driver:
         return progress
 
     def _new_pool(self) -> BlockManager:
-        """Empty at every round; with the prefix cache on, what earlier rounds left can be found again."""
+        """The pool of a round: empty, or with the prefix cache on the same pool again, whose cached blocks are kept."""
         if not self._prefix_caching:
             self._block_manager = self._make_block_manager()
         return self._block_manager
@@ -312,7 +315,7 @@ class Driver:
 
 
 class _PlanWatcher:
-    """A runner that remembers which plan was collected last."""
+    """A runner that remembers the plan it launched last."""
 
     def __init__(self, runner: Runner) -> None:
         self.model_config, self.capacity, self.max_in_flight = runner.model_config, runner.capacity, 1
@@ -342,7 +345,7 @@ class _PlanWatcher:
 
 
 def _take(outs: Sequence[TokenOut], progress: dict[str, _Progress]) -> None:
-    """Turn new tokens into text. Raises DeviceError for a request that failed."""
+    """Turn new tokens into text and note their times. Raises DeviceError for a request that failed."""
     for out in outs:
         one = progress[out.request.request_id]
         if out.token_id is None:
@@ -353,9 +356,9 @@ def _take(outs: Sequence[TokenOut], progress: dict[str, _Progress]) -> None:
 
 
 def _make_round(wall_s: float, spans: Sequence[Span], progress: list[_Progress]) -> Round:
-    """Sort spans, which come by their ends, into steps."""
+    """Group spans, which are in the order of their ends, into steps."""
     alone: dict[str, list[float]] = {TOKENIZE: [], QUEUE: []}
-    steps: list[Step] = []
+    steps: list[StepTimes] = []
     inner: list[Span] = []
     for span in spans:
         if span.name == STEP:
@@ -376,13 +379,13 @@ def _make_round(wall_s: float, spans: Sequence[Span], progress: list[_Progress])
     )
 
 
-def _make_step(step: Span, inner: Sequence[Span]) -> Step:
+def _make_step(step: Span, inner: Sequence[Span]) -> StepTimes:
     def total_s(name: str) -> float:
         return sum(_seconds(span) for span in inner if span.name == name)
 
     launched = next(span for span in inner if span.name == ENQUEUE and span.facts)
     pack_s = sum(float(span.facts["pack_s"]) for span in inner if span.name == READ)
-    return Step(
+    return StepTimes(
         kind=str(launched.facts["kind"]),
         num_tokens=int(launched.facts["num_tokens"]),
         num_seqs=int(launched.facts["num_seqs"]),

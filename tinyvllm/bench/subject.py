@@ -1,4 +1,4 @@
-"""What is measured: a model's files, or a shape with random weights."""
+"""The subject of a measurement: a model's files, or a shape with random weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinyvllm.storage.model_config import read_model_config
 
 @dataclass(frozen=True)
 class Subject:
-    """`files` is None for random weights, which are of `kind`: float16, Q4_0, ..."""
+    """`files` is None for random weights; `kind` is their format: float16, Q4_0, ..."""
 
     name: str
     model_config: ModelConfig
@@ -25,12 +25,12 @@ class Subject:
 
     @classmethod
     def of_files(cls, files: ModelFiles) -> Subject:
-        """Raises ModelError for files that cannot be run."""
+        """Raises ModelError if the files cannot be run."""
         return cls(files.name, read_model_config(files), files=files)
 
     @classmethod
     def of_shape(cls, shape: str, kind: str, num_layers: int | None = None) -> Subject:
-        """A shape of SHAPES, cut to its first layers where `num_layers` is given."""
+        """A shape of SHAPES, with only its first layers if `num_layers` is given."""
         model_config = find_shape(shape)
         if num_layers is None:
             return cls(model_config.name, model_config, kind=kind)
@@ -40,13 +40,13 @@ class Subject:
         return cls(name, dataclasses.replace(model_config, num_layers=num_layers), kind=kind)
 
     def open(self, config: EngineConfig, progress: Progress) -> ModelRunner:
-        """A runner whose graphs are not captured yet; the caller closes it."""
+        """A runner without captured graphs; the caller closes it."""
         if self.files is not None:
             return load_runner(self.files, config, progress)
         return load_random_runner(self.model_config, self.kind, config, progress)
 
     def load(self, config: EngineConfig, progress: Progress) -> ModelRunner:
-        """A warm runner, which the caller closes."""
+        """A warm runner; the caller closes it."""
         runner = self.open(config, progress)
         try:
             runner.warm_up(progress)
@@ -56,7 +56,7 @@ class Subject:
         return runner
 
     def describe(self, runner: ModelRunner, bandwidth_gbps: float | None, seed: int) -> Machine:
-        """What the rows of a run have in common."""
+        """The facts that all rows of a run share."""
         weights = runner.weights
         return Machine(
             model=self.name,

@@ -1,4 +1,4 @@
-"""The engine under load, offline: many requests at once, token ids in and out, without text and HTTP."""
+"""The engine under load, offline: many requests at once, token ids in and out, without text or HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Report = Callable[[str, int, int], None]  # stage, done, total
 
 @dataclass(frozen=True)
 class ThroughputWork:
-    """`num_requests` prompts of random ids, all there at the start; each generates exactly `output_len` tokens."""
+    """`num_requests` prompts of random ids, all queued at the start; each generates exactly `output_len` tokens."""
 
     num_requests: int = 32
     input_len: int = 128
@@ -48,19 +48,19 @@ class ThroughputWork:
 
 
 @dataclass(frozen=True)
-class Run:
+class Repeat:
     """One repeat, in seconds."""
 
     wall_s: float
     step_s: list[float]
-    token_s: list[list[float]]  # by request: when each token came, since the start
+    token_s: list[list[float]]  # by request: when each token arrived, since the start
     num_preemptions: int
-    num_padded: int = 0  # rows of graphs without a token
+    num_padded: int = 0  # rows of graphs that held no token
     num_computed: int = 0  # tokens
 
 
 def measure_throughput(runner: Runner, machine: Machine, work: ThroughputWork, report: Report) -> Row:
-    """One row over all repeats. The prefix cache is off, so that it cannot flatter."""
+    """One row over all repeats. The prefix cache is off, since it would flatter the results."""
     runs = []
     for repeat in range(-work.num_warmup, work.num_repeats):
         report("measure", work.num_warmup + repeat, work.num_warmup + work.num_repeats)
@@ -86,21 +86,21 @@ def measure_throughput(runner: Runner, machine: Machine, work: ThroughputWork, r
             "wall_s": Spread.of([run.wall_s for run in runs]),
             "input_tok_s": num_in / Spread.of([run.wall_s for run in runs]).mean,
             "total_tok_s": (num_in + num_out) / Spread.of([run.wall_s for run in runs]).mean,
-            # from the start, when all requests were there: the time in the queue is part of it
+            # since the start, when all requests were queued: includes the time in the queue
             "ttft_ms": _in_ms([times[0] for times in requests]),
             "tpot_ms": _in_ms([(times[-1] - times[0]) / (len(times) - 1) for times in requests]),
             "itl_ms": _in_ms([after - before for times in requests for before, after in itertools.pairwise(times)]),
             "e2e_ms": _in_ms([times[-1] for times in requests]),
             "preemptions": sum(run.num_preemptions for run in runs),
-            # of all rows that graphs computed, those that stood for no token
+            # share of the rows computed by graphs that held no token
             "padding_share": sum(run.num_padded for run in runs)
             / max(1, sum(run.num_padded + run.num_computed for run in runs)),
         },
     )
 
 
-def run_once(runner: Runner, work: ThroughputWork) -> Run:
-    """Generate from all prompts with a fresh scheduler and an empty pool. Raises DeviceError if a step fails."""
+def run_once(runner: Runner, work: ThroughputWork) -> Repeat:
+    """Generate from all prompts, with a new scheduler and an empty pool. Raises DeviceError if a step fails."""
     capacity = runner.capacity
     block_manager = BlockManager(capacity.num_blocks, capacity.block_size, enable_prefix_caching=False)
     core = EngineCore(runner, Scheduler(block_manager, capacity))
@@ -124,7 +124,7 @@ def run_once(runner: Runner, work: ThroughputWork) -> Run:
             token_s[out.request.request_id].append(now_s - start_s)
     counters = core.stats.extra
     padded, computed = int(counters["num_padded_rows"]), int(counters["num_computed_tokens"])
-    return Run(now_s - start_s, step_s, list(token_s.values()), core.scheduler.num_preemptions, padded, computed)
+    return Repeat(now_s - start_s, step_s, list(token_s.values()), core.scheduler.num_preemptions, padded, computed)
 
 
 def _in_ms(seconds: list[float]) -> Spread:

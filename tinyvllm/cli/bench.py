@@ -52,7 +52,7 @@ def latency(
     config = EngineConfig(model=subject.model or "", max_num_seqs=1, **runner.settings())
 
     from tinyvllm.bench.latency import Case, LatencyWork, fit_config, measure_latency
-    from tinyvllm.bench.report import latency_table
+    from tinyvllm.bench.tables import latency_table
 
     cases = [Case("prefill", *parse_prompt(text)) for text in split_list(prefill)]
     pairs = itertools.product(parse_counts("batch", batch), parse_counts("context", context))
@@ -85,7 +85,7 @@ def throughput(
     Runs the scheduler and the steps, without text or HTTP, and with the prefix cache off."""
     runner.apply()
 
-    from tinyvllm.bench.report import throughput_table
+    from tinyvllm.bench.tables import throughput_table
     from tinyvllm.bench.throughput import ThroughputWork, measure_throughput
 
     work = ThroughputWork(num_prompts, input_len, output_len, repeats, warmup, runner.seed)

@@ -116,7 +116,7 @@ def breakdown(*, flags: BreakdownFlags, comparing: CompareFlags, subject: Subjec
     import_s = import_engine()  # before any other import of the engine: its time is part of a cold start
 
     from tinyvllm.bench.breakdown import breakdown_json
-    from tinyvllm.bench.breakdown_report import breakdown_csv
+    from tinyvllm.bench.breakdown_tables import breakdown_csv
     from tinyvllm.bench.compare import parse_share, read_breakdown
     from tinyvllm.bench.plots import check_plot, draw_breakdown
     from tinyvllm.profiling.chips import find_chip
@@ -178,7 +178,7 @@ def _measure(
 ) -> Breakdown:
     from tinyvllm.bench.breakdown import fit_config, longest_case, measure_breakdown
     from tinyvllm.bench.cold_start import start_engine
-    from tinyvllm.bench.kernels import find_hardware
+    from tinyvllm.bench.kernel_profile import find_hardware
 
     longest = longest_case(work, tokenizer)
     config = fit_config({"model": found.name, **runner.settings()}, work, longest, found.model_config)
@@ -194,8 +194,8 @@ def _measure(
 
 def _show(result: Breakdown, subject: SubjectFlags) -> None:
     from tinyvllm.bench.breakdown import bench_rows
-    from tinyvllm.bench.breakdown_report import breakdown_tables, stage_summary
-    from tinyvllm.bench.report import markdown_table
+    from tinyvllm.bench.breakdown_tables import breakdown_tables, stage_summary
+    from tinyvllm.bench.tables import markdown_table
 
     if subject.markdown:
         print(markdown_table(bench_rows(result)))

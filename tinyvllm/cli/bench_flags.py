@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tinyvllm.bench.subject import Subject
     from tinyvllm.execution.runner import ModelRunner
 
-TABLE_WIDTH = 140  # columns
+TABLE_WIDTH = 168  # columns: the widest table, of `bench serve`, when its times have four digits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class SubjectFlags:
 
     def write(self, rows: Sequence[Row]) -> None:
         """Write the rows as Markdown and JSON where asked for; the table is printed elsewhere."""
-        from tinyvllm.bench.report import markdown_table
+        from tinyvllm.bench.tables import markdown_table
 
         if self.markdown:
             print(markdown_table(rows))

@@ -110,7 +110,7 @@ def serve(*, server: TargetFlags, load: LoadFlags, output: LoadOutputFlags) -> N
     Reports TTFT, TPOT, ITL, E2E and goodput. The server is ours or any other that speaks OpenAI's API."""
     from tinyvllm.bench.environment import describe_environment
     from tinyvllm.bench.load import measure_load
-    from tinyvllm.bench.load_report import load_markdown, load_table
+    from tinyvllm.bench.load_tables import load_markdown, load_table
     from tinyvllm.bench.plots import check_plot, draw_load
 
     if output.plot is not None:

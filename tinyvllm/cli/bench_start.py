@@ -18,7 +18,7 @@ def cold_start(*, subject: SubjectFlags, engine: EngineFlags) -> None:
     engine.apply()
     import_s = import_engine()
 
-    from tinyvllm.bench.breakdown_report import cold_start_table
+    from tinyvllm.bench.breakdown_tables import cold_start_table
     from tinyvllm.bench.cold_start import start_engine
 
     found = subject.find(pull=engine.pull)

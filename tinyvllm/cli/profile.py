@@ -89,7 +89,7 @@ def profile(*, flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) 
 
 
 def _read(flags: ProfileFlags, subject: SubjectFlags) -> None:
-    from tinyvllm.profiling.report import kernel_markdown, trace_table
+    from tinyvllm.profiling.profile_report import kernel_markdown, trace_table
 
     text = _text(flags.from_ or "-")
     trace = parse_trace(text)
@@ -120,9 +120,9 @@ def _text(path: str) -> str:
 def _run(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> None:
     config = EngineConfig(model=subject.model or "", max_num_seqs=1, **runner.settings())
 
-    from tinyvllm.bench.kernels import one_case, profile_case
+    from tinyvllm.bench.kernel_profile import one_case, profile_case
     from tinyvllm.bench.latency import Case, fit_config
-    from tinyvllm.profiling.report import kernel_markdown, profile_table
+    from tinyvllm.profiling.profile_report import kernel_markdown, profile_table
     from tinyvllm.profiling.trace_events import trace_text
 
     chip = find_chip(flags.chip) if flags.chip else None
@@ -156,7 +156,7 @@ def _recorded() -> Iterator[list[measure.Recording]]:
 def _predict(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> None:
     """Predict from the counts of the model's shape, without weights or graphs."""
     from tinyvllm.bench.shapes import find_shape
-    from tinyvllm.profiling.report import prediction_table
+    from tinyvllm.profiling.profile_report import prediction_table
 
     chip = _chip_to_predict(flags.predict or "", runner)
     found = subject.find(pull=runner.pull)

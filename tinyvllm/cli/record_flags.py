@@ -43,7 +43,7 @@ class RecordFlags:
             self._show(measure.stop())
 
     def _show(self, recording: measure.Recording) -> None:
-        from tinyvllm.profiling.report import recording_table
+        from tinyvllm.profiling.profile_report import recording_table
 
         if self.profile:  # at its own width, even if stderr is not a terminal
             Console(stderr=True, width=max(err.width, TABLE_WIDTH), highlight=False).print(recording_table(recording))

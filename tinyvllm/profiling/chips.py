@@ -1,8 +1,8 @@
-"""What chips can do at most, each row with where its figures are from.
+"""Peak rates of chips, each with the source of its figures.
 
-GB is 1e9 bytes. Bandwidths are the makers' own. Apple publishes no FLOPs: those rows follow one rule, GPU cores x 128
-lanes x 2 x clock, at which float16 runs no faster than float32 (the M5's neural accelerators are left out: the kernels
-here use simdgroup matrices). NVIDIA's are the dense float16 rates with float32 sums, without sparsity.
+GB is 1e9 bytes. Bandwidths are the manufacturers' own. Apple publishes no FLOPs: its rows follow one rule, GPU cores x
+128 lanes x 2 x clock. At that rate float16 is no faster than float32, and the M5's neural accelerators are left out,
+since the kernels here use simdgroup matrices. NVIDIA's rates are dense float16 with float32 accumulation.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from tinyvllm.errors import ProfilingError
 
 GB, GIB = 1e9, 1 << 30
-APPLE_LANES = 128  # of a GPU core; github.com/philipturner/metal-benchmarks, "ALUs" per core, Apple 7 and 8
+APPLE_LANES = 128  # per GPU core: github.com/philipturner/metal-benchmarks, "ALUs" per core, Apple 7 and 8
 HOPPER = "NVIDIA {} Tensor Core GPU data sheet, nvidia.com/en-us/data-center/{}: SXM; dense is half of the listed rate"
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Peak rates of one chip, and who says so."""
+    """Peak rates of one chip, and their source."""
 
     name: str
     bandwidth_gbps: float
     half_tflops: float
     source: str
-    device: str  # tinygrad's kind of device that runs on it: METAL, CUDA, CPU
+    device: str  # tinygrad's device for it: METAL, CUDA or CPU
 
 
 def _apple(name: str, bandwidth_gbps: float, cores: int, clock_ghz: float, page: str) -> Chip:
@@ -71,7 +71,7 @@ CHIPS: dict[str, Chip] = {
 
 
 def find_chip(name: str) -> Chip:
-    """The chip of that name, in any spelling of case, spaces and "Apple". Raises ProfilingError with those known."""
+    """The chip of that name. Case, spaces and a leading "Apple" or "NVIDIA" do not matter. Raises ProfilingError."""
     key = name.lower().removeprefix("apple").removeprefix("nvidia").strip(" -").replace(" ", "-")
     chip = CHIPS.get(key)
     if chip is None:
@@ -80,7 +80,7 @@ def find_chip(name: str) -> Chip:
 
 
 def guess_chip(hardware: str) -> Chip | None:
-    """The chip that a device's own name speaks of ("NVIDIA H200", "Apple M4 Max"); None if it is none of these."""
+    """The chip in a device's own name ("NVIDIA H200", "Apple M4 Max"); None if it is not in the table."""
     words = hardware.lower().replace("geforce", "").replace("-", " ").split()
     text = "-".join(words)
     found = [chip for key, chip in CHIPS.items() if key in text]
@@ -88,5 +88,5 @@ def guess_chip(hardware: str) -> Chip | None:
 
 
 def measured_chip(name: str, bandwidth: float, flops: float, device: str) -> Chip:
-    """A chip whose rates were measured here: bytes and operations a second."""
+    """A chip with rates measured here, in bytes and operations per second."""
     return Chip(name, bandwidth / GB, flops / 1e12, "measured here: fastest of repeated copies and products", device)

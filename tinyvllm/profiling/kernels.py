@@ -1,4 +1,4 @@
-"""Kernels that were timed, and the tables they add up to. From a profile of ours or from a trace's text."""
+"""Timed kernels, from a profile of ours or from a DEBUG=2 log, and the tables they add up to."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ GROUPINGS = ("operation", "layer", "kernel", "program")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One place in a step, or one line of a trace. `seconds`: of one run, on the device. Bytes and operations are those
-    of one run; None where nobody knows them."""
+    """One kernel of a step, or one line of a log. `seconds`, `nbytes` and `flops` are those of one run on the device;
+    None if unknown."""
 
     operation: str  # qkv, attention, sample
     layer: int | None
@@ -24,7 +24,7 @@ class Kernel:
     seconds: float
     nbytes: float | None = None
     flops: float | None = None
-    count: int = 1  # runs that this stands for: a graph's kernels
+    count: int = 1  # launches that this stands for, such as the kernels of a graph
 
     @property
     def label(self) -> str:
@@ -33,7 +33,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Launch:
-    """One run of one kernel, for a time line. `start_ns` is of the clock perf_counter_ns."""
+    """One run of one kernel, for a timeline. `start_ns` is a time of time.perf_counter_ns."""
 
     label: str
     program: str
@@ -44,18 +44,18 @@ class Launch:
 
 @dataclass(frozen=True)
 class StepProfile:
-    """One step, as it runs when serving (`step_s`) and kernel by kernel. Times are medians over repeats.
+    """One step as it runs when serving (`step_s`), and kernel by kernel. Times are medians over repeats.
 
-    `kernels`: of a CPU each stands for its shares on all cores, with the slowest's time. `is_graphed`: the kernels were
-    timed inside the step as it is served; else each by itself."""
+    `kernels`: on a CPU each stands for its shares on all cores, with the time of the slowest core. `is_graphed`: the
+    kernels were timed inside the step as served; otherwise each was launched separately."""
 
     bucket: str
     device: str
     num_cores: int
     is_graphed: bool
     kernels: tuple[Kernel, ...]
-    step_s: float  # from launch to done, without packing and reading
-    profiled_s: float  # the same while its kernels were timed
+    step_s: float  # from launch to done, without packing inputs and reading tokens
+    profiled_s: float  # the same, while its kernels were timed
     launches: tuple[Launch, ...]  # of the last repeat, in order
 
     @property
@@ -64,29 +64,29 @@ class StepProfile:
 
     @property
     def between_s(self) -> float | None:
-        """Of a step that was timed as it runs, what lies between kernels: launching, and cores that wait."""
+        """Time between kernels, in which they are launched and cores wait. None unless timed inside the step."""
         return max(0.0, self.profiled_s - self.kernels_s) if self.is_graphed else None
 
     @property
     def num_kernels(self) -> int:
-        """Launched, by all cores together."""
+        """Kernels launched by all cores together."""
         return sum(kernel.count for kernel in self.kernels)
 
 
 @dataclass(frozen=True)
 class KernelRow:
-    """Kernels of one label. Rates are over the time of those kernels whose bytes or operations are known."""
+    """The kernels of one label. Rates cover only the kernels whose bytes or operations are known."""
 
     label: str
-    num_timed: int  # what has a time of its own: a graph, or a kernel's shares on several cores, is one
+    num_timed: int  # timed items: a graph, or a kernel's shares on several cores, counts as one
     dispatches: int
     total_s: float
-    share: float  # of all kernels' time
+    share: float  # of the time of all kernels
     nbytes: float | None
     flops: float | None
     bytes_per_s: float | None
     flops_per_s: float | None
-    roof_share: float | None  # of what the chip's roofline allows for these bytes and operations
+    roof_share: float | None  # share of the speed that the chip's roofline allows for these bytes and operations
 
     @property
     def average_s(self) -> float:
@@ -108,7 +108,7 @@ class KernelRow:
 
 
 def tabulate(kernels: Sequence[Kernel], by: str = "operation", chip: Chip | None = None) -> list[KernelRow]:
-    """Rows that together have all the kernels' time, the longest first."""
+    """Group the kernels into rows, the longest first."""
     if by not in GROUPINGS:
         raise ProfilingError(f"--by is {by!r}: give one of {', '.join(GROUPINGS)}")
     groups: dict[str, list[Kernel]] = {}
@@ -121,7 +121,7 @@ def tabulate(kernels: Sequence[Kernel], by: str = "operation", chip: Chip | None
 
 def _key(kernel: Kernel, by: str) -> str:
     if by == "layer":
-        return "outside of layers" if kernel.layer is None else f"layer {kernel.layer}"
+        return "outside layers" if kernel.layer is None else f"layer {kernel.layer}"
     return {"operation": kernel.operation, "kernel": kernel.label, "program": kernel.program or kernel.operation}[by]
 
 
@@ -144,13 +144,13 @@ def _row(name: str, group: list[Kernel], whole_s: float, chip: Chip | None) -> K
 
 
 def _known(pairs: Iterable[tuple[float | None, float]]) -> tuple[float | None, float]:
-    """The sum of what is known, and the seconds that it took."""
+    """The sum of the known amounts, and the seconds of their kernels."""
     known = [(amount, seconds) for amount, seconds in pairs if amount is not None]
     return (sum(amount for amount, _ in known), sum(seconds for _, seconds in known)) if known else (None, 0.0)
 
 
 def _roof_share(group: list[Kernel], chip: Chip) -> float | None:
-    """The least time of the group's kernels over the time they took, for those whose bytes are known."""
+    """The minimal time of the group's kernels over the time they took, for those with known bytes."""
     known = [kernel for kernel in group if kernel.nbytes is not None]
     took_s = sum(kernel.seconds for kernel in known)
     if not took_s:
@@ -159,5 +159,5 @@ def _roof_share(group: list[Kernel], chip: Chip) -> float | None:
 
 
 def floor_s(chip: Chip, nbytes: float, flops: float) -> float:
-    """The least time for so many bytes and operations: Williams, Waterman and Patterson 2009, the roofline model."""
+    """The minimal time for these bytes and operations by the roofline model (Williams, Waterman and Patterson 2009)."""
     return max(nbytes / (chip.bandwidth_gbps * GB), flops / (chip.half_tflops * 1e12))

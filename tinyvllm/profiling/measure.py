@@ -1,11 +1,11 @@
-"""Named measurements: where the host's time goes, span by span, and counts of what happened.
+"""Spans and counters: where the host's time goes, and how often things happen.
 
     with measure.span("schedule"):
         ...
 
-Off, which is the normal state, `span` returns one shared object that does nothing. `start` switches measuring on for
-the whole process, `stop` ends it and returns the `Recording`. Times are perf_counter_ns everywhere, so that spans of
-all threads, and kernels that were timed by hand, lie on one time line.
+Measuring is off by default; `span` then returns one shared object that does nothing. `start` turns it on for the whole
+process, `stop` turns it off and returns the `Recording`. All times are those of time.perf_counter_ns, so that the spans
+of all threads and separately timed kernels share one timeline.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from types import TracebackType
 
 from tinyvllm.errors import InvariantError, ProfilingError
 
-# What a request and a step go through, in order. One word each, in the engine, in tables and in traces.
+# The stages of a request and a step, in order. The engine, tables and traces use the same words.
 TOKENIZE, QUEUE, SCHEDULE, PACK = "tokenize", "queue", "schedule", "pack"
 LAUNCH, WAIT, COMMIT, DETOKENIZE = "launch", "wait", "commit", "detokenize"
 STAGES = (TOKENIZE, QUEUE, SCHEDULE, PACK, LAUNCH, WAIT, COMMIT, DETOKENIZE)
-STEP = "step"  # one turn of the engine, around its stages; facts: kind (prefill, decode, mixed), bucket
+STEP = "step"  # one turn of the engine loop, around its stages; facts: kind (prefill, decode, mixed), bucket
 
 MAX_SPANS = 1 << 18  # kept: about 60 MB when full, an hour of 64 tokens a second with four spans each
 
@@ -31,8 +31,8 @@ Fact = str | int | float | bool
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """[start_ns, end_ns) of the clock perf_counter_ns. `inner_ns`: of it, within spans that were opened inside it on
-    the same thread. `depth`: spans that it was opened inside of; -1 for one that was added and is on no stack."""
+    """[start_ns, end_ns) by time.perf_counter_ns. `inner_ns`: the part covered by spans opened inside it on the same
+    thread. `depth`: number of spans around it; -1 for a span that was added by `add` and is on no stack."""
 
     name: str
     start_ns: int
@@ -48,13 +48,13 @@ class Span:
 
     @property
     def own_ns(self) -> int:
-        """What no span inside this one accounts for."""
+        """The part that no inner span covers."""
         return self.duration_ns - self.inner_ns
 
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """Of all spans of one name, also of those that are no longer kept."""
+    """The sum over all spans of one name, including those no longer kept."""
 
     count: int = 0
     total_ns: int = 0
@@ -66,7 +66,8 @@ class Total:
 
 @dataclass(frozen=True)
 class Recording:
-    """What was measured between start and stop. `totals` and `counts` are exact; `spans` are the last ones, by end."""
+    """The measurements between start and stop. `totals` and `counts` cover everything; `spans` are the latest, by
+    end."""
 
     start_ns: int
     end_ns: int
@@ -85,11 +86,11 @@ class Recording:
 
 
 class Recorder:
-    """Owns one recording while it is made. Every thread has a stack of its open spans."""
+    """Makes one recording. Every thread has its own stack of open spans."""
 
     def __init__(self, max_spans: int = MAX_SPANS) -> None:
         if max_spans < 1:
-            raise ProfilingError(f"a recording keeps at least one span, but {max_spans} were asked for")
+            raise ProfilingError(f"a recording must keep at least one span, but max_spans is {max_spans}")
         self._spans: deque[Span] = deque(maxlen=max_spans)
         self._totals: dict[str, Total] = {}
         self._counts: dict[str, int] = {}
@@ -102,7 +103,7 @@ class Recorder:
         return OpenSpan(self, name, facts)
 
     def add(self, name: str, start_ns: int, end_ns: int, **facts: Fact) -> None:
-        """A span whose ends were seen apart: on two threads, or around an `await`. It nests in nothing."""
+        """Add a span whose ends were measured separately: on two threads, or around an `await`. It has no depth."""
         if end_ns < start_ns:
             raise InvariantError(f"span {name} ends {start_ns - end_ns} ns before it starts")
         self.keep(Span(name, start_ns, end_ns, threading.current_thread().name, -1, 0, facts))
@@ -112,7 +113,7 @@ class Recorder:
             self._counts[name] = self._counts.get(name, 0) + amount
 
     def finish(self) -> Recording:
-        """What was recorded until now. A span that is still open is no part of it."""
+        """The recording so far, without spans that are still open."""
         end_ns = time.perf_counter_ns()
         with self._lock:
             return Recording(
@@ -141,7 +142,7 @@ class Recorder:
 
 
 class OpenSpan:
-    """A span of one thread from `with` to the block's end, however that ends."""
+    """A span on one thread, from the `with` statement until the block ends, even by an exception."""
 
     __slots__ = ("_depth", "_facts", "_inner_ns", "_name", "_recorder", "_start_ns")
 
@@ -150,14 +151,14 @@ class OpenSpan:
         self._inner_ns = self._depth = self._start_ns = 0
 
     def tell(self, **facts: Fact) -> None:
-        """Add what is known only now: `step.tell(kind="decode", bucket="decode 8")`."""
+        """Add facts that become known inside the block: `step.tell(kind="decode", bucket="decode 8")`."""
         self._facts.update(facts)
 
     def __enter__(self) -> OpenSpan:
         stack = self._recorder.stack
         self._depth = len(stack)
         stack.append(self)
-        self._start_ns = time.perf_counter_ns()  # last, so that what this costs is the outer span's own time
+        self._start_ns = time.perf_counter_ns()  # last, so that this overhead counts as the outer span's own time
         return self
 
     def __exit__(
@@ -168,7 +169,7 @@ class OpenSpan:
         if not stack or stack[-1] is not self:
             raise InvariantError(
                 f"span {self._name} ends, but {stack[-1]._name if stack else 'none'} is the innermost of its thread: "
-                "a span must not lie around an await, or end on another thread; add() is for those"
+                "a span must not contain an await or end on another thread; use add() for those"
             )
         stack.pop()
         if stack:
@@ -180,12 +181,12 @@ class OpenSpan:
 
 
 class Nothing:
-    """Stands for every span while measuring is off."""
+    """Takes the place of every span while measuring is off."""
 
     __slots__ = ()
 
     def tell(self, **facts: Fact) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
     def __enter__(self) -> Nothing:
         return self
@@ -193,7 +194,7 @@ class Nothing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Errors pass."""
+        """Let exceptions pass."""
 
 
 _NOTHING = Nothing()
@@ -202,39 +203,39 @@ _switch = threading.Lock()
 
 
 def span(name: str, **facts: Fact) -> OpenSpan | Nothing:
-    """A context manager that measures its block, on this thread: within the spans that are open here."""
+    """A context manager that measures its block, inside the spans that are open on this thread."""
     recorder = _recorder
     return _NOTHING if recorder is None else OpenSpan(recorder, name, facts)
 
 
 def add(name: str, start_ns: int, end_ns: int, **facts: Fact) -> None:
-    """A span whose ends were seen apart, such as a request's time in the queue."""
+    """Add a span whose ends were measured separately, such as a request's time in the queue."""
     if (recorder := _recorder) is not None:
         recorder.add(name, start_ns, end_ns, **facts)
 
 
 def count(name: str, amount: int = 1) -> None:
-    """That something happened: a copy, a synchronisation, so many bytes."""
+    """Count an event or an amount: a copy, a synchronization, a number of bytes."""
     if (recorder := _recorder) is not None:
         recorder.count(name, amount)
 
 
 def is_on() -> bool:
-    """For facts that take work to find."""
+    """Whether measuring is on. For facts that are costly to compute."""
     return _recorder is not None
 
 
 def start(max_spans: int = MAX_SPANS) -> None:
-    """Begin to measure, in every thread. Raises ProfilingError where that has begun already."""
+    """Start measuring in all threads. Raises ProfilingError if measuring is already on."""
     global _recorder
     with _switch:
         if _recorder is not None:
-            raise ProfilingError("a profile is being recorded already: stop that one first")
+            raise ProfilingError("a profile is already being recorded: stop it first")
         _recorder = Recorder(max_spans)
 
 
 def stop() -> Recording:
-    """End it and return what was measured. Raises ProfilingError where nothing had begun."""
+    """Stop measuring and return the recording. Raises ProfilingError if measuring is off."""
     global _recorder
     with _switch:
         if _recorder is None:

@@ -1,6 +1,6 @@
-"""What kernels are called in tables: by what they do in the model, not by how they are compiled.
+"""Names of kernels in tables: what they do in the model, not how they are compiled.
 
-Our own kernels carry their role in their names (`gate_up_Q4_0_1x3072x576`); tinygrad's carry shapes (`r_2_16_36`).
+Our own kernels have their role in their names (`gate_up_Q4_0_1x3072x576`); tinygrad's have shapes (`r_2_16_36`).
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _WORDS = {
     "sum": "residual sum",
     "join": "join logits",
 }
-# Kernels behind the head that make a token of logits, whatever further ones a sampler may get.
+# Kernels after the head, which turn logits into a token.
 SAMPLE = "sample"
 _SAMPLING = ("logprobs_", "leaders_", "draw_", "process_", "bias_", "typical_", "count_")
 
 
 def strip_colors(text: str) -> str:
-    """Without terminal escapes, also one that was cut in the middle."""
+    """The text without terminal escapes, even one that was cut off."""
     return ANSI.sub("", text)
 
 
 def is_generated(program: str) -> bool:
-    """tinygrad's own name, which says shapes and no role."""
+    """Whether tinygrad made up the name, which then has shapes but no role."""
     return _GENERATED.match(program) is not None
 
 
 def role_of(program: str) -> str | None:
-    """The role in a kernel's name, in words; None where the name is tinygrad's own."""
+    """The role in a kernel's name, in words; None if tinygrad made the name up."""
     name = strip_colors(program).strip()
     if not name or is_generated(name):
         return None
@@ -47,19 +47,20 @@ def role_of(program: str) -> str | None:
 
 
 def is_sampling(program: str) -> bool:
-    """Whether the kernel works on logits, by its name."""
+    """Whether the kernel samples, judging by its name."""
     return strip_colors(program).startswith(_SAMPLING)
 
 
 def label(layer: int | None, operation: str) -> str:
-    """`layer 3 · qkv`, or the operation alone where it belongs to no layer."""
+    """`layer 3 · qkv`, or only the operation if it belongs to no layer."""
     return operation if layer is None else f"layer {layer} · {operation}"
 
 
 def layers_by_order(operations: Iterable[str]) -> Iterator[int | None]:
-    """The layer of each kernel of a trace, counted from the embedding: a text says no more. None outside of layers."""
+    """The layer of each kernel of a log, counted from the embedding, since the log does not say; None outside
+    layers."""
     layer: int | None = None
-    inside = False  # a step, between the embedding and the head
+    inside = False  # between the embedding and the head of a step
     for operation in operations:
         if operation == "embed":
             layer, inside = None, True

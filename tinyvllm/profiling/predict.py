@@ -1,11 +1,12 @@
-"""How fast a model would run on a chip that is not at hand: counted bytes, operations and kernels, and a few measured
-factors. Every prediction lists them, and how far the same rule is off where a measurement exists.
+"""Predict how fast a model runs on a chip that is not available, from counted bytes, operations and kernels and a few
+measured factors. Every prediction lists the factors, and the error of the same rule where measurements exist.
 
     step = bytes / (bandwidth x its share) + operations / (peak x its share) + kernels x cost of one + host
 
-Weights that have to be unpacked reach another share of the bandwidth than those that need not. The two first are added,
-not overlapped: kernels are short, and each waits for the one before. The shares of the bandwidth were measured on
-products of a matrix and one row, whose arithmetic is in them: of the operations, those of further rows are added.
+Quantized weights reach another share of the bandwidth than unquantized ones. The first two terms are added, not
+overlapped: kernels are short, and each waits for the previous one. The shares of the bandwidth were measured on
+products of a matrix and a single row, so they include the arithmetic of that row; only the operations of further rows
+are added.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ from tinyvllm.profiling.kernels import floor_s
 from tinyvllm.profiling.roofline import Work, bytes_per_weight, count_work
 
 KV_ITEMSIZE = 2  # float16
-FEW_ROWS = 64  # of a step, which have kernels of their own: behind that products are those of prompts
+FEW_ROWS = 64  # steps of up to this many rows have kernels of their own; above, they use those of prompts
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Of a kind of device. What was measured, and where; what is assumed says so."""
+    """The factors of one kind of device. `sources` says what was measured and where, and what is assumed."""
 
     bandwidth_share: float
-    quantized_share: float  # of the bandwidth, for weights that are unpacked on the way
-    compute_share: float  # of the peak: products of FEW_ROWS at the most
-    prompt_share: float  # of more rows, and a prompt's attention
-    attention_share: float  # where single queries attend: a decode step's
+    quantized_share: float  # of the bandwidth, for quantized weights
+    compute_share: float  # of the peak, for products of at most FEW_ROWS rows
+    prompt_share: float  # of the peak, for more rows and for a prompt's attention
+    attention_share: float  # of the peak, for a decode step's attention
     kernel_us: float
-    host_us: float  # of a step, and of each sequence in it
+    host_us: float  # per step, plus host_us_per_seq for each sequence
     host_us_per_seq: float
-    layer_kernels: tuple[int, int, int]  # of a layer: for one sequence, for more, for a prompt
-    other_kernels: tuple[int, int, int]  # outside of layers
+    layer_kernels: tuple[int, int, int]  # per layer: for one sequence, for more, for a prompt
+    other_kernels: tuple[int, int, int]  # the same, outside layers
     sources: tuple[str, ...]
 
 
@@ -56,7 +57,7 @@ FACTORS = {
             "these kernels on an H200 (Llama-3.2-1B, float16, context 256: 0.760 ms at batch 1, 0.875 at 8, 1.333 at "
             "64)",
             "72 % of the peak for prompts: fitted to prompts of 512 and 2048 on that chip, by Hopper's instructions",
-            "bandwidth 50 % for quantised weights: between Q4_0 at batch 1 and 8 (66 and 77 %) and at 64 (27 %)",
+            "bandwidth 50 % for quantized weights: between Q4_0 at batch 1 and 8 (66 and 77 %) and at 64 (27 %)",
             "host 39 us a step and 1.1 us a sequence, not overlapped: measured on that H200's host",
         ),
     ),
@@ -99,7 +100,7 @@ FACTORS = {
             "10 % of it where single queries attend, with their exponentials and the float16 that is converted: from "
             "what 896 more tokens of context cost at batch 1 and at 16, 22 and 28 GFLOP/s of 262; a prompt's attention "
             "85 %, as its products",
-            "85 % of the bandwidth: a guess; 47 % for quantised weights: fitted to Q4_1 at batch 1, context 128",
+            "85 % of the bandwidth: a guess; 47 % for quantized weights: fitted to Q4_1 at batch 1, context 128",
             "host 150 us a step and 10 us a sequence: packing and reading, measured",
         ),
     ),
@@ -108,7 +109,7 @@ FACTORS = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one decode step, or of a whole prompt. `prompt`: the prompt's tokens; 0 of a decode step."""
+    """The prediction for one decode step, or for a whole prompt. `prompt`: its tokens; 0 for a decode step."""
 
     chip: Chip
     batch: int
@@ -124,7 +125,7 @@ class Prediction:
 
     @property
     def step_s(self) -> float:
-        """Of a prompt: all its steps."""
+        """Seconds of the step; for a prompt, of all its steps."""
         return self.memory_s + self.compute_s + self.kernels_s + self.host_s
 
     @property
@@ -133,12 +134,12 @@ class Prediction:
 
     @property
     def tok_s(self) -> float:
-        """Tokens of all sequences a second."""
+        """Tokens per second of all sequences together."""
         return self.num_tokens / self.step_s
 
     @property
     def roof_tok_s(self) -> float:
-        """What the chip allows: its memory, or its arithmetic where that takes longer."""
+        """The rate that the chip allows: limited by its memory or its arithmetic, whichever takes longer."""
         return self.num_tokens / floor_s(self.chip, self.work.nbytes, self.work.flops)
 
     def as_json(self) -> dict[str, object]:
@@ -162,34 +163,34 @@ class Prediction:
 
 
 def predict(config: ModelConfig, kind: str, chip: Chip, batch: int, context: int) -> Prediction:
-    """One decode step of `batch` sequences with `context` tokens behind each, weights of `kind`, a float16 KV cache.
-    Raises ProfilingError for weights that are not known."""
+    """Predict one decode step of `batch` sequences with `context` tokens each, weights in format `kind`, and a float16
+    KV cache. Raises ProfilingError for an unknown format."""
     if batch < 1 or context < 0:
-        raise ProfilingError(f"a step has at least one sequence and no negative context, but {batch=} and {context=}")
+        raise ProfilingError(f"a step needs at least one sequence and no negative context: {batch=}, {context=}")
     work = count_work(config, bytes_per_weight(kind), KV_ITEMSIZE, [(context, 1)] * batch)
     factors = FACTORS[chip.device]
     matrix_flops = work.matrix_flops * (batch - 1) / batch
     share = factors.compute_share if batch <= FEW_ROWS else factors.prompt_share
     compute_s = _compute_s(chip, matrix_flops, share)
     compute_s += _compute_s(chip, work.attention_flops, factors.attention_share)
-    made = _Made(kind, chip, num_steps=1, column=int(batch > 1))
-    return made.prediction(config, work, compute_s, batch=batch, context=context, prompt=0)
+    setup = _Setup(kind, chip, num_steps=1, column=int(batch > 1))
+    return setup.prediction(config, work, compute_s, batch=batch, context=context, prompt=0)
 
 
 def predict_prompt(
     config: ModelConfig, kind: str, chip: Chip, num_tokens: int, step_tokens: int, num_rows: int = 1
 ) -> Prediction:
-    """A prompt of `num_tokens` by itself, computed `step_tokens` at a time. `num_rows`: of logits in each step, one for
-    each sequence that the engine allows. Otherwise as `predict`."""
+    """Predict a single prompt of `num_tokens`, computed `step_tokens` at a time. `num_rows`: rows of logits in each
+    step, one for each sequence that the engine allows. Otherwise like `predict`."""
     if min(num_tokens, step_tokens, num_rows) < 1:
-        raise ProfilingError(f"a prompt has at least one token, but {num_tokens=}, {step_tokens=}, {num_rows=}")
+        raise ProfilingError(f"counts of a prompt must be at least 1, but {num_tokens=}, {step_tokens=}, {num_rows=}")
     spans = [(start, min(step_tokens, num_tokens - start)) for start in range(0, num_tokens, step_tokens)]
     steps = [count_work(config, bytes_per_weight(kind), KV_ITEMSIZE, [span], num_rows) for span in spans]
     work = Work(*(sum(values) for values in zip(*map(astuple, steps), strict=True)))
     matrix_flops = sum(step.matrix_flops * (count - 1) / count for step, (_, count) in zip(steps, spans, strict=True))
     compute_s = _compute_s(chip, matrix_flops + work.attention_flops, FACTORS[chip.device].prompt_share)
-    made = _Made(kind, chip, num_steps=len(spans), column=2)
-    return made.prediction(config, work, compute_s, batch=1, context=0, prompt=num_tokens)
+    setup = _Setup(kind, chip, num_steps=len(spans), column=2)
+    return setup.prediction(config, work, compute_s, batch=1, context=0, prompt=num_tokens)
 
 
 def _compute_s(chip: Chip, flops: float, share: float) -> float:
@@ -197,8 +198,8 @@ def _compute_s(chip: Chip, flops: float, share: float) -> float:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What a prediction is made for. `column`: of `layer_kernels`."""
+class _Setup:
+    """What is predicted. `column`: which of the kernel counts applies."""
 
     kind: str
     chip: Chip
@@ -226,7 +227,7 @@ class _Made:
             host_s=self.num_steps * (factors.host_us + batch * factors.host_us_per_seq) * 1e-6,
             assumptions=(
                 f"{chip.name}: {chip.bandwidth_gbps:,g} GB/s, {chip.half_tflops:,g} TFLOP/s ({chip.source})",
-                f"{num_kernels} kernels: {layer} a layer, {others} more a step",
+                f"{num_kernels} kernels: {layer} per layer, {others} more per step",
                 *factors.sources,
             ),
         )
@@ -234,8 +235,8 @@ class _Made:
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure of docs/PERFORMANCE.md: of a decode step; where `prompt` is not 0, of a prompt computed `step_tokens` at
-    a time with `num_rows` of logits."""
+    """A measurement from docs/PERFORMANCE.md: a decode step, or, if `prompt` is not 0, a prompt computed `step_tokens`
+    at a time with `num_rows` rows of logits."""
 
     chip: Chip
     shape: str
@@ -255,13 +256,13 @@ class Measured:
         return f"{self.shape} {self.kind} on {self.chip.name}, {work}"
 
     def predict(self, config: ModelConfig) -> Prediction:
-        """The same by rule. `config`: the shape's."""
+        """The prediction for the same work. `config`: that of the shape."""
         if self.prompt:
             return predict_prompt(config, self.kind, self.chip, self.prompt, self.step_tokens, self.num_rows)
         return predict(config, self.kind, self.chip, self.batch, self.context)
 
     def error_of(self, prediction: Prediction) -> float:
-        """The prediction over the measurement, less one: 0.1 is ten per cent too fast."""
+        """Prediction over measurement, minus one: 0.1 means 10 % too fast."""
         return prediction.tok_s / self.tok_s - 1
 
 

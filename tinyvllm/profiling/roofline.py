@@ -1,8 +1,8 @@
-"""What a step must move and calculate at least, and how close it comes: the roofline model (Williams, Waterman and
-Patterson 2009, Communications of the ACM 52(4)).
+"""The minimal bytes and operations of a step, and how close it comes to them: the roofline model (Williams, Waterman
+and Patterson 2009, Communications of the ACM 52(4)).
 
-GB is 1e9 bytes, GiB 2**30. An operation is a multiplication or an addition. Norms, rope, softmax and sampling are left
-out of the operations: together they are below one in a hundred of a product's.
+GB is 1e9 bytes, GiB 2**30. An operation is a multiplication or an addition. Norms, rope, softmax and sampling are not
+counted: together they are less than 1 % of the matrix products.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import GB, Chip
 from tinyvllm.profiling.kernels import floor_s
 
-# Bytes of a weight as they lie on the device: ggml's blocks, with the small steps of K quants unpacked to a byte each.
+# Bytes per weight on the device: ggml's blocks, with the 6-bit scales of K quants unpacked to one byte each.
 BYTES_PER_WEIGHT = {
     "float32": 4.0,
     "float16": 2.0,
@@ -33,13 +33,13 @@ BYTES_PER_WEIGHT = {
 
 @dataclass(frozen=True)
 class Work:
-    """Of one step. The least bytes: each weight once, of the embedding table the tokens' rows (it is read whole where
-    it is the head too), keys and values of the context, and those written."""
+    """The minimal work of one step. Bytes: each weight once, keys and values of the context, and those written. Of the
+    embedding table only the tokens' rows count, unless it is also the head, which is read whole."""
 
     weight_bytes: float
     kv_read_bytes: float
     kv_written_bytes: float
-    matrix_flops: float  # with the head's
+    matrix_flops: float  # including the head's
     attention_flops: float
 
     @property
@@ -56,7 +56,7 @@ class Work:
 
 
 def weights_of(config: ModelConfig) -> tuple[int, int]:
-    """(in all layers' matrices, in one of vocabulary by width: the embedding, and the head)."""
+    """(weights in the matrices of all layers, weights in one matrix of V rows: the embedding, or the head)."""
     attention = config.hidden_size * (2 * config.q_size + 2 * config.kv_size)
     return config.num_layers * (attention + 3 * config.hidden_size * config.ffn_size), (
         config.vocab_size * config.hidden_size
@@ -70,8 +70,8 @@ def count_work(
     entries: Iterable[tuple[int, int]],
     num_sampled: int | None = None,
 ) -> Work:
-    """From the model's numbers alone. `entries`: (tokens before this step, tokens computed in it) by sequence.
-    `num_sampled`: rows of logits; one a sequence unless it is said."""
+    """Count the work of a step from the model's sizes. `entries`: (tokens before this step, tokens computed in it) for
+    each sequence. `num_sampled`: rows of logits; by default one per sequence."""
     entries = list(entries)
     num_tokens = sum(count for _, count in entries)
     num_rows = len(entries) if num_sampled is None else num_sampled
@@ -89,16 +89,16 @@ def count_work(
 
 
 def bytes_per_weight(kind: str) -> float:
-    """Raises ProfilingError for a kind that is not known."""
+    """Bytes per weight of a format. Raises ProfilingError for an unknown one."""
     found = {name.lower(): size for name, size in BYTES_PER_WEIGHT.items()}.get(kind.lower())
     if found is None:
-        raise ProfilingError(f"weights of {kind!r} are not known; known: {', '.join(BYTES_PER_WEIGHT)}")
+        raise ProfilingError(f"weight format {kind!r} is not known; known: {', '.join(BYTES_PER_WEIGHT)}")
     return found
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """A step of so many bytes and operations that took `seconds`, under a chip's roof."""
+    """A step of `nbytes` and `flops` that took `seconds`, under a chip's roofline."""
 
     chip: Chip
     nbytes: float
@@ -115,27 +115,27 @@ class Roofline:
 
     @property
     def floor_s(self) -> float:
-        """The least time."""
+        """The minimal time."""
         return max(self.memory_s, self.compute_s)
 
     @property
     def utilization(self) -> float:
-        """The least time over the time taken: 1 is as fast as the chip allows."""
+        """Minimal time over time taken. 1: as fast as the chip allows."""
         return self.floor_s / self.seconds
 
     @property
     def is_memory_bound(self) -> bool:
-        """By its counts: fewer operations a byte than where the roof bends."""
+        """Whether its operations per byte are below the knee of the roofline."""
         return self.memory_s >= self.compute_s
 
     @property
     def intensity(self) -> float:
-        """Operations a byte."""
+        """Operations per byte."""
         return self.flops / self.nbytes
 
     @property
     def knee(self) -> float:
-        """Operations a byte at which the chip is bound by both."""
+        """Operations per byte at which memory and arithmetic take equally long."""
         return self.chip.half_tflops * 1e12 / (self.chip.bandwidth_gbps * GB)
 
     @property
@@ -147,18 +147,18 @@ class Roofline:
         return self.flops / self.seconds / 1e12
 
     def warnings(self) -> list[str]:
-        """What cannot be: a share above 100 % says that a count or the chip's figure is wrong, not that it is fast."""
+        """Impossible results: above 100 %, a count or the chip's figure must be wrong; it is not that fast."""
         found = []
         if self.memory_s > self.seconds:
             found.append(
-                f"{self.achieved_gbps:,.1f} GB/s is {self.memory_s / self.seconds:.0%} of what {self.chip.name} can "
-                f"({self.chip.bandwidth_gbps:,g} GB/s): a byte count is wrong, another chip is meant, or the bytes fit "
+                f"{self.achieved_gbps:,.1f} GB/s is {self.memory_s / self.seconds:.0%} of the peak of {self.chip.name} "
+                f"({self.chip.bandwidth_gbps:,g} GB/s): a byte count is wrong, this is another chip, or the bytes fit "
                 "into a cache"
             )
         if self.compute_s > self.seconds:
             found.append(
-                f"{self.achieved_tflops:,.2f} TFLOP/s is {self.compute_s / self.seconds:.0%} of what {self.chip.name} "
-                f"can ({self.chip.half_tflops:,g}): an operation count is wrong, or another chip is meant"
+                f"{self.achieved_tflops:,.2f} TFLOP/s is {self.compute_s / self.seconds:.0%} of the peak of "
+                f"{self.chip.name} ({self.chip.half_tflops:,g}): an operation count is wrong, or this is another chip"
             )
         return found
 

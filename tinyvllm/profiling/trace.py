@@ -1,11 +1,11 @@
-"""Reading what tinygrad prints under DEBUG=2: one line a kernel, whatever the device, cut short or mixed with others.
+"""Parse what tinygrad prints under DEBUG=2: one line per kernel, on any device, possibly truncated or interleaved.
 
-A line of tinygrad 0.14 (realize.track_stats), without its colours:
+A line of tinygrad 0.14 (realize.track_stats), without its colors:
 
     *** CUDA    12 qkv_float16_1x3072x2048 arg  5 mem   3.13 GB tm 10.98us/ 106.58ms ( 1081 GFLOPS  192|3893   GB/s)
 
-Each part is looked for by itself, so that a line without a name, without a time, of an earlier version or cut in the
-middle still gives what it has. A number counts only with its unit behind it: half a number is never read.
+Each part is matched separately, so a line without a name or a time, from an earlier version or truncated still yields
+what it has. A number counts only if its unit follows, so a truncated number is never read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tinyvllm.profiling.names import SAMPLE, is_sampling, layers_by_order, role_
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 _SCALE = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 
-_START = re.compile(r"(?=\*\*\* )")  # kernels of two threads may share a line
+_START = re.compile(r"(?=\*\*\* )")  # the kernels of two threads may share a line
 _HEAD = re.compile(r"\*\*\* (?P<device>[A-Z][A-Z0-9]*(?::\d*)?)\s+(?:(?P<number>\d{1,15})\s+)?(?P<rest>.*)")
 _ARGS = re.compile(r"(?:^|\s)arg\s+(\d{1,9})\s")
 _MEMORY = re.compile(r"(?:^|\s)mem\s+(\d+(?:\.\d+)?) ([KMGT]?)B\b")
@@ -34,17 +34,17 @@ _SCHEDULED = re.compile(r"(?:^|\*\*\* |\s)scheduled\s+(\d{1,9}) kernels in\s+(\d
 
 @dataclass(frozen=True)
 class TraceLine:
-    """What one line says. `seconds` and the rates are None where it does not, or where it was cut before."""
+    """The contents of one line. `seconds` and the rates are None if the line lacks them or was truncated earlier."""
 
     device: str
     name: str
-    number: int | None  # of kernels that had run; those of one graph share it
+    number: int | None  # kernels run so far; the kernels of one graph share it
     num_args: int | None
-    memory_bytes: float | None  # in use then
+    memory_bytes: float | None  # in use at that time
     seconds: float | None
     flops_per_s: float | None
-    bytes_per_s: float | None  # of distinct memory, as the kernel declares it
-    num_kernels: int  # 1, or those of a graph
+    bytes_per_s: float | None  # of distinct memory, as declared by the kernel
+    num_kernels: int  # 1, or the number in a graph
     is_copy: bool
     is_cut: bool
 
@@ -59,12 +59,12 @@ class TraceLine:
 
 @dataclass(frozen=True)
 class Trace:
-    """All kernels of a text in their order, and what else it said."""
+    """All kernels of a log in order, and its other facts."""
 
     lines: tuple[TraceLine, ...]
-    num_other_lines: int  # that are no kernel's
-    scheduling_s: float  # "scheduled N kernels in T": Python, before kernels run
-    num_scheduled: int  # kernels that were scheduled so
+    num_other_lines: int  # lines that are not of a kernel
+    scheduling_s: float  # from "scheduled N kernels in T": time in Python before kernels run
+    num_scheduled: int  # N of those lines, summed
 
     @property
     def num_cut(self) -> int:
@@ -79,8 +79,8 @@ class Trace:
         return sum(line.seconds or 0.0 for line in self.lines)
 
     def kernels(self, last_steps: int | None = None) -> list[Kernel]:
-        """The lines that have a time, named by what they do. `last_steps`: only those from so many embeddings before
-        the end on, which leaves loading and warming up out; all of them where the trace has fewer."""
+        """The lines with a time, named by what they do. `last_steps`: only the last so many steps, each of which begins
+        with an embedding; this skips loading and warm-up. All lines if the log has fewer steps."""
         operations = [_operation(line) for line in self.lines]
         layers = self._layers(operations)
         first = _start_of(operations, last_steps)
@@ -91,7 +91,7 @@ class Trace:
         ]
 
     def _layers(self, operations: Sequence[str]) -> list[int | None]:
-        """Each device counts for itself: the cores of a CPU have every layer."""
+        """The layer of each line, counted per device, since every core of a CPU runs every layer."""
         layers: list[int | None] = [None] * len(operations)
         for device in {line.device for line in self.lines}:
             places = [index for index, line in enumerate(self.lines) if line.device == device]
@@ -102,7 +102,7 @@ class Trace:
 
 
 def parse_trace(text: str) -> Trace:
-    """Never raises: what is no kernel's line is counted and left alone."""
+    """Parse a DEBUG=2 log. Never raises: lines that are not of a kernel are only counted."""
     lines: list[TraceLine] = []
     num_other, num_scheduled, scheduling_s = 0, 0, 0.0
     for piece in _pieces(strip_colors(text)):
@@ -118,7 +118,8 @@ def parse_trace(text: str) -> Trace:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Lines, and the parts of a line that begin with a kernel's stars. A progress bar ends with a carriage return."""
+    """Split into lines, and lines into parts that start with a kernel's `***`. Progress bars end in a carriage
+    return."""
     for line in text.splitlines():
         yield from _START.split(line)
 
@@ -130,7 +131,7 @@ def _parse_line(piece: str) -> TraceLine | None:
     rest = head["rest"]
     end = _NAME_END.search(rest)
     if head["number"] is None and end is None:
-        return None  # somebody else's stars
+        return None  # not a kernel's `***`
     name = (rest[: end.start()] if end else rest).strip()
     args, memory, time = _ARGS.search(rest), _MEMORY.search(rest), _TIME.search(rest)
     figures = rest[time.end() :] if time else ""
@@ -163,7 +164,7 @@ def _operation(line: TraceLine) -> str:
 
 
 def _start_of(operations: Sequence[str], last_steps: int | None) -> int:
-    """Where the last steps begin; 0 for all. The cores of a CPU embed one after the other: that is one step."""
+    """The index where the last steps begin; 0 for all. Consecutive embeddings are the cores of a CPU, so one step."""
     if last_steps is None:
         return 0
     starts = [

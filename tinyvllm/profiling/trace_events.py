@@ -1,6 +1,7 @@
-"""Host spans and device kernels on one time line: JSON for Perfetto (ui.perfetto.dev) and chrome://tracing.
+"""Host spans and device kernels on one timeline, as JSON for Perfetto (ui.perfetto.dev) and chrome://tracing.
 
-Format: "Trace Event Format", complete events (X), asynchronous ones (b, e) for what nests in no thread, metadata (M).
+The format is the "Trace Event Format": complete events (X), asynchronous events (b, e) for spans outside the threads'
+stacks, and metadata (M).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ HOST, DEVICE = 1, 2  # process numbers
 
 
 def trace_events(recording: Recording | None, launches: Sequence[Launch] = ()) -> dict[str, Any]:
-    """The document. Times are microseconds from the first event on."""
+    """The JSON document. Times are microseconds since the first event."""
     spans = recording.spans if recording is not None else ()
     if recording is not None:
         launches = [*device_steps(recording), *launches]
@@ -38,8 +39,8 @@ def trace_events(recording: Recording | None, launches: Sequence[Launch] = ()) -
 
 
 def device_steps(recording: Recording) -> list[Launch]:
-    """When the device had a step to work at, as the host sees it: from its last launch, or the end of the step before,
-    until its tokens were read. Steps of which the recording has only one end are left out."""
+    """The steps as the host sees the device work on them: from the step's launch, or the end of the previous step,
+    until its tokens were read. Steps with only one end in the recording are left out."""
     launched = {span.facts["step"]: span.end_ns for span in recording.named(LAUNCH) if "step" in span.facts}
     steps, free_ns = [], 0
     for wait in recording.named(WAIT):
@@ -53,12 +54,12 @@ def device_steps(recording: Recording) -> list[Launch]:
 
 
 def trace_text(recording: Recording | None, launches: Sequence[Launch] = ()) -> str:
-    """The document as a file has it."""
+    """The JSON document as the text of a file."""
     return json.dumps(trace_events(recording, launches)) + "\n"
 
 
 def _order(names: Iterable[str]) -> dict[str, int]:
-    """Numbers from 1 in the order of first appearance."""
+    """Number the names from 1, in order of first appearance."""
     numbers: dict[str, int] = {}
     for name in names:
         numbers.setdefault(name, len(numbers) + 1)

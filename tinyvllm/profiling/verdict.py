@@ -1,4 +1,4 @@
-"""What a step waits for, by rule and with the numbers that the rule used, and what to try next."""
+"""What limits a step: rules, each with the numbers it used and what to try next."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from tinyvllm.profiling.kernels import Kernel, floor_s, tabulate
 from tinyvllm.profiling.measure import COMMIT, DETOKENIZE, LAUNCH, PACK, SCHEDULE, STEP, WAIT, Recording
 from tinyvllm.profiling.roofline import Roofline
 
-# Shares from which on a cause has a verdict of its own.
+# The shares from which a cause gets a verdict.
 COPY_SHARE, HOST_SHARE, PREFILL_SHARE, DISPATCH_SHARE, ATTENTION_SHARE = 0.15, 0.25, 0.5, 0.3, 0.35
-IDLE_SHARE = 0.1  # of a kernel's time that its bytes and operations would take: below, it is a launch and little else
-ROOF_SHARE = 0.6  # of the roof: what is above is bound by the chip and not by how its kernels are written
+IDLE_SHARE = 0.1  # a kernel is mostly a launch if its bytes and operations account for less of its time
+ROOF_SHARE = 0.6  # above this share of the roofline, the chip is the limit and not how the kernels are written
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a step. Seconds; None where nobody measured it."""
+    """Measurements of a step, in seconds. None: not measured."""
 
     kernels: Sequence[Kernel]
-    step_s: float  # on the device, as it runs when serving
+    step_s: float  # on the device, as when serving
     roofline: Roofline
     context: int  # tokens of a sequence before this step
-    turn_s: float | None = None  # with the host's part: packing, launching, reading
-    between_s: float | None = None  # of the step, in which a CPU's slowest core ran no kernel
-    copy_s: float | None = None  # between host and device, where they are not kernels of the step
-    prefill_s: float | None = None  # of a recording with steps of both kinds
+    turn_s: float | None = None  # including the host's work: packing, launching, reading
+    between_s: float | None = None  # part of the step in which a CPU's slowest core ran no kernel
+    copy_s: float | None = None  # copies between host and device that are not kernels of the step
+    prefill_s: float | None = None  # these two for recordings with steps of both kinds
     decode_s: float | None = None
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One cause. `share`: of the time, between 0 and 1."""
+    """One cause. `share` of the time: 0 to 1."""
 
     name: str
     share: float
@@ -44,7 +44,7 @@ class Finding:
 
 
 def judge(evidence: Evidence) -> list[Finding]:
-    """What holds, the verdict first: causes outside of the kernels come before those inside. Never empty."""
+    """The causes that apply, the verdict first. Causes outside the kernels precede those inside. Never empty."""
     rules: tuple[Callable[[Evidence], Finding | None], ...] = (
         _copies,
         _host,
@@ -60,7 +60,7 @@ def judge(evidence: Evidence) -> list[Finding]:
 
 
 def judge_recording(recording: Recording) -> list[Finding]:
-    """What holds of steps that were recorded while serving: by kind, and by who waited for whom. May be empty."""
+    """The causes that apply to steps recorded while serving: host or device, prompts or decoding. May be empty."""
     steps = recording.named(STEP)
     steps_s = sum(span.duration_ns for span in steps) / 1e9
     if not steps:
@@ -74,8 +74,8 @@ def judge_recording(recording: Recording) -> list[Finding]:
             Finding(
                 "host-bound",
                 1 - wait_s / steps_s,
-                f"steps take {_ms(steps_s)}, of which the host waits for the device {_ms(wait_s)}; of its own work "
-                f"{host} takes most, {_ms(_own_ns(recording, host) / 1e9)}",
+                f"steps take {_ms(steps_s)}, in which the host waits {_ms(wait_s)} for the device; most of its own "
+                f"time goes to {host}, {_ms(_own_ns(recording, host) / 1e9)}",
                 "let host and device overlap (async scheduling), or give a step more sequences",
             )
         )
@@ -98,7 +98,7 @@ def _copies(evidence: Evidence) -> Finding | None:
         "copy-bound",
         copy_s / whole_s,
         f"copies take {_ms(copy_s)} of {_ms(whole_s)}",
-        "find who copies: weights belong on the device from the start, and a step needs one small copy of its inputs",
+        "find the source of the copies: weights belong on the device, and a step needs one small copy of its inputs",
     )
 
 
@@ -109,8 +109,8 @@ def _host(evidence: Evidence) -> Finding | None:
     return Finding(
         "host-bound",
         host_s / evidence.turn_s,
-        f"a step takes {_ms(evidence.turn_s)}, of which the device works {_ms(evidence.step_s)}: "
-        f"{_ms(host_s)} are packing, launching and reading",
+        f"a step takes {_ms(evidence.turn_s)}, but the device works for {_ms(evidence.step_s)}: "
+        f"packing, launching and reading take {_ms(host_s)}",
         "let host and device overlap (async scheduling), or give a step more sequences",
     )
 
@@ -124,8 +124,9 @@ def _between(evidence: Evidence) -> Finding | None:
     return Finding(
         "waiting between kernels",
         evidence.between_s / whole_s,
-        f"of {_ms(whole_s)} no kernel runs for {_ms(evidence.between_s)}",
-        "see what else the machine runs (load_average in the JSON); try --cpu-cores 1, where no core waits for another",
+        f"no kernel runs for {_ms(evidence.between_s)} of {_ms(whole_s)}",
+        "check what else the machine runs (load_average in the JSON); try --cpu-cores 1, so that no core waits for "
+        "another",
     )
 
 
@@ -143,14 +144,14 @@ def _of_prompts(prefill_s: float, decode_s: float) -> Finding:
         "prefill-bound",
         prefill_s / (prefill_s + decode_s),
         f"steps with prompts take {_ms(prefill_s)}, those that only decode {_ms(decode_s)}",
-        "reuse prompts (prefix caching), send shorter ones, or limit --max-num-batched-tokens where decoding must not "
+        "reuse prompts (prefix caching), send shorter ones, or lower --max-num-batched-tokens if decoding must not "
         "wait",
     )
 
 
 def _dispatch(evidence: Evidence) -> Finding | None:
-    """What a kernel costs whatever it does: the shortest of those that move and calculate next to nothing, less what
-    each took longer by itself than in the step as it is served."""
+    """The fixed cost of a kernel, estimated by the shortest kernel that does almost no work, minus the extra time that
+    each kernel takes when launched separately."""
     kernels = [kernel for kernel in evidence.kernels if not kernel.operation.startswith("copy")]
     chip = evidence.roofline.chip
     idle = [k.seconds for k in kernels if floor_s(chip, k.nbytes or 0, k.flops or 0) < IDLE_SHARE * k.seconds]
@@ -165,7 +166,7 @@ def _dispatch(evidence: Evidence) -> Finding | None:
     return Finding(
         "dispatch-bound",
         share,
-        f"{len(kernels)} kernels of at least {least_s * 1e6:,.1f} us each are {_ms(least_s * len(kernels))} of "
+        f"{len(kernels)} kernels of at least {least_s * 1e6:,.1f} us each add up to {_ms(least_s * len(kernels))} of "
         f"{_ms(whole_s - alone_s)}",
         "fewer kernels: fuse the short ones (see --by kernel), or give a step more sequences",
     )
@@ -179,9 +180,9 @@ def _attention(evidence: Evidence) -> Finding | None:
     return Finding(
         "attention-bound at this context",
         attention_s / whole_s,
-        f"at {evidence.context:,} tokens of context attention takes {_ms(attention_s)} of {_ms(whole_s)}",
+        f"at a context of {evidence.context:,} tokens attention takes {_ms(attention_s)} of {_ms(whole_s)}",
         "a smaller --kv-cache-dtype, shorter contexts, or a model with fewer KV heads; its kernel's share of the roof "
-        "says how much is left",
+        "shows how much there is to gain",
     )
 
 
@@ -192,9 +193,10 @@ def _compute(evidence: Evidence) -> Finding | None:
     return Finding(
         "compute-bound",
         roof.utilization,
-        f"{roof.intensity:,.1f} operations a byte are above the chip's {roof.knee:,.1f}, and "
-        f"{roof.achieved_tflops:,.2f} of {roof.chip.half_tflops:,g} TFLOP/s are reached",
-        "more speed needs a faster chip or fewer operations: a smaller model, or prompts that are found in the cache",
+        f"{roof.intensity:,.1f} operations per byte exceed the chip's {roof.knee:,.1f}, and the step reaches "
+        f"{roof.achieved_tflops:,.2f} of {roof.chip.half_tflops:,g} TFLOP/s",
+        "more speed needs a faster chip or fewer operations: a smaller model, or more prompts found in the prefix "
+        "cache",
     )
 
 
@@ -205,13 +207,13 @@ def _bandwidth(evidence: Evidence) -> Finding | None:
     return Finding(
         "bandwidth-bound",
         roof.utilization,
-        f"{roof.nbytes / 1e6:,.1f} MB a step at {roof.achieved_gbps:,.1f} of {roof.chip.bandwidth_gbps:,g} GB/s",
-        "fewer bytes a token: smaller weights (Q4_K), or more sequences in a step, which share the weights' bytes",
+        f"{roof.nbytes / 1e6:,.1f} MB per step at {roof.achieved_gbps:,.1f} of {roof.chip.bandwidth_gbps:,g} GB/s",
+        "fewer bytes per token: smaller weights (Q4_K), or more sequences in a step, which share the weights' bytes",
     )
 
 
 def _below_the_roof(evidence: Evidence) -> Finding:
-    """No resource is used up: the kernels themselves leave it lie. Names those that lose most."""
+    """No resource is exhausted, so the kernels are inefficient. Names those that lose most."""
     roof = evidence.roofline
     rows = [row for row in tabulate(evidence.kernels, "operation", roof.chip) if row.roof_share is not None]
     losses = sorted(rows, key=lambda row: -row.total_s * (1 - min(1.0, row.roof_share or 0.0)))[:3]
@@ -220,9 +222,9 @@ def _below_the_roof(evidence: Evidence) -> Finding:
     return Finding(
         "below the roof",
         1 - min(1.0, roof.utilization),
-        f"the step is {bound}-bound by its counts, but reaches {roof.utilization:.0%} of that roof; "
-        f"most is lost in {named}",
-        "better kernels there: a layout that reads whole lines, more loads in flight, larger tiles",
+        f"by its counts the step is {bound}-bound, but it reaches only {roof.utilization:.0%} of that roof; most "
+        f"time is lost in {named}",
+        "better kernels there: reads of whole cache lines, more loads in flight, larger tiles",
     )
 
 

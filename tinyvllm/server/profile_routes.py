@@ -8,7 +8,7 @@ from fastapi import APIRouter, HTTPException, Request
 
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling import measure
-from tinyvllm.profiling.report import recording_as_json
+from tinyvllm.profiling.profile_report import recording_as_json
 from tinyvllm.profiling.trace_events import trace_events
 from tinyvllm.server.state import ServerState
 

@@ -1,4 +1,4 @@
-"""A breakdown for people: tables on a terminal, and a CSV of all stages of all cases."""
+"""A breakdown as tables for a terminal, and as CSV with all stages of all cases."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.text import Text
 
 from tinyvllm.bench.breakdown import MAX_RESIDUAL_SHARE, Breakdown, CaseResult, bench_rows, sum_stages
 from tinyvllm.bench.cold_start import ColdStart
-from tinyvllm.bench.report import format_number, latency_table, make_title
 from tinyvllm.bench.stages import DECODE, PREFILL
+from tinyvllm.bench.tables import format_number, latency_table, make_title
 from tinyvllm.profiling.kernels import tabulate
 
 NUM_TOP_KERNELS = 5
@@ -22,7 +22,7 @@ STAGE_COLUMNS = ("count", "total ms", "share", "mean ± std ms", "min", "median"
 
 
 def breakdown_tables(breakdown: Breakdown) -> RenderableType:
-    """Everything, from a start's parts to the kernels of one step."""
+    """All tables, from the parts of a start to the kernels of one step."""
     return Group(
         Text(make_title(breakdown.machine), style="bold"),
         Text("\nCold start", style="bold"),
@@ -30,11 +30,11 @@ def breakdown_tables(breakdown: Breakdown) -> RenderableType:
         Text("\nStages, all cases and repeats", style="bold"),
         _stage_table(breakdown),
         Text(stage_summary(breakdown)),
-        Text("\nWithout looks and waits", style="bold"),
+        Text("\nWithout instrumentation", style="bold"),
         latency_table(bench_rows(breakdown), has_title=False),
-        Text("\nA step, by count: the most that any of its kind asked for", style="bold"),
+        Text("\nCounts of a step: the maximum over all steps of a phase", style="bold"),
         _count_table(breakdown),
-        *[Text(f"fault: {finding.name}: {finding.text}", style="red") for finding in breakdown.findings],
+        *[Text(f"fault: {fault.name}: {fault.text}", style="red") for fault in breakdown.faults],
         Text(f"\nKernels of a decode step: {breakdown.main.case.name}", style="bold"),
         _kernel_table(breakdown),
         *_verdict_lines(breakdown),
@@ -42,22 +42,22 @@ def breakdown_tables(breakdown: Breakdown) -> RenderableType:
 
 
 def stage_summary(breakdown: Breakdown) -> str:
-    """What the stages leave over, the device's part, and the price of having looked."""
+    """The residual, the device's share, and the measurement overhead, in words."""
     residual = breakdown.residual_share
     verdict = "within" if residual < MAX_RESIDUAL_SHARE else "OVER"
     decode = breakdown.main.sampling_shares.get(DECODE, 0.0)
     return (
-        f"residual {residual:.2%} of {breakdown.wall_s:.3f} s in no stage ({verdict} the limit of "
-        f"{MAX_RESIDUAL_SHARE:.0%}); from launch to done {breakdown.device_share:.1%} device, the rest host\n"
-        f"looks and waits cost {breakdown.overhead_share:+.1%} against the control run, which had up to "
+        f"residual: {residual:.2%} of {breakdown.wall_s:.3f} s is in no stage ({verdict} the limit of "
+        f"{MAX_RESIDUAL_SHARE:.0%}); device, from launch to done: {breakdown.device_share:.1%}, the rest host\n"
+        f"measurement overhead: {breakdown.overhead_share:+.1%} compared with plain runs, which have up to "
         f"{breakdown.max_in_flight} steps in flight\n"
-        "sampling: its kernels' share of the step's, timed kernel by kernel in the same bucket and context "
+        "sampling: the share of its kernels in a step timed kernel by kernel, in the same bucket and context "
         f"({decode:.2%} of a decode step of {breakdown.main.case.name})"
     )
 
 
 def breakdown_csv(breakdown: Breakdown) -> str:
-    """One line a case and stage, seconds; the case "all" is all of them together."""
+    """One line per case and stage, in seconds. The case "all" is all of them together."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = ("count", "total_s", "share", "mean_s", "std_s", "min_s", "median_s", "p95_s", "p99_s")
@@ -72,7 +72,7 @@ def breakdown_csv(breakdown: Breakdown) -> str:
 
 
 def cold_start_table(start: ColdStart) -> Table:
-    """A start by graphs, in the order of their capture; the caption says when what was there."""
+    """A start graph by graph, in the order of capture. The caption has the times of its other parts."""
     table = _table("", "schedule s", "compile s", "capture s", "warm-up calls ms")
     for bucket in start.buckets:
         calls = " ".join(f"{seconds * 1e3:.2f}" for seconds in bucket.calls_s)
@@ -81,8 +81,8 @@ def cold_start_table(start: ColdStart) -> Table:
     table.add_row("all buckets", *_seconds(sums["schedule_s"], sums["compile_s"], sums["capture_s"]), "")
     process = "unknown" if start.process_s is None else f"{start.process_s:.2f} s"
     table.caption = f"process {process}, import {start.import_s:.2f} s, load {start.load_s:.2f} s, " + (
-        f"first token after {start.first_token_s:.2f} s, all graphs after {start.all_graphs_s:.2f} s; with calls "
-        f"{start.total_s:.2f} s; {start.num_kept} of {2 * len(start.buckets)} steps kept, "
+        f"first token after {start.first_token_s:.2f} s, all graphs after {start.all_graphs_s:.2f} s, with warm-up "
+        f"calls {start.total_s:.2f} s; {start.num_kept} of {2 * len(start.buckets)} steps from the cache, "
         f"{start.num_compiled} programs compiled"
     )
     table.caption_justify = "left"
@@ -131,14 +131,14 @@ def _count_table(breakdown: Breakdown) -> Table:
 
 
 def _verdict_lines(breakdown: Breakdown) -> list[Text]:
-    """The roof, what cannot be, and each verdict with what to do about it."""
+    """Rooflines with their warnings, then each verdict with what to try next."""
     lines = [Text("")]
     for phase in (PREFILL, DECODE):
         roofline = breakdown.roofline(phase)
         if roofline is not None:
             lines.append(
                 Text(
-                    f"{phase} step: {roofline.nbytes / 1e6:,.1f} MB and {roofline.flops / 1e9:,.2f} GFLOP at least, "
+                    f"{phase} step: at least {roofline.nbytes / 1e6:,.1f} MB and {roofline.flops / 1e9:,.2f} GFLOP, "
                     f"floor {roofline.floor_s * 1e3:.3f} ms, took {roofline.seconds * 1e3:.3f} ms: "
                     f"{roofline.utilization:.0%} of the roof of {roofline.chip.name} "
                     f"({roofline.chip.bandwidth_gbps:,.1f} GB/s, {roofline.chip.half_tflops:,.2f} TFLOP/s)"

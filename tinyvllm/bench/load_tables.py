@@ -1,4 +1,4 @@
-"""Levels of load as tables: rich for a terminal, Markdown for a page."""
+"""Levels of load as tables, for a terminal (rich) and for a page (Markdown)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tinyvllm.bench.report import format_number
+from tinyvllm.bench.tables import format_number
 
 TIMES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2e_ms": "E2E"}
 PERCENTILES = ("median", "p95", "p99")
 
 
 def load_table(rows: Sequence[dict[str, Any]]) -> RenderableType:
-    """One line a level; times are median / p95 / p99 in ms."""
+    """One line per level. Times are median / p95 / p99 in ms."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("load", no_wrap=True)
     for column in headings()[1:]:
@@ -25,25 +25,25 @@ def load_table(rows: Sequence[dict[str, Any]]) -> RenderableType:
         table.add_row(*cells(row))
     failed = [f"{row_name(row)}: {count} x {error}" for row in rows for error, count in row["errors"].items()]
     first = rows[0]
-    title = f"{first['model']} at {first['url']}, {first['api']}, {first['requests']} requests a level; "
+    title = f"{first['model']} at {first['url']}, {first['api']}, {first['requests']} requests per level; "
     title += "times are median / p95 / p99"
     return Group(Text(title, style="bold"), table, *[Text(f"failed: {line}", style="red") for line in failed])
 
 
 def load_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The same columns."""
+    """The same columns in Markdown."""
     names = headings()
     lines = [f"| {' | '.join(names)} |", f"| --- |{' ---: |' * (len(names) - 1)}"]
     return "\n".join([*lines, *[f"| {' | '.join(cells(row))} |" for row in rows]])
 
 
 def headings() -> list[str]:
-    """Of `cells`."""
+    """The headings of `cells`."""
     return ["load", "requests/s", "output t/s", *[f"{label} ms" for label in TIMES.values()], "good", "errors"]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """Of one level."""
+    """The cells of one level."""
     times = [
         "-" if row[name] is None else " / ".join(format_number(row[name][key]) for key in PERCENTILES) for name in TIMES
     ]
@@ -53,5 +53,5 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def row_name(row: dict[str, Any]) -> str:
-    """The level."""
-    return f"{row['concurrency']} at once" if row["rate"] is None else f"{row['rate']:g} a second"
+    """The name of a level."""
+    return f"{row['concurrency']} at once" if row["rate"] is None else f"{row['rate']:g} per second"

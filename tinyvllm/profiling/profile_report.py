@@ -1,4 +1,4 @@
-"""What a profile says, for people and as JSON."""
+"""A profile as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tinyvllm.profiling.roofline import Roofline
 from tinyvllm.profiling.trace import Trace
 from tinyvllm.profiling.verdict import Finding, judge_recording
 
-SCHEMA = 2  # of the JSON: raised when a field changes its name or meaning
+SCHEMA = 2  # version of the JSON: raised when a field changes its name or meaning
 
 
 @dataclass(frozen=True)
 class ProfileReport:
-    """A step of a model on a device: its kernels, and what they say together."""
+    """A step of a model on a device: its kernels, its roofline, and the verdict."""
 
     model: str
     dtype: str
@@ -34,9 +34,9 @@ class ProfileReport:
     profile: StepProfile
     roofline: Roofline
     findings: tuple[Finding, ...]
-    turn_s: float  # one step with the host's part, median
+    turn_s: float  # one step including the host's work, median
     pack_s: float
-    moved_bytes: int  # by the kernels, by their arguments
+    moved_bytes: int  # by the kernels, counted from their arguments
     num_repeats: int
     environment: dict[str, Any] = field(default_factory=dict)
 
@@ -77,7 +77,7 @@ class ProfileReport:
 
 
 def profile_table(report: ProfileReport, by: str) -> RenderableType:
-    """The kernels, and below them what their times mean."""
+    """The kernels, followed by an explanation of their times."""
     profile = report.profile
     where = f"{profile.bucket}, context {report.context}" if report.phase == "decode" else profile.bucket
     title = f"{report.model} ({report.dtype}) on {report.hardware}: {where}"
@@ -92,11 +92,11 @@ def profile_table(report: ProfileReport, by: str) -> RenderableType:
     )
 
 
-KERNEL_COLUMNS = ("what", "dispatches", "total ms", "average us", "share", "GB/s", "GFLOP/s", "of roof")
+KERNEL_COLUMNS = ("name", "dispatches", "total ms", "average us", "share", "GB/s", "GFLOP/s", "of roof")
 
 
 def kernel_table(rows: Sequence[KernelRow]) -> Table:
-    """One line a row, the longest first."""
+    """One line per row, the longest first."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(KERNEL_COLUMNS):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
@@ -106,7 +106,7 @@ def kernel_table(rows: Sequence[KernelRow]) -> Table:
 
 
 def kernel_markdown(rows: Sequence[KernelRow]) -> str:
-    """The same for an issue or a page."""
+    """The same in Markdown, for an issue or a page."""
     lines = [KERNEL_COLUMNS, ("---", *("---:" for _ in KERNEL_COLUMNS[1:])), *(_kernel_cells(row) for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -131,26 +131,27 @@ def _rate(per_s: float | None) -> str:
 
 
 def _explain_times(report: ProfileReport) -> list[str]:
-    """The sum of the kernels beside the step as it is served, and what timing cost."""
+    """Compare the sum of the kernels with the step as served, and state the overhead of timing them."""
     profile = report.profile
     kernels, step, profiled = (_ms(s) for s in (profile.kernels_s, profile.step_s, profile.profiled_s))
     cost = profile.profiled_s / profile.step_s - 1
-    lines = [f"kernels {kernels} in {profile.num_kernels:,} dispatches; the step as it is served {step}"]
+    lines = [f"kernels {kernels} in {profile.num_kernels:,} dispatches; the step as served {step}"]
     if profile.between_s is not None:
         lines.append(
-            f"timed inside the step on {profile.num_cores} core(s), a row's time is that of its slowest core; the step "
-            f"took {profiled} so ({cost:+.0%}), {_ms(profile.between_s)} of it between kernels: launching, and waiting"
+            f"timed inside the step on {profile.num_cores} core(s); a row has its slowest core's time; timed, the "
+            f"step took {profiled} ({cost:+.0%}), {_ms(profile.between_s)} of it between kernels: launching, waiting"
         )
     else:
         each_us = max(0.0, profile.kernels_s - profile.step_s) / len(profile.kernels) * 1e6
         lines.append(
-            f"timed one by one by the device's clock, ungraphed: the step took {profiled} so ({cost:+.0%}), and a "
-            f"kernel {each_us:,.1f} us more than in the graph: read the shares, and the speed from the step as served"
+            f"timed one by one with the device's clock, outside the graph: the step took {profiled} ({cost:+.0%}), and "
+            f"each kernel {each_us:,.1f} us longer than in the graph: read the shares here, the speed from the step as "
+            "served"
         )
     host = report.turn_s - profile.step_s
     return [
         *lines,
-        f"with the host {_ms(report.turn_s)}: packing {_ms(report.pack_s)}, host in all {_ms(max(0.0, host))}",
+        f"with the host's work {_ms(report.turn_s)}: packing {_ms(report.pack_s)}, host in total {_ms(max(0.0, host))}",
     ]
 
 
@@ -158,8 +159,8 @@ def _explain_roof(report: ProfileReport) -> list[str]:
     roof, chip = report.roofline, report.chip
     bound = "memory" if roof.is_memory_bound else "compute"
     lines = [
-        f"at the least {roof.nbytes / 1e6:,.1f} MB and {roof.flops / 1e9:,.3f} GFLOP a step "
-        f"({roof.intensity:,.2f} FLOP/B, the roof bends at {roof.knee:,.1f}); kernels move "
+        f"at least {roof.nbytes / 1e6:,.1f} MB and {roof.flops / 1e9:,.3f} GFLOP per step "
+        f"({roof.intensity:,.2f} FLOP/B; the roofline bends at {roof.knee:,.1f}); the kernels move "
         f"{report.moved_bytes / 1e6:,.1f} MB ({report.moved_bytes / roof.nbytes:.2f} x)",
         f"{chip.name}: {chip.bandwidth_gbps:,.1f} GB/s, {chip.half_tflops:,.2f} TFLOP/s ({chip.source})",
         f"floor {_ms(roof.floor_s)} ({bound}); achieved {roof.achieved_gbps:,.1f} GB/s and {roof.achieved_tflops:,.3f} "
@@ -174,20 +175,20 @@ def _finding_text(finding: Finding, is_verdict: bool) -> Text:
 
 
 def trace_table(trace: Trace, by: str, last_steps: int | None, chip: Chip | None = None) -> RenderableType:
-    """What a DEBUG=2 text says."""
+    """The kernels of a DEBUG=2 log, with notes."""
     kernels = trace.kernels(last_steps)
     notes = [
         f"{sum(kernel.count for kernel in kernels):,} dispatches, {_ms(sum(kernel.seconds for kernel in kernels))} on "
-        f"{', '.join(sorted({kernel.device for kernel in kernels})) or 'no device'}; tinygrad waited after each"
+        f"{', '.join(sorted({kernel.device for kernel in kernels})) or 'no device'}; tinygrad waited after each one"
     ]
     if any(kernel.operation.startswith("graph of") for kernel in kernels):
-        notes.append("whole graphs have one line each: run with JIT=2 for their kernels")
+        notes.append("each graph is one line: run with JIT=2 to see its kernels")
     if trace.num_scheduled:
-        notes.append(f"{trace.num_scheduled:,} kernels were scheduled in {_ms(trace.scheduling_s)} of Python")
+        notes.append(f"{trace.num_scheduled:,} kernels were scheduled, in {_ms(trace.scheduling_s)} of Python")
     for count, what in (
-        (trace.num_cut, "lines were cut short"),
+        (trace.num_cut, "lines were truncated"),
         (trace.num_untimed, "lines have no time and are left out"),
-        (trace.num_other_lines, "lines are no kernel's"),
+        (trace.num_other_lines, "lines are not of a kernel"),
     ):
         if count:
             notes.append(f"{count:,} {what}")
@@ -195,10 +196,10 @@ def trace_table(trace: Trace, by: str, last_steps: int | None, chip: Chip | None
 
 
 def recording_table(recording: Recording) -> RenderableType:
-    """The named measurements of a while: where the host's time went."""
+    """The spans of a recording by name: where the host's time went."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("what", no_wrap=True)
-    for column in ("count", "total ms", "own ms", "mean ms", "median ms", "p95 ms", "of the time"):
+    table.add_column("span", no_wrap=True)
+    for column in ("count", "total ms", "own ms", "mean ms", "median ms", "p95 ms", "share"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, total in sorted(recording.totals.items(), key=lambda item: -item[1].total_ns):
         times = sorted(span.duration_ns for span in recording.named(name))
@@ -214,19 +215,17 @@ def recording_table(recording: Recording) -> RenderableType:
         )
     for thread, rest_ns in sorted(outside_spans(recording).items()):
         share = f"{rest_ns / recording.wall_ns:.1%}"
-        table.add_row(f"outside of all ({thread})", "", f"{rest_ns / 1e6:,.2f}", "", "", "", "", share)
+        table.add_row(f"outside spans ({thread})", "", f"{rest_ns / 1e6:,.2f}", "", "", "", "", share)
     notes = [Text(f"{name}: {count:,}") for name, count in sorted(recording.counts.items())]
     if recording.num_dropped:
-        notes.append(Text(f"percentiles are of the last spans: {recording.num_dropped:,} earlier ones were let go"))
-    title = (
-        f"{recording.wall_ns / 1e9:,.3f} s were recorded; waits for the device are in `wait`, a step's kernels are not"
-    )
+        notes.append(Text(f"percentiles cover the latest spans: {recording.num_dropped:,} earlier ones were dropped"))
+    title = f"recorded {recording.wall_ns / 1e9:,.3f} s; the host waits for the device in `wait`; kernels are not shown"
     findings = (_finding_text(finding, index == 0) for index, finding in enumerate(judge_recording(recording)))
     return Group(Text(title, style="bold"), table, *notes, *findings)
 
 
 def outside_spans(recording: Recording) -> dict[str, int]:
-    """Nanoseconds of each thread that has spans on its stack, outside of them all; nothing where spans were let go."""
+    """Nanoseconds of each thread outside all of its spans. Empty if spans were dropped."""
     if recording.num_dropped:
         return {}
     rest: dict[str, int] = {}
@@ -237,7 +236,7 @@ def outside_spans(recording: Recording) -> dict[str, int]:
 
 
 def recording_as_json(recording: Recording) -> dict[str, Any]:
-    """The same as numbers, in seconds."""
+    """The same as JSON values, in seconds."""
     return {
         "schema": SCHEMA,
         "wall_s": recording.wall_ns / 1e9,
@@ -260,28 +259,28 @@ def recording_as_json(recording: Recording) -> dict[str, Any]:
 def prediction_table(
     name: str, kind: str, prediction: Prediction, checks: Sequence[tuple[Measured, Prediction]]
 ) -> RenderableType:
-    """A predicted speed, what it rests on, and how far the rule is off where it can be checked."""
+    """A prediction, its assumptions, and the rule's error where it can be checked."""
     p = prediction
     table = Table(box=None, pad_edge=False, header_style="bold")
     ahead = [("prefill", str(p.prompt))] if p.prompt else [("batch", str(p.batch)), ("context", str(p.context))]
     times = (p.step_s, p.memory_s, p.compute_s, p.kernels_s, p.host_s)
-    names = ("ms in all" if p.prompt else "ms a step", "memory", "compute", "kernels", "host")
+    names = ("ms in total" if p.prompt else "ms per step", "memory", "compute", "kernels", "host")
     cells = [(title, f"{seconds * 1e3:,.3f}") for title, seconds in zip(names, times, strict=True)]
     cells = [*ahead, *cells, ("tok/s", f"{p.tok_s:,.1f}"), ("roof tok/s", f"{p.roof_tok_s:,.1f}")]
     for column, _ in cells:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_row(*(text for _, text in cells))
-    lines = [f"by {text}" for text in p.assumptions]
+    lines = [f"assumes: {text}" for text in p.assumptions]
     lines += [
         f"checked: {m.title}: predicted {of.tok_s:,.0f}, measured {m.tok_s:,.0f} tok/s ({m.error_of(of):+.0%})"
         for m, of in checks
     ]
-    title = Text(f"{name} ({kind}) on {p.chip.name}, predicted and not measured; ms of its parts", style="bold")
+    title = Text(f"{name} ({kind}) on {p.chip.name}, predicted, not measured; parts in ms", style="bold")
     return Group(title, table, Text(""), *(Text(line) for line in lines))
 
 
 def _quantile(ordered: Sequence[int], share: float) -> float:
-    """By linear interpolation between neighbours; 0 for none."""
+    """The quantile, interpolated linearly between neighbors; 0 without values."""
     if not ordered:
         return 0.0
     place = (len(ordered) - 1) * share

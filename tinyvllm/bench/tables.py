@@ -1,4 +1,4 @@
-"""Rows as tables for people: rich on a terminal, Markdown with llama-bench's columns."""
+"""Rows as tables, for a terminal (rich) and in Markdown with llama-bench's columns."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ GIB, MIB = 1 << 30, 1 << 20
 LOAD_METRICS = {
     "ttft_ms": "time to first token, ms",
     "tpot_ms": "time per output token, ms",
-    "itl_ms": "between two tokens, ms",
+    "itl_ms": "inter-token latency, ms",
     "e2e_ms": "whole request, ms",
 }
 
 
 def latency_table(rows: Sequence[Row], *, has_title: bool = True) -> RenderableType:
-    """One line a case. The share is that of the median step in the floor."""
+    """One line per case. "of floor" is the floor divided by the median step."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("test", no_wrap=True)
     for column in ("t/s", "median ms", "mean ms", "min ms", "p95 ms", "kernels", "MB", "moved", "floor ms", "of floor"):
@@ -45,7 +45,7 @@ def latency_table(rows: Sequence[Row], *, has_title: bool = True) -> RenderableT
 
 
 def throughput_table(row: Row) -> RenderableType:
-    """The rates, then the spread of the times over requests."""
+    """The rates, then the spread of the times over all requests."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     for column in ("mean", "std", "median", "p95", "p99"):
@@ -56,13 +56,13 @@ def throughput_table(row: Row) -> RenderableType:
     rates = (
         f"{row.test}, at most {row.batch} at a time, {row.tok_s.count} repeats: "
         f"{_plus_minus(row.tok_s)} output tokens/s, {format_number(row.more['input_tok_s'])} input tokens/s, "
-        f"{row.more['preemptions']} preemptions, {row.more['padding_share']:.1%} of all rows padding"
+        f"{row.more['preemptions']} preemptions, {row.more['padding_share']:.1%} of all rows are padding"
     )
     return Group(Text(make_title(row.machine), style="bold"), Text(rates), table)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """llama-bench's columns: sizes in powers of 1024, tokens a second with the deviation over repeats."""
+    """llama-bench's columns: sizes in powers of 1024, tokens per second with the standard deviation over repeats."""
     lines = ["| model | size | params | backend | test | t/s |", "| --- | ---: | ---: | --- | ---: | ---: |"]
     for row in rows:
         machine = row.machine
@@ -81,7 +81,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def make_title(machine: Machine) -> str:
-    """What was measured, and on what."""
+    """The measured model and device."""
     text = f"{machine.model}, {machine.dtype}, {machine.model_bytes / 1e6:,.1f} MB of weights, on {machine.device}"
     return text if machine.bandwidth_gbps is None else f"{text} with {machine.bandwidth_gbps:,.1f} GB/s"
 
@@ -95,7 +95,7 @@ def _plus_minus(spread: Spread) -> str:
 
 
 def format_number(value: float | None) -> str:
-    """Three digits or more."""
+    """At least three significant digits; "-" for None."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"

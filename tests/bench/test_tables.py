@@ -8,9 +8,9 @@ from rich.console import Console, RenderableType
 
 from tests.bench.fakes import FakeRunner, make_machine
 from tinyvllm.bench.latency import Case, LatencyWork, measure_latency
-from tinyvllm.bench.report import latency_table, markdown_table, throughput_table
 from tinyvllm.bench.rows import Row
 from tinyvllm.bench.spread import Spread
+from tinyvllm.bench.tables import latency_table, markdown_table, throughput_table
 from tinyvllm.bench.throughput import ThroughputWork, measure_throughput
 
 

@@ -1,4 +1,4 @@
-"""One step of a model, kernel by kernel: a made-up plan straight into the runner, over a pool that is filled."""
+"""Time one step of a model kernel by kernel: a synthetic plan, passed directly to the runner, over a filled pool."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tinyvllm.bench.subject import Subject
 from tinyvllm.execution.runner import ModelRunner
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.chips import Chip, guess_chip, measured_chip
-from tinyvllm.profiling.report import ProfileReport
+from tinyvllm.profiling.profile_report import ProfileReport
 from tinyvllm.profiling.roofline import Roofline
 from tinyvllm.profiling.verdict import Evidence, judge
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 
 
 def find_hardware(runner: ModelRunner, given: Chip | None) -> Chip:
-    """The chip that was given, else the one that the device names, else one whose rates are measured now."""
+    """The given chip, else the one in the device's name, else one with rates measured now."""
     hardware = runner.hardware
     if chip := given or guess_chip(hardware):
         return chip
@@ -27,9 +27,9 @@ def find_hardware(runner: ModelRunner, given: Chip | None) -> Chip:
 
 
 def profile_case(runner: ModelRunner, subject: Subject, work: LatencyWork, chip: Chip | None) -> ProfileReport:
-    """Time the one case of `work`: its kernels, the step as it is served, and the step with the host's part.
+    """Time the single case of `work`: its kernels, the step as served, and the step with the host's work.
 
-    Of a prompt that is computed in several steps it is the last one."""
+    If a prompt takes several steps, the last one is profiled."""
     (case,) = work.cases
     runner.fill_pool(1 + work.num_blocks(case, runner.capacity.block_size), work.seed)
     plan = _plan(runner, work, case)
@@ -74,5 +74,5 @@ def _plan(runner: ModelRunner, work: LatencyWork, case: Case) -> StepPlan:
 
 
 def one_case(case: Case, *, repeats: int, warmup: int, seed: int) -> LatencyWork:
-    """Work of one case, whose pool has room for the step that is repeated."""
+    """The work of one case, with room in the pool for the step that is repeated."""
     return dataclasses.replace(LatencyWork((case,)), num_decoded=1, num_repeats=repeats, num_warmup=warmup, seed=seed)

@@ -6,6 +6,7 @@ They are parsed once, at the edge (command line, server, `LLM(...)`), and passed
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,9 +24,11 @@ MAX_CHOICES = 128  # upper limit of `n`
 
 DTYPES = ("float32", "float16", "bfloat16")
 WARM_UPS = ("background", "full")
+CAPTURES = ("replay", "tinyjit")
 
 MODELS_DIR_VARIABLE = "TINYVLLM_MODELS"  # environment variable: the directory of pulled models
 CACHE_DIR_VARIABLE = "TINYVLLM_CACHE"  # environment variable: the directory of compiled programs
+CAPTURE_VARIABLE = "TINYVLLM_CAPTURE"  # environment variable: the default of EngineConfig.capture
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,8 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"  # or "priority": lower numbers first
     # plan and enqueue a step while the previous one runs; None: wherever that pays, which excludes a CPU
     async_scheduling: bool | None = None
+    # how a step is captured and run: replay, by means of our own; tinyjit, by tinygrad's TinyJit (docs/CAPTURE.md)
+    capture: str = field(default_factory=lambda: os.environ.get(CAPTURE_VARIABLE) or "replay")
     compile_cache: bool = True  # keep compiled programs on disk for the next start
     seed: int = 0  # seeds the generator of seeds for requests without one
     served_model_name: str | None = None
@@ -202,6 +207,7 @@ class EngineConfig:
             ("kv-cache-dtype", self.kv_cache_dtype, ("auto", *DTYPES)),
             ("scheduling-policy", self.scheduling_policy, ("fcfs", "priority")),
             ("warm-up", self.warm_up, WARM_UPS),
+            ("capture", self.capture, CAPTURES),
         ):
             if choice not in known:
                 raise TinyvllmError(f"--{flag} is {choice!r}: choose one of {', '.join(known)}")

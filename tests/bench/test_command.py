@@ -42,6 +42,18 @@ def test_latency_prints_a_table_and_writes_rows(tiny_hf_files: ModelFiles, tmp_p
     assert [row["floor_ms"] for row in rows] == pytest.approx([row["bytes"] / 1e7 for row in rows])
 
 
+def test_latency_compares_our_replay_with_tinyjit(tiny_hf_files: ModelFiles) -> None:
+    flags = "--prefill 8 --batch 1 --context 16 --tokens 2 --bandwidth 10 --max-num-batched-tokens 8"
+    result = run(f"latency {flags} {QUICK} --compare-capture --json -", str(tiny_hf_files.path))
+    assert result.exit_code == 0, result.output
+    assert "replay gains" in result.stdout and result.stdout.count("tg2 @ d16") == 1 + 2  # a line, two rows
+    rows = json.loads(result.stdout.splitlines()[-1])
+    assert [(row["capture"], row["phase"]) for row in rows] == [
+        (capture, phase) for capture in ("replay", "tinyjit") for phase in ("prefill", "decode")
+    ]
+    assert [row["kernels"] for row in rows[:2]] == [row["kernels"] for row in rows[2:]]
+
+
 def test_throughputs_last_line_is_json(tiny_hf_files: ModelFiles) -> None:
     flags = "--num-prompts 2 --input-len 8 --output-len 3 --max-num-seqs 1 --max-num-batched-tokens 8"
     result = run(f"throughput {flags} {QUICK} --json - --markdown", str(tiny_hf_files.path))

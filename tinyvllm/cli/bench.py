@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from tinyvllm.cli.bench_flags import SubjectFlags, loaded, parse_counts, parse_p
 from tinyvllm.cli.bench_serve import serve
 from tinyvllm.cli.bench_start import cold_start
 from tinyvllm.cli.flags import RunnerFlags, spread
-from tinyvllm.config import EngineConfig
+from tinyvllm.config import CAPTURES, EngineConfig
 
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure how fast a model runs on this machine.")
 
@@ -42,6 +43,9 @@ def latency(
         float | None,
         Option(metavar="GBPS", help="Memory bandwidth in 1e9 bytes per second, for the floor. [default: measured]"),
     ] = None,
+    compare_capture: Annotated[
+        bool, Option("--compare-capture", help="Measure with --capture replay, then tinyjit, and print both.")
+    ] = False,
     subject: SubjectFlags,
     runner: RunnerFlags,
 ) -> None:
@@ -51,6 +55,7 @@ def latency(
     runner.apply()
     config = EngineConfig(model=subject.model or "", max_num_seqs=1, **runner.settings())
 
+    from tinyvllm.bench.capture_table import capture_table, tag_capture
     from tinyvllm.bench.latency import Case, LatencyWork, fit_config, measure_latency
     from tinyvllm.bench.tables import latency_table
 
@@ -59,12 +64,16 @@ def latency(
     cases += [Case("decode", *pair) for pair in pairs]
     work = LatencyWork(tuple(cases), tokens, repeats, warmup, runner.seed)
     found = subject.find(pull=runner.pull)
-    with loaded(found, fit_config(config, work, found.model_config)) as (model_runner, report):
-        gbps = model_runner.measure_bandwidth() / 1e9 if bandwidth is None else bandwidth
-        rows = measure_latency(model_runner, found.describe(model_runner, gbps, runner.seed), work, report)
+    fitted, rows_of = fit_config(config, work, found.model_config), {}
+    for capture in CAPTURES if compare_capture else (config.capture,):
+        with loaded(found, dataclasses.replace(fitted, capture=capture)) as (model_runner, report):
+            bandwidth = model_runner.measure_bandwidth() / 1e9 if bandwidth is None else bandwidth
+            machine = found.describe(model_runner, bandwidth, runner.seed)
+            rows_of[capture] = tag_capture(measure_latency(model_runner, machine, work, report), capture)
     if not subject.markdown:
-        print_table(latency_table(rows))
-    subject.write(rows)
+        table = capture_table(*rows_of.values()) if compare_capture else latency_table(rows_of[config.capture])
+        print_table(table)
+    subject.write([row for rows in rows_of.values() for row in rows])
 
 
 @bench.command()

@@ -14,6 +14,7 @@ from typer import Argument, Option
 from tinyvllm.cli.terminal import LOG_LEVELS, set_up_logging
 from tinyvllm.config import (
     CACHE_DIR_VARIABLE,
+    CAPTURE_VARIABLE,
     DTYPES,
     MODELS_DIR_VARIABLE,
     EngineConfig,
@@ -81,6 +82,14 @@ class RunnerFlags:
         ),
     ] = False
     seed: Annotated[int, Option(metavar="INTEGER", help="Base seed for requests that set none.")] = _STANDARD.seed
+    capture: Annotated[
+        str,
+        Option(
+            metavar="HOW",
+            help="How steps are captured and run: replay, or tinyjit for tinygrad's own TinyJit, which is slower and "
+            f"needs more memory (docs/CAPTURE.md). [env var: {CAPTURE_VARIABLE}]",
+        ),
+    ] = _STANDARD.capture
     compile_cache: Annotated[
         bool,
         Option(

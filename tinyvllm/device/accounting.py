@@ -26,6 +26,7 @@ from tinyvllm.device import handle as device_module
 from tinyvllm.device import replay, transfer
 from tinyvllm.device.compiling import Compiler
 from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.device.jit_replay import JitReplay
 
 CUDA_WAITS = ("cuCtxSynchronize", "cuStreamSynchronize", "cuEventSynchronize")
 CUDA_COPIES_IN = ("cuMemcpyHtoD_v2", "cuMemcpyHtoDAsync_v2")
@@ -88,7 +89,7 @@ class DeviceAccount:
 
     def __enter__(self) -> DeviceAccount:
         hook = self._hook
-        for kind in (replay.CpuReplay, replay.GraphReplay):
+        for kind in (replay.CpuReplay, replay.GraphReplay, JitReplay):
             hook(kind, "__init__", self._on_make_replay)
             hook(kind, "__call__", self._on_replay)
         hook(realize, "track_stats", self._on_executed)
@@ -143,10 +144,10 @@ class DeviceAccount:
         with self._timed("replay_s"):
             original(*args)
 
-    def _on_replay(self, original: Callable[..., None], one: replay.CpuReplay | replay.GraphReplay) -> None:
+    def _on_replay(self, original: Callable[..., None], one: replay.CpuReplay | replay.GraphReplay | JitReplay) -> None:
         self._counts.replays += 1
-        self._counts.kernels += len(one._step.calls)
-        if isinstance(one, replay.CpuReplay):  # its own launch; the other's goes through tinygrad's executor
+        self._counts.kernels += len(one.step.calls)
+        if isinstance(one, replay.CpuReplay):  # its own launch; the others' go through tinygrad's executor
             self._counts.graph_launches += 1
         with self._flag("_is_replaying"), self._timed("replay_s"):
             original(one)

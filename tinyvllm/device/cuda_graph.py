@@ -35,7 +35,7 @@ class ChainReplay:
     """A step as one captured graph, in the order of its calls. It keeps the step's buffers alive."""
 
     def __init__(self, device: str, step: RecordedStep) -> None:
-        self._step = step
+        self.step = step
         self._kept: list[Any] = []  # the arguments, until the graph has them, and the programs
         self._context = Device[device].context
         check(cuda.cuCtxSetCurrent(self._context))

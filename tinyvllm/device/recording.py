@@ -9,6 +9,7 @@ A step is first a `TracedStep`, whose kernels are still being compiled, then a `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from tinygrad import Tensor, UOp
@@ -98,11 +99,12 @@ def trace_step(trace: Callable[[], Tensor]) -> TracedStep:
     """Call `trace`, which realizes and returns one tensor, and note what this would have run."""
     before = {id(buffer): buffer for buffer in buffers.values()}
     recorder = _Recorder()
-    realize.capturing.append(recorder)
-    try:
-        output = trace()
-    finally:
-        realize.capturing.clear()
+    with collect_kept() as kept_tensors:
+        realize.capturing.append(recorder)
+        try:
+            output = trace()
+        finally:
+            realize.capturing.clear()
     linear = UOp(Ops.LINEAR, src=tuple(recorder.calls))
     if beam := getenv("JITBEAM", BEAM.value):
         linear = graph_rewrite(linear, realize.pm_beam, ctx=beam, walk=True)
@@ -112,16 +114,19 @@ def trace_step(trace: Callable[[], Tensor]) -> TracedStep:
         raise InvariantError(f"a step of {len(recorder.calls)} kernels became one of {len(launches)}")
     bases = {id(buffer.base): buffer.base for _, args in launches for buffer in args}
     cut = len(launches) if recorder.cut is None else recorder.cut
-    kept = tuple(tensor.uop.base.buffer for tensor in recorder.kept)
+    kept = tuple(tensor.uop.base.buffer for tensor in kept_tensors)
     return TracedStep(launches, output, tuple(base for key, base in bases.items() if key in before), cut, kept)
 
 
 def launch(fn: Callable[..., UOp], tensors: Sequence[Tensor]) -> bool:
-    """While recording: note that the kernel `fn` runs on these tensors now. False where nothing is recorded."""
-    recorders = [recorder for recorder in realize.capturing if isinstance(recorder, _Recorder)]
-    for recorder in recorders:
-        recorder.launch(fn, tensors)
-    return bool(recorders)
+    """While a step is traced: note that the kernel `fn` runs on these tensors now. False at any other time."""
+    if not (_kept and realize.capturing):
+        return False
+    tensors[0].realize(*tensors[1:])  # what is not in a buffer yet; nothing to do for what kernels of ours wrote
+    kernel = fn(*[UOp.placeholder_like(tensor.uop, slot=slot) for slot, tensor in enumerate(tensors)])
+    call = kernel.call(*[tensor.uop.base for tensor in tensors])
+    realize.capturing[0].add_linear(UOp(Ops.LINEAR, src=(call,)), {})
+    return True
 
 
 def cut_here() -> None:
@@ -132,28 +137,36 @@ def cut_here() -> None:
 
 
 def keep(*tensors: Tensor) -> None:
-    """While recording: finish these tensors, and let no other use their place, so that they can be read after a run."""
-    for recorder in realize.capturing:
-        if isinstance(recorder, _Recorder):
-            tensors[0].realize(*tensors[1:])
-            recorder.kept += tensors  # while they live, the memory planner lets nothing else have their place
+    """While a step is traced: finish these tensors, and let no other use their place, so that they can be read after a
+    run."""
+    if _kept:
+        tensors[0].realize(*tensors[1:])
+        _kept[-1].extend(tensors)
+
+
+_kept: list[list[Tensor]] = []  # what `keep` was given, of the step that is traced now; [] while none is
+
+
+@contextmanager
+def collect_kept() -> Iterator[list[Tensor]]:
+    """Trace a step in this block: kernels are noted in the order of the calls. The list fills with what is kept; while
+    it lives, the memory planner gives the tensors' place to nothing else."""
+    _kept.append([])
+    try:
+        yield _kept[-1]
+    finally:
+        _kept.pop()
 
 
 class _Recorder:
-    """What kernels are handed to instead of the device: ours one by one, tinygrad's by its schedules."""
+    """What tinygrad hands kernels to instead of running them: the hook that TinyJit captures with too."""
 
     def __init__(self) -> None:
         self.calls: list[UOp] = []
         self.cut: int | None = None
-        self.kept: list[Tensor] = []
 
     def add_linear(self, linear: UOp, var_vals: dict[str, int]) -> None:
         self.calls += linear.src
-
-    def launch(self, fn: Callable[..., UOp], tensors: Sequence[Tensor]) -> None:
-        tensors[0].realize(*tensors[1:])  # what is not in a buffer yet; nothing to do for what kernels of ours wrote
-        kernel = fn(*[UOp.placeholder_like(tensor.uop, slot=slot) for slot, tensor in enumerate(tensors)])
-        self.calls.append(kernel.call(*[tensor.uop.base for tensor in tensors]))
 
 
 def _live_buffers() -> Iterator[UOp]:

@@ -48,6 +48,19 @@ def make_replay(device: DeviceHandle, step: RecordedStep) -> Callable[[], None]:
     return GraphReplay(step)
 
 
+class LazyReplay:
+    """A replay that is made when it first runs."""
+
+    def __init__(self, device: DeviceHandle, step: RecordedStep) -> None:
+        self._device, self.step = device, step
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        if self._replay is None:
+            self._replay = make_replay(self._device, self.step)
+        self._replay()
+
+
 class GraphReplay:
     """A step as tinygrad's graph, or as single launches on a device without graphs."""
 
@@ -57,7 +70,7 @@ class GraphReplay:
             # all in one: tinygrad's batches of 32, 64, ... let a device begin while the host encodes the rest, but ours
             # are encoded once, and a step is launched while the one before runs
             self._linear = graph_split_rewrite(self._linear, max_batch_size=0)
-        self._step = step
+        self.step = step
 
     def __call__(self) -> None:
         run_linear(self._linear, jit=True)
@@ -74,7 +87,7 @@ class CpuReplay:
     `stamps`: where each kernel's start and end are written, (calls, 2, 2) words of seconds and nanoseconds."""
 
     def __init__(self, cores: tuple[str, ...], step: RecordedStep, stamps: np.ndarray | None = None) -> None:
-        self._step, self._stamps = step, stamps  # whose addresses the tables hold
+        self.step, self._stamps = step, stamps  # whose addresses the tables hold
         # how far each core has come in this step; apart by a cache line, since every core watches the others'
         self._progress = np.zeros((len(cores), LINE_WORDS), np.uint32)
         self._queues = [

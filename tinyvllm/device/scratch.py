@@ -59,6 +59,11 @@ class Scratch:
         )
 
 
+def own_bytes(*steps: RecordedStep) -> int:
+    """What the intermediate values of steps take that have memory of their own."""
+    return sum(base.nbytes for base in {id(base): base for step in steps for base in _scratch_of(step)}.values())
+
+
 def _scratch_of(step: RecordedStep) -> Iterable[Buffer]:
     """The step's own memory, but for its output."""
     others = {id(base) for base in (*step.borrowed, step.output.uop.base.buffer.base)}

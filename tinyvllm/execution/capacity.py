@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tinyvllm.config import Capacity, EngineConfig, Limits, ModelConfig
 from tinyvllm.errors import CapacityError, TinyvllmError
+from tinyvllm.execution.buckets import Bucket
 
 GIB = 1 << 30
 
@@ -18,7 +20,7 @@ class MemoryFacts:
     share: float  # of free_bytes that weights and KV may take together
     weight_bytes: int
     kv_bytes_per_token: int
-    scratch_bytes: int = 0  # intermediate values of the largest step
+    scratch_bytes: int = 0  # intermediate values: of the largest step, or of all graphs together
     max_share: float = 1.0  # of free_bytes that weights and KV may take, whatever is asked for
 
 
@@ -82,9 +84,18 @@ def scratch_bytes(limits: Limits, model: ModelConfig) -> int:
     At once there are of a token: its residual stream in two states, its norm, and its last state, which is kept; what
     a layer makes of them, once as a kernel's input and once as its output: q, k, v and attention's, or gate and up. And
     of a sequence its logits: as they are, processed, and twice what sampling makes of them."""
+    return _step_scratch_bytes(limits.max_num_batched_tokens, limits.max_num_seqs, model)
+
+
+def jit_scratch_bytes(buckets: Iterable[Bucket], num_instances: int, model: ModelConfig) -> int:
+    """`scratch_bytes` of graphs that TinyJit captured, which share nothing: each instance of each graph has its own."""
+    return num_instances * sum(_step_scratch_bytes(one.num_tokens, one.num_seqs, model) for one in buckets)
+
+
+def _step_scratch_bytes(num_tokens: int, num_seqs: int, model: ModelConfig) -> int:
     widest = max(2 * model.q_size + 2 * model.kv_size, 2 * model.ffn_size)
     by_token, by_sequence = 4 * model.hidden_size + 2 * widest, 4 * model.vocab_size
-    return 4 * (limits.max_num_batched_tokens * by_token + limits.max_num_seqs * by_sequence)
+    return 4 * (num_tokens * by_token + num_seqs * by_sequence)
 
 
 def _longest(config: EngineConfig, model: ModelConfig) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from tinyvllm.device.compiling import Compiler
 from tinyvllm.device.program_store import ProgramStore
+from tinyvllm.device.scratch import own_bytes
 from tinyvllm.errors import InvariantError
 from tinyvllm.execution.buckets import Bucket, choose_bucket, first_buckets
 from tinyvllm.execution.graphs import Graph, GraphContext, PendingGraph
@@ -51,7 +52,10 @@ class Captures:
     @property
     def scratch_bytes(self) -> int:
         """What the intermediate values of all graphs take."""
-        return self._context.scratch.nbytes
+        if not self._context.is_jit:
+            return self._context.scratch.nbytes
+        instances = [instance for graph in self.graphs.values() for instance in graph.instances]
+        return sum(own_bytes(one.step, one.processed) for one in instances)
 
     @property
     def _to_come(self) -> list[Bucket]:

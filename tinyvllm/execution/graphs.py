@@ -19,7 +19,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from tinygrad import Tensor, UOp
@@ -28,7 +27,7 @@ from tinygrad.nn.state import get_state_dict
 
 from tinyvllm.config import Capacity
 from tinyvllm.device.compiling import Compiler
-from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.device.jit_replay import JitReplay, check_same_kernels, join_steps
 from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.device.recording import (
     Call,
@@ -44,7 +43,7 @@ from tinyvllm.device.recording import (
     save_step,
     trace_step,
 )
-from tinyvllm.device.replay import make_replay
+from tinyvllm.device.replay import LazyReplay, make_replay
 from tinyvllm.device.scratch import Scratch
 from tinyvllm.errors import CacheError
 from tinyvllm.execution.buckets import Bucket
@@ -60,25 +59,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GraphInstance:
-    """One form of a bucket's step, with inputs and output of its own. A graph has as many as steps may be in flight:
-    while one runs, another is filled, and each reads the tokens of the one before from the other's output."""
+    """A bucket's step with inputs and an output of its own. A graph has one for each step that may be in flight: while
+    one runs, another is filled, and each reads the tokens of the previous step from the other's output."""
 
     packer: InputPacker  # fills the host's side of the inputs
     send: Callable[[], None]  # moves the packed inputs to the device
-    step: RecordedStep
+    step: RecordedStep  # what `run` launches
+    processed: RecordedStep  # what `run_processed` launches: sampling from processed logits
+    hidden: tuple[Buffer, ...]  # (T, columns) before the last norm, side by side; () of a decode bucket
     run: Callable[[], None]  # enqueues the step on what was sent last
-    device: DeviceHandle
-    processed: RecordedStep  # sampling from the step's logits as requests want them processed
-
-    @cached_property
-    def run_forward(self) -> Callable[[], None]:
-        """Enqueues the step up to its logits. Made when first asked for: nothing is compiled for it."""
-        return make_replay(self.device, head_of(self.step))
-
-    @cached_property
-    def run_processed(self) -> Callable[[], None]:
-        """Enqueues the processed sampling, after `run_forward`."""
-        return make_replay(self.device, self.processed)
+    run_forward: Callable[[], None]  # enqueues the step up to its logits
+    run_processed: Callable[[], None]  # enqueues the sampling from processed logits, after `run_forward`
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,6 @@ class Graph:
     bucket: Bucket
     layout: StepLayout
     inputs: Tensor  # of the first instance, whose calls are looked at
-    hidden: tuple[Buffer, ...]  # (T, columns) before the last norm, side by side; () of a decode bucket
     instances: tuple[GraphInstance, ...]
     trace_s: float  # seconds of tracing its steps, or reading them
 
@@ -104,8 +94,9 @@ class Graph:
 
 @dataclass(frozen=True)
 class GraphContext:
-    """What the graphs of all buckets share. `outputs`: one an instance, (rows * OUT_WIDTH,) int32. `scratch`: the
-    memory of each step's intermediate values, since one step runs at a time."""
+    """What the graphs of all buckets share. `outputs`: one an instance, (rows * OUT_WIDTH,) int32. `capture`: how a
+    step is replayed, as in EngineConfig. `scratch`: the memory of each step's intermediate values, since one step runs
+    at a time; TinyJit takes its own."""
 
     model: Model
     backend: Backend
@@ -113,7 +104,43 @@ class GraphContext:
     capacity: Capacity
     outputs: tuple[Tensor, ...]
     state: SamplingState
+    capture: str = "replay"
     scratch: Scratch = field(default_factory=Scratch)
+
+    @property
+    def is_jit(self) -> bool:
+        return self.capture == "tinyjit"
+
+
+@dataclass(frozen=True)
+class StepCode:
+    """A bucket's step as code that launches its kernels: on one instance's inputs, and the outputs from its own on."""
+
+    bucket: Bucket
+    layout: StepLayout
+    context: GraphContext
+    inputs: Tensor
+    outputs: tuple[Tensor, ...]  # its own first, that of the previous step last
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What it reads and writes beside the model's weights and the pool."""
+        return {"inputs": self.inputs, **{f"output {i}": tensor for i, tensor in enumerate(self.outputs)}}
+
+    def forward(self) -> Tensor:
+        """The logits, which are kept."""
+        context, newest = self.context, self.outputs[-1]
+        logits = context.model(self.layout, self.inputs, context.pool, is_decode=self.bucket.is_decode, newest=newest)
+        keep(logits)
+        return logits
+
+    def sample(self, logits: Tensor, state: SamplingState | None = None) -> Tensor:
+        """The output, sampled from the logits; with a `state` from processed logits."""
+        model, layout = self.context.model, self.layout
+        # the inputs that sampling reads are the same for all buckets of so many sequences, and so are its programs
+        settings = head_of_tensor(self.inputs, layout.num_sampling_words)
+        vocab_size, stride, output = model.config.vocab_size, model.logit_stride, self.outputs[0]
+        return self.context.backend.sample(logits, vocab_size, stride, settings, layout, output, state).realize()
 
 
 class PendingGraph:
@@ -139,58 +166,105 @@ class PendingGraph:
         return all(pending.is_done for pending in self._pending)
 
     def finish(self) -> Graph:
-        """The graph, with an instance for each output; each instance reads the output of the one before it. On a GPU
-        this runs the graph on padding, which writes over the outputs: no step may be in flight."""
-        context, device = self._context, self._context.backend.device
+        """The graph, with an instance for each output; each instance reads the output of the one before it. Except for
+        replays on a CPU, this runs the graph on padding, which writes over the outputs: no step may be in flight."""
         forward, processed = (piece.finish(self._compiler) for piece in (self._forward, self._processed))
-        forward, processed = context.scratch.place(forward, processed)
-        instances, inputs, outputs = [], self._buffers[0].tensor, context.outputs
+        if not self._context.is_jit:
+            forward, processed = self._context.scratch.place(forward, processed)
+        instances = []
         for index, buffer in enumerate(self._buffers):
             packer = InputPacker(self._layout, buffer.host)
             buffer.send()
-            turned = {old: outputs[(i + index) % len(outputs)] for i, old in enumerate(outputs)}
-            others = turned | {inputs: buffer.tensor} if index else {}
-            step = rebind(forward, others)
-            run = make_replay(device, step)
-            if not device.is_cpu:  # a GPU's graph is made by its first run: on padding alone, in the dummy block
-                run()
-            instances.append(GraphInstance(packer, buffer.send, step, run, device, rebind(processed, others)))
-        device.wait()
-        return Graph(self.bucket, self._layout, inputs, forward.kept[:-1], tuple(instances), self.trace_s)
+            make = self._jit_instance if self._context.is_jit else self._replay_instance
+            instances.append(make(index, packer, buffer.send, forward, processed))
+        self._context.backend.device.wait()
+        return Graph(self.bucket, self._layout, self._buffers[0].tensor, tuple(instances), self.trace_s)
+
+    def _code(self, index: int) -> StepCode:
+        outputs = self._context.outputs
+        turned = outputs[index:] + outputs[:index]
+        return StepCode(self.bucket, self._layout, self._context, self._buffers[index].tensor, turned)
+
+    def _replay_instance(
+        self, index: int, packer: InputPacker, send: Callable[[], None], forward: RecordedStep, processed: RecordedStep
+    ) -> GraphInstance:
+        """The steps that were recorded on the first instance's tensors, on those of this one."""
+        device, own, first = self._context.backend.device, self._code(index).tensors, self._code(0).tensors
+        others = {first[name]: own[name] for name in first} if index else {}
+        step, processed = rebind(forward, others), rebind(processed, others)
+        run = make_replay(device, step)
+        if not device.is_cpu:  # a GPU's graph is made by its first run: on padding alone, in the dummy block
+            run()
+        return GraphInstance(
+            packer=packer,
+            send=send,
+            step=step,
+            processed=processed,
+            hidden=step.kept[:-1],
+            run=run,
+            run_forward=LazyReplay(device, head_of(step)),
+            run_processed=LazyReplay(device, processed),
+        )
+
+    def _jit_instance(
+        self, index: int, packer: InputPacker, send: Callable[[], None], forward: RecordedStep, processed: RecordedStep
+    ) -> GraphInstance:
+        """The step's code captured by TinyJit: the forward pass, sampling, and sampling from processed logits. The
+        recorded steps say which kernels that must give, and have compiled them."""
+        code = self._code(index)
+        run_forward = JitReplay(code.forward)
+        *hidden, logits_buffer = run_forward.step.kept
+        logits = Tensor(UOp.from_buffer(logits_buffer))
+        run_sample = JitReplay(lambda: code.sample(logits))
+        run_processed = JitReplay(lambda: code.sample(logits, self._context.state))
+        step = join_steps(run_forward.step, run_sample.step)
+        for captured, recorded in ((step, forward), (run_processed.step, processed)):
+            check_same_kernels(self.bucket.name, captured, recorded)
+
+        def run() -> None:
+            run_forward()
+            run_sample()
+
+        return GraphInstance(
+            packer=packer,
+            send=send,
+            step=step,
+            processed=run_processed.step,
+            hidden=tuple(hidden),
+            run=run,
+            run_forward=run_forward,
+            run_processed=run_processed,
+        )
 
     def _trace(self) -> tuple[Piece, Piece]:
-        """The step, and sampling from its logits as requests want them processed."""
-        context, layout = self._context, self._layout
-        model, backend, state = context.model, context.backend, context.state
-        inputs, output, newest = self._buffers[0].tensor, context.outputs[0], context.outputs[-1]
-        vocab_size, stride = model.config.vocab_size, model.logit_stride
-        # the part that sampling reads is the same for all buckets of so many sequences, and so are its programs
-        settings = head_of_tensor(inputs, layout.num_sampling_words)
+        """The step, and sampling from processed logits, on the first instance's tensors."""
+        context, code = self._context, self._code(0)
+        state = context.state
 
         def trace() -> Tensor:
-            logits = model(layout, inputs, context.pool, is_decode=self.bucket.is_decode, newest=newest)
-            keep(logits)
+            logits = code.forward()
             cut_here()
-            return backend.sample(logits, vocab_size, stride, settings, layout, output).realize()
+            return code.sample(logits)
 
-        own = {"inputs": inputs, **{f"output {i}": tensor for i, tensor in enumerate(context.outputs)}}
-        tensors = own | get_state_dict({"model": model, "backend": backend, "pool": context.pool})
-        name = step_name(self.bucket, model, backend, context.pool, layout, tensors)
-        forward = _restore_or_trace(trace, self._compiler.store, name, tensors)
+        # a kept step has no kernels to hand to TinyJit, which takes the kept programs only
+        store = None if context.is_jit else self._compiler.store
+        tensors = code.tensors | get_state_dict(
+            {"model": context.model, "backend": context.backend, "pool": context.pool}
+        )
+        name = step_name(self.bucket, context.model, context.backend, context.pool, self._layout, tensors)
+        forward = _restore_or_trace(trace, store, name, tensors)
         logits = Tensor(UOp.from_buffer(forward.step.kept[-1]))
-
-        def trace_processed() -> Tensor:
-            return backend.sample(logits, vocab_size, stride, settings, layout, output, state).realize()
-
-        tensors = own | {"logits": logits, "counts": state.counts, "mask": state.mask, "bias": state.bias}
-        return forward, _restore_or_trace(trace_processed, self._compiler.store, f"{name}-processed", tensors)
+        tensors = code.tensors | {"logits": logits, "counts": state.counts, "mask": state.mask, "bias": state.bias}
+        return forward, _restore_or_trace(lambda: code.sample(logits, state), store, f"{name}-processed", tensors)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A step that was restored, or is being made and then kept under `name`; `tensors`: what it reads and writes."""
+    """A step that was restored from `store`, or is being compiled and then saved there under `name`. `tensors`: what it
+    reads and writes. `store`: None where it is neither."""
 
     step: RecordedStep | TracedStep
+    store: ProgramStore | None
     name: str
     tensors: dict[str, Tensor]
 
@@ -198,9 +272,9 @@ class Piece:
         if isinstance(self.step, RecordedStep):
             return self.step
         step = self.step.finish(compiler)
-        if compiler.store is not None:
+        if self.store is not None:
             try:
-                compiler.store.write_step(self.name, save_step(step, self.tensors))
+                self.store.write_step(self.name, save_step(step, self.tensors))
             except CacheError as error:
                 logger.info("not kept for the next start: %s", error)
         return step
@@ -210,7 +284,7 @@ def _restore_or_trace(
     trace: Callable[[], Tensor], store: ProgramStore | None, name: str, tensors: dict[str, Tensor]
 ) -> Piece:
     step = _restore(store, name, tensors) if store is not None else None
-    return Piece(step or trace_step(trace), name, tensors)
+    return Piece(step or trace_step(trace), store, name, tensors)
 
 
 def _restore(store: ProgramStore, name: str, tensors: dict[str, Tensor]) -> RecordedStep | None:

@@ -17,12 +17,13 @@ from tinyvllm.device.accounting import DeviceAccount
 from tinyvllm.device.bandwidth import measure_bandwidth
 from tinyvllm.device.handle import FLOATS, open_device, usable_cores
 from tinyvllm.device.hardware import architecture, hardware_name, has_graphs, measure_flops, processor_name
+from tinyvllm.device.jit_replay import check_environment
 from tinyvllm.device.program_limits import ProgramFacts, program_facts
 from tinyvllm.device.program_store import ProgramStore, default_root, open_program_store
 from tinyvllm.device.transfer import OutputReader
 from tinyvllm.errors import DeviceError
 from tinyvllm.execution.buckets import Bucket, make_buckets
-from tinyvllm.execution.capacity import MemoryFacts, plan_capacity, scratch_bytes
+from tinyvllm.execution.capacity import MemoryFacts, jit_scratch_bytes, plan_capacity, scratch_bytes
 from tinyvllm.execution.captures import Captures
 from tinyvllm.execution.captures import Progress as Progress  # for those above
 from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, weight_facts
@@ -74,12 +75,16 @@ def make_runner(
     """`load_runner` for a model whose settings are known and whose tensors come from `source`."""
     report = progress or (lambda stage, done, total: None)
     device = open_device(min(config.cpu_cores or usable_cores(), model_config.num_kv_heads))
+    if config.capture == "tinyjit":
+        check_environment()
     free_bytes = device.free_memory()
     limits = resolve_limits(config, device)
     hardware = processor_name() if device.is_cpu else hardware_name(device)
     tuning.use(load_choices(choices_path(default_root().with_name("tuned"), device.name, hardware)))
     shape = AttentionShape(model_config.num_heads, model_config.num_kv_heads, model_config.head_dim)
     backend = make_backend(device, config.dtype, model_config.dtype, shape, dequantize=config.dequantize)
+    overlaps = not device.is_cpu if config.async_scheduling is None else config.async_scheduling
+    num_instances, buckets = 2 if overlaps else 1, make_buckets(limits, config)
     positions = min(config.max_model_len or model_config.max_position, model_config.max_position)
     model = make_model(model_config, source, backend, positions, lambda done, total: report("load", done, total))
     kv_dtype = backend.kv_dtype(config.kv_cache_dtype, model_config.dtype)
@@ -91,14 +96,15 @@ def make_runner(
         max_share=device.max_share,
         weight_bytes=weight_facts(model).nbytes
         + state_bytes(padded_rows(limits.max_num_seqs), model_config.vocab_size),
-        scratch_bytes=scratch_bytes(limits, model_config),
+        scratch_bytes=scratch_bytes(limits, model_config)
+        if config.capture == "replay"
+        else jit_scratch_bytes(buckets, num_instances, model_config),
         kv_bytes_per_token=model_config.kv_bytes_per_token(FLOATS[kv_dtype].itemsize),
     )
     capacity = plan_capacity(config, limits, model_config, memory)
     pool = backend.make_pool(model_config.num_layers, capacity.num_blocks, capacity.block_size, model.shape, kv_dtype)
     store = open_program_store(device.name) if config.compile_cache else None
-    overlaps = not device.is_cpu if config.async_scheduling is None else config.async_scheduling
-    return ModelRunner(model, backend, pool, capacity, make_buckets(limits, config), store, 2 if overlaps else 1)
+    return ModelRunner(model, backend, pool, capacity, buckets, store, num_instances, config.capture)
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class ModelRunner:
         buckets: list[Bucket],
         store: ProgramStore | None = None,
         max_in_flight: int = 1,
+        capture: str = "replay",
     ) -> None:
         device, num_rows = backend.device, padded_rows(capacity.max_num_seqs)
         self._outputs = [device.zeros(num_rows * OUT_WIDTH, dtypes.int) for _ in range(max_in_flight)]
@@ -142,7 +149,7 @@ class ModelRunner:
         self._state = SamplingState(device, num_rows, model.config.vocab_size)
         self._rows = SamplingRows(self._state)
         self._model, self._backend, self._pool = model, backend, pool
-        context = GraphContext(model, backend, pool, capacity, tuple(self._outputs), self._state)
+        context = GraphContext(model, backend, pool, capacity, tuple(self._outputs), self._state, capture)
         self.captures = Captures(buckets, context, store)
         self.capacity = capacity
 
@@ -233,7 +240,7 @@ class ModelRunner:
         if not flight.plan.pooled:
             return ()
         tokens = flight.graph.layout.num_tokens
-        parts = [self._backend.device.read_floats(buffer).reshape(tokens, -1) for buffer in flight.graph.hidden]
+        parts = [self._backend.device.read_floats(buffer).reshape(tokens, -1) for buffer in flight.instance.hidden]
         states = np.concatenate(parts, axis=1)  # (T, hidden)
         norm = self._model.norm
         states *= 1.0 / np.sqrt(np.mean(states**2, axis=1, keepdims=True) + norm.eps)

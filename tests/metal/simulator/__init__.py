@@ -85,6 +85,20 @@ def watching_device_memory(settings: Settings | None) -> Iterator[None]:
 
 
 @contextmanager
+def allowing_host_writes(settings: Settings | None) -> Iterator[None]:
+    """Within: the host may write into buffers that are in use. For words that the kernels in flight do not read: the
+    simulator only knows whole buffers. Without effect on a real device (no settings)."""
+    if settings is None:
+        yield
+        return
+    settings.watches_host_writes = False
+    try:
+        yield
+    finally:
+        settings.watches_host_writes = True
+
+
+@contextmanager
 def where_nothing_runs(settings: Settings) -> Iterator[None]:
     """Within: all but the kernels is as ever, and what they would have computed is 0."""
     settings.is_dry = True
@@ -149,6 +163,7 @@ __all__ = [
     "MetalError",
     "MslError",
     "Settings",
+    "allowing_host_writes",
     "install",
     "live_objects",
     "set_family",

@@ -1,0 +1,122 @@
+"""An engine whose steps TinyJit captured answers as one whose steps are replayed: docs/CAPTURE.md."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.engine.requests import SETTINGS, make_runner, run
+from tinyvllm import LLM, SamplingParams
+from tinyvllm.config import CAPTURE_VARIABLE, EngineConfig, ModelFiles
+from tinyvllm.engine.async_engine import AsyncEngine
+from tinyvllm.errors import TinyvllmError
+from tinyvllm.execution.runner import ModelRunner
+
+from tinygrad.helpers import GlobalCounters  # isort: skip  (tinyvllm makes its settings first)
+
+TEXT = "to be or not to be, that is the question"
+
+
+def kernels_of(runner: ModelRunner) -> dict[str, tuple[list[str], list[str]]]:
+    """By bucket: the programs of each instance's step, and of its sampling from processed logits, in their order."""
+    return {
+        f"{bucket.name} {index}": ([call.target.key.hex() for call in instance.step.calls],
+                                   [call.target.key.hex() for call in instance.processed.calls])
+        for bucket, graph in runner.captures.graphs.items()
+        for index, instance in enumerate(graph.instances)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("overlaps", [False, True], ids=["in turn", "overlapped"])
+def test_tinyjit_captures_the_recorded_kernels_in_their_order_with_the_same_tokens(
+    tiny_gguf_files: ModelFiles, overlaps: bool
+) -> None:
+    """Penalties, biases, masks that need the token before, seeds, chunks and preemptions among the requests."""
+    kernels, answers = [], []
+    for capture in ("replay", "tinyjit"):
+        runner = make_runner(tiny_gguf_files, async_scheduling=overlaps, capture=capture)
+        assert runner.max_in_flight == 1 + overlaps
+        kernels.append(kernels_of(runner))
+        tokens, core = run(runner, is_processed=True, num=20)
+        assert core.stats.num_preemptions > 0
+        answers.append((tokens, *run(runner)[:1]))
+        runner.close()
+    assert kernels[0] == kernels[1] and all(step and processed for step, processed in kernels[1].values())
+    assert answers[0] == answers[1]
+
+
+def test_cached_prefixes_scores_and_logprobs_are_the_same(tiny_gguf_files: ModelFiles) -> None:
+    answers = []
+    for capture in ("replay", "tinyjit"):
+        settings = SETTINGS | {"num_gpu_blocks_override": 33, "capture": capture}
+        llm = LLM(str(tiny_gguf_files.path), **settings)
+        params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=3, prompt_logprobs=2, ignore_eos=True)
+        first = llm.generate([TEXT, TEXT[:9]], params)
+        cached = llm.generate(TEXT, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))[0]
+        assert cached.num_cached_tokens >= 32
+        assert cached.outputs[0].token_ids == first[0].outputs[0].token_ids
+        answers.append([(one.outputs[0].token_ids, one.outputs[0].logprobs, one.prompt_logprobs) for one in first])
+        llm.close()
+    assert answers[0] == answers[1]
+
+
+async def test_embeddings_and_streams_of_a_server_are_the_same(tiny_gguf_files: ModelFiles) -> None:
+    """Graphs that come one by one while requests run, as a server's do."""
+
+    async def answer(capture: str) -> tuple[list[int], np.ndarray]:
+        config = EngineConfig(
+            str(tiny_gguf_files.path), warm_up="background", capture=capture, async_scheduling=True, **SETTINGS
+        )
+        engine = AsyncEngine.start(config)
+        params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+
+        async def stream(name: str) -> list[int]:
+            deltas = [delta async for delta in engine.generate([5, 9, 11], params, request_id=name)]
+            return [token for delta in deltas for token in delta.token_ids]
+
+        texts = await asyncio.gather(*[stream(f"s{number}") for number in range(3)])
+        embedding = await engine.embed(list(range(3, 40)), "mean", request_id="e")
+        assert texts[1:] == texts[:-1]
+        await engine.shutdown()
+        return texts[0], embedding
+
+    (tokens, embedding), (expected_tokens, expected_embedding) = await answer("tinyjit"), await answer("replay")
+    assert tokens == expected_tokens
+    np.testing.assert_array_equal(embedding, expected_embedding)
+
+
+def test_a_closed_runner_holds_no_memory(tiny_gguf_files: ModelFiles) -> None:
+    def used() -> int:
+        gc.collect()
+        return sum(GlobalCounters.mem_used_per_device[name] for name in ("CPU", "CPU:1"))
+
+    before = used()
+    for _ in range(2):
+        runner = make_runner(tiny_gguf_files, capture="tinyjit")
+        bucket = runner.buckets[0]
+        taken = used()
+        runner.recapture(bucket)
+        assert used() == taken, "a graph that was captured anew leaves nothing of the one before"
+        assert runner.scratch_bytes > 0
+        runner.close()
+        del runner
+    assert used() <= before
+
+
+def test_what_keeps_tinyjit_from_capturing_is_refused(
+    tiny_gguf_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(**settings: Any) -> None:
+        LLM(str(tiny_gguf_files.path), max_model_len=64, **settings)
+
+    with pytest.raises(TinyvllmError, match="--capture is 'graph': choose one of replay, tinyjit"):
+        start(capture="graph")
+    monkeypatch.setenv(CAPTURE_VARIABLE, "tinyjit")
+    assert EngineConfig("tiny").capture == "tinyjit" and EngineConfig("tiny", capture="replay").capture == "replay"
+    monkeypatch.setattr("tinygrad.helpers.JIT.value", 0)
+    with pytest.raises(TinyvllmError, match="JIT=0 turns TinyJit off: unset it, or use --capture replay"):
+        start()

@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tinyvllm.bench.report import format_number, make_title
 from tinyvllm.bench.rows import Row
+from tinyvllm.bench.tables import format_number, make_title
 
 
 def tag_capture(rows: Sequence[Row], capture: str) -> list[Row]:

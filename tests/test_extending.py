@@ -26,6 +26,7 @@ _FILE = re.compile(r"# (tinyvllm/[\w/]+)\.py\n")
 # The tables that examples add to, (module, name): each section works on copies of them.
 TABLES = (
     ("tinyvllm.cli.commands", "COMMANDS"),
+    ("tinyvllm.model.weights.quant", "QUANTIZED_KINDS"),
     ("tinyvllm.server.routes", "ROUTES"),
     ("tinyvllm.text.reasoning", "FORMATS"),
     ("tinyvllm.text.tools", "FAMILIES"),

@@ -1,35 +1,22 @@
 """ggml's quantized blocks taken apart, without loss, into codes, scales and minimums (tinyvllm.arrays.QuantizedMatrix).
 
 Block layouts: https://github.com/ggml-org/llama.cpp/blob/aca2e6ce7909064dbfbf3bd168e9ad3db1826e6c/ggml/src/ggml-common.h
-To add a kind, write a function like those below and add an entry to QUANTIZED_KINDS.
+To add a kind, write a function like those below and add an entry to QUANTIZED_KINDS: docs/EXTENDING.md has an example.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from tinyvllm.arrays import Format, QuantizedMatrix, ScaleFormat, Scales
 from tinyvllm.errors import ModelError, UnsupportedModelError
+from tinyvllm.model.weights.blocks import BlockKind, Parts, float16, nibbles, whole_rows
 
 GROUP = 32  # weights of a legacy block, and of a group in Q4_K and Q5_K
 SUPER = 256  # weights of a K quant's block
 BLOCK_SCALE = ScaleFormat(GROUP)
 STEPPED_SCALE = ScaleFormat(SUPER, has_steps=True)
-
-Parts: TypeAlias = tuple[np.ndarray, Scales, Scales | None]
-
-
-@dataclass(frozen=True)
-class BlockKind:
-    """A kind of ggml's blocks, named as ggml names it, and how its matrices are taken apart."""
-
-    format: Format
-    split: Callable[[np.ndarray], Parts]  # (N, B, bytes of a block) uint8, K = B * weights of a block -> codes, scales
 
 
 def decompose(ggml_type: str, raw: np.ndarray, shape: tuple[int, ...]) -> QuantizedMatrix:
@@ -51,34 +38,34 @@ def decompose(ggml_type: str, raw: np.ndarray, shape: tuple[int, ...]) -> Quanti
 
 def _q4_0(blocks: np.ndarray) -> Parts:
     """d f16 · 16 bytes of codes."""
-    return _rows(nibbles(blocks[..., 2:], GROUP)), _block_scales(blocks, 0), None
+    return whole_rows(nibbles(blocks[..., 2:], GROUP)), _block_scales(blocks, 0), None
 
 
 def _q4_1(blocks: np.ndarray) -> Parts:
     """d f16 · m f16 · 16 bytes of codes."""
-    return _rows(nibbles(blocks[..., 4:], GROUP)), _block_scales(blocks, 0), _block_scales(blocks, 2)
+    return whole_rows(nibbles(blocks[..., 4:], GROUP)), _block_scales(blocks, 0), _block_scales(blocks, 2)
 
 
 def _q5_0(blocks: np.ndarray) -> Parts:
     """d f16 · 32 fifth bits · 16 bytes of low bits."""
-    codes = _rows(nibbles(blocks[..., 6:], GROUP) | _fifth_bits(blocks[..., 2:6]))
+    codes = whole_rows(nibbles(blocks[..., 6:], GROUP) | _fifth_bits(blocks[..., 2:6]))
     return codes, _block_scales(blocks, 0), None
 
 
 def _q5_1(blocks: np.ndarray) -> Parts:
     """d f16 · m f16 · 32 fifth bits · 16 bytes of low bits."""
-    codes = _rows(nibbles(blocks[..., 8:], GROUP) | _fifth_bits(blocks[..., 4:8]))
+    codes = whole_rows(nibbles(blocks[..., 8:], GROUP) | _fifth_bits(blocks[..., 4:8]))
     return codes, _block_scales(blocks, 0), _block_scales(blocks, 2)
 
 
 def _q8_0(blocks: np.ndarray) -> Parts:
     """d f16 · 32 int8 codes."""
-    return _rows(np.ascontiguousarray(blocks[..., 2:])).view(np.int8), _block_scales(blocks, 0), None
+    return whole_rows(np.ascontiguousarray(blocks[..., 2:])).view(np.int8), _block_scales(blocks, 0), None
 
 
 def _q4_k(blocks: np.ndarray) -> Parts:
     """d f16 · dmin f16 · 12 bytes of scales and minimums · 128 bytes of codes."""
-    return _rows(nibbles(blocks[..., 16:], 64)), *_k_scales(blocks)
+    return whole_rows(nibbles(blocks[..., 16:], 64)), *_k_scales(blocks)
 
 
 def _q5_k(blocks: np.ndarray) -> Parts:
@@ -86,7 +73,7 @@ def _q5_k(blocks: np.ndarray) -> Parts:
     rows, per_row, _ = blocks.shape
     groups = np.arange(SUPER // GROUP, dtype=np.uint8)[:, None]
     fifth = (blocks[..., None, 16:48] >> groups & 1) << 4  # (N, B, 8, 32)
-    codes = _rows(nibbles(blocks[..., 48:], 64) | fifth.reshape(rows, per_row, SUPER))
+    codes = whole_rows(nibbles(blocks[..., 48:], 64) | fifth.reshape(rows, per_row, SUPER))
     return codes, *_k_scales(blocks)
 
 
@@ -95,8 +82,8 @@ def _q6_k(blocks: np.ndarray) -> Parts:
     rows, per_row, _ = blocks.shape
     high = blocks[..., 128:192].reshape(rows, per_row, 2, 1, 32)
     high = (high >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3) << 4  # (N, B, 2, 4, 32)
-    codes = _rows(nibbles(blocks[..., :128], 128) | high.reshape(rows, per_row, SUPER))
-    steps = _rows(np.ascontiguousarray(blocks[..., 192:208])).view(np.int8)
+    codes = whole_rows(nibbles(blocks[..., :128], 128) | high.reshape(rows, per_row, SUPER))
+    steps = whole_rows(np.ascontiguousarray(blocks[..., 192:208])).view(np.int8)
     return codes, Scales(float16(blocks, 208), steps), None
 
 
@@ -115,30 +102,9 @@ QUANTIZED_KINDS = {
 }
 
 
-def _rows(parts: np.ndarray) -> np.ndarray:
-    """(N, B, parts of a block) -> (N, all parts of a row)."""
-    return parts.reshape(parts.shape[0], -1)
-
-
-def nibbles(packed: np.ndarray, span: int) -> np.ndarray:
-    """Four-bit codes, (N, B, 2 * bytes): of every `span` codes the low halves of the bytes hold the first, the high
-    halves the second span / 2."""
-    rows, per_row, num_bytes = packed.shape
-    packed = packed.reshape(rows, per_row, num_bytes * 2 // span, span // 2)
-    codes = np.empty((*packed.shape[:3], 2, span // 2), np.uint8)
-    np.bitwise_and(packed, 0x0F, out=codes[..., 0, :])
-    np.right_shift(packed, 4, out=codes[..., 1, :])
-    return codes.reshape(rows, per_row, num_bytes * 2)
-
-
 def _fifth_bits(packed: np.ndarray) -> np.ndarray:
     """(N, B, 4) bytes -> (N, B, 32), 16 where the weight's bit is set: weight i has bit i, lowest first."""
     return np.unpackbits(packed, axis=-1, bitorder="little") << 4
-
-
-def float16(blocks: np.ndarray, begin: int) -> np.ndarray:
-    """The half-precision number at byte `begin` of each block, (N, B)."""
-    return np.ascontiguousarray(blocks[..., begin : begin + 2]).view(np.float16)[..., 0]
 
 
 def _block_scales(blocks: np.ndarray, begin: int) -> Scales:
@@ -154,4 +120,4 @@ def _k_scales(blocks: np.ndarray) -> tuple[Scales, Scales]:
     first, second, low = (blocks[..., begin : begin + 4] for begin in (4, 8, 12))
     steps = np.concatenate([first & 0x3F, low & 0x0F | first >> 2 & 0x30], axis=-1)
     minimums = np.concatenate([second & 0x3F, low >> 4 | second >> 2 & 0x30], axis=-1)
-    return Scales(float16(blocks, 0), _rows(steps)), Scales(-float16(blocks, 2), _rows(minimums))
+    return Scales(float16(blocks, 0), whole_rows(steps)), Scales(-float16(blocks, 2), whole_rows(minimums))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import replace
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from ml_dtypes import bfloat16
 
-from tinyvllm.arrays import HostMatrix, QuantizedMatrix
+from tinyvllm.arrays import HostMatrix, QuantizedMatrix, Scales, to_float32
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
 
@@ -19,11 +20,6 @@ DRAWN_ROWS = 61  # drawn for a matrix, then repeated: billions of numbers would 
 
 # llama.cpp's choice for matrices whose rows are not whole blocks of 256 (llama-quant.cpp, tensor_type_fallback)
 NARROW_KINDS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-CODE_SPREAD = {"Q4": 4.6, "Q5": 9.2, "Q6": 18.5, "Q8": 74.0}  # standard deviation of codes that are equally likely
-MIDDLE_CODE = {"Q4": 7.5, "Q5": 15.5}  # of the kinds with a minimum, which takes this many scales off
-K_STEP = 56  # what the 6-bit steps of Q4_K and Q5_K, one a scale and one a minimum, multiply that spread by
-Q6_STEP = 74  # the spread of Q6_K's int8 steps
-Q6_SCALE_AT = 208  # the byte of a Q6_K block where its scale is; the other kinds begin with theirs
 
 
 class RandomWeights:
@@ -62,20 +58,19 @@ def draw_quantized(kind: str, rows: int, cols: int, rng: np.random.Generator) ->
     if cols % block_size and kind in NARROW_KINDS:
         return draw_quantized(NARROW_KINDS[kind], rows, cols, rng)
     raw = rng.integers(0, 256, (rows, cols // block_size, block_bytes), np.uint8)
-    bits = kind[:2]
-    scale = 1 / (math.sqrt(cols) * CODE_SPREAD[bits])
-    if kind == "Q6_K":
-        _set_half(raw, Q6_SCALE_AT, scale / Q6_STEP)
-    elif kind.endswith("_K"):
-        _set_half(raw, 0, scale / K_STEP)
-        _set_half(raw, 2, scale / K_STEP * MIDDLE_CODE[bits])
-    else:
-        _set_half(raw, 0, scale)
-        if kind.endswith("_1"):
-            _set_half(raw, 2, -scale * MIDDLE_CODE[bits])
-    return decompose(kind, raw, (rows, cols))
+    drawn = decompose(kind, raw, (rows, cols))
+    # codes and steps as drawn; bases of 1, and of the mean code below zero for minimums, tell the spread of these
+    unit = _with_bases(drawn, 1.0)
+    return _with_bases(drawn, 1 / (math.sqrt(cols) * float(to_float32(unit).std())))
 
 
-def _set_half(raw: np.ndarray, begin: int, value: float) -> None:
-    """Write one half-precision number at byte `begin` of every block."""
-    raw[..., begin : begin + 2] = np.array([value], np.float16).view(np.uint8)
+def _with_bases(matrix: QuantizedMatrix, scale: float) -> QuantizedMatrix:
+    """The same codes and steps, with `scale` as the base of all scales, and minimums that take their mean off."""
+
+    def filled(scales: Scales, value: float) -> Scales:
+        return replace(scales, base=np.full_like(scales.base, value))
+
+    minimum = matrix.minimum
+    if minimum is not None:
+        minimum = filled(minimum, -scale * float(matrix.code_values.mean()))
+    return replace(matrix, scale=filled(matrix.scale, scale), minimum=minimum)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tinygrad import Tensor, UOp
 
 from tests.ops.builders import largest_difference, make_host, normal
-from tests.ops.formats import BY_NAME, FORMATS, FP4, affine, any_format, draw_matrix
-from tests.ops.test_gpu_fused import rendered
+from tests.ops.formats.drawn import BY_NAME, FORMATS, FP4, affine, any_format, draw_matrix
+from tests.ops.rendering import rendered
 from tinyvllm.arrays import Format, QuantizedMatrix, ScaleFormat, stack_rows, take_rows, to_float32
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import InvariantError, UnsupportedModelError

@@ -1,0 +1,45 @@
+"""What ggml's blocks of quantized weights are taken apart with.
+
+Blocks come as (N, B, bytes of a block) uint8: B blocks in each of N rows, so that K = B * weights of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from tinyvllm.arrays import Format, Scales
+
+Parts: TypeAlias = tuple[np.ndarray, Scales, Scales | None]  # codes (N, K), scales, minimums
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """A kind of blocks, whose format bears ggml's name, and the function that takes a matrix of them apart."""
+
+    format: Format
+    split: Callable[[np.ndarray], Parts]
+
+
+def whole_rows(parts: np.ndarray) -> np.ndarray:
+    """(N, B, parts of a block) -> (N, all parts of a row)."""
+    return parts.reshape(parts.shape[0], -1)
+
+
+def nibbles(packed: np.ndarray, span: int) -> np.ndarray:
+    """Four-bit codes, (N, B, 2 * bytes): of every `span` codes the low halves of the bytes hold the first, the high
+    halves the second span / 2."""
+    rows, per_row, num_bytes = packed.shape
+    packed = packed.reshape(rows, per_row, num_bytes * 2 // span, span // 2)
+    codes = np.empty((*packed.shape[:3], 2, span // 2), np.uint8)
+    np.bitwise_and(packed, 0x0F, out=codes[..., 0, :])
+    np.right_shift(packed, 4, out=codes[..., 1, :])
+    return codes.reshape(rows, per_row, num_bytes * 2)
+
+
+def float16(blocks: np.ndarray, begin: int) -> np.ndarray:
+    """The half-precision number at byte `begin` of each block, (N, B)."""
+    return np.ascontiguousarray(blocks[..., begin : begin + 2]).view(np.float16)[..., 0]

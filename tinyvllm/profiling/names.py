@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 ANSI = re.compile(r"\x1b(?:\[[0-9;]*[A-Za-z]?)?")
-_SHAPE = re.compile(r"_\d+(?:x\d+)*(?:_wide\d+)?$")  # behind it: how much threadgroup memory a launch takes
+_SHAPE = re.compile(r"_\d+(?:x\d+)*$")
 _FORMAT = re.compile(r"_(?:float\d+|bfloat16|half|(?:I?Q\d\w*?))$")
 _GENERATED = re.compile(r"^[rE](?:n\d+)?(?:_\d+)*(?:n\d+)?$")
 _WORDS = {

@@ -375,10 +375,9 @@ def prefill_kernel(spec: PrefillSpec) -> KernelFn:
         totals, sums = tile.attend()
         stores = tile.stores(out, totals, sums)
         tokens, context = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
-        name = f"prefill_attention_{tokens}x{spec.num_heads}x{spec.head_dim}"
         return finish(
             UOp.group(*stores).end(*reversed(tile.axes)),
-            f"{name}_wide{spec.shared_bytes}" if spec.uses_wgmma else name,
+            f"prefill_attention_{tokens}x{spec.num_heads}x{spec.head_dim}",
             ops=4 * tokens * spec.num_heads * spec.head_dim * context,
             nbytes=4 * tokens * spec.slot_elements * context // spec.tokens,
         )
@@ -664,7 +663,7 @@ class _HopperTile(_AttentionTile):
 
     def attend(self) -> tuple[list[UOp], list[UOp]]:
         spec, body = self.spec, self.body
-        memory = declare()
+        memory = declare(spec.shared_bytes)
         primed = (self._put_queries(memory), self._copy(0, self.key_slots(0), memory))
         stats, sums = body.registers(4), body.registers(spec.head_dim // 8 * 4)  # two rows' maxima and totals
         init = [UOp.const(LOWEST, F32)] * 2 + zeros(2)

@@ -198,7 +198,7 @@ def wgmma_kernel(spec: WgmmaSpec) -> KernelFn:
         done = UOp(Ops.BARRIER, src=(work.fetch_tiles(ready), work.multiply_tiles(ready)))
         if spec.cluster > 1:  # none may leave whose memory the other still writes to
             done = meet(done)
-        name = f"{spec.name}_float16_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}_wide{spec.shared_bytes}"
+        name = f"{spec.name}_float16_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
         size = spec.num_rows * spec.num_cols
         return finish(done.end(*reversed(work.axes)), name, ops=2 * spec.num_tokens * size, nbytes=2 * size)
 
@@ -239,7 +239,7 @@ class _WgmmaKernel:
 
     def prepare(self) -> UOp:
         """Maps, barriers, and memory are there."""
-        spec, memory = self.spec, declare()
+        spec, memory = self.spec, declare(self.spec.shared_bytes)
         end = spec.stages * spec.stage_bytes
         word = self.number * (2 * MAP_WORDS)
         # cleared, so that tinygrad knows them to be written: statements of ours it does not understand

@@ -27,7 +27,6 @@ from tinygrad.uop.ops import Ops
 from tinyvllm.ops.kernel.body import F16, F32, I32
 
 ARCH = "sm_90"
-BYTES_IN_NAME = re.compile(r"_wide(\d+)$")
 CLUSTER = 2  # threadgroups of a cluster, on two neighboring multiprocessors
 CLUSTERED = "barrier.cluster"  # occurs in the source of kernels whose threadgroups form clusters
 
@@ -36,15 +35,18 @@ WGMMA_COLS = 64  # columns of a tile: 128 bytes, the span that the copy engine s
 MAP_WORDS = 32  # words of a tensor map
 HOPPER_SHARED_BYTES = 227 << 10  # threadgroup memory that a kernel may use
 
+# The size is only known to the launch, so the kernel states it: as a comment, which stays in the PTX
 DECLARE = (
-    "extern __shared__ __align__(1024) unsigned char wide_memory[];\n"
-    "unsigned wide = (unsigned)__cvta_generic_to_shared(wide_memory);"
+    "extern __shared__ __align__(1024) unsigned char shared_memory[];\n"
+    "unsigned shared = (unsigned)__cvta_generic_to_shared(shared_memory);\n"
+    'asm volatile("// dynamic shared memory: %d bytes");'
 )
+DECLARED = re.compile(rb"// dynamic shared memory: (\d+) bytes")
 # Written in threadgroup memory, the only place where fields of a map can be set, and then copied to where the copy
 # engine reads it. The fields that are not set here stay 0. What is set: float16 (6), swizzle by 128 bytes (3), zeros
 # outside the matrix.
 DESCRIBE = """if (threadIdx.y == {warp}) {{{{
-  unsigned map = wide + {place};
+  unsigned map = shared + {place};
   asm volatile("st.shared.u32 [%0], 0;" :: "r"(map + threadIdx.x * 4) : "memory");
   __syncwarp();
   if (threadIdx.x == 0) {{{{
@@ -61,42 +63,42 @@ ACQUIRE_MAP = 'asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 12
 # the first `count` barriers expect `first` arrivals, the next `count` expect `second`
 BARRIERS = """if (threadIdx.x == 0 && threadIdx.y == 0) {{{{
   for (int i = 0; i < {count}; i++) {{{{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(wide + {at} + i * 8), "r"({first}));
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(wide + {at} + {count} * 8 + i * 8), "r"({second}));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared + {at} + i * 8), "r"({first}));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared + {at} + {count} * 8 + i * 8), "r"({second}));
   }}}}
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }}}}"""
 MEET = 'asm volatile("barrier.cluster.arrive.release;\\nbarrier.cluster.wait.acquire;" ::: "memory");'
 WAIT = (
     'asm volatile("{{ .reg .pred done;\\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\\n'
-    '@done bra over;\\nbra again;\\nover: }}" :: "r"(wide + {0}), "r"({1}) : "memory");'
+    '@done bra over;\\nbra again;\\nover: }}" :: "r"(shared + {0}), "r"({1}) : "memory");'
 )
-EXPECT = 'asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%%0], %d;" :: "r"(wide + {0}) : "memory");'
+EXPECT = 'asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%%0], %d;" :: "r"(shared + {0}) : "memory");'
 FETCH = (
     'asm volatile("cp.async.bulk.tensor.%dd.shared::cluster.global.mbarrier::complete_tx::bytes%s [%%0], '
-    '[%%1, {{%s}}], [%%2]%s;" :: "r"(wide + {0}), "l"({1}), "r"(wide + {2}), %s : "memory");'
+    '[%%1, {{%s}}], [%%2]%s;" :: "r"(shared + {0}), "l"({1}), "r"(shared + {2}), %s : "memory");'
 )
 COPY = (
-    'asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(wide + {0}), "l"({1}), "r"({2}) : "memory");'
+    'asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared + {0}), "l"({1}), "r"({2}) : "memory");'
 )
 STORE = (
     'asm volatile("st.shared.v4.b32 [%0], {{%1, %2, %3, %4}};" :: '
-    '"r"(wide + {0}), "r"({1}), "r"({2}), "r"({3}), "r"({4}) : "memory");'
+    '"r"(shared + {0}), "r"({1}), "r"({2}), "r"({3}), "r"({4}) : "memory");'
 )
 ARRIVE_COPIES = 'asm volatile("cp.async.wait_group 0;\\nfence.proxy.async.shared::cta;" ::: "memory");'
 # with a predicate: at a branch the compiler would wait for the products that are in flight
 ARRIVE = (
     'asm volatile("{{ .reg .pred is_one;\\nsetp.ne.s32 is_one, %1, 0;\\n'
-    '@is_one mbarrier.arrive.shared::cta.b64 _, [%0]; }}" :: "r"(wide + {0}), "r"((int)({1})) : "memory");'
+    '@is_one mbarrier.arrive.shared::cta.b64 _, [%0]; }}" :: "r"(shared + {0}), "r"((int)({1})) : "memory");'
 )
 ARRIVE_THERE = (
     'asm volatile("{{ .reg .pred is_one;\\n.reg .b32 there;\\nsetp.ne.s32 is_one, %1, 0;\\n'
     "mapa.shared::cluster.u32 there, %0, %2;\\n@is_one mbarrier.arrive.shared::cluster.b64 _, [there]; "
-    '}}" :: "r"(wide + {0}), "r"((int)({1})), "r"({2}) : "memory");'
+    '}}" :: "r"(shared + {0}), "r"((int)({1})), "r"({2}) : "memory");'
 )
 # A tile with swizzled rows of 128 bytes, 8 rows every 1024 bytes (PTX ISA, "wgmma", matrix descriptor). Its address is
 # added, in units of 16 bytes.
-DESCRIPTOR = "0x4000004000010000ull + ((wide + {%d}) >> 4)"
+DESCRIPTOR = "0x4000004000010000ull + ((shared + {%d}) >> 4)"
 FENCE = 'asm volatile("wgmma.fence.sync.aligned;" ::: "memory");'
 COMMIT = 'asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");'
 
@@ -135,11 +137,16 @@ def allows_wgmma(device_name: str) -> bool:
         assert make is not None
 
         def program(owner: Any, compiled: TinyELF) -> Any:
-            found = BYTES_IN_NAME.search(compiled.name)
-            return make(owner, compiled, smem=int(found[1])) if found else make(owner, compiled)
+            return make(owner, compiled, smem=declared_bytes(compiled.lib))
 
         device.runtime_t = program
     return True
+
+
+def declared_bytes(ptx: bytes) -> int:
+    """The size of the threadgroup memory that a compiled kernel has declared with `declare`; 0 if it has not."""
+    found = DECLARED.search(ptx)
+    return int(found[1]) if found else 0
 
 
 def has_wgmma(device_name: str) -> bool:
@@ -154,9 +161,9 @@ def statement(text: str, *operands: UOp) -> UOp:
     return UOp(Ops.CUSTOM, dtypes.void, src=operands, arg=text)
 
 
-def declare() -> UOp:
-    """The kernel's memory: every statement that names a place comes behind it."""
-    return statement(DECLARE, UOp.const(0.0, F16))
+def declare(num_bytes: int) -> UOp:
+    """Declare the kernel's threadgroup memory. Every statement with a place comes after it."""
+    return statement(DECLARE % num_bytes, UOp.const(0.0, F16))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from tinygrad import Tensor, UOp
 from tests.ops.builders import largest_difference, make_host, normal
 from tests.ops.formats.drawn import BY_NAME, FORMATS, FP4, affine, any_format, draw_matrix
 from tests.ops.rendering import rendered
-from tinyvllm.arrays import Format, QuantizedMatrix, ScaleFormat, stack_rows, take_rows, to_float32
+from tinyvllm.arrays import DENSE_BITS, Format, QuantizedMatrix, ScaleFormat, stack_rows, take_rows, to_float32
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import InvariantError, UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS
@@ -288,3 +289,22 @@ def test_matrices_whose_scales_differ_are_not_stacked() -> None:
     hosts = [draw_matrix(fmt, 32, COLS) for fmt in (affine(4, 64), affine(4, 64, "bfloat16"), affine(4, 32))]
     assert len(stack_rows(hosts)) == 3
     assert len(stack_rows([*hosts, hosts[-1]])) == 3
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_has_every_format_with_its_size_and_readers() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "FORMATS.md").read_text(encoding="utf-8")
+    table = text[text.index("| format | read from") :].split("\n\n")[0].splitlines()[2:]
+    rows = {cells[0]: cells for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in table)}
+    dense = [Format(name, bits) for name, bits in DENSE_BITS.items()]
+    loaded = [*dense, *(kind.format for kind in QUANTIZED_KINDS.values())]
+    known = {fmt.name: fmt for fmt in [*reversed(FORMATS), *loaded]}
+    assert rows.keys() == known.keys() - {"affine4_g16"}
+    assert {name for name, cells in rows.items() if cells[1]} == {fmt.name for fmt in loaded}
+    for name, (_, _, bits, group, *_, fused) in rows.items():
+        fmt = known[name]
+        host = draw_matrix(fmt, 32, 512) if fmt.is_quantized else make_host(name, 32, 512)
+        assert pack(host, "row", None, "CPU").nbytes * 8 / (32 * 512) == float(bits), name
+        assert (group or "0", fused) == (str(fmt.group), "yes" if covers(fmt) else "no"), name

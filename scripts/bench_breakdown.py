@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Where the time of an engine goes: `tinyvllm bench breakdown` from a checkout. docs/PROFILING.md reads its output.
+"""Run `tinyvllm bench breakdown` from a checkout: where an engine's time goes. docs/PROFILING.md explains the output.
 
 python scripts/bench_breakdown.py --model smollm2-135m-instruct --json out.json
 """

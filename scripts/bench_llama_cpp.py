@@ -1,12 +1,12 @@
-"""The same GGUF file through llama.cpp, in the rows of `tinyvllm bench latency`: figures to set ours beside.
+"""Measure a GGUF file with llama.cpp, as rows of `tinyvllm bench latency`, to compare with ours.
 
-    pip install xllamacpp gguf rich        # in an environment of its own; xllamacpp brings a prebuilt llama.cpp
+    pip install xllamacpp gguf rich        # in a separate environment; xllamacpp includes a prebuilt llama.cpp
     python scripts/bench_llama_cpp.py MODEL.gguf --threads 2 --json llama_cpp.json
 
-Prompts are the same random ids. Times are llama.cpp's own: of a whole repeat, so that its steps have no spread of their
-own. It counts the first token, which the prompt's step samples, among the generated ones but not in their time; here
-a repeat of N decode steps asks for N + 1 tokens and divides by N. With several sequences at once there is only the wall
-clock: the time of N + 1 tokens less that of 1, over N.
+Prompts are random ids. Times are llama.cpp's own, of a whole repeat, so single steps have no spread. It counts the
+first token, which the prompt's step samples, as generated, but does not include it in the time. So a repeat of N decode
+steps requests N + 1 tokens, and its time is divided by N. With several sequences at once only wall-clock time is
+available: the time of N + 1 tokens minus that of 1, divided by N.
 """
 
 from __future__ import annotations
@@ -48,17 +48,21 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Decode and prefill with llama.cpp, as rows of tinyvllm's benchmarks.")
+    parser = argparse.ArgumentParser(
+        description="Time decoding and prefill in llama.cpp, as rows of tinyvllm's benchmarks."
+    )
     lengths: dict[str, Any] = {
         "type": lambda text: [int(part) for part in text.split(",") if part],
         "metavar": "LENGTHS",
     }
     parser.add_argument("model", type=Path, metavar="MODEL.gguf")
     parser.add_argument("--threads", type=int, default=2, metavar="COUNT")
-    parser.add_argument("--prefill", default=[512], help="prompt lengths, as 128,512", **lengths)
+    parser.add_argument("--prefill", default=[512], help="prompt lengths, such as 128,512", **lengths)
     parser.add_argument("--context", default=[128, 1024], help="tokens before the first decode step", **lengths)
-    parser.add_argument("--parallel", type=int, default=16, metavar="COUNT", help="sequences at once; 1: leave it out")
-    parser.add_argument("--tokens", type=int, default=32, metavar="COUNT", help="decode steps in a repeat")
+    parser.add_argument(
+        "--parallel", type=int, default=16, metavar="COUNT", help="sequences at once; 1: skip these rows"
+    )
+    parser.add_argument("--tokens", type=int, default=32, metavar="COUNT", help="decode steps per repeat")
     parser.add_argument("--repeats", type=int, default=5, metavar="COUNT")
     parser.add_argument("--seed", type=int, default=0, metavar="INTEGER")
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; -: as the last line of stdout")
@@ -66,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def describe(args: argparse.Namespace) -> tuple[Machine, int]:
-    """What the rows have in common, and the size of the vocabulary."""
+    """The facts that all rows share, and the size of the vocabulary."""
     reader = GGUFReader(args.model)
     file_type = reader.get_field("general.file_type")
     machine = Machine(
@@ -79,11 +83,11 @@ def describe(args: argparse.Namespace) -> tuple[Machine, int]:
         environment=describe_environment(args.seed, library="xllamacpp"),
     )
     (embedding,) = (tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
-    return machine, int(embedding.shape[1])  # ggml's order: columns first
+    return machine, int(embedding.shape[1])  # ggml lists columns first
 
 
 class Bench:
-    """Runs the cases, each on a server with as many slots as it needs. One untimed repeat comes first."""
+    """Runs each case on a server with as many slots as it needs, after one untimed repeat."""
 
     def __init__(self, args: argparse.Namespace, machine: Machine, vocab_size: int) -> None:
         self.args = args
@@ -117,14 +121,14 @@ class Bench:
         params = xllamacpp.CommonParams()
         params.model.path = str(self.args.model)
         params.n_parallel = num_slots
-        params.n_ctx = num_slots * -(-max_tokens // 256) * 256  # shared out between the slots
+        params.n_ctx = num_slots * -(-max_tokens // 256) * 256  # divided among the slots
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.args.threads
         params.cache_ram_mib = 0
         params.verbosity = 0
         return xllamacpp.Server(params)
 
     def complete(self, server: Any, num_prompt: int, num_predicted: int) -> dict[str, Any]:
-        """Generate from a random prompt; llama.cpp's timings."""
+        """Generate from a random prompt. Returns llama.cpp's timings."""
         answer = server.handle_completions(
             {
                 "prompt": [self.random.randrange(self.vocab_size) for _ in range(num_prompt)],

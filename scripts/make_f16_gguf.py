@@ -1,9 +1,10 @@
-"""Write a GGUF file's matrices as F16, so that one model can be measured in both forms, by us and by llama.cpp.
+"""Convert a GGUF file's matrices to F16, so that the same model can be measured in both formats, by us and by
+llama.cpp.
 
-    pip install gguf                       # in an environment of its own
+    pip install gguf                       # in a separate environment
     python scripts/make_f16_gguf.py models/smollm2-135m-instruct.gguf /tmp/smollm2-135m-f16.gguf
 
-Vectors (norms) are written as float32. The values are those that the quantised matrices stand for, rounded to float16.
+Vectors (norms) are written as float32. The values are the dequantized ones, rounded to float16.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ def main() -> None:
     parser.add_argument("target", type=Path, metavar="F16.gguf")
     args = parser.parse_args()
     if args.target.exists():
-        parser.error(f"{args.target} exists: name a new file, or delete it first")
+        parser.error(f"{args.target} exists: choose another name, or delete it first")
     convert(GGUFReader(args.source), args.target)
 
 
 def convert(reader: GGUFReader, target: Path) -> None:
-    """Copy metadata and tensors; raises ValueError where the file names no architecture."""
+    """Copy metadata and tensors. Raises ValueError if the file names no architecture."""
     architecture = reader.get_field("general.architecture")
     if architecture is None:
         raise ValueError("the file has no general.architecture: is it a model?")
@@ -40,7 +41,7 @@ def convert(reader: GGUFReader, target: Path) -> None:
             element = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=element)
     for tensor in reader.tensors:
-        values = dequantize(tensor.data, tensor.tensor_type)  # (rows, columns), or (columns,) of a vector
+        values = dequantize(tensor.data, tensor.tensor_type)  # (rows, columns), or (columns,) for a vector
         is_matrix = len(tensor.shape) > 1
         kind = GGMLQuantizationType.F16 if is_matrix else GGMLQuantizationType.F32
         values = np.ascontiguousarray(values, dtype=np.float16 if is_matrix else np.float32)

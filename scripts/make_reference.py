@@ -1,8 +1,8 @@
-"""Write tests/data/smollm2_reference.json: what an implementation that shares no code with ours says of our model.
+"""Write tests/data/smollm2_reference.json: the output of an implementation that shares no code with ours.
 
-transformers' LlamaForCausalLM in float32 on the CPU, its weights dequantised by the `gguf` package. Nothing of
-tinyvllm is imported. Token ids of prompts are llama.cpp's (package xllamacpp), which must agree with transformers'
-reading of the file's tokenizer; llama.cpp's greedy tokens are compared too, from the same weights written as float32.
+It is transformers' LlamaForCausalLM in float32 on the CPU, with weights dequantized by the `gguf` package. Imports
+nothing from tinyvllm. The prompts' token ids are llama.cpp's (package xllamacpp), and must agree with transformers'
+version of the file's tokenizer. llama.cpp's greedy tokens, from the same weights in float32, are compared too.
 
     pip install 'tinyvllm[oracle]' xllamacpp
     python scripts/make_reference.py MODEL.gguf
@@ -33,7 +33,7 @@ SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
 def chat(*turns: str, system: str = SYSTEM) -> str:
-    """The model's own chat format, spelled out: turns alternate between user and assistant, the last is the user's."""
+    """The model's chat format, spelled out. Turns alternate between user and assistant; the last is the user's."""
     text = f"<|im_start|>system\n{system}<|im_end|>\n"
     for i, turn in enumerate(turns):
         text += f"<|im_start|>{'assistant' if i % 2 else 'user'}\n{turn}<|im_end|>\n"
@@ -84,7 +84,8 @@ PROMPTS: dict[str, str] = {
 
 
 def load_tokenizer(path: Path) -> Any:
-    """transformers' reading of the file, with the split of SmolLM2's tokenizer.json, which that reading leaves out."""
+    """transformers' version of the file's tokenizer, with the splits of SmolLM2's tokenizer.json, which it leaves
+    out."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -93,7 +94,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def unpermute(weights: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undo the row order of llama.cpp's converter: pairs (i, i + D/2) of a head lie side by side in the file."""
+    """Undo the row order of llama.cpp's converter, which stores the pairs (i, i + D/2) of a head side by side."""
     rows, columns = weights.shape
     paired = weights.reshape(num_heads, rows // num_heads // 2, 2, columns)
     return paired.swapaxes(1, 2).reshape(rows, columns)
@@ -146,7 +147,8 @@ def load_model(reader: gguf.GGUFReader) -> transformers.LlamaForCausalLM:
 
 
 def generate(model: transformers.LlamaForCausalLM, prompt_ids: list[int]) -> dict[str, Any]:
-    """NUM_STEPS greedy tokens, EOS not heeded, with the likeliest NUM_TOP and the gap between the first two at each."""
+    """NUM_STEPS greedy tokens, ignoring EOS, each with the NUM_TOP most likely tokens and the gap between the first
+    two."""
     output_ids: list[int] = []
     top_ids, top_logprobs, gaps = [], [], []
     result = model(torch.tensor([prompt_ids]), use_cache=True)
@@ -184,7 +186,7 @@ def write_float32(reader: gguf.GGUFReader, path: Path) -> None:
 
 
 class LlamaCpp:
-    """A llama.cpp server in this process, asked over its loopback HTTP address."""
+    """A llama.cpp server in this process, called over HTTP on its loopback address."""
 
     def __init__(self, path: Path) -> None:
         import xllamacpp
@@ -208,7 +210,8 @@ class LlamaCpp:
         return ids
 
     def generate(self, prompt_ids: list[int], eos_id: int) -> list[int]:
-        """NUM_STEPS greedy tokens. It stops at EOS (its ignore_eos would forbid the token), so it is asked to go on."""
+        """NUM_STEPS greedy tokens. It stops at EOS, since its ignore_eos would ban the token, so it is asked to
+        continue."""
         ids: list[int] = []
         while len(ids) < NUM_STEPS:
             body = {"prompt": prompt_ids + ids, "n_predict": NUM_STEPS - len(ids), "temperature": 0.0}
@@ -220,7 +223,7 @@ class LlamaCpp:
 
 
 def count_equal(a: list[int], b: list[int]) -> int:
-    """How many leading tokens agree."""
+    """The number of leading tokens that agree."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

@@ -1,7 +1,8 @@
-"""Write tests/clients/facts/scores.json: how likely transformers finds each answer to the questions beside it.
+"""Write tests/clients/facts/scores.json: the log probability that transformers gives to each answer of the questions in
+that directory.
 
-The same float32 model as scripts/make_reference.py, whose reading of the file it uses. Contexts and answers are cut as
-lm-eval cuts them: both are encoded together, and what follows the context's own tokens is the answer's.
+Uses the same float32 model as scripts/make_reference.py, and its loader. Contexts and answers are split as in lm-eval:
+both are encoded together, and the tokens after the context's own belong to the answer.
 
     pip install 'tinyvllm[oracle]' xllamacpp
     python scripts/make_scores_reference.py MODEL.gguf
@@ -24,7 +25,7 @@ FOLDER = Path(__file__).parent.parent / "tests" / "clients" / "facts"
 
 
 def score(model: Any, tokenizer: Any, question: str, answer: str) -> tuple[float, bool]:
-    """(the answer's log probability, whether each of its tokens is the likeliest)."""
+    """(the answer's log probability, whether each of its tokens is the most likely one)."""
     start = len(tokenizer(question)["input_ids"])
     ids = tokenizer(f"{question} {answer}")["input_ids"]
     logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)

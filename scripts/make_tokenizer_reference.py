@@ -1,8 +1,8 @@
-"""Write tests/text/data/tokenizer_reference.json: llama.cpp's token ids of hard strings.
+"""Write tests/text/data/tokenizer_reference.json: llama.cpp's token ids for difficult strings.
 
-Three parts: the default model's tokenizer; its vocabulary under other pre-tokenizers, written into small files of
-their own; a small SentencePiece-style vocabulary that is trained here, kept with its ids so that tests can build it.
-Nothing of tinyvllm is imported.
+It has three parts: the default model's tokenizer; the same vocabulary with other pre-tokenizers, for which small files
+are written; and a small SentencePiece-style vocabulary that is trained here and stored with its ids, so that tests can
+rebuild it. Imports nothing from tinyvllm.
 
     pip install gguf xllamacpp
     python scripts/make_tokenizer_reference.py MODEL.gguf
@@ -51,7 +51,7 @@ def function(argument): return argument + 1    # four spaces    and more        
 
 
 class LlamaCpp:
-    """A llama.cpp server in this process, asked over its loopback HTTP address."""
+    """A llama.cpp server in this process, called over HTTP on its loopback address."""
 
     def __init__(self, path: Path) -> None:
         params = xllamacpp.CommonParams()
@@ -70,7 +70,8 @@ class LlamaCpp:
 
 
 def write_vocabulary(path: Path, metadata: dict[str, Any]) -> None:
-    """A model of one tiny layer of zeros with this tokenizer: llama.cpp reads no tokenizer without a model."""
+    """Write a model of one tiny layer of zeros with this tokenizer, since llama.cpp loads no tokenizer without a
+    model."""
     num_tokens, size = len(metadata["tokenizer.ggml.tokens"]), 32
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -95,7 +96,7 @@ def write_vocabulary(path: Path, metadata: dict[str, Any]) -> None:
 
 
 def train_pieces(corpus: str, num_merges: int) -> list[str]:
-    """Plain BPE over the corpus with `▁` for spaces: the pieces that merges make, in their order, then characters."""
+    """Plain BPE over the corpus, with `▁` for spaces: the merged pieces in order, then single characters."""
     words = [list(SPACE_MARK + word) for line in corpus.split("\n") for word in line.split(" ")]
     words += [[SPACE_MARK] * length for length in range(2, 9)]
     characters = sorted({character for word in words for character in word})
@@ -115,7 +116,7 @@ def train_pieces(corpus: str, num_merges: int) -> list[str]:
 
 
 def make_spm_metadata() -> dict[str, Any]:
-    """<unk>, <s>, </s>, 256 bytes, then pieces whose scores fall by one each, as SentencePiece writes them."""
+    """<unk>, <s>, </s>, 256 bytes, then pieces with scores that fall by one each, as in SentencePiece."""
     pieces = train_pieces(SPM_CORPUS, NUM_SPM_MERGES)
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     return {

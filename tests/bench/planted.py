@@ -142,7 +142,7 @@ def recompiled_prefill(runner: ModelRunner) -> Iterator[None]:
 
 
 FAULTS = {
-    "extra synchronisation": extra_sync,
+    "extra synchronization": extra_sync,
     "host copy of the logits": host_copy_of_logits,
     "sampler on the CPU": sampler_on_the_cpu,
     "un-graphed step": ungraphed_step,

@@ -58,7 +58,7 @@ def test_slower_counts_beyond_the_limit_and_beyond_chance(after: dict[str, Any],
 def test_counts_are_judged_without_a_limit_and_without_times() -> None:
     assert regressions(compare(make_run(), make_run(9.0, syncs=4), 0.05, counts_only=True)) == []
     (line,) = regressions(compare(make_run(), make_run(syncs=5), 0.05))
-    assert "extra synchronisation: syncs of a decode step rose from 4 to 5" in line
+    assert "extra synchronization: syncs of a decode step rose from 4 to 5" in line
 
 
 def test_logits_on_their_way_to_the_host_are_named() -> None:

@@ -53,7 +53,7 @@ def test_planted_fault_is_called_by_its_name(runner: ModelRunner, clean: dict[st
         worse = measure(runner)
     found = regressions(compare(only_counts(clean), only_counts(worse), 0.0, counts_only=True))
     assert any(name in line for line in found), found
-    if name != "extra synchronisation":  # one more is within the limit, and only the comparison sees it
+    if name != "extra synchronization":  # one more is within the limit, and only the comparison sees it
         assert name in {finding["name"] for finding in worse["findings"]}
     assert regressions(compare(only_counts(clean), only_counts(measure(runner)), 0.0, counts_only=True)) == []
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.engine.fakes import FakeModelRunner, make_loaded
 from tests.server.fake_engine import serving
-from tinyvllm.bench.load import Answer, Load, LoadWork, Target, find_model, measure_load, summarise
+from tinyvllm.bench.load import Answer, Load, LoadWork, Target, find_model, measure_load, summarize
 from tinyvllm.bench.plots import draw_load
 from tinyvllm.cli import app
 from tinyvllm.config import EngineConfig
@@ -52,7 +52,7 @@ def test_times_are_defined_as_vllm_defines_them() -> None:
 
 def test_row_counts_tokens_over_the_time_from_first_request_to_last_token() -> None:
     failed = Answer(0.0, error="429: too many")
-    row = summarise(TARGET, WORK, Load(4), [answer(0.5, 1.0, 2.0), answer(1.0, 1.5, 2.5, num_output=8), failed])
+    row = summarize(TARGET, WORK, Load(4), [answer(0.5, 1.0, 2.0), answer(1.0, 1.5, 2.5, num_output=8), failed])
     assert row["duration_s"] == pytest.approx(2.5)
     assert (row["requests"], row["errors"]) == (3, {"429: too many": 1})
     assert row["request_s"] == pytest.approx(2 / 2.5)
@@ -65,14 +65,14 @@ def test_row_counts_tokens_over_the_time_from_first_request_to_last_token() -> N
 def test_goodput_counts_requests_that_keep_every_limit() -> None:
     work = LoadWork(slo_ms={"ttft": 600, "itl": 300})
     slow_start, slow_gap, good = answer(0, 0.9, 1.0), answer(0, 0.5, 0.6, 1.0), answer(0, 0.5, 0.75, 1.0)
-    row = summarise(TARGET, work, Load(1), [slow_start, slow_gap, good, Answer(0.0, error="gone")])
+    row = summarize(TARGET, work, Load(1), [slow_start, slow_gap, good, Answer(0.0, error="gone")])
     assert row["goodput_share"] == pytest.approx(1 / 4)  # what failed is not good either
     assert row["goodput_request_s"] == pytest.approx(1.0)
 
 
 def test_level_without_a_success_is_an_error() -> None:
     with pytest.raises(TinyvllmError, match=r"all 2 requests.*503: busy"):
-        summarise(TARGET, WORK, Load(1), [Answer(0.0, error="503: busy")] * 2)
+        summarize(TARGET, WORK, Load(1), [Answer(0.0, error="503: busy")] * 2)
 
 
 def test_no_two_prompts_begin_alike() -> None:

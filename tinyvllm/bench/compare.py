@@ -22,7 +22,7 @@ from tinyvllm.errors import TinyvllmError
 SURE_DEVIATIONS = 1.96
 # What a rise of a count is called.
 FAULTS = {
-    "syncs": "extra synchronisation",
+    "syncs": "extra synchronization",
     "copies_h2d": "extra copy to the device",
     "copies_d2h": "extra copy to the host",
     "bytes_h2d": "more bytes to the device",

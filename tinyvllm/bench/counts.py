@@ -82,7 +82,7 @@ def find_faults(counts: StepCounts, *, num_layers: int, num_cores: int, vocab_si
         _recompiles(counts),
         _runs_ungraphed(counts),
         _reads_logits(counts, vocab_size),
-        _over("extra synchronisation", counts, "syncs", MAX_SYNCS, "waits for the device"),
+        _over("extra synchronization", counts, "syncs", MAX_SYNCS, "waits for the device"),
         _over("extra copy to the device", counts, "copies_h2d", MAX_COPIES_H2D, "copies to the device"),
         _over("extra copy to the host", counts, "copies_d2h", MAX_COPIES_D2H, "copies to the host"),
         _over(

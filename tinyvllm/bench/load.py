@@ -217,11 +217,11 @@ async def measure_load(target: Target, work: LoadWork, loads: Sequence[Load], re
             await _send_all(client, target, work, warm, [next(number) for _ in range(work.num_warmup)], None)
             numbers = [next(number) for _ in range(work.num_requests)]
             answers = await _send_all(client, target, work, load, numbers, report)
-            rows.append(summarise(target, work, load, answers))
+            rows.append(summarize(target, work, load, answers))
     return rows
 
 
-def summarise(target: Target, work: LoadWork, load: Load, answers: Sequence[Answer]) -> dict[str, Any]:
+def summarize(target: Target, work: LoadWork, load: Load, answers: Sequence[Answer]) -> dict[str, Any]:
     """The row of one level. Raises TinyvllmError if no request succeeded."""
     good = [answer for answer in answers if answer.error is None]
     errors = Counter(answer.error for answer in answers if answer.error is not None)

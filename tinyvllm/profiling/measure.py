@@ -24,7 +24,7 @@ LAUNCH, WAIT, COMMIT, DETOKENIZE = "launch", "wait", "commit", "detokenize"
 STAGES = (TOKENIZE, QUEUE, SCHEDULE, PACK, LAUNCH, WAIT, COMMIT, DETOKENIZE)
 STEP = "step"  # one turn of the engine loop, around its stages; facts: kind (prefill, decode, mixed), bucket
 
-MAX_SPANS = 1 << 18  # kept: about 60 MB when full, an hour of 64 tokens a second with four spans each
+MAX_SPANS = 1 << 18  # about 60 MB when full: an hour at 64 tokens per second with four spans each
 
 Fact = str | int | float | bool
 

@@ -53,12 +53,12 @@ FACTORS = {
         layer_kernels=(5, 7, 8),
         other_kernels=(4, 4, 7),
         sources=(
-            "bandwidth 90 %, 2.2 us a kernel and 42 % of the peak: fitted to three device times of a prototype of "
+            "bandwidth 90 %, 2.2 us per kernel and 42 % of the peak: fitted to three device times of a prototype of "
             "these kernels on an H200 (Llama-3.2-1B, float16, context 256: 0.760 ms at batch 1, 0.875 at 8, 1.333 at "
             "64)",
-            "72 % of the peak for prompts: fitted to prompts of 512 and 2048 on that chip, by Hopper's instructions",
+            "72 % of the peak for prompts: fitted to prompts of 512 and 2048 on that chip, with Hopper's instructions",
             "bandwidth 50 % for quantized weights: between Q4_0 at batch 1 and 8 (66 and 77 %) and at 64 (27 %)",
-            "host 39 us a step and 1.1 us a sequence, not overlapped: measured on that H200's host",
+            "host 39 us per step and 1.1 us per sequence, not overlapped: measured on that H200's host",
         ),
     ),
     "METAL": Factors(
@@ -73,14 +73,14 @@ FACTORS = {
         layer_kernels=(5, 7, 8),
         other_kernels=(4, 4, 7),
         sources=(
-            "bandwidth 79 %: a 4-bit product of a matrix and a vector on an M1 Max, 315.7 of 400 GB/s "
+            "bandwidth 79 %: a 4-bit matrix-vector product on an M1 Max, 315.7 of 400 GB/s "
             "(github.com/ggml-org/llama.cpp/pull/1642). llama.cpp's whole steps reach 80 % on an M4 (Llama-3.1-8B "
-            "Q4_K_M, 4.62 GB a token, 20.9 tok/s: github.com/brand-o/normiebench/issues/3)",
-            "2.4 us a kernel that waits for the one before, in one command buffer: 3,200 of them in 7.7 ms on an M3 "
-            "Ultra, less 16 borders of 20 us (github.com/ml-explore/mlx/issues/4521)",
-            "42 % of the peak: what kernels as METAL's reached on an H200, decoding 64 sequences; llama.cpp's prompts "
-            "reach 83 % of an M4's (224.8 tok/s, the same issue)",
-            "host 90 us a step and 1.1 us a sequence: the H200's, and 50 us to commit and wait (akunu: 30 to 80)",
+            "Q4_K_M, 4.62 GB per token, 20.9 tok/s: github.com/brand-o/normiebench/issues/3)",
+            "2.4 us per kernel that waits for the previous one in the same command buffer: 3,200 of them in 7.7 ms on "
+            "an M3 Ultra, minus 16 borders of 20 us (github.com/ml-explore/mlx/issues/4521)",
+            "42 % of the peak: what kernels like METAL's reached on an H200, decoding 64 sequences; llama.cpp's "
+            "prompts reach 83 % of an M4's (224.8 tok/s, the same issue)",
+            "host 90 us per step and 1.1 us per sequence: the H200's, plus 50 us to commit and wait (akunu: 30 to 80)",
         ),
     ),
     "CPU": Factors(
@@ -95,13 +95,14 @@ FACTORS = {
         layer_kernels=(5, 5, 5),
         other_kernels=(6, 6, 6),
         sources=(
-            "1.5 us a kernel: a call of the table and an exchange with the other core, 1.3 to 1.9 us measured",
-            "85 % of NumPy's float32 rate: what the products of a prompt reach on two cores of an AMD EPYC",
-            "10 % of it where single queries attend, with their exponentials and the float16 that is converted: from "
-            "what 896 more tokens of context cost at batch 1 and at 16, 22 and 28 GFLOP/s of 262; a prompt's attention "
-            "85 %, as its products",
+            "1.5 us per kernel: one call through the table and one exchange with the other core, 1.3 to 1.9 us "
+            "measured",
+            "85 % of NumPy's float32 rate: what a prompt's products reach on two cores of an AMD EPYC",
+            "10 % of it for the attention of a decode step, with its exponentials and float16 conversions: from the "
+            "cost of 896 more tokens of context at batch 1 and 16, 22 and 28 GFLOP/s of 262; 85 % for a prompt's "
+            "attention, like its products",
             "85 % of the bandwidth: a guess; 47 % for quantized weights: fitted to Q4_1 at batch 1, context 128",
-            "host 150 us a step and 10 us a sequence: packing and reading, measured",
+            "host 150 us per step and 10 us per sequence: packing and reading, measured",
         ),
     ),
 }

@@ -52,7 +52,7 @@ class DeviceHandle:
         that a GPU holds at most, two thirds to three quarters of a Mac's memory."""
         kind = self.name.split(":")[0]
         if kind == "CUDA":
-            return _cuda_free_bytes()
+            return _cuda_free_bytes(self.name)
         if kind == "METAL" and (recommended := int(Device[self.name].sysdevice.recommendedMaxWorkingSetSize())):
             return recommended
         return _host_available_bytes()
@@ -229,9 +229,10 @@ def _nap_until(goals: list[tuple[Any, int]]) -> None:
             time.sleep(NAP_S)
 
 
-def _cuda_free_bytes() -> int:
+def _cuda_free_bytes(name: str) -> int:
     from tinygrad.runtime.autogen import cuda  # only where there is a driver to load
 
+    cuda.cuCtxSetCurrent(Device[name].context)  # the calling thread may not be the one that opened the device
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     status = cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
     if status != 0:

@@ -151,7 +151,7 @@ def test_missing_tokenizer_json_says_how_to_get_one(tmp_path: Path) -> None:
 
 def test_broken_tokenizer_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ModelError, match=r"tokenizer.json is not a tokenizer"):
+    with pytest.raises(ModelError, match=r"tokenizer.json is not a valid tokenizer"):
         load(tmp_path)
 
 

@@ -181,7 +181,7 @@ def test_unwritable_directory_is_named(tmp_path):
 
 
 def test_name_that_means_nothing_lists_the_catalog(tmp_path):
-    with pytest.raises(ModelError, match=r"no model is called 'nonsense'.*smollm2-135m-instruct"):
+    with pytest.raises(ModelError, match=r"there is no model 'nonsense'.*smollm2-135m-instruct"):
         pull("nonsense", tmp_path)
 
 

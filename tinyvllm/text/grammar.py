@@ -1,8 +1,8 @@
-"""Grammars: which tokens may come next, so that an output is a JSON document, a choice or whatever was asked for.
+"""Grammars: which tokens may come next, so that the output is a JSON document, a choice or another requested format.
 
-llguidance does the work (MIT; wheels of one ABI for Python 3.10 and later on Linux and macOS; no dependencies of its
-own): it walks a trie of the vocabulary with an Earley parser over lexemes, in some 50 us a mask for 49,152 tokens. What
-it does is bounded by counts, not by a clock, so that a hostile grammar ends in an error and not in a stall.
+llguidance does the work (MIT; abi3 wheels for Python 3.10 and later on Linux and macOS; no dependencies): it walks a
+trie of the vocabulary with an Earley parser over lexemes, which takes about 50 us per mask for 49,152 tokens. Its work
+is limited by counts rather than time, so a malicious grammar ends in an error instead of a stall.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from tinyvllm.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 1000
-_LOCATE_TRIES = 200  # parts of a schema that are compiled alone, to find the one at fault
+_LOCATE_TRIES = 200  # subschemas that are compiled separately to find the faulty one
 
 
 @dataclass(frozen=True)
 class GrammarLimits:
-    """What one grammar may cost. Fuel is llguidance's count of regular-expression nodes, items its parser's rows."""
+    """Limits for one grammar. Fuel counts llguidance's regular-expression nodes, items count its parser's rows."""
 
-    max_chars: int = 256 * 1024  # of schema, expression or grammar; some 0.3 s of compiling at most
-    compile_s: float = 10.0  # a caller waits so long, and is refused then
+    max_chars: int = 256 * 1024  # of schema, expression or grammar; compiles in at most 0.3 s
+    compile_s: float = 10.0  # how long a caller waits before the request is refused
     lexer_fuel: int = 1_000_000  # to build a grammar: 20 ms
-    step_fuel: int = 200_000  # of one mask: 14 ms
-    step_items: int = 50_000  # of one mask: 3 ms
-    lexer_states: int = 50_000  # 1 to 2 KB each, so that a grammar stays below 100 MB
+    step_fuel: int = 200_000  # per mask: 14 ms
+    step_items: int = 50_000  # per mask: 3 ms
+    lexer_states: int = 50_000  # 1 to 2 KB each, so a grammar stays below 100 MB
 
     def for_parser(self) -> LLParserLimits:
         return LLParserLimits(
@@ -51,22 +51,22 @@ class GrammarLimits:
 
 
 class Vocabulary:
-    """A tokenizer as the grammar library sees it: the bytes of every token, and which of them end a text.
+    """A tokenizer as llguidance needs it: the bytes of every token, and which tokens end a text.
 
-    Slow to make (0.1 s for 49,152 tokens), and safe to share between threads.
+    Slow to build (0.1 s for 49,152 tokens). May be shared between threads.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> None:
-        """vocab_size: rows of the logits, which may be more than there are tokens; eos_ids: at least one."""
+        """vocab_size: width of the logits, which may exceed the number of tokens. eos_ids: at least one."""
         if not eos_ids:
-            raise RequestError("the model's files name no end of text, without which no output can be constrained")
+            raise RequestError("the model's files name no EOS token, which structured output requires")
         self.vocab_size = vocab_size
         wrapper = TokenizerWrapper(_Bytes(tokenizer, vocab_size, eos_ids))
         self.trie = LLTokenizer(wrapper, eos_token=sorted(eos_ids))
 
 
 class _Bytes:
-    """What TokenizerWrapper wants of a tokenizer."""
+    """The interface of a tokenizer that TokenizerWrapper expects."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
@@ -78,19 +78,19 @@ class _Bytes:
         self._longest = 0
 
     def __call__(self, data: bytes) -> list[int]:
-        """How the tokenizer spells `data` in the middle of a text: what is forced is sampled in these tokens."""
+        """Token ids of `data` in the middle of a text: forced text is generated in these tokens."""
         ids = self._encode(data.decode(errors="replace"))
-        if self._tokenizer.strips_leading_space:  # it begins a text by a space, and this is not the beginning
+        if self._tokenizer.strips_leading_space:  # it prepends a space to a text, but this is not the beginning
             ids = self._encode("\n" + data.decode(errors="replace"))[len(self._encode("\n")) :]
         if b"".join(self.tokens[token_id] for token_id in ids) == data:
             return ids
-        return self._spell_greedily(data)
+        return self._encode_greedily(data)
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
 
-    def _spell_greedily(self, data: bytes) -> list[int]:
-        """The longest token that fits, again and again; what no token begins is left out, and then not forced."""
+    def _encode_greedily(self, data: bytes) -> list[int]:
+        """Repeatedly take the longest matching token. The rest, from the first byte without one on, is not forced."""
         if self._id_of is None:
             special = set(self.special_token_ids)
             self._id_of = {data: token_id for token_id, data in enumerate(self.tokens) if token_id not in special}
@@ -107,28 +107,28 @@ class _Bytes:
 
 
 class Grammar:
-    """A compiled grammar. Makes matchers, from any thread."""
+    """A compiled grammar. Makes matchers, on any thread."""
 
     def __init__(self, root: LLMatcher, vocab_size: int) -> None:
         self._root = root
         self._vocab_size = vocab_size
 
     def matcher(self) -> Matcher:
-        """A matcher at the grammar's start. What one matcher learns of the vocabulary, all others know."""
+        """A matcher at the start of the grammar. All matchers share the lexer states that one of them computes."""
         return Matcher(self._root.deep_copy(), self._vocab_size)
 
 
 class Matcher:
-    """Follows one output through a grammar: a `Constraint` of scheduling/request.py. For one thread at a time."""
+    """Follows one output through a grammar: a `Constraint` of scheduling/request.py. Not thread-safe."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
         self._num_words = -(-vocab_size // 32)
 
     def fill_mask(self, out: NDArray[np.int32]) -> None:
-        """Set the bits of the ids that may come next. out: (ceil(V/32),), four bytes an item, C-contiguous.
+        """Set the bits of the ids that may come next. out: (ceil(V/32),), four bytes per item, C-contiguous.
 
-        Where a limit is hit all are set: something is sampled, and `accept` refuses it with the reason.
+        If a limit is hit, all bits are set: whatever is sampled, `accept` refuses it and `error` gives the reason.
         """
         assert out.shape == (self._num_words,) and out.itemsize == 4, f"{out.shape=} {out.dtype=} {self._num_words=}"
         assert out.flags.c_contiguous and out.flags.writeable, f"{out.flags=}"
@@ -137,12 +137,12 @@ class Matcher:
             out.fill(-1)
 
     def accept(self, token_id: int) -> bool:
-        """Move on by a sampled token. False: it is not allowed or a limit was hit, and nothing is accepted any more."""
+        """Advance by a sampled token. False if it is not allowed or a limit was hit; then nothing more is accepted."""
         return self._matcher.consume_token(token_id)
 
     @property
     def is_finished(self) -> bool:
-        """Nothing may follow but the end, or the end was accepted."""
+        """Whether only EOS may follow, or EOS was accepted."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     @property
@@ -150,33 +150,34 @@ class Matcher:
         if not self._matcher.is_error():
             return None
         return (
-            f"the output's grammar cannot go on: {_reason(self._matcher)}. Where a limit is named, the grammar is too "
-            "ambiguous: make repetitions and alternatives of its expressions simpler"
+            f"the output cannot be matched with its grammar: {_reason(self._matcher)}. If this names a limit, the "
+            "grammar is too ambiguous: simplify the repetitions and alternatives in its expressions"
         )
 
 
 def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, limits: GrammarLimits = GrammarLimits()) -> Grammar:
-    """Compile, and find the first mask. Takes milliseconds, at the limits a second, without the interpreter's lock.
+    """Compile a grammar and compute its first mask. Takes milliseconds, up to a second at the limits, without the GIL.
 
-    Raises RequestError, its param beginning with spec.param, for what is wrong, too large or cannot be enforced.
+    Raises RequestError, with a param that begins with spec.param, for a grammar that is invalid, too large or cannot be
+    enforced.
     """
     if len(spec.text) > limits.max_chars:
         raise RequestError(
-            f"{spec.param} has {len(spec.text)} characters, but a grammar may have {limits.max_chars}: simplify it",
+            f"{spec.param} has {len(spec.text)} characters, but the limit is {limits.max_chars}: simplify it",
             param=spec.param,
         )
     answer = {"name": "answer", **_SOURCES[spec.kind](spec)}
     source = json.dumps({"grammars": [{"lark_grammar": spec.prefix}, answer] if spec.prefix else [answer]})
     root = LLMatcher(vocabulary.trie, source, log_level=0, limits=limits.for_parser())
     if not root.is_error():
-        # the first mask builds most of the lexer's states: here, since the engine's thread waits for nobody
+        # the first mask builds most of the lexer's states: do it here, not on the engine's thread
         root.deep_copy().compute_bitmask()
     if root.is_error():
         raise _explain(spec, root, vocabulary, limits)
     return Grammar(root, vocabulary.vocab_size)
 
 
-# One of llguidance's grammars, as an object of its JSON.
+# One of llguidance's grammars, as an object in its JSON.
 Source = dict[str, Any]
 
 
@@ -195,28 +196,28 @@ def _json_source(schema: Any, param: str) -> Source:
 def _from_regex(spec: GrammarSpec) -> Source:
     if not spec.text:
         raise RequestError(f"{spec.param} is empty: give a regular expression", param=spec.param)
-    [source] = json.loads(LLMatcher.grammar_from_regex(spec.text))["grammars"]  # which escapes what Lark would read
+    [source] = json.loads(LLMatcher.grammar_from_regex(spec.text))["grammars"]  # escaped for Lark
     return {"lark_grammar": source["lark_grammar"]}
 
 
 def _from_choice(spec: GrammarSpec) -> Source:
     choices = parse_schema(spec.text, spec.param)
     if not isinstance(choices, list) or not choices or not all(isinstance(text, str) and text for text in choices):
-        raise RequestError(f"{spec.param} must be a list of strings, none of them empty", param=spec.param)
+        raise RequestError(f"{spec.param} must be a list of non-empty strings", param=spec.param)
     if len(choices) > MAX_CHOICES:
         raise RequestError(
-            f"{spec.param} has {len(choices)} strings: give at most {MAX_CHOICES}, or a regex", param=spec.param
+            f"{spec.param} has {len(choices)} strings: give at most {MAX_CHOICES}, or use a regex", param=spec.param
         )
     return {"lark_grammar": "start: " + " | ".join(lark_string(text) for text in dict.fromkeys(choices))}
 
 
 def lark_string(text: str) -> str:
-    """A literal of Lark, which are JSON's."""
+    """A string literal in Lark, which has JSON's syntax."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def lark_json(schema: Any, param: str) -> str:
-    """A rule's body that is a document of `schema`. Raises RequestError for what cannot be enforced."""
+    """The body of a Lark rule for a document of `schema`. Raises RequestError for what cannot be enforced."""
     return "%json " + json.dumps(prepare_schema(schema, param), ensure_ascii=False)
 
 
@@ -227,16 +228,16 @@ def _from_grammar(spec: GrammarSpec) -> Source:
         return _from_lark(GrammarSpec("lark", any_to_lark(spec.text), param=spec.param))
     except RequestError:
         raise
-    except Exception as error:  # the reader of GBNF raises what it likes, RecursionError too
+    except Exception as error:  # the GBNF parser can raise anything, RecursionError included
         raise RequestError(
             f"{spec.param} is neither Lark nor GBNF: {error or type(error).__name__}", param=spec.param
         ) from None
 
 
 def _from_lark(spec: GrammarSpec) -> Source:
-    # in the brackets after a rule's name; llguidance would only tell the sampler of it
+    # in the brackets after a rule's name; llguidance only passes it to the sampler, which would ignore it
     if re.search(r"^[^\"/]*\[[^\]]*\btemperature\s*=", spec.text, re.MULTILINE):
-        raise RequestError(f"{spec.param}: a rule's temperature is not supported: leave it out", param=spec.param)
+        raise RequestError(f"{spec.param}: a rule's temperature is not supported: omit it", param=spec.param)
     return {"lark_grammar": spec.text}
 
 
@@ -250,7 +251,7 @@ _SOURCES: dict[str, Callable[[GrammarSpec], Source]] = {
 }
 
 
-# ---- What went wrong ----
+# ---- Error messages ----
 
 
 def _explain(spec: GrammarSpec, root: LLMatcher, vocabulary: Vocabulary, limits: GrammarLimits) -> RequestError:
@@ -261,7 +262,7 @@ def _explain(spec: GrammarSpec, root: LLMatcher, vocabulary: Vocabulary, limits:
 
 
 class _Locator:
-    """Finds the part of a schema that does not compile. Owns the number of tries that are left."""
+    """Finds the subschema that does not compile. Owns the number of remaining tries."""
 
     def __init__(self, vocabulary: Vocabulary, limits: GrammarLimits) -> None:
         self._vocabulary = vocabulary
@@ -269,35 +270,35 @@ class _Locator:
         self._num_tries = _LOCATE_TRIES
 
     def find(self, schema: Any, path: str, reason: str) -> tuple[str, str]:
-        """(path, reason) of the innermost part that fails by itself."""
+        """(path, reason) of the innermost subschema that fails by itself."""
         if not isinstance(schema, dict):
             return path, reason
         groups = ((keyword, schema.get(keyword)) for keyword in ("$defs", "definitions"))
         definitions = {keyword: group for keyword, group in groups if isinstance(group, dict)}
-        parts = [*subschemas(schema, path)]
+        candidates = [*subschemas(schema, path)]
         for keyword, group in definitions.items():
-            parts += [(f"{path}.{keyword}.{name}", part) for name, part in group.items()]
-        while parts:
-            inner_path, inner = parts.pop(0)
+            candidates += [(f"{path}.{keyword}.{name}", definition) for name, definition in group.items()]
+        while candidates:
+            inner_path, inner = candidates.pop(0)
             if self._num_tries == 0:
                 break
             self._num_tries -= 1
             inner_reason = self._fault(inner, definitions, inner_path)
             if inner_reason is not None:
                 path, reason = inner_path, inner_reason
-                parts = [*subschemas(inner, inner_path)]
+                candidates = [*subschemas(inner, inner_path)]
         return path, reason
 
-    def _fault(self, part: Any, definitions: dict[str, Any], path: str) -> str | None:
-        if not isinstance(part, dict):
+    def _fault(self, schema: Any, definitions: dict[str, Any], path: str) -> str | None:
+        if not isinstance(schema, dict):
             return None
-        source = json.dumps({"grammars": [_json_source({**definitions, **part}, path)]})
+        source = json.dumps({"grammars": [_json_source({**definitions, **schema}, path)]})
         matcher = LLMatcher(self._vocabulary.trie, source, log_level=0, limits=self._limits.for_parser())
         return _reason(matcher) if matcher.is_error() else None
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """The library's message on one line, without its drawing of where."""
+    """The library's message on one line, without its markers of the position."""
     lines = [line.strip() for line in matcher.get_error().splitlines()]
     kept = [line for line in lines if line and line != "<non-verbose/>" and not re.fullmatch(r"[\^|\s]*", line)]
     text = " ".join(kept) or matcher.stop_reason()

@@ -1,8 +1,8 @@
-"""JSON Schema as far as it can be enforced: every keyword is known and enforced, known and said to mean nothing, or
+"""The subset of JSON Schema that can be enforced. Every keyword is either enforced, or known to be an annotation, or
 refused with the path of the property that has it.
 
-What is enforced: https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md. Two differences to draft
-2020-12 are part of it: properties come in the schema's order, and `format` is enforced.
+What is enforced: https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md. It differs from draft 2020-12
+in two ways: properties are generated in the schema's order, and `format` is enforced.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from tinyvllm.errors import RequestError
 
-MAX_DEPTH = 64  # of schemas in schemas; the compiler's JSON reader stops at 128 levels of brackets
-MAX_PROPERTIES = 5000  # in one schema, all levels together: OpenAI's limit
+MAX_DEPTH = 64  # of nested schemas; the compiler's JSON parser stops at 128 levels of brackets
+MAX_PROPERTIES = 5000  # in one schema, on all levels together: OpenAI's limit
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
@@ -26,15 +26,15 @@ ENFORCED = frozenset((
     "maxProperties", "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum",
     "exclusiveMaximum", "multipleOf",
 ))
-# Annotations: of JSON Schema, of OpenAPI, and of the libraries that write schemas.
-WITHOUT_MEANING = frozenset((
+# Annotations: of JSON Schema, of OpenAPI, and of libraries that generate schemas.
+ANNOTATIONS = frozenset((
     "$anchor", "$defs", "definitions", "$schema", "$id", "id", "$comment", "title", "description", "default",
     "readOnly", "writeOnly", "examples", "example", "contentMediaType", "contentEncoding", "deprecated",
     "discriminator", "externalDocs", "markdownDescription", "$vocabulary", "strict",
 ))
 # fmt: on
-# What holds for every instance may be written down without being enforced: {"nullable": false, "uniqueItems": false}.
-SAYS_NOTHING: dict[str, tuple[object, ...]] = {
+# Values that hold for every instance, and so need no enforcement: {"nullable": false, "uniqueItems": false}.
+ALWAYS_TRUE: dict[str, tuple[object, ...]] = {
     "nullable": (False,),
     "uniqueItems": (False,),
     "minContains": (0,),
@@ -49,7 +49,7 @@ _MAPS_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMAS = ("items", "additionalItems", "additionalProperties")
 
-# One space, or a line's end and its indentation. Blanks without a bound are a loop that a small model falls into.
+# One space, or a newline and its indentation. With unlimited whitespace, a small model can get stuck generating it.
 _GUIDANCE = {"whitespace_pattern": r"[ ]|\n[ \t]{0,32}", "lenient": False, "coerce_one_of": False}
 
 
@@ -62,11 +62,11 @@ def parse_schema(text: str, param: str) -> Any:
 
 
 def prepare_schema(schema: Any, param: str) -> Any:
-    """A copy that the compiler reads as it is meant: checked, without annotations, with our rule for blanks.
+    """A copy for the compiler: checked, without annotations, and with our whitespace rule.
 
-    An object whose schema lists properties and says nothing of others gets no others: what is made is valid all the
-    same, and a small model that was free to invent properties would do so until its tokens are spent.
-    Raises RequestError whose message and param name the keyword's path, beginning with `param`.
+    An object whose schema lists properties and does not mention others is closed to others. The output is valid all the
+    same, and a small model that may invent properties does so until it runs out of tokens.
+    Raises RequestError, whose message and param name the keyword's path, beginning with `param`.
     """
     preparation = _Preparation(param)
     prepared = preparation.copy(schema, param, 0)
@@ -77,13 +77,13 @@ def prepare_schema(schema: Any, param: str) -> Any:
 
 
 class _Preparation:
-    """One walk over a schema. Owns the count of its properties, and the objects that may be closed after it."""
+    """One traversal of a schema. Owns the count of its properties, and the objects to close afterwards."""
 
     def __init__(self, root: str) -> None:
         self._root = root
         self._num_properties = 0
         self._open_objects: list[dict[str, Any]] = []
-        self._has_intersections = False  # of schemas, where each has to let the other's properties in
+        self._has_intersections = False  # of schemas, each of which must then allow the other's properties
 
     def close_objects(self) -> None:
         if not self._has_intersections:
@@ -119,14 +119,14 @@ class _Preparation:
             self._open_objects.append(copied)
 
     def _has_meaning(self, keyword: str, value: Any, path: str) -> bool:
-        """False for what may be left out. Raises RequestError for what can be neither enforced nor left out."""
+        """Whether a keyword must be enforced. Raises RequestError if it must be and cannot."""
         if keyword in ENFORCED or keyword in ("$defs", "definitions", "$id", "id", "$anchor", "$schema"):
             return True
         is_extension = keyword.startswith("x-") and keyword != "x-guidance"
-        if keyword in WITHOUT_MEANING or is_extension or value in SAYS_NOTHING.get(keyword, ()):
+        if keyword in ANNOTATIONS or is_extension or value in ALWAYS_TRUE.get(keyword, ()):
             return False
         known = ", ".join(sorted(ENFORCED))
-        raise refuse(f"{path}.{keyword}", "cannot be enforced", f"leave it out. Enforced are {known}")
+        raise refuse(f"{path}.{keyword}", "cannot be enforced", f"omit it. Supported keywords: {known}")
 
     def _copy_value(self, keyword: str, value: Any, path: str, depth: int) -> Any:
         if keyword in _MAPS_OF_SCHEMAS and isinstance(value, Mapping):
@@ -145,7 +145,7 @@ class _Preparation:
                 if kind not in TYPES:
                     raise refuse(path, f"is {kind!a:.60}", f"choose from {', '.join(TYPES)}")
         if keyword == "format" and value not in FORMATS:
-            raise refuse(path, f"is {value!a:.60}", f"choose from {', '.join(FORMATS)}, or leave it out")
+            raise refuse(path, f"is {value!a:.60}", f"choose from {', '.join(FORMATS)}, or omit it")
         return value
 
 
@@ -156,7 +156,7 @@ def refuse(path: str, what: str, remedy: str) -> RequestError:
 
 
 def subschemas(schema: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """(path, schema) of the schemas directly inside a prepared one, without definitions."""
+    """(path, schema) of the schemas directly inside a prepared one, definitions excluded."""
     if not isinstance(schema, Mapping):
         return
     for keyword, value in schema.items():

@@ -1,4 +1,4 @@
-"""What a model thinks before it answers, split off: text between marks, `<think>` … `</think>` in most families."""
+"""Split a model's reasoning from its answer: text between marks, `<think>` … `</think>` in most families."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """The marks of a family."""
+    """The marks around reasoning in a family of models."""
 
     begin: str
     end: str
 
     def starts_inside(self, prompt: str) -> bool:
-        """The prompt itself ends within reasoning, as where the chat template writes the first mark."""
+        """Whether the prompt ends inside reasoning, because the chat template writes the opening mark."""
         return prompt.rfind(self.begin) > prompt.rfind(self.end) and not prompt[prompt.rfind(self.begin) :].count(
             "\n\n"
         )
 
     def prefix(self, prompt: str, tokenizer: Tokenizer) -> str:
-        """Lark of the reasoning that may stand before an `@answer` with a grammar: GrammarSpec.prefix."""
+        """A Lark grammar of the reasoning that may precede the `@answer` of a grammar: see GrammarSpec.prefix."""
         from tinyvllm.text.tools.base import mark  # here: grammars load NumPy, and --help lists the formats
 
-        if prompt.rstrip().endswith(self.end):  # as where the template was asked for no reasoning
+        if prompt.rstrip().endswith(self.end):  # as when the template was told to disable reasoning
             return ""
         end = mark(tokenizer, self.end)
         thought = f"thought: TEXT {end}" if end.startswith("<[") else f"thought[lazy]: TEXT {end}"
@@ -45,12 +45,14 @@ FORMATS = {
     "think": ReasoningFormat("<think>", "</think>"),
     "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
 }
-# vLLM's names for families that use the first
+# vLLM's names of families that use "think"
 ALIASES = {name: "think" for name in ("qwen3", "deepseek_r1", "deepseek_v3", "glm45", "smollm3", "exaone4")}
 
 
 def find_reasoning_format(name: str | None, template_source: str) -> ReasoningFormat | None:
-    """The format of that name ("none": no format), else the one whose marks the chat template has, else None."""
+    """The format of that name, else the first whose marks are in the chat template. None for "none" or no match.
+
+    Raises TinyvllmError for an unknown name."""
     if name is None:
         return next((format for format in FORMATS.values() if format.end in template_source), None)
     if name == "none":
@@ -62,17 +64,17 @@ def find_reasoning_format(name: str | None, template_source: str) -> ReasoningFo
 
 
 class ReasoningParser:
-    """Splits one message. Reasoning comes first, once; marks that stand later are text like any other."""
+    """Splits one message. Reasoning comes first, and only once; later marks are ordinary text."""
 
     def __init__(self, format: ReasoningFormat, is_inside: bool) -> None:
         self._begin = MarkFinder(format.begin)
         self._end = MarkFinder(format.end)
         self._state = "inside" if is_inside else "before"
-        self._is_blank = True  # nothing but blanks was read in this state; they are left out around the marks
+        self._is_blank = True  # only whitespace was read in this state; it is dropped around the marks
         self._blanks = ""
 
     def push(self, text: str) -> tuple[str, str]:
-        """(reasoning, content) that have become certain."""
+        """(reasoning, content) that are now final."""
         reasoning, content = "", ""
         for position, character in enumerate(text):
             if self._state == "after" and not self._is_blank:
@@ -110,7 +112,7 @@ class ReasoningParser:
         return text
 
     def _without_blanks(self, text: str) -> str:
-        """Reasoning without the blanks at its two ends."""
+        """Reasoning without leading and trailing whitespace."""
         if self._is_blank:
             text = text.lstrip()
         if not text:
@@ -122,7 +124,7 @@ class ReasoningParser:
         return kept
 
     def flush(self) -> tuple[str, str]:
-        """The rest, once nothing follows."""
+        """The rest, when no more text follows."""
         if self._state == "before":
             return "", self._blanks + self._begin.held
         if self._state == "inside":

@@ -1,4 +1,4 @@
-"""Tool calls as models write them: one file for each family, found by name or by the model's chat template."""
+"""The formats of tool calls: one file per family of models, selected by name or by the model's chat template."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tinyvllm.errors import TinyvllmError
 if TYPE_CHECKING:
     from tinyvllm.text.tools.base import ToolFormat
 
-# --tool-call-parser's names and the file of each, whose FORMAT it is. A chat template is searched for their marks in
-# this order; the last accepts every template. By name, so that --help can list them without loading a parser.
+# The names for --tool-call-parser, and the module of each, which defines FORMAT. Chat templates are searched for their
+# marks in this order; the last format matches every template. Names, so that --help can list them without imports.
 FAMILIES = {
     "mistral": "mistral",
     "hermes": "hermes",
@@ -21,14 +21,14 @@ FAMILIES = {
 
 
 def load_tool_format(name: str) -> ToolFormat:
-    """The format of that name, which must be one of FAMILIES."""
+    """The format of that name, which must be a key of FAMILIES."""
     module = importlib.import_module(f"{__name__}.{FAMILIES[name]}")
     found: ToolFormat = module.FORMAT
     return found
 
 
 def find_tool_format(name: str | None, template_source: str) -> ToolFormat:
-    """The format of that name, else the first whose marks occur in the chat template, else the generic one.
+    """The format of that name, else the first whose marks are in the chat template, else the generic one.
 
     Raises TinyvllmError for an unknown name."""
     if name is not None:

@@ -1,4 +1,4 @@
-"""Tools, and how a family of models writes calls of them."""
+"""Tools, and the interface of a tool call format."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Tool:
 
     name: str
     description: str = ""
-    parameters: Mapping[str, Any] | None = None  # a JSON schema; None: it takes none
-    is_strict: bool = False  # arguments must be of the schema, even where the model is free to call or not
-    param: str = "tools"  # where the request has its schema, for messages
+    parameters: Mapping[str, Any] | None = None  # a JSON schema; None: no parameters
+    is_strict: bool = False  # enforce the schema even if the model chooses whether to call
+    param: str = "tools"  # path of the schema in the request, for messages
 
     def rule(self, *, is_enforced: bool = True) -> str:
-        """Lark's rule body of its arguments. Raises RequestError where the schema cannot be enforced."""
+        """The body of a Lark rule for the arguments. Raises RequestError if the schema cannot be enforced."""
         nothing = {"type": "object", "properties": {}, "additionalProperties": False}
         schema = self.parameters or nothing
         return lark_json(schema if is_enforced else {"type": "object"}, self.param)
@@ -38,10 +38,10 @@ _ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 class ToolFormat(ABC):
-    """How a family of models writes calls. A file of FAMILIES has one, called FORMAT."""
+    """How a family of models writes tool calls. Each module in FAMILIES defines one, called FORMAT."""
 
-    marks: tuple[str, ...]  # texts in the chat templates of the family
-    special_texts: tuple[str, ...] = ()  # marks of calls that are special tokens in some vocabularies
+    marks: tuple[str, ...]  # texts by which the family's chat templates are recognized
+    special_texts: tuple[str, ...] = ()  # marks around calls that are special tokens in some vocabularies
     id_prefix = "call_"
     id_length = 24
 
@@ -52,31 +52,31 @@ class ToolFormat(ABC):
         return self.id_prefix + "".join(secrets.choice(_ID_CHARACTERS) for _ in range(self.id_length))
 
     def shows_special_tokens(self, tokenizer: Tokenizer) -> bool:
-        """The output's special tokens must be kept as text, since marks of calls are among them."""
+        """Whether special tokens must be kept in the output's text, because the marks of calls are among them."""
         return any(special_id(tokenizer, text) is not None for text in self.special_texts)
 
     @abstractmethod
     def parser(self, names: frozenset[str]) -> ToolParser:
-        """A parser of one message. names: of the functions that there are."""
+        """A parser for one message. names: the available functions."""
 
     @abstractmethod
     def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:
-        """Lark of one call at least, and with is_parallel of several. Raises RequestError for a schema."""
+        """A Lark grammar of one call, or of one or more if is_parallel. Raises RequestError for a schema."""
 
     @abstractmethod
     def free_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer) -> str:
-        """Lark of text or calls, as the model likes, where strict tools' arguments are of their schema."""
+        """A Lark grammar of text or calls, at the model's choice, which enforces the schemas of strict tools."""
 
     @abstractmethod
     def write(self, calls: Sequence[Mapping[str, Any]]) -> str:
-        """Calls, {"name": ..., "arguments": {...}} each, as the model would write them."""
+        """Calls, each {"name": ..., "arguments": {...}}, in the model's format."""
 
     def prepare(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], *, has_template: bool
     ) -> list[Mapping[str, Any]]:
-        """The messages as the chat template gets them.
+        """The messages for the chat template.
 
-        has_template: it writes tools, calls and results by itself. Where it would leave them out they become text.
+        has_template: the template itself formats tools, calls and results. Otherwise they are converted to text here.
         """
         if has_template:
             return list(messages)
@@ -99,7 +99,7 @@ class ToolFormat(ABC):
         return f"You can call functions. To call one, answer with nothing but:\n{example}\nThe functions:\n{lines}"
 
     def _as_text(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A call as the model would write it, a result as words of the user."""
+        """A call in the model's format; a result as a message of the user."""
         if message["role"] == "tool":
             of = message.get("name") or message.get("tool_call_id")
             content = message.get("content", "")
@@ -115,20 +115,20 @@ class ToolFormat(ABC):
 
 
 def special_id(tokenizer: Tokenizer, text: str) -> int | None:
-    """The id of a special token, if the text is one."""
+    """The id of the special token with this text, if there is one."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     return ids[0] if len(ids) == 1 and ids[0] in tokenizer.special_ids else None
 
 
 def mark(tokenizer: Tokenizer, text: str) -> str:
-    """A mark in Lark: a special token by its id, which no literal matches, or a literal."""
+    """A mark in Lark: a literal, or the id of a special token, which a literal cannot match."""
     token_id = special_id(tokenizer, text)
     return lark_string(text) if token_id is None else f"<[{token_id}]>"
 
 
 def marked_head(begin: str) -> str:
-    """The rule `head` of a text and the mark that ends it. A literal does so at its first place; a special token
-    cannot be inside of a text at all."""
+    """The rule `head`: a text and the mark that ends it. A literal ends it at its first occurrence; a special token
+    cannot occur inside text at all."""
     return f"head: TEXT {begin}\n" if begin.startswith("<[") else f"head[lazy]: TEXT {begin}\n"
 
 
@@ -136,7 +136,7 @@ TEXT_RULE = "TEXT: /(.|\\n)*/\n"
 
 
 def call_rules(tools: Sequence[Tool], arguments_key: str, *, all_strict: bool = True) -> str:
-    """Lark's rule `call` of one call's object: the name first, so that it can be told before the arguments are."""
+    """The Lark rule `call` of one call's object. The name comes first, so it can be reported before the arguments."""
     rules = ["call: " + " | ".join(f"call_{index}" for index in range(len(tools)))]
     for index, tool in enumerate(tools):
         head = lark_string(f'{{"name": {json.dumps(tool.name)}, "{arguments_key}": ')

@@ -1,6 +1,6 @@
-"""What a parser makes of a model's text, and what all parsers share.
+"""The events that a tool call parser produces, and the base class of all parsers.
 
-Every parser is a machine that reads characters one by one, so that the calls are the same however a text is cut.
+Every parser is a state machine that reads single characters, so the result does not depend on how the text is split.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Text:
-    """Words for the user."""
+    """Text for the user."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class CallBegin:
-    """A call of a function; its arguments follow. index counts the message's calls."""
+    """The start of a function call; its arguments follow. index counts the calls of the message."""
 
     index: int
     name: str
@@ -36,7 +36,7 @@ Event = Text | CallBegin | CallArguments
 
 
 def joined(events: list[Event]) -> list[Event]:
-    """Neighbours of one kind as one event."""
+    """The events, with adjacent ones of the same kind merged."""
     out: list[Event] = []
     for event in events:
         last = out[-1] if out else None
@@ -50,18 +50,18 @@ def joined(events: list[Event]) -> list[Event]:
 
 
 class ToolParser(ABC):
-    """Splits one message into text and calls. Owns what may yet become either.
+    """Splits one message into text and calls. Owns the characters that may still become either.
 
-    Blanks between text and a call, and between calls, are the format's and are left out.
+    Whitespace between text and a call, and between calls, belongs to the format and is dropped.
     """
 
     def __init__(self) -> None:
         self.num_calls = 0
-        self._blanks = ""  # held: they are text only if text follows
+        self._blanks = ""  # held back: whitespace that is text only if more text follows
         self._is_after_call = False
 
     def push(self, text: str) -> list[Event]:
-        """What has become certain."""
+        """The events that are now final."""
         events: list[Event] = []
         for character in text:
             events += self._read(character)
@@ -69,13 +69,13 @@ class ToolParser(ABC):
 
     @abstractmethod
     def flush(self) -> list[Event]:
-        """The rest, once nothing follows."""
+        """The rest, when no more text follows."""
 
     @abstractmethod
     def _read(self, character: str) -> list[Event]: ...
 
     def _text(self, text: str) -> list[Event]:
-        """Text, its blanks at the end held back."""
+        """Text, except its trailing whitespace, which is held back."""
         text = self._blanks + text
         kept = text.rstrip()
         self._blanks = text[len(kept) :]
@@ -91,7 +91,7 @@ class ToolParser(ABC):
         return [Text(blanks)] if blanks and not self._is_after_call else []
 
     def _called(self, events: list[Event]) -> list[Event]:
-        """Events of a call, noted."""
+        """Pass on the events of a call, and count the calls in them."""
         for event in events:
             if isinstance(event, CallBegin):
                 self._blanks, self._is_after_call = "", True

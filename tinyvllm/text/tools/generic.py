@@ -1,4 +1,4 @@
-"""For models that were taught no format: a call is a JSON object, several are a list of them."""
+"""For models without a format of their own: a call is a JSON object, and several calls are a list of objects."""
 
 from __future__ import annotations
 

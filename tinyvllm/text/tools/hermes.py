@@ -1,4 +1,4 @@
-"""Hermes' format, which Qwen 2.5 and 3, SmolLM2 1.7B and others use: JSON in `<tool_call>` … `</tool_call>`.
+"""The Hermes format, also used by Qwen 2.5 and 3, SmolLM2 1.7B and others: JSON in `<tool_call>` … `</tool_call>`.
 
 https://github.com/NousResearch/Hermes-Function-Calling
 """
@@ -21,18 +21,18 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 
 
 class HermesParser(ToolParser):
-    """Text, and between the marks calls: one object, several, or a list of them."""
+    """Text, and between marks calls: one object, several, or a list of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self._begin, self._end = MarkFinder(BEGIN), MarkFinder(END)
         self._body: ListReader | None = None
-        self._raw = ""  # what is text if no call comes of it
+        self._raw = ""  # emitted as text if it turns out not to be a call
 
     def _read(self, character: str) -> list[Event]:
         if self._body is None:
             return self._read_text(character)
-        if self._body.is_in_string:  # where the end's mark is a text like any other
+        if self._body.is_in_string:  # in which the end mark is ordinary text
             return self._read_body(character)
         inside, is_end = self._end.read(character)
         events: list[Event] = []
@@ -56,7 +56,7 @@ class HermesParser(ToolParser):
         assert self._body is not None
         self._raw += character
         events = self._called(self._body.read(character))
-        if self._body.state == "broken" and self._body.num_told == 0:
+        if self._body.state == "broken" and self._body.num_reported == 0:
             self._body = None
             return self._text(self._raw)
         if not self._body.is_pending:
@@ -64,10 +64,10 @@ class HermesParser(ToolParser):
         return events
 
     def _close(self, end: str) -> list[Event]:
-        """The end of the marks. What stands between a call and the end without being a call is left out."""
+        """Handle the end mark. Anything between the last call and the mark that is not a call is dropped."""
         assert self._body is not None
-        num_told, self._body = self._body.num_told, None
-        return self._text(self._raw + end) if num_told == 0 else []
+        num_reported, self._body = self._body.num_reported, None
+        return self._text(self._raw + end) if num_reported == 0 else []
 
     def flush(self) -> list[Event]:
         events = self._text(self._begin.held) if self._body is None else self._close(self._end.held)

@@ -1,4 +1,4 @@
-"""Calls that are written as JSON objects, read character by character."""
+"""Parse calls that are written as JSON objects, character by character."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Literal
 
 from tinyvllm.text.tools.events import CallArguments, CallBegin, Event
 
-# What may stand in a call's object before its name. Another key there: it is no call.
+# The keys that may precede a call's name in its object. Any other key there means that it is not a call.
 _KEYS_OF_CALLS = ("name", "arguments", "parameters", "type", "id", "function")
 _BLANKS = " \t\r\n"
 
 
 class CallReader:
-    """Reads {"name": ..., "arguments": {...}}, character by character, from its brace.
+    """Reads {"name": ..., "arguments": {...}}, character by character, from the opening brace.
 
-    `state` is "open", then "done", or "broken" where it is no call. A name that was told is not taken back.
-    `parameters` is another word for arguments.
+    `state` is "open", then "done", or "broken" if it is not a call. A name that was reported is never retracted.
+    `parameters` is a synonym of `arguments`.
     """
 
     def __init__(self, index: int, names: frozenset[str] | None = None) -> None:
-        """names: of the functions that there are; another name is no call. None: any name is."""
+        """names: the available functions; an object with another name is not a call. None: any name is accepted."""
         self.state: Literal["open", "done", "broken"] = "open"
         self._index = index
         self._names = names
@@ -28,7 +28,7 @@ class CallReader:
         self._key = ""
         self._value: ValueReader | None = None
         self._name: str | None = None
-        self._arguments = ""  # read, and not told yet
+        self._arguments = ""  # read, but not reported yet
         self._has_arguments = False
 
     def read(self, character: str) -> list[Event]:
@@ -45,7 +45,7 @@ class CallReader:
             self._expected = "value"
         elif expected == "value" and character not in ",:]}":
             self._value = ValueReader(character)
-            return self._tell(character) if self._is_arguments else []
+            return self._report(character) if self._is_arguments else []
         elif expected == "comma" and character == ",":
             self._expected = "key"
         elif expected in ("key", "comma") and character == "}":
@@ -56,7 +56,7 @@ class CallReader:
 
     @property
     def has_begun(self) -> bool:
-        """The call was told."""
+        """Whether the call was reported."""
         return self._name is not None
 
     @property
@@ -70,10 +70,10 @@ class CallReader:
     def _read_value(self, character: str) -> list[Event]:
         value = self._value
         assert value is not None
-        if not value.read(character):  # a number or a word: only what follows shows its end
+        if not value.read(character):  # a number or a word, which only the next character ends
             events = self._end_value(value)
             return events + (self.read(character) if self.state == "open" else [])
-        events = self._tell(character) if self._is_arguments else []
+        events = self._report(character) if self._is_arguments else []
         return events + (self._end_value(value) if value.is_done else [])
 
     def _end_value(self, value: ValueReader) -> list[Event]:
@@ -89,7 +89,7 @@ class CallReader:
             return self._end_arguments(value)
         if self._key == "name" and self._name is None:
             return self._begin(value.loads())
-        if self._key == "function" and self._name is None:  # OpenAI's own form, an object or a name
+        if self._key == "function" and self._name is None:  # OpenAI's own format: an object or a name
             function = value.loads()
             if isinstance(function, dict):
                 arguments = function.get("arguments", function.get("parameters", {}))
@@ -106,8 +106,8 @@ class CallReader:
         self._name = name
         return [CallBegin(self._index, name), *self._take_arguments()]
 
-    def _tell(self, text: str) -> list[Event]:
-        """A piece of the arguments. What is no object is told as a whole, and all of it only after the name."""
+    def _report(self, text: str) -> list[Event]:
+        """A piece of the arguments. They are reported after the name only, and in one piece if not an object."""
         assert self._value is not None
         self._arguments += text
         return self._take_arguments() if self._value.is_container and self._name is not None else []
@@ -115,7 +115,7 @@ class CallReader:
     def _end_arguments(self, value: ValueReader) -> list[Event]:
         if not value.is_container:
             content = value.loads()
-            if isinstance(content, str):  # in quotes: the text of an object
+            if isinstance(content, str):  # an object, quoted as a string
                 self._arguments = content
             elif content is None:
                 self._arguments = ""
@@ -135,7 +135,7 @@ class CallReader:
 
 
 class ValueReader:
-    """Reads one JSON value, without judging what is inside of its brackets."""
+    """Reads one JSON value, without validating the inside of its brackets."""
 
     def __init__(self, first: str) -> None:
         self._characters = [first]
@@ -147,7 +147,7 @@ class ValueReader:
         self._is_escaped = False
 
     def read(self, character: str) -> bool:
-        """False: the character does not belong to the value, a number or a word, which ended before it."""
+        """Read a character. False if it is not part of the value, a number or a word, which ended before it."""
         if not self.is_string and not self.is_container and character in ",}] \t\r\n":
             self.is_done = True
             return False
@@ -173,7 +173,7 @@ class ValueReader:
             self.is_done = self.is_string
 
     def loads(self) -> object:
-        """The value; its text where it is no JSON."""
+        """The value, or its text if that is not JSON."""
         text = "".join(self._characters)
         try:
             return json.loads(text)
@@ -184,14 +184,14 @@ class ValueReader:
 class ListReader:
     """Reads one call, or a list of calls in brackets, or calls with separators between them.
 
-    `state` is "open" before the first call, in a call and between calls, "done" after a list's bracket, and "broken"
-    at what is no call; it reads nothing after these two.
+    `state` is "open" before, in and between calls, "done" after a list's closing bracket, and "broken" at anything that
+    is not a call. After "done" and "broken" nothing more is read.
     """
 
     def __init__(self, first_index: int, names: frozenset[str] | None = None, separators: str = "") -> None:
-        """separators: characters besides blanks that may stand between calls outside of a list."""
+        """separators: characters, besides whitespace, that may separate calls outside a list."""
         self.state: Literal["open", "done", "broken"] = "open"
-        self.num_told = 0
+        self.num_reported = 0
         self._first_index = first_index
         self._names = names
         self._separators = separators
@@ -200,7 +200,7 @@ class ListReader:
 
     @property
     def is_pending(self) -> bool:
-        """What was read last belongs to no call that was told."""
+        """Whether the latest characters do not belong to a reported call."""
         return self._call is None or not self._call.has_begun
 
     @property
@@ -217,19 +217,19 @@ class ListReader:
         if self._call is not None:
             return self._read_call(self._call, character)
         if character == "{":
-            self._call = CallReader(self._first_index + self.num_told, self._names)
+            self._call = CallReader(self._first_index + self.num_reported, self._names)
             self._call.read(character)
-        elif character == "[" and not self._is_list and self.num_told == 0:
+        elif character == "[" and not self._is_list and self.num_reported == 0:
             self._is_list = True
         elif character == "]" and self._is_list:
-            self.state = "done" if self.num_told else "broken"
+            self.state = "done" if self.num_reported else "broken"
         elif character not in _BLANKS and character not in ("," if self._is_list else self._separators):
             self.state = "broken"
         return []
 
     def _read_call(self, call: CallReader, character: str) -> list[Event]:
         events = call.read(character)
-        self.num_told += any(isinstance(event, CallBegin) for event in events)
+        self.num_reported += any(isinstance(event, CallBegin) for event in events)
         if call.state == "broken":
             self.state = "broken"
         elif call.state == "done":

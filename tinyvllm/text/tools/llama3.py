@@ -1,4 +1,4 @@
-"""Llama 3.1 to 3.3: the whole message is a call, {"name": ..., "parameters": {...}}, or several with `;` between.
+"""Llama 3.1 to 3.3: the whole message is a call, {"name": ..., "parameters": {...}}, or several separated by `;`.
 
 https://github.com/meta-llama/llama-models/blob/main/models/llama3_1/prompt_format.md
 """
@@ -17,25 +17,25 @@ from tinyvllm.text.tools.marks import MarkFinder
 if TYPE_CHECKING:
     from tinyvllm.text.tokenizer import Tokenizer
 
-PYTHON_TAG = "<|python_tag|>"  # some write it before their calls, as they were taught to for code
+PYTHON_TAG = "<|python_tag|>"  # some models write it before calls, as they do before code
 
-# Without marks, what begins like a call has to be one.
+# Without marks, text must not begin like a call.
 WORDS_RULE = "WORDS: /[^{\\[<\\s](.|\\n)*/\n"
 
 
 class BareParser(ToolParser):
-    """A message that begins with a call of a known function is calls, until something else comes; any other is text.
+    """Reads calls of known functions from the start of a message, up to the first text; all else is text.
 
-    Without marks only the name shows that it is a call, so that text is held until the name was read.
+    Without marks, only its name identifies a call, so its characters are held back until the name is read.
     """
 
     def __init__(self, names: frozenset[str], separators: str = ";,", mark: str | None = None) -> None:
-        """mark: what may stand before the first call."""
+        """mark: a text that may precede the first call."""
         super().__init__()
         self._names = names
         self._separators = separators
         self._mark = None if mark is None else MarkFinder(mark)
-        self._is_start = True  # nothing but blanks so far
+        self._is_start = True  # only whitespace so far
         self._body: ListReader | None = None
         self._raw = ""
 
@@ -63,21 +63,23 @@ class BareParser(ToolParser):
         return self._text(character)
 
     def _read_body(self, body: ListReader, character: str) -> list[Event]:
-        was_told = not body.is_pending
+        was_reported = not body.is_pending
         events = self._called(body.read(character))
-        if was_told or not body.is_pending:
+        if was_reported or not body.is_pending:
             self._raw = ""
-        if not was_told or body.state == "broken":
+        if not was_reported or body.state == "broken":
             self._raw += character
         if body.state != "open":
             self._body, self._is_start = None, False
-            raw = self._raw.lstrip(" \n" + self._separators) if body.num_told else self._raw
+            raw = self._raw.lstrip(" \n" + self._separators) if body.num_reported else self._raw
             events += self._text(raw) if body.state == "broken" and raw else []
         return events
 
     def flush(self) -> list[Event]:
         events: list[Event] = []
-        if self._body is not None and (self._body.num_told == 0 or (self._body.is_in_call and self._body.is_pending)):
+        if self._body is not None and (
+            self._body.num_reported == 0 or (self._body.is_in_call and self._body.is_pending)
+        ):
             events = self._text(self._raw)
         if self._mark is not None:
             events += self._text(self._mark.held)

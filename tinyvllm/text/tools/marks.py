@@ -1,10 +1,10 @@
-"""Marks in a text that comes character by character."""
+"""Find marks in a text that arrives character by character."""
 
 from __future__ import annotations
 
 
 class MarkFinder:
-    """Finds a mark. Owns the characters that may begin it. A mark must not contain its own beginning again."""
+    """Finds a mark. Owns the characters that may be its start. No proper suffix of a mark may be a prefix of it."""
 
     def __init__(self, mark: str) -> None:
         assert all(not mark.startswith(mark[start:]) for start in range(1, len(mark))), mark
@@ -12,7 +12,7 @@ class MarkFinder:
         self.held = ""
 
     def read(self, character: str) -> tuple[str, bool]:
-        """(text that cannot belong to the mark any more, whether the mark was completed)."""
+        """(text that cannot be part of the mark any more, whether the mark is complete)."""
         held = self.held + character
         if held == self._mark:
             self.held = ""

@@ -1,4 +1,4 @@
-"""Mistral: after the mark [TOOL_CALLS] a list of calls, or, in newer models, `name[ARGS]{...}`, a mark each.
+"""Mistral: [TOOL_CALLS] and a list of calls or, in newer models, `name[ARGS]{...}` with a mark for each call.
 
 https://github.com/mistralai/mistral-common (tokens/tokenizers/instruct.py)
 """
@@ -49,7 +49,7 @@ class MistralParser(ToolParser):
 
     def _read_list(self, body: ListReader, character: str) -> list[Event]:
         events = self._called(body.read(character))
-        if body.state == "broken" and body.num_told == 0:
+        if body.state == "broken" and body.num_reported == 0:
             events += self._text(self._raw)
         if body.state != "open":
             self._body, self._is_inside = None, False
@@ -74,14 +74,14 @@ class MistralParser(ToolParser):
     def flush(self) -> list[Event]:
         if not self._is_inside:
             return joined(self._text(self._begin.held) + self._end_text())
-        is_told = self._value is not None or (self._body is not None and self._body.num_told > 0)
-        return joined(([] if is_told else self._text(self._raw)) + self._end_text())
+        is_reported = self._value is not None or (self._body is not None and self._body.num_reported > 0)
+        return joined(([] if is_reported else self._text(self._raw)) + self._end_text())
 
 
 class MistralFormat(ToolFormat):
     marks = (CALLS, "[AVAILABLE_TOOLS]")
     special_texts = (CALLS, ARGS)
-    id_prefix = ""  # its templates insist on nine letters and digits
+    id_prefix = ""  # its templates require nine letters and digits
     id_length = 9
 
     def parser(self, names: frozenset[str]) -> ToolParser:

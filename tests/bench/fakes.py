@@ -1,4 +1,4 @@
-"""A runner that computes nothing: its tokens are known, and it keeps what it was asked to execute."""
+"""A runner that computes nothing: it returns known tokens and records the plans it was given."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_machine(bandwidth_gbps: float | None = 0.001) -> Machine:
 
 
 class FakeRunner:
-    """Every sampled token is 7; kernels are 10 a step."""
+    """Every sampled token is 7; every step has 10 kernels."""
 
     def __init__(self, num_blocks: int = 1000, num_seqs: int = 4, budget: int = 64, token_id: int = 7) -> None:
         self.model_config = make_model_config()

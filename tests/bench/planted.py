@@ -1,4 +1,4 @@
-"""A tiny warm engine, and faults to plant in it: each is one that real code could have by a careless line."""
+"""A tiny warm engine, and faults to plant in it: each could enter real code by one careless line."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ KEPT_OF_CASE = ("name", "prompt_tokens", "output_tokens", "per_step")
 
 
 def ignore(stage: str, done: int, total: int) -> None:
-    """Nobody watches."""
+    """Progress is not shown."""
 
 
 def make_runner(files: ModelFiles) -> ModelRunner:
-    """Warm, on one core whatever the machine has, with a bucket for each step of WORK."""
+    """A warm runner on one core, with a bucket for each step of WORK."""
     config = EngineConfig(
         model="tiny",
         max_num_seqs=2,
@@ -57,13 +57,13 @@ def make_runner(files: ModelFiles) -> ModelRunner:
 
 
 def measure(runner: Any) -> dict[str, Any]:
-    """A breakdown's JSON of WORK."""
+    """The JSON of a breakdown of WORK."""
     start = ColdStart(None, 0.0, 0.0, ())
     return breakdown_json(measure_breakdown(runner, None, make_machine(), WORK, start, CHIP, ignore))
 
 
 def only_counts(figures: dict[str, Any]) -> dict[str, Any]:
-    """What of a breakdown depends neither on the machine nor on the day."""
+    """The parts of a breakdown's JSON that do not depend on the machine or the date."""
     cases = [{name: case[name] for name in KEPT_OF_CASE} for case in figures["cases"]]
     return {name: figures[name] for name in KEPT} | {"cases": cases}
 
@@ -73,7 +73,7 @@ def only_counts(figures: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def extra_sync(runner: ModelRunner) -> Iterator[None]:
-    """Somebody makes sure that the step is done, before the read that makes sure of it."""
+    """An extra wait for the step, before the read that waits anyway."""
     original = runner.collect
 
     def collect(flight: Any) -> StepOutput:
@@ -86,7 +86,7 @@ def extra_sync(runner: ModelRunner) -> Iterator[None]:
 
 @contextmanager
 def host_copy_of_logits(runner: ModelRunner) -> Iterator[None]:
-    """Somebody looks at the logits for a while and forgets to stop."""
+    """A debugging copy of the logits that was left in."""
     original = runner.launch
 
     def launch(plan: StepPlan) -> Any:
@@ -100,7 +100,7 @@ def host_copy_of_logits(runner: ModelRunner) -> Iterator[None]:
 
 @contextmanager
 def sampler_on_the_cpu(runner: ModelRunner) -> Iterator[None]:
-    """The recorded steps end at the logits, and NumPy picks the token."""
+    """The recorded steps end with the logits, and NumPy picks the token."""
 
     def collect(flight: Any) -> StepOutput:
         runner.wait()
@@ -114,7 +114,7 @@ def sampler_on_the_cpu(runner: ModelRunner) -> Iterator[None]:
 
 @contextmanager
 def ungraphed_step(runner: ModelRunner) -> Iterator[None]:
-    """The step's kernels are handed to tinygrad one by one."""
+    """The step's kernels are passed to tinygrad one by one."""
 
     def without_graph(runner: ModelRunner, instance: GraphInstance) -> GraphInstance:
         calls = [
@@ -129,7 +129,7 @@ def ungraphed_step(runner: ModelRunner) -> Iterator[None]:
 
 @contextmanager
 def recompiled_prefill(runner: ModelRunner) -> Iterator[None]:
-    """A prompt's graph is made when the prompt is there, instead of at the start."""
+    """A prompt's graph is captured when the prompt arrives, instead of at the start."""
     original = runner.launch
 
     def launch(plan: StepPlan) -> Any:

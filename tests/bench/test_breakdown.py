@@ -1,4 +1,4 @@
-"""Stages sum to the wall time, looks belong to their stage, and a breakdown has everything that it promises."""
+"""Stages add up to the wall time, and a breakdown has every documented field."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOOK_NS, STEP_NS, PACK_NS = 1_000, 2_000_000, 50_000
 
 
 class Clock:
-    """Each look at it takes a microsecond, and nothing else takes any time."""
+    """A clock on which each reading takes a microsecond, and nothing else takes time."""
 
     def __init__(self) -> None:
         self.now_ns = 0
@@ -43,7 +43,7 @@ class Clock:
 
 
 class ClockedRunner(FakeRunner):
-    """Launching takes the time of packing, waiting that of the device."""
+    """Launching takes as long as packing, waiting as long as the device."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def test_times_lie_in_the_stage_that_took_them(clock: Clock) -> None:
     assert [step.num_tokens for step in one.steps] == [64, 36, 1, 1, 1, 1]
     for step in one.steps:
         assert step.pack_s == pytest.approx(PACK_NS / 1e9)
-        assert step.wait_s == pytest.approx(STEP_NS / 1e9, rel=0.01)  # and nothing of it is left for the read
+        assert step.wait_s == pytest.approx(STEP_NS / 1e9, rel=0.01)  # none of it is left for the read
         assert max(step.enqueue_s, step.read_s, step.schedule_s, step.rest_s) < 100 * LOOK_NS / 1e9
     (request,) = one.requests
     assert request.num_prompt_tokens == 100 and len(request.token_s) == 5
@@ -212,7 +212,7 @@ def test_tables_name_stages_kernels_and_verdict(run: tuple[Any, Path], figures: 
     main = next(case for case in figures["cases"] if case["name"] == figures["main_case"])
     for row in main["kernels"][:5]:
         assert row["label"] in text and row["share"] > 0
-    assert "…" not in text  # nothing is cut short
+    assert "…" not in text  # nothing is truncated
 
 
 def test_csv_has_a_line_for_each_case_and_stage(run: tuple[Any, Path], figures: dict[str, Any]) -> None:

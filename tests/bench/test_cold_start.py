@@ -1,4 +1,4 @@
-"""A start by parts: what serves first comes first, and a second start finds what the first has left."""
+"""The parts of a start: graphs that can run everything come first, and a second start uses the first one's cache."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ QUICK = "--repeats 1 --log-level warning"
 
 
 def run(flags: str, *arguments: str) -> Any:
-    """`flags` are split at blanks, `arguments` are not."""
+    """`flags` are split at spaces, `arguments` are not."""
     return CliRunner().invoke(app, ["bench", *flags.split(), *arguments])
 
 
@@ -35,7 +35,7 @@ def test_latency_prints_a_table_and_writes_rows(tiny_hf_files: ModelFiles, tmp_p
     result = run(f"latency {flags} {QUICK}", str(tiny_hf_files.path), "--json", str(path))
     assert result.exit_code == 0, result.output
     assert "pp8" in result.stdout and "tg2 @ d16" in result.stdout
-    assert "…" not in result.stdout  # nothing is cut short, though 120 columns are too few
+    assert "…" not in result.stdout  # nothing is truncated, though 120 columns are too few
     rows = json.loads(path.read_text())
     assert [(row["phase"], row["batch"], row["context"]) for row in rows] == [("prefill", 1, 0), ("decode", 1, 16)]
     assert [row["bandwidth_gbps"] for row in rows] == [10, 10]

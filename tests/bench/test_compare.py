@@ -1,4 +1,4 @@
-"""A regression in time is one beyond the limit and beyond chance; runs of different work are not compared."""
+"""A regression in time exceeds both the limit and the noise; runs of different work are not compared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def spread(mean: float, std: float, count: int = 5) -> dict[str, float]:
 
 
 def make_run(wall_s: float = 1.0, std_s: float = 0.01, **counts: int) -> dict[str, Any]:
-    """One case of a breakdown's JSON, as far as it is compared."""
+    """One case of a breakdown's JSON, with the fields that are compared."""
     step = dict.fromkeys(GUARDED, 4) | {"sampling_kernels": 3, "details": []} | counts
     stage = {"count": 5, "total_s": 5 * wall_s, "mean_s": wall_s, "std_s": std_s}
     case = {
@@ -43,9 +43,9 @@ def make_run(wall_s: float = 1.0, std_s: float = 0.01, **counts: int) -> dict[st
     ("after", "is_worse"),
     [
         (make_run(1.0), False),
-        (make_run(1.04), False),  # beyond chance, within the limit
+        (make_run(1.04), False),  # above the noise, within the limit
         (make_run(1.10), True),
-        (make_run(1.10, std_s=0.2), False),  # over the limit, within chance
+        (make_run(1.10, std_s=0.2), False),  # above the limit, within the noise
         (make_run(0.5), False),
     ],
 )

@@ -1,5 +1,5 @@
-"""Counts guard what times are too noisy to guard: the tiny model's steps ask for no more than written down, and each
-kind of fault is called by its name."""
+"""Counts catch what times are too noisy to catch: the tiny model's steps do not exceed the recorded counts, and each
+kind of fault is named."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def clean(runner: ModelRunner) -> dict[str, Any]:
 
 
 def test_step_asks_for_no_more_than_written_down(clean: dict[str, Any]) -> None:
-    """Where more is meant: python -m tests.bench.write_counts writes the counts anew."""
+    """If a change is meant to raise a count, run python -m tests.bench.write_counts."""
     baseline = json.loads(BASELINE.read_text(encoding="utf-8"))
     changes = compare(baseline, only_counts(clean), 0.0, counts_only=True)
     assert len(changes) == 4 * (len(GUARDED) + 1)  # two cases, two phases
@@ -44,7 +44,7 @@ def test_clean_step_has_no_faults(clean: dict[str, Any]) -> None:
     assert (step["graph_launches"], step["syncs"], step["copies_h2d"], step["copies_d2h"]) == (1, 1, 0, 1)
     assert (step["eager_kernels"], step["compilations"], step["captures"]) == (0, 0, 0)
     assert 0 < step["sampling_kernels"] < step["kernels"]
-    assert step["kv_blocks"] == 4  # two sequences of 23 tokens, by 16
+    assert step["kv_blocks"] == 4  # two sequences of 23 tokens, in blocks of 16
 
 
 @pytest.mark.parametrize("name", FAULTS)

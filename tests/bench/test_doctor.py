@@ -1,4 +1,4 @@
-"""`tinyvllm doctor`: what is right is said, and what is wrong comes with what mends it."""
+"""`tinyvllm doctor` lists every check, and a remedy for each problem."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The load generator: its figures from answers whose times are known, and its requests against the real server."""
+"""The load generator: its figures for answers with known times, and its requests to a real server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORK = LoadWork(num_requests=3, num_warmup=2, input_len=16, output_len=4)
 
 
 def ignore(stage: str, done: int, total: int) -> None:
-    """Nobody watches."""
+    """Progress is not shown."""
 
 
 def answer(sent_s: float, *text_s: float, num_output: int | None = None) -> Answer:
@@ -45,7 +45,7 @@ def test_times_are_defined_as_vllm_defines_them() -> None:
     assert one.e2e_ms == pytest.approx(1000)
     assert one.tpot_ms == pytest.approx(250)  # (E2E - TTFT) / (n - 1)
     assert one.itl_ms == pytest.approx([100, 400])
-    merged = answer(1.0, 1.5, 2.0, num_output=6)  # two pieces of text, six tokens by the server's count
+    merged = answer(1.0, 1.5, 2.0, num_output=6)  # two pieces of text, six tokens as counted by the server
     assert merged.tpot_ms == pytest.approx(100) and merged.itl_ms == pytest.approx([500])
     assert answer(1.0, 1.5).tpot_ms is None
 
@@ -66,7 +66,7 @@ def test_goodput_counts_requests_that_keep_every_limit() -> None:
     work = LoadWork(slo_ms={"ttft": 600, "itl": 300})
     slow_start, slow_gap, good = answer(0, 0.9, 1.0), answer(0, 0.5, 0.6, 1.0), answer(0, 0.5, 0.75, 1.0)
     row = summarize(TARGET, work, Load(1), [slow_start, slow_gap, good, Answer(0.0, error="gone")])
-    assert row["goodput_share"] == pytest.approx(1 / 4)  # what failed is not good either
+    assert row["goodput_share"] == pytest.approx(1 / 4)  # a failed request is not good
     assert row["goodput_request_s"] == pytest.approx(1.0)
 
 
@@ -85,7 +85,7 @@ def test_no_two_prompts_begin_alike() -> None:
 
 
 class Server(httpx.AsyncBaseTransport):
-    """Answers each request with two pieces of text, once it is told to. Keeps how many were open at once."""
+    """Answers each request with two pieces of text when told to. Records how many were open at once."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
@@ -95,7 +95,7 @@ class Server(httpx.AsyncBaseTransport):
         self.bodies.append(json.loads(request.content))
         self.num_open += 1
         self.most_open = max(self.most_open, self.num_open)
-        for _ in range(20):  # let the others come in
+        for _ in range(20):  # let the others arrive
             await asyncio.sleep(0)
         self.num_open -= 1
         events = [{"choices": [{"text": "a"}]}, {"choices": [{"text": "b"}]}, {"choices": [], "usage": USAGE}]
@@ -117,7 +117,7 @@ def send(load: Load, work: LoadWork) -> tuple[Server, dict[str, Any]]:
 def test_closed_loop_keeps_as_many_open_as_asked_for(concurrency: int) -> None:
     server, row = send(Load(concurrency), LoadWork(num_requests=9, num_warmup=2, output_len=2))
     assert server.most_open == concurrency
-    assert (len(server.bodies), row["requests"]) == (2 + 9, 9)  # those that warm up are in no figure
+    assert (len(server.bodies), row["requests"]) == (2 + 9, 9)  # warm-up requests are not counted
     assert len({body["prompt"] for body in server.bodies}) == 11
 
 
@@ -145,7 +145,7 @@ def test_open_loop_sends_at_random_times_whatever_is_open(monkeypatch: pytest.Mo
 def engine() -> Iterator[AsyncEngine]:
     runner = FakeModelRunner(num_blocks=256, max_num_seqs=4)
     runner.choose = lambda request, digest: 97 + digest % 26
-    runner.before_step = lambda plan: time.sleep(0.002)  # or several tokens come as one piece of text
+    runner.before_step = lambda plan: time.sleep(0.002)  # otherwise several tokens arrive as one piece of text
     engine = AsyncEngine.start(
         EngineConfig("tiny", served_model_name="tiny"), load=lambda config, progress: make_loaded(runner)
     )
@@ -161,7 +161,7 @@ def url(engine: AsyncEngine) -> Iterator[str]:
 
 
 def test_load_waits_until_the_server_is_warm(url: str, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    left = iter(range(40, 0, -1))  # looked at several times a request
+    left = iter(range(40, 0, -1))  # read several times per request
     monkeypatch.setattr(engine, "stats", lambda: StepStats(num_captures_to_come=next(left, 0)))
     monkeypatch.setattr("tinyvllm.bench.load.POLL_S", 0.0)
     stages: list[tuple[str, int, int]] = []

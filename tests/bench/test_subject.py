@@ -46,7 +46,7 @@ def test_step_reads_every_matrix_once_and_rows_of_an_untied_table(runner: ModelR
     head_rows = 288  # 260, padded to whole panels of 32
     read_params = 2 * layer + head_rows * 64
     assert decode.machine.num_params == num_params and decode.machine.dtype == "Q4_1"
-    row_bytes = 64 * 5 // 8  # Q4_1: 5 bits a weight
+    row_bytes = 64 * 5 // 8  # Q4_1: 5 bits per weight
     assert decode.weight_bytes == read_params * 5 // 8 + 2 * row_bytes
     assert decode.kv_written_bytes == 2 * KV_BYTES
     assert decode.kv_read_bytes == round(2 * 41.5 * KV_BYTES)
@@ -59,7 +59,9 @@ def test_kernels_move_what_is_needed_and_activations(runner: ModelRunner) -> Non
     plans = [decode_plan(runner, context) for context in (16, 40, 41)]
     costs = [runner.cost(plan) for plan in plans]
     extra = [cost.moved_bytes - cost.nbytes for cost in costs]
-    assert extra[0] == extra[1] == extra[2] > 0  # only keys and values grow with the context, and all of them are seen
+    assert (
+        extra[0] == extra[1] == extra[2] > 0
+    )  # only keys and values grow with the context, and all of them are counted
     logits_bytes, hidden_bytes = 2 * 288 * 4, 2 * 64 * 4
     most = 10 * logits_bytes + 2 * 40 * hidden_bytes + 3 * runner.output_bytes  # an output is counted with its padding
     assert 2 * logits_bytes + 8 * hidden_bytes < extra[0] < most

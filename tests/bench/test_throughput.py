@@ -1,4 +1,4 @@
-"""The engine under load: every token is counted, and times belong to their requests."""
+"""The engine under load: every token is counted, and times are attributed to the right request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Count the tiny model's steps anew, where more is meant: python -m tests.bench.write_counts"""
+"""Update the recorded counts of the tiny model's steps, after a change that is meant to raise them:
+
+python -m tests.bench.write_counts
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands set logging up for their whole process: each test gets the old state back."""
+"""Commands set up logging for the whole process, so it is restored after each test."""
 
 from __future__ import annotations
 

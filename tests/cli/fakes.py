@@ -1,4 +1,4 @@
-"""The command line around an engine that types a given reply."""
+"""The command line with an engine that types a given reply."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinyvllm.config import EngineConfig
 
 
 class Terminal:
-    """Runs commands with `engine` in place of a real one. Keeps the settings that each was started with."""
+    """Runs commands with `engine` in place of a real one. Records the settings of each start."""
 
     def __init__(self, engine: FakeEngine, model: Path) -> None:
         self.engine = engine

@@ -1,4 +1,4 @@
-"""`tinyvllm profile`: a table for people, JSON and a trace for tools, from a run, a text or the shape alone."""
+"""`tinyvllm profile`: a table, JSON and a trace, from a run, from a log, or from a model's shape."""
 
 from __future__ import annotations
 

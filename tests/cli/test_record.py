@@ -1,4 +1,4 @@
-"""--profile and --trace: what was recorded is shown at the end, apart from the answer."""
+"""--profile and --trace show the recording at the end, separate from the answer."""
 
 from __future__ import annotations
 

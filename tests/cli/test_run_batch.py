@@ -1,4 +1,4 @@
-"""`tinyvllm run-batch`: every line answered once, mistakes named before a model is loaded."""
+"""`tinyvllm run-batch`: every line is answered once, and mistakes are named before a model is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tinyvllm serve` as a process: health while it warms up, the line to paste, and ends that lose nothing."""
+"""`tinyvllm serve` as a process: health during warm-up, the line to paste, and shutdowns that lose no answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import IO
 import httpx
 import pytest
 
-# Serves an engine that hangs in the middle of an answer and is ready as soon as the test has seen that it was not.
+# Serves an engine that hangs in the middle of an answer, and is ready once the test has seen that it was not.
 PROGRAM = """
 import asyncio, sys, threading
 from tests.server.fake_engine import FakeEngine
@@ -38,7 +38,7 @@ class SlowEngine(FakeEngine):
     async def generate(self, *arguments, **options):
         async for delta in super().generate(*arguments, **options):
             if delta.num_output_tokens == 6:
-                # when the test says so; a daemon, since nobody may be waited for at the end
+                # when the test says so; a daemon thread, since the exit must not wait for it
                 loop = asyncio.get_running_loop()
                 threading.Thread(target=self.go_on, args=(loop,), daemon=True).start()
                 await self.released.wait()
@@ -141,7 +141,7 @@ def test_server_that_still_warms_up_stops_cleanly_too(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def hanging_stream(address: str) -> Iterator[Iterator[str]]:
-    """A stream that has said "Hello," and goes on when the test says so."""
+    """A stream that has sent "Hello," and continues when the test says so."""
     body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
     with httpx.stream("POST", address + "/v1/chat/completions", json=body, timeout=20) as response:
         chunks = response.iter_lines()
@@ -236,7 +236,7 @@ def test_log_lines_carry_the_requests_id_and_no_content(tmp_path: Path) -> None:
             assert process.wait(timeout=20) == 0
         log = "".join(lines)
         assert "[order-66]" in log and "POST /v1/completions" in log
-        assert "/ready" not in log.replace('/ready HTTP/1.1" 503', "")  # probes that went well say nothing
+        assert "/ready" not in log.replace('/ready HTTP/1.1" 503', "")  # successful probes are not logged
         assert ("secret" in log) is shows_content
         assert "Engine 000: Avg prompt throughput: " in log
         assert ("is open to everyone who can reach it" in log) is ("0.0.0.0" in flags)

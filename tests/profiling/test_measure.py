@@ -1,4 +1,4 @@
-"""Spans nest, close on errors, cost nothing while off, and never take more memory than was allowed."""
+"""Spans nest, close on errors, cost nothing while off, and never exceed their memory limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinyvllm.profiling.measure import Recorder, Recording
 
 @pytest.fixture(autouse=True)
 def _off() -> Iterator[None]:
-    """However a test ends, nothing is recorded after it."""
+    """Recording is off after each test, however it ends."""
     yield
     if measure.is_on():
         measure.stop()

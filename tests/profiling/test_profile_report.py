@@ -1,4 +1,4 @@
-"""Tables name every millisecond of a recording, and JSON says the same."""
+"""Tables account for all of a recording's time, and the JSON agrees."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def text_of(table: RenderableType) -> str:
 
 
 def make_recording() -> Recording:
-    """100 us: one step of 60 with a pack of 20 in it, and 5 in a queue, which lies in no thread."""
+    """100 us: one step of 60 that contains a pack of 20, and 5 in a queue, on no thread's stack."""
     spans = (
         Span("pack", 10_000, 30_000, "engine", 1),
         Span("step", 5_000, 65_000, "engine", 0, 20_000),

@@ -1,4 +1,4 @@
-"""Bytes, operations and floors of a step, by hand for a tiny model; chips have sources; verdicts have reasons."""
+"""Bytes, operations and floors of a tiny model's step, computed by hand; chips have sources; verdicts have reasons."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TINY = ModelConfig(
     norm_eps=1e-5,
     tie_embeddings=False,
 )
-# q and o 8 x 8, k and v 8 x 4, gate, up and down 8 x 16: 576 a layer; the head 10 x 8
+# q and o 8 x 8, k and v 8 x 4, gate, up and down 8 x 16: 576 per layer; the head 10 x 8
 LAYER, TABLE = 64 + 64 + 32 + 32 + 3 * 128, 80
 CHIP = Chip("toy", bandwidth_gbps=1.0, half_tflops=0.01, source="made up", device="CPU")
 
@@ -157,7 +157,7 @@ def test_each_cause_has_its_verdict_with_numbers(name: str, facts: Evidence) -> 
 
 
 def test_many_kernels_with_work_to_do_are_no_dispatch() -> None:
-    """They take as long as each other because they do the same."""
+    """Kernels that take equally long because they do the same work."""
     busy = [Kernel("qkv", i, "qkv", "CPU", 1e-3, 0.3e6, 1.0) for i in range(50)]
     assert "dispatch-bound" not in [finding.name for finding in judge(evidence(busy, 0.05))]
 
@@ -172,7 +172,7 @@ def test_causes_outside_of_the_kernels_come_first_and_others_are_not_lost() -> N
 
 
 def recording_of(*steps: tuple[str, int, int]) -> Recording:
-    """(kind, microseconds, of them waiting) by step."""
+    """A recording of steps: (kind, microseconds, microseconds of waiting)."""
     spans: list[Span] = []
     for kind, whole_us, wait_us in steps:
         spans.append(Span("wait", 0, wait_us * 1000, "engine", 1))
@@ -194,7 +194,7 @@ def test_a_recording_is_judged_by_who_waits_and_what_kind_its_steps_are() -> Non
 
 @pytest.mark.parametrize("measured", MEASURED, ids=lambda measured: measured.title)
 def test_predictions_are_near_what_was_measured(measured: Measured) -> None:
-    """Within 27 %: 4-bit weights and heads of 128 at 64 rows are the worst, and printed like the others."""
+    """Within 27 %. The worst are 4-bit weights and heads of 128 at 64 rows; the command prints them too."""
     assert abs(measured.error_of(measured.predict(SHAPES[measured.shape]))) < 0.27
 
 
@@ -221,7 +221,7 @@ def test_no_prediction_is_above_the_roof(name: str, kind: str) -> None:
 
 
 def test_the_original_s_model_on_its_chip_is_units_made_explicit() -> None:
-    """2.07 GB of TinyLlama's weights at 120 GB/s: 57.9 tokens a second at the most."""
+    """2.07 GB of TinyLlama's weights at 120 GB/s: at most 57.9 tokens per second."""
     prediction = predict(SHAPES["tinyllama-1.1b"], "float16", CHIPS["m4"], 1, 0)
     assert prediction.work.weight_bytes == pytest.approx(2.069e9, rel=1e-3)
     assert prediction.roof_tok_s == pytest.approx(120e9 / 2.069e9, rel=1e-3)

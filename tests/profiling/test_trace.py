@@ -1,4 +1,4 @@
-"""A DEBUG=2 text of any device gives its kernels, whatever was done to it."""
+"""The kernels of a DEBUG=2 log are read on any device, even if the log is damaged."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tinyvllm.profiling.kernels import GROUPINGS, tabulate
 from tinyvllm.profiling.trace import parse_trace
 
 DATA = Path(__file__).parent / "data"
-# What made them: two layers of SmolLM2-135M's shape with random Q4_0 weights, decoding with 32 tokens of context and a
-# prompt of 20, by tinygrad 0.14 under DEBUG=2. CPU: two cores, calls one by one, colours. CL: PoCL 2 on the same CPU.
-# METAL: the simulator of tests/metal, its kernels with JIT=2, and as graphs; its times are a CPU's. CUDA: an H200, the
-# same two ways.
+# How the logs were made: two layers of SmolLM2-135M's shape with random Q4_0 weights, decoding at a context of 32 and a
+# prompt of 20, by tinygrad 0.14 under DEBUG=2. CPU: two cores, calls one by one, with colors. CL: PoCL 2 on that CPU.
+# METAL: the simulator of tests/metal, once with JIT=2 and once with graphs; its times are a CPU's. CUDA: an H200, both
+# ways too.
 TRACES = sorted(path.name for path in DATA.glob("*.txt"))
 
 
@@ -47,7 +47,7 @@ def test_scheduling_is_summed() -> None:
 
 @pytest.mark.parametrize("name", TRACES)
 def test_the_sum_is_what_tinygrad_itself_counted(name: str) -> None:
-    """The last figure before the rates is tinygrad's own running sum."""
+    """The last number before the rates is tinygrad's own running total."""
     sums = re.findall(r"(?:us|ms|s)\S*/\s*([\d.]+)ms \(", read(name))
     assert parse_trace(read(name)).device_s * 1e3 == pytest.approx(float(sums[-1]), rel=2e-3)
 

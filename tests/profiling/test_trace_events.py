@@ -1,4 +1,4 @@
-"""A trace that Perfetto and chrome://tracing read: events lie in order, nest, and lose nothing."""
+"""Traces for Perfetto and chrome://tracing: events are in order, nest, and are complete."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_inner_spans_lie_inside_of_outer_ones() -> None:
 
 
 def test_the_device_has_a_row_of_steps_that_do_not_overlap() -> None:
-    """Two steps in flight: the second is launched before the first is read, and begins when that one ends."""
+    """Two steps in flight: the second is launched before the first is read, and begins when the first ends."""
     spans = (
         Span("wait", 0, 900, "engine", 1, 0, {"bucket": "decode 1", "step": 6}),  # launched before the recording
         Span("launch", 1_000, 2_000, "engine", 1, 0, {"bucket": "decode 1", "step": 7}),

@@ -78,9 +78,8 @@ def test_failures_of_the_client_become_ours(tmp_path, monkeypatch):
         raise ConnectionError("404 Client Error.\n\nRepository Not Found\nand more lines")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
-    with pytest.raises(
-        DownloadError, match=r"org/name from the hub: 404 Client Error\. Repository Not Found.*HF_TOKEN"
-    ):
+    message = r"org/name from the hub: 404 Client Error\. Repository Not Found \(check the name.*HF_TOKEN"
+    with pytest.raises(DownloadError, match=message):
         hub.list_files("org/name")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(DownloadError, match="404 Client Error"):

@@ -17,7 +17,7 @@ from tinyvllm.model.weights.quant import decompose
 from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.sampling.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
-from tinyvllm.ops.step_inputs import StepLayout
+from tinyvllm.ops.step_inputs import PROCESSING_FLOATS, StepLayout
 
 if TYPE_CHECKING:
     from tinygrad import Tensor
@@ -144,22 +144,22 @@ def sample(backend: Backend, logits: np.ndarray, **columns: Any) -> Sampled:
     return read_sampled(backend.sample(tensor, vocab, tensor.numel() // seqs, inputs, layout))
 
 
-FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "typical_p", *[f"{n}_penalty" for n in PENALTIES])
+FLOAT_COLUMNS = ("temperature", "top_p", "min_p")
 
 
 def pack_sampling(layout: StepLayout, columns: dict[str, Any]) -> np.ndarray:
     """The input buffer of a step that samples a token for every sequence."""
     buffer = make_step(layout, [])
     views = layout.views(buffer)
-    for name in ("top_p", "typical_p", "repetition_penalty"):
-        views[name].view(np.float32)[:] = 1.0
+    for name, off in {"top_p": 1.0, **PROCESSING_FLOATS}.items():
+        views[name].view(np.float32)[:] = off
     views["seed"][:] = np.arange(layout.num_seqs)
     for name, column in columns.items():
         if name == "suppressed_ids":
             for row, ids in enumerate(column):
                 views[name][row, : len(ids)] = ids
         else:
-            (views[name].view(np.float32) if name in FLOAT_COLUMNS else views[name])[:] = column
+            (views[name].view(np.float32) if name in (*FLOAT_COLUMNS, *PROCESSING_FLOATS) else views[name])[:] = column
     return buffer
 
 

@@ -6,10 +6,10 @@ import numpy as np
 
 from tinyvllm.errors import InvariantError
 from tinyvllm.ops.sampling.logits_processing import SamplingState, mask_words
+from tinyvllm.ops.step_inputs import PROCESSING_FLOATS
 from tinyvllm.scheduling.plan import StepPlan
 from tinyvllm.scheduling.request import Request, Status
 
-FLOAT_FIELDS = ("repetition_penalty", "frequency_penalty", "presence_penalty", "typical_p")
 ALL_ALLOWED = np.uint32(0xFFFFFFFF)
 
 
@@ -62,7 +62,7 @@ class SamplingRows:
         views["is_counted"][index] = params.has_penalties
         views["is_masked"][index] = request.is_masked
         views["num_bias"][index] = len(params.logit_bias)
-        for name in FLOAT_FIELDS:
+        for name in PROCESSING_FLOATS:
             views[name].view(np.float32)[index] = getattr(params, name)
 
     def _mask(self, request: Request) -> np.ndarray:

@@ -13,6 +13,9 @@ import numpy as np
 
 from tinyvllm.config import MAX_STOP_IDS
 
+# The float settings of logits processing, with the value that turns each off. Their names are fields of SamplingParams.
+PROCESSING_FLOATS = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "typical_p": 1.0}
+
 
 @dataclass(frozen=True)
 class StepLayout:
@@ -46,10 +49,7 @@ class StepLayout:
             "is_counted": seqs,  # 1: the penalties below apply, and the token is counted
             "is_masked": seqs,  # 1: only the ids of the state row's mask may be sampled
             "num_bias": seqs,  # entries of the state row's logit bias
-            "repetition_penalty": seqs,  # float bits; 1: off
-            "frequency_penalty": seqs,  # float bits; 0: off
-            "presence_penalty": seqs,  # float bits; 0: off
-            "typical_p": seqs,  # float bits; 1: off
+            **dict.fromkeys(PROCESSING_FLOATS, seqs),  # float bits
             "token_ids": tokens,
             "positions": tokens,  # of the token in its sequence
             "slots": tokens,  # where its key and value go: block_id * block_size + offset

@@ -59,6 +59,7 @@ WORD = 32  # ids per word of a mask
 THREADS = 256  # threads of a threadgroup that processes logits
 MAX_COUNT = 0x7FFF
 IN_PROMPT = 0x8000
+FILTERS = (typical_kernel,)  # kernels of processed logits, in their order: see row_filter.py
 
 
 class SamplingState:
@@ -130,7 +131,8 @@ def sample_processed(
     (processed,) = run_kernel(
         bias_kernel(processing), [processed], [inputs, state.counts, state.mask, state.bias, *logits]
     )
-    (processed,) = run_kernel(typical_kernel(whole), [processed], [inputs])
+    for kernel in FILTERS:
+        (processed,) = run_kernel(kernel(whole), [processed], [inputs])
     drawn_from = reduce_shard(LeadersSpec(whole, 0, ranks=False), processed, inputs)
     out = empty(seqs * OUT_WIDTH, I32, device) if out is None else out
     operands = [inputs, *drawn_from, *[tensor for shard in shards for tensor in shard]]

@@ -10,64 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tinygrad import UOp, dtypes
-from tinygrad.uop.ops import Ops
+from tinygrad import UOp
 
-from tinyvllm.config import MAX_STOP_IDS
-from tinyvllm.ops.kernel.body import F32, I32, LOWEST, NEG_INF, Body, KernelFn, cached_kernel, finish
+from tinyvllm.ops.kernel.body import F32, I32, LOWEST
 from tinyvllm.ops.sampling.filters import MIN_EXPONENT, Softmax
 from tinyvllm.ops.sampling.reduction import Item, RowSlice, State, combine_max, combine_sum, flag
-from tinyvllm.ops.sampling.sample import ONE, ROW_THREADS, Row, SampleSpec, is_typical
+from tinyvllm.ops.sampling.row_filter import IsKept, filter_kernel
+from tinyvllm.ops.sampling.sample import ONE, Row, is_typical
 
 BISECTION_STEPS = 31  # weights lie in [0, 1]: positive floats are ordered like their 31 bits
 ABOVE_ONE_BITS = 0x3F800001  # the bits after those of 1.0f
 MAX_DISTANCE = 128.0  # bits: larger than the distance of any two exponents that exp2 tells apart
-
-
-@cached_kernel
-def typical_kernel(spec: SampleSpec) -> KernelFn:
-    """fn(logits, inputs): -inf over every id that is not kept, including the suppressed ones, in rows that want
-    typical_p."""
-
-    def kernel(logits: UOp, inputs: UOp) -> UOp:
-        body = Body()
-        row = Row(spec, body, inputs, num_splits=1, num_threads=ROW_THREADS)
-        wanted = flag(is_typical(row))
-        ready = logits.after(_suppress(row, logits, wanted))
-        (values,) = row.slices([ready], spec.widths)
-        is_kept = _TypicalFilter(row, values, wanted).rule()
-        stores = _mask_out(row, values, wanted, is_kept)
-        name = f"typical_{spec.layout.num_seqs}x{spec.vocab_size}"
-        return finish(stores.end(*reversed(row.lanes.axes)), name, nbytes=4 * spec.layout.num_seqs)
-
-    return kernel
-
-
-def _suppress(row: Row, logits: UOp, wanted: UOp) -> UOp:
-    """-inf over the suppressed ids, before any thread reads them."""
-    thread, width = row.lanes.thread, row.spec.widths[0]
-    slot = row.body.fold_while(wanted * MAX_STOP_IDS)
-    token = row.suppressed_id(slot.cast(dtypes.weakint))
-    is_used = (token >= 0) & (token < row.spec.vocab_size)
-    index = row.axis * width + token.maximum(0).minimum(row.spec.vocab_size - 1).cast(dtypes.weakint)
-    if thread is not None:
-        is_used = is_used & thread.eq(0)
-    done = logits.after(*row.lanes.axes)[index.valid(is_used)].store(NEG_INF).end(slot)
-    return done if thread is None else UOp(Ops.BARRIER, src=(done,))
-
-
-def _mask_out(row: Row, values: RowSlice, wanted: UOp, is_kept: Callable[[UOp], UOp]) -> UOp:
-    """Store -inf over what is not kept."""
-    lanes = row.lanes
-    chunks = max(2, -(-values.span // (lanes.count * lanes.width)))
-    chunk = row.body.fold_while(wanted * chunks)
-    lane = lanes.thread if lanes.thread is not None else row.body.loop(lanes.count)
-    place, stores = chunk.cast(dtypes.weakint) * lanes.count + lane, []
-    for item in values.items(place, lanes.width, chunks * lanes.count):
-        assert item.at is not None
-        stores.append(values.buffer[item.at.valid(item.inside & is_kept(item.value).ne(True))].store(NEG_INF))
-    done = UOp.group(*stores)
-    return done.end(chunk) if lanes.thread is not None else done.end(lane, chunk)
 
 
 class _TypicalFilter:
@@ -83,7 +36,7 @@ class _TypicalFilter:
         (best,) = row.lanes.to_registers(reduced, [F32])
         self._softmax: Softmax = row.softmax(best)
 
-    def rule(self) -> Callable[[UOp], UOp]:
+    def rule(self) -> IsKept:
         """A function that says whether a logit is kept.
 
         With p = w / Z and x = log2 w, surprise minus entropy is (log2 Z - x) - (log2 Z - sum(p * x)): the distance of
@@ -162,3 +115,6 @@ class _TypicalFilter:
             high.after(step)[0].store((is_low > 0).where(b, middle)),
         )
         return low.after(stores.end(step))[0].load().bitcast(F32)
+
+
+typical_kernel = filter_kernel("typical", is_typical, lambda *row: _TypicalFilter(*row).rule())

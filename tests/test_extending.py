@@ -27,6 +27,8 @@ _FILE = re.compile(r"# (tinyvllm/[\w/]+)\.py\n")
 TABLES = (
     ("tinyvllm.cli.commands", "COMMANDS"),
     ("tinyvllm.model.weights.quant", "QUANTIZED_KINDS"),
+    ("tinyvllm.ops.sampling.logits_processing", "FILTERS"),
+    ("tinyvllm.ops.step_inputs", "PROCESSING_FLOATS"),
     ("tinyvllm.server.routes", "ROUTES"),
     ("tinyvllm.text.reasoning", "FORMATS"),
     ("tinyvllm.text.tools", "FAMILIES"),

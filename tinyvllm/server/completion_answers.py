@@ -21,7 +21,7 @@ EMPTY_LOGPROBS = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[
 
 @dataclass(frozen=True)
 class Echo:
-    """What a prompt's choices repeat of it."""
+    """The part of a prompt that its choices repeat."""
 
     text: str = ""
     first_token: bytes = b""  # the prompt's first, which has no logprob
@@ -36,7 +36,7 @@ class CompletionForm:
     has_logprobs: bool = False
     num_echoed_top: int | None = None  # likeliest tokens for each echoed one; None: no logprobs of the echo
     num_prompt_logprobs: int | None = None
-    has_output: bool = True  # False: hide the output, a single token, since the engine cannot generate none
+    has_output: bool = True  # False for max_tokens=0: hide the one token that the engine has to generate
 
     @property
     def num_choices(self) -> int:
@@ -84,7 +84,7 @@ class CompletionStream:
         self._continuous_usage = continuous_usage
         self._tally = Tally()
         self._writers = [CompletionLogprobsWriter() for _ in range(form.num_choices)]
-        # by prompt whose echo waits for its logprobs: the items that wait for the echo
+        # a prompt whose echo waits for its logprobs -> the items that must follow the echo
         self._waiting: dict[int, list[Item]] = {}
 
     async def frames(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[str, None]:

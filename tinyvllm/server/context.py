@@ -1,4 +1,4 @@
-"""The context of one HTTP request, wherever it is handled: its id, and what it holds of the queue."""
+"""The context of one HTTP request, wherever it is handled: its id and its share of the queue."""
 
 from __future__ import annotations
 

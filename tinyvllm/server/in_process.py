@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Scope
 
 
 async def post(app: ASGIApp, path: str, body: bytes, request_id: str) -> tuple[int, bytes]:
-    """POST JSON and return (status, body). Canceling this is what a client does that leaves."""
+    """POST JSON and return (status, body). Canceling it means that the client leaves."""
     scope: Scope = {
         "type": "http",
         "asgi": {"version": "3.0"},

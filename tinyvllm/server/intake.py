@@ -66,7 +66,7 @@ def context_limit(state: ServerState) -> int:
 
 
 def check_ids(state: ServerState, ids: list[int], max_tokens: int | None, *, param: str) -> None:
-    """Raise RequestError, naming the field, for a prompt that can never run: all of the request is still refusable."""
+    """Raise RequestError, naming the field, for a prompt that can never run. Called before anything is queued."""
     vocab_size, limit = state.engine.model_config.vocab_size, context_limit(state)
     if not ids:
         raise RequestError(f"{param} has no tokens: give at least one", param=param)

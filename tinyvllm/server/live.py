@@ -25,7 +25,7 @@ class LiveLimits(BaseModel):
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
-    num_blocks: int  # usable ones
+    num_blocks: int  # without block 0, which is for padding
 
 
 class LiveCounts(BaseModel):

@@ -344,7 +344,7 @@ class _EngineCollector(Collector):
 
     def _gauges(self) -> Iterator[Metric]:
         stats = self._engine.stats()
-        usage = 1.0 - stats.num_free_blocks / (self._engine.capacity.num_blocks - 1)  # block 0 is a dummy
+        usage = 1.0 - stats.num_free_blocks / (self._engine.capacity.num_blocks - 1)  # block 0 is for padding
         for name, text, value in (
             ("vllm:num_requests_running", "Requests in the running batch.", stats.num_running),
             ("vllm:num_requests_waiting", "Requests in the queue.", stats.num_waiting),

@@ -20,7 +20,7 @@ _PORT = re.compile(r":\d+$")
 
 
 class KeyRing:
-    """Holds the keys as hashes, so that comparisons have one length and none ends early."""
+    """Holds the keys as hashes, so that every comparison takes the same time."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = tuple(_digest(key) for key in keys)

@@ -8,7 +8,7 @@ from pathlib import Path
 from tinyvllm.errors import TinyvllmError
 
 API_KEY_VARIABLE = "TINYVLLM_API_KEY"  # environment variable: accepted API keys, separated by whitespace
-LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")  # names of this machine for itself
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")  # names of the loopback address
 MIN_KEY_CHARS = 8  # a shorter one can be guessed over the network
 
 
@@ -26,7 +26,7 @@ class Cors:
 class ServerSettings:
     """Limits and timeouts of one server. None means no limit. Times are in seconds."""
 
-    max_num_queued_requests: int | None = 2048  # sequences beyond those that can run; as many as one call may request
+    max_num_queued_requests: int | None = 2048  # sequences beyond those that can run; the most that one call may have
     max_num_queued_tokens: int | None = None  # prompt tokens of sequences without output
     max_body_bytes: int = 16 * 2**20  # a few million tokens of text, more than any context that a laptop serves
     request_timeout_s: float | None = None  # from arrival to the last token

@@ -126,7 +126,7 @@ def is_public(sock: socket.socket) -> bool:
 
 
 def end_silent_peers(sock: socket.socket, idle_timeout_s: float | None) -> None:
-    """Have the kernel close connections, accepted from now on, whose peer acknowledges nothing for so long. Linux only.
+    """Have the kernel close accepted connections whose peer acknowledges nothing for `idle_timeout_s`. Linux only.
 
     The server's own limit ends the request; this one ends the connection when its last bytes are never fetched.
     """

@@ -52,7 +52,7 @@ class StatusReporter:
         if not is_active and not self._was_active:
             return None
         self._was_active = is_active
-        usage = 1.0 - stats.num_free_blocks / (self._engine.capacity.num_blocks - 1)  # block 0 is a dummy
+        usage = 1.0 - stats.num_free_blocks / (self._engine.capacity.num_blocks - 1)  # block 0 is for padding
         return (
             f"Engine 000: Avg prompt throughput: {prompt_rate:.1f} tokens/s, "
             f"Avg generation throughput: {output_rate:.1f} tokens/s, "

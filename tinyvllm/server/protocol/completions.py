@@ -101,7 +101,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """An answer of /v1/completions; streamed pieces have this shape too, with usage in the last one alone."""
+    """An answer of /v1/completions; streamed chunks have this shape too, with usage in the last one only."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"

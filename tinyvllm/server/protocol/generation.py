@@ -117,7 +117,7 @@ def _check_stop(value: object) -> object:
 
 
 def _check_biases(value: object) -> object:
-    """`value` with its token ids, which are strings as JSON keys, as numbers."""
+    """Convert the token ids, which are strings because they are JSON keys, to numbers."""
     if value is None:
         return None
     if not isinstance(value, dict):

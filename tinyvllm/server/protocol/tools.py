@@ -76,7 +76,7 @@ ToolChoice = Annotated[
 
 
 def check_names(names: list[str], param: str) -> None:
-    """Raise RequestError if two tools have one name."""
+    """Raise RequestError if two tools have the same name."""
     for position, name in enumerate(names):
         if name in names[:position]:
             raise RequestError(

@@ -253,7 +253,7 @@ function show(state) {
   setStatus(state.status);
   const toCome = state.counts?.num_captures_to_come ?? 0;
   $("warming").hidden = toCome === 0;
-  $("warming").textContent = `warming up: ${count(toCome)} ${toCome === 1 ? "graph" : "graphs"} to capture`;
+  $("warming").textContent = `warming up: ${count(toCome)} ${toCome === 1 ? "graph" : "graphs"} left`;
   model = state.model;
   canChat = state.can_chat;
   $("model").textContent = state.model;

@@ -93,16 +93,19 @@ class POOLS:
 
     @staticmethod
     def make(backend: Any, model: Any) -> Any:
-        if hasattr(model, "make_pool"):
-            return model.make_pool(64 * 8 + 1, 16, "float16")
+        if not hasattr(model, "shape"):
+            from tinyvllm.ops.backend import pool_groups
+
+            return backend.make_pool(pool_groups(model.config.layers), 64 * 8 + 1, 16, "float16")
         return backend.make_pool(model.config.num_layers, 64 * 8 + 1, 16, model.shape, "float16")
 
 
 def run_model(model: Any, layout: Any, inputs: Any, pool: Any, is_decode: bool, newest: Any) -> Any:
     try:
+        from tinyvllm.ops.backend import Step
+    except ImportError:
         return model(layout, inputs, pool, is_decode=is_decode, newest=newest)
-    except TypeError:
-        return model(layout, inputs, pool, is_decode=is_decode, previous=newest)
+    return model(Step(layout, inputs, pool, is_decode, newest))
 
 
 def take_inventory() -> dict[str, dict[str, list[Any]]]:

@@ -11,7 +11,7 @@ from tests.house import PACKAGE, drawn_rooms, find_cycles, import_graph, read_pa
 BASE = {"config", "errors"}
 DOWN_TO_ENGINE = BASE | {"storage", "text", "scheduling", "execution", "engine", "profiling"}
 INSIDE_OPS = BASE | {"arrays", "device"} | {f"ops/{name}" for name in ("step_inputs", "kernel", "formats")}
-INSIDE_OPS |= {"ops/sampling", "ops/backend"}
+INSIDE_OPS |= {f"ops/{name}" for name in ("activation", "attention_spec", "backend", "coverage", "plain", "sampling")}
 # A room is a directory or a file; one inside another has arrows of its own. To name a room is to name all inside it.
 MAY_IMPORT = {
     "errors": set(),
@@ -27,7 +27,13 @@ MAY_IMPORT = {
     "ops/kernel": BASE | {"device"},
     "ops/formats": BASE | {"arrays", "device", "ops/kernel"},
     "ops/sampling": BASE | {"device", "ops/kernel", "ops/step_inputs"},
-    "ops/backend": BASE | {"arrays", "device", "ops/formats", "ops/sampling", "ops/step_inputs"},
+    "ops/activation": BASE,
+    "ops/coverage": BASE,
+    "ops/attention_spec": BASE | {"ops/activation", "ops/coverage", "ops/kernel", "ops/step_inputs"},
+    "ops/backend": BASE
+    | {"arrays", "device"}
+    | {f"ops/{name}" for name in ("attention_spec", "coverage", "formats", "sampling", "step_inputs")},
+    "ops/plain": BASE | {"ops/activation", "ops/backend"},
     "ops/cpu": INSIDE_OPS,
     "ops/gpu": INSIDE_OPS,
     "model": BASE | {"arrays", "device", "ops", "storage"},

@@ -12,8 +12,9 @@ from tinyvllm.device.handle import open_device
 from tinyvllm.execution.buckets import Bucket, choose_bucket
 from tinyvllm.execution.inputs import InputPacker
 from tinyvllm.execution.runner import make_output
-from tinyvllm.model.registry import make_model
+from tinyvllm.model.registry import complete_config, make_model
 from tinyvllm.model.weights.checkpoint import open_checkpoint
+from tinyvllm.ops.backend import Step, pool_groups
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.sampling.sample import OUT_WIDTH
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan
@@ -78,20 +79,19 @@ class EagerRunner:
     """The plain reference of a runner: no graph, no kernels of ours, one scheduling of Tensor operations a step."""
 
     def __init__(self, files: ModelFiles, capacity: Capacity, buckets: list[Bucket]) -> None:
-        config = read_model_config(files)
+        config = complete_config(read_model_config(files))
         self.capacity, self._buckets = capacity, buckets
         self._backend = ReferenceBackend(open_device())
         checkpoint = open_checkpoint(files, config)
         self._model = make_model(config, checkpoint, self._backend, capacity.max_model_len, lambda done, total: None)
-        self._pool = self._backend.make_pool(
-            config.num_layers, capacity.num_blocks, capacity.block_size, self._model.shape, "float32"
-        )
+        groups = pool_groups(config.layers)
+        self._pool = self._backend.make_pool(groups, capacity.num_blocks, capacity.block_size, "float32")
 
     def execute(self, plan: StepPlan) -> StepOutput:
         layout = choose_bucket(self._buckets, plan).layout(self.capacity)
         buffer = np.zeros(layout.size, np.int32)
         InputPacker(layout, buffer).pack(plan)
         inputs = self._backend.device.upload(buffer)
-        logits = self._model(layout, inputs, self._pool, is_decode=plan.is_decode)
+        logits = self._model(Step(layout, inputs, self._pool, plan.is_decode))
         out = self._backend.sample(logits, self._model.config.vocab_size, self._model.logit_stride, inputs, layout)
         return make_output(plan, out.numpy().reshape(-1, OUT_WIDTH), pack_s=0.0, device_s=0.0)

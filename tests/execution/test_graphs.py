@@ -12,6 +12,7 @@ from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.graphs import GraphContext, PendingGraph
 from tinyvllm.model.registry import FAMILIES, Model
 from tinyvllm.model.weights.checkpoint import open_checkpoint
+from tinyvllm.ops.backend import pool_groups
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.kernel.body import I32
 from tinyvllm.ops.sampling.logits_processing import SamplingState
@@ -47,7 +48,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ids=lambda value: value.name if isinstance(value, Bucket) else str(value),
 )
 def test_a_step_launches_so_many_kernels(model: Model, bucket: Bucket, a_layer: int, outside: int) -> None:
-    pool = model.backend.make_pool(model.config.num_layers, 9, 8, model.shape, "float16")
+    pool = model.backend.make_pool(pool_groups(model.config.layers), 9, 8, "float16")
     outputs = tuple(model.backend.device.zeros(CAPACITY.max_num_seqs * OUT_WIDTH, I32) for _ in range(2))
     state = SamplingState(model.backend.device, CAPACITY.max_num_seqs, model.config.vocab_size)
     graph = PendingGraph(

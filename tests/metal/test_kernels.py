@@ -29,13 +29,13 @@ PRODUCTS = [
 
 def backends(fmt: str, heads: tuple[int, int, int] = (4, 2, 64)) -> tuple[Backend, Backend]:
     """What the product takes on this device, and the reference."""
+    from tinyvllm.config import LayerKind
     from tinyvllm.device.handle import DeviceHandle, open_device
-    from tinyvllm.ops.backend import AttentionShape
     from tinyvllm.ops.backends import make_backend
     from tinyvllm.ops.reference import ReferenceBackend
 
     dtype = DTYPE_OF.get(fmt, "float16")
-    chosen = make_backend(open_device(), dtype, dtype, AttentionShape(*heads), dequantize=False)
+    chosen = make_backend(open_device(), dtype, dtype, [LayerKind(*heads)], dequantize=False)
     return chosen, ReferenceBackend(DeviceHandle("CPU", has_threads=False, is_unified=True, cores=("CPU",)))
 
 
@@ -46,19 +46,20 @@ def activations(backend: Any, values: np.ndarray) -> Any:
 
 
 def multiply(backend: Backend, fmt: str, tokens: int, operation: str, rows: int, cols: int) -> np.ndarray:
-    from tests.ops.builders import make_host, normal
-    from tinyvllm.ops.backend import Norm
+    from tests.ops.builders import make_host, normal, run_product
+    from tinyvllm.ops.backend import Epilogue, Norm
 
     x = activations(backend, normal(tokens, cols, seed=1))
     norm = Norm(backend.device.upload(normal(cols, seed=2)), 1e-5)
     if operation == "norm_gated":
         matrix = backend.gate_up(make_host(fmt, rows, cols, seed=3), make_host(fmt, rows, cols, seed=4))
-        out = backend.norm_gated("test", x, norm, matrix, tokens)
+        out = run_product(backend, x, matrix, tokens, norm, Epilogue(activation="silu"))
     elif operation == "norm_linear":
-        (out,) = backend.norm_linear("test", x, norm, backend.stacked([make_host(fmt, rows, cols, seed=5)]), tokens)
+        out = run_product(backend, x, backend.matrix(make_host(fmt, rows, cols, seed=5)), tokens, norm)
     else:
-        (matrix,) = backend.stacked([make_host(fmt, rows, cols, seed=5)])
-        out = backend.linear_add("test", x, matrix, activations(backend, normal(tokens, rows, seed=6)), tokens)
+        residual = activations(backend, normal(tokens, rows, seed=6))
+        matrix = backend.matrix(make_host(fmt, rows, cols, seed=5))
+        out = run_product(backend, x, matrix, tokens, epilogue=Epilogue(residual=residual))
     (whole,) = backend.parts_of(out)
     return np.asarray(whole.float().numpy()).reshape(tokens, -1)
 
@@ -134,7 +135,7 @@ def test_attention_equals_the_reference_and_writes_its_slots_alone(
 
 @pytest.mark.parametrize("fmt", ["float16", "bfloat16", "Q4_0", "Q8_0", "Q6_K"])
 def test_rows_are_embedded_and_taken_as_by_the_reference(fmt: str) -> None:
-    from tests.ops.builders import largest_difference, make_host, make_step
+    from tests.ops.builders import largest_difference, make_host, make_step, make_step_of
     from tinyvllm.ops.step_inputs import StepLayout
 
     layout, cols = StepLayout(6, 3, 2, 16), 256
@@ -143,9 +144,9 @@ def test_rows_are_embedded_and_taken_as_by_the_reference(fmt: str) -> None:
     layout.views(buffer)["logit_rows"][:] = [4, 0, 2]
     out = []
     for ops in backends(fmt):
-        inputs = ops.device.upload(buffer)
-        rows = ops.embed(ops.matrix(make_host(fmt, 100, cols)), inputs, layout)
-        taken = ops.take_rows(rows, inputs, layout, cols)
+        step = make_step_of(ops, layout, buffer)
+        rows = ops.embed(ops.matrix(make_host(fmt, 100, cols)), step)
+        taken = ops.take_rows(rows, step, cols)
         out.append(np.concatenate([rows.float().numpy(), taken.float().numpy()]))
     assert largest_difference(*out) < TOLERANCE[DTYPE_OF.get(fmt, "float16")]
 

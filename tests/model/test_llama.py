@@ -27,9 +27,9 @@ from tinyvllm.config import ModelFiles
 from tinyvllm.device.handle import open_device
 from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.llama import Llama
-from tinyvllm.model.registry import FAMILIES
+from tinyvllm.model.registry import FAMILIES, complete_config, find_family
 from tinyvllm.model.weights.checkpoint import open_checkpoint
-from tinyvllm.ops.backend import Backend
+from tinyvllm.ops.backend import Backend, Step, pool_groups
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.step_inputs import StepLayout
@@ -117,13 +117,15 @@ def frequencies(model: TinyLlama) -> np.ndarray:
 
 def load(files: ModelFiles, make: Callable[..., Backend] = lambda device: CpuBackend(device, None)) -> Llama:
     config = read_model_config(files)
-    return FAMILIES[config.architecture](config, open_checkpoint(files, config), make(open_device()), num_positions=64)
+    return find_family(config)(
+        complete_config(config), open_checkpoint(files, config), make(open_device()), num_positions=64
+    )
 
 
 def run(model: Llama, token_ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Logits (V,) behind all tokens but the last by one prefill step, and behind all by a decode step."""
     ops = model.backend
-    pool = ops.make_pool(model.config.num_layers, 5, BLOCK_SIZE, model.shape, "float32")
+    pool = ops.make_pool(pool_groups(model.config.layers), 5, BLOCK_SIZE, "float32")
     start = len(token_ids) - 1
     # the same block table in both steps: make_step draws it from the seed
     steps = ((StepLayout(16, 1, 4, BLOCK_SIZE), Piece(0, start)), (StepLayout(1, 1, 4, BLOCK_SIZE), Piece(start)))
@@ -132,7 +134,7 @@ def run(model: Llama, token_ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
         buffer = make_step(layout, [piece])
         layout.views(buffer)["token_ids"][: piece.count] = token_ids[piece.start : piece.start + piece.count]
         is_decode = layout.num_tokens == 1
-        logits = model(layout, ops.device.upload(buffer), pool, is_decode=is_decode).numpy()
+        logits = model(Step(layout, ops.device.upload(buffer), pool, is_decode)).numpy()
         rows.append(logits.reshape(1, model.logit_stride)[0, : model.config.vocab_size])
     return rows[0], rows[1]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
-from tinyvllm.config import ModelConfig, RopeScaling
+from tinyvllm.config import Rope, RopeScaling
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.rope import inverse_frequencies, rope_table
 
@@ -25,26 +25,8 @@ LLAMA31_FREQUENCIES = {
 }
 
 
-def make_config(head_dim: int = 64, theta: float = 10000.0, **rope: object) -> ModelConfig:
-    return ModelConfig(
-        architecture="llama",
-        num_layers=1,
-        hidden_size=64,
-        ffn_size=64,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=head_dim,
-        vocab_size=32,
-        max_position=8192,
-        rope_theta=theta,
-        norm_eps=1e-5,
-        tie_embeddings=True,
-        **rope,  # type: ignore[arg-type]
-    )
-
-
 def test_the_table_holds_cosines_then_sines() -> None:
-    table = rope_table(make_config(), 300)
+    table = rope_table(Rope(10000.0), 64, 300)
     assert table.shape == (300, 64)
     assert table.dtype == np.float32
     for position, i in ((0, 0), (1, 0), (17, 5), (299, 31)):
@@ -55,18 +37,18 @@ def test_the_table_holds_cosines_then_sines() -> None:
 
 def test_angles_of_far_positions_are_exact() -> None:
     """float32 angles would be off by 0.008 at position 131071."""
-    assert rope_table(make_config(), 131072)[-1, 0] == pytest.approx(math.cos(131071), abs=1e-7)
+    assert rope_table(Rope(10000.0), 64, 131072)[-1, 0] == pytest.approx(math.cos(131071), abs=1e-7)
 
 
 def test_linear_scaling_divides_positions() -> None:
-    scaled = inverse_frequencies(make_config(rope_scaling=RopeScaling("linear", 4.0)))
-    np.testing.assert_allclose(scaled, inverse_frequencies(make_config()) / 4)
+    scaled = inverse_frequencies(Rope(10000.0, RopeScaling("linear", 4.0)), 64)
+    np.testing.assert_allclose(scaled, inverse_frequencies(Rope(10000.0), 64) / 4)
 
 
 def test_llama3_scaling_by_wavelength() -> None:
     """Short waves stay, long ones are stretched by the factor, and between them lies a mixture."""
-    plain = inverse_frequencies(make_config(128, 500000.0))
-    scaled = inverse_frequencies(make_config(128, 500000.0, rope_scaling=LLAMA31))
+    plain = inverse_frequencies(Rope(500000.0), 128)
+    scaled = inverse_frequencies(Rope(500000.0, LLAMA31), 128)
     for before, after in zip(plain, scaled, strict=True):
         wavelength = 2 * math.pi / before
         if wavelength < 8192 / 4:
@@ -79,16 +61,16 @@ def test_llama3_scaling_by_wavelength() -> None:
 
 
 def test_llama3_scaling_equals_transformers() -> None:
-    scaled = inverse_frequencies(make_config(128, 500000.0, rope_scaling=LLAMA31))
+    scaled = inverse_frequencies(Rope(500000.0, LLAMA31), 128)
     np.testing.assert_allclose(scaled[list(LLAMA31_FREQUENCIES)], list(LLAMA31_FREQUENCIES.values()), rtol=1e-6)
 
 
 def test_stored_divisors_divide() -> None:
     divisors = tuple(np.linspace(1, 8, 32))
-    got = inverse_frequencies(make_config(rope_divisors=divisors))
-    np.testing.assert_allclose(got, inverse_frequencies(make_config()) / divisors)
+    got = inverse_frequencies(Rope(10000.0, divisors=divisors), 64)
+    np.testing.assert_allclose(got, inverse_frequencies(Rope(10000.0), 64) / divisors)
 
 
 def test_an_unknown_scaling_lists_the_known() -> None:
     with pytest.raises(UnsupportedModelError, match="rope scaling 'yarn' is not known; known: linear, llama3"):
-        inverse_frequencies(make_config(rope_scaling=RopeScaling("yarn", 4.0)))
+        inverse_frequencies(Rope(10000.0, RopeScaling("yarn", 4.0)), 64)

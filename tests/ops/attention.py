@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from tests.builders import encode_floats
-from tests.ops.builders import Piece, make_pool, normal, read_pool
-from tinyvllm.ops.backend import AttentionShape, Backend, Norm
+from tests.ops.builders import Piece, make_pool, make_step_of, normal, read_pool
+from tinyvllm.config import LayerKind, Rope
+from tinyvllm.model.rope import rope_table
+from tinyvllm.ops.attention_spec import AttentionLayer
+from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.step_inputs import StepLayout
 
 
@@ -25,10 +29,13 @@ class Case:
     dtype: str = "float32"
     widths: tuple[int, ...] = ()
     normed: bool = False
+    features: tuple[tuple[str, Any], ...] = ()  # fields of LayerKind beyond these
 
     @property
-    def shape(self) -> AttentionShape:
-        return AttentionShape(self.heads, self.kv_heads, self.dim)
+    def kind(self) -> LayerKind:
+        eps = 0.05 if self.normed else None  # an epsilon that shows
+        plain = LayerKind(self.heads, self.kv_heads, self.dim, Rope(10000.0), head_norm_eps=eps)
+        return replace(plain, **dict(self.features))
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -38,7 +45,9 @@ class Case:
     @property
     def name(self) -> str:
         step = f"{'decode' if self.is_decode else 'mixed'}{self.layout.num_tokens}"
-        kind = f"{self.dtype}{'-normed' if self.normed else ''}"
+        names = ["normed"] if self.normed else []
+        names += [f"{name}={'rope' if name == 'rope' else value}" for name, value in self.features]
+        kind = "-".join([self.dtype, *names])
         return f"{step}-{self.heads}over{self.kv_heads}x{self.dim}-{self.layout.block_size}-{kind}"
 
 
@@ -60,6 +69,22 @@ MIXED = [
     Case(16, 8, 128, StepLayout(16, 3, 3, 16), False, "float16", normed=True),
     Case(3, 1, 24, StepLayout(12, 2, 4, 8), False, "float32", (3, 1, 1), normed=True),
 ]
+# what layers of other families ask for, beyond Llama's
+FEATURES: dict[str, tuple[tuple[str, Any], ...]] = {
+    "gemma": (("window", 11), ("score_scale", 0.3), ("softcap", 1.5)),
+    "gpt-oss": (("window", 5), ("has_sinks", True), ("has_bias", True)),
+    "no rope": (("rope", None), ("value_norm_eps", 0.1)),
+    "partial rope": (("rope", Rope(10000.0, num_dims=8)),),
+    "all": (
+        ("window", 9),
+        ("softcap", 2.0),
+        ("has_bias", True),
+        ("has_sinks", True),
+        ("value_norm_eps", 0.1),
+        ("score_scale", 0.7),
+        ("rope", Rope(100.0, num_dims=8, is_interleaved=True)),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -74,27 +99,31 @@ class Result:
 def attend(ops: Backend, case: Case, buffer: np.ndarray, history: tuple[np.ndarray, np.ndarray]) -> Result:
     """Run one step over a pool that holds `history`: keys and values (slots, K, D)."""
     size = case.layout.block_size
-    pool = make_pool(ops, case.shape, size, case.dtype, *history)
-    before = read_pool(ops, case.shape, size, pool)
+    pool = make_pool(ops, case.kind, size, case.dtype, *history)
+    before = read_pool(ops, case.kind, size, pool)
     qkv = normal(case.layout.num_tokens, sum(case.parts), seed=3)
     parts = [ops.device.upload(part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
-    rope = ops.device.upload(make_rope(case.dim, case.layout.max_blocks * size))
-    step = (pool, 0, ops.device.upload(buffer), rope, case.layout)
-    norm = make_head_norm(ops, case)
-    out = ops.attend(parts, case.parts, case.shape, *step, is_decode=case.is_decode, head_norm=norm)
+    step = make_step_of(ops, case.layout, buffer, pool, is_decode=case.is_decode)
+    out = ops.attend(parts, make_layer(ops, case), step)
     parts_out = [part.numpy().reshape(case.layout.num_tokens, -1) for part in ops.parts_of(out)]
     rows = np.concatenate(parts_out, axis=1).reshape(-1, case.heads, case.dim)
-    return Result(rows, before, read_pool(ops, case.shape, size, pool))
+    return Result(rows, before, read_pool(ops, case.kind, size, pool))
 
 
-def make_rope(dim: int, positions: int) -> np.ndarray:
-    angles = np.arange(positions)[:, None] / 10000.0 ** (np.arange(0, dim, 2) / dim)
-    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-
-
-def make_head_norm(ops: Backend, case: Case) -> Norm | None:
-    """Other weights for queries than for keys, and an epsilon that shows."""
-    return Norm(ops.device.upload(1 + 0.3 * normal(2 * case.dim, seed=4)), 0.05) if case.normed else None
+def make_layer(ops: Backend, case: Case) -> AttentionLayer:
+    """The case's layer, with tables that show: other weights for queries than for keys."""
+    kind, upload = case.kind, ops.device.upload
+    positions = case.layout.max_blocks * case.layout.block_size
+    rope = None if kind.rope is None else upload(rope_table(kind.rope, kind.head_dim, positions))
+    return AttentionLayer(
+        index=0,
+        kind=kind,
+        qkv_cols=case.parts,
+        rope=rope,
+        head_norm=upload(1 + 0.3 * normal(2 * case.dim, seed=4)) if case.normed else None,
+        bias=upload(normal(sum(case.parts), seed=5)) if kind.has_bias else None,
+        sinks=upload(normal(case.heads, seed=6)) if kind.has_sinks else None,
+    )
 
 
 def make_history(case: Case) -> tuple[np.ndarray, np.ndarray]:

@@ -12,10 +12,12 @@ import numpy as np
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
 from tests.builders import K_KINDS, encode_floats, random_k_rows
 from tinyvllm.arrays import HostMatrix
+from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.model.weights.quant import decompose
-from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
+from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, KVPool, Norm, Step, pool_groups
 from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.sampling.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.ops.step_inputs import PROCESSING_FLOATS, StepLayout
 
@@ -90,11 +92,11 @@ def make_step(layout: StepLayout, pieces: list[Piece], *, seed: int = 0) -> np.n
 
 
 def make_pool(
-    backend: Backend, shape: AttentionShape, block_size: int, dtype: str, keys: np.ndarray, values: np.ndarray
+    backend: Backend, kind: LayerKind, block_size: int, dtype: str, keys: np.ndarray, values: np.ndarray
 ) -> KVPool:
     """A pool of one layer that holds the given keys and values."""
     num_blocks = len(keys) // block_size
-    pool = backend.make_pool(1, num_blocks, block_size, shape, dtype)
+    pool = backend.make_pool(pool_groups([kind]), num_blocks, block_size, dtype)
     for tensors, plain, is_key in ((pool.keys, keys, True), (pool.values, values, False)):
         stored = plain
         if isinstance(backend, CpuBackend):
@@ -103,22 +105,46 @@ def make_pool(
     return pool
 
 
-def read_pool(backend: Backend, shape: AttentionShape, block_size: int, pool: KVPool) -> tuple[np.ndarray, np.ndarray]:
+def read_pool(backend: Backend, kind: LayerKind, block_size: int, pool: KVPool) -> tuple[np.ndarray, np.ndarray]:
     """The keys and values of a pool's first layer, float32."""
     plain = []
     for tensor, is_key in ((pool.keys[0], True), (pool.values[0], False)):
         stored = tensor.float().numpy()
         if isinstance(backend, CpuBackend):
             axes = _to_cpu(is_key)
-            sizes = (pool.num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
+            sizes = (pool.num_blocks, block_size, kind.num_kv_heads, kind.head_dim)
             stored = stored.reshape([sizes[axis] for axis in axes]).transpose(np.argsort(axes))
-        plain.append(stored.reshape(-1, shape.num_kv_heads, shape.head_dim))
+        plain.append(stored.reshape(-1, kind.num_kv_heads, kind.head_dim))
     return plain[0], plain[1]
 
 
 def _to_cpu(is_key: bool) -> tuple[int, ...]:
     """Axes of (block, token, kv head, D) in the order in which the CPU kind stores them."""
     return (0, 2, 3, 1) if is_key else (0, 2, 1, 3)
+
+
+# -- operations ------------------------------------------------------------------------------------------------------
+
+
+def run_product(
+    backend: Backend, x: Tensor, matrix: Matrix, tokens: int, norm: Norm | None = None, epilogue: Epilogue = PLAIN
+) -> Tensor:
+    """One product."""
+    return backend.linear("test", x, [matrix], tokens, norm, epilogue)[0]
+
+
+def make_step_of(
+    backend: Backend,
+    layout: StepLayout,
+    buffer: np.ndarray | Tensor,
+    pool: KVPool | None = None,
+    *,
+    is_decode: bool = False,
+    previous_output: Tensor | None = None,
+) -> Step:
+    """A step on a device; without a pool, of operations that need none."""
+    inputs = backend.device.upload(buffer) if isinstance(buffer, np.ndarray) else buffer
+    return Step(layout, inputs, pool or KVPool({}, {}, 1, "float16"), is_decode, previous_output)
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------

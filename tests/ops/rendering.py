@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.codegen import to_program
@@ -15,8 +18,10 @@ from tinygrad.renderer.cstyle import CUDARenderer, MetalRenderer, OpenCLRenderer
 from tinygrad.uop.ops import Ops
 
 from tests.ops.builders import make_host
+from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import FLOATS, DeviceHandle
-from tinyvllm.ops.backend import AttentionShape, Backend, Norm
+from tinyvllm.ops.attention_spec import AttentionLayer
+from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm, Step, pool_groups
 from tinyvllm.ops.gpu.backend import GpuBackend
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.kernel.lanes import Lanes
@@ -52,44 +57,64 @@ def unwritten(backend: Backend, size: int, dtype: DType = dtypes.float) -> Tenso
 
 
 def plan_layer(
-    backend: Backend, layout: StepLayout, formats: tuple[str, str], *, is_decode: bool, normed: bool = False
+    backend: Backend,
+    layout: StepLayout,
+    formats: tuple[str, str],
+    *,
+    is_decode: bool,
+    normed: bool = False,
+    features: tuple[tuple[str, Any], ...] = (),
+    epilogue: Epilogue = PLAIN,
 ) -> list[Tensor]:
-    """A small model's step: embedding, one layer, head and sampling. `formats`: of most matrices, and of V and down."""
+    """A small model's step: embedding, one layer, head and sampling. `formats`: of most matrices, and of V and down;
+    `features`: fields of LayerKind; `epilogue`: of the two products that add to the residual."""
     most, few = formats
-    tokens, hidden, shape = layout.num_tokens, 256, AttentionShape(8, 2, 64)
-    inputs, rope = unwritten(backend, layout.size, dtypes.int), unwritten(backend, 64 * 64)
+    tokens, hidden = layout.num_tokens, 256
+    kind = LayerKind(8, 2, 64, Rope(10000.0), head_norm_eps=1e-6 if normed else None)
+    kind = replace(kind, **dict(features))
     norm = Norm(unwritten(backend, hidden), 1e-5)
-    pool = backend.make_pool(1, 5, layout.block_size, shape, "float16")
-    qkv = backend.stacked([make_host(most, 512, hidden), make_host(most, 128, hidden), make_host(few, 128, hidden)])
+    pool = backend.make_pool(pool_groups([kind]), 5, layout.block_size, "float16")
+    step = Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode)
+    qkv = backend.stacked([make_host(most, 512, hidden), make_host(most, 128, hidden), make_host(few, 128, hidden)], 2)
     (out,) = backend.stacked([make_host(most, hidden, 512)])
     gate_up = backend.gate_up(make_host(most, 256, hidden), make_host(most, 256, hidden))
     (down,) = backend.stacked([make_host(few, hidden, 256)])
     table = backend.matrix(make_host(few, 300, hidden))
 
-    x = backend.embed(table, inputs, layout)
-    parts = backend.norm_linear("qkv", x, norm, qkv, tokens)
-    widths = [matrix.num_rows for matrix in qkv]
-    head_norm = Norm(unwritten(backend, 2 * shape.head_dim), 1e-6) if normed else None
-    step = (pool, 0, inputs, rope, layout)
-    heads = backend.attend(parts, widths, shape, *step, is_decode=is_decode, head_norm=head_norm)
-    x = backend.linear_add("attention_out", heads, out, x, tokens)
-    hidden_states = backend.norm_gated("gate_up", x, norm, gate_up, tokens)
-    x = backend.linear_add("down", hidden_states, down, x, tokens)
+    x = backend.embed(table, step)
+    parts = backend.linear("qkv", x, qkv, tokens, norm)
+    heads = backend.attend(parts, plan_attention_layer(backend, kind, [m.num_rows for m in qkv]), step)
+    (x,) = backend.linear("attention_out", heads, [out], tokens, None, replace(epilogue, residual=x))
+    (states,) = backend.linear("gate_up", x, [gate_up], tokens, norm, Epilogue(activation="silu"))
+    (x,) = backend.linear("down", states, [down], tokens, None, replace(epilogue, residual=x))
     if not is_decode:
-        x, tokens = backend.take_rows(x, inputs, layout, hidden), layout.num_seqs
-    (logits,) = backend.norm_linear("lm_head", x, norm, [table], tokens)
+        x, tokens = backend.take_rows(x, step, hidden), layout.num_seqs
+    (logits,) = backend.linear("lm_head", x, [table], tokens, norm)
     logits = backend.join(logits, table.num_rows, layout)
-    return [backend.sample(logits, 300, table.num_rows, inputs, layout)]
+    return [backend.sample(logits, 300, table.num_rows, step.inputs, layout)]
 
 
-def plan_attention(backend: Backend, shape: AttentionShape, dtype: str) -> list[Tensor]:
+def plan_attention_layer(backend: Backend, kind: LayerKind, qkv_cols: Sequence[int]) -> AttentionLayer:
+    """A layer whose tables have no values."""
+    cols = kind.q_size + 2 * kind.kv_size
+    return AttentionLayer(
+        index=0,
+        kind=kind,
+        qkv_cols=tuple(qkv_cols),
+        rope=None if kind.rope is None else unwritten(backend, 1024 * kind.head_dim),
+        head_norm=None if kind.head_norm_eps is None else unwritten(backend, 2 * kind.head_dim),
+        bias=unwritten(backend, cols) if kind.has_bias else None,
+        sinks=unwritten(backend, kind.num_heads) if kind.has_sinks else None,
+    )
+
+
+def plan_attention(backend: Backend, kind: LayerKind, dtype: str) -> list[Tensor]:
     """Attention of a large model's shape."""
-    layout = StepLayout(16, 4, 64, 16)
-    widths = ((shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim,)
-    inputs, rope = unwritten(backend, layout.size, dtypes.int), unwritten(backend, 1024 * shape.head_dim)
-    pool = backend.make_pool(1, 5, 16, shape, dtype)
-    qkv = [unwritten(backend, 16 * widths[0], FLOATS[dtype])]
-    return [backend.attend(qkv, widths, shape, pool, 0, inputs, rope, layout, is_decode=False)]
+    layout, cols = StepLayout(16, 4, 64, 16), kind.q_size + 2 * kind.kv_size
+    pool = backend.make_pool(pool_groups([kind]), 5, 16, dtype)
+    step = Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode=False)
+    qkv = [unwritten(backend, 16 * cols, FLOATS[dtype])]
+    return [backend.attend(qkv, plan_attention_layer(backend, kind, [cols]), step)]
 
 
 def plan_processed(backend: Backend, vocab: int) -> Tensor:

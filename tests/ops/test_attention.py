@@ -10,6 +10,7 @@ import pytest
 
 from tests.ops.attention import (
     DECODE,
+    FEATURES,
     MIXED,
     Case,
     attend,
@@ -18,9 +19,10 @@ from tests.ops.attention import (
     mixed_pieces,
 )
 from tests.ops.builders import Piece, make_step, normal
+from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import DeviceError, UnsupportedModelError
-from tinyvllm.ops.backend import AttentionShape, Backend
+from tinyvllm.ops.backend import Backend, pool_groups
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.gpu.backend import GpuBackend
 from tinyvllm.ops.reference import ReferenceBackend
@@ -59,6 +61,18 @@ def test_mixed_steps_equal_the_reference_and_write_their_slots_alone(
 ) -> None:
     for seed, pieces in enumerate(mixed_pieces(case)):
         check(backend, reference, case, pieces, seed)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_what_other_families_ask_of_attention_equals_the_reference(
+    backend: Backend, reference: ReferenceBackend, name: str
+) -> None:
+    layout, is_normed = StepLayout(3, 3, 4, 8), name in ("all", "partial rope")
+    decode = Case(4, 2, 16, layout, True, "float32", (4, 2, 2), normed=is_normed, features=FEATURES[name])
+    mixed = replace(decode, layout=StepLayout(12, 3, 4, 8), is_decode=False, widths=())
+    check(backend, reference, decode, [Piece(7), Piece(0), Piece(30)], seed=0)
+    for seed, pieces in enumerate(mixed_pieces(mixed)[:2]):
+        check(backend, reference, mixed, pieces, seed)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -142,4 +156,4 @@ def test_the_reference_is_textbook_attention(reference: ReferenceBackend, normed
 @pytest.mark.parametrize("dim", [12, 512])
 def test_head_sizes_that_threadgroups_cannot_serve_are_refused(device: DeviceHandle, dim: int) -> None:
     with pytest.raises(UnsupportedModelError, match=f"head_dim {dim} is not a multiple of 8 up to 256"):
-        GpuBackend(device, "float32").make_pool(1, 2, 16, AttentionShape(1, 1, dim), "float32")
+        GpuBackend(device, "float32").make_pool(pool_groups([LayerKind(1, 1, dim)]), 2, 16, "float32")

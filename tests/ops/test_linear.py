@@ -10,11 +10,11 @@ from itertools import product
 import numpy as np
 import pytest
 
-from tests.ops.builders import FORMATS, largest_difference, make_host, normal
+from tests.ops.builders import FORMATS, largest_difference, make_host, normal, run_product
 from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import DeviceHandle, has_half
 from tinyvllm.errors import UnsupportedModelError
-from tinyvllm.ops.backend import Backend, Norm
+from tinyvllm.ops.backend import Backend, Epilogue, Norm
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.gpu.backend import GpuBackend
 from tinyvllm.ops.reference import ReferenceBackend
@@ -46,13 +46,14 @@ def run(backend: Backend, fmt: str, tokens: int, operation: str) -> np.ndarray:
     x, norm = upload(normal(tokens, COLS, seed=1)), Norm(upload(normal(COLS, seed=2)), eps=1e-5)
     if operation == "norm_gated":
         matrix = backend.gate_up(make_host(fmt, ROWS, COLS, seed=3), make_host(fmt, ROWS, COLS, seed=4))
-        out = backend.norm_gated("test", x, norm, matrix, tokens)
+        out = run_product(backend, x, matrix, tokens, norm, Epilogue(activation="silu"))
     else:
         (matrix,) = backend.stacked([make_host(fmt, ROWS, COLS, seed=5)])
         if operation == "norm_linear":
-            (out,) = backend.norm_linear("test", x, norm, [matrix], tokens)
+            out = run_product(backend, x, matrix, tokens, norm)
         else:
-            out = backend.linear_add("test", x, matrix, upload(normal(tokens, ROWS, seed=6)), tokens)
+            residual = upload(normal(tokens, ROWS, seed=6))
+            out = run_product(backend, x, matrix, tokens, epilogue=Epilogue(residual=residual))
     return out.numpy().reshape(tokens, ROWS)
 
 
@@ -84,9 +85,9 @@ def test_a_row_depends_on_no_other_row(backend: Backend) -> None:
     host, rows = make_host("Q4_1", ROWS, COLS), normal(64, COLS, seed=1)
     (matrix,) = backend.stacked([host])
     norm = Norm(backend.device.upload(np.ones(COLS, np.float32)), eps=1e-5)
-    alone = [backend.norm_linear("test", backend.device.upload(row), norm, [matrix], 1)[0].numpy() for row in rows[:2]]
+    alone = [run_product(backend, backend.device.upload(row), matrix, 1, norm).numpy() for row in rows[:2]]
     for tokens in (2, 4, 16, 64):
-        (out,) = backend.norm_linear("test", backend.device.upload(rows[:tokens]), norm, [matrix], tokens)
+        out = run_product(backend, backend.device.upload(rows[:tokens]), matrix, tokens, norm)
         np.testing.assert_allclose(out.numpy().reshape(tokens, ROWS)[:2], alone, atol=2e-5)
 
 
@@ -109,7 +110,7 @@ def test_rows_behind_the_used_ones_are_zero(backend: Backend) -> None:
     matrix = backend.matrix(host)
     assert (matrix.num_rows, matrix.used_rows) == (64, 40)
     x, norm = normal(2, 64), Norm(backend.device.upload(np.ones(64, np.float32)), eps=1e-5)
-    (out,) = backend.norm_linear("test", backend.device.upload(x), norm, [matrix], 2)
+    out = run_product(backend, backend.device.upload(x), matrix, 2, norm)
     rows = out.numpy().reshape(2, 64)
     expected = x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-5) @ to_float32(host).T
     np.testing.assert_allclose(rows[:, :40], expected, atol=1e-5)
@@ -118,8 +119,8 @@ def test_rows_behind_the_used_ones_are_zero(backend: Backend) -> None:
 
 def test_matrices_of_one_format_are_stacked_and_others_kept_apart(backend: Backend) -> None:
     q, k, v = make_host("Q4_1", 64, 64), make_host("Q4_1", 32, 64, seed=1), make_host("Q8_0", 32, 64, seed=2)
-    assert [matrix.num_rows for matrix in backend.stacked([q, k, v])] == [96, 32]
-    assert [matrix.num_rows for matrix in backend.stacked([q, k, q])] == [160]
+    assert [matrix.num_rows for matrix in backend.stacked([q, k, v], 1)] == [96, 32]
+    assert [matrix.num_rows for matrix in backend.stacked([q, k, q], 1)] == [160]
 
 
 def test_gate_and_up_of_different_formats_are_fused_all_the_same(backend: Backend, reference: ReferenceBackend) -> None:
@@ -127,7 +128,8 @@ def test_gate_and_up_of_different_formats_are_fused_all_the_same(backend: Backen
 
     def gated(ops: Backend) -> np.ndarray:
         norm = Norm(ops.device.upload(np.ones(64, np.float32)), eps=1e-5)
-        return ops.norm_gated("test", ops.device.upload(x), norm, ops.gate_up(gate, up), 2).numpy()
+        gate_up = ops.gate_up(gate, up)
+        return run_product(ops, ops.device.upload(x), gate_up, 2, norm, Epilogue(activation="silu")).numpy()
 
     assert largest_difference(gated(backend), gated(reference)) < 1e-3  # float16 holds both
 
@@ -135,7 +137,7 @@ def test_gate_and_up_of_different_formats_are_fused_all_the_same(backend: Backen
 @pytest.mark.parametrize("rows", [16, 48])
 def test_a_projection_that_does_not_fill_its_panels_is_refused(device: DeviceHandle, rows: int) -> None:
     host = make_host("float32", rows, 32)
-    for load in (lambda cpu: cpu.stacked([host]), lambda cpu: cpu.gate_up(host, host)):
+    for load in (lambda cpu: cpu.stacked([host], 1), lambda cpu: cpu.gate_up(host, host)):
         with pytest.raises(UnsupportedModelError, match=f"{rows} rows, which is no multiple of 32"):
             load(CpuBackend(device, None))
 

@@ -22,8 +22,9 @@ from tests.ops.rendering import (
     plan_processed,
     unwritten,
 )
+from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import KERNEL_STACK_BYTES, DeviceHandle
-from tinyvllm.ops.backend import AttentionShape, Norm
+from tinyvllm.ops.backend import Norm
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.step_inputs import StepLayout
@@ -55,12 +56,12 @@ def test_every_way_to_store_weights_renders(target: str, formats: tuple[str, str
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "shape", [AttentionShape(64, 8, 128), AttentionShape(16, 8, 256), AttentionShape(9, 3, 64)], ids=str
-)
+@pytest.mark.parametrize("heads", [(64, 8, 128), (16, 8, 256), (9, 3, 64)], ids=str)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_attention_of_large_models_renders_within_the_limits(target: str, shape: AttentionShape, dtype: str) -> None:
-    for kernel in kernels_of(plan_attention(gpu_backend(dtype), shape, dtype)):
+def test_attention_of_large_models_renders_within_the_limits(
+    target: str, heads: tuple[int, int, int], dtype: str
+) -> None:
+    for kernel in kernels_of(plan_attention(gpu_backend(dtype), LayerKind(*heads, Rope(10000.0)), dtype)):
         check_limits(kernel, target)
 
 
@@ -106,6 +107,6 @@ def test_the_stack_holds_a_large_models_tiles(tokens: int) -> None:
     wide = Matrix(narrow.format, 32, 28672, 32, "panel", planes)
     norm = Norm(unwritten(backend, 28672), 1e-5)
     x = unwritten(backend, tokens * 28672)
-    for kernel in kernels_of(backend.norm_linear("wide", x, norm, [wide], tokens)):
+    for kernel in kernels_of(backend.linear("wide", x, [wide], tokens, norm)):
         program = to_program(kernel, Device["CPU"].renderer)
         assert buffer_bytes(program, AddrSpace.REG) < KERNEL_STACK_BYTES // 8, kernel.arg.name

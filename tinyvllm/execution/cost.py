@@ -59,7 +59,8 @@ class CostCounter:
         # bytes of one token in each of the pool's tensors
         self._kv_bytes = {_buffer(tensor): tensor.nbytes() // num_slots for tensor in pool.tensors}
         self._table = {_buffer(plane) for part in model.embedding.parts for plane in part.planes}
-        self._rope = _buffer(model.rope)
+        # bytes of one position in each of the layers' rope tables
+        self._rope_bytes = {_buffer(rope): rope.nbytes() // model.num_positions for rope in model.ropes}
         self._row_bytes = model.embedding.nbytes // model.embedding.num_rows
 
     def count(self, bucket: str, calls: tuple[Call, ...], inputs: Tensor, plan: StepPlan) -> StepCost:
@@ -90,8 +91,8 @@ class CostCounter:
         for (base, _), (index, buffer) in args.items():
             if base in self._kv_bytes:
                 moved += self._kv_bytes[base] * _tokens_moved(call, index, plan)
-            elif base == self._rope:
-                moved += plan.num_tokens * self._model.config.head_dim * 4
+            elif base in self._rope_bytes:
+                moved += plan.num_tokens * self._rope_bytes[base]
             elif base in self._table and looks_up:
                 moved += plan.num_tokens * self._row_bytes * buffer.nbytes // self._model.embedding.nbytes
             elif base != own:

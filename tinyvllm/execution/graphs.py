@@ -49,7 +49,7 @@ from tinyvllm.errors import CacheError
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.inputs import InputPacker
 from tinyvllm.model.registry import Model
-from tinyvllm.ops.backend import Backend, KVPool
+from tinyvllm.ops.backend import Backend, KVPool, Step
 from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.step_inputs import StepLayout
@@ -129,8 +129,8 @@ class StepCode:
 
     def forward(self) -> Tensor:
         """The logits, which are kept."""
-        context, newest = self.context, self.outputs[-1]
-        logits = context.model(self.layout, self.inputs, context.pool, is_decode=self.bucket.is_decode, newest=newest)
+        context = self.context
+        logits = context.model(Step(self.layout, self.inputs, context.pool, self.bucket.is_decode, self.outputs[-1]))
         keep(logits)
         return logits
 

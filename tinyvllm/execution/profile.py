@@ -27,6 +27,7 @@ from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.timing import CallTime, make_timer
 from tinyvllm.profiling.kernels import Kernel, Launch, StepProfile
 from tinyvllm.profiling.names import SAMPLE, is_generated, role_of, strip_colors
+from tinyvllm.profiling.roofline import attended_keys
 from tinyvllm.scheduling.plan import StepPlan
 
 _LAYER = re.compile(r"\.(?:layers|keys|values)\.(\d+)")
@@ -202,7 +203,7 @@ class FlopCounter:
                 if role == UNPACK and first is not None:
                     unpacked[_place(buffer)] = first
             if first is not None and first.is_pool:
-                counts.append(self._of_attention(call, plan))
+                counts.append(self._of_attention(call, first.layer or 0, plan))
             elif role in (UNPACK, "embed"):  # which copy weights, and multiply none
                 counts.append(0)
             else:
@@ -216,15 +217,15 @@ class FlopCounter:
         rows = plan.num_tokens if all(part.layer is not None for part in parts.values()) else len(plan.sampled)
         return 2 * rows * weights
 
-    def _of_attention(self, call: Call, plan: StepPlan) -> int:
+    def _of_attention(self, call: Call, layer: int, plan: StepPlan) -> int:
         """Products with keys and with values, two operations each for every element of a head; nothing where only the
         pool is written."""
         in_pool = {id(buffer.base) for buffer in call.buffers} & set(self._pool)
         if all(id(buffer.base) in in_pool for buffer in _written(call)):
             return 0
-        shape = self._model.shape
-        group = shape.num_heads // shape.num_kv_heads  # query heads that a KV head serves
-        seen = sum(entry.count * entry.start + entry.count * (entry.count + 1) // 2 for entry in plan.entries)
+        kind = self._model.config.layers[layer]
+        seen = sum(attended_keys(entry.start, entry.count, kind.window) for entry in plan.entries)
+        group = kind.num_heads // kind.num_kv_heads  # query heads that a KV head serves
         return 2 * group * seen * (sum(self._pool[base] for base in in_pool) // self._num_slots)
 
 

@@ -31,10 +31,10 @@ from tinyvllm.execution.graphs import Graph, GraphContext, GraphInstance, model_
 from tinyvllm.execution.limits import resolve_limits
 from tinyvllm.execution.logits_processing import SamplingRows
 from tinyvllm.execution.profile import profile_step
-from tinyvllm.model.registry import Model, make_model
+from tinyvllm.model.registry import Model, complete_config, make_model
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
 from tinyvllm.model.weights.random import RandomWeights
-from tinyvllm.ops.backend import AttentionShape, Backend, KVPool
+from tinyvllm.ops.backend import Backend, KVPool, pool_groups
 from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.kernel.tuning import choices_path, load_choices
@@ -74,6 +74,7 @@ def make_runner(
 ) -> ModelRunner:
     """`load_runner` for a model whose settings are known and whose tensors come from `source`."""
     report = progress or (lambda stage, done, total: None)
+    model_config = complete_config(model_config)
     device = open_device(min(config.cpu_cores or usable_cores(), model_config.num_kv_heads))
     if config.capture == "tinyjit":
         check_environment()
@@ -81,8 +82,7 @@ def make_runner(
     limits = resolve_limits(config, device)
     hardware = processor_name() if device.is_cpu else hardware_name(device)
     tuning.use(load_choices(choices_path(default_root().with_name("tuned"), device.name, hardware)))
-    shape = AttentionShape(model_config.num_heads, model_config.num_kv_heads, model_config.head_dim)
-    backend = make_backend(device, config.dtype, model_config.dtype, shape, dequantize=config.dequantize)
+    backend = make_backend(device, config.dtype, model_config.dtype, model_config.layers, dequantize=config.dequantize)
     overlaps = not device.is_cpu if config.async_scheduling is None else config.async_scheduling
     num_instances, buckets = 2 if overlaps else 1, make_buckets(limits, config)
     positions = min(config.max_model_len or model_config.max_position, model_config.max_position)
@@ -102,7 +102,8 @@ def make_runner(
         kv_bytes_per_token=model_config.kv_bytes_per_token(FLOATS[kv_dtype].itemsize),
     )
     capacity = plan_capacity(config, limits, model_config, memory)
-    pool = backend.make_pool(model_config.num_layers, capacity.num_blocks, capacity.block_size, model.shape, kv_dtype)
+    groups = pool_groups(model_config.layers)
+    pool = backend.make_pool(groups, capacity.num_blocks, capacity.block_size, kv_dtype)
     store = open_program_store(device.name) if config.compile_cache else None
     return ModelRunner(model, backend, pool, capacity, buckets, store, num_instances, config.capture)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from tinyvllm.model.llama import Llama
-from tinyvllm.ops.backend import Norm
+from dataclasses import replace
+
+from tinyvllm.config import LayerKind, ModelConfig
+from tinyvllm.model.decoder import Decoder
 
 
-class Qwen3(Llama):
+class Qwen3(Decoder):
     """Llama with normed heads (Qwen3 Technical Report, 2025, sec. 2: QK-Norm)."""
 
-    def _head_norm(self, prefix: str) -> Norm:
-        return self._norm(f"{prefix}.q_norm.weight", f"{prefix}.k_norm.weight", size=self.config.head_dim)
+    @classmethod
+    def layer_kinds(cls, config: ModelConfig) -> tuple[LayerKind, ...]:
+        return tuple(replace(kind, head_norm_eps=config.norm_eps) for kind in super().layer_kinds(config))

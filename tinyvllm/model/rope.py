@@ -6,18 +6,19 @@ import math
 
 import numpy as np
 
-from tinyvllm.config import ModelConfig, RopeScaling
+from tinyvllm.config import Rope, RopeScaling
 from tinyvllm.errors import UnsupportedModelError
 
 
-def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """(D/2,) float64: theta**(-2i/D) (Su et al. 2021, sec. 3.2.2), stretched as the model's files say."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    if config.rope_divisors is not None:
-        frequencies = frequencies / np.asarray(config.rope_divisors, np.float64)
-    if config.rope_scaling is not None:
-        frequencies = _scale(frequencies, config.rope_scaling)
+def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """(R/2,) float64 of R rotated dimensions: theta**(-2i/R) (Su et al. 2021, sec. 3.2.2), stretched as `rope` says."""
+    num_dims = rope.num_dims or head_dim
+    exponents = np.arange(0, num_dims, 2, dtype=np.float64) / num_dims
+    frequencies = rope.theta**-exponents
+    if rope.divisors is not None:
+        frequencies = frequencies / np.asarray(rope.divisors, np.float64)
+    if rope.scaling is not None:
+        frequencies = _scale(frequencies, rope.scaling)
     return frequencies
 
 
@@ -40,7 +41,7 @@ def _scale_llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return frequencies * (smooth + (1.0 - smooth) / scaling.factor)
 
 
-def rope_table(config: ModelConfig, num_positions: int) -> np.ndarray:
-    """(num_positions, D) float32: cos of the D/2 angles, then their sin. Angles in float64."""
-    angles = np.arange(num_positions, dtype=np.float64)[:, None] * inverse_frequencies(config)[None, :]
+def rope_table(rope: Rope, head_dim: int, num_positions: int) -> np.ndarray:
+    """(num_positions, R) float32: cos of the R/2 angles, then their sin. Angles in float64."""
+    angles = np.arange(num_positions, dtype=np.float64)[:, None] * inverse_frequencies(rope, head_dim)[None, :]
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import DeviceError
-from tinyvllm.ops.backend import AttentionShape, Backend
+from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.gpu.backend import GpuBackend
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
@@ -13,10 +16,13 @@ from tinyvllm.ops.kernel.lanes import lanes_of
 GPU_DEVICES = ("METAL", "CUDA", "CL")
 
 
-def make_backend(device: DeviceHandle, dtype: str, stored: str, shape: AttentionShape, *, dequantize: bool) -> Backend:
-    """`dtype`: "auto" or a name of config.DTYPES; `stored`: what the checkpoint's dense matrices are stored in."""
+def make_backend(
+    device: DeviceHandle, dtype: str, stored: str, layers: Sequence[LayerKind], *, dequantize: bool
+) -> Backend:
+    """`dtype`: "auto" or a name of config.DTYPES; `stored`: what the checkpoint's dense matrices are stored in;
+    `layers`: the kinds of the model's layers."""
     if device.is_cpu:
-        return CpuBackend(device, None if dtype == "auto" else dtype, shape, dequantize=dequantize)
+        return CpuBackend(device, None if dtype == "auto" else dtype, layers, dequantize=dequantize)
     if device.name.split(":")[0] not in GPU_DEVICES:
         raise DeviceError(
             f"device {device.name} has no kernels here: choose one of CPU, {', '.join(GPU_DEVICES)} with --device"

@@ -11,9 +11,13 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinyvllm.arrays import HostMatrix, stack_rows, to_float32
-from tinyvllm.device.handle import FLOATS, DeviceHandle
-from tinyvllm.ops.backend import AttentionShape, KVPool, Norm
+from tinyvllm.config import LayerKind
+from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.ops.attention_spec import AttentionLayer
+from tinyvllm.ops.backend import PLAIN, Epilogue, KVPool, Norm, PoolGroup, Step, zeroed_pool
+from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.formats.matrix import Matrix, pack, unpack
+from tinyvllm.ops.plain import plain_epilogue, rms_norm, softcap, unit_norm
 from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.sampling.reference import HostState, sample_row
 from tinyvllm.ops.sampling.sample import OUT_TOKEN, OUT_WIDTH
@@ -26,13 +30,14 @@ class ReferenceBackend:
     def __init__(self, device: DeviceHandle, *, dequantize: bool = False) -> None:
         self.device = device
         self.dequantize = dequantize
+        self.coverage = Coverage()
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def matrix(self, host: HostMatrix) -> Matrix:
         return pack(host, "row", None, self.device.name, dequantize=self.dequantize)
 
-    def stacked(self, hosts: Sequence[HostMatrix]) -> tuple[Matrix, ...]:
+    def stacked(self, hosts: Sequence[HostMatrix], num_kv_heads: int | None = None) -> tuple[Matrix, ...]:
         return tuple(self.matrix(host) for host in stack_rows(hosts))
 
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
@@ -40,82 +45,89 @@ class ReferenceBackend:
         stacked = stack_rows([gate, up])
         return self.matrix(stacked[0] if len(stacked) == 1 else np.concatenate([to_float32(gate), to_float32(up)]))
 
-    def make_pool(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: str) -> KVPool:
-        size = num_blocks * block_size * shape.num_kv_heads * shape.head_dim
-        keys, values = ([self.device.zeros(size, FLOATS[dtype]) for _ in range(num_layers)] for _ in range(2))
-        return KVPool(keys, values, num_blocks, dtype)
+    def make_pool(self, groups: Sequence[PoolGroup], num_blocks: int, block_size: int, dtype: str) -> KVPool:
+        return zeroed_pool(self.device, groups, num_blocks, block_size, dtype)
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
         return "float32" if wanted == "auto" else wanted
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout, newest: Tensor | None = None) -> Tensor:
-        token_ids = _words(inputs, layout, "token_ids", layout.num_tokens)
-        if newest is not None:
-            tokens = newest.reshape(-1, OUT_WIDTH)[:, OUT_TOKEN]
+    def embed(self, table: Matrix, step: Step, scale: float = 1.0) -> Tensor:
+        token_ids = _words(step.inputs, step.layout, "token_ids", step.num_tokens)
+        if step.previous_output is not None:
+            tokens = step.previous_output.reshape(-1, OUT_WIDTH)[:, OUT_TOKEN]
             token_ids = (token_ids < 0).where(tokens[(-1 - token_ids).clip(0, tokens.shape[0] - 1)], token_ids)
-        return unpack(table)[token_ids.clip(0, table.used_rows - 1)].reshape(-1)
+        return unpack(table)[token_ids.clip(0, table.used_rows - 1)].reshape(-1) * scale
 
-    def norm_linear(
-        self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int
-    ) -> list[Tensor]:
-        normed = rms_norm(x.reshape(num_tokens, -1), norm)
-        return [(normed @ unpack(matrix).T).reshape(-1) for matrix in matrices]
-
-    def linear_add(self, name: str, x: Tensor, matrix: Matrix, residual: Tensor, num_tokens: int) -> Tensor:
-        return residual + (x.reshape(num_tokens, -1) @ unpack(matrix).T).reshape(-1)
-
-    def norm_gated(self, name: str, x: Tensor, norm: Norm, matrix: Matrix, num_tokens: int) -> Tensor:
-        both = rms_norm(x.reshape(num_tokens, -1), norm) @ unpack(matrix).T  # (T, 2 * ffn)
-        gate, up = both.chunk(2, dim=1)
-        return (gate * gate.sigmoid() * up).reshape(-1)
-
-    def attend(
+    def linear(
         self,
-        qkv: Sequence[Tensor],
-        widths: Sequence[int],
-        shape: AttentionShape,
-        pool: KVPool,
-        layer: int,
-        inputs: Tensor,
-        rope: Tensor,
-        layout: StepLayout,
-        *,
-        is_decode: bool,
-        head_norm: Norm | None = None,
-    ) -> Tensor:
-        tokens, size = layout.num_tokens, layout.block_size
-        heads, kv_heads, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        positions = _words(inputs, layout, "positions", tokens)
-        slots = _words(inputs, layout, "slots", tokens)
-        seq_rows = _words(inputs, layout, "seq_rows", tokens)
-        tables = _words(inputs, layout, "block_tables", (layout.num_seqs + 1) * layout.max_blocks)
+        name: str,
+        x: Tensor,
+        matrices: Sequence[Matrix],
+        num_tokens: int,
+        norm: Norm | None = None,
+        epilogue: Epilogue = PLAIN,
+    ) -> list[Tensor]:
+        rows = x.reshape(num_tokens, -1)
+        normed = rows if norm is None else rms_norm(rows, norm)
+        return [plain_epilogue(normed @ unpack(matrix).T, epilogue).reshape(-1) for matrix in matrices]
 
-        parts = [part.reshape(tokens, width) for part, width in zip(qkv, widths, strict=True)]
-        q, k, v = Tensor.cat(*parts, dim=1).reshape(tokens, -1, dim).split([heads, kv_heads, kv_heads], dim=1)
-        if head_norm is not None:
-            q, k = (rms_norm(x, Norm(w, head_norm.eps)) for x, w in zip((q, k), head_norm.weight.chunk(2), strict=True))
-        angles = rope.reshape(-1, dim)[positions].unsqueeze(1)  # (T, 1, D): D/2 cosines, then D/2 sines
-        q, k = rotate(q, angles), rotate(k, angles)
-
-        keys, values = (flat.reshape(-1, kv_heads, dim) for flat in (pool.keys[layer], pool.values[layer]))
-        keys[slots] = k.cast(keys.dtype)
-        values[slots] = v.cast(values.dtype)
+    def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
+        kind, layout, tokens = layer.kind, step.layout, step.num_tokens
+        heads, kv_heads, dim = kind.num_heads, kind.num_kv_heads, kind.head_dim
+        positions = _words(step.inputs, layout, "positions", tokens)
+        parts = [part.reshape(tokens, width) for part, width in zip(qkv, layer.qkv_cols, strict=True)]
+        values = Tensor.cat(*parts, dim=1)
+        if layer.bias is not None:
+            values = values + layer.bias
+        sections = values.reshape(tokens, -1, dim).split(
+            [heads, kv_heads, kv_heads] if kind.kv_layer is None else [heads], 1
+        )
+        weights = [None, None] if layer.head_norm is None else layer.head_norm.chunk(2)
+        q = self._turned(sections[0], weights[0], layer, positions)
+        keys, values = self._pool(layer, step)
+        if kind.kv_layer is None:
+            slots = _words(step.inputs, layout, "slots", tokens)
+            v = sections[2] if kind.value_norm_eps is None else unit_norm(sections[2], kind.value_norm_eps)
+            keys[slots] = self._turned(sections[1], weights[1], layer, positions).cast(keys.dtype)
+            values[slots] = v.cast(values.dtype)
 
         # context slots, (T, C): every slot of the row's block table, in the order of positions
+        tables = _words(step.inputs, layout, "block_tables", (layout.num_seqs + 1) * layout.max_blocks)
+        seq_rows = _words(step.inputs, layout, "seq_rows", tokens)
         blocks = tables.reshape(-1, layout.max_blocks)[seq_rows].unsqueeze(-1)  # (T, M, 1)
-        context = (blocks * size + Tensor.arange(size)).reshape(tokens, -1)
+        context = (blocks * layout.block_size + Tensor.arange(layout.block_size)).reshape(tokens, -1)
         near_k, near_v = keys[context].float(), values[context].float()  # (T, C, K, D)
-        is_causal = Tensor.arange(context.shape[1]) <= positions.unsqueeze(1)  # (T, C)
 
         q = q.reshape(tokens, kv_heads, heads // kv_heads, dim)  # G query heads share a KV head
-        scores = Tensor.einsum("tkgd,tckd->tkgc", q, near_k) / dim**0.5
-        weights = is_causal.reshape(tokens, 1, 1, -1).where(scores, -float("inf")).softmax(-1)
-        return Tensor.einsum("tkgc,tckd->tkgd", weights, near_v).reshape(-1)
+        scores = Tensor.einsum("tkgd,tckd->tkgc", q, near_k) * kind.scale
+        shares = attention_weights(scores, positions, kind, layer.sinks)
+        return Tensor.einsum("tkgc,tckd->tkgd", shares, near_v).reshape(-1)
 
-    def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:
-        return x.reshape(-1, num_cols)[_words(inputs, layout, "logit_rows", layout.num_seqs)].reshape(-1)
+    def _turned(self, x: Tensor, weight: Tensor | None, layer: AttentionLayer, positions: Tensor) -> Tensor:
+        """Heads (T, heads, D) of queries or keys, normed and rotated as the layer has it."""
+        kind = layer.kind
+        if weight is not None and kind.head_norm_eps is not None:
+            x = rms_norm(x, Norm(weight, kind.head_norm_eps))
+        if layer.rope is None or kind.rope is None:
+            return x
+        num_dims = kind.rope.num_dims or kind.head_dim
+        angles = layer.rope.reshape(-1, num_dims)[positions].unsqueeze(1)  # (T, 1, R): R/2 cosines, then R/2 sines
+        turn = rotate_pairs if kind.rope.is_interleaved else rotate
+        turned = turn(x[..., :num_dims], angles)
+        return turned if num_dims == kind.head_dim else turned.cat(x[..., num_dims:], dim=-1)
+
+    def _pool(self, layer: AttentionLayer, step: Step) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values, (slots, K, D)."""
+        shape, stored = (-1, layer.kind.num_kv_heads, layer.kind.head_dim), layer.pool_layer
+        keys, values = step.pool.keys[stored], step.pool.values[stored]
+        assert isinstance(keys, Tensor) and isinstance(values, Tensor)
+        return keys.reshape(shape), values.reshape(shape)
+
+    def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
+        rows = _words(step.inputs, step.layout, "logit_rows", step.layout.num_seqs)
+        return x.reshape(-1, num_cols)[rows].reshape(-1)
 
     def parts_of(self, x: Tensor) -> Sequence[Tensor]:
         return [x]
@@ -151,15 +163,37 @@ def _words(inputs: Tensor, layout: StepLayout, name: str, count: int) -> Tensor:
     return inputs[start : start + count]
 
 
-def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    """x (..., K) / sqrt(mean of a row's squares + eps) * weight (Zhang & Sennrich 2019)."""
-    return x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight
+def attention_weights(scores: Tensor, positions: Tensor, kind: LayerKind, sinks: Tensor | None) -> Tensor:
+    """Softmax of scores (T, K, G, C) over the tokens that a row sees; a sink takes its part of it and has no value."""
+    if kind.softcap is not None:
+        scores = softcap(scores, kind.softcap)
+    tokens, kv_heads, group, num_keys = scores.shape
+    behind = positions.unsqueeze(1) - Tensor.arange(num_keys)  # (T, C): how far a key lies before the row
+    seen = behind >= 0
+    if kind.window is not None:
+        seen = seen & (behind < kind.window)
+    scores = seen.reshape(tokens, 1, 1, num_keys).where(scores, -float("inf"))
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.reshape(1, kv_heads, group, 1).expand(tokens, kv_heads, group, 1)
+    return scores.cat(column, dim=-1).softmax(-1)[..., :num_keys]
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """RoPE with half-split pairs: elements i and i + D/2 of x (T, heads, D) turn together (Su et al. 2021)."""
+    """RoPE with half-split pairs: elements i and i + R/2 of x (T, heads, R) turn together (Su et al. 2021)."""
     (low, high), (cos, sin) = x.chunk(2, dim=-1), angles.chunk(2, dim=-1)
     return Tensor.cat(low * cos - high * sin, high * cos + low * sin, dim=-1)
+
+
+def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
+    """RoPE with interleaved pairs: elements 2i and 2i + 1 turn together."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    return (
+        rotate(pairs[..., 0].cat(pairs[..., 1], dim=-1), angles)
+        .reshape(*x.shape[:-1], 2, -1)
+        .transpose(-1, -2)
+        .reshape(x.shape)
+    )
 
 
 def _read_state(state: SamplingState) -> HostState:

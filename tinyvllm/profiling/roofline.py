@@ -57,10 +57,17 @@ class Work:
 
 def weights_of(config: ModelConfig) -> tuple[int, int]:
     """(weights in the matrices of all layers, weights in one matrix of V rows: the embedding, or the head)."""
-    attention = config.hidden_size * (2 * config.q_size + 2 * config.kv_size)
-    return config.num_layers * (attention + 3 * config.hidden_size * config.ffn_size), (
-        config.vocab_size * config.hidden_size
-    )
+    attention = sum(2 * kind.q_size + (2 * kind.kv_size if kind.kv_layer is None else 0) for kind in config.layers)
+    in_layers = config.hidden_size * (attention + 3 * config.num_layers * config.ffn_size)
+    return in_layers, config.vocab_size * config.hidden_size
+
+
+def attended_keys(start: int, count: int, window: int | None = None) -> int:
+    """Keys that tokens [start, start + count) of a sequence attend to, each its own and those before it, added up."""
+    if window is None or start + count <= window:
+        return count * start + count * (count + 1) // 2
+    partly = max(0, min(count, window - start))  # tokens whose window reaches back to the first
+    return attended_keys(start, partly) + (count - partly) * window
 
 
 def count_work(
@@ -77,14 +84,17 @@ def count_work(
     num_rows = len(entries) if num_sampled is None else num_sampled
     in_layers, in_table = weights_of(config)
     kv_token = config.kv_bytes_per_token(kv_itemsize)
-    attended = sum(count * start + count * (count + 1) // 2 for start, count in entries)
     return Work(
         weight_bytes=bytes_per_weight
         * (in_layers + in_table + (0 if config.tie_embeddings else num_tokens * config.hidden_size)),
         kv_read_bytes=kv_token * sum(start for start, _ in entries),
         kv_written_bytes=kv_token * num_tokens,
         matrix_flops=2 * (num_tokens * in_layers + num_rows * in_table),
-        attention_flops=4 * config.num_layers * config.q_size * attended,
+        attention_flops=sum(
+            4 * kind.q_size * attended_keys(start, count, kind.window)
+            for kind in config.layers
+            for start, count in entries
+        ),
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.builders import encode_floats
-from tests.ops.builders import DENSE, FORMATS, QUANTIZED, make_host, make_step, normal
+from tests.ops.builders import DENSE, FORMATS, QUANTIZED, make_host, make_step, make_step_of, normal
 from tinyvllm.arrays import QuantizedMatrix, to_float32
 from tinyvllm.device.handle import DeviceHandle, has_half
 from tinyvllm.ops.backend import Backend
@@ -79,7 +79,7 @@ def test_embedding_reads_rows_of_the_table(backend: Backend, fmt: str) -> None:
     layout = StepLayout(5, 2, 1, 8)
     buffer = make_step(layout, [])
     layout.views(buffer)["token_ids"][:] = [0, 71, 33, 16, 33]
-    out = backend.embed(backend.matrix(host), backend.device.upload(buffer), layout).numpy().reshape(5, 256)
+    out = backend.embed(backend.matrix(host), make_step_of(backend, layout, buffer)).numpy().reshape(5, 256)
     np.testing.assert_allclose(out, to_float32(host)[[0, 71, 33, 16, 33]], rtol=0, atol=1e-7)
 
 
@@ -90,7 +90,7 @@ def test_a_token_id_beyond_the_table_reads_its_last_row(backend: Backend, refere
     buffer = make_step(layout, [])
     layout.views(buffer)["token_ids"][:] = [40, 2**31 - 1, -7]
     for ops in (backend, reference):
-        out = ops.embed(ops.matrix(host), ops.device.upload(buffer), layout).numpy().reshape(3, 32)
+        out = ops.embed(ops.matrix(host), make_step_of(ops, layout, buffer)).numpy().reshape(3, 32)
         np.testing.assert_array_equal(out, host[[39, 39, 0]])
 
 
@@ -106,7 +106,11 @@ def test_a_token_id_below_zero_names_a_row_of_the_output_before(
     newest[:, OUT_TOKEN] = [71, 12, 30, -1]
     for ops in (backend, reference):
         inputs, output = ops.device.upload(buffer), ops.device.upload(newest.reshape(-1))
-        out = ops.embed(ops.matrix(host), inputs, layout, output).numpy().reshape(6, 256)
+        out = (
+            ops.embed(ops.matrix(host), make_step_of(ops, layout, inputs, previous_output=output))
+            .numpy()
+            .reshape(6, 256)
+        )
         np.testing.assert_allclose(out, to_float32(host)[[71, 7, 30, 12, 0, 0]], rtol=0, atol=1e-7)
 
 
@@ -115,5 +119,5 @@ def test_taken_rows_are_those_of_the_logit_rows(backend: Backend, reference: Ref
     buffer = make_step(layout, [])
     layout.views(buffer)["logit_rows"][:] = [5, 0, 2]
     for ops in (backend, reference):
-        out = ops.take_rows(ops.device.upload(x), ops.device.upload(buffer), layout, 64).numpy()
+        out = ops.take_rows(ops.device.upload(x), make_step_of(ops, layout, buffer), 64).numpy()
         np.testing.assert_array_equal(out.reshape(3, 64), x[[5, 0, 2]])

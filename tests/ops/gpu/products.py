@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from tinygrad import Tensor
 
-from tests.ops.builders import make_host, normal
-from tinyvllm.ops.backend import Backend, Norm
+from tests.ops.builders import make_host, normal, run_product
+from tinyvllm.ops.backend import Backend, Epilogue, Norm
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}  # of the largest value
@@ -26,17 +26,18 @@ def multiply(backend: Backend, fmt: str, tokens: int, operation: str, rows: int,
     x, norm = upload(backend, normal(tokens, cols, seed=1)), Norm(backend.device.upload(normal(cols, seed=2)), 1e-5)
     if operation == "norm_gated":
         matrix = backend.gate_up(make_host(fmt, rows, cols, seed=3), make_host(fmt, rows, cols, seed=4))
-        return read(backend, backend.norm_gated("test", x, norm, matrix, tokens), tokens)
+        return read(backend, run_product(backend, x, matrix, tokens, norm, Epilogue(activation="silu")), tokens)
     (matrix,) = backend.stacked([make_host(fmt, rows, cols, seed=5)])
     if operation == "norm_linear":
-        return read(backend, backend.norm_linear("test", x, norm, [matrix], tokens)[0], tokens)
-    added = backend.linear_add("test", x, matrix, upload(backend, normal(tokens, rows, seed=6)), tokens)
+        return read(backend, run_product(backend, x, matrix, tokens, norm), tokens)
+    residual = upload(backend, normal(tokens, rows, seed=6))
+    added = run_product(backend, x, matrix, tokens, epilogue=Epilogue(residual=residual))
     if operation == "linear_add":
         return read(backend, added, tokens)
     # a sum that the next norm computes, and that is read again behind it
     (second,) = backend.stacked([make_host(fmt, 64, rows, seed=7)])
     norm = Norm(backend.device.upload(normal(rows, seed=8)), 1e-5)
-    (out,) = backend.norm_linear("test", added, norm, [second], tokens)
+    out = run_product(backend, added, second, tokens, norm)
     return np.concatenate([read(backend, tensor, tokens) for tensor in (out, added)], axis=1)
 
 

@@ -14,12 +14,12 @@ from tinygrad.uop.ops import Ops
 
 from tests.ops.attention import (
     DECODE,
+    FEATURES,
     Case,
     Result,
     decode_pieces,
-    make_head_norm,
     make_history,
-    make_rope,
+    make_layer,
     random_case,
 )
 from tests.ops.builders import (
@@ -29,8 +29,10 @@ from tests.ops.builders import (
     make_host,
     make_pool,
     make_step,
+    make_step_of,
     normal,
     read_pool,
+    run_product,
 )
 from tests.ops.gpu.products import SHAPES, TOLERANCE, multiply, read, upload
 from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, plan_layer, rendered
@@ -38,7 +40,7 @@ from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import record, trace_step
 from tinyvllm.device.replay import make_replay
-from tinyvllm.ops.backend import AttentionShape, Backend, Norm
+from tinyvllm.ops.backend import Backend, Epilogue, Norm
 from tinyvllm.ops.formats.matrix import Format
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.linear import MatrixSpec
@@ -130,16 +132,23 @@ def test_a_chained_kernel_waits_before_it_touches_what_the_step_writes(tokens: i
     assert chained > (5 if tokens == 1 else 7)  # a layer's, and the head's
 
 
-def test_a_shape_that_does_not_fit_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_takes_the_general_kernels_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    formats = ("float16", "float16")
     with caplog.at_level(logging.WARNING):
-        rendered("CUDA").make_pool(1, 2, 16, AttentionShape(9, 3, 64), "float16")
-        assert not caplog.messages
-        rendered("CUDA").make_pool(1, 2, 8, AttentionShape(9, 3, 64), "float16")
-        rendered("CUDA", "float32")
-    assert [message.split(":")[0] for message in caplog.messages] == [
-        "decoding takes the general attention kernels",
-        "products of more than one row take the general kernels",
+        backend = rendered("CUDA")
+        plan_layer(backend, StepLayout(3, 3, 2, 16), formats, is_decode=True)
+        assert not caplog.messages and not backend.coverage.lines() and backend.coverage.count == 0
+        plan_layer(backend, StepLayout(3, 3, 4, 8), formats, is_decode=True)
+        plan_layer(backend, StepLayout(3, 3, 2, 16), formats, is_decode=True, features=FEATURES["all"])
+        plan_layer(rendered("CUDA", "float32"), StepLayout(3, 3, 2, 16), formats, is_decode=True)
+    assert backend.coverage.lines() == [
+        "layer 0: attention with blocks of 8 tokens takes the general kernel",
+        "layer 0: attention with sinks, normed values, partial rope and interleaved rope takes the general kernel",
     ]
+    assert backend.coverage.count == 2
+    assert "qkv: a product with several rows, and no matrix unit for float32 takes the general kernel" in str(
+        caplog.messages
+    )
 
 
 # -- products ----------------------------------------------------------------------------------------------------------
@@ -183,8 +192,8 @@ def test_rows_of_a_table_are_normed_as_they_are_read(
 
     def run(backend: Backend) -> np.ndarray:
         norm = Norm(backend.device.upload(normal(768, seed=2)), 1e-5)
-        x = backend.embed(backend.matrix(table), backend.device.upload(buffer), layout)
-        (out,) = backend.norm_linear("test", x, norm, backend.stacked([make_host(fmt, 64, 768, seed=3)]), 5)
+        x = backend.embed(backend.matrix(table), make_step_of(backend, layout, buffer))
+        out = run_product(backend, x, backend.matrix(make_host(fmt, 64, 768, seed=3)), 5, norm)
         return np.concatenate([read(backend, tensor, 5) for tensor in (out, x)], axis=1)
 
     difference = largest_difference(run(FusedGpuBackend(device, "float16", lanes)), run(reference))
@@ -210,9 +219,8 @@ def test_a_replayed_chain_of_kernels_equals_the_same_kernels_one_by_one(
     def trace() -> Tensor:
         out = x
         for gate_up, down in layers:
-            out = backend.linear_add(
-                "down", backend.norm_gated("gate_up", out, norm, gate_up, tokens), down, out, tokens
-            )
+            states = run_product(backend, out, gate_up, tokens, norm, Epilogue(activation="silu"))
+            out = run_product(backend, states, down, tokens, epilogue=Epilogue(residual=out))
         return backend.whole(out).contiguous().realize()
 
     expected = trace().numpy()
@@ -248,16 +256,14 @@ def attend(
     backend: Backend, case: Case, buffer: np.ndarray, history: tuple[np.ndarray, np.ndarray]
 ) -> tuple[Result, Tensor]:
     size = case.layout.block_size
-    pool = make_pool(backend, case.shape, size, case.dtype, *history)
-    before = read_pool(backend, case.shape, size, pool)
+    pool = make_pool(backend, case.kind, size, case.dtype, *history)
+    before = read_pool(backend, case.kind, size, pool)
     qkv = normal(case.layout.num_tokens, sum(case.parts), seed=3)
     parts = [backend.device.upload(part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
-    rope = backend.device.upload(make_rope(case.dim, case.layout.max_blocks * size))
-    step = (pool, 0, backend.device.upload(buffer), rope, case.layout)
-    norm = make_head_norm(backend, case)
-    out = backend.attend(parts, case.parts, case.shape, *step, is_decode=True, head_norm=norm)
+    step = make_step_of(backend, case.layout, buffer, pool, is_decode=True)
+    out = backend.attend(parts, make_layer(backend, case), step)
     rows = read(backend, out, case.layout.num_tokens).reshape(-1, case.heads, case.dim)
-    return Result(rows, before, read_pool(backend, case.shape, size, pool)), out
+    return Result(rows, before, read_pool(backend, case.kind, size, pool)), out
 
 
 @pytest.mark.gpu
@@ -279,7 +285,7 @@ def test_decoding_equals_the_reference_and_writes_its_slots_alone(
         if case.layout.num_tokens == 1:  # the projection reads the parts
             host = make_host("float16", 64, case.heads * case.dim, seed=5)
             zero = upload(backend, np.zeros(64, np.float32))
-            projected = backend.linear_add("test", out, backend.stacked([host])[0], zero, 1)
+            projected = run_product(backend, out, backend.matrix(host), 1, epilogue=Epilogue(residual=zero))
             assert (
                 largest_difference(read(backend, projected, 1)[0], to_float32(host) @ expected.out.reshape(-1))
                 < TOLERANCE["float16"]

@@ -13,12 +13,22 @@ import pytest
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.codegen import to_program
 
-from tests.ops.attention import Case, Result, make_head_norm, make_history, make_rope, random_case
-from tests.ops.builders import Piece, largest_difference, make_host, make_pool, make_step, normal, read_pool
+from tests.ops.attention import Case, Result, make_history, make_layer, random_case
+from tests.ops.builders import (
+    Piece,
+    largest_difference,
+    make_host,
+    make_pool,
+    make_step,
+    make_step_of,
+    normal,
+    read_pool,
+)
 from tests.ops.gpu.products import SHAPES, TOLERANCE, multiply
 from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, plan_attention, plan_layer, rendered
+from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import FLOATS, DeviceHandle
-from tinyvllm.ops.backend import AttentionShape, Backend
+from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.formats.matrix import Format
 from tinyvllm.ops.gpu import attention_prefill as gpu_prefill
 from tinyvllm.ops.gpu.attention_prefill import PrefillSpec, swizzled_place, tile_map_kernel
@@ -66,9 +76,10 @@ def test_products_of_every_way_to_store_weights_render_within_the_limits(kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [AttentionShape(64, 8, 128), AttentionShape(9, 3, 64), AttentionShape(32, 32, 128)])
-def test_tiled_attention_of_large_models_renders_within_the_limits(kind: str, shape: AttentionShape) -> None:
-    kernels = kernels_of(plan_attention(rendered(kind), shape, "float16"))
+@pytest.mark.parametrize("heads", [(64, 8, 128), (9, 3, 64), (32, 32, 128)])
+def test_tiled_attention_of_large_models_renders_within_the_limits(kind: str, heads: tuple[int, int, int]) -> None:
+    layer = LayerKind(*heads, Rope(10000.0))
+    kernels = kernels_of(plan_attention(rendered(kind), layer, "float16"))
     assert "prefill" in {kernel.arg.name.split("_")[0] for kernel in kernels}
     for kernel in kernels:
         check_limits(kernel, KINDS[kind])
@@ -76,7 +87,7 @@ def test_tiled_attention_of_large_models_renders_within_the_limits(kind: str, sh
 
 def test_hopper_attends_in_the_memory_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_prefill, "has_wgmma", lambda name: True)
-    kernels = kernels_of(plan_attention(rendered("CUDA"), AttentionShape(32, 8, 64), "float16"))
+    kernels = kernels_of(plan_attention(rendered("CUDA"), LayerKind(32, 8, 64, Rope(10000.0)), "float16"))
     (kernel,) = [kernel for kernel in kernels if kernel.arg.name.startswith("prefill_attention")]
     check_limits(kernel, "CUDA sm_90")
     program = to_program(kernel, make_renderer("CUDA sm_90"))
@@ -105,7 +116,7 @@ def test_too_few_tiles_share_out_the_columns() -> None:
 
 
 def hopper(tokens: int, rows: int, cols: int, *, is_gated: bool = False) -> GemmSpec:
-    shape = (tokens, rows, cols, is_gated)
+    shape = (tokens, rows, cols, "silu" if is_gated else None)
     return GemmSpec("test", Mma("CUDA", dtypes.half), Format("float16", 16), dtypes.half, *shape, has_wgmma=True)
 
 
@@ -260,16 +271,14 @@ def ragged(case: Case, rng: np.random.Generator) -> list[Piece]:
 
 def attend(backend: Backend, case: Case, buffer: np.ndarray, history: tuple[np.ndarray, np.ndarray]) -> Result:
     size = case.layout.block_size
-    pool = make_pool(backend, case.shape, size, case.dtype, *history)
-    before = read_pool(backend, case.shape, size, pool)
+    pool = make_pool(backend, case.kind, size, case.dtype, *history)
+    before = read_pool(backend, case.kind, size, pool)
     qkv = normal(case.layout.num_tokens, sum(case.parts), seed=3)
     parts = [backend.device.upload(part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
-    rope = backend.device.upload(make_rope(case.dim, case.layout.max_blocks * size))
-    step = (pool, 0, backend.device.upload(buffer), rope, case.layout)
-    norm = make_head_norm(backend, case)
-    out = backend.attend(parts, case.parts, case.shape, *step, is_decode=False, head_norm=norm)
+    step = make_step_of(backend, case.layout, buffer, pool)
+    out = backend.attend(parts, make_layer(backend, case), step)
     rows = out.float().numpy().reshape(-1, case.heads, case.dim)
-    return Result(rows, before, read_pool(backend, case.shape, size, pool))
+    return Result(rows, before, read_pool(backend, case.kind, size, pool))
 
 
 @pytest.mark.gpu

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tinygrad import Tensor
 
 from tests.ops.builders import make_host, normal
 from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.ops.backend import Epilogue
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.cpu.linear import LinearSpec
 from tinyvllm.ops.formats.matrix import pack
@@ -40,13 +42,18 @@ def test_candidates_turn_one_knob_each_and_are_possible() -> None:
 def test_no_choice_changes_a_result(device: DeviceHandle, rows_per_pass: int) -> None:
     backend, x, residual = CpuBackend(device, None), normal(8, 256), normal(8, 64)
     matrix = backend.matrix(make_host("Q4_K", 64, 256))
-    before = backend.linear_add("down", device.upload(x), matrix, device.upload(residual), 8).numpy()
+    epilogue = Epilogue(residual=device.upload(residual))
+
+    def down() -> Tensor:
+        return backend.linear("down", device.upload(x), [matrix], 8, None, epilogue)[0]
+
+    before = down().numpy()
     with tuning.current.watching() as asked:
-        backend.linear_add("down", device.upload(x), matrix, device.upload(residual), 8)
+        down()
     (key,) = asked
     tuning.current.chosen[key] = (("rows_per_pass", rows_per_pass),)
     try:
-        after = backend.linear_add("down", device.upload(x), matrix, device.upload(residual), 8).numpy()
+        after = down().numpy()
     finally:
         del tuning.current.chosen[key]
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)

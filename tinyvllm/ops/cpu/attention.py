@@ -12,6 +12,7 @@ from math import gcd
 
 from tinygrad import UOp
 
+from tinyvllm.ops.attention_spec import KEYS, QUERIES, VALUES, AttentionSpec
 from tinyvllm.ops.kernel.body import (
     F32,
     I32,
@@ -25,59 +26,65 @@ from tinyvllm.ops.kernel.body import (
     fill,
     finish,
 )
-from tinyvllm.ops.step_inputs import StepLayout
 
 VALUE_CHUNK = 64  # values of one head accumulated at once: 8 AVX2 registers
 NORM_LANES = 16  # sums of squares that run side by side
 
 
 @dataclass(frozen=True)
-class AttentionSpec:
-    """One layer's attention over paged KV. `fused_write`: every row is the last token of a sequence of its own, so that
-    it can write its key and value itself; otherwise `write_kv_kernel` runs before."""
+class CpuAttentionSpec(AttentionSpec):
+    """`fused_write`: every row is the last token of a sequence of its own, so that it can write its key and value
+    itself; otherwise `write_kv_kernel` runs before."""
 
-    layout: StepLayout
-    num_heads: int  # H
-    num_kv_heads: int  # K
-    head_dim: int  # D
-    num_blocks: int
-    fused_write: bool
-    qkv_cols: tuple[int, ...]  # columns of each part of qkv; parts side by side make (H + 2K) * D
-    kv_dtype: str
-    head_eps: float | None = None  # of an RMSNorm of every head of queries and keys; None: they have none
-
-    @property
-    def group(self) -> int:
-        """Query heads that share a KV head."""
-        return self.num_heads // self.num_kv_heads
+    fused_write: bool = False
+    kv_dtype: str = "float16"
 
     @property
     def block_elements(self) -> int:
         """Elements of one key (or value) block."""
-        return self.num_kv_heads * self.head_dim * self.layout.block_size
+        return self.slot_elements * self.layout.block_size
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two dimensions of a head that are handled together, by the iteration `i` of a loop."""
+
+    i: UOp
+    low: UOp
+    high: UOp
+    is_rotated: bool
 
 
 class _Row:
     """One token row inside a kernel: its inputs, and its q, k, v before they are normed and rotated."""
 
-    def __init__(self, spec: AttentionSpec, row: UOp, inputs: UOp, rope: UOp, operands: tuple[UOp, ...]) -> None:
-        """`operands`: the heads' norm where there is one, and the parts of qkv."""
-        layout = spec.layout
-        self.spec, self.row, self.rope = spec, row, rope
-        parts = list(operands)
-        self.head_norm = None if spec.head_eps is None else parts.pop(0)
-        self.parts = parts
+    def __init__(
+        self, spec: CpuAttentionSpec, row: UOp, inputs: UOp, operands: tuple[UOp, ...], *, with_sinks: bool
+    ) -> None:
+        """`operands`: the layer's tables, and the parts of qkv."""
+        layout, rest = spec.layout, list(operands)
+        self.spec, self.row, self.inputs = spec, row, inputs
+        self.tables = spec.take_tables(rest, with_sinks=with_sinks)
+        self.parts = rest
         self.position = inputs[layout.offset("positions") + row].load().maximum(0)
         self.slot = inputs[layout.offset("slots") + row].load().maximum(0)
         seq = inputs[layout.offset("seq_rows") + row].load()
         self.table = seq * layout.max_blocks + layout.offset("block_tables")
-        self.inputs = inputs
 
     def block(self, index: UOp) -> UOp:
         """The id of the sequence's index-th block."""
         return self.inputs[self.table + index].load()
 
-    def qkv(self, head: UOp | int, offset: UOp) -> UOp:
+    def qkv(self, section: int, head: UOp, offset: UOp) -> UOp:
+        """Value `offset` of a head of queries, keys or values, with its bias."""
+        spec = self.spec
+        first = spec.section_start(section) // spec.head_dim
+        value = self._stored(head + first if first else head, offset)
+        if self.tables.bias is None:
+            return value
+        return value + self.tables.bias[spec.bias_start(section) + head * spec.head_dim + offset].load()
+
+    def _stored(self, head: UOp, offset: UOp) -> UOp:
         """qkv[row, head * D + offset], from the part that holds it. `head` counts q heads, then k, then v."""
         spec = self.spec
         if len(self.parts) == 1:
@@ -91,62 +98,90 @@ class _Row:
         assert value is not None
         return value
 
-    def head_scale(self, body: Body, head: UOp, *after: UOp) -> UOp | None:
-        """A register with 1 / sqrt(mean square + eps) of a head, inside the loops named by `after`; None without a
-        norm."""
-        if self.head_norm is None:
+    def head_scale(self, body: Body, section: int, head: UOp, *after: UOp) -> UOp | None:
+        """A register with 1 / sqrt(mean square + eps) of a head, inside the loops named by `after`; None where heads of
+        this section have no norm."""
+        eps = self.spec.value_eps if section == VALUES else self.spec.head_eps
+        if eps is None:
             return None
         dim = self.spec.head_dim
         lanes = gcd(dim, NORM_LANES)
         sums = fill(body, body.registers(lanes), 0.0, *after)
         chunk = body.fold(dim // lanes)
         inner = sums.after(chunk)
-        values = [self.qkv(head, chunk * lanes + lane) for lane in range(lanes)]
+        values = [self.qkv(section, head, chunk * lanes + lane) for lane in range(lanes)]
         done = UOp.group(*[inner[i].store(inner[i].load() + v * v) for i, v in enumerate(values)]).end(chunk)
         sums = sums.after(done)
         mean = balanced(sums[i].load() for i in range(lanes)) * (1.0 / dim)
         scale = body.registers(1)
-        return scale.after(scale.after(*after)[0].store((mean + self.spec.head_eps).sqrt().reciprocal()))
+        return scale.after(scale.after(*after)[0].store((mean + eps).sqrt().reciprocal()))
 
-    def roped(self, section: int, head: UOp, i: UOp, scale: UOp | None) -> tuple[UOp, UOp]:
-        """Values i and i + D/2 of a head of queries (section 0) or keys (1), normed where they are (`scale`:
-        head_scale's), and rotated by the row's position (Su et al. 2021, half-split pairs)."""
-        dim, half = self.spec.head_dim, self.spec.head_dim // 2
-        cos = self.rope[self.position * dim + i].load()
-        sin = self.rope[self.position * dim + half + i].load()
-        a, b = self.qkv(head, i), self.qkv(head, i + half)
-        if self.head_norm is not None and scale is not None:
-            pairs = ((a, i), (b, i + half))
-            a, b = (v * scale[0].load() * self.head_norm[section * dim + at].load() for v, at in pairs)
-        return a * cos - b * sin, b * cos + a * sin
+    def pairs(self, body: Body) -> list[_Pair]:
+        """A head's dimensions by pairs, as loops over those that rotate together and over the others."""
+        dim, rotary, pairs = self.spec.head_dim, self.spec.rotary, []
+        if rotary:
+            i = body.loop(rotary // 2)
+            low, high = (i * 2, i * 2 + 1) if self.spec.is_interleaved else (i, i + rotary // 2)
+            pairs.append(_Pair(i, low, high, True))
+        if rotary < dim:
+            i = body.loop((dim - rotary) // 2)
+            pairs.append(_Pair(i, i + rotary, i + (rotary + (dim - rotary) // 2), False))
+        return pairs
+
+    def turned(self, section: int, head: UOp, pair: _Pair, scale: UOp | None) -> tuple[UOp, UOp]:
+        """A pair of a head of queries or keys, normed where they are (`scale`: head_scale's), and rotated by the row's
+        position (Su et al. 2021)."""
+        dim, rotary, tables = self.spec.head_dim, self.spec.rotary, self.tables
+        cos = sin = None
+        if pair.is_rotated:
+            assert tables.rope is not None
+            cos = tables.rope[self.position * rotary + pair.i].load()
+            sin = tables.rope[self.position * rotary + rotary // 2 + pair.i].load()
+        a, b = self.qkv(section, head, pair.low), self.qkv(section, head, pair.high)
+        if tables.head_norm is not None and scale is not None:
+            values = ((a, pair.low), (b, pair.high))
+            a, b = (v * scale[0].load() * tables.head_norm[section * dim + at].load() for v, at in values)
+        return (a, b) if cos is None or sin is None else (a * cos - b * sin, b * cos + a * sin)
 
     def write(self, body: Body, keys: UOp, values: UOp) -> UOp:
-        """Stores of the row's roped keys and its values at its slot."""
+        """Stores of the row's rotated keys and its values at its slot."""
         spec, block_size = self.spec, self.spec.layout.block_size
-        half = spec.head_dim // 2
-        head, i = body.loop(spec.num_kv_heads), body.loop(half)
-        block, offset = self.slot // block_size, self.slot % block_size
-        base = block * spec.block_elements + head * (spec.head_dim * block_size)
-        k_head = head + spec.num_heads
-        low, high = self.roped(1, k_head, i, self.head_scale(body, k_head, self.row, head))
-        v_head = head + (spec.num_heads + spec.num_kv_heads)
-        stores = [
-            keys[base + i * block_size + offset].store(low.cast(keys.dtype)),
-            keys[base + (i + half) * block_size + offset].store(high.cast(keys.dtype)),
-            values[base + offset * spec.head_dim + i].store(self.qkv(v_head, i).cast(values.dtype)),
-            values[base + offset * spec.head_dim + i + half].store(self.qkv(v_head, i + half).cast(values.dtype)),
-        ]
-        return UOp.group(*stores).end(i, head)
+        head = body.loop(spec.num_kv_heads)
+        groups = []
+        for pair in self.pairs(body):
+            block, offset = self.slot // block_size, self.slot % block_size
+            base = block * spec.block_elements + head * (spec.head_dim * block_size)
+            low, high = self.turned(KEYS, head, pair, self.head_scale(body, KEYS, head, self.row, head))
+            scale = self.head_scale(body, VALUES, head, self.row, head)
+            v_low, v_high = (self.qkv(VALUES, head, at) for at in (pair.low, pair.high))
+            if scale is not None:
+                v_low, v_high = v_low * scale[0].load(), v_high * scale[0].load()
+            stores = [
+                keys[base + pair.low * block_size + offset].store(low.cast(keys.dtype)),
+                keys[base + pair.high * block_size + offset].store(high.cast(keys.dtype)),
+                values[base + offset * spec.head_dim + pair.low].store(v_low.cast(values.dtype)),
+                values[base + offset * spec.head_dim + pair.high].store(v_high.cast(values.dtype)),
+            ]
+            groups.append((UOp.group(*stores), pair.i))
+        return _end_pairs(groups, head)
+
+
+def _end_pairs(groups: list[tuple[UOp, UOp]], outer: UOp) -> UOp:
+    """The stores of each loop over pairs, and the loop around them, ended."""
+    if len(groups) == 1:
+        stores, i = groups[0]
+        return stores.end(i, outer)
+    return UOp.group(*[stores.end(i) for stores, i in groups]).end(outer)
 
 
 @cached_kernel
-def write_kv_kernel(spec: AttentionSpec) -> KernelFn:
-    """fn(keys, values, inputs, rope[, head_norm], *qkv parts): every row's roped key and its value go to its slot."""
+def write_kv_kernel(spec: CpuAttentionSpec) -> KernelFn:
+    """fn(keys, values, inputs, *tables but sinks, *qkv parts): every row's rotated key and its value go to its slot."""
 
-    def kernel(keys: UOp, values: UOp, inputs: UOp, rope: UOp, *operands: UOp) -> UOp:
+    def kernel(keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
         body = Body()
         row = body.loop(spec.layout.num_tokens)
-        stores = _Row(spec, row, inputs, rope, operands).write(body, keys, values).end(row)
+        stores = _Row(spec, row, inputs, operands, with_sinks=False).write(body, keys, values).end(row)
         tokens, width = spec.layout.num_tokens, spec.num_kv_heads * spec.head_dim
         return finish(stores, f"write_kv_{tokens}x{width}", ops=6 * tokens * width, nbytes=12 * tokens * width)
 
@@ -154,20 +189,19 @@ def write_kv_kernel(spec: AttentionSpec) -> KernelFn:
 
 
 @cached_kernel
-def attention_kernel(spec: AttentionSpec) -> KernelFn:
-    """fn(out (T, H * D), keys, values, inputs, rope[, head_norm], *qkv parts): causal attention of each row over its
-    own blocks.
+def attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
+    """fn(out (T, H * D), keys, values, inputs, *tables, *qkv parts): causal attention of each row over its own blocks.
 
-    Online softmax by block (Milakov & Gimelshein 2018). A row's cost follows its own context. With `fused_write`, keys
-    and values are written too (they are outputs of the kernel then).
+    Online softmax by block (Milakov & Gimelshein 2018). A row's cost follows its own context, or its window. With
+    `fused_write`, keys and values are written too (they are outputs of the kernel then).
     """
 
-    def kernel(out: UOp, keys: UOp, values: UOp, inputs: UOp, rope: UOp, *operands: UOp) -> UOp:
+    def kernel(out: UOp, keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
         body, tokens = Body(), spec.layout.num_tokens
         # the rows are the one GLOBAL axis (a worker command each): codegen cannot nest a loop whose length is data
         # in a LOOP axis that the length depends on
         axis = body.grid(tokens) if tokens > 1 else body.loop(1)
-        row = _Row(spec, axis, inputs, rope, operands)
+        row = _Row(spec, axis, inputs, operands, with_sinks=True)
         if spec.fused_write:
             written = row.write(body, keys, values)
             keys, values = keys.after(written), values.after(written)
@@ -182,91 +216,126 @@ def attention_kernel(spec: AttentionSpec) -> KernelFn:
     return kernel
 
 
+@dataclass(frozen=True)
+class _Block:
+    """One block of a row's context. `loop`: the iteration that it is handled in."""
+
+    loop: UOp
+    number: UOp  # of the sequence's blocks
+    base: UOp  # where the KV head's part of it begins in the pool
+
+
 def _attend(body: Body, row: _Row, head: UOp, out: UOp, keys: UOp, values: UOp) -> UOp:
     """Stores of the G query heads that share KV head `head`."""
     spec, axis = row.spec, row.row
-    size, dim, group = spec.layout.block_size, spec.head_dim, spec.group
+    dim, group = spec.head_dim, spec.group
     query = _load_queries(body, row, head, keys)
-    best = fill(body, body.registers(group), LOWEST, axis, head)
-    total = fill(body, body.registers(group), 0.0, axis, head)
+    best, total = _start(body, row, head)
     acc = fill(body, body.registers(group * dim), 0.0, axis, head)
-    block = body.fold_while(row.position // size + 1)
-    base = row.block(block) * spec.block_elements + head * (dim * size)
-    weights, decay, done = _weigh(body, row, query, keys, base, block, best, total, acc)
+    block = _next_block(body, row, head)
+    weights, decay, done = _weigh(body, row, query, keys, block, best, total, acc)
     d = body.loop(group * dim)
-    target = acc.after(block, done)
+    target = acc.after(block.loop, done)
     acc_done = target[d].store(target[d].load() * decay[d // dim].load()).end(d)
     for g in range(group):
         for start in range(0, dim, VALUE_CHUNK):
-            acc_done = _add_values(body, row, acc, weights, values, base, block, g, start, acc_done)
-    end = acc_done.end(block)
+            acc_done = _add_values(body, row, acc, weights, values, block, g, start, acc_done)
+    end = acc_done.end(block.loop)
     acc, total = acc.after(end), total.after(end)
     g, d = body.loop(group), body.loop(dim)
     index = axis * (spec.num_heads * dim) + (head * group + g) * dim + d
     return out[index].store(acc[g * dim + d].load() / total[g].load()).end(d, g)
 
 
+def _start(body: Body, row: _Row, head: UOp) -> tuple[UOp, UOp]:
+    """The maxima and totals [G] before the first block: nothing, or the heads' sinks."""
+    spec, group = row.spec, row.spec.group
+    best = body.registers(group)
+    if row.tables.sinks is None:
+        best = fill(body, best, LOWEST, row.row, head)
+        return best, fill(body, body.registers(group), 0.0, row.row, head)
+    g = body.loop(group)
+    sink = row.tables.sinks[head * group + spec.first_head + g].load() * LOG2E
+    best = best.after(best.after(row.row, head)[g].store(sink).end(g))
+    return best, fill(body, body.registers(group), 1.0, row.row, head)
+
+
+def _next_block(body: Body, row: _Row, head: UOp) -> _Block:
+    """A loop over the blocks that the row attends to."""
+    spec, size = row.spec, row.spec.layout.block_size
+    last, first = row.position // size, spec.first_key(row.position)
+    if isinstance(first, UOp):
+        loop = body.fold_while(last - first // size + 1)
+        number = loop + (first // size).cast(loop.dtype)
+    else:
+        loop = number = body.fold_while(last + 1)
+    return _Block(loop, number, row.block(number) * spec.block_elements + head * (spec.head_dim * size))
+
+
 def _load_queries(body: Body, row: _Row, head: UOp, keys: UOp) -> UOp:
-    """G roped queries in registers, scaled by log2(e) / sqrt(D) so that scores are exponents of 2."""
+    """G rotated queries in registers, scaled so that scores are exponents of 2, or a softcap's arguments."""
     spec = row.spec
-    dim, half, scale = spec.head_dim, spec.head_dim // 2, LOG2E / spec.head_dim**0.5
+    dim, scale = spec.head_dim, spec.query_scale
     query = body.registers(spec.group * dim)
-    g, i = body.loop(spec.group), body.loop(half)
+    g = body.loop(spec.group)
     query_head = head * spec.group + g
-    low, high = row.roped(0, query_head, i, row.head_scale(body, query_head, row.row, head, g))
-    target = query.after(row.row, head, keys)
-    stores = UOp.group(target[g * dim + i].store(low * scale), target[g * dim + i + half].store(high * scale))
-    return query.after(stores.end(i, g))
+    groups = []
+    for pair in row.pairs(body):
+        low, high = row.turned(QUERIES, query_head, pair, row.head_scale(body, QUERIES, query_head, row.row, head, g))
+        target = query.after(row.row, head, keys)
+        stores = [target[g * dim + pair.low].store(low * scale), target[g * dim + pair.high].store(high * scale)]
+        groups.append((UOp.group(*stores), pair.i))
+    return query.after(_end_pairs(groups, g))
 
 
 def _weigh(
-    body: Body, row: _Row, query: UOp, keys: UOp, base: UOp, block: UOp, best: UOp, total: UOp, acc: UOp
+    body: Body, row: _Row, query: UOp, keys: UOp, block: _Block, best: UOp, total: UOp, acc: UOp
 ) -> tuple[UOp, UOp, UOp]:
     """One block's part of the online softmax: (weights [G][block_size], decay [G] of what was summed before, the stores
     that moved `best` and `total` on)."""
     spec = row.spec
     size, group = spec.layout.block_size, spec.group
-    scores = _scores(body, row, query, keys, base, block, [best, total, acc])
-    newest, decay = body.registers(group), body.registers(group)
+    scores = _scores(body, row, query, keys, block, [best, total, acc])
+    new_best, decay = body.registers(group), body.registers(group)
     stores = []
     for g in range(group):
-        old = best.after(block)[g].load()
+        old = best.after(block.loop)[g].load()
         new = old.maximum(balanced([scores[g * size + x].load() for x in range(size)], lambda a, b: a.maximum(b)))
-        stores += [newest.after(block)[g].store(new), decay.after(block)[g].store(exp2(old - new))]
+        stores += [new_best.after(block.loop)[g].store(new), decay.after(block.loop)[g].store(exp2(old - new))]
     found = UOp.group(*stores)
-    newest, decay = newest.after(found), decay.after(found)
+    new_best, decay = new_best.after(found), decay.after(found)
     weights = body.registers(group * size)
     g, x = body.loop(group), body.loop(size)
-    share = exp2(scores[g * size + x].load() - newest[g].load())
-    weights = weights.after(weights.after(block)[g * size + x].store(share).end(x, g))
+    share = exp2(scores[g * size + x].load() - new_best[g].load())
+    weights = weights.after(weights.after(block.loop)[g * size + x].store(share).end(x, g))
     stores = []
     for g in range(group):
         added = balanced(weights[g * size + x].load() for x in range(size))
-        stores.append(total.after(block)[g].store(total.after(block)[g].load() * decay[g].load() + added))
-        stores.append(best.after(block, weights)[g].store(newest[g].load()))
+        stores.append(total.after(block.loop)[g].store(total.after(block.loop)[g].load() * decay[g].load() + added))
+        stores.append(best.after(block.loop, weights)[g].store(new_best[g].load()))
     return weights, decay, UOp.group(*stores)
 
 
-def _scores(body: Body, row: _Row, query: UOp, keys: UOp, base: UOp, block: UOp, ready: list[UOp]) -> UOp:
-    """[G][block_size] scores of one block, LOWEST behind the row's own position. A key is loaded once for all G."""
+def _scores(body: Body, row: _Row, query: UOp, keys: UOp, block: _Block, ready: list[UOp]) -> UOp:
+    """[G][block_size] scores of one block, LOWEST where the row does not attend. A key is loaded once for all G."""
     spec = row.spec
     size, group = spec.layout.block_size, spec.group
-    sums = fill(body, body.registers(group * size), 0.0, block, query, *ready)
+    sums = fill(body, body.registers(group * size), 0.0, block.loop, query, *ready)
     d = body.fold(spec.head_dim)
     inner = sums.after(d)
     queries = [query[g * spec.head_dim + d].load() for g in range(group)]
     x = body.loop(size)
-    key = keys[base + d * size + x].load().cast(F32)
+    key = keys[block.base + d * size + x].load().cast(F32)
     stores = [inner[g * size + x].store(inner[g * size + x].load() + key * q) for g, q in enumerate(queries)]
     sums = sums.after(UOp.group(*stores).end(x, d))
     g, x = body.loop(group), body.loop(size)
-    is_seen = block.cast(I32) * size + x <= row.position
+    is_seen = spec.is_seen(block.number.cast(I32) * size + x, row.position)
     at = g * size + x
-    return sums.after(sums[at].store(is_seen.where(sums[at].load(), LOWEST)).end(x, g))
+    return sums.after(sums[at].store(is_seen.where(spec.score(sums[at].load(), exp2), LOWEST)).end(x, g))
 
 
 def _add_values(
-    body: Body, row: _Row, acc: UOp, weights: UOp, values: UOp, base: UOp, block: UOp, g: int, start: int, done: UOp
+    body: Body, row: _Row, acc: UOp, weights: UOp, values: UOp, block: _Block, g: int, start: int, done: UOp
 ) -> UOp:
     """acc[g, start : start + VALUE_CHUNK] += sum over the block's tokens of weight * value."""
     size, dim = row.spec.layout.block_size, row.spec.head_dim
@@ -275,8 +344,8 @@ def _add_values(
     weight = weights.after(done)[g * size + token].load()
     lane = body.loop(min(VALUE_CHUNK, dim - start))
     d = lane + start
-    # behind the row's own token lies what another sequence left, be it NaN: its weight of almost 0 meets the own value
-    own = token.cast(I32).minimum(row.position - block.cast(I32) * size)
-    value = values[base + own * dim + d].load().cast(F32)
+    # slots after the row's own token hold what another sequence left, maybe NaN: their weights of almost 0 meet its own
+    own = token.cast(I32).minimum(row.position - block.number.cast(I32) * size)
+    value = values[block.base + own * dim + d].load().cast(F32)
     store = inner[g * dim + d].store(inner[g * dim + d].load() + value * weight)
     return store.end(lane, token)

@@ -9,17 +9,33 @@ from typing import Any, TypeAlias
 import numpy as np
 from tinygrad import Tensor, UOp
 
-from tinyvllm.arrays import HostMatrix, stack_rows, take_rows
+from tinyvllm.arrays import HostMatrix, stack_rows
+from tinyvllm.arrays import take_rows as take_host_rows
+from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle, has_many_registers
 from tinyvllm.errors import DeviceError, UnsupportedModelError
-from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, gate_over_up, head_tables, sample_rows
-from tinyvllm.ops.cpu.attention import AttentionSpec, attention_kernel, write_kv_kernel
+from tinyvllm.ops.attention_spec import AttentionLayer
+from tinyvllm.ops.backend import (
+    PLAIN,
+    DeviceSampling,
+    Epilogue,
+    KVPool,
+    Norm,
+    PoolGroup,
+    Step,
+    Stored,
+    gate_over_up,
+)
+from tinyvllm.ops.coverage import Coverage
+from tinyvllm.ops.cpu.attention import CpuAttentionSpec, attention_kernel, write_kv_kernel
 from tinyvllm.ops.cpu.linear import (
     STAGED_ROWS,
     EmbedSpec,
+    FinishSpec,
     LinearSpec,
     NormSpec,
     embed_kernel,
+    finish_kernel,
     join_kernel,
     linear_kernel,
     rms_norm_kernel,
@@ -27,7 +43,6 @@ from tinyvllm.ops.cpu.linear import (
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Matrix, pack, share_rows
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.tuning import choose
-from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.step_inputs import StepLayout
 
 
@@ -42,7 +57,7 @@ class Shares:
 Activation: TypeAlias = Tensor | Shares  # a Tensor where one core does it all
 
 
-class CpuBackend:
+class CpuBackend(DeviceSampling):
     """Activations are float32; dense matrices stay as stored unless `dtype` recasts them.
 
     Several cores: each is a device of tinygrad's, owns some rows of every matrix and whole KV heads with their part of
@@ -51,15 +66,15 @@ class CpuBackend:
     """
 
     def __init__(
-        self, device: DeviceHandle, dtype: str | None, shape: AttentionShape | None = None, *, dequantize: bool = False
+        self, device: DeviceHandle, dtype: str | None, layers: Sequence[LayerKind] = (), *, dequantize: bool = False
     ) -> None:
-        """`shape`: of the model; without it one core does everything."""
+        """`layers`: the model's; without them one core does everything."""
         self.device = device
         self.dtype = dtype
         self.dequantize = dequantize
+        self.coverage = Coverage()
         self.tile_rows = 4 if has_many_registers() else 2
-        self.num_kv_heads = shape.num_kv_heads if shape is not None else 1
-        self.cores = device.cores[: _count_cores(len(device.cores), shape)] or (device.name,)
+        self.cores = device.cores[: _count_cores(len(device.cores), layers)] or (device.name,)
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -68,18 +83,21 @@ class CpuBackend:
         rows = host.shape[0]
         bounds = self._bounds(-(-rows // PANEL))
         return share_rows(
-            [self._pack(take_rows(host, np.arange(a * PANEL, min(b * PANEL, rows))), core) for (a, b), core in bounds]
+            [
+                self._pack(take_host_rows(host, np.arange(a * PANEL, min(b * PANEL, rows))), core)
+                for (a, b), core in bounds
+            ]
         )
 
-    def stacked(self, hosts: Sequence[HostMatrix]) -> tuple[Matrix, ...]:
-        """One matrix is shared out by panels; several (q, k, v) by KV heads, so that each core's rows attend alone."""
+    def stacked(self, hosts: Sequence[HostMatrix], num_kv_heads: int | None = None) -> tuple[Matrix, ...]:
+        """Shared out by KV heads, so that each core's rows attend alone; what is not q, k and v, by panels."""
         for host in hosts:
             _require_panels(host)
-        if len(hosts) == 1:
-            return (self.matrix(hosts[0]),)
+        if num_kv_heads is None:
+            return tuple(self.matrix(host) for host in stack_rows(hosts))
         by_core = []
-        for (a, b), core in self._bounds(self.num_kv_heads):
-            mine = stack_rows([_take_share(host, a, b, self.num_kv_heads) for host in hosts])
+        for (a, b), core in self._bounds(num_kv_heads):
+            mine = stack_rows([_take_share(host, a, b, num_kv_heads) for host in hosts])
             by_core.append([self._pack(part, core) for part in mine])
         return tuple(share_rows(parts) for parts in zip(*by_core, strict=True))
 
@@ -90,21 +108,22 @@ class CpuBackend:
         for (a, b), core in self._bounds(rows // PANEL):
             index = np.arange(a * PANEL, b * PANEL).reshape(-1, 1, HALF)
             order = np.concatenate([index, index + rows], axis=1).reshape(-1)
-            parts.append(self._pack(take_rows(both, order), core))
+            parts.append(self._pack(take_host_rows(both, order), core))
         return share_rows(parts)
 
-    def make_pool(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: str) -> KVPool:
+    def make_pool(self, groups: Sequence[PoolGroup], num_blocks: int, block_size: int, dtype: str) -> KVPool:
         """Each core's KV heads in tensors of their own."""
-        per_head = num_blocks * block_size * shape.head_dim
+        pool = KVPool({}, {}, num_blocks, dtype)
+        for group in groups:
+            per_head, bounds = num_blocks * block_size * group.head_dim, self._bounds(group.num_kv_heads)
 
-        def layer() -> Any:
-            tensors = tuple(
-                self.device.zeros((b - a) * per_head, FLOATS[dtype], core)
-                for (a, b), core in self._bounds(shape.num_kv_heads)
-            )
-            return tensors if len(tensors) > 1 else tensors[0]
+            def half(per_head: int = per_head, bounds: list[tuple[tuple[int, int], str]] = bounds) -> Stored:
+                tensors = [self.device.zeros((b - a) * per_head, FLOATS[dtype], core) for (a, b), core in bounds]
+                return tuple(tensors) if len(tensors) > 1 else tensors[0]
 
-        return KVPool([layer() for _ in range(num_layers)], [layer() for _ in range(num_layers)], num_blocks, dtype)
+            for layer in group.layers:
+                pool.keys[layer], pool.values[layer] = half(), half()
+        return pool
 
     def _bounds(self, count: int) -> list[tuple[tuple[int, int], str]]:
         """`count` units shared out to the cores as evenly as it goes: [((first, behind the last), core)]."""
@@ -124,66 +143,80 @@ class CpuBackend:
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout, newest: Tensor | None = None) -> Activation:
-        tokens, planes = layout.num_tokens, [plane for part in table.parts for plane in part.planes]
-        rows, sources = tuple(part.used_rows for part in table.parts), [inputs] if newest is None else [inputs, newest]
+    def embed(self, table: Matrix, step: Step, scale: float = 1.0) -> Activation:
+        tokens, planes = step.num_tokens, [plane for part in table.parts for plane in part.planes]
+        previous = step.previous_output
+        sources = [step.inputs] if previous is None else [step.inputs, previous]
         outs, widths = [], []
         for (a, b), core in self._bounds(table.num_cols // PANEL):
-            first, cols = a * PANEL, (b - a) * PANEL
-            at = layout.offset("token_ids")
-            spec = EmbedSpec(table.format, tokens, rows, table.num_cols, first, cols, at, newest is not None)
+            cols = (b - a) * PANEL
+            spec = EmbedSpec(
+                format=table.format,
+                num_tokens=tokens,
+                part_rows=tuple(part.used_rows for part in table.parts),
+                table_cols=table.num_cols,
+                first_col=a * PANEL,
+                num_cols=cols,
+                token_offset=step.layout.offset("token_ids"),
+                is_fed=previous is not None,
+                scale=scale,
+            )
             outs += run_kernel(embed_kernel(spec), [empty(tokens * cols, device=core)], [*sources, *planes])
             widths.append(cols)
         return _share(outs, widths)
 
-    def norm_linear(
-        self, name: str, x: Activation, norm: Norm, matrices: Sequence[Matrix], num_tokens: int
-    ) -> list[Activation]:
-        normed, eps = self._normed(x, norm, matrices[0].num_cols, num_tokens)
-        return [self._linear(name, normed, matrix, num_tokens, eps, norm) for matrix in matrices]
-
-    def norm_gated(self, name: str, x: Activation, norm: Norm, matrix: Matrix, num_tokens: int) -> Activation:
-        normed, eps = self._normed(x, norm, matrix.num_cols, num_tokens)
-        return self._linear(name, normed, matrix, num_tokens, eps, norm, epilogue="silu")
-
-    def linear_add(self, name: str, x: Activation, matrix: Matrix, residual: Activation, num_tokens: int) -> Activation:
-        inputs = [x] * len(matrix.parts)
-        return self._linear(name, inputs, matrix, num_tokens, None, None, epilogue="residual", residual=residual)
-
-    def attend(
+    def linear(
         self,
-        qkv: Sequence[Activation],
-        widths: Sequence[int],
-        shape: AttentionShape,
-        pool: KVPool,
-        layer: int,
-        inputs: Tensor,
-        rope: Tensor,
-        layout: StepLayout,
-        *,
-        is_decode: bool,
-        head_norm: Norm | None = None,
-    ) -> Activation:
-        tables, eps = head_tables(rope, head_norm)
+        name: str,
+        x: Activation,
+        matrices: Sequence[Matrix],
+        num_tokens: int,
+        norm: Norm | None = None,
+        epilogue: Epilogue = PLAIN,
+    ) -> list[Activation]:
+        inputs: Sequence[Activation] = [x] * len(self.cores)
+        eps = None
+        if norm is not None:
+            inputs, eps = self._normed(x, norm, matrices[0].num_cols, num_tokens)
+        rest = epilogue.uncovered(("a bias",))
+        fused = Epilogue(bias=epilogue.bias, activation=epilogue.activation) if rest else epilogue
+        results = [self._linear(name, inputs, matrix, num_tokens, eps, norm, fused) for matrix in matrices]
+        if not rest:
+            return results
+        self.coverage.take_general(f"{name}: a product", rest)
+        return [
+            self._finish(result, matrix, num_tokens, epilogue) for result, matrix in zip(results, matrices, strict=True)
+        ]
+
+    def attend(self, qkv: Sequence[Activation], layer: AttentionLayer, step: Step) -> Activation:
+        kind, pool = layer.kind, step.pool
         outs, out_widths = [], []
-        keys, values = _tensors(pool.keys[layer]), _tensors(pool.values[layer])
-        group = shape.num_heads // shape.num_kv_heads
-        for i, ((a, b), core) in enumerate(self._bounds(shape.num_kv_heads)):
-            mine = [_tensors(part)[i] for part in qkv]
-            cols = tuple(_widths(part, width)[i] for part, width in zip(qkv, widths, strict=True))
-            spec = AttentionSpec(
-                layout, (b - a) * group, b - a, shape.head_dim, pool.num_blocks, is_decode, cols, pool.dtype, eps
+        keys, values = _tensors(pool.keys[layer.pool_layer]), _tensors(pool.values[layer.pool_layer])
+        group = kind.num_heads // kind.num_kv_heads
+        bounds = self._bounds(kind.num_kv_heads)
+        for i, ((a, b), core) in enumerate(bounds):
+            spec = CpuAttentionSpec.of(
+                layer,
+                step.layout,
+                pool.num_blocks,
+                num_heads=(b - a) * group,
+                num_kv_heads=b - a,
+                qkv_cols=tuple(_widths(part, cols)[i] for part, cols in zip(qkv, layer.qkv_cols, strict=True)),
+                share=None if len(bounds) == 1 else (a, kind.num_heads, kind.num_kv_heads),
+                fused_write=step.is_decode and kind.kv_layer is None,
+                kv_dtype=pool.dtype,
             )
-            out = empty(layout.num_tokens * spec.num_heads * shape.head_dim, device=core)
-            outs.append(self._attend(spec, out, keys[i], values[i], [inputs, *tables, *mine]))
-            out_widths.append(spec.num_heads * shape.head_dim)
+            out = empty(step.num_tokens * spec.num_heads * spec.head_dim, device=core)
+            mine = [_tensors(part)[i] for part in qkv]
+            outs.append(self._attend(spec, out, (keys[i], values[i]), layer, step, mine))
+            out_widths.append(spec.num_heads * spec.head_dim)
         return _share(outs, out_widths)
 
-    def take_rows(self, x: Activation, inputs: Tensor, layout: StepLayout, num_cols: int) -> Activation:
-        outs, widths = [], _widths(x, num_cols)
+    def take_rows(self, x: Activation, step: Step, num_cols: int) -> Activation:
+        layout, outs, widths = step.layout, [], _widths(x, num_cols)
         for tensor, cols in zip(_tensors(x), widths, strict=True):
             out = empty(layout.num_seqs * cols, device=str(tensor.device))
-            outs += run_kernel(take_rows_kernel(layout, cols), [out], [tensor, inputs])
+            outs += run_kernel(take_rows_kernel(layout, cols), [out], [tensor, step.inputs])
         return _share(outs, widths)
 
     def parts_of(self, x: Activation) -> Sequence[Tensor]:
@@ -194,19 +227,6 @@ class CpuBackend:
             return logits
         joined = empty(layout.num_seqs * stride, device=self.device.name)
         return run_kernel(join_kernel(layout.num_seqs, logits.widths), [joined], logits.tensors)[0]
-
-    def sample(
-        self,
-        logits: Activation,
-        vocab_size: int,
-        stride: int,
-        inputs: Tensor,
-        layout: StepLayout,
-        out: Tensor | None = None,
-        state: SamplingState | None = None,
-    ) -> Tensor:
-        logits = self.join(logits, stride, layout)
-        return sample_rows(self.device, logits, vocab_size, stride, inputs, layout, out, state)
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 
@@ -227,32 +247,75 @@ class CpuBackend:
         num_tokens: int,
         eps: float | None,
         norm: Norm | None,
-        *,
-        epilogue: str = "none",
-        residual: Activation | None = None,
+        epilogue: Epilogue,
     ) -> Activation:
         """Each core's rows of the matrix, times its input."""
-        weight = [norm.weight] if norm is not None and eps is not None else []
-        outs, widths = [], []
+        tables = [norm.weight] if norm is not None and eps is not None else []
+        tables += [] if epilogue.bias is None else [epilogue.bias]
+        outs: list[Tensor] = []
+        widths: list[int] = []
+        all_cols = matrix.num_rows // (1 if epilogue.activation is None else 2)
         for i, part in enumerate(matrix.parts):
-            x_cols = _widths(inputs[i], matrix.num_cols)
             spec = LinearSpec(
-                name, part.format, num_tokens, part.num_rows, part.num_cols, eps, epilogue, x_cols, self.tile_rows
+                name=name,
+                format=part.format,
+                num_tokens=num_tokens,
+                num_rows=part.num_rows,
+                num_cols=part.num_cols,
+                norm_eps=eps,
+                activation=epilogue.activation,
+                has_residual=epilogue.residual is not None,
+                bias_starts=None if epilogue.bias is None else (sum(widths), all_cols + sum(widths)),
+                x_cols=_widths(inputs[i], matrix.num_cols),
+                tile_rows=self.tile_rows,
             )
             spec = choose(spec)
             out = empty(num_tokens * spec.out_cols, device=self.cores[i])
-            operands = [*part.planes, *_tensors(inputs[i]), *weight]
-            if residual is not None:
-                operands.append(_tensors(residual)[i])
+            operands = [*part.planes, *_tensors(inputs[i]), *tables]
+            if epilogue.residual is not None:
+                operands.append(_tensors(epilogue.residual)[i])
             outs += run_kernel(linear_kernel(spec), [out], operands)
             widths.append(spec.out_cols)
         return _share(outs, widths)
 
-    def _attend(self, spec: AttentionSpec, out: Tensor, keys: Tensor, values: Tensor, common: list[Tensor]) -> Tensor:
+    def _finish(self, y: Activation, matrix: Matrix, num_tokens: int, epilogue: Epilogue) -> Activation:
+        """What of an epilogue the product's kernel does not do: each core's columns, of all cores' y."""
+        y_cols = _widths(y, matrix.num_rows if epilogue.activation is None else matrix.num_rows // 2)
+        norm, first, outs = epilogue.post_norm, 0, []
+        weight = [] if norm is None else [norm.weight]
+        for i, (tensor, cols) in enumerate(zip(_tensors(y), y_cols, strict=True)):
+            spec = FinishSpec(
+                num_tokens=num_tokens,
+                y_cols=y_cols,
+                first_col=first,
+                num_cols=cols,
+                norm_eps=None if norm is None else norm.eps,
+                scale=epilogue.scale,
+                has_residual=epilogue.residual is not None,
+                softcap=epilogue.softcap,
+            )
+            residual = [] if epilogue.residual is None else [_tensors(epilogue.residual)[i]]
+            out = empty(num_tokens * cols, device=str(tensor.device))
+            outs += run_kernel(finish_kernel(spec), [out], [*_tensors(y), *weight, *residual])
+            first += cols
+        return _share(outs, y_cols)
+
+    def _attend(
+        self,
+        spec: CpuAttentionSpec,
+        out: Tensor,
+        pool: tuple[Tensor, Tensor],
+        layer: AttentionLayer,
+        step: Step,
+        qkv: list[Tensor],
+    ) -> Tensor:
+        read = [step.inputs, *layer.tables, *qkv]
         if spec.fused_write:
-            return run_kernel(attention_kernel(spec), [out, keys, values], common)[0]
-        keys, values = run_kernel(write_kv_kernel(spec), [keys, values], common)
-        return run_kernel(attention_kernel(spec), [out], [keys, values, *common])[0]
+            return run_kernel(attention_kernel(spec), [out, *pool], read)[0]
+        if spec.writes_kv:
+            written = [step.inputs, *layer.key_tables, *qkv]
+            pool = tuple(run_kernel(write_kv_kernel(spec), list(pool), written))
+        return run_kernel(attention_kernel(spec), [out], [*pool, *read])[0]
 
 
 def _share(tensors: Sequence[Tensor], widths: Sequence[int]) -> Activation:
@@ -273,19 +336,21 @@ def _widths(x: Activation, cols: int) -> tuple[int, ...]:
 def _take_share(host: HostMatrix, first: int, last: int, num_units: int) -> HostMatrix:
     """The rows of units [first, last) of `num_units` that the matrix consists of."""
     unit = host.shape[0] // num_units
-    return take_rows(host, np.arange(first * unit, last * unit))
+    return take_host_rows(host, np.arange(first * unit, last * unit))
 
 
-def _count_cores(available: int, shape: AttentionShape | None) -> int:
-    """The most cores among which the KV heads can be shared so that everybody's rows of k and v fill whole panels."""
-    if shape is None:
+def _count_cores(available: int, layers: Sequence[LayerKind]) -> int:
+    """The most cores among which each layer's KV heads can be shared so that every core's rows of k and v fill whole
+    panels."""
+    shapes = {(kind.num_kv_heads, kind.head_dim) for kind in layers}
+    if not shapes:
         return 1
-    heads, dim = shape.num_kv_heads, shape.head_dim
 
-    def fills_panels(num: int) -> bool:
+    def fills_panels(num: int, heads: int, dim: int) -> bool:
         return all(((i + 1) * heads // num - i * heads // num) * dim % PANEL == 0 for i in range(num))
 
-    return next((num for num in range(min(available, heads), 1, -1) if fills_panels(num)), 1)
+    most = min(available, *[heads for heads, _ in shapes])
+    return next((num for num in range(most, 1, -1) if all(fills_panels(num, *shape) for shape in shapes)), 1)
 
 
 def _require_panels(host: HostMatrix) -> None:

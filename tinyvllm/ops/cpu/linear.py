@@ -3,8 +3,9 @@
 One pass over a panel multiplies up to four input rows, each with an accumulator a lane, and unpacks the weights in
 registers on the way. That beats unpacking a panel to memory once for all rows: 64 rows of Q4_1 ran at 200 GFLOP/s on a
 core against 110, float16 at 224 (AVX-512; with half as many registers two rows are the limit).
-RMSNorm goes into the product's prologue (few rows) or into a pass of its own (many); SiLU x up and the residual are
-epilogues. Sums run over k in order, lane by lane, so a row's result depends on neither its neighbours nor the machine.
+RMSNorm goes into the product's prologue (few rows) or into a pass of its own (many). Biases, the gate's activation and
+the residual are epilogues; what else may follow a product has a pass of its own (`finish_kernel`). Sums run over k in
+order, lane by lane, so a row's result depends on neither its neighbours nor the machine.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from dataclasses import dataclass
 
 from tinygrad import UOp
 
+from tinyvllm.ops.activation import arithmetic, gated, tanh
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Format, Planes, code_lanes
-from tinyvllm.ops.kernel.body import Body, KernelFn, balanced, cached_kernel, fill, finish, silu
+from tinyvllm.ops.kernel.body import Body, KernelFn, balanced, cached_kernel, exp2, fill, finish
 from tinyvllm.ops.kernel.tuning import Tunable
 from tinyvllm.ops.sampling.token_ids import token_id
 
 ROWS_PER_PASS = (8, 4, 2, 1)
 STAGED_ROWS = 16  # up to here a kernel copies (and normalises) its input rows on its stack; above, rms_norm runs before
 NORM_LANES = 16
+CPU_ARITHMETIC = arithmetic(exp2)
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,16 @@ class LinearSpec(Tunable):
     num_rows: int  # N of the matrix
     num_cols: int  # K
     norm_eps: float | None = None  # RMSNorm the input rows first
-    epilogue: str = "none"  # "none", "residual" (+ residual (T, N)), "silu" (panels of 16 gate and 16 up rows; N/2 out)
+    activation: str | None = None  # panels are of 16 gate and 16 up rows: activation(gate) * up, (T, N / 2)
+    has_residual: bool = False  # + residual (T, N)
+    # where the biases of this share's rows begin: of all rows, or of its gate and of its up rows; None: no biases
+    bias_starts: tuple[int, ...] | None = None
     x_cols: tuple[int, ...] = ()  # columns of each part of x, side by side; (): one part of K
     tile_rows: int = 4  # input rows whose accumulators fit the vector registers: 32 lanes each
 
     @property
     def out_cols(self) -> int:
-        return self.num_rows // 2 if self.epilogue == "silu" else self.num_rows
+        return self.num_rows // 2 if self.activation is not None else self.num_rows
 
     @property
     def rows_per_pass(self) -> int:
@@ -93,20 +99,21 @@ def _take_parts(operands: list[UOp], x_cols: tuple[int, ...], num_cols: int) -> 
 
 @cached_kernel
 def linear_kernel(spec: LinearSpec) -> KernelFn:
-    """fn(out, *planes, *x parts[, norm_weight][, residual])."""
+    """fn(out, *planes, *x parts[, norm_weight][, bias][, residual])."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands = list(rest)
         planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
         x = _take_parts(operands, spec.x_cols, spec.num_cols)
         norm_weight = operands.pop(0) if spec.norm_eps is not None else None
-        residual = operands.pop(0) if spec.epilogue == "residual" else None
+        bias = operands.pop(0) if spec.bias_starts is not None else None
+        residual = operands.pop(0) if spec.has_residual else None
         body = Body()
         if spec.num_tokens <= STAGED_ROWS:
             x = [_stage(body, spec, x, norm_weight)]
         panel = body.loop(spec.num_rows // PANEL)
         tile = _multiply_panel(body, spec, planes, x, panel)
-        stores = _epilogue(body, spec, out, residual, panel, tile)
+        stores = _epilogue(body, spec, out, bias, residual, panel, tile)
         nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
         ops = 2 * spec.num_tokens * spec.num_rows * spec.num_cols
         return finish(stores.end(*tile.loops, panel), _name(spec), ops=ops, nbytes=nbytes)
@@ -251,18 +258,77 @@ def _multiply(
     return UOp.group(*stores).end(lane)
 
 
-def _epilogue(body: Body, spec: LinearSpec, out: UOp, residual: UOp | None, panel: UOp, tile: _Tile) -> UOp:
+def _epilogue(
+    body: Body, spec: LinearSpec, out: UOp, bias: UOp | None, residual: UOp | None, panel: UOp, tile: _Tile
+) -> UOp:
     """Stores of the tile's rows."""
-    width = HALF if spec.epilogue == "silu" else PANEL
+    width = PANEL if spec.activation is None else HALF
     lane = body.loop(width)
+
+    def with_bias(value: UOp, section: int) -> UOp:
+        if bias is None or spec.bias_starts is None:
+            return value
+        return value + bias[panel * width + lane + spec.bias_starts[section]].load()
+
     stores = []
     for r in range(tile.rows):
-        value = tile.registers[r * PANEL + lane].load()
-        if spec.epilogue == "silu":
-            value = silu(value) * tile.registers[r * PANEL + HALF + lane].load()
+        value = with_bias(tile.registers[r * PANEL + lane].load(), 0)
+        if spec.activation is not None:
+            up = with_bias(tile.registers[r * PANEL + HALF + lane].load(), 1)
+            (value,) = gated(spec.activation, [value], [up], CPU_ARITHMETIC)
         at = (tile.first + r) * spec.out_cols + panel * width + lane
         stores.append(out[at].store(value if residual is None else value + residual[at].load()))
     return UOp.group(*stores).end(lane)
+
+
+@dataclass(frozen=True)
+class FinishSpec:
+    """The rest of an epilogue, over rows y (T, N) of a product: columns [first_col, first_col + num_cols) of
+    softcap(scale * norm(y) + residual)."""
+
+    num_tokens: int  # T
+    y_cols: tuple[int, ...]  # columns of each part of y
+    first_col: int
+    num_cols: int
+    norm_eps: float | None = None
+    scale: float = 1.0
+    has_residual: bool = False  # (T, columns), with this share's columns alone
+    softcap: float | None = None
+
+
+@cached_kernel
+def finish_kernel(spec: FinishSpec) -> KernelFn:
+    """fn(out, *y parts[, norm weight (N,)][, residual]): see FinishSpec."""
+
+    def kernel(out: UOp, *rest: UOp) -> UOp:
+        operands, body, cols = list(rest), Body(), sum(spec.y_cols)
+        parts = _take_parts(operands, spec.y_cols, cols)
+        weight = operands.pop(0) if spec.norm_eps is not None else None
+        residual = operands.pop(0) if spec.has_residual else None
+        token = body.loop(spec.num_tokens)
+        scale = None
+        if spec.norm_eps is not None:
+            scale = _rms_scale(body, parts, token, NormSpec(spec.num_tokens, cols, spec.norm_eps))
+        stores = []
+        for part in parts:
+            first, end = max(part.start, spec.first_col), min(part.start + part.width, spec.first_col + spec.num_cols)
+            if first >= end:
+                continue
+            i = body.loop(end - first)
+            value = part.buffer[part.at(token, i + (first - part.start))].load()
+            if scale is not None and weight is not None:
+                value = value * scale[0] * weight[i + first].load()
+            value = value if spec.scale == 1.0 else value * spec.scale
+            at = token * spec.num_cols + (first - spec.first_col) + i
+            value = value if residual is None else value + residual[at].load()
+            if spec.softcap is not None:
+                value = tanh(value * (1.0 / spec.softcap), exp2) * spec.softcap
+            stores.append(out[at].store(value).end(i))
+        done = (stores[0] if len(stores) == 1 else UOp.group(*stores)).end(token)
+        size = spec.num_tokens * spec.num_cols
+        return finish(done, f"finish_{spec.num_tokens}x{spec.num_cols}", ops=6 * size, nbytes=12 * size)
+
+    return kernel
 
 
 @dataclass(frozen=True)
@@ -277,17 +343,19 @@ class EmbedSpec:
     num_cols: int
     token_offset: int  # of the token ids in the step's inputs
     is_fed: bool = False  # the output of the step before is there too, and a token id may name one of its rows
+    scale: float = 1.0
 
 
 @cached_kernel
 def embed_kernel(spec: EmbedSpec) -> KernelFn:
-    """fn(out (T, columns), inputs, *[newest], *planes of each part). A token id beyond the table reads its last row."""
+    """fn(out (T, columns), inputs[, previous_output], *planes of each part). A token id beyond the table reads its last
+    row."""
 
     def kernel(out: UOp, inputs: UOp, *rest: UOp) -> UOp:
-        newest, planes = (rest[0], rest[1:]) if spec.is_fed else (None, rest)
+        previous, planes = (rest[0], rest[1:]) if spec.is_fed else (None, rest)
         body, count = Body(), Planes.count(spec.format)
         token, col = body.loop(spec.num_tokens), body.loop(spec.num_cols)
-        row = token_id(inputs[spec.token_offset + token].load(), newest, sum(spec.part_rows))
+        row = token_id(inputs[spec.token_offset + token].load(), previous, sum(spec.part_rows))
         value, start = None, 0
         for i, rows in enumerate(spec.part_rows):
             table = Planes(spec.format, planes[i * count : (i + 1) * count])
@@ -295,7 +363,8 @@ def embed_kernel(spec: EmbedSpec) -> KernelFn:
             here = table.value(inside, col + spec.first_col, spec.table_cols, "panel")
             value = here if value is None else (row < start).where(value, here)
             start += rows
-        store = out[token * spec.num_cols + col].store(value)
+        assert value is not None
+        store = out[token * spec.num_cols + col].store(value if spec.scale == 1.0 else value * spec.scale)
         name = f"embed_{spec.format.name}_{spec.num_tokens}x{spec.num_cols}"
         nbytes = spec.num_tokens * spec.num_cols * (4 + spec.format.bits // 8)
         return finish(store.end(col).end(token), name, nbytes=nbytes)

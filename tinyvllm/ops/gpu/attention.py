@@ -6,11 +6,9 @@ tokens. Threads meet through threadgroup memory alone, so one source renders for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import accumulate
-
 from tinygrad import UOp, dtypes
 
+from tinyvllm.ops.attention_spec import KEYS, QUERIES, VALUES, AttentionSpec
 from tinyvllm.ops.kernel.body import (
     F32,
     I32,
@@ -29,57 +27,17 @@ from tinyvllm.ops.step_inputs import StepLayout
 VECTOR = 4  # values of a load: METAL's widest vector
 
 
-@dataclass(frozen=True)
-class GpuAttentionSpec:
-    """One layer's attention over paged KV. Every context token t <= position of a row is attended (causal)."""
-
-    layout: StepLayout
-    num_heads: int  # H
-    num_kv_heads: int  # K
-    head_dim: int  # D; also the threads of a threadgroup and the tokens of one pass
-    num_blocks: int
-    qkv_cols: tuple[int, ...]
-    head_eps: float | None = None  # of an RMSNorm of every head of queries and keys; None: they have none
-
-    @property
-    def slot_elements(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def num_slots(self) -> int:
-        return self.num_blocks * self.layout.block_size
-
-    @property
-    def query_parts(self) -> slice:
-        """The parts of qkv that hold queries: what attention_kernel takes. A kernel must read every buffer that it is
-        given, else the arguments of its calls on CUDA and OpenCL do not match."""
-        return self._parts(0, self.num_heads)
-
-    @property
-    def kv_parts(self) -> slice:
-        """The parts of qkv that hold keys and values: what write_kv_kernel takes."""
-        return self._parts(self.num_heads, self.num_heads + 2 * self.num_kv_heads)
-
-    def _parts(self, first_head: int, end_head: int) -> slice:
-        ends = list(accumulate(self.qkv_cols))
-        starts = [0, *ends[:-1]]
-        first = next(i for i, end in enumerate(ends) if end > first_head * self.head_dim)
-        last = next(i for i in reversed(range(len(ends))) if starts[i] < end_head * self.head_dim)
-        return slice(first, last + 1)
-
-
 class _Row:
     """One token row's inputs inside a kernel."""
 
     def __init__(
-        self, spec: GpuAttentionSpec, row: UOp, inputs: UOp, rope: UOp, operands: tuple[UOp, ...], held: slice
+        self, spec: AttentionSpec, row: UOp, inputs: UOp, operands: tuple[UOp, ...], held: slice, *, with_sinks: bool
     ) -> None:
-        """`operands`: the heads' norm where there is one, and the parts of qkv that are `held`."""
-        layout = spec.layout
-        self.spec, self.row, self.inputs, self.rope = spec, row, inputs, rope
-        parts = list(operands)
-        self.head_norm = None if spec.head_eps is None else parts.pop(0)
-        self.parts = parts
+        """`operands`: the layer's tables, and the parts of qkv that are `held`."""
+        layout, rest = spec.layout, list(operands)
+        self.spec, self.row, self.inputs = spec, row, inputs
+        self.tables = spec.take_tables(rest, with_sinks=with_sinks)
+        self.parts = rest
         self.part_cols, self.first_col = spec.qkv_cols[held], sum(spec.qkv_cols[: held.start])
         positions = max(
             layout.max_blocks * layout.block_size, 2 * spec.head_dim
@@ -98,7 +56,15 @@ class _Row:
         block = clamp(self.inputs[self.table + token // size].load(), 0, self.spec.num_blocks - 1)
         return block * size + token % size
 
-    def qkv(self, head: UOp, offset: UOp) -> UOp:
+    def qkv(self, section: int, head: UOp, offset: UOp) -> UOp:
+        """Value `offset` of a head of queries, keys or values, with its bias."""
+        spec = self.spec
+        value = self._stored(head + spec.section_start(section) // spec.head_dim if section else head, offset)
+        if self.tables.bias is None:
+            return value
+        return value + self.tables.bias[spec.bias_start(section) + head * spec.head_dim + offset].load()
+
+    def _stored(self, head: UOp, offset: UOp) -> UOp:
         """qkv[row, head * D + offset]; `head` counts q heads, then k, then v."""
         col, start, value = head * self.spec.head_dim + offset - self.first_col, 0, None
         for part, cols in zip(self.parts, self.part_cols, strict=True):
@@ -109,22 +75,42 @@ class _Row:
         assert value is not None
         return value
 
-    def rotated(self, body: Body, section: int, head: UOp, d: UOp, *outer: UOp) -> UOp:
-        """Element d, the thread's own, of a head of queries (section 0) or keys (1), normed where they are, and rotated
-        by the row's position (half-split pairs, Su et al. 2021). `outer`: the kernel's axes."""
-        dim, half = self.spec.head_dim, self.spec.head_dim // 2
-        i, other = d % half, (d + half) % dim
-        cos = self.rope[self.position * dim + i].load()
-        sin = self.rope[self.position * dim + half + i].load()
-        own, partner = self.qkv(head, d), self.qkv(head, other)
-        if self.head_norm is not None:
-            scale = self._head_scale(body, own, d, *outer)
-            own, partner = (
-                v * scale * self.head_norm[section * dim + at].load() for v, at in ((own, d), (partner, other))
-            )
-        return own * cos + partner * (d < half).where(sin * -1.0, sin)
+    def turned(self, body: Body, section: int, head: UOp, d: UOp, *outer: UOp) -> UOp:
+        """Element d, the thread's own, of a head of queries or keys, normed where they are, and rotated by the row's
+        position (Su et al. 2021). `outer`: the kernel's axes."""
+        spec, rope = self.spec, self.tables.rope
+        rotary, half = spec.rotary, spec.rotary // 2
+        if rope is None:
+            return self._normed(body, section, head, (d,), *outer)[0]
+        inside = d if rotary == spec.head_dim else (d < rotary).where(d, 0)
+        if spec.is_interleaved:
+            i, other, is_low = inside // 2, inside + 1 - inside % 2 * 2, (inside % 2).eq(0)
+        else:
+            i, other, is_low = inside % half, (inside + half) % rotary, inside < half
+        cos = rope[self.position * rotary + i].load()
+        sin = rope[self.position * rotary + half + i].load()
+        own, partner = self._normed(body, section, head, (d, other), *outer)
+        turned = own * cos + partner * is_low.where(sin * -1.0, sin)
+        return turned if rotary == spec.head_dim else (d < rotary).where(turned, own)
 
-    def _head_scale(self, body: Body, own: UOp, d: UOp, *outer: UOp) -> UOp:
+    def value(self, body: Body, head: UOp, d: UOp, *outer: UOp) -> UOp:
+        """Element d of a head of values, normed where they are."""
+        own = self.qkv(VALUES, head, d)
+        if self.spec.value_eps is None:
+            return own
+        return own * self._head_scale(body, own, d, self.spec.value_eps, *outer)
+
+    def _normed(self, body: Body, section: int, head: UOp, dims: tuple[UOp, ...], *outer: UOp) -> list[UOp]:
+        """Elements of a head, the thread's own first."""
+        values = [self.qkv(section, head, d) for d in dims]
+        weight = self.tables.head_norm
+        if weight is None or self.spec.head_eps is None:
+            return values
+        scale = self._head_scale(body, values[0], dims[0], self.spec.head_eps, *outer)
+        start = section * self.spec.head_dim
+        return [v * scale * weight[start + d].load() for v, d in zip(values, dims, strict=True)]
+
+    def _head_scale(self, body: Body, own: UOp, d: UOp, eps: float, *outer: UOp) -> UOp:
         """1 / sqrt(mean square + eps) of the head whose element d is `own`, the same in every thread."""
         dim = self.spec.head_dim
         squares = body.shared(dim)
@@ -133,22 +119,22 @@ class _Row:
         i = body.fold(dim)
         inner = total.after(i)
         total = total.after(inner[0].store(inner[0].load() + squares[i].load()).end(i))
-        return (total[0].load() * (1.0 / dim) + self.spec.head_eps).sqrt().reciprocal()
+        return (total[0].load() * (1.0 / dim) + eps).sqrt().reciprocal()
 
 
 @cached_kernel
-def write_kv_kernel(spec: GpuAttentionSpec) -> KernelFn:
-    """fn(keys, values, inputs, rope[, head_norm], *qkv[kv_parts]): every row's rotated key and its value go to its
+def write_kv_kernel(spec: AttentionSpec) -> KernelFn:
+    """fn(keys, values, inputs, *tables but sinks, *qkv[kv_parts]): every row's rotated key and its value go to its
     slot."""
 
-    def kernel(keys: UOp, values: UOp, inputs: UOp, rope: UOp, *operands: UOp) -> UOp:
+    def kernel(keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
         body = Body()
         axis, head = body.grid(spec.layout.num_tokens), body.grid(spec.num_kv_heads)
         d = body.threads(spec.head_dim)
-        row = _Row(spec, axis, inputs, rope, operands, spec.kv_parts)
+        row = _Row(spec, axis, inputs, operands, spec.kv_parts, with_sinks=False)
         at = row.slot() * spec.slot_elements + head * spec.head_dim + d
-        key = row.rotated(body, 1, head + spec.num_heads, d, axis, head, d)
-        value = row.qkv(head + (spec.num_heads + spec.num_kv_heads), d)
+        key = row.turned(body, KEYS, head, d, axis, head, d)
+        value = row.value(body, head, d, axis, head, d)
         stores = UOp.group(keys[at].store(key.cast(keys.dtype)), values[at].store(value.cast(values.dtype)))
         tokens, width = spec.layout.num_tokens, spec.slot_elements
         return finish(
@@ -159,34 +145,40 @@ def write_kv_kernel(spec: GpuAttentionSpec) -> KernelFn:
 
 
 @cached_kernel
-def attention_kernel(spec: GpuAttentionSpec) -> KernelFn:
-    """fn(out (T, H * D), keys, values, inputs, rope[, head_norm], *qkv[query_parts]): a threadgroup a row and head.
+def attention_kernel(spec: AttentionSpec) -> KernelFn:
+    """fn(out (T, H * D), keys, values, inputs, *tables, *qkv[query_parts]): a threadgroup a row and head.
 
     Passes of D tokens: thread t scores token t of the pass, then thread d adds up element d of the values (online
-    softmax, Milakov & Gimelshein 2018). A row's cost follows its own context.
+    softmax, Milakov & Gimelshein 2018). A row's cost follows its own context, or its window.
     """
 
-    def kernel(out: UOp, keys: UOp, values: UOp, inputs: UOp, rope: UOp, *operands: UOp) -> UOp:
+    def kernel(out: UOp, keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
         body, dim = Body(), spec.head_dim
         axis, head = body.grid(spec.layout.num_tokens), body.grid(spec.num_heads)
         thread = body.threads(dim)
         axes = (axis, head, thread)
-        row = _Row(spec, axis, inputs, rope, operands, spec.query_parts)
-        kv_head = head // (spec.num_heads // spec.num_kv_heads)
+        row = _Row(spec, axis, inputs, operands, spec.query_parts, with_sinks=True)
+        kv_head = head // spec.group
         query = body.shared(dim)
-        own = row.rotated(body, 0, head, thread, *axes) * (LOG2E / dim**0.5)
+        own = row.turned(body, QUERIES, head, thread, *axes) * spec.query_scale
         query = query.after(query.after(*axes)[thread].store(own))
         best, total, acc = (fill(body, body.registers(1), v, *axes) for v in (LOWEST, 0.0, 0.0))
+        if row.tables.sinks is not None:
+            best = best.after(best[0].store(row.tables.sinks[head].load() * LOG2E))
+            total = total.after(total[0].store(UOp.const(1.0, F32)))
 
-        count = row.position + 1
-        step = body.fold_while((count + dim - 1) // dim)
+        count, first = row.position + 1, spec.first_key(row.position)
+        step = body.fold_while(
+            (count - first + dim - 1) // dim if spec.window is not None else (count + dim - 1) // dim
+        )
         token = step.cast(dtypes.weakint) * dim + thread
+        token = token if spec.window is None else token + first
         is_inside = token < count
         slot = row.slot_of(is_inside.where(token, 0))
         score = _score(body, spec, query, keys, slot, kv_head, step)
         scores, slots = body.shared(dim), body.shared(dim, I32)
         shared = UOp.group(
-            scores.after(step)[thread].store(is_inside.where(score, LOWEST)),
+            scores.after(step)[thread].store(is_inside.where(spec.score(score, lambda x: x.exp2()), LOWEST)),
             slots.after(step)[thread].store(slot.cast(I32)),
         )
         scores, slots = scores.after(shared), slots.after(shared)
@@ -225,7 +217,7 @@ def attention_kernel(spec: GpuAttentionSpec) -> KernelFn:
     return kernel
 
 
-def _score(body: Body, spec: GpuAttentionSpec, query: UOp, keys: UOp, slot: UOp, kv_head: UOp, step: UOp) -> UOp:
+def _score(body: Body, spec: AttentionSpec, query: UOp, keys: UOp, slot: UOp, kv_head: UOp, step: UOp) -> UOp:
     """query . key of the thread's own token."""
     dim = spec.head_dim
     acc = fill(body, body.registers(1), 0.0, step)

@@ -14,8 +14,9 @@ from itertools import accumulate
 
 from tinygrad import UOp, dtypes
 
+from tinyvllm.ops.attention_spec import AttentionSpec
 from tinyvllm.ops.gpu.attention_split import NOTHING, SHORTEST_SPAN, TILE_TOKENS, SplitHeads, arrive
-from tinyvllm.ops.kernel.body import F32, LOG2E, Body, KernelFn, balanced, cached_kernel, clamp, finish
+from tinyvllm.ops.kernel.body import F32, Body, KernelFn, balanced, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.lanes import (
     LANES,
     SHARED_BYTES,
@@ -29,7 +30,6 @@ from tinyvllm.ops.kernel.lanes import (
     load_floats,
     warps,
 )
-from tinyvllm.ops.step_inputs import StepLayout
 
 MAX_GROUP = 8  # rows of a matrix tile
 MAX_PARTS = 16
@@ -39,28 +39,26 @@ LONG_CONTEXT = 2048  # tokens
 RUN = 8  # consecutive dimensions of a lane
 
 
-@dataclass(frozen=True)
-class DecodeSpec:
-    """One layer's attention of T rows. Hashable: the key of its kernel."""
+COVERED = ("a window", "a softcap", "biases", "no rope")  # of what AttentionSpec may ask for
 
-    layout: StepLayout
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeSpec(AttentionSpec):
+    """Attention of rows that are each the last token of a sequence of its own."""
+
     lanes: Lanes
     mma: Mma
-    num_heads: int  # H
-    num_kv_heads: int  # K
-    head_dim: int  # D
-    num_blocks: int
-    qkv_cols: tuple[int, ...]  # columns of each part of qkv
-    qkv_parts: tuple[int, ...]  # partial sums of each: (S, T, columns)
-    head_eps: float | None = None  # of an RMSNorm of every head of queries and keys; None: they have none
+    qkv_parts: tuple[int, ...]  # partial sums of each part of qkv: (S, T, columns)
 
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def slot_elements(self) -> int:
-        return self.num_kv_heads * self.head_dim
+    def uncovered_shape(self) -> str:
+        """Why `decode_kernel` does not serve it, in words; "" where it does."""
+        if rest := self.uncovered(COVERED):
+            return rest
+        if self.head_dim not in (64, 128) or self.group > MAX_GROUP:
+            return f"{self.num_heads} over {self.num_kv_heads} heads of {self.head_dim}"
+        if self.layout.block_size % TILE_TOKENS:
+            return f"blocks of {self.layout.block_size} tokens"
+        return "" if self.holds_whole_sections() else "queries, keys and values that share a matrix in parts"
 
     @property
     def split(self) -> SplitHeads:
@@ -73,7 +71,7 @@ class DecodeSpec:
                 parts //= 2
             if self.lanes.kind != "CUDA" or not self.is_long:
                 parts = 1
-        return SplitHeads(self.layout, self.num_heads, self.head_dim, parts)
+        return SplitHeads(self.layout, self.num_heads, self.head_dim, parts, self.window)
 
     @property
     def is_joined(self) -> bool:
@@ -101,20 +99,8 @@ class DecodeSpec:
     @property
     def is_long(self) -> bool:
         """Whether contexts may be long: what speeds these up costs a short one some tenths of a microsecond."""
-        return self.layout.max_blocks * self.layout.block_size >= LONG_CONTEXT
-
-
-def fits_decode(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, num_cols: tuple[int, ...]) -> bool:
-    """Whether `decode_kernel` serves a shape. `num_cols`: of qkv's parts, each of which holds whole sections."""
-    ends = set(accumulate(num_cols))
-    sections = (num_heads * head_dim, (num_heads + num_kv_heads) * head_dim, (num_heads + 2 * num_kv_heads) * head_dim)
-    return (
-        num_heads // num_kv_heads <= MAX_GROUP
-        and head_dim in (64, 128)
-        and block_size % TILE_TOKENS == 0
-        and ends <= set(sections)
-        and sections[-1] in ends
-    )
+        longest = self.layout.max_blocks * self.layout.block_size
+        return min(longest, self.window or longest) >= LONG_CONTEXT
 
 
 class _Row:
@@ -122,9 +108,9 @@ class _Row:
 
     def __init__(self, spec: DecodeSpec, axis: UOp | int, kv_head: UOp | int, lane: UOp, operands: list[UOp]) -> None:
         self.spec, self.axis, self.kv_head, self.lane = spec, axis, kv_head, lane
-        self.inputs, self.rope, *parts = operands
-        self.head_norm = None if spec.head_eps is None else parts.pop(0)
-        self.parts = parts  # to be read behind `wait` alone
+        self.inputs, *rest = operands
+        self.tables = spec.take_tables(rest, with_sinks=True)
+        self.parts = rest  # to be read after `wait` alone
         layout = spec.layout
         limit = max(layout.max_blocks * layout.block_size, 4096)  # more than two passes of a loop: Body.fold_while
         self.past = clamp(self.inputs[layout.offset("positions") + axis].load(), 0, limit - 1)
@@ -137,19 +123,22 @@ class _Row:
 
     def wait(self, ahead: Sequence[UOp]) -> None:
         """Wait for the kernels before; what rotates, and `ahead`, is loaded meanwhile."""
-        factors = [value for runs in self.query_dims for d in runs for pair in self.factors(d) for value in pair]
+        factors = []
+        if self.tables.rope is not None:
+            factors = [value for runs in self.query_dims for d in runs for pair in self.factors(d) for value in pair]
         self.parts = list(await_previous(self.spec.lanes, *self.parts, ahead=[*factors, *ahead]))
 
     def factors(self, dim: UOp) -> tuple[list[UOp], list[UOp]]:
         """Cosines and sines of dimensions [dim, dim + 8) at the row's position."""
         size, half = self.spec.head_dim, self.spec.head_dim // 2
         at = self.past * size + dim % half
-        return load_floats(self.rope, at, RUN), load_floats(self.rope, at + half, RUN)
+        assert self.tables.rope is not None
+        return load_floats(self.tables.rope, at, RUN), load_floats(self.tables.rope, at + half, RUN)
 
     def loaded(self, section: int, head: UOp | int, dim: UOp) -> list[UOp]:
-        """Dimensions [dim, dim + 8) of a head of section 0 (q), 1 (k) or 2 (v)."""
+        """Dimensions [dim, dim + 8) of a head of queries, keys or values, with their biases."""
         spec = self.spec
-        start = (0, spec.num_heads, spec.num_heads + spec.num_kv_heads)[section] * spec.head_dim
+        start = spec.section_start(section)
         ends = list(accumulate(spec.qkv_cols))
         index = next(i for i, end in enumerate(ends) if end > start)
         cols = spec.qkv_cols[index]
@@ -158,7 +147,11 @@ class _Row:
             load_floats(self.parts[index], (self.axis + s * spec.layout.num_tokens) * cols + offset, RUN)
             for s in range(spec.qkv_parts[index])
         ]
-        return [balanced(column) for column in zip(*rows, strict=True)]
+        values = [balanced(column) for column in zip(*rows, strict=True)]
+        if self.tables.bias is None:
+            return values
+        biases = load_floats(self.tables.bias, spec.bias_start(section) + head * spec.head_dim + dim, RUN)
+        return [a + b for a, b in zip(values, biases, strict=True)]
 
     def rotated(self, section: int, head: UOp | int) -> list[list[list[UOp]]]:
         """The lane's runs (`query_dims`) of a head of queries or keys, normed where they are, and rotated by the row's
@@ -168,6 +161,8 @@ class _Row:
 
     def _rotated_run(self, section: int, head: UOp | int, dim: UOp, scale: UOp | None) -> list[UOp]:
         size, half = self.spec.head_dim, self.spec.head_dim // 2
+        if self.tables.rope is None:
+            return self._normed(section, head, dim, scale)
         here, partner = (self._normed(section, head, d, scale) for d in (dim, (dim + half) % size))
         cos, sin = self.factors(dim)
         sign = (dim < half).where(UOp.const(-1.0, F32), UOp.const(1.0, F32))
@@ -175,19 +170,28 @@ class _Row:
 
     def _normed(self, section: int, head: UOp | int, dim: UOp, scale: UOp | None) -> list[UOp]:
         values = self.loaded(section, head, dim)
-        if self.head_norm is None or scale is None:
+        if self.tables.head_norm is None or scale is None:
             return values
-        weights = load_floats(self.head_norm, section * self.spec.head_dim + dim, RUN)
+        weights = load_floats(self.tables.head_norm, section * self.spec.head_dim + dim, RUN)
         return [v * scale * w for v, w in zip(values, weights, strict=True)]
 
     def _head_scale(self, section: int, head: UOp | int) -> UOp | None:
         """1 / sqrt(mean square + eps) of the lane's head, in each lane that holds some of it; None without a norm."""
         spec = self.spec
-        if self.head_norm is None:
+        if spec.head_eps is None:
             return None
         runs = [self.loaded(section, head, dim) for runs in self.query_dims for dim in runs]
         total = spec.lanes.sum(balanced(dot(run, run) for run in runs), spec.mma.row_masks)
         return (total * (1.0 / spec.head_dim) + spec.head_eps).sqrt().reciprocal()
+
+    def weighed(self, tile: _Tile, token: UOp, product: UOp, high: UOp) -> UOp:
+        """The score of a token of a tile whose part ends at `high`."""
+        spec = self.spec
+        is_seen = tile.is_used & (token < high)
+        if spec.window is not None:
+            is_seen = is_seen & (token >= spec.first_key(self.past))
+        score = spec.score(product * spec.query_scale, lambda x: x.exp2())
+        return is_seen.where(score, UOp.const(NOTHING, F32))
 
     @property
     def query_dims(self) -> list[list[UOp]]:
@@ -208,7 +212,7 @@ class _Row:
 
 @cached_kernel
 def decode_kernel(spec: DecodeSpec) -> KernelFn:
-    """fn(out (T, H * D), keys, values, inputs, rope[, head_norm], *qkv), with a split context fn(values, sums, keys,
+    """fn(out (T, H * D), keys, values, inputs, *tables, *qkv), with a split context fn(values, sums, keys,
     ...), and where its parts are joined fn(out, values, sums, arrivals, keys, ...); `arrivals`: T * K counters, which
     are 0 before and after."""
 
@@ -225,8 +229,8 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
         row = _Row(spec, axis, kv_head, lane, operands)
         stored = keys.dtype
 
-        span = split.span(row.past)
-        low = part * span
+        span = split.span(split.shared(row.past))
+        low = part * span if spec.window is None else part * span + split.start(row.past)
         high = (low + span).minimum(row.past) if split.num_parts > 1 else row.past
         per_pass = spec.num_warps * spec.tiles_ahead
         tiles = ((high - low).maximum(0) + (TILE_TOKENS - 1)) // TILE_TOKENS
@@ -265,9 +269,9 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
             for i, v in enumerate(run)
         ]
 
-        scale = LOG2E / spec.head_dim**0.5
         flat = lambda runs: [v.cast(F32) for chunk in runs for run in chunk for v in run]  # noqa: E731
-        own_score = spec.lanes.sum(dot(flat(query), flat(key)), mma.row_masks) * scale
+        own_product = spec.lanes.sum(dot(flat(query), flat(key)), mma.row_masks)
+        own_score = spec.score(own_product * spec.query_scale, lambda x: x.exp2())
         zero, one, nothing = (UOp.const(v, F32) for v in (0.0, 1.0, NOTHING))
         leads = row.column.eq(0)  # one lane a head counts the own token, and publishes the head's maximum and sum
         init = [
@@ -283,12 +287,7 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
                 for n in range(2):
                     pair = _score(spec, query, tile.keys[n])
                     tokens = [tile.first + n * 8 + row.column + e for e in range(2)]
-                    scores.append(
-                        [
-                            (tile.is_used & (t < high)).where(v * scale, nothing)
-                            for t, v in zip(tokens, pair, strict=True)
-                        ]
-                    )
+                    scores.append([row.weighed(tile, t, v, high) for t, v in zip(tokens, pair, strict=True)])
             top = balanced([v for pair in scores for v in pair], lambda a, b: a.maximum(b))
             new_best = best.maximum(spec.lanes.maximum(top, mma.row_masks))
             decay = (best - new_best).exp2()
@@ -309,7 +308,7 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
         best, total, *acc = carry(body, init, passes, axes, lambda i, old: step(load(i + skipped), old))
         total = spec.lanes.sum(total, mma.row_masks)
         places = (axis, kv_head, part, lane, warp)
-        joining = None if arrivals is None else _Joining(whole, arrivals, split.used(row.past))
+        joining = None if arrivals is None else _Joining(whole, arrivals, split.used(split.shared(row.past)))
         stores = _combine_warps(body, spec, part_values, sums, joining, places, row, best, total, acc)
         tokens, context = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
         return finish(

@@ -17,11 +17,12 @@ from typing import TypeVar
 
 from tinygrad import Tensor, UOp, dtypes
 
+from tinyvllm.ops.attention_spec import KEYS, QUERIES, VALUES, AttentionLayer, AttentionSpec
+from tinyvllm.ops.backend import Step
 from tinyvllm.ops.kernel.body import (
     F16,
     F32,
     I32,
-    LOG2E,
     LOWEST,
     Body,
     KernelFn,
@@ -59,7 +60,6 @@ from tinyvllm.ops.kernel.tiles import (
     quick_maximum,
     together,
 )
-from tinyvllm.ops.step_inputs import StepLayout
 
 ROW_BYTES = WGMMA_COLS * 2  # of a row of Hopper's tiles
 MAP_THREADS = 256
@@ -68,21 +68,26 @@ MIN_LOOP = 2  # iterations that a loop must be able to run: Body.fold_while
 Number = TypeVar("Number", int, UOp)
 
 
-@dataclass(frozen=True)
-class PrefillSpec:
-    """One layer's attention of T rows over paged KV in float16. Hashable: the key of its kernels."""
+COVERED = ("a window", "a softcap", "biases", "no rope")  # of what AttentionSpec may ask for
+MAX_GROUP = 32
 
-    layout: StepLayout
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillSpec(AttentionSpec):
+    """Attention of any rows, over paged KV in float16."""
+
     lanes: Lanes
     mma: Mma
-    num_heads: int  # H
-    num_kv_heads: int  # K
-    head_dim: int  # D
-    num_blocks: int
-    qkv_cols: tuple[int, ...]  # columns of each part of qkv
-    qkv_parts: tuple[int, ...]  # partial sums of each: (S, T, columns)
-    head_eps: float | None = None  # of an RMSNorm of every head of queries and keys; None: they have none
+    qkv_parts: tuple[int, ...]  # partial sums of each part of qkv: (S, T, columns)
     has_wgmma: bool = False  # the device has Hopper's instructions for four warps
+
+    def uncovered_shape(self) -> str:
+        """Why the kernels do not serve it, in words; "" where they do."""
+        if rest := self.uncovered(COVERED):
+            return rest
+        if self.head_dim not in (64, 128) or self.group > MAX_GROUP:
+            return f"{self.num_heads} over {self.num_kv_heads} heads of {self.head_dim}"
+        return "" if self.holds_whole_sections() else "queries, keys and values that share a matrix in parts"
 
     @property
     def uses_wgmma(self) -> bool:
@@ -101,14 +106,6 @@ class PrefillSpec:
     @property
     def tiles(self) -> TileMma:
         return TileMma(self.mma)
-
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def slot_elements(self) -> int:
-        return self.num_kv_heads * self.head_dim
 
     @property
     def row_blocks(self) -> int:
@@ -150,9 +147,14 @@ class PrefillSpec:
         """Words of the map of tiles: one more than there can be tiles, and a whole number for each thread."""
         return -(-(self.max_tiles + 1) // self.map_threads) * self.map_threads
 
+    @property
+    def for_map(self) -> PrefillSpec:
+        """The same of a layer without a window or a softcap, by which the map of tiles does not differ."""
+        return replace(self, window=None, softcap=None)
+
     def section(self, index: int) -> tuple[int, int]:
         """(part of qkv, first column there) of the queries (0), keys (1) or values (2)."""
-        start = (0, self.num_heads, self.num_heads + self.num_kv_heads)[index] * self.head_dim
+        start = self.section_start(index)
         ends = list(accumulate(self.qkv_cols))
         part = next(i for i, end in enumerate(ends) if end > start)
         return part, start - (ends[part] - self.qkv_cols[part])
@@ -162,39 +164,29 @@ class PrefillSpec:
         return sorted({self.section(index)[0] for index in sections})
 
 
-def fits_prefill(num_heads: int, num_kv_heads: int, head_dim: int, num_cols: tuple[int, ...]) -> bool:
-    """Whether the kernels serve a shape. `num_cols`: of qkv's parts, each of which holds whole sections."""
-    ends = set(accumulate(num_cols))
-    sections = (num_heads * head_dim, (num_heads + num_kv_heads) * head_dim, (num_heads + 2 * num_kv_heads) * head_dim)
-    return num_heads // num_kv_heads <= 32 and head_dim in (64, 128) and ends <= set(sections) and sections[-1] in ends
-
-
 def attend_tiles(
     spec: PrefillSpec,
-    layer: int,
     out: Tensor,
     pool: tuple[Tensor, Tensor],
-    inputs: Tensor,
-    tables: Sequence[Tensor],
+    layer: AttentionLayer,
+    step: Step,
     qkv: Sequence[Tensor],
 ) -> Tensor:
-    """Rotate, write keys and values to the pool, attend: `out` (T, H * D). `tables`: RoPE's, and the weight of the
-    heads' norm where there is one."""
+    """Rotate, write keys and values to the pool, attend: `out` (T, H * D)."""
     spec = replace(spec, has_wgmma=has_wgmma(str(out.device)))
-    written = [inputs, *tables, *[qkv[i] for i in spec.parts(1, 2)]]
+    written = [step.inputs, *layer.key_tables, *[qkv[i] for i in spec.parts(KEYS, VALUES)]]
     keys, values = run_kernel(store_kernel(spec), list(pool), written)
-    tiles = _tile_map(spec, layer, inputs)
-    read = [keys, values, tiles, inputs, *tables, *[qkv[i] for i in spec.parts(0)]]
+    read = [keys, values, _tile_map(spec, step), step.inputs, *layer.tables, *[qkv[i] for i in spec.parts(QUERIES)]]
     return run_kernel(prefill_kernel(spec), [out], read)[0]
 
 
-def _tile_map(spec: PrefillSpec, layer: int, inputs: Tensor) -> Tensor:
-    """Which rows make up a tile: computed in a step's first layer, and held by its inputs for the others."""
-    if layer == 0 or not hasattr(inputs, "tile_map"):
-        fresh = empty(spec.map_size, I32, str(inputs.device))
-        inputs.tile_map = run_kernel(tile_map_kernel(spec), [fresh], [inputs])[0]
-    tiles: Tensor = inputs.tile_map
-    return tiles
+def _tile_map(spec: PrefillSpec, step: Step) -> Tensor:
+    """Which rows make up a tile: computed in the step's first layer with such tiles, and kept for the others."""
+    name = f"tiles of {spec.tokens} tokens"
+    if name not in step.kept:
+        fresh = empty(spec.map_size, I32, str(step.inputs.device))
+        step.kept[name] = run_kernel(tile_map_kernel(spec.for_map), [fresh], [step.inputs])[0]
+    return step.kept[name]
 
 
 class _Inputs:
@@ -203,9 +195,9 @@ class _Inputs:
     def __init__(self, spec: PrefillSpec, inputs: UOp, operands: Sequence[UOp] = (), *sections: int) -> None:
         """`operands`: the tables and parts of qkv of a kernel that reads these sections."""
         self.spec, self.inputs = spec, inputs
-        layout, num_tables = spec.layout, 1 if spec.head_eps is None else 2
-        self.tables = operands[:num_tables]  # RoPE's, and the weight of the heads' norm where there is one
-        self.parts = dict(zip(spec.parts(*sections), operands[num_tables:], strict=True))
+        layout, rest = spec.layout, list(operands)
+        self.tables = spec.take_tables(rest, with_sinks=QUERIES in sections) if sections else None
+        self.parts = dict(zip(spec.parts(*sections), rest, strict=True))
         self.positions = max(layout.max_blocks * layout.block_size, MIN_LOOP * spec.keys)
 
     def position(self, row: UOp) -> UOp:
@@ -226,7 +218,7 @@ class _Inputs:
         return clamp(self.inputs[at].load(), 0, self.spec.num_blocks - 1) * layout.block_size + key % layout.block_size
 
     def loaded(self, section: int, row: UOp, head: UOp | int, dim: UOp) -> list[UOp]:
-        """Dimensions [dim, dim + 8) of a head of queries, keys or values."""
+        """Dimensions [dim, dim + 8) of a head of queries, keys or values, with their biases."""
         spec = self.spec
         index, start = spec.section(section)
         cols = spec.qkv_cols[index]
@@ -235,30 +227,37 @@ class _Inputs:
             load_floats(self.parts[index], at + s * (spec.layout.num_tokens * cols), PIECE)
             for s in range(spec.qkv_parts[index])
         ]
-        return [balanced(column) for column in zip(*rows, strict=True)]
+        values = [balanced(column) for column in zip(*rows, strict=True)]
+        if self.tables is None or self.tables.bias is None:
+            return values
+        biases = load_floats(self.tables.bias, spec.bias_start(section) + head * spec.head_dim + dim, PIECE)
+        return [a + b for a, b in zip(values, biases, strict=True)]
 
     def rotated(self, section: int, row: UOp, head: UOp | int, dim: UOp) -> tuple[list[UOp], list[UOp]]:
         """Dimensions [dim, dim + 8), dim < D / 2, and their partners D / 2 further, normed where heads are, and rotated
         by the row's position (half-split pairs, Su et al. 2021). A head's pieces are those of neighbouring lanes."""
-        half, rope = self.spec.head_dim // 2, self.tables[0]
+        assert self.tables is not None
+        half, rope, head_norm = self.spec.head_dim // 2, self.tables.rope, self.tables.head_norm
         low, high = self.loaded(section, row, head, dim), self.loaded(section, row, head, dim + half)
-        if self.spec.head_eps is not None:
-            scale, weight = self._head_scale(low + high), section * self.spec.head_dim + dim
+        if head_norm is not None and self.spec.head_eps is not None:
+            scale, weight = self._head_scale(low + high, self.spec.head_eps), section * self.spec.head_dim + dim
             low, high = (
-                [v * scale * w for v, w in zip(run, load_floats(self.tables[1], at, PIECE), strict=True)]
+                [v * scale * w for v, w in zip(run, load_floats(head_norm, at, PIECE), strict=True)]
                 for run, at in ((low, weight), (high, weight + half))
             )
+        if rope is None:
+            return low, high
         at = self.position(row) * self.spec.head_dim + dim
         cos, sin = load_floats(rope, at, PIECE), load_floats(rope, at + half, PIECE)
         turned = list(zip(low, high, cos, sin, strict=True))
         return [a * c - b * s for a, b, c, s in turned], [b * c + a * s for a, b, c, s in turned]
 
-    def _head_scale(self, values: list[UOp]) -> UOp:
+    def _head_scale(self, values: list[UOp], eps: float) -> UOp:
         """1 / sqrt(mean square + eps) of a head, of which each of D / 16 neighbouring lanes holds 16 values."""
         spec = self.spec
         masks = [1 << i for i in range((spec.head_dim // len(values)).bit_length() - 1)]
         total = spec.lanes.sum(dot(values, values), masks)
-        return (total * (1.0 / spec.head_dim) + spec.head_eps).sqrt().reciprocal()
+        return (total * (1.0 / spec.head_dim) + eps).sqrt().reciprocal()
 
 
 # -- keys and values into the pool -------------------------------------------------------------------------------------
@@ -266,11 +265,12 @@ class _Inputs:
 
 @cached_kernel
 def store_kernel(spec: PrefillSpec) -> KernelFn:
-    """fn(keys, values, inputs, *tables, *qkv[parts(1, 2)]): every row's rotated key and its value go to its slot."""
+    """fn(keys, values, inputs, *tables but sinks, *qkv[parts(1, 2)]): every row's rotated key and its value go to its
+    slot."""
 
     def kernel(keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
         body, half = Body(), spec.head_dim // 2
-        step = _Inputs(spec, inputs, operands, 1, 2)
+        step = _Inputs(spec, inputs, operands, KEYS, VALUES)
         per_row = spec.num_kv_heads * half // PIECE
         count, threads = spec.layout.num_tokens * per_row, 128
         group, thread = grid(body, -(-count // threads)), body.threads(threads)
@@ -392,7 +392,7 @@ class _AttentionTile:
         self, spec: PrefillSpec, keys: UOp, values: UOp, tiles: UOp, inputs: UOp, operands: Sequence[UOp]
     ) -> None:
         self.spec, self.mma, self.keys, self.values = spec, spec.tiles, keys, values
-        self.step = _Inputs(spec, inputs, operands, 0)
+        self.step = _Inputs(spec, inputs, operands, QUERIES)
         body, layout = Body(), spec.layout
         tile, self.kv_head = grid(body, spec.max_tiles), grid(body, spec.num_kv_heads)
         self.lane, self.warp = body.threads(LANES), warps(body, spec.num_warps)
@@ -415,7 +415,7 @@ class _AttentionTile:
         """The warp's rows of queries, rotated and scaled, by blocks."""
         spec, mma, half = self.spec, self.mma, self.spec.head_dim // 2
         shared = self.body.shared(spec.rows * spec.head_dim, F16)
-        scale, per_row, stores = LOG2E / spec.head_dim**0.5, half // PIECE, []
+        scale, per_row, stores = spec.query_scale, half // PIECE, []
         for start in range(0, spec.rows * per_row, self.threads):
             item = start + self.thread
             row, dim = item // per_row, item % per_row * PIECE
@@ -461,6 +461,19 @@ class _AttentionTile:
     def source(self, slot: UOp, dim: UOp) -> UOp:
         return slot * self.spec.slot_elements + self.kv_head * self.spec.head_dim + dim
 
+    @property
+    def begin(self) -> UOp | int:
+        """The first tile of keys that a token of the tile attends to."""
+        return 0 if self.spec.window is None else self.spec.first_key(self.position) // self.spec.keys
+
+    def walks(self, steps: UOp) -> list[tuple[UOp | int, UOp, bool]]:
+        """(first tile of keys, number of tiles, whether all tokens attend to all of them): those before the tokens' own
+        places, and then the others; with a window all in one."""
+        if self.spec.window is not None:
+            return [(self.begin, (steps - self.begin).maximum(0), False)]
+        whole = ((self.position + 1) // self.spec.keys).minimum(steps)
+        return [(0, whole, True), (whole, steps - whole, False)]
+
     # -- the walk along the context ------------------------------------------------------------------------------------
 
     def attend(self) -> tuple[list[UOp], list[UOp]]:
@@ -477,10 +490,11 @@ class _AttentionTile:
         registers = body.registers(len(init))
         started = UOp.group(*[registers.after(*self.axes)[i].store(value) for i, value in enumerate(init)])
         registers = registers.after(started)
-        primed: tuple[UOp, ...] = (self._begin(tile_k, tile_v, 0, 0),) if mma.is_cuda else ()
-        # tiles of keys that all tokens attend, then those that a token's own place cuts
-        whole = ((self.position + 1) // spec.keys).minimum(steps)
-        for first, count, is_whole in ((0, whole, True), (whole, steps - whole, False)):
+        begin = self.begin
+        primed: tuple[UOp, ...] = ()
+        if mma.is_cuda:
+            primed = (self._begin(tile_k, tile_v, begin * spec.keys, begin % 2 * size),)
+        for first, count, is_whole in self.walks(steps):
             registers = self._walk(
                 first, count, queries, tile_k, tile_v, registers, rows, is_whole=is_whole, primed=primed
             )
@@ -574,6 +588,7 @@ class _AttentionTile:
             key = [operand for chunk in chunks for operand in chunk]
             for i, query in enumerate(queries):
                 products = mma.sum(query, key, zeros(mma.elements))
+                products = [spec.score(product, lambda x: quick_exp2(x, mma)) for product in products]
                 if first_key is not None:
                     products = self._masked(products, i, first_key + block * mma.right_rows)
                 scores[i].append(products)
@@ -603,7 +618,7 @@ class _AttentionTile:
         for e, score in enumerate(scores):
             row, key = self.mma.place(self.lane, e)
             token = (self.first_row + block * self.mma.left_rows + row) // spec.group
-            masked.append((first_key + key <= self.position + token).where(score, LOWEST))
+            masked.append(spec.is_seen(first_key + key, self.position + token).where(score, LOWEST))
         return masked
 
     def _add_values(
@@ -664,15 +679,15 @@ class _HopperTile(_AttentionTile):
     def attend(self) -> tuple[list[UOp], list[UOp]]:
         spec, body = self.spec, self.body
         memory = declare(spec.shared_bytes)
-        primed = (self._put_queries(memory), self._copy(0, self.key_slots(0), memory))
+        begin = self.begin
+        primed = (self._put_queries(memory), self._copy(begin % 2, self.key_slots(begin * spec.keys), memory))
         stats, sums = body.registers(4), body.registers(spec.head_dim // 8 * 4)  # two rows' maxima and totals
         init = [UOp.const(LOWEST, F32)] * 2 + zeros(2)
         stats = stats.after(UOp.group(*[stats.after(*self.axes)[i].store(value) for i, value in enumerate(init)]))
         zeroed = [sums.after(*self.axes)[i].store(value) for i, value in enumerate(zeros(sums.max_numel()))]
         sums = sums.after(UOp.group(*zeroed))
         steps = (self.context + (spec.keys - 1)) // spec.keys
-        whole = ((self.position + 1) // spec.keys).minimum(steps)
-        for first, count, is_whole in ((0, whole, True), (whole, steps - whole, False)):
+        for first, count, is_whole in self.walks(steps):
             stats, sums = self._walk_wgmma(first, count, stats, sums, primed, is_whole=is_whole)
         totals = [spec.lanes.sum(stats[2 + row].load(), spec.mma.row_masks) for row in range(2)]
         return totals, [sums[i].load() for i in range(sums.max_numel())]
@@ -680,7 +695,7 @@ class _HopperTile(_AttentionTile):
     def _put_queries(self, memory: UOp) -> UOp:
         """The tile's queries, rotated and scaled, in threadgroup memory."""
         spec, half = self.spec, self.spec.head_dim // 2
-        scale, per_row, last = LOG2E / spec.head_dim**0.5, half // PIECE, memory
+        scale, per_row, last = spec.query_scale, half // PIECE, memory
         for start in range(0, spec.rows * per_row, self.threads):
             item = start + self.thread
             row, dim = item // per_row, item % per_row * PIECE
@@ -721,6 +736,7 @@ class _HopperTile(_AttentionTile):
         rows = self.warp // 4 * (WGMMA_TOKENS * ROW_BYTES)
         scored = multiply_wgmma(type_name, rows, keys, scores.after(loop), 0, arrived, begun, is_fresh=True)
         values = read_sums(scores, scored)
+        values = [spec.score(value, lambda x: quick_exp2(x, self.mma)) for value in values]
         blocks = [values[i : i + 4] for i in range(0, len(values), 4)]
         if not is_whole:
             blocks = [self._masked(block, 0, first_key + i * 8) for i, block in enumerate(blocks)]

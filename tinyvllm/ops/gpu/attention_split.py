@@ -31,13 +31,24 @@ class SplitHeads:
     num_heads: int  # H
     head_dim: int  # D
     num_parts: int  # S; how many of them are in use follows the context
+    window: int | None = None  # tokens that a row attends to, its own included
 
     @property
     def num_cols(self) -> int:
         return self.num_heads * self.head_dim
 
+    def start(self, past: UOp) -> UOp | int:
+        """The first token that is shared out, where the row's own comes after `past`: a tile's first."""
+        if self.window is None:
+            return 0
+        return (past - (self.window - 1)).maximum(0) // TILE_TOKENS * TILE_TOKENS
+
+    def shared(self, past: UOp) -> UOp:
+        """How many tokens are shared out."""
+        return past if self.window is None else past - self.start(past)
+
     def span(self, past: UOp) -> UOp:
-        """Context tokens of a part, when `past` are in the pool."""
+        """Tokens of a part, when `past` are shared out."""
         if self.num_parts == 1:
             return past
         unit = TILE_TOKENS * self.num_parts
@@ -49,9 +60,9 @@ class SplitHeads:
         return ((past + (span - 1)) // span).maximum(1)
 
     def past(self, inputs: UOp) -> UOp:
-        """Tokens of row 0's context before its own."""
+        """How many tokens of row 0's context are shared out."""
         limit = max(self.layout.max_blocks * self.layout.block_size, 2 * SHORTEST_SPAN * self.num_parts)
-        return clamp(inputs[self.layout.offset("positions")].load(), 0, limit - 1)
+        return self.shared(clamp(inputs[self.layout.offset("positions")].load(), 0, limit - 1))
 
 
 def read_split(

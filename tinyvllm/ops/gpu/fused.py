@@ -8,20 +8,21 @@ return are not written yet (`Pending`): who knows them reads what they are made 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.device.handle import FLOATS, DeviceHandle
-from tinyvllm.ops.backend import AttentionShape, KVPool, Norm, head_tables
+from tinyvllm.ops.attention_spec import AttentionLayer
+from tinyvllm.ops.backend import PLAIN, Epilogue, Norm, Step
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.formats.runs import covers
-from tinyvllm.ops.gpu.attention_decode import GROUPS_WANTED, DecodeSpec, decode_kernel, fits_decode
-from tinyvllm.ops.gpu.attention_prefill import PrefillSpec, attend_tiles, fits_prefill
+from tinyvllm.ops.gpu.attention_decode import GROUPS_WANTED, DecodeSpec, decode_kernel
+from tinyvllm.ops.gpu.attention_prefill import PrefillSpec, attend_tiles
 from tinyvllm.ops.gpu.attention_split import SplitHeads, combine_kernel
 from tinyvllm.ops.gpu.backend import GpuBackend, embed_kernel
 from tinyvllm.ops.gpu.gemm import MIN_TOKENS, GemmSpec, multiply_rows
@@ -43,8 +44,6 @@ from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import choose
 from tinyvllm.ops.step_inputs import StepLayout
 
-logger = logging.getLogger(__name__)
-
 # measured on an H200: 5 % at 8 rows, a loss of 2 % at 64; of quantised weights 10 % at 32
 MAX_CHAINED_TOKENS, MAX_CHAINED_QUANTIZED = 16, 32
 
@@ -56,12 +55,35 @@ class Pending(Tensor):
 
 
 class Summed(Pending):
-    """residual + the sum of `num_parts` tensors of `num_tokens` rows side by side in `parts`."""
+    """What an epilogue makes of the sum of `num_parts` products of `num_tokens` rows, side by side in `parts`."""
 
     parts: Tensor
     num_parts: int
     num_tokens: int
-    residual: Tensor | None
+    epilogue: Epilogue
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """What `sum_kernel` reads for it."""
+        norm = self.epilogue.post_norm
+        rest = (self.epilogue.residual, self.epilogue.bias, None if norm is None else norm.weight)
+        return [self.parts, *[tensor for tensor in rest if tensor is not None]]
+
+    def spec(self, lanes: Lanes, num_cols: int, norm_eps: float | None) -> SumSpec:
+        """The kernel that writes it, and its RMSNorm where there is one."""
+        epilogue = self.epilogue
+        return SumSpec(
+            lanes=lanes,
+            num_tokens=self.num_tokens,
+            num_cols=num_cols,
+            num_parts=self.num_parts,
+            has_residual=epilogue.residual is not None,
+            norm_eps=norm_eps,
+            has_bias=epilogue.bias is not None,
+            post_norm_eps=None if epilogue.post_norm is None else epilogue.post_norm.eps,
+            scale=epilogue.scale,
+            softcap=epilogue.softcap,
+        )
 
 
 class Embedded(Pending):
@@ -69,7 +91,7 @@ class Embedded(Pending):
 
     spec: EmbedSpec
     table: Matrix
-    layout: StepLayout
+    num_tokens: int
     sources: list[Tensor]
 
 
@@ -99,10 +121,7 @@ class FusedGpuBackend(GpuBackend):
         self.mma = self._mma(FLOATS[dtype])
         self.has_wgmma = allows_wgmma(device.name)
         self.has_quantized = False  # among the matrices so far
-        self.general_formats: tuple[str, ...] = ()  # of the matrices so far, those that no fused kernel reads
         self.arrivals = device.zeros(GROUPS_WANTED, dtypes.int)  # of threadgroups that share a context
-        if self.mma is None:
-            logger.warning("products of more than one row take the general kernels: no matrix unit for %s", dtype)
 
     def _mma(self, dtype: DType) -> Mma | None:
         usable = dtype != dtypes.float and dtype in self.lanes.matrix_dtypes
@@ -112,28 +131,8 @@ class FusedGpuBackend(GpuBackend):
 
     def matrix(self, host: HostMatrix) -> Matrix:
         matrix = super().matrix(host)
-        fmt = matrix.format
-        self.has_quantized |= fmt.is_quantized
-        if not covers(fmt) and fmt.name not in self.general_formats:
-            self.general_formats += (fmt.name,)
-            logger.warning("products with weights in %s take the general kernels: no fused kernel reads them", fmt.name)
+        self.has_quantized |= matrix.format.is_quantized
         return matrix
-
-    def make_pool(self, num_layers: int, num_blocks: int, block_size: int, shape: AttentionShape, dtype: str) -> KVPool:
-        pool = super().make_pool(num_layers, num_blocks, block_size, shape, dtype)
-        cols = ((shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim,)
-        if self._decode_mma(dtype) is None or not fits_decode(
-            shape.num_heads, shape.num_kv_heads, shape.head_dim, block_size, cols
-        ):
-            logger.warning(
-                "decoding takes the general attention kernels: %d over %d heads of %d, blocks of %d tokens in %s",
-                shape.num_heads,
-                shape.num_kv_heads,
-                shape.head_dim,
-                block_size,
-                dtype,
-            )
-        return pool
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
         """float16 unless told, or float32 with activations wanted so: bfloat16 cannot be read in vectors."""
@@ -146,87 +145,75 @@ class FusedGpuBackend(GpuBackend):
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Matrix, inputs: Tensor, layout: StepLayout, newest: Tensor | None = None) -> Tensor:
-        if layout.num_tokens == 1 or table.num_cols % RUN_COLS:
-            return super().embed(table, inputs, layout, newest)
-        result = Embedded(self._empty(layout.num_tokens * table.num_cols).uop)
-        result.spec = EmbedSpec(table.format, table.used_rows, layout.offset("token_ids"), newest is not None)
-        result.table, result.layout = table, layout
-        result.sources = [inputs, *([] if newest is None else [newest]), *table.planes]
+    def embed(self, table: Matrix, step: Step, scale: float = 1.0) -> Tensor:
+        if step.num_tokens == 1 or table.num_cols % RUN_COLS:
+            return super().embed(table, step, scale)
+        previous = step.previous_output
+        result = Embedded(self._empty(step.num_tokens * table.num_cols).uop)
+        at = step.layout.offset("token_ids")
+        result.spec = EmbedSpec(table.format, table.used_rows, at, previous is not None, scale)
+        result.table, result.num_tokens = table, step.num_tokens
+        result.sources = [step.inputs, *([] if previous is None else [previous]), *table.planes]
         return result
 
-    def norm_linear(
-        self, name: str, x: Tensor, norm: Norm, matrices: Sequence[Matrix], num_tokens: int
-    ) -> list[Tensor]:
-        if not all(self._is_fused(matrix, num_tokens) for matrix in matrices):
-            return super().norm_linear(name, self.whole(x), norm, matrices, num_tokens)
-        if num_tokens == 1:
-            return [self._vector(name, x, matrix, F32, norm=norm) for matrix in matrices]
-        normed = self._normed_rows(x, norm, num_tokens)
-        return [self._summed(self._matrix_spec(name, m, num_tokens), m, normed) for m in matrices]
-
-    def norm_gated(self, name: str, x: Tensor, norm: Norm, matrix: Matrix, num_tokens: int) -> Tensor:
-        if not self._is_fused(matrix, num_tokens, is_gated=True):
-            return super().norm_gated(name, self.whole(x), norm, matrix, num_tokens)
-        if num_tokens == 1:
-            return self._vector(name, x, matrix, self.float, norm=norm, epilogue="silu")
-        spec = self._matrix_spec(name, matrix, num_tokens, is_gated=True)
-        normed = self._normed_rows(x, norm, num_tokens)
-        return multiply(spec, self._empty(num_tokens * spec.out_rows), matrix, normed)
-
-    def linear_add(self, name: str, x: Tensor, matrix: Matrix, residual: Tensor, num_tokens: int) -> Tensor:
-        if not self._is_fused(matrix, num_tokens):
-            return super().linear_add(name, self.whole(x), matrix, self.whole(residual), num_tokens)
-        if num_tokens == 1:
-            return self._vector(name, x, matrix, self.float, epilogue="residual", residual=residual)
-        return self._summed(self._matrix_spec(name, matrix, num_tokens), matrix, x, self.whole(residual))
-
-    def attend(
+    def linear(
         self,
-        qkv: Sequence[Tensor],
-        widths: Sequence[int],
-        shape: AttentionShape,
-        pool: KVPool,
-        layer: int,
-        inputs: Tensor,
-        rope: Tensor,
-        layout: StepLayout,
-        *,
-        is_decode: bool,
-        head_norm: Norm | None = None,
-    ) -> Tensor:
-        heads, kv_heads, dim, cols = shape.num_heads, shape.num_kv_heads, shape.head_dim, tuple(widths)
-        mma = self._decode_mma(pool.dtype)
+        name: str,
+        x: Tensor,
+        matrices: Sequence[Matrix],
+        num_tokens: int,
+        norm: Norm | None = None,
+        epilogue: Epilogue = PLAIN,
+    ) -> list[Tensor]:
+        if reason := self._uncovered_product(matrices, num_tokens, epilogue):
+            self.coverage.take_general(f"{name}: a product", reason)
+            if epilogue.residual is not None:
+                epilogue = replace(epilogue, residual=self.whole(epilogue.residual))
+            return super().linear(name, self.whole(x), matrices, num_tokens, norm, epilogue)
+        if num_tokens == 1:
+            return [self._one_row(name, x, matrix, norm, epilogue) for matrix in matrices]
+        if norm is not None:
+            x = self._normed_rows(x, norm, num_tokens)
+        return [self._many_rows(name, self.whole(x), matrix, num_tokens, epilogue) for matrix in matrices]
+
+    def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         counts = tuple(part.num_parts if isinstance(part, Summed) else 1 for part in qkv)
         parts = [part.parts if isinstance(part, Summed) else part for part in qkv]
-        tables, eps = head_tables(rope, head_norm)
-        if not is_decode and mma is not None and fits_prefill(heads, kv_heads, dim, cols):
-            tiled = PrefillSpec(layout, self.lanes, mma, heads, kv_heads, dim, pool.num_blocks, cols, counts, eps)
-            rows = self._empty(layout.num_tokens * heads * dim)
-            return attend_tiles(tiled, layer, rows, (pool.keys[layer], pool.values[layer]), inputs, tables, parts)
-        if not is_decode or mma is None or not fits_decode(heads, kv_heads, dim, layout.block_size, cols):
-            step = (inputs, rope, layout)
-            qkv = [self.whole(part) for part in qkv]
-            return super().attend(qkv, widths, shape, pool, layer, *step, is_decode=is_decode, head_norm=head_norm)
-        lanes = self._lanes(layout.num_tokens)
-        spec = DecodeSpec(layout, lanes, mma, heads, kv_heads, dim, pool.num_blocks, cols, counts, eps)
-        written = [pool.keys[layer], pool.values[layer]]
+        kind = DecodeSpec if step.is_decode else PrefillSpec
+        mma = self._mma(dtypes.half) if step.pool.dtype == "float16" else None
+        reason = f"a pool in {step.pool.dtype}"
+        if mma is not None:
+            lanes = self._lanes(step.num_tokens) if step.is_decode else self.lanes
+            own = dict(lanes=lanes, mma=mma, qkv_parts=counts)
+            spec = kind.of(layer, step.layout, step.pool.num_blocks, **own)
+            reason = spec.uncovered_shape()
+        if mma is None or reason:
+            self.coverage.take_general("attention", reason, layer.index)
+            return super().attend([self.whole(part) for part in qkv], layer, step)
+        pool = (step.pool.keys[layer.pool_layer], step.pool.values[layer.pool_layer])
+        if isinstance(spec, PrefillSpec):
+            rows = self._empty(step.num_tokens * spec.num_heads * spec.head_dim)
+            return attend_tiles(spec, rows, pool, layer, step, parts)
+        return self._decode(spec, pool, [step.inputs, *layer.tables, *parts], step)
+
+    def _decode(self, spec: DecodeSpec, pool: tuple[Tensor, Tensor], read: list[Tensor], step: Step) -> Tensor:
+        """Attention of rows that are the last of their sequences."""
         split = spec.split
         if split.num_parts == 1:
-            out = self._empty(layout.num_tokens * split.num_cols)
-            return run_kernel(decode_kernel(spec), [out, *written], [inputs, *tables, *parts])[0]
-        rows = split.num_parts * layout.num_tokens
+            out = self._empty(step.num_tokens * split.num_cols)
+            return run_kernel(decode_kernel(spec), [out, *pool], read)[0]
+        rows = split.num_parts * step.num_tokens
         outs = [self._floats(rows * split.num_cols), self._floats(rows * split.num_heads)]
         if spec.is_joined:
-            outs = [self._empty(layout.num_tokens * split.num_cols), *outs, self.arrivals]
-            return run_kernel(decode_kernel(spec), [*outs, *written], [inputs, *tables, *parts])[0]
-        values, sums, *_ = run_kernel(decode_kernel(spec), [*outs, *written], [inputs, *tables, *parts])
+            outs = [self._empty(step.num_tokens * split.num_cols), *outs, self.arrivals]
+            return run_kernel(decode_kernel(spec), [*outs, *pool], read)[0]
+        values, sums, *_ = run_kernel(decode_kernel(spec), [*outs, *pool], read)
         result = Split(self._empty(split.num_cols).uop)
-        result.values, result.sums, result.inputs, result.split = values, sums, inputs, split
+        result.values, result.sums, result.inputs, result.split = values, sums, step.inputs, split
         return result
 
-    def take_rows(self, x: Tensor, inputs: Tensor, layout: StepLayout, num_cols: int) -> Tensor:
-        return super().take_rows(self.whole(x), inputs, layout, num_cols)
+    def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
+        return super().take_rows(self.whole(x), step, num_cols)
 
     def parts_of(self, x: Tensor) -> Sequence[Tensor]:
         return [self.whole(x)]
@@ -241,12 +228,12 @@ class FusedGpuBackend(GpuBackend):
         out = [Tensor(x.uop)]
         if isinstance(x, Embedded):
             spec, table = x.spec, x.table
-            shape = (x.layout.num_tokens, table.used_rows, table.num_cols)
-            out = run_kernel(embed_kernel(spec.format, *shape, spec.token_offset, spec.is_fed), out, x.sources)
+            shape = (x.num_tokens, table.used_rows, table.num_cols)
+            fn = embed_kernel(spec.format, *shape, spec.token_offset, spec.is_fed, spec.scale)
+            out = run_kernel(fn, out, x.sources)
         elif isinstance(x, Summed):
-            cols = x.numel() // x.num_tokens
-            add = SumSpec(self._lanes(x.num_tokens), x.num_tokens, cols, x.num_parts, x.residual is not None, None)
-            out = run_kernel(sum_kernel(add), out, [x.parts] if x.residual is None else [x.parts, x.residual])
+            added = x.spec(self._lanes(x.num_tokens), x.numel() // x.num_tokens, None)
+            out = run_kernel(sum_kernel(added), out, x.operands)
         elif isinstance(x, Split):
             out = run_kernel(combine_kernel(x.split), out, [x.values, x.sums, x.inputs])
         return self._written(x, out[0])
@@ -262,70 +249,96 @@ class FusedGpuBackend(GpuBackend):
     def _floats(self, size: int) -> Tensor:
         return empty(size, F32, self.device.name)
 
+    def _uncovered_product(self, matrices: Sequence[Matrix], num_tokens: int, epilogue: Epilogue) -> str:
+        """Why the fused kernels cannot multiply, in words; "" where they can."""
+        is_gated = epilogue.activation is not None
+        if is_gated and (rest := epilogue.uncovered()):
+            return f"{rest} behind an activation"
+        if unread := [matrix.format.name for matrix in matrices if not covers(matrix.format)]:
+            return f"weights in {unread[0]}"
+        if num_tokens == 1:
+            return ""
+        if self.mma is None:
+            return f"several rows, and no matrix unit for {self.dtype}"
+        odd = [m.num_rows for m in matrices if not fits_matrix_unit(self.mma, m.num_rows, is_gated=is_gated)]
+        return f"{odd[0]} rows of a matrix, which do not fill the matrix unit's tiles" if odd else ""
+
+    def _one_row(self, name: str, x: Tensor, matrix: Matrix, norm: Norm | None, epilogue: Epilogue) -> Tensor:
+        """One row's product and its epilogue; what the product's kernel does not do of it is left to `sum_kernel`."""
+        if not isinstance(x, Split):
+            x = self.whole(x)
+        if not epilogue.uncovered():
+            dtype = F32 if epilogue.is_plain else self.float
+            return self._vector(name, x, matrix, dtype, norm, epilogue)
+        product = self._vector(name, x, matrix, F32, norm, PLAIN)
+        return self._pending_sum(product, 1, 1, epilogue)
+
     def _vector(
-        self,
-        name: str,
-        x: Tensor,
-        matrix: Matrix,
-        dtype: DType,
-        *,
-        norm: Norm | None = None,
-        epilogue: str = "none",
-        residual: Tensor | None = None,
+        self, name: str, x: Tensor, matrix: Matrix, dtype: DType, norm: Norm | None, epilogue: Epilogue
     ) -> Tensor:
         """One row's product."""
-        split = x.split if isinstance(x, Split) else None
-        eps = norm.eps if norm is not None else None
-        shape = (matrix.format, matrix.num_rows, matrix.num_cols, eps, epilogue, split)
-        spec: VectorSpec | QuantizedVectorSpec = VectorSpec(name, self.lanes, *shape)
+        fields: dict[str, Any] = dict(
+            name=name,
+            lanes=self.lanes,
+            format=matrix.format,
+            num_rows=matrix.num_rows,
+            num_cols=matrix.num_cols,
+            norm_eps=norm.eps if norm is not None else None,
+            activation=epilogue.activation,
+            has_residual=epilogue.residual is not None,
+            split=x.split if isinstance(x, Split) else None,
+        )
+        spec: VectorSpec | QuantizedVectorSpec = VectorSpec(**fields)
         fn = vector_kernel(spec)
         # its activations pass through float16, whose range another dtype was chosen to exceed
         if matrix.format.is_quantized and self.mma is not None and self.float == self.mma.dtype == dtypes.half:
-            packed = QuantizedVectorSpec(name, self.lanes, self.mma, *shape)
+            packed = QuantizedVectorSpec(mma=self.mma, **fields)
             if fits_quantized_vector(packed):
                 packed = choose(packed)
                 spec, fn = packed, quantized_vector_kernel(packed)
         source = [x.values, x.sums, x.inputs] if isinstance(x, Split) else [x]
         weight = [norm.weight] if norm is not None else []
-        rest = [residual] if residual is not None else []
+        rest = [] if epilogue.residual is None else [self.whole(epilogue.residual)]
         out = empty(spec.out_rows, dtype, self.device.name)
         return run_kernel(fn, [out], [*matrix.planes, *source, *weight, *rest])[0]
 
-    def _is_fused(self, matrix: Matrix, num_tokens: int, *, is_gated: bool = False) -> bool:
-        """Whether fused kernels multiply so many rows: they read the format, and have a matrix unit for several."""
-        if not covers(matrix.format):
-            return False
-        return num_tokens == 1 or (
-            self.mma is not None and fits_matrix_unit(self.mma, matrix.num_rows, is_gated=is_gated)
-        )
-
-    def _matrix_spec(
-        self, name: str, matrix: Matrix, num_tokens: int, *, is_gated: bool = False
-    ) -> MatrixSpec | GemmSpec:
-        mma = self.mma
-        assert mma is not None, "_is_fused said so"
-        if num_tokens >= MIN_TOKENS:
-            shape = (num_tokens, matrix.num_rows, matrix.num_cols, is_gated, self.has_wgmma)
-            return choose(GemmSpec(name, mma, matrix.format, self.float, *shape))
-        lanes = self._lanes(num_tokens)
-        size = (num_tokens, matrix.num_rows, matrix.num_cols)
-        return choose(MatrixSpec(name, lanes, mma, matrix.format, *size, is_gated))
-
-    def _summed(self, spec: MatrixSpec | GemmSpec, matrix: Matrix, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """A product of many rows, and the residual where there is one."""
-        size = spec.num_tokens * spec.num_rows
-        if isinstance(spec, GemmSpec) and residual is not None and spec.splits == 1:
-            return multiply_rows(spec, self._empty(size), matrix.planes, x, residual)
+    def _many_rows(self, name: str, x: Tensor, matrix: Matrix, num_tokens: int, epilogue: Epilogue) -> Tensor:
+        """The product of several rows and its epilogue, which `sum_kernel` is left with unless it is an activation."""
+        assert self.mma is not None
+        spec = self._matrix_spec(name, self.mma, matrix, num_tokens, epilogue.activation)
+        if epilogue.activation is not None:
+            return multiply(spec, self._empty(num_tokens * spec.out_rows), matrix, x)
+        size = num_tokens * spec.num_rows
+        if epilogue.residual is not None:
+            epilogue = replace(epilogue, residual=self.whole(epilogue.residual))
+            if isinstance(spec, GemmSpec) and spec.splits == 1 and not epilogue.uncovered():
+                return multiply_rows(spec, self._empty(size), matrix.planes, x, epilogue.residual)
         parts = multiply(spec, self._floats(spec.splits * size), matrix, x)
-        if spec.splits == 1 and residual is None:
+        if spec.splits == 1 and epilogue.is_plain:
             return parts
-        result = Summed((self._floats(size) if residual is None else self._empty(size)).uop)
-        result.parts, result.num_parts, result.num_tokens = parts, spec.splits, spec.num_tokens
-        result.residual = residual
+        return self._pending_sum(parts, spec.splits, num_tokens, epilogue)
+
+    def _pending_sum(self, parts: Tensor, num_parts: int, num_tokens: int, epilogue: Epilogue) -> Summed:
+        """Logits and qkv, which are read in float32, or an activation."""
+        size = parts.numel() // num_parts
+        in_floats = epilogue.residual is None and epilogue.post_norm is None
+        result = Summed((self._floats(size) if in_floats else self._empty(size)).uop)
+        if epilogue.residual is not None:
+            epilogue = replace(epilogue, residual=self.whole(epilogue.residual))
+        result.parts, result.num_parts, result.num_tokens, result.epilogue = parts, num_parts, num_tokens, epilogue
         return result
 
+    def _matrix_spec(
+        self, name: str, mma: Mma, matrix: Matrix, num_tokens: int, activation: str | None
+    ) -> MatrixSpec | GemmSpec:
+        if num_tokens >= MIN_TOKENS:
+            shape = (num_tokens, matrix.num_rows, matrix.num_cols, activation, self.has_wgmma)
+            return choose(GemmSpec(name, mma, matrix.format, self.float, *shape))
+        size = (num_tokens, matrix.num_rows, matrix.num_cols)
+        return choose(MatrixSpec(name, self._lanes(num_tokens), mma, matrix.format, *size, activation))
+
     def _written(self, x: Pending, value: Tensor) -> Tensor:
-        """x, of which `value` is what it was written as."""
+        """x, now that `value` holds it."""
         x.replace(value)
         x.is_written = True
         return x
@@ -339,9 +352,7 @@ class FusedGpuBackend(GpuBackend):
             spec = SumSpec(lanes, num_tokens, cols, 0, False, norm.eps, x.spec)
             value, normed = run_kernel(sum_kernel(spec), outs, [*x.sources, weight])
         elif isinstance(x, Summed) and not x.is_written:
-            spec = SumSpec(lanes, num_tokens, cols, x.num_parts, x.residual is not None, norm.eps)
-            rest = [] if x.residual is None else [x.residual]
-            value, normed = run_kernel(sum_kernel(spec), outs, [x.parts, *rest, weight])
+            value, normed = run_kernel(sum_kernel(x.spec(lanes, cols, norm.eps)), outs, [*x.operands, weight])
         else:
             spec = SumSpec(lanes, num_tokens, cols, 0, False, norm.eps)
             return run_kernel(sum_kernel(spec), [normed], [x, weight])[0]

@@ -14,6 +14,7 @@ from tinygrad import Tensor, UOp
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.ops.activation import LOG2E, Arithmetic, gated
 from tinyvllm.ops.formats.matrix import PANEL, Format, Planes
 from tinyvllm.ops.formats.runs import read_run
 from tinyvllm.ops.gpu.gemm_hopper import (
@@ -28,7 +29,7 @@ from tinyvllm.ops.gpu.gemm_hopper import (
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.hopper import WGMMA_COLS
 from tinyvllm.ops.kernel.lanes import LANES, Mma, axes_of, grid, load_floats, warps
-from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, TileMma, arrival, commit, copy_piece, quick_silu, together
+from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, TileMma, arrival, commit, copy_piece, quick_division, together
 from tinyvllm.ops.kernel.tuning import Tunable
 
 DENSE = Format("float16", 16)
@@ -40,9 +41,14 @@ GROUPS_WANTED = 128  # threadgroups that keep a large GPU busy
 SHORTEST_SPLIT = 16  # steps of 32 columns that are worth a threadgroup of their own
 
 
+def quick_arithmetic(kind: str) -> Arithmetic:
+    """The device's own exponential, and its quick division."""
+    return Arithmetic(lambda x: x.exp2(), lambda x, slope: quick_division(x, (x * (slope * -LOG2E)).exp2() + 1.0, kind))
+
+
 @dataclass(frozen=True)
 class GemmSpec(Tunable):
-    """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = silu(gate) * up."""
+    """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = activation(gate) * up."""
 
     name: str
     mma: Mma
@@ -51,9 +57,13 @@ class GemmSpec(Tunable):
     num_tokens: int  # T
     num_rows: int  # N
     num_cols: int  # K
-    is_gated: bool = False
+    activation: str | None = None  # the matrix is gate over up: out = activation(gate) * up
     has_wgmma: bool = False  # the device has Hopper's instructions for four warps
     adds_residual: bool = False  # to the one part
+
+    @property
+    def is_gated(self) -> bool:
+        return self.activation is not None
 
     @property
     def out_rows(self) -> int:
@@ -82,7 +92,7 @@ class GemmSpec(Tunable):
         shape = (self.num_tokens, self.num_rows, self.num_cols)
         row_tile, splits = best_cut(*shape, self.is_gated)
         cut = (self.knob("wgmma_rows", row_tile), self.knob("splits", splits))
-        return WgmmaSpec(self.name, self.mma, *shape, *cut, self.is_gated, self.adds_residual)
+        return WgmmaSpec(self.name, self.mma, *shape, *cut, self.activation, self.adds_residual)
 
     @property
     def unpacks_first(self) -> bool:
@@ -412,8 +422,8 @@ class _Tile:
         for i in range(self.token_blocks):
             for j in range(half):
                 values = block(i, j)
-                if spec.is_gated:
-                    values = [quick_silu(g, mma.mma.kind) * u for g, u in zip(values, block(i, j + half), strict=True)]
+                if spec.activation is not None:
+                    values = gated(spec.activation, values, block(i, j + half), quick_arithmetic(mma.mma.kind))
                 first_row = self.row_group * (spec.row_tile // (2 if spec.is_gated else 1)) + self.block_row(j)
                 for e, value in enumerate(values):
                     token, row = mma.place(self.lane, e)

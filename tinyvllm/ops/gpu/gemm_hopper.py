@@ -15,6 +15,7 @@ from typing import TypeVar
 from tinygrad import UOp
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.ops.activation import Arithmetic, gated
 from tinyvllm.ops.kernel.body import F16, F32, I32, LOG2E, U32, Body, KernelFn, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.hopper import (
     CLUSTER,
@@ -58,16 +59,22 @@ TILE_CYCLES = 5000  # of a tile beside its stages: the first of them, and the re
 CACHE_BYTES_PER_CYCLE = 40  # that the L2 cache gives a multiprocessor, all of them at it
 MEMORY_BYTES_PER_CYCLE = 2400
 
-SILU = (
+SWISH = (
     '[&]{{ float r; asm("{{ .reg .f32 d;\\nex2.approx.ftz.f32 d, %1;\\nadd.f32 d, d, 0f3F800000;\\n'
     'rcp.approx.ftz.f32 %0, d; }}" : "=f"(r) : "f"({1})); return {0} * r; }}()'
 )
 
 
+# good to a few units in the last place of float32
+HOPPER_ARITHMETIC = Arithmetic(
+    lambda x: x.exp2(), lambda x, slope: UOp(Ops.CUSTOM, F32, src=(x, x * (slope * -LOG2E)), arg=SWISH)
+)
+
+
 @dataclass(frozen=True)
 class WgmmaSpec:
-    """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = silu(gate) * up; of float16, K being a
-    multiple of 64 * S and the output's rows of 32. Hashable: the key of its kernel."""
+    """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = activation(gate) * up, in float16. K is
+    a multiple of 64 * S, the output's rows of 32. Hashable: the key of its kernel."""
 
     name: str
     mma: Mma
@@ -76,8 +83,12 @@ class WgmmaSpec:
     num_cols: int  # K
     row_tile: int  # rows of the matrix in a tile, a multiple of 32: where it is gated, half of them gate and half up
     splits: int  # S
-    is_gated: bool = False
+    activation: str | None = None  # the matrix is gate over up: out = activation(gate) * up
     adds_residual: bool = False  # to the one part
+
+    @property
+    def is_gated(self) -> bool:
+        return self.activation is not None
 
     @property
     def out_rows(self) -> int:
@@ -179,7 +190,7 @@ def best_cut(num_tokens: int, num_rows: int, num_cols: int, is_gated: bool) -> t
     splits = [s for s in ((1,) if is_gated else (1, 2, 4, 8)) if num_cols % (s * MIN_STEPS * WGMMA_COLS) == 0 or s == 1]
     mma = Mma("CUDA", F16)
     specs = [
-        WgmmaSpec("", mma, num_tokens, num_rows, num_cols, row_tile, s, is_gated)
+        WgmmaSpec("", mma, num_tokens, num_rows, num_cols, row_tile, s, "silu" if is_gated else None)
         for row_tile in ROW_TILES
         for s in splits
     ]
@@ -328,9 +339,9 @@ class _WgmmaKernel:
         finished = finish_wgmma(registers)
         released = self._release(self._stage(turn * spec.steps + (spec.steps - 1))[2], None, finished)
         values = read_sums(registers, released)
-        if spec.is_gated:
+        if spec.activation is not None:
             half = count // 2
-            values = [_silu(gate) * up for gate, up in zip(values[:half], values[half:], strict=True)]
+            values = gated(spec.activation, values[:half], values[half:], HOPPER_ARITHMETIC)
         stores = [self.out[at].store(value.cast(self.out.dtype)) for at, value in zip(places, values, strict=True)]
         return UOp.group(*stores).end(loop)
 
@@ -357,8 +368,3 @@ class _WgmmaKernel:
                     at = at.valid(run < spec.out_rows)  # all of a run or none
                 places.append(at)
         return places
-
-
-def _silu(x: UOp) -> UOp:
-    """x * sigmoid(x), good to a few units in the last place of float32."""
-    return UOp(Ops.CUSTOM, F32, src=(x, x * -LOG2E), arg=SILU)

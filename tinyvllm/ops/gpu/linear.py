@@ -5,16 +5,17 @@ Both stream the weights from memory straight into registers; K is split over the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.ops.activation import gated, tanh
 from tinyvllm.ops.formats.matrix import PANEL, Format, Planes
 from tinyvllm.ops.formats.runs import Run, group_sums, read_halves, read_run, run_cols
 from tinyvllm.ops.gpu.attention_split import SplitHeads, read_split
-from tinyvllm.ops.kernel.body import F16, F32, LOG2E, Body, KernelFn, balanced, cached_kernel, finish
+from tinyvllm.ops.kernel.body import F16, F32, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.kernel.lanes import (
     LANES,
     SHARED_BYTES,
@@ -36,11 +37,6 @@ FEW_GROUPS = 96
 GROUPS_WANTED = 256  # threadgroups that keep every core of a large GPU busy: two each on 132
 
 
-def fast_silu(x: UOp) -> UOp:
-    """x * sigmoid(x), with the device's own exponential."""
-    return x / ((x * -LOG2E).exp2() + 1.0)
-
-
 # -- one token row -----------------------------------------------------------------------------------------------------
 
 VECTOR_COLS = 8  # dense columns of a lane's run: 16 bytes of float16
@@ -57,12 +53,13 @@ class VectorSpec:
     num_rows: int  # N of the matrix
     num_cols: int  # K
     norm_eps: float | None = None  # RMS-norm x on the way
-    epilogue: str = "none"  # "residual": + residual (N,); "silu": rows n and n + N / 2 are gate and up
+    activation: str | None = None  # rows n and n + N / 2 are gate and up: out = activation(gate) * up
+    has_residual: bool = False  # + residual (N,)
     split: SplitHeads | None = None  # x is attention that has still to be combined
 
     @property
     def out_rows(self) -> int:
-        return self.num_rows // 2 if self.epilogue == "silu" else self.num_rows
+        return self.num_rows if self.activation is None else self.num_rows // 2
 
     @property
     def cols(self) -> int:
@@ -98,7 +95,7 @@ class VectorSpec:
         memory. Quantised runs are longer than a vector load of x, whose cost more rows must share."""
         passes = -(-self.num_cols // (self.cols * LANES))  # runs of a lane, if one warp had all columns
         if self.format.is_quantized:
-            rows = 4 if self.epilogue == "silu" or self.out_rows <= 4096 else 8
+            rows = 4 if self.activation is not None or self.out_rows <= 4096 else 8
             across = _power_below(min(8, passes))
             return rows, max(1, 4 // across), across, 1
         if self.out_rows <= 4096 and passes <= 8:
@@ -126,7 +123,7 @@ def vector_kernel(spec: VectorSpec) -> KernelFn:
         axes = axes_of(group, lane, column_warp, row_warp)
         first = (group * down + row_warp) * rows
         own = [first + i for i in range(rows)]
-        if spec.epilogue == "silu":
+        if spec.activation is not None:
             own += [row + spec.out_rows for row in own]
         norm_weight = operands.pop(1 if spec.split is None else 3) if spec.norm_eps is not None else None
         loads = _VectorLoads(spec, planes, norm_weight, own, column_warp, lane)
@@ -262,9 +259,9 @@ def _finish_row(spec: VectorSpec, totals: list[UOp], own: list[UOp], residual: U
     if spec.norm_eps is not None:
         scale = (totals[-1] * (1.0 / spec.num_cols) + spec.norm_eps).sqrt().reciprocal()
         totals = [total * scale for total in totals[:-1]]
-    if spec.epilogue == "silu":
+    if spec.activation is not None:
         half = len(totals) // 2
-        return [fast_silu(gate) * up for gate, up in zip(totals[:half], totals[half:], strict=True)]
+        return gated(spec.activation, totals[:half], totals[half:])
     if residual is not None:
         return [total + residual[row].load().cast(F32) for total, row in zip(totals, own, strict=True)]
     return totals
@@ -293,7 +290,7 @@ MAX_TOKEN_TILES = 8  # whose sums a warp keeps in registers; more tokens take mo
 
 @dataclass(frozen=True)
 class MatrixSpec(Tunable):
-    """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = silu(gate) * up."""
+    """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = activation(gate) * up."""
 
     name: str
     lanes: Lanes
@@ -302,7 +299,11 @@ class MatrixSpec(Tunable):
     num_tokens: int  # T
     num_rows: int  # N
     num_cols: int  # K
-    is_gated: bool = False
+    activation: str | None = None  # the matrix is gate over up: out = activation(gate) * up
+
+    @property
+    def is_gated(self) -> bool:
+        return self.activation is not None
 
     @property
     def out_rows(self) -> int:
@@ -491,8 +492,8 @@ def matrix_kernel(spec: MatrixSpec) -> KernelFn:
         stores = []
         for r in range(0, row_tiles, 2 if spec.is_gated else 1):
             values = kept[r]
-            if spec.is_gated:
-                values = [fast_silu(gate) * up for gate, up in zip(values, kept[r + 1], strict=True)]
+            if spec.activation is not None:
+                values = gated(spec.activation, values, kept[r + 1])
             stores += _store_tile(spec, out, values, first, lane, first_token, part, bases[r])
         name = f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
         nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
@@ -643,12 +644,13 @@ class EmbedSpec:
     num_rows: int
     token_offset: int  # of the ids in the step's inputs
     is_fed: bool  # ids below 0 name rows of the step before's output
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class SumSpec:
-    """x (T, K) = residual + the sum of S partial products, or rows of a table, and h = RMS-normed x, as far as they are
-    asked for."""
+    """x (T, K) = the sum of S partial products and what an `Epilogue` does to it, or rows of a table; h = RMS-normed x;
+    as far as they are asked for."""
 
     lanes: Lanes
     num_tokens: int  # T
@@ -657,6 +659,10 @@ class SumSpec:
     has_residual: bool
     norm_eps: float | None
     embed: EmbedSpec | None = None
+    has_bias: bool = False
+    post_norm_eps: float | None = None  # of an RMSNorm of the sum, before the residual
+    scale: float = 1.0  # of the sum, after its norm
+    softcap: float | None = None
 
     @property
     def num_warps(self) -> int:
@@ -665,78 +671,109 @@ class SumSpec:
 
 @cached_kernel
 def sum_kernel(spec: SumSpec) -> KernelFn:
-    """fn([x][, h], (parts (S, T, K)[, residual] | inputs[, newest], *planes | x)[, norm_weight]): a threadgroup a row.
-    x is written where it is not given, h where a norm is."""
+    """fn([x][, h], (parts (S, T, K)[, residual][, bias][, post-norm weight] | inputs[, previous_output], *planes | x)
+    [, norm weight]): a threadgroup a row. x is written where it is not given, h where a norm is."""
 
     def kernel(*operands: UOp) -> UOp:
         rest = list(operands)
         x_out = rest.pop(0) if spec.num_parts or spec.embed is not None else None
         h_out = rest.pop(0) if spec.norm_eps is not None else None
         norm_weight = rest.pop() if spec.norm_eps is not None else None
-        read = _row_reader(spec, rest)
-        body, cols, width = Body(), spec.num_cols, RUN_COLS
-        threads = spec.num_warps * LANES
-        row, lane, warp = body.grid(spec.num_tokens), body.threads(LANES), warps(body, spec.num_warps)
-        axes = axes_of(row, lane, warp)
-        thread, num_runs = warp * LANES + lane, cols // width
-        runs = [thread + i * threads for i in range(-(-num_runs // threads))]
-        inside = [None if (i + 1) * threads <= num_runs else run < num_runs for i, run in enumerate(runs)]
-        starts = [(run if ok is None else ok.where(run, 0)) * width for run, ok in zip(runs, inside, strict=True)]
-        values = [read(row, start) for start in starts]
+        row = _SumRow(spec, rest)
+        values = row.values()
         if x_out is not None:
             values = [[value.cast(x_out.dtype).cast(F32) for value in new] for new in values]
-        stores = []
-
-        def store(target: UOp, piece: int, new: list[UOp]) -> None:
-            for i, value in enumerate(new):
-                at, ok = row * cols + starts[piece] + i, inside[piece]
-                stores.append(target[at if ok is None else at.valid(ok)].store(value.cast(target.dtype)))
-
-        if x_out is not None:
-            for piece, new in enumerate(values):
-                store(x_out, piece, new)
+        stores = [] if x_out is None else row.stores(x_out, values)
         if h_out is not None:
             assert norm_weight is not None and spec.norm_eps is not None
-            squares = [
-                dot(v, v) if ok is None else ok.where(dot(v, v), 0.0) for v, ok in zip(values, inside, strict=True)
-            ]
-            total = [spec.lanes.sum(balanced(squares))]
-            if spec.num_warps > 1:
-                total = _add_warps(body, total, warp, UOp.const(0, dtypes.weakint), spec.num_warps, 1, lane)
-            scale = (total[0] * (1.0 / cols) + spec.norm_eps).sqrt().reciprocal()
-            for piece, new in enumerate(values):
-                weight = load_floats(norm_weight, starts[piece], width)
-                store(h_out, piece, [v * scale * w for v, w in zip(new, weight, strict=True)])
+            stores += row.stores(h_out, row.normed(values, norm_weight, spec.norm_eps))
         kind = f"sum{spec.num_parts}{'_norm' if h_out is not None else ''}"
         if spec.embed is not None:
             kind = f"embed_{spec.embed.format.name}"
-        name = f"{kind}_{spec.num_tokens}x{cols}"
-        nbytes = spec.num_tokens * cols * (4 * spec.num_parts + 6)
-        return finish(UOp.group(*stores).end(*reversed(axes)), name, nbytes=nbytes)
+        name = f"{kind}_{spec.num_tokens}x{spec.num_cols}"
+        nbytes = spec.num_tokens * spec.num_cols * (4 * spec.num_parts + 6)
+        return finish(UOp.group(*stores).end(*reversed(row.axes)), name, nbytes=nbytes)
 
     return kernel
 
 
-def _row_reader(spec: SumSpec, operands: list[UOp]) -> Callable[[UOp, UOp], list[UOp]]:
-    """A function from a row and a column to RUN_COLS elements of x from there on."""
-    size = spec.num_tokens * spec.num_cols
+class _SumRow:
+    """A threadgroup's row of x. Each thread holds pieces of RUN_COLS neighbouring values; `inside`: whether a piece is
+    one of the row's, None where all are."""
 
-    def read_table(row: UOp, start: UOp) -> list[UOp]:
-        embed = spec.embed
-        assert embed is not None
-        inputs, *planes = operands
-        newest = planes.pop(0) if embed.is_fed else None
-        token = token_id(inputs[embed.token_offset + row].load(), newest, embed.num_rows)
+    def __init__(self, spec: SumSpec, operands: list[UOp]) -> None:
+        """`operands`: those between the outputs and the norm's weight."""
+        self.spec, self.body = spec, Body()
+        self.post_weight = operands.pop() if spec.post_norm_eps is not None else None
+        self.bias = operands.pop() if spec.has_bias else None
+        self.operands = operands
+        threads = spec.num_warps * LANES
+        self.row, self.lane = self.body.grid(spec.num_tokens), self.body.threads(LANES)
+        self.warp = warps(self.body, spec.num_warps)
+        self.axes = axes_of(self.row, self.lane, self.warp)
+        thread, num_runs = self.warp * LANES + self.lane, spec.num_cols // RUN_COLS
+        runs = [thread + i * threads for i in range(-(-num_runs // threads))]
+        self.inside = [None if (i + 1) * threads <= num_runs else run < num_runs for i, run in enumerate(runs)]
+        self.starts = [
+            (run if ok is None else ok.where(run, 0)) * RUN_COLS for run, ok in zip(runs, self.inside, strict=True)
+        ]
+
+    def values(self) -> list[list[UOp]]:
+        """x by pieces, in float32."""
+        if self.spec.embed is not None:
+            return [self._read_table(self.spec.embed, start) for start in self.starts]
+        source, *residual = await_previous(self.spec.lanes, *self.operands)
+        values = [self._read_sum(source, start) for start in self.starts]
+        if self.post_weight is not None and self.spec.post_norm_eps is not None:
+            values = self.normed(values, self.post_weight, self.spec.post_norm_eps)
+        return [self._finished(new, start, residual) for new, start in zip(values, self.starts, strict=True)]
+
+    def _read_table(self, embed: EmbedSpec, start: UOp) -> list[UOp]:
+        inputs, *planes = self.operands
+        previous = planes.pop(0) if embed.is_fed else None
+        token = token_id(inputs[embed.token_offset + self.row].load(), previous, embed.num_rows)
         table = Planes(embed.format, planes)
-        return [table.value(token, start + i, spec.num_cols, "row") for i in range(RUN_COLS)]
+        values = [table.value(token, start + i, self.spec.num_cols, "row") for i in range(RUN_COLS)]
+        return values if embed.scale == 1.0 else [value * embed.scale for value in values]
 
-    def read_sum(row: UOp, start: UOp) -> list[UOp]:
-        source, *residual = await_previous(spec.lanes, *operands)
-        at = row * spec.num_cols + start
+    def _read_sum(self, source: UOp, start: UOp) -> list[UOp]:
+        spec = self.spec
+        at, size = self.row * spec.num_cols + start, spec.num_tokens * spec.num_cols
         parts = [load_floats(source, at + part * size, RUN_COLS) for part in range(max(1, spec.num_parts))]
         new = [balanced(column) for column in zip(*parts, strict=True)]
-        for values in residual:
-            new = [a + b for a, b in zip(new, load_floats(values, at, RUN_COLS), strict=True)]
-        return new
+        if self.bias is None:
+            return new
+        return [a + b for a, b in zip(new, load_floats(self.bias, start, RUN_COLS), strict=True)]
 
-    return read_table if spec.embed is not None else read_sum
+    def _finished(self, new: list[UOp], start: UOp, residual: Sequence[UOp]) -> list[UOp]:
+        spec = self.spec
+        if spec.scale != 1.0:
+            new = [value * spec.scale for value in new]
+        for values in residual:
+            at = self.row * spec.num_cols + start
+            new = [a + b for a, b in zip(new, load_floats(values, at, RUN_COLS), strict=True)]
+        if spec.softcap is None:
+            return new
+        return [tanh(value * (1.0 / spec.softcap), lambda x: x.exp2()) * spec.softcap for value in new]
+
+    def normed(self, values: list[list[UOp]], weight: UOp, eps: float) -> list[list[UOp]]:
+        """The row's RMSNorm."""
+        squares = [
+            dot(v, v) if ok is None else ok.where(dot(v, v), 0.0) for v, ok in zip(values, self.inside, strict=True)
+        ]
+        spec = self.spec
+        total = [spec.lanes.sum(balanced(squares))]
+        if spec.num_warps > 1:
+            zero = UOp.const(0, dtypes.weakint)
+            total = _add_warps(self.body, total, self.warp, zero, spec.num_warps, 1, self.lane)
+        scale = (total[0] * (1.0 / spec.num_cols) + eps).sqrt().reciprocal()
+        weights = [load_floats(weight, start, RUN_COLS) for start in self.starts]
+        return [[v * scale * w for v, w in zip(new, ws, strict=True)] for new, ws in zip(values, weights, strict=True)]
+
+    def stores(self, target: UOp, values: list[list[UOp]]) -> list[UOp]:
+        stores = []
+        for new, start, ok in zip(values, self.starts, self.inside, strict=True):
+            for i, value in enumerate(new):
+                at = self.row * self.spec.num_cols + start + i
+                stores.append(target[at if ok is None else at.valid(ok)].store(value.cast(target.dtype)))
+        return stores

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from tinygrad import UOp
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.ops.activation import gated
 from tinyvllm.ops.formats.matrix import PANEL, Format, Planes
 from tinyvllm.ops.formats.runs import CODE_ORDER, group_scale, read_pairs
 from tinyvllm.ops.gpu.attention_split import SplitHeads, read_split
-from tinyvllm.ops.kernel.body import F16, F32, LOG2E, U16, U32, Body, KernelFn, balanced, cached_kernel, finish
+from tinyvllm.ops.kernel.body import F16, F32, U16, U32, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.kernel.lanes import (
     LANES,
     SHARED_BYTES,
@@ -58,12 +59,13 @@ class QuantizedVectorSpec(Tunable):
     num_rows: int  # N of the matrix
     num_cols: int  # K
     norm_eps: float | None = None  # RMS-norm x on the way
-    epilogue: str = "none"  # "residual": + residual (N,); "silu": rows n and n + N / 2 are gate and up
+    activation: str | None = None  # rows n and n + N / 2 are gate and up: out = activation(gate) * up
+    has_residual: bool = False  # + residual (N,)
     split: SplitHeads | None = None  # x is attention that has still to be combined
 
     @property
     def out_rows(self) -> int:
-        return self.num_rows // 2 if self.epilogue == "silu" else self.num_rows
+        return self.num_rows if self.activation is None else self.num_rows // 2
 
     @property
     def num_runs(self) -> int:
@@ -98,7 +100,7 @@ class QuantizedVectorSpec(Tunable):
     def tiles(self) -> int:
         """Tiles of rows of a threadgroup: fewer where there would not be two threadgroups for each core, and more where
         there are many rows, for each threadgroup stages all of x."""
-        least = 2 if self.epilogue == "silu" else 1
+        least = 2 if self.activation is not None else 1
         wanted = 4 * 16 // self.mma.rows
         if self.lanes.is_chained:
             wanted = MOST_RESIDENT_TILES if self.is_resident else 8
@@ -121,8 +123,8 @@ class QuantizedVectorSpec(Tunable):
         return {"tiles": (1, 2, 4, 8, 16), "warps": (4, 8, 16)}
 
     def is_possible(self) -> bool:
-        least = 2 if self.epilogue == "silu" else 1
-        per_group = (self.tiles // 2 if self.epilogue == "silu" else self.tiles) * self.mma.rows
+        least = 2 if self.activation is not None else 1
+        per_group = (self.tiles // 2 if self.activation is not None else self.tiles) * self.mma.rows
         fits = self.tiles >= least and self.out_rows % per_group == 0 and per_group <= self.warps * LANES
         return fits and fits_quantized_vector(self)
 
@@ -188,7 +190,7 @@ def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands, mma = list(rest), spec.mma
         planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
-        body, is_gated = Body(), spec.epilogue == "silu"
+        body, is_gated = Body(), spec.activation is not None
         per_group = spec.tiles // 2 if is_gated else spec.tiles
         group, lane = body.grid(spec.out_rows // (per_group * mma.rows)), body.threads(LANES)
         warp = warps(body, spec.warps)
@@ -296,7 +298,7 @@ class _Source:
             self.norm_weights = [load_floats(norm_weight, piece * PIECE, PIECE) for piece in self.pieces]
         ahead = [*ahead, *[weight for weights in self.norm_weights for weight in weights]]
         self._x, *rest = await_previous(spec.lanes, *awaited, *operands, ahead=ahead)
-        self.residual = rest.pop() if spec.epilogue == "residual" else None
+        self.residual = rest.pop() if spec.has_residual else None
         self._split_sums = rest
 
     def read(self, body: Body, axes: tuple[UOp, ...]) -> list[list[UOp]]:
@@ -438,7 +440,7 @@ def _finish_rows(
         at = warp * count + i // LANE_ROWS * mma.rows + row
         stores.append(shared[at.valid(column.eq(0))].store(total))
     shared = shared.after(UOp.group(*stores))
-    per_group = count // 2 if spec.epilogue == "silu" else count
+    per_group = count // 2 if spec.activation is not None else count
     thread = warp * LANES + lane
     is_inside = thread < per_group
     index = is_inside.where(thread, 0)
@@ -447,8 +449,8 @@ def _finish_rows(
         return balanced(shared[at + w * count].load() for w in range(spec.warps))
 
     value = summed(index)
-    if spec.epilogue == "silu":
-        value = value / ((value * -LOG2E).exp2() + 1.0) * summed(index + per_group)
+    if spec.activation is not None:
+        (value,) = gated(spec.activation, [value], [summed(index + per_group)])
     target = group * per_group + index
     if residual is not None:
         value = value + residual[target].load().cast(F32)

@@ -191,8 +191,3 @@ def log2(x: UOp) -> UOp:
     for c in (1.0 / 7.0, 1.0 / 5.0, 1.0 / 3.0, 1.0):
         p = p * z + c
     return n.cast(F32) + s * p * (2.0 * LOG2E)
-
-
-def silu(x: UOp) -> UOp:
-    """x * sigmoid(x)."""
-    return x / (exp2(x * -LOG2E) + 1.0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
-from tinyvllm.ops.kernel.body import F16, F32, LOG2E
+from tinyvllm.ops.kernel.body import F16, F32
 from tinyvllm.ops.kernel.lanes import WORDS, Mma, VectorType
 
 TILE_COLS = 32
@@ -232,12 +232,9 @@ def pack_words(low: UOp, high: UOp) -> UOp:
 # -- arithmetic --------------------------------------------------------------------------------------------------------
 
 
-def quick_silu(x: UOp, kind: str) -> UOp:
-    """x * sigmoid(x) with the device's fast division, accurate to 2 ulp of float32."""
-    divisor = (x * -LOG2E).exp2() + 1.0
-    if kind != "CUDA":
-        return x / divisor
-    return UOp(Ops.CUSTOM, F32, src=(x, divisor), arg="__fdividef({0}, {1})")
+def quick_division(top: UOp, bottom: UOp, kind: str) -> UOp:
+    """top / bottom by the device's fast division, accurate to 2 ulp of float32."""
+    return UOp(Ops.CUSTOM, F32, src=(top, bottom), arg="__fdividef({0}, {1})") if kind == "CUDA" else top / bottom
 
 
 def quick_exp2(x: UOp, mma: TileMma) -> UOp:

@@ -1,0 +1,205 @@
+"""What the families of decoders share: token ids through layers of attention and a gated feed-forward to logits.
+
+A family is a subclass that says how it differs: the kinds of its layers, the names of its norms, a scale. It reads as
+the paper's equations; loading, and calling the backend, happen here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from tinygrad import Tensor
+
+from tinyvllm.arrays import HostMatrix, to_float32
+from tinyvllm.config import LayerKind, ModelConfig, Rope
+from tinyvllm.device.recording import keep
+from tinyvllm.model.rope import rope_table
+from tinyvllm.ops.attention_spec import AttentionLayer
+from tinyvllm.ops.backend import Backend, Epilogue, Norm, Step
+from tinyvllm.ops.formats.matrix import Matrix
+
+if TYPE_CHECKING:
+    from tinyvllm.model.weights.checkpoint import WeightSource
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block's weights. `qkv` is one matrix, or several where their formats differ (Q4_K_M keeps V in Q6_K)."""
+
+    attention: AttentionLayer
+    attention_norm: Norm
+    qkv: tuple[Matrix, ...]
+    attention_out: Matrix
+    attention_post_norm: Norm | None  # of what attention adds to the residual
+    ffn_norm: Norm
+    gate_up: Matrix
+    down: Matrix
+    ffn_post_norm: Norm | None
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return (*self.qkv, self.attention_out, self.gate_up, self.down)
+
+
+class Decoder:
+    """Owns the weights on the device; `__call__` emits one step's operations.
+
+    As it is: RMSNorm, grouped-query attention with RoPE, a gated feed-forward (Touvron et al. 2023). The attributes and
+    the methods before `__init__` are what a family overrides.
+    """
+
+    ATTENTION_NORM: ClassVar[str] = "input_layernorm"
+    ATTENTION_POST_NORM: ClassVar[str | None] = None
+    FFN_NORM: ClassVar[str] = "post_attention_layernorm"
+    FFN_POST_NORM: ClassVar[str | None] = None
+
+    @classmethod
+    def layer_kinds(cls, config: ModelConfig) -> tuple[LayerKind, ...]:
+        """What attention computes in each layer: what the files say, and what the architecture implies."""
+        return tuple(config.kind_of(index) for index in range(config.num_layers))
+
+    @classmethod
+    def embedding_scale(cls, config: ModelConfig) -> float:
+        """What the embedding's rows are multiplied by."""
+        return 1.0
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: WeightSource,
+        backend: Backend,
+        num_positions: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Load every tensor. `num_positions`: rows of the rope tables (max_model_len). Raises WeightMismatchError."""
+        self.config, self.backend, self.checkpoint = config, backend, checkpoint
+        self.num_positions = num_positions
+        self.ropes = self._load_ropes(num_positions)
+        total = config.num_layers + 1
+        self.layers = []
+        for index, kind in enumerate(config.layers):
+            self.layers.append(self._load_layer(index, kind))
+            progress(index + 1, total)
+        table = self._take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self.embedding = backend.matrix(table)
+        self.norm = self._norm("model.norm.weight")
+        self.head = self.embedding
+        if not config.tie_embeddings:
+            self.head = backend.matrix(self._take("lm_head.weight", config.vocab_size, config.hidden_size))
+        checkpoint.finish()
+        del self.checkpoint  # its file need not stay open
+        progress(total, total)
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """Every matrix on the device, once; a tied head is the embedding."""
+        matrices = [matrix for layer in self.layers for matrix in layer.matrices]
+        return [*matrices, self.embedding] + ([] if self.head is self.embedding else [self.head])
+
+    @property
+    def logit_stride(self) -> int:
+        """Columns of a row of logits: the vocabulary, padded."""
+        return self.head.num_rows
+
+    def __call__(self, step: Step) -> Tensor:
+        """One step: (R * logit_stride,) float32 logits. In a decode step T = R and row i samples for sequence i."""
+        ops, config, num_rows = self.backend, self.config, step.num_tokens
+        x = ops.embed(self.embedding, step, self.embedding_scale(config))  # (T * hidden,)
+        for layer in self.layers:
+            x = self._layer(layer, x, step)
+        if not step.is_decode:
+            keep(*ops.parts_of(x))  # which are asked for where a text is embedded
+            x = ops.take_rows(x, step, config.hidden_size)
+            num_rows = step.layout.num_seqs
+        epilogue = Epilogue(softcap=config.logit_softcap)
+        (logits,) = ops.linear("lm_head", x, [self.head], num_rows, self.norm, epilogue)
+        return ops.join(logits, self.logit_stride, step.layout)
+
+    def _layer(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
+        ops, tokens = self.backend, step.num_tokens
+        qkv = ops.linear("qkv", x, layer.qkv, tokens, layer.attention_norm)  # (T * (H + 2K) * D,) in all
+        heads = ops.attend(qkv, layer.attention, step)  # (T * H * D,)
+        epilogue = Epilogue(post_norm=layer.attention_post_norm, residual=x)
+        (x,) = ops.linear("attention_out", heads, [layer.attention_out], tokens, None, epilogue)
+        gate = Epilogue(activation=self.config.activation)
+        (hidden,) = ops.linear("gate_up", x, [layer.gate_up], tokens, layer.ffn_norm, gate)  # (T * ffn,)
+        epilogue = Epilogue(post_norm=layer.ffn_post_norm, residual=x)
+        return ops.linear("down", hidden, [layer.down], tokens, None, epilogue)[0]
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def _load_ropes(self, num_positions: int) -> list[Tensor]:
+        """The table of each rope in `rope_list`."""
+        tables = [rope_table(rope, dim, num_positions) for rope, dim in self.rope_list]
+        return [self.backend.device.upload(table) for table in tables]
+
+    @property
+    def rope_list(self) -> list[tuple[Rope, int]]:
+        """The different ropes of the layers, with the dimension of the heads that they rotate."""
+        kinds = self.config.layers
+        return list(dict.fromkeys((kind.rope, kind.head_dim) for kind in kinds if kind.rope is not None))
+
+    def _load_layer(self, index: int, kind: LayerKind) -> Layer:
+        prefix, config, ops = f"model.layers.{index}", self.config, self.backend
+        hidden, ffn = config.hidden_size, config.ffn_size
+        qkv = ops.stacked(self._load_qkv(f"{prefix}.self_attn", kind), kind.num_kv_heads)
+        gate = self._take(f"{prefix}.mlp.gate_proj.weight", ffn, hidden)
+        up = self._take(f"{prefix}.mlp.up_proj.weight", ffn, hidden)
+        return Layer(
+            attention=self._load_attention(index, kind, tuple(matrix.num_rows for matrix in qkv)),
+            attention_norm=self._norm(f"{prefix}.{self.ATTENTION_NORM}.weight"),
+            qkv=qkv,
+            attention_out=ops.matrix(self._take(f"{prefix}.self_attn.o_proj.weight", hidden, kind.q_size)),
+            attention_post_norm=self._optional_norm(prefix, self.ATTENTION_POST_NORM),
+            ffn_norm=self._norm(f"{prefix}.{self.FFN_NORM}.weight"),
+            gate_up=ops.gate_up(gate, up),
+            down=ops.matrix(self._take(f"{prefix}.mlp.down_proj.weight", hidden, ffn)),
+            ffn_post_norm=self._optional_norm(prefix, self.FFN_POST_NORM),
+        )
+
+    def _load_qkv(self, prefix: str, kind: LayerKind) -> list[HostMatrix]:
+        """The rows of q, then of k and v; of q alone where another layer's keys and values are read."""
+        hidden, rows = self.config.hidden_size, {"q": kind.q_size}
+        if kind.kv_layer is None:
+            rows |= {"k": kind.kv_size, "v": kind.kv_size}
+        return [self._take(f"{prefix}.{name}_proj.weight", count, hidden) for name, count in rows.items()]
+
+    def _load_attention(self, index: int, kind: LayerKind, qkv_cols: tuple[int, ...]) -> AttentionLayer:
+        prefix = f"model.layers.{index}.self_attn"
+        head_norm = None
+        if kind.head_norm_eps is not None:
+            head_norm = self._norm(f"{prefix}.q_norm.weight", f"{prefix}.k_norm.weight", size=kind.head_dim).weight
+        bias = None
+        if kind.has_bias:
+            sizes = {"q": kind.q_size, "k": kind.kv_size, "v": kind.kv_size}
+            bias = self._vectors({f"{prefix}.{name}_proj.bias": size for name, size in sizes.items()})
+        return AttentionLayer(
+            index=index,
+            kind=kind,
+            qkv_cols=qkv_cols,
+            rope=None if kind.rope is None else self.ropes[self.rope_list.index((kind.rope, kind.head_dim))],
+            head_norm=head_norm,
+            bias=bias,
+            sinks=self._vectors({f"{prefix}.sinks": kind.num_heads}) if kind.has_sinks else None,
+        )
+
+    def _take(self, name: str, rows: int, cols: int) -> HostMatrix:
+        return self.checkpoint.take(name, (rows, cols))
+
+    def _vectors(self, sizes: Mapping[str, int]) -> Tensor:
+        """The vectors of these names and sizes, side by side, float32."""
+        taken = [to_float32(self.checkpoint.take(name, (size,))) for name, size in sizes.items()]
+        return self.backend.device.upload(np.concatenate(taken).astype(np.float32))
+
+    def _optional_norm(self, prefix: str, name: str | None) -> Norm | None:
+        return None if name is None else self._norm(f"{prefix}.{name}.weight")
+
+    def _norm(self, *names: str, size: int | None = None) -> Norm:
+        """The norms of these names, side by side, each of `size` weights, or of hidden_size."""
+        shape = (size or self.config.hidden_size,)
+        weight = np.concatenate([to_float32(self.checkpoint.take(name, shape)) for name in names])
+        weight = weight.astype(np.float32) + np.float32(self.config.norm_offset)
+        return Norm(self.backend.device.upload(weight), self.config.norm_eps)

@@ -1,0 +1,95 @@
+"""What a feed-forward's gate goes through: one table for every device and for the plain reference.
+
+A gated feed-forward computes `activation(gate) * up` (Shazeer 2020, "GLU Variants Improve Transformer").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import pi, sqrt
+
+from tinygrad import Tensor, UOp
+
+LOG2E = 1.4426950408889634
+CLAMP, ALPHA = 7.0, 1.702  # gpt-oss: gates above 7 and up values beyond +-7 are cut; sigmoid(1.702 x) stands for GELU's
+
+Exp2 = Callable[[UOp], UOp]  # a device's own 2 ** x, or one that vectorizes
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a kernel calculates. `swish(x, slope)`: x * sigmoid(slope * x), which a device may do quicker than by `exp2`
+    and a division."""
+
+    exp2: Exp2
+    swish: Callable[[UOp, UOp | float], UOp]
+
+
+def arithmetic(exp2: Exp2) -> Arithmetic:
+    """Exact division beside this exponential."""
+    return Arithmetic(exp2, lambda x, slope: x / (exp2(x * (slope * -LOG2E)) + 1.0))
+
+
+DEVICE_ARITHMETIC = arithmetic(lambda x: x.exp2())  # with the exponential of the device's language
+
+
+@dataclass(frozen=True)
+class Activation:
+    """`plain` takes (gate, up) as Tensors, `emit` does the same in a kernel, in float32, by the given arithmetic."""
+
+    plain: Callable[[Tensor, Tensor], Tensor]
+    emit: Callable[[UOp, UOp, Arithmetic], UOp]
+
+
+def gated(activation: str, gates: Sequence[UOp], ups: Sequence[UOp], by: Arithmetic = DEVICE_ARITHMETIC) -> list[UOp]:
+    """activation(gate) * up, value by value."""
+    emit = ACTIVATIONS[activation].emit
+    return [emit(gate, up, by) for gate, up in zip(gates, ups, strict=True)]
+
+
+def tanh(x: UOp, exp2: Exp2) -> UOp:
+    """1 - 2 / (e**2x + 1): no overflow at either end, since exp2 saturates."""
+    return 1.0 - (exp2(x * (2.0 * LOG2E)) + 1.0).reciprocal() * 2.0
+
+
+def erf(x: UOp, exp2: Exp2) -> UOp:
+    """Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7."""
+    size = x.maximum(x * -1.0)
+    t = (size * 0.3275911 + 1.0).reciprocal()
+    poly = t * 1.061405429 - 1.453152027
+    for coefficient in (1.421413741, -0.284496736, 0.254829592):
+        poly = poly * t + coefficient
+    value = 1.0 - poly * t * exp2(size * size * -LOG2E)
+    return (x < 0.0).where(value * -1.0, value)
+
+
+def _silu(gate: UOp, up: UOp, by: Arithmetic) -> UOp:
+    return by.swish(gate, 1.0) * up
+
+
+def _gelu_tanh(gate: UOp, up: UOp, by: Arithmetic) -> UOp:
+    """gate / 2 * (1 + tanh(u)) = gate * sigmoid(2u), u = sqrt(2 / pi) * (gate + 0.044715 gate**3)."""
+    return by.swish(gate, (gate * gate * 0.044715 + 1.0) * (2.0 * sqrt(2.0 / pi))) * up
+
+
+def _gelu(gate: UOp, up: UOp, by: Arithmetic) -> UOp:
+    return gate * 0.5 * (erf(gate * sqrt(0.5), by.exp2) + 1.0) * up
+
+
+def _clamped_swiglu(gate: UOp, up: UOp, by: Arithmetic) -> UOp:
+    return by.swish(gate.minimum(CLAMP), ALPHA) * (up.maximum(-CLAMP).minimum(CLAMP) + 1.0)
+
+
+def _plain_clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    gate = gate.minimum(CLAMP)
+    return gate * (gate * ALPHA).sigmoid() * (up.clip(-CLAMP, CLAMP) + 1.0)
+
+
+# A further activation is a line here; each is one of config.json's `hidden_act`, under storage/model_config.py's names.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": Activation(lambda gate, up: gate.silu() * up, _silu),
+    "gelu_tanh": Activation(lambda gate, up: gate.gelu() * up, _gelu_tanh),
+    "gelu": Activation(lambda gate, up: gate * 0.5 * ((gate * sqrt(0.5)).erf() + 1.0) * up, _gelu),
+    "clamped_swiglu": Activation(_plain_clamped_swiglu, _clamped_swiglu),
+}

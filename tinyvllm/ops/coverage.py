@@ -1,0 +1,68 @@
+"""Which operations of a model run in their general form, because no fused kernel covers them: logged once, and counted.
+
+One rule for every operation: where a fused kernel says what it lacks, `Coverage.take_general` notes it and the general
+form runs. So nothing is refused that the general form can do, and nothing is slow in silence.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class Coverage:
+    """Owns the list of what takes the general form."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, set[int]] = {}  # by what is said of them; no layers: of the whole model
+
+    def take_general(self, what: str, reason: str, layer: int | None = None) -> None:
+        """Note that `what` takes the general kernel, if a `reason` is given."""
+        if not reason:
+            return
+        text = f"{what} with {reason} takes the general kernel"
+        is_new = text not in self._layers
+        layers = self._layers.setdefault(text, set())
+        if layer is not None:
+            layers.add(layer)
+        if is_new:
+            logger.warning(
+                "%s%s; `tinyvllm doctor` lists the layers", "" if layer is None else f"layer {layer}: ", text
+            )
+
+    @property
+    def count(self) -> int:
+        """Operations of all layers in the general form."""
+        return sum(max(1, len(layers)) for layers in self._layers.values())
+
+    def lines(self) -> list[str]:
+        """ "layers 0-4, 6: attention with a window takes the general kernel", one line for each reason."""
+        return [f"{_spans(layers)}{text}" for text, layers in self._layers.items()]
+
+    def __repr__(self) -> str:
+        return "Coverage()"  # part of a graph's name, which it does not change
+
+
+def in_words(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
+
+
+def _spans(layers: set[int]) -> str:
+    if not layers:
+        return ""
+    spans = [str(first) if first == last else f"{first}-{last}" for first, last in _runs(sorted(layers))]
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(spans)}: "
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """(first, last) of each run of consecutive numbers."""
+    first = last = numbers[0]
+    for number in numbers[1:]:
+        if number != last + 1:
+            yield first, last
+            first = number
+        last = number
+    yield first, last

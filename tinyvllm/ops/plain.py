@@ -1,0 +1,38 @@
+"""Norms and epilogues in plain Tensor arithmetic, for the reference and for general products on GPUs."""
+
+from __future__ import annotations
+
+from tinygrad import Tensor
+
+from tinyvllm.ops.activation import ACTIVATIONS
+from tinyvllm.ops.backend import Epilogue, Norm
+
+
+def unit_norm(x: Tensor, eps: float) -> Tensor:
+    """x (..., K) / sqrt(mean of a row's squares + eps) (Zhang & Sennrich 2019)."""
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """`unit_norm` times a weight (K,)."""
+    return unit_norm(x, norm.eps) * norm.weight
+
+
+def plain_epilogue(product: Tensor, epilogue: Epilogue) -> Tensor:
+    """`Epilogue` of a product (T, N), in its order: (T, N), or (T, N / 2) behind an activation."""
+    y = product if epilogue.bias is None else product + epilogue.bias
+    if epilogue.activation is not None:
+        y = ACTIVATIONS[epilogue.activation].plain(*y.chunk(2, dim=1))
+    if epilogue.post_norm is not None:
+        y = rms_norm(y, epilogue.post_norm)
+    if epilogue.scale != 1.0:
+        y = y * epilogue.scale
+    if epilogue.residual is not None:
+        # the product first: a residual that is more than a Tensor (gpu/fused.py) adds to its own kind alone
+        y = y + epilogue.residual.reshape(y.shape)
+    return y if epilogue.softcap is None else softcap(y, epilogue.softcap)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap) (Gemma 2, 2024, sec. 2)."""
+    return (x * (1.0 / cap)).tanh() * cap

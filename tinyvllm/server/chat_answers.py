@@ -108,7 +108,7 @@ class ChatStream:
         if delta.finish_reason is not None:
             pieces += parser.flush()
         choices = [ChatChunkChoice(index=item.choice, delta=self._delta(piece)) for piece in pieces]
-        if delta.logprobs:  # with the pieces that these tokens made certain, of which there may be none yet
+        if delta.logprobs:  # with the pieces that are now final, of which there may be none
             if not choices:
                 choices = [ChatChunkChoice(index=item.choice, delta=ChatDelta(content=""))]
             choices[0].logprobs = chat_logprobs(delta.logprobs)

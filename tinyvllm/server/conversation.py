@@ -89,7 +89,7 @@ def make_prompt(conversation: Conversation, engine: AsyncEngine) -> Prompt:
     keeps = bool(tools) and tool_format.shows_special_tokens(engine.tokenizer)
     with measure.span(measure.TOKENIZE):
         ids = engine.tokenizer.encode_chat(text)
-    return Prompt(ids, grammar, output, keeps)
+    return Prompt(ids=ids, grammar=grammar, format=output, keeps_special_tokens=keeps)
 
 
 def _grammar(conversation: Conversation, format: ToolFormat, engine: AsyncEngine) -> GrammarSpec | None:

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5  # while the engine warms up, or until another server has taken over
 QUEUE_RETRY_AFTER_S = 1  # while the queue is full: a place is free as soon as one answer is complete
-INVALID = "invalid_request_error"
-SERVER = "server_error"
+INVALID_REQUEST = "invalid_request_error"
+SERVER_ERROR = "server_error"
 
 
 class UnknownModelError(TinyvllmError):
@@ -86,13 +86,13 @@ _NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients retry otherwise
 # The status, type, code and headers for states of the server. The first class that the error belongs to applies.
 _STATES: tuple[tuple[type[TinyvllmError], int, str, str, Mapping[str, str]], ...] = (
     (QueueFullError, 429, "rate_limit_error", "queue_full", {"retry-after": str(QUEUE_RETRY_AFTER_S)}),
-    (NotReadyError, 503, SERVER, "engine_not_ready", _RETRY_LATER),
-    (DrainingError, 503, SERVER, "server_draining", {**_RETRY_LATER, "connection": "close"}),
-    (AbortedError, 503, SERVER, "request_aborted", _RETRY_LATER),
-    (StalledError, 503, SERVER, "engine_stalled", _RETRY_LATER),
-    (EngineDeadError, 503, SERVER, "engine_dead", _NO_RETRY),
-    (RequestTimeoutError, 504, SERVER, "request_timeout", _NO_RETRY),
-    (TinyvllmError, 500, SERVER, "generation_failed", _NO_RETRY),
+    (NotReadyError, 503, SERVER_ERROR, "engine_not_ready", _RETRY_LATER),
+    (DrainingError, 503, SERVER_ERROR, "server_draining", {**_RETRY_LATER, "connection": "close"}),
+    (AbortedError, 503, SERVER_ERROR, "request_aborted", _RETRY_LATER),
+    (StalledError, 503, SERVER_ERROR, "engine_stalled", _RETRY_LATER),
+    (EngineDeadError, 503, SERVER_ERROR, "engine_dead", _NO_RETRY),
+    (RequestTimeoutError, 504, SERVER_ERROR, "request_timeout", _NO_RETRY),
+    (TinyvllmError, 500, SERVER_ERROR, "generation_failed", _NO_RETRY),
 )
 
 
@@ -100,25 +100,25 @@ def failure_of(error: BaseException) -> Failure:
     """The answer to `error`. Errors that are not ours are logged, and answered without their text."""
     match error:
         case RequestError():
-            return Failure(400, str(error), INVALID, error.param, error.code)
+            return Failure(400, str(error), INVALID_REQUEST, param=error.param, code=error.code)
         case RequestValidationError():
             return _of_validation(error.errors())
         case UnknownResponseError():
-            return Failure(404, str(error), INVALID, error.param, "response_not_found")
+            return Failure(404, str(error), INVALID_REQUEST, param=error.param, code="response_not_found")
         case UnknownModelError():
-            return Failure(404, str(error), INVALID, "model", "model_not_found")
+            return Failure(404, str(error), INVALID_REQUEST, param="model", code="model_not_found")
         case HTTPException():
-            kind = INVALID if error.status_code < 500 else SERVER
+            kind = INVALID_REQUEST if error.status_code < 500 else SERVER_ERROR
             return Failure(error.status_code, str(error.detail), kind, headers=error.headers or {})
         case TinyvllmError():
             return _of_state(error)
         case MemoryError():
             log.error("a request ran out of memory", exc_info=error)
             message = "out of memory: send less, or try again later"
-            return Failure(503, message, SERVER, code="out_of_memory", headers=_RETRY_LATER)
+            return Failure(503, message, SERVER_ERROR, code="out_of_memory", headers=_RETRY_LATER)
         case _:
             log.error("a request failed with an unexpected error", exc_info=error)
-            return Failure(500, "internal error: the server's log has the details", SERVER, code="internal_error")
+            return Failure(500, "internal error: the server's log has the details", SERVER_ERROR, code="internal_error")
 
 
 def _of_state(error: TinyvllmError) -> Failure:
@@ -140,15 +140,15 @@ def _of_validation(errors: Sequence[Mapping[str, Any]]) -> Failure:
     if first["type"] == "json_invalid":
         position = first["loc"][-1]
         reason = first.get("ctx", {}).get("error", "it cannot be parsed")
-        return Failure(400, f"the body is not JSON: {reason} at character {position}", INVALID)
+        return Failure(400, f"the body is not JSON: {reason} at character {position}", INVALID_REQUEST)
     path = [str(part) for part in first["loc"] if part != "body"]
     if not path:
-        remedy = "send an object of JSON with the header Content-Type: application/json"
-        return Failure(400, f"the body is missing or is not an object of JSON: {remedy}", INVALID)
+        remedy = "send a JSON object with the header Content-Type: application/json"
+        return Failure(400, f"the body is missing or is not a JSON object: {remedy}", INVALID_REQUEST)
     param = ".".join(path)
     if first["type"] == "missing":
-        return Failure(400, f"{param} is required and missing", INVALID, param)
-    return Failure(400, f"{param} is {_shown(first.get('input'))}: {_rule(first)}", INVALID, param)
+        return Failure(400, f"{param} is required and missing", INVALID_REQUEST, param=param)
+    return Failure(400, f"{param} is {_shown(first.get('input'))}: {_rule(first)}", INVALID_REQUEST, param=param)
 
 
 def _shown(value: object) -> str:

@@ -50,14 +50,14 @@ class MessageParser:
         return made if self._format.is_parallel else min(made, 1)
 
     def push(self, text: str) -> list[Piece]:
-        """The pieces that `text` makes certain."""
+        """Parse more text. Returns the pieces that are now final."""
         if self._reasoning is None:
             return self._read_content(text)
         reasoning, content = self._reasoning.push(text)
         return self._shown(reasoning) + self._read_content(content)
 
     def flush(self) -> list[Piece]:
-        """The remaining pieces, at the end of the text."""
+        """End the text. Returns the remaining pieces."""
         reasoning, content = ("", "") if self._reasoning is None else self._reasoning.flush()
         pieces = self._shown(reasoning) + self._read_content(content)
         return pieces + (self._allowed(self._tools.flush()) if self._tools is not None else [])

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tinyvllm.server.failures import Failure
+from tinyvllm.server.failures import INVALID_REQUEST, Failure
 
 # What orchestrators, scrapers and browsers request without a key. None of it shows the content of requests.
 OPEN_PATHS = frozenset(("/", "/health", "/ready", "/ping", "/version", "/metrics", "/favicon.ico"))
@@ -61,7 +61,7 @@ class KeyCheck:
         failure = Failure(
             401,
             f"the API key is {'missing' if not key else 'not known'}: {remedy}",
-            "invalid_request_error",
+            INVALID_REQUEST,
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},
         )
@@ -84,7 +84,7 @@ class HostCheck:
             host = Headers(scope=scope).get("host", "")
             if _PORT.sub("", host).lower() not in self._hosts:
                 message = f"the server is not called {host[:100]!a}: allow that name with --allowed-hosts"
-                failure = Failure(403, message, "invalid_request_error", code="host_not_allowed")
+                failure = Failure(403, message, INVALID_REQUEST, code="host_not_allowed")
                 await failure.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)

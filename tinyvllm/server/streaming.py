@@ -134,7 +134,7 @@ async def merge(streams: Sequence[AsyncGenerator[Delta, None]], n: int) -> Async
                 raise StepFailedError(f"generation failed: {delta.error or 'the step on the device raised an error'}")
             if delta.finish_reason == "abort":
                 raise AbortedError("the request was aborted before it was complete: the server is stopping")
-            yield Item(prompt, prompt * n + delta.index, delta)
+            yield Item(prompt=prompt, choice=prompt * n + delta.index, delta=delta)
 
 
 async def first_choices(deltas: AsyncGenerator[Delta, None], n: int) -> AsyncGenerator[Delta, None]:

@@ -63,7 +63,13 @@ class ResponseTool(BaseModel):
 
     def as_tool(self, param: str) -> Tool:
         parameters = self.parameters or None
-        return Tool(self.name, self.description or "", parameters, bool(self.strict), f"{param}.parameters")
+        return Tool(
+            name=self.name,
+            description=self.description or "",
+            parameters=parameters,
+            is_strict=bool(self.strict),
+            param=f"{param}.parameters",
+        )
 
     def for_template(self) -> dict[str, Any]:
         parameters = self.parameters or {"type": "object", "properties": {}}

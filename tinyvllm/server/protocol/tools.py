@@ -33,11 +33,11 @@ class FunctionTool(BaseModel):
     def as_tool(self, param: str) -> Tool:
         function = self.function
         return Tool(
-            function.name,
-            function.description or "",
-            function.parameters or None,
-            bool(function.strict),
-            f"{param}.function.parameters",
+            name=function.name,
+            description=function.description or "",
+            parameters=function.parameters or None,
+            is_strict=bool(function.strict),
+            param=f"{param}.function.parameters",
         )
 
     def for_template(self) -> dict[str, Any]:

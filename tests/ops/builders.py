@@ -133,6 +133,18 @@ def run_product(
     return backend.linear("test", x, [matrix], tokens, norm, epilogue)[0]
 
 
+def make_epilogue(backend: Backend, residual: Tensor | None, rows: int, names: str) -> Epilogue:
+    """An epilogue with what `names` lists, by their first letters: bias, norm after the product, scale, cap."""
+    upload = backend.device.upload
+    return Epilogue(
+        bias=upload(normal(rows, seed=11)) if "b" in names else None,
+        post_norm=Norm(upload(1 + 0.3 * normal(rows, seed=12)), 0.05) if "n" in names else None,
+        scale=0.7 if "s" in names else 1.0,
+        residual=residual,
+        softcap=1.5 if "c" in names else None,
+    )
+
+
 def make_step_of(
     backend: Backend,
     layout: StepLayout,

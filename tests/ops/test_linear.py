@@ -10,7 +10,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from tests.ops.builders import FORMATS, largest_difference, make_host, normal, run_product
+from tests.ops.builders import FORMATS, largest_difference, make_epilogue, make_host, normal, run_product
 from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import DeviceHandle, has_half
 from tinyvllm.errors import UnsupportedModelError
@@ -72,6 +72,32 @@ def name_of(case: Case) -> str:
 @pytest.mark.parametrize("case", chosen_cases(), ids=name_of)
 def test_a_product_equals_the_reference(backend: Backend, reference: ReferenceBackend, case: Case) -> None:
     check(backend, reference, case)
+
+
+@pytest.mark.parametrize("names", ["n", "bns", "c"])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_what_follows_a_product_equals_the_reference(
+    backend: Backend, reference: ReferenceBackend, tokens: int, names: str
+) -> None:
+    def run(ops: Backend) -> np.ndarray:
+        x, residual = (ops.device.upload(normal(tokens, cols, seed=cols)) for cols in (COLS, ROWS))
+        epilogue = make_epilogue(ops, residual if "n" in names else None, ROWS, names)
+        matrix = ops.matrix(make_host("Q4_1", ROWS, COLS, seed=5))
+        return run_product(ops, x, matrix, tokens, epilogue=epilogue).numpy()
+
+    assert largest_difference(run(backend), run(reference)) < 1e-5
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "clamped_swiglu"])
+def test_a_gate_with_biases_equals_the_reference(
+    backend: Backend, reference: ReferenceBackend, activation: str
+) -> None:
+    def run(ops: Backend) -> np.ndarray:
+        matrix = ops.gate_up(make_host("Q8_0", ROWS, COLS, seed=3), make_host("Q8_0", ROWS, COLS, seed=4))
+        epilogue = Epilogue(bias=ops.device.upload(normal(2 * ROWS, seed=5)), activation=activation)
+        return run_product(ops, ops.device.upload(normal(3, COLS, seed=1)), matrix, 3, epilogue=epilogue).numpy()
+
+    assert largest_difference(run(backend), run(reference)) < 1e-5
 
 
 @pytest.mark.slow

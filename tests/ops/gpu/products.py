@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from tinygrad import Tensor
 
-from tests.ops.builders import make_host, normal, run_product
+from tests.ops.builders import make_epilogue, make_host, normal, run_product
 from tinyvllm.ops.backend import Backend, Epilogue, Norm
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 
@@ -31,6 +31,10 @@ def multiply(backend: Backend, fmt: str, tokens: int, operation: str, rows: int,
     if operation == "norm_linear":
         return read(backend, run_product(backend, x, matrix, tokens, norm), tokens)
     residual = upload(backend, normal(tokens, rows, seed=6))
+    if operation.startswith("epilogue"):
+        *_, has_residual, names = operation.split()
+        epilogue = make_epilogue(backend, residual if has_residual == "+" else None, rows, names)
+        return read(backend, run_product(backend, x, matrix, tokens, epilogue=epilogue), tokens)
     added = run_product(backend, x, matrix, tokens, epilogue=Epilogue(residual=residual))
     if operation == "linear_add":
         return read(backend, added, tokens)
@@ -42,3 +46,4 @@ def multiply(backend: Backend, fmt: str, tokens: int, operation: str, rows: int,
 
 
 SHAPES = {"norm_linear": (96, 256), "norm_gated": (64, 512), "linear_add": (64, 1280), "chain": (256, 768)}
+EPILOGUES = ("epilogue + n", "epilogue + bns", "epilogue - c", "epilogue - b")  # see make_epilogue

@@ -34,7 +34,7 @@ from tests.ops.builders import (
     read_pool,
     run_product,
 )
-from tests.ops.gpu.products import SHAPES, TOLERANCE, multiply, read, upload
+from tests.ops.gpu.products import EPILOGUES, SHAPES, TOLERANCE, multiply, read, upload
 from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, plan_layer, rendered
 from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import DeviceHandle
@@ -182,6 +182,18 @@ def test_rows_in_half_precision_equal_the_reference(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("operation", EPILOGUES)
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("fmt", ["float16", "Q4_K"])
+def test_what_follows_a_product_equals_the_reference(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str, tokens: int, operation: str
+) -> None:
+    case, backend = (fmt, tokens, operation, 96, 512), FusedGpuBackend(device, "float16", lanes)
+    assert largest_difference(multiply(backend, *case), multiply(reference, *case)) < TOLERANCE["float16"]
+    assert not backend.coverage.lines()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("fmt", ["float16", "Q4_K"])
 def test_rows_of_a_table_are_normed_as_they_are_read(
     device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str
@@ -250,6 +262,14 @@ CASES = [
 
 
 CASES += [random_case(seed, is_decode=True) for seed in range(3)]
+WINDOW, ALL = (("window", 37), ("score_scale", 0.3)), (("window", 700), ("softcap", 2.0), ("has_bias", True))
+CASES += [
+    Case(8, 2, 64, StepLayout(1, 1, 200, 16), True, "float16", features=WINDOW),  # parts, and few of them in use
+    Case(32, 8, 64, StepLayout(3, 3, 40, 16), True, "float16", normed=True, features=WINDOW),
+    Case(8, 2, 64, StepLayout(3, 3, 200, 16), True, "float16", (8, 2, 2), features=ALL),
+    Case(16, 8, 128, StepLayout(2, 2, 300, 16), True, "float16", features=(("window", 3000), ("has_bias", True))),
+    Case(4, 4, 64, StepLayout(40, 40, 5, 16), True, "float16", features=(("rope", None), ("softcap", 1.5))),
+]
 
 
 def attend(

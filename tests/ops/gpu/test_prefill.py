@@ -253,6 +253,13 @@ CASES = [
     Case(3, 1, 64, StepLayout(35, 3, 5, 16), False, "float16", (3, 1, 1), normed=True),  # pieces in part of a warp
 ]
 CASES += [random_case(seed, is_decode=False) for seed in range(3)]
+WINDOW, ALL = (("window", 37), ("score_scale", 0.3)), (("window", 100), ("softcap", 2.0), ("has_bias", True))
+CASES += [
+    Case(32, 8, 64, StepLayout(300, 6, 20, 16), False, "float16", features=WINDOW),
+    Case(9, 3, 64, StepLayout(100, 3, 12, 16), False, "float16", (12, 3), normed=True, features=ALL),
+    Case(16, 2, 128, StepLayout(150, 4, 10, 32), False, "float16", (16, 2, 2), features=ALL),
+    Case(4, 4, 64, StepLayout(260, 2, 40, 8), False, "float16", features=(("rope", None), ("softcap", 1.5))),
+]
 
 
 def ragged(case: Case, rng: np.random.Generator) -> list[Piece]:

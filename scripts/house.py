@@ -1,7 +1,7 @@
-"""The rooms of the package, their files and the imports between them, and its longest functions:
+"""The rooms of the package, their files, the imports between them, and the longest functions:
 python scripts/house.py [--json] [--functions 20]
 
-Rooms are those of docs/ARCHITECTURE.md. It draws what is there; tests/test_layers.py says what may be there.
+The rooms are those of docs/ARCHITECTURE.md. This script shows the actual imports; tests/test_layers.py checks them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def describe(modules: Sequence[Module], num_functions: int) -> dict[str, Any]:
 
 
 def longest_functions(modules: Iterable[Module], count: int) -> list[dict[str, Any]]:
-    """The longest first. One that stands inside another is counted by itself too."""
+    """The longest functions, longest first. A nested function is listed separately too."""
     found = [
         (-function.num_lines, f"{module.path}:{function.name}") for module in modules for function in module.functions
     ]
@@ -65,7 +65,7 @@ def _count(number: int, thing: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0] + ".")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--functions", type=int, default=0, metavar="N", help="the N longest functions too")
+    parser.add_argument("--functions", type=int, default=0, metavar="N", help="print the N longest functions too")
     options = parser.parse_args(arguments)
     house = describe(read_package(), options.functions)
     if options.json:

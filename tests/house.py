@@ -1,6 +1,6 @@
-"""The package as its source says it: modules, the imports between them, rooms, and the lengths of functions.
+"""The structure of the package, read from its source: modules, imports, rooms, and the lengths of functions.
 
-`scripts/house.py` prints this; the tests hold it to docs/ARCHITECTURE.md.
+`scripts/house.py` prints it; the tests compare it with docs/ARCHITECTURE.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ AnyFunction = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Function:
-    name: str  # with the classes and functions around it: "Scheduler.schedule"
+    name: str  # qualified: "Scheduler.schedule"
     num_lines: int  # from `def` to the last line, nested functions included
 
 
@@ -52,9 +52,9 @@ def read_package(package: Path = PACKAGE) -> tuple[Module, ...]:
 
 
 def imported_names(tree: ast.AST) -> Iterator[str]:
-    """Every dotted name that a file imports, wherever the import stands; relative ones begin with a dot.
+    """Every dotted name that a file imports, anywhere in the file; relative names begin with a dot.
 
-    From the package a name is as long as it can be, since `from tinyvllm.ops import gpu` may name a module or a value.
+    `from tinyvllm.ops import gpu` yields "tinyvllm.ops.gpu", whether that is a module or not.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -80,7 +80,7 @@ def _functions(node: ast.AST, prefix: str = "") -> Iterator[Function]:
 
 
 def import_graph(modules: Iterable[Module]) -> dict[str, set[str]]:
-    """By module, the modules of the package that it imports. That a package's `__init__` runs first is not counted."""
+    """For each module, the modules of the package that it imports. Implicit imports of parent packages do not count."""
     modules = list(modules)
     known = {module.name for module in modules}
     return {
@@ -90,22 +90,22 @@ def import_graph(modules: Iterable[Module]) -> dict[str, set[str]]:
 
 
 def find_module(name: str, known: set[str]) -> str | None:
-    """The module that a dotted name stands for or is defined in; None for a name of another package."""
+    """The module that a dotted name refers to, or that defines it; None for a name outside the package."""
     package, _, rest = name.partition(".")
     if package != "tinyvllm":
         return None
-    parts = rest.split(".") if rest else []
+    names = rest.split(".") if rest else []
     while True:
-        for candidate in ("/".join(parts), "/".join([*parts, "__init__"])):
+        for candidate in ("/".join(names), "/".join([*names, "__init__"])):
             if candidate in known:
                 return candidate
-        if not parts:
+        if not names:
             return None
-        parts.pop()
+        names.pop()
 
 
 def find_cycles(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """The groups of modules that import each other, directly or through others: each sorted, by first name."""
+    """The groups of modules that import each other, directly or indirectly. The groups and their members are sorted."""
     reached = {name: _reachable(graph, name) for name in graph}
     groups = {frozenset(other for other in reached[name] if name in reached[other]) for name in graph}
     return sorted(sorted(group) for group in groups if group)

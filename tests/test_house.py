@@ -1,4 +1,4 @@
-"""The source's own measures: how long a function may be, and the script that draws the rooms."""
+"""The maximum length of functions, and the script that prints the rooms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.house import PACKAGE, ROOT, Function, read_package
 
 MAX_FUNCTION_LINES = 60
-# Longer ones, each with its reason. One that has become shorter must leave this table.
+# Longer functions, and why they are. An entry must be removed when its function becomes short enough.
 LONG_FUNCTIONS = {
     "ops/gpu/attention.py:attention_kernel": "load, compute and finish in one body",
     "ops/gpu/attention.py:attention_kernel.kernel": "load, compute and finish in one body",
@@ -28,19 +28,19 @@ def test_no_function_is_longer_than_a_screen() -> None:
     }
     long = {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES}
     unknown = {name: length for name, length in long.items() if name not in LONG_FUNCTIONS}
-    assert not unknown, f"split these into functions with names: {unknown}"
+    assert not unknown, f"split these functions: {unknown}"
     stale = LONG_FUNCTIONS.keys() - long.keys()
-    assert not stale, f"these are short now, or gone: remove them from LONG_FUNCTIONS: {stale}"
+    assert not stale, f"short enough now, or gone: remove these from LONG_FUNCTIONS: {stale}"
 
 
-def test_a_function_is_measured_with_what_stands_inside_it(tmp_path: Path) -> None:
+def test_the_length_of_a_function_includes_nested_ones(tmp_path: Path) -> None:
     source = "class A:\n    @property\n    def f(self):\n        def g():\n            return 1\n        return g\n"
     (tmp_path / "a.py").write_text(source)
     [module] = read_package(tmp_path)
     assert module.functions == (Function("A.f", 4), Function("A.f.g", 2))
 
 
-def test_the_script_draws_every_file_in_one_room() -> None:
+def test_the_script_prints_every_file_in_one_room() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "house.py")]
     done = subprocess.run([*command, "--json", "--functions", "3"], capture_output=True, text=True, check=True)
     house = json.loads(done.stdout)

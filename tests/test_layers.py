@@ -1,4 +1,4 @@
-"""The arrows between the rooms: what may import what, and who may use tinygrad. docs/ARCHITECTURE.md draws them."""
+"""Which rooms may import which, and which may use tinygrad, as in docs/ARCHITECTURE.md; and no cycles of imports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BASE = {"config", "errors"}
 DOWN_TO_ENGINE = BASE | {"storage", "text", "scheduling", "execution", "engine", "profiling"}
 INSIDE_OPS = BASE | {"arrays", "device"} | {f"ops/{name}" for name in ("step_inputs", "kernel", "formats")}
 INSIDE_OPS |= {f"ops/{name}" for name in ("activation", "attention_spec", "backend", "coverage", "plain", "sampling")}
-# A room is a directory or a file; one inside another has arrows of its own. To name a room is to name all inside it.
+# A room is a directory or a file, and one inside another has its own entry. A name on the right includes inner rooms.
 MAY_IMPORT = {
     "errors": set(),
     "arrays": BASE,
@@ -47,7 +47,7 @@ MAY_IMPORT = {
 }
 USES_TINYGRAD = ("device", "ops", "model", "execution")
 CYCLES_TO_END = (["execution/tune", "execution/tune_process"],)  # of imports
-NO_TINYGRAD_INSIDE = ("model/weights",)  # reading a checkpoint is a matter of files and NumPy
+NO_TINYGRAD_INSIDE = ("model/weights",)  # checkpoints are read with files and NumPy alone
 
 
 def is_wrong(room: str, where: str, name: str) -> bool:
@@ -66,7 +66,7 @@ def is_wrong(room: str, where: str, name: str) -> bool:
 
 
 def violations(package: Path) -> list[str]:
-    """One line an import that goes against the arrows."""
+    """One line per import that is not allowed."""
     wrong = []
     for module in read_package(package):
         room = room_of(module.name, MAY_IMPORT)
@@ -138,7 +138,7 @@ def test_the_architecture_page_has_the_same_arrows() -> None:
 
 
 def test_no_modules_import_each_other() -> None:
-    """Imports inside functions and those for types alone count: each module can be read after those that it imports."""
+    """Imports inside functions, and those for types only, count too."""
     cycles = [cycle for cycle in find_cycles(import_graph(read_package())) if cycle not in CYCLES_TO_END]
     assert not cycles, "\n".join(", ".join(cycle) for cycle in cycles)
 

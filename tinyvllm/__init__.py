@@ -1,4 +1,4 @@
-"""tinyvllm: an LLM serving engine on tinygrad. The public doors; everything else may move.
+"""tinyvllm: an LLM serving engine on tinygrad. These are the public names; everything else may change.
 
 >>> from tinyvllm import LLM, SamplingParams
 >>> LLM("smollm2-135m-instruct").generate("The sky is", SamplingParams(max_tokens=32))[0].outputs[0].text
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "EngineConfig", "SamplingParams", "__version__"]
 
-_DOORS = {"LLM": "tinyvllm.engine.llm", "EngineConfig": "tinyvllm.config", "SamplingParams": "tinyvllm.config"}
+_MODULES = {"LLM": "tinyvllm.engine.llm", "EngineConfig": "tinyvllm.config", "SamplingParams": "tinyvllm.config"}
 
 
 def __getattr__(name: str) -> Any:
-    """Open a door when it is first asked for, so that `import tinyvllm` is instant and starts no device."""
-    if name in _DOORS:
-        value = getattr(import_module(_DOORS[name]), name)
+    """Load a public name on first use, so that `import tinyvllm` is instant and opens no device."""
+    if name in _MODULES:
+        value = getattr(import_module(_MODULES[name]), name)
     elif name == "__version__":
         value = _read_version()
     else:
@@ -33,10 +33,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _read_version() -> str:
-    """The installed package's version, so that it is written down in one place, pyproject.toml."""
+    """The installed package's version, which is defined in pyproject.toml only."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
         return version("tinyvllm")
-    except PackageNotFoundError:  # a checkout on the path that was never installed
+    except PackageNotFoundError:  # a checkout on the path that is not installed
         return "0+unknown"

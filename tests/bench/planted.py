@@ -17,7 +17,9 @@ from tinygrad.engine.realize import run_linear
 from tinygrad.uop.ops import CallInfo, Ops
 
 from tests.bench.fakes import make_machine
-from tinyvllm.bench.breakdown import BreakdownWork, breakdown_json, measure_breakdown
+from tinyvllm.bench.breakdown import BreakdownWork
+from tinyvllm.bench.breakdown_json import breakdown_json
+from tinyvllm.bench.breakdown_measure import measure_breakdown
 from tinyvllm.bench.cold_start import ColdStart
 from tinyvllm.bench.stages import Case
 from tinyvllm.config import EngineConfig, ModelFiles

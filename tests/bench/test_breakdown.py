@@ -15,7 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.bench.fakes import FakeRunner
-from tinyvllm.bench.breakdown import MAX_RESIDUAL_SHARE, BreakdownWork, longest_case
+from tinyvllm.bench.breakdown import MAX_RESIDUAL_SHARE, BreakdownWork
+from tinyvllm.bench.breakdown_measure import longest_case
 from tinyvllm.bench.plots import draw_breakdown
 from tinyvllm.bench.prompts import LENGTHS, make_ids, make_text
 from tinyvllm.bench.stages import DECODE, PREFILL, STAGES, Case, Driver, PlainRound, RequestTimes

@@ -10,7 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tinyvllm.bench.breakdown import MAX_RESIDUAL_SHARE, Breakdown, CaseResult, bench_rows, sum_stages
+from tinyvllm.bench.breakdown import MAX_RESIDUAL_SHARE, Breakdown, CaseResult, sum_stages
+from tinyvllm.bench.breakdown_rows import bench_rows
 from tinyvllm.bench.cold_start import ColdStart
 from tinyvllm.bench.stages import DECODE, PREFILL
 from tinyvllm.bench.tables import format_number, latency_table, make_title

@@ -115,7 +115,7 @@ def breakdown(*, flags: BreakdownFlags, comparing: CompareFlags, subject: Subjec
     runner.apply()
     import_s = import_engine()  # before any other import of the engine: its time is part of a cold start
 
-    from tinyvllm.bench.breakdown import breakdown_json
+    from tinyvllm.bench.breakdown_json import breakdown_json
     from tinyvllm.bench.breakdown_tables import breakdown_csv
     from tinyvllm.bench.compare import parse_share, read_breakdown
     from tinyvllm.bench.plots import check_plot, draw_breakdown
@@ -176,7 +176,7 @@ def _measure(
     process_s: float | None,
     import_s: float,
 ) -> Breakdown:
-    from tinyvllm.bench.breakdown import fit_config, longest_case, measure_breakdown
+    from tinyvllm.bench.breakdown_measure import fit_config, longest_case, measure_breakdown
     from tinyvllm.bench.cold_start import start_engine
     from tinyvllm.bench.kernel_profile import find_hardware
 
@@ -193,7 +193,7 @@ def _measure(
 
 
 def _show(result: Breakdown, subject: SubjectFlags) -> None:
-    from tinyvllm.bench.breakdown import bench_rows
+    from tinyvllm.bench.breakdown_rows import bench_rows
     from tinyvllm.bench.breakdown_tables import breakdown_tables, stage_summary
     from tinyvllm.bench.tables import markdown_table
 

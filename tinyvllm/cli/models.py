@@ -42,7 +42,7 @@ def models() -> None:
     from tinyvllm.storage.resolve import list_models, models_dir
 
     directory = models_dir()
-    table = Table("MODEL", "SIZE", "HERE", "DESCRIPTION", box=None, pad_edge=False)
+    table = Table("MODEL", "SIZE", "DOWNLOADED", "DESCRIPTION", box=None, pad_edge=False)
     installed = {model.name: model for model in list_models(directory)}
     for name, entry in CATALOG.items():
         table.add_row(

@@ -188,7 +188,7 @@ def trace_table(trace: Trace, by: str, last_steps: int | None, chip: Chip | None
     for count, what in (
         (trace.num_cut, "lines were truncated"),
         (trace.num_untimed, "lines have no time and are left out"),
-        (trace.num_other_lines, "lines are not of a kernel"),
+        (trace.num_other_lines, "lines do not describe a kernel"),
     ):
         if count:
             notes.append(f"{count:,} {what}")

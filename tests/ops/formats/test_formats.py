@@ -21,7 +21,7 @@ from tinyvllm.arrays import DENSE_BITS, Format, QuantizedMatrix, ScaleFormat, st
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import InvariantError, UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS
-from tinyvllm.ops.backend import Backend, Norm
+from tinyvllm.ops.backend import Backend, Epilogue, Norm
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.cpu.linear import LinearSpec, linear_kernel
 from tinyvllm.ops.formats.matrix import Matrix, Planes, pack, share_rows, unpack
@@ -116,7 +116,7 @@ def multiply(backend: Backend, host: Any, x: np.ndarray) -> np.ndarray:
     """norm(x) @ host.T, with a norm of ones."""
     norm = Norm(backend.device.upload(np.ones(x.shape[1], np.float32)), eps=1e-5)
     (matrix,) = backend.stacked([host])
-    (out,) = backend.norm_linear("test", backend.device.upload(x), norm, [matrix], len(x))
+    (out,) = backend.linear("test", backend.device.upload(x), [matrix], len(x), norm)
     return out.numpy().reshape(len(x), -1)
 
 
@@ -133,7 +133,7 @@ def test_the_cpu_multiplies_by_every_format(device: DeviceHandle, fmt: Format, t
 
 
 @pytest.mark.parametrize("name", ["affine4_g64-float16", "affine3_g64-float16", "MXFP4-e8m0", "FP8-float32"])
-@pytest.mark.parametrize("operation", ["linear_add", "norm_gated"])
+@pytest.mark.parametrize("operation", ["residual", "gated"])
 def test_every_epilogue_takes_every_format(
     device: DeviceHandle, reference: ReferenceBackend, name: str, operation: str
 ) -> None:
@@ -143,11 +143,12 @@ def test_every_epilogue_takes_every_format(
     def run(backend: Backend) -> np.ndarray:
         upload = backend.device.upload
         norm = Norm(upload(np.ones(COLS, np.float32)), eps=1e-5)
-        if operation == "norm_gated":
-            out = backend.norm_gated("test", upload(x), norm, backend.gate_up(gate, up), 4)
+        if operation == "gated":
+            out = backend.linear("test", upload(x), [backend.gate_up(gate, up)], 4, norm, Epilogue(activation="silu"))
         else:
-            out = backend.linear_add("test", upload(x), backend.matrix(gate), upload(residual), 4)
-        return out.numpy()
+            epilogue = Epilogue(residual=upload(residual))
+            out = backend.linear("test", upload(x), [backend.matrix(gate)], 4, epilogue=epilogue)
+        return out[0].numpy()
 
     assert largest_difference(run(CpuBackend(device, None)), run(reference)) < 1e-5
 
@@ -198,12 +199,15 @@ def test_runs_refuse_by_name_what_they_do_not_cover(fmt: Format) -> None:
 def test_fused_backends_multiply_what_they_do_not_cover_by_the_general_product(
     kind: str, tokens: int, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """These products run here, because they are not METAL's or CUDA's kernels. Both formats' names are in the log."""
+    """These products run here, because they are not METAL's or CUDA's kernels. The log names the format."""
     host, x = draw_matrix(BY_NAME[name], 64, COLS), normal(tokens, COLS)
     with caplog.at_level(logging.WARNING):
-        out = multiply(rendered(kind), host, x)
+        backend = rendered(kind)
+        out = multiply(backend, host, x)
     assert largest_difference(out, expected_product(host, x)) < 4e-3  # float16 activations
-    assert f"products with weights in {BY_NAME[name].name} take the general kernels" in caplog.text
+    said = f"test: a product with weights in {BY_NAME[name].name} takes the general kernel"
+    assert said in caplog.text
+    assert backend.coverage.lines() == [said]
 
 
 def scaled(**numbers: Any) -> ScaleFormat:

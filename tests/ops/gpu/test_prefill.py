@@ -26,10 +26,10 @@ from tests.ops.builders import (
 )
 from tests.ops.gpu.products import SHAPES, TOLERANCE, multiply
 from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, plan_attention, plan_layer, rendered
+from tinyvllm.arrays import Format
 from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.backend import Backend
-from tinyvllm.ops.formats.matrix import Format
 from tinyvllm.ops.gpu import attention_prefill as gpu_prefill
 from tinyvllm.ops.gpu.attention_prefill import PrefillSpec, swizzled_place, tile_map_kernel
 from tinyvllm.ops.gpu.fused import FusedGpuBackend

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from tinygrad import UOp
 
+from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import arithmetic, gated, tanh
-from tinyvllm.ops.formats.matrix import HALF, PANEL, Format, Planes, code_lanes
+from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes, code_lanes
 from tinyvllm.ops.kernel.body import Body, KernelFn, balanced, cached_kernel, exp2, fill, finish
 from tinyvllm.ops.kernel.tuning import Tunable
 from tinyvllm.ops.sampling.token_ids import token_id

@@ -23,9 +23,7 @@ from ml_dtypes import bfloat16
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 
-from tinyvllm.arrays import DENSE_BITS, HostMatrix, QuantizedMatrix, Scales, to_float32
-from tinyvllm.arrays import Format as Format
-from tinyvllm.arrays import ScaleFormat as ScaleFormat
+from tinyvllm.arrays import DENSE_BITS, Format, HostMatrix, QuantizedMatrix, ScaleFormat, Scales, to_float32
 from tinyvllm.device.handle import has_half, upload
 from tinyvllm.errors import InvariantError, UnsupportedModelError
 from tinyvllm.ops.kernel.body import F32, I32, U32

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinyvllm.arrays import HostMatrix, stack_rows
+from tinyvllm.arrays import Format, HostMatrix, stack_rows
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.ops.attention_spec import AttentionLayer, AttentionSpec
@@ -24,7 +24,7 @@ from tinyvllm.ops.backend import (
     zeroed_pool,
 )
 from tinyvllm.ops.coverage import Coverage
-from tinyvllm.ops.formats.matrix import Format, Matrix, Planes, pack, unpack
+from tinyvllm.ops.formats.matrix import Matrix, Planes, pack, unpack
 from tinyvllm.ops.gpu.attention import THREADS, attention_kernel, take_rows_kernel, write_kv_kernel
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.plain import plain_epilogue

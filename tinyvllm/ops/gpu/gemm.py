@@ -14,8 +14,9 @@ from tinygrad import Tensor, UOp
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import LOG2E, Arithmetic, gated
-from tinyvllm.ops.formats.matrix import PANEL, Format, Planes
+from tinyvllm.ops.formats.matrix import PANEL, Planes
 from tinyvllm.ops.formats.runs import read_run
 from tinyvllm.ops.gpu.gemm_hopper import (
     CACHED_TOKENS,

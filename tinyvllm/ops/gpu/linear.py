@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import gated, tanh
-from tinyvllm.ops.formats.matrix import PANEL, Format, Planes
+from tinyvllm.ops.formats.matrix import PANEL, Planes
 from tinyvllm.ops.formats.runs import Run, group_sums, read_halves, read_run, run_cols
 from tinyvllm.ops.gpu.attention_split import SplitHeads, read_split
 from tinyvllm.ops.kernel.body import F16, F32, Body, KernelFn, balanced, cached_kernel, finish

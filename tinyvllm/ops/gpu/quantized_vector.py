@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from tinygrad import UOp
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import gated
-from tinyvllm.ops.formats.matrix import PANEL, Format, Planes
+from tinyvllm.ops.formats.matrix import PANEL, Planes
 from tinyvllm.ops.formats.runs import CODE_ORDER, group_scale, read_pairs
 from tinyvllm.ops.gpu.attention_split import SplitHeads, read_split
 from tinyvllm.ops.kernel.body import F16, F32, U16, U32, Body, KernelFn, balanced, cached_kernel, finish

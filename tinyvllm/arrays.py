@@ -29,7 +29,7 @@ SCALE_DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class ScaleFormat:
-    """How the scales (or biases) of a row's groups are stored. Their sign is free."""
+    """How the scales (or minimums) of a row's groups are stored. They may be negative."""
 
     span: int  # columns that one base covers: a multiple of the group
     has_steps: bool = False  # an integer a group multiplies the base (K quants)
@@ -42,7 +42,7 @@ class Format:
     """How the values of a matrix are stored. Hashable: kernels are cached by it.
 
     Dense: `name` is the dtype, `group` 0. Quantized: `group` neighboring columns of a row share a scale, and perhaps a
-    bias: value = code * scale + minimum, where the code stands for an integer less `offset`, an entry of `codebook`, or
+    bias: value = code * scale + minimum. A code stands for an integer less `offset`, for an entry of `codebook`, or for
     a float8. Raises UnsupportedModelError for what no kernel can read.
     """
 
@@ -60,9 +60,13 @@ class Format:
             raise UnsupportedModelError(f"format {self.name} {problem}")
 
     def _problem(self) -> str | None:
-        """What no kernel can read of it, if anything."""
+        """What makes it unreadable for every kernel, if anything."""
         if not self.is_quantized:
-            return None if DENSE_BITS.get(self.name) == self.bits else f"is no dense one: known are {_list(DENSE_BITS)}"
+            return (
+                None
+                if DENSE_BITS.get(self.name) == self.bits
+                else f"is not a dense format: known are {_list(DENSE_BITS)}"
+            )
         if self.group not in GROUPS:
             return f"has groups of {self.group} columns: supported are {_list(GROUPS)}"
         if self.bits not in CODE_BITS:

@@ -40,7 +40,7 @@ U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor where it lies. `data` is its bytes, (num_bytes,) uint8, read from disk when they are used."""
+    """One tensor. `data` is its bytes, (num_bytes,) uint8, which are read from disk when they are used."""
 
     name: str
     shape: tuple[int, ...]  # NumPy's order: rows first
@@ -49,11 +49,11 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """A GGUF file's metadata and tensors; of a split model, given its first part, the tensors of all parts.
+    """A GGUF file's metadata and tensors. Given the first part of a split model, the tensors of all parts.
 
     Raises ModelError for a file that is cut short or damaged, UnsupportedModelError for a version of the format or a
-    type of tensor that is not known. The header is read once for as long as the file stays the same, and what it says
-    is shared by all objects of the file: not to be changed.
+    type of tensor that is not known. The header is read again only when the file has changed; all objects of a file
+    share its metadata and tensors, which must not be modified.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,7 +117,7 @@ class _TensorInfo:
 
 
 def _locate(info: _TensorInfo, path: Path, data: np.ndarray, start: int) -> GGUFTensor:
-    """Find a tensor's bytes, which must be all there."""
+    """Find a tensor's bytes. Raises ModelError if they are not all there."""
     try:
         quantization = GGMLQuantizationType(info.type_number)
     except ValueError:
@@ -143,7 +143,7 @@ def _cut_short(path: Path, num_bytes: int, detail: str) -> ModelError:
 
 
 class _Cursor:
-    """Walks over the header. Raises ModelError when it would step over the end."""
+    """Reads the header value by value. Raises ModelError at the end of the file."""
 
     def __init__(self, path: Path, data: np.ndarray) -> None:
         self.path = path

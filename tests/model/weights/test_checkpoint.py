@@ -66,15 +66,15 @@ def test_directory_gives_the_weights_that_were_written(tmp_path, dtype, shards):
 
 @pytest.mark.parametrize(("kind", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")])
 @pytest.mark.parametrize("numbers", [{}, {"tie": False, "hidden": 96, "kv_heads": 1, "head_dim": 32}])
-def test_unquantised_gguf_gives_the_directory_s_weights_in_its_order(tmp_path, kind, dtype, numbers):
+def test_unquantized_gguf_gives_the_directory_s_weights_in_its_order(tmp_path, kind, dtype, numbers):
     taken = take_all(write_tiny_gguf(tmp_path / "m.gguf", quant=kind, **numbers), **numbers)
     weights = make_weights(TinyLlama(**numbers))
     assert_same(taken, {name: as_stored(w, dtype) if w.ndim == 2 else w for name, w in weights.items()})
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_quantised_gguf_gives_each_row_s_own_quantisation(tmp_path, kind):
-    """Blocks lie within rows, so reordering rows and quantising may be done in either order."""
+def test_quantized_gguf_gives_each_row_s_own_quantization(tmp_path, kind):
+    """Blocks lie within rows, so reordering rows and quantizing may be done in either order."""
     taken = take_all(write_tiny_gguf(tmp_path / "m.gguf", quant=kind))
     for name, weight in make_weights(TinyLlama()).items():
         if weight.ndim == 2:
@@ -84,7 +84,7 @@ def test_quantised_gguf_gives_each_row_s_own_quantisation(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", QUANTIZED_KINDS)
-def test_quantised_matrices_stay_quantised(tmp_path, kind):
+def test_quantized_matrices_stay_quantized(tmp_path, kind):
     files = write_tiny_gguf(tmp_path / "m.gguf", quant=kind, tweaks=GGUFTweaks(quant_of={"ffn_down": "Q6_K"}), **WIDE)
     checkpoint = open_files(files)
     q = checkpoint.take(Q_NAME, (256, 256))
@@ -150,7 +150,7 @@ def test_misshapen_tensor_is_named_with_both_shapes(tmp_path, form):
         open_files(files).take(Q_NAME, (64, 32))
 
 
-def test_unknown_quantisation_lists_the_known_before_anything_is_read(tmp_path):
+def test_unknown_quantization_lists_the_known_before_anything_is_read(tmp_path):
     path = write_tiny_gguf(tmp_path / "m.gguf", layers=1, quant="Q4_0").path
     content = path.read_bytes()
     name = b"blk.0.attn_v.weight"

@@ -1,4 +1,4 @@
-"""Decomposed blocks against the gguf package's dequantisation, which follows ggml's reference."""
+"""Decomposed blocks against the gguf package's dequantization, which follows ggml's reference."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def scaled(**numbers: Any) -> ScaleFormat:
         (lambda: Format("odd", 5, 32, scale=scaled(), codebook=(0.0,) * 32), "codebook of 5 bits: .* up to 4"),
         (lambda: Format("odd", 4, 32, offset=8, scale=scaled(), codebook=FP4), "offset of 8 to codes that are not int"),
         (lambda: Format("odd", 4, 32, scale=scaled(), is_float8=True), "float8 codes of 4 bits"),
-        (lambda: Format("odd", 16), "no dense one: known are float32, float16, bfloat16"),
+        (lambda: Format("odd", 16), "not a dense format: known are float32, float16, bfloat16"),
     ],
 )
 def test_a_format_that_nothing_reads_cannot_be_made(make: Callable[[], Format], message: str) -> None:

@@ -30,7 +30,7 @@ def test_packing_and_unpacking_gives_the_same_values(device: DeviceHandle, kind:
 
 
 @pytest.mark.parametrize("fmt", QUANTIZED)
-def test_quantised_matrices_keep_the_size_of_their_blocks(device: DeviceHandle, fmt: str) -> None:
+def test_quantized_matrices_keep_the_size_of_their_blocks(device: DeviceHandle, fmt: str) -> None:
     """ggml's bits a weight; the six-bit steps of Q4_K and Q5_K take a byte here."""
     bits = {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5, "Q4_K": 4.625, "Q5_K": 5.625, "Q6_K": 6.5625}
     matrix = pack(make_host(fmt, 64, 512), "panel", None, device.name)
@@ -40,7 +40,7 @@ def test_quantised_matrices_keep_the_size_of_their_blocks(device: DeviceHandle, 
 
 @pytest.mark.parametrize("fmt", [*DENSE, "Q4_K"])
 @pytest.mark.parametrize("dtype", DENSE)
-def test_dense_values_are_recast_and_codes_only_when_dequantised(device: DeviceHandle, fmt: str, dtype: str) -> None:
+def test_dense_values_are_recast_and_codes_only_when_dequantized(device: DeviceHandle, fmt: str, dtype: str) -> None:
     host = make_host(fmt, 32, 256)
     if fmt == "Q4_K":
         assert pack(host, "panel", dtype, device.name).format.name == "Q4_K"
@@ -50,7 +50,7 @@ def test_dense_values_are_recast_and_codes_only_when_dequantised(device: DeviceH
     np.testing.assert_array_equal(unpack(matrix).numpy(), expected)
 
 
-def test_dequantised_matrices_are_float16_unless_told(device: DeviceHandle) -> None:
+def test_dequantized_matrices_are_float16_unless_told(device: DeviceHandle) -> None:
     assert pack(make_host("Q8_0", 32, 32), "panel", None, device.name, dequantize=True).format.name == "float16"
 
 

@@ -20,7 +20,7 @@ HEAD_NAME = "lm_head.weight"
 
 
 def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
-    """Find every tensor of the model, without reading values. Raises ModelError and its kinds."""
+    """Find every tensor of the model, without reading values. Raises ModelError and its subclasses."""
     if files.kind == "gguf":
         read = read_gguf(files.path, config)
     else:
@@ -64,7 +64,7 @@ class Checkpoint:
         return sorted(self._tensors)
 
     def take(self, name: str, shape: tuple[int, ...]) -> HostMatrix:
-        """Read one tensor. A dense one is a read-only view of the file: its pages come in as they are used.
+        """Read one tensor. A dense one is a read-only view of the file, whose pages are read when they are used.
 
         Raises WeightMismatchError if it is missing or has another shape.
         """

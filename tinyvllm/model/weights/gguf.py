@@ -53,8 +53,8 @@ ROTARY_TENSORS = tuple(f"{part}.{suffix}" for part in ("attn_q", "attn_k") for s
 def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """All tensors of the file, by Hugging Face's names (a tensor that has none keeps its own).
 
-    `rope_freqs.weight` is left out: it is in `config.rope_divisors`. Raises UnsupportedModelError for tensors of a type
-    that cannot be taken apart, and what GGUFFile raises.
+    `rope_freqs.weight` is left out: it is in `config.rope_divisors`. Raises UnsupportedModelError for tensors of an
+    unknown type, and what GGUFFile raises.
     """
     tensors = {}
     for tensor in GGUFFile(path).tensors.values():

@@ -16,15 +16,17 @@ from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
 
 DENSE_KINDS = ("float32", "float16", "bfloat16")
 RANDOM_KINDS = (*DENSE_KINDS, *QUANTIZED_KINDS)
-DRAWN_ROWS = 61  # drawn for a matrix, then repeated: billions of numbers would take minutes. Prime: no block's divisor
+# Rows that are drawn for a matrix and then repeated: billions of numbers would take minutes. A prime, so that the
+# repeats do not line up with blocks of rows.
+DRAWN_ROWS = 61
 
 # llama.cpp's choice for matrices whose rows are not whole blocks of 256 (llama-quant.cpp, tensor_type_fallback)
 NARROW_KINDS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
 class RandomWeights:
-    """Invents whatever tensor is asked for: matrices of one kind, whose products keep their input's spread, and
-    vectors (norms) near 1. The same seed and name give the same values."""
+    """Makes up any tensor: matrices of one kind, whose products keep their input's spread, and vectors (norms) near 1.
+    The same seed and name give the same values."""
 
     def __init__(self, kind: str, seed: int) -> None:
         """Raises UnsupportedModelError for an unknown kind."""
@@ -34,7 +36,7 @@ class RandomWeights:
         self._seed = seed
 
     def take(self, name: str, shape: tuple[int, ...]) -> HostMatrix:
-        """A vector or a matrix. Raises ModelError where the rows of a quantised matrix are not whole blocks."""
+        """A vector or a matrix. Raises ModelError if a quantized matrix's rows are not whole blocks."""
         rng = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
         if len(shape) == 1:
             return (1 + 0.1 * rng.standard_normal(shape)).astype(np.float32)

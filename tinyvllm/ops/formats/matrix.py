@@ -153,7 +153,7 @@ class Planes:
         return float_of_e4m3(stored) if fmt.is_float8 else stored.cast(F32)
 
     def _high_bits(self, run: UOp, lane: UOp | int) -> UOp:
-        """The bits of code `lane` of a run that the first plane has not, in their place."""
+        """The bits of a run's code `lane` that lie in the high plane, shifted into place."""
         assert self.high is not None
         width = high_bits(self.fmt)
         bit = lane * width
@@ -179,7 +179,7 @@ class Planes:
     # -- reading, in either layout -----------------------------------------------------------------------------------
 
     def value(self, row: UOp, col: UOp, num_cols: int, layout: str) -> UOp:
-        """One whole value at a row that is data (an embedding row), as float32."""
+        """One value, as float32, of a row that depends on data (an embedding row)."""
         if layout == "row":
             return self._row_value(row, col, num_cols)
         fmt, run, lane = self.fmt, row // PANEL * num_cols + col, row % PANEL
@@ -217,7 +217,7 @@ class Planes:
         return self._scaled(self._code_value(code, run, lane), row, col, num_cols, "row")
 
     def _code_value(self, code: UOp, run: UOp, lane: UOp) -> UOp:
-        """What a code stands for whose low bits are given."""
+        """What a code stands for, given its low bits."""
         if self.high is not None:
             code = code + self._high_bits(run, lane)
         if self.fmt.codebook is not None:
@@ -225,7 +225,7 @@ class Planes:
         return (code - self.fmt.offset).cast(F32)
 
     def _scaled(self, value: UOp, row: UOp, col: UOp, num_cols: int, layout: str) -> UOp:
-        """The value of what a code stands for."""
+        """Scale what a code stands for."""
         value = value * self._factor(self.scale, row, col, num_cols, layout)
         if self.minimum is not None:
             value = value + self._factor(self.minimum, row, col, num_cols, layout)
@@ -249,8 +249,8 @@ class Planes:
 
 
 def look_up(code: Any, codebook: Sequence[float]) -> Any:
-    """codebook[code] as float32, by a tree of selects: lanes of a vector each take their own, where a table in memory
-    would be gathered from. Of a codebook whose upper half is its lower half negated (fp4), half as many."""
+    """codebook[code] as float32, by a tree of selects, which vectorizes; loads from a table would be a gather. If the
+    upper half of the codebook is the lower half negated (fp4), half of the tree is enough."""
     half = len(codebook) // 2
     lower, upper = codebook[:half], codebook[half:]
     is_upper = (code & half).ne(0)
@@ -282,7 +282,7 @@ def float_of_e4m3(byte: Any) -> Any:
 
 
 def float_of_scale(base: Any, fmt: ScaleFormat) -> Any:
-    """A scale as it is stored, as float32. Half precision may be stored as float32, where a device lacks it."""
+    """A stored scale as float32. Devices without half precision store float16 as float32."""
     if fmt.dtype == "bfloat16":
         return float_of_bfloat16(base)
     if fmt.dtype == "e4m3":
@@ -299,9 +299,10 @@ def pack(
     host: HostMatrix, layout: str, dtype: str | None, device: str, *, dequantize: bool = False, num_experts: int = 0
 ) -> Matrix:
     """Put a host matrix (N, K) on `device`. `dtype` recasts dense values (None: as stored); codes stay codes unless
-    `dequantize`. With `num_experts` the rows are those of so many matrices of the same size.
+    `dequantize`. With `num_experts`, the rows are those of that many matrices of the same size.
 
-    Raises UnsupportedModelError where K is not a multiple of 32 and of the format's scales, or experts' rows not of 32.
+    Raises UnsupportedModelError if K is not a multiple of 32 and of the columns that a scale covers, or if an expert's
+    rows are not a multiple of 32.
     """
     rows, cols = host.shape
     if isinstance(host, QuantizedMatrix) and dequantize:
@@ -351,7 +352,7 @@ def _numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def _as_bits(values: np.ndarray) -> np.ndarray:
-    """Numbers that tinygrad has no arrays of as unsigned integers."""
+    """Numbers whose dtype tinygrad cannot upload, as unsigned integers of the same size."""
     if values.dtype.kind != "V":
         return values
     return values.view(np.uint16 if values.dtype.itemsize == 2 else np.uint8)
@@ -401,7 +402,7 @@ def _pack_high(high: np.ndarray, width: int) -> np.ndarray:
 
 def unpack(matrix: Matrix, dtype: DType = dtypes.float) -> Tensor:
     """The whole matrix as a Tensor (N, K), by plain Tensor arithmetic: the reference of the kernels' readers, and the
-    form in which GPUs' generic products read weights (the arithmetic fuses into the product's kernel)."""
+    form in which the general product of GPUs reads weights (the arithmetic fuses into the product's kernel)."""
     fmt, planes = matrix.format, Planes(matrix.format, matrix.planes)
     values = _unarrange(_unpack_values(planes, matrix), matrix)
     if not fmt.is_quantized:
@@ -439,7 +440,7 @@ def _unpack_codes(planes: Planes, stored: Tensor) -> Tensor:
     codes = parts[0].cat(*parts[1:], dim=1).reshape(-1, PANEL).cast(dtypes.uint)
     if planes.high is not None:
         count = high_bits(fmt)
-        # calculated, and not from a list, which every step would copy from the host anew
+        # computed, because a list would be copied from the host at every step
         shifts = Tensor.arange(0, WORD, count, dtype=dtypes.uint)
         high = (planes.high.reshape(-1, 1) >> shifts.reshape(1, -1)) & ((1 << count) - 1)
         codes = codes + (high.reshape(-1, PANEL) << width)

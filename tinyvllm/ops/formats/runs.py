@@ -1,7 +1,7 @@
 """Reading a matrix in row layout by runs: consecutive columns of one row, which one lane of a GPU holds in registers.
 
-A code of b bits is never converted from an integer, which GPUs do at a fraction of their speed: it is put into the high
-bits of a float32's mantissa, f = 1 + code / 2**b, and what that adds goes into the group's factors:
+Codes are not converted from integers, which is slow on GPUs. A code of b bits is put into the high bits of a float32's
+mantissa, which makes it f = 1 + code / 2**b, and the group's factors take the rest back:
 value = (code - offset) * scale + minimum = f * (scale * 2**b) + (minimum - scale * (2**b + offset)).
 """
 
@@ -20,8 +20,8 @@ from tinyvllm.ops.kernel.body import F16, F32, I32, balanced
 from tinyvllm.ops.kernel.lanes import HALF_PAIR, Mma
 
 ONE_BITS, MANTISSA_BITS = 0x3F800000, 23
-IN_HALF = 1024  # what the bits of a half add to a code in its mantissa
-CODE_ORDER = (0, 2, 1, 3)  # of four neighbours' codes in `read_pairs`: a word's halves hold every other one
+IN_HALF = 1024  # a code in a float16's mantissa makes it 1024 + code
+CODE_ORDER = (0, 2, 1, 3)  # of four neighboring codes in `read_pairs`: a word's halves hold every other one
 
 
 COVERED_BITS, COVERED_GROUPS = (4, 5, 6, 8), (16, 32)
@@ -58,7 +58,7 @@ def run_cols(fmt: Format, dense_cols: int) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """One lane's consecutive weights. Dense: `floats` are the values and `factors` is empty. Quantised: value i is
+    """One lane's consecutive weights. Dense: `floats` are the values and `factors` is empty. Quantized: value i is
     floats[i] * a + b, with (a, b) = factors[i // group]."""
 
     floats: list[UOp]
@@ -79,7 +79,7 @@ class Run:
         return scaled
 
     def dot(self, x: Sequence[UOp], sums: Sequence[UOp]) -> UOp:
-        """weights . x. `sums`: of x over each group, (`group_sums`)."""
+        """weights . x. `sums`: of x over each group (`group_sums`)."""
         products = [value * v for value, v in zip(self.floats, x, strict=True)]
         if not self.factors:
             return balanced(products)
@@ -92,7 +92,7 @@ class Run:
 
 
 def group_sums(fmt: Format, x: Sequence[UOp]) -> list[UOp]:
-    """What `Run.dot` wants beside x: nothing for dense formats."""
+    """What `Run.dot` needs besides x: nothing for dense formats."""
     require_covered(fmt)
     if not fmt.is_quantized:
         return []
@@ -115,7 +115,7 @@ def read_run(planes: Planes, row: UOp, run: UOp, num_cols: int, cols: int) -> Ru
 
 
 def _bfloat16_pair(word: UOp) -> list[UOp]:
-    """Two neighbours: a bfloat16 is the upper half of a float32."""
+    """Two neighboring values: a bfloat16 is the upper half of a float32."""
     return [(word << 16).bitcast(F32), (word & 0xFFFF0000).bitcast(F32)]
 
 
@@ -130,13 +130,13 @@ def _moved(word: UOp, start: int, width: int, target: int) -> UOp:
 
 
 def _byte_codes(planes: Planes, run: UOp) -> list[UOp]:
-    """Signed bytes, of which 128 is taken by `_factors`."""
+    """Signed bytes plus 128, which `_factors` subtracts."""
     words = [planes.codes[run * (PANEL // 4) + i].load() ^ 0x80808080 for i in range(PANEL // 4)]
     return [_in_mantissa(_moved(words[i // 4], i % 4 * 8, 8, MANTISSA_BITS - 8)) for i in range(PANEL)]
 
 
 def _packed_codes(planes: Planes, run: UOp) -> list[UOp]:
-    """4 bits of a code in a byte that it shares, the 5th and 6th in the high plane."""
+    """Codes whose low 4 bits share a byte with another's; the 5th and 6th bits are in the high plane."""
     fmt, bits = planes.fmt, planes.fmt.bits
     half = PANEL // 2
     words = [planes.codes[run * (half // 4) + i].load() for i in range(half // 4)]
@@ -150,10 +150,10 @@ def _packed_codes(planes: Planes, run: UOp) -> list[UOp]:
 
 
 def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, to_halves: Callable[[UOp, int], UOp]) -> list[UOp]:
-    """A run's codes in words of two halves, 1024 + code each (signed bytes: + 128): one instruction for two.
+    """A run's codes as words of two halves, 1024 + code each (signed bytes: + 128), so that one instruction does two.
 
-    `to_halves`: `Mma.to_halves`. In quads of neighbours in `CODE_ORDER`: the first four columns, the first four of the
-    run's second half, the second four, and so on.
+    `to_halves`: `Mma.to_halves`. The words are in groups of four neighboring columns, each in `CODE_ORDER`: the first
+    four of the run, the first four of its second half, the second four, and so on.
     """
     require_covered(planes.fmt)
     fmt, index = planes.fmt, row * num_runs + run
@@ -182,9 +182,9 @@ def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, to_halves: Cal
 
 
 def read_halves(planes: Planes, row: UOp, run: UOp, num_cols: int, mma: Mma) -> list[UOp]:
-    """A quantised run's weights, rounded to float16, as the operand of `Mma.multiply_pairs`: two instructions a pair
-    beside the one or two that bring it in place. (code - offset) is exact in float16, and so its product with a scale
-    of float16 is rounded once."""
+    """A quantized run's weights, rounded to float16, as the operand of `Mma.multiply_pairs`: two instructions a pair,
+    besides the one or two that move it into place. (code - offset) is exact in float16, so its product with a float16
+    scale is rounded once."""
     require_covered(planes.fmt)
     fmt, index = planes.fmt, row * (num_cols // PANEL) + run
     pairs = _byte_pairs(planes, index, mma) if fmt.bits == 8 else _packed_pairs(planes, index, mma)
@@ -203,7 +203,7 @@ def read_halves(planes: Planes, row: UOp, run: UOp, num_cols: int, mma: Mma) -> 
 
 
 def _offset(fmt: Format) -> int:
-    """What is taken from a code; signed bytes are read as unsigned ones, 128 above."""
+    """What to subtract from a code; signed bytes are read as unsigned ones, 128 larger."""
     return fmt.offset + (128 if fmt.bits == 8 else 0)
 
 
@@ -214,7 +214,7 @@ def _byte_pairs(planes: Planes, run: UOp, mma: Mma) -> list[tuple[UOp, int]]:
 
 
 def _packed_pairs(planes: Planes, run: UOp, mma: Mma) -> list[tuple[UOp, int]]:
-    """Words of two neighbours' codes as halves, and what a code counts in them: 1024 + code * unit each."""
+    """Words of two neighboring codes as halves 1024 + code * unit, and that unit."""
     fmt, half = planes.fmt, PANEL // 2
     words = [planes.codes[run * (half // 4) + i].load() for i in range(half // 4)]
     low = [mma.byte_pair(words[i // 2], i % 2, 0) for i in range(half // 2)]

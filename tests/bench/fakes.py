@@ -48,6 +48,11 @@ class FakeRunner:
 
     max_in_flight = 1
 
+    @property
+    def runner(self) -> FakeRunner:
+        """Itself, since it is its own inspector."""
+        return self
+
     def launch(self, plan: StepPlan) -> StepOutput:
         return self.execute(plan)
 

@@ -26,6 +26,7 @@ from tinyvllm.config import EngineConfig, ModelFiles
 from tinyvllm.device.recording import RecordedStep
 from tinyvllm.device.replay import make_replay
 from tinyvllm.execution.graphs import Graph, GraphInstance
+from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.profiling.chips import Chip
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
@@ -61,7 +62,7 @@ def make_runner(files: ModelFiles) -> ModelRunner:
 def measure(runner: Any) -> dict[str, Any]:
     """The JSON of a breakdown of WORK."""
     start = ColdStart(None, 0.0, 0.0, ())
-    return breakdown_json(measure_breakdown(runner, None, make_machine(), WORK, start, CHIP, ignore))
+    return breakdown_json(measure_breakdown(RunnerInspector(runner), None, make_machine(), WORK, start, CHIP, ignore))
 
 
 def only_counts(figures: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def recompiled_prefill(runner: ModelRunner) -> Iterator[None]:
 
     def launch(plan: StepPlan) -> Any:
         if not plan.is_decode:
-            runner.recapture(runner.buckets[-1])
+            runner.captures.remake(runner.buckets[-1])
         return original(plan)
 
     with _replaced(runner, "launch", launch):
@@ -175,11 +176,11 @@ def _replaced_lanes(runner: ModelRunner, change: Any) -> Iterator[None]:
 
 def _without_sampling(runner: ModelRunner, instance: GraphInstance) -> GraphInstance:
     step: RecordedStep = dataclasses.replace(instance.step, calls=instance.step.calls[: instance.step.cut])
-    return dataclasses.replace(instance, step=step, run=make_replay(runner._backend.device, step))
+    return dataclasses.replace(instance, step=step, run=make_replay(runner.backend.device, step))
 
 
 def _stride(runner: ModelRunner) -> int:
-    return runner._model.logit_stride
+    return runner.model.logit_stride
 
 
 def _logits(graph: Graph) -> Buffer:

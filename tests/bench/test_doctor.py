@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,13 +66,13 @@ def test_a_missing_compiler_and_a_busy_machine_are_worth_a_look(monkeypatch: pyt
 
 
 def test_a_program_over_a_limit_is_named() -> None:
-    class Runner:
-        device = "METAL"
+    class Inspector:
+        runner = SimpleNamespace(device="METAL")
 
         def programs(self) -> list[ProgramFacts]:
             return [ProgramFacts("fine", 5, 32, 0), ProgramFacts("greedy", 40, 32, 0)]
 
-    (check,) = doctor.programs(Runner())  # type: ignore[arg-type]
+    (check,) = doctor.programs(Inspector())  # type: ignore[arg-type]
     assert check.status == BAD and "greedy: 40 arguments, METAL has 31" in check.remedy and "fine" not in check.remedy
 
 

@@ -8,11 +8,13 @@ import pytest
 
 from tests.bench.fakes import make_model_config
 from tinyvllm.bench.latency import Case, LatencyWork, fit_config, make_requests, measure_latency
+from tinyvllm.bench.rows import Row
 from tinyvllm.bench.shapes import SHAPES, find_shape
 from tinyvllm.bench.subject import Subject
 from tinyvllm.bench.throughput import ThroughputWork, run_once
 from tinyvllm.config import EngineConfig
 from tinyvllm.errors import TinyvllmError, UnsupportedModelError
+from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import ModelRunner
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 
@@ -39,8 +41,12 @@ def runner(request: pytest.FixtureRequest) -> Iterator[ModelRunner]:
     loaded.close()
 
 
+def measure(runner: ModelRunner) -> list[Row]:
+    return measure_latency(RunnerInspector(runner), Subject("tiny", TINY).describe(runner, 1.0, 0), WORK, ignore)
+
+
 def test_step_reads_every_matrix_once_and_rows_of_an_untied_table(runner: ModelRunner) -> None:
-    prefill, decode = measure_latency(runner, Subject("tiny", TINY).describe(runner, 1.0, 0), WORK, ignore)
+    prefill, decode = measure(runner)
     layer = 4 * 64 * 64 + 3 * 64 * 96
     num_params = 2 * layer + 2 * 260 * 64
     head_rows = 288  # 260, padded to whole panels of 32
@@ -57,19 +63,21 @@ def test_step_reads_every_matrix_once_and_rows_of_an_untied_table(runner: ModelR
 
 def test_kernels_move_what_is_needed_and_activations(runner: ModelRunner) -> None:
     plans = [decode_plan(runner, context) for context in (16, 40, 41)]
-    costs = [runner.cost(plan) for plan in plans]
+    inspector = RunnerInspector(runner)
+    costs = [inspector.cost(plan) for plan in plans]
     extra = [cost.moved_bytes - cost.nbytes for cost in costs]
     assert (
         extra[0] == extra[1] == extra[2] > 0
     )  # only keys and values grow with the context, and all of them are counted
     logits_bytes, hidden_bytes = 2 * 288 * 4, 2 * 64 * 4
-    most = 10 * logits_bytes + 2 * 40 * hidden_bytes + 3 * runner.output_bytes  # an output is counted with its padding
+    # an output is counted with its padding
+    most = 10 * logits_bytes + 2 * 40 * hidden_bytes + 3 * inspector.output_bytes
     assert 2 * logits_bytes + 8 * hidden_bytes < extra[0] < most
 
 
 def test_measuring_captures_nothing(runner: ModelRunner) -> None:
     before = runner.num_captures
-    measure_latency(runner, Subject("tiny", TINY).describe(runner, 1.0, 0), WORK, ignore)
+    measure(runner)
     assert runner.num_captures == before == 2
 
 
@@ -79,7 +87,7 @@ def test_engine_runs_on_random_weights(runner: ModelRunner) -> None:
 
 
 def test_bandwidth_is_measured(runner: ModelRunner) -> None:
-    assert runner.measure_bandwidth() > 0
+    assert RunnerInspector(runner).measure_bandwidth() > 0
 
 
 def test_description_has_what_a_figure_depends_on(runner: ModelRunner) -> None:

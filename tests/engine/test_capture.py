@@ -99,9 +99,9 @@ def test_a_closed_runner_holds_no_memory(tiny_gguf_files: ModelFiles) -> None:
         runner = make_runner(tiny_gguf_files, capture="tinyjit")
         bucket = runner.buckets[0]
         taken = used()
-        runner.recapture(bucket)
+        runner.captures.remake(bucket)
         assert used() == taken, "a graph that was captured anew leaves nothing of the one before"
-        assert runner.scratch_bytes > 0
+        assert runner.captures.scratch_bytes > 0
         runner.close()
         del runner
     assert used() <= before

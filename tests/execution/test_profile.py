@@ -9,8 +9,9 @@ import pytest
 
 from tests.builders import write_tiny_hf_llama
 from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.profile import merge_cores
-from tinyvllm.execution.runner import ModelRunner, load_runner
+from tinyvllm.execution.runner import load_runner
 from tinyvllm.profiling.kernels import Kernel, tabulate
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
@@ -20,7 +21,7 @@ CONTEXT = 20
 
 
 @pytest.fixture(scope="module")
-def runners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ModelRunner]]:
+def inspectors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RunnerInspector]]:
     """The same model twice: with steps that were traced, and with those that the first left on disk."""
     files = write_tiny_hf_llama(tmp_path_factory.mktemp("model"))
     cache: Path = tmp_path_factory.mktemp("cache")
@@ -35,7 +36,7 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ModelRunn
             runner.warm_up()
             loaded.append(runner)
     assert loaded[1].store is not None and loaded[1].store.num_steps_read
-    yield loaded
+    yield [RunnerInspector(runner) for runner in loaded]
     for runner in loaded:
         runner.close()
 
@@ -56,8 +57,8 @@ def prefill_plan(count: int) -> StepPlan:
 
 @pytest.mark.parametrize("which", [0, 1], ids=["traced", "kept"])
 @pytest.mark.parametrize("plan", [decode_plan(CONTEXT), decode_plan(5, 9), prefill_plan(11)], ids=["1", "2", "prefill"])
-def test_kernels_are_named_by_what_they_do(runners: list[ModelRunner], which: int, plan: StepPlan) -> None:
-    profile = runners[which].profile(plan, repeats=1, warmup=0)
+def test_kernels_are_named_by_what_they_do(inspectors: list[RunnerInspector], which: int, plan: StepPlan) -> None:
+    profile = inspectors[which].profile(plan, repeats=1, warmup=0)
     labels = [kernel.label for kernel in profile.kernels]
     for layer in range(NUM_LAYERS):
         for operation in ("qkv", "attention", "attention out", "gate up", "down"):
@@ -66,23 +67,25 @@ def test_kernels_are_named_by_what_they_do(runners: list[ModelRunner], which: in
     assert not any("other" in label for label in labels)
 
 
-def test_traced_and_kept_steps_get_the_same_names(runners: list[ModelRunner]) -> None:
+def test_traced_and_kept_steps_get_the_same_names(inspectors: list[RunnerInspector]) -> None:
     first, second = (
         [(kernel.label, kernel.program, kernel.nbytes, kernel.flops) for kernel in profile.kernels]
-        for profile in (runner.profile(decode_plan(CONTEXT), repeats=1, warmup=0) for runner in runners)
+        for profile in (inspector.profile(decode_plan(CONTEXT), repeats=1, warmup=0) for inspector in inspectors)
     )
     assert first == second
 
 
-def test_bytes_are_those_of_the_step(runners: list[ModelRunner]) -> None:
+def test_bytes_are_those_of_the_step(inspectors: list[RunnerInspector]) -> None:
     plan = decode_plan(CONTEXT)
-    profile, cost = runners[0].profile(plan, repeats=1, warmup=0), runners[0].cost(plan)
+    profile, cost = inspectors[0].profile(plan, repeats=1, warmup=0), inspectors[0].cost(plan)
     assert sum(kernel.nbytes or 0 for kernel in profile.kernels) == cost.moved_bytes
     assert profile.num_kernels == cost.num_kernels
 
 
-def test_operations_are_two_for_each_weight_and_four_for_each_element_attended(runners: list[ModelRunner]) -> None:
-    profile = runners[0].profile(decode_plan(CONTEXT, 7), repeats=1, warmup=0)
+def test_operations_are_two_for_each_weight_and_four_for_each_element_attended(
+    inspectors: list[RunnerInspector],
+) -> None:
+    profile = inspectors[0].profile(decode_plan(CONTEXT, 7), repeats=1, warmup=0)
     flops = {row.label: row.flops for row in tabulate(profile.kernels)}
     assert flops["qkv"] == 2 * 2 * NUM_LAYERS * HIDDEN * QKV
     assert flops["gate up"] == 2 * 2 * NUM_LAYERS * HIDDEN * 2 * FFN
@@ -91,24 +94,24 @@ def test_operations_are_two_for_each_weight_and_four_for_each_element_attended(r
     assert flops["embed"] == flops["sample"] == 0
 
 
-def test_a_prompt_attends_to_what_is_before_each_token(runners: list[ModelRunner]) -> None:
-    profile = runners[0].profile(prefill_plan(11), repeats=1, warmup=0)
+def test_a_prompt_attends_to_what_is_before_each_token(inspectors: list[RunnerInspector]) -> None:
+    profile = inspectors[0].profile(prefill_plan(11), repeats=1, warmup=0)
     flops = {row.label: row.flops for row in tabulate(profile.kernels)}
     assert flops["attention"] == 4 * NUM_LAYERS * HEADS * HEAD_DIM * (11 * 12 // 2)
     assert flops["kv write"] == 0
     # one row of logits, whatever the prompt's length
-    assert flops["head"] == 2 * HIDDEN * runners[0].model_config.vocab_size
+    assert flops["head"] == 2 * HIDDEN * inspectors[0].runner.model_config.vocab_size
 
 
-def test_a_profile_changes_nothing(runners: list[ModelRunner]) -> None:
+def test_a_profile_changes_nothing(inspectors: list[RunnerInspector]) -> None:
     plan = decode_plan(CONTEXT)
-    before = runners[0].execute(plan).token_ids
-    runners[0].profile(decode_plan(3), repeats=2, warmup=1)
-    assert runners[0].execute(plan).token_ids == before
+    before = inspectors[0].runner.execute(plan).token_ids
+    inspectors[0].profile(decode_plan(3), repeats=2, warmup=1)
+    assert inspectors[0].runner.execute(plan).token_ids == before
 
 
-def test_stamps_lie_in_order_on_every_core(runners: list[ModelRunner]) -> None:
-    profile = runners[0].profile(decode_plan(CONTEXT), repeats=2, warmup=0)
+def test_stamps_lie_in_order_on_every_core(inspectors: list[RunnerInspector]) -> None:
+    profile = inspectors[0].profile(decode_plan(CONTEXT), repeats=2, warmup=0)
     for device in {launch.device for launch in profile.launches}:
         launches = [launch for launch in profile.launches if launch.device == device]
         ends = [launch.start_ns + round(launch.seconds * 1e9) for launch in launches]

@@ -15,7 +15,8 @@ from tinyvllm.execution import tune_process
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.execution.tune import Trial, make_plan, search
-from tinyvllm.execution.tune_process import Event, Job, tune
+from tinyvllm.execution.tune_events import Event, Job
+from tinyvllm.execution.tune_process import tune
 from tinyvllm.ops.kernel import tuning
 
 BUCKET = Bucket.decode(2)
@@ -64,7 +65,7 @@ def test_the_fastest_candidate_is_chosen_and_traced(runner: ModelRunner, monkeyp
     chosen = [value for value in tuning.current.chosen.values() if value]
     assert chosen == [(("rows_per_pass", 1),)]
     with tuning.current.watching() as asked:
-        runner.recapture(BUCKET)
+        runner.captures.remake(BUCKET)
     assert sum(tuning.choose(spec).rows_per_pass == 1 for spec in asked.values()) == 1  # type: ignore[attr-defined]
 
 

@@ -6,7 +6,7 @@ import os
 import time
 from multiprocessing.connection import Connection
 
-from tinyvllm.execution.tune_process import Event, Job
+from tinyvllm.execution.tune_events import Event, Job
 from tinyvllm.ops.kernel.tuning import load_choices
 
 NUM_CANDIDATES = 4

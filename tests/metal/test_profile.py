@@ -10,6 +10,7 @@ from tests.builders import TinyLlama, write_tiny_hf_llama
 from tests.execution.test_profile import decode_plan
 from tinyvllm.bench import doctor
 from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.profiling.kernels import StepProfile, tabulate
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
@@ -42,7 +43,7 @@ def prefill_plan() -> StepPlan:
 
 
 def profile(runner: ModelRunner, plan: StepPlan) -> StepProfile:
-    return runner.profile(plan, repeats=1, warmup=0)
+    return RunnerInspector(runner).profile(plan, repeats=1, warmup=0)
 
 
 @pytest.mark.parametrize("plan", [decode_plan(20), prefill_plan()], ids=["decode", "prefill"])
@@ -77,10 +78,10 @@ def test_the_doctor_names_the_family_and_the_limits_and_says_where_graphs_are_mi
 
     metal = Device["METAL"]
     monkeypatch.setattr(metal, "graph", MetalGraph)
-    found = next(doctor.device(runner, 1.0))
+    found = next(doctor.device(RunnerInspector(runner), 1.0))
     assert found.status == doctor.GOOD and f", {metal.arch}" in found.value and metal.arch.startswith(("Apple", "Mac"))
     monkeypatch.setattr(metal, "graph", None)
-    found = next(doctor.device(runner, 1.0))
+    found = next(doctor.device(RunnerInspector(runner), 1.0))
     assert found.status == doctor.ODD and "without graphs" in found.value and "virtual machine" in found.remedy
-    (programs,) = doctor.programs(runner)
+    (programs,) = doctor.programs(RunnerInspector(runner))
     assert programs.status == doctor.GOOD and "threadgroup memory" in programs.value

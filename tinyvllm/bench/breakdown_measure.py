@@ -38,11 +38,18 @@ class Account(Protocol):
     def used_memory(self) -> int: ...
 
 
-class MeasuredRunner(Runner, Protocol):
+class BucketRunner(Runner, Protocol):
     """The part of execution.runner.ModelRunner that is used here."""
 
     @property
     def buckets(self) -> tuple[Bucket, ...]: ...
+
+
+class Inspector(Protocol):
+    """The part of execution.inspector.RunnerInspector that is used here."""
+
+    @property
+    def runner(self) -> BucketRunner: ...
 
     @property
     def num_cores(self) -> int: ...
@@ -84,7 +91,7 @@ def longest_case(work: BreakdownWork, tokenizer: Tokenizer | None) -> int:
 
 
 def measure_breakdown(
-    runner: MeasuredRunner,
+    inspector: Inspector,
     tokenizer: Tokenizer | None,
     machine: Machine,
     work: BreakdownWork,
@@ -94,11 +101,12 @@ def measure_breakdown(
 ) -> Breakdown:
     """Measure all cases. The runner must be warm, and its pool must not be used otherwise meanwhile. `chip`: whose
     roofline applies."""
+    runner = inspector.runner
     driver = Driver(runner, tokenizer, seed=work.seed, prefix_caching=work.prefix_caching, params=work.params)
     results = []
     for done, case in enumerate(work.cases):
         report("measure", done, len(work.cases))
-        results.append(measure_case(driver, runner, work, case))
+        results.append(measure_case(driver, inspector, work, case))
     report("measure", len(work.cases), len(work.cases))
     faults: dict[tuple[str, str], Fault] = {}
     for result in results:
@@ -106,7 +114,7 @@ def measure_breakdown(
             for fault in find_faults(
                 counts,
                 num_layers=runner.model_config.num_layers,
-                num_cores=runner.num_cores,
+                num_cores=inspector.num_cores,
                 vocab_size=runner.model_config.vocab_size,
             ):
                 faults.setdefault((fault.name, counts.phase), fault)
@@ -122,9 +130,9 @@ def measure_breakdown(
     )
 
 
-def measure_case(driver: Driver, runner: MeasuredRunner, work: BreakdownWork, case: Case) -> CaseResult:
+def measure_case(driver: Driver, inspector: Inspector, work: BreakdownWork, case: Case) -> CaseResult:
     """Measure one case: counts first, which also warms up; then instrumented and plain runs in turn; then kernels."""
-    counts, plans = count_steps(driver, runner, case)
+    counts, plans = count_steps(driver, inspector, case)
     rounds: list[Round] = []
     plain: list[PlainRound] = []
     for repeat in range(-1, work.num_repeats):
@@ -136,9 +144,9 @@ def measure_case(driver: Driver, runner: MeasuredRunner, work: BreakdownWork, ca
     profiles, costs = {}, {}
     for phase, bucket in plans.items():
         context = num_prompt_tokens + case.num_output // 2
-        plan = plans_for(bucket, runner.capacity, context, work.params)[0]
-        profiles[phase] = runner.profile(plan, repeats=work.num_profiled, warmup=1)
-        costs[phase] = runner.cost(plan)
+        plan = plans_for(bucket, inspector.runner.capacity, context, work.params)[0]
+        profiles[phase] = inspector.profile(plan, repeats=work.num_profiled, warmup=1)
+        costs[phase] = inspector.cost(plan)
     shares = {phase: sampling_share(profile) for phase, profile in profiles.items()}
     finished = {phase: _with_sampling(one, profiles[phase]) for phase, one in counts.items()}
     return CaseResult(
@@ -164,13 +172,14 @@ def _with_sampling(counts: StepCounts, profile: StepProfile) -> StepCounts:
     return dataclasses.replace(counts, sampling_kernels=num_kernels)
 
 
-def count_steps(driver: Driver, runner: MeasuredRunner, case: Case) -> tuple[dict[str, StepCounts], dict[str, Bucket]]:
+def count_steps(driver: Driver, inspector: Inspector, case: Case) -> tuple[dict[str, StepCounts], dict[str, Bucket]]:
     """The maximum of each count over the steps of each phase, and the bucket of each phase's largest step."""
     highest: dict[str, dict[str, Any]] = {}
     buckets: dict[str, Bucket] = {}
+    runner = inspector.runner
     by_name = {bucket.name: bucket for bucket in runner.buckets}
     num_captures = runner.num_captures
-    with runner.account() as account:
+    with inspector.account() as account:
         account.take()
 
         def add_counts(plan: StepPlan | None) -> None:
@@ -179,7 +188,7 @@ def count_steps(driver: Driver, runner: MeasuredRunner, case: Case) -> tuple[dic
             if plan is None:
                 return
             phase = DECODE if plan.is_decode else PREFILL
-            cost = runner.cost(plan)
+            cost = inspector.cost(plan)
             bucket = by_name[cost.bucket]
             if bucket.num_tokens >= buckets.setdefault(phase, bucket).num_tokens:
                 buckets[phase] = bucket
@@ -199,7 +208,7 @@ def count_steps(driver: Driver, runner: MeasuredRunner, case: Case) -> tuple[dic
             account.take()  # drop what counting itself may have asked for
 
         driver.run_plain(case, add_counts)
-    return {phase: _step_counts(phase, values, runner.output_bytes) for phase, values in highest.items()}, buckets
+    return {phase: _step_counts(phase, values, inspector.output_bytes) for phase, values in highest.items()}, buckets
 
 
 def _step_counts(phase: str, values: dict[str, Any], output_bytes: int) -> StepCounts:

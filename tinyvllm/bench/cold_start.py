@@ -154,8 +154,10 @@ def start_engine(
 
 def _capture(runner: ModelRunner, capture: Callable[[Progress], None], progress: Progress) -> dict[Bucket, BucketStart]:
     """Time each of the graphs that `capture` builds. All of them are traced before the first is built."""
+    from tinyvllm.execution.inspector import RunnerInspector
+
     before, seconds = set(runner.captures.graphs), []
-    with runner.account() as account:
+    with RunnerInspector(runner).account() as account:
         account.take()
         last_s = time.perf_counter()
 

@@ -17,7 +17,8 @@ from tinyvllm.bench.latency import Case, LatencyWork, measure_latency
 from tinyvllm.bench.subject import Subject
 from tinyvllm.config import EngineConfig
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.execution.runner import ModelRunner, Progress
+from tinyvllm.execution.inspector import RunnerInspector
+from tinyvllm.execution.runner import Progress
 from tinyvllm.profiling.predict import FACTORS, predict
 
 GOOD, ODD, BAD = "ok", "odd", "bad"  # as expected; worth a look; broken
@@ -48,10 +49,11 @@ def examine(find: Callable[[], Subject], config: EngineConfig, report: Progress)
     except TinyvllmError as error:
         yield Check("start", BAD, type(error).__name__, " ".join(str(error).split()))
         return
+    inspector = RunnerInspector(runner)
     try:
-        yield from device(runner, time.perf_counter() - start)
-        yield from programs(runner)
-        yield from smoke(runner, subject, config, report)
+        yield from device(inspector, time.perf_counter() - start)
+        yield from programs(inspector)
+        yield from smoke(inspector, subject, config, report)
     finally:
         runner.close()
 
@@ -87,10 +89,11 @@ def machine() -> Iterator[Check]:
     yield Check("load", GOOD if load < BUSY else ODD, f"{load:.2f} per core", remedy)
 
 
-def device(runner: ModelRunner, start_s: float) -> Iterator[Check]:
+def device(inspector: RunnerInspector, start_s: float) -> Iterator[Check]:
     """The opened device, the engine's memory, and the result of its start."""
-    value = f"{runner.device}: {runner.hardware}" + (f", {runner.architecture}" if runner.architecture else "")
-    if runner.has_graphs:
+    runner, architecture = inspector.runner, inspector.architecture
+    value = f"{runner.device}: {inspector.hardware}" + (f", {architecture}" if architecture else "")
+    if inspector.has_graphs:
         yield Check("device", GOOD, value)
     else:
         remedy = "in a virtual machine Metal launches each kernel separately: run on the Mac itself for full speed"
@@ -105,10 +108,10 @@ def device(runner: ModelRunner, start_s: float) -> Iterator[Check]:
     yield Check("kernels", GOOD if runner.is_tuned else ODD, "tuned" if runner.is_tuned else "untuned", remedy)
 
 
-def programs(runner: ModelRunner) -> Iterator[Check]:
+def programs(inspector: RunnerInspector) -> Iterator[Check]:
     """Every program of every graph against the device's limits."""
-    facts = runner.programs()
-    over = [text for fact in facts for text in fact.over(runner.device)]
+    facts = inspector.programs()
+    over = [text for fact in facts for text in fact.over(inspector.runner.device)]
     most = (max(fact.arguments for fact in facts), max(fact.threads for fact in facts))
     shared = max(fact.shared_bytes for fact in facts)
     value = f"{len(facts)}, at most {most[0]} arguments, {most[1]} threads, {shared >> 10} KiB of threadgroup memory"
@@ -116,19 +119,20 @@ def programs(runner: ModelRunner) -> Iterator[Check]:
     yield Check("programs", BAD if over else GOOD, value, remedy)
 
 
-def smoke(runner: ModelRunner, subject: Subject, config: EngineConfig, report: Progress) -> Iterator[Check]:
+def smoke(inspector: RunnerInspector, subject: Subject, config: EngineConfig, report: Progress) -> Iterator[Check]:
     """Generate SMOKE_TOKENS tokens, and compare their speed with the predicted one."""
-    context = min(SMOKE_CONTEXT, runner.capacity.max_model_len - SMOKE_TOKENS - 1)
+    context = min(SMOKE_CONTEXT, inspector.runner.capacity.max_model_len - SMOKE_TOKENS - 1)
     work = LatencyWork((Case("decode", 1, context),), SMOKE_TOKENS, 1, 1, config.seed)
-    chip = find_hardware(runner, None)
+    chip = find_hardware(inspector, None)
     if chip.device not in FACTORS:  # OpenCL has no factors of its own: assume those of another GPU
         chip = replace(chip, device="CUDA")
     try:
-        (row,) = measure_latency(runner, subject.describe(runner, chip.bandwidth_gbps, config.seed), work, report)
+        machine = subject.describe(inspector.runner, chip.bandwidth_gbps, config.seed)
+        (row,) = measure_latency(inspector, machine, work, report)
     except TinyvllmError as error:
         yield Check("smoke", BAD, type(error).__name__, f"please report this: {error}")
         return
-    expected = predict(subject.model_config, runner.weights.dtype, chip, 1, context).tok_s
+    expected = predict(subject.model_config, inspector.weights.dtype, chip, 1, context).tok_s
     found = row.tok_s.mean
     value = f"{found:.1f} tok/s at context {context}, {expected:.1f} predicted for {chip.name}"
     if found >= SLOW * expected:

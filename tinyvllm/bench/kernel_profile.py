@@ -9,6 +9,7 @@ import time
 from tinyvllm.bench.environment import describe_environment
 from tinyvllm.bench.latency import Case, LatencyWork, make_requests, prefill_plans
 from tinyvllm.bench.subject import Subject
+from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import ModelRunner
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.chips import Chip, guess_chip, measured_chip
@@ -18,20 +19,21 @@ from tinyvllm.profiling.verdict import Evidence, judge
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 
 
-def find_hardware(runner: ModelRunner, given: Chip | None) -> Chip:
+def find_hardware(inspector: RunnerInspector, given: Chip | None) -> Chip:
     """The given chip, else the one in the device's name, else one with rates measured now."""
-    hardware = runner.hardware
+    hardware = inspector.hardware
     if chip := given or guess_chip(hardware):
         return chip
-    return measured_chip(hardware, runner.measure_bandwidth(), runner.measure_flops(), runner.device.split(":")[0])
+    kind = inspector.runner.device.split(":")[0]
+    return measured_chip(hardware, inspector.measure_bandwidth(), inspector.measure_flops(), kind)
 
 
-def profile_case(runner: ModelRunner, subject: Subject, work: LatencyWork, chip: Chip | None) -> ProfileReport:
+def profile_case(inspector: RunnerInspector, subject: Subject, work: LatencyWork, chip: Chip | None) -> ProfileReport:
     """Time the single case of `work`: its kernels, the step as served, and the step with the host's work.
 
     If a prompt takes several steps, the last one is profiled."""
-    (case,) = work.cases
-    runner.fill_pool(1 + work.num_blocks(case, runner.capacity.block_size), work.seed)
+    (case,), runner = work.cases, inspector.runner
+    inspector.fill_pool(1 + work.num_blocks(case, runner.capacity.block_size), work.seed)
     plan = _plan(runner, work, case)
     turns_s, packs_s = [], []
     for number in range(work.num_warmup + work.num_repeats):
@@ -41,17 +43,17 @@ def profile_case(runner: ModelRunner, subject: Subject, work: LatencyWork, chip:
         if number >= work.num_warmup:
             turns_s.append(time.perf_counter() - start)
             packs_s.append(output.pack_s)
-    profile = runner.profile(plan, repeats=work.num_repeats, warmup=work.num_warmup)
-    cost = runner.cost(plan)
+    profile = inspector.profile(plan, repeats=work.num_repeats, warmup=work.num_warmup)
+    cost = inspector.cost(plan)
     flops = sum(kernel.flops or 0 for kernel in profile.kernels)
-    roofline = Roofline(find_hardware(runner, chip), cost.nbytes, flops, profile.step_s)
+    roofline = Roofline(find_hardware(inspector, chip), cost.nbytes, flops, profile.step_s)
     turn_s = statistics.median(turns_s)
     context = max(entry.start for entry in plan.entries)
     findings = judge(Evidence(profile.kernels, profile.step_s, roofline, context, turn_s, profile.between_s))
     return ProfileReport(
         model=subject.name,
-        dtype=runner.weights.dtype,
-        hardware=runner.hardware,
+        dtype=inspector.weights.dtype,
+        hardware=inspector.hardware,
         phase=case.phase,
         batch=case.batch,
         context=context,

@@ -45,6 +45,13 @@ class Runner(Protocol):
 
     def collect(self, flight: Any) -> StepOutput: ...
 
+
+class Inspector(Protocol):
+    """The part of execution.inspector.RunnerInspector that is used here."""
+
+    @property
+    def runner(self) -> Runner: ...
+
     def cost(self, plan: StepPlan) -> StepCost: ...
 
     def fill_pool(self, num_blocks: int, seed: int) -> None: ...
@@ -120,9 +127,10 @@ def fit_config(config: EngineConfig, work: LatencyWork, model: ModelConfig) -> E
     )
 
 
-def measure_latency(runner: Runner, machine: Machine, work: LatencyWork, report: Report) -> list[Row]:
+def measure_latency(inspector: Inspector, machine: Machine, work: LatencyWork, report: Report) -> list[Row]:
     """One row a case. Raises CapacityError, before anything is measured, for a case that the pool cannot hold."""
-    size, available = runner.capacity.block_size, runner.capacity.num_blocks - 1
+    capacity = inspector.runner.capacity
+    size, available = capacity.block_size, capacity.num_blocks - 1
     for case in work.cases:
         needed = work.num_blocks(case, size)
         if needed > available:
@@ -130,12 +138,12 @@ def measure_latency(runner: Runner, machine: Machine, work: LatencyWork, report:
                 f"{case.batch} sequences of {work.max_tokens(case)} tokens need {needed} KV blocks, but the pool has "
                 f"{available}: lower --batch or --context, or raise --gpu-memory-utilization"
             )
-    runner.fill_pool(1 + max(work.num_blocks(case, size) for case in work.cases), work.seed)
+    inspector.fill_pool(1 + max(work.num_blocks(case, size) for case in work.cases), work.seed)
     rows = []
     for done, case in enumerate(work.cases):
         report("measure", done, len(work.cases))
         measure = _measure_prefill if case.phase == "prefill" else _measure_decode
-        rows.append(measure(runner, machine, work, case))
+        rows.append(measure(inspector, machine, work, case))
     report("measure", len(work.cases), len(work.cases))
     return rows
 
@@ -176,7 +184,8 @@ def prefill_plans(requests: Sequence[Request], budget: int) -> list[StepPlan]:
     return [*plans, StepPlan(tuple(entries))] if entries else plans
 
 
-def _measure_prefill(runner: Runner, machine: Machine, work: LatencyWork, case: Case) -> Row:
+def _measure_prefill(inspector: Inspector, machine: Machine, work: LatencyWork, case: Case) -> Row:
+    runner = inspector.runner
     plans = prefill_plans(make_requests(runner, work, case), runner.capacity.max_num_batched_tokens)
     times: list[float] = []
     for repeat in range(-work.num_warmup, work.num_repeats):
@@ -184,7 +193,7 @@ def _measure_prefill(runner: Runner, machine: Machine, work: LatencyWork, case: 
         num_rows = _run(runner, plans)
         if repeat >= 0:
             times.append(time.perf_counter() - start_s)
-    costs = [runner.cost(plan) for plan in plans]
+    costs = [inspector.cost(plan) for plan in plans]
     return Row(
         test=f"pp{case.length}" + (f", batch {case.batch}" if case.batch > 1 else ""),
         phase="prefill",
@@ -219,14 +228,15 @@ def _run(runner: Runner, plans: Sequence[StepPlan]) -> int:
     return num_rows + sum(runner.collect(flight).num_rows for flight in flights)
 
 
-def _measure_decode(runner: Runner, machine: Machine, work: LatencyWork, case: Case) -> Row:
+def _measure_decode(inspector: Inspector, machine: Machine, work: LatencyWork, case: Case) -> Row:
+    runner = inspector.runner
     requests = make_requests(runner, work, case)
     repeats: list[list[float]] = []
     for repeat in range(-work.num_warmup, work.num_repeats):
         times = _decode(runner, requests, work.num_decoded)
         if repeat >= 0:
             repeats.append(times)
-    costs = _decode_costs(runner, requests, work.num_decoded)
+    costs = _decode_costs(inspector, requests, work.num_decoded)
     return Row(
         test=f"tg{work.num_decoded} @ d{case.length}" + (f", batch {case.batch}" if case.batch > 1 else ""),
         phase="decode",
@@ -281,11 +291,11 @@ def _append(requests: list[Request], output: StepOutput) -> None:
         request.num_in_flight -= 1
 
 
-def _decode_costs(runner: Runner, requests: list[Request], num_steps: int) -> list[StepCost]:
+def _decode_costs(inspector: Inspector, requests: list[Request], num_steps: int) -> list[StepCost]:
     """Of the same steps. Apart, because counting takes longer than what lies between two steps of the engine."""
     costs = []
     for _ in range(num_steps):
-        costs.append(runner.cost(_decode_plan(requests)))
+        costs.append(inspector.cost(_decode_plan(requests)))
         for request in requests:
             request.output_ids.append(0)
     for request in requests:

@@ -10,6 +10,7 @@ from tinyvllm.bench.rows import Machine
 from tinyvllm.bench.shapes import find_shape
 from tinyvllm.config import EngineConfig, ModelConfig, ModelFiles
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.execution.cost import weight_facts
 from tinyvllm.execution.runner import ModelRunner, Progress, load_random_runner, load_runner
 from tinyvllm.storage.model_config import read_model_config
 
@@ -57,7 +58,7 @@ class Subject:
 
     def describe(self, runner: ModelRunner, bandwidth_gbps: float | None, seed: int) -> Machine:
         """The facts that all rows of a run share."""
-        weights = runner.weights
+        weights = weight_facts(runner.model)
         return Machine(
             model=self.name,
             dtype=weights.dtype,

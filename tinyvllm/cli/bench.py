@@ -58,6 +58,7 @@ def latency(
     from tinyvllm.bench.capture_table import capture_table, tag_capture
     from tinyvllm.bench.latency import Case, LatencyWork, fit_config, measure_latency
     from tinyvllm.bench.tables import latency_table
+    from tinyvllm.execution.inspector import RunnerInspector
 
     cases = [Case("prefill", *parse_prompt(text)) for text in split_list(prefill)]
     pairs = itertools.product(parse_counts("batch", batch), parse_counts("context", context))
@@ -67,9 +68,10 @@ def latency(
     fitted, rows_of = fit_config(config, work, found.model_config), {}
     for capture in CAPTURES if compare_capture else (config.capture,):
         with loaded(found, dataclasses.replace(fitted, capture=capture)) as (model_runner, report):
-            bandwidth = model_runner.measure_bandwidth() / 1e9 if bandwidth is None else bandwidth
+            inspector = RunnerInspector(model_runner)
+            bandwidth = inspector.measure_bandwidth() / 1e9 if bandwidth is None else bandwidth
             machine = found.describe(model_runner, bandwidth, runner.seed)
-            rows_of[capture] = tag_capture(measure_latency(model_runner, machine, work, report), capture)
+            rows_of[capture] = tag_capture(measure_latency(inspector, machine, work, report), capture)
     if not subject.markdown:
         table = capture_table(*rows_of.values()) if compare_capture else latency_table(rows_of[config.capture])
         print_table(table)

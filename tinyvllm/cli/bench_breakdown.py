@@ -179,15 +179,17 @@ def _measure(
     from tinyvllm.bench.breakdown_measure import fit_config, longest_case, measure_breakdown
     from tinyvllm.bench.cold_start import start_engine
     from tinyvllm.bench.kernel_profile import find_hardware
+    from tinyvllm.execution.inspector import RunnerInspector
 
     longest = longest_case(work, tokenizer)
     config = fit_config({"model": found.name, **runner.settings()}, work, longest, found.model_config)
     with progress_bars() as report:
         loaded, cold_start = start_engine(found, config, report, process_s, import_s, work.num_warmup)
         try:
-            roof = find_hardware(loaded, chip)
+            inspector = RunnerInspector(loaded)
+            roof = find_hardware(inspector, chip)
             machine = found.describe(loaded, roof.bandwidth_gbps, work.seed)
-            return measure_breakdown(loaded, tokenizer, machine, work, cold_start, roof, report)
+            return measure_breakdown(inspector, tokenizer, machine, work, cold_start, roof, report)
         finally:
             loaded.close()
 

@@ -122,6 +122,7 @@ def _run(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> Non
 
     from tinyvllm.bench.kernel_profile import one_case, profile_case
     from tinyvllm.bench.latency import Case, fit_config
+    from tinyvllm.execution.inspector import RunnerInspector
     from tinyvllm.profiling.profile_report import kernel_markdown, profile_table
     from tinyvllm.profiling.trace_events import trace_text
 
@@ -132,7 +133,7 @@ def _run(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> Non
     with progress_bars() as report:
         loaded = found.load(fit_config(config, work, found.model_config), report)
     with contextlib.closing(loaded), _recorded() as recorded:
-        result = profile_case(loaded, found, work, chip)
+        result = profile_case(RunnerInspector(loaded), found, work, chip)
     if subject.markdown:
         print(kernel_markdown(result.rows(flags.by)))
     else:

@@ -14,7 +14,8 @@ from tinyvllm.cli.terminal import err, out, progress_bars
 from tinyvllm.errors import TinyvllmError
 
 if TYPE_CHECKING:
-    from tinyvllm.execution.tune_process import Event, Outcome
+    from tinyvllm.execution.tune_events import Event
+    from tinyvllm.execution.tune_process import Outcome
 
 
 def tune(
@@ -36,7 +37,7 @@ def tune(
         raise TinyvllmError(f"--budget is {budget:g}: give more than 0 minutes")
     config = engine.make_config(subject.model or "")
 
-    from tinyvllm.execution.tune_process import Job
+    from tinyvllm.execution.tune_events import Job
     from tinyvllm.execution.tune_process import tune as search
 
     found = subject.find(pull=engine.pull)
@@ -97,7 +98,7 @@ class _Progress:
 
     def _results(self) -> Iterator[tuple[str, str, float, float, tuple[tuple[str, int], ...]]]:
         """(bucket, kernel, seconds of a step by the default rules, by the fastest candidate, that candidate)."""
-        from tinyvllm.execution.tune_process import LEAST_GAIN
+        from tinyvllm.execution.tune import LEAST_GAIN
 
         for (bucket, kernel), times in self._seconds.items():
             chosen = min(times, key=lambda candidate: times[candidate])

@@ -13,12 +13,9 @@ import numpy as np
 from tinygrad import dtypes
 
 from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles
-from tinyvllm.device.accounting import DeviceAccount
-from tinyvllm.device.bandwidth import measure_bandwidth
 from tinyvllm.device.handle import FLOATS, open_device, usable_cores
-from tinyvllm.device.hardware import architecture, hardware_name, has_graphs, measure_flops, processor_name
+from tinyvllm.device.hardware import hardware_name, processor_name
 from tinyvllm.device.jit_replay import check_environment
-from tinyvllm.device.program_limits import ProgramFacts, program_facts
 from tinyvllm.device.program_store import ProgramStore, default_root, open_program_store
 from tinyvllm.device.transfer import OutputReader
 from tinyvllm.errors import DeviceError
@@ -26,11 +23,11 @@ from tinyvllm.execution.buckets import Bucket, make_buckets
 from tinyvllm.execution.capacity import MemoryFacts, jit_scratch_bytes, plan_capacity, scratch_bytes
 from tinyvllm.execution.captures import Captures
 from tinyvllm.execution.captures import Progress as Progress  # for those above
-from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, weight_facts
+from tinyvllm.execution.cost import weight_facts
 from tinyvllm.execution.graphs import Graph, GraphContext, GraphInstance, model_digest
 from tinyvllm.execution.limits import resolve_limits
 from tinyvllm.execution.logits_processing import SamplingRows
-from tinyvllm.execution.profile import profile_step
+from tinyvllm.model.pooling import final_norm, pool
 from tinyvllm.model.registry import Model, complete_config, make_model
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
 from tinyvllm.model.weights.random import RandomWeights
@@ -41,7 +38,6 @@ from tinyvllm.ops.kernel.tuning import choices_path, load_choices
 from tinyvllm.ops.sampling.logits_processing import SamplingState, state_bytes
 from tinyvllm.ops.sampling.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.profiling import measure
-from tinyvllm.profiling.kernels import StepProfile
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 from tinyvllm.scheduling.request import TokenLogprobs
 from tinyvllm.storage.model_config import read_model_config
@@ -49,7 +45,6 @@ from tinyvllm.storage.model_config import read_model_config
 logger = logging.getLogger(__name__)
 
 ROW_STEP = 64  # outputs and sampling state have a multiple of so many rows, so that kept steps fit other --max-num-seqs
-FILL_VALUES = 1_000_003  # random numbers that a pool is filled with, over and over: a prime, so that no block repeats
 
 
 def load_runner(files: ModelFiles, config: EngineConfig, progress: Progress | None = None) -> ModelRunner:
@@ -144,28 +139,28 @@ class ModelRunner:
         capture: str = "replay",
     ) -> None:
         device, num_rows = backend.device, padded_rows(capacity.max_num_seqs)
-        self._outputs = [device.zeros(num_rows * OUT_WIDTH, dtypes.int) for _ in range(max_in_flight)]
-        self._readers = [device.output_reader(output) for output in self._outputs]
+        self.outputs = [device.zeros(num_rows * OUT_WIDTH, dtypes.int) for _ in range(max_in_flight)]
+        self._readers = [device.output_reader(output) for output in self.outputs]
         self._num_launched = 0
         self._state = SamplingState(device, num_rows, model.config.vocab_size)
         self._rows = SamplingRows(self._state)
-        self._model, self._backend, self._pool = model, backend, pool
-        context = GraphContext(model, backend, pool, capacity, tuple(self._outputs), self._state, capture)
+        self.model, self.backend, self.pool = model, backend, pool
+        context = GraphContext(model, backend, pool, capacity, tuple(self.outputs), self._state, capture)
         self.captures = Captures(buckets, context, store)
         self.capacity = capacity
 
     @property
     def model_config(self) -> ModelConfig:
-        return self._model.config
+        return self.model.config
 
     @property
     def max_in_flight(self) -> int:
         """Steps that may be launched before the first of them is collected."""
-        return len(self._outputs)
+        return len(self.outputs)
 
     @property
     def device(self) -> str:
-        return self._backend.device.name
+        return self.backend.device.name
 
     # -- graphs: docs/ARCHITECTURE.md, "Invariants" ------------------------------------------------------------------
 
@@ -199,7 +194,7 @@ class ModelRunner:
         """Enqueue one step, and what reads its tokens; of a step with logits processing, only what comes before
         sampling. Raises DeviceError."""
         start = time.perf_counter()
-        graph, number = self.captures.graph_for(plan), self._num_launched % len(self._outputs)
+        graph, number = self.captures.graph_for(plan), self._num_launched % len(self.outputs)
         instance = graph.instances[number]
         with measure.span(measure.PACK):
             instance.packer.pack(plan)
@@ -237,20 +232,19 @@ class ModelRunner:
         return dataclasses.replace(output, num_rows=flight.graph.bucket.num_tokens, pooled=pooled)
 
     def _pool_states(self, flight: Flight) -> tuple[np.ndarray, ...]:
-        """By pooled entry (hidden,) float32: the sum of its rows' states behind the last norm, or the last row's."""
+        """By pooled entry (hidden,) float32: the sum of its rows' states after the final norm, or the last row's."""
         if not flight.plan.pooled:
             return ()
         tokens = flight.graph.layout.num_tokens
-        parts = [self._backend.device.read_floats(buffer).reshape(tokens, -1) for buffer in flight.instance.hidden]
-        states = np.concatenate(parts, axis=1)  # (T, hidden)
-        norm = self._model.norm
-        states *= 1.0 / np.sqrt(np.mean(states**2, axis=1, keepdims=True) + norm.eps)
-        states *= self._backend.device.read_floats(norm.weight.uop.base.buffer)
+        parts = [self.backend.device.read_floats(buffer).reshape(tokens, -1) for buffer in flight.instance.hidden]
+        norm = self.model.norm
+        weight = self.backend.device.read_floats(norm.weight.uop.base.buffer)
+        states = final_norm(np.concatenate(parts, axis=1), weight, norm.eps)  # (T, hidden)
         pooled, row = [], 0
         for entry in flight.plan.entries:
             rows = states[row : row + entry.count]
             if entry.request.pooling is not None:
-                pooled.append(rows.sum(axis=0) if entry.request.pooling == "mean" else rows[-1].copy())
+                pooled.append(pool(rows, entry.request.pooling))
             row += entry.count
         return tuple(pooled)
 
@@ -264,24 +258,20 @@ class ModelRunner:
     def close(self) -> None:
         """Let go of graphs, pool and weights. The runner cannot be used again."""
         self.captures.clear()
-        self._pool.keys.clear()
-        self._pool.values.clear()
+        self.pool.keys.clear()
+        self.pool.values.clear()
 
-    # -- for measurements -----------------------------------------------------------------------------------------
+    # -- what it is made of ------------------------------------------------------------------------------------------
 
     def tuning_name(self, bucket: Bucket) -> str:
         """What `Choices.searched` calls a bucket of this model."""
-        name = model_digest(self._model, self._backend)
+        name = model_digest(self.model, self.backend)
         return f"{name} {bucket.name} of {self.capacity.max_num_seqs} x {self.capacity.max_model_len}"
 
     @property
     def is_tuned(self) -> bool:
         """Whether a search has been over every bucket."""
         return all(self.tuning_name(bucket) in tuning.current.searched for bucket in self.buckets)
-
-    def recapture(self, bucket: Bucket) -> None:
-        """Trace a bucket's step anew, as the present choices of `ops.tuning` make it."""
-        self.captures.remake(bucket)
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -293,86 +283,9 @@ class ModelRunner:
         """Where programs and steps are kept for the next start."""
         return self.captures.store
 
-    @property
-    def scratch_bytes(self) -> int:
-        """What the intermediate values of all graphs take together."""
-        return self.captures.scratch_bytes
-
-    @property
-    def weights(self) -> WeightFacts:
-        """What the model's matrices are and take."""
-        return weight_facts(self._model)
-
-    def cost(self, plan: StepPlan) -> StepCost:
-        """What executing `plan` takes, by count."""
-        graph = self.captures.graph_for(plan)
-        counter = CostCounter(self._model, self._pool, self.capacity.block_size)
-        return counter.count(graph.bucket.name, graph.calls, graph.inputs, plan)
-
-    @property
-    def num_cores(self) -> int:
-        """Of a CPU, each of which launches kernels of its own; 1 elsewhere."""
-        return max(1, len(self._backend.device.cores))
-
-    @property
-    def output_bytes(self) -> int:
-        """What the host reads of every step: tokens and their logprobs, with the padding."""
-        return self._outputs[0].nbytes()
-
-    def programs(self) -> list[ProgramFacts]:
-        """What each program of each graph takes of the device's limits."""
-        instances = [graph.instances[0] for graph in self.captures.graphs.values()]
-        return program_facts([call for one in instances for call in (*one.step.calls, *one.processed.calls)])
-
     def wait(self) -> None:
         """Return when the device has done all that was launched."""
-        self._backend.device.wait()
-
-    def account(self) -> DeviceAccount:
-        """What counts everything that is asked of the device, while it is open."""
-        return DeviceAccount(self._backend.device)
-
-    def profile(self, plan: StepPlan, *, repeats: int, warmup: int) -> StepProfile:
-        """How long each kernel of `plan`'s step takes. Nothing else may be in flight."""
-        graph, device = self.captures.graph_for(plan), self._backend.device
-        return profile_step(graph, self._model, self._pool, device, plan, repeats=repeats, warmup=warmup)
-
-    @property
-    def hardware(self) -> str:
-        """The maker's name of the device."""
-        return hardware_name(self._backend.device)
-
-    @property
-    def architecture(self) -> str:
-        """What kernels are made for: "Apple9", "sm_90"; "" on a CPU."""
-        return architecture(self._backend.device)
-
-    @property
-    def has_graphs(self) -> bool:
-        """Whether a step is launched as one."""
-        return has_graphs(self._backend.device)
-
-    def measure_flops(self) -> float:
-        """Operations a second of a matrix product, by a test of a second or two."""
-        return measure_flops(self._backend.device)
-
-    def measure_bandwidth(self) -> float:
-        """Bytes a second that the device's memory gives, by a test of a second or less."""
-        return measure_bandwidth(self._backend.device)
-
-    def fill_pool(self, num_blocks: int, seed: int) -> None:
-        """Write random keys and values to the first blocks: what was never written may not even be memory yet (a CPU
-        reads all untouched pages from one page of zeros, out of its cache)."""
-        pool = self._pool
-        values = np.random.default_rng(seed).standard_normal(FILL_VALUES, np.float32)
-        if pool.dtype == "bfloat16":
-            drawn = (values.view(np.uint32) >> 16).astype(np.uint16)
-        else:
-            drawn = values.astype(pool.dtype)
-        tensors = pool.tensors
-        filling = np.resize(drawn, num_blocks * max(tensor.numel() for tensor in tensors) // pool.num_blocks)
-        for tensor in tensors:
-            self._backend.device.write(tensor, filling[: num_blocks * tensor.numel() // pool.num_blocks])
+        self.backend.device.wait()
 
 
 def padded_rows(max_num_seqs: int) -> int:

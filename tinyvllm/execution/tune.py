@@ -17,13 +17,13 @@ import numpy as np
 from tinyvllm.config import SamplingParams
 from tinyvllm.execution.buckets import Bucket, lengths_that_fill
 from tinyvllm.execution.runner import ModelRunner
-from tinyvllm.execution.tune_process import LEAST_GAIN
 from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.kernel.tuning import Chosen, Tunable, candidates
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
 NUM_WARM, NUM_TIMED = 3, 20
+LEAST_GAIN = 0.01  # of a step's time: a candidate that gains less is noise
 MOST_CONTEXT = 512  # tokens: beside a long context's attention, nobody sees what a product gains
 FILL_TOKEN_SEED = 11
 
@@ -67,7 +67,7 @@ def search(runner: ModelRunner, bucket: Bucket, bad: set[str], begin: Callable[[
                     tuning.current.chosen[key] = best
         tuning.current.chosen[key] = best
     tuning.current.searched.add(runner.tuning_name(bucket))
-    runner.recapture(bucket)
+    runner.captures.remake(bucket)
 
 
 def _try(
@@ -90,7 +90,7 @@ def _try(
 
 def time_step(runner: ModelRunner, bucket: Bucket, plan: StepPlan) -> tuple[float, np.ndarray]:
     """The median seconds of a bucket's step as the present choices make it, and the tokens that it samples."""
-    runner.recapture(bucket)
+    runner.captures.remake(bucket)
     times: list[float] = []
     for repeat in range(NUM_WARM + NUM_TIMED):
         start = time.perf_counter()

@@ -10,43 +10,16 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-from tinyvllm.config import EngineConfig, ModelConfig, ModelFiles
 from tinyvllm.errors import DeviceError
+from tinyvllm.execution.tune_events import Event, Job
+from tinyvllm.execution.tune_worker import run_worker
+from tinyvllm.ops.kernel.tuning import load_choices
 
 TRIAL_TIMEOUT_S = 120.0  # for one candidate, compiling included
 LOAD_TIMEOUT_S = 900.0
-LEAST_GAIN = 0.01  # of a step's time: a candidate that gains less is noise
 MAX_DEATHS = 20  # of workers in one search: then something else is wrong
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to tune: a model's files, or a shape with random weights of `kind`. `buckets`: names; (): all."""
-
-    config: EngineConfig
-    files: ModelFiles | None = None
-    shape: ModelConfig | None = None
-    kind: str = ""
-    buckets: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a worker says. `what`: ready (bucket names in `buckets`), begin, end, saved, done or failed."""
-
-    what: str
-    path: str = ""
-    buckets: tuple[str, ...] = ()
-    bucket: str = ""
-    kernel: str = ""
-    name: str = ""
-    chosen: tuple[tuple[str, int], ...] = ()
-    seconds: float | None = None
-    message: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,45 +110,6 @@ def _count(tally: _Tally, event: Event) -> None:
 
 
 def _write_bad(path: Path, trial: Event) -> None:
-    from tinyvllm.ops.kernel.tuning import load_choices  # without opening the device
-
     choices = load_choices(path)
     choices.bad.add(trial.name)
     choices.save()
-
-
-def run_worker(job: Job, pipe: Connection) -> None:
-    """The worker: load, search bucket by bucket, save after each."""
-    try:
-        _search_all(job, pipe)
-    except Exception as error:
-        pipe.send(Event("failed", message=f"{type(error).__name__}: {error}"))
-    pipe.close()
-
-
-def _search_all(job: Job, pipe: Connection) -> None:
-    from tinyvllm.execution.runner import load_random_runner, load_runner
-    from tinyvllm.execution.tune import Trial, search
-    from tinyvllm.ops.kernel import tuning
-
-    if job.files is not None:
-        runner = load_runner(job.files, job.config)
-    else:
-        assert job.shape is not None
-        runner = load_random_runner(job.shape, job.kind, job.config)
-    buckets = [bucket for bucket in runner.buckets if not job.buckets or bucket.name in job.buckets]
-    choices = tuning.current
-    pipe.send(Event("ready", path=str(choices.path), buckets=tuple(bucket.name for bucket in buckets)))
-
-    def event_of(what: str, trial: Trial) -> Event:
-        fields: dict[str, Any] = vars(trial)
-        return Event(what, **fields)
-
-    for bucket in buckets:
-        if runner.tuning_name(bucket) not in choices.searched:
-            for trial in search(runner, bucket, choices.bad, lambda trial: pipe.send(event_of("begin", trial))):
-                pipe.send(event_of("end", trial))
-                choices.save()
-        choices.save()
-        pipe.send(Event("saved", bucket=bucket.name))
-    pipe.send(Event("done"))

@@ -1,0 +1,98 @@
+"""What measuring asks of a runner, beside running steps: costs, profiles, programs, and the device behind it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tinyvllm.device import hardware
+from tinyvllm.device.accounting import DeviceAccount
+from tinyvllm.device.bandwidth import measure_bandwidth
+from tinyvllm.device.program_limits import ProgramFacts, program_facts
+from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, weight_facts
+from tinyvllm.execution.profile import profile_step
+from tinyvllm.execution.runner import ModelRunner
+from tinyvllm.profiling.kernels import StepProfile
+from tinyvllm.scheduling.plan import StepPlan
+
+FILL_VALUES = 1_000_003  # random numbers that a pool is filled with, over and over: a prime, so that no block repeats
+
+
+class RunnerInspector:
+    """Looks into a runner for benchmarks, profiles and the doctor. Changes nothing of it but the pool's contents."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+
+    @property
+    def weights(self) -> WeightFacts:
+        """Format, count and bytes of the model's matrices."""
+        return weight_facts(self.runner.model)
+
+    @property
+    def num_cores(self) -> int:
+        """Of a CPU, each of which launches kernels of its own; 1 elsewhere."""
+        return max(1, len(self.runner.backend.device.cores))
+
+    @property
+    def output_bytes(self) -> int:
+        """What the host reads after every step: tokens and their logprobs, padding included."""
+        return self.runner.outputs[0].nbytes()
+
+    @property
+    def hardware(self) -> str:
+        """The maker's name of the device."""
+        return hardware.hardware_name(self.runner.backend.device)
+
+    @property
+    def architecture(self) -> str:
+        """The target of the kernels: "Apple9", "sm_90"; "" on a CPU."""
+        return hardware.architecture(self.runner.backend.device)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether the device launches a step as one graph."""
+        return hardware.has_graphs(self.runner.backend.device)
+
+    def cost(self, plan: StepPlan) -> StepCost:
+        """Kernels and bytes of the step that executes `plan`, counted."""
+        runner = self.runner
+        graph = runner.captures.graph_for(plan)
+        counter = CostCounter(runner.model, runner.pool, runner.capacity.block_size)
+        return counter.count(graph.bucket.name, graph.calls, graph.inputs, plan)
+
+    def programs(self) -> list[ProgramFacts]:
+        """What each program of each graph takes of the device's limits."""
+        instances = [graph.instances[0] for graph in self.runner.captures.graphs.values()]
+        return program_facts([call for one in instances for call in (*one.step.calls, *one.processed.calls)])
+
+    def profile(self, plan: StepPlan, *, repeats: int, warmup: int) -> StepProfile:
+        """Time each kernel of `plan`'s step. Nothing else may be in flight."""
+        runner = self.runner
+        graph, device = runner.captures.graph_for(plan), runner.backend.device
+        return profile_step(graph, runner.model, runner.pool, device, plan, repeats=repeats, warmup=warmup)
+
+    def account(self) -> DeviceAccount:
+        """A counter of everything that is asked of the device while it is open."""
+        return DeviceAccount(self.runner.backend.device)
+
+    def measure_flops(self) -> float:
+        """Operations a second of a matrix product, by a test of a second or two."""
+        return hardware.measure_flops(self.runner.backend.device)
+
+    def measure_bandwidth(self) -> float:
+        """Bytes a second of the device's memory, by a test of a second or less."""
+        return measure_bandwidth(self.runner.backend.device)
+
+    def fill_pool(self, num_blocks: int, seed: int) -> None:
+        """Write random keys and values to the first blocks. Memory that was never written may not exist yet: a CPU
+        reads all untouched pages from one page of zeros, out of its cache."""
+        pool = self.runner.pool
+        values = np.random.default_rng(seed).standard_normal(FILL_VALUES, np.float32)
+        if pool.dtype == "bfloat16":
+            drawn = (values.view(np.uint32) >> 16).astype(np.uint16)
+        else:
+            drawn = values.astype(pool.dtype)
+        tensors = pool.tensors
+        filling = np.resize(drawn, num_blocks * max(tensor.numel() for tensor in tensors) // pool.num_blocks)
+        for tensor in tensors:
+            self.runner.backend.device.write(tensor, filling[: num_blocks * tensor.numel() // pool.num_blocks])

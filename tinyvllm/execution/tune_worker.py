@@ -1,0 +1,47 @@
+"""The process that searches: it says what it is about to try before it tries, so that its death can be blamed on it."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tinyvllm.execution.runner import ModelRunner, load_random_runner, load_runner
+from tinyvllm.execution.tune import Trial, search
+from tinyvllm.execution.tune_events import Event, Job
+from tinyvllm.ops.kernel import tuning
+
+
+def run_worker(job: Job, pipe: Connection) -> None:
+    """Load, search bucket by bucket, save after each."""
+    try:
+        _search_all(job, pipe)
+    except Exception as error:
+        pipe.send(Event("failed", message=f"{type(error).__name__}: {error}"))
+    pipe.close()
+
+
+def _search_all(job: Job, pipe: Connection) -> None:
+    runner = _load(job)
+    buckets = [bucket for bucket in runner.buckets if not job.buckets or bucket.name in job.buckets]
+    choices = tuning.current
+    pipe.send(Event("ready", path=str(choices.path), buckets=tuple(bucket.name for bucket in buckets)))
+    for bucket in buckets:
+        if runner.tuning_name(bucket) not in choices.searched:
+            for trial in search(runner, bucket, choices.bad, lambda trial: pipe.send(_event_of("begin", trial))):
+                pipe.send(_event_of("end", trial))
+                choices.save()
+        choices.save()
+        pipe.send(Event("saved", bucket=bucket.name))
+    pipe.send(Event("done"))
+
+
+def _load(job: Job) -> ModelRunner:
+    if job.files is not None:
+        return load_runner(job.files, job.config)
+    assert job.shape is not None, f"{job} has neither files nor a shape"
+    return load_random_runner(job.shape, job.kind, job.config)
+
+
+def _event_of(what: str, trial: Trial) -> Event:
+    fields: dict[str, Any] = vars(trial)
+    return Event(what, **fields)

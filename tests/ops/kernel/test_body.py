@@ -1,4 +1,4 @@
-"""The pieces that kernels are written with, and the traps of tinygrad that the code around them avoids.
+"""The building blocks of kernels, and the pitfalls of tinygrad that the code around them avoids.
 On a GPU: DEV=CL python -m pytest -m gpu tests/ops"""
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def test_a_loop_that_runs_at_most_once_is_refused() -> None:
 
 
 def test_a_captured_graph_freezes_the_python_numbers_it_was_captured_with() -> None:
-    """So whatever changes from step to step lies in the input buffer."""
+    """So every value that changes from step to step is in the input buffer."""
 
     @TinyJit
     def step(x: Tensor, number: int) -> Tensor:

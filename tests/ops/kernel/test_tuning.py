@@ -1,4 +1,4 @@
-"""Choices that were measured: they overrule rules, live in a file, and change no result."""
+"""Tuned choices: they overrule rules, are kept in a file, and change no result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits that are changed before they are sampled: against NumPy, each way alone and all together.
+"""Logits processing against NumPy, each setting alone and all together.
 On a GPU: DEV=CL python -m pytest -m gpu tests/ops"""
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Bench:
     def pack(self, **columns: Any) -> tuple[StepLayout, np.ndarray]:
         seqs = len(self.wishes)
         layout = StepLayout(seqs, seqs, 1, 8)
-        # what an earlier step has left in a row without state is not to be heeded
+        # values that an earlier step has left in a row without state must be ignored
         stale = Wish(temperature=0.0, typical_p=0.2, repetition=9.0, frequency=1.0, presence=1.0)
         wishes = [wish if wish is not None else stale for wish in self.wishes]
         names = ("temperature", "typical_p", "top_p", "top_k", "min_p", *PENALTIES)
@@ -118,13 +118,14 @@ def draw_wish(rng: np.random.Generator, vocab: int) -> Wish:
 
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 def test_processed_rows_equal_the_reference(device: DeviceHandle, kind: str, vocab: int) -> None:
-    """Every row asks for something else, some for nothing. Three steps, so that what was counted is heeded."""
+    """Every row asks for something else, some for nothing. Three steps, so that later ones read what earlier ones
+    counted."""
     seqs, rng = 16, np.random.default_rng(vocab)
     bench = Bench(device, [draw_wish(rng, vocab) if rng.random() < 0.8 else None for _ in range(seqs)], vocab)
-    held = [rng.integers(0, vocab, 2 * (row % 2)).tolist() for row in range(seqs)] if vocab > 5 else []
+    suppressed = [rng.integers(0, vocab, 2 * (row % 2)).tolist() for row in range(seqs)] if vocab > 5 else []
     for draw in range(3):
         logits = 3 * normal(seqs, vocab, seed=vocab + draw)
-        columns = {"seed": 31 * np.arange(seqs), "draw": draw, "num_logprobs": 3, "suppressed_ids": held}
+        columns = {"seed": 31 * np.arange(seqs), "draw": draw, "num_logprobs": 3, "suppressed_ids": suppressed}
         got, expected = bench.sample(logits, **columns), bench.expect(logits, **columns)
         np.testing.assert_array_equal(got.tokens, expected.tokens)
         np.testing.assert_array_equal(got.ranks, expected.ranks)
@@ -161,7 +162,7 @@ WISHES = {
 def test_processed_tokens_are_drawn_as_often_as_their_probability_says(
     device: DeviceHandle, kind: str, name: str
 ) -> None:
-    """Chi-square over 4096 draws of fixed seeds; what is cut is never drawn. The counts stay those of the wish."""
+    """Chi-square over 4096 draws of fixed seeds; a dropped id is never drawn. The counts stay those of the wish."""
     wish, seqs, draws, vocab = WISHES[name], 512, 8, 15
     logits, counts = 2 * normal(vocab, seed=3), np.zeros(vocab)
     for draw in range(draws):
@@ -265,7 +266,7 @@ def test_typical_sampling_keeps_the_nearest_to_the_entropy_and_no_more_than_it_n
     assert typical(weights, 1.0).all()
 
 
-def test_typical_sampling_may_cut_the_likeliest() -> None:
+def test_typical_sampling_may_drop_the_likeliest() -> None:
     """One id of probability 0.4 beside 96 of 1/160: the entropy is nearer to the surprise of the many."""
     kept = typical(np.array([1.0, *[1 / 64] * 96]), 0.3)
     assert kept.tolist() == [False] + [True] * 96

@@ -64,7 +64,7 @@ FILTERS = [
 
 @pytest.mark.parametrize("vocab", [5, 40])
 def test_tokens_are_drawn_as_often_as_their_probability_says(backend: Backend, vocab: int) -> None:
-    """Chi-square over 8192 draws of fixed seeds; a token that a filter cuts is never drawn."""
+    """Chi-square over 8192 draws of fixed seeds; a token that a filter drops is never drawn."""
     seqs, draws = 1024, 8
     logits = 2 * normal(vocab, seed=vocab)
     for filters in FILTERS:
@@ -115,8 +115,8 @@ def test_filters_of_the_reference_are_those_of_sorting() -> None:
     logits = 2 * normal(40)
     for filters in FILTERS:
         weights = np.exp((logits - logits.max()) / filters.temperature)
-        cut = threshold(weights, min_p=filters.min_p, top_k=filters.top_k, top_p=filters.top_p)
-        np.testing.assert_array_equal(weights >= cut, filters.probabilities(logits) > 0)
+        least = threshold(weights, min_p=filters.min_p, top_k=filters.top_k, top_p=filters.top_p)
+        np.testing.assert_array_equal(weights >= least, filters.probabilities(logits) > 0)
 
 
 def test_ties_at_the_edge_of_a_filter_are_all_kept(backend: Backend) -> None:
@@ -143,7 +143,7 @@ def test_another_seed_or_another_draw_gives_other_tokens(backend: Backend) -> No
     tokens = sample(backend, logits, temperature=1.0).tokens
     for columns in ({"seed": np.arange(1000, 1064)}, {"draw": 1}):
         assert (sample(backend, logits, temperature=1.0, **columns).tokens == tokens).sum() < 5
-    assert len(set(tokens.tolist())) > 50, "rows of neighbouring seeds are independent"
+    assert len(set(tokens.tolist())) > 50, "rows of neighboring seeds are independent"
 
 
 @pytest.mark.parametrize("vocab", VOCABULARIES)
@@ -167,9 +167,9 @@ def test_suppressed_ids_are_never_drawn_yet_count_in_the_logprobs(backend: Backe
     seqs, vocab = 64, 40
     logits = np.tile(normal(vocab), (seqs, 1))
     best = np.argsort(-logits[0])
-    held = best[:6].tolist()
-    got = sample(backend, logits, temperature=temperature, suppressed_ids=[held] * seqs, num_logprobs=3)
-    assert not set(got.tokens.tolist()) & set(held)
+    suppressed = best[:6].tolist()
+    got = sample(backend, logits, temperature=temperature, suppressed_ids=[suppressed] * seqs, num_logprobs=3)
+    assert not set(got.tokens.tolist()) & set(suppressed)
     if temperature == 0:
         assert set(got.tokens.tolist()) == {best[6]}
     raw = logits[0] - np.log(np.exp(logits[0]).sum())
@@ -221,7 +221,7 @@ def test_logits_without_a_finite_value_give_no_token(backend: Backend, bad: floa
     logits[1] = bad
     got = sample(backend, logits, temperature=temperature, top_p=0.9, num_logprobs=2)
     assert got.tokens[1] == -1
-    assert (got.tokens[[0, 2]] >= 0).all(), "neighbours are well"
+    assert (got.tokens[[0, 2]] >= 0).all(), "the other rows are unaffected"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -281,10 +281,10 @@ def test_uniform_numbers_are_uniform_and_never_0_or_1() -> None:
     assert np.float32(numbers.max()) < 1
 
 
-# -- what a row does not ask for, it does not pay for ----------------------------------------------------------------
+# -- a row pays only for what it asks for -----------------------------------------------------------------------------
 
 
-def test_only_rows_that_cut_keep_noises_and_only_rows_that_ask_rank(device: DeviceHandle, kind: str) -> None:
+def test_only_rows_that_filter_keep_noises_and_only_rows_that_ask_rank(device: DeviceHandle, kind: str) -> None:
     """The passes' lengths are data: a pass that does not run leaves its output as it was."""
     seqs, vocab = 4, 100
     layout = StepLayout(seqs, seqs, 1, 8)
@@ -305,7 +305,7 @@ def test_only_rows_that_cut_keep_noises_and_only_rows_that_ask_rank(device: Devi
 
 
 @pytest.mark.parametrize(
-    ("cuts", "most"),
+    ("filters", "most"),
     [
         ({"top_p": 0.9}, 4),
         ({"top_p": 0.5}, 6),
@@ -317,14 +317,19 @@ def test_only_rows_that_cut_keep_noises_and_only_rows_that_ask_rank(device: Devi
     ids=str,
 )
 @pytest.mark.parametrize("spread", [0.5, 3.0])
-def test_a_cut_takes_a_few_looks(
-    backend: Backend, reference: ReferenceBackend, monkeypatch: pytest.MonkeyPatch, cuts: dict, most: int, spread: float
+def test_filtering_takes_a_few_passes(
+    backend: Backend,
+    reference: ReferenceBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    filters: dict,
+    most: int,
+    spread: float,
 ) -> None:
-    """A row that had not found its token by then would get the likeliest. A look reads the logits once; thresholds by
-    bisection would be 31."""
+    """A row that has not found its token after `most` rounds gets the likeliest one, which would show. A round reads
+    the logits once; finding a threshold by bisection would read them 31 times."""
     monkeypatch.setattr(filters_module, "MAX_ROUNDS", most)
     draw_kernel.cache_clear()
     logits = spread * normal(40, 2000, seed=7)
-    tokens, expected = (sample(ops, logits, temperature=1.0, **cuts).tokens for ops in (backend, reference))
+    tokens, expected = (sample(ops, logits, temperature=1.0, **filters).tokens for ops in (backend, reference))
     draw_kernel.cache_clear()
     np.testing.assert_array_equal(tokens, expected)

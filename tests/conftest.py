@@ -48,6 +48,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     os.close(config.stash[STDERR])
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give whole files to workers, as their fixtures are shared, the longest first."""
+    from tests.workers import FileScheduler
+
+    return FileScheduler(config, log)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> Iterator[None]:
     """End the run where the time limit's signal cannot end a test: a call that never returns to Python, or a test that
@@ -63,9 +71,13 @@ def pytest_timeout_cancel_timer() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def compile_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> None:
     """Engines of one run share their compiled programs, and leave the user's alone."""
-    os.environ[CACHE_DIR_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
+    base = tmp_path_factory.getbasetemp()
+    # a worker's folder lies in its run's
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "cache"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    os.environ[CACHE_DIR_VARIABLE] = str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Tests on METAL, simulated where there is none, in a process of their own: its DEV is METAL, and tinygrad reads its
-settings once a process. That process is another pytest, which runs beside the tests of other folders; what it reports
-is reported here. On a Mac, or with `-p tests.metal.plugin`, the tests run where they are."""
+settings once per process. That process is another pytest. It starts before the first test, and runs beside the tests of
+other folders; with pytest-xdist the worker that was given these tests starts it, and the other workers run the rest.
+What it reports is reported here. On a Mac, or with `-p tests.metal.plugin`, the tests run where they are."""
 
 from __future__ import annotations
 
@@ -26,8 +27,16 @@ if sys.platform == "darwin":
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    is_worker = hasattr(session.config, "workerinput")  # pytest-xdist's, which collects tests that others run
+    if not IS_METAL and not is_worker and not session.config.option.collectonly:
+        start_process(session)
+
+
+def start_process(session: pytest.Session, first: pytest.Item | None = None) -> None:
+    """Start the other pytest with the tests of this folder, from `first` on."""
     wanted = [item.nodeid for item in session.items if item.path.is_relative_to(Path(__file__).parent)]
-    if wanted and not IS_METAL and not session.config.option.collectonly:
+    wanted = wanted[wanted.index(first.nodeid) :] if first else wanted
+    if wanted:
         session.stash[PROCESS] = MetalProcess(wanted, str(session.config.rootpath))
 
 
@@ -35,6 +44,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if IS_METAL or not item.path.is_relative_to(Path(__file__).parent):  # this hook is called for every test
         return None
     session = item.session
+    if PROCESS not in session.stash:
+        start_process(session, item)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in session.stash[PROCESS].reports(item):
         item.ihook.pytest_runtest_logreport(report=report)
@@ -83,7 +94,7 @@ class MetalProcess:
             yield report
             if report.when == "teardown":
                 return
-        self._lines.put("")  # for the tests behind this one
+        self._lines.put("")  # for the tests after this one
         self._process.wait()
         self._output.seek(0)
         tail = "".join(self._output.readlines()[-40:])

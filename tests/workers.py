@@ -1,0 +1,32 @@
+"""Which of pytest-xdist's workers runs what: scripts/test.sh uses one worker a core."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+METAL = "tests/metal"  # one unit: its tests share a process (tests/metal/conftest.py)
+
+# By the time they take, so that no worker begins a long file when the others are done. What is not here is shorter.
+LONGEST_FIRST = (METAL,)
+
+
+class FileScheduler(LoadScopeScheduling):
+    """Gives a worker a file at a time, because a file's tests share fixtures; the longest first."""
+
+    def __init__(self, config: pytest.Config, log: Any = None) -> None:
+        super().__init__(config, log)
+        self._is_sorted = False
+
+    def _split_scope(self, nodeid: str) -> str:
+        return METAL if nodeid.startswith(f"{METAL}/") else nodeid.split("::", 1)[0]
+
+    def _assign_work_unit(self, node: Any) -> None:
+        if not self._is_sorted:
+            ranks = {scope: rank for rank, scope in enumerate(LONGEST_FIRST)}
+            for scope in sorted(self.workqueue, key=lambda scope: ranks.get(scope, len(ranks))):  # a stable sort
+                self.workqueue.move_to_end(scope)
+            self._is_sorted = True
+        super()._assign_work_unit(node)

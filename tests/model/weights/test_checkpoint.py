@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -59,21 +60,23 @@ def as_stored(weight: np.ndarray, dtype: str) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_directory_gives_the_weights_that_were_written(tmp_path, dtype, shards):
+def test_directory_gives_the_weights_that_were_written(tmp_path: Path, dtype: str, shards: int) -> None:
     taken = take_all(write_tiny_hf_llama(tmp_path / "m", dtype=dtype, shards=shards, tie=False), tie=False)
     assert_same(taken, {name: as_stored(w, dtype) for name, w in make_weights(TinyLlama(tie=False)).items()})
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")])
 @pytest.mark.parametrize("numbers", [{}, {"tie": False, "hidden": 96, "kv_heads": 1, "head_dim": 32}])
-def test_unquantized_gguf_gives_the_directory_s_weights_in_its_order(tmp_path, kind, dtype, numbers):
+def test_unquantized_gguf_gives_the_directory_s_weights_in_its_order(
+    tmp_path: Path, kind: str, dtype: str, numbers: dict[str, Any]
+) -> None:
     taken = take_all(write_tiny_gguf(tmp_path / "m.gguf", quant=kind, **numbers), **numbers)
     weights = make_weights(TinyLlama(**numbers))
     assert_same(taken, {name: as_stored(w, dtype) if w.ndim == 2 else w for name, w in weights.items()})
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_quantized_gguf_gives_each_row_s_own_quantization(tmp_path, kind):
+def test_quantized_gguf_gives_each_row_s_own_quantization(tmp_path: Path, kind: str) -> None:
     """Blocks lie within rows, so reordering rows and quantizing may be done in either order."""
     taken = take_all(write_tiny_gguf(tmp_path / "m.gguf", quant=kind))
     for name, weight in make_weights(TinyLlama()).items():
@@ -84,7 +87,7 @@ def test_quantized_gguf_gives_each_row_s_own_quantization(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", QUANTIZED_KINDS)
-def test_quantized_matrices_stay_quantized(tmp_path, kind):
+def test_quantized_matrices_stay_quantized(tmp_path: Path, kind: Any) -> None:
     files = write_tiny_gguf(tmp_path / "m.gguf", quant=kind, tweaks=GGUFTweaks(quant_of={"ffn_down": "Q6_K"}), **WIDE)
     checkpoint = open_files(files)
     q = checkpoint.take(Q_NAME, (256, 256))
@@ -94,7 +97,7 @@ def test_quantized_matrices_stay_quantized(tmp_path, kind):
     assert (q.format.name, down.format.name) == (kind, "Q6_K")
 
 
-def test_dense_tensors_are_views_of_the_file(tmp_path):
+def test_dense_tensors_are_views_of_the_file(tmp_path: Path) -> None:
     for files in (write_tiny_hf_llama(tmp_path / "m"), write_tiny_gguf(tmp_path / "m.gguf", quant="F32")):
         matrix = open_files(files).take("model.layers.0.mlp.up_proj.weight", (96, 64))
         assert isinstance(matrix, np.ndarray)
@@ -102,24 +105,25 @@ def test_dense_tensors_are_views_of_the_file(tmp_path):
         assert not matrix.flags.writeable
 
 
-def test_rope_divisors_are_no_surplus(tmp_path):
-    take_all(write_tiny_gguf(tmp_path / "m.gguf", rope_scaling=LLAMA3_SCALING))
+def test_rope_divisors_are_no_surplus(tmp_path: Path) -> None:
+    taken = take_all(write_tiny_gguf(tmp_path / "m.gguf", quant="F32", rope_scaling=LLAMA3_SCALING))
+    assert_same(taken, make_weights(TinyLlama()))
 
 
-def test_buffers_and_the_copy_of_a_tied_head_are_ignored(tmp_path):
+def test_buffers_and_the_copy_of_a_tied_head_are_ignored(tmp_path: Path) -> None:
     files = write_tiny_hf_llama(tmp_path / "m")
     weights = make_weights(TinyLlama())
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     write_safetensors(files.path / "model.safetensors", weights)
-    take_all(files)
+    assert_same(take_all(files), make_weights(TinyLlama()))
 
 
 # --- strictness --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["hf", "gguf"])
-def test_missing_tensor_is_named(tmp_path, form):
+def test_missing_tensor_is_named(tmp_path: Path, form: str) -> None:
     if form == "gguf":
         files = write_tiny_gguf(tmp_path / "m.gguf", tweaks=GGUFTweaks(drop=("blk.0.attn_q.weight",)))
     else:
@@ -131,7 +135,7 @@ def test_missing_tensor_is_named(tmp_path, form):
         open_files(files).take(Q_NAME, (64, 64))
 
 
-def test_surplus_tensors_are_named(tmp_path):
+def test_surplus_tensors_are_named(tmp_path: Path) -> None:
     tweaks = GGUFTweaks(extra={"blk.0.attn_q.bias": np.ones(64), "strange.weight": np.ones(3)})
     checkpoint = open_files(write_tiny_gguf(tmp_path / "m.gguf", tweaks=tweaks))
     for name, weight in make_weights(TinyLlama()).items():
@@ -144,13 +148,13 @@ def test_surplus_tensors_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["hf", "gguf"])
-def test_misshapen_tensor_is_named_with_both_shapes(tmp_path, form):
+def test_misshapen_tensor_is_named_with_both_shapes(tmp_path: Path, form: str) -> None:
     files = write_tiny_gguf(tmp_path / "m.gguf") if form == "gguf" else write_tiny_hf_llama(tmp_path / "m")
     with pytest.raises(WeightMismatchError, match=rf"{Q_NAME} has shape \(64, 64\), but .* ask for \(64, 32\)"):
         open_files(files).take(Q_NAME, (64, 32))
 
 
-def test_unknown_quantization_lists_the_known_before_anything_is_read(tmp_path):
+def test_unknown_quantization_lists_the_known_before_anything_is_read(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf", layers=1, quant="Q4_0").path
     content = path.read_bytes()
     name = b"blk.0.attn_v.weight"
@@ -166,26 +170,26 @@ def test_unknown_quantization_lists_the_known_before_anything_is_read(tmp_path):
 # --- files of a directory ----------------------------------------------------------------------------------------
 
 
-def test_shards_without_an_index_are_all_read(tmp_path):
+def test_shards_without_an_index_are_all_read(tmp_path: Path) -> None:
     files = write_tiny_hf_llama(tmp_path / "m", shards=2)
     (files.path / "model.safetensors.index.json").unlink()
-    take_all(files)
+    assert_same(take_all(files), make_weights(TinyLlama()))
 
 
-def test_files_that_the_index_does_not_list_are_not_read(tmp_path):
+def test_files_that_the_index_does_not_list_are_not_read(tmp_path: Path) -> None:
     files = write_tiny_hf_llama(tmp_path / "m", shards=2)
     write_safetensors(files.path / "adapter.safetensors", {"strange.weight": np.ones(3, np.float32)})
-    take_all(files)
+    assert_same(take_all(files), make_weights(TinyLlama()))
 
 
-def test_file_that_the_index_lists_must_be_there(tmp_path):
+def test_file_that_the_index_lists_must_be_there(tmp_path: Path) -> None:
     files = write_tiny_hf_llama(tmp_path / "m", shards=2)
     (files.path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ModelError, match=r"index\.json lists model-00002-of-00002\.safetensors, which is not there"):
         open_files(files)
 
 
-def test_tensor_that_the_index_lists_must_be_in_its_file(tmp_path):
+def test_tensor_that_the_index_lists_must_be_in_its_file(tmp_path: Path) -> None:
     files = write_tiny_hf_llama(tmp_path / "m", shards=2)
     index = files.path / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -195,14 +199,14 @@ def test_tensor_that_the_index_lists_must_be_in_its_file(tmp_path):
         open_files(files)
 
 
-def test_index_without_a_map_is_named(tmp_path):
+def test_index_without_a_map_is_named(tmp_path: Path) -> None:
     files = write_tiny_hf_llama(tmp_path / "m", shards=2)
     (files.path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ModelError, match=r"index\.json has no weight_map"):
         open_files(files)
 
 
-def test_tensor_in_two_files_is_named(tmp_path):
+def test_tensor_in_two_files_is_named(tmp_path: Path) -> None:
     files = write_tiny_hf_llama(tmp_path / "m", shards=2)
     (files.path / "model.safetensors.index.json").unlink()
     write_safetensors(files.path / "model-00003.safetensors", {Q_NAME: np.ones((64, 64), np.float32)})
@@ -210,7 +214,7 @@ def test_tensor_in_two_files_is_named(tmp_path):
         open_files(files)
 
 
-def test_pickled_weights_are_refused_and_never_preferred(tmp_path):
+def test_pickled_weights_are_refused_and_never_preferred(tmp_path: Path) -> None:
     files = write_tiny_hf_llama(tmp_path / "m")
     (files.path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     take_all(files)
@@ -224,7 +228,7 @@ def test_pickled_weights_are_refused_and_never_preferred(tmp_path):
         open_files(files)
 
 
-def test_cut_file_says_so_wherever_it_was_cut(tmp_path):
+def test_cut_file_says_so_wherever_it_was_cut(tmp_path: Path) -> None:
     files = write_tiny_hf_llama(tmp_path / "m", layers=1)
     path = files.path / "model.safetensors"
     whole = path.read_bytes()
@@ -246,7 +250,7 @@ def test_cut_file_says_so_wherever_it_was_cut(tmp_path):
         ),
     ],
 )
-def test_damaged_header_is_named(tmp_path, header, message):
+def test_damaged_header_is_named(tmp_path: Path, header: str, message: str) -> None:
     files = write_tiny_hf_llama(tmp_path / "m")
     content = len(header).to_bytes(8, "little") + header.encode() + bytes(64)
     (files.path / "model.safetensors").write_bytes(content)
@@ -254,14 +258,14 @@ def test_damaged_header_is_named(tmp_path, header, message):
         open_files(files)
 
 
-def test_pointer_of_git_lfs_is_recognised(tmp_path):
+def test_pointer_of_git_lfs_is_recognized(tmp_path: Path) -> None:
     files = write_tiny_hf_llama(tmp_path / "m")
     (files.path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     with pytest.raises(ModelError, match="pointer of Git LFS"):
         open_files(files)
 
 
-def test_unknown_type_lists_the_known(tmp_path):
+def test_unknown_type_lists_the_known(tmp_path: Path) -> None:
     files = write_tiny_hf_llama(tmp_path / "m")
     header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}})
     content = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
@@ -271,7 +275,7 @@ def test_unknown_type_lists_the_known(tmp_path):
 
 
 @pytest.mark.model
-def test_default_model_is_taken_whole():
+def test_default_model_is_taken_whole() -> None:
     files = resolve_model(DEFAULT_MODEL)
     checkpoint = open_files(files)
     tensors = GGUFFile(files.path).tensors

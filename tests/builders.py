@@ -114,7 +114,7 @@ def write_tiny_hf_llama(directory: Path, *, dtype: str = "float32", shards: int 
         write_safetensors(directory / "model.safetensors", weights, dtype)
     else:
         names = list(weights)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for shard in range(shards):
             file_name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
             part = {name: weights[name] for name in names[shard::shards]}

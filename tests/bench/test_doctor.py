@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,15 +53,14 @@ def test_a_model_that_is_not_there_ends_the_list_with_how_to_get_it(tmp_path: Pa
 
 
 def test_another_tinygrad_than_ours_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor.version
-    monkeypatch.setattr(doctor, "version", lambda name: "0.1.0" if name == "tinygrad" else real(name))
+    monkeypatch.setattr(doctor, "version", lambda name: "0.1.0" if name == "tinygrad" else version(name))
     check = list(doctor.software())[1]
     assert (check.status, check.value) == (BAD, "0.1.0") and check.remedy.startswith("pip install tinygrad==")
 
 
 def test_a_missing_compiler_and_a_busy_machine_are_worth_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    monkeypatch.setattr(doctor.os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
     by_name = {check.name: check for check in doctor.machine()}
     assert by_name["compiler"].status == by_name["load"].status == ODD
     assert "no-such-compiler" in by_name["compiler"].value

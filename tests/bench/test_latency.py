@@ -56,7 +56,7 @@ def test_decode_row_counts_steps_kernels_and_bytes() -> None:
 def test_floor_is_bytes_over_bandwidth() -> None:
     (row,) = measure(FakeRunner(), make_work(Case("decode", 2, 100)))
     assert row.nbytes is not None and row.floor_ms == pytest.approx(row.nbytes / 1e6 * 1e3)  # 0.001 GB/s
-    assert row.floor_share == pytest.approx(row.floor_ms / row.step_ms.median)
+    assert row.floor_ms is not None and row.floor_share == pytest.approx(row.floor_ms / row.step_ms.median)
 
 
 def test_logits_without_a_finite_value_are_an_error() -> None:

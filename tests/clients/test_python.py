@@ -98,7 +98,7 @@ def test_langchain(server_url: str) -> None:
         """The weather of a city for some days."""
         return f"sunny in {city} for {days} days"
 
-    llm = ChatOpenAI(base_url=server_url, api_key="none", model=MODEL, max_tokens=200, max_retries=0)  # type: ignore[call-arg]
+    llm = ChatOpenAI(base_url=server_url, api_key="none", model=MODEL, max_tokens=200, max_retries=0)
     assert llm.invoke("Hello").content
     assert "".join(str(chunk.content) for chunk in llm.stream("Hello"))
     bound = llm.bind_tools([get_weather], tool_choice="required", parallel_tool_calls=False)
@@ -107,7 +107,7 @@ def test_langchain(server_url: str) -> None:
     assert call["name"] == "get_weather" and "sunny" in get_weather.invoke(call["args"])
     gathered = None
     for chunk in bound.stream(QUESTION):
-        gathered = chunk if gathered is None else gathered + chunk  # type: ignore[assignment]
+        gathered = chunk if gathered is None else gathered + chunk
     assert gathered is not None and gathered.tool_calls[0]["name"] == "get_weather"
     history = [("user", QUESTION), message, get_weather.invoke(call)]
     assert llm.invoke(history).content

@@ -8,10 +8,11 @@ from unittest import mock
 
 import pytest
 from tinygrad import UOp
+from tinygrad.codegen import to_program_cache
 
 from tests.ops.kernel.examples import add_one_kernel
 from tinyvllm.device import compiling
-from tinyvllm.device.compiling import Compiler, to_program_cache
+from tinyvllm.device.compiling import Compiler
 from tinyvllm.ops.kernel.body import F32
 
 

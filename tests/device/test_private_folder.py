@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tinyvllm.device import private_folder
 from tinyvllm.device.private_folder import PrivateFolder
 from tinyvllm.errors import CacheError, TinyvllmError
 
@@ -87,7 +86,7 @@ def test_a_folder_that_others_can_write_is_refused_with_the_remedy(tmp_path: Pat
 
 def test_a_folder_of_another_user_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     PrivateFolder(tmp_path, "key")
-    monkeypatch.setattr(private_folder.os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
     with pytest.raises(CacheError, match=r"belongs to user .*, not to you .*: delete it, or name another"):
         PrivateFolder(tmp_path, "key")
 
@@ -121,7 +120,7 @@ def test_a_value_that_cannot_be_written_is_only_missed(tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     folder = PrivateFolder(tmp_path, "key")
-    monkeypatch.setattr(private_folder.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     folder.write("name", 1)
     assert list((tmp_path / "key").iterdir()) == []
     assert folder.read("name") is None

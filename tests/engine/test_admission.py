@@ -88,8 +88,8 @@ def test_an_id_outside_the_vocabulary_is_named(token_id: int) -> None:
 
 def test_an_id_that_is_no_integer_is_refused_and_numpys_are_taken() -> None:
     with pytest.raises(RequestError, match="not an integer"):
-        make_factory().make_requests("x", [1.5], SamplingParams())
-    (request,) = make_factory().make_requests("x", np.array([1, 2]), SamplingParams())
+        make_factory().make_requests("x", [1.5], SamplingParams())  # type: ignore[list-item]
+    (request,) = make_factory().make_requests("x", np.array([1, 2]), SamplingParams())  # type: ignore[arg-type]
     assert request.prompt_ids == [1, 2]
     assert all(type(token_id) is int for token_id in request.prompt_ids)
 

@@ -121,7 +121,7 @@ async def test_one_hop_a_step_serves_all_requests() -> None:
     runner = FakeModelRunner()
     gate = Gate(runner)
     async with running_engine(runner) as engine:
-        loop, hops = asyncio.get_running_loop(), []
+        loop, hops = asyncio.get_running_loop(), list[Any]()
         call_soon_threadsafe = loop.call_soon_threadsafe
 
         def count(callback: Any, *args: Any, **kwargs: Any) -> Any:
@@ -130,10 +130,10 @@ async def test_one_hop_a_step_serves_all_requests() -> None:
 
         tasks = [asyncio.ensure_future(collect(engine.generate([i], GREEDY, request_id=str(i)))) for i in range(8)]
         await asyncio.sleep(0)
-        loop.call_soon_threadsafe = count
+        loop.call_soon_threadsafe = count  # type: ignore[method-assign, assignment]
         gate.open()
         await asyncio.gather(*tasks)
-        loop.call_soon_threadsafe = call_soon_threadsafe
+        loop.call_soon_threadsafe = call_soon_threadsafe  # type: ignore[method-assign]
     assert len(hops) <= len(runner.plans)
 
 
@@ -142,7 +142,7 @@ async def test_a_reader_that_leaves_frees_its_blocks_at_the_next_step(how: str) 
     runner = FakeModelRunner()
     gate = Gate(runner)
     async with running_engine(runner) as engine:
-        stream: AsyncGenerator[Delta, None] | None = engine.generate(list(b"hello"), LONG, request_id="x")
+        stream: Any = engine.generate(list(b"hello"), LONG, request_id="x")
         stays = asyncio.ensure_future(collect(engine.generate(list(b"stays"), GREEDY, request_id="y")))
         gate.let(2)
         if how == "cancel":
@@ -208,7 +208,7 @@ async def test_readers_that_come_and_leave_at_random_lose_no_block() -> None:
         for delta in last:
             said = join([other for other in seen if other.index == delta.index]).token_ids
             request = make_request(
-                prompt=prompt, max_tokens=params.max_tokens, seed=7 + delta.index, temperature=1.0, ignore_eos=True
+                prompt=prompt, max_tokens=params.max_tokens or 0, seed=7 + delta.index, temperature=1.0, ignore_eos=True
             )
             assert said == tuple(run_alone(request))[: len(said)]
             assert len(said) == params.max_tokens or delta.finish_reason == "abort"
@@ -459,7 +459,7 @@ async def test_an_idle_engine_sleeps() -> None:
             assert timeout is None
             return wait(timeout)
 
-        engine._wake.wait = count
+        engine._wake.wait = count  # type: ignore[method-assign]
         await collect(engine.generate([1], GREEDY, request_id="y"))
         await asyncio.sleep(0.05)
         assert num_waits <= 2

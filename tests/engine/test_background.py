@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from tinyvllm.engine.loading import LoadedEngine, Progress, assemble_engine
 from tinyvllm.engine.output import Delta
 from tinyvllm.execution.runner import load_runner
 from tinyvllm.scheduling.block_manager import BlockManager
-from tinyvllm.scheduling.plan import StepPlan
+from tinyvllm.scheduling.plan import StepOutput, StepPlan
 from tinyvllm.scheduling.scheduler import Scheduler
 
 PATIENCE_S = 20
@@ -34,13 +35,13 @@ class Overlapping(FakeModelRunner):
         super().__init__()
         self.events = events
 
-    def launch(self, plan: StepPlan) -> object:
+    def launch(self, plan: StepPlan) -> StepOutput:
         self.events.append("launch")
         return super().launch(plan)
 
-    def collect(self, flight: object) -> object:
+    def collect(self, flight: Any) -> StepOutput:
         self.events.append("collect")
-        return super().collect(flight)  # type: ignore[arg-type]
+        return super().collect(flight)
 
 
 def make_core(runner: FakeModelRunner, captures: FakeCaptures) -> EngineCore:
@@ -77,15 +78,15 @@ def test_a_step_that_fails_before_a_graph_is_made_ends_its_requests_alone() -> N
     request = make_request("first", [1, 2], max_tokens=5)
     core.add(request)
     core.step()
-    collect: Callable[[object], object] = runner.collect
+    collect = runner.collect
 
-    def fail(flight: object) -> object:
+    def fail(flight: Any) -> StepOutput:
         raise RuntimeError("lost")
 
-    runner.collect = fail  # type: ignore[method-assign, assignment]
+    runner.collect = fail  # type: ignore[method-assign]
     core.advance_captures()
     (out,) = core.advance_captures()
-    runner.collect = collect  # type: ignore[method-assign, assignment]
+    runner.collect = collect  # type: ignore[method-assign]
     assert (out.finish_reason, captures.num_to_come) == ("error", 0)
     again = make_request("again", [1, 2], max_tokens=5)
     core.add(again)

@@ -123,7 +123,7 @@ async def collect(deltas: AsyncGenerator[Delta, None]) -> list[Delta]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny llama on disk, and what NumPy says of it."""
-    numbers = {"seed": 5}
+    numbers: dict[str, Any] = {"seed": 5}
     files = write_tiny_hf_llama(tmp_path_factory.mktemp("models") / "beams", **numbers)
     model = TinyLlama(**numbers)
     return files, model, make_weights(model)

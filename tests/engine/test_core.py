@@ -132,7 +132,7 @@ def test_failures_in_a_row_end_the_engine() -> None:
 def test_an_output_that_does_not_fit_its_plan_is_a_failed_step() -> None:
     runner = FakeModelRunner()
     core, request = make_core(runner), make_request()
-    runner.execute = lambda plan: StepOutput((1, 2), (None, None))
+    runner.execute = lambda plan: StepOutput((1, 2), (None, None))  # type: ignore[method-assign]
     core.add(request)
     (out,) = core.step()
     assert (out.finish_reason, request.finish_reason) == ("error", "error")
@@ -151,7 +151,7 @@ def test_a_broken_invariant_of_the_scheduler_is_not_hidden(monkeypatch: pytest.M
 def overlapped(runner: FakeModelRunner | None = None) -> EngineCore:
     """A core whose device takes a step before the one before was read."""
     core = make_core(runner)
-    core.runner.max_in_flight = 2
+    core.runner.max_in_flight = 2  # type: ignore[misc]
     return core
 
 
@@ -217,7 +217,7 @@ def test_an_overlapped_step_that_throws_ends_all_that_is_in_flight() -> None:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_steps_time_is_named_while_somebody_measures(depth: int) -> None:
     core = make_core()
-    core.runner.max_in_flight = depth
+    core.runner.max_in_flight = depth  # type: ignore[misc]
     requests = [make_request(f"r{i}", 5 + i, max_tokens=3) for i in range(3)]
     for request in requests:
         core.add(request)

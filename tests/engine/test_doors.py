@@ -33,7 +33,9 @@ def test_the_doors_are_named() -> None:
 
 
 @pytest.mark.parametrize(("installed", "expected"), [("1.2.3", "1.2.3"), (None, "0+unknown")])
-def test_the_version_is_the_installed_packages(monkeypatch, installed: str | None, expected: str) -> None:
+def test_the_version_is_the_installed_packages(
+    monkeypatch: pytest.MonkeyPatch, installed: str | None, expected: str
+) -> None:
     def version(name: str) -> str:
         assert name == "tinyvllm"
         if installed is None:

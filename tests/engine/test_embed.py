@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     return write_tiny_hf_llama(tmp_path_factory.mktemp("models") / "embed", seed=MODEL.seed)
 
 
-def start(files: ModelFiles, **settings: bool) -> AsyncEngine:
+def start(files: ModelFiles, **settings: Any) -> AsyncEngine:
     """With few blocks and short steps: prompts come in pieces, and some are preempted."""
     config = EngineConfig(
         str(files.path),

@@ -39,7 +39,7 @@ def test_prompts_are_answered_in_their_order(make_llm: Any) -> None:
         assert (output.prompt, output.prompt_token_ids) == (prompt, list(prompt.encode()))
         assert output.finished
         (choice,) = output.outputs
-        alone = run_alone(make_request(prompt=prompt.encode(), max_tokens=one.max_tokens))
+        alone = run_alone(make_request(prompt=prompt.encode(), max_tokens=one.max_tokens or 0))
         assert choice.token_ids == alone or choice.token_ids == alone[: alone.index(EOS_ID) + 1]
     assert len({output.request_id for output in outputs}) == 20
 

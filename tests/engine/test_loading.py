@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -16,12 +17,12 @@ class WarmRunner(FakeModelRunner):
 
     failure: BaseException | None = None
 
-    def warm_up(self, progress) -> None:
+    def warm_up(self, progress: Any) -> None:
         progress("warm-up", 1, 1)
         if self.failure is not None:
             raise self.failure
 
-    def warm_up_first(self, progress) -> None:
+    def warm_up_first(self, progress: Any) -> None:
         self.captures = FakeCaptures(5)
 
 
@@ -29,7 +30,7 @@ class WarmRunner(FakeModelRunner):
 def runner(monkeypatch: pytest.MonkeyPatch) -> WarmRunner:
     """What execution.runner.load_runner will return, without a device."""
     runner, module = WarmRunner(), ModuleType("tinyvllm.execution.runner")
-    module.load_runner = lambda files, config, progress: runner
+    monkeypatch.setattr(module, "load_runner", lambda files, config, progress: runner, raising=False)
     monkeypatch.setitem(sys.modules, "tinyvllm.execution.runner", module)
     return runner
 
@@ -71,5 +72,6 @@ def test_an_unknown_model_is_refused_before_anything_is_loaded(runner: WarmRunne
 def test_an_unknown_parser_is_refused_before_anything_is_loaded(
     tiny_hf_files: ModelFiles, runner: WarmRunner, setting: str
 ) -> None:
+    settings: dict[str, Any] = {setting: "herms"}
     with pytest.raises(TinyvllmError, match=f"--{setting.replace('_', '-')} is 'herms': choose from"):
-        load_engine(EngineConfig(str(tiny_hf_files.path), **{setting: "herms"}))
+        load_engine(EngineConfig(str(tiny_hf_files.path), **settings))

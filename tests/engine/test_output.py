@@ -8,7 +8,7 @@ from tests.engine.fakes import EOS_ID, FakeModelRunner, join, make_loaded, say
 from tinyvllm.config import SamplingParams
 from tinyvllm.engine.loading import LoadedEngine
 from tinyvllm.engine.output import Delta, TextEngine
-from tinyvllm.scheduling.request import Status
+from tinyvllm.scheduling.request import Request, Status
 
 
 def answer(text: str | bytes, **params: Any) -> list[Delta]:
@@ -87,7 +87,7 @@ def test_a_stop_id_is_no_part_of_the_text_unless_asked_for() -> None:
 
 
 def test_special_tokens_are_text_only_when_asked_for() -> None:
-    def choose(request, digest):
+    def choose(request: Request, digest: int) -> int:
         return [104, 257, 105, EOS_ID][len(request.output_ids)]
 
     for skip, text in ((True, "hi"), (False, "h<|im_start|>i")):
@@ -144,7 +144,7 @@ def test_text_that_cannot_be_made_ends_its_request_alone(monkeypatch: pytest.Mon
                 raise KeyError("7")
             return loaded.tokenizer.token_bytes(token_id)
 
-    engine.tokenizer = Brittle()
+    engine.tokenizer = Brittle()  # type: ignore[assignment]
     for name in ("bad", "good"):
         engine.add(loaded.factory.make_requests(name, [1], SamplingParams(max_tokens=5))[0])
     last = {}

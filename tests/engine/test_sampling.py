@@ -75,7 +75,7 @@ def draw(prompt: list[int], params: SamplingParams, num_tokens: int) -> list[int
     return output
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "repetition": {"repetition_penalty": 1.5},
     "frequency": {"frequency_penalty": 1.1},
     "presence": {"presence_penalty": 1.9},
@@ -101,7 +101,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_request_gets_the_tokens_that_its_settings_say(llm: LLM, name: str) -> None:
     """Penalties over prompt and output, as they grow; four requests together, preempted now and then."""
-    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **CASES[name]})
+    fields: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **CASES[name]}
+    params = SamplingParams(**fields)
     plain = SamplingParams(temperature=params.temperature, seed=params.seed, max_tokens=12, ignore_eos=True)
     got = tokens_of(generate(llm, PROMPTS, params))
     assert got == [draw(prompt, params, 12) for prompt in PROMPTS]
@@ -110,12 +111,13 @@ def test_a_request_gets_the_tokens_that_its_settings_say(llm: LLM, name: str) ->
 
 def test_seeds_reproduce_in_any_company_and_over_preemptions(llm: LLM) -> None:
     """With logits processing on: alone, together, and beside requests that ask for nothing."""
-    all_params = [
-        SamplingParams(seed=100 + i, max_tokens=30, ignore_eos=True, **settings)
-        for i, settings in enumerate(
-            [{"repetition_penalty": 1.3}, {}, {"frequency_penalty": 0.8, "typical_p": 0.9}, {"logit_bias": {65: 3.0}}]
-        )
+    wishes: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.3},
+        {},
+        {"frequency_penalty": 0.8, "typical_p": 0.9},
+        {"logit_bias": {65: 3.0}},
     ]
+    all_params = [SamplingParams(seed=100 + i, max_tokens=30, ignore_eos=True, **wish) for i, wish in enumerate(wishes)]
     alone = [tokens_of(generate(llm, [prompt], params))[0] for prompt, params in zip(PROMPTS, all_params, strict=True)]
     before = llm.stats.num_preemptions
     assert tokens_of(generate(llm, PROMPTS, all_params)) == alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from tinyvllm.execution.limits import BIG_CUDA, CPU, CUDA, SHARED_GPU, device_li
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 
 
-def buckets_of(seqs: int, tokens: int, **config: tuple[int, ...]) -> list[Bucket]:
+def buckets_of(seqs: int, tokens: int, **config: Any) -> list[Bucket]:
     return make_buckets(Limits(seqs, tokens), EngineConfig("tiny", **config))
 
 
@@ -198,7 +199,7 @@ def test_limits_follow_the_device(device: DeviceHandle, limits: Limits) -> None:
 
 
 def test_a_limit_that_was_given_is_kept_and_the_other_fitted_to_it() -> None:
-    def resolve(**given: int) -> Limits:
+    def resolve(**given: Any) -> Limits:
         return resolve_limits(EngineConfig("tiny", **given), opened("CPU"))
 
     assert resolve(max_num_seqs=3, max_num_batched_tokens=7) == Limits(3, 7)

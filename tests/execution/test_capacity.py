@@ -8,17 +8,29 @@ from typing import Any
 
 import pytest
 
-from tests.model.test_rope import make_config
-from tinyvllm.config import EngineConfig, Limits
+from tinyvllm.config import EngineConfig, Limits, ModelConfig
 from tinyvllm.errors import CapacityError, TinyvllmError
 from tinyvllm.execution.capacity import GIB, MemoryFacts, plan_capacity, scratch_bytes
 
-MODEL = replace(make_config(), max_position=2048)
+MODEL = ModelConfig(
+    architecture="llama",
+    num_layers=1,
+    hidden_size=64,
+    ffn_size=64,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=64,
+    vocab_size=32,
+    max_position=2048,
+    rope_theta=10000.0,
+    norm_eps=1e-5,
+    tie_embeddings=True,
+)
 # 64 KiB a token, so 1 MiB a block of 16; 4 GiB x 0.5 - 1 GiB leave 1024 blocks
 MEMORY = MemoryFacts(free_bytes=4 * GIB, share=0.5, weight_bytes=GIB, kv_bytes_per_token=1 << 16)
 
 
-def plan(memory: MemoryFacts = MEMORY, **config: Any):
+def plan(memory: MemoryFacts = MEMORY, **config: Any) -> Any:
     limits = Limits(config.get("max_num_seqs", 16), 256)
     return plan_capacity(EngineConfig("tiny", **config), limits, MODEL, memory)
 

@@ -18,6 +18,7 @@ from tinyvllm.execution.capacity import scratch_bytes
 from tinyvllm.execution.captures import Captures
 from tinyvllm.execution.graphs import PendingGraph
 from tinyvllm.execution.runner import ModelRunner, load_runner
+from tinyvllm.scheduling.plan import StepOutput, StepPlan
 
 CONFIG = EngineConfig(
     "tiny",
@@ -102,7 +103,13 @@ def test_a_plan_runs_in_the_smallest_graph_that_is_there(runner: ModelRunner) ->
     def ran_in(prompt: list[int]) -> list[int]:
         sizes: list[int] = []
         execute = runner.execute
-        runner.execute = lambda plan: sizes.append((out := execute(plan)).num_rows) or out  # type: ignore[method-assign]
+
+        def watch(plan: StepPlan) -> StepOutput:
+            out = execute(plan)
+            sizes.append(out.num_rows)
+            return out
+
+        runner.execute = watch  # type: ignore[method-assign]
         generate(runner, [make_request(prompt)], 2)
         del runner.execute
         return sizes

@@ -73,8 +73,8 @@ def test_only_sequences_that_reach_their_last_token_are_sampled_in_order() -> No
     assert views["logit_rows"][:2].tolist() == [4, 6]
     assert packer.floats["temperature"].tolist() == [0.5, 0.0, 0.0]
     assert views["top_k"][:2].tolist() == [7, 0]
-    np.testing.assert_array_equal(packer.floats["top_p"][:2], np.float32([0.8, 1.0]))
-    np.testing.assert_array_equal(packer.floats["min_p"][:2], np.float32([0.1, 0.0]))
+    np.testing.assert_array_equal(packer.floats["top_p"][:2], np.array([0.8, 1.0], np.float32))
+    np.testing.assert_array_equal(packer.floats["min_p"][:2], np.array([0.1, 0.0], np.float32))
     assert views["seed"][0] == 42
     assert views["draw"][:2].tolist() == [2, 0], "tokens drawn before"
     assert views["num_logprobs"].tolist() == [-1, 3, -1]

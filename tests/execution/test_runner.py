@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def alone(runner: ModelRunner) -> list[list[int]]:
 
 def test_graphs_equal_the_eager_reference(runner: ModelRunner, files: ModelFiles) -> None:
     eager = EagerRunner(files, runner.capacity, make_buckets(resolve_limits(CONFIG), CONFIG))
-    params = [
+    params: list[dict[str, Any]] = [
         {"logprobs": 3},
         {"temperature": 0.8, "seed": 3, "logprobs": 0},
         {"temperature": 1.2, "top_p": 0.7, "top_k": 20},

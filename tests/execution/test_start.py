@@ -8,11 +8,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from tinygrad.codegen import to_program_cache
 
 from tests.builders import write_tiny_gguf
 from tests.execution.driver import generate, make_request
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
-from tinyvllm.device.compiling import to_program_cache
 from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.execution import graphs
 from tinyvllm.execution.runner import ModelRunner, load_runner

@@ -115,7 +115,7 @@ def frequencies(model: TinyLlama) -> np.ndarray:
 # -- the model under test --------------------------------------------------------------------------------------------
 
 
-def load(files: ModelFiles, make: Callable[..., Backend] = lambda device: CpuBackend(device, None)) -> Llama:
+def load(files: ModelFiles, make: Callable[..., Backend] = lambda device: CpuBackend(device, None)) -> Any:
     config = read_model_config(files)
     return find_family(config)(
         complete_config(config), open_checkpoint(files, config), make(open_device()), num_positions=64
@@ -176,7 +176,7 @@ def test_logits_equal_the_implementation_in_numpy(tmp_path: Path, numbers: dict[
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_checkpoints_are_computed_in_float32(tmp_path: Path, dtype: str, family: str) -> None:
     files, numbers = write_tiny_hf_llama(tmp_path, dtype=dtype, family=family), {"family": family}
-    check(load(files), numpy_llama(TinyLlama(**numbers), weights_of(files, numbers), PROMPT))
+    check(load(files), numpy_llama(TinyLlama(family=family), weights_of(files, numbers), PROMPT))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_both_formats_give_the_same_logits(tmp_path: Path, family: str) -> None:
 def test_the_reference_backend_runs_the_same_model(tmp_path: Path, family: str) -> None:
     tweaks, numbers = GGUFTweaks(quant_of={"attn_v": "Q8_0"}), {"family": family}
     files = write_tiny_gguf(tmp_path / "tiny.gguf", quant="Q4_1", tweaks=tweaks, family=family)
-    expected = numpy_llama(TinyLlama(**numbers), weights_of(files, numbers), PROMPT)
+    expected = numpy_llama(TinyLlama(family=family), weights_of(files, numbers), PROMPT)
     check(load(files, ReferenceBackend), expected, tolerance=1e-5)
 
 

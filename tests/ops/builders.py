@@ -109,6 +109,7 @@ def read_pool(backend: Backend, kind: LayerKind, block_size: int, pool: KVPool) 
     """The keys and values of a pool's first layer, float32."""
     plain = []
     for tensor, is_key in ((pool.keys[0], True), (pool.values[0], False)):
+        assert not isinstance(tensor, tuple)  # as several cores have it
         stored = tensor.float().numpy()
         if isinstance(backend, CpuBackend):
             axes = _to_cpu(is_key)

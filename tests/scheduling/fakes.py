@@ -63,7 +63,7 @@ class FakeRunner:
             self._write(entry, written)
         sampled = [self._sample(entry.request) for entry in plan.sampled]
         self._newest = {entry.request: ids for entry, (ids, _) in zip(plan.sampled, sampled, strict=True)}
-        ids, logprobs = ([one[part] for one in sampled] for part in (0, 1))
+        ids, logprobs = [token for token, _ in sampled], [logprob for _, logprob in sampled]
         scores = tuple(self._score(entry) for entry in plan.scored)
         return StepOutput(tuple(ids), tuple(logprobs), scores, pack_s=0.25, device_s=0.5)
 
@@ -114,8 +114,8 @@ class FakeRunner:
         return tuple(scores)
 
 
-def make_capacity(num_blocks: int = 1000, block_size: int = 4, **fields: int) -> Capacity:
-    defaults = {"max_model_len": 100_000, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+def make_capacity(num_blocks: int = 1000, block_size: int = 4, **fields: Any) -> Capacity:
+    defaults: dict[str, Any] = {"max_model_len": 100_000, "max_num_seqs": 8, "max_num_batched_tokens": 64}
     return Capacity(num_blocks=num_blocks, block_size=block_size, **{**defaults, **fields})
 
 

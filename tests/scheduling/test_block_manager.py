@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.scheduling.fakes import make_request
@@ -245,7 +247,7 @@ def rewrite_the_text(manager: BlockManager, request: Request) -> None:
         rewrite_the_text,
     ],
 )
-def test_audit_sees(damage) -> None:
+def test_audit_sees(damage: Any) -> None:
     manager = BlockManager(num_blocks=9, block_size=4)
     request = fill(manager, make_request("a", range(10)))
     damage(manager, request)

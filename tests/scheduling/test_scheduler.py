@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.scheduling.fakes import FakeRunner, make_request, make_scheduler, run, run_alone, scores_alone, step
@@ -9,7 +11,7 @@ from tinyvllm.scheduling.request import Request, Status
 from tinyvllm.scheduling.scheduler import NO_FINITE_LOGITS, NOTHING_ALLOWED
 
 
-def token_at(index: int, **fields: object) -> int:
+def token_at(index: int, **fields: Any) -> int:
     """The token that a request made of `fields` answers at `index`."""
     return run_alone(make_request(**{"max_tokens": index + 1, **fields}))[index]
 
@@ -441,7 +443,8 @@ def test_scores_outlive_a_preemption_and_are_not_computed_twice() -> None:
 
 def test_a_token_that_cannot_be_sampled_says_what_may_be_to_blame() -> None:
     errors = []
-    for params in ({}, {"allowed_token_ids": (1,)}):
+    cases: list[dict[str, Any]] = [{}, {"allowed_token_ids": (1,)}]
+    for params in cases:
         scheduler, request = make_scheduler(), make_request("a", 3, **params)
         runner = FakeRunner(4)
         runner.choose = lambda request, digest: -1

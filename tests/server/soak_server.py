@@ -37,7 +37,7 @@ def start_engine(config: EngineConfig, progress: Progress) -> AsyncEngine:
 
 def load_fake(config: EngineConfig, progress: Progress | None) -> LoadedEngine:
     runner = FakeModelRunner(
-        num_blocks=config.num_gpu_blocks_override or 64, block_size=16, max_num_seqs=config.max_num_seqs
+        num_blocks=config.num_gpu_blocks_override or 64, block_size=16, max_num_seqs=config.max_num_seqs or 8
     )
     runner.max_in_flight = 2 if config.async_scheduling else 1
     runner.plans = deque(maxlen=1)  # type: ignore[assignment]  # else it would keep them all

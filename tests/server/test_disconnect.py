@@ -16,7 +16,7 @@ from tinyvllm.config import SamplingParams
 from tinyvllm.server.failures import ClientGone
 from tinyvllm.server.streaming import EventStream, errors_as_events, merge, until_disconnect, wait_for_first
 
-BODIES = {
+BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "ab", "n": 2},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
 }

@@ -289,7 +289,8 @@ async def test_usage_in_every_chunk_if_requested() -> None:
 def test_the_openai_client_rebuilds_calls_of_a_stream() -> None:
     with serving(hermes(f"Wait. {CALL}")) as url:
         client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
-        with client, client.chat.completions.stream(model="tiny", tools=[WEATHER], **CHAT) as stream:  # type: ignore[list-item]
+        chat: dict[str, Any] = {"model": "tiny", "tools": [WEATHER], **CHAT}
+        with client, client.chat.completions.stream(**chat) as stream:
             [choice] = stream.get_final_completion().choices
     assert choice.finish_reason == "tool_calls" and choice.message.tool_calls is not None
     assert json.loads(choice.message.tool_calls[0].function.arguments) == {"city": "Köln"}

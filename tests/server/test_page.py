@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,16 +38,20 @@ def browser() -> Iterator[object]:
 class Visit:
     """An open page, with all its requests and console errors."""
 
-    def __init__(self, browser: object, url: str, options: dict[str, object]) -> None:
+    def __init__(self, browser: Any, url: str, options: dict[str, Any]) -> None:
         self.url = url
-        self.context = browser.new_context(**options)  # type: ignore[attr-defined]
+        self.context = browser.new_context(**options)
         self.page = self.context.new_page()
         self.errors: list[str] = []
         self.requests: list[str] = []
-        self.page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(url)
+
+    def _hear(self, message: Any) -> None:
+        if message.type == "error":
+            self.errors.append(message.text)
 
     def ask(self, text: str) -> None:
         self.page.fill("#prompt", text)

@@ -31,7 +31,7 @@ OPEN = ("/", "/health", "/ready", "/ping", "/version", "/metrics", "/static/app.
 async def test_a_key_is_required(path: str) -> None:
     async with client_of(FakeEngine(), api_keys=KEYS) as client:
         for header in (None, "Bearer", "Bearer ", "Bearer first-key-2", "Basic first-key-1", "first-key-1", "Bearer é"):
-            headers = {} if header is None else {"authorization": header.encode("latin-1")}
+            headers: Any = {} if header is None else {"authorization": header.encode("latin-1")}
             response = await client.get(path, headers=headers)
             assert response.status_code == 401 and error_of(response)["code"] == "invalid_api_key"
             assert response.headers["www-authenticate"] == "Bearer" and response.headers["x-request-id"]

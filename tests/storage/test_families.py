@@ -76,18 +76,20 @@ def windows(config: ModelConfig) -> list[int | None]:
 # --- Mistral -----------------------------------------------------------------------------------------------------
 
 
-def test_mistrals_window_is_the_class_default_where_the_file_says_nothing(tmp_path):
+def test_mistrals_window_is_the_class_default_where_the_file_says_nothing(tmp_path: Path) -> None:
     config = read(tmp_path, MISTRAL, max_position_embeddings=32768)
     assert (config.architecture, windows(config)) == ("mistral", [4096] * 4)
     assert read(tmp_path, SIZES | {"model_type": "mistral", "max_position_embeddings": 32768}) == config
 
 
 @pytest.mark.parametrize("changes", [{"sliding_window": None}, {"sliding_window": 512}, {}])
-def test_mistral_has_no_window_where_it_is_null_or_holds_every_position(tmp_path, changes):
+def test_mistral_has_no_window_where_it_is_null_or_holds_every_position(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     assert windows(read(tmp_path, MISTRAL, **changes)) == [None] * 4
 
 
-def test_mistral_with_windows_by_layer_is_another_class(tmp_path):
+def test_mistral_with_windows_by_layer_is_another_class(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"layer_types is .*known: full_attention in every layer"):
         read(tmp_path, MISTRAL, layer_types=["full_attention", "sliding_attention"] * 2)
 
@@ -96,7 +98,7 @@ def test_mistral_with_windows_by_layer_is_another_class(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
-def test_qwens_window_is_off_unless_the_file_turns_it_on(tmp_path, name):
+def test_qwens_window_is_off_unless_the_file_turns_it_on(tmp_path: Path, name: str) -> None:
     stated = {"architectures": [name], "sliding_window": 128}
     assert windows(read(tmp_path, QWEN2, **stated)) == [None] * 4
     on = read(tmp_path, QWEN2, **stated, use_sliding_window=True, max_window_layers=1)
@@ -108,12 +110,12 @@ def test_qwens_window_is_off_unless_the_file_turns_it_on(tmp_path, name):
     assert by_layer.windowed == (False, True)
 
 
-def test_qwen2_is_found_by_its_type_and_in_gguf(tmp_path):
+def test_qwen2_is_found_by_its_type_and_in_gguf(tmp_path: Path) -> None:
     assert read(tmp_path, SIZES | {"model_type": "qwen2"}).architecture == "qwen2"
     assert read_gguf(tmp_path, "qwen2").architecture == "qwen2"
 
 
-def test_layer_types_are_one_for_each_layer(tmp_path):
+def test_layer_types_are_one_for_each_layer(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"layer_types is .*: it must be a list of num_hidden_layers \(4\) entries"):
         read(tmp_path, QWEN2, use_sliding_window=True, layer_types=["full_attention"])
     with pytest.raises(
@@ -125,7 +127,7 @@ def test_layer_types_are_one_for_each_layer(tmp_path):
 # --- Gemma 3 -----------------------------------------------------------------------------------------------------
 
 
-def test_gemma3_4b_is_mostly_class_defaults(tmp_path):
+def test_gemma3_4b_is_mostly_class_defaults(tmp_path: Path) -> None:
     config = read(tmp_path, GEMMA3_4B)
     assert (config.architecture, config.activation, config.norm_offset) == ("gemma3", "gelu_tanh", 1.0)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (8, 4, 256)
@@ -138,7 +140,7 @@ def test_gemma3_4b_is_mostly_class_defaults(tmp_path):
     assert [kind.rope for kind in config.layers[4:6]] == [Rope(10000.0), Rope(1e6, RopeScaling("linear", 8.0))]
 
 
-def test_gemma3s_three_ways_to_say_which_layers_are_local(tmp_path):
+def test_gemma3s_three_ways_to_say_which_layers_are_local(tmp_path: Path) -> None:
     every_third = [128, 128, None, 128]
     assert windows(read(tmp_path, GEMMA3)) == [128] * 4  # each 6th is full
     assert windows(read(tmp_path, GEMMA3, sliding_window_pattern=3)) == every_third
@@ -149,7 +151,7 @@ def test_gemma3s_three_ways_to_say_which_layers_are_local(tmp_path):
     assert windows(read(tmp_path, GEMMA3, layer_types=["full_attention"] * 4)) == [None] * 4
 
 
-def test_gemma3s_ropes_are_in_either_place(tmp_path):
+def test_gemma3s_ropes_are_in_either_place(tmp_path: Path) -> None:
     linear = {"rope_type": "linear", "factor": 8.0}
     old = {"rope_theta": 2e6, "rope_local_base_freq": 5000.0, "rope_scaling": linear}
     config = read(tmp_path, GEMMA3, **old)
@@ -168,12 +170,12 @@ def test_gemma3s_ropes_are_in_either_place(tmp_path):
     assert stretched.local_rope == Rope(5000.0)
 
 
-def test_gemma3s_local_layers_keep_their_rope_in_a_window_of_all_positions(tmp_path):
+def test_gemma3s_local_layers_keep_their_rope_in_a_window_of_all_positions(tmp_path: Path) -> None:
     config = read(tmp_path, GEMMA3, sliding_window=512, sliding_window_pattern=2)
     assert [kind.rope for kind in config.layers[:2]] == [Rope(10000.0), Rope(1e6)]
 
 
-def test_gemma3s_scale_and_softcaps(tmp_path):
+def test_gemma3s_scale_and_softcaps(tmp_path: Path) -> None:
     capped = {"query_pre_attn_scalar": 168, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
     config = read(tmp_path, GEMMA3, **capped)
     assert (config.score_scale, config.score_softcap, config.logit_softcap) == (168**-0.5, 50.0, 30.0)
@@ -188,7 +190,7 @@ def test_gemma3s_scale_and_softcaps(tmp_path):
         ({"attention_bias": True}, "attention_bias is True"),
     ],
 )
-def test_what_gemma3_would_compute_wrongly_is_refused(tmp_path, changes, message):
+def test_what_gemma3_would_compute_wrongly_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         read(tmp_path, GEMMA3, **changes)
 
@@ -203,7 +205,7 @@ def test_what_gemma3_would_compute_wrongly_is_refused(tmp_path, changes, message
         ({"rope_parameters": {"sliding_attention": 3}}, "sliding_attention is 3: it must be an object"),
     ],
 )
-def test_gemma3s_values_that_make_no_sense_are_named(tmp_path, changes, message):
+def test_gemma3s_values_that_make_no_sense_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         read(tmp_path, GEMMA3, **changes)
 
@@ -211,7 +213,7 @@ def test_gemma3s_values_that_make_no_sense_are_named(tmp_path, changes, message)
 # --- GGUF --------------------------------------------------------------------------------------------------------
 
 
-def test_gemma3_in_gguf_has_llama_cpps_pattern_and_local_rope(tmp_path):
+def test_gemma3_in_gguf_has_llama_cpps_pattern_and_local_rope(tmp_path: Path) -> None:
     keys = {"attention.key_length": 32, "attention.value_length": 32, "rope.freq_base": 1e6}
     config = read_gguf(tmp_path, "gemma3", layers=7, **keys, **{"attention.sliding_window": 128})
     assert (config.window, config.windowed, config.local_rope) == (128, LOCAL_5_OF_6, Rope(10000.0))
@@ -223,12 +225,12 @@ def test_gemma3_in_gguf_has_llama_cpps_pattern_and_local_rope(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", [2, [True, False, True, False]])
-def test_a_gguf_file_may_state_its_pattern(tmp_path, pattern):
-    metadata = {"attention.sliding_window": 128, "attention.sliding_window_pattern": pattern}
+def test_a_gguf_file_may_state_its_pattern(tmp_path: Path, pattern: Any) -> None:
+    metadata: dict[str, Any] = {"attention.sliding_window": 128, "attention.sliding_window_pattern": pattern}
     assert windows(read_gguf(tmp_path, "gemma3", **metadata)) == [128, None, 128, None]
 
 
-def test_gguf_means_another_scale_for_gemma3_27b(tmp_path):
+def test_gguf_means_another_scale_for_gemma3_27b(tmp_path: Path) -> None:
     assert read_gguf(tmp_path, "gemma3", layers=62).score_scale == (64 // 4) ** -0.5
 
 
@@ -240,12 +242,14 @@ def test_gguf_means_another_scale_for_gemma3_27b(tmp_path):
         ("gemma3", {"attn_logit_softcapping": 50.0}, r"gemma3\.attn_logit_softcapping is 50\.0.*known: 0"),
     ],
 )
-def test_gguf_settings_that_the_family_does_not_understand_are_refused(tmp_path, architecture, metadata, message):
+def test_gguf_settings_that_the_family_does_not_understand_are_refused(
+    tmp_path: Path, architecture: str, metadata: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         read_gguf(tmp_path, architecture, **metadata)
 
 
-def test_gguf_flags_are_one_for_each_layer(tmp_path):
-    metadata = {"attention.sliding_window": 128, "attention.sliding_window_pattern": [True]}
+def test_gguf_flags_are_one_for_each_layer(tmp_path: Path) -> None:
+    metadata: dict[str, Any] = {"attention.sliding_window": 128, "attention.sliding_window_pattern": [True]}
     with pytest.raises(ModelError, match=r"sliding_window_pattern is .*one flag for each of 4 layers"):
         read_gguf(tmp_path, "gemma3", **metadata)

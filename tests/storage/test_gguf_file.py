@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -39,7 +40,7 @@ def write_split(directory: Path, num_parts: int) -> Path:
     return directory / f"tiny-00001-of-{num_parts:05}.gguf"
 
 
-def test_metadata_comes_back_as_it_was_written(tmp_path):
+def test_metadata_comes_back_as_it_was_written(tmp_path: Path) -> None:
     file = GGUFFile(write_tiny_gguf(tmp_path / "m.gguf", tweaks=GGUFTweaks(metadata=VALUES)).path)
     assert {key: file.metadata[key] for key in VALUES} == VALUES
     assert file.metadata["tokenizer.ggml.tokens"] == byte_vocabulary()
@@ -47,7 +48,7 @@ def test_metadata_comes_back_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize("quant", ["F32", "F16", "BF16", "Q4_1", "Q8_0"])
-def test_tensors_are_where_the_gguf_package_finds_them(tmp_path, quant):
+def test_tensors_are_where_the_gguf_package_finds_them(tmp_path: Path, quant: str) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf", quant=quant).path
     expected = gguf.GGUFReader(path).tensors
     tensors = GGUFFile(path).tensors
@@ -59,14 +60,14 @@ def test_tensors_are_where_the_gguf_package_finds_them(tmp_path, quant):
         np.testing.assert_array_equal(ours.data, np.ascontiguousarray(tensor.data).reshape(-1).view(np.uint8))
 
 
-def test_a_file_is_read_once_until_it_changes(tmp_path):
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf", layers=1).path
     assert GGUFFile(path).metadata is GGUFFile(path).metadata
     write_tiny_gguf(path, layers=2)
     assert GGUFFile(path).metadata["llama.block_count"] == 2
 
 
-def test_a_file_cut_anywhere_says_so(tmp_path):
+def test_a_file_cut_anywhere_says_so(tmp_path: Path) -> None:
     whole = write_tiny_gguf(tmp_path / "m.gguf", layers=1, vocab=300).path.read_bytes()
     cut = tmp_path / "cut.gguf"
     for size in [1, 3, 6, 20, 100, len(whole) // 2, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 40)]:
@@ -75,7 +76,7 @@ def test_a_file_cut_anywhere_says_so(tmp_path):
             GGUFFile(cut)
 
 
-def test_random_damage_to_the_header_is_never_another_kind_of_error(tmp_path):
+def test_random_damage_to_the_header_is_never_another_kind_of_error(tmp_path: Path) -> None:
     whole = write_tiny_gguf(tmp_path / "m.gguf", layers=1).path.read_bytes()
     damaged = tmp_path / "damaged.gguf"
     rng = random.Random(1)
@@ -99,14 +100,14 @@ def test_random_damage_to_the_header_is_never_another_kind_of_error(tmp_path):
         (b"GGUF\0\0\0\x03" + bytes(16), "big-endian"),
     ],
 )
-def test_what_is_no_readable_gguf_file_is_named(tmp_path, content, message):
+def test_what_is_no_readable_gguf_file_is_named(tmp_path: Path, content: Any, message: str) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=message):
         GGUFFile(path)
 
 
-def test_unknown_tensor_type_lists_the_known(tmp_path):
+def test_unknown_tensor_type_lists_the_known(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf", layers=1).path
     content = path.read_bytes()
     name = b"output_norm.weight"
@@ -116,13 +117,13 @@ def test_unknown_tensor_type_lists_the_known(tmp_path):
         GGUFFile(path)
 
 
-def test_split_model_is_read_from_its_first_part(tmp_path):
+def test_split_model_is_read_from_its_first_part(tmp_path: Path) -> None:
     file = GGUFFile(write_split(tmp_path, 3))
     assert list(file.tensors) == ["t0", "t1", "t2"]
     assert file.tensors["t2"].data.view(np.float32).tolist() == [2.0] * 6
 
 
-def test_split_model_says_which_part_is_missing_or_to_be_given(tmp_path):
+def test_split_model_says_which_part_is_missing_or_to_be_given(tmp_path: Path) -> None:
     first = write_split(tmp_path, 3)
     with pytest.raises(ModelError, match="one of 3 parts: give the first"):
         GGUFFile(tmp_path / "tiny-00002-of-00003.gguf")
@@ -131,6 +132,6 @@ def test_split_model_says_which_part_is_missing_or_to_be_given(tmp_path):
         GGUFFile(first)
 
 
-def test_absent_file_is_named(tmp_path):
+def test_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"there is no file .*none\.gguf"):
         GGUFFile(tmp_path / "none.gguf")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -13,7 +15,7 @@ from tinyvllm.storage import hub
 LFS = SimpleNamespace(sha256="ab" * 32)
 
 
-def repository(monkeypatch, *names: str) -> None:
+def repository(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """The hub has one repository, with these files."""
     siblings = [
         SimpleNamespace(rfilename=name, size=10, lfs=LFS if name.endswith(".safetensors") else None) for name in names
@@ -22,7 +24,7 @@ def repository(monkeypatch, *names: str) -> None:
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo_id, files_metadata: info)
 
 
-def test_only_what_we_read_is_listed(monkeypatch):
+def test_only_what_we_read_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [
         "config.json",
         "generation_config.json",
@@ -51,7 +53,7 @@ def test_only_what_we_read_is_listed(monkeypatch):
 
 
 @pytest.mark.parametrize("names", [("config.json", "pytorch_model.bin"), ("model.safetensors",), ("x.gguf",)])
-def test_repository_without_our_format_is_refused(monkeypatch, names):
+def test_repository_without_our_format_is_refused(monkeypatch: pytest.MonkeyPatch, names: Any) -> None:
     repository(monkeypatch, *names)
     with pytest.raises(
         UnsupportedModelError, match=r"org/name has no config\.json with \*\.safetensors.*download a \.gguf"
@@ -59,10 +61,12 @@ def test_repository_without_our_format_is_refused(monkeypatch, names):
         hub.list_files("org/name")
 
 
-def test_download_asks_for_the_listed_files_at_the_listed_commit(tmp_path, monkeypatch):
-    asked = {}
+def test_download_asks_for_the_listed_files_at_the_listed_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
 
-    def snapshot_download(repo_id, **options):
+    def snapshot_download(repo_id: Any, **options: Any) -> None:
         asked.update(options, repo_id=repo_id)
         (options["local_dir"] / ".cache").mkdir(parents=True)
         (options["local_dir"] / "config.json").write_text("{}")
@@ -73,8 +77,8 @@ def test_download_asks_for_the_listed_files_at_the_listed_commit(tmp_path, monke
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
 
 
-def test_failures_of_the_client_become_ours(tmp_path, monkeypatch):
-    def fail(*args, **options):
+def test_failures_of_the_client_become_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
         raise ConnectionError("404 Client Error.\n\nRepository Not Found\nand more lines")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)

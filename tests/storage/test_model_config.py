@@ -51,7 +51,7 @@ QWEN3 = {"family": "qwen3", "head_dim": 32, "norm_eps": 1e-6}
 @pytest.mark.parametrize(
     "numbers", [{}, {"tie": False, "layers": 3}, ODD_HEADS, {"rope_theta": 5e5, "vocab": 300}, QWEN3]
 )
-def test_both_formats_tell_the_same(tmp_path, numbers):
+def test_both_formats_tell_the_same(tmp_path: Path, numbers: Any) -> None:
     hf = read_model_config(write_tiny_hf_llama(tmp_path / "tiny", **numbers))
     gguf = read_model_config(write_tiny_gguf(tmp_path / "tiny.gguf", quant="F32", **numbers))
     assert gguf.norm_eps == pytest.approx(hf.norm_eps)  # GGUF holds it in float32
@@ -64,14 +64,14 @@ def test_both_formats_tell_the_same(tmp_path, numbers):
     assert hf.tie_embeddings == model.tie
 
 
-def test_linear_scaling_is_read_from_both(tmp_path):
+def test_linear_scaling_is_read_from_both(tmp_path: Path) -> None:
     scaling = {"rope_type": "linear", "factor": 2.0}
     hf = read_model_config(write_tiny_hf_llama(tmp_path / "tiny", rope_scaling=scaling))
     gguf = read_model_config(write_tiny_gguf(tmp_path / "tiny.gguf", rope_scaling=scaling))
     assert hf.rope_scaling == gguf.rope_scaling == RopeScaling("linear", 2.0)
 
 
-def test_llama3_scaling_is_numbers_in_one_and_divisors_in_the_other(tmp_path):
+def test_llama3_scaling_is_numbers_in_one_and_divisors_in_the_other(tmp_path: Path) -> None:
     hf = read_model_config(write_tiny_hf_llama(tmp_path / "tiny", rope_scaling=LLAMA3_SCALING))
     gguf = read_model_config(write_tiny_gguf(tmp_path / "tiny.gguf", rope_scaling=LLAMA3_SCALING))
     assert hf.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
@@ -80,7 +80,7 @@ def test_llama3_scaling_is_numbers_in_one_and_divisors_in_the_other(tmp_path):
     np.testing.assert_array_equal(gguf.rope_divisors, rope_divisors(TinyLlama(rope_scaling=LLAMA3_SCALING)))
 
 
-def test_every_end_of_an_answer_is_known(tmp_path):
+def test_every_end_of_an_answer_is_known(tmp_path: Path) -> None:
     hf = write_tiny_hf_llama(tmp_path / "tiny")
     assert read_generation_defaults(hf).eos_ids == (IM_END_ID, ENDOFTEXT_ID)
     tweaks = GGUFTweaks(
@@ -90,7 +90,7 @@ def test_every_end_of_an_answer_is_known(tmp_path):
     assert read_generation_defaults(gguf).eos_ids == (IM_END_ID, ENDOFTEXT_ID)
 
 
-def test_recommended_sampling_is_read(tmp_path):
+def test_recommended_sampling_is_read(tmp_path: Path) -> None:
     files = hf_files(tmp_path, eos_token_id=[7, 8])
     (tmp_path / "generation_config.json").write_text(
         json.dumps(
@@ -104,7 +104,7 @@ def test_recommended_sampling_is_read(tmp_path):
     assert read_generation_defaults(gguf) == GenerationDefaults(0.5, None, 20, 0.25, (IM_END_ID,), 1.25)
 
 
-def test_without_a_generation_config_the_end_comes_from_config(tmp_path):
+def test_without_a_generation_config_the_end_comes_from_config(tmp_path: Path) -> None:
     assert read_generation_defaults(hf_files(tmp_path, eos_token_id=[7, 8])) == GenerationDefaults(eos_ids=(7, 8))
 
 
@@ -112,7 +112,7 @@ def test_without_a_generation_config_the_end_comes_from_config(tmp_path):
 
 
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.0}, LLAMA3_SCALING])
-def test_rope_may_be_in_its_old_or_its_new_place(tmp_path, scaling):
+def test_rope_may_be_in_its_old_or_its_new_place(tmp_path: Path, scaling: Any) -> None:
     old = read_model_config(hf_files(tmp_path, rope_theta=7000.0, rope_scaling=scaling))
     parameters = {"rope_theta": 7000.0, **(scaling or {"rope_type": "default"})}
     new = read_model_config(hf_files(tmp_path, rope_theta=REMOVED, rope_scaling=REMOVED, rope_parameters=parameters))
@@ -120,32 +120,34 @@ def test_rope_may_be_in_its_old_or_its_new_place(tmp_path, scaling):
     assert new.rope_theta == 7000.0
 
 
-def test_rope_type_has_an_older_name(tmp_path):
+def test_rope_type_has_an_older_name(tmp_path: Path) -> None:
     config = read_model_config(hf_files(tmp_path, rope_scaling={"type": "linear", "factor": 4}))
     assert config.rope_scaling == RopeScaling("linear", 4.0)
 
 
-def test_defaults_are_transformers_own(tmp_path):
+def test_defaults_are_transformers_own(tmp_path: Path) -> None:
     absent = ("rope_theta", "rope_scaling", "head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
-    config = read_model_config(hf_files(tmp_path, **dict.fromkeys((*absent, "torch_dtype"), REMOVED)))
+    changes: dict[str, Any] = dict.fromkeys((*absent, "torch_dtype"), REMOVED)
+    config = read_model_config(hf_files(tmp_path, **changes))
     assert (config.rope_theta, config.head_dim, config.num_kv_heads) == (10000.0, 16, 4)
     assert (config.norm_eps, config.tie_embeddings, config.dtype) == (1e-6, False, "float32")
 
 
-def test_a_window_that_is_switched_off_is_none(tmp_path):
+def test_a_window_that_is_switched_off_is_none(tmp_path: Path) -> None:
     """As Qwen's files have it; `layer_types` says the same."""
     switched_off = {"sliding_window": 128, "use_sliding_window": False, "max_window_layers": 1}
     config = read_model_config(hf_files(tmp_path, QWEN3, layer_types=["full_attention"] * 2, **switched_off))
     assert config == read_model_config(hf_files(tmp_path, QWEN3))
 
 
-def test_qwen3_is_found_by_its_type_too(tmp_path):
+def test_qwen3_is_found_by_its_type_too(tmp_path: Path) -> None:
     assert read_model_config(hf_files(tmp_path, QWEN3, architectures=REMOVED)).architecture == "qwen3"
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-def test_dtype_may_have_either_name(tmp_path, key):
-    files = hf_files(tmp_path, **({"torch_dtype": REMOVED} | {key: "bfloat16"}))
+def test_dtype_may_have_either_name(tmp_path: Path, key: str) -> None:
+    changes: dict[str, Any] = {"torch_dtype": REMOVED} | {key: "bfloat16"}
+    files = hf_files(tmp_path, **changes)
     assert read_model_config(files).dtype == "bfloat16"
 
 
@@ -177,7 +179,7 @@ def test_dtype_may_have_either_name(tmp_path, key):
         ({"torch_dtype": "float64"}, r"torch_dtype is 'float64'.*known: float32, float16, bfloat16"),
     ],
 )
-def test_what_would_be_computed_wrongly_is_refused(tmp_path, changes, message):
+def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         read_model_config(hf_files(tmp_path, **changes))
     assert str(tmp_path / "config.json") in str(caught.value)
@@ -204,21 +206,21 @@ def test_what_would_be_computed_wrongly_is_refused(tmp_path, changes, message):
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes': it must be true or false"),
     ],
 )
-def test_values_that_make_no_sense_are_named(tmp_path, changes, message):
+def test_values_that_make_no_sense_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message) as caught:
         read_model_config(hf_files(tmp_path, **changes))
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
 @pytest.mark.parametrize(("content", "message"), [("{", "cannot read"), ("[1]", "holds a list, not a JSON object")])
-def test_damaged_json_names_the_file(tmp_path, content, message):
+def test_damaged_json_names_the_file(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ModelError, match=message) as caught:
         read_model_config(ModelFiles("hf", tmp_path, "tiny"))
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
-def test_end_ids_that_are_no_ids_are_named(tmp_path):
+def test_end_ids_that_are_no_ids_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"eos_token_id is \['</s>'\]: it must be a token id or a list of them"):
         read_generation_defaults(hf_files(tmp_path, eos_token_id=["</s>"]))
 
@@ -229,7 +231,7 @@ def test_end_ids_that_are_no_ids_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("quant", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q4_1", "float16")]
 )
-def test_dtype_is_that_of_the_unquantised_matrices(tmp_path, quant, dtype):
+def test_dtype_is_that_of_the_unquantised_matrices(tmp_path: Path, quant: str, dtype: str) -> None:
     assert read_model_config(write_tiny_gguf(tmp_path / "tiny.gguf", quant=quant)).dtype == dtype
 
 
@@ -242,12 +244,12 @@ def test_dtype_is_that_of_the_unquantised_matrices(tmp_path, quant, dtype):
         ({"attention.value_length": 8}, r"llama\.attention\.value_length is 8.*known: 16"),
     ],
 )
-def test_gguf_variants_are_refused(tmp_path, metadata, message):
+def test_gguf_variants_are_refused(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         read_model_config(gguf_files(tmp_path, **metadata))
 
 
-def test_unknown_gguf_architecture_lists_the_known(tmp_path):
+def test_unknown_gguf_architecture_lists_the_known(tmp_path: Path) -> None:
     path = gguf_files(tmp_path).path
     content = path.read_bytes()
     assert content.count(b"\x05\0\0\0\0\0\0\0llama") == 1  # the value of general.architecture
@@ -256,13 +258,13 @@ def test_unknown_gguf_architecture_lists_the_known(tmp_path):
         read_model_config(ModelFiles("gguf", path, "tiny"))
 
 
-def test_gguf_without_an_embedding_is_refused(tmp_path):
+def test_gguf_without_an_embedding_is_refused(tmp_path: Path) -> None:
     files = write_tiny_gguf(tmp_path / "tiny.gguf", tweaks=GGUFTweaks(drop=("token_embd.weight",)))
     with pytest.raises(ModelError, match=r"has no matrix token_embd\.weight"):
         read_model_config(files)
 
 
-def test_misshapen_divisors_are_refused(tmp_path):
+def test_misshapen_divisors_are_refused(tmp_path: Path) -> None:
     tweaks = GGUFTweaks(extra={"rope_freqs.weight": np.ones(5)})
     files = write_tiny_gguf(tmp_path / "tiny.gguf", tweaks=tweaks)
     with pytest.raises(ModelError, match=r"rope_freqs\.weight is F32 of shape \(5,\), not F32 of \(8,\)"):

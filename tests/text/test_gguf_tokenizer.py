@@ -223,7 +223,7 @@ def test_space_goes_before_every_stretch_of_text_unless_stated() -> None:
 
 
 def test_spm_defaults_are_those_of_llama() -> None:
-    assert (SPM.bos_id, SPM.eos_id, SPM.eos_ids) == (1, 2, {2})
+    assert (SPM.bos_id, SPM.eos_id, set(SPM.eos_ids)) == (1, 2, {2})
     assert SPM.special_ids == {0, 1, 2}
     assert SPM.encode("") == [1]
     assert SPM.encode("", add_special_tokens=False) == []

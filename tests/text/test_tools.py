@@ -41,7 +41,7 @@ def read(family: str, pieces: Iterable[str]) -> tuple[str, Calls]:
     """(text, calls) of a message that comes in pieces; checks the events' order on the way."""
     parser = FORMATS[family].parser(NAMES)
     events = [event for piece in pieces for event in parser.push(piece)] + parser.flush()
-    text, calls = "", []
+    text, calls = "", list[Any]()
     for event in joined(events):
         match event:
             case Text():

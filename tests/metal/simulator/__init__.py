@@ -50,7 +50,7 @@ def install(cache: Path, *, family: str = "Apple9", is_checked: bool = True) -> 
     metal.MTLCreateSystemDefaultDevice = lambda: metal.MTLDevice(MTLDevice(settings).address)
     service = _CodeGenService(settings)
 
-    class Libraries(c.DLL):  # type: ignore[misc]
+    class Libraries(c.DLL):
         def __new__(cls, name: str, *args: Any, **kwargs: Any) -> Any:
             return service if name == "MTLCompiler" else super().__new__(cls)
 

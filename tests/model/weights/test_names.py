@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -45,7 +46,7 @@ def test_llama_cpps_names_become_hugging_faces(architecture: str) -> None:
             assert canonical_name(gguf_name, architecture) == name
 
 
-def test_biases_of_a_family_with_interleaved_pairs_are_reordered(tmp_path) -> None:
+def test_biases_of_a_family_with_interleaved_pairs_are_reordered(tmp_path: Path) -> None:
     bias = np.arange(64, dtype=np.float32)
     shuffled = interleave_rotary_rows(bias[:, None], 16)[:, 0]
     tweaks = GGUFTweaks(extra={"blk.0.attn_q.bias": shuffled})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gguf
 import numpy as np
 import pytest
@@ -34,14 +36,16 @@ def reference(kind: str, raw: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kind", QUANTIZED_KINDS)
 @settings(max_examples=25, deadline=None)
 @given(num_rows=st.integers(1, 5), blocks_per_row=st.integers(1, 4), seed=st.integers(0, 2**32))
-def test_decomposed_matrix_has_the_reference_values_exactly(kind, num_rows, blocks_per_row, seed):
+def test_decomposed_matrix_has_the_reference_values_exactly(
+    kind: Any, num_rows: Any, blocks_per_row: Any, seed: Any
+) -> None:
     raw = random_rows(kind, num_rows, blocks_per_row, seed)
     expected = reference(kind, raw)
     np.testing.assert_array_equal(to_float32(decompose(kind, raw, expected.shape)), expected)
 
 
 @pytest.mark.parametrize("kind", QUANTIZED_KINDS)
-def test_decomposed_parts_have_the_promised_shapes_and_types(kind):
+def test_decomposed_parts_have_the_promised_shapes_and_types(kind: Any) -> None:
     block_size, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     shape = (3, 2 * block_size)
     matrix = decompose(kind, random_rows(kind, 3, 2, seed=0), shape)
@@ -60,7 +64,7 @@ def test_decomposed_parts_have_the_promised_shapes_and_types(kind):
 
 
 @pytest.mark.parametrize("kind", QUANTIZED_KINDS)
-def test_rows_may_be_reordered_before_or_after(kind):
+def test_rows_may_be_reordered_before_or_after(kind: Any) -> Any:
     raw = random_rows(kind, 6, 1, seed=3)
     order = np.array([3, 0, 5, 1, 4, 2])
     shape = reference(kind, raw).shape
@@ -73,19 +77,19 @@ def test_rows_may_be_reordered_before_or_after(kind):
     )
 
 
-def test_random_k_rows_of_the_builders_are_spread_like_weights():
+def test_random_k_rows_of_the_builders_are_spread_like_weights() -> None:
     for kind in ("Q4_K", "Q5_K", "Q6_K"):
         values = reference(kind, random_k_rows(np.random.default_rng(0), kind, 64, 512))
         assert 0.5 < values.std() * 512**0.5 < 2, kind
         assert abs(values.mean()) < 0.1 * values.std(), kind
 
 
-def test_unknown_kind_lists_the_known():
+def test_unknown_kind_lists_the_known() -> None:
     with pytest.raises(UnsupportedModelError, match=r"IQ4_XS is not supported; known: Q4_0, .*Q6_K"):
         decompose("IQ4_XS", np.zeros(136, np.uint8), (1, 256))
 
 
 @pytest.mark.parametrize("shape", [(1, 33), (2, 32), (32,)])
-def test_bytes_that_are_not_of_the_shape_are_refused(shape):
+def test_bytes_that_are_not_of_the_shape_are_refused(shape: Any) -> None:
     with pytest.raises(ModelError, match="18 bytes are not a Q4_0 matrix"):
         decompose("Q4_0", np.zeros(18, np.uint8), shape)

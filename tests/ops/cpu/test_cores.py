@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tinyvllm.ops.kernel.body import empty, run_kernel
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "max_model_len": 64,
     "max_num_seqs": 4,
     "max_num_batched_tokens": 32,
@@ -59,7 +60,15 @@ def generate(runner: ModelRunner, prompts: list[list[int]], count: int) -> list[
 @pytest.mark.parametrize(("quant", "cores"), [(None, 2), ("Q4_1", 2), ("Q8_0", 3)])
 def test_several_cores_generate_what_one_generates(tmp_path: Path, quant: str | None, cores: int) -> None:
     """Shares are uneven: 4 KV heads among 3 cores, 3 panels of hidden columns among 2."""
-    shape = {"hidden": 96, "heads": 8, "kv_heads": 4, "head_dim": 32, "ffn": 160, "layers": 2, "tie": quant is None}
+    shape: dict[str, Any] = {
+        "hidden": 96,
+        "heads": 8,
+        "kv_heads": 4,
+        "head_dim": 32,
+        "ffn": 160,
+        "layers": 2,
+        "tie": quant is None,
+    }
     files = (
         write_tiny_hf_llama(tmp_path / "model", **shape)
         if quant is None
@@ -123,9 +132,6 @@ def test_waits_name_the_other_cores_last_call_once() -> None:
             outs = (0,)
 
     first, second, third, fourth = (Tensor.zeros(8).contiguous().realize().uop.base.buffer for _ in range(4))
-    calls = tuple(
-        Call(Target, buffers)  # type: ignore[arg-type]
-        for buffers in ((first,), (second, first), (third, second), (fourth, first))
-    )
+    calls = tuple(Call(Target, buffers) for buffers in ((first,), (second, first), (third, second), (fourth, first)))
     step = RecordedStep(calls, Tensor.zeros(1, dtype=dtypes.int), (), len(calls), ())
     assert _waits([0, 1, 0, 1], step) == [[], [0], [1], []]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -85,7 +87,7 @@ def test_embedding_reads_rows_of_the_table(backend: Backend, fmt: str) -> None:
 
 def test_a_token_id_beyond_the_table_reads_its_last_row(backend: Backend, reference: ReferenceBackend) -> None:
     """Never memory beyond it. The engine does not send such ids; a kernel must not rely on that."""
-    host = make_host("float32", 40, 32)
+    host: Any = make_host("float32", 40, 32)
     layout = StepLayout(3, 1, 1, 8)
     buffer = make_step(layout, [])
     layout.views(buffer)["token_ids"][:] = [40, 2**31 - 1, -7]

@@ -38,12 +38,12 @@ from tests.ops.gpu.products import EPILOGUES, SHAPES, TOLERANCE, multiply, read,
 from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, plan_layer, rendered
 from tinyvllm.arrays import Format, to_float32
 from tinyvllm.device.handle import DeviceHandle
-from tinyvllm.device.recording import record, trace_step
+from tinyvllm.device.recording import AWAIT_PREVIOUS, record, trace_step
 from tinyvllm.device.replay import make_replay
 from tinyvllm.ops.backend import Backend, Epilogue, Norm
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.linear import MatrixSpec
-from tinyvllm.ops.kernel.lanes import AWAIT_PREVIOUS, Lanes, Mma
+from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.step_inputs import StepLayout

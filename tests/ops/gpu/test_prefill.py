@@ -341,9 +341,17 @@ def expected_map(spec: PrefillSpec, views: dict[str, np.ndarray]) -> list[int]:
 def test_tiles_begin_where_sequences_do_and_at_their_size(device: DeviceHandle, case: Case) -> None:
     """By threadgroup memory alone: any device with threadgroups runs it."""
     for kind, seed in (("CUDA", 0), ("METAL", 1), ("CUDA", 2), ("METAL", 3)):
-        mma = Mma(kind, dtypes.half)
-        shape = (case.heads, case.kv_heads, case.dim, 2, case.parts, (1,) * len(case.parts))
-        spec = PrefillSpec(case.layout, Lanes(kind), mma, *shape)
+        spec = PrefillSpec(
+            layout=case.layout,
+            num_heads=case.heads,
+            num_kv_heads=case.kv_heads,
+            head_dim=case.dim,
+            num_blocks=2,
+            qkv_cols=case.parts,
+            lanes=Lanes(kind),
+            mma=Mma(kind, dtypes.half),
+            qkv_parts=(1,) * len(case.parts),
+        )
         buffer = make_step(case.layout, ragged(case, np.random.default_rng(seed)), seed=seed)
         tiles = empty(spec.map_size, dtypes.int, device.name)
         inputs: Tensor = device.upload(buffer)

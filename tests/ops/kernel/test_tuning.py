@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,8 @@ def test_candidates_turn_one_knob_each_and_are_possible() -> None:
 
 @pytest.mark.parametrize("rows_per_pass", [1, 2, 4, 8])
 def test_no_choice_changes_a_result(device: DeviceHandle, rows_per_pass: int) -> None:
-    backend, x, residual = CpuBackend(device, None), normal(8, 256), normal(8, 64)
+    backend: Any = CpuBackend(device, None)
+    x, residual = normal(8, 256), normal(8, 64)
     matrix = backend.matrix(make_host("Q4_K", 64, 256))
     epilogue = Epilogue(residual=device.upload(residual))
 

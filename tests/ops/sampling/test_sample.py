@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -233,7 +234,7 @@ def test_a_single_nan_is_not_chosen(backend: Backend, temperature: float) -> Non
     assert 7 not in tokens
 
 
-EXTREMES = {
+EXTREMES: dict[str, list[Any]] = {
     "top_k": [0, 1, 40, 1_000_000],
     "top_p": [1e-6, 0.5, 0.99999, 1.0],
     "min_p": [0.0, 1e-6, 1.0],
@@ -321,15 +322,15 @@ def test_filtering_takes_a_few_passes(
     backend: Backend,
     reference: ReferenceBackend,
     monkeypatch: pytest.MonkeyPatch,
-    filters: dict,
+    filters: dict[str, Any],
     most: int,
     spread: float,
 ) -> None:
     """A row that has not found its token after `most` rounds gets the likeliest one, which would show. A round reads
     the logits once; finding a threshold by bisection would read them 31 times."""
     monkeypatch.setattr(filters_module, "MAX_ROUNDS", most)
-    draw_kernel.cache_clear()
+    draw_kernel.cache_clear()  # type: ignore[attr-defined]
     logits = spread * normal(40, 2000, seed=7)
     tokens, expected = (sample(ops, logits, temperature=1.0, **filters).tokens for ops in (backend, reference))
-    draw_kernel.cache_clear()
+    draw_kernel.cache_clear()  # type: ignore[attr-defined]
     np.testing.assert_array_equal(tokens, expected)

@@ -257,7 +257,7 @@ async def test_abort_ends_every_choice_with_a_last_delta() -> None:
         ([], GREEDY, RequestError, "empty"),
         ([5, 260], GREEDY, RequestError, "token id 260"),
         ([5] * 256, SamplingParams(max_tokens=None), ContextLengthError, "the prompt has 256 tokens"),
-        ([5] * 250, SamplingParams(max_tokens=7), ContextLengthError, "257 were asked for"),
+        ([5] * 250, SamplingParams(max_tokens=7), ContextLengthError, "257 were requested"),
     ],
 )
 async def test_refusals_come_before_the_first_delta(

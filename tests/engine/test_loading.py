@@ -35,7 +35,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> WarmRunner:
     return runner
 
 
-def test_parts_are_read_from_the_models_files(tiny_hf_files: ModelFiles, runner: WarmRunner) -> None:
+def test_the_tokenizer_and_its_ends_come_from_the_models_files(tiny_hf_files: ModelFiles, runner: WarmRunner) -> None:
     seen = []
     config = EngineConfig(str(tiny_hf_files.path), enable_prefix_caching=False, scheduling_policy="priority", seed=3)
     loaded = load_engine(config, lambda *report: seen.append(report))

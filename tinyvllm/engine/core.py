@@ -48,12 +48,12 @@ class Runner(Protocol):
     def launch(self, plan: StepPlan) -> Any:
         """Enqueue a step; the device feeds it the tokens in flight. Returns a handle for `sample` and `collect`."""
 
-    def sample(self, flight: Any) -> None:
+    def sample(self, handle: Any) -> None:
         """Enqueue the sampling that `launch` deferred because it depends on the previous step's tokens.
 
         Call it after those are committed. Does nothing if `launch` deferred nothing."""
 
-    def collect(self, flight: Any) -> StepOutput:
+    def collect(self, handle: Any) -> StepOutput:
         """Wait for the oldest launched step and read its tokens."""
 
     def close(self) -> None: ...
@@ -79,7 +79,7 @@ class Captures(Protocol):
 
 
 @dataclass(frozen=True)
-class Flight:
+class LaunchedStep:
     """A step on the device, and how long it took to schedule."""
 
     plan: StepPlan
@@ -104,12 +104,12 @@ class EngineCore:
             num_free_blocks=scheduler.block_manager.num_free,
             extra=dict.fromkeys(COUNTERS, 0),
         )
-        self._flights: deque[Flight] = deque()  # oldest first
+        self._in_flight: deque[LaunchedStep] = deque()  # oldest first
         self._num_failures = 0  # consecutive
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._flights)
+        return self.scheduler.has_work or bool(self._in_flight)
 
     def add(self, request: Request) -> None:
         """Queue a new request. Raises RequestError or ContextLengthError if it can never run."""
@@ -143,8 +143,8 @@ class EngineCore:
             return []
         if captures.is_next_compiled:
             try:
-                while self._flights:
-                    outs += self._collect(self._flights[0])
+                while self._in_flight:
+                    outs += self._collect()
             except Exception as error:
                 outs += self._fail(None, error)
         captures.advance()
@@ -165,22 +165,22 @@ class EngineCore:
         start_s = time.perf_counter()
         with measure.span(measure.SCHEDULE):
             plan = self.scheduler.schedule()
-        if plan is None and not self._flights:
+        if plan is None and not self._in_flight:
             return []
         if measure.is_on():
-            span.tell(**_facts(plan or self._flights[0].plan))
+            span.tell(**_facts(plan or self._in_flight[0].plan))
             _measure_queues(plan)
         outs: list[TokenOut] = []
         try:
             if plan is not None:
                 self._launch(plan, time.perf_counter() - start_s)
-            if plan is None or len(self._flights) == MAX_IN_FLIGHT:
-                outs += self._collect(self._flights[0])
+            if plan is None or len(self._in_flight) == MAX_IN_FLIGHT:
+                outs += self._collect()
             if plan is not None:
-                self.runner.sample(self._flights[-1].handle)
+                self.runner.sample(self._in_flight[-1].handle)
                 # pooled hidden states are in scratch memory, which the next step would overwrite
                 if self.runner.max_in_flight == 1 or plan.pooled:
-                    outs += self._collect(self._flights[0])
+                    outs += self._collect()
         except Exception as error:
             outs += self._fail(plan, error)
         return outs
@@ -189,42 +189,43 @@ class EngineCore:
         handle = self.runner.launch(plan)
         with measure.span(measure.COMMIT):
             self.scheduler.advance(plan)
-        self._flights.append(Flight(plan, handle, schedule_s))
+        self._in_flight.append(LaunchedStep(plan, handle, schedule_s))
 
-    def _collect(self, flight: Flight) -> list[TokenOut]:
+    def _collect(self) -> list[TokenOut]:
         """Wait for the oldest step and commit its tokens."""
-        output = self.runner.collect(flight.handle)
+        step = self._in_flight[0]
+        output = self.runner.collect(step.handle)
         collected_s = time.perf_counter()
         with measure.span(measure.COMMIT):
-            outs = self.scheduler.commit(flight.plan, output)
-        self._flights.popleft()
+            outs = self.scheduler.commit(step.plan, output)
+        self._in_flight.popleft()
         self._num_failures = 0
         stats = self._count(
             self.stats,
             num_steps=1,
-            num_computed_tokens=flight.plan.num_tokens,
-            num_padded_rows=max(0, output.num_rows - flight.plan.num_tokens),
+            num_computed_tokens=step.plan.num_tokens,
+            num_padded_rows=max(0, output.num_rows - step.plan.num_tokens),
             num_output_tokens=sum(out.token_id is not None for out in outs),
         )
-        stats.schedule_s = flight.schedule_s
+        stats.schedule_s = step.schedule_s
         stats.pack_s, stats.device_s = output.pack_s, output.device_s
         stats.commit_s = time.perf_counter() - collected_s
-        stats.num_tokens, stats.num_seqs = flight.plan.num_tokens, len(flight.plan.entries)
+        stats.num_tokens, stats.num_seqs = step.plan.num_tokens, len(step.plan.entries)
         self._publish(stats)
         return outs
 
     def _fail(self, plan: StepPlan | None, error: Exception) -> list[TokenOut]:
         """End the requests of all steps in flight, and of `plan`, which may not have been launched."""
         self._num_failures += 1
-        plans = [flight.plan for flight in self._flights] + ([plan] if plan is not None else [])
-        self._flights.clear()
+        plans = [step.plan for step in self._in_flight] + ([plan] if plan is not None else [])
+        self._in_flight.clear()
         failed = {entry.request: None for each in plans for entry in each.entries}  # in order, without duplicates
         message = f"the step that computed this request failed with {_describe(error)}"
         outs = []
         for request in failed:
             if request.status is not Status.FINISHED:
                 self.scheduler.finish(request, "error", error=message)
-                outs.append(TokenOut(request, None, None, "error"))
+                outs.append(TokenOut(request, token_id=None, finish_reason="error"))
         names = ", ".join(out.request.request_id for out in outs)
         logger.error("a step failed (%d in a row), ending %s", self._num_failures, names, exc_info=error)
         self._publish(self._count(self.stats, num_failed_steps=1))

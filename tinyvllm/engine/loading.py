@@ -24,7 +24,7 @@ from tinyvllm.text.tools import find_tool_format
 Progress = Callable[[str, int, int], None]  # stage ("load", "warm-up"), done, total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedEngine:
     """A loaded model with all that answers requests for it. Bound to the thread that made it."""
 

@@ -30,7 +30,7 @@ class TokenLogprob:
     rank: int | None = None  # of the token; 1: the most likely
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Timing:
     """When one choice reached each stage, on the monotonic clock. A skipped stage has the time of the next one."""
 
@@ -42,7 +42,7 @@ class Timing:
     is_corrupted: bool = False  # the choice ended because the model produced no finite logits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Delta:
     """New output of one choice of one request. The last delta of a choice has a finish_reason."""
 
@@ -210,7 +210,7 @@ class TextEngine:
     def abort(self, request_id: str) -> Delta | None:
         """End a request now and free its blocks; return its last delta. None if it is unknown or has finished."""
         request = self.core.abort(request_id)
-        return None if request is None else self._push(TokenOut(request, None, None, "abort"))
+        return None if request is None else self._push(TokenOut(request, token_id=None, finish_reason="abort"))
 
     def step(self) -> list[tuple[Request, Delta]]:
         """Run one step. Raises what EngineCore.step raises."""

@@ -296,7 +296,7 @@ class Scheduler:
     def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOut:
         if token_id < 0:
             self.finish(request, "error", error=NOTHING_ALLOWED if request.is_masked else NO_FINITE_LOGITS)
-            return TokenOut(request, None, None, "error")
+            return TokenOut(request, token_id=None, finish_reason="error")
         request.output_ids.append(token_id)
         self.block_manager.seal(request)
         reason, stop_reason = self._reason_to_stop(request, token_id)
@@ -305,7 +305,7 @@ class Scheduler:
         if reason is not None:
             constraint = request.constraint
             self.finish(request, reason, stop_reason, constraint.error if constraint and reason == "error" else None)
-        return TokenOut(request, token_id, logprobs, reason)
+        return TokenOut(request, token_id=token_id, logprobs=logprobs, finish_reason=reason)
 
     def _follow(self, request: Request, token_id: int, reason: str | None) -> str | None:
         """Advance the request's constraint by a token, which may be EOS; return the reason to finish, if any."""

@@ -11,6 +11,7 @@ import numpy as np
 
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
 from tests.builders import K_KINDS, encode_floats, random_k_rows
+from tests.ops.formats.drawn import BY_NAME, draw_matrix
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle
@@ -32,6 +33,8 @@ PENALTIES = ("repetition", "frequency", "presence")
 
 def make_host(fmt: str, rows: int, cols: int, seed: int = 0) -> HostMatrix:
     """A matrix as a checkpoint's reader hands it over, values of about 1 / sqrt(cols)."""
+    if fmt in BY_NAME:
+        return draw_matrix(BY_NAME[fmt], rows, cols, seed)
     rng = np.random.default_rng(seed)
     values = (rng.standard_normal((rows, cols)) / math.sqrt(cols)).astype(np.float32)
     if fmt in DENSE:

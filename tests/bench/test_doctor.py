@@ -37,8 +37,9 @@ def test_a_model_that_runs_is_looked_at_from_all_sides(tiny_gguf_files: ModelFil
     checks = checks_of(result)
     assert list(checks) == [
         "tinyvllm", "tinygrad", "system", "compiler", "load", "model", "device", "KV cache", "start", "kernels",
-        "programs", "smoke",
+        "fused kernels", "programs", "smoke",
     ]  # fmt: skip
+    assert checks["fused kernels"]["value"] == "cover every operation"
     assert checks["kernels"]["status"] == ODD and "tinyvllm tune" in checks["kernels"]["remedy"]
     assert "tok/s" in checks["smoke"]["value"] and "predicted" in checks["smoke"]["value"]
     assert all(check["remedy"] for check in checks.values() if check["status"] != GOOD)

@@ -15,7 +15,10 @@ from tests.execution.driver import generate, make_request
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
 from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.execution import graphs
+from tinyvllm.execution import runner as runner_module
+from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import ModelRunner, load_runner
+from tinyvllm.storage.model_config import read_model_config
 
 CONFIG = EngineConfig(
     "tiny",
@@ -75,6 +78,22 @@ def tokens_of(runner: ModelRunner) -> list[list[int]]:
 def counts(store: ProgramStore) -> tuple[int, int]:
     """Steps that were found, programs that were compiled."""
     return store.num_steps_read, store.num_programs_compiled
+
+
+def test_a_restored_step_says_what_takes_the_general_kernels(
+    tmp_path: Path, tiny_gguf_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that comes from the disk is not traced again, and its operations have said it when it was."""
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
+    read = read_model_config(tiny_gguf_files)
+    monkeypatch.setattr(runner_module, "read_model_config", lambda files: dataclasses.replace(read, logit_softcap=30.0))
+    for num_read in (0, NUM_STEPS):
+        runner = load_runner(tiny_gguf_files, CONFIG)
+        runner.warm_up()
+        assert runner.store is not None and runner.store.num_steps_read == num_read
+        lines = RunnerInspector(runner).general_operations
+        assert lines == ["lm_head: a product with a softcap takes the general kernel"]
+        assert runner.num_general_operations == 1
 
 
 def test_a_second_start_compiles_nothing_and_answers_the_same(

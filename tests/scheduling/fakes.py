@@ -34,6 +34,7 @@ class FakeRunner:
     """Executes plans on a dict of slots. `before_step` may raise, to play a device that fails."""
 
     num_captures = 3
+    num_general_operations = 0
     max_in_flight = 1
 
     def __init__(self, block_size: int, vocab_size: int = VOCAB_SIZE) -> None:

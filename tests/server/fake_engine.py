@@ -124,6 +124,7 @@ class FakeEngine:
         self.statistics = StepStats(num_running=2, num_waiting=1, num_free_blocks=50, prefix_queries=40, prefix_hits=30)
         self.statistics.num_preemptions, self.statistics.num_captures = 3, 7
         self.statistics.num_captures_to_come, self.statistics.num_failed_captures = 2, 1
+        self.statistics.num_general_operations = 5
         self.config = EngineConfig("tiny")
         self.on_step: Callable[[StepStats], None] | None = None
         self.inner = SimpleNamespace(

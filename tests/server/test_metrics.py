@@ -63,6 +63,7 @@ async def test_counts_of_the_engine_are_shown() -> None:
     assert value_of(families, "vllm:prefix_cache_hits_total") == 30
     assert value_of(families, "tinyvllm:graph_captures_total") == 7
     assert value_of(families, "tinyvllm:graphs_to_capture") == 2
+    assert value_of(families, "tinyvllm:general_operations") == 5
     assert value_of(families, "tinyvllm:failed_graph_captures_total") == 1
 
 

@@ -106,6 +106,9 @@ def device(inspector: RunnerInspector, start_s: float) -> Iterator[Check]:
         "" if runner.is_tuned else "run tinyvllm tune once, with the flags that you serve with; it takes some minutes"
     )
     yield Check("kernels", GOOD if runner.is_tuned else ODD, "tuned" if runner.is_tuned else "untuned", remedy)
+    general = inspector.general_operations
+    remedy = "" if not general else "right, but slower than a fused kernel; please report the model and this line"
+    yield Check("fused kernels", ODD if general else GOOD, "; ".join(general) or "cover every operation", remedy)
 
 
 def programs(inspector: RunnerInspector) -> Iterator[Check]:

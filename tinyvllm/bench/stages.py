@@ -46,6 +46,9 @@ class Runner(Protocol):
     def num_captures(self) -> int: ...
 
     @property
+    def num_general_operations(self) -> int: ...
+
+    @property
     def max_in_flight(self) -> int: ...
 
     def launch(self, plan: StepPlan) -> Any: ...
@@ -174,6 +177,10 @@ class StagedRunner:
     @property
     def num_captures(self) -> int:
         return self._runner.num_captures
+
+    @property
+    def num_general_operations(self) -> int:
+        return self._runner.num_general_operations
 
     def launch(self, plan: StepPlan) -> Any:
         self._runner.wait()  # so that no work of an earlier step is counted as this one's
@@ -325,6 +332,10 @@ class _PlanWatcher:
     @property
     def num_captures(self) -> int:
         return self._runner.num_captures
+
+    @property
+    def num_general_operations(self) -> int:
+        return self._runner.num_general_operations
 
     def launch(self, plan: StepPlan) -> Any:
         self._plan = plan

@@ -8,9 +8,10 @@ A step is first a `TracedStep`, whose kernels are still being compiled, then a `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tinygrad import Tensor, UOp
 from tinygrad.device import Buffer
@@ -64,6 +65,7 @@ class SavedStep:
     output: int
     cut: int
     kept: tuple[int, ...]
+    notes: tuple[tuple[Any, ...], ...] = ()  # what was said of it while it was traced, in plain values
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def rebind(step: RecordedStep, others: Mapping[Tensor, Tensor]) -> RecordedStep:
 # -- saved, and bound again ------------------------------------------------------------------------------------------
 
 
-def save_step(step: RecordedStep, named: Mapping[str, Tensor]) -> SavedStep:
+def save_step(step: RecordedStep, named: Mapping[str, Tensor], notes: Iterable[tuple[Any, ...]] = ()) -> SavedStep:
     """The step without its buffers. Raises CacheError where it copies, or borrows what is not among `named`."""
     names = {id(tensor.uop.base.buffer): name for name, tensor in named.items()}
     unnamed = [base for base in step.borrowed if id(base) not in names]
@@ -228,7 +230,7 @@ def save_step(step: RecordedStep, named: Mapping[str, Tensor]) -> SavedStep:
     output = bases.of(step.output.uop.base.buffer)
     kept = tuple(bases.of(buffer) for buffer in step.kept)
     described = tuple((names.get(id(base)), base.size, base.dtype, base.device) for base in bases.order)
-    return SavedStep(described, tuple(views.order), tuple(programs.order), calls, output, step.cut, kept)
+    return SavedStep(described, tuple(views.order), tuple(programs.order), calls, output, step.cut, kept, tuple(notes))
 
 
 class _Numbers:

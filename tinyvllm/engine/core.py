@@ -42,6 +42,10 @@ class Runner(Protocol):
     def num_captures(self) -> int: ...
 
     @property
+    def num_general_operations(self) -> int:
+        """Operations, of all layers, in the general kernels because no fused kernel covers them."""
+
+    @property
     def max_in_flight(self) -> int:
         """Steps that may be launched before the first of them is collected: 1, or MAX_IN_FLIGHT."""
 
@@ -100,6 +104,7 @@ class EngineCore:
         self._captures = captures
         self.stats = StepStats(
             num_captures=runner.num_captures,
+            num_general_operations=runner.num_general_operations,
             num_captures_to_come=captures.num_to_come if captures is not None else 0,
             num_free_blocks=scheduler.block_manager.num_free,
             extra=dict.fromkeys(COUNTERS, 0),
@@ -246,6 +251,7 @@ class EngineCore:
             prefix_hits=self.scheduler.prefix_hits,
             num_preemptions=self.scheduler.num_preemptions,
             num_captures=self.runner.num_captures,
+            num_general_operations=self.runner.num_general_operations,
             num_captures_to_come=self._captures.num_to_come if self._captures is not None else 0,
             num_failed_captures=self._captures.num_failed if self._captures is not None else 0,
         )

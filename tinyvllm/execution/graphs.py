@@ -17,7 +17,7 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +50,7 @@ from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.inputs import InputPacker
 from tinyvllm.model.registry import Model
 from tinyvllm.ops.backend import Backend, KVPool, Step
+from tinyvllm.ops.coverage import Coverage, Note
 from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.step_inputs import StepLayout
@@ -252,10 +253,12 @@ class PendingGraph:
             {"model": context.model, "backend": context.backend, "pool": context.pool}
         )
         name = step_name(self.bucket, context.model, context.backend, context.pool, self._layout, tensors)
-        forward = _restore_or_trace(trace, store, name, tensors)
+        coverage = context.backend.coverage
+        forward = _restore_or_trace(trace, store, name, tensors, coverage)
         logits = Tensor(UOp.from_buffer(forward.step.kept[-1]))
         tensors = code.tensors | {"logits": logits, "counts": state.counts, "mask": state.mask, "bias": state.bias}
-        return forward, _restore_or_trace(lambda: code.sample(logits, state), store, f"{name}-processed", tensors)
+        sample = functools.partial(code.sample, logits, state)
+        return forward, _restore_or_trace(sample, store, f"{name}-processed", tensors, coverage)
 
 
 @dataclass(frozen=True)
@@ -267,6 +270,7 @@ class Piece:
     store: ProgramStore | None
     name: str
     tensors: dict[str, Tensor]
+    notes: Sequence[Note] = ()  # of what takes the general kernels, as it was traced
 
     def finish(self, compiler: Compiler) -> RecordedStep:
         if isinstance(self.step, RecordedStep):
@@ -274,28 +278,30 @@ class Piece:
         step = self.step.finish(compiler)
         if self.store is not None:
             try:
-                self.store.write_step(self.name, save_step(step, self.tensors))
+                self.store.write_step(self.name, save_step(step, self.tensors, self.notes))
             except CacheError as error:
                 logger.info("not kept for the next start: %s", error)
         return step
 
 
 def _restore_or_trace(
-    trace: Callable[[], Tensor], store: ProgramStore | None, name: str, tensors: dict[str, Tensor]
+    trace: Callable[[], Tensor],
+    store: ProgramStore | None,
+    name: str,
+    tensors: dict[str, Tensor],
+    coverage: Coverage,
 ) -> Piece:
-    step = _restore(store, name, tensors) if store is not None else None
-    return Piece(step or trace_step(trace), store, name, tensors)
-
-
-def _restore(store: ProgramStore, name: str, tensors: dict[str, Tensor]) -> RecordedStep | None:
-    saved = store.read_step(name)
-    if not isinstance(saved, SavedStep):
-        return None
-    try:
-        return bind_step(saved, tensors)
-    except CacheError as error:
-        logger.warning("a kept step is made anew: %s", error)
-        return None
+    saved = store.read_step(name) if store is not None else None
+    if isinstance(saved, SavedStep):
+        try:
+            step = bind_step(saved, tensors)
+        except CacheError as error:
+            logger.warning("a saved step is traced again: %s", error)
+        else:
+            coverage.restore(saved.notes)
+            return Piece(step, store, name, tensors)
+    with coverage.watching() as notes:
+        return Piece(trace_step(trace), store, name, tensors, notes)
 
 
 def step_name(

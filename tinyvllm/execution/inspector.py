@@ -53,6 +53,11 @@ class RunnerInspector:
         """Whether the device launches a step as one graph."""
         return hardware.has_graphs(self.runner.backend.device)
 
+    @property
+    def general_operations(self) -> list[str]:
+        """What takes the general kernels and why, a line for each reason."""
+        return self.runner.backend.coverage.lines()
+
     def cost(self, plan: StepPlan) -> StepCost:
         """Kernels and bytes of the step that executes `plan`, counted."""
         runner = self.runner

@@ -178,6 +178,11 @@ class ModelRunner:
         logger.info("kernels are %s", "tuned" if self.is_tuned else "untuned: run `tinyvllm tune` with the same flags")
 
     @property
+    def num_general_operations(self) -> int:
+        """Operations, of all layers, in the general kernels because no fused kernel covers them."""
+        return self.backend.coverage.count
+
+    @property
     def num_captures(self) -> int:
         """Graphs that were captured."""
         return self.captures.num_made

@@ -7,7 +7,7 @@ the paper's equations; loading, and calling the backend, happen here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -75,6 +75,7 @@ class Decoder:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Load every tensor. `num_positions`: rows of the rope tables (max_model_len). Raises WeightMismatchError."""
+        config = replace(config, layer_kinds=self.layer_kinds(replace(config, layer_kinds=())))
         self.config, self.backend, self.checkpoint = config, backend, checkpoint
         self.num_positions = num_positions
         self.ropes = self._load_ropes(num_positions)

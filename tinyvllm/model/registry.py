@@ -41,4 +41,4 @@ def make_model(
     progress: Callable[[int, int], None],
 ) -> Model:
     """Load a model's weights onto the backend's device. Raises UnsupportedModelError, WeightMismatchError."""
-    return find_family(config)(complete_config(config), checkpoint, backend, num_positions, progress)
+    return find_family(config)(config, checkpoint, backend, num_positions, progress)

@@ -7,9 +7,12 @@ form runs. So nothing is refused that the general form can do, and nothing is sl
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
+
+Note = tuple[str, str, int | None]  # what takes the general form, why, and its layer
 
 
 class Coverage:
@@ -17,11 +20,14 @@ class Coverage:
 
     def __init__(self) -> None:
         self._layers: dict[str, set[int]] = {}  # by what is said of them; no layers: of the whole model
+        self._watched: list[Note] | None = None
 
     def take_general(self, what: str, reason: str, layer: int | None = None) -> None:
         """Note that `what` takes the general kernel, if a `reason` is given."""
         if not reason:
             return
+        if self._watched is not None:
+            self._watched.append((what, reason, layer))
         text = f"{what} with {reason} takes the general kernel"
         is_new = text not in self._layers
         layers = self._layers.setdefault(text, set())
@@ -31,6 +37,21 @@ class Coverage:
             logger.warning(
                 "%s%s; `tinyvllm doctor` lists the layers", "" if layer is None else f"layer {layer}: ", text
             )
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Note]]:
+        """A list of what is noted meanwhile: a saved step keeps it, since restoring runs no operation again."""
+        notes: list[Note] = []
+        self._watched = notes
+        try:
+            yield notes
+        finally:
+            self._watched = None
+
+    def restore(self, notes: Iterable[Note]) -> None:
+        """Note again what was noted when a step was traced."""
+        for what, reason, layer in notes:
+            self.take_general(what, reason, layer)
 
     @property
     def count(self) -> int:

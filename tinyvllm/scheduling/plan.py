@@ -122,4 +122,5 @@ class StepStats:
     num_captures: int = 0  # graphs captured, since start
     num_captures_to_come: int = 0  # graphs still to be captured between steps; at 0, num_captures is final
     num_failed_captures: int = 0  # since start; larger graphs are used in their place
+    num_general_operations: int = 0  # of all layers' operations, those that no fused kernel covers
     extra: dict[str, float] = field(default_factory=dict)

@@ -354,6 +354,11 @@ class _EngineCollector(Collector):
                 "Graphs still to be captured between steps. Until it is 0, steps may be slower than later.",
                 stats.num_captures_to_come,
             ),
+            (
+                "tinyvllm:general_operations",
+                "Operations, of all layers, in the general kernels because no fused kernel covers them.",
+                stats.num_general_operations,
+            ),
         ):
             gauge = GaugeMetricFamily(name, text, labels=LABELS)
             gauge.add_metric(self._values, value)

@@ -332,7 +332,7 @@ def names_of(family: str) -> gguf.TensorNameMap:
 
 def gguf_name(hf_name: str, family: str = "llama") -> str:
     """llama.cpp's name of a Hugging Face tensor, from the gguf package's own map."""
-    name = names_of(family).get_name(hf_name, try_suffixes=(".weight",))
+    name = names_of(family).get_name(hf_name, try_suffixes=(".weight", ".bias"))
     assert name is not None, hf_name
     return name
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tests.builders import GGUFTweaks, write_tiny_gguf, write_tiny_hf_llama
+from tests.families.recipes import RECIPES, sizes, write_hf
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.config import ModelFiles
 
@@ -58,6 +59,12 @@ def _dense(dtype: str, shape: Mapping[str, Any]) -> Callable[[Path], ModelFiles]
     return lambda path: write_tiny_hf_llama(path, dtype=dtype, **shape)
 
 
+def _family(name: str, **changes: Any) -> Callable[[Path], ModelFiles]:
+    """A recipe of the family with heads that the fused kernels serve, and windows shorter than the prompts."""
+    config = {**RECIPES[name].config, **sizes(2, 64, 4, 2, 64, 96), **changes}
+    return lambda path: write_hf(path, replace(RECIPES[name], config=config), dtype="float16")
+
+
 def _quantised(kind: str, quant_of: Mapping[str, str] = {}) -> Callable[[Path], ModelFiles]:
     tweaks = GGUFTweaks(quant_of=quant_of)
     return lambda path: write_tiny_gguf(path.with_suffix(".gguf"), quant=kind, tweaks=tweaks, **FUSED)
@@ -76,6 +83,21 @@ SCENARIOS: dict[str, Scenario] = {
     "float16": Scenario(_dense("float16", FUSED), CROWDED, tie=0.03),
     "bfloat16": Scenario(_dense("bfloat16", FUSED), CROWDED, tie=0.03),
     "qwen3": Scenario(_dense("float16", QWEN3), BRIEF | {"decode_buckets": (2,)}, PROMPTS[:2], max_tokens=8, tie=0.03),
+    "qwen2": Scenario(_family("qwen2"), BRIEF | {"decode_buckets": (2,)}, PROMPTS[:2], max_tokens=8, tie=0.03),
+    "mistral": Scenario(
+        _family("mistral", sliding_window=9),
+        BRIEF | {"decode_buckets": (2,)},
+        PROMPTS[:2],
+        max_tokens=8,
+        tie=0.03,
+    ),
+    "gemma3": Scenario(
+        _family("gemma3", sliding_window=9, sliding_window_pattern=2, query_pre_attn_scalar=48),
+        BRIEF | {"decode_buckets": (2,)},
+        PROMPTS[:2],
+        max_tokens=8,
+        tie=0.03,
+    ),
     "mixed": Scenario(_quantised("Q4_K", MIXED), BRIEF, PROMPTS[:3], max_tokens=8, tie=0.03),
     "sampled": Scenario(_dense("float32", GENERAL), CROWDED | EXACT, sampling=SAMPLING),
 }

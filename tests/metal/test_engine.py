@@ -86,8 +86,8 @@ def test_quantised_weights_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> N
     assert_same_tokens(answer(name, cpu.folder / name), expected, SCENARIOS[name].tie)
 
 
-@pytest.mark.parametrize("name", ["qwen3"])
-def test_normed_heads_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "mistral", "gemma3"])
+def test_every_family_gives_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
     expected = cpu.answer(name)
     assert_same_tokens(answer(name, cpu.folder / name), expected, SCENARIOS[name].tie)
 

@@ -27,7 +27,7 @@ from tinyvllm.config import ModelFiles
 from tinyvllm.device.handle import open_device
 from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.llama import Llama
-from tinyvllm.model.registry import FAMILIES, complete_config, find_family
+from tinyvllm.model.registry import complete_config, find_family
 from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.ops.backend import Backend, Step, pool_groups
 from tinyvllm.ops.cpu.backend import CpuBackend
@@ -200,7 +200,7 @@ def test_quantised_gguf_equals_its_own_values_in_numpy(
     check(load(files, lambda device: CpuBackend(device, "float32", dequantize=True)), expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_both_formats_give_the_same_logits(tmp_path: Path, family: str) -> None:
     hf = load(write_tiny_hf_llama(tmp_path / "hf", seed=3, family=family))
     gguf = load(write_tiny_gguf(tmp_path / "tiny.gguf", quant="F32", seed=3, family=family))
@@ -208,7 +208,7 @@ def test_both_formats_give_the_same_logits(tmp_path: Path, family: str) -> None:
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_reference_backend_runs_the_same_model(tmp_path: Path, family: str) -> None:
     tweaks, numbers = GGUFTweaks(quant_of={"attn_v": "Q8_0"}), {"family": family}
     files = write_tiny_gguf(tmp_path / "tiny.gguf", quant="Q4_1", tweaks=tweaks, family=family)

@@ -36,11 +36,13 @@ def test_qwen3_is_a_family_of_its_own(tmp_path: Path) -> None:
     backend = CpuBackend(open_device(), None)
     model = make_model(config, open_checkpoint(files, config), backend, 16, lambda done, total: None)
     assert (config.architecture, type(model)) == ("qwen3", Qwen3)
-    assert FAMILIES.keys() <= KNOWN_ARCHITECTURES.keys()
+    assert KNOWN_ARCHITECTURES.keys() == FAMILIES.keys()
 
 
 def test_an_unknown_architecture_lists_the_known(tiny_hf_files: ModelFiles) -> None:
     config = replace(read_model_config(tiny_hf_files), architecture="mamba")
     checkpoint = open_checkpoint(tiny_hf_files, config)
-    with pytest.raises(UnsupportedModelError, match="architecture 'mamba' is not known; known: " + ", ".join(FAMILIES)):
+    with pytest.raises(
+        UnsupportedModelError, match="architecture 'mamba' is not known; known: " + ", ".join(sorted(FAMILIES))
+    ):
         make_model(config, checkpoint, CpuBackend(open_device(), None), 16, lambda done, total: None)

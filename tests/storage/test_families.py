@@ -175,10 +175,9 @@ def test_gemma3s_local_layers_keep_their_rope_in_a_window_of_all_positions(tmp_p
     assert [kind.rope for kind in config.layers[:2]] == [Rope(10000.0), Rope(1e6)]
 
 
-def test_gemma3s_scale_and_softcaps(tmp_path: Path) -> None:
-    capped = {"query_pre_attn_scalar": 168, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    config = read(tmp_path, GEMMA3, **capped)
-    assert (config.score_scale, config.score_softcap, config.logit_softcap) == (168**-0.5, 50.0, 30.0)
+def test_gemma3s_scale_and_softcap(tmp_path: Path) -> None:
+    config = read(tmp_path, GEMMA3, query_pre_attn_scalar=168, final_logit_softcapping=30.0)
+    assert (config.score_scale, config.score_softcap, config.logit_softcap) == (168**-0.5, None, 30.0)
     assert read(tmp_path, GEMMA3).score_scale == 256**-0.5  # the class's default, of heads of 32
 
 
@@ -186,6 +185,7 @@ def test_gemma3s_scale_and_softcaps(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"hidden_activation": "silu"}, "hidden_activation is 'silu'.*known: gelu_pytorch_tanh"),
+        ({"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping is 50\.0.*known: null"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ({"attention_bias": True}, "attention_bias is True"),
     ],
@@ -222,6 +222,12 @@ def test_gemma3_in_gguf_has_llama_cpps_pattern_and_local_rope(tmp_path: Path) ->
     config = read_gguf(tmp_path, "gemma3", layers=7, **keys, **scaled, **{"attention.sliding_window": 128})
     assert config.layers[5].rope == Rope(1e6, RopeScaling("linear", 8.0))
     assert config.layers[6].rope == Rope(10000.0)
+
+
+def test_a_llama_file_with_a_window_is_mistrals(tmp_path: Path) -> None:
+    config = read_gguf(tmp_path, "llama", **{"attention.sliding_window": 128})
+    assert (config.architecture, windows(config)) == ("llama", [128] * 4)
+    assert windows(read_gguf(tmp_path, "llama", **{"attention.sliding_window": 512})) == [None] * 4
 
 
 @pytest.mark.parametrize("pattern", [2, [True, False, True, False]])

@@ -240,7 +240,6 @@ def test_dtype_is_that_of_the_unquantised_matrices(tmp_path: Path, quant: str, d
     [
         ({"rope.scaling.type": "yarn"}, r"llama\.rope\.scaling\.type is 'yarn'.*known: none, linear"),
         ({"expert_count": 8}, r"llama\.expert_count is 8.*known: 0"),
-        ({"attention.sliding_window": 64}, r"llama\.attention\.sliding_window is 64.*known: 0"),
         ({"attention.value_length": 8}, r"llama\.attention\.value_length is 8.*known: 16"),
     ],
 )

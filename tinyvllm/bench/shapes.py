@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from tinyvllm.config import ModelConfig, RopeScaling
+from tinyvllm.config import ModelConfig, Rope, RopeScaling
 from tinyvllm.errors import UnsupportedModelError
+
+GEMMA3_WINDOWED = (True, True, True, True, True, False)  # by layer: each sixth attends to everything
 
 SHAPES: dict[str, ModelConfig] = {
     shape.name: shape
@@ -84,6 +86,75 @@ SHAPES: dict[str, ModelConfig] = {
             rope_theta=1000000.0,
             norm_eps=1e-6,
             tie_embeddings=True,
+        ),
+        ModelConfig(
+            name="qwen2.5-0.5b",  # Qwen/Qwen2.5-0.5B
+            architecture="qwen2",
+            num_layers=24,
+            hidden_size=896,
+            ffn_size=4864,
+            num_heads=14,
+            num_kv_heads=2,
+            head_dim=64,
+            vocab_size=151936,
+            max_position=32768,
+            rope_theta=1000000.0,
+            norm_eps=1e-6,
+            tie_embeddings=True,
+        ),
+        ModelConfig(
+            name="gemma-3-270m",  # google/gemma-3-270m
+            architecture="gemma3",
+            num_layers=18,
+            hidden_size=640,
+            ffn_size=2048,
+            num_heads=4,
+            num_kv_heads=1,
+            head_dim=256,
+            vocab_size=262144,
+            max_position=32768,
+            rope_theta=1000000.0,
+            norm_eps=1e-6,
+            tie_embeddings=True,
+            activation="gelu_tanh",
+            window=512,
+            windowed=GEMMA3_WINDOWED,
+            local_rope=Rope(10000.0),
+        ),
+        ModelConfig(
+            name="gemma-3-1b",  # google/gemma-3-1b-pt
+            architecture="gemma3",
+            num_layers=26,
+            hidden_size=1152,
+            ffn_size=6912,
+            num_heads=4,
+            num_kv_heads=1,
+            head_dim=256,
+            vocab_size=262144,
+            max_position=32768,
+            rope_theta=1000000.0,
+            norm_eps=1e-6,
+            tie_embeddings=True,
+            activation="gelu_tanh",
+            window=512,
+            windowed=GEMMA3_WINDOWED,
+            local_rope=Rope(10000.0),
+        ),
+        ModelConfig(
+            name="mistral-7b-v0.1",  # mistralai/Mistral-7B-v0.1
+            architecture="mistral",
+            num_layers=32,
+            hidden_size=4096,
+            ffn_size=14336,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            vocab_size=32000,
+            max_position=32768,
+            rope_theta=10000.0,
+            norm_eps=1e-5,
+            tie_embeddings=False,
+            window=4096,
         ),
     )
 }

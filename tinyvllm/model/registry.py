@@ -8,14 +8,23 @@ from dataclasses import replace
 from tinyvllm.config import ModelConfig
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.decoder import Decoder
+from tinyvllm.model.gemma3 import Gemma3
 from tinyvllm.model.llama import Llama
+from tinyvllm.model.mistral import Mistral
+from tinyvllm.model.qwen2 import Qwen2
 from tinyvllm.model.qwen3 import Qwen3
 from tinyvllm.model.weights.checkpoint import WeightSource
 from tinyvllm.ops.backend import Backend
 
 Model = Decoder  # what execution calls it
 
-FAMILIES: dict[str, type[Decoder]] = {"llama": Llama, "qwen3": Qwen3}
+FAMILIES: dict[str, type[Decoder]] = {
+    "llama": Llama,
+    "mistral": Mistral,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "gemma3": Gemma3,
+}
 
 
 def find_family(config: ModelConfig) -> type[Decoder]:

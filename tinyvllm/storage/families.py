@@ -26,7 +26,7 @@ class FamilyFiles:
     # The period of {arch}.attention.sliding_window where the file has no sliding_window_pattern: every layer but each
     # n-th attends to the window, with 0 every layer. None: windows are not understood
     gguf_window_pattern: int | None = None
-    has_softcaps: bool = False  # of scores and of logits
+    softcaps: tuple[str, ...] = ()  # keys, which both formats call by the same name
     local_rope_theta: float | None = None  # of windowed layers, where the file says nothing; None: as other layers'
     norm_offset: float = 0.0  # to be added to norms' weights in Hugging Face's format; GGUF has it in the weights
     # Numbers of layers with which GGUF, which has no key for it, means a score scale of (hidden / heads) ** -0.5
@@ -34,6 +34,8 @@ class FamilyFiles:
     hf_renamed: Mapping[str, str] = field(default_factory=dict)  # beginnings of tensors' names, and ours
     hf_unread: tuple[str, ...] = ()  # beginnings of tensors' names, of parts beside the language model
 
+
+SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 QWEN_DEFAULTS = {
     "num_key_value_heads": 32,
@@ -46,7 +48,7 @@ QWEN_DEFAULTS = {
 # By the registry's key; a further family is an entry here.
 KNOWN_ARCHITECTURES: dict[str, FamilyFiles] = {
     # Mistral's GGUF files are llama's, with a window where they have one
-    "llama": FamilyFiles(("LlamaForCausalLM",), ("llama",), ("llama",)),
+    "llama": FamilyFiles(("LlamaForCausalLM",), ("llama",), ("llama",), gguf_window_pattern=0),
     "mistral": FamilyFiles(
         ("MistralForCausalLM",),
         ("mistral",),
@@ -84,7 +86,7 @@ KNOWN_ARCHITECTURES: dict[str, FamilyFiles] = {
         },
         hf_windows="by layer",
         gguf_window_pattern=6,
-        has_softcaps=True,
+        softcaps=("final_logit_softcapping",),  # its class reads attn_logit_softcapping and makes no use of it
         local_rope_theta=10000.0,
         norm_offset=1.0,
         gguf_wide_scale_layers=(62,),  # 27B

@@ -6,7 +6,8 @@ import numpy as np
 
 from tinyvllm.config import ModelConfig, Rope, RopeScaling
 from tinyvllm.errors import ModelError
-from tinyvllm.storage.families import KNOWN_ARCHITECTURES, FamilyFiles
+from tinyvllm.storage import families
+from tinyvllm.storage.families import SOFTCAPS, FamilyFiles
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.storage.hf_config import shortest_period
 from tinyvllm.storage.values import Values
@@ -19,7 +20,7 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
     """Raises UnsupportedModelError for what cannot be run, ModelError for values that are missing or make no sense."""
     values = Values(file.path, file.metadata)
     architecture = _architecture(values)
-    family = KNOWN_ARCHITECTURES[architecture]
+    family = families.KNOWN_ARCHITECTURES[architecture]
     prefix = f"{values.get('general.architecture')}."
     _refuse_variants(values, prefix, family)
     embedding = file.tensors.get("token_embd.weight")
@@ -54,15 +55,16 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
         windowed=windowed,
         local_rope=_local_rope(values, prefix, family) if window is not None else None,
         score_scale=(hidden_size // num_heads) ** -0.5 if num_layers in family.gguf_wide_scale_layers else None,
+        score_softcap=values.optional_number(prefix + "attn_logit_softcapping") or None,
         logit_softcap=values.optional_number(prefix + "final_logit_softcapping") or None,
     )
 
 
 def _architecture(values: Values) -> str:
-    for key, names in KNOWN_ARCHITECTURES.items():
+    for key, names in families.KNOWN_ARCHITECTURES.items():
         if values.get("general.architecture") in names.gguf:
             return key
-    known = ", ".join(name for names in KNOWN_ARCHITECTURES.values() for name in names.gguf)
+    known = ", ".join(name for names in families.KNOWN_ARCHITECTURES.values() for name in names.gguf)
     values.unsupported("general.architecture", known)
 
 
@@ -70,8 +72,8 @@ def _refuse_variants(values: Values, prefix: str, family: FamilyFiles) -> None:
     """Refuse settings that would change the computation, where running on would give wrong tokens."""
     if values.optional_integer(prefix + "expert_count", at_least=0):
         values.unsupported(prefix + "expert_count", "0 (no experts)")
-    for key, is_known in (("attn_logit_softcapping", False), ("final_logit_softcapping", family.has_softcaps)):
-        if values.optional_number(prefix + key) and not is_known:
+    for key in SOFTCAPS:
+        if key not in family.softcaps and values.optional_number(prefix + key):
             values.unsupported(prefix + key, "0 (none)")
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from tinyvllm.config import DTYPES, ModelConfig, Rope, RopeScaling
 from tinyvllm.errors import ModelError
-from tinyvllm.storage.families import KNOWN_ARCHITECTURES, FamilyFiles
+from tinyvllm.storage import families
+from tinyvllm.storage.families import SOFTCAPS, FamilyFiles
 from tinyvllm.storage.values import Values
 
 ROPE_KINDS = ("default", "linear", "llama3")
@@ -20,7 +21,7 @@ SHARED_KEYS = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddin
 def read_hf_config(config: Values, name: str) -> ModelConfig:
     """Raises UnsupportedModelError for what cannot be run, ModelError for values that are missing or make no sense."""
     architecture = _architecture(config)
-    family = KNOWN_ARCHITECTURES[architecture]
+    family = families.KNOWN_ARCHITECTURES[architecture]
     values = _with_defaults(config, family)
     _refuse_variants(values, family)
     hidden_size = values.integer("hidden_size")
@@ -71,10 +72,10 @@ def text_values(config: Values) -> Values:
 
 def _architecture(config: Values) -> str:
     classes, model_type = config.get("architectures") or [], config.get("model_type")
-    for key, names in KNOWN_ARCHITECTURES.items():
+    for key, names in families.KNOWN_ARCHITECTURES.items():
         if any(name in names.hf_classes for name in classes) or (not classes and model_type in names.hf_types):
             return key
-    known = ", ".join(name for names in KNOWN_ARCHITECTURES.values() for name in names.hf_classes)
+    known = ", ".join(name for names in families.KNOWN_ARCHITECTURES.values() for name in names.hf_classes)
     config.unsupported("architectures" if classes else "model_type", known)
 
 
@@ -112,8 +113,8 @@ def _refuse_variants(values: Values, family: FamilyFiles) -> None:
         values.unsupported("use_bidirectional_attention", "false (causal attention)")
     if values.get("partial_rotary_factor") not in (None, 1, 1.0):
         values.unsupported("partial_rotary_factor", "1.0")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if not family.has_softcaps and values.get(key) is not None:
+    for key in SOFTCAPS:
+        if key not in family.softcaps and values.get(key) is not None:
             values.unsupported(key, "null")
     if values.get("quantization_config") is not None:
         values.unsupported(

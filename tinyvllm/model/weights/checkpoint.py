@@ -12,7 +12,7 @@ from tinyvllm.errors import WeightMismatchError
 from tinyvllm.model.weights.gguf import read_gguf
 from tinyvllm.model.weights.safetensors import read_safetensors
 from tinyvllm.model.weights.stored import StoredTensor
-from tinyvllm.storage.families import KNOWN_ARCHITECTURES
+from tinyvllm.storage import families
 
 # Buffers that old versions of transformers saved; the model computes them
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -32,7 +32,7 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
 
 def language_model_tensors(tensors: Mapping[str, StoredTensor], architecture: str) -> dict[str, StoredTensor]:
     """Tensors by the names that the text model alone would have, without those of other parts (a vision tower)."""
-    family = KNOWN_ARCHITECTURES.get(architecture)
+    family = families.KNOWN_ARCHITECTURES.get(architecture)
     if family is None:
         return dict(tensors)
     found = {}

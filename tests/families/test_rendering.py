@@ -1,0 +1,32 @@
+"""A step of each family renders for devices that are not here, within their limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tinygrad import dtypes
+
+from tests.families.recipes import RECIPES, write_hf
+from tests.ops.rendering import TARGETS, check_limits, gpu_backend, kernels_of, unwritten
+from tinyvllm.model.registry import make_model
+from tinyvllm.model.weights.random import RandomWeights
+from tinyvllm.ops.backend import Step, pool_groups
+from tinyvllm.ops.step_inputs import StepLayout
+from tinyvllm.storage.model_config import read_model_config
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma3_capped", "mistral", "qwen2"])
+@pytest.mark.parametrize("is_decode", [True, False], ids=["decode", "mixed"])
+def test_a_step_renders_within_the_limits(tmp_path: Path, name: str, is_decode: bool) -> None:
+    backend = gpu_backend("float16")
+    config = read_model_config(write_hf(tmp_path, RECIPES[name]))
+    model = make_model(config, RandomWeights("float16", seed=0), backend, 64, lambda done, total: None)
+    layout = StepLayout(4, 4, 2, 16) if is_decode else StepLayout(16, 3, 2, 16)
+    pool = backend.make_pool(pool_groups(model.config.layers), 5, layout.block_size, "float16")
+    logits = model(Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode))
+    kernels = kernels_of([logits])
+    assert {kernel.arg.name.split("_")[0] for kernel in kernels} >= {"embed", "write", "attention"}
+    for kernel in kernels:
+        for target in TARGETS:
+            check_limits(kernel, target)

@@ -1,0 +1,79 @@
+"""Tiny seeded models of transformers' classes through the whole engine: its greedy tokens and logprobs, however the
+work is cut and from either format. Expected: data/*.json, which write_references.py makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.families.recipes import RECIPES, write_gguf, write_hf, write_multimodal_hf
+from tests.families.write_references import DATA, NUM_STEPS, NUM_TOP, weights_sum
+from tinyvllm import LLM, SamplingParams
+from tinyvllm.config import ModelFiles
+
+ENGINE: dict[str, Any] = {
+    "dtype": "float32",
+    "kv_cache_dtype": "float32",
+    "max_model_len": 192,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 24,  # prompts in chunks, beside others' decodes
+    "num_gpu_blocks_override": 31,  # 240 tokens, where the prompts and outputs of four need more: preemption
+    "block_size": 8,
+    "decode_buckets": (1, 4),
+    "token_buckets": (24,),
+}
+ATOL = 1e-3  # of a logprob
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True, logprobs=NUM_TOP)
+
+
+def read_cases(name: str) -> list[dict[str, Any]]:
+    written = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
+    assert written["weights_sum"] == pytest.approx(weights_sum(RECIPES[name]), rel=1e-6), "other weights: write it anew"
+    cases: list[dict[str, Any]] = written["cases"]
+    return cases
+
+
+def check(output: Any, case: dict[str, Any]) -> None:
+    (choice,) = output.outputs
+    assert list(choice.token_ids) == case["tokens"], case["prompt"]
+    for found, expected in zip(choice.logprobs, case["top"], strict=True):
+        assert {token: entry.logprob for token, entry in found.items()} == pytest.approx(dict(expected), abs=ATOL)
+
+
+def check_engine(files: ModelFiles, cases: list[dict[str, Any]]) -> None:
+    """Alone; in a batch that the pool is too small for; again, where the prompts are found in the cache."""
+    llm = LLM(str(files.path), **ENGINE)
+    longest = cases[-1]  # in chunks, and several windows long
+    check(llm.generate(longest["prompt"], GREEDY)[0], longest)
+    outputs = llm.generate([case["prompt"] for case in cases], GREEDY)
+    assert llm.stats.num_preemptions > 0, "the pool was meant to be too small"
+    for output, case in zip(outputs, cases, strict=True):
+        check(output, case)
+    for _ in range(2):
+        (output,) = llm.generate(longest["prompt"], GREEDY)
+        check(output, longest)
+    assert output.num_cached_tokens == (len(longest["prompt"]) - 1) // 8 * 8
+    llm.close()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_tokens_and_logprobs_are_transformers(tmp_path: Path, name: str) -> None:
+    check_engine(write_hf(tmp_path / "tiny", RECIPES[name]), read_cases(name))
+
+
+def check_alone(files: ModelFiles, case: dict[str, Any]) -> None:
+    llm = LLM(str(files.path), **ENGINE | {"max_num_seqs": 1, "decode_buckets": (1,)})
+    check(llm.generate(case["prompt"], GREEDY)[0], case)
+    llm.close()
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.gguf_arch])
+def test_gguf_gives_the_same(tmp_path: Path, name: str) -> None:
+    check_alone(write_gguf(tmp_path / "tiny.gguf", RECIPES[name]), read_cases(name)[-1])
+
+
+def test_the_text_part_of_a_multimodal_gemma3_gives_the_same(tmp_path: Path) -> None:
+    check_alone(write_multimodal_hf(tmp_path / "tiny", RECIPES["gemma3"]), read_cases("gemma3")[-1])

@@ -41,6 +41,7 @@ class FakeRunner:
         self.model_config = make_model_config()
         self.capacity = Capacity(num_blocks, 16, 512, num_seqs, budget)
         self.num_captures = 1
+        self.num_general_operations = 0
         self.token_id = token_id
         self.filled: list[int] = []
         # (ids of the requests' blocks, [start, stop) of their tokens, the last token's id) by step

@@ -72,4 +72,4 @@ def test_a_kernel_that_is_lost_is_compiled_here(
         monkeypatch.setattr(compiling, "LOST_S", 0.0)
         assert all(one.is_done for one in pending)
         assert len(compiler.programs(kernels)) == 2
-    assert caplog.text.count("was lost by a compiling process") == 2
+    assert caplog.text.count("a compiling process lost kernel") == 2

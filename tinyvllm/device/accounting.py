@@ -1,9 +1,9 @@
-"""What the host asks of the device, counted where it is asked: launches, waits, copies and compilations.
+"""Counts of what the host asks of the device: launches, waits, copies and compilations.
 
-A `DeviceAccount` stands in the way of all of it while it is open: our own replays, tinygrad's executor, its compiler,
-the waits and copies of its device and, on CUDA, the driver's functions. So it sees what code did that never heard of
-it: a stray `.numpy()`, a tensor operation in the step loop, a graph that is made anew. Counting costs a microsecond or
-so for each event: times are taken without it.
+While it is open, a `DeviceAccount` hooks our own replays, tinygrad's executor and compiler, the waits and copies of
+tinygrad's device and, on CUDA, the driver's functions. So it also counts what nobody meant to happen: a stray
+`.numpy()`, a tensor operation in the step loop, a graph that is captured again. Each event costs about a microsecond
+more, so times are measured without an account.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ CUDA_COPIES_OUT = ("cuMemcpyDtoH_v2", "cuMemcpyDtoHAsync_v2")  # (to, from, byte
 
 @dataclass
 class DeviceCounts:
-    """Since the last `take`.
+    """Counts since the last `take`.
 
-    `replays`: recorded steps that were launched, of `kernels` kernels in all, by `graph_launches` graphs and
-    `single_launches` single kernels (a device without graphs). `eager_kernels` ran outside of any recorded step, and
-    are among `kernels` too. `syncs`: waits for the device; a blocking copy of CUDA's waits besides. Where the host
-    reads the device's memory in place (CPU, METAL), its reaching for a buffer is the copy, of the buffer's bytes.
+    `replays`: launches of recorded steps, with `kernels` kernels in all, as `graph_launches` graphs and
+    `single_launches` single kernels (on a device without graphs). `eager_kernels`: kernels outside of recorded steps,
+    which `kernels` includes. `syncs`: waits for the device; a blocking copy on CUDA waits too and is not among them.
+    Where the host reads the device's memory in place (CPU, METAL), each access to a buffer counts as a copy of it.
     """
 
     replays: int = 0
@@ -55,8 +55,8 @@ class DeviceCounts:
     bytes_d2h: int = 0
     compilations: int = 0  # schedules with kernels to lower, whether or not a cache had them
     compile_s: float = 0.0  # in tinygrad's code generation and its compiler
-    replay_s: float = 0.0  # making, launching and waiting for recorded steps
-    details: Counter[str] = field(default_factory=Counter)  # what ran outside of recorded steps, and where
+    replay_s: float = 0.0  # building, launching and waiting for recorded steps
+    details: Counter[str] = field(default_factory=Counter)  # kernels outside of recorded steps, and their devices
 
     @property
     def numbers(self) -> dict[str, int]:
@@ -66,7 +66,7 @@ class DeviceCounts:
 
 
 class DeviceAccount:
-    """Counts from `with` to the block's end. One at a time, on the thread that drives the device."""
+    """Counts inside its `with` block. One at a time, on the thread that drives the device."""
 
     def __init__(self, device: DeviceHandle) -> None:
         self.device = device
@@ -75,12 +75,12 @@ class DeviceAccount:
         self._hooks = ExitStack()
 
     def take(self) -> DeviceCounts:
-        """What was counted since the last call; counting starts at zero again."""
+        """The counts since the last call. Counting starts at zero again."""
         counts, self._counts = self._counts, DeviceCounts()
         return counts
 
     def used_memory(self) -> int:
-        """Bytes of all buffers on the device, as tinygrad has booked them."""
+        """Bytes of all buffers on the device, by tinygrad's own count."""
         return sum(GlobalCounters.mem_used_per_device[name] for name in self._names)
 
     @property
@@ -107,7 +107,7 @@ class DeviceAccount:
             hook(opened, "synchronize", self._on_wait)
             hook(opened.allocator, "_copyin", self._on_copy_in)
             hook(opened.allocator, "_copyout", self._on_copy_out)
-            if hasattr(opened.allocator, "_as_buffer"):
+            if transfer.is_mapped(name):
                 hook(opened.allocator, "_as_buffer", self._on_reach)
         return self
 
@@ -117,7 +117,7 @@ class DeviceAccount:
         self._hooks.close()
 
     def _hook_driver(self) -> None:
-        """Every wait and copy of CUDA goes through these functions, whoever asks."""
+        """Every wait and copy on CUDA ends in these functions."""
         from tinygrad.runtime.autogen import cuda  # only where there is a driver to load
 
         for name in CUDA_WAITS:
@@ -128,7 +128,7 @@ class DeviceAccount:
             self._hook(cuda, name, self._on_driver_copy_out)
 
     def _hook(self, owner: Any, name: str, handler: Callable[..., Any]) -> None:
-        """Have `handler(original, *args)` called in place of an attribute, until the account closes."""
+        """Call `handler(original, *args)` in place of an attribute until the account closes."""
         original = getattr(owner, name)
         is_own = name in vars(owner)
 
@@ -138,7 +138,7 @@ class DeviceAccount:
         setattr(owner, name, hooked)
         self._hooks.callback(setattr, owner, name, original) if is_own else self._hooks.callback(delattr, owner, name)
 
-    # -- what is hooked ----------------------------------------------------------------------------------------------
+    # -- handlers ----------------------------------------------------------------------------------------------------
 
     def _on_make_replay(self, original: Callable[..., None], *args: Any) -> None:
         with self._timed("replay_s"):
@@ -172,13 +172,13 @@ class DeviceAccount:
             return original(linear)
 
     def _on_make_programs(self, original: Callable[..., Any], compiler: Any, kernels: Any) -> Any:
-        """Of a recorded step. What other processes compile while this one goes on is not waited for, and not booked."""
+        """Programs of a recorded step. Only waiting for them counts, not the compilers beside this process."""
         self._counts.compilations += 1
         with self._timed("compile_s"):
             return original(compiler, kernels)
 
     def _on_wait(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Of a device, or of all its cores: what that waits for inside is the same wait."""
+        """A wait for a device or for all its cores. Waits inside it are part of the same one."""
         if self._is_waiting or self.device.name.split(":")[0] == "CUDA":  # there the driver's functions are counted
             return original(*args, **kwargs)
         self._counts.syncs += 1

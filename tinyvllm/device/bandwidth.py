@@ -1,4 +1,4 @@
-"""How fast a device's memory is, by a small test: what the floor under a step's time is computed with."""
+"""A quick test of a device's memory bandwidth, from which the floor of a step's time is computed."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tinygrad import Tensor, TinyJit, dtypes
 
 from tinyvllm.device.handle import DeviceHandle
 
-ROUNDS = 40  # the fastest counts: a floor is what the memory can do, not what other programs left of it
-CPU_BYTES = 64 << 20  # that each core reads: beyond any cache
-GPU_BYTES = 256 << 20  # that are copied
-GPU_COPIES = 16  # in one graph: launched one by one by Python, an H200's would take three times as long
+ROUNDS = 40  # the fastest counts: a floor is what the memory can do, not what other programs leave of it
+CPU_BYTES = 64 << 20  # read by each core: larger than any cache
+GPU_BYTES = 256 << 20  # copied
+GPU_COPIES = 16  # in one graph: single launches from Python take three times as long on an H200
 
 
 def measure_bandwidth(device: DeviceHandle) -> float:
-    """Bytes a second. On a CPU all cores read, as decoding does; elsewhere a copy, whose reads and writes count."""
+    """Bytes per second. On a CPU all cores read, as decoding does; elsewhere of a copy, counting reads and writes."""
     return _cpu_bandwidth() if device.is_cpu else _copy_bandwidth(device)
 
 
 def _cpu_bandwidth() -> float:
-    """NumPy's maximum, which vectorises and lets go of the interpreter's lock: a sum would wait for its additions."""
+    """By NumPy's maximum, which vectorizes and releases the GIL. (The additions of a sum would wait for each other.)"""
     cores = os.cpu_count() or 1
     parts = [np.ones(CPU_BYTES // 4, np.int32) for _ in range(cores)]
     with ThreadPoolExecutor(cores) as pool:
@@ -46,13 +46,13 @@ def _copy_bandwidth(device: DeviceHandle) -> float:
         captured()
         device.wait()
 
-    for _ in range(3):  # the second call captures, the third makes the graph
+    for _ in range(3):  # the second call captures, the third builds the graph
         round_of_copies()
     return 2 * GPU_COPIES * GPU_BYTES / _fastest(round_of_copies)
 
 
 def _fastest(work: Callable[[], object]) -> float:
-    """Seconds of the quickest of ROUNDS."""
+    """Seconds of the fastest of ROUNDS."""
     best = float("inf")
     for _ in range(ROUNDS):
         start = time.perf_counter()

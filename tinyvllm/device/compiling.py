@@ -1,4 +1,4 @@
-"""From kernels to programs, in other processes, while this one goes on tracing."""
+"""Compiling kernels to programs in other processes, while this one traces on."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from tinygrad.uop.ops import CallInfo, Ops, graph_rewrite
 from tinyvllm.device.program_store import ProgramStore
 
 WORKER_NICENESS = 5
-WORKER_GC = (200_000, 20, 1000)  # objects of the youngest generation, and of the others collections before theirs
-# A process that was killed, for memory say, takes its kernel along: after so long it is compiled here.
+WORKER_GC = (200_000, 20, 1000)  # gc.set_threshold's arguments
+# A kernel is lost if its process is killed (by the OOM killer, say). After this time it is compiled here.
 LOST_S = 300.0
 
 logger = logging.getLogger(__name__)
 Kernel = tuple[UOp, str]  # a SINK, and the device that it is for
-Key = tuple  # tinygrad's, of a kernel and all that decides what it becomes
+Key = tuple  # tinygrad's key of a kernel and of all settings that affect its program
 
 
 class Pending:
-    """A kernel that another process compiles."""
+    """A kernel that another process is compiling."""
 
     def __init__(self, result: AsyncResult) -> None:
         self._result = result
@@ -47,7 +47,7 @@ class Pending:
         return self._begun_s + LOST_S - time.monotonic()
 
     def wait(self) -> UOp | None:
-        """The program; None where it was lost. Raises what kept it from being compiled."""
+        """The program, or None if it was lost. Raises the compiler's error."""
         self._result.wait(max(0.0, self._left_s))
         return self._result.get()[1] if self._result.ready() else None
 
@@ -55,19 +55,19 @@ class Pending:
 class Compiler:
     """Gets programs from tinygrad's cache, from `store`, or from compilers that run beside this process.
 
-    Owns what is being compiled. Two steps that want one kernel have it compiled once, whoever is first. One thread.
+    Owns the compilations that are under way. A kernel of two steps is compiled once. For one thread.
     """
 
     def __init__(self, store: ProgramStore | None = None) -> None:
         self.store = store
         self.num_compiled = 0
-        self._begun: dict[Key, Pending | None] = {}  # None: to be made here, when it is asked for
+        self._begun: dict[Key, Pending | None] = {}  # None: compiled here when it is asked for
 
     def begin(self, kernels: Iterable[Kernel]) -> list[Pending]:
-        """See to it that these kernels become programs. Returns at once: what is ready when the compilers are done."""
+        """Start compiling these kernels. Returns at once, with those that are being compiled."""
         kernels = set(kernels)
         missing = {key: kernel for kernel in kernels if not self._is_known(key := _key_of(kernel))}
-        pool = _get_pool() if len(missing) + len(self._begun) > 1 else None  # a process takes longer to start than one
+        pool = _get_pool() if len(missing) + len(self._begun) > 1 else None  # a process starts slower than one compiles
         for key, (sink, device) in missing.items():
             if pool is None or sink.arg.beam:  # a search times its candidates on the device, which is open here
                 self._begun[key] = None
@@ -79,19 +79,18 @@ class Compiler:
         return [one for one in pending if one is not None]
 
     def programs(self, kernels: Iterable[Kernel]) -> dict[Kernel, UOp]:
-        """The kernels' programs, ready to be launched. Waits for those that are not done; raises what kept one from
-        being compiled."""
+        """The kernels' programs, ready to be launched. Waits for those under way. Raises the compiler's error."""
         distinct = set(kernels)
         self.begin(distinct)
         return {kernel: _with_local_size(self._take(kernel)) for kernel in distinct}
 
     def close(self) -> None:
-        """End the processes that compile, which hold memory. Others are started when they are needed."""
+        """End the compiling processes, to free their memory. New ones are started on demand."""
         self._begun.clear()
         worker.terminate_worker_pool()
 
     def _is_known(self, key: Key) -> bool:
-        """Whether there is a program, or will be; one that is stored is read."""
+        """Whether the program exists or is being compiled. Reads it from the store if it is there."""
         if key in to_program_cache or key in self._begun:
             return True
         program = self.store.read_program(key) if self.store is not None else None
@@ -104,10 +103,10 @@ class Compiler:
         key = _key_of(kernel)
         if key in self._begun:
             pending, (sink, device) = self._begun.pop(key), kernel
-            if key not in to_program_cache:  # somebody's eager operation may have had the same kernel
+            if key not in to_program_cache:  # an eager operation may have compiled the same kernel
                 program = pending.wait() if pending is not None else None
                 if program is None and pending is not None:
-                    logger.warning("kernel %s was lost by a compiling process: it is compiled here", sink.arg.name)
+                    logger.warning("a compiling process lost kernel %s: it is compiled here", sink.arg.name)
                 to_program_cache[key] = _compile_here(sink, device) if program is None else program
             self.num_compiled += 1
             if self.store is not None:
@@ -126,7 +125,7 @@ def _compile_here(sink: UOp, device: str) -> UOp:
 
 
 def _with_local_size(program: UOp) -> UOp:
-    """A program that says how it is launched: tinygrad tries that where a kernel of its own leaves it open."""
+    """The program with a threadgroup size. Where a kernel of tinygrad's leaves it open, tinygrad tries out several."""
     if program.arg.local_size is not None:
         return program
     call = UOp(Ops.CALL, src=(program,), arg=CallInfo())
@@ -134,16 +133,16 @@ def _with_local_size(program: UOp) -> UOp:
 
 
 def _begin_worker() -> None:
-    """Let steps that run meanwhile, on the same cores where the device is a CPU, come first; and look for cycles
-    seldom, which took a third of the time of compiling: a kernel's nodes are many, and freed by their counts."""
+    """Yield to running steps, which share the cores if the device is a CPU. Collect garbage rarely: a kernel has many
+    nodes, which reference counts free, and the search for cycles took a third of the compile time."""
     worker._init_worker()
     gc.set_threshold(*WORKER_GC)
     os.nice(WORKER_NICENESS)
 
 
 def _get_pool() -> Pool | None:
-    """tinygrad's pool of processes, which searches use too. Made here, because tinygrad's ends each process after 16
-    programs, and a new one takes a second to begin; theirs is for searches of thousands."""
+    """tinygrad's pool of processes, which its searches use too. Created here because tinygrad's ends each process after
+    16 programs (a search compiles thousands), and a new one takes a second to start."""
     if PARALLEL.value == 0 or multiprocessing.current_process().daemon:  # a daemon may not have children
         return None
     if worker.worker_pool is None:

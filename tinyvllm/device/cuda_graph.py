@@ -1,9 +1,9 @@
-"""A step on a GPU whose kernels may be launched before the ones before them have ended (CUDA, compute capability 9).
+"""A step as a CUDA graph whose kernels start before the previous ones have ended (compute capability 9).
 
-What a kernel does before `gpu_kernel.await_previous` (reading weights above all) then overlaps the end of the kernel
-before it. Such a kernel waits there for all kernels before it: the one before has ended, and that one has waited for
-those before itself. So the kernels of a step are one chain, whatever they read and write. (CUDA C++ Programming Guide,
-"Programmatic Dependent Launch and Synchronization".) tinygrad's own graph cannot say this; it is made here by capture.
+What a kernel does before its wait (`recording.AWAIT_PREVIOUS`), above all reading weights, overlaps the end of the
+previous kernel. The wait returns once the previous kernel has ended, which itself has waited for those before it. So a
+step's kernels form one chain, whatever they read and write. (CUDA C++ Programming Guide, "Programmatic Dependent Launch
+and Synchronization".) tinygrad's graph has no such edges, so this one is built by stream capture.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ MARK = AWAIT_PREVIOUS.encode()
 
 
 def fits_chain(step: RecordedStep) -> bool:
-    """Whether a step is made of kernels alone, without variables."""
+    """Whether a step consists of kernels without variables."""
     return all(call.target.op is Ops.PROGRAM and not call.target.arg.vars for call in step.calls)
 
 
 def _awaits(device: str, call: Call) -> bool:
+    """Whether the program waits for the previous kernel by itself. Read from its PTX, because tinygrad's KernelInfo and
+    ProgramInfo have no field for it, and are part of every kernel's key."""
     return MARK in get_runtime(device, call.target).lib
 
 
 class ChainReplay:
-    """A step as one captured graph, in the order of its calls. It keeps the step's buffers alive."""
+    """A step as one captured graph, in the order of its calls. Keeps the step's buffers alive."""
 
     def __init__(self, device: str, step: RecordedStep) -> None:
         self.step = step
-        self._kept: list[Any] = []  # the arguments, until the graph has them, and the programs
+        self._kept: list[Any] = []  # the programs, and their arguments until the graph has copied them
         self._context = Device[device].context
         check(cuda.cuCtxSetCurrent(self._context))
         stream, graph, self._instance = cuda.CUstream(), cuda.CUgraph(), cuda.CUgraphExec()

@@ -1,4 +1,4 @@
-"""tinygrad's cache of compiled programs, opened so that any thread may use it."""
+"""tinygrad's disk cache of compiled programs, opened for use on any thread."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from tinygrad import helpers
 def share_disk_cache() -> None:
     """Open tinygrad's SQLite cache ourselves, before it does.
 
-    tinygrad keeps one connection a process, and SQLite's Python binding ties a connection to the thread that made it:
-    an engine started on a second thread could not compile. One thread at a time uses the device, which is all that
-    SQLite needs.
+    tinygrad keeps one connection per process, and Python's SQLite binding ties it to the thread that opened it, so an
+    engine on a second thread could not compile. Only one thread at a time uses the device, which is enough for SQLite.
     """
     if helpers._db_connection is not None:
         return
     os.makedirs(os.path.dirname(helpers.CACHEDB), exist_ok=True)
     connection = sqlite3.connect(helpers.CACHEDB, timeout=60, isolation_level="IMMEDIATE", check_same_thread=False)
-    with contextlib.suppress(sqlite3.OperationalError):  # another process is just setting it
+    with contextlib.suppress(sqlite3.OperationalError):  # another process is setting it now
         connection.execute("PRAGMA journal_mode=WAL").fetchone()
     connection.execute("PRAGMA synchronous=NORMAL")
     helpers._db_connection = connection

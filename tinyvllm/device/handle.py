@@ -1,4 +1,4 @@
-"""The device that the engine runs on: its name, its memory, and how bytes get there and back."""
+"""The device that the engine runs on: its name, its memory, and copies to it and back."""
 
 from __future__ import annotations
 
@@ -19,37 +19,44 @@ from tinygrad.device import Buffer, BufferSpec
 from tinygrad.dtype import DType, _from_np_dtype
 from tinygrad.uop.ops import buffers
 
-from tinyvllm.device.transfer import InputBuffer, OutputReader, copy_out, copy_out_floats, input_buffer, output_reader
+from tinyvllm.device.transfer import (
+    InputBuffer,
+    OutputReader,
+    copy_out,
+    copy_out_floats,
+    input_buffer,
+    is_mapped,
+    output_reader,
+)
 from tinyvllm.errors import DeviceError, TinyvllmError
 
-NAP_S = 30e-6  # tinygrad's own wait spins and takes a core from the workers: 60 products on two cores, 4.1 -> 2.6 ms
-KERNEL_STACK_BYTES = 64 << 20  # CPU kernels keep their tiles on the stack; threads of a Mac get 512 KiB by default
-UNIFIED_SHARE = (
-    0.5  # of a computer's memory that --gpu-memory-utilization auto may take where it is shared with the rest
-)
-METAL_SHARE = 0.8  # of what the system recommends for the GPU, which leaves the rest its own part already
-MAX_UNIFIED_SHARE = 0.9  # of memory that is shared, whatever is asked for
-DISCRETE_SHARE = 0.9
+# tinygrad's wait spins, which takes a core from the workers: with naps 60 products on two cores take 2.6 ms, not 4.1
+NAP_S = 30e-6
+KERNEL_STACK_BYTES = 64 << 20  # CPU kernels keep tiles on the stack; a Mac's threads get 512 KiB by default
+# default shares of the free memory: of memory shared with the computer; of what the system recommends for a Mac's GPU,
+# which leaves a part to the rest already; of a device's own memory
+UNIFIED_SHARE, METAL_SHARE, DISCRETE_SHARE = 0.5, 0.8, 0.9
+MAX_UNIFIED_SHARE = 0.9  # of shared memory, whatever is asked for
 
 FLOATS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
 class DeviceHandle:
-    """An opened device. `has_threads`: kernels have threadgroups (every GPU); otherwise they run on a core."""
+    """An open device. `has_threads`: kernels run in threadgroups (on every GPU) rather than on a core."""
 
-    name: str  # tinygrad's: CPU, METAL, CUDA, CL
+    name: str  # tinygrad's name: CPU, METAL, CUDA, CL
     has_threads: bool
-    is_unified: bool  # its memory is the computer's
-    cores: tuple[str, ...] = ()  # of a CPU: tinygrad's name of each core's device
+    is_unified: bool  # it shares the computer's memory
+    cores: tuple[str, ...] = ()  # on a CPU: tinygrad's name of each core's device
 
     @property
     def is_cpu(self) -> bool:
         return self.name.split(":")[0] == "CPU"
 
     def free_memory(self) -> int:
-        """Bytes that could be allocated now. On METAL, where the weights are not there yet: what the system recommends
-        that a GPU holds at most, two thirds to three quarters of a Mac's memory."""
+        """Bytes that could be allocated now. On METAL, where it must be asked before the weights are loaded, the
+        system's recommended maximum for the GPU: two thirds to three quarters of a Mac's memory."""
         kind = self.name.split(":")[0]
         if kind == "CUDA":
             return _cuda_free_bytes(self.name)
@@ -58,14 +65,14 @@ class DeviceHandle:
         return _host_available_bytes()
 
     def default_share(self) -> float:
-        """Share of the free memory that the engine takes when it is not told."""
+        """Share of the free memory that the engine takes by default."""
         if self.name.split(":")[0] == "METAL":
             return METAL_SHARE
         return UNIFIED_SHARE if self.is_unified else DISCRETE_SHARE
 
     @property
     def max_share(self) -> float:
-        """The most that the computer can spare: what it shares, it needs for itself too."""
+        """The largest allowed share. The computer needs part of a shared memory itself."""
         return MAX_UNIFIED_SHARE if self.is_unified else 1.0
 
     def check_share(self, share: float) -> None:
@@ -77,7 +84,7 @@ class DeviceHandle:
             )
 
     def wait(self) -> None:
-        """Return when everything enqueued has run. On a CPU with naps, so that the workers keep their cores."""
+        """Return when everything enqueued has run. On a CPU this naps, so that the workers keep their cores."""
         if self.is_cpu:
             for core in self.cores:
                 _nap_until_done(Device[core])
@@ -85,61 +92,61 @@ class DeviceHandle:
             Device[name].synchronize()
 
     def mark(self) -> Callable[[], None]:
-        """What waits for all that is enqueued now. On a CPU not for what comes after it, either."""
+        """A function that waits for everything enqueued by now; on a CPU, for nothing enqueued later."""
         if not self.is_cpu:
             return self.wait
         queues = [_counters(worker) for core in self.cores for worker in Device[core].workers]
         return functools.partial(_nap_until, [(done, int(put[0])) for put, done in queues])
 
     def upload(self, array: np.ndarray) -> Tensor:
-        """A host array as a flat tensor of its own on the device."""
+        """Copy a host array to a new flat tensor on the device."""
         return upload(array, self.name)
 
     def zeros(self, size: int, dtype: DType, core: str | None = None) -> Tensor:
-        """A flat zeroed tensor. On a CPU fresh anonymous memory, which is zero already and takes no room until used."""
+        """A flat zeroed tensor. On a CPU it is fresh anonymous memory: zero, and taking no room until it is used."""
         if not self.is_cpu:
             return Tensor.zeros(size, dtype=dtype, device=self.name).clone().realize()
         uop = UOp.new_buffer(core or self.name, size, dtype)
-        # nolru: never a recycled buffer, whose old contents would be there
+        # nolru: a recycled buffer would have its old contents
         buffers[uop] = Buffer(core or self.name, size, dtype, options=BufferSpec(nolru=True)).allocate().ref(1)
         return Tensor(uop)
 
     @property
     def _is_mapped(self) -> bool:
-        return _is_mapped(self.name)
+        return is_mapped(self.name)
 
     def input_buffer(self, words: int) -> InputBuffer:
-        """A persistent tensor of a step's inputs, zeroed."""
+        """A persistent zeroed tensor for a step's inputs."""
         return input_buffer(self.zeros(words, dtypes.int), self._is_mapped)
 
     def output_reader(self, tensor: Tensor) -> OutputReader:
-        """What reads a step's output without waiting for the steps behind it."""
+        """A reader of a step's output that does not wait for later steps."""
         return output_reader(tensor, self._is_mapped, self.mark)
 
     def write(self, tensor: Tensor, array: np.ndarray) -> None:
-        """Overwrite the beginning of a realised tensor with an array's bytes. Waits for the device."""
+        """Overwrite the beginning of a realized tensor with an array's bytes. Waits for the device."""
         self.wait()
         _copy_in(tensor.uop.base.buffer.ensure_allocated(), array)
 
     def read_floats(self, buffer: Buffer) -> np.ndarray:
-        """A copy of a float buffer's values as float32. Waits for all that the device has to do."""
+        """A copy of a float buffer's values as float32. Waits for the device."""
         self.wait()
         return copy_out_floats(buffer, self._is_mapped)
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """A copy of a realised int32 tensor's values. Waits for all that the device has to do."""
+        """A copy of a realized int32 tensor's values. Waits for the device."""
         self.wait()
         return copy_out(tensor.uop.base.buffer, self._is_mapped)
 
 
 def open_device(num_cores: int = 1) -> DeviceHandle:
-    """Open tinygrad's default device; of a CPU so many cores, each a device with a worker thread of its own.
+    """Open tinygrad's default device; of a CPU, `num_cores` cores, each of which is a device with a worker thread.
 
-    Raises DeviceError that says what is missing and what to install."""
+    Raises DeviceError, which names what is missing and what to install."""
     wanted = os.environ.get("DEV", "")
     if wanted.split(":")[0].upper() == "CPU":
         _require_compiler()
-    previous = threading.stack_size(KERNEL_STACK_BYTES)  # the CPU device starts its worker thread while it opens
+    previous = threading.stack_size(KERNEL_STACK_BYTES)  # opening the CPU device starts its worker thread
     cores: tuple[str, ...] = ()
     try:
         device = Device[Device.DEFAULT]
@@ -158,7 +165,7 @@ def open_device(num_cores: int = 1) -> DeviceHandle:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, cut to a container's CPU quota."""
+    """Cores that this process may use: its affinity, limited by a container's CPU quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         with open("/sys/fs/cgroup/cpu.max") as file:
@@ -169,28 +176,23 @@ def usable_cores() -> int:
 
 
 def upload(array: np.ndarray, device: str) -> Tensor:
-    """A host array as a flat tensor of its own on `device`. Without tinygrad's scheduler, which takes 2 ms a tensor."""
+    """Copy a host array to a new flat tensor on `device`. Bypasses tinygrad's scheduler, which takes 2 ms a tensor."""
     uop = UOp.new_buffer(device, array.size, _from_np_dtype(array.dtype))
     _copy_in(uop.buffer.allocate(), array)
     return Tensor(uop)
 
 
 def _copy_in(buffer: Buffer, array: np.ndarray) -> None:
-    """Overwrite the beginning of a buffer. Waits for the device, whose memory may be one that was just let go of."""
+    """Overwrite the beginning of a buffer. Waits for the device, which may still use recycled memory."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    if _is_mapped(buffer.device):
+    if is_mapped(buffer.device):
         np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.uint8)[: data.size] = data
     else:
         buffer.allocator._copyin(buffer._buf, data.data)
 
 
-def _is_mapped(device: str) -> bool:
-    """The host can read and write the device's buffers in place (CPU, METAL)."""
-    return hasattr(Device[device].allocator, "_as_buffer")
-
-
 def has_many_registers() -> bool:
-    """Whether this computer's CPU has 32 vector registers of 256 bits (AVX-512VL), and not 16 or narrower ones."""
+    """Whether this computer's CPU has 32 vector registers of 256 bits (AVX-512VL) rather than 16, or narrower ones."""
     if not sys.platform.startswith("linux"):
         return False
     with open("/proc/cpuinfo") as file:
@@ -198,8 +200,8 @@ def has_many_registers() -> bool:
 
 
 def has_half(name: str) -> bool:
-    """Whether the device computes with float16. Where it does not, tinygrad emulates it without subnormal numbers, of
-    which the scales of Q6_K have many."""
+    """Whether the device computes in float16. If not, tinygrad emulates it without subnormal numbers, which are common
+    among the scales of Q6_K."""
     return dtypes.half in Device[name].renderer.supported_dtypes()
 
 
@@ -213,12 +215,12 @@ def _require_compiler() -> None:
 
 
 def _nap_until_done(device: Any) -> None:
-    """Sleep until the workers' queues are empty."""
+    """Nap until the workers' queues are empty."""
     _nap_until([(done, int(put[0])) for put, done in map(_counters, device.workers)])
 
 
 def _counters(worker: Any) -> tuple[Any, Any]:
-    """A worker's `put`, how many commands were submitted, and `done`, how many have run: views of one word each."""
+    """A worker's counters, views of one word each: `put`, commands submitted; `done`, commands that have run."""
     put, done = (getattr(worker, name)._buf.cpu_view().view(fmt="Q") for name in ("put", "done"))
     return put, done
 
@@ -230,7 +232,7 @@ def _nap_until(goals: list[tuple[Any, int]]) -> None:
 
 
 def _cuda_free_bytes(name: str) -> int:
-    from tinygrad.runtime.autogen import cuda  # only where there is a driver to load
+    from tinygrad.runtime.autogen import cuda  # loads the driver
 
     cuda.cuCtxSetCurrent(Device[name].context)  # the calling thread may not be the one that opened the device
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -241,7 +243,7 @@ def _cuda_free_bytes(name: str) -> int:
 
 
 def _host_available_bytes() -> int:
-    """Memory that programs could take without swapping (Linux); physical memory elsewhere."""
+    """Memory available without swapping (Linux); physical memory elsewhere."""
     if sys.platform.startswith("linux"):
         with open("/proc/meminfo") as file:
             for line in file:
@@ -251,7 +253,7 @@ def _host_available_bytes() -> int:
 
 
 def _cgroup_limit() -> int:
-    """A container's memory limit, which /proc/meminfo does not know; a huge number where there is none."""
+    """A container's memory limit, which /proc/meminfo does not show; a huge number if there is none."""
     try:
         with open("/sys/fs/cgroup/memory.max") as file:
             text = file.read().strip()

@@ -1,4 +1,4 @@
-"""What the hardware behind a device is, and how fast it calculates where no table says so."""
+"""The hardware of a device: its name, and its measured speed where no table has it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUNDS = 60  # the fastest counts
 
 
 def hardware_name(device: DeviceHandle) -> str:
-    """The maker's name of it ("NVIDIA H200", "Apple M4"); tinygrad's name of the device where it gives no other."""
+    """The maker's name ("NVIDIA H200", "Apple M4"), or tinygrad's name of the device if there is none."""
     kind = device.name.split(":")[0]
     if kind == "CUDA":
         return _cuda_name(int(device.name.partition(":")[2] or 0))
@@ -30,12 +30,12 @@ def hardware_name(device: DeviceHandle) -> str:
 
 
 def architecture(device: DeviceHandle) -> str:
-    """What kernels are made for: the family of a Mac's GPU ("Apple9"), CUDA's "sm_90"; "" of what names none."""
+    """The target of the kernels: the family of a Mac's GPU ("Apple9"), CUDA's "sm_90"; "" on a CPU."""
     return "" if device.is_cpu else str(Device[device.name].renderer.target.arch)
 
 
 def has_graphs(device: DeviceHandle) -> bool:
-    """Whether a step is launched as one. Not under virtualised Metal, whose indirect commands do not work."""
+    """Whether a step is launched as one graph. Not on virtualized Metal, where indirect commands do not work."""
     return device.is_cpu or Device[device.name].graph is not None
 
 
@@ -48,7 +48,7 @@ def _cuda_name(number: int) -> str:
 
 
 def processor_name() -> str:
-    """The maker's name of the computer's CPU, "" where it says none."""
+    """The maker's name of the computer's CPU, or "" if the system has none."""
     if sys.platform == "darwin":
         return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
     try:
@@ -59,8 +59,8 @@ def processor_name() -> str:
 
 
 def measure_flops(device: DeviceHandle) -> float:
-    """Operations a second of a matrix product, a multiplication and an addition being two. On a CPU NumPy's, in float32
-    on as many threads as its BLAS takes; elsewhere tinygrad's own in float16, which a tuned one exceeds."""
+    """Operations per second of a matrix product; a multiplication and an addition are two. On a CPU it is NumPy's, in
+    float32 with its BLAS's threads; elsewhere it is tinygrad's untuned product in float16."""
     return _cpu_flops() if device.is_cpu else _gpu_flops(device)
 
 
@@ -83,7 +83,7 @@ def _gpu_flops(device: DeviceHandle) -> float:
 
 
 def _fastest(work: Callable[[], object]) -> float:
-    """Seconds of the quickest of ROUNDS."""
+    """Seconds of the fastest of ROUNDS."""
     best = float("inf")
     for _ in range(ROUNDS):
         start = time.perf_counter()

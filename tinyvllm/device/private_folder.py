@@ -1,8 +1,8 @@
-"""Values that outlive the process, in a folder that only its user can write: one checked file a value.
+"""Values that outlive the process, one checked file each, in a folder that only its user can write.
 
-A file holds machine code and a pickle, so whoever could write it could run anything here. Hence the folder and each
-file must belong to the user and be writable by nobody else; a checksum finds what is torn; and the unpickler makes the
-listed classes only, which stops accidents and plain gadgets, though not someone who may write the machine code.
+A file holds a pickle with machine code: anyone who can write it can run code here. So the folder and each file must
+belong to the user and be writable by no one else. A checksum detects torn files. The unpickler constructs only listed
+classes, which stops accidents and simple gadgets, but not an attacker who may write the machine code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_BYTES = 256 << 20  # of all files under a root; a model's graphs take a few 
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
-# What a file may name: compiled kernels and recorded steps are made of these.
+# The classes of compiled kernels and recorded steps.
 ALLOWED = {
     "tinygrad.uop": frozenset({"Ops"}),
     "tinygrad.uop.ops": frozenset({"UOp", "AxisType", "CallInfo", "KernelInfo", "ParamArg", "ProgramInfo"}),
@@ -38,12 +38,12 @@ ALLOWED = {
 
 
 class PrivateFolder:
-    """The values of one key: what they were made with. Another key is another folder under the same root.
+    """The values of one key, which names what they depend on. Each key has a folder of its own under the same root.
 
-    Any number of processes may share it: a file is complete when it appears, and equal names hold equal values."""
+    Processes may share it: a file is complete when it appears, and equal names hold equal values."""
 
     def __init__(self, root: Path, key: str) -> None:
-        """Make the folders, or check those that are there. Raises CacheError for a folder that others could write."""
+        """Create or check the folders. Raises CacheError for a folder that others could write."""
         self.root, self.folder = root, root / key
         for folder in (self.root, self.folder):
             try:
@@ -53,7 +53,7 @@ class PrivateFolder:
                 raise CacheError(f"{folder} cannot be used: {error}") from error
 
     def read(self, name: str) -> object | None:
-        """The value, or None where there is none that can be trusted. A damaged file is deleted."""
+        """The value, or None if there is none that can be trusted. A damaged file is deleted."""
         path = self.folder / name
         try:
             value = _load(_read_private(path))
@@ -62,17 +62,17 @@ class PrivateFolder:
         except (CacheError, OSError) as error:
             logger.warning("%s is not used: %s", path, error)
             return None
-        except Exception as error:  # unpickling damage raises anything
-            logger.warning("%s is damaged (%s): it will be made anew", path, error)
+        except Exception as error:  # unpickling damaged data may raise anything
+            logger.warning("%s is damaged (%s): it will be rebuilt", path, error)
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
         with contextlib.suppress(OSError):
-            os.utime(path)  # what was read last is dropped last
+            os.utime(path)  # `trim` keeps what was read last
         return value
 
     def write(self, name: str, value: object) -> None:
-        """Keep a value. One that cannot be written (a full disk) is only missed at the next start."""
+        """Save a value. If it cannot be written (a full disk), the next start goes without it."""
         payload = pickle.dumps(value, protocol=5)
         temporary = self.folder / f".{name}.{os.getpid()}"
         try:
@@ -86,7 +86,7 @@ class PrivateFolder:
                 temporary.unlink()
 
     def trim(self, max_bytes: int = MAX_BYTES) -> None:
-        """Delete what was used longest ago, of all keys, until the root holds at most `max_bytes`."""
+        """Delete the least recently used files of all keys until the root holds at most `max_bytes`."""
         newest_first = sorted(_files(self.root), key=lambda file: file[1].st_mtime, reverse=True)
         total = 0
         for path, info in newest_first:
@@ -100,7 +100,7 @@ class PrivateFolder:
 
 
 def _require_private(path: Path, info: os.stat_result) -> None:
-    """Raises CacheError unless the path is the user's own and nobody else's to write."""
+    """Raises CacheError unless the path belongs to the user and no one else can write it."""
     if info.st_uid != os.getuid():
         raise CacheError(
             f"{path} belongs to user {info.st_uid}, not to you ({os.getuid()}): "
@@ -130,7 +130,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
         if name in ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a cache file")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a cache file")
 
 
 def _files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:

@@ -1,4 +1,4 @@
-"""What a device allows a program, and what the programs of a recorded step take."""
+"""The device's limits for a program, and how much of them the programs of a recorded step use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tinyvllm.device.recording import Call
 # Programming Guide, "technical specifications per compute capability": static shared memory, parameters of 8 bytes
 LIMITS = {"METAL": (31, 1024, 32 << 10), "CUDA": (512, 1024, 48 << 10)}
 
-# as tinygrad's renderers declare it, with the alignment
+# As tinygrad's renderers declare threadgroup memory. Read from the source: a compiled program has no field for its size
+# (ProgramInfo), and one restored from disk no other statements.
 _SHARED = re.compile(
     r"(?:threadgroup __attribute__\(\(aligned\(16\)\)\)|__shared__ __align__\(16\)) (?:unsigned )?(\w+) \w+\[(\d+)\]"
 )
@@ -33,7 +34,7 @@ _BYTES = {
 
 @dataclass(frozen=True)
 class ProgramFacts:
-    """One program: its arguments (buffers and variables), threads of a threadgroup, bytes of threadgroup memory."""
+    """One program: its arguments (buffers and variables), and a threadgroup's threads and bytes of memory."""
 
     name: str
     arguments: int
@@ -41,7 +42,7 @@ class ProgramFacts:
     shared_bytes: int
 
     def over(self, device: str) -> list[str]:
-        """The device's limits that it breaks, in words."""
+        """The limits of the device that it exceeds, in words."""
         limits = LIMITS.get(device.split(":")[0])
         if limits is None:
             return []
@@ -55,7 +56,7 @@ class ProgramFacts:
 
 
 def program_facts(calls: Iterable[Call]) -> list[ProgramFacts]:
-    """Of each program that the calls launch, once."""
+    """Facts of each program that the calls launch, once each."""
     programs = {id(call.target): call for call in calls if call.target.op is Ops.PROGRAM}
     return [_facts(call) for call in programs.values()]
 
@@ -68,5 +69,5 @@ def _facts(call: Call) -> ProgramFacts:
 
 
 def shared_bytes(source: str) -> int:
-    """Bytes of the arrays in threadgroup memory that a kernel's source declares."""
+    """Bytes of the threadgroup memory that a kernel's source declares."""
     return sum(_BYTES.get(kind, 4) * int(count) for kind, count in _SHARED.findall(source))

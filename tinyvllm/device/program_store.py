@@ -1,8 +1,8 @@
 """Compiled kernels and recorded steps on disk, so that a second start compiles nothing.
 
-Everything is named by its content: a program by tinygrad's own key (a hash of the kernel, the target, the settings of
-code generation), a step by what its maker says (execution/graphs.py). Whatever else a program depends on is in the
-folder's name: versions, sources, the compiler, the processor.
+Each file is named by its content: a program by tinygrad's key (a hash of the kernel, the target and the settings of
+code generation), a step by execution/graphs.py's `step_name`. The folder's name has what else programs depend on:
+versions, sources, the compiler, the processor.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tinyvllm.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = 1  # of the files: raise it when what is stored changes its form
-# What tinygrad or its compilers read from the environment at each use, beside their declared settings.
+LAYOUT = 1  # version of the files' format
+# Read by tinygrad or its compilers from the environment at each use, besides tinygrad's declared settings.
 SETTINGS = ("DMC", "ALLOW_HALF8", "HCQ2", "CC", "CUDA_PATH", "NVRTC", "JITBEAM", "BEAM_UOPS_MAX", "PTX")
-# Where tinygrad's scheduler, code generator and runtimes are; its generated bindings are many and follow the version.
+# tinygrad's scheduler, code generator and runtimes. Its generated bindings are left out: they follow the version.
 CODE_FOLDERS = (
     ".", "uop", "schedule", "mixin", "codegen", "codegen/opt", "codegen/late", "codegen/decomp", "engine", "renderer",
     "renderer/isa", "runtime", "runtime/graph", "runtime/support",
@@ -44,14 +44,14 @@ ONLY_SHOWN = (
     "PARALLEL",
     "TRACEMETA",
     "SPEC",
-)  # settings that make no other code
+)  # settings that do not affect code
 
 
 class ProgramStore:
-    """Owns the folder of this device and these versions. Counts what it had and what had to be made."""
+    """Owns the folder of this device and these versions. Counts what was read and what had to be compiled."""
 
     def __init__(self, root: Path, device: str) -> None:
-        """Raises CacheError where the folder cannot be trusted."""
+        """Raises CacheError if the folder cannot be trusted."""
         self.root = root
         self._folder = PrivateFolder(root, environment_key(device))
         self._has_written = False
@@ -60,7 +60,7 @@ class ProgramStore:
         self.num_steps_read = 0
 
     def read_program(self, key: tuple) -> UOp | None:
-        """The program of tinygrad's key, or None."""
+        """The program with tinygrad's key, or None."""
         program = self._folder.read(f"program-{_digest(key)}")
         if not isinstance(program, UOp) or program.op is not Ops.PROGRAM:
             return None
@@ -68,12 +68,12 @@ class ProgramStore:
         return program
 
     def write_program(self, key: tuple, program: UOp) -> None:
-        """Keep a program that was just compiled."""
+        """Save a program that was just compiled."""
         self._write(f"program-{_digest(key)}", slim(program))
         self.num_programs_compiled += 1
 
     def read_step(self, name: str) -> object | None:
-        """What `write_step` kept under this name, or None."""
+        """The step that `write_step` saved under this name, or None."""
         step = self._folder.read(f"step-{name}")
         self.num_steps_read += step is not None
         return step
@@ -82,7 +82,7 @@ class ProgramStore:
         self._write(f"step-{name}", step)
 
     def close(self) -> None:
-        """Bound the folder's size, where it grew."""
+        """Limit the folder's size if it has grown."""
         if self._has_written:
             self._folder.trim()
 
@@ -92,7 +92,7 @@ class ProgramStore:
 
 
 def open_program_store(device: str) -> ProgramStore | None:
-    """The user's store; None, with a warning that says what to do, where it cannot be trusted."""
+    """The user's store, or None if it cannot be trusted; a warning then says what to do."""
     try:
         return ProgramStore(default_root(), device)
     except CacheError as error:
@@ -109,8 +109,8 @@ def default_root() -> Path:
 
 
 def slim(program: UOp) -> UOp:
-    """A PROGRAM with what running it takes: its name and estimates, its parameters, source and binary. A tenth of the
-    nodes. One whose launch is still to be tuned keeps its kernel."""
+    """A PROGRAM with only what running it needs: name, estimates, parameters, source and binary; a tenth of the nodes.
+    One without a threadgroup size keeps its kernel."""
     if not isinstance(program.arg, ProgramInfo) or program.arg.local_size is None or len(program.src) < 4:
         return program
     sink, lines, source, binary = program.src[:4]
@@ -124,7 +124,7 @@ def slim(program: UOp) -> UOp:
 
 
 def environment_key(device: str) -> str:
-    """A folder's name: the device, and a hash of everything that makes one start's programs wrong for another."""
+    """The folder's name: the device, and a hash of everything that its programs depend on besides their keys."""
     renderer = Device[device].renderer
     settings = {key: var.value for key, var in sorted(ContextVar._cache.items()) if key not in ONLY_SHOWN}
     facts = (
@@ -132,7 +132,7 @@ def environment_key(device: str) -> str:
         importlib.metadata.version("tinygrad"),
         _sources(),
         sys.version_info[:3],
-        platform.platform(),  # with the system's version: a Mac's compiler is part of it
+        platform.platform(),  # includes the system's version: a Mac's compiler is part of the system
         type(renderer).__name__,
         str(renderer.target),
         settings,
@@ -143,7 +143,7 @@ def environment_key(device: str) -> str:
 
 
 def _sources() -> str:
-    """A hash of tinygrad's files by size and time of change: an edit of one's own makes another key."""
+    """A hash of the sizes and times of tinygrad's files, so that a local edit changes the key."""
     root = Path(tinygrad.__file__).parent
     digest = hashlib.sha256()
     for folder in CODE_FOLDERS:
@@ -158,7 +158,7 @@ def _digest(value: object) -> str:
 
 
 def _compiler() -> tuple:
-    """The C compiler's own file: an upgrade changes its size or time."""
+    """The C compiler's file; an upgrade changes its size or time."""
     path = shutil.which(os.environ.get("CC", "clang"))
     if path is None:
         return ()
@@ -167,7 +167,7 @@ def _compiler() -> tuple:
 
 
 def _processor() -> str:
-    """What the compiler's `native` stands for."""
+    """The processor, which decides what the compiler's `-march=native` means."""
     if sys.platform == "darwin":
         return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True)
     with open("/proc/cpuinfo") as file:

@@ -1,7 +1,7 @@
-"""A step as the list of kernels that it launches: recorded once, without running anything.
+"""A step as the list of kernels that it launches, recorded once without running anything.
 
-A kernel of ours is launched in the order of the calls, on the buffers it was given: there is nothing for tinygrad's
-scheduler to find out, which took most of a start. Other operations of tensors are scheduled when they are realized.
+Our kernels are noted in the order of the calls, with the buffers they were given. They need nothing of tinygrad's
+scheduler, which used to take most of a start. Other tensor operations are scheduled when they are realized.
 A step is first a `TracedStep`, whose kernels are still being compiled, then a `RecordedStep`; on disk it is a
 `SavedStep` without buffers, which another process binds to its own.
 """
@@ -26,13 +26,13 @@ from tinyvllm.device.compiling import Compiler, Kernel
 from tinyvllm.device.program_store import ProgramStore, slim
 from tinyvllm.errors import CacheError, InvariantError
 
-# PTX by which a kernel waits for the one before it: a program that has it may be launched early (cuda_graph.py)
+# the PTX with which a kernel waits for the previous one: a program that has it may start early (cuda_graph.py)
 AWAIT_PREVIOUS = "griddepcontrol.wait"
 
 
 @dataclass(frozen=True)
 class Call:
-    """One launch. `target`: a compiled PROGRAM, or a COPY; `buffers`: its arguments."""
+    """One launch. `target`: a compiled PROGRAM or a COPY. `buffers`: its arguments."""
 
     target: UOp
     buffers: tuple[Buffer, ...]
@@ -40,9 +40,8 @@ class Call:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """Owns its scratch memory and its output, which every run overwrites. `borrowed`: what was there before it. `cut`:
-    how many calls come before the place that `cut_here` marked; all of them where it marked none. `kept`: what `keep`
-    was given."""
+    """Owns its scratch memory and its output, which every run overwrites. `borrowed`: buffers that existed before it.
+    `cut`: how many calls come before `cut_here`; all if it was not called. `kept`: the buffers of `keep`'s tensors."""
 
     calls: tuple[Call, ...]
     output: Tensor
@@ -53,7 +52,7 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class SavedStep:
-    """A step in plain values and programs.
+    """A step as plain values and programs, without buffers.
 
     bases: (the name of a borrowed tensor, or None for scratch; elements; dtype; device, a CPU's core). views: (base,
     byte offset, elements, dtype). calls: (program, views). output: a base. cut: as in RecordedStep. kept: bases."""
@@ -70,7 +69,7 @@ class SavedStep:
 
 @dataclass(frozen=True)
 class TracedStep:
-    """A step before its kernels are compiled. `launches`: what is launched, a kernel's SINK or a COPY, and on what."""
+    """A step before its kernels are compiled. `launches`: a kernel's SINK or a COPY, with its buffers."""
 
     launches: tuple[tuple[UOp, tuple[Buffer, ...]], ...]
     output: Tensor
@@ -80,25 +79,25 @@ class TracedStep:
 
     @property
     def kernels(self) -> set[Kernel]:
-        """What is to be compiled."""
+        """The kernels to compile."""
         return {(target, args[0].device) for target, args in self.launches if target.op is Ops.SINK}
 
     def finish(self, compiler: Compiler) -> RecordedStep:
-        """The step, once all of it is compiled."""
+        """The recorded step. Waits until all kernels are compiled."""
         programs = compiler.programs(self.kernels)
         calls = tuple(Call(programs.get((target, args[0].device), target), args) for target, args in self.launches)
         return RecordedStep(calls, self.output, self.borrowed, self.cut, self.kept)
 
 
 def record(trace: Callable[[], Tensor], store: ProgramStore | None = None) -> RecordedStep:
-    """Call `trace`, which realizes and returns one tensor, and compile what this would have run.
+    """Call `trace`, which realizes and returns one tensor, and compile the kernels that this would have run.
 
-    Programs come from `store` where it has them, and are kept there where it has not."""
+    Programs come from `store` if it has them, and are saved there if not."""
     return trace_step(trace).finish(Compiler(store))
 
 
 def trace_step(trace: Callable[[], Tensor]) -> TracedStep:
-    """Call `trace`, which realizes and returns one tensor, and note what this would have run."""
+    """Call `trace`, which realizes and returns one tensor, and note the kernels that this would have run."""
     before = {id(buffer): buffer for buffer in buffers.values()}
     recorder = _Recorder()
     with collect_kept() as kept_tensors:
@@ -121,10 +120,10 @@ def trace_step(trace: Callable[[], Tensor]) -> TracedStep:
 
 
 def launch(fn: Callable[..., UOp], tensors: Sequence[Tensor]) -> bool:
-    """While a step is traced: note that the kernel `fn` runs on these tensors now. False at any other time."""
+    """While a step is traced: note that the kernel `fn` runs on these tensors next. Returns False at any other time."""
     if not (_kept and realize.capturing):
         return False
-    tensors[0].realize(*tensors[1:])  # what is not in a buffer yet; nothing to do for what kernels of ours wrote
+    tensors[0].realize(*tensors[1:])  # for tensors that are not in a buffer yet; those that our kernels wrote are
     kernel = fn(*[UOp.placeholder_like(tensor.uop, slot=slot) for slot, tensor in enumerate(tensors)])
     call = kernel.call(*[tensor.uop.base for tensor in tensors])
     realize.capturing[0].add_linear(UOp(Ops.LINEAR, src=(call,)), {})
@@ -132,27 +131,26 @@ def launch(fn: Callable[..., UOp], tensors: Sequence[Tensor]) -> bool:
 
 
 def cut_here() -> None:
-    """While recording: mark this place as the step's cut."""
+    """While a step is recorded: mark this place as its cut."""
     for recorder in realize.capturing:
         if isinstance(recorder, _Recorder):
             recorder.cut = len(recorder.calls)
 
 
 def keep(*tensors: Tensor) -> None:
-    """While a step is traced: finish these tensors, and let no other use their place, so that they can be read after a
-    run."""
+    """While a step is traced: realize these tensors and reserve their memory, so that they can be read after a run."""
     if _kept:
         tensors[0].realize(*tensors[1:])
         _kept[-1].extend(tensors)
 
 
-_kept: list[list[Tensor]] = []  # what `keep` was given, of the step that is traced now; [] while none is
+_kept: list[list[Tensor]] = []  # the tensors of `keep`, of the step being traced; empty while none is
 
 
 @contextmanager
 def collect_kept() -> Iterator[list[Tensor]]:
-    """Trace a step in this block: kernels are noted in the order of the calls. The list fills with what is kept; while
-    it lives, the memory planner gives the tensors' place to nothing else."""
+    """Trace a step in this block: kernels are noted in the order of the calls. The list fills with `keep`'s tensors; as
+    long as it lives, the memory planner gives their memory to nothing else."""
     _kept.append([])
     try:
         yield _kept[-1]
@@ -161,7 +159,7 @@ def collect_kept() -> Iterator[list[Tensor]]:
 
 
 class _Recorder:
-    """What tinygrad hands kernels to instead of running them: the hook that TinyJit captures with too."""
+    """Receives kernels from tinygrad, which does not run them then: the hook with which TinyJit captures."""
 
     def __init__(self) -> None:
         self.calls: list[UOp] = []
@@ -172,7 +170,7 @@ class _Recorder:
 
 
 def _live_buffers() -> Iterator[UOp]:
-    """Buffers that a living tensor refers to: the memory planner must leave them alone."""
+    """Buffers of live tensors, which the memory planner must not touch."""
     for reference in list(all_tensors):
         if (tensor := reference()) is not None:
             yield from (uop for uop in tensor.uop.toposort() if uop.op is Ops.BUFFER)
@@ -186,7 +184,7 @@ def _make_launch(call: UOp) -> tuple[UOp, tuple[Buffer, ...]]:
 
 
 def head_of(step: RecordedStep) -> RecordedStep:
-    """The part of a step before its cut, on the same memory."""
+    """The step up to its cut, on the same memory."""
     return replace(step, calls=step.calls[: step.cut])
 
 
@@ -197,7 +195,7 @@ def head_of_tensor(tensor: Tensor, size: int) -> Tensor:
 
 
 def rebind(step: RecordedStep, others: Mapping[Tensor, Tensor]) -> RecordedStep:
-    """The same step on other tensors of the same sizes; its scratch memory is shared, so the two must not overlap."""
+    """The same step on other tensors of the same sizes. Both share scratch memory, so they must not overlap in time."""
     swaps = {id(old.uop.base.buffer): new.uop.base.buffer.ensure_allocated() for old, new in others.items()}
 
     def swap(buffer: Buffer) -> Buffer:
@@ -209,11 +207,11 @@ def rebind(step: RecordedStep, others: Mapping[Tensor, Tensor]) -> RecordedStep:
     return replace(step, calls=calls, output=output, borrowed=tuple(swap(base) for base in step.borrowed))
 
 
-# -- saved, and bound again ------------------------------------------------------------------------------------------
+# -- saving and binding ----------------------------------------------------------------------------------------------
 
 
 def save_step(step: RecordedStep, named: Mapping[str, Tensor], notes: Iterable[tuple[Any, ...]] = ()) -> SavedStep:
-    """The step without its buffers. Raises CacheError where it copies, or borrows what is not among `named`."""
+    """The step without its buffers. Raises CacheError if it copies, or borrows a buffer that is not among `named`."""
     names = {id(tensor.uop.base.buffer): name for name, tensor in named.items()}
     unnamed = [base for base in step.borrowed if id(base) not in names]
     copies = [call for call in step.calls if call.target.op is not Ops.PROGRAM]
@@ -234,7 +232,7 @@ def save_step(step: RecordedStep, named: Mapping[str, Tensor], notes: Iterable[t
 
 
 class _Numbers:
-    """Numbers things in the order in which they first come."""
+    """Numbers keys in the order of their first use."""
 
     def __init__(self) -> None:
         self.order: dict = {}
@@ -244,16 +242,16 @@ class _Numbers:
 
 
 def bind_step(saved: SavedStep, named: Mapping[str, Tensor]) -> RecordedStep:
-    """The step on this process's tensors, with scratch memory of its own, which is not allocated yet.
+    """The step on this process's tensors. Its scratch memory is its own and not allocated yet.
 
-    Raises CacheError where they do not fit."""
+    Raises CacheError if the tensors do not fit."""
     bases = []
     for name, size, dtype, device in saved.bases:
         if name is None:
             bases.append(Buffer(device, size, dtype))
             continue
         if name not in named:
-            raise CacheError(f"the saved step reads {name}, which this model has not")
+            raise CacheError(f"the saved step reads {name}, which this model does not have")
         base = named[name].uop.base.buffer
         if (base.size, base.dtype, base.device) != (size, dtype, device):
             raise CacheError(f"the saved step reads {name} of {size} {dtype} on {device}, but it is {base}")
@@ -266,5 +264,5 @@ def bind_step(saved: SavedStep, named: Mapping[str, Tensor]) -> RecordedStep:
 
 
 def view_of(base: Buffer, offset: int, size: int, dtype: DType) -> Buffer:
-    """`size` elements from `offset` bytes on: the buffer itself where that is all of it."""
+    """`size` elements from `offset` bytes on; the buffer itself if that is all of it."""
     return base if (offset, size, dtype) == (0, base.size, base.dtype) else base.view(size, dtype, offset)

@@ -1,9 +1,9 @@
-"""Running a recorded step again and again, by one call.
+"""Running a recorded step repeatedly, each time with one call.
 
-On a CPU a step is one entry in the queue of each core's worker thread: a small program that calls the core's kernels
-one after another from a table, in which signals and waits stand where a kernel follows one of another core. (tinygrad's
-own way there, HCQ2's graph, takes a second of Python and a C compilation a graph, and 0.3 ms a step.) Elsewhere it is
-tinygrad's graph of the device.
+On a CPU a step is one entry in the queue of each core's worker thread: a small program that calls the core's kernels in
+turn from a table, with signals and waits where a kernel depends on another core's. (tinygrad's own graph for a CPU,
+HCQ2's, takes a second of Python and a C compilation to build, and 0.3 ms per step.) On other devices it is tinygrad's
+graph, or a chain (cuda_graph.py). With TinyJit: jit_replay.py.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from tinyvllm.device.recording import Call, RecordedStep
 from tinyvllm.errors import InvariantError
 
 QUEUE = "COMPUTE:0"
-LINE_WORDS = 32  # uint32 words: two cache lines, which some processors fetch together
-MAX_COMMANDS = 1 << 20  # of a step: keeps the index into its table within 32 bits
+LINE_WORDS = 32  # uint32 words: two cache lines, since some processors fetch them in pairs
+MAX_COMMANDS = 1 << 20  # per step: keeps an index into its table within 32 bits
 
 
 def make_replay(device: DeviceHandle, step: RecordedStep) -> Callable[[], None]:
-    """A function that enqueues the step. It keeps the step's buffers alive."""
+    """A function that enqueues the step and keeps its buffers alive."""
     if device.is_cpu:
         return CpuReplay(device.cores, step)
     if device.name.startswith("CUDA"):
-        from tinyvllm.device.cuda_graph import ChainReplay, fits_chain  # the driver's bindings: not for other devices
+        from tinyvllm.device.cuda_graph import ChainReplay, fits_chain  # loads the driver, which other devices lack
 
         if fits_chain(step):
             return ChainReplay(device.name, step)
@@ -49,7 +49,7 @@ def make_replay(device: DeviceHandle, step: RecordedStep) -> Callable[[], None]:
 
 
 class LazyReplay:
-    """A replay that is made when it first runs."""
+    """A replay that is built when it first runs."""
 
     def __init__(self, device: DeviceHandle, step: RecordedStep) -> None:
         self._device, self.step = device, step
@@ -62,13 +62,13 @@ class LazyReplay:
 
 
 class GraphReplay:
-    """A step as tinygrad's graph, or as single launches on a device without graphs."""
+    """A step as tinygrad's graph of the device, or as single launches on a device without graphs."""
 
     def __init__(self, step: RecordedStep) -> None:
         self._linear = UOp(Ops.LINEAR, src=tuple(_call(call) for call in step.calls))
         if JIT < 2:
-            # all in one: tinygrad's batches of 32, 64, ... let a device begin while the host encodes the rest, but ours
-            # are encoded once, and a step is launched while the one before runs
+            # one batch: tinygrad's batches of 32, 64, ... let the device begin while the host encodes the rest; this
+            # one is encoded once, and a step is launched while the previous one runs
             self._linear = graph_split_rewrite(self._linear, max_batch_size=0)
         self.step = step
 
@@ -77,29 +77,29 @@ class GraphReplay:
 
 
 def _call(call: Call) -> UOp:
-    """A launch. Not by UOp.call, which takes a program's loops whose length is data for open ones."""
+    """A launch. Not by UOp.call, which mistakes a program's loops with a length from data for open ones."""
     return UOp(Ops.CALL, src=(call.target, *(UOp.from_buffer(buffer) for buffer in call.buffers)), arg=CallInfo())
 
 
 class CpuReplay:
-    """A step as a table of commands for each core, one a row: the address of a program, then its arguments.
+    """A step as a table of commands for each core. A row is the address of a program, then its arguments.
 
-    `stamps`: where each kernel's start and end are written, (calls, 2, 2) words of seconds and nanoseconds."""
+    `stamps`: where to write each kernel's start and end, (calls, 2, 2) words of seconds and nanoseconds."""
 
     def __init__(self, cores: tuple[str, ...], step: RecordedStep, stamps: np.ndarray | None = None) -> None:
-        self.step, self._stamps = step, stamps  # whose addresses the tables hold
-        # how far each core has come in this step; apart by a cache line, since every core watches the others'
+        self.step, self._stamps = step, stamps  # the tables hold their addresses
+        # how far each core has come in this step; on separate cache lines, since every core watches the others'
         self._progress = np.zeros((len(cores), LINE_WORDS), np.uint32)
         self._queues = [
             _Queue(core, np.concatenate(rows))
             for core, rows in zip(cores, _tables(cores, step, self._progress, stamps), strict=True)
             if rows
         ]
-        # whoever lets go of the replay, or ends the process, must not take the tables from under the workers
+        # the tables must outlive the workers' use, even if the replay is dropped or the process ends
         weakref.finalize(self, _drain, self._queues, self._progress, step)
 
     def __call__(self) -> None:
-        if len(self._queues) > 1:  # the counters start anew: the step before must have ended on every core
+        if len(self._queues) > 1:  # the counters restart at 0: the previous step must have ended on every core
             for queue in self._queues:
                 queue.wait_until_empty()
             self._progress[:] = 0
@@ -113,7 +113,7 @@ def _drain(queues: list[_Queue], *kept_until_then: object) -> None:
 
 
 class _Queue:
-    """The queue of one core's worker, and the table that a step puts into it."""
+    """The queue of one core's worker, and the table that a step enqueues there."""
 
     def __init__(self, core: str, table: np.ndarray) -> None:
         self._table = table
@@ -121,7 +121,7 @@ class _Queue:
         worker = Device[core].worker(QUEUE)
         self._ring, self._put, self._done = (_words(buffer) for buffer in (worker.ring, worker.put, worker.done))
         self._post = functools.partial(ctypes.CDLL(None).sem_post, ctypes.c_void_p(worker.sem._buf.va_addr))
-        # tinygrad's submitter (HCQ2), which runs on a worker of its own, puts commands into the same queue
+        # tinygrad's submitter (HCQ2) runs on a worker of its own and puts commands into the same queue
         others = [other for other in Device[core].workers if other is not worker]
         self._others = [(_words(other.put), _words(other.done)) for other in others]
 
@@ -135,7 +135,7 @@ class _Queue:
                 time.sleep(NAP_S)
         num_put = int(self._put[0])
         if num_put - int(self._done[0]) >= RING_SLOTS:
-            raise InvariantError(f"the CPU's queue of {RING_SLOTS} is full: nobody waits for the steps' outputs")
+            raise InvariantError(f"the CPU's queue of {RING_SLOTS} steps is full: the steps' outputs are never read")
         start = num_put % RING_SLOTS * CMD_SIZE
         self._ring[start : start + len(self._entry)] = self._entry
         self._put[0] = num_put + 1
@@ -145,7 +145,7 @@ class _Queue:
 def _tables(
     cores: tuple[str, ...], step: RecordedStep, progress: np.ndarray, stamps: np.ndarray | None
 ) -> list[list[np.ndarray]]:
-    """Each core's rows. A core runs its kernels in their order; for another core's it waits."""
+    """Each core's rows. A core runs its own kernels in order, and waits for those of others that they depend on."""
     owner = [cores.index(call.buffers[0].device) for call in step.calls]
     waits = _waits(owner, step)
     awaited = {call for call_waits in waits for call in call_waits}
@@ -153,20 +153,20 @@ def _tables(
     for number, (call, core) in enumerate(zip(step.calls, owner, strict=True)):
         for other in waits[number]:
             rows[core].append(
-                _synchronise(_wait_until(cores[core]), progress[owner[other]], _give_way().ctypes.data, other + 1)
+                _synchronize(_wait_until(cores[core]), progress[owner[other]], _yield_address().ctypes.data, other + 1)
             )
         commands = [_commands(cores[core], call)]
         if stamps is not None:
             commands = [_stamp(stamps[number, 0]), *commands, _stamp(stamps[number, 1])]
         rows[core] += commands
         if number in awaited:
-            rows[core].append(_synchronise(Device[cores[core]].prgs[signal_prog], progress[core], number + 1))
+            rows[core].append(_synchronize(Device[cores[core]].prgs[signal_prog], progress[core], number + 1))
     return rows
 
 
 def _waits(owner: list[int], step: RecordedStep) -> list[list[int]]:
-    """For each call the calls of other cores to wait for: of each core the last that touches the same memory, where
-    this core has not waited for that or a later one already. (Write after read too: scratch memory is shared.)"""
+    """For each call, the calls of other cores to wait for: the last one of each core that touches the same memory,
+    unless this core has already waited for it or a later one. (Also write after read: scratch memory is reused.)"""
     tracker = DepsTracker()
     seen: dict[tuple[int, int], int] = {}  # (core, other core) -> the last call waited for
     waits = []
@@ -181,15 +181,15 @@ def _waits(owner: list[int], step: RecordedStep) -> list[list[int]]:
     return waits
 
 
-def _synchronise(program: CPUProgram, counter: np.ndarray, *arguments: int) -> np.ndarray:
-    """One row: set a core's counter to a value, or wait until it is there."""
+def _synchronize(program: CPUProgram, counter: np.ndarray, *arguments: int) -> np.ndarray:
+    """One row: set a core's counter to a value, or wait until it has reached it."""
     row = np.zeros((1, CMD_SIZE), np.uint64)
     row[0, : 2 + len(arguments)] = program.addr, counter.ctypes.data, *arguments
     return row
 
 
 def _stamp(place: np.ndarray) -> np.ndarray:
-    """One row that is no program of ours: libc's clock_gettime, of the clock that perf_counter reads."""
+    """One row that calls libc's clock_gettime, with the clock of perf_counter."""
     clock = getattr(time, "CLOCK_UPTIME_RAW", time.CLOCK_MONOTONIC)  # macOS has the first
     address = ctypes.cast(ctypes.CDLL(None).clock_gettime, ctypes.c_void_p).value
     row = np.zeros((1, CMD_SIZE), np.uint64)
@@ -198,21 +198,20 @@ def _stamp(place: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _give_way() -> np.ndarray:
-    """A word that holds the address of libc's sched_yield."""
+def _yield_address() -> np.ndarray:
+    """One word: the address of libc's sched_yield."""
     return np.array([ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value], np.uint64)
 
 
 @functools.cache
 def _wait_until(core: str) -> CPUProgram:
-    """fn(counter, give_way, value): return when the counter has reached `value`.
+    """fn(counter, yield_address, value): return when the counter has reached `value`.
 
-    Each look is followed by a yield: a wait that only spins keeps the processor from the very core that it waits for,
-    where others want processors too."""
-    counter, give_way = UOp.param(0, dtypes.uint32, (1,), volatile=True), UOp.param(1, dtypes.uint64, (1,))
+    It yields after each look: on a busy machine a spinning wait would keep the processor from the core it waits for."""
+    counter, yield_address = UOp.param(0, dtypes.uint32, (1,), volatile=True), UOp.param(1, dtypes.uint64, (1,))
     value = UOp.param(2, dtypes.int, (), vmin_vmax=(0, dtypes.int.max), name="value", addrspace=AddrSpace.ALU)
     look = UOp.loop(0)
-    yielded = give_way.after(look)[0].load().call(ret_dtype=dtypes.int)
+    yielded = yield_address.after(look)[0].load().call(ret_dtype=dtypes.int)
     now = counter.after(look, yielded)[0].load()
     return _compile(core, now.end(look, now < value.cast(dtypes.uint32)), "wait_until")
 
@@ -222,7 +221,7 @@ def _words(buffer: Buffer) -> np.ndarray:
 
 
 def _commands(device: str, call: Call) -> np.ndarray:
-    """One row; where the kernel has a grid, one for each of its work items."""
+    """One row; if the kernel has a grid, one per work item."""
     program, info = call.target, call.target.arg
     if program.op is not Ops.PROGRAM or any(name != "core_id" for name in (v.expr for v in info.vars)):
         raise InvariantError(f"a CPU's step launches kernels without variables only, but this one has {program.op}")
@@ -237,7 +236,7 @@ def _commands(device: str, call: Call) -> np.ndarray:
 
 @functools.cache
 def _run_table(device: str) -> CPUProgram:
-    """fn(table, count): call the programs of a table's rows. Every program is passed a whole row and reads its part."""
+    """fn(table, count): call the programs of a table's rows. Each is passed the whole row and reads its own part."""
     table = UOp.param(0, dtypes.uint64, (MAX_COMMANDS * CMD_SIZE,))
     count = UOp.param(1, dtypes.int, (), vmin_vmax=(0, MAX_COMMANDS), name="count", addrspace=AddrSpace.ALU)
     row = UOp.range(count, 0, dtype=dtypes.int)

@@ -1,4 +1,4 @@
-"""Writing single rows of a tensor while the device runs steps that read others."""
+"""Writing single rows of a tensor while the device runs steps that read other rows."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.device import Buffer
 
+from tinyvllm.device.transfer import is_mapped
+
 RowWriter = Callable[[int, np.ndarray], None]  # (row, its first values)
 
 
 def row_writer(tensor: Tensor, row_size: int) -> RowWriter:
-    """What writes rows of `row_size` elements of a realised tensor. Where memory is mapped a row changes at once, so
-    that no step in flight may read it; elsewhere it changes behind what was enqueued before."""
+    """A writer of rows of `row_size` elements of a realized tensor. If memory is mapped, a row changes at once, so no
+    step in flight may read it. Otherwise it changes after everything enqueued before."""
     buffer = tensor.uop.base.buffer.ensure_allocated()
     allocator = Device[buffer.device].allocator
-    if hasattr(allocator, "_as_buffer"):
+    if is_mapped(buffer.device):
         rows = np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.uint8).reshape(-1, row_size * _size(buffer))
 
         def write(row: int, values: np.ndarray) -> None:
@@ -35,8 +37,8 @@ def row_writer(tensor: Tensor, row_size: int) -> RowWriter:
 
 
 def _opencl_writer(buffer: Buffer, row_size: int) -> RowWriter:
-    """OpenCL has no address inside a buffer, but a copy that begins there."""
-    from tinygrad.runtime.ops_cl import check, cl, from_mv  # only where there is an OpenCL to load
+    """By offset copies, since OpenCL has no addresses inside a buffer."""
+    from tinygrad.runtime.ops_cl import check, cl, from_mv  # loads OpenCL
 
     device = Device[buffer.device]
 
@@ -45,7 +47,7 @@ def _opencl_writer(buffer: Buffer, row_size: int) -> RowWriter:
         check(
             cl.clEnqueueWriteBuffer(device.queue, buffer._buf, False, offset, len(data), from_mv(data), 0, None, None)
         )
-        device.pending_copyin.append(data)  # which keeps it until the copy has run
+        device.pending_copyin.append(data)  # keeps it alive until the copy has run
 
     return copy
 

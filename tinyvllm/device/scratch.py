@@ -1,4 +1,4 @@
-"""One place for the intermediate values of all steps that never run at the same time."""
+"""Shared memory for the intermediate values of all steps, since steps never run at the same time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tinygrad.device import Buffer
 
 from tinyvllm.device.recording import Call, RecordedStep, view_of
 
-ALIGNMENT = 256  # bytes: tinygrad's memory planner's, and the most that a device asks of a buffer's offset
+ALIGNMENT = 256  # bytes: that of tinygrad's memory planner, and the largest that a device requires of a buffer's offset
 
 
 class Scratch:
-    """Owns an arena a device (of a CPU: a core), which all steps that are placed in it overwrite.
+    """Owns one arena per device (per core of a CPU), which every step placed in it overwrites.
 
-    The largest step should come first: for a larger one a new arena is made, and those before keep the old one.
+    Place the largest step first: a larger one gets a new arena, while earlier steps keep the old one.
     """
 
     def __init__(self) -> None:
@@ -24,12 +24,12 @@ class Scratch:
 
     @property
     def nbytes(self) -> int:
-        """What the arenas take that the next step may get."""
+        """Bytes of the current arenas."""
         return sum(arena.nbytes for arena in self._arenas.values())
 
     def place(self, first: RecordedStep, *later: RecordedStep) -> list[RecordedStep]:
-        """These steps on memory of the arenas instead of their own. What `first` keeps is left alone by the later ones,
-        which may read it; the rest of each shares one place."""
+        """Move these steps from memory of their own to the arenas. The later ones do not overwrite what `first` keeps,
+        and may read it; everything else shares the same memory."""
         places: dict[int, tuple[str, int]] = {}
         kept_ends: dict[str, int] = {}
         _append(first.kept, places, kept_ends)
@@ -60,19 +60,19 @@ class Scratch:
 
 
 def own_bytes(*steps: RecordedStep) -> int:
-    """What the intermediate values of steps take that have memory of their own."""
+    """Bytes of the intermediate values of steps with memory of their own."""
     return sum(base.nbytes for base in {id(base): base for step in steps for base in _scratch_of(step)}.values())
 
 
 def _scratch_of(step: RecordedStep) -> Iterable[Buffer]:
-    """The step's own memory, but for its output."""
+    """The step's own memory, except its output."""
     others = {id(base) for base in (*step.borrowed, step.output.uop.base.buffer.base)}
     bases = {id(buffer.base): buffer.base for call in step.calls for buffer in call.buffers}
     return [base for key, base in bases.items() if key not in others]
 
 
 def _append(bases: Iterable[Buffer], places: dict[int, tuple[str, int]], ends: dict[str, int]) -> None:
-    """Give each buffer that has none a place behind its device's end, and move that on."""
+    """Give each buffer without a place the one at its device's end, and move the end."""
     for base in bases:
         if id(base) not in places:
             start = ends.get(base.device, 0)

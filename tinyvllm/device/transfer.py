@@ -1,7 +1,7 @@
-"""A step's inputs on their way to the device and its output on the way back, while other steps run.
+"""Moving a step's inputs to the device and its output back while other steps run.
 
-Both go through memory that device and host share: on METAL and a CPU that is all memory, on CUDA pages of the host that
-are pinned, beside the device's own. So nothing here waits but `OutputReader.read`, and that for one step only.
+Both pass through memory that device and host share: on METAL and a CPU that is all memory, on CUDA it is pinned memory
+of the host. So only `OutputReader.read` waits, and for one step only.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ EVENT_WITHOUT_TIME = 2  # CU_EVENT_DISABLE_TIMING
 
 @dataclass(frozen=True)
 class InputBuffer:
-    """A persistent int32 tensor, the host array to fill, and `send`, which enqueues what brings one to the other.
+    """A persistent int32 tensor, the host array to fill, and `send`, which enqueues the copy from array to tensor.
 
-    The array may be filled again once a step that was enqueued behind `send` has ended."""
+    The array may be filled again once a step that was enqueued after `send` has ended."""
 
     tensor: Tensor
     host: np.ndarray
@@ -30,31 +30,37 @@ class InputBuffer:
 
 
 class OutputReader(Protocol):
-    """Reads one int32 tensor. Its steps may overlap with others that write elsewhere."""
+    """Reads one int32 tensor, while steps that write elsewhere may run."""
 
     def start(self) -> None:
-        """Enqueue the reading of what the tensor holds when everything enqueued before has run."""
+        """Enqueue reading the tensor's values as they are once everything enqueued before has run."""
 
     def read(self) -> np.ndarray:
-        """Wait for what was started last, and for nothing behind it; a copy of the values."""
+        """A copy of the values. Waits for the last `start`, and for nothing enqueued after it."""
+
+
+def is_mapped(device: str) -> bool:
+    """Whether the host can read and write the device's buffers in place (CPU, METAL). tinygrad's allocators say so by
+    having the method."""
+    return hasattr(Device[device].allocator, "_as_buffer")
 
 
 def input_buffer(tensor: Tensor, is_mapped: bool) -> InputBuffer:
-    """Inputs in a realised int32 tensor. Where memory is mapped the host array is the tensor's own memory."""
+    """Inputs in a realized int32 tensor. Where memory is mapped, the host array is the tensor's own memory."""
     buffer = tensor.uop.base.buffer.ensure_allocated()
     if is_mapped:
-        Device[buffer.device].synchronize()  # the kernel that zeroes it, if in flight, would undo what the host writes
+        Device[buffer.device].synchronize()  # a kernel in flight that zeroes it would overwrite what the host writes
         return InputBuffer(tensor, mapped(buffer), lambda: None)
     if _kind(buffer) == "CUDA":
         pinned = _Pinned(buffer.device, buffer.size)
         return InputBuffer(tensor, pinned.array, lambda: _cuda_send(buffer, pinned))
     host, allocator = np.zeros(buffer.size, np.int32), Device[buffer.device].allocator
-    # the allocator's own copy: Buffer.copy_from would schedule a graph for each
+    # the allocator's copy: Buffer.copy_from would schedule a graph for each
     return InputBuffer(tensor, host, lambda: allocator._copyin(buffer._buf, host.data.cast("B")))
 
 
 def output_reader(tensor: Tensor, is_mapped: bool, mark: Callable[[], Callable[[], None]]) -> OutputReader:
-    """A reader of a realised int32 tensor. `mark` returns what waits for all that is enqueued when it is called."""
+    """A reader of a realized int32 tensor. `mark` returns a function that waits for everything enqueued before it."""
     buffer = tensor.uop.base.buffer.ensure_allocated()
     kind = _kind(buffer)
     if kind == "CUDA":
@@ -110,7 +116,7 @@ class _PlainReader:
 
 
 class _MetalReader:
-    """Waits for the command buffers that were committed up to `start`; the values are read where they lie."""
+    """Waits for the command buffers that were committed up to `start`, and reads the values in place."""
 
     def __init__(self, buffer: Buffer) -> None:
         self._device, self._array = Device[buffer.device], mapped(buffer)
@@ -120,11 +126,11 @@ class _MetalReader:
         self._committed = list(self._device.mtl_buffers_in_flight)
 
     def read(self) -> np.ndarray:
-        from tinygrad.runtime.ops_metal import wait_check  # only where there is a Metal to load
+        from tinygrad.runtime.ops_metal import wait_check  # loads Metal
 
         for command_buffer in self._committed:
             wait_check(command_buffer)
-        # tinygrad keeps a list of what it has to wait for: what has ended must leave it, or it grows with every step
+        # tinygrad lists the command buffers it has to wait for: those that have ended must leave, or the list grows
         ended = {id(command_buffer) for command_buffer in self._committed}
         in_flight = self._device.mtl_buffers_in_flight
         in_flight[:] = [command_buffer for command_buffer in in_flight if id(command_buffer) not in ended]
@@ -133,15 +139,15 @@ class _MetalReader:
 
 
 class _CudaReader:
-    """Copies the values to pinned memory behind the step, and waits for an event behind the copy."""
+    """Enqueues a copy to pinned memory after the step and an event after the copy, and waits for the event."""
 
     def __init__(self, buffer: Buffer) -> None:
-        from tinygrad.runtime.autogen import cuda  # only where there is a driver to load
+        from tinygrad.runtime.autogen import cuda  # loads the driver
 
         self._cuda, self._buffer, self._pinned = cuda, buffer, _Pinned(buffer.device, buffer.size)
         self._event = cuda.CUevent()
         _check(cuda.cuEventCreate(ctypes.byref(self._event), EVENT_WITHOUT_TIME))
-        self._sent: list[Any] = []  # tinygrad's staging of the copies before, which it only frees when all is idle
+        self._sent: list[Any] = []  # tinygrad's staging buffers of earlier copies: it frees them only when idle
 
     def start(self) -> None:
         cuda, device = self._cuda, Device[self._buffer.device]
@@ -160,7 +166,7 @@ class _CudaReader:
 
 
 class _Pinned:
-    """Int32 words of the host's memory that a CUDA device reaches by itself."""
+    """Int32 words of pinned host memory, which a CUDA device accesses directly."""
 
     def __init__(self, device: str, words: int) -> None:
         self._buffer = Buffer(device, words, dtypes.int, options=BufferSpec(host=True, nolru=True)).allocate()
@@ -176,6 +182,6 @@ def _cuda_send(buffer: Buffer, pinned: _Pinned) -> None:
 
 
 def _check(status: int) -> None:
-    from tinygrad.runtime.ops_cuda import check  # raises RuntimeError with the driver's own words
+    from tinygrad.runtime.ops_cuda import check  # raises RuntimeError with the driver's message
 
     check(status)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tinygrad import Tensor, UOp
+from tinygrad import Tensor, UOp, dtypes
 
 from tests.ops.builders import largest_difference, make_host, normal
 from tests.ops.formats.drawn import BY_NAME, FORMATS, FP4, affine, any_format, draw_matrix
@@ -27,10 +27,15 @@ from tinyvllm.ops.cpu.linear import LinearSpec, linear_kernel
 from tinyvllm.ops.formats.matrix import Matrix, Planes, pack, share_rows, unpack
 from tinyvllm.ops.formats.runs import covers, group_sums, read_halves, read_pairs, read_run, require_covered, run_cols
 from tinyvllm.ops.gpu.backend import GpuBackend
+from tinyvllm.ops.gpu.gemm import GemmSpec, gemm_kernel, unpack_kernel
+from tinyvllm.ops.gpu.linear import MatrixSpec, VectorSpec, matrix_kernel, vector_kernel
+from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, quantized_vector_kernel
 from tinyvllm.ops.kernel.body import F32, Body, empty, finish, run_kernel
+from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.reference import ReferenceBackend
 
 COLS = 256
+LANES, HALVES = Lanes("CUDA"), Mma("CUDA", dtypes.half)
 LAYOUTS = ("panel", "row")
 named = pytest.mark.parametrize("fmt", BY_NAME.values(), ids=BY_NAME)
 
@@ -191,6 +196,29 @@ def test_runs_refuse_by_name_what_they_do_not_cover(fmt: Format) -> None:
     for read in readers:
         with pytest.raises(UnsupportedModelError, match=rf"format {fmt.name}, .* reads .*--dequantize"):
             read()
+
+
+FUSED: dict[str, Callable[[Format], tuple[Any, int]]] = {  # a kernel by its format, and the tokens of its input
+    "one row": lambda fmt: (vector_kernel(VectorSpec("test", LANES, fmt, 64, COLS)), 1),
+    "one row, packed": lambda fmt: (
+        quantized_vector_kernel(QuantizedVectorSpec("test", LANES, HALVES, fmt, 64, COLS)),
+        1,
+    ),
+    "some rows": lambda fmt: (matrix_kernel(MatrixSpec("test", LANES, HALVES, fmt, 8, 64, COLS)), 8),
+    "many rows": lambda fmt: (gemm_kernel(GemmSpec("test", HALVES, fmt, dtypes.half, 256, 64, COLS)), 256),
+    "unpacking": lambda fmt: (unpack_kernel(fmt, 64, COLS), 0),
+}
+
+
+@pytest.mark.parametrize("kernel", FUSED)
+@pytest.mark.parametrize("name", ["affine4_g64-float16", "MXFP4-e8m0", "W4A16-bfloat16"])
+def test_no_fused_kernel_can_be_made_for_what_it_does_not_read(kernel: str, name: str) -> None:
+    fmt = BY_NAME[name]
+    matrix = pack(draw_matrix(fmt, 64, COLS), "row", None, "CPU")
+    with pytest.raises(UnsupportedModelError, match=f"fused kernel was given weights in format {fmt.name}"):
+        fn, tokens = FUSED[kernel](fmt)
+        x = [empty(tokens * COLS, dtypes.half)] if tokens else []
+        run_kernel(fn, [empty(256 * COLS, dtypes.half)], [*matrix.planes, *x])
 
 
 @pytest.mark.parametrize("kind", ["METAL", "CUDA"])

@@ -363,20 +363,14 @@ def _quantized_planes(host: QuantizedMatrix, padded: int, layout: str, keeps_hal
     codes = _arrange(_as_bits(host.codes), padded, layout)
     planes = [codes]
     if fmt.bits != 8:
-        runs, lanes, width = codes.reshape(-1, PANEL), code_lanes(fmt), low_bits(fmt)  # 32 rows' codes, or columns'
-        parts = (runs & (1 << width) - 1).reshape(len(runs), -1, lanes) << _shifts(width)
-        planes = [np.bitwise_or.reduce(parts, axis=1)]
+        runs = codes.reshape(-1, PANEL)  # 32 rows' codes, or columns'
+        planes = [_pack_low(runs, low_bits(fmt))]
         if high_bits(fmt):
-            planes.append(_pack_high(runs >> width, high_bits(fmt)))
+            planes.append(_pack_high(runs >> low_bits(fmt), high_bits(fmt)))
     for scales in (host.scale, host.minimum):
         if scales is not None:
             planes += _scale_planes(scales, padded, layout, keeps_half)
     return planes
-
-
-def _shifts(width: int) -> np.ndarray:
-    """(8 / width, 1): where in a byte the codes of each part of a run lie."""
-    return np.arange(0, 8, width, dtype=np.uint8)[:, None]
 
 
 def _scale_planes(scales: Scales, padded: int, layout: str, keeps_half: bool) -> list[np.ndarray]:
@@ -389,6 +383,15 @@ def _scale_planes(scales: Scales, padded: int, layout: str, keeps_half: bool) ->
     if scales.multiplier is not None:
         planes.append(_arrange(scales.multiplier[:, None], padded, layout))
     return planes
+
+
+def _pack_low(codes: np.ndarray, width: int) -> np.ndarray:
+    """(runs, 32) codes -> (runs, 4 * width) bytes: byte i has the low `width` bits of codes i, i + 4 * width, ..."""
+    lanes, mask = PANEL * width // 8, (1 << width) - 1
+    packed = codes[:, :lanes] & mask
+    for part in range(1, 8 // width):
+        packed |= (codes[:, part * lanes : (part + 1) * lanes] & mask) << part * width
+    return packed
 
 
 def _pack_high(high: np.ndarray, width: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from tinyvllm.config import Capacity, EngineConfig, Limits
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import InvariantError, TinyvllmError
 from tinyvllm.execution.buckets import FEW_ROWS, Bucket, choose_bucket, first_buckets, make_buckets
-from tinyvllm.execution.limits import BIG_CUDA, CPU, CUDA, SHARED_GPU, device_limits, resolve_limits
+from tinyvllm.execution.limits import device_limits, resolve_limits
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 
 
@@ -186,11 +186,11 @@ def opened(name: str, gib: int = 16) -> DeviceHandle:
 @pytest.mark.parametrize(
     ("device", "limits"),
     [
-        (opened("CPU", 500), CPU),
-        (opened("METAL", 100), SHARED_GPU),
-        (opened("CL"), SHARED_GPU),
-        (opened("CUDA", 23), CUDA),
-        (opened("CUDA", 139), BIG_CUDA),
+        (opened("CPU", 500), Limits(16, 256)),
+        (opened("METAL", 100), Limits(16, 512)),
+        (opened("CL"), Limits(16, 512)),
+        (opened("CUDA", 23), Limits(128, 2048)),
+        (opened("CUDA", 139), Limits(256, 8192)),
     ],
     ids=["cpu", "metal", "opencl", "cuda", "cuda of much memory"],
 )

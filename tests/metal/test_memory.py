@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tinyvllm.device.handle import MAX_UNIFIED_SHARE, METAL_SHARE, open_device
+from tinyvllm.device.handle import MAX_UNIFIED_SHARE, open_device
+from tinyvllm.device.kinds.metal import Metal
 from tinyvllm.errors import TinyvllmError
 
 
@@ -15,7 +16,7 @@ def test_the_pool_is_cut_from_what_the_system_recommends(simulator: Any) -> None
     device = open_device()
     assert device.is_unified
     assert device.free_memory() == simulator.memory_bytes * 2 // 3
-    assert device.default_share() == METAL_SHARE < MAX_UNIFIED_SHARE
+    assert device.default_share() == Metal.default_share < MAX_UNIFIED_SHARE
 
 
 def test_without_a_recommendation_the_pool_is_cut_from_the_computer_s_own_memory(

@@ -181,10 +181,9 @@ def _predict(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) ->
 
 def _step_tokens(chip: Chip) -> int:
     """Tokens of a prompt in one step, by default."""
-    from tinyvllm.execution import limits
+    from tinyvllm.execution.limits import limits_of_kind
 
-    of_device = {"CPU": limits.CPU, "METAL": limits.SHARED_GPU, "CUDA": limits.CUDA}
-    return of_device[chip.device].max_num_batched_tokens
+    return limits_of_kind(chip.device).max_num_batched_tokens
 
 
 def _chip_to_predict(name: str, runner: RunnerFlags) -> Chip:

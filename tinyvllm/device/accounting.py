@@ -23,10 +23,12 @@ from tinygrad.helpers import GlobalCounters, ansistrip
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.device import handle as device_module
-from tinyvllm.device import replay, transfer
+from tinyvllm.device import replay
 from tinyvllm.device.compiling import Compiler
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.jit_replay import JitReplay
+from tinyvllm.device.kinds.metal import MetalReader
+from tinyvllm.device.mapping import is_mapped
 
 CUDA_WAITS = ("cuCtxSynchronize", "cuStreamSynchronize", "cuEventSynchronize")
 CUDA_COPIES_IN = ("cuMemcpyHtoD_v2", "cuMemcpyHtoDAsync_v2")
@@ -101,13 +103,13 @@ class DeviceAccount:
             return self
         hook(device_module, "_copy_in", self._on_write)
         hook(device_module, "_nap_until", self._on_wait)
-        hook(transfer._MetalReader, "read", self._on_metal_read)
+        hook(MetalReader, "read", self._on_metal_read)
         for name in self._names:
             opened = Device[name]
             hook(opened, "synchronize", self._on_wait)
             hook(opened.allocator, "_copyin", self._on_copy_in)
             hook(opened.allocator, "_copyout", self._on_copy_out)
-            if transfer.is_mapped(name):
+            if is_mapped(name):
                 hook(opened.allocator, "_as_buffer", self._on_reach)
         return self
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
-import shutil
 import sys
 import threading
 import time
@@ -19,23 +17,14 @@ from tinygrad.device import Buffer, BufferSpec
 from tinygrad.dtype import DType, _from_np_dtype
 from tinygrad.uop.ops import buffers
 
-from tinyvllm.device.transfer import (
-    InputBuffer,
-    OutputReader,
-    copy_out,
-    copy_out_floats,
-    input_buffer,
-    is_mapped,
-    output_reader,
-)
+from tinyvllm.device.kinds import DeviceKind, kind_of
+from tinyvllm.device.mapping import OutputReader, is_mapped
+from tinyvllm.device.transfer import InputBuffer, copy_out, copy_out_floats, input_buffer, output_reader
 from tinyvllm.errors import DeviceError, TinyvllmError
 
 # tinygrad's wait spins, which takes a core from the workers: with naps 60 products on two cores take 2.6 ms, not 4.1
 NAP_S = 30e-6
 KERNEL_STACK_BYTES = 64 << 20  # CPU kernels keep tiles on the stack; a Mac's threads get 512 KiB by default
-# default shares of the free memory: of memory shared with the computer; of what the system recommends for a Mac's GPU,
-# which leaves a part to the rest already; of a device's own memory
-UNIFIED_SHARE, METAL_SHARE, DISCRETE_SHARE = 0.5, 0.8, 0.9
 MAX_UNIFIED_SHARE = 0.9  # of shared memory, whatever is asked for
 
 FLOATS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.bfloat16}
@@ -54,21 +43,17 @@ class DeviceHandle:
     def is_cpu(self) -> bool:
         return self.name.split(":")[0] == "CPU"
 
+    @property
+    def kind(self) -> DeviceKind:
+        return kind_of(self.name)
+
     def free_memory(self) -> int:
-        """Bytes that could be allocated now. On METAL, where it must be asked before the weights are loaded, the
-        system's recommended maximum for the GPU: two thirds to three quarters of a Mac's memory."""
-        kind = self.name.split(":")[0]
-        if kind == "CUDA":
-            return _cuda_free_bytes(self.name)
-        if kind == "METAL" and (recommended := int(Device[self.name].sysdevice.recommendedMaxWorkingSetSize())):
-            return recommended
-        return _host_available_bytes()
+        """Bytes that could be allocated now."""
+        return self.kind.free_memory(self.name)
 
     def default_share(self) -> float:
         """Share of the free memory that the engine takes by default."""
-        if self.name.split(":")[0] == "METAL":
-            return METAL_SHARE
-        return UNIFIED_SHARE if self.is_unified else DISCRETE_SHARE
+        return self.kind.default_share
 
     @property
     def max_share(self) -> float:
@@ -144,8 +129,8 @@ def open_device(num_cores: int = 1) -> DeviceHandle:
 
     Raises DeviceError, which names what is missing and what to install."""
     wanted = os.environ.get("DEV", "")
-    if wanted.split(":")[0].upper() == "CPU":
-        _require_compiler()
+    if wanted:
+        kind_of(wanted).check()
     previous = threading.stack_size(KERNEL_STACK_BYTES)  # opening the CPU device starts its worker thread
     cores: tuple[str, ...] = ()
     try:
@@ -160,8 +145,7 @@ def open_device(num_cores: int = 1) -> DeviceHandle:
         ) from error
     finally:
         threading.stack_size(previous)
-    kind = device.device.split(":")[0]
-    return DeviceHandle(device.device, bool(device.renderer.has_local), kind in ("CPU", "METAL", "CL"), cores)
+    return DeviceHandle(device.device, bool(device.renderer.has_local), kind_of(device.device).is_unified, cores)
 
 
 def usable_cores() -> int:
@@ -205,15 +189,6 @@ def has_half(name: str) -> bool:
     return dtypes.half in Device[name].renderer.supported_dtypes()
 
 
-def _require_compiler() -> None:
-    compiler = os.environ.get("CC", "clang")
-    if shutil.which(compiler) is None:
-        raise DeviceError(
-            f"the CPU device needs a C compiler and {compiler!r} is not on the PATH: "
-            "install clang (Debian: apt-get install clang), or name one in CC"
-        )
-
-
 def _nap_until_done(device: Any) -> None:
     """Nap until the workers' queues are empty."""
     _nap_until([(done, int(put[0])) for put, done in map(_counters, device.workers)])
@@ -229,34 +204,3 @@ def _nap_until(goals: list[tuple[Any, int]]) -> None:
     for done, goal in goals:
         while done[0] < goal:
             time.sleep(NAP_S)
-
-
-def _cuda_free_bytes(name: str) -> int:
-    from tinygrad.runtime.autogen import cuda  # loads the driver
-
-    cuda.cuCtxSetCurrent(Device[name].context)  # the calling thread may not be the one that opened the device
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    status = cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
-    if status != 0:
-        raise DeviceError(f"cuMemGetInfo failed with CUDA error {status}: give --num-gpu-blocks-override")
-    return free.value
-
-
-def _host_available_bytes() -> int:
-    """Memory available without swapping (Linux); physical memory elsewhere."""
-    if sys.platform.startswith("linux"):
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return min(int(line.split()[1]) * 1024, _cgroup_limit())
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _cgroup_limit() -> int:
-    """A container's memory limit, which /proc/meminfo does not show; a huge number if there is none."""
-    try:
-        with open("/sys/fs/cgroup/memory.max") as file:
-            text = file.read().strip()
-    except OSError:
-        return 1 << 62
-    return 1 << 62 if text == "max" else int(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 import time
@@ -19,14 +18,7 @@ ROUNDS = 60  # the fastest counts
 
 def hardware_name(device: DeviceHandle) -> str:
     """The maker's name ("NVIDIA H200", "Apple M4"), or tinygrad's name of the device if there is none."""
-    kind = device.name.split(":")[0]
-    if kind == "CUDA":
-        return _cuda_name(int(device.name.partition(":")[2] or 0))
-    if kind == "METAL" and sys.platform == "darwin":
-        from tinygrad.runtime.ops_metal import from_ns_str
-
-        return str(from_ns_str(Device[device.name].sysdevice.name()))
-    return device.name
+    return device.kind.hardware_name(device.name)
 
 
 def architecture(device: DeviceHandle) -> str:
@@ -37,14 +29,6 @@ def architecture(device: DeviceHandle) -> str:
 def has_graphs(device: DeviceHandle) -> bool:
     """Whether a step is launched as one graph. Not on virtualized Metal, where indirect commands do not work."""
     return device.is_cpu or Device[device.name].graph is not None
-
-
-def _cuda_name(number: int) -> str:
-    from tinygrad.runtime.autogen import cuda  # only where there is a driver to load
-
-    handle, text = cuda.CUdevice(), ctypes.create_string_buffer(256)
-    failed = cuda.cuDeviceGet(ctypes.byref(handle), number) or cuda.cuDeviceGetName(text, len(text), handle)
-    return f"CUDA:{number}" if failed else text.value.decode(errors="replace")
 
 
 def processor_name() -> str:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.device.kinds import kind_of
 from tinyvllm.device.recording import Call
-
-# Metal Feature Set Tables, "maximum buffer argument entries", "threads per threadgroup", "threadgroup memory"; CUDA C++
-# Programming Guide, "technical specifications per compute capability": static shared memory, parameters of 8 bytes
-LIMITS = {"METAL": (31, 1024, 32 << 10), "CUDA": (512, 1024, 48 << 10)}
 
 # As tinygrad's renderers declare threadgroup memory. Read from the source: a compiled program has no field for its size
 # (ProgramInfo), and one restored from disk no other statements.
@@ -43,14 +40,14 @@ class ProgramFacts:
 
     def over(self, device: str) -> list[str]:
         """The limits of the device that it exceeds, in words."""
-        limits = LIMITS.get(device.split(":")[0])
+        limits = kind_of(device).program_limits
         if limits is None:
             return []
         taken = (self.arguments, self.threads, self.shared_bytes)
         names = ("arguments", "threads", "bytes of threadgroup memory")
         return [
             f"{self.name}: {value} {name}, {device} has {limit}"
-            for value, limit, name in zip(taken, limits, names, strict=True)
+            for value, limit, name in zip(taken, astuple(limits), names, strict=True)
             if value > limit
         ]
 

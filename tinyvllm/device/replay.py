@@ -40,12 +40,7 @@ def make_replay(device: DeviceHandle, step: RecordedStep) -> Callable[[], None]:
     """A function that enqueues the step and keeps its buffers alive."""
     if device.is_cpu:
         return CpuReplay(device.cores, step)
-    if device.name.startswith("CUDA"):
-        from tinyvllm.device.cuda_graph import ChainReplay, fits_chain  # loads the driver, which other devices lack
-
-        if fits_chain(step):
-            return ChainReplay(device.name, step)
-    return GraphReplay(step)
+    return device.kind.make_replay(device.name, step) or GraphReplay(step)
 
 
 class LazyReplay:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.device import Buffer
 
-from tinyvllm.device.transfer import is_mapped
-
-RowWriter = Callable[[int, np.ndarray], None]  # (row, its first values)
+from tinyvllm.device.kinds import kind_of
+from tinyvllm.device.mapping import RowWriter, is_mapped
 
 
 def row_writer(tensor: Tensor, row_size: int) -> RowWriter:
@@ -26,28 +23,13 @@ def row_writer(tensor: Tensor, row_size: int) -> RowWriter:
             rows[row, : len(data)] = data
 
         return write
-    if buffer.device.split(":")[0] == "CL":
-        return _opencl_writer(buffer, row_size)
+    own = kind_of(buffer.device).row_writer(buffer, row_size)
+    if own is not None:
+        return own
 
     def copy(row: int, values: np.ndarray) -> None:
         target = allocator._offset(buffer._buf, values.nbytes, row * row_size * _size(buffer))
         allocator._copyin(target, _bytes(buffer, values).data)
-
-    return copy
-
-
-def _opencl_writer(buffer: Buffer, row_size: int) -> RowWriter:
-    """By offset copies, since OpenCL has no addresses inside a buffer."""
-    from tinygrad.runtime.ops_cl import check, cl, from_mv  # loads OpenCL
-
-    device = Device[buffer.device]
-
-    def copy(row: int, values: np.ndarray) -> None:
-        data, offset = memoryview(bytearray(_bytes(buffer, values).data)), row * row_size * _size(buffer)
-        check(
-            cl.clEnqueueWriteBuffer(device.queue, buffer._buf, False, offset, len(data), from_mv(data), 0, None, None)
-        )
-        device.pending_copyin.append(data)  # keeps it alive until the copy has run
 
     return copy
 

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from tinyvllm.config import EngineConfig, Limits
 from tinyvllm.device.handle import DeviceHandle, open_device
-
-BIG_BYTES = 40 << 30
-# A step of more tokens computes prompts at a higher rate, and those who decode beside them wait longer: of these sizes
-# it takes 0.27 s on two cores of a CPU (135M parameters) and some 40 ms on an H200 (1B). Sequences: as many as the
-# device decodes at a rate that still grows (an H200: 72,000 tokens a second with 128, 91,000 with 256).
-CPU = Limits(max_num_seqs=16, max_num_batched_tokens=256)
-SHARED_GPU = Limits(max_num_seqs=16, max_num_batched_tokens=512)  # METAL, and OpenCL
-CUDA = Limits(max_num_seqs=128, max_num_batched_tokens=2048)
-BIG_CUDA = Limits(max_num_seqs=256, max_num_batched_tokens=8192)  # BIG_BYTES free
+from tinyvllm.device.kinds import kind_of
 
 
 def resolve_limits(config: EngineConfig, device: DeviceHandle | None = None) -> Limits:
@@ -28,8 +20,9 @@ def resolve_limits(config: EngineConfig, device: DeviceHandle | None = None) -> 
 
 
 def device_limits(device: DeviceHandle) -> Limits:
-    if device.is_cpu:
-        return CPU
-    if device.is_unified:
-        return SHARED_GPU
-    return BIG_CUDA if device.free_memory() >= BIG_BYTES else CUDA
+    return device.kind.step_limits(device.free_memory)
+
+
+def limits_of_kind(name: str, free_bytes: int = 0) -> Limits:
+    """The same for a device that is not here, with so much memory free."""
+    return kind_of(name).step_limits(lambda: free_bytes)

@@ -16,8 +16,8 @@ from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles
 from tinyvllm.device.handle import FLOATS, open_device, usable_cores
 from tinyvllm.device.hardware import hardware_name, processor_name
 from tinyvllm.device.jit_replay import check_environment
+from tinyvllm.device.mapping import OutputReader
 from tinyvllm.device.program_store import ProgramStore, default_root, open_program_store
-from tinyvllm.device.transfer import OutputReader
 from tinyvllm.errors import DeviceError
 from tinyvllm.execution.buckets import Bucket, make_buckets
 from tinyvllm.execution.capacity import MemoryFacts, jit_scratch_bytes, plan_capacity, scratch_bytes

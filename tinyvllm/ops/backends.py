@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.device.kinds import KINDS
 from tinyvllm.errors import DeviceError
 from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.gpu.backend import GpuBackend
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.kernel.lanes import lanes_of
-
-GPU_DEVICES = ("METAL", "CUDA", "CL")
 
 
 def make_backend(
@@ -23,10 +22,9 @@ def make_backend(
     `layers`: the kinds of the model's layers."""
     if device.is_cpu:
         return CpuBackend(device, None if dtype == "auto" else dtype, layers, dequantize=dequantize)
-    if device.name.split(":")[0] not in GPU_DEVICES:
-        raise DeviceError(
-            f"device {device.name} has no kernels here: choose one of CPU, {', '.join(GPU_DEVICES)} with --device"
-        )
+    if not device.kind.has_kernels:
+        known = ", ".join(kind.name for kind in KINDS.values() if kind.has_kernels)
+        raise DeviceError(f"device {device.name} has no kernels here: choose one of {known} with --device")
     if dtype == "auto":
         dtype = "bfloat16" if stored == "bfloat16" else "float16"
     lanes = lanes_of(device.name)

@@ -1,0 +1,75 @@
+"""What the engine asks of a kind of device, with the answers that suit most GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tinyvllm.config import Limits
+
+if TYPE_CHECKING:
+    from tinygrad.device import Buffer
+
+    from tinyvllm.device.mapping import HostArray, OutputReader, RowWriter
+    from tinyvllm.device.recording import RecordedStep
+
+
+@dataclass(frozen=True)
+class ProgramLimits:
+    """What a device allows a program."""
+
+    arguments: int  # buffers and variables together
+    threads: int  # of a threadgroup
+    shared_bytes: int  # of threadgroup memory
+
+
+class DeviceKind:
+    """A kind of device. Subclasses replace what differs; every method has an answer that any GPU of tinygrad's can do
+    with. `name` arguments are tinygrad's name of one device, such as "CUDA:1"."""
+
+    settings: ClassVar[Mapping[str, str]] = {}  # environment variables that tinygrad reads when it is imported
+    is_unified: ClassVar[bool] = False  # it shares the computer's memory
+    default_share: ClassVar[float] = 0.9  # of the free memory, for weights and KV cache
+    has_kernels: ClassVar[bool] = False  # the operations in ops have kernels for it
+    program_limits: ClassVar[ProgramLimits | None] = None
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def is_default(self) -> bool:
+        """Whether this computer has it, and it is to be used unless the user names another."""
+        return False
+
+    def check(self) -> None:
+        """Raise DeviceError, with the remedy, where what it needs is missing."""
+
+    def step_limits(self, free_bytes: Callable[[], int]) -> Limits:
+        """How much one step holds by default."""
+        return Limits(max_num_seqs=16, max_num_batched_tokens=512)
+
+    def free_memory(self, name: str) -> int:
+        """Bytes that could be allocated now."""
+        from tinyvllm.device.host_memory import available_bytes
+
+        return available_bytes()
+
+    def hardware_name(self, name: str) -> str:
+        """The maker's name ("NVIDIA H200", "Apple M4"), or tinygrad's name of the device if there is none."""
+        return name
+
+    def input_array(self, buffer: Buffer) -> HostArray | None:
+        """Host memory from which inputs reach `buffer` without waiting; None: the allocator's copy will do."""
+        return None
+
+    def output_reader(self, buffer: Buffer) -> OutputReader | None:
+        """A reader that waits for one step alone; None: a mark in the queue will do."""
+        return None
+
+    def row_writer(self, buffer: Buffer, row_size: int) -> RowWriter | None:
+        """A writer of single rows; None: the allocator's copy at an offset will do."""
+        return None
+
+    def make_replay(self, name: str, step: RecordedStep) -> Callable[[], Any] | None:
+        """A function that enqueues a step; None: tinygrad's graph will do."""
+        return None

@@ -1,0 +1,132 @@
+"""CUDA: NVIDIA's GPUs, by the driver and its compiler alone."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from tinyvllm.config import Limits
+from tinyvllm.device.kinds.base import DeviceKind, ProgramLimits
+from tinyvllm.errors import DeviceError
+
+if TYPE_CHECKING:
+    from tinygrad.device import Buffer
+
+    from tinyvllm.device.mapping import HostArray
+    from tinyvllm.device.recording import RecordedStep
+
+BIG_BYTES = 40 << 30
+EVENT_WITHOUT_TIME = 2  # CU_EVENT_DISABLE_TIMING
+
+
+class Cuda(DeviceKind):
+    # loads of 16 bytes of float16; METAL has no such vectors
+    settings: ClassVar[Mapping[str, str]] = {"ALLOW_HALF8": "1"}
+    has_kernels = True
+    # CUDA C++ Programming Guide, "technical specifications per compute capability": static shared memory, parameters of
+    # 8 bytes
+    program_limits = ProgramLimits(arguments=512, threads=1024, shared_bytes=48 << 10)
+
+    def __init__(self) -> None:
+        super().__init__("CUDA")
+
+    def is_default(self) -> bool:
+        return ctypes.util.find_library("cuda") is not None
+
+    def step_limits(self, free_bytes: Callable[[], int]) -> Limits:
+        """As many sequences as the device decodes at a rate that still grows: an H200 72,000 tokens a second with 128,
+        91,000 with 256. 8192 tokens take it some 40 ms (1B parameters)."""
+        if free_bytes() >= BIG_BYTES:
+            return Limits(max_num_seqs=256, max_num_batched_tokens=8192)
+        return Limits(max_num_seqs=128, max_num_batched_tokens=2048)
+
+    def free_memory(self, name: str) -> int:
+        from tinygrad import Device
+        from tinygrad.runtime.autogen import cuda  # loads the driver
+
+        cuda.cuCtxSetCurrent(Device[name].context)  # the calling thread may not be the one that opened the device
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        status = cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        if status != 0:
+            raise DeviceError(f"cuMemGetInfo failed with CUDA error {status}: give --num-gpu-blocks-override")
+        return free.value
+
+    def hardware_name(self, name: str) -> str:
+        from tinygrad.runtime.autogen import cuda  # loads the driver
+
+        number = int(name.partition(":")[2] or 0)
+        handle, text = cuda.CUdevice(), ctypes.create_string_buffer(256)
+        failed = cuda.cuDeviceGet(ctypes.byref(handle), number) or cuda.cuDeviceGetName(text, len(text), handle)
+        return f"CUDA:{number}" if failed else text.value.decode(errors="replace")
+
+    def input_array(self, buffer: Buffer) -> HostArray:
+        pinned = _Pinned(buffer.device, buffer.size)
+        return pinned.array, lambda: _send(buffer, pinned)
+
+    def output_reader(self, buffer: Buffer) -> CudaReader:
+        return CudaReader(buffer)
+
+    def make_replay(self, name: str, step: RecordedStep) -> Callable[[], Any] | None:
+        from tinyvllm.device.cuda_graph import ChainReplay, fits_chain  # loads the driver
+
+        return ChainReplay(name, step) if fits_chain(step) else None
+
+
+class CudaReader:
+    """Enqueues a copy to pinned memory after the step and an event after the copy, and waits for the event."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        from tinygrad.runtime.autogen import cuda  # loads the driver
+
+        self._cuda, self._buffer, self._pinned = cuda, buffer, _Pinned(buffer.device, buffer.size)
+        self._event = cuda.CUevent()
+        _check(cuda.cuEventCreate(ctypes.byref(self._event), EVENT_WITHOUT_TIME))
+        self._sent: list[Any] = []  # tinygrad's staging buffers of earlier copies: it frees them only when idle
+
+    def start(self) -> None:
+        from tinygrad import Device
+
+        cuda, device = self._cuda, Device[self._buffer.device]
+        self._sent += device.pending_copyin
+        device.pending_copyin.clear()
+        _check(cuda.cuMemcpyDtoHAsync_v2(self._pinned.address, self._buffer._buf, self._pinned.array.nbytes, None))
+        _check(cuda.cuEventRecord(self._event, None))
+
+    def read(self) -> np.ndarray:
+        from tinygrad import Device
+
+        _check(self._cuda.cuEventSynchronize(self._event))
+        allocator = Device[self._buffer.device].allocator
+        for opaque, size, options in self._sent:
+            allocator.free(opaque, size, options)
+        self._sent.clear()
+        return self._pinned.array.copy()
+
+
+class _Pinned:
+    """Int32 words of pinned host memory, which a CUDA device accesses directly."""
+
+    def __init__(self, device: str, words: int) -> None:
+        from tinygrad import dtypes
+        from tinygrad.device import Buffer, BufferSpec
+
+        self._buffer = Buffer(device, words, dtypes.int, options=BufferSpec(host=True, nolru=True)).allocate()
+        self.address = self._buffer._buf
+        self.array = np.ctypeslib.as_array((ctypes.c_int32 * words).from_address(self.address.value))
+        self.array[:] = 0
+
+
+def _send(buffer: Buffer, pinned: _Pinned) -> None:
+    from tinygrad.runtime.autogen import cuda
+
+    _check(cuda.cuMemcpyHtoDAsync_v2(buffer._buf, pinned.address, pinned.array.nbytes, None))
+
+
+def _check(status: int) -> None:
+    from tinygrad.runtime.ops_cuda import check  # raises RuntimeError with the driver's message
+
+    check(status)

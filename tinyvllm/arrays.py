@@ -5,6 +5,7 @@ bfloat16 and the 8-bit floats are NumPy dtypes of the `ml_dtypes` package.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,7 @@ class Format:
     @property
     def columns(self) -> int:
         """What a matrix's width must be a multiple of."""
-        return max((scale.span for scale in self.scales), default=1)
+        return math.lcm(*(scale.span for scale in self.scales))
 
     @property
     def needs_input_sum(self) -> bool:

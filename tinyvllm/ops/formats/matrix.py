@@ -282,7 +282,7 @@ def float_of_e4m3(byte: Any) -> Any:
 
 
 def float_of_scale(base: Any, fmt: ScaleFormat) -> Any:
-    """A stored scale as float32. Devices without half precision store float16 as float32."""
+    """A stored scale as float32. Devices without half precision store float16 as float32. E8M0's NaN reads as inf."""
     if fmt.dtype == "bfloat16":
         return float_of_bfloat16(base)
     if fmt.dtype == "e4m3":

@@ -26,7 +26,9 @@ _FILE = re.compile(r"# (tinyvllm/[\w/]+)\.py\n")
 # The tables that examples add to, (module, name): each section works on copies of them.
 TABLES = (
     ("tinyvllm.cli.commands", "COMMANDS"),
+    ("tinyvllm.device.kinds", "KINDS"),
     ("tinyvllm.model.weights.quant", "QUANTIZED_KINDS"),
+    ("tinyvllm.ops.activation", "ACTIVATIONS"),
     ("tinyvllm.ops.sampling.logits_processing", "FILTERS"),
     ("tinyvllm.ops.step_inputs", "PROCESSING_FLOATS"),
     ("tinyvllm.server.routes", "ROUTES"),

@@ -48,6 +48,11 @@ def gated(activation: str, gates: Sequence[UOp], ups: Sequence[UOp], by: Arithme
     return [emit(gate, up, by) for gate, up in zip(gates, ups, strict=True)]
 
 
+def gated_plain(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """The same of Tensors."""
+    return ACTIVATIONS[activation].plain(gate, up)
+
+
 def tanh(x: UOp, exp2: Exp2) -> UOp:
     """1 - 2 / (e**2x + 1): no overflow at either end, since exp2 saturates."""
     return 1.0 - (exp2(x * (2.0 * LOG2E)) + 1.0).reciprocal() * 2.0

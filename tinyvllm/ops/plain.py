@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tinygrad import Tensor
 
-from tinyvllm.ops.activation import ACTIVATIONS
+from tinyvllm.ops.activation import gated_plain
 from tinyvllm.ops.backend import Epilogue, Norm
 
 
@@ -22,7 +22,7 @@ def plain_epilogue(product: Tensor, epilogue: Epilogue) -> Tensor:
     """`Epilogue` of a product (T, N), in its order: (T, N), or (T, N / 2) behind an activation."""
     y = product if epilogue.bias is None else product + epilogue.bias
     if epilogue.activation is not None:
-        y = ACTIVATIONS[epilogue.activation].plain(*y.chunk(2, dim=1))
+        y = gated_plain(epilogue.activation, *y.chunk(2, dim=1))
     if epilogue.post_norm is not None:
         y = rms_norm(y, epilogue.post_norm)
     if epilogue.scale != 1.0:

@@ -1,7 +1,7 @@
 """Tensors of a Hugging Face directory's *.safetensors, as views of memory maps.
 
 The safetensors library reads and checks a file's header. Values are views of a memory map of ours, because the library
-copies each tensor: a file of 315 MB in bfloat16 took 0.26 s and 35 MB more memory, against 0.09 s.
+copies each tensor: reading a file of 315 MB in bfloat16 took 0.17 s of CPU and 37 MB more memory, against 0.05 s.
 """
 
 from __future__ import annotations

@@ -140,9 +140,6 @@ class FusedGpuBackend(GpuBackend):
             return wanted
         return "float32" if self.dtype == "float32" else "float16"
 
-    def _decode_mma(self, dtype: str) -> Mma | None:
-        return self._mma(dtypes.half) if dtype == "float16" else None
-
     # -- operations ---------------------------------------------------------------------------------------------------
 
     def embed(self, table: Matrix, step: Step, scale: float = 1.0) -> Tensor:

@@ -21,15 +21,7 @@ from tinyvllm.errors import InvariantError
 
 share_disk_cache()  # before the first kernel is compiled, on whatever thread
 
-F32, F16, I32, U32, U8, I8, U16 = (
-    dtypes.float,
-    dtypes.half,
-    dtypes.int,
-    dtypes.uint,
-    dtypes.uint8,
-    dtypes.int8,
-    dtypes.uint16,
-)
+F32, F16, I32, U32, U16 = dtypes.float, dtypes.half, dtypes.int, dtypes.uint, dtypes.uint16
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 NEG_INF = float("-inf")

@@ -105,5 +105,5 @@ def test_no_room_behind_the_weights_is_refused_with_the_numbers(weight_bytes: in
 
 
 def test_a_length_beyond_the_models_own_is_refused() -> None:
-    with pytest.raises(TinyvllmError, match="--max-model-len is 4096, but the model was made for 2048 tokens"):
+    with pytest.raises(TinyvllmError, match="--max-model-len is 4096, but the model was trained for 2048 tokens"):
         plan(max_model_len=4096)

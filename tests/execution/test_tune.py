@@ -121,7 +121,7 @@ def test_what_a_worker_dies_of_is_remembered_and_another_goes_on(
     outcome, events = run_process(tmp_path, worker)
     assert (outcome.is_complete, outcome.num_bad) == (True, 1)
     assert tuning.load_choices(outcome.path).bad == {tune_workers.FATAL}
-    assert [event.message for event in events if event.name == tune_workers.FATAL][-1] == "the process died of it"
+    assert [event.message for event in events if event.name == tune_workers.FATAL][-1] == "it crashed the process"
 
 
 def test_a_spent_budget_ends_the_search_and_blames_nobody(tmp_path: Path) -> None:

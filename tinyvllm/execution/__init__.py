@@ -1,3 +1,3 @@
-"""Plans become device work: input packing, captured graphs by bucket, the pool's size, one read back a step."""
+"""Running step plans on the device: packed inputs, a graph per bucket, the pool's size, one output per step."""
 
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)

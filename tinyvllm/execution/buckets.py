@@ -1,4 +1,4 @@
-"""The fixed shapes that graphs are captured for, and which of them a plan runs in."""
+"""The fixed shapes of graphs, and the choice of one for a plan."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from tinyvllm.ops.step_inputs import StepLayout
 from tinyvllm.scheduling.plan import StepPlan
 
 SMALLEST_TOKENS = 16
-# From one size to the next: padding takes 1 - 1/E of the rows, where E = (growth - 1) / ln(growth) is the mean of
-# bucket over plan for sizes that are spread evenly in their logarithm: 31 % at 2, 54 % at 4. Also on a CPU, where time
-# follows the rows: a third of a prompt's time for two more graphs of 0.05 s each (kept; 1.3 s when they are compiled).
+# The factor from one size to the next. Padding takes 1 - 1/E of the rows, where E = (growth - 1) / ln(growth) is the
+# mean of bucket size over plan size if sizes are uniform in their logarithm: 31 % at 2, 54 % at 4. On a CPU too, where
+# time follows the rows, it saves a third of a prompt's time, for two more graphs of 0.05 s each (1.3 s if compiled).
 GROWTH = 2
-FEW_ROWS = 16  # sequences of a token bucket for prompts that come alone or in small company
-LOGITS_SHARE = 16  # logits of all sequences are worth a graph without them where they are over 1/16 of a step's rows
+FEW_ROWS = 16  # sequences of a token bucket for one prompt or a few
+LOGITS_SHARE = 16  # a graph for few sequences pays if the logits of all are over 1/16 of a step's rows
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A graph's shape: `num_tokens` rows of at most `num_seqs` sequences, and as many rows of logits. A decode bucket
-    has one row a sequence."""
+    """A graph's shape: `num_tokens` rows of at most `num_seqs` sequences, with one row of logits each. A decode bucket
+    has one token row per sequence."""
 
     num_tokens: int
     is_decode: bool
     num_seqs: int
-    is_for_few: bool = False  # there is another of as many tokens, for more sequences
+    is_for_few: bool = False  # another bucket has as many tokens for more sequences
 
     @classmethod
     def decode(cls, num_seqs: int) -> Bucket:
@@ -44,7 +44,7 @@ class Bucket:
         return StepLayout(self.num_tokens, self.num_seqs, max_blocks, capacity.block_size)
 
     def holds(self, plan: StepPlan) -> bool:
-        """Whether the plan can run in this shape. A token bucket runs decodes too."""
+        """Whether the plan fits this shape. A token bucket can run decodes too."""
         return (
             (plan.is_decode or not self.is_decode)
             and plan.num_tokens <= self.num_tokens
@@ -53,8 +53,8 @@ class Bucket:
 
 
 def make_buckets(limits: Limits, config: EngineConfig) -> list[Bucket]:
-    """Decode buckets by batch, then token buckets for prefill and mixed steps by tokens and sequences. The last of
-    either holds whatever the limits allow of its kind, and the very last any plan."""
+    """Decode buckets by batch, then token buckets, for prefill and mixed steps, by tokens and sequences. The last of
+    each kind holds all that the limits allow of that kind; the very last holds any plan."""
     max_num_seqs, max_num_batched_tokens = limits.max_num_seqs, limits.max_num_batched_tokens
     decode = config.decode_buckets or _series(1, max_num_seqs)
     tokens = config.token_buckets or _series(SMALLEST_TOKENS, max_num_batched_tokens)
@@ -65,7 +65,7 @@ def make_buckets(limits: Limits, config: EngineConfig) -> list[Bucket]:
 
 
 def _token_buckets(num_tokens: int, max_num_seqs: int) -> list[Bucket]:
-    """Those of one token count: for all sequences that there may be, and for few where that saves much."""
+    """The buckets of one token count: for the maximum of sequences and, if it saves enough, for few."""
     most = min(num_tokens, max_num_seqs)
     whole = Bucket(num_tokens, False, most)
     is_worth_it = most >= 4 * FEW_ROWS and num_tokens < LOGITS_SHARE * most
@@ -88,7 +88,7 @@ def _check(flag: str, sizes: tuple[int, ...], limit_flag: str, limit: int) -> No
 
 
 def choose_bucket(buckets: Iterable[Bucket], plan: StepPlan) -> Bucket:
-    """The smallest bucket that holds the plan, a decode bucket before any other."""
+    """The smallest bucket that holds the plan; decode buckets come first."""
     fitting = [bucket for bucket in buckets if bucket.holds(plan)]
     if not fitting:
         raise InvariantError(
@@ -99,8 +99,8 @@ def choose_bucket(buckets: Iterable[Bucket], plan: StepPlan) -> Bucket:
 
 
 def lengths_that_fill(bucket: Bucket, max_model_len: int) -> list[int]:
-    """Tokens of prompts that together fill a token bucket and run in no other: as few prompts as that takes."""
-    is_for_many = bucket.num_seqs > FEW_ROWS and not bucket.is_for_few  # fewer would run in the one for few
+    """Lengths of prompts that together fill a token bucket and run in no other: as few prompts as possible."""
+    is_for_many = bucket.num_seqs > FEW_ROWS and not bucket.is_for_few  # fewer prompts would run in the bucket for few
     least = FEW_ROWS + 1 if is_for_many else 1
     count = min(bucket.num_seqs, max(least, -(-bucket.num_tokens // max_model_len)))
     each, more = divmod(bucket.num_tokens, count)
@@ -108,5 +108,5 @@ def lengths_that_fill(bucket: Bucket, max_model_len: int) -> list[int]:
 
 
 def first_buckets(buckets: Sequence[Bucket]) -> list[Bucket]:
-    """The fewest that serve everything: one that holds any plan, and one in which any batch decodes."""
+    """The minimum that serves everything: a bucket for any plan, and one in which any batch decodes."""
     return [buckets[-1], next(bucket for bucket in reversed(buckets) if bucket.is_decode)]

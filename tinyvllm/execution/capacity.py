@@ -1,4 +1,4 @@
-"""How many KV blocks the device's memory holds, and the limits that follow from it."""
+"""The number of KV blocks that the device's memory holds, and the limits that follow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class MemoryFacts:
-    """Bytes, as found on the device. `free_bytes` before the weights were loaded."""
+    """Bytes found on the device. `free_bytes`: before the weights were loaded."""
 
     free_bytes: int
     share: float  # of free_bytes that weights and KV may take together
@@ -25,10 +25,10 @@ class MemoryFacts:
 
 
 def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memory: MemoryFacts) -> Capacity:
-    """Size the pool: what memory leaves after the weights, but never more than all sequences at full length can use.
+    """Size the pool: the memory left by the weights, but no more than all sequences of full length can use.
 
-    Raises CapacityError, with the numbers, where one sequence of max_model_len cannot fit, or the blocks that are asked
-    for cannot, and TinyvllmError where max_model_len is beyond what the model was trained for.
+    Raises CapacityError, with the numbers, if one sequence of max_model_len or the requested blocks do not fit, and
+    TinyvllmError if max_model_len exceeds the length that the model was trained for.
     """
     size = config.block_size
     longest = _longest(config, model)
@@ -63,7 +63,7 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
 
 
 def _check_override(num_blocks: int, block_bytes: int, memory: MemoryFacts) -> None:
-    """Raise CapacityError for more blocks than there can be memory for."""
+    """Raise CapacityError for more blocks than memory can hold."""
     most = int(memory.free_bytes * memory.max_share) - memory.weight_bytes
     if num_blocks * block_bytes > most:
         raise CapacityError(
@@ -79,11 +79,11 @@ def _override(num_blocks: int, block_bytes: int) -> str:
 
 
 def scratch_bytes(limits: Limits, model: ModelConfig) -> int:
-    """What the intermediate values of the largest step take at most, all taken for float32.
+    """An upper bound for the intermediate values of the largest step, all counted as float32.
 
-    At once there are of a token: its residual stream in two states, its norm, and its last state, which is kept; what
-    a layer makes of them, once as a kernel's input and once as its output: q, k, v and attention's, or gate and up. And
-    of a sequence its logits: as they are, processed, and twice what sampling makes of them."""
+    At once there are, per token: two states of its residual stream, its normed state, and its last state, which is
+    kept; and a layer's values, as input and as output of a kernel: q, k, v and the attended values, or gate and up. Per
+    sequence: its logits, raw and processed, and twice sampling's own values."""
     return _step_scratch_bytes(limits.max_num_batched_tokens, limits.max_num_seqs, model)
 
 
@@ -101,7 +101,7 @@ def _step_scratch_bytes(num_tokens: int, num_seqs: int, model: ModelConfig) -> i
 def _longest(config: EngineConfig, model: ModelConfig) -> int:
     if config.max_model_len is not None and config.max_model_len > model.max_position:
         raise TinyvllmError(
-            f"--max-model-len is {config.max_model_len}, but the model was made for {model.max_position} tokens: "
+            f"--max-model-len is {config.max_model_len}, but the model was trained for {model.max_position} tokens: "
             f"give at most {model.max_position}"
         )
     return config.max_model_len or model.max_position
@@ -131,8 +131,8 @@ def _explain(
 
 
 def _steady(count: int) -> int:
-    """`count` less at most 1/32, so that a few bytes more or less of free memory give the same pool: kernels are
-    compiled for its size, and a start finds only the programs of a pool of its own size."""
+    """`count` rounded down by at most 1/32, so that small changes of free memory give the same pool: kernels are
+    compiled for its size, and a start finds only programs for a pool of the same size."""
     unit = 1 << max(0, count.bit_length() - 6)
     return count // unit * unit
 

@@ -1,4 +1,4 @@
-"""Which graphs are there, which come next, and which of those that are there a plan runs in."""
+"""The captured graphs: which exist, which to capture next, and which one a plan runs in."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ Progress = Callable[[str, int, int], None]  # stage ("load", "warm-up"), done, t
 
 
 class Captures:
-    """Owns the graphs, and their making: all at once, or first those that serve everything and then one after another.
+    """Owns the graphs and captures them: all at once, or first those that serve everything and then one after another.
 
-    A plan runs in the smallest graph that holds it and is there; the one that it would have run in is wanted, and what
-    is wanted most comes next. Where a graph cannot be made, larger ones take its place.
+    A plan runs in the smallest captured graph that holds it. If a smaller one is missing, that one counts as requested,
+    and the most requested one is captured next. If a graph cannot be captured, larger ones take its place.
     """
 
     def __init__(self, buckets: Sequence[Bucket], context: GraphContext, store: ProgramStore | None) -> None:
         self.buckets = tuple(buckets)
         self.graphs: dict[Bucket, Graph] = {}
-        self.num_made = 0  # since start, those that were made anew too
-        self.failed: dict[Bucket, Exception] = {}  # of those that came later
+        self.num_made = 0  # since the start, repeated captures included
+        self.failed: dict[Bucket, Exception] = {}  # of the graphs that `advance` captures
         self.store = store
         self._context = context
         self._compiler = Compiler(store)
-        self._next: PendingGraph | None = None  # of what comes next, while it is compiled
-        self._wanted: Counter[Bucket] = Counter()  # plans that would have run in a graph that is not there
+        self._next: PendingGraph | None = None  # the next one, while it is compiled
+        self._requested: Counter[Bucket] = Counter()  # plans that would have run in a missing graph
         self._is_closed = False
 
     @property
     def num_to_come(self) -> int:
-        """Graphs that are still to be made. Asked for at every step: once all are there, nothing is looked through."""
+        """Graphs still to be captured. Read at every step, so it costs nothing once all are there."""
         return 0 if self._is_closed else len(self._to_come)
 
     @property
     def num_failed(self) -> int:
-        """Graphs that `advance` could not make."""
+        """Graphs that `advance` could not capture."""
         return len(self.failed)
 
     @property
     def scratch_bytes(self) -> int:
-        """What the intermediate values of all graphs take."""
+        """Bytes of the intermediate values of all graphs."""
         if not self._context.is_jit:
             return self._context.scratch.nbytes
         instances = [instance for graph in self.graphs.values() for instance in graph.instances]
@@ -62,35 +62,35 @@ class Captures:
         return [bucket for bucket in self.buckets if bucket not in self.graphs and bucket not in self.failed]
 
     def graph_for(self, plan: StepPlan) -> Graph:
-        """The smallest graph that holds the plan and is there."""
+        """The smallest captured graph that holds the plan."""
         best = choose_bucket(self.buckets, plan)
         graph = self.graphs.get(best)
         if graph is None:
             if not self.graphs:
                 raise InvariantError(f"graph {best.name} was not captured: warm_up() must run before a step")
-            self._wanted[best] += 1
+            self._requested[best] += 1
             graph = self.graphs[choose_bucket(self.graphs, plan)]
         return graph
 
     def make_all(self, progress: Progress | None = None) -> None:
-        """Make every graph that is not there. Raises what keeps one from being made."""
+        """Capture every missing graph. Raises if one cannot be captured."""
         self._make([bucket for bucket in self.buckets if bucket not in self.graphs], progress)
         self._close()
 
     def make_first(self, progress: Progress | None = None) -> None:
-        """Make the graphs that serve everything. `advance` makes the others."""
+        """Capture the graphs that serve everything. `advance` captures the others."""
         self._make(first_buckets(self.buckets), progress)
         if not self._to_come:
             self._close()
 
     @property
     def is_next_compiled(self) -> bool:
-        """Whether the next `advance` makes a graph, which no step in flight may see."""
+        """Whether the next `advance` captures a graph, for which no step may be in flight."""
         return self._next is not None and self._next.is_compiled
 
     def advance(self) -> None:
-        """Do one part of what makes the next graph: trace it, or make it where it was compiled meanwhile. Returns soon.
-        What fails is logged and not tried again."""
+        """Do one part of the next graph: trace it, or capture it if it was compiled meanwhile. Returns soon. A failure
+        is logged, and that graph not tried again."""
         if self._next is None:
             self._begin_next()
         elif self._next.is_compiled:
@@ -103,19 +103,19 @@ class Captures:
             self._close()
 
     def remake(self, bucket: Bucket) -> None:
-        """Trace a bucket's step anew, as the present choices of `ops.tuning` make it, and keep it nowhere."""
+        """Capture a bucket again, with the current choices of `ops.kernel.tuning`, without saving it."""
         self.graphs[bucket] = PendingGraph(bucket, self._context, Compiler()).finish()
         self.num_made += 1
 
     def clear(self) -> None:
-        """Let go of all graphs."""
+        """Drop all graphs."""
         self.graphs.clear()
         self._next = None
         self._close()
 
     def _make(self, buckets: Sequence[Bucket], progress: Progress | None) -> None:
-        """Make these graphs. All are traced before the first is waited for, so that compilers have enough to do; the
-        largest first, whose intermediate values leave room for all others'."""
+        """Capture these graphs. All are traced before waiting for the first, to keep the compilers busy; the largest
+        first, since its intermediate values need the largest arena."""
         report = progress or (lambda stage, done, total: None)
         report("warm-up", 0, len(buckets))
         order = sorted(buckets, key=lambda bucket: (-bucket.num_tokens, -bucket.num_seqs))
@@ -125,8 +125,8 @@ class Captures:
             report("warm-up", done, len(buckets))
 
     def _begin_next(self) -> None:
-        """Trace what is wanted most; of what nobody wants the smallest."""
-        bucket = max(self._to_come, key=lambda one: (self._wanted[one], -one.num_tokens), default=None)
+        """Trace the most requested bucket, or else the smallest."""
+        bucket = max(self._to_come, key=lambda one: (self._requested[one], -one.num_tokens), default=None)
         if bucket is None:
             return
         try:
@@ -146,7 +146,7 @@ class Captures:
         logger.error("graph %s cannot be captured, larger ones take its place", bucket.name, exc_info=error)
 
     def _close(self) -> None:
-        """What is left to do once all graphs are there."""
+        """Finish once all graphs are there."""
         if not self._is_closed:
             self._is_closed = True
             self._compiler.close()

@@ -1,4 +1,4 @@
-"""What a step costs by count: kernels, the bytes that it must move at the least, and those that its kernels move."""
+"""A step's cost by count: its kernels, the bytes that it must move, and the bytes that its kernels do move."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinyvllm.scheduling.plan import StepPlan
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """The matrices as they lie on the device."""
+    """The model's matrices as stored on the device."""
 
     num_params: int
     nbytes: int
@@ -25,16 +25,16 @@ class WeightFacts:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One step's. `nbytes` are those of the plan, not of the bucket's padding: each matrix once, of the embedding table
-    the tokens' rows, keys and values of the context before this step, and those of its tokens. Norms and activations,
-    which need not leave the chip, do not count there; in `moved_bytes` they do."""
+    """The cost of one step. `nbytes` is the plan's minimum, without the bucket's padding: each matrix once, the tokens'
+    rows of the embedding table, keys and values of the context before this step, and those of its tokens. Norms and
+    activations, which need not leave the chip, count in `moved_bytes` only."""
 
     bucket: str
     num_kernels: int
     weight_bytes: int
     kv_read_bytes: int
     kv_written_bytes: int
-    moved_bytes: int  # by the kernels that are launched, each touching each of its arguments once
+    moved_bytes: int  # by the launched kernels, each of which touches each of its arguments once
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +51,7 @@ def weight_facts(model: Model) -> WeightFacts:
 
 
 class CostCounter:
-    """Counts what plans take of one model and pool."""
+    """Counts the cost of plans for one model and pool."""
 
     def __init__(self, model: Model, pool: KVPool, block_size: int) -> None:
         self._model = model
@@ -64,7 +64,7 @@ class CostCounter:
         self._row_bytes = model.embedding.nbytes // model.embedding.num_rows
 
     def count(self, bucket: str, calls: tuple[Call, ...], inputs: Tensor, plan: StepPlan) -> StepCost:
-        """Of one run of `calls`, which read what `plan` was packed to from `inputs`."""
+        """The cost of one run of `calls`, which read the packed `plan` from `inputs`."""
         model, num_tokens = self._model, plan.num_tokens
         weights = sum(matrix.nbytes for matrix in model.matrices)
         if model.head is not model.embedding:
@@ -80,12 +80,12 @@ class CostCounter:
         )
 
     def moved_by(self, call: Call, inputs: Tensor, plan: StepPlan) -> int:
-        """By one call: every argument once and whole, but for those that it looks things up in: the pool by the
-        sequences' lengths, rope and (beside the step's inputs, which are not counted) the embedding table by rows; and
-        a sampling kernel by what requests ask for."""
+        """Bytes of one call: each argument once and whole, except lookups: the pool by the sequences' lengths; rope and
+        (in calls that read the step's inputs) the embedding table by rows; and sampling by the requests' settings. The
+        step's inputs do not count."""
         own = _buffer(inputs)
         looks_up = any(id(buffer.base) == own for buffer in call.buffers)
-        # by place: scratch buffers are views of one arena, and a kernel may get the same one twice
+        # by place: scratch buffers are views of one arena, and a kernel may take the same one twice
         args = {(id(buffer.base), buffer.offset): (index, buffer) for index, buffer in enumerate(call.buffers)}
         moved = 0
         for (base, _), (index, buffer) in args.items():
@@ -101,16 +101,16 @@ class CostCounter:
 
 
 def _tokens_moved(call: Call, index: int, plan: StepPlan) -> int:
-    """How many tokens' keys (or values) `call` reads and writes in its argument `index`, a tensor of the pool."""
+    """The number of tokens whose keys (or values) `call` reads and writes in argument `index`, a tensor of the pool."""
     outs, ins = (call.target.arg.outs, call.target.arg.ins) if call.target.op is Ops.PROGRAM else ((0,), (1,))
     num_read = sum(entry.start for entry in plan.entries) if index in ins else 0
     return num_read + (plan.num_tokens if index in outs else 0)
 
 
 def _share_looked_at(call: Call, index: int, plan: StepPlan) -> float:
-    """Of argument `index` of a sampling kernel (see ops/sample.py), the share of the rows that it looks at: the leaders
-    read all logits; the noises, and the logits when a token is drawn, are those of rows that cut the distribution, or
-    rank the token. 1 for every other kernel."""
+    """The share of rows that a sampling kernel (ops/sampling/sample.py) reads of its argument `index`: `leaders` reads
+    all logits, but noises only of rows that cut the distribution; `draw` reads logits of rows that cut or rank the
+    token, and noises of those that cut. 1 for any other kernel."""
     name = call.target.arg.name if call.target.op is Ops.PROGRAM else ""
     if name.startswith("leaders_"):
         is_noise, is_logit = index == 2, False

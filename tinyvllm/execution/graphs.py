@@ -1,4 +1,4 @@
-"""One graph a bucket: fixed shapes, persistent inputs, nothing compiled while serving.
+"""One graph per bucket, with fixed shapes and persistent inputs, so that nothing is compiled while serving.
 
 The words, in the order in which a graph comes to be:
 
@@ -79,13 +79,13 @@ class Graph:
 
     bucket: Bucket
     layout: StepLayout
-    inputs: Tensor  # of the first instance, whose calls are looked at
+    inputs: Tensor  # of the first instance, whose calls are inspected
     instances: tuple[GraphInstance, ...]
-    trace_s: float  # seconds of tracing its steps, or reading them
+    trace_s: float  # seconds of tracing its steps, or restoring them
 
     @property
     def calls(self) -> tuple[Call, ...]:
-        """What one run launches."""
+        """The launches of one run."""
         return self.instances[0].step.calls
 
     @property
@@ -115,17 +115,17 @@ class GraphContext:
 
 @dataclass(frozen=True)
 class StepCode:
-    """A bucket's step as code that launches its kernels: on one instance's inputs, and the outputs from its own on."""
+    """A bucket's step as code that launches its kernels, on one instance's inputs and the outputs of all."""
 
     bucket: Bucket
     layout: StepLayout
     context: GraphContext
     inputs: Tensor
-    outputs: tuple[Tensor, ...]  # its own first, that of the previous step last
+    outputs: tuple[Tensor, ...]  # its own first, the previous step's last
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What it reads and writes beside the model's weights and the pool."""
+        """The tensors that it reads and writes, besides the model's weights and the pool."""
         return {"inputs": self.inputs, **{f"output {i}": tensor for i, tensor in enumerate(self.outputs)}}
 
     def forward(self) -> Tensor:
@@ -147,7 +147,7 @@ class StepCode:
 class PendingGraph:
     """A bucket's graph before it is captured: its steps are restored from the store, or traced and being compiled.
 
-    Nothing waits until `finish`. Nothing of it runs before, either, so that steps may be in flight meanwhile.
+    Until `finish` nothing waits, and none of its kernels run, so steps may be in flight meanwhile.
     """
 
     def __init__(self, bucket: Bucket, context: GraphContext, compiler: Compiler) -> None:
@@ -189,12 +189,12 @@ class PendingGraph:
     def _replay_instance(
         self, index: int, packer: InputPacker, send: Callable[[], None], forward: RecordedStep, processed: RecordedStep
     ) -> GraphInstance:
-        """The steps that were recorded on the first instance's tensors, on those of this one."""
+        """The steps recorded on the first instance's tensors, rebound to this one's."""
         device, own, first = self._context.backend.device, self._code(index).tensors, self._code(0).tensors
         others = {first[name]: own[name] for name in first} if index else {}
         step, processed = rebind(forward, others), rebind(processed, others)
         run = make_replay(device, step)
-        if not device.is_cpu:  # a GPU's graph is made by its first run: on padding alone, in the dummy block
+        if not device.is_cpu:  # a GPU's graph is built by its first run: on padding, in the dummy block
             run()
         return GraphInstance(
             packer=packer,
@@ -210,8 +210,8 @@ class PendingGraph:
     def _jit_instance(
         self, index: int, packer: InputPacker, send: Callable[[], None], forward: RecordedStep, processed: RecordedStep
     ) -> GraphInstance:
-        """The step's code captured by TinyJit: the forward pass, sampling, and sampling from processed logits. The
-        recorded steps say which kernels that must give, and have compiled them."""
+        """The step's code captured by TinyJit: the forward pass, sampling, and sampling from processed logits. It must
+        give the kernels of the recorded steps, which are compiled already."""
         code = self._code(index)
         run_forward = JitReplay(code.forward)
         *hidden, logits_buffer = run_forward.step.kept
@@ -247,7 +247,7 @@ class PendingGraph:
             cut_here()
             return code.sample(logits)
 
-        # a kept step has no kernels to hand to TinyJit, which takes the kept programs only
+        # TinyJit must see the kernels themselves, which a saved step does not have; saved programs it can use
         store = None if context.is_jit else self._compiler.store
         tensors = code.tensors | get_state_dict(
             {"model": context.model, "backend": context.backend, "pool": context.pool}
@@ -280,7 +280,7 @@ class Piece:
             try:
                 self.store.write_step(self.name, save_step(step, self.tensors, self.notes))
             except CacheError as error:
-                logger.info("not kept for the next start: %s", error)
+                logger.info("not saved for the next start: %s", error)
         return step
 
 
@@ -307,9 +307,9 @@ def _restore_or_trace(
 def step_name(
     bucket: Bucket, model: Model, backend: Backend, pool: KVPool, layout: StepLayout, tensors: dict[str, Tensor]
 ) -> str:
-    """A hash of everything that decides what is traced: our code, the model's shape and formats, the settings.
+    """A hash of all that decides what is traced: our code, the model's shape and formats, the settings.
 
-    An attribute of the backend that has no repr of its own only makes the name new at every start."""
+    An attribute of the backend without a repr of its own only makes the name new at every start."""
     facts = (
         sources_digest(),
         tuning.current.digest,
@@ -322,7 +322,7 @@ def step_name(
 
 
 def model_digest(model: Model, backend: Backend) -> str:
-    """A hash of the model's shape and formats and of how its backend was set up."""
+    """A hash of the model's shape and formats and of its backend's settings."""
     matrices = [(m.format, m.num_rows, m.num_cols, m.used_rows, m.layout) for m in model.matrices]
     settings = {key: value for key, value in sorted(vars(backend).items()) if not isinstance(value, Tensor)}
     facts = (
@@ -334,7 +334,7 @@ def model_digest(model: Model, backend: Backend) -> str:
 
 @functools.cache
 def sources_digest() -> str:
-    """A hash of this package's code, all of which may decide what a step is."""
+    """A hash of this package's code, since all of it may affect a step."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):

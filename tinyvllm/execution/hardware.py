@@ -1,4 +1,4 @@
-"""A device's rates without a model on it."""
+"""A device's measured rates, without a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from tinyvllm.device.hardware import measure_flops
 
 
 def measure_device(num_cores: int | None = None) -> tuple[float, float]:
-    """(bytes, operations) a second of the default device, by tests of a few seconds. Raises DeviceError."""
+    """(bytes, operations) per second of the default device, by tests of a few seconds. Raises DeviceError."""
     device = open_device(num_cores or usable_cores())
     return measure_bandwidth(device), measure_flops(device)

@@ -1,4 +1,4 @@
-"""A plan as the int32 arrays that the kernels read, padded to its bucket."""
+"""Packing a plan into the int32 arrays that the kernels read, padded to its bucket."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from tinyvllm.scheduling.request import Request
 
 
 class Scored:
-    """Whose settings a row holds that scores a prompt's token: nobody's."""
+    """Stands for a request in rows that score a prompt's token, which have no request's settings."""
 
 
 SCORED = Scored()
-FLOATS = ("temperature", "top_p", "min_p")  # settings that travel as their bits
+FLOATS = ("temperature", "top_p", "min_p")  # settings that are passed as their bits
 
 
 class InputPacker:
     """Writes plans into one bucket's input buffer, in place.
 
-    What the buffer holds already is not written again: a sequence that keeps its row adds the blocks that are new, and
-    leaves its sampling settings as they are. So a decode step writes some words a sequence, whatever its length.
+    Nothing is written twice: a sequence that keeps its row adds only its new blocks, and its sampling settings stay. So
+    a decode step writes a few words per sequence, whatever the length.
     """
 
     def __init__(self, layout: StepLayout, buffer: np.ndarray) -> None:
         self.layout = layout
         self.views = layout.views(buffer)
         self.floats = {name: self.views[name].view(np.float32) for name in FLOATS}
-        # by row: whose table it is and how many of its blocks stand there; whose settings they are
+        # by row: the owner of the table and how many of its blocks are there; the owner of the settings
         self._tables: list[tuple[Request | None, int, int]] = [(None, 0, 0)] * layout.num_seqs
         self._samplers: list[Request | Scored | None] = [None] * layout.num_seqs
         self._suppressing: set[int] = set()  # sampled rows with suppressed ids
@@ -45,7 +45,7 @@ class InputPacker:
         self.views["seq_rows"][:] = self.layout.num_seqs
 
     def pack(self, plan: StepPlan) -> None:
-        """Fill the buffer. Rows behind the plan's are padding again, whatever they held before."""
+        """Fill the buffer. Rows after the plan's become padding again."""
         views, layout = self.views, self.layout
         if plan.num_tokens > layout.num_tokens or len(plan.entries) > layout.num_seqs:
             raise InvariantError(f"{plan.num_tokens} tokens of {len(plan.entries)} sequences do not fit into {layout}")
@@ -55,14 +55,14 @@ class InputPacker:
             self._pack_single_tokens(plan.entries)
         else:
             self._pack_tokens(plan.entries)
-        # a padded row's table is the all-zero one behind the last, its slot lies in the dummy block
+        # a padding row uses the all-zero table after the last one, and a slot in the dummy block
         padding = (("token_ids", 0), ("positions", 0), ("slots", 0), ("seq_rows", layout.num_seqs))
         for name, value in padding:
             views[name][plan.num_tokens :] = value
         self._pack_samples(plan)
 
     def _pack_table(self, index: int, entry: Scheduled) -> None:
-        """Block table `index`: what it lacks of the sequence's blocks."""
+        """Add the sequence's missing blocks to block table `index`."""
         request, stop = entry.request, entry.start + entry.count
         num_blocks = -(-stop // self.layout.block_size)
         if num_blocks > len(request.block_ids):
@@ -70,14 +70,14 @@ class InputPacker:
                 f"request {request.request_id} has {len(request.block_ids)} blocks, but computes up to token {stop}"
             )
         owner, generation, num_there = self._tables[index]
-        if owner is not request or generation != request.num_preemptions:  # a preempted one has other blocks
+        if owner is not request or generation != request.num_preemptions:  # a preempted request has new blocks
             num_there = 0
         if num_blocks > num_there:
             self.views["block_tables"][index, num_there:num_blocks] = request.block_ids[num_there:num_blocks]
             self._tables[index] = (request, request.num_preemptions, num_blocks)
 
     def _pack_single_tokens(self, entries: tuple[Scheduled, ...]) -> None:
-        """One token row a sequence, all fields at once."""
+        """One token row per sequence, all fields at once."""
         views, size, num = self.views, self.layout.block_size, len(entries)
         starts = [entry.start for entry in entries]
         blocks = [entry.request.block_ids[entry.start // size] for entry in entries]
@@ -99,7 +99,7 @@ class InputPacker:
             row += entry.count
 
     def _pack_samples(self, plan: StepPlan) -> None:
-        """Sampling parameters by sampled sequence, in `plan.sampled`'s order."""
+        """Sampling parameters of each sampled sequence, in the order of `plan.sampled`."""
         views, row = self.views, 0
         draws: list[int] = []
         logit_rows: list[int] = []
@@ -119,7 +119,7 @@ class InputPacker:
                 self._forget_settings(index)
 
     def _pack_settings(self, index: int, request: Request) -> None:
-        """Row `index` of what is sampled, where it holds another's settings; and the ids that are suppressed now."""
+        """Write a request's settings into sampled row `index`, unless they are there; and the ids suppressed now."""
         views, params = self.views, request.params
         if self._samplers[index] is not request:
             self._samplers[index] = request
@@ -134,7 +134,7 @@ class InputPacker:
             self._pack_suppressed(index, suppressed_ids)
 
     def _pack_scores(self, plan: StepPlan, num_sampled: int) -> int:
-        """Logit rows behind those that sample: greedy, with the prompt's own next token forced. Returns their end."""
+        """Logit rows after the sampled ones: greedy, with the prompt's own next token forced. Returns their end."""
         views, index, row = self.views, num_sampled, 0
         if plan.num_logit_rows > self.layout.num_seqs:
             raise InvariantError(f"{plan.num_logit_rows} rows of logits do not fit into {self.layout}")
@@ -160,7 +160,7 @@ class InputPacker:
         (self._suppressing.add if ids else self._suppressing.discard)(index)
 
     def _forget_settings(self, index: int) -> None:
-        """Row `index` samples for nobody: greedily, without logprobs."""
+        """Reset sampled row `index`: greedy, without logprobs."""
         self._samplers[index] = None
         self.views["forced"][index] = -1
         self.floats["temperature"][index] = 0.0
@@ -169,20 +169,20 @@ class InputPacker:
 
 
 def newest_token(request: Request) -> int:
-    """The last token's id, or where a token in flight is fed from."""
+    """The last token's id, or the reference to a token in flight."""
     if request.num_in_flight:
         return known_or_fed(request, request.num_tokens - 1, request.num_tokens)[0]
     return request.output_ids[-1] if request.output_ids else request.prompt_ids[-1]
 
 
 def known_or_fed(request: Request, start: int, stop: int) -> list[int]:
-    """Token ids [start, stop). One that is in flight is -1 - its row in the output of the step before."""
+    """Token ids [start, stop). A token in flight is -1 - its row in the previous step's output."""
     ids = request.tokens(start, stop)
     if len(ids) == stop - start:
         return ids
     if request.num_in_flight != 1 or len(ids) != stop - start - 1:
         raise InvariantError(
-            f"request {request.request_id} has {request.num_in_flight} tokens in flight, but a step wants "
-            f"{stop - start - len(ids)} of them: it can have the newest only"
+            f"request {request.request_id} has {request.num_in_flight} tokens in flight, but a step needs "
+            f"{stop - start - len(ids)} of them: only the last one can be fed"
         )
     return [*ids, -1 - request.flight_row]

@@ -1,4 +1,4 @@
-"""How much one step may hold where nobody says so: what suits the device."""
+"""The default limits of one step, by device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from tinyvllm.device.kinds import kind_of
 
 
 def resolve_limits(config: EngineConfig, device: DeviceHandle | None = None) -> Limits:
-    """What the settings say, and the device's own limits where they say nothing: the one is fitted to the other where
-    only one is given. `device`: None opens the default one. Raises DeviceError."""
+    """The limits in the settings, or else the device's. If only one is set, the other is fitted to it. `device`: None
+    opens the default one. Raises DeviceError."""
     seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
     if seqs is not None and tokens is not None:
         return Limits(seqs, tokens)

@@ -28,7 +28,7 @@ class SamplingRows:
         self._allowed: dict[Request, np.ndarray] = {}  # the words of allowed_token_ids, of requests with a row
 
     def pack(self, plan: StepPlan, views: dict[str, np.ndarray]) -> None:
-        """Write what the step's sampled requests ask for into the state and into the step's inputs."""
+        """Write the sampled requests' settings into the state and the step's inputs."""
         sampled = [entry.request for entry in plan.sampled]
         processed = {r for r in sampled if r.needs_logits_processing and r.status is not Status.FINISHED}
         for request in [request for request in self._rows if request not in processed]:
@@ -66,7 +66,7 @@ class SamplingRows:
             views[name].view(np.float32)[index] = getattr(params, name)
 
     def _mask(self, request: Request) -> np.ndarray:
-        """(W,) uint32: a bit for each id that may be sampled now."""
+        """(W,) uint32: a bit for each id that may be sampled next."""
         words = self._words
         if request.constraint is not None:
             request.constraint.fill_mask(words.view(np.int32))
@@ -80,7 +80,7 @@ class SamplingRows:
         return words
 
     def _allowed_words(self, request: Request, ids: tuple[int, ...]) -> np.ndarray:
-        """(W,) uint32, made once while the request has its row: a grammar's mask meets it at every step."""
+        """(W,) uint32. Built once per row, since a grammar's mask is combined with it at every step."""
         if request not in self._allowed:
             self._allowed[request] = _bits(ids, len(self._words))
         return self._allowed[request]

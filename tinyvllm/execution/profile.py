@@ -1,7 +1,9 @@
-"""What each kernel of a step is, and how long it takes: the recorded calls of the serving graph, timed one by one.
+"""The kernels of a step, each with its name and its time: the recorded calls of the serving graph, timed one by one.
 
-A call is known by the tensors that it touches: those of the model and the pool have names (`model.layers.3.qkv...`),
-which say layer and role whatever the kernel is called, for traced and for kept steps, on every device.
+A call is identified by the tensors that it touches: those of the model and the pool have names
+(`model.layers.3.qkv...`), which give layer and role whatever the kernel is called, for traced and saved steps, on every
+device. The role in the name of a kernel of ours only decides where the tensors do not: tinygrad's KernelInfo has a
+name, but no field for a role.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ from tinyvllm.profiling.roofline import attended_keys
 from tinyvllm.scheduling.plan import StepPlan
 
 _LAYER = re.compile(r"\.(?:layers|keys|values)\.(\d+)")
-UNPACK = "unpack"  # the role of a kernel that writes a quantised matrix out, for a product that reads it so
-_OUTSIDE_LAYERS = ("take rows", "embed")  # roles of kernels that touch no tensor which says so
+UNPACK = "unpack"  # the role of a kernel that unpacks a quantized matrix for a product
+_OUTSIDE_LAYERS = ("take rows", "embed")  # roles of kernels that touch no tensor with a name
 
 
 @dataclass(frozen=True)
 class CallName:
-    """What a call does."""
+    """The operation of a call, and its layer."""
 
     operation: str
     layer: int | None
@@ -45,7 +47,7 @@ class CallName:
 
 @dataclass(frozen=True)
 class Named:
-    """A tensor of the model or the pool. `matrix`: the (share of a) matrix that it is a plane of."""
+    """A tensor of the model or the pool. `matrix`: the matrix (or a core's share of one) that it is a plane of."""
 
     path: str
     nbytes: int
@@ -62,7 +64,7 @@ class Named:
 
     @property
     def role(self) -> str:
-        """`model.layers.3.gate_up.planes.0` is gate up, `model.norm.weight` final norm."""
+        """`model.layers.3.gate_up.planes.0` is "gate up", `model.norm.weight` "final norm"."""
         parts = self.path.split(".")
         role = parts[3] if self.layer is not None else parts[1]
         return {"norm": "final norm", "embedding": "head"}.get(role, role.replace("_", " "))
@@ -76,21 +78,21 @@ class CallNamer:
         matrices = {_base(plane): part for matrix in model.matrices for part in matrix.parts for plane in part.planes}
         self._named = {
             _base(tensor): Named(path, tensor.nbytes(), matrices.get(_base(tensor)))
-            for path, tensor in reversed(list(tensors.items()))  # of two names, the first: a tied head is the embedding
+            for path, tensor in reversed(list(tensors.items()))  # the first of two names: a tied head is the embedding
         }
 
     def touched(self, call: Call) -> list[Named]:
-        """The named tensors among the call's arguments, the largest first; those of matrices before all others."""
+        """The named tensors among the call's arguments: those of matrices first, then by size, the largest first."""
         found = {id(buffer.base): self._named.get(id(buffer.base)) for buffer in call.buffers}
         return sorted((n for n in found.values() if n), key=lambda n: (n.matrix is None, not n.is_pool, -n.nbytes))
 
     def name(self, calls: Sequence[Call], cut: int) -> list[CallName]:
-        """In the calls' order. `cut`: from there on they sample."""
+        """Names in the order of the calls. `cut`: the first call that samples."""
         names: list[CallName | None] = [
             CallName(SAMPLE, None) if number >= cut else self._by_tensors(call) for number, call in enumerate(calls)
         ]
         consumers = list(_consumers(calls))
-        for number in reversed(range(len(calls))):  # a consumer lies behind, and has its name already
+        for number in reversed(range(len(calls))):  # a consumer comes later, so it has its name already
             if names[number] is None and is_generated(_program(calls[number])):
                 consumer = consumers[number]
                 after = None if consumer is None else names[consumer]
@@ -109,7 +111,7 @@ class CallNamer:
         return CallName(f"{first.role}, unpacked" if role == UNPACK else first.role, first.layer)
 
     def _by_place(self, calls: Sequence[Call], names: Sequence[CallName | None], number: int) -> CallName:
-        """A kernel of ours between two layers' works for the one before it."""
+        """A kernel of ours that touches no named tensor belongs to the layer before it."""
         operation = role_of(_program(calls[number])) or "other"
         before = next((name for name in reversed(names[:number]) if name is not None), None)
         layer = None if before is None or operation in _OUTSIDE_LAYERS else before.layer
@@ -119,9 +121,9 @@ class CallNamer:
 def profile_step(
     graph: Graph, model: Model, pool: KVPool, device: DeviceHandle, plan: StepPlan, *, repeats: int, warmup: int
 ) -> StepProfile:
-    """Time the step that `plan` was packed into, in the graph's first instance, as it runs and kernel by kernel.
+    """Time the step of `plan` in the graph's first instance, as a whole and kernel by kernel.
 
-    Runs the step again and again: its tokens' keys and values are written to the same slots each time."""
+    The step runs repeatedly, and writes its tokens' keys and values to the same slots each time."""
     instance = graph.instances[0]
     instance.packer.pack(plan)
     instance.send()
@@ -164,7 +166,7 @@ def profile_step(
 
 
 def merge_cores(kernels: Sequence[Kernel]) -> list[Kernel]:
-    """The shares of several cores as one kernel each: the slowest's time, the bytes and operations of all."""
+    """Merge the cores' shares of each kernel: the slowest one's time, and the bytes and operations of all."""
     shares: dict[tuple[str, int], list[Kernel]] = {}
     seen: dict[tuple[str, str], int] = {}
     for kernel in kernels:
@@ -182,8 +184,8 @@ def merge_cores(kernels: Sequence[Kernel]) -> list[Kernel]:
 
 
 class FlopCounter:
-    """Multiplications and additions of matrix products and attention; of norms, rope and sampling nothing is counted.
-    Those of the plan, not of the bucket's padding."""
+    """Counts multiplications and additions of matrix products and attention, but not of norms, rope and sampling; for
+    the plan, without the bucket's padding."""
 
     def __init__(self, model: Model, pool: KVPool, block_size: int) -> None:
         self._namer = CallNamer(model, pool)
@@ -191,35 +193,35 @@ class FlopCounter:
         self._pool = {_base(tensor): tensor.numel() for tensor in pool.tensors}
 
     def count(self, calls: Sequence[Call], plan: StepPlan) -> list[int]:
-        """Of one run of each call."""
+        """Operations of one run of each call."""
         unpacked: dict[tuple[int, int], Named] = {}
         counts = []
         for call in calls:
             role, touched = role_of(_program(call)), self._namer.touched(call)
             first = next(iter(touched), None)
             copies = [unpacked[_place(buffer)] for buffer in call.buffers if _place(buffer) in unpacked]
-            for buffer in _written(call):  # scratch memory is used again and again
+            for buffer in _written(call):  # scratch memory is reused
                 unpacked.pop(_place(buffer), None)
                 if role == UNPACK and first is not None:
                     unpacked[_place(buffer)] = first
             if first is not None and first.is_pool:
                 counts.append(self._of_attention(call, first.layer or 0, plan))
-            elif role in (UNPACK, "embed"):  # which copy weights, and multiply none
+            elif role in (UNPACK, "embed"):  # these copy weights, and multiply nothing
                 counts.append(0)
             else:
                 counts.append(self._of_product([*touched, *copies], plan))
         return counts
 
     def _of_product(self, touched: Sequence[Named], plan: StepPlan) -> int:
-        """Each weight once for each row, for the matrices among what a call touches."""
+        """Two operations for each weight and row, over the matrices that a call touches."""
         parts = {id(named.matrix): named for named in touched if named.matrix is not None}
         weights = sum(part.matrix.used_rows * part.matrix.num_cols for part in parts.values() if part.matrix)
         rows = plan.num_tokens if all(part.layer is not None for part in parts.values()) else len(plan.sampled)
         return 2 * rows * weights
 
     def _of_attention(self, call: Call, layer: int, plan: StepPlan) -> int:
-        """Products with keys and with values, two operations each for every element of a head; nothing where only the
-        pool is written."""
+        """Products with keys and with values, each two operations per element of a head; 0 if the call only writes the
+        pool."""
         in_pool = {id(buffer.base) for buffer in call.buffers} & set(self._pool)
         if all(id(buffer.base) in in_pool for buffer in _written(call)):
             return 0
@@ -235,7 +237,7 @@ def _launches(kernels: Sequence[Kernel], times: Sequence[CallTime]) -> Iterator[
 
 
 def _consumers(calls: Sequence[Call]) -> Iterator[int | None]:
-    """For each call the first later one that reads what it writes."""
+    """For each call, the first later call that reads what it writes."""
     for number, call in enumerate(calls):
         written = {(id(b.base), b.offset) for b in _written(call)}
         yield next(

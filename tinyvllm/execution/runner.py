@@ -1,4 +1,4 @@
-"""The model on its device: weights, pool and graphs, behind `execute(plan)`."""
+"""The model on its device: weights, pool and graphs, run by `execute(plan)`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tinyvllm.errors import DeviceError
 from tinyvllm.execution.buckets import Bucket, make_buckets
 from tinyvllm.execution.capacity import MemoryFacts, jit_scratch_bytes, plan_capacity, scratch_bytes
 from tinyvllm.execution.captures import Captures
-from tinyvllm.execution.captures import Progress as Progress  # for those above
+from tinyvllm.execution.captures import Progress as Progress  # re-exported for callers
 from tinyvllm.execution.cost import weight_facts
 from tinyvllm.execution.graphs import Graph, GraphContext, GraphInstance, model_digest
 from tinyvllm.execution.limits import resolve_limits
@@ -44,12 +44,12 @@ from tinyvllm.storage.model_config import read_model_config
 
 logger = logging.getLogger(__name__)
 
-ROW_STEP = 64  # outputs and sampling state have a multiple of so many rows, so that kept steps fit other --max-num-seqs
+ROW_STEP = 64  # rows of outputs and sampling state are a multiple of this, so that saved steps fit other --max-num-seqs
 
 
 def load_runner(files: ModelFiles, config: EngineConfig, progress: Progress | None = None) -> ModelRunner:
-    """Open the device, load the weights and make the pool. Graphs come with `warm_up`. All on the calling thread:
-    tinygrad's caches belong to the thread that opened the device.
+    """Open the device, load the weights and create the pool; `warm_up` captures the graphs. Call all of it on one
+    thread: tinygrad's caches belong to the thread that opened the device.
 
     Raises ModelError, CapacityError, DeviceError.
     """
@@ -60,14 +60,14 @@ def load_runner(files: ModelFiles, config: EngineConfig, progress: Progress | No
 def load_random_runner(
     model_config: ModelConfig, kind: str, config: EngineConfig, progress: Progress | None = None
 ) -> ModelRunner:
-    """`load_runner` for a shape alone: weights of `kind` (float16, Q4_0, ...) are drawn from config.seed."""
+    """`load_runner` for a shape alone, with random weights of `kind` (float16, Q4_0, ...) seeded by config.seed."""
     return make_runner(model_config, RandomWeights(kind, config.seed), config, progress)
 
 
 def make_runner(
     model_config: ModelConfig, source: WeightSource, config: EngineConfig, progress: Progress | None = None
 ) -> ModelRunner:
-    """`load_runner` for a model whose settings are known and whose tensors come from `source`."""
+    """`load_runner` for known settings, with tensors from `source`."""
     report = progress or (lambda stage, done, total: None)
     model_config = complete_config(model_config)
     device = open_device(min(config.cpu_cores or usable_cores(), model_config.num_kv_heads))
@@ -107,16 +107,16 @@ def make_runner(
 class Flight:
     """A step that was enqueued and not yet read."""
 
-    number: int  # of all steps that were launched
+    number: int  # counted over all launched steps
     plan: StepPlan
     graph: Graph
     instance: GraphInstance
     reader: OutputReader
     pack_s: float
-    packed_s: float  # perf_counter's time
+    packed_s: float  # by perf_counter
 
     def measured(self, stage: str) -> measure.OpenSpan | measure.Nothing:
-        """A span that says which step it is of."""
+        """A span tagged with the step."""
         return measure.span(stage, bucket=self.name, step=self.number)
 
     @property
@@ -125,7 +125,7 @@ class Flight:
 
 
 class ModelRunner:
-    """Owns the device's side of the engine. One thread only."""
+    """Owns the device's side of the engine. For one thread."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class ModelRunner:
 
     @property
     def max_in_flight(self) -> int:
-        """Steps that may be launched before the first of them is collected."""
+        """The number of steps that may be launched before the first is collected."""
         return len(self.outputs)
 
     @property
@@ -165,12 +165,12 @@ class ModelRunner:
     # -- graphs: docs/ARCHITECTURE.md, "Invariants" ------------------------------------------------------------------
 
     def warm_up(self, progress: Progress | None = None) -> None:
-        """Capture every bucket's graph. After this nothing is compiled."""
+        """Capture every bucket's graph. Afterwards nothing is compiled any more."""
         self.captures.make_all(progress)
         self._log_tuning()
 
     def warm_up_first(self, progress: Progress | None = None) -> None:
-        """Capture the graphs that any plan can run in; `captures.advance` makes the others, one after another."""
+        """Capture the graphs that serve everything; `captures.advance` captures the others, one after another."""
         self.captures.make_first(progress)
         self._log_tuning()
 
@@ -184,20 +184,20 @@ class ModelRunner:
 
     @property
     def num_captures(self) -> int:
-        """Graphs that were captured."""
+        """The number of captures."""
         return self.captures.num_made
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def execute(self, plan: StepPlan) -> StepOutput:
-        """Run one step and wait for its tokens. Raises DeviceError where the device fails."""
+        """Run one step and wait for its tokens. Raises DeviceError if the device fails."""
         flight = self.launch(plan)
         self.sample(flight)
         return self.collect(flight)
 
     def launch(self, plan: StepPlan) -> Flight:
-        """Enqueue one step, and what reads its tokens; of a step with logits processing, only what comes before
-        sampling. Raises DeviceError."""
+        """Enqueue one step and the reading of its tokens; with logits processing, only the part before sampling. Raises
+        DeviceError."""
         start = time.perf_counter()
         graph, number = self.captures.graph_for(plan), self._num_launched % len(self.outputs)
         instance = graph.instances[number]
@@ -261,45 +261,45 @@ class ModelRunner:
             raise DeviceError(f"step {flight.name} failed on {self.device}: {error}") from error
 
     def close(self) -> None:
-        """Let go of graphs, pool and weights. The runner cannot be used again."""
+        """Release graphs, pool and weights. The runner cannot be used again."""
         self.captures.clear()
         self.pool.keys.clear()
         self.pool.values.clear()
 
-    # -- what it is made of ------------------------------------------------------------------------------------------
+    # -- its parts ---------------------------------------------------------------------------------------------------
 
     def tuning_name(self, bucket: Bucket) -> str:
-        """What `Choices.searched` calls a bucket of this model."""
+        """The name of a bucket of this model in `Choices.searched`."""
         name = model_digest(self.model, self.backend)
         return f"{name} {bucket.name} of {self.capacity.max_num_seqs} x {self.capacity.max_model_len}"
 
     @property
     def is_tuned(self) -> bool:
-        """Whether a search has been over every bucket."""
+        """Whether every bucket was searched."""
         return all(self.tuning_name(bucket) in tuning.current.searched for bucket in self.buckets)
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        """Decode buckets by size, then the others."""
+        """Decode buckets by size, then token buckets."""
         return self.captures.buckets
 
     @property
     def store(self) -> ProgramStore | None:
-        """Where programs and steps are kept for the next start."""
+        """Programs and steps saved for the next start."""
         return self.captures.store
 
     def wait(self) -> None:
-        """Return when the device has done all that was launched."""
+        """Return when the device has run everything that was launched."""
         self.backend.device.wait()
 
 
 def padded_rows(max_num_seqs: int) -> int:
-    """Rows of a step's output and of the sampling state."""
+    """Rows of a step's output and of the sampling state for `max_num_seqs` sequences."""
     return -(-max_num_seqs // ROW_STEP) * ROW_STEP
 
 
 def make_output(plan: StepPlan, rows: np.ndarray, *, pack_s: float, device_s: float) -> StepOutput:
-    """Unpack the graph's (R, OUT_WIDTH) int32 rows: first those of the plan's sampled entries, then the scores."""
+    """Unpack the graph's (R, OUT_WIDTH) int32 rows: first the plan's sampled entries, then the scores."""
     sampled = plan.sampled
     tokens = tuple(rows[: len(sampled), OUT_TOKEN].tolist())
     logprobs = tuple(
@@ -314,12 +314,12 @@ def make_output(plan: StepPlan, rows: np.ndarray, *, pack_s: float, device_s: fl
 
 
 def read_logprobs(row: np.ndarray, count: int | None) -> TokenLogprobs | None:
-    """The logprobs of one output row, with the `count` likeliest tokens; None: not asked for."""
+    """The logprobs of one output row with the `count` likeliest tokens, or None if `count` is."""
     return None if count is None else next(read_scores(row[None], count))
 
 
 def read_scores(rows: np.ndarray, count: int) -> Iterator[TokenLogprobs]:
-    """The logprobs of output rows. A vocabulary may have fewer than `count` tokens."""
+    """The logprobs of output rows with up to `count` likeliest tokens: a vocabulary may have fewer."""
     floats = rows.view(np.float32)
     for row, values in zip(rows, floats, strict=True):
         ids = row[OUT_TOP : OUT_TOP + count].tolist()

@@ -1,8 +1,8 @@
-"""The search for a bucket's fastest kernels: real steps on the real weights, one knob at a time.
+"""The search for a bucket's fastest kernels: real steps on the real weights, one kernel at a time.
 
-A candidate is timed where it will run, in the recorded step between its neighbours, since caches and launch gaps decide
-as much as the kernel. One that changes a token is thrown away. The search runs in a process of its own
-(`tune_worker.py`), because a bad kernel may take its process with it.
+A candidate is timed where it will run, within the recorded step, since caches and launch gaps matter as much as the
+kernel. A candidate that changes a token is rejected. The search runs in a process of its own (`tune_worker.py`), since
+a bad kernel may crash it.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
 NUM_WARM, NUM_TIMED = 3, 20
-LEAST_GAIN = 0.01  # of a step's time: a candidate that gains less is noise
-MOST_CONTEXT = 512  # tokens: beside a long context's attention, nobody sees what a product gains
+LEAST_GAIN = 0.01  # of a step's time: a smaller gain is noise
+MOST_CONTEXT = 512  # tokens: the attention of a longer context would hide what a product gains
 FILL_TOKEN_SEED = 11
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate about to be tried, or the result of one. `name` is the same in every process."""
+    """A candidate about to be tried, or its result. `name` is the same in every process."""
 
     bucket: str
     kernel: str
     chosen: Chosen
     name: str
-    seconds: float | None = None  # a step's, with it
+    seconds: float | None = None  # of a step with this candidate
 
 
 def search(runner: ModelRunner, bucket: Bucket, bad: set[str], begin: Callable[[Trial], None]) -> Iterator[Trial]:
-    """Try candidates for every tunable kernel of a bucket, and keep the best in `tuning.current`. `begin` is called
-    before each, so that whoever watches knows what ran when the process died. Yields every result."""
+    """Try the candidates of every tunable kernel of a bucket, and keep the best in `tuning.current`. `begin` is called
+    before each, so that a watcher knows which one ran when the process died. Yields every result."""
     plan = make_plan(runner, bucket)
     with tuning.current.watching() as asked:
         best_s, expected = time_step(runner, bucket, plan)
@@ -59,7 +59,7 @@ def search(runner: ModelRunner, bucket: Bucket, bad: set[str], begin: Callable[[
             if seconds is None:
                 bad.add(trial.name)
             elif seconds < best_s * (1 - LEAST_GAIN):
-                # the machine may only have been busy before: the gain must be there again, against what it beats
+                # the machine may have been busy before: the gain must hold against a new measurement of the best
                 best_s = min(best_s, time_step(runner, bucket, plan)[0])
                 yield Trial(bucket.name, trial.kernel, best, f"{key} {dict(best)}", best_s)
                 if seconds < best_s * (1 - LEAST_GAIN):
@@ -73,7 +73,7 @@ def search(runner: ModelRunner, bucket: Bucket, bad: set[str], begin: Callable[[
 def _try(
     runner: ModelRunner, bucket: Bucket, plan: StepPlan, key: str, chosen: Chosen, expected: np.ndarray
 ) -> float | None:
-    """A step's seconds with a candidate; None where it cannot be made or answers something else."""
+    """A step's seconds with a candidate; None if it cannot be built or gives other tokens."""
     before = tuning.current.chosen.get(key)
     tuning.current.chosen[key] = chosen
     try:
@@ -89,7 +89,7 @@ def _try(
 
 
 def time_step(runner: ModelRunner, bucket: Bucket, plan: StepPlan) -> tuple[float, np.ndarray]:
-    """The median seconds of a bucket's step as the present choices make it, and the tokens that it samples."""
+    """The median seconds of a bucket's step with the current choices, and its tokens."""
     runner.captures.remake(bucket)
     times: list[float] = []
     for repeat in range(NUM_WARM + NUM_TIMED):
@@ -101,8 +101,8 @@ def time_step(runner: ModelRunner, bucket: Bucket, plan: StepPlan) -> tuple[floa
 
 
 def make_plan(runner: ModelRunner, bucket: Bucket) -> StepPlan:
-    """A full step: a decode bucket's sequences in the middle of the longest context that fits the pool for all, or
-    prompts that fill a token bucket."""
+    """A full step: a decode bucket's sequences at half the longest context for which the pool has room, or prompts that
+    fill a token bucket."""
     capacity, rng = runner.capacity, np.random.default_rng(FILL_TOKEN_SEED)
     if bucket.is_decode:
         room = (capacity.num_blocks - 1) // bucket.num_seqs * capacity.block_size
@@ -120,7 +120,7 @@ def make_plan(runner: ModelRunner, bucket: Bucket) -> StepPlan:
 
 
 def describe(spec: Tunable) -> str:
-    """What a table calls a spec's kernel."""
+    """The name of a spec's kernel in tables."""
     name = str(getattr(spec, "name", "")) or type(spec).__name__.removesuffix("Spec").lower()
     size = [str(getattr(spec, field)) for field in ("num_tokens", "num_rows", "num_cols") if hasattr(spec, field)]
     return f"{name} {'x'.join(size)}".strip()

@@ -1,4 +1,4 @@
-"""What the parent and the worker of a search tell each other."""
+"""The messages between the parent and the worker of a search."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """What a worker says. `what`: ready (bucket names in `buckets`), begin, end, saved, done or failed."""
+    """A worker's message. `what`: ready (bucket names in `buckets`), begin, end, saved, done or failed."""
 
     what: str
     path: str = ""

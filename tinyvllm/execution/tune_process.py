@@ -1,7 +1,7 @@
-"""Tuning from outside: a worker process searches, and dies of a bad candidate in the parent's stead.
+"""Tuning from outside: a worker process searches, so that a bad candidate crashes the worker and not the parent.
 
-The worker says what it is about to try before it tries. When it ends or hangs in the middle, the parent writes that
-candidate down as bad and starts another, which goes on where the first was.
+The worker announces each candidate before it tries it. If it dies or hangs, the parent saves that candidate as bad and
+starts another worker, which continues where the first one stopped.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tinyvllm.ops.kernel.tuning import load_choices
 
 TRIAL_TIMEOUT_S = 120.0  # for one candidate, compiling included
 LOAD_TIMEOUT_S = 900.0
-MAX_DEATHS = 20  # of workers in one search: then something else is wrong
+MAX_DEATHS = 20  # of workers in one search: after that, something else is wrong
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search did. `num_bad`: candidates that could not be used. `is_complete`: within its budget."""
+    """The result of a search. `num_bad`: candidates that could not be used. `is_complete`: within its budget."""
 
     path: Path
     num_tried: int
@@ -35,9 +35,9 @@ class Outcome:
 def tune(
     job: Job, budget_s: float, report: Callable[[Event], None], work: Callable[..., None] | None = None
 ) -> Outcome:
-    """Search in workers until all is done or the budget is spent; what was found by then is kept.
+    """Search in workers until everything is searched or the budget is spent. Results so far are saved.
 
-    report: called with every event. Raises DeviceError when the model does not load, or workers keep dying."""
+    report: called with every event. Raises DeviceError if the model does not load or workers keep dying."""
     end_s = time.monotonic() + budget_s
     tally = _Tally()
     while not tally.is_done and time.monotonic() < end_s:
@@ -46,11 +46,11 @@ def tune(
         if tally.begun is not None and not tally.is_out_of_time:
             tally.deaths += 1
             _write_bad(Path(tally.path), tally.begun)
-            report(replace(tally.begun, what="end", message="the process died of it"))
+            report(replace(tally.begun, what="end", message="it crashed the process"))
             if tally.deaths >= MAX_DEATHS:
                 raise DeviceError(f"{tally.deaths} workers have died in one search, the last of {tally.begun.name}")
         elif not tally.is_done and not tally.is_out_of_time:
-            raise DeviceError(f"the tuning worker could not start: {tally.message or 'it ended without a word'}")
+            raise DeviceError(f"the tuning worker could not start: {tally.message or 'it ended without a message'}")
     return Outcome(Path(tally.path), tally.tried, tally.bad + tally.deaths, tally.is_done)
 
 
@@ -69,7 +69,7 @@ class _Tally:
 def _watch_worker(
     job: Job, end_s: float, tally: _Tally, report: Callable[[Event], None], work: Callable[..., None]
 ) -> None:
-    """One worker's life, or what the budget leaves of it."""
+    """Run one worker until it ends, or until the budget does."""
     context = multiprocessing.get_context("spawn")  # a device does not survive a fork
     here, there = context.Pipe()
     process = context.Process(target=work, args=(job, there), daemon=True)

@@ -1,4 +1,4 @@
-"""The process that searches: it says what it is about to try before it tries, so that its death can be blamed on it."""
+"""The process that searches. It announces each candidate first, so that a crash can be blamed on the candidate."""
 
 from __future__ import annotations
 

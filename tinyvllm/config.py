@@ -33,7 +33,7 @@ CAPTURE_VARIABLE = "TINYVLLM_CAPTURE"  # environment variable: the default of En
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched. kind 'llama3': Llama 3.1 model card; 'linear': position interpolation."""
+    """How rotary frequencies are scaled. kind 'llama3': Llama 3.1 model card; 'linear': position interpolation."""
 
     kind: str
     factor: float
@@ -44,13 +44,13 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embeddings (Su et al. 2021) of a layer's heads."""
+    """Rotary position embeddings (Su et al. 2021) in a layer's heads."""
 
     theta: float
     scaling: RopeScaling | None = None
     # llama.cpp stores llama3 scaling as a tensor of frequency divisors (rope_freqs.weight): (num_dims / 2,), or None
     divisors: tuple[float, ...] | None = None
-    num_dims: int | None = None  # rotated dimensions of a head, from the first on; None: all of them
+    num_dims: int | None = None  # rotated dimensions of a head, starting with the first; None: all
     is_interleaved: bool = False  # pairs are (2i, 2i + 1) rather than (i, i + num_dims / 2)
 
 
@@ -61,15 +61,15 @@ class LayerKind:
     num_heads: int  # H, query heads
     num_kv_heads: int  # K
     head_dim: int  # D
-    rope: Rope | None = None  # None: positions do not enter
-    score_scale: float | None = None  # of q . k; None: D ** -0.5
+    rope: Rope | None = None  # None: no position embeddings
+    score_scale: float | None = None  # factor of q . k; None: D ** -0.5
     window: int | None = None  # a token attends to itself and the window - 1 tokens before it; None: to all before it
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
-    has_sinks: bool = False  # a learned logit for each head takes part in the softmax, with no value
-    head_norm_eps: float | None = None  # of the RMSNorm of each head of q and k, before rope; None: they have none
-    value_norm_eps: float | None = None  # of the RMSNorm without a weight of each head of v
+    has_sinks: bool = False  # the softmax includes a learned logit per head, which has no value
+    head_norm_eps: float | None = None  # of the RMSNorm on each head of q and k, before rope; None: no such norm
+    value_norm_eps: float | None = None  # of the weightless RMSNorm on each head of v; None: no such norm
     has_bias: bool = False  # q, k and v have biases
-    kv_layer: int | None = None  # the earlier layer whose keys and values it reads; None: it has its own
+    kv_layer: int | None = None  # the earlier layer whose keys and values it reads; None: its own
 
     @property
     def q_size(self) -> int:
@@ -102,17 +102,17 @@ class ModelConfig:
     tie_embeddings: bool
     rope_scaling: RopeScaling | None = None
     rope_divisors: tuple[float, ...] | None = None  # as in Rope
-    dtype: str = "float16"  # what the checkpoint's unquantized matrices are stored in
+    dtype: str = "float16"  # of the checkpoint's unquantized matrices
     name: str = ""
     activation: str = "silu"  # of the feed-forward's gate: a name of ops/activation.py
-    window: int | None = None  # tokens that a windowed layer attends to, its own included; None: no layer is windowed
-    windowed: tuple[bool, ...] = ()  # by layer, over again where it is shorter; (): all of them, if there is a window
-    local_rope: Rope | None = None  # of windowed layers, where theirs is another
+    window: int | None = None  # tokens that a windowed layer attends to, including the current one; None: no windows
+    windowed: tuple[bool, ...] = ()  # per layer, repeated as a pattern; (): all layers, if there is a window
+    local_rope: Rope | None = None  # of windowed layers, if it differs
     score_scale: float | None = None  # as in LayerKind
     score_softcap: float | None = None
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
-    norm_offset: float = 0.0  # to be added to norms' weights as they are stored: 1 in Gemma's Hugging Face files
-    # by layer, over again where there are fewer; set by the family (model/registry.py); (): what the fields above say
+    norm_offset: float = 0.0  # added to the stored weights of norms: 1 in Gemma's Hugging Face files
+    # per layer, repeated as a pattern; set by the family (model/registry.py); (): derived from the fields above
     layer_kinds: tuple[LayerKind, ...] = ()
 
     @cached_property
@@ -123,7 +123,7 @@ class ModelConfig:
         return tuple(self.kind_of(i) for i in range(self.num_layers))
 
     def kind_of(self, layer: int) -> LayerKind:
-        """What the files say of a layer's attention; a family adds what its architecture implies."""
+        """A layer's attention according to the files; a family adds what its architecture implies."""
         is_windowed = self.window is not None and (not self.windowed or self.windowed[layer % len(self.windowed)])
         rope = Rope(self.rope_theta, self.rope_scaling, self.rope_divisors)
         return LayerKind(

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Set up what is missing, fetch the default model, then lint, dead code, types and tests.
+# Set up what is missing, fetch the models of the tests, then lint, dead code, types and tests.
 # Arguments are pytest's: bash scripts/test.sh tests/scheduling -k preempt
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
 export DEV="${DEV:-CPU}" # the device that every machine has
 set_up dev
-"$venv/bin/tinyvllm" pull "$default_model"
+for model in "$default_model" gemma-3-270m; do
+    "$venv/bin/tinyvllm" pull "$model"
+done
 cd "$repo"
 failed=0 # all are run, so that one run says everything
 "$venv/bin/python" -m ruff check --output-format concise . || failed=1

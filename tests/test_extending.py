@@ -27,11 +27,13 @@ _FILE = re.compile(r"# (tinyvllm/[\w/]+)\.py\n")
 TABLES = (
     ("tinyvllm.cli.commands", "COMMANDS"),
     ("tinyvllm.device.kinds", "KINDS"),
+    ("tinyvllm.model.registry", "FAMILIES"),
     ("tinyvllm.model.weights.quant", "QUANTIZED_KINDS"),
     ("tinyvllm.ops.activation", "ACTIVATIONS"),
     ("tinyvllm.ops.sampling.logits_processing", "FILTERS"),
     ("tinyvllm.ops.step_inputs", "PROCESSING_FLOATS"),
     ("tinyvllm.server.routes", "ROUTES"),
+    ("tinyvllm.storage.families", "KNOWN_ARCHITECTURES"),
     ("tinyvllm.text.reasoning", "FORMATS"),
     ("tinyvllm.text.tools", "FAMILIES"),
 )

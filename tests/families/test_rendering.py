@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,15 @@ from tinyvllm.ops.step_inputs import StepLayout
 from tinyvllm.storage.model_config import read_model_config
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gemma3_capped", "mistral", "qwen2"])
-@pytest.mark.parametrize("is_decode", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize(
+    ("name", "is_decode"), [("gemma3", True), ("gemma3", False), ("mistral", False), ("qwen2", True)]
+)
 def test_a_step_renders_within_the_limits(tmp_path: Path, name: str, is_decode: bool) -> None:
     backend = gpu_backend("float16")
     config = read_model_config(write_hf(tmp_path, RECIPES[name]))
+    config = replace(
+        config, num_layers=2, windowed=(True, False), logit_softcap=25.0
+    )  # one of each kind, if there are two
     model = make_model(config, RandomWeights("float16", seed=0), backend, 64, lambda done, total: None)
     layout = StepLayout(4, 4, 2, 16) if is_decode else StepLayout(16, 3, 2, 16)
     pool = backend.make_pool(pool_groups(model.config.layers), 5, layout.block_size, "float16")

@@ -1,0 +1,3 @@
+"""tinygrad's settings are made before any test here imports tinygrad."""
+
+import tinyvllm.ops  # noqa: F401

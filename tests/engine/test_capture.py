@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.engine.requests import SETTINGS, make_runner, run
+from tests.families.recipes import RECIPES, write_hf
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.config import CAPTURE_VARIABLE, EngineConfig, ModelFiles
 from tinyvllm.engine.async_engine import AsyncEngine
@@ -62,6 +64,21 @@ def test_cached_prefixes_scores_and_logprobs_are_the_same(tiny_gguf_files: Model
         answers.append([(one.outputs[0].token_ids, one.outputs[0].logprobs, one.prompt_logprobs) for one in first])
         llm.close()
     assert answers[0] == answers[1]
+
+
+def test_windows_and_general_kernels_are_captured_too(tmp_path: Path) -> None:
+    """Of Gemma 3, whose operations are not all ours: tinygrad schedules some."""
+    files = write_hf(tmp_path / "gemma3", RECIPES["gemma3"])
+    answers, kernels = [], []
+    for capture in ("replay", "tinyjit"):
+        llm = LLM(str(files.path), capture=capture, **SETTINGS)
+        outputs = llm.generate([TEXT, TEXT[:7]], SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True))
+        answers.append([one.outputs[0].token_ids for one in outputs])
+        runner = llm._loaded.runner
+        assert isinstance(runner, ModelRunner)
+        kernels.append(kernels_of(runner))
+        llm.close()
+    assert answers[0] == answers[1] and kernels[0] == kernels[1]
 
 
 async def test_embeddings_and_streams_of_a_server_are_the_same(tiny_gguf_files: ModelFiles) -> None:

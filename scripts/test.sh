@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # Set up what is missing, fetch the models of the tests, then lint, dead code, types and tests.
-# Arguments are pytest's: bash scripts/test.sh tests/scheduling -k preempt
+# Arguments are pytest's, and with any of them tests run in one process: bash scripts/test.sh tests/scheduling -k preempt
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
 export DEV="${DEV:-CPU}" # the device that every machine has
 set_up dev
 for model in "$default_model" gemma-3-270m; do
-    "$venv/bin/tinyvllm" pull "$model"
+  "$venv/bin/tinyvllm" pull "$model"
 done
 cd "$repo"
+if [ "$#" = 0 ]; then # the whole suite: a worker per core, and what took longest
+  set -- -n auto --maxprocesses 4 --durations 25 --durations-min 3
+fi
 failed=0 # all are run, so that one run says everything
 "$venv/bin/python" -m ruff check --output-format concise . || failed=1
 "$venv/bin/python" -m vulture || failed=1

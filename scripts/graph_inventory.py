@@ -146,7 +146,7 @@ def main() -> int:
     flags.out.write_text(json.dumps(found, indent=1))
     if flags.against is None:
         return 0
-    before = json.loads(flags.against.read_text())
+    before = json.loads(flags.against.read_text(encoding="utf-8"))
     wrong = [name for name in before if before[name] != found.get(name)]
     for name in wrong:
         old, new = before[name], found.get(name, {})

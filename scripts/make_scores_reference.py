@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     tokenizer, model = load_tokenizer(args.model), load_model(gguf.GGUFReader(args.model))
-    questions = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text().splitlines()]
+    questions = [json.loads(line) for line in (FOLDER / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
     scores = [
         [score(model, tokenizer, question["question"], choice) for choice in question["choices"]]
         for question in questions

@@ -21,7 +21,9 @@ def test_script_parses(path: Path) -> None:
 
 
 def test_scripts_fetch_the_default_model() -> None:
-    match = re.search(r"^default_model=(\S+)$", (ROOT / "scripts" / "setup.sh").read_text(), re.MULTILINE)
+    match = re.search(
+        r"^default_model=(\S+)$", (ROOT / "scripts" / "setup.sh").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert match is not None
     assert match[1] == DEFAULT_MODEL
 

@@ -36,7 +36,7 @@ def test_latency_prints_a_table_and_writes_rows(tiny_hf_files: ModelFiles, tmp_p
     assert result.exit_code == 0, result.output
     assert "pp8" in result.stdout and "tg2 @ d16" in result.stdout
     assert "…" not in result.stdout  # nothing is truncated, though 120 columns are too few
-    rows = json.loads(path.read_text())
+    rows = json.loads(path.read_text(encoding="utf-8"))
     assert [(row["phase"], row["batch"], row["context"]) for row in rows] == [("prefill", 1, 0), ("decode", 1, 16)]
     assert [row["bandwidth_gbps"] for row in rows] == [10, 10]
     assert [row["floor_ms"] for row in rows] == pytest.approx([row["bytes"] / 1e7 for row in rows])

@@ -27,12 +27,12 @@ def test_a_shape_is_profiled_from_its_kernels_to_a_verdict(tmp_path: Path) -> No
     )
     for words in ("gate up", "head", "the step as served", "floor", "verdict: "):
         assert words in output
-    document = json.loads(figures.read_text())
+    document = json.loads(figures.read_text(encoding="utf-8"))
     assert document["kernels"] == sum(row["dispatches"] for row in document["by_kernel"]) > 8
     assert sum(row["total_s"] for row in document["by_layer"]) == pytest.approx(document["kernels_s"])
     assert document["roofline"]["chip"] == "m4" and document["verdict"][0]["because"]
     assert document["environment"]["command"] and document["timed"] == "in the step as served"
-    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    names = {event["name"] for event in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]}
     assert {"layer 0 · attention", "head", "step"} <= names
 
 
@@ -52,7 +52,9 @@ def test_markdown_has_a_row_for_each_kernel() -> None:
 
 
 def test_a_text_may_come_from_stdin() -> None:
-    output = run("--from", "-", "--last-steps", "1", "--by", "layer", text=(DATA / "cpu.txt").read_text())
+    output = run(
+        "--from", "-", "--last-steps", "1", "--by", "layer", text=(DATA / "cpu.txt").read_text(encoding="utf-8")
+    )
     assert "layer 1" in output and "outside layers" in output
 
 

@@ -17,7 +17,7 @@ def test_a_profile_is_printed_beside_the_answer(monkeypatch: pytest.MonkeyPatch,
     result = terminal.run("generate", "--prompt", "x", "--profile", "--trace", str(trace))
     assert result.exit_code == 0 and result.stdout == "abc\n"
     assert "recorded" in result.stderr
-    assert json.loads(trace.read_text())["displayTimeUnit"] == "ms"
+    assert json.loads(trace.read_text(encoding="utf-8"))["displayTimeUnit"] == "ms"
     assert not measure.is_on()
 
 

@@ -26,7 +26,7 @@ def run(terminal: Terminal, tmp_path: Path, *lines: str) -> tuple[int, list[dict
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(lines) + "\n\n")
     result = terminal.run("run-batch", "-i", str(source), "-o", str(target))
-    written = target.read_text() if target.exists() else ""
+    written = target.read_text(encoding="utf-8") if target.exists() else ""
     return result.exit_code, [json.loads(text) for text in written.splitlines()], result.stderr
 
 

@@ -97,7 +97,7 @@ def serving(tmp_path: Path, *flags: str, **environment: str) -> Iterator[tuple[s
             lines.clear()
             reader = threading.Thread(target=keep_lines, args=(process.stderr,), daemon=True)
             reader.start()  # so that the pipe never fills
-            yield process, line.split("HTTP is up on ")[1].split()[0].rstrip(",")
+            yield process, line.split("HTTP is up on ")[1].split(", where ")[0]
             reader.join()
         finally:
             process.kill()
@@ -249,7 +249,7 @@ def test_a_unix_socket_serves_and_goes_with_the_server(tmp_path: Path) -> None:
         assert address == f"unix:{path}" and process.stdout is not None
         say(process, "ready")
         assert str(path) in process.stdout.readline()
-        assert f"--unix-socket {path} http://localhost/v1/" in process.stdout.readline()
+        assert f"--unix-socket {shlex.quote(str(path))} http://localhost/v1/" in process.stdout.readline()
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
             assert client.get("/health").status_code == 200
             assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3}).status_code == 200

@@ -44,7 +44,7 @@ def test_scores_are_those_of_transformers(server_url: str, monkeypatch: pytest.M
         tasks=[task],
         bootstrap_iters=0,
     )
-    reference = json.loads((FACTS / "scores.json").read_text())
+    reference = json.loads((FACTS / "scores.json").read_text(encoding="utf-8"))
     assert found["results"]["facts"]["acc,none"] == reference["accuracy"]
     samples = sorted(found["samples"]["facts"], key=lambda sample: sample["doc_id"])
     for sample, row in zip(samples, reference["scores"], strict=True):

@@ -116,7 +116,7 @@ def serving_process(device: str, model: str, log: Path, *flags: str) -> Iterator
             assert popen.stdout is not None
             greeting = popen.stdout.readline()
             if " is served on " not in greeting:
-                raise ServerFault(f"the server did not start: {log.read_text()[-2000:]}")
+                raise ServerFault(f"the server did not start: {log.read_text(encoding='utf-8')[-2000:]}")
             popen.stdout.readline()  # the example that follows
             yield Process(popen, greeting.split(" is served on ")[1].split()[0])
         finally:

@@ -66,7 +66,7 @@ async def report(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> dict[s
 
     counts = await engine.ask(count)
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) if sys.platform == "linux" else 0
     return counts | {
         "streams": len(engine._streams),
         "tasks": len(asyncio.all_tasks(loop)),

@@ -210,7 +210,7 @@ def test_a_unix_socket_overwrites_no_file(tmp_path: Path) -> None:
     file.write_text("data")
     with pytest.raises(TinyvllmError, match="is not a socket"):
         bind_unix(str(file))
-    assert file.read_text() == "data"
+    assert file.read_text(encoding="utf-8") == "data"
     with pytest.raises(TinyvllmError, match="--uds"):
         bind_unix(str(tmp_path / "no" / "folder" / "s"))
 

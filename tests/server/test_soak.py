@@ -26,7 +26,7 @@ async def test_rough_traffic_leaves_nothing_behind(tmp_path: Path) -> None:
         assert set(figures.outcomes) >= KINDS and sum(figures.outcomes.values()) == 150
         outcomes = await stop_under_load(process, concurrency=16)
     assert sum(outcomes.values()) == 16 and outcomes["complete"]
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -44,4 +44,4 @@ async def test_two_thousand_rough_requests_leave_nothing_behind(tmp_path: Path, 
         outcomes = await stop_under_load(process, concurrency=32)
         print(f"SIGTERM under load: {dict(outcomes)}")
     assert sum(outcomes.values()) == 32 and outcomes["complete"]
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")

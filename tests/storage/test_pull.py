@@ -51,7 +51,7 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The directory that is pip's only index, and the name "tiny" in the catalog."""
     monkeypatch.setitem(CATALOG, "tiny", ENTRY)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("PIP_FIND_LINKS", (tmp_path / "wheels").as_uri())  # pip takes a list separated by blanks
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     (tmp_path / "wheels").mkdir()
     return tmp_path / "wheels"

@@ -157,7 +157,7 @@ class Natives:
 
     def _load_runtime(self) -> ctypes.CDLL:
         if self._runtime is None:
-            path = self._build(RUNTIME.read_text(), RUNTIME_FLAGS.split(), "runtime")
+            path = self._build(RUNTIME.read_text(encoding="utf-8"), RUNTIME_FLAGS.split(), "runtime")
             self._runtime = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # kernels find its functions by name
         return self._runtime
 
@@ -166,7 +166,7 @@ class Natives:
 
     def _build(self, source: str, flags: list[str], name: str) -> Path:
         """A shared library made from the source, unless there is one of the same."""
-        made_from = "\0".join([source, HEADER.read_text(), *flags, _compiler_version()])
+        made_from = "\0".join([source, HEADER.read_text(encoding="utf-8"), *flags, _compiler_version()])
         path = self.folder / f"{hashlib.sha256(made_from.encode()).hexdigest()[:40]}.so"
         if path.exists():
             return path

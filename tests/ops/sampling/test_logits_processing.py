@@ -80,8 +80,8 @@ class Bench:
     def sample(self, logits: np.ndarray, **columns: Any) -> Sampled:
         layout, buffer = self.pack(**columns)
         tensor = upload_logits(self.device, logits)
-        spec = SampleSpec(layout, self.vocab, (tensor.numel() // layout.num_seqs,), self.device.has_threads)
-        got = read_sampled(sample_processed(spec, [tensor], self.device.upload(buffer), self.state))
+        spec = SampleSpec(layout, self.vocab, tensor.numel() // layout.num_seqs, self.device.has_threads)
+        got = read_sampled(sample_processed(spec, tensor, self.device.upload(buffer), self.state))
         np.testing.assert_array_equal(tensor.numpy().reshape(logits.shape[0], -1)[:, : self.vocab], logits)
         return got
 

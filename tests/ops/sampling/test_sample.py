@@ -289,7 +289,7 @@ def test_only_rows_that_filter_keep_noises_and_only_rows_that_ask_rank(device: D
     """The passes' lengths are data: a pass that does not run leaves its output as it was."""
     seqs, vocab = 4, 100
     layout = StepLayout(seqs, seqs, 1, 8)
-    spec = SampleSpec(layout, vocab, (128,), has_threads=kind == "gpu")
+    spec = SampleSpec(layout, vocab, 128, has_threads=kind == "gpu")
     buffer = make_step(layout, [])
     views = layout.views(buffer)
     views["temperature"].view(np.float32)[:] = [0.0, 1.0, 0.0, 0.5]
@@ -298,7 +298,7 @@ def test_only_rows_that_filter_keep_noises_and_only_rows_that_ask_rank(device: D
     sizes = [seqs * spec.num_splits * LEADER_WIDTH, seqs * 128, seqs * 128]
     outputs = [device.upload(np.full(sizes[0], -77, np.int32)), device.upload(normal(seqs, 128))]
     outputs.append(device.upload(np.full(sizes[2], -77, np.float32)))
-    out = run_kernel(leaders_kernel(LeadersSpec(spec, 0)), outputs, [device.upload(buffer)])
+    out = run_kernel(leaders_kernel(LeadersSpec(spec)), outputs, [device.upload(buffer)])
     leaders, noises = out[0].numpy().reshape(seqs, LEADER_WIDTH), out[2].numpy().reshape(seqs, 128)
     assert (noises[:, :vocab] != -77).all(1).tolist() == [False, False, False, True]
     assert (noises == -77).all(1).tolist() == [True, True, True, False]

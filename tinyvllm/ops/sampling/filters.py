@@ -17,7 +17,7 @@ of the k-th, bound it. Only where these bounds do not decide the test are logits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tinygrad import UOp
@@ -104,14 +104,14 @@ class Filters:
 class FilteredSampler:
     """Gumbel-max sampling among the ids that a row's filters keep, by rejection."""
 
-    def __init__(self, lanes: RowLanes, slices: Sequence[RowSlice], softmax: Softmax, filters: Filters) -> None:
-        self._lanes, self._slices, self._softmax, self._filters = lanes, slices, softmax, filters
+    def __init__(self, lanes: RowLanes, logits: RowSlice, softmax: Softmax, filters: Filters) -> None:
+        self._lanes, self._logits, self._softmax, self._filters = lanes, logits, softmax, filters
 
     def sample(self, wanted: UOp, candidate: UOp, mass: UOp, greedy: UOp) -> UOp:
         """The sample among the kept ids where `wanted` (int32 0 or 1) is 1; else `candidate`, the sample among all
         ids, whose `mass` is known. `greedy`: the likeliest id."""
         lanes, filters = self._lanes, self._filters
-        is_below_min_p = self._softmax.weight(logit_of(self._slices, candidate)) < filters.min_p
+        is_below_min_p = self._softmax.weight(self._logits.value_of(candidate)) < filters.min_p
         # the mass that min-p leaves is known only where it leaves everything
         starts_over = is_below_min_p | (filters.has_p & (filters.min_p > 0.0))
         is_undecided = filters.has_k | filters.has_p | starts_over
@@ -128,7 +128,6 @@ class FilteredSampler:
 
     def _initial_state(self, is_undecided: UOp, starts_over: UOp, candidate: UOp, mass: UOp) -> LoopState:
         softmax, has_k = self._softmax, self._filters.has_k
-        num_logits = float(sum(values.span for values in self._slices))
         return LoopState(
             self._lanes,
             is_undecided=(I32, flag(is_undecided)),
@@ -141,7 +140,7 @@ class FilteredSampler:
             # the mass that top-k leaves
             low=(F32, softmax.max_logit + MIN_EXPONENT / softmax.scale),
             high=(F32, softmax.max_logit),
-            num_above_low=(F32, UOp.const(num_logits, F32)),
+            num_above_low=(F32, UOp.const(float(self._logits.span), F32)),
             num_above_high=(F32, UOp.const(0.0, F32)),
             max_mass=(F32, mass),
             min_mass=(F32, has_k.where(UOp.const(0.0, F32), mass)),
@@ -156,7 +155,7 @@ class FilteredSampler:
 
         measures_all, narrows = old("kind").eq(MEASURE_ALL), old("kind").eq(NARROW)
         middle = self._between(old)
-        own = logit_of(self._slices, old("candidate"))
+        own = self._logits.value_of(old("candidate"))
         pivot = measures_all.where(UOp.const(LOWEST, F32), narrows.where(middle, own))
         (pivot,) = lanes.to_registers([pivot], [F32], *loops)
         count, mass, _, best_above = self._measure_above(wanted, pivot, *loops)
@@ -212,7 +211,7 @@ class FilteredSampler:
         def combine(a: State, b: State) -> State:
             return [*combine_sum(a[:2], b[:2]), *combine_argmax(a[2:], b[2:])]
 
-        found = self._lanes.reduce(wanted, self._slices, (0, 0.0, 0.0, -1), step, combine, *after)
+        found = self._lanes.reduce(wanted, self._logits, (0, 0.0, 0.0, -1), step, combine, *after)
         return self._lanes.to_registers(found, [I32, F32, F32, I32], *after)
 
     def _between(self, old: Callable[[str], UOp]) -> UOp:
@@ -221,13 +220,3 @@ class FilteredSampler:
         high, low = (log2(old(name) + 0.5) for name in ("num_above_high", "num_above_low"))
         share = (log2(self._filters.top_k.maximum(1).cast(F32)) - high) / (low - high).maximum(1e-3)
         return old("high") - (old("high") - old("low")) * share.maximum(0.125).minimum(0.875)
-
-
-def logit_of(slices: Sequence[RowSlice], token: UOp) -> UOp:
-    """A token's logit; that of id 0 for a negative token."""
-    value: UOp | None = None
-    for values in slices:
-        here = values.value_of(token)
-        value = here if value is None else (token >= values.origin).where(here, value)
-    assert value is not None
-    return value

@@ -43,15 +43,14 @@ from tinyvllm.ops.kernel.body import (
     finish,
     run_kernel,
 )
-from tinyvllm.ops.sampling.filters import logit_of
 from tinyvllm.ops.sampling.sample import (
     OUT_TOKEN,
     OUT_WIDTH,
     LeadersSpec,
     SampleSpec,
     draw_kernel,
-    reduce_shard,
-    row_slices,
+    find_leaders,
+    row_slice,
 )
 from tinyvllm.ops.sampling.typical import typical_kernel
 
@@ -108,7 +107,7 @@ def state_bytes(num_rows: int, vocab_size: int) -> int:
 
 @dataclass(frozen=True)
 class ProcessingSpec:
-    """A step's logits and a state of S rows. Processed logits are one shard: `sample` has one width."""
+    """A step's logits and a state of S rows."""
 
     sample: SampleSpec
     num_rows: int  # S
@@ -119,24 +118,22 @@ class ProcessingSpec:
 
 
 def sample_processed(
-    spec: SampleSpec, logits: Sequence[Tensor], inputs: Tensor, state: SamplingState, out: Tensor | None = None
+    spec: SampleSpec, logits: Tensor, inputs: Tensor, state: SamplingState, out: Tensor | None = None
 ) -> Tensor:
     """(R * OUT_WIDTH,) int32, like `sample`. Counts the sampled tokens in the state; does not change the logits."""
     seqs, device = spec.layout.num_seqs, str(inputs.device)
-    shards = [reduce_shard(LeadersSpec(spec, i, draws=False), shard, inputs) for i, shard in enumerate(logits)]
-    whole = replace(spec, widths=(sum(spec.widths),), raw_widths=spec.widths)
-    processing = ProcessingSpec(whole, state.num_rows)
-    processed = empty(seqs * whole.widths[0], F32, device)
-    (processed,) = run_kernel(process_kernel(processing), [processed], [inputs, state.counts, state.mask, *logits])
-    (processed,) = run_kernel(
-        bias_kernel(processing), [processed], [inputs, state.counts, state.mask, state.bias, *logits]
-    )
+    raw = find_leaders(LeadersSpec(spec, draws=False), logits, inputs)
+    spec = replace(spec, is_processed=True)
+    processing = ProcessingSpec(spec, state.num_rows)
+    processed = empty(seqs * spec.stride, F32, device)
+    (processed,) = run_kernel(process_kernel(processing), [processed], [inputs, state.counts, state.mask, logits])
+    operands = [inputs, state.counts, state.mask, state.bias, logits]
+    (processed,) = run_kernel(bias_kernel(processing), [processed], operands)
     for kernel in FILTERS:
-        (processed,) = run_kernel(kernel(whole), [processed], [inputs])
-    drawn_from = reduce_shard(LeadersSpec(whole, 0, ranks=False), processed, inputs)
+        (processed,) = run_kernel(kernel(spec), [processed], [inputs])
+    drawn_from = find_leaders(LeadersSpec(spec, ranks=False), processed, inputs)
     out = empty(seqs * OUT_WIDTH, I32, device) if out is None else out
-    operands = [inputs, *drawn_from, *[tensor for shard in shards for tensor in shard]]
-    (out,) = run_kernel(draw_kernel(whole), [out], operands)
+    (out,) = run_kernel(draw_kernel(spec), [out], [inputs, *drawn_from, *raw])
     # `out` passes through this kernel, so that waiting for it waits for the counts too
     return run_kernel(count_kernel(processing), [out, state.counts], [inputs])[0]
 
@@ -178,26 +175,23 @@ class _LogitsProcessor:
 
 @cached_kernel
 def process_kernel(spec: ProcessingSpec) -> KernelFn:
-    """fn(processed (R, stride), inputs, counts, mask, *logits): every logit processed, without its bias."""
-    seqs, (stride,), vocab = spec.sample.layout.num_seqs, spec.sample.widths, spec.sample.vocab_size
+    """fn(processed (R, stride), inputs, counts, mask, logits): every logit processed, without its bias."""
+    seqs, stride, vocab = spec.sample.layout.num_seqs, spec.sample.stride, spec.sample.vocab_size
     is_padded = stride >= spec.words * WORD  # columns after the vocabulary may be written
 
-    def kernel(processed: UOp, inputs: UOp, counts: UOp, mask: UOp, *logits: UOp) -> UOp:
+    def kernel(processed: UOp, inputs: UOp, counts: UOp, mask: UOp, logits: UOp) -> UOp:
         body, has_threads = Body(), spec.sample.has_threads
         row = body.grid(seqs) if seqs > 1 or has_threads else body.loop(1)
-        change = _LogitsProcessor(spec, row, inputs, counts, mask)
-        stores = []
-        for shard in row_slices(logits, spec.sample.raw_widths, row, vocab):
-            first, num_words = shard.origin // WORD, mask_words(min(shard.span, vocab - shard.origin))
-            word, ends = _words(body, num_words, has_threads)
-            lane = ends[0]
-            index = (first + word) * WORD + lane
-            value = shard.value_of(index if is_padded else index.minimum(vocab - 1))
-            value = change.apply(value, first + word, lane, change.word_of(first + word))
-            at = row * stride + index
-            stores.append(processed[at if is_padded else at.valid(index < vocab)].store(value).end(*ends))
+        processor = _LogitsProcessor(spec, row, inputs, counts, mask)
+        word, ends = _words(body, spec.words, has_threads)
+        lane = ends[0]
+        index = word * WORD + lane
+        value = row_slice(spec.sample, logits, row).value_of(index if is_padded else index.minimum(vocab - 1))
+        value = processor.apply(value, word, lane, processor.word_of(word))
+        at = row * stride + index
+        store = processed[at if is_padded else at.valid(index < vocab)].store(value).end(*ends)
         name = f"process_{seqs}x{vocab}"
-        return finish(UOp.group(*stores).end(row), name, ops=8 * seqs * vocab, nbytes=10 * seqs * vocab)
+        return finish(UOp.group(store).end(row), name, ops=8 * seqs * vocab, nbytes=10 * seqs * vocab)
 
     return kernel
 
@@ -215,26 +209,26 @@ def _words(body: Body, num_words: int, has_threads: bool) -> tuple[UOp, list[UOp
 
 @cached_kernel
 def bias_kernel(spec: ProcessingSpec) -> KernelFn:
-    """fn(processed, inputs, counts, mask, bias, *logits): the ids with a bias again, from the raw logits."""
-    seqs, (stride,), vocab = spec.sample.layout.num_seqs, spec.sample.widths, spec.sample.vocab_size
+    """fn(processed, inputs, counts, mask, bias, logits): the ids with a bias again, from the raw logits."""
+    seqs, stride, vocab = spec.sample.layout.num_seqs, spec.sample.stride, spec.sample.vocab_size
 
-    def kernel(processed: UOp, inputs: UOp, counts: UOp, mask: UOp, bias: UOp, *logits: UOp) -> UOp:
+    def kernel(processed: UOp, inputs: UOp, counts: UOp, mask: UOp, bias: UOp, logits: UOp) -> UOp:
         body = Body()
         has_threads = spec.sample.has_threads
         row = body.grid(seqs) if seqs > 1 or has_threads else body.loop(1)
         thread = body.threads(THREADS) if has_threads else None
-        change = _LogitsProcessor(spec, row, inputs, counts, mask)
+        processor = _LogitsProcessor(spec, row, inputs, counts, mask)
         width = THREADS if has_threads else 1
-        chunk = body.fold_while((change.num_bias + (width - 1)) // width)
+        chunk = body.fold_while((processor.num_bias + (width - 1)) // width)
         entry = chunk.cast(dtypes.weakint) * width + (thread if thread is not None else 0)
-        at = change.state_row * (2 * MAX_LOGIT_BIAS) + entry.minimum(MAX_LOGIT_BIAS - 1)
+        at = processor.state_row * (2 * MAX_LOGIT_BIAS) + entry.minimum(MAX_LOGIT_BIAS - 1)
         index = bias[at].load().maximum(0).minimum(vocab - 1).cast(dtypes.weakint)
         added = bias[at + MAX_LOGIT_BIAS].load().bitcast(F32)
         word, lane = index // WORD, index % WORD
-        logit = logit_of(row_slices(logits, spec.sample.raw_widths, row, vocab), index)
-        value = change.apply(logit + added, word, lane, change.word_of(word))
+        logit = row_slice(spec.sample, logits, row).value_of(index)
+        value = processor.apply(logit + added, word, lane, processor.word_of(word))
         target = row * stride + index
-        store = processed[target if thread is None else target.valid(entry.cast(I32) < change.num_bias)].store(value)
+        store = processed[target if thread is None else target.valid(entry.cast(I32) < processor.num_bias)].store(value)
         axes = (chunk, row) if thread is None else (chunk, thread, row)
         return finish(store.end(*axes), f"bias_{seqs}x{vocab}", nbytes=8 * seqs)
 

@@ -53,18 +53,17 @@ class RowValues(Protocol):
 
 @dataclass(frozen=True)
 class RowSlice:
-    """Consecutive values of a row, with consecutive ids, of which those below `limit` count."""
+    """Consecutive values of a row. A value's id is its place in the row; ids below `limit` count."""
 
     buffer: UOp
     row: UOp  # index of the row's first value
-    origin: int  # id of the row's first value
     span: int
     limit: int
     offset: UOp | int = 0  # of the slice's first value in the row
     noises: UOp | None = None  # a buffer with the same rows
 
     def items(self, place: UOp, width: int, num_places: int) -> list[Item]:
-        at, limit, bounds = place * width + self.offset, self.limit - self.origin, []
+        at, limit, bounds = place * width + self.offset, self.limit, []
         if num_places * width > self.span:
             bounds.append((place * width, self.span))
         if not isinstance(self.offset, int) or self.offset + self.span > limit:
@@ -74,7 +73,7 @@ class RowSlice:
         return [
             Item(
                 value=self.buffer[start + i].load(),
-                id=(at + (self.origin + i)).cast(I32),
+                id=(at + i).cast(I32),
                 inside=_all([value + i < end for value, end in bounds]),
                 at=start + i,
                 noise=None if self.noises is None else self.noises[start + i].load(),
@@ -83,8 +82,8 @@ class RowSlice:
         ]
 
     def value_of(self, index: UOp) -> UOp:
-        """The value of an id; the first or the last value for an id outside the row."""
-        at = (index - self.origin).maximum(0).minimum(self.span - 1)
+        """The value of an id; the first or the last value for an id outside the slice."""
+        at = index.maximum(0).minimum(self.span - 1)
         return self.buffer[self.row + at.cast(dtypes.weakint)].load()
 
 
@@ -123,14 +122,14 @@ class RowLanes:
     def reduce(
         self,
         is_wanted: UOp,
-        rows: Sequence[RowValues],
+        row: RowValues,
         init: tuple[float | int, ...],
         step: Accumulate,
         combine: Combine,
         *after: UOp,
         effects: list[UOp] | None = None,
     ) -> State:
-        """Reduce `rows` with `step`; returns the combined state, the same in every thread. `effects`: a list in which
+        """Reduce `row` with `step`; returns the combined state, the same in every thread. `effects`: a list in which
         `step` leaves the stores that it makes.
 
         `is_wanted` (int32 0 or 1) multiplies the pass's length: at 0 nothing is read and the state stays `init`. A
@@ -138,8 +137,7 @@ class RowLanes:
         """
         kinds = [I32 if isinstance(value, int) else F32 for value in init]
         regs = self._fresh(init, kinds, *self.axes, *after)
-        for row in rows:
-            regs = self._accumulate(row, is_wanted, regs, step, [] if effects is None else effects)
+        regs = self._accumulate(row, is_wanted, regs, step, [] if effects is None else effects)
         return self._combine(regs, kinds, init, combine)
 
     def _accumulate(self, row: RowValues, is_wanted: UOp, regs: State, step: Accumulate, effects: list[UOp]) -> State:

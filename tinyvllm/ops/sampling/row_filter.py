@@ -30,7 +30,7 @@ def filter_kernel(name: str, is_wanted: Callable[[Row], UOp], rule: Rule) -> Cal
             row = Row(spec, Body(), inputs, num_splits=1, num_threads=ROW_THREADS)
             wanted = flag(is_wanted(row))
             ready = logits.after(_suppress(row, logits, wanted))
-            (values,) = row.slices([ready], spec.widths)
+            values = row.slice(ready)
             stores = _mask_out(row, values, wanted, rule(row, values, wanted))
             end = stores.end(*reversed(row.lanes.axes))
             return finish(end, f"{name}_{spec.layout.num_seqs}x{spec.vocab_size}", nbytes=4 * spec.layout.num_seqs)
@@ -42,7 +42,7 @@ def filter_kernel(name: str, is_wanted: Callable[[Row], UOp], rule: Rule) -> Cal
 
 def _suppress(row: Row, logits: UOp, wanted: UOp) -> UOp:
     """-inf over the suppressed ids, before any thread reads them."""
-    thread, width = row.lanes.thread, row.spec.widths[0]
+    thread, width = row.lanes.thread, row.spec.stride
     slot = row.body.fold_while(wanted * MAX_STOP_IDS)
     token = row.suppressed_id(slot.cast(dtypes.weakint))
     is_used = (token >= 0) & (token < row.spec.vocab_size)

@@ -5,8 +5,7 @@ argmax of w_i / E_i with E_i = -ln(u_i) draws i with probability w_i / sum(w) (D
 of w_i / E_i is the logit plus Gumbel noise (Maddison et al. 2014). u_i is a hash of the request's seed, the number of
 tokens it has drawn, and i. So the same seed gives the same tokens whatever else is in the batch.
 
-Logits come in shards: one on a GPU; on a CPU one for each core, which has computed the logits of its part of the
-vocabulary. On a GPU, several threadgroups share a row: each has one split of it. `leaders_kernel` reads each split by
+On a GPU several threadgroups share a row of logits: each has one split of it. `leaders_kernel` reads each split by
 itself and stores its leaders, the values that can still matter for the whole row: the likeliest id, the draw, and what
 logprobs need. `draw_kernel` combines the leaders of a row's splits into its token. Only rows that filter (min-p, top-k,
 top-p: see filters.py) or count a token's rank read the logits again.
@@ -48,7 +47,6 @@ from tinyvllm.ops.sampling.filters import (
     FilteredSampler,
     Filters,
     Softmax,
-    logit_of,
     noise_key,
     noise_of,
     softmax_scale,
@@ -99,23 +97,17 @@ ONE = UOp.const(1, I32)
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """The shape of a step's logits. They are float32, (R, width) for each of `widths`, the widths of the shards. The
-    shards lie side by side, and the first V of all their columns are real."""
+    """The shape of a step's logits: (R, stride) float32, of whose columns the first V are real."""
 
     layout: StepLayout
     vocab_size: int  # V
-    widths: tuple[int, ...]
+    stride: int
     has_threads: bool  # whether a threadgroup has a split (GPU), or the lanes of one core (CPU)
-    raw_widths: tuple[int, ...] = ()  # with logits processing: shards of the raw logits, beside the processed ones
-
-    @property
-    def is_processed(self) -> bool:
-        """Whether tokens are drawn from processed logits, and raw logits are there beside them."""
-        return bool(self.raw_widths)
+    is_processed: bool = False  # tokens are drawn from processed logits, and there are raw logits beside them
 
     @cached_property
     def num_splits(self) -> int:
-        """Splits of a shard, a power of two. A step of few rows must not leave most of a GPU idle, and a split must fit
+        """Splits of a row, a power of two. A step of few rows must not leave most of a GPU idle, and a split must fit
         into the caches, because `draw_kernel` may read it again."""
         wanted = max(GROUPS_WANTED // self.layout.num_seqs, self.vocab_size // CACHED_LOGITS)
         least = SPLIT_THREADS * VECTOR_WIDTH  # logits that a threadgroup reads at once
@@ -124,31 +116,26 @@ class SampleSpec:
             splits *= 2
         return splits
 
-    def start(self, shard: int) -> int:
-        """The first id of a shard."""
-        return sum(self.widths[:shard])
-
 
 @dataclass(frozen=True)
 class LeadersSpec:
-    """What is computed of a shard of a step's logits."""
+    """What `leaders_kernel` computes."""
 
     sample: SampleSpec
-    shard: int
     ranks: bool = True  # what logprobs need
     draws: bool = True  # what drawing needs, after suppressed ids became -inf in the logits
 
 
-def sample(spec: SampleSpec, logits: Sequence[Tensor], inputs: Tensor, out: Tensor | None = None) -> Tensor:
+def sample(spec: SampleSpec, logits: Tensor, inputs: Tensor, out: Tensor | None = None) -> Tensor:
     """(R * OUT_WIDTH,) int32: tokens and logprobs, at the beginning of `out` if given. Changes the logits: suppressed
     ids become -inf."""
-    shards = [reduce_shard(LeadersSpec(spec, shard), tensor, inputs) for shard, tensor in enumerate(logits)]
+    found = find_leaders(LeadersSpec(spec), logits, inputs)
     out = empty(spec.layout.num_seqs * OUT_WIDTH, I32, str(inputs.device)) if out is None else out
-    return run_kernel(draw_kernel(spec), [out], [inputs, *[tensor for shard in shards for tensor in shard]])[0]
+    return run_kernel(draw_kernel(spec), [out], [inputs, *found])[0]
 
 
-def reduce_shard(spec: LeadersSpec, logits: Tensor, inputs: Tensor) -> list[Tensor]:
-    """The leaders of a shard's splits, its logits, and if something is drawn its noises; all on the shard's device."""
+def find_leaders(spec: LeadersSpec, logits: Tensor, inputs: Tensor) -> list[Tensor]:
+    """The leaders of the rows' splits, the logits, and if something is drawn the noises."""
     device, size = str(logits.device), spec.sample.layout.num_seqs * spec.sample.num_splits * LEADER_WIDTH
     leaders = empty(size, I32, device)
     if not spec.draws:
@@ -185,14 +172,9 @@ class Row:
     def num_logprobs(self) -> UOp:
         return self.param("num_logprobs").maximum(-1).minimum(MAX_LOGPROBS)
 
-    def slices(
-        self, logits: Sequence[UOp], widths: Sequence[int], noises: Sequence[UOp] | None = None
-    ) -> list[RowSlice]:
-        """This row of each shard."""
-        slices = row_slices(logits, widths, self.axis, self.spec.vocab_size)
-        if noises is None:
-            return slices
-        return [replace(values, noises=noise) for values, noise in zip(slices, noises, strict=True)]
+    def slice(self, logits: UOp, noises: UOp | None = None) -> RowSlice:
+        """This row of the logits."""
+        return replace(row_slice(self.spec, logits, self.axis), noises=noises)
 
     def softmax(self, max_logit: UOp) -> Softmax:
         return Softmax(max_logit, self.lanes.to_registers([softmax_scale(self.number("temperature"))], [F32])[0])
@@ -206,9 +188,9 @@ class Row:
     def filters(self) -> Filters:
         return Filters(self.number("min_p"), self.param("top_k"), self.number("top_p"))
 
-    def likeliest(self, count: UOp, rows: Sequence[RowValues], emit: Callable[[UOp, UOp, UOp], list[UOp]]) -> UOp:
+    def likeliest(self, count: UOp, row: RowValues, emit: Callable[[UOp, UOp, UOp], list[UOp]]) -> UOp:
         """Call `emit(rank, id, logit)`, which returns stores, for the `count` largest values: the largest first, ties
-        by id. One pass over `rows` for each."""
+        by id. One pass over `row` for each."""
         lanes = self.lanes
         rank = self.body.fold_while(count)
         last = [self.body.registers(1, F32), self.body.registers(1, I32)]  # the last one found
@@ -221,17 +203,15 @@ class Row:
             is_open = item.inside & is_left & (item.id >= 0)
             return combine_argmax(old, [item.value, is_open.where(item.id, -1)])
 
-        value, index = lanes.reduce(ONE, rows, (LOWEST, -1), next_best, combine_argmax, rank)
+        value, index = lanes.reduce(ONE, row, (LOWEST, -1), next_best, combine_argmax, rank)
         found = emit(rank.cast(dtypes.weakint), index, value)
         found += [r.after(rank)[0].store(v) for r, v in zip(last, (value, index), strict=True)]
         return UOp.group(*found).end(rank)
 
 
-def row_slices(logits: Sequence[UOp], widths: Sequence[int], row: UOp, vocab_size: int) -> list[RowSlice]:
-    """A row of each shard of logits."""
-    starts = [sum(widths[:shard]) for shard in range(len(widths))]
-    shards = zip(logits, starts, widths, strict=True)
-    return [RowSlice(buffer, row * width, start, width, vocab_size) for buffer, start, width in shards]
+def row_slice(spec: SampleSpec, logits: UOp, row: UOp) -> RowSlice:
+    """A row of the logits."""
+    return RowSlice(logits, row * spec.stride, spec.stride, spec.vocab_size)
 
 
 # -- splits ------------------------------------------------------------------------------------------------------------
@@ -241,14 +221,14 @@ Store = Callable[[int | UOp, UOp], UOp]  # (word of an output row, value) -> sto
 
 @cached_kernel
 def leaders_kernel(wanted: LeadersSpec) -> KernelFn:
-    """fn(leaders (R, P, LEADER_WIDTH), logits, noises, inputs): the leaders of each of a shard's P splits; of rows that
+    """fn(leaders (R, P, LEADER_WIDTH), logits, noises, inputs): the leaders of each row's P splits; of rows that
     filter, also the noise of each id, at the index of its logit. If nothing is drawn, there are no noises, and the
     logits are only read."""
-    spec, shard = wanted.sample, wanted.shard
+    spec = wanted.sample
 
     def kernel(leaders: UOp, logits: UOp, *rest: UOp) -> UOp:
         *noises, inputs = rest
-        body, seqs, width = Body(), spec.layout.num_seqs, spec.widths[shard]
+        body, seqs, width = Body(), spec.layout.num_seqs, spec.stride
         row = Row(spec, body, inputs, num_splits=spec.num_splits, num_threads=SPLIT_THREADS)
         split = row.split if row.split is not None else 0
         least = SPLIT_THREADS * VECTOR_WIDTH
@@ -257,15 +237,15 @@ def leaders_kernel(wanted: LeadersSpec) -> KernelFn:
 
         def read(after: list[UOp]) -> RowSlice:
             ready = logits.after(*after) if after else logits
-            return RowSlice(ready, row.axis * width, spec.start(shard), span, spec.vocab_size, split * span)
+            return RowSlice(ready, row.axis * width, span, spec.vocab_size, split * span)
 
         def store(word: int | UOp, value: UOp) -> UOp:
             return leaders[row.lanes.only_once(base + word)].store(value)
 
-        stores = _rank_split(row, [read([])], store) if wanted.ranks else []
+        stores = _rank_split(row, read([]), store) if wanted.ranks else []
         if wanted.draws:
             suppressed = _suppress(row, read(stores), leaders, base)
-            stores += _draw_split(row, [read([suppressed])], noises[0], store)
+            stores += _draw_split(row, read([suppressed]), noises[0], store)
         kinds = "leaders" if wanted.draws else "logprobs"
         read_once = seqs * width
         end = UOp.group(*stores).end(*reversed(row.lanes.axes))
@@ -274,7 +254,7 @@ def leaders_kernel(wanted: LeadersSpec) -> KernelFn:
     return kernel
 
 
-def _rank_split(row: Row, slices: list[RowSlice], store: Store) -> list[UOp]:
+def _rank_split(row: Row, logits: RowSlice, store: Store) -> list[UOp]:
     """The log-sum-exp of the raw logits and the likeliest ids, in rows that ask for logprobs."""
     lanes, count = row.lanes, row.num_logprobs
     branch = lanes.only_if(flag(count >= 0))
@@ -282,18 +262,18 @@ def _rank_split(row: Row, slices: list[RowSlice], store: Store) -> list[UOp]:
     def larger(item: Item, old: State) -> State:
         return [item.inside.where(old[0].maximum(item.value), old[0])]
 
-    (best,) = lanes.to_registers(lanes.reduce(ONE, slices, (LOWEST,), larger, combine_max, branch), [F32], branch)
+    (best,) = lanes.to_registers(lanes.reduce(ONE, logits, (LOWEST,), larger, combine_max, branch), [F32], branch)
 
     def add(item: Item, old: State) -> State:
         return [item.inside.where(old[0] + exp2((item.value - best) * LOG2E), old[0])]
 
-    (mass,) = lanes.reduce(ONE, slices, (0.0,), add, combine_sum, branch)
+    (mass,) = lanes.reduce(ONE, logits, (0.0,), add, combine_sum, branch)
     sums = UOp.group(store(RAW_BEST, best.bitcast(I32)), store(RAW_MASS, mass.bitcast(I32))).end(branch)
 
     def emit(rank: UOp, index: UOp, value: UOp) -> list[UOp]:
         return [store(rank + TOP_ID, index), store(rank + TOP_LOGIT, value.bitcast(I32))]
 
-    return [sums, row.likeliest(count.maximum(0), slices, emit)]
+    return [sums, row.likeliest(count.maximum(0), logits, emit)]
 
 
 def _suppress(row: Row, values: RowSlice, leaders: UOp, base: UOp) -> UOp:
@@ -301,9 +281,9 @@ def _suppress(row: Row, values: RowSlice, leaders: UOp, base: UOp) -> UOp:
     split's leaders, which begin at `base`."""
     thread, limit = row.lanes.thread, row.spec.vocab_size
     slot = thread % MAX_STOP_IDS if thread is not None else row.body.loop(MAX_STOP_IDS)
-    token, first = row.suppressed_id(slot), values.offset + values.origin
+    token, first = row.suppressed_id(slot), values.offset
     is_own = (token >= first) & (token < first + values.span) & (token >= 0) & (token < limit)
-    index = values.row + is_own.where(token - values.origin, 0).maximum(0).minimum(limit - 1).cast(dtypes.weakint)
+    index = values.row + is_own.where(token, 0).maximum(0).minimum(limit - 1).cast(dtypes.weakint)
     word = base + SUPPRESSED + slot
     if thread is not None:
         # through a register: tinygrad would drop `% MAX_STOP_IDS` under this condition, and read out of bounds
@@ -314,7 +294,7 @@ def _suppress(row: Row, values: RowSlice, leaders: UOp, base: UOp) -> UOp:
     return stored.end(slot) if thread is None else UOp(Ops.BARRIER, src=(stored,))
 
 
-def _draw_split(row: Row, slices: list[RowSlice], noises: UOp, store: Store) -> list[UOp]:
+def _draw_split(row: Row, logits: RowSlice, noises: UOp, store: Store) -> list[UOp]:
     """The likeliest id, and in rows that draw, the draw. Rows that filter also keep the noises."""
     lanes = row.lanes
 
@@ -322,21 +302,21 @@ def _draw_split(row: Row, slices: list[RowSlice], noises: UOp, store: Store) -> 
         is_better = item.inside & (item.value > old[0])
         return [is_better.where(item.value, old[0]), is_better.where(item.id, old[1])]
 
-    reduced = lanes.reduce(ONE, slices, (LOWEST, -1), better, combine_argmax)
+    reduced = lanes.reduce(ONE, logits, (LOWEST, -1), better, combine_argmax)
     best, greedy = lanes.to_registers(reduced, [F32, I32])
     softmax, key = row.softmax(best), row.key
     draws, filters = row.number("temperature") > 0.0, row.filters.is_any
     return [
         store(BEST, best.bitcast(I32)),
         store(BEST_ID, greedy),
-        _gumbel_max(row, slices, softmax, key, flag(draws & filters.ne(True)), None, store),
-        _gumbel_max(row, slices, softmax, key, flag(draws & filters), noises, store),
+        _gumbel_max(row, logits, softmax, key, flag(draws & filters.ne(True)), None, store),
+        _gumbel_max(row, logits, softmax, key, flag(draws & filters), noises, store),
     ]
 
 
 def _gumbel_max(
     row: Row,
-    slices: list[RowSlice],
+    logits: RowSlice,
     softmax: Softmax,
     key: UOp,
     wanted: UOp,
@@ -357,7 +337,7 @@ def _gumbel_max(
         is_better = is_real & (score > old[0])
         return [is_better.where(score, old[0]), is_better.where(item.id, old[1]), old[2] + is_real.where(weight, 0.0)]
 
-    found = row.lanes.reduce(ONE, slices, (0.0, -1, 0.0), step, _combine_draws, branch, effects=stores)
+    found = row.lanes.reduce(ONE, logits, (0.0, -1, 0.0), step, _combine_draws, branch, effects=stores)
     first = DRAW if noises is None else FILTERED_DRAW
     return UOp.group(*[store(first + i, value.bitcast(I32)) for i, value in enumerate(found)]).end(branch)
 
@@ -371,39 +351,32 @@ def _combine_draws(a: State, b: State) -> State:
 
 
 class Leaders:
-    """The leaders of a row's splits, in all shards."""
+    """The leaders of a row's splits."""
 
-    def __init__(self, row: Row, shards: Sequence[UOp]) -> None:
-        self._row, self._shards, self.num_splits = row, shards, row.spec.num_splits
+    def __init__(self, row: Row, leaders: UOp) -> None:
+        self._row, self._leaders, self.num_splits = row, leaders, row.spec.num_splits
 
-    def word(self, shard: int, split: UOp | int, word: int | UOp) -> UOp:
-        return self._shards[shard][(self._row.axis * self.num_splits + split) * LEADER_WIDTH + word].load()
+    def word(self, split: UOp | int, word: int | UOp) -> UOp:
+        return self._leaders[(self._row.axis * self.num_splits + split) * LEADER_WIDTH + word].load()
 
-    def number(self, shard: int, split: UOp | int, word: int | UOp) -> UOp:
-        return self.word(shard, split, word).bitcast(F32)
+    def number(self, split: UOp | int, word: int | UOp) -> UOp:
+        return self.word(split, word).bitcast(F32)
 
-    def merge(self, state_of: Callable[[int, UOp | int], State], combine: Combine, kinds: Sequence[DType]) -> State:
-        """Combine `state_of(shard, split)` over all splits, into registers."""
+    def merge(self, state_of: Callable[[UOp | int], State], combine: Combine, kinds: Sequence[DType]) -> State:
+        """Combine `state_of(split)` over all splits, into registers."""
         row, thread = self._row, self._row.lanes.thread
-        if thread is None:
-            values = balanced([state_of(shard, 0) for shard in range(len(self._shards))], combine)
-        else:
-            own = state_of(0, thread % self.num_splits)
-            values = combine_threads(row.body, thread, self.num_splits, own, combine)
+        values = state_of(0 if thread is None else thread % self.num_splits)
+        if thread is not None:
+            values = combine_threads(row.body, thread, self.num_splits, values, combine)
         return row.lanes.to_registers(values, kinds)
-
-    @property
-    def tops(self) -> list[RowValues]:
-        """The likeliest ids of the splits."""
-        return [_Tops(self, shard) for shard in range(len(self._shards))]
 
 
 @dataclass(frozen=True)
 class _Tops:
-    """The likeliest ids that each split of a shard has left, as values to reduce."""
+    """The likeliest ids of a row's splits, as values to reduce."""
 
+    row: Row
     leaders: Leaders
-    shard: int
 
     @property
     def span(self) -> int:
@@ -416,32 +389,24 @@ class _Tops:
             inside = entry < self.span
             entry = inside.where(entry, 0)
             split, rank = entry // MAX_LOGPROBS, entry % MAX_LOGPROBS
-            inside = inside & (rank < self.leaders._row.num_logprobs.cast(dtypes.weakint))
-            value = self.leaders.number(self.shard, split, rank + TOP_LOGIT)
-            found.append(Item(value, self.leaders.word(self.shard, split, rank + TOP_ID), inside))
+            inside = inside & (rank < self.row.num_logprobs.cast(dtypes.weakint))
+            value = self.leaders.number(split, rank + TOP_LOGIT)
+            found.append(Item(value, self.leaders.word(split, rank + TOP_ID), inside))
         return found
 
 
 @cached_kernel
 def draw_kernel(spec: SampleSpec) -> KernelFn:
-    """fn(out, inputs, *(leaders, logits, noises of each shard)[, *(leaders, logits of each raw shard)]): each row's
-    token, -1 where no logit is finite. The raw shards are there with logits processing. Without it the first leaders
-    are those of the raw logits as well, but for the suppressed ids."""
+    """fn(out, inputs, leaders, logits, noises[, raw leaders, raw logits]): each row's token, -1 where no logit is
+    finite. The raw ones are there with logits processing. Without it the leaders are those of the raw logits as well,
+    except for the suppressed ids."""
 
-    def kernel(out: UOp, inputs: UOp, *rest: UOp) -> UOp:
-        body, operands = Body(), list(rest)
-        row = Row(spec, body, inputs, num_splits=1, num_threads=ROW_THREADS)
-
-        shards = [[operands.pop(0) for _ in range(3)] for _ in spec.widths]
-        leaders = Leaders(row, [shard[0] for shard in shards])
-        slices = row.slices([shard[1] for shard in shards], spec.widths, [shard[2] for shard in shards])
-        raw_leaders, raw_slices = leaders, slices
-        if spec.is_processed:
-            shards = [[operands.pop(0) for _ in range(2)] for _ in spec.raw_widths]
-            raw_leaders = Leaders(row, [shard[0] for shard in shards])
-            raw_slices = row.slices([shard[1] for shard in shards], spec.raw_widths)
-        (token,) = row.lanes.to_registers([_choose(row, leaders, slices)], [I32])
-        stores = _report(row, out, token, raw_leaders, raw_slices)
+    def kernel(out: UOp, inputs: UOp, found: UOp, values: UOp, noises: UOp, *raw: UOp) -> UOp:
+        row = Row(spec, Body(), inputs, num_splits=1, num_threads=ROW_THREADS)
+        leaders, logits = Leaders(row, found), row.slice(values, noises)
+        raw_leaders, raw_logits = (Leaders(row, raw[0]), row.slice(raw[1])) if spec.is_processed else (leaders, logits)
+        (token,) = row.lanes.to_registers([_choose(row, leaders, logits)], [I32])
+        stores = _report(row, out, token, raw_leaders, raw_logits)
         stores.append(out[row.lanes.only_once(row.axis * OUT_WIDTH + OUT_TOKEN)].store(token))
         seqs, vocab = spec.layout.num_seqs, spec.vocab_size
         name = f"draw{'_processed' if spec.is_processed else ''}_{seqs}x{vocab}"
@@ -450,20 +415,20 @@ def draw_kernel(spec: SampleSpec) -> KernelFn:
     return kernel
 
 
-def _choose(row: Row, leaders: Leaders, slices: Sequence[RowSlice]) -> UOp:
+def _choose(row: Row, leaders: Leaders, logits: RowSlice) -> UOp:
     """A row's token: the likeliest, the drawn, or the forced one."""
 
-    def likeliest(shard: int, split: UOp | int) -> State:
-        return [leaders.number(shard, split, BEST), leaders.word(shard, split, BEST_ID)]
+    def likeliest(split: UOp | int) -> State:
+        return [leaders.number(split, BEST), leaders.word(split, BEST_ID)]
 
     best, greedy = leaders.merge(likeliest, combine_argmax, [F32, I32])
     softmax = row.softmax(best)
 
-    def drawn(shard: int, split: UOp | int) -> State:
-        rescale = softmax.weight(leaders.number(shard, split, BEST))
+    def drawn(split: UOp | int) -> State:
+        rescale = softmax.weight(leaders.number(split, BEST))
         first = filters.is_any.where(UOp.const(FILTERED_DRAW, dtypes.weakint), UOp.const(DRAW, dtypes.weakint))
-        score, mass = (leaders.number(shard, split, first + i) * rescale for i in (0, 2))
-        return [score, leaders.word(shard, split, first + 1), mass]
+        score, mass = (leaders.number(split, first + i) * rescale for i in (0, 2))
+        return [score, leaders.word(split, first + 1), mass]
 
     filters = row.filters
     _, candidate, mass = leaders.merge(drawn, _combine_draws, [F32, I32, F32])
@@ -471,7 +436,7 @@ def _choose(row: Row, leaders: Leaders, slices: Sequence[RowSlice]) -> UOp:
     is_filtered = draws & filters.is_any
     if row.spec.is_processed:  # then rows with typical_p have been filtered already
         is_filtered = is_filtered & is_typical(row).ne(True)
-    sampler = FilteredSampler(row.lanes, slices, softmax, filters)
+    sampler = FilteredSampler(row.lanes, logits, softmax, filters)
     token = sampler.sample(flag(is_filtered), candidate, mass, greedy)
     forced = row.param("forced").minimum(row.spec.vocab_size - 1)
     return (forced >= 0).where(forced, draws.where(token, greedy))
@@ -483,11 +448,11 @@ def is_typical(row: Row) -> UOp:
     return (row.number("typical_p") < 1.0) & (row.param("state_rows") >= 0) & (row.number("temperature") > 0.0)
 
 
-def _report(row: Row, out: UOp, token: UOp, leaders: Leaders, slices: Sequence[RowSlice]) -> list[UOp]:
+def _report(row: Row, out: UOp, token: UOp, leaders: Leaders, logits: RowSlice) -> list[UOp]:
     """Stores of logprobs and rank, by the raw logits, in rows that ask for them."""
 
-    def raw(shard: int, split: UOp | int) -> State:
-        return [leaders.number(shard, split, RAW_BEST), leaders.number(shard, split, RAW_MASS)]
+    def raw(split: UOp | int) -> State:
+        return [leaders.number(split, RAW_BEST), leaders.number(split, RAW_MASS)]
 
     def combine(a: State, b: State) -> State:
         best = a[0].maximum(b[0])
@@ -504,15 +469,15 @@ def _report(row: Row, out: UOp, token: UOp, leaders: Leaders, slices: Sequence[R
     def emit(rank: UOp, index: UOp, value: UOp) -> list[UOp]:
         return [store(rank + OUT_TOP, index), store(rank + OUT_TOP_LOGPROB, (value - log_sum_exp).bitcast(I32))]
 
-    tops = row.likeliest(count.maximum(0), leaders.tops, emit)
-    chosen, rank = _rank(row, leaders, slices, token, flag(count >= 0))
+    tops = row.likeliest(count.maximum(0), _Tops(row, leaders), emit)
+    chosen, rank = _rank(row, leaders, logits, token, flag(count >= 0))
     return [tops, store(OUT_LOGPROB, (chosen - log_sum_exp).bitcast(I32)), store(OUT_RANK, rank)]
 
 
-def _rank(row: Row, leaders: Leaders, slices: Sequence[RowSlice], token: UOp, wanted: UOp) -> tuple[UOp, UOp]:
+def _rank(row: Row, leaders: Leaders, logits: RowSlice, token: UOp, wanted: UOp) -> tuple[UOp, UOp]:
     """(the token's logit, its rank): 1 and the number of ids ahead of it, by raw logit and then by id. The rank is 1
     where it is not wanted."""
-    (chosen,) = row.lanes.to_registers([logit_of(slices, token)], [F32])
+    (chosen,) = row.lanes.to_registers([logits.value_of(token)], [F32])
 
     def is_ahead(value: UOp, index: UOp) -> UOp:
         return (value > chosen) | (value.eq(chosen) & (index < token))
@@ -524,7 +489,7 @@ def _rank(row: Row, leaders: Leaders, slices: Sequence[RowSlice], token: UOp, wa
     ahead = row.body.registers(1, I32)
     ahead = ahead.after(ahead.after(*row.lanes.axes)[0].store(0))
     branch = row.lanes.only_if(wanted)
-    (counted,) = row.lanes.reduce(ONE, slices, (0,), count, combine_sum, branch)
+    (counted,) = row.lanes.reduce(ONE, logits, (0,), count, combine_sum, branch)
     ahead = ahead.after(ahead.after(branch)[0].store(counted).end(branch))[0].load()
     if row.spec.is_processed:
         return chosen, ahead + 1
@@ -534,8 +499,7 @@ def _rank(row: Row, leaders: Leaders, slices: Sequence[RowSlice], token: UOp, wa
     slot = row.body.fold_while(wanted * MAX_STOP_IDS)
     suppressed = row.suppressed_id(slot.cast(dtypes.weakint))
     more = total.after(slot)[0].load()
-    for shard in range(len(slices)):
-        for split in range(leaders.num_splits):
-            logit = leaders.number(shard, split, slot.cast(dtypes.weakint) + SUPPRESSED)
-            more = more + flag(is_ahead(logit, suppressed))
+    for split in range(leaders.num_splits):
+        logit = leaders.number(split, slot.cast(dtypes.weakint) + SUPPRESSED)
+        more = more + flag(is_ahead(logit, suppressed))
     return chosen, total.after(total.after(slot)[0].store(more).end(slot))[0].load()

@@ -32,7 +32,7 @@ class _TypicalFilter:
         def larger(item: Item, old: State) -> State:
             return [(item.inside & (item.value > old[0])).where(item.value, old[0])]
 
-        reduced = row.lanes.reduce(wanted, [values], (LOWEST,), larger, combine_max)
+        reduced = row.lanes.reduce(wanted, values, (LOWEST,), larger, combine_max)
         (best,) = row.lanes.to_registers(reduced, [F32])
         self._softmax: Softmax = row.softmax(best)
 
@@ -51,7 +51,7 @@ class _TypicalFilter:
             kept = (weight >= floor).where(weight, 0.0)
             return [old[0] + kept, old[1] + (weight > 0.0).where(kept * exponent(item.value), 0.0)]
 
-        total, moment = row.lanes.reduce(self._wanted, [self._values], (0.0, 0.0), add, combine_sum)
+        total, moment = row.lanes.reduce(self._wanted, self._values, (0.0, 0.0), add, combine_sum)
         target, mean = row.lanes.to_registers(
             [total * row.number("typical_p"), moment / total.maximum(1e-30)], [F32, F32]
         )
@@ -98,7 +98,7 @@ class _TypicalFilter:
             counts = item.inside & is_counted(item.value, weight)
             return [old[0] + flag(counts), old[1] + counts.where(weight, 0.0)]
 
-        return self._row.lanes.reduce(wanted, [self._values], (0, 0.0), step, combine_sum, *after)
+        return self._row.lanes.reduce(wanted, self._values, (0, 0.0), step, combine_sum, *after)
 
     def _bisect(self, wanted: UOp, holds: Callable[[UOp, UOp], UOp]) -> UOp:
         """The largest float t in [0, 1] for which `holds(t, iteration)`; 0 where the search is not wanted."""

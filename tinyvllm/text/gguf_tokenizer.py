@@ -177,9 +177,14 @@ def rank_merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     order = {piece: index for index, piece in enumerate(scores)}
     pairs: list[tuple[str, str]] = []
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
-        cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        halves = [(left, right) for left, right in cuts if left in order and right in order]
-        pairs += sorted(halves, key=lambda pair: (order[pair[0]], order[pair[1]]))
+        halves = [
+            (left, right)
+            for cut in range(1, len(piece))
+            if (left := piece[:cut]) in order and (right := piece[cut:]) in order
+        ]
+        if len(halves) > 1:  # most have one, and Gemma has 262,144 pieces
+            halves.sort(key=lambda pair: (order[pair[0]], order[pair[1]]))
+        pairs += halves
     return pairs
 
 

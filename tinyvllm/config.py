@@ -110,6 +110,7 @@ class ModelConfig:
     local_rope: Rope | None = None  # of windowed layers, if it differs
     score_scale: float | None = None  # as in LayerKind
     score_softcap: float | None = None
+    logit_scale: float = 1.0  # what logits are multiplied by, before their softcap
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
     norm_offset: float = 0.0  # added to the stored weights of norms: 1 in Gemma's Hugging Face files
     # per layer, repeated as a pattern; set by the family (model/registry.py); (): derived from the fields above

@@ -115,7 +115,7 @@ class Decoder:
             keep(*ops.parts_of(x))  # which are asked for where a text is embedded
             x = ops.take_rows(x, step, config.hidden_size)
             num_rows = step.layout.num_seqs
-        epilogue = Epilogue(softcap=config.logit_softcap)
+        epilogue = Epilogue(scale=config.logit_scale, softcap=config.logit_softcap)
         (logits,) = ops.linear("lm_head", x, [self.head], num_rows, self.norm, epilogue)
         return ops.join(logits, self.logit_stride, step.layout)
 

@@ -12,7 +12,7 @@ _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def test_the_pages_examples_run() -> None:
     blocks = _BLOCK.findall(PAGE.read_text(encoding="utf-8"))
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     namespace: dict[str, Any] = {"__name__": "docs_kernels"}
     for number, code in enumerate(blocks, 1):
         exec(compile(code, f"docs/KERNELS.md, block {number}", "exec", dont_inherit=True), namespace)

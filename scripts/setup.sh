@@ -51,7 +51,7 @@ make_venv() {
       "install them (Debian and Ubuntu: apt-get install python3-venv), or name another Python: PYTHON=... bash $0"
   fi
   say "Making a virtual environment in .venv"
-  "$python" -m venv --clear "$venv" || fail "could not make a virtual environment in .venv; the reason stands above"
+  "$python" -m venv --clear "$venv" || fail "could not make a virtual environment in .venv; see above for the reason"
 }
 
 install_package() {
@@ -62,7 +62,7 @@ install_package() {
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$source" ]; then return; fi
   say "Installing tinyvllm and its libraries into .venv (a minute or two the first time)"
   (cd "$repo" && "$venv/bin/python" -m pip install -qq --disable-pip-version-check -e ".${extra:+[$extra]}") ||
-    fail "pip could not install tinyvllm; the reason stands above"
+    fail "pip could not install tinyvllm; see above for the reason"
   printf '%s\n' "$source" >"$stamp"
   printf '%s\n' "$source" >"$venv/.installed-run" # every extra includes the package itself
 }

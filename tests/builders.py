@@ -43,7 +43,7 @@ K_KINDS = ("Q4_K", "Q5_K", "Q6_K")
 
 @dataclass(frozen=True)
 class TinyLlama:
-    """The numbers of a tiny llama. Quantised kinds need columns in whole blocks: 32, or 256 for K kinds (`wide()`)."""
+    """The numbers of a tiny llama. Quantized kinds need columns in whole blocks: 32, or 256 for K kinds (`wide()`)."""
 
     layers: int = 2
     hidden: int = 64
@@ -233,8 +233,8 @@ def write_tiny_gguf(
 ) -> ModelFiles:
     """Write a .gguf file as llama.cpp's converter would; `numbers` are TinyLlama's fields.
 
-    Matrices have the kind `quant`. The weights are write_tiny_hf_llama's, quantised, except in the K kinds, for which
-    gguf has no quantiser: there the blocks are random ones of a like spread.
+    Matrices have the kind `quant`. The weights are write_tiny_hf_llama's, quantized, except in the K kinds, for which
+    gguf has no quantizer: there the blocks are random ones of a like spread.
     """
     model = TinyLlama(**numbers)
     path.parent.mkdir(parents=True, exist_ok=True)

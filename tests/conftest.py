@@ -120,7 +120,7 @@ def tiny_hf_files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 @pytest.fixture(scope="session")
 def tiny_gguf_files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    """The same weights, quantised, as one .gguf file."""
+    """The same weights, quantized, as one .gguf file."""
     from tests.builders import write_tiny_gguf
 
     return write_tiny_gguf(tmp_path_factory.mktemp("models") / "tiny-llama.gguf")

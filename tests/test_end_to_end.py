@@ -161,6 +161,6 @@ def test_openai_client_cancels_and_gets_its_errors(client: openai.OpenAI) -> Non
     with pytest.raises(openai.BadRequestError) as out_of_range:
         client.completions.create(model="smollm2", prompt="x", temperature=-1)
     assert out_of_range.value.param == "temperature"
-    # the cancelled request's row is free again, or these could not all run at once
+    # the canceled request's row is free again, or these could not all run at once
     done = client.completions.create(model="smollm2", prompt=["a", "b", "c", "d"], max_tokens=2)
     assert len(done.choices) == 4

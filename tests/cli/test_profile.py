@@ -87,7 +87,7 @@ def test_a_prompt_is_predicted_in_the_pieces_that_it_would_be_computed_in() -> N
     ("arguments", "says"),
     [
         (("--predict", "m9", "--shape", "smollm2-135m"), "known: m1"),
-        (("--by", "colour", "--from", "-"), "--by"),
+        (("--by", "color", "--from", "-"), "--by"),
         (("--predict", "m4", "--from", "-"), "one of them"),
         (("--chip", "z80", "--from", str(DATA / "cpu.txt")), "z80"),
     ],

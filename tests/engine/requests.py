@@ -67,7 +67,7 @@ def make_requests(num: int, is_processed: bool) -> list[Request]:
             **(PROCESSING[index % len(PROCESSING)] if is_processed else {}),
         )
         prompt = [rng.randrange(200) for _ in range(rng.randrange(1, 24))]
-        eos_ids = frozenset(range(0, 256, 16))  # so that some end early, when nobody knew
+        eos_ids = frozenset(range(0, 256, 16))  # so that some end early, unexpectedly
         request = Request(f"r{index}", prompt, params, eos_ids, max_tokens=rng.randrange(1, 20), seed=index)
         if is_processed and index % 4 == 0:
             request.constraint = Alternate()

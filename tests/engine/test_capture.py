@@ -117,7 +117,7 @@ def test_a_closed_runner_holds_no_memory(tiny_gguf_files: ModelFiles) -> None:
         bucket = runner.buckets[0]
         taken = used()
         runner.captures.remake(bucket)
-        assert used() == taken, "a graph that was captured anew leaves nothing of the one before"
+        assert used() == taken, "a graph that was captured again leaves nothing of the one before"
         assert runner.captures.scratch_bytes > 0
         runner.close()
         del runner

@@ -54,7 +54,7 @@ def test_documents_are_of_their_schema_or_end_by_length(llm: LLM) -> None:
             jsonschema.validate(json.loads(output.text), SCHEMA)
 
 
-def test_neighbours_without_a_grammar_are_left_alone(llm: LLM) -> None:
+def test_neighbors_without_a_grammar_are_left_alone(llm: LLM) -> None:
     free = SamplingParams(temperature=0, max_tokens=12)
     alone = llm.generate("abc", free)[0].outputs[0].token_ids
     mixed = llm.generate(["abc"] * 3, [params("regex", "[0-9]{20}"), free, params("choice", ["yes", "no"])])

@@ -29,7 +29,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True, 
 @pytest.fixture(scope="module")
 def reference() -> list[dict[str, Any]]:
     written = json.loads(OUTPUT.read_text(encoding="utf-8"))
-    assert written["weights_sum"] == pytest.approx(weights_sum(), rel=1e-6), "other weights: write the reference anew"
+    assert written["weights_sum"] == pytest.approx(weights_sum(), rel=1e-6), "other weights: write the reference again"
     cases: list[dict[str, Any]] = written["cases"]
     return cases
 

@@ -210,7 +210,7 @@ def test_processed_scored_and_plain_requests_share_their_steps(llm: LLM) -> None
 
 
 def test_a_request_that_allows_nothing_ends_with_an_error(llm: LLM) -> None:
-    """And its neighbours do not notice."""
+    """And its neighbors do not notice."""
     params = SamplingParams(max_tokens=4, allowed_token_ids=(97,), bad_words=("a",))
     well = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     bad, good = generate(llm, PROMPTS[:2], [params, well])

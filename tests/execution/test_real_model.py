@@ -53,7 +53,7 @@ def check_tokens(requests: list[Request], cases: list[dict[str, Any]]) -> None:
 
 
 def logprob_differences(logprobs: list[TokenLogprobs | None], case: dict[str, Any]) -> tuple[float, float]:
-    """The largest of the chosen tokens, and of the five likeliest by rank: close neighbours may change places."""
+    """The largest of the chosen tokens, and of the five likeliest by rank: close neighbors may change places."""
     chosen, top = 0.0, 0.0
     for got, values in zip(logprobs, case["top_logprobs"], strict=True):
         assert got is not None

@@ -235,7 +235,7 @@ def _stand_in(host: _Shape, blocks: int) -> HostMatrix:
 
 
 def _enlarged(matrix: Matrix, rows: int) -> Matrix:
-    """The same with so many rows, in planes that nobody allocates."""
+    """The same with this many rows, in planes that are never allocated."""
     from tinygrad import Tensor
 
     padded = -(-rows // ROWS) * ROWS

@@ -38,5 +38,5 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if descriptor := os.environ.get(reports_variable):
         try:
             os.write(int(descriptor), (json.dumps(report._to_json()) + "\n").encode())
-        except BrokenPipeError:  # nobody waits for these tests any more
+        except BrokenPipeError:  # the process that wanted the reports is gone
             os._exit(1)

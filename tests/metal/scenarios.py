@@ -65,7 +65,7 @@ def _family(name: str, **changes: Any) -> Callable[[Path], ModelFiles]:
     return lambda path: write_hf(path, replace(RECIPES[name], config=config), dtype="float16")
 
 
-def _quantised(kind: str, quant_of: Mapping[str, str] = {}) -> Callable[[Path], ModelFiles]:
+def _quantized(kind: str, quant_of: Mapping[str, str] = {}) -> Callable[[Path], ModelFiles]:
     tweaks = GGUFTweaks(quant_of=quant_of)
     return lambda path: write_tiny_gguf(path.with_suffix(".gguf"), quant=kind, tweaks=tweaks, **FUSED)
 
@@ -98,11 +98,11 @@ SCENARIOS: dict[str, Scenario] = {
         max_tokens=8,
         tie=0.03,
     ),
-    "mixed": Scenario(_quantised("Q4_K", MIXED), BRIEF, PROMPTS[:3], max_tokens=8, tie=0.03),
+    "mixed": Scenario(_quantized("Q4_K", MIXED), BRIEF, PROMPTS[:3], max_tokens=8, tie=0.03),
     "sampled": Scenario(_dense("float32", GENERAL), CROWDED | EXACT, sampling=SAMPLING),
 }
-QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-SCENARIOS |= {kind: Scenario(_quantised(kind), BRIEF, PROMPTS[:3], max_tokens=8, tie=0.03) for kind in QUANTISED}
+QUANTIzED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+SCENARIOS |= {kind: Scenario(_quantized(kind), BRIEF, PROMPTS[:3], max_tokens=8, tie=0.03) for kind in QUANTIzED}
 
 
 @dataclass

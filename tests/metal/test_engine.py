@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.metal.scenarios import QUANTISED, SCENARIOS, Answer, answer
+from tests.metal.scenarios import SCENARIOS, Answer, QUANTIzED, answer
 from tests.metal.simulator import Settings, without_checks
 from tinyvllm.config import ModelFiles
 
@@ -58,7 +58,7 @@ def cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def assert_same_tokens(found: Answer, expected: Answer, tie: float) -> None:
-    """Token for token, except behind a place where the CPU itself was undecided."""
+    """Token for token, up to a place where the CPU itself was undecided."""
     compared = 0
     sequences = zip(found.tokens, expected.tokens, [*expected.gaps, expected.gaps[0]], strict=True)
     for index, (tokens, wanted, gaps) in enumerate(sequences):
@@ -80,8 +80,8 @@ def test_chunks_batches_preemption_and_prefix_hits_give_the_cpus_tokens(name: st
     assert_same_tokens(found, expected, SCENARIOS[name].tie)
 
 
-@pytest.mark.parametrize("name", ["mixed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in QUANTISED)])
-def test_quantised_weights_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
+@pytest.mark.parametrize("name", ["mixed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in QUANTIzED)])
+def test_quantized_weights_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
     expected = cpu.answer(name)
     assert_same_tokens(answer(name, cpu.folder / name), expected, SCENARIOS[name].tie)
 

@@ -137,7 +137,7 @@ def test_new_memory_is_not_zero(simulator: Settings) -> None:
 
 # -- kernels that are wrong on purpose ---------------------------------------------------------------------------------
 
-NEIGHBOUR = f"""
+NEIGHBOR = f"""
   {SHARED}float buf0[64];
   *(buf0+lid.x) = *(data1_64+lid.x);
   %s
@@ -147,19 +147,19 @@ TWO = "device float* data0_64, device float* data1_64"
 
 def test_a_missing_barrier_is_found_and_the_same_kernel_with_it_is_right() -> None:
     values = floats(64)
-    out, _ = run(TWO, NEIGHBOUR % (BARRIER, 33), values, values, threads=64)
+    out, _ = run(TWO, NEIGHBOR % (BARRIER, 33), values, values, threads=64)
     np.testing.assert_array_equal(out, values[np.arange(64) ^ 33])
     with pytest.raises(RuntimeError, match=r"race, write after read: kernel tested.*of buf0 at byte \d+, which"):
-        run(TWO, NEIGHBOUR % ("", 33), values, values, threads=64)
+        run(TWO, NEIGHBOR % ("", 33), values, values, threads=64)
 
 
 def test_a_simdgroup_barrier_orders_its_own_simdgroup_alone() -> None:
     barrier = "simdgroup_barrier(mem_flags::mem_threadgroup);"
     values = floats(64)
-    out, _ = run(TWO, NEIGHBOUR % (barrier, 1), values, values, threads=64)
+    out, _ = run(TWO, NEIGHBOR % (barrier, 1), values, values, threads=64)
     np.testing.assert_array_equal(out, values[np.arange(64) ^ 1])
     with pytest.raises(RuntimeError, match="race, "):
-        run(TWO, NEIGHBOUR % (barrier, 32), values, values, threads=64)
+        run(TWO, NEIGHBOR % (barrier, 32), values, values, threads=64)
 
 
 def test_a_missing_barrier_before_memory_is_written_again_is_found() -> None:
@@ -301,7 +301,7 @@ from pathlib import Path
 from tests.metal.launching import make_source
 import ctypes
 memory = (ctypes.c_float * 64)(*range(64))
-kernel = read_kernel(make_source("device float* data0_64, device float* data1_64", '''{NEIGHBOUR % (BARRIER, 33)}'''))
+kernel = read_kernel(make_source("device float* data0_64, device float* data1_64", '''{NEIGHBOR % (BARRIER, 33)}'''))
 base = ctypes.addressof(memory)
 out = (ctypes.c_float * 64)()
 arguments = [native.Argument(ctypes.addressof(out), 256), native.Argument(base, 256)]

@@ -123,7 +123,7 @@ def load(files: ModelFiles, make: Callable[..., Backend] = lambda device: CpuBac
 
 
 def run(model: Llama, token_ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (V,) behind all tokens but the last by one prefill step, and behind all by a decode step."""
+    """Logits (V,) after all tokens but the last by one prefill step, and after all by a decode step."""
     ops = model.backend
     pool = ops.make_pool(pool_groups(model.config.layers), 5, BLOCK_SIZE, "float32")
     start = len(token_ids) - 1
@@ -147,7 +147,7 @@ def check(model: Llama, expected: np.ndarray, tolerance: float = 1e-4) -> None:
 
 
 def weights_of(files: ModelFiles, numbers: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The file's own values, quantised as they are."""
+    """The file's own values, quantized as they are."""
     checkpoint = open_checkpoint(files, read_model_config(files))
     shapes = {name: weight.shape for name, weight in make_weights(TinyLlama(**numbers)).items()}
     return {name: to_float32(checkpoint.take(name, shape)) for name, shape in shapes.items()}
@@ -191,7 +191,7 @@ def test_half_precision_checkpoints_are_computed_in_float32(tmp_path: Path, dtyp
     ],
     ids=["f32", "q4_1", "q4_k_m", "all different", "qwen3 q4_k_m", "qwen3 all different"],
 )
-def test_quantised_gguf_equals_its_own_values_in_numpy(
+def test_quantized_gguf_equals_its_own_values_in_numpy(
     tmp_path: Path, quant: str, quant_of: dict[str, str], numbers: dict[str, Any]
 ) -> None:
     files = write_tiny_gguf(tmp_path / "tiny.gguf", quant=quant, tweaks=GGUFTweaks(quant_of=quant_of), **numbers)

@@ -89,7 +89,7 @@ FEATURES: dict[str, tuple[tuple[str, Any], ...]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What attention gave, and the pool before and behind it in plain order."""
+    """What attention returned, and the pool before and after it in plain order."""
 
     out: np.ndarray  # (T, H, D)
     before: tuple[np.ndarray, np.ndarray]
@@ -137,7 +137,7 @@ def make_history(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode_pieces(case: Case) -> list[list[Piece]]:
-    """Batches whose contexts are 1, at and behind a block's end, and the longest."""
+    """Batches whose contexts are 1, end at and just past a block's end, and are the longest."""
     size, rows = case.layout.block_size, case.layout.num_seqs
     longest = case.layout.max_blocks * size
     starts = [0, size - 1, size, longest - 1, longest // 2, 1, 2 * size - 1]

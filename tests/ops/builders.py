@@ -67,7 +67,7 @@ class Piece:
 
 
 def make_step(layout: StepLayout, pieces: list[Piece], *, seed: int = 0) -> np.ndarray:
-    """The input buffer of a step over `pieces`; sequence i owns M blocks of its own, in a shuffled order. Rows behind
+    """The input buffer of a step over `pieces`; sequence i owns M blocks of its own, in a shuffled order. Rows after
     the pieces' are padding. Block ids run from 1 to R * M."""
     buffer = np.zeros(layout.size, np.int32)
     views = layout.views(buffer)
@@ -206,7 +206,7 @@ def pack_sampling(layout: StepLayout, columns: dict[str, Any]) -> np.ndarray:
 
 
 def upload_logits(device: DeviceHandle, logits: np.ndarray) -> Tensor:
-    """Rows of logits, padded to a multiple of 32: nothing may heed what is behind the vocabulary."""
+    """Rows of logits, padded to a multiple of 32: nothing may read past the vocabulary."""
     seqs, vocab = logits.shape
     padded = np.full((seqs, -(-vocab // 32) * 32), 1e30, np.float32)
     padded[:, :vocab] = logits

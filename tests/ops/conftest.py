@@ -1,5 +1,5 @@
-"""The kinds of backends. The GPU kind's tests carry the mark `gpu` and run on whatever device with threadgroups there
-is; OpenCL on a CPU (PoCL) is one: DEV=CL python -m pytest -m gpu tests/ops"""
+"""The kinds of backends. The GPU kind's tests carry the mark `gpu` and run on any device with threadgroups; OpenCL on a
+CPU (PoCL) is one: DEV=CL python -m pytest -m gpu tests/ops"""
 
 from __future__ import annotations
 

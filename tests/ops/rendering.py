@@ -125,7 +125,7 @@ def plan_processed(backend: Backend, vocab: int) -> Tensor:
 
 
 def kernels_of(outputs: list[Tensor]) -> list[UOp]:
-    """What realising the outputs would launch, each kernel once."""
+    """What realizing the outputs would launch, each kernel once."""
     calls = Tensor.schedule_linear(*outputs).src
     return list(dict.fromkeys(call.src[0] for call in calls if call.src[0].op is Ops.SINK))
 
@@ -156,6 +156,6 @@ def gpu_backend(dtype: str) -> Backend:
 
 
 def rendered(kind: str, dtype: str = "float16", *, is_chained: bool = False) -> FusedGpuBackend:
-    """A backend whose tensors have to lie somewhere, and are never realised."""
+    """A backend whose tensors have to lie somewhere, and are never realized."""
     lanes = Lanes(kind, (dtypes.half, dtypes.bfloat16), is_chained)
     return FusedGpuBackend(DeviceHandle("CPU", has_threads=True, is_unified=True), dtype, lanes)

@@ -231,7 +231,7 @@ def test_end_ids_that_are_no_ids_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quant", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q4_1", "float16")]
 )
-def test_dtype_is_that_of_the_unquantised_matrices(tmp_path: Path, quant: str, dtype: str) -> None:
+def test_dtype_is_that_of_the_unquantized_matrices(tmp_path: Path, quant: str, dtype: str) -> None:
     assert read_model_config(write_tiny_gguf(tmp_path / "tiny.gguf", quant=quant)).dtype == dtype
 
 

@@ -180,7 +180,7 @@ def test_score_merges_equal_llama_cpp(case: list[Any]) -> None:
 
 
 def merge_by_score(text: str, metadata: dict[str, Any]) -> list[int]:
-    """SentencePiece's BPE as plainly as it can be said: merge the best pair of neighbours, the leftmost of equals."""
+    """SentencePiece's BPE as plainly as it can be said: merge the best pair of neighbors, the leftmost of equals."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     scores: list[float] = metadata["tokenizer.ggml.scores"]
     ids = {token: token_id for token_id, token in enumerate(tokens)}

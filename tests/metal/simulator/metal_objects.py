@@ -219,7 +219,7 @@ class Command:
         if index >= MAX_BUFFERS:
             raise MetalError(f"buffer index {index} is not below {MAX_BUFFERS}")
         if buffer is None or offset > buffer.length:
-            raise MetalError(f"offset {offset} at index {index} lies behind the buffer's end")
+            raise MetalError(f"offset {offset} at index {index} is past the buffer's end")
         self.bound[index] = Bound(buffer, offset)
 
     def run(self, settings: Settings) -> None:

@@ -273,7 +273,7 @@ ulong sim_share(int line, ulong value, uint from) {
   return simdgroup.shared[parity][from % LANES];
 }
 
-// An 8x8 matrix by lane: two neighbours of a row. Apple does not document the order; this one is what MLX reads and
+// An 8x8 matrix by lane: two neighbors of a row. Apple does not document the order; this one is what MLX reads and
 // writes (ml-explore/mlx, mlx/backend/metal/kernels/steel/gemm/mma.h, get_coord).
 sim_pair sim_multiply_accumulate(int line, float a0, float a1, float b0, float b1, float c0, float c1) {
   Simdgroup& simdgroup = simdgroups[current / LANES];

@@ -28,7 +28,7 @@ def test_packing_and_unpacking_gives_the_same_values(device: DeviceHandle, kind:
     if fmt == "float16" and not has_half(device.name):
         tolerance = 6.2e-5  # tinygrad's emulation has no subnormal numbers
     np.testing.assert_allclose(values[:40], to_float32(host), rtol=0, atol=tolerance)
-    assert (values[40:] == 0).all(), "rows behind the used ones"
+    assert (values[40:] == 0).all(), "rows after the used ones"
 
 
 @pytest.mark.parametrize("fmt", QUANTIZED)

@@ -38,7 +38,7 @@ def multiply(backend: Backend, fmt: str, tokens: int, operation: str, rows: int,
     added = run_product(backend, x, matrix, tokens, epilogue=Epilogue(residual=residual))
     if operation == "linear_add":
         return read(backend, added, tokens)
-    # a sum that the next norm computes, and that is read again behind it
+    # a sum that the next norm computes, and that is read again after it
     (second,) = backend.stacked([make_host(fmt, 64, rows, seed=7)])
     norm = Norm(backend.device.upload(normal(rows, seed=8)), 1e-5)
     out = run_product(backend, added, second, tokens, norm)

@@ -150,7 +150,7 @@ def test_hopper_multiplies_in_the_memory_that_it_has(tokens: int, rows: int, row
 
 @pytest.mark.parametrize("tokens", [65, 96, 112, 128, 200, 960])
 def test_hoppers_tiles_that_are_not_full_have_the_loops_of_full_ones(tokens: int) -> None:
-    """Stores behind a condition must not split the loop that they are in."""
+    """Conditional stores must not split the loop that they are in."""
     source = render_wgmma(hopper(tokens, 512, 128).wgmma).src[2].arg
     loops = re.findall(r"for \(int (Ridx\d+)", source)
     assert len(loops) == len(set(loops)) == 4  # tiles and stages, of the warps that fetch and of those that multiply

@@ -120,7 +120,7 @@ def test_padded_rows_change_nothing(backend: Backend, case: Case) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("case", [DECODE[1], MIXED[2]], ids=lambda case: case.name)
 def test_what_another_request_left_in_a_block_is_not_read(backend: Backend, case: Case, bad: float) -> None:
-    """A recycled block holds old numbers after the sequence's own: using them, one broken request would break others."""
+    """A recycled block holds old numbers after the sequence's own: using them, a broken request would break others."""
     pieces = [Piece(9)] if case.is_decode else [Piece(9, 5)]
     buffer, history = make_step(case.layout, pieces), make_history(case)
     clean = attend(backend, case, buffer, history)

@@ -111,6 +111,10 @@ def test_shapes_have_the_parameters_of_their_names() -> None:
         "llama-3.2-1b": 1236,
         "llama-3.1-8b": 8030,
         "qwen3-0.6b": 596,
+        "qwen2.5-0.5b": 494,
+        "gemma-3-270m": 268.1,
+        "gemma-3-1b": 999.9,
+        "mistral-7b-v0.1": 7242,
     }
     assert millions == pytest.approx(expected, rel=1e-3)
 

@@ -222,7 +222,7 @@ def _without_weights(backend: Backend) -> Backend:
 
     patched: Any = backend
     patched.matrix = load_one
-    patched.stacked = lambda hosts: once(tuple(hosts), lambda: load_stacked(hosts))
+    patched.stacked = lambda hosts, num_kv_heads=None: once(tuple(hosts), lambda: load_stacked(hosts))
     patched.gate_up = lambda gate, up: once((gate, up, "gated"), lambda: load_gate_up(gate, up))
     return backend
 

@@ -16,6 +16,7 @@ from tinyvllm.profiling.predict import FACTORS
 pytestmark = pytest.mark.timeout(900)
 
 SHAPES = ("tinyllama-1.1b", "llama-3.2-1b", "llama-3.1-8b", "qwen3-0.6b")
+OTHER_FAMILIES = ("qwen2.5-0.5b", "gemma-3-1b", "mistral-7b-v0.1")  # biases; windows, norms around products; windows
 SWEEP = [
     Case(shape, family, kind, (1, 8, 64), (64, 1024))
     for shape in SHAPES
@@ -23,6 +24,7 @@ SWEEP = [
     for family in FAMILIES
 ]
 SWEEP += [Case("llama-3.2-1b", "Apple7", kind, (1, 8, 64), (64, 1024)) for kind in ("bfloat16", "Q4_0", "Q8_0")]
+SWEEP += [Case(shape, "Apple7", "Q4_K", (1, 8, 64), (64, 1024)) for shape in OTHER_FAMILIES]
 SWEEP += [Case("qwen3-0.6b", "Apple7", "bfloat16", (1, 2, 4, 8, 16, 32, 64), (64, 256, 1024))]
 
 

@@ -1,8 +1,9 @@
 """Matrix products of many token rows: tiles of both operands in threadgroup memory, multiplied on the matrix unit.
 
-A threadgroup computes a tile of tokens by a tile of the matrix's rows and walks along the columns, 32 at a time. CUDA
-copies the next columns asynchronously while it multiplies these; quantised weights are unpacked on their way into the
-tile, once for all the tile's tokens. Elsewhere a tile is loaded, multiplied, and the threadgroups of a core take turns.
+A threadgroup computes a tile of tokens times a tile of the matrix's rows, in steps of 32 columns. CUDA copies the next
+columns asynchronously while it multiplies the current ones. Quantized weights are unpacked on their way into the tile,
+once for all of its tokens. METAL loads a tile and then multiplies it, while other threadgroups of the core do the
+opposite.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, TileMma, arrival, commit
 from tinyvllm.ops.kernel.tuning import Tunable
 
 DENSE = Format("float16", 16)
-MIN_TOKENS = 65  # rows from which on a tile of tokens is worth filling
-UNPACK_TOKENS = 256  # from which on weights are unpacked first
-UNPACK_ELEMENTS = 64 << 20  # of the largest matrix that is: 128 MiB of float16
-STAGES = 3  # tiles of an operand that CUDA holds: one is multiplied, two are on their way
+MIN_TOKENS = 65  # the fewest rows that are worth a tile of tokens
+UNPACK_TOKENS = 256  # the fewest rows for which weights are unpacked first
+UNPACK_ELEMENTS = 64 << 20  # of the largest matrix that is unpacked first: 128 MiB of float16
+STAGES = 3  # tiles of an operand that CUDA holds: one is multiplied, two are being copied
 GROUPS_WANTED = 128  # threadgroups that keep a large GPU busy
-SHORTEST_SPLIT = 16  # steps of 32 columns that are worth a threadgroup of their own
+SHORTEST_SPLIT = 16  # the fewest steps of 32 columns that are worth a threadgroup
 
 
 def quick_arithmetic(kind: str) -> Arithmetic:
-    """The device's own exponential, and its quick division."""
+    """The device's own exponential and fast division."""
     return Arithmetic(lambda x: x.exp2(), lambda x, slope: quick_division(x, (x * (slope * -LOG2E)).exp2() + 1.0, kind))
 
 
 @dataclass(frozen=True)
 class GemmSpec(Tunable):
-    """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = activation(gate) * up."""
+    """partials (S, T, N) = x (T, K) @ w.T over S splits of K, or out (T, N / 2) = activation(gate) * up."""
 
     name: str
     mma: Mma
@@ -59,8 +60,8 @@ class GemmSpec(Tunable):
     num_rows: int  # N
     num_cols: int  # K
     activation: str | None = None  # the matrix is gate over up: out = activation(gate) * up
-    has_wgmma: bool = False  # the device has Hopper's instructions for four warps
-    adds_residual: bool = False  # to the one part
+    has_wgmma: bool = False  # the device has wgmma, Hopper's matrix instruction of four warps
+    adds_residual: bool = False  # if S is 1
 
     @property
     def is_gated(self) -> bool:
@@ -76,20 +77,20 @@ class GemmSpec(Tunable):
 
     @property
     def is_async(self) -> bool:
-        """Whether x is copied as it is."""
+        """Whether x is copied asynchronously, as it is stored."""
         return self.mma.kind == "CUDA" and self.x_dtype == self.mma.dtype == F16
 
     @property
     def uses_wgmma(self) -> bool:
-        """Whether Hopper's kernel multiplies. A spec that unpacks first says so as well: its parts, by which memory is
-        made, are those of the product behind."""
+        """Whether Hopper's kernel is used, possibly after unpacking. Its `splits` then count, because the output is
+        allocated for them."""
         is_dense = self.weights_as_stored or self.unpacks_first
         is_long = self.num_cols % WGMMA_COLS == 0 and self.num_cols >= MIN_STEPS * WGMMA_COLS
         return self.has_wgmma and is_dense and is_long and self.out_rows % RUN_ROWS == 0
 
     @property
     def wgmma(self) -> WgmmaSpec:
-        """What Hopper's kernel is to multiply, and how it is cut."""
+        """The spec of Hopper's kernel, with the size of its tiles."""
         shape = (self.num_tokens, self.num_rows, self.num_cols)
         row_tile, splits = best_cut(*shape, self.is_gated)
         cut = (self.knob("wgmma_rows", row_tile), self.knob("splits", splits))
@@ -97,8 +98,8 @@ class GemmSpec(Tunable):
 
     @property
     def unpacks_first(self) -> bool:
-        """Whether quantised weights are unpacked by a kernel of their own: where many tokens share it, the quickest
-        instructions make up for it."""
+        """Whether a separate kernel unpacks quantized weights first: with many tokens, faster instructions make up for
+        its cost."""
         return (
             self.has_wgmma
             and self.is_async
@@ -109,7 +110,7 @@ class GemmSpec(Tunable):
 
     @property
     def weights_as_stored(self) -> bool:
-        """Whether weights are copied as they are."""
+        """Whether weights are copied asynchronously, as they are stored."""
         return self.is_async and self.format.name == "float16"
 
     @property
@@ -118,12 +119,12 @@ class GemmSpec(Tunable):
 
     @property
     def row_tile(self) -> int:
-        """Rows of the matrix in a tile: where it is gated, half of them gate and half up."""
+        """Rows of the matrix in a tile; of gate and up, half each."""
         return 128 if self.mma.kind == "CUDA" else 64
 
     @property
     def warp_grid(self) -> tuple[int, int]:
-        """Warps by tokens and by rows."""
+        """(warps along the tokens, warps along the rows)."""
         return 2, 2
 
     @property
@@ -140,7 +141,7 @@ class GemmSpec(Tunable):
 
     @property
     def splits(self) -> int:
-        """S: parts of K with threadgroups of their own, where there are too few tiles to fill the device."""
+        """S: splits of K, each with its own threadgroups, if there are too few tiles to fill the device."""
         if self.uses_wgmma:
             return self.wgmma.splits
         splits, steps = 1, self.num_cols // TILE_COLS
@@ -163,14 +164,14 @@ class GemmSpec(Tunable):
 
     @property
     def steps(self) -> int:
-        """Steps of a threadgroup along the columns."""
+        """Steps of 32 columns of a threadgroup."""
         return self.num_cols // TILE_COLS // self.splits
 
 
 def multiply_rows(
     spec: GemmSpec, out: Tensor, planes: Sequence[Tensor], x: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    """`out` of `gemm_kernel`, behind what has to be done before it. A residual is added where there is one."""
+    """Run the product into `out`, after unpacking the weights if that is faster; adds `residual` (T, N) if given."""
     spec = replace(spec, adds_residual=residual is not None)
     if spec.unpacks_first:
         whole = empty(spec.num_rows * spec.num_cols, F16, str(out.device))
@@ -185,7 +186,7 @@ def multiply_rows(
 
 @cached_kernel
 def gemm_kernel(spec: GemmSpec) -> KernelFn:
-    """fn(out, *planes, x[, residual]): see GemmSpec. Tokens behind T are the last one again, and are not stored."""
+    """fn(out, *planes, x[, residual]): see GemmSpec. Token rows after the last repeat it, and are not stored."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         tile = _Tile(spec, list(rest))
@@ -201,24 +202,26 @@ def gemm_kernel(spec: GemmSpec) -> KernelFn:
 
 @cached_kernel
 def unpack_kernel(fmt: Format, num_rows: int, num_cols: int) -> KernelFn:
-    """fn(out (N, K), *planes): a quantised matrix as float16. A thread unpacks a run of 32 values, and by way of
-    threadgroup memory neighbours store neighbouring pieces of 16 bytes."""
+    """fn(out (N, K), *planes): a quantized matrix as float16. A thread unpacks a run of 32 values; through threadgroup
+    memory, neighboring threads then store neighboring pieces of 16 bytes."""
 
     def kernel(out: UOp, *planes: UOp) -> UOp:
         body, runs, threads = Body(), num_rows * num_cols // PANEL, 128
         group, thread = grid(body, -(-runs // threads)), body.threads(threads)
         run = (group * threads + thread).minimum(runs - 1)
-        per_row, per_run, stride = num_cols // PANEL, PANEL // PIECE, PANEL + PIECE  # apart by a piece: other banks
+        per_row, per_run, stride = (
+            num_cols // PANEL,
+            PANEL // PIECE,
+            PANEL + PIECE,
+        )  # padded by a piece: different banks
         values = read_run(Planes(fmt, planes), run // per_row, run % per_row, num_cols, PANEL).values(F16)
         shared = body.shared(threads * stride, F16)
         shared = shared.after(UOp.group(*[shared[thread * stride + i].store(value) for i, value in enumerate(values)]))
         stores = []
         for start in range(0, threads * per_run, threads):
             piece = start + thread
-            at, source = (
-                (group * threads * per_run + piece) * PIECE,
-                piece // per_run * stride + piece % per_run * PIECE,
-            )
+            at = (group * threads * per_run + piece) * PIECE
+            source = piece // per_run * stride + piece % per_run * PIECE
             if runs % threads:
                 at = at.valid(group * threads * per_run + piece < runs * per_run)
             stores += [out[at + i].store(shared[source + i].load().cast(out.dtype)) for i in range(PIECE)]
@@ -230,22 +233,22 @@ def unpack_kernel(fmt: Format, num_rows: int, num_cols: int) -> KernelFn:
 
 
 class _Tile:
-    """One threadgroup's work inside the kernel."""
+    """One threadgroup's work: a tile of tokens times a tile of rows, over a split of the columns."""
 
     def __init__(self, spec: GemmSpec, operands: list[UOp]) -> None:
         self.spec, self.mma, body = spec, spec.tiles, Body()
         self.planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
         self.x = operands.pop(0)
         self.residual = operands.pop(0) if spec.adds_residual else None
-        # threadgroups that run together share the rows of the matrix, and as much of x as caches hold
+        # threadgroups that run together share rows of the matrix, and as much of x as fits into the cache
         together = min(spec.token_groups, CACHED_TOKENS // spec.token_tile)
         if spec.token_groups % together:
             together = spec.token_groups
-        self.part, outer = grid(body, spec.splits), grid(body, spec.token_groups // together)
+        self.split, outer = grid(body, spec.splits), grid(body, spec.token_groups // together)
         self.row_group, inner = grid(body, spec.row_groups), grid(body, together)
         self.token_group = outer * together + inner
         self.lane, warp = body.threads(LANES), warps(body, spec.num_warps)
-        self.axes = axes_of(self.part, outer, self.row_group, inner, self.lane, warp)
+        self.axes = axes_of(self.split, outer, self.row_group, inner, self.lane, warp)
         self.body, self.thread = body, warp * LANES + self.lane
         down, across = spec.warp_grid
         self.token_blocks = spec.token_tile // down // self.mma.left_rows
@@ -258,14 +261,14 @@ class _Tile:
     def threads(self) -> int:
         return self.spec.num_warps * LANES
 
-    # -- which rows a tile's are ---------------------------------------------------------------------------------------
+    # -- the tile's rows -----------------------------------------------------------------------------------------------
 
     def token(self, row: UOp) -> UOp:
         token = self.first_token + row
         return token if self.spec.num_tokens % self.spec.token_tile == 0 else token.minimum(self.spec.num_tokens - 1)
 
     def block_row(self, block: int) -> UOp:
-        """Where a block of the warp's rows begins in the tile: gated, its first half are gates."""
+        """The tile's row where a block of the warp's rows begins. Of gate and up, the first half are gate."""
         per_warp = self.spec.row_tile // self.spec.warp_grid[1]
         size = self.mma.right_rows
         if not self.spec.is_gated:
@@ -275,7 +278,7 @@ class _Tile:
         return start + block // half * (self.spec.row_tile // 2)
 
     def matrix_row(self, row: UOp) -> UOp:
-        """The matrix's row for a row of the tile; the last one again behind them."""
+        """The matrix's row for a row of the tile; its last row for those after the end."""
         spec = self.spec
         if not spec.is_gated:
             whole = self.row_group * spec.row_tile + row
@@ -289,7 +292,7 @@ class _Tile:
     # -- sums ----------------------------------------------------------------------------------------------------------
 
     def sums_async(self) -> list[UOp]:
-        """The tile's sums, tiles of the next columns on their way meanwhile (CUDA)."""
+        """The tile's sums; the next columns are copied meanwhile (CUDA)."""
         spec, body, steps = self.spec, self.body, self.spec.steps
         size = spec.token_tile * TILE_COLS
         tile_x = body.shared(STAGES * size, F16)
@@ -298,7 +301,7 @@ class _Tile:
         tile_w = body.shared(weight_stages * weight_size, F16)
 
         def begin(step: UOp | int, *after: UOp) -> UOp:
-            """The copies for a step, if there is such a one."""
+            """Begin the copies for a step, if it exists."""
             wanted = None if isinstance(step, int) and step < steps else UOp.const(0, I32) + step < steps
             slot = step % STAGES
             copies = self._copies(tile_x, slot * size, step, wanted, after, is_x=True)
@@ -336,7 +339,7 @@ class _Tile:
     def _copies(
         self, tile: UOp, base: UOp | int, step: UOp | int, wanted: UOp | None, after: tuple[UOp, ...], *, is_x: bool
     ) -> list[UOp]:
-        """Copies of a tile of x, or of weights."""
+        """Copies of a tile of x or of weights. `wanted`: whether to copy; None: always."""
         spec, copies = self.spec, []
         rows = spec.token_tile if is_x else spec.row_tile
         source = self.x if is_x else self.planes.codes
@@ -345,12 +348,12 @@ class _Tile:
             piece = start + self.thread
             row, slot = piece // per_row, piece % per_row
             whole = self.token(row) if is_x else self.matrix_row(row)
-            at = whole * spec.num_cols + (self.part * spec.steps + step) * TILE_COLS + slot * PIECE
+            at = whole * spec.num_cols + (self.split * spec.steps + step) * TILE_COLS + slot * PIECE
             copies.append(copy_piece(tile[base + self.mma.at(row, slot)], source[at], wanted, *after))
         return copies
 
     def sums_plain(self) -> list[UOp]:
-        """The tile's sums, each tile loaded when its turn has come."""
+        """The tile's sums; each step loads its columns and then multiplies them."""
         spec, body = self.spec, self.body
         tile_x = body.shared(spec.token_tile * TILE_COLS, F16)
         tile_w = body.shared(spec.row_tile * TILE_COLS, F16)
@@ -369,12 +372,12 @@ class _Tile:
         for start in range(0, spec.token_tile * per_row, self.threads):
             piece = start + self.thread
             row, slot = piece // per_row, piece % per_row
-            at = self.token(row) * spec.num_cols + (self.part * spec.steps + step) * TILE_COLS + slot * PIECE
+            at = self.token(row) * spec.num_cols + (self.split * spec.steps + step) * TILE_COLS + slot * PIECE
             stores += self.mma.write(tile, 0, row, slot * (PIECE // self.mma.slot_cols), load_floats(self.x, at, PIECE))
         return stores
 
     def _unpack(self, tile: UOp, base: UOp | int, step: UOp | int) -> list[UOp]:
-        """Stores of a tile of weights: a thread takes as many columns as share their words and scales."""
+        """Stores of a tile of unpacked weights. A thread takes as many columns as share words and scales."""
         spec, stores = self.spec, []
         cols = TILE_COLS if spec.format.is_quantized else PIECE
         per_row = TILE_COLS // cols
@@ -384,10 +387,10 @@ class _Tile:
             is_wanted = None
             if pieces < start + self.threads:  # fewer rows than threads
                 is_wanted, piece = piece < pieces, piece % pieces
-            row, part = piece // per_row, piece % per_row
-            run = ((self.part * spec.steps + step) * per_row) + part
+            row, run_in_step = piece // per_row, piece % per_row
+            run = ((self.split * spec.steps + step) * per_row) + run_in_step
             values = read_run(self.planes, self.matrix_row(row), run, spec.num_cols, cols).values(self.mma.mma.dtype)
-            slot = part * (cols // self.mma.slot_cols)
+            slot = run_in_step * (cols // self.mma.slot_cols)
             stores += self.mma.write(tile, base, row, slot, values, is_wanted)
         return stores
 
@@ -396,7 +399,7 @@ class _Tile:
         return self.token_blocks * self.row_blocks * self.mma.elements
 
     def _multiply(self, tile_x: UOp, base_x: UOp | int, tile_w: UOp, base_w: UOp | int, sums: UOp, *after: UOp) -> UOp:
-        """Add the product of 32 columns to the warp's sums."""
+        """Add the product of one step's columns to the warp's sums."""
         mma, statements = self.mma, []
         lefts = [
             mma.left(tile_x, base_x, self.warp_token + block * mma.left_rows, self.lane, *after)
@@ -434,7 +437,7 @@ class _Tile:
     def _store(self, out: UOp, first_row: UOp, row: UOp, block: int, token: UOp, value: UOp) -> UOp:
         spec = self.spec
         whole = self.first_token + self.warp_token + block * self.mma.left_rows + token
-        at = (self.part * spec.num_tokens + whole) * spec.out_rows + first_row + row
+        at = (self.split * spec.num_tokens + whole) * spec.out_rows + first_row + row
         if spec.num_tokens % spec.token_tile:
             at = at.valid(whole < spec.num_tokens)
         if spec.num_rows % spec.row_tile:

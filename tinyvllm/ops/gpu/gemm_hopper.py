@@ -1,9 +1,10 @@
 """Products of many token rows on Hopper: one warp fetches tiles, eight multiply them.
 
-The fetching warp runs ahead through a ring of stages, each of which holds 64 columns of 128 tokens and of the tile's
-matrix rows; it waits for a stage to be empty, the others for it to be full. As many threadgroups as the device has
-multiprocessors each walk along a list of tiles, so the next tile's first stages arrive while this one's results are
-stored. Two neighbours form a cluster: they compute the same matrix rows for other tokens, and share what they fetch.
+The fetching warp runs ahead through a ring of stages. A stage holds 64 columns of 128 tokens and of the tile's matrix
+rows; the fetching warp waits until it is empty, the other warps until it is full. There are as many threadgroups as
+multiprocessors, and each walks along a list of tiles, so the next tile's first stages arrive while the results of this
+one are stored. Two neighbors form a cluster: they compute the same matrix rows for different tokens, and share what
+they fetch.
 """
 
 from __future__ import annotations
@@ -41,22 +42,22 @@ from tinyvllm.ops.kernel.hopper import (
 from tinyvllm.ops.kernel.lanes import LANES, Mma, axes_of
 from tinyvllm.ops.kernel.tiles import PTX_NAMES, TileMma, together
 
-MULTIPROCESSORS = 132  # of an H100 or H200; on another, threadgroups take turns
+MULTIPROCESSORS = 132  # of an H100 or H200; with fewer, threadgroups take turns
 TOKEN_TILE = 128
-GROUP_WARPS = 4  # that multiply together
+GROUP_WARPS = 4  # warps that issue one wgmma together
 NUM_GROUPS = TOKEN_TILE // WGMMA_TOKENS
 FETCHER = NUM_GROUPS * GROUP_WARPS  # the warp that fetches
 MAX_STAGES = 8
-EXTRA_BYTES = 1024  # behind the stages: two maps, and the barriers
+EXTRA_BYTES = 1024  # after the stages: two tensor maps, and the barriers
 BARRIERS_AT = 512
 ROW_TILES = (64, 96, 128, 192, 256)
-MIN_STEPS = 2  # stages of a tile: tinygrad drops a loop that it knows to run once, and the order of what is in it
-RUN_ROWS = 32  # of the output: a multiple of these
-CACHED_TOKENS = 2048  # rows of x that a large GPU's cache holds beside the matrix's
-# what a product takes, in cycles of a multiprocessor (measured on an H200, where 4 a row would be the most there is)
-ROW_CYCLES = 4.25  # of a stage, for each of the tile's rows
-TILE_CYCLES = 5000  # of a tile beside its stages: the first of them, and the results
-CACHE_BYTES_PER_CYCLE = 40  # that the L2 cache gives a multiprocessor, all of them at it
+MIN_STEPS = 2  # stages of a tile: tinygrad drops a loop that it knows to run once, and with it the order of its stores
+RUN_ROWS = 32  # the output's rows must be a multiple
+CACHED_TOKENS = 2048  # rows of x that a large GPU's cache holds in addition to the matrix's
+# the cost of a product, in cycles of a multiprocessor (measured on an H200, where 4 for each row would be its peak)
+ROW_CYCLES = 4.25  # a stage's, for each of the tile's rows
+TILE_CYCLES = 5000  # a tile's in addition to its stages: waiting for the first one, and storing the results
+CACHE_BYTES_PER_CYCLE = 40  # from the L2 cache to each multiprocessor when all of them read
 MEMORY_BYTES_PER_CYCLE = 2400
 
 SWISH = (
@@ -65,7 +66,7 @@ SWISH = (
 )
 
 
-# good to a few units in the last place of float32
+# with an error of a few units in the last place of float32
 HOPPER_ARITHMETIC = Arithmetic(
     lambda x: x.exp2(), lambda x, slope: UOp(Ops.CUSTOM, F32, src=(x, x * (slope * -LOG2E)), arg=SWISH)
 )
@@ -73,18 +74,18 @@ HOPPER_ARITHMETIC = Arithmetic(
 
 @dataclass(frozen=True)
 class WgmmaSpec:
-    """partial (S, T, N) = x (T, K) @ w.T over S parts of K, or out (T, N / 2) = activation(gate) * up, in float16. K is
-    a multiple of 64 * S, the output's rows of 32. Hashable: the key of its kernel."""
+    """partials (S, T, N) = x (T, K) @ w.T over S splits of K, or out (T, N / 2) = activation(gate) * up, in float16. K
+    is a multiple of 64 * S, and the output's rows are a multiple of 32. Hashable: the key of its kernel."""
 
     name: str
     mma: Mma
     num_tokens: int  # T
     num_rows: int  # N
     num_cols: int  # K
-    row_tile: int  # rows of the matrix in a tile, a multiple of 32: where it is gated, half of them gate and half up
+    row_tile: int  # rows of the matrix in a tile, a multiple of 32; of gate and up, half each
     splits: int  # S
     activation: str | None = None  # the matrix is gate over up: out = activation(gate) * up
-    adds_residual: bool = False  # to the one part
+    adds_residual: bool = False  # if S is 1
 
     @property
     def is_gated(self) -> bool:
@@ -104,25 +105,25 @@ class WgmmaSpec:
 
     @property
     def boxes(self) -> int:
-        """Copies that fetch a tile's matrix rows: gates and up, or each threadgroup's share."""
+        """Copies that fetch a tile's matrix rows: one each for gate and up, or one for each threadgroup."""
         return 2 if self.is_gated else self.cluster
 
     @property
     def token_box(self) -> Box:
-        """What a copy fetches of x."""
+        """The part of x that a copy fetches."""
         return Box((self.num_cols, self.num_tokens), (self.num_cols * 2,), (WGMMA_COLS, TOKEN_TILE))
 
     @property
     def run(self) -> int:
-        """Neighbours among a lane's results: 16 bytes of them, where the tile's shares are whole runs of four lanes."""
+        """Consecutive rows among a lane's results: 16 bytes, if each copy's rows are whole runs of four lanes."""
         is_half = self.is_gated or self.adds_residual
         return 8 if is_half and self.row_tile // self.boxes % 32 == 0 else 4
 
     @property
     def row_box(self) -> Box:
-        """What a copy fetches of the matrix: its rows in another order. The unit gives a lane two neighbours of every
-        eight rows of a tile, and four lanes the others; so the tile's rows are (b, l, e) of (run / 2, 4, 2) where the
-        matrix's are (l, b, e), and a lane's results of run / 2 blocks are neighbours."""
+        """The part of the matrix that a copy fetches, with its rows permuted. wgmma gives each of four lanes two
+        consecutive rows of every eight. So row (b, l, e) of a tile, of (run / 2, 4, 2), is row (l, b, e) of the matrix:
+        a lane's results of run / 2 blocks are consecutive."""
         row, group = self.num_cols * 2, 4 * self.run
         sizes = (self.num_cols, 2, 4, self.run // 2, self.num_rows // group)
         box = (WGMMA_COLS, 2, 4, self.run // 2, self.row_tile // self.boxes // group)
@@ -130,12 +131,12 @@ class WgmmaSpec:
 
     @property
     def token_groups(self) -> int:
-        """Tiles of tokens, by clusters."""
+        """Tiles of tokens, counting a cluster's as one."""
         return -(-self.num_tokens // (TOKEN_TILE * self.cluster))
 
     @property
     def together(self) -> int:
-        """Of those, as many as caches hold the rows of x."""
+        """How many of those run next to each other: as many as have their rows of x in the cache."""
         count = min(self.token_groups, CACHED_TOKENS // (TOKEN_TILE * self.cluster))
         return count if self.token_groups % count == 0 else self.token_groups
 
@@ -145,7 +146,7 @@ class WgmmaSpec:
 
     @property
     def num_tiles(self) -> int:
-        """Of clusters."""
+        """Tiles, counting a cluster's as one."""
         return self.splits * self.token_groups * self.row_groups
 
     @property
@@ -172,12 +173,12 @@ class WgmmaSpec:
 
     @property
     def map_size(self) -> int:
-        """Words of the maps that the threadgroups describe x and the matrix by."""
+        """Words of the tensor maps by which the threadgroups describe x and the matrix."""
         return self.num_clusters * self.cluster * 2 * MAP_WORDS
 
     @property
     def cycles(self) -> float:
-        """What the product takes, roughly: for choosing among tiles."""
+        """A rough cost of the product, to choose between tiles."""
         fetched = (TOKEN_TILE + self.row_tile / self.cluster) * WGMMA_COLS * 2 / CACHE_BYTES_PER_CYCLE
         turns = -(-self.num_tiles // self.num_clusters)
         added = (self.splits - 1) * self.num_tokens * self.num_rows * 8 / MEMORY_BYTES_PER_CYCLE
@@ -186,7 +187,7 @@ class WgmmaSpec:
 
 @cache
 def best_cut(num_tokens: int, num_rows: int, num_cols: int, is_gated: bool) -> tuple[int, int]:
-    """The quickest (rows of the matrix in a tile, parts of K) of a product."""
+    """The fastest (rows of the matrix in a tile, splits of K) for a product, by `WgmmaSpec.cycles`."""
     splits = [s for s in ((1,) if is_gated else (1, 2, 4, 8)) if num_cols % (s * MIN_STEPS * WGMMA_COLS) == 0 or s == 1]
     mma = Mma("CUDA", F16)
     specs = [
@@ -203,11 +204,11 @@ def wgmma_kernel(spec: WgmmaSpec) -> KernelFn:
     """fn(out, maps (map_size,) uint32, w, x[, residual]): see WgmmaSpec."""
 
     def kernel(out: UOp, maps: UOp, w: UOp, x: UOp, *residual: UOp) -> UOp:
-        assert spec.steps >= MIN_STEPS, f"{spec} has {spec.steps} stages a tile"
+        assert spec.steps >= MIN_STEPS, f"{spec} has {spec.steps} stages in a tile"
         work = _WgmmaKernel(spec, out, maps, w, x, residual[0] if residual else None)
         ready = work.prepare()
         done = UOp(Ops.BARRIER, src=(work.fetch_tiles(ready), work.multiply_tiles(ready)))
-        if spec.cluster > 1:  # none may leave whose memory the other still writes to
+        if spec.cluster > 1:  # neither may end while the other still writes to its memory
             done = meet(done)
         name = f"{spec.name}_float16_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
         size = spec.num_rows * spec.num_cols
@@ -220,22 +221,22 @@ Number = TypeVar("Number", int, UOp)
 
 
 def tile_of(spec: WgmmaSpec, number: Number, rank: Number) -> tuple[Number, Number, Number]:
-    """(part of K, first row of the output, first token) of a tile of the list, for a threadgroup of the cluster."""
+    """(split of K, first row of the output, first token) of a tile of the list, for a threadgroup of the cluster."""
     inner, rest = number % spec.together, number // spec.together
     row_group, rest = rest % spec.row_groups, rest // spec.row_groups
-    outer, part = rest % (spec.token_groups // spec.together), rest // (spec.token_groups // spec.together)
+    outer, split = rest % (spec.token_groups // spec.together), rest // (spec.token_groups // spec.together)
     token_group = (outer * spec.together + inner) * spec.cluster + rank
-    return part, row_group * spec.out_tile, token_group * TOKEN_TILE
+    return split, row_group * spec.out_tile, token_group * TOKEN_TILE
 
 
 def row_of(spec: WgmmaSpec, block: int, element: int, lane: Number) -> Number:
-    """The row, from the tile's first, of a lane's result of a block of eight of the tile's rows."""
+    """The row, counted from the tile's first, of a lane's result in a block of eight of the tile's rows."""
     blocks = spec.run // 2
     return lane % 4 * spec.run + (block // blocks * 4 * spec.run + block % blocks * 2 + element % 2)
 
 
 class _WgmmaKernel:
-    """One threadgroup's work inside the kernel: of the list of tiles those of its cluster, one after another."""
+    """One threadgroup's work: its cluster's tiles of the list, one after another."""
 
     def __init__(self, spec: WgmmaSpec, out: UOp, maps: UOp, w: UOp, x: UOp, residual: UOp | None) -> None:
         self.spec, self.out, self.maps, self.w, self.x, self.residual = spec, out, maps, w, x, residual
@@ -243,17 +244,17 @@ class _WgmmaKernel:
         count = spec.num_clusters * spec.cluster
         self.number: UOp | int = body.grid(count) if count > 1 else 0
         self.lane, self.warp = body.threads(LANES), body.threads(FETCHER + 1)
-        self.role = uniform(self.warp)  # the warp's number, which tinygrad cannot know the limits of
+        self.role = uniform(self.warp)  # the warp's number, without limits that tinygrad knows
         self.axes = axes_of(self.number, self.lane, self.warp)
         self.rank = self.number % spec.cluster  # in the cluster
         self.unit = self.number // spec.cluster
 
     def prepare(self) -> UOp:
-        """Maps, barriers, and memory are there."""
+        """The UOp after which tensor maps, barriers and memory are ready."""
         spec, memory = self.spec, declare(self.spec.shared_bytes)
         end = spec.stages * spec.stage_bytes
         word = self.number * (2 * MAP_WORDS)
-        # cleared, so that tinygrad knows them to be written: statements of ours it does not understand
+        # cleared, so that tinygrad sees a write: it does not see those of our own statements
         own = (word + self.warp * MAP_WORDS + self.lane).valid(self.warp < 2)
         maps = self.maps.after(self.maps[own].store(UOp.const(0, U32)))
         described = [
@@ -267,21 +268,22 @@ class _WgmmaKernel:
     # -- places --------------------------------------------------------------------------------------------------------
 
     def _stage(self, count: UOp) -> tuple[UOp, UOp, UOp, UOp]:
-        """Of the count-th stage since the beginning: where its tile and its barriers (full, empty) lie, and the parity
-        of its phase."""
+        """(tile, full barrier, empty barrier, parity of the phase) of the count-th stage since the beginning; the first
+        three as bytes of threadgroup memory."""
         spec = self.spec
         slot, turn = count % spec.stages, count // spec.stages
         full = slot * 8 + (spec.stages * spec.stage_bytes + BARRIERS_AT)
         return slot * spec.stage_bytes, full, full + spec.stages * 8, turn % 2
 
     def _loop_tiles(self, has_role: UOp, *, one_lane: bool) -> tuple[UOp, UOp, UOp]:
-        """A loop over the threadgroup's tiles, of the warps that have a role: where tinygrad has no branch, a loop may
-        run not at all. And the tile's number in the loop, and in the list.
+        """(a loop over the threadgroup's tiles, the tile's number in the loop, its number in the list). The loop has no
+        iterations for warps without the role: tinygrad has no branches.
 
-        `has_role` hangs on `role`, not on `warp`: behind a condition on the warp, as of stores of the first rows alone,
-        tinygrad would have another loop, whose warps all have the role."""
+        `has_role` must depend on `role`, not on `warp`. Inside stores with a condition on the warp, as those of the
+        first rows, tinygrad would simplify a condition on the warp, and so make a second loop in which every warp has
+        the role."""
         spec = self.spec
-        # never one turn alone: what is the same in all turns, the compiler keeps in registers from before the loop
+        # never a single turn: with a constant turn, the compiler keeps everything that follows from it in registers
         most = max(2, -(-spec.num_tiles // spec.num_clusters))
         count = (spec.num_tiles - 1 - self.unit) // spec.num_clusters + 1
         count = uniform(has_role.where(count, 0))
@@ -292,21 +294,23 @@ class _WgmmaKernel:
     # -- the warp that fetches -----------------------------------------------------------------------------------------
 
     def fetch_tiles(self, ready: UOp) -> UOp:
-        """All stages of all tiles, one after another, each as soon as it is empty."""
+        """Fetch all stages of all tiles in order, each as soon as it is empty."""
         spec = self.spec
         loop, turn, number = self._loop_tiles(self.role.eq(FETCHER), one_lane=True)
-        part, first_row, first_token = tile_of(spec, number, self.rank)
+        split, first_row, first_token = tile_of(spec, number, self.rank)
         maps = [self.maps[self.number * (2 * MAP_WORDS) + i * MAP_WORDS] for i in range(2)]
         acquired = [acquire_map(each, loop, ready) for each in maps]
         step = self.body.fold(spec.steps)
         place, full, empty, parity = self._stage(turn * spec.steps + step)
-        col = (part * spec.steps + step) * WGMMA_COLS
+        col = (split * spec.steps + step) * WGMMA_COLS
         waited = wait(empty, 1 - parity, step, *acquired)
         last = expect(full, spec.stage_bytes, waited)
         last = fetch(place, maps[0], full, [col, first_token], last)
         rows, box, nil = place + TOKEN_TILE * WGMMA_COLS * 2, spec.row_tile // spec.boxes, UOp.const(0, I32)
         for i in range(1 if spec.cluster > 1 else spec.boxes):
-            share = self.rank if spec.cluster > 1 else i  # of a cluster's threadgroups each fetches a half for both
+            share = (
+                self.rank if spec.cluster > 1 else i
+            )  # each threadgroup of a cluster fetches half of the rows for both
             row = first_row + share * (spec.out_rows if spec.is_gated else box)
             at = [col, nil, nil, nil, row // (4 * spec.run)]
             place = rows + share * (box * WGMMA_COLS * 2)
@@ -316,14 +320,14 @@ class _WgmmaKernel:
     # -- the warps that multiply ---------------------------------------------------------------------------------------
 
     def multiply_tiles(self, ready: UOp) -> UOp:
-        """The products of all stages, each as soon as it is full, and the results of each tile."""
+        """Multiply all stages in order, each as soon as it is full, and store the results of each tile."""
         spec = self.spec
         count = spec.row_tile // 8 * 4
         loop, turn, number = self._loop_tiles(self.role < FETCHER, one_lane=False)
         places = self._places(*tile_of(spec, number, self.rank))
         registers = self.body.registers(count)
         begun = [UOp.const(0.0, F32)] * count
-        if self.residual is not None:  # where it is added first, it is fetched while the first stages are
+        if self.residual is not None:  # the sums start from it: it is loaded while the first stages arrive
             begun = [self.residual[at].load().cast(F32) for at in places]
         empty = registers.after(loop, ready)
         registers = registers.after(UOp.group(*[empty[i].store(value) for i, value in enumerate(begun)]))
@@ -346,25 +350,25 @@ class _WgmmaKernel:
         return UOp.group(*stores).end(loop)
 
     def _release(self, empty: UOp, condition: UOp | None, *after: UOp) -> UOp:
-        """One thread of a group tells the cluster's threadgroups that the group has read a stage."""
+        """Tell the cluster's threadgroups that this group of warps has read a stage: one thread tells each of them."""
         spec = self.spec
         is_one = (self.warp % GROUP_WARPS).eq(0) & (self.lane < spec.cluster)
         if condition is not None:
             is_one = is_one & condition
         return arrive(empty, is_one, *after, threadgroup=None if spec.cluster == 1 else self.lane % spec.cluster)
 
-    def _places(self, part: UOp, first_row: UOp, first_token: UOp) -> list[UOp]:
-        """Where the thread's results of a tile go: runs of neighbours (`WgmmaSpec.row_box`)."""
+    def _places(self, split: UOp, first_row: UOp, first_token: UOp) -> list[UOp]:
+        """Where the thread's results of a tile go: runs of consecutive rows (`WgmmaSpec.row_box`)."""
         spec, mma, places = self.spec, TileMma(self.spec.mma), []
         for block in range(spec.out_tile // 8):
             for element in range(mma.elements):
                 token = first_token + self.warp * mma.left_rows + mma.place(self.lane, element)[0]
                 row = first_row + row_of(spec, block, element, self.lane)
                 run = first_row + row_of(spec, block // (spec.run // 2) * (spec.run // 2), 0, self.lane)
-                at = (part * spec.num_tokens + token) * spec.out_rows + row
+                at = (split * spec.num_tokens + token) * spec.out_rows + row
                 if spec.num_tokens % (TOKEN_TILE * spec.cluster):
                     at = at.valid(token < spec.num_tokens)
                 if spec.out_rows % spec.out_tile:
-                    at = at.valid(run < spec.out_rows)  # all of a run or none
+                    at = at.valid(run < spec.out_rows)  # a whole run or nothing
                 places.append(at)
         return places

@@ -26,7 +26,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Module:
-    """One file. `name` is its path in the package without the suffix: "ops/gpu/linear", "server/__init__"."""
+    """One file. `name` is its path in the package without the suffix: "ops/gpu/vector", "server/__init__"."""
 
     name: str
     num_lines: int

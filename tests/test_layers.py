@@ -95,8 +95,8 @@ def test_rooms_import_only_downwards() -> None:
         ("execution/runner.py", "from tinyvllm import LLM"),
         ("cellar/wine.py", "import os"),
         ("device/handle.py", "from tinyvllm.ops.kernel.body import Body"),
-        ("ops/kernel/lanes.py", "import tinyvllm.ops.gpu.linear"),
-        ("ops/gpu/linear.py", "from tinyvllm.ops.cpu.linear import LinearSpec"),
+        ("ops/kernel/lanes.py", "import tinyvllm.ops.gpu.matrix"),
+        ("ops/gpu/matrix.py", "from tinyvllm.ops.cpu.linear import LinearSpec"),
         ("ops/formats/matrix.py", "from tinyvllm.ops.backend import Backend"),
     ],
 )
@@ -112,7 +112,7 @@ def test_a_planted_violation_is_found(tmp_path: Path, where: str, line: str) -> 
     [
         ("ops/attention.py", "from tinygrad import Tensor"),
         ("model/llama.py", "import tinyvllm.ops.attention"),
-        ("ops/backends.py", "import tinyvllm.ops.gpu.linear"),
+        ("ops/backends.py", "import tinyvllm.ops.gpu.matrix"),
         ("ops/cpu/linear.py", "from tinyvllm.ops.kernel.body import Body"),
         ("scheduling/scheduler.py", "import tinygradients"),
         ("cli.py", "from tinyvllm import LLM"),

@@ -29,8 +29,9 @@ from tinyvllm.ops.formats.matrix import Matrix, Planes, pack, share_rows, unpack
 from tinyvllm.ops.formats.runs import covers, group_sums, read_halves, read_pairs, read_run, require_covered, run_cols
 from tinyvllm.ops.gpu.backend import GpuBackend
 from tinyvllm.ops.gpu.gemm import GemmSpec, gemm_kernel, unpack_kernel
-from tinyvllm.ops.gpu.linear import MatrixSpec, VectorSpec, matrix_kernel, vector_kernel
+from tinyvllm.ops.gpu.matrix import MatrixSpec, matrix_kernel
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, quantized_vector_kernel
+from tinyvllm.ops.gpu.vector import VectorSpec, vector_kernel
 from tinyvllm.ops.kernel.body import F32, Body, empty, finish, run_kernel
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.reference import ReferenceBackend
@@ -199,12 +200,10 @@ def test_runs_refuse_by_name_what_they_do_not_cover(fmt: Format) -> None:
             read()
 
 
+ONE_ROW: dict[str, Any] = dict(name="test", lanes=LANES, num_rows=64, num_cols=COLS)
 FUSED: dict[str, Callable[[Format], tuple[Any, int]]] = {  # a kernel by its format, and the tokens of its input
-    "one row": lambda fmt: (vector_kernel(VectorSpec("test", LANES, fmt, 64, COLS)), 1),
-    "one row, packed": lambda fmt: (
-        quantized_vector_kernel(QuantizedVectorSpec("test", LANES, HALVES, fmt, 64, COLS)),
-        1,
-    ),
+    "one row": lambda fmt: (vector_kernel(VectorSpec(format=fmt, **ONE_ROW)), 1),
+    "one row, packed": lambda fmt: (quantized_vector_kernel(QuantizedVectorSpec(format=fmt, mma=HALVES, **ONE_ROW)), 1),
     "some rows": lambda fmt: (matrix_kernel(MatrixSpec("test", LANES, HALVES, fmt, 8, 64, COLS)), 8),
     "many rows": lambda fmt: (gemm_kernel(GemmSpec("test", HALVES, fmt, dtypes.half, 256, 64, COLS)), 256),
     "unpacking": lambda fmt: (unpack_kernel(fmt, 64, COLS), 0),

@@ -42,7 +42,7 @@ from tinyvllm.device.recording import AWAIT_PREVIOUS, record, trace_step
 from tinyvllm.device.replay import make_replay
 from tinyvllm.ops.backend import Backend, Epilogue, Norm
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
-from tinyvllm.ops.gpu.linear import MatrixSpec
+from tinyvllm.ops.gpu.matrix import MatrixSpec
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 from tinyvllm.ops.reference import ReferenceBackend

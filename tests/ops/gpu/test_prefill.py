@@ -31,7 +31,8 @@ from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.gpu import attention_prefill as gpu_prefill
-from tinyvllm.ops.gpu.attention_prefill import PrefillSpec, swizzled_place, tile_map_kernel
+from tinyvllm.ops.gpu.attention_prefill_hopper import swizzled_place
+from tinyvllm.ops.gpu.attention_prefill_inputs import PrefillSpec
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.gemm import DENSE, MIN_TOKENS, GemmSpec, multiply_rows
 from tinyvllm.ops.gpu.gemm_hopper import (
@@ -43,6 +44,7 @@ from tinyvllm.ops.gpu.gemm_hopper import (
     tile_of,
     wgmma_kernel,
 )
+from tinyvllm.ops.gpu.tile_map import tile_map_kernel
 from tinyvllm.ops.kernel.body import empty, run_kernel
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WGMMA_COLS, Box, declared_bytes
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
@@ -350,7 +352,7 @@ def test_tiles_begin_where_sequences_do_and_at_their_size(device: DeviceHandle, 
             qkv_cols=case.parts,
             lanes=Lanes(kind),
             mma=Mma(kind, dtypes.half),
-            qkv_parts=(1,) * len(case.parts),
+            qkv_partials=(1,) * len(case.parts),
         )
         buffer = make_step(case.layout, ragged(case, np.random.default_rng(seed)), seed=seed)
         tiles = empty(spec.map_size, dtypes.int, device.name)

@@ -1,10 +1,12 @@
 """RoPE, KV write and paged attention for devices with threadgroups: METAL, CUDA, OpenCL.
 
 Keys and values are stored token by token, `[slot][kv head][D]`: a threadgroup's threads read one head of consecutive
-tokens. Threads meet through threadgroup memory alone, so one source renders for every such device.
+tokens. Threads exchange values through threadgroup memory only, so one source renders for every such device.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from tinygrad import UOp, dtypes
 
@@ -33,15 +35,14 @@ class _Row:
     def __init__(
         self, spec: AttentionSpec, row: UOp, inputs: UOp, operands: tuple[UOp, ...], held: slice, *, with_sinks: bool
     ) -> None:
-        """`operands`: the layer's tables, and the parts of qkv that are `held`."""
+        """`operands`: the layer's tables, and the parts of qkv in `held`."""
         layout, rest = spec.layout, list(operands)
         self.spec, self.row, self.inputs = spec, row, inputs
         self.tables = spec.take_tables(rest, with_sinks=with_sinks)
-        self.parts = rest
+        self.qkv_parts = rest
         self.part_cols, self.first_col = spec.qkv_cols[held], sum(spec.qkv_cols[: held.start])
-        positions = max(
-            layout.max_blocks * layout.block_size, 2 * spec.head_dim
-        )  # at least two passes: Body.fold_while
+        # Body.fold_while: at least two passes must be possible
+        positions = max(layout.max_blocks * layout.block_size, 2 * spec.head_dim)
         self.position = clamp(inputs[layout.offset("positions") + row].load(), 0, positions - 1)
         seq = clamp(inputs[layout.offset("seq_rows") + row].load(), 0, layout.num_seqs)
         self.table = seq * layout.max_blocks + layout.offset("block_tables")
@@ -67,17 +68,17 @@ class _Row:
     def _stored(self, head: UOp, offset: UOp) -> UOp:
         """qkv[row, head * D + offset]; `head` counts q heads, then k, then v."""
         col, start, value = head * self.spec.head_dim + offset - self.first_col, 0, None
-        for part, cols in zip(self.parts, self.part_cols, strict=True):
-            inside = (col - start).maximum(0).minimum(cols - 1) if len(self.parts) > 1 else col
+        for part, cols in zip(self.qkv_parts, self.part_cols, strict=True):
+            inside = (col - start).maximum(0).minimum(cols - 1) if len(self.qkv_parts) > 1 else col
             here = part[self.row * cols + inside].load().cast(F32)
             value = here if value is None else (col < start).where(value, here)
             start += cols
         assert value is not None
         return value
 
-    def turned(self, body: Body, section: int, head: UOp, d: UOp, *outer: UOp) -> UOp:
-        """Element d, the thread's own, of a head of queries or keys, normed where they are, and rotated by the row's
-        position (Su et al. 2021). `outer`: the kernel's axes."""
+    def rotated(self, body: Body, section: int, head: UOp, d: UOp, *outer: UOp) -> UOp:
+        """Element d, the thread's own, of a head of queries or keys, normed if the model norms heads, and rotated by
+        the row's position (Su et al. 2021). `outer`: the kernel's axes."""
         spec, rope = self.spec, self.tables.rope
         rotary, half = spec.rotary, spec.rotary // 2
         if rope is None:
@@ -90,11 +91,11 @@ class _Row:
         cos = rope[self.position * rotary + i].load()
         sin = rope[self.position * rotary + half + i].load()
         own, partner = self._normed(body, section, head, (d, other), *outer)
-        turned = own * cos + partner * is_low.where(sin * -1.0, sin)
-        return turned if rotary == spec.head_dim else (d < rotary).where(turned, own)
+        rotated = own * cos + partner * is_low.where(sin * -1.0, sin)
+        return rotated if rotary == spec.head_dim else (d < rotary).where(rotated, own)
 
     def value(self, body: Body, head: UOp, d: UOp, *outer: UOp) -> UOp:
-        """Element d of a head of values, normed where they are."""
+        """Element d of a head of values, normed if the model norms them."""
         own = self.qkv(VALUES, head, d)
         if self.spec.value_eps is None:
             return own
@@ -124,8 +125,8 @@ class _Row:
 
 @cached_kernel
 def write_kv_kernel(spec: AttentionSpec) -> KernelFn:
-    """fn(keys, values, inputs, *tables but sinks, *qkv[kv_parts]): every row's rotated key and its value go to its
-    slot."""
+    """fn(keys, values, inputs, *tables without sinks, *qkv[kv_parts]): writes every row's rotated key and its value to
+    the row's slot."""
 
     def kernel(keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
         body = Body()
@@ -133,7 +134,7 @@ def write_kv_kernel(spec: AttentionSpec) -> KernelFn:
         d = body.threads(spec.head_dim)
         row = _Row(spec, axis, inputs, operands, spec.kv_parts, with_sinks=False)
         at = row.slot() * spec.slot_elements + head * spec.head_dim + d
-        key = row.turned(body, KEYS, head, d, axis, head, d)
+        key = row.rotated(body, KEYS, head, d, axis, head, d)
         value = row.value(body, head, d, axis, head, d)
         stores = UOp.group(keys[at].store(key.cast(keys.dtype)), values[at].store(value.cast(values.dtype)))
         tokens, width = spec.layout.num_tokens, spec.slot_elements
@@ -146,47 +147,119 @@ def write_kv_kernel(spec: AttentionSpec) -> KernelFn:
 
 @cached_kernel
 def attention_kernel(spec: AttentionSpec) -> KernelFn:
-    """fn(out (T, H * D), keys, values, inputs, *tables, *qkv[query_parts]): a threadgroup a row and head.
+    """fn(out (T, H * D), keys, values, inputs, *tables, *qkv[query_parts]): one threadgroup for each row and head.
 
-    Passes of D tokens: thread t scores token t of the pass, then thread d adds up element d of the values (online
-    softmax, Milakov & Gimelshein 2018). A row's cost follows its own context, or its window.
+    The context is read in passes of D tokens, with an online softmax (Milakov & Gimelshein 2018). In a pass, thread t
+    scores token t, and then thread d adds up element d of the values. A row's cost depends on its own context, or on
+    its window.
     """
 
     def kernel(out: UOp, keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
         body, dim = Body(), spec.head_dim
         axis, head = body.grid(spec.layout.num_tokens), body.grid(spec.num_heads)
         thread = body.threads(dim)
-        axes = (axis, head, thread)
         row = _Row(spec, axis, inputs, operands, spec.query_parts, with_sinks=True)
-        kv_head = head // spec.group
-        query = body.shared(dim)
-        own = row.turned(body, QUERIES, head, thread, *axes) * spec.query_scale
-        query = query.after(query.after(*axes)[thread].store(own))
-        best, total, acc = (fill(body, body.registers(1), v, *axes) for v in (LOWEST, 0.0, 0.0))
-        if row.tables.sinks is not None:
-            best = best.after(best[0].store(row.tables.sinks[head].load() * LOG2E))
-            total = total.after(total[0].store(UOp.const(1.0, F32)))
+        attention = _HeadAttention(body, row, head, thread, keys, values)
+        query, state = attention.load_query(), attention.start()
+        tokens = attention.next_tokens()
+        scores, slots = attention.score(query, tokens)
+        state = attention.add_values(scores, slots, state, tokens.step)
+        at = axis * (spec.num_heads * dim) + head * dim + thread
+        result = state.acc[0].load() / state.total[0].load()
+        store = out[at].store(result.cast(out.dtype)).end(thread, head, axis)
+        num_tokens, context = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
+        return finish(
+            store,
+            f"attention_{num_tokens}x{spec.num_heads}x{dim}",
+            ops=4 * num_tokens * spec.num_heads * dim * context,
+            nbytes=4 * num_tokens * spec.slot_elements * context,
+        )
 
-        count, first = row.position + 1, spec.first_key(row.position)
-        step = body.fold_while(
-            (count - first + dim - 1) // dim if spec.window is not None else (count + dim - 1) // dim
-        )
-        token = step.cast(dtypes.weakint) * dim + thread
-        token = token if spec.window is None else token + first
-        is_inside = token < count
-        slot = row.slot_of(is_inside.where(token, 0))
-        score = _score(body, spec, query, keys, slot, kv_head, step)
-        scores, slots = body.shared(dim), body.shared(dim, I32)
+    return kernel
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A pass: `step` is its loop, `token` the thread's own token, which exists only if `is_inside`."""
+
+    step: UOp
+    token: UOp
+    is_inside: UOp
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """The state of the online softmax, in registers: the maximum score, the sum of weights, and the weighted sum of the
+    thread's own element of the values."""
+
+    best: UOp
+    total: UOp
+    acc: UOp
+
+
+class _HeadAttention:
+    """The attention of one row and query head by a threadgroup of D threads."""
+
+    def __init__(self, body: Body, row: _Row, head: UOp, thread: UOp, keys: UOp, values: UOp) -> None:
+        self.body, self.spec, self.row = body, row.spec, row
+        self.head, self.thread, self.kv_head = head, thread, head // row.spec.group
+        self.axes = (row.row, head, thread)
+        self.keys, self.values = keys, values
+
+    def load_query(self) -> UOp:
+        """The scaled and rotated query in threadgroup memory."""
+        query = self.body.shared(self.spec.head_dim)
+        own = self.row.rotated(self.body, QUERIES, self.head, self.thread, *self.axes) * self.spec.query_scale
+        return query.after(query.after(*self.axes)[self.thread].store(own))
+
+    def start(self) -> _Softmax:
+        """The state before the first pass: nothing, or the head's sink."""
+        best, total, acc = (fill(self.body, self.body.registers(1), v, *self.axes) for v in (LOWEST, 0.0, 0.0))
+        sinks = self.row.tables.sinks
+        if sinks is not None:
+            best = best.after(best[0].store(sinks[self.head].load() * LOG2E))
+            total = total.after(total[0].store(UOp.const(1.0, F32)))
+        return _Softmax(best, total, acc)
+
+    def next_tokens(self) -> _Tokens:
+        """The loop over the passes."""
+        dim, window = self.spec.head_dim, self.spec.window
+        count, first = self.row.position + 1, self.spec.first_key(self.row.position)
+        step = self.body.fold_while((count + dim - 1) // dim if window is None else (count - first + dim - 1) // dim)
+        token = step.cast(dtypes.weakint) * dim + self.thread
+        token = token if window is None else token + first
+        return _Tokens(step, token, token < count)
+
+    def score(self, query: UOp, tokens: _Tokens) -> tuple[UOp, UOp]:
+        """The scores of a pass's D tokens and their slots, in threadgroup memory."""
+        spec, body, step, is_inside = self.spec, self.body, tokens.step, tokens.is_inside
+        slot = self.row.slot_of(is_inside.where(tokens.token, 0))
+        score = spec.score(self._multiply_key(query, slot, step), lambda x: x.exp2())
+        scores, slots = body.shared(spec.head_dim), body.shared(spec.head_dim, I32)
         shared = UOp.group(
-            scores.after(step)[thread].store(is_inside.where(spec.score(score, lambda x: x.exp2()), LOWEST)),
-            slots.after(step)[thread].store(slot.cast(I32)),
+            scores.after(step)[self.thread].store(is_inside.where(score, LOWEST)),
+            slots.after(step)[self.thread].store(slot.cast(I32)),
         )
-        scores, slots = scores.after(shared), slots.after(shared)
+        return scores.after(shared), slots.after(shared)
+
+    def _multiply_key(self, query: UOp, slot: UOp, step: UOp) -> UOp:
+        """query . key of the thread's own token."""
+        dim, body = self.spec.head_dim, self.body
+        acc = fill(body, body.registers(1), 0.0, step)
+        chunk = body.fold(dim // VECTOR)
+        base = slot * self.spec.slot_elements + self.kv_head * dim + chunk * VECTOR
+        products = [query[chunk * VECTOR + i].load() * self.keys[base + i].load().cast(F32) for i in range(VECTOR)]
+        inner = acc.after(chunk)
+        return acc.after(inner[0].store(inner[0].load() + balanced(products)).end(chunk))[0].load()
+
+    def add_values(self, scores: UOp, slots: UOp, state: _Softmax, step: UOp) -> _Softmax:
+        """The state after a pass, and after the loop over the passes, which ends here."""
+        spec, body, thread, dim = self.spec, self.body, self.thread, self.spec.head_dim
+        best, total, acc = state.best, state.total, state.acc
         old = best.after(step)[0].load()
         new = _maximum(body, scores, dim, old, step)
         weights = body.shared(dim)
         weights = weights.after(weights.after(step)[thread].store((scores[thread].load() - new).exp2()))
-
         decay = (old - new).exp2()
         scaled = UOp.group(
             acc.after(step)[0].store(acc.after(step)[0].load() * decay),
@@ -194,38 +267,14 @@ def attention_kernel(spec: AttentionSpec) -> KernelFn:
         )
         other = body.fold(dim)
         weight = weights[other].load()
-        at = clamp(slots[other].load(), 0, spec.num_slots - 1) * spec.slot_elements + kv_head * dim + thread
-        inner = acc.after(scaled, other)
-        sums = total.after(scaled, other)
+        at = clamp(slots[other].load(), 0, spec.num_slots - 1) * spec.slot_elements + self.kv_head * dim + thread
+        inner, sums = acc.after(scaled, other), total.after(scaled, other)
         added = UOp.group(
-            inner[0].store(inner[0].load() + weight * values[at].load().cast(F32)),
+            inner[0].store(inner[0].load() + weight * self.values[at].load().cast(F32)),
             sums[0].store(sums[0].load() + weight),
         ).end(other)
         done = UOp.group(added, best.after(added)[0].store(new)).end(step)
-        result = acc.after(done)[0].load() / total.after(done)[0].load()
-        at = axis * (spec.num_heads * dim) + head * dim + thread
-        store = out[at].store(result.cast(out.dtype)).end(thread, head, axis)
-        tokens, context = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
-        name = f"attention_{tokens}x{spec.num_heads}x{dim}"
-        return finish(
-            store,
-            name,
-            ops=4 * tokens * spec.num_heads * dim * context,
-            nbytes=4 * tokens * spec.slot_elements * context,
-        )
-
-    return kernel
-
-
-def _score(body: Body, spec: AttentionSpec, query: UOp, keys: UOp, slot: UOp, kv_head: UOp, step: UOp) -> UOp:
-    """query . key of the thread's own token."""
-    dim = spec.head_dim
-    acc = fill(body, body.registers(1), 0.0, step)
-    chunk = body.fold(dim // VECTOR)
-    base = slot * spec.slot_elements + kv_head * dim + chunk * VECTOR
-    products = [query[chunk * VECTOR + i].load() * keys[base + i].load().cast(F32) for i in range(VECTOR)]
-    inner = acc.after(chunk)
-    return acc.after(inner[0].store(inner[0].load() + balanced(products)).end(chunk))[0].load()
+        return _Softmax(best.after(done), total.after(done), acc.after(done))
 
 
 def _maximum(body: Body, scores: UOp, count: int, start: UOp, step: UOp) -> UOp:

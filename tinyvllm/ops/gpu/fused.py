@@ -1,9 +1,10 @@
-"""The backend of CUDA and METAL: fused kernels, five a layer for one token row and seven for more.
+"""The backend of CUDA and METAL: fused kernels, five in each layer for one token row and seven for more.
 
-What one operation leaves to be done, the next does on the way: a product's partial sums are added where they are
-normalised or attended to, and the parts of a split context where they are projected. So some tensors that operations
-return are not written yet (`Pending`): who knows them reads what they are made of, and for the others they are written
-(`FusedGpuBackend.whole`). What a shape does not fit goes the general way of gpu.py, and the log says so.
+Some tensors that operations return are lazy (`Pending`): they are described but not computed. The next operation often
+computes them on the way: partial products are added up where the sum is normed or attended to, and the splits of an
+attention are combined where the result is projected. An operation that cannot do so first has them written
+(`FusedGpuBackend.whole`). What the fused kernels do not cover runs in the general form of ops/gpu/backend.py, and the
+log says so.
 """
 
 from __future__ import annotations
@@ -21,62 +22,58 @@ from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import PLAIN, Epilogue, Norm, Step
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.formats.runs import covers
-from tinyvllm.ops.gpu.attention_decode import GROUPS_WANTED, DecodeSpec, decode_kernel
-from tinyvllm.ops.gpu.attention_prefill import PrefillSpec, attend_tiles
+from tinyvllm.ops.gpu.attention_decode import decode_kernel
+from tinyvllm.ops.gpu.attention_decode_row import GROUPS_WANTED, DecodeSpec
+from tinyvllm.ops.gpu.attention_prefill import attend_tiles
+from tinyvllm.ops.gpu.attention_prefill_inputs import PrefillSpec
 from tinyvllm.ops.gpu.attention_split import SplitHeads, combine_kernel
 from tinyvllm.ops.gpu.backend import GpuBackend, embed_kernel
 from tinyvllm.ops.gpu.gemm import MIN_TOKENS, GemmSpec, multiply_rows
-from tinyvllm.ops.gpu.linear import (
-    RUN_COLS,
-    EmbedSpec,
-    MatrixSpec,
-    SumSpec,
-    VectorSpec,
-    fits_matrix_unit,
-    matrix_kernel,
-    sum_kernel,
-    vector_kernel,
-)
+from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector, quantized_vector_kernel
+from tinyvllm.ops.gpu.row_sum import RUN_COLS, EmbedSpec, SumSpec, sum_kernel
+from tinyvllm.ops.gpu.vector import VectorSpec, vector_kernel
 from tinyvllm.ops.kernel.body import F32, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import allows_wgmma
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import choose
 from tinyvllm.ops.step_inputs import StepLayout
 
-# measured on an H200: 5 % at 8 rows, a loss of 2 % at 64; of quantised weights 10 % at 32
+# measured on an H200: chaining gains 5 % at 8 rows and loses 2 % at 64; with quantized weights it gains 10 % at 32
 MAX_CHAINED_TOKENS, MAX_CHAINED_QUANTIZED = 16, 32
 
 
 class Pending(Tensor):
-    """A tensor that nobody has written yet."""
+    """A lazy tensor: a buffer to which nothing is written yet, with a description of its values. `is_written` turns
+    true when a kernel has computed them into the buffer; from then on it is an ordinary tensor."""
 
     is_written = False
 
 
 class Summed(Pending):
-    """What an epilogue makes of the sum of `num_parts` products of `num_tokens` rows, side by side in `parts`."""
+    """A lazy sum: the epilogue of `num_partials` partial products (S, T, N), which lie one after another in
+    `partials`. Computed by `sum_kernel`, or by the attention kernel that reads it as qkv."""
 
-    parts: Tensor
-    num_parts: int
-    num_tokens: int
+    partials: Tensor
+    num_partials: int  # S
+    num_tokens: int  # T
     epilogue: Epilogue
 
     @property
     def operands(self) -> list[Tensor]:
-        """What `sum_kernel` reads for it."""
+        """What `sum_kernel` reads."""
         norm = self.epilogue.post_norm
         rest = (self.epilogue.residual, self.epilogue.bias, None if norm is None else norm.weight)
-        return [self.parts, *[tensor for tensor in rest if tensor is not None]]
+        return [self.partials, *[tensor for tensor in rest if tensor is not None]]
 
     def spec(self, lanes: Lanes, num_cols: int, norm_eps: float | None) -> SumSpec:
-        """The kernel that writes it, and its RMSNorm where there is one."""
+        """The kernel that computes it, and with `norm_eps` its RMSNorm too."""
         epilogue = self.epilogue
         return SumSpec(
             lanes=lanes,
             num_tokens=self.num_tokens,
             num_cols=num_cols,
-            num_parts=self.num_parts,
+            num_partials=self.num_partials,
             has_residual=epilogue.residual is not None,
             norm_eps=norm_eps,
             has_bias=epilogue.bias is not None,
@@ -87,7 +84,8 @@ class Summed(Pending):
 
 
 class Embedded(Pending):
-    """Rows of an embedding table, which the first norm reads. `sources`: the step's inputs, and the table's planes."""
+    """Lazy rows of an embedding table, which the first norm reads. `sources`: the step's inputs[, the previous step's
+    output], and the table's planes."""
 
     spec: EmbedSpec
     table: Matrix
@@ -96,7 +94,7 @@ class Embedded(Pending):
 
 
 class Split(Pending):
-    """One row's attention, whose context was shared out: see gpu_split."""
+    """One row's lazy attention: the splits of its context (SplitHeads), still to be combined."""
 
     values: Tensor
     sums: Tensor
@@ -105,14 +103,14 @@ class Split(Pending):
 
 
 def multiply(spec: MatrixSpec | GemmSpec, out: Tensor, matrix: Matrix, x: Tensor) -> Tensor:
-    """The product of several rows, in `out`."""
+    """The product of several rows, written to `out`."""
     if isinstance(spec, GemmSpec):
         return multiply_rows(spec, out, matrix.planes, x)
     return run_kernel(matrix_kernel(spec), [out], [*matrix.planes, x])[0]
 
 
 class FusedGpuBackend(GpuBackend):
-    """Activations are float16, or float32 where the weights are wider than float16 or have its exponents."""
+    """Activations are in float16, or in float32 where the weights are wider than float16 or exceed its range."""
 
     def __init__(self, device: DeviceHandle, dtype: str, lanes: Lanes, *, dequantize: bool = False) -> None:
         super().__init__(device, dtype, dequantize=dequantize)
@@ -120,7 +118,7 @@ class FusedGpuBackend(GpuBackend):
         self.float = dtypes.half if dtype == "float16" else dtypes.float
         self.mma = self._mma(FLOATS[dtype])
         self.has_wgmma = allows_wgmma(device.name)
-        self.has_quantized = False  # among the matrices so far
+        self.has_quantized = False  # whether any matrix so far is quantized
         self.arrivals = device.zeros(GROUPS_WANTED, dtypes.int)  # of threadgroups that share a context
 
     def _mma(self, dtype: DType) -> Mma | None:
@@ -135,7 +133,8 @@ class FusedGpuBackend(GpuBackend):
         return matrix
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
-        """float16 unless told, or float32 with activations wanted so: bfloat16 cannot be read in vectors."""
+        """float16 unless another dtype is requested, or float32 if the activations are. Not bfloat16, which cannot be
+        loaded in vectors."""
         if wanted != "auto":
             return wanted
         return "float32" if self.dtype == "float32" else "float16"
@@ -174,14 +173,14 @@ class FusedGpuBackend(GpuBackend):
         return [self._many_rows(name, self.whole(x), matrix, num_tokens, epilogue) for matrix in matrices]
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
-        counts = tuple(part.num_parts if isinstance(part, Summed) else 1 for part in qkv)
-        parts = [part.parts if isinstance(part, Summed) else part for part in qkv]
+        counts = tuple(part.num_partials if isinstance(part, Summed) else 1 for part in qkv)
+        parts = [part.partials if isinstance(part, Summed) else part for part in qkv]
         kind = DecodeSpec if step.is_decode else PrefillSpec
         mma = self._mma(dtypes.half) if step.pool.dtype == "float16" else None
         reason = f"a pool in {step.pool.dtype}"
         if mma is not None:
             lanes = self._lanes(step.num_tokens) if step.is_decode else self.lanes
-            own = dict(lanes=lanes, mma=mma, qkv_parts=counts)
+            own = dict(lanes=lanes, mma=mma, qkv_partials=counts)
             spec = kind.of(layer, step.layout, step.pool.num_blocks, **own)
             reason = spec.uncovered_shape()
         if mma is None or reason:
@@ -194,14 +193,14 @@ class FusedGpuBackend(GpuBackend):
         return self._decode(spec, pool, [step.inputs, *layer.tables, *parts], step)
 
     def _decode(self, spec: DecodeSpec, pool: tuple[Tensor, Tensor], read: list[Tensor], step: Step) -> Tensor:
-        """Attention of rows that are the last of their sequences."""
+        """Attention of rows that are each the last token of their sequence."""
         split = spec.split
-        if split.num_parts == 1:
+        if not spec.is_split:
             out = self._empty(step.num_tokens * split.num_cols)
             return run_kernel(decode_kernel(spec), [out, *pool], read)[0]
-        rows = split.num_parts * step.num_tokens
+        rows = split.num_splits * step.num_tokens
         outs = [self._floats(rows * split.num_cols), self._floats(rows * split.num_heads)]
-        if spec.is_joined:
+        if spec.combines_splits:
             outs = [self._empty(step.num_tokens * split.num_cols), *outs, self.arrivals]
             return run_kernel(decode_kernel(spec), [*outs, *pool], read)[0]
         values, sums, *_ = run_kernel(decode_kernel(spec), [*outs, *pool], read)
@@ -219,7 +218,7 @@ class FusedGpuBackend(GpuBackend):
         return self.whole(logits)
 
     def whole(self, x: Tensor) -> Tensor:
-        """x, written if it was not."""
+        """x as an ordinary tensor: computed now if it is lazy."""
         if not isinstance(x, Pending) or x.is_written:
             return x
         out = [Tensor(x.uop)]
@@ -238,7 +237,7 @@ class FusedGpuBackend(GpuBackend):
     # -- pieces -------------------------------------------------------------------------------------------------------
 
     def _lanes(self, num_tokens: int) -> Lanes:
-        """The lanes of kernels that are worth chaining: not those of steps that compute more than they wait."""
+        """The lanes for a step's kernels: chained only in small steps, where waiting costs more than computing."""
         if num_tokens > (MAX_CHAINED_QUANTIZED if self.has_quantized else MAX_CHAINED_TOKENS):
             return replace(self.lanes, is_chained=False)
         return self.lanes
@@ -247,10 +246,10 @@ class FusedGpuBackend(GpuBackend):
         return empty(size, F32, self.device.name)
 
     def _uncovered_product(self, matrices: Sequence[Matrix], num_tokens: int, epilogue: Epilogue) -> str:
-        """Why the fused kernels cannot multiply, in words; "" where they can."""
+        """Why the fused kernels do not cover the product, in words; "" if they do."""
         is_gated = epilogue.activation is not None
         if is_gated and (rest := epilogue.uncovered()):
-            return f"{rest} behind an activation"
+            return f"{rest} after an activation"
         if unread := [matrix.format.name for matrix in matrices if not covers(matrix.format)]:
             return f"weights in {unread[0]}"
         if num_tokens == 1:
@@ -261,7 +260,7 @@ class FusedGpuBackend(GpuBackend):
         return f"{odd[0]} rows of a matrix, which do not fill the matrix unit's tiles" if odd else ""
 
     def _one_row(self, name: str, x: Tensor, matrix: Matrix, norm: Norm | None, epilogue: Epilogue) -> Tensor:
-        """One row's product and its epilogue; what the product's kernel does not do of it is left to `sum_kernel`."""
+        """One row's product and its epilogue. What the product's kernel does not cover is left to `sum_kernel`."""
         if not isinstance(x, Split):
             x = self.whole(x)
         if not epilogue.uncovered():
@@ -287,7 +286,7 @@ class FusedGpuBackend(GpuBackend):
         )
         spec: VectorSpec | QuantizedVectorSpec = VectorSpec(**fields)
         fn = vector_kernel(spec)
-        # its activations pass through float16, whose range another dtype was chosen to exceed
+        # not with other activations: this kernel converts them to float16, whose range they may exceed
         if matrix.format.is_quantized and self.mma is not None and self.float == self.mma.dtype == dtypes.half:
             packed = QuantizedVectorSpec(mma=self.mma, **fields)
             if fits_quantized_vector(packed):
@@ -300,7 +299,7 @@ class FusedGpuBackend(GpuBackend):
         return run_kernel(fn, [out], [*matrix.planes, *source, *weight, *rest])[0]
 
     def _many_rows(self, name: str, x: Tensor, matrix: Matrix, num_tokens: int, epilogue: Epilogue) -> Tensor:
-        """The product of several rows and its epilogue, which `sum_kernel` is left with unless it is an activation."""
+        """The product of several rows. Its epilogue is left to `sum_kernel`, unless it is an activation."""
         assert self.mma is not None
         spec = self._matrix_spec(name, self.mma, matrix, num_tokens, epilogue.activation)
         if epilogue.activation is not None:
@@ -310,19 +309,21 @@ class FusedGpuBackend(GpuBackend):
             epilogue = replace(epilogue, residual=self.whole(epilogue.residual))
             if isinstance(spec, GemmSpec) and spec.splits == 1 and not epilogue.uncovered():
                 return multiply_rows(spec, self._empty(size), matrix.planes, x, epilogue.residual)
-        parts = multiply(spec, self._floats(spec.splits * size), matrix, x)
+        partials = multiply(spec, self._floats(spec.splits * size), matrix, x)
         if spec.splits == 1 and epilogue.is_plain:
-            return parts
-        return self._pending_sum(parts, spec.splits, num_tokens, epilogue)
+            return partials
+        return self._pending_sum(partials, spec.splits, num_tokens, epilogue)
 
-    def _pending_sum(self, parts: Tensor, num_parts: int, num_tokens: int, epilogue: Epilogue) -> Summed:
-        """Logits and qkv, which are read in float32, or an activation."""
-        size = parts.numel() // num_parts
+    def _pending_sum(self, partials: Tensor, num_partials: int, num_tokens: int, epilogue: Epilogue) -> Summed:
+        """The lazy sum of partial products: in float32 if it is qkv or logits, which nothing is added to, otherwise in
+        the activations' dtype."""
+        size = partials.numel() // num_partials
         in_floats = epilogue.residual is None and epilogue.post_norm is None
         result = Summed((self._floats(size) if in_floats else self._empty(size)).uop)
         if epilogue.residual is not None:
             epilogue = replace(epilogue, residual=self.whole(epilogue.residual))
-        result.parts, result.num_parts, result.num_tokens, result.epilogue = parts, num_parts, num_tokens, epilogue
+        result.partials, result.num_partials = partials, num_partials
+        result.num_tokens, result.epilogue = num_tokens, epilogue
         return result
 
     def _matrix_spec(
@@ -335,13 +336,13 @@ class FusedGpuBackend(GpuBackend):
         return choose(MatrixSpec(name, self._lanes(num_tokens), mma, matrix.format, *size, activation))
 
     def _written(self, x: Pending, value: Tensor) -> Tensor:
-        """x, now that `value` holds it."""
+        """x, whose values a kernel has written to `value`."""
         x.replace(value)
         x.is_written = True
         return x
 
     def _normed_rows(self, x: Tensor, norm: Norm, num_tokens: int) -> Tensor:
-        """RMSNorm of rows. Where x is still a sum, or rows of a table, it is computed here, and x is then its value."""
+        """RMSNorm of rows. If x is a lazy sum or lazy rows of a table, the same kernel computes and writes it."""
         cols, weight = norm.weight.shape[0], norm.weight
         normed = self._empty(num_tokens * cols)
         lanes, outs = self._lanes(num_tokens), [self._empty(num_tokens * cols), normed]

@@ -1,13 +1,13 @@
-"""One token row times a quantised matrix, on the matrix unit, without making a weight of a code.
+"""One token row times a quantized matrix, on the matrix unit, without converting codes to weights.
 
-Unpacking is what such a product costs: 4-bit codes arrive faster from memory than a GPU converts them one by one. Here
-a code is never a number of its own. Two of them are put into the mantissas of a pair of halves, 1024 + code, which is
-one instruction, and the matrix unit multiplies and adds them in float32. What 1024 and the format's offset add to a
-group of columns is the same multiple of the group's sum of x for every row, and is where the sums begin.
+Unpacking dominates the cost of such a product: 4-bit codes arrive from memory faster than a GPU converts them one by
+one. So two codes at a time are put into the mantissas of two float16 values, 1024 + code, by one instruction, and the
+matrix unit multiplies them and adds them up in float32. What 1024 and the format's offset contribute to a group of
+columns is a multiple of the sum of x over the group, the same for every row: the sums start from its negative.
 
-A group's sum must stay apart from its neighbours' until it meets its scale. A tile of the matrix unit has 8 tokens but
-there is one: token n of the tile takes what the runs of slot n multiply, and zero elsewhere, so that each column of the
-tile's sums is one run of one row.
+The sum of a group must not mix with those of other groups before it is scaled. A tile of the matrix unit has 8 tokens,
+but there is only one token here: in token n of the tile, x is kept for the runs of slot n, and is zero elsewhere. Then
+each column of the tile's sums belongs to one run.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from dataclasses import dataclass
 from tinygrad import UOp
 from tinygrad.uop.ops import Ops
 
-from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import gated
 from tinyvllm.ops.formats.matrix import PANEL, Planes
 from tinyvllm.ops.formats.runs import CODE_ORDER, group_scale, read_pairs
-from tinyvllm.ops.gpu.attention_split import SplitHeads, read_split
-from tinyvllm.ops.kernel.body import F16, F32, U16, U32, Body, KernelFn, balanced, cached_kernel, finish
+from tinyvllm.ops.gpu.attention_split import SplitOperands
+from tinyvllm.ops.gpu.vector import RowProductSpec
+from tinyvllm.ops.kernel.body import F16, F32, U16, U32, Body, KernelFn, balanced, cached_kernel
 from tinyvllm.ops.kernel.lanes import (
     LANES,
     SHARED_BYTES,
-    Lanes,
     Mma,
     await_previous,
     axes_of,
@@ -40,33 +39,20 @@ from tinyvllm.ops.kernel.lanes import (
 from tinyvllm.ops.kernel.tuning import Tunable
 
 PIECE = 8  # columns that a thread stages at once
-STAGED_RUN = PANEL // 2 + 4  # words from one run to the next in threadgroup memory: neighbours lie in other banks
+STAGED_RUN = PANEL // 2 + 4  # words from one run to the next in threadgroup memory: neighbors lie in different banks
 MAX_WARPS = 16
 MOST_RESIDENT_TILES = 2
 RESIDENT_BYTES = 24 << 20
 GROUPS_WANTED = 200  # threadgroups that keep every core of a large GPU busy
-LANE_ROWS = 2  # rows of a tile that a lane's sums are of
-IN_HALF = 1024  # what the bits of a half add to a code in its mantissa
+LANE_ROWS = 2  # rows of a tile of which a lane holds sums
+IN_HALF = 1024  # the value of a float16 with the code in its mantissa is 1024 + code
 
 
-@dataclass(frozen=True)
-class QuantizedVectorSpec(Tunable):
-    """out (N,) = epilogue(norm(x) (K,) @ w.T) for a quantised w. Hashable: the key of its kernel."""
+@dataclass(frozen=True, kw_only=True)
+class QuantizedVectorSpec(RowProductSpec, Tunable):
+    """A product with a quantized matrix."""
 
-    name: str
-    lanes: Lanes
     mma: Mma  # of float16
-    format: Format
-    num_rows: int  # N of the matrix
-    num_cols: int  # K
-    norm_eps: float | None = None  # RMS-norm x on the way
-    activation: str | None = None  # rows n and n + N / 2 are gate and up: out = activation(gate) * up
-    has_residual: bool = False  # + residual (N,)
-    split: SplitHeads | None = None  # x is attention that has still to be combined
-
-    @property
-    def out_rows(self) -> int:
-        return self.num_rows if self.activation is None else self.num_rows // 2
 
     @property
     def num_runs(self) -> int:
@@ -79,14 +65,15 @@ class QuantizedVectorSpec(Tunable):
 
     @property
     def chunks(self) -> int:
-        """Steps through K: a run for each slot of the matrix unit."""
+        """Chunks of K: a run for each slot of the matrix unit."""
         return -(-self.num_runs // self.mma.slots)
 
     @property
     def warps(self) -> int:
-        """Warps that share the columns: two chunks each, where there are not more than 16 warps' worth. Where they read
-        ahead, as few as have registers for all codes, but no less than 8, or 4 for tiles that share a normed x. (NVIDIA
-        H200, Llama-3.2-1B's shape in Q4_0: attention_out with 8 warps instead of 4 takes a step from 480 to 437 us.)"""
+        """Warps that split the columns between them: up to 16, with at least two chunks each (4 on a chained device).
+        If the codes are loaded ahead: as few warps as have registers for all codes, but at least 8, or 4 for several
+        tiles of a normed x. (NVIDIA H200, Llama-3.2-1B's shape in Q4_0: attention_out with 8 warps instead of 4 takes
+        a step from 480 to 437 us.)"""
         count, share = 4, 4
         if self.lanes.is_chained and not self.is_resident:
             share = 8
@@ -99,8 +86,8 @@ class QuantizedVectorSpec(Tunable):
 
     @property
     def tiles(self) -> int:
-        """Tiles of rows of a threadgroup: fewer where there would not be two threadgroups for each core, and more where
-        there are many rows, for each threadgroup stages all of x."""
+        """Tiles of rows of a threadgroup. Many, because each threadgroup stages all of x; fewer if there would not be
+        enough threadgroups to fill the device."""
         least = 2 if self.activation is not None else 1
         wanted = 4 * 16 // self.mma.rows
         if self.lanes.is_chained:
@@ -111,13 +98,13 @@ class QuantizedVectorSpec(Tunable):
 
     @property
     def is_resident(self) -> bool:
-        """Whether all of a chained kernel's threadgroups run at once, and read their codes while they wait for the
-        kernel before: codes for the registers of 132 cores."""
+        """Whether a chained kernel's threadgroups all run at once, and load their codes while they wait for the
+        previous kernel: if the codes fit into the registers of 132 cores."""
         return self.lanes.is_chained and self.num_rows * self.num_cols * self.format.bits // 8 <= RESIDENT_BYTES
 
     @property
     def tiles_at_once(self) -> int:
-        """Of a threadgroup's tiles, those whose codes it loads together."""
+        """How many of a threadgroup's tiles load their codes together."""
         return min(self.tiles, 4 * 16 // self.mma.rows)
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
@@ -130,13 +117,13 @@ class QuantizedVectorSpec(Tunable):
         return fits and fits_quantized_vector(self)
 
     def _fills_device(self, tiles: int) -> bool:
-        """Whether threadgroups of so many tiles share the rows out evenly, and are enough."""
+        """Whether threadgroups of so many tiles divide the rows evenly and are enough to fill the device."""
         rows = tiles * self.mma.rows
         return self.num_rows % rows == 0 and self.num_rows // rows >= GROUPS_WANTED
 
     @property
     def ahead(self) -> int:
-        """Chunks whose codes a warp has in flight: all of its own, where there are registers for them."""
+        """Chunks whose codes a warp has in flight: all of its own if there are registers for them."""
         per_warp = -(-self.chunks // self.warps)
         ahead = min(per_warp, max(1, self._room * 16 // (self.tiles_at_once * self.mma.rows)))
         while per_warp % ahead:
@@ -145,8 +132,8 @@ class QuantizedVectorSpec(Tunable):
 
     @property
     def _room(self) -> int:
-        """Chunks of 16 rows whose codes a lane has registers for: more where they are loaded while the kernel before
-        still runs, which costs least."""
+        """Chunks of 16 rows whose codes a lane's registers hold: more if they are loaded while the previous kernel
+        still runs."""
         return (4 if self.format.bits == 4 else 2) * (2 if self.is_resident else 1)
 
     @property
@@ -171,7 +158,7 @@ def fits_quantized_vector(spec: QuantizedVectorSpec) -> bool:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What a warp has loaded of a chunk: by tile the lane's runs of codes, and its `_factors`."""
+    """A lane's part of a chunk: for each tile, its runs of codes and its `_factors`."""
 
     number: UOp
     codes: list[list[list[UOp]]]
@@ -186,7 +173,7 @@ class _Chunk:
 
 @cached_kernel
 def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
-    """fn(out, *planes, x[, split sums, inputs][, norm_weight][, residual])."""
+    """fn(out, *planes, x[, split sums, inputs][, norm weight][, residual])."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands, mma = list(rest), spec.mma
@@ -224,17 +211,14 @@ def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
         own = [total for i, rows in enumerate(rounds) for total in sum_up(rows, [] if i else early)]
         totals = [spec.lanes.sum(total, mma.slot_masks) for total in own]
         stores = _finish_rows(body, spec, totals, (group, lane, warp), out, source.residual)
-        name = f"{spec.name}_{spec.format.name}_1x{spec.num_rows}x{spec.num_cols}"
-        nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
-        ops = 2 * spec.num_rows * spec.num_cols
-        return finish(UOp.group(*stores).end(*reversed(axes)), name, ops=ops, nbytes=nbytes)
+        return spec.finish(stores, axes)
 
     return kernel
 
 
 @dataclass(frozen=True)
 class _Loads:
-    """What a lane loads of the weights."""
+    """A lane's loads of codes and scales."""
 
     spec: QuantizedVectorSpec
     planes: Planes
@@ -242,8 +226,8 @@ class _Loads:
     lane: UOp
 
     def chunks(self, iteration: UOp | int, bases: list[UOp]) -> list[_Chunk]:
-        """The codes and scales of an iteration and of the tiles that begin at rows `bases`, all before any is used: as
-        many loads in flight as there are registers for."""
+        """An iteration's chunks of the tiles that begin at rows `bases`, all loaded before any is used: as many loads
+        in flight as there are registers."""
         spec, shape = self.spec, (self.planes, self.lane, self._bounded)
         first = (iteration * spec.warps + self.warp) * spec.ahead
         return [
@@ -264,7 +248,7 @@ class _Loads:
 def _add_chunks(
     body: Body, spec: QuantizedVectorSpec, chunks: list[_Chunk], staged: tuple[UOp, UOp], lane: UOp, old: list[UOp]
 ) -> list[UOp]:
-    """`old` and the products of chunks with x, which is `staged`: a lane's rows of each tile."""
+    """The lane's sums, `old` so far, after some chunks: by tile and row of the lane. `staged`: as from `_stage`."""
     new, (x, sums), share = list(old), staged, spec.mma.elements // LANE_ROWS
     for chunk in chunks:
         inputs = _inputs(spec, x, chunk.number, lane)
@@ -281,12 +265,12 @@ def _add_chunks(
 
 
 class _Source:
-    """What a thread stages: its pieces of x, which are in a buffer of their own or the parts of a split context. Made
-    of the operands behind the planes, and waits for the kernels before; `ahead` is loaded meanwhile."""
+    """The pieces of x that a thread stages; x is in a buffer, or in the splits of an attention."""
 
     def __init__(self, spec: QuantizedVectorSpec, operands: list[UOp], thread: UOp, ahead: Sequence[UOp]) -> None:
+        """Waits for the previous kernels, and loads `ahead` meanwhile. `operands`: those after the planes."""
         awaited = [operands.pop(0) for _ in range(1 if spec.split is None else 2)]
-        self._spec, self._inputs = spec, operands.pop(0) if spec.split is not None else None
+        inputs = operands.pop(0) if spec.split is not None else None
         norm_weight = operands.pop(0) if spec.norm_eps is not None else None
         threads, pieces = spec.warps * LANES, spec.num_cols // PIECE
         self.inside = [
@@ -300,23 +284,23 @@ class _Source:
         ahead = [*ahead, *[weight for weights in self.norm_weights for weight in weights]]
         self._x, *rest = await_previous(spec.lanes, *awaited, *operands, ahead=ahead)
         self.residual = rest.pop() if spec.has_residual else None
-        self._split_sums = rest
+        self._split = None
+        if spec.split is not None and inputs is not None:
+            self._split = SplitOperands(spec.split, self._x, rest.pop(), inputs)
 
     def read(self, body: Body, axes: tuple[UOp, ...]) -> list[list[UOp]]:
         """The pieces as float32."""
         starts = [piece * PIECE for piece in self.pieces]
-        if self._inputs is None:
+        if self._split is None:
             return [load_floats(self._x, start, PIECE) for start in starts]
-        assert self._spec.split is not None
-        (sums,), inputs, split = self._split_sums, self._inputs, self._spec.split
-        return [read_split(body, split, self._x, sums, inputs, start, PIECE, axes) for start in starts]
+        return [self._split.read(body, start, PIECE, axes) for start in starts]
 
 
 def _stage(
     body: Body, spec: QuantizedVectorSpec, source: _Source, thread: UOp, axes: tuple[UOp, ...]
 ) -> tuple[UOp, UOp]:
-    """x, normed where it is asked for, as halves in threadgroup memory, run by run in the order of codes and a run of
-    zeros behind them; and the float32 sum of each group of what was stored."""
+    """(x, normed if there is a norm, as float16 in threadgroup memory: run by run in the order of the codes, and then a
+    run of zeros; the float32 sum of each group of the stored values)."""
     staged = body.shared((spec.num_runs + 1) * STAGED_RUN, U32)
     sums = body.shared(spec.num_runs * spec.groups)
     at, inside, loaded = source.pieces, source.inside, source.read(body, axes)
@@ -331,7 +315,7 @@ def _stage(
         ]
     stores = [staged[(spec.num_runs * STAGED_RUN + thread).valid(thread < PANEL // 2)].store(0)]
     for piece, ok, values in zip(at, inside, loaded, strict=True):
-        # through a statement of ours, because tinygrad would take the sum of what was not rounded
+        # by a statement of our own: tinygrad would drop the rounding, and the sum would not be that of x as stored
         halves = [UOp(Ops.CUSTOM, F16, src=(value.cast(F16),), arg="{0}") for value in values]
         part = piece % (PANEL // PIECE)
         start = piece // (PANEL // PIECE) * STAGED_RUN + part // 2 * 2 + part % 2 * 8
@@ -361,7 +345,7 @@ def _sum_threads(body: Body, spec: QuantizedVectorSpec, value: UOp, thread: UOp)
 
 
 def _inputs(spec: QuantizedVectorSpec, staged: UOp, chunk: UOp, lane: UOp) -> list[list[UOp]]:
-    """The lane's runs of x: of the token that is its slot, and of the others zeros."""
+    """The lane's runs of x: those of the slot with the token's number; zeros for other tokens."""
     runs = []
     for token, slot in spec.mma.token_runs(lane):
         run = chunk * spec.mma.slots + slot
@@ -372,7 +356,7 @@ def _inputs(spec: QuantizedVectorSpec, staged: UOp, chunk: UOp, lane: UOp) -> li
 
 
 def _starts(spec: QuantizedVectorSpec, sums: UOp, chunk: UOp, lane: UOp) -> tuple[list[list[UOp]], list[list[UOp]]]:
-    """By group: where a tile's sums begin; and by element and group: the sum of x, of the run that it is of."""
+    """(by group, what a tile's sums start from; by element and group, the sum of x over the element's run)."""
     totals = []
     for element in range(spec.mma.elements):
         column, _ = spec.mma.place(lane, element)
@@ -388,7 +372,7 @@ def _starts(spec: QuantizedVectorSpec, sums: UOp, chunk: UOp, lane: UOp) -> tupl
 def _multiply(
     body: Body, spec: QuantizedVectorSpec, runs: list[list[UOp]], inputs: list[list[UOp]], starts: list[list[UOp]]
 ) -> list[list[UOp]]:
-    """A tile's sums by group. Words come in pairs, by turns of the first and the second half of the run."""
+    """A tile's sums by group. Pairs of words belong to the first and the second half of the run in turn."""
     products = []
     for g, start in enumerate(starts):
         words = [i for i in range(PANEL // 2) if spec.groups == 1 or i // 2 % 2 == g]
@@ -409,7 +393,7 @@ def _codes(
 def _factors(
     spec: QuantizedVectorSpec, base: UOp, chunk: UOp, planes: Planes, lane: UOp, bounded: Callable[[UOp], UOp]
 ) -> list[list[tuple[UOp, UOp | None]]]:
-    """By element and group: the scale, and the minimum where there is one."""
+    """By element and group: the scale, and the minimum if the format has one."""
     fmt, factors = spec.format, []
     for element in range(spec.mma.elements):
         column, row = spec.mma.place(lane, element)
@@ -431,7 +415,7 @@ def _finish_rows(
     out: UOp,
     residual: UOp | None,
 ) -> list[UOp]:
-    """Add the warps' sums through threadgroup memory; then a thread a row has the epilogue."""
+    """Add the warps' sums through threadgroup memory; then one thread for each row computes the epilogue."""
     (group, lane, warp), mma = axes, spec.mma
     count = spec.tiles * mma.rows
     shared = body.shared(spec.warps * count)

@@ -1,0 +1,154 @@
+"""How the decode kernel combines its warps' softmaxes, and on CUDA the splits of a row's context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinygrad import UOp
+
+from tinyvllm.ops.gpu.attention_decode_row import RUN, Buffers, DecodeSpec, Row, Threadgroup
+from tinyvllm.ops.gpu.attention_split import NOTHING, arrive
+from tinyvllm.ops.kernel.body import F32, balanced
+from tinyvllm.ops.kernel.lanes import carry
+
+
+def combine_warps(row: Row, buffers: Buffers, state: list[UOp]) -> list[UOp]:
+    """Stores of the threadgroup's result: the row's attention, or that over its split of the context."""
+    states, elements = _share_states(row, state), row.group.elements()
+    if not row.spec.is_split:
+        return [_store_whole(row, buffers, states, *element) for element in elements]
+    splits = _Splits(row, buffers)
+    stores = [store for element in elements for store in splits.stores(states, *element)]
+    return splits.combine(stores) if row.spec.combines_splits else stores
+
+
+@dataclass(frozen=True)
+class _WarpStates:
+    """The warps' states in threadgroup memory: sums of weighted values (warps, G, D), and for each head the maximum and
+    the sum of weights (warps, G, 2)."""
+
+    spec: DecodeSpec
+    values: UOp
+    scales: UOp
+
+    def combined(self, index: UOp) -> tuple[UOp, UOp, UOp]:
+        """(maximum, sum of weights, sum of weighted values) over all warps, for one of the G * D elements."""
+        group, dim = self.spec.group, self.spec.head_dim
+        warp_range, head = range(self.spec.num_warps), index // dim
+        bests = [self.scales[(w * group + head) * 2].load() for w in warp_range]
+        top = balanced(bests, lambda a, b: a.maximum(b))
+        factors = [(b - top).exp2() for b in bests]
+        total = balanced(f * self.scales[(w * group + head) * 2 + 1].load() for w, f in enumerate(factors))
+        return top, total, balanced(f * self.values[w * group * dim + index].load() for w, f in enumerate(factors))
+
+
+def _share_states(row: Row, state: list[UOp]) -> _WarpStates:
+    """Put the warps' states into threadgroup memory."""
+    spec, group, (best, total, *acc) = row.spec, row.group, state
+    total = spec.lanes.sum(total, spec.mma.row_masks)
+    dim, count = spec.head_dim, spec.num_warps * spec.group
+    values, scales = group.body.shared(count * dim), group.body.shared(count * 2)
+    is_real = row.head < spec.group
+    leads = is_real & row.column.eq(0)
+    at = group.warp * spec.group + row.head
+    stores = [
+        values[(at * dim + d + j).valid(is_real)].store(acc[j * 2 + e])
+        for e, d in enumerate(row.value_dims)
+        for j in range(dim // RUN)
+    ]
+    stores += [scales[(at * 2).valid(leads)].store(best), scales[(at * 2 + 1).valid(leads)].store(total)]
+    done = UOp.group(*stores)
+    return _WarpStates(spec, values.after(done), scales.after(done))
+
+
+def _store_whole(row: Row, buffers: Buffers, states: _WarpStates, index: UOp, is_inside: UOp | None) -> UOp:
+    """The store of an element of a context that is not split."""
+    assert buffers.out is not None
+    _, total, value = states.combined(index)
+    return buffers.out[_gate(_output(row.group, index), is_inside)].store((value / total).cast(buffers.out.dtype))
+
+
+def _output(group: Threadgroup, index: UOp) -> UOp:
+    """Where an element of the KV head's group lies in (T, H * D)."""
+    spec = group.spec
+    return group.row * (spec.num_heads * spec.head_dim) + group.kv_head * (spec.group * spec.head_dim) + index
+
+
+class _Splits:
+    """The results of the threadgroups that share a row and KV head."""
+
+    def __init__(self, row: Row, buffers: Buffers) -> None:
+        assert buffers.split_values is not None and buffers.split_sums is not None
+        split, index = row.spec.split, row.group.split
+        assert isinstance(index, UOp), "there is more than one split"
+        self.index = index
+        self.spec, self.group, self.buffers = row.spec, row.group, buffers
+        self.values, self.sums = buffers.split_values, buffers.split_sums
+        self.used = split.used(split.shared(row.past))
+
+    def stores(self, states: _WarpStates, index: UOp, is_inside: UOp | None) -> list[UOp]:
+        """Stores of an element: of the split's value and log-sum-exp, and where the kernel combines the splits but only
+        one is in use, of the result itself."""
+        spec, group = self.spec, self.group
+        dim, target = spec.head_dim, _output(group, index)
+        top, total, value = states.combined(index)
+        safe, is_shared, results = (total > 0.0).where(total, 1.0), None, []
+        if self.buffers.out is not None:
+            is_alone, out = self.index.eq(0) & self.used.eq(1), self.buffers.out
+            results.append(out[_gate(target, is_inside, is_alone)].store((value / safe).cast(out.dtype)))
+            is_shared = self._is_shared
+        row_size = spec.layout.num_tokens * (spec.num_heads * dim)
+        lse = (total > 0.0).where(top + safe.log2(), NOTHING)
+        head = (self.index * spec.layout.num_tokens + group.row) * spec.num_heads + group.kv_head * spec.group
+        head = head + index // dim
+        results.append(self.values[_gate(self.index * row_size + target, is_inside, is_shared)].store(value / safe))
+        results.append(self.sums[_gate(head, is_inside, is_shared, (index % dim).eq(0))].store(lse))
+        return results
+
+    @property
+    def _is_shared(self) -> UOp:
+        """Whether the row's context takes several splits, and this threadgroup has one of them."""
+        return (self.used > 1) & (self.index < self.used)
+
+    def combine(self, stores: list[UOp]) -> list[UOp]:
+        """`stores`, after which the last of the row's threadgroups combines the splits and resets the counter."""
+        spec, group, arrivals, out = self.spec, self.group, self.buffers.arrivals, self.buffers.out
+        assert arrivals is not None and out is not None
+        counter = group.row * spec.num_kv_heads + group.kv_head
+        is_last, seen = arrive(group.body, arrivals, counter, self._is_shared, self.used, *stores)
+        elements = group.elements()
+        states = self._add_up([index for index, _ in elements], is_last, seen)
+        results = list(stores)
+        for (index, is_inside), (_, total, acc) in zip(elements, states, strict=True):
+            start = (group.row * spec.num_kv_heads + group.kv_head) * (spec.group * spec.head_dim)
+            results.append(out[_gate(start + index, is_inside, is_last)].store((acc / total).cast(out.dtype)))
+        zero, thread = UOp.const(0, arrivals.dtype), group.thread
+        reset = arrivals.after(seen)[_gate(counter + 0 * thread, is_last, thread.eq(0))].store(zero)
+        return [*results, reset]
+
+    def _add_up(self, indices: list[UOp], is_last: UOp, seen: UOp) -> list[list[UOp]]:
+        """(maximum, sum, sum of values) over the splits in use, for each element; no loop unless `is_last`."""
+        spec, group, dim = self.spec, self.group, self.spec.head_dim
+        values, sums = self.values.after(seen), self.sums.after(seen)
+
+        def step(number: UOp | int, old: list[UOp]) -> list[UOp]:
+            new = []
+            for i, index in enumerate(indices):
+                best, total, acc = old[3 * i : 3 * i + 3]
+                head = (number * spec.layout.num_tokens + group.row) * spec.num_heads + group.kv_head * spec.group
+                here = sums[head + index // dim].load()
+                top = best.maximum(here)
+                before, now = (best - top).exp2(), (here - top).exp2()
+                new += [top, total * before + now, acc * before + now * values[head * dim + index].load()]
+            return new
+
+        init = [UOp.const(v, F32) for _ in indices for v in (NOTHING, 0.0, 0.0)]
+        last = carry(group.body, init, is_last.where(self.used, 0), group.axes, step)
+        return [last[i : i + 3] for i in range(0, len(last), 3)]
+
+
+def _gate(at: UOp, *conditions: UOp | None) -> UOp:
+    """The index, valid only if all the conditions hold."""
+    for condition in conditions:
+        at = at if condition is None else at.valid(condition)
+    return at

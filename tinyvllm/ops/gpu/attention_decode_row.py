@@ -1,0 +1,257 @@
+"""The inside of the decode kernel: its spec, a thread's place in it, and one token row's query, key and value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tinygrad import UOp, dtypes
+
+from tinyvllm.ops.gpu.attention_fused import FusedAttentionSpec
+from tinyvllm.ops.gpu.attention_split import SHORTEST_SPAN, TILE_TOKENS, SplitHeads
+from tinyvllm.ops.kernel.body import F32, Body, balanced, clamp
+from tinyvllm.ops.kernel.lanes import (
+    LANES,
+    SHARED_BYTES,
+    await_previous,
+    axes_of,
+    dot,
+    grid,
+    load_floats,
+    warps,
+)
+
+MAX_SPLITS = 16
+GROUPS_WANTED = 256  # threadgroups that fill a large GPU
+FEW_GROUPS = 64  # threadgroups that leave half of a large GPU's cores idle: each takes more warps
+LONG_CONTEXT = 2048  # tokens
+RUN = 8  # consecutive dimensions that a lane loads at once
+
+Runs = list[list[list[UOp]]]  # a lane's values of one head: by chunk of the matrix unit, run, and dimension in the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeSpec(FusedAttentionSpec):
+    """Attention of rows that are each the last token of a sequence of its own."""
+
+    max_group: ClassVar[int] = 8  # rows of a matrix tile
+
+    def uncovered_shape(self) -> str:
+        if rest := super().uncovered_shape():
+            return rest
+        return f"blocks of {self.layout.block_size} tokens" if self.layout.block_size % TILE_TOKENS else ""
+
+    @property
+    def split(self) -> SplitHeads:
+        """How the context is split: where the rows alone would leave most of the device idle. Several rows are split
+        on CUDA only, and only if contexts may be long."""
+        splits = MAX_SPLITS
+        if self.layout.num_tokens > 1:
+            groups = self.layout.num_tokens * self.num_kv_heads
+            while splits > 1 and splits * groups > GROUPS_WANTED:
+                splits //= 2
+            if self.lanes.kind != "CUDA" or not self.is_long:
+                splits = 1
+        return SplitHeads(self.layout, self.num_heads, self.head_dim, splits, self.window)
+
+    @property
+    def is_split(self) -> bool:
+        return self.split.num_splits > 1
+
+    @property
+    def combines_splits(self) -> bool:
+        """Whether the last of the threadgroups that share a context combines their results, inside the kernel."""
+        return self.layout.num_tokens > 1 and self.is_split
+
+    @property
+    def num_warps(self) -> int:
+        groups = self.layout.num_tokens * self.num_kv_heads
+        if self.combines_splits:
+            wanted = 4
+        elif self.is_split:
+            wanted = SHORTEST_SPAN // TILE_TOKENS  # the shortest split takes one pass
+        else:
+            wanted = 4 if groups > 256 else 16 if groups <= FEW_GROUPS and self.is_long else 8
+        while wanted > 1 and wanted * self.group * (self.head_dim + 2) * 4 > SHARED_BYTES:
+            wanted //= 2
+        return wanted
+
+    @property
+    def tiles_ahead(self) -> int:
+        """Tiles that a warp loads at once."""
+        return 2 if self.head_dim <= 64 and (self.is_long or self.layout.num_tokens >= 32) else 1
+
+    @property
+    def is_long(self) -> bool:
+        """Whether contexts may be long. What speeds up long ones costs short ones some tenths of a microsecond."""
+        longest = self.layout.max_blocks * self.layout.block_size
+        return min(longest, self.window or longest) >= LONG_CONTEXT
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What the kernel writes. `split_values`, `split_sums`: see SplitHeads; None if the context is not split. `out`:
+    None if the splits are left to the next operation. `arrivals`: None unless the kernel combines the splits."""
+
+    out: UOp | None
+    split_values: UOp | None
+    split_sums: UOp | None
+    arrivals: UOp | None
+    keys: UOp
+    values: UOp
+
+
+def take_buffers(spec: DecodeSpec, operands: list[UOp]) -> Buffers:
+    """The buffers at the front of a kernel's operands, which are removed."""
+    return Buffers(
+        out=operands.pop(0) if spec.combines_splits or not spec.is_split else None,
+        split_values=operands.pop(0) if spec.is_split else None,
+        split_sums=operands.pop(0) if spec.is_split else None,
+        arrivals=operands.pop(0) if spec.combines_splits else None,
+        keys=operands.pop(0),
+        values=operands.pop(0),
+    )
+
+
+@dataclass(frozen=True)
+class Threadgroup:
+    """A thread's place: token row, KV head and split of the context; lane and warp. An axis of length 1 is the
+    constant 0."""
+
+    spec: DecodeSpec
+    body: Body
+    row: UOp | int
+    kv_head: UOp | int
+    split: UOp | int
+    lane: UOp
+    warp: UOp | int
+
+    @property
+    def axes(self) -> tuple[UOp, ...]:
+        return axes_of(self.row, self.kv_head, self.split, self.lane, self.warp)
+
+    @property
+    def thread(self) -> UOp:
+        return self.warp * LANES + self.lane
+
+    @property
+    def has_own_token(self) -> UOp:
+        """Whether this is the one warp, of all that share the row and KV head, that adds the row's own token."""
+        is_first = self.warp.eq(0) if isinstance(self.warp, UOp) else UOp.const(True, dtypes.bool)
+        return is_first & self.split.eq(0) if isinstance(self.split, UOp) else is_first
+
+    def elements(self) -> list[tuple[UOp, UOp | None]]:
+        """(element of the KV head's G * D outputs, whether it exists) for each that the thread writes. None: always."""
+        spec = self.spec
+        size, threads = spec.group * spec.head_dim, spec.num_warps * LANES
+        elements: list[tuple[UOp, UOp | None]] = []
+        for start in range(0, size, threads):
+            index, is_inside = start + self.thread, start + self.thread < size
+            is_whole = start + threads <= size
+            elements.append((index, None) if is_whole else (is_inside.where(index, 0), is_inside))
+        return elements
+
+
+def make_threadgroup(spec: DecodeSpec) -> Threadgroup:
+    body = Body()
+    row, kv_head = grid(body, spec.layout.num_tokens), grid(body, spec.num_kv_heads)
+    split, lane, warp = grid(body, spec.split.num_splits), body.threads(LANES), warps(body, spec.num_warps)
+    return Threadgroup(spec, body, row, kv_head, split, lane, warp)
+
+
+class Row:
+    """A token row and KV head: its inputs, and the lane's share of its query, key and value."""
+
+    def __init__(self, group: Threadgroup, operands: list[UOp]) -> None:
+        """`operands`: inputs, tables, and the parts of qkv."""
+        spec, layout, row = group.spec, group.spec.layout, group.row
+        self.spec, self.group = spec, group
+        self.inputs, *rest = operands
+        self.tables = spec.take_tables(rest, with_sinks=True)
+        self.qkv = rest  # not to be read before `wait`
+        limit = max(layout.max_blocks * layout.block_size, 4096)  # more than two passes of a loop: Body.fold_while
+        self.past = clamp(self.inputs[layout.offset("positions") + row].load(), 0, limit - 1)
+        seq = clamp(self.inputs[layout.offset("seq_rows") + row].load(), 0, layout.num_seqs)
+        self.table = seq * layout.max_blocks + layout.offset("block_tables")
+        slot = clamp(self.inputs[layout.offset("slots") + row].load(), 0, spec.num_blocks * layout.block_size - 1)
+        self.own_start = slot * spec.slot_elements + group.kv_head * spec.head_dim
+        self.head = spec.mma.head(group.lane)
+        self.column = spec.mma.column(group.lane)
+
+    def wait(self, ahead: Sequence[UOp]) -> None:
+        """Wait for the previous kernels. Cosines and sines, and `ahead`, are loaded meanwhile."""
+        factors = []
+        if self.tables.rope is not None:
+            factors = [value for runs in self.query_dims for d in runs for pair in self._rope(d) for value in pair]
+        self.qkv = list(await_previous(self.spec.lanes, *self.qkv, ahead=[*factors, *ahead]))
+
+    def loaded(self, section: int, head: UOp | int, dim: UOp) -> list[UOp]:
+        """Dimensions [dim, dim + 8) of a head of queries, keys or values, with their biases."""
+        spec = self.spec
+        part, start = spec.section(section)
+        cols = spec.qkv_cols[part]
+        offset = start + head * spec.head_dim + dim
+        partials = [
+            load_floats(self.qkv[part], (self.group.row + s * spec.layout.num_tokens) * cols + offset, RUN)
+            for s in range(spec.qkv_partials[part])
+        ]
+        values = [balanced(column) for column in zip(*partials, strict=True)]
+        if self.tables.bias is None:
+            return values
+        biases = load_floats(self.tables.bias, spec.bias_start(section) + head * spec.head_dim + dim, RUN)
+        return [a + b for a, b in zip(values, biases, strict=True)]
+
+    def rotated(self, section: int, head: UOp | int) -> Runs:
+        """The lane's runs (`query_dims`) of a head of queries or keys, normed if the model norms heads, and rotated by
+        the row's position (half-split pairs, Su et al. 2021)."""
+        scale = self._head_scale(section, head)
+        return [[self._rotated_run(section, head, dim, scale) for dim in runs] for runs in self.query_dims]
+
+    def _rotated_run(self, section: int, head: UOp | int, dim: UOp, scale: UOp | None) -> list[UOp]:
+        size, half = self.spec.head_dim, self.spec.head_dim // 2
+        if self.tables.rope is None:
+            return self._normed(section, head, dim, scale)
+        here, partner = (self._normed(section, head, d, scale) for d in (dim, (dim + half) % size))
+        cos, sin = self._rope(dim)
+        sign = (dim < half).where(UOp.const(-1.0, F32), UOp.const(1.0, F32))
+        return [a * c + b * (s * sign) for a, b, c, s in zip(here, partner, cos, sin, strict=True)]
+
+    def _rope(self, dim: UOp) -> tuple[list[UOp], list[UOp]]:
+        """Cosines and sines of dimensions [dim, dim + 8) at the row's position."""
+        size, half = self.spec.head_dim, self.spec.head_dim // 2
+        at = self.past * size + dim % half
+        assert self.tables.rope is not None
+        return load_floats(self.tables.rope, at, RUN), load_floats(self.tables.rope, at + half, RUN)
+
+    def _normed(self, section: int, head: UOp | int, dim: UOp, scale: UOp | None) -> list[UOp]:
+        values = self.loaded(section, head, dim)
+        if self.tables.head_norm is None or scale is None:
+            return values
+        weights = load_floats(self.tables.head_norm, section * self.spec.head_dim + dim, RUN)
+        return [v * scale * w for v, w in zip(values, weights, strict=True)]
+
+    def _head_scale(self, section: int, head: UOp | int) -> UOp | None:
+        """1 / sqrt(mean square + eps) of the lane's head, in each lane that holds some of it; None without a norm."""
+        spec = self.spec
+        if spec.head_eps is None:
+            return None
+        runs = [self.loaded(section, head, dim) for runs in self.query_dims for dim in runs]
+        total = spec.lanes.sum(balanced(dot(run, run) for run in runs), spec.mma.row_masks)
+        return (total * (1.0 / spec.head_dim) + spec.head_eps).sqrt().reciprocal()
+
+    @property
+    def query_dims(self) -> list[list[UOp]]:
+        """The first dimensions of the lane's runs of its query head, by chunk and then as in `Mma.token_runs`."""
+        mma = self.spec.mma
+        width = mma.slots * RUN
+        return [
+            [slot * RUN + c * width for _, slot in mma.token_runs(self.group.lane)]
+            for c in range(self.spec.head_dim // width)
+        ]
+
+    @property
+    def value_dims(self) -> list[UOp]:
+        """The first dimensions of the two spans of D / 8 that the lane's sums of values cover."""
+        size = self.spec.head_dim // RUN
+        return [(self.column + e) * size for e in range(2)]

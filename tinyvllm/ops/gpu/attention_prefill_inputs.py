@@ -1,0 +1,168 @@
+"""The inside of the prefill kernels: their spec, and a step's inputs and qkv as the kernels read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from tinygrad import UOp
+
+from tinyvllm.ops.attention_spec import QUERIES
+from tinyvllm.ops.gpu.attention_fused import FusedAttentionSpec
+from tinyvllm.ops.kernel.body import F16, balanced, clamp
+from tinyvllm.ops.kernel.hopper import WGMMA_COLS
+from tinyvllm.ops.kernel.lanes import LANES, dot, load_floats
+from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, TileMma
+
+ROW_BYTES = WGMMA_COLS * 2  # of a row of Hopper's tiles
+MAP_THREADS = 256
+MIN_LOOP = 2  # iterations that a loop must be able to run: Body.fold_while
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillSpec(FusedAttentionSpec):
+    """Attention of any rows, over paged KV in float16."""
+
+    max_group: ClassVar[int] = 32
+
+    has_wgmma: bool = False  # the device has wgmma, Hopper's matrix instruction of four warps
+
+    @property
+    def uses_wgmma(self) -> bool:
+        """Whether Hopper's kernel is used: if a head is as wide as a tile."""
+        return self.has_wgmma and self.mma.dtype == F16 and self.head_dim == WGMMA_COLS
+
+    @property
+    def num_warps(self) -> int:
+        return 8 if self.uses_wgmma else 4
+
+    @property
+    def shared_bytes(self) -> int:
+        """Threadgroup memory of Hopper's kernel: queries, and two tiles of keys and of values."""
+        return (self.rows + 4 * self.keys) * ROW_BYTES
+
+    @property
+    def tiles(self) -> TileMma:
+        return TileMma(self.mma)
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of rows of a warp: as many as its registers hold sums of."""
+        return 2 if self.head_dim <= 64 and not self.uses_wgmma else 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return self.num_warps * self.row_blocks * self.tiles.left_rows
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a tile."""
+        return self.rows // self.group
+
+    @property
+    def keys(self) -> int:
+        """Keys of a tile. Threadgroup memory holds queries, and two tiles of keys and values on CUDA, one on METAL."""
+        return 64 if self.tiles.is_cuda and self.head_dim <= 64 else 32
+
+    @property
+    def chunks(self) -> int:
+        """Tiles of 32 columns in a head."""
+        return self.head_dim // TILE_COLS
+
+    @property
+    def max_tiles(self) -> int:
+        """The most tiles of tokens that a step can have: each sequence has at most two that are not full."""
+        layout = self.layout
+        return min(layout.num_tokens, layout.num_tokens // self.tokens + 2 * layout.num_seqs)
+
+    @property
+    def map_threads(self) -> int:
+        return min(MAP_THREADS, -(-self.layout.num_tokens // LANES) * LANES)
+
+    @property
+    def map_size(self) -> int:
+        """Words of the tile map: more than there can be tiles, and a multiple of its threads."""
+        return -(-(self.max_tiles + 1) // self.map_threads) * self.map_threads
+
+    @property
+    def for_map(self) -> PrefillSpec:
+        """The same without a window and a softcap, which do not affect the tile map: all layers share it."""
+        return replace(self, window=None, softcap=None)
+
+    def parts(self, *sections: int) -> list[int]:
+        """The parts of qkv that hold these sections. A kernel must read every buffer that it is given."""
+        return sorted({self.section(index)[0] for index in sections})
+
+
+class Inputs:
+    """A step's inputs, and the qkv of its rows, inside a kernel."""
+
+    def __init__(self, spec: PrefillSpec, inputs: UOp, operands: Sequence[UOp] = (), *sections: int) -> None:
+        """`operands`: the tables, and the parts of qkv that hold `sections`, of a kernel that reads these."""
+        self.spec, self.inputs = spec, inputs
+        layout, rest = spec.layout, list(operands)
+        self.tables = spec.take_tables(rest, with_sinks=QUERIES in sections) if sections else None
+        self.qkv = dict(zip(spec.parts(*sections), rest, strict=True))
+        self.positions = max(layout.max_blocks * layout.block_size, MIN_LOOP * spec.keys)
+
+    def position(self, row: UOp) -> UOp:
+        return clamp(self.inputs[self.spec.layout.offset("positions") + row].load(), 0, self.positions - 1)
+
+    def sequence(self, row: UOp) -> UOp:
+        return clamp(self.inputs[self.spec.layout.offset("seq_rows") + row].load(), 0, self.spec.layout.num_seqs)
+
+    def slot(self, row: UOp) -> UOp:
+        """The slot of a row's own key and value."""
+        last = self.spec.num_blocks * self.spec.layout.block_size - 1
+        return clamp(self.inputs[self.spec.layout.offset("slots") + row].load(), 0, last)
+
+    def slot_of(self, sequence: UOp, key: UOp) -> UOp:
+        """The slot of a sequence's key."""
+        layout = self.spec.layout
+        at = layout.offset("block_tables") + sequence * layout.max_blocks + key // layout.block_size
+        return clamp(self.inputs[at].load(), 0, self.spec.num_blocks - 1) * layout.block_size + key % layout.block_size
+
+    def loaded(self, section: int, row: UOp, head: UOp | int, dim: UOp) -> list[UOp]:
+        """Dimensions [dim, dim + 8) of a head of queries, keys or values, with their biases."""
+        spec = self.spec
+        index, start = spec.section(section)
+        cols = spec.qkv_cols[index]
+        at = row * cols + start + head * spec.head_dim + dim
+        partials = [
+            load_floats(self.qkv[index], at + s * (spec.layout.num_tokens * cols), PIECE)
+            for s in range(spec.qkv_partials[index])
+        ]
+        values = [balanced(column) for column in zip(*partials, strict=True)]
+        if self.tables is None or self.tables.bias is None:
+            return values
+        biases = load_floats(self.tables.bias, spec.bias_start(section) + head * spec.head_dim + dim, PIECE)
+        return [a + b for a, b in zip(values, biases, strict=True)]
+
+    def rotated(self, section: int, row: UOp, head: UOp | int, dim: UOp) -> tuple[list[UOp], list[UOp]]:
+        """Dimensions [dim, dim + 8), dim < D / 2, and their partners D / 2 further, normed if the model norms heads,
+        and rotated by the row's position (half-split pairs, Su et al. 2021). Neighboring lanes must hold the rest of
+        the head."""
+        assert self.tables is not None
+        half, rope, head_norm = self.spec.head_dim // 2, self.tables.rope, self.tables.head_norm
+        low, high = self.loaded(section, row, head, dim), self.loaded(section, row, head, dim + half)
+        if head_norm is not None and self.spec.head_eps is not None:
+            scale, weight = self._head_scale(low + high, self.spec.head_eps), section * self.spec.head_dim + dim
+            low, high = (
+                [v * scale * w for v, w in zip(run, load_floats(head_norm, at, PIECE), strict=True)]
+                for run, at in ((low, weight), (high, weight + half))
+            )
+        if rope is None:
+            return low, high
+        at = self.position(row) * self.spec.head_dim + dim
+        cos, sin = load_floats(rope, at, PIECE), load_floats(rope, at + half, PIECE)
+        pairs = list(zip(low, high, cos, sin, strict=True))
+        return [a * c - b * s for a, b, c, s in pairs], [b * c + a * s for a, b, c, s in pairs]
+
+    def _head_scale(self, values: list[UOp], eps: float) -> UOp:
+        """1 / sqrt(mean square + eps) of a head; each of D / 16 neighboring lanes holds 16 of its values."""
+        spec = self.spec
+        masks = [1 << i for i in range((spec.head_dim // len(values)).bit_length() - 1)]
+        total = spec.lanes.sum(dot(values, values), masks)
+        return (total * (1.0 / spec.head_dim) + eps).sqrt().reciprocal()

@@ -1,0 +1,319 @@
+"""One threadgroup's attention in the prefill kernel: a tile of tokens against the context, in tiles of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tinygrad import UOp, dtypes
+
+from tinyvllm.ops.attention_spec import QUERIES
+from tinyvllm.ops.gpu.attention_prefill_inputs import Inputs, PrefillSpec
+from tinyvllm.ops.kernel.body import F16, F32, LOWEST, Body, balanced, clamp
+from tinyvllm.ops.kernel.lanes import LANES, axes_of, grid, load_floats, warps, zeros
+from tinyvllm.ops.kernel.tiles import (
+    PIECE,
+    TILE_COLS,
+    Operands,
+    arrival,
+    commit,
+    copy_piece,
+    quick_exp2,
+    quick_maximum,
+    together,
+)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """`count` tiles of keys from number `first` on. `is_whole`: all tokens of the tile attend to all of their keys."""
+
+    first: UOp | int
+    count: UOp
+    is_whole: bool
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Threadgroup memory for keys and values; a tile of each begins at element `base`. `begun`: copies of the next tile
+    that this tile is only read after."""
+
+    keys: UOp
+    values: UOp
+    base: UOp | int = 0
+    begun: tuple[UOp, ...] = ()
+
+    def after(self, *ready: UOp, base: UOp | int = 0, begun: tuple[UOp, ...] = ()) -> _Memory:
+        """The tile at `base`, to be used after `ready`."""
+        return _Memory(self.keys.after(*ready), self.values.after(*ready), base, begun)
+
+
+class AttentionTile:
+    """One threadgroup's work: a tile of tokens and a KV head."""
+
+    def __init__(
+        self, spec: PrefillSpec, keys: UOp, values: UOp, tiles: UOp, inputs: UOp, operands: Sequence[UOp]
+    ) -> None:
+        self.spec, self.mma, self.keys, self.values = spec, spec.tiles, keys, values
+        self.step = Inputs(spec, inputs, operands, QUERIES)
+        body, layout = Body(), spec.layout
+        tile, self.kv_head = grid(body, spec.max_tiles), grid(body, spec.num_kv_heads)
+        self.lane, self.warp = body.threads(LANES), warps(body, spec.num_warps)
+        self.axes = axes_of(tile, self.kv_head, self.lane, self.warp)
+        self.body, self.thread = body, self.warp * LANES + self.lane
+        self.threads = spec.num_warps * LANES
+        tile = spec.max_tiles - 1 - tile  # the last tokens of a prompt attend to the most keys: they go first
+        self.first = clamp(tiles[tile].load(), 0, layout.num_tokens - 1)
+        # from the unclamped bounds: after the last row of a full bucket, a tile is empty, although `first` is a row
+        begin, end = (clamp(tiles[at].load(), 0, layout.num_tokens) for at in (tile, tile + 1))
+        self.count = (end - begin).maximum(0)
+        self.position = self.step.position(self.first)
+        self.sequence = self.step.sequence(self.first)
+        self.context = (self.count > 0).where(self.position + self.count, 0).minimum(self.step.positions)
+        self.first_row = self.warp * (spec.row_blocks * self.mma.left_rows)
+
+    # -- operands ------------------------------------------------------------------------------------------------------
+
+    def queries(self) -> list[Operands]:
+        """The warp's rows of queries, rotated and scaled, by block."""
+        spec, mma, half = self.spec, self.mma, self.spec.head_dim // 2
+        shared = self.body.shared(spec.rows * spec.head_dim, F16)
+        scale, per_row, stores = spec.query_scale, half // PIECE, []
+        for start in range(0, spec.rows * per_row, self.threads):
+            item = start + self.thread
+            row, dim = item // per_row, item % per_row * PIECE
+            for run, at in zip(self.rotated_queries(row, dim), (dim, dim + half), strict=True):
+                scaled = [value * scale for value in run]
+                stores += mma.write(
+                    shared, at // TILE_COLS * (spec.rows * TILE_COLS), row, at % TILE_COLS // mma.slot_cols, scaled
+                )
+        shared = shared.after(UOp.group(*stores))
+        blocks = []
+        for block in range(spec.row_blocks):
+            row = self.first_row + block * mma.left_rows
+            operands = [mma.left(shared, c * spec.rows * TILE_COLS, row, self.lane) for c in range(spec.chunks)]
+            blocks.append([operand for chunk in operands for operand in chunk])
+        return blocks
+
+    def rotated_queries(self, row: UOp, dim: UOp) -> tuple[list[UOp], list[UOp]]:
+        """Dimensions [dim, dim + 8) of a row of the tile, dim < D / 2, and their partners."""
+        spec, token, head = self.spec, row // self.spec.group, row % self.spec.group
+        source = (self.first + token.minimum((self.count - 1).maximum(0))).minimum(spec.layout.num_tokens - 1)
+        return self.step.rotated(QUERIES, source, self.kv_head * spec.group + head, dim)
+
+    def key_slots(self, first_key: UOp | int) -> list[tuple[UOp, UOp]]:
+        """(slot, whether it is in the context) of each key of a tile that the thread copies a piece of."""
+        per_key = self.spec.head_dim // PIECE
+        slots = []
+        for start in range(0, self.spec.keys * per_key, self.threads):
+            key = first_key + (start + self.thread) // per_key
+            wanted = key < self.context
+            slots.append((self.step.slot_of(self.sequence, wanted.where(key, 0)), wanted))
+        return slots
+
+    def pieces(self, base: UOp | int) -> list[tuple[UOp, UOp]]:
+        """(place in the tile, dimension) of each piece that the thread copies."""
+        spec, per_key, places = self.spec, self.spec.head_dim // PIECE, []
+        for start in range(0, spec.keys * per_key, self.threads):
+            item = start + self.thread
+            key, dim = item // per_key, item % per_key * PIECE
+            chunk = base + dim // TILE_COLS * (spec.keys * TILE_COLS)
+            places.append((chunk + self.mma.at(key, dim % TILE_COLS // self.mma.slot_cols), dim))
+        return places
+
+    def source(self, slot: UOp, dim: UOp) -> UOp:
+        return slot * self.spec.slot_elements + self.kv_head * self.spec.head_dim + dim
+
+    @property
+    def begin(self) -> UOp | int:
+        """The first tile of keys that a token of the tile attends to."""
+        return 0 if self.spec.window is None else self.spec.first_key(self.position) // self.spec.keys
+
+    def walks(self) -> list[Walk]:
+        """The tiles of keys to attend to: first those before the tile's own tokens, which all tokens attend to, and
+        then the others. With a window, all in one walk."""
+        steps = (self.context + (self.spec.keys - 1)) // self.spec.keys
+        if self.spec.window is not None:
+            return [Walk(self.begin, (steps - self.begin).maximum(0), False)]
+        whole = ((self.position + 1) // self.spec.keys).minimum(steps)
+        return [Walk(0, whole, True), Walk(whole, steps - whole, False)]
+
+    # -- the walk along the context ------------------------------------------------------------------------------------
+
+    @property
+    def lane_rows(self) -> int:
+        """Rows of which a lane holds scores and sums."""
+        return self.spec.row_blocks * (self.mma.elements // 2)
+
+    def attend(self) -> tuple[list[UOp], list[UOp]]:
+        """(the lane's sums of weights by row, its sums of weighted values)."""
+        spec, body, mma = self.spec, self.body, self.mma
+        size = spec.keys * spec.head_dim
+        stages = 2 if mma.is_cuda else 1
+        queries = self.queries()
+        memory = _Memory(body.shared(stages * size, F16), body.shared(stages * size, F16))
+        rows = self.lane_rows
+        count = spec.row_blocks * spec.head_dim // mma.right_rows * mma.elements
+        init = [UOp.const(LOWEST, F32)] * rows + zeros(rows + count)
+        registers = body.registers(len(init))
+        started = UOp.group(*[registers.after(*self.axes)[i].store(value) for i, value in enumerate(init)])
+        registers = registers.after(started)
+        primed: tuple[UOp, ...] = ()
+        if mma.is_cuda:
+            first = replace(memory, base=self.begin % 2 * size)
+            primed = (self._begin(first, self.key_slots(self.begin * spec.keys)),)
+        for walk in self.walks():
+            registers = self._walk(walk, queries, memory, registers, primed)
+        last = [registers[i].load() for i in range(len(init))]
+        totals = [spec.lanes.sum(total, spec.mma.row_masks) for total in last[rows : 2 * rows]]
+        return totals, last[2 * rows :]
+
+    def _walk(
+        self, walk: Walk, queries: list[Operands], memory: _Memory, registers: UOp, primed: tuple[UOp, ...]
+    ) -> UOp:
+        """The registers after a walk. `primed`: the copies of the first tile of all walks (CUDA)."""
+        spec, size = self.spec, self.spec.keys * self.spec.head_dim
+        loop = self.body.fold_while(walk.count)
+        step = loop.cast(dtypes.weakint) + walk.first
+        first_key = step * spec.keys
+        if self.mma.is_cuda:
+            slots = self.key_slots(first_key + spec.keys)
+            arrived = arrival(0, loop, *primed, *[slot for slot, _ in slots])
+            begun = (self._begin(replace(memory, base=(step + 1) % 2 * size), slots, arrived),)
+            tile = memory.after(arrived, base=step % 2 * size, begun=begun)
+        else:
+            tile = memory.after(UOp.group(*self._fill(memory.after(loop), first_key)))
+        old = [registers.after(loop)[i].load() for i in range(registers.max_numel())]
+        new = self._step(queries, tile, None if walk.is_whole else first_key, old)
+        stored = UOp.group(*[registers.after(loop)[i].store(value) for i, value in enumerate(new)])
+        return registers.after(together(stored, *tile.begun).end(loop))
+
+    def _begin(self, memory: _Memory, slots: list[tuple[UOp, UOp]], *after: UOp) -> UOp:
+        """Begin to copy a tile of keys and values, zeros after the context. `slots`: as from `key_slots`."""
+        copies = []
+        for (place, dim), (slot, wanted) in zip(self.pieces(memory.base), slots, strict=True):
+            at = self.source(slot, dim)
+            copies.append(copy_piece(memory.keys[place], self.keys[at], wanted, *after))
+            copies.append(copy_piece(memory.values[place], self.values[at], wanted, *after))
+        return commit(*copies)
+
+    def _fill(self, memory: _Memory, first_key: UOp) -> list[UOp]:
+        """Stores of a tile of keys and values. After the context they are zeros, since the pool may hold anything."""
+        stores, mma, per_key = [], self.mma, self.spec.head_dim // PIECE
+        for start, (slot, wanted) in zip(
+            range(0, self.spec.keys * per_key, self.threads), self.key_slots(first_key), strict=True
+        ):
+            item = start + self.thread
+            key, dim = item // per_key, item % per_key * PIECE
+            at, base = self.source(slot, dim), dim // TILE_COLS * (self.spec.keys * TILE_COLS)
+            for tile, pool in ((memory.keys, self.keys), (memory.values, self.values)):
+                values = [wanted.where(value, 0.0) for value in load_floats(pool, at, PIECE)]
+                stores += mma.write(tile, base, key, dim % TILE_COLS // mma.slot_cols, values)
+        return stores
+
+    def _step(self, queries: list[Operands], memory: _Memory, first_key: UOp | None, old: list[UOp]) -> list[UOp]:
+        """Maxima, sums of weights and sums of values after one more tile of keys. `first_key`: the tile's first key, if
+        some tokens do not attend to all of it."""
+        scores = self._scores(queries, memory, first_key)
+        best, total, weights, decays = self._weigh(scores, old)
+        return [*best, *total, *self._add_values(weights, decays, memory, old[2 * self.lane_rows :])]
+
+    def _scores(self, queries: list[Operands], memory: _Memory, first_key: UOp | None) -> list[list[list[UOp]]]:
+        """The lane's scores of a tile of keys, by block of rows and block of keys."""
+        spec, mma = self.spec, self.mma
+        scores: list[list[list[UOp]]] = [[] for _ in queries]
+        for block in range(spec.keys // mma.right_rows):
+            first_row = block * mma.right_rows
+            chunks = [
+                mma.right(memory.keys, memory.base + c * (spec.keys * TILE_COLS), first_row, self.lane, *memory.begun)
+                for c in range(spec.chunks)
+            ]
+            key = [operand for chunk in chunks for operand in chunk]
+            for i, query in enumerate(queries):
+                products = mma.sum(query, key, zeros(mma.elements))
+                products = [spec.score(product, lambda x: quick_exp2(x, mma)) for product in products]
+                if first_key is not None:
+                    products = self._masked(products, i, first_key + first_row)
+                scores[i].append(products)
+        return scores
+
+    def _weigh(
+        self, scores: list[list[list[UOp]]], old: list[UOp]
+    ) -> tuple[list[UOp], list[UOp], list[list[list[UOp]]], list[UOp]]:
+        """(new maxima, new sums of weights, weights of the scores, factors by which earlier sums decay)."""
+        spec, mma, rows = self.spec, self.mma, self.lane_rows
+        per_block = mma.elements // 2
+        new_best, new_total, weights, decays = [], [], [], []
+        for i, blocks in enumerate(scores):
+            for r in range(per_block):
+                at = i * per_block + r
+                top = balanced(_row_values(blocks, r), lambda a, b: quick_maximum(a, b, mma))
+                best = old[at].maximum(spec.lanes.maximum(top, spec.mma.row_masks))
+                new_best.append(best)
+                decays.append(quick_exp2(old[at] - best, mma))
+            weights.append(
+                [[quick_exp2(v - new_best[i * per_block + e // 2], mma) for e, v in enumerate(b)] for b in blocks]
+            )
+            for r in range(per_block):
+                at = i * per_block + r
+                new_total.append(old[rows + at] * decays[at] + balanced(_row_values(weights[i], r)))
+        return new_best, new_total, weights, decays
+
+    def _masked(self, scores: list[UOp], block: int, first_key: UOp) -> list[UOp]:
+        """The scores of a block, LOWEST where the row's token does not attend to the key."""
+        spec, masked = self.spec, []
+        for e, score in enumerate(scores):
+            row, key = self.mma.place(self.lane, e)
+            token = (self.first_row + block * self.mma.left_rows + row) // spec.group
+            masked.append(spec.is_seen(first_key + key, self.position + token).where(score, LOWEST))
+        return masked
+
+    def _add_values(
+        self, weights: list[list[list[UOp]]], decays: list[UOp], memory: _Memory, old: list[UOp]
+    ) -> list[UOp]:
+        """The sums, decayed, plus weights @ values."""
+        spec, mma = self.spec, self.mma
+        size, dim_blocks, per_block = mma.elements, spec.head_dim // mma.right_rows, mma.elements // 2
+        sums = [
+            [
+                [old[(i * dim_blocks + d) * size + e] * decays[i * per_block + e // 2] for e in range(size)]
+                for d in range(dim_blocks)
+            ]
+            for i in range(len(weights))
+        ]
+        span = TILE_COLS // mma.right_rows  # blocks of keys in 32
+        for start in range(0, spec.keys // mma.right_rows, span):
+            lefts = [mma.weights(blocks[start : start + span]) for blocks in weights]
+            for d in range(dim_blocks):
+                dim = d * mma.right_rows
+                chunk = memory.base + dim // TILE_COLS * (spec.keys * TILE_COLS)
+                right = mma.transposed(
+                    memory.values, chunk, start * mma.right_rows, dim % TILE_COLS, self.lane, *memory.begun
+                )
+                for i, left in enumerate(lefts):
+                    sums[i][d] = mma.sum(left, right, sums[i][d])
+        return [value for blocks in sums for block in blocks for value in block]
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def stores(self, out: UOp, totals: list[UOp], sums: list[UOp]) -> list[UOp]:
+        spec, mma, stores = self.spec, self.mma, []
+        size, dim_blocks, per_block = mma.elements, spec.head_dim // mma.right_rows, mma.elements // 2
+        inverses = [total.reciprocal() for total in totals]
+        for i in range(spec.row_blocks):
+            for d in range(dim_blocks):
+                for e in range(size):
+                    place, column = mma.place(self.lane, e)
+                    row = self.first_row + i * mma.left_rows + place
+                    token, head = row // spec.group, row % spec.group
+                    at = (self.first + token) * (spec.num_heads * spec.head_dim)
+                    at = at + (self.kv_head * spec.group + head) * spec.head_dim + d * mma.right_rows + column
+                    value = sums[(i * dim_blocks + d) * size + e] * inverses[i * per_block + e // 2]
+                    is_real = (token < self.count) & (row < spec.tokens * spec.group)
+                    stores.append(out[at.valid(is_real)].store(value.cast(out.dtype)))
+        return stores
+
+
+def _row_values(blocks: list[list[UOp]], row: int) -> list[UOp]:
+    """The lane's values of one of its rows, which has two in each block."""
+    return [value for block in blocks for value in block[2 * row : 2 * row + 2]]

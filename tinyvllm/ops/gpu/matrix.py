@@ -1,0 +1,423 @@
+"""A few token rows (2 to 64) times a matrix, on the matrix unit, on devices whose lanes exchange values.
+
+The weights stream from memory straight into registers. K is split between the lanes and warps of a threadgroup, and
+between threadgroups where the rows alone would not fill the device (split-K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tinygrad import UOp
+from tinygrad.uop.ops import Ops
+
+from tinyvllm.arrays import Format
+from tinyvllm.ops.activation import gated
+from tinyvllm.ops.formats.matrix import Planes
+from tinyvllm.ops.formats.runs import read_halves, read_run, run_cols
+from tinyvllm.ops.kernel.body import F16, Body, KernelFn, balanced, cached_kernel, finish
+from tinyvllm.ops.kernel.lanes import (
+    LANES,
+    SHARED_BYTES,
+    Lanes,
+    Mma,
+    await_previous,
+    axes_of,
+    carry,
+    grid,
+    warps,
+    zeros,
+)
+from tinyvllm.ops.kernel.tuning import Tunable
+
+FEW_GROUPS = 96
+GROUPS_WANTED = 256  # threadgroups that keep every core of a large GPU busy: two each on 132
+
+TOKENS = 8  # token rows of a tile
+DENSE_COLS = 16  # dense columns of a lane's run
+MAX_WARPS = 16
+EARLY_BYTES = 256  # that a lane may load before the previous kernel has ended
+MAX_PAIR_TILES = 4  # tiles of tokens that leave registers for weights in pairs
+MAX_SUMS = 128  # a lane's registers for sums
+MAX_TOKEN_TILES = 8  # tiles whose sums fit into a warp's registers; more tokens take more threadgroups
+
+
+@dataclass(frozen=True)
+class MatrixSpec(Tunable):
+    """partials (S, T, N) = x (T, K) @ w.T over S splits of K, or out (T, N / 2) = activation(gate) * up."""
+
+    name: str
+    lanes: Lanes
+    mma: Mma
+    format: Format
+    num_tokens: int  # T
+    num_rows: int  # N
+    num_cols: int  # K
+    activation: str | None = None  # the matrix is gate over up: out = activation(gate) * up
+
+    @property
+    def is_gated(self) -> bool:
+        return self.activation is not None
+
+    @property
+    def out_rows(self) -> int:
+        return self.num_rows // 2 if self.is_gated else self.num_rows
+
+    @property
+    def cols(self) -> int:
+        return run_cols(self.format, DENSE_COLS)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether weights are unpacked two at a time, in float16."""
+        return self.format.is_quantized and self.mma.dtype == F16 and self.token_tiles <= MAX_PAIR_TILES
+
+    @property
+    def token_tiles(self) -> int:
+        """Tiles of tokens in a threadgroup."""
+        return min(MAX_TOKEN_TILES, -(-self.num_tokens // TOKENS))
+
+    @property
+    def token_groups(self) -> int:
+        """Threadgroups that share a tile of rows."""
+        return -(-self.num_tokens // (TOKENS * self.token_tiles))
+
+    @property
+    def row_tiles(self) -> int:
+        """Tiles of rows of a warp; gate and up count as two."""
+        scale = 16 // self.mma.rows  # METAL's tiles have half the rows
+        wanted = 1 if self.token_tiles == 1 and self.num_rows < 8192 else 2
+        if self.token_tiles > 4 and (self.num_rows >= 8192 or self.num_cols >= 8192):
+            wanted = 4
+        if self.is_gated:
+            wanted = 4 if self._is_broad else max(2, wanted)
+        wanted *= scale
+        while wanted > 1 + self.is_gated and self.num_rows % (wanted * self.mma.rows):
+            wanted //= 2
+        return self.knob("row_tiles", wanted)
+
+    def knobs(self) -> Mapping[str, tuple[int, ...]]:
+        splits = () if self.is_gated else (1, 2, 4, 8, 16)
+        return {
+            "row_tiles": (1, 2, 4, 8),
+            "splits": splits,
+            "warps": (1, 2, 4, 8, 16),
+            "down": (1, 2, 4),
+            "ahead": (1, 2, 4),
+        }
+
+    def is_possible(self) -> bool:
+        least = 2 if self.is_gated else 1
+        return (
+            self.row_tiles >= least
+            and self.num_rows % (self.row_tiles * self.mma.rows * self.down) == 0
+            and self.warps * self.down <= MAX_WARPS
+            and (self._sums % self.warps == 0 or self.warps > self._sums)
+            and self.row_tiles * self._sums <= MAX_SUMS
+            and self.chunks >= self.splits * self.warps * self.ahead
+            and self.shared_bytes <= SHARED_BYTES
+        )
+
+    @property
+    def warps(self) -> int:
+        """Warps that split the columns between them, and at the end the sums."""
+        if self.chunks < 8:
+            return 1
+        if self._is_broad:
+            return self.knob("warps", 2)
+        share = self.token_tiles * self.mma.elements
+        if 2 < self.token_tiles <= 4 and share % 8 == 0 and self._num_groups < FEW_GROUPS and not self.is_gated:
+            return 8
+        return self.knob("warps", 4 if share % 4 == 0 else 2)
+
+    @property
+    def down(self) -> int:
+        """Warps with different rows that read the same columns of x: all but one read them from the nearest cache."""
+        is_wanted = self._is_broad or (self._is_chained_gate and self.token_tiles == 1 and not self.has_pairs)
+        fits = self.num_rows % (self.row_tiles * self.mma.rows * 2) == 0
+        return self.knob("down", 2 if is_wanted and fits and self.chunks >= 8 else 1)
+
+    @property
+    def _is_chained_gate(self) -> bool:
+        return self.is_gated and self.lanes.is_chained and self.num_rows >= 8192
+
+    @property
+    def _is_broad(self) -> bool:
+        """Whether loading x costs so much, compared with the codes, that more rows should share it."""
+        return self._is_chained_gate and self.has_pairs and self.token_tiles > 2
+
+    @property
+    def _sums(self) -> int:
+        """A lane's sums of one tile of rows. Each of the warps that share the columns keeps some of them in the end."""
+        return self.token_tiles * self.mma.elements
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.down * self.warps * self._sums * LANES * 4 if self.warps > 1 else 0
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.num_cols // (self.cols * self.mma.slots))
+
+    @property
+    def splits(self) -> int:
+        """S: splits of K, each with its own threadgroups, if there are too few rows to fill the device."""
+        splits, groups = 1, self._num_groups
+        wanted = GROUPS_WANTED * 3 // 2 if self.token_tiles == 1 else GROUPS_WANTED
+        while not self.is_gated and groups * splits < wanted and self.chunks >= 4 * splits * min(4, self.warps):
+            splits *= 2
+        return self.knob("splits", splits)
+
+    @property
+    def _num_groups(self) -> int:
+        """Threadgroups without split-K."""
+        return self.num_rows // (self.row_tiles * self.mma.rows * self.down) * self.token_groups
+
+    @property
+    def steps(self) -> int:
+        """Iterations of a warp."""
+        return -(-self.chunks // (self.splits * self.warps * self.ahead))
+
+    @property
+    def begins_early(self) -> bool:
+        """Whether a warp loads its first chunks while the previous kernel still runs: if it has registers for all of
+        them at once."""
+        run_bytes = self.cols * min(self.format.bits, 16) // 8
+        return self.lanes.is_chained and self.ahead * self.row_tiles * 2 * run_bytes <= EARLY_BYTES
+
+    @property
+    def ahead(self) -> int:
+        """Chunks whose loads a warp has in flight: as many as fit into its registers in addition to the sums."""
+        most = 2 if self.format.is_quantized or self.down > 1 else 4
+        ahead = max(1, most // self.token_tiles)
+        while ahead > 1 and self.chunks < self.splits * self.warps * ahead:
+            ahead //= 2
+        return self.knob("ahead", ahead)
+
+
+def fits_matrix_unit(mma: Mma, matrix_rows: int, *, is_gated: bool) -> bool:
+    """Whether a matrix's rows (of gate and up, each half) fill whole tiles."""
+    return (matrix_rows // 2 if is_gated else matrix_rows) % mma.rows == 0
+
+
+@cached_kernel
+def matrix_kernel(spec: MatrixSpec) -> KernelFn:
+    """fn(out, *planes, x): see MatrixSpec. Token rows after the last repeat it, and are not stored."""
+
+    def kernel(out: UOp, *operands: UOp) -> UOp:
+        *planes, x = operands
+        place = _make_place(spec)
+        loads = _Loads(spec, place, Planes(spec.format, planes))
+        early = loads.weights(0) if spec.begins_early else []
+        (x,) = await_previous(spec.lanes, x, ahead=[value for chunk in early for value in chunk.values])
+        totals = _multiply(loads, x, early)
+        kept, first = _add_warps(spec, place, totals)
+        stores = _store(spec, place, out, kept, first)
+        return finish(
+            UOp.group(*stores).end(*reversed(place.axes)),
+            f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}",
+            ops=2 * spec.num_tokens * spec.num_rows * spec.num_cols,
+            nbytes=spec.num_rows * spec.num_cols * spec.format.bits // 8,
+        )
+
+    return kernel
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A thread's place. `bases`: the first row of each of the warp's tiles, which alternate between gate and up if the
+    matrix has both; `warp`: among those that share the columns; `row_warp`: among those with other rows. An axis of
+    length 1 is the constant 0."""
+
+    body: Body
+    axes: tuple[UOp, ...]
+    bases: list[UOp]
+    first_token: UOp | int
+    split: UOp | int  # of the columns
+    warp: UOp | int
+    row_warp: UOp | int
+    lane: UOp
+
+
+def _make_place(spec: MatrixSpec) -> _Place:
+    body, row_tiles = Body(), spec.row_tiles
+    per_group = row_tiles // 2 if spec.is_gated else row_tiles
+    token_group = grid(body, spec.token_groups)
+    group = body.grid(spec.out_rows // (per_group * spec.mma.rows * spec.down))
+    split, lane, warp = grid(body, spec.splits), body.threads(LANES), warps(body, spec.warps)
+    row_warp = warps(body, spec.down)
+    bases = [
+        ((group * spec.down + row_warp) * per_group + (i // 2 if spec.is_gated else i)) * spec.mma.rows
+        + (spec.out_rows * (i % 2) if spec.is_gated else 0)
+        for i in range(row_tiles)
+    ]
+    first_token = token_group * (spec.token_tiles * TOKENS)
+    axes = axes_of(token_group, group, split, lane, warp, row_warp)
+    return _Place(body, axes, bases, first_token, split, warp, row_warp, lane)
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """The lane's weights of a chunk of columns: its runs, for each tile of rows."""
+
+    number: UOp
+    runs: list[list[list[UOp]]]
+
+    @property
+    def values(self) -> list[UOp]:
+        return [value for tile in self.runs for run in tile for value in run]
+
+
+@dataclass(frozen=True)
+class _Loads:
+    """A lane's loads of weights and of x."""
+
+    spec: MatrixSpec
+    place: _Place
+    planes: Planes
+
+    def weights(self, iteration: UOp | int) -> list[_Chunk]:
+        """The weights of an iteration's chunks, all loaded before any is used."""
+        spec, worker = self.spec, self.place.split * self.spec.warps + self.place.warp
+        first = (worker * spec.steps + iteration) * spec.ahead
+        return [self._chunk(first + i) for i in range(spec.ahead)]
+
+    def _chunk(self, number: UOp) -> _Chunk:
+        places = [(row, self._run(number, slot)[0]) for row, slot in self.spec.mma.row_runs(self.place.lane)]
+        return _Chunk(number, [[self._weights(base + row, run) for row, run in places] for base in self.place.bases])
+
+    def _weights(self, row: UOp, run: UOp) -> list[UOp]:
+        spec = self.spec
+        if spec.has_pairs:
+            return read_halves(self.planes, row, run, spec.num_cols, spec.mma)
+        return read_run(self.planes, row, run, spec.num_cols, spec.cols).values(spec.mma.dtype)
+
+    def inputs(self, x: UOp, chunk: UOp, tile: int) -> list[list[UOp]]:
+        """The lane's runs of x for one tile of tokens."""
+        spec, runs = self.spec, []
+        for token, slot in spec.mma.token_runs(self.place.lane):
+            run, is_inside = self._run(chunk, slot)
+            at = self._token_row(tile, token) * spec.num_cols + run * spec.cols
+            if spec.has_pairs:
+                values = spec.mma.load_pairs(x, at, spec.cols)
+            else:
+                values = [x[at + i].load().cast(spec.mma.dtype) for i in range(spec.cols)]
+            runs.append(values if is_inside is None else [is_inside.where(v, v.const_like(0)) for v in values])
+        return runs
+
+    def _run(self, chunk: UOp, slot: UOp) -> tuple[UOp, UOp | None]:
+        """(the run of a slot, whether it exists; None: always)."""
+        spec, run = self.spec, chunk * self.spec.mma.slots + slot
+        num_runs = spec.num_cols // spec.cols
+        if num_runs % (spec.mma.slots * spec.splits * spec.warps * spec.ahead) == 0:
+            return run, None
+        return (run < num_runs).where(run, 0), run < num_runs
+
+    def _token_row(self, tile: int, token: UOp) -> UOp:
+        row, spec = self.place.first_token + tile * TOKENS + token, self.spec
+        return row if spec.num_tokens % (spec.token_tiles * TOKENS) == 0 else row.minimum(spec.num_tokens - 1)
+
+
+# -- computing ---------------------------------------------------------------------------------------------------------
+
+
+def _multiply(loads: _Loads, x: UOp, early: list[_Chunk]) -> list[UOp]:
+    """The lane's sums over its warp's columns, by tile of rows, tile of tokens, and element. `early`: the chunks of the
+    first iteration, if they are loaded already."""
+    spec, place = loads.spec, loads.place
+    totals, past = zeros(spec.row_tiles * spec.token_tiles * spec.mma.elements), 0
+    if early:
+        totals, past = _add_chunks(loads, x, early, totals), 1
+    if spec.steps == past:
+        return totals
+    return carry(
+        place.body,
+        totals,
+        spec.steps - past,
+        place.axes,
+        lambda i, old: _add_chunks(loads, x, loads.weights(i + past), old),
+    )
+
+
+def _add_chunks(loads: _Loads, x: UOp, chunks: list[_Chunk], old: list[UOp]) -> list[UOp]:
+    """The lane's sums after some chunks."""
+    spec, size = loads.spec, loads.spec.mma.elements
+    sums = [old[i : i + size] for i in range(0, len(old), size)]
+    for chunk in chunks:
+        inputs = [loads.inputs(x, chunk.number, tile) for tile in range(spec.token_tiles)]
+        for tile in range(len(sums)):
+            operands = (chunk.runs[tile // spec.token_tiles], inputs[tile % spec.token_tiles])
+            sums[tile] = _multiply_tile(loads.place.body, spec, *operands, sums[tile])
+    return [value for tile in sums for value in tile]
+
+
+def _multiply_tile(body: Body, spec: MatrixSpec, w: list[list[UOp]], x: list[list[UOp]], sums: list[UOp]) -> list[UOp]:
+    """`sums` of a tile of rows and one of tokens, after a chunk."""
+    if spec.has_pairs:
+        return spec.mma.multiply_pairs(body, w, x, sums)
+    total = spec.mma.multiply(w, x, UOp.stack(*sums))
+    return [total.index(e) for e in range(spec.mma.elements)]
+
+
+# -- finishing ---------------------------------------------------------------------------------------------------------
+
+
+def _add_warps(spec: MatrixSpec, place: _Place, totals: list[UOp]) -> tuple[list[list[UOp]], UOp | int]:
+    """Add the warps' sums through threadgroup memory, one tile of rows at a time. Each warp keeps a share of a lane's
+    elements. Returns (the warp's elements by tile of rows, the number of the first one)."""
+    count = spec.token_tiles * spec.mma.elements
+    pieces = [totals[r * count : (r + 1) * count] for r in range(spec.row_tiles)]
+    if spec.warps == 1:
+        return pieces, 0
+    share = max(1, count // spec.warps)
+    buffer = place.body.shared(spec.down * spec.warps * count * LANES)
+    base, lane = place.row_warp * spec.warps, place.lane
+    first = place.warp * share  # not an element's, for warps beyond the number of elements
+    kept = []
+    for r, piece in enumerate(pieces):
+        stores = [
+            buffer[((base + place.warp) * count + i) * LANES + lane].store(value) for i, value in enumerate(piece)
+        ]
+        shared = buffer.after(UOp.group(*stores))
+        own = first.minimum(count - share) if isinstance(first, UOp) and share * spec.warps != count else first
+        sums = [
+            balanced(shared[((base + w) * count + own + i) * LANES + lane].load() for w in range(spec.warps))
+            for i in range(share)
+        ]
+        if r + 1 < len(pieces):  # the next tile's sums overwrite the buffer: hold these, and wait for the other warps
+            registers = place.body.registers(share)
+            held = UOp.group(*[registers[i].store(value) for i, value in enumerate(sums)])
+            buffer = buffer.without_after.after(UOp(Ops.BARRIER, src=(held,)))
+            sums = [registers.after(held)[i].load() for i in range(share)]
+        kept.append(sums)
+    return kept, first
+
+
+def _store(spec: MatrixSpec, place: _Place, out: UOp, kept: list[list[UOp]], first: UOp | int) -> list[UOp]:
+    """Stores of a lane's elements, from number `first` on, of each tile of rows; of gate and up, their product."""
+    stores = []
+    for r in range(0, spec.row_tiles, 2 if spec.is_gated else 1):
+        values = kept[r]
+        if spec.activation is not None:
+            values = gated(spec.activation, values, kept[r + 1])
+        for i, value in enumerate(values):
+            at = _output(spec, place, place.bases[r], first + i)
+            stores.append(out[at].store(value.cast(out.dtype)))
+    return stores
+
+
+def _output(spec: MatrixSpec, place: _Place, base: UOp, element: UOp | int) -> UOp:
+    """Where a lane's element of the tile that begins at row `base` goes: valid only if the element and its token
+    exist."""
+    token, row = spec.mma.place(place.lane, element % spec.mma.elements)
+    at = place.first_token + element // spec.mma.elements * TOKENS + token
+    index = (place.split * spec.num_tokens + at) * spec.out_rows + base + row
+    if spec.num_tokens % (spec.token_tiles * TOKENS):
+        index = index.valid(at < spec.num_tokens)
+    if spec.warps > spec.token_tiles * spec.mma.elements:
+        index = index.valid(element < spec.token_tiles * spec.mma.elements)
+    return index

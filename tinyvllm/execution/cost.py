@@ -58,7 +58,7 @@ class CostCounter:
         num_slots = pool.num_blocks * block_size
         # bytes of one token in each of the pool's tensors
         self._kv_bytes = {_buffer(tensor): tensor.nbytes() // num_slots for tensor in pool.tensors}
-        self._table = {_buffer(plane) for part in model.embedding.parts for plane in part.planes}
+        self._table = {_buffer(plane) for shard in model.embedding.shards for plane in shard.planes}
         # bytes of one position in each of the layers' rope tables
         self._rope_bytes = {_buffer(rope): rope.nbytes() // model.num_positions for rope in model.ropes}
         self._row_bytes = model.embedding.nbytes // model.embedding.num_rows

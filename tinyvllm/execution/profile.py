@@ -75,7 +75,9 @@ class CallNamer:
 
     def __init__(self, model: Model, pool: KVPool) -> None:
         tensors = get_state_dict({"model": model, "pool": pool})
-        matrices = {_base(plane): part for matrix in model.matrices for part in matrix.parts for plane in part.planes}
+        matrices = {
+            _base(plane): shard for matrix in model.matrices for shard in matrix.shards for plane in shard.planes
+        }
         self._named = {
             _base(tensor): Named(path, tensor.nbytes(), matrices.get(_base(tensor)))
             for path, tensor in reversed(list(tensors.items()))  # the first of two names: a tied head is the embedding

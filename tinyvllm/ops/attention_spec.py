@@ -1,6 +1,6 @@
 """What attention computes, once for all of its kernels: scale, softcap, masks, sinks, rope, heads' norms, biases.
 
-`AttentionLayer` is a layer as a model hands it over, `AttentionSpec` the part of it that decides which kernel runs.
+A model passes an `AttentionLayer`. `AttentionSpec` is the hashable part of it, which selects and shapes the kernel.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class AttentionLayer:
 
     @property
     def key_tables(self) -> list[Tensor]:
-        """What turns a column of qkv into a key or a query, in the order of `AttentionSpec.take_tables`."""
+        """The tables that apply to keys and queries, in the order of `AttentionSpec.take_tables`."""
         return [table for table in (self.rope, self.head_norm, self.bias) if table is not None]
 
     @property
     def tables(self) -> list[Tensor]:
-        """The same, and what the softmax reads."""
+        """`key_tables`, and the sinks that the softmax reads."""
         return self.key_tables + ([] if self.sinks is None else [self.sinks])
 
 
@@ -70,8 +70,8 @@ class AttentionSpec:
     head_dim: int  # D
     num_blocks: int
     qkv_cols: tuple[int, ...]  # as in AttentionLayer
-    head_eps: float | None = None  # of an RMSNorm of every head of queries and keys; None: they have none
-    value_eps: float | None = None  # of one without a weight of every head of values
+    head_eps: float | None = None  # epsilon of the RMSNorm of each head of queries and keys; None: no norm
+    value_eps: float | None = None  # of each head of values, whose norm has no weight
     score_scale: float | None = None  # None: D ** -0.5
     rotary_dims: int | None = None  # rotated dimensions of a head; None: all, 0: none
     is_interleaved: bool = False
@@ -80,12 +80,12 @@ class AttentionSpec:
     has_sinks: bool = False
     has_bias: bool = False
     writes_kv: bool = True  # False: an earlier layer's keys and values are read
-    # where these heads are one core's share: the share's first KV head, and all heads and KV heads of the layer
-    share: tuple[int, int, int] | None = None
+    # if these heads are one core's shard: its first KV head, and the numbers of heads and KV heads of the layer
+    shard: tuple[int, int, int] | None = None
 
     @classmethod
     def of(cls, layer: AttentionLayer, layout: StepLayout, num_blocks: int, **more: Any) -> Self:
-        """The spec of a layer; `more`: fields that replace those of the layer, or are a subclass's own."""
+        """The spec of a layer. `more`: fields to override, and those of a subclass."""
         kind = layer.kind
         rope = kind.rope
         fields: dict[str, Any] = dict(
@@ -131,15 +131,15 @@ class AttentionSpec:
 
     @property
     def query_scale(self) -> float:
-        """What queries are multiplied by before the product with keys: with log2(e), so that scores are exponents of 2;
-        with a softcap, so that scores are the argument of its tanh."""
+        """The factor that queries are multiplied by. It includes log2(e), so that scores are exponents of 2; with a
+        softcap, scores are instead the argument of its tanh."""
         if self.softcap is not None:
             scale = self.head_dim**-0.5 if self.score_scale is None else self.score_scale
             return scale / self.softcap
         return LOG2E / self.head_dim**0.5 if self.score_scale is None else LOG2E * self.score_scale
 
     def score(self, product: UOp, exp2: Exp2) -> UOp:
-        """The exponent of 2 that follows from a scaled query's product with a key."""
+        """The score, an exponent of 2, of a scaled query's product with a key."""
         return product if self.softcap is None else tanh(product, exp2) * (self.softcap * LOG2E)
 
     def is_seen(self, key: UOp, position: UOp) -> UOp:
@@ -154,23 +154,23 @@ class AttentionSpec:
     # -- operands --------------------------------------------------------------------------------------------------
 
     def take_tables(self, operands: list[UOp], *, with_sinks: bool) -> Tables:
-        """A kernel's tables, off the front of its operands."""
+        """A kernel's tables, removed from the front of its operands."""
         rope = operands.pop(0) if self.rotary else None
         head_norm = operands.pop(0) if self.head_eps is not None else None
         bias = operands.pop(0) if self.has_bias else None
         return Tables(rope, head_norm, bias, operands.pop(0) if with_sinks and self.has_sinks else None)
 
     def bias_start(self, section: int) -> int:
-        """Where the biases of this share's queries, keys or values begin in the layer's."""
-        if self.share is None:
+        """Where the biases of this shard's queries, keys or values begin among the layer's."""
+        if self.shard is None:
             return self.section_start(section)
-        first, heads, kv_heads = self.share
+        first, heads, kv_heads = self.shard
         return (first * self.group, heads + first, heads + kv_heads + first)[section] * self.head_dim
 
     @property
     def first_head(self) -> int:
-        """The layer's number of this share's first query head."""
-        return 0 if self.share is None else self.share[0] * self.group
+        """The number, in the layer, of this shard's first query head."""
+        return 0 if self.shard is None else self.shard[0] * self.group
 
     def section_start(self, section: int) -> int:
         """The first column of queries, keys or values in qkv."""
@@ -205,7 +205,7 @@ class AttentionSpec:
     # -- what fused kernels cover ----------------------------------------------------------------------------------
 
     def features(self) -> dict[str, bool]:
-        """What this attention has beyond Llama's, in words."""
+        """The features beyond those of Llama, by their names in messages, and whether this attention has each."""
         return {
             "a window": self.window is not None,
             "sinks": self.has_sinks,
@@ -219,10 +219,10 @@ class AttentionSpec:
         }
 
     def uncovered(self, covered: Sequence[str]) -> str:
-        """The features that are not among `covered`, in words; "" where all are."""
+        """The features of this attention that are not in `covered`, in words; "" if there are none."""
         return in_words([name for name, has in self.features().items() if has and name not in covered])
 
 
 def _binding(window: int | None, layout: StepLayout) -> int | None:
-    """The window, unless no sequence of the layout can be longer."""
+    """The window; None if no sequence of the layout can be longer."""
     return None if window is None or window >= layout.max_blocks * layout.block_size else window

@@ -59,7 +59,7 @@ def generate(runner: ModelRunner, prompts: list[list[int]], count: int) -> list[
 
 @pytest.mark.parametrize(("quant", "cores"), [(None, 2), ("Q4_1", 2), ("Q8_0", 3)])
 def test_several_cores_generate_what_one_generates(tmp_path: Path, quant: str | None, cores: int) -> None:
-    """Shares are uneven: 4 KV heads among 3 cores, 3 panels of hidden columns among 2."""
+    """Shards are uneven: 4 KV heads among 3 cores, 3 panels of hidden columns among 2."""
     shape: dict[str, Any] = {
         "hidden": 96,
         "heads": 8,

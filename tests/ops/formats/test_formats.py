@@ -25,7 +25,7 @@ from tinyvllm.model.weights.quant import QUANTIZED_KINDS
 from tinyvllm.ops.backend import Backend, Epilogue, Norm
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.cpu.linear import LinearSpec, linear_kernel
-from tinyvllm.ops.formats.matrix import Matrix, Planes, pack, share_rows, unpack
+from tinyvllm.ops.formats.matrix import Matrix, Planes, join_shards, pack, unpack
 from tinyvllm.ops.formats.runs import covers, group_sums, read_halves, read_pairs, read_run, require_covered, run_cols
 from tinyvllm.ops.gpu.backend import GpuBackend
 from tinyvllm.ops.gpu.gemm import GemmSpec, gemm_kernel, unpack_kernel
@@ -294,12 +294,12 @@ def test_cores_share_out_the_rows_of_every_expert() -> None:
     host = make_host("Q4_0", 2 * 96, COLS)
     rows = np.arange(192).reshape(2, 96)
     shares = [take_rows(host, rows[:, a:b].reshape(-1)) for a, b in ((0, 32), (32, 96))]
-    matrix = share_rows([pack(share, "panel", None, "CPU", num_experts=2) for share in shares])
+    matrix = join_shards([pack(share, "panel", None, "CPU", num_experts=2) for share in shares])
     assert (matrix.num_rows, matrix.num_experts) == (192, 2)
     for index in range(2):
         expert = matrix.expert(index)
         assert (expert.num_rows, expert.num_experts) == (96, 0)
-        values = np.concatenate([unpack(share).numpy() for share in expert.shares])
+        values = np.concatenate([unpack(share).numpy() for share in expert.row_shards])
         np.testing.assert_allclose(values, to_float32(host)[rows[index]], rtol=0, atol=1e-7)
 
 

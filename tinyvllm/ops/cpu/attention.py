@@ -65,7 +65,7 @@ class _Row:
         layout, rest = spec.layout, list(operands)
         self.spec, self.row, self.inputs = spec, row, inputs
         self.tables = spec.take_tables(rest, with_sinks=with_sinks)
-        self.parts = rest
+        self.qkv_parts = rest
         self.position = inputs[layout.offset("positions") + row].load().maximum(0)
         self.slot = inputs[layout.offset("slots") + row].load().maximum(0)
         seq = inputs[layout.offset("seq_rows") + row].load()
@@ -87,11 +87,11 @@ class _Row:
     def _stored(self, head: UOp, offset: UOp) -> UOp:
         """qkv[row, head * D + offset], from the part that holds it. `head` counts q heads, then k, then v."""
         spec = self.spec
-        if len(self.parts) == 1:
-            return self.parts[0][self.row * spec.qkv_cols[0] + head * spec.head_dim + offset].load()
+        if len(self.qkv_parts) == 1:
+            return self.qkv_parts[0][self.row * spec.qkv_cols[0] + head * spec.head_dim + offset].load()
         start, value = 0, None
         col = head * spec.head_dim + offset
-        for part, cols in zip(self.parts, spec.qkv_cols, strict=True):
+        for part, cols in zip(self.qkv_parts, spec.qkv_cols, strict=True):
             here = part[self.row * cols + (col - start).maximum(0).minimum(cols - 1)].load()
             value = here if value is None else (col < start).where(value, here)
             start += cols
@@ -99,8 +99,8 @@ class _Row:
         return value
 
     def head_scale(self, body: Body, section: int, head: UOp, *after: UOp) -> UOp | None:
-        """A register with 1 / sqrt(mean square + eps) of a head, inside the loops named by `after`; None where heads of
-        this section have no norm."""
+        """A register with 1 / sqrt(mean square + eps) of a head, inside the loops in `after`; None if heads of this
+        section have no norm."""
         eps = self.spec.value_eps if section == VALUES else self.spec.head_eps
         if eps is None:
             return None
@@ -117,7 +117,7 @@ class _Row:
         return scale.after(scale.after(*after)[0].store((mean + eps).sqrt().reciprocal()))
 
     def pairs(self, body: Body) -> list[_Pair]:
-        """A head's dimensions by pairs, as loops over those that rotate together and over the others."""
+        """A head's dimensions in pairs: a loop over the pairs that rotate together, and one over the others."""
         dim, rotary, pairs = self.spec.head_dim, self.spec.rotary, []
         if rotary:
             i = body.loop(rotary // 2)
@@ -128,9 +128,9 @@ class _Row:
             pairs.append(_Pair(i, i + rotary, i + (rotary + (dim - rotary) // 2), False))
         return pairs
 
-    def turned(self, section: int, head: UOp, pair: _Pair, scale: UOp | None) -> tuple[UOp, UOp]:
-        """A pair of a head of queries or keys, normed where they are (`scale`: head_scale's), and rotated by the row's
-        position (Su et al. 2021)."""
+    def rotated(self, section: int, head: UOp, pair: _Pair, scale: UOp | None) -> tuple[UOp, UOp]:
+        """A pair of a head of queries or keys, normed if the model norms heads (`scale`: from `head_scale`), and
+        rotated by the row's position (Su et al. 2021)."""
         dim, rotary, tables = self.spec.head_dim, self.spec.rotary, self.tables
         cos = sin = None
         if pair.is_rotated:
@@ -151,7 +151,7 @@ class _Row:
         for pair in self.pairs(body):
             block, offset = self.slot // block_size, self.slot % block_size
             base = block * spec.block_elements + head * (spec.head_dim * block_size)
-            low, high = self.turned(KEYS, head, pair, self.head_scale(body, KEYS, head, self.row, head))
+            low, high = self.rotated(KEYS, head, pair, self.head_scale(body, KEYS, head, self.row, head))
             scale = self.head_scale(body, VALUES, head, self.row, head)
             v_low, v_high = (self.qkv(VALUES, head, at) for at in (pair.low, pair.high))
             if scale is not None:
@@ -176,7 +176,8 @@ def _end_pairs(groups: list[tuple[UOp, UOp]], outer: UOp) -> UOp:
 
 @cached_kernel
 def write_kv_kernel(spec: CpuAttentionSpec) -> KernelFn:
-    """fn(keys, values, inputs, *tables but sinks, *qkv parts): every row's rotated key and its value go to its slot."""
+    """fn(keys, values, inputs, *tables without sinks, *qkv parts): writes every row's rotated key and its value to the
+    row's slot."""
 
     def kernel(keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
         body = Body()
@@ -192,14 +193,14 @@ def write_kv_kernel(spec: CpuAttentionSpec) -> KernelFn:
 def attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
     """fn(out (T, H * D), keys, values, inputs, *tables, *qkv parts): causal attention of each row over its own blocks.
 
-    Online softmax by block (Milakov & Gimelshein 2018). A row's cost follows its own context, or its window. With
+    Online softmax by block (Milakov & Gimelshein 2018). A row's cost depends on its own context, or on its window. With
     `fused_write`, keys and values are written too (they are outputs of the kernel then).
     """
 
     def kernel(out: UOp, keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
         body, tokens = Body(), spec.layout.num_tokens
-        # the rows are the one GLOBAL axis (a worker command each): codegen cannot nest a loop whose length is data
-        # in a LOOP axis that the length depends on
+        # the rows are the only GLOBAL axis (each is one command of a worker): codegen cannot put a loop whose length is
+        # data into a LOOP axis that the length depends on
         axis = body.grid(tokens) if tokens > 1 else body.loop(1)
         row = _Row(spec, axis, inputs, operands, with_sinks=True)
         if spec.fused_write:
@@ -218,11 +219,11 @@ def attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
 
 @dataclass(frozen=True)
 class _Block:
-    """One block of a row's context. `loop`: the iteration that it is handled in."""
+    """One block of a row's context, and the loop over the blocks."""
 
     loop: UOp
-    number: UOp  # of the sequence's blocks
-    base: UOp  # where the KV head's part of it begins in the pool
+    number: UOp  # in the sequence
+    base: UOp  # where the KV head's keys (or values) of the block begin in the pool
 
 
 def _attend(body: Body, row: _Row, head: UOp, out: UOp, keys: UOp, values: UOp) -> UOp:
@@ -233,13 +234,15 @@ def _attend(body: Body, row: _Row, head: UOp, out: UOp, keys: UOp, values: UOp) 
     best, total = _start(body, row, head)
     acc = fill(body, body.registers(group * dim), 0.0, axis, head)
     block = _next_block(body, row, head)
-    weights, decay, done = _weigh(body, row, query, keys, block, best, total, acc)
+    scores = _scores(body, row, query, keys, block, [best, total, acc])
+    weights, decay, done = _weigh(body, row, scores, block, best, total)
     d = body.loop(group * dim)
     target = acc.after(block.loop, done)
     acc_done = target[d].store(target[d].load() * decay[d // dim].load()).end(d)
+    weighted = _WeightedValues(acc, weights, values)
     for g in range(group):
         for start in range(0, dim, VALUE_CHUNK):
-            acc_done = _add_values(body, row, acc, weights, values, block, g, start, acc_done)
+            acc_done = weighted.add(body, row, block, (g, start), acc_done)
     end = acc_done.end(block.loop)
     acc, total = acc.after(end), total.after(end)
     g, d = body.loop(group), body.loop(dim)
@@ -248,7 +251,7 @@ def _attend(body: Body, row: _Row, head: UOp, out: UOp, keys: UOp, values: UOp) 
 
 
 def _start(body: Body, row: _Row, head: UOp) -> tuple[UOp, UOp]:
-    """The maxima and totals [G] before the first block: nothing, or the heads' sinks."""
+    """The maxima and sums of weights [G] before the first block: nothing, or the heads' sinks."""
     spec, group = row.spec, row.spec.group
     best = body.registers(group)
     if row.tables.sinks is None:
@@ -273,7 +276,7 @@ def _next_block(body: Body, row: _Row, head: UOp) -> _Block:
 
 
 def _load_queries(body: Body, row: _Row, head: UOp, keys: UOp) -> UOp:
-    """G rotated queries in registers, scaled so that scores are exponents of 2, or a softcap's arguments."""
+    """G rotated queries in registers, times `AttentionSpec.query_scale`."""
     spec = row.spec
     dim, scale = spec.head_dim, spec.query_scale
     query = body.registers(spec.group * dim)
@@ -281,21 +284,18 @@ def _load_queries(body: Body, row: _Row, head: UOp, keys: UOp) -> UOp:
     query_head = head * spec.group + g
     groups = []
     for pair in row.pairs(body):
-        low, high = row.turned(QUERIES, query_head, pair, row.head_scale(body, QUERIES, query_head, row.row, head, g))
+        low, high = row.rotated(QUERIES, query_head, pair, row.head_scale(body, QUERIES, query_head, row.row, head, g))
         target = query.after(row.row, head, keys)
         stores = [target[g * dim + pair.low].store(low * scale), target[g * dim + pair.high].store(high * scale)]
         groups.append((UOp.group(*stores), pair.i))
     return query.after(_end_pairs(groups, g))
 
 
-def _weigh(
-    body: Body, row: _Row, query: UOp, keys: UOp, block: _Block, best: UOp, total: UOp, acc: UOp
-) -> tuple[UOp, UOp, UOp]:
-    """One block's part of the online softmax: (weights [G][block_size], decay [G] of what was summed before, the stores
-    that moved `best` and `total` on)."""
+def _weigh(body: Body, row: _Row, scores: UOp, block: _Block, best: UOp, total: UOp) -> tuple[UOp, UOp, UOp]:
+    """One block's step of the online softmax: (weights [G][block_size], factors [G] by which earlier sums decay, the
+    stores that updated `best` and `total`)."""
     spec = row.spec
     size, group = spec.layout.block_size, spec.group
-    scores = _scores(body, row, query, keys, block, [best, total, acc])
     new_best, decay = body.registers(group), body.registers(group)
     stores = []
     for g in range(group):
@@ -306,8 +306,8 @@ def _weigh(
     new_best, decay = new_best.after(found), decay.after(found)
     weights = body.registers(group * size)
     g, x = body.loop(group), body.loop(size)
-    share = exp2(scores[g * size + x].load() - new_best[g].load())
-    weights = weights.after(weights.after(block.loop)[g * size + x].store(share).end(x, g))
+    weight = exp2(scores[g * size + x].load() - new_best[g].load())
+    weights = weights.after(weights.after(block.loop)[g * size + x].store(weight).end(x, g))
     stores = []
     for g in range(group):
         added = balanced(weights[g * size + x].load() for x in range(size))
@@ -334,18 +334,25 @@ def _scores(body: Body, row: _Row, query: UOp, keys: UOp, block: _Block, ready: 
     return sums.after(sums[at].store(is_seen.where(spec.score(sums[at].load(), exp2), LOWEST)).end(x, g))
 
 
-def _add_values(
-    body: Body, row: _Row, acc: UOp, weights: UOp, values: UOp, block: _Block, g: int, start: int, done: UOp
-) -> UOp:
-    """acc[g, start : start + VALUE_CHUNK] += sum over the block's tokens of weight * value."""
-    size, dim = row.spec.layout.block_size, row.spec.head_dim
-    token = body.fold(size)
-    inner = acc.after(done, token)
-    weight = weights.after(done)[g * size + token].load()
-    lane = body.loop(min(VALUE_CHUNK, dim - start))
-    d = lane + start
-    # slots after the row's own token hold what another sequence left, maybe NaN: their weights of almost 0 meet its own
-    own = token.cast(I32).minimum(row.position - block.number.cast(I32) * size)
-    value = values[block.base + own * dim + d].load().cast(F32)
-    store = inner[g * dim + d].store(inner[g * dim + d].load() + value * weight)
-    return store.end(lane, token)
+@dataclass(frozen=True)
+class _WeightedValues:
+    """The sums [G][D] that a block's values are added to by weights [G][block_size]."""
+
+    acc: UOp
+    weights: UOp
+    values: UOp
+
+    def add(self, body: Body, row: _Row, block: _Block, place: tuple[int, int], done: UOp) -> UOp:
+        """acc[g, start : start + VALUE_CHUNK] += sum over the block's tokens of weight * value, after `done`. `place`:
+        (g, start)."""
+        size, dim, (g, start) = row.spec.layout.block_size, row.spec.head_dim, place
+        token = body.fold(size)
+        inner = self.acc.after(done, token)
+        weight = self.weights.after(done)[g * size + token].load()
+        lane = body.loop(min(VALUE_CHUNK, dim - start))
+        d = lane + start
+        # slots after the row's own token may hold another sequence's NaN: their weights of almost 0 take its own value
+        own = token.cast(I32).minimum(row.position - block.number.cast(I32) * size)
+        value = self.values[block.base + own * dim + d].load().cast(F32)
+        store = inner[g * dim + d].store(inner[g * dim + d].load() + value * weight)
+        return store.end(lane, token)

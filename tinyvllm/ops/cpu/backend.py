@@ -1,4 +1,4 @@
-"""The CPU device's backend: packed panels, five fused kernels a layer when decoding."""
+"""The CPU device's backend: packed panels, five fused kernels in each layer when decoding."""
 
 from __future__ import annotations
 
@@ -40,35 +40,36 @@ from tinyvllm.ops.cpu.linear import (
     linear_kernel,
     rms_norm_kernel,
 )
-from tinyvllm.ops.formats.matrix import HALF, PANEL, Matrix, pack, share_rows
+from tinyvllm.ops.formats.matrix import HALF, PANEL, Matrix, join_shards, pack
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.tuning import choose
 from tinyvllm.ops.step_inputs import StepLayout
 
 
 @dataclass(frozen=True)
-class Shares:
-    """An activation whose columns lie on several cores: (T * width,) each, side by side in a row's order."""
+class Sharded:
+    """An activation whose columns are sharded over several cores: each holds (T * width,), in the order of the
+    columns."""
 
     tensors: tuple[Tensor, ...]
     widths: tuple[int, ...]
 
 
-Activation: TypeAlias = Tensor | Shares  # a Tensor where one core does it all
+Activation: TypeAlias = Tensor | Sharded  # a Tensor if there is one core
 
 
 class CpuBackend(DeviceSampling):
     """Activations are float32; dense matrices stay as stored unless `dtype` recasts them.
 
-    Several cores: each is a device of tinygrad's, owns some rows of every matrix and whole KV heads with their part of
-    the pool, and writes its columns of every activation. A kernel runs on the core of its first output and reads the
-    other cores' columns where they lie.
+    With several cores, each is a device of tinygrad. It owns some rows of every matrix, and whole KV heads with their
+    keys and values in the pool; it writes its own columns of every activation. A kernel runs on the core of its first
+    output, and reads the other cores' columns in place.
     """
 
     def __init__(
         self, device: DeviceHandle, dtype: str | None, layers: Sequence[LayerKind] = (), *, dequantize: bool = False
     ) -> None:
-        """`layers`: the model's; without them one core does everything."""
+        """`layers`: those of the model; without any, one core computes everything."""
         self.device = device
         self.dtype = dtype
         self.dequantize = dequantize
@@ -79,10 +80,10 @@ class CpuBackend(DeviceSampling):
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def matrix(self, host: HostMatrix) -> Matrix:
-        """Rows shared out by panels."""
+        """Sharded by panels of rows."""
         rows = host.shape[0]
         bounds = self._bounds(-(-rows // PANEL))
-        return share_rows(
+        return join_shards(
             [
                 self._pack(take_host_rows(host, np.arange(a * PANEL, min(b * PANEL, rows))), core)
                 for (a, b), core in bounds
@@ -90,29 +91,29 @@ class CpuBackend(DeviceSampling):
         )
 
     def stacked(self, hosts: Sequence[HostMatrix], num_kv_heads: int | None = None) -> tuple[Matrix, ...]:
-        """Shared out by KV heads, so that each core's rows attend alone; what is not q, k and v, by panels."""
+        """q, k and v are sharded by KV heads, so that each core attends on its own; other matrices by panels."""
         for host in hosts:
             _require_panels(host)
         if num_kv_heads is None:
             return tuple(self.matrix(host) for host in stack_rows(hosts))
         by_core = []
         for (a, b), core in self._bounds(num_kv_heads):
-            mine = stack_rows([_take_share(host, a, b, num_kv_heads) for host in hosts])
-            by_core.append([self._pack(part, core) for part in mine])
-        return tuple(share_rows(parts) for parts in zip(*by_core, strict=True))
+            mine = stack_rows([_take_shard(host, a, b, num_kv_heads) for host in hosts])
+            by_core.append([self._pack(matrix, core) for matrix in mine])
+        return tuple(join_shards(shards) for shards in zip(*by_core, strict=True))
 
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
-        """Panels of 16 gate rows and the 16 up rows that belong to them, shared out by panels of 32 columns."""
+        """Panels of 16 gate rows and the 16 corresponding up rows, sharded by 32 output columns."""
         _require_panels(gate)
-        both, rows, parts = gate_over_up(gate, up), gate.shape[0], []
+        both, rows, shards = gate_over_up(gate, up), gate.shape[0], []
         for (a, b), core in self._bounds(rows // PANEL):
             index = np.arange(a * PANEL, b * PANEL).reshape(-1, 1, HALF)
             order = np.concatenate([index, index + rows], axis=1).reshape(-1)
-            parts.append(self._pack(take_host_rows(both, order), core))
-        return share_rows(parts)
+            shards.append(self._pack(take_host_rows(both, order), core))
+        return join_shards(shards)
 
     def make_pool(self, groups: Sequence[PoolGroup], num_blocks: int, block_size: int, dtype: str) -> KVPool:
-        """Each core's KV heads in tensors of their own."""
+        """A pool in which each core's KV heads have their own tensors."""
         pool = KVPool({}, {}, num_blocks, dtype)
         for group in groups:
             per_head, bounds = num_blocks * block_size * group.head_dim, self._bounds(group.num_kv_heads)
@@ -126,7 +127,7 @@ class CpuBackend(DeviceSampling):
         return pool
 
     def _bounds(self, count: int) -> list[tuple[tuple[int, int], str]]:
-        """`count` units shared out to the cores as evenly as it goes: [((first, behind the last), core)]."""
+        """[((first, end), core)]: `count` units divided between the cores as evenly as possible."""
         num = min(len(self.cores), count)
         return [((i * count // num, (i + 1) * count // num), self.cores[i]) for i in range(num)]
 
@@ -134,17 +135,19 @@ class CpuBackend(DeviceSampling):
         return pack(host, "panel", self.dtype, core, dequantize=self.dequantize)
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
-        """float16 unless told: half the bytes of float32, which decoding at long contexts waits for.
+        """float16 for "auto": half the bytes of float32, and at long contexts decoding is bound by them.
 
-        Raises DeviceError for bfloat16: not every C compiler has the type (clang 14 on x86 has not)."""
+        Raises DeviceError for bfloat16, which not every C compiler has (clang 14 on x86 does not)."""
         if wanted == "bfloat16":
-            raise DeviceError("--kv-cache-dtype is 'bfloat16', which the CPU device has not: give float16 or float32")
+            raise DeviceError(
+                "--kv-cache-dtype is 'bfloat16', which the CPU device does not have: give float16 or float32"
+            )
         return "float16" if wanted == "auto" else wanted
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
     def embed(self, table: Matrix, step: Step, scale: float = 1.0) -> Activation:
-        tokens, planes = step.num_tokens, [plane for part in table.parts for plane in part.planes]
+        tokens, planes = step.num_tokens, [plane for shard in table.shards for plane in shard.planes]
         previous = step.previous_output
         sources = [step.inputs] if previous is None else [step.inputs, previous]
         outs, widths = [], []
@@ -153,7 +156,7 @@ class CpuBackend(DeviceSampling):
             spec = EmbedSpec(
                 format=table.format,
                 num_tokens=tokens,
-                part_rows=tuple(part.used_rows for part in table.parts),
+                shard_rows=tuple(shard.used_rows for shard in table.shards),
                 table_cols=table.num_cols,
                 first_col=a * PANEL,
                 num_cols=cols,
@@ -163,7 +166,7 @@ class CpuBackend(DeviceSampling):
             )
             outs += run_kernel(embed_kernel(spec), [empty(tokens * cols, device=core)], [*sources, *planes])
             widths.append(cols)
-        return _share(outs, widths)
+        return _sharded(outs, widths)
 
     def linear(
         self,
@@ -202,7 +205,7 @@ class CpuBackend(DeviceSampling):
                 num_heads=(b - a) * group,
                 num_kv_heads=b - a,
                 qkv_cols=tuple(_widths(part, cols)[i] for part, cols in zip(qkv, layer.qkv_cols, strict=True)),
-                share=None if len(bounds) == 1 else (a, kind.num_heads, kind.num_kv_heads),
+                shard=None if len(bounds) == 1 else (a, kind.num_heads, kind.num_kv_heads),
                 fused_write=step.is_decode and kind.kv_layer is None,
                 kv_dtype=pool.dtype,
             )
@@ -210,20 +213,20 @@ class CpuBackend(DeviceSampling):
             mine = [_tensors(part)[i] for part in qkv]
             outs.append(self._attend(spec, out, (keys[i], values[i]), layer, step, mine))
             out_widths.append(spec.num_heads * spec.head_dim)
-        return _share(outs, out_widths)
+        return _sharded(outs, out_widths)
 
     def take_rows(self, x: Activation, step: Step, num_cols: int) -> Activation:
         layout, outs, widths = step.layout, [], _widths(x, num_cols)
         for tensor, cols in zip(_tensors(x), widths, strict=True):
             out = empty(layout.num_seqs * cols, device=str(tensor.device))
             outs += run_kernel(take_rows_kernel(layout, cols), [out], [tensor, step.inputs])
-        return _share(outs, widths)
+        return _sharded(outs, widths)
 
     def parts_of(self, x: Activation) -> Sequence[Tensor]:
         return _tensors(x)
 
     def join(self, logits: Activation, stride: int, layout: StepLayout) -> Tensor:
-        if not isinstance(logits, Shares):
+        if not isinstance(logits, Sharded):
             return logits
         joined = empty(layout.num_seqs * stride, device=self.device.name)
         return run_kernel(join_kernel(layout.num_seqs, logits.widths), [joined], logits.tensors)[0]
@@ -231,8 +234,9 @@ class CpuBackend(DeviceSampling):
     # -- pieces -------------------------------------------------------------------------------------------------------
 
     def _normed(self, x: Activation, norm: Norm, cols: int, num_tokens: int) -> tuple[list[Activation], float | None]:
-        """Each core's input of a product. Few rows: x itself, which the product normalises (by the epsilon that is
-        returned). Many: one pass by each core before all products of the same input."""
+        """(each core's input of a product, the epsilon with which the product norms it). A few rows are normed by the
+        product. Many are normed here, once on each core for all products of the same input; the epsilon is then
+        None."""
         if num_tokens <= STAGED_ROWS:
             return [x] * len(self.cores), norm.eps
         spec = NormSpec(num_tokens, cols, norm.eps, _widths(x, cols))
@@ -249,19 +253,19 @@ class CpuBackend(DeviceSampling):
         norm: Norm | None,
         epilogue: Epilogue,
     ) -> Activation:
-        """Each core's rows of the matrix, times its input."""
+        """Each core's rows of the matrix, times its input. `eps`: as from `_normed`."""
         tables = [norm.weight] if norm is not None and eps is not None else []
         tables += [] if epilogue.bias is None else [epilogue.bias]
         outs: list[Tensor] = []
         widths: list[int] = []
         all_cols = matrix.num_rows // (1 if epilogue.activation is None else 2)
-        for i, part in enumerate(matrix.parts):
+        for i, shard in enumerate(matrix.shards):
             spec = LinearSpec(
                 name=name,
-                format=part.format,
+                format=shard.format,
                 num_tokens=num_tokens,
-                num_rows=part.num_rows,
-                num_cols=part.num_cols,
+                num_rows=shard.num_rows,
+                num_cols=shard.num_cols,
                 norm_eps=eps,
                 activation=epilogue.activation,
                 has_residual=epilogue.residual is not None,
@@ -271,15 +275,16 @@ class CpuBackend(DeviceSampling):
             )
             spec = choose(spec)
             out = empty(num_tokens * spec.out_cols, device=self.cores[i])
-            operands = [*part.planes, *_tensors(inputs[i]), *tables]
+            operands = [*shard.planes, *_tensors(inputs[i]), *tables]
             if epilogue.residual is not None:
                 operands.append(_tensors(epilogue.residual)[i])
             outs += run_kernel(linear_kernel(spec), [out], operands)
             widths.append(spec.out_cols)
-        return _share(outs, widths)
+        return _sharded(outs, widths)
 
     def _finish(self, y: Activation, matrix: Matrix, num_tokens: int, epilogue: Epilogue) -> Activation:
-        """What of an epilogue the product's kernel does not do: each core's columns, of all cores' y."""
+        """The part of an epilogue that the product's kernel does not cover. Each core computes its own columns, from
+        all cores' columns of y."""
         y_cols = _widths(y, matrix.num_rows if epilogue.activation is None else matrix.num_rows // 2)
         norm, first, outs = epilogue.post_norm, 0, []
         weight = [] if norm is None else [norm.weight]
@@ -298,7 +303,7 @@ class CpuBackend(DeviceSampling):
             out = empty(num_tokens * cols, device=str(tensor.device))
             outs += run_kernel(finish_kernel(spec), [out], [*_tensors(y), *weight, *residual])
             first += cols
-        return _share(outs, y_cols)
+        return _sharded(outs, y_cols)
 
     def _attend(
         self,
@@ -318,22 +323,22 @@ class CpuBackend(DeviceSampling):
         return run_kernel(attention_kernel(spec), [out], [*pool, *read])[0]
 
 
-def _share(tensors: Sequence[Tensor], widths: Sequence[int]) -> Activation:
-    return tensors[0] if len(tensors) == 1 else Shares(tuple(tensors), tuple(widths))
+def _sharded(tensors: Sequence[Tensor], widths: Sequence[int]) -> Activation:
+    return tensors[0] if len(tensors) == 1 else Sharded(tuple(tensors), tuple(widths))
 
 
 def _tensors(x: Any) -> tuple[Tensor, ...]:
-    """Each core's tensor, of an activation or of a layer's pool."""
-    if isinstance(x, Shares):
+    """Each core's tensor of an activation or of a layer's pool."""
+    if isinstance(x, Sharded):
         return x.tensors
     return x if isinstance(x, tuple) else (x,)
 
 
 def _widths(x: Activation, cols: int) -> tuple[int, ...]:
-    return x.widths if isinstance(x, Shares) else (cols,)
+    return x.widths if isinstance(x, Sharded) else (cols,)
 
 
-def _take_share(host: HostMatrix, first: int, last: int, num_units: int) -> HostMatrix:
+def _take_shard(host: HostMatrix, first: int, last: int, num_units: int) -> HostMatrix:
     """The rows of units [first, last) of `num_units` that the matrix consists of."""
     unit = host.shape[0] // num_units
     return take_host_rows(host, np.arange(first * unit, last * unit))

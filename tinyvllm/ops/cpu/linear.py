@@ -1,11 +1,12 @@
 """Matrix products on the CPU device, over packed panels (see matrix.py).
 
-One pass over a panel multiplies up to four input rows, each with an accumulator a lane, and unpacks the weights in
-registers on the way. That beats unpacking a panel to memory once for all rows: 64 rows of Q4_1 ran at 200 GFLOP/s on a
-core against 110, float16 at 224 (AVX-512; with half as many registers two rows are the limit).
-RMSNorm goes into the product's prologue (few rows) or into a pass of its own (many). Biases, the gate's activation and
-the residual are epilogues; what else may follow a product has a pass of its own (`finish_kernel`). Sums run over k in
-order, lane by lane, so a row's result depends on neither its neighbours nor the machine.
+One pass over a panel multiplies up to four input rows, with one accumulator in each lane for each row, and unpacks the
+weights in registers. That is faster than unpacking a panel to memory once for all rows: 64 rows of Q4_1 ran at 200
+GFLOP/s on a core instead of 110, float16 at 224 (AVX-512; with half as many registers, two rows are the limit).
+
+RMSNorm is part of the product for a few rows, and a separate pass for many. Biases, activation and residual are part of
+the product; the rest of an epilogue is a separate pass (`finish_kernel`). Each lane adds up its products in the order
+of k, so a row's result depends on neither its neighbors nor the machine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tinyvllm.ops.kernel.tuning import Tunable
 from tinyvllm.ops.sampling.token_ids import token_id
 
 ROWS_PER_PASS = (8, 4, 2, 1)
-STAGED_ROWS = 16  # up to here a kernel copies (and normalises) its input rows on its stack; above, rms_norm runs before
+STAGED_ROWS = 16  # up to so many input rows are copied to the kernel's stack, and normed there; more by rms_norm
 NORM_LANES = 16
 CPU_ARITHMETIC = arithmetic(exp2)
 
@@ -48,13 +49,13 @@ class LinearSpec(Tunable):
     num_tokens: int  # T
     num_rows: int  # N of the matrix
     num_cols: int  # K
-    norm_eps: float | None = None  # RMSNorm the input rows first
-    activation: str | None = None  # panels are of 16 gate and 16 up rows: activation(gate) * up, (T, N / 2)
+    norm_eps: float | None = None  # of an RMSNorm of x, inside the kernel
+    activation: str | None = None  # panels have 16 gate and 16 up rows: activation(gate) * up, (T, N / 2)
     has_residual: bool = False  # + residual (T, N)
-    # where the biases of this share's rows begin: of all rows, or of its gate and of its up rows; None: no biases
+    # where the biases of this shard's rows begin: of all rows, or of its gate and of its up rows; None: no biases
     bias_starts: tuple[int, ...] | None = None
-    x_cols: tuple[int, ...] = ()  # columns of each part of x, side by side; (): one part of K
-    tile_rows: int = 4  # input rows whose accumulators fit the vector registers: 32 lanes each
+    x_cols: tuple[int, ...] = ()  # columns of each shard of x; (): one buffer of K
+    tile_rows: int = 4  # input rows whose accumulators fit into the vector registers: 32 lanes each
 
     @property
     def out_cols(self) -> int:
@@ -62,7 +63,7 @@ class LinearSpec(Tunable):
 
     @property
     def rows_per_pass(self) -> int:
-        """Input rows that one pass over a panel serves: what divides T, up to `tile_rows`."""
+        """Input rows of one pass over a panel: a divisor of T, up to `tile_rows`."""
         wanted = self.knob("rows_per_pass", self.tile_rows)
         return next(rows for rows in ROWS_PER_PASS if rows <= wanted and self.num_tokens % rows == 0)
 
@@ -77,8 +78,8 @@ class LinearSpec(Tunable):
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Columns [start, start + width) of an input, (T, width) in a buffer of their own: each core's share of a row."""
+class _Shard:
+    """Columns [start, start + width) of an input, (T, width) in a buffer: those of one core."""
 
     buffer: UOp
     start: int
@@ -89,23 +90,23 @@ class _Part:
         return row * self.width + col
 
 
-def _take_parts(operands: list[UOp], x_cols: tuple[int, ...], num_cols: int) -> list[_Part]:
-    """The input's parts, off the front of the operands."""
-    parts, start = [], 0
+def _take_shards(operands: list[UOp], x_cols: tuple[int, ...], num_cols: int) -> list[_Shard]:
+    """An input's shards, removed from the front of the operands."""
+    shards, start = [], 0
     for width in x_cols or (num_cols,):
-        parts.append(_Part(operands.pop(0), start, width))
+        shards.append(_Shard(operands.pop(0), start, width))
         start += width
-    return parts
+    return shards
 
 
 @cached_kernel
 def linear_kernel(spec: LinearSpec) -> KernelFn:
-    """fn(out, *planes, *x parts[, norm_weight][, bias][, residual])."""
+    """fn(out, *planes, *x shards[, norm weight][, bias][, residual])."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands = list(rest)
         planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
-        x = _take_parts(operands, spec.x_cols, spec.num_cols)
+        x = _take_shards(operands, spec.x_cols, spec.num_cols)
         norm_weight = operands.pop(0) if spec.norm_eps is not None else None
         bias = operands.pop(0) if spec.bias_starts is not None else None
         residual = operands.pop(0) if spec.has_residual else None
@@ -126,33 +127,33 @@ def _name(spec: LinearSpec) -> str:
     return f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
 
 
-def _stage(body: Body, spec: LinearSpec, x: list[_Part], norm_weight: UOp | None) -> _Part:
-    """Copy x (T, K) to the stack, RMS-normed where asked: x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019)."""
+def _stage(body: Body, spec: LinearSpec, x: list[_Shard], norm_weight: UOp | None) -> _Shard:
+    """Copy x (T, K) to the stack, normed if there is a norm: x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019)."""
     tokens, cols = spec.num_tokens, spec.num_cols
     staged = body.registers(tokens * cols)
     copies = []
-    for part in x:
-        row, col = body.loop(tokens), body.loop(part.width)
-        value = part.buffer[part.at(row, col)].load()
-        copies.append(staged[row * cols + part.start + col].store(value).end(col, row))
+    for shard in x:
+        row, col = body.loop(tokens), body.loop(shard.width)
+        value = shard.buffer[shard.at(row, col)].load()
+        copies.append(staged[row * cols + shard.start + col].store(value).end(col, row))
     staged = staged.after(UOp.group(*copies))
     if norm_weight is None:
-        return _Part(staged, 0, cols)
+        return _Shard(staged, 0, cols)
     token = body.loop(tokens)
-    scale = _rms_scale(body, [_Part(staged, 0, cols)], token, spec.norm)
+    scale = _rms_scale(body, [_Shard(staged, 0, cols)], token, spec.norm)
     col = body.loop(cols)
     target = staged.after(scale)
     normed = target[token * cols + col] * scale[0] * norm_weight[col]
-    return _Part(staged.after(target[token * cols + col].store(normed).end(col).end(token)), 0, cols)
+    return _Shard(staged.after(target[token * cols + col].store(normed).end(col).end(token)), 0, cols)
 
 
-def _rms_scale(body: Body, x: list[_Part], token: UOp, spec: NormSpec) -> UOp:
+def _rms_scale(body: Body, x: list[_Shard], token: UOp, spec: NormSpec) -> UOp:
     """A register with 1 / sqrt(mean(x[token]^2) + eps)."""
-    sums = fill(body, body.registers(NORM_LANES), 0.0, token, *[part.buffer for part in x])
-    for part in x:
-        k = body.fold(part.width // NORM_LANES)
+    sums = fill(body, body.registers(NORM_LANES), 0.0, token, *[shard.buffer for shard in x])
+    for shard in x:
+        k = body.fold(shard.width // NORM_LANES)
         inner = sums.after(k)
-        values = [part.buffer[part.at(token, k * NORM_LANES + lane)].load() for lane in range(NORM_LANES)]
+        values = [shard.buffer[shard.at(token, k * NORM_LANES + lane)].load() for lane in range(NORM_LANES)]
         sums = sums.after(UOp.group(*[inner[i].store(inner[i] + v * v) for i, v in enumerate(values)]).end(k))
     total = balanced(sums[i].load() for i in range(NORM_LANES))
     scale = body.registers(1)
@@ -161,19 +162,19 @@ def _rms_scale(body: Body, x: list[_Part], token: UOp, spec: NormSpec) -> UOp:
 
 @cached_kernel
 def rms_norm_kernel(spec: NormSpec) -> KernelFn:
-    """fn(out, *x parts, weight): RMSNorm of T rows, for products of more rows than a stack should hold."""
+    """fn(out, *x shards, weight): RMSNorm of T rows, for products of more than STAGED_ROWS."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         body, cols, operands = Body(), spec.num_cols, list(rest)
-        x = _take_parts(operands, spec.x_cols, cols)
+        x = _take_shards(operands, spec.x_cols, cols)
         weight = operands.pop(0)
         token = body.loop(spec.num_tokens)
         scale = _rms_scale(body, x, token, spec)
         stores = []
-        for part in x:
-            col = body.loop(part.width)
-            normed = part.buffer[part.at(token, col)].load() * scale[0] * weight[part.start + col]
-            stores.append(out[token * cols + part.start + col].store(normed).end(col))
+        for shard in x:
+            col = body.loop(shard.width)
+            normed = shard.buffer[shard.at(token, col)].load() * scale[0] * weight[shard.start + col]
+            stores.append(out[token * cols + shard.start + col].store(normed).end(col))
         tokens = spec.num_tokens
         name = f"rms_norm_{tokens}x{cols}"
         return finish(UOp.group(*stores).end(token), name, ops=4 * tokens * cols, nbytes=8 * tokens * cols)
@@ -188,75 +189,89 @@ class _Tile:
     first: UOp
     rows: int
     registers: UOp
-    loops: list[UOp]  # to close when the registers have been stored
+    loops: list[UOp]  # to end after the stores of the registers
 
 
-def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: list[_Part], panel: UOp) -> _Tile:
-    """Weights are unpacked in registers and used at once: 32 accumulators, one a lane, for each row of the tile."""
+def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: list[_Shard], panel: UOp) -> _Tile:
+    """The product of a tile of x's rows with a panel: 32 accumulators, one a lane, for each row."""
     rows = spec.rows_per_pass
     tile_row = body.loop(spec.num_tokens // rows) if spec.num_tokens > rows else None
     loops = [tile_row] if tile_row is not None else []
     first = tile_row * rows if tile_row is not None else UOp.const(0)
-    acc = fill(body, body.registers(rows * PANEL), 0.0, panel, *[part.buffer for part in x], *loops)
-    add = _add_groups if spec.format.is_quantized else _add_columns
-    for part in x:
-        acc = acc.after(add(body, acc, planes, part, panel, spec, first))
+    acc = fill(body, body.registers(rows * PANEL), 0.0, panel, *[shard.buffer for shard in x], *loops)
+    product = _Product(body, spec, planes, panel, first)
+    for shard in x:
+        acc = acc.after(product.add_groups(acc, shard) if spec.format.is_quantized else product.add(acc, shard))
     return _Tile(first, rows, acc, loops)
 
 
-def _add_columns(body: Body, acc: UOp, planes: Planes, x: _Part, panel: UOp, spec: LinearSpec, first: UOp) -> UOp:
-    """Add the product of one part of the input with dense weights."""
-    k = body.fold(x.width)
-    return _multiply(body, acc.after(k), planes, x, panel, k, spec, first).end(k)
+@dataclass(frozen=True)
+class _Product:
+    """Rows [first, first + rows_per_pass) of x times a panel. Weights are unpacked in registers and used at once."""
 
+    body: Body
+    spec: LinearSpec
+    planes: Planes
+    panel: UOp
+    first: UOp
 
-def _add_groups(body: Body, acc: UOp, planes: Planes, x: _Part, panel: UOp, spec: LinearSpec, first: UOp) -> UOp:
-    """The same with quantised weights: the codes' product by group, then scaled, so that a weight costs one
-    multiply-add and its scale 1/group."""
-    fmt, cols, rows = spec.format, spec.num_cols, spec.rows_per_pass
-    size = math.gcd(fmt.group, x.start, x.width)  # less than a group where a core's share of x ends inside one
-    step = body.fold(x.width // size)
-    group = step + x.start // size if size == fmt.group else (step * size + x.start) // fmt.group
-    part = fill(body, body.registers(rows * PANEL), 0.0, acc, step)
-    k = body.fold(size)
-    col = step * size + k
-    stores = [_multiply(body, part.after(k), planes, x, panel, col, spec, first)]
-    total = body.registers(rows)  # the sum of x over the group
-    if fmt.needs_input_sum:
-        total = fill(body, total, 0.0, acc, step)
-        inner = total.after(k)
-        stores += [inner[r].store(inner[r].load() + x.buffer[x.at(first + r, col)].load()) for r in range(rows)]
-    done = UOp.group(*stores).end(k)
-    part, total, outer = part.after(done), total.after(done), acc.after(step, done)
-    lane = body.loop(PANEL)
-    scale = planes.panel_factor("scale", panel, group, lane, cols)
-    minimum = planes.panel_factor("minimum", panel, group, lane, cols) if planes.minimum is not None else None
-    sums = []
-    for r in range(rows):
-        dot = part[r * PANEL + lane].load()
-        if fmt.offset:
-            dot = dot - total[r].load() * float(fmt.offset)
-        dot = dot * scale
-        if minimum is not None:
-            dot = dot + total[r].load() * minimum
-        sums.append(outer[r * PANEL + lane].store(outer[r * PANEL + lane].load() + dot))
-    return UOp.group(*sums).end(lane, step)
+    def add(self, acc: UOp, x: _Shard) -> UOp:
+        """Add the product of a shard of x with dense weights."""
+        k = self.body.fold(x.width)
+        return self._multiply(acc.after(k), x, k).end(k)
 
+    def add_groups(self, acc: UOp, x: _Shard) -> UOp:
+        """The same with quantized weights: first the codes' products by group, which are then scaled. So a weight costs
+        one multiply-add, and its scale 1 / group."""
+        body, fmt, rows = self.body, self.spec.format, self.spec.rows_per_pass
+        size = math.gcd(fmt.group, x.start, x.width)  # less than a group if a shard of x ends inside one
+        step = body.fold(x.width // size)
+        group = step + x.start // size if size == fmt.group else (step * size + x.start) // fmt.group
+        dots = fill(body, body.registers(rows * PANEL), 0.0, acc, step)
+        k = body.fold(size)
+        col = step * size + k
+        stores = [self._multiply(dots.after(k), x, col)]
+        total = body.registers(rows)  # the sum of x over the group
+        if fmt.needs_input_sum:
+            total = fill(body, total, 0.0, acc, step)
+            inner = total.after(k)
+            stores += [
+                inner[r].store(inner[r].load() + x.buffer[x.at(self.first + r, col)].load()) for r in range(rows)
+            ]
+        done = UOp.group(*stores).end(k)
+        return self._add_scaled(acc.after(step, done), dots.after(done), total.after(done), group, step)
 
-def _multiply(
-    body: Body, acc: UOp, planes: Planes, x: _Part, panel: UOp, col: UOp, spec: LinearSpec, first: UOp
-) -> UOp:
-    """acc[r][lane] += code[lane] * x[r] for one column, counted from the part's start."""
-    values = [x.buffer[x.at(first + r, col)].load() for r in range(spec.rows_per_pass)]
-    lanes = code_lanes(spec.format)
-    lane = body.loop(lanes)
-    stores = []
-    for part in range(PANEL // lanes):
-        code = planes.panel_code(panel, col + x.start, lane, spec.num_cols, part)
-        for r, value in enumerate(values):
-            at = r * PANEL + part * lanes + lane
-            stores.append(acc[at].store(acc[at].load() + code * value))
-    return UOp.group(*stores).end(lane)
+    def _add_scaled(self, acc: UOp, dots: UOp, total: UOp, group: UOp, step: UOp) -> UOp:
+        """acc += scale * (dots - offset * total) + minimum * total; ends the loop `step`."""
+        spec, fmt = self.spec, self.spec.format
+        lane = self.body.loop(PANEL)
+        scale = self.planes.panel_factor("scale", self.panel, group, lane, spec.num_cols)
+        minimum = None
+        if self.planes.minimum is not None:
+            minimum = self.planes.panel_factor("minimum", self.panel, group, lane, spec.num_cols)
+        stores = []
+        for r in range(spec.rows_per_pass):
+            dot = dots[r * PANEL + lane].load()
+            if fmt.offset:
+                dot = dot - total[r].load() * float(fmt.offset)
+            dot = dot * scale
+            if minimum is not None:
+                dot = dot + total[r].load() * minimum
+            stores.append(acc[r * PANEL + lane].store(acc[r * PANEL + lane].load() + dot))
+        return UOp.group(*stores).end(lane, step)
+
+    def _multiply(self, acc: UOp, x: _Shard, col: UOp) -> UOp:
+        """acc[r][lane] += code[lane] * x[r] for one column, counted from the shard's start."""
+        values = [x.buffer[x.at(self.first + r, col)].load() for r in range(self.spec.rows_per_pass)]
+        lanes = code_lanes(self.spec.format)
+        lane = self.body.loop(lanes)
+        stores = []
+        for part in range(PANEL // lanes):
+            code = self.planes.panel_code(self.panel, col + x.start, lane, self.spec.num_cols, part)
+            for r, value in enumerate(values):
+                at = r * PANEL + part * lanes + lane
+                stores.append(acc[at].store(acc[at].load() + code * value))
+        return UOp.group(*stores).end(lane)
 
 
 def _epilogue(
@@ -288,35 +303,38 @@ class FinishSpec:
     softcap(scale * norm(y) + residual)."""
 
     num_tokens: int  # T
-    y_cols: tuple[int, ...]  # columns of each part of y
+    y_cols: tuple[int, ...]  # columns of each shard of y
     first_col: int
     num_cols: int
     norm_eps: float | None = None
     scale: float = 1.0
-    has_residual: bool = False  # (T, columns), with this share's columns alone
+    has_residual: bool = False  # (T, columns), with this core's columns only
     softcap: float | None = None
 
 
 @cached_kernel
 def finish_kernel(spec: FinishSpec) -> KernelFn:
-    """fn(out, *y parts[, norm weight (N,)][, residual]): see FinishSpec."""
+    """fn(out, *y shards[, norm weight (N,)][, residual]): see FinishSpec."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands, body, cols = list(rest), Body(), sum(spec.y_cols)
-        parts = _take_parts(operands, spec.y_cols, cols)
+        shards = _take_shards(operands, spec.y_cols, cols)
         weight = operands.pop(0) if spec.norm_eps is not None else None
         residual = operands.pop(0) if spec.has_residual else None
         token = body.loop(spec.num_tokens)
         scale = None
         if spec.norm_eps is not None:
-            scale = _rms_scale(body, parts, token, NormSpec(spec.num_tokens, cols, spec.norm_eps))
+            scale = _rms_scale(body, shards, token, NormSpec(spec.num_tokens, cols, spec.norm_eps))
         stores = []
-        for part in parts:
-            first, end = max(part.start, spec.first_col), min(part.start + part.width, spec.first_col + spec.num_cols)
+        for shard in shards:
+            first, end = (
+                max(shard.start, spec.first_col),
+                min(shard.start + shard.width, spec.first_col + spec.num_cols),
+            )
             if first >= end:
                 continue
             i = body.loop(end - first)
-            value = part.buffer[part.at(token, i + (first - part.start))].load()
+            value = shard.buffer[shard.at(token, i + (first - shard.start))].load()
             if scale is not None and weight is not None:
                 value = value * scale[0] * weight[i + first].load()
             value = value if spec.scale == 1.0 else value * spec.scale
@@ -334,31 +352,31 @@ def finish_kernel(spec: FinishSpec) -> KernelFn:
 
 @dataclass(frozen=True)
 class EmbedSpec:
-    """Columns [first_col, first_col + num_cols) of the rows of a table that lies in parts, by rows."""
+    """Columns [first_col, first_col + num_cols) of rows of an embedding table that is sharded by rows."""
 
     format: Format
     num_tokens: int  # T
-    part_rows: tuple[int, ...]  # rows of each part of the table; their sum is what token ids are bounded by
+    shard_rows: tuple[int, ...]  # rows of each shard; token ids are clamped to their sum
     table_cols: int  # K
     first_col: int
     num_cols: int
     token_offset: int  # of the token ids in the step's inputs
-    is_fed: bool = False  # the output of the step before is there too, and a token id may name one of its rows
+    is_fed: bool = False  # the previous step's output is an operand, and a token id below 0 names one of its rows
     scale: float = 1.0
 
 
 @cached_kernel
 def embed_kernel(spec: EmbedSpec) -> KernelFn:
-    """fn(out (T, columns), inputs[, previous_output], *planes of each part). A token id beyond the table reads its last
-    row."""
+    """fn(out (T, columns), inputs[, previous_output], *planes of each shard). A token id beyond the table reads its
+    last row."""
 
     def kernel(out: UOp, inputs: UOp, *rest: UOp) -> UOp:
         previous, planes = (rest[0], rest[1:]) if spec.is_fed else (None, rest)
         body, count = Body(), Planes.count(spec.format)
         token, col = body.loop(spec.num_tokens), body.loop(spec.num_cols)
-        row = token_id(inputs[spec.token_offset + token].load(), previous, sum(spec.part_rows))
+        row = token_id(inputs[spec.token_offset + token].load(), previous, sum(spec.shard_rows))
         value, start = None, 0
-        for i, rows in enumerate(spec.part_rows):
+        for i, rows in enumerate(spec.shard_rows):
             table = Planes(spec.format, planes[i * count : (i + 1) * count])
             inside = (row - start).maximum(0).minimum(rows - 1)
             here = table.value(inside, col + spec.first_col, spec.table_cols, "panel")
@@ -374,15 +392,15 @@ def embed_kernel(spec: EmbedSpec) -> KernelFn:
 
 
 @cached_kernel
-def join_kernel(num_rows: int, part_cols: tuple[int, ...]) -> KernelFn:
-    """fn(out (R, sum of columns), *parts (R, columns)): the parts side by side in one buffer."""
+def join_kernel(num_rows: int, shard_cols: tuple[int, ...]) -> KernelFn:
+    """fn(out (R, sum of columns), *shards (R, columns)): the shards' columns in one buffer."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
-        body, cols, stores = Body(), sum(part_cols), []
-        for part in _take_parts(list(rest), part_cols, cols):
-            row, col = body.loop(num_rows), body.loop(part.width)
-            value = part.buffer[part.at(row, col)].load()
-            stores.append(out[row * cols + part.start + col].store(value).end(col, row))
+        body, cols, stores = Body(), sum(shard_cols), []
+        for shard in _take_shards(list(rest), shard_cols, cols):
+            row, col = body.loop(num_rows), body.loop(shard.width)
+            value = shard.buffer[shard.at(row, col)].load()
+            stores.append(out[row * cols + shard.start + col].store(value).end(col, row))
         return finish(stores, f"join_{num_rows}x{cols}", nbytes=8 * num_rows * cols)
 
     return kernel

@@ -59,18 +59,18 @@ class Matrix:
     used_rows: int
     layout: str  # "panel" or "row"
     planes: tuple[Tensor, ...]
-    shares: tuple[Matrix, ...] = ()  # by rows, where several cores hold them; `planes` is empty then
+    row_shards: tuple[Matrix, ...] = ()  # each core's rows, if several cores hold them; `planes` is empty then
     num_experts: int = 0  # that the rows belong to, as many to each, one after the other; 0: no axis of experts
 
     @property
-    def parts(self) -> tuple[Matrix, ...]:
-        """The shares, or the whole as the one part."""
-        return self.shares or (self,)
+    def shards(self) -> tuple[Matrix, ...]:
+        """Each core's rows: the whole matrix if one core holds it."""
+        return self.row_shards or (self,)
 
     @property
     def nbytes(self) -> int:
-        if self.shares:
-            return sum(share.nbytes for share in self.shares)
+        if self.row_shards:
+            return sum(shard.nbytes for shard in self.row_shards)
         return sum(plane.nbytes() for plane in self.planes)
 
     def expert(self, index: int) -> Matrix:
@@ -78,19 +78,19 @@ class Matrix:
         of a matrix are those of its experts one after the other, in either layout."""
         if not 0 <= index < self.num_experts:
             raise InvariantError(f"expert {index} of a matrix with {self.num_experts}")
-        if self.shares:
-            return share_rows([share.expert(index) for share in self.shares])
+        if self.row_shards:
+            return join_shards([shard.expert(index) for shard in self.row_shards])
         rows = self.num_rows // self.num_experts
         planes = tuple(plane.reshape(self.num_experts, -1)[index] for plane in self.planes)
         return replace(self, num_rows=rows, used_rows=rows, planes=planes, num_experts=0)
 
 
-def share_rows(parts: Sequence[Matrix]) -> Matrix:
+def join_shards(shards: Sequence[Matrix]) -> Matrix:
     """Matrices of the same format and width, each on its core, as one matrix of all their rows (of each expert's)."""
-    if len(parts) == 1:
-        return parts[0]
-    num_rows, used_rows = sum(part.num_rows for part in parts), sum(part.used_rows for part in parts)
-    return replace(parts[0], num_rows=num_rows, used_rows=used_rows, planes=(), shares=tuple(parts))
+    if len(shards) == 1:
+        return shards[0]
+    num_rows, used_rows = sum(shard.num_rows for shard in shards), sum(shard.used_rows for shard in shards)
+    return replace(shards[0], num_rows=num_rows, used_rows=used_rows, planes=(), row_shards=tuple(shards))
 
 
 @dataclass(frozen=True)

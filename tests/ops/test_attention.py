@@ -99,7 +99,7 @@ def test_a_gpu_keeps_a_bfloat16_pool(device: DeviceHandle, reference: ReferenceB
 
 def test_the_cpu_says_that_it_has_no_bfloat16_pool(device: DeviceHandle) -> None:
     cpu = CpuBackend(device, None)
-    with pytest.raises(DeviceError, match="CPU device has not: give float16 or float32"):
+    with pytest.raises(DeviceError, match="CPU device does not have: give float16 or float32"):
         cpu.kv_dtype("bfloat16", "bfloat16")
     assert cpu.kv_dtype("auto", "bfloat16") == cpu.kv_dtype("float16", "bfloat16") == "float16"
     assert cpu.kv_dtype("float32", "bfloat16") == "float32"

@@ -113,6 +113,7 @@ class ModelConfig:
     logit_scale: float = 1.0  # what logits are multiplied by, before their softcap
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
     norm_offset: float = 0.0  # added to the stored weights of norms: 1 in Gemma's Hugging Face files
+    overflows_float16: bool = False  # activations exceed float16's range, as Gemma 3's residual does
     # per layer, repeated as a pattern; set by the family (model/registry.py); (): derived from the fields above
     layer_kinds: tuple[LayerKind, ...] = ()
 
@@ -168,7 +169,8 @@ class EngineConfig:
     """How the engine runs a model. Names follow vLLM's flags."""
 
     model: str  # catalog name, directory, .gguf file or hub id
-    # of activations and unquantized matrices; auto: float32 on a CPU, bfloat16 for a bfloat16 model, else float16
+    # of activations and unquantized matrices; auto: float32 on a CPU, bfloat16 for a bfloat16 model and for one that
+    # overflows float16, else float16
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"  # auto: float16 (bfloat16 if dtype is)
     dequantize: bool = False  # unpack quantized weights at load

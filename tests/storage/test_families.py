@@ -218,6 +218,7 @@ def test_gemma3_in_gguf_has_llama_cpps_pattern_and_local_rope(tmp_path: Path) ->
     config = read_gguf(tmp_path, "gemma3", layers=7, **keys, **{"attention.sliding_window": 128})
     assert (config.window, config.windowed, config.local_rope) == (128, LOCAL_5_OF_6, Rope(10000.0))
     assert (config.activation, config.norm_offset, config.score_scale) == ("gelu_tanh", 0.0, None)
+    assert config.overflows_float16 and not read_gguf(tmp_path, "llama").overflows_float16
     scaled = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
     config = read_gguf(tmp_path, "gemma3", layers=7, **keys, **scaled, **{"attention.sliding_window": 128})
     assert config.layers[5].rope == Rope(1e6, RopeScaling("linear", 8.0))

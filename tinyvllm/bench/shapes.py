@@ -120,6 +120,7 @@ SHAPES: dict[str, ModelConfig] = {
             window=512,
             windowed=GEMMA3_WINDOWED,
             local_rope=Rope(10000.0),
+            overflows_float16=True,
         ),
         ModelConfig(
             name="gemma-3-1b",  # google/gemma-3-1b-pt
@@ -139,6 +140,7 @@ SHAPES: dict[str, ModelConfig] = {
             window=512,
             windowed=GEMMA3_WINDOWED,
             local_rope=Rope(10000.0),
+            overflows_float16=True,
         ),
         ModelConfig(
             name="mistral-7b-v0.1",  # mistralai/Mistral-7B-v0.1

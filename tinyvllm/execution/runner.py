@@ -77,7 +77,14 @@ def make_runner(
     limits = resolve_limits(config, device)
     hardware = processor_name() if device.is_cpu else hardware_name(device)
     tuning.use(load_choices(choices_path(default_root().with_name("tuned"), device.name, hardware)))
-    backend = make_backend(device, config.dtype, model_config.dtype, model_config.layers, dequantize=config.dequantize)
+    backend = make_backend(
+        device,
+        config.dtype,
+        model_config.dtype,
+        model_config.layers,
+        dequantize=config.dequantize,
+        overflows_float16=model_config.overflows_float16,
+    )
     overlaps = not device.is_cpu if config.async_scheduling is None else config.async_scheduling
     num_instances, buckets = 2 if overlaps else 1, make_buckets(limits, config)
     positions = min(config.max_model_len or model_config.max_position, model_config.max_position)

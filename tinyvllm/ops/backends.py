@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.kinds import KINDS
-from tinyvllm.errors import DeviceError
+from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.gpu.backend import GpuBackend
@@ -16,17 +16,28 @@ from tinyvllm.ops.kernel.lanes import lanes_of
 
 
 def make_backend(
-    device: DeviceHandle, dtype: str, stored: str, layers: Sequence[LayerKind], *, dequantize: bool
+    device: DeviceHandle,
+    dtype: str,
+    stored: str,
+    layers: Sequence[LayerKind],
+    *,
+    dequantize: bool,
+    overflows_float16: bool = False,
 ) -> Backend:
     """`dtype`: "auto" or a name of config.DTYPES; `stored`: what the checkpoint's dense matrices are stored in;
-    `layers`: the kinds of the model's layers."""
+    `layers`: the kinds of the model's layers; `overflows_float16`: as in ModelConfig. A CPU's activations are always
+    float32. Raises DeviceError, and UnsupportedModelError for a dtype that the model's activations exceed."""
     if device.is_cpu:
         return CpuBackend(device, None if dtype == "auto" else dtype, layers, dequantize=dequantize)
     if not device.kind.has_kernels:
         known = ", ".join(kind.name for kind in KINDS.values() if kind.has_kernels)
         raise DeviceError(f"device {device.name} has no kernels here: choose one of {known} with --device")
     if dtype == "auto":
-        dtype = "bfloat16" if stored == "bfloat16" else "float16"
+        dtype = "bfloat16" if stored == "bfloat16" or overflows_float16 else "float16"
+    if dtype == "float16" and overflows_float16:
+        raise UnsupportedModelError(
+            "--dtype is 'float16', but this model's activations exceed its range: choose auto, bfloat16 or float32"
+        )
     lanes = lanes_of(device.name)
     if lanes is None:  # OpenCL
         return GpuBackend(device, dtype, dequantize=dequantize)

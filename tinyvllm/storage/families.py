@@ -29,6 +29,7 @@ class FamilyFiles:
     softcaps: tuple[str, ...] = ()  # keys, which both formats call by the same name
     local_rope_theta: float | None = None  # of windowed layers, where the file says nothing; None: as other layers'
     norm_offset: float = 0.0  # to be added to norms' weights in Hugging Face's format; GGUF has it in the weights
+    overflows_float16: bool = False  # as in ModelConfig
     # Numbers of layers with which GGUF, which has no key for it, means a score scale of (hidden / heads) ** -0.5
     gguf_wide_scale_layers: tuple[int, ...] = ()
     hf_renamed: Mapping[str, str] = field(default_factory=dict)  # beginnings of tensors' names, and ours
@@ -89,6 +90,7 @@ KNOWN_ARCHITECTURES: dict[str, FamilyFiles] = {
         softcaps=("final_logit_softcapping",),  # its class reads attn_logit_softcapping and makes no use of it
         local_rope_theta=10000.0,
         norm_offset=1.0,
+        overflows_float16=True,  # 103,795 in 270M; more in larger ones
         gguf_wide_scale_layers=(62,),  # 27B
         hf_renamed={
             "model.language_model.": "model.",

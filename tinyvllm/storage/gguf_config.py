@@ -57,6 +57,7 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
         score_scale=(hidden_size // num_heads) ** -0.5 if num_layers in family.gguf_wide_scale_layers else None,
         score_softcap=values.optional_number(prefix + "attn_logit_softcapping") or None,
         logit_softcap=values.optional_number(prefix + "final_logit_softcapping") or None,
+        overflows_float16=family.overflows_float16,
     )
 
 

@@ -58,6 +58,7 @@ def read_hf_config(config: Values, name: str) -> ModelConfig:
         score_softcap=values.optional_number("attn_logit_softcapping") or None,
         logit_softcap=values.optional_number("final_logit_softcapping") or None,
         norm_offset=family.norm_offset,
+        overflows_float16=family.overflows_float16,
     )
 
 

@@ -70,8 +70,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> Iterator[None]:
     """End the run where the time limit's signal cannot end a test: a call that never returns to Python, or a test that
     took the signal's handler for itself. The tracebacks of all threads go to stderr first."""
-    faulthandler.dump_traceback_later(settings.timeout + GRACE_S, exit=True, file=item.config.stash[STDERR])
-    return (yield)
+    result = yield
+    if hasattr(item, "cancel_timeout"):  # it has a limit here
+        faulthandler.dump_traceback_later(settings.timeout + GRACE_S, exit=True, file=item.config.stash[STDERR])
+    return result
 
 
 @pytest.hookimpl(wrapper=True)

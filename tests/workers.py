@@ -10,7 +10,23 @@ from xdist.scheduler import LoadScopeScheduling
 METAL = "tests/metal"  # one unit: its tests share a process (tests/metal/conftest.py)
 
 # By the time they take, so that no worker begins a long file when the others are done. What is not here is shorter.
-LONGEST_FIRST = (METAL,)
+LONGEST_FIRST = (
+    METAL,
+    "tests/ops/test_rendering.py",
+    "tests/ops/gpu/test_prefill.py",
+    "tests/ops/gpu/test_fused.py",
+    "tests/ops/formats/test_formats.py",
+    "tests/families/test_rendering.py",
+    "tests/families/test_tiny.py",
+    "tests/ops/test_attention.py",
+    "tests/ops/test_linear.py",
+    "tests/ops/sampling/test_sample.py",
+    "tests/ops/sampling/test_logits_processing.py",
+    "tests/families/test_gemma3_270m.py",
+    "tests/test_end_to_end.py",
+    "tests/execution/test_real_model.py",
+    "tests/engine/test_sampling.py",
+)
 
 
 class FileScheduler(LoadScopeScheduling):
@@ -30,3 +46,14 @@ class FileScheduler(LoadScopeScheduling):
                 self.workqueue.move_to_end(scope)
             self._is_sorted = True
         super()._assign_work_unit(node)
+
+    def remove_node(self, node: Any) -> str | None:
+        """Take a worker's files back. Returns the test that ended it, if one did: that test is not run again."""
+        units = self.assigned_work[node].values()
+        for unit in units:
+            for nodeid, is_completed in unit.items():
+                if not is_completed:
+                    unit[nodeid] = True
+                    super().remove_node(node)
+                    return nodeid
+        return super().remove_node(node)

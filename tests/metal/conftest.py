@@ -40,6 +40,12 @@ def start_process(session: pytest.Session, first: pytest.Item | None = None) -> 
         session.stash[PROCESS] = MetalProcess(wanted, str(session.config.rootpath))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item) -> bool | None:
+    """Set no limit here where the other process runs the test, and has its limit: this one may wait for it to start."""
+    return None if IS_METAL or not item.path.is_relative_to(Path(__file__).parent) else True
+
+
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if IS_METAL or not item.path.is_relative_to(Path(__file__).parent):  # this hook is called for every test
         return None

@@ -1,0 +1,33 @@
+"""Arrays reach a device, whoever owns their memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tinygrad.helpers import from_mv
+
+from tinyvllm.device import handle
+from tinyvllm.device.handle import DeviceHandle
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+@pytest.mark.parametrize("is_writable", [True, False])
+def test_an_array_of_a_files_pages_is_uploaded(
+    device: DeviceHandle, monkeypatch: pytest.MonkeyPatch, is_mapped: bool, is_writable: bool
+) -> None:
+    """CUDA's and OpenCL's allocators take writable memory only; a memory map of a checkpoint is not."""
+    values = np.arange(64, dtype=np.float32)
+    values.flags.writeable = is_writable
+    if not is_mapped:
+        monkeypatch.setattr(handle, "is_mapped", lambda name: False)
+
+        def copy_in(allocator: object, target: object, source: memoryview) -> None:
+            copied.append(bytes(from_mv(source)))
+
+        copied: list[bytes] = []
+        probe = device.zeros(1, handle.FLOATS["float32"]).uop.base.buffer.allocator
+        monkeypatch.setattr(type(probe), "_copyin", copy_in)
+        device.upload(values)
+        assert copied == [values.tobytes()]
+    else:
+        np.testing.assert_array_equal(device.upload(values).numpy(), values)

@@ -1,4 +1,4 @@
-"""What a feed-forward's gate goes through: one table for every device and for the plain reference.
+"""The activations of gated feed-forwards: one table for all devices and for the plain reference.
 
 A gated feed-forward computes `activation(gate) * up` (Shazeer 2020, "GLU Variants Improve Transformer").
 """
@@ -12,49 +12,49 @@ from math import pi, sqrt
 from tinygrad import Tensor, UOp
 
 LOG2E = 1.4426950408889634
-CLAMP, ALPHA = 7.0, 1.702  # gpt-oss: gates above 7 and up values beyond +-7 are cut; sigmoid(1.702 x) stands for GELU's
+CLAMP, ALPHA = 7.0, 1.702  # gpt-oss: gate at most 7, up within +-7; x * sigmoid(1.702 x) approximates GELU
 
-Exp2 = Callable[[UOp], UOp]  # a device's own 2 ** x, or one that vectorizes
+Exp2 = Callable[[UOp], UOp]  # 2 ** x: the device's own, or one that vectorizes
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a kernel calculates. `swish(x, slope)`: x * sigmoid(slope * x), which a device may do quicker than by `exp2`
-    and a division."""
+    """A device's way to compute functions inside kernels. `swish(x, slope)`: x * sigmoid(slope * x), for which a device
+    may have something faster than `exp2` and a division."""
 
     exp2: Exp2
     swish: Callable[[UOp, UOp | float], UOp]
 
 
 def arithmetic(exp2: Exp2) -> Arithmetic:
-    """Exact division beside this exponential."""
+    """This exponential, and an exact division."""
     return Arithmetic(exp2, lambda x, slope: x / (exp2(x * (slope * -LOG2E)) + 1.0))
 
 
-DEVICE_ARITHMETIC = arithmetic(lambda x: x.exp2())  # with the exponential of the device's language
+DEVICE_ARITHMETIC = arithmetic(lambda x: x.exp2())  # by the exponential of the device's language
 
 
 @dataclass(frozen=True)
 class Activation:
-    """`plain` takes (gate, up) as Tensors, `emit` does the same in a kernel, in float32, by the given arithmetic."""
+    """activation(gate) * up: `plain` on Tensors, `emit` inside a kernel, in float32 and by the given arithmetic."""
 
     plain: Callable[[Tensor, Tensor], Tensor]
     emit: Callable[[UOp, UOp, Arithmetic], UOp]
 
 
 def gated(activation: str, gates: Sequence[UOp], ups: Sequence[UOp], by: Arithmetic = DEVICE_ARITHMETIC) -> list[UOp]:
-    """activation(gate) * up, value by value."""
+    """activation(gate) * up, elementwise, inside a kernel."""
     emit = ACTIVATIONS[activation].emit
     return [emit(gate, up, by) for gate, up in zip(gates, ups, strict=True)]
 
 
 def gated_plain(activation: str, gate: Tensor, up: Tensor) -> Tensor:
-    """The same of Tensors."""
+    """activation(gate) * up of Tensors."""
     return ACTIVATIONS[activation].plain(gate, up)
 
 
 def tanh(x: UOp, exp2: Exp2) -> UOp:
-    """1 - 2 / (e**2x + 1): no overflow at either end, since exp2 saturates."""
+    """1 - 2 / (e**2x + 1), which does not overflow: exp2 saturates."""
     return 1.0 - (exp2(x * (2.0 * LOG2E)) + 1.0).reciprocal() * 2.0
 
 
@@ -91,7 +91,7 @@ def _plain_clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * (gate * ALPHA).sigmoid() * (up.clip(-CLAMP, CLAMP) + 1.0)
 
 
-# A further activation is a line here; each is one of config.json's `hidden_act`, under storage/model_config.py's names.
+# To add an activation, add a line here; storage/hf_config.py maps config.json's `hidden_act` to these names.
 ACTIVATIONS: dict[str, Activation] = {
     "silu": Activation(lambda gate, up: gate.silu() * up, _silu),
     "gelu_tanh": Activation(lambda gate, up: gate.gelu() * up, _gelu_tanh),

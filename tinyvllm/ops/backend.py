@@ -1,7 +1,7 @@
-"""The operations that a transformer layer is made of, as each kind of device has them.
+"""The operations that a transformer layer is made of: the protocol that each kind of device implements.
 
-Activations are flat tensors, (T * columns,): rows side by side. A model is written against `Backend` alone, so that
-what differs by device (layouts, fusion, kernels) stays in this room. `reference.py` has each operation in plain Tensor
+Activations are flat tensors, (T * columns,): one row after another. A model uses `Backend` only, so everything that
+differs between devices (layouts, fusion, kernels) is in this room. `reference.py` has each operation in plain Tensor
 arithmetic.
 """
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PoolGroup:
-    """Layers whose keys and values have the same shape. A layer that reads another's is in no group."""
+    """Layers whose keys and values have the same shape. A layer that reads another layer's is in no group."""
 
     layers: tuple[int, ...]
     num_kv_heads: int  # K
@@ -51,12 +51,12 @@ def pool_groups(layers: Sequence[LayerKind]) -> tuple[PoolGroup, ...]:
     return tuple(PoolGroup(tuple(indexes), *shape) for shape, indexes in found.items())
 
 
-Stored: TypeAlias = Tensor | tuple[Tensor, ...]  # a layer's keys or values: of a CPU, each core's
+Stored: TypeAlias = Tensor | tuple[Tensor, ...]  # a layer's keys or values; a tuple: each CPU core's
 
 
 @dataclass
 class KVPool:
-    """The paged cache. Block b of a layer lies at b * block_elements of its flat tensor of keys, or of values."""
+    """The paged KV cache. Block b of a layer starts at b * block_elements in its flat tensor of keys or values."""
 
     keys: dict[int, Stored]  # by layer
     values: dict[int, Stored]
@@ -65,7 +65,7 @@ class KVPool:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor: of a layer that several cores share, each core's."""
+        """All tensors, including each core's of a layer that is sharded."""
         layers = [
             entry if isinstance(entry, tuple) else (entry,) for entry in (*self.keys.values(), *self.values.values())
         ]
@@ -84,13 +84,13 @@ def zeroed_pool(
 
 @dataclass(frozen=True)
 class Step:
-    """One step as its operations see it. `kept`: what an operation computed from the inputs for all layers, by name."""
+    """One step, as its operations see it. `kept`: what operations computed from the inputs for all layers, by name."""
 
     layout: StepLayout
     inputs: Tensor  # int32, fields as in StepLayout
     pool: KVPool
     is_decode: bool  # every row is the last token of a sequence of its own
-    previous_output: Tensor | None = None  # of the step before, for tokens that the host does not know yet
+    previous_output: Tensor | None = None  # the previous step's, for tokens that the host does not know yet
     kept: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     @property
@@ -108,8 +108,8 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Epilogue:
-    """What follows a product y = x @ w.T, in this order: y + bias; activation(gate) * up, where y's columns are both
-    (`Weights.gate_up`); RMSNorm; * scale; + residual; softcap * tanh(y / softcap)."""
+    """What follows a product y = x @ w.T, in this order: y + bias; activation(gate) * up, if y's columns are both of
+    them (`Weights.gate_up`); RMSNorm; * scale; + residual; softcap * tanh(y / softcap)."""
 
     bias: Tensor | None = None  # (N,) float32
     activation: str | None = None  # a name of ops/activation.py
@@ -124,7 +124,7 @@ class Epilogue:
         return self.activation is None and self.residual is None and not self.uncovered()
 
     def features(self) -> dict[str, bool]:
-        """What there is beyond an activation and a residual, in words."""
+        """The features beyond an activation and a residual, by their names in messages, and whether this has each."""
         return {
             "a bias": self.bias is not None,
             "a norm after it": self.post_norm is not None,
@@ -133,7 +133,7 @@ class Epilogue:
         }
 
     def uncovered(self, covered: Sequence[str] = ()) -> str:
-        """The features that are not among `covered`, in words; "" where all are."""
+        """The features of this epilogue that are not in `covered`, in words; "" if there are none."""
         return in_words([name for name, has in self.features().items() if has and name not in covered])
 
 
@@ -141,7 +141,7 @@ PLAIN = Epilogue()
 
 
 class Weights(Protocol):
-    """How matrices come to a device."""
+    """How matrices and the pool are placed on a device."""
 
     device: DeviceHandle
 
@@ -149,22 +149,23 @@ class Weights(Protocol):
         """Put one matrix on the device."""
 
     def stacked(self, hosts: Sequence[HostMatrix], num_kv_heads: int | None = None) -> tuple[Matrix, ...]:
-        """Matrices that share their input, fused by rows: one where their formats agree, else as few as possible.
-        `num_kv_heads`: they are q, k and v of so many KV heads."""
+        """Matrices with the same input, stacked: one if their formats agree, otherwise as few as possible.
+        `num_kv_heads`: they are q, k and v, with so many KV heads."""
 
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
-        """The two halves of a gated feed-forward, fused as an epilogue's activation wants them."""
+        """The two halves of a gated feed-forward as one matrix, arranged for an epilogue with an activation."""
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
-        """The dtype of the pool: `wanted`, or for "auto" what suits the device and the checkpoint's dtype."""
+        """The dtype of the pool: `wanted`, or if that is "auto", one that suits the device and the checkpoint's dtype,
+        `stored`."""
 
     def make_pool(self, groups: Sequence[PoolGroup], num_blocks: int, block_size: int, dtype: str) -> KVPool:
         """A zeroed pool."""
 
 
 class Operations(Protocol):
-    """What a layer computes. Every operation has a general form that takes whatever its arguments can say; what a
-    device's fused kernels do not cover runs in it, and is noted in `coverage`."""
+    """What a layer computes. Every operation has a general form for any arguments. Calls that a device's fused kernels
+    do not cover run in the general form, and are noted in `coverage`."""
 
     coverage: Coverage
 
@@ -184,16 +185,16 @@ class Operations(Protocol):
         """epilogue(norm(x) @ w.T) for each matrix: [(T * N,)]. Several matrices have the plain epilogue."""
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
-        """Rotate, write keys and values to their slots, attend: (T * H * D,)."""
+        """(T * H * D,): rotate, write keys and values to their slots, and attend."""
 
     def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
-        """(R * columns,): the rows whose logits are wanted."""
+        """(R * columns,): the rows whose logits are sampled."""
 
     def parts_of(self, x: Tensor) -> Sequence[Tensor]:
-        """The tensors of an activation, whose columns lie side by side."""
+        """The tensors that hold an activation's columns: one for each core of a CPU, one on other devices."""
 
     def join(self, logits: Tensor, stride: int, layout: StepLayout) -> Tensor:
-        """(R * stride,): logits in one piece, as they are sampled from."""
+        """(R * stride,): the logits in one tensor, as sampling reads them."""
 
 
 class Sampling(Protocol):
@@ -209,11 +210,11 @@ class Sampling(Protocol):
         out: Tensor | None = None,
         state: SamplingState | None = None,
     ) -> Tensor:
-        """(R * OUT_WIDTH,) int32, at the beginning of `out` if that is given. With a `state`: of processed logits."""
+        """(R * OUT_WIDTH,) int32, written to the start of `out` if given. With `state`, logits are processed first."""
 
 
 class Backend(Weights, Operations, Sampling, Protocol):
-    """A device's way to load weights, to run the operations of a layer, and to sample."""
+    """Everything that a model needs from a device: weights, operations and sampling."""
 
 
 class DeviceSampling:
@@ -242,8 +243,8 @@ class DeviceSampling:
 
 
 def gate_over_up(gate: HostMatrix, up: HostMatrix) -> HostMatrix:
-    """The gate's rows, then the up projection's, as one matrix: both in float16, with a warning, where their formats
-    differ, since one kernel reads both."""
+    """The gate's rows and then the up projection's, as one matrix, which one kernel reads. If their formats differ,
+    both become float16, with a warning."""
     stacked = stack_rows([gate, up])
     if len(stacked) > 1:
         logger.warning("gate and up projections have different formats: both are kept as float16")

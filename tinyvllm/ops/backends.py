@@ -24,9 +24,10 @@ def make_backend(
     dequantize: bool,
     overflows_float16: bool = False,
 ) -> Backend:
-    """`dtype`: "auto" or a name of config.DTYPES; `stored`: what the checkpoint's dense matrices are stored in;
-    `layers`: the kinds of the model's layers; `overflows_float16`: as in ModelConfig. A CPU's activations are always
-    float32. Raises DeviceError, and UnsupportedModelError for a dtype that the model's activations exceed."""
+    """The backend for a device. `dtype`: "auto" or one of config.DTYPES; `stored`: the dtype of the checkpoint's dense
+    matrices; `layers`: the kinds of the model's layers; `overflows_float16`: as in ModelConfig. A CPU's activations are
+    always float32. Raises DeviceError for a device without kernels, and UnsupportedModelError for a dtype that the
+    model's activations exceed."""
     if device.is_cpu:
         return CpuBackend(device, None if dtype == "auto" else dtype, layers, dequantize=dequantize)
     if not device.kind.has_kernels:

@@ -1,7 +1,8 @@
-"""Which operations of a model run in their general form, because no fused kernel covers them: logged once, and counted.
+"""Which operations of a model run in their general form because no fused kernel covers them.
 
-One rule for every operation: where a fused kernel says what it lacks, `Coverage.take_general` notes it and the general
-form runs. So nothing is refused that the general form can do, and nothing is slow in silence.
+The rule is the same for every operation: if a fused kernel gives a reason why it does not cover a call,
+`Coverage.take_general` logs and counts it, and the general form runs. So nothing is refused that the general form can
+do, and nothing is slow without a message.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ Note = tuple[str, str, int | None]  # what takes the general form, why, and its 
 
 
 class Coverage:
-    """Owns the list of what takes the general form."""
+    """Owns the list of the operations in the general form."""
 
     def __init__(self) -> None:
-        self._layers: dict[str, set[int]] = {}  # by what is said of them; no layers: of the whole model
+        self._layers: dict[str, set[int]] = {}  # layers by message; an empty set: the whole model
         self._watched: list[Note] | None = None
 
     def take_general(self, what: str, reason: str, layer: int | None = None) -> None:
-        """Note that `what` takes the general kernel, if a `reason` is given."""
+        """Log and count that `what` takes the general kernel. Does nothing if `reason` is empty."""
         if not reason:
             return
         if self._watched is not None:
@@ -63,7 +64,7 @@ class Coverage:
         return [f"{_spans(layers)}{text}" for text, layers in self._layers.items()]
 
     def __repr__(self) -> str:
-        return "Coverage()"  # part of a graph's name, which it does not change
+        return "Coverage()"  # always the same, because the name of a stored graph includes it
 
 
 def in_words(names: Sequence[str]) -> str:
@@ -74,12 +75,12 @@ def in_words(names: Sequence[str]) -> str:
 def _spans(layers: set[int]) -> str:
     if not layers:
         return ""
-    spans = [str(first) if first == last else f"{first}-{last}" for first, last in _runs(sorted(layers))]
+    spans = [str(first) if first == last else f"{first}-{last}" for first, last in _intervals(sorted(layers))]
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(spans)}: "
 
 
-def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """(first, last) of each run of consecutive numbers."""
+def _intervals(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """(first, last) of each interval of consecutive numbers."""
     first = last = numbers[0]
     for number in numbers[1:]:
         if number != last + 1:

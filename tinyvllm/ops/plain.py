@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, norm: Norm) -> Tensor:
 
 
 def plain_epilogue(product: Tensor, epilogue: Epilogue) -> Tensor:
-    """`Epilogue` of a product (T, N), in its order: (T, N), or (T, N / 2) behind an activation."""
+    """`Epilogue` of a product (T, N), in its order: (T, N), or (T, N / 2) with an activation."""
     y = product if epilogue.bias is None else product + epilogue.bias
     if epilogue.activation is not None:
         y = gated_plain(epilogue.activation, *y.chunk(2, dim=1))
@@ -28,7 +28,7 @@ def plain_epilogue(product: Tensor, epilogue: Epilogue) -> Tensor:
     if epilogue.scale != 1.0:
         y = y * epilogue.scale
     if epilogue.residual is not None:
-        # the product first: a residual that is more than a Tensor (gpu/fused.py) adds to its own kind alone
+        # in this order: a lazy residual (gpu/fused.py) on the left would make the sum lazy, without a description
         y = y + epilogue.residual.reshape(y.shape)
     return y if epilogue.softcap is None else softcap(y, epilogue.softcap)
 

@@ -1,6 +1,6 @@
-"""Every operation of `Backend` again, in plain Tensor arithmetic that any device runs: the kernels' documentation and
-the oracle of their tests; sampling is NumPy's, in reference_sample.py. Written to be read; its cost follows the pool
-and the longest context, not the step.
+"""Every operation of `Backend` in plain Tensor arithmetic, for any device: the documentation of the kernels, and what
+their tests compare against. Sampling is in NumPy, in ops/sampling/reference.py. Written to be read, not to be fast: its
+cost depends on the pool and the longest possible context, not on the step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ReferenceBackend:
         return tuple(self.matrix(host) for host in stack_rows(hosts))
 
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
-        """Gate rows, then up rows; float32 where their formats differ."""
+        """Gate rows, then up rows; in float32 if their formats differ."""
         stacked = stack_rows([gate, up])
         return self.matrix(stacked[0] if len(stacked) == 1 else np.concatenate([to_float32(gate), to_float32(up)]))
 
@@ -85,12 +85,12 @@ class ReferenceBackend:
             [heads, kv_heads, kv_heads] if kind.kv_layer is None else [heads], 1
         )
         weights = [None, None] if layer.head_norm is None else layer.head_norm.chunk(2)
-        q = self._turned(sections[0], weights[0], layer, positions)
+        q = self._rotated(sections[0], weights[0], layer, positions)
         keys, values = self._pool(layer, step)
         if kind.kv_layer is None:
             slots = _words(step.inputs, layout, "slots", tokens)
             v = sections[2] if kind.value_norm_eps is None else unit_norm(sections[2], kind.value_norm_eps)
-            keys[slots] = self._turned(sections[1], weights[1], layer, positions).cast(keys.dtype)
+            keys[slots] = self._rotated(sections[1], weights[1], layer, positions).cast(keys.dtype)
             values[slots] = v.cast(values.dtype)
 
         # context slots, (T, C): every slot of the row's block table, in the order of positions
@@ -102,11 +102,11 @@ class ReferenceBackend:
 
         q = q.reshape(tokens, kv_heads, heads // kv_heads, dim)  # G query heads share a KV head
         scores = Tensor.einsum("tkgd,tckd->tkgc", q, near_k) * kind.scale
-        shares = attention_weights(scores, positions, kind, layer.sinks)
-        return Tensor.einsum("tkgc,tckd->tkgd", shares, near_v).reshape(-1)
+        weights = attention_weights(scores, positions, kind, layer.sinks)
+        return Tensor.einsum("tkgc,tckd->tkgd", weights, near_v).reshape(-1)
 
-    def _turned(self, x: Tensor, weight: Tensor | None, layer: AttentionLayer, positions: Tensor) -> Tensor:
-        """Heads (T, heads, D) of queries or keys, normed and rotated as the layer has it."""
+    def _rotated(self, x: Tensor, weight: Tensor | None, layer: AttentionLayer, positions: Tensor) -> Tensor:
+        """Heads (T, heads, D) of queries or keys, with the layer's norm and rotation."""
         kind = layer.kind
         if weight is not None and kind.head_norm_eps is not None:
             x = rms_norm(x, Norm(weight, kind.head_norm_eps))
@@ -114,9 +114,9 @@ class ReferenceBackend:
             return x
         num_dims = kind.rope.num_dims or kind.head_dim
         angles = layer.rope.reshape(-1, num_dims)[positions].unsqueeze(1)  # (T, 1, R): R/2 cosines, then R/2 sines
-        turn = rotate_pairs if kind.rope.is_interleaved else rotate
-        turned = turn(x[..., :num_dims], angles)
-        return turned if num_dims == kind.head_dim else turned.cat(x[..., num_dims:], dim=-1)
+        rotation = rotate_pairs if kind.rope.is_interleaved else rotate
+        rotated = rotation(x[..., :num_dims], angles)
+        return rotated if num_dims == kind.head_dim else rotated.cat(x[..., num_dims:], dim=-1)
 
     def _pool(self, layer: AttentionLayer, step: Step) -> tuple[Tensor, Tensor]:
         """The layer's keys and values, (slots, K, D)."""
@@ -158,20 +158,20 @@ class ReferenceBackend:
 
 
 def _words(inputs: Tensor, layout: StepLayout, name: str, count: int) -> Tensor:
-    """The int32 words of one of a step's inputs, (count,)."""
+    """One field of a step's inputs, (count,) int32."""
     start = layout.offset(name)
     return inputs[start : start + count]
 
 
 def attention_weights(scores: Tensor, positions: Tensor, kind: LayerKind, sinks: Tensor | None) -> Tensor:
-    """Softmax of scores (T, K, G, C) over the tokens that a row sees; a sink takes its part of it and has no value."""
+    """Softmax of scores (T, K, G, C) over the tokens that each row attends to, and over a sink, which has no value."""
     if kind.softcap is not None:
         scores = softcap(scores, kind.softcap)
     tokens, kv_heads, group, num_keys = scores.shape
-    behind = positions.unsqueeze(1) - Tensor.arange(num_keys)  # (T, C): how far a key lies before the row
-    seen = behind >= 0
+    distance = positions.unsqueeze(1) - Tensor.arange(num_keys)  # (T, C): from a key to the row
+    seen = distance >= 0
     if kind.window is not None:
-        seen = seen & (behind < kind.window)
+        seen = seen & (distance < kind.window)
     scores = seen.reshape(tokens, 1, 1, num_keys).where(scores, -float("inf"))
     if sinks is None:
         return scores.softmax(-1)
@@ -180,13 +180,13 @@ def attention_weights(scores: Tensor, positions: Tensor, kind: LayerKind, sinks:
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """RoPE with half-split pairs: elements i and i + R/2 of x (T, heads, R) turn together (Su et al. 2021)."""
+    """RoPE with half-split pairs: elements i and i + R/2 of x (T, heads, R) rotate together (Su et al. 2021)."""
     (low, high), (cos, sin) = x.chunk(2, dim=-1), angles.chunk(2, dim=-1)
     return Tensor.cat(low * cos - high * sin, high * cos + low * sin, dim=-1)
 
 
 def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
-    """RoPE with interleaved pairs: elements 2i and 2i + 1 turn together."""
+    """RoPE with interleaved pairs: elements 2i and 2i + 1 rotate together."""
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     return (
         rotate(pairs[..., 0].cat(pairs[..., 1], dim=-1), angles)
@@ -197,6 +197,6 @@ def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def _read_state(state: SamplingState) -> HostState:
-    """A copy, whose counts move on."""
+    """A copy on the host, whose counts sampling updates."""
     tensors = (state.counts, state.mask, state.bias)
     return HostState(*[tensor.numpy().reshape(state.num_rows, -1).copy() for tensor in tensors])

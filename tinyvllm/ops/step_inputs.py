@@ -1,7 +1,7 @@
-"""The one int32 buffer that carries a step's inputs to the device, and where each of them lies in it.
+"""The layout of the one int32 buffer that carries a step's inputs to the device.
 
-One buffer means one host-to-device copy a step, and one kernel argument where six would be (METAL allows 31 in all).
-Floats travel as their bits.
+One buffer means one host-to-device copy for each step, and one kernel argument instead of six (METAL allows 31 in all).
+Floats are stored as their bits.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ PROCESSING_FLOATS = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "prese
 class StepLayout:
     """Offsets (in int32 words) of a bucket's inputs. Hashable: kernels are cached by it.
 
-    T token rows · R sequences · M blocks a table. Table R (behind the last sequence) is all zeros: padded token rows
-    point to it, and so to the dummy block 0. What sampling reads comes first, at offsets that depend on R alone: all
-    buckets of R sequences sample by the same programs.
+    T token rows · R sequences · M blocks in a table. Table R, after the last one, is all zeros: padded token rows refer
+    to it, and so to the dummy block 0. The fields that sampling reads come first, at offsets that depend on R
+    only, so all buckets of R sequences sample by the same programs.
     """
 
     num_tokens: int  # T
@@ -40,8 +40,8 @@ class StepLayout:
             "top_p": seqs,  # float bits; 1: off
             "min_p": seqs,  # float bits; 0: off
             "seed": seqs,
-            "draw": seqs,  # how many tokens this request has drawn before: the noise's counter
-            "num_logprobs": seqs,  # -1: none; 0: the chosen token's; n: and the n likeliest
+            "draw": seqs,  # how many tokens this request has drawn so far: the counter of its random numbers
+            "num_logprobs": seqs,  # -1: none; 0: the chosen token's; n: those of the n likeliest too
             "suppressed_ids": seqs * MAX_STOP_IDS,  # ids that min_tokens keeps from being sampled; -1: unused
             "forced": seqs,  # the token to report instead of sampling one: a prompt's own; -1: none
             # read with logits processing only: see ops/sampling/logits_processing.py
@@ -53,8 +53,8 @@ class StepLayout:
             "token_ids": tokens,
             "positions": tokens,  # of the token in its sequence
             "slots": tokens,  # where its key and value go: block_id * block_size + offset
-            "seq_rows": tokens,  # which block table is its own
-            "logit_rows": seqs,  # token row whose logits are sampled, by sequence: for taking it, not for sampling
+            "seq_rows": tokens,  # the token's block table
+            "logit_rows": seqs,  # the token row whose logits are sampled, for each sequence
             "block_tables": (seqs + 1) * self.max_blocks,
         }
         offsets, start = {}, 0
@@ -69,7 +69,7 @@ class StepLayout:
 
     @property
     def num_sampling_words(self) -> int:
-        """int32 words at the buffer's beginning that hold all that sampling reads."""
+        """int32 words at the start of the buffer that hold everything that sampling reads."""
         return self.offset("token_ids")
 
     @property

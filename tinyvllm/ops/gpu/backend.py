@@ -1,5 +1,5 @@
-"""The backend of devices with threadgroups (METAL, CUDA, OpenCL): products by tinygrad's own kernels over matrices in
-row layout, unpacked inside them; attention, KV write, embedding and sampling by kernels of ours."""
+"""The general backend of devices with threadgroups (METAL, CUDA, OpenCL). Products are tinygrad's own kernels, which
+unpack matrices in row layout; attention, KV write, embedding and sampling are our kernels."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class GpuBackend(DeviceSampling):
         return zeroed_pool(self.device, groups, num_blocks, block_size, dtype)
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
-        """That of the activations unless told."""
+        """That of the activations for "auto"."""
         return self.dtype if wanted == "auto" else wanted
 
     # -- operations ---------------------------------------------------------------------------------------------------
@@ -116,15 +116,15 @@ class GpuBackend(DeviceSampling):
         return (rows * scale * norm.weight).cast(self.float).contiguous()
 
     def _product(self, x: Tensor, matrix: Matrix, epilogue: Epilogue) -> Tensor:
-        """epilogue(x (T, K) @ matrix.T), flat; in float32 where nothing follows the product, else in the activations'
-        dtype. The unpacking is part of the product's kernel."""
+        """epilogue(x (T, K) @ matrix.T), flat: in float32 if nothing follows the product, otherwise in the activations'
+        dtype. The product's kernel unpacks the matrix."""
         out = x.matmul(unpack(matrix, self.float).T, dtype=dtypes.float)
         if epilogue.is_plain:
             return out.reshape(-1).contiguous()
         if epilogue.softcap is not None:  # logits, which are sampled from in float32
             return plain_epilogue(out, epilogue).reshape(-1).contiguous()
         residual = epilogue.residual
-        # a product that much follows is written first: the passes over its rows must not multiply again
+        # written before it is normed: the passes over its rows would otherwise multiply again
         if epilogue.post_norm is not None:
             out = out.contiguous()
         if residual is not None:
@@ -137,7 +137,7 @@ def embed_kernel(
     fmt: Format, num_tokens: int, num_rows: int, num_cols: int, token_offset: int, is_fed: bool, scale: float
 ) -> KernelFn:
     """fn(out (T, K), inputs[, previous_output], *planes): rows of a table in row layout, times `scale`. A token id
-    beyond it reads the last row; is_fed: one below 0 names a row of the output of the step before."""
+    beyond it reads the last row. `is_fed`: one below 0 names a row of the previous step's output."""
 
     def kernel(out: UOp, inputs: UOp, *rest: UOp) -> UOp:
         previous, planes = (rest[0], rest[1:]) if is_fed else (None, rest)

@@ -107,12 +107,17 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
         """How many of a threadgroup's tiles load their codes together."""
         return min(self.tiles, 4 * 16 // self.mma.rows)
 
+    @property
+    def tiles_per_section(self) -> int:
+        """A threadgroup's tiles of gate, and as many of up; all tiles of a matrix without the two."""
+        return self.tiles // 2 if self.activation is not None else self.tiles
+
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         return {"tiles": (1, 2, 4, 8, 16), "warps": (4, 8, 16)}
 
     def is_possible(self) -> bool:
         least = 2 if self.activation is not None else 1
-        per_group = (self.tiles // 2 if self.activation is not None else self.tiles) * self.mma.rows
+        per_group = self.tiles_per_section * self.mma.rows
         fits = self.tiles >= least and self.out_rows % per_group == 0 and per_group <= self.warps * LANES
         return fits and fits_quantized_vector(self)
 
@@ -176,44 +181,74 @@ def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
     """fn(out, *planes, x[, split sums, inputs][, norm weight][, residual])."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
-        operands, mma = list(rest), spec.mma
+        operands = list(rest)
         planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
-        body, is_gated = Body(), spec.activation is not None
-        per_group = spec.tiles // 2 if is_gated else spec.tiles
-        group, lane = body.grid(spec.out_rows // (per_group * mma.rows)), body.threads(LANES)
-        warp = warps(body, spec.warps)
-        axes = axes_of(group, lane, warp)
-        # gate's tiles, then up's
-        tiles = [(group * per_group + i % per_group, i // per_group) for i in range(spec.tiles)]
-        bases = [tile * mma.rows + half * spec.out_rows for tile, half in tiles]
-        thread, size = warp * LANES + lane, spec.tiles_at_once
-        rounds = [bases[i : i + size] for i in range(0, len(bases), size)]
-        loads = _Loads(spec, planes, warp, lane)
+        place = _make_place(spec)
+        rounds = _rounds(spec, place.group)
+        loads = _Loads(spec, planes, place.warp, place.lane)
         early = loads.chunks(0, rounds[0]) if spec.is_resident else []
-        source = _Source(spec, operands, thread, [value for chunk in early for value in chunk.values])
-        staged = _stage(body, spec, source, thread, axes)
-
-        def sum_up(together: list[UOp], first: list[_Chunk]) -> list[UOp]:
-            """The sums of the tiles that begin at rows `together`, of whose chunks the `first` are loaded already."""
-            totals, past = zeros(len(together) * LANE_ROWS), 0
-            if first:
-                totals, past = _add_chunks(body, spec, first, staged, lane, totals), 1
-            if spec.steps == past:
-                return totals
-            return carry(
-                body,
-                totals,
-                spec.steps - past,
-                axes,
-                lambda i, old: _add_chunks(body, spec, loads.chunks(i + past, together), staged, lane, old),
-            )
-
-        own = [total for i, rows in enumerate(rounds) for total in sum_up(rows, [] if i else early)]
-        totals = [spec.lanes.sum(total, mma.slot_masks) for total in own]
-        stores = _finish_rows(body, spec, totals, (group, lane, warp), out, source.residual)
-        return spec.finish(stores, axes)
+        source = _Source(spec, operands, place.thread, [value for chunk in early for value in chunk.values])
+        staged = _stage(spec, place, source)
+        totals = [
+            spec.lanes.sum(total, spec.mma.slot_masks)
+            for i, bases in enumerate(rounds)
+            for total in _multiply_tiles(place, loads, staged, bases, [] if i else early)
+        ]
+        return spec.finish(_finish_rows(spec, place, totals, out, source.residual), place.axes)
 
     return kernel
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A thread's place. A threadgroup has its own rows, and its warps split the columns between them."""
+
+    body: Body
+    group: UOp
+    lane: UOp
+    warp: UOp | int
+
+    @property
+    def axes(self) -> tuple[UOp, ...]:
+        return axes_of(self.group, self.lane, self.warp)
+
+    @property
+    def thread(self) -> UOp:
+        return self.warp * LANES + self.lane
+
+
+def _make_place(spec: QuantizedVectorSpec) -> _Place:
+    body = Body()
+    group, lane = body.grid(spec.out_rows // (spec.tiles_per_section * spec.mma.rows)), body.threads(LANES)
+    return _Place(body, group, lane, warps(body, spec.warps))
+
+
+def _rounds(spec: QuantizedVectorSpec, group: UOp) -> list[list[UOp]]:
+    """The first rows of the threadgroup's tiles, gate's and then up's; those of a list load their codes together."""
+    per_section, size = spec.tiles_per_section, spec.tiles_at_once
+    tiles = [(group * per_section + i % per_section, i // per_section) for i in range(spec.tiles)]
+    bases = [tile * spec.mma.rows + section * spec.out_rows for tile, section in tiles]
+    return [bases[i : i + size] for i in range(0, len(bases), size)]
+
+
+def _multiply_tiles(
+    place: _Place, loads: _Loads, staged: tuple[UOp, UOp], bases: list[UOp], early: list[_Chunk]
+) -> list[UOp]:
+    """The lane's sums of the tiles that begin at rows `bases`: by tile and row of the lane. `staged`: as from `_stage`;
+    `early`: the chunks of the first iteration, if they are loaded already."""
+    spec, body, lane = loads.spec, place.body, place.lane
+    totals, past = zeros(len(bases) * LANE_ROWS), 0
+    if early:
+        totals, past = _add_chunks(body, spec, early, staged, lane, totals), 1
+    if spec.steps == past:
+        return totals
+    return carry(
+        body,
+        totals,
+        spec.steps - past,
+        place.axes,
+        lambda i, old: _add_chunks(body, spec, loads.chunks(i + past, bases), staged, lane, old),
+    )
 
 
 @dataclass(frozen=True)
@@ -296,14 +331,13 @@ class _Source:
         return [self._split.read(body, start, PIECE, axes) for start in starts]
 
 
-def _stage(
-    body: Body, spec: QuantizedVectorSpec, source: _Source, thread: UOp, axes: tuple[UOp, ...]
-) -> tuple[UOp, UOp]:
+def _stage(spec: QuantizedVectorSpec, place: _Place, source: _Source) -> tuple[UOp, UOp]:
     """(x, normed if there is a norm, as float16 in threadgroup memory: run by run in the order of the codes, and then a
     run of zeros; the float32 sum of each group of the stored values)."""
+    body, thread = place.body, place.thread
     staged = body.shared((spec.num_runs + 1) * STAGED_RUN, U32)
     sums = body.shared(spec.num_runs * spec.groups)
-    at, inside, loaded = source.pieces, source.inside, source.read(body, axes)
+    at, inside, loaded = source.pieces, source.inside, source.read(body, place.axes)
     if source.norm_weights:
         assert spec.norm_eps is not None
         squares = [dot(v, v) if ok is None else ok.where(dot(v, v), 0.0) for v, ok in zip(loaded, inside, strict=True)]
@@ -408,27 +442,20 @@ def _factors(
 
 
 def _finish_rows(
-    body: Body,
-    spec: QuantizedVectorSpec,
-    totals: list[UOp],
-    axes: tuple[UOp, UOp, UOp | int],
-    out: UOp,
-    residual: UOp | None,
+    spec: QuantizedVectorSpec, place: _Place, totals: list[UOp], out: UOp, residual: UOp | None
 ) -> list[UOp]:
     """Add the warps' sums through threadgroup memory; then one thread for each row computes the epilogue."""
-    (group, lane, warp), mma = axes, spec.mma
-    count = spec.tiles * mma.rows
-    shared = body.shared(spec.warps * count)
+    mma, count = spec.mma, spec.tiles * spec.mma.rows
+    shared = place.body.shared(spec.warps * count)
     stores = []
     for i, total in enumerate(totals):
-        column, row = mma.place(lane, i % LANE_ROWS * (mma.elements // LANE_ROWS))
-        at = warp * count + i // LANE_ROWS * mma.rows + row
+        column, row = mma.place(place.lane, i % LANE_ROWS * (mma.elements // LANE_ROWS))
+        at = place.warp * count + i // LANE_ROWS * mma.rows + row
         stores.append(shared[at.valid(column.eq(0))].store(total))
     shared = shared.after(UOp.group(*stores))
-    per_group = count // 2 if spec.activation is not None else count
-    thread = warp * LANES + lane
-    is_inside = thread < per_group
-    index = is_inside.where(thread, 0)
+    per_group = spec.tiles_per_section * mma.rows
+    is_inside = place.thread < per_group
+    index = is_inside.where(place.thread, 0)
 
     def summed(at: UOp) -> UOp:
         return balanced(shared[at + w * count].load() for w in range(spec.warps))
@@ -436,7 +463,7 @@ def _finish_rows(
     value = summed(index)
     if spec.activation is not None:
         (value,) = gated(spec.activation, [value], [summed(index + per_group)])
-    target = group * per_group + index
+    target = place.group * per_group + index
     if residual is not None:
         value = value + residual[target].load().cast(F32)
     return [out[target.valid(is_inside)].store(value.cast(out.dtype))]

@@ -346,13 +346,14 @@ class FusedGpuBackend(GpuBackend):
         cols, weight = norm.weight.shape[0], norm.weight
         normed = self._empty(num_tokens * cols)
         lanes, outs = self._lanes(num_tokens), [self._empty(num_tokens * cols), normed]
+        given = SumSpec(
+            lanes=lanes, num_tokens=num_tokens, num_cols=cols, num_partials=0, has_residual=False, norm_eps=norm.eps
+        )
         if isinstance(x, Embedded) and not x.is_written:
-            spec = SumSpec(lanes, num_tokens, cols, 0, False, norm.eps, x.spec)
-            value, normed = run_kernel(sum_kernel(spec), outs, [*x.sources, weight])
+            value, normed = run_kernel(sum_kernel(replace(given, embed=x.spec)), outs, [*x.sources, weight])
         elif isinstance(x, Summed) and not x.is_written:
             value, normed = run_kernel(sum_kernel(x.spec(lanes, cols, norm.eps)), outs, [*x.operands, weight])
         else:
-            spec = SumSpec(lanes, num_tokens, cols, 0, False, norm.eps)
-            return run_kernel(sum_kernel(spec), [normed], [x, weight])[0]
+            return run_kernel(sum_kernel(given), [normed], [x, weight])[0]
         self._written(x, value)
         return normed

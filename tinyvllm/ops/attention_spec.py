@@ -24,7 +24,7 @@ QUERIES, KEYS, VALUES = 0, 1, 2  # sections of qkv
 @dataclass(frozen=True)
 class AttentionLayer:
     """One layer's attention. `qkv_cols`: columns of each part of qkv, heads of q, then k, then v; a layer that reads
-    another's keys and values has q alone."""
+    another's keys and values has only q."""
 
     index: int  # its number, and its place in the pool
     kind: LayerKind

@@ -35,8 +35,8 @@ class Walk:
 
 @dataclass(frozen=True)
 class _Memory:
-    """Threadgroup memory for keys and values; a tile of each begins at element `base`. `begun`: copies of the next tile
-    that this tile is only read after."""
+    """Threadgroup memory for keys and values; a tile of each begins at element `base`. `begun`: the copies of
+    the next tile, which begin before this tile is read."""
 
     keys: UOp
     values: UOp
@@ -142,7 +142,7 @@ class AttentionTile:
 
     @property
     def lane_rows(self) -> int:
-        """Rows of which a lane holds scores and sums."""
+        """The number of rows for which a lane holds scores and sums."""
         return self.spec.row_blocks * (self.mma.elements // 2)
 
     def attend(self) -> tuple[list[UOp], list[UOp]]:

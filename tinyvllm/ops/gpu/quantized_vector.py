@@ -44,7 +44,7 @@ MAX_WARPS = 16
 MOST_RESIDENT_TILES = 2
 RESIDENT_BYTES = 24 << 20
 GROUPS_WANTED = 200  # threadgroups that keep every core of a large GPU busy
-LANE_ROWS = 2  # rows of a tile of which a lane holds sums
+LANE_ROWS = 2  # rows of a tile for which a lane holds sums
 IN_HALF = 1024  # the value of a float16 with the code in its mantissa is 1024 + code
 
 

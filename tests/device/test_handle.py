@@ -1,6 +1,10 @@
-"""Arrays reach a device, whoever owns their memory."""
+"""Opening a device; arrays reach it, whoever owns their memory."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -31,3 +35,11 @@ def test_an_array_of_a_files_pages_is_uploaded(
         assert copied == [values.tobytes()]
     else:
         np.testing.assert_array_equal(device.upload(values).numpy(), values)
+
+
+def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
+    program = "from tinyvllm.device.handle import open_device; open_device()"
+    environment = {**os.environ, "DEV": "FOO"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    error = done.stderr.splitlines()[-1]
+    assert error.endswith("device FOO is not known: give --device one of METAL, CUDA, CL, CPU")

@@ -101,7 +101,8 @@ class RunnerFlags:
         str | None,
         Option(
             metavar="DEVICE",
-            help="tinygrad's device: METAL, CUDA or CPU. [default: METAL on a Mac, else CUDA if present, else CPU]",
+            help="tinygrad's device: METAL, CUDA, CL (OpenCL) or CPU. [default: METAL on a Mac, else CUDA if present, "
+            "else CPU]",
         ),
     ] = None
     async_scheduling: Annotated[

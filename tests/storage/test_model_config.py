@@ -155,7 +155,7 @@ def test_dtype_may_have_either_name(tmp_path: Path, key: str) -> None:
     ("changes", "message"),
     [
         ({"architectures": ["Qwen9ForCausalLM"]}, r"architectures is \['Qwen9ForCausalLM'\].*known: LlamaForCausalLM"),
-        ({"architectures": REMOVED, "model_type": "bert"}, r"model_type is 'bert'.*known: LlamaForCausalLM"),
+        ({"architectures": REMOVED, "model_type": "bert"}, r"model_type is 'bert'.*known: llama, mistral"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
             r"rope_type is 'yarn'.*known: default, linear, llama3",

@@ -76,8 +76,10 @@ def _architecture(config: Values) -> str:
     for key, names in families.KNOWN_ARCHITECTURES.items():
         if any(name in names.hf_classes for name in classes) or (not classes and model_type in names.hf_types):
             return key
-    known = ", ".join(name for names in families.KNOWN_ARCHITECTURES.values() for name in names.hf_classes)
-    config.unsupported("architectures" if classes else "model_type", known)
+    known = families.KNOWN_ARCHITECTURES.values()
+    if classes:
+        config.unsupported("architectures", ", ".join(name for family in known for name in family.hf_classes))
+    config.unsupported("model_type", ", ".join(name for family in known for name in family.hf_types))
 
 
 def _with_defaults(config: Values, family: FamilyFiles) -> Values:

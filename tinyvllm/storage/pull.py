@@ -39,7 +39,7 @@ def pull(name: str, models_dir: Path, progress: Progress | None = None) -> Model
     report = progress or (lambda stage, done, total: None)
     entry = CATALOG.get(name)
     if entry is None and HUB_ID.fullmatch(name) is None:
-        raise ModelError(unknown_name(name))
+        raise ModelError(f"{unknown_name(name)} or a hub id (org/name)")
     place = installed_path(name, models_dir)
     kind = "hf" if entry is None else "gguf"
     if place.is_dir() if entry is None else _has_size(place, entry.num_bytes):

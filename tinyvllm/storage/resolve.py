@@ -45,7 +45,9 @@ def resolve_model(name_or_path: str, models_dir: Path | None = None) -> ModelFil
     if path.exists():
         return _at_path(path, path.stem if path.suffix == ".gguf" else path.resolve().name)
     if looks_like_path(name_or_path):
-        raise ModelError(f"there is no file or directory {name_or_path}")
+        raise ModelError(
+            f"there is no file or directory {name_or_path}: check the path, or give a name from `tinyvllm models`"
+        )
     models_dir = _or_default(models_dir)
     place = installed_path(name_or_path, models_dir)
     if place.exists():
@@ -55,7 +57,10 @@ def resolve_model(name_or_path: str, models_dir: Path | None = None) -> ModelFil
             return _at_path(other, name_or_path)
     if is_pullable(name_or_path):
         raise ModelError(f"model {name_or_path} is not in {models_dir}: run `tinyvllm pull {name_or_path}`")
-    raise ModelError(unknown_name(name_or_path))
+    raise ModelError(
+        f"{unknown_name(name_or_path)}, a hub id (org/name), a .gguf file or a directory with config.json and "
+        "safetensors"
+    )
 
 
 def list_models(models_dir: Path | None = None) -> list[InstalledModel]:
@@ -94,11 +99,8 @@ def looks_like_path(name: str) -> bool:
 
 
 def unknown_name(name: str) -> str:
-    known = ", ".join(CATALOG)
-    return (
-        f"there is no model {name!r}: give a catalog name ({known}), a hub id (org/name), "
-        "a .gguf file or a directory with config.json and safetensors"
-    )
+    """The beginning of an error: what was asked for, and the names that can be pulled."""
+    return f"there is no model {name!r}: give a catalog name ({', '.join(CATALOG)})"
 
 
 def _at_path(path: Path, name: str) -> ModelFiles:

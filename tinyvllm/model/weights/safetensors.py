@@ -72,7 +72,7 @@ def _weight_files(directory: Path, weight_map: dict[str, str]) -> list[Path]:
                 f"{directory} has its weights as pickle files ({', '.join(pickles[:3])}), which can run code when they "
                 "are read: convert them to safetensors"
             )
-        raise ModelError(f"{directory} has no *.safetensors")
+        raise ModelError(f"{directory} has no *.safetensors: download its weights in that format, or give a .gguf file")
     return files
 
 

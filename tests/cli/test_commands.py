@@ -120,9 +120,12 @@ def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_bad_value_is_one_line_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: tuple[str, str], text: str
 ) -> None:
-    result = make_terminal(monkeypatch, tmp_path).run("generate", "-p", "x", *flags)
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert result.exit_code == 1 and text in line and "Traceback" not in result.stderr
+    terminal = make_terminal(monkeypatch, tmp_path)
+    for command in (("generate", "-p", "x"), ("chat",)):
+        result = terminal.run(*command, *flags)
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+        assert result.exit_code == 1 and text in line and "Traceback" not in result.stderr
+    assert not terminal.configs, "it is refused before the model is loaded"
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

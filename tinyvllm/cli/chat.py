@@ -14,6 +14,7 @@ from tinyvllm.cli.flags import EngineFlags, Model, SamplingFlags
 from tinyvllm.cli.generate import write
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.terminal import err, out
+from tinyvllm.config import GenerationDefaults
 from tinyvllm.errors import EngineDeadError, RequestError, TinyvllmError
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 
@@ -37,6 +38,7 @@ def chat(
     """Chat with a model in the terminal. No server is needed."""
     engine.apply()
     config = engine.make_config(model, num_seqs=1, warm_up="background")
+    sampling.make_params(GenerationDefaults())  # raises for a bad value before the model is loaded
     require_model(model, pull=engine.pull)
     with contextlib.suppress(ImportError):  # gives input() line editing and history, if Python was built with it
         import readline  # noqa: F401

@@ -17,7 +17,7 @@ from tinyvllm.cli.flags import EngineFlags, Model, SamplingFlags
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.record_flags import RecordFlags
 from tinyvllm.cli.terminal import out
-from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.config import EngineConfig, GenerationDefaults, SamplingParams
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 
@@ -53,6 +53,7 @@ def generate(
     config = engine.make_config(model, num_seqs=max(1, min(len(prompts) * n, MAX_SEQS)))
     require_model(model, pull=engine.pull)
     more = {"n": n, "logprobs": logprobs}
+    sampling.make_params(GenerationDefaults(), **more)  # raises for a bad value before the model is loaded
     asyncio.run(_generate(config, prompts, sampling, more, record, as_json=as_json))
 
 

@@ -71,6 +71,7 @@ def test_throughputs_last_line_is_json(tiny_hf_files: ModelFiles) -> None:
         ("latency --prefill none --batch none", "nothing to measure"),
         ("latency model --shape llama-3.2-1b", "both a model"),
         ("latency --layers 2", "--layers"),
+        ("latency --weights Q4_0", "--weights Q4_0"),
         ("latency --shape llama-9", "known: smollm2-135m"),
         ("latency --shape smollm2-135m --weights int3", "int3"),
         ("throughput --num-prompts 0", "--num-prompts"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from tinyvllm.bench.shapes import SHAPES
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.terminal import Progress, out, progress_bars
 from tinyvllm.config import EngineConfig
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tinyvllm.bench.subject import Subject
     from tinyvllm.execution.runner import ModelRunner
 
+DEFAULT_WEIGHTS = "float16"  # of --shape
 TABLE_WIDTH = 168  # columns: the widest table, of `bench serve`, when its times have four digits
 
 
@@ -43,17 +45,18 @@ class SubjectFlags:
         str | None,
         Option(
             metavar="NAME",
-            help="Random weights in the shape of a known model, instead of MODEL: smollm2-135m, tinyllama-1.1b, "
-            "llama-3.2-1b, llama-3.1-8b or qwen3-0.6b.",
+            help=f"Random weights in the shape of a known model, instead of MODEL: {', '.join(SHAPES)}.",
         ),
     ] = None
     weights: Annotated[
-        str,
+        str | None,
         Option(
             metavar="KIND",
-            help="With --shape, their format: float32, float16, bfloat16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, ...",
+            help="With --shape, their format: float32, float16, bfloat16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, ... "
+            f"[default: {DEFAULT_WEIGHTS}]",
+            show_default=False,
         ),
-    ] = "float16"
+    ] = None
     layers: Annotated[
         int | None, Option(metavar="COUNT", help="With --shape: use only the first layers, for a quick look.")
     ] = None
@@ -71,10 +74,11 @@ class SubjectFlags:
         if self.shape is None:
             if self.layers is not None:
                 raise TinyvllmError("--layers cuts a --shape, not a model's files: give --shape NAME")
+            refuse_weights(self.weights)
             return Subject.of_files(require_model(self.model or DEFAULT_MODEL, pull=pull))
         if self.model is not None:
             raise TinyvllmError(f"got both a model ({self.model}) and --shape {self.shape}: give one of them")
-        return Subject.of_shape(self.shape, self.weights, self.layers)
+        return Subject.of_shape(self.shape, self.weights or DEFAULT_WEIGHTS, self.layers)
 
     def write(self, rows: Sequence[Row]) -> None:
         """Write the rows as Markdown and JSON where asked for; the table is printed elsewhere."""
@@ -93,6 +97,12 @@ class SubjectFlags:
             print(text)  # not through rich, which would wrap the line
         else:
             write_file(self.json, text + "\n")
+
+
+def refuse_weights(kind: str | None) -> None:
+    """Raise TinyvllmError if --weights was given for a model's files, whose formats are fixed."""
+    if kind is not None:
+        raise TinyvllmError(f"--weights {kind} is the format of a --shape, not of a model's files: give --shape NAME")
 
 
 def print_table(table: RenderableType) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from typer import Argument, Option
 
-from tinyvllm.cli.bench_flags import print_table, write_file
+from tinyvllm.cli.bench_flags import DEFAULT_WEIGHTS, print_table, refuse_weights, write_file
 from tinyvllm.cli.flags import EngineFlags
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.terminal import out, progress_bars
@@ -26,8 +26,13 @@ def doctor(
         Option(metavar="NAME", help="Random weights in the shape of a known model instead, as in `tinyvllm bench`."),
     ] = None,
     weights: Annotated[
-        str, Option(metavar="KIND", help="With --shape, their format: float16, Q4_0, Q4_K, ...")
-    ] = "float16",
+        str | None,
+        Option(
+            metavar="KIND",
+            help=f"With --shape, their format: float16, Q4_0, Q4_K, ... [default: {DEFAULT_WEIGHTS}]",
+            show_default=False,
+        ),
+    ] = None,
     json_file: Annotated[
         str | None,
         Option(
@@ -41,6 +46,8 @@ def doctor(
     Looks at the device, its memory, the compiler, versions, tuning and every program's limits, and generates 20
     tokens. Give the flags that you serve with. Exits with code 1 if something does not work."""
     engine.apply()
+    if shape is None:
+        refuse_weights(weights)
     config = engine.make_config(model)
 
     from tinyvllm.bench.doctor import as_json, examine
@@ -48,7 +55,7 @@ def doctor(
 
     def find() -> Subject:
         if shape is not None:
-            return Subject.of_shape(shape, weights)
+            return Subject.of_shape(shape, weights or DEFAULT_WEIGHTS)
         return Subject.of_files(require_model(model, pull=engine.pull))
 
     with progress_bars() as report:

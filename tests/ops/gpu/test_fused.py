@@ -150,6 +150,18 @@ def test_what_takes_the_general_kernels_says_so(caplog: pytest.LogCaptureFixture
     )
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_residual_after_an_activation_is_not_left_out(tokens: int) -> None:
+    """The fused kernels of gate and up add no residual."""
+    backend = rendered("CUDA")
+    x, residual = (upload(backend, normal(tokens, cols)) for cols in (256, 64))
+    gate_up = backend.gate_up(make_host("float16", 64, 256), make_host("float16", 64, 256))
+    run_product(backend, x, gate_up, tokens, epilogue=Epilogue(activation="silu", residual=residual))
+    assert backend.coverage.lines() == [
+        "test: a product with a residual after an activation takes the general kernel"
+    ]
+
+
 # -- products ----------------------------------------------------------------------------------------------------------
 
 

@@ -248,7 +248,7 @@ class FusedGpuBackend(GpuBackend):
     def _uncovered_product(self, matrices: Sequence[Matrix], num_tokens: int, epilogue: Epilogue) -> str:
         """Why the fused kernels do not cover the product, in words; "" if they do."""
         is_gated = epilogue.activation is not None
-        if is_gated and (rest := epilogue.uncovered()):
+        if is_gated and (rest := epilogue.uncovered() or ("a residual" if epilogue.residual is not None else "")):
             return f"{rest} after an activation"
         if unread := [matrix.format.name for matrix in matrices if not covers(matrix.format)]:
             return f"weights in {unread[0]}"

@@ -35,12 +35,22 @@ from tests.ops.builders import (
     run_product,
 )
 from tests.ops.gpu.products import EPILOGUES, SHAPES, TOLERANCE, multiply, read, upload
-from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, plan_layer, rendered
+from tests.ops.rendering import (
+    KINDS,
+    check_limits,
+    kernels_of,
+    make_renderer,
+    plan_attention_layer,
+    plan_layer,
+    rendered,
+    unwritten,
+)
 from tinyvllm.arrays import Format, to_float32
+from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import AWAIT_PREVIOUS, record, trace_step
 from tinyvllm.device.replay import make_replay
-from tinyvllm.ops.backend import Backend, Epilogue, Norm
+from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm, Step, pool_groups
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.matrix import MatrixSpec
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
@@ -160,6 +170,25 @@ def test_a_residual_after_an_activation_is_not_left_out(tokens: int) -> None:
     assert backend.coverage.lines() == [
         "test: a product with a residual after an activation takes the general kernel"
     ]
+
+
+def test_attention_reads_qkv_after_its_epilogue() -> None:
+    """The attention kernel adds up partial products, but does not know of what follows them, such as a bias."""
+    backend, layout, cols = rendered("CUDA"), StepLayout(3, 3, 2, 16), 12 * 64
+    kind = LayerKind(8, 2, 64, Rope(10000.0))
+    pool = backend.make_pool(pool_groups([kind]), 5, layout.block_size, "float16")
+    step = Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode=True)
+    x, matrix = unwritten(backend, 3 * 256, dtypes.half), backend.matrix(make_host("float16", cols, 256))
+
+    def kernels(epilogue: Epilogue) -> list[str]:
+        qkv = backend.linear("qkv", x, [matrix], 3, None, epilogue)
+        heads = backend.attend(qkv, plan_attention_layer(backend, kind, [cols]), step)
+        return [kernel.arg.name.partition("_")[0] for kernel in kernels_of([heads])]
+
+    plain = kernels(PLAIN)
+    assert plain[-1] == "decode" and not any(name.startswith("sum") for name in plain)
+    biased = kernels(Epilogue(bias=unwritten(backend, cols)))
+    assert len(biased) == len(plain) + 1 and biased[-2].startswith("sum") and biased[-1] == "decode"
 
 
 # -- products ----------------------------------------------------------------------------------------------------------

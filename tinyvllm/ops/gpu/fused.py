@@ -173,8 +173,10 @@ class FusedGpuBackend(GpuBackend):
         return [self._many_rows(name, self.whole(x), matrix, num_tokens, epilogue) for matrix in matrices]
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
-        counts = tuple(part.num_partials if isinstance(part, Summed) else 1 for part in qkv)
-        parts = [part.partials if isinstance(part, Summed) else part for part in qkv]
+        # the kernels add up partial products; they compute no epilogue
+        sums = [part if isinstance(part, Summed) and part.epilogue.is_plain else None for part in qkv]
+        counts = tuple(1 if lazy is None else lazy.num_partials for lazy in sums)
+        parts = [self.whole(part) if lazy is None else lazy.partials for part, lazy in zip(qkv, sums, strict=True)]
         kind = DecodeSpec if step.is_decode else PrefillSpec
         mma = self._mma(dtypes.half) if step.pool.dtype == "float16" else None
         reason = f"a pool in {step.pool.dtype}"

@@ -9,6 +9,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from tinygrad import dtypes
 
 from tests.ops.builders import FORMATS, largest_difference, make_epilogue, make_host, normal, run_product
 from tinyvllm.arrays import to_float32
@@ -98,6 +99,15 @@ def test_a_gate_with_biases_equals_the_reference(
         return run_product(ops, ops.device.upload(normal(3, COLS, seed=1)), matrix, 3, epilogue=epilogue).numpy()
 
     assert largest_difference(run(backend), run(reference)) < 1e-5
+
+
+@pytest.mark.parametrize("names", ["", "s", "sc", "b"])
+def test_a_general_product_of_logits_or_qkv_is_float32(device: DeviceHandle, names: str) -> None:
+    """Sampling compares logits, whatever scales them: in float16 neighbors would become equal."""
+    backend = GpuBackend(device, "float16")
+    x, matrix = device.upload(normal(2, COLS)), backend.matrix(make_host("Q8_0", ROWS, COLS))
+    out = run_product(backend, x, matrix, 2, epilogue=make_epilogue(backend, None, ROWS, names))
+    assert out.dtype == dtypes.float
 
 
 @pytest.mark.slow

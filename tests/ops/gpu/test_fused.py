@@ -167,9 +167,7 @@ def test_a_residual_after_an_activation_is_not_left_out(tokens: int) -> None:
     x, residual = (upload(backend, normal(tokens, cols)) for cols in (256, 64))
     gate_up = backend.gate_up(make_host("float16", 64, 256), make_host("float16", 64, 256))
     run_product(backend, x, gate_up, tokens, epilogue=Epilogue(activation="silu", residual=residual))
-    assert backend.coverage.lines() == [
-        "test: a product with a residual after an activation takes the general kernel"
-    ]
+    assert backend.coverage.lines() == ["test: a product with a residual after an activation takes the general kernel"]
 
 
 def test_attention_reads_qkv_after_its_epilogue() -> None:

@@ -116,14 +116,12 @@ class GpuBackend(DeviceSampling):
         return (rows * scale * norm.weight).cast(self.float).contiguous()
 
     def _product(self, x: Tensor, matrix: Matrix, epilogue: Epilogue) -> Tensor:
-        """epilogue(x (T, K) @ matrix.T), flat: in float32 if nothing follows the product, otherwise in the activations'
-        dtype. The product's kernel unpacks the matrix."""
+        """epilogue(x (T, K) @ matrix.T), flat: in float32 if it is qkv or logits, which no activation, norm or
+        residual follows, otherwise in the activations' dtype. The product's kernel unpacks the matrix."""
         out = x.matmul(unpack(matrix, self.float).T, dtype=dtypes.float)
-        if epilogue.is_plain:
-            return out.reshape(-1).contiguous()
-        if epilogue.softcap is not None:  # logits, which are sampled from in float32
-            return plain_epilogue(out, epilogue).reshape(-1).contiguous()
         residual = epilogue.residual
+        if epilogue.activation is None and epilogue.post_norm is None and residual is None:
+            return plain_epilogue(out, epilogue).reshape(-1).contiguous()
         # written before it is normed: the passes over its rows would otherwise multiply again
         if epilogue.post_norm is not None:
             out = out.contiguous()

@@ -162,21 +162,18 @@ class Decoder:
         )
 
     def _load_qkv(self, prefix: str, kind: LayerKind) -> list[HostMatrix]:
-        """The rows of q, then of k and v; of q alone where another layer's keys and values are read."""
-        hidden, rows = self.config.hidden_size, {"q": kind.q_size}
-        if kind.kv_layer is None:
-            rows |= {"k": kind.kv_size, "v": kind.kv_size}
+        hidden, rows = self.config.hidden_size, _qkv_rows(kind)
         return [self._take(f"{prefix}.{name}_proj.weight", count, hidden) for name, count in rows.items()]
 
     def _load_attention(self, index: int, kind: LayerKind, qkv_cols: tuple[int, ...]) -> AttentionLayer:
         prefix = f"model.layers.{index}.self_attn"
         head_norm = None
         if kind.head_norm_eps is not None:
-            head_norm = self._norm(f"{prefix}.q_norm.weight", f"{prefix}.k_norm.weight", size=kind.head_dim).weight
+            key_norm = "k_norm" if kind.kv_layer is None else "q_norm"  # read only with keys of its own
+            head_norm = self._norm(f"{prefix}.q_norm.weight", f"{prefix}.{key_norm}.weight", size=kind.head_dim).weight
         bias = None
         if kind.has_bias:
-            sizes = {"q": kind.q_size, "k": kind.kv_size, "v": kind.kv_size}
-            bias = self._vectors({f"{prefix}.{name}_proj.bias": size for name, size in sizes.items()})
+            bias = self._vectors({f"{prefix}.{name}_proj.bias": size for name, size in _qkv_rows(kind).items()})
         return AttentionLayer(
             index=index,
             kind=kind,
@@ -204,3 +201,10 @@ class Decoder:
         weight = np.concatenate([to_float32(self.checkpoint.take(name, shape)) for name in names])
         weight = weight.astype(np.float32) + np.float32(self.config.norm_offset)
         return Norm(self.backend.device.upload(weight), self.config.norm_eps)
+
+
+def _qkv_rows(kind: LayerKind) -> dict[str, int]:
+    """The rows of q, then of k and v; of q alone where another layer's keys and values are read."""
+    if kind.kv_layer is not None:
+        return {"q": kind.q_size}
+    return {"q": kind.q_size, "k": kind.kv_size, "v": kind.kv_size}

@@ -92,6 +92,7 @@ class ReferenceBackend:
             v = sections[2] if kind.value_norm_eps is None else unit_norm(sections[2], kind.value_norm_eps)
             keys[slots] = self._rotated(sections[1], weights[1], layer, positions).cast(keys.dtype)
             values[slots] = v.cast(values.dtype)
+            keys.realize(values)  # now: a later layer that reads them has no other tie to this write
 
         # context slots, (T, C): every slot of the row's block table, in the order of positions
         tables = _words(step.inputs, layout, "block_tables", (layout.num_seqs + 1) * layout.max_blocks)

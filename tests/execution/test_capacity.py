@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tinyvllm.config import EngineConfig, Limits, ModelConfig
+from tinyvllm.config import EngineConfig, LayerKind, Limits, ModelConfig
 from tinyvllm.errors import CapacityError, TinyvllmError
 from tinyvllm.execution.capacity import GIB, MemoryFacts, plan_capacity, scratch_bytes
 
@@ -51,6 +51,13 @@ def test_a_steps_intermediate_values_have_their_place() -> None:
     assert plan(replace(MEMORY, scratch_bytes=GIB // 2)).num_blocks == 512
     limits, fewer = Limits(256, 8192), Limits(16, 256)
     assert scratch_bytes(limits, MODEL) > 16 * scratch_bytes(fewer, MODEL)
+
+
+def test_the_widest_layer_decides_how_much_intermediate_values_take() -> None:
+    narrow, limits = LayerKind(num_heads=1, num_kv_heads=1, head_dim=64), Limits(16, 256)
+    wide = LayerKind(num_heads=32, num_kv_heads=8, head_dim=64)
+    mixed = replace(MODEL, num_layers=2, layer_kinds=(narrow, wide))
+    assert scratch_bytes(limits, mixed) == scratch_bytes(limits, replace(MODEL, num_heads=32, num_kv_heads=8))
 
 
 def test_no_more_blocks_than_all_sequences_can_use() -> None:

@@ -93,7 +93,7 @@ def jit_scratch_bytes(buckets: Iterable[Bucket], num_instances: int, model: Mode
 
 
 def _step_scratch_bytes(num_tokens: int, num_seqs: int, model: ModelConfig) -> int:
-    widest = max(2 * model.q_size + 2 * model.kv_size, 2 * model.ffn_size)
+    widest = max(2 * model.ffn_size, *[2 * kind.q_size + 2 * kind.kv_size for kind in model.layers])
     by_token, by_sequence = 4 * model.hidden_size + 2 * widest, 4 * model.vocab_size
     return 4 * (num_tokens * by_token + num_seqs * by_sequence)
 

@@ -150,6 +150,11 @@ class ModelConfig:
         """Bytes that one token's keys and values take over all layers."""
         return 2 * itemsize * sum(kind.kv_size for kind in self.layers if kind.kv_layer is None)
 
+    def kv_window(self, layer: int) -> int | None:
+        """The widest window of the layers that read this layer's keys and values; None if one reads them all."""
+        windows = [kind.window for index, kind in enumerate(self.layers) if layer in (index, kind.kv_layer)]
+        return max((window for window in windows if window is not None), default=None) if None not in windows else None
+
 
 @dataclass(frozen=True)
 class GenerationDefaults:

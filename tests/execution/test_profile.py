@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.builders import write_tiny_hf_llama
 from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.execution.cost import CostCounter
 from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.profile import merge_cores
 from tinyvllm.execution.runner import load_runner
@@ -80,6 +83,21 @@ def test_bytes_are_those_of_the_step(inspectors: list[RunnerInspector]) -> None:
     profile, cost = inspectors[0].profile(plan, repeats=1, warmup=0), inspectors[0].cost(plan)
     assert sum(kernel.nbytes or 0 for kernel in profile.kernels) == cost.moved_bytes
     assert profile.num_kernels == cost.num_kernels
+
+
+def test_keys_before_a_window_are_not_read(inspectors: list[RunnerInspector]) -> None:
+    runner, plan = inspectors[0].runner, decode_plan(CONTEXT, 3)
+    graph, config = runner.captures.graph_for(plan), runner.model_config
+    of_layer = config.kv_bytes_per_token(2) // NUM_LAYERS  # the pool is float16
+    windowed = copy(runner.model)
+    windowed.config = replace(config, layer_kinds=(config.layers[0], replace(config.layers[1], window=8)))
+    full, narrow = (
+        CostCounter(model, runner.pool, 16).count("", graph.calls, graph.inputs, plan)
+        for model in (runner.model, windowed)
+    )
+    assert full.kv_read_bytes == 2 * (CONTEXT + 3) * of_layer
+    assert narrow.kv_read_bytes == (CONTEXT + 3 + 7 + 3) * of_layer
+    assert full.moved_bytes - narrow.moved_bytes == full.nbytes - narrow.nbytes == (CONTEXT - 7) * of_layer
 
 
 def test_operations_are_two_for_each_weight_and_four_for_each_element_attended(

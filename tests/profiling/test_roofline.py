@@ -67,6 +67,16 @@ def test_a_prompt_in_pieces_calculates_what_the_whole_does(entries: list[tuple[i
     assert sum(piece.kv_written_bytes for piece in pieces) == whole.kv_written_bytes
 
 
+def test_keys_before_a_window_are_not_read() -> None:
+    """Of two layers, the second attends to 4 tokens: its own and 3 before it."""
+    windowed = replace(TINY, window=4, windowed=(False, True))
+    of_layer = 2 * 4 * 2  # keys and values, width of a head, bytes
+    assert count_work(windowed, 2.0, 2, [(5, 1), (2, 7)]).kv_read_bytes == (5 + 2 + 3 + 2) * of_layer
+    full, narrow = windowed.layers
+    shared = replace(TINY, num_layers=3, layer_kinds=(full, narrow, replace(full, kv_layer=1)))
+    assert count_work(shared, 2.0, 2, [(5, 1)]).kv_read_bytes == (5 + 5) * of_layer, "the third reads the second's"
+
+
 def test_the_floor_is_the_larger_of_two() -> None:
     memory, compute = Roofline(CHIP, 1e6, 1e6, 0.01), Roofline(CHIP, 1e6, 1e9, 0.2)
     assert memory.floor_s == pytest.approx(1e-3) and memory.is_memory_bound

@@ -11,6 +11,7 @@ from tinygrad.uop.ops import Ops
 from tinyvllm.device.recording import Call
 from tinyvllm.model.registry import Model
 from tinyvllm.ops.backend import KVPool
+from tinyvllm.profiling.roofline import earlier_keys
 from tinyvllm.scheduling.plan import StepPlan
 
 
@@ -26,8 +27,9 @@ class WeightFacts:
 @dataclass(frozen=True)
 class StepCost:
     """The cost of one step. `nbytes` is the plan's minimum, without the bucket's padding: each matrix once, the tokens'
-    rows of the embedding table, keys and values of the context before this step, and those of its tokens. Norms and
-    activations, which need not leave the chip, count in `moved_bytes` only."""
+    rows of the embedding table, keys and values of the context before this step, or of its part that is in a layer's
+    window, and those of its tokens. Norms and activations, which need not leave the chip, count in `moved_bytes`
+    only."""
 
     bucket: str
     num_kernels: int
@@ -56,8 +58,10 @@ class CostCounter:
     def __init__(self, model: Model, pool: KVPool, block_size: int) -> None:
         self._model = model
         num_slots = pool.num_blocks * block_size
-        # bytes of one token in each of the pool's tensors
+        # bytes of one token in each of the pool's tensors, and the window in which they are read
         self._kv_bytes = {_buffer(tensor): tensor.nbytes() // num_slots for tensor in pool.tensors}
+        windows = {layer: model.config.kv_window(layer) for layer in pool.keys}
+        self._kv_windows = {_buffer(tensor): windows[layer] for layer in windows for tensor in pool.tensors_of(layer)}
         self._table = {_buffer(plane) for shard in model.embedding.shards for plane in shard.planes}
         # bytes of one position in each of the layers' rope tables
         self._rope_bytes = {_buffer(rope): rope.nbytes() // model.num_positions for rope in model.ropes}
@@ -74,7 +78,7 @@ class CostCounter:
             bucket,
             num_kernels=len(calls),
             weight_bytes=weights,
-            kv_read_bytes=sum(entry.start for entry in plan.entries) * all_layers,
+            kv_read_bytes=sum(size * self._tokens_read(base, plan) for base, size in self._kv_bytes.items()),
             kv_written_bytes=num_tokens * all_layers,
             moved_bytes=sum(self.moved_by(call, inputs, plan) for call in calls),
         )
@@ -90,7 +94,7 @@ class CostCounter:
         moved = 0
         for (base, _), (index, buffer) in args.items():
             if base in self._kv_bytes:
-                moved += self._kv_bytes[base] * _tokens_moved(call, index, plan)
+                moved += self._kv_bytes[base] * self._tokens_moved(call, index, base, plan)
             elif base in self._rope_bytes:
                 moved += plan.num_tokens * self._rope_bytes[base]
             elif base in self._table and looks_up:
@@ -99,12 +103,16 @@ class CostCounter:
                 moved += round(buffer.nbytes * _share_looked_at(call, index, plan))
         return moved
 
+    def _tokens_read(self, base: int, plan: StepPlan) -> int:
+        """The number of tokens before the plan's own whose keys (or values) in a tensor of the pool are read."""
+        return sum(earlier_keys(entry.start, self._kv_windows[base]) for entry in plan.entries)
 
-def _tokens_moved(call: Call, index: int, plan: StepPlan) -> int:
-    """The number of tokens whose keys (or values) `call` reads and writes in argument `index`, a tensor of the pool."""
-    outs, ins = (call.target.arg.outs, call.target.arg.ins) if call.target.op is Ops.PROGRAM else ((0,), (1,))
-    num_read = sum(entry.start for entry in plan.entries) if index in ins else 0
-    return num_read + (plan.num_tokens if index in outs else 0)
+    def _tokens_moved(self, call: Call, index: int, base: int, plan: StepPlan) -> int:
+        """The number of tokens whose keys (or values) `call` reads and writes in argument `index`, a tensor of the
+        pool."""
+        outs, ins = (call.target.arg.outs, call.target.arg.ins) if call.target.op is Ops.PROGRAM else ((0,), (1,))
+        num_read = self._tokens_read(base, plan) if index in ins else 0
+        return num_read + (plan.num_tokens if index in outs else 0)
 
 
 def _share_looked_at(call: Call, index: int, plan: StepPlan) -> float:

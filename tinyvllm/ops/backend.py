@@ -66,10 +66,13 @@ class KVPool:
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors, including each core's of a layer that is sharded."""
-        layers = [
-            entry if isinstance(entry, tuple) else (entry,) for entry in (*self.keys.values(), *self.values.values())
-        ]
-        return [tensor for layer in layers for tensor in layer]
+        stored = (*self.keys.values(), *self.values.values())
+        return [tensor for entry in stored for tensor in (entry if isinstance(entry, tuple) else (entry,))]
+
+    def tensors_of(self, layer: int) -> list[Tensor]:
+        """Those of one layer that has keys and values of its own."""
+        stored = (self.keys[layer], self.values[layer])
+        return [tensor for entry in stored for tensor in (entry if isinstance(entry, tuple) else (entry,))]
 
 
 def zeroed_pool(

@@ -33,8 +33,9 @@ BYTES_PER_WEIGHT = {
 
 @dataclass(frozen=True)
 class Work:
-    """The minimal work of one step. Bytes: each weight once, keys and values of the context, and those written. Of the
-    embedding table only the tokens' rows count, unless it is also the head, which is read whole."""
+    """The minimal work of one step. Bytes: each weight once, keys and values of the context, or of its part that is in
+    a layer's window, and those written. Of the embedding table only the tokens' rows count, unless it is also the head,
+    which is read whole."""
 
     weight_bytes: float
     kv_read_bytes: float
@@ -70,6 +71,11 @@ def attended_keys(start: int, count: int, window: int | None = None) -> int:
     return attended_keys(start, partly) + (count - partly) * window
 
 
+def earlier_keys(start: int, window: int | None = None) -> int:
+    """How many of the `start` tokens before a step its tokens attend to: in a window, those that its first reaches."""
+    return start if window is None else min(start, window - 1)
+
+
 def count_work(
     config: ModelConfig,
     bytes_per_weight: float,
@@ -87,7 +93,11 @@ def count_work(
     return Work(
         weight_bytes=bytes_per_weight
         * (in_layers + in_table + (0 if config.tie_embeddings else num_tokens * config.hidden_size)),
-        kv_read_bytes=kv_token * sum(start for start, _ in entries),
+        kv_read_bytes=sum(
+            2 * kv_itemsize * kind.kv_size * sum(earlier_keys(start, config.kv_window(layer)) for start, _ in entries)
+            for layer, kind in enumerate(config.layers)
+            if kind.kv_layer is None
+        ),
         kv_written_bytes=kv_token * num_tokens,
         matrix_flops=2 * (num_tokens * in_layers + num_rows * in_table),
         attention_flops=sum(

@@ -24,7 +24,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
 SMALL: dict[str, Any] = {
     "max_model_len": 512,
     "max_num_seqs": 8,
-    "max_num_batched_tokens": 64,  # the longest prompt takes seven chunks, beside the others' decodes
+    "max_num_batched_tokens": 64,  # the longest prompt takes seven chunks, in steps with the others' decodes
     "num_gpu_blocks_override": 49,  # 768 tokens, where the prompts and outputs of eight need more: preemption
     "decode_buckets": (1, 8),
     "token_buckets": (64,),

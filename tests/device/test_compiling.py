@@ -1,4 +1,4 @@
-"""Kernels become programs beside this process, once each, and are not waited for in vain."""
+"""Kernels are compiled in other processes, once each, and a lost one is not waited for."""
 
 from __future__ import annotations
 

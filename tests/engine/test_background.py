@@ -66,7 +66,7 @@ def test_a_graph_is_made_while_no_step_is_in_flight_and_no_token_is_lost() -> No
     for event in events:
         in_flight += {"launch": 1, "collect": -1}.get(event, 0)
         assert event != "capture" or in_flight == 0
-    assert "trace" in events[: events.index("capture")], "tracing goes on beside a step"
+    assert "trace" in events[: events.index("capture")], "tracing continues during a step"
     for request in requests:
         assert len(request.output_ids) == 12
         assert request.output_ids == run_alone(request)

@@ -1,4 +1,4 @@
-"""Compiling grammars beside the engine: once each, never in anybody's way."""
+"""Compiling grammars outside the engine's thread: once each, without delaying anyone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A long generation leaves no buffer behind: one a layer and token has ended other engines after some thousand tokens.
+"""A long generation leaves no buffer behind: one per layer and token ended other engines after some thousand tokens.
 20,000 steps of one token: python -m pytest -m slow tests/engine/test_live_buffers.py"""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EACH = 120  # tokens of a request
 
 
 def generate(llm: LLM, num_tokens: int) -> None:
-    """One request after another, at least so many tokens in all, each with a prompt of its own."""
+    """One request after another, at least `num_tokens` tokens in all, each with its own prompt."""
     params = SamplingParams(max_tokens=EACH, ignore_eos=True, temperature=1.0, seed=1)
     for start in range(0, num_tokens, EACH):
         (output,) = llm.generate([f"{start:05}"], params)

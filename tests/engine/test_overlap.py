@@ -33,7 +33,7 @@ def test_overlapping_steps_give_the_tokens_of_alternating_ones(
 
 
 def test_overlapping_logits_processing_gives_the_tokens_of_alternating_steps(tiny_gguf_files: ModelFiles) -> None:
-    """Processed rows beside plain ones, rows whose mask needs the token before, preemptions: the same either way."""
+    """Processed rows among plain ones, rows whose mask needs the token before, preemptions: the same either way."""
     results = []
     for overlaps in (False, True):
         tokens, core = run(make_runner(tiny_gguf_files, async_scheduling=overlaps), is_processed=True, num=20)

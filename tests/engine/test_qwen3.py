@@ -16,7 +16,7 @@ from tinyvllm import LLM, SamplingParams
 ENGINE: dict[str, Any] = {
     "max_model_len": 160,
     "max_num_seqs": 4,
-    "max_num_batched_tokens": 24,  # prompts in chunks, beside others' decodes
+    "max_num_batched_tokens": 24,  # prompts in chunks, in steps with others' decodes
     "num_gpu_blocks_override": 61,
     "block_size": 8,
     "decode_buckets": (1, 4),

@@ -110,7 +110,7 @@ def test_a_request_gets_the_tokens_that_its_settings_say(llm: LLM, name: str) ->
 
 
 def test_seeds_reproduce_in_any_company_and_over_preemptions(llm: LLM) -> None:
-    """With logits processing on: alone, together, and beside requests that ask for nothing."""
+    """With logits processing on: alone, together, and in a batch with requests that ask for nothing."""
     wishes: list[dict[str, Any]] = [
         {"repetition_penalty": 1.3},
         {},
@@ -186,7 +186,7 @@ def check_prompt_logprobs(output: RequestOutput, prompt: list[int], count: int) 
             assert logprob.rank == 1 + order.tolist().index(token)
 
 
-def test_a_prompt_is_scored_anew_where_the_prefix_cache_knows_it(llm: LLM) -> None:
+def test_a_prompt_in_the_prefix_cache_is_scored_again(llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=1)
     first, again = (generate(llm, PROMPTS[3:], params)[0] for _ in range(2))
     assert again.prompt_logprobs == first.prompt_logprobs

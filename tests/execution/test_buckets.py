@@ -45,7 +45,7 @@ def test_given_buckets_are_sorted_and_taken_once() -> None:
 
 
 def test_token_counts_where_logits_weigh_have_a_graph_for_few_sequences() -> None:
-    """256 rows of logits beside a prompt of 512 tokens took a fifth of its step."""
+    """256 rows of logits took a fifth of the step of a prompt of 512 tokens."""
     names = [bucket.name for bucket in buckets_of(256, 8192) if not bucket.is_decode]
     assert names == [
         "prefill 16", "prefill 32", "prefill 64 of 16", "prefill 64", "prefill 128 of 16", "prefill 128",

@@ -35,7 +35,7 @@ def plan(memory: MemoryFacts = MEMORY, **config: Any) -> Any:
     return plan_capacity(EngineConfig("tiny", **config), limits, MODEL, memory)
 
 
-def test_memory_behind_the_weights_becomes_blocks() -> None:
+def test_memory_left_by_the_weights_becomes_blocks() -> None:
     capacity = plan(max_num_seqs=16)
     assert capacity.num_blocks == 1024
     assert capacity.num_tokens == 1023 * 16
@@ -76,7 +76,7 @@ def test_an_override_is_taken_as_it_is() -> None:
 def test_an_override_beyond_the_memory_is_refused_with_the_numbers() -> None:
     memory = replace(MEMORY, max_share=0.9)  # 3.6 GiB, of which 1 is the weights'
     assert plan(memory, num_gpu_blocks_override=2662).num_blocks == 2662
-    message = "2663 blocks of 1.00 MiB, 2.60 GiB, but of 4.00 GiB free at most 0.9 may be taken, 1.00 GiB of it for"
+    message = "2663 blocks of 1.00 MiB, 2.60 GiB, but of 4.00 GiB free at most 0.9 may be used, 1.00 GiB of it for"
     with pytest.raises(CapacityError, match=re.escape(message) + " weights: give at most 2662 blocks"):
         plan(memory, num_gpu_blocks_override=2663)
 
@@ -101,8 +101,8 @@ def test_a_length_that_was_asked_for_and_does_not_fit_is_refused_with_the_number
 
 
 @pytest.mark.parametrize("weight_bytes", [2 * GIB, 2 * GIB - (1 << 20), 5 * GIB])
-def test_no_room_behind_the_weights_is_refused_with_the_numbers(weight_bytes: int) -> None:
-    """One block is none: the first is the dummy."""
+def test_no_room_after_the_weights_is_refused_with_the_numbers(weight_bytes: int) -> None:
+    """One block is not enough: the first is the dummy."""
     with pytest.raises(CapacityError) as error:
         plan(replace(MEMORY, weight_bytes=weight_bytes))
     text = str(error.value)

@@ -92,7 +92,7 @@ def test_the_first_graphs_serve_everything_with_the_same_tokens(runner: ModelRun
 
 def test_what_plans_would_have_run_in_comes_first(runner: ModelRunner) -> None:
     """Of what nobody has asked for the smallest: that would be decode 1."""
-    tokens_of(runner, PROMPTS[:2], chunk=2)  # pieces of both prompts, 4 tokens a step: prefill 8, many times
+    tokens_of(runner, PROMPTS[:2], chunk=2)  # pieces of both prompts, 4 tokens per step: prefill 8, many times
     capture_one(runner.captures)
     assert list(runner.captures.graphs)[-1].name == "prefill 8"
     capture_one(runner.captures)
@@ -135,7 +135,7 @@ def test_a_graph_that_cannot_be_made_is_said_once_and_the_others_go_on(
         while runner.captures.num_to_come:
             capture_one(runner.captures)
     (error,) = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert error.getMessage() == "graph decode 1 cannot be captured, larger ones take its place"
+    assert error.getMessage() == "graph decode 1 cannot be captured: larger ones take its place"
     assert error.exc_info is not None and str(error.exc_info[1]) == "out of everything"
     assert (runner.captures.num_failed, runner.num_captures) == (1, 3)
     assert "captured prefill 8 in" in caplog.text and "0 to come" in caplog.text

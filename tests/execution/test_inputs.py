@@ -59,7 +59,7 @@ def test_padding_lies_in_the_dummy_block() -> None:
     views = packer.views
     assert views["slots"][2:].tolist() == [0] * 6
     assert views["positions"][2:].tolist() == [0] * 6
-    assert (views["seq_rows"][2:] == LAYOUT.num_seqs).all(), "the table behind the last"
+    assert (views["seq_rows"][2:] == LAYOUT.num_seqs).all(), "the table after the last"
     assert (views["block_tables"][LAYOUT.num_seqs] == 0).all()
 
 

@@ -92,7 +92,7 @@ def test_rows_beside_it_have_no_state_and_cost_nothing() -> None:
     assert (bench.views["state_rows"][3:] == -1).all()
 
 
-def test_a_preempted_request_is_written_anew_with_its_output() -> None:
+def test_a_preempted_request_is_rewritten_with_its_output() -> None:
     bench = Bench()
     request, other = running("a", frequency_penalty=1.0), running("b", frequency_penalty=1.0)
     for _ in range(3):
@@ -147,8 +147,8 @@ def test_a_grammars_mask_is_cut_by_what_else_is_allowed() -> None:
     assert bench.state.written == {"mask": 4}
 
 
-def test_the_allowed_ids_become_bits_once_beside_a_mask_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bad words' bits are made anew, since they follow the output; what is always allowed is not."""
+def test_the_allowed_ids_become_bits_once_while_a_mask_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bad words' bits are rebuilt, since they depend on the output; those of always allowed ids are not."""
     made: list[tuple[int, ...]] = []
     original = logits_processing._bits
 

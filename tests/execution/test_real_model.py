@@ -101,7 +101,7 @@ def test_prompts_in_pieces_of_16_tokens_give_the_same_tokens(runner: ModelRunner
 
 
 def test_one_of_16_in_a_batch_gives_the_same_tokens(runner: ModelRunner, cases: list[dict[str, Any]]) -> None:
-    """Prompts in pieces beside decodes, then sixteen decodes a step."""
+    """Prompts in pieces mixed with decodes, then sixteen decodes per step."""
     batch = [*cases, cases[0]][:16]
     captures = runner.num_captures
     requests = make_requests(batch)

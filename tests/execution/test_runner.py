@@ -96,7 +96,7 @@ def test_chunked_equals_unchunked(runner: ModelRunner, alone: list[list[int]], c
 
 
 def test_a_mixed_bucket_gives_the_tokens_of_a_decode_bucket(runner: ModelRunner, alone: list[list[int]]) -> None:
-    """A decode beside a prompt's piece runs in a token bucket."""
+    """A decode together with a prompt's piece runs in a token bucket."""
     first, filler = make_request(PROMPTS[0]), make_request([9] * 60)
     give_blocks([first, filler], 80, 8)
     while len(first.output_ids) < 12:

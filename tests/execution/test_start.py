@@ -132,7 +132,7 @@ def test_other_settings_make_their_own_steps_out_of_the_same_programs(
     assert tokens == first.tokens
 
 
-def test_damaged_files_are_made_anew(first: FirstStart, cache: Path, tiny_gguf_files: ModelFiles) -> None:
+def test_damaged_files_are_rebuilt(first: FirstStart, cache: Path, tiny_gguf_files: ModelFiles) -> None:
     for path in cache.glob("*/*"):
         path.write_bytes(path.read_bytes()[:-1])
     store, tokens = start(tiny_gguf_files)
@@ -141,7 +141,7 @@ def test_damaged_files_are_made_anew(first: FirstStart, cache: Path, tiny_gguf_f
     assert counts(start(tiny_gguf_files)[0]) == (NUM_STEPS, 0)
 
 
-def test_after_a_change_of_our_code_steps_are_traced_anew(
+def test_after_a_change_of_our_code_steps_are_traced_again(
     first: FirstStart, cache: Path, tiny_gguf_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "sources_digest", lambda: "edited")

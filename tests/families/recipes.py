@@ -40,7 +40,7 @@ class Recipe:
     gguf_arch: str | None  # None: GGUF cannot say all of this config
     config: Mapping[str, Any]
     seed: int
-    gguf_keys: Mapping[str, Any] = field(default_factory=dict)  # beside those of every family
+    gguf_keys: Mapping[str, Any] = field(default_factory=dict)  # besides those of every family
 
     @property
     def is_gemma(self) -> bool:
@@ -188,7 +188,7 @@ def write_hf(directory: Path, recipe: Recipe, dtype: str = "float32") -> ModelFi
 
 
 def write_multimodal_hf(directory: Path, recipe: Recipe) -> ModelFiles:
-    """The same language model as the text part of Gemma3ForConditionalGeneration, beside a vision tower's tensors."""
+    """The same language model as the text part of Gemma3ForConditionalGeneration, next to a vision tower's tensors."""
     files = write_hf(directory, recipe)
     text = dict(recipe.config) | {"dtype": "float32"}
     config = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}

@@ -25,7 +25,7 @@ ENGINE: dict[str, Any] = {
     "kv_cache_dtype": "float32",
     "max_model_len": 112,
     "max_num_seqs": 9,  # all at once: a step reads all the weights, however many sequences there are
-    "max_num_batched_tokens": 32,  # prompts in chunks, beside others' decodes
+    "max_num_batched_tokens": 32,  # prompts in chunks, in steps with others' decodes
     "num_gpu_blocks_override": 64,
     "decode_buckets": (9,),
     "token_buckets": (32,),

@@ -19,7 +19,7 @@ ENGINE: dict[str, Any] = {
     "kv_cache_dtype": "float32",
     "max_model_len": 192,
     "max_num_seqs": 4,
-    "max_num_batched_tokens": 24,  # prompts in chunks, beside others' decodes
+    "max_num_batched_tokens": 24,  # prompts in chunks, in steps with others' decodes
     "num_gpu_blocks_override": 31,  # 240 tokens, where the prompts and outputs of four need more: preemption
     "block_size": 8,
     "decode_buckets": (1, 4),
@@ -31,7 +31,9 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True, 
 
 def read_cases(name: str) -> list[dict[str, Any]]:
     written = json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
-    assert written["weights_sum"] == pytest.approx(weights_sum(RECIPES[name]), rel=1e-6), "other weights: write it anew"
+    assert written["weights_sum"] == pytest.approx(weights_sum(RECIPES[name]), rel=1e-6), (
+        "other weights: write it again"
+    )
     cases: list[dict[str, Any]] = written["cases"]
     return cases
 

@@ -53,7 +53,7 @@ def continue_greedily(model: Any, prompt: str) -> dict[str, Any]:
 
     ids, tokens, top, gap = list(prompt.encode()), [], [], 1e9
     for _ in range(NUM_STEPS):
-        # the whole sequence anew, without a cache: nothing of the oracle's cache can be wrong
+        # the whole sequence each time, so that the oracle's own cache cannot be wrong
         logprobs = torch.log_softmax(model(torch.tensor([ids]), use_cache=False).logits[0, -1].double(), dim=-1)
         values, best = logprobs.topk(NUM_TOP)
         gap = min(gap, float(values[0] - values[1]))

@@ -228,7 +228,7 @@ def _without_weights(backend: Backend) -> Backend:
 
 
 def _stand_in(host: _Shape, blocks: int) -> HostMatrix:
-    """A matrix of the same kind and width, of so many blocks of rows."""
+    """A matrix of the same kind and width, with `blocks` blocks of rows."""
     from tinyvllm.model.weights.random import RandomWeights
 
     return RandomWeights(host.kind, 0).take("", (ROWS * blocks, host.shape[1]))

@@ -45,7 +45,7 @@ PROMPTS = (LONG, "a", LONG[:20] + " cat", "0123456789abcdefghi", "the quick brow
 
 @dataclass(frozen=True)
 class Scenario:
-    """A model, an engine, and what is asked. Greedy unless `sampling` says otherwise."""
+    """A model, an engine, and prompts. Greedy unless `sampling` says otherwise."""
 
     write: Callable[[Path], ModelFiles]
     engine: Mapping[str, Any]

@@ -25,7 +25,7 @@ def nothing_in_flight() -> Iterator[None]:
 
 
 def chain(length: int) -> Any:
-    """A TinyJit of so many kernels, each adding 1."""
+    """A TinyJit of `length` kernels, each adding 1."""
     from tinygrad import Tensor, TinyJit
 
     def run(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(600)  # an engine compiles for 10 s on an idle 
 
 
 class CpuProcess:
-    """Answers by the CPU, made in another process beside what runs here."""
+    """The CPU's answers, made in another process meanwhile."""
 
     def __init__(self, folder: Path, names: list[str]) -> None:
         self.folder, self._names = folder, names

@@ -1,4 +1,4 @@
-"""A long generation leaves no object of Metal's behind: one a layer and token has ended other engines after some
+"""A long generation leaves no object of Metal's behind: one per layer and token ended other engines after some
 thousand tokens, with every count of bytes flat. 20,000 steps of one token:
 python -m pytest -m slow tests/metal/test_live_objects.py"""
 

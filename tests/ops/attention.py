@@ -146,7 +146,7 @@ def decode_pieces(case: Case) -> list[list[Piece]]:
 
 
 def mixed_pieces(case: Case) -> list[list[Piece]]:
-    """Ragged batches: a chunk that ends at a block's end beside a decode; one sequence over all rows; half empty."""
+    """Ragged batches: a chunk that ends at a block's end with a decode; one sequence over all rows; half empty."""
     size, tokens = case.layout.block_size, case.layout.num_tokens
     longest = case.layout.max_blocks * size
     chunk = tokens // 2

@@ -178,7 +178,7 @@ class Sampled:
 
 
 def sample(backend: Backend, logits: np.ndarray, **columns: Any) -> Sampled:
-    """Sample each row of logits (R, V). `columns` are a step's sampling inputs by name, one value or one a row;
+    """Sample each row of logits (R, V). `columns` are a step's sampling inputs by name, one value or one per row;
     `suppressed_ids` a list of ids a row. Unless told: greedy, no filters, no logprobs, seed = row, first draw."""
     seqs, vocab = logits.shape
     layout = StepLayout(seqs, seqs, 1, 8)

@@ -107,7 +107,7 @@ def test_the_cpu_says_that_it_has_no_bfloat16_pool(device: DeviceHandle) -> None
 
 @pytest.mark.parametrize("case", [DECODE[1], MIXED[2]], ids=lambda case: case.name)
 def test_padded_rows_change_nothing(backend: Backend, case: Case) -> None:
-    """The same sequences alone and beside padding give the same bits."""
+    """The same sequences alone and with padding give the same bits."""
     tokens = case.layout.num_tokens
     pieces = [Piece(9), Piece(3)] if case.is_decode else [Piece(9, 5), Piece(3, 2)]
     live, history = sum(piece.count for piece in pieces), make_history(case)

@@ -140,7 +140,7 @@ def test_half_precision_activations_stay_close(device: DeviceHandle, fmt: str, d
 # -- matrices that do not fill their panels, or do not fit together --------------------------------------------------
 
 
-def test_rows_behind_the_used_ones_are_zero(backend: Backend) -> None:
+def test_rows_after_the_used_ones_are_zero(backend: Backend) -> None:
     """A vocabulary is seldom a multiple of 32: the head is padded, and its padding cannot be the best logit of NaN."""
     host = make_host("Q8_0", 40, 64)
     matrix = backend.matrix(host)

@@ -22,7 +22,7 @@ class Traffic:
         self.rng = random.Random(seed)
         self.requests: list[Request] = []
         self.disturbed: set[Request] = set()
-        # A few heads that many prompts share, of lengths that fall on and beside the borders of blocks.
+        # A few heads that many prompts share, of lengths at and next to the borders of blocks.
         self.heads = [[self.rng.randrange(200) for _ in range(n)] for n in (0, 3, 4, 8, 9, 12)]
 
     def arrive(self) -> None:

@@ -406,7 +406,7 @@ def test_a_scored_prompt_is_cut_to_the_rows_of_logits_that_nobody_needs() -> Non
     assert chunks_of(runner.plans, scored) == [(0, 4, 4), (4, 3, 3), (7, 3, 2), (10, 1, 0)]
     assert scored.prompt_logprobs == scores_alone(scored)
     assert len(scored.prompt_logprobs) == 9
-    assert chunks_of(runner.plans, plain)[0] == (0, 3, 0), "admitted beside it, at once"
+    assert chunks_of(runner.plans, plain)[0] == (0, 3, 0), "admitted with it, at once"
 
 
 def test_a_scored_prompt_neither_starves_others_nor_is_starved() -> None:

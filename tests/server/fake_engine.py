@@ -99,11 +99,11 @@ class FakeEngine:
     is_ready: bool = True
     error: BaseException | None = None
     hang_before: bool = False  # a request waits forever before its first delta
-    hang_after: int | None = None  # after so many characters, a request waits forever
-    fail_after: int | None = None  # after so many characters, the step fails
-    abort_after: int | None = None  # after so many characters, the request is aborted
+    hang_after: int | None = None  # after this many characters, a request waits forever
+    fail_after: int | None = None  # after this many characters, the step fails
+    abort_after: int | None = None  # after this many characters, the request is aborted
     refuse: Exception | None = None  # raised before the first delta
-    crash_after: int | None = None  # after so many characters, the iterator raises an unexpected error
+    crash_after: int | None = None  # after this many characters, the iterator raises an unexpected error
     max_model_len: int = 1000
     served_model_name: str = "tiny"
     created: int = 1_700_000_000

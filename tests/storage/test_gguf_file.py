@@ -128,7 +128,7 @@ def test_split_model_says_which_part_is_missing_or_to_be_given(tmp_path: Path) -
     with pytest.raises(ModelError, match="one of 3 parts: give the first"):
         GGUFFile(tmp_path / "tiny-00002-of-00003.gguf")
     (tmp_path / "tiny-00002-of-00003.gguf").unlink()
-    with pytest.raises(ModelError, match=r"beside it there is no tiny-00002-of-00003\.gguf"):
+    with pytest.raises(ModelError, match=r"tiny-00002-of-00003\.gguf is missing beside it"):
         GGUFFile(first)
 
 

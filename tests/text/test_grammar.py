@@ -245,7 +245,7 @@ def test_what_cannot_be_enforced_is_refused_by_name(schema: Any, path: str, word
     ],
 )
 def test_objects_get_the_properties_that_are_listed(schema: Any, is_closed: bool) -> None:
-    """And others only where they are asked for, or have to be let in."""
+    """And others only if the schema asks for them or has to allow them."""
     tokenizer, matcher = TOKENIZERS["byte-level"], compiled("json_schema", schema).matcher()
     ids = tokenizer.encode('{"b": 1', add_special_tokens=False)
     assert all(matcher.accept(token_id) for token_id in ids) != is_closed
@@ -337,13 +337,13 @@ def test_a_model_without_an_end_cannot_be_constrained() -> None:
         Vocabulary(TOKENIZERS["byte-level"], 300, frozenset())
 
 
-# ---- Behind reasoning ----
+# ---- After reasoning ----
 
 
 @pytest.mark.parametrize("kind", ["json_schema", "regex", "choice", "grammar"])
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("prompt", ["", "<think>\n", "<think></think>"])
-def test_an_answer_behind_reasoning_is_bound_and_the_reasoning_is_not(kind: str, name: str, prompt: str) -> None:
+def test_an_answer_after_reasoning_is_bound_and_the_reasoning_is_not(kind: str, name: str, prompt: str) -> None:
     text = {"json_schema": '{"enum": [7]}', "regex": "7", "choice": '["7"]', "grammar": 'root ::= "7"'}[kind]
     prefix = THINK.prefix(prompt, TOKENIZERS[name])
     grammar = compile_grammar(GrammarSpec(kind, text, prefix), VOCABULARIES[name])

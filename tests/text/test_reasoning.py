@@ -58,7 +58,7 @@ def test_every_cut_gives_the_same(message: str, cuts: set[int], prompt: str) -> 
 
 
 def test_what_a_template_begins_the_answer_with_decides_who_speaks_first() -> None:
-    """Qwen3's thinks unless the request says otherwise: the prompt then ends behind reasoning that is empty."""
+    """Qwen3's thinks unless the request says otherwise: the prompt then ends after empty reasoning."""
     source = "{{ messages[0].content }}\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
     template = ChatTemplate({"default": source}, {}, "tiny")
     assert find_reasoning_format(None, template.source) is THINK

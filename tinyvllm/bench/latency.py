@@ -1,8 +1,9 @@
-"""Steps alone: made-up plans straight into the runner, without scheduler, text or queue.
+"""Single steps: synthetic plans passed directly to the runner, without scheduler, text or queue.
 
-Prefill computes whole prompts, in pieces as large as the engine's token budget. Decode steps go on from a context that
-is in the pool already: random keys and values, in shuffled blocks. Every step feeds the next one's token, and is
-launched behind it where the device does that by itself, as the engine does (--no-async-scheduling: one after another).
+Prefill computes whole prompts, in pieces as large as the engine's token budget. Decode steps continue from a context
+that is already in the pool: random keys and values, in shuffled blocks. Every step produces the next one's token. As in
+the engine, the next step is launched while one runs, if the device feeds it that token (--no-async-scheduling: one
+after another).
 """
 
 from __future__ import annotations
@@ -216,7 +217,8 @@ def _measure_prefill(inspector: Inspector, machine: Machine, work: LatencyWork, 
 
 
 def _run(runner: Runner, plans: Sequence[StepPlan]) -> int:
-    """Plans whose tokens nobody needs before the last, as many in flight as may be. The rows of their graphs."""
+    """Run plans of which only the last one's tokens are needed, with as many in flight as allowed. Returns the rows of
+    their graphs."""
     flights: deque[Any] = deque()
     num_rows = 0
     for plan in plans:
@@ -267,7 +269,7 @@ def _decode(runner: Runner, requests: list[Request], num_steps: int) -> list[flo
     flights: deque[Any] = deque()
     last_s = time.perf_counter()
     for number in range(num_steps + runner.max_in_flight - 1):
-        if number < num_steps:  # behind the step that runs, as the engine does it, where the device feeds itself
+        if number < num_steps:  # while the previous step runs, as in the engine, if the device feeds itself
             flight = runner.launch(_decode_plan(requests))
             runner.sample(flight)
             flights.append(flight)

@@ -1,9 +1,9 @@
 """Counts of what the host asks of the device: launches, waits, copies and compilations.
 
 While it is open, a `DeviceAccount` hooks our own replays, tinygrad's executor and compiler, the waits and copies of
-tinygrad's device and, on CUDA, the driver's functions. So it also counts what nobody meant to happen: a stray
-`.numpy()`, a tensor operation in the step loop, a graph that is captured again. Each event costs about a microsecond
-more, so times are measured without an account.
+tinygrad's device and, on CUDA, the driver's functions. So it also counts accidents: a stray `.numpy()`, a tensor
+operation in the step loop, a graph that is captured again. Each event costs about a microsecond more, so times are
+measured without an account.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class DeviceAccount:
             return original(linear)
 
     def _on_make_programs(self, original: Callable[..., Any], compiler: Any, kernels: Any) -> Any:
-        """Programs of a recorded step. Only waiting for them counts, not the compilers beside this process."""
+        """Programs of a recorded step. Only waiting for them counts, not the compilers in other processes."""
         self._counts.compilations += 1
         with self._timed("compile_s"):
             return original(compiler, kernels)

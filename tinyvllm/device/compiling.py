@@ -1,4 +1,4 @@
-"""Compiling kernels to programs in other processes, while this one traces on."""
+"""Compiling kernels to programs in other processes, while this one continues tracing."""
 
 from __future__ import annotations
 
@@ -53,21 +53,22 @@ class Pending:
 
 
 class Compiler:
-    """Gets programs from tinygrad's cache, from `store`, or from compilers that run beside this process.
+    """Gets programs from tinygrad's cache, from `store`, or from compilers in other processes.
 
-    Owns the compilations that are under way. A kernel of two steps is compiled once. For one thread.
+    Owns the compilations in progress. A kernel that two steps share is compiled once. For one thread.
     """
 
     def __init__(self, store: ProgramStore | None = None) -> None:
         self.store = store
         self.num_compiled = 0
-        self._begun: dict[Key, Pending | None] = {}  # None: compiled here when it is asked for
+        self._begun: dict[Key, Pending | None] = {}  # None: compiled here on request
 
     def begin(self, kernels: Iterable[Kernel]) -> list[Pending]:
         """Start compiling these kernels. Returns at once, with those that are being compiled."""
         kernels = set(kernels)
         missing = {key: kernel for kernel in kernels if not self._is_known(key := _key_of(kernel))}
-        pool = _get_pool() if len(missing) + len(self._begun) > 1 else None  # a process starts slower than one compiles
+        # not for one kernel: starting a process takes longer than compiling it
+        pool = _get_pool() if len(missing) + len(self._begun) > 1 else None
         for key, (sink, device) in missing.items():
             if pool is None or sink.arg.beam:  # a search times its candidates on the device, which is open here
                 self._begun[key] = None
@@ -79,7 +80,7 @@ class Compiler:
         return [one for one in pending if one is not None]
 
     def programs(self, kernels: Iterable[Kernel]) -> dict[Kernel, UOp]:
-        """The kernels' programs, ready to be launched. Waits for those under way. Raises the compiler's error."""
+        """The kernels' programs, ready to be launched. Waits for those in progress. Raises the compiler's error."""
         distinct = set(kernels)
         self.begin(distinct)
         return {kernel: _with_local_size(self._take(kernel)) for kernel in distinct}

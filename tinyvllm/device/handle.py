@@ -125,7 +125,7 @@ class DeviceHandle:
 
 
 def open_device(num_cores: int = 1) -> DeviceHandle:
-    """Open tinygrad's default device; of a CPU, `num_cores` cores, each of which is a device with a worker thread.
+    """Open tinygrad's default device; on a CPU, `num_cores` cores, each of which is a device with a worker thread.
 
     Raises DeviceError, which names what is missing and what to install."""
     wanted = os.environ.get("DEV", "")

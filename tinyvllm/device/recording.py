@@ -64,7 +64,7 @@ class SavedStep:
     output: int
     cut: int
     kept: tuple[int, ...]
-    notes: tuple[tuple[Any, ...], ...] = ()  # what was said of it while it was traced, in plain values
+    notes: tuple[tuple[Any, ...], ...] = ()  # what its tracing noted (ops/coverage.py), in plain values
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def keep(*tensors: Tensor) -> None:
         _kept[-1].extend(tensors)
 
 
-_kept: list[list[Tensor]] = []  # the tensors of `keep`, of the step being traced; empty while none is
+_kept: list[list[Tensor]] = []  # the tensors of `keep` in the step that is being traced; empty if none is
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def collect_kept() -> Iterator[list[Tensor]]:
 
 
 class _Recorder:
-    """Receives kernels from tinygrad, which does not run them then: the hook with which TinyJit captures."""
+    """Receives the kernels that tinygrad would otherwise run, through the hook that TinyJit uses."""
 
     def __init__(self) -> None:
         self.calls: list[UOp] = []

@@ -21,7 +21,7 @@ class MemoryFacts:
     weight_bytes: int
     kv_bytes_per_token: int
     scratch_bytes: int = 0  # intermediate values: of the largest step, or of all graphs together
-    max_share: float = 1.0  # of free_bytes that weights and KV may take, whatever is asked for
+    max_share: float = 1.0  # of free_bytes that weights and KV may take at most, whatever the user requests
 
 
 def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memory: MemoryFacts) -> Capacity:
@@ -69,7 +69,7 @@ def _check_override(num_blocks: int, block_bytes: int, memory: MemoryFacts) -> N
         raise CapacityError(
             f"{_override(num_blocks, block_bytes)}, "
             f"{num_blocks * block_bytes / GIB:.2f} GiB, but of {memory.free_bytes / GIB:.2f} GiB free at most "
-            f"{memory.max_share:g} may be taken, {memory.weight_bytes / GIB:.2f} GiB of it for weights: give at most "
+            f"{memory.max_share:g} may be used, {memory.weight_bytes / GIB:.2f} GiB of it for weights: give at most "
             f"{max(0, most) // block_bytes} blocks"
         )
 

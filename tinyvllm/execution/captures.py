@@ -90,7 +90,7 @@ class Captures:
 
     def advance(self) -> None:
         """Do one part of the next graph: trace it, or capture it if it was compiled meanwhile. Returns soon. A failure
-        is logged, and that graph not tried again."""
+        is logged, and that graph is not tried again."""
         if self._next is None:
             self._begin_next()
         elif self._next.is_compiled:
@@ -143,7 +143,7 @@ class Captures:
 
     def _give_up(self, bucket: Bucket, error: Exception) -> None:
         self.failed[bucket] = error
-        logger.error("graph %s cannot be captured, larger ones take its place", bucket.name, exc_info=error)
+        logger.error("graph %s cannot be captured: larger ones take its place", bucket.name, exc_info=error)
 
     def _close(self) -> None:
         """Finish once all graphs are there."""

@@ -1,6 +1,6 @@
 """One graph per bucket, with fixed shapes and persistent inputs, so that nothing is compiled while serving.
 
-The words, in the order in which a graph comes to be:
+The terms, in the order in which a graph is made:
 
 - A step is *traced*: the model's code runs once, and each kernel that it would launch is noted (`TracedStep`).
 - A step is *recorded* once the traced kernels are compiled: programs and buffers in launch order (`RecordedStep`). It
@@ -95,7 +95,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class GraphContext:
-    """What the graphs of all buckets share. `outputs`: one an instance, (rows * OUT_WIDTH,) int32. `capture`: how a
+    """What the graphs of all buckets share. `outputs`: one per instance, (rows * OUT_WIDTH,) int32. `capture`: how a
     step is replayed, as in EngineConfig. `scratch`: the memory of each step's intermediate values, since one step runs
     at a time; TinyJit takes its own."""
 
@@ -138,7 +138,7 @@ class StepCode:
     def sample(self, logits: Tensor, state: SamplingState | None = None) -> Tensor:
         """The output, sampled from the logits; with a `state` from processed logits."""
         model, layout = self.context.model, self.layout
-        # the inputs that sampling reads are the same for all buckets of so many sequences, and so are its programs
+        # sampling's inputs, and so its programs, are the same for all buckets with this number of sequences
         settings = head_of_tensor(self.inputs, layout.num_sampling_words)
         vocab_size, stride, output = model.config.vocab_size, model.logit_stride, self.outputs[0]
         return self.context.backend.sample(logits, vocab_size, stride, settings, layout, output, state).realize()
@@ -147,7 +147,7 @@ class StepCode:
 class PendingGraph:
     """A bucket's graph before it is captured: its steps are restored from the store, or traced and being compiled.
 
-    Until `finish` nothing waits, and none of its kernels run, so steps may be in flight meanwhile.
+    Until `finish`, nothing waits and none of its kernels run, so steps may be in flight.
     """
 
     def __init__(self, bucket: Bucket, context: GraphContext, compiler: Compiler) -> None:
@@ -264,13 +264,13 @@ class PendingGraph:
 @dataclass(frozen=True)
 class Piece:
     """A step that was restored from `store`, or is being compiled and then saved there under `name`. `tensors`: what it
-    reads and writes. `store`: None where it is neither."""
+    reads and writes. `store`: None if steps are not saved."""
 
     step: RecordedStep | TracedStep
     store: ProgramStore | None
     name: str
     tensors: dict[str, Tensor]
-    notes: Sequence[Note] = ()  # of what takes the general kernels, as it was traced
+    notes: Sequence[Note] = ()  # the operations in the general kernels, noted while it was traced
 
     def finish(self, compiler: Compiler) -> RecordedStep:
         if isinstance(self.step, RecordedStep):
@@ -307,7 +307,7 @@ def _restore_or_trace(
 def step_name(
     bucket: Bucket, model: Model, backend: Backend, pool: KVPool, layout: StepLayout, tensors: dict[str, Tensor]
 ) -> str:
-    """A hash of all that decides what is traced: our code, the model's shape and formats, the settings.
+    """A hash of everything that determines what is traced: our code, the model's shape and formats, the settings.
 
     An attribute of the backend without a repr of its own only makes the name new at every start."""
     facts = (

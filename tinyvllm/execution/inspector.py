@@ -1,4 +1,4 @@
-"""What measuring asks of a runner, beside running steps: costs, profiles, programs, and the device behind it."""
+"""What measurements need from a runner besides running steps: costs, profiles, programs, and its device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILL_VALUES = 1_000_003  # random numbers that a pool is filled with, over and o
 
 
 class RunnerInspector:
-    """Looks into a runner for benchmarks, profiles and the doctor. Changes nothing of it but the pool's contents."""
+    """Looks into a runner for benchmarks, profiles and the doctor. Changes only the pool's contents."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
@@ -30,7 +30,7 @@ class RunnerInspector:
 
     @property
     def num_cores(self) -> int:
-        """Of a CPU, each of which launches kernels of its own; 1 elsewhere."""
+        """The cores of a CPU, each of which launches its own kernels; 1 elsewhere."""
         return max(1, len(self.runner.backend.device.cores))
 
     @property
@@ -55,7 +55,7 @@ class RunnerInspector:
 
     @property
     def general_operations(self) -> list[str]:
-        """What takes the general kernels and why, a line for each reason."""
+        """The operations in the general kernels, a line for each reason."""
         return self.runner.backend.coverage.lines()
 
     def cost(self, plan: StepPlan) -> StepCost:
@@ -66,7 +66,7 @@ class RunnerInspector:
         return counter.count(graph.bucket.name, graph.calls, graph.inputs, plan)
 
     def programs(self) -> list[ProgramFacts]:
-        """What each program of each graph takes of the device's limits."""
+        """How much of the device's limits each program of each graph uses."""
         instances = [graph.instances[0] for graph in self.runner.captures.graphs.values()]
         return program_facts([call for one in instances for call in (*one.step.calls, *one.processed.calls)])
 
@@ -77,7 +77,7 @@ class RunnerInspector:
         return profile_step(graph, runner.model, runner.pool, device, plan, repeats=repeats, warmup=warmup)
 
     def account(self) -> DeviceAccount:
-        """A counter of everything that is asked of the device while it is open."""
+        """A counter of everything that the host asks of the device while it is open."""
         return DeviceAccount(self.runner.backend.device)
 
     def measure_flops(self) -> float:

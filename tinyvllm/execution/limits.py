@@ -24,5 +24,5 @@ def device_limits(device: DeviceHandle) -> Limits:
 
 
 def limits_of_kind(name: str, free_bytes: int = 0) -> Limits:
-    """The same for a device that is not here, with so much memory free."""
+    """The same for a device that is not here, with `free_bytes` of free memory."""
     return kind_of(name).step_limits(lambda: free_bytes)

@@ -1,4 +1,4 @@
-"""What the families of decoders share: token ids through layers of attention and a gated feed-forward to logits.
+"""What all families of decoders share: token ids through layers of attention and a gated feed-forward to logits.
 
 A family is a subclass that says how it differs: the kinds of its layers, the names of its norms, a scale. It reads as
 the paper's equations; loading, and calling the backend, happen here.
@@ -33,7 +33,7 @@ class Layer:
     attention_norm: Norm
     qkv: tuple[Matrix, ...]
     attention_out: Matrix
-    attention_post_norm: Norm | None  # of what attention adds to the residual
+    attention_post_norm: Norm | None  # of the attention's output, before it is added to the residual
     ffn_norm: Norm
     gate_up: Matrix
     down: Matrix
@@ -47,8 +47,8 @@ class Layer:
 class Decoder:
     """Owns the weights on the device; `__call__` emits one step's operations.
 
-    As it is: RMSNorm, grouped-query attention with RoPE, a gated feed-forward (Touvron et al. 2023). The attributes and
-    the methods before `__init__` are what a family overrides.
+    By default: RMSNorm, grouped-query attention with RoPE, a gated feed-forward (Touvron et al. 2023). A family
+    overrides the attributes and methods before `__init__`.
     """
 
     ATTENTION_NORM: ClassVar[str] = "input_layernorm"
@@ -112,7 +112,7 @@ class Decoder:
         for layer in self.layers:
             x = self._layer(layer, x, step)
         if not step.is_decode:
-            keep(*ops.parts_of(x))  # which are asked for where a text is embedded
+            keep(*ops.parts_of(x))  # embedding requests read them
             x = ops.take_rows(x, step, config.hidden_size)
             num_rows = step.layout.num_seqs
         epilogue = Epilogue(scale=config.logit_scale, softcap=config.logit_softcap)

@@ -1,4 +1,4 @@
-"""Gemma 3, text: norms before and after each product, normed heads, and windows with a rope of their own."""
+"""Gemma 3, text: norms before and after attention and the feed-forward, norms of heads, windows with their own rope."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which class runs which architecture. A further family is one file beside llama.py and one line here."""
+"""Which class runs which architecture. A new family is one file next to llama.py and one line here."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ class Weights(Protocol):
 
     def stacked(self, hosts: Sequence[HostMatrix], num_kv_heads: int | None = None) -> tuple[Matrix, ...]:
         """Matrices with the same input, stacked: one if their formats agree, otherwise as few as possible.
-        `num_kv_heads`: they are q, k and v, with so many KV heads."""
+        `num_kv_heads`: set if they are q, k and v: the number of KV heads."""
 
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
         """The two halves of a gated feed-forward as one matrix, arranged for an epilogue with an activation."""

@@ -79,8 +79,8 @@ class Trace:
         return sum(line.seconds or 0.0 for line in self.lines)
 
     def kernels(self, last_steps: int | None = None) -> list[Kernel]:
-        """The lines with a time, named by what they do. `last_steps`: only the last so many steps, each of which begins
-        with an embedding; this skips loading and warm-up. All lines if the log has fewer steps."""
+        """The lines with a time, named by what they do. `last_steps`: only this many of the last steps, each of which
+        begins with an embedding; this skips loading and warm-up. All lines if the log has fewer steps."""
         operations = [_operation(line) for line in self.lines]
         layers = self._layers(operations)
         first = _start_of(operations, last_steps)

@@ -1,4 +1,4 @@
-"""Run the HTTP server beside the engine, and stop both without losing answers."""
+"""Run the HTTP server next to the engine, and stop both without losing answers."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class FamilyFiles:
     hf_types: tuple[str, ...]  # config.json's `model_type`, asked where there is no class
     gguf: tuple[str, ...]  # general.architecture
     activation: str = "silu"  # of the feed-forward's gate
-    hf_defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers' class means by a key left out
+    hf_defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers' defaults for missing keys
     # Which layers attend to config.json's sliding_window. None: windows are not understood. "all": every layer.
     # "by layer": those that layer_types names; without it, those from max_window_layers on (Qwen), or all but every
     # sliding_window_pattern-th (Gemma)
@@ -33,7 +33,7 @@ class FamilyFiles:
     # Numbers of layers with which GGUF, which has no key for it, means a score scale of (hidden / heads) ** -0.5
     gguf_wide_scale_layers: tuple[int, ...] = ()
     hf_renamed: Mapping[str, str] = field(default_factory=dict)  # beginnings of tensors' names, and ours
-    hf_unread: tuple[str, ...] = ()  # beginnings of tensors' names, of parts beside the language model
+    hf_unread: tuple[str, ...] = ()  # beginnings of the names of tensors outside the language model
 
 
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
@@ -46,7 +46,7 @@ QWEN_DEFAULTS = {
     "max_window_layers": 28,
 }
 
-# By the registry's key; a further family is an entry here.
+# By the registry's key; a new family is an entry here.
 KNOWN_ARCHITECTURES: dict[str, FamilyFiles] = {
     # Mistral's GGUF files are llama's, with a window where they have one
     "llama": FamilyFiles(("LlamaForCausalLM",), ("llama",), ("llama",), gguf_window_pattern=0),

@@ -104,7 +104,9 @@ def _further_parts(path: Path, metadata: dict[str, Any]) -> list[Path]:
         )
     parts = [path.with_name(f"{name['stem']}-{number:05}-of-{count:05}.gguf") for number in range(2, count + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
-        raise ModelError(f"{path} is one of {count} parts, but beside it there is no {', '.join(missing)}")
+        raise ModelError(
+            f"{path} is one of {count} parts, but {', '.join(missing)} is missing beside it: download all parts"
+        )
     return parts
 
 

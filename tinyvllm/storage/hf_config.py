@@ -14,7 +14,7 @@ from tinyvllm.storage.values import Values
 ROPE_KINDS = ("default", "linear", "llama3")
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}  # ours by transformers' name
 FULL, WINDOWED = "full_attention", "sliding_attention"  # of layer_types and of rope_parameters by kind of layer
-# What a model of several parts states once, beside its text_config
+# What a model of several parts states once, outside its text_config
 SHARED_KEYS = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
 
 
@@ -83,7 +83,7 @@ def _architecture(config: Values) -> str:
 
 
 def _with_defaults(config: Values, family: FamilyFiles) -> Values:
-    """The text model's values, and what the family's class means by those left out. A null stays one."""
+    """The text model's values, with the family's defaults for missing keys. A null stays a null."""
     return Values(config.source, dict(family.hf_defaults) | dict(text_values(config).values))
 
 

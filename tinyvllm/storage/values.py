@@ -23,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Values:
-    """Named values of one file, checked as they are asked for: an error names the file, the key and the value.
+    """Named values of one file, checked when they are read: an error names the file, the key and the value.
 
     A key with the value null counts as absent.
     """

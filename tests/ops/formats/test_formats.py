@@ -163,8 +163,8 @@ def test_every_epilogue_takes_every_format(
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("widths", [(96, 160), (32, 224), (128, 128)])
 def test_cores_may_share_a_row_of_x_inside_a_group(group: int, widths: tuple[int, ...]) -> None:
-    """Each core has whole panels of columns, which need not be whole groups. Of so many rows that they are not copied
-    together first."""
+    """Each core has whole panels of columns, which need not be whole groups. There are so many rows that they
+    are not copied together first."""
     host, x = draw_matrix(affine(4, group), 32, COLS), normal(18, COLS)
     matrix = pack(host, "panel", None, "CPU")
     spec = LinearSpec("test", matrix.format, len(x), 32, COLS, x_cols=widths)

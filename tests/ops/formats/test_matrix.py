@@ -33,7 +33,7 @@ def test_packing_and_unpacking_gives_the_same_values(device: DeviceHandle, kind:
 
 @pytest.mark.parametrize("fmt", QUANTIZED)
 def test_quantized_matrices_keep_the_size_of_their_blocks(device: DeviceHandle, fmt: str) -> None:
-    """ggml's bits a weight; the six-bit steps of Q4_K and Q5_K take a byte here."""
+    """ggml's bits per weight; the 6-bit steps of Q4_K and Q5_K take a byte here."""
     bits = {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5, "Q4_K": 4.625, "Q5_K": 5.625, "Q6_K": 6.5625}
     matrix = pack(make_host(fmt, 64, 512), "panel", None, device.name)
     assert matrix.nbytes * 8 / (64 * 512) == bits[fmt]

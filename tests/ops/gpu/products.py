@@ -1,4 +1,4 @@
-"""Products of the fused kernels beside the reference's."""
+"""Products of the fused kernels compared with the reference's."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def test_processed_tokens_are_drawn_as_often_as_their_probability_says(
 
 
 def test_rows_that_ask_for_nothing_get_the_tokens_of_a_plain_step(backend: Backend, device: DeviceHandle) -> None:
-    """Whatever rows beside them ask for, and whatever was left in the state."""
+    """Whatever other rows ask for, and whatever was left in the state."""
     seqs, vocab = 12, 300
     logits = 2 * normal(seqs, vocab)
     wishes = [WISHES["all"] if row % 3 == 0 else None for row in range(seqs)]
@@ -221,7 +221,7 @@ def test_a_mask_of_nothing_gives_no_token(device: DeviceHandle, kind: str) -> No
 
 
 def test_tokens_are_counted_where_penalties_apply_and_nowhere_else(device: DeviceHandle, kind: str) -> None:
-    """A prompt's mark stays beside the count; a full count stays full; a forced token of a prompt counts nothing."""
+    """A prompt's mark stays next to the count; a full count stays full; a forced token of a prompt counts nothing."""
     vocab = 40
     counted = Wish(prompt=(7,), output=(7,) * 3, presence=0.5, temperature=0.0)
     bench = Bench(device, [counted, replace(counted, presence=0.0), None, counted], vocab)
@@ -267,7 +267,7 @@ def test_typical_sampling_keeps_the_nearest_to_the_entropy_and_no_more_than_it_n
 
 
 def test_typical_sampling_may_drop_the_likeliest() -> None:
-    """One id of probability 0.4 beside 96 of 1/160: the entropy is nearer to the surprise of the many."""
+    """One id of probability 0.4 and 96 of 1/160: the entropy is nearer to the surprise of the many."""
     kept = typical(np.array([1.0, *[1 / 64] * 96]), 0.3)
     assert kept.tolist() == [False] + [True] * 96
 

@@ -1,4 +1,4 @@
-"""The kinds of devices, one file each. A further kind is a file here and a line in KINDS.
+"""The kinds of devices, one file each. To add a kind, add a file here and a line to KINDS.
 
 Nothing here imports tinygrad before a device is opened: its settings are read from here first.
 """

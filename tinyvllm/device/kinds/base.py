@@ -1,4 +1,4 @@
-"""What the engine asks of a kind of device, with the answers that suit most GPUs."""
+"""What the engine asks of a kind of device, with defaults that suit most GPUs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ProgramLimits:
 
 
 class DeviceKind:
-    """A kind of device. Subclasses replace what differs; every method has an answer that any GPU of tinygrad's can do
-    with. `name` arguments are tinygrad's name of one device, such as "CUDA:1"."""
+    """A kind of device. Subclasses override what differs; every method has a default that works on any GPU that
+    tinygrad drives. `name` arguments are tinygrad's name of one device, such as "CUDA:1"."""
 
     settings: ClassVar[Mapping[str, str]] = {}  # environment variables that tinygrad reads when it is imported
     is_unified: ClassVar[bool] = False  # it shares the computer's memory
@@ -38,14 +38,14 @@ class DeviceKind:
         self.name = name
 
     def is_default(self) -> bool:
-        """Whether this computer has it, and it is to be used unless the user names another."""
+        """Whether this computer has it and should use it unless the user names another."""
         return False
 
     def check(self) -> None:
-        """Raise DeviceError, with the remedy, where what it needs is missing."""
+        """Raise DeviceError, with the remedy, if something that it needs is missing."""
 
     def step_limits(self, free_bytes: Callable[[], int]) -> Limits:
-        """How much one step holds by default."""
+        """The default limits of one step."""
         return Limits(max_num_seqs=16, max_num_batched_tokens=512)
 
     def free_memory(self, name: str) -> int:
@@ -59,17 +59,17 @@ class DeviceKind:
         return name
 
     def input_array(self, buffer: Buffer) -> HostArray | None:
-        """Host memory from which inputs reach `buffer` without waiting; None: the allocator's copy will do."""
+        """Host memory from which inputs reach `buffer` without waiting; None: use the allocator's copy."""
         return None
 
     def output_reader(self, buffer: Buffer) -> OutputReader | None:
-        """A reader that waits for one step alone; None: a mark in the queue will do."""
+        """A reader that waits for one step alone; None: use a mark in the queue."""
         return None
 
     def row_writer(self, buffer: Buffer, row_size: int) -> RowWriter | None:
-        """A writer of single rows; None: the allocator's copy at an offset will do."""
+        """A writer of single rows; None: use the allocator's copy at an offset."""
         return None
 
     def make_replay(self, name: str, step: RecordedStep) -> Callable[[], Any] | None:
-        """A function that enqueues a step; None: tinygrad's graph will do."""
+        """A function that enqueues a step; None: use tinygrad's graph."""
         return None

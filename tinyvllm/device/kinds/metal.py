@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 class Metal(DeviceKind):
     is_unified = True
-    default_share = 0.8  # of what the system recommends for the GPU, which leaves a part to the rest already
+    default_share = 0.8  # of what the system recommends for the GPU, which already leaves some memory for the rest
     has_kernels = True
     # Metal Feature Set Tables: "maximum buffer argument entries", "threads per threadgroup", "threadgroup memory"
     program_limits = ProgramLimits(arguments=31, threads=1024, shared_bytes=32 << 10)

@@ -1,4 +1,4 @@
-"""Matrix products on the CPU device, over packed panels (see matrix.py).
+"""Matrix products on the CPU device, over packed panels (see ops/formats/matrix.py).
 
 One pass over a panel multiplies up to four input rows, with one accumulator in each lane for each row, and unpacks the
 weights in registers. That is faster than unpacking a panel to memory once for all rows: 64 rows of Q4_1 ran at 200
@@ -25,7 +25,7 @@ from tinyvllm.ops.kernel.tuning import Tunable
 from tinyvllm.ops.sampling.token_ids import token_id
 
 ROWS_PER_PASS = (8, 4, 2, 1)
-STAGED_ROWS = 16  # up to so many input rows are copied to the kernel's stack, and normed there; more by rms_norm
+STAGED_ROWS = 16  # up to this many input rows are copied to the kernel's stack and normalized there; more by rms_norm
 NORM_LANES = 16
 CPU_ARITHMETIC = arithmetic(exp2)
 
@@ -44,7 +44,7 @@ class NormSpec:
 class LinearSpec(Tunable):
     """One product: out (T, N) = epilogue(x (T, K) @ w.T). Hashable: the key of its kernel."""
 
-    name: str  # what it does in the model: "qkv", "attn_out", ...
+    name: str  # what it does in the model: "qkv", "attention_out", ...
     format: Format
     num_tokens: int  # T
     num_rows: int  # N of the matrix

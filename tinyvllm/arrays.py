@@ -33,9 +33,9 @@ class ScaleFormat:
     """How the scales (or minimums) of a row's groups are stored. They may be negative."""
 
     span: int  # columns that one base covers: a multiple of the group
-    has_steps: bool = False  # an integer a group multiplies the base (K quants)
+    has_steps: bool = False  # an integer per group multiplies the base (K quants)
     dtype: str = "float16"  # of the bases: a key of SCALE_DTYPES
-    has_multiplier: bool = False  # a float32 a row multiplies all of them (NVFP4's global scale)
+    has_multiplier: bool = False  # a float32 per row multiplies all of them (NVFP4's global scale)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _list(known: Any) -> str:
 
 @dataclass(frozen=True)
 class Scales:
-    """One factor a group: base[n, k // span], times steps[n, k // group] and multiplier[n] as far as there are any."""
+    """One factor per group: base[n, k // span], times steps[n, k // group] and multiplier[n] if the format has them."""
 
     base: np.ndarray  # (N, K // span), of ScaleFormat.dtype
     steps: np.ndarray | None = None  # (N, K // group) uint8 or int8

@@ -177,13 +177,13 @@ class EngineConfig:
     # of activations and unquantized matrices; auto: float32 on a CPU, bfloat16 for a bfloat16 model and for one that
     # overflows float16, else float16
     dtype: str = "auto"
-    kv_cache_dtype: str = "auto"  # auto: float16 (bfloat16 if dtype is)
+    kv_cache_dtype: str = "auto"  # auto: float16; on a GPU float32 if dtype is; on OpenCL as dtype
     dequantize: bool = False  # unpack quantized weights at load
     cpu_cores: int | None = None  # for a CPU device; None: all cores of the process, but at most one per KV head
     block_size: int = 16  # tokens per KV block
     num_gpu_blocks_override: int | None = None  # blocks in the pool; None: as many as fit in memory
-    # share of the memory that is free at start which weights and KV cache may take; None: 0.9 of a device's own memory,
-    # 0.5 of memory that it shares with the host (CPU, METAL)
+    # share of the memory free at the start that weights and KV cache may take; None: 0.9, but 0.8 on METAL and 0.5 on a
+    # CPU and OpenCL
     gpu_memory_utilization: float | None = None
     max_model_len: int | None = None  # tokens of prompt plus output; None: the model's own limit, reduced to what fits
     max_num_seqs: int | None = None  # sequences per step; None: depends on the device (execution/limits.py)
@@ -196,9 +196,9 @@ class EngineConfig:
     warm_up: str = "full"
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"  # or "priority": lower numbers first
-    # plan and enqueue a step while the previous one runs; None: wherever that pays, which excludes a CPU
+    # plan and enqueue a step while the previous one runs; None: on every device but a CPU, where it does not pay
     async_scheduling: bool | None = None
-    # how a step is captured and run: replay, by means of our own; tinyjit, by tinygrad's TinyJit (docs/CAPTURE.md)
+    # how a step is captured and run: replay: by our own code; tinyjit: by tinygrad's TinyJit (docs/CAPTURE.md)
     capture: str = field(default_factory=lambda: os.environ.get(CAPTURE_VARIABLE) or "replay")
     compile_cache: bool = True  # keep compiled programs on disk for the next start
     seed: int = 0  # seeds the generator of seeds for requests without one

@@ -92,7 +92,7 @@ def test_other_files_are_refused(tmp_path: Path, text: str, reason: str) -> None
         read_breakdown(str(path))
 
 
-def test_command_prints_both_and_exits_by_the_judgement(tmp_path: Path) -> None:
+def test_command_prints_both_and_exits_by_the_judgment(tmp_path: Path) -> None:
     paths = {name: tmp_path / f"{name}.json" for name in ("before", "same", "worse")}
     for name, run in (("before", make_run()), ("same", make_run(1.01)), ("worse", make_run(kernels=5))):
         paths[name].write_text(json.dumps(run))

@@ -19,7 +19,7 @@ def tag_capture(rows: Sequence[Row], capture: str) -> list[Row]:
 
 
 def capture_table(replayed: Sequence[Row], jitted: Sequence[Row]) -> RenderableType:
-    """One line a case: the median step of either, and how many times as fast the replay is. Both in the same order."""
+    """One line per case: the median step of each, and how many times as fast the replay is. Both in the same order."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("test", no_wrap=True)
     columns = ("kernels", "replay ms", "min", "tinyjit ms", "min", "replay t/s", "tinyjit t/s", "replay gains")

@@ -101,7 +101,7 @@ class LatencyWork:
 
 def fit_config(config: EngineConfig, work: LatencyWork, model: ModelConfig) -> EngineConfig:
     """The engine's settings, with limits for this work and only the buckets that it runs in: those that the engine
-    would choose. Raises TinyvllmError where a case is longer than the model's context."""
+    would choose. Raises TinyvllmError if a case is longer than the model's context."""
     from tinyvllm.execution.limits import resolve_limits  # here: it imports tinygrad, which --device must come before
 
     longest = max(work.max_tokens(case) for case in work.cases) + 1
@@ -129,7 +129,7 @@ def fit_config(config: EngineConfig, work: LatencyWork, model: ModelConfig) -> E
 
 
 def measure_latency(inspector: Inspector, machine: Machine, work: LatencyWork, report: Report) -> list[Row]:
-    """One row a case. Raises CapacityError, before anything is measured, for a case that the pool cannot hold."""
+    """One row per case. Raises CapacityError, before anything is measured, for a case that the pool cannot hold."""
     capacity = inspector.runner.capacity
     size, available = capacity.block_size, capacity.num_blocks - 1
     for case in work.cases:

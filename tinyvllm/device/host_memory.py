@@ -1,4 +1,4 @@
-"""The computer's own memory, as far as this process may have it."""
+"""The part of the computer's own memory that this process may use."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Running a step by means of tinygrad's TinyJit: the plain way, which our own replays are compared with.
+"""Running a step with tinygrad's TinyJit: the standard way, with which our own replays are compared.
 
-TinyJit is handed the same kernels in the same order as our recorder (`recording.launch`); it plans their memory, makes
-the device's graph of them, and launches it. What it cannot do is share intermediate memory between steps, be saved
-without its buffers, or run a CPU's cores side by side: docs/CAPTURE.md.
+TinyJit gets the same kernels in the same order as our recorder (`recording.launch`); it plans their memory, makes a
+graph of them for the device, and launches it. It cannot share intermediate memory between steps, be saved without its
+buffers, or run a CPU's cores side by side: docs/CAPTURE.md.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class JitReplay:
 
 
 def check_environment() -> None:
-    """Raise DeviceError where a setting of tinygrad's keeps TinyJit from capturing a step kernel by kernel."""
+    """Raise DeviceError if a setting of tinygrad's keeps TinyJit from capturing a step kernel by kernel."""
     if JIT.value == 0:
         raise DeviceError("JIT=0 turns TinyJit off: unset it, or use --capture replay")
     if getenv("HCQ2"):
@@ -65,7 +65,7 @@ def join_steps(first: RecordedStep, second: RecordedStep) -> RecordedStep:
 
 
 def check_same_kernels(name: str, captured: RecordedStep, recorded: RecordedStep) -> None:
-    """Raise InvariantError where TinyJit captured other programs than were recorded, or in another order."""
+    """Raise InvariantError if TinyJit captured programs other than the recorded ones, or in another order."""
     ours, theirs = ([call.target.key for call in step.calls] for step in (recorded, captured))
     if ours != theirs:
         raise InvariantError(

@@ -146,7 +146,7 @@ class AsyncEngine:
         """Yield the request's output as it is generated: at least one delta per choice, the last with a finish_reason.
 
         Waits until the engine is ready. Raises RequestError before the first delta if the request is refused, and
-        EngineDeadError if the engine stops. Closing or cancelling the generator aborts the request: its blocks are
+        EngineDeadError if the engine stops. Closing or canceling the generator aborts the request: its blocks are
         free at the next step.
         """
         await self.wait_ready()

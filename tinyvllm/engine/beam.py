@@ -213,7 +213,7 @@ UNUSED = (
 
 
 async def _all(calls: Sequence[Coroutine[Any, Any, Delta]]) -> list[Delta]:
-    """Run all calls concurrently. If one raises, or this is cancelled, the others are cancelled too."""
+    """Run all calls concurrently. If one raises, or this is canceled, the others are canceled too."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)

@@ -6,4 +6,4 @@ from tinyvllm.model.decoder import Decoder
 
 
 class Mistral(Decoder):
-    """The plain decoder: the window is in the config, where the model has one."""
+    """The plain decoder: the window is in the config, if the model has one."""

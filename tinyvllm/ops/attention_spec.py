@@ -52,7 +52,7 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class Tables:
-    """A layer's tables inside a kernel; None where it has none."""
+    """A layer's tables inside a kernel; None for those that it does not have."""
 
     rope: UOp | None
     head_norm: UOp | None

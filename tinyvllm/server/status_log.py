@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 async def log_status(engine: AsyncEngine, metrics: Metrics, interval_s: float) -> None:
-    """Log the engine's status every `interval_s` seconds, except while it is idle. Runs until it is cancelled."""
+    """Log the engine's status every `interval_s` seconds, except while it is idle. Runs until it is canceled."""
     reporter = StatusReporter(engine, metrics)
     while True:
         await asyncio.sleep(interval_s)

@@ -15,7 +15,7 @@ class FamilyFiles:
     """
 
     hf_classes: tuple[str, ...]  # config.json's `architectures`
-    hf_types: tuple[str, ...]  # config.json's `model_type`, asked where there is no class
+    hf_types: tuple[str, ...]  # config.json's `model_type`, used if there is no class
     gguf: tuple[str, ...]  # general.architecture
     activation: str = "silu"  # of the feed-forward's gate
     hf_defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers' defaults for missing keys
@@ -23,11 +23,11 @@ class FamilyFiles:
     # "by layer": those that layer_types names; without it, those from max_window_layers on (Qwen), or all but every
     # sliding_window_pattern-th (Gemma)
     hf_windows: str | None = None
-    # The period of {arch}.attention.sliding_window where the file has no sliding_window_pattern: every layer but each
+    # The period of {arch}.attention.sliding_window if the file has no sliding_window_pattern: every layer but each
     # n-th attends to the window, with 0 every layer. None: windows are not understood
     gguf_window_pattern: int | None = None
     softcaps: tuple[str, ...] = ()  # keys, which both formats call by the same name
-    local_rope_theta: float | None = None  # of windowed layers, where the file says nothing; None: as other layers'
+    local_rope_theta: float | None = None  # of windowed layers, if the file says nothing; None: as in other layers
     norm_offset: float = 0.0  # to be added to norms' weights in Hugging Face's format; GGUF has it in the weights
     overflows_float16: bool = False  # as in ModelConfig
     # Numbers of layers with which GGUF, which has no key for it, means a score scale of (hidden / heads) ** -0.5

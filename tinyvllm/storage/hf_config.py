@@ -63,7 +63,7 @@ def read_hf_config(config: Values, name: str) -> ModelConfig:
 
 
 def text_values(config: Values) -> Values:
-    """What config.json says of the language model: all of it, or its text_config where the model has other parts."""
+    """What config.json says of the language model: all of it, or its text_config if the model has other parts."""
     text = config.inner("text_config")
     if text is None:
         return config
@@ -97,7 +97,7 @@ def _head_dim(values: Values, hidden_size: int, num_heads: int) -> int:
 
 
 def _score_scale(values: Values, family: FamilyFiles, head_dim: int) -> float | None:
-    """None where it is the usual head_dim ** -0.5."""
+    """None if it is the usual head_dim ** -0.5."""
     if "query_pre_attn_scalar" not in family.hf_defaults:  # the class has no such setting
         return None
     scalar = values.positive("query_pre_attn_scalar")

@@ -99,7 +99,7 @@ def looks_like_path(name: str) -> bool:
 
 
 def unknown_name(name: str) -> str:
-    """The beginning of an error: what was asked for, and the names that can be pulled."""
+    """The beginning of an error: the name, and the catalog's names."""
     return f"there is no model {name!r}: give a catalog name ({', '.join(CATALOG)})"
 
 

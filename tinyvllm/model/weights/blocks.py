@@ -1,4 +1,4 @@
-"""What ggml's blocks of quantized weights are taken apart with.
+"""Helpers that split ggml's blocks of quantized weights into codes and scales.
 
 Blocks come as (N, B, bytes of a block) uint8: B blocks in each of N rows, so that K = B * weights of a block.
 """
@@ -18,7 +18,7 @@ Parts: TypeAlias = tuple[np.ndarray, Scales, Scales | None]  # codes (N, K), sca
 
 @dataclass(frozen=True)
 class BlockKind:
-    """A kind of blocks, whose format bears ggml's name, and the function that takes a matrix of them apart."""
+    """A kind of block: its format, under ggml's name, and the function that splits a matrix of such blocks."""
 
     format: Format
     split: Callable[[np.ndarray], Parts]
@@ -30,8 +30,8 @@ def whole_rows(parts: np.ndarray) -> np.ndarray:
 
 
 def nibbles(packed: np.ndarray, span: int) -> np.ndarray:
-    """Four-bit codes, (N, B, 2 * bytes): of every `span` codes the low halves of the bytes hold the first, the high
-    halves the second span / 2."""
+    """4-bit codes, (N, B, 2 * bytes). Of every `span` codes, the low halves of the bytes hold the first half and the
+    high halves the second."""
     rows, per_row, num_bytes = packed.shape
     packed = packed.reshape(rows, per_row, num_bytes * 2 // span, span // 2)
     codes = np.empty((*packed.shape[:3], 2, span // 2), np.uint8)

@@ -25,7 +25,7 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
         read = read_gguf(files.path, config)
     else:
         read = language_model_tensors(read_safetensors(files.path), config.architecture)
-    # tied embeddings: some writers store the head nevertheless, as a copy that transformers does not read either
+    # tied embeddings: some writers store a copy of them as the head anyway, which transformers ignores too
     ignored = (*IGNORED_SUFFIXES, HEAD_NAME) if config.tie_embeddings else IGNORED_SUFFIXES
     return Checkpoint(files.path, {name: tensor for name, tensor in read.items() if not name.endswith(ignored)})
 

@@ -33,7 +33,7 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# What a family calls otherwise, by the registry's key: Gemma's layers have norms after attention and feed-forward too
+# Names that differ in a family, by the registry's key: Gemma's layers have norms after attention and feed-forward too
 FAMILY_LAYER_NAMES = {
     "gemma3": {
         "post_attention_norm": "post_attention_layernorm",
@@ -88,7 +88,7 @@ def _read(tensor: GGUFTensor) -> HostMatrix:
 
 
 def _read_rotary(tensor: GGUFTensor, head_dim: int) -> HostMatrix:
-    """Rows in Hugging Face's order. Whole rows of blocks are moved before they are taken apart."""
+    """Rows in Hugging Face's order. Whole rows of blocks are moved before they are split."""
     num_rows = tensor.shape[0]
     return _decode(tensor, tensor.data.reshape(num_rows, -1)[half_order(num_rows, head_dim)].reshape(-1))
 

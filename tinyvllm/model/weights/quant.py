@@ -1,4 +1,4 @@
-"""ggml's quantized blocks taken apart, without loss, into codes, scales and minimums (tinyvllm.arrays.QuantizedMatrix).
+"""ggml's quantized blocks, split without loss into codes, scales and minimums (tinyvllm.arrays.QuantizedMatrix).
 
 Block layouts: https://github.com/ggml-org/llama.cpp/blob/aca2e6ce7909064dbfbf3bd168e9ad3db1826e6c/ggml/src/ggml-common.h
 To add a kind, write a function like those below and add an entry to QUANTIZED_KINDS: docs/EXTENDING.md has an example.
@@ -20,9 +20,9 @@ STEPPED_SCALE = ScaleFormat(SUPER, has_steps=True)
 
 
 def decompose(ggml_type: str, raw: np.ndarray, shape: tuple[int, ...]) -> QuantizedMatrix:
-    """Take a matrix's bytes apart. raw: all its bytes, uint8, any shape; shape (N, K).
+    """Split a matrix's bytes. raw: all its bytes, uint8, any shape; shape (N, K).
 
-    Raises UnsupportedModelError for an unknown type, ModelError where the bytes are not those of the shape.
+    Raises UnsupportedModelError for an unknown type, ModelError if the number of bytes does not match.
     """
     if ggml_type not in QUANTIZED_KINDS:
         raise UnsupportedModelError(f"quantization {ggml_type} is not supported; known: {', '.join(QUANTIZED_KINDS)}")

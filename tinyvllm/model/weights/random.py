@@ -51,7 +51,7 @@ class RandomWeights:
         return drawn
 
     def finish(self) -> None:
-        """Nothing can be left over: there is only what was asked for."""
+        """Nothing can be left over: tensors are made when they are taken."""
 
 
 def draw_quantized(kind: str, rows: int, cols: int, rng: np.random.Generator) -> QuantizedMatrix:

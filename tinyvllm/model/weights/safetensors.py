@@ -43,7 +43,7 @@ def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _read_index(directory: Path) -> dict[str, str]:
-    """File names by tensor name; nothing where there is no index."""
+    """File names by tensor name; empty if there is no index."""
     path = directory / INDEX_NAME
     if not path.is_file():
         return {}

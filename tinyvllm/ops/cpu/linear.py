@@ -193,7 +193,7 @@ class _Tile:
 
 
 def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: list[_Shard], panel: UOp) -> _Tile:
-    """The product of a tile of x's rows with a panel: 32 accumulators, one a lane, for each row."""
+    """The product of a tile of x's rows with a panel: 32 accumulators, one per lane, for each row."""
     rows = spec.rows_per_pass
     tile_row = body.loop(spec.num_tokens // rows) if spec.num_tokens > rows else None
     loops = [tile_row] if tile_row is not None else []

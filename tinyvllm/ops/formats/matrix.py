@@ -60,7 +60,7 @@ class Matrix:
     layout: str  # "panel" or "row"
     planes: tuple[Tensor, ...]
     row_shards: tuple[Matrix, ...] = ()  # each core's rows, if several cores hold them; `planes` is empty then
-    num_experts: int = 0  # that the rows belong to, as many to each, one after the other; 0: no axis of experts
+    num_experts: int = 0  # each with the same number of rows, one after the other; 0: no axis of experts
 
     @property
     def shards(self) -> tuple[Matrix, ...]:
@@ -132,7 +132,7 @@ class Planes:
 
     @staticmethod
     def count(fmt: Format) -> int:
-        """How many planes a matrix of this format has."""
+        """The number of planes of a matrix of this format."""
         return 1 + (1 if high_bits(fmt) else 0) + sum(1 + s.has_steps + s.has_multiplier for s in fmt.scales)
 
     # -- reading, in the panel layout --------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def _pack_high(high: np.ndarray, width: int) -> np.ndarray:
 
 
 def unpack(matrix: Matrix, dtype: DType = dtypes.float) -> Tensor:
-    """The whole matrix as a Tensor (N, K), by plain Tensor arithmetic: the reference of the kernels' readers, and the
+    """The whole matrix as a Tensor (N, K), by plain Tensor arithmetic: the reference for the kernels' readers, and the
     form in which the general product of GPUs reads weights (the arithmetic fuses into the product's kernel)."""
     fmt, planes = matrix.format, Planes(matrix.format, matrix.planes)
     values = _unarrange(_unpack_values(planes, matrix), matrix)

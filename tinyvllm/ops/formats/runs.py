@@ -28,7 +28,7 @@ COVERED_BITS, COVERED_GROUPS = (4, 5, 6, 8), (16, 32)
 
 
 def covers(fmt: Format) -> bool:
-    """Whether a matrix of this format can be read by runs. What cannot takes the general form (`matrix.unpack`)."""
+    """Whether a matrix of this format can be read by runs. Other formats take the general form (`matrix.unpack`)."""
     if not fmt.is_quantized:
         return True
     has_integers = fmt.codebook is None and not fmt.is_float8 and fmt.bits in COVERED_BITS
@@ -182,7 +182,7 @@ def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, to_halves: Cal
 
 
 def read_halves(planes: Planes, row: UOp, run: UOp, num_cols: int, mma: Mma) -> list[UOp]:
-    """A quantized run's weights, rounded to float16, as the operand of `Mma.multiply_pairs`: two instructions a pair,
+    """A quantized run's weights, rounded to float16, as the operand of `Mma.multiply_pairs`: two instructions per pair,
     besides the one or two that move it into place. (code - offset) is exact in float16, so its product with a float16
     scale is rounded once."""
     require_covered(planes.fmt)

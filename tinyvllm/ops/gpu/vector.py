@@ -244,7 +244,7 @@ class _Input:
             self.staged, self.squares = _stage(place, spec, self.x, norm_weight)
 
     def read(self, run: _LoadedRun, iteration: UOp | int) -> list[UOp]:
-        """The columns of a run, 0 where there is none."""
+        """The columns of a run, 0 outside the matrix."""
         start, cols = run.number * self.spec.cols, self.spec.cols
         if self.split is not None:
             values = self.split.read(self.place.body, start, cols, [*self.place.axes, *axes_of(iteration)])

@@ -1,4 +1,4 @@
-"""The building blocks of GPU kernels, beside body.py: sums across lanes, carried registers, matrix units.
+"""The building blocks of GPU kernels, besides body.py: sums across lanes, carried registers, matrix units.
 
 Two things depend on the kind of device, and both are here: how a lane gets another lane's value, and which elements of
 a matrix product a lane holds. A device without either (OpenCL) takes the general kernels of ops/gpu/backend.py.
@@ -212,7 +212,7 @@ class Mma:
     def multiply_words(self, body: Body, w: list[list[UOp]], x: list[list[UOp]], start: Sequence[UOp]) -> list[UOp]:
         """Like `multiply`, with operands in words of two halves; returns a tile's sums, which begin at `start`.
 
-        On CUDA this is inline PTX: tinygrad would take the words apart, and the compiler would move every half."""
+        On CUDA this is inline PTX: tinygrad would split the words, and the compiler would move every half."""
         if self.kind == "METAL":
             sums = self.multiply([_in_halves(run) for run in w], [_in_halves(run) for run in x], UOp.stack(*start))
             return [sums.index(e) for e in range(self.elements)]

@@ -81,7 +81,7 @@ class Choices:
 
     @property
     def digest(self) -> str:
-        """A hash of all choices, part of a recorded step's name: a step traced with other choices is another step."""
+        """A hash of all choices, part of a recorded step's name: other choices give a different step."""
         return hashlib.sha256(repr(sorted(self.chosen.items())).encode()).hexdigest()[:16]
 
     def save(self) -> None:

@@ -69,6 +69,10 @@ def test_the_module_runs_as_the_command_does(arguments: tuple[str, ...]) -> None
     assert (done.returncode, done.stdout, done.stderr) == (expected.exit_code, expected.stdout, expected.stderr)
 
 
+def test_an_error_before_any_progress_is_the_first_line() -> None:
+    assert run("pull", "no-such-model").stderr.startswith("error: there is no model 'no-such-model'")
+
+
 def test_defaults_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     terminal = make_terminal(monkeypatch, tmp_path)
     assert terminal.run("generate", "-p", "x").exit_code == 0

@@ -62,12 +62,17 @@ def progress_bars(*, in_bytes: bool = False) -> Iterator[Progress]:
 
     count = progress.DownloadColumn() if in_bytes else progress.MofNCompleteColumn()
     columns = (progress.TextColumn("{task.description:<10}"), progress.BarColumn(), count, progress.TimeElapsedColumn())
-    with progress.Progress(*columns, console=err) as bars:
-        tasks: dict[str, progress.TaskID] = {}
+    bars = progress.Progress(*columns, console=err)
+    tasks: dict[str, progress.TaskID] = {}
 
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            bars.start()  # not earlier: without a stage, it would print an empty line before an error
+            tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(tasks[stage], completed=done, total=total)
 
+    try:
         yield report
+    finally:
+        if tasks:
+            bars.stop()

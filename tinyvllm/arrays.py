@@ -103,7 +103,7 @@ class Format:
 
     @property
     def scales(self) -> tuple[ScaleFormat, ...]:
-        """Scale and minimum, as far as there are any."""
+        """The scale and the minimum, if the format has them."""
         return tuple(scale for scale in (self.scale, self.minimum) if scale is not None)
 
     @property

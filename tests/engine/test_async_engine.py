@@ -391,7 +391,7 @@ async def test_progress_is_passed_on_and_a_shutdown_ends_the_start() -> None:
     waiting = [asyncio.ensure_future(engine.wait_ready()) for _ in range(2)]
     while not is_loading.is_set():
         await asyncio.sleep(0.001)
-    waiting[0].cancel()  # who stops waiting does not stop the others from waiting
+    waiting[0].cancel()  # one caller that stops waiting does not stop the others from waiting
     await asyncio.sleep(0)
     await engine.shutdown()
     with pytest.raises(EngineDeadError, match="before it was ready"):

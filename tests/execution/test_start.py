@@ -54,7 +54,7 @@ def first(tmp_path_factory: pytest.TempPathFactory, tiny_gguf_files: ModelFiles)
 
 @pytest.fixture
 def cache(first: FirstStart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of one's own, as the first start left it."""
+    """A separate cache, as the first start left it."""
     shutil.copytree(first.root, tmp_path / "cache")
     monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "programs"

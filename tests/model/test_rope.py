@@ -46,7 +46,7 @@ def test_linear_scaling_divides_positions() -> None:
 
 
 def test_llama3_scaling_by_wavelength() -> None:
-    """Short waves stay, long ones are stretched by the factor, and between them lies a mixture."""
+    """Short waves stay, long ones are stretched by the factor, and those between are a mixture."""
     plain = inverse_frequencies(Rope(500000.0), 128)
     scaled = inverse_frequencies(Rope(500000.0, LLAMA31), 128)
     for before, after in zip(plain, scaled, strict=True):

@@ -50,7 +50,7 @@ class BucketStart:
 @dataclass(frozen=True)
 class ColdStart:
     """A start by parts, in seconds. `process_s`: from the start of the process to the command's first line; None if the
-    system does not tell.
+    system does not report it.
 
     `first_graphs_s`: capturing the graphs that can run every request, after which a server is ready. `first_step_s`:
     the step of a short prompt in them. `buckets`: in the order of capture, these first."""

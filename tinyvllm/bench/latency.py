@@ -294,7 +294,7 @@ def _append(requests: list[Request], output: StepOutput) -> None:
 
 
 def _decode_costs(inspector: Inspector, requests: list[Request], num_steps: int) -> list[StepCost]:
-    """Of the same steps. Apart, because counting takes longer than what lies between two steps of the engine."""
+    """The costs of the same steps. Counted separately, because that takes longer than the time between two steps."""
     costs = []
     for _ in range(num_steps):
         costs.append(inspector.cost(_decode_plan(requests)))

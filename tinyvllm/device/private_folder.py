@@ -72,7 +72,7 @@ class PrivateFolder:
         return value
 
     def write(self, name: str, value: object) -> None:
-        """Save a value. If it cannot be written (a full disk), the next start goes without it."""
+        """Save a value. If it cannot be written (a full disk), the next start does without it."""
         payload = pickle.dumps(value, protocol=5)
         temporary = self.folder / f".{name}.{os.getpid()}"
         try:

@@ -41,7 +41,7 @@ class Coverage:
 
     @contextmanager
     def watching(self) -> Iterator[list[Note]]:
-        """A list of what is noted meanwhile: a saved step keeps it, since restoring runs no operation again."""
+        """The list of what is noted in this block. A saved step keeps it, because restoring it runs no operations."""
         notes: list[Note] = []
         self._watched = notes
         try:

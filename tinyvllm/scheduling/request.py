@@ -152,7 +152,7 @@ class Request:
         ]
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Ids [start, stop) of the prompt followed by the output, as far as they are known."""
+        """Ids [start, stop) of the prompt followed by the output, up to the last known one."""
         split = len(self.prompt_ids)
         if stop <= split:
             return self.prompt_ids[start:stop]

@@ -66,7 +66,7 @@ class GGUFFile:
 
 @lru_cache(maxsize=4)
 def _read_model(path: Path, mtime_ns: int, num_bytes: int) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """Metadata and tensors of a file and, if it was split, of its further parts."""
+    """Metadata and tensors of a file and, if it was split, of its other parts."""
     metadata, tensors = _read_part(path)
     for part in _further_parts(path, metadata):
         tensors |= _read_part(part)[1]

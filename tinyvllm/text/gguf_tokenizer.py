@@ -101,7 +101,7 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> TokenizerSpec:
 
 
 def read_special_texts(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Texts of the special tokens that chat templates use: bos_token, eos_token and unk_token, as far as they exist."""
+    """Texts of the special tokens that chat templates use: bos_token, eos_token and unk_token, if they exist."""
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     found = {}
     for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown")):

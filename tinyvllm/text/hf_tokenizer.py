@@ -49,7 +49,7 @@ def read_hf_tokenizer(directory: Path) -> TokenizerSpec:
 
 
 def read_special_texts(directory: Path) -> dict[str, str]:
-    """Texts of bos_token, eos_token, unk_token and pad_token, as far as the files name them."""
+    """Texts of bos_token, eos_token, unk_token and pad_token, if the files name them."""
     named = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
     values = {name: named.get(name) for name in SPECIAL_NAMES}
     # a token is its text, or an object with the text and how to match it

@@ -97,7 +97,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def bits_of(dtype: str) -> int:
-    """Bits of a value of one of the format's types, whose names tell them: F8_E4M3, BF16, ..."""
+    """Bits of a value, from the name of its type: F8_E4M3, BF16, ..."""
     return 8 if dtype == "BOOL" else int(dtype.partition("_")[0].lstrip("BCFIU"))
 
 

@@ -1,4 +1,4 @@
-"""A tensor that lies in a file and has not been read yet."""
+"""A tensor in a file that has not been read yet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ml_dtypes import bfloat16
 
 from tinyvllm.arrays import HostMatrix
 
-# Unquantized types, which safetensors and GGUF call the same
+# Unquantized types, whose names are the same in safetensors and GGUF
 DENSE_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),

@@ -179,7 +179,7 @@ class FusedGpuBackend(GpuBackend):
         parts = [self.whole(part) if lazy is None else lazy.partials for part, lazy in zip(qkv, sums, strict=True)]
         kind = DecodeSpec if step.is_decode else PrefillSpec
         mma = self._mma(dtypes.half) if step.pool.dtype == "float16" else None
-        reason = f"a pool in {step.pool.dtype}"
+        reason = f"a pool in {step.pool.dtype}" if step.pool.dtype != "float16" else "no matrix unit for float16"
         if mma is not None:
             lanes = self._lanes(step.num_tokens) if step.is_decode else self.lanes
             own = dict(lanes=lanes, mma=mma, qkv_partials=counts)

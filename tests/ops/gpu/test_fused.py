@@ -51,6 +51,7 @@ from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import AWAIT_PREVIOUS, record, trace_step
 from tinyvllm.device.replay import make_replay
 from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm, Step, pool_groups
+from tinyvllm.ops.gpu.attention_decode import existing_tile
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.matrix import MatrixSpec
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
@@ -171,6 +172,16 @@ def test_a_residual_after_an_activation_is_not_left_out(tokens: int) -> None:
     gate_up = backend.gate_up(make_host("float16", 64, 256), make_host("float16", 64, 256))
     run_product(backend, x, gate_up, tokens, epilogue=Epilogue(activation="silu", residual=residual))
     assert backend.coverage.lines() == ["test: a product with a residual after an activation takes the general kernel"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 0), (0, 9), (128, 9), (128, 16), (128, 17), (256, 250), (128, 256)])
+def test_a_split_without_tokens_reads_a_whole_tile_of_the_context(low: int, high: int) -> None:
+    """Keys are loaded before it is known that none are needed: from the last slot of the pool on, beyond its end."""
+    first = existing_tile(UOp.const(low), UOp.const(high))
+    assert isinstance(first, UOp)
+    start = first.simplify().arg
+    assert start % 16 == 0 and start < max(1, high)
+    assert start == low or low >= high
 
 
 def test_attention_reads_qkv_after_its_epilogue() -> None:

@@ -127,6 +127,13 @@ class _Tile:
         return replace(self, values=[[has_tokens.where(v, v.const_like(0.0)) for v in run] for run in self.values])
 
 
+def existing_tile(low: UOp | int, high: UOp) -> UOp | int:
+    """Where a tile of the context begins that a split [low, high) may read in place of its own: its first, or if it has
+    no tokens the context's last. A whole tile, since the keys of all its tokens are loaded, which must lie in one
+    block."""
+    return low if isinstance(low, int) else low.minimum((high - 1).maximum(0)) // TILE_TOKENS * TILE_TOKENS
+
+
 class _Context:
     """The threadgroup's split of the row's context, tokens [low, high), which its warps read in passes of a few tiles
     each."""
@@ -149,9 +156,9 @@ class _Context:
 
     def _load_tile(self, wanted: UOp) -> _Tile:
         """The tile that begins at token `wanted`, or any of the context's if the split ends before."""
-        row, spec, low, high = self.row, self.row.spec, self.low, self.high
-        is_used = wanted < high
-        first = is_used.where(wanted, low.minimum((high - 1).maximum(0)) if isinstance(low, UOp) else low)
+        row, spec = self.row, self.row.spec
+        is_used = wanted < self.high
+        first = is_used.where(wanted, existing_tile(self.low, self.high))
         size = spec.layout.block_size
         block = clamp(row.inputs[row.table + first // size].load(), 0, spec.num_blocks - 1)
         base = (block * size + first % size) * spec.slot_elements + row.group.kv_head * spec.head_dim

@@ -76,7 +76,7 @@ def test_share_is_read_as_percent_or_number(text: str, share: float) -> None:
 def test_different_work_is_refused() -> None:
     other = make_run()
     other["device"] = "CUDA"
-    with pytest.raises(TinyvllmError, match="differ in device: CPU and CUDA"):
+    with pytest.raises(TinyvllmError, match="differ in device, CPU and CUDA: compare runs with the same device"):
         compare(make_run(), other, 0.05)
     longer = copy.deepcopy(make_run())
     longer["cases"][0]["prompt_tokens"] = 1024

@@ -174,10 +174,10 @@ def test_gate_and_up_of_different_formats_are_fused_all_the_same(backend: Backen
 def test_a_projection_that_does_not_fill_its_panels_is_refused(device: DeviceHandle, rows: int) -> None:
     host = make_host("float32", rows, 32)
     for load in (lambda cpu: cpu.stacked([host], 1), lambda cpu: cpu.gate_up(host, host)):
-        with pytest.raises(UnsupportedModelError, match=f"{rows} rows, which is no multiple of 32"):
+        with pytest.raises(UnsupportedModelError, match=f"{rows} rows, which is not a multiple of 32"):
             load(CpuBackend(device, None))
 
 
 def test_a_width_that_is_no_multiple_of_32_is_refused(backend: Backend) -> None:
-    with pytest.raises(UnsupportedModelError, match="matrix of 32 x 40 has a width that is no multiple of 32"):
+    with pytest.raises(UnsupportedModelError, match="matrix of 32 x 40 has a width that is not a multiple of 32"):
         backend.matrix(make_host("float32", 32, 40))

@@ -69,7 +69,7 @@ def test_attention_of_large_models_renders_within_the_limits(
 @pytest.mark.parametrize("target", GENERAL_TARGETS)
 @pytest.mark.parametrize("vocab", [300, 49152])
 def test_a_step_with_logits_processing_renders_within_the_limits(target: str, vocab: int) -> None:
-    """A vocabulary that is no multiple of a mask's word among them."""
+    """One vocabulary is not a multiple of a mask's word."""
     kernels = kernels_of([plan_processed(gpu_backend("float16"), vocab)])
     names = [kernel.arg.name.split("_")[0] for kernel in kernels]
     assert names == ["logprobs", "process", "bias", "typical", "leaders", "draw", "count"]

@@ -96,7 +96,7 @@ def test_random_damage_to_the_header_is_never_another_kind_of_error(tmp_path: Pa
     [
         (b"", "is empty: download it again"),
         (b"<html>not found</html>", "is not a GGUF file: it begins with b'<htm'"),
-        (b"GGUF\x01\0\0\0" + bytes(16), "has GGUF version 1; known are 2 and 3"),
+        (b"GGUF\x01\0\0\0" + bytes(16), "has GGUF version 1, which is not supported; known: 2 and 3"),
         (b"GGUF\0\0\0\x03" + bytes(16), "big-endian"),
     ],
 )
@@ -113,7 +113,7 @@ def test_unknown_tensor_type_lists_the_known(tmp_path: Path) -> None:
     name = b"output_norm.weight"
     type_at = content.index(name) + len(name) + 4 + 8  # one dimension's count and length come between
     path.write_bytes(content[:type_at] + (999).to_bytes(4, "little") + content[type_at + 4 :])
-    with pytest.raises(UnsupportedModelError, match=r"output_norm\.weight has type number 999.*known are F32, F16"):
+    with pytest.raises(UnsupportedModelError, match=r"output_norm\.weight has type number 999.*known: F32, F16"):
         GGUFFile(path)
 
 
@@ -128,7 +128,7 @@ def test_split_model_says_which_part_is_missing_or_to_be_given(tmp_path: Path) -
     with pytest.raises(ModelError, match="one of 3 parts: give the first"):
         GGUFFile(tmp_path / "tiny-00002-of-00003.gguf")
     (tmp_path / "tiny-00002-of-00003.gguf").unlink()
-    with pytest.raises(ModelError, match=r"tiny-00002-of-00003\.gguf is missing beside it"):
+    with pytest.raises(ModelError, match=r"its directory lacks tiny-00002-of-00003\.gguf"):
         GGUFFile(first)
 
 

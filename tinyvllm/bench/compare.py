@@ -97,7 +97,9 @@ def compare(
 def _check_same_work(before: dict[str, Any], after: dict[str, Any]) -> None:
     for field in ("model", "dtype", "device", "prefix_caching"):
         if before[field] != after[field]:
-            raise TinyvllmError(f"the runs differ in {field}: {before[field]} and {after[field]}")
+            raise TinyvllmError(
+                f"the runs differ in {field}, {before[field]} and {after[field]}: compare runs with the same {field}"
+            )
     shapes = [[(c["name"], c["prompt_tokens"], c["output_tokens"]) for c in run["cases"]] for run in (before, after)]
     missing = [shape for shape in shapes[1] if shape not in shapes[0]]
     if missing:

@@ -107,7 +107,7 @@ def fit_config(config: EngineConfig, work: LatencyWork, model: ModelConfig) -> E
     longest = max(work.max_tokens(case) for case in work.cases) + 1
     if longest > model.max_position:
         raise TinyvllmError(
-            f"the longest case has {longest} tokens, but the model was made for {model.max_position}: "
+            f"the longest case has {longest} tokens, but the model's context is {model.max_position}: "
             "lower --context, --prefill or --tokens"
         )
     num_seqs = max(case.batch for case in work.cases)

@@ -36,7 +36,7 @@ class Subject:
         if num_layers is None:
             return cls(model_config.name, model_config, kind=kind)
         if not 1 <= num_layers <= model_config.num_layers:
-            raise TinyvllmError(f"--layers is {num_layers}: {shape} has 1 to {model_config.num_layers}")
+            raise TinyvllmError(f"--layers is {num_layers}: give 1 to {model_config.num_layers} for {shape}")
         name = f"{model_config.name}/{num_layers}-layers"
         return cls(name, dataclasses.replace(model_config, num_layers=num_layers), kind=kind)
 

@@ -48,7 +48,10 @@ def tune(
             _write_bad(Path(tally.path), tally.begun)
             report(replace(tally.begun, what="end", message="it crashed the process"))
             if tally.deaths >= MAX_DEATHS:
-                raise DeviceError(f"{tally.deaths} workers have died in one search, the last of {tally.begun.name}")
+                raise DeviceError(
+                    f"{tally.deaths} workers died in one search, the limit, the last while trying {tally.begun.name}: "
+                    "check the device with `tinyvllm doctor`; results so far are kept"
+                )
         elif not tally.is_done and not tally.is_out_of_time:
             raise DeviceError(f"the tuning worker could not start: {tally.message or 'it ended without a message'}")
     return Outcome(Path(tally.path), tally.tried, tally.bad + tally.deaths, tally.is_done)

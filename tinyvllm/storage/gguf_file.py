@@ -105,7 +105,7 @@ def _further_parts(path: Path, metadata: dict[str, Any]) -> list[Path]:
     parts = [path.with_name(f"{name['stem']}-{number:05}-of-{count:05}.gguf") for number in range(2, count + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise ModelError(
-            f"{path} is one of {count} parts, but {', '.join(missing)} is missing beside it: download all parts"
+            f"{path} is one of {count} parts, but its directory lacks {', '.join(missing)}: download all parts"
         )
     return parts
 
@@ -125,7 +125,7 @@ def _locate(info: _TensorInfo, path: Path, data: np.ndarray, start: int) -> GGUF
     except ValueError:
         known = ", ".join(known.name for known in GGMLQuantizationType)
         raise UnsupportedModelError(
-            f"{path}: tensor {info.name} has type number {info.type_number}, which is not known; known are {known}"
+            f"{path}: tensor {info.name} has type number {info.type_number}, which is not known; known: {known}"
         ) from None
     block_size, block_bytes = GGML_QUANT_SIZES[quantization]
     columns = info.shape[-1] if info.shape else 1
@@ -177,7 +177,9 @@ class _Cursor:
         if version not in VERSIONS:
             order = " (is it a big-endian file?)" if version & 0xFFFF == 0 else ""
             known = " and ".join(map(str, VERSIONS))
-            raise UnsupportedModelError(f"{self.path} has GGUF version {version}{order}; known are {known}")
+            raise UnsupportedModelError(
+                f"{self.path} has GGUF version {version}{order}, which is not supported; known: {known}"
+            )
         return self.number(U64), self.number(U64)
 
     def value(self, type_number: int) -> Any:

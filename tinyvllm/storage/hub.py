@@ -56,7 +56,7 @@ def list_files(repo_id: str) -> Listing:
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise UnsupportedModelError(
             f"{repo_id} has no config.json with *.safetensors at its top level (pickle files are not read): "
-            "choose a repository that has, or download a .gguf file of the model and pass its path"
+            "choose a repository that has both, or download a .gguf file of the model and pass its path"
         )
     return Listing(repo_id, info.sha or "main", tuple(files))
 

@@ -250,7 +250,7 @@ CASES = [
     Case(9, 3, 64, StepLayout(100, 3, 12, 16), False, "float16", (12, 3)),  # V in another format than Q and K
     Case(4, 4, 64, StepLayout(260, 2, 40, 8), False, "float16"),  # no grouping, blocks smaller than a tile's piece
     Case(16, 2, 128, StepLayout(150, 4, 10, 32), False, "float16", (16, 2, 2)),
-    Case(5, 1, 64, StepLayout(33, 33, 5, 64), False, "float16"),  # a tile's rows are no multiple of the group
+    Case(5, 1, 64, StepLayout(33, 33, 5, 64), False, "float16"),  # a tile's rows are not a multiple of the group
     Case(16, 8, 128, StepLayout(150, 4, 10, 16), False, "float16", normed=True),  # Qwen3's
     Case(3, 1, 64, StepLayout(35, 3, 5, 16), False, "float16", (3, 1, 1), normed=True),  # pieces in part of a warp
 ]

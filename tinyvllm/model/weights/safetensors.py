@@ -38,7 +38,9 @@ def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
         tensors |= found
     for name, file_name in weight_map.items():
         if name not in tensors:
-            raise WeightMismatchError(f"{directory / INDEX_NAME} places tensor {name} in {file_name}, which lacks it")
+            raise WeightMismatchError(
+                f"{directory / INDEX_NAME} places tensor {name} in {file_name}, which lacks it: download both again"
+            )
     return tensors
 
 
@@ -103,5 +105,7 @@ def bits_of(dtype: str) -> int:
 
 def _read(path: Path, name: str, dtype: str, shape: tuple[int, ...], raw: np.ndarray) -> HostMatrix:
     if dtype not in DENSE_DTYPES:
-        raise UnsupportedModelError(f"{path}: tensor {name} has type {dtype}; known: {', '.join(DENSE_DTYPES)}")
+        raise UnsupportedModelError(
+            f"{path}: tensor {name} has type {dtype}, which is not supported; known: {', '.join(DENSE_DTYPES)}"
+        )
     return view_dense(raw, dtype, shape)

@@ -361,7 +361,7 @@ def _count_cores(available: int, layers: Sequence[LayerKind]) -> int:
 def _require_panels(host: HostMatrix) -> None:
     """Matrices whose rows feed another operation must fill their panels: only the head may be padded."""
     if host.shape[0] % PANEL:
-        raise UnsupportedModelError(f"a projection has {host.shape[0]} rows, which is no multiple of {PANEL}")
+        raise UnsupportedModelError(f"a projection has {host.shape[0]} rows, which is not a multiple of {PANEL}")
 
 
 @cached_kernel

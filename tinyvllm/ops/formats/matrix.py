@@ -322,11 +322,11 @@ def pack(
 def _check_shape(host: HostMatrix, num_experts: int) -> None:
     rows, cols = host.shape
     if cols % PANEL:
-        raise UnsupportedModelError(f"a matrix of {rows} x {cols} has a width that is no multiple of {PANEL}")
+        raise UnsupportedModelError(f"a matrix of {rows} x {cols} has a width that is not a multiple of {PANEL}")
     if isinstance(host, QuantizedMatrix) and cols % host.format.columns:
         raise UnsupportedModelError(
-            f"a matrix of {rows} x {cols} has a width that is no multiple of {host.format.columns}, the columns that a "
-            f"scale of {host.format.name} covers: unpack it with --dequantize"
+            f"a matrix of {rows} x {cols} has a width that is not a multiple of {host.format.columns}, the columns "
+            f"that a scale of {host.format.name} covers: unpack it with --dequantize"
         )
     if num_experts and rows % (num_experts * PANEL):
         raise UnsupportedModelError(f"{rows} rows are not {num_experts} experts' of a multiple of {PANEL} each")

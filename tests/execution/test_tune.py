@@ -50,7 +50,7 @@ def test_a_search_goes_over_every_tunable_kernel_once_and_is_remembered(runner: 
 
 
 def test_the_fastest_candidate_is_chosen_and_traced(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times are made up: one row a pass takes half as long in the down projection, and nothing else matters."""
+    """Times are invented: one row per pass takes half as long in the down projection, and nothing else matters."""
     real = tune_module.time_step
 
     def time_step(runner: ModelRunner, bucket: Bucket, plan: object) -> tuple[float, object]:

@@ -1,4 +1,4 @@
-"""Every program of every graph of a model's shape on METAL, with Metal's limits beside it:
+"""Every program of every graph of a model's shape on METAL, next to Metal's limits:
 python -m tests.metal.limits --shape llama-3.2-1b --family Apple7 --kind Q4_K
 
 The engine itself is started, on a simulated computer where nothing runs and buffers have no memory: the weights are

@@ -26,7 +26,7 @@ QWEN3 = {"family": "qwen3", "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim":
 # each kind that matters, where llama.cpp's mixtures may have it
 MIXED = {"attn_v": "Q6_K", "attn_output": "Q4_1", "ffn_down": "Q6_K", "ffn_gate": "Q4_0", "ffn_up": "Q4_0"}
 
-# Rows of every kind at once: decode buckets of 1 and 4 (also with rows of padding), prompts cut into chunks beside
+# Rows of every kind at once: decode buckets of 1 and 4 (also with rows of padding), prompts cut into chunks next to
 # others' decodes, a pool of 5 blocks and the dummy for five sequences that would take 13, prompts that begin alike.
 CROWDED: dict[str, Any] = {
     "max_model_len": 64,

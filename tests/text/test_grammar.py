@@ -153,7 +153,7 @@ def test_matchers_of_one_grammar_know_nothing_of_each_other() -> None:
 
 
 def test_blanks_come_to_an_end() -> None:
-    """A model that wants nothing but blanks is made to go on."""
+    """A model that wants nothing but blanks has to continue."""
     tokenizer, vocabulary = TOKENIZERS["byte-level"], VOCABULARIES["byte-level"]
     matcher = compiled("json_object").matcher()
     assert matcher.accept(tokenizer.encode("{", add_special_tokens=False)[0])

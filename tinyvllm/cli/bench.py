@@ -51,7 +51,7 @@ def latency(
 ) -> None:
     """Time single steps: prefill by length, decode by batch and context.
 
-    Each is shown beside its floor, the least time that the memory's bandwidth allows."""
+    Each is shown next to its floor, the least time that the memory's bandwidth allows."""
     runner.apply()
     config = EngineConfig(model=subject.model or "", max_num_seqs=1, **runner.settings())
 

@@ -304,7 +304,7 @@ class AsyncEngine:
         self._report_step(engine.core.stats)
 
     def _report_step(self, stats: StepStats) -> None:
-        """Call `on_step`. If it raises, the engine goes on without it."""
+        """Call `on_step`. If it raises, the engine continues without it."""
         if self.on_step is None:
             return
         try:

@@ -155,7 +155,7 @@ class _Cursor:
     def take(self, num_bytes: int) -> memoryview:
         end = self.offset + num_bytes
         if end > len(self.bytes):
-            raise _cut_short(self.path, len(self.bytes), f"its header goes on to byte {end} or further")
+            raise _cut_short(self.path, len(self.bytes), f"its header continues to byte {end} or further")
         taken = self.bytes[self.offset : end]
         self.offset = end
         return taken

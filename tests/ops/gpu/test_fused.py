@@ -68,7 +68,7 @@ from tinyvllm.ops.step_inputs import StepLayout
 def test_a_layer_takes_five_kernels_for_one_row_and_seven_for_more(
     kind: str, tokens: int, inside: int, outside: int, normed: bool
 ) -> None:
-    """One of those outside is due to the tiny vocabulary: its product is split, and added up by a kernel of its own."""
+    """One of those outside comes from the tiny vocabulary: its product is split, and another kernel adds them up."""
     layout = StepLayout(tokens, tokens, 2, 16)
     outputs = plan_layer(rendered(kind), layout, ("float16", "float16"), is_decode=True, normed=normed)
     assert len(Tensor.schedule_linear(*outputs).src) <= inside + outside

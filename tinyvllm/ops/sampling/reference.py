@@ -24,7 +24,7 @@ class HostState:
 def sample_row(
     logits: np.ndarray, views: dict[str, np.ndarray], row: int, state: HostState | None = None
 ) -> np.ndarray:
-    """(OUT_WIDTH,) int32: the token of one sequence, and its logprobs if asked for. logits (V,) float32. With a
+    """(OUT_WIDTH,) int32: the token of one sequence, and its logprobs if requested. logits (V,) float32. With a
     `state`, logits are processed and the token is counted in the state."""
     out = np.zeros(OUT_WIDTH, np.int32)
     floats = out.view(np.float32)
@@ -57,7 +57,7 @@ def sample_row(
         likeliest = ranked[:count]
         floats[OUT_LOGPROB] = logprobs[max(token, 0)]
         out[OUT_RANK] = 1 + ranked.tolist().index(max(token, 0))
-        out[OUT_TOP : OUT_TOP + count] = -1  # in case there are fewer ids than asked for
+        out[OUT_TOP : OUT_TOP + count] = -1  # in case there are fewer ids than requested
         out[OUT_TOP : OUT_TOP + len(likeliest)] = likeliest
         floats[OUT_TOP_LOGPROB : OUT_TOP_LOGPROB + len(likeliest)] = logprobs[likeliest]
     return out

@@ -103,7 +103,7 @@ class SampleSpec:
     vocab_size: int  # V
     stride: int
     has_threads: bool  # whether a threadgroup has a split (GPU), or the lanes of one core (CPU)
-    is_processed: bool = False  # tokens are drawn from processed logits, and there are raw logits beside them
+    is_processed: bool = False  # tokens are drawn from processed logits, and there are raw logits too
 
     @cached_property
     def num_splits(self) -> int:
@@ -476,7 +476,7 @@ def _report(row: Row, out: UOp, token: UOp, leaders: Leaders, logits: RowSlice) 
 
 def _rank(row: Row, leaders: Leaders, logits: RowSlice, token: UOp, wanted: UOp) -> tuple[UOp, UOp]:
     """(the token's logit, its rank): 1 and the number of ids ahead of it, by raw logit and then by id. The rank is 1
-    where it is not wanted."""
+    if it is not wanted."""
     (chosen,) = row.lanes.to_registers([logits.value_of(token)], [F32])
 
     def is_ahead(value: UOp, index: UOp) -> UOp:

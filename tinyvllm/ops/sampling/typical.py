@@ -20,7 +20,7 @@ from tinyvllm.ops.sampling.sample import ONE, Row, is_typical
 
 BISECTION_STEPS = 31  # weights lie in [0, 1]: positive floats are ordered like their 31 bits
 ABOVE_ONE_BITS = 0x3F800001  # the bits after those of 1.0f
-MAX_DISTANCE = 128.0  # bits: larger than the distance of any two exponents that exp2 tells apart
+MAX_DISTANCE = 128.0  # bits: larger than the distance of any two exponents that exp2 can distinguish
 
 
 class _TypicalFilter:
@@ -101,7 +101,7 @@ class _TypicalFilter:
         return self._row.lanes.reduce(wanted, self._values, (0, 0.0), step, combine_sum, *after)
 
     def _bisect(self, wanted: UOp, holds: Callable[[UOp, UOp], UOp]) -> UOp:
-        """The largest float t in [0, 1] for which `holds(t, iteration)`; 0 where the search is not wanted."""
+        """The largest float t in [0, 1] for which `holds(t, iteration)`; 0 if the search is not wanted."""
         body, lanes = self._row.body, self._row.lanes
         low, high = body.registers(1, I32), body.registers(1, I32)
         start = UOp.group(low.after(*lanes.axes)[0].store(0), high.after(*lanes.axes)[0].store(ABOVE_ONE_BITS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import json
+import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -80,6 +81,18 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> Iterator[None]
 def pytest_timeout_cancel_timer() -> Iterator[None]:
     faulthandler.cancel_dump_traceback_later()
     return (yield)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A command sets up logging for the whole process, and others' tests in the same process look at records."""
+    root, names = logging.getLogger(), ("tinyvllm", "uvicorn.access")
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name in names:
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,7 @@ import pytest
 from tests.engine.fakes import EOS_ID, FakeModelRunner, join, load_text, make_loaded, running_engine, say
 from tests.scheduling.fakes import make_request, run_alone
 from tinyvllm.config import EngineConfig, ModelFiles, SamplingParams
-from tinyvllm.engine.async_engine import AsyncEngine, Stream
+from tinyvllm.engine.async_engine import AsyncEngine, Reader
 from tinyvllm.engine.loading import LoadedEngine
 from tinyvllm.engine.output import Delta
 from tinyvllm.errors import ContextLengthError, EngineDeadError, ModelError, RequestError
@@ -53,7 +53,7 @@ class Gate:
         self._permits.release(1000)
 
 
-async def test_a_request_streams_to_its_end() -> None:
+async def test_a_request_calls_to_its_end() -> None:
     async with running_engine() as engine:
         deltas = await collect(engine.generate(list(b"hello"), GREEDY, request_id="x"))
     whole = join(deltas)
@@ -174,7 +174,7 @@ async def test_a_reader_that_leaves_before_it_was_admitted_is_never_run() -> Non
     async with running_engine(runner) as engine:
         first = asyncio.ensure_future(collect(engine.generate([1], GREEDY, request_id="first")))
         second = asyncio.ensure_future(collect(engine.generate([2], GREEDY, request_id="second")))
-        while not engine._streams:
+        while not engine._calls:
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.005)
         second.cancel()
@@ -182,7 +182,7 @@ async def test_a_reader_that_leaves_before_it_was_admitted_is_never_run() -> Non
         gate.open()
         assert join(await first).finish_reason == "length"
         await idle(engine)
-        assert not engine._streams and not engine._routes
+        assert not engine._calls and not engine._routes
 
 
 async def test_readers_that_come_and_leave_at_random_lose_no_block() -> None:
@@ -218,7 +218,7 @@ async def test_readers_that_come_and_leave_at_random_lose_no_block() -> None:
         await idle(engine)
         assert engine.stats().num_free_blocks == 39
         assert engine.stats().num_preemptions > 0
-        assert not engine._streams and not engine._routes
+        assert not engine._calls and not engine._routes
         engine._loaded.engine.core.scheduler.block_manager.audit()
 
 
@@ -266,7 +266,7 @@ async def test_refusals_come_before_the_first_delta(
     async with running_engine() as engine:
         with pytest.raises(error, match=message):
             await anext(engine.generate(prompt_ids, params, request_id="x"))
-        assert not engine._streams
+        assert not engine._calls
 
 
 async def test_a_request_id_in_use_is_refused() -> None:
@@ -274,7 +274,7 @@ async def test_a_request_id_in_use_is_refused() -> None:
     gate = Gate(runner)
     async with running_engine(runner) as engine:
         first = asyncio.ensure_future(collect(engine.generate([1], GREEDY, request_id="x")))
-        while not engine._streams:
+        while not engine._calls:
             await asyncio.sleep(0.001)
         with pytest.raises(RequestError, match="'x' is in use"):
             await anext(engine.generate([1], GREEDY, request_id="x"))
@@ -287,7 +287,7 @@ async def test_a_refusal_on_the_engines_thread_reaches_the_reader_and_leaves_no_
     gate = Gate(runner)
     async with running_engine(runner) as engine:
         first = asyncio.ensure_future(collect(engine.generate([1], GREEDY, request_id="x:1")))
-        while not engine._streams:
+        while not engine._calls:
             await asyncio.sleep(0.001)
         second = asyncio.ensure_future(
             collect(engine.generate([1], SamplingParams(n=3, max_tokens=8), request_id="x"))  # its x:1 is taken
@@ -330,7 +330,7 @@ async def test_a_dead_engine_raises_in_every_reader(bomb: BaseException, caplog:
     async with running_engine(runner) as engine:
         with caplog.at_level(logging.CRITICAL + 1):
             tasks = [asyncio.ensure_future(collect(engine.generate([i], LONG, request_id=f"r{i}"))) for i in range(20)]
-            while len(engine._streams) < 20:
+            while len(engine._calls) < 20:
                 await asyncio.sleep(0.001)
 
             def explode(plan: object) -> None:
@@ -423,7 +423,7 @@ async def test_shutdown_drains_when_it_is_given_time() -> None:
     async with running_engine(runner) as engine:
         streams = [engine.generate([i], LONG, request_id=str(i)) for i in range(20)]
         readers = [asyncio.ensure_future(collect(stream)) for stream in streams]
-        while len(engine._streams) < 20:
+        while len(engine._calls) < 20:
             await asyncio.sleep(0.001)
         stopping = asyncio.ensure_future(engine.shutdown(drain_s=3600))
         await asyncio.sleep(0)
@@ -476,7 +476,7 @@ def test_readers_on_a_loop_that_was_closed_are_dropped() -> None:
     async def open_and_vanish() -> None:
         """Leave a stream open that nobody will close, as when a loop is stopped by force."""
         await engine.wait_ready()
-        engine._open(Stream("x", engine._loaded.factory.make_requests("x", [1], LONG)))
+        await engine.submit([1], LONG, Reader(), request_id="x")
 
     async def go_on() -> Delta:
         whole = join(await collect(engine.generate([1], GREEDY, request_id="x")))
@@ -486,7 +486,7 @@ def test_readers_on_a_loop_that_was_closed_are_dropped() -> None:
     gate = Gate(runner)
     asyncio.run(open_and_vanish())
     gate.open()
-    while engine._streams or engine.stats().num_running:
+    while engine._calls or engine.stats().num_running:
         threading.Event().wait(0.001)
     assert asyncio.run(go_on()).finish_reason == "length"
 

@@ -68,7 +68,7 @@ async def report(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> dict[s
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) if sys.platform == "linux" else 0
     return counts | {
-        "streams": len(engine._streams),
+        "streams": len(engine._calls),
         "tasks": len(asyncio.all_tasks(loop)),
         "threads": threading.active_count(),
         "rss_mib": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,

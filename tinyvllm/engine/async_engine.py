@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,38 +39,69 @@ COMPILE_POLL_S = 0.01  # how often an idle engine checks whether background comp
 Load = Callable[[EngineConfig, Progress], LoadedEngine]
 
 
-class Stream:
-    """The deltas of one call, waiting for their reader. Created on the reader's event loop and used there only.
+class Receiver(Protocol):
+    """Takes the output of one call, on the event loop that submitted it. Its methods are quick and never raise."""
 
-    Deltas of a slow reader are merged, to one per choice, so a slow reader never blocks the engine.
-    """
+    def take(self, delta: Delta) -> None:
+        """New output of one choice. The last of a choice has a finish_reason."""
 
-    def __init__(self, request_id: str, requests: list[Request]) -> None:
+    def fail(self, error: TinyvllmError) -> None:
+        """The call has ended, without its remaining deltas."""
+
+
+class Call:
+    """An open call. Used only on the event loop that submitted it."""
+
+    def __init__(self, request_id: str, requests: list[Request], receiver: Receiver, engine: AsyncEngine) -> None:
         self.request_id = request_id
         self.requests = requests
         self.loop = asyncio.get_running_loop()
-        self.num_open = len(requests)  # choices whose last delta has not been read
+        self.num_open = len(requests)  # choices whose last delta has not been passed on
+        self._receiver = receiver
+        self._engine = engine
+        self._is_closed = False
+
+    def close(self) -> None:
+        """Abort what has not ended. The receiver hears nothing more. May be called again."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._engine._leave(self)
+
+    def pass_on(self, news: Delta | TinyvllmError) -> None:
+        if self._is_closed:
+            return
+        if not isinstance(news, Delta):
+            self._receiver.fail(news)
+            return
+        self.num_open -= news.finish_reason is not None
+        self._receiver.take(news)
+
+
+class Reader:
+    """A receiver whose deltas wait for an asynchronous reader. Those of a slow one are merged, to one per choice."""
+
+    def __init__(self) -> None:
         self._deltas: dict[int, Delta] = {}
         self._error: TinyvllmError | None = None
         self._has_news = asyncio.Event()
 
-    def receive(self, news: Delta | TinyvllmError) -> None:
-        if isinstance(news, Delta):
-            earlier = self._deltas.get(news.index)
-            self._deltas[news.index] = news if earlier is None else earlier.then(news)
-        else:
-            self._error = news
+    def take(self, delta: Delta) -> None:
+        earlier = self._deltas.get(delta.index)
+        self._deltas[delta.index] = delta if earlier is None else earlier.then(delta)
         self._has_news.set()
 
-    async def take(self) -> list[Delta]:
-        """Wait for deltas and return all there are. After the last of them, raises the error that ended the stream."""
+    def fail(self, error: TinyvllmError) -> None:
+        self._error = error
+        self._has_news.set()
+
+    async def read(self) -> list[Delta]:
+        """Wait for deltas and return all there are. After the last of them, raises the error that ended the call."""
         await self._has_news.wait()
         if not self._deltas and self._error is not None:
             raise self._error
         deltas, self._deltas = list(self._deltas.values()), {}
         if self._error is None:
             self._has_news.clear()
-        self.num_open -= sum(delta.finish_reason is not None for delta in deltas)
         return deltas
 
 
@@ -91,12 +122,12 @@ class AsyncEngine:
         # Guarded by _wake:
         self._wake = threading.Condition()
         self._inbox: list[Task] = []
-        self._streams: dict[str, Stream] = {}  # calls that still have a reader, by request_id
+        self._calls: dict[str, Call] = {}  # calls that still have a reader, by request_id
         self._questions: set[Future[Any]] = set()  # not answered yet
         self._stop_at_s: float | None = None  # monotonic; set when a shutdown is requested
         self._is_closed = False  # the inbox is not read any more
         # Used by the engine's thread only:
-        self._routes: dict[str, Stream] = {}  # of unfinished requests, by request_id
+        self._routes: dict[str, Call] = {}  # of unfinished requests, by request_id
         self._thread = threading.Thread(target=self._run, name="tinyvllm-engine", daemon=True)
 
     @classmethod
@@ -140,26 +171,51 @@ class AsyncEngine:
         """Counts and times of the latest step."""
         return self._engine.engine.core.stats if self._engine is not None else StepStats()
 
+    async def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        receiver: Receiver,
+        *,
+        request_id: str,
+        priority: int = 0,
+    ) -> Call:
+        """Start a request, whose output goes to `receiver`: at least one delta per choice, the last with a
+        finish_reason. The caller closes the call.
+
+        Waits until the engine is ready and the grammar is compiled; without a grammar a ready engine does not suspend.
+        Raises RequestError if the request is refused, and EngineDeadError if the engine has stopped.
+        """
+        if self._engine is None:
+            await self.wait_ready()
+        loaded = self._loaded
+        grammar = None if params.grammar is None else await loaded.grammars.compile(params.grammar)
+        requests = loaded.factory.make_requests(request_id, prompt_ids, params, priority, grammar)
+        return self._start_call(request_id, requests, receiver)
+
+    def _start_call(self, request_id: str, requests: list[Request], receiver: Receiver) -> Call:
+        call = Call(request_id, requests, receiver, self)
+        self._open(call)
+        return call
+
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str, priority: int = 0
     ) -> AsyncGenerator[Delta, None]:
-        """Yield the request's output as it is generated: at least one delta per choice, the last with a finish_reason.
+        """`submit` as an iterator over the deltas; those of a slow reader are merged, to one per choice.
 
-        Waits until the engine is ready. Raises RequestError before the first delta if the request is refused, and
-        EngineDeadError if the engine stops. Closing or canceling the generator aborts the request: its blocks are
-        free at the next step.
+        Raises what `submit` raises before the first delta, and EngineDeadError if the engine stops. Closing or
+        canceling the generator aborts the request: its blocks are free at the next step.
         """
-        await self.wait_ready()
-        loaded = self._loaded
-        grammar = None if params.grammar is None else await loaded.grammars.compile(params.grammar)
-        stream = Stream(request_id, loaded.factory.make_requests(request_id, prompt_ids, params, priority, grammar))
-        self._open(stream)
+        reader = Reader()
+        call = await self.submit(prompt_ids, params, reader, request_id=request_id, priority=priority)
         try:
-            while stream.num_open:
-                for delta in await stream.take():
+            num_open = params.n
+            while num_open:
+                for delta in await reader.read():
+                    num_open -= delta.finish_reason is not None
                     yield delta
         finally:
-            self._leave(stream)
+            call.close()
 
     async def embed(
         self, prompt_ids: Sequence[int], pooling: str = "mean", *, request_id: str, priority: int = 0
@@ -174,13 +230,14 @@ class AsyncEngine:
         await self.wait_ready()
         requests = self._loaded.factory.make_requests(request_id, prompt_ids, EMBEDDING_PARAMS, priority)
         requests[0].pooling = pooling
-        stream = Stream(request_id, requests)
-        self._open(stream)
+        reader = Reader()
+        call = self._start_call(request_id, requests, reader)
         try:
-            while stream.num_open:
-                deltas = await stream.take()
+            deltas: list[Delta] = []
+            while not deltas or deltas[-1].finish_reason is None:
+                deltas = await reader.read()
         finally:
-            self._leave(stream)
+            call.close()
         pooled = requests[0].pooled
         if pooled is None or deltas[-1].finish_reason not in ("stop", "length"):
             raise DeviceError(f"the prompt could not be embedded: {deltas[-1].error or deltas[-1].finish_reason}")
@@ -213,9 +270,9 @@ class AsyncEngine:
     def abort(self, request_id: str) -> None:
         """Abort a request: its reader gets final deltas with finish_reason "abort". Ignored if it is unknown."""
         with self._wake:
-            stream = self._streams.get(request_id)
-            if stream is not None:
-                self._post(partial(self._cancel, stream))
+            call = self._calls.get(request_id)
+            if call is not None:
+                self._post(partial(self._cancel, call))
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, give the running ones `drain_s` seconds, abort the rest, and end the thread."""
@@ -233,21 +290,21 @@ class AsyncEngine:
 
     # On the callers' threads.
 
-    def _open(self, stream: Stream) -> None:
+    def _open(self, call: Call) -> None:
         with self._wake:
             if self._is_closed or self._stop_at_s is not None:
                 raise EngineDeadError("the engine is shut down" if self.error is None else str(self.error))
-            if stream.request_id in self._streams:
-                raise RequestError(f"request_id {stream.request_id!r} is in use: choose another", param="request_id")
-            self._streams[stream.request_id] = stream
-            self._post(partial(self._begin, stream))
+            if call.request_id in self._calls:
+                raise RequestError(f"request_id {call.request_id!r} is in use: choose another", param="request_id")
+            self._calls[call.request_id] = call
+            self._post(partial(self._begin, call))
 
-    def _leave(self, stream: Stream) -> None:
+    def _leave(self, call: Call) -> None:
         with self._wake:
-            if self._streams.get(stream.request_id) is stream:
-                del self._streams[stream.request_id]
-            if stream.num_open:
-                self._post(partial(self._drop, stream))
+            if self._calls.get(call.request_id) is call:
+                del self._calls[call.request_id]
+            if call.num_open:
+                self._post(partial(self._drop, call))
 
     def _post(self, task: Task) -> None:
         """Put a task into the inbox. The caller holds _wake."""
@@ -295,8 +352,8 @@ class AsyncEngine:
                 self._pass_on(engine.step(), engine)
             if engine.core.has_captures_to_come:
                 self._pass_on(engine.advance_captures(), engine)
-        for stream in set(self._routes.values()):
-            self._cancel(stream, engine)
+        for call in set(self._routes.values()):
+            self._cancel(call, engine)
 
     def _pass_on(self, deltas: list[tuple[Request, Delta]], engine: TextEngine) -> None:
         """Send a step's deltas to their readers, and its stats to `on_step`."""
@@ -330,23 +387,23 @@ class AsyncEngine:
             tasks, self._inbox = self._inbox, []
             return tasks
 
-    def _begin(self, stream: Stream, engine: TextEngine) -> None:
-        for index, request in enumerate(stream.requests):
+    def _begin(self, call: Call, engine: TextEngine) -> None:
+        for index, request in enumerate(call.requests):
             try:
                 engine.add(request, index)
             except RequestError as error:
-                self._drop(stream, engine)
-                self._send([(stream, error)])
+                self._drop(call, engine)
+                self._send([(call, error)])
                 return
-            self._routes[request.request_id] = stream
+            self._routes[request.request_id] = call
 
-    def _cancel(self, stream: Stream, engine: TextEngine) -> None:
+    def _cancel(self, call: Call, engine: TextEngine) -> None:
         """Abort the unfinished requests of a call and send its reader the last deltas."""
-        self._send((stream, delta) for delta in self._drop(stream, engine))
+        self._send((call, delta) for delta in self._drop(call, engine))
 
-    def _drop(self, stream: Stream, engine: TextEngine) -> list[Delta]:
+    def _drop(self, call: Call, engine: TextEngine) -> list[Delta]:
         """Abort the unfinished requests of a call; return their last deltas."""
-        open_ids = [r.request_id for r in stream.requests if self._routes.get(r.request_id) is stream]
+        open_ids = [r.request_id for r in call.requests if self._routes.get(r.request_id) is call]
         last = []
         for request_id in open_ids:
             del self._routes[request_id]
@@ -355,30 +412,30 @@ class AsyncEngine:
                 last.append(delta)
         return last
 
-    def _route(self, request: Request, delta: Delta) -> Stream:
+    def _route(self, request: Request, delta: Delta) -> Call:
         if delta.finish_reason is not None:
             return self._routes.pop(request.request_id)
         return self._routes[request.request_id]
 
-    def _send(self, news: Iterable[tuple[Stream, Delta | TinyvllmError]]) -> None:
+    def _send(self, news: Iterable[tuple[Call, Delta | TinyvllmError]]) -> None:
         """Hand deltas and errors to the readers' event loops, with one call per loop."""
-        by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[Stream, Delta | TinyvllmError]]] = defaultdict(list)
-        for stream, item in news:
-            by_loop[stream.loop].append((stream, item))
+        by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[Call, Delta | TinyvllmError]]] = defaultdict(list)
+        for call, item in news:
+            by_loop[call.loop].append((call, item))
         for loop, batch in by_loop.items():
             try:
-                loop.call_soon_threadsafe(_receive_all, batch)
+                loop.call_soon_threadsafe(_pass_on_all, batch)
             except RuntimeError:  # the loop is closed, so its readers are gone
                 with self._wake:
-                    for stream in {stream for stream, _ in batch}:
-                        self._post(partial(self._forget, stream))
+                    for call in {call for call, _ in batch}:
+                        self._post(partial(self._forget, call))
 
-    def _forget(self, stream: Stream, engine: TextEngine) -> None:
+    def _forget(self, call: Call, engine: TextEngine) -> None:
         """Drop a call whose event loop is closed, and which can therefore not call `_leave`."""
-        self._drop(stream, engine)
+        self._drop(call, engine)
         with self._wake:
-            if self._streams.get(stream.request_id) is stream:
-                del self._streams[stream.request_id]
+            if self._calls.get(call.request_id) is call:
+                del self._calls[call.request_id]
 
     def _close(self, error: BaseException | None) -> None:
         """Accept no more work, and raise EngineDeadError in every reader that still waits."""
@@ -386,14 +443,14 @@ class AsyncEngine:
             self.error = error
             self._is_closed = True
             self._inbox.clear()
-            streams, questions = list(self._streams.values()), list(self._questions)
+            calls, questions = list(self._calls.values()), list(self._questions)
         reason = "the engine was shut down" if error is None else str(error)
         for answer in questions:
             if answer.set_running_or_notify_cancel():
                 answer.set_exception(EngineDeadError(reason))
-        self._send([(stream, EngineDeadError(reason)) for stream in streams])
+        self._send([(call, EngineDeadError(reason)) for call in calls])
 
 
-def _receive_all(batch: list[tuple[Stream, Delta | TinyvllmError]]) -> None:
-    for stream, news in batch:
-        stream.receive(news)
+def _pass_on_all(batch: list[tuple[Call, Delta | TinyvllmError]]) -> None:
+    for call, news in batch:
+        call.pass_on(news)

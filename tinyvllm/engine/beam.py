@@ -16,6 +16,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from msgspec import structs
+
 from tinyvllm.config import MAX_LOGPROBS, Capacity, GenerationDefaults, SamplingParams
 from tinyvllm.engine.output import Delta, TokenLogprob
 from tinyvllm.errors import InvariantError, RequestError
@@ -167,7 +169,7 @@ async def generate_beams(
         failed = next((delta for delta in deltas if not delta.logprobs), None)
         if failed is not None:  # aborted or failed: end all beams likewise
             for index in range(params.n):
-                yield replace(failed, index=index, num_prompt_tokens=len(prompt_ids), num_output_tokens=0)
+                yield structs.replace(failed, index=index, num_prompt_tokens=len(prompt_ids), num_output_tokens=0)
             return
         num_cached = num_cached if length else deltas[0].num_cached_tokens
         search.advance([_ranked(delta) for delta in deltas])

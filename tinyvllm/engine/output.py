@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.profiling import measure
@@ -42,16 +45,15 @@ class Timing:
     is_corrupted: bool = False  # the choice ended because the model produced no finite logits
 
 
-@dataclass(frozen=True, kw_only=True)
-class Delta:
+class Delta(Struct, frozen=True, kw_only=True, gc=False):
     """New output of one choice of one request. The last delta of a choice has a finish_reason."""
 
     index: int  # which of n
     text: str
     token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]  # one per token id; empty unless requested
-    finish_reason: str | None  # stop, length, abort, error
-    stop_reason: int | str | None  # the stop id or stop string that ended it
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token id; empty unless requested
+    finish_reason: str | None = None  # stop, length, abort, error
+    stop_reason: int | str | None = None  # the stop id or stop string that ended it
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int  # of this choice, so far

@@ -23,6 +23,7 @@ from tinyvllm.errors import RequestError
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.server.app import make_app
+from tinyvllm.server.event_loop import http_protocol
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import bind
 from tinyvllm.text.tokenizer import check_characters
@@ -250,11 +251,14 @@ def _logprob(text: str, num_top: int) -> TokenLogprob:
 
 
 @contextlib.contextmanager
-def serving(engine: FakeEngine | AsyncEngine, **settings: Any) -> Iterator[str]:
-    """The URL of a server around `engine`, which runs on a thread of its own."""
+def serving(
+    engine: FakeEngine | AsyncEngine, http: type[asyncio.Protocol] | None = None, **settings: Any
+) -> Iterator[str]:
+    """The URL of a server around `engine`, which runs on a thread of its own. http: the class of its connections."""
     sock = bind("127.0.0.1", 0)
     app = make_app(engine, ServerSettings(**settings))  # type: ignore[arg-type]
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))
+    config = uvicorn.Config(app, http=http or http_protocol(), log_config=None, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:

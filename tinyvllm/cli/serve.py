@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -41,8 +40,8 @@ def serve(
     engine.make_config(model)  # rejects bad values before anything starts
     settings = http.settings(local_host=listen.local_host)
 
+    from tinyvllm.server import event_loop, sockets
     from tinyvllm.server import serve as server
-    from tinyvllm.server import sockets
     from tinyvllm.server.context import QuietPollsFilter, RequestIdFilter
 
     for handler in logging.getLogger().handlers:
@@ -68,7 +67,7 @@ def serve(
             stack.enter_context(record.recording())
             _greet(ready, address, needs_key=bool(settings.api_keys))
 
-        asyncio.run(
+        event_loop.run(
             server.serve(
                 lambda: engines.start_engine(config, report),
                 sock,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from tinyvllm.server.app import make_app
+from tinyvllm.server.event_loop import http_protocol
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import TlsFiles, end_silent_peers
 from tinyvllm.server.status_log import log_status
@@ -53,6 +54,7 @@ async def serve(
     end_silent_peers(sock, settings.idle_timeout_s)
     config = uvicorn.Config(
         app,
+        http=http_protocol(),
         log_config=None,  # the command line has configured logging
         access_log=access_log,
         timeout_keep_alive=KEEP_ALIVE_S,

@@ -21,6 +21,7 @@ import pytest
 # Serves an engine that hangs in the middle of an answer, and is ready once the test has seen that it was not.
 PROGRAM = """
 import asyncio, sys, threading
+from msgspec import structs
 from tests.server.fake_engine import FakeEngine
 from tinyvllm.cli import engine as engines, main
 
@@ -43,7 +44,7 @@ class SlowEngine(FakeEngine):
                 threading.Thread(target=self.go_on, args=(loop,), daemon=True).start()
                 await self.released.wait()
                 if self.abort_after == 0:
-                    yield type(delta)(**{**vars(delta), "finish_reason": "abort"})
+                    yield structs.replace(delta, finish_reason="abort")
                     return
             yield delta
 
@@ -116,11 +117,11 @@ def test_server_warms_up_answers_and_stops_cleanly(tmp_path: Path, number: signa
         assert httpx.get(address + "/health").status_code == 200
 
         with httpx.stream("POST", curl[1], json={**json.loads(curl[-1]), "stream": True}, timeout=20) as response:
-            lines = response.iter_lines()
-            while '"content":"o"' not in next(lines):  # the last letter before the engine hangs
+            events = response.iter_lines()
+            while '"content":"o"' not in next(events):  # the last letter before the engine hangs
                 pass
             process.send_signal(number)
-            rest = "\n".join(lines)
+            rest = "\n".join(events)
         assert "aborted" in rest and rest.rstrip().endswith("data: [DONE]")
         assert process.wait(timeout=20) == 0
         assert process.stdout.read() == "shut down\n"

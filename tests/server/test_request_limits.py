@@ -202,7 +202,7 @@ async def test_an_engine_whose_steps_do_not_end_is_unhealthy(monkeypatch: pytest
         assert await health() == 200
         now_s += 60
         engine.statistics = StepStats()  # idle: a client that reads slowly is no stall
-        app.state.server.admission.num_seqs = 1
+        app.state.server.admission.admit(RequestContext("a"), 1, 1, max_num_seqs=4)
         assert await health() == 200
 
 

@@ -28,16 +28,22 @@ from tinyvllm.server.state import ServerState
 
 if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AsyncEngine
+    from tinyvllm.server.front_ends import FrontEnds
 
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # in the sense of RFC 9110: they change nothing
 
 
-def make_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> FastAPI:
-    """The HTTP app of `engine`. The engine may still be loading, and the app does not shut it down."""
+def make_app(
+    engine: AsyncEngine, settings: ServerSettings | None = None, front_ends: FrontEnds | None = None
+) -> FastAPI:
+    """The HTTP app of `engine`. The engine may still be loading, and the app does not shut it down.
+
+    front_ends: what the app shares with the server's other front-ends; None if it is the only one.
+    """
     settings = settings or ServerSettings()
     app = FastAPI(title="tinyvllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    state = app.state.server = ServerState(engine, settings)
+    state = app.state.server = ServerState(engine, settings, front_ends)
     app.state.responses = ResponseStore()
     include_routes(app)
     app.mount("/static", operations.PageFiles(directory=operations.STATIC))

@@ -105,7 +105,7 @@ async def engine_state(state: ServerState) -> EngineState:
     if not engine.is_ready:
         return shown
     shown.status = "draining" if state.drain.has_begun else "ready"
-    capacity, metrics = engine.capacity, state.metrics
+    capacity, board = engine.capacity, state.board
     shown.can_chat = engine.chat_template is not None
     shown.limits = LiveLimits(
         max_model_len=capacity.max_model_len,
@@ -115,7 +115,7 @@ async def engine_state(state: ServerState) -> EngineState:
         num_blocks=capacity.num_blocks - 1,
     )
     shown.counts = _counts(state)
-    shown.ttft_s, shown.itl_s = quantiles(metrics.recent_ttft_s), quantiles(metrics.recent_itl_s)
+    shown.ttft_s, shown.itl_s = quantiles(board.recent_ttft_s()), quantiles(board.recent_itl_s())
     now_s = time.monotonic()
     shown.steps = [_step(step, now_s) for step in state.history.latest()[-MAX_STEPS:]]
     try:

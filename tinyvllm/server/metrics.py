@@ -1,7 +1,7 @@
 """GET /metrics: Prometheus text under vLLM's names, so that dashboards made for vLLM work.
 
 Requests are counted here as their deltas pass, and steps as the engine reports them. Everything else is read from the
-engine at each scrape. Each app has its own registry.
+engine at each scrape. Each app has its own registry; front-ends of one server show the sums of their counters.
 
 Names, labels and buckets are those of vLLM's vllm/v1/metrics/loggers.py and, for HTTP, of
 prometheus-fastapi-instrumentator, which vLLM uses. Metrics of features that this engine lacks are left out: LoRA
@@ -13,18 +13,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from tinyvllm.server.counters import Counters, Family, Histogram, Value
+from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.request_limits import RequestTimeoutError
 
 if TYPE_CHECKING:
@@ -64,7 +65,23 @@ REFUSALS |= {499: "client_left", 500: "failed", 503: "unavailable", 504: "timeou
 HTTP_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 UNCOUNTED_PATHS = frozenset(("/metrics", "/health", "/ready", "/ping", "/version", "/engine/state"))
 
-NUM_RECENT = 512  # latencies kept for the page's quantiles
+
+HTTP_REQUESTS = Family(
+    "http_requests", "Responses by route, method and class of status.", "counter", ("handler", "method", "status")
+)
+HTTP_DURATION = Family(
+    "http_request_duration_seconds",
+    "Time from headers to the end of the response.",
+    "histogram",
+    ("handler", "method"),
+    HTTP_BUCKETS,
+)
+HTTP_FINE_DURATION = Family(
+    "http_request_duration_highr_seconds",
+    "The same for all routes together, in finer buckets.",
+    "histogram",
+    buckets=HTTP_FINE_BUCKETS,
+)
 
 
 def token_count_buckets(most: int) -> tuple[int, ...]:
@@ -76,9 +93,9 @@ def token_count_buckets(most: int) -> tuple[int, ...]:
     return tuple(bound for bound in bounds if bound <= most)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Totals:
-    """Counts since start, for the log and the page."""
+    """Counts of all front-ends since the server's start, for the log and the page."""
 
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompt tokens
@@ -88,12 +105,13 @@ class Totals:
 class Metrics:
     """Owns one app's registry. Used on the server's event loop, except for steps: the engine's thread counts them."""
 
-    def __init__(self, engine: AsyncEngine, history: StepHistory) -> None:
-        self.totals = Totals()
-        self.recent_ttft_s: deque[float] = deque(maxlen=NUM_RECENT)
-        self.recent_itl_s: deque[float] = deque(maxlen=NUM_RECENT)
+    def __init__(self, engine: AsyncEngine, history: StepHistory, front_ends: FrontEnds) -> None:
+        row = front_ends.board.own
+        self._recent_ttft_s, self._recent_itl_s = row.recent_ttft_s, row.recent_itl_s
         self._engine = engine
+        self._counters: Counters = front_ends.counters
         self._registry = CollectorRegistry()
+        self._registry.register(self._counters)
         self._values = (engine.served_model_name, "0")  # of LABELS; a process has one engine
         self._registry.register(_EngineCollector(engine, self._values))
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
@@ -101,7 +119,9 @@ class Metrics:
         self._sizes: _RequestSizes | None = None
         self._make_counters()
         self._make_histograms()
-        self._make_http()
+        for family in (HTTP_REQUESTS, HTTP_DURATION):
+            self._counters.register(family)
+        self._http_duration_fine_s = self._counters.histogram(HTTP_FINE_DURATION)
         step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of a step.", STEP_TOKEN_BUCKETS)
         history.observe_tokens = step_tokens.observe
 
@@ -110,13 +130,18 @@ class Metrics:
             self._request_sizes()  # so that they are there before the first request
         return generate_latest(self._registry)
 
+    @property
+    def totals(self) -> Totals:
+        names = ("vllm:prompt_tokens", "vllm:prompt_tokens_cached", "vllm:generation_tokens")
+        return Totals(*(int(self._counters.total(name)) for name in names))
+
     def count_http(self, method: str, handler: str, status: int, duration_s: float) -> None:
         """Count a response. `handler` is the route's path, with its placeholders."""
         if handler in UNCOUNTED_PATHS:
             return
         method = method if method in HTTP_METHODS else "other"  # clients can invent any number
-        self._http_requests.labels(handler, method, f"{status // 100}xx").inc()
-        self._http_duration_s.labels(handler, method).observe(duration_s)
+        self._counters.value(HTTP_REQUESTS, (handler, method, f"{status // 100}xx")).inc()
+        self._counters.histogram(HTTP_DURATION, (handler, method)).observe(duration_s)
         self._http_duration_fine_s.observe(duration_s)
 
     def count_refusal(self, status: int) -> None:
@@ -150,8 +175,6 @@ class Metrics:
     # ---- What a _PromptObserver counts ----
 
     def count_prompt(self, num_tokens: int, num_cached: int) -> None:
-        self.totals.num_prompt_tokens += num_tokens
-        self.totals.num_cached_tokens += num_cached
         self._prompt_tokens.inc(num_tokens)
         self._prompt_tokens_cached.inc(num_cached)
         self._by_source["local_compute"].inc(num_tokens - num_cached)
@@ -159,15 +182,13 @@ class Metrics:
 
     def count_tokens(self, num_new: int, seconds: float, *, is_first: bool) -> None:
         """Count `num_new` tokens of one choice. `seconds`: since arrival if first, else since its previous tokens."""
-        self.totals.num_output_tokens += num_new
         self._generation_tokens.inc(num_new)
         if is_first:
             self._ttft_s.observe(seconds)
-            self.recent_ttft_s.append(seconds)
+            self._recent_ttft_s.append(seconds)
             return
-        for _ in range(num_new):  # tokens that arrive together share the interval
-            self._itl_s.observe(seconds / num_new)
-        self.recent_itl_s.append(seconds / num_new)
+        self._itl_s.observe(seconds / num_new, num_new)  # tokens that arrive together share the interval
+        self._recent_itl_s.append(seconds / num_new)
 
     def count_choice(self, delta: Delta, params: SamplingParams, e2e_s: float) -> None:
         assert delta.finish_reason is not None
@@ -199,16 +220,16 @@ class Metrics:
 
     # ---- Registration ----
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, LABELS, registry=self._registry).labels(*self._values)
+    def _counter(self, name: str, text: str) -> Value:
+        return self._counters.value(Family(name, text, "counter", LABELS), self._values)
 
-    def _labeled(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Counter]:
+    def _labeled(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Value]:
         """A counter for each value of one additional label. All start at 0, so that rates count the first event."""
-        family = Counter(name, text, (*LABELS, label), registry=self._registry)
-        return {value: family.labels(*self._values, value) for value in values}
+        family = Family(name, text, "counter", (*LABELS, label))
+        return {value: self._counters.value(family, (*self._values, value)) for value in values}
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, LABELS, buckets=buckets, registry=self._registry).labels(*self._values)
+        return self._counters.histogram(Family(name, text, "histogram", LABELS, buckets), self._values)
 
     def _make_counters(self) -> None:
         counter, labeled = self._counter, self._labeled
@@ -248,21 +269,6 @@ class Metrics:
         self._preemptions = histogram(
             "vllm:request_num_preemptions", "Times that a request was preempted.", SMALL_COUNT_BUCKETS
         )
-
-    def _make_http(self) -> None:
-        registry = self._registry
-        self._http_requests = Counter(
-            "http_requests", "Responses by route, method and class of status.", ("handler", "method", "status"),
-            registry=registry,
-        )  # fmt: skip
-        self._http_duration_s = Histogram(
-            "http_request_duration_seconds", "Time from headers to the end of the response.", ("handler", "method"),
-            buckets=HTTP_BUCKETS, registry=registry,
-        )  # fmt: skip
-        self._http_duration_fine_s = Histogram(
-            "http_request_duration_highr_seconds", "The same for all routes together, in finer buckets.",
-            buckets=HTTP_FINE_BUCKETS, registry=registry,
-        )  # fmt: skip
 
     def _request_sizes(self) -> _RequestSizes:
         """Created once the model is loaded, because their buckets end at its context length."""

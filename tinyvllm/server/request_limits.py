@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
 from tinyvllm.errors import RequestError, TinyvllmError
+from tinyvllm.server.board import NUM_REQUESTS, NUM_SEQS, NUM_WAITING_TOKENS, Board
 from tinyvllm.server.context import RequestContext
 
 if TYPE_CHECKING:
@@ -29,57 +30,75 @@ class RequestTimeoutError(TinyvllmError):
 class Admission:
     """Counts the sequences that were admitted and not yet answered, and refuses those beyond the limits.
 
-    Used only on the server's event loop. Sequences beyond those that can run at once count as queued: that is exact,
-    whereas the engine's own counts are always a step ahead or behind.
+    The counts are those of all front-ends together, on their board. Sequences beyond those that can run at once count
+    as queued: that is exact, whereas the engine's own counts are always a step ahead or behind.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, board: Board | None = None) -> None:
         self._settings = settings
-        self.num_seqs = 0  # admitted and not answered
-        self.num_waiting_tokens = 0  # prompt tokens of admitted sequences without output
+        self._board = board or Board.in_memory()
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences that were admitted and are not answered."""
+        return self._board.sum(NUM_SEQS)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens of admitted sequences without output."""
+        return self._board.sum(NUM_WAITING_TOKENS)
 
     def check_room(self, max_num_seqs: int) -> None:
         """Raise QueueFullError if not even one more sequence fits. Called before the prompt is read."""
         limit = self._settings.max_num_queued_requests
-        if limit is not None and self.num_seqs >= limit + max_num_seqs:
-            raise self._too_many(self.num_seqs - max_num_seqs)
+        num_seqs = self.num_seqs
+        if limit is not None and num_seqs >= limit + max_num_seqs:
+            raise self._too_many(num_seqs - max_num_seqs)
 
     def admit(self, context: RequestContext, num_seqs: int, num_tokens: int, max_num_seqs: int) -> None:
         """Admit `num_seqs` sequences of one prompt of `num_tokens` tokens for this request, until `release`.
 
         Raises QueueFullError if the queue has no room now, RequestError if it never could have.
         """
-        limit, token_limit = self._settings.max_num_queued_requests, self._settings.max_num_queued_tokens
-        if limit is not None and self.num_seqs + num_seqs > limit + max_num_seqs:
-            if context.num_seqs + num_seqs > limit + max_num_seqs:
-                raise RequestError(
-                    f"the request has at least {context.num_seqs + num_seqs} sequences, but the server takes "
-                    f"{limit + max_num_seqs} at most: split it into several requests, or raise "
-                    "--max-num-queued-requests",
-                    param="n" if num_seqs > 1 else "prompt",
-                )
-            raise self._too_many(max(0, self.num_seqs - max_num_seqs))
-        # with nothing waiting, any prompt is admitted: one longer than the limit would otherwise never run
-        if token_limit is not None and self.num_waiting_tokens and self.num_waiting_tokens + num_tokens > token_limit:
-            raise QueueFullError(
-                f"{self.num_waiting_tokens} prompt tokens are waiting and this prompt has {num_tokens}, but at most "
-                f"{token_limit} may wait: try again later, or start the server with a larger --max-num-queued-tokens"
-            )
-        self.num_seqs += num_seqs
+        with self._board.locked():
+            self._check_seqs(context, num_seqs, max_num_seqs)
+            self._check_tokens(num_tokens)
+            self._board.add(NUM_SEQS, num_seqs)
+            self._board.add(NUM_WAITING_TOKENS, num_tokens)
         context.num_seqs += num_seqs
-        self.num_waiting_tokens += num_tokens
         context.num_waiting_tokens += num_tokens
+
+    def _check_seqs(self, context: RequestContext, num_seqs: int, max_num_seqs: int) -> None:
+        limit, num_admitted = self._settings.max_num_queued_requests, self.num_seqs
+        if limit is None or num_admitted + num_seqs <= limit + max_num_seqs:
+            return
+        if context.num_seqs + num_seqs > limit + max_num_seqs:
+            raise RequestError(
+                f"the request has at least {context.num_seqs + num_seqs} sequences, but the server takes "
+                f"{limit + max_num_seqs} at most: split it into several requests, or raise --max-num-queued-requests",
+                param="n" if num_seqs > 1 else "prompt",
+            )
+        raise self._too_many(max(0, num_admitted - max_num_seqs))
+
+    def _check_tokens(self, num_tokens: int) -> None:
+        limit, num_waiting = self._settings.max_num_queued_tokens, self.num_waiting_tokens
+        # with nothing waiting, any prompt is admitted: one longer than the limit would otherwise never run
+        if limit is not None and num_waiting and num_waiting + num_tokens > limit:
+            raise QueueFullError(
+                f"{num_waiting} prompt tokens are waiting and this prompt has {num_tokens}, but at most {limit} may "
+                "wait: try again later, or start the server with a larger --max-num-queued-tokens"
+            )
 
     def prompt_computed(self, context: RequestContext, num_tokens: int) -> None:
         """A prompt of this request has its first output, so its tokens no longer wait."""
         num_tokens = min(num_tokens, context.num_waiting_tokens)
-        self.num_waiting_tokens -= num_tokens
+        self._board.add(NUM_WAITING_TOKENS, -num_tokens)
         context.num_waiting_tokens -= num_tokens
 
     def release(self, context: RequestContext) -> None:
         """Give back what the request holds, once it has been answered or its client has left. May be called again."""
-        self.num_seqs -= context.num_seqs
-        self.num_waiting_tokens -= context.num_waiting_tokens
+        self._board.add(NUM_SEQS, -context.num_seqs)
+        self._board.add(NUM_WAITING_TOKENS, -context.num_waiting_tokens)
         context.num_seqs = context.num_waiting_tokens = 0
 
     def _too_many(self, num_queued: int) -> QueueFullError:
@@ -90,17 +109,22 @@ class Admission:
 
 
 class Drain:
-    """Whether the server has begun to drain, and how many requests it has not answered yet."""
+    """Whether the server has begun to drain, and how many requests its front-ends have not answered yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, board: Board | None = None) -> None:
         self.has_begun = False
-        self.num_requests = 0  # unanswered ones that may need the engine: all but GET, HEAD and OPTIONS
+        self._board = board or Board.in_memory()
+
+    @property
+    def num_requests(self) -> int:
+        """Unanswered requests that may need the engine: all but GET, HEAD and OPTIONS."""
+        return self._board.sum(NUM_REQUESTS)
 
     def begin_request(self) -> None:
-        self.num_requests += 1
+        self._board.add(NUM_REQUESTS, 1)
 
     def end_request(self) -> None:
-        self.num_requests -= 1
+        self._board.add(NUM_REQUESTS, -1)
 
 
 def timed_out(timeout_s: float) -> RequestTimeoutError:

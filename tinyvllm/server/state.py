@@ -14,6 +14,7 @@ from tinyvllm.engine.beam import BeamSettings, generate_beams
 from tinyvllm.errors import EngineDeadError
 from tinyvllm.server.context import RequestContext, current
 from tinyvllm.server.failures import NotReadyError
+from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.metrics import Metrics
 from tinyvllm.server.request_limits import Admission, Drain, DrainingError, timed_out, until_timeout
 from tinyvllm.server.step_history import StepHistory
@@ -35,13 +36,15 @@ MAX_LOGGED_CHARS = 2000  # of a prompt, with --log-requests
 class ServerState:
     """Owns the limits, counts and history around one engine. Used only on the server's event loop."""
 
-    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+    def __init__(self, engine: AsyncEngine, settings: ServerSettings, front_ends: FrontEnds | None = None) -> None:
         self.engine = engine
         self.settings = settings
-        self.admission = Admission(settings)
-        self.drain = Drain()
+        self.front_ends = front_ends or FrontEnds()
+        self.board = self.front_ends.board
+        self.admission = Admission(settings, self.board)
+        self.drain = Drain(self.board)
         self.history = StepHistory()
-        self.metrics = Metrics(engine, self.history)
+        self.metrics = Metrics(engine, self.history, self.front_ends)
         self.start_s = time.monotonic()
         self._work_since_s = self.start_s  # monotonic clock: when a request last reached an idle engine
         engine.on_step = self.history.add

@@ -29,7 +29,7 @@ class StatusReporter:
 
     def __init__(self, engine: AsyncEngine, metrics: Metrics) -> None:
         self._engine = engine
-        self._totals = metrics.totals
+        self._metrics = metrics
         self._was_active = False
         self._last_s = time.monotonic()
         self._num_prompt = self._num_output = 0
@@ -40,7 +40,7 @@ class StatusReporter:
         """The next status line, or None while the engine loads or stays idle. The first idle line is returned."""
         if not self._engine.is_ready:
             return None
-        now_s, totals, stats = time.monotonic(), self._totals, self._engine.stats()
+        now_s, totals, stats = time.monotonic(), self._metrics.totals, self._engine.stats()
         num_prompt = totals.num_prompt_tokens - totals.num_cached_tokens
         prompt_rate = (num_prompt - self._num_prompt) / (now_s - self._last_s)
         output_rate = (totals.num_output_tokens - self._num_output) / (now_s - self._last_s)

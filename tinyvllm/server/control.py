@@ -1,0 +1,104 @@
+"""The control link between `tinyvllm serve` and each of its processes: JSON lines over a socket pair, both ways.
+
+The parent's end lives on its event loop. A child's end has a thread of its own, so that it works while the child's main
+thread computes or waits in C. The end of the stream means that the other side is gone, whatever ended it, because the
+kernel closes the sockets of a killed process. A child whose parent is gone ends at once, with its whole process group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+
+Message = dict[str, Any]  # "kind" says what it is
+
+MAX_LINE_BYTES = 16 << 20  # of a message; the longest are specs with chat templates and answers of a peer
+EXIT_ORPHANED = 70  # a child's exit code if it cannot kill its own process group
+
+
+def encode(kind: str, **facts: Any) -> bytes:
+    """A message as a line. Dataclasses among the facts become objects."""
+    return msgspec.json.encode({"kind": kind, **facts}) + b"\n"
+
+
+def decode(line: bytes) -> Message:
+    message: Message = msgspec.json.decode(line)
+    return message
+
+
+class ParentLink:
+    """The parent's end. Used only on its event loop."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, sock: socket.socket) -> ParentLink:
+        return cls(*await asyncio.open_unix_connection(sock=sock, limit=MAX_LINE_BYTES))
+
+    def send(self, kind: str, **facts: Any) -> None:
+        """Send a message, without waiting. Does nothing if the child is gone: `messages` ends in that case."""
+        if not self._writer.is_closing():
+            self._writer.write(encode(kind, **facts))
+
+    async def messages(self) -> AsyncIterator[Message]:
+        """The child's messages, until it is gone."""
+        with contextlib.suppress(ConnectionError):
+            while (line := await self._reader.readline()).endswith(b"\n"):
+                yield decode(line)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class ChildLink:
+    """A child's end. `send` may be called from any thread."""
+
+    def __init__(self, fd: int) -> None:
+        self._sock = socket.socket(fileno=fd)
+        self._lines = self._sock.makefile("rb")
+        self._sending = threading.Lock()
+
+    def receive(self) -> Message:
+        """Wait for the next message. Ends the process if the parent is gone. Not to be called after `watch`."""
+        try:
+            line = self._lines.readline()
+        except ConnectionError:
+            line = b""
+        if not line.endswith(b"\n"):
+            end_orphan()
+        return decode(line)
+
+    def watch(self, handle: Callable[[Message], None]) -> None:
+        """From now on, pass each message to `handle` on a thread of its own, and end the process with the parent."""
+
+        def run() -> None:
+            while True:
+                handle(self.receive())
+
+        threading.Thread(target=run, name="tinyvllm-control", daemon=True).start()
+
+    def send(self, kind: str, **facts: Any) -> None:
+        """Send a message. If the parent is gone, the watching thread is about to end the process."""
+        with self._sending, contextlib.suppress(OSError):
+            self._sock.sendall(encode(kind, **facts))
+
+    def close(self) -> None:
+        self._lines.close()
+        self._sock.close()
+
+
+def end_orphan() -> None:
+    """Kill this process and those that it started. A child of `tinyvllm serve` leads a process group of its own."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(EXIT_ORPHANED)

@@ -14,9 +14,11 @@ import pytest
 from tests.engine.fakes import EOS_ID, FakeModelRunner, join, load_text, make_loaded, running_engine, say
 from tests.scheduling.fakes import make_request, run_alone
 from tinyvllm.config import EngineConfig, ModelFiles, SamplingParams
-from tinyvllm.engine.async_engine import AsyncEngine, Reader
+from tinyvllm.engine.async_engine import AsyncEngine
+from tinyvllm.engine.client import Reader
 from tinyvllm.engine.loading import LoadedEngine
 from tinyvllm.engine.output import Delta
+from tinyvllm.engine.thread_host import ThreadHost
 from tinyvllm.errors import ContextLengthError, EngineDeadError, ModelError, RequestError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -31,6 +33,22 @@ async def idle(engine: AsyncEngine) -> None:
     """Wait until nothing runs or waits."""
     while engine.stats().num_running or engine.stats().num_waiting:
         await asyncio.sleep(0.001)
+
+
+def open_calls(engine: AsyncEngine) -> list[str]:
+    """The request ids of all event loops' open calls."""
+    return [request_id for _, client in engine._host.clients() for request_id in client.calls]
+
+
+def running(engine: AsyncEngine) -> LoadedEngine:
+    assert isinstance(engine._host, ThreadHost) and engine._host.engine is not None
+    return engine._host.engine
+
+
+def owners(engine: AsyncEngine) -> list[Any]:
+    """The requests that the step loop knows."""
+    assert isinstance(engine._host, ThreadHost) and engine._host._loop is not None
+    return list(engine._host._loop._owners)
 
 
 class Gate:
@@ -53,7 +71,7 @@ class Gate:
         self._permits.release(1000)
 
 
-async def test_a_request_calls_to_its_end() -> None:
+async def test_a_request_streams_to_its_end() -> None:
     async with running_engine() as engine:
         deltas = await collect(engine.generate(list(b"hello"), GREEDY, request_id="x"))
     whole = join(deltas)
@@ -174,7 +192,7 @@ async def test_a_reader_that_leaves_before_it_was_admitted_is_never_run() -> Non
     async with running_engine(runner) as engine:
         first = asyncio.ensure_future(collect(engine.generate([1], GREEDY, request_id="first")))
         second = asyncio.ensure_future(collect(engine.generate([2], GREEDY, request_id="second")))
-        while not engine._calls:
+        while not open_calls(engine):
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.005)
         second.cancel()
@@ -182,7 +200,7 @@ async def test_a_reader_that_leaves_before_it_was_admitted_is_never_run() -> Non
         gate.open()
         assert join(await first).finish_reason == "length"
         await idle(engine)
-        assert not engine._calls and not engine._routes
+        assert not open_calls(engine) and not owners(engine)
 
 
 async def test_readers_that_come_and_leave_at_random_lose_no_block() -> None:
@@ -218,8 +236,8 @@ async def test_readers_that_come_and_leave_at_random_lose_no_block() -> None:
         await idle(engine)
         assert engine.stats().num_free_blocks == 39
         assert engine.stats().num_preemptions > 0
-        assert not engine._calls and not engine._routes
-        engine._loaded.engine.core.scheduler.block_manager.audit()
+        assert not open_calls(engine) and not owners(engine)
+        running(engine).core.scheduler.block_manager.audit()
 
 
 async def test_a_slow_reader_finds_its_news_merged_and_holds_nobody() -> None:
@@ -266,7 +284,7 @@ async def test_refusals_come_before_the_first_delta(
     async with running_engine() as engine:
         with pytest.raises(error, match=message):
             await anext(engine.generate(prompt_ids, params, request_id="x"))
-        assert not engine._calls
+        assert not open_calls(engine)
 
 
 async def test_a_request_id_in_use_is_refused() -> None:
@@ -274,7 +292,7 @@ async def test_a_request_id_in_use_is_refused() -> None:
     gate = Gate(runner)
     async with running_engine(runner) as engine:
         first = asyncio.ensure_future(collect(engine.generate([1], GREEDY, request_id="x")))
-        while not engine._calls:
+        while not open_calls(engine):
             await asyncio.sleep(0.001)
         with pytest.raises(RequestError, match="'x' is in use"):
             await anext(engine.generate([1], GREEDY, request_id="x"))
@@ -287,7 +305,7 @@ async def test_a_refusal_on_the_engines_thread_reaches_the_reader_and_leaves_no_
     gate = Gate(runner)
     async with running_engine(runner) as engine:
         first = asyncio.ensure_future(collect(engine.generate([1], GREEDY, request_id="x:1")))
-        while not engine._calls:
+        while not open_calls(engine):
             await asyncio.sleep(0.001)
         second = asyncio.ensure_future(
             collect(engine.generate([1], SamplingParams(n=3, max_tokens=8), request_id="x"))  # its x:1 is taken
@@ -298,7 +316,7 @@ async def test_a_refusal_on_the_engines_thread_reaches_the_reader_and_leaves_no_
             await second
         assert join(await first).finish_reason == "length"
         await idle(engine)
-        assert not engine._routes and engine.stats().num_free_blocks == 999
+        assert not owners(engine) and engine.stats().num_free_blocks == 999
 
 
 async def test_a_failing_step_ends_its_requests_with_an_error_and_the_engine_goes_on(
@@ -330,7 +348,7 @@ async def test_a_dead_engine_raises_in_every_reader(bomb: BaseException, caplog:
     async with running_engine(runner) as engine:
         with caplog.at_level(logging.CRITICAL + 1):
             tasks = [asyncio.ensure_future(collect(engine.generate([i], LONG, request_id=f"r{i}"))) for i in range(20)]
-            while len(engine._calls) < 20:
+            while len(open_calls(engine)) < 20:
                 await asyncio.sleep(0.001)
 
             def explode(plan: object) -> None:
@@ -423,7 +441,7 @@ async def test_shutdown_drains_when_it_is_given_time() -> None:
     async with running_engine(runner) as engine:
         streams = [engine.generate([i], LONG, request_id=str(i)) for i in range(20)]
         readers = [asyncio.ensure_future(collect(stream)) for stream in streams]
-        while len(engine._calls) < 20:
+        while len(open_calls(engine)) < 20:
             await asyncio.sleep(0.001)
         stopping = asyncio.ensure_future(engine.shutdown(drain_s=3600))
         await asyncio.sleep(0)
@@ -451,7 +469,9 @@ async def test_an_idle_engine_sleeps() -> None:
     async with running_engine(runner) as engine:
         await collect(engine.generate([1], GREEDY, request_id="x"))
         num_waits = 0
-        wait = engine._wake.wait
+        assert isinstance(engine._host, ThreadHost)
+        wake = engine._host.door._wake
+        wait = wake.wait
 
         def count(timeout: float | None = None) -> bool:
             nonlocal num_waits
@@ -459,7 +479,7 @@ async def test_an_idle_engine_sleeps() -> None:
             assert timeout is None
             return wait(timeout)
 
-        engine._wake.wait = count  # type: ignore[method-assign]
+        wake.wait = count  # type: ignore[method-assign]
         await collect(engine.generate([1], GREEDY, request_id="y"))
         await asyncio.sleep(0.05)
         assert num_waits <= 2
@@ -486,7 +506,7 @@ def test_readers_on_a_loop_that_was_closed_are_dropped() -> None:
     gate = Gate(runner)
     asyncio.run(open_and_vanish())
     gate.open()
-    while engine._calls or engine.stats().num_running:
+    while open_calls(engine) or engine.stats().num_running:
         threading.Event().wait(0.001)
     assert asyncio.run(go_on()).finish_reason == "length"
 

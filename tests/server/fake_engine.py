@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,9 @@ from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, Sampling
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.output import Delta, Timing, TokenLogprob
+from tinyvllm.engine.step_history import CompletedStep, StepHistory
 from tinyvllm.errors import RequestError
+from tinyvllm.profiling.measure import Recording
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.server.app import make_app
@@ -127,7 +129,7 @@ class FakeEngine:
         self.statistics.num_captures_to_come, self.statistics.num_failed_captures = 2, 1
         self.statistics.num_general_operations = 5
         self.config = EngineConfig("tiny")
-        self.on_step: Callable[[StepStats], None] | None = None
+        self.history = StepHistory()
         self.inner = SimpleNamespace(
             core=SimpleNamespace(scheduler=SimpleNamespace(block_manager=BlockManager(101, 16)))
         )
@@ -140,8 +142,25 @@ class FakeEngine:
         if self.error is not None:
             raise self.error
 
-    async def ask(self, question: Callable[[Any], Any]) -> Any:
-        return question(self.inner)
+    def engine_stats(self) -> list[StepStats]:
+        return [self.statistics]
+
+    def complete_step(self, stats: StepStats) -> None:
+        """Let a step end that has these stats."""
+        self.statistics = stats
+        self.history.add(stats)
+
+    async def pool_states(self) -> list[bytes]:
+        return [bytes(self.inner.core.scheduler.block_manager.states())]
+
+    async def latest_steps(self) -> list[list[CompletedStep]]:
+        return [self.history.latest()]
+
+    async def start_profile(self) -> None:
+        """The engine is in this process, whose spans are recorded anyway."""
+
+    async def stop_profile(self) -> list[Recording]:
+        return []
 
     async def shutdown(self) -> None:
         self.has_shut_down = True

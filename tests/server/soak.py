@@ -318,7 +318,7 @@ async def settle(process: Process, figures: Figures) -> None:
     """Wait until the requests of clients that left are gone, which takes a step. Reports what remains."""
     for _ in range(200):
         report = await asyncio.to_thread(process.report)
-        if not report["requests"] and not report["streams"] and report["tasks"] <= figures.reports[0]["tasks"]:
+        if not report["requests"] and not report["calls"] and report["tasks"] <= figures.reports[0]["tasks"]:
             break
         await asyncio.sleep(0.05)
     figures.reports.append(report)
@@ -328,7 +328,7 @@ def check_nothing_is_left(figures: Figures) -> None:
     """Check that every block is free and that no task, thread or stream is left. Each report has audited the pool."""
     first, last = figures.reports[0], figures.reports[-1]
     assert last["free_blocks"] == last["all_blocks"] == NUM_BLOCKS - 1, last
-    assert last["requests"] == last["processors"] == last["streams"] == 0, last
+    assert last["requests"] == last["owned_requests"] == last["calls"] == 0, last
     assert last["tasks"] <= first["tasks"], (first, last)
     assert last["threads"] <= first["threads"] + 8, (first, last)  # for tokenizing, created on demand
 

@@ -24,7 +24,6 @@ from tinyvllm.cli.terminal import Progress
 from tinyvllm.config import EngineConfig
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.loading import LoadedEngine, load_engine
-from tinyvllm.engine.output import TextEngine
 
 
 def start_engine(config: EngineConfig, progress: Progress) -> AsyncEngine:
@@ -51,24 +50,13 @@ def answer(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:
 
 async def report(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> dict[str, Any]:
     """What the process holds. Raises what BlockManager.audit raises, which ends stdout for the reader."""
-
-    def count(inner: TextEngine) -> dict[str, int]:
-        manager = inner.core.scheduler.block_manager
-        manager.audit()
-        return {
-            "free_blocks": manager.num_free,
-            "all_blocks": manager.num_blocks - 1,
-            "steps": int(inner.core.stats.extra["num_steps"]),
-            "preemptions": inner.core.stats.num_preemptions,
-            "requests": inner.core.scheduler.num_running + inner.core.scheduler.num_waiting,
-            "processors": len(inner._processors),
-        }
-
-    counts = await engine.ask(count)
+    stats = engine.stats()
+    [counts] = await engine.audit()
+    counts |= {"steps": int(stats.extra["num_steps"]), "preemptions": stats.num_preemptions}
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) if sys.platform == "linux" else 0
     return counts | {
-        "streams": len(engine._calls),
+        "calls": sum(len(client.calls) for _, client in engine._host.clients()),
         "tasks": len(asyncio.all_tasks(loop)),
         "threads": threading.active_count(),
         "rss_mib": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.client import client_of
 from tests.server.fake_engine import FakeEngine, serving
-from tinyvllm.scheduling.plan import StepStats
+from tinyvllm.scheduling.plan import StepStats, count_step
 from tinyvllm.server.app import make_app
 from tinyvllm.server.metrics import token_count_buckets
 from tinyvllm.server.status_log import StatusReporter
@@ -210,15 +210,18 @@ async def test_sizes_have_buckets_up_to_the_context_length() -> None:
     assert token_count_buckets(500)[-1] == 500 and token_count_buckets(1) == (1,)
 
 
-async def test_each_step_is_counted_once() -> None:
+async def test_steps_are_counted_by_their_tokens() -> None:
     engine = FakeEngine()
+    for num_tokens in (7, 30, 32):
+        engine.statistics.step_sizes = count_step(engine.statistics.step_sizes, num_tokens)
+    engine.statistics.extra["num_computed_tokens"] = 69
     async with client_of(engine) as client:
-        assert engine.on_step is not None
-        for number, num_tokens in ((1, 7), (1, 7), (2, 30)):  # a turn of the loop may complete no step
-            engine.on_step(StepStats(num_tokens=num_tokens, extra={"num_steps": number}))
         families = await scrape(client)
-    assert value_of(families, "vllm:iteration_tokens_total_count") == 2
-    assert value_of(families, "vllm:iteration_tokens_total_sum") == 37
+    assert value_of(families, "vllm:iteration_tokens_total_count") == 3
+    assert value_of(families, "vllm:iteration_tokens_total_sum") == 69
+    samples = families["vllm:iteration_tokens_total"].samples
+    found = {float(s.labels["le"]): s.value for s in samples if s.name.endswith("_bucket")}
+    assert (found[1.0], found[8.0], found[16.0], found[32.0], found[16384.0]) == (0, 1, 1, 3, 3)
 
 
 async def test_answers_are_counted_by_route_and_status() -> None:

@@ -5,6 +5,7 @@ pip install -e '.[dev,browser]' && apt-get install chromium && pytest -m browser
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,6 @@ import pytest
 
 from tests.server.fake_engine import FakeEngine, serving
 from tinyvllm.config import SamplingParams
-from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.scheduling.request import Request
 
 pytestmark = pytest.mark.browser
@@ -95,9 +95,9 @@ def engine() -> FakeEngine:
 
 
 def run_steps(engine: FakeEngine, count: int) -> None:
-    assert engine.on_step is not None
     for number in range(1, count + 1):
-        stats = StepStats(
+        stats = dataclasses.replace(
+            engine.statistics,
             schedule_s=0.0002,
             pack_s=0.0005,
             device_s=0.004,
@@ -106,7 +106,7 @@ def run_steps(engine: FakeEngine, count: int) -> None:
             num_seqs=4,
             extra={"num_steps": number},
         )
-        engine.on_step(stats)
+        engine.complete_step(stats)
 
 
 def test_an_answer_is_streamed_and_counted(browser: object, engine: FakeEngine) -> None:

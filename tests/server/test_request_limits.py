@@ -188,17 +188,17 @@ async def test_an_engine_whose_steps_do_not_end_is_unhealthy(monkeypatch: pytest
         async def health() -> int:
             return (await client.get("/health")).status_code
 
-        app.state.server.history.add(StepStats(extra={"num_steps": 1}))
+        engine.statistics = StepStats(end_s=now_s)
         now_s += 60  # after a long idle time, a request that has just arrived is no stall
         assert await health() == 200
         await client.post("/v1/completions", json={"prompt": "x"})
-        engine.statistics = StepStats(num_waiting=1)
+        engine.statistics = StepStats(num_waiting=1, end_s=now_s - 60)
         assert await health() == 200
         now_s += 6
         for path in ("/health", "/ready", "/ping"):
             response = await client.get(path)
             assert response.status_code == 503 and error_of(response)["code"] == "engine_stalled"
-        app.state.server.history.add(StepStats(extra={"num_steps": 2}))  # the step ended after all
+        engine.statistics = StepStats(num_waiting=1, end_s=now_s)  # the step ended after all
         assert await health() == 200
         now_s += 60
         engine.statistics = StepStats()  # idle: a client that reads slowly is no stall

@@ -19,7 +19,7 @@ from tinyvllm.bench.prompts import make_ids, make_text
 from tinyvllm.config import Capacity, ModelConfig, SamplingParams
 from tinyvllm.engine.admission import RequestFactory
 from tinyvllm.engine.core import EngineCore
-from tinyvllm.engine.output import OutputProcessor
+from tinyvllm.engine.output import OutputProcessor, output_of
 from tinyvllm.errors import DeviceError, TinyvllmError
 from tinyvllm.profiling.measure import DETOKENIZE, PACK, QUEUE, SCHEDULE, STEP, TOKENIZE, Recorder, Span
 from tinyvllm.scheduling.block_manager import BlockManager
@@ -362,7 +362,7 @@ def _take(outs: Sequence[TokenOut], progress: dict[str, _Progress]) -> None:
         if out.token_id is None:
             raise DeviceError(f"request {out.request.request_id} failed: {out.request.error}")
         if one.processor is not None:
-            one.processor.push(out)
+            one.processor.push(output_of(out), time.monotonic())
         one.token_s.append(time.perf_counter() - one.start_s)
 
 

@@ -1,4 +1,4 @@
-"""Make Requests that can run from prompts and settings: lengths, ids and seeds are checked and resolved here."""
+"""Make requests that can run from prompts and settings: lengths, ids and seeds are checked and resolved here."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import operator
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from tinyvllm.config import Capacity, SamplingParams
+from tinyvllm.engine.messages import NewRequest
 from tinyvllm.errors import RequestError
-from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.request import Constraint, Request
 from tinyvllm.scheduling.scheduler import check_length, max_request_len
 from tinyvllm.text.grammar import Grammar
 
@@ -19,14 +21,14 @@ SEED_MASK = 0xFFFFFFFF  # the graph's seeds are 32 bits wide
 
 
 class RequestFactory:
-    """Makes Requests from prompts and settings. Owns the generator of seeds for requests without one."""
+    """Makes requests from prompts and settings. Owns the generator of seeds for requests without one."""
 
     def __init__(
         self,
         vocab_size: int,
         capacity: Capacity,
         eos_ids: frozenset[int],
-        seed: int,
+        seed: int | str,
         encode: Encode | None = None,
     ) -> None:
         """vocab_size: width of the logits. encode: text to ids, without BOS and EOS; needed for bad words only."""
@@ -36,15 +38,15 @@ class RequestFactory:
         self._encode = encode
         self._seeds = random.Random(seed)
 
-    def make_requests(
+    def make(
         self,
         request_id: str,
         prompt_ids: Sequence[int],
         params: SamplingParams,
         priority: int = 0,
         grammar: Grammar | None = None,
-    ) -> list[Request]:
-        """One Request per choice, params.n in all; choice i has the seed of choice 0 plus i.
+    ) -> list[NewRequest]:
+        """One request per choice, params.n in all; choice i has the seed of choice 0 plus i.
 
         grammar: params.grammar, compiled. Raises RequestError for an empty prompt or ids outside the vocabulary, and
         ContextLengthError if the prompt and max_tokens (or one token, if max_tokens is None) do not fit.
@@ -61,21 +63,33 @@ class RequestFactory:
             max_tokens = max_request_len(self.capacity) - len(prompt)
         seed = self._seeds.getrandbits(32) if params.seed is None else params.seed
         return [
-            Request(
+            NewRequest(
                 request_id if params.n == 1 else f"{request_id}:{index}",
                 prompt,
-                params,
+                params if params.grammar is None else replace(params, grammar=None),
                 eos_ids=frozenset() if params.ignore_eos else self.eos_ids,
                 max_tokens=max_tokens,
                 seed=(seed + index) & SEED_MASK,
                 priority=priority,
                 arrival_s=time.monotonic(),
-                constraint=None if grammar is None else grammar.matcher(),
+                grammar=None if grammar is None else grammar.source,
                 bad_words_ids=bad_words_ids,
                 num_prompt_logprobs=None if index else params.prompt_logprobs,  # all choices share the prompt
             )
             for index in range(params.n)
         ]
+
+    def make_requests(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+        grammar: Grammar | None = None,
+    ) -> list[Request]:
+        """`make`, for a caller that steps the engine itself."""
+        new = self.make(request_id, prompt_ids, params, priority, grammar)
+        return [to_request(one, None if grammar is None else grammar.matcher()) for one in new]
 
     def _encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Token ids of each word, at the start of a text and after a space."""
@@ -100,3 +114,21 @@ class RequestFactory:
                     param=param,
                 )
         return ids
+
+
+def to_request(new: NewRequest, constraint: Constraint | None) -> Request:
+    """The scheduler's request. constraint: a matcher of its own, if the request has a grammar."""
+    return Request(
+        new.request_id,
+        new.prompt_ids,
+        new.params,
+        eos_ids=new.eos_ids,
+        max_tokens=new.max_tokens,
+        seed=new.seed,
+        priority=new.priority,
+        arrival_s=new.arrival_s,
+        constraint=constraint,
+        bad_words_ids=new.bad_words_ids,
+        num_prompt_logprobs=new.num_prompt_logprobs,
+        pooling=new.pooling,
+    )

@@ -10,7 +10,7 @@ from functools import partial
 
 from tinyvllm.config import GrammarSpec
 from tinyvllm.errors import RequestError
-from tinyvllm.text.grammar import Grammar, GrammarLimits, Vocabulary, compile_grammar
+from tinyvllm.text.grammar import Grammar, GrammarLimits, Vocabulary, compile_grammar, compile_source
 from tinyvllm.text.tokenizer import Tokenizer
 
 NUM_THREADS = 2  # so that one slow grammar does not block the next
@@ -40,6 +40,7 @@ class GrammarCompiler:
         self._vocabulary_lock = threading.Lock()
         self._lock = threading.Lock()
         self._grammars: OrderedDict[GrammarSpec, Future[Grammar]] = OrderedDict()
+        self._by_source: OrderedDict[str, Future[Grammar]] = OrderedDict()
         self._num_waiting = 0
 
     async def compile(self, spec: GrammarSpec) -> Grammar:
@@ -60,6 +61,26 @@ class GrammarCompiler:
             return future.result(self._limits.compile_s)
         except TimeoutError:
             raise self._too_slow(spec) from None
+
+    def prepare(self) -> None:
+        """Read the tokenizer on a compiler thread now, so that the first grammar need not."""
+        self._threads.submit(self._read_vocabulary)
+
+    def compile_source(self, source: str) -> Future[Grammar]:
+        """The grammar whose source this is: compiled already, if `compile` made it in this process, or soon."""
+        with self._lock:
+            future = self._by_source.get(source)
+            if future is None:
+                future = self._threads.submit(self._compile_source, source)
+                self._keep(source, future)
+            self._by_source.move_to_end(source)
+            return future
+
+    def _keep(self, source: str, future: Future[Grammar]) -> None:
+        """Remember a grammar by its source. The caller holds the lock."""
+        self._by_source[source] = future
+        while len(self._by_source) > MAX_GRAMMARS:
+            self._by_source.popitem(last=False)
 
     def _too_slow(self, spec: GrammarSpec) -> RequestError:
         return RequestError(
@@ -88,10 +109,21 @@ class GrammarCompiler:
 
     def _compile(self, spec: GrammarSpec) -> Grammar:
         try:
-            with self._vocabulary_lock:
-                if self._vocabulary is None:
-                    self._vocabulary = self._make_vocabulary()
-            return compile_grammar(spec, self._vocabulary, self._limits)
+            grammar = compile_grammar(spec, self._read_vocabulary(), self._limits)
         finally:
             with self._lock:
                 self._num_waiting -= 1
+        done: Future[Grammar] = Future()
+        done.set_result(grammar)
+        with self._lock:
+            self._keep(grammar.source, done)
+        return grammar
+
+    def _compile_source(self, source: str) -> Grammar:
+        return compile_source(source, self._read_vocabulary(), self._limits)
+
+    def _read_vocabulary(self) -> Vocabulary:
+        with self._vocabulary_lock:
+            if self._vocabulary is None:
+                self._vocabulary = self._make_vocabulary()
+            return self._vocabulary

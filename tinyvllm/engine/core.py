@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from tinyvllm.config import Capacity, ModelConfig
 from tinyvllm.errors import EngineDeadError
 from tinyvllm.profiling import measure
-from tinyvllm.scheduling.plan import StepOutput, StepPlan, StepStats, TokenOut
+from tinyvllm.scheduling.plan import StepOutput, StepPlan, StepStats, TokenOut, count_step
 from tinyvllm.scheduling.request import Request, Status
 from tinyvllm.scheduling.scheduler import Scheduler
 
@@ -215,6 +215,8 @@ class EngineCore:
         stats.schedule_s = step.schedule_s
         stats.pack_s, stats.device_s = output.pack_s, output.device_s
         stats.commit_s = time.perf_counter() - collected_s
+        stats.end_s = time.monotonic()
+        stats.step_sizes = count_step(stats.step_sizes, step.plan.num_tokens)
         stats.num_tokens, stats.num_seqs = step.plan.num_tokens, len(step.plan.entries)
         self._publish(stats)
         return outs

@@ -10,6 +10,7 @@ from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelCon
 from tinyvllm.engine.admission import RequestFactory
 from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.core import Captures, EngineCore, Runner
+from tinyvllm.engine.hosts import Loaded
 from tinyvllm.engine.output import TextEngine
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.scheduling.block_manager import BlockManager
@@ -37,12 +38,28 @@ class LoadedEngine:
     engine: TextEngine
 
     @property
+    def core(self) -> EngineCore:
+        return self.engine.core
+
+    @property
     def model_config(self) -> ModelConfig:
         return self.runner.model_config
 
     @property
     def capacity(self) -> Capacity:
         return self.runner.capacity
+
+    def for_callers(self) -> Loaded:
+        """The part that may be used on other threads than the one that made this."""
+        return Loaded(
+            tokenizer=self.tokenizer,
+            chat_template=self.chat_template,
+            generation_defaults=self.generation_defaults,
+            factory=self.factory,
+            grammars=self.grammars,
+            model_config=self.model_config,
+            capacity=self.capacity,
+        )
 
 
 def model_name(config: EngineConfig) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from typing import Protocol
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from tinyvllm.config import SamplingParams
 from tinyvllm.engine.core import EngineCore
+from tinyvllm.engine.messages import Output
 from tinyvllm.profiling import measure
 from tinyvllm.scheduling.plan import TokenOut
 from tinyvllm.scheduling.request import Request, TokenLogprobs
@@ -73,104 +76,146 @@ class Delta(Struct, frozen=True, kw_only=True, gc=False):
         )
 
 
+class Asked(Protocol):
+    """What the processor of an output reads of its request: a `NewRequest`, or a `Request`."""
+
+    @property
+    def prompt_ids(self) -> list[int]: ...
+
+    @property
+    def params(self) -> SamplingParams: ...
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
+    @property
+    def arrival_s(self) -> float: ...
+
+    @property
+    def num_prompt_logprobs(self) -> int | None: ...
+
+
 class OutputProcessor:
     """Owns the text of one request: incomplete characters, and text that may be the start of a stop string."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, index: int = 0) -> None:
+    def __init__(self, request: Asked, tokenizer: Tokenizer, index: int = 0) -> None:
         params = request.params
-        self.request = request
         self.index = index
+        self.num_prompt_tokens = len(request.prompt_ids)
+        self.num_output_tokens = 0
+        self._request = request
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens)
         self._stop = StopChecker(params.stop, params.include_stop_str_in_output) if params.stop else None
-        self._first_token_s: float | None = None
-        self._last_token_s = 0.0
+        self._num_cached_tokens = 0
+        self._num_preemptions = 0
+        self._scheduled_s = self._first_token_s = self._last_token_s = 0.0
 
-    def push(self, out: TokenOut) -> Delta:
-        """Convert the new token to text. If that completes a stop string, the delta says so before the engine does."""
-        request, token_id = self.request, out.token_id
+    def push_token(self, token_id: int, time_s: float) -> Delta:
+        """`push` for a token that neither ends the output nor has logprobs, and is not the first."""
+        self.num_output_tokens += 1
+        self._last_token_s = time_s
+        text, stop_string, finish_reason = self._detokenizer.push(token_id), None, None
+        if self._stop is not None and self.num_output_tokens > self._request.params.min_tokens:
+            text, stop_string = self._stop.push(text)
+            finish_reason = None if stop_string is None else "stop"
+        return Delta(
+            index=self.index,
+            text=text,
+            token_ids=(token_id,),
+            finish_reason=finish_reason,
+            stop_reason=stop_string,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_output_tokens=self.num_output_tokens,
+            timing=None if finish_reason is None else self._timing(),
+        )
+
+    def push(self, output: Output, time_s: float) -> Delta:
+        """Convert new output to text. If it completes a stop string, the delta ends before the engine's output does.
+
+        time_s: when the token was known, on the monotonic clock.
+        """
+        token_id = output.token_id
+        self._num_cached_tokens = output.num_cached_tokens
+        self._num_preemptions = output.num_preemptions
+        self._scheduled_s = output.scheduled_s
         if token_id is not None:
-            self._last_token_s = time.monotonic()
-            self._first_token_s = self._first_token_s or self._last_token_s
-        text, stop_string = self._make_text(out)
-        finish_reason = out.finish_reason if stop_string is None else "stop"
-        is_first = token_id is not None and len(request.output_ids) == 1
-        logprobs = () if token_id is None or out.logprobs is None else (self._with_text(token_id, out.logprobs),)
+            self.num_output_tokens += 1
+            self._last_token_s = time_s
+            self._first_token_s = self._first_token_s or time_s
+        text, stop_string = self._make_text(output)
+        finish_reason = output.finish_reason if stop_string is None else "stop"
+        logprobs = () if token_id is None or output.logprobs is None else (self._with_text(token_id, output.logprobs),)
         return Delta(
             index=self.index,
             text=text,
             token_ids=() if token_id is None else (token_id,),
             logprobs=logprobs,
             finish_reason=finish_reason,
-            stop_reason=request.stop_reason if stop_string is None else stop_string,
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_cached_tokens=request.num_cached_tokens,
-            num_output_tokens=len(request.output_ids),
-            error=request.error if out.finish_reason == "error" else None,
-            timing=None if finish_reason is None else self.timing(),
-            prompt_logprobs=self._prompt_logprobs() if is_first else None,
+            stop_reason=output.stop_reason if stop_string is None else stop_string,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_output_tokens=self.num_output_tokens,
+            error=output.error if output.finish_reason == "error" else None,
+            timing=None if finish_reason is None else self._timing(is_corrupted=output.error == NO_FINITE_LOGITS),
+            prompt_logprobs=self._prompt_logprobs(output),
         )
 
-    def fail(self, message: str) -> Delta:
-        """The last delta of a request whose text cannot be made."""
-        request = self.request
+    def end(self, reason: str, error: str | None = None) -> Delta:
+        """The last delta of a request that the caller ends: "abort", or "error" with a message."""
         return Delta(
             index=self.index,
             text="",
             token_ids=(),
-            logprobs=(),
-            finish_reason="error",
-            stop_reason=None,
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_cached_tokens=request.num_cached_tokens,
-            num_output_tokens=len(request.output_ids),
-            error=message,
-            timing=self.timing(),
+            finish_reason=reason,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+            num_output_tokens=self.num_output_tokens,
+            error=error,
+            timing=self._timing(),
         )
 
-    def timing(self) -> Timing:
+    def _timing(self, *, is_corrupted: bool = False) -> Timing:
         """The request's times; called when it ends."""
-        request = self.request
-        now_s = time.monotonic()
-        first_token_s = now_s if self._first_token_s is None else self._first_token_s
+        first_token_s = self._first_token_s or time.monotonic()
         return Timing(
-            queued_s=request.arrival_s,
-            scheduled_s=request.scheduled_s or first_token_s,
+            queued_s=self._request.arrival_s,
+            scheduled_s=self._scheduled_s or first_token_s,
             first_token_s=first_token_s,
             last_token_s=self._last_token_s or first_token_s,
-            num_preemptions=request.num_preemptions,
-            is_corrupted=request.error == NO_FINITE_LOGITS,
+            num_preemptions=self._num_preemptions,
+            is_corrupted=is_corrupted,
         )
 
-    def _make_text(self, out: TokenOut) -> tuple[str, str | None]:
+    def _make_text(self, output: Output) -> tuple[str, str | None]:
         """The text that is certain after this token, and the stop string that it completed."""
-        text, stop_string = self._detokenize(out), None
-        if out.finish_reason is not None:
+        text, stop_string = self._detokenize(output), None
+        if output.finish_reason is not None:
             text += self._detokenizer.flush()
-        if self._stop is not None and len(self.request.output_ids) > self.request.params.min_tokens:
+        if self._stop is not None and self.num_output_tokens > self._request.params.min_tokens:
             text, stop_string = self._stop.push(text)
-            if out.finish_reason is not None and stop_string is None:
+            if output.finish_reason is not None and stop_string is None:
                 text += self._stop.flush()
         return text, stop_string
 
-    def _detokenize(self, out: TokenOut) -> str:
+    def _detokenize(self, output: Output) -> str:
         """Text that the token adds. By default the EOS or stop id that ends the output is not part of the text.
 
         A token that ends the output because it completes a grammar is part of it.
         """
-        if out.token_id is None:
+        if output.token_id is None:
             return ""
-        params = self.request.params
-        is_end = out.token_id in self.request.eos_ids or out.token_id in params.stop_token_ids
-        if out.finish_reason == "stop" and is_end and not params.include_stop_str_in_output:
+        params = self._request.params
+        is_end = output.token_id in self._request.eos_ids or output.token_id in params.stop_token_ids
+        if output.finish_reason == "stop" and is_end and not params.include_stop_str_in_output:
             return ""
-        return self._detokenizer.push(out.token_id)
+        return self._detokenizer.push(output.token_id)
 
-    def _prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
-        request = self.request
-        if request.num_prompt_logprobs is None:
+    def _prompt_logprobs(self, output: Output) -> tuple[TokenLogprob | None, ...] | None:
+        if output.prompt_logprobs is None:
             return None
-        scores = zip(request.prompt_ids[1:], request.prompt_logprobs, strict=True)
+        scores = zip(self._request.prompt_ids[1:], output.prompt_logprobs, strict=True)
         return (None, *[self._with_text(token_id, logprobs) for token_id, logprobs in scores])
 
     def _with_text(self, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
@@ -192,8 +237,29 @@ class OutputProcessor:
         )
 
 
+def output_of(out: TokenOut, number: int = 0) -> Output:
+    """What the step loop tells a client of one token, or of an end."""
+    request = out.request
+    is_first = out.token_id is not None and len(request.output_ids) == 1
+    is_last = out.finish_reason is not None
+    return Output(
+        number=number,
+        token_id=out.token_id,
+        finish_reason=out.finish_reason,
+        stop_reason=request.stop_reason if is_last else None,
+        error=request.error if is_last else None,
+        logprobs=out.logprobs,
+        prompt_logprobs=request.prompt_logprobs if is_first and request.num_prompt_logprobs is not None else None,
+        num_cached_tokens=request.num_cached_tokens,
+        scheduled_s=request.scheduled_s,
+        num_preemptions=request.num_preemptions,
+        pooled=request.pooled.tobytes() if is_last and request.pooled is not None else None,
+    )
+
+
 class TextEngine:
-    """An EngineCore that answers in Deltas. Owns the processors of open requests, and ends those at a stop string."""
+    """An EngineCore that answers in Deltas, on the caller's thread. Owns the processors of open requests, and ends
+    those at a stop string."""
 
     def __init__(self, core: EngineCore, tokenizer: Tokenizer) -> None:
         self.core = core
@@ -230,10 +296,10 @@ class TextEngine:
         request = out.request
         processor = self._processors[request.request_id]
         try:
-            delta = processor.push(out)
+            delta = processor.push(output_of(out), time.monotonic())
         except Exception as error:  # affects this request only: the others go on
             logger.exception("the output of request %s cannot be detokenized", request.request_id)
-            delta = processor.fail(f"the output cannot be detokenized: {error}")
+            delta = processor.end("error", f"the output cannot be detokenized: {error}")
         if delta.finish_reason is not None:
             del self._processors[request.request_id]
             if delta.finish_reason != out.finish_reason:

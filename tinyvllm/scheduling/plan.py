@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -103,6 +105,9 @@ class TokenOut:
     finish_reason: str | None = None
 
 
+STEP_SIZES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # tokens; vLLM's histogram buckets
+
+
 @dataclass
 class StepStats:
     """Counts and times of one step, for the log, /metrics and the benchmarks."""
@@ -123,4 +128,31 @@ class StepStats:
     num_captures_to_come: int = 0  # graphs still to be captured between steps; at 0, num_captures is final
     num_failed_captures: int = 0  # since start; larger graphs are used in their place
     num_general_operations: int = 0  # of all layers' operations, those that no fused kernel covers
+    end_s: float = 0.0  # monotonic clock: when the latest step ended; 0 before the first
+    # steps since start by their number of tokens: at most STEP_SIZES[0], at most STEP_SIZES[1], ..., more than the last
+    step_sizes: tuple[int, ...] = (0,) * (len(STEP_SIZES) + 1)
     extra: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def sum(cls, each: Sequence[StepStats]) -> StepStats:
+        """Several engines' counts added up, with the times of the step that ended last."""
+        latest = max(each, key=lambda stats: stats.end_s)
+        counts = {
+            one.name: sum(getattr(stats, one.name) for stats in each)
+            for one in fields(cls)
+            if one.name.startswith("num_")
+        }
+        return replace(
+            latest,
+            **counts | {"num_tokens": latest.num_tokens, "num_seqs": latest.num_seqs},
+            prefix_queries=sum(stats.prefix_queries for stats in each),
+            prefix_hits=sum(stats.prefix_hits for stats in each),
+            step_sizes=tuple(map(sum, zip(*(stats.step_sizes for stats in each), strict=True))),
+            extra={name: sum(stats.extra.get(name, 0) for stats in each) for name in latest.extra},
+        )
+
+
+def count_step(step_sizes: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+    """`StepStats.step_sizes` after one more step."""
+    place = bisect_left(STEP_SIZES, num_tokens)
+    return (*step_sizes[:place], step_sizes[place] + 1, *step_sizes[place + 1 :])

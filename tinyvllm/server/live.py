@@ -12,9 +12,8 @@ from tinyvllm import __version__
 from tinyvllm.errors import EngineDeadError
 
 if TYPE_CHECKING:
-    from tinyvllm.engine.output import TextEngine
+    from tinyvllm.engine.step_history import CompletedStep
     from tinyvllm.server.state import ServerState
-    from tinyvllm.server.step_history import CompletedStep
 
 MAX_CELLS = 1024  # of a pool snapshot; a larger pool has several blocks per cell
 MAX_STEPS = 60
@@ -116,10 +115,12 @@ async def engine_state(state: ServerState) -> EngineState:
     )
     shown.counts = _counts(state)
     shown.ttft_s, shown.itl_s = quantiles(board.recent_ttft_s()), quantiles(board.recent_itl_s())
-    now_s = time.monotonic()
-    shown.steps = [_step(step, now_s) for step in state.history.latest()[-MAX_STEPS:]]
     try:
-        shown.pool = await engine.ask(pool_snapshot)
+        [steps, *_] = await engine.latest_steps()
+        [states, *_] = await engine.pool_states()
+        now_s = time.monotonic()
+        shown.steps = [_step(step, now_s) for step in steps[-MAX_STEPS:]]
+        shown.pool = pool_snapshot(states)
     except EngineDeadError:
         shown.status = "dead" if engine.error is not None else "draining"
     return shown
@@ -173,9 +174,8 @@ def quantiles(values: Sequence[float]) -> Quantiles:
     return Quantiles(p50=at(0.5), p95=at(0.95))
 
 
-def pool_snapshot(engine: TextEngine) -> PoolSnapshot:
-    """The pool between two steps. Runs on the engine's thread, in time proportional to the pool."""
-    states = engine.core.scheduler.block_manager.states()
+def pool_snapshot(states: bytes) -> PoolSnapshot:
+    """The pool between two steps, from its blocks' states: . free, c cached, h held, s shared."""
     size = -(-len(states) // MAX_CELLS)
     cells = [states[start : start + size] for start in range(0, len(states), size)]
     num_shared = states.count(b"s")

@@ -15,15 +15,17 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from tinyvllm.engine.async_engine import STEP_SIZES
 from tinyvllm.server.counters import Counters, Family, Histogram, Value
 from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.request_limits import RequestTimeoutError
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from tinyvllm.config import SamplingParams
     from tinyvllm.engine.async_engine import AsyncEngine
     from tinyvllm.engine.output import Delta
-    from tinyvllm.server.step_history import StepHistory
 
 LABELS = ("model_name", "engine")
 
@@ -54,7 +55,6 @@ HTTP_FINE_BUCKETS = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0, 30.0, 60.0,
 )
 # Counts.
-STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 SMALL_COUNT_BUCKETS = (1, 2, 5, 10, 20)
 # fmt: on
 
@@ -105,7 +105,7 @@ class Totals:
 class Metrics:
     """Owns one app's registry. Used on the server's event loop, except for steps: the engine's thread counts them."""
 
-    def __init__(self, engine: AsyncEngine, history: StepHistory, front_ends: FrontEnds) -> None:
+    def __init__(self, engine: AsyncEngine, front_ends: FrontEnds) -> None:
         row = front_ends.board.own
         self._recent_ttft_s, self._recent_itl_s = row.recent_ttft_s, row.recent_itl_s
         self._engine = engine
@@ -122,8 +122,6 @@ class Metrics:
         for family in (HTTP_REQUESTS, HTTP_DURATION):
             self._counters.register(family)
         self._http_duration_fine_s = self._counters.histogram(HTTP_FINE_DURATION)
-        step_tokens = self._histogram("vllm:iteration_tokens_total", "Tokens of a step.", STEP_TOKEN_BUCKETS)
-        history.observe_tokens = step_tokens.observe
 
     def render(self) -> bytes:
         if self._engine.is_ready:
@@ -346,6 +344,7 @@ class _EngineCollector(Collector):
             return
         yield from self._gauges()
         yield from self._counters()
+        yield self._step_sizes()
         yield self._cache_config()
 
     def _gauges(self) -> Iterator[Metric]:
@@ -409,6 +408,15 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(name, text, labels=LABELS)
             counter.add_metric(self._values, value)
             yield counter
+
+    def _step_sizes(self) -> Metric:
+        """A histogram of the steps' tokens."""
+        stats = self._engine.stats()
+        steps = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens of a step.", labels=LABELS)
+        bounds = [*map(float, STEP_SIZES), "+Inf"]
+        buckets = [(str(bound), count) for bound, count in zip(bounds, accumulate(stats.step_sizes), strict=True)]
+        steps.add_metric(self._values, buckets, stats.extra.get("num_computed_tokens", 0))
+        return steps
 
     def _cache_config(self) -> Metric:
         """A gauge of 1 with the settings as its labels, as in vLLM."""

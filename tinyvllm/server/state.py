@@ -17,7 +17,6 @@ from tinyvllm.server.failures import NotReadyError
 from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.metrics import Metrics
 from tinyvllm.server.request_limits import Admission, Drain, DrainingError, timed_out, until_timeout
-from tinyvllm.server.step_history import StepHistory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,11 +42,9 @@ class ServerState:
         self.board = self.front_ends.board
         self.admission = Admission(settings, self.board)
         self.drain = Drain(self.board)
-        self.history = StepHistory()
-        self.metrics = Metrics(engine, self.history, self.front_ends)
+        self.metrics = Metrics(engine, self.front_ends)
         self.start_s = time.monotonic()
         self._work_since_s = self.start_s  # monotonic clock: when a request last reached an idle engine
-        engine.on_step = self.history.add
 
     def require_engine(self) -> None:
         """Raise EngineDeadError or NotReadyError unless the engine can take requests."""
@@ -69,7 +66,7 @@ class ServerState:
         limit_s = self.settings.watchdog_timeout_s
         if limit_s is None or self._is_idle:
             return None
-        since_s = time.monotonic() - max(self.history.last_end_s, self._work_since_s)
+        since_s = time.monotonic() - max(self.engine.stats().end_s, self._work_since_s)
         return since_s if since_s > limit_s else None
 
     @property

@@ -107,9 +107,10 @@ class _Bytes:
 
 
 class Grammar:
-    """A compiled grammar. Makes matchers, on any thread."""
+    """A compiled grammar. Makes matchers, on any thread. `source`: the JSON to compile it from again."""
 
-    def __init__(self, root: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, source: str, root: LLMatcher, vocab_size: int) -> None:
+        self.source = source
         self._root = root
         self._vocab_size = vocab_size
 
@@ -168,13 +169,26 @@ def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, limits: GrammarLi
         )
     answer = {"name": "answer", **_SOURCES[spec.kind](spec)}
     source = json.dumps({"grammars": [{"lark_grammar": spec.prefix}, answer] if spec.prefix else [answer]})
+    root = _compile(source, vocabulary, limits)
+    if root.is_error():
+        raise _explain(spec, root, vocabulary, limits)
+    return Grammar(source, root, vocabulary.vocab_size)
+
+
+def compile_source(source: str, vocabulary: Vocabulary, limits: GrammarLimits = GrammarLimits()) -> Grammar:
+    """Compile `Grammar.source` again, in the process where its matchers are used. Takes no Python code to speak of."""
+    root = _compile(source, vocabulary, limits)
+    if root.is_error():
+        raise RequestError(f"the grammar cannot be compiled: {_reason(root)}", param="structured_outputs")
+    return Grammar(source, root, vocabulary.vocab_size)
+
+
+def _compile(source: str, vocabulary: Vocabulary, limits: GrammarLimits) -> LLMatcher:
     root = LLMatcher(vocabulary.trie, source, log_level=0, limits=limits.for_parser())
     if not root.is_error():
         # the first mask builds most of the lexer's states: do it here, not on the engine's thread
         root.deep_copy().compute_bitmask()
-    if root.is_error():
-        raise _explain(spec, root, vocabulary, limits)
-    return Grammar(root, vocabulary.vocab_size)
+    return root
 
 
 # One of llguidance's grammars, as an object in its JSON.

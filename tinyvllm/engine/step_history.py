@@ -1,15 +1,12 @@
-"""The engine's latest steps, for the page, the metrics and the watchdog."""
+"""The engine's latest steps, for the page and for people who look for a slow one."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tinyvllm.engine.async_engine import StepStats
+from tinyvllm.scheduling.plan import StepStats
 
 NUM_STEPS = 120  # how many are kept
 
@@ -24,10 +21,9 @@ class CompletedStep:
 
 
 class StepHistory:
-    """Owns the latest steps. Written on the engine's thread, read on the server's event loop."""
+    """Owns the latest steps. Used on the step loop's thread only."""
 
     def __init__(self) -> None:
-        self.observe_tokens: Callable[[float], None] = lambda num_tokens: None
         self._steps: deque[CompletedStep] = deque(maxlen=NUM_STEPS)
         self._number = 0.0
 
@@ -37,17 +33,8 @@ class StepHistory:
         if number == self._number:
             return
         self._number = number
-        self._steps.append(CompletedStep(number=int(number), end_s=time.monotonic(), stats=stats))
-        self.observe_tokens(stats.num_tokens)
+        self._steps.append(CompletedStep(number=int(number), end_s=stats.end_s or time.monotonic(), stats=stats))
 
     def latest(self) -> list[CompletedStep]:
-        """The steps, oldest first. A copy, made by one C call, which no other thread can interrupt."""
+        """The steps, oldest first."""
         return list(self._steps)
-
-    @property
-    def last_end_s(self) -> float:
-        """When the latest step ended, on the monotonic clock; 0 before the first."""
-        try:
-            return self._steps[-1].end_s
-        except IndexError:
-            return 0.0

@@ -1,0 +1,297 @@
+"""The step loop: it takes requests from clients, runs steps, and sends each client the tokens that a step brought.
+
+It runs on one thread, the only one that uses tinygrad, whose caches are bound to the thread that made them. How clients
+reach it is the door's business: a list in the same process (`local_door.py`), or a socket (`socket_door.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, Protocol
+
+from tinyvllm.engine.admission import to_request
+from tinyvllm.engine.constraints import GrammarCompiler
+from tinyvllm.engine.core import EngineCore
+from tinyvllm.engine.messages import (
+    Abort,
+    Answer,
+    Ask,
+    Batch,
+    Goodbye,
+    Hello,
+    NewRequest,
+    Output,
+    Refused,
+    Submit,
+    ToClient,
+    ToEngine,
+    Welcome,
+)
+from tinyvllm.engine.output import output_of
+from tinyvllm.engine.step_history import StepHistory
+from tinyvllm.errors import RequestError
+from tinyvllm.profiling import measure
+from tinyvllm.scheduling.plan import StepStats, TokenOut
+from tinyvllm.scheduling.request import Constraint, Request
+from tinyvllm.text.grammar import Grammar
+
+logger = logging.getLogger(__name__)
+
+COMPILE_POLL_S = 0.01  # how often an idle engine checks whether background compilation has finished
+
+ClientId = Hashable
+Task = Callable[[], None]  # runs on the loop's thread, between two steps
+
+
+class Door(Protocol):
+    """The step loop's side of its connections. `post` may be called from any thread, the others on the loop's only."""
+
+    def receive(self, timeout_s: float | None) -> list[tuple[ClientId, ToEngine] | Task]:
+        """What has arrived, in order. Waits up to `timeout_s` for the first; None: as long as it takes."""
+
+    def send(self, client: ClientId, message: ToClient) -> None:
+        """Queue a message. Never waits for the client, and ignores one that is gone."""
+
+    def post(self, task: Task) -> None:
+        """Have `receive` return `task`."""
+
+    def close(self, reason: str) -> None:
+        """Tell every client that the engine has closed, and accept nothing more."""
+
+
+class EngineLoop:
+    """Owns the engine's requests on behalf of its clients. `run` is the thread's main function."""
+
+    def __init__(
+        self,
+        core: EngineCore,
+        grammars: GrammarCompiler,
+        door: Door,
+        on_stats: Callable[[StepStats], None] | None = None,
+    ) -> None:
+        """on_stats: called with the stats whenever they change; must be quick."""
+        self.core = core
+        self._grammars = grammars
+        self._door = door
+        self._on_stats = on_stats
+        self._history = StepHistory()
+        self._clients: defaultdict[ClientId, dict[int, Request]] = defaultdict(dict)  # unfinished requests by number
+        self._owners: dict[Request, tuple[ClientId, int]] = {}  # the same, the other way round
+        self._waiting: dict[tuple[ClientId, int], Submit] = {}  # calls whose grammar is being compiled, by first number
+        self._stop_at_s: float | None = None  # monotonic; set when a stop is requested
+
+    # ---- From any thread ----
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        """Give the running requests `drain_s` seconds, abort the rest, and let `run` return. May be called again."""
+        stop_at_s = time.monotonic() + drain_s
+        self._stop_at_s = stop_at_s if self._stop_at_s is None else min(stop_at_s, self._stop_at_s)
+        self._door.post(lambda: None)  # so that a sleeping loop looks
+
+    def drop_client(self, client: ClientId) -> None:
+        """End the requests of a client that has died."""
+        self._door.post(partial(self._forget, client))
+
+    # ---- On the loop's thread ----
+
+    def run(self) -> None:
+        """Serve until `stop`. Raises EngineDeadError if steps fail for good, and whatever a bug raises.
+
+        The caller closes the door, with the reason.
+        """
+        self._serve()
+        for client in list(self._clients):
+            self._abort_all(client, tells=True)
+
+    def _serve(self) -> None:
+        core = self.core
+        while True:
+            for item in self._door.receive(self._patience_s()):
+                if callable(item):
+                    item()
+                else:
+                    self._handle(*item)
+            if self._stop_at_s is not None and (self._is_idle or time.monotonic() >= self._stop_at_s):
+                return
+            if core.has_work:
+                self._pass_on(core.step())
+            if core.has_captures_to_come:
+                self._pass_on(core.advance_captures())
+
+    @property
+    def _is_idle(self) -> bool:
+        return not self.core.has_work and not self._waiting
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for messages: not at all while there is work."""
+        if self.core.has_work:
+            return 0.0
+        if self._stop_at_s is not None:
+            return max(0.0, self._stop_at_s - time.monotonic()) if self._waiting else 0.0
+        return COMPILE_POLL_S if self.core.has_captures_to_come else None
+
+    def _pass_on(self, outs: list[TokenOut]) -> None:
+        """Send each client its part of a step's tokens in one message, and report the stats."""
+        stats = self.core.stats
+        if outs:
+            self._send_tokens(outs, stats.end_s)
+        self._history.add(stats)
+        if self._on_stats is not None:
+            self._on_stats(stats)
+
+    def _send_tokens(self, outs: list[TokenOut], time_s: float) -> None:
+        batches: dict[ClientId, Batch] = {}
+        for out in outs:
+            request = out.request
+            owner = self._owners.get(request)
+            if owner is None:  # its client has aborted it
+                continue
+            client, number = owner
+            batch = batches.get(client)
+            if batch is None:
+                batch = batches[client] = Batch(time_s, [], [], [])
+            is_plain = out.finish_reason is None and out.logprobs is None and len(request.output_ids) > 1
+            if is_plain and out.token_id is not None:
+                batch.numbers.append(number)
+                batch.token_ids.append(out.token_id)
+                continue
+            batch.outputs.append(output_of(out, number))
+            if out.finish_reason is not None:
+                self._release(request)
+        for client, batch in batches.items():
+            self._door.send(client, batch)
+
+    def _release(self, request: Request) -> None:
+        client, number = self._owners.pop(request)
+        self._clients[client].pop(number, None)
+
+    def _handle(self, client: ClientId, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                self._submit(client, message)
+            case Abort():
+                for number in message.numbers:
+                    self._abort(client, number)
+                self._report()
+            case Ask():
+                self._door.send(client, self._answer(message))
+            case Hello():
+                self._clients[client]  # now it is known, and hears when the engine closes
+                runner = self.core.runner
+                self._door.send(client, Welcome(runner.model_config, runner.capacity))
+            case Goodbye():
+                self._forget(client)
+
+    def _submit(self, client: ClientId, call: Submit) -> None:
+        source = call.requests[0].grammar
+        if source is None:
+            self._begin(client, call, None)
+            return
+        grammar = self._grammars.compile_source(source)
+        if grammar.done():
+            self._begin(client, call, grammar)
+            return
+        self._waiting[client, call.requests[0].number] = call
+        grammar.add_done_callback(
+            lambda compiled: self._door.post(partial(self._begin_waiting, client, call, compiled))
+        )
+
+    def _begin_waiting(self, client: ClientId, call: Submit, grammar: Future[Grammar]) -> None:
+        if self._waiting.pop((client, call.requests[0].number), None) is not None:  # else it was aborted
+            self._begin(client, call, grammar)
+
+    def _begin(self, client: ClientId, call: Submit, grammar: Future[Grammar] | None) -> None:
+        """Queue the choices of a call, or none of them if one is refused."""
+        try:
+            for new in call.requests:
+                self._add(client, new, None if grammar is None else grammar.result().matcher())
+        except RequestError as error:
+            numbers = [new.number for new in call.requests]
+            for number in numbers:
+                self._abort(client, number)
+            self._door.send(client, Refused(numbers, str(error), error.param, error.code))
+        self._report()
+
+    def _add(self, client: ClientId, new: NewRequest, constraint: Constraint | None) -> None:
+        request = to_request(new, constraint)
+        self.core.add(request)
+        self._clients[client][new.number] = request
+        self._owners[request] = client, new.number
+
+    def _abort(self, client: ClientId, number: int) -> Request | None:
+        """End a request without telling its client. None if it is not running."""
+        self._waiting.pop((client, number), None)
+        request = self._clients[client].pop(number, None)
+        if request is not None:
+            del self._owners[request]
+            self.core.abort(request.request_id)
+        return request
+
+    def _abort_all(self, client: ClientId, *, tells: bool = False) -> None:
+        """End all requests of a client. tells: send it their last outputs."""
+        waiting = [number for owner, number in self._waiting if owner == client]
+        for number in waiting:
+            del self._waiting[client, number]
+        ended = [(number, self._abort(client, number)) for number in list(self._clients[client])]
+        outputs = [
+            output_of(TokenOut(request, token_id=None, finish_reason="abort"), number)
+            for number, request in ended
+            if request is not None
+        ]
+        outputs += [Output(number, None, "abort") for number in waiting]
+        if tells and outputs:
+            self._door.send(client, Batch(time.monotonic(), [], [], outputs))
+        self._report()
+
+    def _forget(self, client: ClientId) -> None:
+        self._abort_all(client)
+        self._clients.pop(client, None)
+
+    def _report(self) -> None:
+        if self._on_stats is not None:
+            self._on_stats(self.core.stats)
+
+    # ---- Questions ----
+
+    def _answer(self, ask: Ask) -> Answer:
+        question = QUESTIONS.get(ask.question)
+        if question is None:
+            return Answer(ask.number, error=f"no question {ask.question!r}: known: {', '.join(QUESTIONS)}")
+        try:
+            return Answer(ask.number, question(self))
+        except Exception as error:  # it concerns the asker only
+            logger.exception("the question %s cannot be answered", ask.question)
+            return Answer(ask.number, error=f"{type(error).__name__}: {error}")
+
+    def pool_states(self) -> bytes:
+        return bytes(self.core.scheduler.block_manager.states())
+
+    def audit(self) -> dict[str, int]:
+        """Check the pool, and count what the engine holds. Raises InvariantError."""
+        manager = self.core.scheduler.block_manager
+        manager.audit()
+        return {
+            "free_blocks": manager.num_free,
+            "all_blocks": manager.num_blocks - 1,
+            "requests": self.core.scheduler.num_running + self.core.scheduler.num_waiting,
+            "owned_requests": len(self._owners),
+            "waiting_calls": len(self._waiting),
+        }
+
+    def latest_steps(self) -> list[Any]:
+        return self._history.latest()
+
+
+# What a client may ask: a name, and what answers it between two steps, quickly.
+QUESTIONS: dict[str, Callable[[EngineLoop], Any]] = {
+    "pool_states": EngineLoop.pool_states,
+    "latest_steps": EngineLoop.latest_steps,
+    "audit": EngineLoop.audit,
+    "start_profile": lambda loop: measure.start(),
+    "stop_profile": lambda loop: measure.stop(),
+}

@@ -1,0 +1,129 @@
+"""What the step loop and its clients say to each other: token ids in one direction, new tokens in the other.
+
+In one process the objects themselves are handed over. Between processes they are MessagePack, as arrays without field
+names; msgspec checks every type when it decodes. A client numbers its requests, and all that follows names the number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from tinyvllm.config import Capacity, ModelConfig, SamplingParams
+from tinyvllm.scheduling.request import TokenLogprobs
+
+# ---- To the step loop ----
+
+
+class NewRequest(Struct, array_like=True, gc=False):
+    """One sequence to generate, checked and with all defaults filled in. The fields are those of `Request`."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams  # without its grammar
+    eos_ids: frozenset[int]
+    max_tokens: int
+    seed: int
+    number: int = 0  # the client's
+    priority: int = 0
+    arrival_s: float = 0.0
+    grammar: str | None = None  # the source of the compiled grammar (text/grammar.py)
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    num_prompt_logprobs: int | None = None
+    pooling: str | None = None
+
+
+class Hello(Struct, tag="hello", array_like=True):
+    """A client introduces itself. It is answered with a Welcome."""
+
+
+class Submit(Struct, tag="submit", array_like=True):
+    """The choices of one call. If one is refused, none runs."""
+
+    requests: list[NewRequest]
+
+
+class Abort(Struct, tag="abort", array_like=True):
+    """End these requests, without an answer: the client has stopped listening."""
+
+    numbers: list[int]
+
+
+class Ask(Struct, tag="ask", array_like=True):
+    """A question to the step loop, answered between two steps (`EngineLoop.QUESTIONS`)."""
+
+    number: int
+    question: str
+
+
+class Goodbye(Struct, tag="goodbye", array_like=True):
+    """The client leaves: its requests are aborted."""
+
+
+ToEngine = Hello | Submit | Abort | Ask | Goodbye
+
+# ---- To a client ----
+
+
+class Output(Struct, array_like=True, gc=False):
+    """One new token of one request, or its end, with all that may come with it."""
+
+    number: int
+    token_id: int | None  # None: the request ended without a token
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token, if requested
+    num_cached_tokens: int = 0
+    scheduled_s: float = 0.0
+    num_preemptions: int = 0
+    pooled: bytes | None = None  # (hidden,) float32, with the last token of a request that pools
+
+
+class Batch(Struct, tag="batch", array_like=True):
+    """What one step brought for one client. Each request has at most one entry in the two lists together."""
+
+    time_s: float  # monotonic clock: when the step's tokens were known
+    numbers: list[int]  # of requests with a token and nothing else to say ...
+    token_ids: list[int]  # ... and that token
+    outputs: list[Output]  # first and last tokens, and those with logprobs
+
+
+class Welcome(Struct, tag="welcome", array_like=True):
+    """The engine is ready. What a client must know of it."""
+
+    model_config: ModelConfig
+    capacity: Capacity
+
+
+class Refused(Struct, tag="refused", array_like=True):
+    """A call cannot run. The fields are those of RequestError."""
+
+    numbers: list[int]  # of all its choices
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Answer(Struct, tag="answer", array_like=True):
+    """To a question; an error has a message and no value."""
+
+    number: int
+    value: Any = None
+    error: str | None = None
+
+
+class Closed(Struct, tag="closed", array_like=True):
+    """The engine has stopped. Nothing follows."""
+
+    reason: str
+
+
+ToClient = Batch | Welcome | Refused | Answer | Closed
+
+encode_message = msgspec.msgpack.Encoder().encode
+decode_for_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_for_client = msgspec.msgpack.Decoder(ToClient).decode

@@ -13,6 +13,7 @@ from tinyvllm.bench.tables import format_number
 
 TIMES = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "itl_ms": "ITL", "e2e_ms": "E2E"}
 PERCENTILES = ("median", "p95", "p99")
+MAX_BUSY_SHARE = 0.8  # of a load process's time: above it, answers wait for the generator
 
 
 def load_table(rows: Sequence[dict[str, Any]]) -> RenderableType:
@@ -27,7 +28,19 @@ def load_table(rows: Sequence[dict[str, Any]]) -> RenderableType:
     first = rows[0]
     title = f"{first['model']} at {first['url']}, {first['api']}, {first['requests']} requests per level; "
     title += "times are median / p95 / p99"
-    return Group(Text(title, style="bold"), table, *[Text(f"failed: {line}", style="red") for line in failed])
+    notes = [Text(f"failed: {line}", style="red") for line in failed]
+    notes += [Text(warning, style="yellow") for row in rows if (warning := warn_of_generator(row))]
+    return Group(Text(title, style="bold"), table, *notes)
+
+
+def warn_of_generator(row: dict[str, Any]) -> str | None:
+    """Says so if the load generator was nearly busy, so that the figures may be its own."""
+    if row["load_busy_share"] <= MAX_BUSY_SHARE:
+        return None
+    return (
+        f"{row_name(row)}: one of {row['load_processes']} load processes was busy {row['load_busy_share']:.0%} of the "
+        "time, so it may have limited the figures: raise --load-processes, or use a machine with more cores"
+    )
 
 
 def load_markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -39,7 +52,8 @@ def load_markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def headings() -> list[str]:
     """The headings of `cells`."""
-    return ["load", "requests/s", "output t/s", *[f"{label} ms" for label in TIMES.values()], "good", "errors"]
+    times = [f"{label} ms" for label in TIMES.values()]
+    return ["load", "requests/s", "output t/s", *times, "events/answer", "good", "errors"]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -49,7 +63,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
     good = "-" if row["goodput_share"] is None else f"{row['goodput_request_s']:.2f}/s, {row['goodput_share']:.0%}"
     rates = [format_number(row["request_s"]), format_number(row["output_tok_s"])]
-    return [row_name(row), *rates, *times, good, str(sum(row["errors"].values()))]
+    events = format_number(row["events_per_answer"]["mean"])
+    return [row_name(row), *rates, *times, events, good, str(sum(row["errors"].values()))]
 
 
 def row_name(row: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 from typing import TYPE_CHECKING, Annotated
@@ -21,9 +20,14 @@ if TYPE_CHECKING:
 class TargetFlags:
     """Which server, and how to talk to it."""
 
-    url: Annotated[str, Option(metavar="URL", help="The server's address, without the path of an endpoint.")] = (
-        "http://127.0.0.1:8000"
-    )
+    url: Annotated[
+        str,
+        Option(
+            metavar="URL",
+            help="The server's address, without the path of an endpoint: http://HOST:PORT, https://HOST:PORT "
+            "($SSL_CERT_FILE: a private authority's certificate) or unix:/PATH/OF/SOCKET.",
+        ),
+    ] = "http://127.0.0.1:8000"
     model: Annotated[
         str | None, Option(metavar="NAME", help="The model to request. [default: the first that the server lists]")
     ] = None
@@ -34,13 +38,14 @@ class TargetFlags:
 
     def make_target(self, *, ignore_eos: bool, timeout_s: float) -> Target:
         """The server, asked for its first model unless one is named. Raises TinyvllmError if it does not answer."""
-        from tinyvllm.bench.load import Target, find_model
+        from tinyvllm.bench.load import Target
+        from tinyvllm.bench.load_measure import find_model
 
         url = self.url.rstrip("/").removesuffix("/v1")
         target = Target(url, self.model or "", self.api, self.api_key, ignore_eos, timeout_s)
         if self.model is not None:
             return target
-        return dataclasses.replace(target, model=asyncio.run(find_model(target)))
+        return dataclasses.replace(target, model=find_model(target))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,17 @@ class LoadFlags:
     input_len: Annotated[
         int, Option(metavar="TOKENS", help="Approximate length of each prompt; no two prompts begin alike.")
     ] = 128
+    prompt_ids: Annotated[
+        bool,
+        Option(
+            "--prompt-ids",
+            help="Send random token ids, so that prompts have exactly --input-len tokens. Needs --api completions.",
+        ),
+    ] = False
+    vocab_size: Annotated[
+        int | None,
+        Option(metavar="COUNT", help="With --prompt-ids: draw ids below this. [default: ask /tokenizer_info]"),
+    ] = None
     output_len: Annotated[int, Option(metavar="TOKENS", help="Tokens of each answer.")] = 64
     concurrency: Annotated[
         str, Option(metavar="COUNTS", help="Closed loop: keep this many requests open; one level for each; or none.")
@@ -77,14 +93,42 @@ class LoadFlags:
         bool, Option("--stop-at-eos", help="Do not send ignore_eos, which servers other than vLLM and ours may reject.")
     ] = False
     timeout: Annotated[float, Option(metavar="SECONDS", help="Maximum time that a server may stay silent.")] = 600.0
-    seed: Annotated[int, Option(metavar="INTEGER", help="Seed of the prompts and of the random times.")] = 0
+    seed: Annotated[int, Option(metavar="INTEGER", help="Seed of the random times of --rate.")] = 0
+    load_processes: Annotated[
+        int | None,
+        Option(
+            metavar="COUNT",
+            help="Processes that send the requests and time the answers. [default: half the cores, up to 8, and at "
+            "least 4 clients for each]",
+            show_default=False,
+        ),
+    ] = None
 
     def make_work(self) -> LoadWork:
         """Raises TinyvllmError for a bad value."""
         from tinyvllm.bench.load import LoadWork
 
-        limits = _parse_limits(self.goodput)
-        return LoadWork(self.num_prompts, self.warmup, self.input_len, self.output_len, self.seed, limits)
+        if self.vocab_size is not None and not self.prompt_ids:
+            raise TinyvllmError("--vocab-size is for prompts of token ids: give --prompt-ids too")
+        return LoadWork(
+            num_requests=self.num_prompts,
+            num_warmup=self.warmup,
+            input_len=self.input_len,
+            output_len=self.output_len,
+            seed=self.seed,
+            slo_ms=_parse_limits(self.goodput),
+            vocab_size=self.vocab_size,
+        )
+
+    def complete(self, work: LoadWork, target: Target) -> LoadWork:
+        """With the server's vocabulary, if ids are to be sent and --vocab-size does not give it."""
+        from tinyvllm.bench.load_measure import find_vocab_size
+
+        if not self.prompt_ids:
+            return work
+        if target.api != "completions":
+            raise TinyvllmError("--prompt-ids needs --api completions: a chat's messages are text")
+        return work if work.vocab_size else dataclasses.replace(work, vocab_size=find_vocab_size(target))
 
     def levels(self) -> list[Load]:
         """An open loop if rates are given, else a closed one. Raises TinyvllmError if there is neither."""
@@ -107,9 +151,17 @@ class LoadOutputFlags:
 def serve(*, server: TargetFlags, load: LoadFlags, output: LoadOutputFlags) -> None:
     """Send load to a running server and time its answers.
 
-    Reports TTFT, TPOT, ITL, E2E and goodput. The server is ours or any other that speaks OpenAI's API."""
+    The server is ours or any other that streams in OpenAI's format. Reports for each level of load: TTFT (time to the
+    first text), TPOT (time per token after it), ITL (gaps between pieces of text), E2E (time to the last), goodput, and
+    events/answer: pieces of text per answer, fewer than --output-len if the server merges tokens.
+
+    How fast for 1, 8 and 64 users at once:  tinyvllm bench serve --concurrency 1,8,64 --num-prompts 128
+
+    How many users in time:  tinyvllm bench serve --rate 1,2,4 --goodput ttft:1000,tpot:50
+
+    Exact lengths:  tinyvllm bench serve --prompt-ids --input-len 512 --output-len 128"""
     from tinyvllm.bench.environment import describe_environment
-    from tinyvllm.bench.load import measure_load
+    from tinyvllm.bench.load_measure import measure_load
     from tinyvllm.bench.load_tables import load_markdown, load_table
     from tinyvllm.bench.plots import check_plot, draw_load
 
@@ -117,8 +169,9 @@ def serve(*, server: TargetFlags, load: LoadFlags, output: LoadOutputFlags) -> N
         check_plot(output.plot)
     loads, work = load.levels(), load.make_work()
     target = server.make_target(ignore_eos=not load.stop_at_eos, timeout_s=load.timeout)
+    work = load.complete(work, target)
     with progress_bars() as report:
-        rows = asyncio.run(measure_load(target, work, loads, report))
+        rows = measure_load(target, work, loads, report, load.load_processes)
     environment = describe_environment(load.seed)
     rows = [row | {"environment": environment} for row in rows]
     if output.markdown:

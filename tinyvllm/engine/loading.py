@@ -26,40 +26,15 @@ Progress = Callable[[str, int, int], None]  # stage ("load", "warm-up"), done, t
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedEngine:
-    """A loaded model with all that answers requests for it. Bound to the thread that made it."""
+class LoadedEngine(Loaded):
+    """A loaded model with all that answers requests for it. Runner and engine stay on their thread."""
 
     runner: Runner
-    tokenizer: Tokenizer
-    chat_template: ChatTemplate | None
-    generation_defaults: GenerationDefaults
-    factory: RequestFactory
-    grammars: GrammarCompiler
     engine: TextEngine
 
     @property
     def core(self) -> EngineCore:
         return self.engine.core
-
-    @property
-    def model_config(self) -> ModelConfig:
-        return self.runner.model_config
-
-    @property
-    def capacity(self) -> Capacity:
-        return self.runner.capacity
-
-    def for_callers(self) -> Loaded:
-        """The part that may be used on other threads than the one that made this."""
-        return Loaded(
-            tokenizer=self.tokenizer,
-            chat_template=self.chat_template,
-            generation_defaults=self.generation_defaults,
-            factory=self.factory,
-            grammars=self.grammars,
-            model_config=self.model_config,
-            capacity=self.capacity,
-        )
 
 
 def model_name(config: EngineConfig) -> str:
@@ -72,16 +47,51 @@ def model_name(config: EngineConfig) -> str:
         return config.model
 
 
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """What a model's files say about text: enough to turn requests into token ids and token ids into answers."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    generation_defaults: GenerationDefaults
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.eos_ids) | frozenset(self.generation_defaults.eos_ids)
+
+    def for_callers(self, model_config: ModelConfig, capacity: Capacity, seed: int | str) -> Loaded:
+        """All that a caller of an engine with these limits needs."""
+        encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        return Loaded(
+            tokenizer=self.tokenizer,
+            chat_template=self.chat_template,
+            generation_defaults=self.generation_defaults,
+            factory=RequestFactory(model_config.vocab_size, capacity, self.eos_ids, seed, encode),
+            grammars=GrammarCompiler(self.tokenizer, model_config.vocab_size, self.eos_ids),
+            model_config=model_config,
+            capacity=capacity,
+        )
+
+
+def load_text(config: EngineConfig) -> Text:
+    """Read the text part of a model's files. Raises for an unknown tool or reasoning parser too."""
+    files = resolve_model(config.model)
+    text = Text(
+        tokenizer=load_tokenizer(files),
+        chat_template=load_chat_template(files, config.chat_template),
+        generation_defaults=read_generation_defaults(files),
+    )
+    find_tool_format(config.tool_call_parser, "")  # raises for an unknown name
+    find_reasoning_format(config.reasoning_parser, "")
+    return text
+
+
 def load_engine(config: EngineConfig, progress: Progress | None = None) -> LoadedEngine:
     """Find the model's files, load them and warm up: all graphs, or only those needed to serve any request.
 
     Whatever is quick to check is checked before the weights are loaded."""
     files = resolve_model(config.model)
-    tokenizer = load_tokenizer(files)
-    chat_template = load_chat_template(files, config.chat_template)
-    find_tool_format(config.tool_call_parser, "")  # raises for an unknown name
-    find_reasoning_format(config.reasoning_parser, "")
-    generation_defaults = read_generation_defaults(files)
+    text = load_text(config)
 
     from tinyvllm.execution.runner import load_runner  # here, because it starts the device
 
@@ -92,7 +102,7 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
         runner.close()
         raise
     captures = None if config.warm_up == "full" else runner.captures
-    return assemble_engine(config, runner, tokenizer, chat_template, generation_defaults, captures)
+    return assemble_engine(config, runner, text.tokenizer, text.chat_template, text.generation_defaults, captures)
 
 
 def assemble_engine(
@@ -107,17 +117,7 @@ def assemble_engine(
     capacity = runner.capacity
     block_manager = BlockManager(capacity.num_blocks, capacity.block_size, config.enable_prefix_caching)
     scheduler = Scheduler(block_manager, capacity, config.scheduling_policy)
-    eos_ids = frozenset(tokenizer.eos_ids) | frozenset(generation_defaults.eos_ids)
-    encode = partial(tokenizer.encode, add_special_tokens=False)
-    factory = RequestFactory(runner.model_config.vocab_size, capacity, eos_ids, config.seed, encode)
-    grammars = GrammarCompiler(tokenizer, runner.model_config.vocab_size, eos_ids)
+    text = Text(tokenizer=tokenizer, chat_template=chat_template, generation_defaults=generation_defaults)
+    loaded = text.for_callers(runner.model_config, capacity, config.seed)
     engine = TextEngine(EngineCore(runner, scheduler, captures), tokenizer)
-    return LoadedEngine(
-        runner=runner,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        generation_defaults=generation_defaults,
-        factory=factory,
-        grammars=grammars,
-        engine=engine,
-    )
+    return LoadedEngine(runner=runner, engine=engine, **vars(loaded))

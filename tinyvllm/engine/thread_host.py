@@ -96,7 +96,7 @@ class ThreadHost:
             self._started.set_exception(error)
             return
         self.engine, self._loop = engine, loop
-        self.loaded = engine.for_callers()
+        self.loaded = engine
         if self._is_stopping:
             loop.stop()
         self._started.set_result(None)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, SamplingParams
 from tinyvllm.engine.async_engine import AsyncEngine
+from tinyvllm.engine.client import Receiver
 from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.output import Delta, Timing, TokenLogprob
 from tinyvllm.engine.step_history import CompletedStep, StepHistory
@@ -92,6 +93,37 @@ class Call:
     @property
     def prompt(self) -> str:
         return bytes(self.prompt_ids).decode()
+
+
+class OpenCall:
+    """An open call of a FakeEngine."""
+
+    def __init__(
+        self, engine: FakeEngine, request_id: str, deltas: AsyncGenerator[Delta, None], receiver: Receiver
+    ) -> None:
+        self._engine = engine
+        self._request_id = request_id
+        self._deltas = deltas
+        self._receiver = receiver
+        self._is_closed = False
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        async with contextlib.aclosing(self._deltas):
+            try:
+                async for delta in self._deltas:
+                    if self._is_closed:
+                        return
+                    self._receiver.take(delta)
+            except Exception as error:
+                self._receiver.fail(error)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._engine.leave(self._request_id)
+            if self._task is not asyncio.current_task():
+                self._task.cancel()
 
 
 @dataclass
@@ -182,18 +214,33 @@ class FakeEngine:
                     await asyncio.sleep(0)
                     delta = self._delta(position, index, prompt_ids, params)
                     if delta is not None:
+                        if delta.finish_reason is not None and index == params.n - 1:
+                            self._note(request_id, running=False)
                         yield delta
                 if self.hang_after is not None and position >= self.hang_after:
                     await asyncio.Event().wait()
                 if self.crash_after is not None and position >= self.crash_after:
                     raise ZeroDivisionError("a bug")
-                if delta is not None and delta.finish_reason is not None:
-                    self._note(request_id, running=False)
+                if request_id not in self.running:
                     return
         finally:
-            if request_id in self.running:
-                self.closed.append(request_id)
-                self._note(request_id, running=False)
+            self.leave(request_id)
+
+    def leave(self, request_id: str) -> None:
+        if request_id in self.running:
+            self.closed.append(request_id)
+            self._note(request_id, running=False)
+
+    async def submit(
+        self, prompt_ids: list[int], params: SamplingParams, receiver: Receiver, *, request_id: str, priority: int = 0
+    ) -> OpenCall:
+        """`generate`, driven by a task. Raises what `refuse` says, and a grammar's errors."""
+        deltas = self.generate(prompt_ids, params, request_id=request_id, priority=priority)
+        if self.refuse is not None:
+            await anext(deltas)  # raises it
+        if params.grammar is not None:
+            await self.grammars.compile(params.grammar)
+        return OpenCall(self, request_id, deltas, receiver)
 
     async def embed(
         self, prompt_ids: list[int], pooling: str, *, request_id: str, priority: int = 0

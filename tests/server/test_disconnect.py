@@ -13,8 +13,13 @@ import pytest
 from tests.server.client import raw_post
 from tests.server.fake_engine import FakeEngine, serving
 from tinyvllm.config import SamplingParams
+from tinyvllm.server.context import RequestContext, as_current
 from tinyvllm.server.failures import ClientGone
-from tinyvllm.server.streaming import EventStream, errors_as_events, merge, until_disconnect, wait_for_first
+from tinyvllm.server.generation import Item, Job, PromptCall
+from tinyvllm.server.intake import event_stream
+from tinyvllm.server.settings import ServerSettings
+from tinyvllm.server.state import ServerState
+from tinyvllm.server.streaming import EventStream, until_disconnect
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "ab", "n": 2},
@@ -82,8 +87,26 @@ async def leave() -> dict[str, Any]:
     return {"type": "http.disconnect"}
 
 
-def begin(engine: FakeEngine) -> Any:
-    return merge([engine.generate([1], SamplingParams(max_tokens=50), request_id="r")], 1)
+class Texts:
+    """Events that are the items' texts."""
+
+    def begin(self) -> bytes:
+        return b""
+
+    def take(self, item: Item) -> bytes:
+        return item.delta.text.encode()
+
+    def end(self) -> bytes:
+        return b"."
+
+    def fail(self, error: BaseException) -> bytes:
+        return str(error).encode()
+
+
+async def begin(engine: FakeEngine) -> EventStream:
+    state = ServerState(engine, ServerSettings())  # type: ignore[arg-type]
+    call = PromptCall([1], SamplingParams(max_tokens=50), request_id="r")
+    return await event_stream(state, Job([call], n=1, arrival_s=0.0), Texts())
 
 
 async def test_work_is_canceled_when_the_client_leaves() -> None:
@@ -127,39 +150,31 @@ async def test_work_is_canceled_with_the_caller() -> None:
     assert ended.is_set()
 
 
-async def test_closing_an_unread_stream_ends_the_request() -> None:
-    engine = FakeEngine()
-    items = await wait_for_first(begin(engine))
+async def test_a_stream_that_is_never_sent_ends_with_its_request() -> None:
+    engine, context = FakeEngine(hang_after=3), RequestContext("a")
+    with as_current(context):
+        await begin(engine)
     assert engine.running == {"r"}
-    await items.aclose()
+    for close in context.closers:
+        close()
     assert engine.closed == ["r"]
 
 
 async def test_client_that_never_reads_ends_the_request() -> None:
     engine = FakeEngine()
-    items = await wait_for_first(begin(engine))
-
-    async def frames() -> Any:
-        async for item in items:
-            yield item.delta.text
 
     async def send(message: Any) -> None:
         await asyncio.Event().wait()  # a client whose TCP window is full
 
-    await EventStream(errors_as_events(frames()), items)({"type": "http"}, leave, send)
+    await (await begin(engine))({"type": "http"}, leave, send)
     assert engine.closed == ["r"]
 
 
 async def test_a_write_error_ends_the_request() -> None:
     engine = FakeEngine()
-    items = await wait_for_first(begin(engine))
-
-    async def frames() -> Any:
-        async for item in items:
-            yield item.delta.text
 
     async def send(message: Any) -> None:
         raise OSError("broken pipe")
 
-    await EventStream(errors_as_events(frames()), items)({"type": "http"}, stay, send)
+    await (await begin(engine))({"type": "http"}, stay, send)
     assert engine.closed == ["r"]

@@ -18,9 +18,9 @@ from tinyvllm.errors import RequestError, TinyvllmError
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.server.app import make_app
 from tinyvllm.server.context import RequestContext
+from tinyvllm.server.events import KEEPALIVE
 from tinyvllm.server.request_limits import Admission, QueueFullError
 from tinyvllm.server.settings import Cors, ServerSettings
-from tinyvllm.server.streaming import KEEPALIVE
 
 HANGING = {"prompt": "ab", "stream": True}
 
@@ -143,13 +143,13 @@ async def test_a_stream_sends_comments_while_its_prompt_is_computed() -> None:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         response = await client.post("/v1/completions", json={"prompt": "a", "stream": True})
     assert response.status_code == 200
-    assert response.text.startswith(KEEPALIVE * 2)
+    assert response.content.startswith(KEEPALIVE * 2)
     assert "request_timeout" in response.text and response.text.endswith("data: [DONE]\n\n")
 
 
 async def test_a_quick_stream_has_no_comments() -> None:
     response = await post(FakeEngine(), "/v1/completions", {"prompt": "a", "stream": True}, keepalive_s=5)
-    assert KEEPALIVE not in response.text and response.text.count("data: ") == 14
+    assert KEEPALIVE not in response.content and response.text.count("data: ") == 14
 
 
 def test_a_client_that_does_not_read_loses_its_request() -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tinyvllm.server.protocol.common import PromptLogprob, PromptLogprobs
-from tinyvllm.server.streaming import Item, Tally
+from tinyvllm.server.generation import Item, Job
+from tinyvllm.server.protocol.common import PromptLogprob, PromptLogprobs, PromptTokensDetails, Usage
 
 if TYPE_CHECKING:
     from tinyvllm.engine.output import TokenLogprob
+    from tinyvllm.server.state import ServerState
 
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf; OpenAI and vLLM write this number
 
@@ -57,11 +58,71 @@ def write_prompt_logprobs(scores: tuple[TokenLogprob | None, ...] | None, num_to
     ]
 
 
-async def gather(items: AsyncGenerator[Item, None], num_choices: int) -> tuple[list[Choice], Tally]:
-    """All choices, complete, and their token counts."""
-    choices, tally = [Choice() for _ in range(num_choices)], Tally()
-    async with contextlib.aclosing(items):
-        async for item in items:
-            tally.add(item)
-            choices[item.choice].add(item)
+class Tally:
+    """Counts tokens for `usage`: each prompt once, and the output of every choice."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[int, tuple[int, int]] = {}  # prompt -> (tokens, of them cached)
+        self._outputs: dict[int, int] = {}  # choice -> tokens so far
+
+    def add(self, item: Item) -> None:
+        # only a prompt's first delta: with n > 1, later choices hit what the first has just cached
+        self._prompts.setdefault(item.prompt, (item.delta.num_prompt_tokens, item.delta.num_cached_tokens))
+        self._outputs[item.choice] = item.delta.num_output_tokens
+
+    def usage(self, *, has_output: bool = True) -> Usage:
+        """has_output: False if only the prompt was requested."""
+        prompt_tokens = sum(tokens for tokens, _ in self._prompts.values())
+        completion_tokens = sum(self._outputs.values()) if has_output else 0
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=sum(cached for _, cached in self._prompts.values())
+            ),
+        )
+
+
+class _Collector:
+    """Hands every item to a function, and completes `done` after the last: a Sink."""
+
+    def __init__(self, add: Callable[[Item], object]) -> None:
+        self._add = add
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def take(self, item: Item) -> None:
+        try:
+            self._add(item)
+        except Exception as error:
+            self.end(error)
+
+    def end(self, error: BaseException | None) -> None:
+        if self.done.done():
+            return
+        if error is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(error)
+
+
+async def collect(state: ServerState, job: Job, add: Callable[[Item], object]) -> None:
+    """Generate, and hand each item to `add` as it arrives. Returns after the last; raises what ends them early."""
+    collector = _Collector(add)
+    generation = await state.generate(job, collector)
+    try:
+        await collector.done
+    finally:
+        generation.close()
+
+
+async def gather(state: ServerState, job: Job) -> tuple[list[Choice], Tally]:
+    """Generate all choices. Returns them complete, with their token counts."""
+    choices, tally = [Choice() for _ in range(job.num_choices)], Tally()
+
+    def add(item: Item) -> None:
+        tally.add(item)
+        choices[item.choice].add(item)
+
+    await collect(state, job, add)
     return choices, tally

@@ -104,6 +104,7 @@ class _Exchange:
             request_id=asked_id if is_valid else uuid.uuid4().hex,
             is_own_id=not is_valid,
             keepalive_s=state.settings.keepalive_s,
+            idle_timeout_s=state.settings.idle_timeout_s,
         )
 
     async def run(self) -> None:
@@ -120,6 +121,8 @@ class _Exchange:
                     raise
                 await failure_of(error).response()(self._scope, self.receive, self.send)
             finally:
+                for close in self._context.closers:
+                    close()
                 state.admission.release(self._context)
                 if asks_for_work:
                     state.drain.end_request()
@@ -134,6 +137,9 @@ class _Exchange:
             self._has_started = True
             self._status = message["status"]
             MutableHeaders(scope=message)["x-request-id"] = self._context.request_id
+        elif self._context.times_own_events and message.get("more_body", False):
+            await self._send(message)  # without a timer: a stream sends one event per token, and not always from a task
+            return
         try:
             async with asyncio.timeout(self._state.settings.idle_timeout_s):
                 await self._send(message)

@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from tinyvllm.config import SamplingParams
-from tinyvllm.server.chat_answers import ChatStream, chat_answer
+from tinyvllm.server.chat_answers import ChatEvents, chat_answer
 from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
+from tinyvllm.server.generation import Job, PromptCall
 from tinyvllm.server.intake import (
     ERRORS,
     check_ids,
@@ -24,7 +25,7 @@ from tinyvllm.server.intake import (
 from tinyvllm.server.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from tinyvllm.server.protocol.tools import NamedChoice
 from tinyvllm.server.state import ServerState, state_of
-from tinyvllm.server.streaming import first_choices, merge, until_disconnect, wait_for_first
+from tinyvllm.server.streaming import until_disconnect
 
 router = APIRouter(responses=ERRORS)
 
@@ -40,35 +41,31 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
     check_request(state, body)
     prompt, params = await asyncio.to_thread(_read, state, body)
     heading = make_heading(state, "chatcmpl-")
-    n = body.num_choices
-    deltas = state.generate(
-        prompt.ids,
-        params,
-        request_id=heading.id,
+    job = Job(
+        [PromptCall(prompt.ids, params, request_id=heading.id)],
+        n=body.num_choices,
         arrival_s=arrival_s,
         priority=body.priority or 0,
         beams=body.beams(),
     )
-    items = merge([first_choices(deltas, n)], n)
     if not body.stream:
         answer = await chat_answer(
-            items,
+            state,
+            job,
             heading,
             prompt.format,
-            n=n,
             logprobs=bool(body.logprobs),
             prompt_logprobs=body.prompt_logprobs,
         )
         return json_response(answer)
-    items = await wait_for_first(items)
-    stream = ChatStream(
+    events = ChatEvents(
         heading,
         prompt.format,
-        n=n,
+        n=job.n,
         include_usage=body.include_usage,
         continuous_usage=body.continuous_usage,
     )
-    return event_stream(stream.frames(items), items)
+    return await event_stream(state, job, events)
 
 
 def _read(state: ServerState, body: ChatRequest) -> tuple[Prompt, SamplingParams]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
-from tinyvllm.server.answers import finite, gather, write_prompt_logprobs
+from tinyvllm.server.answers import Tally, finite, gather, write_prompt_logprobs
+from tinyvllm.server.events import DONE, TextEvent, frame, frame_error, json_string
+from tinyvllm.server.generation import Item, Job
 from tinyvllm.server.intake import Heading
 from tinyvllm.server.message import MessageParser, OutputFormat, ParsedMessage, Piece, Reasoning
 from tinyvllm.server.protocol.chat import (
@@ -24,23 +24,23 @@ from tinyvllm.server.protocol.chat import (
     ToolCallDelta,
     TopLogprob,
 )
-from tinyvllm.server.streaming import Item, Tally, frame
 from tinyvllm.text.tools.events import CallArguments, CallBegin, Text
 
 if TYPE_CHECKING:
     from tinyvllm.engine.output import TokenLogprob
+    from tinyvllm.server.state import ServerState
 
 
 async def chat_answer(
-    items: AsyncGenerator[Item, None],
+    state: ServerState,
+    job: Job,
     heading: Heading,
     format: OutputFormat,
     *,
-    n: int,
     logprobs: bool,
     prompt_logprobs: int | None = None,
 ) -> ChatCompletion:
-    choices, tally = await gather(items, n)
+    choices, tally = await gather(state, job)
     answers = []
     for index, choice in enumerate(choices):
         message, parser = ParsedMessage.parse(choice.text, format)
@@ -77,8 +77,10 @@ def _assistant_message(message: ParsedMessage) -> AssistantMessage:
     )
 
 
-class ChatStream:
-    """The events of one answer. Owns the parsers of its choices and the token counts."""
+class ChatEvents:
+    """The events of one answer: the role of each choice, its message as it comes, its finish_reason, and the usage if
+    requested. Owns the parsers of its choices and the token counts.
+    """
 
     def __init__(
         self, heading: Heading, format: OutputFormat, *, n: int, include_usage: bool, continuous_usage: bool = False
@@ -89,18 +91,38 @@ class ChatStream:
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
         self._tally = Tally()
+        # by choice, once it has begun: the event of a text
+        self._texts: dict[int, TextEvent] = {}
 
-    async def frames(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[str, None]:
-        """The role of each choice, its message as it comes, its finish_reason, and the usage if requested."""
-        for index in range(len(self._parsers)):
-            yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
-        async with contextlib.aclosing(items):
-            async for item in items:
-                self._tally.add(item)
-                for choice in self._choices(item, self._parsers[item.choice]):
-                    yield self._chunk(choice)
-        if self._include_usage:
-            yield self._frame([], has_usage=True)
+    def begin(self) -> bytes:
+        roles = [
+            ChatChunkChoice(index=n, delta=ChatDelta(role="assistant", content="")) for n in range(len(self._parsers))
+        ]
+        return b"".join(map(self._chunk, roles))
+
+    def take(self, item: Item) -> bytes:
+        delta = item.delta
+        event = self._texts.get(item.choice)
+        if event is None or delta.finish_reason is not None or delta.logprobs:
+            return self._write(item)
+        if not delta.text:
+            return b""
+        return event.head + json_string(delta.text) + event.tail
+
+    def end(self) -> bytes:
+        return (self._frame([], has_usage=True) if self._include_usage else b"") + DONE
+
+    def fail(self, error: BaseException) -> bytes:
+        return frame_error(error)
+
+    def _write(self, item: Item) -> bytes:
+        """The events of an item, made from models."""
+        self._tally.add(item)
+        parser = self._parsers[item.choice]
+        if parser.is_plain and not self._continuous_usage and item.choice not in self._texts:
+            example = ChatChunkChoice(index=item.choice, delta=ChatDelta(content=TextEvent.MARK))
+            self._texts[item.choice] = TextEvent(self._chunk(example))
+        return b"".join(map(self._chunk, self._choices(item, parser)))
 
     def _choices(self, item: Item, parser: MessageParser) -> list[ChatChunkChoice]:
         delta = item.delta
@@ -138,10 +160,10 @@ class ChatStream:
                 call = ToolCallDelta(index=piece.index, function=FunctionDelta(arguments=piece.text))
                 return ChatDelta(tool_calls=[call])
 
-    def _chunk(self, choice: ChatChunkChoice) -> str:
+    def _chunk(self, choice: ChatChunkChoice) -> bytes:
         return self._frame([choice], has_usage=self._continuous_usage)
 
-    def _frame(self, choices: list[ChatChunkChoice], *, has_usage: bool) -> str:
+    def _frame(self, choices: list[ChatChunkChoice], *, has_usage: bool) -> bytes:
         heading = self._heading
         usage = self._tally.usage() if has_usage else None
         chunk = ChatChunk(id=heading.id, created=heading.created, model=heading.model, choices=choices, usage=usage)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tinyvllm.server.answers import finite, gather, write_prompt_logprobs
+from tinyvllm.server.answers import Tally, finite, gather, write_prompt_logprobs
+from tinyvllm.server.events import DONE, TextEvent, frame, frame_error, json_string
+from tinyvllm.server.generation import Item, Job
 from tinyvllm.server.intake import Heading
 from tinyvllm.server.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
-from tinyvllm.server.streaming import Item, Tally, frame
 
 if TYPE_CHECKING:
     from tinyvllm.engine.output import TokenLogprob
+    from tinyvllm.server.state import ServerState
 
 EMPTY_LOGPROBS = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
 
@@ -43,8 +43,8 @@ class CompletionForm:
         return self.n * len(self.echoes)
 
 
-async def completion_answer(items: AsyncGenerator[Item, None], heading: Heading, form: CompletionForm) -> Completion:
-    choices, tally = await gather(items, form.num_choices)
+async def completion_answer(state: ServerState, job: Job, heading: Heading, form: CompletionForm) -> Completion:
+    choices, tally = await gather(state, job)
     answers = []
     for index, choice in enumerate(choices):
         scores = choices[index - index % form.n].prompt_logprobs  # they come with a prompt's first choice
@@ -72,8 +72,11 @@ async def completion_answer(items: AsyncGenerator[Item, None], heading: Heading,
     )
 
 
-class CompletionStream:
-    """The events of one answer. Owns the logprob offsets of its choices and the token counts."""
+class CompletionEvents:
+    """The events of one answer: the echo of each choice if any, its text as it comes, and the usage if requested.
+
+    Owns the logprob offsets of its choices and the token counts.
+    """
 
     def __init__(
         self, heading: Heading, form: CompletionForm, *, include_usage: bool, continuous_usage: bool = False
@@ -86,22 +89,42 @@ class CompletionStream:
         self._writers = [CompletionLogprobsWriter() for _ in range(form.num_choices)]
         # a prompt whose echo waits for its logprobs -> the items that must follow the echo
         self._waiting: dict[int, list[Item]] = {}
+        # by choice, once it has begun: the event of a text
+        self._texts: dict[int, TextEvent] = {}
 
-    async def frames(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[str, None]:
-        """The echo of each choice if any, its text as it comes, and the usage if requested."""
+    def begin(self) -> bytes:
+        echoes = b""
         for prompt, echo in enumerate(self._form.echoes):
             if echo.text and self._form.num_echoed_top is not None:
                 self._waiting[prompt] = []
             elif echo.text:
                 for index in range(prompt * self._form.n, (prompt + 1) * self._form.n):
-                    yield self._chunk(CompletionChoice(index=index, text=echo.text))
-        async with contextlib.aclosing(items):
-            async for item in items:
-                self._tally.add(item)
-                for choice in self._choices(item):
-                    yield self._chunk(choice)
-        if self._include_usage:
-            yield self._frame([], has_usage=True)
+                    echoes += self._chunk(CompletionChoice(index=index, text=echo.text))
+        return echoes
+
+    def take(self, item: Item) -> bytes:
+        delta = item.delta
+        event = self._texts.get(item.choice)
+        if event is None or delta.finish_reason is not None or delta.logprobs:
+            return self._write(item)
+        if not delta.text:
+            return b""
+        return event.head + json_string(delta.text) + event.tail
+
+    def end(self) -> bytes:
+        return (self._frame([], has_usage=True) if self._include_usage else b"") + DONE
+
+    def fail(self, error: BaseException) -> bytes:
+        return frame_error(error)
+
+    def _write(self, item: Item) -> bytes:
+        """The events of an item, made from models."""
+        self._tally.add(item)
+        is_plain = self._form.has_output and not self._continuous_usage and item.prompt not in self._waiting
+        if is_plain and item.choice not in self._texts:
+            example = CompletionChoice(index=item.choice, text=TextEvent.MARK)
+            self._texts[item.choice] = TextEvent(self._chunk(example))
+        return b"".join(map(self._chunk, self._choices(item)))
 
     def _choices(self, item: Item) -> list[CompletionChoice]:
         if item.prompt not in self._waiting:
@@ -136,10 +159,10 @@ class CompletionStream:
         )
         return [choice]
 
-    def _chunk(self, choice: CompletionChoice) -> str:
+    def _chunk(self, choice: CompletionChoice) -> bytes:
         return self._frame([choice], has_usage=self._continuous_usage)
 
-    def _frame(self, choices: list[CompletionChoice], *, has_usage: bool) -> str:
+    def _frame(self, choices: list[CompletionChoice], *, has_usage: bool) -> bytes:
         heading = self._heading
         usage = self._tally.usage(has_output=self._form.has_output) if has_usage else None
         chunk = Completion(id=heading.id, created=heading.created, model=heading.model, choices=choices, usage=usage)

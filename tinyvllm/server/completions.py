@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from tinyvllm.profiling import measure
-from tinyvllm.server.completion_answers import CompletionForm, CompletionStream, Echo, completion_answer
+from tinyvllm.server.completion_answers import CompletionEvents, CompletionForm, Echo, completion_answer
+from tinyvllm.server.generation import Job, PromptCall
 from tinyvllm.server.intake import (
     ERRORS,
     check_ids,
@@ -25,10 +24,7 @@ from tinyvllm.server.intake import (
 )
 from tinyvllm.server.protocol.completions import DEFAULT_TOKENS, Completion, CompletionRequest
 from tinyvllm.server.state import ServerState, state_of
-from tinyvllm.server.streaming import first_choices, merge, until_disconnect, wait_for_first
-
-if TYPE_CHECKING:
-    from tinyvllm.engine.output import Delta
+from tinyvllm.server.streaming import until_disconnect
 
 router = APIRouter(responses=ERRORS)
 
@@ -45,25 +41,16 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
     params = body.sampling_params(state.engine.generation_defaults)
     prompts, echoes = await asyncio.to_thread(_read_prompts, state, body)
     heading = make_heading(state, "cmpl-")
-    n, beams = body.num_choices, body.beams()
-    streams: list[AsyncGenerator[Delta, None]] = []
+    calls = []
     for position, ids in enumerate(prompts):
         fitted_params = params
         if body.max_tokens is None:  # only the default shrinks to fit a long prompt
             room = context_limit(state) - len(ids)
             fitted_params = dataclasses.replace(params, max_tokens=min(DEFAULT_TOKENS, room))
-        deltas = state.generate(
-            ids,
-            fitted_params,
-            request_id=f"{heading.id}-{position}",
-            arrival_s=arrival_s,
-            priority=body.priority or 0,
-            beams=beams,
-        )
-        streams.append(first_choices(deltas, n))
-    items = merge(streams, n)
+        calls.append(PromptCall(ids, fitted_params, request_id=f"{heading.id}-{position}"))
+    job = Job(calls, n=body.num_choices, arrival_s=arrival_s, priority=body.priority or 0, beams=body.beams())
     form = CompletionForm(
-        n=n,
+        n=job.n,
         echoes=echoes,
         has_logprobs=body.logprobs is not None,
         num_echoed_top=body.logprobs if body.echo else None,
@@ -71,10 +58,9 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
         has_output=body.max_tokens != 0,
     )
     if not body.stream:
-        return json_response(await completion_answer(items, heading, form))
-    items = await wait_for_first(items)
-    stream = CompletionStream(heading, form, include_usage=body.include_usage, continuous_usage=body.continuous_usage)
-    return event_stream(stream.frames(items), items)
+        return json_response(await completion_answer(state, job, heading, form))
+    events = CompletionEvents(heading, form, include_usage=body.include_usage, continuous_usage=body.continuous_usage)
+    return await event_stream(state, job, events)
 
 
 def _read_prompts(state: ServerState, body: CompletionRequest) -> tuple[list[list[int]], list[Echo]]:

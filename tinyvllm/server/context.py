@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -16,6 +16,9 @@ class RequestContext:
     request_id: str
     is_own_id: bool = True  # we chose it, so it is unique; clients may repeat theirs
     keepalive_s: float | None = 15.0
+    idle_timeout_s: float | None = 60.0
+    times_own_events: bool = False  # its response applies idle_timeout_s to its parts by itself
+    closers: list[Callable[[], None]] = field(default_factory=list)  # called once it has been answered or has failed
     num_seqs: int = 0  # sequences admitted for it
     num_waiting_tokens: int = 0  # prompt tokens of those without output
 

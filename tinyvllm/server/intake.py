@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +12,11 @@ from starlette.responses import Response
 
 from tinyvllm.errors import ContextLengthError, RequestError
 from tinyvllm.server.context import current
+from tinyvllm.server.events import Events
 from tinyvllm.server.failures import UnknownModelError
+from tinyvllm.server.generation import Job
 from tinyvllm.server.protocol.common import ErrorBody
-from tinyvllm.server.streaming import EventStream, Item, errors_as_events
+from tinyvllm.server.streaming import EventStream, EventWriter
 
 if TYPE_CHECKING:
     from tinyvllm.server.protocol.generation import GenerationRequest
@@ -92,5 +93,13 @@ def json_response(answer: BaseModel) -> Response:
     return Response(answer.model_dump_json(by_alias=True), media_type="application/json")
 
 
-def event_stream(frames: AsyncGenerator[str, None], items: AsyncGenerator[Item, None]) -> EventStream:
-    return EventStream(errors_as_events(frames), items)
+async def event_stream(state: ServerState, job: Job, events: Events) -> EventStream:
+    """Generate, and answer with events. Returns when the first output is there, so that refusals have their status."""
+    writer = EventWriter(events)
+    generation = await state.generate(job, writer)
+    try:
+        await writer.wait_for_first()
+    except BaseException:
+        generation.close()
+        raise
+    return EventStream(writer, generation)

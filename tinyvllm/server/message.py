@@ -45,6 +45,11 @@ class MessageParser:
         self._has_called = False
 
     @property
+    def is_plain(self) -> bool:
+        """Whether every text is content, unchanged."""
+        return self._reasoning is None and self._tools is None
+
+    @property
     def num_calls(self) -> int:
         made = 0 if self._tools is None else self._tools.num_calls
         return made if self._format.is_parallel else min(made, 1)

@@ -10,10 +10,8 @@ adapters, speculative decoding, image and remote caches, sampled block lifetimes
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -28,12 +26,12 @@ from prometheus_client.registry import Collector
 from tinyvllm.engine.async_engine import STEP_SIZES
 from tinyvllm.server.counters import Counters, Family, Histogram, Value
 from tinyvllm.server.front_ends import FrontEnds
-from tinyvllm.server.request_limits import RequestTimeoutError
 
 if TYPE_CHECKING:
     from tinyvllm.config import SamplingParams
     from tinyvllm.engine.async_engine import AsyncEngine
     from tinyvllm.engine.output import Delta
+    from tinyvllm.server.generation import PromptReceiver
 
 LABELS = ("model_name", "engine")
 
@@ -146,31 +144,11 @@ class Metrics:
         """Count a request for work that was not done."""
         self._refused[REFUSALS.get(status, "other")].inc()
 
-    async def count_deltas(
-        self,
-        deltas: AsyncGenerator[Delta, None],
-        *,
-        arrival_s: float,
-        params: SamplingParams,
-        on_first: Callable[[], None] = lambda: None,
-    ) -> AsyncGenerator[Delta, None]:
-        """The same deltas, counted. Closing this generator closes `deltas`.
+    def count_aborts(self, num_choices: int) -> None:
+        """Count choices that ended because the client left, or because the time was up."""
+        self._finished["abort"].inc(num_choices)
 
-        arrival_s: perf_counter() when the request arrived. on_first: called before the first delta is passed on.
-        """
-        observer = _PromptObserver(self, params, arrival_s)
-        try:
-            async with contextlib.aclosing(deltas):
-                async for delta in deltas:
-                    if observer.is_first:
-                        on_first()
-                    observer.add(delta)
-                    yield delta
-        except (GeneratorExit, asyncio.CancelledError, RequestTimeoutError):  # the client left, or the time was up
-            self._finished["abort"].inc(observer.num_open)
-            raise
-
-    # ---- What a _PromptObserver counts ----
+    # ---- What a PromptObserver counts ----
 
     def count_prompt(self, num_tokens: int, num_cached: int) -> None:
         self._prompt_tokens.inc(num_tokens)
@@ -296,37 +274,56 @@ class _RequestSizes:
     computed_tokens: Histogram
 
 
-class _PromptObserver:
-    """Derives one prompt's counts and times from its deltas."""
+class PromptObserver:
+    """Counts one prompt's deltas on their way to `receiver`: a Receiver."""
 
-    def __init__(self, metrics: Metrics, params: SamplingParams, arrival_s: float) -> None:
-        self.num_open = params.n
+    def __init__(
+        self,
+        metrics: Metrics,
+        params: SamplingParams,
+        receiver: PromptReceiver,
+        *,
+        arrival_s: float,
+        on_first: Callable[[], None] = lambda: None,
+    ) -> None:
+        """arrival_s: perf_counter() when the request arrived. on_first: called before the first delta is passed on."""
         self._metrics = metrics
         self._params = params
+        self._receiver = receiver
         self._arrival_s = arrival_s
-        self._num_tokens: dict[int, int] = {}  # by choice
-        self._last_s: dict[int, float] = {}  # by choice: when its latest token arrived
+        self._on_first: Callable[[], None] | None = on_first
+        self._num_open = params.n
+        self._num_tokens = [0] * params.n
+        self._last_s: list[float | None] = [None] * params.n  # by choice: when its latest token arrived
 
-    @property
-    def is_first(self) -> bool:
-        return not self._num_tokens
-
-    def add(self, delta: Delta) -> None:
-        now_s = time.perf_counter()
-        if self.is_first:
+    def take(self, delta: Delta) -> None:
+        now_s, index = time.perf_counter(), delta.index
+        if self._on_first is not None:
             self._metrics.count_prompt(delta.num_prompt_tokens, delta.num_cached_tokens)
-        num_new = delta.num_output_tokens - self._num_tokens.get(delta.index, 0)
-        self._num_tokens[delta.index] = delta.num_output_tokens
+            self._on_first()
+            self._on_first = None
+        num_new = delta.num_output_tokens - self._num_tokens[index]
         if num_new > 0:
-            last_s = self._last_s.get(delta.index)
+            self._num_tokens[index] = delta.num_output_tokens
+            last_s = self._last_s[index]
             since_s = self._arrival_s if last_s is None else last_s
             self._metrics.count_tokens(num_new, now_s - since_s, is_first=last_s is None)
-            self._last_s[delta.index] = now_s
+            self._last_s[index] = now_s
         if delta.finish_reason is not None:
             self._metrics.count_choice(delta, self._params, now_s - self._arrival_s)
-            self.num_open -= 1
-            if self.num_open == 0:
-                self._metrics.count_request(self._params, max(self._num_tokens.values()))
+            self._num_open -= 1
+            if self._num_open == 0:
+                self._metrics.count_request(self._params, max(self._num_tokens))
+        self._receiver.take(delta)
+
+    def fail(self, error: Exception) -> None:
+        self._num_open = 0
+        self._receiver.fail(error)
+
+    def abandon(self) -> None:
+        """Count the choices that are still open as aborted. They must have been."""
+        self._metrics.count_aborts(self._num_open)
+        self._num_open = 0
 
 
 class _EngineCollector(Collector):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
 from tinyvllm.errors import RequestError, TinyvllmError
@@ -11,7 +9,6 @@ from tinyvllm.server.board import NUM_REQUESTS, NUM_SEQS, NUM_WAITING_TOKENS, Bo
 from tinyvllm.server.context import RequestContext
 
 if TYPE_CHECKING:
-    from tinyvllm.engine.output import Delta
     from tinyvllm.server.settings import ServerSettings
 
 
@@ -133,21 +130,3 @@ def timed_out(timeout_s: float) -> RequestTimeoutError:
         f"the request did not complete within {timeout_s:g} s: ask for fewer tokens, or start the server with a larger "
         "--request-timeout"
     )
-
-
-async def until_timeout(
-    deltas: AsyncGenerator[Delta, None], timeout_s: float, deadline_s: float
-) -> AsyncGenerator[Delta, None]:
-    """The same deltas until `deadline_s` on the event loop's clock, then RequestTimeoutError. Closes `deltas`."""
-    try:
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline_s):
-                    delta = await anext(deltas)
-            except StopAsyncIteration:
-                return
-            except TimeoutError as error:
-                raise timed_out(timeout_s) from error
-            yield delta
-    finally:
-        await deltas.aclose()

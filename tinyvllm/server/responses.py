@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from tinyvllm.config import SamplingParams
+from tinyvllm.server.answers import collect
 from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
 from tinyvllm.server.failures import failure_of
-from tinyvllm.server.intake import ERRORS, check_ids, check_request, json_response, openapi_event_stream
+from tinyvllm.server.generation import Item, Job, PromptCall
+from tinyvllm.server.intake import ERRORS, check_ids, check_request, event_stream, json_response, openapi_event_stream
 from tinyvllm.server.protocol.responses import (
     DeletedResponse,
     InputItem,
@@ -27,10 +28,10 @@ from tinyvllm.server.protocol.responses import (
     messages_of,
 )
 from tinyvllm.server.protocol.tools import NamedChoice
-from tinyvllm.server.response_events import ResponseWriter, frame_event
+from tinyvllm.server.response_events import Event, ResponseWriter, frame_event
 from tinyvllm.server.response_store import ResponseStore, StoredResponse
 from tinyvllm.server.state import ServerState, state_of
-from tinyvllm.server.streaming import EventStream, Item, first_choices, merge, until_disconnect, wait_for_first
+from tinyvllm.server.streaming import until_disconnect
 
 router = APIRouter(responses=ERRORS)
 
@@ -67,59 +68,55 @@ async def _respond(state: ServerState, store: ResponseStore, body: ResponsesRequ
     messages = (*earlier, *body.messages())
     prompt, params = await asyncio.to_thread(_read, state, body, messages)
     answer = _make_answer(state, body, params)
-    deltas = state.generate(
-        prompt.ids,
-        params,
-        request_id=answer.id,
+    job = Job(
+        [PromptCall(prompt.ids, params, request_id=answer.id)],
+        n=1,
         arrival_s=arrival_s,
         priority=body.priority or 0,
         beams=body.beams(),
     )
-    items = merge([first_choices(deltas, 1)], 1)
-    stream = _ResponseStream(ResponseWriter(answer, prompt.format), store, messages)
-    if not body.stream:
-        async for _ in stream.frames(items):
-            pass
-        return json_response(answer)
-    items = await wait_for_first(items)
-    return EventStream(_errors_as_events(stream, stream.frames(items)), items)
+    events = _ResponseEvents(ResponseWriter(answer, prompt.format), store, messages)
+    if body.stream:
+        return await event_stream(state, job, events)
+    await collect(state, job, events.grow)
+    return json_response(answer)
 
 
-class _ResponseStream:
-    """Streams one response, and stores it once it is complete, unless the request says store=false."""
+class _ResponseEvents:
+    """The events of one response, which is stored once it is complete, unless the request says store=false."""
 
     def __init__(self, writer: ResponseWriter, store: ResponseStore, messages: tuple[Mapping[str, Any], ...]) -> None:
-        self.writer = writer
+        self._writer = writer
         self._store = store
         self._messages = messages
 
-    async def frames(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[str, None]:
-        writer = self.writer
-        for event in writer.begin():
-            yield frame_event(event)
-        async with contextlib.aclosing(items):
-            async for item in items:
-                for event in writer.push(item.delta):
-                    if item.delta.finish_reason is not None:
-                        self._keep()
-                    yield frame_event(event)
+    def begin(self) -> bytes:
+        return b"".join(map(frame_event, self._writer.begin()))
+
+    def take(self, item: Item) -> bytes:
+        return self._writer.frame_text(item.delta) or b"".join(map(frame_event, self.grow(item)))
+
+    def end(self) -> bytes:
+        return b""
+
+    def fail(self, error: BaseException) -> bytes:
+        return frame_event(self._writer.failure(failure_of(error).detail().model_dump()))
+
+    def grow(self, item: Item) -> list[Event]:
+        """Add an item to the answer. Returns its events.
+
+        A complete answer is stored before its last event is sent, because the client may continue it at once.
+        """
+        events = list(self._writer.push(item.delta))
+        if item.delta.finish_reason is not None:
+            self._keep()
+        return events
 
     def _keep(self) -> None:
-        """Store the response if it is complete. Called before the last event, because a client may continue at once."""
-        answer = self.writer.answer
-        if answer.store and answer.status != "in_progress":
+        answer = self._writer.answer
+        if answer.store:
             said = messages_of([InputItem.model_validate(item.model_dump()) for item in answer.output])
             self._store.add(StoredResponse(answer, (*self._messages, *said)))
-
-
-async def _errors_as_events(stream: _ResponseStream, frames: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """`frames`. An error becomes the last event, because status 200 has already been sent."""
-    async with contextlib.aclosing(frames):
-        try:
-            async for text in frames:
-                yield text
-        except Exception as error:  # any error: a stream that just ended would look complete
-            yield frame_event(stream.writer.failure(failure_of(error).detail().model_dump()))
 
 
 def _read(

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 
-from tinyvllm.engine.beam import BeamSettings, generate_beams
+from tinyvllm.engine.beam import generate_beams
 from tinyvllm.errors import EngineDeadError
 from tinyvllm.server.context import RequestContext, current
 from tinyvllm.server.failures import NotReadyError
 from tinyvllm.server.front_ends import FrontEnds
-from tinyvllm.server.metrics import Metrics
-from tinyvllm.server.request_limits import Admission, Drain, DrainingError, timed_out, until_timeout
+from tinyvllm.server.generation import BeamCall, Generation, Job, OpenCall, Sink
+from tinyvllm.server.metrics import Metrics, PromptObserver
+from tinyvllm.server.request_limits import Admission, Drain, DrainingError, timed_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from tinyvllm.config import SamplingParams
     from tinyvllm.engine.async_engine import AsyncEngine
-    from tinyvllm.engine.output import Delta
     from tinyvllm.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
@@ -83,38 +82,58 @@ class ServerState:
             self._work_since_s = time.monotonic()
         return context
 
-    def generate(
-        self,
-        ids: list[int],
-        params: SamplingParams,
-        *,
-        request_id: str,
-        arrival_s: float,
-        priority: int = 0,
-        beams: BeamSettings | None = None,
-    ) -> AsyncGenerator[Delta, None]:
-        """The engine's deltas for one prompt, with the server's admission, deadline, metrics and log line.
+    async def generate(self, job: Job, sink: Sink) -> Generation:
+        """Start to generate from each prompt of a request, with the server's admission, deadline, metrics and log line.
 
-        Raises at once if the prompt is not admitted. What it holds of the queue is released when the request ends.
-        arrival_s: perf_counter() when the request arrived. beams: search params.n beams instead of sampling.
+        Raises if a prompt is not admitted, or is refused by the engine at once; later refusals reach `sink`. What the
+        request holds of the queue is released when it ends, and its calls are closed then, if not before.
         """
-        context = self._admit(params.n, len(ids))
-        if self.settings.log_requests:
-            self._log_request(ids, params, request_id)
-        if beams is None:
-            deltas = self.engine.generate(ids, params, request_id=request_id, priority=priority)
-        else:
-            deltas = generate_beams(self.engine, ids, params, beams, request_id=request_id, priority=priority)
-        timeout_s = self.settings.request_timeout_s
+        context = current()
+        for prompt in job.prompts:
+            self._admit(prompt.params.n, len(prompt.ids))
+        generation = Generation(sink, job.n, sum(prompt.params.n for prompt in job.prompts))
+        context.closers.append(generation.close)
+        timeout_s, deadline_s = self.settings.request_timeout_s, None
         if timeout_s is not None:
-            spent_s = time.perf_counter() - arrival_s
-            deltas = until_timeout(deltas, timeout_s, asyncio.get_running_loop().time() + timeout_s - spent_s)
-        return self.metrics.count_deltas(
-            deltas,
-            arrival_s=arrival_s,
-            params=params,
+            spent_s = time.perf_counter() - job.arrival_s
+            deadline_s = asyncio.get_running_loop().time() + timeout_s - spent_s
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                for position in range(len(job.prompts)):
+                    await self._start(generation, job, position, context)
+        except TimeoutError as error:
+            generation.close()
+            raise timed_out(timeout_s or 0.0) from error
+        except BaseException:
+            generation.close()
+            raise
+        generation.end_at(deadline_s, timeout_s)
+        return generation
+
+    async def _start(self, generation: Generation, job: Job, position: int, context: RequestContext) -> None:
+        """Start the call of one prompt."""
+        prompt = job.prompts[position]
+        ids, params = prompt.ids, prompt.params
+        if self.settings.log_requests:
+            self._log_request(ids, params, prompt.request_id)
+        observer = PromptObserver(
+            self.metrics,
+            params,
+            generation.receiver(position),
+            arrival_s=job.arrival_s,
             on_first=lambda: self.admission.prompt_computed(context, len(ids)),
         )
+        options: Any = {"request_id": prompt.request_id, "priority": job.priority}
+        call: OpenCall
+        try:
+            if job.beams is None:
+                call = await self.engine.submit(ids, params, observer, **options)
+            else:
+                call = BeamCall(generate_beams(self.engine, ids, params, job.beams, **options), observer)
+        except asyncio.CancelledError:  # the client left, or the time was up
+            observer.abandon()
+            raise
+        generation.add(call, observer)
 
     async def embed(
         self, ids: list[int], pooling: str, *, request_id: str, arrival_s: float, priority: int = 0

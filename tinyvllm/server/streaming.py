@@ -1,36 +1,28 @@
-"""From deltas to responses: clients that leave, merging several prompts, server-sent events."""
+"""Server-sent events, written as the deltas arrive, and clients that leave.
+
+The engine's deltas reach `EventWriter.take` by plain calls. While the client keeps up, each becomes one event, and one
+call of ASGI's `send`, which is driven by hand: it returns without having waited, so it needs no task. It waits only if
+the client does not read. The client is late then: the response's own task finishes this `send`, and the deltas that
+arrive in the meantime are merged, to one event per choice.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Coroutine, Generator
+from typing import Any, TypeVar
 
-from pydantic import BaseModel
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from msgspec import structs
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
 from tinyvllm.server.context import current
-from tinyvllm.server.failures import AbortedError, ClientGone, StepFailedError, failure_of
-from tinyvllm.server.protocol.common import PromptTokensDetails, Usage
-
-if TYPE_CHECKING:
-    from tinyvllm.engine.output import Delta
+from tinyvllm.server.events import KEEPALIVE, Events
+from tinyvllm.server.failures import ClientGone
+from tinyvllm.server.generation import Generation, Item
 
 T = TypeVar("T")
-
-DONE = "data: [DONE]\n\n"
-KEEPALIVE = ": keep-alive\n\n"  # a comment, which clients of server-sent events skip
-
-
-def frame(chunk: BaseModel, *, omit: set[str] | None = None) -> str:
-    """`chunk` as one server-sent event."""
-    return f"data: {chunk.model_dump_json(exclude=omit)}\n\n"
-
-
-# ---- Clients that leave ----
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -38,193 +30,207 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
     The request's body must have been read, so that `receive` can only report the disconnect.
     """
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_disconnection(receive))
+    task = asyncio.current_task()
+    assert task is not None
+    watch = asyncio.create_task(_cancel_at_disconnection(receive, task))
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
+        return await work
+    except asyncio.CancelledError:
+        if watch.done() and not watch.cancelled() and task.uncancel() == 0:
+            raise ClientGone from None
+        raise
     finally:
-        task.cancel()
         watch.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
 
 
-async def _disconnection(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _cancel_at_disconnection(receive: Receive, task: asyncio.Task[Any]) -> None:
+    with contextlib.suppress(Exception):  # `receive` fails only if nobody is there any more
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    task.cancel()
 
 
-class EventStream(StreamingResponse):
-    """Sends frames as they come. If the client leaves, `frames` and `items` are closed, which ends the request."""
+class EventStream(Response):
+    """The response whose events `writer` writes. However it ends, what has not been generated is aborted."""
 
-    def __init__(self, frames: AsyncGenerator[str, None], items: AsyncGenerator[Item, None]) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies must not buffer events
-        content = with_keepalives(frames, current().keepalive_s)
-        super().__init__(content, headers=headers, media_type="text/event-stream")
-        self._frames = frames
-        self._items = items
+    def __init__(self, writer: EventWriter, generation: Generation) -> None:
+        self.status_code = 200
+        self.media_type = "text/event-stream"
+        self.background = None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})  # proxies must not buffer events
+        self._writer = writer
+        self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         try:
-            with contextlib.suppress(ClientGone, OSError):  # OSError: from ASGI servers when the client has left
-                await until_disconnect(receive, self.stream_response(send))
+            # OSError: from ASGI servers when the client has left, and TimeoutError, when it has not read for too long
+            with contextlib.suppress(ClientGone, OSError):
+                await until_disconnect(receive, self._writer.write_all(send, start))
         finally:
-            await self._frames.aclose()
-            # separately: closing a generator that never started does not close the one that it reads
-            await self._items.aclose()
+            self._generation.close()
+            self._writer.close()
 
 
-async def with_keepalives(frames: AsyncGenerator[str, None], every_s: float | None) -> AsyncGenerator[str, None]:
-    """`frames`, and a comment whenever none has come for `every_s` seconds, because proxies end silent streams."""
-    upcoming: asyncio.Task[str] | None = None
-    try:
-        while True:
-            upcoming = asyncio.ensure_future(_next_of(frames))
-            while not (await asyncio.wait((upcoming,), timeout=every_s))[0]:
-                yield KEEPALIVE
-            try:
-                yield upcoming.result()
-            except StopAsyncIteration:
+class EventWriter:
+    """Writes the events of one answer as its items arrive: a Sink."""
+
+    def __init__(self, events: Events) -> None:
+        context = current()
+        context.times_own_events = True
+        self._keepalive_s, self._idle_timeout_s = context.keepalive_s, context.idle_timeout_s
+        self._events = events
+        self._loop = asyncio.get_running_loop()
+        self._send: Send | None = None  # None until the response has started
+        self._is_live = False  # an event may be written now
+        self._has_items = False
+        self._unsent = [events.begin()]  # events of items that arrived before the response started
+        self._late: dict[int, Item] = {}  # items that arrived while the client did not read, merged, by choice
+        self._rest: _Rest | None = None  # of a `send` that waits for the client
+        self._send_error: Exception | None = None
+        self._has_ended = False
+        self._error: BaseException | None = None
+        self._news: asyncio.Future[None] = self._loop.create_future()  # done if the response's task has work
+        self._written_s = 0.0  # the event loop's clock at the latest event
+        self._timer: asyncio.TimerHandle | None = None
+
+    # ---- Called by the generation ----
+
+    def take(self, item: Item) -> None:
+        if self._is_live:
+            data = self._format(item)
+            if data:
+                self._write(data)
+        elif self._has_ended:
+            return
+        elif self._send is None:
+            self._has_items = True
+            self._unsent.append(self._format(item))
+            self._wake()
+        else:
+            earlier = self._late.get(item.choice)
+            if earlier is not None:
+                item = structs.replace(item, delta=earlier.delta.then(item.delta))
+            self._late[item.choice] = item
+
+    def end(self, error: BaseException | None) -> None:
+        if not self._has_ended:
+            self._has_ended, self._error = True, error
+            self._is_live = False
+            self._wake()
+
+    # ---- Called by the route and the response, on their task ----
+
+    async def wait_for_first(self) -> None:
+        """Wait for the first item, so that the engine's refusals are raised before a status is sent.
+
+        Waits no longer than a stream may be silent, since the first item of a long prompt can take longer than that.
+        """
+        timer = None if self._keepalive_s is None else self._loop.call_later(self._keepalive_s, self._wake)
+        try:
+            await self._wait_for_news()
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if self._error is not None and not self._has_items:
+            raise self._error
+
+    async def write_all(self, send: Send, start: Message) -> None:
+        """Send `start`, and events until the answer is complete. Raises TimeoutError if the client does not read for
+        too long, and what `send` raises.
+        """
+        await send(start)
+        self._send = send
+        self._written_s = self._loop.time()
+        self._keep_alive()
+        unsent, self._unsent = b"".join(self._unsent), []
+        if unsent:
+            self._write(unsent)
+        while self._send_error is None:
+            if self._rest is not None:
+                rest, self._rest = self._rest, None
+                async with asyncio.timeout(self._idle_timeout_s):
+                    await rest
+            elif self._late:
+                late, self._late = self._late, {}
+                self._write(b"".join([self._format(item) for item in late.values()]))
+            elif self._has_ended:
+                last = self._events.end() if self._error is None else self._events.fail(self._error)
+                await send({"type": "http.response.body", "body": last, "more_body": False})
                 return
-    finally:
-        if upcoming is not None:
-            upcoming.cancel()
-            await asyncio.gather(upcoming, return_exceptions=True)
-        await frames.aclose()
-
-
-async def _next_of(source: AsyncGenerator[T, None]) -> T:
-    """anext() as a coroutine, so that a task can run it."""
-    return await anext(source)
-
-
-async def errors_as_events(frames: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """`frames` and a final [DONE]. An error becomes an event, because status 200 has already been sent."""
-    async with contextlib.aclosing(frames):
-        try:
-            async for text in frames:
-                yield text
-        except Exception as error:  # any error: a stream that just ended would look complete
-            yield f"data: {failure_of(error).body()}\n\n"
-    yield DONE
-
-
-# ---- Deltas of several prompts ----
-
-
-@dataclass(frozen=True)
-class Item:
-    """A delta, with the prompt and the choice that it belongs to."""
-
-    prompt: int  # which prompt of the request
-    choice: int  # index in the answer: prompt * n + delta.index
-    delta: Delta
-
-
-async def merge(streams: Sequence[AsyncGenerator[Delta, None]], n: int) -> AsyncGenerator[Item, None]:
-    """The deltas of all prompts in order of arrival. Closing it closes the streams; an error in one ends them all.
-
-    Raises StepFailedError or AbortedError for a choice that ended so, because OpenAI has no finish_reason for either.
-    """
-    async with contextlib.aclosing(_interleave(streams)) as deltas:
-        async for prompt, delta in deltas:
-            if delta.finish_reason == "error":
-                raise StepFailedError(f"generation failed: {delta.error or 'the step on the device raised an error'}")
-            if delta.finish_reason == "abort":
-                raise AbortedError("the request was aborted before it was complete: the server is stopping")
-            yield Item(prompt=prompt, choice=prompt * n + delta.index, delta=delta)
-
-
-async def first_choices(deltas: AsyncGenerator[Delta, None], n: int) -> AsyncGenerator[Delta, None]:
-    """The deltas of the first n choices: a beam search may follow more than it returns."""
-    async with contextlib.aclosing(deltas):
-        async for delta in deltas:
-            if delta.index < n:
-                yield delta
-
-
-async def _interleave(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:
-    if len(streams) == 1:  # the usual case needs no tasks
-        async with contextlib.aclosing(streams[0]) as only:
-            async for delta in only:
-                yield 0, delta
-        return
-    arrived: asyncio.Queue[tuple[int, Delta | None]] = asyncio.Queue()
-
-    async def pump(prompt: int, stream: AsyncGenerator[Delta, None]) -> None:
-        try:
-            async with contextlib.aclosing(stream):
-                async for delta in stream:
-                    arrived.put_nowait((prompt, delta))
-        finally:
-            arrived.put_nowait((prompt, None))
-
-    pumps = [asyncio.create_task(pump(prompt, stream)) for prompt, stream in enumerate(streams)]
-    num_open = len(pumps)
-    try:
-        while num_open:
-            prompt, arrival = await arrived.get()
-            if arrival is not None:
-                yield prompt, arrival
             else:
-                await pumps[prompt]  # raises what ended it
-                num_open -= 1
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+                self._is_live = True
+                await self._wait_for_news()
+        raise self._send_error
 
+    def close(self) -> None:
+        """Write nothing more."""
+        self._is_live, self._has_ended = False, True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._rest is not None:
+            self._rest.close()
 
-async def wait_for_first(items: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
-    """Wait for the first item, then return all items: so the engine's refusals are raised before a status is sent.
-
-    Waits no longer than a stream may be silent, since the first item of a long prompt can take longer than that.
-    """
-    same_items = _after_first(items, current().keepalive_s)
-    await anext(same_items)
-    return same_items
-
-
-async def _after_first(items: AsyncGenerator[Item, None], patience_s: float | None) -> AsyncGenerator[Any, None]:
-    """None, then `items`. `wait_for_first` takes the None, so that this has started and closing it closes `items`."""
-    async with contextlib.aclosing(items):
-        first = asyncio.ensure_future(_next_of(items))
+    def _format(self, item: Item) -> bytes:
         try:
-            await asyncio.wait((first,), timeout=patience_s)
-            if first.done():
-                first.result()
-            yield None
-            yield await first
-        finally:
-            first.cancel()
-            await asyncio.gather(first, return_exceptions=True)
-        async for item in items:
-            yield item
+            return self._events.take(item)
+        except Exception as error:  # any error: a stream that just ended would look complete
+            self.end(error)
+            return b""
+
+    def _write(self, data: bytes) -> None:
+        """Send events. If that has to wait for the client, `write_all` does it."""
+        assert self._send is not None
+        sending = self._send({"type": "http.response.body", "body": data, "more_body": True}).__await__()
+        try:
+            waits_for = next(sending)
+        except StopIteration:
+            self._written_s = self._loop.time()
+            return
+        except Exception as error:
+            self._send_error = error
+            self.end(error)
+            return
+        else:
+            self._rest = _Rest(sending, waits_for)
+        self._is_live = False
+        self._wake()
+
+    def _keep_alive(self) -> None:
+        """Send a comment if nothing has been sent for a while, because proxies end silent streams. Sets the timer."""
+        every_s = self._keepalive_s
+        if every_s is None:
+            return
+        now_s = self._loop.time()
+        if now_s - self._written_s >= every_s:
+            self._written_s = now_s
+            if self._is_live:
+                self._write(KEEPALIVE)
+        self._timer = self._loop.call_at(self._written_s + every_s, self._keep_alive)
+
+    def _wake(self) -> None:
+        if not self._news.done():
+            self._news.set_result(None)
+
+    async def _wait_for_news(self) -> None:
+        await self._news
+        self._news = self._loop.create_future()
 
 
-class Tally:
-    """Counts tokens for `usage`: each prompt once, and the output of every choice."""
+class _Rest:
+    """The rest of an awaitable that was started by hand, and now waits for a future."""
 
-    def __init__(self) -> None:
-        self._prompts: dict[int, tuple[int, int]] = {}  # prompt -> (tokens, of them cached)
-        self._outputs: dict[int, int] = {}  # choice -> tokens so far
+    def __init__(self, started: Generator[Any, Any, Any], waits_for: Any) -> None:
+        self._started = started
+        self._waits_for = waits_for
 
-    def add(self, item: Item) -> None:
-        # only a prompt's first delta: with n > 1, later choices hit what the first has just cached
-        self._prompts.setdefault(item.prompt, (item.delta.num_prompt_tokens, item.delta.num_cached_tokens))
-        self._outputs[item.choice] = item.delta.num_output_tokens
+    def __await__(self) -> Generator[Any, Any, None]:
+        try:
+            yield self._waits_for  # to the task, as `started` would have
+        except BaseException:
+            self._started.close()
+            raise
+        yield from self._started
 
-    def usage(self, *, has_output: bool = True) -> Usage:
-        """has_output: False if only the prompt was requested."""
-        prompt_tokens = sum(tokens for tokens, _ in self._prompts.values())
-        completion_tokens = sum(self._outputs.values()) if has_output else 0
-        return Usage(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(
-                cached_tokens=sum(cached for _, cached in self._prompts.values())
-            ),
-        )
+    def close(self) -> None:
+        self._started.close()

@@ -1,0 +1,62 @@
+"""Server-sent events as bytes, made from models, or from bytes that a model made once."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Protocol
+
+import msgspec
+from pydantic import BaseModel
+
+from tinyvllm.server.failures import failure_of
+from tinyvllm.server.generation import Item
+
+DONE = b"data: [DONE]\n\n"
+KEEPALIVE = b": keep-alive\n\n"  # a comment, which clients of server-sent events skip
+
+# A string as JSON in UTF-8: the same bytes as pydantic's for every string, in 0.1 us. Both refuse lone surrogates,
+# which a detokenizer never makes.
+json_string = msgspec.json.Encoder().encode
+
+_MARK = uuid.uuid4().hex  # stands for a text that is not known yet; no model's name or id contains it
+
+
+class Events(Protocol):
+    """Formats the events of one answer. Each method returns the bytes of any number of events."""
+
+    def begin(self) -> bytes:
+        """The events before the first item."""
+
+    def take(self, item: Item) -> bytes:
+        """The events of an item."""
+
+    def end(self) -> bytes:
+        """The events after the last item."""
+
+    def fail(self, error: BaseException) -> bytes:
+        """The events that end an answer early. Status 200 has already been sent, so an event reports the error."""
+
+
+def frame(chunk: BaseModel, *, omit: set[str] | None = None) -> bytes:
+    """`chunk` as one server-sent event."""
+    return b"data: " + chunk.model_dump_json(exclude=omit).encode() + b"\n\n"
+
+
+def frame_error(error: BaseException) -> bytes:
+    """The last events of a stream that fails, in the format of completions and chats."""
+    return b"data: " + failure_of(error).body().encode() + b"\n\n" + DONE
+
+
+class TextEvent:
+    """An event that differs from others in one text only: its bytes before and after the text, made once.
+
+    A token's event is `event.head + json_string(text) + event.tail`.
+    """
+
+    MARK = _MARK
+
+    def __init__(self, example: bytes, quoted_mark: bytes = json_string(_MARK)) -> None:
+        """example: an event whose text is MARK."""
+        parts = example.split(quoted_mark)
+        assert len(parts) == 2, f"the event has {len(parts) - 1} marks instead of one"
+        self.head, self.tail = parts

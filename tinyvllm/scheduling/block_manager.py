@@ -10,14 +10,23 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 
 from tinyvllm.errors import CapacityError, InvariantError
 from tinyvllm.scheduling.request import Request
 
 
-def hash_block(parent: bytes, tokens: list[int]) -> bytes:
+def hash_block(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Hash of a full block and everything before it: `parent` is the hash of the previous block, or b""."""
     return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=16).digest()
+
+
+def hash_blocks(tokens: Sequence[int], block_size: int) -> list[bytes]:
+    """Hashes of all full blocks of a sequence, in order. 2 us a block."""
+    hashes = [b""]
+    for end in range(block_size, len(tokens) + 1, block_size):
+        hashes.append(hash_block(hashes[-1], tokens[end - block_size : end]))
+    return hashes[1:]
 
 
 class BlockManager:
@@ -39,6 +48,7 @@ class BlockManager:
         self._tokens: list[list[int]] = [[]] * num_blocks  # of sealed blocks
         self._findable: dict[bytes, int] = {}  # hash -> the one block found by it
         self._holders: set[Request] = set()
+        self._changes: dict[bytes, bool] | None = None  # hash -> whether it can be found now
 
     @property
     def num_free(self) -> int:
@@ -97,7 +107,8 @@ class BlockManager:
             self._hashes[block_id] = block_hash
             self._tokens[block_id] = self._block_tokens(request, index)
             # Two requests may compute the same prefix in one step; the block that is sealed first is the one cached.
-            self._findable.setdefault(block_hash, block_id)
+            if self._findable.setdefault(block_hash, block_id) == block_id and self._changes is not None:
+                self._changes[block_hash] = True
 
     def free(self, request: Request, keep: bool = True) -> None:
         """Free all blocks of a request. keep=False: their content is invalid, so drop it from the prefix cache.
@@ -116,6 +127,16 @@ class BlockManager:
                 if not self._is_findable(block_id):
                     self._free.move_to_end(block_id, last=False)
         self._holders.discard(request)
+
+    def take_changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Hashes of the blocks that have become findable since the last call, and of those that no longer are.
+
+        The first call starts the record, with all that can be found. Whoever makes it goes on to call it every step.
+        """
+        changes = dict.fromkeys(self._findable, True) if self._changes is None else self._changes
+        self._changes = {}
+        stored = [block_hash for block_hash, is_findable in changes.items() if is_findable]
+        return stored, [block_hash for block_hash, is_findable in changes.items() if not is_findable]
 
     def states(self) -> bytes:
         """One letter per block, except the dummy: `h`eld by one request, `s`hared, free but `c`ached, or free: `.`"""
@@ -145,6 +166,8 @@ class BlockManager:
         """Remove the block from the prefix cache; its holders keep it."""
         if self._is_findable(block_id):
             del self._findable[self._hashes[block_id]]
+            if self._changes is not None:
+                self._changes[self._hashes[block_id]] = False
 
     def _is_findable(self, block_id: int) -> bool:
         return self._findable.get(self._hashes[block_id]) == block_id

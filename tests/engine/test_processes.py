@@ -95,6 +95,11 @@ async def read(engine: AsyncEngine, prompt: bytes, params: SamplingParams, name:
     return join([delta async for delta in engine.generate(list(prompt), params, request_id=name)])
 
 
+def host_of(engine: AsyncEngine) -> ProcessHost:
+    assert isinstance(engine._host, ProcessHost)
+    return engine._host
+
+
 async def until(condition: Callable[[], bool]) -> None:
     for _ in range(4000):
         if condition():
@@ -197,8 +202,7 @@ async def test_an_engine_that_pools_nothing_embeds_nothing(engines: Engines) -> 
 async def test_an_engine_that_stops_ends_its_calls_and_a_new_one_serves_again(engines: Engines) -> None:
     engines.add(FakeModelRunner(max_model_len=90_000, num_blocks=30_000))
     async with connected(engines) as engine:
-        host = engine._host
-        assert isinstance(host, ProcessHost)
+        host = host_of(engine)
         stream = engine.generate([1], SamplingParams(max_tokens=80_000, ignore_eos=True), request_id="x")
         await anext(stream)
         engines.servers[0].stop()
@@ -216,6 +220,51 @@ async def test_an_engine_that_stops_ends_its_calls_and_a_new_one_serves_again(en
         await asyncio.wait_for(engine.wait_ready(), 20)
         assert engine.error is None
         assert (await read(engine, b"hello", GREEDY, "again")).finish_reason == "length"
+
+
+async def test_a_conversation_stays_with_the_engine_that_has_its_prefix(engines: Engines) -> None:
+    for _ in range(3):
+        engines.add(FakeModelRunner(max_num_seqs=4))
+    async with connected(engines) as engine:
+        await until(lambda: all(line.is_ready for line in host_of(engine)._lines))
+
+        async def converse(number: int) -> None:
+            prompt = bytes([number]) * 17
+            for turn in range(6):
+                answer = await read(engine, prompt, GREEDY, f"{number}.{turn}")
+                prompt += bytes(token % 256 for token in answer.token_ids) + b"and then?"
+
+        await asyncio.gather(*(converse(number) for number in range(9)))
+        stats, totals = engine.engine_stats(), engine.stats()
+    assert all(one.extra["num_steps"] > 0 for one in stats), "every engine has its share"
+    # 9 conversations of 6 turns: all but the first turn finds the blocks of the turns before
+    expected = sum(9 * ((17 + turn * 17 - 1) // 4 * 4) for turn in range(1, 6))
+    found = totals.prefix_hits
+    assert found >= 0.9 * (expected - 9 * 5 * 17), (found, totals.prefix_queries)
+
+
+async def test_calls_of_a_dead_engine_run_elsewhere_unless_they_have_output(engines: Engines) -> None:
+    blocked = FakeModelRunner(max_num_seqs=1)
+    gate = threading.Event()
+    blocked.before_step = lambda plan: (gate.wait(20), None)[1]
+    engines.add(blocked)
+    engines.add()
+    async with connected(engines) as engine:
+        host = host_of(engine)
+        await until(lambda: all(line.is_ready for line in host._lines))
+        tasks = [asyncio.create_task(read(engine, bytes([i]) * 9, GREEDY, str(i))) for i in range(8)]
+        await until(lambda: engine.engine_stats()[1].extra["num_output_tokens"] > 0)
+        assert host._client is not None
+        num_held = sum(call.engine == 0 for call in host._client.calls.values())
+        assert num_held > 0
+        host.engine_died(0, "killed by signal 9")
+        answers = await asyncio.gather(*tasks)
+        gate.set()
+        assert engine.is_ready, "the other engine goes on"
+    assert [answer.finish_reason for answer in answers] == ["length"] * 8
+    assert [answer.token_ids for answer in answers] == [
+        tuple(run_alone(make_request(prompt=bytes([i]) * 9))) for i in range(8)
+    ]
 
 
 def test_stats_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tinyvllm.engine.messages import (
     Answer,
     Ask,
     Batch,
+    Blocks,
     Closed,
     NewRequest,
     Output,
@@ -27,6 +28,8 @@ from tinyvllm.engine.messages import (
     ToEngine,
 )
 from tinyvllm.engine.output import Delta, OutputProcessor
+from tinyvllm.engine.placement import Placement
+from tinyvllm.engine.routing import Route
 from tinyvllm.errors import ContextLengthError, EngineDeadError, RequestError, TinyvllmError
 from tinyvllm.profiling import measure
 from tinyvllm.text.tokenizer import Tokenizer
@@ -68,6 +71,7 @@ class Call:
         self.num_open = 0  # choices whose last delta has not been passed on
         self.choices: list[Choice] = []
         self.engine = 0  # which one runs it
+        self.route: Route | None = None  # its entry in the router's books, where there are several engines
         self.has_output = False
         self._client = client
         self._receiver = receiver
@@ -77,8 +81,13 @@ class Call:
         self._client.close_call(self)
 
     def pass_on(self, delta: Delta) -> None:
-        self.has_output = True
-        self.num_open -= delta.finish_reason is not None
+        if not self.has_output:
+            self.has_output = True
+            self._client.note_first_output(self)
+        if delta.finish_reason is not None:
+            self.num_open -= 1
+            if not self.num_open:
+                self._client.note_end(self)
         self._receiver.take(delta)
 
     def fail(self, error: TinyvllmError) -> None:
@@ -88,8 +97,10 @@ class Call:
 class Client:
     """Owns the open calls of one event loop, and the numbers of their requests."""
 
-    def __init__(self, lines: Sequence[Line], tokenizer: Tokenizer) -> None:
+    def __init__(self, lines: Sequence[Line], tokenizer: Tokenizer, placement: Placement | None = None) -> None:
+        """placement: chooses among several engines."""
         self.lines = lines
+        self.placement = placement
         self.calls: dict[str, Call] = {}  # by request id
         self._tokenizer = tokenizer
         self._choices: dict[int, Choice] = {}  # unfinished ones by number
@@ -105,16 +116,33 @@ class Client:
             request.number = next(self._numbers)
             call.choices.append(Choice(call, request, OutputProcessor(request, self._tokenizer, index)))
         call.num_open = len(call.choices)
-        self.lines[call.engine].send(Submit(list(requests)))
+        self._send(call)
         self.calls[request_id] = call
+        return call
+
+    def _send(self, call: Call) -> None:
+        """Send a call to an engine. Raises EngineDeadError if there is none."""
+        requests = [choice.request for choice in call.choices]
+        if self.placement is not None:
+            call.route = self.placement.place(requests)
+            call.engine = int(str(call.route.replica))
+        self.lines[call.engine].send(Submit(requests))
         for choice in call.choices:
             self._choices[choice.request.number] = choice
-        return call
 
     def close_call(self, call: Call) -> None:
         if self.calls.get(call.request_id) is call:
             del self.calls[call.request_id]
         self._end(call.choices, call.engine)
+        self.note_end(call)
+
+    def note_first_output(self, call: Call) -> None:
+        if self.placement is not None and call.route is not None:
+            self.placement.prefilled(call.route)
+
+    def note_end(self, call: Call) -> None:
+        if self.placement is not None and call.route is not None:
+            self.placement.finished(call.route)
 
     def abort(self, request_id: str) -> None:
         """End a call: its receiver gets last deltas with finish_reason "abort". Ignored if it is unknown."""
@@ -150,19 +178,35 @@ class Client:
                     answer.set_result(message.value)
                 else:
                     answer.set_exception(EngineDeadError(message.error))
+            case Blocks():
+                if self.placement is not None:
+                    self.placement.learn(engine, message)
             case Closed():
                 self.fail_engine(engine, message.reason)
 
     def fail_engine(self, engine: int, reason: str) -> None:
-        """Nothing more comes from an engine: all that wait for it hear why."""
+        """Nothing more comes from an engine. Calls without output yet run on another; the others hear why they end."""
+        if self.placement is not None:
+            self.placement.remove(engine)
         for _, answer in [waiting for waiting in self._questions.values() if waiting[0] == engine]:
             if not answer.done():
                 answer.set_exception(EngineDeadError(reason))
         for call in [call for call in self.calls.values() if call.engine == engine]:
             for choice in call.choices:
                 self._choices.pop(choice.request.number, None)
-            if call.num_open:
+            if call.num_open and not self._run_elsewhere(call):
                 call.fail(EngineDeadError(reason))
+
+    def _run_elsewhere(self, call: Call) -> bool:
+        """Send a call whose engine has died to another, if its caller has not had any output."""
+        if call.has_output or self.placement is None:
+            return False
+        try:
+            self._send(call)
+        except EngineDeadError:
+            return False
+        logger.warning("request %s runs on engine %d instead of one that died", call.request_id, call.engine)
+        return True
 
     def _take_batch(self, batch: Batch) -> None:
         choices, time_s = self._choices, batch.time_s

@@ -22,6 +22,7 @@ from tinyvllm.engine.messages import (
     Answer,
     Ask,
     Batch,
+    Blocks,
     Goodbye,
     Hello,
     NewRequest,
@@ -33,6 +34,7 @@ from tinyvllm.engine.messages import (
     Welcome,
 )
 from tinyvllm.engine.output import output_of
+from tinyvllm.engine.placement import pack_hashes
 from tinyvllm.engine.step_history import StepHistory
 from tinyvllm.errors import RequestError
 from tinyvllm.profiling import measure
@@ -83,6 +85,8 @@ class EngineLoop:
         self._clients: defaultdict[ClientId, dict[int, Request]] = defaultdict(dict)  # unfinished requests by number
         self._owners: dict[Request, tuple[ClientId, int]] = {}  # the same, the other way round
         self._waiting: dict[tuple[ClientId, int], Submit] = {}  # calls whose grammar is being compiled, by first number
+        self._routers: set[ClientId] = set()  # clients that are told of the prefix cache
+        self._has_routed = False  # there has been one, so the pool records its changes
         self._stop_at_s: float | None = None  # monotonic; set when a stop is requested
 
     # ---- From any thread ----
@@ -138,6 +142,8 @@ class EngineLoop:
     def _pass_on(self, outs: list[TokenOut]) -> None:
         """Send each client its part of a step's tokens in one message, and report the stats."""
         stats = self.core.stats
+        if self._has_routed:  # first, so that a router knows a prompt's blocks when the prompt's request ends
+            self._send_changes()
         if outs:
             self._send_tokens(outs, stats.end_s)
         self._history.add(stats)
@@ -166,6 +172,14 @@ class EngineLoop:
         for client, batch in batches.items():
             self._door.send(client, batch)
 
+    def _send_changes(self) -> None:
+        """Tell the routers how the prefix cache has changed."""
+        stored, removed = self.core.scheduler.block_manager.take_changes()
+        if stored or removed:
+            changes = Blocks(pack_hashes(stored), pack_hashes(removed))
+            for client in self._routers:
+                self._door.send(client, changes)
+
     def _release(self, request: Request) -> None:
         client, number = self._owners.pop(request)
         self._clients[client].pop(number, None)
@@ -181,11 +195,18 @@ class EngineLoop:
             case Ask():
                 self._door.send(client, self._answer(message))
             case Hello():
-                self._clients[client]  # now it is known, and hears when the engine closes
-                runner = self.core.runner
-                self._door.send(client, Welcome(runner.model_config, runner.capacity))
+                self._welcome(client, message)
             case Goodbye():
                 self._forget(client)
+
+    def _welcome(self, client: ClientId, hello: Hello) -> None:
+        runner, manager = self.core.runner, self.core.scheduler.block_manager
+        self._door.send(client, Welcome(runner.model_config, runner.capacity))
+        if hello.routes:
+            self._send_changes()
+            self._routers.add(client)
+            self._has_routed = True
+            self._door.send(client, Blocks(pack_hashes(manager.cached_hashes()), b""))
 
     def _submit(self, client: ClientId, call: Submit) -> None:
         source = call.requests[0].grammar
@@ -251,6 +272,7 @@ class EngineLoop:
     def _forget(self, client: ClientId) -> None:
         self._abort_all(client)
         self._clients.pop(client, None)
+        self._routers.discard(client)
 
     def _report(self) -> None:
         if self._on_stats is not None:

@@ -36,7 +36,9 @@ class NewRequest(Struct, array_like=True, gc=False):
 
 
 class Hello(Struct, tag="hello", array_like=True):
-    """A client introduces itself. It is answered with a Welcome."""
+    """A client introduces itself. It is answered with a Welcome; one that routes hears of the prefix cache, too."""
+
+    routes: bool = False
 
 
 class Submit(Struct, tag="submit", array_like=True):
@@ -99,6 +101,13 @@ class Welcome(Struct, tag="welcome", array_like=True):
     capacity: Capacity
 
 
+class Blocks(Struct, tag="blocks", array_like=True):
+    """What has changed in the prefix cache: the first 8 bytes of each block's hash, one after the other."""
+
+    stored: bytes
+    removed: bytes
+
+
 class Refused(Struct, tag="refused", array_like=True):
     """A call cannot run. The fields are those of RequestError."""
 
@@ -122,7 +131,7 @@ class Closed(Struct, tag="closed", array_like=True):
     reason: str
 
 
-ToClient = Batch | Welcome | Refused | Answer | Closed
+ToClient = Batch | Welcome | Blocks | Refused | Answer | Closed
 
 encode_message = msgspec.msgpack.Encoder().encode
 decode_for_engine = msgspec.msgpack.Decoder(ToEngine).decode

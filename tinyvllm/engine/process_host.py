@@ -16,6 +16,7 @@ from tinyvllm.engine.client import Client
 from tinyvllm.engine.hosts import Loaded
 from tinyvllm.engine.loading import Text, load_text
 from tinyvllm.engine.messages import Goodbye, Hello, ToEngine, Welcome, decode_for_client, encode_message
+from tinyvllm.engine.placement import Placement
 from tinyvllm.errors import EngineDeadError
 from tinyvllm.scheduling.plan import StepStats
 
@@ -135,6 +136,8 @@ class ProcessHost:
         message = decode_for_client(data)
         if isinstance(message, Welcome):
             self._lines[engine].is_ready = True
+            if self._client is not None and self._client.placement is not None:
+                self._client.placement.add(engine)
             self._welcome = message
             self._complete()
         elif self._client is not None:
@@ -153,7 +156,13 @@ class ProcessHost:
             # each front-end draws seeds of its own
             seed = self._config.seed if self._index == 0 else f"{self._config.seed}/{self._index}"
             self.loaded = self._text.result().for_callers(welcome.model_config, welcome.capacity, seed)
-            self._client = Client(self._lines, self.loaded.tokenizer)
+            placement = None
+            if self.num_engines > 1:
+                placement = Placement(self.loaded.capacity, self.engine_stats)
+                for engine, line in enumerate(self._lines):
+                    if line.is_ready:
+                        placement.add(engine)
+            self._client = Client(self._lines, self.loaded.tokenizer, placement)
         self._change()
 
     def _change(self) -> None:
@@ -185,7 +194,7 @@ class _Line:
         socket.setsockopt(zmq.LINGER, LINGER_MS)
         socket.connect(self._address)
         self._host.loop.add_reader(socket, self._read)
-        self.send(Hello())
+        self.send(Hello(routes=self._host.num_engines > 1))
 
     def close(self, says: ToEngine | None = None) -> None:
         """Disconnect, after a last message if there is one. What the engine has not read is lost otherwise."""

@@ -138,6 +138,10 @@ class BlockManager:
         stored = [block_hash for block_hash, is_findable in changes.items() if is_findable]
         return stored, [block_hash for block_hash, is_findable in changes.items() if not is_findable]
 
+    def cached_hashes(self) -> list[bytes]:
+        """Hashes of all blocks that can be found by prefix."""
+        return list(self._findable)
+
     def states(self) -> bytes:
         """One letter per block, except the dummy: `h`eld by one request, `s`hared, free but `c`ached, or free: `.`"""
         letters = bytearray(b"." * self.num_blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 
@@ -138,3 +139,25 @@ def test_a_span_around_an_await_is_found_out() -> None:
     second.__enter__()
     with pytest.raises(InvariantError, match="await"):
         first.__exit__(None, None, None)
+
+
+def test_a_tally_counts_without_a_span_and_covers_the_open_one() -> None:
+    measure.start()
+    with measure.span("detokenize"):
+        measure.tally("serialize", 100, 130)
+        measure.tally("serialize", 200, 220)
+    recording = measure.stop()
+    [batch] = recording.spans
+    assert (batch.name, batch.inner_ns) == ("detokenize", 50)
+    total = recording.totals["serialize"]
+    assert (total.count, total.total_ns, total.own_ns) == (2, 50, 50)
+
+
+def test_a_recording_knows_its_process() -> None:
+    measure.name_process("engine 3")
+    try:
+        measure.start()
+        recording = measure.stop()
+    finally:
+        measure.name_process("host")
+    assert (recording.process, recording.pid) == ("engine 3", os.getpid())

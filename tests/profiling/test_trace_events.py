@@ -75,3 +75,69 @@ def test_a_file_is_json_with_the_counts() -> None:
 
 def test_nothing_recorded_is_an_empty_trace() -> None:
     assert trace_events(None)["traceEvents"] == []
+
+
+# What each phase of the Trace Event Format must have besides ph and pid.
+REQUIRED = {
+    "X": {"name", "cat", "tid", "ts", "dur"},
+    "b": {"name", "cat", "tid", "ts", "id"},
+    "e": {"name", "cat", "tid", "ts", "id"},
+    "s": {"name", "cat", "tid", "ts", "id"},
+    "t": {"name", "cat", "tid", "ts", "id"},
+    "f": {"name", "cat", "tid", "ts", "id", "bp"},
+    "M": {"name", "args"},
+}
+
+
+def make_processes() -> list[Recording]:
+    """A front-end that submits a request and gets its last token back, and the engine in between."""
+    front_end = (
+        Span("submit", 1_000, 2_000, "loop", 0, 0, {"request": "cmpl-1"}),
+        Span("call", 500, 2_500, "loop", -1, 0, {"request": "cmpl-1", "http": "1"}),
+        Span("detokenize", 8_000, 9_000, "loop", 0, 0, {}),
+        Span("answer", 8_100, 9_500, "loop", -1, 0, {"http": "1", "last_taken_ns": 8_100}),
+    )
+    engine = (
+        Span("receive", 3_000, 3_500, "engine", 0, 0, {"request": "cmpl-1"}),
+        Span("launch", 4_000, 5_000, "engine", 0, 0, {"bucket": "decode 1", "step": 1}),
+        Span("wait", 5_000, 7_000, "engine", 0, 0, {"bucket": "decode 1", "step": 1}),
+    )
+    return [
+        Recording(0, 20_000, front_end, {}, {"syncs": 1}, 0, "front-end 0", 17),
+        Recording(0, 20_000, engine, {}, {"syncs": 2}, 5, "engine 0", 18),
+    ]
+
+
+def test_each_process_is_a_row_with_its_threads_and_its_device() -> None:
+    document = trace_events(make_processes())
+    rows = {(e["pid"], e.get("tid")): e["args"]["name"] for e in document["traceEvents"] if e["ph"] == "M"}
+    assert rows == {
+        (1, None): "front-end 0 (pid 17)",
+        (1, 1): "loop",
+        (3, None): "engine 0 (pid 18)",
+        (3, 1): "engine",
+        (4, None): "engine 0, device",
+        (4, 1): "steps",
+    }
+    assert document["otherData"]["engine 0"] == {"dropped_spans": 5, "syncs": 2}
+
+
+def test_an_arrow_follows_a_request_to_the_engine_and_back() -> None:
+    arrows = [e for e in trace_events(make_processes())["traceEvents"] if e["ph"] in "stf"]
+    assert [(e["ph"], e["pid"], e["ts"]) for e in arrows] == [("s", 1, 0.5), ("t", 3, 2.5), ("f", 1, 7.5)]
+    assert {e["id"] for e in arrows} == {1} and arrows[0]["args"] == {"request": "cmpl-1"}
+
+
+def test_all_events_have_the_fields_of_the_format() -> None:
+    document = json.loads(json.dumps(trace_events(make_processes(), LAUNCHES)))
+    events = document["traceEvents"]
+    for event in events:
+        assert event.keys() >= {"ph", "pid"} | REQUIRED[event["ph"]], event
+        assert isinstance(event["pid"], int) and event.get("ts", 0) >= 0
+    named = {(e["pid"], e["tid"]) for e in events if e["ph"] == "M" and "tid" in e}
+    assert all((e["pid"], e["tid"]) in named for e in events if e["ph"] != "M")
+    for begin in (e for e in events if e["ph"] == "b"):
+        assert [e["ph"] for e in events if e.get("id") == begin["id"] and e["name"] == begin["name"]] == ["b", "e"]
+    for flow in (e for e in events if e["ph"] in "stf"):  # it is bound to the slice that encloses it
+        slices = [e for e in events if e["ph"] == "X" and (e["pid"], e["tid"]) == (flow["pid"], flow["tid"])]
+        assert any(e["ts"] <= flow["ts"] <= e["ts"] + e["dur"] for e in slices)

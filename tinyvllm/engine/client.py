@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -126,7 +127,8 @@ class Client:
         if self.placement is not None:
             call.route = self.placement.place(requests)
             call.engine = int(str(call.route.replica))
-        self.lines[call.engine].send(Submit(requests))
+        with measure.span(measure.SUBMIT, request=requests[0].request_id):
+            self.lines[call.engine].send(Submit(requests))
         for choice in call.choices:
             self._choices[choice.request.number] = choice
 
@@ -166,6 +168,9 @@ class Client:
         """Take a message of an engine."""
         match message:
             case Batch():
+                if measure.is_on():
+                    now_ns = time.perf_counter_ns()
+                    measure.add(measure.HOP_BACK, min(int(message.time_s * 1e9), now_ns), now_ns)
                 with measure.span(measure.DETOKENIZE):
                     self._take_batch(message)
             case Refused():

@@ -115,7 +115,9 @@ class EngineLoop:
     def _serve(self) -> None:
         core = self.core
         while True:
-            for item in self._door.receive(self._patience_s()):
+            with measure.span(measure.INBOX):
+                items = self._door.receive(self._patience_s())
+            for item in items:
                 if callable(item):
                     item()
                 else:
@@ -145,7 +147,8 @@ class EngineLoop:
         if self._has_routed:  # first, so that a router knows a prompt's blocks when the prompt's request ends
             self._send_changes()
         if outs:
-            self._send_tokens(outs, stats.end_s)
+            with measure.span(measure.REPLY):
+                self._send_tokens(outs, stats.end_s)
         self._history.add(stats)
         if self._on_stats is not None:
             self._on_stats(stats)
@@ -187,7 +190,8 @@ class EngineLoop:
     def _handle(self, client: ClientId, message: ToEngine) -> None:
         match message:
             case Submit():
-                self._submit(client, message)
+                with measure.span(measure.RECEIVE, request=message.requests[0].request_id):
+                    self._submit(client, message)
             case Abort():
                 for number in message.numbers:
                     self._abort(client, number)
@@ -314,6 +318,6 @@ QUESTIONS: dict[str, Callable[[EngineLoop], Any]] = {
     "pool_states": EngineLoop.pool_states,
     "latest_steps": EngineLoop.latest_steps,
     "audit": EngineLoop.audit,
-    "start_profile": lambda loop: measure.start(),
+    "start_profile": lambda loop: measure.start(watches=True),
     "stop_profile": lambda loop: measure.stop(),
 }

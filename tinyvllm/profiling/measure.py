@@ -10,19 +10,30 @@ of all threads and separately timed kernels share one timeline.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from tinyvllm.errors import InvariantError, ProfilingError
+from tinyvllm.profiling.interpreter import Interpreter, Watch
 
 # The stages of a request and a step, in order. The engine, tables and traces use the same words.
 TOKENIZE, QUEUE, SCHEDULE, PACK = "tokenize", "queue", "schedule", "pack"
 LAUNCH, WAIT, COMMIT, DETOKENIZE = "launch", "wait", "commit", "detokenize"
 STAGES = (TOKENIZE, QUEUE, SCHEDULE, PACK, LAUNCH, WAIT, COMMIT, DETOKENIZE)
 STEP = "step"  # one turn of the engine loop, around its stages; facts: kind (prefill, decode, mixed), bucket
+
+# What a server adds, so that one request can be followed from socket to socket (request_stages.py). Facts: `http`, the
+# id of the HTTP request, and `request`, the engine's id of one call.
+REQUEST = "request"  # from the head of an HTTP request until it is answered
+CALL = "call"  # from the parsed body until the engine's client has been called
+TEMPLATE, SUBMIT, RECEIVE, REPLY = "template", "submit", "receive", "reply"
+INBOX = "inbox"  # the engine's loop takes messages, or waits for them
+HOP_BACK, SERIALIZE, SEND = "hop back", "serialize", "send"
+ANSWER = "answer"  # a stream, from its first output until its last byte was sent; its facts are the times in between
 
 MAX_SPANS = 1 << 18  # about 60 MB when full: an hour at 64 tokens per second with four spans each
 
@@ -75,6 +86,9 @@ class Recording:
     totals: dict[str, Total]
     counts: dict[str, int]
     num_dropped: int  # spans that ended earlier than those kept
+    process: str = "host"  # the process's name
+    pid: int = 0
+    interpreter: Interpreter | None = None  # if `start` was told to watch it
 
     @property
     def wall_ns(self) -> int:
@@ -108,6 +122,16 @@ class Recorder:
             raise InvariantError(f"span {name} ends {start_ns - end_ns} ns before it starts")
         self.keep(Span(name, start_ns, end_ns, threading.current_thread().name, -1, 0, facts))
 
+    def tally(self, name: str, start_ns: int, end_ns: int) -> None:
+        """Add to the total of `name` without keeping a span: for what happens once a token. It counts as a part of the
+        span that is open on this thread."""
+        duration_ns = end_ns - start_ns
+        if stack := self.stack:
+            stack[-1].cover(duration_ns)
+        with self._lock:
+            total = self._totals.get(name, Total())
+            self._totals[name] = Total(total.count + 1, total.total_ns + duration_ns, total.own_ns + duration_ns)
+
     def count(self, name: str, amount: int = 1) -> None:
         with self._lock:
             self._counts[name] = self._counts.get(name, 0) + amount
@@ -123,6 +147,8 @@ class Recorder:
                 dict(self._totals),
                 dict(self._counts),
                 self._num_ended - len(self._spans),
+                _process,
+                os.getpid(),
             )
 
     @property
@@ -154,6 +180,10 @@ class OpenSpan:
         """Add facts that become known inside the block: `step.tell(kind="decode", bucket="decode 8")`."""
         self._facts.update(facts)
 
+    def cover(self, duration_ns: int) -> None:
+        """Count a part of the block as covered by something inside it."""
+        self._inner_ns += duration_ns
+
     def __enter__(self) -> OpenSpan:
         stack = self._recorder.stack
         self._depth = len(stack)
@@ -173,7 +203,7 @@ class OpenSpan:
             )
         stack.pop()
         if stack:
-            stack[-1]._inner_ns += end_ns - self._start_ns
+            stack[-1].cover(end_ns - self._start_ns)
         if kind is not None:
             self._facts["error"] = kind.__name__
         thread = threading.current_thread().name
@@ -199,7 +229,15 @@ class Nothing:
 
 _NOTHING = Nothing()
 _recorder: Recorder | None = None
+_watch: Watch | None = None
+_process = "host"
 _switch = threading.Lock()
+
+
+def name_process(name: str) -> None:
+    """Set the name that this process has in recordings: "engine 0"."""
+    global _process
+    _process = name
 
 
 def span(name: str, **facts: Fact) -> OpenSpan | Nothing:
@@ -214,6 +252,12 @@ def add(name: str, start_ns: int, end_ns: int, **facts: Fact) -> None:
         recorder.add(name, start_ns, end_ns, **facts)
 
 
+def tally(name: str, start_ns: int, end_ns: int) -> None:
+    """Add to a total without keeping a span: for what happens once a token."""
+    if (recorder := _recorder) is not None:
+        recorder.tally(name, start_ns, end_ns)
+
+
 def count(name: str, amount: int = 1) -> None:
     """Count an event or an amount: a copy, a synchronization, a number of bytes."""
     if (recorder := _recorder) is not None:
@@ -225,20 +269,26 @@ def is_on() -> bool:
     return _recorder is not None
 
 
-def start(max_spans: int = MAX_SPANS) -> None:
-    """Start measuring in all threads. Raises ProfilingError if measuring is already on."""
-    global _recorder
+def start(max_spans: int = MAX_SPANS, *, watches: bool = False) -> None:
+    """Start measuring in all threads. Raises ProfilingError if measuring is already on.
+
+    watches: also measure the processor time of each thread, and how often the interpreter lock is held. It takes a
+    thread that wakes up 200 times a second."""
+    global _recorder, _watch
     with _switch:
         if _recorder is not None:
             raise ProfilingError("a profile is already being recorded: stop it first")
         _recorder = Recorder(max_spans)
+        _watch = Watch() if watches else None
 
 
 def stop() -> Recording:
     """Stop measuring and return the recording. Raises ProfilingError if measuring is off."""
-    global _recorder
+    global _recorder, _watch
     with _switch:
         if _recorder is None:
             raise ProfilingError("no profile is being recorded: start one first")
         recorder, _recorder = _recorder, None
-    return recorder.finish()
+        watch, _watch = _watch, None
+    recording = recorder.finish()
+    return recording if watch is None else replace(recording, interpreter=watch.stop())

@@ -1,41 +1,52 @@
 """Host spans and device kernels on one timeline, as JSON for Perfetto (ui.perfetto.dev) and chrome://tracing.
 
 The format is the "Trace Event Format": complete events (X), asynchronous events (b, e) for spans outside the threads'
-stacks, and metadata (M).
+stacks, flow events (s, t, f) for a request's way through threads and processes, and metadata (M). Each recorded process
+is a row of its own; another row below it shows the steps of its device.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tinyvllm.profiling.kernels import Launch
-from tinyvllm.profiling.measure import LAUNCH, STEP, WAIT, Recording, Span
+from tinyvllm.profiling.measure import ANSWER, CALL, DETOKENIZE, LAUNCH, RECEIVE, STEP, SUBMIT, WAIT, Recording, Span
 
-HOST, DEVICE = 1, 2  # process numbers
+HOST, DEVICE = 1, 2  # process numbers of the first recording; those of the next are 3 and 4
 
 
-def trace_events(recording: Recording | None, launches: Sequence[Launch] = ()) -> dict[str, Any]:
-    """The JSON document. Times are microseconds since the first event."""
-    spans = recording.spans if recording is not None else ()
-    if recording is not None:
-        launches = [*device_steps(recording), *launches]
-    first_ns = min([span.start_ns for span in spans] + [launch.start_ns for launch in launches], default=0)
-    events = [*_metadata(HOST, "host", _order(span.thread for span in spans))]
-    events += _metadata(DEVICE, "device", _order(launch.device for launch in launches))
-    threads, devices = _order(span.thread for span in spans), _order(launch.device for launch in launches)
-    for number, span in enumerate(spans):
-        events += _span_events(span, threads[span.thread], first_ns, number)
-    for launch in launches:
-        events.append(
-            _complete(launch.label, "kernel", DEVICE, devices[launch.device], launch.start_ns - first_ns)
-            | {"dur": launch.seconds * 1e6, "args": {"program": launch.program}}
-        )
+def trace_events(recorded: Recording | Sequence[Recording] | None, launches: Sequence[Launch] = ()) -> dict[str, Any]:
+    """The JSON document of one or more processes. Times are microseconds since the first event.
+
+    launches: kernels that were timed apart, on the device of the first process."""
+    recordings = [recorded] if isinstance(recorded, Recording) else list(recorded or ())
+    devices = [device_steps(recording) for recording in recordings] or [[]]
+    devices[0] += launches
+    starts = [span.start_ns for recording in recordings for span in recording.spans]
+    first_ns = min(starts + [launch.start_ns for device in devices for launch in device], default=0)
+    events: list[dict[str, Any]] = []
+    ids = itertools.count()
+    for place, recording in enumerate(recordings):
+        events += _host_events(recording, HOST + 2 * place, len(recordings) > 1, first_ns, ids)
+    for place, device in enumerate(devices):
+        name = "device" if len(recordings) < 2 else f"{recordings[place].process}, device"
+        events += _device_events(device, DEVICE + 2 * place, name, first_ns)
+    events += _flow_events(recordings, first_ns)
     document: dict[str, Any] = {"traceEvents": events, "displayTimeUnit": "ms"}
-    if recording is not None:
-        document["otherData"] = {"dropped_spans": recording.num_dropped, **recording.counts}
+    counts = {one.process: {"dropped_spans": one.num_dropped, **one.counts} for one in recordings}
+    if recordings:
+        document["otherData"] = counts if len(recordings) > 1 else counts[recordings[0].process]
     return document
+
+
+def trace_of_processes(recordings: Mapping[str, Recording]) -> dict[str, Any]:
+    """The JSON document of the processes of a server, by name."""
+    return trace_events([replace(recording, process=name) for name, recording in recordings.items()])
 
 
 def device_steps(recording: Recording) -> list[Launch]:
@@ -53,9 +64,59 @@ def device_steps(recording: Recording) -> list[Launch]:
     return steps
 
 
-def trace_text(recording: Recording | None, launches: Sequence[Launch] = ()) -> str:
+def trace_text(recorded: Recording | Sequence[Recording] | None, launches: Sequence[Launch] = ()) -> str:
     """The JSON document as the text of a file."""
-    return json.dumps(trace_events(recording, launches)) + "\n"
+    return json.dumps(trace_events(recorded, launches)) + "\n"
+
+
+def _host_events(
+    recording: Recording, process: int, shows_pid: bool, first_ns: int, ids: Iterator[int]
+) -> list[dict[str, Any]]:
+    threads = _order(span.thread for span in recording.spans)
+    name = f"{recording.process} (pid {recording.pid})" if shows_pid else recording.process
+    events = _metadata(process, name, threads)
+    for span in recording.spans:
+        events += _span_events(span, process, threads[span.thread], first_ns, next(ids))
+    return events
+
+
+def _device_events(launches: Sequence[Launch], process: int, name: str, first_ns: int) -> list[dict[str, Any]]:
+    rows = _order(launch.device for launch in launches)
+    events = _metadata(process, name, rows)
+    for launch in launches:
+        event = _complete(launch.label, "kernel", process, rows[launch.device], launch.start_ns - first_ns)
+        events.append(event | {"dur": launch.seconds * 1e6, "args": {"program": launch.program}})
+    return events
+
+
+def _flow_events(recordings: Sequence[Recording], first_ns: int) -> list[dict[str, Any]]:
+    """Arrows from each request's submission to the engine's loop and back to the message with its last token."""
+    stops: dict[str, list[tuple[int, int, int]]] = {}  # request -> time, process and thread of the spans on its way
+    for place, recording in enumerate(recordings):
+        process, threads = HOST + 2 * place, _order(span.thread for span in recording.spans)
+        for request, span in _stops(recording):
+            stops.setdefault(request, []).append((span.start_ns, process, threads[span.thread]))
+    events: list[dict[str, Any]] = []
+    for number, (request, way) in enumerate(stops.items(), 1):
+        for place, (time_ns, process, thread) in enumerate(sorted(way) if len(way) > 1 else ()):
+            phase = "s" if place == 0 else "f" if place == len(way) - 1 else "t"
+            event = {"name": "request", "cat": "request", "ph": phase, "id": number, "pid": process, "tid": thread}
+            event |= {"ts": (time_ns - first_ns) / 1e3, "args": {"request": request}}
+            events.append(event | ({"bp": "e"} if phase == "f" else {}))
+    return events
+
+
+def _stops(recording: Recording) -> Iterator[tuple[str, Span]]:
+    """The engine's ids of requests, each with a span through which its arrow passes."""
+    for span in (*recording.named(SUBMIT), *recording.named(RECEIVE)):
+        yield str(span.facts["request"]), span
+    request_of = {call.facts["http"]: str(call.facts["request"]) for call in recording.named(CALL)}
+    batches = sorted(recording.named(DETOKENIZE), key=lambda span: span.start_ns)
+    starts = [span.start_ns for span in batches]
+    for answer in recording.named(ANSWER):
+        place = bisect_right(starts, int(answer.facts["last_taken_ns"])) - 1
+        if place >= 0 and answer.facts["http"] in request_of:
+            yield request_of[answer.facts["http"]], batches[place]
 
 
 def _order(names: Iterable[str]) -> dict[str, int]:
@@ -77,12 +138,12 @@ def _metadata(process: int, name: str, threads: dict[str, int]) -> list[dict[str
     return rows
 
 
-def _span_events(span: Span, thread: int, first_ns: int, number: int) -> list[dict[str, Any]]:
+def _span_events(span: Span, process: int, thread: int, first_ns: int, number: int) -> list[dict[str, Any]]:
     start_ns, facts = span.start_ns - first_ns, dict(span.facts)
     if span.depth >= 0:
-        event = _complete(span.name, "host", HOST, thread, start_ns)
+        event = _complete(span.name, "host", process, thread, start_ns)
         return [event | {"dur": span.duration_ns / 1e3, "args": facts}]
-    shared = {"name": span.name, "cat": "host", "id": number, "pid": HOST, "tid": thread}
+    shared = {"name": span.name, "cat": "host", "id": number, "pid": process, "tid": thread}
     return [
         shared | {"ph": "b", "ts": start_ns / 1e3, "args": facts},
         shared | {"ph": "e", "ts": (start_ns + span.duration_ns) / 1e3},

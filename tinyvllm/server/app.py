@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyvllm import __version__
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.profiling import measure
 from tinyvllm.server import operations
 from tinyvllm.server.context import RequestContext, as_current
 from tinyvllm.server.failures import ClientGone, answer_failure, failure_of
@@ -130,7 +131,15 @@ class _Exchange:
                         state.metrics.count_refusal(self._status)
                 route = self._scope.get("route")
                 handler = getattr(route, "path", "none")
+                if measure.is_on():
+                    self._measure(start_s, handler)
                 state.metrics.count_http(method, handler, self._status, time.perf_counter() - start_s)
+
+    def _measure(self, start_s: float, handler: str) -> None:
+        """Record the whole request."""
+        facts: dict[str, measure.Fact] = {"route": handler, "status": self._status}
+        http_id = self._context.request_id
+        measure.add(measure.REQUEST, int(start_s * 1e9), time.perf_counter_ns(), http=http_id, **facts)
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

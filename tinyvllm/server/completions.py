@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from tinyvllm.profiling import measure
 from tinyvllm.server.completion_answers import CompletionEvents, CompletionForm, Echo, completion_answer
+from tinyvllm.server.context import request_span
 from tinyvllm.server.generation import Job, PromptCall
 from tinyvllm.server.intake import (
     ERRORS,
@@ -70,7 +71,7 @@ def _read_prompts(state: ServerState, body: CompletionRequest) -> tuple[list[lis
     echoes: list[Echo] = []
     for prompt in body.prompt:
         if isinstance(prompt, str):
-            with measure.span(measure.TOKENIZE):
+            with request_span(measure.TOKENIZE):
                 ids = tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
         else:
             ids = prompt

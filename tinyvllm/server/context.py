@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from tinyvllm.profiling import measure
+
 
 @dataclass
 class RequestContext:
@@ -39,6 +41,11 @@ def as_current(context: RequestContext) -> Iterator[None]:
 def current() -> RequestContext:
     """The context of the request that is being handled; outside of all requests, one with the id "-"."""
     return _current.get() or RequestContext(request_id="-")
+
+
+def request_span(name: str) -> measure.OpenSpan | measure.Nothing:
+    """A span that names the request that is being handled."""
+    return measure.span(name, http=current().request_id) if measure.is_on() else measure.span(name)
 
 
 class RequestIdFilter(logging.Filter):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tinyvllm.config import GrammarSpec
 from tinyvllm.errors import RequestError
 from tinyvllm.profiling import measure
+from tinyvllm.server.context import request_span
 from tinyvllm.server.message import OutputFormat
 from tinyvllm.text.grammar import lark_json
 from tinyvllm.text.json_schema import parse_schema
@@ -67,12 +68,13 @@ def make_prompt(conversation: Conversation, engine: AsyncEngine) -> Prompt:
     tool_format = find_tool_format(engine.config.tool_call_parser, template.source)
     reasoning = find_reasoning_format(engine.config.reasoning_parser, template.source)
     tools = conversation.tools if conversation.has_tools else ()
-    text = template.render(
-        tool_format.prepare(conversation.messages, tools, has_template="tools" in template.source),
-        tools=list(conversation.tools_for_template) if tools else None,
-        add_generation_prompt=conversation.add_generation_prompt,
-        **conversation.template_arguments,
-    )
+    with request_span(measure.TEMPLATE):
+        text = template.render(
+            tool_format.prepare(conversation.messages, tools, has_template="tools" in template.source),
+            tools=list(conversation.tools_for_template) if tools else None,
+            add_generation_prompt=conversation.add_generation_prompt,
+            **conversation.template_arguments,
+        )
     if conversation.continue_final_message:
         text = cut_after(text, str(conversation.messages[-1]["content"]))
     grammar = _grammar(conversation, tool_format, engine) if tools else conversation.grammar
@@ -87,7 +89,7 @@ def make_prompt(conversation: Conversation, engine: AsyncEngine) -> Prompt:
         is_parallel=conversation.is_parallel,
     )
     keeps = bool(tools) and tool_format.shows_special_tokens(engine.tokenizer)
-    with measure.span(measure.TOKENIZE):
+    with request_span(measure.TOKENIZE):
         ids = engine.tokenizer.encode_chat(text)
     return Prompt(ids=ids, grammar=grammar, format=output, keeps_special_tokens=keeps)
 

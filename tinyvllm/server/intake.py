@@ -15,8 +15,9 @@ from tinyvllm.server.context import current
 from tinyvllm.server.events import Events
 from tinyvllm.server.failures import UnknownModelError
 from tinyvllm.server.generation import Job
+from tinyvllm.server.measured_stream import make_writer
 from tinyvllm.server.protocol.common import ErrorBody
-from tinyvllm.server.streaming import EventStream, EventWriter
+from tinyvllm.server.streaming import EventStream
 
 if TYPE_CHECKING:
     from tinyvllm.server.protocol.generation import GenerationRequest
@@ -95,7 +96,7 @@ def json_response(answer: BaseModel) -> Response:
 
 async def event_stream(state: ServerState, job: Job, events: Events) -> EventStream:
     """Generate, and answer with events. Returns when the first output is there, so that refusals have their status."""
-    writer = EventWriter(events)
+    writer = make_writer(events)
     generation = await state.generate(job, writer)
     try:
         await writer.wait_for_first()

@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from tinyvllm.engine.beam import generate_beams
 from tinyvllm.errors import EngineDeadError
+from tinyvllm.profiling import measure
 from tinyvllm.server.context import RequestContext, current
 from tinyvllm.server.failures import NotReadyError
 from tinyvllm.server.front_ends import FrontEnds
@@ -128,6 +129,8 @@ class ServerState:
         try:
             if job.beams is None:
                 call = await self.engine.submit(ids, params, observer, **options)
+                if measure.is_on():
+                    _measure_call(job, prompt.request_id, context.request_id)
             else:
                 call = BeamCall(generate_beams(self.engine, ids, params, job.beams, **options), observer)
         except asyncio.CancelledError:  # the client left, or the time was up
@@ -154,6 +157,12 @@ class ServerState:
         text = self.engine.tokenizer.decode(ids[:MAX_LOGGED_CHARS], skip_special_tokens=False)
         shown = ascii(text if len(text) <= MAX_LOGGED_CHARS else text[:MAX_LOGGED_CHARS] + "...")
         log.info("received request %s: %d tokens, prompt: %s, params: %s", request_id, len(ids), shown, params)
+
+
+def _measure_call(job: Job, request_id: str, http_id: str) -> None:
+    """Record a call of the engine, from the parsed body on."""
+    start_ns, now_ns = int(job.arrival_s * 1e9), time.perf_counter_ns()
+    measure.add(measure.CALL, start_ns, now_ns, http=http_id, request=request_id, choices=job.num_choices)
 
 
 def state_of(request: Request) -> ServerState:

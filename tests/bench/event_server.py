@@ -75,7 +75,7 @@ class Answering(asyncio.Protocol):
         self.server = server
         self.data = b""
         self.left = self.num_tokens = 0
-        self.is_full = False
+        self.is_full = self.closes = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -106,7 +106,8 @@ class Answering(asyncio.Protocol):
         self.server.bodies.append(asked)
         self.left = self.num_tokens = asked["max_tokens"]
         self.num_input = len(asked.get("prompt") or asked.get("messages"))
-        self.transport.write(HEAD % (b"Connection: close\r\n" if self.server.closes else b""))
+        self.closes = self.server.closes or b"connection: close" in head.lower()
+        self.transport.write(HEAD % (b"Connection: close\r\n" if self.closes else b""))
         self.server.open.add(self)
         self.server.most_open = max(self.server.most_open, len(self.server.open))
 
@@ -122,7 +123,7 @@ class Answering(asyncio.Protocol):
             self.server.open.discard(self)
             self.server.num_answered += 1
             self.transport.write(last + b"0\r\n\r\n")
-            if self.server.closes:
+            if self.closes:
                 self.transport.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import ssl
 from collections.abc import Awaitable, Callable
@@ -117,11 +118,9 @@ def test_missing_server_is_an_error() -> None:
 
 def test_request_has_the_key_the_path_and_the_host() -> None:
     async def heads() -> list[bytes]:
-        urls = ("http://name:81/prefix/", "http://[::1]:81", "unix:/tmp/socket", "http://user@name")
-        return [
-            Client(Target(url, "tiny", api="chat", api_key="secret")).make_request(b"{}").partition(b"\r\n\r\n")[0]
-            for url in urls
-        ]
+        urls = ("http://name:81/prefix/", "http://[::1]:81", "unix:/tmp/socket", "http://user:pass%3A@name")
+        targets = [Target(url, "tiny", api="chat", api_key=None if "@" in url else "secret") for url in urls]
+        return [Client(target).make_request(b"{}").partition(b"\r\n\r\n")[0] for target in targets]
 
     named, numeric, local, plain = asyncio.run(heads())
     assert named.startswith(b"POST /prefix/v1/chat/completions HTTP/1.1\r\nHost: name:81\r\n")
@@ -129,6 +128,7 @@ def test_request_has_the_key_the_path_and_the_host() -> None:
     assert b"\r\nHost: [::1]:81\r\n" in numeric
     assert local.startswith(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
     assert b"\r\nHost: name\r\n" in plain
+    assert b"\r\nAuthorization: Basic " + base64.b64encode(b"user:pass:") + b"\r\n" in plain
 
 
 def test_https_trusts_the_authority_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,12 @@ One network read is one call of `Connection.data_received`: it takes the time on
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import ssl
 import time
 from typing import cast
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from tinyvllm.bench.load import APIS, Target
 from tinyvllm.bench.load_answers import Answer
@@ -193,6 +194,9 @@ class Client:
         host = "localhost" if self._target.unix_socket is not None else self._url.netloc.rpartition("@")[2]
         path = "" if self._target.unix_socket is not None else self._url.path.rstrip("/")
         headers = {"Host": host, "Accept": "text/event-stream", "Content-Type": "application/json"}
+        if self._url.username is not None:
+            user = f"{unquote(self._url.username)}:{unquote(self._url.password or '')}"
+            headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"
         lines = [f"{name}: {value}\r\n" for name, value in (headers | self._target.headers).items()]
         return f"POST {path}{APIS[self._target.api]} HTTP/1.1\r\n{''.join(lines)}".encode()
 

@@ -151,15 +151,25 @@ class LoadOutputFlags:
 def serve(*, server: TargetFlags, load: LoadFlags, output: LoadOutputFlags) -> None:
     """Send load to a running server and time its answers.
 
-    The server is ours or any other that streams in OpenAI's format. Reports for each level of load: TTFT (time to the
-    first text), TPOT (time per token after it), ITL (gaps between pieces of text), E2E (time to the last), goodput, and
-    events/answer: pieces of text per answer, fewer than --output-len if the server merges tokens.
+    The server is ours or any other that streams in OpenAI's format. Each level of load gives one line:
 
-    How fast for 1, 8 and 64 users at once:  tinyvllm bench serve --concurrency 1,8,64 --num-prompts 128
+    \b
+    TTFT           time to the first piece of text
+    TPOT           time per token after the first
+    ITL            gaps between pieces of text
+    E2E            time to the last piece of text
+    events/answer  pieces of text; fewer than --output-len if the server merges tokens
+    good           requests within the limits of --goodput
 
-    How many users in time:  tinyvllm bench serve --rate 1,2,4 --goodput ttft:1000,tpot:50
+    Examples: how fast the answers are for 1, 8 and 64 users at once; how many requests per second are answered in time;
+    prompts of exact lengths; another server, from 8 processes.
 
-    Exact lengths:  tinyvllm bench serve --prompt-ids --input-len 512 --output-len 128"""
+    \b
+    tinyvllm bench serve --concurrency 1,8,64 --num-prompts 128
+    tinyvllm bench serve --rate 1,2,4 --goodput ttft:1000,tpot:50
+    tinyvllm bench serve --prompt-ids --input-len 512 --output-len 128
+    tinyvllm bench serve --url http://host:8000 --api chat --load-processes 8
+    """
     from tinyvllm.bench.environment import describe_environment
     from tinyvllm.bench.load_measure import measure_load
     from tinyvllm.bench.load_tables import load_markdown, load_table

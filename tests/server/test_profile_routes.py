@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.server.client import client_of, error_of
 from tests.server.fake_engine import FakeEngine
 from tinyvllm.profiling import measure
+from tinyvllm.profiling.recording_codec import decode_recordings
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +47,25 @@ async def test_a_trace_is_returned_on_request() -> None:
         document = (await client.post("/stop_profile", params={"format": "trace"})).json()
     assert wrong.status_code == 400 and "xml" in error_of(wrong)["message"]
     assert "step" in {event["name"] for event in document["traceEvents"]}
+
+
+async def test_recordings_are_returned_as_they_are() -> None:
+    async with client_of(FakeEngine(), enable_profiling=True) as client:
+        await client.post("/start_profile")
+        with measure.span(measure.STEP, kind="decode"):
+            pass
+        response = await client.post("/stop_profile", params={"format": "recordings"})
+    [recording] = decode_recordings(response.content)
+    assert [span.facts for span in recording.named("step")] == [{"kind": "decode"}]
+    assert recording.interpreter is not None and recording.interpreter.wall_ns > 0
+
+
+async def test_the_table_has_the_process_and_its_requests() -> None:
+    async with client_of(FakeEngine(), enable_profiling=True) as client:
+        await client.post("/start_profile")
+        document = (await client.post("/stop_profile")).json()
+    assert document["process"]["pid"] == os.getpid() and document["process"]["cpu_share"] >= 0
+    assert document["requests"]["requests"] == 0 and document["requests"]["stages"] == {}
 
 
 async def test_one_recording_at_a_time() -> None:

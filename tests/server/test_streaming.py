@@ -6,9 +6,7 @@ import asyncio
 import copy
 import json
 import sys
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -20,7 +18,6 @@ from tests.server.client import CHAT
 from tests.server.fake_engine import TIMING, FakeEngine
 from tinyvllm.config import SamplingParams
 from tinyvllm.engine.output import Delta
-from tinyvllm.server import response_events
 from tinyvllm.server.app import make_app
 from tinyvllm.server.chat_answers import ChatEvents
 from tinyvllm.server.completion_answers import CompletionEvents, CompletionForm, Echo
@@ -97,8 +94,7 @@ def test_a_texts_event_in_a_response_is_what_the_writer_makes(texts: list[str]) 
         assert writer.frame_text(make_delta(text)) == frame_event(event)
     last = make_delta("z", finish_reason="stop")
     assert writer.frame_text(last) is None
-    with patch.object(response_events, "time", SimpleNamespace(time=lambda: 1.0)):  # when the answer is complete
-        assert [*map(frame_event, writer.push(last))] == [*map(frame_event, other.push(last))]
+    assert [*map(frame_event, writer.push(last))] == [*map(frame_event, other.push(last))]
     assert writer.answer.output[0].content[0].text == "".join(["a", *texts, "z"])  # type: ignore[union-attr]
 
 

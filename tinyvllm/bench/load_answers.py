@@ -8,6 +8,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+PLAIN_FIELDS = ("sent_s", "num_input", "num_output", "error", "end_s", "request_id")  # of Answer, all but its times
+
 
 def _no_times() -> array[float]:
     return array("d")
@@ -22,6 +24,8 @@ class Answer:
     num_input: int | None = None  # tokens, as counted by the server
     num_output: int | None = None
     error: str | None = None
+    end_s: float = 0.0  # when the response was complete
+    request_id: str | None = None  # the response's x-request-id
 
     @property
     def num_tokens(self) -> int:
@@ -67,8 +71,7 @@ def pack_share(share: Share) -> bytes:
         "cpu_s": share.cpu_s,
         "num_late": len(share.late_s),
         "answers": [
-            [answer.sent_s, len(answer.text_s), answer.num_input, answer.num_output, answer.error]
-            for answer in share.answers
+            [len(answer.text_s), *[getattr(answer, name) for name in PLAIN_FIELDS]] for answer in share.answers
         ],
     }
     times = [share.late_s.tobytes(), *[answer.text_s.tobytes() for answer in share.answers]]
@@ -79,11 +82,11 @@ def unpack_share(data: bytes) -> Share:
     """The inverse of `pack_share`."""
     line, _, times = data.partition(b"\n")
     header = json.loads(line)
-    sizes = [header["num_late"], *[answer[1] for answer in header["answers"]]]
+    sizes = [header["num_late"], *[size for size, *_ in header["answers"]]]
     late_s, *text_s = _split(times, sizes)
     answers = [
-        Answer(sent_s, text, num_input, num_output, error)
-        for (sent_s, _, num_input, num_output, error), text in zip(header["answers"], text_s, strict=True)
+        Answer(text_s=text, **dict(zip(PLAIN_FIELDS, values, strict=True)))
+        for (_, *values), text in zip(header["answers"], text_s, strict=True)
     ]
     return Share(answers, header["cpu_s"], late_s)
 

@@ -226,6 +226,7 @@ class Response:
 
     def _finish(self, now_s: float) -> None:
         self.is_complete = True
+        self._answer.end_s = now_s
         if self.status == 200:
             self._stream.finish(now_s)
         else:
@@ -254,6 +255,8 @@ class Response:
         for line in lines:
             name, _, value = line.partition(b":")
             headers[name.lower()] = value.strip().lower()
+        if (request_id := headers.get(b"x-request-id")) is not None:
+            self._answer.request_id = request_id.decode("latin-1")
         default = b"keep-alive" if version == b"HTTP/1.1" else b"close"
         self.keeps_alive = headers.get(b"connection", default) == b"keep-alive"
         if b"chunked" in headers.get(b"transfer-encoding", b""):

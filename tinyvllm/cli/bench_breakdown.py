@@ -9,6 +9,7 @@ import typer
 from typer import Argument, Option
 
 from tinyvllm.cli.bench_flags import SubjectFlags, parse_counts, print_table, split_list, write_file
+from tinyvllm.cli.bench_served import ServedFlags, measure_requests
 from tinyvllm.cli.flags import RunnerFlags
 from tinyvllm.cli.terminal import err, out, progress_bars
 from tinyvllm.errors import TinyvllmError
@@ -104,11 +105,34 @@ class CompareFlags:
     ] = False
 
 
-def breakdown(*, flags: BreakdownFlags, comparing: CompareFlags, subject: SubjectFlags, runner: RunnerFlags) -> None:
-    """Show where an engine's time goes, stage by stage.
+def breakdown(
+    *,
+    flags: BreakdownFlags,
+    served: ServedFlags,
+    comparing: CompareFlags,
+    subject: SubjectFlags,
+    runner: RunnerFlags,
+) -> None:
+    """Show where an engine's time goes, or a server's, stage by stage.
 
     The stages add up to the wall time. Beside them: the kernels, waits, copies and bytes of a step, the parts of a cold
-    start, and the kernels of a decode step by time."""
+    start, and the kernels of a decode step by time.
+
+    With --served: where the time of served requests goes, from socket to socket, and who uses each process's
+    interpreter lock. It starts `tinyvllm serve MODEL` with the flags below for device and memory and those of
+    --serve-flags, sends streams of --tokens tokens as `bench serve` does, once without and once with a recording, and
+    divides each request's time, as its client saw it, among the stages of docs/PROFILING.md.
+
+    One client and sixteen, with a trace of all processes for Perfetto:
+
+    tinyvllm bench breakdown --served --concurrency 1,16 --trace served.json
+
+    Two front-ends:  tinyvllm bench breakdown --served --serve-flags "--api-server-count 2"
+
+    A server that runs with --enable-profiling:  tinyvllm bench breakdown --served --url http://127.0.0.1:8000"""
+    if served.served or served.url is not None:
+        measure_requests(served, subject, runner, named=flags.named, num_tokens=flags.tokens)
+        return
     from tinyvllm.bench.cold_start import import_engine, process_age
 
     process_s = process_age()

@@ -15,6 +15,7 @@ from tinyvllm.profiling.kernels import KernelRow, StepProfile, tabulate
 from tinyvllm.profiling.measure import Recording
 from tinyvllm.profiling.predict import Measured, Prediction
 from tinyvllm.profiling.roofline import Roofline
+from tinyvllm.profiling.stage_rows import process_as_json
 from tinyvllm.profiling.trace import Trace
 from tinyvllm.profiling.verdict import Finding, judge_recording
 
@@ -253,6 +254,7 @@ def recording_as_json(recording: Recording) -> dict[str, Any]:
         "verdict": [finding.as_json() for finding in judge_recording(recording)],
         "counts": recording.counts,
         "dropped": recording.num_dropped,
+        "process": process_as_json(recording),
     }
 
 

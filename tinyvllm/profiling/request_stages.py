@@ -107,6 +107,8 @@ class ServedRequest:
     start_ns: int
     first_ns: int  # the first output was sent, or read by the client
     end_ns: int  # the same of the last
+    first_token_ns: int  # the engine knew it
+    last_token_ns: int
     num_tokens: int
     segments: tuple[Segment, ...]  # of the whole
     first_segments: tuple[Segment, ...]  # until the first output
@@ -264,6 +266,8 @@ class _FrontEnd:
             start_ns=start_ns,
             first_ns=first_ns,
             end_ns=end_ns,
+            first_token_ns=known_ns,
+            last_token_ns=last_known_ns,
             num_tokens=facts["num_tokens"],
             segments=(*to_prompt, *prefill, *decode, *to_last),
             first_segments=(*to_prompt, *prefill, *to_first),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from tinyvllm.profiling import measure
 from tinyvllm.server.app import make_app
 from tinyvllm.server.event_loop import http_protocol
 from tinyvllm.server.settings import ServerSettings
@@ -49,6 +50,7 @@ async def serve(
     Raises the error that kept the engine from starting.
     """
     settings = settings or ServerSettings()
+    measure.name_process("server")
     engine = start_engine()
     app = make_app(engine, settings)
     end_silent_peers(sock, settings.idle_timeout_s)

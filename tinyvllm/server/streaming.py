@@ -104,8 +104,8 @@ class EventWriter:
         elif self._has_ended:
             return
         elif self._send is None:
+            self._has_items = True
             self._unsent.append(self._format(item))
-            self._has_items = self._has_items or not self._has_ended  # ended: formatting has failed
             self._wake()
         else:
             earlier = self._late.get(item.choice)
@@ -153,9 +153,7 @@ class EventWriter:
                     await rest
             elif self._late:
                 late, self._late = self._late, {}
-                data = b"".join([self._format(item) for item in late.values()])
-                if data:
-                    self._write(data)
+                self._write(b"".join([self._format(item) for item in late.values()]))
             elif self._has_ended:
                 last = self._events.end() if self._error is None else self._events.fail(self._error)
                 await send({"type": "http.response.body", "body": last, "more_body": False})

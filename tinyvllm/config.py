@@ -396,3 +396,14 @@ class ModelFiles:
     path: Path
     name: str  # what users call it
     extra: dict[str, str] = field(default_factory=dict)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, limited by a container's CPU quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        return count
+    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))

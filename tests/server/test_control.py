@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 
 from tinyvllm.config import EngineConfig
-from tinyvllm.server.control import ChildLink, ParentLink
+from tinyvllm.server.control import EXIT_ORPHANED, ChildLink, ParentLink
 
 # A child that computes in C without end, with a child of its own that sleeps.
 BUSY = """
-import hashlib, subprocess, sys
+import hashlib, signal, subprocess, sys
 from tinyvllm.server.control import ChildLink
 
+signal.signal(signal.SIGTERM, lambda number, frame: None)
 link = ChildLink(int(sys.argv[1]))
 assert link.receive() == {"kind": "spec", "name": "engine 0"}
 link.watch(lambda message: link.send("echo", message=message))
@@ -76,7 +77,7 @@ async def test_messages_pass_both_ways_while_the_child_computes_and_it_ends_with
         assert echo["text"] == "line\nbreaks" and EngineConfig(**{**echo["config"], "decode_buckets": ()}).seed == 0
         link.close()
         assert [message async for message in messages] == []
-        assert process.wait(timeout=20) == -signal.SIGKILL
+        assert process.wait(timeout=20) == EXIT_ORPHANED
         wait_until_gone([started["helper"]])
 
 

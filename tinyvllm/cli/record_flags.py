@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from typer import Option
 from tinyvllm.cli.bench_flags import TABLE_WIDTH, write_file
 from tinyvllm.cli.terminal import err
 from tinyvllm.profiling import measure
-from tinyvllm.profiling.trace_events import trace_text
+from tinyvllm.profiling.trace_events import trace_of_processes, trace_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,16 @@ class RecordFlags:
         Option(metavar="FILE", help="At the end, write the same data span by span, as a trace for Perfetto."),
     ] = None
 
+    @property
+    def is_on(self) -> bool:
+        return self.profile or self.trace is not None
+
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Record the block if either flag asks for it, and show the recording even if the block raises.
 
         Raises TinyvllmError if the trace cannot be written."""
-        if not self.profile and self.trace is None:
+        if not self.is_on:
             yield
             return
         measure.start()
@@ -43,9 +48,23 @@ class RecordFlags:
             self._show(measure.stop())
 
     def _show(self, recording: measure.Recording) -> None:
-        from tinyvllm.profiling.profile_report import recording_table
-
-        if self.profile:  # at its own width, even if stderr is not a terminal
-            Console(stderr=True, width=max(err.width, TABLE_WIDTH), highlight=False).print(recording_table(recording))
+        if self.profile:
+            _print_table(recording)
         if self.trace is not None:
             write_file(self.trace, trace_text(recording))
+
+    def show_all(self, recordings: dict[str, measure.Recording]) -> None:
+        """Show the recordings of several processes. Raises TinyvllmError if the trace cannot be written."""
+        if self.profile:
+            for name, recording in recordings.items():
+                err.print(name, highlight=False, markup=False)
+                _print_table(recording)
+        if self.trace is not None:
+            write_file(self.trace, json.dumps(trace_of_processes(recordings)) + "\n")
+
+
+def _print_table(recording: measure.Recording) -> None:
+    """At its own width, even if stderr is not a terminal."""
+    from tinyvllm.profiling.profile_report import recording_table
+
+    Console(stderr=True, width=max(err.width, TABLE_WIDTH), highlight=False).print(recording_table(recording))

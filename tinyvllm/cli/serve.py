@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
+import os
 import shlex
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 from typer import Option
 
 from tinyvllm.cli import engine as engines
-from tinyvllm.cli.flags import EngineFlags, Model
+from tinyvllm.cli.flags import DEVICE_VARIABLE, EngineFlags, Model
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.record_flags import RecordFlags
-from tinyvllm.cli.server_flags import ListenFlags, ServerFlags
-from tinyvllm.cli.terminal import out, progress_bars
+from tinyvllm.cli.server_flags import ListenFlags, ProcessFlags, ServerFlags
+from tinyvllm.cli.terminal import Progress, out, progress_bars
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    import socket
+
+    from tinyvllm.config import EngineConfig
     from tinyvllm.engine.async_engine import AsyncEngine
+    from tinyvllm.server.settings import ServerSettings
+    from tinyvllm.server.sockets import TlsFiles
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +40,7 @@ def serve(
     ] = None,
     listen: ListenFlags,
     http: ServerFlags,
+    processes: ProcessFlags,
     record: RecordFlags,
     engine: EngineFlags,
 ) -> None:
@@ -39,9 +48,9 @@ def serve(
     engine.apply()
     engine.make_config(model)  # rejects bad values before anything starts
     settings = http.settings(local_host=listen.local_host)
+    num_front_ends = processes.num_front_ends()
 
-    from tinyvllm.server import event_loop, sockets
-    from tinyvllm.server import serve as server
+    from tinyvllm.server import sockets
     from tinyvllm.server.context import QuietPollsFilter, RequestIdFilter
 
     for handler in logging.getLogger().handlers:
@@ -62,31 +71,86 @@ def serve(
         bars = stack.enter_context(contextlib.ExitStack())  # a stack of its own: the bars end when the engine is ready
         report = bars.enter_context(progress_bars())
 
-        def greet(ready: AsyncEngine) -> None:
+        def greet(*, can_chat: bool) -> None:
             bars.close()
-            stack.enter_context(record.recording())
-            _greet(ready, address, needs_key=bool(settings.api_keys))
+            _greet(config, address, can_chat=can_chat, needs_key=bool(settings.api_keys))
+
+        served = Served(sock, config, settings, tls, http.access_log, record)
+        if num_front_ends:
+            _serve_in_processes(served, report, greet, processes, num_front_ends, engine)
+        else:
+            _serve_in_this_process(served, report, greet)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served, and how."""
+
+    sock: socket.socket
+    config: EngineConfig
+    settings: ServerSettings
+    tls: TlsFiles | None
+    access_log: bool
+    record: RecordFlags
+
+
+class Greet(Protocol):
+    """Says that the server is ready."""
+
+    def __call__(self, *, can_chat: bool) -> None: ...
+
+
+def _serve_in_this_process(served: Served, report: Progress, greet: Greet) -> None:
+    from tinyvllm.server import event_loop
+    from tinyvllm.server import serve as server
+
+    with contextlib.ExitStack() as recording:
+
+        def on_ready(engine: AsyncEngine) -> None:
+            recording.enter_context(served.record.recording())
+            greet(can_chat=engine.chat_template is not None)
 
         event_loop.run(
             server.serve(
-                lambda: engines.start_engine(config, report),
-                sock,
-                on_ready=greet,
-                settings=settings,
-                tls=tls,
-                access_log=http.access_log,
+                lambda: engines.start_engine(served.config, report),
+                served.sock,
+                on_ready=on_ready,
+                settings=served.settings,
+                tls=served.tls,
+                access_log=served.access_log,
             )
         )
 
 
-def _greet(engine: AsyncEngine, address: str, *, needs_key: bool) -> None:
+def _serve_in_processes(
+    served: Served, report: Progress, greet: Greet, processes: ProcessFlags, num_front_ends: int, engine: EngineFlags
+) -> None:
+    from tinyvllm.server import supervisor
+    from tinyvllm.server.engine_placement import place_engines
+
+    plan = supervisor.ServePlan(
+        engines=place_engines(served.config, processes.data_parallel_size, os.environ.get(DEVICE_VARIABLE)),
+        settings=served.settings,
+        num_front_ends=num_front_ends,
+        restart_engine=processes.restart_engine,
+        tls=served.tls,
+        access_log=served.access_log,
+        log_level=engine.log_level,
+        records=served.record.is_on,
+    )
+    recordings = asyncio.run(supervisor.supervise(plan, served.sock, report, lambda can_chat: greet(can_chat=can_chat)))
+    if served.record.is_on:
+        served.record.show_all(recordings)
+
+
+def _greet(config: EngineConfig, address: str, *, can_chat: bool, needs_key: bool) -> None:
     """Print where the server listens and how to try it."""
-    name = engine.served_model_name
+    name = config.served_model_name or config.model
     page = "" if address.startswith("unix:") else f" and a web page on {address}/"
     out.print(
         f"{name} is served on {address} with OpenAI's API{page}; Ctrl-C stops it. Try:", highlight=False, markup=False
     )
-    line = _curl_line(address, name, can_chat=engine.chat_template is not None, needs_key=needs_key)
+    line = _curl_line(address, name, can_chat=can_chat, needs_key=needs_key)
     out.print(line, highlight=False, markup=False)
 
 

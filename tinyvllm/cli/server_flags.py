@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from tinyvllm.config import usable_cores
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.server.settings import API_KEY_VARIABLE, LOOPBACK_HOSTS, Cors, ServerSettings, gather_api_keys
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from tinyvllm.server.sockets import TlsFiles
 
 _STANDARD = ServerSettings()
+MAX_FRONT_ENDS, MAX_ENGINES = 64, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,57 @@ class ListenFlags:
         files = TlsFiles(self.ssl_certfile, self.ssl_keyfile)
         files.check()
         return files
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessFlags:
+    """How many processes serve."""
+
+    api_server_count: Annotated[
+        int | None,
+        Option(
+            metavar="COUNT",
+            help="Front-ends: processes for HTTP and text, next to one for each engine; 0: a single process for all. "
+            "[default: by the number of cores]",
+        ),
+    ] = None
+    data_parallel_size: Annotated[
+        int,
+        Option(
+            metavar="COUNT",
+            help="Engines with a copy of the model each: on a GPU of its own, or on its share of the CPU's cores.",
+        ),
+    ] = 1
+    restart_engine: Annotated[
+        bool, Option("--restart-engine", help="Start an engine that has died again, instead of stopping the server.")
+    ] = False
+
+    def num_front_ends(self) -> int:
+        """Raises TinyvllmError for values that do not fit together."""
+        count, engines = self.api_server_count, self.data_parallel_size
+        if count is not None and not 0 <= count <= MAX_FRONT_ENDS:
+            raise TinyvllmError(f"--api-server-count is {count}: give 0 (one process) to {MAX_FRONT_ENDS}")
+        if not 1 <= engines <= MAX_ENGINES:
+            raise TinyvllmError(f"--data-parallel-size is {engines}: give 1 to {MAX_ENGINES}")
+        needs_processes = engines > 1 or self.restart_engine
+        if count == 0 and needs_processes:
+            flag = "--data-parallel-size" if engines > 1 else "--restart-engine"
+            raise TinyvllmError(
+                f"--api-server-count 0 puts all in one process, but {flag} needs several: give 1 or more"
+            )
+        if count is None:
+            count = default_front_ends(usable_cores())
+        return max(count, 1) if needs_processes else count
+
+
+def default_front_ends(num_cores: int) -> int:
+    """Front-ends on a machine with so many cores, next to the engine's process; 0: everything in one process.
+
+    With up to 4 cores, an engine on the CPU uses them all, and a second process only takes turns with it. From there
+    on, a front-end per 4 cores, at most 4: each passes on some 50,000 tokens a second, and an engine needs a core or
+    two of its own.
+    """
+    return 0 if num_cores <= 4 else min(4, num_cores // 4)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,17 +149,6 @@ def open_device(num_cores: int = 1) -> DeviceHandle:
     return DeviceHandle(device.device, bool(device.renderer.has_local), kind_of(device.device).is_unified, cores)
 
 
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, limited by a container's CPU quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-    except (OSError, ValueError):
-        return count
-    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
-
-
 def upload(array: np.ndarray, device: str) -> Tensor:
     """Copy a host array to a new flat tensor on `device`. Bypasses tinygrad's scheduler, which takes 2 ms a tensor."""
     uop = UOp.new_buffer(device, array.size, _from_np_dtype(array.dtype))

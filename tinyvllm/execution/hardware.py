@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from tinyvllm.config import usable_cores
 from tinyvllm.device.bandwidth import measure_bandwidth
-from tinyvllm.device.handle import open_device, usable_cores
+from tinyvllm.device.handle import open_device
 from tinyvllm.device.hardware import measure_flops
 
 

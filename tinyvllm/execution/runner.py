@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from tinygrad import dtypes
 
-from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles
-from tinyvllm.device.handle import FLOATS, open_device, usable_cores
+from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles, usable_cores
+from tinyvllm.device.handle import FLOATS, open_device
 from tinyvllm.device.hardware import hardware_name, processor_name
 from tinyvllm.device.jit_replay import check_environment
 from tinyvllm.device.mapping import OutputReader

@@ -122,7 +122,6 @@ class Board:
     def recent_itl_s(self) -> list[float]:
         return [value for row in self.rows for value in row.recent_itl_s.latest()]
 
-    def show_alive(self, num_connections: int) -> None:
-        """Record that this front-end's event loop runs, and how many connections it has."""
-        self.own.cells[NUM_CONNECTIONS] = num_connections
+    def show_alive(self) -> None:
+        """Record that this front-end's event loop runs."""
         self.own.cells[ALIVE_MS] = int(1000 * time.monotonic())

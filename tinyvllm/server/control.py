@@ -21,7 +21,7 @@ import msgspec
 Message = dict[str, Any]  # "kind" says what it is
 
 MAX_LINE_BYTES = 16 << 20  # of a message; the longest are specs with chat templates and answers of a peer
-EXIT_ORPHANED = 70  # a child's exit code if it cannot kill its own process group
+EXIT_ORPHANED = 70  # a child's exit code when its parent is gone
 
 
 def encode(kind: str, **facts: Any) -> bytes:
@@ -64,6 +64,7 @@ class ChildLink:
     """A child's end. `send` may be called from any thread."""
 
     def __init__(self, fd: int) -> None:
+        os.set_inheritable(fd, False)
         self._sock = socket.socket(fileno=fd)
         self._lines = self._sock.makefile("rb")
         self._sending = threading.Lock()
@@ -98,7 +99,10 @@ class ChildLink:
 
 
 def end_orphan() -> None:
-    """Kill this process and those that it started. A child of `tinyvllm serve` leads a process group of its own."""
+    """End this process and those that it started. A child of `tinyvllm serve` leads a process group of its own.
+
+    By SIGTERM, which multiprocessing's resource tracker ignores: it removes semaphores once the others have ended."""
     if os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)
+        with contextlib.suppress(PermissionError):
+            os.killpg(0, signal.SIGTERM)  # this process ignores it
     os._exit(EXIT_ORPHANED)

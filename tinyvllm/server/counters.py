@@ -1,7 +1,7 @@
 """Counters, gauges and histograms of one or several front-ends, and their sums for /metrics.
 
 Each front-end writes cells of its own: 64-bit floats in memory, or in a file that the others map to read them. Adding
-to one takes 0.1 us, without a lock, since only its event loop writes. A restarted front-end continues the cells of the
+to one takes 0.2 us, without a lock, since only its event loop writes. A restarted front-end continues the cells of the
 one that died, so counters never go back. `prometheus_client` renders the sums; its own multiprocess mode takes ten
 times as long for each change, and its files grow with every restart.
 """

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
-from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from tinyvllm.engine.async_engine import STEP_SIZES
 from tinyvllm.server.counters import Counters, Family, Histogram, Value
 from tinyvllm.server.front_ends import FrontEnds
+from tinyvllm.server.process_metrics import ProcessesCollector, ProcessMetrics
 
 if TYPE_CHECKING:
     from tinyvllm.config import SamplingParams
@@ -112,8 +111,9 @@ class Metrics:
         self._registry.register(self._counters)
         self._values = (engine.served_model_name, "0")  # of LABELS; a process has one engine
         self._registry.register(_EngineCollector(engine, self._values))
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=self._registry)
+        self._registry.register(ProcessesCollector(front_ends.pids))
+        PlatformCollector(registry=self._registry)
+        self.process = ProcessMetrics(front_ends)
         self._sizes: _RequestSizes | None = None
         self._make_counters()
         self._make_histograms()

@@ -1,4 +1,4 @@
-"""Run the HTTP server next to the engine, and stop both without losing answers."""
+"""Run the HTTP server and the engine in one process, and stop both without losing answers."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from tinyvllm.server.sockets import TlsFiles, end_silent_peers
 from tinyvllm.server.status_log import log_status
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from tinyvllm.engine.async_engine import AsyncEngine
     from tinyvllm.server.state import ServerState
 
@@ -54,18 +56,7 @@ async def serve(
     engine = start_engine()
     app = make_app(engine, settings)
     end_silent_peers(sock, settings.idle_timeout_s)
-    config = uvicorn.Config(
-        app,
-        http=http_protocol(),
-        log_config=None,  # the command line has configured logging
-        access_log=access_log,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(GRACE_S),
-        ssl_certfile=tls.certfile if tls else None,
-        ssl_keyfile=tls.keyfile if tls else None,
-        server_header=False,
-    )
-    server = Server(config, app.state.server)
+    server = Server(uvicorn_config(app, tls, access_log=access_log), app.state.server)
 
     async def announce() -> None:
         try:
@@ -92,6 +83,20 @@ async def serve(
             await announcement
 
 
+def uvicorn_config(app: FastAPI, tls: TlsFiles | None, *, access_log: bool) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=http_protocol(),
+        log_config=None,  # the process has configured logging
+        access_log=access_log,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(GRACE_S),
+        ssl_certfile=tls.certfile if tls else None,
+        ssl_keyfile=tls.keyfile if tls else None,
+        server_header=False,
+    )
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, which also drains before it stops, and stops the engine before it waits for responses."""
 
@@ -109,6 +114,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to stop now. Sockets stay open during the drain, so that refusals and /ready are still answered."""
+        self._state.metrics.process.observe(len(self.server_state.connections))
         if not await super().on_tick(counter):
             return False
         drain = self._state.drain

@@ -1,0 +1,301 @@
+"""The processes of a server with fake engines: started, watched, drained, restarted and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.servers import RunningServer, running_server
+from tests.server.test_control import wait_until_gone
+
+BODY = {"prompt": "x", "max_tokens": 100}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    """Shared by the tests that leave it as it was."""
+    with running_server(num_front_ends=2) as server:
+        server.wait_until_ready()
+        yield server
+
+
+def ask(server: RunningServer, prompt: str = "x") -> str:
+    """Ask over a connection of its own; the fake engine answers with the name of the front-end."""
+    response = httpx.post(server.address + "/v1/completions", json={**BODY, "prompt": prompt}, timeout=10)
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
+@contextlib.contextmanager
+def hanging(server: RunningServer) -> Iterator[tuple[str, Iterator[str]]]:
+    """A stream in the middle of its answer: its front-end, and the lines that are still to come."""
+    body = {**BODY, "prompt": "hang", "stream": True}
+    with httpx.stream("POST", server.address + "/v1/completions", json=body, timeout=20) as response:
+        lines = response.iter_lines()
+        assert "f" in next(lines)
+        yield front_end_of(server, response), lines
+
+
+def front_end_of(server: RunningServer, response: httpx.Response) -> str:
+    """The front-end that has the other end of the response's connection."""
+    port = response.extensions["network_stream"].get_extra_info("client_addr")[1]
+    inodes = [line.split()[9] for line in Path("/proc/net/tcp").read_text().splitlines() if f":{port:04X} " in line]
+    for name, pid in server.pids().items():
+        links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]
+        if name.startswith("front-end") and any(f"socket:[{inode}]" in links for inode in inodes):
+            return name
+    raise AssertionError(f"no front-end has port {port}")
+
+
+def value_of(text: str, sample: str) -> float:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{sample} ")]
+    return float(line.rpartition(" ")[2])
+
+
+# ---- As one server ----
+
+
+def test_connections_are_spread_evenly(server: RunningServer) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(httpx.Client(base_url=server.address)) for _ in range(8)]
+        names = [client.post("/v1/completions", json=BODY).json()["choices"][0]["text"] for client in clients]
+        assert Counter(names) == {"front-end 0.": 4, "front-end 1.": 4}
+
+
+def test_metrics_of_any_front_end_are_the_sums_over_all(server: RunningServer) -> None:
+    sample = 'vllm:generation_tokens_total{engine="0",model_name="tiny"}'
+    before = value_of(httpx.get(server.address + "/metrics").text, sample)
+    assert {ask(server) for _ in range(6)} == {"front-end 0.", "front-end 1."}
+    for _ in range(4):
+        text = httpx.get(server.address + "/metrics").text
+        assert value_of(text, sample) == before + 6 * 12
+        for name in ("supervisor", "engine 0", "front-end 0", "front-end 1"):
+            assert value_of(text, f'process_resident_memory_bytes{{process="{name}"}}') > 1e6
+        assert value_of(text, 'tinyvllm:event_loop_lag_seconds_count{process="front-end 1"}') > 0
+        assert text.count("# TYPE vllm:generation_tokens_total ") == 1
+    state = httpx.get(server.address + "/engine/state").json()
+    assert state["counts"]["num_output_tokens"] == before + 6 * 12
+    assert state["ttft_s"]["p50"] > 0 and state["status"] == "ready"
+
+
+def test_each_process_says_which_it_is_and_keeps_no_secret_where_others_see_it() -> None:
+    key = "a-key-of-the-test"
+    os.environ["TINYVLLM_API_KEY"] = key
+    try:
+        with running_server(settings={"api_keys": [key]}) as server:
+            server.wait_until_ready()
+            assert httpx.post(server.address + "/v1/completions", json=BODY).status_code == 401
+            headers = {"authorization": f"Bearer {key}"}
+            assert httpx.post(server.address + "/v1/completions", json=BODY, headers=headers).status_code == 200
+            for name, pid in server.pids().items():
+                if name != "supervisor":
+                    seen = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
+                    assert key.encode() not in seen, name
+            assert server.run_dir.stat().st_mode & 0o777 == 0o700
+            server.stop()
+    finally:
+        del os.environ["TINYVLLM_API_KEY"]
+
+
+def test_limits_hold_for_all_front_ends_together() -> None:
+    with running_server(settings={"max_num_queued_requests": 2}) as server:  # of 4 sequences at once
+        server.wait_until_ready()
+        with contextlib.ExitStack() as stack:
+            names = [stack.enter_context(hanging(server))[0] for _ in range(6)]
+            assert Counter(names) == {"front-end 0": 3, "front-end 1": 3}
+            for _ in range(4):
+                refused = httpx.post(server.address + "/v1/completions", json=BODY)
+                assert refused.status_code == 429 and "2 requests are queued" in refused.text
+        server.wait_for(lambda: httpx.post(server.address + "/v1/completions", json=BODY).status_code == 200)
+        server.stop()
+
+
+# ---- Deaths ----
+
+
+def test_a_killed_front_end_loses_its_own_requests_only_and_is_started_again() -> None:
+    with running_server(settings={"max_num_queued_requests": 0}) as server:
+        server.wait_until_ready()
+        ask(server)
+        pids = server.pids()
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(hanging(server)) for _ in range(4)]
+            os.kill(pids["front-end 0"], signal.SIGKILL)
+            server.wait_for(lambda: server.pids().get("front-end 0", pids["front-end 0"]) != pids["front-end 0"])
+            num_lost = 0
+            (server.model_dir / "go").touch()
+            for name, lines in streams:
+                try:
+                    assert list(lines)[-2:] == ["data: [DONE]", ""] and name == "front-end 1"
+                except httpx.TransportError:
+                    num_lost += 1
+                    assert name == "front-end 0"
+            assert num_lost == 2
+        heard = server.run_dir / "heard-0"
+        server.wait_for(lambda: heard.read_text().startswith("front-end-0.0\n"))
+        assert {ask(server) for _ in range(8)} >= {"front-end 1."}
+        server.wait_for(lambda: ask(server) == "front-end 0.")  # their places are free again, too
+        text = httpx.get(server.address + "/metrics").text
+        sample = 'vllm:generation_tokens_total{engine="0",model_name="tiny"}'
+        assert value_of(text, sample) >= 9 * 12  # what the dead one had counted is still there
+        server.stop()
+        assert any("front-end 0 was killed by SIGKILL" in line for line in server.log)
+
+
+def test_a_front_end_that_dies_again_and_again_ends_the_server() -> None:
+    with running_server() as server:
+        server.wait_until_ready()
+        pid = 0
+        while server.process.poll() is None:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, KeyError):
+                new = server.pids()["front-end 1"]
+                if new != pid:
+                    os.kill(new, signal.SIGKILL)
+                    pid = new
+            time.sleep(0.01)
+        assert server.wait() == 1
+        assert "front-end 1 has died 5 times in a row" in server.events[-1]["text"]
+        assert not server.run_dir.exists()
+
+
+def test_a_dead_engine_ends_the_server_with_an_error() -> None:
+    with running_server() as server:
+        server.wait_until_ready()
+        with hanging(server) as (_, lines):
+            os.kill(server.pids()["engine 0"], signal.SIGKILL)
+            server.wait_for_status("/health", 503)
+            refused = httpx.post(server.address + "/v1/completions", json=BODY)
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine_dead"
+            rest = "\n".join(lines)
+        assert "engine 0 was killed by SIGKILL" in rest
+        assert server.wait() == 1
+        assert "engine 0 was killed by SIGKILL" in server.events[-1]["text"]
+
+
+def test_a_dead_engine_is_started_again_if_asked_for() -> None:
+    with running_server(restart_engine=True) as server:
+        server.wait_until_ready()
+        pid = server.pids()["engine 0"]
+        os.kill(pid, signal.SIGKILL)
+        server.wait_for(lambda: server.pids().get("engine 0", pid) != pid)
+        server.wait_for_status("/ready", 200)
+        assert {ask(server) for _ in range(4)} == {"front-end 0.", "front-end 1."}
+        server.stop()
+
+
+def test_other_engines_go_on_without_a_dead_one() -> None:
+    with running_server(num_engines=2) as server:
+        server.wait_until_ready()
+        os.kill(server.pids()["engine 1"], signal.SIGKILL)
+        server.wait_for(lambda: "engine 1" not in server.pids())
+        time.sleep(1.2)
+        assert server.process.poll() is None
+        server.stop()
+
+
+def test_an_engine_that_cannot_load_ends_the_server_with_its_error() -> None:
+    with running_server(load="fails") as server:
+        assert server.wait() == 1
+        assert server.events[-1] == {"event": "error", "text": "the model cannot be loaded"}
+        assert not server.run_dir.exists()
+
+
+def test_nothing_outlives_a_killed_supervisor() -> None:
+    with running_server(num_front_ends=3, num_engines=2) as server:
+        server.wait_until_ready()
+        pids = list(server.pids().values())
+        assert len(pids) == 6
+        server.process.kill()
+        wait_until_gone(pids[1:])
+        server.wait()
+    with running_server() as another:  # and the next server removes the directory
+        assert another.run_dir != server.run_dir and not server.run_dir.exists()
+        another.stop()
+
+
+# ---- Stopping ----
+
+
+def test_a_signal_turns_new_work_away_at_every_front_end_until_all_requests_are_answered() -> None:
+    with running_server() as server:
+        server.wait_until_ready()
+        with hanging(server) as (_, lines), contextlib.ExitStack() as stack:
+            server.signal()
+            server.wait_for_status("/ready", 503)
+            time.sleep(0.3)
+            clients: dict[str, httpx.Client] = {}
+            while len(clients) < 2:
+                client = stack.enter_context(httpx.Client(base_url=server.address))
+                with client.stream("GET", "/health") as response:
+                    clients[front_end_of(server, response)] = client
+                    assert response.status_code == 200
+            for client in clients.values():
+                refused = client.post("/v1/completions", json=BODY)
+                assert refused.status_code == 503 and refused.json()["error"]["code"] == "server_draining"
+            assert httpx.get(server.address + "/ready").status_code == 503
+            assert httpx.get(server.address + "/engine/state").json()["status"] == "draining"
+            (server.model_dir / "go").touch()
+            assert list(lines)[-2:] == ["data: [DONE]", ""]
+        assert server.wait() == 0
+        assert "stopping: 1 requests may continue for up to 25 s; a second signal stops at once\n" in server.log
+        assert not server.run_dir.exists()
+
+
+@pytest.mark.parametrize(("timeout_s", "num_signals"), [(0.3, 1), (1000.0, 2)])
+def test_what_still_runs_after_the_time_or_a_second_signal_is_aborted(timeout_s: float, num_signals: int) -> None:
+    with running_server(settings={"shutdown_timeout_s": timeout_s}) as server:
+        server.wait_until_ready()
+        with hanging(server) as (_, lines):
+            for _ in range(num_signals):
+                server.signal(signal.SIGINT)
+                time.sleep(0.1)
+            assert "the server is stopping" in "\n".join(lines)
+        assert server.wait() == 0
+
+
+def test_a_stop_while_the_engine_loads_is_clean() -> None:
+    with running_server() as server:
+        server.signal()
+        assert server.wait() == 0
+        assert not server.run_dir.exists()
+
+
+def test_an_engine_whose_step_does_not_end_is_killed_after_a_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_server(load="hangs") as server:
+        server.wait_until_ready()
+        pid = server.pids()["engine 0"]
+        server.signal()
+        server.wait_for(lambda: "front-end 0" not in server.pids())
+        time.sleep(0.2)
+        assert server.process.poll() is None  # one signal waits for it
+        for _ in range(2):
+            server.signal()
+            time.sleep(0.05)
+        assert server.wait() == 1
+        wait_until_gone([pid])
+
+
+def test_signals_to_the_children_are_left_to_the_supervisor(server: RunningServer) -> None:
+    pids = server.pids()
+    for name, pid in pids.items():
+        if name != "supervisor":
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGINT)
+    assert {ask(server) for _ in range(4)} == {"front-end 0.", "front-end 1."}
+    assert server.pids() == pids
+
+
+def test_the_run_directory_is_shared_memory_with_a_short_path(server: RunningServer) -> None:
+    assert len(os.fsencode(server.run_dir / "engine-00")) <= 100
+    assert json.loads((server.run_dir / "processes.json").read_text())["supervisor"] == server.process.pid
+    assert threading.active_count() < 50

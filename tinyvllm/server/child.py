@@ -1,0 +1,73 @@
+"""What a front-end and an engine process do first: read their spec, log under their name, and end with their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from tinyvllm.profiling import measure
+from tinyvllm.server.context import QuietPollsFilter, RequestIdFilter
+from tinyvllm.server.control import ChildLink
+from tinyvllm.server.specs import EngineSpec, FrontEndSpec
+
+Spec = TypeVar("Spec", EngineSpec, FrontEndSpec)
+
+PIDS_FILE = "processes.json"  # in the run directory: the processes by name, rewritten whenever one starts
+_PR_SET_PDEATHSIG = 1
+
+
+def start_child(kind: type[Spec]) -> tuple[Spec, ChildLink]:
+    """The spec that the parent sends, and the link to it. The argument of the command is the link's file descriptor."""
+    # the supervisor decides when to stop: an orchestrator's signal may reach every process of the server. Not SIG_IGN,
+    # which would pass to programs that this process starts, so that they could not be ended
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: None)
+    link = ChildLink(int(sys.argv[1]))
+    spec = msgspec.convert(link.receive()["spec"], kind)
+    set_up_logging(spec.log_level, spec.name)
+    measure.name_process(spec.name)
+    return spec, link
+
+
+def set_up_logging(level: str, name: str) -> None:
+    """Log to stderr like the command line, with the process's name in each line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {name}: %(message)s"))
+    handler.addFilter(QuietPollsFilter())
+    handler.addFilter(RequestIdFilter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for logger in ("tinyvllm", "uvicorn.access"):
+        logging.getLogger(logger).setLevel(level.upper())
+
+
+def die_with_parent(parent: int) -> None:
+    """Have Linux kill this process when its parent ends, even while a regular expression, say, holds the interpreter.
+
+    Only for processes without children of their own, which the control link's end would have killed, too."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended a moment ago
+            os._exit(1)
+
+
+def read_pids(run_dir: Path) -> dict[str, int]:
+    """The server's processes by name."""
+    try:
+        pids: dict[str, int] = json.loads((run_dir / PIDS_FILE).read_bytes())
+    except FileNotFoundError:
+        return {}
+    return pids
+
+
+def write_pids(run_dir: Path, pids: dict[str, int]) -> None:
+    path = run_dir / f"{PIDS_FILE}.new"
+    path.write_text(json.dumps(pids))
+    path.replace(run_dir / PIDS_FILE)  # readers see the old file or the new one

@@ -1,0 +1,131 @@
+"""A process of the server, as the supervisor sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+from tinyvllm.errors import TinyvllmError
+from tinyvllm.server.control import Message, ParentLink
+from tinyvllm.server.settings import API_KEY_VARIABLE
+from tinyvllm.server.specs import EngineSpec, FrontEndSpec
+
+GROUP_CHECK_S, NUM_GROUP_CHECKS = 0.02, 50  # while what an ended process started still runs
+QUICK_DEATH_S = 10.0  # after it was ready; a process that dies earlier is restarted later each time
+MAX_QUICK_DEATHS = 5  # in a row
+BACKOFF_S, MAX_BACKOFF_S = 0.2, 5.0  # before the second restart in a row, and at most
+
+
+class Process:
+    """A child with a control link, and the leader of a process group of its own."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, link: ParentLink) -> None:
+        self.name = name
+        self.pid = process.pid
+        self.ready_s: float | None = None  # monotonic clock: since when it serves
+        self._link = link
+        self._end = asyncio.get_running_loop().create_task(self._collect(process))
+
+    def send(self, kind: str, **facts: object) -> None:
+        """Send a message. Does nothing if the process is gone."""
+        self._link.send(kind, **facts)
+
+    def messages(self) -> AsyncIterator[Message]:
+        """Its messages, until it is gone."""
+        return self._link.messages()
+
+    async def wait(self) -> str:
+        """Wait until it has ended. Returns how it ended, for messages."""
+        return await self._end
+
+    async def _collect(self, process: asyncio.subprocess.Process) -> str:
+        """Wait for its end, and then end what it started, which may hold the other end of the link.
+
+        First by SIGTERM, which multiprocessing's resource tracker ignores: it removes semaphores after the others."""
+        code = await process.wait()
+        self.kill(signal.SIGTERM)
+        for _ in range(NUM_GROUP_CHECKS):
+            if not self._has_group():
+                break
+            await asyncio.sleep(GROUP_CHECK_S)
+        self.kill()
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}"
+
+    def close(self) -> None:
+        self._link.close()
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to it and to what it started, which is all in its process group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS reports a zombie's group so
+            os.killpg(self.pid, number)
+
+    def _has_group(self) -> bool:
+        try:
+            os.killpg(self.pid, 0)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
+
+
+class Restarts:
+    """Spaces out the restarts of a process that dies again and again, and gives up in the end."""
+
+    def __init__(self, name: str, stopping: asyncio.Event) -> None:
+        self._name = name
+        self._stopping = stopping
+        self._num_quick = 0  # deaths in a row soon after the start
+
+    async def wait(self, process: Process) -> None:
+        """Wait before the next start, or until the server stops. Raises TinyvllmError if there should not be one."""
+        lived_s = 0.0 if process.ready_s is None else time.monotonic() - process.ready_s
+        self._num_quick = self._num_quick + 1 if lived_s < QUICK_DEATH_S else 0
+        if self._num_quick >= MAX_QUICK_DEATHS:
+            raise TinyvllmError(
+                f"{self._name} has died {self._num_quick} times in a row, each less than {QUICK_DEATH_S:g} s after it "
+                "was ready: the log says how"
+            )
+        if self._num_quick > 1:
+            delay_s = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (self._num_quick - 2))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), delay_s)
+
+
+async def start_process(
+    module: str,
+    spec: EngineSpec | FrontEndSpec,
+    *,
+    fds: Sequence[int] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Process:
+    """Start `python -m module` and send it its spec. `fds`: descriptors that it inherits besides its control link.
+
+    environment: variables in addition to this process's. Keys of the API are in the spec only."""
+    here, there = socket.socketpair()
+    with there:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *_path_flags(),
+            "-m",
+            module,
+            str(there.fileno()),
+            pass_fds=(there.fileno(), *fds),
+            process_group=0,  # a Ctrl-C in a terminal reaches the supervisor alone, which forwards it
+            stdin=asyncio.subprocess.DEVNULL,
+            env={**os.environ, **(environment or {}), API_KEY_VARIABLE: ""},
+        )
+    link = await ParentLink.open(here)
+    link.send("spec", spec=spec)
+    return Process(spec.name, process, link)
+
+
+def _path_flags() -> list[str]:
+    """-P, unless this process itself imports modules from its current directory, as `python -m` does without it."""
+    return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]

@@ -1,0 +1,47 @@
+"""Recordings of the server's processes, which travel as files: they may be larger than what a control link carries."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from tinyvllm.errors import ProfilingError
+from tinyvllm.profiling import measure
+from tinyvllm.profiling.measure import Recording
+from tinyvllm.profiling.recording_codec import decode_recordings, encode_recordings
+from tinyvllm.server.control import Message
+
+START_PROFILE, STOP_PROFILE = "start_profile", "stop_profile"
+
+
+def answer(question: str) -> Message:
+    """Start or stop this process's recording; {"error"} if that is not possible, and {"file"} for a recording."""
+    try:
+        if question == START_PROFILE:
+            measure.start(watches=True)
+            return {}
+        if question == STOP_PROFILE:
+            return {"file": _write(measure.stop())}
+    except ProfilingError as error:
+        return {"error": str(error)}
+    return {"error": f"no question {question!r}"}
+
+
+def read(answers: dict[str, Message]) -> dict[str, Recording]:
+    """The recordings of the processes that had one. Their files are removed."""
+    return {name: _read(Path(message["file"])) for name, message in answers.items() if "file" in message}
+
+
+def _write(recording: Recording) -> str:
+    handle, path = tempfile.mkstemp(prefix="tinyvllm-recording-")
+    with os.fdopen(handle, "wb") as file:
+        file.write(encode_recordings([recording]))
+    return path
+
+
+def _read(path: Path) -> Recording:
+    try:
+        return decode_recordings(path.read_bytes())[0]
+    finally:
+        path.unlink()

@@ -1,0 +1,401 @@
+"""The parent process of `tinyvllm serve`: starts engines and front-ends, watches them, and stops them together.
+
+It accepts connections and hands them to front-ends, but reads no HTTP, and loads neither models nor tinygrad. A
+front-end that dies ends its own requests, and is started again. An engine that dies ends the server once no engine is
+left, unless it is to be restarted. Every process ends when this one does, whatever ends it: their control links close.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tinyvllm.errors import EngineDeadError, TinyvllmError
+from tinyvllm.profiling.measure import Recording
+from tinyvllm.server import recordings
+from tinyvllm.server.board import NUM_REQUESTS, Board
+from tinyvllm.server.child import write_pids
+from tinyvllm.server.connections import Handover
+from tinyvllm.server.control import Message
+from tinyvllm.server.engine_placement import Placement
+from tinyvllm.server.process import Process, Restarts, start_process
+from tinyvllm.server.questions import Questions
+from tinyvllm.server.run_directory import run_directory
+from tinyvllm.server.settings import ServerSettings
+from tinyvllm.server.sockets import TlsFiles
+from tinyvllm.server.specs import LOAD_ENGINE, EngineSpec, FrontEndSpec, client_name, engine_name, front_end_name
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.05  # how often the end of the drain, and of processes, is checked
+DRAIN_NOTICE_S = 1.0  # how long front-ends have to say that they refuse new requests
+GRACE_S = 5.0  # how long front-ends write their last answers, and how long a stop in haste waits for an engine's step
+MESSAGE_DELAY_S = 1.0  # how long messages of a dead front-end may take to reach an engine
+ENGINE_EXIT_S = 1.0  # how long clients hear 503 after the last engine has died, before the server ends
+
+Report = Callable[[str, int, int], None]  # stage, done, total
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_FRONT_END, _ENGINE = "tinyvllm.server.front_end", "tinyvllm.server.engine_process"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServePlan:
+    """The processes of a server, and what they are told."""
+
+    engines: Sequence[Placement]
+    settings: ServerSettings
+    num_front_ends: int
+    restart_engine: bool = False
+    tls: TlsFiles | None = None
+    access_log: bool = True
+    log_level: str = "info"
+    records: bool = False  # record where every process's time goes, from when all are ready until the stop
+    load: str = LOAD_ENGINE
+    front_end_module: str = _FRONT_END
+    engine_module: str = _ENGINE
+
+    @property
+    def num_engines(self) -> int:
+        return len(self.engines)
+
+
+async def supervise(
+    plan: ServePlan, listener: socket.socket, report: Report, on_ready: Callable[[bool], None]
+) -> dict[str, Recording]:
+    """Serve by `plan` until a stop signal; returns the processes' recordings by name, if the plan has any made.
+
+    report: progress of loading. on_ready: called once all is ready, with whether the model has a chat template. Takes
+    over the listening socket. Raises TinyvllmError if an engine cannot start, or if the server cannot go on.
+    """
+    supervisor = Supervisor(plan, listener, report, on_ready)
+    await supervisor.run()
+    return supervisor.recordings
+
+
+class Supervisor:
+    """Owns the processes of one server."""
+
+    def __init__(
+        self, plan: ServePlan, listener: socket.socket, report: Report, on_ready: Callable[[bool], None]
+    ) -> None:
+        """For the arguments see `supervise`. Made and used on one event loop."""
+        self._plan = plan
+        self._listener = listener
+        self._report = report
+        self._on_ready = on_ready
+        self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._processes: dict[str, Process] = {}  # those that run, by name
+        self._engines: dict[int, Process] = {}  # those that are ready
+        self._have_been_ready: set[int] = set()  # engines
+        self._dead_engines: dict[int, str] = {}  # how each ended
+        self._front_ends: dict[int, Process] = {}
+        self._num_ready = 0  # front-ends, counting restarted ones again
+        self._draining: set[int] = set()  # front-ends that refuse new requests
+        self._num_signals = 0
+        self._stopping = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._questions = Questions(self._processes)
+        self.recordings: dict[str, Recording] = {}
+
+    async def run(self) -> None:
+        """Serve until a stop signal, or until the server cannot go on."""
+        with run_directory() as directory, self._stop_signals():
+            self._directory = directory
+            self._board = Board.create(directory / "board", self._plan.num_front_ends)
+            self._handover = Handover(self._listener, self._board)
+            engines = [self._spawn(self._keep_engine(index)) for index in range(self._plan.num_engines)]
+            front_ends = [self._spawn(self._keep_front_end(index)) for index in range(self._plan.num_front_ends)]
+            try:
+                await self._end
+            finally:
+                await self._stop(front_ends, engines)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Run `work` in the background. An error ends the server."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self._end.done():
+            self._end.set_exception(error)
+
+    # ---- Engines ----
+
+    async def _keep_engine(self, index: int) -> None:
+        """Run engine `index`, and restart it if the plan says so. Raises EngineDeadError if the server cannot go on."""
+        restarts = Restarts(engine_name(index), self._stopping)
+        while not self._stopping.is_set():
+            process = await self._start_engine(index)
+            end = await self._follow_engine(index, process)
+            if self._stopping.is_set():
+                return
+            if index not in self._have_been_ready:
+                raise EngineDeadError(f"{process.name} {end} before it was ready")
+            self._lose_engine(index, f"{process.name} {end}")
+            if self._plan.restart_engine:
+                await restarts.wait(process)
+            elif self._engines:
+                return  # the others go on
+            else:
+                await asyncio.sleep(ENGINE_EXIT_S)  # clients get their answers, and probes see it
+                raise EngineDeadError(f"{process.name} {end}: the server stops. --restart-engine would start it again")
+
+    async def _start_engine(self, index: int) -> Process:
+        plan = self._plan
+        place = plan.engines[index]
+        spec = EngineSpec(
+            index=index,
+            run_dir=str(self._directory),
+            config=place.config,
+            num_front_ends=plan.num_front_ends,
+            log_level=plan.log_level,
+            cores=place.cores,
+            load=plan.load,
+        )
+        process = await start_process(plan.engine_module, spec, environment=place.environment)
+        self._add(process)
+        if self._stopping.is_set():
+            process.send("stop")
+        return process
+
+    async def _follow_engine(self, index: int, process: Process) -> str:
+        """Until the process ends: how it ended. Raises the error that kept the first one from starting."""
+        error = None
+        async for message in process.messages():
+            match message["kind"]:
+                case "progress":
+                    suffix = f" {index}" if self._plan.num_engines > 1 else ""
+                    self._report(message["stage"] + suffix, message["done"], message["total"])
+                case "ready":
+                    self._gain_engine(index, process)
+                case "failed":
+                    error = message["error"]
+                case "answer":
+                    self._questions.take_answer(process.name, message)
+        end = await self._remove(process)
+        if error is None or self._stopping.is_set():
+            return end
+        if index not in self._have_been_ready:
+            raise TinyvllmError(error)
+        return f"{end}: {error}"
+
+    def _gain_engine(self, index: int, process: Process) -> None:
+        process.ready_s = time.monotonic()
+        self._engines[index] = process
+        self._have_been_ready.add(index)
+        if self._dead_engines.pop(index, None) is not None:
+            log.warning("%s has been started again", process.name)
+            self._tell_front_ends("engine_started", engine=index)
+
+    def _lose_engine(self, index: int, reason: str) -> None:
+        log.critical("%s: its requests are ended", reason)
+        self._engines.pop(index, None)
+        self._dead_engines[index] = reason
+        self._tell_front_ends("engine_died", engine=index, reason=reason)
+
+    # ---- Front-ends ----
+
+    async def _keep_front_end(self, index: int) -> None:
+        """Run front-end `index`, and restart it whenever it dies. Raises TinyvllmError if it dies again and again."""
+        restarts = Restarts(front_end_name(index), self._stopping)
+        for generation in itertools.count():
+            process, connections = await self._start_front_end(index, generation)
+            end = await self._follow_front_end(index, process, connections)
+            self._board.rows[index].clear()
+            if self._stopping.is_set():
+                return
+            log.error("%s %s: its requests are ended, and it is started again", process.name, end)
+            self._tell_engines_of_death(client_name(index, generation))
+            await restarts.wait(process)
+            if self._stopping.is_set():
+                return
+
+    def _tell_engines_of_death(self, client: str) -> None:
+        """Have the engines end a front-end's requests: now, and those whose messages are still on their way."""
+
+        def tell() -> None:
+            for engine in self._engines.values():
+                engine.send("client_gone", client=client)
+
+        tell()
+        asyncio.get_running_loop().call_later(MESSAGE_DELAY_S, tell)
+
+    async def _start_front_end(self, index: int, generation: int) -> tuple[Process, socket.socket]:
+        """The process, and the socket over which it gets connections."""
+        plan = self._plan
+        here, there = socket.socketpair()
+        with there:
+            spec = FrontEndSpec(
+                index=index,
+                run_dir=str(self._directory),
+                connections_fd=there.fileno(),
+                config=plan.engines[0].config,
+                num_engines=plan.num_engines,
+                num_front_ends=plan.num_front_ends,
+                settings=plan.settings,
+                tls=plan.tls,
+                access_log=plan.access_log,
+                log_level=plan.log_level,
+                generation=generation,
+                supervisor_pid=os.getpid(),
+            )
+            process = await start_process(plan.front_end_module, spec, fds=(there.fileno(),))
+        self._front_ends[index] = process
+        self._add(process)
+        for engine, reason in self._dead_engines.items():
+            process.send("engine_died", engine=engine, reason=reason)
+        if self._num_signals:
+            process.send("drain")
+        if self._stopping.is_set():
+            process.send("stop")
+        return process, here
+
+    async def _follow_front_end(self, index: int, process: Process, connections: socket.socket) -> str:
+        """Until the process ends: how it ended."""
+        async for message in process.messages():
+            match message["kind"]:
+                case "serving":
+                    process.ready_s = time.monotonic()
+                    self._handover.add(index, connections)
+                case "ready":
+                    self._greet(message["can_chat"])
+                case "draining":
+                    self._draining.add(index)
+                case "ask":
+                    self._spawn(self._answer(process, message))
+                case "answer":
+                    self._questions.take_answer(process.name, message)
+        self._handover.remove(index)
+        connections.close()
+        del self._front_ends[index]
+        self._draining.discard(index)
+        return await self._remove(process)
+
+    async def _answer(self, process: Process, message: Message) -> None:
+        answers = await self._questions.ask_all(message["question"], but=process.name)
+        process.send("answers", number=message["number"], answers=answers)
+
+    def _greet(self, can_chat: bool) -> None:
+        """A front-end is ready: once all are, for the first time, say so."""
+        self._num_ready += 1
+        if self._num_ready == self._plan.num_front_ends and not self._num_signals:
+            if self._plan.records:
+                for process in self._processes.values():
+                    process.send("question", number=0, question=recordings.START_PROFILE)
+            self._on_ready(can_chat)
+
+    def _tell_front_ends(self, kind: str, **facts: object) -> None:
+        for process in self._front_ends.values():
+            process.send(kind, **facts)
+
+    # ---- All processes ----
+
+    def _add(self, process: Process) -> None:
+        self._processes[process.name] = process
+        self._write_pids()
+
+    async def _remove(self, process: Process) -> str:
+        """Collect a process that has closed its link; returns how it ended."""
+        reason = await process.wait()
+        process.close()
+        del self._processes[process.name]
+        self._questions.forget(process.name)
+        self._write_pids()
+        return reason
+
+    def _write_pids(self) -> None:
+        pids = {name: process.pid for name, process in self._processes.items()}
+        write_pids(self._directory, {"supervisor": os.getpid(), **pids})
+
+    # ---- Stopping ----
+
+    @contextlib.contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in _STOP_SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in _STOP_SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        """The first signal starts the drain, the second ends it, and any later one kills what does not end."""
+        self._num_signals += 1
+        if self._num_signals == 1:
+            self._spawn(self._drain())
+        else:
+            self._end_well()
+
+    async def _drain(self) -> None:
+        """Have new requests refused, and wait for the running ones until they are answered or the time is over."""
+        self._tell_front_ends("drain")
+        timeout_s = self._plan.settings.shutdown_timeout_s
+        start_s = time.monotonic()
+        while time.monotonic() < start_s + DRAIN_NOTICE_S and self._draining < self._front_ends.keys():
+            await asyncio.sleep(TICK_S)  # one that does not know of the drain yet may still take a request
+        if not self._engines:  # the requests wait for an engine that is still loading
+            self._end_well()
+            return
+        num_requests = self._board.sum(NUM_REQUESTS)
+        if num_requests and timeout_s:
+            log.warning(
+                "stopping: %d requests may continue for up to %g s; a second signal stops at once",
+                num_requests,
+                timeout_s,
+            )
+        while self._board.sum(NUM_REQUESTS) and time.monotonic() < start_s + timeout_s:
+            await asyncio.sleep(TICK_S)
+        self._end_well()
+
+    def _end_well(self) -> None:
+        if not self._end.done():
+            self._end.set_result(None)
+
+    async def _stop(self, front_ends: list[asyncio.Task[None]], engines: list[asyncio.Task[None]]) -> None:
+        """Stop front-ends, then engines. Raises TinyvllmError if a signal asked for haste and a step did not end."""
+        self._stopping.set()
+        if num_requests := self._board.sum(NUM_REQUESTS):
+            log.warning("stopping: aborting %d requests", num_requests)
+        self._handover.close()
+        if self._plan.records:
+            self.recordings = recordings.read(await self._questions.ask_all(recordings.STOP_PROFILE))
+        self._tell_front_ends("stop")
+        if not await self._have_ended(front_ends, lambda: 2 * GRACE_S):
+            log.error("a front-end does not end, and is killed")
+            self._kill(self._front_ends.values())
+            await asyncio.wait(front_ends)
+        for process in self._processes.values():
+            process.send("stop")
+        # a step may take long; only a second signal asks not to wait for it
+        if not await self._have_ended(engines, lambda: GRACE_S if self._num_signals > 1 else math.inf):
+            self._kill(self._processes.values())
+            await asyncio.wait(engines)
+            if not self._end.cancelled() and self._end.exception() is None:
+                raise TinyvllmError("the engine's current step does not end: its process was killed")
+
+    async def _have_ended(self, tasks: Sequence[asyncio.Task[None]], limit_s: Callable[[], float]) -> bool:
+        """Wait for the tasks, until the time is over or a third signal arrives. Whether all have ended."""
+        start_s = time.monotonic()
+        while not all(task.done() for task in tasks):
+            if self._num_signals > 2 or time.monotonic() - start_s >= limit_s():
+                return False
+            await asyncio.wait(tasks, timeout=TICK_S)
+        return True
+
+    def _kill(self, processes: Iterable[Process]) -> None:
+        for process in processes:
+            process.kill()

@@ -140,6 +140,7 @@ class FakeEngine:
     refuse: Exception | None = None  # raised before the first delta
     crash_after: int | None = None  # after this many characters, the iterator raises an unexpected error
     max_model_len: int = 1000
+    num_engines: int = 1
     served_model_name: str = "tiny"
     created: int = 1_700_000_000
     chat_template: TagTemplate | None = field(default_factory=TagTemplate)

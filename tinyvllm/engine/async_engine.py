@@ -214,5 +214,11 @@ class AsyncEngine:
         return self._host.client(asyncio.get_running_loop())
 
     async def _ask_all(self, question: str) -> list[Any]:
+        """The answers of the engines that can answer. Raises EngineDeadError if none can."""
         client = self._client()
-        return await asyncio.gather(*(client.ask(question, engine) for engine in range(self.num_engines)))
+        questions = (client.ask(question, engine) for engine in range(self.num_engines))
+        results = await asyncio.gather(*questions, return_exceptions=True)
+        answers = [result for result in results if not isinstance(result, BaseException)]
+        if not answers and isinstance(results[0], BaseException):
+            raise results[0]
+        return answers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import zmq
@@ -103,7 +103,12 @@ class ProcessHost:
             await self._changed.wait()
 
     def engine_stats(self) -> list[StepStats]:
-        return [row.read() for row in self._rows]
+        """Of each engine; one that is dead runs nothing, but its counters stay."""
+        each = [row.read() for row in self._rows]
+        for engine in self._dead:
+            num_blocks = each[engine].num_free_blocks if self.loaded is None else self.loaded.capacity.num_blocks - 1
+            each[engine] = replace(each[engine], num_running=0, num_waiting=0, num_free_blocks=num_blocks)
+        return each
 
     def client(self, loop: asyncio.AbstractEventLoop) -> Client:
         assert loop is self.loop, "a process host serves one event loop"

@@ -151,6 +151,7 @@ class FrontEndServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         self._state.metrics.process.observe(len(self.server_state.connections))
+        self._state.watchdog.observe()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -20,6 +20,8 @@ MAX_STEPS = 60
 
 
 class LiveLimits(BaseModel):
+    """Of all engines together, but for the sizes of one prompt and one step."""
+
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -108,16 +110,16 @@ async def engine_state(state: ServerState) -> EngineState:
     shown.can_chat = engine.chat_template is not None
     shown.limits = LiveLimits(
         max_model_len=capacity.max_model_len,
-        max_num_seqs=capacity.max_num_seqs,
+        max_num_seqs=capacity.max_num_seqs * engine.num_engines,
         max_num_batched_tokens=capacity.max_num_batched_tokens,
         block_size=capacity.block_size,
-        num_blocks=capacity.num_blocks - 1,
+        num_blocks=(capacity.num_blocks - 1) * engine.num_engines,
     )
     shown.counts = _counts(state)
     shown.ttft_s, shown.itl_s = quantiles(board.recent_ttft_s()), quantiles(board.recent_itl_s())
     try:
-        [steps, *_] = await engine.latest_steps()
-        [states, *_] = await engine.pool_states()
+        steps = sorted((step for each in await engine.latest_steps() for step in each), key=lambda step: step.end_s)
+        states = b"".join(await engine.pool_states())
         now_s = time.monotonic()
         shown.steps = [_step(step, now_s) for step in steps[-MAX_STEPS:]]
         shown.pool = pool_snapshot(states)

@@ -11,18 +11,15 @@ adapters, speculative decoding, image and remote caches, sampled block lifetimes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
-from prometheus_client.registry import Collector
 
-from tinyvllm.engine.async_engine import STEP_SIZES
 from tinyvllm.server.counters import Counters, Family, Histogram, Value
+from tinyvllm.server.engine_metrics import LABELS, EngineCollector
 from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.process_metrics import ProcessesCollector, ProcessMetrics
 
@@ -31,8 +28,6 @@ if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AsyncEngine
     from tinyvllm.engine.output import Delta
     from tinyvllm.server.generation import PromptReceiver
-
-LABELS = ("model_name", "engine")
 
 # Seconds.
 # fmt: off
@@ -109,8 +104,8 @@ class Metrics:
         self._counters: Counters = front_ends.counters
         self._registry = CollectorRegistry()
         self._registry.register(self._counters)
-        self._values = (engine.served_model_name, "0")  # of LABELS; a process has one engine
-        self._registry.register(_EngineCollector(engine, self._values))
+        self._values = (engine.served_model_name, "0")  # of LABELS; requests are counted together
+        self._registry.register(EngineCollector(engine))
         self._registry.register(ProcessesCollector(front_ends.pids))
         PlatformCollector(registry=self._registry)
         self.process = ProcessMetrics(front_ends)
@@ -324,109 +319,3 @@ class PromptObserver:
         """Count the choices that are still open as aborted. They must have been."""
         self._metrics.count_aborts(self._num_open)
         self._num_open = 0
-
-
-class _EngineCollector(Collector):
-    """The engine's own counts, read at each scrape. Empty until the engine is ready."""
-
-    def __init__(self, engine: AsyncEngine, values: tuple[str, ...]) -> None:
-        self._engine = engine
-        self._values = values
-
-    def describe(self) -> Iterable[Metric]:
-        return ()  # registration must not ask an engine that is still loading
-
-    def collect(self) -> Iterator[Metric]:
-        if not self._engine.is_ready:
-            return
-        yield from self._gauges()
-        yield from self._counters()
-        yield self._step_sizes()
-        yield self._cache_config()
-
-    def _gauges(self) -> Iterator[Metric]:
-        stats = self._engine.stats()
-        usage = 1.0 - stats.num_free_blocks / (self._engine.capacity.num_blocks - 1)  # block 0 is for padding
-        for name, text, value in (
-            ("vllm:num_requests_running", "Requests in the running batch.", stats.num_running),
-            ("vllm:num_requests_waiting", "Requests in the queue.", stats.num_waiting),
-            ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", usage),
-            (
-                "tinyvllm:graphs_to_capture",
-                "Graphs still to be captured between steps. Until it is 0, steps may be slower than later.",
-                stats.num_captures_to_come,
-            ),
-            (
-                "tinyvllm:general_operations",
-                "Operations, of all layers, in the general kernels because no fused kernel covers them.",
-                stats.num_general_operations,
-            ),
-        ):
-            gauge = GaugeMetricFamily(name, text, labels=LABELS)
-            gauge.add_metric(self._values, value)
-            yield gauge
-        waiting = GaugeMetricFamily(
-            "vllm:num_requests_waiting_by_reason", "Requests in the queue, by reason.", labels=(*LABELS, "reason")
-        )
-        for reason, value in (("capacity", stats.num_waiting), ("deferred", 0)):
-            waiting.add_metric((*self._values, reason), value)
-        yield waiting
-        awake = GaugeMetricFamily(
-            "vllm:engine_sleep_state", "1 for the current state of the engine, else 0.", labels=(*LABELS, "sleep_state")
-        )
-        for state, value in (("awake", 1), ("weights_offloaded", 0), ("discard_all", 0)):
-            awake.add_metric((*self._values, state), value)
-        yield awake
-
-    def _counters(self) -> Iterator[Metric]:
-        stats = self._engine.stats()
-        for name, text, value in (
-            ("vllm:num_preemptions", "Requests preempted for lack of KV blocks.", stats.num_preemptions),
-            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
-            ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
-            (
-                "tinyvllm:graph_captures",
-                "Graphs captured since start. Constant once tinyvllm:graphs_to_capture is 0.",
-                stats.num_captures,
-            ),
-            (
-                "tinyvllm:failed_graph_captures",
-                "Graphs that could not be captured between steps. Larger ones take their place.",
-                stats.num_failed_captures,
-            ),
-            ("tinyvllm:computed_tokens", "Tokens that steps computed.", stats.extra.get("num_computed_tokens", 0)),
-            (
-                "tinyvllm:padded_rows",
-                "Padding: rows of graphs without a token.",
-                stats.extra.get("num_padded_rows", 0),
-            ),
-            ("tinyvllm:failed_steps", "Steps that raised an error.", stats.extra.get("num_failed_steps", 0)),
-        ):
-            counter = CounterMetricFamily(name, text, labels=LABELS)
-            counter.add_metric(self._values, value)
-            yield counter
-
-    def _step_sizes(self) -> Metric:
-        """A histogram of the steps' tokens."""
-        stats = self._engine.stats()
-        steps = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens of a step.", labels=LABELS)
-        bounds = [*map(float, STEP_SIZES), "+Inf"]
-        buckets = [(str(bound), count) for bound, count in zip(bounds, accumulate(stats.step_sizes), strict=True)]
-        steps.add_metric(self._values, buckets, stats.extra.get("num_computed_tokens", 0))
-        return steps
-
-    def _cache_config(self) -> Metric:
-        """A gauge of 1 with the settings as its labels, as in vLLM."""
-        config, capacity = self._engine.config, self._engine.capacity
-        labels = {
-            "block_size": capacity.block_size,
-            "cache_dtype": config.kv_cache_dtype,
-            "enable_prefix_caching": config.enable_prefix_caching,
-            "engine": 0,
-            "gpu_memory_utilization": config.gpu_memory_utilization,
-            "num_gpu_blocks": capacity.num_blocks,
-            "num_gpu_blocks_override": config.num_gpu_blocks_override,
-        }
-        info = GaugeMetricFamily("vllm:cache_config_info", "Settings of the KV cache.", labels=tuple(labels))
-        info.add_metric([str(value) for value in labels.values()], 1)
-        return info

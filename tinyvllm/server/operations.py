@@ -42,7 +42,7 @@ async def health(request: Request) -> Response:
     """200 with an empty body while the engine works; 503 until it is warm, when it has died, and when it stalls."""
     state = state_of(request)
     state.require_engine()
-    stalled_s = state.stalled_s
+    stalled_s = state.watchdog.stalled_s
     if stalled_s is not None:
         raise StalledError(f"the engine has work, but has completed no step for {stalled_s:.0f} s")
     return Response()

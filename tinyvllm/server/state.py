@@ -18,6 +18,7 @@ from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.generation import BeamCall, Generation, Job, OpenCall, Sink
 from tinyvllm.server.metrics import Metrics, PromptObserver
 from tinyvllm.server.request_limits import Admission, Drain, DrainingError, timed_out
+from tinyvllm.server.watchdog import Watchdog
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +45,7 @@ class ServerState:
         self.drain = Drain(self.board)
         self.metrics = Metrics(engine, self.front_ends)
         self.start_s = time.monotonic()
-        self._work_since_s = self.start_s  # monotonic clock: when a request last reached an idle engine
+        self.watchdog = Watchdog(engine, settings.watchdog_timeout_s)
 
     def require_engine(self) -> None:
         """Raise EngineDeadError or NotReadyError unless the engine can take requests."""
@@ -58,29 +59,17 @@ class ServerState:
         self.require_engine()
         if self.drain.has_begun:
             raise DrainingError("the server is stopping and takes no new requests: use another, or try again later")
-        self.admission.check_room(self.engine.capacity.max_num_seqs)
+        self.admission.check_room(self._max_num_seqs)
 
     @property
-    def stalled_s(self) -> float | None:
-        """How long the engine has had work without completing a step; None while the watchdog allows it."""
-        limit_s = self.settings.watchdog_timeout_s
-        if limit_s is None or self._is_idle:
-            return None
-        since_s = time.monotonic() - max(self.engine.stats().end_s, self._work_since_s)
-        return since_s if since_s > limit_s else None
-
-    @property
-    def _is_idle(self) -> bool:
-        """Whether the engine has nothing to do. Its output may still be on its way to slow readers."""
-        stats = self.engine.stats()
-        return not stats.num_running and not stats.num_waiting
+    def _max_num_seqs(self) -> int:
+        """Sequences that can run at once, on all engines."""
+        return self.engine.capacity.max_num_seqs * self.engine.num_engines
 
     def _admit(self, num_seqs: int, num_tokens: int) -> RequestContext:
         """Admit the sequences of one prompt, for the request that is being handled. Raises if they are refused."""
         context = current()
-        self.admission.admit(context, num_seqs, num_tokens, self.engine.capacity.max_num_seqs)
-        if self._is_idle:
-            self._work_since_s = time.monotonic()
+        self.admission.admit(context, num_seqs, num_tokens, self._max_num_seqs)
         return context
 
     async def generate(self, job: Job, sink: Sink) -> Generation:

@@ -52,9 +52,11 @@ class StatusReporter:
         if not is_active and not self._was_active:
             return None
         self._was_active = is_active
-        usage = 1.0 - stats.num_free_blocks / (self._engine.capacity.num_blocks - 1)  # block 0 is for padding
+        num_engines = self._engine.num_engines
+        usage = 1.0 - stats.num_free_blocks / (num_engines * (self._engine.capacity.num_blocks - 1))  # 0 is for padding
+        name = "Engine 000" if num_engines == 1 else f"{num_engines} Engines Aggregated"  # as vLLM says
         return (
-            f"Engine 000: Avg prompt throughput: {prompt_rate:.1f} tokens/s, "
+            f"{name}: Avg prompt throughput: {prompt_rate:.1f} tokens/s, "
             f"Avg generation throughput: {output_rate:.1f} tokens/s, "
             f"Running: {stats.num_running} reqs, Waiting: {stats.num_waiting} reqs, "
             f"GPU KV cache usage: {100 * usage:.1f}%, Prefix cache hit rate: {100 * self._hit_rate:.1f}%"

@@ -1,0 +1,33 @@
+"""Loads a fake device into an engine process: it computes tokens by hashing, or spells an answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from tests.engine.fakes import FakeModelRunner, make_loaded, say
+from tinyvllm.config import EngineConfig
+from tinyvllm.engine.loading import LoadedEngine
+
+ANSWER = "Grüße, 世界! 👋"
+STEP_S = 0.02
+
+
+def _runner() -> FakeModelRunner:
+    return FakeModelRunner(num_blocks=64, max_num_seqs=8)
+
+
+def answering(config: EngineConfig, progress: Callable[[str, int, int], None]) -> LoadedEngine:
+    """Answers everything with ANSWER."""
+    progress("load", 1, 1)
+    runner = _runner()
+    runner.choose = say(ANSWER)
+    return make_loaded(runner)
+
+
+def endless(config: EngineConfig, progress: Callable[[str, int, int], None]) -> LoadedEngine:
+    """Never samples EOS, and takes STEP_S for each step."""
+    runner = _runner()
+    runner.choose = lambda request, digest: 97 + digest % 26
+    runner.before_step = lambda plan: time.sleep(STEP_S)
+    return make_loaded(runner)

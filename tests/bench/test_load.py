@@ -278,7 +278,8 @@ def test_command_prints_levels_and_writes_them(url: str, tmp_path: Path) -> None
 
 
 def test_command_sends_token_ids_from_several_processes(url: str) -> None:
-    flags = "--num-prompts 4 --warmup 0 --input-len 24 --output-len 4 --concurrency 2 --prompt-ids --load-processes 2"
+    flags = "--num-prompts 4 --warmup 0 --input-len 24 --output-len 4 --concurrency 2 --prompt-ids"
+    flags += " --load-processes 2 --new-connections"
     result = CliRunner().invoke(app, ["bench", "serve", "--url", url, *flags.split(), "--json", "-"])
     assert result.exit_code == 0, result.output
     (row,) = json.loads(result.stdout.splitlines()[-1])

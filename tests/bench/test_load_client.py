@@ -57,13 +57,13 @@ async def read_request(reader: asyncio.StreamReader) -> bytes:
     return head + await reader.readexactly(length)
 
 
-@pytest.mark.parametrize("closes", [False, True])
-def test_connection_is_used_again_unless_the_server_closes_it(closes: bool) -> None:
+@pytest.mark.parametrize(("closes", "keeps_alive"), [(False, True), (True, True), (False, False)])
+def test_connection_is_used_again_unless_one_side_closes_it(closes: bool, keeps_alive: bool) -> None:
     server = EventServer(closes=closes)
     with serving_events(server) as url:
-        answers = send(Target(url, "tiny"), 3)
+        answers = send(Target(url, "tiny", keeps_alive=keeps_alive), 3)
     assert [(answer.error, len(answer.text_s), answer.num_output) for answer in answers] == [(None, 3, 3)] * 3
-    assert server.num_connections == (3 if closes else 1)
+    assert server.num_connections == (1 if keeps_alive and not closes else 3)
 
 
 def test_request_is_sent_again_if_an_idle_connection_was_closed() -> None:
@@ -149,6 +149,7 @@ def test_unix_socket(tmp_path: Path) -> None:
     with serving_events(EventServer(), socket=tmp_path / "socket") as url:
         target = Target(url, "tiny")
         assert target.unix_socket == str(tmp_path / "socket")
+        assert Target("unix:///run/a//b", "tiny").unix_socket == "/run/a//b"
         assert [(answer.error, len(answer.text_s)) for answer in send(target, 2)] == [(None, 3)] * 2
         with make_client(target) as client:
             assert client.get("/v1/models").status_code == 404

@@ -33,6 +33,7 @@ class Target:
     api_key: str | None = None
     ignore_eos: bool = True  # vLLM's field, which we support: without it answers may be shorter than asked for
     timeout_s: float = 600.0
+    keeps_alive: bool = True  # one connection carries one request after another
 
     def __post_init__(self) -> None:
         if self.api not in APIS:
@@ -41,7 +42,7 @@ class Target:
     @property
     def unix_socket(self) -> str | None:
         """The path of the server's socket, if it listens on one."""
-        return self.url.removeprefix("unix:").replace("//", "", 1) if self.url.startswith("unix:") else None
+        return self.url.removeprefix("unix:").removeprefix("//") if self.url.startswith("unix:") else None
 
     @property
     def headers(self) -> dict[str, str]:

@@ -162,8 +162,10 @@ class Client:
             await connection.exchange(request, answer)
         finally:
             self._busy.discard(connection)
-        if connection.is_idle:
+        if connection.is_idle and self._target.keeps_alive:
             self._idle.append(connection)
+        elif connection.transport is not None:
+            connection.transport.close()
 
     def _find_idle(self) -> Connection | None:
         while self._idle:
@@ -194,6 +196,8 @@ class Client:
         host = "localhost" if self._target.unix_socket is not None else self._url.netloc.rpartition("@")[2]
         path = "" if self._target.unix_socket is not None else self._url.path.rstrip("/")
         headers = {"Host": host, "Accept": "text/event-stream", "Content-Type": "application/json"}
+        if not self._target.keeps_alive:
+            headers["Connection"] = "close"
         if self._url.username is not None:
             user = f"{unquote(self._url.username)}:{unquote(self._url.password or '')}"
             headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"

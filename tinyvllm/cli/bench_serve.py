@@ -36,13 +36,30 @@ class TargetFlags:
         str | None, Option(metavar="KEY", envvar="OPENAI_API_KEY", help="Sent as a bearer token.", show_envvar=True)
     ] = None
 
+    new_connections: Annotated[
+        bool,
+        Option(
+            "--new-connections",
+            help="Open a connection for each request, as clients do that send one alone, instead of keeping it alive. "
+            "The time to connect does not count.",
+        ),
+    ] = False
+
     def make_target(self, *, ignore_eos: bool, timeout_s: float) -> Target:
         """The server, asked for its first model unless one is named. Raises TinyvllmError if it does not answer."""
         from tinyvllm.bench.load import Target
         from tinyvllm.bench.load_measure import find_model
 
         url = self.url.rstrip("/").removesuffix("/v1")
-        target = Target(url, self.model or "", self.api, self.api_key, ignore_eos, timeout_s)
+        target = Target(
+            url=url,
+            model=self.model or "",
+            api=self.api,
+            api_key=self.api_key,
+            ignore_eos=ignore_eos,
+            timeout_s=timeout_s,
+            keeps_alive=not self.new_connections,
+        )
         if self.model is not None:
             return target
         return dataclasses.replace(target, model=find_model(target))

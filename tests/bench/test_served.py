@@ -19,7 +19,7 @@ from tinyvllm.bench.served_tables import served_markdown, summary_line
 from tinyvllm.cli import app
 from tinyvllm.cli.bench_served import given_flags
 from tinyvllm.cli.flags import RunnerFlags
-from tinyvllm.config import EngineConfig
+from tinyvllm.config import EngineConfig, ModelFiles
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.errors import ProfilingError, TinyvllmError
 from tinyvllm.profiling.recording_codec import decode_recordings
@@ -111,3 +111,20 @@ def test_a_server_that_does_not_start_is_reported(monkeypatch: pytest.MonkeyPatc
 def test_bytes_that_are_no_recordings_are_refused() -> None:
     with pytest.raises(ProfilingError, match="not recordings"):
         decode_recordings(b"\x01")
+
+
+def test_the_command_starts_a_server_of_several_processes(tiny_hf_files: ModelFiles, tmp_path: Path) -> None:
+    figures, trace = tmp_path / "served.json", tmp_path / "trace.json"
+    flags = "--concurrency 2 --num-prompts 3 --tokens 3 --input-len 8 --api completions --max-num-batched-tokens 16"
+    serve_flags = "--api-server-count 1 --max-num-seqs 2 --log-level warning"
+    files = ["--serve-flags", serve_flags, "--json", str(figures), "--trace", str(trace)]
+    result = CliRunner().invoke(
+        app, ["bench", "breakdown", str(tiny_hf_files.path), "--served", *flags.split(), *files]
+    )
+    assert result.exit_code == 0, result.output
+    [level] = json.loads(figures.read_text())["levels"]
+    assert level["requests"] == 3 and {process["name"] for process in level["processes"]} == {"engine 0", "front-end 0"}
+    assert {"prefill", "decode", "hop", "hop back"} <= level["stages"].keys()
+    events = json.loads(trace.read_text())["traceEvents"]
+    rows = {event["args"]["name"].partition(" (")[0] for event in events if event["name"] == "process_name"}
+    assert rows == {"engine 0", "engine 0, device", "front-end 0"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from typer import Option
 from tinyvllm.cli.bench_flags import TABLE_WIDTH, write_file
 from tinyvllm.cli.terminal import err
 from tinyvllm.profiling import measure
-from tinyvllm.profiling.trace_events import trace_of_processes, trace_text
+from tinyvllm.profiling.trace_events import trace_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +59,7 @@ class RecordFlags:
                 err.print(name, highlight=False, markup=False)
                 _print_table(recording)
         if self.trace is not None:
-            write_file(self.trace, json.dumps(trace_of_processes(recordings)) + "\n")
+            write_file(self.trace, trace_text(list(recordings.values())))
 
 
 def _print_table(recording: measure.Recording) -> None:

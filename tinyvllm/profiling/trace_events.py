@@ -10,8 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tinyvllm.profiling.kernels import Launch
@@ -42,11 +41,6 @@ def trace_events(recorded: Recording | Sequence[Recording] | None, launches: Seq
     if recordings:
         document["otherData"] = counts if len(recordings) > 1 else counts[recordings[0].process]
     return document
-
-
-def trace_of_processes(recordings: Mapping[str, Recording]) -> dict[str, Any]:
-    """The JSON document of the processes of a server, by name."""
-    return trace_events([replace(recording, process=name) for name, recording in recordings.items()])
 
 
 def device_steps(recording: Recording) -> list[Launch]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from tests.builders import write_byte_tokenizer
 from tests.server.fake_load import ANSWER
 from tests.server.servers import RunningServer, running_server
 from tests.server.test_supervisor import front_end_of, value_of
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to see which process did what")
 
 REAL = {"front_end_module": "tinyvllm.server.front_end", "engine_module": "tinyvllm.server.engine_process"}
 LONG = {"prompt": "x", "max_tokens": 150, "stream": True}
@@ -110,6 +113,19 @@ def test_a_recording_covers_every_process(server: RunningServer) -> None:
     assert rows >= {"front-end 0", "front-end 1"} and any(row.startswith("engine") for row in rows)
     assert {"step", "detokenize"} <= {event["name"] for event in trace["traceEvents"]}
     assert httpx.post(server.address + "/stop_profile").status_code == 409
+
+
+def test_a_stored_response_is_known_at_every_front_end(server: RunningServer) -> None:
+    with httpx.Client(base_url=server.address) as one, httpx.Client(base_url=server.address) as other:
+        first = one.post("/v1/responses", json={"input": "hi"}).json()
+        for client in (one, other):
+            assert client.get(f"/v1/responses/{first['id']}").json() == first
+            body = {"input": "more", "previous_response_id": first["id"], "max_output_tokens": 3}
+            assert client.post("/v1/responses", json=body).json()["usage"]["input_tokens"] > len(ANSWER.encode())
+        assert other.delete(f"/v1/responses/{first['id']}").status_code == 200
+        for client in (one, other):
+            assert client.get(f"/v1/responses/{first['id']}").status_code == 404
+            assert client.delete(f"/v1/responses/{first['id']}").status_code == 404
 
 
 # ---- Deaths ----

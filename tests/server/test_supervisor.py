@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,8 @@ import pytest
 
 from tests.server.servers import RunningServer, running_server
 from tests.server.test_control import wait_until_gone
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to see which process did what")
 
 BODY = {"prompt": "x", "max_tokens": 100}
 

@@ -45,7 +45,7 @@ def make_app(
     settings = settings or ServerSettings()
     app = FastAPI(title="tinyvllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     state = app.state.server = ServerState(engine, settings, front_ends)
-    app.state.responses = ResponseStore()
+    app.state.responses = ResponseStore(ask_others=state.front_ends.ask_others)
     include_routes(app)
     app.mount("/static", operations.PageFiles(directory=operations.STATIC))
     for kind in (TinyvllmError, ClientGone, RequestValidationError, AnyHTTPException):

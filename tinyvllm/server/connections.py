@@ -1,8 +1,8 @@
 """How connections reach the front-ends: the supervisor accepts each and hands it to the front-end with the fewest.
 
-Front-ends that accept from one shared socket, or from sockets with SO_REUSEPORT, get whatever the kernel's wake-ups or
-hash give them: with 8 connections and 4 front-ends, one of them had 4 to 6 and another none. A few streams then share
-one core while others are idle. Handing a connection over costs 30 us, once.
+The kernel spreads them unevenly. With four processes that accept from one socket, one of them got 80 to 239 of 256
+connections, as it happened to wake up. With SO_REUSEPORT, whose hash is random, the shares of 8 were 0 to 5. A few long
+streams would then share one core while others are idle. Handed over, the shares are 2 of 8, and 64 of 256.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import msgspec
 
 Message = dict[str, Any]  # "kind" says what it is
 
-MAX_LINE_BYTES = 16 << 20  # of a message; the longest are specs with chat templates and answers of a peer
+MAX_LINE_BYTES = 1 << 29  # of a message; the longest are stored conversations, for another front-end
 EXIT_ORPHANED = 70  # a child's exit code when its parent is gone
 
 

@@ -25,6 +25,7 @@ from tinyvllm.server.counters import Counters
 from tinyvllm.server.endpoints import endpoint_of
 from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.questions import Asker
+from tinyvllm.server.response_store import GET_RESPONSE, REMOVE_RESPONSE, ResponseStore
 from tinyvllm.server.serve import uvicorn_config
 from tinyvllm.server.specs import FrontEndSpec, client_name
 from tinyvllm.server.status_log import log_status
@@ -81,6 +82,7 @@ class _FrontEnd:
         )
         app = make_app(self._engine, spec.settings, front_ends)
         self._state: ServerState = app.state.server
+        self._responses: ResponseStore = app.state.responses
         self._server = FrontEndServer(
             uvicorn_config(app, spec.tls, access_log=spec.access_log),
             self._state,
@@ -123,9 +125,15 @@ class _FrontEnd:
             case "engine_started":
                 self._watch.engine_started(message["engine"])
             case "question":
-                self._link.send("answer", number=message["number"], answer=recordings.answer(message["question"]))
+                self._link.send("answer", number=message["number"], answer=self._answer(message))
             case "answers":
                 self._asker.take_answers(message)
+
+    def _answer(self, message: Message) -> Message:
+        question = message["question"]
+        if question in (GET_RESPONSE, REMOVE_RESPONSE):
+            return self._responses.answer(question, message["about"])
+        return recordings.answer(question)
 
 
 class FrontEndServer(uvicorn.Server):

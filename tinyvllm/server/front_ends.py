@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from tinyvllm.server.board import Board
 from tinyvllm.server.control import Message
 from tinyvllm.server.counters import Cells, Counters
 
-Ask = Callable[[str], Awaitable[dict[str, Message]]]  # question -> answers by the name of the process
+
+class Ask(Protocol):
+    """Puts a question to all other processes of the server but the supervisor."""
+
+    async def __call__(self, question: str, about: str = "") -> dict[str, Message]:
+        """The answers, by the name of the process. Those that died or stayed silent are missing."""
 
 
-async def _nobody(question: str) -> dict[str, Message]:
+async def nobody(question: str, about: str = "") -> dict[str, Message]:
+    """For a server of one process."""
     return {}
 
 
@@ -23,5 +30,5 @@ class FrontEnds:
     board: Board = field(default_factory=Board.in_memory)
     counters: Counters = field(default_factory=lambda: Counters(Cells()))
     name: str | None = None  # of this process; None if it is the only one
-    ask_others: Ask = _nobody  # put a question to all other processes of the server but the supervisor
+    ask_others: Ask = nobody
     pids: Callable[[], dict[str, int]] = dict  # of all processes of the server, by name; empty if it is the only one

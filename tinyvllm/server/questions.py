@@ -20,7 +20,7 @@ class Questions:
         self._numbers = itertools.count(1)
         self._waiting: dict[tuple[int, str], asyncio.Future[Message | None]] = {}  # by question and process
 
-    async def ask_all(self, question: str, but: str | None = None) -> dict[str, Message]:
+    async def ask_all(self, question: str, about: str = "", *, but: str | None = None) -> dict[str, Message]:
         """The answers of all processes but one, by name. Those that die or stay silent are missing."""
         number = next(self._numbers)
         loop = asyncio.get_running_loop()
@@ -28,7 +28,7 @@ class Questions:
         for name, process in self._processes.items():
             if name != but:
                 answers[name] = self._waiting[number, name] = loop.create_future()
-                process.send("question", number=number, question=question)
+                process.send("question", number=number, question=question, about=about)
         try:
             if answers:
                 await asyncio.wait(answers.values(), timeout=TIMEOUT_S)
@@ -62,12 +62,12 @@ class Asker:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[dict[str, Message]]] = {}
 
-    async def ask_others(self, question: str) -> dict[str, Message]:
+    async def ask_others(self, question: str, about: str = "") -> dict[str, Message]:
         """The answers of all other processes of the server, by name. Those that died or stayed silent are missing."""
         number = next(self._numbers)
         answers = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            self._link.send("ask", number=number, question=question)
+            self._link.send("ask", number=number, question=question, about=about)
             gathered: dict[str, Message] = await answers
             return gathered
         finally:

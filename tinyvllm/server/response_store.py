@@ -1,4 +1,8 @@
-"""A bounded store, in memory, of responses that later requests may continue."""
+"""A bounded store, in memory, of responses that later requests may continue.
+
+Each front-end stores those that it has made, and asks the others for one that it does not have, because a client's next
+request may come over another connection.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tinyvllm.server.control import Message
 from tinyvllm.server.failures import UnknownResponseError
+from tinyvllm.server.front_ends import Ask, nobody
 from tinyvllm.server.protocol.responses import ResponseAnswer
+
+GET_RESPONSE, REMOVE_RESPONSE = "get_response", "remove_response"  # questions to other front-ends
 
 MAX_RESPONSES = 1000
 MAX_CHARS = 64 * 2**20  # of all conversations together
@@ -23,11 +31,26 @@ class StoredResponse:
     def num_chars(self) -> int:
         return sum(len(str(message)) for message in self.messages)
 
+    def as_message(self) -> Message:
+        """For another front-end, as JSON values."""
+        return {"answer": self.answer.model_dump(mode="json"), "messages": self.messages}
+
+    @classmethod
+    def from_message(cls, message: Message) -> StoredResponse:
+        return cls(ResponseAnswer.model_validate(message["answer"]), tuple(message["messages"]))
+
 
 class ResponseStore:
     """Owns the latest responses. Used only on the server's event loop."""
 
-    def __init__(self, max_responses: int = MAX_RESPONSES, max_chars: int = MAX_CHARS) -> None:
+    def __init__(
+        self,
+        max_responses: int = MAX_RESPONSES,
+        max_chars: int = MAX_CHARS,
+        ask_others: Ask = nobody,
+    ) -> None:
+        """ask_others: puts questions to the other front-ends, whose `answer` answers them."""
+        self._ask_others = ask_others
         self._max_responses = max_responses
         self._max_chars = max_chars
         self._responses: OrderedDict[str, tuple[StoredResponse, int]] = OrderedDict()
@@ -41,17 +64,40 @@ class ResponseStore:
             _, (_, num_chars) = self._responses.popitem(last=False)
             self._num_chars -= num_chars
 
-    def get(self, response_id: str, param: str) -> StoredResponse:
-        """Raises UnknownResponseError, naming the field `param`, if it is not stored."""
-        if response_id not in self._responses:
-            raise UnknownResponseError(
-                f"the response {ascii(response_id)[:80]} is not stored: the server keeps the latest "
-                f"{self._max_responses} that allow it, while it runs. Send the whole conversation as input",
-                param,
-            )
-        return self._responses[response_id][0]
+    async def get(self, response_id: str, param: str) -> StoredResponse:
+        """Raises UnknownResponseError, naming the field `param`, if no front-end has it."""
+        if response_id in self._responses:
+            return self._responses[response_id][0]
+        answers = await self._ask_others(GET_RESPONSE, response_id)
+        for message in answers.values():
+            if "answer" in message:
+                return StoredResponse.from_message(message)
+        raise self._unknown(response_id, param)
 
-    def remove(self, response_id: str, param: str) -> None:
-        self.get(response_id, param)
+    async def remove(self, response_id: str, param: str) -> None:
+        """Raises UnknownResponseError, naming the field `param`, if no front-end has it."""
+        if self._remove(response_id):
+            return
+        answers = await self._ask_others(REMOVE_RESPONSE, response_id)
+        if not any(message.get("removed") for message in answers.values()):
+            raise self._unknown(response_id, param)
+
+    def answer(self, question: str, response_id: str) -> Message:
+        """The answer to another front-end's question about a response."""
+        if question == REMOVE_RESPONSE:
+            return {"removed": self._remove(response_id)}
+        return self._responses[response_id][0].as_message() if response_id in self._responses else {}
+
+    def _remove(self, response_id: str) -> bool:
+        if response_id not in self._responses:
+            return False
         _, num_chars = self._responses.pop(response_id)
         self._num_chars -= num_chars
+        return True
+
+    def _unknown(self, response_id: str, param: str) -> UnknownResponseError:
+        return UnknownResponseError(
+            f"the response {ascii(response_id)[:80]} is not stored: the server keeps the latest "
+            f"{self._max_responses} that allow it, while it runs. Send the whole conversation as input",
+            param,
+        )

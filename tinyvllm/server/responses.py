@@ -50,12 +50,12 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
 @router.get("/v1/responses/{response_id}")
 async def retrieve_response(response_id: str, request: Request) -> ResponseAnswer:
     """A response that is still stored."""
-    return store_of(request).get(response_id, "response_id").answer
+    return (await store_of(request).get(response_id, "response_id")).answer
 
 
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(response_id: str, request: Request) -> DeletedResponse:
-    store_of(request).remove(response_id, "response_id")
+    await store_of(request).remove(response_id, "response_id")
     return DeletedResponse(id=response_id)
 
 
@@ -64,7 +64,7 @@ async def _respond(state: ServerState, store: ResponseStore, body: ResponsesRequ
     check_request(state, body)
     earlier: tuple[Mapping[str, Any], ...] = ()
     if body.previous_response_id is not None:
-        earlier = store.get(body.previous_response_id, "previous_response_id").messages
+        earlier = (await store.get(body.previous_response_id, "previous_response_id")).messages
     messages = (*earlier, *body.messages())
     prompt, params = await asyncio.to_thread(_read, state, body, messages)
     answer = _make_answer(state, body, params)

@@ -284,7 +284,7 @@ class Supervisor:
         return await self._remove(process)
 
     async def _answer(self, process: Process, message: Message) -> None:
-        answers = await self._questions.ask_all(message["question"], but=process.name)
+        answers = await self._questions.ask_all(message["question"], message["about"], but=process.name)
         process.send("answers", number=message["number"], answers=answers)
 
     def _greet(self, can_chat: bool) -> None:
@@ -293,7 +293,7 @@ class Supervisor:
         if self._num_ready == self._plan.num_front_ends and not self._num_signals:
             if self._plan.records:
                 for process in self._processes.values():
-                    process.send("question", number=0, question=recordings.START_PROFILE)
+                    process.send("question", number=0, question=recordings.START_PROFILE, about="")
             self._on_ready(can_chat)
 
     def _tell_front_ends(self, kind: str, **facts: object) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import numpy as np
 
 from tinyvllm.config import MAX_STOP_IDS
@@ -33,6 +36,7 @@ class InputPacker:
         # by row: the owner of the table and how many of its blocks are there; the owner of the settings
         self._tables: list[tuple[Request | None, int, int]] = [(None, 0, 0)] * layout.num_seqs
         self._samplers: list[Request | Scored | None] = [None] * layout.num_seqs
+        self._num_samplers = layout.num_seqs  # rows after these have no settings
         self._suppressing: set[int] = set()  # sampled rows with suppressed ids
         self.clear()
 
@@ -51,10 +55,7 @@ class InputPacker:
             raise InvariantError(f"{plan.num_tokens} tokens of {len(plan.entries)} sequences do not fit into {layout}")
         for index, entry in enumerate(plan.entries):
             self._pack_table(index, entry)
-        if plan.is_decode:
-            self._pack_single_tokens(plan.entries)
-        else:
-            self._pack_tokens(plan.entries)
+        self._pack_tokens(plan.entries)
         # a padding row uses the all-zero table after the last one, and a slot in the dummy block
         padding = (("token_ids", 0), ("positions", 0), ("slots", 0), ("seq_rows", layout.num_seqs))
         for name, value in padding:
@@ -76,62 +77,79 @@ class InputPacker:
             self.views["block_tables"][index, num_there:num_blocks] = request.block_ids[num_there:num_blocks]
             self._tables[index] = (request, request.num_preemptions, num_blocks)
 
-    def _pack_single_tokens(self, entries: tuple[Scheduled, ...]) -> None:
-        """One token row per sequence, all fields at once."""
-        views, size, num = self.views, self.layout.block_size, len(entries)
+    def _pack_tokens(self, entries: tuple[Scheduled, ...]) -> None:
+        """Token rows in the order of the entries. Those of single tokens are written together, field by field."""
+        rows: list[int] = []  # of single tokens: their token rows ...
+        indices: list[int] = []  # ... and their sequences
+        row = 0
+        for index, entry in enumerate(entries):
+            if entry.count == 1:
+                rows.append(row)
+                indices.append(index)
+            else:
+                self._pack_run(index, entry, row)
+            row += entry.count
+        if len(rows) == row:
+            self._pack_single_tokens(entries, slice(0, row), indices)
+        elif rows:
+            self._pack_single_tokens([entries[index] for index in indices], rows, indices)
+
+    def _pack_single_tokens(self, entries: Sequence[Scheduled], rows: slice | list[int], indices: list[int]) -> None:
+        views, size = self.views, self.layout.block_size
         starts = [entry.start for entry in entries]
         blocks = [entry.request.block_ids[entry.start // size] for entry in entries]
-        views["token_ids"][:num] = [newest_token(entry.request) for entry in entries]
-        views["positions"][:num] = starts
-        views["slots"][:num] = [block * size + start % size for block, start in zip(blocks, starts, strict=True)]
-        views["seq_rows"][:num] = range(num)
+        views["token_ids"][rows] = [single_token(entry) for entry in entries]
+        views["positions"][rows] = starts
+        views["slots"][rows] = [block * size + start % size for block, start in zip(blocks, starts, strict=True)]
+        views["seq_rows"][rows] = indices
 
-    def _pack_tokens(self, entries: tuple[Scheduled, ...]) -> None:
-        views, size, row = self.views, self.layout.block_size, 0
-        for index, entry in enumerate(entries):
-            stop = entry.start + entry.count
-            rows = slice(row, row + entry.count)
-            positions = np.arange(entry.start, stop, dtype=np.int32)
-            views["token_ids"][rows] = known_or_fed(entry.request, entry.start, stop)
-            views["positions"][rows] = positions
-            views["slots"][rows] = views["block_tables"][index, positions // size] * size + positions % size
-            views["seq_rows"][rows] = index
-            row += entry.count
+    def _pack_run(self, index: int, entry: Scheduled, row: int) -> None:
+        """Several tokens of one sequence, from token row `row` on."""
+        views, size, stop = self.views, self.layout.block_size, entry.start + entry.count
+        rows = slice(row, row + entry.count)
+        positions = np.arange(entry.start, stop, dtype=np.int32)
+        views["token_ids"][rows] = known_or_fed(entry.request, entry.start, stop)
+        views["positions"][rows] = positions
+        views["slots"][rows] = views["block_tables"][index, positions // size] * size + positions % size
+        views["seq_rows"][rows] = index
 
     def _pack_samples(self, plan: StepPlan) -> None:
         """Sampling parameters of each sampled sequence, in the order of `plan.sampled`."""
-        views, row = self.views, 0
-        draws: list[int] = []
-        logit_rows: list[int] = []
-        for entry in plan.entries:
-            row += entry.count
-            if entry.samples:
-                self._pack_settings(len(draws), entry.request)
-                draws.append(entry.request.num_output_tokens)
-                logit_rows.append(row - 1)
-        num = len(draws)
-        views["logit_rows"][:num] = logit_rows
-        views["draw"][:num] = draws
+        views, samplers = self.views, self._samplers
+        sampled, num = plan.sampled, len(plan.sampled)
+        requests = [entry.request for entry in sampled]
+        ends = accumulate(entry.count for entry in plan.entries)
+        views["logit_rows"][:num] = [end - 1 for end, entry in zip(ends, plan.entries, strict=True) if entry.samples]
+        views["draw"][:num] = [request.num_output_tokens for request in requests]
+        self._pack_settings(
+            [index for index, request in enumerate(requests) if samplers[index] is not request], requests
+        )
+        for index, request in enumerate(requests):
+            if request.params.min_tokens or index in self._suppressing:
+                suppressed_ids = request.suppressed_ids
+                if suppressed_ids or index in self._suppressing:
+                    self._pack_suppressed(index, suppressed_ids)
         if plan.scored:
             num = self._pack_scores(plan, num)
-        for index in range(num, len(self._samplers)):
-            if self._samplers[index] is not None:
+        for index in range(num, self._num_samplers):
+            if samplers[index] is not None:
                 self._forget_settings(index)
+        self._num_samplers = num
 
-    def _pack_settings(self, index: int, request: Request) -> None:
-        """Write a request's settings into sampled row `index`, unless they are there; and the ids suppressed now."""
-        views, params = self.views, request.params
-        if self._samplers[index] is not request:
+    def _pack_settings(self, indices: list[int], requests: Sequence[Request]) -> None:
+        """Write the settings of sampled rows that have changed their request, field by field."""
+        if not indices:
+            return
+        views, changed = self.views, [requests[index] for index in indices]
+        for index, request in zip(indices, changed, strict=True):
             self._samplers[index] = request
-            for name in FLOATS:
-                self.floats[name][index] = getattr(params, name)
-            views["top_k"][index] = params.top_k
-            views["seed"][index] = np.uint32(request.seed & 0xFFFFFFFF).view(np.int32)
-            views["num_logprobs"][index] = -1 if params.logprobs is None else params.logprobs
-            views["forced"][index] = -1
-        suppressed_ids = request.suppressed_ids if params.min_tokens else ()
-        if suppressed_ids or index in self._suppressing:
-            self._pack_suppressed(index, suppressed_ids)
+        params = [request.params for request in changed]
+        for name in FLOATS:
+            self.floats[name][indices] = [getattr(one, name) for one in params]
+        views["top_k"][indices] = [one.top_k for one in params]
+        views["seed"][indices] = np.array([request.seed & 0xFFFFFFFF for request in changed], np.uint32).view(np.int32)
+        views["num_logprobs"][indices] = [-1 if one.logprobs is None else one.logprobs for one in params]
+        views["forced"][indices] = -1
 
     def _pack_scores(self, plan: StepPlan, num_sampled: int) -> int:
         """Logit rows after the sampled ones: greedy, with the prompt's own next token forced. Returns their end."""
@@ -168,11 +186,14 @@ class InputPacker:
         self._pack_suppressed(index, ())
 
 
-def newest_token(request: Request) -> int:
-    """The last token's id, or the reference to a token in flight."""
-    if request.num_in_flight:
-        return known_or_fed(request, request.num_tokens - 1, request.num_tokens)[0]
-    return request.output_ids[-1] if request.output_ids else request.prompt_ids[-1]
+def single_token(entry: Scheduled) -> int:
+    """The id of an entry's only token, or the reference to a token in flight."""
+    request = entry.request
+    if entry.samples and request.num_in_flight == 1:
+        return -1 - request.flight_row
+    if entry.samples and not request.num_in_flight:
+        return request.output_ids[-1] if request.output_ids else request.prompt_ids[-1]
+    return known_or_fed(request, entry.start, entry.start + 1)[0]
 
 
 def known_or_fed(request: Request, start: int, stop: int) -> list[int]:

@@ -309,9 +309,11 @@ def make_output(plan: StepPlan, rows: np.ndarray, *, pack_s: float, device_s: fl
     """Unpack the graph's (R, OUT_WIDTH) int32 rows: first the plan's sampled entries, then the scores."""
     sampled = plan.sampled
     tokens = tuple(rows[: len(sampled), OUT_TOKEN].tolist())
-    logprobs = tuple(
-        read_logprobs(row, entry.request.params.logprobs) for row, entry in zip(rows, sampled, strict=False)
-    )
+    logprobs: tuple[TokenLogprobs | None, ...] = (None,) * len(sampled)
+    if any(entry.request.params.logprobs is not None for entry in sampled):
+        logprobs = tuple(
+            read_logprobs(row, entry.request.params.logprobs) for row, entry in zip(rows, sampled, strict=False)
+        )
     scores, start = [], len(sampled)
     for entry in plan.scored:
         of_entry = rows[start : start + entry.num_scored]

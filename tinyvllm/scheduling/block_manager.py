@@ -74,6 +74,7 @@ class BlockManager:
             request.block_ids.append(block_id)
         if request.block_ids:
             self._holders.add(request)
+        request.num_sealed = len(request.block_ids)
         return len(request.block_ids) * self.block_size
 
     def grow(self, request: Request, num_tokens: int) -> bool:
@@ -98,10 +99,7 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return
         num_full = request.num_computed // self.block_size
-        num_sealed = num_full
-        while num_sealed and not self._hashes[request.block_ids[num_sealed - 1]]:
-            num_sealed -= 1
-        for index in range(num_sealed, num_full):
+        for index in range(request.num_sealed, num_full):
             block_id = request.block_ids[index]
             block_hash = self._hash(request, index)
             self._hashes[block_id] = block_hash
@@ -109,13 +107,14 @@ class BlockManager:
             # Two requests may compute the same prefix in one step; the block that is sealed first is the one cached.
             if self._findable.setdefault(block_hash, block_id) == block_id and self._changes is not None:
                 self._changes[block_hash] = True
+        request.num_sealed = num_full
 
     def free(self, request: Request, keep: bool = True) -> None:
         """Free all blocks of a request. keep=False: their content is invalid, so drop it from the prefix cache.
 
         The tail is freed first, and so is reused first: a continuation is useless without the head of its prefix.
         """
-        block_ids, request.block_ids = request.block_ids, []
+        block_ids, request.block_ids, request.num_sealed = request.block_ids, [], 0
         for block_id in reversed(block_ids):
             if self._ref_counts[block_id] < 1:
                 raise InvariantError(f"request {request.request_id} frees block {block_id}, which has no holder")

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from tinyvllm.scheduling.request import Request, TokenLogprobs
 
 
-@dataclass(frozen=True)
+@dataclass(
+    slots=True, init=False
+)  # not frozen: a step makes one per sequence, and assignments would take four times as long
 class Scheduled:
     """Compute tokens [start, start + count) of `request` in this step.
 
@@ -25,17 +27,18 @@ class Scheduled:
     request: Request
     start: int
     count: int
-    samples: bool = field(init=False)
-    first_scored: int = field(init=False, default=0)
-    num_scored: int = field(init=False, default=0)
+    samples: bool
+    first_scored: int
+    num_scored: int
 
-    def __post_init__(self) -> None:
-        request, stop = self.request, self.start + self.count
-        object.__setattr__(self, "samples", stop == request.num_tokens)
+    def __init__(self, request: Request, start: int, count: int) -> None:
+        stop = start + count
+        self.request, self.start, self.count = request, start, count
+        self.samples = stop == request.num_tokens
+        self.first_scored = self.num_scored = 0
         if request.num_prompt_logprobs is not None:
-            first = max(self.start, request.num_scored)
-            object.__setattr__(self, "first_scored", first)
-            object.__setattr__(self, "num_scored", max(0, min(stop, request.num_prompt_tokens - 1) - first))
+            self.first_scored = max(start, request.num_scored)
+            self.num_scored = max(0, min(stop, request.num_prompt_tokens - 1) - self.first_scored)
 
     @property
     def num_logit_rows(self) -> int:
@@ -95,7 +98,7 @@ class StepOutput:
     pooled: tuple[NDArray[np.float32], ...] = ()  # (hidden,): the sum of an entry's normed states, or the last state
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, for the same reason
 class TokenOut:
     """One new token of one request, after commit. The last one has a finish_reason."""
 

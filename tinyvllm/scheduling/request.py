@@ -87,10 +87,12 @@ class Request:
     num_scored: int = 0  # prompt tokens whose logprobs are computed, by the steps in flight included
     num_computed: int = 0
     num_in_flight: int = 0  # newest tokens, sampled by steps whose output has not been read: their ids are unknown
+    row: int = -1  # in the latest step's batch; -1: none yet
     flight_row: int = 0  # row of the token in flight among the tokens that its step samples
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of full blocks, in order
+    num_sealed: int = 0  # of its blocks, those that can be shared
     status: Status = Status.WAITING
     finish_reason: str | None = None  # stop, length, abort, error
     stop_reason: int | str | None = None  # the stop id or stop string that ended it
@@ -107,11 +109,11 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_ids) + self.num_output_tokens
+        return len(self.prompt_ids) + len(self.output_ids) + self.num_in_flight
 
     @property
     def num_pending(self) -> int:
-        return self.num_tokens - self.num_computed
+        return len(self.prompt_ids) + len(self.output_ids) + self.num_in_flight - self.num_computed
 
     @property
     def num_to_score(self) -> int:
@@ -124,6 +126,11 @@ class Request:
         if self.num_output_tokens >= self.params.min_tokens:
             return ()
         return tuple(sorted({*self.eos_ids, *self.params.stop_token_ids}))
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that may end the output."""
+        return self.eos_ids.union(self.params.stop_token_ids)
 
     @cached_property
     def is_masked(self) -> bool:

@@ -61,6 +61,30 @@ def check_length(num_prompt_tokens: int, max_tokens: int | None, capacity: Capac
     )
 
 
+def in_stable_rows(entries: list[Scheduled]) -> list[Scheduled]:
+    """The entries of a step in batch order: each decode in the row of the step before, if it can, then the prompts.
+
+    What a row's inputs say of its request is written only if the request has changed, so most rows should keep theirs.
+    A row that has become free is filled with a request from the end.
+    """
+    single = [entry for entry in entries if entry.count == 1]
+    rows: list[Scheduled | None] = [None] * len(single)
+    moving: list[Scheduled] = []
+    for entry in single:
+        row = entry.request.row
+        if 0 <= row < len(rows) and rows[row] is None:
+            rows[row] = entry
+        else:
+            moving.append(entry)
+    moving.reverse()
+    ordered = [entry or moving.pop() for entry in rows]
+    if len(single) < len(entries):
+        ordered += [entry for entry in entries if entry.count != 1]
+    for row, entry in enumerate(ordered):
+        entry.request.row = row
+    return ordered
+
+
 class Scheduler:
     """Owns the waiting queue and the running list. Requests of lower rank are admitted first and preempted last.
 
@@ -104,6 +128,7 @@ class Scheduler:
         check_length(request.num_prompt_tokens, None, self.capacity)
         if request.request_id in self._requests:
             raise RequestError(f"request_id {request.request_id!r} is in use: choose another", param="request_id")
+        request.max_tokens = min(request.max_tokens, self._max_len - request.num_prompt_tokens)
         request.arrival = self._num_arrived
         self._num_arrived += 1
         self._requests[request.request_id] = request
@@ -148,16 +173,18 @@ class Scheduler:
                 f"nothing can be scheduled: {self.num_running} running, {self.num_waiting} waiting, "
                 f"{self.block_manager.num_free} blocks free"
             )
-        return StepPlan(tuple(entries), tuple(preempted))
+        return StepPlan(tuple(in_stable_rows(entries)), tuple(preempted))
 
     def advance(self, plan: StepPlan) -> None:
         """Mark a step as launched: its tokens count as computed, and the tokens that it samples are in flight."""
         for entry in plan.entries:
             entry.request.num_computed += entry.count
+        for entry in plan.scored:
             entry.request.num_scored += entry.num_scored
         for row, entry in enumerate(plan.sampled):
-            entry.request.num_in_flight += 1
-            entry.request.flight_row = row
+            request = entry.request
+            request.num_in_flight += 1
+            request.flight_row = row
 
     def commit(self, plan: StepPlan, output: StepOutput) -> list[TokenOut]:
         """Take the tokens of an advanced step: append them, seal full blocks, and end requests that are complete.
@@ -179,30 +206,37 @@ class Scheduler:
         outs: list[TokenOut] = []
         sampled = iter(zip(output.token_ids, output.logprobs, strict=True))
         for entry in plan.entries:
-            request, token = entry.request, next(sampled) if entry.samples else None
-            if request.status is Status.FINISHED:
+            request = entry.request
+            if not entry.samples:
+                if request.status is Status.RUNNING:
+                    self.block_manager.seal(request)
                 continue
-            if token is not None:
+            token_id, scores = next(sampled)
+            if request.status is not Status.FINISHED:
                 request.num_in_flight -= 1
-                outs.append(self._append(request, *token))
-            elif request.status is Status.RUNNING:
-                self.block_manager.seal(request)
+                outs.append(self._append(request, token_id, scores))
         return outs
 
     def _continue_running(self, entries: list[Scheduled], preempted: list[Request]) -> int:
         """Schedule the running requests in order of rank; return the rest of the budget."""
         budget = self.capacity.max_num_batched_tokens
         self._num_spare_rows = self.capacity.max_num_seqs - len(self.running)
-        index = 0
+        block_size, index = self.capacity.block_size, 0
         while index < len(self.running):  # the list shortens from its end when requests are preempted
             request = self.running[index]
+            start = request.num_computed
             num_after = len(self.running) - index - 1  # one token is reserved for each, so a long prompt stalls nobody
-            count = 0 if self._is_ending(request) else min(request.num_pending, budget - num_after)
-            count = self._limit_scored(request, request.num_computed, count)
-            if not self._make_room(request, request.num_computed + count, preempted):
+            in_flight, num_output = request.num_in_flight, len(request.output_ids) + request.num_in_flight
+            count = min(len(request.prompt_ids) + num_output - start, budget - num_after)
+            if in_flight and num_output >= request.max_tokens:
+                count = 0  # the token in flight is the last, whatever its id
+            if request.num_prompt_logprobs is not None:
+                count = self._limit_scored(request, start, count)
+            has_room = start + count <= len(request.block_ids) * block_size  # no call: it is the usual case
+            if not has_room and not self._make_room(request, start + count, preempted):
                 break
             if count:
-                entries.append(Scheduled(request, request.num_computed, count))
+                entries.append(Scheduled(request, start, count))
             budget -= count
             index += 1
         return budget
@@ -220,14 +254,6 @@ class Scheduler:
         count = min(count, num_free + 1 + num_spare)
         self._num_spare_rows -= max(0, count - num_free - 1)
         return count
-
-    def _is_ending(self, request: Request) -> bool:
-        """Whether the token in flight is the request's last, whatever its id."""
-        return request.num_in_flight > 0 and self._is_full(request, request.num_output_tokens)
-
-    def _is_full(self, request: Request, num_output: int) -> bool:
-        """Whether a request with `num_output` output tokens has reached its maximum length."""
-        return num_output >= request.max_tokens or request.num_prompt_tokens + num_output >= self._max_len
 
     def _make_room(self, request: Request, num_tokens: int, preempted: list[Request]) -> bool:
         """Grow the request's block table, preempting the last in rank. False if the request itself was preempted."""
@@ -298,14 +324,17 @@ class Scheduler:
             self.finish(request, "error", error=NOTHING_ALLOWED if request.is_masked else NO_FINITE_LOGITS)
             return TokenOut(request, token_id=None, finish_reason="error")
         request.output_ids.append(token_id)
-        self.block_manager.seal(request)
-        reason, stop_reason = self._reason_to_stop(request, token_id)
+        if request.num_computed // self.capacity.block_size > request.num_sealed:
+            self.block_manager.seal(request)
+        reason, stop_reason = None, None
+        if token_id in request.end_ids or len(request.output_ids) >= request.max_tokens:
+            reason, stop_reason = self._reason_to_stop(request, token_id)
         if request.constraint is not None and stop_reason is None:
             reason = self._follow(request, token_id, reason)
         if reason is not None:
             constraint = request.constraint
             self.finish(request, reason, stop_reason, constraint.error if constraint and reason == "error" else None)
-        return TokenOut(request, token_id=token_id, logprobs=logprobs, finish_reason=reason)
+        return TokenOut(request, token_id, logprobs, reason)
 
     def _follow(self, request: Request, token_id: int, reason: str | None) -> str | None:
         """Advance the request's constraint by a token, which may be EOS; return the reason to finish, if any."""
@@ -322,6 +351,6 @@ class Scheduler:
                 return "stop", None
             if token_id in request.params.stop_token_ids:
                 return "stop", token_id
-        if self._is_full(request, num_output):
+        if num_output >= request.max_tokens:
             return "length", None
         return None, None

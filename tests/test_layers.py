@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "execution": BASE | {"arrays", "device", "ops", "model", "profiling", "scheduling", "storage"},
     "engine": BASE | {"text", "scheduling", "execution", "profiling", "storage"},
     "server": BASE | {"text", "engine", "profiling", "__init__"},
+    "ray_app": BASE | {"engine", "scheduling", "server"},
     "bench": DOWN_TO_ENGINE | {"__init__"},
     "cli": DOWN_TO_ENGINE | {"server", "bench", "__init__"},
     "__init__": BASE | {"engine"},

@@ -37,6 +37,7 @@ def plan_from(options: dict[str, Any]) -> ServePlan:
         "front_end_module": "tests.server.fake_front_end",
         "engine_module": "tests.server.fake_engine_process",
         "num_front_ends": 2,
+        "has_large_lane": False,
     }
     engines = [Placement(config)] * options.pop("num_engines", 1)
     return ServePlan(engines=engines, settings=settings, **{**fakes, **options})

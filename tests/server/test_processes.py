@@ -115,6 +115,31 @@ def test_a_recording_covers_every_process(server: RunningServer) -> None:
     assert httpx.post(server.address + "/stop_profile").status_code == 409
 
 
+def test_large_bodies_are_parsed_by_a_front_end_of_their_own(tmp_path: Path) -> None:
+    headers = {"content-type": "application/json", "connection": "close"}
+    small = json.dumps({"prompt": "hello", "max_tokens": 5}).encode()
+    with serving(tmp_path, "answering", has_large_lane=True) as server:
+        with httpx.Client(base_url=server.address, headers=headers) as client:
+            for body in (small, small.ljust(300_000), small.ljust(300_000), small):
+                response = client.post("/v1/completions", content=body)
+                assert response.status_code == 200, response.text
+                assert response.json()["usage"]["completion_tokens"] == 5
+            too_large = client.post("/v1/completions", content=small.ljust(17 * 2**20))
+            assert too_large.status_code == 413 and "larger than" in too_large.json()["error"]["message"]
+            requests = 'http_requests_total{handler="/v1/completions",method="POST",status="2xx"}'
+            assert value_of(client.get("/metrics").text, requests) == 4, "each is counted once"
+        os.kill(server.pids()["front-end 2"], signal.SIGKILL)
+        server.wait_for(
+            lambda: (
+                httpx.post(
+                    server.address + "/v1/completions", content=small.ljust(300_000), headers=headers
+                ).status_code
+                == 200
+            )
+        )
+        server.stop()
+
+
 def test_a_stored_response_is_known_at_every_front_end(server: RunningServer) -> None:
     with httpx.Client(base_url=server.address) as one, httpx.Client(base_url=server.address) as other:
         first = one.post("/v1/responses", json={"input": "hi"}).json()

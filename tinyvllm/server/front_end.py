@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,16 +25,24 @@ from tinyvllm.server.control import ChildLink, Message
 from tinyvllm.server.counters import Counters
 from tinyvllm.server.endpoints import endpoint_of
 from tinyvllm.server.front_ends import FrontEnds
+from tinyvllm.server.large_lane import LargeLane
 from tinyvllm.server.questions import Asker
 from tinyvllm.server.response_store import GET_RESPONSE, REMOVE_RESPONSE, ResponseStore
 from tinyvllm.server.serve import uvicorn_config
+from tinyvllm.server.sockets import bind_unix
 from tinyvllm.server.specs import FrontEndSpec, client_name
 from tinyvllm.server.status_log import log_status
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
     from tinyvllm.server.state import ServerState
 
 log = logging.getLogger(__name__)
+
+# How long a thread that renders a template or prepares a schema may keep the interpreter from the event loop. Python's
+# default of 5 ms is longer than a step, and each stream would feel it.
+SWITCH_S = 0.0005
 
 
 class EngineWatch(Protocol):
@@ -58,6 +67,7 @@ def main(connect: Connect = connect_engine) -> None:
     """connect: makes the engine that is served; called on the event loop."""
     spec, link = start_child(FrontEndSpec)
     die_with_parent(spec.supervisor_pid)
+    sys.setswitchinterval(SWITCH_S)
     event_loop.run(_FrontEnd(spec, link).run(connect))
 
 
@@ -83,8 +93,11 @@ class _FrontEnd:
         app = make_app(self._engine, spec.settings, front_ends)
         self._state: ServerState = app.state.server
         self._responses: ResponseStore = app.state.responses
+        served: ASGIApp = app
+        if spec.large_lane is not None and not spec.is_large_lane:
+            served = LargeLane(app, spec.large_lane)
         self._server = FrontEndServer(
-            uvicorn_config(app, spec.tls, access_log=spec.access_log),
+            uvicorn_config(served, None if spec.is_large_lane else spec.tls, access_log=spec.access_log),
             self._state,
             socket.socket(fileno=spec.connections_fd),
             on_serving=lambda: self._link.send("serving"),
@@ -101,7 +114,8 @@ class _FrontEnd:
                 loop.create_task(log_status(self._engine, self._state.metrics, spec.settings.stats_interval_s))
             )
         try:
-            await self._server.serve(sockets=[])
+            is_lane = spec.is_large_lane and spec.large_lane is not None
+            await self._server.serve(sockets=[bind_unix(str(spec.large_lane))] if is_lane else [])
         finally:
             for task in tasks:
                 task.cancel()

@@ -24,7 +24,7 @@ from tinyvllm.server.sockets import TlsFiles, end_silent_peers
 from tinyvllm.server.status_log import log_status
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.types import ASGIApp
 
     from tinyvllm.engine.async_engine import AsyncEngine
     from tinyvllm.server.state import ServerState
@@ -83,7 +83,7 @@ async def serve(
             await announcement
 
 
-def uvicorn_config(app: FastAPI, tls: TlsFiles | None, *, access_log: bool) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, tls: TlsFiles | None, *, access_log: bool) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=http_protocol(),

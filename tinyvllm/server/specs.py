@@ -38,6 +38,8 @@ class FrontEndSpec:
     config: EngineConfig
     num_engines: int
     num_front_ends: int
+    large_lane: str | None  # the Unix socket of the front-end for large requests (large_lane.py)
+    is_large_lane: bool  # this is the one
     settings: ServerSettings
     tls: TlsFiles | None
     access_log: bool

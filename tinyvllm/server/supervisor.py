@@ -53,7 +53,8 @@ class ServePlan:
 
     engines: Sequence[Placement]
     settings: ServerSettings
-    num_front_ends: int
+    num_front_ends: int  # that get connections
+    has_large_lane: bool = True  # one more, for requests with large bodies
     restart_engine: bool = False
     tls: TlsFiles | None = None
     access_log: bool = True
@@ -66,6 +67,11 @@ class ServePlan:
     @property
     def num_engines(self) -> int:
         return len(self.engines)
+
+    @property
+    def num_http(self) -> int:
+        """All front-ends. The large lane is the last."""
+        return self.num_front_ends + self.has_large_lane
 
 
 async def supervise(
@@ -110,10 +116,10 @@ class Supervisor:
         """Serve until a stop signal, or until the server cannot go on."""
         with run_directory() as directory, self._stop_signals():
             self._directory = directory
-            self._board = Board.create(directory / "board", self._plan.num_front_ends)
+            self._board = Board.create(directory / "board", self._plan.num_http)
             self._handover = Handover(self._listener, self._board)
             engines = [self._spawn(self._keep_engine(index)) for index in range(self._plan.num_engines)]
-            front_ends = [self._spawn(self._keep_front_end(index)) for index in range(self._plan.num_front_ends)]
+            front_ends = [self._spawn(self._keep_front_end(index)) for index in range(self._plan.num_http)]
             try:
                 await self._end
             finally:
@@ -159,7 +165,7 @@ class Supervisor:
             index=index,
             run_dir=str(self._directory),
             config=place.config,
-            num_front_ends=plan.num_front_ends,
+            num_front_ends=plan.num_http,
             log_level=plan.log_level,
             cores=place.cores,
             load=plan.load,
@@ -243,7 +249,9 @@ class Supervisor:
                 connections_fd=there.fileno(),
                 config=plan.engines[0].config,
                 num_engines=plan.num_engines,
-                num_front_ends=plan.num_front_ends,
+                num_front_ends=plan.num_http,
+                large_lane=str(self._directory / "large") if plan.has_large_lane else None,
+                is_large_lane=index == plan.num_front_ends,
                 settings=plan.settings,
                 tls=plan.tls,
                 access_log=plan.access_log,
@@ -268,7 +276,8 @@ class Supervisor:
             match message["kind"]:
                 case "serving":
                     process.ready_s = time.monotonic()
-                    self._handover.add(index, connections)
+                    if index < self._plan.num_front_ends:
+                        self._handover.add(index, connections)
                 case "ready":
                     self._greet(message["can_chat"])
                 case "draining":
@@ -290,7 +299,7 @@ class Supervisor:
     def _greet(self, can_chat: bool) -> None:
         """A front-end is ready: once all are, for the first time, say so."""
         self._num_ready += 1
-        if self._num_ready == self._plan.num_front_ends and not self._num_signals:
+        if self._num_ready == self._plan.num_http and not self._num_signals:
             if self._plan.records:
                 for process in self._processes.values():
                     process.send("question", number=0, question=recordings.START_PROFILE, about="")

@@ -17,6 +17,11 @@ def test_the_lock_is_held_as_often_as_probes_wait_for_it() -> None:
     assert lock.held_share == 0.25 and round(lock.held_error, 4) == 0.0433
 
 
+def test_a_lock_that_is_always_held_is_no_floor() -> None:
+    lock = summarize_probes([5_000_000] * 10, [0] * 10)
+    assert lock is not None and (lock.num_held, lock.held_share, lock.mean_ns) == (10, 1.0, 4_800_000)
+
+
 def test_waiting_for_a_core_is_not_waiting_for_the_lock() -> None:
     lock = summarize_probes([20_000] * 5 + [9_000_000] * 5, [0] * 5 + [8_980_000] * 5)
     assert lock is not None and (lock.num_held, lock.mean_ns, lock.core_wait_ns) == (0, 0, 4_490_000)

@@ -125,7 +125,9 @@ class EngineLoop:
             if self._stop_at_s is not None and (self._is_idle or time.monotonic() >= self._stop_at_s):
                 return
             if core.has_work:
-                self._pass_on(core.step())
+                outs = core.step()
+                with measure.span(measure.REPLY):
+                    self._pass_on(outs)
             if core.has_captures_to_come:
                 self._pass_on(core.advance_captures())
 
@@ -147,8 +149,7 @@ class EngineLoop:
         if self._has_routed:  # first, so that a router knows a prompt's blocks when the prompt's request ends
             self._send_changes()
         if outs:
-            with measure.span(measure.REPLY):
-                self._send_tokens(outs, stats.end_s)
+            self._send_tokens(outs, stats.end_s)
         self._history.add(stats)
         if self._on_stats is not None:
             self._on_stats(stats)

@@ -107,6 +107,7 @@ class Recorder:
             raise ProfilingError(f"a recording must keep at least one span, but max_spans is {max_spans}")
         self._spans: deque[Span] = deque(maxlen=max_spans)
         self._totals: dict[str, Total] = {}
+        self._tallies: dict[str, list[int]] = {}  # counts and sums in ns of what has no spans
         self._counts: dict[str, int] = {}
         self._num_ended = 0
         self._open = threading.local()
@@ -129,8 +130,9 @@ class Recorder:
         if stack := self.stack:
             stack[-1].cover(duration_ns)
         with self._lock:
-            total = self._totals.get(name, Total())
-            self._totals[name] = Total(total.count + 1, total.total_ns + duration_ns, total.own_ns + duration_ns)
+            sums = self._tallies.setdefault(name, [0, 0])
+            sums[0] += 1
+            sums[1] += duration_ns
 
     def count(self, name: str, amount: int = 1) -> None:
         with self._lock:
@@ -144,7 +146,7 @@ class Recorder:
                 self._start_ns,
                 end_ns,
                 tuple(self._spans),
-                dict(self._totals),
+                self._totals | {name: Total(count, ns, ns) for name, (count, ns) in self._tallies.items()},
                 dict(self._counts),
                 self._num_ended - len(self._spans),
                 _process,

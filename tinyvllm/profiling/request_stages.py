@@ -17,6 +17,7 @@ life into stages that do not overlap:
     hop back   until the front-end takes the message with the last token
     detokenize, serialize, send
                the last token's text and event, and the rest of the response
+    transfer   until the client has read the last byte                          (only with the client's times)
 
 Every earlier token also hops back and is detokenized, serialized and sent, but while the engine computes the next one.
 That does not make the request longer, and is counted apart (`Delivery`). What no stage covers is the residual.
@@ -54,10 +55,11 @@ from tinyvllm.profiling.measure import (
 )
 
 ACCEPT, PARSE, ADMIT, HOP, PREFILL, DECODE, LOOP = "accept", "parse", "admit", "hop", "prefill", "decode", "loop"
+TRANSFER = "transfer"
 STAGES = (
     *(ACCEPT, PARSE, TEMPLATE, TOKENIZE, ADMIT, HOP, QUEUE),
     *(SCHEDULE, PACK, PREFILL, DECODE, COMMIT, LOOP),
-    *(HOP_BACK, DETOKENIZE, SERIALIZE, SEND),
+    *(HOP_BACK, DETOKENIZE, SERIALIZE, SEND, TRANSFER),
 )
 DEVICE = "device"  # prefill or decode, depending on when
 # The engine thread's spans, and the stages that they count as.
@@ -171,10 +173,19 @@ class _Engine:
     def __init__(self, recording: Recording) -> None:
         self.name = recording.process
         self.received = recording.named(RECEIVE)
+        self._queued = _by_fact(recording.named(QUEUE), "request")
         thread = self.received[0].thread
         spans = [span for span in recording.spans if span.thread == thread and span.depth >= 0]
         self._segments = innermost_segments(spans)
         self._ends = [segment.end_ns for segment in self._segments]
+
+    def scheduled_ns(self, request_id: str, facts: Mapping[str, int]) -> int:
+        """When a step first included the request. The engine says when it last left the queue: that is later if it was
+        preempted, but a second wait after the first token is no part of the queue's stage."""
+        queued = self._queued.get(request_id)
+        if facts["scheduled_ns"] <= facts["first_token_ns"] or queued is None:
+            return min(facts["scheduled_ns"], facts["first_token_ns"])
+        return queued.end_ns
 
     def between(self, start_ns: int, end_ns: int, device: str) -> list[Segment]:
         """The segments of [start_ns, end_ns). device: the stage that the device's time counts as."""
@@ -246,18 +257,19 @@ class _FrontEnd:
         first_ns = facts["first_sent_ns"] if client is None else client.first_ns
         end_ns = answer.end_ns if client is None else client.end_ns
         known_ns, last_known_ns = facts["first_token_ns"], facts["last_token_ns"]
+        scheduled_ns = engine.scheduled_ns(request_id, facts)
         before = [
             *([] if client is None else [(ACCEPT, whole.start_ns)]),
             *self._prompt_stages(http_id, call),
             (ADMIT, submitted.start_ns),
             (HOP, taken.start_ns),
-            (QUEUE, facts["scheduled_ns"]),
+            (QUEUE, scheduled_ns),
         ]
         to_prompt = _consecutive(start_ns, before)
-        prefill = engine.between(facts["scheduled_ns"], known_ns, PREFILL)
+        prefill = engine.between(scheduled_ns, known_ns, PREFILL)
         decode = engine.between(known_ns, last_known_ns, DECODE)
-        to_first = _consecutive(known_ns, self._way_out(facts, "first", facts["first_sent_ns"]))
-        to_last = _consecutive(last_known_ns, self._way_out(facts, "last", answer.end_ns))
+        to_first = _consecutive(known_ns, self._way_out(facts, "first", facts["first_sent_ns"], first_ns))
+        to_last = _consecutive(last_known_ns, self._way_out(facts, "last", answer.end_ns, end_ns))
         return ServedRequest(
             http_id=http_id,
             request_id=request_id,
@@ -282,8 +294,8 @@ class _FrontEnd:
             stages.append((TOKENIZE, tokenized.end_ns))
         return stages
 
-    def _way_out(self, facts: Mapping[str, int], which: str, sent_ns: int) -> list[tuple[str, int]]:
-        """From the moment when the engine knows a token, the first or the last, until it has been sent."""
+    def _way_out(self, facts: Mapping[str, int], which: str, sent_ns: int, read_ns: int) -> list[tuple[str, int]]:
+        """From the moment when the engine knows a token, the first or the last, until it has been sent and read."""
         taken_ns = facts[f"{which}_taken_ns"]
         place = bisect_right(self._batch_starts, taken_ns) - 1
         batch_ns = self._batch_starts[place] if place >= 0 else taken_ns
@@ -291,7 +303,8 @@ class _FrontEnd:
             (HOP_BACK, batch_ns),
             (DETOKENIZE, taken_ns),
             (SERIALIZE, facts[f"{which}_formatted_ns"]),
-            (SEND, sent_ns),
+            (SEND, min(sent_ns, read_ns)),  # the client may read before the server has looked at its clock again
+            (TRANSFER, read_ns),
         ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tinyvllm.config import EngineConfig
 from tinyvllm.engine.board import StatsRow
+from tinyvllm.engine.heap import settle_heap
 from tinyvllm.engine.loading import LoadedEngine, Progress, load_engine
 from tinyvllm.engine.loop import EngineLoop
 from tinyvllm.engine.process_host import Endpoint
@@ -43,6 +44,7 @@ class EngineServer:
         self._loop = EngineLoop(engine.core, engine.grammars, self._door, self._row.write)
         if self._is_stopping:
             self._loop.stop()
+        settle_heap()
         on_ready(engine)
         reason = "the engine was shut down"
         try:

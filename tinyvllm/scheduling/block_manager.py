@@ -16,16 +16,21 @@ from tinyvllm.errors import CapacityError, InvariantError
 from tinyvllm.scheduling.request import Request
 
 
-def hash_block(parent: bytes, tokens: Sequence[int]) -> bytes:
+def pack_tokens(tokens: Sequence[int]) -> bytes:
+    """Token ids as int32."""
+    return array("i", tokens).tobytes()
+
+
+def hash_block(parent: bytes, tokens: bytes) -> bytes:
     """Hash of a full block and everything before it: `parent` is the hash of the previous block, or b""."""
-    return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(parent + tokens, digest_size=16).digest()
 
 
 def hash_blocks(tokens: Sequence[int], block_size: int) -> list[bytes]:
     """Hashes of all full blocks of a sequence, in order. 2 us a block."""
     hashes = [b""]
     for end in range(block_size, len(tokens) + 1, block_size):
-        hashes.append(hash_block(hashes[-1], tokens[end - block_size : end]))
+        hashes.append(hash_block(hashes[-1], pack_tokens(tokens[end - block_size : end])))
     return hashes[1:]
 
 
@@ -45,7 +50,7 @@ class BlockManager:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))  # next to allocate first
         self._ref_counts = [0] * num_blocks
         self._hashes = [b""] * num_blocks  # b"": not sealed
-        self._tokens: list[list[int]] = [[]] * num_blocks  # of sealed blocks
+        self._tokens = [b""] * num_blocks  # of sealed blocks, int32: objects that the garbage collector need not visit
         self._findable: dict[bytes, int] = {}  # hash -> the one block found by it
         self._holders: set[Request] = set()
         self._changes: dict[bytes, bool] | None = None  # hash -> whether it can be found now
@@ -89,7 +94,7 @@ class BlockManager:
             self._take(block_id)
             self._hide(block_id)
             self._hashes[block_id] = b""
-            self._tokens[block_id] = []
+            self._tokens[block_id] = b""
             request.block_ids.append(block_id)
         self._holders.add(request)
         return True
@@ -189,8 +194,8 @@ class BlockManager:
             hashes.append(hash_block(hashes[-1] if hashes else b"", self._block_tokens(request, len(hashes))))
         return hashes[index]
 
-    def _block_tokens(self, request: Request, index: int) -> list[int]:
-        return request.tokens(index * self.block_size, (index + 1) * self.block_size)
+    def _block_tokens(self, request: Request, index: int) -> bytes:
+        return pack_tokens(request.tokens(index * self.block_size, (index + 1) * self.block_size))
 
     def _audit_counts(self) -> None:
         tables = Counter(block_id for request in self._holders for block_id in request.block_ids)

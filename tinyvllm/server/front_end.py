@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import uvicorn
 
 from tinyvllm.engine.async_engine import AsyncEngine
+from tinyvllm.engine.heap import settle_heap
 from tinyvllm.engine.process_host import ProcessHost
 from tinyvllm.server import event_loop, recordings
 from tinyvllm.server.app import make_app
@@ -123,6 +124,7 @@ class _FrontEnd:
     async def _announce(self) -> None:
         with contextlib.suppress(Exception):  # the supervisor knows why an engine does not start
             await self._engine.wait_ready()
+            settle_heap()
             self._link.send("ready", can_chat=self._engine.chat_template is not None)
 
     def _handle(self, message: Message) -> None:

@@ -1,0 +1,20 @@
+"""Python's garbage collector in processes that must not pause."""
+
+from __future__ import annotations
+
+import gc
+
+# New containers before a collection of the youngest, of those before one of the middle generation, and so on. Python's
+# defaults (700, 10, 10) collect hundreds of times a second under load; a collection of 10,000 objects takes 0.3 ms.
+THRESHOLDS = (10_000, 20, 100)
+
+
+def settle_heap() -> None:
+    """Called when all that lives as long as the process is loaded: collections no longer visit it, and are rare.
+
+    A full collection visits every object of a process, 100 ms for a large one, in which no token leaves it. Requests
+    and their outputs are freed by their reference counts.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*THRESHOLDS)

@@ -160,6 +160,8 @@ class Intake:
 
     async def _serve(self, connection: socket.socket) -> None:
         connection.setblocking(False)
+        if connection.family != socket.AF_UNIX:  # uvloop would do it for connections that it accepts itself only
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with contextlib.suppress(OSError):  # it was closed in the meantime, or is not TLS
             await self._loop.connect_accepted_socket(self._make_protocol, connection, ssl=self._tls)
         self._board.add(NUM_TAKEN, 1)  # not earlier: until then, the supervisor counts it as given

@@ -107,20 +107,25 @@ async def start_process(
 ) -> Process:
     """Start `python -m module` and send it its spec. `fds`: descriptors that it inherits besides its control link.
 
-    environment: variables in addition to this process's. Keys of the API are in the spec only."""
+    environment: variables in addition to this process's. Keys of the API are in the spec only.
+    Raises TinyvllmError if the system starts no more processes."""
     here, there = socket.socketpair()
     with there:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *_path_flags(),
-            "-m",
-            module,
-            str(there.fileno()),
-            pass_fds=(there.fileno(), *fds),
-            process_group=0,  # a Ctrl-C in a terminal reaches the supervisor alone, which forwards it
-            stdin=asyncio.subprocess.DEVNULL,
-            env={**os.environ, **(environment or {}), API_KEY_VARIABLE: ""},
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *_path_flags(),
+                "-m",
+                module,
+                str(there.fileno()),
+                pass_fds=(there.fileno(), *fds),
+                process_group=0,  # a Ctrl-C in a terminal reaches the supervisor alone, which forwards it
+                stdin=asyncio.subprocess.DEVNULL,
+                env={**os.environ, **(environment or {}), API_KEY_VARIABLE: ""},
+            )
+        except OSError as error:
+            here.close()
+            raise TinyvllmError(f"{spec.name} cannot be started: {error}") from error
     link = await ParentLink.open(here)
     link.send("spec", spec=spec)
     return Process(spec.name, process, link)

@@ -31,7 +31,7 @@ from tinyvllm.server.process import Process, Restarts, start_process
 from tinyvllm.server.questions import Questions
 from tinyvllm.server.run_directory import run_directory
 from tinyvllm.server.settings import ServerSettings
-from tinyvllm.server.sockets import TlsFiles
+from tinyvllm.server.sockets import TlsFiles, end_silent_peers
 from tinyvllm.server.specs import LOAD_ENGINE, EngineSpec, FrontEndSpec, client_name, engine_name, front_end_name
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Supervisor:
         self._have_been_ready: set[int] = set()  # engines
         self._dead_engines: dict[int, str] = {}  # how each ended
         self._front_ends: dict[int, Process] = {}
-        self._num_ready = 0  # front-ends, counting restarted ones again
+        self._ready_front_ends: set[int] = set()  # that have been ready once
         self._draining: set[int] = set()  # front-ends that refuse new requests
         self._num_signals = 0
         self._stopping = asyncio.Event()
@@ -117,6 +117,7 @@ class Supervisor:
         with run_directory() as directory, self._stop_signals():
             self._directory = directory
             self._board = Board.create(directory / "board", self._plan.num_http)
+            end_silent_peers(self._listener, self._plan.settings.idle_timeout_s)
             self._handover = Handover(self._listener, self._board)
             engines = [self._spawn(self._keep_engine(index)) for index in range(self._plan.num_engines)]
             front_ends = [self._spawn(self._keep_front_end(index)) for index in range(self._plan.num_http)]
@@ -279,7 +280,7 @@ class Supervisor:
                     if index < self._plan.num_front_ends:
                         self._handover.add(index, connections)
                 case "ready":
-                    self._greet(message["can_chat"])
+                    self._greet(index, message["can_chat"])
                 case "draining":
                     self._draining.add(index)
                 case "ask":
@@ -296,10 +297,12 @@ class Supervisor:
         answers = await self._questions.ask_all(message["question"], message["about"], but=process.name)
         process.send("answers", number=message["number"], answers=answers)
 
-    def _greet(self, can_chat: bool) -> None:
-        """A front-end is ready: once all are, for the first time, say so."""
-        self._num_ready += 1
-        if self._num_ready == self._plan.num_http and not self._num_signals:
+    def _greet(self, index: int, can_chat: bool) -> None:
+        """A front-end is ready: once all have been, say so."""
+        if index in self._ready_front_ends or self._num_signals:
+            return
+        self._ready_front_ends.add(index)
+        if len(self._ready_front_ends) == self._plan.num_http:
             if self._plan.records:
                 for process in self._processes.values():
                     process.send("question", number=0, question=recordings.START_PROFILE, about="")

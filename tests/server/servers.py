@@ -23,6 +23,7 @@ from tinyvllm.config import EngineConfig
 from tinyvllm.server import run_directory, sockets
 from tinyvllm.server.engine_placement import Placement
 from tinyvllm.server.settings import ServerSettings
+from tinyvllm.server.sockets import TlsFiles
 from tinyvllm.server.supervisor import ServePlan, supervise
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +40,8 @@ def plan_from(options: dict[str, Any]) -> ServePlan:
         "num_front_ends": 2,
         "has_large_lane": False,
     }
+    if "tls" in options:
+        options["tls"] = TlsFiles(**options["tls"])
     engines = [Placement(config)] * options.pop("num_engines", 1)
     return ServePlan(engines=engines, settings=settings, **{**fakes, **options})
 
@@ -55,10 +58,12 @@ def main() -> None:
         print(json.dumps({"event": event, **facts}), flush=True)
 
     async def run() -> None:
-        sock = sockets.bind("127.0.0.1", 0)
-        say("listening", address=sockets.address_of(sock))
+        options = json.loads(sys.argv[1])
+        path = options.pop("uds", None)
+        sock = sockets.bind("127.0.0.1", 0) if path is None else sockets.bind_unix(path)
+        say("listening", address=sockets.address_of(sock, has_tls="tls" in options))
         recordings = await supervise(
-            plan_from(json.loads(sys.argv[1])),
+            plan_from(options),
             sock,
             lambda stage, done, total: say("progress", stage=stage),
             lambda can_chat: say("ready", can_chat=can_chat),

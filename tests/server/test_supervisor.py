@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import ssl
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import trustme
 
 from tests.server.servers import RunningServer, running_server
 from tests.server.test_control import wait_until_gone
@@ -120,6 +122,41 @@ def test_limits_hold_for_all_front_ends_together() -> None:
                 refused = httpx.post(server.address + "/v1/completions", json=BODY)
                 assert refused.status_code == 429 and "2 requests are queued" in refused.text
         server.wait_for(lambda: httpx.post(server.address + "/v1/completions", json=BODY).status_code == 200)
+        server.stop()
+
+
+def test_https_over_handed_over_connections(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    files = {"certfile": str(tmp_path / "cert.pem"), "keyfile": str(tmp_path / "key.pem")}
+    certificate.cert_chain_pems[0].write_to_path(files["certfile"])
+    certificate.private_key_pem.write_to_path(files["keyfile"])
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    with running_server(tls=files) as server:
+        server.wait_until_ready()
+        assert server.address.startswith("https://")
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(httpx.Client(base_url=server.address, verify=context)) for _ in range(4)]
+            names = [client.post("/v1/completions", json=BODY).json()["choices"][0]["text"] for client in clients]
+        assert Counter(names) == {"front-end 0.": 2, "front-end 1.": 2}
+        with pytest.raises(httpx.TransportError):
+            httpx.get(server.address.replace("https", "http") + "/health")
+        server.stop()
+
+
+def test_a_unix_socket_is_shared_too(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    with running_server(uds=path) as server:
+        server.wait_until_ready()
+        assert server.address == f"unix:{path}"
+        with contextlib.ExitStack() as stack:
+            names = set()
+            for _ in range(2):
+                transport = httpx.HTTPTransport(uds=path)
+                client = stack.enter_context(httpx.Client(base_url="http://localhost", transport=transport))
+                names.add(client.post("/v1/completions", json=BODY).json()["choices"][0]["text"])
+        assert names == {"front-end 0.", "front-end 1."}
         server.stop()
 
 

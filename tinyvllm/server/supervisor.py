@@ -135,8 +135,11 @@ class Supervisor:
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and not self._end.done():
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._end.done():
             self._end.set_exception(error)
+        elif error is not None:
+            log.error("an error while the server stops", exc_info=error)
 
     # ---- Engines ----
 
@@ -392,11 +395,12 @@ class Supervisor:
             await asyncio.wait(front_ends)
         for process in self._processes.values():
             process.send("stop")
-        # a step may take long; only a second signal asks not to wait for it
-        if not await self._have_ended(engines, lambda: GRACE_S if self._num_signals > 1 else math.inf):
+        is_clean = not self._end.cancelled() and self._end.exception() is None
+        # a step may take long; after a first signal, it is waited for
+        if not await self._have_ended(engines, lambda: math.inf if is_clean and self._num_signals < 2 else GRACE_S):
             self._kill(self._processes.values())
             await asyncio.wait(engines)
-            if not self._end.cancelled() and self._end.exception() is None:
+            if is_clean:
                 raise TinyvllmError("the engine's current step does not end: its process was killed")
 
     async def _have_ended(self, tasks: Sequence[asyncio.Task[None]], limit_s: Callable[[], float]) -> bool:

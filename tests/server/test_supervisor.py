@@ -54,12 +54,22 @@ def hanging(server: RunningServer) -> Iterator[tuple[str, Iterator[str]]]:
 def front_end_of(server: RunningServer, response: httpx.Response) -> str:
     """The front-end that has the other end of the response's connection."""
     port = response.extensions["network_stream"].get_extra_info("client_addr")[1]
-    inodes = [line.split()[9] for line in Path("/proc/net/tcp").read_text().splitlines() if f":{port:04X} " in line]
-    for name, pid in server.pids().items():
-        links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]
-        if name.startswith("front-end") and any(f"socket:[{inode}]" in links for inode in inodes):
-            return name
+    for _ in range(100):  # the kernel's table may miss a line while connections come and go
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        inodes = {f"socket:[{row[9]}]" for row in rows if row[2].endswith(f":{port:04X}")}
+        for name, pid in server.pids().items():
+            if name.startswith("front-end") and inodes & open_files(pid):
+                return name
+        time.sleep(0.01)
     raise AssertionError(f"no front-end has port {port}")
+
+
+def open_files(pid: int) -> set[str]:
+    found = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(os.readlink(path))
+    return found
 
 
 def value_of(text: str, sample: str) -> float:
@@ -279,6 +289,7 @@ def test_a_signal_turns_new_work_away_at_every_front_end_until_all_requests_are_
                 with client.stream("GET", "/health") as response:
                     clients[front_end_of(server, response)] = client
                     assert response.status_code == 200
+                    response.read()  # else its connection would be closed
             for client in clients.values():
                 refused = client.post("/v1/completions", json=BODY)
                 assert refused.status_code == 503 and refused.json()["error"]["code"] == "server_draining"

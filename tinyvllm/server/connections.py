@@ -2,7 +2,8 @@
 
 The kernel spreads them unevenly. With four processes that accept from one socket, one of them got 80 to 239 of 256
 connections, as it happened to wake up. With SO_REUSEPORT, whose hash is random, the shares of 8 were 0 to 5. A few long
-streams would then share one core while others are idle. Handed over, the shares are 2 of 8, and 64 of 256.
+streams would then share one core while others are idle. Handed over, the shares are 2 of 8, and 64 of 256, and each
+connection takes 10 us of the supervisor's time.
 """
 
 from __future__ import annotations

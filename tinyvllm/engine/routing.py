@@ -42,6 +42,7 @@ from tinyvllm.errors import EngineDeadError, InvariantError
 SEQUENCE_TOKENS = 16
 WAITING_TOKENS = 256
 USUAL_QUEUE = 2  # times the idlest replica's
+FEW = 16  # a set up to this size is searched by its members, a larger one in order of load
 
 
 def short_hashes(hashes: Iterable[bytes]) -> list[int]:
@@ -114,6 +115,7 @@ class Router:
         self._replicas: dict[Hashable, _Replica] = {}
         self._slots: list[_Replica | None] = []
         self._bits: list[int] = []  # 1 << slot
+        self._all = 0  # the set of all replicas
         self._order: list[tuple[int, int, int]] = []  # ranks of all replicas, sorted: the idlest first
         self._holders: dict[int, int] = {}  # hash of a block -> the replicas that have stored it
         self._promises: dict[int, int] = {}  # hash of a block -> the replicas that were given it to compute
@@ -146,6 +148,7 @@ class Router:
             self._slots.append(None)
             self._bits.append(1 << slot)
         replica = self._replicas[name] = self._slots[slot] = _Replica(name, slot, max_num_seqs)
+        self._all |= self._bits[slot]
         replica.recount()
         insort(self._order, replica.rank)
 
@@ -162,6 +165,7 @@ class Router:
         del self._order[bisect_left(self._order, replica.rank)]
         del self._replicas[name]
         self._slots[replica.slot] = None
+        self._all &= ~self._bits[replica.slot]
         return routes
 
     # What a replica tells.
@@ -193,37 +197,19 @@ class Router:
 
     def route(self, hashes: Sequence[int], num_tokens: int, num_sequences: int = 1) -> Route:
         """Choose a replica and count the request as its own: `choose`, then `started`."""
-        return self.started(self.choose(hashes, num_tokens)[0], hashes, num_tokens, num_sequences)
+        chain, sizes = self._chain(hashes, num_tokens)
+        replica, depth = self._choose(chain, sizes, num_tokens)
+        return self._start(replica, chain[depth:], sizes[depth], num_tokens, num_sequences)
 
     def choose(self, hashes: Sequence[int], num_tokens: int) -> tuple[Hashable, int]:
         """The replica for a prompt, and the number of prompt tokens that it is thought to hold. Changes nothing.
 
         hashes: `short_hashes` of the prompt's full blocks. num_tokens: the prompt's. Raises EngineDeadError if there is
         no replica.
-
-        Prefixes are examined from the longest to the shortest, and of each length only the idlest holder, until no
-        shorter prefix can cost less. An engine drops blocks from a prefix's end, so lengths are found by bisection.
         """
-        if not self._order:
-            raise EngineDeadError("no replica is left to compute the request: restart the server")
         chain, sizes = self._chain(hashes, num_tokens)
-        usual_queue = USUAL_QUEUE * self._owner(self._order[0][2]).num_waiting
-        best: _Replica | None = None
-        best_cost, best_depth, seen, depth = 0, 0, 0, len(chain)
-        while True:
-            depth = self._longest(chain, depth, seen)
-            among = (self._holders_of(chain[depth - 1]) if depth else -1) & ~seen
-            replica = self._idlest(among)
-            if replica is not None:
-                cost = num_tokens - sizes[depth] + replica.load
-                cost -= WAITING_TOKENS * min(replica.num_waiting, usual_queue)
-                cost -= self._own_pending(replica, chain, sizes, depth)
-                if best is None or cost < best_cost:
-                    best, best_cost, best_depth = replica, cost, depth
-            if best is not None and (depth == 0 or num_tokens - sizes[depth - 1] >= best_cost):
-                return best.name, sizes[best_depth]
-            seen |= among
-            depth -= 1
+        replica, depth = self._choose(chain, sizes, num_tokens)
+        return replica.name, sizes[depth]
 
     def started(self, name: Hashable, hashes: Sequence[int], num_tokens: int, num_sequences: int = 1) -> Route:
         """Count a request as a replica's own. Until its events arrive, the replica is thought to hold the prompt.
@@ -232,19 +218,8 @@ class Router:
         """
         replica = self._replicas[name]
         chain, sizes = self._chain(hashes, num_tokens)
-        bit, promises = self._bits[replica.slot], self._promises
-        depth = self._longest(chain, len(chain), ~bit)
-        promised = chain[depth:]
-        for block_hash in promised:
-            before = promises.get(block_hash)
-            promises[block_hash] = bit if before is None else before | bit
-        route = Route(name, sizes[depth], num_tokens - sizes[depth], num_sequences, promised)
-        replica.routes[route] = None
-        replica.num_sequences += num_sequences
-        replica.num_pending += route.num_pending
-        self._num_chosen += 1
-        self._update_load(replica, turn=self._num_chosen)
-        return route
+        depth = self._longest(chain, len(chain), ~self._bits[replica.slot])
+        return self._start(replica, chain[depth:], sizes[depth], num_tokens, num_sequences)
 
     def prefilled(self, route: Route) -> None:
         """The request's first token has come, so its prompt is computed."""
@@ -265,6 +240,47 @@ class Router:
         replica.num_pending -= route.num_pending
         _clear(self._promises, route.promised, self._bits[replica.slot])
         self._update_load(replica)
+
+    def _choose(self, chain: Sequence[int], sizes: Sequence[int], num_tokens: int) -> tuple[_Replica, int]:
+        """The cheapest replica, and how many of the chain's blocks it is thought to hold.
+
+        Prefixes are examined from the longest to the shortest, and of each length only the idlest holder, until no
+        shorter prefix can cost less. An engine drops blocks from a prefix's end, so lengths are found by bisection.
+        """
+        if not self._order:
+            raise EngineDeadError("no replica is left to compute the request: restart the server")
+        usual_queue = USUAL_QUEUE * self._owner(self._order[0][2]).num_waiting
+        best: _Replica | None = None
+        best_cost, best_depth, seen, depth = 0, 0, 0, len(chain)
+        while True:
+            depth = self._longest(chain, depth, seen)
+            among = (self._holders_of(chain[depth - 1]) if depth else self._all) & ~seen
+            replica = self._idlest(among)
+            if replica is not None:
+                cost = num_tokens - sizes[depth] + replica.load
+                cost -= WAITING_TOKENS * min(replica.num_waiting, usual_queue)
+                cost -= self._own_pending(replica, chain, sizes, depth)
+                if best is None or cost < best_cost:
+                    best, best_cost, best_depth = replica, cost, depth
+            if best is not None and (depth == 0 or num_tokens - sizes[depth - 1] >= best_cost):
+                return best, best_depth
+            seen |= among
+            depth -= 1
+
+    def _start(
+        self, replica: _Replica, promised: Sequence[int], num_cached: int, num_tokens: int, num_sequences: int
+    ) -> Route:
+        bit, promises = self._bits[replica.slot], self._promises
+        for block_hash in promised:
+            before = promises.get(block_hash)
+            promises[block_hash] = bit if before is None else before | bit
+        route = Route(replica.name, num_cached, num_tokens - num_cached, num_sequences, promised)
+        replica.routes[route] = None
+        replica.num_sequences += num_sequences
+        replica.num_pending += route.num_pending
+        self._num_chosen += 1
+        self._update_load(replica, turn=self._num_chosen)
+        return route
 
     def _chain(self, hashes: Sequence[int], num_tokens: int) -> tuple[Sequence[int], Sequence[int]]:
         """The prompt's hashes that are kept, and the tokens of the first n of them for each n.
@@ -308,10 +324,14 @@ class Router:
 
     def _idlest(self, among: int) -> _Replica | None:
         """The idlest replica of a set; None if it is empty."""
-        if among > 0 and among & (among - 1) == 0:
-            return self._owner(among.bit_length() - 1)
-        slot = next((slot for _, _, slot in self._order if among >> slot & 1), None)
-        return None if slot is None else self._owner(slot)
+        if among.bit_count() <= FEW:
+            members = []
+            while among:
+                slot = among.bit_length() - 1
+                members.append(self._owner(slot))
+                among ^= self._bits[slot]
+            return min(members, key=lambda replica: replica.rank, default=None)
+        return self._owner(next(slot for _, _, slot in self._order if among >> slot & 1))
 
     def _owner(self, slot: int) -> _Replica:
         owner = self._slots[slot]

@@ -25,7 +25,7 @@ def make_recording() -> Recording:
         Span("step", 5_000, 65_000, "engine", 0, 20_000),
         Span("queue", 0, 5_000, "caller", -1),
     )
-    totals = {span.name: Total().plus(span) for span in spans}
+    totals = {span.name: Total(1, span.duration_ns, span.own_ns) for span in spans}
     return Recording(0, 100_000, spans, totals, {"syncs": 1}, 0)
 
 

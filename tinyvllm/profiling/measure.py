@@ -71,9 +71,6 @@ class Total:
     total_ns: int = 0
     own_ns: int = 0
 
-    def plus(self, span: Span) -> Total:
-        return Total(self.count + 1, self.total_ns + span.duration_ns, self.own_ns + span.own_ns)
-
 
 @dataclass(frozen=True)
 class Recording:
@@ -106,8 +103,7 @@ class Recorder:
         if max_spans < 1:
             raise ProfilingError(f"a recording must keep at least one span, but max_spans is {max_spans}")
         self._spans: deque[Span] = deque(maxlen=max_spans)
-        self._totals: dict[str, Total] = {}
-        self._tallies: dict[str, list[int]] = {}  # counts and sums in ns of what has no spans
+        self._totals: dict[str, list[int]] = {}  # the fields of Total
         self._counts: dict[str, int] = {}
         self._num_ended = 0
         self._open = threading.local()
@@ -130,9 +126,7 @@ class Recorder:
         if stack := self.stack:
             stack[-1].cover(duration_ns)
         with self._lock:
-            sums = self._tallies.setdefault(name, [0, 0])
-            sums[0] += 1
-            sums[1] += duration_ns
+            self._sum(name, duration_ns, duration_ns)
 
     def count(self, name: str, amount: int = 1) -> None:
         with self._lock:
@@ -146,7 +140,7 @@ class Recorder:
                 self._start_ns,
                 end_ns,
                 tuple(self._spans),
-                self._totals | {name: Total(count, ns, ns) for name, (count, ns) in self._tallies.items()},
+                {name: Total(*sums) for name, sums in self._totals.items()},
                 dict(self._counts),
                 self._num_ended - len(self._spans),
                 _process,
@@ -166,7 +160,16 @@ class Recorder:
         with self._lock:
             self._spans.append(span)
             self._num_ended += 1
-            self._totals[span.name] = self._totals.get(span.name, Total()).plus(span)
+            self._sum(span.name, span.duration_ns, span.own_ns)
+
+    def _sum(self, name: str, duration_ns: int, own_ns: int) -> None:
+        sums = self._totals.get(name)
+        if sums is None:
+            self._totals[name] = [1, duration_ns, own_ns]
+            return
+        sums[0] += 1
+        sums[1] += duration_ns
+        sums[2] += own_ns
 
 
 class OpenSpan:

@@ -18,7 +18,6 @@ class EngineSpec:
     index: int
     run_dir: str
     config: EngineConfig
-    num_front_ends: int
     log_level: str
     cores: tuple[int, ...] | None = None  # the CPU cores that it may use; None: all
     load: str = LOAD_ENGINE  # module:function that loads the engine

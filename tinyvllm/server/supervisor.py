@@ -169,7 +169,6 @@ class Supervisor:
             index=index,
             run_dir=str(self._directory),
             config=place.config,
-            num_front_ends=plan.num_http,
             log_level=plan.log_level,
             cores=place.cores,
             load=plan.load,

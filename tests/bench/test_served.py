@@ -94,6 +94,20 @@ def test_the_command_measures_a_running_server(url: str, tmp_path: Path) -> None
     assert {"request", "step"} <= {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
 
 
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ("--trace t.json", "--trace needs --served"),
+        ("--served --csv c --plot p", "--csv, --plot is for the engine's breakdown"),
+        ("--served --shape smollm2-135m", "cannot be served"),
+        ("--served --concurrency none", "there is no load"),
+    ],
+)
+def test_a_flag_of_the_other_kind_is_refused(flags: str, text: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "breakdown", *flags.split()])
+    assert result.exit_code == 1 and text in result.stderr
+
+
 def test_flags_of_the_engine_are_passed_on() -> None:
     flags = RunnerFlags(device="CPU", cpu_cores=1, async_scheduling=False, dequantize=True, compile_cache=False)
     assert given_flags(flags) == [

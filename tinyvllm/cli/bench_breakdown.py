@@ -131,8 +131,14 @@ def breakdown(
 
     A server that runs with --enable-profiling:  tinyvllm bench breakdown --served --url http://127.0.0.1:8000"""
     if served.served or served.url is not None:
+        if given := [f"--{name}" for name in ("csv", "plot", "baseline") if getattr(flags, name) is not None]:
+            raise TinyvllmError(
+                f"{', '.join(given)} is for the engine's breakdown: with --served, use --json or --trace"
+            )
         measure_requests(served, subject, runner, named=flags.named, num_tokens=flags.tokens)
         return
+    if served.trace is not None:
+        raise TinyvllmError("--trace needs --served: for the kernels of a step, see `tinyvllm profile --trace`")
     from tinyvllm.bench.cold_start import import_engine, process_age
 
     process_s = process_age()

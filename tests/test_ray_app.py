@@ -121,9 +121,9 @@ def url(cluster: None, options: dict[str, Any]) -> Iterator[str]:
 def deploy(options: dict[str, Any]) -> None:
     from ray import serve
 
-    from tinyvllm.ray_app import Options, build
+    from tinyvllm.ray_app import build
 
-    serve.run(build(Options(**options)))
+    serve.run(build(options))
 
 
 def replicas() -> list[str]:

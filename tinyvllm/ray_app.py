@@ -59,8 +59,9 @@ class Options(BaseModel):
     api_keys: list[str] = []
 
 
-def build(options: Options) -> serve.Application:
-    """The application, for `serve run` and `serve deploy`."""
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """The application, for `serve run` and `serve deploy`. arguments: the fields of Options, also as text."""
+    options = Options.model_validate(arguments)
     replica = serve.deployment(
         health_check_period_s=2,
         autoscaling_config=AutoscalingConfig(

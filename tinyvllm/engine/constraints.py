@@ -33,6 +33,7 @@ class GrammarCompiler:
         limits: GrammarLimits = GrammarLimits(),  # noqa: B008 - frozen
     ) -> None:
         """vocab_size: width of the logits. The tokenizer is first read for the first grammar."""
+        self.vocab_size = vocab_size
         self._make_vocabulary = partial(Vocabulary, tokenizer, vocab_size, eos_ids)
         self._limits = limits
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tinyvllm-grammar")
@@ -63,8 +64,8 @@ class GrammarCompiler:
             raise self._too_slow(spec) from None
 
     def prepare(self) -> None:
-        """Read the tokenizer on a compiler thread now, so that the first grammar need not."""
-        self._threads.submit(self._read_vocabulary)
+        """Read the tokenizer now, so that the first grammar need not wait for it."""
+        self._read_vocabulary()
 
     def compile_source(self, source: str) -> Future[Grammar]:
         """The grammar whose source this is: compiled already, if `compile` made it in this process, or soon."""

@@ -15,7 +15,7 @@ from tinyvllm.engine.output import TextEngine
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.scheduler import Scheduler
-from tinyvllm.storage.model_config import read_generation_defaults
+from tinyvllm.storage.model_config import read_generation_defaults, read_model_config
 from tinyvllm.storage.resolve import resolve_model
 from tinyvllm.text.chat import ChatTemplate, load_chat_template
 from tinyvllm.text.reasoning import find_reasoning_format
@@ -59,15 +59,19 @@ class Text:
     def eos_ids(self) -> frozenset[int]:
         return frozenset(self.tokenizer.eos_ids) | frozenset(self.generation_defaults.eos_ids)
 
-    def for_callers(self, model_config: ModelConfig, capacity: Capacity, seed: int | str) -> Loaded:
-        """All that a caller of an engine with these limits needs."""
+    def for_callers(
+        self, model_config: ModelConfig, capacity: Capacity, seed: int | str, grammars: GrammarCompiler | None = None
+    ) -> Loaded:
+        """All that a caller of an engine with these limits needs. grammars: `prepare_grammars`'s."""
+        if grammars is None or grammars.vocab_size != model_config.vocab_size:
+            grammars = GrammarCompiler(self.tokenizer, model_config.vocab_size, self.eos_ids)
         encode = partial(self.tokenizer.encode, add_special_tokens=False)
         return Loaded(
             tokenizer=self.tokenizer,
             chat_template=self.chat_template,
             generation_defaults=self.generation_defaults,
             factory=RequestFactory(model_config.vocab_size, capacity, self.eos_ids, seed, encode),
-            grammars=GrammarCompiler(self.tokenizer, model_config.vocab_size, self.eos_ids),
+            grammars=grammars,
             model_config=model_config,
             capacity=capacity,
         )
@@ -84,6 +88,20 @@ def load_text(config: EngineConfig) -> Text:
     find_tool_format(config.tool_call_parser, "")  # raises for an unknown name
     find_reasoning_format(config.reasoning_parser, "")
     return text
+
+
+def prepare_grammars(config: EngineConfig) -> GrammarCompiler | None:
+    """A compiler that has read the tokenizer, which takes seconds for 128,000 tokens, and would slow down every stream
+    if the first grammar had to wait for it. None if the model's files cannot be read: loading reports that error.
+    """
+    try:
+        files = resolve_model(config.model)
+        text, vocab_size = load_text(config), read_model_config(files).vocab_size
+        grammars = GrammarCompiler(text.tokenizer, vocab_size, text.eos_ids)
+        grammars.prepare()
+    except TinyvllmError:
+        return None
+    return grammars
 
 
 def load_engine(config: EngineConfig, progress: Progress | None = None) -> LoadedEngine:

@@ -14,7 +14,7 @@ from tinyvllm.config import EngineConfig
 from tinyvllm.engine.board import StatsRow
 from tinyvllm.engine.client import Client
 from tinyvllm.engine.hosts import Loaded
-from tinyvllm.engine.loading import Text, load_text
+from tinyvllm.engine.loading import Text, load_text, prepare_grammars
 from tinyvllm.engine.messages import Goodbye, Hello, ToEngine, Welcome, decode_for_client, encode_message
 from tinyvllm.engine.placement import Placement
 from tinyvllm.errors import EngineDeadError
@@ -59,8 +59,10 @@ class ProcessHost:
         self._dead: dict[int, str] = {}  # engines that have died, and why
         self._changed = asyncio.Event()  # set and replaced whenever an engine's state changes
         self._is_closed = False
+        self._grammars = self.loop.create_task(asyncio.to_thread(prepare_grammars, config))
         self._text = self.loop.create_task(asyncio.to_thread(load_text, config))
         self._text.add_done_callback(self._finish_loading)
+        self._grammars.add_done_callback(lambda _: self._complete())
         for line in self._lines:
             line.open()
 
@@ -157,10 +159,13 @@ class ProcessHost:
     def _complete(self) -> None:
         """Become ready once the tokenizer is loaded and an engine has said what it is."""
         welcome = self._welcome
-        if self.loaded is None and welcome is not None and self._text.done() and self._start_error is None:
+        is_prepared = self._text.done() and self._grammars.done() and self._start_error is None
+        if self.loaded is None and welcome is not None and is_prepared:
             # each front-end draws seeds of its own
             seed = self._config.seed if self._index == 0 else f"{self._config.seed}/{self._index}"
-            self.loaded = self._text.result().for_callers(welcome.model_config, welcome.capacity, seed)
+            self.loaded = self._text.result().for_callers(
+                welcome.model_config, welcome.capacity, seed, self._grammars.result()
+            )
             placement = None
             if self.num_engines > 1:
                 placement = Placement(self.loaded.capacity, self.engine_stats)

@@ -38,6 +38,8 @@ class InputPacker:
         self._samplers: list[Request | Scored | None] = [None] * layout.num_seqs
         self._num_samplers = layout.num_seqs  # rows after these have no settings
         self._suppressing: set[int] = set()  # sampled rows with suppressed ids
+        self._with_minimum: set[int] = set()  # sampled rows of requests with min_tokens
+        self._rows = np.arange(layout.num_seqs, dtype=np.int32)
         self.clear()
 
     def clear(self) -> None:
@@ -53,8 +55,13 @@ class InputPacker:
         views, layout = self.views, self.layout
         if plan.num_tokens > layout.num_tokens or len(plan.entries) > layout.num_seqs:
             raise InvariantError(f"{plan.num_tokens} tokens of {len(plan.entries)} sequences do not fit into {layout}")
+        tables, size = self._tables, layout.block_size
         for index, entry in enumerate(plan.entries):
-            self._pack_table(index, entry)
+            owner, generation, num_there = tables[index]
+            request = entry.request
+            is_there = owner is request and entry.start + entry.count <= num_there * size
+            if not is_there or generation != request.num_preemptions:  # no call for most: a block lasts for many steps
+                self._pack_table(index, entry)
         self._pack_tokens(plan.entries)
         # a padding row uses the all-zero table after the last one, and a slot in the dummy block
         padding = (("token_ids", 0), ("positions", 0), ("slots", 0), ("seq_rows", layout.num_seqs))
@@ -143,6 +150,7 @@ class InputPacker:
         views, changed = self.views, [requests[index] for index in indices]
         for index, request in zip(indices, changed, strict=True):
             self._samplers[index] = request
+            (self._with_minimum.add if request.params.min_tokens else self._with_minimum.discard)(index)
         params = [request.params for request in changed]
         for name in FLOATS:
             self.floats[name][indices] = [getattr(one, name) for one in params]
@@ -180,6 +188,7 @@ class InputPacker:
     def _forget_settings(self, index: int) -> None:
         """Reset sampled row `index`: greedy, without logprobs."""
         self._samplers[index] = None
+        self._with_minimum.discard(index)
         self.views["forced"][index] = -1
         self.floats["temperature"][index] = 0.0
         self.views["num_logprobs"][index] = -1

@@ -130,15 +130,9 @@ def breakdown(
     Two front-ends:  tinyvllm bench breakdown --served --serve-flags "--api-server-count 2"
 
     A server that runs with --enable-profiling:  tinyvllm bench breakdown --served --url http://127.0.0.1:8000"""
-    if served.served or served.url is not None:
-        if given := [f"--{name}" for name in ("csv", "plot", "baseline") if getattr(flags, name) is not None]:
-            raise TinyvllmError(
-                f"{', '.join(given)} is for the engine's breakdown: with --served, use --json or --trace"
-            )
+    if _is_served(served, flags):
         measure_requests(served, subject, runner, named=flags.named, num_tokens=flags.tokens)
         return
-    if served.trace is not None:
-        raise TinyvllmError("--trace needs --served: for the kernels of a step, see `tinyvllm profile --trace`")
     from tinyvllm.bench.cold_start import import_engine, process_age
 
     process_s = process_age()
@@ -168,6 +162,19 @@ def breakdown(
         draw_breakdown(figures, flags.plot)
     if earlier is not None:
         _judge(earlier, figures, limit, counts_only=comparing.counts_only)
+
+
+def _is_served(served: ServedFlags, flags: BreakdownFlags) -> bool:
+    """Whether a server is measured instead of an engine. Raises TinyvllmError for flags that do not go with that."""
+    if served.served or served.url is not None:
+        if given := [f"--{name}" for name in ("csv", "plot", "baseline") if getattr(flags, name) is not None]:
+            raise TinyvllmError(
+                f"{', '.join(given)} is for the engine's breakdown: with --served, use --json or --trace"
+            )
+        return True
+    if served.trace is not None:
+        raise TinyvllmError("--trace needs --served: for the kernels of a step, see `tinyvllm profile --trace`")
+    return False
 
 
 def compare(

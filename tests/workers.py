@@ -25,6 +25,9 @@ LONGEST_FIRST = (
     "tests/families/test_gemma3_270m.py",
     "tests/test_end_to_end.py",
     "tests/execution/test_real_model.py",
+    "tests/server/test_supervisor.py",
+    "tests/server/test_processes.py",
+    "tests/cli/test_serve_processes.py",
     "tests/engine/test_sampling.py",
 )
 

@@ -81,7 +81,9 @@ def test_death_of_a_process_is_an_error_by_name_and_ends_the_others() -> None:
 
 
 PARENT = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 from tests.bench.test_load_processes import WORK
 from tinyvllm.bench.load import Load, Target
 from tinyvllm.bench.load_processes import LoadProcesses, split_load

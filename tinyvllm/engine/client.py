@@ -37,6 +37,8 @@ from tinyvllm.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+ANSWER_S = 10.0  # how long a question may wait for the step that runs; a graph's capture may take some seconds
+
 
 class Receiver(Protocol):
     """Takes the output of one call, on the event loop that submitted it. Its methods are quick and never raise."""
@@ -126,9 +128,15 @@ class Client:
         requests = [choice.request for choice in call.choices]
         if self.placement is not None:
             call.route = self.placement.place(requests)
-            call.engine = int(str(call.route.replica))
+            engine = call.route.replica
+            assert isinstance(engine, int), "a placement's replicas are numbers"
+            call.engine = engine
         with measure.span(measure.SUBMIT, request=requests[0].request_id):
-            self.lines[call.engine].send(Submit(requests))
+            try:
+                self.lines[call.engine].send(Submit(requests))
+            except EngineDeadError:
+                self.note_end(call)
+                raise
         for choice in call.choices:
             self._choices[choice.request.number] = choice
 
@@ -155,12 +163,16 @@ class Client:
             self._deliver(choice, choice.processor.end("abort"))
 
     async def ask(self, question: str, engine: int) -> Any:
-        """An engine's answer to one of `loop.QUESTIONS`. Raises EngineDeadError if it cannot answer."""
+        """An engine's answer to one of `loop.QUESTIONS`. Raises EngineDeadError if it cannot answer, or not soon:
+        a step may hang."""
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
         self._questions[number] = engine, answer
         try:
             self.lines[engine].send(Ask(number, question))
-            return await answer
+            async with asyncio.timeout(ANSWER_S):
+                return await answer
+        except TimeoutError:
+            raise EngineDeadError(f"the engine has not answered for {ANSWER_S:g} s: its step does not end") from None
         finally:
             self._questions.pop(number, None)
 

@@ -71,7 +71,7 @@ class GrammarCompiler:
         """The grammar whose source this is: compiled already, if `compile` made it in this process, or soon."""
         with self._lock:
             future = self._by_source.get(source)
-            if future is None:
+            if future is None or (future.done() and future.exception() is not None):
                 future = self._threads.submit(self._compile_source, source)
                 self._keep(source, future)
             self._by_source.move_to_end(source)

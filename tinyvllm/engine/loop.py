@@ -237,11 +237,17 @@ class EngineLoop:
             for new in call.requests:
                 self._add(client, new, None if grammar is None else grammar.result().matcher())
         except RequestError as error:
-            numbers = [new.number for new in call.requests]
-            for number in numbers:
-                self._abort(client, number)
-            self._door.send(client, Refused(numbers, str(error), error.param, error.code))
+            self._refuse(client, call, error)
+        except Exception as error:  # of the grammar's compiler, say: it concerns this call only
+            logger.exception("request %s cannot be started", call.requests[0].request_id)
+            self._refuse(client, call, RequestError(f"the request cannot be started: {type(error).__name__}: {error}"))
         self._report()
+
+    def _refuse(self, client: ClientId, call: Submit, error: RequestError) -> None:
+        numbers = [new.number for new in call.requests]
+        for number in numbers:
+            self._abort(client, number)
+        self._door.send(client, Refused(numbers, str(error), error.param, error.code))
 
     def _add(self, client: ClientId, new: NewRequest, constraint: Constraint | None) -> None:
         request = to_request(new, constraint)

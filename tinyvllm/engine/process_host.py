@@ -17,12 +17,12 @@ from tinyvllm.engine.hosts import Loaded
 from tinyvllm.engine.loading import Text, load_text, prepare_grammars
 from tinyvllm.engine.messages import Goodbye, Hello, ToEngine, Welcome, decode_for_client, encode_message
 from tinyvllm.engine.placement import Placement
+from tinyvllm.engine.socket_door import LINGER_MS
 from tinyvllm.errors import EngineDeadError
 from tinyvllm.scheduling.plan import StepStats
 
 logger = logging.getLogger(__name__)
 
-LINGER_MS = 1000  # how long closing waits for messages that are still queued
 MAX_MESSAGES = 32  # read in one turn of the event loop; writes to clients come in between
 
 
@@ -233,5 +233,8 @@ class _Line:
                 data = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._host.deliver(self._engine, data)
+            try:
+                self._host.deliver(self._engine, data)
+            except Exception:  # one bad message must not stop the reading: the file descriptor signals each only once
+                logger.exception("a message of engine %d cannot be handled", self._engine)
         self._host.loop.call_soon(self._read)

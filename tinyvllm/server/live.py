@@ -124,7 +124,10 @@ async def engine_state(state: ServerState) -> EngineState:
         shown.steps = [_step(step, now_s) for step in steps[-MAX_STEPS:]]
         shown.pool = pool_snapshot(states)
     except EngineDeadError:
-        shown.status = "dead" if engine.error is not None else "draining"
+        if engine.error is not None:
+            shown.status = "dead"
+        elif not engine.is_ready:
+            shown.status = "draining"
     return shown
 
 

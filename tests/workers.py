@@ -51,12 +51,17 @@ class FileScheduler(LoadScopeScheduling):
         super()._assign_work_unit(node)
 
     def remove_node(self, node: Any) -> str | None:
-        """Take a worker's files back. Returns the test that ended it, if one did: that test is not run again."""
-        units = self.assigned_work[node].values()
-        for unit in units:
-            for nodeid, is_completed in unit.items():
-                if not is_completed:
-                    unit[nodeid] = True
-                    super().remove_node(node)
-                    return nodeid
-        return super().remove_node(node)
+        """Take a worker's files back. Returns the test that ended it, if one did: that test is not run again.
+
+        Its completed files are forgotten: a worker that was given one again would have nothing to report, and the run
+        would never end.
+        """
+        units = self.assigned_work[node]
+        ended = next((nodeid for unit in units.values() for nodeid, is_done in unit.items() if not is_done), None)
+        for unit in units.values():
+            if ended in unit:
+                unit[ended] = True
+        for scope in [scope for scope, unit in units.items() if all(unit.values())]:
+            del units[scope]
+        super().remove_node(node)
+        return ended

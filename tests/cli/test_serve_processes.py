@@ -125,3 +125,17 @@ def test_each_engine_gets_a_device_or_a_share(monkeypatch: pytest.MonkeyPatch) -
     assert (one.cores, two.cores) == ((0, 1), (2, 3)) and one.config.cpu_cores == 2
     assert one.config.gpu_memory_utilization == 0.25  # of memory that both take at the same time
     assert place_engines(config, 2, "METAL")[1].config.gpu_memory_utilization == 0.4
+
+
+def test_engines_take_only_gpus_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig("tiny")
+    for value in ("1", "3,", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        with pytest.raises(TinyvllmError, match=f"CUDA_VISIBLE_DEVICES='{value}' .* 2 engines: .*--data-parallel-size"):
+            place_engines(config, 2, "CUDA")
+    for value, expected in (("1,1", "11"), ("4, 2,0", "42")):  # two engines may share a GPU
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        places = place_engines(config, 2, "CUDA")
+        assert [place.environment for place in places] == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in expected]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in place_engines(config, 2, "CUDA")] == ["0", "1"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 from tinyvllm.server.child import start_child
@@ -32,6 +33,12 @@ def main() -> None:
     if spec.load == "fails":
         link.send("failed", error="the model cannot be loaded")
         raise SystemExit(1)
+    if spec.load == "slow second" and spec.index == 1:
+        while not (Path(spec.config.model) / "load").exists():
+            time.sleep(0.01)
+    if spec.load == "forks" and os.fork() == 0:
+        while True:  # holds the link's other end, and ignores SIGTERM like its parent
+            signal.pause()
     link.send("ready")
     stopped.wait()
     if spec.load == "hangs":

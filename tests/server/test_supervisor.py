@@ -232,6 +232,45 @@ def test_a_dead_engine_ends_the_server_with_an_error() -> None:
         assert "engine 0 was killed by SIGKILL" in server.events[-1]["text"]
 
 
+def test_clients_hear_at_once_of_a_dead_engine_whose_children_live_on() -> None:
+    with running_server(load="forks") as server:
+        server.wait_until_ready()
+        with hanging(server) as (_, lines):
+            start_s = time.monotonic()
+            os.kill(server.pids()["engine 0"], signal.SIGKILL)
+            assert "engine 0 was killed by SIGKILL" in "\n".join(lines)
+            assert time.monotonic() - start_s < 0.7  # their group is given a second
+        assert server.wait() == 1
+
+
+def test_an_engine_that_dies_during_the_drain_decides_the_exit_code() -> None:
+    with running_server() as server:
+        server.wait_until_ready()
+        with hanging(server) as (_, lines):
+            server.signal()
+            server.wait_for_status("/ready", 503)
+            os.kill(server.pids()["engine 0"], signal.SIGKILL)
+            assert "engine 0 was killed by SIGKILL" in "\n".join(lines)
+        assert server.wait() == 1
+        assert "engine 0 was killed by SIGKILL" in server.events[-1]["text"]
+        assert sum("engine 0 was killed" in line for line in server.log) == 1
+        assert not any("Traceback" in line or "while the server stops" in line for line in server.log)
+
+
+def test_a_server_waits_for_an_engine_that_loads_when_another_dies() -> None:
+    with running_server(num_engines=2, load="slow second") as server:
+        server.wait_until_ready()
+        os.kill(server.pids()["engine 0"], signal.SIGKILL)
+        server.wait_for(lambda: "engine 0" not in server.pids())
+        time.sleep(1.3)
+        assert server.process.poll() is None
+        (server.model_dir / "load").touch()
+        time.sleep(0.3)
+        os.kill(server.pids()["engine 1"], signal.SIGKILL)
+        assert server.wait() == 1
+        assert "engine 1 was killed by SIGKILL" in server.events[-1]["text"]
+
+
 def test_a_dead_engine_is_started_again_if_asked_for() -> None:
     with running_server(restart_engine=True) as server:
         server.wait_until_ready()

@@ -56,6 +56,10 @@ class ParentLink:
             while (line := await self._reader.readline()).endswith(b"\n"):
                 yield decode(line)
 
+    def end(self) -> None:
+        """The child has ended: end `messages` after those received, even if its own children hold its end open."""
+        self._reader.feed_eof()
+
     def close(self) -> None:
         self._writer.close()
 

@@ -10,12 +10,15 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.server.control import Message, ParentLink
 from tinyvllm.server.settings import API_KEY_VARIABLE
 from tinyvllm.server.specs import EngineSpec, FrontEndSpec
 
+EXIT_CODE_S = 0.5  # how long the exit code may take after the link has closed; freeing a device may take seconds
+LAST_WORDS_S = 0.1  # after a process has ended: until the event loop has read all that it has sent
 GROUP_CHECK_S, NUM_GROUP_CHECKS = 0.02, 50  # while what an ended process started still runs
 QUICK_DEATH_S = 10.0  # after it was ready; a process that dies earlier is restarted later each time
 MAX_QUICK_DEATHS = 5  # in a row
@@ -30,7 +33,9 @@ class Process:
         self.pid = process.pid
         self.ready_s: float | None = None  # monotonic clock: since when it serves
         self._link = link
-        self._end = asyncio.get_running_loop().create_task(self._collect(process))
+        loop = asyncio.get_running_loop()
+        self._exit = loop.create_task(self._wait_for_exit(process))
+        self._end = loop.create_task(self._collect())
 
     def send(self, kind: str, **facts: object) -> None:
         """Send a message. Does nothing if the process is gone."""
@@ -40,24 +45,33 @@ class Process:
         """Its messages, until it is gone."""
         return self._link.messages()
 
-    async def wait(self) -> str:
-        """Wait until it has ended. Returns how it ended, for messages."""
-        return await self._end
+    async def how_it_ended(self) -> str:
+        """For messages, once there are no more `messages`. It may still be ending, and so may what it started."""
+        await asyncio.wait((self._exit,), timeout=EXIT_CODE_S)
+        return self._exit.result() if self._exit.done() else "has closed its control link"
 
-    async def _collect(self, process: asyncio.subprocess.Process) -> str:
+    async def wait(self) -> None:
+        """Wait until it and all that it started have ended."""
+        await self._end
+
+    async def _wait_for_exit(self, process: asyncio.subprocess.Process) -> str:
+        code = await process.wait()
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}"
+
+    async def _collect(self) -> None:
         """Wait for its end, and then end what it started, which may hold the other end of the link.
 
         First by SIGTERM, which multiprocessing's resource tracker ignores: it removes semaphores after the others."""
-        code = await process.wait()
+        await self._exit
+        asyncio.get_running_loop().call_later(LAST_WORDS_S, self._link.end)
         self.kill(signal.SIGTERM)
         for _ in range(NUM_GROUP_CHECKS):
             if not self._has_group():
                 break
             await asyncio.sleep(GROUP_CHECK_S)
         self.kill()
-        if code < 0:
-            return f"was killed by {signal.Signals(-code).name}"
-        return f"ended with exit code {code}"
 
     def close(self) -> None:
         self._link.close()
@@ -72,7 +86,7 @@ class Process:
             os.killpg(self.pid, 0)
         except (ProcessLookupError, PermissionError):
             return False
-        return True
+        return has_live_member(self.pid)
 
 
 class Restarts:
@@ -134,3 +148,18 @@ async def start_process(
 def _path_flags() -> list[str]:
     """-P, unless this process itself imports modules from its current directory, as `python -m` does without it."""
     return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
+
+
+def has_live_member(group: int) -> bool:
+    """Whether one of a process group's members still runs, by Linux's /proc; True without it.
+
+    A group also exists while its only members are zombies, which wait for an init process that may never collect them.
+    """
+    if not Path("/proc/self/stat").exists():
+        return True
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            state, _, number = path.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(number) == group and state not in "ZX":
+                return True
+    return False

@@ -103,6 +103,7 @@ class Supervisor:
         self._engines: dict[int, Process] = {}  # those that are ready
         self._have_been_ready: set[int] = set()  # engines
         self._dead_engines: dict[int, str] = {}  # how each ended
+        self._loss: EngineDeadError | None = None  # of the last engine, which ends the server
         self._front_ends: dict[int, Process] = {}
         self._ready_front_ends: set[int] = set()  # that have been ready once
         self._draining: set[int] = set()  # front-ends that refuse new requests
@@ -138,29 +139,38 @@ class Supervisor:
         error = None if task.cancelled() else task.exception()
         if error is not None and not self._end.done():
             self._end.set_exception(error)
+        elif isinstance(error, TinyvllmError):
+            log.error("while the server stops: %s", error)
         elif error is not None:
             log.error("an error while the server stops", exc_info=error)
 
     # ---- Engines ----
 
     async def _keep_engine(self, index: int) -> None:
-        """Run engine `index`, and restart it if the plan says so. Raises EngineDeadError if the server cannot go on."""
+        """Run engine `index`, and restart it if the plan says so. Raises TinyvllmError if the server cannot go on."""
         restarts = Restarts(engine_name(index), self._stopping)
         while not self._stopping.is_set():
             process = await self._start_engine(index)
-            end = await self._follow_engine(index, process)
+            error = await self._follow_engine(index, process)
+            reason = f"{process.name} {await process.how_it_ended()}"
+            has_been_ready = index in self._have_been_ready
+            if has_been_ready and not self._stopping.is_set():
+                self._lose_engine(index, reason if error is None else f"{reason}: {error}")
+            await self._remove(process)
             if self._stopping.is_set():
                 return
-            if index not in self._have_been_ready:
-                raise EngineDeadError(f"{process.name} {end} before it was ready")
-            self._lose_engine(index, f"{process.name} {end}")
+            announced, reason = reason, f"{process.name} {await process.how_it_ended()}"
+            if reason != announced:  # its exit took long
+                log.critical("%s", reason)
+            if not has_been_ready:
+                raise EngineDeadError(f"{reason} before it was ready") if error is None else TinyvllmError(error)
             if self._plan.restart_engine:
                 await restarts.wait(process)
-            elif self._engines:
-                return  # the others go on
-            else:
+                continue
+            if self._loss is not None:
                 await asyncio.sleep(ENGINE_EXIT_S)  # clients get their answers, and probes see it
-                raise EngineDeadError(f"{process.name} {end}: the server stops. --restart-engine would start it again")
+                self._end_server()
+            return
 
     async def _start_engine(self, index: int) -> Process:
         plan = self._plan
@@ -179,8 +189,8 @@ class Supervisor:
             process.send("stop")
         return process
 
-    async def _follow_engine(self, index: int, process: Process) -> str:
-        """Until the process ends: how it ended. Raises the error that kept the first one from starting."""
+    async def _follow_engine(self, index: int, process: Process) -> str | None:
+        """Until the process ends. Returns the error that it gave as the cause, if it gave any."""
         error = None
         async for message in process.messages():
             match message["kind"]:
@@ -193,12 +203,7 @@ class Supervisor:
                     error = message["error"]
                 case "answer":
                     self._questions.take_answer(process.name, message)
-        end = await self._remove(process)
-        if error is None or self._stopping.is_set():
-            return end
-        if index not in self._have_been_ready:
-            raise TinyvllmError(error)
-        return f"{end}: {error}"
+        return error
 
     def _gain_engine(self, index: int, process: Process) -> None:
         process.ready_s = time.monotonic()
@@ -213,6 +218,9 @@ class Supervisor:
         self._engines.pop(index, None)
         self._dead_engines[index] = reason
         self._tell_front_ends("engine_died", engine=index, reason=reason)
+        is_another_loading = len(self._have_been_ready) < self._plan.num_engines
+        if not (self._engines or is_another_loading or self._plan.restart_engine):
+            self._loss = EngineDeadError(f"{reason}: the server stops. --restart-engine would start it again")
 
     # ---- Front-ends ----
 
@@ -221,12 +229,15 @@ class Supervisor:
         restarts = Restarts(front_end_name(index), self._stopping)
         for generation in itertools.count():
             process, connections = await self._start_front_end(index, generation)
-            end = await self._follow_front_end(index, process, connections)
+            await self._follow_front_end(index, process, connections)
+            end = await process.how_it_ended()
+            if not self._stopping.is_set():
+                log.error("%s %s: its requests are ended, and it is started again", process.name, end)
+                self._tell_engines_of_death(client_name(index, generation))
+            await self._remove(process)
             self._board.rows[index].clear()
             if self._stopping.is_set():
                 return
-            log.error("%s %s: its requests are ended, and it is started again", process.name, end)
-            self._tell_engines_of_death(client_name(index, generation))
             await restarts.wait(process)
             if self._stopping.is_set():
                 return
@@ -273,8 +284,8 @@ class Supervisor:
             process.send("stop")
         return process, here
 
-    async def _follow_front_end(self, index: int, process: Process, connections: socket.socket) -> str:
-        """Until the process ends: how it ended."""
+    async def _follow_front_end(self, index: int, process: Process, connections: socket.socket) -> None:
+        """Until the process ends."""
         async for message in process.messages():
             match message["kind"]:
                 case "serving":
@@ -293,7 +304,6 @@ class Supervisor:
         connections.close()
         del self._front_ends[index]
         self._draining.discard(index)
-        return await self._remove(process)
 
     async def _answer(self, process: Process, message: Message) -> None:
         answers = await self._questions.ask_all(message["question"], message["about"], but=process.name)
@@ -320,14 +330,14 @@ class Supervisor:
         self._processes[process.name] = process
         self._write_pids()
 
-    async def _remove(self, process: Process) -> str:
-        """Collect a process that has closed its link; returns how it ended."""
-        reason = await process.wait()
+    async def _remove(self, process: Process) -> None:
+        """Collect a process that has closed its link, and what it started."""
+        self._questions.forget(process.name)
+        await process.wait()
         process.close()
         del self._processes[process.name]
         self._questions.forget(process.name)
         self._write_pids()
-        return reason
 
     def _write_pids(self) -> None:
         pids = {name: process.pid for name, process in self._processes.items()}
@@ -352,7 +362,7 @@ class Supervisor:
         if self._num_signals == 1:
             self._spawn(self._drain())
         else:
-            self._end_well()
+            self._end_server()
 
     async def _drain(self) -> None:
         """Have new requests refused, and wait for the running ones until they are answered or the time is over."""
@@ -362,7 +372,7 @@ class Supervisor:
         while time.monotonic() < start_s + DRAIN_NOTICE_S and self._draining < self._front_ends.keys():
             await asyncio.sleep(TICK_S)  # one that does not know of the drain yet may still take a request
         if not self._engines:  # the requests wait for an engine that is still loading
-            self._end_well()
+            self._end_server()
             return
         num_requests = self._board.sum(NUM_REQUESTS)
         if num_requests and timeout_s:
@@ -373,10 +383,15 @@ class Supervisor:
             )
         while self._board.sum(NUM_REQUESTS) and time.monotonic() < start_s + timeout_s:
             await asyncio.sleep(TICK_S)
-        self._end_well()
+        self._end_server()
 
-    def _end_well(self) -> None:
-        if not self._end.done():
+    def _end_server(self) -> None:
+        """End the server; with an error, if it has lost its last engine."""
+        if self._end.done():
+            return
+        if self._loss is not None:
+            self._end.set_exception(self._loss)
+        else:
             self._end.set_result(None)
 
     async def _stop(self, front_ends: list[asyncio.Task[None]], engines: list[asyncio.Task[None]]) -> None:

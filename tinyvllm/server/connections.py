@@ -9,7 +9,6 @@ connection takes 10 us of the supervisor's time.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import ssl
@@ -154,18 +153,25 @@ class Intake:
             if not mark:  # the supervisor is gone
                 self._loop.remove_reader(self._sock)
                 return
+            if not fds:  # the kernel has closed it
+                log.error("a connection is lost: this process has too many open files")
+                self._board.add(NUM_TAKEN, 1)
             for fd in fds:
                 task = self._loop.create_task(self._serve(socket.socket(fileno=fd)))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        if connection.family != socket.AF_UNIX:  # uvloop would do it for connections that it accepts itself only
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with contextlib.suppress(OSError):  # it was closed in the meantime, or is not TLS
+        try:
+            connection.setblocking(False)
+            if connection.family != socket.AF_UNIX:  # uvloop would do it for connections that it accepts itself only
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await self._loop.connect_accepted_socket(self._make_protocol, connection, ssl=self._tls)
-        self._board.add(NUM_TAKEN, 1)  # not earlier: until then, the supervisor counts it as given
+        except OSError as error:  # it was closed in the meantime, or is not TLS
+            log.debug("a connection ended before its first request: %s", error)
+            connection.close()
+        finally:
+            self._board.add(NUM_TAKEN, 1)  # not earlier: until then, the supervisor counts it as given
 
 
 class Connections(set[Any]):

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 
 from tinyvllm.server.control import ChildLink, Message
 from tinyvllm.server.process import Process
 
-TIMEOUT_S = 20.0  # a process that has not answered by then is left out
+log = logging.getLogger(__name__)
+
+GET_RESPONSE, REMOVE_RESPONSE = "get_response", "remove_response"  # to which at most one front-end knows the answer
+
+ALL_TIMEOUT_S = 8.0  # a process that has not answered by then is left out; one may write a long recording
+FIRST_TIMEOUT_S = 1.0  # for a question of which the processes just look up the answer
 
 
 class Questions:
@@ -22,20 +28,35 @@ class Questions:
 
     async def ask_all(self, question: str, about: str = "", *, but: str | None = None) -> dict[str, Message]:
         """The answers of all processes but one, by name. Those that die or stay silent are missing."""
+        processes = [process for name, process in self._processes.items() if name != but]
+        return await self._ask(processes, question, about, ALL_TIMEOUT_S, takes_first=False)
+
+    async def ask_first(self, processes: Iterable[Process], question: str, about: str) -> dict[str, Message]:
+        """The first answer that is not empty, with the empty ones before it, by name."""
+        return await self._ask(processes, question, about, FIRST_TIMEOUT_S, takes_first=True)
+
+    async def _ask(
+        self, processes: Iterable[Process], question: str, about: str, timeout_s: float, *, takes_first: bool
+    ) -> dict[str, Message]:
         number = next(self._numbers)
         loop = asyncio.get_running_loop()
-        answers: dict[str, asyncio.Future[Message | None]] = {}
-        for name, process in self._processes.items():
-            if name != but:
-                answers[name] = self._waiting[number, name] = loop.create_future()
-                process.send("question", number=number, question=question, about=about)
+        end_s = loop.time() + timeout_s
+        futures: dict[str, asyncio.Future[Message | None]] = {}
+        for process in processes:
+            futures[process.name] = self._waiting[number, process.name] = loop.create_future()
+            process.send("question", number=number, question=question, about=about)
         try:
-            if answers:
-                await asyncio.wait(answers.values(), timeout=TIMEOUT_S)
-            done = {name: answer.result() for name, answer in answers.items() if answer.done()}
-            return {name: answer for name, answer in done.items() if answer is not None}
+            pending = set(futures.values())
+            while pending and loop.time() < end_s and not (takes_first and any(_results(futures).values())):
+                condition = asyncio.FIRST_COMPLETED if takes_first else asyncio.ALL_COMPLETED
+                _, pending = await asyncio.wait(pending, timeout=end_s - loop.time(), return_when=condition)
+            answers = _results(futures)
+            silent = [name for name, future in futures.items() if not future.done()]
+            if silent and not (takes_first and any(answers.values())):
+                log.warning("no answer within %g s to %s from %s", timeout_s, question, ", ".join(silent))
+            return answers
         finally:
-            for name in answers:
+            for name in futures:
                 del self._waiting[number, name]
 
     def take_answer(self, name: str, message: Message) -> None:
@@ -54,6 +75,12 @@ class Questions:
             future.set_result(answer)
 
 
+def _results(futures: Mapping[str, asyncio.Future[Message | None]]) -> dict[str, Message]:
+    """The answers that have arrived. A process that has died has none."""
+    results = {name: future.result() for name, future in futures.items() if future.done()}
+    return {name: answer for name, answer in results.items() if answer is not None}
+
+
 class Asker:
     """A front-end's side, on its event loop."""
 
@@ -63,7 +90,9 @@ class Asker:
         self._waiting: dict[int, asyncio.Future[dict[str, Message]]] = {}
 
     async def ask_others(self, question: str, about: str = "") -> dict[str, Message]:
-        """The answers of all other processes of the server, by name. Those that died or stayed silent are missing."""
+        """The answers of the server's other processes, by name. Those that died or stayed silent are missing.
+
+        Of a question about a response, those of other front-ends until one of them knows it."""
         number = next(self._numbers)
         answers = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:

@@ -15,8 +15,7 @@ from tinyvllm.server.control import Message
 from tinyvllm.server.failures import UnknownResponseError
 from tinyvllm.server.front_ends import Ask, nobody
 from tinyvllm.server.protocol.responses import ResponseAnswer
-
-GET_RESPONSE, REMOVE_RESPONSE = "get_response", "remove_response"  # questions to other front-ends
+from tinyvllm.server.questions import GET_RESPONSE, REMOVE_RESPONSE
 
 MAX_RESPONSES = 1000
 MAX_CHARS = 64 * 2**20  # of all conversations together
@@ -83,9 +82,9 @@ class ResponseStore:
             raise self._unknown(response_id, param)
 
     def answer(self, question: str, response_id: str) -> Message:
-        """The answer to another front-end's question about a response."""
+        """The answer to another front-end's question about a response: empty if it is not stored here."""
         if question == REMOVE_RESPONSE:
-            return {"removed": self._remove(response_id)}
+            return {"removed": True} if self._remove(response_id) else {}
         return self._responses[response_id][0].as_message() if response_id in self._responses else {}
 
     def _remove(self, response_id: str) -> bool:

@@ -28,7 +28,7 @@ from tinyvllm.server.connections import Handover
 from tinyvllm.server.control import Message
 from tinyvllm.server.engine_placement import Placement
 from tinyvllm.server.process import Process, Restarts, start_process
-from tinyvllm.server.questions import Questions
+from tinyvllm.server.questions import GET_RESPONSE, REMOVE_RESPONSE, Questions
 from tinyvllm.server.run_directory import run_directory
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import TlsFiles, end_silent_peers
@@ -306,7 +306,13 @@ class Supervisor:
         self._draining.discard(index)
 
     async def _answer(self, process: Process, message: Message) -> None:
-        answers = await self._questions.ask_all(message["question"], message["about"], but=process.name)
+        question, about = message["question"], message["about"]
+        if question in (GET_RESPONSE, REMOVE_RESPONSE):
+            serving = [other for other in self._front_ends.values() if other.ready_s is not None]
+            others = [other for other in serving if other is not process]
+            answers = await self._questions.ask_first(others, question, about)
+        else:
+            answers = await self._questions.ask_all(question, about, but=process.name)
         process.send("answers", number=message["number"], answers=answers)
 
     def _greet(self, index: int, can_chat: bool) -> None:

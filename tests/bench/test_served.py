@@ -137,7 +137,7 @@ def test_the_command_starts_a_server_of_several_processes(tiny_hf_files: ModelFi
     )
     assert result.exit_code == 0, result.output
     [level] = json.loads(figures.read_text())["levels"]
-    assert level["requests"] == 3 and {process["name"] for process in level["processes"]} == {"engine 0", "front-end 0"}
+    assert level["requests"] == 3 and {process["name"] for process in level["processes"]} >= {"engine 0", "front-end 0"}
     assert {"prefill", "decode", "hop", "hop back"} <= level["stages"].keys()
     events = json.loads(trace.read_text())["traceEvents"]
     rows = {event["args"]["name"].partition(" (")[0] for event in events if event["name"] == "process_name"}

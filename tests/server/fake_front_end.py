@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class RemoteEngine(FakeEngine):
 def connect(spec: FrontEndSpec) -> Any:
     engine = RemoteEngine(reply=f"{spec.name}.", served_model_name="tiny")
     engine.config = spec.config
+    if spec.config.served_model_name == "slow":  # like a large tokenizer that is read on a thread
+        asyncio.get_running_loop().run_in_executor(None, time.sleep, 20)
     return engine, engine
 
 

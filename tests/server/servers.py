@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from tinyvllm.config import EngineConfig
-from tinyvllm.server import run_directory, sockets
+from tinyvllm.server import run_directory, sockets, supervisor
 from tinyvllm.server.engine_placement import Placement
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import TlsFiles
@@ -60,6 +60,7 @@ def main() -> None:
     async def run() -> None:
         options = json.loads(sys.argv[1])
         path = options.pop("uds", None)
+        supervisor.UNSEEN_S = options.pop("unseen_s", supervisor.UNSEEN_S)
         sock = sockets.bind("127.0.0.1", 0) if path is None else sockets.bind_unix(path)
         say("listening", address=sockets.address_of(sock, has_tls="tls" in options))
         recordings = await supervise(

@@ -202,6 +202,17 @@ def test_a_killed_front_end_loses_its_own_requests_only_and_is_started_again() -
         assert any("front-end 0 was killed by SIGKILL" in line for line in server.log)
 
 
+def test_a_front_end_that_stands_still_is_started_again() -> None:
+    with running_server(unseen_s=3.0) as server:
+        server.wait_until_ready()
+        pid = server.pids()["front-end 0"]
+        os.kill(pid, signal.SIGSTOP)
+        server.wait_for(lambda: server.pids().get("front-end 0", pid) != pid)
+        server.wait_for(lambda: ask(server) == "front-end 0.")
+        assert any("front-end 0 has stood still for 3 s" in line for line in server.log)
+        server.stop()
+
+
 def test_a_front_end_that_dies_again_and_again_ends_the_server() -> None:
     with running_server() as server:
         server.wait_until_ready()
@@ -358,6 +369,27 @@ def test_a_stop_while_the_engine_loads_is_clean() -> None:
         server.signal()
         assert server.wait() == 0
         assert not server.run_dir.exists()
+
+
+def test_a_stop_does_not_wait_for_the_threads_of_a_front_end() -> None:
+    with running_server(config={"served_model_name": "slow"}) as server:
+        server.wait_until_ready()
+        start_s = time.monotonic()
+        server.stop()
+        assert time.monotonic() - start_s < 4
+
+
+def test_a_second_signal_does_not_wait_long_for_a_front_end_that_stands_still() -> None:
+    with running_server() as server:
+        server.wait_until_ready()
+        os.kill(server.pids()["front-end 0"], signal.SIGSTOP)
+        start_s = time.monotonic()
+        for _ in range(2):
+            server.signal()
+            time.sleep(0.1)
+        assert server.wait() == 0
+        assert time.monotonic() - start_s < 6
+        assert "a front-end does not end, and is killed\n" in server.log
 
 
 def test_an_engine_whose_step_does_not_end_is_killed_after_a_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -65,11 +66,25 @@ def connect_engine(spec: FrontEndSpec) -> tuple[AsyncEngine, EngineWatch]:
 
 
 def main(connect: Connect = connect_engine) -> None:
-    """connect: makes the engine that is served; called on the event loop."""
+    """connect: makes the engine that is served; called on the event loop.
+
+    Never returns: the exit does not wait for threads, which may still be reading a tokenizer."""
     spec, link = start_child(FrontEndSpec)
     die_with_parent(spec.supervisor_pid)
     sys.setswitchinterval(SWITCH_S)
-    event_loop.run(_FrontEnd(spec, link).run(connect))
+    event_loop.run(_run_and_exit(_FrontEnd(spec, link), connect))
+
+
+async def _run_and_exit(served: _FrontEnd, connect: Connect) -> None:
+    """Serve, and end the process on its event loop, whose end would wait for the threads."""
+    code = 1
+    try:
+        await served.run(connect)
+        code = 0
+    except BaseException:
+        log.critical("the front-end ends with an unexpected error", exc_info=True)
+    logging.shutdown()
+    os._exit(code)
 
 
 class _FrontEnd:

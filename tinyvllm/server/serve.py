@@ -19,7 +19,7 @@ import uvicorn
 from tinyvllm.profiling import measure
 from tinyvllm.server.app import make_app
 from tinyvllm.server.event_loop import http_protocol
-from tinyvllm.server.settings import ServerSettings
+from tinyvllm.server.settings import GRACE_S, ServerSettings
 from tinyvllm.server.sockets import TlsFiles, end_silent_peers
 from tinyvllm.server.status_log import log_status
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75  # longer than clients' pools keep idle connections, so they rarely reuse one that has just closed
-GRACE_S = 5.0  # how long shutdown waits for responses being written, and for the engine's last step
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -9,6 +9,7 @@ from tinyvllm.errors import TinyvllmError
 
 API_KEY_VARIABLE = "TINYVLLM_API_KEY"  # environment variable: accepted API keys, separated by whitespace
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")  # names of the loopback address
+GRACE_S = 5.0  # how long a stop waits for responses being written, and one in haste for the engine's step
 MIN_KEY_CHARS = 8  # a shorter one can be guessed over the network
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from tinyvllm.errors import EngineDeadError, TinyvllmError
 from tinyvllm.profiling.measure import Recording
 from tinyvllm.server import recordings
-from tinyvllm.server.board import NUM_REQUESTS, Board
+from tinyvllm.server.board import ALIVE_MS, NUM_REQUESTS, Board
 from tinyvllm.server.child import write_pids
 from tinyvllm.server.connections import Handover
 from tinyvllm.server.control import Message
@@ -30,7 +30,7 @@ from tinyvllm.server.engine_placement import Placement
 from tinyvllm.server.process import Process, Restarts, start_process
 from tinyvllm.server.questions import GET_RESPONSE, REMOVE_RESPONSE, Questions
 from tinyvllm.server.run_directory import run_directory
-from tinyvllm.server.settings import ServerSettings
+from tinyvllm.server.settings import GRACE_S, ServerSettings
 from tinyvllm.server.sockets import TlsFiles, end_silent_peers
 from tinyvllm.server.specs import LOAD_ENGINE, EngineSpec, FrontEndSpec, client_name, engine_name, front_end_name
 
@@ -38,8 +38,9 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.05  # how often the end of the drain, and of processes, is checked
 DRAIN_NOTICE_S = 1.0  # how long front-ends have to say that they refuse new requests
-GRACE_S = 5.0  # how long front-ends write their last answers, and how long a stop in haste waits for an engine's step
+HASTE_S = 2.0  # how long front-ends write their last answers after a second signal
 MESSAGE_DELAY_S = 1.0  # how long messages of a dead front-end may take to reach an engine
+UNSEEN_S = 60.0  # a front-end that has not been seen for so long is ended: the engines' messages to it pile up
 ENGINE_EXIT_S = 1.0  # how long clients hear 503 after the last engine has died, before the server ends
 
 Report = Callable[[str, int, int], None]  # stage, done, total
@@ -122,6 +123,7 @@ class Supervisor:
             self._handover = Handover(self._listener, self._board)
             engines = [self._spawn(self._keep_engine(index)) for index in range(self._plan.num_engines)]
             front_ends = [self._spawn(self._keep_front_end(index)) for index in range(self._plan.num_http)]
+            self._spawn(self._end_unseen())
             try:
                 await self._end
             finally:
@@ -305,11 +307,27 @@ class Supervisor:
         del self._front_ends[index]
         self._draining.discard(index)
 
+    async def _end_unseen(self) -> None:
+        """Kill front-ends whose event loop has stood still for UNSEEN_S, so that they are started again."""
+        period_s = UNSEEN_S / 12
+        while not self._stopping.is_set():
+            start_s = time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), period_s)
+            now_s = time.monotonic()
+            if now_s - start_s > 2 * period_s:  # the whole machine stood still
+                continue
+            for index in self._serving():
+                process = self._front_ends[index]
+                unseen_s = now_s - max(process.ready_s or 0.0, self._board.rows[index].cells[ALIVE_MS] / 1000)
+                if unseen_s > UNSEEN_S and not self._stopping.is_set():
+                    log.error("%s has stood still for %.0f s, and is killed", process.name, unseen_s)
+                    process.kill()
+
     async def _answer(self, process: Process, message: Message) -> None:
         question, about = message["question"], message["about"]
         if question in (GET_RESPONSE, REMOVE_RESPONSE):
-            serving = [other for other in self._front_ends.values() if other.ready_s is not None]
-            others = [other for other in serving if other is not process]
+            others = [other for index in self._serving() if (other := self._front_ends[index]) is not process]
             answers = await self._questions.ask_first(others, question, about)
         else:
             answers = await self._questions.ask_all(question, about, but=process.name)
@@ -325,6 +343,10 @@ class Supervisor:
                 for process in self._processes.values():
                     process.send("question", number=0, question=recordings.START_PROFILE, about="")
             self._on_ready(can_chat)
+
+    def _serving(self) -> set[int]:
+        """The front-ends that serve. The others are still being started, and have no requests."""
+        return {index for index, process in self._front_ends.items() if process.ready_s is not None}
 
     def _tell_front_ends(self, kind: str, **facts: object) -> None:
         for process in self._front_ends.values():
@@ -375,7 +397,7 @@ class Supervisor:
         self._tell_front_ends("drain")
         timeout_s = self._plan.settings.shutdown_timeout_s
         start_s = time.monotonic()
-        while time.monotonic() < start_s + DRAIN_NOTICE_S and self._draining < self._front_ends.keys():
+        while time.monotonic() < start_s + DRAIN_NOTICE_S and self._serving() - self._draining:
             await asyncio.sleep(TICK_S)  # one that does not know of the drain yet may still take a request
         if not self._engines:  # the requests wait for an engine that is still loading
             self._end_server()
@@ -406,10 +428,11 @@ class Supervisor:
         if num_requests := self._board.sum(NUM_REQUESTS):
             log.warning("stopping: aborting %d requests", num_requests)
         self._handover.close()
+        self._kill(self._front_ends[index] for index in self._front_ends.keys() - self._serving())
         if self._plan.records:
             self.recordings = recordings.read(await self._questions.ask_all(recordings.STOP_PROFILE))
         self._tell_front_ends("stop")
-        if not await self._have_ended(front_ends, lambda: 2 * GRACE_S):
+        if not await self._have_ended(front_ends, lambda: 2 * GRACE_S if self._num_signals < 2 else HASTE_S):
             log.error("a front-end does not end, and is killed")
             self._kill(self._front_ends.values())
             await asyncio.wait(front_ends)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -17,9 +19,11 @@ from hypothesis import strategies as st
 
 from tests.server.fake_engine import FakeEngine
 from tinyvllm.server.app import make_app
-from tinyvllm.server.large_lane import LARGE_BYTES, LargeLane, _Body
+from tinyvllm.server.front_ends import FrontEnds
+from tinyvllm.server.large_lane import LARGE_BYTES, _Body
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import bind, bind_unix
+from tinyvllm.server.state import ServerState
 
 
 class Lanes:
@@ -28,12 +32,14 @@ class Lanes:
     def __init__(self, directory: Path) -> None:
         self.small, self.large = FakeEngine(reply="small"), FakeEngine(reply="large", max_model_len=10_000_000)
         uds = str(directory / "large")
-        self._servers = [
-            self._serve(make_app(self.large, ServerSettings(max_body_bytes=4 * LARGE_BYTES)), bind_unix(uds)),  # type: ignore[arg-type]
-        ]
+        settings = ServerSettings(max_body_bytes=4 * LARGE_BYTES, idle_timeout_s=0.5)
+        lane = make_app(self.large, settings, FrontEnds(is_large_lane=True))  # type: ignore[arg-type]
+        app = make_app(self.small, settings, FrontEnds(large_lane=uds))  # type: ignore[arg-type]
+        self.states: tuple[ServerState, ServerState] = (lane.state.server, app.state.server)
         sock = bind("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        self._servers.append(self._serve(LargeLane(make_app(self.small), uds), sock))  # type: ignore[arg-type]
+        self.address = sock.getsockname()
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+        self._servers = [self._serve(lane, bind_unix(uds)), self._serve(app, sock)]
 
     def _serve(self, app: object, sock: socket.socket) -> tuple[uvicorn.Server, threading.Thread]:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5))  # type: ignore[arg-type]
@@ -43,6 +49,16 @@ class Lanes:
 
     def client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self.url, headers={"content-type": "application/json"})
+
+    def counts(self, name: str) -> list[str]:
+        """The samples of a metric in both processes, but those that are 0."""
+        lines = [line for state in self.states for line in state.metrics.render().decode().splitlines()]
+        return [line for line in lines if line.startswith(name) and not line.endswith(" 0.0")]
+
+    def cut(self) -> None:
+        """Break the connections between the two, as the death of the large lane would."""
+        for connection in list(self._servers[0][0].server_state.connections):
+            connection.loop.call_soon_threadsafe(connection.transport.abort)
 
     def stop(self, index: int) -> None:
         server, thread = self._servers[index]
@@ -112,12 +128,80 @@ async def test_a_client_that_leaves_ends_its_request_in_the_large_lane(lanes: La
         await asyncio.to_thread(lanes.large.wait_until, lambda: lanes.large.closed and not lanes.large.running)
 
 
+async def test_a_request_has_one_id_and_is_counted_once(lanes: Lanes) -> None:
+    async with lanes.client() as client:
+        response = await client.post(
+            "/v1/completions", content=body_of(2 * LARGE_BYTES), headers={"x-request-id": "mine"}
+        )
+        own = await client.post("/v1/completions", content=body_of(2 * LARGE_BYTES))
+    assert response.headers.get_list("x-request-id") == ["mine"] and response.json()["id"].startswith("cmpl-mine")
+    assert own.json()["id"].startswith(f"cmpl-{own.headers['x-request-id']}")
+    assert lanes.counts("http_requests_total") == [
+        'http_requests_total{handler="/v1/completions",method="POST",status="2xx"} 2.0'
+    ]
+
+
 async def test_a_lane_that_is_gone_is_a_503(lanes: Lanes) -> None:
     lanes.stop(0)
     async with lanes.client() as client:
         response = await client.post("/v1/completions", content=body_of(2 * LARGE_BYTES))
-        assert response.status_code == 503 and response.headers["retry-after"]
+        assert response.status_code == 503 and response.headers["retry-after"] and response.headers["x-request-id"]
+        assert response.json()["error"]["code"] == "front_end_gone"
+        (refusals,) = lanes.counts("tinyvllm:requests_refused_total")
+        assert refusals.endswith('reason="unavailable"} 1.0')
         assert (await client.post("/v1/completions", content=body_of(10))).status_code == 200
+
+
+async def test_a_lane_that_dies_ends_its_streams_with_an_error(lanes: Lanes, caplog: pytest.LogCaptureFixture) -> None:
+    lanes.large.hang_after = 2
+    async with lanes.client() as client:
+        content = body_of(2 * LARGE_BYTES, stream=True)
+        async with client.stream("POST", "/v1/completions", content=content) as response:
+            lines = []
+            async for line in response.aiter_lines():
+                if line.startswith("data: "):
+                    lines.append(line[6:])
+                if len(lines) == 2:
+                    lanes.cut()
+    assert lines[-1] == "[DONE]" and json.loads(lines[-2])["error"]["code"] == "front_end_gone"
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
+        "the front-end for large bodies has ended in the middle of an answer (RemoteProtocolError)"
+    ]
+
+
+# ---- Clients that stall or leave ----
+
+HEAD = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+STALLED = {
+    "small": f"{HEAD}Content-Length: 1000\r\n\r\n{{",
+    "large": f"{HEAD}Content-Length: 400000\r\n\r\n{{",
+    "of unstated length, small yet": f"{HEAD}Transfer-Encoding: chunked\r\n\r\n5\r\n{{    \r\n",
+    "of unstated length, large": f"{HEAD}Transfer-Encoding: chunked\r\n\r\n{300_000:x}\r\n{' ' * 300_000}\r\n",
+}
+
+
+@pytest.mark.parametrize("request_text", STALLED.values(), ids=STALLED)
+def test_a_body_that_stalls_is_a_408(lanes: Lanes, request_text: str, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_connection(lanes.address, timeout=20) as sock:
+        sock.sendall(request_text.encode())
+        answer = sock.recv(65536).decode()
+    assert answer.startswith("HTTP/1.1 408") and "the body did not arrive in time" in answer
+    assert "x-request-id" in answer and not caplog.records
+    lanes.small.wait_until(lambda: bool(lanes.counts("http_requests_total")))
+    assert lanes.counts("http_requests_total") == [
+        'http_requests_total{handler="/v1/completions",method="POST",status="4xx"} 1.0'
+    ]
+
+
+@pytest.mark.parametrize("request_text", STALLED.values(), ids=STALLED)
+def test_a_client_that_leaves_in_its_body_is_not_logged(
+    lanes: Lanes, request_text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_connection(lanes.address, timeout=20) as sock:
+        sock.sendall(request_text.encode())
+        time.sleep(0.1)
+    lanes.small.wait_until(lambda: bool(lanes.counts("http_requests_total")))
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @given(st.lists(st.integers(0, LARGE_BYTES), max_size=6))

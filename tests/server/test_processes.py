@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -138,6 +140,28 @@ def test_large_bodies_are_parsed_by_a_front_end_of_their_own(tmp_path: Path) -> 
             )
         )
         server.stop()
+
+
+def test_a_stop_ends_stalled_bodies_with_an_error(tmp_path: Path) -> None:
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    texts = (
+        f"{head}Content-Length: 1000\r\n\r\n{{",
+        f"{head}Content-Length: 400000\r\n\r\n{{",
+        f"{head}Transfer-Encoding: chunked\r\n\r\n5\r\n{{    \r\n",
+    )
+    with serving(tmp_path, "answering", has_large_lane=True) as server, contextlib.ExitStack() as stack:
+        url = urlsplit(server.address)
+        socks = [stack.enter_context(socket.create_connection((url.hostname, url.port), timeout=10)) for _ in texts]
+        for sock, text in zip(socks, texts, strict=True):
+            sock.sendall(text.encode())
+        time.sleep(0.5)  # until they wait for the rest
+        start_s = time.monotonic()
+        server.stop()
+        assert time.monotonic() - start_s < 5
+        for sock in socks:
+            answer = sock.recv(65536).decode()
+            assert answer.startswith("HTTP/1.1 503") and "server_draining" in answer
+        assert "Traceback" not in "".join(server.log)
 
 
 def test_a_stored_response_is_known_at_every_front_end(server: RunningServer) -> None:

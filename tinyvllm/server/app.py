@@ -20,7 +20,9 @@ from tinyvllm.errors import TinyvllmError
 from tinyvllm.profiling import measure
 from tinyvllm.server import operations
 from tinyvllm.server.context import RequestContext, as_current
-from tinyvllm.server.failures import ClientGone, answer_failure, failure_of
+from tinyvllm.server.failures import BodyInterrupted, ClientGone, answer_failure, failure_of
+from tinyvllm.server.large_lane import LargeLane
+from tinyvllm.server.request_limits import DrainingError
 from tinyvllm.server.response_store import ResponseStore
 from tinyvllm.server.routes import include_routes
 from tinyvllm.server.security import HostCheck, KeyCheck, KeyRing
@@ -51,6 +53,8 @@ def make_app(
     for kind in (TinyvllmError, ClientGone, RequestValidationError, AnyHTTPException):
         app.add_exception_handler(kind, answer_failure)
     # the middleware added last is the outermost
+    if state.front_ends.large_lane is not None:
+        app.add_middleware(LargeLane, uds=state.front_ends.large_lane)
     if settings.api_keys:
         app.add_middleware(KeyCheck, keys=KeyRing(settings.api_keys))
     if settings.cors.origins:
@@ -99,6 +103,7 @@ class _Exchange:
         self._has_started = False
         self._num_body_bytes = 0
         self._has_whole_body = False
+        self._start_s = asyncio.get_running_loop().time()
         asked_id = Headers(scope=scope).get("x-request-id", "")
         is_valid = _VALID_REQUEST_ID.fullmatch(asked_id) is not None
         self._context = RequestContext(
@@ -110,7 +115,8 @@ class _Exchange:
 
     async def run(self) -> None:
         state, method = self._state, self._scope["method"]
-        asks_for_work = method not in _SAFE_METHODS
+        is_counted = not state.front_ends.is_large_lane  # the front-end that passed it on counts it
+        asks_for_work = is_counted and method not in _SAFE_METHODS
         start_s = time.perf_counter()
         if asks_for_work:
             state.drain.begin_request()
@@ -133,7 +139,8 @@ class _Exchange:
                 handler = getattr(route, "path", "none")
                 if measure.is_on():
                     self._measure(start_s, handler)
-                state.metrics.count_http(method, handler, self._status, time.perf_counter() - start_s)
+                if is_counted:
+                    state.metrics.count_http(method, handler, self._status, time.perf_counter() - start_s)
 
     def _measure(self, start_s: float, handler: str) -> None:
         """Record the whole request."""
@@ -174,14 +181,20 @@ class _Exchange:
         raise HTTPException(413, f"the body is larger than {limit} bytes: send less at a time")
 
     async def _timed_receive(self) -> Message:
-        """The next message. Raises HTTPException 408 if the client stops sending in the middle of its body."""
+        """The next message. Raises HTTPException: 408 if the client stops sending in the middle of its body, 503 if the
+        server stops before the body is complete.
+        """
         if self._has_whole_body:
             return await self._receive()
+        drain = self._state.drain
         try:
-            async with asyncio.timeout(self._state.settings.idle_timeout_s):
+            async with drain.body_wait(self._state.settings.idle_timeout_s, self._start_s):
                 message = await self._receive()
         except TimeoutError as error:
             self._has_whole_body = True  # nothing more will come
+            if drain.has_begun:
+                reason = "the server is stopping and reads no more of the body: try again later"
+                raise BodyInterrupted(DrainingError(reason)) from error
             raise HTTPException(408, "the body did not arrive in time: send it without pauses") from error
         self._has_whole_body = not message.get("more_body", False)
         return message

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import fastapi
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -40,6 +41,18 @@ class UnknownResponseError(TinyvllmError):
 
 class NotReadyError(TinyvllmError):
     """The engine is still loading or warming up: HTTP 503, worth a retry."""
+
+
+class BodyInterrupted(fastapi.HTTPException):
+    """The server does not wait for the rest of a body. FastAPI passes on no other class while it reads a body."""
+
+    def __init__(self, reason: TinyvllmError) -> None:
+        super().__init__(503, str(reason))
+        self.reason = reason
+
+
+class LaneGoneError(TinyvllmError):
+    """The front-end for large bodies has died, and is being started again: HTTP 503, worth a retry."""
 
 
 class StalledError(TinyvllmError):
@@ -88,6 +101,7 @@ _STATES: tuple[tuple[type[TinyvllmError], int, str, str, Mapping[str, str]], ...
     (QueueFullError, 429, "rate_limit_error", "queue_full", {"retry-after": str(QUEUE_RETRY_AFTER_S)}),
     (NotReadyError, 503, SERVER_ERROR, "engine_not_ready", _RETRY_LATER),
     (DrainingError, 503, SERVER_ERROR, "server_draining", {**_RETRY_LATER, "connection": "close"}),
+    (LaneGoneError, 503, SERVER_ERROR, "front_end_gone", {"retry-after": str(QUEUE_RETRY_AFTER_S)}),
     (AbortedError, 503, SERVER_ERROR, "request_aborted", _RETRY_LATER),
     (StalledError, 503, SERVER_ERROR, "engine_stalled", _RETRY_LATER),
     (EngineDeadError, 503, SERVER_ERROR, "engine_dead", _NO_RETRY),
@@ -107,6 +121,8 @@ def failure_of(error: BaseException) -> Failure:
             return Failure(404, str(error), INVALID_REQUEST, param=error.param, code="response_not_found")
         case UnknownModelError():
             return Failure(404, str(error), INVALID_REQUEST, param="model", code="model_not_found")
+        case BodyInterrupted():
+            return _of_state(error.reason)
         case HTTPException():
             kind = INVALID_REQUEST if error.status_code < 500 else SERVER_ERROR
             return Failure(error.status_code, str(error.detail), kind, headers=error.headers or {})

@@ -27,7 +27,6 @@ from tinyvllm.server.control import ChildLink, Message
 from tinyvllm.server.counters import Counters
 from tinyvllm.server.endpoints import endpoint_of
 from tinyvllm.server.front_ends import FrontEnds
-from tinyvllm.server.large_lane import LargeLane
 from tinyvllm.server.questions import GET_RESPONSE, REMOVE_RESPONSE, Asker
 from tinyvllm.server.response_store import ResponseStore
 from tinyvllm.server.serve import uvicorn_config
@@ -36,8 +35,6 @@ from tinyvllm.server.specs import FrontEndSpec, client_name
 from tinyvllm.server.status_log import log_status
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
-
     from tinyvllm.server.state import ServerState
 
 log = logging.getLogger(__name__)
@@ -103,17 +100,20 @@ class _FrontEnd:
             board=Board.open(directory / "board", spec.num_front_ends, spec.index),
             counters=Counters.shared(directory, spec.num_front_ends, spec.index),
             name=spec.name,
+            large_lane=None if spec.is_large_lane else spec.large_lane,
+            is_large_lane=spec.is_large_lane,
             ask_others=self._asker.ask_others,
             pids=functools.partial(read_pids, directory),
         )
         app = make_app(self._engine, spec.settings, front_ends)
         self._state: ServerState = app.state.server
         self._responses: ResponseStore = app.state.responses
-        served: ASGIApp = app
-        if spec.large_lane is not None and not spec.is_large_lane:
-            served = LargeLane(app, spec.large_lane)
         self._server = FrontEndServer(
-            uvicorn_config(served, None if spec.is_large_lane else spec.tls, access_log=spec.access_log),
+            uvicorn_config(
+                app,
+                None if spec.is_large_lane else spec.tls,
+                access_log=spec.access_log and not spec.is_large_lane,  # the others log what they pass on
+            ),
             self._state,
             socket.socket(fileno=spec.connections_fd),
             on_serving=lambda: self._link.send("serving"),
@@ -191,6 +191,7 @@ class FrontEndServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         self._state.metrics.process.observe(len(self.server_state.connections))
         self._state.watchdog.observe()
+        self._state.drain.observe()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -30,5 +30,7 @@ class FrontEnds:
     board: Board = field(default_factory=Board.in_memory)
     counters: Counters = field(default_factory=lambda: Counters(Cells()))
     name: str | None = None  # of this process; None if it is the only one
+    large_lane: str | None = None  # the Unix socket of the front-end that this one passes large bodies on to
+    is_large_lane: bool = False  # this is that front-end: all of its requests come from the others
     ask_others: Ask = nobody
     pids: Callable[[], dict[str, int]] = dict  # of all processes of the server, by name; empty if it is the only one

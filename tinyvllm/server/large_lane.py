@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 
 import httpx
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinyvllm.server.failures import SERVER_ERROR, Failure
+from tinyvllm.server.context import current
+from tinyvllm.server.events import frame_error
+from tinyvllm.server.failures import ClientGone, LaneGoneError, failure_of
+from tinyvllm.server.routes import find_route
+
+log = logging.getLogger(__name__)
 
 LARGE_BYTES = 256 * 2**10  # of a body: up to 2 ms to parse
 # of one connection only (RFC 9110, section 7.6.1); the servers on both sides write their own
@@ -21,11 +28,14 @@ HOP_HEADERS = frozenset((b"connection", b"keep-alive", b"transfer-encoding", b"u
 
 
 class LargeLane:
-    """Middleware that passes requests with large bodies on to the front-end that listens on a Unix socket."""
+    """Middleware that passes requests with large bodies on to the front-end that listens on a Unix socket.
+
+    It is the innermost, so that what others enforce holds before a body is passed on: access, time, size and the drain.
+    """
 
     def __init__(self, app: ASGIApp, uds: str) -> None:
         self._app = app
-        # no limit of time: the front-end behind it has the server's own limits
+        # no limit of time: both front-ends have the server's own limits
         self._client = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=uds, limits=httpx.Limits(max_connections=None)), timeout=None
         )
@@ -37,14 +47,25 @@ class LargeLane:
             finally:
                 await self._client.aclose()
             return
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        length = _stated_length(scope)
+        if scope["method"] in ("GET", "HEAD", "OPTIONS") or (length is not None and length <= LARGE_BYTES):
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = find_route(scope)  # requests are counted by it
         body = _Body(receive)
-        if await body.is_large(scope):
-            await self._pass_on(scope, body, send)
-        else:
-            await self._app(scope, body.receive, send)
+        try:
+            if await body.is_large(scope):
+                await self._pass_on(scope, body, send)
+                return
+        except (HTTPException, LaneGoneError) as error:  # all come before the answer's start
+            await failure_of(error).response()(scope, receive, send)
+            return
+        except (ClientGone, OSError):  # OSError: the client does not read
+            return
+        await self._app(scope, body.receive, send)
 
     async def _pass_on(self, scope: Scope, body: _Body, send: Send) -> None:
         """Relay the request and its response, until the client leaves."""
@@ -60,6 +81,28 @@ class LargeLane:
             await asyncio.gather(relaying, watching, return_exceptions=True)
 
     async def _relay(self, scope: Scope, body: _Body, send: Send) -> None:
+        try:
+            response = await self._client.send(self._request(scope, body), stream=True)
+        except httpx.TransportError as error:
+            raise LaneGoneError(
+                f"the front-end for large bodies does not answer ({type(error).__name__}): try again later"
+            ) from error
+        async with contextlib.aclosing(response):
+            kept = [(name.lower(), value) for name, value in response.headers.raw if name.lower() not in HOP_HEADERS]
+            await send({"type": "http.response.start", "status": response.status_code, "headers": kept})
+            try:
+                async for chunk in response.aiter_raw():
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except httpx.TransportError as error:
+                reason = type(error).__name__
+                log.error("the front-end for large bodies has ended in the middle of an answer (%s)", reason)
+                if not response.headers.get("content-type", "").startswith("text/event-stream"):
+                    return  # the server breaks the connection
+                gone = LaneGoneError("the front-end for large bodies has died: try again later")
+                await send({"type": "http.response.body", "body": b"\n\n" + frame_error(gone), "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _request(self, scope: Scope, body: _Body) -> httpx.Request:
         query = b"?" + scope["query_string"] if scope["query_string"] else b""
         url = httpx.URL("http://large-lane").copy_with(
             raw_path=(scope.get("raw_path") or scope["path"].encode()) + query
@@ -67,23 +110,17 @@ class LargeLane:
         request = self._client.build_request(scope["method"], url, content=body.chunks())
         has_length = any(name == b"content-length" for name, _ in scope["headers"])
         request.headers = httpx.Headers(
-            [(name, value) for name, value in scope["headers"] if name not in HOP_HEADERS]
+            [(name, value) for name, value in scope["headers"] if name not in HOP_HEADERS and name != b"x-request-id"]
             + ([] if has_length else [(b"transfer-encoding", b"chunked")])
+            + [(b"x-request-id", current().request_id.encode())]
         )
-        try:
-            response = await self._client.send(request, stream=True)
-        except httpx.TransportError as error:
-            message = f"the front-end for large requests does not answer ({type(error).__name__}): try again later"
-            await Failure(503, message, SERVER_ERROR, headers={"retry-after": "1"}).response()(
-                scope, body.receive, send
-            )
-            return
-        async with contextlib.aclosing(response):
-            kept = [(name.lower(), value) for name, value in response.headers.raw if name.lower() not in HOP_HEADERS]
-            await send({"type": "http.response.start", "status": response.status_code, "headers": kept})
-            async for chunk in response.aiter_raw():
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return request
+
+
+def _stated_length(scope: Scope) -> int | None:
+    """Of the body, in bytes. 0 if it is not a number, which HTTP servers refuse."""
+    lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+    return (int(lengths[0]) if lengths[0].isdigit() else 0) if lengths else None
 
 
 class _Body:
@@ -96,9 +133,9 @@ class _Body:
 
     async def is_large(self, scope: Scope) -> bool:
         """Reads the body's beginning if its length is not stated."""
-        lengths = [value for name, value in scope["headers"] if name == b"content-length"]
-        if lengths:
-            return lengths[0].isdigit() and int(lengths[0]) > LARGE_BYTES
+        length = _stated_length(scope)
+        if length is not None:
+            return length > LARGE_BYTES
         num_bytes = 0
         while num_bytes <= LARGE_BYTES:
             message = await self._receive()
@@ -112,12 +149,12 @@ class _Body:
         return self._read.pop(0) if self._read else await self._receive()
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The body, as it comes. Raises OSError if the client leaves in the middle."""
+        """The body, as it comes. Raises ClientGone if the client leaves in the middle."""
         more = True
         while more:
             message = await self.receive()
             if message["type"] == "http.disconnect":
-                raise ConnectionResetError("the client has left before its body was complete")
+                raise ClientGone
             more = message.get("more_body", False)
             if message.get("body"):
                 yield message["body"]

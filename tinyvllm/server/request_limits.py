@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from tinyvllm.errors import RequestError, TinyvllmError
@@ -10,6 +13,8 @@ from tinyvllm.server.context import RequestContext
 
 if TYPE_CHECKING:
     from tinyvllm.server.settings import ServerSettings
+
+BODY_GRACE_S = 1.0  # how long a draining server waits for a whole body, so that most clients can read its refusal
 
 
 class QueueFullError(TinyvllmError):
@@ -109,8 +114,36 @@ class Drain:
     """Whether the server has begun to drain, and how many requests its front-ends have not answered yet."""
 
     def __init__(self, board: Board | None = None) -> None:
-        self.has_begun = False
+        self.has_begun = False  # also set by signal handlers
         self._board = board or Board.in_memory()
+        self._begun_s: float | None = None  # on the loop's clock
+        self._waits: set[asyncio.Timeout] = set()  # for bodies
+
+    def observe(self) -> None:
+        """Called at every tick. Limits the wait for bodies once the drain has begun: their requests will be refused."""
+        if self.has_begun and self._begun_s is None:
+            self._begun_s = asyncio.get_running_loop().time()
+            end_s = self._begun_s + BODY_GRACE_S
+            for wait in self._waits:
+                when_s = wait.when()
+                wait.reschedule(end_s if when_s is None else min(when_s, end_s))
+
+    @contextlib.asynccontextmanager
+    async def body_wait(self, timeout_s: float | None, start_s: float) -> AsyncIterator[None]:
+        """Raises TimeoutError if the block, which waits for a part of a body, takes too long.
+
+        start_s: when the request arrived, on the loop's clock.
+        """
+        end_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        if self._begun_s is not None:
+            last_s = max(self._begun_s, start_s) + BODY_GRACE_S
+            end_s = last_s if end_s is None else min(end_s, last_s)
+        async with asyncio.timeout_at(end_s) as wait:
+            self._waits.add(wait)
+            try:
+                yield
+            finally:
+                self._waits.discard(wait)
 
     @property
     def num_requests(self) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from starlette.routing import BaseRoute, Match
+from starlette.types import Scope
 
 # Files in this directory, each with a `router`. Requests look for their route in this order: the busiest come first.
 ROUTES = (
@@ -20,5 +23,16 @@ ROUTES = (
 
 def include_routes(app: FastAPI) -> None:
     """Add the routes of every file in ROUTES."""
+    for router in _routers():
+        app.include_router(router)
+
+
+def find_route(scope: Scope) -> BaseRoute | None:
+    """The route that a request will take, for those that need to know before the app looks for it."""
+    routes = (route for router in _routers() for route in router.routes)
+    return next((route for route in routes if route.matches(scope)[0] is Match.FULL), None)
+
+
+def _routers() -> Iterator[APIRouter]:
     for name in ROUTES:
-        app.include_router(importlib.import_module(f"tinyvllm.server.{name}").router)
+        yield importlib.import_module(f"tinyvllm.server.{name}").router

@@ -115,6 +115,7 @@ class Server(uvicorn.Server):
         """Whether to stop now. Sockets stay open during the drain, so that refusals and /ready are still answered."""
         self._state.metrics.process.observe(len(self.server_state.connections))
         self._state.watchdog.observe()
+        self._state.drain.observe()
         if not await super().on_tick(counter):
             return False
         drain = self._state.drain

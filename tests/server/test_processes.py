@@ -120,7 +120,7 @@ def test_a_recording_covers_every_process(server: RunningServer) -> None:
 def test_large_bodies_are_parsed_by_a_front_end_of_their_own(tmp_path: Path) -> None:
     headers = {"content-type": "application/json", "connection": "close"}
     small = json.dumps({"prompt": "hello", "max_tokens": 5}).encode()
-    with serving(tmp_path, "answering", has_large_lane=True) as server:
+    with serving(tmp_path, "answering", has_large_lane=True, log_level="info") as server:
         with httpx.Client(base_url=server.address, headers=headers) as client:
             for body in (small, small.ljust(300_000), small.ljust(300_000), small):
                 response = client.post("/v1/completions", content=body)
@@ -140,6 +140,8 @@ def test_large_bodies_are_parsed_by_a_front_end_of_their_own(tmp_path: Path) -> 
             )
         )
         server.stop()
+        lines = [line for line in server.log if '"POST /v1/completions HTTP/1.1" 413' in line]
+        assert len(lines) == 1 and "127.0.0.1:" in lines[0], "one access line, with the client's address"
 
 
 def test_a_stop_ends_stalled_bodies_with_an_error(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_a_stop_ends_stalled_bodies_with_an_error(tmp_path: Path) -> None:
         time.sleep(0.5)  # until they wait for the rest
         start_s = time.monotonic()
         server.stop()
-        assert time.monotonic() - start_s < 5
+        assert time.monotonic() - start_s < 20  # --shutdown-timeout is longer
         for sock in socks:
             answer = sock.recv(65536).decode()
             assert answer.startswith("HTTP/1.1 503") and "server_draining" in answer

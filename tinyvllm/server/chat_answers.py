@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tinyvllm.server.answers import Tally, finite, gather, write_prompt_logprobs
-from tinyvllm.server.events import DONE, TextEvent, frame, frame_error, json_string
+from tinyvllm.server.answers import finite, gather, write_prompt_logprobs
+from tinyvllm.server.events import ChunkEvents, TextEvent, frame
 from tinyvllm.server.generation import Item, Job
 from tinyvllm.server.intake import Heading
 from tinyvllm.server.message import MessageParser, OutputFormat, ParsedMessage, Piece, Reasoning
@@ -77,7 +77,7 @@ def _assistant_message(message: ParsedMessage) -> AssistantMessage:
     )
 
 
-class ChatEvents:
+class ChatEvents(ChunkEvents):
     """The events of one answer: the role of each choice, its message as it comes, its finish_reason, and the usage if
     requested. Owns the parsers of its choices and the token counts.
     """
@@ -85,35 +85,16 @@ class ChatEvents:
     def __init__(
         self, heading: Heading, format: OutputFormat, *, n: int, include_usage: bool, continuous_usage: bool = False
     ) -> None:
+        super().__init__(include_usage=include_usage, continuous_usage=continuous_usage)
         self._heading = heading
         self._format = format
         self._parsers = [format.parser() for _ in range(n)]
-        self._include_usage = include_usage
-        self._continuous_usage = continuous_usage
-        self._tally = Tally()
-        # by choice, once it has begun: the event of a text
-        self._texts: dict[int, TextEvent] = {}
 
     def begin(self) -> bytes:
         roles = [
             ChatChunkChoice(index=n, delta=ChatDelta(role="assistant", content="")) for n in range(len(self._parsers))
         ]
         return b"".join(map(self._chunk, roles))
-
-    def take(self, item: Item) -> bytes:
-        delta = item.delta
-        event = self._texts.get(item.choice)
-        if event is None or delta.finish_reason is not None or delta.logprobs:
-            return self._write(item)
-        if not delta.text:
-            return b""
-        return event.head + json_string(delta.text) + event.tail
-
-    def end(self) -> bytes:
-        return (self._frame([], has_usage=True) if self._include_usage else b"") + DONE
-
-    def fail(self, error: BaseException) -> bytes:
-        return frame_error(error)
 
     def _write(self, item: Item) -> bytes:
         """The events of an item, made from models."""

@@ -6,8 +6,8 @@ import codecs
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tinyvllm.server.answers import Tally, finite, gather, write_prompt_logprobs
-from tinyvllm.server.events import DONE, TextEvent, frame, frame_error, json_string
+from tinyvllm.server.answers import finite, gather, write_prompt_logprobs
+from tinyvllm.server.events import ChunkEvents, TextEvent, frame
 from tinyvllm.server.generation import Item, Job
 from tinyvllm.server.intake import Heading
 from tinyvllm.server.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
@@ -72,7 +72,7 @@ async def completion_answer(state: ServerState, job: Job, heading: Heading, form
     )
 
 
-class CompletionEvents:
+class CompletionEvents(ChunkEvents):
     """The events of one answer: the echo of each choice if any, its text as it comes, and the usage if requested.
 
     Owns the logprob offsets of its choices and the token counts.
@@ -81,16 +81,12 @@ class CompletionEvents:
     def __init__(
         self, heading: Heading, form: CompletionForm, *, include_usage: bool, continuous_usage: bool = False
     ) -> None:
+        super().__init__(include_usage=include_usage, continuous_usage=continuous_usage)
         self._heading = heading
         self._form = form
-        self._include_usage = include_usage
-        self._continuous_usage = continuous_usage
-        self._tally = Tally()
         self._writers = [CompletionLogprobsWriter() for _ in range(form.num_choices)]
         # a prompt whose echo waits for its logprobs -> the items that must follow the echo
         self._waiting: dict[int, list[Item]] = {}
-        # by choice, once it has begun: the event of a text
-        self._texts: dict[int, TextEvent] = {}
 
     def begin(self) -> bytes:
         echoes = b""
@@ -101,21 +97,6 @@ class CompletionEvents:
                 for index in range(prompt * self._form.n, (prompt + 1) * self._form.n):
                     echoes += self._chunk(CompletionChoice(index=index, text=echo.text))
         return echoes
-
-    def take(self, item: Item) -> bytes:
-        delta = item.delta
-        event = self._texts.get(item.choice)
-        if event is None or delta.finish_reason is not None or delta.logprobs:
-            return self._write(item)
-        if not delta.text:
-            return b""
-        return event.head + json_string(delta.text) + event.tail
-
-    def end(self) -> bytes:
-        return (self._frame([], has_usage=True) if self._include_usage else b"") + DONE
-
-    def fail(self, error: BaseException) -> bytes:
-        return frame_error(error)
 
     def _write(self, item: Item) -> bytes:
         """The events of an item, made from models."""

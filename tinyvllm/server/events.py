@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
 
 import msgspec
 from pydantic import BaseModel
 
+from tinyvllm.server.answers import Tally
 from tinyvllm.server.failures import failure_of
 from tinyvllm.server.generation import Item
 
@@ -60,3 +62,37 @@ class TextEvent:
         parts = example.split(quoted_mark)
         assert len(parts) == 2, f"the event has {len(parts) - 1} marks instead of one"
         self.head, self.tail = parts
+
+
+class ChunkEvents(ABC):
+    """What the events of completions and chats share: a token's event from bytes made once, the rest from models, and
+    the usage at the end if requested. Owns the token counts."""
+
+    def __init__(self, *, include_usage: bool, continuous_usage: bool) -> None:
+        self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
+        self._tally = Tally()
+        self._texts: dict[int, TextEvent] = {}  # by choice, once it has begun: the event of a text
+
+    def take(self, item: Item) -> bytes:
+        delta = item.delta
+        event = self._texts.get(item.choice)
+        if event is None or delta.finish_reason is not None or delta.logprobs:
+            return self._write(item)
+        if not delta.text:
+            return b""
+        return event.head + json_string(delta.text) + event.tail
+
+    def end(self) -> bytes:
+        return (self._frame([], has_usage=True) if self._include_usage else b"") + DONE
+
+    def fail(self, error: BaseException) -> bytes:
+        return frame_error(error)
+
+    @abstractmethod
+    def _write(self, item: Item) -> bytes:
+        """The events of an item, made from models."""
+
+    @abstractmethod
+    def _frame(self, choices: list[Any], *, has_usage: bool) -> bytes:
+        """A chunk with these choices as an event."""

@@ -110,7 +110,7 @@ def test_requests_that_run_together_are_told_apart(device: Device, url: str) -> 
 def test_a_preempted_request_is_in_the_queue_once(device: Device, url: str) -> None:
     """Four requests need more blocks than there are. The engine knows when each last left the queue: some after their
     first tokens."""
-    device.generate_endlessly(step_s=0)
+    device.generate_endlessly(step_s=0.01)  # slow enough that the four run at once
     served = assemble([record(url, "completions", count=4, num_tokens=60)])
     assert device.stats.num_preemptions > 0 and len(served.requests) == 4
     for request in served.requests:

@@ -90,13 +90,14 @@ def load_text(config: EngineConfig) -> Text:
     return text
 
 
-def prepare_grammars(config: EngineConfig) -> GrammarCompiler | None:
+def prepare_grammars(config: EngineConfig, text: Text | None = None) -> GrammarCompiler | None:
     """A compiler that has read the tokenizer, which takes seconds for 128,000 tokens, and would slow down every stream
     if the first grammar had to wait for it. None if the model's files cannot be read: loading reports that error.
-    """
+
+    text: the model's, if it is loaded already."""
     try:
-        files = resolve_model(config.model)
-        text, vocab_size = load_text(config), read_model_config(files).vocab_size
+        vocab_size = read_model_config(resolve_model(config.model)).vocab_size
+        text = text or load_text(config)
         grammars = GrammarCompiler(text.tokenizer, vocab_size, text.eos_ids)
         grammars.prepare()
     except TinyvllmError:

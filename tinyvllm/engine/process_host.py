@@ -13,6 +13,7 @@ import zmq
 from tinyvllm.config import EngineConfig
 from tinyvllm.engine.board import StatsRow
 from tinyvllm.engine.client import Client
+from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.hosts import Loaded
 from tinyvllm.engine.loading import Text, load_text, prepare_grammars
 from tinyvllm.engine.messages import Goodbye, Hello, ToEngine, Welcome, decode_for_client, encode_message
@@ -59,10 +60,8 @@ class ProcessHost:
         self._dead: dict[int, str] = {}  # engines that have died, and why
         self._changed = asyncio.Event()  # set and replaced whenever an engine's state changes
         self._is_closed = False
-        self._grammars = self.loop.create_task(asyncio.to_thread(prepare_grammars, config))
-        self._text = self.loop.create_task(asyncio.to_thread(load_text, config))
-        self._text.add_done_callback(self._finish_loading)
-        self._grammars.add_done_callback(lambda _: self._complete())
+        self._loading = self.loop.create_task(asyncio.to_thread(_load, config))
+        self._loading.add_done_callback(self._finish_loading)
         for line in self._lines:
             line.open()
 
@@ -150,7 +149,7 @@ class ProcessHost:
         elif self._client is not None:
             self._client.receive(message, engine)
 
-    def _finish_loading(self, task: asyncio.Task[Text]) -> None:
+    def _finish_loading(self, task: asyncio.Task[tuple[Text, GrammarCompiler | None]]) -> None:
         if task.cancelled():
             return
         self._start_error = task.exception()
@@ -159,13 +158,11 @@ class ProcessHost:
     def _complete(self) -> None:
         """Become ready once the tokenizer is loaded and an engine has said what it is."""
         welcome = self._welcome
-        is_prepared = self._text.done() and self._grammars.done() and self._start_error is None
-        if self.loaded is None and welcome is not None and is_prepared:
+        if self.loaded is None and welcome is not None and self._loading.done() and self._start_error is None:
             # each front-end draws seeds of its own
             seed = self._config.seed if self._index == 0 else f"{self._config.seed}/{self._index}"
-            self.loaded = self._text.result().for_callers(
-                welcome.model_config, welcome.capacity, seed, self._grammars.result()
-            )
+            text, grammars = self._loading.result()
+            self.loaded = text.for_callers(welcome.model_config, welcome.capacity, seed, grammars)
             placement = None
             if self.num_engines > 1:
                 placement = Placement(self.loaded.capacity, self.engine_stats)
@@ -183,6 +180,12 @@ class ProcessHost:
         deadline_s = self.loop.time() + seconds
         while self._client is not None and self._client.calls and self.loop.time() < deadline_s:
             await asyncio.sleep(0.01)
+
+
+def _load(config: EngineConfig) -> tuple[Text, GrammarCompiler | None]:
+    """The model's text part, and a compiler of grammars that has read its tokenizer. Runs on a thread."""
+    text = load_text(config)
+    return text, prepare_grammars(config, text)
 
 
 class _Line:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests.engine.requests import SETTINGS, make_runner, run
-from tests.families.recipes import RECIPES, write_hf
+from tests.families.recipe import write_hf
+from tests.families.recipes import RECIPES
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.config import CAPTURE_VARIABLE, EngineConfig, ModelFiles
 from tinyvllm.engine.async_engine import AsyncEngine

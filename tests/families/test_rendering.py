@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tinygrad import dtypes
 
-from tests.families.recipes import RECIPES, write_hf
+from tests.families.recipe import write_hf
+from tests.families.recipes import RECIPES
 from tests.ops.rendering import TARGETS, check_limits, gpu_backend, kernels_of, unwritten
 from tinyvllm.model.registry import make_model
 from tinyvllm.model.weights.random import RandomWeights

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.families.recipes import RECIPES, write_gguf, write_hf, write_multimodal_hf
+from tests.families.recipe import write_gguf, write_hf
+from tests.families.recipes import RECIPES
+from tests.families.recipes.gemma3 import write_multimodal_hf
 from tests.families.write_references import DATA, NUM_STEPS, NUM_TOP, weights_sum
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.config import ModelFiles

@@ -12,7 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.families.recipes import RECIPES, Recipe, make_weights, write_hf
+from tests.families.recipe import Recipe, make_weights, write_hf
+from tests.families.recipes import RECIPES
 
 DATA = Path(__file__).parent / "data"
 PROMPTS = (

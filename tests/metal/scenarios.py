@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.builders import GGUFTweaks, write_tiny_gguf, write_tiny_hf_llama
-from tests.families.recipes import RECIPES, sizes, write_hf
+from tests.families.recipe import sizes, write_hf
+from tests.families.recipes import RECIPES
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.config import ModelFiles
 

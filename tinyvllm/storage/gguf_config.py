@@ -18,47 +18,47 @@ ROPE_FREQS = "rope_freqs.weight"
 
 def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
     """Raises UnsupportedModelError for what cannot be run, ModelError for values that are missing or make no sense."""
-    values = Values(file.path, file.metadata)
-    architecture = _architecture(values)
+    architecture = _architecture(Values(file.path, file.metadata))
     family = families.KNOWN_ARCHITECTURES[architecture]
-    prefix = f"{values.get('general.architecture')}."
-    _refuse_variants(values, prefix, family)
+    values = Values(file.path, file.metadata, prefix=f"{file.metadata['general.architecture']}.")
+    _refuse_variants(values, family)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelError(f"{file.path} has no matrix token_embd.weight: it holds no complete language model")
-    num_heads = values.integer(prefix + "attention.head_count")
-    num_kv_heads = values.integer(prefix + "attention.head_count_kv", num_heads)
+    num_heads = values.integer("attention.head_count")
+    num_kv_heads = values.integer("attention.head_count_kv", num_heads)
     if num_heads % num_kv_heads != 0:
-        values.refuse(prefix + "attention.head_count_kv", f"a divisor of attention.head_count ({num_heads})")
-    head_dim = _head_dim(values, prefix, num_heads)
-    num_layers, hidden_size = values.integer(prefix + "block_count"), values.integer(prefix + "embedding_length")
-    window, windowed = _windows(values, prefix, family, num_layers)
-    return ModelConfig(
+        values.refuse("attention.head_count_kv", f"a divisor of attention.head_count ({num_heads})")
+    head_dim = _head_dim(values, num_heads)
+    num_layers, hidden_size = values.integer("block_count"), values.integer("embedding_length")
+    window, windowed = _windows(values, family, num_layers)
+    config = ModelConfig(
         architecture=architecture,
         num_layers=num_layers,
         hidden_size=hidden_size,
-        ffn_size=values.integer(prefix + "feed_forward_length"),
+        ffn_size=values.integer("feed_forward_length"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=embedding.shape[0],
-        max_position=values.integer(prefix + "context_length"),
-        rope_theta=values.positive(prefix + "rope.freq_base", 10000.0),
-        norm_eps=values.positive(prefix + "attention.layer_norm_rms_epsilon"),
+        max_position=values.integer("context_length"),
+        rope_theta=values.positive("rope.freq_base", 10000.0),
+        norm_eps=values.positive("attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in file.tensors,
-        rope_scaling=_rope_scaling(values, prefix),
+        rope_scaling=_rope_scaling(values),
         rope_divisors=_rope_divisors(file, head_dim),
         dtype=_dtype(file),
         name=name,
         activation=family.activation,
         window=window,
         windowed=windowed,
-        local_rope=_local_rope(values, prefix, family) if window is not None else None,
+        local_rope=_local_rope(values, family) if window is not None else None,
         score_scale=(hidden_size // num_heads) ** -0.5 if num_layers in family.gguf_wide_scale_layers else None,
-        score_softcap=values.optional_number(prefix + "attn_logit_softcapping") or None,
-        logit_softcap=values.optional_number(prefix + "final_logit_softcapping") or None,
+        score_softcap=values.optional_number("attn_logit_softcapping") or None,
+        logit_softcap=values.optional_number("final_logit_softcapping") or None,
         overflows_float16=family.overflows_float16,
     )
+    return family.gguf_refine(config, values)
 
 
 def _architecture(values: Values) -> str:
@@ -69,32 +69,32 @@ def _architecture(values: Values) -> str:
     values.unsupported("general.architecture", known)
 
 
-def _refuse_variants(values: Values, prefix: str, family: FamilyFiles) -> None:
+def _refuse_variants(values: Values, family: FamilyFiles) -> None:
     """Refuse settings that would change the computation, where running on would give wrong tokens."""
-    if values.optional_integer(prefix + "expert_count", at_least=0):
-        values.unsupported(prefix + "expert_count", "0 (no experts)")
+    if values.optional_integer("expert_count", at_least=0):
+        values.unsupported("expert_count", "0 (no experts)")
     for key in SOFTCAPS:
-        if key not in family.softcaps and values.optional_number(prefix + key):
-            values.unsupported(prefix + key, "0 (none)")
+        if key not in family.softcaps and values.optional_number(key):
+            values.unsupported(key, "0 (none)")
 
 
-def _windows(values: Values, prefix: str, family: FamilyFiles, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+def _windows(values: Values, family: FamilyFiles, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """ModelConfig's `window` and `windowed`. A window that holds every position counts as none, unless windowed layers
     differ in their rope too."""
-    key = prefix + "attention.sliding_window"
+    key = "attention.sliding_window"
     window = values.optional_integer(key, at_least=0)
-    is_narrow = window is not None and 0 < window < values.integer(prefix + "context_length")
+    is_narrow = window is not None and 0 < window < values.integer("context_length")
     if is_narrow and family.gguf_window_pattern is None:
         values.unsupported(key, "0 (full attention)")
     if not window or not (is_narrow or family.local_rope_theta is not None):
         return None, ()
-    windowed = _windowed_layers(values, prefix, family.gguf_window_pattern or 0, num_layers)
+    windowed = _windowed_layers(values, family.gguf_window_pattern or 0, num_layers)
     return (window, shortest_period(windowed)) if any(windowed) else (None, ())
 
 
-def _windowed_layers(values: Values, prefix: str, pattern: int, num_layers: int) -> tuple[bool, ...]:
+def _windowed_layers(values: Values, pattern: int, num_layers: int) -> tuple[bool, ...]:
     """Of each layer, from a flag for each or a period (llama.cpp's set_swa_pattern)."""
-    key = prefix + "attention.sliding_window_pattern"
+    key = "attention.sliding_window_pattern"
     if isinstance(flags := values.get(key), list):
         if len(flags) != num_layers:
             values.refuse(key, f"a number, or one flag for each of {num_layers} layers")
@@ -104,31 +104,31 @@ def _windowed_layers(values: Values, prefix: str, pattern: int, num_layers: int)
     return tuple(period == 0 or layer % period < period - 1 for layer in range(num_layers))
 
 
-def _local_rope(values: Values, prefix: str, family: FamilyFiles) -> Rope | None:
+def _local_rope(values: Values, family: FamilyFiles) -> Rope | None:
     if family.local_rope_theta is None:
         return None
-    return Rope(values.positive(prefix + "rope.freq_base_swa", family.local_rope_theta))
+    return Rope(values.positive("rope.freq_base_swa", family.local_rope_theta))
 
 
-def _head_dim(values: Values, prefix: str, num_heads: int) -> int:
-    hidden_size = values.integer(prefix + "embedding_length")
-    key = prefix + "attention.key_length"
+def _head_dim(values: Values, num_heads: int) -> int:
+    hidden_size = values.integer("embedding_length")
+    key = "attention.key_length"
     if values.get(key) is None and hidden_size % num_heads != 0:
-        values.refuse(prefix + "embedding_length", f"a multiple of attention.head_count ({num_heads})")
+        values.refuse("embedding_length", f"a multiple of attention.head_count ({num_heads})")
     head_dim = values.integer(key, hidden_size // num_heads)
     if head_dim % 2 != 0:
         raise ModelError(f"{values.source}: heads have {head_dim} values: rotary embeddings need an even number")
     for other in ("attention.value_length", "rope.dimension_count"):
-        if values.integer(prefix + other, head_dim) != head_dim:
-            values.unsupported(prefix + other, f"{head_dim} (the length of a head's key)")
+        if values.integer(other, head_dim) != head_dim:
+            values.unsupported(other, f"{head_dim} (the length of a head's key)")
     return head_dim
 
 
-def _rope_scaling(values: Values, prefix: str) -> RopeScaling | None:
-    kind = values.get(prefix + "rope.scaling.type") or "none"
+def _rope_scaling(values: Values) -> RopeScaling | None:
+    kind = values.get("rope.scaling.type") or "none"
     if kind not in GGUF_ROPE_KINDS:
-        values.unsupported(prefix + "rope.scaling.type", ", ".join(GGUF_ROPE_KINDS))
-    return RopeScaling("linear", values.positive(prefix + "rope.scaling.factor")) if kind == "linear" else None
+        values.unsupported("rope.scaling.type", ", ".join(GGUF_ROPE_KINDS))
+    return RopeScaling("linear", values.positive("rope.scaling.factor")) if kind == "linear" else None
 
 
 def _rope_divisors(file: GGUFFile, head_dim: int) -> tuple[float, ...] | None:

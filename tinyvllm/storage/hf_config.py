@@ -34,7 +34,7 @@ def read_hf_config(config: Values, name: str) -> ModelConfig:
     window, windowed = _windows(values, family, num_layers)
     rope = _rope(values, family, FULL)
     has_local_rope = window is not None and family.local_rope_theta is not None
-    return ModelConfig(
+    read = ModelConfig(
         architecture=architecture,
         num_layers=num_layers,
         hidden_size=hidden_size,
@@ -60,6 +60,7 @@ def read_hf_config(config: Values, name: str) -> ModelConfig:
         norm_offset=family.norm_offset,
         overflows_float16=family.overflows_float16,
     )
+    return family.hf_refine(read, values)
 
 
 def text_values(config: Values) -> Values:

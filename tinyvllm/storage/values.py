@@ -25,24 +25,25 @@ def read_json(path: Path) -> dict[str, Any]:
 class Values:
     """Named values of one file, checked when they are read: an error names the file, the key and the value.
 
-    A key with the value null counts as absent.
+    A key with the value null counts as absent. `prefix` is part of every key, and left out by callers.
     """
 
-    def __init__(self, source: Path, values: Mapping[str, Any]) -> None:
+    def __init__(self, source: Path, values: Mapping[str, Any], prefix: str = "") -> None:
         self.source = source
         self.values = values
+        self.prefix = prefix
 
     def get(self, key: str) -> Any:
-        return self.values.get(key)
+        return self.values.get(self.prefix + key)
 
     def refuse(self, key: str, limit: str) -> NoReturn:
         if self.get(key) is None:
-            raise ModelError(f"{self.source} has no {key}: it must be {limit}")
-        raise ModelError(f"{self.source}: {key} is {self.get(key)!r}: it must be {limit}")
+            raise ModelError(f"{self.source} has no {self.prefix}{key}: it must be {limit}")
+        raise ModelError(f"{self.source}: {self.prefix}{key} is {self.get(key)!r}: it must be {limit}")
 
     def unsupported(self, key: str, known: str) -> NoReturn:
         raise UnsupportedModelError(
-            f"{self.source}: {key} is {self.get(key)!r}, which is not supported; known: {known}"
+            f"{self.source}: {self.prefix}{key} is {self.get(key)!r}, which is not supported; known: {known}"
         )
 
     def optional_integer(self, key: str, at_least: int = 1) -> int | None:

@@ -9,6 +9,7 @@ from typing import Protocol
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.config import ModelConfig, ModelFiles
 from tinyvllm.errors import WeightMismatchError
+from tinyvllm.model.weights.fused import split_fused
 from tinyvllm.model.weights.gguf import read_gguf
 from tinyvllm.model.weights.safetensors import read_safetensors
 from tinyvllm.model.weights.stored import StoredTensor
@@ -25,6 +26,9 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
         read = read_gguf(files.path, config)
     else:
         read = language_model_tensors(read_safetensors(files.path), config.architecture)
+    family = families.KNOWN_ARCHITECTURES.get(config.architecture)
+    if family is not None and family.fused:
+        read = split_fused(read, family.fused, config)
     # tied embeddings: some writers store a copy of them as the head anyway, which transformers ignores too
     ignored = (*IGNORED_SUFFIXES, HEAD_NAME) if config.tie_embeddings else IGNORED_SUFFIXES
     return Checkpoint(files.path, {name: tensor for name, tensor in read.items() if not name.endswith(ignored)})

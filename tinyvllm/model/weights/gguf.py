@@ -14,6 +14,7 @@ from tinyvllm.config import ModelConfig
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
 from tinyvllm.model.weights.stored import DENSE_DTYPES, StoredTensor, view_dense
+from tinyvllm.storage import families
 from tinyvllm.storage.gguf_config import ROPE_FREQS
 from tinyvllm.storage.gguf_file import GGUFFile, GGUFTensor
 
@@ -33,20 +34,9 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Names that differ in a family, by the registry's key: Gemma's layers have norms after attention and feed-forward too
-FAMILY_LAYER_NAMES = {
-    "gemma3": {
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    }
-}
 LAYER_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>\w+)\.(?P<suffix>weight|bias)")
 TOP_TENSOR = re.compile(r"(?P<part>\w+)\.(?P<suffix>weight|bias)")
 
-# Families whose rows of Q and K (and their biases) llama.cpp's converter reorders: there a rotated pair lies in
-# neighboring rows, here in the two halves of a head. By the registry's key; Mistral's files are llama's.
-ROTARY_PAIRS_INTERLEAVED = {"llama"}
 ROTARY_TENSORS = tuple(f"{part}.{suffix}" for part in ("attn_q", "attn_k") for suffix in ("weight", "bias"))
 
 
@@ -56,6 +46,7 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     `rope_freqs.weight` is left out: it is in `config.rope_divisors`. Raises UnsupportedModelError for tensors of an
     unknown type, and what GGUFFile raises.
     """
+    family = families.KNOWN_ARCHITECTURES[config.architecture]
     tensors = {}
     for tensor in GGUFFile(path).tensors.values():
         if tensor.name == ROPE_FREQS:
@@ -66,7 +57,7 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
                 f"known: {', '.join(KNOWN_TYPES)}"
             )
         read: Callable[[], HostMatrix] = partial(_read, tensor)
-        if config.architecture in ROTARY_PAIRS_INTERLEAVED and tensor.name.endswith(ROTARY_TENSORS):
+        if family.gguf_interleaves_pairs and tensor.name.endswith(ROTARY_TENSORS):
             read = partial(_read_rotary, tensor, config.head_dim)
         tensors[canonical_name(tensor.name, config.architecture)] = StoredTensor(tensor.shape, read)
     return tensors
@@ -75,7 +66,7 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
 def canonical_name(gguf_name: str, architecture: str) -> str:
     """Hugging Face's name of llama.cpp's tensor, or the same name if there is none."""
     if match := LAYER_TENSOR.fullmatch(gguf_name):
-        names = LAYER_NAMES | FAMILY_LAYER_NAMES.get(architecture, {})
+        names = LAYER_NAMES | dict(families.KNOWN_ARCHITECTURES[architecture].gguf_layer_names)
         if match["part"] in names:
             return f"model.layers.{match['layer']}.{names[match['part']]}.{match['suffix']}"
     if (match := TOP_TENSOR.fullmatch(gguf_name)) and match["part"] in TOP_NAMES:

@@ -1,0 +1,17 @@
+"""What the files of each family's models say: a new family is one file here, and one line in the table."""
+
+from __future__ import annotations
+
+from tinyvllm.storage.families import gemma3, llama, mistral, qwen2, qwen3
+from tinyvllm.storage.families.family import SOFTCAPS, FamilyFiles
+
+# By the registry's key (model/registry.py)
+KNOWN_ARCHITECTURES: dict[str, FamilyFiles] = {
+    "llama": llama.FILES,
+    "mistral": mistral.FILES,
+    "qwen2": qwen2.FILES,
+    "qwen3": qwen3.FILES,
+    "gemma3": gemma3.FILES,
+}
+
+__all__ = ["KNOWN_ARCHITECTURES", "SOFTCAPS", "FamilyFiles"]

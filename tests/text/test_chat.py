@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from tests.builders import CHATML, write_json
+from tests.text.vocabularies import make_byte_level
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, RequestError
 from tinyvllm.text import chat
-from tinyvllm.text.chat import ChatTemplate, load_chat_template
+from tinyvllm.text.chat import ChatTemplate, end_of_turn_ids, load_chat_template
 from tinyvllm.text.tokenizer import load_tokenizer
 
 HI = [{"role": "user", "content": "hi"}]
@@ -183,3 +184,28 @@ def test_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "MAX_CHAT_CHARS", 1000)
     with pytest.raises(RequestError, match="more than 1000 characters"):
         render("{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}")
+
+
+# --- Ends of turns ------------------------------------------------------------------------------------------
+
+
+def end_texts(source: str, **special: Any) -> list[str]:
+    tokenizer = make_byte_level(**special)
+    return [tokenizer.token_text(token_id) for token_id in end_of_turn_ids(make_template(source), tokenizer)]
+
+
+def test_the_special_token_after_an_answer_ends_turns() -> None:
+    assert end_texts(CHATML) == ["<|im_end|>"]
+    turns = "{% for m in messages %}{{ bos_token }}[{{ m.role }}] {{ m.content }} <|endoftext|>\n{% endfor %}"
+    assert end_texts(turns) == ["<|endoftext|>"]
+
+
+def test_templates_without_such_a_token_end_nothing() -> None:
+    assert end_texts("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}") == []
+    assert end_texts("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}") == []  # BOS
+    assert end_texts("{{ raise_exception('no') }}") == []
+    assert end_texts("fixed") == []
+
+
+def test_harmony_ends_messages_not_turns_with_what_follows_an_answer() -> None:
+    assert end_texts(CHATML + "{# <|return|> ends a turn #}") == []

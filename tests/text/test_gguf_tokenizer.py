@@ -147,8 +147,23 @@ def test_ends_are_those_stated_and_the_well_known() -> None:
     assert with_tokens("[turn]", "[more]", eot_token_id=260, eom_token_id=261).eos_ids == {256, 258, 260, 261}
 
 
-def test_text_that_only_looks_like_an_end_is_none() -> None:
-    assert with_tokens("<|eot_id|>", token_type=1).eos_ids == {256, 258}
+def test_well_known_end_of_type_normal_is_special_all_the_same() -> None:
+    """Converters have typed <|im_end|> as ordinary: prompts spelled it out, and answers never ended."""
+    tokenizer = with_tokens("<|eot_id|>", token_type=1)
+    assert tokenizer.eos_ids == {256, 258, 260}
+    assert tokenizer.encode("a<|eot_id|>") == [ord("a"), 260]
+    assert 260 not in tokenizer.encode("a<|eot_id|>", parse_special=False)
+
+
+def test_markup_that_looks_like_an_end_is_none() -> None:
+    for text in ("</s>", "<eos>"):
+        assert with_tokens(text, token_type=1).eos_ids == {256, 258}
+        assert with_tokens(text, token_type=3).eos_ids == {256, 258, 260}
+
+
+def test_gemma4_ends_at_its_turns_and_at_the_results_of_its_calls_but_not_at_markup() -> None:
+    tokenizer = with_tokens("<turn|>", "<|tool_response>", "</s>")
+    assert tokenizer.eos_ids == {256, 258, 260, 261}
 
 
 def test_user_defined_end_becomes_special() -> None:
@@ -286,3 +301,39 @@ def test_empty_token_text_is_no_obstacle() -> None:
     metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], ""]
     metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 5]
     assert Tokenizer(read_gguf_tokenizer(metadata)).vocab_size == 261
+
+
+# --- SentencePiece with merges ----------------------------------------------------------------------------
+
+
+def make_merged(**tweaks: Any) -> Tokenizer:
+    """A vocabulary as Gemma 4's files have it: pieces and merges, bytes, and two tokens with the same text."""
+    pieces = ["<unk>", "<bos>", "<eos>", "<turn|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["#", "a", "b", "▁", "\n", "ab", "▁ab", "\n\n", "#"]
+    types = [2, 3, 3, 3, *[6] * 256, *[1] * 9]
+    metadata = {
+        "model": "gemma4",
+        "tokens": pieces,
+        "token_type": types,
+        "merges": ["a b", "▁ ab", "\n \n"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    }
+    return Tokenizer(
+        read_gguf_tokenizer({f"tokenizer.ggml.{key}": value for key, value in (metadata | tweaks).items()})
+    )
+
+
+def test_merges_join_pieces_within_lines() -> None:
+    tokenizer = make_merged()
+    texts = [tokenizer.token_text(token_id) for token_id in tokenizer.encode("ab ab\n\n\nab")]
+    assert texts == ["<bos>", "ab", " ab", "\n\n", "\n", "ab"]
+    assert tokenizer.decode(tokenizer.encode("é ab<turn|>", add_special_tokens=False)) == "é ab"
+
+
+def test_tokens_with_the_same_text_both_have_it_and_the_later_one_is_written() -> None:
+    tokenizer = make_merged()
+    first, second = 260, 268
+    assert tokenizer.encode("#", add_special_tokens=False) == [second]
+    assert tokenizer.decode([first, second]) == "##"

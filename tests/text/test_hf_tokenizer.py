@@ -168,3 +168,47 @@ def test_unknown_decoder_lists_the_known(directory: Path) -> None:
     backend.save(str(directory / "tokenizer.json"))
     with pytest.raises(UnsupportedModelError, match=r"WordPiece.*ByteLevel"):
         load(directory)
+
+
+# --- Added tokens of tokenizer_config.json --------------------------------------------------------------------------
+
+
+def token(content: str, **flags: bool) -> dict[str, Any]:
+    return {"content": content, "special": True, "normalized": False, "lstrip": False, "rstrip": False} | flags
+
+
+def test_tokens_that_only_the_settings_list_are_one_id_each(directory: Path) -> None:
+    size = load(directory).vocab_size
+    listed = {
+        str(size + 1): token("<tool>", special=False),
+        str(size): token("<|tool|>"),
+        str(IM_END_ID): token("<|im_end|>"),
+    }
+    edit_json(directory / "tokenizer_config.json", added_tokens_decoder=listed)
+    tokenizer = load(directory)
+    assert tokenizer.encode("a<|tool|>b<tool>") == [ord("a"), size, ord("b"), size + 1]
+    assert tokenizer.special_ids >= {size, IM_END_ID} and size + 1 not in tokenizer.special_ids
+    assert tokenizer.decode([ord("a"), size, size + 1]) == "a<tool>"
+    assert len(tokenizer.encode("<|tool|>", parse_special=False)) == len("<|tool|>")
+
+
+def test_id_that_the_library_cannot_give_is_logged(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    size = load(directory).vocab_size
+    edit_json(directory / "tokenizer_config.json", added_tokens_decoder={str(size + 5): token("<|late|>")})
+    assert load(directory).encode("<|late|>") == [size]
+    assert f"'<|late|>' gets the id {size}" in caplog.text and f"the file states {size + 5}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ([], "is a list"),
+        ({"a": token("x")}, "key 'a'"),
+        ({"300": "x"}, r"added_tokens_decoder\[300\] is 'x'"),
+        ({"300": {"content": ""}}, r"added_tokens_decoder\[300\]"),
+    ],
+)
+def test_malformed_lists_of_added_tokens_are_named(directory: Path, listed: Any, message: str) -> None:
+    edit_json(directory / "tokenizer_config.json", added_tokens_decoder=listed or [1])
+    with pytest.raises(ModelError, match=message):
+        load(directory)

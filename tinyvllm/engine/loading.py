@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig
@@ -17,7 +17,7 @@ from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.scheduler import Scheduler
 from tinyvllm.storage.model_config import read_generation_defaults, read_model_config
 from tinyvllm.storage.resolve import resolve_model
-from tinyvllm.text.chat import ChatTemplate, load_chat_template
+from tinyvllm.text.chat import ChatTemplate, end_of_turn_ids, load_chat_template
 from tinyvllm.text.reasoning import find_reasoning_format
 from tinyvllm.text.tokenizer import Tokenizer, load_tokenizer
 from tinyvllm.text.tools import find_tool_format
@@ -80,14 +80,14 @@ class Text:
 def load_text(config: EngineConfig) -> Text:
     """Read the text part of a model's files. Raises for an unknown tool or reasoning parser too."""
     files = resolve_model(config.model)
-    text = Text(
-        tokenizer=load_tokenizer(files),
-        chat_template=load_chat_template(files, config.chat_template),
-        generation_defaults=read_generation_defaults(files),
-    )
+    tokenizer, chat_template = load_tokenizer(files), load_chat_template(files, config.chat_template)
+    defaults = read_generation_defaults(files)
+    if chat_template is not None:
+        ends = (*defaults.eos_ids, *end_of_turn_ids(chat_template, tokenizer))
+        defaults = replace(defaults, eos_ids=tuple(dict.fromkeys(ends)))
     find_tool_format(config.tool_call_parser, "")  # raises for an unknown name
     find_reasoning_format(config.reasoning_parser, "")
-    return text
+    return Text(tokenizer=tokenizer, chat_template=chat_template, generation_defaults=defaults)
 
 
 def prepare_grammars(config: EngineConfig, text: Text | None = None) -> GrammarCompiler | None:

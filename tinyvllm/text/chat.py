@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.ext
@@ -24,6 +24,9 @@ from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, RequestError
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.text import gguf_tokenizer, hf_tokenizer
+
+if TYPE_CHECKING:
+    from tinyvllm.text.tokenizer import Tokenizer
 
 MAX_CHAT_CHARS = 16 * 1024 * 1024  # of a rendered chat: far more than any context window holds
 
@@ -126,6 +129,27 @@ class ChatTemplate:
             known = ", ".join(sorted(self._templates))
             raise refuse(f"has no version named 'default' (it has {known}): set one with --chat-template")
         return self._templates[name]
+
+
+PROBE_ANSWER = "Certainly 7413."  # an answer that no template contains
+
+
+def end_of_turn_ids(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special token that the template writes after an answer, which ends a turn: (id,), or () if there is none.
+
+    Models are trained to write it, but some files state another token as their end: that of a document. A template that
+    also writes <|return|> (harmony) ends messages, not turns, with what follows an answer.
+    """
+    chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": PROBE_ANSWER}]
+    try:
+        rendered = template.render([*chat, chat[0]], add_generation_prompt=False)
+    except RequestError:  # a template of another kind of chat
+        return ()
+    _, found, rest = rendered.partition(PROBE_ANSWER)
+    if not found or "<|return|>" in template.source:
+        return ()
+    first = tokenizer.encode_chat(rest[:64].lstrip())[:1]
+    return tuple(token_id for token_id in first if token_id in tokenizer.special_ids and token_id != tokenizer.bos_id)
 
 
 def refuse(what: str) -> RequestError:

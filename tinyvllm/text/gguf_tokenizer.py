@@ -1,4 +1,5 @@
-"""Build a tokenizer from GGUF metadata: byte-level BPE (`gpt2`) or SentencePiece's score-based BPE (`llama`).
+"""Build a tokenizer from GGUF metadata: byte-level BPE (`gpt2`), SentencePiece's score-based BPE (`llama`), or
+SentencePiece's pieces with a list of merges (`gemma4`).
 
 Keys and token types: https://github.com/ggml-org/ggml/blob/9d325133eed396b7bf005a53a83d9747cbd8bde1/docs/gguf.md
 (section "Tokenizer"). Defaults for missing keys follow llama.cpp, which wrote most of these files:
@@ -13,21 +14,21 @@ from enum import IntEnum
 from typing import Any
 
 import tokenizers
-from tokenizers import models, normalizers
+from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.text.pre_tokenizers import find_pre_tokenizer
 from tinyvllm.text.tokenizer_spec import SPACE_MARK, TokenizerSpec, byte_level_bytes, sentencepiece_bytes
 
-MODELS = ("gpt2", "llama")  # values of tokenizer.ggml.model
+MODELS = ("gpt2", "llama", "gemma4")  # values of tokenizer.ggml.model
+LINES = r"[^\n]+|[\n]+"  # of `gemma4`: line breaks are apart from everything else
 
-# Texts that end a turn or a document if they are special tokens. Files name one EOS, but a chat model has two or three:
-# Llama 3 ends a turn with <|eot_id|> and a document with <|end_of_text|>. llama.cpp stops at these too, and also at
-# code completion tokens (<reponame> in SmolLM2), which do not end a chat's turn and are omitted here.
+# Texts that end a turn or a document. Files name one EOS, but a chat model has two or three: Llama 3 ends a turn with
+# <|eot_id|> and a document with <|end_of_text|>. llama.cpp stops at these too, and also at code completion tokens
+# (<reponame> in SmolLM2), which do not end a chat's turn and are omitted here. Some converters type them as NORMAL;
+# they are special all the same, because no text contains them by accident.
 END_TEXTS = frozenset(
     {
-        "</s>",
-        "<eos>",
         "<|endoftext|>",
         "<|end_of_text|>",
         "<|im_end|>",
@@ -35,11 +36,15 @@ END_TEXTS = frozenset(
         "<|eom_id|>",
         "<|end|>",
         "<end_of_turn>",
+        "<turn|>",
         "<end_of_utterance>",
         "<EOT>",
+        "[EOT]",
         "<｜end▁of▁sentence｜>",
     }
 )
+# These end a document where they are special tokens, but may be ordinary text: markup, or words of a code vocabulary
+PLAIN_END_TEXTS = frozenset({"</s>", "<eos>", "[EOS]"})
 
 
 class TokenType(IntEnum):
@@ -59,7 +64,12 @@ class Vocabulary:
 
     tokens: list[str]
     types: list[int]
-    ids: dict[str, int]
+    ids: dict[str, int]  # of two tokens with the same text, the later one's
+
+    @property
+    def doubled(self) -> dict[int, str]:
+        """Texts of the tokens that `ids` does not lead to, because a later token has the same text."""
+        return {token_id: text for token_id, text in enumerate(self.tokens) if self.ids[text] != token_id}
 
     def of_type(self, *types: TokenType) -> list[int]:
         return [token_id for token_id, token_type in enumerate(self.types) if token_type in types]
@@ -68,10 +78,12 @@ class Vocabulary:
 def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> TokenizerSpec:
     """Build a tokenizer. Raises UnsupportedModelError for an unknown kind, ModelError for invalid metadata."""
     kind = require(metadata, "tokenizer.ggml.model")
-    vocabulary = read_vocabulary(metadata)
+    vocabulary = read_vocabulary(metadata, may_repeat=kind == "gemma4")
     if kind == "gpt2":
         pre_tokenizer = find_pre_tokenizer(metadata.get("tokenizer.ggml.pre", "default"))
-        backend = tokenizers.Tokenizer(make_byte_level_bpe(metadata, vocabulary, pre_tokenizer.ignore_merges))
+        merges = read_merges(metadata, vocabulary)
+        model = models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=pre_tokenizer.ignore_merges)
+        backend = tokenizers.Tokenizer(model)
         backend.pre_tokenizer = pre_tokenizer.build()
         to_bytes, add_bos, add_space = byte_level_bytes, pre_tokenizer.add_bos, False
     elif kind == "llama":
@@ -81,6 +93,11 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> TokenizerSpec:
         prepend = [normalizers.Prepend(SPACE_MARK)] if add_space else []
         backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE_MARK)])
         to_bytes, add_bos = sentencepiece_bytes, True
+    elif kind == "gemma4":
+        backend = tokenizers.Tokenizer(make_merged_bpe(metadata, vocabulary))
+        backend.normalizer = normalizers.Replace(" ", SPACE_MARK)
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(LINES), behavior="isolated")
+        to_bytes, add_bos, add_space = sentencepiece_bytes, True, False
     else:
         raise UnsupportedModelError(f"tokenizer.ggml.model is {kind!r}, which is not known; known: {', '.join(MODELS)}")
 
@@ -97,6 +114,7 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> TokenizerSpec:
         prefix_ids=(check_id("tokenizer.ggml.bos_token_id", bos_id, vocabulary),) if add_bos else (),
         suffix_ids=(check_id("tokenizer.ggml.eos_token_id", eos_id, vocabulary),) if add_eos else (),
         strips_leading_space=add_space,
+        doubled=vocabulary.doubled,
     )
 
 
@@ -117,7 +135,8 @@ def require(metadata: Mapping[str, Any], key: str) -> Any:
     return metadata[key]
 
 
-def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
+def read_vocabulary(metadata: Mapping[str, Any], *, may_repeat: bool = False) -> Vocabulary:
+    """The vocabulary. `may_repeat`: several tokens may have the same text; Gemma 4 has three such pairs."""
     raw_tokens = require(metadata, "tokenizer.ggml.tokens")
     # an empty text cannot be looked up; these are llama.cpp's names for them
     tokens = [str(token) or f"[EMPTY_{token_id}]" for token_id, token in enumerate(raw_tokens)]
@@ -126,7 +145,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     ] * len(tokens)
     check_length("tokenizer.ggml.token_type", len(types), len(tokens))
     ids = {token: token_id for token_id, token in enumerate(tokens)}
-    if len(ids) < len(tokens):
+    if len(ids) < len(tokens) and not may_repeat:
         double = next(token for token_id, token in enumerate(tokens) if ids[token] != token_id)
         raise ModelError(f"tokenizer.ggml.tokens contains {double!r} more than once: tokens must be unique")
     return Vocabulary(tokens, types, ids)
@@ -140,7 +159,8 @@ def check_length(key: str, length: int, expected: int) -> None:
 # --- Models ----------------------------------------------------------------------------------------------
 
 
-def make_byte_level_bpe(metadata: Mapping[str, Any], vocabulary: Vocabulary, ignore_merges: bool) -> models.BPE:
+def read_merges(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """The pairs of tokens that are merged, the most frequent first. Raises ModelError."""
     merges = []
     for rank, line in enumerate(require(metadata, "tokenizer.ggml.merges")):
         left, space, right = line[1:].partition(" ")  # from the second character: the first may be a space
@@ -148,7 +168,18 @@ def make_byte_level_bpe(metadata: Mapping[str, Any], vocabulary: Vocabulary, ign
         if not (space and right and {left, right, left + right} <= vocabulary.ids.keys()):
             raise ModelError(f"tokenizer.ggml.merges[{rank}] is {line!r}, which is not two tokens that form a third")
         merges.append((left, right))
-    return models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=ignore_merges)
+    return merges
+
+
+def make_merged_bpe(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> models.BPE:
+    """SentencePiece's pieces, whose merges are listed. A character without a piece becomes its bytes."""
+    return models.BPE(
+        vocab=vocabulary.ids,
+        merges=read_merges(metadata, vocabulary),
+        unk_token=unknown_text(metadata, vocabulary),
+        fuse_unk=True,
+        byte_fallback=True,
+    )
 
 
 def make_score_bpe(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> models.BPE:
@@ -157,15 +188,19 @@ def make_score_bpe(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> model
     check_length("tokenizer.ggml.scores", len(scores), len(vocabulary.tokens))
     # control, unknown and byte tokens cannot be produced from text, as in SentencePiece
     pieces = vocabulary.of_type(TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
-    unk_id = special_id(metadata, "unknown")
-    has_unk = unk_id is not None and unk_id < len(vocabulary.tokens)
     return models.BPE(
         vocab=vocabulary.ids,
         merges=rank_merges({vocabulary.tokens[token_id]: scores[token_id] for token_id in pieces}),
-        unk_token=vocabulary.tokens[unk_id] if has_unk and unk_id is not None else None,
+        unk_token=unknown_text(metadata, vocabulary),
         fuse_unk=True,
         byte_fallback=True,
     )
+
+
+def unknown_text(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> str | None:
+    """The text of the unknown token, if there is one."""
+    unk_id = special_id(metadata, "unknown")
+    return vocabulary.tokens[unk_id] if unk_id is not None and unk_id < len(vocabulary.tokens) else None
 
 
 def rank_merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -204,7 +239,11 @@ def read_ends(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int 
     stated = {name: special_id(metadata, name) for name in ("bos", "eos", "eot", "eom")}
     valid = {name: token_id for name, token_id in stated.items() if token_id is not None and token_id < num_tokens}
     special = set(vocabulary.of_type(TokenType.CONTROL, TokenType.USER_DEFINED))
-    ends = {vocabulary.ids[text] for text in END_TEXTS if vocabulary.ids.get(text) in special}
+    ends = {vocabulary.ids[text] for text in END_TEXTS if text in vocabulary.ids}
+    ends |= {vocabulary.ids[text] for text in PLAIN_END_TEXTS if vocabulary.ids.get(text) in special}
+    if "<turn|>" in vocabulary.ids:  # Gemma 4, whose tool calls end with the mark of the answer, and whose </s> is HTML
+        ends |= {vocabulary.ids[text] for text in ("<|tool_response>",) if text in vocabulary.ids}
+        ends.discard(vocabulary.ids.get("</s>", -1))
     if {"<|return|>", "<|call|>"} <= vocabulary.ids.keys():  # Harmony format: <|end|> ends a message, not a turn
         ends.discard(vocabulary.ids.get("<|end|>", -1))
         ends |= {vocabulary.ids["<|return|>"], vocabulary.ids["<|call|>"]}

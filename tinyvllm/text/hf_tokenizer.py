@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import tokenizers
 
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.text.tokenizer_spec import SPACE_MARK, ToBytes, TokenizerSpec, byte_level_bytes, sentencepiece_bytes
+
+logger = logging.getLogger(__name__)
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -31,8 +35,9 @@ def read_hf_tokenizer(directory: Path) -> TokenizerSpec:
     backend.no_padding()
 
     texts = read_special_texts(directory)
-    add_special_texts(backend, texts)
     settings = read_json(directory / "tokenizer_config.json")
+    add_decoder_tokens(backend, settings.get("added_tokens_decoder") or {}, directory / "tokenizer_config.json")
+    add_special_texts(backend, texts)
     bos_id, eos_id = (token_id_of(backend, texts.get(name)) for name in ("bos_token", "eos_token"))
     prefix_ids, suffix_ids = find_added_ids(backend, path)
     to_bytes, strips_leading_space = read_decoder(backend, path)
@@ -77,6 +82,48 @@ def read_eos_ids(directory: Path) -> frozenset[int]:
         if value is not None:
             return frozenset(value if isinstance(value, list) else [value])
     return frozenset()
+
+
+def add_decoder_tokens(backend: tokenizers.Tokenizer, listed: Any, path: Path) -> None:
+    """Add the tokens of `added_tokens_decoder` (id -> token) that tokenizer.json lacks, in the order of their ids.
+
+    As transformers does: the library chooses a new token's id, which is the next free one. A different id in the file
+    is logged, because the model was trained with that one. Raises ModelError for malformed entries.
+    """
+    if not isinstance(listed, dict):
+        raise ModelError(f"{path}: added_tokens_decoder is a {type(listed).__name__}, but must be an object")
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token_id, entry in sorted(
+        ((read_added_id(key, path), value) for key, value in listed.items()), key=itemgetter(0)
+    ):
+        token = read_added_token(entry, token_id, path)
+        if token.content in known:
+            continue
+        backend.add_tokens([token])
+        found = backend.token_to_id(token.content)
+        if found != token_id:
+            logger.warning(
+                "%s: added token %r gets the id %s, because tokenizer.json ends there, but the file states %d",
+                path, token.content, found, token_id,
+            )  # fmt: skip
+
+
+def read_added_id(key: str, path: Path) -> int:
+    if not key.isdecimal():
+        raise ModelError(f"{path}: added_tokens_decoder has the key {key!r}, which is not a token id")
+    return int(key)
+
+
+def read_added_token(entry: Any, token_id: int, path: Path) -> tokenizers.AddedToken:
+    """The token of an entry: an object with its text and how it is matched."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not entry["content"]:
+        raise ModelError(f"{path}: added_tokens_decoder[{token_id}] is {entry!r}, but must be an object with content")
+    flags = {
+        name: bool(entry[name])
+        for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
+        if name in entry
+    }
+    return tokenizers.AddedToken(entry["content"], **flags)
 
 
 def add_special_texts(backend: tokenizers.Tokenizer, texts: Mapping[str, str]) -> None:

@@ -73,6 +73,7 @@ class Tokenizer:
         """
         if token_id not in self._bytes:
             text = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+            text = self._spec.doubled.get(token_id, text)
             is_added = token_id in self._added_ids
             self._bytes[token_id] = b"" if text is None else self._spec.to_bytes(text, is_added)
         return self._bytes[token_id]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import tokenizers
 
@@ -28,6 +28,7 @@ class TokenizerSpec:
     prefix_ids: tuple[int, ...]  # inserted before a text by add_special_tokens: BOS, or nothing
     suffix_ids: tuple[int, ...]  # appended after it
     strips_leading_space: bool  # encoding prepends a space to a text, so decoding removes one
+    doubled: Mapping[int, str] = field(default_factory=dict)  # texts of ids that share them with another id
 
 
 def byte_level_bytes(text: str, is_added: bool) -> bytes:

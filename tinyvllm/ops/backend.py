@@ -112,13 +112,14 @@ class Norm:
 @dataclass(frozen=True, eq=False)
 class Epilogue:
     """What follows a product y = x @ w.T, in this order: y + bias; activation(gate) * up, if y's columns are both of
-    them (`Weights.gate_up`); RMSNorm; * scale; + residual; softcap * tanh(y / softcap)."""
+    them (`Weights.gate_up`); RMSNorm; * scale; + residual; * out_scale; softcap * tanh(y / softcap)."""
 
     bias: Tensor | None = None  # (N,) float32
     activation: str | None = None  # a name of ops/activation.py
     post_norm: Norm | None = None
     scale: float = 1.0
     residual: Tensor | None = None  # (T * N,)
+    out_scale: Tensor | None = None  # (1,) float32: data, so that layers share a kernel
     softcap: float | None = None
 
     @property
@@ -132,6 +133,7 @@ class Epilogue:
             "a bias": self.bias is not None,
             "a norm after it": self.post_norm is not None,
             "a scale": self.scale != 1.0,
+            "a scale after the residual": self.out_scale is not None,
             "a softcap": self.softcap is not None,
         }
 
@@ -189,6 +191,14 @@ class Operations(Protocol):
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         """(T * H * D,): rotate, write keys and values to their slots, and attend."""
+
+    def norm_groups(self, x: Tensor, norm: Norm, num_tokens: int, addend: Tensor) -> Tensor:
+        """(T * M,): RMSNorm of each group of x's columns that is as wide as the norm's weight, plus `addend` (T * M,).
+        Groups are the same in number of columns; the result is in one tensor, also on several cores."""
+
+    def gate_columns(self, gate: Tensor, factors: Tensor, start: Tensor, num_tokens: int, activation: str) -> Tensor:
+        """(T * N,): activation(gate) * N columns, from `start` (1,) int32 on, of `factors` (T * M,), which
+        `norm_groups` returned."""
 
     def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
         """(R * columns,): the rows whose logits are sampled."""

@@ -30,6 +30,8 @@ def plain_epilogue(product: Tensor, epilogue: Epilogue) -> Tensor:
     if epilogue.residual is not None:
         # in this order: a lazy residual (gpu/fused.py) on the left would make the sum lazy, without a description
         y = y + epilogue.residual.reshape(y.shape)
+    if epilogue.out_scale is not None:
+        y = y * epilogue.out_scale
     return y if epilogue.softcap is None else softcap(y, epilogue.softcap)
 
 

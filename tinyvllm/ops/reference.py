@@ -13,6 +13,7 @@ from tinygrad import Tensor
 from tinyvllm.arrays import HostMatrix, stack_rows, to_float32
 from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.ops.activation import gated_plain
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import PLAIN, Epilogue, KVPool, Norm, PoolGroup, Step, zeroed_pool
 from tinyvllm.ops.coverage import Coverage
@@ -125,6 +126,15 @@ class ReferenceBackend:
         keys, values = step.pool.keys[stored], step.pool.values[stored]
         assert isinstance(keys, Tensor) and isinstance(values, Tensor)
         return keys.reshape(shape), values.reshape(shape)
+
+    def norm_groups(self, x: Tensor, norm: Norm, num_tokens: int, addend: Tensor) -> Tensor:
+        groups = x.reshape(-1, norm.weight.shape[0])
+        return (rms_norm(groups, norm) + addend.reshape(groups.shape)).reshape(-1)
+
+    def gate_columns(self, gate: Tensor, factors: Tensor, start: Tensor, num_tokens: int, activation: str) -> Tensor:
+        first, rows = int(start.item()), gate.reshape(num_tokens, -1)
+        columns = factors.reshape(num_tokens, -1)[:, first : first + int(rows.shape[1])]
+        return gated_plain(activation, rows, columns).reshape(-1)
 
     def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
         rows = _words(step.inputs, step.layout, "logit_rows", step.layout.num_seqs)

@@ -28,6 +28,7 @@ from tinyvllm.ops.backend import (
 )
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.cpu.attention import CpuAttentionSpec, attention_kernel, write_kv_kernel
+from tinyvllm.ops.cpu.columns import GateSpec, GroupNormSpec, gate_columns_kernel, norm_groups_kernel
 from tinyvllm.ops.cpu.linear import (
     STAGED_ROWS,
     EmbedSpec,
@@ -215,6 +216,27 @@ class CpuBackend(DeviceSampling):
             out_widths.append(spec.num_heads * spec.head_dim)
         return _sharded(outs, out_widths)
 
+    def norm_groups(self, x: Activation, norm: Norm, num_tokens: int, addend: Activation) -> Activation:
+        cols = sum(int(tensor.numel()) for tensor in _tensors(x)) // num_tokens
+        spec = GroupNormSpec(num_tokens, _widths(x, cols), int(norm.weight.shape[0]), norm.eps)
+        assert spec.x_cols == _widths(addend, cols), f"{spec.x_cols} and {_widths(addend, cols)}"
+        out = empty(num_tokens * cols, device=self.cores[0])
+        return run_kernel(norm_groups_kernel(spec), [out], [*_tensors(x), *_tensors(addend), norm.weight])[0]
+
+    def gate_columns(
+        self, gate: Activation, factors: Activation, start: Tensor, num_tokens: int, activation: str
+    ) -> Activation:
+        (factor,) = _tensors(factors)
+        outs, first, widths = [], 0, []
+        for tensor in _tensors(gate):
+            cols = int(tensor.numel()) // num_tokens
+            spec = GateSpec(num_tokens, cols, first, int(factor.numel()) // num_tokens, activation)
+            out = empty(num_tokens * cols, device=str(tensor.device))
+            outs += run_kernel(gate_columns_kernel(spec), [out], [tensor, factor, start])
+            widths.append(cols)
+            first += cols
+        return _sharded(outs, widths)
+
     def take_rows(self, x: Activation, step: Step, num_cols: int) -> Activation:
         layout, outs, widths = step.layout, [], _widths(x, num_cols)
         for tensor, cols in zip(_tensors(x), widths, strict=True):
@@ -288,6 +310,7 @@ class CpuBackend(DeviceSampling):
         y_cols = _widths(y, matrix.num_rows if epilogue.activation is None else matrix.num_rows // 2)
         norm, first, outs = epilogue.post_norm, 0, []
         weight = [] if norm is None else [norm.weight]
+        out_scale = [] if epilogue.out_scale is None else [epilogue.out_scale]
         for i, (tensor, cols) in enumerate(zip(_tensors(y), y_cols, strict=True)):
             spec = FinishSpec(
                 num_tokens=num_tokens,
@@ -297,11 +320,12 @@ class CpuBackend(DeviceSampling):
                 norm_eps=None if norm is None else norm.eps,
                 scale=epilogue.scale,
                 has_residual=epilogue.residual is not None,
+                has_out_scale=epilogue.out_scale is not None,
                 softcap=epilogue.softcap,
             )
             residual = [] if epilogue.residual is None else [_tensors(epilogue.residual)[i]]
             out = empty(num_tokens * cols, device=str(tensor.device))
-            outs += run_kernel(finish_kernel(spec), [out], [*_tensors(y), *weight, *residual])
+            outs += run_kernel(finish_kernel(spec), [out], [*_tensors(y), *weight, *residual, *out_scale])
             first += cols
         return _sharded(outs, y_cols)
 

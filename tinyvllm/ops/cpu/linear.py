@@ -300,7 +300,7 @@ def _epilogue(
 @dataclass(frozen=True)
 class FinishSpec:
     """The rest of an epilogue, over rows y (T, N) of a product: columns [first_col, first_col + num_cols) of
-    softcap(scale * norm(y) + residual)."""
+    softcap(out_scale * (scale * norm(y) + residual))."""
 
     num_tokens: int  # T
     y_cols: tuple[int, ...]  # columns of each shard of y
@@ -309,18 +309,20 @@ class FinishSpec:
     norm_eps: float | None = None
     scale: float = 1.0
     has_residual: bool = False  # (T, columns), with this core's columns only
+    has_out_scale: bool = False  # a (1,) operand
     softcap: float | None = None
 
 
 @cached_kernel
 def finish_kernel(spec: FinishSpec) -> KernelFn:
-    """fn(out, *y shards[, norm weight (N,)][, residual]): see FinishSpec."""
+    """fn(out, *y shards[, norm weight (N,)][, residual][, out scale]): see FinishSpec."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands, body, cols = list(rest), Body(), sum(spec.y_cols)
         shards = _take_shards(operands, spec.y_cols, cols)
         weight = operands.pop(0) if spec.norm_eps is not None else None
         residual = operands.pop(0) if spec.has_residual else None
+        out_scale = operands.pop(0) if spec.has_out_scale else None
         token = body.loop(spec.num_tokens)
         scale = None
         if spec.norm_eps is not None:
@@ -340,6 +342,7 @@ def finish_kernel(spec: FinishSpec) -> KernelFn:
             value = value if spec.scale == 1.0 else value * spec.scale
             at = token * spec.num_cols + (first - spec.first_col) + i
             value = value if residual is None else value + residual[at].load()
+            value = value if out_scale is None else value * out_scale[0].load()
             if spec.softcap is not None:
                 value = tanh(value * (1.0 / spec.softcap), exp2) * spec.softcap
             stores.append(out[at].store(value).end(i))

@@ -26,11 +26,12 @@ from tinyvllm.ops.backend import (
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.formats.matrix import Matrix, Planes, pack, unpack
 from tinyvllm.ops.gpu.attention import THREADS, attention_kernel, take_rows_kernel, write_kv_kernel
+from tinyvllm.ops.gpu.columns import GateSpec, gate_columns_kernel
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
-from tinyvllm.ops.plain import plain_epilogue
+from tinyvllm.ops.plain import plain_epilogue, rms_norm
 from tinyvllm.ops.sampling.token_ids import token_id
 
-MAX_HEAD_DIM = 256  # threads of an attention threadgroup
+MAX_HEAD_DIM = 512  # threads of an attention threadgroup
 
 
 class GpuBackend(DeviceSampling):
@@ -96,6 +97,16 @@ class GpuBackend(DeviceSampling):
         out = self._empty(step.num_tokens * spec.num_heads * spec.head_dim)
         read = [keys, values, step.inputs, *layer.tables, *qkv[spec.query_parts]]
         return run_kernel(attention_kernel(spec), [out], read)[0]
+
+    def norm_groups(self, x: Tensor, norm: Norm, num_tokens: int, addend: Tensor) -> Tensor:
+        groups, addend = (self.parts_of(value)[0].cast(dtypes.float) for value in (x, addend))
+        normed = rms_norm(groups.reshape(-1, norm.weight.shape[0]), norm).reshape(-1)
+        return (normed + addend).cast(self.float).contiguous()
+
+    def gate_columns(self, gate: Tensor, factors: Tensor, start: Tensor, num_tokens: int, activation: str) -> Tensor:
+        size = int(gate.numel())
+        spec = GateSpec(num_tokens, size // num_tokens, int(factors.numel()) // num_tokens, activation)
+        return run_kernel(gate_columns_kernel(spec), [self._empty(size)], [self.parts_of(gate)[0], factors, start])[0]
 
     def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
         fn = take_rows_kernel(step.layout, num_cols)

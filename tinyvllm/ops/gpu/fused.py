@@ -63,7 +63,8 @@ class Summed(Pending):
     def operands(self) -> list[Tensor]:
         """What `sum_kernel` reads."""
         norm = self.epilogue.post_norm
-        rest = (self.epilogue.residual, self.epilogue.bias, None if norm is None else norm.weight)
+        epilogue = self.epilogue
+        rest = (epilogue.residual, epilogue.bias, None if norm is None else norm.weight, epilogue.out_scale)
         return [self.partials, *[tensor for tensor in rest if tensor is not None]]
 
     def spec(self, lanes: Lanes, num_cols: int, norm_eps: float | None) -> SumSpec:
@@ -79,6 +80,7 @@ class Summed(Pending):
             has_bias=epilogue.bias is not None,
             post_norm_eps=None if epilogue.post_norm is None else epilogue.post_norm.eps,
             scale=epilogue.scale,
+            has_out_scale=epilogue.out_scale is not None,
             softcap=epilogue.softcap,
         )
 

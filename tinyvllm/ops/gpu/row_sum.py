@@ -46,6 +46,7 @@ class SumSpec:
     has_bias: bool = False
     post_norm_eps: float | None = None  # of an RMSNorm of the sum, before the residual
     scale: float = 1.0  # of the sum, after its norm
+    has_out_scale: bool = False  # of what the residual has been added to: data
     softcap: float | None = None
 
     @property
@@ -56,8 +57,8 @@ class SumSpec:
 @cached_kernel
 def sum_kernel(spec: SumSpec) -> KernelFn:
     """fn([x][, h], SOURCE[, norm weight]): a threadgroup for each row. Writes x unless it is given, and h if there is a
-    norm. SOURCE: partials (S, T, K)[, residual][, bias][, post-norm weight], or inputs[, previous_output], *planes, or
-    x."""
+    norm. SOURCE: partials (S, T, K)[, residual][, bias][, post-norm weight][, out scale], or
+    inputs[, previous_output], *planes, or x."""
 
     def kernel(*operands: UOp) -> UOp:
         rest = list(operands)
@@ -89,6 +90,7 @@ class _SumRow:
     def __init__(self, spec: SumSpec, operands: list[UOp]) -> None:
         """`operands`: those between the outputs and the last norm's weight."""
         self.spec, self.body = spec, Body()
+        self.out_scale = operands.pop() if spec.has_out_scale else None
         self.post_weight = operands.pop() if spec.post_norm_eps is not None else None
         self.bias = operands.pop() if spec.has_bias else None
         self.operands = operands
@@ -137,6 +139,8 @@ class _SumRow:
         for values in residual:
             at = self.row * spec.num_cols + start
             new = [a + b for a, b in zip(new, load_floats(values, at, RUN_COLS), strict=True)]
+        if self.out_scale is not None:
+            new = [value * self.out_scale[0].load() for value in new]
         if spec.softcap is None:
             return new
         return [tanh(value * (1.0 / spec.softcap), lambda x: x.exp2()) * spec.softcap for value in new]

@@ -1,0 +1,55 @@
+"""Operations on groups of columns, one for each layer, against the plain reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.ops.builders import largest_difference, make_epilogue, make_host, normal, run_product
+from tinyvllm.config import LayerKind
+from tinyvllm.device.handle import open_device
+from tinyvllm.ops.backend import Backend, Norm
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.reference import ReferenceBackend
+
+GROUP, GROUPS, HIDDEN = 64, 5, 64
+
+
+def gate(ops: Backend, tokens: int) -> np.ndarray:
+    """The columns of group 3, normed and added to others, times an activation of another product."""
+    upload = ops.device.upload
+    matrices = [ops.matrix(make_host("Q8_0", rows, HIDDEN, seed=rows)) for rows in (GROUP * GROUPS, GROUP)]
+    x = upload(normal(tokens, HIDDEN, seed=1))
+    wide, narrow = (run_product(ops, x, matrix, tokens) for matrix in matrices)
+    norm = Norm(upload(1 + 0.3 * normal(GROUP, seed=2)), 0.05)
+    factors = ops.norm_groups(wide, norm, tokens, wide)
+    start = upload(np.array([3 * GROUP], np.int32))
+    out = ops.gate_columns(narrow, factors, start, tokens, "gelu_tanh")
+    return np.concatenate([part.numpy().reshape(tokens, -1) for part in ops.parts_of(out)], axis=1)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_gated_columns_equal_the_reference(backend: Backend, reference: ReferenceBackend, tokens: int) -> None:
+    assert largest_difference(gate(backend, tokens), gate(reference, tokens)) < 1e-5
+
+
+def test_groups_may_span_cores(reference: ReferenceBackend) -> None:
+    two = CpuBackend(open_device(2), None, [LayerKind(4, 2, 32)])
+    assert len(two.cores) == 2
+    assert largest_difference(gate(two, 3), gate(reference, 3)) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_scale_after_the_residual_equals_the_reference(
+    backend: Backend, reference: ReferenceBackend, tokens: int
+) -> None:
+    def run(ops: Backend) -> np.ndarray:
+        x, residual = (ops.device.upload(normal(tokens, cols, seed=cols)) for cols in (HIDDEN, 96))
+        epilogue = make_epilogue(ops, residual, 96, "n")
+        epilogue = replace(epilogue, out_scale=ops.device.upload(np.array([0.37], np.float32)))
+        matrix = ops.matrix(make_host("Q8_0", 96, HIDDEN, seed=5))
+        return run_product(ops, x, matrix, tokens, epilogue=epilogue).numpy()
+
+    assert largest_difference(run(backend), run(reference)) < 1e-5

@@ -175,7 +175,6 @@ def test_dtype_may_have_either_name(tmp_path: Path, key: str) -> None:
             r"layer_types is \['full_attention', 'sliding_attention'\].*known: full_attention in every layer",
         ),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, r"'Qwen3MoeForCausalLM'.*known: .*Qwen3ForCausalLM"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config is .*gptq.*GGUF"),
         ({"torch_dtype": "float64"}, r"torch_dtype is 'float64'.*known: float32, float16, bfloat16"),
     ],
 )

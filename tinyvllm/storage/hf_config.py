@@ -15,7 +15,7 @@ ROPE_KINDS = ("default", "linear", "llama3")
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}  # ours by transformers' name
 FULL, WINDOWED = "full_attention", "sliding_attention"  # of layer_types and of rope_parameters by kind of layer
 # What a model of several parts states once, outside its text_config
-SHARED_KEYS = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
+SHARED_KEYS = ("dtype", "torch_dtype", "tie_word_embeddings")
 
 
 def read_hf_config(config: Values, name: str) -> ModelConfig:
@@ -120,10 +120,6 @@ def _refuse_variants(values: Values, family: FamilyFiles) -> None:
     for key in SOFTCAPS:
         if key not in family.softcaps and values.get(key) is not None:
             values.unsupported(key, "null")
-    if values.get("quantization_config") is not None:
-        values.unsupported(
-            "quantization_config", "none (float32, float16 or bfloat16 weights), or a GGUF file of the model"
-        )
 
 
 # --- Windows -----------------------------------------------------------------------------------------------------

@@ -71,6 +71,6 @@ def test_biases_of_a_family_with_interleaved_pairs_are_reordered(tmp_path: Path)
     ],
 )
 def test_the_text_part_of_a_model_with_a_vision_tower(stored: str, name: str | None) -> None:
-    tensor = StoredTensor((1,), lambda: np.zeros(1))
+    tensor = StoredTensor((1,), lambda: np.zeros(1), "float32", 4)
     assert language_model_tensors({stored: tensor}, "gemma3") == ({} if name is None else {name: tensor})
     assert language_model_tensors({stored: tensor}, "llama") == {stored: tensor}

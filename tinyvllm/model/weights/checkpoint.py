@@ -8,11 +8,12 @@ from typing import Protocol
 
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.config import ModelConfig, ModelFiles
-from tinyvllm.errors import WeightMismatchError
+from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.weights.fused import split_fused
 from tinyvllm.model.weights.gguf import read_gguf
-from tinyvllm.model.weights.safetensors import read_safetensors
-from tinyvllm.model.weights.stored import StoredTensor
+from tinyvllm.model.weights.hf_formats import assemble_matrices
+from tinyvllm.model.weights.safetensors import RAW_DTYPES, read_safetensors
+from tinyvllm.model.weights.stored import DENSE_DTYPES, StoredTensor
 from tinyvllm.storage import families
 
 # Buffers that old versions of transformers saved; the model computes them
@@ -25,7 +26,8 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
     if files.kind == "gguf":
         read = read_gguf(files.path, config)
     else:
-        read = language_model_tensors(read_safetensors(files.path), config.architecture)
+        stored = assemble_matrices(files.path, read_safetensors(files.path))
+        read = language_model_tensors(stored, config.architecture)
     family = families.KNOWN_ARCHITECTURES.get(config.architecture)
     if family is not None and family.fused:
         read = split_fused(read, family.fused, config)
@@ -56,23 +58,24 @@ class WeightSource(Protocol):
 
 
 class Checkpoint:
-    """Owns the list of the tensors that were taken."""
+    """Owns the list of the tensors that were taken. `tensors`: all of them by name, with their shapes and formats."""
 
     def __init__(self, source: Path, tensors: Mapping[str, StoredTensor]) -> None:
         self._source = source
-        self._tensors = tensors
+        self.tensors = tensors
         self._taken: set[str] = set()
 
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""
-        return sorted(self._tensors)
+        return sorted(self.tensors)
 
     def take(self, name: str, shape: tuple[int, ...]) -> HostMatrix:
         """Read one tensor. A dense one is a read-only view of the file, whose pages are read when they are used.
 
-        Raises WeightMismatchError if it is missing or has another shape.
+        Raises WeightMismatchError if it is missing or has another shape, UnsupportedModelError if its type is one of
+        codes, of which no known format made a matrix.
         """
-        tensor = self._tensors.get(name)
+        tensor = self.tensors.get(name)
         if tensor is None:
             raise WeightMismatchError(
                 f"{self._source} has no tensor {name} (shape {shape}): it is incomplete or of another architecture"
@@ -80,6 +83,11 @@ class Checkpoint:
         if tensor.shape != shape:
             raise WeightMismatchError(
                 f"{self._source}: tensor {name} has shape {tensor.shape}, but the model's settings ask for {shape}"
+            )
+        if tensor.format_name in RAW_DTYPES:
+            raise UnsupportedModelError(
+                f"{self._source}: tensor {name} has type {tensor.format_name}, which is not supported; "
+                f"known: {', '.join(DENSE_DTYPES)}, and quantized formats that config.json names"
             )
         self._taken.add(name)
         return tensor.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from tinyvllm.arrays import HostMatrix, take_rows
@@ -39,7 +40,8 @@ def _parts(tensor: StoredTensor, counts: Sequence[int]) -> list[StoredTensor]:
     for index, count in enumerate(counts):
         end = start + count if index < len(counts) - 1 else max(start, tensor.shape[0])
         read = partial(source.rows, slice(start, end))
-        parts.append(StoredTensor((end - start, *tensor.shape[1:]), read))
+        num_bytes = tensor.num_bytes * (end - start) // max(tensor.shape[0], 1)
+        parts.append(replace(tensor, shape=(end - start, *tensor.shape[1:]), read=read, num_bytes=num_bytes))
         start = end
     return parts
 

@@ -13,7 +13,7 @@ from tinyvllm.arrays import HostMatrix
 from tinyvllm.config import ModelConfig
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
-from tinyvllm.model.weights.stored import DENSE_DTYPES, StoredTensor, view_dense
+from tinyvllm.model.weights.stored import DENSE_DTYPES, DENSE_NAMES, StoredTensor, view_dense
 from tinyvllm.storage import families
 from tinyvllm.storage.gguf_config import ROPE_FREQS
 from tinyvllm.storage.gguf_file import GGUFFile, GGUFTensor
@@ -59,7 +59,9 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
         read: Callable[[], HostMatrix] = partial(_read, tensor)
         if family.gguf_interleaves_pairs and tensor.name.endswith(ROTARY_TENSORS):
             read = partial(_read_rotary, tensor, config.head_dim)
-        tensors[canonical_name(tensor.name, config.architecture)] = StoredTensor(tensor.shape, read)
+        format_name = DENSE_NAMES.get(tensor.ggml_type, tensor.ggml_type)
+        stored = StoredTensor(tensor.shape, read, format_name, tensor.data.nbytes)
+        tensors[canonical_name(tensor.name, config.architecture)] = stored
     return tensors
 
 

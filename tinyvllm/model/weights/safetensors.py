@@ -9,18 +9,31 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from ml_dtypes import float8_e4m3fn, float8_e5m2, float8_e8m0fnu
 from safetensors import SafetensorError, safe_open
 
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.errors import ModelError, UnsupportedModelError, WeightMismatchError
-from tinyvllm.model.weights.stored import DENSE_DTYPES, StoredTensor, view_dense
+from tinyvllm.model.weights.stored import DENSE_DTYPES, DENSE_NAMES, StoredTensor
 from tinyvllm.storage.resolve import PICKLE_SUFFIXES
 from tinyvllm.storage.values import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# Types of codes and of what belongs to them, which hf_formats assembles to matrices
+RAW_DTYPES: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(float8_e4m3fn),
+    "F8_E5M2": np.dtype(float8_e5m2),
+    "F8_E8M0": np.dtype(float8_e8m0fnu),
+}
 
 
 def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
@@ -93,7 +106,8 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
     for name, tensor in found:  # in the order of their bytes, between which the library allows no gaps
         dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
         end = begin + math.prod(shape) * bits_of(dtype) // 8
-        tensors[name] = StoredTensor(shape, partial(_read, path, name, dtype, shape, data[begin:end]))
+        read = partial(_read, path, name, dtype, shape, data[begin:end])
+        tensors[name] = StoredTensor(shape, read, DENSE_NAMES.get(dtype, dtype), end - begin)
         begin = end
     return tensors
 
@@ -104,8 +118,9 @@ def bits_of(dtype: str) -> int:
 
 
 def _read(path: Path, name: str, dtype: str, shape: tuple[int, ...], raw: np.ndarray) -> HostMatrix:
-    if dtype not in DENSE_DTYPES:
+    known = DENSE_DTYPES | RAW_DTYPES
+    if dtype not in known:
         raise UnsupportedModelError(
-            f"{path}: tensor {name} has type {dtype}, which is not supported; known: {', '.join(DENSE_DTYPES)}"
+            f"{path}: tensor {name} has type {dtype}, which is not supported; known: {', '.join(known)}"
         )
-    return view_dense(raw, dtype, shape)
+    return raw.view(known[dtype]).reshape(shape)

@@ -17,14 +17,23 @@ DENSE_DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(bfloat16),
 }
+DENSE_NAMES = {name: str(dtype) for name, dtype in DENSE_DTYPES.items()}  # our names of the formats
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """`read` returns the values; unquantized ones as a view of the file's memory map wherever the order allows."""
+    """`read` returns the values; unquantized ones as a view of the file's memory map wherever the order allows.
+
+    A matrix of experts has three dimensions; where it is quantized, `read` gives the rows of all experts one after
+    another.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[], HostMatrix]
+    # what users call the format: "float16", "Q4_K", "mlx-4bit-g64"; of raw codes the file's name for the type ("U32")
+    format_name: str
+    num_bytes: int  # in the file
+    is_converted: bool = False  # no packed format holds its values: `read` gives them as float16
 
 
 def view_dense(raw: np.ndarray, type_name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,0 +1,84 @@
+"""MLX's own formats: `weight` (uint32 words of codes), `scales` and, in affine mode, `biases` (not `bias`).
+
+`quantization` in config.json gives bits and group, for all modules and, under a module's path, for one. Modes:
+https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from ml_dtypes import float8_e4m3fn, float8_e8m0fnu
+
+from tinyvllm.arrays import CODE_BITS, Format, QuantizedMatrix, ScaleFormat, Scales
+from tinyvllm.model.weights.hf_formats.matrices import FP4, HFFormat, Parts, scale_dtype, signed_bytes, unpack_bits
+from tinyvllm.model.weights.stored import StoredTensor
+from tinyvllm.storage.values import Values
+
+DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # group and bits of each mode
+GROUPS = (32, 64, 128)
+
+
+def build(parts: Parts) -> StoredTensor:
+    """One matrix, or one for each of several experts. Raises UnsupportedModelError, WeightMismatchError."""
+    mode, group, bits = _settings(parts)
+    *rows, words = parts[".weight"].shape
+    num_cols = words * 32 // bits
+    if parts[".scales"].shape != (*rows, num_cols // group):
+        raise parts.mismatch(".scales", f"{bits} bits in groups of {group} make it {(*rows, num_cols // group)}")
+    if mode == "affine":
+        if parts[".biases"].shape != parts[".scales"].shape:
+            raise parts.mismatch(".biases", f"the scales have {parts['.scales'].shape}")
+        return parts.stored((*rows, num_cols), f"mlx-{bits}bit-g{group}", partial(_affine, bits, group))
+    return parts.stored((*rows, num_cols), mode, partial(_float, mode))
+
+
+def _settings(parts: Parts) -> tuple[str, int, int]:
+    """Mode, group and bits of a module: its own if the files give them, else those of all."""
+    general = parts.settings
+    own = general.get(parts.name)
+    values = Values(general.source, dict(general.values) | (own if isinstance(own, dict) else {}))
+    mode = values.get("mode") or "affine"
+    if mode not in DEFAULTS:
+        values.unsupported("mode", ", ".join(DEFAULTS))
+    group, bits = values.integer("group_size", DEFAULTS[mode][0]), values.integer("bits", DEFAULTS[mode][1])
+    if mode != "affine" and (group, bits) != (known := DEFAULTS[mode]):
+        raise parts.unsupported(
+            f"has {bits} bits in groups of {group}: {mode} has {known[1]} bits in groups of {known[0]}"
+        )
+    if group not in GROUPS and mode == "affine":
+        values.unsupported("group_size", ", ".join(map(str, GROUPS)))
+    if bits not in CODE_BITS:
+        values.unsupported("bits", ", ".join(map(str, CODE_BITS)))
+    return mode, group, bits
+
+
+def _affine(bits: int, group: int, parts: Parts) -> QuantizedMatrix:
+    scale, minimum = parts.read(".scales"), parts.read(".biases")
+    codes = unpack_bits(parts.read(".weight"), bits, scale.shape[1] * group)
+    fmt = Format(
+        f"mlx-{bits}bit-g{group}",
+        bits,
+        group,
+        offset=-128 if bits == 8 else 0,
+        scale=ScaleFormat(group, dtype=scale_dtype(scale)),
+        minimum=ScaleFormat(group, dtype=scale_dtype(minimum)),
+    )
+    return QuantizedMatrix(fmt, signed_bytes(codes) if bits == 8 else codes, Scales(scale), Scales(minimum))
+
+
+def _float(mode: str, parts: Parts) -> QuantizedMatrix:
+    """Codes that are small floats, with a scale of 8 bits for each group."""
+    group, bits = DEFAULTS[mode]
+    scale = parts.read(".scales").view(float8_e4m3fn if mode == "nvfp4" else float8_e8m0fnu)
+    codes = unpack_bits(parts.read(".weight"), bits, scale.shape[1] * group)
+    form = ScaleFormat(group, dtype=scale_dtype(scale))
+    if bits == 8:
+        return QuantizedMatrix(
+            Format(mode, 8, group, scale=form, is_float8=True), codes.view(float8_e4m3fn), Scales(scale)
+        )
+    return QuantizedMatrix(Format(mode, 4, group, scale=form, codebook=FP4), codes, Scales(np.ascontiguousarray(scale)))
+
+
+FORMAT = HFFormat(".scales", (".weight", ".biases"), build)

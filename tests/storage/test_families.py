@@ -73,6 +73,28 @@ def windows(config: ModelConfig) -> list[int | None]:
     return [kind.window for kind in config.layers]
 
 
+# --- Gemma 2 -----------------------------------------------------------------------------------------------------
+
+
+def test_gemma2s_class_has_windows_and_softcaps_where_the_file_says_nothing(tmp_path: Path) -> None:
+    config = read(tmp_path, SIZES | {"architectures": ["Gemma2ForCausalLM"], "max_position_embeddings": 8192})
+    assert windows(config) == [4096, None, 4096, None]
+    assert (config.head_dim, config.score_softcap, config.logit_softcap) == (256, 50.0, 30.0)
+    assert (config.score_scale, config.norm_offset, config.tie_embeddings) == (None, 1.0, True)
+    config = read(tmp_path, SIZES | {"architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": None})
+    assert (config.score_softcap, config.logit_softcap) == (None, 30.0)
+
+
+def test_gguf_has_llama_cpps_values_for_gemma2(tmp_path: Path) -> None:
+    config = read_gguf(tmp_path, "gemma2", **{"context_length": 8192})
+    assert windows(config) == [4096, None, 4096, None]
+    assert (config.score_softcap, config.logit_softcap, config.score_scale) == (50.0, 30.0, None)
+    config = read_gguf(
+        tmp_path, "gemma2", layers=46, **{"attention.sliding_window": 128, "final_logit_softcapping": 20.0}
+    )
+    assert (config.window, config.logit_softcap, config.score_scale) == (128, 20.0, (64 // 4) ** -0.5)
+
+
 # --- Mistral -----------------------------------------------------------------------------------------------------
 
 

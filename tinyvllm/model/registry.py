@@ -8,6 +8,7 @@ from dataclasses import replace
 from tinyvllm.config import ModelConfig
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.decoder import Decoder
+from tinyvllm.model.gemma2 import Gemma2
 from tinyvllm.model.gemma3 import Gemma3
 from tinyvllm.model.llama import Llama
 from tinyvllm.model.mistral import Mistral
@@ -23,6 +24,7 @@ FAMILIES: dict[str, type[Decoder]] = {
     "mistral": Mistral,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
+    "gemma2": Gemma2,
     "gemma3": Gemma3,
 }
 

@@ -20,7 +20,9 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
     """Raises UnsupportedModelError for what cannot be run, ModelError for values that are missing or make no sense."""
     architecture = _architecture(Values(file.path, file.metadata))
     family = families.KNOWN_ARCHITECTURES[architecture]
-    values = Values(file.path, file.metadata, prefix=f"{file.metadata['general.architecture']}.")
+    prefix = f"{file.metadata['general.architecture']}."
+    defaults = {prefix + key: value for key, value in family.gguf_defaults.items()}
+    values = Values(file.path, defaults | dict(file.metadata), prefix)
     _refuse_variants(values, family)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:

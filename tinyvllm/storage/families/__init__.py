@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinyvllm.storage.families import gemma3, llama, mistral, qwen2, qwen3
+from tinyvllm.storage.families import gemma2, gemma3, llama, mistral, qwen2, qwen3
 from tinyvllm.storage.families.family import SOFTCAPS, FamilyFiles
 
 # By the registry's key (model/registry.py)
@@ -11,6 +11,7 @@ KNOWN_ARCHITECTURES: dict[str, FamilyFiles] = {
     "mistral": mistral.FILES,
     "qwen2": qwen2.FILES,
     "qwen3": qwen3.FILES,
+    "gemma2": gemma2.FILES,
     "gemma3": gemma3.FILES,
 }
 

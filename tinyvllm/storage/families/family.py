@@ -36,6 +36,7 @@ class FamilyFiles:
     # "by layer": those that layer_types names; without it, those from max_window_layers on (Qwen), or all but every
     # sliding_window_pattern-th (Gemma)
     hf_windows: str | None = None
+    gguf_defaults: Mapping[str, Any] = field(default_factory=dict)  # llama.cpp's for missing keys under {arch}
     # The period of {arch}.attention.sliding_window if the file has no sliding_window_pattern: every layer but each
     # n-th attends to the window, with 0 every layer. None: windows are not understood
     gguf_window_pattern: int | None = None

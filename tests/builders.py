@@ -22,6 +22,7 @@ import tokenizers
 from safetensors.numpy import save_file
 
 from tinyvllm.config import ModelFiles
+from tinyvllm.storage.gguf_file import BLOCK_SIZES
 
 ENDOFTEXT_ID, IM_START_ID, IM_END_ID = 256, 257, 258
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -304,10 +305,38 @@ def add_tensor(writer: gguf.GGUFWriter, name: str, weight: np.ndarray, kind: str
         writer.add_tensor(name, weight)
         return
     quantization = gguf.GGMLQuantizationType[kind]
-    if kind in K_KINDS:
-        writer.add_tensor(name, random_k_rows(rng, kind, *weight.shape), raw_dtype=quantization)
-    else:
-        writer.add_tensor(name, gguf.quants.quantize(weight, quantization), raw_dtype=quantization)
+    try:
+        rows = gguf.quants.quantize(weight, quantization)
+    except NotImplementedError:
+        draw = random_k_rows if kind in K_KINDS else random_rows
+        rows = draw(rng, kind, *weight.shape)
+    writer.add_tensor(name, rows, raw_dtype=quantization)
+
+
+# Where blocks have half-precision numbers: if not listed, at byte 0
+FLOAT16_FIELDS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q6_K": (208,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+    "MXFP4": (),
+    "NVFP4": (),
+}
+
+
+def random_rows(rng: np.random.Generator, kind: str, rows: int, columns: int, scale: float = 1e-3) -> np.ndarray:
+    """Random blocks of any kind, (rows, bytes) uint8, with `scale` as each half-precision number."""
+    block_size, block_bytes = BLOCK_SIZES[kind]
+    blocks = rng.integers(0, 256, (rows * columns // block_size, block_bytes), np.uint8)
+    for begin in FLOAT16_FIELDS.get(kind, (0,)):
+        blocks[:, begin : begin + 2] = np.array([scale], np.float16).view(np.uint8)
+    if kind == "MXFP4":
+        blocks[:, 0] = np.minimum(blocks[:, 0], 250)  # finite products; 255 is not a number
+    if kind == "NVFP4":
+        blocks[:, :4] &= 0x7F  # scales have no sign
+    return blocks.reshape(rows, -1)
 
 
 def random_k_rows(rng: np.random.Generator, kind: str, rows: int, columns: int) -> np.ndarray:

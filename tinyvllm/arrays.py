@@ -16,9 +16,10 @@ from ml_dtypes import bfloat16, float8_e4m3fn, float8_e8m0fnu
 from tinyvllm.errors import UnsupportedModelError
 
 GROUPS = (16, 32, 64, 128)
-CODE_BITS = (2, 3, 4, 5, 6, 8)
+CODE_BITS = (1, 2, 3, 4, 5, 6, 8)
 MAX_CODEBOOK_BITS = 4
 DENSE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # fp4's values
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),

@@ -35,6 +35,12 @@ SCALAR_DTYPES = {
     GGUFValueType.INT64: np.dtype("<i8"),
     GGUFValueType.FLOAT64: np.dtype("<f8"),
 }
+# Names of ggml's types by number. The gguf package of 2026 lacks the newest.
+TYPE_NAMES = {int(known): known.name for known in GGMLQuantizationType} | {42: "Q2_0"}
+# Weights and bytes of a block, by a type's name
+BLOCK_SIZES = {known.name: size for known, size in GGML_QUANT_SIZES.items()} | {"Q2_0": (64, 18)}
+# Layouts for one kind of CPU, which were files once; llama.cpp and its converters make them of Q4_0 and IQ4_NL today
+REPACKED_TYPES = {31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
@@ -120,24 +126,27 @@ class _TensorInfo:
 
 def _locate(info: _TensorInfo, path: Path, data: np.ndarray, start: int) -> GGUFTensor:
     """Find a tensor's bytes. Raises ModelError if they are not all there."""
-    try:
-        quantization = GGMLQuantizationType(info.type_number)
-    except ValueError:
-        known = ", ".join(known.name for known in GGMLQuantizationType)
-        raise UnsupportedModelError(
-            f"{path}: tensor {info.name} has type number {info.type_number}, which is not known; known: {known}"
-        ) from None
-    block_size, block_bytes = GGML_QUANT_SIZES[quantization]
+    type_name = TYPE_NAMES.get(info.type_number)
+    if type_name is None:
+        raise UnsupportedModelError(f"{path}: tensor {info.name} has {_unknown_type(info.type_number)}")
+    block_size, block_bytes = BLOCK_SIZES[type_name]
     columns = info.shape[-1] if info.shape else 1
     if columns % block_size != 0:
         raise ModelError(
-            f"{path}: tensor {info.name} has {columns} columns, not a multiple of {block_size} ({quantization.name})"
+            f"{path}: tensor {info.name} has {columns} columns, not a multiple of {block_size} ({type_name})"
         )
     begin = start + info.offset
     end = begin + math.prod(info.shape) // block_size * block_bytes
     if end > data.size:
         raise _cut_short(path, data.size, f"tensor {info.name} ends at byte {end}")
-    return GGUFTensor(info.name, info.shape, quantization.name, data[begin:end])
+    return GGUFTensor(info.name, info.shape, type_name, data[begin:end])
+
+
+def _unknown_type(number: int) -> str:
+    if repacked := REPACKED_TYPES.get(number):
+        plain = repacked[:-4]
+        return f"type {repacked}, which llama.cpp has removed, too: get the {plain} file of this model"
+    return f"type number {number}, which is not known; known: {', '.join(TYPE_NAMES.values())}"
 
 
 def _cut_short(path: Path, num_bytes: int, detail: str) -> ModelError:

@@ -86,7 +86,7 @@ def test_quantized_gguf_gives_each_row_s_own_quantization(tmp_path: Path, kind: 
         np.testing.assert_array_equal(taken[name], weight, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", QUANTIZED_KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in QUANTIZED_KINDS if kind in gguf.GGMLQuantizationType.__members__])
 def test_quantized_matrices_stay_quantized(tmp_path: Path, kind: Any) -> None:
     files = write_tiny_gguf(tmp_path / "m.gguf", quant=kind, tweaks=GGUFTweaks(quant_of={"ffn_down": "Q6_K"}), **WIDE)
     checkpoint = open_files(files)
@@ -95,6 +95,17 @@ def test_quantized_matrices_stay_quantized(tmp_path: Path, kind: Any) -> None:
     assert isinstance(q, QuantizedMatrix)
     assert isinstance(down, QuantizedMatrix)
     assert (q.format.name, down.format.name) == (kind, "Q6_K")
+
+
+def test_the_scale_of_an_nvfp4_matrix_multiplies_it(tmp_path: Path) -> None:
+    """llama.cpp's converter writes it as a tensor beside the weight; one for inputs, which stay floats here, too."""
+    wide: dict[str, Any] = WIDE
+    scales = {"blk.0.attn_q.scale": 0.25, "blk.1.ffn_up.scale": 3.0, "blk.1.ffn_up.input_scale": 7.0}
+    tweaks = GGUFTweaks(extra={name: np.array([value]) for name, value in scales.items()})
+    alone = take_all(write_tiny_gguf(tmp_path / "a.gguf", quant="NVFP4", **wide), **wide)
+    scaled = take_all(write_tiny_gguf(tmp_path / "m.gguf", quant="NVFP4", tweaks=tweaks, **wide), **wide)
+    factors = {Q_NAME: 0.25, "model.layers.1.mlp.up_proj.weight": 3.0}
+    assert_same(scaled, {name: weight * factors.get(name, 1.0) for name, weight in alone.items()})
 
 
 def test_dense_tensors_are_views_of_the_file(tmp_path: Path) -> None:
@@ -159,10 +170,10 @@ def test_unknown_quantization_lists_the_known_before_anything_is_read(tmp_path: 
     content = path.read_bytes()
     name = b"blk.0.attn_v.weight"
     type_at = content.index(name) + len(name) + 4 + 16  # two dimensions' count and lengths come between
-    kind = int(gguf.GGMLQuantizationType.IQ4_NL).to_bytes(4, "little")  # blocks of Q4_0's size
+    kind = int(gguf.GGMLQuantizationType.I8).to_bytes(4, "little")
     path.write_bytes(content[:type_at] + kind + content[type_at + 4 :])
     with pytest.raises(
-        UnsupportedModelError, match=r"blk\.0\.attn_v\.weight has type IQ4_NL, .*known: F32, F16, BF16, Q4_0, .*Q6_K"
+        UnsupportedModelError, match=r"blk\.0\.attn_v\.weight has type I8, .*known: F32, F16, BF16, Q4_0, .*Q6_K"
     ):
         open_files(ModelFiles("gguf", path, "m"))
 

@@ -1,4 +1,4 @@
-"""Formats that no checkpoint's reader makes yet, and seeded matrices of any format."""
+"""Formats of every property, and seeded matrices of any format."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 from ml_dtypes import float8_e4m3fn
 
 from tinyvllm.arrays import CODE_BITS, GROUPS, SCALE_DTYPES, Format, QuantizedMatrix, ScaleFormat, Scales
+from tinyvllm.model.weights.quant import QUANTIZED_KINDS
 
-FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # E2M1
-IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
-HALF_SCALE, SUPER_SCALE = ScaleFormat(32), ScaleFormat(256, has_steps=True)
+# GGUF's kinds beside those of tests.ops.builders.QUANTIZED
+GGUF_FORMATS = [
+    QUANTIZED_KINDS[name].format
+    for name in ("Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0")
+]
 
 
 def affine(bits: int, group: int, dtype: str = "float16") -> Format:
@@ -23,18 +26,13 @@ def affine(bits: int, group: int, dtype: str = "float16") -> Format:
 
 
 FORMATS = [
-    *[affine(bits, group) for bits, group in zip(CODE_BITS, (64, 64, 64, 32, 64, 128), strict=True)],
+    *[affine(bits, group) for bits, group in zip(CODE_BITS[1:], (64, 64, 64, 32, 64, 128), strict=True)],
     affine(4, 64, "bfloat16"),
     affine(4, 16, "float32"),
     Format("GPTQ", 4, 128, scale=ScaleFormat(128), minimum=ScaleFormat(128, has_steps=True)),
     Format("W4A16", 4, 64, offset=8, scale=ScaleFormat(64, dtype="bfloat16")),
-    Format("Q2_K", 2, 16, scale=SUPER_SCALE, minimum=SUPER_SCALE),
-    Format("Q3_K", 3, 16, offset=4, scale=SUPER_SCALE),
-    Format("IQ4_NL", 4, 32, scale=HALF_SCALE, codebook=IQ4),
-    Format("IQ4_XS", 4, 32, scale=SUPER_SCALE, codebook=IQ4),
-    Format("MXFP4", 4, 32, scale=ScaleFormat(32, dtype="e8m0"), codebook=FP4),
-    Format("NVFP4", 4, 16, scale=ScaleFormat(16, dtype="e4m3", has_multiplier=True), codebook=FP4),
     Format("FP8", 8, 128, scale=ScaleFormat(128, dtype="float32"), is_float8=True),
+    *GGUF_FORMATS,
 ]
 BY_NAME = {f"{fmt.name}-{fmt.scales[0].dtype}": fmt for fmt in FORMATS}
 

@@ -40,6 +40,21 @@ def nibbles(packed: np.ndarray, span: int) -> np.ndarray:
     return codes.reshape(rows, per_row, num_bytes * 2)
 
 
+def bit_fields(packed: np.ndarray, width: int, span: int) -> np.ndarray:
+    """Fields of `width` bits, (N, B, fields): like `nibbles`, the lowest bits of the bytes that hold `span` fields come
+    first."""
+    rows, per_row, num_bytes = packed.shape
+    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
+    packed = packed.reshape(rows, per_row, num_bytes * len(shifts) // span, 1, span // len(shifts))
+    fields: np.ndarray = packed >> shifts & np.uint8((1 << width) - 1)
+    return fields.reshape(rows, per_row, num_bytes * len(shifts))
+
+
+def uint16(blocks: np.ndarray, begin: int) -> np.ndarray:
+    """The 16-bit number at byte `begin` of each block, (N, B)."""
+    return np.ascontiguousarray(blocks[..., begin : begin + 2]).view(np.uint16)[..., 0]
+
+
 def float16(blocks: np.ndarray, begin: int) -> np.ndarray:
     """The half-precision number at byte `begin` of each block, (N, B)."""
     return np.ascontiguousarray(blocks[..., begin : begin + 2]).view(np.float16)[..., 0]

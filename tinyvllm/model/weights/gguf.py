@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tinyvllm.storage import families
 from tinyvllm.storage.gguf_config import ROPE_FREQS
 from tinyvllm.storage.gguf_file import GGUFFile, GGUFTensor
 
+MULTIPLIED_TYPE = "NVFP4"  # whose matrices have a scale as a tensor beside them
 KNOWN_TYPES = (*DENSE_DTYPES, *QUANTIZED_KINDS)
 
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -47,21 +49,20 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     unknown type, and what GGUFFile raises.
     """
     family = families.KNOWN_ARCHITECTURES[config.architecture]
-    tensors = {}
-    for tensor in GGUFFile(path).tensors.values():
-        if tensor.name == ROPE_FREQS:
+    tensors, stored = {}, GGUFFile(path).tensors
+    for tensor in stored.values():
+        if tensor.name == ROPE_FREQS or _is_multiplier(tensor.name, stored):
             continue
         if tensor.ggml_type not in KNOWN_TYPES:
             raise UnsupportedModelError(
                 f"{path}: tensor {tensor.name} has type {tensor.ggml_type}, which is not supported; "
                 f"known: {', '.join(KNOWN_TYPES)}"
             )
-        read: Callable[[], HostMatrix] = partial(_read, tensor)
-        if family.gguf_interleaves_pairs and tensor.name.endswith(ROTARY_TENSORS):
-            read = partial(_read_rotary, tensor, config.head_dim)
+        is_rotary = family.gguf_interleaves_pairs and tensor.name.endswith(ROTARY_TENSORS)
+        read = partial(_read, tensor, config.head_dim if is_rotary else None, _multiplier(path, tensor, stored))
         format_name = DENSE_NAMES.get(tensor.ggml_type, tensor.ggml_type)
-        stored = StoredTensor(tensor.shape, read, format_name, tensor.data.nbytes)
-        tensors[canonical_name(tensor.name, config.architecture)] = stored
+        found = StoredTensor(tensor.shape, read, format_name, tensor.data.nbytes)
+        tensors[canonical_name(tensor.name, config.architecture)] = found
     return tensors
 
 
@@ -76,22 +77,43 @@ def canonical_name(gguf_name: str, architecture: str) -> str:
     return gguf_name
 
 
-def _read(tensor: GGUFTensor) -> HostMatrix:
-    return _decode(tensor, tensor.data)
+def _sibling(name: str, suffix: str) -> str:
+    return f"{name.rpartition('.')[0]}.{suffix}"
 
 
-def _read_rotary(tensor: GGUFTensor, head_dim: int) -> HostMatrix:
-    """Rows in Hugging Face's order. Whole rows of blocks are moved before they are split."""
-    num_rows = tensor.shape[0]
-    return _decode(tensor, tensor.data.reshape(num_rows, -1)[half_order(num_rows, head_dim)].reshape(-1))
+def _is_multiplier(name: str, stored: Mapping[str, GGUFTensor]) -> bool:
+    """Whether it is a scale of another tensor: of the whole matrix, which `_read` applies, or of the inputs
+    of its product, which are not quantized here."""
+    weight = stored.get(_sibling(name, "weight"))
+    return name.endswith((".scale", ".input_scale")) and weight is not None and weight.ggml_type == MULTIPLIED_TYPE
+
+
+def _multiplier(path: Path, weight: GGUFTensor, stored: Mapping[str, GGUFTensor]) -> float | None:
+    """The scale of a whole matrix, if it has one."""
+    tensor = stored.get(_sibling(weight.name, "scale")) if weight.ggml_type == MULTIPLIED_TYPE else None
+    if tensor is None:
+        return None
+    if tensor.ggml_type != "F32" or tensor.data.size != 4:
+        raise UnsupportedModelError(
+            f"{path}: tensor {tensor.name} is {tensor.ggml_type} of shape {tensor.shape}; supported is one F32"
+        )
+    return float(tensor.data.view(np.float32)[0])
+
+
+def _read(tensor: GGUFTensor, rotary_dim: int | None, multiplier: float | None) -> HostMatrix:
+    """The values. `rotary_dim`: of heads whose rows come in Hugging Face's order; whole rows of blocks are moved before
+    they are split. `multiplier`: of all values."""
+    raw, num_rows = tensor.data, tensor.shape[0]
+    if rotary_dim is not None:
+        raw = raw.reshape(num_rows, -1)[half_order(num_rows, rotary_dim)].reshape(-1)
+    if tensor.ggml_type not in QUANTIZED_KINDS:
+        return view_dense(raw, tensor.ggml_type, tensor.shape)
+    matrix = decompose(tensor.ggml_type, raw, tensor.shape)
+    if multiplier is None:
+        return matrix
+    return replace(matrix, scale=replace(matrix.scale, multiplier=np.full(num_rows, multiplier, np.float32)))
 
 
 def half_order(num_rows: int, head_dim: int) -> np.ndarray:
     """For each row in Hugging Face's order, its place in llama.cpp's: (num_rows,) indices."""
     return np.arange(num_rows).reshape(num_rows // head_dim, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
-
-
-def _decode(tensor: GGUFTensor, raw: np.ndarray) -> HostMatrix:
-    if tensor.ggml_type in QUANTIZED_KINDS:
-        return decompose(tensor.ggml_type, raw, tensor.shape)
-    return view_dense(raw, tensor.ggml_type, tensor.shape)

@@ -7,16 +7,20 @@ To add a kind, write a function like those below and add an entry to QUANTIZED_K
 from __future__ import annotations
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from ml_dtypes import float8_e4m3fn, float8_e8m0fnu
 
-from tinyvllm.arrays import Format, QuantizedMatrix, ScaleFormat, Scales
+from tinyvllm.arrays import E2M1, Format, QuantizedMatrix, ScaleFormat, Scales
 from tinyvllm.errors import ModelError, UnsupportedModelError
-from tinyvllm.model.weights.blocks import BlockKind, Parts, float16, nibbles, whole_rows
+from tinyvllm.model.weights.blocks import BlockKind, Parts, bit_fields, float16, nibbles, uint16, whole_rows
+from tinyvllm.storage.gguf_file import BLOCK_SIZES
 
 GROUP = 32  # weights of a legacy block, and of a group in Q4_K and Q5_K
 SUPER = 256  # weights of a K quant's block
 BLOCK_SCALE = ScaleFormat(GROUP)
+SUPER_SCALE = ScaleFormat(SUPER)
 STEPPED_SCALE = ScaleFormat(SUPER, has_steps=True)
+NVFP4_SCALE = ScaleFormat(16, dtype="e4m3", has_multiplier=True)
+IQ4 = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))  # kvalues_iq4nl
 
 
 def decompose(ggml_type: str, raw: np.ndarray, shape: tuple[int, ...]) -> QuantizedMatrix:
@@ -26,7 +30,7 @@ def decompose(ggml_type: str, raw: np.ndarray, shape: tuple[int, ...]) -> Quanti
     """
     if ggml_type not in QUANTIZED_KINDS:
         raise UnsupportedModelError(f"quantization {ggml_type} is not supported; known: {', '.join(QUANTIZED_KINDS)}")
-    block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[ggml_type]]
+    block_size, block_bytes = BLOCK_SIZES[ggml_type]
     if len(shape) != 2 or shape[1] % block_size != 0 or raw.size * block_size != shape[0] * shape[1] * block_bytes:
         raise ModelError(
             f"{raw.size} bytes are not a {ggml_type} matrix of shape {shape}: rows come in blocks of {block_size} "
@@ -87,6 +91,89 @@ def _q6_k(blocks: np.ndarray) -> Parts:
     return codes, Scales(float16(blocks, 208), steps), None
 
 
+def _q2_k(blocks: np.ndarray) -> Parts:
+    """16 bytes of scales and, above them, minimums, 4 bits each · 64 bytes of codes · d f16 · dmin f16."""
+    packed = blocks[..., :16]
+    scale = Scales(float16(blocks, 80), whole_rows(packed & 0x0F))
+    return (
+        whole_rows(bit_fields(blocks[..., 16:80], 2, 128)),
+        scale,
+        Scales(-float16(blocks, 82), whole_rows(packed >> 4)),
+    )
+
+
+def _q3_k(blocks: np.ndarray) -> Parts:
+    """32 bytes of third bits, bit g of group g of 32 · 64 bytes of low bits · 12 of scales · d f16.
+
+    The scales have 6 bits, less 32: the low four of scales 0-7 and, above them, of 8-15 in eight bytes; the high two of
+    scales i, i + 4, i + 8 and i + 12 in byte i of the last four.
+    """
+    third = bit_fields(blocks[..., :32], 1, SUPER) << 2
+    codes = whole_rows(bit_fields(blocks[..., 32:96], 2, 128) | third)
+    steps = bit_fields(blocks[..., 96:104], 4, 16) | bit_fields(blocks[..., 104:108], 2, 16) << 4
+    return codes, Scales(float16(blocks, 108), whole_rows(steps.view(np.int8) - np.int8(32))), None
+
+
+def _iq4_nl(blocks: np.ndarray) -> Parts:
+    """d f16 · 16 bytes of codes."""
+    return whole_rows(nibbles(blocks[..., 2:], GROUP)), _block_scales(blocks, 0), None
+
+
+def _iq4_xs(blocks: np.ndarray) -> Parts:
+    """d f16 · 16 bits of scales' high two bits · 4 bytes of their low four · 128 bytes of codes. Scales are less 32."""
+    shifts = np.arange(SUPER // GROUP, dtype=np.uint8)
+    high = (uint16(blocks, 2)[..., None] >> 2 * shifts & 3).astype(np.uint8) << 4  # (N, B, 8)
+    low = np.repeat(blocks[..., 4:8], 2, axis=-1) >> 4 * (shifts % 2) & 0x0F
+    steps = (low | high).view(np.int8) - np.int8(32)
+    return whole_rows(nibbles(blocks[..., 8:], GROUP)), Scales(float16(blocks, 0), whole_rows(steps)), None
+
+
+def _mxfp4(blocks: np.ndarray) -> Parts:
+    """scale e8m0 · 16 bytes of codes."""
+    scale = np.ascontiguousarray(blocks[..., 0]).view(float8_e8m0fnu)
+    return whole_rows(nibbles(blocks[..., 1:], GROUP)), Scales(scale), None
+
+
+def _nvfp4(blocks: np.ndarray) -> Parts:
+    """4 scales e4m3, without sign · 32 bytes of codes. ggml reads the scales' code of NaN as zero. The multiplier is a
+    tensor of its own (`gguf.py`)."""
+    scales = whole_rows(blocks[..., :4] & 0x7F)
+    scales[scales == 0x7F] = 0
+    multiplier = np.ones(len(blocks), np.float32)
+    return whole_rows(nibbles(blocks[..., 4:], 16)), Scales(scales.view(float8_e4m3fn), None, multiplier), None
+
+
+def _q1_0(blocks: np.ndarray) -> Parts:
+    """d f16 · 16 bytes of codes, lowest bit first; 0 stands for -1."""
+    return whole_rows(np.unpackbits(blocks[..., 2:], axis=-1, bitorder="little")), _block_scales(blocks, 0), None
+
+
+def _q2_0(blocks: np.ndarray) -> Parts:
+    """d f16 · 16 bytes of codes, lowest bits first."""
+    codes = blocks[..., 2:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3
+    return whole_rows(codes), _block_scales(blocks, 0), None
+
+
+def _tq1_0(blocks: np.ndarray) -> Parts:
+    """48 bytes of 5 ternary digits each, then 4 bytes of 4 · d f16.
+
+    A byte is a fraction of 256 in base 3, highest digit first. The digits of 32 bytes, of 16 and of 4 are interleaved:
+    first the highest digit of each.
+    """
+    powers = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
+    parts = [
+        blocks[..., None, begin:end] * powers[:count]  # modulo 256: without the higher digits
+        for begin, end, count in ((0, 32, 5), (32, 48, 5), (48, 52, 4))
+    ]
+    fractions = np.concatenate([part.reshape(*blocks.shape[:2], -1) for part in parts], axis=-1)
+    return whole_rows((fractions.astype(np.uint16) * 3 >> 8).astype(np.uint8)), _block_scales(blocks, 52), None
+
+
+def _tq2_0(blocks: np.ndarray) -> Parts:
+    """64 bytes of codes · d f16."""
+    return whole_rows(bit_fields(blocks[..., :64], 2, 128)), _block_scales(blocks, 64), None
+
+
 QUANTIZED_KINDS = {
     kind.format.name: kind
     for kind in (
@@ -98,6 +185,16 @@ QUANTIZED_KINDS = {
         BlockKind(Format("Q4_K", 4, GROUP, scale=STEPPED_SCALE, minimum=STEPPED_SCALE), _q4_k),
         BlockKind(Format("Q5_K", 5, GROUP, scale=STEPPED_SCALE, minimum=STEPPED_SCALE), _q5_k),
         BlockKind(Format("Q6_K", 6, 16, offset=32, scale=STEPPED_SCALE), _q6_k),
+        BlockKind(Format("Q2_K", 2, 16, scale=STEPPED_SCALE, minimum=STEPPED_SCALE), _q2_k),
+        BlockKind(Format("Q3_K", 3, 16, offset=4, scale=STEPPED_SCALE), _q3_k),
+        BlockKind(Format("IQ4_NL", 4, GROUP, scale=BLOCK_SCALE, codebook=IQ4), _iq4_nl),
+        BlockKind(Format("IQ4_XS", 4, GROUP, scale=STEPPED_SCALE, codebook=IQ4), _iq4_xs),
+        BlockKind(Format("MXFP4", 4, GROUP, scale=ScaleFormat(GROUP, dtype="e8m0"), codebook=E2M1), _mxfp4),
+        BlockKind(Format("NVFP4", 4, 16, scale=NVFP4_SCALE, codebook=E2M1), _nvfp4),
+        BlockKind(Format("Q1_0", 1, 128, scale=ScaleFormat(128), codebook=(-1.0, 1.0)), _q1_0),
+        BlockKind(Format("Q2_0", 2, 64, offset=1, scale=ScaleFormat(64)), _q2_0),
+        BlockKind(Format("TQ1_0", 2, 128, offset=1, scale=SUPER_SCALE), _tq1_0),
+        BlockKind(Format("TQ2_0", 2, 128, offset=1, scale=SUPER_SCALE), _tq2_0),
     )
 }
 

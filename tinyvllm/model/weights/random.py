@@ -7,12 +7,12 @@ import zlib
 from dataclasses import replace
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from ml_dtypes import bfloat16
 
 from tinyvllm.arrays import HostMatrix, QuantizedMatrix, Scales, to_float32
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
+from tinyvllm.storage.gguf_file import BLOCK_SIZES
 
 DENSE_KINDS = ("float32", "float16", "bfloat16")
 RANDOM_KINDS = (*DENSE_KINDS, *QUANTIZED_KINDS)
@@ -56,21 +56,27 @@ class RandomWeights:
 
 def draw_quantized(kind: str, rows: int, cols: int, rng: np.random.Generator) -> QuantizedMatrix:
     """A matrix of random blocks whose values spread by about 1 / sqrt(cols) around zero."""
-    block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    block_size, block_bytes = BLOCK_SIZES[kind]
     if cols % block_size and kind in NARROW_KINDS:
         return draw_quantized(NARROW_KINDS[kind], rows, cols, rng)
     raw = rng.integers(0, 256, (rows, cols // block_size, block_bytes), np.uint8)
     drawn = decompose(kind, raw, (rows, cols))
     # codes and steps as drawn; bases of 1, and of the mean code below zero for minimums, tell the spread of these
-    unit = _with_bases(drawn, 1.0)
-    return _with_bases(drawn, 1 / (math.sqrt(cols) * float(to_float32(unit).std())))
+    unit = to_float32(_with_bases(drawn, 1.0))
+    return _with_bases(drawn, 1 / (math.sqrt(cols) * float(unit.std())), alternate=abs(unit.mean()) > 0.2 * unit.std())
 
 
-def _with_bases(matrix: QuantizedMatrix, scale: float) -> QuantizedMatrix:
-    """The same codes and steps, with `scale` as the base of all scales, and minimums that take their mean off."""
+def _with_bases(matrix: QuantizedMatrix, scale: float, *, alternate: bool = False) -> QuantizedMatrix:
+    """The same codes and steps, with `scale` as the factor of all groups. Minimums take the codes' mean off; without
+    minimums, scales of alternate signs do."""
 
     def filled(scales: Scales, value: float) -> Scales:
-        return replace(scales, base=np.full_like(scales.base, value))
+        if scales.multiplier is not None:  # bases of 8 bits have too small a range
+            return replace(scales, base=np.ones_like(scales.base), multiplier=np.full_like(scales.multiplier, value))
+        base = np.full_like(scales.base, value)
+        if alternate:
+            base[::2] *= base.dtype.type(-1)
+        return replace(scales, base=base)
 
     minimum = matrix.minimum
     if minimum is not None:

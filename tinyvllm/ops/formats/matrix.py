@@ -7,9 +7,9 @@ Two layouts with the same planes:
 - `row` (GPU): `[N][K]`, as checkpoints have it. Codes and bfloat16 values lie in 32-bit words, low bits first: tinygrad
   reads four words at once, and bytes one by one.
 
-Quantized matrices keep their bits. Codes lie in runs of 32: the low 2, 4 or 8 bits in bytes that 4, 2 or 1 of a run's
-codes share, the bits above in a plane of their own. Scales lie as they are stored. docs/FORMATS.md draws the planes.
-Readers here are general: they read every `Format`, in either layout. What fused kernels read is in runs.py.
+Quantized matrices keep their bits. Codes lie in runs of 32: the low 1, 2, 4 or 8 bits in bytes that 8, 4, 2 or 1 of a
+run's codes share, the bits above in a plane of their own. Scales lie as they are stored. docs/FORMATS.md draws the
+planes. Readers here are general: they read every `Format`, in either layout. What fused kernels read is in runs.py.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ LEAST_E8M0 = 0x400000  # the bits of 2**-127, which an exponent of 0 stands for
 
 
 def low_bits(fmt: Format) -> int:
-    """Bits of a code in the first plane: 2, 4 or 8."""
-    return fmt.bits if fmt.bits == 8 else 4 if fmt.bits >= 4 else 2
+    """Bits of a code in the first plane: 1, 2, 4 or 8."""
+    return max(bits for bits in (1, 2, 4, 8) if bits <= fmt.bits)
 
 
 def high_bits(fmt: Format) -> int:

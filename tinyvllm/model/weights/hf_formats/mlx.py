@@ -11,13 +11,14 @@ from functools import partial
 import numpy as np
 from ml_dtypes import float8_e4m3fn, float8_e8m0fnu
 
-from tinyvllm.arrays import CODE_BITS, Format, QuantizedMatrix, ScaleFormat, Scales
+from tinyvllm.arrays import Format, QuantizedMatrix, ScaleFormat, Scales
 from tinyvllm.model.weights.hf_formats.matrices import FP4, HFFormat, Parts, scale_dtype, signed_bytes, unpack_bits
 from tinyvllm.model.weights.stored import StoredTensor
 from tinyvllm.storage.values import Values
 
 DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # group and bits of each mode
 GROUPS = (32, 64, 128)
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 
 
 def build(parts: Parts) -> StoredTensor:
@@ -49,8 +50,8 @@ def _settings(parts: Parts) -> tuple[str, int, int]:
         )
     if group not in GROUPS and mode == "affine":
         values.unsupported("group_size", ", ".join(map(str, GROUPS)))
-    if bits not in CODE_BITS:
-        values.unsupported("bits", ", ".join(map(str, CODE_BITS)))
+    if bits not in AFFINE_BITS:
+        values.unsupported("bits", ", ".join(map(str, AFFINE_BITS)))
     return mode, group, bits
 
 

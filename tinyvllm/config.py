@@ -33,13 +33,20 @@ CAPTURE_VARIABLE = "TINYVLLM_CAPTURE"  # environment variable: the default of En
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are scaled. kind 'llama3': Llama 3.1 model card; 'linear': position interpolation."""
+    """How rotary frequencies are stretched; model/rope.py has the formula of each kind."""
 
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    kind: str  # "linear", "llama3", "yarn", "longrope" or "proportional"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_max_position: int = 8192  # llama3, yarn, longrope: tokens of the context that was stretched
+    beta_fast: float = 32.0  # yarn: turns over the original context, from which on a frequency stays
+    beta_slow: float = 1.0  # yarn: turns up to which it is divided by the factor
+    truncate: bool = True  # yarn: the limits between them are whole dimensions
+    # longrope: what each frequency is divided by, in contexts up to the original one and in longer ones
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    proportion: float = 1.0  # proportional: the share of a head's pairs that rotate
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Rope:
     divisors: tuple[float, ...] | None = None
     num_dims: int | None = None  # rotated dimensions of a head, starting with the first; None: all
     is_interleaved: bool = False  # pairs are (2i, 2i + 1) rather than (i, i + num_dims / 2)
+    attention_factor: float = 1.0  # of cosines and sines (YaRN's and longrope's)
 
 
 @dataclass(frozen=True)
@@ -97,11 +105,9 @@ class ModelConfig:
     head_dim: int  # D
     vocab_size: int  # V, rows of the embedding table
     max_position: int  # tokens: the context the model was trained for
-    rope_theta: float
+    rope: Rope
     norm_eps: float
     tie_embeddings: bool
-    rope_scaling: RopeScaling | None = None
-    rope_divisors: tuple[float, ...] | None = None  # as in Rope
     dtype: str = "float16"  # of the checkpoint's unquantized matrices
     name: str = ""
     activation: str = "silu"  # of the feed-forward's gate: a name of ops/activation.py
@@ -127,12 +133,11 @@ class ModelConfig:
     def kind_of(self, layer: int) -> LayerKind:
         """A layer's attention according to the files; a family adds what its architecture implies."""
         is_windowed = self.window is not None and (not self.windowed or self.windowed[layer % len(self.windowed)])
-        rope = Rope(self.rope_theta, self.rope_scaling, self.rope_divisors)
         return LayerKind(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            rope=self.local_rope if is_windowed and self.local_rope is not None else rope,
+            rope=self.local_rope if is_windowed and self.local_rope is not None else self.rope,
             score_scale=self.score_scale,
             window=self.window if is_windowed else None,
             softcap=self.score_softcap,

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.builders import IM_END_ID, write_byte_tokenizer
 from tests.scheduling.fakes import FakeRunner, make_capacity
-from tinyvllm.config import EngineConfig, GenerationDefaults, ModelConfig, ModelFiles
+from tinyvllm.config import EngineConfig, GenerationDefaults, ModelConfig, ModelFiles, Rope
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.loading import LoadedEngine, Progress, assemble_engine
 from tinyvllm.engine.output import Delta
@@ -40,7 +40,7 @@ class FakeModelRunner(FakeRunner):
             head_dim=8,
             vocab_size=self.vocab_size,
             max_position=self.capacity.max_model_len,
-            rope_theta=1e4,
+            rope=Rope(1e4),
             norm_eps=1e-5,
             tie_embeddings=True,
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tinyvllm.config import EngineConfig, LayerKind, Limits, ModelConfig
+from tinyvllm.config import EngineConfig, LayerKind, Limits, ModelConfig, Rope
 from tinyvllm.errors import CapacityError, TinyvllmError
 from tinyvllm.execution.capacity import GIB, MemoryFacts, plan_capacity, scratch_bytes
 
@@ -22,7 +22,7 @@ MODEL = ModelConfig(
     head_dim=64,
     vocab_size=32,
     max_position=2048,
-    rope_theta=10000.0,
+    rope=Rope(10000.0),
     norm_eps=1e-5,
     tie_embeddings=True,
 )

@@ -9,7 +9,7 @@ import numpy as np
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
 from tests.ops.builders import Piece, make_step
 from tinyvllm.arrays import HostMatrix
-from tinyvllm.config import LayerKind, ModelConfig
+from tinyvllm.config import LayerKind, ModelConfig, Rope
 from tinyvllm.device.handle import open_device
 from tinyvllm.device.recording import record
 from tinyvllm.device.replay import make_replay
@@ -30,7 +30,7 @@ CONFIG = ModelConfig(
     head_dim=16,
     vocab_size=100,
     max_position=64,
-    rope_theta=10000.0,
+    rope=Rope(10000.0),
     norm_eps=1e-5,
     tie_embeddings=True,
 )

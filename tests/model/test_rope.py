@@ -72,5 +72,5 @@ def test_stored_divisors_divide() -> None:
 
 
 def test_an_unknown_scaling_lists_the_known() -> None:
-    with pytest.raises(UnsupportedModelError, match="rope scaling 'yarn' is not known; known: linear, llama3"):
-        inverse_frequencies(Rope(10000.0, RopeScaling("yarn", 4.0)), 64)
+    with pytest.raises(UnsupportedModelError, match="rope scaling 'xpos' is not known; known: linear, llama3"):
+        inverse_frequencies(Rope(10000.0, RopeScaling("xpos", 4.0)), 64)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvllm.bench.shapes import SHAPES
-from tinyvllm.config import ModelConfig
+from tinyvllm.config import ModelConfig, Rope
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import CHIPS, Chip, find_chip, guess_chip, measured_chip
 from tinyvllm.profiling.kernels import Kernel
@@ -29,7 +29,7 @@ TINY = ModelConfig(
     head_dim=4,
     vocab_size=10,
     max_position=64,
-    rope_theta=1e4,
+    rope=Rope(1e4),
     norm_eps=1e-5,
     tie_embeddings=False,
 )

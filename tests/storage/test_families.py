@@ -155,7 +155,7 @@ def test_gemma3_4b_is_mostly_class_defaults(tmp_path: Path) -> None:
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (8, 4, 256)
     assert (config.vocab_size, config.max_position, config.tie_embeddings) == (262208, 131072, True)
     assert (config.window, config.windowed) == (1024, LOCAL_5_OF_6)
-    assert (config.rope_theta, config.rope_scaling) == (1e6, RopeScaling("linear", 8.0))
+    assert (config.rope.theta, config.rope.scaling) == (1e6, RopeScaling("linear", 8.0))
     assert config.local_rope == Rope(10000.0)
     assert (config.dtype, config.score_scale) == ("bfloat16", None)  # 256 ** -0.5, which is head_dim ** -0.5
     assert read_generation_defaults(ModelFiles("hf", tmp_path, "tiny")).eos_ids == (1, 106)
@@ -177,7 +177,7 @@ def test_gemma3s_ropes_are_in_either_place(tmp_path: Path) -> None:
     linear = {"rope_type": "linear", "factor": 8.0}
     old = {"rope_theta": 2e6, "rope_local_base_freq": 5000.0, "rope_scaling": linear}
     config = read(tmp_path, GEMMA3, **old)
-    assert (config.rope_theta, config.rope_scaling, config.local_rope) == (
+    assert (config.rope.theta, config.rope.scaling, config.local_rope) == (
         2e6,
         RopeScaling("linear", 8.0),
         Rope(5000.0),
@@ -188,7 +188,7 @@ def test_gemma3s_ropes_are_in_either_place(tmp_path: Path) -> None:
     }
     assert read(tmp_path, GEMMA3, rope_parameters=new) == config
     stretched = read(tmp_path, GEMMA3, rope_parameters=new, rope_scaling={"rope_type": "linear", "factor": 2.0})
-    assert stretched.rope_scaling == RopeScaling("linear", 2.0)
+    assert stretched.rope.scaling == RopeScaling("linear", 2.0)
     assert stretched.local_rope == Rope(5000.0)
 
 

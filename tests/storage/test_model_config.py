@@ -60,7 +60,7 @@ def test_both_formats_tell_the_same(tmp_path: Path, numbers: Any) -> None:
     assert (hf.architecture, hf.name) == (model.family, "tiny")
     assert (hf.num_layers, hf.hidden_size, hf.ffn_size) == (model.layers, model.hidden, model.ffn)
     assert (hf.num_heads, hf.num_kv_heads, hf.head_dim) == (model.heads, model.kv_heads, model.head_dim)
-    assert (hf.vocab_size, hf.max_position, hf.rope_theta) == (model.vocab, model.max_position, model.rope_theta)
+    assert (hf.vocab_size, hf.max_position, hf.rope.theta) == (model.vocab, model.max_position, model.rope_theta)
     assert hf.tie_embeddings == model.tie
 
 
@@ -68,16 +68,16 @@ def test_linear_scaling_is_read_from_both(tmp_path: Path) -> None:
     scaling = {"rope_type": "linear", "factor": 2.0}
     hf = read_model_config(write_tiny_hf_llama(tmp_path / "tiny", rope_scaling=scaling))
     gguf = read_model_config(write_tiny_gguf(tmp_path / "tiny.gguf", rope_scaling=scaling))
-    assert hf.rope_scaling == gguf.rope_scaling == RopeScaling("linear", 2.0)
+    assert hf.rope.scaling == gguf.rope.scaling == RopeScaling("linear", 2.0)
 
 
 def test_llama3_scaling_is_numbers_in_one_and_divisors_in_the_other(tmp_path: Path) -> None:
     hf = read_model_config(write_tiny_hf_llama(tmp_path / "tiny", rope_scaling=LLAMA3_SCALING))
     gguf = read_model_config(write_tiny_gguf(tmp_path / "tiny.gguf", rope_scaling=LLAMA3_SCALING))
-    assert hf.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
-    assert hf.rope_divisors is None
-    assert gguf.rope_scaling is None
-    np.testing.assert_array_equal(gguf.rope_divisors, rope_divisors(TinyLlama(rope_scaling=LLAMA3_SCALING)))
+    assert hf.rope.scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
+    assert hf.rope.divisors is None
+    assert gguf.rope.scaling is None
+    np.testing.assert_array_equal(gguf.rope.divisors, rope_divisors(TinyLlama(rope_scaling=LLAMA3_SCALING)))
 
 
 def test_every_end_of_an_answer_is_known(tmp_path: Path) -> None:
@@ -117,19 +117,19 @@ def test_rope_may_be_in_its_old_or_its_new_place(tmp_path: Path, scaling: Any) -
     parameters = {"rope_theta": 7000.0, **(scaling or {"rope_type": "default"})}
     new = read_model_config(hf_files(tmp_path, rope_theta=REMOVED, rope_scaling=REMOVED, rope_parameters=parameters))
     assert old == new
-    assert new.rope_theta == 7000.0
+    assert new.rope.theta == 7000.0
 
 
 def test_rope_type_has_an_older_name(tmp_path: Path) -> None:
     config = read_model_config(hf_files(tmp_path, rope_scaling={"type": "linear", "factor": 4}))
-    assert config.rope_scaling == RopeScaling("linear", 4.0)
+    assert config.rope.scaling == RopeScaling("linear", 4.0)
 
 
 def test_defaults_are_transformers_own(tmp_path: Path) -> None:
     absent = ("rope_theta", "rope_scaling", "head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
     changes: dict[str, Any] = dict.fromkeys((*absent, "torch_dtype"), REMOVED)
     config = read_model_config(hf_files(tmp_path, **changes))
-    assert (config.rope_theta, config.head_dim, config.num_kv_heads) == (10000.0, 16, 4)
+    assert (config.rope.theta, config.head_dim, config.num_kv_heads) == (10000.0, 16, 4)
     assert (config.norm_eps, config.tie_embeddings, config.dtype) == (1e-6, False, "float32")
 
 
@@ -157,8 +157,12 @@ def test_dtype_may_have_either_name(tmp_path: Path, key: str) -> None:
         ({"architectures": ["Qwen9ForCausalLM"]}, r"architectures is \['Qwen9ForCausalLM'\].*known: LlamaForCausalLM"),
         ({"architectures": REMOVED, "model_type": "bert"}, r"model_type is 'bert'.*known: llama, mistral"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            r"rope_type is 'yarn'.*known: default, linear, llama3",
+            {"rope_scaling": {"rope_type": "xpos", "factor": 2.0}},
+            r"rope_type is 'xpos'.*known: default, linear, llama3, yarn, longrope, proportional",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic"}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            r"rope_type is 'dynamic'.*known: default",
         ),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"type is 'dynamic'.*known: default, linear, llama3"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'.*known: silu"),
@@ -237,7 +241,12 @@ def test_dtype_is_that_of_the_unquantized_matrices(tmp_path: Path, quant: str, d
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"rope.scaling.type": "yarn"}, r"llama\.rope\.scaling\.type is 'yarn'.*known: none, linear"),
+        ({"rope.scaling.type": "ntk"}, r"llama\.rope\.scaling\.type is 'ntk'.*known: none, linear, yarn, longrope"),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 0.5},
+            r"llama\.rope\.scaling\.yarn_ext_factor is 0\.5.*known: 1",
+        ),
+        ({"rope.dimension_count": 8}, r"llama\.rope\.dimension_count is 8.*known: 16"),
         ({"expert_count": 8}, r"llama\.expert_count is 8.*known: 0"),
         ({"attention.value_length": 8}, r"llama\.attention\.value_length is 8.*known: 16"),
     ],

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from tinyvllm.config import ModelConfig, Rope, RopeScaling
+from tinyvllm.config import ModelConfig, Rope
 from tinyvllm.errors import ModelError
 from tinyvllm.storage import families
 from tinyvllm.storage.families import SOFTCAPS, FamilyFiles
 from tinyvllm.storage.gguf_file import GGUFFile
+from tinyvllm.storage.gguf_rope import read_gguf_rope
 from tinyvllm.storage.hf_config import shortest_period
 from tinyvllm.storage.values import Values
-
-GGUF_ROPE_KINDS = ("none", "linear")  # {arch}.rope.scaling.type; llama3's scaling comes as the tensor rope_freqs.weight
-ROPE_FREQS = "rope_freqs.weight"
 
 
 def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
@@ -34,6 +30,13 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
     head_dim = _head_dim(values, num_heads)
     num_layers, hidden_size = values.integer("block_count"), values.integer("embedding_length")
     window, windowed = _windows(values, family, num_layers)
+    rope = read_gguf_rope(
+        values,
+        file.tensors,
+        head_dim,
+        is_partial=family.has_partial_rope,
+        is_interleaved=family.interleaves_rope,
+    )
     config = ModelConfig(
         architecture=architecture,
         num_layers=num_layers,
@@ -44,17 +47,15 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
         head_dim=head_dim,
         vocab_size=embedding.shape[0],
         max_position=values.integer("context_length"),
-        rope_theta=values.positive("rope.freq_base", 10000.0),
+        rope=rope,
         norm_eps=values.positive("attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in file.tensors,
-        rope_scaling=_rope_scaling(values),
-        rope_divisors=_rope_divisors(file, head_dim),
         dtype=_dtype(file),
         name=name,
         activation=family.activation,
         window=window,
         windowed=windowed,
-        local_rope=_local_rope(values, family) if window is not None else None,
+        local_rope=_local_rope(values, family, rope) if window is not None else None,
         score_scale=(hidden_size // num_heads) ** -0.5 if num_layers in family.gguf_wide_scale_layers else None,
         score_softcap=values.optional_number("attn_logit_softcapping") or None,
         logit_softcap=values.optional_number("final_logit_softcapping") or None,
@@ -88,7 +89,7 @@ def _windows(values: Values, family: FamilyFiles, num_layers: int) -> tuple[int 
     is_narrow = window is not None and 0 < window < values.integer("context_length")
     if is_narrow and family.gguf_window_pattern is None:
         values.unsupported(key, "0 (full attention)")
-    if not window or not (is_narrow or family.local_rope_theta is not None):
+    if not window or not (is_narrow or family.has_local_rope):
         return None, ()
     windowed = _windowed_layers(values, family.gguf_window_pattern or 0, num_layers)
     return (window, shortest_period(windowed)) if any(windowed) else (None, ())
@@ -106,10 +107,10 @@ def _windowed_layers(values: Values, pattern: int, num_layers: int) -> tuple[boo
     return tuple(period == 0 or layer % period < period - 1 for layer in range(num_layers))
 
 
-def _local_rope(values: Values, family: FamilyFiles) -> Rope | None:
-    if family.local_rope_theta is None:
+def _local_rope(values: Values, family: FamilyFiles, rope: Rope) -> Rope | None:
+    if not family.has_local_rope:
         return None
-    return Rope(values.positive("rope.freq_base_swa", family.local_rope_theta))
+    return Rope(values.positive("rope.freq_base_swa", family.local_rope_theta or rope.theta))
 
 
 def _head_dim(values: Values, num_heads: int) -> int:
@@ -120,28 +121,9 @@ def _head_dim(values: Values, num_heads: int) -> int:
     head_dim = values.integer(key, hidden_size // num_heads)
     if head_dim % 2 != 0:
         raise ModelError(f"{values.source}: heads have {head_dim} values: rotary embeddings need an even number")
-    for other in ("attention.value_length", "rope.dimension_count"):
-        if values.integer(other, head_dim) != head_dim:
-            values.unsupported(other, f"{head_dim} (the length of a head's key)")
+    if values.integer("attention.value_length", head_dim) != head_dim:
+        values.unsupported("attention.value_length", f"{head_dim} (the length of a head's key)")
     return head_dim
-
-
-def _rope_scaling(values: Values) -> RopeScaling | None:
-    kind = values.get("rope.scaling.type") or "none"
-    if kind not in GGUF_ROPE_KINDS:
-        values.unsupported("rope.scaling.type", ", ".join(GGUF_ROPE_KINDS))
-    return RopeScaling("linear", values.positive("rope.scaling.factor")) if kind == "linear" else None
-
-
-def _rope_divisors(file: GGUFFile, head_dim: int) -> tuple[float, ...] | None:
-    tensor = file.tensors.get(ROPE_FREQS)
-    if tensor is None:
-        return None
-    if tensor.ggml_type != "F32" or tensor.shape != (head_dim // 2,):
-        raise ModelError(
-            f"{file.path}: {ROPE_FREQS} is {tensor.ggml_type} of shape {tensor.shape}, not F32 of ({head_dim // 2},)"
-        )
-    return tuple(tensor.data.view(np.float32).tolist())
 
 
 def _dtype(file: GGUFFile) -> str:

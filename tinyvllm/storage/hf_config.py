@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
-from tinyvllm.config import DTYPES, ModelConfig, Rope, RopeScaling
+from tinyvllm.config import DTYPES, ModelConfig, Rope
 from tinyvllm.errors import ModelError
 from tinyvllm.storage import families
 from tinyvllm.storage.families import SOFTCAPS, FamilyFiles
+from tinyvllm.storage.hf_rope import FULL, WINDOWED, read_rope, read_rope_by_layer
 from tinyvllm.storage.values import Values
 
-ROPE_KINDS = ("default", "linear", "llama3")
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}  # ours by transformers' name
-FULL, WINDOWED = "full_attention", "sliding_attention"  # of layer_types and of rope_parameters by kind of layer
 # What a model of several parts states once, outside its text_config
 SHARED_KEYS = ("dtype", "torch_dtype", "tie_word_embeddings")
 
@@ -32,8 +31,7 @@ def read_hf_config(config: Values, name: str) -> ModelConfig:
     if num_heads % num_kv_heads != 0:
         values.refuse("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
     window, windowed = _windows(values, family, num_layers)
-    rope = _rope(values, family, FULL)
-    has_local_rope = window is not None and family.local_rope_theta is not None
+    rope, local_rope = _ropes(values, family, head_dim)
     read = ModelConfig(
         architecture=architecture,
         num_layers=num_layers,
@@ -44,16 +42,15 @@ def read_hf_config(config: Values, name: str) -> ModelConfig:
         head_dim=head_dim,
         vocab_size=values.integer("vocab_size"),
         max_position=values.integer("max_position_embeddings"),
-        rope_theta=rope.theta,
+        rope=rope,
         norm_eps=values.positive("rms_norm_eps", 1e-6),
         tie_embeddings=values.flag("tie_word_embeddings"),
-        rope_scaling=rope.scaling,
         dtype=_dtype(values),
         name=name,
         activation=family.activation,
         window=window,
         windowed=windowed,
-        local_rope=_rope(values, family, WINDOWED) if has_local_rope else None,
+        local_rope=local_rope if window is not None else None,
         score_scale=_score_scale(values, family, head_dim),
         score_softcap=values.optional_number("attn_logit_softcapping") or None,
         logit_softcap=values.optional_number("final_logit_softcapping") or None,
@@ -115,8 +112,7 @@ def _refuse_variants(values: Values, family: FamilyFiles) -> None:
             values.unsupported(key, "false (no biases)")
     if values.flag("use_bidirectional_attention"):
         values.unsupported("use_bidirectional_attention", "false (causal attention)")
-    if values.get("partial_rotary_factor") not in (None, 1, 1.0):
-        values.unsupported("partial_rotary_factor", "1.0")
+    _refuse_partial_rope(values, family)
     for key in SOFTCAPS:
         if key not in family.softcaps and values.get(key) is not None:
             values.unsupported(key, "null")
@@ -137,7 +133,7 @@ def _windows(values: Values, family: FamilyFiles, num_layers: int) -> tuple[int 
     is_narrow = window is not None and window < values.integer("max_position_embeddings")
     if is_narrow and family.hf_windows is None:
         values.unsupported("sliding_window", "null (full attention)")
-    if not is_narrow and family.local_rope_theta is None:
+    if not is_narrow and not family.has_local_rope:
         return None, ()
     windowed = _windowed_layers(values, family, kinds, num_layers)
     return (values.integer("sliding_window"), shortest_period(windowed)) if any(windowed) else (None, ())
@@ -181,54 +177,23 @@ def shortest_period(windowed: Sequence[bool]) -> tuple[bool, ...]:
 # --- Rotary embeddings -------------------------------------------------------------------------------------------
 
 
-def _rope(values: Values, family: FamilyFiles, layer_type: str) -> Rope:
-    """Theta and scaling of a kind of layer, from `rope_parameters` (transformers 5) or from `rope_theta` and
-    `rope_scaling`. Where both are there, the latter wins, as in transformers' convert_rope_params_to_dict."""
-    if family.local_rope_theta is not None:
-        return _rope_by_layer(values, family, layer_type)
-    if values.inner("rope_scaling") is None:
-        _refuse_nested(values)
-    rope = values.inner("rope_scaling") or values.inner("rope_parameters") or Values(values.source, {})
-    return _read_rope(values, rope, values.positive("rope_theta", 10000.0))
+def _ropes(values: Values, family: FamilyFiles, head_dim: int) -> tuple[Rope, Rope | None]:
+    """The rope of layers, and that of windowed layers if theirs differs."""
+    if not family.has_local_rope:
+        rope = read_rope(values, head_dim, family.rope_aliases)
+        return replace(rope, is_interleaved=family.interleaves_rope), None
+    full, local = (read_rope_by_layer(values, head_dim, kind, family.local_rope_theta) for kind in (FULL, WINDOWED))
+    return full, local
 
 
-def _refuse_nested(values: Values) -> None:
-    rope = values.inner("rope_parameters")
-    if rope is not None and any(isinstance(value, dict) for value in rope.values.values()):
-        values.unsupported("rope_parameters", "the same for every layer")
-
-
-def _rope_by_layer(values: Values, family: FamilyFiles, layer_type: str) -> Rope:
-    """Gemma 3's: `rope_parameters` has an object for each kind of layer, and `rope_scaling` is for layers without a
-    window only."""
-    nested = values.inner("rope_parameters") or Values(values.source, {})
-    rope: dict[str, Any] = dict((nested.inner(layer_type) or Values(values.source, {})).values)
-    if layer_type == WINDOWED:
-        theta = values.positive("rope_local_base_freq", family.local_rope_theta)
-    else:
-        scaling = values.inner("rope_scaling")
-        rope |= {} if scaling is None else dict(scaling.values)
-        theta = values.positive("rope_theta")
-    return _read_rope(values, Values(values.source, rope), theta)
-
-
-def _read_rope(values: Values, rope: Values, theta: float) -> Rope:
-    theta = rope.positive("rope_theta", theta)
-    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        rope.unsupported("partial_rotary_factor", "1.0")
-    key = "rope_type" if rope.get("rope_type") is not None else "type"
-    kind = rope.get(key) or "default"
-    if kind not in ROPE_KINDS:
-        rope.unsupported(key, ", ".join(ROPE_KINDS))
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, RopeScaling("linear", rope.positive("factor")))
-    low, high = rope.positive("low_freq_factor"), rope.positive("high_freq_factor")
-    if low >= high:
-        rope.refuse("low_freq_factor", f"below high_freq_factor ({high})")
-    original = rope.integer("original_max_position_embeddings", values.optional_integer("max_position_embeddings"))
-    return Rope(theta, RopeScaling("llama3", rope.positive("factor"), low, high, original))
+def _refuse_partial_rope(values: Values, family: FamilyFiles) -> None:
+    """The classes of other families rotate whole heads whatever the file says."""
+    places = (values, *(values.inner(key) or values for key in ("rope_scaling", "rope_parameters")))
+    for place in places:
+        nested = [place.inner(key) for key, value in place.values.items() if isinstance(value, dict)]
+        for rope in (place, *(inner for inner in nested if inner is not None)):
+            if not family.has_partial_rope and rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+                rope.unsupported("partial_rotary_factor", "1.0")
 
 
 def _dtype(values: Values) -> str:

@@ -78,6 +78,13 @@ class Values:
             self.refuse(key, "a number above 0")
         return value
 
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of `count` numbers above 0."""
+        value = self.get(key)
+        if not isinstance(value, list) or len(value) != count or not all(map(_is_positive, value)):
+            self.refuse(key, f"a list of {count} numbers above 0")
+        return tuple(float(item) for item in value)
+
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.get(key)
         if value is None:
@@ -102,3 +109,7 @@ class Values:
         if not isinstance(value, dict):
             self.refuse(key, "an object")
         return Values(self.source, value)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0

@@ -16,8 +16,8 @@ from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
 from tinyvllm.model.weights.stored import DENSE_DTYPES, DENSE_NAMES, StoredTensor, view_dense
 from tinyvllm.storage import families
-from tinyvllm.storage.gguf_config import ROPE_FREQS
 from tinyvllm.storage.gguf_file import GGUFFile, GGUFTensor
+from tinyvllm.storage.gguf_rope import ROPE_TENSORS
 
 MULTIPLIED_TYPE = "NVFP4"  # whose matrices have a scale as a tensor beside them
 KNOWN_TYPES = (*DENSE_DTYPES, *QUANTIZED_KINDS)
@@ -45,13 +45,13 @@ ROTARY_TENSORS = tuple(f"{part}.{suffix}" for part in ("attn_q", "attn_k") for s
 def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     """All tensors of the file, by Hugging Face's names (a tensor that has none keeps its own).
 
-    `rope_freqs.weight` is left out: it is in `config.rope_divisors`. Raises UnsupportedModelError for tensors of an
-    unknown type, and what GGUFFile raises.
+    The rope's tensors are left out: they are in `config.rope`. Raises UnsupportedModelError for tensors of an unknown
+    type, and what GGUFFile raises.
     """
     family = families.KNOWN_ARCHITECTURES[config.architecture]
     tensors, stored = {}, GGUFFile(path).tensors
     for tensor in stored.values():
-        if tensor.name == ROPE_FREQS or _is_multiplier(tensor.name, stored):
+        if tensor.name in ROPE_TENSORS or _is_multiplier(tensor.name, stored):
             continue
         if tensor.ggml_type not in KNOWN_TYPES:
             raise UnsupportedModelError(

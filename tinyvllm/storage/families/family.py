@@ -41,7 +41,11 @@ class FamilyFiles:
     # n-th attends to the window, with 0 every layer. None: windows are not understood
     gguf_window_pattern: int | None = None
     softcaps: tuple[str, ...] = ()  # keys, which both formats call by the same name
-    local_rope_theta: float | None = None  # of windowed layers, if the file says nothing; None: as in other layers
+    has_local_rope: bool = False  # windowed layers have a rope of their own
+    local_rope_theta: float | None = None  # its theta, if the file says nothing; None: as in other layers
+    has_partial_rope: bool = False  # a part of each head may rotate: partial_rotary_factor, rope.dimension_count
+    interleaves_rope: bool = False  # Rope.is_interleaved
+    rope_aliases: Mapping[str, str] = field(default_factory=dict)  # names of kinds of ropes, and transformers'
     norm_offset: float = 0.0  # to be added to norms' weights in Hugging Face's format; GGUF has it in the weights
     overflows_float16: bool = False  # as in ModelConfig
     # Numbers of layers with which GGUF, which has no key for it, means a score scale of (hidden / heads) ** -0.5

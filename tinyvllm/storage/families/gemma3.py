@@ -25,6 +25,7 @@ FILES = FamilyFiles(
     hf_windows="by layer",
     gguf_window_pattern=6,
     softcaps=("final_logit_softcapping",),  # its class reads attn_logit_softcapping and makes no use of it
+    has_local_rope=True,
     local_rope_theta=10000.0,
     norm_offset=1.0,
     overflows_float16=True,  # 103,795 in 270M; more in larger ones

@@ -170,4 +170,3 @@ SCALE_NAMES = {
     "float8_e4m3fn": "e4m3",
     "float8_e8m0fnu": "e8m0",
 }
-

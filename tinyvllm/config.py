@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -156,9 +156,19 @@ class ModelConfig:
         return 2 * itemsize * sum(kind.kv_size for kind in self.layers if kind.kv_layer is None)
 
     def kv_window(self, layer: int) -> int | None:
-        """The widest window of the layers that read this layer's keys and values; None if one reads them all."""
-        windows = [kind.window for index, kind in enumerate(self.layers) if layer in (index, kind.kv_layer)]
-        return max((window for window in windows if window is not None), default=None) if None not in windows else None
+        """As `stored_window`."""
+        return stored_window(self.layers, layer)
+
+
+def stored_window(layers: Sequence[LayerKind], layer: int) -> int | None:
+    """The widest window of the layers that read the keys and values of `layer`; None if one of them reads them all."""
+    widest = 0
+    for index, kind in enumerate(layers):
+        if layer in (index, kind.kv_layer):
+            if kind.window is None:
+                return None
+            widest = max(widest, kind.window)
+    return widest
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,10 @@ def test_tokens_lie_in_their_sequences_slots() -> None:
     views = {name: view.tolist() for name, view in packer.views.items()}
     assert views["token_ids"] == [200, 102, 103, 104, 105, 0, 0, 0]
     assert views["positions"] == [5, 2, 3, 4, 5, 0, 0, 0]
-    assert views["slots"] == [2 * 4 + 1, 3 * 4 + 2, 3 * 4 + 3, 9 * 4, 9 * 4 + 1, 0, 0, 0]
+    assert views["slots"][0] == [2 * 4 + 1, 3 * 4 + 2, 3 * 4 + 3, 9 * 4, 9 * 4 + 1, 0, 0, 0]
     assert views["seq_rows"] == [0, 1, 1, 1, 1, 3, 3, 3]
-    assert views["block_tables"][0][:2] == [7, 2]
-    assert views["block_tables"][1][:2] == [3, 9]
+    assert views["block_tables"][0][0][:2] == [7, 2]
+    assert views["block_tables"][0][1][:2] == [3, 9]
 
 
 def test_padding_lies_in_the_dummy_block() -> None:
@@ -57,10 +57,10 @@ def test_padding_lies_in_the_dummy_block() -> None:
     request.num_computed = 4
     packer.pack(plan_of((request, 2)))
     views = packer.views
-    assert views["slots"][2:].tolist() == [0] * 6
+    assert views["slots"][0, 2:].tolist() == [0] * 6
     assert views["positions"][2:].tolist() == [0] * 6
     assert (views["seq_rows"][2:] == LAYOUT.num_seqs).all(), "the table after the last"
-    assert (views["block_tables"][LAYOUT.num_seqs] == 0).all()
+    assert (views["block_tables"][0, LAYOUT.num_seqs] == 0).all()
 
 
 def test_only_sequences_that_reach_their_last_token_are_sampled_in_order() -> None:

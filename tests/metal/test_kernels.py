@@ -128,11 +128,27 @@ def test_attention_equals_the_reference_and_writes_its_slots_alone(
         expected = attend(reference, case, buffer, history)
         live = int(lengths.sum())
         assert largest_difference(found.out[:live], expected.out[:live]) < TOLERANCE[dtype]
-        slots = layout.views(buffer)["slots"][:live]
+        slots = layout.views(buffer)["slots"][0, :live]
         others = np.setdiff1d(np.arange(layout.block_size, len(history[0])), slots)  # block 0 is the dummy
         for now, then, wanted in zip(found.after, found.before, expected.after, strict=True):
             np.testing.assert_allclose(now[slots], wanted[slots], rtol=2e-3, atol=2e-3)
             np.testing.assert_array_equal(now[others], then[others])
+
+
+@pytest.mark.parametrize(("sizes", "is_decode"), [((3, 3, 12, 16), True), ((40, 2, 12, 16), False)], ids=str)
+def test_blocks_before_the_window_are_not_read(sizes: tuple[int, ...], is_decode: bool) -> None:
+    from tests.ops.attention import Case, attend, forget_before_windows, make_history
+    from tests.ops.builders import Piece, make_step
+    from tinyvllm.ops.step_inputs import StepLayout
+
+    layout, heads = StepLayout(*sizes), (4, 2, 64)
+    case = Case(*heads, layout, is_decode, "float16", features=(("window", 37),))
+    pieces = [Piece(150), Piece(37), Piece(5)] if is_decode else [Piece(140, 39), Piece(100)]
+    buffer, history = make_step(layout, pieces), make_history(case)
+    chosen, _ = backends("float16", heads)
+    clean = attend(chosen, case, buffer, history)
+    spoiled = attend(chosen, case, *forget_before_windows(case, buffer, pieces, history))
+    np.testing.assert_array_equal(spoiled.out, clean.out)
 
 
 @pytest.mark.parametrize("fmt", ["float16", "bfloat16", "Q4_0", "Q8_0", "Q6_K", *UNREAD])

@@ -136,6 +136,24 @@ def make_history(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return stored(1), stored(2)
 
 
+def forget_before_windows(
+    case: Case, buffer: np.ndarray, pieces: list[Piece], history: tuple[np.ndarray, np.ndarray], bad: float = np.nan
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """The same step after each sequence has given back the blocks before its window: they are 0 in its table. Block 0
+    and all blocks that are in no table hold `bad`."""
+    buffer, size = buffer.copy(), case.layout.block_size
+    tables, held = case.layout.views(buffer)["block_tables"][0], []
+    for index, piece in enumerate(pieces):
+        first = 0 if case.kind.window is None else max(0, piece.start - (case.kind.window - 1)) // size
+        tables[index, :first] = 0
+        held += [tables[index, p // size] * size + p % size for p in range(first * size, piece.start + piece.count)]
+    others = np.setdiff1d(np.arange(len(history[0])), held)
+    spoiled = (history[0].copy(), history[1].copy())
+    for plain in spoiled:
+        plain[others] = bad
+    return buffer, spoiled
+
+
 def decode_pieces(case: Case) -> list[list[Piece]]:
     """Batches whose contexts are 1, end at and just past a block's end, and are the longest."""
     size, rows = case.layout.block_size, case.layout.num_seqs

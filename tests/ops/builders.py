@@ -73,7 +73,7 @@ def make_step(layout: StepLayout, pieces: list[Piece], *, seed: int = 0) -> np.n
     views = layout.views(buffer)
     rng = np.random.default_rng(seed)
     blocks = 1 + rng.permutation(layout.num_seqs * layout.max_blocks)
-    views["block_tables"][:-1] = blocks.reshape(layout.num_seqs, layout.max_blocks)
+    views["block_tables"][:, :-1] = blocks.reshape(layout.num_seqs, layout.max_blocks)
     views["seq_rows"][:] = layout.num_seqs
     for name in ("num_logprobs", "suppressed_ids", "forced", "state_rows"):
         views[name][:] = -1
@@ -81,10 +81,11 @@ def make_step(layout: StepLayout, pieces: list[Piece], *, seed: int = 0) -> np.n
     for index, piece in enumerate(pieces):
         positions = np.arange(piece.start, piece.start + piece.count)
         rows = slice(row, row + piece.count)
-        table = views["block_tables"][index]
+        table = views["block_tables"][0, index]
         views["positions"][rows] = positions
         views["seq_rows"][rows] = index
-        views["slots"][rows] = table[positions // layout.block_size] * layout.block_size + positions % layout.block_size
+        slots = table[positions // layout.block_size] * layout.block_size + positions % layout.block_size
+        views["slots"][:, rows] = slots
         row += piece.count
         views["logit_rows"][index] = row - 1
     assert row <= layout.num_tokens, f"{row} rows do not fit into {layout}"
@@ -116,7 +117,7 @@ def read_pool(backend: Backend, kind: LayerKind, block_size: int, pool: KVPool) 
         stored = tensor.float().numpy()
         if isinstance(backend, CpuBackend):
             axes = _to_cpu(is_key)
-            sizes = (pool.num_blocks, block_size, kind.num_kv_heads, kind.head_dim)
+            sizes = (pool.num_blocks[0], block_size, kind.num_kv_heads, kind.head_dim)
             stored = stored.reshape([sizes[axis] for axis in axes]).transpose(np.argsort(axes))
         plain.append(stored.reshape(-1, kind.num_kv_heads, kind.head_dim))
     return plain[0], plain[1]
@@ -160,7 +161,7 @@ def make_step_of(
 ) -> Step:
     """A step on a device; without a pool, of operations that need none."""
     inputs = backend.device.upload(buffer) if isinstance(buffer, np.ndarray) else buffer
-    return Step(layout, inputs, pool or KVPool({}, {}, 1, "float16"), is_decode, previous_output)
+    return Step(layout, inputs, pool or KVPool({}, {}, {}, "float16"), is_decode, previous_output)
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------

@@ -57,9 +57,12 @@ class CostCounter:
 
     def __init__(self, model: Model, pool: KVPool, block_size: int) -> None:
         self._model = model
-        num_slots = pool.num_blocks * block_size
         # bytes of one token in each of the pool's tensors, and the window in which they are read
-        self._kv_bytes = {_buffer(tensor): tensor.nbytes() // num_slots for tensor in pool.tensors}
+        self._kv_bytes = {
+            _buffer(tensor): tensor.nbytes() // (count * block_size)
+            for layer, count in pool.num_blocks.items()
+            for tensor in pool.tensors_of(layer)
+        }
         windows = {layer: model.config.kv_window(layer) for layer in pool.keys}
         self._kv_windows = {_buffer(tensor): windows[layer] for layer in windows for tensor in pool.tensors_of(layer)}
         self._table = {_buffer(plane) for shard in model.embedding.shards for plane in shard.planes}

@@ -66,7 +66,7 @@ class InputPacker:
         # a padding row uses the all-zero table after the last one, and a slot in the dummy block
         padding = (("token_ids", 0), ("positions", 0), ("slots", 0), ("seq_rows", layout.num_seqs))
         for name, value in padding:
-            views[name][plan.num_tokens :] = value
+            views[name][..., plan.num_tokens :] = value
         self._pack_samples(plan)
 
     def _pack_table(self, index: int, entry: Scheduled) -> None:
@@ -81,7 +81,7 @@ class InputPacker:
         if owner is not request or generation != request.num_preemptions:  # a preempted request has new blocks
             num_there = 0
         if num_blocks > num_there:
-            self.views["block_tables"][index, num_there:num_blocks] = request.block_ids[num_there:num_blocks]
+            self.views["block_tables"][0, index, num_there:num_blocks] = request.block_ids[num_there:num_blocks]
             self._tables[index] = (request, request.num_preemptions, num_blocks)
 
     def _pack_tokens(self, entries: tuple[Scheduled, ...]) -> None:
@@ -107,7 +107,7 @@ class InputPacker:
         blocks = [entry.request.block_ids[entry.start // size] for entry in entries]
         views["token_ids"][rows] = [single_token(entry) for entry in entries]
         views["positions"][rows] = starts
-        views["slots"][rows] = [block * size + start % size for block, start in zip(blocks, starts, strict=True)]
+        views["slots"][0, rows] = [block * size + start % size for block, start in zip(blocks, starts, strict=True)]
         views["seq_rows"][rows] = indices
 
     def _pack_run(self, index: int, entry: Scheduled, row: int) -> None:
@@ -117,7 +117,7 @@ class InputPacker:
         positions = np.arange(entry.start, stop, dtype=np.int32)
         views["token_ids"][rows] = known_or_fed(entry.request, entry.start, stop)
         views["positions"][rows] = positions
-        views["slots"][rows] = views["block_tables"][index, positions // size] * size + positions % size
+        views["slots"][0, rows] = views["block_tables"][0, index, positions // size] * size + positions % size
         views["seq_rows"][rows] = index
 
     def _pack_samples(self, plan: StepPlan) -> None:

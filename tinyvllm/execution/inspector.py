@@ -89,15 +89,19 @@ class RunnerInspector:
         return measure_bandwidth(self.runner.backend.device)
 
     def fill_pool(self, num_blocks: int, seed: int) -> None:
-        """Write random keys and values to the first blocks. Memory that was never written may not exist yet: a CPU
-        reads all untouched pages from one page of zeros, out of its cache."""
+        """Write random keys and values to the first blocks of each layer. Memory that was never written may not exist
+        yet: a CPU reads all untouched pages from one page of zeros, out of its cache."""
         pool = self.runner.pool
         values = np.random.default_rng(seed).standard_normal(FILL_VALUES, np.float32)
         if pool.dtype == "bfloat16":
             drawn = (values.view(np.uint32) >> 16).astype(np.uint16)
         else:
             drawn = values.astype(pool.dtype)
-        tensors = pool.tensors
-        filling = np.resize(drawn, num_blocks * max(tensor.numel() for tensor in tensors) // pool.num_blocks)
-        for tensor in tensors:
-            self.runner.backend.device.write(tensor, filling[: num_blocks * tensor.numel() // pool.num_blocks])
+        sizes = [
+            (tensor, min(num_blocks, count) * (tensor.numel() // count))
+            for layer, count in pool.num_blocks.items()
+            for tensor in pool.tensors_of(layer)
+        ]
+        filling = np.resize(drawn, max(size for _, size in sizes))
+        for tensor, size in sizes:
+            self.runner.backend.device.write(tensor, filling[:size])

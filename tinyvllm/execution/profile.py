@@ -191,8 +191,13 @@ class FlopCounter:
 
     def __init__(self, model: Model, pool: KVPool, block_size: int) -> None:
         self._namer = CallNamer(model, pool)
-        self._model, self._num_slots = model, pool.num_blocks * block_size
-        self._pool = {_base(tensor): tensor.numel() for tensor in pool.tensors}
+        self._model = model
+        # elements of one token in each of the pool's tensors
+        self._pool = {
+            _base(tensor): tensor.numel() // (count * block_size)
+            for layer, count in pool.num_blocks.items()
+            for tensor in pool.tensors_of(layer)
+        }
 
     def count(self, calls: Sequence[Call], plan: StepPlan) -> list[int]:
         """Operations of one run of each call."""
@@ -230,7 +235,7 @@ class FlopCounter:
         kind = self._model.config.layers[layer]
         seen = sum(attended_keys(entry.start, entry.count, kind.window) for entry in plan.entries)
         group = kind.num_heads // kind.num_kv_heads  # query heads that a KV head serves
-        return 2 * group * seen * (sum(self._pool[base] for base in in_pool) // self._num_slots)
+        return 2 * group * seen * sum(self._pool[base] for base in in_pool)
 
 
 def _launches(kernels: Sequence[Kernel], times: Sequence[CallTime]) -> Iterator[Launch]:

@@ -29,6 +29,7 @@ class AttentionLayer:
     index: int  # its number, and its place in the pool
     kind: LayerKind
     qkv_cols: tuple[int, ...]
+    pool_group: int = 0  # the group of `pool_groups` whose block tables and slots it uses
     rope: Tensor | None = None  # (positions, R) float32 of R rotated dimensions: R / 2 cosines, then their sines
     head_norm: Tensor | None = None  # (2 * D,) float32: the weight of each head of queries, then that of keys
     bias: Tensor | None = None  # (columns of qkv,) float32
@@ -80,6 +81,7 @@ class AttentionSpec:
     has_sinks: bool = False
     has_bias: bool = False
     writes_kv: bool = True  # False: an earlier layer's keys and values are read
+    table_group: int = 0  # AttentionLayer.pool_group
     # if these heads are one core's shard: its first KV head, and the numbers of heads and KV heads of the layer
     shard: tuple[int, int, int] | None = None
 
@@ -105,6 +107,7 @@ class AttentionSpec:
             has_sinks=kind.has_sinks,
             has_bias=kind.has_bias,
             writes_kv=kind.kv_layer is None,
+            table_group=layer.pool_group,
         )
         return cls(**fields | more)
 
@@ -117,6 +120,17 @@ class AttentionSpec:
     def slot_elements(self) -> int:
         """Elements of one token's keys (or values)."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def slots_start(self) -> int:
+        """Where the slots of this attention's group begin in a step's inputs."""
+        return self.layout.slots_offset(self.table_group)
+
+    @property
+    def tables_start(self) -> int:
+        """Where the block tables of this attention's group begin in a step's inputs. A block before the window of every
+        row may be 0 in its table: kernels do not read it."""
+        return self.layout.table_offset(self.table_group)
 
     @property
     def num_slots(self) -> int:

@@ -8,6 +8,7 @@ arithmetic.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
@@ -16,7 +17,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinyvllm.arrays import HostMatrix, stack_rows, to_float32
-from tinyvllm.config import LayerKind
+from tinyvllm.config import LayerKind, stored_window
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.coverage import Coverage, in_words
@@ -30,25 +31,30 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PoolGroup:
-    """Layers whose keys and values have the same shape. A layer that reads another layer's is in no group."""
+    """Layers that share a block table, because they need the keys and values of the same tokens: those of the same
+    window, whatever the shape of their keys. A layer that reads another layer's keys stores none and is in no group."""
 
-    layers: tuple[int, ...]
-    num_kv_heads: int  # K
-    head_dim: int  # D
+    shapes: dict[int, tuple[int, int]]  # by layer: K, D
+    window: int | None = None  # tokens that are needed, the newest included; None: all
 
     @property
     def slot_elements(self) -> int:
-        """Elements of one token's keys (or values) in one layer."""
-        return self.num_kv_heads * self.head_dim
+        """Elements of one token's keys (or values) in all layers."""
+        return sum(num_kv_heads * head_dim for num_kv_heads, head_dim in self.shapes.values())
 
 
-def pool_groups(layers: Sequence[LayerKind]) -> tuple[PoolGroup, ...]:
-    """The groups of a model's layers, by the shape of their keys."""
-    found: dict[tuple[int, int], list[int]] = {}
+def pool_groups(layers: Sequence[LayerKind], max_model_len: int | None = None) -> tuple[PoolGroup, ...]:
+    """The groups of a model's layers: first the one that keeps all tokens, then those of windows, the widest first. A
+    window that no sequence exceeds is none. A model has at least one group."""
+    by_window: dict[int | None, dict[int, tuple[int, int]]] = {}
     for index, kind in enumerate(layers):
         if kind.kv_layer is None:
-            found.setdefault((kind.num_kv_heads, kind.head_dim), []).append(index)
-    return tuple(PoolGroup(tuple(indexes), *shape) for shape, indexes in found.items())
+            window = stored_window(layers, index)
+            if window is not None and max_model_len is not None and window >= max_model_len:
+                window = None
+            by_window.setdefault(window, {})[index] = (kind.num_kv_heads, kind.head_dim)
+    groups = [PoolGroup(shapes, window) for window, shapes in by_window.items()]
+    return tuple(sorted(groups, key=lambda group: -math.inf if group.window is None else -group.window))
 
 
 Stored: TypeAlias = Tensor | tuple[Tensor, ...]  # a layer's keys or values; a tuple: each CPU core's
@@ -60,7 +66,7 @@ class KVPool:
 
     keys: dict[int, Stored]  # by layer
     values: dict[int, Stored]
-    num_blocks: int
+    num_blocks: dict[int, int]  # by layer
     dtype: str
 
     @property
@@ -75,14 +81,22 @@ class KVPool:
         return [tensor for entry in stored for tensor in (entry if isinstance(entry, tuple) else (entry,))]
 
 
+def blocks_by_layer(groups: Sequence[PoolGroup], num_blocks: int | Sequence[int]) -> dict[int, int]:
+    """The number of blocks of each layer in a pool with `num_blocks` blocks in each group, or in all of them."""
+    counts = [num_blocks] * len(groups) if isinstance(num_blocks, int) else num_blocks
+    found = {layer: count for group, count in zip(groups, counts, strict=True) for layer in group.shapes}
+    return dict(sorted(found.items()))
+
+
 def zeroed_pool(
-    device: DeviceHandle, groups: Sequence[PoolGroup], num_blocks: int, block_size: int, dtype: str
+    device: DeviceHandle, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
 ) -> KVPool:
     """A pool with one tensor of keys and one of values for each layer."""
-    slots, float_type = num_blocks * block_size, FLOATS[dtype]
-    sizes = {layer: slots * group.slot_elements for group in groups for layer in group.layers}
-    keys, values = ({layer: device.zeros(sizes[layer], float_type) for layer in sorted(sizes)} for _ in range(2))
-    return KVPool(keys, values, num_blocks, dtype)
+    counts, float_type = blocks_by_layer(groups, num_blocks), FLOATS[dtype]
+    shapes = {layer: shape for group in groups for layer, shape in group.shapes.items()}
+    sizes = {layer: count * block_size * math.prod(shapes[layer]) for layer, count in counts.items()}
+    keys, values = ({layer: device.zeros(size, float_type) for layer, size in sizes.items()} for _ in range(2))
+    return KVPool(keys, values, counts, dtype)
 
 
 @dataclass(frozen=True)
@@ -164,8 +178,10 @@ class Weights(Protocol):
         """The dtype of the pool: `wanted`, or if that is "auto", one that suits the device and the checkpoint's dtype,
         `stored`."""
 
-    def make_pool(self, groups: Sequence[PoolGroup], num_blocks: int, block_size: int, dtype: str) -> KVPool:
-        """A zeroed pool."""
+    def make_pool(
+        self, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
+    ) -> KVPool:
+        """A zeroed pool with `num_blocks` blocks in each group, or in all of them."""
 
 
 class Operations(Protocol):
@@ -275,6 +291,7 @@ __all__ = [
     "Norm",
     "PoolGroup",
     "Step",
+    "blocks_by_layer",
     "gate_over_up",
     "pool_groups",
     "zeroed_pool",

@@ -46,7 +46,9 @@ class ReferenceBackend:
         stacked = stack_rows([gate, up])
         return self.matrix(stacked[0] if len(stacked) == 1 else np.concatenate([to_float32(gate), to_float32(up)]))
 
-    def make_pool(self, groups: Sequence[PoolGroup], num_blocks: int, block_size: int, dtype: str) -> KVPool:
+    def make_pool(
+        self, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
+    ) -> KVPool:
         return zeroed_pool(self.device, groups, num_blocks, block_size, dtype)
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
@@ -55,7 +57,7 @@ class ReferenceBackend:
     # -- operations ---------------------------------------------------------------------------------------------------
 
     def embed(self, table: Matrix, step: Step, scale: float = 1.0) -> Tensor:
-        token_ids = _words(step.inputs, step.layout, "token_ids", step.num_tokens)
+        token_ids = _words(step.inputs, step.layout.offset("token_ids"), step.num_tokens)
         if step.previous_output is not None:
             tokens = step.previous_output.reshape(-1, OUT_WIDTH)[:, OUT_TOKEN]
             token_ids = (token_ids < 0).where(tokens[(-1 - token_ids).clip(0, tokens.shape[0] - 1)], token_ids)
@@ -77,7 +79,7 @@ class ReferenceBackend:
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         kind, layout, tokens = layer.kind, step.layout, step.num_tokens
         heads, kv_heads, dim = kind.num_heads, kind.num_kv_heads, kind.head_dim
-        positions = _words(step.inputs, layout, "positions", tokens)
+        positions = _words(step.inputs, layout.offset("positions"), tokens)
         parts = [part.reshape(tokens, width) for part, width in zip(qkv, layer.qkv_cols, strict=True)]
         values = Tensor.cat(*parts, dim=1)
         if layer.bias is not None:
@@ -89,15 +91,15 @@ class ReferenceBackend:
         q = self._rotated(sections[0], weights[0], layer, positions)
         keys, values = self._pool(layer, step)
         if kind.kv_layer is None:
-            slots = _words(step.inputs, layout, "slots", tokens)
+            slots = _words(step.inputs, layout.slots_offset(layer.pool_group), tokens)
             v = sections[2] if kind.value_norm_eps is None else unit_norm(sections[2], kind.value_norm_eps)
             keys[slots] = self._rotated(sections[1], weights[1], layer, positions).cast(keys.dtype)
             values[slots] = v.cast(values.dtype)
             keys.realize(values)  # now: a later layer that reads them has no other tie to this write
 
         # context slots, (T, C): every slot of the row's block table, in the order of positions
-        tables = _words(step.inputs, layout, "block_tables", (layout.num_seqs + 1) * layout.max_blocks)
-        seq_rows = _words(step.inputs, layout, "seq_rows", tokens)
+        tables = _words(step.inputs, layout.table_offset(layer.pool_group), (layout.num_seqs + 1) * layout.max_blocks)
+        seq_rows = _words(step.inputs, layout.offset("seq_rows"), tokens)
         blocks = tables.reshape(-1, layout.max_blocks)[seq_rows].unsqueeze(-1)  # (T, M, 1)
         context = (blocks * layout.block_size + Tensor.arange(layout.block_size)).reshape(tokens, -1)
         near_k, near_v = keys[context].float(), values[context].float()  # (T, C, K, D)
@@ -137,7 +139,7 @@ class ReferenceBackend:
         return gated_plain(activation, rows, columns).reshape(-1)
 
     def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
-        rows = _words(step.inputs, step.layout, "logit_rows", step.layout.num_seqs)
+        rows = _words(step.inputs, step.layout.offset("logit_rows"), step.layout.num_seqs)
         return x.reshape(-1, num_cols)[rows].reshape(-1)
 
     def parts_of(self, x: Tensor) -> Sequence[Tensor]:
@@ -168,9 +170,8 @@ class ReferenceBackend:
         return out
 
 
-def _words(inputs: Tensor, layout: StepLayout, name: str, count: int) -> Tensor:
-    """One field of a step's inputs, (count,) int32."""
-    start = layout.offset(name)
+def _words(inputs: Tensor, start: int, count: int) -> Tensor:
+    """Words [start, start + count) of a step's inputs, int32."""
     return inputs[start : start + count]
 
 

@@ -21,15 +21,17 @@ PROCESSING_FLOATS = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "prese
 class StepLayout:
     """Offsets (in int32 words) of a bucket's inputs. Hashable: kernels are cached by it.
 
-    T token rows · R sequences · M blocks in a table. Table R, after the last one, is all zeros: padded token rows refer
-    to it, and so to the dummy block 0. The fields that sampling reads come first, at offsets that depend on R
-    only, so all buckets of R sequences sample by the same programs.
+    T token rows · R sequences · M blocks in a table · G groups of layers, each with slots and block tables of its own.
+    Table R, after the last one, is all zeros: padded token rows refer to it, and so to the dummy block 0. The fields
+    that sampling reads come first, at offsets that depend on R only, so all buckets of R sequences sample by the same
+    programs.
     """
 
     num_tokens: int  # T
     num_seqs: int  # R
     max_blocks: int  # M
     block_size: int
+    num_groups: int = 1  # G
 
     @cached_property
     def _offsets(self) -> dict[str, tuple[int, int]]:
@@ -52,10 +54,11 @@ class StepLayout:
             **dict.fromkeys(PROCESSING_FLOATS, seqs),  # float bits
             "token_ids": tokens,
             "positions": tokens,  # of the token in its sequence
-            "slots": tokens,  # where its key and value go: block_id * block_size + offset
+            # by group: where the token's key and value go: block_id * block_size + offset
+            "slots": self.num_groups * tokens,
             "seq_rows": tokens,  # the token's block table
             "logit_rows": seqs,  # the token row whose logits are sampled, for each sequence
-            "block_tables": (seqs + 1) * self.max_blocks,
+            "block_tables": self.num_groups * (seqs + 1) * self.max_blocks,  # by group
         }
         offsets, start = {}, 0
         for name, size in sizes.items():
@@ -66,6 +69,14 @@ class StepLayout:
 
     def offset(self, name: str) -> int:
         return self._offsets[name][0]
+
+    def slots_offset(self, group: int) -> int:
+        """Where the slots of a group of layers begin."""
+        return self.offset("slots") + group * self.num_tokens
+
+    def table_offset(self, group: int) -> int:
+        """Where the block tables of a group of layers begin."""
+        return self.offset("block_tables") + group * (self.num_seqs + 1) * self.max_blocks
 
     @property
     def num_sampling_words(self) -> int:
@@ -81,5 +92,6 @@ class StepLayout:
         """Named int32 views of a host buffer of `size` words; view floats with `.view(np.float32)`."""
         views = {name: buffer[start : start + size] for name, (start, size) in self._offsets.items() if name != "end"}
         views["suppressed_ids"] = views["suppressed_ids"].reshape(self.num_seqs, MAX_STOP_IDS)
-        views["block_tables"] = views["block_tables"].reshape(self.num_seqs + 1, self.max_blocks)
+        views["slots"] = views["slots"].reshape(self.num_groups, self.num_tokens)
+        views["block_tables"] = views["block_tables"].reshape(self.num_groups, self.num_seqs + 1, self.max_blocks)
         return views

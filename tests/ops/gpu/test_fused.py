@@ -18,6 +18,7 @@ from tests.ops.attention import (
     Case,
     Result,
     decode_pieces,
+    forget_before_windows,
     make_history,
     make_layer,
     random_case,
@@ -349,7 +350,7 @@ def test_decoding_equals_the_reference_and_writes_its_slots_alone(
         (got, out), (expected, _) = (attend(ops, case, buffer, history) for ops in (backend, reference))
         live = len(pieces)
         assert largest_difference(got.out[:live], expected.out[:live]) < TOLERANCE["float16"]
-        slots = case.layout.views(buffer)["slots"][:live]
+        slots = case.layout.views(buffer)["slots"][0, :live]
         others = np.setdiff1d(np.arange(size, len(history[0])), slots)
         for now, then, wanted in zip(got.after, got.before, expected.after, strict=True):
             np.testing.assert_allclose(now[slots], wanted[slots], rtol=1e-3, atol=1e-3)
@@ -365,12 +366,23 @@ def test_decoding_equals_the_reference_and_writes_its_slots_alone(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in CASES if case.kind.window], ids=lambda case: case.name)
+def test_blocks_before_the_window_are_not_read(device: DeviceHandle, lanes: Lanes, case: Case) -> None:
+    backend, history = FusedGpuBackend(device, "float16", lanes), make_history(case)
+    for seed, pieces in enumerate(decode_pieces(case)):
+        buffer = make_step(case.layout, pieces, seed=seed)
+        clean, _ = attend(backend, case, buffer, history)
+        spoiled, _ = attend(backend, case, *forget_before_windows(case, buffer, pieces, history))
+        np.testing.assert_array_equal(spoiled.out[: len(pieces)], clean.out[: len(pieces)])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_another_request_left_behind_is_not_read(device: DeviceHandle, lanes: Lanes, bad: float) -> None:
     case, backend = CASES[2], FusedGpuBackend(device, "float16", lanes)
     buffer, history = make_step(case.layout, [Piece(9), Piece(40)]), make_history(case)
     clean, _ = attend(backend, case, buffer, history)
-    size, tables = case.layout.block_size, case.layout.views(buffer)["block_tables"]
+    size, tables = case.layout.block_size, case.layout.views(buffer)["block_tables"][0]
     own = [tables[i][p // size] * size + p % size for i, end in ((0, 10), (1, 41)) for p in range(end)]
     for plain in history:
         plain[np.setdiff1d(np.arange(size, len(plain)), own)] = bad

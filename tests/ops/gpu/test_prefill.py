@@ -13,7 +13,7 @@ import pytest
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.codegen import to_program
 
-from tests.ops.attention import Case, Result, make_history, make_layer, random_case
+from tests.ops.attention import Case, Result, forget_before_windows, make_history, make_layer, random_case
 from tests.ops.builders import (
     Piece,
     largest_difference,
@@ -305,11 +305,23 @@ def test_ragged_steps_equal_the_reference_and_write_their_slots_alone(
     difference = largest_difference(got.out[:live], expected.out[:live])
     print(f"{case.name} {pieces}: {difference:.1e}")
     assert difference < TOLERANCE["float16"]
-    slots = case.layout.views(buffer)["slots"][:live]
+    slots = case.layout.views(buffer)["slots"][0, :live]
     others = np.setdiff1d(np.arange(size, len(history[0])), slots)
     for now, then, wanted in zip(got.after, got.before, expected.after, strict=True):
         np.testing.assert_allclose(now[slots], wanted[slots], rtol=1e-3, atol=1e-3)
         np.testing.assert_array_equal(now[others], then[others])  # padding wrote to the dummy block alone
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in CASES if case.kind.window], ids=lambda case: case.name)
+def test_blocks_before_the_window_are_not_read(device: DeviceHandle, lanes: Lanes, case: Case) -> None:
+    backend, history = FusedGpuBackend(device, "float16", lanes), make_history(case)
+    longest = case.layout.max_blocks * case.layout.block_size
+    pieces = [Piece(longest - 90, 90), Piece(longest - 1)]
+    buffer = make_step(case.layout, pieces)
+    clean = attend(backend, case, buffer, history)
+    spoiled = attend(backend, case, *forget_before_windows(case, buffer, pieces, history))
+    np.testing.assert_array_equal(spoiled.out[:91], clean.out[:91])
 
 
 @pytest.mark.gpu
@@ -318,7 +330,7 @@ def test_what_another_request_left_behind_is_not_attended(device: DeviceHandle, 
     case, backend = CASES[0], FusedGpuBackend(device, "float16", lanes)
     buffer, history = make_step(case.layout, [Piece(9, 70), Piece(40)]), make_history(case)
     clean = attend(backend, case, buffer, history)
-    size, tables = case.layout.block_size, case.layout.views(buffer)["block_tables"]
+    size, tables = case.layout.block_size, case.layout.views(buffer)["block_tables"][0]
     own = [tables[i][p // size] * size + p % size for i, end in ((0, 79), (1, 41)) for p in range(end)]
     for plain in history:
         plain[np.setdiff1d(np.arange(size, len(plain)), own)] = bad

@@ -67,9 +67,9 @@ class _Row:
         self.tables = spec.take_tables(rest, with_sinks=with_sinks)
         self.qkv_parts = rest
         self.position = inputs[layout.offset("positions") + row].load().maximum(0)
-        self.slot = inputs[layout.offset("slots") + row].load().maximum(0)
+        self.slot = inputs[spec.slots_start + row].load().maximum(0)
         seq = inputs[layout.offset("seq_rows") + row].load()
-        self.table = seq * layout.max_blocks + layout.offset("block_tables")
+        self.table = seq * layout.max_blocks + spec.tables_start
 
     def block(self, index: UOp) -> UOp:
         """The id of the sequence's index-th block."""

@@ -24,6 +24,7 @@ from tinyvllm.ops.backend import (
     PoolGroup,
     Step,
     Stored,
+    blocks_by_layer,
     gate_over_up,
 )
 from tinyvllm.ops.coverage import Coverage
@@ -113,18 +114,21 @@ class CpuBackend(DeviceSampling):
             shards.append(self._pack(take_host_rows(both, order), core))
         return join_shards(shards)
 
-    def make_pool(self, groups: Sequence[PoolGroup], num_blocks: int, block_size: int, dtype: str) -> KVPool:
+    def make_pool(
+        self, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
+    ) -> KVPool:
         """A pool in which each core's KV heads have their own tensors."""
-        pool = KVPool({}, {}, num_blocks, dtype)
-        for group in groups:
-            per_head, bounds = num_blocks * block_size * group.head_dim, self._bounds(group.num_kv_heads)
+        pool = KVPool({}, {}, blocks_by_layer(groups, num_blocks), dtype)
+        shapes = {layer: shape for group in groups for layer, shape in group.shapes.items()}
+        for layer, count in pool.num_blocks.items():
+            num_kv_heads, head_dim = shapes[layer]
+            per_head, bounds = count * block_size * head_dim, self._bounds(num_kv_heads)
 
             def half(per_head: int = per_head, bounds: list[tuple[tuple[int, int], str]] = bounds) -> Stored:
                 tensors = [self.device.zeros((b - a) * per_head, FLOATS[dtype], core) for (a, b), core in bounds]
                 return tuple(tensors) if len(tensors) > 1 else tensors[0]
 
-            for layer in group.layers:
-                pool.keys[layer], pool.values[layer] = half(), half()
+            pool.keys[layer], pool.values[layer] = half(), half()
         return pool
 
     def _bounds(self, count: int) -> list[tuple[tuple[int, int], str]]:
@@ -202,7 +206,7 @@ class CpuBackend(DeviceSampling):
             spec = CpuAttentionSpec.of(
                 layer,
                 step.layout,
-                pool.num_blocks,
+                pool.num_blocks[layer.pool_layer],
                 num_heads=(b - a) * group,
                 num_kv_heads=b - a,
                 qkv_cols=tuple(_widths(part, cols)[i] for part, cols in zip(qkv, layer.qkv_cols, strict=True)),

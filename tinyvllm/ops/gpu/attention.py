@@ -45,11 +45,11 @@ class _Row:
         positions = max(layout.max_blocks * layout.block_size, 2 * spec.head_dim)
         self.position = clamp(inputs[layout.offset("positions") + row].load(), 0, positions - 1)
         seq = clamp(inputs[layout.offset("seq_rows") + row].load(), 0, layout.num_seqs)
-        self.table = seq * layout.max_blocks + layout.offset("block_tables")
+        self.table = seq * layout.max_blocks + spec.tables_start
 
     def slot(self) -> UOp:
         """Where this row's key and value go."""
-        return clamp(self.inputs[self.spec.layout.offset("slots") + self.row].load(), 0, self.spec.num_slots - 1)
+        return clamp(self.inputs[self.spec.slots_start + self.row].load(), 0, self.spec.num_slots - 1)
 
     def slot_of(self, token: UOp) -> UOp:
         """Where the sequence's token lies in the pool."""
@@ -233,7 +233,8 @@ class _HeadAttention:
     def score(self, query: UOp, tokens: _Tokens) -> tuple[UOp, UOp]:
         """The scores of a pass's D tokens and their slots, in threadgroup memory."""
         spec, body, step, is_inside = self.spec, self.body, tokens.step, tokens.is_inside
-        slot = self.row.slot_of(is_inside.where(tokens.token, 0))
+        # where there is no token, the first that is attended to: its value is multiplied by 0, so it must not be NaN
+        slot = self.row.slot_of(is_inside.where(tokens.token, spec.first_key(self.row.position)))
         score = spec.score(self._multiply_key(query, slot, step), lambda x: x.exp2())
         scores, slots = body.shared(spec.head_dim), body.shared(spec.head_dim, I32)
         shared = UOp.group(

@@ -173,8 +173,8 @@ class Row:
         limit = max(layout.max_blocks * layout.block_size, 4096)  # more than two passes of a loop: Body.fold_while
         self.past = clamp(self.inputs[layout.offset("positions") + row].load(), 0, limit - 1)
         seq = clamp(self.inputs[layout.offset("seq_rows") + row].load(), 0, layout.num_seqs)
-        self.table = seq * layout.max_blocks + layout.offset("block_tables")
-        slot = clamp(self.inputs[layout.offset("slots") + row].load(), 0, spec.num_blocks * layout.block_size - 1)
+        self.table = seq * layout.max_blocks + spec.tables_start
+        slot = clamp(self.inputs[spec.slots_start + row].load(), 0, spec.num_blocks * layout.block_size - 1)
         self.own_start = slot * spec.slot_elements + group.kv_head * spec.head_dim
         self.head = spec.mma.head(group.lane)
         self.column = spec.mma.column(group.lane)

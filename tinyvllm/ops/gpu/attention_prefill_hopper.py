@@ -60,7 +60,7 @@ class HopperTile(AttentionTile):
         return last
 
     def _copy(self, stage: UOp | int, slots: list[tuple[UOp, UOp]], *after: UOp) -> UOp:
-        """Begin to copy a tile of keys and values to a stage, zeros after the context."""
+        """Begin to copy a tile of keys and values to a stage, zeros outside the context."""
         spec, per_key, last = self.spec, self.spec.head_dim // PIECE, list(after)
         base = self._stage(stage)
         for start, (slot, wanted) in zip(range(0, spec.keys * per_key, self.threads), slots, strict=True):

@@ -88,8 +88,9 @@ class PrefillSpec(FusedAttentionSpec):
 
     @property
     def for_map(self) -> PrefillSpec:
-        """The same without a window and a softcap, which do not affect the tile map: all layers share it."""
-        return replace(self, window=None, softcap=None)
+        """The same without what does not affect the tile map, which all layers share: the window, the softcap, and the
+        group of the pool."""
+        return replace(self, window=None, softcap=None, table_group=0, num_blocks=1)
 
     def parts(self, *sections: int) -> list[int]:
         """The parts of qkv that hold these sections. A kernel must read every buffer that it is given."""
@@ -116,12 +117,12 @@ class Inputs:
     def slot(self, row: UOp) -> UOp:
         """The slot of a row's own key and value."""
         last = self.spec.num_blocks * self.spec.layout.block_size - 1
-        return clamp(self.inputs[self.spec.layout.offset("slots") + row].load(), 0, last)
+        return clamp(self.inputs[self.spec.slots_start + row].load(), 0, last)
 
     def slot_of(self, sequence: UOp, key: UOp) -> UOp:
         """The slot of a sequence's key."""
         layout = self.spec.layout
-        at = layout.offset("block_tables") + sequence * layout.max_blocks + key // layout.block_size
+        at = self.spec.tables_start + sequence * layout.max_blocks + key // layout.block_size
         return clamp(self.inputs[at].load(), 0, self.spec.num_blocks - 1) * layout.block_size + key % layout.block_size
 
     def loaded(self, section: int, row: UOp, head: UOp | int, dim: UOp) -> list[UOp]:

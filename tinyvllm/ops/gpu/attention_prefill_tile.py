@@ -102,12 +102,15 @@ class AttentionTile:
         return self.step.rotated(QUERIES, source, self.kv_head * spec.group + head, dim)
 
     def key_slots(self, first_key: UOp | int) -> list[tuple[UOp, UOp]]:
-        """(slot, whether it is in the context) of each key of a tile that the thread copies a piece of."""
+        """(slot, whether it is in the context and, of the tile's first row at least, in the window) of each key of a
+        tile that the thread copies a piece of."""
         per_key = self.spec.head_dim // PIECE
         slots = []
         for start in range(0, self.spec.keys * per_key, self.threads):
             key = first_key + (start + self.thread) // per_key
             wanted = key < self.context
+            if self.spec.window is not None:  # blocks before the window may have been given back
+                wanted = wanted & (key >= self.spec.first_key(self.position))
             slots.append((self.step.slot_of(self.sequence, wanted.where(key, 0)), wanted))
         return slots
 
@@ -189,7 +192,7 @@ class AttentionTile:
         return registers.after(together(stored, *tile.begun).end(loop))
 
     def _begin(self, memory: _Memory, slots: list[tuple[UOp, UOp]], *after: UOp) -> UOp:
-        """Begin to copy a tile of keys and values, zeros after the context. `slots`: as from `key_slots`."""
+        """Begin to copy a tile of keys and values, zeros outside the context. `slots`: as from `key_slots`."""
         copies = []
         for (place, dim), (slot, wanted) in zip(self.pieces(memory.base), slots, strict=True):
             at = self.source(slot, dim)
@@ -198,7 +201,7 @@ class AttentionTile:
         return commit(*copies)
 
     def _fill(self, memory: _Memory, first_key: UOp) -> list[UOp]:
-        """Stores of a tile of keys and values. After the context they are zeros, since the pool may hold anything."""
+        """Stores of a tile of keys and values. Outside the context they are zeros, since the pool may hold anything."""
         stores, mma, per_key = [], self.mma, self.spec.head_dim // PIECE
         for start, (slot, wanted) in zip(
             range(0, self.spec.keys * per_key, self.threads), self.key_slots(first_key), strict=True

@@ -56,10 +56,12 @@ class GpuBackend(DeviceSampling):
         """Gate rows, then up rows."""
         return self.matrix(gate_over_up(gate, up))
 
-    def make_pool(self, groups: Sequence[PoolGroup], num_blocks: int, block_size: int, dtype: str) -> KVPool:
-        for group in groups:
-            if group.head_dim > MAX_HEAD_DIM or group.head_dim % 8:
-                raise UnsupportedModelError(f"head_dim {group.head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}")
+    def make_pool(
+        self, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
+    ) -> KVPool:
+        for _, head_dim in (shape for group in groups for shape in group.shapes.values()):
+            if head_dim > MAX_HEAD_DIM or head_dim % 8:
+                raise UnsupportedModelError(f"head_dim {head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}")
         return zeroed_pool(self.device, groups, num_blocks, block_size, dtype)
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
@@ -89,7 +91,7 @@ class GpuBackend(DeviceSampling):
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         pool, stored = step.pool, layer.pool_layer
-        spec = AttentionSpec.of(layer, step.layout, pool.num_blocks)
+        spec = AttentionSpec.of(layer, step.layout, pool.num_blocks[stored])
         keys, values = pool.keys[stored], pool.values[stored]
         if spec.writes_kv:
             written = [step.inputs, *layer.key_tables, *qkv[spec.kv_parts]]

@@ -185,7 +185,7 @@ class FusedGpuBackend(GpuBackend):
         if mma is not None:
             lanes = self._lanes(step.num_tokens) if step.is_decode else self.lanes
             own = dict(lanes=lanes, mma=mma, qkv_partials=counts)
-            spec = kind.of(layer, step.layout, step.pool.num_blocks, **own)
+            spec = kind.of(layer, step.layout, step.pool.num_blocks[layer.pool_layer], **own)
             reason = spec.uncovered_shape()
         if mma is None or reason:
             self.coverage.take_general("attention", reason, layer.index)

@@ -67,7 +67,24 @@ def test_what_a_template_begins_the_answer_with_decides_who_speaks_first() -> No
     assert read(["Yes."], template.render(messages, enable_thinking=False)) == ("", "Yes.")
 
 
+@pytest.mark.parametrize(
+    ("name", "message", "expected"),
+    [
+        ("gemma4", "<|channel>thought\nHm.\n<channel|>Yes.", ("Hm.", "Yes.")),
+        ("gemma4", "<|channel>final\nYes.", ("", "<|channel>final\nYes.")),
+        ("granite", "Here is my thought process:\nHm.\n\nHere is my response:\nYes.", ("Hm.", "Yes.")),
+        ("mistral", "[THINK]Hm.[/THINK]Yes.", ("Hm.", "Yes.")),
+    ],
+)
+def test_other_families_have_other_marks(name: str, message: str, expected: tuple[str, str]) -> None:
+    parser = FORMATS[name].parser("")
+    parts = [*(parser.push(character) for character in message), parser.flush()]
+    assert tuple(map("".join, zip(*parts, strict=True))) == expected
+
+
 def test_the_format_is_found_by_name_or_template() -> None:
+    assert find_reasoning_format(None, "'Here is my response:'") is FORMATS["granite"]
+    assert find_reasoning_format(None, "<|channel>thought\n<channel|>") is FORMATS["gemma4"]
     assert find_reasoning_format(None, "... '</think>' ...") is THINK
     assert find_reasoning_format(None, "plain") is None
     assert find_reasoning_format("none", "</think>") is None

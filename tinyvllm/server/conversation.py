@@ -51,7 +51,7 @@ class Prompt:
     ids: list[int]
     grammar: GrammarSpec | None
     format: OutputFormat
-    keeps_special_tokens: bool  # the marks of calls are special tokens, so they must appear in the text
+    keeps_special_tokens: bool  # marks of calls or reasoning are special tokens, so they must appear in the text
 
 
 def make_prompt(conversation: Conversation, engine: AsyncEngine) -> Prompt:
@@ -89,6 +89,7 @@ def make_prompt(conversation: Conversation, engine: AsyncEngine) -> Prompt:
         is_parallel=conversation.is_parallel,
     )
     keeps = bool(tools) and tool_format.shows_special_tokens(engine.tokenizer)
+    keeps = keeps or (reasoning is not None and reasoning.shows_special_tokens(engine.tokenizer))
     with request_span(measure.TOKENIZE):
         ids = engine.tokenizer.encode_chat(text)
     return Prompt(ids=ids, grammar=grammar, format=output, keeps_special_tokens=keeps)

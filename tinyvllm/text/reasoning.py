@@ -18,6 +18,13 @@ class ReasoningFormat:
 
     begin: str
     end: str
+    head: str = ""  # what follows `begin`, and belongs to it
+
+    def shows_special_tokens(self, tokenizer: Tokenizer) -> bool:
+        """Whether special tokens must be kept in the output's text, because the marks are among them."""
+        from tinyvllm.text.tools.base import special_id  # here: grammars load NumPy, and --help lists the formats
+
+        return any(special_id(tokenizer, text) is not None for text in (self.begin, self.end))
 
     def starts_inside(self, prompt: str) -> bool:
         """Whether the prompt ends inside reasoning, because the chat template writes the opening mark."""
@@ -27,13 +34,15 @@ class ReasoningFormat:
 
     def prefix(self, prompt: str, tokenizer: Tokenizer) -> str:
         """A Lark grammar of the reasoning that may precede the `@answer` of a grammar: see GrammarSpec.prefix."""
-        from tinyvllm.text.tools.base import mark  # here: grammars load NumPy, and --help lists the formats
+        from tinyvllm.text.grammar import lark_string  # here: grammars load NumPy, and --help lists the formats
+        from tinyvllm.text.tools.base import mark
 
         if prompt.rstrip().endswith(self.end):  # as when the template was told to disable reasoning
             return ""
         end = mark(tokenizer, self.end)
         thought = f"thought: TEXT {end}" if end.startswith("<[") else f"thought[lazy]: TEXT {end}"
-        begin = "" if self.starts_inside(prompt) else f"{mark(tokenizer, self.begin)} "
+        head = f"{lark_string(self.head)} " if self.head else ""
+        begin = "" if self.starts_inside(prompt) else f"{mark(tokenizer, self.begin)} {head}"
         start = "reasoning @answer" if not begin else "reasoning @answer | @answer"
         return f"start: {start}\nreasoning: {begin}thought BLANKS\n{thought}\nTEXT: /(.|\\n)*/\nBLANKS: /\\n{{0,2}}/\n"
 
@@ -44,9 +53,11 @@ class ReasoningFormat:
 FORMATS = {
     "think": ReasoningFormat("<think>", "</think>"),
     "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
+    "gemma4": ReasoningFormat("<|channel>", "<channel|>", head="thought\n"),
+    "granite": ReasoningFormat("Here is my thought process:", "Here is my response:"),
 }
 # vLLM's names of families that use "think"
-ALIASES = {name: "think" for name in ("qwen3", "deepseek_r1", "deepseek_v3", "glm45", "smollm3", "exaone4")}
+ALIASES = {name: "think" for name in ("qwen3", "deepseek_r1", "deepseek_v3", "glm45", "smollm3", "exaone4", "olmo3")}
 
 
 def find_reasoning_format(name: str | None, template_source: str) -> ReasoningFormat | None:
@@ -67,7 +78,7 @@ class ReasoningParser:
     """Splits one message. Reasoning comes first, and only once; later marks are ordinary text."""
 
     def __init__(self, format: ReasoningFormat, is_inside: bool) -> None:
-        self._begin = MarkFinder(format.begin)
+        self._begin = MarkFinder(format.begin + format.head)
         self._end = MarkFinder(format.end)
         self._state = "inside" if is_inside else "before"
         self._is_blank = True  # only whitespace was read in this state; it is dropped around the marks

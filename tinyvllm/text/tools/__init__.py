@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 # marks in this order; the last format matches every template. Names, so that --help can list them without imports.
 FAMILIES = {
     "mistral": "mistral",
+    "gemma4": "gemma4",
+    "phi4_mini_json": "phi4_mini",
+    "granite": "granite",
+    "olmo3": "olmo3",
     "hermes": "hermes",
+    "glm4": "glm4",
     "llama3_json": "llama3",
     "json": "generic",
 }

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 
 class MarkFinder:
-    """Finds a mark. Owns the characters that may be its start. No proper suffix of a mark may be a prefix of it."""
+    """Finds the first of some marks. Owns the characters that may be the start of one. No proper suffix of a mark may
+    be a prefix of one, and no mark the beginning of another."""
 
-    def __init__(self, mark: str) -> None:
-        assert all(not mark.startswith(mark[start:]) for start in range(1, len(mark))), mark
-        self._mark = mark
+    def __init__(self, *marks: str) -> None:
+        suffixes = {mark[start:] for mark in marks for start in range(1, len(mark))}
+        assert not any(mark.startswith(suffix) for mark in marks for suffix in suffixes), marks
+        self._marks = marks
         self.held = ""
 
     def read(self, character: str) -> tuple[str, bool]:
-        """(text that cannot be part of the mark any more, whether the mark is complete)."""
+        """(text that cannot be part of a mark any more, whether a mark is complete)."""
         held = self.held + character
-        if held == self._mark:
+        if held in self._marks:
             self.held = ""
             return "", True
-        start = next(start for start in range(len(held) + 1) if self._mark.startswith(held[start:]))
+        begins = (start for start in range(len(held) + 1) if any(mark.startswith(held[start:]) for mark in self._marks))
+        start = next(begins)
         self.held = held[start:]
         return held[:start], False

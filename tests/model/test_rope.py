@@ -1,16 +1,21 @@
-"""The table of rotary angles against plain formulas."""
+"""The table of rotary angles against plain formulas, and against transformers' own functions."""
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
+from tests.model.write_rope_references import CASES, DATA, HEAD_DIM, SIZES
 from tinyvllm.config import Rope, RopeScaling
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.rope import inverse_frequencies, rope_table
+from tinyvllm.storage.hf_rope import read_rope, read_rope_by_layer
+from tinyvllm.storage.values import Values
 
 LLAMA31 = RopeScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
 # some of the inverse frequencies that transformers 5.23.0 computes for Llama 3.1 (theta 500000, D 128), by index
@@ -74,3 +79,21 @@ def test_stored_divisors_divide() -> None:
 def test_an_unknown_scaling_lists_the_known() -> None:
     with pytest.raises(UnsupportedModelError, match="rope scaling 'xpos' is not known; known: linear, llama3"):
         inverse_frequencies(Rope(10000.0, RopeScaling("xpos", 4.0)), 64)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_config_json_means_what_it_means_to_transformers(name: str) -> None:
+    class_name, settings, num_positions, layer_type = CASES[name]
+    expected = json.loads(DATA.read_text(encoding="utf-8"))["cases"][name]
+    defaults = {"Glm4Config": {"partial_rotary_factor": 0.5}, "Olmo3Config": {"rope_theta": 500000.0}}
+    values = Values(Path("config.json"), SIZES | defaults.get(class_name, {}) | settings)
+    if layer_type is None:
+        rope = read_rope(values, HEAD_DIM, {"su": "longrope"} if class_name == "Phi3Config" else {})
+    else:
+        rope = read_rope_by_layer(values, HEAD_DIM, layer_type, None)
+    frequencies = np.array(expected["frequencies"])
+    np.testing.assert_allclose(inverse_frequencies(rope, HEAD_DIM, num_positions), frequencies, rtol=1e-6)
+    assert rope.attention_factor == pytest.approx(expected["attention_factor"], rel=1e-6)
+    angles = np.arange(num_positions)[:, None] * frequencies
+    table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * expected["attention_factor"]
+    np.testing.assert_allclose(rope_table(rope, HEAD_DIM, num_positions)[:3], table[:3], atol=1e-6)

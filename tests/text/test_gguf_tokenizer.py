@@ -131,6 +131,15 @@ def test_user_defined_tokens_are_matched_but_are_not_special() -> None:
     assert tokenizer.decode([token_id]) == "<tool call>"
 
 
+def test_special_tokens_of_phi3_take_the_blanks_after_them() -> None:
+    metadata = byte_level_metadata()
+    tokens, types = [*metadata["tokenizer.ggml.tokens"], "<|user|>"], [*metadata["tokenizer.ggml.token_type"], 3]
+    changed = metadata | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    for name, blanks in (("Phi 3", [10]), ("Phi-3 mini", [])):
+        tokenizer = Tokenizer(read_gguf_tokenizer(changed | {"general.name": name}))
+        assert tokenizer.encode("<|user|>\na") == [260, *blanks, ord("a")]
+
+
 # --- Ends -------------------------------------------------------------------------------------------------
 
 

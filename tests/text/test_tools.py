@@ -328,6 +328,7 @@ def test_a_schema_that_cannot_be_enforced_is_refused_where_it_stands() -> None:
         ("{{ '<tool_call>' }}", "hermes"),
         ("{% if role == 'ipython' %}", "llama3_json"),
         ("[AVAILABLE_TOOLS]", "mistral"),
+        ("[AVAILABLE_TOOLS] [TOOL_CALLS] [ARGS]", "mistral_args"),
         ("{{ '<|tool|>' ~ tool ~ '<|/tool|>' }}", "phi4_mini_json"),
         ("respond only with <|tool_call|> followed by a JSON list", "granite"),
         ("<function_calls>", "olmo3"),

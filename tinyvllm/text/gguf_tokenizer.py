@@ -8,7 +8,7 @@ https://github.com/ggml-org/llama.cpp/blob/00ad355e009e83abf98f96a6ded7193b95763
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -102,7 +102,8 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> TokenizerSpec:
         raise UnsupportedModelError(f"tokenizer.ggml.model is {kind!r}, which is not known; known: {', '.join(MODELS)}")
 
     bos_id, eos_id, eos_ids = read_ends(metadata, vocabulary)
-    add_added_tokens(backend, vocabulary, {*eos_ids, *([] if bos_id is None else [bos_id])})
+    rstripped = rstripped_texts(metadata, vocabulary)
+    add_added_tokens(backend, vocabulary, {*eos_ids, *([] if bos_id is None else [bos_id])}, rstripped)
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
     add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
     return TokenizerSpec(
@@ -251,13 +252,32 @@ def read_ends(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int 
     return valid.get("bos"), valid.get("eos"), frozenset(eos_ids)
 
 
-def add_added_tokens(backend: tokenizers.Tokenizer, vocabulary: Vocabulary, always_special: Iterable[int]) -> None:
-    """Add the tokens that are matched before all others: special ones (control, unknown) and user-defined ones."""
+def add_added_tokens(
+    backend: tokenizers.Tokenizer, vocabulary: Vocabulary, always_special: Iterable[int], rstripped: Collection[str]
+) -> None:
+    """Add the tokens that are matched before all others: special ones (control, unknown) and user-defined ones.
+    `rstripped`: those that take the whitespace after them."""
     special = {*vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN), *always_special}
     plain = set(vocabulary.of_type(TokenType.USER_DEFINED)) - special
     for ids, is_special in ((special, True), (plain, False)):
         texts = (vocabulary.tokens[token_id] for token_id in sorted(ids))
-        backend.add_tokens([tokenizers.AddedToken(text, special=is_special, normalized=False) for text in texts])
+        backend.add_tokens(
+            [
+                tokenizers.AddedToken(text, special=is_special, normalized=False, rstrip=text in rstripped)
+                for text in texts
+            ]
+        )
+
+
+def rstripped_texts(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> frozenset[str]:
+    """Texts of the added tokens that take the whitespace after them: Phi-3's. GGUF does not say so; as llama.cpp, by
+    the model's name."""
+    name = str(metadata.get("general.name", "")).lower()
+    if "phi-3" not in name and "phi3" not in name:
+        return frozenset()
+    added = vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
+    texts = {vocabulary.tokens[token_id] for token_id in added} | {"</s>"}
+    return frozenset(texts - {"<unk>", "<s>", "<|endoftext|>"})
 
 
 def check_id(key: str, token_id: int | None, vocabulary: Vocabulary) -> int:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # The names for --tool-call-parser, and the module of each, which defines FORMAT. Chat templates are searched for their
 # marks in this order; the last format matches every template. Names, so that --help can list them without imports.
 FAMILIES = {
+    "mistral_args": "mistral_args",
     "mistral": "mistral",
     "gemma4": "gemma4",
     "phi4_mini_json": "phi4_mini",

@@ -79,7 +79,7 @@ class MistralParser(ToolParser):
 
 
 class MistralFormat(ToolFormat):
-    marks = (CALLS, "[AVAILABLE_TOOLS]")
+    marks: tuple[str, ...] = (CALLS, "[AVAILABLE_TOOLS]")
     special_texts = (CALLS, ARGS)
     id_prefix = ""  # its templates require nine letters and digits
     id_length = 9

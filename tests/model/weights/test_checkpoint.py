@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from tests.builders import (
 from tinyvllm.arrays import QuantizedMatrix, to_float32
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, UnsupportedModelError, WeightMismatchError
-from tinyvllm.model.weights.checkpoint import Checkpoint, open_checkpoint
+from tinyvllm.model.weights.checkpoint import Checkpoint, format_lines, open_checkpoint
 from tinyvllm.model.weights.gguf import canonical_name
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS
+from tinyvllm.model.weights.stored import StoredTensor
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.storage.model_config import read_model_config
@@ -297,3 +300,40 @@ def test_default_model_is_taken_whole() -> None:
         assert isinstance(matrix, QuantizedMatrix) == (len(tensor.shape) == 2)
     checkpoint.finish()
     assert len(checkpoint.names()) == len(tensors) == 272
+
+
+# --- formats -----------------------------------------------------------------------------------------------------
+
+
+def test_biases_of_zeros_are_no_surplus(tmp_path: Path) -> None:
+    """AutoGPTQ writes them for every matrix."""
+    files = write_tiny_hf_llama(tmp_path / "m")
+    weights = make_weights(TinyLlama())
+    weights["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
+    write_safetensors(files.path / "model.safetensors", weights)
+    checkpoint = open_files(files)
+    for name, weight in make_weights(TinyLlama()).items():
+        checkpoint.take(name, weight.shape)
+    checkpoint.finish()
+
+
+def test_formats_are_logged_by_the_matrices_that_have_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tweaks = GGUFTweaks(quant_of={"ffn_down": "Q6_K"})
+    files = write_tiny_gguf(tmp_path / "m.gguf", quant="Q4_0", tweaks=tweaks, **WIDE)
+    with caplog.at_level(logging.INFO):
+        open_files(files)
+    assert "down_proj: Q6_K" in caplog.text
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().endswith(": Q4_0")]
+    assert {"embed_tokens", "q_proj", "o_proj", "up_proj"} < set(re.findall(r"\w+", line))
+
+
+def test_conversions_are_logged_with_their_bytes() -> None:
+    tensors = {
+        f"model.layers.{i}.mlp.up_proj.weight": StoredTensor((1024, 1024), lambda: np.zeros(1), "nf4", 2**19, True)
+        for i in range(8)
+    }
+    assert format_lines(tensors) == [
+        "up_proj: nf4",
+        "8 matrices in nf4 are converted to float16, because no packed format here holds them: "
+        "they take 16 MiB instead of 4",
+    ]

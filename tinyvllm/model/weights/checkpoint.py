@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.config import ModelConfig, ModelFiles
@@ -16,6 +20,8 @@ from tinyvllm.model.weights.safetensors import RAW_DTYPES, read_safetensors
 from tinyvllm.model.weights.stored import DENSE_DTYPES, StoredTensor
 from tinyvllm.storage import families
 
+logger = logging.getLogger(__name__)
+
 # Buffers that old versions of transformers saved; the model computes them
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 HEAD_NAME = "lm_head.weight"
@@ -23,17 +29,42 @@ HEAD_NAME = "lm_head.weight"
 
 def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
     """Find every tensor of the model, without reading values. Raises ModelError and its subclasses."""
+    family = families.KNOWN_ARCHITECTURES.get(config.architecture)
     if files.kind == "gguf":
         read = read_gguf(files.path, config)
     else:
-        stored = assemble_matrices(files.path, read_safetensors(files.path))
-        read = language_model_tensors(stored, config.architecture)
-    family = families.KNOWN_ARCHITECTURES.get(config.architecture)
+        unread = () if family is None else family.hf_unread  # left out first: they may be of formats that are not known
+        stored = read_safetensors(files.path)
+        stored = {name: tensor for name, tensor in stored.items() if not name.startswith(unread)}
+        read = language_model_tensors(assemble_matrices(files.path, stored), config.architecture)
     if family is not None and family.fused:
         read = split_fused(read, family.fused, config)
     # tied embeddings: some writers store a copy of them as the head anyway, which transformers ignores too
     ignored = (*IGNORED_SUFFIXES, HEAD_NAME) if config.tie_embeddings else IGNORED_SUFFIXES
-    return Checkpoint(files.path, {name: tensor for name, tensor in read.items() if not name.endswith(ignored)})
+    checkpoint = Checkpoint(files.path, {name: tensor for name, tensor in read.items() if not name.endswith(ignored)})
+    for line in format_lines(checkpoint.tensors):
+        logger.info("%s: %s", files.name, line)
+    return checkpoint
+
+
+def format_lines(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Which matrices have which format, and what conversions at load cost."""
+    modules: dict[str, dict[str, None]] = {}  # in the order of the files
+    for name, tensor in tensors.items():
+        if len(tensor.shape) > 1:
+            module = name.removesuffix(".weight").rpartition(".")[2]
+            modules.setdefault(tensor.format_name, {})[module] = None
+    lines = [f"{', '.join(names)}: {format_name}" for format_name, names in modules.items()]
+    converted = [tensor for tensor in tensors.values() if tensor.is_converted]
+    if converted:
+        names = ", ".join(sorted({tensor.format_name for tensor in converted}))
+        before = sum(tensor.num_bytes for tensor in converted) / 2**20
+        after = sum(2 * math.prod(tensor.shape) for tensor in converted) / 2**20
+        lines.append(
+            f"{len(converted)} matrices in {names} are converted to float16, because no packed format here holds "
+            f"them: they take {after:.0f} MiB instead of {before:.0f}"
+        )
+    return lines
 
 
 def language_model_tensors(tensors: Mapping[str, StoredTensor], architecture: str) -> dict[str, StoredTensor]:
@@ -94,9 +125,14 @@ class Checkpoint:
 
     def finish(self) -> None:
         """Raise WeightMismatchError if the files have tensors that were never taken: the model would be another one."""
-        surplus = [name for name in self.names() if name not in self._taken]
+        surplus = [name for name in self.names() if name not in self._taken and not self._is_zero_bias(name)]
         if surplus:
             shown = ", ".join(surplus[:5]) + (", ..." if len(surplus) > 5 else "")
             raise WeightMismatchError(
                 f"{self._source} has {len(surplus)} tensor(s) that this architecture does not use: {shown}"
             )
+
+    def _is_zero_bias(self, name: str) -> bool:
+        """A bias that changes nothing: AutoGPTQ writes one for every matrix, and transformers and vLLM ignore it."""
+        values = self.tensors[name].read() if name.endswith(".bias") else None
+        return isinstance(values, np.ndarray) and not values.any()

@@ -64,7 +64,7 @@ def test_settings_for_all_modules_are_used_where_a_module_has_none(tmp_path: Pat
     ("settings", "error", "message"),
     [
         ({"bits": 8}, WeightMismatchError, r"affine4_g64_\w+\.scales has shape \(4, 4\), but 8 bits in groups of 64"),
-        ({"bits": 1}, UnsupportedModelError, r"bits is 1, .*known: 2, 3, 4, 5, 6, 8"),
+        ({"bits": 7}, UnsupportedModelError, r"bits is 7, .*known: 1, 2, 3, 4, 5, 6, 8"),
         ({"group_size": 48}, UnsupportedModelError, r"group_size is 48, .*known: 32, 64, 128"),
         ({"mode": "nf4"}, UnsupportedModelError, r"mode is 'nf4', .*known: affine, mxfp4"),
         ({"mode": "mxfp4"}, UnsupportedModelError, r"4 bits in groups of 64: mxfp4 has 4 bits in groups of 32"),

@@ -15,7 +15,7 @@ ROWS, COLS = 4, 256
 # module, and what config.json says about it
 CASES: dict[str, dict[str, Any]] = {
     f"affine{bits}_g{group}_{dtype}": {"bits": bits, "group_size": group}
-    for i, bits in enumerate((2, 3, 4, 5, 6, 8))
+    for i, bits in enumerate((1, 2, 3, 4, 5, 6, 8))
     for j, group in enumerate((32, 64, 128))
     for dtype in [("bfloat16", "float16", "float32")[(i + j) % 3]]
 } | {

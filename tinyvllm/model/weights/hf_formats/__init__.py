@@ -7,41 +7,86 @@ that was left out (`ignore`, `modules_to_not_convert`) has a plain `weight`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from tinyvllm.model.weights.hf_formats import mlx
+from tinyvllm.model.weights.hf_formats import awq, bitsandbytes, compressed, gptq, mlx, modelopt, mxfp4, scaled
 from tinyvllm.model.weights.hf_formats.matrices import HFFormat
 from tinyvllm.model.weights.stored import StoredTensor
 from tinyvllm.storage.values import Values, read_json
 
+logger = logging.getLogger(__name__)
+
+# By config.json's `quant_method`; MLX's files have none
 METHODS: dict[str, tuple[HFFormat, ...]] = {
     "mlx": (mlx.FORMAT,),
+    "fp8": (scaled.INVERSE, scaled.SCALED),
+    "fbgemm_fp8": (scaled.SCALED,),
+    "compressed-tensors": (compressed.PACKED, scaled.SCALED),
+    "modelopt": (modelopt.NVFP4, scaled.SCALED),
+    "awq": (awq.FORMAT,),
+    "gptq": (gptq.FORMAT,),
+    "mxfp4": (mxfp4.FORMAT,),
+    "bitsandbytes": (bitsandbytes.FORMAT, bitsandbytes.INT8),
 }
+# Files of early quantizers, whose config.json says nothing, and their methods
+OTHER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+# Scales that were calibrated for activations and for the KV cache
+UNUSED = (
+    ".input_scale",
+    ".input_scale_ub",
+    ".input_global_scale",
+    ".input_zero_point",
+    ".output_scale",
+    ".q_scale",
+    ".k_scale",
+    ".v_scale",
+    ".kv_scale",
+    ".prob_scale",
+)
 
 
 def assemble_matrices(directory: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors by their names, with quantized matrices in place of the tensors that they are made of. Raises
     UnsupportedModelError for unknown methods, WeightMismatchError for tensors that do not fit."""
-    assembled = dict(tensors)
     settings = read_settings(directory)
     if settings is None:
-        return assembled
-    method = settings.get("quant_method") or "mlx"
-    if method not in METHODS:
-        settings.unsupported("quant_method", f"{', '.join(METHODS)}, GGUF files, and unquantized weights")
-    for form in METHODS[method]:
+        return dict(tensors)
+    assembled = {name: tensor for name, tensor in tensors.items() if not name.endswith(UNUSED)}
+    if num_unused := len(tensors) - len(assembled):
+        logger.info("%s: %d scales of activations are not used: only weights are quantized", directory, num_unused)
+    for form in METHODS[_method(settings)]:
         assembled = form.assemble(assembled, settings)
     return assembled
 
 
 def read_settings(directory: Path) -> Values | None:
     """What the model's files say about its quantization, if it is quantized."""
-    path = directory / "config.json"
-    config = Values(path, read_json(path) if path.is_file() else {})
+    config = _read(directory / "config.json")
     text = config.inner("text_config")
     for values in (config, *([text] if text is not None else [])):
         for key in ("quantization", "quantization_config"):  # MLX's, which repeats it under the other name; all others'
             if (found := values.inner(key)) is not None:
                 return found
+    for name, method in OTHER_FILES.items():
+        if (directory / name).is_file():
+            values = _read(directory / name)
+            inner = values.inner("quantization") or values
+            return Values(values.source, {"quant_method": method} | dict(inner.values))
     return None
+
+
+def _read(path: Path) -> Values:
+    return Values(path, read_json(path) if path.is_file() else {})
+
+
+def _method(settings: Values) -> str:
+    """The key of METHODS. Raises UnsupportedModelError."""
+    method = settings.get("quant_method") or "mlx"
+    if method == "auto-round":  # which writes the files of others
+        packing = str(settings.get("packing_format") or "auto_round:auto_gptq")
+        method = next((kind for kind in ("gptq", "awq") if kind in packing), method)
+    if method not in METHODS:
+        settings.unsupported("quant_method", f"{', '.join(METHODS)}; or take the model's unquantized or GGUF file")
+    return str(method)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from ml_dtypes import float8_e4m3fn
 
-from tinyvllm.arrays import GROUPS, Format, HostMatrix, QuantizedMatrix, ScaleFormat, Scales
+from tinyvllm.arrays import GROUPS, SCALE_DTYPES, Format, HostMatrix, QuantizedMatrix, ScaleFormat, Scales
 from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.weights.stored import StoredTensor
 from tinyvllm.storage.values import Values
@@ -121,52 +122,88 @@ def signed_bytes(codes: np.ndarray) -> np.ndarray:
 
 # -- scales ----------------------------------------------------------------------------------------------------------
 
-
-def group_of(num_cols: int, group: int) -> int | None:
-    """The largest group of columns that `Format` knows, and which divides both the matrix's own group and its width."""
-    return next((size for size in reversed(GROUPS) if group % size == 0 and num_cols % size == 0), None)
+SCALE_NAMES = {str(dtype): name for name, dtype in SCALE_DTYPES.items()}  # ScaleFormat's names by NumPy's
 
 
-def by_group(values: np.ndarray, num_cols: int, group: int) -> np.ndarray:
-    """Scales (N, groups of the file) -> (N, num_cols // group): each repeated for all the groups that it covers. The
-    last of a row may cover fewer columns."""
-    num_groups = num_cols // group
-    per_scale = -(-num_groups // values.shape[1])
-    repeated = np.repeat(values, per_scale, axis=1) if per_scale > 1 else values
-    return repeated[:, :num_groups]
+def scale_format(
+    scale: np.ndarray, group: int, *, has_steps: bool = False, has_multiplier: bool = False
+) -> ScaleFormat:
+    """One scale for each group, as the array stores it."""
+    return ScaleFormat(group, has_steps, SCALE_NAMES[str(scale.dtype)], has_multiplier)
 
 
-def affine(
-    name: str,
-    bits: int,
-    group: int,
-    codes: np.ndarray,
-    scale: np.ndarray,
-    zeros: np.ndarray | None = None,
+@dataclass(frozen=True)
+class Groups:
+    """The columns of a row that share a scale: in the file, and here, where a scale is repeated if Format's groups are
+    shorter."""
+
+    num_cols: int
+    stored: int  # a multiple of `group`
+    group: int
+
+    @property
+    def label(self) -> str:
+        """What users call them."""
+        return f"g{self.stored}" if self.stored < self.num_cols else "channel"
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """(N, ceil(num_cols / stored)) -> (N, num_cols // group)."""
+        repeated = np.repeat(values, self.stored // self.group, axis=1) if self.stored > self.group else values
+        return np.ascontiguousarray(repeated[:, : self.num_cols // self.group])
+
+
+def groups_of(parts: Parts, num_cols: int, stored: int) -> Groups:
+    """The groups of a matrix that has a scale for every `stored` columns, or for all. Raises UnsupportedModelError if
+    no group of Format divides them."""
+    if stored >= num_cols:
+        stored = -(-num_cols // GROUPS[-1]) * GROUPS[-1]
+    found = next((size for size in reversed(GROUPS) if stored % size == 0 and num_cols % size == 0), None)
+    if found is None:
+        known = ", ".join(map(str, GROUPS))
+        raise parts.unsupported(f"has groups of {stored} in {num_cols} columns: supported are multiples of {known}")
+    return Groups(num_cols, stored, found)
+
+
+# -- matrices --------------------------------------------------------------------------------------------------------
+
+
+def scaled_integers(
+    name: str, bits: int, group: int, codes: np.ndarray, offset: int, scale: np.ndarray, zeros: np.ndarray | None = None
 ) -> QuantizedMatrix:
-    """(code - zero) * scale. codes (N, K) uint8, unsigned; scale and zeros (N, K // group), zeros unsigned integers of
-    at most 255, or None if all are half of the codes' range."""
-    half, form = 1 << (bits - 1), ScaleFormat(group, dtype=scale_dtype(scale))
+    """(code - offset - zero) * scale. codes (N, K) as QuantizedMatrix has them; scale and zeros (N, K // group), zeros
+    of 8 bits."""
+    form = scale_format(scale, group)
+    if zeros is None:
+        return QuantizedMatrix(Format(name, bits, group, offset=offset, scale=form), codes, Scales(scale))
+    fmt = Format(name, bits, group, offset, form, scale_format(scale, group, has_steps=True))
+    return QuantizedMatrix(fmt, codes, Scales(scale), Scales(-scale, zeros))
+
+
+def unsigned_integers(
+    name: str, bits: int, group: int, codes: np.ndarray, scale: np.ndarray, zeros: np.ndarray | None = None
+) -> QuantizedMatrix:
+    """(code - zero) * scale, where codes and zeros are uint8. Zeros that are all half of the range, or None, take no
+    memory."""
+    half = 1 << (bits - 1)
     if zeros is not None and (zeros == half).all():
         zeros = None
+    offset = half if zeros is None else 0
     if bits == 8:
-        codes, half = signed_bytes(codes), 0
-    if zeros is None:
-        return QuantizedMatrix(Format(name, bits, group, offset=half, scale=form), codes, Scales(scale))
-    minimum = ScaleFormat(group, has_steps=True, dtype=form.dtype)
-    fmt = Format(name, bits, group, offset=-128 if bits == 8 else 0, scale=form, minimum=minimum)
-    return QuantizedMatrix(fmt, codes, Scales(scale), Scales(-scale, zeros.astype(np.uint8)))
+        codes, offset = signed_bytes(codes), offset - half
+    return scaled_integers(name, bits, group, codes, offset, scale, zeros)
 
 
-def scale_dtype(scale: np.ndarray) -> str:
-    """The name that ScaleFormat has for an array's dtype."""
-    return SCALE_NAMES[scale.dtype.name]
+def scaled_fp4(
+    name: str, group: int, packed: np.ndarray, scale: np.ndarray, multiplier: float | None = None
+) -> QuantizedMatrix:
+    """E2M1 codes, two in a byte, the first in the low half. packed (N, K / 2) uint8, scale (N, K / group)."""
+    fmt = Format(name, 4, group, scale=scale_format(scale, group, has_multiplier=multiplier is not None), codebook=FP4)
+    codes = unpack_bits(packed, 4, scale.shape[1] * group)
+    rows = None if multiplier is None else np.full(len(scale), multiplier, np.float32)
+    return QuantizedMatrix(fmt, codes, Scales(np.ascontiguousarray(scale), multiplier=rows))
 
 
-SCALE_NAMES = {
-    "float32": "float32",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "float8_e4m3fn": "e4m3",
-    "float8_e8m0fnu": "e8m0",
-}
+def scaled_fp8(name: str, group: int, codes: np.ndarray, scale: np.ndarray) -> QuantizedMatrix:
+    """e4m3 codes (N, K), scale (N, K / group)."""
+    fmt = Format(name, 8, group, scale=scale_format(scale, group), is_float8=True)
+    return QuantizedMatrix(fmt, codes.view(float8_e4m3fn), Scales(np.ascontiguousarray(scale)))

@@ -11,14 +11,21 @@ from functools import partial
 import numpy as np
 from ml_dtypes import float8_e4m3fn, float8_e8m0fnu
 
-from tinyvllm.arrays import Format, QuantizedMatrix, ScaleFormat, Scales
-from tinyvllm.model.weights.hf_formats.matrices import FP4, HFFormat, Parts, scale_dtype, signed_bytes, unpack_bits
+from tinyvllm.arrays import CODE_BITS, Format, QuantizedMatrix, Scales
+from tinyvllm.model.weights.hf_formats.matrices import (
+    HFFormat,
+    Parts,
+    scale_format,
+    scaled_fp4,
+    scaled_fp8,
+    signed_bytes,
+    unpack_bits,
+)
 from tinyvllm.model.weights.stored import StoredTensor
 from tinyvllm.storage.values import Values
 
 DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # group and bits of each mode
 GROUPS = (32, 64, 128)
-AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 
 
 def build(parts: Parts) -> StoredTensor:
@@ -50,36 +57,24 @@ def _settings(parts: Parts) -> tuple[str, int, int]:
         )
     if group not in GROUPS and mode == "affine":
         values.unsupported("group_size", ", ".join(map(str, GROUPS)))
-    if bits not in AFFINE_BITS:
-        values.unsupported("bits", ", ".join(map(str, AFFINE_BITS)))
+    if bits not in CODE_BITS:
+        values.unsupported("bits", ", ".join(map(str, CODE_BITS)))
     return mode, group, bits
 
 
 def _affine(bits: int, group: int, parts: Parts) -> QuantizedMatrix:
     scale, minimum = parts.read(".scales"), parts.read(".biases")
     codes = unpack_bits(parts.read(".weight"), bits, scale.shape[1] * group)
-    fmt = Format(
-        f"mlx-{bits}bit-g{group}",
-        bits,
-        group,
-        offset=-128 if bits == 8 else 0,
-        scale=ScaleFormat(group, dtype=scale_dtype(scale)),
-        minimum=ScaleFormat(group, dtype=scale_dtype(minimum)),
-    )
+    forms = scale_format(scale, group), scale_format(minimum, group)
+    fmt = Format(f"mlx-{bits}bit-g{group}", bits, group, -128 if bits == 8 else 0, *forms)
     return QuantizedMatrix(fmt, signed_bytes(codes) if bits == 8 else codes, Scales(scale), Scales(minimum))
 
 
 def _float(mode: str, parts: Parts) -> QuantizedMatrix:
     """Codes that are small floats, with a scale of 8 bits for each group."""
-    group, bits = DEFAULTS[mode]
     scale = parts.read(".scales").view(float8_e4m3fn if mode == "nvfp4" else float8_e8m0fnu)
-    codes = unpack_bits(parts.read(".weight"), bits, scale.shape[1] * group)
-    form = ScaleFormat(group, dtype=scale_dtype(scale))
-    if bits == 8:
-        return QuantizedMatrix(
-            Format(mode, 8, group, scale=form, is_float8=True), codes.view(float8_e4m3fn), Scales(scale)
-        )
-    return QuantizedMatrix(Format(mode, 4, group, scale=form, codebook=FP4), codes, Scales(np.ascontiguousarray(scale)))
+    make = scaled_fp8 if mode == "mxfp8" else scaled_fp4
+    return make(mode, DEFAULTS[mode][0], parts.read(".weight").view(np.uint8), scale)
 
 
 FORMAT = HFFormat(".scales", (".weight", ".biases"), build)

@@ -1,0 +1,60 @@
+"""AWQ (AutoAWQ's gemm layout): `qweight` [in, out / 8], `qzeros` [groups, out / 8], `scales` [groups, out].
+
+The eight 4-bit codes of a word are those of neighboring outputs, in the order 0 2 4 6 1 3 5 7:
+https://github.com/casper-hansen/AutoAWQ/blob/main/awq/utils/packing_utils.py
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from tinyvllm.arrays import HostMatrix
+from tinyvllm.model.weights.hf_formats.matrices import (
+    Groups,
+    HFFormat,
+    Parts,
+    groups_of,
+    unpack_bits,
+    unsigned_integers,
+)
+from tinyvllm.model.weights.stored import StoredTensor
+
+BITS, PER_WORD = 4, 8
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output of each code of a word, low bits first
+
+
+def build(parts: Parts) -> StoredTensor:
+    """Raises UnsupportedModelError, WeightMismatchError."""
+    settings = parts.settings
+    layout = str(settings.get("version") or "gemm").lower()
+    if layout != "gemm":
+        settings.unsupported("version", "gemm: quantize it again with that version, or take its GPTQ or GGUF file")
+    if (settings.get("bits") or settings.get("w_bit") or BITS) != BITS:
+        settings.unsupported("bits", str(BITS))
+    num_cols, num_groups = parts[".qweight"].shape[0], parts[".scales"].shape[0]
+    num_rows = parts[".qweight"].shape[1] * PER_WORD
+    if parts[".scales"].shape[1] != num_rows or num_cols % num_groups:
+        raise parts.mismatch(".scales", f"qweight has {parts['.qweight'].shape}")
+    groups = groups_of(parts, num_cols, num_cols // num_groups)
+    name = f"awq-4bit-{groups.label}"
+    return parts.stored((num_rows, num_cols), name, partial(_read, name, groups))
+
+
+def _read(name: str, groups: Groups, parts: Parts) -> HostMatrix:
+    codes, scale = _unpack(parts.read(".qweight")), groups.spread(parts.read(".scales").T)
+    zeros = groups.spread(_unpack(parts.read(".qzeros"))) if ".qzeros" in parts else None
+    return unsigned_integers(name, BITS, groups.group, codes, scale, zeros)
+
+
+def _unpack(words: np.ndarray) -> np.ndarray:
+    """(K, out / 8) words -> (out, K) uint8."""
+    stored = unpack_bits(words, BITS, words.shape[1] * PER_WORD)  # (K, out)
+    codes = np.empty((words.shape[1], PER_WORD, words.shape[0]), np.uint8)
+    for i, output in enumerate(ORDER):
+        codes[:, output] = stored[:, i::PER_WORD].T
+    return codes.reshape(-1, words.shape[0])
+
+
+FORMAT = HFFormat(".qweight", (".qzeros", ".scales"), build)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from tinygrad import Tensor
 
@@ -35,15 +37,23 @@ def multiply(backend: Backend, fmt: str, tokens: int, operation: str, rows: int,
         *_, has_residual, names = operation.split()
         epilogue = make_epilogue(backend, residual if has_residual == "+" else None, rows, names)
         return read(backend, run_product(backend, x, matrix, tokens, epilogue=epilogue), tokens)
-    added = run_product(backend, x, matrix, tokens, epilogue=Epilogue(residual=residual))
+    epilogue = Epilogue(residual=residual)
+    if operation.startswith("normed_chain"):
+        epilogue = make_epilogue(backend, residual, rows, "ns")
+        if "unnormed" not in operation:
+            epilogue = replace(epilogue, out_scale=backend.device.upload(np.full(1, 0.8, np.float32)))
+    added = run_product(backend, x, matrix, tokens, epilogue=epilogue)
     if operation == "linear_add":
         return read(backend, added, tokens)
-    # a sum that the next norm computes, and that is read again after it
-    (second,) = backend.stacked([make_host(fmt, 64, rows, seed=7)])
+    # a sum that the next product or its norm computes, and that is read again after it
+    is_wide, has_norm = operation.endswith("wide"), "unnormed" not in operation
+    (second,) = backend.stacked([make_host(fmt, 8 * rows if is_wide else 64, rows, seed=7)])
     norm = Norm(backend.device.upload(normal(rows, seed=8)), 1e-5)
-    out = run_product(backend, added, second, tokens, norm)
+    out = run_product(backend, added, second, tokens, norm if has_norm else None)
     return np.concatenate([read(backend, tensor, tokens) for tensor in (out, added)], axis=1)
 
 
 SHAPES = {"norm_linear": (96, 256), "norm_gated": (64, 512), "linear_add": (64, 1280), "chain": (256, 768)}
-EPILOGUES = ("epilogue + n", "epilogue + bns", "epilogue - c", "epilogue - b")  # see make_epilogue
+# see make_epilogue; the sums with norms are computed by the next product, or before it if that has many rows
+EPILOGUES = ("epilogue + n", "epilogue + bns", "epilogue + bs", "epilogue - sc", "epilogue - b")
+NORMED_CHAINS = ("normed_chain", "normed_chain wide", "normed_chain unnormed")

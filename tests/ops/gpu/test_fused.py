@@ -35,7 +35,7 @@ from tests.ops.builders import (
     read_pool,
     run_product,
 )
-from tests.ops.gpu.products import EPILOGUES, SHAPES, TOLERANCE, multiply, read, upload
+from tests.ops.gpu.products import EPILOGUES, NORMED_CHAINS, SHAPES, TOLERANCE, multiply, read, upload
 from tests.ops.rendering import (
     KINDS,
     check_limits,
@@ -118,12 +118,17 @@ def test_a_mixed_step_renders_within_the_limits(kind: str) -> None:
         check_limits(kernel, KINDS[kind])
 
 
+@pytest.mark.parametrize("has_post_norm", [False, True], ids=["", "normed sums"])
 @pytest.mark.parametrize(("tokens", "formats"), [(1, ("Q4_0", "float16")), (2, ("float16", "float16"))])
-def test_a_chained_kernel_waits_before_it_touches_what_the_step_writes(tokens: int, formats: tuple[str, str]) -> None:
+def test_a_chained_kernel_waits_before_it_touches_what_the_step_writes(
+    tokens: int, formats: tuple[str, str], has_post_norm: bool
+) -> None:
     """It may begin while kernels before it still run. Before it waits it writes nothing, and reads what no kernel of
     the step wrote before it: weights, the host's words, and the pool, where only a row's own tokens are new."""
     layout = StepLayout(tokens, tokens, 2, 16)
-    outputs = plan_layer(rendered("CUDA", is_chained=True), layout, formats, is_decode=True, normed=True)
+    backend = rendered("CUDA", is_chained=True)
+    epilogue = Epilogue(post_norm=Norm(unwritten(backend, 256), 1e-5)) if has_post_norm else PLAIN
+    outputs = plan_layer(backend, layout, formats, is_decode=True, normed=True, epilogue=epilogue)
     calls = [call for call in Tensor.schedule_linear(*outputs).src if call.src[0].op is Ops.SINK]
     programs = [to_program(call.src[0], make_renderer("CUDA sm_90")) for call in calls]
     written: set[UOp] = set()
@@ -243,6 +248,18 @@ def test_what_follows_a_product_equals_the_reference(
 ) -> None:
     case, backend = (fmt, tokens, operation, 96, 512), FusedGpuBackend(device, "float16", lanes)
     assert largest_difference(multiply(backend, *case), multiply(reference, *case)) < TOLERANCE["float16"]
+    assert not backend.coverage.lines()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", NORMED_CHAINS)
+@pytest.mark.parametrize(("fmt", "dtype"), [("float16", "float16"), ("bfloat16", "bfloat16"), ("Q4_K", "bfloat16")])
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+def test_a_norm_after_a_product_equals_the_reference(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str, dtype: str, tokens: int, operation: str
+) -> None:
+    case, backend = (fmt, tokens, operation, 768, 512), FusedGpuBackend(device, dtype, lanes)
+    assert largest_difference(multiply(backend, *case), multiply(reference, *case)) < TOLERANCE[dtype]
     assert not backend.coverage.lines()
 
 

@@ -32,7 +32,7 @@ from tinyvllm.ops.gpu.gemm import MIN_TOKENS, GemmSpec, multiply_rows
 from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector, quantized_vector_kernel
 from tinyvllm.ops.gpu.row_sum import RUN_COLS, EmbedSpec, SumSpec, sum_kernel
-from tinyvllm.ops.gpu.vector import VectorSpec, vector_kernel
+from tinyvllm.ops.gpu.vector import NormedSum, VectorSpec, vector_kernel
 from tinyvllm.ops.kernel.body import F32, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import allows_wgmma
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
@@ -41,6 +41,9 @@ from tinyvllm.ops.step_inputs import StepLayout
 
 # measured on an H200: chaining gains 5 % at 8 rows and loses 2 % at 64; with quantized weights it gains 10 % at 32
 MAX_CHAINED_TOKENS, MAX_CHAINED_QUANTIZED = 16, 32
+# Rows of a matrix, as a multiple of its columns, up to which one row's product computes a normed sum that it reads:
+# each of its threadgroups reads all operands of the sum, so with more rows a kernel of its own costs less
+MOST_ROWS_WITH_SUM = 4
 
 
 class Pending(Tensor):
@@ -58,6 +61,13 @@ class Summed(Pending):
     num_partials: int  # S
     num_tokens: int  # T
     epilogue: Epilogue
+
+    @property
+    def is_normed_sum(self) -> bool:
+        """Whether it is a `NormedSum` that is still to be computed: one row's product can do so as it reads it."""
+        end = self.epilogue
+        has_all = self.num_partials == self.num_tokens == 1 and end.post_norm is not None and end.residual is not None
+        return has_all and not self.is_written and end.bias is None and end.softcap is None
 
     @property
     def operands(self) -> list[Tensor]:
@@ -264,19 +274,32 @@ class FusedGpuBackend(GpuBackend):
         return f"{odd[0]} rows of a matrix, which do not fill the matrix unit's tiles" if odd else ""
 
     def _one_row(self, name: str, x: Tensor, matrix: Matrix, norm: Norm | None, epilogue: Epilogue) -> Tensor:
-        """One row's product and its epilogue. What the product's kernel does not cover is left to `sum_kernel`."""
-        if not isinstance(x, Split):
+        """One row's product and its epilogue. A norm after the product is left to the next operation."""
+        is_sum = isinstance(x, Summed) and x.is_normed_sum and matrix.num_rows <= MOST_ROWS_WITH_SUM * matrix.num_cols
+        is_normed = norm is not None
+        if isinstance(x, Summed) and not x.is_written and norm is not None and not is_sum:
+            x, norm = self._normed_rows(x, norm, 1), None
+        elif not is_sum and not isinstance(x, Split):
             x = self.whole(x)
-        if not epilogue.uncovered():
-            dtype = F32 if epilogue.is_plain else self.float
-            return self._vector(name, x, matrix, dtype, norm, epilogue)
-        product = self._vector(name, x, matrix, F32, norm, PLAIN)
-        return self._pending_sum(product, 1, 1, epilogue)
+        product = epilogue if epilogue.post_norm is None and epilogue.out_scale is None else PLAIN
+        is_float = product.residual is None and product.activation is None
+        out_dtype = F32 if is_float else self.float
+        result = self._vector(name, x, matrix, out_dtype, norm, product, is_normed=is_normed)
+        return result if product is epilogue else self._pending_sum(result, 1, 1, epilogue)
 
     def _vector(
-        self, name: str, x: Tensor, matrix: Matrix, dtype: DType, norm: Norm | None, epilogue: Epilogue
+        self,
+        name: str,
+        x: Tensor,
+        matrix: Matrix,
+        dtype: DType,
+        norm: Norm | None,
+        epilogue: Epilogue,
+        *,
+        is_normed: bool,
     ) -> Tensor:
-        """One row's product."""
+        """One row's product. `is_normed`: x is the result of a norm, or will be."""
+        source, normed_sum = self._row_source(x)
         fields: dict[str, Any] = dict(
             name=name,
             lanes=self.lanes,
@@ -285,22 +308,48 @@ class FusedGpuBackend(GpuBackend):
             num_cols=matrix.num_cols,
             norm_eps=norm.eps if norm is not None else None,
             activation=epilogue.activation,
+            has_bias=epilogue.bias is not None,
+            scale=epilogue.scale,
             has_residual=epilogue.residual is not None,
+            softcap=epilogue.softcap,
             split=x.split if isinstance(x, Split) else None,
+            sum=normed_sum,
         )
-        spec: VectorSpec | QuantizedVectorSpec = VectorSpec(**fields)
-        fn = vector_kernel(spec)
-        # not with other activations: this kernel converts them to float16, whose range they may exceed
-        if matrix.format.is_quantized and self.mma is not None and self.float == self.mma.dtype == dtypes.half:
-            packed = QuantizedVectorSpec(mma=self.mma, **fields)
+        rest = (None if norm is None else norm.weight, epilogue.bias, epilogue.residual)
+        read = [*matrix.planes, *source, *[self.whole(tensor) for tensor in rest if tensor is not None]]
+        spec = self._row_spec(matrix, fields, is_normed=is_normed)
+        fn = vector_kernel(spec) if isinstance(spec, VectorSpec) else quantized_vector_kernel(spec)
+        outs = [empty(spec.out_rows, dtype, self.device.name)]
+        if normed_sum is None or not isinstance(x, Summed):
+            return run_kernel(fn, outs, read)[0]
+        out, value = run_kernel(fn, [*outs, self._empty(matrix.num_cols)], read)
+        self._written(x, value)
+        return out
+
+    def _row_spec(
+        self, matrix: Matrix, fields: dict[str, Any], *, is_normed: bool
+    ) -> VectorSpec | QuantizedVectorSpec:
+        """The spec of one row's product. The kernel for quantized matrices converts x to float16: not where that may
+        exceed float16's range, unless x is normed."""
+        half = self._mma(dtypes.half)
+        fits_half = self.dtype == "float16" or (self.dtype == "bfloat16" and is_normed)
+        if matrix.format.is_quantized and half is not None and fits_half:
+            packed = QuantizedVectorSpec(mma=half, **fields)
             if fits_quantized_vector(packed):
-                packed = choose(packed)
-                spec, fn = packed, quantized_vector_kernel(packed)
-        source = [x.values, x.sums, x.inputs] if isinstance(x, Split) else [x]
-        weight = [norm.weight] if norm is not None else []
-        rest = [] if epilogue.residual is None else [self.whole(epilogue.residual)]
-        out = empty(spec.out_rows, dtype, self.device.name)
-        return run_kernel(fn, [out], [*matrix.planes, *source, *weight, *rest])[0]
+                return choose(packed)
+        return VectorSpec(**fields)
+
+    @staticmethod
+    def _row_source(x: Tensor) -> tuple[list[Tensor], NormedSum | None]:
+        """(what one row's product reads as x, the sum that x is if it is not written yet)."""
+        if isinstance(x, Split):
+            return [x.values, x.sums, x.inputs], None
+        if not isinstance(x, Summed) or x.is_written:
+            return [x], None
+        norm, residual = x.epilogue.post_norm, x.epilogue.residual
+        assert norm is not None and residual is not None
+        out_scale = [] if x.epilogue.out_scale is None else [x.epilogue.out_scale]
+        return [x.partials, residual, norm.weight, *out_scale], NormedSum(norm.eps, x.epilogue.scale, bool(out_scale))
 
     def _many_rows(self, name: str, x: Tensor, matrix: Matrix, num_tokens: int, epilogue: Epilogue) -> Tensor:
         """The product of several rows. Its epilogue is left to `sum_kernel`, unless it is an activation."""

@@ -22,13 +22,12 @@ from tinyvllm.ops.activation import gated
 from tinyvllm.ops.formats.matrix import PANEL, Planes
 from tinyvllm.ops.formats.runs import CODE_ORDER, group_scale, read_pairs
 from tinyvllm.ops.gpu.attention_split import SplitOperands
-from tinyvllm.ops.gpu.vector import RowProductSpec
+from tinyvllm.ops.gpu.vector import RowOperands, RowProductSpec
 from tinyvllm.ops.kernel.body import F16, F32, U16, U32, Body, KernelFn, balanced, cached_kernel
 from tinyvllm.ops.kernel.lanes import (
     LANES,
     SHARED_BYTES,
     Mma,
-    await_previous,
     axes_of,
     carry,
     dot,
@@ -149,7 +148,7 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
     @property
     def shared_bytes(self) -> int:
         staged = (self.num_runs + 1) * STAGED_RUN * 4 + self.num_runs * self.groups * 4
-        return staged + self.warps * (self.tiles * self.mma.rows + 1) * 4
+        return staged + self.warps * (self.tiles * self.mma.rows + 1 + (self.sum is not None)) * 4
 
 
 def fits_quantized_vector(spec: QuantizedVectorSpec) -> bool:
@@ -178,23 +177,29 @@ class _Chunk:
 
 @cached_kernel
 def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
-    """fn(out, *planes, x[, split sums, inputs][, norm weight][, residual])."""
+    """fn(out[, x out], *planes, *RowOperands)."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
-        operands = list(rest)
-        planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
-        place = _make_place(spec)
+        buffers = list(rest)
+        x_out = buffers.pop(0) if spec.sum is not None else None
+        planes = Planes(spec.format, [buffers.pop(0) for _ in range(Planes.count(spec.format))])
+        operands, place = RowOperands.take(spec, buffers), _make_place(spec)
         rounds = _rounds(spec, place.group)
         loads = _Loads(spec, planes, place.warp, place.lane)
         early = loads.chunks(0, rounds[0]) if spec.is_resident else []
         source = _Source(spec, operands, place.thread, [value for chunk in early for value in chunk.values])
-        staged = _stage(spec, place, source)
+        loaded = source.read(place.body, place.axes)
+        stores = []
+        if x_out is not None:
+            loaded = _finish_sum(spec, place, source, loaded)
+            stores = _store_sum(spec, place, source, loaded, x_out)
+        staged = _stage(spec, place, source, loaded)
         totals = [
             spec.lanes.sum(total, spec.mma.slot_masks)
             for i, bases in enumerate(rounds)
             for total in _multiply_tiles(place, loads, staged, bases, [] if i else early)
         ]
-        return spec.finish(_finish_rows(spec, place, totals, out, source.residual), place.axes)
+        return spec.finish(stores + _finish_rows(spec, place, totals, out, source.operands), place.axes)
 
     return kernel
 
@@ -302,47 +307,83 @@ def _add_chunks(
 class _Source:
     """The pieces of x that a thread stages; x is in a buffer, or in the splits of an attention."""
 
-    def __init__(self, spec: QuantizedVectorSpec, operands: list[UOp], thread: UOp, ahead: Sequence[UOp]) -> None:
-        """Waits for the previous kernels, and loads `ahead` meanwhile. `operands`: those after the planes."""
-        awaited = [operands.pop(0) for _ in range(1 if spec.split is None else 2)]
-        inputs = operands.pop(0) if spec.split is not None else None
-        norm_weight = operands.pop(0) if spec.norm_eps is not None else None
+    def __init__(self, spec: QuantizedVectorSpec, operands: RowOperands, thread: UOp, ahead: Sequence[UOp]) -> None:
+        """Waits for the previous kernels, and loads `ahead` meanwhile."""
         threads, pieces = spec.warps * LANES, spec.num_cols // PIECE
         self.inside = [
             None if start + threads <= pieces else start + thread < pieces for start in range(0, pieces, threads)
         ]
         wanted = [start + thread for start in range(0, pieces, threads)]
         self.pieces = [p if ok is None else ok.where(p, 0) for p, ok in zip(wanted, self.inside, strict=True)]
-        self.norm_weights = []
-        if norm_weight is not None:
-            self.norm_weights = [load_floats(norm_weight, piece * PIECE, PIECE) for piece in self.pieces]
-        ahead = [*ahead, *[weight for weights in self.norm_weights for weight in weights]]
-        self._x, *rest = await_previous(spec.lanes, *awaited, *operands, ahead=ahead)
-        self.residual = rest.pop() if spec.has_residual else None
-        self._split = None
-        if spec.split is not None and inputs is not None:
-            self._split = SplitOperands(spec.split, self._x, rest.pop(), inputs)
+        self.norm_weights, self.sum_weights = (
+            [] if weight is None else [load_floats(weight, piece * PIECE, PIECE) for piece in self.pieces]
+            for weight in (operands.norm_weight, operands.sum_weight)
+        )
+        weights = [weight for piece in self.norm_weights + self.sum_weights for weight in piece]
+        self.operands = operands.awaited(spec.lanes, [*ahead, *weights])
+        self._split, sums, inputs = None, self.operands.split_sums, self.operands.inputs
+        if spec.split is not None and sums is not None and inputs is not None:
+            self._split = SplitOperands(spec.split, self.operands.x, sums, inputs)
 
     def read(self, body: Body, axes: tuple[UOp, ...]) -> list[list[UOp]]:
         """The pieces as float32."""
         starts = [piece * PIECE for piece in self.pieces]
         if self._split is None:
-            return [load_floats(self._x, start, PIECE) for start in starts]
+            return [load_floats(self.operands.x, start, PIECE) for start in starts]
         return [self._split.read(body, start, PIECE, axes) for start in starts]
 
 
-def _stage(spec: QuantizedVectorSpec, place: _Place, source: _Source) -> tuple[UOp, UOp]:
+def _finish_sum(
+    spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]]
+) -> list[list[UOp]]:
+    """The thread's pieces of the sum, from those of y."""
+    assert spec.sum is not None and source.operands.sum_residual is not None
+    factor = _rms_factor(spec, place, source, loaded, spec.sum.eps) * spec.sum.scale
+    new = []
+    for piece, values, weights in zip(source.pieces, loaded, source.sum_weights, strict=True):
+        residual = load_floats(source.operands.sum_residual, piece * PIECE, PIECE)
+        new.append([r + factor * (v * w) for r, v, w in zip(residual, values, weights, strict=True)])
+    if source.operands.sum_out_scale is None:
+        return new
+    return [[value * source.operands.sum_out_scale[0].load() for value in values] for values in new]
+
+
+def _store_sum(
+    spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]], out: UOp
+) -> list[UOp]:
+    """Stores of the threadgroup's share of x."""
+    stores = []
+    groups = spec.out_rows // (spec.tiles_per_section * spec.mma.rows)
+    for piece, ok, values in zip(source.pieces, source.inside, loaded, strict=True):
+        is_own = (piece % groups).eq(place.group) if ok is None else (piece % groups).eq(place.group) & ok
+        stores += [
+            out[(piece * PIECE + i).valid(is_own)].store(value.cast(out.dtype)) for i, value in enumerate(values)
+        ]
+    return stores
+
+
+def _rms_factor(
+    spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]], eps: float
+) -> UOp:
+    """1 / sqrt(mean square + eps) of a row, from the thread's pieces of it, in every thread."""
+    squares = [
+        dot(v, v) if ok is None else ok.where(dot(v, v), 0.0) for v, ok in zip(loaded, source.inside, strict=True)
+    ]
+    mean = _sum_threads(place.body, spec, balanced(squares), place.thread) * (1.0 / spec.num_cols)
+    return (mean + eps).sqrt().reciprocal()
+
+
+def _stage(
+    spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]]
+) -> tuple[UOp, UOp]:
     """(x, normed if there is a norm, as float16 in threadgroup memory: run by run in the order of the codes, and then a
     run of zeros; the float32 sum of each group of the stored values)."""
     body, thread = place.body, place.thread
     staged = body.shared((spec.num_runs + 1) * STAGED_RUN, U32)
     sums = body.shared(spec.num_runs * spec.groups)
-    at, inside, loaded = source.pieces, source.inside, source.read(body, place.axes)
-    if source.norm_weights:
-        assert spec.norm_eps is not None
-        squares = [dot(v, v) if ok is None else ok.where(dot(v, v), 0.0) for v, ok in zip(loaded, inside, strict=True)]
-        mean = _sum_threads(body, spec, balanced(squares), thread) * (1.0 / spec.num_cols)
-        scale = (mean + spec.norm_eps).sqrt().reciprocal()
+    at, inside = source.pieces, source.inside
+    if spec.norm_eps is not None:
+        scale = _rms_factor(spec, place, source, loaded, spec.norm_eps)
         loaded = [
             [v * scale * w for v, w in zip(*pair, strict=True)]
             for pair in zip(loaded, source.norm_weights, strict=True)
@@ -442,7 +483,7 @@ def _factors(
 
 
 def _finish_rows(
-    spec: QuantizedVectorSpec, place: _Place, totals: list[UOp], out: UOp, residual: UOp | None
+    spec: QuantizedVectorSpec, place: _Place, totals: list[UOp], out: UOp, operands: RowOperands
 ) -> list[UOp]:
     """Add the warps' sums through threadgroup memory; then one thread for each row computes the epilogue."""
     mma, count = spec.mma, spec.tiles * spec.mma.rows
@@ -464,6 +505,5 @@ def _finish_rows(
     if spec.activation is not None:
         (value,) = gated(spec.activation, [value], [summed(index + per_group)])
     target = place.group * per_group + index
-    if residual is not None:
-        value = value + residual[target].load().cast(F32)
+    value = spec.epilogue(operands, value, target)
     return [out[target.valid(is_inside)].store(value.cast(out.dtype))]

@@ -51,7 +51,7 @@ class SumSpec:
 
     @property
     def num_warps(self) -> int:
-        return min(8, max(1, self.num_cols // (LANES * RUN_COLS)))
+        return min(16 if self.num_tokens == 1 else 8, max(1, self.num_cols // (LANES * RUN_COLS)))
 
 
 @cached_kernel

@@ -6,13 +6,13 @@ threadgroup. Quantized matrices come here only if quantized_vector.py does not c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from tinygrad import UOp
 
 from tinyvllm.arrays import Format
-from tinyvllm.ops.activation import gated
+from tinyvllm.ops.activation import gated, tanh
 from tinyvllm.ops.formats.matrix import PANEL, Planes
 from tinyvllm.ops.formats.runs import Run, group_sums, read_run, run_cols
 from tinyvllm.ops.gpu.attention_split import SplitHeads, SplitOperands
@@ -35,6 +35,16 @@ VECTOR_COLS = 8  # dense columns of a lane's run: 16 bytes of float16
 STAGED_RUN = PANEL + 4  # floats from one run to the next in threadgroup memory: eight lanes' vectors in eight banks
 
 
+@dataclass(frozen=True)
+class NormedSum:
+    """x = (residual + scale * RMSNorm(y)) * out_scale: a sum that the next product's kernel computes where it reads
+    it."""
+
+    eps: float
+    scale: float = 1.0
+    has_out_scale: bool = False  # data
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowProductSpec:
     """out (N,) = epilogue(norm(x) (K,) @ w.T), of one token row. Hashable: the key of its kernel."""
@@ -46,12 +56,28 @@ class RowProductSpec:
     num_cols: int  # K
     norm_eps: float | None = None  # of an RMSNorm of x, inside the kernel
     activation: str | None = None  # rows n and n + N / 2 are gate and up: out = activation(gate) * up
+    has_bias: bool = False  # + bias (N,)
+    scale: float = 1.0  # * scale
     has_residual: bool = False  # + residual (N,)
+    softcap: float | None = None  # softcap * tanh(y / softcap)
     split: SplitHeads | None = None  # x is attention whose splits are still to be combined
+    sum: NormedSum | None = None  # x is a sum that is still to be computed, which the kernel also writes
 
     @property
     def out_rows(self) -> int:
         return self.num_rows if self.activation is None else self.num_rows // 2
+
+    def epilogue(self, operands: RowOperands, value: UOp, row: UOp) -> UOp:
+        """What follows a row's product, except an activation."""
+        if operands.bias is not None:
+            value = value + operands.bias[row].load()
+        if self.scale != 1.0:
+            value = value * self.scale
+        if operands.residual is not None:
+            value = value + operands.residual[row].load().cast(F32)
+        if self.softcap is not None:
+            value = tanh(value * (1.0 / self.softcap), lambda x: x.exp2()) * self.softcap
+        return value
 
     def finish(self, stores: Sequence[UOp], axes: Sequence[UOp]) -> UOp:
         """Close the kernel."""
@@ -61,6 +87,46 @@ class RowProductSpec:
             ops=2 * self.num_rows * self.num_cols,
             nbytes=self.num_rows * self.num_cols * self.format.bits // 8,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOperands:
+    """The operands of a row's product after the weights, in this order; None for those that it does not have."""
+
+    x: UOp  # of a normed sum: y
+    split_sums: UOp | None
+    inputs: UOp | None  # the step's, with a split
+    sum_residual: UOp | None
+    sum_weight: UOp | None  # of the sum's norm
+    sum_out_scale: UOp | None
+    norm_weight: UOp | None
+    bias: UOp | None
+    residual: UOp | None
+
+    @classmethod
+    def take(cls, spec: RowProductSpec, rest: list[UOp]) -> RowOperands:
+        """The operands at the front of `rest`, which are removed."""
+
+        def take_if(has: bool) -> UOp | None:
+            return rest.pop(0) if has else None
+
+        return cls(
+            x=rest.pop(0),
+            split_sums=take_if(spec.split is not None),
+            inputs=take_if(spec.split is not None),
+            sum_residual=take_if(spec.sum is not None),
+            sum_weight=take_if(spec.sum is not None),
+            sum_out_scale=take_if(spec.sum is not None and spec.sum.has_out_scale),
+            norm_weight=take_if(spec.norm_eps is not None),
+            bias=take_if(spec.has_bias),
+            residual=take_if(spec.has_residual),
+        )
+
+    def awaited(self, lanes: Lanes, ahead: Iterable[UOp]) -> RowOperands:
+        """The same, to be read once the previous kernels have ended. `ahead`: as in `await_previous`."""
+        written = ("x", "split_sums", "sum_residual", "residual")  # by kernels of the step
+        given = {name: getattr(self, name) for name in written if getattr(self, name) is not None}
+        return replace(self, **dict(zip(given, await_previous(lanes, *given.values(), ahead=ahead), strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +156,7 @@ class VectorSpec(RowProductSpec):
         return (
             self.format.is_quantized
             and self.norm_eps is not None
+            and self.sum is None
             and self.num_cols % VECTOR_COLS == 0
             and self.num_cols // PANEL * STAGED_RUN * 4 <= SHARED_BYTES // 2
         )
@@ -119,24 +186,34 @@ def _power_below(value: int) -> int:
 
 @cached_kernel
 def vector_kernel(spec: VectorSpec) -> KernelFn:
-    """fn(out, *planes, x[, split sums, inputs][, norm weight][, residual])."""
+    """fn(out[, x out], *planes, *RowOperands)."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
-        operands = list(rest)
-        planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
-        place = _make_place(spec)
-        norm_weight = operands.pop(1 if spec.split is None else 3) if spec.norm_eps is not None else None
-        loads = _Loads(spec, place, planes, norm_weight)
+        buffers = list(rest)
+        x_out = buffers.pop(0) if spec.sum is not None else None
+        planes = Planes(spec.format, [buffers.pop(0) for _ in range(Planes.count(spec.format))])
+        operands, place = RowOperands.take(spec, buffers), _make_place(spec)
+        loads = _Loads(spec, place, planes, operands)
         only = loads.runs(0) if spec.steps == 1 else []
-        x = _Input(spec, place, operands, norm_weight, [value for run in only for value in run.values])
+        x = _Input(spec, place, operands, [value for run in only for value in run.values])
 
         def step(iteration: UOp | int, old: list[UOp]) -> list[UOp]:
             return _add_runs(spec, only or loads.runs(iteration), x, iteration, old)
 
-        count = len(place.rows) + (norm_weight is not None and not spec.is_staged)
-        totals = carry(place.body, zeros(count), spec.steps, place.axes, step)
-        results = _finish_rows(spec, _add_columns(spec, totals, place), x, place)
-        stores = [
+        totals = carry(place.body, zeros(_num_sums(spec, place)), spec.steps, place.axes, step)
+        totals = _add_columns(spec, totals, place)
+        stores = []
+        if x_out is not None:
+            totals, factor = _join_sums(spec, totals, len(place.rows))
+            stores = _store_sum(spec, place, x, factor, x_out)
+            if operands.sum_out_scale is not None:
+                out_scale = operands.sum_out_scale[0].load()
+                rows = len(place.rows)
+                totals = [total * out_scale for total in totals[:rows]] + [
+                    square * out_scale * out_scale for square in totals[rows:]
+                ]
+        results = _finish_rows(spec, totals, x, place)
+        stores += [
             out[row.valid(place.is_first)].store(value.cast(out.dtype))
             for row, value in zip(place.rows, results, strict=False)  # of gate and up, gate's rows
         ]
@@ -154,6 +231,7 @@ class _Place:
     down: int  # warps along the rows
     rows: list[UOp]
     axes: tuple[UOp, ...]
+    group: UOp  # the threadgroup's number
     lane: UOp
     column_warp: UOp | int
     row_warp: UOp | int
@@ -178,7 +256,8 @@ def _make_place(spec: VectorSpec) -> _Place:
     rows = [first + i for i in range(count)]
     if spec.activation is not None:
         rows += [row + spec.out_rows for row in rows]
-    return _Place(body, across, down, rows, axes_of(group, lane, column_warp, row_warp), lane, column_warp, row_warp)
+    axes = axes_of(group, lane, column_warp, row_warp)
+    return _Place(body, across, down, rows, axes, group, lane, column_warp, row_warp)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -186,17 +265,18 @@ def _make_place(spec: VectorSpec) -> _Place:
 
 @dataclass(frozen=True)
 class _LoadedRun:
-    """A lane's run: the weights of each row, and the norm's weights unless they are staged."""
+    """A lane's run: the weights of each row, the norm's weights unless they are staged, and those of a sum's norm."""
 
     number: UOp
     is_inside: UOp | None  # whether the run exists; None: all do
     weights: list[Run]
     norms: list[UOp]
+    sum_norms: list[UOp]
 
     @property
     def values(self) -> list[UOp]:
         factors = [value for weight in self.weights for pair in weight.factors for value in pair]
-        return [value for weight in self.weights for value in weight.floats] + factors + self.norms
+        return [value for weight in self.weights for value in weight.floats] + factors + self.norms + self.sum_norms
 
 
 @dataclass(frozen=True)
@@ -206,7 +286,7 @@ class _Loads:
     spec: VectorSpec
     place: _Place
     planes: Planes
-    norm_weight: UOp | None
+    operands: RowOperands
 
     def runs(self, iteration: UOp | int) -> list[_LoadedRun]:
         """The runs of an iteration, all loaded before any is used: as many loads in flight as there are registers."""
@@ -217,31 +297,29 @@ class _Loads:
             is_inside = wanted < spec.num_runs if spec.num_runs % (LANES * across * ahead) else None
             run = wanted if is_inside is None else is_inside.where(wanted, 0)
             weights = [read_run(self.planes, row, run, spec.num_cols, spec.cols) for row in place.rows]
-            norms = []
-            if self.norm_weight is not None and not spec.is_staged:
-                norms = load_floats(self.norm_weight, run * spec.cols, spec.cols)
-            loaded.append(_LoadedRun(run, is_inside, weights, norms))
+            norm_weight = None if spec.is_staged else self.operands.norm_weight
+            norms, sum_norms = (
+                [] if weight is None else load_floats(weight, run * spec.cols, spec.cols)
+                for weight in (norm_weight, self.operands.sum_weight)
+            )
+            loaded.append(_LoadedRun(run, is_inside, weights, norms, sum_norms))
         return loaded
 
 
 class _Input:
     """x: in a buffer, in the splits of an attention, or staged in threadgroup memory; and the residual."""
 
-    def __init__(
-        self, spec: VectorSpec, place: _Place, operands: list[UOp], norm_weight: UOp | None, ahead: Sequence[UOp]
-    ) -> None:
-        """Waits for the previous kernels, and loads `ahead` meanwhile. `operands`: those after the planes, without the
-        norm's weight."""
+    def __init__(self, spec: VectorSpec, place: _Place, operands: RowOperands, ahead: Sequence[UOp]) -> None:
+        """Waits for the previous kernels, and loads `ahead` meanwhile."""
         self.spec, self.place, self.split = spec, place, None
-        inputs = operands.pop(2) if spec.split is not None else None
-        self.x, *rest = await_previous(spec.lanes, *operands, ahead=ahead)
-        if spec.split is not None and inputs is not None:
-            self.split = SplitOperands(spec.split, self.x, rest.pop(0), inputs)
-        self.residual = rest.pop() if rest else None
+        self.operands = operands.awaited(spec.lanes, ahead)
+        self.x, sums, inputs = self.operands.x, self.operands.split_sums, self.operands.inputs
+        if spec.split is not None and sums is not None and inputs is not None:
+            self.split = SplitOperands(spec.split, self.x, sums, inputs)
         self.staged = self.squares = None  # `squares`: the sum of x's squares
         if spec.is_staged:
-            assert norm_weight is not None
-            self.staged, self.squares = _stage(place, spec, self.x, norm_weight)
+            assert operands.norm_weight is not None
+            self.staged, self.squares = _stage(place, spec, self.x, operands.norm_weight)
 
     def read(self, run: _LoadedRun, iteration: UOp | int) -> list[UOp]:
         """The columns of a run, 0 outside the matrix."""
@@ -252,8 +330,18 @@ class _Input:
             values = load_floats(self.staged, run.number * STAGED_RUN, cols)
         else:
             values = load_floats(self.x, start, cols)
-        inside = run.is_inside
-        return values if inside is None else [inside.where(value, 0.0) for value in values]
+        return _inside(run, values)
+
+    def read_residual(self, run: _LoadedRun) -> list[UOp]:
+        """The same of a sum's residual."""
+        assert self.operands.sum_residual is not None
+        return _inside(run, load_floats(self.operands.sum_residual, run.number * self.spec.cols, self.spec.cols))
+
+
+def _inside(run: _LoadedRun, values: list[UOp]) -> list[UOp]:
+    """0 for the values of a run that does not exist."""
+    inside = run.is_inside
+    return values if inside is None else [inside.where(value, 0.0) for value in values]
 
 
 def _stage(place: _Place, spec: VectorSpec, x: UOp, norm_weight: UOp) -> tuple[UOp, UOp]:
@@ -285,11 +373,21 @@ def _stage(place: _Place, spec: VectorSpec, x: UOp, norm_weight: UOp) -> tuple[U
 # -- computing and finishing -------------------------------------------------------------------------------------------
 
 
+def _num_sums(spec: VectorSpec, place: _Place) -> int:
+    """A lane's sums: see `_add_runs` and `_add_sum_run`."""
+    if spec.sum is not None:
+        return 2 * len(place.rows) + 4
+    return len(place.rows) + (spec.norm_eps is not None and not spec.is_staged)
+
+
 def _add_runs(spec: VectorSpec, runs: list[_LoadedRun], x: _Input, iteration: UOp | int, old: list[UOp]) -> list[UOp]:
     """The lane's sums after some runs: one for each row, and that of x's squares if it is normed without staging."""
     new = list(old)
     for run in runs:
         values = x.read(run, iteration)
+        if spec.sum is not None:
+            new = _add_sum_run(spec, run, x.read_residual(run), values, new)
+            continue
         if run.norms:
             new[-1] = new[-1] + dot(values, values)
             values = [v * w for v, w in zip(values, run.norms, strict=True)]
@@ -297,6 +395,48 @@ def _add_runs(spec: VectorSpec, runs: list[_LoadedRun], x: _Input, iteration: UO
         for i, weight in enumerate(run.weights):
             new[i] = new[i] + weight.dot(values, sums)
     return new
+
+
+def _add_sum_run(spec: VectorSpec, run: _LoadedRun, r: list[UOp], y: list[UOp], old: list[UOp]) -> list[UOp]:
+    """The lane's sums after a run of x = r + s * u, u = y * weight, whose factor s depends on all of y: those of each
+    row with r, then with u, and the sums of y * y, r * r, r * u and u * u."""
+    u = [a * b for a, b in zip(y, run.sum_norms, strict=True)]
+    squares = [dot(y, y), dot(r, r), dot(r, u), dot(u, u)]
+    if run.norms:
+        r, u = ([v * w for v, w in zip(values, run.norms, strict=True)] for values in (r, u))
+    rows = []
+    for values in (r, u):
+        sums = group_sums(spec.format, values)
+        rows += [weight.dot(values, sums) for weight in run.weights]
+    return [a + b for a, b in zip(old, [*rows, *squares], strict=True)]
+
+
+def _join_sums(spec: VectorSpec, totals: list[UOp], num_rows: int) -> tuple[list[UOp], UOp]:
+    """(the rows' sums with x, and with a norm that of x's squares; the factor s), from those of `_add_sum_run`."""
+    assert spec.sum is not None
+    yy, rr, ru, uu = totals[2 * num_rows :]
+    factor = (yy * (1.0 / spec.num_cols) + spec.sum.eps).sqrt().reciprocal() * spec.sum.scale
+    rows = [totals[i] + factor * totals[num_rows + i] for i in range(num_rows)]
+    squares = rr + factor * (ru * 2.0 + factor * uu)
+    return rows + ([] if spec.norm_eps is None else [squares]), factor
+
+
+def _store_sum(spec: VectorSpec, place: _Place, x: _Input, factor: UOp, out: UOp) -> list[UOp]:
+    """Stores of the threadgroup's share of x = (residual + factor * y * weight) * out_scale."""
+    residual, weight = x.operands.sum_residual, x.operands.sum_weight
+    assert residual is not None and weight is not None
+    threads, groups = place.down * place.across * LANES, spec.out_rows // (spec.shape[0] * place.down)
+    share, stores = -(-spec.num_cols // groups), []
+    for start in range(0, share, threads):
+        index = start + place.warp * LANES + place.lane
+        col = place.group * share + index
+        is_own = (index < share) & (col < spec.num_cols)
+        at = is_own.where(col, 0)
+        value = residual[at].load().cast(F32) + factor * (x.x[at].load().cast(F32) * weight[at].load())
+        if x.operands.sum_out_scale is not None:
+            value = value * x.operands.sum_out_scale[0].load()
+        stores.append(out[at.valid(is_own)].store(value.cast(out.dtype)))
+    return stores
 
 
 def _add_columns(spec: VectorSpec, totals: list[UOp], place: _Place) -> list[UOp]:
@@ -317,6 +457,4 @@ def _finish_rows(spec: VectorSpec, totals: list[UOp], x: _Input, place: _Place) 
     if spec.activation is not None:
         half = len(totals) // 2
         return gated(spec.activation, totals[:half], totals[half:])
-    if x.residual is not None:
-        return [total + x.residual[row].load().cast(F32) for total, row in zip(totals, place.rows, strict=True)]
-    return totals
+    return [spec.epilogue(x.operands, total, row) for total, row in zip(totals, place.rows, strict=True)]

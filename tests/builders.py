@@ -321,8 +321,7 @@ FLOAT16_FIELDS: dict[str, tuple[int, ...]] = {
     "Q3_K": (108,),
     "TQ1_0": (52,),
     "TQ2_0": (64,),
-    "MXFP4": (),
-    "NVFP4": (),
+    **dict.fromkeys(("MXFP4", "NVFP4", "IQ1_M"), ()),
 }
 
 
@@ -336,6 +335,9 @@ def random_rows(rng: np.random.Generator, kind: str, rows: int, columns: int, sc
         blocks[:, 0] = np.minimum(blocks[:, 0], 250)  # finite products; 255 is not a number
     if kind == "NVFP4":
         blocks[:, :4] &= 0x7F  # scales have no sign
+    if kind == "IQ1_M":  # a half-precision number in four pieces
+        words = blocks[:, 48:].view(np.uint16)
+        words[:] = words & 0x0FFF | np.array([scale], np.float16).view(np.uint16) << [12, 8, 4, 0] & 0xF000
     return blocks.reshape(rows, -1)
 
 

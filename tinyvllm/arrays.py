@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from tinyvllm.errors import UnsupportedModelError
 GROUPS = (16, 32, 64, 128)
 CODE_BITS = (1, 2, 3, 4, 5, 6, 8)
 MAX_CODEBOOK_BITS = 4
+GRID_BITS, GRID_WIDTHS = (8, 9, 10, 12), (4, 8)
+RUN = 32  # codes that are packed together
 DENSE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # fp4's values
 SCALE_DTYPES: dict[str, np.dtype[Any]] = {
@@ -37,6 +40,18 @@ class ScaleFormat:
     has_steps: bool = False  # an integer per group multiplies the base (K quants)
     dtype: str = "float16"  # of the bases: a key of SCALE_DTYPES
     has_multiplier: bool = False  # a float32 per row multiplies all of them (NVFP4's global scale)
+    unit: float = 1.0  # multiplies all of them, a power of two: a grid's values are integers, times this
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of vectors, of which a code is an index: a code stands for `width` neighboring columns (ggml's IQ1 to
+    IQ3)."""
+
+    name: str  # of the table: see grid_table
+    bits: int  # of an index
+    width: int  # values of a vector: 4 or 8
+    has_signs: bool  # a bit per value, apart from the codes, says which are negated
 
 
 @dataclass(frozen=True)
@@ -44,8 +59,8 @@ class Format:
     """How the values of a matrix are stored. Hashable: kernels are cached by it.
 
     Dense: `name` is the dtype, `group` 0. Quantized: `group` neighboring columns of a row share a scale, and perhaps a
-    bias: value = code * scale + minimum. A code stands for an integer less `offset`, for an entry of `codebook`, or for
-    a float8. Raises UnsupportedModelError for what no kernel can read.
+    bias: value = code * scale + minimum. A code stands for an integer less `offset`, for an entry of `codebook`, for a
+    float8, or for a vector of `grid`, of several columns. Raises UnsupportedModelError for what no kernel can read.
     """
 
     name: str
@@ -56,6 +71,7 @@ class Format:
     minimum: ScaleFormat | None = None
     codebook: tuple[float, ...] | None = None  # 2**bits values
     is_float8: bool = False  # codes are e4m3 floats
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         if problem := self._problem():
@@ -71,13 +87,15 @@ class Format:
             )
         if self.group not in GROUPS:
             return f"has groups of {self.group} columns: supported are {_list(GROUPS)}"
-        if self.bits not in CODE_BITS:
+        if self.grid is None and self.bits not in CODE_BITS:
             return f"has codes of {self.bits} bits: supported are {_list(CODE_BITS)}"
         if self.scale is None:
             return "has groups without scales"
         return self._code_problem() or next(filter(None, map(self._scale_problem, (self.scale, self.minimum))), None)
 
     def _code_problem(self) -> str | None:
+        if self.grid is not None:
+            return self._grid_problem(self.grid)
         if self.is_float8 and (self.bits != 8 or self.codebook is not None):
             return f"has float8 codes of {self.bits} bits{'' if self.codebook is None else ' and a codebook'}"
         if self.codebook is not None:
@@ -87,6 +105,16 @@ class Format:
                 return f"has a codebook of {len(self.codebook)} values for codes of {self.bits} bits"
         if self.offset and (self.codebook is not None or self.is_float8):
             return f"has an offset of {self.offset} to codes that are not integers"
+        return None
+
+    def _grid_problem(self, grid: Grid) -> str | None:
+        if grid.bits not in GRID_BITS or grid.width not in GRID_WIDTHS:
+            known = f"{_list(GRID_WIDTHS)} values and {_list(GRID_BITS)} bits"
+            return f"has a grid of {grid.width} values and {grid.bits} bits: supported are {known}"
+        if self.bits != grid.bits:
+            return f"has codes of {self.bits} bits and a grid of {grid.bits}"
+        if self.offset or self.codebook is not None or self.is_float8:
+            return "has a grid and another meaning of codes"
         return None
 
     def _scale_problem(self, scale: ScaleFormat | None) -> str | None:
@@ -103,14 +131,25 @@ class Format:
         return self.group > 0
 
     @property
+    def code_cols(self) -> int:
+        """Columns that a code stands for."""
+        return 1 if self.grid is None else self.grid.width
+
+    @property
+    def code_bits(self) -> float:
+        """Bits of codes and signs per weight."""
+        signs = 0 if self.grid is None or not self.grid.has_signs else 1
+        return self.bits / self.code_cols + signs
+
+    @property
     def scales(self) -> tuple[ScaleFormat, ...]:
         """The scale and the minimum, if the format has them."""
         return tuple(scale for scale in (self.scale, self.minimum) if scale is not None)
 
     @property
     def columns(self) -> int:
-        """What a matrix's width must be a multiple of."""
-        return math.lcm(*(scale.span for scale in self.scales))
+        """What a matrix's width must be a multiple of: whole scales, and whole runs of a grid's codes."""
+        return math.lcm(*(scale.span for scale in self.scales), 1 if self.grid is None else RUN * self.grid.width)
 
     @property
     def needs_input_sum(self) -> bool:
@@ -130,9 +169,9 @@ class Scales:
     steps: np.ndarray | None = None  # (N, K // group) uint8 or int8
     multiplier: np.ndarray | None = None  # (N,) float32
 
-    def expand(self, num_groups: int) -> np.ndarray:
-        """(N, K // group) float32."""
-        factors = self.base.astype(np.float32)
+    def expand(self, num_groups: int, unit: float = 1.0) -> np.ndarray:
+        """(N, K // group) float32. `unit`: of the format."""
+        factors = self.base.astype(np.float32) * np.float32(unit)
         if self.multiplier is not None:
             factors = factors * self.multiplier[:, None]
         factors = np.repeat(factors, num_groups // factors.shape[1], axis=1)
@@ -153,19 +192,39 @@ def _join(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
     return None if a is None or b is None else np.concatenate([a, b])
 
 
+@cache
+def grid_table(name: str) -> np.ndarray:
+    """(indices, width) int8: the vectors of a grid, from the gguf package, where `name` is the class that has them.
+
+    IQ1_S has 2**12 vectors here, eight times ggml's: the highest bit of an index says whether an eighth is added to
+    each value (0) or subtracted.
+    """
+    from gguf import quants  # here, because few models need it
+
+    kind = getattr(quants, name)
+    kind.init_grid()
+    values: np.ndarray = kind.grid.reshape(kind.grid_shape)
+    if name == "IQ1_S":
+        values = np.concatenate([8 * values + 1, 8 * values - 1])
+    return values.astype(np.int8)
+
+
 @dataclass(frozen=True)
 class QuantizedMatrix:
     """value[n, k] = code[n, k] * scale[n, k // group] + minimum[n, k // group], in float32 as in ggml. What a code
     stands for is in `Format`."""
 
     format: Format
-    codes: np.ndarray  # (N, K) uint8, unsigned codes of `bits` bits; 8 bits: int8, or float8_e4m3fn
+    # (N, K) uint8, unsigned codes of `bits` bits; 8 bits: int8, or float8_e4m3fn; grid: (N, K // width) uint16
+    codes: np.ndarray
     scale: Scales
     minimum: Scales | None = None
+    signs: np.ndarray | None = None  # (N, K // 8) uint8, if a grid has them: bit j negates column 8 * i + j
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.codes.shape
+        rows, cols = self.codes.shape
+        return rows, cols * self.format.code_cols
 
     @property
     def code_values(self) -> np.ndarray:
@@ -173,19 +232,28 @@ class QuantizedMatrix:
         if self.format.codebook is not None:
             looked_up: np.ndarray = np.array(self.format.codebook, np.float32)[self.codes]
             return looked_up
+        if self.format.grid is not None:
+            return self._grid_values(self.format.grid)
         values: np.ndarray = self.codes.astype(np.float32) - self.format.offset
+        return values
+
+    def _grid_values(self, grid: Grid) -> np.ndarray:
+        values: np.ndarray = grid_table(grid.name).astype(np.float32)[self.codes].reshape(self.shape)
+        if self.signs is not None:
+            np.negative(values, out=values, where=np.unpackbits(self.signs, axis=1, bitorder="little").astype(bool))
         return values
 
     def rows(self, index: np.ndarray | slice) -> QuantizedMatrix:
         """The rows that `index` selects, in its order."""
         minimum = None if self.minimum is None else self.minimum.rows(index)
-        return QuantizedMatrix(self.format, self.codes[index], self.scale.rows(index), minimum)
+        signs = None if self.signs is None else self.signs[index]
+        return QuantizedMatrix(self.format, self.codes[index], self.scale.rows(index), minimum, signs)
 
     def over(self, other: QuantizedMatrix) -> QuantizedMatrix:
         """These rows, then those of `other`, which has the same format."""
         codes, scale = np.concatenate([self.codes, other.codes]), self.scale.over(other.scale)
         minimum = None if self.minimum is None or other.minimum is None else self.minimum.over(other.minimum)
-        return QuantizedMatrix(self.format, codes, scale, minimum)
+        return QuantizedMatrix(self.format, codes, scale, minimum, _join(self.signs, other.signs))
 
 
 HostMatrix = np.ndarray | QuantizedMatrix
@@ -197,9 +265,11 @@ def to_float32(matrix: HostMatrix) -> np.ndarray:
         return matrix.astype(np.float32)
     group = matrix.format.group
     num_groups = matrix.shape[1] // group
-    values: np.ndarray = matrix.code_values * np.repeat(matrix.scale.expand(num_groups), group, axis=1)
-    if matrix.minimum is not None:
-        values += np.repeat(matrix.minimum.expand(num_groups), group, axis=1)
+    scale, minimum = matrix.format.scale, matrix.format.minimum
+    assert scale is not None
+    values: np.ndarray = matrix.code_values * np.repeat(matrix.scale.expand(num_groups, scale.unit), group, axis=1)
+    if matrix.minimum is not None and minimum is not None:
+        values += np.repeat(matrix.minimum.expand(num_groups, minimum.unit), group, axis=1)
     return values
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders import FLOAT16_FIELDS, random_k_rows, random_rows
-from tinyvllm.arrays import SCALE_DTYPES, QuantizedMatrix, to_float32
+from tinyvllm.arrays import SCALE_DTYPES, QuantizedMatrix, grid_table, to_float32
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
 from tinyvllm.storage.gguf_file import BLOCK_SIZES
@@ -58,12 +58,17 @@ def test_decomposed_parts_have_the_promised_shapes_and_types(kind: Any) -> None:
     shape = (3, 2 * block_size)
     matrix = decompose(kind, wild_rows(kind, 3, 2, seed=0), shape)
     assert (matrix.format.name, matrix.shape) == (kind, shape)
-    assert matrix.codes.dtype == (np.int8 if kind == "Q8_0" else np.uint8)
-    if kind != "Q8_0":
-        assert matrix.codes.max() == (2 if kind == "TQ1_0" else 2**matrix.format.bits - 1), (
-            "random bytes use every code"
-        )
     stored = matrix.format
+    if (grid := stored.grid) is not None:
+        assert matrix.codes.shape == (3, shape[1] // grid.width) and matrix.codes.dtype == np.uint16
+        assert grid_table(grid.name).shape == (1 << grid.bits, grid.width)
+        assert (None if matrix.signs is None else matrix.signs.shape) == (
+            (3, shape[1] // 8) if grid.has_signs else None
+        )
+    else:
+        assert matrix.codes.dtype == (np.int8 if kind == "Q8_0" else np.uint8)
+    if kind != "Q8_0" and grid is None:
+        assert matrix.codes.max() == (2 if kind == "TQ1_0" else 2**stored.bits - 1), "random bytes use every code"
     for scales, form in ((matrix.scale, stored.scale), (matrix.minimum, stored.minimum)):
         assert (scales is None) == (form is None)
         if scales is not None and form is not None:

@@ -14,8 +14,12 @@ from tinyvllm.model.weights.quant import QUANTIZED_KINDS
 # GGUF's kinds beside those of tests.ops.builders.QUANTIZED
 GGUF_FORMATS = [
     QUANTIZED_KINDS[name].format
-    for name in ("Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0")
+    for name in (
+        *("Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0"),
+        *("IQ2_XXS", "IQ2_S", "IQ3_S", "IQ1_M"),  # indices of 8, 10, 9 and 12 bits
+    )
 ]
+GRIDS = [fmt.grid for fmt in GGUF_FORMATS if fmt.grid is not None]
 
 
 def affine(bits: int, group: int, dtype: str = "float16") -> Format:
@@ -38,29 +42,35 @@ BY_NAME = {f"{fmt.name}-{fmt.scales[0].dtype}": fmt for fmt in FORMATS}
 
 
 @st.composite
-def any_format(draw: st.DrawFn) -> Format:
+def any_format(draw: st.DrawFn, *, has_grids: bool = True) -> Format:
     """Whatever `Format` allows in a matrix of 256 columns."""
     group, bits = draw(st.sampled_from(GROUPS)), draw(st.sampled_from(CODE_BITS))
-    is_float8 = bits == 8 and draw(st.booleans())
+    grid = draw(st.sampled_from(GRIDS)) if has_grids and draw(st.booleans()) else None
+    bits = bits if grid is None else grid.bits
+    is_float8 = grid is None and bits == 8 and draw(st.booleans())
     codebook = None
     if bits <= 4 and draw(st.booleans()):
         codebook = tuple(draw(st.lists(st.integers(-64, 64).map(float), min_size=1 << bits, max_size=1 << bits)))
-    offset = 0 if is_float8 or codebook is not None else draw(st.sampled_from((0, 1 << bits - 1, -7)))
+    offset = (
+        0 if is_float8 or codebook is not None or grid is not None else draw(st.sampled_from((0, 1 << bits - 1, -7)))
+    )
 
     def scale() -> ScaleFormat:
         span = draw(st.sampled_from([span for span in (16, 32, 64, 128, 256) if span >= group]))
         dtype = draw(st.sampled_from(sorted(SCALE_DTYPES)))
-        return ScaleFormat(span, draw(st.booleans()), dtype, draw(st.booleans()))
+        return ScaleFormat(span, draw(st.booleans()), dtype, draw(st.booleans()), draw(st.sampled_from((1.0, 0.125))))
 
     minimum = scale() if draw(st.booleans()) else None
-    return Format("random", bits, group, offset, scale(), minimum, codebook, is_float8)
+    return Format("random", bits, group, offset, scale(), minimum, codebook, is_float8, grid)
 
 
 def draw_matrix(fmt: Format, rows: int, cols: int, seed: int = 0) -> QuantizedMatrix:
     """A matrix of any quantized format: codes and scales are drawn, and scales have both signs where they can."""
     rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 1 << fmt.bits, (rows, cols), np.uint8)
-    if fmt.bits == 8:
+    grid = fmt.grid
+    codes = rng.integers(0, 1 << fmt.bits, (rows, cols // fmt.code_cols), np.uint8 if grid is None else np.uint16)
+    signs = rng.integers(0, 256, (rows, cols // 8), np.uint8) if grid is not None and grid.has_signs else None
+    if fmt.bits == 8 and grid is None:
         codes = rng.standard_normal((rows, cols)).astype(float8_e4m3fn) if fmt.is_float8 else codes.view(np.int8)
 
     def scales(form: ScaleFormat) -> Scales:
@@ -73,4 +83,5 @@ def draw_matrix(fmt: Format, rows: int, cols: int, seed: int = 0) -> QuantizedMa
         return Scales(drawn.astype(SCALE_DTYPES[form.dtype]), steps, multiplier)
 
     assert fmt.scale is not None
-    return QuantizedMatrix(fmt, codes, scales(fmt.scale), None if fmt.minimum is None else scales(fmt.minimum))
+    minimum = None if fmt.minimum is None else scales(fmt.minimum)
+    return QuantizedMatrix(fmt, codes, scales(fmt.scale), minimum, signs)

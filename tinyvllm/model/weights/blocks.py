@@ -13,7 +13,10 @@ import numpy as np
 
 from tinyvllm.arrays import Format, Scales
 
-Parts: TypeAlias = tuple[np.ndarray, Scales, Scales | None]  # codes (N, K), scales, minimums
+# Codes (N, K), scales and minimums; of a grid, codes (N, K // width), scales, None and signs (N, K // 8)
+Parts: TypeAlias = (
+    tuple[np.ndarray, Scales, Scales | None] | tuple[np.ndarray, Scales, Scales | None, np.ndarray | None]
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ml_dtypes import float8_e4m3fn, float8_e8m0fnu
 from tinyvllm.arrays import E2M1, Format, QuantizedMatrix, ScaleFormat, Scales
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.model.weights.blocks import BlockKind, Parts, bit_fields, float16, nibbles, uint16, whole_rows
+from tinyvllm.model.weights.grids import GRID_KINDS
 from tinyvllm.storage.gguf_file import BLOCK_SIZES
 
 GROUP = 32  # weights of a legacy block, and of a group in Q4_K and Q5_K
@@ -195,6 +196,7 @@ QUANTIZED_KINDS = {
         BlockKind(Format("Q2_0", 2, 64, offset=1, scale=ScaleFormat(64)), _q2_0),
         BlockKind(Format("TQ1_0", 2, 128, offset=1, scale=SUPER_SCALE), _tq1_0),
         BlockKind(Format("TQ2_0", 2, 128, offset=1, scale=SUPER_SCALE), _tq2_0),
+        *GRID_KINDS,
     )
 }
 

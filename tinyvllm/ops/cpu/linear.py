@@ -116,7 +116,7 @@ def linear_kernel(spec: LinearSpec) -> KernelFn:
         panel = body.loop(spec.num_rows // PANEL)
         tile = _multiply_panel(body, spec, planes, x, panel)
         stores = _epilogue(body, spec, out, bias, residual, panel, tile)
-        nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
+        nbytes = int(spec.num_rows * spec.num_cols * spec.format.code_bits) // 8
         ops = 2 * spec.num_tokens * spec.num_rows * spec.num_cols
         return finish(stores.end(*tile.loops, panel), _name(spec), ops=ops, nbytes=nbytes)
 
@@ -223,21 +223,22 @@ class _Product:
     def add_groups(self, acc: UOp, x: _Shard) -> UOp:
         """The same with quantized weights: first the codes' products by group, which are then scaled. So a weight costs
         one multiply-add, and its scale 1 / group."""
-        body, fmt, rows = self.body, self.spec.format, self.spec.rows_per_pass
+        body, fmt, rows, width = self.body, self.spec.format, self.spec.rows_per_pass, self.spec.format.code_cols
         size = math.gcd(fmt.group, x.start, x.width)  # less than a group if a shard of x ends inside one
         step = body.fold(x.width // size)
         group = step + x.start // size if size == fmt.group else (step * size + x.start) // fmt.group
         dots = fill(body, body.registers(rows * PANEL), 0.0, acc, step)
-        k = body.fold(size)
-        col = step * size + k
-        stores = [self._multiply(dots.after(k), x, col)]
+        k = body.fold(size // width)
+        col = step * size + k * width
+        multiply = self._multiply if fmt.grid is None else self._multiply_vectors
+        stores = [multiply(dots.after(k), x, col)]
         total = body.registers(rows)  # the sum of x over the group
         if fmt.needs_input_sum:
             total = fill(body, total, 0.0, acc, step)
             inner = total.after(k)
-            stores += [
-                inner[r].store(inner[r].load() + x.buffer[x.at(self.first + r, col)].load()) for r in range(rows)
-            ]
+            for r in range(rows):
+                values = [x.buffer[x.at(self.first + r, col + i)].load() for i in range(width)]
+                stores.append(inner[r].store(sum(values, inner[r].load())))
         done = UOp.group(*stores).end(k)
         return self._add_scaled(acc.after(step, done), dots.after(done), total.after(done), group, step)
 
@@ -271,6 +272,19 @@ class _Product:
             for r, value in enumerate(values):
                 at = r * PANEL + part * lanes + lane
                 stores.append(acc[at].store(acc[at].load() + code * value))
+        return UOp.group(*stores).end(lane)
+
+    def _multiply_vectors(self, acc: UOp, x: _Shard, col: UOp) -> UOp:
+        """The same for the columns of one code of a grid."""
+        width, rows, lane = self.spec.format.code_cols, self.spec.rows_per_pass, self.body.loop(PANEL)
+        vector = (col + x.start) // width
+        weights = self.planes.panel_vector(self.panel, vector, lane, self.spec.num_cols)
+        stores = []
+        for r in range(rows):
+            total = acc[r * PANEL + lane].load()
+            for i, weight in enumerate(weights):
+                total = total + weight * x.buffer[x.at(self.first + r, col + i)].load()
+            stores.append(acc[r * PANEL + lane].store(total))
         return UOp.group(*stores).end(lane)
 
 
@@ -388,7 +402,7 @@ def embed_kernel(spec: EmbedSpec) -> KernelFn:
         assert value is not None
         store = out[token * spec.num_cols + col].store(value if spec.scale == 1.0 else value * spec.scale)
         name = f"embed_{spec.format.name}_{spec.num_tokens}x{spec.num_cols}"
-        nbytes = spec.num_tokens * spec.num_cols * (4 + spec.format.bits // 8)
+        nbytes = int(spec.num_tokens * spec.num_cols * (4 + spec.format.code_bits / 8))
         return finish(store.end(col).end(token), name, nbytes=nbytes)
 
     return kernel

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,27 @@ from ml_dtypes import bfloat16
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 
-from tinyvllm.arrays import DENSE_BITS, Format, HostMatrix, QuantizedMatrix, ScaleFormat, Scales, to_float32
+from tinyvllm.arrays import (
+    DENSE_BITS,
+    RUN,
+    Format,
+    Grid,
+    HostMatrix,
+    QuantizedMatrix,
+    ScaleFormat,
+    Scales,
+    grid_table,
+    to_float32,
+)
 from tinyvllm.device.handle import has_half, upload
 from tinyvllm.errors import InvariantError, UnsupportedModelError
 from tinyvllm.ops.kernel.body import F32, I32, U32
 
-PANEL = 32  # output rows of a panel, and codes of one packed run
+PANEL = RUN  # output rows of a panel, and codes of one packed run
 HALF = PANEL // 2
-WORD = 32  # bits of a word of the high plane: the bits of a run of 32 codes fill one word, or two
+WORD = 32  # bits of a word of the high plane: the bits of a run of 32 codes fill one word, two or four
+SIGNS = 8  # columns whose signs share a byte, where signs are apart
+SIGN_BIT = 0x80000000
 LEAST_E8M0 = 0x400000  # the bits of 2**-127, which an exponent of 0 stands for
 
 
@@ -40,7 +54,7 @@ def low_bits(fmt: Format) -> int:
 
 
 def high_bits(fmt: Format) -> int:
-    """Bits of a code in the high plane: 0, 1 or 2."""
+    """Bits of a code in the high plane: 0, 1, 2 or 4."""
     return fmt.bits - low_bits(fmt) if fmt.is_quantized else 0
 
 
@@ -69,9 +83,15 @@ class Matrix:
 
     @property
     def nbytes(self) -> int:
+        """Without the table of a grid, which all matrices of a device share."""
         if self.row_shards:
             return sum(shard.nbytes for shard in self.row_shards)
-        return sum(plane.nbytes() for plane in self.planes)
+        return sum(plane.nbytes() for plane in self.own_planes)
+
+    @property
+    def own_planes(self) -> tuple[Tensor, ...]:
+        """The planes that no other matrix shares: all but the table of a grid."""
+        return self.planes if self.format.grid is None else self.planes[:-1]
 
     def expert(self, index: int) -> Matrix:
         """The matrix of one expert: views of its part of the planes. Experts' rows are whole panels, so that the planes
@@ -81,7 +101,8 @@ class Matrix:
         if self.row_shards:
             return join_shards([shard.expert(index) for shard in self.row_shards])
         rows = self.num_rows // self.num_experts
-        planes = tuple(plane.reshape(self.num_experts, -1)[index] for plane in self.planes)
+        planes = tuple(plane.reshape(self.num_experts, -1)[index] for plane in self.own_planes)
+        planes += self.planes[len(planes) :]
         return replace(self, num_rows=rows, used_rows=rows, planes=planes, num_experts=0)
 
 
@@ -117,6 +138,8 @@ class Planes:
         self.fmt = fmt
         self.codes = rest.pop(0)  # or the values, when not quantized
         self.high = rest.pop(0) if high_bits(fmt) else None
+        self.signs = rest.pop(0) if fmt.grid is not None and fmt.grid.has_signs else None
+        self.table = rest.pop() if fmt.grid is not None else None
         self.scale = self._scales(fmt.scale, rest)
         self.minimum = self._scales(fmt.minimum, rest)
         if rest:
@@ -133,7 +156,8 @@ class Planes:
     @staticmethod
     def count(fmt: Format) -> int:
         """The number of planes of a matrix of this format."""
-        return 1 + (1 if high_bits(fmt) else 0) + sum(1 + s.has_steps + s.has_multiplier for s in fmt.scales)
+        of_grid = 0 if fmt.grid is None else 1 + fmt.grid.has_signs
+        return 1 + (high_bits(fmt) > 0) + of_grid + sum(1 + s.has_steps + s.has_multiplier for s in fmt.scales)
 
     # -- reading, in the panel layout --------------------------------------------------------------------------------
 
@@ -151,6 +175,21 @@ class Planes:
         if fmt.name == "bfloat16":
             return float_of_bfloat16(stored)
         return float_of_e4m3(stored) if fmt.is_float8 else stored.cast(F32)
+
+    def panel_vector(self, panel: UOp, vector: UOp, lane: UOp, num_cols: int) -> list[UOp]:
+        """What one code of a grid stands for: the values of a row's neighboring columns, as float32."""
+        grid = self.fmt.grid
+        assert grid is not None and self.table is not None
+        run = panel * (num_cols // grid.width) + vector
+        code = self._full_code(self.codes[run * PANEL + lane].load().cast(I32), run, lane)
+        words = [self.table[code * (grid.width // 4) + i].load() for i in range(grid.width // 4)]
+        values = [signed_byte(words[i // 4], i % 4).cast(F32) for i in range(grid.width)]
+        if self.signs is None:
+            return values
+        first = vector * grid.width
+        signs = self.signs[(panel * (num_cols // SIGNS) + first // SIGNS) * PANEL + lane].load().cast(U32)
+        signs = signs >> (first % SIGNS).cast(U32)
+        return [negated_if(value, signs << (31 - i) & SIGN_BIT) for i, value in enumerate(values)]
 
     def _high_bits(self, run: UOp, lane: UOp | int) -> UOp:
         """The bits of a run's code `lane` that lie in the high plane, shifted into place."""
@@ -180,6 +219,8 @@ class Planes:
 
     def value(self, row: UOp, col: UOp, num_cols: int, layout: str) -> UOp:
         """One value, as float32, of a row that depends on data (an embedding row)."""
+        if self.fmt.grid is not None:
+            return self._scaled(self._grid_value(self.fmt.grid, row, col, num_cols, layout), row, col, num_cols, layout)
         if layout == "row":
             return self._row_value(row, col, num_cols)
         fmt, run, lane = self.fmt, row // PANEL * num_cols + col, row % PANEL
@@ -216,10 +257,35 @@ class Planes:
             code = ((word >> (lane % 4 * 8 + lane // lanes * width).cast(U32)) & ((1 << width) - 1)).cast(I32)
         return self._scaled(self._code_value(code, run, lane), row, col, num_cols, "row")
 
+    def _grid_value(self, grid: Grid, row: UOp, col: UOp, num_cols: int, layout: str) -> UOp:
+        """One value of a vector that a code stands for."""
+        assert self.table is not None
+        vector, per_row = col // grid.width, num_cols // grid.width
+        if layout == "row":
+            run, lane = (row * per_row + vector) // RUN, (row * per_row + vector) % RUN
+            code = self.codes[run * (RUN // 4) + lane // 4].load() >> (lane % 4 * 8).cast(U32) & 0xFF
+        else:
+            run, lane = row // PANEL * per_row + vector, row % PANEL
+            code = self.codes[run * PANEL + lane].load()
+        place = self._full_code(code.cast(I32), run, lane) * grid.width + col % grid.width
+        value = signed_byte(self.table[place // 4].load(), place % 4).cast(F32)
+        if self.signs is None:
+            return value
+        if layout == "row":
+            index = row * num_cols + col
+            signs = self.signs[index // WORD].load() >> (index % WORD).cast(U32)
+        else:
+            signs = self.signs[(row // PANEL * (num_cols // SIGNS) + col // SIGNS) * PANEL + row % PANEL].load()
+            signs = signs.cast(U32) >> (col % SIGNS).cast(U32)
+        return negated_if(value, signs << 31)
+
+    def _full_code(self, code: UOp, run: UOp, lane: UOp) -> UOp:
+        """A code, given its low bits."""
+        return code if self.high is None else code + self._high_bits(run, lane)
+
     def _code_value(self, code: UOp, run: UOp, lane: UOp) -> UOp:
         """What a code stands for, given its low bits."""
-        if self.high is not None:
-            code = code + self._high_bits(run, lane)
+        code = self._full_code(code, run, lane)
         if self.fmt.codebook is not None:
             return look_up(code, self.fmt.codebook)
         return (code - self.fmt.offset).cast(F32)
@@ -267,6 +333,17 @@ def const_like(code: Any, value: float) -> Any:
     return UOp.const(value, F32) if isinstance(code, UOp) else value
 
 
+def signed_byte(word: UOp, index: UOp | int) -> UOp:
+    """Byte `index` of a 32-bit word, as a signed integer."""
+    shift = 24 - index * 8
+    return (word << (shift if isinstance(shift, int) else shift.cast(U32))).bitcast(I32) >> 24
+
+
+def negated_if(value: UOp, sign: UOp) -> UOp:
+    """A float32, negated if the highest bit of `sign` is set, whose other bits are zero."""
+    return (value.bitcast(U32) ^ sign).bitcast(F32)
+
+
 def float_of_bfloat16(bits: Any) -> Any:
     """A bfloat16 is the upper half of a float32."""
     return (bits.cast(U32) << 16).bitcast(F32)
@@ -282,14 +359,17 @@ def float_of_e4m3(byte: Any) -> Any:
 
 
 def float_of_scale(base: Any, fmt: ScaleFormat) -> Any:
-    """A stored scale as float32. Devices without half precision store float16 as float32. E8M0's NaN reads as inf."""
+    """A stored scale as float32, in its unit. Devices without half precision store float16 as float32. E8M0's NaN reads
+    as inf."""
     if fmt.dtype == "bfloat16":
-        return float_of_bfloat16(base)
-    if fmt.dtype == "e4m3":
-        return float_of_e4m3(base)
-    if fmt.dtype == "e8m0":
-        return (base.cast(U32) << 23).maximum(LEAST_E8M0).bitcast(F32)
-    return base.cast(F32)
+        scale = float_of_bfloat16(base)
+    elif fmt.dtype == "e4m3":
+        scale = float_of_e4m3(base)
+    elif fmt.dtype == "e8m0":
+        scale = (base.cast(U32) << 23).maximum(LEAST_E8M0).bitcast(F32)
+    else:
+        scale = base.cast(F32)
+    return scale if fmt.unit == 1.0 else scale * fmt.unit
 
 
 # -- packing ---------------------------------------------------------------------------------------------------------
@@ -313,10 +393,23 @@ def pack(
         fmt, planes = host.format, _quantized_planes(host, padded, layout, has_half(device))
     else:
         fmt, planes = _dense_planes(host, dtype, padded, layout)
-    if layout == "row" and planes[0].dtype in (np.uint8, np.int8, np.uint16):
-        planes[0] = planes[0].reshape(-1).view(np.uint32)
+    if layout == "row":
+        planes[0] = _in_words(planes[0])
     tensors = tuple(upload(plane, device) for plane in planes)
+    if fmt.grid is not None:
+        tensors += (_table_on(device, fmt.grid),)
     return Matrix(fmt, padded, cols, rows, layout, tensors, num_experts=num_experts)
+
+
+def _in_words(plane: np.ndarray) -> np.ndarray:
+    """Codes, bfloat16 values or signs as 32-bit words; others as they are."""
+    return plane.reshape(-1).view(np.uint32) if plane.dtype in (np.uint8, np.int8, np.uint16) else plane
+
+
+@cache
+def _table_on(device: str, grid: Grid) -> Tensor:
+    """A grid's vectors in words of four bytes, on a device: one tensor for all matrices."""
+    return upload(grid_table(grid.name).reshape(-1).view(np.uint32), device)
 
 
 def _check_shape(host: HostMatrix, num_experts: int) -> None:
@@ -362,11 +455,14 @@ def _quantized_planes(host: QuantizedMatrix, padded: int, layout: str, keeps_hal
     fmt = host.format
     codes = _arrange(_as_bits(host.codes), padded, layout)
     planes = [codes]
-    if fmt.bits != 8:
+    if fmt.bits != 8 or fmt.grid is not None:
         runs = codes.reshape(-1, PANEL)  # 32 rows' codes, or columns'
-        planes = [_pack_low(runs, low_bits(fmt))]
+        planes = [_pack_low(runs, low_bits(fmt)).astype(np.uint8, copy=False)]
         if high_bits(fmt):
-            planes.append(_pack_high(runs >> low_bits(fmt), high_bits(fmt)))
+            planes.append(_pack_high((runs >> low_bits(fmt)).astype(np.uint8, copy=False), high_bits(fmt)))
+    if host.signs is not None:
+        signs = _arrange(host.signs, padded, layout)
+        planes.append(_in_words(signs) if layout == "row" else signs)
     for scales in (host.scale, host.minimum):
         if scales is not None:
             planes += _scale_planes(scales, padded, layout, keeps_half)
@@ -407,16 +503,33 @@ def unpack(matrix: Matrix, dtype: DType = dtypes.float) -> Tensor:
     """The whole matrix as a Tensor (N, K), by plain Tensor arithmetic: the reference for the kernels' readers, and the
     form in which the general product of GPUs reads weights (the arithmetic fuses into the product's kernel)."""
     fmt, planes = matrix.format, Planes(matrix.format, matrix.planes)
-    values = _unarrange(_unpack_values(planes, matrix), matrix)
+    values = (
+        _unpack_grid(planes, matrix) if fmt.grid is not None else _unarrange(_unpack_values(planes, matrix), matrix)
+    )
     if not fmt.is_quantized:
         return values.cast(dtype)
-    if fmt.codebook is None and not fmt.is_float8:
+    if fmt.offset:
         values = values - fmt.offset
     values = values.reshape(matrix.num_rows, -1, fmt.group)  # (N, K/group, group)
     out = values * _unpack_factor(planes.scale, matrix).unsqueeze(-1)
     if planes.minimum is not None:
         out = out + _unpack_factor(planes.minimum, matrix).unsqueeze(-1)
     return out.reshape(matrix.num_rows, matrix.num_cols).cast(dtype)
+
+
+def _unpack_grid(planes: Planes, matrix: Matrix) -> Tensor:
+    """What the codes of a grid stand for: (N, K) float32."""
+    grid, stored = matrix.format.grid, planes.codes
+    assert grid is not None and planes.table is not None
+    stored = stored.bitcast(dtypes.uchar) if stored.dtype == dtypes.uint else stored
+    codes = _unarrange(_unpack_codes(planes, stored).reshape(-1), matrix)  # (N, K/width)
+    table = planes.table.bitcast(dtypes.char).reshape(-1, grid.width)
+    values = table[codes.cast(dtypes.int)].cast(dtypes.float).reshape(matrix.num_rows, -1)
+    if planes.signs is None:
+        return values
+    signs = planes.signs.bitcast(dtypes.uchar) if planes.signs.dtype == dtypes.uint else planes.signs
+    bits = _unarrange(signs, matrix).unsqueeze(-1) >> Tensor.arange(SIGNS, dtype=dtypes.uchar) & 1  # (N, K/8, 8)
+    return bits.reshape(matrix.num_rows, -1).ne(0).where(-values, values)
 
 
 def _unpack_values(planes: Planes, matrix: Matrix) -> Tensor:
@@ -436,11 +549,15 @@ def _unpack_values(planes: Planes, matrix: Matrix) -> Tensor:
 
 
 def _unpack_codes(planes: Planes, stored: Tensor) -> Tensor:
-    """(runs, 32) uint32 codes of 2 to 6 bits, of which the bytes `stored` have the low ones."""
+    """(runs, 32) uint32 codes, of which the bytes `stored` have the low bits."""
     fmt, width = planes.fmt, low_bits(planes.fmt)
     low, mask = stored.reshape(-1, 1, code_lanes(fmt)), (1 << width) - 1
-    parts = [low & mask, *[low >> shift & mask for shift in range(width, 8 - width, width)], low >> 8 - width]
-    codes = parts[0].cat(*parts[1:], dim=1).reshape(-1, PANEL).cast(dtypes.uint)
+    if width == 8:
+        codes = low
+    else:
+        parts = [low & mask, *[low >> shift & mask for shift in range(width, 8 - width, width)], low >> 8 - width]
+        codes = parts[0].cat(*parts[1:], dim=1)
+    codes = codes.reshape(-1, PANEL).cast(dtypes.uint)
     if planes.high is not None:
         count = high_bits(fmt)
         # computed, because a list would be copied from the host at every step

@@ -31,7 +31,7 @@ def covers(fmt: Format) -> bool:
     """Whether a matrix of this format can be read by runs. Other formats take the general form (`matrix.unpack`)."""
     if not fmt.is_quantized:
         return True
-    has_integers = fmt.codebook is None and not fmt.is_float8 and fmt.bits in COVERED_BITS
+    has_integers = fmt.codebook is None and fmt.grid is None and not fmt.is_float8 and fmt.bits in COVERED_BITS
     has_halves = all(scale.dtype == "float16" and not scale.has_multiplier for scale in fmt.scales)
     return has_integers and has_halves and fmt.group in COVERED_GROUPS
 

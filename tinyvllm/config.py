@@ -77,6 +77,7 @@ class LayerKind:
     head_norm_eps: float | None = None  # of the RMSNorm on each head of q and k, before rope; None: no such norm
     value_norm_eps: float | None = None  # of the weightless RMSNorm on each head of v; None: no such norm
     has_bias: bool = False  # q, k and v have biases
+    has_v_from_k: bool = False  # v is k before its norm and rope: k_proj serves for both
     kv_layer: int | None = None  # the earlier layer whose keys and values it reads; None: its own
 
     @property
@@ -90,6 +91,17 @@ class LayerKind:
     @property
     def scale(self) -> float:
         return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """What differs between the layers of a model (Gemma 4), besides windows."""
+
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    has_v_from_k: bool = False  # as in LayerKind
+    kv_layer: int | None = None  # as in LayerKind
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,8 @@ class ModelConfig:
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
     norm_offset: float = 0.0  # added to the stored weights of norms: 1 in Gemma's Hugging Face files
     overflows_float16: bool = False  # activations exceed float16's range, as Gemma 3's residual does
+    layer_sizes: tuple[LayerSizes, ...] = ()  # of each layer; (): the sizes above in all of them
+    per_layer_size: int = 0  # of the embedding that each layer has of its own for every token; 0: none
     # per layer, repeated as a pattern; set by the family (model/registry.py); (): derived from the fields above
     layer_kinds: tuple[LayerKind, ...] = ()
 
@@ -133,15 +147,28 @@ class ModelConfig:
     def kind_of(self, layer: int) -> LayerKind:
         """A layer's attention according to the files; a family adds what its architecture implies."""
         is_windowed = self.window is not None and (not self.windowed or self.windowed[layer % len(self.windowed)])
+        sizes = self.sizes_of(layer)
         return LayerKind(
             num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
+            num_kv_heads=sizes.num_kv_heads,
+            head_dim=sizes.head_dim,
             rope=self.local_rope if is_windowed and self.local_rope is not None else self.rope,
             score_scale=self.score_scale,
             window=self.window if is_windowed else None,
             softcap=self.score_softcap,
+            has_v_from_k=sizes.has_v_from_k,
+            kv_layer=sizes.kv_layer,
         )
+
+    def sizes_of(self, layer: int) -> LayerSizes:
+        return (
+            self.layer_sizes[layer] if self.layer_sizes else LayerSizes(self.num_kv_heads, self.head_dim, self.ffn_size)
+        )
+
+    @property
+    def ffn_sizes(self) -> list[int]:
+        """Of each layer."""
+        return [self.sizes_of(layer).ffn_size for layer in range(self.num_layers)]
 
     @property
     def q_size(self) -> int:

@@ -49,7 +49,9 @@ class Recipe:
     layer_norms: tuple[str, ...] = (ATTENTION_NORM, FFN_NORM)  # of hidden_size weights
     post_norms: tuple[str, ...] = ()  # those of `layer_norms` that come after attention or the feed-forward
     biases: tuple[str, ...] = ()  # modules of a layer that have one: "self_attn.q_proj"
-    more_shapes: Callable[[Mapping[str, Any], int], Shapes] = lambda config, layer: {}  # a layer's, by our names
+    # a layer's tensors, by our names; they replace those that every family has. (): a tensor that it does not have
+    more_shapes: Callable[[Mapping[str, Any], int], Shapes] = lambda config, layer: {}
+    top_shapes: Shapes = field(default_factory=dict)  # of tensors outside the layers, besides every family's
     norm_offset: float = 0.0  # what the class adds to norms' weights, and GGUF's converter too
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # modules stored as one, by its name
     # What GGUF stores under other names or in another form: the tensors of this model by llama.cpp's names
@@ -92,7 +94,8 @@ def layer_shapes(recipe: Recipe, layer: int) -> Shapes:
     shapes: Shapes = {f"{name}.weight": shape for name, shape in matrices.items()}
     shapes |= {f"{name}.bias": matrices[name][:1] for name in recipe.biases}
     shapes |= {f"{name}.weight": (hidden,) for name in recipe.layer_norms}
-    return shapes | recipe.more_shapes(c, layer)
+    shapes |= recipe.more_shapes(c, layer)
+    return {name: shape for name, shape in shapes.items() if shape}
 
 
 def tensor_shapes(recipe: Recipe) -> Shapes:
@@ -101,7 +104,7 @@ def tensor_shapes(recipe: Recipe) -> Shapes:
     shapes: Shapes = {"model.embed_tokens.weight": (c["vocab_size"], c["hidden_size"])}
     for index in range(c["num_hidden_layers"]):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer_shapes(recipe, index).items()}
-    shapes["model.norm.weight"] = (c["hidden_size"],)
+    shapes |= {"model.norm.weight": (c["hidden_size"],)} | recipe.top_shapes
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (c["vocab_size"], c["hidden_size"])
     return shapes
@@ -177,7 +180,8 @@ def write_gguf(path: Path, recipe: Recipe, dtype: str = "float32") -> ModelFiles
     writer.add_head_count_kv(c["num_key_value_heads"])
     writer.add_key_length(c["head_dim"])
     writer.add_value_length(c["head_dim"])
-    writer.add_rope_freq_base(c["rope_theta"])
+    if "rope_theta" in c:
+        writer.add_rope_freq_base(c["rope_theta"])
     writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
     for key, value in recipe.gguf_keys.items():
         writer.add_key_value(f"{arch}.{key}", value, gguf.GGUFValueType.get_type(value))

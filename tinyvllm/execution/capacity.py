@@ -93,8 +93,9 @@ def jit_scratch_bytes(buckets: Iterable[Bucket], num_instances: int, model: Mode
 
 
 def _step_scratch_bytes(num_tokens: int, num_seqs: int, model: ModelConfig) -> int:
-    widest = max(2 * model.ffn_size, *[2 * kind.q_size + 2 * kind.kv_size for kind in model.layers])
-    by_token, by_sequence = 4 * model.hidden_size + 2 * widest, 4 * model.vocab_size
+    widest = max(2 * max(model.ffn_sizes), *[2 * kind.q_size + 2 * kind.kv_size for kind in model.layers])
+    per_layer = model.num_layers * model.per_layer_size  # of one token's embeddings: read, projected, and their sum
+    by_token, by_sequence = 4 * model.hidden_size + 2 * widest + 3 * per_layer, 4 * model.vocab_size
     return 4 * (num_tokens * by_token + num_seqs * by_sequence)
 
 

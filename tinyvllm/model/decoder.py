@@ -86,6 +86,7 @@ class Decoder:
             progress(index + 1, total)
         table = self._take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.embedding = backend.matrix(table)
+        self._load_more()
         self.norm = self._norm("model.norm.weight")
         self.head = self.embedding
         if not config.tie_embeddings:
@@ -109,8 +110,7 @@ class Decoder:
         """One step: (R * logit_stride,) float32 logits. In a decode step T = R and row i samples for sequence i."""
         ops, config, num_rows = self.backend, self.config, step.num_tokens
         x = ops.embed(self.embedding, step, self.embedding_scale(config))  # (T * hidden,)
-        for layer in self.layers:
-            x = self._layer(layer, x, step)
+        x = self._run_layers(x, step)
         if not step.is_decode:
             keep(*ops.parts_of(x))  # embedding requests read them
             x = ops.take_rows(x, step, config.hidden_size)
@@ -119,18 +119,30 @@ class Decoder:
         (logits,) = ops.linear("lm_head", x, [self.head], num_rows, self.norm, epilogue)
         return ops.join(logits, self.logit_stride, step.layout)
 
-    def _layer(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
+    def _run_layers(self, x: Tensor, step: Step) -> Tensor:
+        for layer in self.layers:
+            x = self._feed_forward(layer, self._attention(layer, x, step), step)
+        return x
+
+    def _attention(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
         ops, tokens = self.backend, step.num_tokens
         qkv = ops.linear("qkv", x, layer.qkv, tokens, layer.attention_norm)  # (T * (H + 2K) * D,) in all
         heads = ops.attend(qkv, layer.attention, step)  # (T * H * D,)
         epilogue = Epilogue(post_norm=layer.attention_post_norm, residual=x)
-        (x,) = ops.linear("attention_out", heads, [layer.attention_out], tokens, None, epilogue)
+        return ops.linear("attention_out", heads, [layer.attention_out], tokens, None, epilogue)[0]
+
+    def _feed_forward(self, layer: Layer, x: Tensor, step: Step, out_scale: Tensor | None = None) -> Tensor:
+        """`out_scale`: (1,) float32, of the sum with the residual."""
+        ops, tokens = self.backend, step.num_tokens
         gate = Epilogue(activation=self.config.activation)
         (hidden,) = ops.linear("gate_up", x, [layer.gate_up], tokens, layer.ffn_norm, gate)  # (T * ffn,)
-        epilogue = Epilogue(post_norm=layer.ffn_post_norm, residual=x)
+        epilogue = Epilogue(post_norm=layer.ffn_post_norm, residual=x, out_scale=out_scale)
         return ops.linear("down", hidden, [layer.down], tokens, None, epilogue)[0]
 
     # -- loading ------------------------------------------------------------------------------------------------------
+
+    def _load_more(self) -> None:
+        """Load the tensors of a family that are in no layer, besides the embedding, the last norm and the head."""
 
     def _load_ropes(self, num_positions: int) -> list[Tensor]:
         """The table of each rope in `rope_list`."""
@@ -145,7 +157,7 @@ class Decoder:
 
     def _load_layer(self, index: int, kind: LayerKind) -> Layer:
         prefix, config, ops = f"model.layers.{index}", self.config, self.backend
-        hidden, ffn = config.hidden_size, config.ffn_size
+        hidden, ffn = config.hidden_size, config.sizes_of(index).ffn_size
         qkv = ops.stacked(self._load_qkv(f"{prefix}.self_attn", kind), kind.num_kv_heads)
         gate = self._take(f"{prefix}.mlp.gate_proj.weight", ffn, hidden)
         up = self._take(f"{prefix}.mlp.up_proj.weight", ffn, hidden)
@@ -163,7 +175,8 @@ class Decoder:
 
     def _load_qkv(self, prefix: str, kind: LayerKind) -> list[HostMatrix]:
         hidden, rows = self.config.hidden_size, _qkv_rows(kind)
-        return [self._take(f"{prefix}.{name}_proj.weight", count, hidden) for name, count in rows.items()]
+        matrices = [self._take(f"{prefix}.{name}_proj.weight", count, hidden) for name, count in rows.items()]
+        return [*matrices, matrices[1]] if kind.has_v_from_k else matrices  # the rows of k a second time
 
     def _load_attention(self, index: int, kind: LayerKind, qkv_cols: tuple[int, ...]) -> AttentionLayer:
         prefix = f"model.layers.{index}.self_attn"
@@ -195,16 +208,19 @@ class Decoder:
     def _optional_norm(self, prefix: str, name: str | None) -> Norm | None:
         return None if name is None else self._norm(f"{prefix}.{name}.weight")
 
-    def _norm(self, *names: str, size: int | None = None) -> Norm:
-        """The norms of these names, side by side, each of `size` weights, or of hidden_size."""
+    def _norm(self, *names: str, size: int | None = None, factor: float = 1.0) -> Norm:
+        """The norms of these names, side by side, each of `size` weights, or of hidden_size, times `factor`."""
         shape = (size or self.config.hidden_size,)
         weight = np.concatenate([to_float32(self.checkpoint.take(name, shape)) for name in names])
-        weight = weight.astype(np.float32) + np.float32(self.config.norm_offset)
+        weight = (weight.astype(np.float32) + np.float32(self.config.norm_offset)) * np.float32(factor)
         return Norm(self.backend.device.upload(weight), self.config.norm_eps)
 
 
 def _qkv_rows(kind: LayerKind) -> dict[str, int]:
-    """The rows of q, then of k and v; of q alone where another layer's keys and values are read."""
+    """The rows of q, then of k and v; without v where k serves for both, and of q alone where another layer's keys and
+    values are read."""
     if kind.kv_layer is not None:
         return {"q": kind.q_size}
+    if kind.has_v_from_k:
+        return {"q": kind.q_size, "k": kind.kv_size}
     return {"q": kind.q_size, "k": kind.kv_size, "v": kind.kv_size}

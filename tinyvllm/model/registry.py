@@ -10,6 +10,7 @@ from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.decoder import Decoder
 from tinyvllm.model.gemma2 import Gemma2
 from tinyvllm.model.gemma3 import Gemma3
+from tinyvllm.model.gemma4 import Gemma4
 from tinyvllm.model.llama import Llama
 from tinyvllm.model.mistral import Mistral
 from tinyvllm.model.qwen2 import Qwen2
@@ -26,6 +27,8 @@ FAMILIES: dict[str, type[Decoder]] = {
     "qwen3": Qwen3,
     "gemma2": Gemma2,
     "gemma3": Gemma3,
+    "gemma4": Gemma4,
+    "gemma4_unified": Gemma4,
 }
 
 

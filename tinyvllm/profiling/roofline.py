@@ -59,7 +59,8 @@ class Work:
 def weights_of(config: ModelConfig) -> tuple[int, int]:
     """(weights in the matrices of all layers, weights in one matrix of V rows: the embedding, or the head)."""
     attention = sum(2 * kind.q_size + (2 * kind.kv_size if kind.kv_layer is None else 0) for kind in config.layers)
-    in_layers = config.hidden_size * (attention + 3 * config.num_layers * config.ffn_size)
+    per_layer_embeddings = 3 * config.num_layers * config.per_layer_size
+    in_layers = config.hidden_size * (attention + 3 * sum(config.ffn_sizes) + per_layer_embeddings)
     return in_layers, config.vocab_size * config.hidden_size
 
 

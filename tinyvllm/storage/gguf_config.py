@@ -24,7 +24,7 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
     if embedding is None or len(embedding.shape) != 2:
         raise ModelError(f"{file.path} has no matrix token_embd.weight: it holds no complete language model")
     num_heads = values.integer("attention.head_count")
-    num_kv_heads = values.integer("attention.head_count_kv", num_heads)
+    num_kv_heads = _largest(values, family, "attention.head_count_kv", num_heads)
     if num_heads % num_kv_heads != 0:
         values.refuse("attention.head_count_kv", f"a divisor of attention.head_count ({num_heads})")
     head_dim = _head_dim(values, num_heads)
@@ -41,7 +41,7 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
         architecture=architecture,
         num_layers=num_layers,
         hidden_size=hidden_size,
-        ffn_size=values.integer("feed_forward_length"),
+        ffn_size=_largest(values, family, "feed_forward_length"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -61,7 +61,7 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
         logit_softcap=values.optional_number("final_logit_softcapping") or None,
         overflows_float16=family.overflows_float16,
     )
-    return family.gguf_refine(config, values)
+    return family.gguf_refine(config, values, file.tensors)
 
 
 def _architecture(values: Values) -> str:
@@ -79,6 +79,17 @@ def _refuse_variants(values: Values, family: FamilyFiles) -> None:
     for key in SOFTCAPS:
         if key not in family.softcaps and values.optional_number(key):
             values.unsupported(key, "0 (none)")
+
+
+def _largest(values: Values, family: FamilyFiles, key: str, default: int | None = None) -> int:
+    """A number, or the largest of a list with one for each layer. Raises ModelError if they differ in a family whose
+    layers are alike."""
+    if not isinstance(values.get(key), list):
+        return values.integer(key, default)
+    counts = values.integers(key, values.integer("block_count"))
+    if len(set(counts)) > 1 and not family.has_layer_sizes:
+        values.unsupported(key, "the same number for every layer")
+    return max(counts)
 
 
 def _windows(values: Values, family: FamilyFiles, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:

@@ -110,7 +110,7 @@ def _refuse_variants(values: Values, family: FamilyFiles) -> None:
     for key in ("attention_bias", "mlp_bias"):
         if values.flag(key):
             values.unsupported(key, "false (no biases)")
-    if values.flag("use_bidirectional_attention"):
+    if values.get("use_bidirectional_attention") not in (None, False, "vision"):  # text is causal with "vision", too
         values.unsupported("use_bidirectional_attention", "false (causal attention)")
     _refuse_partial_rope(values, family)
     for key in SOFTCAPS:

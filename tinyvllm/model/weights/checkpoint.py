@@ -39,6 +39,7 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
         read = language_model_tensors(assemble_matrices(files.path, stored), config.architecture)
     if family is not None and family.fused:
         read = split_fused(read, family.fused, config)
+    read = {name: tensor for name, tensor in read.items() if not name.startswith(_unread_modules(config))}
     # tied embeddings: some writers store a copy of them as the head anyway, which transformers ignores too
     ignored = (*IGNORED_SUFFIXES, HEAD_NAME) if config.tie_embeddings else IGNORED_SUFFIXES
     checkpoint = Checkpoint(files.path, {name: tensor for name, tensor in read.items() if not name.endswith(ignored)})
@@ -65,6 +66,16 @@ def format_lines(tensors: Mapping[str, StoredTensor]) -> list[str]:
             f"them: they take {after:.0f} MiB instead of {before:.0f}"
         )
     return lines
+
+
+def _unread_modules(config: ModelConfig) -> tuple[str, ...]:
+    """Beginnings of the names of keys and values in layers that read another layer's: files have them all the same."""
+    return tuple(
+        f"model.layers.{layer}.self_attn.{module}."
+        for layer, kind in enumerate(config.layers)
+        if kind.kv_layer is not None
+        for module in ("k_proj", "v_proj", "k_norm", "v_norm")
+    )
 
 
 def language_model_tensors(tensors: Mapping[str, StoredTensor], architecture: str) -> dict[str, StoredTensor]:

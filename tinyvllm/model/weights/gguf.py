@@ -22,7 +22,14 @@ from tinyvllm.storage.gguf_rope import ROPE_TENSORS
 MULTIPLIED_TYPE = "NVFP4"  # whose matrices have a scale as a tensor beside them
 KNOWN_TYPES = (*DENSE_DTYPES, *QUANTIZED_KINDS)
 
-TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+TOP_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -70,8 +77,10 @@ def canonical_name(gguf_name: str, architecture: str) -> str:
     """Hugging Face's name of llama.cpp's tensor, or the same name if there is none."""
     if match := LAYER_TENSOR.fullmatch(gguf_name):
         names = LAYER_NAMES | dict(families.KNOWN_ARCHITECTURES[architecture].gguf_layer_names)
-        if match["part"] in names:
-            return f"model.layers.{match['layer']}.{names[match['part']]}.{match['suffix']}"
+        layer, part, suffix = match.groups()
+        name = names.get(f"{part}.{suffix}") or (part in names and f"{names[part]}.{suffix}")
+        if name:
+            return f"model.layers.{layer}.{name}"
     if (match := TOP_TENSOR.fullmatch(gguf_name)) and match["part"] in TOP_NAMES:
         return f"{TOP_NAMES[match['part']]}.{match['suffix']}"
     return gguf_name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinyvllm.storage.families import gemma2, gemma3, llama, mistral, qwen2, qwen3
+from tinyvllm.storage.families import gemma2, gemma3, gemma4, llama, mistral, qwen2, qwen3
 from tinyvllm.storage.families.family import SOFTCAPS, FamilyFiles
 
 # By the registry's key (model/registry.py)
@@ -13,6 +13,8 @@ KNOWN_ARCHITECTURES: dict[str, FamilyFiles] = {
     "qwen3": qwen3.FILES,
     "gemma2": gemma2.FILES,
     "gemma3": gemma3.FILES,
+    "gemma4": gemma4.FILES,
+    "gemma4_unified": gemma4.UNIFIED_FILES,
 }
 
 __all__ = ["KNOWN_ARCHITECTURES", "SOFTCAPS", "FamilyFiles"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,10 @@ SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 # Completes a config with what only this family's files say
 Refine = Callable[[ModelConfig, Values], ModelConfig]
+GGUFRefine = Callable[[ModelConfig, Values, Collection[str]], ModelConfig]  # with the names of the file's tensors
 
 
-def as_read(config: ModelConfig, values: Values) -> ModelConfig:
+def as_read(config: ModelConfig, values: Values, tensors: Collection[str] = ()) -> ModelConfig:
     """The config as the readers for all families make it."""
     return config
 
@@ -48,11 +49,13 @@ class FamilyFiles:
     rope_aliases: Mapping[str, str] = field(default_factory=dict)  # names of kinds of ropes, and transformers'
     norm_offset: float = 0.0  # to be added to norms' weights in Hugging Face's format; GGUF has it in the weights
     overflows_float16: bool = False  # as in ModelConfig
+    has_layer_sizes: bool = False  # GGUF may have a list of numbers, one for each layer, which gguf_refine reads
     # Numbers of layers with which GGUF, which has no key for it, means a score scale of (hidden / heads) ** -0.5
     gguf_wide_scale_layers: tuple[int, ...] = ()
     hf_renamed: Mapping[str, str] = field(default_factory=dict)  # beginnings of tensors' names, and ours
     hf_unread: tuple[str, ...] = ()  # beginnings of the names of tensors outside the language model
-    gguf_layer_names: Mapping[str, str] = field(default_factory=dict)  # llama.cpp's, where they mean other tensors
+    # llama.cpp's names of a layer's modules, or of single tensors ("x.weight"), where they mean others than llama's
+    gguf_layer_names: Mapping[str, str] = field(default_factory=dict)
     # llama.cpp's converter reorders the rows of q and k (and their biases): there a rotated pair lies in neighboring
     # rows, here in the two halves of a head
     gguf_interleaves_pairs: bool = False
@@ -62,4 +65,4 @@ class FamilyFiles:
     # Applied last, to config.json's values for the text model with the family's defaults
     hf_refine: Refine = as_read
     # Applied last, to the metadata under {arch}, without this prefix
-    gguf_refine: Refine = as_read
+    gguf_refine: GGUFRefine = as_read

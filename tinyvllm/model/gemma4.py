@@ -1,0 +1,120 @@
+"""Gemma 4, text (dense): Gemma 3's layers with normed values, and in E2B and E4B an embedding of each layer's own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from tinygrad import Tensor
+
+from tinyvllm.config import LayerKind, ModelConfig
+from tinyvllm.model.decoder import Layer
+from tinyvllm.model.gemma3 import Gemma3
+from tinyvllm.ops.backend import Epilogue, Norm, Step
+from tinyvllm.ops.formats.matrix import Matrix
+
+
+@dataclass(frozen=True)
+class LayerEmbedding:
+    """How a layer adds its own embedding of each token: post_norm(projection(GELU(gate(x)) * embedding))."""
+
+    start: Tensor  # (1,) int32: its first column among those of all layers
+    gate: Matrix
+    projection: Matrix
+    post_norm: Norm
+
+
+@dataclass(frozen=True)
+class Gemma4Layer(Layer):
+    scale: Tensor  # (1,) float32, of the layer's output
+    embedding: LayerEmbedding | None
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        more = () if self.embedding is None else (self.embedding.gate, self.embedding.projection)
+        return (*super().matrices, *more)
+
+
+@dataclass(frozen=True)
+class EmbeddingInputs:
+    """All layers' own embeddings of a token: its row of a table, and a projection of its embedding, added up."""
+
+    table: Matrix  # (V, L * size)
+    projection: Matrix  # (L * size, hidden)
+    norm: Norm  # of each layer's part of the projection
+
+
+class Gemma4(Gemma3):
+    """transformers' Gemma4TextModel. Which layers see every token, their sizes, and whose keys they read are in the
+    config. Where k_proj serves for keys and values, its rows are stored twice, so that all kernels apply."""
+
+    layers: list[Gemma4Layer]  # type: ignore[assignment]
+
+    @classmethod
+    def layer_kinds(cls, config: ModelConfig) -> tuple[LayerKind, ...]:
+        kinds = super().layer_kinds(config)
+        return tuple(replace(kind, value_norm_eps=config.norm_eps if kind.kv_layer is None else None) for kind in kinds)
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        more = [] if self.inputs is None else [self.inputs.table, self.inputs.projection]
+        return [*super().matrices, *more]
+
+    def _run_layers(self, x: Tensor, step: Step) -> Tensor:
+        embedded = None if self.inputs is None else self._embed_layers(self.inputs, x, step)
+        for layer in self.layers:
+            x = self._attention(layer, x, step)
+            if layer.embedding is None or embedded is None:
+                x = self._feed_forward(layer, x, step, layer.scale)
+            else:
+                x = self._add_embedding(layer, layer.embedding, self._feed_forward(layer, x, step), embedded, step)
+        return x
+
+    def _embed_layers(self, inputs: EmbeddingInputs, x: Tensor, step: Step) -> Tensor:
+        """(T * L * size,): (norm(x @ projection.T / sqrt(hidden)) + row of the table * sqrt(size)) / sqrt(2)."""
+        ops, tokens = self.backend, step.num_tokens
+        rows = ops.embed(inputs.table, step, math.sqrt(self.config.per_layer_size / 2))
+        (projected,) = ops.linear("layer_embeddings", x, [inputs.projection], tokens)
+        return ops.norm_groups(projected, inputs.norm, tokens, rows)
+
+    def _add_embedding(
+        self, layer: Gemma4Layer, own: LayerEmbedding, x: Tensor, embedded: Tensor, step: Step
+    ) -> Tensor:
+        ops, tokens = self.backend, step.num_tokens
+        (gate,) = ops.linear("layer_gate", x, [own.gate], tokens)
+        gated = ops.gate_columns(gate, embedded, own.start, tokens, self.config.activation)
+        epilogue = Epilogue(post_norm=own.post_norm, residual=x, out_scale=layer.scale)
+        return ops.linear("layer_projection", gated, [own.projection], tokens, None, epilogue)[0]
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def _load_more(self) -> None:
+        config, ops = self.config, self.backend
+        self.inputs: EmbeddingInputs | None = None
+        if not config.per_layer_size:
+            return
+        columns, hidden = config.num_layers * config.per_layer_size, config.hidden_size
+        norm = self._norm("model.per_layer_projection_norm.weight", size=config.per_layer_size, factor=0.5**0.5)
+        self.inputs = EmbeddingInputs(
+            table=ops.matrix(self._take("model.embed_tokens_per_layer.weight", config.vocab_size, columns)),
+            projection=ops.matrix(self._take("model.per_layer_model_projection.weight", columns, hidden)),
+            norm=Norm(norm.weight, norm.eps * hidden),  # the product is not divided by sqrt(hidden)
+        )
+
+    def _load_layer(self, index: int, kind: LayerKind) -> Gemma4Layer:
+        layer = super()._load_layer(index, kind)
+        scale = self._vectors({f"model.layers.{index}.layer_scalar": 1})
+        own = self._load_embedding(index) if self.config.per_layer_size else None
+        shared = {field.name: getattr(layer, field.name) for field in fields(layer)}
+        return Gemma4Layer(**shared, scale=scale, embedding=own)
+
+    def _load_embedding(self, index: int) -> LayerEmbedding:
+        prefix, ops = f"model.layers.{index}", self.backend
+        hidden, size = self.config.hidden_size, self.config.per_layer_size
+        return LayerEmbedding(
+            start=ops.device.upload(np.array([index * size], np.int32)),
+            gate=ops.matrix(self._take(f"{prefix}.per_layer_input_gate.weight", size, hidden)),
+            projection=ops.matrix(self._take(f"{prefix}.per_layer_projection.weight", hidden, size)),
+            post_norm=self._norm(f"{prefix}.post_per_layer_input_norm.weight"),
+        )

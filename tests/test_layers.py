@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "ops/backend": BASE
     | {"arrays", "device"}
     | {f"ops/{name}" for name in ("attention_spec", "coverage", "formats", "sampling", "step_inputs")},
-    "ops/plain": BASE | {"ops/activation", "ops/backend"},
+    "ops/plain": BASE | {"ops/activation", "ops/attention_spec", "ops/backend"},
     "ops/cpu": INSIDE_OPS,
     "ops/gpu": INSIDE_OPS,
     "model": BASE | {"arrays", "device", "ops", "storage"},

@@ -63,6 +63,14 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class QueryScaling:
+    """Queries grow with their position: 1 + beta * log(1 + position // span) (Llama 4, Ministral 3)."""
+
+    beta: float
+    span: int  # tokens
+
+
+@dataclass(frozen=True)
 class LayerKind:
     """What attention computes in one layer. Layers with the same kind run the same kernels."""
 
@@ -75,6 +83,8 @@ class LayerKind:
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     has_sinks: bool = False  # the softmax includes a learned logit per head, which has no value
     head_norm_eps: float | None = None  # of the RMSNorm on each head of q and k, before rope; None: no such norm
+    head_norm_is_whole: bool = False  # that norm is of all heads of q together, and of all of k
+    query_scaling: QueryScaling | None = None  # of rotated queries; only in layers with a rope
     value_norm_eps: float | None = None  # of the weightless RMSNorm on each head of v; None: no such norm
     has_bias: bool = False  # q, k and v have biases
     has_v_from_k: bool = False  # v is k before its norm and rope: k_proj serves for both
@@ -128,6 +138,10 @@ class ModelConfig:
     local_rope: Rope | None = None  # of windowed layers, if it differs
     score_scale: float | None = None  # as in LayerKind
     score_softcap: float | None = None
+    query_scaling: QueryScaling | None = None  # as in LayerKind
+    biases: tuple[str, ...] = ()  # products with a bias: "qkv", "out" (of attention), "ffn" (gate, up and down)
+    embedding_scale: float = 1.0  # what the embedding's rows are multiplied by
+    residual_scale: float = 1.0  # what attention and the feed-forward add to the residual is multiplied by
     logit_scale: float = 1.0  # what logits are multiplied by, before their softcap
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
     norm_offset: float = 0.0  # added to the stored weights of norms: 1 in Gemma's Hugging Face files
@@ -158,6 +172,8 @@ class ModelConfig:
             softcap=self.score_softcap,
             has_v_from_k=sizes.has_v_from_k,
             kv_layer=sizes.kv_layer,
+            query_scaling=self.query_scaling,
+            has_bias="qkv" in self.biases,
         )
 
     def sizes_of(self, layer: int) -> LayerSizes:

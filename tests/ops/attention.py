@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.builders import encode_floats
 from tests.ops.builders import Piece, make_pool, make_step_of, normal, read_pool
-from tinyvllm.config import LayerKind, Rope
+from tinyvllm.config import LayerKind, QueryScaling, Rope
 from tinyvllm.model.rope import rope_table
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import Backend
@@ -75,6 +75,8 @@ FEATURES: dict[str, tuple[tuple[str, Any], ...]] = {
     "gpt-oss": (("window", 5), ("has_sinks", True), ("has_bias", True)),
     "no rope": (("rope", None), ("value_norm_eps", 0.1)),
     "partial rope": (("rope", Rope(10000.0, num_dims=8)),),
+    "scaled queries": (("query_scaling", QueryScaling(0.7, 5)), ("rope", Rope(10000.0, num_dims=12))),
+    "whole norms": (("head_norm_is_whole", True), ("head_norm_eps", 0.05), ("has_bias", True)),
     "all": (
         ("window", 9),
         ("softcap", 2.0),
@@ -114,13 +116,14 @@ def make_layer(ops: Backend, case: Case) -> AttentionLayer:
     """The case's layer, with tables that show: other weights for queries than for keys."""
     kind, upload = case.kind, ops.device.upload
     positions = case.layout.max_blocks * case.layout.block_size
-    rope = None if kind.rope is None else upload(rope_table(kind.rope, kind.head_dim, positions))
+    rope = None if kind.rope is None else upload(rope_table(kind.rope, kind.head_dim, positions, kind.query_scaling))
+    heads = case.heads + case.kv_heads if kind.head_norm_is_whole else 2
     return AttentionLayer(
         index=0,
         kind=kind,
         qkv_cols=case.parts,
         rope=rope,
-        head_norm=upload(1 + 0.3 * normal(2 * case.dim, seed=4)) if case.normed else None,
+        head_norm=None if kind.head_norm_eps is None else upload(1 + 0.3 * normal(heads * case.dim, seed=4)),
         bias=upload(normal(sum(case.parts), seed=5)) if kind.has_bias else None,
         sinks=upload(normal(case.heads, seed=6)) if kind.has_sinks else None,
     )

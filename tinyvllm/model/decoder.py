@@ -14,7 +14,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinyvllm.arrays import HostMatrix, to_float32
-from tinyvllm.config import LayerKind, ModelConfig, Rope
+from tinyvllm.config import LayerKind, ModelConfig, QueryScaling, Rope
 from tinyvllm.device.recording import keep
 from tinyvllm.model.rope import rope_table
 from tinyvllm.ops.attention_spec import AttentionLayer
@@ -30,14 +30,17 @@ class Layer:
     """One block's weights. `qkv` is one matrix, or several where their formats differ (Q4_K_M keeps V in Q6_K)."""
 
     attention: AttentionLayer
-    attention_norm: Norm
+    attention_norm: Norm | None
     qkv: tuple[Matrix, ...]
     attention_out: Matrix
     attention_post_norm: Norm | None  # of the attention's output, before it is added to the residual
-    ffn_norm: Norm
+    ffn_norm: Norm | None
     gate_up: Matrix
     down: Matrix
     ffn_post_norm: Norm | None
+    out_bias: Tensor | None  # of attention_out
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -51,9 +54,9 @@ class Decoder:
     overrides the attributes and methods before `__init__`.
     """
 
-    ATTENTION_NORM: ClassVar[str] = "input_layernorm"
+    ATTENTION_NORM: ClassVar[str | None] = "input_layernorm"
     ATTENTION_POST_NORM: ClassVar[str | None] = None
-    FFN_NORM: ClassVar[str] = "post_attention_layernorm"
+    FFN_NORM: ClassVar[str | None] = "post_attention_layernorm"
     FFN_POST_NORM: ClassVar[str | None] = None
 
     @classmethod
@@ -64,7 +67,7 @@ class Decoder:
     @classmethod
     def embedding_scale(cls, config: ModelConfig) -> float:
         """What the embedding's rows are multiplied by."""
-        return 1.0
+        return config.embedding_scale
 
     def __init__(
         self,
@@ -128,16 +131,20 @@ class Decoder:
         ops, tokens = self.backend, step.num_tokens
         qkv = ops.linear("qkv", x, layer.qkv, tokens, layer.attention_norm)  # (T * (H + 2K) * D,) in all
         heads = ops.attend(qkv, layer.attention, step)  # (T * H * D,)
-        epilogue = Epilogue(post_norm=layer.attention_post_norm, residual=x)
+        epilogue = self._added(layer.out_bias, layer.attention_post_norm, x)
         return ops.linear("attention_out", heads, [layer.attention_out], tokens, None, epilogue)[0]
 
     def _feed_forward(self, layer: Layer, x: Tensor, step: Step, out_scale: Tensor | None = None) -> Tensor:
         """`out_scale`: (1,) float32, of the sum with the residual."""
         ops, tokens = self.backend, step.num_tokens
-        gate = Epilogue(activation=self.config.activation)
+        gate = Epilogue(bias=layer.gate_up_bias, activation=self.config.activation)
         (hidden,) = ops.linear("gate_up", x, [layer.gate_up], tokens, layer.ffn_norm, gate)  # (T * ffn,)
-        epilogue = Epilogue(post_norm=layer.ffn_post_norm, residual=x, out_scale=out_scale)
+        epilogue = replace(self._added(layer.down_bias, layer.ffn_post_norm, x), out_scale=out_scale)
         return ops.linear("down", hidden, [layer.down], tokens, None, epilogue)[0]
+
+    def _added(self, bias: Tensor | None, post_norm: Norm | None, residual: Tensor) -> Epilogue:
+        """What follows a product that is added to the residual."""
+        return Epilogue(bias=bias, post_norm=post_norm, scale=self.config.residual_scale, residual=residual)
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -146,14 +153,16 @@ class Decoder:
 
     def _load_ropes(self, num_positions: int) -> list[Tensor]:
         """The table of each rope in `rope_list`."""
-        tables = [rope_table(rope, dim, num_positions) for rope, dim in self.rope_list]
+        tables = [rope_table(rope, dim, num_positions, scaling) for rope, dim, scaling in self.rope_list]
         return [self.backend.device.upload(table) for table in tables]
 
     @property
-    def rope_list(self) -> list[tuple[Rope, int]]:
-        """The different ropes of the layers, with the dimension of the heads that they rotate."""
+    def rope_list(self) -> list[tuple[Rope, int, QueryScaling | None]]:
+        """The different ropes of the layers, with the dimension of the heads that they rotate, and what a query is
+        multiplied by besides."""
         kinds = self.config.layers
-        return list(dict.fromkeys((kind.rope, kind.head_dim) for kind in kinds if kind.rope is not None))
+        found = ((kind.rope, kind.head_dim, kind.query_scaling) for kind in kinds if kind.rope is not None)
+        return list(dict.fromkeys(found))
 
     def _load_layer(self, index: int, kind: LayerKind) -> Layer:
         prefix, config, ops = f"model.layers.{index}", self.config, self.backend
@@ -161,16 +170,21 @@ class Decoder:
         qkv = ops.stacked(self._load_qkv(f"{prefix}.self_attn", kind), kind.num_kv_heads)
         gate = self._take(f"{prefix}.mlp.gate_proj.weight", ffn, hidden)
         up = self._take(f"{prefix}.mlp.up_proj.weight", ffn, hidden)
+        has_out_bias, has_ffn_bias = "out" in config.biases, "ffn" in config.biases
+        gate_up_biases = {f"{prefix}.mlp.{name}_proj.bias": ffn for name in ("gate", "up")}
         return Layer(
             attention=self._load_attention(index, kind, tuple(matrix.num_rows for matrix in qkv)),
-            attention_norm=self._norm(f"{prefix}.{self.ATTENTION_NORM}.weight"),
+            attention_norm=self._optional_norm(prefix, self.ATTENTION_NORM),
             qkv=qkv,
             attention_out=ops.matrix(self._take(f"{prefix}.self_attn.o_proj.weight", hidden, kind.q_size)),
             attention_post_norm=self._optional_norm(prefix, self.ATTENTION_POST_NORM),
-            ffn_norm=self._norm(f"{prefix}.{self.FFN_NORM}.weight"),
+            ffn_norm=self._optional_norm(prefix, self.FFN_NORM),
             gate_up=ops.gate_up(gate, up),
             down=ops.matrix(self._take(f"{prefix}.mlp.down_proj.weight", hidden, ffn)),
             ffn_post_norm=self._optional_norm(prefix, self.FFN_POST_NORM),
+            out_bias=self._vectors({f"{prefix}.self_attn.o_proj.bias": hidden}) if has_out_bias else None,
+            gate_up_bias=self._vectors(gate_up_biases) if has_ffn_bias else None,
+            down_bias=self._vectors({f"{prefix}.mlp.down_proj.bias": hidden}) if has_ffn_bias else None,
         )
 
     def _load_qkv(self, prefix: str, kind: LayerKind) -> list[HostMatrix]:
@@ -180,22 +194,28 @@ class Decoder:
 
     def _load_attention(self, index: int, kind: LayerKind, qkv_cols: tuple[int, ...]) -> AttentionLayer:
         prefix = f"model.layers.{index}.self_attn"
-        head_norm = None
-        if kind.head_norm_eps is not None:
-            key_norm = "k_norm" if kind.kv_layer is None else "q_norm"  # read only with keys of its own
-            head_norm = self._norm(f"{prefix}.q_norm.weight", f"{prefix}.{key_norm}.weight", size=kind.head_dim).weight
-        bias = None
+        bias = rope = None
+        if kind.rope is not None:
+            rope = self.ropes[self.rope_list.index((kind.rope, kind.head_dim, kind.query_scaling))]
         if kind.has_bias:
             bias = self._vectors({f"{prefix}.{name}_proj.bias": size for name, size in _qkv_rows(kind).items()})
         return AttentionLayer(
             index=index,
             kind=kind,
             qkv_cols=qkv_cols,
-            rope=None if kind.rope is None else self.ropes[self.rope_list.index((kind.rope, kind.head_dim))],
-            head_norm=head_norm,
+            rope=rope,
+            head_norm=None if kind.head_norm_eps is None else self._load_head_norm(prefix, kind),
             bias=bias,
             sinks=self._vectors({f"{prefix}.sinks": kind.num_heads}) if kind.has_sinks else None,
         )
+
+    def _load_head_norm(self, prefix: str, kind: LayerKind) -> Tensor:
+        """The weights of the norm of queries, and of keys."""
+        key_norm = "k_norm" if kind.kv_layer is None else "q_norm"  # read only with keys of its own
+        names = [f"{prefix}.q_norm.weight", f"{prefix}.{key_norm}.weight"]
+        if not kind.head_norm_is_whole:
+            return self._norm(*names, size=kind.head_dim).weight
+        return self._vectors(dict(zip(names, (kind.q_size, kind.kv_size), strict=True)))
 
     def _take(self, name: str, rows: int, cols: int) -> HostMatrix:
         return self.checkpoint.take(name, (rows, cols))

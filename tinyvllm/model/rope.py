@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinyvllm.config import Rope, RopeScaling
+from tinyvllm.config import QueryScaling, Rope, RopeScaling
 from tinyvllm.errors import UnsupportedModelError
 
 
@@ -92,9 +92,13 @@ _SCALES: dict[str, Callable[[np.ndarray, Rope, int], np.ndarray]] = {
 }
 
 
-def rope_table(rope: Rope, head_dim: int, num_positions: int) -> np.ndarray:
-    """(num_positions, R) float32: cos of the R/2 angles, then their sin. Angles in float64."""
+def rope_table(rope: Rope, head_dim: int, num_positions: int, query_scaling: QueryScaling | None = None) -> np.ndarray:
+    """(num_positions, R) float32: cos of the R/2 angles, then their sin. With `query_scaling` a column more: the
+    factor of a query at this position. Angles in float64."""
     frequencies = inverse_frequencies(rope, head_dim, num_positions)
     angles = np.arange(num_positions, dtype=np.float64)[:, None] * frequencies[None, :]
     table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * rope.attention_factor
+    if query_scaling is not None:
+        spans = np.arange(num_positions) // query_scaling.span
+        table = np.concatenate([table, 1 + query_scaling.beta * np.log1p(spans)[:, None]], axis=1)
     return table.astype(np.float32)

@@ -6,7 +6,7 @@ A model passes an `AttentionLayer`. `AttentionSpec` is the hashable part of it, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Self
 
@@ -30,8 +30,10 @@ class AttentionLayer:
     kind: LayerKind
     qkv_cols: tuple[int, ...]
     pool_group: int = 0  # the group of `pool_groups` whose block tables and slots it uses
-    rope: Tensor | None = None  # (positions, R) float32 of R rotated dimensions: R / 2 cosines, then their sines
-    head_norm: Tensor | None = None  # (2 * D,) float32: the weight of each head of queries, then that of keys
+    # (positions, R) float32 of R rotated dimensions: R / 2 cosines, then their sines; with query_scaling a column more
+    rope: Tensor | None = None
+    # (2 * D,) float32: the weight of each head of queries, then that of keys; ((H + K) * D,) if the norm is whole
+    head_norm: Tensor | None = None
     bias: Tensor | None = None  # (columns of qkv,) float32
     sinks: Tensor | None = None  # (H,) float32
 
@@ -44,6 +46,12 @@ class AttentionLayer:
     def key_tables(self) -> list[Tensor]:
         """The tables that apply to keys and queries, in the order of `AttentionSpec.take_tables`."""
         return [table for table in (self.rope, self.head_norm, self.bias) if table is not None]
+
+    def without_whole_norm(self) -> AttentionLayer:
+        """The rest of it for qkv in one part, to which its biases and its norm of whole queries and keys have been
+        applied."""
+        kind = replace(self.kind, head_norm_eps=None, head_norm_is_whole=False, has_bias=False)
+        return replace(self, kind=kind, qkv_cols=(sum(self.qkv_cols),), head_norm=None, bias=None)
 
     @property
     def tables(self) -> list[Tensor]:
@@ -76,6 +84,7 @@ class AttentionSpec:
     score_scale: float | None = None  # None: D ** -0.5
     rotary_dims: int | None = None  # rotated dimensions of a head; None: all, 0: none
     is_interleaved: bool = False
+    scales_queries: bool = False  # the rope's table has a column more: the factor of a query at this position
     window: int | None = None  # tokens that a row attends to, its own included; None: all before it
     softcap: float | None = None
     has_sinks: bool = False
@@ -102,6 +111,7 @@ class AttentionSpec:
             score_scale=kind.score_scale,
             rotary_dims=0 if rope is None else rope.num_dims,
             is_interleaved=rope is not None and rope.is_interleaved,
+            scales_queries=kind.query_scaling is not None,
             window=_binding(kind.window, layout),
             softcap=kind.softcap,
             has_sinks=kind.has_sinks,
@@ -140,6 +150,11 @@ class AttentionSpec:
     def rotary(self) -> int:
         """Rotated dimensions of a head."""
         return self.head_dim if self.rotary_dims is None else self.rotary_dims
+
+    @property
+    def rope_cols(self) -> int:
+        """Columns of the rope's table."""
+        return self.rotary + self.scales_queries
 
     # -- scores ----------------------------------------------------------------------------------------------------
 
@@ -230,6 +245,7 @@ class AttentionSpec:
             "partial rope": 0 < self.rotary < self.head_dim,
             "interleaved rope": self.is_interleaved and self.rotary > 0,
             "another layer's keys": not self.writes_kv,
+            "scaled queries": self.scales_queries,
         }
 
     def uncovered(self, covered: Sequence[str]) -> str:

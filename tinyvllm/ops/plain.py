@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tinygrad import Tensor
 
 from tinyvllm.ops.activation import gated_plain
+from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import Epilogue, Norm
 
 
@@ -16,6 +19,20 @@ def unit_norm(x: Tensor, eps: float) -> Tensor:
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
     """`unit_norm` times a weight (K,)."""
     return unit_norm(x, norm.eps) * norm.weight
+
+
+def norm_whole_sections(qkv: Sequence[Tensor], layer: AttentionLayer, num_tokens: int) -> Tensor:
+    """(T * columns,): qkv with its biases, and the RMSNorm of all heads' queries together, and of all keys (OLMo 2,
+    2024, sec. 3.2)."""
+    kind = layer.kind
+    values = Tensor.cat(*[part.reshape(num_tokens, -1).float() for part in qkv], dim=1)
+    if layer.bias is not None:
+        values = values + layer.bias
+    assert kind.head_norm_eps is not None and layer.head_norm is not None
+    q, k, v = values.split([kind.q_size, kind.kv_size, kind.kv_size], dim=1)
+    weights = layer.head_norm.split([kind.q_size, kind.kv_size])
+    q, k = (rms_norm(x, Norm(w, kind.head_norm_eps)) for x, w in zip((q, k), weights, strict=True))
+    return Tensor.cat(q, k, v, dim=1).reshape(-1)
 
 
 def plain_epilogue(product: Tensor, epilogue: Epilogue) -> Tensor:

@@ -18,7 +18,7 @@ from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import PLAIN, Epilogue, KVPool, Norm, PoolGroup, Step, zeroed_pool
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.formats.matrix import Matrix, pack, unpack
-from tinyvllm.ops.plain import plain_epilogue, rms_norm, softcap, unit_norm
+from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, rms_norm, softcap, unit_norm
 from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.sampling.reference import HostState, sample_row
 from tinyvllm.ops.sampling.sample import OUT_TOKEN, OUT_WIDTH
@@ -80,6 +80,8 @@ class ReferenceBackend:
         kind, layout, tokens = layer.kind, step.layout, step.num_tokens
         heads, kv_heads, dim = kind.num_heads, kind.num_kv_heads, kind.head_dim
         positions = _words(step.inputs, layout.offset("positions"), tokens)
+        if kind.head_norm_is_whole:
+            qkv, layer = [norm_whole_sections(qkv, layer, tokens)], layer.without_whole_norm()
         parts = [part.reshape(tokens, width) for part, width in zip(qkv, layer.qkv_cols, strict=True)]
         values = Tensor.cat(*parts, dim=1)
         if layer.bias is not None:
@@ -89,6 +91,8 @@ class ReferenceBackend:
         )
         weights = [None, None] if layer.head_norm is None else layer.head_norm.chunk(2)
         q = self._rotated(sections[0], weights[0], layer, positions)
+        if layer.rope is not None and kind.query_scaling is not None:
+            q = q * layer.rope.reshape(-1, _rope_cols(kind))[positions][:, -1:].unsqueeze(1)
         keys, values = self._pool(layer, step)
         if kind.kv_layer is None:
             slots = _words(step.inputs, layout.slots_offset(layer.pool_group), tokens)
@@ -117,7 +121,8 @@ class ReferenceBackend:
         if layer.rope is None or kind.rope is None:
             return x
         num_dims = kind.rope.num_dims or kind.head_dim
-        angles = layer.rope.reshape(-1, num_dims)[positions].unsqueeze(1)  # (T, 1, R): R/2 cosines, then R/2 sines
+        rows = layer.rope.reshape(-1, _rope_cols(kind))[positions]
+        angles = rows[:, :num_dims].unsqueeze(1)  # (T, 1, R): R/2 cosines, then R/2 sines
         rotation = rotate_pairs if kind.rope.is_interleaved else rotate
         rotated = rotation(x[..., :num_dims], angles)
         return rotated if num_dims == kind.head_dim else rotated.cat(x[..., num_dims:], dim=-1)
@@ -168,6 +173,11 @@ class ReferenceBackend:
             return Tensor(sampled, device=inputs.device)
         self.device.write(out, sampled)
         return out
+
+
+def _rope_cols(kind: LayerKind) -> int:
+    assert kind.rope is not None
+    return (kind.rope.num_dims or kind.head_dim) + (kind.query_scaling is not None)
 
 
 def _words(inputs: Tensor, start: int, count: int) -> Tensor:

@@ -135,13 +135,21 @@ class _Row:
         cos = sin = None
         if pair.is_rotated:
             assert tables.rope is not None
-            cos = tables.rope[self.position * rotary + pair.i].load()
-            sin = tables.rope[self.position * rotary + rotary // 2 + pair.i].load()
+            at = self.position * self.spec.rope_cols + pair.i
+            cos, sin = tables.rope[at].load(), tables.rope[at + rotary // 2].load()
         a, b = self.qkv(section, head, pair.low), self.qkv(section, head, pair.high)
         if tables.head_norm is not None and scale is not None:
             values = ((a, pair.low), (b, pair.high))
             a, b = (v * scale[0].load() * tables.head_norm[section * dim + at].load() for v, at in values)
         return (a, b) if cos is None or sin is None else (a * cos - b * sin, b * cos + a * sin)
+
+    def query_scale(self) -> UOp | float:
+        """What rotated queries are multiplied by."""
+        spec = self.spec
+        if not spec.scales_queries:
+            return spec.query_scale
+        assert self.tables.rope is not None
+        return self.tables.rope[self.position * spec.rope_cols + spec.rotary].load() * spec.query_scale
 
     def write(self, body: Body, keys: UOp, values: UOp) -> UOp:
         """Stores of the row's rotated keys and its values at its slot."""
@@ -276,9 +284,9 @@ def _next_block(body: Body, row: _Row, head: UOp) -> _Block:
 
 
 def _load_queries(body: Body, row: _Row, head: UOp, keys: UOp) -> UOp:
-    """G rotated queries in registers, times `AttentionSpec.query_scale`."""
+    """G rotated queries in registers, times `_Row.query_scale`."""
     spec = row.spec
-    dim, scale = spec.head_dim, spec.query_scale
+    dim, scale = spec.head_dim, row.query_scale()
     query = body.registers(spec.group * dim)
     g = body.loop(spec.group)
     query_head = head * spec.group + g

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -42,6 +42,7 @@ from tinyvllm.ops.cpu.linear import (
     linear_kernel,
     rms_norm_kernel,
 )
+from tinyvllm.ops.cpu.whole_norm import WholeNormSpec, whole_norm_kernel
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Matrix, join_shards, pack
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.tuning import choose
@@ -197,6 +198,8 @@ class CpuBackend(DeviceSampling):
         ]
 
     def attend(self, qkv: Sequence[Activation], layer: AttentionLayer, step: Step) -> Activation:
+        if layer.kind.head_norm_is_whole:
+            qkv, layer = [self._norm_whole(qkv, layer, step.num_tokens)], layer.without_whole_norm()
         kind, pool = layer.kind, step.pool
         outs, out_widths = [], []
         keys, values = _tensors(pool.keys[layer.pool_layer]), _tensors(pool.values[layer.pool_layer])
@@ -219,6 +222,29 @@ class CpuBackend(DeviceSampling):
             outs.append(self._attend(spec, out, (keys[i], values[i]), layer, step, mine))
             out_widths.append(spec.num_heads * spec.head_dim)
         return _sharded(outs, out_widths)
+
+    def _norm_whole(self, qkv: Sequence[Activation], layer: AttentionLayer, num_tokens: int) -> Activation:
+        """qkv in one part, its queries and its keys normed over all heads. Each core writes its own heads."""
+        kind = layer.kind
+        bounds = self._bounds(kind.num_kv_heads)
+        sizes = [kind.q_size // kind.num_kv_heads, kind.head_dim, kind.head_dim]  # columns for each KV head
+        widths = [_widths(part, cols) for part, cols in zip(qkv, layer.qkv_cols, strict=True)]
+        spec = WholeNormSpec(
+            num_tokens=num_tokens,
+            eps=kind.head_norm_eps or 0.0,
+            parts=tuple(zip(*widths, strict=True)),
+            sections=tuple((sizes[0] * (b - a), sizes[1] * (b - a), sizes[2] * (b - a)) for (a, b), _ in bounds),
+            core=0,
+            has_bias=layer.bias is not None,
+        )
+        read = [_tensors(part)[core] for core in range(len(bounds)) for part in qkv]
+        read += [table for table in (layer.head_norm, layer.bias) if table is not None]
+        outs, cols = [], []
+        for core, (_, name) in enumerate(bounds):
+            mine = replace(spec, core=core)
+            outs += run_kernel(whole_norm_kernel(mine), [empty(num_tokens * mine.num_cols, device=name)], read)
+            cols.append(mine.num_cols)
+        return _sharded(outs, cols)
 
     def norm_groups(self, x: Activation, norm: Norm, num_tokens: int, addend: Activation) -> Activation:
         cols = sum(int(tensor.numel()) for tensor in _tensors(x)) // num_tokens

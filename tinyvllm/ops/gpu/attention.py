@@ -88,11 +88,19 @@ class _Row:
             i, other, is_low = inside // 2, inside + 1 - inside % 2 * 2, (inside % 2).eq(0)
         else:
             i, other, is_low = inside % half, (inside + half) % rotary, inside < half
-        cos = rope[self.position * rotary + i].load()
-        sin = rope[self.position * rotary + half + i].load()
+        at = self.position * spec.rope_cols + i
+        cos, sin = rope[at].load(), rope[at + half].load()
         own, partner = self._normed(body, section, head, (d, other), *outer)
         rotated = own * cos + partner * is_low.where(sin * -1.0, sin)
         return rotated if rotary == spec.head_dim else (d < rotary).where(rotated, own)
+
+    def query_scale(self) -> UOp | float:
+        """What rotated queries are multiplied by."""
+        spec = self.spec
+        if not spec.scales_queries:
+            return spec.query_scale
+        assert self.tables.rope is not None
+        return self.tables.rope[self.position * spec.rope_cols + spec.rotary].load() * spec.query_scale
 
     def value(self, body: Body, head: UOp, d: UOp, *outer: UOp) -> UOp:
         """Element d of a head of values, normed if the model norms them."""
@@ -209,7 +217,7 @@ class _HeadAttention:
     def load_query(self) -> UOp:
         """The scaled and rotated query in threadgroup memory."""
         query = self.body.shared(self.spec.head_dim)
-        own = self.row.rotated(self.body, QUERIES, self.head, self.thread, *self.axes) * self.spec.query_scale
+        own = self.row.rotated(self.body, QUERIES, self.head, self.thread, *self.axes) * self.row.query_scale()
         return query.after(query.after(*self.axes)[self.thread].store(own))
 
     def start(self) -> _Softmax:

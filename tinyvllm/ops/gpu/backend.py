@@ -28,7 +28,7 @@ from tinyvllm.ops.formats.matrix import Matrix, Planes, pack, unpack
 from tinyvllm.ops.gpu.attention import THREADS, attention_kernel, take_rows_kernel, write_kv_kernel
 from tinyvllm.ops.gpu.columns import GateSpec, gate_columns_kernel
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
-from tinyvllm.ops.plain import plain_epilogue, rms_norm
+from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, rms_norm
 from tinyvllm.ops.sampling.token_ids import token_id
 
 MAX_HEAD_DIM = 512  # threads of an attention threadgroup
@@ -90,6 +90,7 @@ class GpuBackend(DeviceSampling):
         return [self._product(rows, matrix, epilogue) for matrix in matrices]
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
+        qkv, layer = self._with_whole_norm(qkv, layer, step)
         pool, stored = step.pool, layer.pool_layer
         spec = AttentionSpec.of(layer, step.layout, pool.num_blocks[stored])
         keys, values = pool.keys[stored], pool.values[stored]
@@ -121,6 +122,16 @@ class GpuBackend(DeviceSampling):
 
     def _empty(self, size: int) -> Tensor:
         return empty(size, self.float, self.device.name)
+
+    def _with_whole_norm(
+        self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step
+    ) -> tuple[Sequence[Tensor], AttentionLayer]:
+        """qkv with the layer's norm of whole queries and keys, if it has one, and the rest of the layer."""
+        if not layer.kind.head_norm_is_whole:
+            return qkv, layer
+        self.coverage.take_general("attention", "a norm of whole queries and keys", layer.index)
+        parts = [self.parts_of(part)[0] for part in qkv]
+        return [norm_whole_sections(parts, layer, step.num_tokens).contiguous()], layer.without_whole_norm()
 
     def _normed(self, x: Tensor, norm: Norm, num_tokens: int) -> Tensor:
         """RMSNorm in float32, (T, K) in the activations' dtype."""

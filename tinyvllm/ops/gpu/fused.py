@@ -185,6 +185,7 @@ class FusedGpuBackend(GpuBackend):
         return [self._many_rows(name, self.whole(x), matrix, num_tokens, epilogue) for matrix in matrices]
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
+        qkv, layer = self._with_whole_norm(qkv, layer, step)
         # the kernels add up partial products; they compute no epilogue
         sums = [part if isinstance(part, Summed) and part.epilogue.is_plain else None for part in qkv]
         counts = tuple(1 if lazy is None else lazy.num_partials for lazy in sums)

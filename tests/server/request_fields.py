@@ -97,6 +97,7 @@ CHAT_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ["b"]}]}, "messages.1.content"),
     ({"messages": [{"role": "user", "content": "\udc00"}]}, "messages"),
     ({"messages": [{"role": "assistant", "tool_calls": "f"}]}, "messages.0.tool_calls"),

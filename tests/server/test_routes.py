@@ -294,6 +294,15 @@ async def test_bad_field_is_refused_by_name(path: str, body: dict[str, Any], par
     assert not engine.calls
 
 
+@pytest.mark.parametrize(("path", "field"), [("/v1/chat/completions", "messages"), ("/v1/responses", "input")])
+async def test_an_image_is_refused_with_its_part(path: str, field: str) -> None:
+    kind = "image_url" if field == "messages" else "input_image"
+    content = [{"type": "text", "text": "What is this?"}, {"type": kind, "image_url": "data:,"}]
+    response = await post(FakeEngine(), path, {field: [{"role": "user", "content": content}]})
+    assert response.status_code == 400
+    assert f"part 1 is an image ({kind}), but this model runs text only" in error_of(response)["message"]
+
+
 @pytest.mark.parametrize("constant", ["NaN", "Infinity"])
 async def test_nan_and_infinity_are_refused(constant: str) -> None:
     async with client_of(FakeEngine()) as client:

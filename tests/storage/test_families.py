@@ -73,6 +73,29 @@ def windows(config: ModelConfig) -> list[int | None]:
     return [kind.window for kind in config.layers]
 
 
+# --- The text part of multimodal Qwen -----------------------------------------------------------------------------
+
+MROPE = {"mrope_section": [2, 3, 3], "type": "mrope"}
+
+
+@pytest.mark.parametrize(
+    ("dense", "multimodal", "rope"),
+    [
+        ("Qwen2ForCausalLM", "Qwen2VLForConditionalGeneration", MROPE),
+        ("Qwen2ForCausalLM", "Qwen2_5_VLForConditionalGeneration", MROPE | {"rope_type": "default"}),
+        ("Qwen3ForCausalLM", "Qwen3VLForConditionalGeneration", {"mrope_interleaved": True, "rope_type": "default"}),
+    ],
+)
+def test_text_has_plain_positions_in_multimodal_qwen(
+    tmp_path: Path, dense: str, multimodal: str, rope: dict[str, Any]
+) -> None:
+    expected = read(tmp_path, SIZES | {"architectures": [dense], "rope_theta": 1e6})
+    text = SIZES | {"rope_theta": 1e6, "rope_scaling": rope}
+    whole = {"architectures": [multimodal], "vision_config": {"depth": 1}}
+    assert read(tmp_path, whole | {"text_config": text}) == expected
+    assert read(tmp_path, whole | text) == expected  # older files have the text model's keys at the top
+
+
 # --- Gemma 2 -----------------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ from tests.builders import (
 from tinyvllm.arrays import QuantizedMatrix, to_float32
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, UnsupportedModelError, WeightMismatchError
-from tinyvllm.model.weights.checkpoint import Checkpoint, format_lines, open_checkpoint
+from tinyvllm.model.weights.checkpoint import Checkpoint, format_lines, open_checkpoint, unread_lines
 from tinyvllm.model.weights.gguf import canonical_name
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS
 from tinyvllm.model.weights.stored import StoredTensor
@@ -325,6 +325,18 @@ def test_formats_are_logged_by_the_matrices_that_have_them(tmp_path: Path, caplo
     assert "down_proj: Q6_K" in caplog.text
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().endswith(": Q4_0")]
     assert {"embed_tokens", "q_proj", "o_proj", "up_proj"} < set(re.findall(r"\w+", line))
+
+
+def test_what_a_text_model_leaves_out_is_logged_by_part() -> None:
+    def stored(nbytes: int) -> StoredTensor:
+        return StoredTensor((nbytes,), lambda: np.zeros(0), "F8", nbytes)
+
+    names = ("vision_tower.a", "vision_tower.b", "embed_audio.c", "model.norm.weight")
+    tensors = {f"model.{name}": stored(2 * 10**8) for name in names}
+    assert unread_lines(tensors, ("model.vision_tower.", "model.audio_tower.", "model.embed_audio.")) == [
+        "vision tower: 2 tensors, 0.4 GB not loaded: this model runs text only",
+        "embed audio: 1 tensors, 0.2 GB not loaded: this model runs text only",
+    ]
 
 
 def test_conversions_are_logged_with_their_bytes() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +35,8 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
     else:
         unread = () if family is None else family.hf_unread  # left out first: they may be of formats that are not known
         stored = read_safetensors(files.path)
+        for line in unread_lines(stored, unread):
+            logger.info("%s: %s", files.name, line)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith(unread)}
         read = language_model_tensors(assemble_matrices(files.path, stored), config.architecture)
     if family is not None and family.fused:
@@ -46,6 +48,19 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
     for line in format_lines(checkpoint.tensors):
         logger.info("%s: %s", files.name, line)
     return checkpoint
+
+
+def unread_lines(tensors: Mapping[str, StoredTensor], unread: Sequence[str]) -> list[str]:
+    """What is left out, by part: the beginnings of names in `unread`. One line for each part that the files have."""
+    lines = []
+    for prefix in unread:
+        sizes = [tensor.num_bytes for name, tensor in tensors.items() if name.startswith(prefix)]
+        if sizes:
+            part = prefix.strip(".").rpartition(".")[2].replace("_", " ")
+            lines.append(
+                f"{part}: {len(sizes)} tensors, {sum(sizes) / 1e9:.1f} GB not loaded: this model runs text only"
+            )
+    return lines
 
 
 def format_lines(tensors: Mapping[str, StoredTensor]) -> list[str]:

@@ -22,6 +22,17 @@ from tinyvllm.server.protocol.tools import (
 )
 
 MAX_MESSAGES = 4096
+# What content parts of these types hold, which models here cannot read: they run text only
+MEDIA = {
+    "image": "an image",
+    "image_url": "an image",
+    "input_image": "an image",
+    "input_audio": "audio",
+    "audio_url": "audio",
+    "video_url": "a video",
+    "file": "a file",
+    "input_file": "a file",
+}
 
 
 def join_parts(value: object) -> object:
@@ -31,6 +42,8 @@ def join_parts(value: object) -> object:
     texts: list[str] = []
     for position, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind in MEDIA:
+            raise ValueError(f"part {position} is {MEDIA[kind]} ({kind}), but this model runs text only: leave it out")
         name = "refusal" if kind == "refusal" else "text"
         text = part.get(name) if isinstance(part, dict) else None
         if kind not in ("text", "refusal", "input_text", "output_text") or not isinstance(text, str):

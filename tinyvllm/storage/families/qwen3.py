@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from tinyvllm.storage.families.family import FamilyFiles
-from tinyvllm.storage.families.qwen2 import QWEN_DEFAULTS
+from tinyvllm.storage.families.qwen2 import MROPE, QWEN_DEFAULTS, VISUAL, VL_NAMES
 
 FILES = FamilyFiles(
-    hf_classes=("Qwen3ForCausalLM",),
-    hf_types=("qwen3",),
-    gguf=("qwen3",),
+    hf_classes=("Qwen3ForCausalLM", "Qwen3VLForConditionalGeneration"),
+    hf_types=("qwen3", "qwen3_vl"),
+    gguf=("qwen3", "qwen3vl"),
     hf_defaults=QWEN_DEFAULTS | {"head_dim": 128},
     hf_windows="by layer",
+    rope_aliases=MROPE,
+    hf_renamed=VL_NAMES,
+    hf_unread=VISUAL,
 )

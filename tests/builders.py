@@ -226,7 +226,7 @@ class GGUFTweaks:
     quant_of: Mapping[str, str] = field(default_factory=dict)  # kind by part of a tensor's name: {"ffn_down": "Q6_K"}
     metadata: Mapping[str, Any] = field(default_factory=dict)  # further keys, str, int, float, bool or list
     drop: tuple[str, ...] = ()  # tensors to leave out, by their GGUF names
-    extra: Mapping[str, np.ndarray] = field(default_factory=dict)  # float32 tensors to add
+    extra: Mapping[str, np.ndarray] = field(default_factory=dict)  # tensors to add: float16, bfloat16, or as float32
 
 
 def write_tiny_gguf(
@@ -256,7 +256,10 @@ def write_tiny_gguf(
     if model.rope_scaling is not None and model.rope_scaling["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", rope_divisors(model))
     for name, weight in tweaks.extra.items():
-        writer.add_tensor(name, weight.astype(np.float32))
+        if weight.dtype == ml_dtypes.bfloat16:
+            writer.add_tensor(name, weight.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            writer.add_tensor(name, weight if weight.dtype == np.float16 else weight.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

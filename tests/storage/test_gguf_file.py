@@ -96,6 +96,8 @@ def test_random_damage_to_the_header_is_never_another_kind_of_error(tmp_path: Pa
     [
         (b"", "is empty: download it again"),
         (b"<html>not found</html>", "is not a GGUF file: it begins with b'<htm'"),
+        (b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
+        (b"tjgg" + bytes(32), "a format of ggml from before GGUF"),
         (b"GGUF\x01\0\0\0" + bytes(16), "has GGUF version 1, which is not supported; known: 2 and 3"),
         (b"GGUF\0\0\0\x03" + bytes(16), "big-endian"),
     ],
@@ -123,13 +125,54 @@ def test_split_model_is_read_from_its_first_part(tmp_path: Path) -> None:
     assert file.tensors["t2"].data.view(np.float32).tolist() == [2.0] * 6
 
 
-def test_split_model_says_which_part_is_missing_or_to_be_given(tmp_path: Path) -> None:
+def test_split_model_is_read_from_any_part_under_names_of_either_case(tmp_path: Path) -> None:
     first = write_split(tmp_path, 3)
-    with pytest.raises(ModelError, match="one of 3 parts: give the first"):
-        GGUFFile(tmp_path / "tiny-00002-of-00003.gguf")
+    third = GGUFFile(tmp_path / "tiny-00003-of-00003.gguf")
+    assert list(third.tensors) == ["t0", "t1", "t2"]
+    assert third.metadata["split.no"] == 0
+    for part in tmp_path.iterdir():
+        part.rename(part.with_name(part.name.upper()))
+    assert list(GGUFFile(first.with_name(first.name.upper())).tensors) == ["t0", "t1", "t2"]
+
+
+def test_split_model_may_be_links_to_files_of_other_names(tmp_path: Path) -> None:
+    """As the hub's cache has it: names are links, and contents lie under their hashes."""
+    first = write_split(tmp_path, 2)
+    (tmp_path / "blobs").mkdir()
+    for part in sorted(tmp_path.glob("*.gguf")):
+        blob = part.rename(tmp_path / "blobs" / part.name[5:10])
+        part.symlink_to(blob)
+    assert list(GGUFFile(first).tensors) == ["t0", "t1"]
+    # and a link that someone made to the first part
+    (tmp_path / "mine.gguf").symlink_to(first.name)
+    with pytest.raises(ModelError, match="one of 2 parts, which must be called"):
+        GGUFFile(tmp_path / "mine.gguf")  # its target is the blob
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    write_split(alone, 2)
+    (tmp_path / "other.gguf").symlink_to(alone / first.name)
+    assert list(GGUFFile(tmp_path / "other.gguf").tensors) == ["t0", "t1"]
+
+
+def test_split_model_says_which_part_is_missing_or_how_parts_are_called(tmp_path: Path) -> None:
+    first = write_split(tmp_path, 3)
     (tmp_path / "tiny-00002-of-00003.gguf").unlink()
     with pytest.raises(ModelError, match=r"its directory lacks tiny-00002-of-00003\.gguf"):
         GGUFFile(first)
+    with pytest.raises(ModelError, match=r"must be called NAME-00001-of-00003\.gguf"):
+        GGUFFile(first.rename(tmp_path / "renamed.gguf"))
+
+
+def test_a_tensor_that_comes_twice_is_named(tmp_path: Path) -> None:
+    first = write_split(tmp_path, 2)
+    second = tmp_path / "tiny-00002-of-00002.gguf"
+    second.write_bytes(second.read_bytes().replace(b"t1", b"t0"))
+    with pytest.raises(ModelError, match=r"00002\.gguf has tensor t0, which another part has too"):
+        GGUFFile(first)
+    path = write_tiny_gguf(tmp_path / "m.gguf", layers=2).path
+    path.write_bytes(path.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"))
+    with pytest.raises(ModelError, match=r"has tensor blk\.0\.attn_q\.weight twice"):
+        GGUFFile(path)
 
 
 def test_absent_file_is_named(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tinygrad import dtypes
@@ -54,7 +54,10 @@ def load_runner(files: ModelFiles, config: EngineConfig, progress: Progress | No
     Raises ModelError, CapacityError, DeviceError.
     """
     model_config = read_model_config(files)
-    return make_runner(model_config, open_checkpoint(files, model_config), config, progress)
+    checkpoint = open_checkpoint(files, model_config)
+    if checkpoint.has_head:
+        model_config = replace(model_config, tie_embeddings=False)
+    return make_runner(model_config, checkpoint, config, progress)
 
 
 def load_random_runner(

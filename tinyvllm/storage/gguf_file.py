@@ -21,6 +21,12 @@ from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.storage.resolve import SPLIT_FILE
 
 MAGIC = b"GGUF"
+OTHER_MAGICS = {
+    b"vers": "it is a pointer of Git LFS, not the weights: run `git lfs pull` there",
+    **dict.fromkeys(
+        (b"lmgg", b"fmgg", b"tjgg", b"algg"), "it is in a format of ggml from before GGUF: get the model's GGUF file"
+    ),
+}
 VERSIONS = (2, 3)
 SCALAR_DTYPES = {
     GGUFValueType.UINT8: np.dtype("<u1"),
@@ -55,7 +61,8 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """A GGUF file's metadata and tensors. Given the first part of a split model, the tensors of all parts.
+    """A GGUF file's metadata and tensors. Given any part of a split model, the tensors of all parts and the metadata of
+    the first.
 
     Raises ModelError for a file that is cut short or damaged, UnsupportedModelError for a version of the format or a
     type of tensor that is not known. The header is read again only when the file has changed; all objects of a file
@@ -67,15 +74,21 @@ class GGUFFile:
             raise ModelError(f"there is no file {path}")
         status = path.stat()
         self.path = path
-        self.metadata, self.tensors = _read_model(path.resolve(), status.st_mtime_ns, status.st_size)
+        self.metadata, self.tensors = _read_model(path.absolute(), status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=4)
 def _read_model(path: Path, mtime_ns: int, num_bytes: int) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     """Metadata and tensors of a file and, if it was split, of its other parts."""
     metadata, tensors = _read_part(path)
-    for part in _further_parts(path, metadata):
-        tensors |= _read_part(part)[1]
+    first, *others = _parts(path, metadata)
+    if first != path:
+        metadata, tensors = _read_part(first)
+    for part in others:
+        found = _read_part(part)[1]
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ModelError(f"{part} has tensor {twice[0]}, which another part has too: download all parts again")
+        tensors |= found
     return metadata, tensors
 
 
@@ -91,6 +104,9 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         key = cursor.string()
         metadata[key] = cursor.value(cursor.number(U32))
     infos = [cursor.tensor_info() for _ in range(num_tensors)]
+    if len(names := {info.name for info in infos}) < num_tensors:
+        twice = next(name for name in names if sum(info.name == name for info in infos) > 1)
+        raise ModelError(f"{path} has tensor {twice} twice: it is damaged, or its writer was")
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise ModelError(f"{path}: general.alignment is {alignment!r}: it must be a power of two")
@@ -98,22 +114,28 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     return metadata, {info.name: _locate(info, path, data, start) for info in infos}
 
 
-def _further_parts(path: Path, metadata: dict[str, Any]) -> list[Path]:
-    """The other files of a split model, of which only the first has the model's metadata."""
+def _parts(path: Path, metadata: dict[str, Any]) -> list[Path]:
+    """The files of a split model, of which only the first has the model's metadata, or the one file of another.
+
+    The parts are beside the given file. If it is a link with another name, as in a cache that keeps contents under
+    their hashes, it is the link's own name that counts; a link whose name is not that of a part leads to its target.
+    """
     count = metadata.get("split.count", 1)
     if count < 2:
-        return []
-    name = SPLIT_FILE.fullmatch(path.name)
-    if name is None or metadata.get("split.no", 0) != 0:
+        return [path]
+    named = next((place for place in (path, path.resolve()) if SPLIT_FILE.fullmatch(place.name)), None)
+    match = None if named is None else SPLIT_FILE.fullmatch(named.name)
+    if named is None or match is None or int(match["count"]) != count:
         raise ModelError(
-            f"{path} is one of {count} parts: give the first, which is called NAME-00001-of-{count:05}.gguf"
+            f"{path} is one of {count} parts, which must be called NAME-00001-of-{count:05}.gguf and so on"
         )
-    parts = [path.with_name(f"{name['stem']}-{number:05}-of-{count:05}.gguf") for number in range(2, count + 1)]
+    begin, end = match.span("number")
+    parts = [named.with_name(f"{named.name[:begin]}{number:05}{named.name[end:]}") for number in range(1, count + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise ModelError(
             f"{path} is one of {count} parts, but its directory lacks {', '.join(missing)}: download all parts"
         )
-    return parts
+    return [path, *parts[1:]] if parts[0] == named else parts
 
 
 @dataclass(frozen=True)
@@ -181,7 +203,8 @@ class _Cursor:
         """Counts of tensors and of metadata values."""
         magic = bytes(self.take(4))
         if magic != MAGIC:
-            raise ModelError(f"{self.path} is not a GGUF file: it begins with {magic!r}, not {MAGIC!r}")
+            hint = OTHER_MAGICS.get(magic, f"it begins with {magic!r}, not {MAGIC!r}")
+            raise ModelError(f"{self.path} is not a GGUF file: {hint}")
         version = self.number(U32)
         if version not in VERSIONS:
             order = " (is it a big-endian file?)" if version & 0xFFFF == 0 else ""

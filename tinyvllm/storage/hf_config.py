@@ -198,7 +198,7 @@ def _refuse_partial_rope(values: Values, family: FamilyFiles) -> None:
 
 def _dtype(values: Values) -> str:
     key = "dtype" if values.get("dtype") is not None else "torch_dtype"
-    dtype = values.get(key) or "float32"
+    dtype = str(values.get(key) or "float32").removeprefix("torch.")
     if dtype not in DTYPES:
         values.unsupported(key, ", ".join(DTYPES))
-    return str(dtype)
+    return dtype

@@ -12,7 +12,8 @@ from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.storage.catalog import CATALOG
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-SPLIT_FILE = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+SPLIT_FILE = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+PROJECTOR = "mmproj"  # how names of GGUF files begin that hold the vision part of a model
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -43,7 +44,7 @@ def resolve_model(name_or_path: str, models_dir: Path | None = None) -> ModelFil
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
-        return _at_path(path, path.stem if path.suffix == ".gguf" else path.resolve().name)
+        return _at_path(path, path.stem if path.suffix.lower() == ".gguf" else path.resolve().name)
     if looks_like_path(name_or_path):
         raise ModelError(
             f"there is no file or directory {name_or_path}: check the path, or give a name from `tinyvllm models`"
@@ -108,11 +109,28 @@ def _at_path(path: Path, name: str) -> ModelFiles:
     if path.is_dir():
         if (path / "config.json").is_file():
             return ModelFiles("hf", path, name)
-        raise ModelError(f"{path} has no config.json: give a directory in Hugging Face format, or a .gguf file")
-    if path.suffix == ".gguf":
+        return _only_gguf_file(path, name)
+    if path.suffix.lower() == ".gguf":
         return ModelFiles("gguf", path, name)
     if path.suffix in PICKLE_SUFFIXES:
         raise UnsupportedModelError(
             f"{path} is a pickle file, which can run code when it is read: convert it to safetensors or GGUF"
         )
     raise UnsupportedModelError(f"{path} is not a .gguf file: give a .gguf file or a directory in Hugging Face format")
+
+
+def _only_gguf_file(directory: Path, name: str) -> ModelFiles:
+    """The model of a directory with GGUF files, which tools that download such files make. Raises ModelError if there
+    are several or none."""
+    found = []
+    for path in sorted(directory.iterdir()):
+        split = SPLIT_FILE.fullmatch(path.name)
+        is_first = split is None or int(split["number"]) == 1
+        if path.suffix.lower() == ".gguf" and is_first and not path.name.lower().startswith(PROJECTOR):
+            found.append(path)
+    if len(found) == 1:
+        return ModelFiles("gguf", found[0], name)
+    if found:
+        names = ", ".join(path.name for path in found)
+        raise ModelError(f"{directory} has several .gguf files: give one of them ({names})")
+    raise ModelError(f"{directory} has no config.json: give a directory in Hugging Face format, or a .gguf file")

@@ -16,6 +16,7 @@ from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.weights.fused import split_fused
 from tinyvllm.model.weights.gguf import read_gguf
 from tinyvllm.model.weights.hf_formats import assemble_matrices
+from tinyvllm.model.weights.names import HEAD_NAME, tied, unwrapped, with_model
 from tinyvllm.model.weights.safetensors import RAW_DTYPES, read_safetensors
 from tinyvllm.model.weights.stored import DENSE_DTYPES, StoredTensor
 from tinyvllm.storage import families
@@ -23,8 +24,7 @@ from tinyvllm.storage import families
 logger = logging.getLogger(__name__)
 
 # Buffers that old versions of transformers saved; the model computes them
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-HEAD_NAME = "lm_head.weight"
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "position_ids")
 
 
 def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
@@ -34,17 +34,18 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
         read = read_gguf(files.path, config)
     else:
         unread = () if family is None else family.hf_unread  # left out first: they may be of formats that are not known
-        stored = read_safetensors(files.path)
+        stored = unwrapped(read_safetensors(files.path))
         for line in unread_lines(stored, unread):
             logger.info("%s: %s", files.name, line)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith(unread)}
-        read = language_model_tensors(assemble_matrices(files.path, stored), config.architecture)
+        read = with_model(language_model_tensors(assemble_matrices(files.path, stored), config.architecture))
     if family is not None and family.fused:
         read = split_fused(read, family.fused, config)
     read = {name: tensor for name, tensor in read.items() if not name.startswith(_unread_modules(config))}
-    # tied embeddings: some writers store a copy of them as the head anyway, which transformers ignores too
-    ignored = (*IGNORED_SUFFIXES, HEAD_NAME) if config.tie_embeddings else IGNORED_SUFFIXES
-    checkpoint = Checkpoint(files.path, {name: tensor for name, tensor in read.items() if not name.endswith(ignored)})
+    if config.tie_embeddings:
+        read = tied(files.path, read)
+    kept = {name: tensor for name, tensor in read.items() if not name.endswith(IGNORED_SUFFIXES)}
+    checkpoint = Checkpoint(files.path, kept)
     for line in format_lines(checkpoint.tensors):
         logger.info("%s: %s", files.name, line)
     return checkpoint
@@ -121,6 +122,12 @@ class Checkpoint:
         self._source = source
         self.tensors = tensors
         self._taken: set[str] = set()
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is a head beside the embeddings: in files of a model that config.json ties, one of other
+        values."""
+        return HEAD_NAME in self.tensors
 
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""

@@ -23,6 +23,11 @@ from tinyvllm.storage.values import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# Beginnings of the names of files that lie beside a model's own, and what to do without those
+OTHER_FORMATS = {
+    "consolidated": "in Mistral's own format: download model*.safetensors of the same repository",
+    "adapter_model": "an adapter without its base model: merge it into the base model and save that",
+}
 # Types of codes and of what belongs to them, which hf_formats assembles to matrices
 RAW_DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
@@ -39,21 +44,18 @@ RAW_DTYPES: dict[str, np.dtype[Any]] = {
 def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
     """All tensors of the model in `directory`, by name, from the files that belong to it.
 
-    Raises ModelError for files that are absent, cut short or damaged, WeightMismatchError for tensors that the index
-    places in a file that lacks them, UnsupportedModelError for pickle files and unknown types.
+    Raises ModelError for files that are absent, cut short or damaged, WeightMismatchError for tensors that two files
+    have, UnsupportedModelError for pickle files and unknown types. A tensor that the index lists and no file has is not
+    missed here: the model may not need it, as a tied head.
     """
-    weight_map = _read_index(directory)
+    weight_map = {} if (directory / SINGLE_NAME).is_file() else _read_index(directory)
     tensors: dict[str, StoredTensor] = {}
     for path in _weight_files(directory, weight_map):
-        found = _read_file(path)
-        if twice := sorted(found.keys() & tensors.keys()):
-            raise WeightMismatchError(f"{path} has tensor {twice[0]}, which another file of {directory} has too")
-        tensors |= found
-    for name, file_name in weight_map.items():
-        if name not in tensors:
-            raise WeightMismatchError(
-                f"{directory / INDEX_NAME} places tensor {name} in {file_name}, which lacks it: download both again"
-            )
+        for name, tensor in _read_file(path).items():
+            if name not in tensors or weight_map.get(name) == path.relative_to(directory).as_posix():
+                tensors[name] = tensor
+            elif name not in weight_map:
+                raise WeightMismatchError(f"{path} has tensor {name}, which another file of {directory} has too")
     return tensors
 
 
@@ -69,7 +71,8 @@ def _read_index(directory: Path) -> dict[str, str]:
 
 
 def _weight_files(directory: Path, weight_map: dict[str, str]) -> list[Path]:
-    """The files to read: those of the index, else model.safetensors, else all there are."""
+    """The files to read: model.safetensors, which transformers prefers, too; else those of the index; else all there
+    are but those in other formats."""
     if weight_map:
         listed = [directory / file_name for file_name in sorted(set(weight_map.values()))]
         if absent := [path.name for path in listed if not path.is_file()]:
@@ -79,7 +82,11 @@ def _weight_files(directory: Path, weight_map: dict[str, str]) -> list[Path]:
         return listed
     if (directory / SINGLE_NAME).is_file():
         return [directory / SINGLE_NAME]
-    files = sorted(directory.glob("*.safetensors"))
+    present = sorted(directory.glob("*.safetensors"))
+    files = [path for path in present if not path.name.startswith(tuple(OTHER_FORMATS))]
+    if present and not files:
+        remedy = next(text for beginning, text in OTHER_FORMATS.items() if present[0].name.startswith(beginning))
+        raise UnsupportedModelError(f"{directory} has only {present[0].name}, {remedy}")
     if not files:
         pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
         if pickles:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,10 +52,12 @@ from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import AWAIT_PREVIOUS, record, trace_step
 from tinyvllm.device.replay import make_replay
+from tinyvllm.model.weights.quant import QUANTIZED_KINDS
 from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm, Step, pool_groups
 from tinyvllm.ops.gpu.attention_decode import existing_tile
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.matrix import MatrixSpec
+from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 from tinyvllm.ops.reference import ReferenceBackend
@@ -209,6 +212,18 @@ def test_attention_reads_qkv_after_its_epilogue() -> None:
     assert len(biased) == len(plain) + 1 and biased[-2].startswith("sum") and biased[-1] == "decode"
 
 
+@pytest.mark.parametrize(("kind", "cols"), [("METAL", 14336), ("CUDA", 14336), ("CUDA", 18944)])
+def test_long_rows_of_4_bits_stay_in_the_quantized_kernel(kind: str, cols: int) -> None:
+    """The feed-forward's last product of 7B and 8B models: with gaps between its runs, x would not fit."""
+    fields: dict[str, Any] = dict(
+        name="down", lanes=Lanes(kind), mma=Mma(kind, dtypes.half), num_rows=4096, num_cols=cols
+    )
+    for fmt in ("Q4_0", "Q4_K"):
+        spec = QuantizedVectorSpec(format=QUANTIZED_KINDS[fmt].format, **fields)
+        assert fits_quantized_vector(spec)
+        assert spec.shared_bytes <= spec.lanes.shared_bytes
+
+
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +252,16 @@ def test_rows_in_half_precision_equal_the_reference(
     difference = largest_difference(multiply(FusedGpuBackend(device, dtype, lanes), *case), multiply(reference, *case))
     print(f"{case}: {difference:.1e}")
     assert difference < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("operation", "cols"), [("linear_add", 14336), ("linear_add", 18944), ("norm_linear", 4096)])
+@pytest.mark.parametrize("fmt", ["float16", "Q4_0", "Q4_K"])
+def test_a_row_of_many_columns_equals_the_reference(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str, operation: str, cols: int
+) -> None:
+    case, backend = (fmt, 1, operation, 96, cols), FusedGpuBackend(device, "float16", lanes)
+    assert largest_difference(multiply(backend, *case), multiply(reference, *case)) < TOLERANCE["float16"]
 
 
 @pytest.mark.gpu

@@ -26,7 +26,6 @@ from tinyvllm.ops.gpu.vector import RowOperands, RowProductSpec
 from tinyvllm.ops.kernel.body import F16, F32, U16, U32, Body, KernelFn, balanced, cached_kernel
 from tinyvllm.ops.kernel.lanes import (
     LANES,
-    SHARED_BYTES,
     Mma,
     axes_of,
     carry,
@@ -38,10 +37,9 @@ from tinyvllm.ops.kernel.lanes import (
 from tinyvllm.ops.kernel.tuning import Tunable
 
 PIECE = 8  # columns that a thread stages at once
-STAGED_RUN = PANEL // 2 + 4  # words from one run to the next in threadgroup memory: neighbors lie in different banks
 MAX_WARPS = 16
 MOST_RESIDENT_TILES = 2
-RESIDENT_BYTES = 24 << 20
+RESIDENT_BYTES = 20 << 20
 GROUPS_WANTED = 200  # threadgroups that keep every core of a large GPU busy
 LANE_ROWS = 2  # rows of a tile for which a lane holds sums
 IN_HALF = 1024  # the value of a float16 with the code in its mantissa is 1024 + code
@@ -70,15 +68,15 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
     @property
     def warps(self) -> int:
         """Warps that split the columns between them: up to 16, with at least two chunks each (4 on a chained device).
-        If the codes are loaded ahead: as few warps as have registers for all codes, but at least 8, or 4 for several
-        tiles of a normed x. (NVIDIA H200, Llama-3.2-1B's shape in Q4_0: attention_out with 8 warps instead of 4 takes
-        a step from 480 to 437 us.)"""
+        If the codes are loaded ahead: as few warps as have registers for all codes, but at least 8, or 4 for a normed
+        x. (NVIDIA H200: with Llama-3.2-1B's shape in Q4_0, attention_out with 8 warps, not 4, takes a step from 480
+        to 437 us; qkv of 2,560 to 4,096 columns in Q4_0 and Q4_K takes 4 to 39 % longer with 8.)"""
         count, share = 4, 4
         if self.lanes.is_chained and not self.is_resident:
-            share = 8
+            share = 8 if self.activation is None else self.chunks
         if self.is_resident:
             share = max(1, self._room // self.tiles_at_once) + 1
-            count = 4 if self.norm_eps is not None and self.tiles > 1 else 8
+            count = 4 if self.norm_eps is not None else 8
         while count < MAX_WARPS and self.chunks >= share * count:
             count *= 2
         return self.knob("warps", count)
@@ -86,11 +84,12 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
     @property
     def tiles(self) -> int:
         """Tiles of rows of a threadgroup. Many, because each threadgroup stages all of x; fewer if there would not be
-        enough threadgroups to fill the device."""
+        enough threadgroups to fill the device. (NVIDIA H200, gate and up of 16,384 to 37,888 rows in Q4_0 and Q4_K: two
+        tiles and four warps are within 14 % of the best of 16 choices.)"""
         least = 2 if self.activation is not None else 1
         wanted = 4 * 16 // self.mma.rows
         if self.lanes.is_chained:
-            wanted = MOST_RESIDENT_TILES if self.is_resident else 8
+            wanted = MOST_RESIDENT_TILES if self.is_resident or self.activation is not None else 8
         while wanted > least and not self._fills_device(wanted):
             wanted //= 2
         return self.knob("tiles", wanted)
@@ -147,14 +146,24 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
 
     @property
     def shared_bytes(self) -> int:
-        staged = (self.num_runs + 1) * STAGED_RUN * 4 + self.num_runs * self.groups * 4
+        return self._shared_bytes(self.staged_run)
+
+    @property
+    def staged_run(self) -> int:
+        """Words from one run to the next in threadgroup memory. Neighbors lie in different banks, unless K is so long
+        that there is no room for the gaps between them."""
+        padded = PANEL // 2 + 4
+        return padded if self._shared_bytes(padded) <= self.lanes.shared_bytes else PANEL // 2
+
+    def _shared_bytes(self, staged_run: int) -> int:
+        staged = (self.num_runs + 1) * staged_run * 4 + self.num_runs * self.groups * 4
         return staged + self.warps * (self.tiles * self.mma.rows + 1 + (self.sum is not None)) * 4
 
 
 def fits_quantized_vector(spec: QuantizedVectorSpec) -> bool:
     """Whether x fits into threadgroup memory, and the rows into tiles."""
     return (
-        spec.shared_bytes <= SHARED_BYTES
+        spec.shared_bytes <= spec.lanes.shared_bytes
         and spec.out_rows % spec.mma.rows == 0
         and (spec.split is None or spec.split.head_dim % PIECE == 0)
     )
@@ -379,7 +388,8 @@ def _stage(
     """(x, normed if there is a norm, as float16 in threadgroup memory: run by run in the order of the codes, and then a
     run of zeros; the float32 sum of each group of the stored values)."""
     body, thread = place.body, place.thread
-    staged = body.shared((spec.num_runs + 1) * STAGED_RUN, U32)
+    staged_run = spec.staged_run
+    staged = body.shared((spec.num_runs + 1) * staged_run, U32)
     sums = body.shared(spec.num_runs * spec.groups)
     at, inside = source.pieces, source.inside
     if spec.norm_eps is not None:
@@ -388,12 +398,12 @@ def _stage(
             [v * scale * w for v, w in zip(*pair, strict=True)]
             for pair in zip(loaded, source.norm_weights, strict=True)
         ]
-    stores = [staged[(spec.num_runs * STAGED_RUN + thread).valid(thread < PANEL // 2)].store(0)]
+    stores = [staged[(spec.num_runs * staged_run + thread).valid(thread < PANEL // 2)].store(0)]
     for piece, ok, values in zip(at, inside, loaded, strict=True):
         # by a statement of our own: tinygrad would drop the rounding, and the sum would not be that of x as stored
         halves = [UOp(Ops.CUSTOM, F16, src=(value.cast(F16),), arg="{0}") for value in values]
         part = piece % (PANEL // PIECE)
-        start = piece // (PANEL // PIECE) * STAGED_RUN + part // 2 * 2 + part % 2 * 8
+        start = piece // (PANEL // PIECE) * staged_run + part // 2 * 2 + part % 2 * 8
         for i in range(0, PIECE, 4):
             for j in range(2):
                 word = _word(*[halves[i + CODE_ORDER[2 * j + side]] for side in range(2)])
@@ -425,7 +435,7 @@ def _inputs(spec: QuantizedVectorSpec, staged: UOp, chunk: UOp, lane: UOp) -> li
     for token, slot in spec.mma.token_runs(lane):
         run = chunk * spec.mma.slots + slot
         is_own = token.eq(slot) & (run < spec.num_runs)
-        start = is_own.where(run, spec.num_runs) * STAGED_RUN
+        start = is_own.where(run, spec.num_runs) * spec.staged_run
         runs.append([staged[start + i].load() for i in range(PANEL // 2)])
     return runs
 

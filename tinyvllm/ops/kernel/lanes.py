@@ -60,6 +60,11 @@ class Lanes:
     matrix_dtypes: tuple[DType, ...] = ()  # operands of its matrix unit with float32 sums
     is_chained: bool = False  # a kernel may start before the previous one has ended: see `await_previous`
 
+    @property
+    def shared_bytes(self) -> int:
+        """Threadgroup memory that a kernel may declare."""
+        return 48 << 10 if self.kind == "CUDA" else SHARED_BYTES
+
     def shuffle(self, value: UOp, mask: int) -> UOp:
         """The float32 `value` of the lane whose number differs in the bits of `mask`."""
         # CUSTOM, not CUSTOMI: it is evaluated once, into a variable

@@ -102,8 +102,8 @@ SCENARIOS: dict[str, Scenario] = {
     "mixed": Scenario(_quantized("Q4_K", MIXED), BRIEF, PROMPTS[:3], max_tokens=8, tie=0.03),
     "sampled": Scenario(_dense("float32", GENERAL), CROWDED | EXACT, sampling=SAMPLING),
 }
-QUANTIzED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-SCENARIOS |= {kind: Scenario(_quantized(kind), BRIEF, PROMPTS[:3], max_tokens=8, tie=0.03) for kind in QUANTIzED}
+QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+SCENARIOS |= {kind: Scenario(_quantized(kind), BRIEF, PROMPTS[:3], max_tokens=8, tie=0.03) for kind in QUANTIZED}
 
 
 @dataclass

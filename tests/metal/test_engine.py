@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.metal.scenarios import SCENARIOS, Answer, QUANTIzED, answer
+from tests.metal.scenarios import QUANTIZED, SCENARIOS, Answer, answer
 from tests.metal.simulator import Settings, without_checks
 from tinyvllm.config import ModelFiles
 
@@ -71,7 +71,12 @@ def assert_same_tokens(found: Answer, expected: Answer, tie: float) -> None:
     assert compared >= 0.8 * total, f"only {compared} of {total} tokens could be compared"
 
 
-@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def slow(*names: str) -> list[Any]:
+    """Names whose runs take a minute each and have a like in the default run."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", ["float16", *slow("float32", "bfloat16")])
 def test_chunks_batches_preemption_and_prefix_hits_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
     expected = cpu.answer(name)
     found = answer(name, cpu.folder / name)
@@ -80,13 +85,13 @@ def test_chunks_batches_preemption_and_prefix_hits_give_the_cpus_tokens(name: st
     assert_same_tokens(found, expected, SCENARIOS[name].tie)
 
 
-@pytest.mark.parametrize("name", ["mixed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in QUANTIzED)])
+@pytest.mark.parametrize("name", ["mixed", *slow(*QUANTIZED)])
 def test_quantized_weights_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
     expected = cpu.answer(name)
     assert_same_tokens(answer(name, cpu.folder / name), expected, SCENARIOS[name].tie)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen2", "mistral", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma3", *slow("qwen3", "qwen2", "mistral")])
 def test_every_family_gives_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
     expected = cpu.answer(name)
     assert_same_tokens(answer(name, cpu.folder / name), expected, SCENARIOS[name].tie)
@@ -103,6 +108,7 @@ def test_samplers_with_seeds_draw_the_cpus_tokens_with_its_logprobs(name: str, c
             assert row == pytest.approx({int(token): value for token, value in right.items()}, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_the_default_model_gives_the_references_tokens(
     simulator: Settings | None, smollm2_files: ModelFiles, smollm2_reference: dict[str, Any]

@@ -25,8 +25,9 @@ PRODUCTS = [
     for index, fmt in enumerate(("float16", "bfloat16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "float32"))
     for place, tokens in enumerate((1, 5) if fmt[0] == "Q" else (1, 3, 70))
 ]
-UNREAD = ("affine3_g64-float16", "MXFP4-e8m0", "NVFP4-e4m3", "FP8-float32")  # by fused kernels: the general product
-PRODUCTS += [(fmt, 2, operation) for fmt, operation in zip(UNREAD, (*OPERATIONS, "norm_linear"), strict=True)]
+# of every kind of codes; tests/ops/gpu has all formats
+OTHERS = ("affine3_g64-float16", "MXFP4-e8m0", "NVFP4-e4m3", "FP8-float32", "IQ4_XS-float16", "W4A16-bfloat16")
+PRODUCTS += [(fmt, 1 + index % 2, OPERATIONS[index % 3]) for index, fmt in enumerate(OTHERS)]
 
 
 def backends(fmt: str, heads: tuple[int, int, int] = (4, 2, 64)) -> tuple[Backend, Backend]:
@@ -151,7 +152,7 @@ def test_blocks_before_the_window_are_not_read(sizes: tuple[int, ...], is_decode
     np.testing.assert_array_equal(spoiled.out, clean.out)
 
 
-@pytest.mark.parametrize("fmt", ["float16", "bfloat16", "Q4_0", "Q8_0", "Q6_K", *UNREAD])
+@pytest.mark.parametrize("fmt", ["float16", "bfloat16", "Q4_0", "Q8_0", "Q6_K", *OTHERS[:4]])
 def test_rows_are_embedded_and_taken_as_by_the_reference(fmt: str) -> None:
     from tests.ops.builders import largest_difference, make_host, make_step, make_step_of
     from tinyvllm.ops.step_inputs import StepLayout

@@ -20,6 +20,19 @@ GGUF_FORMATS = [
     )
 ]
 GRIDS = [fmt.grid for fmt in GGUF_FORMATS if fmt.grid is not None]
+NF4 = Format(
+    "nf4",
+    4,
+    64,
+    scale=ScaleFormat(64, dtype="float32"),
+    # QLoRA (Dettmers et al. 2023), appendix E
+    codebook=(
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+)
 
 
 def affine(bits: int, group: int, dtype: str = "float16") -> Format:
@@ -36,6 +49,7 @@ FORMATS = [
     Format("GPTQ", 4, 128, scale=ScaleFormat(128), minimum=ScaleFormat(128, has_steps=True)),
     Format("W4A16", 4, 64, offset=8, scale=ScaleFormat(64, dtype="bfloat16")),
     Format("FP8", 8, 128, scale=ScaleFormat(128, dtype="float32"), is_float8=True),
+    NF4,
     *GGUF_FORMATS,
 ]
 BY_NAME = {f"{fmt.name}-{fmt.scales[0].dtype}": fmt for fmt in FORMATS}

@@ -36,7 +36,8 @@ from tinyvllm.ops.backend import Backend, Epilogue, Norm
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.cpu.linear import LinearSpec, linear_kernel
 from tinyvllm.ops.formats.matrix import Matrix, Planes, join_shards, pack, unpack
-from tinyvllm.ops.formats.runs import covers, group_sums, read_halves, read_pairs, read_run, require_covered, run_cols
+from tinyvllm.ops.formats.pairs import read_halves, read_pairs
+from tinyvllm.ops.formats.runs import covers, group_sums, read_run, require_covered, run_cols
 from tinyvllm.ops.gpu.backend import GpuBackend
 from tinyvllm.ops.gpu.gemm import GemmSpec, gemm_kernel, unpack_kernel
 from tinyvllm.ops.gpu.matrix import MatrixSpec, matrix_kernel
@@ -113,18 +114,22 @@ def test_a_known_format_is_unpacked_to_its_values(fmt: Format, layout: str) -> N
     assert_close(unpack(pack(host, layout, None, "CPU")).numpy(), host)
 
 
-@pytest.mark.parametrize(
-    "fmt",
-    [kind.format for kind in QUANTIZED_KINDS.values() if covers(kind.format)]
-    + [affine(bits, group) for bits in (4, 8) for group in (16, 32)],
-    ids=lambda fmt: fmt.name,
-)
-def test_a_format_that_runs_cover_is_read_by_runs(fmt: Format) -> None:
-    host = draw_matrix(fmt, 32, COLS)
-    assert covers(fmt)
+@settings(max_examples=10, deadline=None)
+@given(fmt=any_format(has_grids=False).filter(covers), seed=st.integers(0, 99))
+def test_any_format_that_runs_cover_is_read_by_runs(fmt: Format, seed: int) -> None:
+    host = draw_matrix(fmt, 32, COLS, seed)
     # a code lies in a mantissa between 1 and 2, so that a value is a difference of larger ones
     expected, size = to_float32(host), np.abs(to_float32(host)).max()
     np.testing.assert_allclose(read_runs(pack(host, "row", None, "CPU")), expected, rtol=0, atol=4e-5 * size)
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [kind.format for kind in QUANTIZED_KINDS.values()] + FORMATS,
+    ids=lambda fmt: f"{fmt.name}-{fmt.scale.dtype}",
+)
+def test_runs_cover_every_known_format_without_a_grid(fmt: Format) -> None:
+    assert covers(fmt) == (fmt.grid is None)
 
 
 # -- products ----------------------------------------------------------------------------------------------------------
@@ -192,16 +197,23 @@ def test_the_general_product_of_gpus_reads_every_format(device: DeviceHandle, fm
 
 # -- what a fused kernel cannot read takes the general form, and never its own -----------------------------------------
 
+UNREAD = [
+    Format("far", 4, 32, offset=4096, scale=ScaleFormat(32)),
+    Format("ternary", 2, 64, scale=ScaleFormat(64), codebook=(0.0, 1.0, -1.0, 0.5)),
+    BY_NAME["IQ2_XXS-float16"],
+]
+unread = pytest.mark.parametrize("fmt", UNREAD, ids=lambda fmt: fmt.name)
 
-@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.name != "affine5_g32"], ids=lambda fmt: fmt.name)
+
+@unread
 def test_runs_refuse_by_name_what_they_do_not_cover(fmt: Format) -> None:
-    """A group of 64 must not be taken for dense, nor a codebook for integers."""
+    """A large offset must not be rounded, nor a codebook be taken for integers."""
     matrix = pack(draw_matrix(fmt, 32, COLS), "row", None, "CPU")
     planes, zero = Planes(fmt, matrix.planes), UOp.const(0)
     readers: list[Callable[[], Any]] = [
         lambda: read_run(planes, zero, zero, COLS, 32),
-        lambda: read_pairs(planes, zero, zero, COLS // 32, lambda word, mask: word),
-        lambda: read_halves(planes, zero, zero, COLS, None),  # type: ignore[arg-type]
+        lambda: read_pairs(planes, zero, zero, COLS // 32, HALVES),
+        lambda: read_halves(planes, zero, zero, COLS, HALVES),
         lambda: group_sums(fmt, [zero] * 32),
         lambda: run_cols(fmt, 8),
         lambda: require_covered(fmt),
@@ -222,9 +234,8 @@ FUSED: dict[str, Callable[[Format], tuple[Any, int]]] = {  # a kernel by its for
 
 
 @pytest.mark.parametrize("kernel", FUSED)
-@pytest.mark.parametrize("name", ["affine4_g64-float16", "MXFP4-e8m0", "W4A16-bfloat16"])
-def test_no_fused_kernel_can_be_made_for_what_it_does_not_read(kernel: str, name: str) -> None:
-    fmt = BY_NAME[name]
+@unread
+def test_no_fused_kernel_can_be_made_for_what_it_does_not_read(kernel: str, fmt: Format) -> None:
     matrix = pack(draw_matrix(fmt, 64, COLS), "row", None, "CPU")
     with pytest.raises(UnsupportedModelError, match=f"fused kernel was given weights in format {fmt.name}"):
         fn, tokens = FUSED[kernel](fmt)
@@ -234,17 +245,17 @@ def test_no_fused_kernel_can_be_made_for_what_it_does_not_read(kernel: str, name
 
 @pytest.mark.parametrize("kind", ["METAL", "CUDA"])
 @pytest.mark.parametrize("tokens", [1, 3, 64])
-@pytest.mark.parametrize("name", ["affine4_g64-float16", "MXFP4-e8m0"])
+@unread
 def test_fused_backends_multiply_what_they_do_not_cover_by_the_general_product(
-    kind: str, tokens: int, name: str, caplog: pytest.LogCaptureFixture
+    kind: str, tokens: int, fmt: Format, caplog: pytest.LogCaptureFixture
 ) -> None:
     """These products run here, because they are not METAL's or CUDA's kernels. The log names the format."""
-    host, x = draw_matrix(BY_NAME[name], 64, COLS), normal(tokens, COLS)
+    host, x = draw_matrix(fmt, 64, COLS), normal(tokens, COLS)
     with caplog.at_level(logging.WARNING):
         backend = rendered(kind)
         out = multiply(backend, host, x)
     assert largest_difference(out, expected_product(host, x)) < 4e-3  # float16 activations
-    said = f"test: a product with weights in {BY_NAME[name].name} takes the general kernel"
+    said = f"test: a product with weights in {fmt.name} takes the general kernel"
     assert said in caplog.text
     assert backend.coverage.lines() == [said]
 

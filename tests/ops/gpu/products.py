@@ -8,6 +8,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from tests.ops.builders import make_epilogue, make_host, normal, run_product
+from tests.ops.formats.drawn import BY_NAME
 from tinyvllm.ops.backend import Backend, Epilogue, Norm
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 
@@ -57,3 +58,8 @@ SHAPES = {"norm_linear": (96, 256), "norm_gated": (64, 512), "linear_add": (64, 
 # see make_epilogue; the sums with norms are computed by the next product, or before it if that has many rows
 EPILOGUES = ("epilogue + n", "epilogue + bns", "epilogue + bs", "epilogue - sc", "epilogue - b")
 NORMED_CHAINS = ("normed_chain", "normed_chain wide", "normed_chain unnormed")
+# a row on the vector units or the matrix unit, a few rows in pairs and one by one, and many rows
+SOME_TOKENS = (1, 8, 40, 70)
+ALL_FORMATS = [(name, tokens, operation) for name in BY_NAME for tokens in SOME_TOKENS for operation in SHAPES]
+# each format in each kernel, by one operation
+ROTATED = [case for i, case in enumerate(ALL_FORMATS) if i % len(SHAPES) == (i // len(SHAPES) + i // 16) % len(SHAPES)]

@@ -36,7 +36,18 @@ from tests.ops.builders import (
     read_pool,
     run_product,
 )
-from tests.ops.gpu.products import EPILOGUES, NORMED_CHAINS, SHAPES, TOLERANCE, multiply, read, upload
+from tests.ops.formats.drawn import BY_NAME
+from tests.ops.gpu.products import (
+    ALL_FORMATS,
+    EPILOGUES,
+    NORMED_CHAINS,
+    ROTATED,
+    SHAPES,
+    TOLERANCE,
+    multiply,
+    read,
+    upload,
+)
 from tests.ops.rendering import (
     KINDS,
     check_limits,
@@ -262,6 +273,35 @@ def test_a_row_of_many_columns_equals_the_reference(
 ) -> None:
     case, backend = (fmt, 1, operation, 96, cols), FusedGpuBackend(device, "float16", lanes)
     assert largest_difference(multiply(backend, *case), multiply(reference, *case)) < TOLERANCE["float16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("fmt", "tokens", "operation"),
+    [pytest.param(*case, marks=() if case in ROTATED else pytest.mark.slow) for case in ALL_FORMATS],
+)
+def test_every_format_is_read_by_every_kernel(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str, tokens: int, operation: str
+) -> None:
+    """All of them: DEV=CUDA python -m pytest -m gpu tests/ops/gpu/test_fused.py; `-m "gpu and not slow"`: one operation
+    of each."""
+    case, backend = (fmt, tokens, operation, *SHAPES[operation]), FusedGpuBackend(device, "float16", lanes)
+    difference = largest_difference(multiply(backend, *case), multiply(reference, *case))
+    print(f"{case}: {difference:.1e}")
+    assert difference < TOLERANCE["float16"]
+    assert bool(backend.coverage.lines()) == (BY_NAME[fmt].grid is not None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("fmt", ["affine4_g64-bfloat16", "W4A16-bfloat16", "MXFP4-e8m0", "FP8-float32"])
+def test_formats_beside_bfloat16_activations_equal_the_reference(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str, tokens: int
+) -> None:
+    case, backend = (fmt, tokens, "norm_linear", *SHAPES["norm_linear"]), FusedGpuBackend(device, "bfloat16", lanes)
+    difference = largest_difference(multiply(backend, *case), multiply(reference, *case))
+    assert difference < TOLERANCE["bfloat16"]
+    assert not backend.coverage.lines()
 
 
 @pytest.mark.gpu

@@ -3,70 +3,143 @@
 Codes are not converted from integers, which is slow on GPUs. A code of b bits is put into the high bits of a float32's
 mantissa, which makes it f = 1 + code / 2**b, and the group's factors take the rest back:
 value = (code - offset) * scale + minimum = f * (scale * 2**b) + (minimum - scale * (2**b + offset)).
+Codes that are small floats (e4m3, e2m1) are moved into a float16 in the same way, whose exponent is then too small by a
+constant. pairs.py has codes two at a time, in float16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinygrad import UOp
 from tinygrad.dtype import DType
 
-from tinyvllm.arrays import Format
+from tinyvllm.arrays import E2M1, Format
 from tinyvllm.errors import UnsupportedModelError
-from tinyvllm.ops.formats.matrix import PANEL, Planes, ScalePlanes, float_of_scale, high_bits
-from tinyvllm.ops.kernel.body import F16, F32, I32, balanced
-from tinyvllm.ops.kernel.lanes import HALF_PAIR, Mma
+from tinyvllm.ops.formats.matrix import (
+    PANEL,
+    Planes,
+    ScalePlanes,
+    code_lanes,
+    float_of_scale,
+    high_bits,
+    look_up,
+    low_bits,
+)
+from tinyvllm.ops.kernel.body import F16, F32, I32, U16, balanced
 
 ONE_BITS, MANTISSA_BITS = 0x3F800000, 23
-IN_HALF = 1024  # a code in a float16's mantissa makes it 1024 + code
-CODE_ORDER = (0, 2, 1, 3)  # of four neighboring codes in `read_pairs`: a word's halves hold every other one
+SIGNED = 128  # what is added to signed bytes, to read them as unsigned ones
+FLIPPED = 0x80808080  # adds it to the four bytes of a word
+MAX_OFFSET = 512  # 1024 + 128 + offset is an integer that float16 holds
+CODEBOOK = 16  # values of a codebook
+# a small float's bits at the top of a float16's exponent and mantissa make its value smaller by this
+FP8_UNIT, FP4_UNIT = 2.0**8, 2.0**14
+FP4_TIMES = (0.5, 1.0, 2.0)  # ggml's codebook has twice e2m1's values
+STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)  # between the values of a codebook that is as good as integers
 
 
-COVERED_BITS, COVERED_GROUPS = (4, 5, 6, 8), (16, 32)
+def uncovered(fmt: Format) -> str:
+    """Why a matrix of this format cannot be read by runs, in words; "" if it can. Other formats take the general form
+    (`matrix.unpack`)."""
+    if fmt.grid is not None:
+        return f"a grid of vectors of {fmt.grid.width}"
+    if abs(fmt.offset) > MAX_OFFSET:
+        return f"an offset of {fmt.offset}"
+    if fmt.codebook is not None and len(fmt.codebook) != CODEBOOK and line(fmt) is None:
+        return f"a codebook of {len(fmt.codebook)}"
+    return ""
 
 
 def covers(fmt: Format) -> bool:
-    """Whether a matrix of this format can be read by runs. Other formats take the general form (`matrix.unpack`)."""
-    if not fmt.is_quantized:
-        return True
-    has_integers = fmt.codebook is None and fmt.grid is None and not fmt.is_float8 and fmt.bits in COVERED_BITS
-    has_halves = all(scale.dtype == "float16" and not scale.has_multiplier for scale in fmt.scales)
-    return has_integers and has_halves and fmt.group in COVERED_GROUPS
+    """Whether a matrix of this format can be read by runs."""
+    return not uncovered(fmt)
 
 
 def require_covered(fmt: Format) -> None:
     """Raise UnsupportedModelError for a format that `covers` does not."""
-    if not covers(fmt):
+    if reason := uncovered(fmt):
         raise UnsupportedModelError(
-            f"a fused kernel was given weights in format {fmt.name}, of {fmt.bits} bits in groups of {fmt.group}; it "
-            f"reads integers of {_list(COVERED_BITS)} bits in groups of {_list(COVERED_GROUPS)} with float16 scales: "
-            "use the general product, or --dequantize"
+            f"a fused kernel was given weights in format {fmt.name}, which has {reason}; it reads offsets up to "
+            f"{MAX_OFFSET} and codebooks of {CODEBOOK} values: use the general product, or --dequantize"
         )
 
 
-def _list(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
-
-
 def run_cols(fmt: Format, dense_cols: int) -> int:
-    """Columns of a run: quantized formats read as many codes as share their words and scales."""
+    """Columns of a run: quantized formats read as many codes as share their words."""
     require_covered(fmt)
     return PANEL if fmt.is_quantized else dense_cols
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+def groups_in_run(fmt: Format) -> int:
+    """Groups of columns that a run of a quantized format touches: two of 16 columns, otherwise one."""
+    return max(1, PANEL // fmt.group)
+
+
+def group_of(fmt: Format, run: UOp, index: int) -> UOp:
+    """The number of a run's group. Neighboring runs share a group of more than 32 columns."""
+    return run * groups_in_run(fmt) + index if fmt.group <= PANEL else run // (fmt.group // PANEL)
+
+
+def group_scale(scales: ScalePlanes | None, row: UOp, group: UOp, fmt: Format, num_cols: int) -> UOp:
+    """The scale or minimum of one row's group of columns, as float32."""
+    assert scales is not None
+    span = scales.format.span
+    base = scales.base[row * (num_cols // span) + group // (span // fmt.group)].load()
+    value = float_of_scale(base, scales.format)
+    if scales.multiplier is not None:
+        value = value * scales.multiplier[row].load()
+    if scales.steps is None:
+        return value
+    return value * scales.steps[row * (num_cols // fmt.group) + group].load().cast(I32).cast(F32)
+
+
+def group_sums(fmt: Format, x: Sequence[UOp]) -> list[UOp]:
+    """What `Run.dot` needs besides x: its sum over each group of a run; nothing for dense formats."""
+    require_covered(fmt)
+    if not fmt.is_quantized:
+        return []
+    size = PANEL // groups_in_run(fmt)
+    return [balanced(x[i : i + size]) for i in range(0, len(x), size)]
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CodeForm:
+    """What a number that is cheap to make from a code stands for: the code's value is number * unit - excess."""
+
+    unit: float
+    excess: float
+
+    @property
+    def start(self) -> float:
+        """The number that stands for 0."""
+        return self.excess / self.unit
 
 
 @dataclass(frozen=True)
 class Run:
     """One lane's consecutive weights. Dense: `floats` are the values and `factors` is empty. Quantized: value i is
-    floats[i] * a + b, with (a, b) = factors[i // group]."""
+    floats[i] * a + b, with (a, b) = factors[i // group]; None as b is 0."""
 
     floats: list[UOp]
-    factors: list[tuple[UOp, UOp]]
+    factors: list[tuple[UOp, UOp | None]]
 
     @property
     def group(self) -> int:
+        """Columns that share a factor, of this run."""
         return len(self.floats) // len(self.factors)
+
+    @property
+    def loaded(self) -> list[UOp]:
+        """Everything that was read from memory for it."""
+        return self.floats + [value for pair in self.factors for value in pair if value is not None]
 
     def values(self, dtype: DType) -> list[UOp]:
         """The weights, rounded to `dtype`."""
@@ -75,7 +148,7 @@ class Run:
         scaled = []
         for i, value in enumerate(self.floats):
             a, b = self.factors[i // self.group]
-            scaled.append((value * a + b).cast(dtype))
+            scaled.append((value * a if b is None else value * a + b).cast(dtype))
         return scaled
 
     def dot(self, x: Sequence[UOp], sums: Sequence[UOp]) -> UOp:
@@ -83,20 +156,11 @@ class Run:
         products = [value * v for value, v in zip(self.floats, x, strict=True)]
         if not self.factors:
             return balanced(products)
-        size = self.group
-        parts = [
-            a * balanced(products[i * size : (i + 1) * size]) + b * total
-            for i, ((a, b), total) in enumerate(zip(self.factors, sums, strict=True))
-        ]
+        size, parts = self.group, []
+        for i, ((a, b), total) in enumerate(zip(self.factors, sums, strict=True)):
+            part = a * balanced(products[i * size : (i + 1) * size])
+            parts.append(part if b is None else part + b * total)
         return balanced(parts)
-
-
-def group_sums(fmt: Format, x: Sequence[UOp]) -> list[UOp]:
-    """What `Run.dot` needs besides x: nothing for dense formats."""
-    require_covered(fmt)
-    if not fmt.is_quantized:
-        return []
-    return [balanced(x[i : i + fmt.group]) for i in range(0, len(x), fmt.group)]
 
 
 def read_run(planes: Planes, row: UOp, run: UOp, num_cols: int, cols: int) -> Run:
@@ -109,9 +173,8 @@ def read_run(planes: Planes, row: UOp, run: UOp, num_cols: int, cols: int) -> Ru
         return Run([half for word in words for half in _bfloat16_pair(word)], [])
     if not fmt.is_quantized:
         return Run([planes.codes[start + i].load().cast(F32) for i in range(cols)], [])
-    index = row * (num_cols // PANEL) + run
-    floats = _byte_codes(planes, index) if fmt.bits == 8 else _packed_codes(planes, index)
-    return Run(floats, _factors(planes, row, run, num_cols))
+    floats, form = _code_floats(planes, row * (num_cols // PANEL) + run)
+    return Run(floats, _factors(planes, form, row, run, num_cols))
 
 
 def _bfloat16_pair(word: UOp) -> list[UOp]:
@@ -119,139 +182,98 @@ def _bfloat16_pair(word: UOp) -> list[UOp]:
     return [(word << 16).bitcast(F32), (word & 0xFFFF0000).bitcast(F32)]
 
 
-def _in_mantissa(bits: UOp) -> UOp:
-    return (bits | ONE_BITS).bitcast(F32)
-
-
-def _moved(word: UOp, start: int, width: int, target: int) -> UOp:
-    """Bits [start, start + width) of a word, moved to bit `target`."""
-    moved = word << (target - start) if target >= start else word >> (start - target)
-    return moved & (((1 << width) - 1) << target)
-
-
-def _byte_codes(planes: Planes, run: UOp) -> list[UOp]:
-    """Signed bytes plus 128, which `_factors` subtracts."""
-    words = [planes.codes[run * (PANEL // 4) + i].load() ^ 0x80808080 for i in range(PANEL // 4)]
-    return [_in_mantissa(_moved(words[i // 4], i % 4 * 8, 8, MANTISSA_BITS - 8)) for i in range(PANEL)]
-
-
-def _packed_codes(planes: Planes, run: UOp) -> list[UOp]:
-    """Codes whose low 4 bits share a byte with another's; the 5th and 6th bits are in the high plane."""
-    fmt, bits = planes.fmt, planes.fmt.bits
-    half = PANEL // 2
-    words = [planes.codes[run * (half // 4) + i].load() for i in range(half // 4)]
-    low = MANTISSA_BITS - bits
-    codes = [_moved(words[i % half // 4], i % 4 * 8 + i // half * 4, 4, low) for i in range(PANEL)]
-    if planes.high is not None:
-        width = high_bits(fmt)
-        high = [planes.high[run * width + i].load() for i in range(width)]
-        codes = [code | _moved(high[i * width // 32], i * width % 32, width, low + 4) for i, code in enumerate(codes)]
-    return [_in_mantissa(code) for code in codes]
-
-
-def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, to_halves: Callable[[UOp, int], UOp]) -> list[UOp]:
-    """A run's codes as words of two halves, 1024 + code each (signed bytes: + 128), so that one instruction does two.
-
-    `to_halves`: `Mma.to_halves`. The words are in groups of four neighboring columns, each in `CODE_ORDER`: the first
-    four of the run, the first four of its second half, the second four, and so on.
-    """
-    require_covered(planes.fmt)
-    fmt, index = planes.fmt, row * num_runs + run
-    pairs = []
-    if fmt.bits == 8:
-        words = [planes.codes[index * (PANEL // 4) + i].load() ^ 0x80808080 for i in range(PANEL // 4)]
-        for i in range(PANEL // 4):
-            word = words[i // 2 + i % 2 * 4]
-            pairs += [to_halves(word, 0x00FF00FF), to_halves(word >> 8, 0x00FF00FF)]
-        return pairs
-    count = PANEL // 8
-    words = [planes.codes[index * count + i].load() for i in range(count)]
-    high = []
-    if planes.high is not None:
-        high = [planes.high[index * high_bits(fmt) + i].load() for i in range(high_bits(fmt))]
-    for i in range(PANEL // 4):
-        for odd in range(2):
-            shift = i % 2 * 4 + odd * 8
-            pair, mask = words[i // 2] >> shift if shift else words[i // 2], 0x000F000F
-            for place in range(2 if high else 0):
-                bit = (i // 2 * 4 + i % 2 * (PANEL // 2) + odd + place * 2) * high_bits(fmt)
-                pair = (pair & mask) | _moved(high[bit // 32], bit % 32, high_bits(fmt), 4 + place * 16)
-                mask |= ((1 << high_bits(fmt)) - 1) << (4 + place * 16)
-            pairs.append(to_halves(pair, mask))
-    return pairs
-
-
-def read_halves(planes: Planes, row: UOp, run: UOp, num_cols: int, mma: Mma) -> list[UOp]:
-    """A quantized run's weights, rounded to float16, as the operand of `Mma.multiply_pairs`: two instructions per pair,
-    besides the one or two that move it into place. (code - offset) is exact in float16, so its product with a float16
-    scale is rounded once."""
-    require_covered(planes.fmt)
-    fmt, index = planes.fmt, row * (num_cols // PANEL) + run
-    pairs = _byte_pairs(planes, index, mma) if fmt.bits == 8 else _packed_pairs(planes, index, mma)
-    factors = []
-    for i in range(PANEL // fmt.group):
-        group = run * (PANEL // fmt.group) + i
-        scales = [planes.scale] if planes.minimum is None else [planes.scale, planes.minimum]
-        values = [group_scale(scale, row, group, fmt, num_cols).cast(F16) for scale in scales]
-        factors.append((mma.both(values[0]), mma.both(values[1]) if len(values) > 1 else None))
-    weights: list[UOp] = []
-    for i, (word, unit) in enumerate(pairs):
-        factor, addend = factors[i * 2 // fmt.group]
-        code = mma.fuse(mma.pair_of(word), mma.both(1.0 / unit), mma.both(-float(IN_HALF // unit + _offset(fmt))))
-        weights += mma.fuse(code, factor, addend)
-    return weights
-
-
-def _offset(fmt: Format) -> int:
-    """What to subtract from a code; signed bytes are read as unsigned ones, 128 larger."""
-    return fmt.offset + (128 if fmt.bits == 8 else 0)
-
-
-def _byte_pairs(planes: Planes, run: UOp, mma: Mma) -> list[tuple[UOp, int]]:
-    """As `_packed_pairs`."""
-    words = [planes.codes[run * (PANEL // 4) + i].load() ^ 0x80808080 for i in range(PANEL // 4)]
-    return [(mma.byte_pair(words[i // 2], i % 2, HALF_PAIR >> 24), 1) for i in range(PANEL // 2)]
-
-
-def _packed_pairs(planes: Planes, run: UOp, mma: Mma) -> list[tuple[UOp, int]]:
-    """Words of two neighboring codes as halves 1024 + code * unit, and that unit."""
-    fmt, half = planes.fmt, PANEL // 2
-    words = [planes.codes[run * (half // 4) + i].load() for i in range(half // 4)]
-    low = [mma.byte_pair(words[i // 2], i % 2, 0) for i in range(half // 2)]
-    if planes.high is None:
-        return [(mma.to_halves(pair, 0xF000F * unit), unit) for unit in (1, 16) for pair in low]
-    width = high_bits(fmt)
-    high = [planes.high[run * width + i].load() for i in range(width)]
-    pairs = []
-    for i in range(PANEL // 2):
-        pair = (low[i % (half // 2)] >> (i // (half // 2) * 4)) & 0xF000F
-        for side in range(2):
-            bit = (2 * i + side) * width
-            pair = pair | _moved(high[bit // 32], bit % 32, width, 4 + side * 16)
-        pairs.append((mma.to_halves(pair, 0xF000F | ((1 << width) - 1) * 0x100010), 1))
-    return pairs
-
-
-def _factors(planes: Planes, row: UOp, run: UOp, num_cols: int) -> list[tuple[UOp, UOp]]:
+def _factors(planes: Planes, form: CodeForm, row: UOp, run: UOp, num_cols: int) -> list[tuple[UOp, UOp | None]]:
     fmt = planes.fmt
-    offset = _offset(fmt)
-    factors = []
-    for i in range(PANEL // fmt.group):
-        group = run * (PANEL // fmt.group) + i
+    factors: list[tuple[UOp, UOp | None]] = []
+    for i in range(groups_in_run(fmt)):
+        group = group_of(fmt, run, i)
         scale = group_scale(planes.scale, row, group, fmt, num_cols)
-        shift = scale * -float((1 << fmt.bits) + offset)
+        shift = scale * -form.excess if form.excess else None
         if planes.minimum is not None:
-            shift = shift + group_scale(planes.minimum, row, group, fmt, num_cols)
-        factors.append((scale * float(1 << fmt.bits), shift))
+            minimum = group_scale(planes.minimum, row, group, fmt, num_cols)
+            shift = minimum if shift is None else shift + minimum
+        factors.append((scale * form.unit, shift))
     return factors
 
 
-def group_scale(scales: ScalePlanes | None, row: UOp, group: UOp, fmt: Format, num_cols: int) -> UOp:
-    """The scale or minimum of one row's group of columns, as float32."""
-    assert scales is not None
-    span = scales.format.span
-    base = scales.base[row * (num_cols // span) + group // (span // fmt.group)].load()
-    value = float_of_scale(base, scales.format)
-    if scales.steps is None:
-        return value
-    return value * scales.steps[row * (num_cols // fmt.group) + group].load().cast(I32).cast(F32)
+# -- codes -------------------------------------------------------------------------------------------------------------
+
+
+def code_words(planes: Planes, run: UOp) -> list[UOp]:
+    """The words of the first plane that a run's codes share; bytes of integers as unsigned ones, 128 larger."""
+    fmt = planes.fmt
+    count = code_lanes(fmt) // 4
+    words = [planes.codes[run * count + i].load() for i in range(count)]
+    return [word ^ FLIPPED for word in words] if fmt.bits == 8 and not fmt.is_float8 else words
+
+
+def high_words(planes: Planes, run: UOp) -> list[UOp]:
+    """The words of the high plane that a run's codes share."""
+    width = high_bits(planes.fmt)
+    return [] if planes.high is None else [planes.high[run * width + i].load() for i in range(width)]
+
+
+def line(fmt: Format) -> tuple[float, float] | None:
+    """(step, first) if a code in `code_words` stands for first + code * step: if it is an integer, or the values of the
+    codebook are equally spaced, by a power of two."""
+    if fmt.is_float8:
+        return None
+    if fmt.codebook is None:
+        return 1.0, -float(fmt.offset + (SIGNED if fmt.bits == 8 else 0))
+    first, second, *_ = fmt.codebook
+    step = second - first
+    is_even = all(value == first + i * step for i, value in enumerate(fmt.codebook))
+    return (step, first) if is_even and step in STEPS and abs(first) <= MAX_OFFSET else None
+
+
+def small_float_unit(fmt: Format) -> float:
+    """If codes are e4m3 floats, or e2m1 floats times a power of two: how many times larger their values are than those
+    of the float16 that holds their bits. 0 for other formats."""
+    if fmt.is_float8:
+        return FP8_UNIT
+    if fmt.codebook is None or len(fmt.codebook) != CODEBOOK:
+        return 0.0
+    times = fmt.codebook[1] / E2M1[1]
+    is_fp4 = times in FP4_TIMES and fmt.codebook == tuple(value * times for value in E2M1)
+    return FP4_UNIT * times if is_fp4 else 0.0
+
+
+def moved(word: UOp, start: int, mask: int, target: int) -> UOp:
+    """The bits `mask` << `start` of a word, moved to bit `target`."""
+    shifted = word << (target - start) if target > start else word >> (start - target) if target < start else word
+    return shifted & (mask << target)
+
+
+def _code_floats(planes: Planes, run: UOp) -> tuple[list[UOp], CodeForm]:
+    """A run's codes as numbers of one form."""
+    fmt = planes.fmt
+    if unit := small_float_unit(fmt):
+        place = 7 if fmt.is_float8 else 9  # in a float16, of the bits below the sign
+        return [_small_float(code, fmt.bits, place) for code in _codes_at(planes, run, 0)], CodeForm(unit, 0.0)
+    if known := line(fmt):
+        step, first = known
+        codes = _codes_at(planes, run, MANTISSA_BITS - fmt.bits)
+        unit = step * (1 << fmt.bits)
+        return [(code | ONE_BITS).bitcast(F32) for code in codes], CodeForm(unit, unit - first)
+    assert fmt.codebook is not None
+    return [look_up(code, fmt.codebook) for code in _codes_at(planes, run, 0)], CodeForm(1.0, 0.0)
+
+
+def _codes_at(planes: Planes, run: UOp, target: int) -> list[UOp]:
+    """A run's codes, each at bit `target` of its own word."""
+    lanes, width, high_width = code_lanes(planes.fmt), low_bits(planes.fmt), high_bits(planes.fmt)
+    words, high = code_words(planes, run), high_words(planes, run)
+    mask, high_mask = (1 << width) - 1, (1 << high_width) - 1
+    codes = [moved(words[i % lanes // 4], i % 4 * 8 + i // lanes * width, mask, target) for i in range(PANEL)]
+    if not high:
+        return codes
+    bits = [i * high_width for i in range(PANEL)]
+    above = [moved(high[bit // 32], bit % 32, high_mask, target + width) for bit in bits]
+    return [code | more for code, more in zip(codes, above, strict=True)]
+
+
+def _small_float(code: UOp, bits: int, target: int) -> UOp:
+    """A float of `bits` bits, whose highest is the sign, as a float16 whose other bits begin at bit `target`."""
+    rest = bits - 1
+    half = moved(code, rest, 1, 15) | moved(code, 0, (1 << rest) - 1, target)
+    return half.cast(U16).bitcast(F16).cast(F32)

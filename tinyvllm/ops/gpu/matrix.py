@@ -15,7 +15,8 @@ from tinygrad.uop.ops import Ops
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import gated
 from tinyvllm.ops.formats.matrix import Planes
-from tinyvllm.ops.formats.runs import read_halves, read_run, run_cols
+from tinyvllm.ops.formats.pairs import read_halves
+from tinyvllm.ops.formats.runs import read_run, run_cols
 from tinyvllm.ops.kernel.body import F16, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.kernel.lanes import (
     LANES,

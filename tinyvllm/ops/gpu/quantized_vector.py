@@ -1,7 +1,7 @@
 """One token row times a quantized matrix, on the matrix unit, without converting codes to weights.
 
 Unpacking dominates the cost of such a product: 4-bit codes arrive from memory faster than a GPU converts them one by
-one. So two codes at a time are put into the mantissas of two float16 values, 1024 + code, by one instruction, and the
+one. So two codes at a time become two float16 values by an instruction or two (pairs.py), such as 1024 + code, and the
 matrix unit multiplies them and adds them up in float32. What 1024 and the format's offset contribute to a group of
 columns is a multiple of the sum of x over the group, the same for every row: the sums start from its negative.
 
@@ -20,7 +20,8 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.activation import gated
 from tinyvllm.ops.formats.matrix import PANEL, Planes
-from tinyvllm.ops.formats.runs import CODE_ORDER, group_scale, read_pairs
+from tinyvllm.ops.formats.pairs import CODE_ORDER, pair_form, read_pairs
+from tinyvllm.ops.formats.runs import CodeForm, group_of, group_scale, groups_in_run
 from tinyvllm.ops.gpu.attention_split import SplitOperands
 from tinyvllm.ops.gpu.vector import RowOperands, RowProductSpec
 from tinyvllm.ops.kernel.body import F16, F32, U16, U32, Body, KernelFn, balanced, cached_kernel
@@ -42,7 +43,6 @@ MOST_RESIDENT_TILES = 2
 RESIDENT_BYTES = 20 << 20
 GROUPS_WANTED = 200  # threadgroups that keep every core of a large GPU busy
 LANE_ROWS = 2  # rows of a tile for which a lane holds sums
-IN_HALF = 1024  # the value of a float16 with the code in its mantissa is 1024 + code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,13 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
 
     @property
     def groups(self) -> int:
-        """Groups of columns in a run: one, or two halves."""
-        return PANEL // self.format.group
+        """Groups of columns in a run: one (or a part of one), or two halves."""
+        return groups_in_run(self.format)
+
+    @property
+    def form(self) -> CodeForm:
+        """What the matrix unit is given for a code."""
+        return pair_form(self.format, self.mma)
 
     @property
     def chunks(self) -> int:
@@ -137,7 +142,7 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
     def _room(self) -> int:
         """Chunks of 16 rows whose codes a lane's registers hold: more if they are loaded while the previous kernel
         still runs."""
-        return (4 if self.format.bits == 4 else 2) * (2 if self.is_resident else 1)
+        return (4 if self.format.bits <= 4 else 2) * (2 if self.is_resident else 1)
 
     @property
     def steps(self) -> int:
@@ -410,7 +415,7 @@ def _stage(
                 target = start + i + j
                 stores.append(staged[target if ok is None else target.valid(ok)].store(word))
         total = spec.lanes.sum(balanced(half.cast(F32) for half in halves), (1, 2) if spec.groups == 1 else (1,))
-        per_sum = spec.format.group // PIECE
+        per_sum = PANEL // spec.groups // PIECE
         is_first = (piece % per_sum).eq(0) if ok is None else (piece % per_sum).eq(0) & ok
         stores.append(sums[(piece // per_sum).valid(is_first)].store(total))
     done = UOp.group(*stores)
@@ -449,9 +454,9 @@ def _starts(spec: QuantizedVectorSpec, sums: UOp, chunk: UOp, lane: UOp) -> tupl
         is_used = (column < spec.mma.slots) & (run < spec.num_runs)
         at = is_used.where(run, 0) * spec.groups
         totals.append([is_used.where(sums[at + g].load(), 0.0) for g in range(spec.groups)])
-    extra = -float(IN_HALF + spec.format.offset + (128 if spec.format.bits == 8 else 0))
-    starts = [[total[g] * extra for total in totals] for g in range(spec.groups)]
-    return starts, totals
+    if spec.form.excess == 0.0:
+        return [zeros(spec.mma.elements)] * spec.groups, totals
+    return [[total[g] * -spec.form.start for total in totals] for g in range(spec.groups)], totals
 
 
 def _multiply(
@@ -472,7 +477,7 @@ def _codes(
     """The lane's runs of a tile that begins at row `base`."""
     mma = spec.mma
     runs = [(base + row, bounded(chunk * mma.slots + slot)) for row, slot in mma.row_runs(lane)]
-    return [read_pairs(planes, row, run, spec.num_runs, mma.to_halves) for row, run in runs]
+    return [read_pairs(planes, row, run, spec.num_runs, mma) for row, run in runs]
 
 
 def _factors(
@@ -483,8 +488,10 @@ def _factors(
     for element in range(spec.mma.elements):
         column, row = spec.mma.place(lane, element)
         run = bounded(chunk * spec.mma.slots + column % spec.mma.slots)
-        groups = [run * spec.groups + g for g in range(spec.groups)]
+        groups = [group_of(fmt, run, g) for g in range(spec.groups)]
         scales = [group_scale(planes.scale, base + row, group, fmt, spec.num_cols) for group in groups]
+        if spec.form.unit != 1.0:
+            scales = [scale * spec.form.unit for scale in scales]
         minima: list[UOp | None] = [None] * spec.groups
         if planes.minimum is not None:
             minima = [group_scale(planes.minimum, base + row, group, fmt, spec.num_cols) for group in groups]

@@ -283,8 +283,7 @@ class _LoadedRun:
 
     @property
     def values(self) -> list[UOp]:
-        factors = [value for weight in self.weights for pair in weight.factors for value in pair]
-        return [value for weight in self.weights for value in weight.floats] + factors + self.norms + self.sum_norms
+        return [value for weight in self.weights for value in weight.loaded] + self.norms + self.sum_norms
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ a matrix product a lane holds. A device without either (OpenCL) takes the genera
 
 from __future__ import annotations
 
+import operator
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ MULTIPLY_WORDS = (
 WORDS = VectorType(20, 128, "uint4", None)  # four words of two halves
 LOAD_WORDS = "*((uint4*)({0}))"
 PERMUTE = "__byte_perm({0}, %#x, %#x)"
+PERMUTE_BY = "__byte_perm({0}, {1}, {2})"  # nibbles of {2}, without their highest bits, choose among eight bytes
 FUSE = (
     '[](uint a, uint b, uint c){{ uint d; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); '
     "return d; }}({0}, {1}, {2})"
@@ -170,6 +172,36 @@ class Mma:
             return UOp(Ops.CUSTOM, dtypes.uint, src=(word,), arg=AND_OR.format(mask, HALF_PAIR))
         return (word & mask) | HALF_PAIR
 
+    @property
+    def takes_subnormals(self) -> bool:
+        """Whether the matrix unit is known to compute with subnormal float16."""
+        return self.kind == "CUDA"
+
+    def scaled(self, word: UOp, factor: float) -> UOp:
+        """A word's two halves times a constant."""
+        low, high = (half * UOp.const(factor, dtypes.half) for half in _in_halves([word]))
+        low, high = (half.bitcast(dtypes.ushort).cast(dtypes.uint) for half in (low, high))
+        return low | high << 16
+
+    def look_up(self, word: UOp, table: Sequence[int]) -> tuple[UOp, UOp]:
+        """The bytes that eight codes of 4 bits have in a table of 16: (those of the low halves of the word's bytes,
+        those of the high halves), each in the order of the bytes."""
+        assert len(table) == 16, f"a table of {len(table)} bytes"
+        quarters = [sum(byte << 8 * i for i, byte in enumerate(table[q : q + 4])) for q in range(0, 16, 4)]
+        quarter = [UOp.const(value, dtypes.uint) for value in quarters]
+        if self.kind != "CUDA":
+            low, high = ([_table_byte(word, i * 8 + side, quarter) << i * 8 for i in range(4)] for side in (0, 4))
+            return balanced(low, operator.or_), balanced(high, operator.or_)
+        # the lower and the upper eight bytes by the codes' lower three bits, then those of the right half; four codes
+        # at a time
+        is_upper, found = (word & 0x88888888) >> 1 | 0x32103210, []
+        for shift in (0, 16):
+            codes, halves = (side >> shift if shift else side for side in (word, is_upper))
+            first, second = (_permuted(quarter[q], quarter[q + 1], codes) for q in (0, 2))
+            found.append(_permuted(first, second, halves))
+        even, odd = (UOp.const(places, dtypes.uint) for places in (0x6420, 0x7531))
+        return _permuted(found[0], found[1], even), _permuted(found[0], found[1], odd)
+
     # a pair: two float16 values, on CUDA in one word
 
     def byte_pair(self, word: UOp, which: int, above: int) -> UOp:
@@ -252,6 +284,18 @@ class Mma:
 
 def _in_halves(words: Sequence[UOp]) -> list[UOp]:
     return [bits.cast(dtypes.ushort).bitcast(dtypes.half) for word in words for bits in (word & 0xFFFF, word >> 16)]
+
+
+def _table_byte(word: UOp, start: int, quarters: Sequence[UOp]) -> UOp:
+    """The byte that the code at bit `start` of a word has in a table of four words."""
+    is_second, is_upper = (word & 4 << start).ne(0), (word & 8 << start).ne(0)
+    quarter = is_upper.where(is_second.where(quarters[3], quarters[2]), is_second.where(quarters[1], quarters[0]))
+    at = word << 3 - start if start < 3 else word >> start - 3
+    return quarter >> (at & 24) & 0xFF
+
+
+def _permuted(low: UOp, high: UOp, selector: UOp) -> UOp:
+    return UOp(Ops.CUSTOM, dtypes.uint, src=(low, high, selector), arg=PERMUTE_BY)
 
 
 def _metal_place(lane: UOp) -> tuple[UOp, UOp]:

@@ -1,0 +1,234 @@
+"""Reading a quantized run's codes two at a time: words of two float16, as the matrix units of GPUs take them.
+
+A code becomes a float16 without being converted, by one or two instructions for both:
+
+- an integer: in the lowest bits of the mantissa of 1024, which makes it 1024 + code;
+- an e4m3 or e2m1 float: its bits below the sign bit; the exponent is then too small by a constant;
+- an index into a codebook: bytes of the codebook's values, if all are small integers times a power of two (IQ4, whose
+  bytes then are integers as above); the two bytes of float16 values otherwise (NF4).
+
+What the numbers stand for is their `CodeForm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from tinygrad import UOp
+
+from tinyvllm.arrays import Format
+from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits, low_bits
+from tinyvllm.ops.formats.runs import (
+    SIGNED,
+    CodeForm,
+    code_words,
+    group_of,
+    group_scale,
+    groups_in_run,
+    high_words,
+    line,
+    moved,
+    require_covered,
+    small_float_unit,
+)
+from tinyvllm.ops.kernel.body import F16
+from tinyvllm.ops.kernel.lanes import HALF_PAIR, Mma
+
+IN_HALF = 1024  # a code in a float16's mantissa makes it 1024 + code
+CODE_ORDER = (0, 2, 1, 3)  # of four neighboring codes in `read_pairs`: a word's halves hold every other one
+BOTH = 0x00010001  # the lowest bit of both halves of a word
+MAX_FOLDED = 256.0  # units that a scale is multiplied by: with larger ones it might exceed float16
+FLOAT_PLACES = {8: 7, 4: 9}  # by a small float's bits: where those below the sign begin in a float16
+
+
+def pair_form(fmt: Format, mma: Mma) -> CodeForm:
+    """What the halves of `read_pairs` stand for."""
+    require_covered(fmt)
+    if unit := small_float_unit(fmt):
+        return CodeForm(unit if mma.takes_subnormals else 1.0, 0.0)
+    if known := line(fmt):
+        return _integer_form(*known, 0)
+    assert fmt.codebook is not None
+    unit = _byte_unit(fmt.codebook)
+    return CodeForm(unit, unit * (IN_HALF + SIGNED)) if unit else CodeForm(1.0, 0.0)
+
+
+def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, mma: Mma) -> list[UOp]:
+    """A run's codes as words of two halves (`pair_form`), so that one instruction does two.
+
+    The words are in groups of four neighboring columns, each in `CODE_ORDER`: the first four of the run, the first four
+    of its second half, the second four, and so on.
+    """
+    require_covered(planes.fmt)
+    fmt, index = planes.fmt, row * num_runs + run
+    fours = [i // 2 + i % 2 * 4 for i in range(PANEL // 4)]  # which four neighbors, in order
+    tables = _byte_tables(fmt)
+    if not tables:
+        return [_spread_pair(planes, mma, index, four, odd) for four in fours for odd in range(2)]
+    looked_up = [_look_up(planes, index, table, mma) for table in tables]
+    if len(tables) == 1:
+        (words,) = looked_up
+        return [mma.to_halves(_down(words[four], 8 * odd), 0xFF * BOTH) for four in fours for odd in range(2)]
+    low, high = looked_up
+    pairs = []
+    for four in fours:
+        pairs.append((low[four] & 0x00FF00FF) | ((high[four] << 8) & 0xFF00FF00))
+        pairs.append(((low[four] >> 8) & 0x00FF00FF) | (high[four] & 0xFF00FF00))
+    return pairs
+
+
+def read_halves(planes: Planes, row: UOp, run: UOp, num_cols: int, mma: Mma) -> list[UOp]:
+    """A quantized run's weights, rounded to float16, as the operand of `Mma.multiply_pairs`: two instructions per pair,
+    besides those that move it into place. A code's value is exact in float16 (NF4's is rounded), so its product with a
+    float16 scale is rounded once."""
+    require_covered(planes.fmt)
+    fmt = planes.fmt
+    pairs = _neighbors(planes, row * (num_cols // PANEL) + run, mma)
+    is_folded = all(form.excess == 0.0 and form.unit <= MAX_FOLDED for _, form in pairs)
+    factors = []
+    for i in range(groups_in_run(fmt)):
+        group = group_of(fmt, run, i)
+        scale = group_scale(planes.scale, row, group, fmt, num_cols)
+        factor = mma.both((scale * pairs[0][1].unit if is_folded else scale).cast(F16))
+        addend = None
+        if planes.minimum is not None:
+            addend = mma.both(group_scale(planes.minimum, row, group, fmt, num_cols).cast(F16))
+        factors.append((factor, addend))
+    weights: list[UOp] = []
+    for i, (word, form) in enumerate(pairs):
+        factor, addend = factors[i * len(factors) // len(pairs)]
+        code = mma.pair_of(word)
+        if not is_folded:
+            code = mma.fuse(code, mma.both(form.unit), mma.both(-form.excess) if form.excess else None)
+        weights += mma.fuse(code, factor, addend)
+    return weights
+
+
+# -- words of two codes ------------------------------------------------------------------------------------------------
+
+
+def _spread_pair(planes: Planes, mma: Mma, run: UOp, four: int, odd: int) -> UOp:
+    """Codes `odd` and `odd` + 2 of four neighbors, which lie 16 bits apart in the same word."""
+    fmt, width, high_width = planes.fmt, low_bits(planes.fmt), high_bits(planes.fmt)
+    words, high = code_words(planes, run), high_words(planes, run)
+    shift, word = four // len(words) * width + odd * 8, words[four % len(words)]
+    if unit := small_float_unit(fmt):
+        pair = _small_floats(word, shift, width)
+        return pair if mma.takes_subnormals else mma.scaled(pair, unit)
+    mask = ((1 << width) - 1) * BOTH
+    if not high:
+        return mma.to_halves(_down(word, shift), mask)
+    bits = [(four * 4 + odd + side) * high_width for side in (0, 2)]
+    return mma.to_halves(*_with_high(_down(word, shift), mask, high, bits, width, high_width))
+
+
+def _neighbors(planes: Planes, run: UOp, mma: Mma) -> list[tuple[UOp, CodeForm]]:
+    """Words of two neighboring codes in the order of the columns, and what their halves stand for."""
+    fmt, width = planes.fmt, low_bits(planes.fmt)
+    tables = _byte_tables(fmt)
+    if tables:
+        looked_up, form = [_look_up(planes, run, table, mma) for table in tables], pair_form(fmt, mma)
+        if len(tables) == 1:
+            return [(pair, form) for pair in _byte_pairs(looked_up[0], mma, HALF_PAIR >> 24)]
+        low, high = (_byte_pairs(words, mma, 0) for words in looked_up)
+        return [(a | b << 8, form) for a, b in zip(low, high, strict=True)]
+    if width == 8 and not fmt.is_float8:
+        return [(pair, pair_form(fmt, mma)) for pair in _byte_pairs(code_words(planes, run), mma, HALF_PAIR >> 24)]
+    shared = _byte_pairs(code_words(planes, run), mma, 0)  # pairs whose bytes several codes share
+    parts = [(shared[i % len(shared)], i // len(shared) * width) for i in range(PANEL // 2)]
+    if unit := small_float_unit(fmt):
+        return [(_small_floats(pair, shift, width), CodeForm(unit, 0.0)) for pair, shift in parts]
+    return _packed_neighbors(planes, run, mma, parts)
+
+
+def _packed_neighbors(
+    planes: Planes, run: UOp, mma: Mma, parts: Sequence[tuple[UOp, int]]
+) -> list[tuple[UOp, CodeForm]]:
+    """As `_neighbors`, of integers whose low bits are in `parts`: words, and the bit of both halves that they begin
+    at."""
+    fmt, width, high_width = planes.fmt, low_bits(planes.fmt), high_bits(planes.fmt)
+    high, mask, pairs, known = high_words(planes, run), ((1 << width) - 1) * BOTH, [], line(fmt)
+    assert known is not None
+    for i, (pair, shift) in enumerate(parts):
+        if high:
+            bits = [(2 * i + side) * high_width for side in range(2)]
+            word = mma.to_halves(*_with_high(_down(pair, shift), mask, high, bits, width, high_width))
+            shift = 0
+        else:  # left where they are, codes are larger by a power of two
+            up = 0 if _is_half(_integer_form(*known, shift).excess) else 1
+            shift += up
+            word = mma.to_halves(pair << up if up else pair, mask << shift)
+        pairs.append((word, _integer_form(*known, shift)))
+    return pairs
+
+
+def _integer_form(step: float, first: float, shift: int) -> CodeForm:
+    """Of 1024 + (code << shift), where the code stands for first + code * step."""
+    unit = step * 2.0**-shift
+    return CodeForm(unit, IN_HALF * unit - first)
+
+
+def _is_half(value: float) -> bool:
+    """Whether float16 holds a value."""
+    return float(np.float16(value)) == value
+
+
+def _with_high(
+    pair: UOp, mask: int, high: Sequence[UOp], bits: Sequence[int], width: int, high_width: int
+) -> tuple[UOp, int]:
+    """(a word with the low bits `mask` of two codes and their high ones, from the bits `bits` of the plane's words on,
+    above them; the mask of all)."""
+    above = (1 << high_width) - 1
+    pair = pair & mask
+    for side, bit in enumerate(bits):
+        pair = pair | moved(high[bit // 32], bit % 32, above, width + side * 16)
+    return pair, mask | (above * BOTH) << width
+
+
+def _small_floats(word: UOp, start: int, bits: int) -> UOp:
+    """Two floats of `bits` bits, from bit `start` of both halves on, as float16 that are too small by a constant."""
+    rest = bits - 1
+    return moved(word, start + rest, BOTH, 15) | moved(word, start, ((1 << rest) - 1) * BOTH, FLOAT_PLACES[bits])
+
+
+def _byte_pairs(words: Sequence[UOp], mma: Mma, above: int) -> list[UOp]:
+    """Words of two neighboring bytes, each extended by `above`."""
+    return [mma.byte_pair(word, which, above) for word in words for which in range(2)]
+
+
+def _down(word: UOp, count: int) -> UOp:
+    return word >> count if count else word
+
+
+# -- codebooks ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _byte_tables(fmt: Format) -> tuple[tuple[int, ...], ...]:
+    """The tables of 16 bytes that a codebook is looked up in: of integers plus 128, or of the low and the high bytes of
+    float16. None without a codebook, or for e2m1."""
+    if fmt.codebook is None or small_float_unit(fmt) or line(fmt):
+        return ()
+    unit = _byte_unit(fmt.codebook)
+    if unit:
+        return (tuple(int(value / unit) + SIGNED for value in fmt.codebook),)
+    bits = np.array(fmt.codebook, np.float16).view(np.uint16)
+    return tuple(int(value) for value in bits & 0xFF), tuple(int(value) for value in bits >> 8)
+
+
+@cache
+def _byte_unit(codebook: tuple[float, ...]) -> float:
+    """The largest power of two of which all values are multiples by signed bytes; 0 if there is none."""
+    for power in range(4, -8, -1):
+        unit = 2.0**power
+        if all(value % unit == 0.0 and -SIGNED <= value / unit < SIGNED for value in codebook):
+            return unit
+    return 0.0
+
+
+def _look_up(planes: Planes, run: UOp, table: tuple[int, ...], mma: Mma) -> list[UOp]:
+    """A run's codes of 4 bits looked up in a table of bytes: words of four neighbors."""
+    parts = [mma.look_up(word, table) for word in code_words(planes, run)]
+    return [low for low, _ in parts] + [high for _, high in parts]

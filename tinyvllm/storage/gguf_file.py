@@ -114,6 +114,20 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     return metadata, {info.name: _locate(info, path, data, start) for info in infos}
 
 
+def read_metadata_bytes(path: Path) -> dict[str, bytes]:
+    """The metadata of a file, or of the first part of a split one, as it is stored: a type number and the value. A copy
+    of the file needs them, because the Python values do not tell whether a number was signed."""
+    first = _parts(path, GGUFFile(path).metadata)[0]
+    cursor = _Cursor(first, np.asarray(np.memmap(first, np.uint8, "r")))
+    _, num_values = cursor.preamble()
+    found = {}
+    for _ in range(num_values):
+        key, begin = cursor.string(), cursor.offset
+        cursor.value(cursor.number(U32))
+        found[key] = bytes(cursor.bytes[begin : cursor.offset])
+    return found
+
+
 def _parts(path: Path, metadata: dict[str, Any]) -> list[Path]:
     """The files of a split model, of which only the first has the model's metadata, or the one file of another.
 

@@ -56,20 +56,27 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     type, and what GGUFFile raises.
     """
     family = families.KNOWN_ARCHITECTURES[config.architecture]
+    stored = read_as_written(path, config.head_dim if family.gguf_interleaves_pairs else None)
+    kept = {name: tensor for name, tensor in stored.items() if name not in ROPE_TENSORS}
+    return {canonical_name(name, config.architecture): tensor for name, tensor in kept.items()}
+
+
+def read_as_written(path: Path, rotary_dim: int | None = None) -> dict[str, StoredTensor]:
+    """All tensors of the file, by llama.cpp's names and in its order of rows. `rotary_dim`: of heads whose rows of q
+    and k come in Hugging Face's order instead. Raises as `read_gguf`."""
     tensors, stored = {}, GGUFFile(path).tensors
     for tensor in stored.values():
-        if tensor.name in ROPE_TENSORS or _is_multiplier(tensor.name, stored):
+        if _is_multiplier(tensor.name, stored):
             continue
         if tensor.ggml_type not in KNOWN_TYPES:
             raise UnsupportedModelError(
                 f"{path}: tensor {tensor.name} has type {tensor.ggml_type}, which is not supported; "
                 f"known: {', '.join(KNOWN_TYPES)}"
             )
-        is_rotary = family.gguf_interleaves_pairs and tensor.name.endswith(ROTARY_TENSORS)
-        read = partial(_read, tensor, config.head_dim if is_rotary else None, _multiplier(path, tensor, stored))
+        dim = rotary_dim if tensor.name.endswith(ROTARY_TENSORS) else None
+        read = partial(_read, tensor, dim, _multiplier(path, tensor, stored))
         format_name = DENSE_NAMES.get(tensor.ggml_type, tensor.ggml_type)
-        found = StoredTensor(tensor.shape, read, format_name, tensor.data.nbytes)
-        tensors[canonical_name(tensor.name, config.architecture)] = found
+        tensors[tensor.name] = StoredTensor(tensor.shape, read, format_name, tensor.data.nbytes)
     return tensors
 
 

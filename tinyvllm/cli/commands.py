@@ -19,6 +19,7 @@ COMMANDS = (
     "run_batch",
     "pull",
     "models",
+    "quantize",
     "profile",
     "tune",
     "doctor",

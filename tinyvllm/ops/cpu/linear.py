@@ -19,6 +19,7 @@ from tinygrad import UOp
 
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import arithmetic, gated, tanh
+from tinyvllm.ops.cpu.shuffle import LookedUp, integer_codebook, look_up_run
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes, code_lanes
 from tinyvllm.ops.kernel.body import Body, KernelFn, balanced, cached_kernel, exp2, fill, finish
 from tinyvllm.ops.kernel.tuning import Tunable
@@ -247,6 +248,8 @@ class _Product:
         spec, fmt = self.spec, self.spec.format
         lane = self.body.loop(PANEL)
         scale = self.planes.panel_factor("scale", self.panel, group, lane, spec.num_cols)
+        codebook = integer_codebook(fmt)
+        scale = scale if codebook is None or codebook[1] == 1.0 else scale * codebook[1]
         minimum = None
         if self.planes.minimum is not None:
             minimum = self.planes.panel_factor("minimum", self.panel, group, lane, spec.num_cols)
@@ -265,14 +268,28 @@ class _Product:
         """acc[r][lane] += code[lane] * x[r] for one column, counted from the shard's start."""
         values = [x.buffer[x.at(self.first + r, col)].load() for r in range(self.spec.rows_per_pass)]
         lanes = code_lanes(self.spec.format)
+        looked_up = self._looked_up(acc, col + x.start)
+        if looked_up is not None:
+            lanes = PANEL
         lane = self.body.loop(lanes)
         stores = []
         for part in range(PANEL // lanes):
-            code = self.planes.panel_code(self.panel, col + x.start, lane, self.spec.num_cols, part)
+            if looked_up is None:
+                code = self.planes.panel_code(self.panel, col + x.start, lane, self.spec.num_cols, part)
+            else:
+                code = looked_up[lane]
             for r, value in enumerate(values):
                 at = r * PANEL + part * lanes + lane
                 stores.append(acc[at].store(acc[at].load() + code * value))
         return UOp.group(*stores).end(lane)
+
+    def _looked_up(self, acc: UOp, col: UOp) -> LookedUp | None:
+        """What one column's codes stand for, if a byte shuffle can look them up."""
+        codebook = integer_codebook(self.spec.format)
+        if codebook is None:
+            return None
+        run = (self.panel * self.spec.num_cols + col) * code_lanes(self.spec.format)
+        return look_up_run(self.body.registers(PANEL).after(acc), codebook[0], self.planes.codes[run])
 
     def _multiply_vectors(self, acc: UOp, x: _Shard, col: UOp) -> UOp:
         """The same for the columns of one code of a grid."""

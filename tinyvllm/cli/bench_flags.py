@@ -52,7 +52,7 @@ class SubjectFlags:
         str | None,
         Option(
             metavar="KIND",
-            help="With --shape, their format: float32, float16, bfloat16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, ... "
+            help="With --shape, their format: float16, bfloat16, Q4_0, Q4_K, mlx-4bit-g64, fp8-block128, mxfp4, ... "
             f"[default: {DEFAULT_WEIGHTS}]",
             show_default=False,
         ),

@@ -7,21 +7,43 @@ import zlib
 from dataclasses import replace
 
 import numpy as np
-from ml_dtypes import bfloat16
+from ml_dtypes import bfloat16, float8_e4m3fn
 
-from tinyvllm.arrays import HostMatrix, QuantizedMatrix, Scales, to_float32
+from tinyvllm.arrays import E2M1, SCALE_DTYPES, Format, HostMatrix, QuantizedMatrix, ScaleFormat, Scales, to_float32
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
 from tinyvllm.storage.gguf_file import BLOCK_SIZES
 
 DENSE_KINDS = ("float32", "float16", "bfloat16")
-RANDOM_KINDS = (*DENSE_KINDS, *QUANTIZED_KINDS)
 # Rows that are drawn for a matrix and then repeated: billions of numbers would take minutes. A prime, so that the
 # repeats do not line up with blocks of rows.
 DRAWN_ROWS = 61
 
 # llama.cpp's choice for matrices whose rows are not whole blocks of 256 (llama-quant.cpp, tensor_type_fallback)
 NARROW_KINDS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+
+def _mlx(bits: int, group: int) -> Format:
+    scale = ScaleFormat(group, dtype="bfloat16")
+    return Format(f"mlx-{bits}bit-g{group}", bits, group, -128 if bits == 8 else 0, scale, scale)
+
+
+# formats of safetensors, as their readers (hf_formats) make them of the usual files
+FILE_FORMATS = {
+    fmt.name: fmt
+    for fmt in (
+        *[_mlx(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)],
+        Format("awq-4bit-g128", 4, 128, scale=ScaleFormat(128), minimum=ScaleFormat(128, has_steps=True)),
+        Format("gptq-4bit-g128", 4, 128, offset=8, scale=ScaleFormat(128)),
+        Format("w4a16-g128", 4, 128, offset=8, scale=ScaleFormat(128, dtype="bfloat16")),
+        Format("w8a16-channel", 8, 128, scale=ScaleFormat(128, dtype="bfloat16")),
+        Format("fp8-block128", 8, 128, scale=ScaleFormat(128, dtype="float32"), is_float8=True),
+        Format("fp8-channel", 8, 128, scale=ScaleFormat(128, dtype="bfloat16"), is_float8=True),
+        Format("mxfp4", 4, 32, scale=ScaleFormat(32, dtype="e8m0"), codebook=E2M1),
+        Format("nvfp4", 4, 16, scale=ScaleFormat(16, dtype="e4m3", has_multiplier=True), codebook=E2M1),
+    )
+}
+RANDOM_KINDS = (*DENSE_KINDS, *QUANTIZED_KINDS, *FILE_FORMATS)
 
 
 class RandomWeights:
@@ -55,12 +77,34 @@ class RandomWeights:
 
 
 def draw_quantized(kind: str, rows: int, cols: int, rng: np.random.Generator) -> QuantizedMatrix:
-    """A matrix of random blocks whose values spread by about 1 / sqrt(cols) around zero."""
+    """A matrix of random codes whose values spread by about 1 / sqrt(cols) around zero."""
+    if kind in FILE_FORMATS:
+        return _spread(_draw_codes(FILE_FORMATS[kind], rows, cols, rng))
     block_size, block_bytes = BLOCK_SIZES[kind]
     if cols % block_size and kind in NARROW_KINDS:
         return draw_quantized(NARROW_KINDS[kind], rows, cols, rng)
     raw = rng.integers(0, 256, (rows, cols // block_size, block_bytes), np.uint8)
-    drawn = decompose(kind, raw, (rows, cols))
+    return _spread(decompose(kind, raw, (rows, cols)))
+
+
+def _draw_codes(fmt: Format, rows: int, cols: int, rng: np.random.Generator) -> QuantizedMatrix:
+    """Random codes, with scales of 1."""
+    codes = rng.integers(0, 1 << fmt.bits, (rows, cols), np.uint8)
+    if fmt.bits == 8:
+        codes = rng.standard_normal((rows, cols)).astype(float8_e4m3fn) if fmt.is_float8 else codes.view(np.int8)
+
+    def ones(form: ScaleFormat) -> Scales:
+        steps = np.ones((rows, cols // fmt.group), np.int8) if form.has_steps else None
+        multiplier = np.ones(rows, np.float32) if form.has_multiplier else None
+        return Scales(np.ones((rows, cols // form.span), SCALE_DTYPES[form.dtype]), steps, multiplier)
+
+    assert fmt.scale is not None
+    return QuantizedMatrix(fmt, codes, ones(fmt.scale), None if fmt.minimum is None else ones(fmt.minimum))
+
+
+def _spread(drawn: QuantizedMatrix) -> QuantizedMatrix:
+    """The same codes, with scales that spread the values by about 1 / sqrt(cols) around zero."""
+    cols = drawn.shape[1]
     # codes and steps as drawn; bases of 1, and of the mean code below zero for minimums, tell the spread of these
     unit = to_float32(_with_bases(drawn, 1.0))
     return _with_bases(drawn, 1 / (math.sqrt(cols) * float(unit.std())), alternate=abs(unit.mean()) > 0.2 * unit.std())

@@ -138,6 +138,7 @@ class ModelConfig:
     local_rope: Rope | None = None  # of windowed layers, if it differs
     score_scale: float | None = None  # as in LayerKind
     score_softcap: float | None = None
+    ropeless: tuple[bool, ...] = ()  # per layer, repeated as a pattern: it has no rope; (): all layers have one
     query_scaling: QueryScaling | None = None  # as in LayerKind
     biases: tuple[str, ...] = ()  # products with a bias: "qkv", "out" (of attention), "ffn" (gate, up and down)
     embedding_scale: float = 1.0  # what the embedding's rows are multiplied by
@@ -160,19 +161,21 @@ class ModelConfig:
 
     def kind_of(self, layer: int) -> LayerKind:
         """A layer's attention according to the files; a family adds what its architecture implies."""
+        is_ropeless = bool(self.ropeless) and self.ropeless[layer % len(self.ropeless)]
         is_windowed = self.window is not None and (not self.windowed or self.windowed[layer % len(self.windowed)])
+        rope = self.local_rope if is_windowed and self.local_rope is not None else self.rope
         sizes = self.sizes_of(layer)
         return LayerKind(
             num_heads=self.num_heads,
             num_kv_heads=sizes.num_kv_heads,
             head_dim=sizes.head_dim,
-            rope=self.local_rope if is_windowed and self.local_rope is not None else self.rope,
+            rope=None if is_ropeless else rope,
             score_scale=self.score_scale,
             window=self.window if is_windowed else None,
             softcap=self.score_softcap,
             has_v_from_k=sizes.has_v_from_k,
             kv_layer=sizes.kv_layer,
-            query_scaling=self.query_scaling,
+            query_scaling=None if is_ropeless else self.query_scaling,
             has_bias="qkv" in self.biases,
         )
 

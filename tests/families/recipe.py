@@ -30,6 +30,7 @@ from tinyvllm.config import ModelFiles
 # attention and the feed-forward outweigh the embedding in the residual: a tied head would repeat the last token.
 LAST_NORM, POST_NORM = 4.0, 3.0
 BIAS_SPREAD = 0.3
+INTERLEAVED = ("llama", "mistral3", "smollm3", "granite")  # whose converter reorders the rows of q and k
 NUM_TOKENS = 263  # bytes, specials, and an odd number of rows
 
 
@@ -54,6 +55,9 @@ class Recipe:
     top_shapes: Shapes = field(default_factory=dict)  # of tensors outside the layers, besides every family's
     norm_offset: float = 0.0  # what the class adds to norms' weights, and GGUF's converter too
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # modules stored as one, by its name
+    gguf_more: Mapping[str, np.ndarray] = field(default_factory=dict)  # tensors that only GGUF has
+    # Another recipe has all of its features: through an engine only with -m slow
+    is_slow: bool = False
     # What GGUF stores under other names or in another form: the tensors of this model by llama.cpp's names
     gguf_tensors: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None
 
@@ -186,7 +190,7 @@ def write_gguf(path: Path, recipe: Recipe, dtype: str = "float32") -> ModelFiles
     for key, value in recipe.gguf_keys.items():
         writer.add_key_value(f"{arch}.{key}", value, gguf.GGUFValueType.get_type(value))
     add_tokenizer_metadata(writer, NUM_TOKENS)
-    for name, weight in gguf_weights(recipe).items():
+    for name, weight in (gguf_weights(recipe) | dict(recipe.gguf_more)).items():
         writer.add_tensor(name, weight.astype(dtype) if weight.ndim == 2 else weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -205,7 +209,8 @@ def gguf_weights(recipe: Recipe) -> dict[str, np.ndarray]:
     for name, weight in weights.items():
         if weight.ndim == 1 and not name.endswith(".bias"):
             weight = weight + np.float32(recipe.norm_offset)
-        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
-            weight = interleave_rotary_rows(weight, recipe.config["head_dim"])
+        if arch in INTERLEAVED and ("q_proj" in name or "k_proj" in name):
+            rows = interleave_rotary_rows(weight.reshape(len(weight), -1), recipe.config["head_dim"])
+            weight = rows.reshape(weight.shape)
         found[gguf_name(name, arch)] = weight
     return found

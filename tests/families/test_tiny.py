@@ -63,7 +63,11 @@ def check_engine(files: ModelFiles, cases: list[dict[str, Any]]) -> None:
     llm.close()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def marked(name: str, *, is_slow: bool) -> Any:
+    return pytest.param(name, marks=[pytest.mark.slow] if is_slow else [])
+
+
+@pytest.mark.parametrize("name", [marked(name, is_slow=recipe.is_slow) for name, recipe in RECIPES.items()])
 def test_tokens_and_logprobs_are_transformers(tmp_path: Path, name: str) -> None:
     check_engine(write_hf(tmp_path / "tiny", RECIPES[name]), read_cases(name))
 
@@ -74,7 +78,12 @@ def check_alone(files: ModelFiles, case: dict[str, Any]) -> None:
     llm.close()
 
 
-@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.gguf_arch])
+# test_gguf.py says of all of them that GGUF holds the same model
+GGUF_NAMES = [name for name, recipe in RECIPES.items() if recipe.gguf_arch]
+GGUF_BY_DEFAULT = ("qwen2", "gemma2", "gemma3", "gemma4_e2b", "mistral")
+
+
+@pytest.mark.parametrize("name", [marked(name, is_slow=name not in GGUF_BY_DEFAULT) for name in GGUF_NAMES])
 def test_gguf_gives_the_same(tmp_path: Path, name: str) -> None:
     check_alone(write_gguf(tmp_path / "tiny.gguf", RECIPES[name]), read_cases(name)[-1])
 

@@ -11,10 +11,15 @@ from tinyvllm.model.decoder import Decoder
 from tinyvllm.model.gemma2 import Gemma2
 from tinyvllm.model.gemma3 import Gemma3
 from tinyvllm.model.gemma4 import Gemma4
+from tinyvllm.model.glm4 import Glm, Glm4
+from tinyvllm.model.granite import Granite
 from tinyvllm.model.llama import Llama
-from tinyvllm.model.mistral import Mistral
+from tinyvllm.model.mistral import Ministral3, Mistral
+from tinyvllm.model.olmo2 import Olmo2
+from tinyvllm.model.phi3 import Phi3
 from tinyvllm.model.qwen2 import Qwen2
 from tinyvllm.model.qwen3 import Qwen3
+from tinyvllm.model.smollm3 import SmolLM3
 from tinyvllm.model.weights.checkpoint import WeightSource
 from tinyvllm.ops.backend import Backend
 
@@ -23,12 +28,21 @@ Model = Decoder  # what execution calls it
 FAMILIES: dict[str, type[Decoder]] = {
     "llama": Llama,
     "mistral": Mistral,
+    "ministral": Mistral,
+    "ministral3": Ministral3,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
     "gemma2": Gemma2,
     "gemma3": Gemma3,
     "gemma4": Gemma4,
     "gemma4_unified": Gemma4,
+    "phi3": Phi3,
+    "smollm3": SmolLM3,
+    "olmo2": Olmo2,
+    "olmo3": Olmo2,
+    "granite": Granite,
+    "glm": Glm,
+    "glm4": Glm4,
 }
 
 

@@ -11,6 +11,16 @@ from tinyvllm.storage.gguf_rope import read_gguf_rope
 from tinyvllm.storage.hf_config import shortest_period
 from tinyvllm.storage.values import Values
 
+# What ModelConfig.biases calls the bias of a module, which no key mentions
+BIASES = {
+    "attn_q": "qkv",
+    "attn_qkv": "qkv",
+    "attn_output": "out",
+    "ffn_gate": "ffn",
+    "ffn_up": "ffn",
+    "ffn_down": "ffn",
+}
+
 
 def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
     """Raises UnsupportedModelError for what cannot be run, ModelError for values that are missing or make no sense."""
@@ -60,6 +70,7 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
         score_softcap=values.optional_number("attn_logit_softcapping") or None,
         logit_softcap=values.optional_number("final_logit_softcapping") or None,
         overflows_float16=family.overflows_float16,
+        biases=tuple(dict.fromkeys(part for name, part in BIASES.items() if f"blk.0.{name}.bias" in file.tensors)),
     )
     return family.gguf_refine(config, values, file.tensors)
 

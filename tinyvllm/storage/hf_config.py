@@ -55,6 +55,7 @@ def read_hf_config(config: Values, name: str) -> ModelConfig:
         score_softcap=values.optional_number("attn_logit_softcapping") or None,
         logit_softcap=values.optional_number("final_logit_softcapping") or None,
         norm_offset=family.norm_offset,
+        biases=tuple(part for key, parts in family.hf_biases.items() if values.flag(key) for part in parts),
         overflows_float16=family.overflows_float16,
     )
     return family.hf_refine(read, values)
@@ -71,12 +72,17 @@ def text_values(config: Values) -> Values:
 
 def _architecture(config: Values) -> str:
     classes, model_type = config.get("architectures") or [], config.get("model_type")
+    text_type = text_values(config).get("model_type")
     for key, names in families.KNOWN_ARCHITECTURES.items():
-        if any(name in names.hf_classes for name in classes) or (not classes and model_type in names.hf_types):
+        is_wrapped = any(name in names.hf_wrappers for name in classes) and text_type in (None, *names.hf_types)
+        if is_wrapped or any(name in names.hf_classes for name in classes):
+            return key
+        if not classes and model_type in names.hf_types:
             return key
     known = families.KNOWN_ARCHITECTURES.values()
     if classes:
-        config.unsupported("architectures", ", ".join(name for family in known for name in family.hf_classes))
+        classes = [name for family in known for name in (*family.hf_classes, *family.hf_wrappers)]
+        config.unsupported("architectures", ", ".join(dict.fromkeys(classes)))
     config.unsupported("model_type", ", ".join(name for family in known for name in family.hf_types))
 
 
@@ -108,7 +114,7 @@ def _refuse_variants(values: Values, family: FamilyFiles) -> None:
         if values.get(key) is not None and ACTIVATIONS.get(values.get(key)) != family.activation:
             values.unsupported(key, ", ".join(name for name, ours in ACTIVATIONS.items() if ours == family.activation))
     for key in ("attention_bias", "mlp_bias"):
-        if values.flag(key):
+        if key not in family.hf_biases and values.flag(key):
             values.unsupported(key, "false (no biases)")
     if values.get("use_bidirectional_attention") not in (None, False, "vision"):  # text is causal with "vision", too
         values.unsupported("use_bidirectional_attention", "false (causal attention)")

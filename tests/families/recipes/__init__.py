@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tests.families.recipe import Recipe
-from tests.families.recipes import gemma2, gemma3, gemma4, mistral, qwen2
+from tests.families.recipes import gemma2, gemma3, gemma4, glm4, granite, mistral, olmo, phi3, qwen2, smollm3
 
-RECIPES: dict[str, Recipe] = {
-    name: recipe for family in (qwen2, gemma2, gemma3, gemma4, mistral) for name, recipe in family.RECIPES.items()
-}
+MODULES = (qwen2, gemma2, gemma3, gemma4, mistral, phi3, smollm3, olmo, granite, glm4)
+
+RECIPES: dict[str, Recipe] = {name: recipe for family in MODULES for name, recipe in family.RECIPES.items()}

@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-from tinyvllm.storage.families import gemma2, gemma3, gemma4, llama, mistral, qwen2, qwen3
+from tinyvllm.storage.families import (
+    gemma2,
+    gemma3,
+    gemma4,
+    glm,
+    glm4,
+    granite,
+    llama,
+    ministral,
+    ministral3,
+    mistral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from tinyvllm.storage.families.family import SOFTCAPS, FamilyFiles
 
 # By the registry's key (model/registry.py)
 KNOWN_ARCHITECTURES: dict[str, FamilyFiles] = {
     "llama": llama.FILES,
     "mistral": mistral.FILES,
+    "ministral": ministral.FILES,
+    "ministral3": ministral3.FILES,
     "qwen2": qwen2.FILES,
     "qwen3": qwen3.FILES,
     "gemma2": gemma2.FILES,
     "gemma3": gemma3.FILES,
     "gemma4": gemma4.FILES,
     "gemma4_unified": gemma4.UNIFIED_FILES,
+    "phi3": phi3.FILES,
+    "smollm3": smollm3.FILES,
+    "olmo2": olmo2.FILES,
+    "olmo3": olmo3.FILES,
+    "granite": granite.FILES,
+    "glm": glm.FILES,
+    "glm4": glm4.FILES,
 }
 
 __all__ = ["KNOWN_ARCHITECTURES", "SOFTCAPS", "FamilyFiles"]

@@ -31,6 +31,8 @@ class FamilyFiles:
     hf_classes: tuple[str, ...]  # config.json's `architectures`
     hf_types: tuple[str, ...]  # config.json's `model_type`, used if there is no class
     gguf: tuple[str, ...]  # general.architecture
+    # `architectures` of models of several parts, whose text_config has one of `hf_types`, or none
+    hf_wrappers: tuple[str, ...] = ()
     activation: str = "silu"  # of the feed-forward's gate
     hf_defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers' defaults for missing keys
     # Which layers attend to config.json's sliding_window. None: windows are not understood. "all": every layer.
@@ -41,6 +43,8 @@ class FamilyFiles:
     # The period of {arch}.attention.sliding_window if the file has no sliding_window_pattern: every layer but each
     # n-th attends to the window, with 0 every layer. None: windows are not understood
     gguf_window_pattern: int | None = None
+    # What config.json's flags attention_bias and mlp_bias give a bias to: ModelConfig.biases. The others are refused
+    hf_biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     softcaps: tuple[str, ...] = ()  # keys, which both formats call by the same name
     has_local_rope: bool = False  # windowed layers have a rope of their own
     local_rope_theta: float | None = None  # its theta, if the file says nothing; None: as in other layers

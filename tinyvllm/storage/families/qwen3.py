@@ -11,6 +11,7 @@ FILES = FamilyFiles(
     gguf=("qwen3", "qwen3vl"),
     hf_defaults=QWEN_DEFAULTS | {"head_dim": 128},
     hf_windows="by layer",
+    hf_biases={"attention_bias": ("qkv", "out")},
     rope_aliases=MROPE,
     hf_renamed=VL_NAMES,
     hf_unread=VISUAL,

@@ -321,20 +321,61 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class BlockGroup:
+    """A group of layers with KV blocks of its own (`ops.backend.pool_groups`)."""
+
+    num_blocks: int  # including block 0, the dummy
+    window: int | None = None  # tokens that are needed, the newest included; None: all
+
+    def max_chunk(self, block_size: int) -> int:
+        """The most tokens that a step can compute of one sequence, however long, in blocks that nobody else holds: its
+        window may begin at a block's last token. 0 or less if only sequences that need no more blocks fit."""
+        usable = (self.num_blocks - 1) * block_size
+        return 0 if self.window is None else usable - (self.window - 1) - (block_size - 1)
+
+
+@dataclass(frozen=True)
 class Capacity:
     """The size of the KV pool and the limits that follow from it. `explanation` has the derivation, line by line."""
 
-    num_blocks: int  # including block 0, the dummy
+    num_blocks: int  # of the group that keeps the most tokens, including block 0, the dummy
     block_size: int  # tokens
     max_model_len: int  # tokens
     max_num_seqs: int
     max_num_batched_tokens: int
     explanation: tuple[str, ...] = ()
+    window: int | None = None  # of the same group: set if every layer has a window
+    other_groups: tuple[BlockGroup, ...] = ()
+
+    @property
+    def groups(self) -> tuple[BlockGroup, ...]:
+        """All groups, in the order of `ops.backend.pool_groups`."""
+        return (BlockGroup(self.num_blocks, self.window), *self.other_groups)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the usable blocks hold."""
-        return (self.num_blocks - 1) * self.block_size
+        """Tokens of the longest sequence that the pool can hold. It is bounded by groups that keep all tokens, or have
+        no room for their window; without such a group, only by `max_model_len`."""
+        bounds = [
+            (group.num_blocks - 1) * self.block_size for group in self.groups if group.max_chunk(self.block_size) < 1
+        ]
+        return min(bounds, default=self.max_model_len)
+
+    @property
+    def max_chunk(self) -> int:
+        """The most tokens that a step may compute of one sequence."""
+        longest = min(self.max_model_len, self.num_tokens)
+        limits = [
+            group.max_chunk(self.block_size)
+            for group in self.groups
+            if (group.num_blocks - 1) * self.block_size < longest
+        ]
+        return min([self.max_num_batched_tokens, *limits])
+
+    @property
+    def num_usable_blocks(self) -> int:
+        """Blocks of all groups, without the dummies."""
+        return sum(group.num_blocks - 1 for group in self.groups)
 
 
 GRAMMAR_KINDS = ("json_object", "json_schema", "regex", "choice", "grammar", "lark")

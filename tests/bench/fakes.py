@@ -66,7 +66,7 @@ class FakeRunner:
         self.steps.append(
             [
                 (
-                    tuple(e.request.block_ids),
+                    tuple(e.request.tables[0]),
                     e.start,
                     e.start + e.count,
                     e.request.tokens(e.start, e.start + e.count)[-1],

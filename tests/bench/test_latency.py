@@ -38,7 +38,7 @@ def test_decode_goes_on_from_its_context_and_feeds_its_tokens() -> None:
 def test_sequences_own_distinct_blocks_that_hold_all_their_tokens() -> None:
     runner, case = FakeRunner(), Case("decode", 3, 100)
     requests = make_requests(runner, make_work(case, num_decoded=30), case)
-    blocks = [block for request in requests for block in request.block_ids]
+    blocks = [block for request in requests for block in request.tables[0]]
     assert sorted(blocks) == list(range(1, 1 + 3 * 9))  # ceil(130 / 16) each, and never block 0
     assert blocks != sorted(blocks)
 

@@ -55,7 +55,7 @@ class SimulatedEngine:
             max_num_seqs=16 * scale,
             max_num_batched_tokens=256 * scale,
         )
-        self.manager = BlockManager(self.capacity.num_blocks, BLOCK_SIZE)
+        self.manager = BlockManager(self.capacity.groups, BLOCK_SIZE)
         self.manager.take_changes()
         self.scheduler = Scheduler(self.manager, self.capacity)
         self.num_computed = 0

@@ -77,7 +77,7 @@ def make_requests(num: int, is_processed: bool) -> list[Request]:
 
 def run(runner: ModelRunner, *, is_processed: bool = False, num: int = 12) -> tuple[list[list[int]], EngineCore]:
     capacity = runner.capacity
-    core = EngineCore(runner, Scheduler(BlockManager(capacity.num_blocks, capacity.block_size), capacity))
+    core = EngineCore(runner, Scheduler(BlockManager(capacity.groups, capacity.block_size), capacity))
     requests = make_requests(num, is_processed)
     for request in requests:
         core.add(request)

@@ -46,7 +46,7 @@ class Overlapping(FakeModelRunner):
 
 def make_core(runner: FakeModelRunner, captures: FakeCaptures) -> EngineCore:
     capacity = runner.capacity
-    blocks = BlockManager(capacity.num_blocks, capacity.block_size, enable_prefix_caching=False)
+    blocks = BlockManager(capacity.groups, capacity.block_size, enable_prefix_caching=False)
     return EngineCore(runner, Scheduler(blocks, capacity), captures)
 
 

@@ -17,7 +17,7 @@ from tinyvllm.scheduling.scheduler import Scheduler
 def make_core(runner: FakeModelRunner | None = None) -> EngineCore:
     runner = runner or FakeModelRunner()
     capacity = runner.capacity
-    return EngineCore(runner, Scheduler(BlockManager(capacity.num_blocks, capacity.block_size), capacity))
+    return EngineCore(runner, Scheduler(BlockManager(capacity.groups, capacity.block_size), capacity))
 
 
 def fail(*steps: int) -> FakeModelRunner:

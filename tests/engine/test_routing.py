@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.engine.fleet import Fleet
 from tests.scheduling.fakes import make_request
+from tinyvllm.config import BlockGroup
 from tinyvllm.engine.routing import (
     SEQUENCE_TOKENS,
     USUAL_QUEUE,
@@ -263,7 +264,7 @@ def test_requests_of_other_front_ends_count_by_the_replicas_own_account() -> Non
 
 
 def test_hashes_are_those_of_the_pool() -> None:
-    manager = BlockManager(num_blocks=20, block_size=BLOCK_SIZE)
+    manager = BlockManager([BlockGroup(20)], block_size=BLOCK_SIZE)
     request = make_request(prompt=30)
     assert manager.take_changes() == ([], [])
     assert manager.grow(request, 30)

@@ -14,7 +14,7 @@ from tinyvllm.execution.inputs import InputPacker
 from tinyvllm.execution.runner import make_output
 from tinyvllm.model.registry import complete_config, make_model
 from tinyvllm.model.weights.checkpoint import open_checkpoint
-from tinyvllm.ops.backend import Step, pool_groups
+from tinyvllm.ops.backend import Step
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.sampling.sample import OUT_WIDTH
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan
@@ -40,12 +40,12 @@ def make_request(
     return Request(name, list(prompt_ids), sampling, eos_ids=eos, seed=sampling.seed or 0)
 
 
-def give_blocks(requests: list[Request], num_tokens: int, block_size: int, *, first: int = 1) -> None:
-    """Blocks for `num_tokens` tokens each, none shared, in no order."""
-    each = -(-num_tokens // block_size)
+def give_blocks(requests: list[Request], num_tokens: int, capacity: Capacity, *, first: int = 1) -> None:
+    """Blocks of every group for `num_tokens` tokens each, none shared, in no order."""
+    each = -(-num_tokens // capacity.block_size)
     ids = (first + np.random.default_rng(each).permutation(len(requests) * each)).tolist()
     for index, request in enumerate(requests):
-        request.block_ids = ids[index * each : (index + 1) * each]
+        request.tables = [ids[index * each : (index + 1) * each]] * len(capacity.groups)
 
 
 def generate(
@@ -54,7 +54,7 @@ def generate(
     """Run all requests together until each has `num_tokens` of output, a prompt in pieces of at most `chunk` tokens.
     Returns each one's logprobs; the tokens are in its output_ids."""
     longest = max(len(request.prompt_ids) for request in requests) + num_tokens
-    give_blocks(requests, longest, runner.capacity.block_size)
+    give_blocks(requests, longest, runner.capacity)
     logprobs: list[list[TokenLogprobs | None]] = [[] for _ in requests]
     while True:
         budget, entries = runner.capacity.max_num_batched_tokens, []
@@ -84,8 +84,8 @@ class EagerRunner:
         self._backend = ReferenceBackend(open_device())
         checkpoint = open_checkpoint(files, config)
         self._model = make_model(config, checkpoint, self._backend, capacity.max_model_len, lambda done, total: None)
-        groups = pool_groups(config.layers)
-        self._pool = self._backend.make_pool(groups, capacity.num_blocks, capacity.block_size, "float32")
+        counts = [group.num_blocks for group in capacity.groups]
+        self._pool = self._backend.make_pool(self._model.pool_groups, counts, capacity.block_size, "float32")
 
     def execute(self, plan: StepPlan) -> StepOutput:
         layout = choose_bucket(self._buckets, plan).layout(self.capacity)

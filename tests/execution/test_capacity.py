@@ -10,7 +10,7 @@ import pytest
 
 from tinyvllm.config import EngineConfig, LayerKind, Limits, ModelConfig, Rope
 from tinyvllm.errors import CapacityError, TinyvllmError
-from tinyvllm.execution.capacity import GIB, MemoryFacts, plan_capacity, scratch_bytes
+from tinyvllm.execution.capacity import GIB, KVGroup, MemoryFacts, plan_capacity, scratch_bytes
 
 MODEL = ModelConfig(
     architecture="llama",
@@ -27,7 +27,7 @@ MODEL = ModelConfig(
     tie_embeddings=True,
 )
 # 64 KiB a token, so 1 MiB a block of 16; 4 GiB x 0.5 - 1 GiB leave 1024 blocks
-MEMORY = MemoryFacts(free_bytes=4 * GIB, share=0.5, weight_bytes=GIB, kv_bytes_per_token=1 << 16)
+MEMORY = MemoryFacts(free_bytes=4 * GIB, share=0.5, weight_bytes=GIB, kv_groups=(KVGroup(1 << 16),))
 
 
 def plan(memory: MemoryFacts = MEMORY, **config: Any) -> Any:

@@ -27,7 +27,7 @@ def running(num_prompt: int, block_ids: list[int], *, outputs: int = 0, computed
     """A request of tokens 100, 101, ... of which `computed` are done."""
     request = make_request(list(range(100, 100 + num_prompt)), **params)
     request.output_ids = list(range(200, 200 + outputs))
-    request.block_ids, request.num_computed = block_ids, computed
+    request.tables, request.num_computed = [block_ids], computed
     return request
 
 

@@ -47,14 +47,14 @@ def inspectors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Runner
 def decode_plan(*contexts: int) -> StepPlan:
     params = SamplingParams(temperature=0.0, max_tokens=None)
     requests = [
-        Request(str(i), [7] * (context + 1), params, block_ids=list(range(1 + 4 * i, 5 + 4 * i)))
+        Request(str(i), [7] * (context + 1), params, tables=[list(range(1 + 4 * i, 5 + 4 * i))])
         for i, context in enumerate(contexts)
     ]
     return StepPlan(tuple(Scheduled(request, request.num_tokens - 1, 1) for request in requests))
 
 
 def prefill_plan(count: int) -> StepPlan:
-    request = Request("0", [7] * count, SamplingParams(), block_ids=[1, 2, 3, 4])
+    request = Request("0", [7] * count, SamplingParams(), tables=[[1, 2, 3, 4]])
     return StepPlan((Scheduled(request, 0, count),))
 
 

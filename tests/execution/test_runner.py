@@ -98,7 +98,7 @@ def test_chunked_equals_unchunked(runner: ModelRunner, alone: list[list[int]], c
 def test_a_mixed_bucket_gives_the_tokens_of_a_decode_bucket(runner: ModelRunner, alone: list[list[int]]) -> None:
     """A decode together with a prompt's piece runs in a token bucket."""
     first, filler = make_request(PROMPTS[0]), make_request([9] * 60)
-    give_blocks([first, filler], 80, 8)
+    give_blocks([first, filler], 80, runner.capacity)
     while len(first.output_ids) < 12:
         entries = [Scheduled(first, first.num_computed, first.num_pending)]
         if filler.num_pending > 2:

@@ -97,7 +97,7 @@ def test_choices_make_steps_of_their_own(runner: ModelRunner) -> None:
 def test_a_plan_fills_its_bucket(runner: ModelRunner, bucket: Bucket) -> None:
     plan = make_plan(runner, bucket)
     assert (plan.num_tokens, plan.is_decode) == (bucket.num_tokens, bucket.is_decode)
-    blocks = [block for entry in plan.entries for block in entry.request.block_ids]
+    blocks = [block for entry in plan.entries for block in entry.request.tables[0]]
     assert len(set(blocks)) == len(blocks) and 0 not in blocks and max(blocks) < runner.capacity.num_blocks
 
 

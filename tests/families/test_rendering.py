@@ -13,7 +13,7 @@ from tests.families.recipes import RECIPES
 from tests.ops.rendering import TARGETS, check_limits, gpu_backend, kernels_of, unwritten
 from tinyvllm.model.registry import make_model
 from tinyvllm.model.weights.random import RandomWeights
-from tinyvllm.ops.backend import Step, pool_groups
+from tinyvllm.ops.backend import Step
 from tinyvllm.ops.step_inputs import StepLayout
 from tinyvllm.storage.model_config import read_model_config
 
@@ -28,8 +28,9 @@ def test_a_step_renders_within_the_limits(tmp_path: Path, name: str, is_decode: 
         config, num_layers=2, windowed=(True, False), logit_softcap=25.0
     )  # one of each kind, if there are two
     model = make_model(config, RandomWeights("float16", seed=0), backend, 64, lambda done, total: None)
-    layout = StepLayout(4, 4, 2, 16) if is_decode else StepLayout(16, 3, 2, 16)
-    pool = backend.make_pool(pool_groups(model.config.layers), 5, layout.block_size, "float16")
+    groups = model.pool_groups
+    layout = StepLayout(4, 4, 2, 16, len(groups)) if is_decode else StepLayout(16, 3, 2, 16, len(groups))
+    pool = backend.make_pool(groups, 5, layout.block_size, "float16")
     logits = model(Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode))
     kernels = kernels_of([logits])
     assert {kernel.arg.name.split("_")[0] for kernel in kernels} >= {"embed", "write", "attention"}

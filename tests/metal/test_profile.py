@@ -38,7 +38,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelRunner]:
 
 
 def prefill_plan() -> StepPlan:
-    request = Request("0", [7] * PROMPT, SamplingParams(), block_ids=[1, 2, 3, 4, 5])
+    request = Request("0", [7] * PROMPT, SamplingParams(), tables=[[1, 2, 3, 4, 5]])
     return StepPlan((Scheduled(request, 0, PROMPT),))
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from tinyvllm.config import Capacity, SamplingParams
+from tinyvllm.config import BlockGroup, Capacity, SamplingParams
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenOut
 from tinyvllm.scheduling.request import Request, TokenLogprobs
@@ -31,16 +31,17 @@ def mix(*numbers: int) -> int:
 
 
 class FakeRunner:
-    """Executes plans on a dict of slots. `before_step` may raise, to play a device that fails."""
+    """Executes plans on a dict of slots for each group of layers, which has one of `windows`. `before_step` may raise,
+    to play a device that fails."""
 
     num_captures = 3
     num_general_operations = 0
     max_in_flight = 1
 
-    def __init__(self, block_size: int, vocab_size: int = VOCAB_SIZE) -> None:
-        self.block_size = block_size
+    def __init__(self, block_size: int, vocab_size: int = VOCAB_SIZE, windows: Sequence[int | None] = (None,)) -> None:
+        self.block_size, self.windows = block_size, windows
         self.vocab_size = vocab_size
-        self.pool: dict[int, int] = {}
+        self.pools: list[dict[int, int]] = [{} for _ in windows]
         self.plans: list[StepPlan] = []
         self.before_step: Callable[[StepPlan], None] = lambda plan: None
         self.choose: Callable[[Request, int], int] = lambda request, digest: digest % self.vocab_size
@@ -59,7 +60,7 @@ class FakeRunner:
     def execute(self, plan: StepPlan) -> StepOutput:
         self.before_step(plan)
         self.plans.append(plan)
-        written: set[int] = set()
+        written: set[tuple[int, int]] = set()
         for entry in plan.entries:
             self._write(entry, written)
         sampled = [self._sample(entry.request) for entry in plan.sampled]
@@ -71,12 +72,12 @@ class FakeRunner:
     def close(self) -> None:
         self.is_closed = True
 
-    def _slot(self, request: Request, position: int) -> int:
-        block_id = request.block_ids[position // self.block_size]
-        assert block_id != 0, f"request {request.request_id} was given the dummy block: {request.block_ids}"
+    def _slot(self, request: Request, position: int, group: int = 0) -> int:
+        block_id = request.tables[group][position // self.block_size]
+        assert block_id != 0, f"request {request.request_id} was given the dummy block: {request.tables}"
         return block_id * self.block_size + position % self.block_size
 
-    def _write(self, entry: Scheduled, written: set[int]) -> None:
+    def _write(self, entry: Scheduled, written: set[tuple[int, int]]) -> None:
         request, stop = entry.request, entry.start + entry.count
         assert entry.count > 0 and entry.start == request.num_computed, entry
         tokens = request.tokens(entry.start, stop)
@@ -85,15 +86,19 @@ class FakeRunner:
                 "the row that the step is told to read is another's"
             )
             tokens = [*tokens, self._newest[request]]
-        for position, token_id in enumerate(tokens, entry.start):
-            slot = self._slot(request, position)
-            assert slot not in written, f"slot {slot} is written twice in one step"
-            written.add(slot)
-            before = self.pool[self._slot(request, position - 1)] if position else 0
-            self.pool[slot] = mix(before, token_id)
+        for group, pool in enumerate(self.pools):
+            for position, token_id in enumerate(tokens, entry.start):
+                slot = self._slot(request, position, group)
+                assert (group, slot) not in written, f"slot {slot} is written twice in one step"
+                written.add((group, slot))
+                before = pool[self._slot(request, position - 1, group)] if position else 0
+                pool[slot] = mix(before, token_id)
 
     def _sample(self, request: Request) -> tuple[int, TokenLogprobs | None]:
-        digests = [self.pool[self._slot(request, position)] for position in range(request.num_tokens)]
+        digests, end = [], request.num_tokens
+        for group, (pool, window) in enumerate(zip(self.pools, self.windows, strict=True)):
+            seen = range(0 if window is None else max(0, end - window), end)
+            digests += [pool[self._slot(request, position, group)] for position in seen]
         noise = (request.seed, request.num_tokens) if request.params.temperature else ()
         token_id = self.choose(request, mix(*digests, *noise))
         while token_id in request.suppressed_ids:
@@ -109,7 +114,7 @@ class FakeRunner:
         scores = []
         for position in range(entry.first_scored, entry.first_scored + entry.num_scored):
             assert entry.start <= position < entry.start + entry.count, "only what is computed has logits"
-            digest = mix(self.pool[self._slot(request, position)], request.prompt_ids[position + 1])
+            digest = mix(self.pools[0][self._slot(request, position)], request.prompt_ids[position + 1])
             top = tuple((digest % self.vocab_size, -float(rank)) for rank in range(count))
             scores.append(TokenLogprobs(-float(digest % 1000), top, rank=1 + digest % 7))
         return tuple(scores)
@@ -121,10 +126,16 @@ def make_capacity(num_blocks: int = 1000, block_size: int = 4, **fields: Any) ->
 
 
 def make_scheduler(
-    num_blocks: int = 1000, block_size: int = 4, policy: str = "fcfs", prefix_caching: bool = True, **fields: int
+    num_blocks: int = 1000, block_size: int = 4, policy: str = "fcfs", prefix_caching: bool = True, **fields: Any
 ) -> Scheduler:
     capacity = make_capacity(num_blocks, block_size, **fields)
-    return Scheduler(BlockManager(num_blocks, block_size, prefix_caching), capacity, policy)
+    return Scheduler(BlockManager(capacity.groups, block_size, prefix_caching), capacity, policy)
+
+
+def make_runner(scheduler: Scheduler) -> FakeRunner:
+    """A device with the scheduler's groups."""
+    capacity = scheduler.capacity
+    return FakeRunner(capacity.block_size, windows=[group.window for group in capacity.groups])
 
 
 def make_request(
@@ -200,7 +211,7 @@ def _requests(plan: StepPlan) -> set[Request]:
 
 def run(scheduler: Scheduler, *requests: Request, runner: FakeRunner | None = None, depth: int = 1) -> list[list[int]]:
     """Add the requests together, run until all have ended and return their outputs."""
-    flights = Flights(scheduler, runner or FakeRunner(scheduler.capacity.block_size), depth)
+    flights = Flights(scheduler, runner or make_runner(scheduler), depth)
     for request in requests:
         scheduler.add(request)
     while scheduler.has_work:
@@ -208,18 +219,22 @@ def run(scheduler: Scheduler, *requests: Request, runner: FakeRunner | None = No
     return [request.output_ids for request in requests]
 
 
-def run_alone(request: Request) -> list[int]:
-    """What the request answers with nobody else there, unchunked, uncached and never preempted."""
-    return _run_twin(request).output_ids
+def run_alone(request: Request, windows: Sequence[int | None] = (None,)) -> list[int]:
+    """What the request answers with nobody else there, unchunked, uncached and never preempted, and with no block given
+    back: its steps' tokens alone depend on the windows."""
+    return _run_twin(request, windows).output_ids
 
 
-def scores_alone(request: Request) -> list[TokenLogprobs]:
+def scores_alone(request: Request, windows: Sequence[int | None] = (None,)) -> list[TokenLogprobs]:
     """Its prompt's logprobs, computed in one step."""
-    return _run_twin(request).prompt_logprobs
+    return _run_twin(request, windows).prompt_logprobs
 
 
-def _run_twin(request: Request) -> Request:
-    scheduler = make_scheduler(prefix_caching=False, max_num_batched_tokens=100_000, max_num_seqs=100_000)
+def _run_twin(request: Request, windows: Sequence[int | None]) -> Request:
+    everything = [BlockGroup(1000)] * (len(windows) - 1)
+    scheduler = make_scheduler(
+        prefix_caching=False, max_num_batched_tokens=100_000, max_num_seqs=100_000, other_groups=everything
+    )
     twin = Request(
         request.request_id,
         list(request.prompt_ids),
@@ -229,5 +244,5 @@ def _run_twin(request: Request) -> Request:
         seed=request.seed,
         num_prompt_logprobs=request.num_prompt_logprobs,
     )
-    run(scheduler, twin)
+    run(scheduler, twin, runner=FakeRunner(scheduler.capacity.block_size, windows=windows))
     return twin

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tests.scheduling.fakes import make_request
+from tinyvllm.config import BlockGroup
 from tinyvllm.errors import CapacityError, InvariantError
 from tinyvllm.scheduling import block_manager as block_manager_module
 from tinyvllm.scheduling.block_manager import BlockManager
@@ -29,48 +30,48 @@ def empty(manager: BlockManager, request: Request, keep: bool = True) -> None:
 
 
 def test_block_zero_is_never_handed_out() -> None:
-    manager = BlockManager(num_blocks=5, block_size=4)
+    manager = BlockManager([BlockGroup(5)], block_size=4)
     request = make_request(prompt=16)
     assert manager.grow(request, 16)
-    assert sorted(request.block_ids) == [1, 2, 3, 4]
+    assert sorted(request.tables[0]) == [1, 2, 3, 4]
     assert manager.num_free == 0
 
 
 def test_a_pool_of_the_dummy_alone_is_refused() -> None:
     with pytest.raises(CapacityError, match="1 blocks"):
-        BlockManager(num_blocks=1, block_size=4)
+        BlockManager([BlockGroup(1)], block_size=4)
 
 
 def test_grow_takes_only_what_is_missing() -> None:
-    manager = BlockManager(num_blocks=9, block_size=4)
+    manager = BlockManager([BlockGroup(9)], block_size=4)
     request = make_request(prompt=9)
     for num_tokens, num_blocks in ((1, 1), (4, 1), (5, 2), (3, 2), (9, 3)):
         assert manager.grow(request, num_tokens)
-        assert len(request.block_ids) == num_blocks
+        assert len(request.tables[0]) == num_blocks
 
 
 def test_grow_that_fails_changes_nothing() -> None:
-    manager = BlockManager(num_blocks=4, block_size=4)
+    manager = BlockManager([BlockGroup(4)], block_size=4)
     request = make_request(prompt=16)
     assert manager.grow(request, 4)
     assert not manager.grow(request, 16)
-    assert len(request.block_ids) == 1
+    assert len(request.tables[0]) == 1
     assert manager.num_free == 2
     manager.audit()
 
 
 def test_a_sealed_prefix_is_shared() -> None:
-    manager = BlockManager(num_blocks=20, block_size=4)
+    manager = BlockManager([BlockGroup(20)], block_size=4)
     first = fill(manager, make_request("a", range(10)))
     second = make_request("b", [*range(8), 99, 98])
     assert manager.match_prefix(second) == 8
-    assert second.block_ids == first.block_ids[:2]
+    assert second.tables[0] == first.tables[0][:2]
     second.num_computed = 8
     manager.audit()
 
 
 def test_a_prefix_is_found_while_its_blocks_are_free_and_not_after_their_reuse() -> None:
-    manager = BlockManager(num_blocks=4, block_size=4)
+    manager = BlockManager([BlockGroup(4)], block_size=4)
     request = fill(manager, make_request("a", range(12)))
     empty(manager, request)
     assert manager.num_free == 3
@@ -82,52 +83,52 @@ def test_a_prefix_is_found_while_its_blocks_are_free_and_not_after_their_reuse()
 
 
 def test_the_same_tokens_after_another_prefix_are_not_a_hit() -> None:
-    manager = BlockManager(num_blocks=20, block_size=4)
+    manager = BlockManager([BlockGroup(20)], block_size=4)
     fill(manager, make_request("a", [1, 2, 3, 4, 5, 6, 7, 8]))
     assert manager.match_prefix(make_request("b", [9, 2, 3, 4, 5, 6, 7, 8, 0])) == 0
 
 
 def test_a_whole_hit_leaves_a_token_to_compute_in_a_block_of_its_own() -> None:
-    manager = BlockManager(num_blocks=20, block_size=4)
+    manager = BlockManager([BlockGroup(20)], block_size=4)
     first = fill(manager, make_request("a", range(8)))
     second = make_request("b", range(8))
     second.num_computed = manager.match_prefix(second)
     assert second.num_computed == 4
     assert manager.grow(second, 8)
-    assert second.block_ids[0] == first.block_ids[0]
-    assert second.block_ids[1] != first.block_ids[1]
+    assert second.tables[0][0] == first.tables[0][0]
+    assert second.tables[0][1] != first.tables[0][1]
     manager.audit()
 
 
 def test_a_block_that_is_not_full_is_not_shared() -> None:
-    manager = BlockManager(num_blocks=20, block_size=4)
+    manager = BlockManager([BlockGroup(20)], block_size=4)
     fill(manager, make_request("a", range(8)), num_tokens=7)
     assert manager.match_prefix(make_request("b", [*range(8), 9])) == 4
 
 
 def test_without_prefix_caching_nothing_is_found() -> None:
-    manager = BlockManager(num_blocks=20, block_size=4, enable_prefix_caching=False)
+    manager = BlockManager([BlockGroup(20)], block_size=4, enable_prefix_caching=False)
     fill(manager, make_request("a", range(8)))
     assert manager.match_prefix(make_request("b", range(8))) == 0
 
 
 def test_equal_hashes_of_other_tokens_are_not_a_hit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_manager_module, "hash_block", lambda parent, tokens: b"same")
-    manager = BlockManager(num_blocks=20, block_size=4)
+    manager = BlockManager([BlockGroup(20)], block_size=4)
     fill(manager, make_request("a", range(5)))
     assert manager.match_prefix(make_request("b", range(5))) == 4
     assert manager.match_prefix(make_request("c", range(1, 6))) == 0
 
 
 def test_the_tail_of_a_freed_request_is_reused_before_its_head() -> None:
-    manager = BlockManager(num_blocks=5, block_size=4)
+    manager = BlockManager([BlockGroup(5)], block_size=4)
     empty(manager, fill(manager, make_request("a", range(16))))
     assert manager.grow(make_request("b"), 8)  # two of four blocks go
     assert manager.match_prefix(make_request("c", range(16))) == 8
 
 
 def test_the_longest_unused_prefix_is_reused_first() -> None:
-    manager = BlockManager(num_blocks=5, block_size=4)
+    manager = BlockManager([BlockGroup(5)], block_size=4)
     old, new = make_request("old", range(8)), make_request("new", range(50, 58))
     fill(manager, old)
     fill(manager, new)
@@ -139,7 +140,7 @@ def test_the_longest_unused_prefix_is_reused_first() -> None:
 
 
 def test_blocks_without_a_known_prefix_are_reused_before_those_with_one() -> None:
-    manager = BlockManager(num_blocks=4, block_size=4)
+    manager = BlockManager([BlockGroup(4)], block_size=4)
     known, unknown = make_request("known", range(8)), make_request("unknown", range(3))
     fill(manager, known)
     fill(manager, unknown)
@@ -150,7 +151,7 @@ def test_blocks_without_a_known_prefix_are_reused_before_those_with_one() -> Non
 
 
 def test_two_requests_that_compute_one_prefix_at_once_keep_their_own_blocks() -> None:
-    manager = BlockManager(num_blocks=20, block_size=4)
+    manager = BlockManager([BlockGroup(20)], block_size=4)
     first, second = make_request("a", range(9)), make_request("b", range(9))
     for request in (first, second):
         assert manager.match_prefix(request) == 0
@@ -159,28 +160,28 @@ def test_two_requests_that_compute_one_prefix_at_once_keep_their_own_blocks() ->
         request.num_computed = 9
         manager.seal(request)
         manager.audit()
-    assert not set(first.block_ids) & set(second.block_ids)
-    kept = first.block_ids[:2]
+    assert not set(first.tables[0]) & set(second.tables[0])
+    kept = first.tables[0][:2]
     empty(manager, second)
     third = make_request("c", range(9))
     assert manager.match_prefix(third) == 8
-    assert third.block_ids == kept
+    assert third.tables[0] == kept
 
 
 def test_what_a_failure_left_behind_is_not_found_again_and_its_sharers_keep_it() -> None:
-    manager = BlockManager(num_blocks=20, block_size=4)
+    manager = BlockManager([BlockGroup(20)], block_size=4)
     first = fill(manager, make_request("a", range(9)))
     second = fill(manager, make_request("b", range(9)))
     empty(manager, first, keep=False)
     assert manager.match_prefix(make_request("c", range(9))) == 0
-    assert len(second.block_ids) == 3
+    assert len(second.tables[0]) == 3
     empty(manager, second)
     assert manager.match_prefix(make_request("d", range(9))) == 0
     assert manager.num_free == 19
 
 
 def test_freeing_twice_is_harmless() -> None:
-    manager = BlockManager(num_blocks=5, block_size=4)
+    manager = BlockManager([BlockGroup(5)], block_size=4)
     request = fill(manager, make_request("a", range(9)))
     empty(manager, request)
     empty(manager, request)
@@ -188,37 +189,37 @@ def test_freeing_twice_is_harmless() -> None:
 
 
 def test_a_block_freed_without_a_reference_is_reported() -> None:
-    manager = BlockManager(num_blocks=5, block_size=4)
+    manager = BlockManager([BlockGroup(5)], block_size=4)
     stray = make_request("stray")
-    stray.block_ids = [3]
+    stray.tables = [[3]]
     with pytest.raises(InvariantError, match="stray frees block 3"):
         manager.free(stray)
 
 
 def lose_a_block(manager: BlockManager, request: Request) -> None:
-    request.block_ids.pop()
+    request.tables[0].pop()
 
 
 def share_by_accident(manager: BlockManager, request: Request) -> None:
     other = make_request("other")
     assert manager.grow(other, 4)
-    other.block_ids = [request.block_ids[-1]]
+    other.tables = [[request.tables[0][-1]]]
 
 
 def repeat_a_block(manager: BlockManager, request: Request) -> None:
-    request.block_ids[1] = request.block_ids[0]
+    request.tables[0][1] = request.tables[0][0]
 
 
 def free_a_used_block(manager: BlockManager, request: Request) -> None:
-    manager._free[request.block_ids[0]] = None
+    manager.pools[0]._free[request.tables[0][0]] = None
 
 
 def leak_a_free_block(manager: BlockManager, request: Request) -> None:
-    manager._free.popitem()
+    manager.pools[0]._free.popitem()
 
 
 def hand_out_the_dummy(manager: BlockManager, request: Request) -> None:
-    manager._free[0] = None
+    manager.pools[0]._free[0] = None
 
 
 def rewind_into_a_sealed_block(manager: BlockManager, request: Request) -> None:
@@ -248,7 +249,7 @@ def rewrite_the_text(manager: BlockManager, request: Request) -> None:
     ],
 )
 def test_audit_sees(damage: Any) -> None:
-    manager = BlockManager(num_blocks=9, block_size=4)
+    manager = BlockManager([BlockGroup(9)], block_size=4)
     request = fill(manager, make_request("a", range(10)))
     damage(manager, request)
     with pytest.raises(InvariantError, match=r"\d"):

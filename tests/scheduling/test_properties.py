@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.scheduling.fakes import FakeRunner, Flights, make_request, make_scheduler, run, run_alone, scores_alone
+from tests.scheduling.fakes import Flights, make_request, make_runner, make_scheduler, run, run_alone, scores_alone
+from tinyvllm.config import BlockGroup
 from tinyvllm.scheduling.request import Request, Status
 from tinyvllm.scheduling.scheduler import Scheduler
 
@@ -18,7 +19,7 @@ class Traffic:
 
     def __init__(self, scheduler: Scheduler, seed: int, depth: int) -> None:
         self.scheduler = scheduler
-        self.flights = Flights(scheduler, FakeRunner(scheduler.capacity.block_size), depth)
+        self.flights = Flights(scheduler, make_runner(scheduler), depth)
         self.rng = random.Random(seed)
         self.requests: list[Request] = []
         self.disturbed: set[Request] = set()
@@ -26,7 +27,7 @@ class Traffic:
         self.heads = [[self.rng.randrange(200) for _ in range(n)] for n in (0, 3, 4, 8, 9, 12)]
 
     def arrive(self) -> None:
-        longest = self.scheduler.capacity.num_tokens - 1
+        longest = min(self.scheduler.capacity.num_tokens, self.scheduler.capacity.max_model_len) - 1
         tail = [self.rng.randrange(200) for _ in range(self.rng.randrange(1, 7))]
         prompt = [*self.rng.choice(self.heads), *tail][:longest]
         if self.requests and self.rng.random() < 0.2:  # a next turn, or the same again
@@ -68,9 +69,10 @@ class Traffic:
     def check_answers(self) -> None:
         for request in self.requests:
             assert request.status is Status.FINISHED
-            alone = run_alone(request)
+            windows = [group.window for group in self.scheduler.capacity.groups]
+            alone, scores = run_alone(request, windows), scores_alone(request, windows)
             assert request.output_ids == alone[: len(request.output_ids)], request.request_id
-            assert request.prompt_logprobs == scores_alone(request)[: len(request.prompt_logprobs)], request.request_id
+            assert request.prompt_logprobs == scores[: len(request.prompt_logprobs)], request.request_id
             if request.output_ids and request.num_prompt_logprobs is not None:
                 assert len(request.prompt_logprobs) == request.num_prompt_tokens - 1, request.request_id
             if request not in self.disturbed and request.num_tokens < self.scheduler.capacity.num_tokens:
@@ -95,20 +97,54 @@ def test_random_traffic_keeps_the_pool_and_the_answers(
     scheduler = make_scheduler(
         num_blocks, policy=policy, prefix_caching=prefix_caching, max_num_seqs=6, max_num_batched_tokens=budget
     )
-    traffic = Traffic(scheduler, seed, depth)
-    for _ in range(1000):
-        traffic.move(arrivals=0.35, disturbances=0.1)
-    num_steps = 0
-    while scheduler.has_work:
-        traffic.flights.step()
-        num_steps += 1
-        assert num_steps < 2000, "what waits is reached"
-    assert scheduler.block_manager.num_free == num_blocks - 1
-    assert len(traffic.requests) > 100
+    check_traffic(Traffic(scheduler, seed, depth), 1000)
     if num_blocks < 20:
         assert scheduler.num_preemptions > 10
     if prefix_caching:
         assert scheduler.prefix_hits > 0
+
+
+@pytest.mark.parametrize(
+    ("seed", "groups", "prefix_caching", "budget"),
+    [
+        (1, [BlockGroup(12), BlockGroup(9, 6)], True, 8),
+        (2, [BlockGroup(40), BlockGroup(24, 9), BlockGroup(16, 2)], True, 24),
+        (3, [BlockGroup(60), BlockGroup(14, 5)], True, 16),
+        (4, [BlockGroup(9, 8)], True, 12),  # every layer has a window
+        (5, [BlockGroup(30), BlockGroup(9, 6)], False, 10),
+        (6, [BlockGroup(11, 30), BlockGroup(6, 3)], True, 8),  # no room for the wide window: it bounds the length
+    ],
+)
+def test_random_traffic_over_windows_keeps_the_pools_and_the_answers(
+    seed: int, groups: list[BlockGroup], prefix_caching: bool, budget: int
+) -> None:
+    first, *others = groups
+    scheduler = make_scheduler(
+        first.num_blocks,
+        prefix_caching=prefix_caching,
+        max_num_seqs=6,
+        max_num_batched_tokens=budget,
+        max_model_len=60,
+        window=first.window,
+        other_groups=tuple(others),
+    )
+    check_traffic(Traffic(scheduler, seed, depth=1 + seed % 2), 250)
+    if prefix_caching:
+        assert scheduler.prefix_hits > 0
+
+
+def check_traffic(traffic: Traffic, num_moves: int) -> None:
+    """Steps with arrivals, and then steps until all have ended."""
+    scheduler, num_steps = traffic.scheduler, 0
+    for _ in range(num_moves):
+        traffic.move(arrivals=0.35, disturbances=0.1)
+    while scheduler.has_work:
+        traffic.flights.step()
+        num_steps += 1
+        assert num_steps < 2000, "what waits is reached"
+    for pool in scheduler.block_manager.pools:
+        assert pool.num_free == pool.num_blocks - 1
+    assert len(traffic.requests) > num_moves // 10
     traffic.check_answers()
 
 
@@ -124,6 +160,7 @@ prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_siz
     spare_budget=st.integers(0, 12),
     policy=st.sampled_from(["fcfs", "priority"]),
     depth=st.sampled_from([1, 2]),
+    windows=st.sampled_from([[None], [None, 3], [5], [None, 7, 2]]),
 )
 def test_batched_chunked_cached_and_preempted_answers_equal_those_alone(
     prompts: list[list[int]],
@@ -133,19 +170,24 @@ def test_batched_chunked_cached_and_preempted_answers_equal_those_alone(
     spare_budget: int,
     policy: str,
     depth: int,
+    windows: list[int | None],
 ) -> None:
     max_tokens = 6
     longest = max(map(len, prompts)) + max_tokens
+    num_blocks = 1 + -(-longest // block_size) + spare_blocks
+    least = {window: min(num_blocks, 3 + -(-window // block_size)) for window in windows if window is not None}
     scheduler = make_scheduler(
-        num_blocks=1 + -(-longest // block_size) + spare_blocks,
+        num_blocks=num_blocks,
         block_size=block_size,
+        window=windows[0],
+        other_groups=tuple(BlockGroup(least[window], window) for window in windows[1:] if window is not None),
         policy=policy,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + spare_budget,
     )
     requests = [make_request(f"r{i}", p, max_tokens, priority=i % 2) for i, p in enumerate(prompts)]
-    assert run(scheduler, *requests, depth=depth) == [run_alone(request) for request in requests]
-    assert scheduler.block_manager.num_free == scheduler.block_manager.num_blocks - 1
+    assert run(scheduler, *requests, depth=depth) == [run_alone(request, windows) for request in requests]
+    assert scheduler.block_manager.num_free == scheduler.capacity.num_blocks - 1
 
 
 def test_the_same_seed_gives_the_same_tokens_whatever_else_runs() -> None:

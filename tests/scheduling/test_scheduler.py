@@ -96,7 +96,7 @@ def test_a_preempted_request_keeps_its_output_and_its_place() -> None:
     while second.num_preemptions == 0:
         step(scheduler, runner)
     said = list(second.output_ids)
-    assert said and not second.block_ids and second.num_computed == 0
+    assert said and not second.tables and second.num_computed == 0
     scheduler.add(late)
     while scheduler.has_work:
         step(scheduler, runner)

@@ -15,7 +15,7 @@ import numpy as np
 import uvicorn
 from numpy.typing import NDArray
 
-from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, SamplingParams
+from tinyvllm.config import BlockGroup, Capacity, EngineConfig, GenerationDefaults, SamplingParams
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.client import Receiver
 from tinyvllm.engine.constraints import GrammarCompiler
@@ -164,7 +164,7 @@ class FakeEngine:
         self.config = EngineConfig("tiny")
         self.history = StepHistory()
         self.inner = SimpleNamespace(
-            core=SimpleNamespace(scheduler=SimpleNamespace(block_manager=BlockManager(101, 16)))
+            core=SimpleNamespace(scheduler=SimpleNamespace(block_manager=BlockManager([BlockGroup(101)], 16)))
         )
         self.changed = threading.Condition()
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tinyvllm.bench.latency import prefill_plans
 from tinyvllm.config import Capacity, EngineConfig, SamplingParams
 from tinyvllm.execution.buckets import lengths_that_fill
+from tinyvllm.scheduling.block_manager import fixed_tables
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
@@ -183,7 +184,8 @@ def _capture(runner: ModelRunner, capture: Callable[[Progress], None], progress:
 def _answer_once(runner: ModelRunner) -> float:
     """Run the step of a short prompt; its seconds."""
     request = Request("first", [1] * min(FIRST_PROMPT, runner.capacity.max_num_batched_tokens), GREEDY)
-    request.block_ids = list(range(1, 1 + -(-request.num_tokens // runner.capacity.block_size)))
+    capacity = runner.capacity
+    (request.tables,) = fixed_tables(capacity.groups, [-(-request.num_tokens // capacity.block_size)])
     start_s = time.perf_counter()
     runner.execute(StepPlan((Scheduled(request, 0, request.num_tokens),)))
     return time.perf_counter() - start_s
@@ -209,13 +211,11 @@ def plans_for(bucket: Bucket, capacity: Capacity, context: int = 0, params: Samp
         lengths = [min(context, limit - 2) + 1] * bucket.num_tokens
     else:
         lengths = lengths_that_fill(bucket, limit)
-    requests, first = [], 1
-    for number, length in enumerate(lengths):
-        num_blocks = -(-length // size)
-        request = Request(f"{bucket.name}-{number}", [1] * length, params)
-        request.block_ids = [1 + (first - 1 + index) % (capacity.num_blocks - 1) for index in range(num_blocks)]
-        first += num_blocks
-        requests.append(request)
+    tables = fixed_tables(capacity.groups, [-(-length // size) for length in lengths])
+    requests = [
+        Request(f"{bucket.name}-{number}", [1] * length, params, tables=own)
+        for number, (length, own) in enumerate(zip(lengths, tables, strict=True))
+    ]
     if bucket.is_decode:
         return [StepPlan(tuple(Scheduled(request, request.num_tokens - 1, 1) for request in requests))]
     return prefill_plans(requests, bucket.num_tokens)

@@ -22,6 +22,7 @@ from tinyvllm.config import Capacity, EngineConfig, ModelConfig, SamplingParams
 from tinyvllm.errors import CapacityError, DeviceError, TinyvllmError
 from tinyvllm.execution.buckets import make_buckets
 from tinyvllm.execution.cost import StepCost
+from tinyvllm.scheduling.block_manager import fixed_tables
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan
 from tinyvllm.scheduling.request import Request
 
@@ -134,7 +135,7 @@ def measure_latency(inspector: Inspector, machine: Machine, work: LatencyWork, r
     size, available = capacity.block_size, capacity.num_blocks - 1
     for case in work.cases:
         needed = work.num_blocks(case, size)
-        if needed > available:
+        if needed > available and capacity.window is None:
             raise CapacityError(
                 f"{case.batch} sequences of {work.max_tokens(case)} tokens need {needed} KV blocks, but the pool has "
                 f"{available}: lower --batch or --context, or raise --gpu-memory-utilization"
@@ -153,7 +154,7 @@ def make_requests(runner: Runner, work: LatencyWork, case: Case) -> list[Request
     """Random prompts that own shuffled blocks. A decode's prompt is its context and the token of the first step."""
     rng = random.Random(work.seed)
     per_request = work.num_blocks(case, runner.capacity.block_size) // case.batch
-    block_ids = rng.sample(range(1, 1 + case.batch * per_request), case.batch * per_request)
+    tables = fixed_tables(runner.capacity.groups, [per_request] * case.batch, rng)
     num_tokens = case.length + (1 if case.phase == "decode" else 0)
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=None)
     return [
@@ -161,7 +162,7 @@ def make_requests(runner: Runner, work: LatencyWork, case: Case) -> list[Request
             f"{case.phase}-{index}",
             [rng.randrange(runner.model_config.vocab_size) for _ in range(num_tokens)],
             params,
-            block_ids=block_ids[index * per_request : (index + 1) * per_request],
+            tables=tables[index],
         )
         for index in range(case.batch)
     ]

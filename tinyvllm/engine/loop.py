@@ -309,8 +309,8 @@ class EngineLoop:
         manager = self.core.scheduler.block_manager
         manager.audit()
         return {
-            "free_blocks": manager.num_free,
-            "all_blocks": manager.num_blocks - 1,
+            "free_blocks": sum(pool.num_free for pool in manager.pools),
+            "all_blocks": sum(pool.num_blocks - 1 for pool in manager.pools),
             "requests": self.core.scheduler.num_running + self.core.scheduler.num_waiting,
             "owned_requests": len(self._owners),
             "waiting_calls": len(self._waiting),

@@ -41,7 +41,7 @@ class Bucket:
 
     def layout(self, capacity: Capacity) -> StepLayout:
         max_blocks = -(-capacity.max_model_len // capacity.block_size)
-        return StepLayout(self.num_tokens, self.num_seqs, max_blocks, capacity.block_size)
+        return StepLayout(self.num_tokens, self.num_seqs, max_blocks, capacity.block_size, len(capacity.groups))
 
     def holds(self, plan: StepPlan) -> bool:
         """Whether the plan fits this shape. A token bucket can run decodes too."""

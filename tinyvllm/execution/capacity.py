@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tinyvllm.config import Capacity, EngineConfig, Limits, ModelConfig
+from tinyvllm.config import BlockGroup, Capacity, EngineConfig, Limits, ModelConfig
 from tinyvllm.errors import CapacityError, TinyvllmError
 from tinyvllm.execution.buckets import Bucket
 
 GIB = 1 << 30
+PLANNED_WINDOWS = 4  # windows that a sequence is expected to be long, when memory is divided between groups
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """What the size of a group of layers (`ops.backend.pool_groups`) depends on."""
+
+    bytes_per_token: int  # keys and values of all of its layers
+    window: int | None = None  # tokens; None: it keeps them all
 
 
 @dataclass(frozen=True)
@@ -19,9 +30,14 @@ class MemoryFacts:
     free_bytes: int
     share: float  # of free_bytes that weights and KV may take together
     weight_bytes: int
-    kv_bytes_per_token: int
+    kv_groups: tuple[KVGroup, ...]
     scratch_bytes: int = 0  # intermediate values: of the largest step, or of all graphs together
     max_share: float = 1.0  # of free_bytes that weights and KV may take at most, whatever the user requests
+
+    @property
+    def budget(self) -> int:
+        """Bytes for weights, intermediate values and KV."""
+        return int(self.free_bytes * self.share)
 
 
 def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memory: MemoryFacts) -> Capacity:
@@ -30,52 +46,163 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
     Raises CapacityError, with the numbers, if one sequence of max_model_len or the requested blocks do not fit, and
     TinyvllmError if max_model_len exceeds the length that the model was trained for.
     """
-    size = config.block_size
-    longest = _longest(config, model)
-    block_bytes = size * memory.kv_bytes_per_token
-    budget = int(memory.free_bytes * memory.share)
-    by_memory = _steady(max(0, budget - memory.weight_bytes - memory.scratch_bytes) // block_bytes)
-    useful = limits.max_num_seqs * _ceil_div(longest, size) + 1
-    num_blocks = config.num_gpu_blocks_override or min(by_memory, useful)
+    split = PoolSplit(config.block_size, _longest(config, model), limits, memory.kv_groups)
+    room = max(0, memory.budget - memory.weight_bytes - memory.scratch_bytes)
+    by_memory = _steady(split.most_blocks(room))
+    if config.max_model_len is not None:  # it is wanted: shrink the windows' groups until it fits
+        while split.share and not config.num_gpu_blocks_override and not split.holds_longest(by_memory):
+            split = split.with_less_for_windows()
+            by_memory = _steady(split.most_blocks(room))
+    num_blocks = config.num_gpu_blocks_override or min(by_memory, split.useful_blocks)
     if config.num_gpu_blocks_override:
-        _check_override(config.num_gpu_blocks_override, block_bytes, memory)
-    source = _explain(config, limits, memory, budget, by_memory, useful, num_blocks, block_bytes)
+        _check_override(split, num_blocks, memory)
+    source = _explain(config, split, memory, by_memory, num_blocks)
     if num_blocks < 2:
         raise CapacityError(
             f"no room for KV blocks: {source}. "
             "Close other programs, raise --gpu-memory-utilization, or choose a smaller model"
         )
-    fits = (num_blocks - 1) * size
-    if config.max_model_len is not None and fits < longest:
+    first, *others = split.groups(num_blocks)
+    capacity = Capacity(
+        num_blocks=num_blocks,
+        block_size=split.block_size,
+        max_model_len=split.longest,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        window=first.window,
+        other_groups=tuple(others),
+    )
+    max_model_len = min(split.longest, capacity.num_tokens)
+    if config.max_model_len is not None and max_model_len < split.longest:
         raise CapacityError(
-            f"one sequence of --max-model-len {longest} tokens needs {_ceil_div(longest, size)} blocks, "
-            f"but the pool has {num_blocks - 1} ({fits} tokens): {source}. "
-            f"Lower --max-model-len to {fits}, or raise --gpu-memory-utilization or --num-gpu-blocks-override"
+            f"one sequence of --max-model-len {split.longest} tokens needs {split.blocks_for(split.longest)} blocks, "
+            f"but the pool has {num_blocks - 1} ({max_model_len} tokens): {source}. "
+            f"Lower --max-model-len to {max_model_len}, or raise --gpu-memory-utilization or --num-gpu-blocks-override"
         )
-    max_model_len = min(longest, fits)
     explanation = (
         source,
-        f"{num_blocks - 1} blocks of {size} tokens hold {fits} tokens; "
-        f"max_model_len {max_model_len}"
-        + (f" (the model's {model.max_position} do not fit)" if max_model_len < longest else ""),
+        f"{num_blocks - 1} blocks of {split.block_size} tokens hold {(num_blocks - 1) * split.block_size} tokens"
+        + ("" if first.window is None else f", of which a sequence keeps a window of {first.window}")
+        + f"; max_model_len {max_model_len}"
+        + (f" (the model's {model.max_position} do not fit)" if max_model_len < split.longest else ""),
+        *[split.explain(group, num_blocks) for group in range(1, len(split.kv_groups))],
     )
-    return Capacity(num_blocks, size, max_model_len, limits.max_num_seqs, limits.max_num_batched_tokens, explanation)
+    return replace(capacity, max_model_len=max_model_len, explanation=explanation)
 
 
-def _check_override(num_blocks: int, block_bytes: int, memory: MemoryFacts) -> None:
+@dataclass(frozen=True)
+class PoolSplit:
+    """How the pool is divided between groups of layers. All sizes follow from the first group's, which keeps the most
+    tokens and takes what the others leave.
+
+    A group with a window holds as many tokens as its layers need when sequences are four windows long (or as long as
+    they may be, if that is shorter): a quarter of the first group's, times `share`. But it has room for at least one
+    window and one step's tokens, and for at most what all sequences can use: their windows, as much again for prefixes
+    of earlier requests, and one step's tokens. It never holds more tokens than the first group.
+    """
+
+    block_size: int  # tokens
+    longest: int  # tokens of the longest sequence
+    limits: Limits
+    kv_groups: tuple[KVGroup, ...]
+    share: float = 1.0
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def block_bytes(self, group: int) -> int:
+        return self.block_size * self.kv_groups[group].bytes_per_token
+
+    def num_bytes(self, num_blocks: int) -> int:
+        """Bytes of all groups if the first has `num_blocks` blocks."""
+        groups = enumerate(self.groups(num_blocks))
+        return sum(group.num_blocks * self.block_bytes(number) for number, group in groups)
+
+    def most_blocks(self, room: int) -> int:
+        """The most blocks of the first group with which all groups fit into `room` bytes."""
+        return bisect_right(range(room // self.block_bytes(0) + 1), room, lo=1, key=self.num_bytes) - 1
+
+    @property
+    def useful_blocks(self) -> int:
+        """The most blocks of the first group that all sequences can use."""
+        most = self.limits.max_num_seqs * self.blocks_for(self.longest) + 1
+        window = self.kv_groups[0].window
+        return most if window is None else min(most, self._most(window))
+
+    def holds_longest(self, num_blocks: int) -> bool:
+        """Whether a pool with `num_blocks` blocks in its first group holds one sequence of full length."""
+        return self.kv_groups[0].window is not None or num_blocks > self.blocks_for(self.longest)
+
+    def with_less_for_windows(self) -> PoolSplit:
+        """The same with half the tokens for windows, or in the end with the least."""
+        return replace(self, share=self.share / 2 if self.share > 1 / 64 else 0.0)
+
+    def groups(self, num_blocks: int) -> tuple[BlockGroup, ...]:
+        """All groups, if the first has `num_blocks` blocks."""
+        first, *others = self.kv_groups
+        sized = [BlockGroup(min(num_blocks, max(self._sizes(group, num_blocks))), group.window) for group in others]
+        return (BlockGroup(num_blocks, first.window), *sized)
+
+    def explain(self, group: int, num_blocks: int) -> str:
+        """Why a group with a window has its size."""
+        kv_group, found = self.kv_groups[group], self.groups(num_blocks)[group]
+        by_share, least = self._sizes(kv_group, num_blocks)
+        assert kv_group.window is not None
+        if found.num_blocks == num_blocks:
+            why = "as many as the others have"
+        elif found.num_blocks == self._most(kv_group.window):
+            why = f"the windows of {self.limits.max_num_seqs} sequences and of as many cached ones, and a step's tokens"
+        elif by_share < least:
+            why = "one window and a step's tokens"
+        else:
+            why = f"{found.num_blocks / num_blocks:.0%} of the others'"
+        return (
+            f"layers with a window of {kv_group.window} tokens: {found.num_blocks - 1} blocks of "
+            f"{self.block_bytes(group) / 2**20:.2f} MiB, {why}"
+        )
+
+    def _sizes(self, group: KVGroup, num_blocks: int) -> tuple[int, int]:
+        """The blocks that a group with a window should have, and the least."""
+        assert group.window is not None, "only the first group keeps all tokens"
+        window, chunk = self.blocks_for(group.window) + 1, self.blocks_for(self._chunk) + 2
+        part = self.share * window / self.blocks_for(min(self.longest, PLANNED_WINDOWS * group.window))
+        return min(self._most(group.window), math.ceil(num_blocks * part) + chunk), window + chunk
+
+    def _most(self, window: int) -> int:
+        """The blocks of a group with a window that all sequences can use. A window may begin and end within a block,
+        and block 0 is a dummy."""
+        windows = self.limits.max_num_seqs * (self.blocks_for(window) + 1)
+        return 2 * windows + self.blocks_for(self._chunk) + 2
+
+    @property
+    def _chunk(self) -> int:
+        """The most tokens of one sequence in one step."""
+        return min(self.longest, self.limits.max_num_batched_tokens)
+
+
+def _check_override(split: PoolSplit, num_blocks: int, memory: MemoryFacts) -> None:
     """Raise CapacityError for more blocks than memory can hold."""
     most = int(memory.free_bytes * memory.max_share) - memory.weight_bytes
-    if num_blocks * block_bytes > most:
+    if split.num_bytes(num_blocks) > most:
         raise CapacityError(
-            f"{_override(num_blocks, block_bytes)}, "
-            f"{num_blocks * block_bytes / GIB:.2f} GiB, but of {memory.free_bytes / GIB:.2f} GiB free at most "
+            f"{_override(split, num_blocks)}, "
+            f"{split.num_bytes(num_blocks) / GIB:.2f} GiB, but of {memory.free_bytes / GIB:.2f} GiB free at most "
             f"{memory.max_share:g} may be used, {memory.weight_bytes / GIB:.2f} GiB of it for weights: give at most "
-            f"{max(0, most) // block_bytes} blocks"
+            f"{split.most_blocks(max(0, most))} blocks"
         )
 
 
-def _override(num_blocks: int, block_bytes: int) -> str:
-    return f"--num-gpu-blocks-override gives {num_blocks} blocks of {block_bytes / 2**20:.2f} MiB"
+def _override(split: PoolSplit, num_blocks: int) -> str:
+    return f"--num-gpu-blocks-override gives {_in_words(split, num_blocks)}"
+
+
+def _in_words(split: PoolSplit, num_blocks: int) -> str:
+    """The blocks of all groups."""
+    text = f"{num_blocks} blocks of {split.block_bytes(0) / 2**20:.2f} MiB"
+    for number, group in enumerate(split.groups(num_blocks)[1:], 1):
+        size = split.block_bytes(number) / 2**20
+        text += f", with {group.num_blocks} of {size:.2f} MiB for windows of {group.window} tokens"
+    return text
 
 
 def scratch_bytes(limits: Limits, model: ModelConfig) -> int:
@@ -108,26 +235,17 @@ def _longest(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len or model.max_position
 
 
-def _explain(
-    config: EngineConfig,
-    limits: Limits,
-    memory: MemoryFacts,
-    budget: int,
-    by_memory: int,
-    useful: int,
-    num_blocks: int,
-    block_bytes: int,
-) -> str:
+def _explain(config: EngineConfig, split: PoolSplit, memory: MemoryFacts, by_memory: int, num_blocks: int) -> str:
     if config.num_gpu_blocks_override:
-        return _override(num_blocks, block_bytes)
+        return _override(split, num_blocks)
     text = (
-        f"{memory.free_bytes / GIB:.2f} GiB free x {memory.share:.2f} = {budget / GIB:.2f} GiB, "
+        f"{memory.free_bytes / GIB:.2f} GiB free x {memory.share:.2f} = {memory.budget / GIB:.2f} GiB, "
         f"less {memory.weight_bytes / GIB:.2f} GiB of weights and {memory.scratch_bytes / GIB:.2f} GiB for a step's "
         f"intermediate values: "
-        f"room for {by_memory} blocks of {block_bytes / 2**20:.2f} MiB"
+        f"room for {_in_words(split, by_memory)}"
     )
-    if useful < by_memory:
-        text += f"; {limits.max_num_seqs} sequences can use {useful}"
+    if split.useful_blocks < by_memory:
+        text += f"; {split.limits.max_num_seqs} sequences can use {split.useful_blocks}"
     return text
 
 
@@ -136,7 +254,3 @@ def _steady(count: int) -> int:
     compiled for its size, and a start finds only programs for a pool of the same size."""
     unit = 1 << max(0, count.bit_length() - 6)
     return count // unit * unit
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

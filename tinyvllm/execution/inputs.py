@@ -26,14 +26,17 @@ class InputPacker:
     """Writes plans into one bucket's input buffer, in place.
 
     Nothing is written twice: a sequence that keeps its row adds only its new blocks, and its sampling settings stay. So
-    a decode step writes a few words per sequence, whatever the length.
+    a decode step writes a few words per sequence, whatever the length. Blocks that it has given back stay in its table,
+    where nobody reads them.
     """
 
     def __init__(self, layout: StepLayout, buffer: np.ndarray) -> None:
         self.layout = layout
         self.views = layout.views(buffer)
         self.floats = {name: self.views[name].view(np.float32) for name in FLOATS}
-        # by row: the owner of the table and how many of its blocks are there; the owner of the settings
+        # by group, as `Request.tables`
+        self._groups = list(enumerate(zip(self.views["slots"], self.views["block_tables"], strict=True)))
+        # by row: the owner of the tables and how many of its blocks are there; the owner of the settings
         self._tables: list[tuple[Request | None, int, int]] = [(None, 0, 0)] * layout.num_seqs
         self._samplers: list[Request | Scored | None] = [None] * layout.num_seqs
         self._num_samplers = layout.num_seqs  # rows after these have no settings
@@ -61,7 +64,7 @@ class InputPacker:
             request = entry.request
             is_there = owner is request and entry.start + entry.count <= num_there * size
             if not is_there or generation != request.num_preemptions:  # no call for most: a block lasts for many steps
-                self._pack_table(index, entry)
+                self._pack_tables(index, entry)
         self._pack_tokens(plan.entries)
         # a padding row uses the all-zero table after the last one, and a slot in the dummy block
         padding = (("token_ids", 0), ("positions", 0), ("slots", 0), ("seq_rows", layout.num_seqs))
@@ -69,19 +72,18 @@ class InputPacker:
             views[name][..., plan.num_tokens :] = value
         self._pack_samples(plan)
 
-    def _pack_table(self, index: int, entry: Scheduled) -> None:
-        """Add the sequence's missing blocks to block table `index`."""
+    def _pack_tables(self, index: int, entry: Scheduled) -> None:
+        """Add the sequence's missing blocks to the block tables `index`."""
         request, stop = entry.request, entry.start + entry.count
-        num_blocks = -(-stop // self.layout.block_size)
-        if num_blocks > len(request.block_ids):
-            raise InvariantError(
-                f"request {request.request_id} has {len(request.block_ids)} blocks, but computes up to token {stop}"
-            )
+        num_blocks, least = -(-stop // self.layout.block_size), min(map(len, request.tables), default=0)
+        if num_blocks > least:
+            raise InvariantError(f"request {request.request_id} has {least} blocks, but computes up to token {stop}")
         owner, generation, num_there = self._tables[index]
         if owner is not request or generation != request.num_preemptions:  # a preempted request has new blocks
             num_there = 0
         if num_blocks > num_there:
-            self.views["block_tables"][0, index, num_there:num_blocks] = request.block_ids[num_there:num_blocks]
+            for group, (_, tables) in self._groups:
+                tables[index, num_there:num_blocks] = request.tables[group][num_there:num_blocks]
             self._tables[index] = (request, request.num_preemptions, num_blocks)
 
     def _pack_tokens(self, entries: tuple[Scheduled, ...]) -> None:
@@ -104,10 +106,13 @@ class InputPacker:
     def _pack_single_tokens(self, entries: Sequence[Scheduled], rows: slice | list[int], indices: list[int]) -> None:
         views, size = self.views, self.layout.block_size
         starts = [entry.start for entry in entries]
-        blocks = [entry.request.block_ids[entry.start // size] for entry in entries]
         views["token_ids"][rows] = [single_token(entry) for entry in entries]
         views["positions"][rows] = starts
-        views["slots"][0, rows] = [block * size + start % size for block, start in zip(blocks, starts, strict=True)]
+        for group, (slots, _) in self._groups:
+            slots[rows] = [
+                entry.request.tables[group][start // size] * size + start % size
+                for entry, start in zip(entries, starts, strict=True)
+            ]
         views["seq_rows"][rows] = indices
 
     def _pack_run(self, index: int, entry: Scheduled, row: int) -> None:
@@ -117,7 +122,8 @@ class InputPacker:
         positions = np.arange(entry.start, stop, dtype=np.int32)
         views["token_ids"][rows] = known_or_fed(entry.request, entry.start, stop)
         views["positions"][rows] = positions
-        views["slots"][0, rows] = views["block_tables"][0, index, positions // size] * size + positions % size
+        for _, (slots, tables) in self._groups:
+            slots[rows] = tables[index, positions // size] * size + positions % size
         views["seq_rows"][rows] = index
 
     def _pack_samples(self, plan: StepPlan) -> None:

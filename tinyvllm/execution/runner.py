@@ -20,7 +20,7 @@ from tinyvllm.device.mapping import OutputReader
 from tinyvllm.device.program_store import ProgramStore, default_root, open_program_store
 from tinyvllm.errors import DeviceError
 from tinyvllm.execution.buckets import Bucket, make_buckets
-from tinyvllm.execution.capacity import MemoryFacts, jit_scratch_bytes, plan_capacity, scratch_bytes
+from tinyvllm.execution.capacity import KVGroup, MemoryFacts, jit_scratch_bytes, plan_capacity, scratch_bytes
 from tinyvllm.execution.captures import Captures
 from tinyvllm.execution.captures import Progress as Progress  # re-exported for callers
 from tinyvllm.execution.cost import weight_facts
@@ -31,7 +31,7 @@ from tinyvllm.model.pooling import final_norm, pool
 from tinyvllm.model.registry import Model, complete_config, make_model
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
 from tinyvllm.model.weights.random import RandomWeights
-from tinyvllm.ops.backend import Backend, KVPool, pool_groups
+from tinyvllm.ops.backend import Backend, KVPool
 from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.kernel.tuning import choices_path, load_choices
@@ -104,11 +104,13 @@ def make_runner(
         scratch_bytes=scratch_bytes(limits, model_config)
         if config.capture == "replay"
         else jit_scratch_bytes(buckets, num_instances, model_config),
-        kv_bytes_per_token=model_config.kv_bytes_per_token(FLOATS[kv_dtype].itemsize),
+        kv_groups=tuple(
+            KVGroup(2 * FLOATS[kv_dtype].itemsize * group.slot_elements, group.window) for group in model.pool_groups
+        ),
     )
     capacity = plan_capacity(config, limits, model_config, memory)
-    groups = pool_groups(model_config.layers)
-    pool = backend.make_pool(groups, capacity.num_blocks, capacity.block_size, kv_dtype)
+    counts = [group.num_blocks for group in capacity.groups]
+    pool = backend.make_pool(model.pool_groups, counts, capacity.block_size, kv_dtype)
     store = open_program_store(device.name) if config.compile_cache else None
     return ModelRunner(model, backend, pool, capacity, buckets, store, num_instances, config.capture)
 

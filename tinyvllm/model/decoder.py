@@ -18,7 +18,7 @@ from tinyvllm.config import LayerKind, ModelConfig, QueryScaling, Rope
 from tinyvllm.device.recording import keep
 from tinyvllm.model.rope import rope_table
 from tinyvllm.ops.attention_spec import AttentionLayer
-from tinyvllm.ops.backend import Backend, Epilogue, Norm, Step
+from tinyvllm.ops.backend import Backend, Epilogue, Norm, Step, group_of, pool_groups
 from tinyvllm.ops.formats.matrix import Matrix
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Decoder:
         config = replace(config, layer_kinds=self.layer_kinds(replace(config, layer_kinds=())))
         self.config, self.backend, self.checkpoint = config, backend, checkpoint
         self.num_positions = num_positions
+        self.pool_groups = pool_groups(config.layers, num_positions)
         self.ropes = self._load_ropes(num_positions)
         total = config.num_layers + 1
         self.layers = []
@@ -203,6 +204,7 @@ class Decoder:
             index=index,
             kind=kind,
             qkv_cols=qkv_cols,
+            pool_group=group_of(self.pool_groups, index if kind.kv_layer is None else kind.kv_layer),
             rope=rope,
             head_norm=None if kind.head_norm_eps is None else self._load_head_norm(prefix, kind),
             bias=bias,

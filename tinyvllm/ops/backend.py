@@ -57,6 +57,11 @@ def pool_groups(layers: Sequence[LayerKind], max_model_len: int | None = None) -
     return tuple(sorted(groups, key=lambda group: -math.inf if group.window is None else -group.window))
 
 
+def group_of(groups: Sequence[PoolGroup], layer: int) -> int:
+    """The number of the group that holds a layer's keys and values."""
+    return next(number for number, group in enumerate(groups) if layer in group.shapes)
+
+
 Stored: TypeAlias = Tensor | tuple[Tensor, ...]  # a layer's keys or values; a tuple: each CPU core's
 
 
@@ -293,6 +298,7 @@ __all__ = [
     "Step",
     "blocks_by_layer",
     "gate_over_up",
+    "group_of",
     "pool_groups",
     "zeroed_pool",
 ]

@@ -1,18 +1,25 @@
-"""The KV pool's blocks: which are free, which requests hold the others, and which can be found by prefix.
+"""The KV pool's blocks: which requests hold them, and which can be found by prefix.
 
 A block is `block_size` consecutive tokens of one sequence. Its life cycle: free -> held and written by one request ->
 sealed (full, never written again, possibly shared) -> free, but still cached -> allocated again. Block 0 is a dummy
 that the padded rows of a graph may write; it is never allocated.
+
+Each group of layers (`ops.backend.pool_groups`) has blocks of its own, and each request a table for each group. In a
+group with a window, a request gives back the blocks that no later token attends to, so it holds about a window; the
+place of such a block in the table is 0. It stays cached, like every free block.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 from array import array
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 
-from tinyvllm.errors import CapacityError, InvariantError
+from tinyvllm.config import BlockGroup
+from tinyvllm.errors import InvariantError
+from tinyvllm.scheduling.group_pool import GroupPool
 from tinyvllm.scheduling.request import Request
 
 
@@ -34,30 +41,56 @@ def hash_blocks(tokens: Sequence[int], block_size: int) -> list[bytes]:
     return hashes[1:]
 
 
-class BlockManager:
-    """Owns the pool's free list, reference counts and prefix cache; fills and empties `request.block_ids`.
+def fixed_tables(
+    groups: Sequence[BlockGroup], lengths: Sequence[int], rng: random.Random | None = None
+) -> list[list[list[int]]]:
+    """For measurements without a scheduler: the tables (`Request.tables`) of sequences of `lengths` blocks, in a pool
+    that holds nothing else and in an order drawn from `rng`. In a group with too few blocks, which may suffice for
+    windows, each sequence goes round in its share of them."""
+    tables: list[list[list[int]]] = [[] for _ in lengths]
+    for group in groups:
+        usable, total = group.num_blocks - 1, sum(lengths)
+        ids = list(range(1, 1 + min(total, usable)))
+        if rng is not None:
+            ids = rng.sample(ids, len(ids))
+        share = max(1, usable // len(lengths))
+        for index, length in enumerate(lengths):
+            start, period = (sum(lengths[:index]), length) if total <= usable else (index * share, share)
+            tables[index].append([ids[(start + place % period) % len(ids)] for place in range(length)])
+    return tables
 
-    A block in the free list keeps its content until it is allocated again, so a prefix can be found even after all its
-    holders have finished. Blocks without a cached prefix are allocated first, then the least recently used.
+
+class BlockManager:
+    """Fills and empties `request.tables` from the pools of all groups.
+
+    The first group is the one that keeps the most tokens: all of them, unless every layer has a window. What is said
+    about the prefix cache to routers is this group's.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
-        if num_blocks < 2:
-            raise CapacityError(f"the KV pool has {num_blocks} blocks: it needs 2, because block 0 is a dummy")
-        self.num_blocks = num_blocks
+    def __init__(self, groups: Sequence[BlockGroup], block_size: int, enable_prefix_caching: bool = True) -> None:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))  # next to allocate first
-        self._ref_counts = [0] * num_blocks
-        self._hashes = [b""] * num_blocks  # b"": not sealed
-        self._tokens = [b""] * num_blocks  # of sealed blocks, int32: objects that the garbage collector need not visit
-        self._findable: dict[bytes, int] = {}  # hash -> the one block found by it
+        self.pools = [GroupPool(group, block_size) for group in groups]
+        self._windowed = [(index, pool) for index, pool in enumerate(self.pools) if pool.window is not None]
         self._holders: set[Request] = set()
-        self._changes: dict[bytes, bool] | None = None  # hash -> whether it can be found now
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether requests give blocks back."""
+        return bool(self._windowed)
+
+    @property
+    def least_free(self) -> int:
+        """The number of free blocks in the group that has the fewest."""
+        return min(pool.num_free for pool in self.pools)
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """The first group's number of free blocks, or if a larger share of another group's blocks is held, that share
+        of the first group's number of blocks: the group that fills up first is the one that limits the engine."""
+        first, *others = self.pools
+        shares = [(first.num_blocks - 1) * pool.num_free // (pool.num_blocks - 1) for pool in others]
+        return min([first.num_free, *shares])
 
     def blocks_for(self, num_tokens: int) -> int:
         """Number of blocks for `num_tokens` tokens."""
@@ -66,70 +99,93 @@ class BlockManager:
     def match_prefix(self, request: Request) -> int:
         """Give a request without blocks the longest cached prefix of its tokens; return the prefix's number of tokens.
 
-        At least one token is left to compute. Only whole blocks are shared, so a request writes to its own blocks only:
-        if all its blocks are cached, the last one is recomputed instead of shared.
+        A group without a window must have every block of the prefix, one with a window those that the first token after
+        the prefix attends to. At least one token is left to compute. Only whole blocks are shared, so a request writes
+        to its own blocks only: if all its blocks are cached, the last one is recomputed instead of shared.
         """
         if not self.enable_prefix_caching:
             return 0
-        for index in range((request.num_tokens - 1) // self.block_size):
-            block_id = self._find(request, index)
-            if block_id is None:
-                break
-            self._take(block_id)
-            request.block_ids.append(block_id)
-        if request.block_ids:
+        num_blocks = self._longest_match(request)
+        if num_blocks:
+            request.tables = [self._share(pool, request, num_blocks) for pool in self.pools]
+            request.room = num_blocks * self.block_size
             self._holders.add(request)
-        request.num_sealed = len(request.block_ids)
-        return len(request.block_ids) * self.block_size
+        request.num_sealed = num_blocks
+        return num_blocks * self.block_size
 
-    def grow(self, request: Request, num_tokens: int) -> bool:
-        """Allocate blocks for a request's first `num_tokens` tokens. False, changing nothing, if too few are free."""
-        num_missing = self.blocks_for(num_tokens) - len(request.block_ids)
-        if num_missing <= 0:
-            return True
-        if num_missing > len(self._free):
-            return False
-        for _ in range(num_missing):
-            block_id = next(iter(self._free))
-            self._take(block_id)
-            self._hide(block_id)
-            self._hashes[block_id] = b""
-            self._tokens[block_id] = b""
-            request.block_ids.append(block_id)
-        self._holders.add(request)
+    def grow(self, request: Request, num_tokens: int, ahead: int = 0, num_spare: int = 0) -> bool:
+        """Allocate blocks for a request's tokens up to `num_tokens`, and up to `ahead` in groups without a window.
+
+        Blocks that no token from `request.num_computed` on attends to are given back first. False, with nothing
+        allocated, if a group would be left with fewer than `num_spare` free blocks.
+        """
+        if not request.tables:
+            request.tables = [[] for _ in self.pools]
+            self._holders.add(request)
+        if self._windowed:
+            self.give_back(request)
+        stop = far = -(-num_tokens // self.block_size)
+        if ahead > num_tokens:
+            far = self.blocks_for(ahead)
+        growing = []
+        for pool, table in zip(self.pools, request.tables, strict=True):
+            count = (far if pool.window is None else stop) - len(table)
+            if count > 0:
+                if pool.num_free - count < num_spare:
+                    return False
+                growing.append((pool, table, count))
+        for pool, table, count in growing:
+            for _ in range(count):
+                table.append(pool.allocate())
+        request.room = max(request.room, stop * self.block_size)
         return True
+
+    def give_back(self, request: Request) -> None:
+        """Free the blocks that no token from `request.num_computed` on attends to. A step in flight may still read
+        them; whoever gets them next writes to them in a later step.
+
+        With prefix caching, only sealed blocks are freed. Those of earlier tokens are freed first, and so are reused
+        first: they belong to the shorter prefixes."""
+        for index, pool in self._windowed:
+            table, end = request.tables[index], pool.first_needed(request.num_computed)
+            if end > len(table):  # it begins in the middle of its sequence
+                table.extend([0] * (end - len(table)))
+            if self.enable_prefix_caching and end > request.num_sealed:
+                self.seal(request)
+                end = min(end, request.num_sealed)
+            begin = end
+            while begin and table[begin - 1]:
+                begin -= 1
+            for place in range(begin, end):
+                pool.release(table[place], request.request_id)
+                table[place] = 0
 
     def seal(self, request: Request) -> None:
         """Cache the blocks that the request has filled since the last call. O(1) if there are none."""
         if not self.enable_prefix_caching:
             return
-        num_full = request.num_computed // self.block_size
+        num_full = min(request.num_computed, len(request.prompt_ids) + len(request.output_ids)) // self.block_size
         for index in range(request.num_sealed, num_full):
-            block_id = request.block_ids[index]
-            block_hash = self._hash(request, index)
-            self._hashes[block_id] = block_hash
-            self._tokens[block_id] = self._block_tokens(request, index)
-            # Two requests may compute the same prefix in one step; the block that is sealed first is the one cached.
-            if self._findable.setdefault(block_hash, block_id) == block_id and self._changes is not None:
-                self._changes[block_hash] = True
+            tokens = self._block_tokens(request, index)
+            block_hash = self._hash(request, index, tokens)
+            for pool, table in zip(self.pools, request.tables, strict=True):
+                pool.seal(table[index], block_hash, tokens)
         request.num_sealed = num_full
 
     def free(self, request: Request, keep: bool = True) -> None:
-        """Free all blocks of a request. keep=False: their content is invalid, so drop it from the prefix cache.
+        """Free all blocks of a request. keep=False: their content is invalid, so drop it from the prefix cache, with
+        that of the blocks that it gave back.
 
         The tail is freed first, and so is reused first: a continuation is useless without the head of its prefix.
         """
-        block_ids, request.block_ids, request.num_sealed = request.block_ids, [], 0
-        for block_id in reversed(block_ids):
-            if self._ref_counts[block_id] < 1:
-                raise InvariantError(f"request {request.request_id} frees block {block_id}, which has no holder")
+        tables, request.tables, request.num_sealed, request.room = request.tables, [], 0, 0
+        for pool, table in zip(self.pools, tables, strict=bool(tables)):
             if not keep:
-                self._hide(block_id)
-            self._ref_counts[block_id] -= 1
-            if self._ref_counts[block_id] == 0:
-                self._free[block_id] = None
-                if not self._is_findable(block_id):
-                    self._free.move_to_end(block_id, last=False)
+                for block_hash in request.block_hashes:
+                    pool.hide_hash(block_hash)
+            for block_id in reversed(table):
+                if block_id:
+                    pool.release(block_id, request.request_id)
         self._holders.discard(request)
 
     def take_changes(self) -> tuple[list[bytes], list[bytes]]:
@@ -137,100 +193,97 @@ class BlockManager:
 
         The first call starts the record, with all that can be found. Whoever makes it goes on to call it every step.
         """
-        changes = dict.fromkeys(self._findable, True) if self._changes is None else self._changes
-        self._changes = {}
-        stored = [block_hash for block_hash, is_findable in changes.items() if is_findable]
-        return stored, [block_hash for block_hash, is_findable in changes.items() if not is_findable]
+        return self.pools[0].take_changes()
 
     def cached_hashes(self) -> list[bytes]:
         """Hashes of all blocks that can be found by prefix."""
-        return list(self._findable)
+        return self.pools[0].cached_hashes()
 
     def states(self) -> bytes:
-        """One letter per block, except the dummy: `h`eld by one request, `s`hared, free but `c`ached, or free: `.`"""
-        letters = bytearray(b"." * self.num_blocks)
-        for block_id in self._findable.values():
-            letters[block_id] = ord("c")
-        for request in self._holders:
-            for block_id in request.block_ids:
-                letters[block_id] = ord("h") if self._ref_counts[block_id] == 1 else ord("s")
-        return bytes(letters[1:])
+        """One letter per block, except the dummies, group by group: `h`eld by one request, `s`hared, free but `c`ached,
+        or free: `.`"""
+        return b"".join(pool.states(self._tables_of(index)) for index, pool in enumerate(self.pools))
 
     def audit(self) -> None:
-        """Check every invariant of the pool, in time proportional to its size. Raises InvariantError."""
-        self._audit_counts()
-        for request in self._holders:
-            self._audit_table(request)
-        for block_hash, block_id in self._findable.items():
-            if self._hashes[block_id] != block_hash:
-                raise InvariantError(f"block {block_id} is found by hash {block_hash.hex()} but sealed with another")
+        """Check every invariant of the pools, in time proportional to their size. Raises InvariantError."""
+        for index, pool in enumerate(self.pools):
+            pool.audit(self._tables_of(index))
+            for request in self._holders:
+                self._audit_table(request, pool, request.tables[index])
 
-    def _take(self, block_id: int) -> None:
-        if self._ref_counts[block_id] == 0:
-            del self._free[block_id]
-        self._ref_counts[block_id] += 1
+    def _tables_of(self, group: int) -> Counter[int]:
+        """The blocks that are in tables of a group, and in how many."""
+        return Counter(block_id for request in self._holders for block_id in request.tables[group] if block_id)
 
-    def _hide(self, block_id: int) -> None:
-        """Remove the block from the prefix cache; its holders keep it."""
-        if self._is_findable(block_id):
-            del self._findable[self._hashes[block_id]]
-            if self._changes is not None:
-                self._changes[self._hashes[block_id]] = False
+    def _longest_match(self, request: Request) -> int:
+        """The number of blocks of the longest prefix of which every group still has what it needs."""
+        num_blocks = (request.num_tokens - 1) // self.block_size
+        for pool in self.pools:
+            if pool.window is None:
+                num_blocks = next((i for i in range(num_blocks) if not self._has(pool, request, i)), num_blocks)
+        before = -1
+        while num_blocks != before:  # what one group lacks may end the prefix where another lacks something
+            before = num_blocks
+            for _, pool in self._windowed:
+                num_blocks = self._last_covered(pool, request, num_blocks)
+        return num_blocks
 
-    def _is_findable(self, block_id: int) -> bool:
-        return self._findable.get(self._hashes[block_id]) == block_id
+    def _last_covered(self, pool: GroupPool, request: Request, end: int) -> int:
+        """The longest prefix of at most `end` blocks of whose last window a group has every block."""
+        place = end
+        while place > max(0, end - pool.window_blocks):
+            place -= 1
+            if not self._has(pool, request, place):
+                end = place
+        return end
 
-    def _find(self, request: Request, index: int) -> int | None:
-        """The cached block with the same tokens and prefix as the request's block `index`, if there is one."""
-        block_id = self._findable.get(self._hash(request, index))
-        if block_id is None or self._tokens[block_id] != self._block_tokens(request, index):
-            return None  # unknown, or other tokens with the same hash
-        return block_id
+    def _has(self, pool: GroupPool, request: Request, index: int) -> bool:
+        """Whether a cached block has the same tokens and prefix as the request's block `index`."""
+        tokens = self._block_tokens(request, index)
+        return pool.find(self._hash(request, index, tokens), tokens) is not None
 
-    def _hash(self, request: Request, index: int) -> bytes:
-        """Hash of the request's full block `index`. Computed once: `request.block_hashes` survives preemption."""
+    def _share(self, pool: GroupPool, request: Request, num_blocks: int) -> list[int]:
+        """A table of the cached blocks of a prefix that was found, from the first that is needed after it."""
+        first = pool.first_needed(num_blocks * self.block_size)
+        return [0] * first + [pool.take_found(block_hash) for block_hash in request.block_hashes[first:num_blocks]]
+
+    def _hash(self, request: Request, index: int, tokens: bytes) -> bytes:
+        """Hash of the request's full block `index`, which holds `tokens`. Computed once: `request.block_hashes`
+        survives preemption."""
         hashes = request.block_hashes
-        while len(hashes) <= index:
+        while len(hashes) < index:
             hashes.append(hash_block(hashes[-1] if hashes else b"", self._block_tokens(request, len(hashes))))
+        if len(hashes) == index:
+            hashes.append(hash_block(hashes[-1] if hashes else b"", tokens))
         return hashes[index]
 
     def _block_tokens(self, request: Request, index: int) -> bytes:
         return pack_tokens(request.tokens(index * self.block_size, (index + 1) * self.block_size))
 
-    def _audit_counts(self) -> None:
-        tables = Counter(block_id for request in self._holders for block_id in request.block_ids)
-        for block_id, ref_count in enumerate(self._ref_counts):
-            if ref_count != tables[block_id]:
-                raise InvariantError(
-                    f"block {block_id} has {ref_count} references, but is in {tables[block_id]} tables"
-                )
-            if block_id and (block_id in self._free) == (ref_count > 0):
-                where = "in" if block_id in self._free else "missing from"
-                raise InvariantError(f"block {block_id} has {ref_count} references and is {where} the free list")
-        free, used, total = len(self._free), len(tables), self.num_blocks - 1
-        if free + used != total:
-            raise InvariantError(f"{free} free and {used} used blocks are not the pool's {total}")
-        if 0 in self._free or tables[0]:
-            raise InvariantError(f"block 0, the dummy, was handed out ({tables[0]} times) or is in the free list")
-
-    def _audit_table(self, request: Request) -> None:
-        """Check that shared blocks are sealed, and that sealed blocks are full and hold the right tokens."""
+    def _audit_table(self, request: Request, pool: GroupPool, table: list[int]) -> None:
+        """Check that what is needed is there, that shared blocks are sealed, and that sealed blocks are full and hold
+        the right tokens."""
         name, num_full = request.request_id, request.num_computed // self.block_size
-        if len(set(request.block_ids)) != len(request.block_ids):
-            raise InvariantError(f"the table of request {name} has a block twice: {request.block_ids}")
-        if request.num_computed > len(request.block_ids) * self.block_size:
+        held = [(index, block_id) for index, block_id in enumerate(table) if block_id]
+        if len({block_id for _, block_id in held}) != len(held):
+            raise InvariantError(f"the table of request {name} has a block twice: {table}")
+        if request.num_computed > len(table) * self.block_size:
             raise InvariantError(
-                f"request {name} has computed {request.num_computed} tokens, but holds {len(request.block_ids)} blocks "
+                f"request {name} has computed {request.num_computed} tokens, but holds {len(table)} blocks "
                 f"of {self.block_size}"
             )
-        for index, block_id in enumerate(request.block_ids):
-            is_sealed = self._hashes[block_id] != b""
-            if self._ref_counts[block_id] > 1 and not is_sealed:
+        if 0 in table[pool.first_needed(request.num_computed) :]:
+            raise InvariantError(
+                f"request {name} has given back a block that its token {request.num_computed} attends to: {table}"
+            )
+        for index, block_id in held:
+            tokens = pool.sealed_tokens(block_id)
+            if pool.is_shared(block_id) and tokens is None:
                 raise InvariantError(f"block {block_id} of request {name} is shared, but not sealed")
-            if is_sealed and index >= num_full:
+            if tokens is not None and index >= num_full:
                 raise InvariantError(
                     f"block {block_id} of request {name} is sealed, but not full: its index is {index} and "
                     f"{request.num_computed} tokens are computed"
                 )
-            if is_sealed and self._tokens[block_id] != self._block_tokens(request, index):
+            if tokens is not None and tokens != self._block_tokens(request, index):
                 raise InvariantError(f"block {block_id} of request {name} is sealed with other tokens")

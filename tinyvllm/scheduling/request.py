@@ -60,7 +60,7 @@ class Request:
     """A prompt, its settings and its progress.
 
     [0, num_computed) in the pool · [num_computed, num_tokens) still to compute. Invariant while running:
-    0 <= num_computed <= num_tokens <= len(block_ids) * block_size (the last holds once the step's blocks are taken).
+    0 <= num_computed <= num_tokens, and num_computed <= room once the step's blocks are taken.
 
     A step may be planned while the device still runs the previous one. The tokens that the previous step computes and
     samples are already counted. Those it samples are in flight: their number is known, but not their ids.
@@ -90,7 +90,9 @@ class Request:
     row: int = -1  # in the latest step's batch; -1: none yet
     flight_row: int = 0  # row of the token in flight among the tokens that its step samples
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
-    block_ids: list[int] = field(default_factory=list)
+    # for each group of layers the blocks in the order of its tokens, 0 for those given back; [] while it holds none
+    tables: list[list[int]] = field(default_factory=list)
+    room: int = 0  # tokens that the blocks of every group's table hold
     block_hashes: list[bytes] = field(default_factory=list)  # of full blocks, in order
     num_sealed: int = 0  # of its blocks, those that can be shared
     status: Status = Status.WAITING

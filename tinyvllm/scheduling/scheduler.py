@@ -105,6 +105,7 @@ class Scheduler:
         self.prefix_hits = 0  # prompt tokens found there, since start
         self._by_priority = policy == "priority"
         self._max_len = max_request_len(capacity)
+        self._max_chunk = capacity.max_chunk
         self._requests: dict[str, Request] = {}  # all unfinished ones
         # A heap by rank. Requests that end while they wait stay in it until they reach the top: removal would be O(n).
         self._waiting: list[tuple[tuple[int, int], Request]] = []
@@ -171,7 +172,7 @@ class Scheduler:
                 return None
             raise InvariantError(
                 f"nothing can be scheduled: {self.num_running} running, {self.num_waiting} waiting, "
-                f"{self.block_manager.num_free} blocks free"
+                f"{self.block_manager.least_free} blocks free"
             )
         return StepPlan(tuple(in_stable_rows(entries)), tuple(preempted))
 
@@ -215,24 +216,35 @@ class Scheduler:
             if request.status is not Status.FINISHED:
                 request.num_in_flight -= 1
                 outs.append(self._append(request, token_id, scores))
+        if self.block_manager.has_windows:
+            self._give_back(plan)
         return outs
+
+    def _give_back(self, plan: StepPlan) -> None:
+        """Free the blocks before the windows of requests that computed many tokens. Those of single tokens are freed
+        when the request needs another block."""
+        for entry in plan.entries:
+            if entry.count > 1 and entry.request.status is Status.RUNNING:
+                self.block_manager.give_back(entry.request)
 
     def _continue_running(self, entries: list[Scheduled], preempted: list[Request]) -> int:
         """Schedule the running requests in order of rank; return the rest of the budget."""
         budget = self.capacity.max_num_batched_tokens
         self._num_spare_rows = self.capacity.max_num_seqs - len(self.running)
-        block_size, index = self.capacity.block_size, 0
+        index, max_chunk = 0, self._max_chunk
         while index < len(self.running):  # the list shortens from its end when requests are preempted
             request = self.running[index]
             start = request.num_computed
             num_after = len(self.running) - index - 1  # one token is reserved for each, so a long prompt stalls nobody
             in_flight, num_output = request.num_in_flight, len(request.output_ids) + request.num_in_flight
             count = min(len(request.prompt_ids) + num_output - start, budget - num_after)
+            if count > max_chunk:
+                count = max_chunk
             if in_flight and num_output >= request.max_tokens:
                 count = 0  # the token in flight is the last, whatever its id
             if request.num_prompt_logprobs is not None:
                 count = self._limit_scored(request, start, count)
-            has_room = start + count <= len(request.block_ids) * block_size  # no call: it is the usual case
+            has_room = start + count <= request.room  # no call: it is the usual case
             if not has_room and not self._make_room(request, start + count, preempted):
                 break
             if count:
@@ -273,35 +285,37 @@ class Scheduler:
     def _admit_waiting(self, entries: list[Scheduled], budget: int) -> None:
         while budget > 0 and len(self.running) < self.capacity.max_num_seqs and self._num_spare_rows > 0:
             request = self._first_waiting()
-            if request is None or not self._place(request):
+            if request is None or not self._place(request, min(budget, self._max_chunk)):
                 return
             heapq.heappop(self._waiting)
             request.status = Status.RUNNING
             request.scheduled_s = time.monotonic()
             insort(self.running, request, key=self._rank)
             self._num_spare_rows -= 1
-            count = self._limit_scored(request, request.num_computed, min(request.num_pending, budget))
+            count = min(request.num_pending, budget, self._max_chunk)
+            count = self._limit_scored(request, request.num_computed, count)
             entries.append(Scheduled(request, request.num_computed, count))
             budget -= count
 
-    def _place(self, request: Request) -> bool:
-        """Allocate blocks for all known tokens of a waiting request. False, with nothing changed, if too few are free.
+    def _place(self, request: Request, max_count: int) -> bool:
+        """Allocate blocks for all known tokens of a waiting request, or in a group with a window, which gives them back
+        as it goes, for the first `max_count` to be computed. False, with nothing changed, if too few are free.
 
-        One free block is reserved for each running request, which may need it soon: admitting a request only to preempt
-        it wastes steps. If nothing runs, nothing is reserved, so every request that fits into the pool can run.
+        One free block of each group is reserved for each running request, which may need it soon: admitting a request
+        only to preempt it wastes steps. If nothing runs, nothing is reserved, so every request that fits can run.
         """
         manager, num_reserved = self.block_manager, len(self.running)
-        if manager.num_free <= num_reserved:
+        if manager.least_free <= num_reserved:
             return False
         # prompt logprobs and embeddings need hidden states, which the pool does not hold: compute the whole prompt
         is_cacheable = request.num_to_score <= 0 and request.pooling is None
         num_cached = manager.match_prefix(request) if is_cacheable else 0
-        num_missing = manager.blocks_for(request.num_tokens) - len(request.block_ids)
-        if manager.num_free - num_missing < num_reserved:
-            manager.free(request)
-            return False
-        manager.grow(request, request.num_tokens)
         request.num_computed = num_cached
+        stop = min(request.num_tokens, num_cached + max_count)
+        if not manager.grow(request, stop, ahead=request.num_tokens, num_spare=num_reserved):
+            manager.free(request)
+            request.num_computed = 0
+            return False
         if request.num_preemptions == 0:  # a preempted request finds its own blocks, which would distort the hit rate
             request.num_cached_tokens = num_cached
             self.prefix_queries += request.num_prompt_tokens

@@ -26,7 +26,7 @@ class LiveLimits(BaseModel):
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
-    num_blocks: int  # without block 0, which is for padding
+    num_blocks: int  # of all groups of layers, without block 0, which is for padding
 
 
 class LiveCounts(BaseModel):
@@ -113,7 +113,7 @@ async def engine_state(state: ServerState) -> EngineState:
         max_num_seqs=capacity.max_num_seqs * engine.num_engines,
         max_num_batched_tokens=capacity.max_num_batched_tokens,
         block_size=capacity.block_size,
-        num_blocks=(capacity.num_blocks - 1) * engine.num_engines,
+        num_blocks=capacity.num_usable_blocks * engine.num_engines,
     )
     shown.counts = _counts(state)
     shown.ttft_s, shown.itl_s = quantiles(board.recent_ttft_s()), quantiles(board.recent_itl_s())

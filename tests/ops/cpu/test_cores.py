@@ -36,7 +36,7 @@ def generate(runner: ModelRunner, prompts: list[list[int]], count: int) -> list[
     requests = []
     for i, prompt in enumerate(prompts):
         request = Request(str(i), prompt, SamplingParams(temperature=0.0, logprobs=0, max_tokens=count))
-        request.block_ids = list(range(1 + 4 * i, 5 + 4 * i))
+        request.tables = [list(range(1 + 4 * i, 5 + 4 * i))]
         requests.append(request)
     logprobs: list[list[float]] = [[] for _ in prompts]
     while any(len(request.output_ids) < count for request in requests):

@@ -24,7 +24,7 @@ def assemble(
     names: tuple[str, ...] = ("",),
 ) -> dict[str, StoredTensor]:
     """`settings`: quantization_config, if any. `names`: beginnings of the names of the tensors that are there."""
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     path = directory / "model.safetensors"
     if isinstance(tensors, Path):
         shutil.copy(tensors, path)

@@ -30,6 +30,7 @@ from tinyvllm.arrays import (
     to_float32,
 )
 from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.device.recording import trace_step
 from tinyvllm.errors import InvariantError, UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS
 from tinyvllm.ops.backend import Backend, Epilogue, Norm
@@ -258,6 +259,25 @@ def test_fused_backends_multiply_what_they_do_not_cover_by_the_general_product(
     said = f"test: a product with weights in {fmt.name} takes the general kernel"
     assert said in caplog.text
     assert backend.coverage.lines() == [said]
+
+
+@pytest.mark.parametrize("kind", ["METAL", "CUDA"])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_product_reads_the_packed_planes_once_and_nothing_else_of_the_matrix(kind: str, tokens: int) -> None:
+    """Whatever the format: no kernel reads or writes unpacked weights."""
+    for name, fmt in BY_NAME.items():
+        if not covers(fmt):
+            continue
+        backend = rendered(kind)
+        (matrix,) = backend.stacked([make_host(name, 512, 512)])
+        x = Tensor.empty(tokens * 512, dtype=dtypes.half, device="CPU")
+        traced = trace_step(lambda: backend.whole(backend.linear("test", x, [matrix], tokens)[0]).realize())  # noqa: B023
+        planes = {id(plane.uop.base.buffer.base) for plane in matrix.planes}
+        read = [buffer for _, buffers in traced.launches for buffer in buffers]
+        packed = sum(buffer.nbytes for buffer in read if id(buffer.base) in planes)
+        assert packed == matrix.nbytes, name
+        others = [buffer.nbytes for buffer in read if id(buffer.base) not in planes]
+        assert max(others) <= 4 * 16 * tokens * 512, f"{name}: {others}"
 
 
 def scaled(**numbers: Any) -> ScaleFormat:

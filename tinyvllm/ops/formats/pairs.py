@@ -21,6 +21,8 @@ from tinygrad import UOp
 from tinyvllm.arrays import Format
 from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits, low_bits
 from tinyvllm.ops.formats.runs import (
+    E2M1_PLACE,
+    E4M3_PLACE,
     SIGNED,
     CodeForm,
     code_words,
@@ -40,7 +42,7 @@ IN_HALF = 1024  # a code in a float16's mantissa makes it 1024 + code
 CODE_ORDER = (0, 2, 1, 3)  # of four neighboring codes in `read_pairs`: a word's halves hold every other one
 BOTH = 0x00010001  # the lowest bit of both halves of a word
 MAX_FOLDED = 256.0  # units that a scale is multiplied by: with larger ones it might exceed float16
-FLOAT_PLACES = {8: 7, 4: 9}  # by a small float's bits: where those below the sign begin in a float16
+FLOAT_PLACES = {8: E4M3_PLACE, 4: E2M1_PLACE}  # by a small float's bits
 
 
 def pair_form(fmt: Format, mma: Mma) -> CodeForm:

@@ -27,7 +27,7 @@ from tinyvllm.ops.formats.matrix import (
     look_up,
     low_bits,
 )
-from tinyvllm.ops.kernel.body import F16, F32, I32, U16, balanced
+from tinyvllm.ops.kernel.body import F16, F32, I32, U16, U32, balanced
 
 ONE_BITS, MANTISSA_BITS = 0x3F800000, 23
 SIGNED = 128  # what is added to signed bytes, to read them as unsigned ones
@@ -35,6 +35,8 @@ FLIPPED = 0x80808080  # adds it to the four bytes of a word
 MAX_OFFSET = 512  # 1024 + 128 + offset is an integer that float16 holds
 CODEBOOK = 16  # values of a codebook
 # a small float's bits at the top of a float16's exponent and mantissa make its value smaller by this
+# where the bits below the sign begin in a float16
+E4M3_PLACE, E2M1_PLACE = 7, 9
 FP8_UNIT, FP4_UNIT = 2.0**8, 2.0**14
 FP4_TIMES = (0.5, 1.0, 2.0)  # ggml's codebook has twice e2m1's values
 STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)  # between the values of a codebook that is as good as integers
@@ -90,7 +92,10 @@ def group_scale(scales: ScalePlanes | None, row: UOp, group: UOp, fmt: Format, n
     assert scales is not None
     span = scales.format.span
     base = scales.base[row * (num_cols // span) + group // (span // fmt.group)].load()
-    value = float_of_scale(base, scales.format)
+    if scales.format.dtype == "e4m3":  # a scale for every 16 columns: its subnormals are not worth a select
+        value = _small_float(base.cast(U32), 8, E4M3_PLACE) * (FP8_UNIT * scales.format.unit)
+    else:
+        value = float_of_scale(base, scales.format)
     if scales.multiplier is not None:
         value = value * scales.multiplier[row].load()
     if scales.steps is None:
@@ -248,7 +253,7 @@ def _code_floats(planes: Planes, run: UOp) -> tuple[list[UOp], CodeForm]:
     """A run's codes as numbers of one form."""
     fmt = planes.fmt
     if unit := small_float_unit(fmt):
-        place = 7 if fmt.is_float8 else 9  # in a float16, of the bits below the sign
+        place = E4M3_PLACE if fmt.is_float8 else E2M1_PLACE
         return [_small_float(code, fmt.bits, place) for code in _codes_at(planes, run, 0)], CodeForm(unit, 0.0)
     if known := line(fmt):
         step, first = known

@@ -20,7 +20,7 @@ from tinygrad import UOp
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import arithmetic, gated, tanh
 from tinyvllm.ops.cpu.shuffle import LookedUp, integer_codebook, look_up_run
-from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes, code_lanes
+from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes, code_lanes, panel_unit
 from tinyvllm.ops.kernel.body import Body, KernelFn, balanced, cached_kernel, exp2, fill, finish
 from tinyvllm.ops.kernel.tuning import Tunable
 from tinyvllm.ops.sampling.token_ids import token_id
@@ -249,7 +249,8 @@ class _Product:
         lane = self.body.loop(PANEL)
         scale = self.planes.panel_factor("scale", self.panel, group, lane, spec.num_cols)
         codebook = integer_codebook(fmt)
-        scale = scale if codebook is None or codebook[1] == 1.0 else scale * codebook[1]
+        unit = panel_unit(fmt) if codebook is None else codebook[1]
+        scale = scale if unit == 1.0 else scale * unit
         minimum = None
         if self.planes.minimum is not None:
             minimum = self.planes.panel_factor("minimum", self.panel, group, lane, spec.num_cols)

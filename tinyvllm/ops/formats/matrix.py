@@ -38,13 +38,14 @@ from tinyvllm.arrays import (
 )
 from tinyvllm.device.handle import has_half, upload
 from tinyvllm.errors import InvariantError, UnsupportedModelError
-from tinyvllm.ops.kernel.body import F32, I32, U32
+from tinyvllm.ops.kernel.body import F16, F32, I32, U32
 
 PANEL = RUN  # output rows of a panel, and codes of one packed run
 HALF = PANEL // 2
 WORD = 32  # bits of a word of the high plane: the bits of a run of 32 codes fill one word, two or four
 SIGNS = 8  # columns whose signs share a byte, where signs are apart
 SIGN_BIT = 0x80000000
+E4M3_UNIT = 256.0  # what `half_of_e4m3` leaves out
 LEAST_E8M0 = 0x400000  # the bits of 2**-127, which an exponent of 0 stands for
 
 
@@ -56,6 +57,11 @@ def low_bits(fmt: Format) -> int:
 def high_bits(fmt: Format) -> int:
     """Bits of a code in the high plane: 0, 1, 2 or 4."""
     return fmt.bits - low_bits(fmt) if fmt.is_quantized else 0
+
+
+def panel_unit(fmt: Format) -> float:
+    """What `Planes.panel_code` leaves to be multiplied, once for a group: of float8 codes, which are read as halves."""
+    return E4M3_UNIT if fmt.is_float8 and has_half("CPU") else 1.0
 
 
 def code_lanes(fmt: Format) -> int:
@@ -162,8 +168,8 @@ class Planes:
     # -- reading, in the panel layout --------------------------------------------------------------------------------
 
     def panel_code(self, panel: UOp, col: UOp, lane: UOp | int, num_cols: int, part: int = 0) -> UOp:
-        """What one weight's code stands for, as float32. `lane` is a row inside part `part` of the panel, which has
-        PANEL / code_lanes parts whose codes share bytes."""
+        """What one weight's code stands for in units of `panel_unit`, as float32. `lane` is a row inside part `part` of
+        the panel, which has PANEL / code_lanes parts whose codes share bytes."""
         run = panel * num_cols + col
         fmt, lanes, width = self.fmt, code_lanes(self.fmt), low_bits(self.fmt)
         stored = self.codes[run * lanes + lane].load()
@@ -174,7 +180,9 @@ class Planes:
             return code.cast(F32) if fmt.codebook is None else look_up(code, fmt.codebook)
         if fmt.name == "bfloat16":
             return float_of_bfloat16(stored)
-        return float_of_e4m3(stored) if fmt.is_float8 else stored.cast(F32)
+        if fmt.is_float8:
+            return float_of_e4m3(stored) if panel_unit(fmt) == 1.0 else half_of_e4m3(stored).cast(F32)
+        return stored.cast(F32)
 
     def panel_vector(self, panel: UOp, vector: UOp, lane: UOp, num_cols: int) -> list[UOp]:
         """What one code of a grid stands for: the values of a row's neighboring columns, as float32."""
@@ -356,6 +364,12 @@ def float_of_e4m3(byte: Any) -> Any:
     normal = ((size << 20) + (120 << 23)) | sign
     small = size.cast(F32) * 2.0**-9
     return (size < 8).where((sign.ne(0)).where(-small, small), normal.bitcast(F32))
+
+
+def half_of_e4m3(byte: UOp) -> UOp:
+    """The value / 256 as a float16, which has one bit more of exponent and the same order of bits. Subnormal numbers
+    stay so, and processors convert them to float32 in one instruction."""
+    return ((byte.cast(dtypes.char).cast(dtypes.short) << 7) & 0xBFFF).cast(dtypes.ushort).bitcast(F16)
 
 
 def float_of_scale(base: Any, fmt: ScaleFormat) -> Any:

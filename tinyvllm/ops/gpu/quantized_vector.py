@@ -19,7 +19,7 @@ from tinygrad import UOp
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.activation import gated
-from tinyvllm.ops.formats.matrix import PANEL, Planes
+from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits
 from tinyvllm.ops.formats.pairs import CODE_ORDER, pair_form, read_pairs
 from tinyvllm.ops.formats.runs import CodeForm, group_of, group_scale, groups_in_run
 from tinyvllm.ops.gpu.attention_split import SplitOperands
@@ -41,6 +41,7 @@ PIECE = 8  # columns that a thread stages at once
 MAX_WARPS = 16
 MOST_RESIDENT_TILES = 2
 RESIDENT_BYTES = 20 << 20
+WIDE_ROWS = 32768
 GROUPS_WANTED = 200  # threadgroups that keep every core of a large GPU busy
 LANE_ROWS = 2  # rows of a tile for which a lane holds sums
 
@@ -72,29 +73,42 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
 
     @property
     def warps(self) -> int:
-        """Warps that split the columns between them: up to 16, with at least two chunks each (4 on a chained device).
-        If the codes are loaded ahead: as few warps as have registers for all codes, but at least 8, or 4 for a normed
-        x. (NVIDIA H200: with Llama-3.2-1B's shape in Q4_0, attention_out with 8 warps, not 4, takes a step from 480
-        to 437 us; qkv of 2,560 to 4,096 columns in Q4_0 and Q4_K takes 4 to 39 % longer with 8.)"""
-        count, share = 4, 4
-        if self.lanes.is_chained and not self.is_resident:
-            share = 8 if self.activation is None else self.chunks
+        """Warps that split the columns between them. If the codes are loaded ahead: as few as have registers for all
+        codes, but at least 8, or 4 for a normed x. Otherwise 4 for wide matrices and up to 16 for long rows, or 8 where
+        they divide the chunks evenly.
+
+        Measured on an H200 in Q4_K and in 4 bits by groups of 64, of 16 matrices of models from 1B to 8B: attention_out
+        with 8 warps, not 4, takes a 1B model's step in Q4_0 from 480 to 437 us. qkv of 2,560 to 4,096 columns takes 4
+        to 39 % longer with 8. Gate and up of 4,096 columns take 8 % less with 8, and of 3,072 22 % less, but 18 % more
+        of 3,584 or 2,560, whose chunks 8 warps divide unevenly."""
+        is_even = self.chunks % 8 == 0
+        is_even_row = is_even and self.lanes.is_chained and not high_bits(self.format)
         if self.is_resident:
             share = max(1, self._room // self.tiles_at_once) + 1
             count = 4 if self.norm_eps is not None else 8
+        elif self._is_chained_wide:
+            count, share = 8 if self.activation is not None and is_even and self.format.bits < 8 else 4, self.chunks
+        else:
+            count, share = (8, self.chunks) if is_even_row else (4, 8 if self.lanes.is_chained else 4)
         while count < MAX_WARPS and self.chunks >= share * count:
             count *= 2
         return self.knob("warps", count)
 
     @property
+    def _is_chained_wide(self) -> bool:
+        """Gate and up, or a head, of a chained device: so many rows that each threadgroup keeps few tiles."""
+        return self.lanes.is_chained and (self.activation is not None or self.num_rows >= WIDE_ROWS)
+
+    @property
     def tiles(self) -> int:
         """Tiles of rows of a threadgroup. Many, because each threadgroup stages all of x; fewer if there would not be
-        enough threadgroups to fill the device. (NVIDIA H200, gate and up of 16,384 to 37,888 rows in Q4_0 and Q4_K: two
-        tiles and four warps are within 14 % of the best of 16 choices.)"""
+        enough threadgroups to fill the device. (NVIDIA H200: two tiles are within 14 % of the best for gate and up in 4
+        bits, where four take 12 % less in 8 bits; four tiles take 4 to 15 % less than eight for heads.)"""
         least = 2 if self.activation is not None else 1
         wanted = 4 * 16 // self.mma.rows
         if self.lanes.is_chained:
-            wanted = MOST_RESIDENT_TILES if self.is_resident or self.activation is not None else 8
+            is_small = self.is_resident or (self.activation is not None and self.format.bits < 8)
+            wanted = MOST_RESIDENT_TILES if is_small else 4 if self._is_chained_wide else 8
         while wanted > least and not self._fills_device(wanted):
             wanted //= 2
         return self.knob("tiles", wanted)
@@ -116,7 +130,7 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
         return self.tiles // 2 if self.activation is not None else self.tiles
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
-        return {"tiles": (1, 2, 4, 8, 16), "warps": (4, 8, 16)}
+        return {"tiles": (1, 2, 4, 8, 16), "warps": (4, 8, 16), "ahead": (1, 2, 4, 8)}
 
     def is_possible(self) -> bool:
         least = 2 if self.activation is not None else 1
@@ -131,9 +145,14 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
 
     @property
     def ahead(self) -> int:
-        """Chunks whose codes a warp has in flight: all of its own if there are registers for them."""
+        """Chunks whose codes a warp has in flight: all of its own if there are registers for them. Wide matrices have
+        other warps to run instead: one takes 12 % less than two for gate and up in Q4_K (NVIDIA H200)."""
         per_warp = -(-self.chunks // self.warps)
-        ahead = min(per_warp, max(1, self._room * 16 // (self.tiles_at_once * self.mma.rows)))
+        rule = max(1, self._room * 16 // (self.tiles_at_once * self.mma.rows))
+        if not self.is_resident and self.lanes.is_chained:
+            is_even_row = self.chunks % 8 == 0 and self.tiles == 1 and not high_bits(self.format)
+            rule = 1 if self._is_chained_wide else 7 if is_even_row else rule
+        ahead = min(per_warp, self.knob("ahead", rule))
         while per_warp % ahead:
             ahead -= 1
         return ahead

@@ -147,6 +147,9 @@ class ModelConfig:
     logit_softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
     norm_offset: float = 0.0  # added to the stored weights of norms: 1 in Gemma's Hugging Face files
     overflows_float16: bool = False  # activations exceed float16's range, as Gemma 3's residual does
+    has_head: bool = True  # False: it embeds texts, and generates nothing
+    pooling: str | None = None  # of an embedding model: "last", "mean" or "cls"; None: not stated
+    num_labels: int = 0  # rows of a classifier's head (score.weight), as a reranker has one; 0: no classifier
     layer_sizes: tuple[LayerSizes, ...] = ()  # of each layer; (): the sizes above in all of them
     per_layer_size: int = 0  # of the embedding that each layer has of its own for every token; 0: none
     # per layer, repeated as a pattern; set by the family (model/registry.py); (): derived from the fields above

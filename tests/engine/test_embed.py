@@ -78,7 +78,7 @@ async def test_embeddings_are_pooled_states_beside_requests_that_generate(
 
 async def test_what_cannot_be_embedded_is_refused(files: ModelFiles) -> None:
     engine = start(files)
-    with pytest.raises(RequestError, match="pooling is 'max': choose one of mean, last"):
+    with pytest.raises(RequestError, match="pooling is 'max': choose one of mean, cls, last"):
         await engine.embed([1], "max", request_id="a")
     with pytest.raises(RequestError, match="empty"):
         await engine.embed([], request_id="b")

@@ -152,7 +152,9 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self.tokenizer = ByteTokenizer()
-        self.model_config = SimpleNamespace(vocab_size=257, name="tiny-model", hidden_size=4)
+        self.model_config = SimpleNamespace(
+            vocab_size=257, name="tiny-model", hidden_size=4, pooling=None, num_labels=0, has_head=True
+        )
         self.grammars = GrammarCompiler(self.tokenizer, 257, self.tokenizer.eos_ids)  # type: ignore[arg-type]
         self.capacity = Capacity(
             num_blocks=101, block_size=16, max_model_len=self.max_model_len, max_num_seqs=4, max_num_batched_tokens=64

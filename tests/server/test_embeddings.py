@@ -67,6 +67,17 @@ async def test_bad_fields_are_refused_by_name(body: dict[str, Any], param: str) 
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
 
 
+async def test_an_embedding_model_has_a_pooling_of_its_own_and_can_be_shortened() -> None:
+    engine = FakeEngine()
+    engine.model_config.pooling = "last"
+    (item,) = (await embed(engine, input="abc", dimensions=2)).json()["data"]
+    np.testing.assert_allclose(item["embedding"], np.array([3, 97]) / np.hypot(3, 97), rtol=1e-6)
+    (item,) = (await embed(engine, input="abc")).json()["data"]
+    assert item["embedding"] == [3, 97, 99, 0]  # of the last token
+    response = await embed(engine, input="abc", dimensions=5)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "dimensions")
+
+
 async def test_one_failure_ends_the_request_and_all_its_texts() -> None:
     engine = FakeEngine(refuse=DeviceError("the step failed"))
     response = await embed(engine, input=["a", "b", "c"])

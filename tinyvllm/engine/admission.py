@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from tinyvllm.config import Capacity, SamplingParams
+from tinyvllm.config import Capacity, ModelConfig, SamplingParams
 from tinyvllm.engine.messages import NewRequest
 from tinyvllm.errors import RequestError
 from tinyvllm.scheduling.request import Constraint, Request
@@ -114,6 +114,15 @@ class RequestFactory:
                     param=param,
                 )
         return ids
+
+
+def require_head(model_config: ModelConfig) -> None:
+    """Raise RequestError for a model that cannot generate."""
+    if not model_config.has_head:
+        raise RequestError(
+            f"{model_config.name} has no language model's head, so it generates nothing: use "
+            f"{'/v1/rerank or /v1/score' if model_config.num_labels else '/v1/embeddings'}"
+        )
 
 
 def to_request(new: NewRequest, constraint: Constraint | None) -> Request:

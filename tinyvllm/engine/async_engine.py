@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig, SamplingParams
+from tinyvllm.engine.admission import require_head
 from tinyvllm.engine.client import Call as Call
 from tinyvllm.engine.client import Client, Reader
 from tinyvllm.engine.client import Receiver as Receiver
@@ -31,7 +32,7 @@ from tinyvllm.scheduling.plan import StepStats as StepStats
 from tinyvllm.text.chat import ChatTemplate
 from tinyvllm.text.tokenizer import Tokenizer
 
-POOLINGS = ("mean", "last")
+POOLINGS = ("mean", "cls", "last", "score")
 EMBEDDING_PARAMS = SamplingParams(temperature=0.0, max_tokens=1)  # one token is sampled and discarded
 Load = Callable[[EngineConfig, Progress], LoadedEngine]
 
@@ -117,6 +118,7 @@ class AsyncEngine:
         if not self._host.is_ready:
             await self._host.wait_ready()
         loaded = self._loaded
+        require_head(loaded.model_config)
         grammar = None if params.grammar is None else await loaded.grammars.compile(params.grammar)
         requests = loaded.factory.make(request_id, prompt_ids, params, priority, grammar)
         return self._client().open(request_id, requests, receiver)
@@ -145,8 +147,9 @@ class AsyncEngine:
     ) -> NDArray[np.float32]:
         """The prompt's embedding, (hidden,), normalized to length 1.
 
-        pooling: "mean" of the hidden states after the final norm, or the "last" token's. Raises what `generate` raises,
-        and DeviceError if the step failed.
+        pooling: "mean" of the hidden states after the final norm, the first token's ("cls") or the "last" one's.
+        "score": a classifier's logits, (labels,), which are not normalized. Raises what `generate` raises, and
+        DeviceError if the step failed.
         """
         if pooling not in POOLINGS:
             raise RequestError(f"pooling is {pooling!r}: choose one of {', '.join(POOLINGS)}", param="pooling")
@@ -165,6 +168,8 @@ class AsyncEngine:
         if data is None or deltas[-1].finish_reason not in ("stop", "length"):
             raise DeviceError(f"the prompt could not be embedded: {deltas[-1].error or deltas[-1].finish_reason}")
         pooled = np.frombuffer(data, np.float32)
+        if pooling == "score":
+            return pooled
         return np.asarray(pooled / max(float(np.linalg.norm(pooled)), 1e-12), np.float32)
 
     def abort(self, request_id: str) -> None:

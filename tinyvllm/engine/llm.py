@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.engine.admission import require_head
 from tinyvllm.engine.loading import Progress as LoadProgress
 from tinyvllm.engine.loading import load_engine
 from tinyvllm.engine.output import Delta, TokenLogprob
@@ -168,6 +169,7 @@ class LLM:
     ) -> list[RequestOutput]:
         if threading.get_ident() != self._thread_id:
             raise TinyvllmError("an LLM is bound to the thread that created it: use AsyncEngine from several threads")
+        require_head(self._loaded.model_config)
         outputs: list[RequestOutput] = []
         requests: list[list[Request]] = []
         for (text, prompt_ids), own in zip(prompts, self._params_per_prompt(params, len(prompts)), strict=True):

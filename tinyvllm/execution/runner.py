@@ -261,7 +261,7 @@ class ModelRunner:
         for entry in flight.plan.entries:
             rows = states[row : row + entry.count]
             if entry.request.pooling is not None:
-                pooled.append(pool(rows, entry.request.pooling))
+                pooled.append(pool(rows, entry.request.pooling, self.model.score))
             row += entry.count
         return tuple(pooled)
 

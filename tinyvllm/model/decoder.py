@@ -95,6 +95,10 @@ class Decoder:
         self.head = self.embedding
         if not config.tie_embeddings:
             self.head = backend.matrix(self._take("lm_head.weight", config.vocab_size, config.hidden_size))
+        # (labels, hidden) float32: a classifier's head, which is computed on the host
+        self.score = None
+        if config.num_labels:
+            self.score = to_float32(self._take("score.weight", config.num_labels, config.hidden_size))
         checkpoint.finish()
         del self.checkpoint  # its file need not stay open
         progress(total, total)

@@ -12,8 +12,12 @@ def final_norm(states: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray
     return normed
 
 
-def pool(states: np.ndarray, pooling: str) -> np.ndarray:
+def pool(states: np.ndarray, pooling: str, score: np.ndarray | None = None) -> np.ndarray:
     """One sequence's rows of a step, (T, hidden), as one (hidden,): "mean" gives their sum, since a prompt may take
-    several steps, "last" the last row."""
-    pooled: np.ndarray = states.sum(axis=0) if pooling == "mean" else states[-1].copy()
-    return pooled
+    several steps, "cls" the first row, "last" the last one. "score" gives (labels,): the last row times a classifier's
+    head (labels, hidden)."""
+    if pooling == "mean":
+        pooled: np.ndarray = states.sum(axis=0)
+        return pooled
+    row = states[0 if pooling == "cls" else -1]
+    return row.copy() if pooling != "score" or score is None else score @ row

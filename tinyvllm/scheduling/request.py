@@ -80,7 +80,8 @@ class Request:
     arrival: int = 0  # a counter that gives the order of arrival
     arrival_s: float = 0.0  # monotonic clock
     scheduled_s: float = 0.0  # monotonic clock: when it last left the queue
-    pooling: str | None = None  # "mean" or "last": the prompt is embedded, and the generated token is discarded
+    # "mean", "cls", "last" or "score": the prompt is embedded, and the generated token is discarded
+    pooling: str | None = None
     pooled: NDArray[np.float32] | None = None  # (hidden,): the sum of the normed states so far, or the last state
     output_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens from the second on

@@ -202,8 +202,11 @@ class Scheduler:
             entry.request.prompt_logprobs += logprobs
         for entry, states in zip(plan.pooled, output.pooled, strict=True):
             request = entry.request
-            earlier = request.pooled if entry.start and request.pooling == "mean" else None  # none after a preemption
-            request.pooled = states if earlier is None else earlier + states
+            earlier = request.pooled if entry.start else None  # none after a preemption
+            if earlier is None or request.pooling in ("last", "score"):
+                request.pooled = states
+            elif request.pooling == "mean":
+                request.pooled = earlier + states
         outs: list[TokenOut] = []
         sampled = iter(zip(output.token_ids, output.logprobs, strict=True))
         for entry in plan.entries:

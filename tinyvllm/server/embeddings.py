@@ -19,7 +19,8 @@ router = APIRouter(responses=ERRORS)
 
 @router.post("/v1/embeddings", response_model=EmbeddingList)
 async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-    """A unit vector for each text: the mean of its hidden states after the last norm, or the last token's state."""
+    """A unit vector for each text: of its hidden states after the last norm, the mean, the first token's or the last
+    one's. Which, the model's own files say; without them, the mean."""
     return await until_disconnect(request.receive, _embed(state_of(request), body))
 
 
@@ -27,14 +28,15 @@ async def _embed(state: ServerState, body: EmbeddingRequest) -> Response:
     arrival_s = time.perf_counter()
     state.require_ready()
     require_model(state, body.model)
-    body.refuse_unsupported(state.engine.model_config.hidden_size)
+    model = state.engine.model_config
+    body.refuse_unsupported(model.hidden_size, is_embedding_model=model.pooling is not None)
     texts = await asyncio.to_thread(_read_inputs, state, body)
     heading = make_heading(state, "embd-")
     tasks = [
         asyncio.ensure_future(
             state.embed(
                 ids,
-                body.pooling or "mean",
+                body.pooling or model.pooling or "mean",
                 request_id=f"{heading.id}-{index}",
                 arrival_s=arrival_s,
                 priority=body.priority or 0,

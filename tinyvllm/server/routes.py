@@ -15,6 +15,7 @@ ROUTES = (
     "chat",
     "responses",
     "embeddings",
+    "rerank",
     "models",
     "operations",
     "profile_routes",

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 
+from tinyvllm.config import MAX_LOGPROBS, SamplingParams
 from tinyvllm.engine.beam import generate_beams
-from tinyvllm.errors import EngineDeadError
+from tinyvllm.errors import DeviceError, EngineDeadError
 from tinyvllm.profiling import measure
 from tinyvllm.server.context import RequestContext, current
 from tinyvllm.server.failures import NotReadyError
@@ -21,11 +22,13 @@ from tinyvllm.server.request_limits import Admission, Drain, DrainingError, time
 from tinyvllm.server.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
-    from tinyvllm.config import SamplingParams
     from tinyvllm.engine.async_engine import AsyncEngine
+    from tinyvllm.engine.output import Delta
     from tinyvllm.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
@@ -142,6 +145,28 @@ class ServerState:
         self.admission.prompt_computed(context, len(ids))
         return embedding
 
+    async def logprobs_of(
+        self, ids: list[int], token_ids: Sequence[int], *, request_id: str, arrival_s: float, priority: int = 0
+    ) -> list[float]:
+        """The model's logprob of each of `token_ids` as the next token of the prompt, subject to admission and the
+        deadline. Each is the sampled one, or among the likeliest; otherwise it is asked for by itself."""
+        context, found = self._admit(1, len(ids)), dict[int, float]()
+        timeout_s = self.settings.request_timeout_s
+        remaining_s = None if timeout_s is None else timeout_s - (time.perf_counter() - arrival_s)
+        try:
+            async with asyncio.timeout(remaining_s):
+                while missing := tuple(token_id for token_id in token_ids if token_id not in found):
+                    params = SamplingParams(
+                        temperature=0.0, max_tokens=1, ignore_eos=True, logprobs=MAX_LOGPROBS, allowed_token_ids=missing
+                    )
+                    call = self.engine.generate(ids, params, request_id=f"{request_id}-{len(found)}", priority=priority)
+                    (sampled,) = [token async for delta in call for token in _checked(delta).logprobs]
+                    found |= {token.token_id: token.logprob for token in (*sampled.top, sampled)}
+        except TimeoutError as error:
+            raise timed_out(timeout_s or 0.0) from error
+        self.admission.prompt_computed(context, len(ids))
+        return [found[token_id] for token_id in token_ids]
+
     def _log_request(self, ids: list[int], params: SamplingParams, request_id: str) -> None:
         text = self.engine.tokenizer.decode(ids[:MAX_LOGGED_CHARS], skip_special_tokens=False)
         shown = ascii(text if len(text) <= MAX_LOGGED_CHARS else text[:MAX_LOGGED_CHARS] + "...")
@@ -152,6 +177,13 @@ def _measure_call(job: Job, request_id: str, http_id: str) -> None:
     """Record a call of the engine, from the parsed body on."""
     start_ns, now_ns = int(job.arrival_s * 1e9), time.perf_counter_ns()
     measure.add(measure.CALL, start_ns, now_ns, http=http_id, request=request_id, choices=job.num_choices)
+
+
+def _checked(delta: Delta) -> Delta:
+    """Raise DeviceError for the end of a call that failed."""
+    if delta.finish_reason not in (None, "stop", "length"):
+        raise DeviceError(f"the prompt could not be computed: {delta.error or delta.finish_reason}")
+    return delta
 
 
 def state_of(request: Request) -> ServerState:

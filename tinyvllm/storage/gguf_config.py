@@ -20,6 +20,8 @@ BIASES = {
     "ffn_up": "ffn",
     "ffn_down": "ffn",
 }
+# {arch}.pooling_type of embedding models; 0: none
+POOLINGS = {1: "mean", 2: "cls", 3: "last"}
 
 
 def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
@@ -60,6 +62,7 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
         rope=rope,
         norm_eps=values.positive("attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in file.tensors,
+        pooling=POOLINGS.get(values.optional_integer("pooling_type", at_least=0) or 0),
         dtype=_dtype(file),
         name=name,
         activation=family.activation,

@@ -14,12 +14,14 @@ from tinyvllm.storage.values import Values
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}  # ours by transformers' name
 # What a model of several parts states once, outside its text_config
+CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"  # ends of classes' names
+HEADLESS = (CLASSIFIER, "Model")  # of classes whose layers are a causal model's, without its head
 SHARED_KEYS = ("dtype", "torch_dtype", "tie_word_embeddings")
 
 
 def read_hf_config(config: Values, name: str) -> ModelConfig:
     """Raises UnsupportedModelError for what cannot be run, ModelError for values that are missing or make no sense."""
-    architecture = _architecture(config)
+    architecture, has_head = _architecture(config)
     family = families.KNOWN_ARCHITECTURES[architecture]
     values = _with_defaults(config, family)
     _refuse_variants(values, family)
@@ -44,7 +46,9 @@ def read_hf_config(config: Values, name: str) -> ModelConfig:
         max_position=values.integer("max_position_embeddings"),
         rope=rope,
         norm_eps=values.positive("rms_norm_eps", 1e-6),
-        tie_embeddings=values.flag("tie_word_embeddings"),
+        tie_embeddings=values.flag("tie_word_embeddings") or not has_head,
+        has_head=has_head,
+        num_labels=_num_labels(config),
         dtype=_dtype(values),
         name=name,
         activation=family.activation,
@@ -70,20 +74,31 @@ def text_values(config: Values) -> Values:
     return Values(config.source, shared | dict(text.values))
 
 
-def _architecture(config: Values) -> str:
+def _architecture(config: Values) -> tuple[str, bool]:
+    """(the registry's key, whether the class has a language model's head)."""
     classes, model_type = config.get("architectures") or [], config.get("model_type")
     text_type = text_values(config).get("model_type")
     for key, names in families.KNOWN_ARCHITECTURES.items():
         is_wrapped = any(name in names.hf_wrappers for name in classes) and text_type in (None, *names.hf_types)
         if is_wrapped or any(name in names.hf_classes for name in classes):
-            return key
+            return key, True
         if not classes and model_type in names.hf_types:
-            return key
+            return key, True
+        if any(name.removesuffix(end) + CAUSAL in names.hf_classes for name in classes for end in HEADLESS):
+            return key, False
     known = families.KNOWN_ARCHITECTURES.values()
     if classes:
         classes = [name for family in known for name in (*family.hf_classes, *family.hf_wrappers)]
         config.unsupported("architectures", ", ".join(dict.fromkeys(classes)))
     config.unsupported("model_type", ", ".join(name for family in known for name in family.hf_types))
+
+
+def _num_labels(config: Values) -> int:
+    """Of a classifier: transformers' default is 2."""
+    if not any(name.endswith(CLASSIFIER) for name in config.get("architectures") or []):
+        return 0
+    labels = config.inner("id2label")
+    return config.integer("num_labels", 2 if labels is None else len(labels.values))
 
 
 def _with_defaults(config: Values, family: FamilyFiles) -> Values:
@@ -116,6 +131,8 @@ def _refuse_variants(values: Values, family: FamilyFiles) -> None:
     for key in ("attention_bias", "mlp_bias"):
         if key not in family.hf_biases and values.flag(key):
             values.unsupported(key, "false (no biases)")
+    if not values.flag("is_causal", default=True):
+        values.unsupported("is_causal", "true (causal attention)")
     if values.get("use_bidirectional_attention") not in (None, False, "vision"):  # text is causal with "vision", too
         values.unsupported("use_bidirectional_attention", "false (causal attention)")
     _refuse_partial_rope(values, family)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tinyvllm.config import GenerationDefaults, ModelConfig, ModelFiles
 from tinyvllm.storage.gguf_config import read_gguf_config
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.storage.hf_config import read_hf_config, text_values
+from tinyvllm.storage.sentence_transformers import HEAD_NAME, read_pooling, tensor_names
 from tinyvllm.storage.values import Values, read_json
 
 
@@ -14,7 +17,11 @@ def read_model_config(files: ModelFiles) -> ModelConfig:
     if files.kind == "gguf":
         return read_gguf_config(GGUFFile(files.path), files.name)
     path = files.path / "config.json"
-    return read_hf_config(Values(path, read_json(path)), files.name)
+    config = read_hf_config(Values(path, read_json(path)), files.name)
+    pooling = read_pooling(files.path)
+    if pooling is not None and not config.tie_embeddings and HEAD_NAME not in tensor_names(files.path):
+        config = replace(config, has_head=False, tie_embeddings=True)  # saved with its base model's tensors alone
+    return replace(config, pooling=pooling)
 
 
 def read_generation_defaults(files: ModelFiles) -> GenerationDefaults:

@@ -327,9 +327,7 @@ class FusedGpuBackend(GpuBackend):
         self._written(x, value)
         return out
 
-    def _row_spec(
-        self, matrix: Matrix, fields: dict[str, Any], *, is_normed: bool
-    ) -> VectorSpec | QuantizedVectorSpec:
+    def _row_spec(self, matrix: Matrix, fields: dict[str, Any], *, is_normed: bool) -> VectorSpec | QuantizedVectorSpec:
         """The spec of one row's product. The kernel for quantized matrices converts x to float16: not where that may
         exceed float16's range, unless x is normed."""
         half = self._mma(dtypes.half)

@@ -366,9 +366,7 @@ class _Source:
         return [self._split.read(body, start, PIECE, axes) for start in starts]
 
 
-def _finish_sum(
-    spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]]
-) -> list[list[UOp]]:
+def _finish_sum(spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]]) -> list[list[UOp]]:
     """The thread's pieces of the sum, from those of y."""
     assert spec.sum is not None and source.operands.sum_residual is not None
     factor = _rms_factor(spec, place, source, loaded, spec.sum.eps) * spec.sum.scale
@@ -395,9 +393,7 @@ def _store_sum(
     return stores
 
 
-def _rms_factor(
-    spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]], eps: float
-) -> UOp:
+def _rms_factor(spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]], eps: float) -> UOp:
     """1 / sqrt(mean square + eps) of a row, from the thread's pieces of it, in every thread."""
     squares = [
         dot(v, v) if ok is None else ok.where(dot(v, v), 0.0) for v, ok in zip(loaded, source.inside, strict=True)
@@ -406,9 +402,7 @@ def _rms_factor(
     return (mean + eps).sqrt().reciprocal()
 
 
-def _stage(
-    spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]]
-) -> tuple[UOp, UOp]:
+def _stage(spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]]) -> tuple[UOp, UOp]:
     """(x, normed if there is a norm, as float16 in threadgroup memory: run by run in the order of the codes, and then a
     run of zeros; the float32 sum of each group of the stored values)."""
     body, thread = place.body, place.thread

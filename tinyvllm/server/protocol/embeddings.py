@@ -28,12 +28,12 @@ class EmbeddingRequest(BaseModel):
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int | None, Field(ge=1)] = None
-    pooling: Literal["mean", "last"] | None = None
+    pooling: Literal["mean", "cls", "last"] | None = None
     add_special_tokens: bool | None = None
     priority: Annotated[int | None, Field(ge=-(2**31), lt=2**31)] = None
     user: str | None = None
 
-    def refuse_unsupported(self, hidden_size: int) -> None:
+    def refuse_unsupported(self, hidden_size: int, *, is_embedding_model: bool = False) -> None:
         if self.model_extra:
             name = min(self.model_extra)
             raise RequestError(f"{name} is not a field of an embedding request: leave it out", param=name)
@@ -41,15 +41,22 @@ class EmbeddingRequest(BaseModel):
             raise RequestError(
                 f"input has {len(self.input)} texts, but a request takes at most {MAX_INPUTS}: split it", param="input"
             )
-        if self.dimensions not in (None, hidden_size):
+        if self.dimensions in (None, hidden_size):
+            return
+        if self.dimensions > hidden_size or not is_embedding_model:
+            reason = "" if is_embedding_model else " and were not trained to be shortened"
             raise RequestError(
-                f"dimensions is {self.dimensions}, but this model's embeddings have {hidden_size} and were not trained "
-                "to be shortened: leave it out",
+                f"dimensions is {self.dimensions}, but this model's embeddings have {hidden_size}{reason}: "
+                "leave it out",
                 param="dimensions",
             )
 
     def encoded(self, embedding: NDArray[np.float32]) -> list[float] | str:
-        """The vector in the requested encoding: numbers, or base64 of little-endian float32."""
+        """The vector in the requested encoding: numbers, or base64 of little-endian float32. If it is to be shortened,
+        its first numbers, again with length 1 (Kusupati et al. 2022, Matryoshka representations)."""
+        if self.dimensions is not None and self.dimensions < len(embedding):
+            embedding = embedding[: self.dimensions]
+            embedding = (embedding / max(float(np.linalg.norm(embedding)), 1e-12)).astype(np.float32)
         if self.encoding_format == "base64":
             return base64.b64encode(embedding.astype("<f4").tobytes()).decode()
         return embedding.tolist()  # type: ignore[no-any-return]

@@ -1,0 +1,147 @@
+"""How relevant a document is to a query, in whichever way the model says it.
+
+- An embedding model: the cosine of the two texts' embeddings.
+- A reranker: Qwen3-Reranker's prompt asks whether the document meets the query. The score is the probability of "yes"
+  next to "no" as the answer, or the sigmoid of a classifier's only logit where the model was converted to one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from tinyvllm.errors import RequestError
+from tinyvllm.profiling import measure
+from tinyvllm.server.intake import check_ids
+
+if TYPE_CHECKING:
+    from tinyvllm.server.state import ServerState
+    from tinyvllm.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+# The model card of Qwen3-Reranker
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+PREFIX = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+@dataclass(frozen=True)
+class Pair:
+    query: str
+    document: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A score for each pair, and the tokens that were computed for all of them."""
+
+    values: list[float]
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Scores the pairs of one request."""
+
+    state: ServerState
+    request_id: str
+    arrival_s: float
+    priority: int
+    param: str  # the request's field with documents
+
+    async def score(self, pairs: Sequence[Pair], instruction: str | None) -> Scores:
+        """Raises RequestError for a model that cannot judge, and what admission and the engine raise."""
+        model = self.state.engine.model_config
+        if model.num_labels > 1:
+            raise RequestError(
+                f"this model has {model.num_labels} labels: a reranker has one, whose logit is the score"
+            )
+        if model.pooling is not None:
+            return await self._compare(pairs)
+        answers = None if model.num_labels else answer_ids(self.state.engine.tokenizer)
+        prompts = await asyncio.to_thread(self._prompts, pairs, instruction or INSTRUCTION)
+        each = [self._judge(number, ids, answers) for number, ids in enumerate(prompts)]
+        return Scores(await _gather(each), sum(map(len, prompts)))
+
+    async def _compare(self, pairs: Sequence[Pair]) -> Scores:
+        texts = list(dict.fromkeys(text for pair in pairs for text in (pair.query, pair.document)))
+        ids = await asyncio.to_thread(self._encode, texts)
+        pooling = self.state.engine.model_config.pooling or "mean"
+        vectors = await _gather([self._embed(number, one, pooling) for number, one in enumerate(ids)])
+        found = dict(zip(texts, vectors, strict=True))
+        return Scores([float(found[pair.query] @ found[pair.document]) for pair in pairs], sum(map(len, ids)))
+
+    async def _judge(self, number: int, ids: list[int], answers: tuple[int, int] | None) -> float:
+        """The probability that the answer is yes."""
+        if answers is None:
+            (logit,) = await self._embed(number, ids, "score")
+            return float(1.0 / (1.0 + np.exp(-logit)))
+        no, yes = await self.state.logprobs_of(
+            ids, answers, request_id=f"{self.request_id}-{number}", arrival_s=self.arrival_s, priority=self.priority
+        )
+        return 1.0 / (1.0 + math.exp(min(no - yes, 700.0)))
+
+    def _embed(self, number: int, ids: list[int], pooling: str) -> Awaitable[np.ndarray]:
+        return self.state.embed(
+            ids,
+            pooling,
+            request_id=f"{self.request_id}-{number}",
+            arrival_s=self.arrival_s,
+            priority=self.priority,
+        )
+
+    # -- on a worker thread -------------------------------------------------------------------------------------------
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        with measure.span(measure.TOKENIZE):
+            encoded = [self.state.engine.tokenizer.encode(text) for text in texts]
+        for ids in encoded:
+            check_ids(self.state, ids, None, param=self.param)
+        return encoded
+
+    def _prompts(self, pairs: Sequence[Pair], instruction: str) -> list[list[int]]:
+        """Marks of the prompt's format in a query or a document are text."""
+        tokenizer = self.state.engine.tokenizer
+        with measure.span(measure.TOKENIZE):
+            prefix, suffix = (tokenizer.encode(text, add_special_tokens=False) for text in (PREFIX, SUFFIX))
+            asked = [
+                tokenizer.encode(
+                    f"<Instruct>: {instruction}\n<Query>: {pair.query}\n<Document>: {pair.document}",
+                    add_special_tokens=False,
+                    parse_special=False,
+                )
+                for pair in pairs
+            ]
+        prompts = [[*prefix, *ids, *suffix] for ids in asked]
+        for ids in prompts:
+            check_ids(self.state, ids, 1, param=self.param)
+        return prompts
+
+
+def answer_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The tokens "no" and "yes". Raises RequestError for a model that does not have both, or not the prompt's marks."""
+    no, yes, mark = (tokenizer.encode(text, add_special_tokens=False) for text in ("no", "yes", "<|im_start|>"))
+    if not len(no) == len(yes) == len(mark) == 1:
+        raise RequestError(
+            "this model is no reranker: serve Qwen3-Reranker, a classifier made of it, or an embedding model"
+        )
+    return no[0], yes[0]
+
+
+async def _gather(each: Sequence[Awaitable[T]]) -> list[T]:
+    """The results, in order. If one fails or the client leaves, the others stop."""
+    tasks = [asyncio.ensure_future(one) for one in each]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()

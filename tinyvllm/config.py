@@ -162,6 +162,15 @@ class ModelConfig:
             return tuple(self.layer_kinds[i % len(self.layer_kinds)] for i in range(self.num_layers))
         return tuple(self.kind_of(i) for i in range(self.num_layers))
 
+    @property
+    def usual_context(self) -> int:
+        """Tokens of a context for which --max-model-len does not ask: longrope's original one, as in vLLM, because its
+        factors for longer contexts would apply to short ones too."""
+        scaling = self.rope.scaling
+        if scaling is None or scaling.kind != "longrope":
+            return self.max_position
+        return min(self.max_position, scaling.original_max_position)
+
     def kind_of(self, layer: int) -> LayerKind:
         """A layer's attention according to the files; a family adds what its architecture implies."""
         is_ropeless = bool(self.ropeless) and self.ropeless[layer % len(self.ropeless)]

@@ -11,6 +11,7 @@ from tinygrad import dtypes
 from tests.families.recipe import write_hf
 from tests.families.recipes import RECIPES
 from tests.ops.rendering import TARGETS, check_limits, gpu_backend, kernels_of, unwritten
+from tinyvllm.config import ModelConfig, QueryScaling, Rope
 from tinyvllm.model.registry import make_model
 from tinyvllm.model.weights.random import RandomWeights
 from tinyvllm.ops.backend import Step
@@ -22,11 +23,35 @@ from tinyvllm.storage.model_config import read_model_config
     ("name", "is_decode"), [("gemma3", True), ("gemma3", False), ("mistral", False), ("qwen2", True)]
 )
 def test_a_step_renders_within_the_limits(tmp_path: Path, name: str, is_decode: bool) -> None:
-    backend = gpu_backend("float16")
     config = read_model_config(write_hf(tmp_path, RECIPES[name]))
+    # one of each kind, if there are two
+    check_step(replace(config, num_layers=2, windowed=(True, False), logit_softcap=25.0), is_decode=is_decode)
+
+
+@pytest.mark.parametrize("is_decode", [True, False])
+def test_what_other_families_ask_for_renders_all_at_once(tmp_path: Path, is_decode: bool) -> None:
+    """OLMo's norms, after only and of whole queries and keys; Ministral 3's scaled queries; GLM-4's rope; a layer
+    without one; Granite's multipliers; every bias."""
+    config = read_model_config(write_hf(tmp_path, RECIPES["olmo3"]))
     config = replace(
-        config, num_layers=2, windowed=(True, False), logit_softcap=25.0
-    )  # one of each kind, if there are two
+        config,
+        num_layers=2,
+        windowed=(True, False),
+        rope=Rope(10000.0, num_dims=16, is_interleaved=True),
+        local_rope=None,
+        ropeless=(False, True),
+        query_scaling=QueryScaling(0.1, 8),
+        biases=("qkv", "out", "ffn"),
+        embedding_scale=12.0,
+        residual_scale=0.22,
+        logit_scale=0.125,
+        score_scale=0.0078125,
+    )
+    check_step(config, is_decode=is_decode)
+
+
+def check_step(config: ModelConfig, *, is_decode: bool) -> None:
+    backend = gpu_backend("float16")
     model = make_model(config, RandomWeights("float16", seed=0), backend, 64, lambda done, total: None)
     groups = model.pool_groups
     layout = StepLayout(4, 4, 2, 16, len(groups)) if is_decode else StepLayout(16, 3, 2, 16, len(groups))

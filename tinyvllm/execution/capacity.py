@@ -84,7 +84,7 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
         f"{num_blocks - 1} blocks of {split.block_size} tokens hold {(num_blocks - 1) * split.block_size} tokens"
         + ("" if first.window is None else f", of which a sequence keeps a window of {first.window}")
         + f"; max_model_len {max_model_len}"
-        + (f" (the model's {model.max_position} do not fit)" if max_model_len < split.longest else ""),
+        + (f" (the model's {split.longest} do not fit)" if max_model_len < split.longest else ""),
         *[split.explain(group, num_blocks) for group in range(1, len(split.kv_groups))],
     )
     return replace(capacity, max_model_len=max_model_len, explanation=explanation)
@@ -232,7 +232,7 @@ def _longest(config: EngineConfig, model: ModelConfig) -> int:
             f"--max-model-len is {config.max_model_len}, but the model was trained for {model.max_position} tokens: "
             f"give at most {model.max_position}"
         )
-    return config.max_model_len or model.max_position
+    return config.max_model_len or model.usual_context
 
 
 def _explain(config: EngineConfig, split: PoolSplit, memory: MemoryFacts, by_memory: int, num_blocks: int) -> str:

@@ -90,7 +90,13 @@ def make_runner(
     )
     overlaps = not device.is_cpu if config.async_scheduling is None else config.async_scheduling
     num_instances, buckets = 2 if overlaps else 1, make_buckets(limits, config)
-    positions = min(config.max_model_len or model_config.max_position, model_config.max_position)
+    positions = min(config.max_model_len or model_config.usual_context, model_config.max_position)
+    if config.max_model_len is None and positions < model_config.max_position:
+        logger.info(
+            "contexts are limited to %d tokens; --max-model-len up to %d turns to longrope's factors for long contexts",
+            positions,
+            model_config.max_position,
+        )
     model = make_model(model_config, source, backend, positions, lambda done, total: report("load", done, total))
     kv_dtype = backend.kv_dtype(config.kv_cache_dtype, model_config.dtype)
     share = config.gpu_memory_utilization or device.default_share()

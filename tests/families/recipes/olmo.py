@@ -32,7 +32,7 @@ RECIPES = {
     "olmo2": Recipe(
         "Olmo2ForCausalLM",
         "olmo2",
-        sizes(2, 96, 6, 3, 16, 160) | {"model_type": "olmo2", "rope_theta": 5e5},
+        sizes(2, 96, 6, 2, 16, 160) | {"model_type": "olmo2", "rope_theta": 5e5},
         seed=1,
         layer_norms=NORMS,
         more_shapes=whole_norms,

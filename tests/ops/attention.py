@@ -89,6 +89,37 @@ FEATURES: dict[str, tuple[tuple[str, Any], ...]] = {
 }
 
 
+# what the fused kernels of CUDA and METAL cover: by name, heads, kv heads, D, whether heads are normed, and features
+FUSED: dict[str, tuple[int, int, int, bool, tuple[tuple[str, Any], ...]]] = {
+    "gemma 3": (4, 1, 256, True, (("window", 37), ("score_scale", 0.06))),
+    "gemma 2": (4, 2, 256, False, (("softcap", 5.0), ("score_scale", 0.06))),
+    "phi 3": (6, 6, 96, False, (("window", 90),)),
+    "phi 4 mini": (6, 2, 128, False, (("rope", Rope(10000.0, num_dims=96)),)),
+    "glm 4": (16, 1, 128, False, (("rope", Rope(10000.0, num_dims=64, is_interleaved=True)), ("has_bias", True))),
+    "gpt-oss": (16, 2, 64, False, (("window", 70), ("has_sinks", True), ("has_bias", True))),
+    "gemma 4": (4, 2, 64, True, (("value_norm_eps", 0.1), ("score_scale", 1.0))),
+    "all": (
+        12,
+        1,
+        64,
+        True,
+        (
+            ("window", 49),
+            ("softcap", 2.0),
+            ("has_bias", True),
+            ("has_sinks", True),
+            ("value_norm_eps", 0.1),
+            ("rope", Rope(100.0, num_dims=32, is_interleaved=True)),
+        ),
+    ),
+}
+
+
+def fused_case(name: str, layout: StepLayout, *, is_decode: bool) -> Case:
+    heads, kv_heads, dim, normed, features = FUSED[name]
+    return Case(heads, kv_heads, dim, layout, is_decode, "float16", normed=normed, features=features)
+
+
 @dataclass(frozen=True)
 class Result:
     """What attention returned, and the pool before and after it in plain order."""

@@ -209,7 +209,7 @@ class AttentionSpec:
         """Whether no part of qkv begins or ends inside the queries, the keys or the values."""
         ends = list(accumulate(self.qkv_cols))
         starts = {self.section_start(section) for section in (KEYS, VALUES)}
-        last = self.section_start(VALUES) + self.slot_elements
+        last = self.section_start(VALUES) + self.slot_elements if self.writes_kv else self.section_start(KEYS)
         return set(ends) <= starts | {last} and ends[-1] == last
 
     def parts_between(self, first_col: int, end_col: int) -> slice:

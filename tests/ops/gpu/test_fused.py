@@ -16,10 +16,12 @@ from tinygrad.uop.ops import Ops
 from tests.ops.attention import (
     DECODE,
     FEATURES,
+    FUSED,
     Case,
     Result,
     decode_pieces,
     forget_before_windows,
+    fused_case,
     make_history,
     make_layer,
     random_case,
@@ -405,6 +407,10 @@ CASES += [
     Case(16, 8, 128, StepLayout(2, 2, 300, 16), True, "float16", features=(("window", 3000), ("has_bias", True))),
     Case(4, 4, 64, StepLayout(40, 40, 5, 16), True, "float16", features=(("rope", None), ("softcap", 1.5))),
 ]
+CASES += [fused_case(name, StepLayout(3, 3, 12, 16), is_decode=True) for name in FUSED]
+CASES += [fused_case(name, StepLayout(1, 1, 40, 16), is_decode=True) for name in ("gemma 3", "glm 4", "all")]
+CASES.append(fused_case("gpt-oss", StepLayout(2, 2, 200, 16), is_decode=True))  # on CUDA the last threadgroup joins
+CASES.append(Case(4, 2, 80, StepLayout(3, 3, 12, 16), True, "float16", (4, 2, 2)))
 
 
 def attend(
@@ -430,6 +436,7 @@ def test_decoding_equals_the_reference_and_writes_its_slots_alone(
     for seed, pieces in enumerate(decode_pieces(case)):
         buffer, history = make_step(case.layout, pieces, seed=seed), make_history(case)
         (got, out), (expected, _) = (attend(ops, case, buffer, history) for ops in (backend, reference))
+        assert not backend.coverage.lines()
         live = len(pieces)
         assert largest_difference(got.out[:live], expected.out[:live]) < TOLERANCE["float16"]
         slots = case.layout.views(buffer)["slots"][0, :live]

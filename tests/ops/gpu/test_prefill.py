@@ -13,7 +13,16 @@ import pytest
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.codegen import to_program
 
-from tests.ops.attention import Case, Result, forget_before_windows, make_history, make_layer, random_case
+from tests.ops.attention import (
+    FUSED,
+    Case,
+    Result,
+    forget_before_windows,
+    fused_case,
+    make_history,
+    make_layer,
+    random_case,
+)
 from tests.ops.builders import (
     Piece,
     largest_difference,
@@ -262,6 +271,7 @@ CASES += [
     Case(16, 2, 128, StepLayout(150, 4, 10, 32), False, "float16", (16, 2, 2), features=ALL),
     Case(4, 4, 64, StepLayout(260, 2, 40, 8), False, "float16", features=(("rope", None), ("softcap", 1.5))),
 ]
+CASES += [fused_case(name, StepLayout(100, 4, 14, 16), is_decode=False) for name in FUSED]
 
 
 def ragged(case: Case, rng: np.random.Generator) -> list[Piece]:

@@ -1,9 +1,10 @@
 """Decoding attention on devices with matrix units: RoPE, the KV write and flash-decoding in one kernel.
 
 A threadgroup serves one token row, one KV head and one split of the context (Dao et al. 2023, "Flash-Decoding"). The
-query heads that share the KV head are the rows of a matrix tile, so keys and values are loaded once for all of them,
-straight into the fragments of the matrix unit. The row's own key and value are never read back: they are the initial
-state of the online softmax (Milakov & Gimelshein 2018). Only for rows that are each the last token of their sequence.
+query heads that share the KV head, up to eight, are the rows of a matrix tile, so keys and values are loaded once for
+all of them, straight into the fragments of the matrix unit. The row's own key and value are never read back: they are
+the initial state of the online softmax (Milakov & Gimelshein 2018), unless another layer wrote them. Only for rows that
+are each the last token of their sequence.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from dataclasses import dataclass, replace
 from tinygrad import UOp
 from tinygrad.dtype import DType
 
-from tinyvllm.ops.attention_spec import KEYS, QUERIES, VALUES
+from tinyvllm.ops.attention_spec import KEYS, QUERIES
 from tinyvllm.ops.gpu.attention_decode_combine import combine_warps
-from tinyvllm.ops.gpu.attention_decode_row import RUN, Buffers, DecodeSpec, Row, Runs, make_threadgroup, take_buffers
+from tinyvllm.ops.gpu.attention_decode_row import Buffers, DecodeSpec, Row, Runs, make_threadgroup, take_buffers
+from tinyvllm.ops.gpu.attention_fused import RUN
 from tinyvllm.ops.gpu.attention_split import NOTHING, TILE_TOKENS
-from tinyvllm.ops.kernel.body import F32, KernelFn, balanced, cached_kernel, clamp, finish
+from tinyvllm.ops.kernel.body import F32, LOG2E, KernelFn, balanced, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.lanes import carry, dot
 
 HALF_TILE = TILE_TOKENS // 2  # tokens that one instruction of the matrix unit scores
@@ -36,12 +38,13 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
         row = Row(group, rest)
         context = _Context(row, buffers)
         # the tokens before this step's were written by earlier steps: their loads need not wait for its kernels
-        early = context.load(0) if spec.lanes.is_chained else []
+        early = context.load(0) if spec.loads_early else []
         row.wait([value for tile in early for value in tile.loaded])
         early = [tile.or_zeros(context.low < context.high) for tile in early]
 
-        own = _OwnToken(row, buffers)
-        softmax = _Softmax(row, context, own)
+        query = _load_query(row)
+        own = _OwnToken(row, buffers, query) if spec.writes_kv else None
+        softmax = _Softmax(row, context, query, own)
         state, passes = softmax.start(), context.passes
         if early:
             state, passes = softmax.add(early, state), (passes - 1).maximum(0)
@@ -50,7 +53,7 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
         stores = combine_warps(row, buffers, state)
         tokens, length = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
         return finish(
-            UOp.group(*own.writes(), *stores).end(*reversed(group.axes)),
+            UOp.group(*([] if own is None else own.writes()), *stores).end(*reversed(group.axes)),
             f"decode_attention_{tokens}x{spec.num_heads}x{spec.head_dim}",
             ops=4 * tokens * spec.num_heads * spec.head_dim * length,
             nbytes=4 * tokens * spec.slot_elements * length,
@@ -59,34 +62,38 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
     return kernel
 
 
-class _OwnToken:
-    """The lane's share of the row's own query, key and value, rounded as an operand of the matrix unit (the query) and
-    as they are stored (key and value)."""
+def _load_query(row: Row) -> Runs:
+    """The lane's share of the row's query, rounded as an operand of the matrix unit."""
+    spec = row.spec
+    query_head = row.group.heads * spec.tile_heads + row.head % spec.tile_heads
+    return _cast(row.rotated(QUERIES, query_head), spec.mma.dtype)
 
-    def __init__(self, row: Row, buffers: Buffers) -> None:
-        spec, kv_head, stored = row.spec, row.group.kv_head, buffers.keys.dtype
-        self.row, self.buffers = row, buffers
-        query_head = kv_head * spec.group + row.head % spec.group
-        self.query = _cast(row.rotated(QUERIES, query_head), spec.mma.dtype)
-        self.key = _cast(row.rotated(KEYS, kv_head), stored)
-        self.value = [
-            [v.cast(stored) for i in range(0, spec.head_dim // RUN, RUN) for v in row.loaded(VALUES, kv_head, d + i)]
-            for d in row.value_dims
-        ]
+
+class _OwnToken:
+    """The lane's share of the row's own key and value, rounded as they are stored."""
+
+    def __init__(self, row: Row, buffers: Buffers, query: Runs) -> None:
+        stored = buffers.keys.dtype
+        self.row, self.buffers, self.query = row, buffers, query
+        self.key = _cast(row.rotated(KEYS, row.group.kv_head), stored)
+        self.value = [[v.cast(stored) for v in span] for span in row.value()]
 
     def writes(self) -> list[UOp]:
         """Stores of the key and the value at the row's slot."""
-        row, is_writer = self.row, self.row.group.has_own_token & self.row.head.eq(0)
+        row, group = self.row, self.row.group
+        is_writer = group.has_own_token & row.head.eq(0)
+        if row.spec.tile_heads < row.spec.group:
+            is_writer = is_writer & group.is_first_of_kv_head
         key_runs = [
-            (d, run)
+            (d, is_writer if ok is None else is_writer & ok, run)
             for dims, runs in zip(row.query_dims, self.key, strict=True)
-            for d, run in zip(dims, runs, strict=True)
+            for (d, ok), run in zip(dims, runs, strict=True)
         ]
-        value_runs = list(zip(row.value_dims, self.value, strict=True))
+        value_runs = [(d, is_writer, span) for d, span in zip(row.value_dims, self.value, strict=True)]
         return [
-            pool[(row.own_start + d + i).valid(is_writer)].store(v)
+            pool[(row.own_start + d + i).valid(is_wanted)].store(v)
             for pool, runs in ((self.buffers.keys, key_runs), (self.buffers.values, value_runs))
-            for d, run in runs
+            for d, is_wanted, run in runs
             for i, v in enumerate(run)
         ]
 
@@ -115,7 +122,8 @@ class _Tile:
     first: UOp
     is_used: UOp  # whether the tile begins before the split's end; if not, it holds other tokens of the context
     keys: list[Runs]  # by half tile; a head's runs as an operand of the matrix unit
-    values: list[list[UOp]]  # by token
+    values: list[list[UOp]]  # by token; [] if they are loaded after the keys have been used
+    base: UOp  # where the first token's keys and values begin
 
     @property
     def loaded(self) -> list[UOp]:
@@ -143,7 +151,7 @@ class _Context:
         self.row, self.buffers = row, buffers
         span = split.span(split.shared(row.past))
         self.low = index * span if spec.window is None else index * span + split.start(row.past)
-        self.high = (self.low + span).minimum(row.past) if spec.is_split else row.past
+        self.high = (self.low + span).minimum(row.end) if spec.is_split else row.end
         per_pass = spec.num_warps * spec.tiles_ahead
         tiles = ((self.high - self.low).maximum(0) + (TILE_TOKENS - 1)) // TILE_TOKENS
         self.passes = (tiles + (per_pass - 1)) // per_pass
@@ -162,24 +170,28 @@ class _Context:
         size = spec.layout.block_size
         block = clamp(row.inputs[row.table + first // size].load(), 0, spec.num_blocks - 1)
         base = (block * size + first % size) * spec.slot_elements + row.group.kv_head * spec.head_dim
-        return _Tile(first, is_used, self._load_keys(base), self._load_values(base, first))
+        tile = _Tile(first, is_used, self._load_keys(base), [], base)
+        return tile if spec.is_wide else replace(tile, values=self.load_values(tile))
 
     def _load_keys(self, base: UOp) -> list[Runs]:
         """The lane's keys of a tile whose first key is at `base`."""
         spec, mma, lane = self.row.spec, self.row.spec.mma, self.row.group.lane
-        width = mma.slots * RUN
         places = [(lane // 4, lane % 4)] if mma.kind == "CUDA" else mma.row_runs(lane)
 
         def chunk(n: int, c: int) -> list[list[UOp]]:
+            # of a dimension that does not exist any other's: the query has a zero there
             starts = [
-                base + (n * HALF_TILE + token) * spec.slot_elements + slot * RUN + c * width for token, slot in places
+                base
+                + (n * HALF_TILE + token) * spec.slot_elements
+                + spec.bounded(slot * RUN + c * spec.chunk_dims, c)[0]
+                for token, slot in places
             ]
             return [self._load(self.buffers.keys, start, RUN) for start in starts]
 
-        return [[chunk(n, c) for c in range(spec.head_dim // width)] for n in range(2)]
+        return [[chunk(n, c) for c in range(spec.chunks)] for n in range(2)]
 
-    def _load_values(self, base: UOp, first: UOp) -> list[list[UOp]]:
-        """The lane's values of a tile of tokens from `first` on, whose first value is at `base`."""
+    def load_values(self, tile: _Tile, *after: UOp) -> list[list[UOp]]:
+        """The lane's values of a tile."""
         row, spec, lane = self.row, self.row.spec, self.row.group.lane
         if spec.mma.kind == "CUDA":
             tokens = [lane % 4 * 2 + a + HALF_TILE * h for h in range(2) for a in range(2)]
@@ -188,9 +200,10 @@ class _Context:
             tokens = [row.head, row.head, row.head + HALF_TILE, row.head + HALF_TILE]
             dims = [*row.value_dims, *row.value_dims]
         # slots after the split's last token may hold another sequence's NaN, and a weight of 0 would not erase it
-        last = (self.high - 1 - first).maximum(0)
+        last = (self.high - 1 - tile.first).maximum(0)
+        pool = self.buffers.values.after(*after) if after else self.buffers.values
         return [
-            self._load(self.buffers.values, base + token.minimum(last) * spec.slot_elements + dim, spec.head_dim // RUN)
+            self._load(pool, tile.base + token.minimum(last) * spec.slot_elements + dim, spec.head_dim // RUN)
             for token, dim in zip(tokens, dims, strict=True)
         ]
 
@@ -202,18 +215,29 @@ class _Softmax:
     """A warp's online softmax. Its state, for the lane's head: the maximum score, the lane's share of the sum of
     weights, and the lane's sums of weighted values (`Row.value_dims`)."""
 
-    def __init__(self, row: Row, context: _Context, own: _OwnToken) -> None:
-        self.row, self.context, self.own = row, context, own
+    def __init__(self, row: Row, context: _Context, query: Runs, own: _OwnToken | None) -> None:
+        self.row, self.context, self.query, self.own = row, context, query, own
 
     def start(self) -> list[UOp]:
-        """The state before the context: the row's own token in one warp, nothing in the others."""
+        """The state before the context: the row's own token and the head's sink in one warp, nothing in the others."""
         row, own, is_first = self.row, self.own, self.row.group.has_own_token
+        size = row.spec.head_dim // RUN
         zero, one, nothing = (UOp.const(v, F32) for v in (0.0, 1.0, NOTHING))
-        leads = row.column.eq(0)  # only one lane of each head counts the own token
+        best, total, values = nothing, zero, [zero] * (2 * size)
+        if own is not None:
+            best, total, values = own.score(), one, [span[i].cast(F32) for i in range(size) for span in own.value]
+        if row.tables.sinks is not None:
+            head = row.group.heads * row.spec.tile_heads + row.head % row.spec.tile_heads
+            sink = row.tables.sinks[head].load() * LOG2E
+            top = best.maximum(sink)
+            decay = (best - top).exp2()
+            best, total = top, total * decay + (sink - top).exp2()
+            values = [value * decay for value in values]
+        leads = row.column.eq(0)  # only one lane of each head counts them
         return [
-            is_first.where(own.score(), nothing),
-            (is_first & leads).where(one, zero),
-            *[is_first.where(run[i].cast(F32), zero) for i in range(row.spec.head_dim // RUN) for run in own.value],
+            is_first.where(best, nothing),
+            (is_first & leads).where(total, zero),
+            *[is_first.where(value, zero) for value in values],
         ]
 
     def add(self, tiles: list[_Tile], old: list[UOp]) -> list[UOp]:
@@ -227,6 +251,8 @@ class _Softmax:
         weights = [[(v > NOTHING / 10).where((v - new_best).exp2(), zero) for v in pair] for pair in scores]
         new_total = total * decay + balanced([w for pair in weights for w in pair])
         rounded = [[w.cast(spec.mma.dtype) for w in pair] for pair in weights]
+        if spec.is_wide:
+            tiles, rounded = self._load_values(tiles, rounded)
         new = []
         for j in range(spec.head_dim // RUN):
             sums = [acc[j * 2] * decay, acc[j * 2 + 1] * decay]
@@ -235,9 +261,17 @@ class _Softmax:
             new += sums
         return [new_best, new_total, *new]
 
+    def _load_values(self, tiles: list[_Tile], weights: list[list[UOp]]) -> tuple[list[_Tile], list[list[UOp]]]:
+        """(tiles with their values, which are loaded after their weights are known, the weights)."""
+        flat = [w for pair in weights for w in pair]
+        held = self.row.group.body.registers(len(flat), self.row.spec.mma.dtype)
+        held = held.after(UOp.group(*[held[i].store(w) for i, w in enumerate(flat)]))
+        loaded = [replace(tile, values=self.context.load_values(tile, held)) for tile in tiles]
+        return loaded, [[held[i].load(), held[i + 1].load()] for i in range(0, len(flat), 2)]
+
     def _scores(self, tile: _Tile, half: int) -> list[UOp]:
         """The scores of the lane's two tokens of half a tile."""
-        products = _multiply_keys(self.row.spec, self.own.query, tile.keys[half])
+        products = _multiply_keys(self.row.spec, self.query, tile.keys[half])
         tokens = [tile.first + half * HALF_TILE + self.row.column + e for e in range(2)]
         return [self._score(tile, token, product) for token, product in zip(tokens, products, strict=True)]
 

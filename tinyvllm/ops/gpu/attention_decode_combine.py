@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from tinygrad import UOp
 
-from tinyvllm.ops.gpu.attention_decode_row import RUN, Buffers, DecodeSpec, Row, Threadgroup
+from tinyvllm.ops.gpu.attention_decode_row import Buffers, DecodeSpec, Row, Threadgroup
+from tinyvllm.ops.gpu.attention_fused import RUN
 from tinyvllm.ops.gpu.attention_split import NOTHING, arrive
 from tinyvllm.ops.kernel.body import F32, balanced
 from tinyvllm.ops.kernel.lanes import carry
@@ -33,7 +34,7 @@ class _WarpStates:
 
     def combined(self, index: UOp) -> tuple[UOp, UOp, UOp]:
         """(maximum, sum of weights, sum of weighted values) over all warps, for one of the G * D elements."""
-        group, dim = self.spec.group, self.spec.head_dim
+        group, dim = self.spec.tile_heads, self.spec.head_dim
         warp_range, head = range(self.spec.num_warps), index // dim
         bests = [self.scales[(w * group + head) * 2].load() for w in warp_range]
         top = balanced(bests, lambda a, b: a.maximum(b))
@@ -46,11 +47,11 @@ def _share_states(row: Row, state: list[UOp]) -> _WarpStates:
     """Put the warps' states into threadgroup memory."""
     spec, group, (best, total, *acc) = row.spec, row.group, state
     total = spec.lanes.sum(total, spec.mma.row_masks)
-    dim, count = spec.head_dim, spec.num_warps * spec.group
+    dim, count = spec.head_dim, spec.num_warps * spec.tile_heads
     values, scales = group.body.shared(count * dim), group.body.shared(count * 2)
-    is_real = row.head < spec.group
+    is_real = row.head < spec.tile_heads
     leads = is_real & row.column.eq(0)
-    at = group.warp * spec.group + row.head
+    at = group.warp * spec.tile_heads + row.head
     stores = [
         values[(at * dim + d + j).valid(is_real)].store(acc[j * 2 + e])
         for e, d in enumerate(row.value_dims)
@@ -69,13 +70,13 @@ def _store_whole(row: Row, buffers: Buffers, states: _WarpStates, index: UOp, is
 
 
 def _output(group: Threadgroup, index: UOp) -> UOp:
-    """Where an element of the KV head's group lies in (T, H * D)."""
+    """Where an element of the group of heads lies in (T, H * D)."""
     spec = group.spec
-    return group.row * (spec.num_heads * spec.head_dim) + group.kv_head * (spec.group * spec.head_dim) + index
+    return group.row * (spec.num_heads * spec.head_dim) + group.heads * (spec.tile_heads * spec.head_dim) + index
 
 
 class _Splits:
-    """The results of the threadgroups that share a row and KV head."""
+    """The results of the threadgroups that share a row and heads."""
 
     def __init__(self, row: Row, buffers: Buffers) -> None:
         assert buffers.split_values is not None and buffers.split_sums is not None
@@ -99,7 +100,7 @@ class _Splits:
             is_shared = self._is_shared
         row_size = spec.layout.num_tokens * (spec.num_heads * dim)
         lse = (total > 0.0).where(top + safe.log2(), NOTHING)
-        head = (self.index * spec.layout.num_tokens + group.row) * spec.num_heads + group.kv_head * spec.group
+        head = (self.index * spec.layout.num_tokens + group.row) * spec.num_heads + group.heads * spec.tile_heads
         head = head + index // dim
         results.append(self.values[_gate(self.index * row_size + target, is_inside, is_shared)].store(value / safe))
         results.append(self.sums[_gate(head, is_inside, is_shared, (index % dim).eq(0))].store(lse))
@@ -114,13 +115,13 @@ class _Splits:
         """`stores`, after which the last of the row's threadgroups combines the splits and resets the counter."""
         spec, group, arrivals, out = self.spec, self.group, self.buffers.arrivals, self.buffers.out
         assert arrivals is not None and out is not None
-        counter = group.row * spec.num_kv_heads + group.kv_head
+        counter = group.row * spec.head_groups + group.heads
         is_last, seen = arrive(group.body, arrivals, counter, self._is_shared, self.used, *stores)
         elements = group.elements()
         states = self._add_up([index for index, _ in elements], is_last, seen)
         results = list(stores)
         for (index, is_inside), (_, total, acc) in zip(elements, states, strict=True):
-            start = (group.row * spec.num_kv_heads + group.kv_head) * (spec.group * spec.head_dim)
+            start = counter * (spec.tile_heads * spec.head_dim)
             results.append(out[_gate(start + index, is_inside, is_last)].store((acc / total).cast(out.dtype)))
         zero, thread = UOp.const(0, arrivals.dtype), group.thread
         reset = arrivals.after(seen)[_gate(counter + 0 * thread, is_last, thread.eq(0))].store(zero)
@@ -135,7 +136,7 @@ class _Splits:
             new = []
             for i, index in enumerate(indices):
                 best, total, acc = old[3 * i : 3 * i + 3]
-                head = (number * spec.layout.num_tokens + group.row) * spec.num_heads + group.kv_head * spec.group
+                head = (number * spec.layout.num_tokens + group.row) * spec.num_heads + group.heads * spec.tile_heads
                 here = sums[head + index // dim].load()
                 top = best.maximum(here)
                 before, now = (best - top).exp2(), (here - top).exp2()

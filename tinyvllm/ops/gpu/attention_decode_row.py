@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from tinygrad import UOp, dtypes
 
-from tinyvllm.ops.gpu.attention_fused import FusedAttentionSpec
+from tinyvllm.ops.attention_spec import VALUES
+from tinyvllm.ops.gpu.attention_fused import RUN, FusedAttentionSpec
 from tinyvllm.ops.gpu.attention_split import SHORTEST_SPAN, TILE_TOKENS, SplitHeads
-from tinyvllm.ops.kernel.body import F32, Body, balanced, clamp
+from tinyvllm.ops.kernel.body import Body, balanced, clamp
 from tinyvllm.ops.kernel.lanes import (
     LANES,
     SHARED_BYTES,
@@ -26,7 +26,9 @@ MAX_SPLITS = 16
 GROUPS_WANTED = 256  # threadgroups that fill a large GPU
 FEW_GROUPS = 64  # threadgroups that leave half of a large GPU's cores idle: each takes more warps
 LONG_CONTEXT = 2048  # tokens
-RUN = 8  # consecutive dimensions that a lane loads at once
+TILE_HEADS = 8  # query heads that are rows of a matrix tile
+WIDE_HEAD = 256  # dimensions of heads of which a lane's registers do not hold keys and values of a tile at once
+CUDA_SHARED_BYTES = 48 << 10
 
 Runs = list[list[list[UOp]]]  # a lane's values of one head: by chunk of the matrix unit, run, and dimension in the run
 
@@ -35,7 +37,35 @@ Runs = list[list[list[UOp]]]  # a lane's values of one head: by chunk of the mat
 class DecodeSpec(FusedAttentionSpec):
     """Attention of rows that are each the last token of a sequence of its own."""
 
-    max_group: ClassVar[int] = 8  # rows of a matrix tile
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        return (64, 80, 96, 128, 256)
+
+    @property
+    def tile_heads(self) -> int:
+        """Query heads that a threadgroup serves: all that share a KV head, or an equal part of them if these are more
+        than a tile has rows."""
+        return next(count for count in range(TILE_HEADS, 0, -1) if self.group % count == 0)
+
+    @property
+    def head_groups(self) -> int:
+        """Threadgroups of a row without splits."""
+        return self.num_heads // self.tile_heads
+
+    @property
+    def chunk_dims(self) -> int:
+        """Dimensions of a chunk of the matrix unit. The last chunk of a head may have fewer."""
+        return self.mma.slots * RUN
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.head_dim // self.chunk_dims)
+
+    def bounded(self, dim: UOp, chunk: int) -> tuple[UOp, UOp | None]:
+        """(a dimension of a chunk, or some other that exists, whether it exists; None: all of the chunk's do)."""
+        if (chunk + 1) * self.chunk_dims <= self.head_dim:
+            return dim, None
+        return (dim < self.head_dim).where(dim, dim - self.chunk_dims), dim < self.head_dim
 
     def uncovered_shape(self) -> str:
         if rest := super().uncovered_shape():
@@ -48,12 +78,13 @@ class DecodeSpec(FusedAttentionSpec):
         on CUDA only, and only if contexts may be long."""
         splits = MAX_SPLITS
         if self.layout.num_tokens > 1:
-            groups = self.layout.num_tokens * self.num_kv_heads
+            groups = self.layout.num_tokens * self.head_groups
             while splits > 1 and splits * groups > GROUPS_WANTED:
                 splits //= 2
             if self.lanes.kind != "CUDA" or not self.is_long:
                 splits = 1
-        return SplitHeads(self.layout, self.num_heads, self.head_dim, splits, self.window)
+        heads = (self.num_heads, self.head_dim)
+        return SplitHeads(self.layout, *heads, splits, self.window, has_own_token=not self.writes_kv)
 
     @property
     def is_split(self) -> bool:
@@ -66,16 +97,31 @@ class DecodeSpec(FusedAttentionSpec):
 
     @property
     def num_warps(self) -> int:
-        groups = self.layout.num_tokens * self.num_kv_heads
+        groups = self.layout.num_tokens * self.head_groups
         if self.combines_splits:
             wanted = 4
         elif self.is_split:
             wanted = SHORTEST_SPAN // TILE_TOKENS  # the shortest split takes one pass
         else:
             wanted = 4 if groups > 256 else 16 if groups <= FEW_GROUPS and self.is_long else 8
-        while wanted > 1 and wanted * self.group * (self.head_dim + 2) * 4 > SHARED_BYTES:
+        shared = SHARED_BYTES
+        if self.is_wide:
+            wanted = min(wanted, 8)
+            shared = CUDA_SHARED_BYTES if self.lanes.kind == "CUDA" else SHARED_BYTES
+        while wanted > 1 and wanted * self.tile_heads * (self.head_dim + 2) * 4 > shared:
             wanted //= 2
         return wanted
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether a lane's registers hold either keys or values of a tile next to its sums."""
+        return self.head_dim >= WIDE_HEAD
+
+    @property
+    def loads_early(self) -> bool:
+        """Whether a warp loads its first tiles while the previous kernel still runs: if it has registers for them, and
+        no kernel of the step has written any of their tokens."""
+        return self.lanes.is_chained and self.writes_kv and not self.is_wide
 
     @property
     def tiles_ahead(self) -> int:
@@ -116,20 +162,29 @@ def take_buffers(spec: DecodeSpec, operands: list[UOp]) -> Buffers:
 
 @dataclass(frozen=True)
 class Threadgroup:
-    """A thread's place: token row, KV head and split of the context; lane and warp. An axis of length 1 is the
-    constant 0."""
+    """A thread's place: token row, group of query heads and split of the context; lane and warp. An axis of length 1 is
+    the constant 0."""
 
     spec: DecodeSpec
     body: Body
     row: UOp | int
-    kv_head: UOp | int
+    heads: UOp | int
     split: UOp | int
     lane: UOp
     warp: UOp | int
 
     @property
     def axes(self) -> tuple[UOp, ...]:
-        return axes_of(self.row, self.kv_head, self.split, self.lane, self.warp)
+        return axes_of(self.row, self.heads, self.split, self.lane, self.warp)
+
+    @property
+    def kv_head(self) -> UOp | int:
+        return self.heads // (self.spec.group // self.spec.tile_heads)
+
+    @property
+    def is_first_of_kv_head(self) -> UOp:
+        """Whether the threadgroup's query heads are the first of those that share the KV head."""
+        return (self.heads % (self.spec.group // self.spec.tile_heads) + UOp.const(0, dtypes.weakint)).eq(0)
 
     @property
     def thread(self) -> UOp:
@@ -142,9 +197,10 @@ class Threadgroup:
         return is_first & self.split.eq(0) if isinstance(self.split, UOp) else is_first
 
     def elements(self) -> list[tuple[UOp, UOp | None]]:
-        """(element of the KV head's G * D outputs, whether it exists) for each that the thread writes. None: always."""
+        """(element of the G * D outputs of the G heads, whether it exists) for each that the thread writes. None:
+        always."""
         spec = self.spec
-        size, threads = spec.group * spec.head_dim, spec.num_warps * LANES
+        size, threads = spec.tile_heads * spec.head_dim, spec.num_warps * LANES
         elements: list[tuple[UOp, UOp | None]] = []
         for start in range(0, size, threads):
             index, is_inside = start + self.thread, start + self.thread < size
@@ -155,13 +211,13 @@ class Threadgroup:
 
 def make_threadgroup(spec: DecodeSpec) -> Threadgroup:
     body = Body()
-    row, kv_head = grid(body, spec.layout.num_tokens), grid(body, spec.num_kv_heads)
+    row, heads = grid(body, spec.layout.num_tokens), grid(body, spec.head_groups)
     split, lane, warp = grid(body, spec.split.num_splits), body.threads(LANES), warps(body, spec.num_warps)
-    return Threadgroup(spec, body, row, kv_head, split, lane, warp)
+    return Threadgroup(spec, body, row, heads, split, lane, warp)
 
 
 class Row:
-    """A token row and KV head: its inputs, and the lane's share of its query, key and value."""
+    """A token row and a group of its heads: its inputs, and the lane's share of its query, key and value."""
 
     def __init__(self, group: Threadgroup, operands: list[UOp]) -> None:
         """`operands`: inputs, tables, and the parts of qkv."""
@@ -180,49 +236,50 @@ class Row:
         self.column = spec.mma.column(group.lane)
 
     def wait(self, ahead: Sequence[UOp]) -> None:
-        """Wait for the previous kernels. Cosines and sines, and `ahead`, are loaded meanwhile."""
+        """Wait for the previous kernels. `ahead`, and cosines and sines if there are registers for them, are loaded
+        meanwhile."""
         factors = []
-        if self.tables.rope is not None:
-            factors = [value for runs in self.query_dims for d in runs for pair in self._rope(d) for value in pair]
+        if self.tables.rope is not None and not self.spec.is_wide:
+            pairs = [
+                self.spec.rope_factors(self.tables.rope, self.past, d) for runs in self.query_dims for d, _ in runs
+            ]
+            factors = [value for pair in pairs for values in pair for value in values]
         self.qkv = list(await_previous(self.spec.lanes, *self.qkv, ahead=[*factors, *ahead]))
 
-    def loaded(self, section: int, head: UOp | int, dim: UOp) -> list[UOp]:
-        """Dimensions [dim, dim + 8) of a head of queries, keys or values, with their biases."""
+    @property
+    def end(self) -> UOp:
+        """The tokens that are read from the pool are those before this one."""
+        return self.past if self.spec.writes_kv else self.past + 1
+
+    def loaded(self, section: int, head: UOp | int, dim: UOp, count: int = RUN) -> list[UOp]:
+        """Dimensions [dim, dim + count) of a head of queries, keys or values, with their biases."""
         spec = self.spec
         part, start = spec.section(section)
         cols = spec.qkv_cols[part]
         offset = start + head * spec.head_dim + dim
         partials = [
-            load_floats(self.qkv[part], (self.group.row + s * spec.layout.num_tokens) * cols + offset, RUN)
+            load_floats(self.qkv[part], (self.group.row + s * spec.layout.num_tokens) * cols + offset, count)
             for s in range(spec.qkv_partials[part])
         ]
         values = [balanced(column) for column in zip(*partials, strict=True)]
         if self.tables.bias is None:
             return values
-        biases = load_floats(self.tables.bias, spec.bias_start(section) + head * spec.head_dim + dim, RUN)
+        biases = load_floats(self.tables.bias, spec.bias_start(section) + head * spec.head_dim + dim, count)
         return [a + b for a, b in zip(values, biases, strict=True)]
 
     def rotated(self, section: int, head: UOp | int) -> Runs:
         """The lane's runs (`query_dims`) of a head of queries or keys, normed if the model norms heads, and rotated by
-        the row's position (half-split pairs, Su et al. 2021)."""
+        the row's position. Zeros for dimensions that do not exist."""
         scale = self._head_scale(section, head)
-        return [[self._rotated_run(section, head, dim, scale) for dim in runs] for runs in self.query_dims]
+        return [
+            [_zeros_outside(self._rotated_run(section, head, dim, scale), ok) for dim, ok in runs]
+            for runs in self.query_dims
+        ]
 
     def _rotated_run(self, section: int, head: UOp | int, dim: UOp, scale: UOp | None) -> list[UOp]:
-        size, half = self.spec.head_dim, self.spec.head_dim // 2
         if self.tables.rope is None:
             return self._normed(section, head, dim, scale)
-        here, partner = (self._normed(section, head, d, scale) for d in (dim, (dim + half) % size))
-        cos, sin = self._rope(dim)
-        sign = (dim < half).where(UOp.const(-1.0, F32), UOp.const(1.0, F32))
-        return [a * c + b * (s * sign) for a, b, c, s in zip(here, partner, cos, sin, strict=True)]
-
-    def _rope(self, dim: UOp) -> tuple[list[UOp], list[UOp]]:
-        """Cosines and sines of dimensions [dim, dim + 8) at the row's position."""
-        size, half = self.spec.head_dim, self.spec.head_dim // 2
-        at = self.past * size + dim % half
-        assert self.tables.rope is not None
-        return load_floats(self.tables.rope, at, RUN), load_floats(self.tables.rope, at + half, RUN)
+        return self.spec.rotated_run(self.tables.rope, self.past, dim, lambda d: self._normed(section, head, d, scale))
 
     def _normed(self, section: int, head: UOp | int, dim: UOp, scale: UOp | None) -> list[UOp]:
         values = self.loaded(section, head, dim)
@@ -233,21 +290,36 @@ class Row:
 
     def _head_scale(self, section: int, head: UOp | int) -> UOp | None:
         """1 / sqrt(mean square + eps) of the lane's head, in each lane that holds some of it; None without a norm."""
-        spec = self.spec
-        if spec.head_eps is None:
+        if self.spec.head_eps is None:
             return None
-        runs = [self.loaded(section, head, dim) for runs in self.query_dims for dim in runs]
-        total = spec.lanes.sum(balanced(dot(run, run) for run in runs), spec.mma.row_masks)
-        return (total * (1.0 / spec.head_dim) + spec.head_eps).sqrt().reciprocal()
+        runs = [_zeros_outside(self.loaded(section, head, d), ok) for runs in self.query_dims for d, ok in runs]
+        return self._rms_factor(runs, self.spec.head_eps)
+
+    def _rms_factor(self, runs: list[list[UOp]], eps: float) -> UOp:
+        total = self.spec.lanes.sum(balanced(dot(run, run) for run in runs), self.spec.mma.row_masks)
+        return (total * (1.0 / self.spec.head_dim) + eps).sqrt().reciprocal()
+
+    def value(self) -> list[list[UOp]]:
+        """The lane's spans (`value_dims`) of the KV head's value, normed if the model norms values."""
+        size, spans = self.spec.head_dim // RUN, []
+        for dim in self.value_dims:
+            starts = range(0, size, RUN)
+            spans.append(
+                [v for i in starts for v in self.loaded(VALUES, self.group.kv_head, dim + i, min(RUN, size - i))]
+            )
+        if self.spec.value_eps is None:
+            return spans
+        factor = self._rms_factor(spans, self.spec.value_eps)
+        return [[value * factor for value in span] for span in spans]
 
     @property
-    def query_dims(self) -> list[list[UOp]]:
-        """The first dimensions of the lane's runs of its query head, by chunk and then as in `Mma.token_runs`."""
-        mma = self.spec.mma
-        width = mma.slots * RUN
+    def query_dims(self) -> list[list[tuple[UOp, UOp | None]]]:
+        """(first dimension, whether it exists) of the lane's runs of its query head, by chunk and then as in
+        `Mma.token_runs`. See `DecodeSpec.bounded`."""
+        spec = self.spec
         return [
-            [slot * RUN + c * width for _, slot in mma.token_runs(self.group.lane)]
-            for c in range(self.spec.head_dim // width)
+            [spec.bounded(slot * RUN + c * spec.chunk_dims, c) for _, slot in spec.mma.token_runs(self.group.lane)]
+            for c in range(spec.chunks)
         ]
 
     @property
@@ -255,3 +327,7 @@ class Row:
         """The first dimensions of the two spans of D / 8 that the lane's sums of values cover."""
         size = self.spec.head_dim // RUN
         return [(self.column + e) * size for e in range(2)]
+
+
+def _zeros_outside(run: list[UOp], is_inside: UOp | None) -> list[UOp]:
+    return run if is_inside is None else [is_inside.where(value, 0.0) for value in run]

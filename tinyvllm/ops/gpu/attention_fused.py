@@ -3,21 +3,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
 
-from tinyvllm.ops.attention_spec import AttentionSpec
-from tinyvllm.ops.kernel.lanes import Lanes, Mma
+from tinygrad import UOp
 
-COVERED = ("a window", "a softcap", "biases", "no rope")  # among the features of AttentionSpec
+from tinyvllm.ops.attention_spec import AttentionSpec
+from tinyvllm.ops.kernel.body import F32
+from tinyvllm.ops.kernel.lanes import Lanes, Mma, load_floats
+
+RUN = 8  # consecutive dimensions that a lane loads at once
+COVERED = (  # among the features of AttentionSpec
+    "a window",
+    "sinks",
+    "a softcap",
+    "biases",
+    "normed values",
+    "no rope",
+    "partial rope",
+    "interleaved rope",
+    "another layer's keys",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusedAttentionSpec(AttentionSpec):
     """Attention over a float16 pool on a matrix unit, from qkv as partial sums that are not added up yet."""
 
-    max_group: ClassVar[int]  # the most query heads that may share a KV head
+    max_group: ClassVar[int] = 32  # the most query heads that may share a KV head
 
     lanes: Lanes
     mma: Mma
@@ -27,9 +42,17 @@ class FusedAttentionSpec(AttentionSpec):
         """Why the kernels do not cover this layer, in words; "" if they do."""
         if rest := self.uncovered(COVERED):
             return rest
-        if self.head_dim not in (64, 128) or self.group > self.max_group:
+        if self.head_dim not in self.head_dims or self.group > self.max_group:
             return f"{self.num_heads} over {self.num_kv_heads} heads of {self.head_dim}"
+        # a run and its partners must not be in part rotated
+        if self.rotary % (RUN if self.is_interleaved else 2 * RUN):
+            return f"rope of {self.rotary} dimensions"
         return "" if self.holds_whole_sections() else "queries, keys and values that share a matrix in parts"
+
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        """The sizes of heads that the kernel covers."""
+        raise NotImplementedError
 
     def section(self, index: int) -> tuple[int, int]:
         """(part of qkv, its column) where the queries (0), keys (1) or values (2) begin."""
@@ -37,3 +60,35 @@ class FusedAttentionSpec(AttentionSpec):
         ends = list(accumulate(self.qkv_cols))
         part = next(i for i, end in enumerate(ends) if end > start)
         return part, start - (ends[part] - self.qkv_cols[part])
+
+    # -- rope (Su et al. 2021) by runs of eight dimensions -------------------------------------------------------------
+
+    def rope_factors(self, rope: UOp, position: UOp, dim: UOp) -> tuple[list[UOp], list[UOp]]:
+        """Cosines and sines of dimensions [dim, dim + 8) at a position, a sine with the sign of its partner. Those of
+        some other dimensions, if these are not rotated."""
+        half = self.rotary // 2
+        inside = dim if self.rotary == self.head_dim else (dim < self.rotary).where(dim, 0)
+        start = position * self.rotary
+        if self.is_interleaved:
+            at = start + inside // 2
+            cos, sin = load_floats(rope, at, RUN // 2), load_floats(rope, at + half, RUN // 2)
+            return [c for c in cos for _ in range(2)], [value for s in sin for value in (s * -1.0, s)]
+        at = start + inside % half
+        sign = (inside < half).where(UOp.const(-1.0, F32), UOp.const(1.0, F32))
+        return load_floats(rope, at, RUN), [s * sign for s in load_floats(rope, at + half, RUN)]
+
+    def rotated_run(self, rope: UOp, position: UOp, dim: UOp, load: Callable[[UOp], list[UOp]]) -> list[UOp]:
+        """Dimensions [dim, dim + 8) of a head, rotated. `load`: eight dimensions of it from one on."""
+        half, here = self.rotary // 2, load(dim)
+        if self.is_interleaved:
+            partner = [here[i ^ 1] for i in range(RUN)]
+        else:
+            other = (dim + half) % self.rotary
+            if self.rotary != self.head_dim:
+                other = (dim < half).where(dim + half, (dim < self.rotary).where(dim - half, dim))
+            partner = load(other)
+        cos, sin = self.rope_factors(rope, position, dim)
+        rotated = [a * c + b * s for a, b, c, s in zip(here, partner, cos, sin, strict=True)]
+        if self.rotary == self.head_dim:
+            return rotated
+        return [(dim < self.rotary).where(new, old) for new, old in zip(rotated, here, strict=True)]

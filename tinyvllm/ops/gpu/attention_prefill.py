@@ -35,12 +35,22 @@ def attend_tiles(
     step: Step,
     qkv: Sequence[Tensor],
 ) -> Tensor:
-    """Write the rotated keys and the values to the pool, and attend. Writes and returns `out` (T, H * D)."""
+    """Write the rotated keys and the values to the pool, unless an earlier layer has, and attend. Writes and returns
+    `out` (T, H * D)."""
     spec = replace(spec, has_wgmma=has_wgmma(str(out.device)))
+    if spec.writes_kv:
+        pool = _write(spec, pool, layer, step, qkv)
+    read = [*pool, _tile_map(spec, step), step.inputs, *layer.tables, *[qkv[i] for i in spec.parts(QUERIES)]]
+    return run_kernel(prefill_kernel(spec), [out], read)[0]
+
+
+def _write(
+    spec: PrefillSpec, pool: tuple[Tensor, Tensor], layer: AttentionLayer, step: Step, qkv: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The pool's keys and values with those of the step."""
     written = [step.inputs, *layer.key_tables, *[qkv[i] for i in spec.parts(KEYS, VALUES)]]
     keys, values = run_kernel(store_kernel(spec), list(pool), written)
-    read = [keys, values, _tile_map(spec, step), step.inputs, *layer.tables, *[qkv[i] for i in spec.parts(QUERIES)]]
-    return run_kernel(prefill_kernel(spec), [out], read)[0]
+    return keys, values
 
 
 def _tile_map(spec: PrefillSpec, step: Step) -> Tensor:
@@ -71,7 +81,8 @@ def store_kernel(spec: PrefillSpec) -> KernelFn:
         at = step.slot(row) * spec.slot_elements + head * spec.head_dim + dim
         low, high = step.rotated(KEYS, row, head, dim)
         new = [(keys, at, low), (keys, at + half, high)]
-        new += [(values, at + d, step.loaded(VALUES, row, head, dim + d)) for d in (0, half)]
+        low, high = step.value(row, head, dim)
+        new += [(values, at, low), (values, at + half, high)]
         stores = []
         for target, start, run in new:
             for i, value in enumerate(run):

@@ -8,7 +8,7 @@ from tinygrad import UOp, dtypes
 
 from tinyvllm.ops.gpu.attention_prefill_inputs import ROW_BYTES
 from tinyvllm.ops.gpu.attention_prefill_tile import AttentionTile, Walk
-from tinyvllm.ops.kernel.body import F32, LOWEST, balanced
+from tinyvllm.ops.kernel.body import balanced
 from tinyvllm.ops.kernel.hopper import (
     WGMMA_TOKENS,
     arrive_copies,
@@ -37,7 +37,7 @@ class HopperTile(AttentionTile):
         begin = self.begin
         primed = (self._put_queries(memory), self._copy(begin % 2, self.key_slots(begin * spec.keys), memory))
         stats, sums = body.registers(4), body.registers(spec.head_dim // 8 * 4)  # two rows' maxima and totals
-        init = [UOp.const(LOWEST, F32)] * 2 + zeros(2)
+        init = self.initial_stats()
         stats = stats.after(UOp.group(*[stats.after(*self.axes)[i].store(value) for i, value in enumerate(init)]))
         zeroed = [sums.after(*self.axes)[i].store(value) for i, value in enumerate(zeros(sums.max_numel()))]
         sums = sums.after(UOp.group(*zeroed))

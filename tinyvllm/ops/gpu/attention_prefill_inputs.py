@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from tinygrad import UOp
 
-from tinyvllm.ops.attention_spec import QUERIES
+from tinyvllm.ops.attention_spec import QUERIES, VALUES
 from tinyvllm.ops.gpu.attention_fused import FusedAttentionSpec
 from tinyvllm.ops.kernel.body import F16, balanced, clamp
 from tinyvllm.ops.kernel.hopper import WGMMA_COLS
@@ -19,14 +18,36 @@ ROW_BYTES = WGMMA_COLS * 2  # of a row of Hopper's tiles
 MAP_THREADS = 256
 MIN_LOOP = 2  # iterations that a loop must be able to run: Body.fold_while
 
+Halves = tuple[list[UOp], list[UOp]]  # eight dimensions of a head, and those half a head further
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillSpec(FusedAttentionSpec):
     """Attention of any rows, over paged KV in float16."""
 
-    max_group: ClassVar[int] = 32
-
     has_wgmma: bool = False  # the device has wgmma, Hopper's matrix instruction of four warps
+
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        return (64, 96, 128, 256)
+
+    def uncovered_shape(self) -> str:
+        if rest := super().uncovered_shape():
+            return rest
+        has_norm = self.head_eps is not None or self.value_eps is not None
+        if has_norm and self.head_lanes & (self.head_lanes - 1):
+            return f"normed heads of {self.head_dim} in a step with prompts"
+        return ""
+
+    @property
+    def head_lanes(self) -> int:
+        """Neighboring lanes that hold a head where it is loaded."""
+        return self.head_dim // (2 * PIECE)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether keys and values take turns in the same threadgroup memory, because both would not fit."""
+        return self.head_dim > 128
 
     @property
     def uses_wgmma(self) -> bool:
@@ -90,7 +111,7 @@ class PrefillSpec(FusedAttentionSpec):
     def for_map(self) -> PrefillSpec:
         """The same without what does not affect the tile map, which all layers share: the window, the softcap, and the
         group of the pool."""
-        return replace(self, window=None, softcap=None, table_group=0, num_blocks=1)
+        return replace(self, window=None, softcap=None, table_group=0, num_blocks=1, has_sinks=False)
 
     def parts(self, *sections: int) -> list[int]:
         """The parts of qkv that hold these sections. A kernel must read every buffer that it is given."""
@@ -141,29 +162,45 @@ class Inputs:
         biases = load_floats(self.tables.bias, spec.bias_start(section) + head * spec.head_dim + dim, PIECE)
         return [a + b for a, b in zip(values, biases, strict=True)]
 
-    def rotated(self, section: int, row: UOp, head: UOp | int, dim: UOp) -> tuple[list[UOp], list[UOp]]:
-        """Dimensions [dim, dim + 8), dim < D / 2, and their partners D / 2 further, normed if the model norms heads,
-        and rotated by the row's position (half-split pairs, Su et al. 2021). Neighboring lanes must hold the rest of
-        the head."""
+    def rotated(self, section: int, row: UOp, head: UOp | int, dim: UOp) -> Halves:
+        """Dimensions [dim, dim + 8), dim < D / 2, and those D / 2 further, normed if the model norms heads, and rotated
+        by the row's position. Neighboring lanes must hold the rest of the head."""
         assert self.tables is not None
-        half, rope, head_norm = self.spec.head_dim // 2, self.tables.rope, self.tables.head_norm
+        spec, half, rope = self.spec, self.spec.head_dim // 2, self.tables.rope
         low, high = self.loaded(section, row, head, dim), self.loaded(section, row, head, dim + half)
-        if head_norm is not None and self.spec.head_eps is not None:
-            scale, weight = self._head_scale(low + high, self.spec.head_eps), section * self.spec.head_dim + dim
-            low, high = (
-                [v * scale * w for v, w in zip(run, load_floats(head_norm, at, PIECE), strict=True)]
-                for run, at in ((low, weight), (high, weight + half))
-            )
+        scale = None if spec.head_eps is None else self._head_scale(low + high, spec.head_eps)
+        if rope is not None and (spec.rotary < spec.head_dim or spec.is_interleaved):
+            position = self.position(row)
+
+            def load(at: UOp) -> list[UOp]:
+                return self._normed(section, self.loaded(section, row, head, at), at, scale)
+
+            return spec.rotated_run(rope, position, dim, load), spec.rotated_run(rope, position, dim + half, load)
+        low, high = self._normed(section, low, dim, scale), self._normed(section, high, dim + half, scale)
         if rope is None:
             return low, high
-        at = self.position(row) * self.spec.head_dim + dim
+        at = self.position(row) * spec.head_dim + dim  # the two are partners
         cos, sin = load_floats(rope, at, PIECE), load_floats(rope, at + half, PIECE)
         pairs = list(zip(low, high, cos, sin, strict=True))
         return [a * c - b * s for a, b, c, s in pairs], [b * c + a * s for a, b, c, s in pairs]
 
+    def value(self, row: UOp, head: UOp | int, dim: UOp) -> Halves:
+        """The same dimensions of a head of values, normed if the model norms values."""
+        low, high = (self.loaded(VALUES, row, head, at) for at in (dim, dim + self.spec.head_dim // 2))
+        if self.spec.value_eps is None:
+            return low, high
+        scale = self._head_scale(low + high, self.spec.value_eps)
+        return [v * scale for v in low], [v * scale for v in high]
+
+    def _normed(self, section: int, values: list[UOp], dim: UOp, scale: UOp | None) -> list[UOp]:
+        if scale is None or self.tables is None or self.tables.head_norm is None:
+            return values
+        weights = load_floats(self.tables.head_norm, section * self.spec.head_dim + dim, PIECE)
+        return [v * scale * w for v, w in zip(values, weights, strict=True)]
+
     def _head_scale(self, values: list[UOp], eps: float) -> UOp:
         """1 / sqrt(mean square + eps) of a head; each of D / 16 neighboring lanes holds 16 of its values."""
         spec = self.spec
-        masks = [1 << i for i in range((spec.head_dim // len(values)).bit_length() - 1)]
+        masks = [1 << i for i in range(spec.head_lanes.bit_length() - 1)]
         total = spec.lanes.sum(dot(values, values), masks)
         return (total * (1.0 / spec.head_dim) + eps).sqrt().reciprocal()

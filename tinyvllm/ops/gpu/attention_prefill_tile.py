@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tinygrad import UOp, dtypes
+from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.attention_spec import QUERIES
 from tinyvllm.ops.gpu.attention_prefill_inputs import Inputs, PrefillSpec
-from tinyvllm.ops.kernel.body import F16, F32, LOWEST, Body, balanced, clamp
+from tinyvllm.ops.kernel.body import F16, F32, LOG2E, LOWEST, Body, balanced, clamp
 from tinyvllm.ops.kernel.lanes import LANES, axes_of, grid, load_floats, warps, zeros
 from tinyvllm.ops.kernel.tiles import (
     PIECE,
@@ -74,26 +75,33 @@ class AttentionTile:
 
     # -- operands ------------------------------------------------------------------------------------------------------
 
-    def queries(self) -> list[Operands]:
-        """The warp's rows of queries, rotated and scaled, by block."""
+    def stage_queries(self) -> UOp:
+        """The tile's queries, rotated and scaled, in threadgroup memory."""
         spec, mma, half = self.spec, self.mma, self.spec.head_dim // 2
         shared = self.body.shared(spec.rows * spec.head_dim, F16)
         scale, per_row, stores = spec.query_scale, half // PIECE, []
-        for start in range(0, spec.rows * per_row, self.threads):
-            item = start + self.thread
+        count = spec.rows * per_row
+        for start in range(0, count, self.threads):
+            item, is_wanted = start + self.thread, None
+            if start + self.threads > count:
+                item, is_wanted = item.minimum(count - 1), item < count
             row, dim = item // per_row, item % per_row * PIECE
             for run, at in zip(self.rotated_queries(row, dim), (dim, dim + half), strict=True):
                 scaled = [value * scale for value in run]
-                stores += mma.write(
-                    shared, at // TILE_COLS * (spec.rows * TILE_COLS), row, at % TILE_COLS // mma.slot_cols, scaled
-                )
-        shared = shared.after(UOp.group(*stores))
-        blocks = []
-        for block in range(spec.row_blocks):
-            row = self.first_row + block * mma.left_rows
-            operands = [mma.left(shared, c * spec.rows * TILE_COLS, row, self.lane) for c in range(spec.chunks)]
-            blocks.append([operand for chunk in operands for operand in chunk])
-        return blocks
+                base, slot = at // TILE_COLS * (spec.rows * TILE_COLS), at % TILE_COLS // mma.slot_cols
+                stores += mma.write(shared, base, row, slot, scaled, is_wanted)
+        return shared.after(UOp.group(*stores))
+
+    def _query(self, queries: UOp, block: int, chunk: int, *after: UOp) -> Operands:
+        """The warp's operands of a block of rows and a chunk of columns."""
+        row = self.first_row + block * self.mma.left_rows
+        return self.mma.left(queries, chunk * self.spec.rows * TILE_COLS, row, self.lane, *after)
+
+    def load_queries(self, queries: UOp) -> list[Operands]:
+        """All of the warp's operands, by block of rows."""
+        spec = self.spec
+        blocks = [[self._query(queries, i, c) for c in range(spec.chunks)] for i in range(spec.row_blocks)]
+        return [[operand for chunk in block for operand in chunk] for block in blocks]
 
     def rotated_queries(self, row: UOp, dim: UOp) -> tuple[list[UOp], list[UOp]]:
         """Dimensions [dim, dim + 8) of a row of the tile, dim < D / 2, and their partners."""
@@ -148,25 +156,50 @@ class AttentionTile:
         """The number of rows for which a lane holds scores and sums."""
         return self.spec.row_blocks * (self.mma.elements // 2)
 
+    @property
+    def copies_ahead(self) -> bool:
+        """Whether the next tile of keys and values is copied while one is in use."""
+        return self.mma.is_cuda and not self.spec.takes_turns
+
+    def initial_stats(self) -> list[UOp]:
+        """The maxima by row, and then the lane's sums of weights, before the first tile: nothing, or the heads'
+        sinks."""
+        tables, rows = self.step.tables, self.lane_rows
+        if tables is None or tables.sinks is None:
+            return [UOp.const(LOWEST, F32)] * rows + zeros(rows)
+        bests, totals, per_block = [], [], self.mma.elements // 2
+        for i in range(rows):
+            row, column = self.mma.place(self.lane, 2 * (i % per_block))
+            row = self.first_row + i // per_block * self.mma.left_rows + row
+            head = self.kv_head * self.spec.group + row % self.spec.group
+            bests.append(tables.sinks[head].load() * LOG2E)
+            totals.append(column.eq(0).where(UOp.const(1.0, F32), UOp.const(0.0, F32)))  # in one lane of each row
+        return bests + totals
+
     def attend(self) -> tuple[list[UOp], list[UOp]]:
         """(the lane's sums of weights by row, its sums of weighted values)."""
         spec, body, mma = self.spec, self.body, self.mma
         size = spec.keys * spec.head_dim
-        stages = 2 if mma.is_cuda else 1
-        queries = self.queries()
-        memory = _Memory(body.shared(stages * size, F16), body.shared(stages * size, F16))
+        stages = 2 if self.copies_ahead else 1
+        staged = self.stage_queries()
+        queries = [] if spec.takes_turns else self.load_queries(staged)
+        keys = body.shared(stages * size, F16)
+        memory = _Memory(keys, keys if spec.takes_turns else body.shared(stages * size, F16))
         rows = self.lane_rows
         count = spec.row_blocks * spec.head_dim // mma.right_rows * mma.elements
-        init = [UOp.const(LOWEST, F32)] * rows + zeros(rows + count)
+        init = [*self.initial_stats(), *zeros(count)]
         registers = body.registers(len(init))
         started = UOp.group(*[registers.after(*self.axes)[i].store(value) for i, value in enumerate(init)])
         registers = registers.after(started)
         primed: tuple[UOp, ...] = ()
-        if mma.is_cuda:
+        if self.copies_ahead:
             first = replace(memory, base=self.begin % 2 * size)
             primed = (self._begin(first, self.key_slots(self.begin * spec.keys)),)
         for walk in self.walks():
-            registers = self._walk(walk, queries, memory, registers, primed)
+            if spec.takes_turns:
+                registers = self._walk_in_turns(walk, staged, memory, registers)
+            else:
+                registers = self._walk(walk, queries, memory, registers, primed)
         last = [registers[i].load() for i in range(len(init))]
         totals = [spec.lanes.sum(total, spec.mma.row_masks) for total in last[rows : 2 * rows]]
         return totals, last[2 * rows :]
@@ -179,17 +212,40 @@ class AttentionTile:
         loop = self.body.fold_while(walk.count)
         step = loop.cast(dtypes.weakint) + walk.first
         first_key = step * spec.keys
-        if self.mma.is_cuda:
+        if self.copies_ahead:
             slots = self.key_slots(first_key + spec.keys)
             arrived = arrival(0, loop, *primed, *[slot for slot, _ in slots])
             begun = (self._begin(replace(memory, base=(step + 1) % 2 * size), slots, arrived),)
             tile = memory.after(arrived, base=step % 2 * size, begun=begun)
         else:
-            tile = memory.after(UOp.group(*self._fill(memory.after(loop), first_key)))
+            filled = memory.after(loop)
+            both = [(filled.keys, self.keys), (filled.values, self.values)]
+            tile = memory.after(UOp.group(*self._fill(both, first_key)))
         old = [registers.after(loop)[i].load() for i in range(registers.max_numel())]
         new = self._step(queries, tile, None if walk.is_whole else first_key, old)
         stored = UOp.group(*[registers.after(loop)[i].store(value) for i, value in enumerate(new)])
         return registers.after(together(stored, *tile.begun).end(loop))
+
+    def _walk_in_turns(self, walk: Walk, queries: UOp, memory: _Memory, registers: UOp) -> UOp:
+        """The same where a tile's values overwrite its keys. What is known of its scores is held in registers
+        meanwhile."""
+        loop = self.body.fold_while(walk.count)
+        first_key = (loop.cast(dtypes.weakint) + walk.first) * self.spec.keys
+        old = [registers.after(loop)[i].load() for i in range(registers.max_numel())]
+        keys = memory.after(UOp.group(*self._fill([(memory.keys.after(loop), self.keys)], first_key)))
+        scores = self._scores_by_chunk(queries.after(loop), keys, None if walk.is_whole else first_key)
+        best, total, weights, decays = self._weigh(scores, old)
+        flat = [*best, *total, *decays, *[value for blocks in weights for block in blocks for value in block]]
+        held = self.body.registers(len(flat))
+        held = held.after(UOp.group(*[held.after(loop)[i].store(value) for i, value in enumerate(flat)]))
+        read = UOp(Ops.BARRIER, src=(held,))
+        values = memory.after(UOp.group(*self._fill([(memory.values.after(read), self.values)], first_key)))
+        kept = iter([held[i].load() for i in range(len(flat))])
+        best, total, decays = ([next(kept) for _ in part] for part in (best, total, decays))
+        weights = [[[next(kept) for _ in block] for block in blocks] for blocks in weights]
+        new = [*best, *total, *self._add_values(weights, decays, values, old[2 * self.lane_rows :])]
+        stored = UOp.group(*[registers.after(loop)[i].store(value) for i, value in enumerate(new)])
+        return registers.after(UOp(Ops.BARRIER, src=(stored,)).end(loop))  # before the next keys overwrite the values
 
     def _begin(self, memory: _Memory, slots: list[tuple[UOp, UOp]], *after: UOp) -> UOp:
         """Begin to copy a tile of keys and values, zeros outside the context. `slots`: as from `key_slots`."""
@@ -200,8 +256,9 @@ class AttentionTile:
             copies.append(copy_piece(memory.values[place], self.values[at], wanted, *after))
         return commit(*copies)
 
-    def _fill(self, memory: _Memory, first_key: UOp) -> list[UOp]:
-        """Stores of a tile of keys and values. Outside the context they are zeros, since the pool may hold anything."""
+    def _fill(self, targets: list[tuple[UOp, UOp]], first_key: UOp) -> list[UOp]:
+        """Stores of a tile of keys, of values, or of both, given as (threadgroup memory, pool). Zeros outside the
+        context, since the pool may hold anything."""
         stores, mma, per_key = [], self.mma, self.spec.head_dim // PIECE
         for start, (slot, wanted) in zip(
             range(0, self.spec.keys * per_key, self.threads), self.key_slots(first_key), strict=True
@@ -209,7 +266,7 @@ class AttentionTile:
             item = start + self.thread
             key, dim = item // per_key, item % per_key * PIECE
             at, base = self.source(slot, dim), dim // TILE_COLS * (self.spec.keys * TILE_COLS)
-            for tile, pool in ((memory.keys, self.keys), (memory.values, self.values)):
+            for tile, pool in targets:
                 values = [wanted.where(value, 0.0) for value in load_floats(pool, at, PIECE)]
                 stores += mma.write(tile, base, key, dim % TILE_COLS // mma.slot_cols, values)
         return stores
@@ -234,11 +291,28 @@ class AttentionTile:
             key = [operand for chunk in chunks for operand in chunk]
             for i, query in enumerate(queries):
                 products = mma.sum(query, key, zeros(mma.elements))
-                products = [spec.score(product, lambda x: quick_exp2(x, mma)) for product in products]
-                if first_key is not None:
-                    products = self._masked(products, i, first_key + first_row)
-                scores[i].append(products)
+                scores[i].append(self._scored(products, i, first_row, first_key))
         return scores
+
+    def _scores_by_chunk(self, queries: UOp, memory: _Memory, first_key: UOp | None) -> list[list[list[UOp]]]:
+        """The same for heads whose queries do not fit into registers: each block of keys reads them again."""
+        spec, mma = self.spec, self.mma
+        scores: list[list[list[UOp]]] = [[] for _ in range(spec.row_blocks)]
+        last: tuple[UOp, ...] = ()  # so that a block's operands are read after the scores of the block before
+        for first_row in range(0, spec.keys, mma.right_rows):
+            for i in range(spec.row_blocks):
+                products = zeros(mma.elements)
+                for c in range(spec.chunks):
+                    key = mma.right(memory.keys, memory.base + c * (spec.keys * TILE_COLS), first_row, self.lane)
+                    products = mma.sum(self._query(queries, i, c, *last), key, products)
+                last = (products[0],)
+                scores[i].append(self._scored(products, i, first_row, first_key))
+        return scores
+
+    def _scored(self, products: list[UOp], block: int, first_row: int, first_key: UOp | None) -> list[UOp]:
+        """The scores of a block of rows with the keys from row `first_row` of the tile on."""
+        scores = [self.spec.score(product, lambda x: quick_exp2(x, self.mma)) for product in products]
+        return scores if first_key is None else self._masked(scores, block, first_key + first_row)
 
     def _weigh(
         self, scores: list[list[list[UOp]]], old: list[UOp]

@@ -33,6 +33,7 @@ class SplitHeads:
     head_dim: int  # D
     num_splits: int  # S; how many are in use depends on the context's length
     window: int | None = None  # tokens that a row attends to, its own included
+    has_own_token: bool = False  # the row's own token is among those that are split
 
     @property
     def num_cols(self) -> int:
@@ -46,7 +47,8 @@ class SplitHeads:
 
     def shared(self, past: UOp) -> UOp:
         """How many tokens are split, of `past` tokens before the row's own: with a window, not all."""
-        return past if self.window is None else past - self.start(past)
+        end = past + 1 if self.has_own_token else past
+        return end if self.window is None else end - self.start(past)
 
     def span(self, past: UOp) -> UOp:
         """Tokens of a split, if `past` are split."""

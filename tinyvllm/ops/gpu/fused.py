@@ -210,15 +210,16 @@ class FusedGpuBackend(GpuBackend):
     def _decode(self, spec: DecodeSpec, pool: tuple[Tensor, Tensor], read: list[Tensor], step: Step) -> Tensor:
         """Attention of rows that are each the last token of their sequence."""
         split = spec.split
+        written, read = ([*pool], read) if spec.writes_kv else ([], [*pool, *read])
         if not spec.is_split:
             out = self._empty(step.num_tokens * split.num_cols)
-            return run_kernel(decode_kernel(spec), [out, *pool], read)[0]
+            return run_kernel(decode_kernel(spec), [out, *written], read)[0]
         rows = split.num_splits * step.num_tokens
         outs = [self._floats(rows * split.num_cols), self._floats(rows * split.num_heads)]
         if spec.combines_splits:
             outs = [self._empty(step.num_tokens * split.num_cols), *outs, self.arrivals]
-            return run_kernel(decode_kernel(spec), [*outs, *pool], read)[0]
-        values, sums, *_ = run_kernel(decode_kernel(spec), [*outs, *pool], read)
+            return run_kernel(decode_kernel(spec), [*outs, *written], read)[0]
+        values, sums, *_ = run_kernel(decode_kernel(spec), [*outs, *written], read)
         result = Split(self._empty(split.num_cols).uop)
         result.values, result.sums, result.inputs, result.split = values, sums, step.inputs, split
         return result

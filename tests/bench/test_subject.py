@@ -115,6 +115,9 @@ def test_shapes_have_the_parameters_of_their_names() -> None:
         "gemma-3-270m": 268.1,
         "gemma-3-1b": 999.9,
         "mistral-7b-v0.1": 7242,
+        "qwen2.5-7b": 7615,
+        "gemma-3-4b": 3880,
+        "phi-4-mini": 3836,
     }
     assert millions == pytest.approx(expected, rel=1e-3)
 

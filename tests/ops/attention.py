@@ -97,6 +97,7 @@ FUSED: dict[str, tuple[int, int, int, bool, tuple[tuple[str, Any], ...]]] = {
     "phi 4 mini": (6, 2, 128, False, (("rope", Rope(10000.0, num_dims=96)),)),
     "glm 4": (16, 1, 128, False, (("rope", Rope(10000.0, num_dims=64, is_interleaved=True)), ("has_bias", True))),
     "gpt-oss": (16, 2, 64, False, (("window", 70), ("has_sinks", True), ("has_bias", True))),
+    "ministral 3": (8, 2, 128, False, (("query_scaling", QueryScaling(0.5, 16)),)),
     "gemma 4": (4, 2, 64, True, (("value_norm_eps", 0.1), ("score_scale", 1.0))),
     "all": (
         12,

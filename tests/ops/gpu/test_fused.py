@@ -172,13 +172,15 @@ def test_what_takes_the_general_kernels_says_so(caplog: pytest.LogCaptureFixture
         assert not caplog.messages and not backend.coverage.lines() and backend.coverage.count == 0
         plan_layer(backend, StepLayout(3, 3, 4, 8), formats, is_decode=True)
         plan_layer(backend, StepLayout(3, 3, 2, 16), formats, is_decode=True, features=FEATURES["all"])
+        rope = (("rope", Rope(10000.0, num_dims=24)),)
+        plan_layer(backend, StepLayout(3, 3, 2, 16), formats, is_decode=True, features=rope)
         plan_layer(rendered("CUDA", "float32"), StepLayout(3, 3, 2, 16), formats, is_decode=True)
         old = FusedGpuBackend(backend.device, "float16", Lanes("CUDA"))  # before sm_80
         plan_layer(old, StepLayout(3, 3, 2, 16), formats, is_decode=True)
     assert old.coverage.lines()[1] == "layer 0: attention with no matrix unit for float16 takes the general kernel"
     assert backend.coverage.lines() == [
         "layer 0: attention with blocks of 8 tokens takes the general kernel",
-        "layer 0: attention with sinks, normed values, partial rope and interleaved rope takes the general kernel",
+        "layer 0: attention with rope of 24 dimensions takes the general kernel",
     ]
     assert backend.coverage.count == 2
     assert "qkv: a product with several rows, and no matrix unit for float32 takes the general kernel" in str(

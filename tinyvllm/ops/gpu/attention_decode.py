@@ -101,7 +101,7 @@ class _OwnToken:
         """The own token's score for the lane's head."""
         spec = self.row.spec
         product = spec.lanes.sum(dot(_flat(self.query), _flat(self.key)), spec.mma.row_masks)
-        return spec.score(product * spec.query_scale, lambda x: x.exp2())
+        return spec.score(product * self.row.query_scale, lambda x: x.exp2())
 
 
 def _cast(runs: Runs, dtype: DType) -> Runs:
@@ -281,7 +281,7 @@ class _Softmax:
         is_seen = tile.is_used & (token < self.context.high)
         if spec.window is not None:
             is_seen = is_seen & (token >= spec.first_key(self.row.past))
-        score = spec.score(product * spec.query_scale, lambda x: x.exp2())
+        score = spec.score(product * self.row.query_scale, lambda x: x.exp2())
         return is_seen.where(score, UOp.const(NOTHING, F32))
 
 

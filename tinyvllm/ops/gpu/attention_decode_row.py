@@ -232,6 +232,7 @@ class Row:
         self.table = seq * layout.max_blocks + spec.tables_start
         slot = clamp(self.inputs[spec.slots_start + row].load(), 0, spec.num_blocks * layout.block_size - 1)
         self.own_start = slot * spec.slot_elements + group.kv_head * spec.head_dim
+        self.query_scale = spec.query_scale_at(self.tables.rope, self.past)
         self.head = spec.mma.head(group.lane)
         self.column = spec.mma.column(group.lane)
 

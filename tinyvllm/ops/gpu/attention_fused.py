@@ -25,6 +25,7 @@ COVERED = (  # among the features of AttentionSpec
     "partial rope",
     "interleaved rope",
     "another layer's keys",
+    "scaled queries",
 )
 
 
@@ -61,6 +62,12 @@ class FusedAttentionSpec(AttentionSpec):
         part = next(i for i, end in enumerate(ends) if end > start)
         return part, start - (ends[part] - self.qkv_cols[part])
 
+    def query_scale_at(self, rope: UOp | None, position: UOp) -> UOp | float:
+        """What rotated queries at a position are multiplied by."""
+        if not self.scales_queries or rope is None:
+            return self.query_scale
+        return rope[position * self.rope_cols + self.rotary].load() * self.query_scale
+
     # -- rope (Su et al. 2021) by runs of eight dimensions -------------------------------------------------------------
 
     def rope_factors(self, rope: UOp, position: UOp, dim: UOp) -> tuple[list[UOp], list[UOp]]:
@@ -68,7 +75,7 @@ class FusedAttentionSpec(AttentionSpec):
         some other dimensions, if these are not rotated."""
         half = self.rotary // 2
         inside = dim if self.rotary == self.head_dim else (dim < self.rotary).where(dim, 0)
-        start = position * self.rotary
+        start = position * self.rope_cols
         if self.is_interleaved:
             at = start + inside // 2
             cos, sin = load_floats(rope, at, RUN // 2), load_floats(rope, at + half, RUN // 2)

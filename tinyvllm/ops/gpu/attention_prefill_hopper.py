@@ -49,13 +49,12 @@ class HopperTile(AttentionTile):
     def _put_queries(self, memory: UOp) -> UOp:
         """The tile's queries, rotated and scaled, in threadgroup memory."""
         spec, half = self.spec, self.spec.head_dim // 2
-        scale, per_row, last = spec.query_scale, half // PIECE, memory
+        per_row, last = half // PIECE, memory
         for start in range(0, spec.rows * per_row, self.threads):
             item = start + self.thread
             row, dim = item // per_row, item % per_row * PIECE
-            for run, at in zip(self.rotated_queries(row, dim), (dim, dim + half), strict=True):
-                scaled = [value * scale for value in run]
-                words = [pack_words(*scaled[i : i + 2]) for i in range(0, PIECE, 2)]
+            for run, at in zip(self.scaled_queries(row, dim), (dim, dim + half), strict=True):
+                words = [pack_words(*run[i : i + 2]) for i in range(0, PIECE, 2)]
                 last = store_words(swizzled_place(row, at // PIECE), words, last)
         return last
 

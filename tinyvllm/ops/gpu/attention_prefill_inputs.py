@@ -179,7 +179,7 @@ class Inputs:
         low, high = self._normed(section, low, dim, scale), self._normed(section, high, dim + half, scale)
         if rope is None:
             return low, high
-        at = self.position(row) * spec.head_dim + dim  # the two are partners
+        at = self.position(row) * spec.rope_cols + dim  # the two are partners
         cos, sin = load_floats(rope, at, PIECE), load_floats(rope, at + half, PIECE)
         pairs = list(zip(low, high, cos, sin, strict=True))
         return [a * c - b * s for a, b, c, s in pairs], [b * c + a * s for a, b, c, s in pairs]

@@ -9,7 +9,7 @@ from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.attention_spec import QUERIES
-from tinyvllm.ops.gpu.attention_prefill_inputs import Inputs, PrefillSpec
+from tinyvllm.ops.gpu.attention_prefill_inputs import Halves, Inputs, PrefillSpec
 from tinyvllm.ops.kernel.body import F16, F32, LOG2E, LOWEST, Body, balanced, clamp
 from tinyvllm.ops.kernel.lanes import LANES, axes_of, grid, load_floats, warps, zeros
 from tinyvllm.ops.kernel.tiles import (
@@ -79,17 +79,16 @@ class AttentionTile:
         """The tile's queries, rotated and scaled, in threadgroup memory."""
         spec, mma, half = self.spec, self.mma, self.spec.head_dim // 2
         shared = self.body.shared(spec.rows * spec.head_dim, F16)
-        scale, per_row, stores = spec.query_scale, half // PIECE, []
+        per_row, stores = half // PIECE, []
         count = spec.rows * per_row
         for start in range(0, count, self.threads):
             item, is_wanted = start + self.thread, None
             if start + self.threads > count:
                 item, is_wanted = item.minimum(count - 1), item < count
             row, dim = item // per_row, item % per_row * PIECE
-            for run, at in zip(self.rotated_queries(row, dim), (dim, dim + half), strict=True):
-                scaled = [value * scale for value in run]
+            for run, at in zip(self.scaled_queries(row, dim), (dim, dim + half), strict=True):
                 base, slot = at // TILE_COLS * (spec.rows * TILE_COLS), at % TILE_COLS // mma.slot_cols
-                stores += mma.write(shared, base, row, slot, scaled, is_wanted)
+                stores += mma.write(shared, base, row, slot, run, is_wanted)
         return shared.after(UOp.group(*stores))
 
     def _query(self, queries: UOp, block: int, chunk: int, *after: UOp) -> Operands:
@@ -103,11 +102,14 @@ class AttentionTile:
         blocks = [[self._query(queries, i, c) for c in range(spec.chunks)] for i in range(spec.row_blocks)]
         return [[operand for chunk in block for operand in chunk] for block in blocks]
 
-    def rotated_queries(self, row: UOp, dim: UOp) -> tuple[list[UOp], list[UOp]]:
-        """Dimensions [dim, dim + 8) of a row of the tile, dim < D / 2, and their partners."""
+    def scaled_queries(self, row: UOp, dim: UOp) -> Halves:
+        """Dimensions [dim, dim + 8) of a row of the tile, dim < D / 2, and those D / 2 further, rotated and scaled."""
         spec, token, head = self.spec, row // self.spec.group, row % self.spec.group
         source = (self.first + token.minimum((self.count - 1).maximum(0))).minimum(spec.layout.num_tokens - 1)
-        return self.step.rotated(QUERIES, source, self.kv_head * spec.group + head, dim)
+        low, high = self.step.rotated(QUERIES, source, self.kv_head * spec.group + head, dim)
+        rope = None if self.step.tables is None else self.step.tables.rope
+        scale = spec.query_scale_at(rope, self.step.position(source))
+        return [value * scale for value in low], [value * scale for value in high]
 
     def key_slots(self, first_key: UOp | int) -> list[tuple[UOp, UOp]]:
         """(slot, whether it is in the context and, of the tile's first row at least, in the window) of each key of a

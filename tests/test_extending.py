@@ -28,6 +28,7 @@ TABLES = (
     ("tinyvllm.cli.commands", "COMMANDS"),
     ("tinyvllm.device.kinds", "KINDS"),
     ("tinyvllm.model.registry", "FAMILIES"),
+    ("tinyvllm.model.weights.hf_formats", "METHODS"),
     ("tinyvllm.model.weights.quant", "QUANTIZED_KINDS"),
     ("tinyvllm.ops.activation", "ACTIVATIONS"),
     ("tinyvllm.ops.sampling.logits_processing", "FILTERS"),

@@ -391,7 +391,7 @@ def test_the_page_has_every_format_with_its_size_and_readers() -> None:
     loaded = [*dense, *(kind.format for kind in QUANTIZED_KINDS.values())]
     known = {fmt.name: fmt for fmt in [*reversed(FORMATS), *loaded]}
     assert rows.keys() == known.keys() - {"affine4_g16"}
-    assert {name for name, cells in rows.items() if cells[1]} == {fmt.name for fmt in loaded}
+    assert all(cells[1] for cells in rows.values()), "nothing reads a format"
     for name, (_, _, bits, group, *_, fused) in rows.items():
         fmt = known[name]
         host = draw_matrix(fmt, 32, 512) if fmt.is_quantized else make_host(name, 32, 512)

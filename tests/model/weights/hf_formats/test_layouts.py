@@ -13,10 +13,10 @@ from safetensors.numpy import save_file
 
 from tests.builders import write_json
 from tests.model.weights.hf_formats.directory import assemble, check
-from tinyvllm.arrays import QuantizedMatrix
+from tinyvllm.arrays import E2M1, QuantizedMatrix
 from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.weights.hf_formats import METHODS, assemble_matrices
-from tinyvllm.model.weights.hf_formats.matrices import FP4, unpack_bits
+from tinyvllm.model.weights.hf_formats.matrices import unpack_bits
 from tinyvllm.model.weights.safetensors import read_safetensors
 
 ROWS, COLS = 64, 256
@@ -174,7 +174,7 @@ def test_nvfp4_of_modelopt_beside_its_fp8(tmp_path: Path) -> None:
     }
     factors = np.repeat(scale.astype(np.float32) * np.float32(0.003), 16, axis=1)
     found = assemble(tmp_path, {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, tensors)
-    check(found["a.weight"], "nvfp4", float32(FP4)[codes] * factors)
+    check(found["a.weight"], "nvfp4", float32(E2M1)[codes] * factors)
     assert found["b.weight"].format_name == "fp8-tensor"
 
 

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from ml_dtypes import float8_e4m3fn
 
-from tinyvllm.arrays import GROUPS, SCALE_DTYPES, Format, HostMatrix, QuantizedMatrix, ScaleFormat, Scales
+from tinyvllm.arrays import E2M1, GROUPS, SCALE_DTYPES, Format, HostMatrix, QuantizedMatrix, ScaleFormat, Scales
 from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.weights.stored import StoredTensor
 from tinyvllm.storage.values import Values
-
-FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # E2M1
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,7 @@ def scaled_fp4(
     name: str, group: int, packed: np.ndarray, scale: np.ndarray, multiplier: float | None = None
 ) -> QuantizedMatrix:
     """E2M1 codes, two in a byte, the first in the low half. packed (N, K / 2) uint8, scale (N, K / group)."""
-    fmt = Format(name, 4, group, scale=scale_format(scale, group, has_multiplier=multiplier is not None), codebook=FP4)
+    fmt = Format(name, 4, group, scale=scale_format(scale, group, has_multiplier=multiplier is not None), codebook=E2M1)
     codes = unpack_bits(packed, 4, scale.shape[1] * group)
     rows = None if multiplier is None else np.full(len(scale), multiplier, np.float32)
     return QuantizedMatrix(fmt, codes, Scales(np.ascontiguousarray(scale), multiplier=rows))

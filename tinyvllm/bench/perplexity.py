@@ -21,7 +21,8 @@ from tinyvllm.text.tokenizer import load_tokenizer
 
 TEXT = Path(__file__).with_name("northanger_abbey.txt")
 WINDOW = 512  # tokens that are scored with nothing before them: every token but a window's first
-STEP = 256  # tokens computed at a time: one graph to capture, on every device
+STEP = 64  # tokens computed at a time
+MIN_BLOCK = 8  # tokens of the smallest block: a pool of blocks of any size holds a window
 Report = Callable[[str, int, int], None]
 
 
@@ -70,9 +71,17 @@ def windows_of(files: ModelFiles, num_tokens: int) -> list[list[int]]:
 def losses(model: str, windows: Sequence[Sequence[int]], report: Report, stage: str, **settings: Any) -> np.ndarray:
     """-log p of every token but the first of each window, in order: (T,) float64. `settings`: of EngineConfig."""
     report(stage, 0, len(windows))
-    step = settings.pop("max_num_batched_tokens", None) or STEP
-    buckets: dict[str, Any] = {"decode_buckets": (1,), "token_buckets": (step,), "max_num_batched_tokens": step}
-    llm = LLM(model, max_model_len=WINDOW + 2, max_num_seqs=1, enable_prefix_caching=False, **buckets, **settings)
+    own: dict[str, Any] = {
+        "max_model_len": WINDOW + 2,
+        # a step scores as many tokens as sequences may run, and one graph is enough
+        "max_num_seqs": STEP,
+        "max_num_batched_tokens": STEP,
+        "decode_buckets": (STEP,),
+        "token_buckets": (STEP,),
+        "num_gpu_blocks_override": (WINDOW + 2) // MIN_BLOCK + 2,
+        "enable_prefix_caching": False,
+    }
+    llm = LLM(model, **settings | own)
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     found: list[float] = []
     try:

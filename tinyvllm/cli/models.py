@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from rich.markup import escape
+from typer import Exit, Option
 
 from tinyvllm.cli.terminal import err, out, progress_bars
 from tinyvllm.config import ModelFiles
@@ -35,8 +38,52 @@ def require_model(model: str, *, pull: bool) -> ModelFiles:
         return download(model)
 
 
-def models() -> None:
-    """List the models of the catalog and those downloaded."""
+def models(
+    *,
+    check: Annotated[
+        str | None,
+        Option(
+            metavar="MODEL",
+            help="Instead of the list: say of a model, file or directory what it is, in which formats, how much memory "
+            "it takes, which context fits, and what its kernels are, or why it does not run. Nothing is loaded.",
+        ),
+    ] = None,
+    device_memory: Annotated[
+        str | None,
+        Option(
+            metavar="SIZE",
+            help="With --check: free memory of the device, such as 16GiB. [default: that of this computer's device]",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        Option(metavar="DEVICE", help="With --check: METAL, CUDA, CL or CPU. [default: this computer's]"),
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="With --check: print one JSON document.")] = False,
+) -> None:
+    """List the models of the catalog and those downloaded, or check one.
+
+    Exits with code 1 if the model that was checked cannot run."""
+    if check is not None:
+        _check(check, device, device_memory, as_json=as_json)
+        return
+    _list()
+
+
+def _check(name: str, device: str | None, device_memory: str | None, *, as_json: bool) -> None:
+    from tinyvllm.cli.model_check import check_model, parse_size, print_check, print_json
+
+    result = check_model(name, device, parse_size(device_memory))
+    if as_json:
+        print_json(result)
+    else:
+        print_check(result)
+    if not result.runs:
+        raise Exit(1)
+
+
+def _list() -> None:
     from rich.table import Table
 
     from tinyvllm.storage.resolve import list_models, models_dir

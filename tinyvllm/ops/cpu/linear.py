@@ -20,7 +20,7 @@ from tinygrad import UOp
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import arithmetic, gated, tanh
 from tinyvllm.ops.cpu.shuffle import LookedUp, integer_codebook, look_up_run
-from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes, code_lanes, panel_unit
+from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes, code_lanes, high_bits, panel_unit
 from tinyvllm.ops.kernel.body import Body, KernelFn, balanced, cached_kernel, exp2, fill, finish
 from tinyvllm.ops.kernel.tuning import Tunable
 from tinyvllm.ops.sampling.token_ids import token_id
@@ -293,16 +293,18 @@ class _Product:
         return look_up_run(self.body.registers(PANEL).after(acc), codebook[0], self.planes.codes[run])
 
     def _multiply_vectors(self, acc: UOp, x: _Shard, col: UOp) -> UOp:
-        """The same for the columns of one code of a grid."""
-        width, rows, lane = self.spec.format.code_cols, self.spec.rows_per_pass, self.body.loop(PANEL)
-        vector = (col + x.start) // width
-        weights = self.planes.panel_vector(self.panel, vector, lane, self.spec.num_cols)
+        """The same for the columns of one code of a grid, by parts of the lanes whose codes' high bits share a word."""
+        body, spec, parts = self.body, self.spec, max(1, high_bits(self.spec.format))
+        vector, width, lane = (col + x.start) // spec.format.code_cols, spec.format.code_cols, body.loop(PANEL // parts)
         stores = []
-        for r in range(rows):
-            total = acc[r * PANEL + lane].load()
-            for i, weight in enumerate(weights):
-                total = total + weight * x.buffer[x.at(self.first + r, col + i)].load()
-            stores.append(acc[r * PANEL + lane].store(total))
+        for part in range(parts):
+            place = lane + part * (PANEL // parts)
+            weights = self.planes.panel_vector(self.panel, vector, place, spec.num_cols)
+            for r in range(spec.rows_per_pass):
+                total = acc[r * PANEL + place].load()
+                for i in range(width):
+                    total = total + weights[i] * x.buffer[x.at(self.first + r, col + i)].load()
+                stores.append(acc[r * PANEL + place].store(total))
         return UOp.group(*stores).end(lane)
 
 

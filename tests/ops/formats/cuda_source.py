@@ -82,6 +82,14 @@ def run(sources: Sequence[str], names: Sequence[str], size: int, matrices: Seque
         compiled = ctypes.CDLL(library)
         for name, matrix in zip(names, matrices, strict=True):
             buffers = [np.zeros(size, np.uint32), *[plane.numpy() for plane in matrix.planes]]
-            getattr(compiled, name)(*[ctypes.c_void_p(buffer.ctypes.data) for buffer in buffers])
+            slots = _arguments("\n".join(sources), name)
+            getattr(compiled, name)(*[ctypes.c_void_p(buffers[slot].ctypes.data) for slot in slots])
             found.append(buffers[0])
     return found
+
+
+def _arguments(text: str, name: str) -> list[int]:
+    """The buffers that a kernel takes: tinygrad leaves out those that it does not use."""
+    signature = re.search(rf" {name}\((.*?)\) {{", text)
+    assert signature is not None
+    return [int(slot) for slot in re.findall(r"data(\d+)_", signature[1])]

@@ -38,7 +38,6 @@ from tests.ops.builders import (
     read_pool,
     run_product,
 )
-from tests.ops.formats.drawn import BY_NAME
 from tests.ops.gpu.products import (
     ALL_FORMATS,
     EPILOGUES,
@@ -293,7 +292,7 @@ def test_every_format_is_read_by_every_kernel(
     difference = largest_difference(multiply(backend, *case), multiply(reference, *case))
     print(f"{case}: {difference:.1e}")
     assert difference < TOLERANCE["float16"]
-    assert bool(backend.coverage.lines()) == (BY_NAME[fmt].grid is not None)
+    assert not backend.coverage.lines()
 
 
 @pytest.mark.gpu

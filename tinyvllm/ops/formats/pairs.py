@@ -2,7 +2,7 @@
 
 A code becomes a float16 without being converted, by one or two instructions for both:
 
-- an integer: in the lowest bits of the mantissa of 1024, which makes it 1024 + code;
+- an integer, and the values in a grid: in the lowest bits of the mantissa of 1024, which makes it 1024 + code;
 - an e4m3 or e2m1 float: its bits below the sign bit; the exponent is then too small by a constant;
 - an index into a codebook: bytes of the codebook's values, if all are small integers times a power of two (IQ4, whose
   bytes then are integers as above); the two bytes of float16 values otherwise (NF4).
@@ -19,7 +19,7 @@ import numpy as np
 from tinygrad import UOp
 
 from tinyvllm.arrays import Format
-from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits, low_bits
+from tinyvllm.ops.formats.matrix import PANEL, Planes
 from tinyvllm.ops.formats.runs import (
     E2M1_PLACE,
     E4M3_PLACE,
@@ -32,6 +32,7 @@ from tinyvllm.ops.formats.runs import (
     high_words,
     line,
     moved,
+    packed_bits,
     require_covered,
     small_float_unit,
 )
@@ -113,7 +114,7 @@ def read_halves(planes: Planes, row: UOp, run: UOp, num_cols: int, mma: Mma) -> 
 
 def _spread_pair(planes: Planes, mma: Mma, run: UOp, four: int, odd: int) -> UOp:
     """Codes `odd` and `odd` + 2 of four neighbors, which lie 16 bits apart in the same word."""
-    fmt, width, high_width = planes.fmt, low_bits(planes.fmt), high_bits(planes.fmt)
+    fmt, (width, high_width) = planes.fmt, packed_bits(planes.fmt)
     words, high = code_words(planes, run), high_words(planes, run)
     shift, word = four // len(words) * width + odd * 8, words[four % len(words)]
     if unit := small_float_unit(fmt):
@@ -128,7 +129,7 @@ def _spread_pair(planes: Planes, mma: Mma, run: UOp, four: int, odd: int) -> UOp
 
 def _neighbors(planes: Planes, run: UOp, mma: Mma) -> list[tuple[UOp, CodeForm]]:
     """Words of two neighboring codes in the order of the columns, and what their halves stand for."""
-    fmt, width = planes.fmt, low_bits(planes.fmt)
+    fmt, (width, _) = planes.fmt, packed_bits(planes.fmt)
     tables = _byte_tables(fmt)
     if tables:
         looked_up, form = [_look_up(planes, run, table, mma) for table in tables], pair_form(fmt, mma)
@@ -150,7 +151,7 @@ def _packed_neighbors(
 ) -> list[tuple[UOp, CodeForm]]:
     """As `_neighbors`, of integers whose low bits are in `parts`: words, and the bit of both halves that they begin
     at."""
-    fmt, width, high_width = planes.fmt, low_bits(planes.fmt), high_bits(planes.fmt)
+    fmt, (width, high_width) = planes.fmt, packed_bits(planes.fmt)
     high, mask, pairs, known = high_words(planes, run), ((1 << width) - 1) * BOTH, [], line(fmt)
     assert known is not None
     for i, (pair, shift) in enumerate(parts):

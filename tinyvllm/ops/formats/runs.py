@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from tinygrad import UOp
 from tinygrad.dtype import DType
 
-from tinyvllm.arrays import E2M1, Format
+from tinyvllm.arrays import E2M1, Format, Grid
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.ops.formats.matrix import (
     PANEL,
+    WORD,
     Planes,
     ScalePlanes,
     code_lanes,
@@ -32,6 +33,7 @@ from tinyvllm.ops.kernel.body import F16, F32, I32, U16, U32, balanced
 ONE_BITS, MANTISSA_BITS = 0x3F800000, 23
 SIGNED = 128  # what is added to signed bytes, to read them as unsigned ones
 FLIPPED = 0x80808080  # adds it to the four bytes of a word
+SPREAD = 1 | 1 << 7 | 1 << 14 | 1 << 21  # times four bits: bit i is bit 8 * i of the product
 MAX_OFFSET = 512  # 1024 + 128 + offset is an integer that float16 holds
 CODEBOOK = 16  # values of a codebook
 # a small float's bits at the top of a float16's exponent and mantissa make its value smaller by this
@@ -45,8 +47,6 @@ STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)  # between the values of a codebook that is a
 def uncovered(fmt: Format) -> str:
     """Why a matrix of this format cannot be read by runs, in words; "" if it can. Other formats take the general form
     (`matrix.unpack`)."""
-    if fmt.grid is not None:
-        return f"a grid of vectors of {fmt.grid.width}"
     if abs(fmt.offset) > MAX_OFFSET:
         return f"an offset of {fmt.offset}"
     if fmt.codebook is not None and len(fmt.codebook) != CODEBOOK and line(fmt) is None:
@@ -204,9 +204,16 @@ def _factors(planes: Planes, form: CodeForm, row: UOp, run: UOp, num_cols: int) 
 # -- codes -------------------------------------------------------------------------------------------------------------
 
 
+def packed_bits(fmt: Format) -> tuple[int, int]:
+    """The bits of a code in `code_words` and in `high_words`. What a grid's codes stand for are bytes."""
+    return (low_bits(fmt), high_bits(fmt)) if fmt.grid is None else (8, 0)
+
+
 def code_words(planes: Planes, run: UOp) -> list[UOp]:
     """The words of the first plane that a run's codes share; bytes of integers as unsigned ones, 128 larger."""
     fmt = planes.fmt
+    if fmt.grid is not None:
+        return _grid_words(planes, fmt.grid, run)
     count = code_lanes(fmt) // 4
     words = [planes.codes[run * count + i].load() for i in range(count)]
     return [word ^ FLIPPED for word in words] if fmt.bits == 8 and not fmt.is_float8 else words
@@ -214,8 +221,8 @@ def code_words(planes: Planes, run: UOp) -> list[UOp]:
 
 def high_words(planes: Planes, run: UOp) -> list[UOp]:
     """The words of the high plane that a run's codes share."""
-    width = high_bits(planes.fmt)
-    return [] if planes.high is None else [planes.high[run * width + i].load() for i in range(width)]
+    _, width = packed_bits(planes.fmt)
+    return [] if planes.high is None or not width else [planes.high[run * width + i].load() for i in range(width)]
 
 
 def line(fmt: Format) -> tuple[float, float] | None:
@@ -224,7 +231,7 @@ def line(fmt: Format) -> tuple[float, float] | None:
     if fmt.is_float8:
         return None
     if fmt.codebook is None:
-        return 1.0, -float(fmt.offset + (SIGNED if fmt.bits == 8 else 0))
+        return 1.0, -float(fmt.offset + (SIGNED if sum(packed_bits(fmt)) == 8 else 0))
     first, second, *_ = fmt.codebook
     step = second - first
     is_even = all(value == first + i * step for i, value in enumerate(fmt.codebook))
@@ -257,8 +264,9 @@ def _code_floats(planes: Planes, run: UOp) -> tuple[list[UOp], CodeForm]:
         return [_small_float(code, fmt.bits, place) for code in _codes_at(planes, run, 0)], CodeForm(unit, 0.0)
     if known := line(fmt):
         step, first = known
-        codes = _codes_at(planes, run, MANTISSA_BITS - fmt.bits)
-        unit = step * (1 << fmt.bits)
+        bits = sum(packed_bits(fmt))
+        codes = _codes_at(planes, run, MANTISSA_BITS - bits)
+        unit = step * (1 << bits)
         return [(code | ONE_BITS).bitcast(F32) for code in codes], CodeForm(unit, unit - first)
     assert fmt.codebook is not None
     return [look_up(code, fmt.codebook) for code in _codes_at(planes, run, 0)], CodeForm(1.0, 0.0)
@@ -266,8 +274,9 @@ def _code_floats(planes: Planes, run: UOp) -> tuple[list[UOp], CodeForm]:
 
 def _codes_at(planes: Planes, run: UOp, target: int) -> list[UOp]:
     """A run's codes, each at bit `target` of its own word."""
-    lanes, width, high_width = code_lanes(planes.fmt), low_bits(planes.fmt), high_bits(planes.fmt)
+    width, high_width = packed_bits(planes.fmt)
     words, high = code_words(planes, run), high_words(planes, run)
+    lanes = len(words) * 4
     mask, high_mask = (1 << width) - 1, (1 << high_width) - 1
     codes = [moved(words[i % lanes // 4], i % 4 * 8 + i // lanes * width, mask, target) for i in range(PANEL)]
     if not high:
@@ -275,6 +284,31 @@ def _codes_at(planes: Planes, run: UOp, target: int) -> list[UOp]:
     bits = [i * high_width for i in range(PANEL)]
     above = [moved(high[bit // 32], bit % 32, high_mask, target + width) for bit in bits]
     return [code | more for code, more in zip(codes, above, strict=True)]
+
+
+def _grid_words(planes: Planes, grid: Grid, run: UOp) -> list[UOp]:
+    """A run's values in a grid plus 128, as words of four neighboring bytes."""
+    assert planes.table is not None
+    count, width = PANEL // grid.width, high_bits(planes.fmt)  # of codes in a run, and of a code's high bits
+    low = [planes.codes[run * (count // 4) + i].load() for i in range(count // 4)]
+    codes = [moved(low[i // 4], i % 4 * 8, 0xFF, 0) for i in range(count)]
+    if planes.high is not None:
+        bit = run * (count * width)
+        high = planes.high[bit // WORD].load() >> (bit % WORD).cast(U32)
+        codes = [code | moved(high, i * width, (1 << width) - 1, 8) for i, code in enumerate(codes)]
+    per_code = grid.width // 4
+    places = [code.cast(I32) * per_code + i for code in codes for i in range(per_code)]
+    words = [planes.table[place].load() ^ FLIPPED for place in places]
+    if planes.signs is None:
+        return words
+    signs = planes.signs[run].load()
+    return [_negated(word, moved(signs, i * 4, 0xF, 0)) for i, word in enumerate(words)]
+
+
+def _negated(word: UOp, signs: UOp) -> UOp:
+    """Bytes that are 128 more than signed ones, negated where one of four bits is set."""
+    ones = (signs * SPREAD) & 0x01010101
+    return (word ^ (ones * 0xFF)) + ones  # a byte is not 0, so no sum exceeds it
 
 
 def _small_float(code: UOp, bits: int, target: int) -> UOp:

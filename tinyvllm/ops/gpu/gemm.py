@@ -193,7 +193,7 @@ def gemm_kernel(spec: GemmSpec) -> KernelFn:
         sums = tile.sums_async() if spec.is_async else tile.sums_plain()
         stores = tile.stores(out, sums)
         name = f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
-        nbytes = spec.num_rows * spec.num_cols * spec.format.bits // 8
+        nbytes = int(spec.num_rows * spec.num_cols * spec.format.code_bits / 8)
         ops = 2 * spec.num_tokens * spec.num_rows * spec.num_cols
         return finish(UOp.group(*stores).end(*reversed(tile.axes)), name, ops=ops, nbytes=nbytes)
 

@@ -184,7 +184,7 @@ class MatrixSpec(Tunable):
     def begins_early(self) -> bool:
         """Whether a warp loads its first chunks while the previous kernel still runs: if it has registers for all of
         them at once."""
-        run_bytes = self.cols * min(self.format.bits, 16) // 8
+        run_bytes = self.cols * int(min(self.format.code_bits, 16)) // 8
         return self.lanes.is_chained and self.ahead * self.row_tiles * 2 * run_bytes <= EARLY_BYTES
 
     @property
@@ -219,7 +219,7 @@ def matrix_kernel(spec: MatrixSpec) -> KernelFn:
             UOp.group(*stores).end(*reversed(place.axes)),
             f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}",
             ops=2 * spec.num_tokens * spec.num_rows * spec.num_cols,
-            nbytes=spec.num_rows * spec.num_cols * spec.format.bits // 8,
+            nbytes=int(spec.num_rows * spec.num_cols * spec.format.code_bits / 8),
         )
 
     return kernel

@@ -117,7 +117,7 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
     def is_resident(self) -> bool:
         """Whether a chained kernel's threadgroups all run at once, and load their codes while they wait for the
         previous kernel: if the codes fit into the registers of 132 cores."""
-        return self.lanes.is_chained and self.num_rows * self.num_cols * self.format.bits // 8 <= RESIDENT_BYTES
+        return self.lanes.is_chained and self.num_rows * self.num_cols * self.format.code_bits / 8 <= RESIDENT_BYTES
 
     @property
     def tiles_at_once(self) -> int:
@@ -161,7 +161,7 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
     def _room(self) -> int:
         """Chunks of 16 rows whose codes a lane's registers hold: more if they are loaded while the previous kernel
         still runs."""
-        return (4 if self.format.bits <= 4 else 2) * (2 if self.is_resident else 1)
+        return (4 if self.format.code_bits <= 4 else 2) * (2 if self.is_resident else 1)
 
     @property
     def steps(self) -> int:

@@ -86,7 +86,7 @@ class RowProductSpec:
             UOp.group(*stores).end(*reversed(axes)),
             f"{self.name}_{self.format.name}_1x{self.num_rows}x{self.num_cols}",
             ops=2 * self.num_rows * self.num_cols,
-            nbytes=self.num_rows * self.num_cols * self.format.bits // 8,
+            nbytes=int(self.num_rows * self.num_cols * self.format.code_bits / 8),
         )
 
 

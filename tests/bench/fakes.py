@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tinyvllm.bench.rows import Machine
-from tinyvllm.config import Capacity, ModelConfig
+from tinyvllm.config import Capacity, ModelConfig, Rope
 from tinyvllm.execution.cost import StepCost
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 
@@ -22,7 +22,7 @@ def make_model_config(**changes: object) -> ModelConfig:
         "head_dim": 16,
         "vocab_size": 260,
         "max_position": 512,
-        "rope_theta": 10000.0,
+        "rope": Rope(10000.0),
         "norm_eps": 1e-5,
         "tie_embeddings": True,
         "name": "tiny",

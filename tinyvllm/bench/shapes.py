@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from tinyvllm.config import ModelConfig, Rope, RopeScaling
+from tinyvllm.config import LayerSizes, ModelConfig, Rope, RopeScaling
 from tinyvllm.errors import UnsupportedModelError
 
 GEMMA3_WINDOWED = (True, True, True, True, True, False)  # by layer: each sixth attends to everything
+
+# each fifth attends to everything, with wider heads; the last 20 read the keys of layers 13 and 14
+GEMMA4_E2B_SIZES = tuple(
+    LayerSizes(
+        num_kv_heads=1,
+        head_dim=512 if layer % 5 == 4 else 256,
+        ffn_size=6144 if layer < 15 else 12288,
+        kv_layer=None if layer < 15 else 14 if layer % 5 == 4 else 13,
+    )
+    for layer in range(35)
+)
 
 SHAPES: dict[str, ModelConfig] = {
     shape.name: shape
@@ -139,6 +150,30 @@ SHAPES: dict[str, ModelConfig] = {
             windowed=GEMMA3_WINDOWED,
             local_rope=Rope(10000.0),
             overflows_float16=True,
+        ),
+        ModelConfig(
+            name="gemma-4-e2b",  # google/gemma-4-E2B, the text part
+            architecture="gemma4",
+            num_layers=35,
+            hidden_size=1536,
+            ffn_size=6144,
+            num_heads=8,
+            num_kv_heads=1,
+            head_dim=256,
+            vocab_size=262144,
+            max_position=131072,
+            rope=Rope(1000000.0, RopeScaling("proportional", proportion=0.25)),
+            norm_eps=1e-6,
+            tie_embeddings=True,
+            activation="gelu_tanh",
+            window=512,
+            windowed=(True, True, True, True, False),
+            local_rope=Rope(10000.0),
+            score_scale=1.0,
+            logit_softcap=30.0,
+            overflows_float16=True,
+            layer_sizes=GEMMA4_E2B_SIZES,
+            per_layer_size=256,
         ),
         ModelConfig(
             name="mistral-7b-v0.1",  # mistralai/Mistral-7B-v0.1

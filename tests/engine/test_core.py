@@ -143,7 +143,7 @@ def test_a_broken_invariant_of_the_scheduler_is_not_hidden(monkeypatch: pytest.M
     core = make_core()
     core.add(make_request())
     monkeypatch.setattr(core.scheduler.block_manager, "grow", lambda request, num_tokens: False)
-    monkeypatch.setattr(core.scheduler, "_place", lambda request: False)
+    monkeypatch.setattr(core.scheduler, "_place", lambda request, max_count: False)
     with pytest.raises(InvariantError, match="0 running, 1 waiting, 999 blocks free"):
         core.step()
 

@@ -114,3 +114,68 @@ def test_no_room_after_the_weights_is_refused_with_the_numbers(weight_bytes: int
 def test_a_length_beyond_the_models_own_is_refused() -> None:
     with pytest.raises(TinyvllmError, match="--max-model-len is 4096, but the model was trained for 2048 tokens"):
         plan(max_model_len=4096)
+
+
+# -- groups with windows -----------------------------------------------------------------------------------------------
+
+# 16 KiB a token that keeps all, 48 KiB a token that keeps 512: blocks of 0.25 and 0.75 MiB
+WINDOWS = replace(MEMORY, kv_groups=(KVGroup(1 << 14), KVGroup(3 << 14, 512)))
+
+
+def num_bytes(capacity: Any, memory: MemoryFacts) -> int:
+    groups = zip(capacity.groups, memory.kv_groups, strict=True)
+    return sum(16 * group.num_blocks * kv_group.bytes_per_token for group, kv_group in groups)
+
+
+def test_a_windows_group_has_a_quarter_of_the_tokens_and_the_rest_goes_to_the_others() -> None:
+    capacity = plan(WINDOWS, max_num_seqs=64)
+    (group,) = capacity.other_groups
+    assert capacity.num_blocks == 2240 and (group.num_blocks, group.window) == (596, 512)
+    assert GIB * 0.98 < num_bytes(capacity, WINDOWS) <= GIB
+    assert capacity.max_model_len == 2048
+    assert capacity.explanation[0].endswith(
+        "room for 2240 blocks of 0.25 MiB, with 596 of 0.75 MiB for windows of 512 tokens"
+    )
+    assert capacity.explanation[2] == ("layers with a window of 512 tokens: 595 blocks of 0.75 MiB, 27% of the others'")
+
+
+def test_a_windows_group_has_no_more_than_all_sequences_can_use() -> None:
+    capacity = plan(WINDOWS, max_num_seqs=4)
+    (group,) = capacity.other_groups
+    assert capacity.num_blocks == 4 * 128 + 1 and group.num_blocks == 2 * 4 * 33 + 18
+    many = plan(replace(WINDOWS, kv_groups=(KVGroup(1 << 10), KVGroup(3 << 10, 16))), max_num_seqs=64)
+    assert many.other_groups[0].num_blocks == 2 * 64 * 2 + 18
+    assert "the windows of 64 sequences and of as many cached ones, and a step's tokens" in many.explanation[2]
+
+
+def test_a_windows_group_has_at_least_one_window_and_a_chunk() -> None:
+    capacity = plan(WINDOWS, num_gpu_blocks_override=60)
+    assert capacity.other_groups[0].num_blocks == 51, "32 and a begun one, 16 of a step's tokens, and the dummy"
+    assert capacity.explanation[0] == (
+        "--num-gpu-blocks-override gives 60 blocks of 0.25 MiB, with 51 of 0.75 MiB for windows of 512 tokens"
+    )
+    small = plan(WINDOWS, num_gpu_blocks_override=40)
+    assert small.other_groups[0].num_blocks == 40 and "as many as the others have" in small.explanation[2]
+
+
+def test_windows_give_way_to_a_length_that_was_asked_for() -> None:
+    narrow = replace(WINDOWS, kv_groups=(KVGroup(1 << 14), KVGroup(3 << 14, 128)))
+    memory = replace(narrow, weight_bytes=2 * GIB - 60 * (1 << 20))
+    assert plan(memory).max_model_len == 1552 and plan(memory).other_groups[0].num_blocks == 46
+    asked = plan(memory, max_model_len=2048)
+    assert asked.max_model_len == 2048 and asked.other_groups[0].num_blocks < plan(memory).other_groups[0].num_blocks
+    assert num_bytes(asked, memory) <= 60 << 20
+    with pytest.raises(CapacityError, match="one sequence of --max-model-len 2048 tokens needs 128 blocks"):
+        plan(replace(narrow, weight_bytes=2 * GIB - 50 * (1 << 20)), max_model_len=2048)
+
+
+def test_without_layers_that_keep_all_tokens_the_length_is_the_models() -> None:
+    memory = replace(MEMORY, kv_groups=(KVGroup(1 << 16, 128),))
+    capacity = plan(memory, num_gpu_blocks_override=30)
+    assert capacity.window == 128 and not capacity.other_groups and capacity.max_model_len == 2048
+    assert capacity.max_chunk == 256
+    assert capacity.explanation[1] == (
+        "29 blocks of 16 tokens hold 464 tokens, of which a sequence keeps a window of 128; max_model_len 2048"
+    )
+    assert plan(memory, max_num_seqs=4).num_blocks == 2 * 4 * 9 + 18, "four windows, four cached ones and a chunk"
+    assert plan(memory, num_gpu_blocks_override=9).max_model_len == 128, "no room for a window that begins in a block"

@@ -146,3 +146,20 @@ def test_more_suppressed_ids_than_a_row_has_room_for_are_our_bug() -> None:
     request = running(1, [1], eos=frozenset(range(MAX_STOP_IDS + 1)), min_tokens=1)
     with pytest.raises(InvariantError, match=f"{MAX_STOP_IDS + 1} ids are suppressed"):
         make_packer().pack(plan_of((request, 1)))
+
+
+def test_each_group_has_slots_and_tables_of_its_own() -> None:
+    layout = StepLayout(8, 3, 4, 4, num_groups=2)
+    packer = make_packer(layout)
+    decode, chunk = running(9, [7, 2, 5], outputs=1, computed=9), running(9, [3, 9, 4], computed=2)
+    decode.tables, chunk.tables = [[7, 2, 5], [0, 8, 6]], [[3, 9, 4], [1, 2]]
+    packer.pack(plan_of((decode, 1), (chunk, 4)))
+    views = packer.views
+    assert views["slots"].tolist() == [
+        [5 * 4 + 1, 3 * 4 + 2, 3 * 4 + 3, 9 * 4, 9 * 4 + 1, 0, 0, 0],
+        [6 * 4 + 1, 1 * 4 + 2, 1 * 4 + 3, 2 * 4, 2 * 4 + 1, 0, 0, 0],
+    ]
+    assert views["block_tables"][:, 0, :3].tolist() == [[7, 2, 5], [0, 8, 6]]
+    assert (views["block_tables"][:, layout.num_seqs] == 0).all(), "the table after the last, of each group"
+    offsets = [layout.slots_offset(0), layout.slots_offset(1), layout.table_offset(0), layout.table_offset(1)]
+    assert [offset - offsets[0] for offset in offsets[1:]] == [8, 2 * 8 + 8 + 3, 2 * 8 + 8 + 3 + 4 * 4]

@@ -57,6 +57,8 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
     if config.num_gpu_blocks_override:
         _check_override(split, num_blocks, memory)
     source = _explain(config, split, memory, by_memory, num_blocks)
+    if not config.num_gpu_blocks_override and num_blocks < by_memory:  # memory is left
+        split = split.with_more_for_windows(num_blocks, room)
     if num_blocks < 2:
         raise CapacityError(
             f"no room for KV blocks: {source}. "
@@ -98,7 +100,8 @@ class PoolSplit:
     A group with a window holds as many tokens as its layers need when sequences are four windows long (or as long as
     they may be, if that is shorter): a quarter of the first group's, times `share`. But it has room for at least one
     window and one step's tokens, and for at most what all sequences can use: their windows, as much again for prefixes
-    of earlier requests, and one step's tokens. It never holds more tokens than the first group.
+    of earlier requests, and one step's tokens. It has room for these if memory is left by a first group of the size
+    that all sequences can use. It never holds more tokens than the first group.
     """
 
     block_size: int  # tokens
@@ -136,6 +139,11 @@ class PoolSplit:
     def with_less_for_windows(self) -> PoolSplit:
         """The same with half the tokens for windows, or in the end with the least."""
         return replace(self, share=self.share / 2 if self.share > 1 / 64 else 0.0)
+
+    def with_more_for_windows(self, num_blocks: int, room: int) -> PoolSplit:
+        """The same with all the tokens for windows that sequences can use, if they fit into `room` bytes."""
+        wide = replace(self, share=float(PLANNED_WINDOWS))
+        return wide if wide.num_bytes(num_blocks) <= room else self
 
     def groups(self, num_blocks: int) -> tuple[BlockGroup, ...]:
         """All groups, if the first has `num_blocks` blocks."""

@@ -113,6 +113,12 @@ def test_shapes_have_the_parameters_of_their_names() -> None:
         "gemma-3-1b": 999.9,
         "gemma-4-e2b": 2279,  # without the layers' own embeddings
         "mistral-7b-v0.1": 7242,
+        "mistral-7b": 7248,
+        "ministral-3-8b": 8489,
+        "olmo-3-7b": 7298,
+        "granite-3.3-8b": 8171,
+        "smollm3-3b": 3075,
+        "glm-4-9b": 9400,
         "qwen2.5-7b": 7615,
         "gemma-3-4b": 3880,
         "phi-4-mini": 3836,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinyvllm.config import LayerSizes, ModelConfig, Rope, RopeScaling
+from tinyvllm.config import LayerSizes, ModelConfig, QueryScaling, Rope, RopeScaling
 from tinyvllm.errors import UnsupportedModelError
 
 GEMMA3_WINDOWED = (True, True, True, True, True, False)  # by layer: each sixth attends to everything
@@ -240,7 +240,106 @@ SHAPES: dict[str, ModelConfig] = {
             rope=Rope(10000.0, num_dims=96),
             norm_eps=1e-5,
             tie_embeddings=True,
-            window=262144,
+        ),
+        ModelConfig(
+            name="mistral-7b",  # mistralai/Mistral-7B-Instruct-v0.3
+            architecture="mistral",
+            num_layers=32,
+            hidden_size=4096,
+            ffn_size=14336,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            vocab_size=32768,
+            max_position=32768,
+            rope=Rope(1000000.0),
+            norm_eps=1e-5,
+            tie_embeddings=False,
+        ),
+        ModelConfig(
+            name="ministral-3-8b",  # mistralai/Ministral-3-8B-Instruct-2512, text
+            architecture="ministral3",
+            num_layers=34,
+            hidden_size=4096,
+            ffn_size=14336,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            vocab_size=131072,
+            max_position=262144,
+            rope=Rope(1000000.0, RopeScaling("yarn", 16.0, original_max_position=16384)),
+            norm_eps=1e-5,
+            tie_embeddings=False,
+            query_scaling=QueryScaling(0.1, 16384),
+        ),
+        ModelConfig(
+            name="olmo-3-7b",  # allenai/Olmo-3-1025-7B
+            architecture="olmo3",
+            num_layers=32,
+            hidden_size=4096,
+            ffn_size=11008,
+            num_heads=32,
+            num_kv_heads=32,
+            head_dim=128,
+            vocab_size=100278,
+            max_position=65536,
+            rope=Rope(500000.0, RopeScaling("yarn", 8.0, original_max_position=8192), attention_factor=1.2079),
+            norm_eps=1e-6,
+            tie_embeddings=False,
+            window=4096,
+            windowed=(True, True, True, False),
+            local_rope=Rope(500000.0),
+        ),
+        ModelConfig(
+            name="granite-3.3-8b",  # ibm-granite/granite-3.3-8b-instruct
+            architecture="granite",
+            num_layers=40,
+            hidden_size=4096,
+            ffn_size=12800,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            vocab_size=49159,
+            max_position=131072,
+            rope=Rope(10000000.0),
+            norm_eps=1e-5,
+            tie_embeddings=True,
+            score_scale=0.0078125,
+            embedding_scale=12.0,
+            residual_scale=0.22,
+            logit_scale=1 / 16,
+        ),
+        ModelConfig(
+            name="smollm3-3b",  # HuggingFaceTB/SmolLM3-3B
+            architecture="smollm3",
+            num_layers=36,
+            hidden_size=2048,
+            ffn_size=11008,
+            num_heads=16,
+            num_kv_heads=4,
+            head_dim=128,
+            vocab_size=128256,
+            max_position=65536,
+            rope=Rope(5000000.0),
+            norm_eps=1e-6,
+            tie_embeddings=True,
+            ropeless=(False, False, False, True),
+        ),
+        ModelConfig(
+            name="glm-4-9b",  # THUDM/GLM-4-9B-0414
+            architecture="glm4",
+            num_layers=40,
+            hidden_size=4096,
+            ffn_size=13696,
+            num_heads=32,
+            num_kv_heads=2,
+            head_dim=128,
+            vocab_size=151552,
+            max_position=32768,
+            rope=Rope(10000.0, num_dims=64, is_interleaved=True),
+            norm_eps=1e-5,
+            tie_embeddings=False,
+            biases=("qkv",),
         ),
     )
 }

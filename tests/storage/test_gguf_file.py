@@ -169,6 +169,9 @@ def test_a_tensor_that_comes_twice_is_named(tmp_path: Path) -> None:
     second.write_bytes(second.read_bytes().replace(b"t1", b"t0"))
     with pytest.raises(ModelError, match=r"00002\.gguf has tensor t0, which another part has too"):
         GGUFFile(first)
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ModelError, match=r"00002\.gguf is part 1 by its metadata, but 2 by its name"):
+        GGUFFile(first)
     path = write_tiny_gguf(tmp_path / "m.gguf", layers=2).path
     path.write_bytes(path.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"))
     with pytest.raises(ModelError, match=r"has tensor blk\.0\.attn_q\.weight twice"):

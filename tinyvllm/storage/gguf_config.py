@@ -35,7 +35,7 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelError(f"{file.path} has no matrix token_embd.weight: it holds no complete language model")
-    num_heads = values.integer("attention.head_count")
+    num_heads = _largest(values, family, "attention.head_count")
     num_kv_heads = _largest(values, family, "attention.head_count_kv", num_heads)
     if num_heads % num_kv_heads != 0:
         values.refuse("attention.head_count_kv", f"a divisor of attention.head_count ({num_heads})")

@@ -84,8 +84,10 @@ def _read_model(path: Path, mtime_ns: int, num_bytes: int) -> tuple[dict[str, An
     first, *others = _parts(path, metadata)
     if first != path:
         metadata, tensors = _read_part(first)
-    for part in others:
-        found = _read_part(part)[1]
+    for number, part in enumerate(others, 1):
+        its_metadata, found = _read_part(part)
+        if (stated := its_metadata.get("split.no", number)) != number:
+            raise ModelError(f"{part} is part {stated + 1} by its metadata, but {number + 1} by its name: rename it")
         if twice := sorted(found.keys() & tensors.keys()):
             raise ModelError(f"{part} has tensor {twice[0]}, which another part has too: download all parts again")
         tensors |= found

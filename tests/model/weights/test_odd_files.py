@@ -177,6 +177,15 @@ def test_norms_of_a_gguf_file_may_be_halves(tmp_path: Path, dtype: Any) -> None:
     np.testing.assert_array_equal(taken, norm.astype(np.float32))
 
 
+def test_counts_of_heads_may_be_lists_of_equal_numbers(tmp_path: Path) -> None:
+    """llama.cpp's converter writes lists for families whose layers differ, and fine-tunes of theirs may not."""
+    keys = {"llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.feed_forward_length": 96}
+    path = write_tiny_gguf(tmp_path / "m.gguf").path
+    lists = write_tiny_gguf(tmp_path / "l.gguf", tweaks=GGUFTweaks(metadata={k: [n, n] for k, n in keys.items()})).path
+    config = read_model_config(ModelFiles("gguf", lists, "m"))
+    assert config == read_model_config(ModelFiles("gguf", path, "m"))
+
+
 def test_a_directory_of_one_gguf_model_is_that_model(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "d" / "Tiny.Q4_1.GGUF").path
     (path.parent / "mmproj-tiny-f16.gguf").write_bytes(b"GGUF")

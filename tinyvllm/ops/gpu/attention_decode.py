@@ -49,11 +49,13 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
         if early:
             state, passes = softmax.add(early, state), (passes - 1).maximum(0)
         skipped = int(bool(early))
-        state = carry(group.body, state, passes, group.axes, lambda i, old: softmax.add(context.load(i + skipped), old))
+        writes = [] if own is None else own.writes()
+        outer = (*group.axes, *writes) if spec.is_wide else group.axes  # written first, which frees their registers
+        state = carry(group.body, state, passes, outer, lambda i, old: softmax.add(context.load(i + skipped), old))
         stores = combine_warps(row, buffers, state)
         tokens, length = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
         return finish(
-            UOp.group(*([] if own is None else own.writes()), *stores).end(*reversed(group.axes)),
+            UOp.group(*writes, *stores).end(*reversed(group.axes)),
             f"decode_attention_{tokens}x{spec.num_heads}x{spec.head_dim}",
             ops=4 * tokens * spec.num_heads * spec.head_dim * length,
             nbytes=4 * tokens * spec.slot_elements * length,

@@ -1,0 +1,78 @@
+"""How many kernels a layer of each family takes on CUDA and METAL: traced, without the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tinygrad import dtypes
+from tinygrad.uop.ops import Ops
+
+from tests.ops.rendering import KINDS, rendered, unwritten
+from tinyvllm.bench.shapes import find_shape
+from tinyvllm.config import ModelConfig, Rope
+from tinyvllm.device.recording import trace_step
+from tinyvllm.model.registry import make_model
+from tinyvllm.model.weights.random import RandomWeights
+from tinyvllm.ops.backend import Step, pool_groups
+from tinyvllm.ops.step_inputs import StepLayout
+
+LLAMA = {1: 5, 8: 7, 100: 8}  # kernels a layer, by the tokens of a step; of 100, in a step with prompts
+
+
+def narrow(shape: str, **changes: object) -> ModelConfig:
+    """Three layers of a known model, narrower: one that embeds, and finds the tiles of a prompt, and two others."""
+    size = {"hidden_size": 512, "ffn_size": 2048, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 320}
+    return replace(find_shape(shape), num_layers=3, **(size | changes))  # type: ignore[arg-type]
+
+
+GRANITE = {"architecture": "granite", "residual_scale": 0.22, "embedding_scale": 12.0, "logit_scale": 0.1}
+GLM4 = {"architecture": "glm4", "rope": Rope(1e4, num_dims=64, is_interleaved=True), "num_heads": 16, "num_kv_heads": 1}
+# by family: its layers, and how many kernels each takes more than Llama's for a single row
+FAMILIES: dict[str, tuple[ModelConfig, int]] = {
+    "llama": (narrow("llama-3.1-8b"), 0),
+    "qwen2": (narrow("qwen2.5-7b"), 0),
+    "qwen3": (narrow("qwen3-0.6b"), 0),
+    "mistral": (narrow("mistral-7b-v0.1"), 0),
+    "phi3": (narrow("phi-4-mini"), 0),
+    "phi3, heads of 96": (narrow("phi-4-mini", head_dim=96, rope=Rope(1e4), num_heads=4, num_kv_heads=4), 0),
+    "smollm3": (narrow("llama-3.1-8b", architecture="smollm3", ropeless=(False, False, True)), 0),
+    "granite": (narrow("llama-3.1-8b", **GRANITE), 0),
+    "gemma3": (narrow("gemma-3-4b"), 1),
+    "gemma2": (narrow("gemma-3-4b", architecture="gemma2", score_softcap=50.0, logit_softcap=30.0), 1),
+    "glm4": (narrow("llama-3.1-8b", hidden_size=768, biases=("qkv",), **GLM4), 1),
+}
+
+
+def kernels_a_layer(kind: str, config: ModelConfig, tokens: int, weights: str) -> tuple[list[str], list[str]]:
+    """(names of the kernels from one layer's gate_up to the next one's, why some are general)."""
+    backend = rendered(kind, is_chained=kind == "CUDA")
+    model = make_model(config, RandomWeights(weights, seed=0), backend, 64, lambda done, total: None)
+    layout = StepLayout(tokens, min(tokens, 8), 4, 16, num_groups=len(pool_groups(model.config.layers)))
+    pool = backend.make_pool(pool_groups(model.config.layers), 5, layout.block_size, "float16")
+    step = Step(layout, unwritten(backend, layout.size, dtypes.int), pool, tokens < 100)
+    launches = trace_step(lambda: backend.whole(model(step)).realize()).launches
+    names = [sink.arg.name for sink, _ in launches if sink.op is Ops.SINK]
+    starts = [i for i, name in enumerate(names) if name.startswith("gate_up")]
+    return names[starts[-2] : starts[-1]], backend.coverage.lines()
+
+
+ALWAYS = ("llama", "qwen2", "gemma3")  # the others are traced for CUDA only by default; METAL's with -m slow
+CASES = [
+    pytest.param(kind, family, marks=[] if kind == "CUDA" or family in ALWAYS else [pytest.mark.slow])
+    for kind in KINDS
+    for family in FAMILIES
+]
+
+
+@pytest.mark.parametrize(("kind", "family"), CASES)
+def test_a_family_takes_at_most_one_kernel_a_layer_more_than_llama(kind: str, family: str) -> None:
+    """Norms after products take one more for a single row, and none where rows are normed apart anyway."""
+    config, more = FAMILIES[family]
+    for tokens, count in LLAMA.items():
+        if tokens == 8 and family not in ALWAYS:
+            continue
+        for weights in ("float16", "Q4_0") if tokens == 1 and family in ALWAYS else ("float16",):
+            names, reasons = kernels_a_layer(kind, config, tokens, weights)
+            assert len(names) == count + (more if tokens == 1 else 0), (tokens, weights, names)
+            assert not reasons, reasons

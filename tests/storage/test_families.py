@@ -96,6 +96,11 @@ def test_text_has_plain_positions_in_multimodal_qwen(
     assert read(tmp_path, whole | text) == expected  # older files have the text model's keys at the top
 
 
+def test_gguf_says_how_an_embedding_model_pools(tmp_path: Path) -> None:
+    assert read_gguf(tmp_path, "qwen3").pooling is None
+    assert [read_gguf(tmp_path, "qwen3", pooling_type=i).pooling for i in (0, 1, 2, 3)] == [None, "mean", "cls", "last"]
+
+
 # --- Gemma 2 -----------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +121,84 @@ def test_gguf_has_llama_cpps_values_for_gemma2(tmp_path: Path) -> None:
         tmp_path, "gemma2", layers=46, **{"attention.sliding_window": 128, "final_logit_softcapping": 20.0}
     )
     assert (config.window, config.logit_softcap, config.score_scale) == (128, 20.0, (64 // 4) ** -0.5)
+
+
+# --- Gemma 4 -----------------------------------------------------------------------------------------------------
+
+WINDOW, FULL = "sliding_attention", "full_attention"
+# google/gemma-4-E2B's keys, with fewer layers
+GEMMA4_E2B: dict[str, Any] = {
+    "architectures": ["Gemma4ForConditionalGeneration"],
+    "audio_config": {"hidden_size": 1024},
+    "dtype": "bfloat16",
+    "model_type": "gemma4",
+    "text_config": {
+        "attention_k_eq_v": False,
+        "enable_moe_block": False,
+        "final_logit_softcapping": 30.0,
+        "global_head_dim": 512,
+        "head_dim": 256,
+        "hidden_size": 1536,
+        "hidden_size_per_layer_input": 256,
+        "intermediate_size": 6144,
+        "layer_types": [WINDOW, WINDOW, FULL, WINDOW, WINDOW, FULL],
+        "model_type": "gemma4_text",
+        "num_attention_heads": 8,
+        "num_global_key_value_heads": None,
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 1,
+        "num_kv_shared_layers": 3,
+        "sliding_window": 512,
+        "use_bidirectional_attention": "vision",
+        "use_double_wide_mlp": True,
+    },
+}
+
+
+def read_gemma4(directory: Path, **changes: Any) -> ModelConfig:
+    return read(directory, GEMMA4_E2B | {"text_config": GEMMA4_E2B["text_config"] | changes})
+
+
+def test_gemma4s_last_layers_read_the_keys_of_the_last_of_their_kind(tmp_path: Path) -> None:
+    config = read_gemma4(tmp_path)
+    assert [kind.kv_layer for kind in config.layers] == [None, None, None, 1, 1, 2]
+    assert windows(config) == [512, 512, None, 512, 512, None]
+    assert [kind.head_dim for kind in config.layers] == [256, 256, 512, 256, 256, 512]
+    assert config.ffn_sizes == [6144] * 3 + [12288] * 3
+    assert (config.per_layer_size, config.score_scale, config.logit_softcap, config.norm_offset) == (256, 1.0, 30.0, 0)
+    assert config.layers[0].rope == Rope(10000.0)
+    assert config.layers[2].rope == Rope(1e6, RopeScaling("proportional", proportion=0.25))
+
+
+def test_gemma4s_global_layers_are_read_from_either_form(tmp_path: Path) -> None:
+    """Values are keys there, of fewer heads: in Google's keys, and in those that transformers writes."""
+    keys = {"attention_k_eq_v": True, "num_kv_shared_layers": 0, "num_key_value_heads": 4}
+    google = read_gemma4(tmp_path, **keys, num_global_key_value_heads=2)
+    assert [kind.num_kv_heads for kind in google.layers] == [4, 4, 2, 4, 4, 2]
+    assert [kind.has_v_from_k for kind in google.layers] == [False, False, True, False, False, True]
+    by_layer = {str(layer): {"head_dim": 512, "num_key_value_heads": 2} for layer in (2, 5)}
+    assert read_gemma4(tmp_path, **keys, global_head_dim=None, per_layer_config=by_layer) == google
+
+
+def test_gemma4s_unified_model_has_no_embeddings_of_layers(tmp_path: Path) -> None:
+    text = {key: value for key, value in GEMMA4_E2B["text_config"].items() if key != "hidden_size_per_layer_input"}
+    config = read(tmp_path, {"architectures": ["Gemma4UnifiedForConditionalGeneration"], "text_config": text})
+    assert (config.architecture, config.per_layer_size, config.max_position) == ("gemma4_unified", 0, 262144)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"enable_moe_block": True}, "enable_moe_block is True, which is not supported; known: false"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
+        ({"num_kv_shared_layers": 4}, "num_kv_shared_layers is 4: it must be less than"),
+        ({"vocab_size_per_layer_input": 1000}, "vocab_size_per_layer_input is 1000"),
+        ({"rope_parameters": None}, "has no rope_parameters"),
+    ],
+)
+def test_what_gemma4_would_compute_wrongly_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_gemma4(tmp_path, **changes)
 
 
 # --- Mistral -----------------------------------------------------------------------------------------------------

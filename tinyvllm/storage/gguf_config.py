@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tinyvllm.config import ModelConfig, Rope
-from tinyvllm.errors import ModelError
+from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.storage import families
 from tinyvllm.storage.families import SOFTCAPS, FamilyFiles
 from tinyvllm.storage.gguf_file import GGUFFile
@@ -20,6 +20,7 @@ BIASES = {
     "ffn_up": "ffn",
     "ffn_down": "ffn",
 }
+CLASSIFIER = "cls.output.weight"  # of a reranker: the head's rows of "yes" and "no", instead of the whole head
 # {arch}.pooling_type of embedding models; 0: none
 POOLINGS = {1: "mean", 2: "cls", 3: "last"}
 
@@ -42,6 +43,8 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
     head_dim = _head_dim(values, num_heads)
     num_layers, hidden_size = values.integer("block_count"), values.integer("embedding_length")
     window, windowed = _windows(values, family, num_layers)
+    if CLASSIFIER in file.tensors and file.tensors[CLASSIFIER].shape != (2, hidden_size):
+        raise UnsupportedModelError(f"{file.path}: a classifier is supported with the labels yes and no only")
     rope = read_gguf_rope(
         values,
         file.tensors,
@@ -62,6 +65,8 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
         rope=rope,
         norm_eps=values.positive("attention.layer_norm_rms_epsilon"),
         tie_embeddings="output.weight" not in file.tensors,
+        has_head=CLASSIFIER not in file.tensors,
+        num_labels=1 if CLASSIFIER in file.tensors else 0,
         pooling=POOLINGS.get(values.optional_integer("pooling_type", at_least=0) or 0),
         dtype=_dtype(file),
         name=name,

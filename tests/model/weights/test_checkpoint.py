@@ -317,6 +317,16 @@ def test_formats_are_logged_by_the_matrices_that_have_them(tmp_path: Path, caplo
     assert {"embed_tokens", "q_proj", "o_proj", "up_proj"} < set(re.findall(r"\w+", line))
 
 
+def test_a_rerankers_rows_of_yes_and_no_become_one_label(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32)
+    tweaks = GGUFTweaks(metadata={"qwen3.pooling_type": 4}, extra={"cls.output.weight": rows})
+    files = write_tiny_gguf(tmp_path / "tiny.gguf", quant="F32", tweaks=tweaks, family="qwen3")
+    config = read_model_config(files)
+    assert (config.num_labels, config.has_head, config.pooling) == (1, False, None)
+    taken = open_checkpoint(files, config).take("score.weight", (1, 64))
+    np.testing.assert_array_equal(to_float32(taken), rows[:1] - rows[1:])
+
+
 def test_what_a_text_model_leaves_out_is_logged_by_part() -> None:
     def stored(nbytes: int) -> StoredTensor:
         return StoredTensor((nbytes,), lambda: np.zeros(0), "F8", nbytes)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyvllm.arrays import HostMatrix
+from tinyvllm.arrays import HostMatrix, to_float32
 from tinyvllm.config import ModelConfig
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
 from tinyvllm.model.weights.stored import DENSE_DTYPES, DENSE_NAMES, StoredTensor, view_dense
 from tinyvllm.storage import families
+from tinyvllm.storage.gguf_config import CLASSIFIER
 from tinyvllm.storage.gguf_file import GGUFFile, GGUFTensor
 from tinyvllm.storage.gguf_rope import ROPE_TENSORS
 
@@ -58,7 +59,20 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     family = families.KNOWN_ARCHITECTURES[config.architecture]
     stored = read_as_written(path, config.head_dim if family.gguf_interleaves_pairs else None)
     kept = {name: tensor for name, tensor in stored.items() if name not in ROPE_TENSORS}
-    return {canonical_name(name, config.architecture): tensor for name, tensor in kept.items()}
+    tensors = {canonical_name(name, config.architecture): tensor for name, tensor in kept.items()}
+    if CLASSIFIER in tensors:
+        tensors["score.weight"] = _as_one_label(tensors.pop(CLASSIFIER))
+    return tensors
+
+
+def _as_one_label(tensor: StoredTensor) -> StoredTensor:
+    """A classifier of yes and no as one of yes: the sigmoid of the rows' difference is the softmax over both."""
+
+    def read() -> HostMatrix:
+        rows = to_float32(tensor.read())
+        return rows[:1] - rows[1:]
+
+    return replace(tensor, shape=(1, tensor.shape[1]), read=read, format_name="float32")
 
 
 def read_as_written(path: Path, rotary_dim: int | None = None) -> dict[str, StoredTensor]:

@@ -506,8 +506,13 @@ def _pack_low(codes: np.ndarray, width: int) -> np.ndarray:
 
 def _pack_high(high: np.ndarray, width: int) -> np.ndarray:
     """(runs, 32) values of `width` bits -> (runs, width) uint32 words; lane j at bit j * width, low bits first."""
-    bits = np.unpackbits(high[:, :, None], axis=2, count=width, bitorder="little")  # (runs, 32, width)
-    return np.packbits(bits.reshape(len(high), -1), axis=1, bitorder="little").view("<u4")
+    if width == 1:
+        return np.packbits(high, axis=1, bitorder="little").view("<u4")
+    per_byte = 8 // width
+    packed = high[:, ::per_byte].copy()
+    for place in range(1, per_byte):
+        packed |= high[:, place::per_byte] << place * width
+    return packed.view("<u4")
 
 
 # -- the plain reference ---------------------------------------------------------------------------------------------

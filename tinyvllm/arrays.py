@@ -6,7 +6,7 @@ bfloat16 and the 8-bit floats are NumPy dtypes of the `ml_dtypes` package.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -209,6 +209,46 @@ def grid_table(name: str) -> np.ndarray:
     return values.astype(np.int8)
 
 
+class LazyCodes:
+    """Codes (N, K) of a matrix that are unpacked from a file's bytes when they are read. Rows can be selected before,
+    so that only a few are unpacked at a time."""
+
+    def __init__(self, unpack: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int]) -> None:
+        """`unpack` gives the codes of the rows (n,) that it is given."""
+        self._sources: tuple[Callable[[np.ndarray], np.ndarray], ...] = (unpack,)
+        self._source, self._row = np.zeros(shape[0], np.int32), np.arange(shape[0])  # of each row
+        self._num_cols = shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self._row), self._num_cols
+
+    def __getitem__(self, index: np.ndarray | slice) -> LazyCodes:
+        return self._of(self._sources, self._source[index], self._row[index])
+
+    def over(self, other: LazyCodes) -> LazyCodes:
+        """These rows, then those of `other`."""
+        source = np.concatenate([self._source, other._source + len(self._sources)])
+        return self._of(self._sources + other._sources, source, np.concatenate([self._row, other._row]))
+
+    def _of(
+        self, sources: tuple[Callable[[np.ndarray], np.ndarray], ...], source: np.ndarray, row: np.ndarray
+    ) -> LazyCodes:
+        made = LazyCodes(sources[0], (0, self._num_cols))
+        made._sources, made._source, made._row = sources, source, row
+        return made
+
+    def read(self) -> np.ndarray:
+        """(N, K), unpacked."""
+        if len(self._sources) == 1:
+            return self._sources[0](self._row)
+        parts = {index: self._sources[index](self._row[self._source == index]) for index in np.unique(self._source)}
+        codes = np.empty(self.shape, next(iter(parts.values())).dtype)
+        for index, part in parts.items():
+            codes[self._source == index] = part
+        return codes
+
+
 @dataclass(frozen=True)
 class QuantizedMatrix:
     """value[n, k] = code[n, k] * scale[n, k // group] + minimum[n, k // group], in float32 as in ggml. What a code
@@ -216,7 +256,7 @@ class QuantizedMatrix:
 
     format: Format
     # (N, K) uint8, unsigned codes of `bits` bits; 8 bits: int8, or float8_e4m3fn; grid: (N, K // width) uint16
-    codes: np.ndarray
+    codes: np.ndarray | LazyCodes
     scale: Scales
     minimum: Scales | None = None
     signs: np.ndarray | None = None  # (N, K // 8) uint8, if a grid has them: bit j negates column 8 * i + j
@@ -226,19 +266,22 @@ class QuantizedMatrix:
         rows, cols = self.codes.shape
         return rows, cols * self.format.code_cols
 
+    def read_codes(self) -> np.ndarray:
+        return self.codes.read() if isinstance(self.codes, LazyCodes) else self.codes
+
     @property
     def code_values(self) -> np.ndarray:
         """(N, K) float32: what the codes stand for, before they are scaled."""
         if self.format.codebook is not None:
-            looked_up: np.ndarray = np.array(self.format.codebook, np.float32)[self.codes]
+            looked_up: np.ndarray = np.array(self.format.codebook, np.float32)[self.read_codes()]
             return looked_up
         if self.format.grid is not None:
             return self._grid_values(self.format.grid)
-        values: np.ndarray = self.codes.astype(np.float32) - self.format.offset
+        values: np.ndarray = self.read_codes().astype(np.float32) - self.format.offset
         return values
 
     def _grid_values(self, grid: Grid) -> np.ndarray:
-        values: np.ndarray = grid_table(grid.name).astype(np.float32)[self.codes].reshape(self.shape)
+        values: np.ndarray = grid_table(grid.name).astype(np.float32)[self.read_codes()].reshape(self.shape)
         if self.signs is not None:
             np.negative(values, out=values, where=np.unpackbits(self.signs, axis=1, bitorder="little").astype(bool))
         return values
@@ -251,7 +294,12 @@ class QuantizedMatrix:
 
     def over(self, other: QuantizedMatrix) -> QuantizedMatrix:
         """These rows, then those of `other`, which has the same format."""
-        codes, scale = np.concatenate([self.codes, other.codes]), self.scale.over(other.scale)
+        codes: np.ndarray | LazyCodes
+        if isinstance(self.codes, LazyCodes) and isinstance(other.codes, LazyCodes):
+            codes = self.codes.over(other.codes)
+        else:
+            codes = np.concatenate([self.read_codes(), other.read_codes()])
+        scale = self.scale.over(other.scale)
         minimum = None if self.minimum is None or other.minimum is None else self.minimum.over(other.minimum)
         return QuantizedMatrix(self.format, codes, scale, minimum, _join(self.signs, other.signs))
 

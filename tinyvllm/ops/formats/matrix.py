@@ -14,7 +14,7 @@ planes. Readers here are general: they read every `Format`, in either layout. Wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -42,6 +42,7 @@ from tinyvllm.ops.kernel.body import F16, F32, I32, U32
 
 PANEL = RUN  # output rows of a panel, and codes of one packed run
 HALF = PANEL // 2
+CHUNK_WEIGHTS = 1 << 22  # that are packed at a time
 WORD = 32  # bits of a word of the high plane: the bits of a run of 32 codes fill one word, two or four
 SIGNS = 8  # columns whose signs share a byte, where signs are apart
 SIGN_BIT = 0x80000000
@@ -400,7 +401,7 @@ def pack(
     """
     rows, cols = host.shape
     if isinstance(host, QuantizedMatrix) and dequantize:
-        host, dtype = to_float32(host), dtype or "float16"
+        host = _dequantized(host, dtype or "float16")
     _check_shape(host, num_experts)
     padded = -(-rows // PANEL) * PANEL
     if isinstance(host, QuantizedMatrix):
@@ -413,6 +414,13 @@ def pack(
     if fmt.grid is not None:
         tensors += (_table_on(device, fmt.grid),)
     return Matrix(fmt, padded, cols, rows, layout, tensors, num_experts=num_experts)
+
+
+def _dequantized(host: QuantizedMatrix, dtype: str) -> np.ndarray:
+    values = np.empty(host.shape, _numpy_dtype(dtype))
+    for rows in _row_slices(*host.shape):
+        values[rows] = to_float32(host.rows(rows))
+    return values
 
 
 def _in_words(plane: np.ndarray) -> np.ndarray:
@@ -466,8 +474,30 @@ def _as_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _quantized_planes(host: QuantizedMatrix, padded: int, layout: str, keeps_half: bool) -> list[np.ndarray]:
+    """Packed some rows at a time, so that unpacked codes and copies of them take little memory."""
+    planes: list[np.ndarray] = []
+    for rows in _row_slices(padded, host.shape[1]):
+        count = rows.stop - rows.start
+        parts = _pack_rows(host.rows(rows), count, layout, keeps_half)
+        if count == padded:
+            return parts
+        planes = planes or [np.empty((len(part) * padded // count, *part.shape[1:]), part.dtype) for part in parts]
+        for plane, part in zip(planes, parts, strict=True):
+            first = rows.start * len(plane) // padded
+            plane[first : first + len(part)] = part
+    return planes
+
+
+def _row_slices(num_rows: int, num_cols: int) -> Iterator[slice]:
+    """Whole panels of at most about CHUNK_WEIGHTS weights, or one."""
+    step = max(CHUNK_WEIGHTS // num_cols // PANEL, 1) * PANEL
+    for first in range(0, num_rows, step):
+        yield slice(first, min(first + step, num_rows))
+
+
+def _pack_rows(host: QuantizedMatrix, padded: int, layout: str, keeps_half: bool) -> list[np.ndarray]:
     fmt = host.format
-    codes = _arrange(_as_bits(host.codes), padded, layout)
+    codes = _arrange(_as_bits(host.read_codes()), padded, layout)
     planes = [codes]
     if fmt.bits != 8 or fmt.grid is not None:
         runs = codes.reshape(-1, PANEL)  # 32 rows' codes, or columns'

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from tests.builders import write_json
 from tests.model.weights.hf_formats.directory import assemble, check
-from tinyvllm.arrays import E2M1, QuantizedMatrix
+from tinyvllm.arrays import E2M1, LazyCodes, QuantizedMatrix, stack_rows, to_float32
 from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.weights.hf_formats import METHODS, assemble_matrices
 from tinyvllm.model.weights.hf_formats.matrices import unpack_bits
@@ -117,6 +117,22 @@ def test_auto_round_s_files_are_read_as_what_they_are(tmp_path: Path) -> None:
     tensors, values = make_gptq(4, 128, False)
     settings = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
     check(assemble(tmp_path, settings, tensors)["a.weight"], "gptq-4bit-g128", values)
+
+
+def test_codes_are_unpacked_only_for_the_rows_that_are_read(tmp_path: Path) -> None:
+    """However rows are selected and stacked before: as in gate_up, whose rows alternate."""
+    made = [make_gptq(4, 64, False) for _ in range(2)]
+    matrices = [
+        assemble(tmp_path / str(i), {"quant_method": "gptq"}, tensors)["a.weight"].read()
+        for i, (tensors, _) in enumerate(made)
+    ]
+    (both,) = stack_rows(matrices)
+    assert isinstance(both, QuantizedMatrix)
+    assert isinstance(both.codes, LazyCodes)
+    order = RNG.permutation(2 * ROWS)[:40]
+    values = np.concatenate([values for _, values in made])[order]
+    np.testing.assert_array_equal(to_float32(both.rows(order)), values)
+    np.testing.assert_array_equal(to_float32(both.rows(order).rows(slice(8, 40)).rows(slice(8))), values[8:16])
 
 
 # -- FP8 ---------------------------------------------------------------------------------------------------------------

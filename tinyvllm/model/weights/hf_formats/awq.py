@@ -10,13 +10,12 @@ from functools import partial
 
 import numpy as np
 
-from tinyvllm.arrays import HostMatrix
+from tinyvllm.arrays import HostMatrix, LazyCodes
 from tinyvllm.model.weights.hf_formats.matrices import (
     Groups,
     HFFormat,
     Parts,
     groups_of,
-    unpack_bits,
     unsigned_integers,
 )
 from tinyvllm.model.weights.stored import StoredTensor
@@ -43,18 +42,20 @@ def build(parts: Parts) -> StoredTensor:
 
 
 def _read(name: str, groups: Groups, parts: Parts) -> HostMatrix:
-    codes, scale = _unpack(parts.read(".qweight")), groups.spread(parts.read(".scales").T)
-    zeros = groups.spread(_unpack(parts.read(".qzeros"))) if ".qzeros" in parts else None
+    words, scale = parts.read(".qweight"), groups.spread(parts.read(".scales").T)
+    codes = LazyCodes(partial(_unpack, words), (len(scale), groups.num_cols))
+    zeros = None
+    if ".qzeros" in parts:
+        zeros = groups.spread(_unpack(parts.read(".qzeros"), np.arange(len(scale))))
     return unsigned_integers(name, BITS, groups.group, codes, scale, zeros)
 
 
-def _unpack(words: np.ndarray) -> np.ndarray:
-    """(K, out / 8) words -> (out, K) uint8."""
-    stored = unpack_bits(words, BITS, words.shape[1] * PER_WORD)  # (K, out)
-    codes = np.empty((words.shape[1], PER_WORD, words.shape[0]), np.uint8)
-    for i, output in enumerate(ORDER):
-        codes[:, output] = stored[:, i::PER_WORD].T
-    return codes.reshape(-1, words.shape[0])
+def _unpack(words: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    """(K, out / 8) words -> (outputs, K) uint8."""
+    place = np.argsort(ORDER)[outputs % PER_WORD]  # of an output's code in its word
+    packed = np.ascontiguousarray(words).view(np.uint8)[:, outputs // PER_WORD * 4 + place // 2]
+    codes: np.ndarray = (packed.T >> (place % 2 * BITS).astype(np.uint8)[:, None]) & 0xF
+    return codes
 
 
 FORMAT = HFFormat(".qweight", (".qzeros", ".scales"), build)

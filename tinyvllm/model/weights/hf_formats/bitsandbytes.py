@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvllm.arrays import Format, QuantizedMatrix, Scales
+from tinyvllm.arrays import Format, LazyCodes, QuantizedMatrix, Scales
 from tinyvllm.model.weights.hf_formats.matrices import (
     Groups,
     HFFormat,
@@ -56,10 +56,10 @@ def _absmax(state: dict[str, Any], parts: Parts) -> np.ndarray:
     return (values * scale + np.float32(state["nested_offset"])).astype(np.float32)
 
 
-def _codes(parts: Parts) -> np.ndarray:
-    """All codes of the tensor, in its order."""
-    packed = parts.read(".weight").reshape(-1, 1)
-    return unpack_bits(packed >> 4 | packed << 4, 4, 2).reshape(-1)
+def _codes(packed: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """(N, bytes) -> (rows, 2 * bytes) uint8."""
+    chosen = packed[rows]
+    return unpack_bits(chosen >> 4 | chosen << 4, 4, 2 * packed.shape[1])
 
 
 def _read(kind: str, state: dict[str, Any], groups: Groups, parts: Parts) -> QuantizedMatrix:
@@ -67,11 +67,13 @@ def _read(kind: str, state: dict[str, Any], groups: Groups, parts: Parts) -> Qua
     scale = groups.spread(_absmax(state, parts).reshape(num_rows, -1))
     codebook = tuple(map(float, parts.read(".weight.quant_map").reshape(-1)))
     fmt = Format(kind, 4, groups.group, scale=scale_format(scale, groups.group), codebook=codebook)
-    return QuantizedMatrix(fmt, _codes(parts).reshape(num_rows, num_cols), Scales(scale))
+    codes = LazyCodes(partial(_codes, parts.read(".weight").reshape(num_rows, -1)), (num_rows, num_cols))
+    return QuantizedMatrix(fmt, codes, Scales(scale))
 
 
 def _wide(state: dict[str, Any], parts: Parts) -> np.ndarray:
-    values = parts.read(".weight.quant_map").reshape(-1)[_codes(parts)].astype(np.float32)
+    codes = _codes(parts.read(".weight").reshape(1, -1), np.arange(1))[0]  # of the whole tensor
+    values = parts.read(".weight.quant_map").reshape(-1)[codes]
     scale = np.repeat(_absmax(state, parts), int(state["blocksize"]))[: values.size]
     wide: np.ndarray = (values * scale).reshape(state["shape"])
     return wide

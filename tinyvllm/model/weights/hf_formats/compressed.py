@@ -18,6 +18,7 @@ from tinyvllm.model.weights.hf_formats.matrices import (
     Parts,
     groups_of,
     scaled_fp4,
+    stream_codes,
     unpack_bits,
     unsigned_integers,
 )
@@ -48,7 +49,7 @@ def build(parts: Parts) -> StoredTensor:
 
 
 def _integers(name: str, bits: int, groups: Groups, parts: Parts) -> HostMatrix:
-    codes, zeros = unpack_bits(parts.read(".weight_packed"), bits, groups.num_cols), _zeros(bits, parts)
+    codes, zeros = stream_codes(parts.read(".weight_packed"), bits, groups.num_cols), _zeros(bits, parts)
     scale = groups.spread(parts.read(".weight_scale"))
     return unsigned_integers(name, bits, groups.group, codes, scale, None if zeros is None else groups.spread(zeros))
 

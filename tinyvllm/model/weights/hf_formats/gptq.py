@@ -15,7 +15,7 @@ from tinyvllm.model.weights.hf_formats.matrices import (
     Parts,
     groups_of,
     scaled_integers,
-    signed_bytes,
+    stream_codes,
     unpack_bits,
     unsigned_integers,
 )
@@ -45,7 +45,7 @@ def build(parts: Parts) -> StoredTensor:
 
 def _read(name: str, bits: int, groups: Groups, is_less_1: bool, parts: Parts) -> HostMatrix:
     words, group = parts.read(".qweight").T, groups.group
-    codes = unpack_bits(words, bits, groups.num_cols)
+    codes = stream_codes(words, bits, groups.num_cols)
     scale = groups.spread(parts.read(".scales").T)
     zeros = groups.spread(unpack_bits(parts.read(".qzeros"), bits, len(words)).T)
     if not is_less_1:
@@ -53,7 +53,7 @@ def _read(name: str, bits: int, groups: Groups, is_less_1: bool, parts: Parts) -
     if bits < 8 or (zeros == 127).all():
         return unsigned_integers(name, bits, group, codes, scale, zeros + 1)
     # a zero of 256 is no uint8
-    return scaled_integers(name, bits, group, signed_bytes(codes), 1 - 128, scale, zeros)
+    return scaled_integers(name, bits, group, codes, 1 - 128, scale, zeros)
 
 
 FORMAT = HFFormat(".qweight", (".qzeros", ".scales", ".g_idx"), build)

@@ -9,7 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 from ml_dtypes import float8_e4m3fn
 
-from tinyvllm.arrays import E2M1, GROUPS, SCALE_DTYPES, Format, HostMatrix, QuantizedMatrix, ScaleFormat, Scales
+from tinyvllm.arrays import (
+    E2M1,
+    GROUPS,
+    SCALE_DTYPES,
+    Format,
+    HostMatrix,
+    LazyCodes,
+    QuantizedMatrix,
+    ScaleFormat,
+    Scales,
+)
 from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.weights.stored import StoredTensor
 from tinyvllm.storage.values import Values
@@ -113,9 +123,14 @@ def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     return codes[:, :count]
 
 
-def signed_bytes(codes: np.ndarray) -> np.ndarray:
-    """Unsigned codes of 8 bits, less 128: how `Format` has them."""
-    return (codes ^ 0x80).view(np.int8)
+def stream_codes(packed: np.ndarray, bits: int, num_cols: int) -> LazyCodes:
+    """The codes (N, num_cols) of rows that are streams of bits, as Format has them: 8 bits less 128."""
+    return LazyCodes(lambda rows: as_format(unpack_bits(packed[rows], bits, num_cols), bits), (len(packed), num_cols))
+
+
+def as_format(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned codes as Format has them: those of 8 bits less 128."""
+    return (codes ^ 0x80).view(np.int8) if bits == 8 else codes
 
 
 # -- scales ----------------------------------------------------------------------------------------------------------
@@ -166,7 +181,13 @@ def groups_of(parts: Parts, num_cols: int, stored: int) -> Groups:
 
 
 def scaled_integers(
-    name: str, bits: int, group: int, codes: np.ndarray, offset: int, scale: np.ndarray, zeros: np.ndarray | None = None
+    name: str,
+    bits: int,
+    group: int,
+    codes: np.ndarray | LazyCodes,
+    offset: int,
+    scale: np.ndarray,
+    zeros: np.ndarray | None = None,
 ) -> QuantizedMatrix:
     """(code - offset - zero) * scale. codes (N, K) as QuantizedMatrix has them; scale and zeros (N, K // group), zeros
     of 8 bits."""
@@ -178,16 +199,14 @@ def scaled_integers(
 
 
 def unsigned_integers(
-    name: str, bits: int, group: int, codes: np.ndarray, scale: np.ndarray, zeros: np.ndarray | None = None
+    name: str, bits: int, group: int, codes: LazyCodes, scale: np.ndarray, zeros: np.ndarray | None = None
 ) -> QuantizedMatrix:
-    """(code - zero) * scale, where codes and zeros are uint8. Zeros that are all half of the range, or None, take no
-    memory."""
+    """(code - zero) * scale. Codes of 8 bits are stored less 128, zeros (uint8) never. Zeros that are all half of the
+    range, or None, take no memory."""
     half = 1 << (bits - 1)
     if zeros is not None and (zeros == half).all():
         zeros = None
-    offset = half if zeros is None else 0
-    if bits == 8:
-        codes, offset = signed_bytes(codes), offset - half
+    offset = (half if zeros is None else 0) - (half if bits == 8 else 0)
     return scaled_integers(name, bits, group, codes, offset, scale, zeros)
 
 
@@ -196,7 +215,7 @@ def scaled_fp4(
 ) -> QuantizedMatrix:
     """E2M1 codes, two in a byte, the first in the low half. packed (N, K / 2) uint8, scale (N, K / group)."""
     fmt = Format(name, 4, group, scale=scale_format(scale, group, has_multiplier=multiplier is not None), codebook=E2M1)
-    codes = unpack_bits(packed, 4, scale.shape[1] * group)
+    codes = stream_codes(packed, 4, scale.shape[1] * group)
     rows = None if multiplier is None else np.full(len(scale), multiplier, np.float32)
     return QuantizedMatrix(fmt, codes, Scales(np.ascontiguousarray(scale), multiplier=rows))
 

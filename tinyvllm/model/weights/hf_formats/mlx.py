@@ -18,8 +18,7 @@ from tinyvllm.model.weights.hf_formats.matrices import (
     scale_format,
     scaled_fp4,
     scaled_fp8,
-    signed_bytes,
-    unpack_bits,
+    stream_codes,
 )
 from tinyvllm.model.weights.stored import StoredTensor
 from tinyvllm.storage.values import Values
@@ -64,10 +63,10 @@ def _settings(parts: Parts) -> tuple[str, int, int]:
 
 def _affine(bits: int, group: int, parts: Parts) -> QuantizedMatrix:
     scale, minimum = parts.read(".scales"), parts.read(".biases")
-    codes = unpack_bits(parts.read(".weight"), bits, scale.shape[1] * group)
+    codes = stream_codes(parts.read(".weight"), bits, scale.shape[1] * group)
     forms = scale_format(scale, group), scale_format(minimum, group)
     fmt = Format(f"mlx-{bits}bit-g{group}", bits, group, -128 if bits == 8 else 0, *forms)
-    return QuantizedMatrix(fmt, signed_bytes(codes) if bits == 8 else codes, Scales(scale), Scales(minimum))
+    return QuantizedMatrix(fmt, codes, Scales(scale), Scales(minimum))
 
 
 def _float(mode: str, parts: Parts) -> QuantizedMatrix:

@@ -60,6 +60,20 @@ CHIPS: dict[str, Chip] = {
         Chip("h100", 3350, 989.4, HOPPER.format("H100", "h100"), "CUDA"),
         Chip("h200", 4800, 989.4, HOPPER.format("H200", "h200"), "CUDA"),
         Chip(
+            "rtx-3090",
+            936.2,
+            71.2,
+            "NVIDIA Ampere GA102 architecture white paper, appendix A: float16 tensor rate with float32 sums, dense",
+            "CUDA",
+        ),
+        Chip(
+            "rtx-5090",
+            1792,
+            209.5,
+            "NVIDIA RTX Blackwell architecture white paper, appendix A: float16 tensor rate with float32 sums, dense",
+            "CUDA",
+        ),
+        Chip(
             "rtx-4090",
             1008,
             165.2,

@@ -14,10 +14,19 @@ from tinyvllm.model.rope import inverse_frequencies
 from tinyvllm.storage.gguf_rope import DIVISORS, LONG, SHORT
 
 # general.architecture by the registry's key, of the families whose files llama.cpp was seen to read (tests/convert)
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "granite": "granite",
+    "glm4": "glm4",
+}
 QUANTIZATION_VERSION = 2
 # Fields that say how a file stores a model rather than what it computes, or that GGUF states in another way
-OWN_FIELDS = ("architecture", "name", "dtype", "norm_offset", "overflows_float16")
+OWN_FIELDS = ("architecture", "name", "dtype", "norm_offset", "overflows_float16", "biases")
 LONG_CONTEXT = 1 << 30  # tokens: longer than any that ropes distinguish
 
 
@@ -64,12 +73,24 @@ def _optional(config: ModelConfig) -> dict[str, Any]:
         found["attn_logit_softcapping"] = config.score_softcap
     if config.logit_softcap is not None:
         found["final_logit_softcapping"] = config.logit_softcap
+    if config.architecture == "granite":
+        found |= {
+            "attention.scale": config.layers[0].scale,
+            "embedding_scale": config.embedding_scale,
+            "residual_scale": config.residual_scale,
+            "logit_scale": 1 / config.logit_scale,
+        }
     return found | _rope_scaling(config.rope)
 
 
 def _rope_scaling(rope: Rope) -> dict[str, Any]:
     """Kinds that have keys; llama3's and longrope's are tensors."""
     scaling = rope.scaling
+    if scaling is not None and scaling.kind == "longrope":
+        return {
+            "rope.scaling.original_context_length": scaling.original_max_position,
+            "rope.scaling.attn_factor": rope.attention_factor,
+        }
     if scaling is None or scaling.kind not in ("linear", "yarn"):
         return {} if rope.attention_factor == 1.0 else {"rope.scaling.attn_factor": rope.attention_factor}
     found: dict[str, Any] = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}

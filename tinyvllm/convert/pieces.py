@@ -60,7 +60,10 @@ class Piece:
 
     def values(self, matrix: HostMatrix, rows: slice) -> np.ndarray:
         """Rows of the output, (n, K) float32, from the tensor's own."""
-        if len(self.shape) != 2:
-            whole = np.asarray(to_float32(matrix)) if self.rows == 1 else to_float32(matrix[rows])  # type: ignore[index]
-            return whole.reshape(rows.stop - rows.start, self.columns)
+        if len(self.shape) == 1:
+            vector = to_float32(matrix)
+            return (vector if self.order is None else vector[self.order])[None]
+        if len(self.shape) > 2:
+            assert isinstance(matrix, np.ndarray), "only matrices are quantized"
+            return to_float32(matrix[rows]).reshape(rows.stop - rows.start, self.columns)
         return to_float32(take_rows(matrix, rows if self.order is None else self.order[rows]))

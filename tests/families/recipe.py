@@ -188,7 +188,9 @@ def write_gguf(path: Path, recipe: Recipe, dtype: str = "float32") -> ModelFiles
         writer.add_rope_freq_base(c["rope_theta"])
     writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
     for key, value in recipe.gguf_keys.items():
-        writer.add_key_value(f"{arch}.{key}", value, gguf.GGUFValueType.get_type(value))
+        kind = gguf.GGUFValueType.get_type(value)
+        unsigned = gguf.GGUFValueType.UINT32 if kind == gguf.GGUFValueType.INT32 else kind
+        writer.add_key_value(f"{arch}.{key}", value, unsigned)
     add_tokenizer_metadata(writer, NUM_TOKENS)
     for name, weight in (gguf_weights(recipe) | dict(recipe.gguf_more)).items():
         writer.add_tensor(name, weight.astype(dtype) if weight.ndim == 2 else weight)

@@ -73,7 +73,7 @@ def _yarn(values: Values, factor: float) -> tuple[RopeScaling, float]:
     )
     slope = values.optional_number("rope.scaling.yarn_log_multiplier")
     usual = yarn_magnitude(factor) / (yarn_magnitude(factor, slope) if slope else 1.0)
-    # the converter writes transformers' attention_factor there
+    # llama.cpp's converter writes transformers' attention_factor there, which llama.cpp itself does not read
     return scaling, values.positive("rope.scaling.yarn_attn_factor", usual)
 
 

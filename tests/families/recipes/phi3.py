@@ -34,7 +34,6 @@ def recipe(original: int, window: int | None, seed: int, *, is_slow: bool) -> Re
         seed=seed,
         gguf_keys={
             "rope.dimension_count": 24,
-            "rope.freq_base": 10000.0,
             "rope.scaling.original_context_length": original,
             "rope.scaling.attn_factor": factor,
             "attention.sliding_window": window or 0,

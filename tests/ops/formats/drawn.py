@@ -15,7 +15,7 @@ from tinyvllm.model.weights.quant import QUANTIZED_KINDS
 GGUF_FORMATS = [
     QUANTIZED_KINDS[name].format
     for name in (
-        *("Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0"),
+        *("Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Q1_0", "TQ1_0"),
         *("IQ2_XXS", "IQ2_S", "IQ3_S", "IQ1_M"),  # indices of 8, 10, 9 and 12 bits
     )
 ]

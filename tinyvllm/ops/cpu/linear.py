@@ -19,7 +19,7 @@ from tinygrad import UOp
 
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import arithmetic, gated, tanh
-from tinyvllm.ops.cpu.shuffle import LookedUp, integer_codebook, look_up_run
+from tinyvllm.ops.cpu.shuffle import LookedUp, look_up_run, lookup_of
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes, code_lanes, high_bits, panel_unit
 from tinyvllm.ops.kernel.body import Body, KernelFn, balanced, cached_kernel, exp2, fill, finish
 from tinyvllm.ops.kernel.tuning import Tunable
@@ -248,8 +248,8 @@ class _Product:
         spec, fmt = self.spec, self.spec.format
         lane = self.body.loop(PANEL)
         scale = self.planes.panel_factor("scale", self.panel, group, lane, spec.num_cols)
-        codebook = integer_codebook(fmt)
-        unit = panel_unit(fmt) if codebook is None else codebook[1]
+        lookup = lookup_of(fmt)
+        unit = panel_unit(fmt) if lookup is None else lookup.unit
         scale = scale if unit == 1.0 else scale * unit
         minimum = None
         if self.planes.minimum is not None:
@@ -285,12 +285,12 @@ class _Product:
         return UOp.group(*stores).end(lane)
 
     def _looked_up(self, acc: UOp, col: UOp) -> LookedUp | None:
-        """What one column's codes stand for, if a byte shuffle can look them up."""
-        codebook = integer_codebook(self.spec.format)
-        if codebook is None:
+        """What one column's codes stand for, if a shuffle can look them up."""
+        lookup = lookup_of(self.spec.format)
+        if lookup is None:
             return None
         run = (self.panel * self.spec.num_cols + col) * code_lanes(self.spec.format)
-        return look_up_run(self.body.registers(PANEL).after(acc), codebook[0], self.planes.codes[run])
+        return look_up_run(self.body.registers(PANEL).after(acc), lookup, self.planes.codes[run])
 
     def _multiply_vectors(self, acc: UOp, x: _Shard, col: UOp) -> UOp:
         """The same for the columns of one code of a grid, by parts of the lanes whose codes' high bits share a word."""

@@ -53,7 +53,8 @@ def check_engine(files: ModelFiles, cases: list[dict[str, Any]]) -> None:
     longest = cases[-1]  # in chunks, and several windows long
     check(llm.generate(longest["prompt"], GREEDY)[0], longest)
     outputs = llm.generate([case["prompt"] for case in cases], GREEDY)
-    assert llm.stats.num_preemptions > 0, "the pool was meant to be too small"
+    if llm._loaded.runner.capacity.window is None:  # else it holds the windows of four
+        assert llm.stats.num_preemptions > 0, "the pool was meant to be too small"
     for output, case in zip(outputs, cases, strict=True):
         check(output, case)
     for _ in range(2):

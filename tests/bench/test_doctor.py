@@ -36,9 +36,10 @@ def test_a_model_that_runs_is_looked_at_from_all_sides(tiny_gguf_files: ModelFil
     assert result.exit_code == 0, result.output
     checks = checks_of(result)
     assert list(checks) == [
-        "tinyvllm", "tinygrad", "system", "compiler", "load", "model", "device", "KV cache", "start", "kernels",
-        "fused kernels", "programs", "smoke",
+        "tinyvllm", "tinygrad", "system", "compiler", "load", "model", "device", "weights", "KV cache", "start",
+        "kernels", "fused kernels", "programs", "smoke",
     ]  # fmt: skip
+    assert checks["weights"]["value"] == "qkv, attention_out, gate_up, down, embedding, head: Q4_1"
     assert checks["fused kernels"]["value"] == "cover every operation"
     assert checks["kernels"]["status"] == ODD and "tinyvllm tune" in checks["kernels"]["remedy"]
     assert "tok/s" in checks["smoke"]["value"] and "predicted" in checks["smoke"]["value"]

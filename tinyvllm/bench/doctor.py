@@ -98,6 +98,7 @@ def device(inspector: RunnerInspector, start_s: float) -> Iterator[Check]:
     else:
         remedy = "in a virtual machine Metal launches each kernel separately: run on the Mac itself for full speed"
         yield Check("device", ODD, f"{value}, without graphs", remedy)
+    yield Check("weights", GOOD, "; ".join(inspector.formats))
     capacity = runner.capacity
     yield Check("KV cache", GOOD, "; ".join(capacity.explanation))
     kept = 0 if runner.store is None else runner.store.num_steps_read

@@ -43,6 +43,22 @@ class StepCost:
         return self.weight_bytes + self.kv_read_bytes + self.kv_written_bytes
 
 
+def formats_in_use(model: Model) -> list[str]:
+    """The formats of the model's matrices, by what they are for: ["qkv, down: Q4_K, Q6_K", "head: Q6_K"]."""
+    formats: dict[str, dict[str, None]] = {}  # in the order of the layers
+    for layer in model.layers:
+        for role in ("qkv", "attention_out", "gate_up", "down"):
+            matrices = getattr(layer, role)
+            names = formats.setdefault(role, {})
+            names |= {matrix.format.name: None for matrix in (matrices if role == "qkv" else [matrices])}
+    formats["embedding"] = {model.embedding.format.name: None}
+    formats["head"] = {model.head.format.name: None}
+    roles: dict[str, list[str]] = {}
+    for role, names in formats.items():
+        roles.setdefault(", ".join(sorted(names)), []).append(role)
+    return [f"{', '.join(group)}: {names}" for names, group in roles.items()]
+
+
 def weight_facts(model: Model) -> WeightFacts:
     """Count a model's matrices."""
     by_format: Counter[str] = Counter()

@@ -8,7 +8,7 @@ from tinyvllm.device import hardware
 from tinyvllm.device.accounting import DeviceAccount
 from tinyvllm.device.bandwidth import measure_bandwidth
 from tinyvllm.device.program_limits import ProgramFacts, program_facts
-from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, weight_facts
+from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, formats_in_use, weight_facts
 from tinyvllm.execution.profile import profile_step
 from tinyvllm.execution.runner import ModelRunner
 from tinyvllm.profiling.kernels import StepProfile
@@ -27,6 +27,11 @@ class RunnerInspector:
     def weights(self) -> WeightFacts:
         """Format, count and bytes of the model's matrices."""
         return weight_facts(self.runner.model)
+
+    @property
+    def formats(self) -> list[str]:
+        """The formats of the matrices, by what they are for."""
+        return formats_in_use(self.runner.model)
 
     @property
     def num_cores(self) -> int:

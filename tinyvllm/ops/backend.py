@@ -16,11 +16,12 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from tinygrad import Tensor
 
-from tinyvllm.arrays import HostMatrix, stack_rows, to_float32
+from tinyvllm.arrays import HostMatrix, QuantizedMatrix, stack_rows, to_float32
 from tinyvllm.config import LayerKind, stored_window
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.coverage import Coverage, in_words
+from tinyvllm.ops.formats.common import in_common_format
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.sampling.logits_processing import SamplingState, sample_processed
 from tinyvllm.ops.sampling.sample import OUT_WIDTH, SampleSpec, sample
@@ -278,12 +279,20 @@ class DeviceSampling:
 
 def gate_over_up(gate: HostMatrix, up: HostMatrix) -> HostMatrix:
     """The gate's rows and then the up projection's, as one matrix, which one kernel reads. If their formats differ,
-    both become float16, with a warning."""
+    both are kept in a common one; without one both become float16, with a warning."""
     stacked = stack_rows([gate, up])
     if len(stacked) > 1:
-        logger.warning("gate and up projections have different formats: both are kept as float16")
-        stacked = stack_rows([to_float32(gate).astype(np.float16), to_float32(up).astype(np.float16)])
+        stacked = stack_rows(in_common_format(gate, up) or _as_float16(gate, up))
     return stacked[0]
+
+
+def _as_float16(gate: HostMatrix, up: HostMatrix) -> list[HostMatrix]:
+    names = [matrix.format.name if isinstance(matrix, QuantizedMatrix) else matrix.dtype for matrix in (gate, up)]
+    megabytes = 2 * (math.prod(gate.shape) + math.prod(up.shape)) / 1e6
+    logger.warning(
+        "gate in %s and up projection in %s have no common format: both become float16, %.1f MB", *names, megabytes
+    )
+    return [to_float32(gate).astype(np.float16), to_float32(up).astype(np.float16)]
 
 
 __all__ = [

@@ -319,7 +319,8 @@ def test_a_width_that_cuts_a_scale_is_refused_with_the_remedy(device: DeviceHand
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [("MXFP4-e8m0", "row"), ("NVFP4-e4m3", "panel"), ("affine3_g64-float16", "panel")]
+    ("name", "layout"),
+    [("IQ2_S-float16", "row"), ("MXFP4-e8m0", "row"), ("NVFP4-e4m3", "panel"), ("affine3_g64-float16", "panel")],
 )
 def test_an_expert_is_a_matrix_of_its_own_rows(name: str, layout: str) -> None:
     host = draw_matrix(BY_NAME[name], 3 * 64, COLS)

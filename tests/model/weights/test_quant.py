@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.builders import FLOAT16_FIELDS, random_k_rows, random_rows
 from tinyvllm.arrays import SCALE_DTYPES, QuantizedMatrix, grid_table, to_float32
 from tinyvllm.errors import ModelError, UnsupportedModelError
+from tinyvllm.model.weights import quant
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
 from tinyvllm.storage.gguf_file import BLOCK_SIZES
 
@@ -110,3 +111,15 @@ def test_unknown_kind_lists_the_known() -> None:
 def test_bytes_that_are_not_of_the_shape_are_refused(shape: Any) -> None:
     with pytest.raises(ModelError, match="18 bytes are not a Q4_0 matrix"):
         decompose("Q4_0", np.zeros(18, np.uint8), shape)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED_KINDS)
+def test_a_large_matrix_is_split_in_pieces_into_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block_size, block_bytes = BLOCK_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 256, (70, 2 * block_bytes), np.uint8)
+    whole = decompose(kind, raw, (70, 2 * block_size))
+    monkeypatch.setattr(quant, "PIECE_WEIGHTS", 2 * block_size * 16)  # 16 rows: four pieces, and one of 6
+    pieces = decompose(kind, raw, (70, 2 * block_size))
+    found, expected = (quant._arrays(matrix) for matrix in (pieces, whole))
+    for array, other in zip(found, expected, strict=True):
+        assert (array.dtype, array.shape, array.tobytes()) == (other.dtype, other.shape, other.tobytes())

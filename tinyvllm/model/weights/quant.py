@@ -15,6 +15,7 @@ from tinyvllm.model.weights.blocks import BlockKind, Parts, bit_fields, float16,
 from tinyvllm.model.weights.grids import GRID_KINDS
 from tinyvllm.storage.gguf_file import BLOCK_SIZES
 
+PIECE_WEIGHTS = 1 << 22  # that are split at a time
 GROUP = 32  # weights of a legacy block, and of a group in Q4_K and Q5_K
 SUPER = 256  # weights of a K quant's block
 BLOCK_SCALE = ScaleFormat(GROUP)
@@ -38,7 +39,44 @@ def decompose(ggml_type: str, raw: np.ndarray, shape: tuple[int, ...]) -> Quanti
             f"weights and {block_bytes} bytes"
         )
     kind = QUANTIZED_KINDS[ggml_type]
-    return QuantizedMatrix(kind.format, *kind.split(raw.reshape(shape[0], shape[1] // block_size, block_bytes)))
+    return _split(kind, raw.reshape(shape[0], shape[1] // block_size, block_bytes), shape[1])
+
+
+def _split(kind: BlockKind, blocks: np.ndarray, num_cols: int) -> QuantizedMatrix:
+    """A matrix of these blocks. A large one is split some rows at a time: intermediate values would otherwise take
+    several bytes a weight."""
+    step = max(1, PIECE_WEIGHTS // num_cols)
+    if len(blocks) <= 2 * step:
+        return QuantizedMatrix(kind.format, *kind.split(blocks))
+    whole: QuantizedMatrix | None = None
+    for first in range(0, len(blocks), step):
+        piece = QuantizedMatrix(kind.format, *kind.split(blocks[first : first + step]))
+        whole = whole or _empty_like(piece, len(blocks))
+        for target, source in zip(_arrays(whole), _arrays(piece), strict=True):
+            target[first : first + step] = source
+    assert whole is not None
+    return whole
+
+
+def _empty_like(piece: QuantizedMatrix, num_rows: int) -> QuantizedMatrix:
+    """A matrix with as many rows, whose arrays are to be written."""
+
+    def empty(array: np.ndarray | None) -> np.ndarray | None:
+        return None if array is None else np.empty((num_rows, *array.shape[1:]), array.dtype)
+
+    def scales(like: Scales) -> Scales:
+        base = np.empty((num_rows, *like.base.shape[1:]), like.base.dtype)
+        return Scales(base, empty(like.steps), empty(like.multiplier))
+
+    codes = np.empty((num_rows, *piece.codes.shape[1:]), piece.read_codes().dtype)
+    minimum = None if piece.minimum is None else scales(piece.minimum)
+    return QuantizedMatrix(piece.format, codes, scales(piece.scale), minimum, empty(piece.signs))
+
+
+def _arrays(matrix: QuantizedMatrix) -> list[np.ndarray]:
+    scales = [scales for scales in (matrix.scale, matrix.minimum) if scales is not None]
+    of_scales = [array for scale in scales for array in (scale.base, scale.steps, scale.multiplier)]
+    return [array for array in (matrix.read_codes(), *of_scales, matrix.signs) if array is not None]
 
 
 def _q4_0(blocks: np.ndarray) -> Parts:

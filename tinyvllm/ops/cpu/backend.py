@@ -86,12 +86,8 @@ class CpuBackend(DeviceSampling):
         """Sharded by panels of rows."""
         rows = host.shape[0]
         bounds = self._bounds(-(-rows // PANEL))
-        return join_shards(
-            [
-                self._pack(take_host_rows(host, np.arange(a * PANEL, min(b * PANEL, rows))), core)
-                for (a, b), core in bounds
-            ]
-        )
+        shards = [(slice(a * PANEL, min(b * PANEL, rows)), core) for (a, b), core in bounds]
+        return join_shards([self._pack(take_host_rows(host, part), core) for part, core in shards])
 
     def stacked(self, hosts: Sequence[HostMatrix], num_kv_heads: int | None = None) -> tuple[Matrix, ...]:
         """q, k and v are sharded by KV heads, so that each core attends on its own; other matrices by panels."""

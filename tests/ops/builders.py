@@ -139,7 +139,8 @@ def run_product(
 
 
 def make_epilogue(backend: Backend, residual: Tensor | None, rows: int, names: str) -> Epilogue:
-    """An epilogue with what `names` lists, by their first letters: bias, norm after the product, scale, cap."""
+    """An epilogue with what `names` lists, by their first letters: bias, norm after the product, scale, cap
+    (r: the residual, which is an argument)."""
     upload = backend.device.upload
     return Epilogue(
         bias=upload(normal(rows, seed=11)) if "b" in names else None,

@@ -75,14 +75,14 @@ def test_a_product_equals_the_reference(backend: Backend, reference: ReferenceBa
     check(backend, reference, case)
 
 
-@pytest.mark.parametrize("names", ["n", "bns", "c"])
+@pytest.mark.parametrize("names", ["n", "bns", "c", "s", "bsr"])
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_what_follows_a_product_equals_the_reference(
     backend: Backend, reference: ReferenceBackend, tokens: int, names: str
 ) -> None:
     def run(ops: Backend) -> np.ndarray:
         x, residual = (ops.device.upload(normal(tokens, cols, seed=cols)) for cols in (COLS, ROWS))
-        epilogue = make_epilogue(ops, residual if "n" in names else None, ROWS, names)
+        epilogue = make_epilogue(ops, residual if {"n", "r"} & set(names) else None, ROWS, names)
         matrix = ops.matrix(make_host("Q4_1", ROWS, COLS, seed=5))
         return run_product(ops, x, matrix, tokens, epilogue=epilogue).numpy()
 

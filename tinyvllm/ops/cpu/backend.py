@@ -183,7 +183,7 @@ class CpuBackend(DeviceSampling):
         eps = None
         if norm is not None:
             inputs, eps = self._normed(x, norm, matrices[0].num_cols, num_tokens)
-        rest = epilogue.uncovered(("a bias",))
+        rest = epilogue.uncovered(("a bias", "a scale"))
         fused = Epilogue(bias=epilogue.bias, activation=epilogue.activation) if rest else epilogue
         results = [self._linear(name, inputs, matrix, num_tokens, eps, norm, fused) for matrix in matrices]
         if not rest:
@@ -316,6 +316,7 @@ class CpuBackend(DeviceSampling):
                 num_cols=shard.num_cols,
                 norm_eps=eps,
                 activation=epilogue.activation,
+                scale=epilogue.scale,
                 has_residual=epilogue.residual is not None,
                 bias_starts=None if epilogue.bias is None else (sum(widths), all_cols + sum(widths)),
                 x_cols=_widths(inputs[i], matrix.num_cols),

@@ -52,6 +52,7 @@ class LinearSpec(Tunable):
     num_cols: int  # K
     norm_eps: float | None = None  # of an RMSNorm of x, inside the kernel
     activation: str | None = None  # panels have 16 gate and 16 up rows: activation(gate) * up, (T, N / 2)
+    scale: float = 1.0  # of what is added to the residual
     has_residual: bool = False  # + residual (T, N)
     # where the biases of this shard's rows begin: of all rows, or of its gate and of its up rows; None: no biases
     bias_starts: tuple[int, ...] | None = None
@@ -326,6 +327,7 @@ def _epilogue(
         if spec.activation is not None:
             up = with_bias(tile.registers[r * PANEL + HALF + lane].load(), 1)
             (value,) = gated(spec.activation, [value], [up], CPU_ARITHMETIC)
+        value = value if spec.scale == 1.0 else value * spec.scale
         at = (tile.first + r) * spec.out_cols + panel * width + lane
         stores.append(out[at].store(value if residual is None else value + residual[at].load()))
     return UOp.group(*stores).end(lane)

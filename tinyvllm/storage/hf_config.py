@@ -16,7 +16,8 @@ ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # What a model of several parts states once, outside its text_config
 CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"  # ends of classes' names
 HEADLESS = (CLASSIFIER, "Model")  # of classes whose layers are a causal model's, without its head
-SHARED_KEYS = ("dtype", "torch_dtype", "tie_word_embeddings")
+DTYPE_KEYS = ("dtype", "torch_dtype")
+SHARED_KEYS = (*DTYPE_KEYS, "tie_word_embeddings")
 
 
 def read_hf_config(config: Values, name: str) -> ModelConfig:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from tinyvllm.config import GenerationDefaults, ModelConfig, ModelFiles
 from tinyvllm.storage.gguf_config import read_gguf_config
 from tinyvllm.storage.gguf_file import GGUFFile
-from tinyvllm.storage.hf_config import read_hf_config, text_values
+from tinyvllm.storage.hf_config import DTYPE_KEYS, read_hf_config, text_values
 from tinyvllm.storage.sentence_transformers import HEAD_NAME, read_pooling, tensor_names
+from tinyvllm.storage.stored_dtype import stored_dtype
 from tinyvllm.storage.values import Values, read_json
 
 
@@ -17,7 +18,10 @@ def read_model_config(files: ModelFiles) -> ModelConfig:
     if files.kind == "gguf":
         return read_gguf_config(GGUFFile(files.path), files.name)
     path = files.path / "config.json"
-    config = read_hf_config(Values(path, read_json(path)), files.name)
+    values = Values(path, read_json(path))
+    config = read_hf_config(values, files.name)
+    if all(text_values(values).get(key) is None for key in DTYPE_KEYS):
+        config = replace(config, dtype=stored_dtype(files.path) or config.dtype)
     pooling = read_pooling(files.path)
     if pooling is not None and not config.tie_embeddings and HEAD_NAME not in tensor_names(files.path):
         config = replace(config, has_head=False, tie_embeddings=True)  # saved with its base model's tensors alone

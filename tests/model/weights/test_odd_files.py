@@ -151,6 +151,15 @@ def test_dtypes_may_be_spelled_as_torch_prints_them(tmp_path: Path, key: str) ->
     assert read_model_config(files).dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_without_a_dtype_the_files_own_is_taken(tmp_path: Path, dtype: str) -> None:
+    files = write_tiny_hf_llama(tmp_path / "m", dtype=dtype)
+    edit_json(files.path / "config.json", torch_dtype=None)
+    assert read_model_config(files).dtype == dtype
+    (files.path / "model.safetensors").write_bytes(b"\xff" * 20)
+    assert read_model_config(files).dtype == "float32"  # what is wrong with the file, its reader says
+
+
 def test_norms_may_have_another_type_than_matrices(tmp_path: Path) -> None:
     files = write_tiny_hf_llama(tmp_path / "m")
     weights = make_weights(TinyLlama())

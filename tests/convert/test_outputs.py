@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from tests.builders import write_tiny_gguf, write_tiny_hf_llama
 from tests.families.recipe import write_gguf, write_hf
 from tests.families.recipes import RECIPES
+from tests.families.recipes.gemma3 import write_multimodal_hf
 from tinyvllm.config import ModelFiles
 from tinyvllm.convert import hf_output, safetensors_header, stream
 from tinyvllm.convert.gguf_metadata import ARCHITECTURES
@@ -114,6 +115,15 @@ def test_mlx_fp8_and_gguf_are_read_back(tmp_path: Path) -> None:
 
         found = to_float32(open_checkpoint(written, read_model_config(written)).take(name, shape))
         assert np.abs(found - values).max() < limit * np.abs(values).max(), to
+
+
+def test_a_multimodal_source_gives_its_text_model(tmp_path: Path) -> None:
+    source = write_multimodal_hf(tmp_path / "hf", RECIPES["gemma3"])
+    text = write_hf(tmp_path / "text", RECIPES["gemma3"])
+    for to, name in (("q8_0", "x.gguf"), ("mlx-4-g32", "x")):
+        first, second = (convert(one, to, tmp_path / one.path.name / "out" / name).files for one in (source, text))
+        found, expected = (open_checkpoint(one, read_model_config(one)) for one in (first, second))
+        assert found.names() == expected.names()
 
 
 def test_a_quantized_source_is_converted_again(tmp_path: Path) -> None:

@@ -66,12 +66,13 @@ class ModelFacts:
         return self.num_heads // self.num_kv_heads
 
 
-def choose_type(name: str, shape: tuple[int, ...], mixture: Mixture, facts: ModelFacts) -> str:
-    """The ggml type of a tensor of that name and shape, rows first."""
+def choose_type(name: str, shape: tuple[int, ...], mixture: Mixture, facts: ModelFacts, dense: str) -> str:
+    """The ggml type of a tensor of that name and shape, rows first. `dense`: of matrices that llama-quantize leaves as
+    they are."""
     if len(shape) < 2:
         return "F32"
     if not is_quantizable(name):
-        return mixture.base if mixture.is_dense else "F16"
+        return mixture.base if mixture.is_dense else dense
     if mixture.is_dense:
         return mixture.base
     return _fitting(_wanted(name, mixture, facts), shape[-1])

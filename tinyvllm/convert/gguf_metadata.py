@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "gemma2": "gemma2",
     "gemma3": "gemma3",
+    "smollm3": "smollm3",
     "granite": "granite",
     "glm4": "glm4",
 }

@@ -19,12 +19,13 @@ from tinyvllm.convert.ggml_types import MIXTURES, Mixture, ModelFacts, choose_ty
 from tinyvllm.convert.gguf_header import pack_value, write_header
 from tinyvllm.convert.gguf_metadata import ARCHITECTURES, architecture_of, rope_tensors, settings_metadata
 from tinyvllm.convert.gguf_vocabulary import vocabulary_metadata
-from tinyvllm.convert.hf_output import language_model
+from tinyvllm.convert.hf_output import TYPE_NAMES, language_model
 from tinyvllm.convert.pieces import Piece, Plane
 from tinyvllm.convert.stream import Place
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.gguf import ROTARY_TENSORS, read_as_written
 from tinyvllm.model.weights.names import HEAD_NAME
+from tinyvllm.model.weights.stored import StoredTensor
 from tinyvllm.storage import families
 from tinyvllm.storage.gguf_file import GGUFFile, read_metadata_bytes
 
@@ -66,7 +67,7 @@ def _from_gguf(source: ModelFiles, mixture: Mixture) -> tuple[dict[str, bytes], 
         has_head="output.weight" in file.tensors,
     )
     pieces = [
-        make_piece(name, tensor.shape, tensor.read, choose_type(name, tensor.shape, mixture, facts))
+        make_piece(name, tensor.shape, tensor.read, choose_type(name, tensor.shape, mixture, facts, dense_type(tensor)))
         for name, tensor in read_as_written(source.path).items()
     ]
     return metadata, pieces
@@ -88,7 +89,7 @@ def _from_hf(source: ModelFiles, config: ModelConfig, mixture: Mixture) -> tuple
     pieces = []
     for hf_name, tensor in tensors.items():
         name = gguf_name(hf_name, architecture, config.num_layers)
-        ggml_type = choose_type(name, tensor.shape, mixture, facts)
+        ggml_type = choose_type(name, tensor.shape, mixture, facts, dense_type(tensor))
         order = _row_order(name, tensor.shape, config)
         added = config.norm_offset if name.endswith("norm.weight") else 0.0
         pieces.append(make_piece(name, tensor.shape, tensor.read, ggml_type, order, added))
@@ -110,6 +111,11 @@ def gguf_name(hf_name: str, architecture: str, num_layers: int) -> str:
 def _names(architecture: str, num_layers: int) -> gguf.TensorNameMap:
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     return gguf.get_tensor_name_map(number, num_layers)
+
+
+def dense_type(tensor: StoredTensor) -> str:
+    """ggml's name of an unquantized tensor's type; float16 for others."""
+    return TYPE_NAMES.get(tensor.format_name, "F16")
 
 
 def _row_order(name: str, shape: Shape, config: ModelConfig) -> np.ndarray | None:

@@ -22,10 +22,12 @@ OTHERS: dict[str, Any] = {
     "layers.1.mlp.down_proj": False,
 }
 LLAMA = sizes(2, 64, 4, 2, 16, 128) | {"model_type": "llama", "rope_theta": 10000.0}
+PHI = sizes(2, 64, 4, 2, 16, 128) | {"model_type": "phi3", "rope_theta": 10000.0}
 GEMMA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODELS: dict[str, Recipe] = {
     "llama": replace(RECIPES["mistral"], hf_class="LlamaForCausalLM", config=LLAMA, seed=1),
     "qwen2": replace(RECIPES["qwen2"], seed=3),
+    "phi3": replace(RECIPES["phi3"], config=PHI, seed=1),  # fused tensors, of which rows are taken
     # MLX rounds the square root of hidden_size to bfloat16: that of 64 is exact
     "gemma3": replace(RECIPES["gemma3"], config=dict(RECIPES["gemma3"].config) | GEMMA, seed=7),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,10 +16,9 @@ from tests.execution.driver import generate, make_request
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
 from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.execution import graphs
-from tinyvllm.execution import runner as runner_module
 from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import ModelRunner, load_runner
-from tinyvllm.storage.model_config import read_model_config
+from tinyvllm.ops.cpu.backend import CpuBackend
 
 CONFIG = EngineConfig(
     "tiny",
@@ -83,10 +83,16 @@ def counts(store: ProgramStore) -> tuple[int, int]:
 def test_a_restored_step_says_what_takes_the_general_kernels(
     tmp_path: Path, tiny_gguf_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step that comes from the disk is not traced again, and its operations have said it when it was."""
+    """A step that comes from the disk is not traced again, and its operations have said it when it was. The CPU has no
+    general kernels: one is pretended to be."""
     monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
-    read = read_model_config(tiny_gguf_files)
-    monkeypatch.setattr(runner_module, "read_model_config", lambda files: dataclasses.replace(read, logit_softcap=30.0))
+    linear = CpuBackend.linear
+
+    def noted(backend: CpuBackend, name: str, *args: Any) -> Any:
+        backend.coverage.take_general(f"{name}: a product", "a softcap" if name == "lm_head" else "")
+        return linear(backend, name, *args)
+
+    monkeypatch.setattr(CpuBackend, "linear", noted)
     for num_read in (0, NUM_STEPS):
         runner = load_runner(tiny_gguf_files, CONFIG)
         runner.warm_up()

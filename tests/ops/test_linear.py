@@ -75,7 +75,7 @@ def test_a_product_equals_the_reference(backend: Backend, reference: ReferenceBa
     check(backend, reference, case)
 
 
-@pytest.mark.parametrize("names", ["n", "bns", "c", "s", "bsr"])
+@pytest.mark.parametrize("names", ["n", "bns", "sc", "s", "bsr"])
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_what_follows_a_product_equals_the_reference(
     backend: Backend, reference: ReferenceBackend, tokens: int, names: str

@@ -183,12 +183,10 @@ class CpuBackend(DeviceSampling):
         eps = None
         if norm is not None:
             inputs, eps = self._normed(x, norm, matrices[0].num_cols, num_tokens)
-        rest = epilogue.uncovered(("a bias", "a scale"))
-        fused = Epilogue(bias=epilogue.bias, activation=epilogue.activation) if rest else epilogue
-        results = [self._linear(name, inputs, matrix, num_tokens, eps, norm, fused) for matrix in matrices]
-        if not rest:
-            return results
-        self.coverage.take_general(f"{name}: a product", rest)
+        if epilogue.post_norm is None:
+            return [self._linear(name, inputs, matrix, num_tokens, eps, norm, epilogue) for matrix in matrices]
+        before = Epilogue(bias=epilogue.bias, activation=epilogue.activation)
+        results = [self._linear(name, inputs, matrix, num_tokens, eps, norm, before) for matrix in matrices]
         return [
             self._finish(result, matrix, num_tokens, epilogue) for result, matrix in zip(results, matrices, strict=True)
         ]
@@ -318,6 +316,8 @@ class CpuBackend(DeviceSampling):
                 activation=epilogue.activation,
                 scale=epilogue.scale,
                 has_residual=epilogue.residual is not None,
+                has_out_scale=epilogue.out_scale is not None,
+                softcap=epilogue.softcap,
                 bias_starts=None if epilogue.bias is None else (sum(widths), all_cols + sum(widths)),
                 x_cols=_widths(inputs[i], matrix.num_cols),
                 tile_rows=self.tile_rows,
@@ -327,13 +327,14 @@ class CpuBackend(DeviceSampling):
             operands = [*shard.planes, *_tensors(inputs[i]), *tables]
             if epilogue.residual is not None:
                 operands.append(_tensors(epilogue.residual)[i])
+            if epilogue.out_scale is not None:
+                operands.append(epilogue.out_scale)
             outs += run_kernel(linear_kernel(spec), [out], operands)
             widths.append(spec.out_cols)
         return _sharded(outs, widths)
 
     def _finish(self, y: Activation, matrix: Matrix, num_tokens: int, epilogue: Epilogue) -> Activation:
-        """The part of an epilogue that the product's kernel does not cover. Each core computes its own columns, from
-        all cores' columns of y."""
+        """An epilogue's norm and what follows it. Each core computes its own columns, from all cores' columns of y."""
         y_cols = _widths(y, matrix.num_rows if epilogue.activation is None else matrix.num_rows // 2)
         norm, first, outs = epilogue.post_norm, 0, []
         weight = [] if norm is None else [norm.weight]

@@ -4,9 +4,9 @@ One pass over a panel multiplies up to four input rows, with one accumulator in 
 weights in registers. That is faster than unpacking a panel to memory once for all rows: 64 rows of Q4_1 ran at 200
 GFLOP/s on a core instead of 110, float16 at 224 (AVX-512; with half as many registers, two rows are the limit).
 
-RMSNorm is part of the product for a few rows, and a separate pass for many. Biases, activation and residual are part of
-the product; the rest of an epilogue is a separate pass (`finish_kernel`). Each lane adds up its products in the order
-of k, so a row's result depends on neither its neighbors nor the machine.
+RMSNorm is part of the product for a few rows, and a separate pass for many. What follows a product is part of it too,
+except a norm: that needs all cores' columns, and is a separate pass (`finish_kernel`) with what follows it. Each lane
+adds up its products in the order of k, so a row's result depends on neither its neighbors nor the machine.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ class LinearSpec(Tunable):
     num_cols: int  # K
     norm_eps: float | None = None  # of an RMSNorm of x, inside the kernel
     activation: str | None = None  # panels have 16 gate and 16 up rows: activation(gate) * up, (T, N / 2)
-    scale: float = 1.0  # of what is added to the residual
+    scale: float = 1.0  # * scale
     has_residual: bool = False  # + residual (T, N)
+    has_out_scale: bool = False  # * a (1,) operand
+    softcap: float | None = None  # softcap * tanh(y / softcap)
     # where the biases of this shard's rows begin: of all rows, or of its gate and of its up rows; None: no biases
     bias_starts: tuple[int, ...] | None = None
     x_cols: tuple[int, ...] = ()  # columns of each shard of x; (): one buffer of K
@@ -103,7 +105,7 @@ def _take_shards(operands: list[UOp], x_cols: tuple[int, ...], num_cols: int) ->
 
 @cached_kernel
 def linear_kernel(spec: LinearSpec) -> KernelFn:
-    """fn(out, *planes, *x shards[, norm weight][, bias][, residual])."""
+    """fn(out, *planes, *x shards[, norm weight][, bias][, residual][, out scale])."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands = list(rest)
@@ -111,13 +113,13 @@ def linear_kernel(spec: LinearSpec) -> KernelFn:
         x = _take_shards(operands, spec.x_cols, spec.num_cols)
         norm_weight = operands.pop(0) if spec.norm_eps is not None else None
         bias = operands.pop(0) if spec.bias_starts is not None else None
-        residual = operands.pop(0) if spec.has_residual else None
+        ending = _Ending.take(spec, operands)
         body = Body()
         if spec.num_tokens <= STAGED_ROWS:
             x = [_stage(body, spec, x, norm_weight)]
         panel = body.loop(spec.num_rows // PANEL)
         tile = _multiply_panel(body, spec, planes, x, panel)
-        stores = _epilogue(body, spec, out, bias, residual, panel, tile)
+        stores = _epilogue(body, spec, out, bias, ending, panel, tile)
         nbytes = int(spec.num_rows * spec.num_cols * spec.format.code_bits) // 8
         ops = 2 * spec.num_tokens * spec.num_rows * spec.num_cols
         return finish(stores.end(*tile.loops, panel), _name(spec), ops=ops, nbytes=nbytes)
@@ -309,8 +311,33 @@ class _Product:
         return UOp.group(*stores).end(lane)
 
 
+@dataclass(frozen=True)
+class _Ending:
+    """What an epilogue ends with, after its norm if there is one. `residual`: at the same places as the result."""
+
+    scale: float
+    residual: UOp | None
+    out_scale: UOp | None
+    softcap: float | None
+
+    @classmethod
+    def take(cls, spec: LinearSpec | FinishSpec, operands: list[UOp]) -> _Ending:
+        """With the operands at the front of `operands`, which are removed."""
+        residual = operands.pop(0) if spec.has_residual else None
+        return cls(spec.scale, residual, operands.pop(0) if spec.has_out_scale else None, spec.softcap)
+
+    def finish(self, value: UOp, at: UOp) -> UOp:
+        """softcap(out_scale * (scale * value + residual[at]))."""
+        value = value if self.scale == 1.0 else value * self.scale
+        value = value if self.residual is None else value + self.residual[at].load()
+        value = value if self.out_scale is None else value * self.out_scale[0].load()
+        if self.softcap is None:
+            return value
+        return tanh(value * (1.0 / self.softcap), exp2) * self.softcap
+
+
 def _epilogue(
-    body: Body, spec: LinearSpec, out: UOp, bias: UOp | None, residual: UOp | None, panel: UOp, tile: _Tile
+    body: Body, spec: LinearSpec, out: UOp, bias: UOp | None, ending: _Ending, panel: UOp, tile: _Tile
 ) -> UOp:
     """Stores of the tile's rows."""
     width = PANEL if spec.activation is None else HALF
@@ -327,9 +354,8 @@ def _epilogue(
         if spec.activation is not None:
             up = with_bias(tile.registers[r * PANEL + HALF + lane].load(), 1)
             (value,) = gated(spec.activation, [value], [up], CPU_ARITHMETIC)
-        value = value if spec.scale == 1.0 else value * spec.scale
         at = (tile.first + r) * spec.out_cols + panel * width + lane
-        stores.append(out[at].store(value if residual is None else value + residual[at].load()))
+        stores.append(out[at].store(ending.finish(value, at)))
     return UOp.group(*stores).end(lane)
 
 
@@ -357,8 +383,7 @@ def finish_kernel(spec: FinishSpec) -> KernelFn:
         operands, body, cols = list(rest), Body(), sum(spec.y_cols)
         shards = _take_shards(operands, spec.y_cols, cols)
         weight = operands.pop(0) if spec.norm_eps is not None else None
-        residual = operands.pop(0) if spec.has_residual else None
-        out_scale = operands.pop(0) if spec.has_out_scale else None
+        ending = _Ending.take(spec, operands)
         token = body.loop(spec.num_tokens)
         scale = None
         if spec.norm_eps is not None:
@@ -375,13 +400,8 @@ def finish_kernel(spec: FinishSpec) -> KernelFn:
             value = shard.buffer[shard.at(token, i + (first - shard.start))].load()
             if scale is not None and weight is not None:
                 value = value * scale[0] * weight[i + first].load()
-            value = value if spec.scale == 1.0 else value * spec.scale
             at = token * spec.num_cols + (first - spec.first_col) + i
-            value = value if residual is None else value + residual[at].load()
-            value = value if out_scale is None else value * out_scale[0].load()
-            if spec.softcap is not None:
-                value = tanh(value * (1.0 / spec.softcap), exp2) * spec.softcap
-            stores.append(out[at].store(value).end(i))
+            stores.append(out[at].store(ending.finish(value, at)).end(i))
         done = (stores[0] if len(stores) == 1 else UOp.group(*stores)).end(token)
         size = spec.num_tokens * spec.num_cols
         return finish(done, f"finish_{spec.num_tokens}x{spec.num_cols}", ops=6 * size, nbytes=12 * size)

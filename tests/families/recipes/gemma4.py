@@ -125,5 +125,6 @@ RECIPES = {
             "embedding_length_per_layer_input": 0,
             "attention.head_count_kv": [2, 1, 2, 1],
         },
+        is_slow=True,
     ),
 }

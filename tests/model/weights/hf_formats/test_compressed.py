@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 
 from tests.model.weights.hf_formats.directory import assemble, check
 from tests.model.weights.hf_formats.write_compressed import BNB_CASES, CASES, COLS, DATA, ROWS, WIDE_COLS
 from tinyvllm.arrays import QuantizedMatrix, to_float32
 from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
+from tinyvllm.model.weights.safetensors import read_safetensors
 from tinyvllm.model.weights.stored import StoredTensor
 
 SETTINGS = {
@@ -46,6 +48,16 @@ def test_values_are_bitsandbytes(tmp_path: Path) -> None:
     assert len(tensors) == 2 * len(BNB_CASES), sorted(tensors)
     for name in ("nf4", "nf4_nested", "fp4_nested"):
         check(tensors[f"{name}.weight"], name[:3], values_of(tensors[f"{name}.expected"]))
+
+
+def test_codes_of_bitsandbytes_may_be_stored_as_wider_values(tmp_path: Path) -> None:
+    plain = assemble(tmp_path / "plain", BNB_SETTINGS, DATA, ("nf4.",))
+    parts = {
+        name: values_of(tensor) for name, tensor in read_safetensors(tmp_path / "plain").items() if name[:4] == "nf4."
+    }
+    parts["nf4.weight"] = parts["nf4.weight"].reshape(-1).view(bfloat16)
+    stored = assemble(tmp_path / "wide", BNB_SETTINGS, parts)["nf4.weight"]
+    check(stored, "nf4", values_of(plain["nf4.expected"]))
 
 
 def test_blocks_that_go_on_in_the_next_row_are_converted(tmp_path: Path) -> None:

@@ -204,7 +204,37 @@ def test_scales_of_activations_are_left_out_with_a_line_in_the_log(
     with caplog.at_level(logging.INFO):
         found = assemble(tmp_path, {"quant_method": "fp8"}, tensors | {"attn.k_scale": float32([1])})
     assert sorted(found) == ["a.weight"]
-    assert "2 scales of activations are not used" in caplog.text
+    assert "activations keep their precision; 2 scales of them are not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "fp8", "activation_scheme": "dynamic"},
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}},
+    ],
+)
+def test_activations_that_were_meant_to_be_quantized_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any]
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assemble(tmp_path, settings, {"a.weight": draw_fp8(), "a.weight_scale": float32([1])})
+    assert "activations keep their precision" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "message"),
+    [
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "a.weight", r"format is 'sparse-24-bitmask', .*dense"),
+        ({"transform_config": {"config_groups": {"u": {}}}}, "a.weight", r"transform_config is .*rotations"),
+        ({"quant_method": "modelopt"}, "a.pre_quant_scale", r"a\.pre_quant_scale, \(4,\), scales the inputs"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(
+    tmp_path: Path, settings: dict[str, Any], name: str, message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        assemble(tmp_path, {"quant_method": "compressed-tensors"} | settings, {name: float32([1, 1, 1, 1])})
 
 
 def test_modules_that_were_left_out_stay_as_they_are(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.hf_formats import awq, bitsandbytes, compressed, gptq, mlx, modelopt, mxfp4, scaled
 from tinyvllm.model.weights.hf_formats.matrices import HFFormat
 from tinyvllm.model.weights.stored import StoredTensor
@@ -53,12 +54,35 @@ def assemble_matrices(directory: Path, tensors: Mapping[str, StoredTensor]) -> d
     settings = read_settings(directory)
     if settings is None:
         return dict(tensors)
+    _refuse_variants(settings, tensors)
     assembled = {name: tensor for name, tensor in tensors.items() if not name.endswith(UNUSED)}
-    if num_unused := len(tensors) - len(assembled):
-        logger.info("%s: %d scales of activations are not used: only weights are quantized", directory, num_unused)
+    num_unused = len(tensors) - len(assembled)
+    if num_unused or _quantizes_activations(settings):
+        logger.info("%s: activations keep their precision; %d scales of them are not used", directory, num_unused)
     for form in METHODS[_method(settings)]:
         assembled = form.assemble(assembled, settings)
     return assembled
+
+
+def _quantizes_activations(settings: Values) -> bool:
+    """Whether the model was meant to run with activations of 8 or 4 bits."""
+    groups = (settings.get("config_groups") or {}).values()
+    return settings.get("activation_scheme") is not None or any(group.get("input_activations") for group in groups)
+
+
+def _refuse_variants(settings: Values, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse what would be computed wrongly. Raises UnsupportedModelError."""
+    sparsity = settings.inner("sparsity_config")
+    if sparsity is not None and sparsity.get("format") not in (None, "dense"):
+        sparsity.unsupported("format", "dense: take the model's file without sparsity")
+    if settings.get("transform_config"):
+        settings.unsupported("transform_config", "null (no rotations of activations)")
+    for name, tensor in tensors.items():
+        if name.endswith(".pre_quant_scale"):
+            raise UnsupportedModelError(
+                f"{settings.source.parent}: tensor {name}, {tensor.shape}, scales the inputs of a matrix (ModelOpt's "
+                "AWQ), which is not supported: take the model's FP8, NVFP4 or AWQ files"
+            )
 
 
 def read_settings(directory: Path) -> Values | None:

@@ -56,6 +56,11 @@ def _absmax(state: dict[str, Any], parts: Parts) -> np.ndarray:
     return (values * scale + np.float32(state["nested_offset"])).astype(np.float32)
 
 
+def _packed(parts: Parts) -> np.ndarray:
+    """All bytes of the codes, which some models store as values of a wider type (bnb_4bit_quant_storage)."""
+    return parts.read(".weight").reshape(-1).view(np.uint8)
+
+
 def _codes(packed: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """(N, bytes) -> (rows, 2 * bytes) uint8."""
     chosen = packed[rows]
@@ -67,12 +72,12 @@ def _read(kind: str, state: dict[str, Any], groups: Groups, parts: Parts) -> Qua
     scale = groups.spread(_absmax(state, parts).reshape(num_rows, -1))
     codebook = tuple(map(float, parts.read(".weight.quant_map").reshape(-1)))
     fmt = Format(kind, 4, groups.group, scale=scale_format(scale, groups.group), codebook=codebook)
-    codes = LazyCodes(partial(_codes, parts.read(".weight").reshape(num_rows, -1)), (num_rows, num_cols))
+    codes = LazyCodes(partial(_codes, _packed(parts).reshape(num_rows, -1)), (num_rows, num_cols))
     return QuantizedMatrix(fmt, codes, Scales(scale))
 
 
 def _wide(state: dict[str, Any], parts: Parts) -> np.ndarray:
-    codes = _codes(parts.read(".weight").reshape(1, -1), np.arange(1))[0]  # of the whole tensor
+    codes = _codes(_packed(parts).reshape(1, -1), np.arange(1))[0]  # of the whole tensor
     values = parts.read(".weight.quant_map").reshape(-1)[codes]
     scale = np.repeat(_absmax(state, parts), int(state["blocksize"]))[: values.size]
     wide: np.ndarray = (values * scale).reshape(state["shape"])

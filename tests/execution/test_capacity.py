@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tinyvllm.config import EngineConfig, LayerKind, Limits, ModelConfig, Rope
+from tinyvllm.config import EngineConfig, LayerKind, Limits, ModelConfig, Rope, RopeScaling
 from tinyvllm.errors import CapacityError, TinyvllmError
 from tinyvllm.execution.capacity import GIB, KVGroup, MemoryFacts, plan_capacity, scratch_bytes
 
@@ -109,6 +109,16 @@ def test_no_room_after_the_weights_is_refused_with_the_numbers(weight_bytes: int
     assert text.startswith("no room for KV blocks: 4.00 GiB free x 0.50 = 2.00 GiB, less")
     assert f"{weight_bytes / GIB:.2f} GiB of weights" in text
     assert "raise --gpu-memory-utilization" in text
+
+
+def test_longropes_context_is_the_original_one_unless_more_is_asked_for() -> None:
+    scaling = RopeScaling("longrope", original_max_position=512, short_factors=(1.0,) * 32, long_factors=(2.0,) * 32)
+    model = replace(MODEL, rope=Rope(10000.0, scaling))
+
+    def length(**config: Any) -> int:
+        return plan_capacity(EngineConfig("tiny", **config), Limits(16, 256), model, MEMORY).max_model_len
+
+    assert (length(), length(max_model_len=2048)) == (512, 2048)
 
 
 def test_a_length_beyond_the_models_own_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,19 +24,20 @@ if TYPE_CHECKING:
 EVAL_TOKENS = 4096
 
 
-def quantize(
-    *,
-    model: Model = DEFAULT_MODEL,
+@dataclasses.dataclass(frozen=True)
+class TargetFlags:
+    """What to write, and where."""
+
     to: Annotated[
         str,
         Option(
             metavar="FORMAT",
             help="The format to write. GGUF: q4_k_m (llama.cpp's mix of Q4_K and Q6_K, the usual choice), q4_k_s, "
-            "q5_k_m, q5_k_s, q4_k, q5_k, q6_k, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl; f16, bf16, f32 without loss. "
+            "q5_k_m, q5_k_s, q4_k, q5_k, q6_k, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl; unquantized f16, bf16, f32. "
             "MLX: mlx-4, mlx-8, mlx-2, mlx-3, mlx-5, mlx-6 in groups of 64, or mlx-4-g32, mlx-4-g128. "
             "FP8: fp8 (a scale per row), fp8-block (per 128 x 128).",
         ),
-    ] = "q4_k_m",
+    ] = "q4_k_m"
     out_path: Annotated[
         str | None,
         Option(
@@ -45,48 +47,55 @@ def quantize(
             "MODEL-FORMAT, which the other commands find by that name]",
             show_default=False,
         ),
-    ] = None,
-    force: Annotated[bool, Option("--force", help="Replace what is at --out.")] = False,
-    evaluate: Annotated[
-        bool, Option("--eval/--no-eval", help="Measure the perplexity of a bundled text before and after.")
-    ] = True,
-    eval_tokens: Annotated[
-        int, Option(metavar="TOKENS", help="Tokens of that text: more take longer, with a smaller standard error.")
-    ] = EVAL_TOKENS,
+    ] = None
+    force: Annotated[bool, Option("--force", help="Replace what is at --out.")] = False
     threads: Annotated[
         int | None,
         Option(metavar="NUMBER", help="Cores to quantize with. [default: all, at most 16]", show_default=False),
-    ] = None,
-    json_line: Annotated[bool, Option("--json", help="Print the result as one JSON document.")] = False,
-    engine: RunnerFlags,
-) -> None:
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LossFlags:
+    """Whether and how to measure what is lost."""
+
+    evaluate: Annotated[
+        bool, Option("--eval/--no-eval", help="Measure the perplexity of a bundled text before and after.")
+    ] = True
+    eval_tokens: Annotated[
+        int, Option(metavar="TOKENS", help="Tokens of that text: more take longer, with a smaller standard error.")
+    ] = EVAL_TOKENS
+    json_line: Annotated[bool, Option("--json", help="Print the result as one JSON document.")] = False
+
+
+def quantize(*, model: Model = DEFAULT_MODEL, target_flags: TargetFlags, loss: LossFlags, engine: RunnerFlags) -> None:
     """Write a model in a smaller format.
 
     Reads a directory in Hugging Face format (unquantized, MLX, or of another format that runs here) or a .gguf file,
     and writes what llama.cpp, mlx-lm, or transformers and vLLM read too. Start from unquantized weights if you have
-    them: what an earlier quantization lost stays lost. Tensors are converted a few rows at a time, so memory is no
-    limit. The output has its name only when it is complete."""
+    them: what an earlier quantization lost stays lost. Tensors are converted a few rows at a time, so a model may be
+    larger than the memory (with --no-eval). The output has its name only when it is complete."""
     engine.apply()
     from tinyvllm.bench.perplexity import windows_of
     from tinyvllm.convert.quantize import default_threads
     from tinyvllm.convert.quantize import quantize as convert
     from tinyvllm.convert.targets import parse_target
 
-    target = parse_target(to)
+    target = parse_target(target_flags.to)
     source = require_model(model, pull=engine.pull)
-    windows = windows_of(source, eval_tokens) if evaluate else []
-    path = _output_path(source, target, out_path)
+    windows = windows_of(source, loss.eval_tokens) if loss.evaluate else []
+    path = _output_path(source, target, target_flags.out_path)
     with progress_bars(in_bytes=True) as report:
         outcome = convert(
             source,
             target,
             path,
             lambda done, total: report("quantize", done, total),
-            force=force,
-            num_threads=threads or default_threads(),
+            force=target_flags.force,
+            num_threads=target_flags.threads or default_threads(),
         )
-    comparison = _compare(source, outcome.files, windows, engine) if evaluate else None
-    if json_line:
+    comparison = _compare(source, outcome.files, windows, engine) if loss.evaluate else None
+    if loss.json_line:
         print(json.dumps(_as_json(outcome, target, comparison)))
     else:
         _print(outcome, comparison)

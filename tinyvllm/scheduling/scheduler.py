@@ -234,22 +234,21 @@ class Scheduler:
         """Schedule the running requests in order of rank; return the rest of the budget."""
         budget = self.capacity.max_num_batched_tokens
         self._num_spare_rows = self.capacity.max_num_seqs - len(self.running)
-        index, max_chunk = 0, self._max_chunk
+        index = 0
         while index < len(self.running):  # the list shortens from its end when requests are preempted
             request = self.running[index]
             start = request.num_computed
             num_after = len(self.running) - index - 1  # one token is reserved for each, so a long prompt stalls nobody
             in_flight, num_output = request.num_in_flight, len(request.output_ids) + request.num_in_flight
             count = min(len(request.prompt_ids) + num_output - start, budget - num_after)
-            if count > max_chunk:
-                count = max_chunk
             if in_flight and num_output >= request.max_tokens:
                 count = 0  # the token in flight is the last, whatever its id
             if request.num_prompt_logprobs is not None:
                 count = self._limit_scored(request, start, count)
-            has_room = start + count <= request.room  # no call: it is the usual case
-            if not has_room and not self._make_room(request, start + count, preempted):
-                break
+            if start + count > request.room:  # seldom: a block lasts for many steps
+                count = min(count, self._max_chunk)
+                if not self._make_room(request, start + count, preempted):
+                    break
             if count:
                 entries.append(Scheduled(request, start, count))
             budget -= count

@@ -79,7 +79,8 @@ def any_format(draw: st.DrawFn, *, has_grids: bool = True) -> Format:
 
 
 def draw_matrix(fmt: Format, rows: int, cols: int, seed: int = 0) -> QuantizedMatrix:
-    """A matrix of any quantized format: codes and scales are drawn, and scales have both signs where they can."""
+    """A matrix of any quantized format: codes and scales are drawn, and scales have both signs where they can. Values
+    are of about 1 / sqrt(cols), or some times that."""
     rng = np.random.default_rng(seed)
     grid = fmt.grid
     codes = rng.integers(0, 1 << fmt.bits, (rows, cols // fmt.code_cols), np.uint8 if grid is None else np.uint16)
@@ -87,9 +88,13 @@ def draw_matrix(fmt: Format, rows: int, cols: int, seed: int = 0) -> QuantizedMa
     if fmt.bits == 8 and grid is None:
         codes = rng.standard_normal((rows, cols)).astype(float8_e4m3fn) if fmt.is_float8 else codes.view(np.int8)
 
+    of_codes = QuantizedMatrix(fmt, codes, Scales(np.empty(0)), None, signs).code_values
+    size = max(1.0, float(np.sqrt(np.square(of_codes).mean())))
+
     def scales(form: ScaleFormat) -> Scales:
         shape = (rows, cols // form.span)
         drawn = rng.standard_normal(shape).astype(np.float32) / math.sqrt(cols)
+        drawn /= form.unit * (size if form is fmt.scale else 1) * (16 if form.has_steps else 1)
         if form.dtype == "e8m0":
             drawn = np.exp2(rng.integers(-8, 2, shape)).astype(np.float32)
         steps = rng.integers(-32, 32, (rows, cols // fmt.group), np.int8) if form.has_steps else None

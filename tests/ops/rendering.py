@@ -108,12 +108,13 @@ def plan_attention_layer(backend: Backend, kind: LayerKind, qkv_cols: Sequence[i
     )
 
 
-def plan_attention(backend: Backend, kind: LayerKind, dtype: str) -> list[Tensor]:
+def plan_attention(backend: Backend, kind: LayerKind, dtype: str, *, is_decode: bool = False) -> list[Tensor]:
     """Attention of a large model's shape."""
-    layout, cols = StepLayout(16, 4, 64, 16), kind.q_size + 2 * kind.kv_size
+    tokens = 4 if is_decode else 16
+    layout, cols = StepLayout(tokens, 4, 64, 16), kind.q_size + 2 * kind.kv_size
     pool = backend.make_pool(pool_groups([kind]), 5, 16, dtype)
-    step = Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode=False)
-    qkv = [unwritten(backend, 16 * cols, FLOATS[dtype])]
+    step = Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode=is_decode)
+    qkv = [unwritten(backend, tokens * cols, FLOATS[dtype])]
     return [backend.attend(qkv, plan_attention_layer(backend, kind, [cols]), step)]
 
 

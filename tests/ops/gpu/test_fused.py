@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ from tests.ops.rendering import (
     check_limits,
     kernels_of,
     make_renderer,
+    plan_attention,
     plan_attention_layer,
     plan_layer,
     rendered,
@@ -123,6 +125,15 @@ def test_a_decoding_step_renders_within_the_limits(kind: str, tokens: int, forma
     assert "decode" in {kernel.arg.name.split("_")[0] for kernel in kernels}
     for kernel in kernels:
         check_limits(kernel, KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", ["METAL", pytest.param("CUDA", marks=pytest.mark.slow)])
+def test_decoding_with_wide_heads_renders_within_the_limits(kind: str) -> None:
+    """Two threadgroups serve the sixteen heads that share a KV head."""
+    layer = LayerKind(32, 2, 256, Rope(10000.0), has_sinks=True, window=40)
+    kernels = kernels_of(plan_attention(rendered(kind), layer, "float16", is_decode=True))
+    assert [kernel.arg.name for kernel in kernels] == ["decode_attention_4x32x256"]
+    check_limits(kernels[0], KINDS[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -464,6 +475,33 @@ def test_blocks_before_the_window_are_not_read(device: DeviceHandle, lanes: Lane
         clean, _ = attend(backend, case, buffer, history)
         spoiled, _ = attend(backend, case, *forget_before_windows(case, buffer, pieces, history))
         np.testing.assert_array_equal(spoiled.out[: len(pieces)], clean.out[: len(pieces)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_a_layer_reads_the_keys_of_another(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, tokens: int, window: int | None
+) -> None:
+    """Its own token's are among them, written by the same step."""
+    is_decode = tokens < 40
+    layout = StepLayout(tokens, min(tokens, 3), 200 if tokens == 1 else 6, 16)
+    case = Case(4, 2, 64, layout, is_decode, "float16", (4, 2, 2), features=(("window", window),))
+    pieces = [Piece(40), Piece(0), Piece(95)][: layout.num_seqs] if is_decode else [Piece(20, 30), Piece(0, 8)]
+    buffer, history = make_step(layout, pieces), make_history(case)
+    backend, found = FusedGpuBackend(device, "float16", lanes), []
+    for ops in (backend, reference):
+        pool = make_pool(ops, case.kind, layout.block_size, "float16", *history)
+        step = make_step_of(ops, layout, buffer, pool, is_decode=is_decode)
+        writer = make_layer(ops, case)
+        qkv = normal(tokens, sum(case.parts), seed=3)
+        parts = [ops.device.upload(part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
+        read(ops, ops.attend(parts, writer, step), tokens)
+        reader = replace(writer, index=1, kind=replace(case.kind, kv_layer=0), qkv_cols=case.parts[:1])
+        query = ops.device.upload(normal(tokens, case.parts[0], seed=7))
+        found.append(read(ops, ops.attend([query], reader, step), tokens)[: sum(piece.count for piece in pieces)])
+    assert not backend.coverage.lines()
+    assert largest_difference(*found) < TOLERANCE["float16"]
 
 
 @pytest.mark.gpu

@@ -87,7 +87,9 @@ def test_products_of_every_way_to_store_weights_render_within_the_limits(kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("heads", [(64, 8, 128), (9, 3, 64), (32, 32, 128)])
+@pytest.mark.parametrize(
+    "heads", [(64, 8, 128), (9, 3, 64), (8, 4, 256), pytest.param((6, 6, 96), marks=pytest.mark.slow)]
+)
 def test_tiled_attention_of_large_models_renders_within_the_limits(kind: str, heads: tuple[int, int, int]) -> None:
     layer = LayerKind(*heads, Rope(10000.0))
     kernels = kernels_of(plan_attention(rendered(kind), layer, "float16"))

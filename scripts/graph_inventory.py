@@ -71,7 +71,8 @@ def programs(target: str, model: Any, backend: Any, tokens: int, is_decode: bool
     from tinygrad import Tensor, dtypes
     from tinygrad.uop.ops import Ops
 
-    layout = StepLayout(tokens, tokens if is_decode else 8, 64, 16)
+    groups = [len(model.pool_groups)] if hasattr(model, "pool_groups") else []  # older checkouts have one
+    layout = StepLayout(tokens, tokens if is_decode else 8, 64, 16, *groups)
     inputs = backend.device.zeros(layout.size, dtypes.int)
     config = model.config
     pool = POOLS.make(backend, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import gguf
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders import FLOAT16_FIELDS, random_k_rows, random_rows
-from tinyvllm.arrays import SCALE_DTYPES, QuantizedMatrix, grid_table, to_float32
+from tinyvllm.arrays import SCALE_DTYPES, LazyCodes, QuantizedMatrix, grid_table, to_float32
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.model.weights import quant
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
@@ -119,7 +120,10 @@ def test_a_large_matrix_is_split_in_pieces_into_the_same(kind: str, monkeypatch:
     raw = np.random.default_rng(0).integers(0, 256, (70, 2 * block_bytes), np.uint8)
     whole = decompose(kind, raw, (70, 2 * block_size))
     monkeypatch.setattr(quant, "PIECE_WEIGHTS", 2 * block_size * 16)  # 16 rows: four pieces, and one of 6
-    pieces = decompose(kind, raw, (70, 2 * block_size))
-    found, expected = (quant._arrays(matrix) for matrix in (pieces, whole))
-    for array, other in zip(found, expected, strict=True):
-        assert (array.dtype, array.shape, array.tobytes()) == (other.dtype, other.shape, other.tobytes())
+    for lazy_weights in (quant.LAZY_WEIGHTS, 0):
+        monkeypatch.setattr(quant, "LAZY_WEIGHTS", lazy_weights)
+        pieces = decompose(kind, raw, (70, 2 * block_size))
+        assert isinstance(pieces.codes, LazyCodes) == (lazy_weights == 0)
+        found, expected = (quant._arrays(replace(matrix, codes=matrix.read_codes())) for matrix in (pieces, whole))
+        for array, other in zip(found, expected, strict=True):
+            assert (array.dtype, array.shape, array.tobytes()) == (other.dtype, other.shape, other.tobytes())

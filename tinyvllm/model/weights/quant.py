@@ -6,16 +6,19 @@ To add a kind, write a function like those below and add an entry to QUANTIZED_K
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from ml_dtypes import float8_e4m3fn, float8_e8m0fnu
 
-from tinyvllm.arrays import E2M1, Format, QuantizedMatrix, ScaleFormat, Scales
+from tinyvllm.arrays import E2M1, Format, LazyCodes, QuantizedMatrix, ScaleFormat, Scales
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.model.weights.blocks import BlockKind, Parts, bit_fields, float16, nibbles, uint16, whole_rows
 from tinyvllm.model.weights.grids import GRID_KINDS
 from tinyvllm.storage.gguf_file import BLOCK_SIZES
 
 PIECE_WEIGHTS = 1 << 22  # that are split at a time
+LAZY_WEIGHTS = 1 << 26  # from which on codes are not kept: splitting twice takes longer
 GROUP = 32  # weights of a legacy block, and of a group in Q4_K and Q5_K
 SUPER = 256  # weights of a K quant's block
 BLOCK_SCALE = ScaleFormat(GROUP)
@@ -44,22 +47,32 @@ def decompose(ggml_type: str, raw: np.ndarray, shape: tuple[int, ...]) -> Quanti
 
 def _split(kind: BlockKind, blocks: np.ndarray, num_cols: int) -> QuantizedMatrix:
     """A matrix of these blocks. A large one is split some rows at a time: intermediate values would otherwise take
-    several bytes a weight."""
+    several bytes a weight. The codes of the largest, a byte or two a weight, are split again when they are read."""
     step = max(1, PIECE_WEIGHTS // num_cols)
     if len(blocks) <= 2 * step:
         return QuantizedMatrix(kind.format, *kind.split(blocks))
     whole: QuantizedMatrix | None = None
     for first in range(0, len(blocks), step):
         piece = QuantizedMatrix(kind.format, *kind.split(blocks[first : first + step]))
-        whole = whole or _empty_like(piece, len(blocks))
+        whole = whole or _empty_like(piece, _codes_of(kind, blocks, piece))
+        if isinstance(whole.codes, LazyCodes):
+            piece = replace(piece, codes=whole.codes)
         for target, source in zip(_arrays(whole), _arrays(piece), strict=True):
             target[first : first + step] = source
     assert whole is not None
     return whole
 
 
-def _empty_like(piece: QuantizedMatrix, num_rows: int) -> QuantizedMatrix:
-    """A matrix with as many rows, whose arrays are to be written."""
+def _codes_of(kind: BlockKind, blocks: np.ndarray, piece: QuantizedMatrix) -> np.ndarray | LazyCodes:
+    shape = len(blocks), piece.codes.shape[1]
+    if len(blocks) * piece.shape[1] < LAZY_WEIGHTS:
+        return np.empty(shape, piece.read_codes().dtype)
+    return LazyCodes(lambda rows: kind.split(blocks[rows])[0], shape)
+
+
+def _empty_like(piece: QuantizedMatrix, codes: np.ndarray | LazyCodes) -> QuantizedMatrix:
+    """A matrix of these codes, whose arrays are to be written."""
+    num_rows = codes.shape[0]
 
     def empty(array: np.ndarray | None) -> np.ndarray | None:
         return None if array is None else np.empty((num_rows, *array.shape[1:]), array.dtype)
@@ -68,15 +81,16 @@ def _empty_like(piece: QuantizedMatrix, num_rows: int) -> QuantizedMatrix:
         base = np.empty((num_rows, *like.base.shape[1:]), like.base.dtype)
         return Scales(base, empty(like.steps), empty(like.multiplier))
 
-    codes = np.empty((num_rows, *piece.codes.shape[1:]), piece.read_codes().dtype)
     minimum = None if piece.minimum is None else scales(piece.minimum)
     return QuantizedMatrix(piece.format, codes, scales(piece.scale), minimum, empty(piece.signs))
 
 
 def _arrays(matrix: QuantizedMatrix) -> list[np.ndarray]:
+    """Those that are in memory."""
+    codes = matrix.codes if isinstance(matrix.codes, np.ndarray) else None
     scales = [scales for scales in (matrix.scale, matrix.minimum) if scales is not None]
     of_scales = [array for scale in scales for array in (scale.base, scale.steps, scale.multiplier)]
-    return [array for array in (matrix.read_codes(), *of_scales, matrix.signs) if array is not None]
+    return [array for array in (codes, *of_scales, matrix.signs) if array is not None]
 
 
 def _q4_0(blocks: np.ndarray) -> Parts:

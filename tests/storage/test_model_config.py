@@ -151,6 +151,14 @@ def test_dtype_may_have_either_name(tmp_path: Path, key: str) -> None:
     assert read_model_config(files).dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_quantized_layers_run_in_float16(tmp_path: Path, key: str) -> None:
+    """As from GGUF: MLX's directories are in bfloat16, for which the kernels of quantized matrices are slower."""
+    settings: dict[str, Any] = {key: {"group_size": 64, "bits": 4}}
+    assert read_model_config(hf_files(tmp_path, torch_dtype="bfloat16", **settings)).dtype == "float16"
+    assert read_model_config(hf_files(tmp_path, torch_dtype="float32", **settings)).dtype == "float32"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

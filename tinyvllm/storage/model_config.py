@@ -22,10 +22,18 @@ def read_model_config(files: ModelFiles) -> ModelConfig:
     config = read_hf_config(values, files.name)
     if all(text_values(values).get(key) is None for key in DTYPE_KEYS):
         config = replace(config, dtype=stored_dtype(files.path) or config.dtype)
+    if config.dtype == "bfloat16" and _is_quantized(values) and not config.overflows_float16:
+        # as for GGUF files: few dense matrices are left, and the kernels of quantized ones are made for float16
+        config = replace(config, dtype="float16")
     pooling = read_pooling(files.path)
     if pooling is not None and not config.tie_embeddings and HEAD_NAME not in tensor_names(files.path):
         config = replace(config, has_head=False, tie_embeddings=True)  # saved with its base model's tensors alone
     return replace(config, pooling=pooling)
+
+
+def _is_quantized(values: Values) -> bool:
+    """Whether config.json says that matrices are quantized, in any format."""
+    return any(values.get(key) is not None for key in ("quantization", "quantization_config"))
 
 
 def read_generation_defaults(files: ModelFiles) -> GenerationDefaults:

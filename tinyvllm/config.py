@@ -247,8 +247,8 @@ class EngineConfig:
     """How the engine runs a model. Names follow vLLM's flags."""
 
     model: str  # catalog name, directory, .gguf file or hub id
-    # of activations and unquantized matrices; auto: float32 on a CPU, bfloat16 for an unquantized bfloat16 model and for
-    # one that overflows float16, else float16
+    # of activations and unquantized matrices; auto: float32 on a CPU, bfloat16 for an unquantized bfloat16 model and
+    # for one that overflows float16, else float16
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"  # auto: float16; on a GPU float32 if dtype is; on OpenCL as dtype
     dequantize: bool = False  # unpack quantized weights at load

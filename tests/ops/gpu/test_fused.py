@@ -73,7 +73,7 @@ from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.matrix import MatrixSpec
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
-from tinyvllm.ops.kernel.tuning import candidates
+from tinyvllm.ops.kernel.tuning import candidates, current
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.step_inputs import StepLayout
 
@@ -116,7 +116,7 @@ def test_warps_that_share_columns_keep_each_sum_once(kind: str, tokens: int) -> 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("tokens", "formats"),
-    [(1, ("Q4_K", "Q6_K")), (1, ("bfloat16", "bfloat16")), (3, ("Q8_0", "Q5_0")), (3, ("float16", "bfloat16"))],
+    [(1, ("Q4_K", "Q6_K")), (1, ("bfloat16", "Q4_K")), (3, ("Q8_0", "Q5_0")), (3, ("float16", "bfloat16"))],
 )
 def test_a_decoding_step_renders_within_the_limits(kind: str, tokens: int, formats: tuple[str, str]) -> None:
     backend = rendered(kind, "bfloat16" if "bfloat16" in formats else "float16")
@@ -249,6 +249,20 @@ def test_long_rows_of_4_bits_stay_in_the_quantized_kernel(kind: str, cols: int) 
         assert spec.shared_bytes <= spec.lanes.shared_bytes
 
 
+def test_a_quantized_row_is_rescaled_where_it_may_exceed_float16() -> None:
+    """With bfloat16 activations, unless it is normed. Products in float32 keep their precision, in another kernel."""
+    wanted: dict[str, dict[str, bool]] = {
+        "float16": {"qkv": False, "attention_out": False, "gate_up": False, "down": False, "lm_head": False},
+        "bfloat16": {"qkv": False, "attention_out": True, "gate_up": False, "down": True, "lm_head": False},
+        "float32": {},
+    }
+    for dtype, rescaled in wanted.items():
+        with current.watching() as asked:
+            plan_layer(rendered("CUDA", dtype), StepLayout(1, 1, 2, 16), ("Q4_K", "Q6_K"), is_decode=True)
+        packed = [spec for spec in asked.values() if isinstance(spec, QuantizedVectorSpec)]
+        assert {spec.name: spec.rescales_input for spec in packed} == rescaled
+
+
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +329,33 @@ def test_formats_beside_bfloat16_activations_equal_the_reference(
     case, backend = (fmt, tokens, "norm_linear", *SHAPES["norm_linear"]), FusedGpuBackend(device, "bfloat16", lanes)
     difference = largest_difference(multiply(backend, *case), multiply(reference, *case))
     assert difference < TOLERANCE["bfloat16"]
+    assert not backend.coverage.lines()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cols", [1280, 10240])
+@pytest.mark.parametrize("fmt", ["Q4_K", "Q8_0", "affine4_g64-bfloat16"])
+def test_a_row_that_exceeds_float16_equals_the_reference(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str, cols: int
+) -> None:
+    """No norm limits what attention_out and down read. One column is larger than all others."""
+    backend, hosts = FusedGpuBackend(device, "bfloat16", lanes), [make_host(fmt, 64, cols, seed=i) for i in range(2)]
+    for size in (1e6, 1.0, 1e-6):
+        x, bias = normal(1, cols, seed=3) * size, normal(64, seed=4) * size
+        x[0, 77] = 30 * size
+
+        def run(ops: Backend, epilogue: Epilogue, x: np.ndarray = x) -> np.ndarray:
+            matrix = ops.gate_up(*hosts) if epilogue.activation is not None else ops.stacked(hosts[:1])[0]
+            return read(ops, run_product(ops, upload(ops, x), matrix, 1, epilogue=epilogue), 1)
+
+        def added(ops: Backend, bias: np.ndarray = bias) -> Epilogue:
+            return Epilogue(residual=upload(ops, bias), bias=ops.device.upload(bias), scale=0.7)
+
+        for make in (added, lambda ops: Epilogue(activation="silu")):
+            got, expected = (run(ops, make(ops)) for ops in (backend, reference))
+            assert largest_difference(got, expected) < TOLERANCE["float16"], size
+        zero = np.zeros_like(x)
+        np.testing.assert_array_equal(run(backend, added(backend), zero), run(reference, added(reference), zero))
     assert not backend.coverage.lines()
 
 
@@ -464,6 +505,17 @@ def test_decoding_equals_the_reference_and_writes_its_slots_alone(
                 largest_difference(read(backend, projected, 1)[0], to_float32(host) @ expected.out.reshape(-1))
                 < TOLERANCE["float16"]
             )
+
+
+@pytest.mark.gpu
+def test_a_quantized_product_beside_bfloat16_reads_the_parts_of_a_context(device: DeviceHandle, lanes: Lanes) -> None:
+    case, backend = CASES[1], FusedGpuBackend(device, "bfloat16", lanes)
+    host, residual = make_host("Q4_K", 64, case.heads * case.dim, seed=5), upload(backend, np.zeros(64, np.float32))
+    for seed, pieces in enumerate(decode_pieces(case)):
+        got, out = attend(backend, case, make_step(case.layout, pieces, seed=seed), make_history(case))
+        projected = run_product(backend, out, backend.matrix(host), 1, epilogue=Epilogue(residual=residual))
+        expected = to_float32(host) @ got.out.reshape(-1)
+        assert largest_difference(read(backend, projected, 1)[0], expected) < TOLERANCE["float16"]
 
 
 @pytest.mark.gpu

@@ -329,12 +329,11 @@ class FusedGpuBackend(GpuBackend):
         return out
 
     def _row_spec(self, matrix: Matrix, fields: dict[str, Any], *, is_normed: bool) -> VectorSpec | QuantizedVectorSpec:
-        """The spec of one row's product. The kernel for quantized matrices converts x to float16: not where that may
-        exceed float16's range, unless x is normed."""
+        """The spec of one row's product. The kernel for quantized matrices converts x to float16, which is too coarse
+        for float32 models; in bfloat16 models, x may exceed float16's range unless it is normed."""
         half = self._mma(dtypes.half)
-        fits_half = self.dtype == "float16" or (self.dtype == "bfloat16" and is_normed)
-        if matrix.format.is_quantized and half is not None and fits_half:
-            packed = QuantizedVectorSpec(mma=half, **fields)
+        if matrix.format.is_quantized and half is not None and self.dtype != "float32":
+            packed = QuantizedVectorSpec(mma=half, rescales_input=self.dtype == "bfloat16" and not is_normed, **fields)
             if fits_quantized_vector(packed):
                 return choose(packed)
         return VectorSpec(**fields)

@@ -5,6 +5,9 @@ one. So two codes at a time become two float16 values by an instruction or two (
 matrix unit multiplies them and adds them up in float32. What 1024 and the format's offset contribute to a group of
 columns is a multiple of the sum of x over the group, the same for every row: the sums start from its negative.
 
+x is converted to float16. Where it may exceed float16's range (`rescales_input`), it is divided by its RMS first, which
+leaves at most sqrt(K), and the finished sums are multiplied by the RMS.
+
 The sum of a group must not mix with those of other groups before it is scaled. A tile of the matrix unit has 8 tokens,
 but there is only one token here: in token n of the tile, x is kept for the runs of slot n, and is zero elsewhere. Then
 each column of the tile's sums belongs to one run.
@@ -44,6 +47,7 @@ RESIDENT_BYTES = 20 << 20
 WIDE_ROWS = 32768
 GROUPS_WANTED = 200  # threadgroups that keep every core of a large GPU busy
 LANE_ROWS = 2  # rows of a tile for which a lane holds sums
+RESCALING_EPS = 1e-30  # keeps a row of zeros from being divided by zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,7 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
     """A product with a quantized matrix."""
 
     mma: Mma  # of float16
+    rescales_input: bool = False  # x is divided by its RMS, and the product multiplied by it
 
     @property
     def num_runs(self) -> int:
@@ -226,13 +231,16 @@ def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
         if x_out is not None:
             loaded = _finish_sum(spec, place, source, loaded)
             stores = _store_sum(spec, place, source, loaded, x_out)
+        rms = None
+        if spec.rescales_input:
+            loaded, rms = _rescale(spec, place, source, loaded)
         staged = _stage(spec, place, source, loaded)
         totals = [
             spec.lanes.sum(total, spec.mma.slot_masks)
             for i, bases in enumerate(rounds)
             for total in _multiply_tiles(place, loads, staged, bases, [] if i else early)
         ]
-        return spec.finish(stores + _finish_rows(spec, place, totals, out, source.operands), place.axes)
+        return spec.finish(stores + _finish_rows(spec, place, totals, out, source.operands, rms), place.axes)
 
     return kernel
 
@@ -393,13 +401,27 @@ def _store_sum(
     return stores
 
 
+def _rescale(
+    spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]]
+) -> tuple[list[list[UOp]], UOp]:
+    """(the thread's pieces of x divided by its RMS; the RMS)."""
+    rms = _rms(spec, place, source, loaded, RESCALING_EPS)
+    factor = rms.reciprocal()
+    return [[value * factor for value in values] for values in loaded], rms
+
+
 def _rms_factor(spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]], eps: float) -> UOp:
-    """1 / sqrt(mean square + eps) of a row, from the thread's pieces of it, in every thread."""
+    """What an RMSNorm multiplies a row by."""
+    return _rms(spec, place, source, loaded, eps).reciprocal()
+
+
+def _rms(spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]], eps: float) -> UOp:
+    """sqrt(mean square + eps) of a row, from the thread's pieces of it, in every thread."""
     squares = [
         dot(v, v) if ok is None else ok.where(dot(v, v), 0.0) for v, ok in zip(loaded, source.inside, strict=True)
     ]
     mean = _sum_threads(place.body, spec, balanced(squares), place.thread) * (1.0 / spec.num_cols)
-    return (mean + eps).sqrt().reciprocal()
+    return (mean + eps).sqrt()
 
 
 def _stage(spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]]) -> tuple[UOp, UOp]:
@@ -513,9 +535,10 @@ def _factors(
 
 
 def _finish_rows(
-    spec: QuantizedVectorSpec, place: _Place, totals: list[UOp], out: UOp, operands: RowOperands
+    spec: QuantizedVectorSpec, place: _Place, totals: list[UOp], out: UOp, operands: RowOperands, rms: UOp | None
 ) -> list[UOp]:
-    """Add the warps' sums through threadgroup memory; then one thread for each row computes the epilogue."""
+    """Add the warps' sums through threadgroup memory; then one thread for each row computes the epilogue. `rms`: what x
+    was divided by, if it was."""
     mma, count = spec.mma, spec.tiles * spec.mma.rows
     shared = place.body.shared(spec.warps * count)
     stores = []
@@ -529,7 +552,8 @@ def _finish_rows(
     index = is_inside.where(place.thread, 0)
 
     def summed(at: UOp) -> UOp:
-        return balanced(shared[at + w * count].load() for w in range(spec.warps))
+        total = balanced(shared[at + w * count].load() for w in range(spec.warps))
+        return total if rms is None else total * rms
 
     value = summed(index)
     if spec.activation is not None:

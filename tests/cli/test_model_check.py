@@ -11,6 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.builders import GGUFTweaks, write_json, write_safetensors, write_tiny_gguf, write_tiny_hf_llama
@@ -22,6 +23,7 @@ from tinyvllm.arrays import Format
 from tinyvllm.cli import app
 from tinyvllm.cli.model_check import parse_size
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.execution.model_check import examine_files
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +71,12 @@ def test_windows_cost_what_they_keep(tmp_path: Path) -> None:
     window = RECIPES["gemma3"].config["sliding_window"]
     assert {one["window"] for one in found["kv_cache"]} == {None, window}
     assert sum(one["num_layers"] for one in found["kv_cache"]) == found["layers"]
+
+
+def test_the_tensors_of_every_family_are_those_that_it_loads(tmp_path: Path) -> None:
+    for name, recipe in RECIPES.items():
+        report = examine_files(write_hf(tmp_path / name, recipe), "CPU")
+        assert report.num_weights > 0, name
 
 
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
@@ -221,6 +229,22 @@ def changed(**settings: Any) -> Callable[[Path], Path]:
     return write
 
 
+def edited(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Path]:
+    """A directory whose tensors were changed after config.json was written."""
+
+    def write(path: Path) -> Path:
+        files = write_tiny_hf_llama(path)
+        tensors = load_file(path / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, path / "model.safetensors")
+        return files.path
+
+    return write
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
 def without(name: str) -> Callable[[Path], Path]:
     def write(path: Path) -> Path:
         files = write_tiny_hf_llama(path)
@@ -248,8 +272,6 @@ def act_order(path: Path) -> Path:
     files = write_tiny_hf_llama(path, hidden=64)
     rows, columns = 64, 64
     name = "model.layers.0.self_attn.q_proj"
-    from safetensors.numpy import load_file, save_file
-
     tensors = load_file(path / "model.safetensors")
     del tensors[f"{name}.weight"]
     tensors[f"{name}.qweight"] = np.zeros((columns // 8, rows), np.int32)
@@ -285,6 +307,17 @@ ODD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no weights": (without("model.safetensors"), "has no *.safetensors: download its weights in that format"),
     "broken config.json": (broken_json, "cannot read"),
     "cut safetensors": (cut_safetensors, "is cut short or damaged"),
+    "a tensor is missing": (edited(lambda tensors: tensors.pop(DOWN)), f"odd has no tensor {DOWN} (shape (64, 96))"),
+    "another shape": (
+        edited(lambda tensors: tensors.update({DOWN: np.zeros((32, 96), np.float32)})),
+        f"tensor {DOWN} has shape (32, 96), but the model's settings ask for (64, 96)",
+    ),
+    "a tensor too many": (
+        edited(lambda tensors: tensors.update({"model.extra.weight": np.zeros((4, 4), np.float32)})),
+        "odd has 1 tensor(s) that this architecture does not use: model.extra.weight",
+    ),
+    "more layers in config.json": (changed(num_hidden_layers=5), "odd has no tensor model.layers."),
+    "fewer layers in config.json": (changed(num_hidden_layers=1), "tensor(s) that this architecture does not use"),
     "a setting of a wrong type": (changed(num_attention_heads="many"), "num_attention_heads is 'many'"),
 }
 

@@ -16,6 +16,7 @@ from tinyvllm.device.kinds import KINDS, kind_of
 from tinyvllm.errors import CapacityError
 from tinyvllm.execution.capacity import KVGroup, MemoryFacts, plan_capacity, scratch_bytes
 from tinyvllm.execution.limits import limits_of_kind
+from tinyvllm.model.dry_load import require_tensors
 from tinyvllm.model.registry import complete_config
 from tinyvllm.model.weights.checkpoint import open_checkpoint, unread_lines
 from tinyvllm.model.weights.names import unwrapped
@@ -99,6 +100,7 @@ def examine_files(files: ModelFiles, device: str) -> ModelReport:
     cannot be run, with the reason."""
     config = complete_config(read_model_config(files))
     checkpoint = open_checkpoint(files, config)
+    require_tensors(config, checkpoint)
     formats = dict(_formats(checkpoint.tensors))
     is_cpu = kind_of(device).name == "CPU"
     return ModelReport(

@@ -134,7 +134,12 @@ class Checkpoint:
         return sorted(self.tensors)
 
     def take(self, name: str, shape: tuple[int, ...]) -> HostMatrix:
-        """Read one tensor. A dense one is a read-only view of the file, whose pages are read when they are used.
+        """Read one tensor. A dense one is a read-only view of the file, whose pages are read when they are used. Raises
+        as `find` does."""
+        return self.find(name, shape).read()
+
+    def find(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        """One tensor, which counts as taken; nothing is read.
 
         Raises WeightMismatchError if it is missing or has another shape, UnsupportedModelError if its type is one of
         codes, of which no known format made a matrix.
@@ -154,7 +159,7 @@ class Checkpoint:
                 f"known: {', '.join(DENSE_DTYPES)}, and quantized formats that config.json names"
             )
         self._taken.add(name)
-        return tensor.read()
+        return tensor
 
     def finish(self) -> None:
         """Raise WeightMismatchError if the files have tensors that were never taken: the model would be another one."""

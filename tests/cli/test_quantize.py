@@ -55,7 +55,8 @@ def test_without_the_loss_one_line_is_printed(tmp_path: Path) -> None:
     [
         (("--to", "q9"), "--to is 'q9', which is not known; known: f32"),
         (("--eval-tokens", "1"), "--eval-tokens is 1: give 2 to "),
-        (("--to", "mlx-4", "--out", "."), "exists already: give another --out, or --force"),
+        (("--to", "mlx-4", "--out", "."), " is not a model directory (config.json and *.safetensors), and no other is"),
+        (("--to", "mlx-4", "--out", ".", "--force"), " is not a model directory (config.json and *.safetensors)"),
     ],
 )
 def test_a_bad_value_is_refused_before_anything_is_written(

@@ -191,7 +191,9 @@ def test_nothing_is_left_of_a_conversion_that_fails(tmp_path: Path, monkeypatch:
     source = write_tiny_hf_llama(tmp_path / "hf", hidden=64)
     monkeypatch.setattr(stream, "_write", failing_disk)
     for to, name in (("q8_0", "x.gguf"), ("mlx-4", "x")):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(
+            ModelError, match=f"out/{name} cannot be written: No space left on device: free some space, or give another"
+        ):
             convert(source, to, tmp_path / "out" / name)
     assert list((tmp_path / "out").iterdir()) == []
 

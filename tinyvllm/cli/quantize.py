@@ -48,7 +48,14 @@ class TargetFlags:
             show_default=False,
         ),
     ] = None
-    force: Annotated[bool, Option("--force", help="Replace what is at --out.")] = False
+    force: Annotated[
+        bool,
+        Option(
+            "--force",
+            help="Replace what is at --out if it is a model of the same kind: a GGUF file, or a directory with "
+            "config.json, *.safetensors and nothing but a model's files. The source is never replaced.",
+        ),
+    ] = False
     threads: Annotated[
         int | None,
         Option(metavar="NUMBER", help="Cores to quantize with. [default: all, at most 16]", show_default=False),

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyvllm.config import ModelConfig, ModelFiles
+from tinyvllm.convert.destination import check_destination, finished, os_errors_named
 from tinyvllm.convert.gguf_metadata import check_same_model
 from tinyvllm.convert.gguf_output import GGUFOutput
 from tinyvllm.convert.hf_output import DirectoryOutput
-from tinyvllm.convert.stream import Report, finished, write_pieces
+from tinyvllm.convert.stream import Report, write_pieces
 from tinyvllm.convert.targets import Target
-from tinyvllm.errors import ModelError, UnsupportedModelError
+from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.storage.model_config import read_model_config
 
 MAX_THREADS = 16  # more than these wait for memory
@@ -45,12 +46,21 @@ def quantize(
     """Write `source` in the target's format to `path`, under a temporary name until all is there and the settings were
     read back and compared. Memory holds a few rows, and of a quantized source one tensor's codes.
 
-    Raises ModelError: for a source that cannot be read or written so, for a `path` that exists (unless `force`), and
-    for a disk without room.
+    Raises ModelError: for a source that cannot be read or written so; for a `path` that exists, unless `force` is set
+    and it is a model of the same kind (`destination.check_destination`); for a disk without room or that cannot be
+    written to.
     """
+    if path.name in ("", ".."):  # of "." and ".."
+        path = path.resolve()
+    with os_errors_named(source, path):
+        check_destination(source, path, is_directory=target.kind != "gguf", force=force)
+        return _convert(source, target, path, report, force=force, num_threads=num_threads)
+
+
+def _convert(
+    source: ModelFiles, target: Target, path: Path, report: Report, *, force: bool, num_threads: int
+) -> Outcome:
     start = time.perf_counter()
-    if path.exists() and path.samefile(source.path):
-        raise ModelError(f"{path} is the source itself: give another --out")
     config = read_model_config(source)
     output = _make_output(source, config, target)
     num_bytes = sum(piece.num_bytes for piece in output.pieces)

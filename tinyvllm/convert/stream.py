@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,10 +13,8 @@ from typing import BinaryIO
 import numpy as np
 
 from tinyvllm.convert.pieces import Piece
-from tinyvllm.errors import ModelError
 
 Report = Callable[[int, int], None]  # bytes written so far, bytes in all
-SPARE_BYTES = 64 << 20  # of disk, for headers, tokenizer files and others' writing
 
 
 @dataclass(frozen=True)
@@ -70,45 +66,3 @@ def _check(piece: Piece, ends: Sequence[int], places: Mapping[str, Place]) -> No
     for plane, end in zip(piece.planes, ends, strict=True):
         written = end - places[plane.name].offset
         assert written == plane.num_bytes, f"{plane.name}: {written=} {plane.num_bytes=}"
-
-
-# --- Places on disk ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def finished(path: Path, num_bytes: int, *, force: bool) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its name at the end: others never see half an output. On an error
-    nothing is left behind.
-
-    Raises ModelError if `path` exists and `force` is not set, or if the disk has no room for `num_bytes`.
-    """
-    check_free(path, num_bytes, force=force)
-    temporary = path.with_name(f".{path.name}.partial")
-    remove(temporary)  # of a run that was killed
-    try:
-        yield temporary
-        if path.is_dir() or temporary.is_dir():
-            remove(path)  # a directory cannot be replaced in one call
-        os.replace(temporary, path)
-    finally:
-        remove(temporary)
-
-
-def check_free(path: Path, num_bytes: int, *, force: bool) -> None:
-    if path.exists() and not force:
-        raise ModelError(f"{path} exists already: give another --out, or --force to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if free < num_bytes + SPARE_BYTES:
-        raise ModelError(
-            f"{path} needs {num_bytes / 1e9:.2f} GB, but {path.parent} has {free / 1e9:.2f} GB free: free some space, "
-            "or give another --out"
-        )
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a directory, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

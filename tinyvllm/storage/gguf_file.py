@@ -116,6 +116,11 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     return metadata, {info.name: _locate(info, path, data, start) for info in infos}
 
 
+def split_files(path: Path) -> list[Path]:
+    """The files of the model of which `path` is a file: one, or all parts of a split one."""
+    return _parts(path, GGUFFile(path).metadata)
+
+
 def read_metadata_bytes(path: Path) -> dict[str, bytes]:
     """The metadata of a file, or of the first part of a split one, as it is stored: a type number and the value. A copy
     of the file needs them, because the Python values do not tell whether a number was signed."""

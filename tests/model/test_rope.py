@@ -14,6 +14,7 @@ from tests.model.write_rope_references import CASES, DATA, HEAD_DIM, SIZES
 from tinyvllm.config import Rope, RopeScaling
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.rope import inverse_frequencies, rope_table
+from tinyvllm.storage.families import olmo3
 from tinyvllm.storage.hf_rope import read_rope, read_rope_by_layer
 from tinyvllm.storage.values import Values
 
@@ -85,8 +86,8 @@ def test_an_unknown_scaling_lists_the_known() -> None:
 def test_config_json_means_what_it_means_to_transformers(name: str) -> None:
     class_name, settings, num_positions, layer_type = CASES[name]
     expected = json.loads(DATA.read_text(encoding="utf-8"))["cases"][name]
-    defaults = {"Glm4Config": {"partial_rotary_factor": 0.5}, "Olmo3Config": {"rope_theta": 500000.0}}
-    values = Values(Path("config.json"), SIZES | defaults.get(class_name, {}) | settings)
+    defaults = {"Glm4Config": {"partial_rotary_factor": 0.5}, "Olmo3Config": olmo3.FILES.hf_defaults}
+    values = Values(Path("config.json"), {**defaults.get(class_name, {}), **SIZES, **settings})
     if layer_type is None:
         rope = read_rope(values, HEAD_DIM, {"su": "longrope"} if class_name == "Phi3Config" else {})
     else:

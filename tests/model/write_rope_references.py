@@ -98,6 +98,14 @@ CASES: dict[str, tuple[str, dict[str, Any], int, str | None]] = {
     "by layer, windowed": ("Olmo3Config", {"rope_parameters": NESTED}, 64, "sliding_attention"),
     "by layer, old place, full": ("Olmo3Config", {"rope_scaling": YARN}, 64, "full_attention"),
     "by layer, old place, windowed": ("Olmo3Config", {"rope_scaling": YARN}, 64, "sliding_attention"),
+    # transformers 5 gives a theta outside rope_parameters to layers without a window only
+    "by layer, old theta, full": ("Olmo3Config", {"rope_theta": 2e4, "rope_scaling": YARN}, 64, "full_attention"),
+    "by layer, old theta, windowed": (
+        "Olmo3Config",
+        {"rope_theta": 2e4, "rope_scaling": YARN},
+        64,
+        "sliding_attention",
+    ),
     "proportional": (
         "LlamaConfig",
         {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}},

@@ -42,7 +42,7 @@ def read_rope_by_layer(values: Values, head_dim: int, layer_type: str, local_the
     nested = values.inner("rope_parameters") or Values(values.source, {})
     rope: dict[str, Any] = dict((nested.inner(layer_type) or Values(values.source, {})).values)
     if layer_type == WINDOWED:
-        if local_theta is not None:
+        if local_theta is not None or values.get("rope_local_base_freq") is not None:
             rope.setdefault("rope_theta", values.positive("rope_local_base_freq", local_theta))
     elif (scaling := values.inner("rope_scaling")) is not None:
         rope |= dict(scaling.values)

@@ -12,6 +12,8 @@ FILES = FamilyFiles(
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
+        # transformers 5 gives config.json's rope_theta to layers without a window only, llama.cpp a file's to all
+        "rope_local_base_freq": 500000.0,
         "sliding_window": 4096,
         "sliding_window_pattern": 4,
     },

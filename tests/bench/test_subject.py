@@ -122,6 +122,12 @@ def test_shapes_have_the_parameters_of_their_names() -> None:
         "qwen2.5-7b": 7615,
         "gemma-3-4b": 3880,
         "phi-4-mini": 3836,
+        "qwen3-4b": 4022,
+        "qwen3-8b": 8190,
+        "gemma-3-12b": 11766,
+        "mistral-small-24b": 23572,
+        "qwen2.5-32b": 32763,
+        "llama-3.1-70b": 70553,
     }
     assert millions == pytest.approx(expected, rel=1e-3)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,16 @@ LLAMA3_FACTORS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 FULL, WINDOWED = "full_attention", "sliding_attention"
 
 
-def copy_directory(source: Path, target: Path, added: Mapping[str, Any]) -> None:
-    """The source's own files without weights. `added`: keys of config.json; those of an earlier quantization go."""
+def copy_directory(source: Path, target: Path, edit: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+    """The source's own files without weights. `edit` gives the values of config.json from the source's, without those
+    of an earlier quantization."""
     for path in sorted(source.iterdir()):
         is_text = is_wanted(path.name) and not path.name.endswith((".safetensors", ".safetensors.index.json"))
         if (is_text or path.name in ALSO_COPIED) and path.name != "config.json":
             shutil.copyfile(path, target / path.name)
     config = read_json(source / "config.json")
     dropped = ("quantization", "quantization_config")
-    write_json(
-        target / "config.json", {key: value for key, value in config.items() if key not in dropped} | dict(added)
-    )
+    write_json(target / "config.json", edit({key: value for key, value in config.items() if key not in dropped}))
 
 
 def make_directory(source: ModelFiles, config: ModelConfig, target: Path, added: Mapping[str, Any]) -> None:

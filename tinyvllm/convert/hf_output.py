@@ -16,6 +16,7 @@ from tinyvllm.convert.affine import encode_affine
 from tinyvllm.convert.dense import encode_dense
 from tinyvllm.convert.float8 import BLOCK, encode_by_block, encode_by_channel
 from tinyvllm.convert.hf_files import copy_directory, make_directory
+from tinyvllm.convert.mlx_rope import with_older_keys
 from tinyvllm.convert.pieces import Encode, Piece, Plane
 from tinyvllm.convert.safetensors_header import ITEM_BYTES, write_headers
 from tinyvllm.convert.stream import Place
@@ -46,13 +47,18 @@ class DirectoryOutput:
     def start(self, path: Path) -> dict[str, Place]:
         """Create the directory with everything but values. Returns where each array begins."""
         path.mkdir()
-        added = self._quantization()
         if self._source.kind == "gguf":
-            make_directory(self._source, self._config, path, added)
+            make_directory(self._source, self._config, path, self._quantization())
         else:
-            copy_directory(self._source.path, path, added)
+            copy_directory(self._source.path, path, self._edited)
         planes = [plane for piece in self.pieces for plane in piece.planes]
         return write_headers(path, planes, "mlx" if self._target.kind == "mlx" else "pt")
+
+    def _edited(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The source's config.json with what the target's readers need."""
+        is_mlx = self._target.kind == "mlx"
+        readable = with_older_keys(config, self._config.architecture) if is_mlx else config
+        return readable | self._quantization()
 
     def _quantization(self) -> dict[str, Any]:
         """Keys of config.json. MLX's are under two names, as mlx-lm writes them."""

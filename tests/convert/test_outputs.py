@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -23,6 +24,7 @@ from tests.families.recipes.gemma3 import write_multimodal_hf
 from tinyvllm.config import ModelFiles
 from tinyvllm.convert import hf_output, safetensors_header, stream
 from tinyvllm.convert.gguf_metadata import ARCHITECTURES
+from tinyvllm.convert.gguf_output import gguf_name
 from tinyvllm.convert.hf_files import FAMILIES
 from tinyvllm.convert.quantize import Outcome, quantize
 from tinyvllm.convert.targets import KNOWN, parse_target
@@ -37,6 +39,12 @@ ARCHITECTURE_OF = {name: recipe.config["model_type"].removesuffix("_text") for n
 UNSAYABLE = ("qwen2_windowed", "gemma3_capped")
 WRITABLE = [name for name, kind in ARCHITECTURE_OF.items() if kind in ARCHITECTURES and name not in UNSAYABLE]
 DIRECTORIES = [name for name in WRITABLE if ARCHITECTURE_OF[name] in (*FAMILIES, "mistral")]
+# llama.cpp does not load a SmolLM3 with them
+WITHOUT_BIASES = dataclasses.replace(
+    RECIPES["smollm3"],
+    biases=(),
+    config=dict(RECIPES["smollm3"].config) | {"attention_bias": False, "mlp_bias": False},
+)
 TEXT = "Hello, wörld 123\n<|im_end|> x"
 
 
@@ -53,8 +61,9 @@ def metadata_that_counts(files: ModelFiles) -> dict[str, Any]:
 @pytest.mark.parametrize("name", WRITABLE)
 def test_a_gguf_has_llama_cpps_names_rows_and_settings(tmp_path: Path, name: str) -> None:
     """Compared with the file that the gguf package writes of the same weights."""
-    expected = write_gguf(tmp_path / "expected.gguf", RECIPES[name])
-    found = convert(write_hf(tmp_path / "hf", RECIPES[name]), "f32", tmp_path / "found.gguf").files
+    recipe = WITHOUT_BIASES if name == "smollm3" else RECIPES[name]
+    expected = write_gguf(tmp_path / "expected.gguf", recipe)
+    found = convert(write_hf(tmp_path / "hf", recipe), "f32", tmp_path / "found.gguf").files
     tensors, theirs = GGUFFile(found.path).tensors, GGUFFile(expected.path).tensors
     assert tensors.keys() == theirs.keys()
     for key, tensor in tensors.items():
@@ -84,7 +93,7 @@ def test_llama_and_qwen3_too(tmp_path: Path, family: str) -> None:
 def test_a_directory_of_a_gguf_is_that_of_its_source(tmp_path: Path, name: str) -> None:
     """From GGUF and from the directory that it was made of: the same arrays, settings and tokens."""
     hf, gguf = write_hf(tmp_path / "hf", RECIPES[name]), write_gguf(tmp_path / "x.gguf", RECIPES[name])
-    first, second = (convert(files, "mlx-4-g32", tmp_path / files.kind / "mlx").files for files in (hf, gguf))
+    first, second = (convert(files, "mlx-4-g32", tmp_path / "out" / files.kind).files for files in (hf, gguf))
     ours, theirs = (load_file(files.path / "model.safetensors") for files in (first, second))
     assert ours.keys() == theirs.keys()
     for key, values in ours.items():
@@ -121,7 +130,7 @@ def test_a_multimodal_source_gives_its_text_model(tmp_path: Path) -> None:
     source = write_multimodal_hf(tmp_path / "hf", RECIPES["gemma3"])
     text = write_hf(tmp_path / "text", RECIPES["gemma3"])
     for to, name in (("q8_0", "x.gguf"), ("mlx-4-g32", "x")):
-        first, second = (convert(one, to, tmp_path / one.path.name / "out" / name).files for one in (source, text))
+        first, second = (convert(one, to, tmp_path / "out" / one.path.name / name).files for one in (source, text))
         found, expected = (open_checkpoint(one, read_model_config(one)) for one in (first, second))
         assert found.names() == expected.names()
 
@@ -258,3 +267,39 @@ def test_a_setting_that_the_target_cannot_say_is_refused(tmp_path: Path) -> None
     ):
         convert(source, "q8_0", tmp_path / "x.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor"),
+    [
+        ("smollm3", "model.layers.0.self_attn.o_proj.bias would be blk.0.attn_output.bias"),
+        ("smollm3", "model.layers.0.mlp.up_proj.bias would be blk.0.ffn_up.bias"),
+        ("qwen3", "model.layers.0.self_attn.o_proj.bias would be blk.0.attn_output.bias"),
+        ("qwen2", "model.layers.0.mlp.up_proj.bias would be blk.0.ffn_up.bias"),
+    ],
+)
+def test_a_bias_that_llama_cpp_does_not_load_has_no_name(family: str, tensor: str) -> None:
+    """llama.cpp loads all of a llama or granite file, and those of queries, keys and values of qwen2 and glm4."""
+    hf_name, *_, name = tensor.split()
+    assert gguf_name(hf_name, "llama", 2) == gguf_name(hf_name, "granite", 2) == name
+    assert gguf_name("model.layers.0.self_attn.q_proj.bias", "glm4", 2) == "blk.0.attn_q.bias"
+    with pytest.raises(
+        UnsupportedModelError, match=f"{tensor} in GGUF, which llama.cpp does not load in a {family} model"
+    ):
+        gguf_name(hf_name, family, 2)
+
+
+def test_biases_of_smollm3_are_refused_in_gguf(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf", RECIPES["smollm3"])
+    with pytest.raises(UnsupportedModelError, match=r"tensor model\.layers\.0\..*bias in GGUF, which llama.cpp does"):
+        convert(source, "q8_0", tmp_path / "x.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_tokenizer_without_merges_is_named_by_its_file(tmp_path: Path) -> None:
+    source = write_tiny_hf_llama(tmp_path / "hf", hidden=64)
+    change(source.path, "tokenizer.json", lambda value: value["model"].update(merges=[]))
+    with pytest.raises(
+        UnsupportedModelError, match=r"hf/tokenizer.json has no merges, which a GGUF file cannot be without"
+    ):
+        convert(source, "q8_0", tmp_path / "x.gguf")

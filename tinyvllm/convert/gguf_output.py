@@ -30,6 +30,10 @@ from tinyvllm.storage import families
 from tinyvllm.storage.gguf_file import GGUFFile, read_metadata_bytes
 
 Shape = tuple[int, ...]
+QKV_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
+ALL_BIASES = (*QKV_BIASES, "attn_output.bias", "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
+# The biases that llama.cpp loads. A file with others is not loaded at all ("wrong number of tensors")
+READ_BIASES = {"llama": ALL_BIASES, "granite": ALL_BIASES, "qwen2": QKV_BIASES, "glm4": QKV_BIASES}
 
 
 class GGUFOutput:
@@ -100,10 +104,15 @@ def _from_hf(source: ModelFiles, config: ModelConfig, mixture: Mixture) -> tuple
 
 
 def gguf_name(hf_name: str, architecture: str, num_layers: int) -> str:
-    """llama.cpp's name. Raises UnsupportedModelError for a tensor that has none."""
+    """llama.cpp's name. Raises UnsupportedModelError for a tensor that has none, or that llama.cpp does not load."""
     name = _names(architecture, num_layers).get_name(hf_name, try_suffixes=(".weight", ".bias"))
     if name is None:
         raise UnsupportedModelError(f"tensor {hf_name} has no name in a GGUF file of a {architecture} model")
+    if name.endswith(".bias") and not name.endswith(READ_BIASES.get(architecture, ())):
+        raise UnsupportedModelError(
+            f"tensor {hf_name} would be {name} in GGUF, which llama.cpp does not load in a {architecture} model: use "
+            "--to mlx-4 or fp8"
+        )
     return name
 
 

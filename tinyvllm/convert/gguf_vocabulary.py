@@ -47,6 +47,11 @@ def vocabulary_metadata(directory: Path, num_rows: int) -> dict[str, Any]:
     tokens, types = _tokens(spec, num_rows)
     metadata: dict[str, Any] = {}
     if spec.to_bytes is byte_level_bytes:
+        if not stored["model"]["merges"]:
+            raise UnsupportedModelError(
+                f"{directory / 'tokenizer.json'} has no merges, which a GGUF file cannot be without: use --to mlx-4 or "
+                "fp8"
+            )
         metadata |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _pre_tokenizer(directory, spec, stored)}
         lists: dict[str, Any] = {"merges": [" ".join(_pair(merge)) for merge in stored["model"]["merges"]]}
     else:

@@ -103,7 +103,7 @@ def check_replaceable(path: Path, *, is_directory: bool, force: bool) -> None:
     """Raise ModelError unless `path` is free or, with `force`, has a model of the output's kind: a GGUF file, or a
     directory that has nothing but a model's files."""
     if path.is_symlink():
-        raise ModelError(f"{path} is a symbolic link to {path.readlink()}: give that as --out, or remove the link")
+        raise ModelError(f"{path} is a symbolic link to {path.resolve()}: give that as --out, or remove the link")
     if not path.exists():
         return
     _check_directory(path) if is_directory else _check_gguf(path)

@@ -316,6 +316,10 @@ ODD: dict[str, tuple[Callable[[Path], Path], str]] = {
         edited(lambda tensors: tensors.update({"model.extra.weight": np.zeros((4, 4), np.float32)})),
         "odd has 1 tensor(s) that this architecture does not use: model.extra.weight",
     ),
+    "a width that no kernel reads": (
+        lambda path: write_tiny_hf_llama(path, heads=3, kv_heads=3, head_dim=16).path,
+        "self_attn.o_proj.weight has 48 columns, but kernels read 32 at a time",
+    ),
     "more layers in config.json": (changed(num_hidden_layers=5), "odd has no tensor model.layers."),
     "fewer layers in config.json": (changed(num_hidden_layers=1), "tensor(s) that this architecture does not use"),
     "a setting of a wrong type": (changed(num_attention_heads="many"), "num_attention_heads is 'many'"),

@@ -163,8 +163,22 @@ def weights_of(files: ModelFiles, numbers: Mapping[str, Any]) -> dict[str, np.nd
         {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
         {"family": "qwen3", "head_dim": 32, "norm_eps": 1e-6, "rope_theta": 1e6},  # H * D is twice hidden
         {"family": "qwen3", "tie": False, "seed": 4},
+        {"heads": 4, "kv_heads": 2, "head_dim": 40, "seed": 5},  # 320 rows of q, k and v, 80 of k
+        {"family": "qwen3", "heads": 6, "kv_heads": 3, "head_dim": 16, "seed": 6},  # 192 rows, 48 of k
+        {"heads": 4, "kv_heads": 1, "head_dim": 24, "seed": 7},  # 144 rows, which no panels hold
     ],
-    ids=["tied", "untied", "wide heads", "llama3 rope", "linear rope", "qwen3", "qwen3 untied"],
+    ids=[
+        "tied",
+        "untied",
+        "wide heads",
+        "llama3 rope",
+        "linear rope",
+        "qwen3",
+        "qwen3 untied",
+        "heads of 40",
+        "3 KV heads",
+        "a part of a panel",
+    ],
 )
 def test_logits_equal_the_implementation_in_numpy(tmp_path: Path, numbers: dict[str, Any]) -> None:
     files = write_tiny_hf_llama(tmp_path, **numbers)
@@ -214,6 +228,14 @@ def test_the_reference_backend_runs_the_same_model(tmp_path: Path, family: str) 
     files = write_tiny_gguf(tmp_path / "tiny.gguf", quant="Q4_1", tweaks=tweaks, family=family)
     expected = numpy_llama(TinyLlama(family=family), weights_of(files, numbers), PROMPT)
     check(load(files, ReferenceBackend), expected, tolerance=1e-5)
+
+
+def test_keys_that_fill_no_panel_may_have_another_format_than_values(tmp_path: Path) -> None:
+    numbers: dict[str, Any] = {"heads": 4, "kv_heads": 1, "head_dim": 40}  # 200 rows of q and k, 40 of v
+    tweaks = GGUFTweaks(quant_of={"attn_v": "Q8_0"})
+    files = write_tiny_gguf(tmp_path / "tiny.gguf", quant="Q4_1", tweaks=tweaks, **numbers)
+    expected = numpy_llama(TinyLlama(**numbers), weights_of(files, numbers), PROMPT)
+    check(load(files), expected, tolerance=3e-3)  # float16 holds all three
 
 
 def test_loading_reports_its_progress_to_the_end(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from tinyvllm.ops.step_inputs import StepLayout
 
 @dataclass(frozen=True)
 class Case:
-    """A shape of attention. H and K heads of D; `widths` are the columns of qkv's parts in units of heads. Heads are
-    `normed` before they are rotated, or not."""
+    """A shape of attention. H and K heads of D; `widths` are the columns of qkv's parts in units of heads. `padding`
+    columns follow, which nobody may read. Heads are `normed` before they are rotated, or not."""
 
     heads: int
     kv_heads: int
@@ -30,6 +30,7 @@ class Case:
     widths: tuple[int, ...] = ()
     normed: bool = False
     features: tuple[tuple[str, Any], ...] = ()  # fields of LayerKind beyond these
+    padding: int = 0
 
     @property
     def kind(self) -> LayerKind:
@@ -40,7 +41,8 @@ class Case:
     @property
     def parts(self) -> tuple[int, ...]:
         """Columns of qkv's parts."""
-        return tuple(width * self.dim for width in self.widths or (self.heads + 2 * self.kv_heads,))
+        *most, last = (width * self.dim for width in self.widths or (self.heads + 2 * self.kv_heads,))
+        return (*most, last + self.padding)
 
     @property
     def name(self) -> str:
@@ -156,7 +158,7 @@ def make_layer(ops: Backend, case: Case) -> AttentionLayer:
         qkv_cols=case.parts,
         rope=rope,
         head_norm=None if kind.head_norm_eps is None else upload(1 + 0.3 * normal(heads * case.dim, seed=4)),
-        bias=upload(normal(sum(case.parts), seed=5)) if kind.has_bias else None,
+        bias=upload(normal(sum(case.parts) - case.padding, seed=5)) if kind.has_bias else None,
         sinks=upload(normal(case.heads, seed=6)) if kind.has_sinks else None,
     )
 

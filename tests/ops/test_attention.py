@@ -76,6 +76,12 @@ def test_what_other_families_ask_of_attention_equals_the_reference(
         check(backend, reference, mixed, pieces, seed)
 
 
+@pytest.mark.parametrize("name", ["whole norms", "all"])
+def test_columns_that_pad_qkv_are_not_read(backend: Backend, reference: ReferenceBackend, name: str) -> None:
+    decode = Case(6, 3, 16, StepLayout(3, 3, 4, 8), True, features=FEATURES[name], padding=16)
+    check(backend, reference, decode, [Piece(7), Piece(0), Piece(30)], seed=0)
+
+
 @pytest.mark.parametrize("is_decode", [True, False])
 def test_blocks_before_the_window_are_not_read(backend: Backend, is_decode: bool) -> None:
     layout = StepLayout(3 if is_decode else 12, 3, 8, 8)

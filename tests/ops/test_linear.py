@@ -171,11 +171,25 @@ def test_gate_and_up_of_different_formats_are_fused_all_the_same(backend: Backen
 
 
 @pytest.mark.parametrize("rows", [16, 48])
-def test_a_projection_that_does_not_fill_its_panels_is_refused(device: DeviceHandle, rows: int) -> None:
+def test_a_feed_forward_that_does_not_fill_its_panels_is_refused(device: DeviceHandle, rows: int) -> None:
     host = make_host("float32", rows, 32)
-    for load in (lambda cpu: cpu.stacked([host], 1), lambda cpu: cpu.gate_up(host, host)):
-        with pytest.raises(UnsupportedModelError, match=f"{rows} rows, which is not a multiple of 32"):
-            load(CpuBackend(device, None))
+    with pytest.raises(UnsupportedModelError, match=f"{rows} columns, which is not a multiple of 32"):
+        CpuBackend(device, None).gate_up(host, host)
+
+
+def test_rows_that_fill_no_panel_are_padded_after_the_last_alone(
+    backend: Backend, reference: ReferenceBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """q, k and v of heads of 40: of one format, and of two, of which the first would be padded before v."""
+    x = normal(2, 64)
+    for name in ("Q4_1", "Q8_0"):
+        hosts = [make_host("Q4_1", rows, 64, seed=rows) for rows in (160, 40)] + [make_host(name, 40, 64)]
+        (matrix,) = backend.stacked(hosts, 1)
+        out = run_product(backend, backend.device.upload(x), matrix, 2).numpy().reshape(2, 256)
+        expected = x @ np.concatenate([to_float32(host) for host in hosts]).T
+        np.testing.assert_allclose(out[:, :240], expected, rtol=1e-3, atol=1e-3)
+        assert (out[:, 240:] == 0).all()
+    assert "200, 40 rows of q, k and v in Q4_1, Q8_0 are not multiples of 32" in caplog.text
 
 
 def test_a_width_that_is_no_multiple_of_32_is_refused(backend: Backend) -> None:

@@ -18,7 +18,7 @@ from tinyvllm.execution.capacity import KVGroup, MemoryFacts, plan_capacity, scr
 from tinyvllm.execution.limits import limits_of_kind
 from tinyvllm.model.dry_load import require_tensors
 from tinyvllm.model.registry import complete_config
-from tinyvllm.model.weights.checkpoint import open_checkpoint, unread_lines
+from tinyvllm.model.weights.checkpoint import open_checkpoint, unread_lines, with_own_head
 from tinyvllm.model.weights.names import unwrapped
 from tinyvllm.model.weights.safetensors import read_safetensors
 from tinyvllm.model.weights.stored import StoredTensor
@@ -100,6 +100,7 @@ def examine_files(files: ModelFiles, device: str) -> ModelReport:
     cannot be run, with the reason."""
     config = complete_config(read_model_config(files))
     checkpoint = open_checkpoint(files, config)
+    config = with_own_head(config, checkpoint)
     require_tensors(config, checkpoint)
     formats = dict(_formats(checkpoint.tensors))
     is_cpu = kind_of(device).name == "CPU"

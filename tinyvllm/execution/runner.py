@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from tinygrad import dtypes
@@ -27,9 +27,10 @@ from tinyvllm.execution.cost import weight_facts
 from tinyvllm.execution.graphs import Graph, GraphContext, GraphInstance, model_digest
 from tinyvllm.execution.limits import resolve_limits
 from tinyvllm.execution.logits_processing import SamplingRows
+from tinyvllm.model.dry_load import require_tensors
 from tinyvllm.model.pooling import final_norm, pool
 from tinyvllm.model.registry import Model, complete_config, make_model
-from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint
+from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint, with_own_head
 from tinyvllm.model.weights.random import RandomWeights
 from tinyvllm.ops.backend import Backend, KVPool
 from tinyvllm.ops.backends import make_backend
@@ -55,8 +56,8 @@ def load_runner(files: ModelFiles, config: EngineConfig, progress: Progress | No
     """
     model_config = read_model_config(files)
     checkpoint = open_checkpoint(files, model_config)
-    if checkpoint.has_head:
-        model_config = replace(model_config, tie_embeddings=False)
+    model_config = with_own_head(model_config, checkpoint)
+    require_tensors(complete_config(model_config), checkpoint)  # at once, and by name
     return make_runner(model_config, checkpoint, config, progress)
 
 

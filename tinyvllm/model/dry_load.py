@@ -10,15 +10,16 @@ from tinygrad import Tensor
 
 from tinyvllm.arrays import DENSE_BITS, Format, HostMatrix
 from tinyvllm.config import ModelConfig
+from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.registry import find_family
 from tinyvllm.model.weights.checkpoint import Checkpoint
 from tinyvllm.ops.backend import Backend
-from tinyvllm.ops.formats.matrix import Matrix
+from tinyvllm.ops.formats.matrix import PANEL, Matrix
 
 
 def require_tensors(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Raise what loading the checkpoint would raise: WeightMismatchError for a tensor that is missing, has another
-    shape or is left over, UnsupportedModelError for a type that no format explains.
+    shape or is left over, UnsupportedModelError for a type that no format explains or a width that no kernel reads.
 
     The family's class loads zeros, so that this list of tensors is the one that the engine takes. Of the files, only
     biases that are left over are read: those of zeros are ignored.
@@ -34,6 +35,11 @@ class _Headers:
 
     def take(self, name: str, shape: tuple[int, ...]) -> HostMatrix:
         self._checkpoint.find(name, shape)
+        if len(shape) == 2 and shape[1] % PANEL:
+            raise UnsupportedModelError(
+                f"{name} has {shape[1]} columns, but kernels read {PANEL} at a time: hidden_size, "
+                f"intermediate_size and num_attention_heads * head_dim must be multiples of {PANEL}"
+            )
         return np.broadcast_to(np.float32(0), shape)
 
     def finish(self) -> None:

@@ -23,8 +23,8 @@ QUERIES, KEYS, VALUES = 0, 1, 2  # sections of qkv
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One layer's attention. `qkv_cols`: columns of each part of qkv, heads of q, then k, then v; a layer that reads
-    another's keys and values has only q."""
+    """One layer's attention. `qkv_cols`: columns of each part of qkv, heads of q, then k, then v, and perhaps columns
+    of zeros; a layer that reads another's keys and values has only q."""
 
     index: int  # its number, and its place in the pool
     kind: LayerKind
@@ -51,7 +51,7 @@ class AttentionLayer:
         """The rest of it for qkv in one part, to which its biases and its norm of whole queries and keys have been
         applied."""
         kind = replace(self.kind, head_norm_eps=None, head_norm_is_whole=False, has_bias=False)
-        return replace(self, kind=kind, qkv_cols=(sum(self.qkv_cols),), head_norm=None, bias=None)
+        return replace(self, kind=kind, qkv_cols=(kind.q_size + 2 * kind.kv_size,), head_norm=None, bias=None)
 
     @property
     def tables(self) -> list[Tensor]:

@@ -22,7 +22,7 @@ from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.coverage import Coverage, in_words
 from tinyvllm.ops.formats.common import in_common_format
-from tinyvllm.ops.formats.matrix import Matrix
+from tinyvllm.ops.formats.matrix import PANEL, Matrix
 from tinyvllm.ops.sampling.logits_processing import SamplingState, sample_processed
 from tinyvllm.ops.sampling.sample import OUT_WIDTH, SampleSpec, sample
 from tinyvllm.ops.step_inputs import StepLayout
@@ -277,6 +277,22 @@ class DeviceSampling:
         return sample_processed(spec, logits, inputs, state, out)
 
 
+def stack_qkv(hosts: Sequence[HostMatrix]) -> list[HostMatrix]:
+    """The rows of matrices with the same input in as few matrices as possible. Only the last may have rows that do not
+    fill its panels, because those that pad a matrix follow it in the product: where another's would, all become
+    float16, with a warning."""
+    stacked = stack_rows(hosts)
+    if all(part.shape[0] % PANEL == 0 for part in stacked[:-1]):
+        return stacked
+    logger.warning(
+        "%s rows of q, k and v in %s are not multiples of %d, so they cannot be kept apart: all become float16",
+        ", ".join(str(part.shape[0]) for part in stacked),
+        ", ".join(_format_name(part) for part in stacked),
+        PANEL,
+    )
+    return stack_rows([to_float32(part).astype(np.float16) for part in stacked])
+
+
 def gate_over_up(gate: HostMatrix, up: HostMatrix) -> HostMatrix:
     """The gate's rows and then the up projection's, as one matrix, which one kernel reads. If their formats differ,
     both are kept in a common one; without one both become float16, with a warning."""
@@ -287,12 +303,18 @@ def gate_over_up(gate: HostMatrix, up: HostMatrix) -> HostMatrix:
 
 
 def _as_float16(gate: HostMatrix, up: HostMatrix) -> list[HostMatrix]:
-    names = [matrix.format.name if isinstance(matrix, QuantizedMatrix) else matrix.dtype for matrix in (gate, up)]
     megabytes = 2 * (math.prod(gate.shape) + math.prod(up.shape)) / 1e6
     logger.warning(
-        "gate in %s and up projection in %s have no common format: both become float16, %.1f MB", *names, megabytes
+        "gate in %s and up projection in %s have no common format: both become float16, %.1f MB",
+        _format_name(gate),
+        _format_name(up),
+        megabytes,
     )
     return [to_float32(gate).astype(np.float16), to_float32(up).astype(np.float16)]
+
+
+def _format_name(matrix: HostMatrix) -> str:
+    return matrix.format.name if isinstance(matrix, QuantizedMatrix) else str(matrix.dtype)
 
 
 __all__ = [
@@ -309,5 +331,6 @@ __all__ = [
     "gate_over_up",
     "group_of",
     "pool_groups",
+    "stack_qkv",
     "zeroed_pool",
 ]

@@ -26,6 +26,7 @@ def norm_whole_sections(qkv: Sequence[Tensor], layer: AttentionLayer, num_tokens
     2024, sec. 3.2)."""
     kind = layer.kind
     values = Tensor.cat(*[part.reshape(num_tokens, -1).float() for part in qkv], dim=1)
+    values = values[:, : kind.q_size + 2 * kind.kv_size]  # zeros may follow
     if layer.bias is not None:
         values = values + layer.bias
     assert kind.head_norm_eps is not None and layer.head_norm is not None

@@ -15,7 +15,7 @@ from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.activation import gated_plain
 from tinyvllm.ops.attention_spec import AttentionLayer
-from tinyvllm.ops.backend import PLAIN, Epilogue, KVPool, Norm, PoolGroup, Step, zeroed_pool
+from tinyvllm.ops.backend import PLAIN, Epilogue, KVPool, Norm, PoolGroup, Step, stack_qkv, zeroed_pool
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.formats.matrix import Matrix, pack, unpack
 from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, rms_norm, softcap, unit_norm
@@ -39,7 +39,7 @@ class ReferenceBackend:
         return pack(host, "row", None, self.device.name, dequantize=self.dequantize)
 
     def stacked(self, hosts: Sequence[HostMatrix], num_kv_heads: int | None = None) -> tuple[Matrix, ...]:
-        return tuple(self.matrix(host) for host in stack_rows(hosts))
+        return tuple(self.matrix(host) for host in stack_qkv(hosts))
 
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
         """Gate rows, then up rows; in float32 if their formats differ."""
@@ -83,7 +83,8 @@ class ReferenceBackend:
         if kind.head_norm_is_whole:
             qkv, layer = [norm_whole_sections(qkv, layer, tokens)], layer.without_whole_norm()
         parts = [part.reshape(tokens, width) for part, width in zip(qkv, layer.qkv_cols, strict=True)]
-        values = Tensor.cat(*parts, dim=1)
+        num_cols = (heads if kind.kv_layer is not None else heads + 2 * kv_heads) * dim
+        values = Tensor.cat(*parts, dim=1)[:, :num_cols]  # zeros may follow
         if layer.bias is not None:
             values = values + layer.bias
         sections = values.reshape(tokens, -1, dim).split(

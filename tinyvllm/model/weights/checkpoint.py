@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -49,6 +50,11 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
     for line in format_lines(checkpoint.tensors):
         logger.info("%s: %s", files.name, line)
     return checkpoint
+
+
+def with_own_head(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """The config, untied where the files have a head of other values than the embeddings."""
+    return replace(config, tie_embeddings=False) if checkpoint.has_head else config
 
 
 def unread_lines(tensors: Mapping[str, StoredTensor], unread: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from tinygrad import Tensor, UOp
 
-from tinyvllm.arrays import HostMatrix, stack_rows
+from tinyvllm.arrays import HostMatrix
 from tinyvllm.arrays import take_rows as take_host_rows
 from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle, has_many_registers
@@ -26,6 +26,7 @@ from tinyvllm.ops.backend import (
     Stored,
     blocks_by_layer,
     gate_over_up,
+    stack_qkv,
 )
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.cpu.attention import CpuAttentionSpec, attention_kernel, write_kv_kernel
@@ -91,13 +92,11 @@ class CpuBackend(DeviceSampling):
 
     def stacked(self, hosts: Sequence[HostMatrix], num_kv_heads: int | None = None) -> tuple[Matrix, ...]:
         """q, k and v are sharded by KV heads, so that each core attends on its own; other matrices by panels."""
-        for host in hosts:
-            _require_panels(host)
         if num_kv_heads is None:
-            return tuple(self.matrix(host) for host in stack_rows(hosts))
+            return tuple(self.matrix(host) for host in stack_qkv(hosts))
         by_core = []
         for (a, b), core in self._bounds(num_kv_heads):
-            mine = stack_rows([_take_shard(host, a, b, num_kv_heads) for host in hosts])
+            mine = stack_qkv([_take_shard(host, a, b, num_kv_heads) for host in hosts])
             by_core.append([self._pack(matrix, core) for matrix in mine])
         return tuple(join_shards(shards) for shards in zip(*by_core, strict=True))
 
@@ -398,7 +397,7 @@ def _take_shard(host: HostMatrix, first: int, last: int, num_units: int) -> Host
 
 def _count_cores(available: int, layers: Sequence[LayerKind]) -> int:
     """The most cores among which each layer's KV heads can be shared so that every core's rows of k and v fill whole
-    panels."""
+    panels; one if there is no such number, and zeros then pad the rows of q, k and v together."""
     shapes = {(kind.num_kv_heads, kind.head_dim) for kind in layers}
     if not shapes:
         return 1
@@ -411,9 +410,9 @@ def _count_cores(available: int, layers: Sequence[LayerKind]) -> int:
 
 
 def _require_panels(host: HostMatrix) -> None:
-    """Matrices whose rows feed another operation must fill their panels: only the head may be padded."""
+    """The rows of gate and up are interleaved in halves of panels."""
     if host.shape[0] % PANEL:
-        raise UnsupportedModelError(f"a projection has {host.shape[0]} rows, which is not a multiple of {PANEL}")
+        raise UnsupportedModelError(f"the feed-forward has {host.shape[0]} columns, which is not a multiple of {PANEL}")
 
 
 @cached_kernel

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tinygrad import Tensor, UOp, dtypes
 
-from tinyvllm.arrays import Format, HostMatrix, stack_rows
+from tinyvllm.arrays import Format, HostMatrix
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.ops.attention_spec import AttentionLayer, AttentionSpec
@@ -21,6 +21,7 @@ from tinyvllm.ops.backend import (
     PoolGroup,
     Step,
     gate_over_up,
+    stack_qkv,
     zeroed_pool,
 )
 from tinyvllm.ops.coverage import Coverage
@@ -50,7 +51,7 @@ class GpuBackend(DeviceSampling):
         return pack(host, "row", self.dtype, self.device.name, dequantize=self.dequantize)
 
     def stacked(self, hosts: Sequence[HostMatrix], num_kv_heads: int | None = None) -> tuple[Matrix, ...]:
-        return tuple(self.matrix(host) for host in stack_rows(hosts))
+        return tuple(self.matrix(host) for host in stack_qkv(hosts))
 
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
         """Gate rows, then up rows."""

@@ -73,7 +73,8 @@ def _yarn(values: Values, factor: float) -> tuple[RopeScaling, float]:
     )
     slope = values.optional_number("rope.scaling.yarn_log_multiplier")
     usual = yarn_magnitude(factor) / (yarn_magnitude(factor, slope) if slope else 1.0)
-    # llama.cpp's converter writes transformers' attention_factor there, which llama.cpp itself does not read
+    # The converter writes config.json's attention_factor and betas for every architecture, and they are applied for
+    # every one, as in transformers; llama.cpp reads the betas and the multiplier for mistral3 alone
     return scaling, values.positive("rope.scaling.yarn_attn_factor", usual)
 
 

@@ -6,7 +6,7 @@ import json
 import secrets
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -137,9 +137,19 @@ TEXT_RULE = "TEXT: /(.|\\n)*/\n"
 
 def call_rules(tools: Sequence[Tool], arguments_key: str, *, all_strict: bool = True) -> str:
     """The Lark rule `call` of one call's object. The name comes first, so it can be reported before the arguments."""
+
+    def head(tool: Tool) -> str:
+        return lark_string(f'{{"name": {json.dumps(tool.name)}, "{arguments_key}": ')
+
+    return named_call_rules(tools, head, lark_string("}"), all_strict=all_strict)
+
+
+def named_call_rules(
+    tools: Sequence[Tool], head: Callable[[Tool], str], tail: str = "", *, all_strict: bool = True
+) -> str:
+    """The Lark rule `call`: a tool's `head`, its arguments as a JSON object, and `tail`."""
     rules = ["call: " + " | ".join(f"call_{index}" for index in range(len(tools)))]
     for index, tool in enumerate(tools):
-        head = lark_string(f'{{"name": {json.dumps(tool.name)}, "{arguments_key}": ')
-        rules.append(f"call_{index}: {head} args_{index} {lark_string('}')}")
+        rules.append(f"call_{index}: {head(tool)} args_{index} {tail}".rstrip())
         rules.append(f"args_{index}: {tool.rule(is_enforced=all_strict or tool.is_strict)}")
     return "\n".join(rules) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from typing import Any
 
 from tinyvllm.text.tools.events import CallArguments, CallBegin, Event, ToolParser, joined
@@ -18,9 +19,9 @@ class BlockParser(ToolParser):
         self._marks = begin, end
         self._body: str | None = None
 
+    @abstractmethod
     def read_block(self, body: str) -> list[tuple[str, dict[str, Any]]] | None:
         """The calls of a block: names and arguments. None if it holds anything else."""
-        raise NotImplementedError
 
     def _read(self, character: str) -> list[Event]:
         if self._body is None:

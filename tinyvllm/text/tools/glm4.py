@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinyvllm.text.grammar import lark_string
-from tinyvllm.text.tools.base import Tool, ToolFormat
+from tinyvllm.text.tools.base import Tool, ToolFormat, named_call_rules
 from tinyvllm.text.tools.events import CallArguments, CallBegin, Event, ToolParser, joined
 from tinyvllm.text.tools.json_calls import ValueReader
 
@@ -90,11 +90,7 @@ class Glm4Format(ToolFormat):
 
 
 def _call_rules(tools: Sequence[Tool], *, all_strict: bool) -> str:
-    rules = ["call: " + " | ".join(f"call_{index}" for index in range(len(tools)))]
-    for index, tool in enumerate(tools):
-        rules.append(f"call_{index}: {lark_string(tool.name + chr(10))} args_{index}")
-        rules.append(f"args_{index}: {tool.rule(is_enforced=all_strict or tool.is_strict)}")
-    return "\n".join(rules) + "\n"
+    return named_call_rules(tools, lambda tool: lark_string(f"{tool.name}\n"), all_strict=all_strict)
 
 
 FORMAT = Glm4Format()

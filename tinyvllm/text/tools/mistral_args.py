@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinyvllm.text.grammar import lark_string
-from tinyvllm.text.tools.base import TEXT_RULE, Tool, mark, marked_head
+from tinyvllm.text.tools.base import TEXT_RULE, Tool, mark, marked_head, named_call_rules
 from tinyvllm.text.tools.mistral import ARGS, CALLS, MistralFormat
 
 if TYPE_CHECKING:
@@ -38,11 +38,8 @@ class MistralArgsFormat(MistralFormat):
 
 
 def _call_rules(tools: Sequence[Tool], tokenizer: Tokenizer, *, all_strict: bool) -> str:
-    rules = ["call: " + " | ".join(f"call_{index}" for index in range(len(tools)))]
-    for index, tool in enumerate(tools):
-        rules.append(f"call_{index}: {lark_string(tool.name)} {mark(tokenizer, ARGS)} args_{index}")
-        rules.append(f"args_{index}: {tool.rule(is_enforced=all_strict or tool.is_strict)}")
-    return "\n".join(rules) + "\n"
+    arguments = mark(tokenizer, ARGS)
+    return named_call_rules(tools, lambda tool: f"{lark_string(tool.name)} {arguments}", all_strict=all_strict)
 
 
 FORMAT = MistralArgsFormat()

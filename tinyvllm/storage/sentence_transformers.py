@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from tinyvllm.errors import ModelError, UnsupportedModelError
+from tinyvllm.storage.stored_dtype import read_header
 from tinyvllm.storage.values import Values, read_json
 
 MODULES = "modules.json"
@@ -49,10 +50,8 @@ def tensor_names(directory: Path) -> set[str]:
         return set(weight_map) if isinstance(weight_map, dict) else set()
     names: set[str] = set()
     for path in directory.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
         try:
-            names |= set(json.loads(header))
+            names |= set(read_header(path))
         except ValueError as error:
             raise ModelError(f"{path} is cut short or damaged ({error}); download it again") from error
     return names

@@ -12,6 +12,7 @@ BASE = {"config", "errors"}
 DOWN_TO_ENGINE = BASE | {"storage", "text", "scheduling", "execution", "engine", "profiling"}
 INSIDE_OPS = BASE | {"arrays", "device"} | {f"ops/{name}" for name in ("step_inputs", "kernel", "formats")}
 INSIDE_OPS |= {f"ops/{name}" for name in ("activation", "attention_spec", "backend", "coverage", "plain", "sampling")}
+INSIDE_OPS |= {"ops/experts_spec", "ops/recurrent_spec"}
 # A room is a directory or a file, and one inside another has its own entry. A name on the right includes inner rooms.
 MAY_IMPORT = {
     "errors": set(),
@@ -32,8 +33,12 @@ MAY_IMPORT = {
     "ops/attention_spec": BASE | {"ops/activation", "ops/coverage", "ops/kernel", "ops/step_inputs"},
     "ops/backend": BASE
     | {"arrays", "device"}
-    | {f"ops/{name}" for name in ("attention_spec", "coverage", "formats", "sampling", "step_inputs")},
-    "ops/plain": BASE | {"ops/activation", "ops/attention_spec", "ops/backend"},
+    | {f"ops/{name}" for name in ("attention_spec", "coverage", "experts_spec", "formats", "recurrent_spec")}
+    | {f"ops/{name}" for name in ("sampling", "step_inputs")},
+    "ops/experts_spec": BASE | {"ops/formats"},
+    "ops/recurrent_spec": BASE,
+    "ops/plain": BASE
+    | {f"ops/{name}" for name in ("activation", "attention_spec", "backend", "experts_spec", "recurrent_spec")},
     "ops/cpu": INSIDE_OPS,
     "ops/gpu": INSIDE_OPS,
     "model": BASE | {"arrays", "device", "ops", "storage"},

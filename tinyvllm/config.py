@@ -71,6 +71,100 @@ class QueryScaling:
 
 
 @dataclass(frozen=True)
+class ExpertsKind:
+    """A sparse feed-forward: a router chooses `top_k` of `num_experts` gated feed-forwards for each token, and their
+    outputs are added up by weight.
+
+    Weights: scores of all experts (softmax or sigmoid of the router's logits); the top_k by score, or by score plus a
+    bias that serves the choice alone; divided by their sum if `renormalizes`; times `scale`. A softmax over the chosen
+    logits alone (gpt-oss) is the same as one over all of them, renormalized.
+    """
+
+    num_experts: int  # E
+    top_k: int
+    ffn_size: int  # of one expert
+    score: str = "softmax"  # or "sigmoid"
+    renormalizes: bool = True
+    scale: float = 1.0
+    num_groups: int = 1  # of neighboring experts; only the best `top_groups` of them are chosen from (DeepSeek V3)
+    top_groups: int = 1
+    activation: str = "silu"  # of the gate: a name of ops/activation.py
+    has_router_bias: bool = False  # of the router's logits
+    has_choice_bias: bool = False  # of scores, for the choice alone
+    has_expert_scale: bool = False  # a factor of each expert's weight (Gemma 4)
+    has_biases: bool = False  # of the experts' gate, up and down
+    shared_size: int = 0  # ffn size of the expert that every token passes through, with weight 1; 0: none
+    has_shared_gate: bool = False  # its weight is the sigmoid of a product of its own
+
+    @property
+    def num_shared(self) -> int:
+        """1 if the shared expert is as large as the others, and so may be stacked with them as expert E."""
+        return int(self.shared_size == self.ffn_size)
+
+
+@dataclass(frozen=True)
+class StateKind:
+    """A recurrent layer, and so the state that a sequence keeps of it between steps, in float32.
+
+    Gated DeltaNet (Yang et al. 2024): a causal depthwise convolution and SiLU over [q, k, v], then a matrix of
+    (Dk, Dv) for each of the value heads. Value head h reads the queries and keys of head h // (Hv / Hk).
+    """
+
+    num_heads: int  # Hv, value heads
+    num_key_heads: int  # Hk, of queries and of keys
+    key_dim: int  # Dk
+    value_dim: int  # Dv
+    conv_width: int  # taps of the convolution: a sequence keeps the last conv_width - 1 columns of its input
+    norm_eps: float  # of the RMSNorm on each head's output, which silu(z) gates
+
+    @property
+    def key_size(self) -> int:
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def value_size(self) -> int:
+        return self.num_heads * self.value_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Channels of the convolution: q, k, v."""
+        return 2 * self.key_size + self.value_size
+
+    @property
+    def matrix_elements(self) -> int:
+        """float32 elements of a sequence's matrices."""
+        return self.num_heads * self.key_dim * self.value_dim
+
+    @property
+    def conv_elements(self) -> int:
+        """float32 elements of the convolution's inputs that a sequence keeps: (conv_width - 1, conv_size)."""
+        return (self.conv_width - 1) * self.conv_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one sequence's state in this layer."""
+        return 4 * (self.matrix_elements + self.conv_elements)
+
+
+@dataclass(frozen=True)
+class LatentKind:
+    """Multi-head latent attention (DeepSeek V2): the keys and values of all heads are products of one latent vector
+    for each token, which is what the pool holds, beside one rotated key that all heads share."""
+
+    rank: int  # elements of the latent
+    rope_dim: int  # of the shared rotated key, and of the rotated part of a query's head
+    nope_dim: int  # of the part of a head's query and key that does not rotate
+    value_dim: int  # of a head's value
+    query_rank: int | None = None  # of the queries' own latent; None: queries are products of the hidden state
+    norm_eps: float = 1e-6  # of the RMSNorms of both latents
+
+    @property
+    def stored_dim(self) -> int:
+        """Elements that the pool holds of a token."""
+        return self.rank + self.rope_dim
+
+
+@dataclass(frozen=True)
 class LayerKind:
     """What attention computes in one layer. Layers with the same kind run the same kernels."""
 
@@ -89,6 +183,14 @@ class LayerKind:
     has_bias: bool = False  # q, k and v have biases
     has_v_from_k: bool = False  # v is k before its norm and rope: k_proj serves for both
     kv_layer: int | None = None  # the earlier layer whose keys and values it reads; None: its own
+    state: StateKind | None = None  # a recurrent layer, which has no heads of attention and stores no keys
+    latent: LatentKind | None = None  # keys and values come from a latent, which is what is stored
+    has_output_gate: bool = False  # what attention returns is multiplied by the sigmoid of a product of its own
+
+    @property
+    def stores_kv(self) -> bool:
+        """Whether the pool holds keys and values of this layer."""
+        return self.kv_layer is None and self.state is None
 
     @property
     def q_size(self) -> int:
@@ -152,6 +254,12 @@ class ModelConfig:
     num_labels: int = 0  # rows of a classifier's head (score.weight), as a reranker has one; 0: no classifier
     layer_sizes: tuple[LayerSizes, ...] = ()  # of each layer; (): the sizes above in all of them
     per_layer_size: int = 0  # of the embedding that each layer has of its own for every token; 0: none
+    experts: ExpertsKind | None = None  # of sparse feed-forwards
+    with_experts: tuple[bool, ...] = ()  # per layer, repeated as a pattern; (): all layers, if there are experts
+    state: StateKind | None = None  # of recurrent layers
+    recurrent: tuple[bool, ...] = ()  # per layer, repeated as a pattern: it is recurrent; (): none
+    latent: LatentKind | None = None  # of attention in all layers
+    has_output_gate: bool = False  # as in LayerKind
     # per layer, repeated as a pattern; set by the family (model/registry.py); (): derived from the fields above
     layer_kinds: tuple[LayerKind, ...] = ()
 
@@ -171,8 +279,15 @@ class ModelConfig:
             return self.max_position
         return min(self.max_position, scaling.original_max_position)
 
+    def experts_of(self, layer: int) -> ExpertsKind | None:
+        """The experts of a layer; None if its feed-forward is dense."""
+        has = not self.with_experts or self.with_experts[layer % len(self.with_experts)]
+        return self.experts if has else None
+
     def kind_of(self, layer: int) -> LayerKind:
         """A layer's attention according to the files; a family adds what its architecture implies."""
+        if self.recurrent and self.recurrent[layer % len(self.recurrent)]:
+            return LayerKind(num_heads=0, num_kv_heads=0, head_dim=0, state=self.state)
         is_ropeless = bool(self.ropeless) and self.ropeless[layer % len(self.ropeless)]
         is_windowed = self.window is not None and (not self.windowed or self.windowed[layer % len(self.windowed)])
         rope = self.local_rope if is_windowed and self.local_rope is not None else self.rope
@@ -189,6 +304,8 @@ class ModelConfig:
             kv_layer=sizes.kv_layer,
             query_scaling=None if is_ropeless else self.query_scaling,
             has_bias="qkv" in self.biases,
+            latent=self.latent,
+            has_output_gate=self.has_output_gate,
         )
 
     def sizes_of(self, layer: int) -> LayerSizes:
@@ -211,7 +328,12 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes that one token's keys and values take over all layers."""
-        return 2 * itemsize * sum(kind.kv_size for kind in self.layers if kind.kv_layer is None)
+        return 2 * itemsize * sum(kind.kv_size for kind in self.layers if kind.stores_kv)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's state in all recurrent layers; 0 without any."""
+        return sum(kind.state.num_bytes for kind in self.layers if kind.state is not None)
 
     def kv_window(self, layer: int) -> int | None:
         """As `stored_window`."""

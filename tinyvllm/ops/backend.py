@@ -49,7 +49,7 @@ def pool_groups(layers: Sequence[LayerKind], max_model_len: int | None = None) -
     window that no sequence exceeds is none. A model has at least one group."""
     by_window: dict[int | None, dict[int, tuple[int, int]]] = {}
     for index, kind in enumerate(layers):
-        if kind.kv_layer is None:
+        if kind.stores_kv:
             window = stored_window(layers, index)
             if window is not None and max_model_len is not None and window >= max_model_len:
                 window = None
@@ -74,11 +74,15 @@ class KVPool:
     values: dict[int, Stored]
     num_blocks: dict[int, int]  # by layer
     dtype: str
+    # by recurrent layer, float32: the matrices of all slots, and their convolution's inputs (config.StateKind)
+    matrices: dict[int, Stored] = field(default_factory=dict)
+    convs: dict[int, Stored] = field(default_factory=dict)
+    num_state_slots: int = 0
 
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors, including each core's of a layer that is sharded."""
-        stored = (*self.keys.values(), *self.values.values())
+        stored = (*self.keys.values(), *self.values.values(), *self.matrices.values(), *self.convs.values())
         return [tensor for entry in stored for tensor in (entry if isinstance(entry, tuple) else (entry,))]
 
     def tensors_of(self, layer: int) -> list[Tensor]:

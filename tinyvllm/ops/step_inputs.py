@@ -6,7 +6,7 @@ Floats are stored as their bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -32,6 +32,7 @@ class StepLayout:
     max_blocks: int  # M
     block_size: int
     num_groups: int = 1  # G
+    has_states: bool = field(default=False, kw_only=True)  # the model has recurrent layers
 
     @cached_property
     def _offsets(self) -> dict[str, tuple[int, int]]:
@@ -60,6 +61,11 @@ class StepLayout:
             "logit_rows": seqs,  # the token row whose logits are sampled, for each sequence
             "block_tables": self.num_groups * (seqs + 1) * self.max_blocks,  # by group
         }
+        if self.has_states:
+            # the slots of each sequence's state: the one that it is read from, and the one that it is written to. They
+            # differ where the state read must be kept. Slot 0 is a dummy. A sequence at position 0 reads zeros instead
+            sizes |= {"state_reads": seqs, "state_writes": seqs}
+            sizes["first_rows"] = seqs + 1  # the token row where each sequence begins; the last: the end of all
         offsets, start = {}, 0
         for name, size in sizes.items():
             offsets[name] = (start, size)

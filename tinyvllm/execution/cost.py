@@ -47,10 +47,8 @@ def formats_in_use(model: Model) -> list[str]:
     """The formats of the model's matrices, by what they are for: ["qkv, down: Q4_K, Q6_K", "head: Q6_K"]."""
     formats: dict[str, dict[str, None]] = {}  # in the order of the layers
     for layer in model.layers:
-        for role in ("qkv", "attention_out", "gate_up", "down"):
-            matrices = getattr(layer, role)
-            names = formats.setdefault(role, {})
-            names |= {matrix.format.name: None for matrix in (matrices if role == "qkv" else [matrices])}
+        for role, matrices in layer.matrices.items():
+            formats.setdefault(role, {}).update({matrix.format.name: None for matrix in matrices})
     formats["embedding"] = {model.embedding.format.name: None}
     formats["head"] = {model.head.format.name: None}
     roles: dict[str, list[str]] = {}

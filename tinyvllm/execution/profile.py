@@ -1,9 +1,9 @@
 """The kernels of a step, each with its name and its time: the recorded calls of the serving graph, timed one by one.
 
 A call is identified by the tensors that it touches: those of the model and the pool have names
-(`model.layers.3.qkv...`), which give layer and role whatever the kernel is called, for traced and saved steps, on every
-device. The role in the name of a kernel of ours only decides where the tensors do not: tinygrad's KernelInfo has a
-name, but no field for a role.
+(`model.layers.3.mixer.qkv...`), which give layer and role whatever the kernel is called, for traced and saved steps, on
+every device. The role in the name of a kernel of ours only decides where the tensors do not: tinygrad's KernelInfo has
+a name, but no field for a role.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Named:
 
     @property
     def role(self) -> str:
-        """`model.layers.3.gate_up.planes.0` is "gate up", `model.norm.weight` "final norm"."""
+        """`model.layers.3.mixer.qkv.planes.0` is "qkv", `model.norm.weight` "final norm"."""
         parts = self.path.split(".")
-        role = parts[3] if self.layer is not None else parts[1]
+        role = parts[1] if self.layer is None else parts[4 if parts[3] in ("mixer", "feed_forward") else 3]
         return {"norm": "final norm", "embedding": "head"}.get(role, role.replace("_", " "))
 
 

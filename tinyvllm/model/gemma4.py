@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tinygrad import Tensor
 
 from tinyvllm.config import LayerKind, ModelConfig
-from tinyvllm.model.decoder import Layer
 from tinyvllm.model.gemma3 import Gemma3
+from tinyvllm.model.layer import Layer
 from tinyvllm.ops.backend import Epilogue, Norm, Step
 from tinyvllm.ops.formats.matrix import Matrix
 
@@ -31,9 +31,10 @@ class Gemma4Layer(Layer):
     embedding: LayerEmbedding | None
 
     @property
-    def matrices(self) -> tuple[Matrix, ...]:
-        more = () if self.embedding is None else (self.embedding.gate, self.embedding.projection)
-        return (*super().matrices, *more)
+    def matrices(self) -> dict[str, tuple[Matrix, ...]]:
+        own = self.embedding
+        more = {} if own is None else {"layer_gate": (own.gate,), "layer_projection": (own.projection,)}
+        return super().matrices | more
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,12 @@ class Gemma4(Gemma3):
     def _run_layers(self, x: Tensor, step: Step) -> Tensor:
         embedded = None if self.inputs is None else self._embed_layers(self.inputs, x, step)
         for layer in self.layers:
-            x = self._attention(layer, x, step)
+            x = layer.mixer.run(self.backend, x, step)
             if layer.embedding is None or embedded is None:
-                x = self._feed_forward(layer, x, step, layer.scale)
+                x = layer.feed_forward.run(self.backend, x, step, layer.scale)
             else:
-                x = self._add_embedding(layer, layer.embedding, self._feed_forward(layer, x, step), embedded, step)
+                x = layer.feed_forward.run(self.backend, x, step)
+                x = self._add_embedding(layer, layer.embedding, x, embedded, step)
         return x
 
     def _embed_layers(self, inputs: EmbeddingInputs, x: Tensor, step: Step) -> Tensor:
@@ -95,26 +97,25 @@ class Gemma4(Gemma3):
         if not config.per_layer_size:
             return
         columns, hidden = config.num_layers * config.per_layer_size, config.hidden_size
-        norm = self._norm("model.per_layer_projection_norm.weight", size=config.per_layer_size, factor=0.5**0.5)
+        norm = self.load.norm("model.per_layer_projection_norm.weight", size=config.per_layer_size, factor=0.5**0.5)
         self.inputs = EmbeddingInputs(
-            table=ops.matrix(self._take("model.embed_tokens_per_layer.weight", config.vocab_size, columns)),
-            projection=ops.matrix(self._take("model.per_layer_model_projection.weight", columns, hidden)),
+            table=ops.matrix(self.load.take("model.embed_tokens_per_layer.weight", config.vocab_size, columns)),
+            projection=ops.matrix(self.load.take("model.per_layer_model_projection.weight", columns, hidden)),
             norm=Norm(norm.weight, norm.eps * hidden),  # the product is not divided by sqrt(hidden)
         )
 
     def _load_layer(self, index: int, kind: LayerKind) -> Gemma4Layer:
         layer = super()._load_layer(index, kind)
-        scale = self._vectors({f"model.layers.{index}.layer_scalar": 1})
+        scale = self.load.vectors({f"model.layers.{index}.layer_scalar": 1})
         own = self._load_embedding(index) if self.config.per_layer_size else None
-        shared = {field.name: getattr(layer, field.name) for field in fields(layer)}
-        return Gemma4Layer(**shared, scale=scale, embedding=own)
+        return Gemma4Layer(layer.mixer, layer.feed_forward, scale=scale, embedding=own)
 
     def _load_embedding(self, index: int) -> LayerEmbedding:
         prefix, ops = f"model.layers.{index}", self.backend
         hidden, size = self.config.hidden_size, self.config.per_layer_size
         return LayerEmbedding(
             start=ops.device.upload(np.array([index * size], np.int32)),
-            gate=ops.matrix(self._take(f"{prefix}.per_layer_input_gate.weight", size, hidden)),
-            projection=ops.matrix(self._take(f"{prefix}.per_layer_projection.weight", hidden, size)),
-            post_norm=self._norm(f"{prefix}.post_per_layer_input_norm.weight"),
+            gate=ops.matrix(self.load.take(f"{prefix}.per_layer_input_gate.weight", size, hidden)),
+            projection=ops.matrix(self.load.take(f"{prefix}.per_layer_projection.weight", hidden, size)),
+            post_norm=self.load.norm(f"{prefix}.post_per_layer_input_norm.weight"),
         )

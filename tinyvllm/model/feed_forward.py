@@ -1,0 +1,58 @@
+"""A dense gated feed-forward: down(activation(gate(x)) * up(x))."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinygrad import Tensor
+
+from tinyvllm.model.loading import Loader
+from tinyvllm.ops.backend import Epilogue, Norm, Operations, Step
+from tinyvllm.ops.formats.matrix import Matrix
+
+
+@dataclass(frozen=True)
+class DenseFeedForward:
+    ffn_norm: Norm | None
+    gate_up: Matrix
+    gate_up_bias: Tensor | None
+    activation: str
+    down: Matrix
+    down_bias: Tensor | None
+    ffn_post_norm: Norm | None  # of the output, before it is added to the residual
+    residual_scale: float
+
+    @property
+    def matrices(self) -> dict[str, tuple[Matrix, ...]]:
+        return {"gate_up": (self.gate_up,), "down": (self.down,)}
+
+    def run(self, ops: Operations, x: Tensor, step: Step, out_scale: Tensor | None = None) -> Tensor:
+        tokens, gate = step.num_tokens, Epilogue(bias=self.gate_up_bias, activation=self.activation)
+        (hidden,) = ops.linear("gate_up", x, [self.gate_up], tokens, self.ffn_norm, gate)  # (T * ffn,)
+        epilogue = Epilogue(
+            bias=self.down_bias,
+            post_norm=self.ffn_post_norm,
+            scale=self.residual_scale,
+            residual=x,
+            out_scale=out_scale,
+        )
+        return ops.linear("down", hidden, [self.down], tokens, None, epilogue)[0]
+
+
+def load_dense(load: Loader, index: int, norm: str | None, post_norm: str | None) -> DenseFeedForward:
+    """`norm`, `post_norm`: the names of the norms before and after it; None: it has no such norm."""
+    prefix, config, ops = f"model.layers.{index}", load.config, load.backend
+    hidden, ffn, has_bias = config.hidden_size, config.sizes_of(index).ffn_size, "ffn" in config.biases
+    gate = load.take(f"{prefix}.mlp.gate_proj.weight", ffn, hidden)
+    up = load.take(f"{prefix}.mlp.up_proj.weight", ffn, hidden)
+    gate_up_biases = {f"{prefix}.mlp.{name}_proj.bias": ffn for name in ("gate", "up")}
+    return DenseFeedForward(
+        ffn_norm=load.optional_norm(prefix, norm),
+        gate_up=ops.gate_up(gate, up),
+        gate_up_bias=load.vectors(gate_up_biases) if has_bias else None,
+        activation=config.activation,
+        down=ops.matrix(load.take(f"{prefix}.mlp.down_proj.weight", hidden, ffn)),
+        down_bias=load.vectors({f"{prefix}.mlp.down_proj.bias": hidden}) if has_bias else None,
+        ffn_post_norm=load.optional_norm(prefix, post_norm),
+        residual_scale=config.residual_scale,
+    )

@@ -20,6 +20,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 EXACT: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "silu": lambda gate, up: gate * sigmoid(gate) * up,
+    "sigmoid": lambda gate, up: sigmoid(gate) * up,
     "gelu_tanh": lambda gate, up: gate / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up,
     "gelu": lambda gate, up: gate / 2 * (1 + np.vectorize(math.erf)(gate / math.sqrt(2))) * up,
     "clamped_swiglu": lambda gate, up: (

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from tinygrad import Tensor
 
-from tinyvllm.arrays import HostMatrix
+from tinyvllm.arrays import HostMatrix, take_rows
 from tinyvllm.config import LayerKind
 from tinyvllm.model.loading import Loader
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import Epilogue, Norm, Operations, Step
 from tinyvllm.ops.formats.matrix import Matrix
+
+
+@dataclass(frozen=True)
+class OutputGate:
+    """What attention returns is multiplied by the sigmoid of this product (Qwen3-Next)."""
+
+    matrix: Matrix  # (H * D, hidden)
+    start: Tensor  # (1,) int32: zero
 
 
 @dataclass(frozen=True)
@@ -25,15 +34,20 @@ class Attention:
     out_bias: Tensor | None
     attention_post_norm: Norm | None  # of the output, before it is added to the residual
     residual_scale: float
+    output_gate: OutputGate | None = None
 
     @property
     def matrices(self) -> dict[str, tuple[Matrix, ...]]:
-        return {"qkv": self.qkv, "attention_out": (self.attention_out,)}
+        gate = {} if self.output_gate is None else {"output_gate": (self.output_gate.matrix,)}
+        return {"qkv": self.qkv, **gate, "attention_out": (self.attention_out,)}
 
     def run(self, ops: Operations, x: Tensor, step: Step) -> Tensor:
-        tokens = step.num_tokens
-        qkv = ops.linear("qkv", x, self.qkv, tokens, self.attention_norm)  # (T * (H + 2K) * D,) in all
-        heads = ops.attend(qkv, self.attention, step)  # (T * H * D,)
+        tokens, gate = step.num_tokens, self.output_gate
+        matrices = self.qkv if gate is None else (*self.qkv, gate.matrix)
+        qkv = ops.linear("qkv", x, matrices, tokens, self.attention_norm)  # (T * (H + 2K) * D,) in all, and the gate's
+        heads = ops.attend(qkv[: len(self.qkv)], self.attention, step)  # (T * H * D,)
+        if gate is not None:
+            heads = ops.gate_columns(qkv[-1], heads, gate.start, tokens, "sigmoid")
         epilogue = Epilogue(
             bias=self.out_bias, post_norm=self.attention_post_norm, scale=self.residual_scale, residual=x
         )
@@ -52,7 +66,12 @@ class Placed:
 def load_attention(load: Loader, kind: LayerKind, placed: Placed, norm: str | None, post_norm: str | None) -> Attention:
     """`norm`, `post_norm`: the names of the norms before and after it; None: it has no such norm."""
     prefix, config, ops = f"model.layers.{placed.index}", load.config, load.backend
-    qkv = ops.stacked(_load_qkv(load, f"{prefix}.self_attn", kind), kind.num_kv_heads)
+    hosts = _load_qkv(load, f"{prefix}.self_attn", kind)
+    gate = None
+    if kind.has_output_gate:
+        hosts[0], rows = _split_gate(hosts[0], kind)
+        gate = OutputGate(ops.stacked([rows], kind.num_kv_heads)[0], ops.device.upload(np.zeros(1, np.int32)))
+    qkv = ops.stacked(hosts, kind.num_kv_heads)
     has_out_bias, hidden = "out" in config.biases, config.hidden_size
     return Attention(
         attention=_load_tables(load, kind, placed, tuple(matrix.num_rows for matrix in qkv)),
@@ -62,11 +81,20 @@ def load_attention(load: Loader, kind: LayerKind, placed: Placed, norm: str | No
         out_bias=load.vectors({f"{prefix}.self_attn.o_proj.bias": hidden}) if has_out_bias else None,
         attention_post_norm=load.optional_norm(prefix, post_norm),
         residual_scale=config.residual_scale,
+        output_gate=gate,
     )
+
+
+def _split_gate(host: HostMatrix, kind: LayerKind) -> tuple[HostMatrix, HostMatrix]:
+    """(the queries' rows, the gate's) of a matrix that has those of each head in turn."""
+    rows = np.arange(2 * kind.q_size).reshape(kind.num_heads, 2, kind.head_dim)
+    return take_rows(host, rows[:, 0].reshape(-1)), take_rows(host, rows[:, 1].reshape(-1))
 
 
 def _load_qkv(load: Loader, prefix: str, kind: LayerKind) -> list[HostMatrix]:
     hidden, rows = load.config.hidden_size, _qkv_rows(kind)
+    if kind.has_output_gate:
+        rows["q"] *= 2
     matrices = [load.take(f"{prefix}.{name}_proj.weight", count, hidden) for name, count in rows.items()]
     return [*matrices, matrices[1]] if kind.has_v_from_k else matrices  # the rows of k a second time
 

@@ -73,6 +73,10 @@ def _silu(gate: UOp, up: UOp, by: Arithmetic) -> UOp:
     return by.swish(gate, 1.0) * up
 
 
+def _sigmoid(gate: UOp, up: UOp, by: Arithmetic) -> UOp:
+    return (by.exp2(gate * -LOG2E) + 1.0).reciprocal() * up
+
+
 def _gelu_tanh(gate: UOp, up: UOp, by: Arithmetic) -> UOp:
     """gate / 2 * (1 + tanh(u)) = gate * sigmoid(2u), u = sqrt(2 / pi) * (gate + 0.044715 gate**3)."""
     return by.swish(gate, (gate * gate * 0.044715 + 1.0) * (2.0 * sqrt(2.0 / pi))) * up
@@ -94,6 +98,7 @@ def _plain_clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 # To add an activation, add a line here; storage/hf_config.py maps config.json's `hidden_act` to these names.
 ACTIVATIONS: dict[str, Activation] = {
     "silu": Activation(lambda gate, up: gate.silu() * up, _silu),
+    "sigmoid": Activation(lambda gate, up: gate.sigmoid() * up, _sigmoid),  # of attention's output gate
     "gelu_tanh": Activation(lambda gate, up: gate.gelu() * up, _gelu_tanh),
     "gelu": Activation(lambda gate, up: gate * 0.5 * ((gate * sqrt(0.5)).erf() + 1.0) * up, _gelu),
     "clamped_swiglu": Activation(_plain_clamped_swiglu, _clamped_swiglu),

@@ -224,7 +224,7 @@ class Operations(Protocol):
 
     def gate_columns(self, gate: Tensor, factors: Tensor, start: Tensor, num_tokens: int, activation: str) -> Tensor:
         """(T * N,): activation(gate) * N columns, from `start` (1,) int32 on, of `factors` (T * M,), which
-        `norm_groups` returned."""
+        `norm_groups` returned, or `attend` (M = N; the gate's matrix is then stacked by KV heads)."""
 
     def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
         """(R * columns,): the rows whose logits are sampled."""

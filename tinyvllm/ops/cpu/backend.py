@@ -249,15 +249,16 @@ class CpuBackend(DeviceSampling):
     def gate_columns(
         self, gate: Activation, factors: Activation, start: Tensor, num_tokens: int, activation: str
     ) -> Activation:
-        (factor,) = _tensors(factors)
+        gates, own = _tensors(gate), _tensors(factors)
+        is_shared = len(own) == 1  # else each core reads its own columns
         outs, first, widths = [], 0, []
-        for tensor in _tensors(gate):
+        for tensor, factor in zip(gates, own * len(gates) if is_shared else own, strict=True):
             cols = int(tensor.numel()) // num_tokens
             spec = GateSpec(num_tokens, cols, first, int(factor.numel()) // num_tokens, activation)
             out = empty(num_tokens * cols, device=str(tensor.device))
             outs += run_kernel(gate_columns_kernel(spec), [out], [tensor, factor, start])
             widths.append(cols)
-            first += cols
+            first += cols if is_shared else 0
         return _sharded(outs, widths)
 
     def take_rows(self, x: Activation, step: Step, num_cols: int) -> Activation:

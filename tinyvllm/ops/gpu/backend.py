@@ -108,9 +108,9 @@ class GpuBackend(DeviceSampling):
         return (normed + addend).cast(self.float).contiguous()
 
     def gate_columns(self, gate: Tensor, factors: Tensor, start: Tensor, num_tokens: int, activation: str) -> Tensor:
-        size = int(gate.numel())
+        size, read = int(gate.numel()), [self.parts_of(x)[0] for x in (gate, factors)]
         spec = GateSpec(num_tokens, size // num_tokens, int(factors.numel()) // num_tokens, activation)
-        return run_kernel(gate_columns_kernel(spec), [self._empty(size)], [self.parts_of(gate)[0], factors, start])[0]
+        return run_kernel(gate_columns_kernel(spec), [self._empty(size)], [*read, start])[0]
 
     def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
         fn = take_rows_kernel(step.layout, num_cols)

@@ -16,11 +16,12 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from tinygrad import Tensor
 
-from tinyvllm.arrays import HostMatrix, QuantizedMatrix, stack_rows, to_float32
+from tinyvllm.arrays import HostMatrix, QuantizedMatrix, stack_rows, take_rows, to_float32
 from tinyvllm.config import LayerKind, stored_window
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.coverage import Coverage, in_words
+from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.common import in_common_format
 from tinyvllm.ops.formats.matrix import PANEL, Matrix
 from tinyvllm.ops.sampling.logits_processing import SamplingState, sample_processed
@@ -184,6 +185,13 @@ class Weights(Protocol):
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
         """The two halves of a gated feed-forward as one matrix, arranged for an epilogue with an activation."""
 
+    def expert_matrix(self, host: HostMatrix, num_experts: int) -> Matrix:
+        """One matrix of all experts, (E * rows, columns). An expert's rows are a multiple of 32."""
+
+    def expert_gate_up(self, gate: HostMatrix, up: HostMatrix, num_experts: int) -> Matrix:
+        """The halves of all experts' gated feed-forwards, (E * ffn, K) each, as one matrix in which each expert is
+        arranged as `gate_up` arranges one."""
+
     def kv_dtype(self, wanted: str, stored: str) -> str:
         """The dtype of the pool: `wanted`, or if that is "auto", one that suits the device and the checkpoint's dtype,
         `stored`."""
@@ -217,6 +225,25 @@ class Operations(Protocol):
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         """(T * H * D,): rotate, write keys and values to their slots, and attend."""
+
+    def route(self, x: Tensor, layer: ExpertLayer, num_tokens: int, norm: Norm | None = None) -> Routing:
+        """Which experts each row of norm(x) passes through, as `ExpertsKind` describes it. Of equal scores the expert
+        with the lower number is chosen. Ids are those of experts even where x is not finite."""
+
+    def experts(
+        self,
+        x: Tensor,
+        routing: Routing,
+        layer: ExpertLayer,
+        num_tokens: int,
+        norm: Norm | None = None,
+        epilogue: Epilogue = PLAIN,
+    ) -> Tensor:
+        """(T * hidden,): epilogue(sum over a token's experts of weight * expert(norm(x))). Of weights, a step reads
+        those of the experts that were chosen. The epilogue has neither a bias nor an activation."""
+
+    def scale_rows(self, x: Tensor, factors: Tensor, num_tokens: int) -> Tensor:
+        """(T * N,): row t of x times factors[t]."""
 
     def norm_groups(self, x: Tensor, norm: Norm, num_tokens: int, addend: Tensor) -> Tensor:
         """(T * M,): RMSNorm of each group of x's columns that is as wide as the norm's weight, plus `addend` (T * M,).
@@ -306,6 +333,13 @@ def gate_over_up(gate: HostMatrix, up: HostMatrix) -> HostMatrix:
     return stacked[0]
 
 
+def expert_gate_over_up(gate: HostMatrix, up: HostMatrix, num_experts: int) -> HostMatrix:
+    """The same for many experts' (E * ffn, K): each expert's gate rows, and then its rows of the up projection."""
+    size = gate.shape[0] // num_experts
+    index = np.arange(gate.shape[0]).reshape(num_experts, 1, size)
+    return take_rows(gate_over_up(gate, up), np.concatenate([index, index + gate.shape[0]], axis=1).reshape(-1))
+
+
 def _as_float16(gate: HostMatrix, up: HostMatrix) -> list[HostMatrix]:
     megabytes = 2 * (math.prod(gate.shape) + math.prod(up.shape)) / 1e6
     logger.warning(
@@ -332,6 +366,7 @@ __all__ = [
     "PoolGroup",
     "Step",
     "blocks_by_layer",
+    "expert_gate_over_up",
     "gate_over_up",
     "group_of",
     "pool_groups",

@@ -1,14 +1,15 @@
-"""Norms and epilogues in plain Tensor arithmetic, for the reference and for general products on GPUs."""
+"""Norms, epilogues and routing in plain Tensor arithmetic, for the reference and for the general forms of GPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
 from tinyvllm.ops.activation import gated_plain
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import Epilogue, Norm
+from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 
 
 def unit_norm(x: Tensor, eps: float) -> Tensor:
@@ -56,3 +57,50 @@ def plain_epilogue(product: Tensor, epilogue: Epilogue) -> Tensor:
 def softcap(x: Tensor, cap: float) -> Tensor:
     """cap * tanh(x / cap) (Gemma 2, 2024, sec. 2)."""
     return (x * (1.0 / cap)).tanh() * cap
+
+
+LEAST_SUM = 1e-20  # added to the sum that weights are divided by: all scores of a sigmoid may be 0
+
+
+def plain_routing(logits: Tensor, layer: ExpertLayer) -> Routing:
+    """The routing of tokens by the products (T, rows) of the router: see `ExpertsKind`. It is chosen by rank, so that
+    equal scores have an order."""
+    kind, tokens = layer.kind, logits.shape[0]
+    experts = logits[:, : kind.num_experts].float()
+    if layer.router_bias is not None:
+        experts = experts + layer.router_bias
+    scores = experts.softmax(-1) if kind.score == "softmax" else experts.sigmoid()
+    choice = scores if layer.choice_bias is None else scores + layer.choice_bias
+    if kind.num_groups > 1:
+        choice = _of_top_groups(choice, kind.num_groups, kind.top_groups)
+    is_chosen = _ranks(choice).unsqueeze(1) == Tensor.arange(kind.top_k).reshape(1, -1, 1)  # (T, k, E)
+    ids = is_chosen.where(Tensor.arange(kind.num_experts), 0).sum(-1).clip(0, kind.num_experts - 1)
+    weights = is_chosen.where(scores.unsqueeze(1), 0.0).sum(-1)
+    if kind.renormalizes:
+        weights = weights / (weights.sum(-1, keepdim=True) + LEAST_SUM)
+    weights = weights * kind.scale
+    if layer.expert_scale is not None:
+        weights = weights * is_chosen.where(layer.expert_scale, 0.0).sum(-1)
+    shared = logits[:, kind.num_experts].float().sigmoid() if kind.has_shared_gate else None
+    if layer.stacks_shared:
+        weight = Tensor.ones(tokens, 1, device=logits.device) if shared is None else shared.reshape(tokens, 1)
+        ids = ids.cat(ids[:, :1] * 0 + kind.num_experts, dim=1)
+        weights, shared = weights.cat(weight, dim=1), None
+    return Routing(ids.cast(dtypes.int).reshape(-1), weights.reshape(-1), shared)
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """(T, E): how many of a row's scores are higher, or equal and before it."""
+    index, mine, other = Tensor.arange(scores.shape[1]), scores.unsqueeze(2), scores.unsqueeze(1)
+    is_before = index.unsqueeze(0) < index.unsqueeze(1)
+    return ((other > mine) | ((other == mine) & is_before)).sum(-1)
+
+
+def _of_top_groups(choice: Tensor, num_groups: int, top_groups: int) -> Tensor:
+    """The scores (T, E) of experts in the best groups, -inf elsewhere. A group's score is the sum of its two highest
+    (DeepSeek V3, 2024, sec. 2.1.2)."""
+    groups = choice.reshape(choice.shape[0], num_groups, -1)
+    size = groups.shape[-1]
+    ranks = _ranks(groups.reshape(-1, size)).reshape(groups.shape)
+    is_top = _ranks((ranks < 2).where(groups, 0.0).sum(-1)) < top_groups  # (T, groups)
+    return is_top.unsqueeze(-1).where(groups, -float("inf")).reshape(choice.shape)

@@ -15,10 +15,21 @@ from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.activation import gated_plain
 from tinyvllm.ops.attention_spec import AttentionLayer
-from tinyvllm.ops.backend import PLAIN, Epilogue, KVPool, Norm, PoolGroup, Step, stack_qkv, zeroed_pool
+from tinyvllm.ops.backend import (
+    PLAIN,
+    Epilogue,
+    KVPool,
+    Norm,
+    PoolGroup,
+    Step,
+    expert_gate_over_up,
+    stack_qkv,
+    zeroed_pool,
+)
 from tinyvllm.ops.coverage import Coverage
+from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import Matrix, pack, unpack
-from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, rms_norm, softcap, unit_norm
+from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, plain_routing, rms_norm, softcap, unit_norm
 from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.sampling.reference import HostState, sample_row
 from tinyvllm.ops.sampling.sample import OUT_TOKEN, OUT_WIDTH
@@ -45,6 +56,13 @@ class ReferenceBackend:
         """Gate rows, then up rows; in float32 if their formats differ."""
         stacked = stack_rows([gate, up])
         return self.matrix(stacked[0] if len(stacked) == 1 else np.concatenate([to_float32(gate), to_float32(up)]))
+
+    def expert_matrix(self, host: HostMatrix, num_experts: int) -> Matrix:
+        return pack(host, "row", None, self.device.name, dequantize=self.dequantize, num_experts=num_experts)
+
+    def expert_gate_up(self, gate: HostMatrix, up: HostMatrix, num_experts: int) -> Matrix:
+        """Each expert's gate rows, then its up rows."""
+        return self.expert_matrix(expert_gate_over_up(gate, up, num_experts), num_experts)
 
     def make_pool(
         self, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
@@ -75,6 +93,35 @@ class ReferenceBackend:
         rows = x.reshape(num_tokens, -1)
         normed = rows if norm is None else rms_norm(rows, norm)
         return [plain_epilogue(normed @ unpack(matrix).T, epilogue).reshape(-1) for matrix in matrices]
+
+    def route(self, x: Tensor, layer: ExpertLayer, num_tokens: int, norm: Norm | None = None) -> Routing:
+        rows = x.reshape(num_tokens, -1)
+        return plain_routing((rows if norm is None else rms_norm(rows, norm)) @ unpack(layer.router).T, layer)
+
+    def experts(
+        self,
+        x: Tensor,
+        routing: Routing,
+        layer: ExpertLayer,
+        num_tokens: int,
+        norm: Norm | None = None,
+        epilogue: Epilogue = PLAIN,
+    ) -> Tensor:
+        rows = x.reshape(num_tokens, -1)
+        rows = rows if norm is None else rms_norm(rows, norm)
+        ids = routing.ids.reshape(num_tokens, -1)
+        both = Tensor.einsum("tknc,tc->tkn", _of_experts(layer.gate_up, ids), rows)
+        if layer.gate_up_bias is not None:
+            both = both + layer.gate_up_bias.reshape(layer.gate_up.num_experts, -1)[ids]
+        hidden = gated_plain(layer.kind.activation, *both.chunk(2, dim=-1))  # (T, k, ffn)
+        out = Tensor.einsum("tknf,tkf->tkn", _of_experts(layer.down, ids), hidden)
+        if layer.down_bias is not None:
+            out = out + layer.down_bias.reshape(layer.down.num_experts, -1)[ids]
+        out = (out * routing.weights.reshape(num_tokens, -1, 1)).sum(1)
+        return plain_epilogue(out, epilogue).reshape(-1)
+
+    def scale_rows(self, x: Tensor, factors: Tensor, num_tokens: int) -> Tensor:
+        return (x.reshape(num_tokens, -1) * factors.reshape(-1, 1)).reshape(-1)
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         kind, layout, tokens = layer.kind, step.layout, step.num_tokens
@@ -174,6 +221,11 @@ class ReferenceBackend:
             return Tensor(sampled, device=inputs.device)
         self.device.write(out, sampled)
         return out
+
+
+def _of_experts(matrix: Matrix, ids: Tensor) -> Tensor:
+    """The matrices (T, k, rows, columns) of the experts `ids` (T, k)."""
+    return unpack(matrix).reshape(matrix.num_experts, -1, matrix.num_cols)[ids]
 
 
 def _rope_cols(kind: LayerKind) -> int:

@@ -31,21 +31,31 @@ from tinyvllm.ops.backend import (
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.cpu.attention import CpuAttentionSpec, attention_kernel, write_kv_kernel
 from tinyvllm.ops.cpu.columns import GateSpec, GroupNormSpec, gate_columns_kernel, norm_groups_kernel
+from tinyvllm.ops.cpu.experts import (
+    ExpertSpec,
+    SumSpec,
+    experts_kernel,
+    one_row_kernel,
+    scale_rows_kernel,
+    sum_kernel,
+)
 from tinyvllm.ops.cpu.linear import (
-    STAGED_ROWS,
+    ROWS_PER_PASS,
     EmbedSpec,
     FinishSpec,
     LinearSpec,
-    NormSpec,
     embed_kernel,
     finish_kernel,
     join_kernel,
     linear_kernel,
     rms_norm_kernel,
 )
+from tinyvllm.ops.cpu.product import STAGED_ROWS, NormSpec
+from tinyvllm.ops.cpu.routing import Plan, RouteSpec, route_kernel
 from tinyvllm.ops.cpu.whole_norm import WholeNormSpec, whole_norm_kernel
+from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Matrix, join_shards, pack
-from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
+from tinyvllm.ops.kernel.body import I32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.tuning import choose
 from tinyvllm.ops.step_inputs import StepLayout
 
@@ -60,6 +70,14 @@ class Sharded:
 
 
 Activation: TypeAlias = Tensor | Sharded  # a Tensor if there is one core
+
+
+@dataclass(frozen=True)
+class PlannedRouting(Routing):
+    """The routing of several rows, and the order in which the experts' products take them."""
+
+    plan: Plan | None = None
+    order: Tensor | None = None  # the plan's buffer
 
 
 class CpuBackend(DeviceSampling):
@@ -102,12 +120,31 @@ class CpuBackend(DeviceSampling):
 
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
         """Panels of 16 gate rows and the 16 corresponding up rows, sharded by 32 output columns."""
-        _require_panels(gate)
+        _require_panels(gate.shape[0])
         both, rows, shards = gate_over_up(gate, up), gate.shape[0], []
         for (a, b), core in self._bounds(rows // PANEL):
             index = np.arange(a * PANEL, b * PANEL).reshape(-1, 1, HALF)
             order = np.concatenate([index, index + rows], axis=1).reshape(-1)
             shards.append(self._pack(take_host_rows(both, order), core))
+        return join_shards(shards)
+
+    def expert_matrix(self, host: HostMatrix, num_experts: int) -> Matrix:
+        """Each core has the same rows of every expert: those that it would have of a matrix of one expert's size."""
+        rows, shards = host.shape[0] // num_experts, []
+        starts = np.arange(num_experts).reshape(-1, 1) * rows
+        for (a, b), core in self._bounds(-(-rows // PANEL)):
+            index = starts + np.arange(a * PANEL, min(b * PANEL, rows))
+            shards.append(self._pack(take_host_rows(host, index.reshape(-1)), core, num_experts))
+        return join_shards(shards)
+
+    def expert_gate_up(self, gate: HostMatrix, up: HostMatrix, num_experts: int) -> Matrix:
+        both, size, shards = gate_over_up(gate, up), gate.shape[0] // num_experts, []
+        _require_panels(size)
+        starts = np.arange(num_experts).reshape(-1, 1, 1, 1) * size
+        for (a, b), core in self._bounds(size // PANEL):
+            index = starts + np.arange(a * PANEL, b * PANEL).reshape(-1, 1, HALF)
+            order = np.concatenate([index, index + gate.shape[0]], axis=2).reshape(-1)
+            shards.append(self._pack(take_host_rows(both, order), core, num_experts))
         return join_shards(shards)
 
     def make_pool(
@@ -132,8 +169,8 @@ class CpuBackend(DeviceSampling):
         num = min(len(self.cores), count)
         return [((i * count // num, (i + 1) * count // num), self.cores[i]) for i in range(num)]
 
-    def _pack(self, host: HostMatrix, core: str) -> Matrix:
-        return pack(host, "panel", self.dtype, core, dequantize=self.dequantize)
+    def _pack(self, host: HostMatrix, core: str, num_experts: int = 0) -> Matrix:
+        return pack(host, "panel", self.dtype, core, dequantize=self.dequantize, num_experts=num_experts)
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
         """float16 for "auto": half the bytes of float32, and at long contexts decoding is bound by them.
@@ -187,8 +224,53 @@ class CpuBackend(DeviceSampling):
         before = Epilogue(bias=epilogue.bias, activation=epilogue.activation)
         results = [self._linear(name, inputs, matrix, num_tokens, eps, norm, before) for matrix in matrices]
         return [
-            self._finish(result, matrix, num_tokens, epilogue) for result, matrix in zip(results, matrices, strict=True)
+            self._finish(result, matrix.num_rows // (1 if epilogue.activation is None else 2), num_tokens, epilogue)
+            for result, matrix in zip(results, matrices, strict=True)
         ]
+
+    def route(self, x: Activation, layer: ExpertLayer, num_tokens: int, norm: Norm | None = None) -> Routing:
+        """On one core, which reads the products of all cores' rows of the router."""
+        (logits,) = self.linear("router", x, [layer.router], num_tokens, norm)
+        kind, pairs, core = layer.kind, num_tokens * layer.num_chosen, self.cores[0]
+        plan = None if num_tokens == 1 else Plan(pairs, self._expert_tile_rows(pairs, layer.gate_up.num_experts))
+        spec = RouteSpec(kind, num_tokens, _widths(logits, layer.router.num_rows), layer.stacks_shared, plan)
+        outs = [empty(pairs, I32, core), empty(pairs, device=core)]
+        outs += [empty(num_tokens, device=core)] if spec.has_shared else []
+        outs += [empty(plan.size, I32, core)] if plan is not None else []
+        tables = (layer.router_bias, layer.choice_bias, layer.expert_scale)
+        read = [*_tensors(logits), *[table for table in tables if table is not None]]
+        ids, weights, *rest = run_kernel(route_kernel(spec), outs, read)
+        shared = rest[0] if spec.has_shared else None
+        return PlannedRouting(ids, weights, shared, plan, rest[-1] if plan is not None else None)
+
+    def experts(
+        self,
+        x: Activation,
+        routing: Routing,
+        layer: ExpertLayer,
+        num_tokens: int,
+        norm: Norm | None = None,
+        epilogue: Epilogue = PLAIN,
+    ) -> Activation:
+        inputs: Sequence[Activation] = [x] * len(self.cores)
+        eps = None
+        if norm is not None:
+            inputs, eps = self._normed(x, norm, layer.gate_up.num_cols, num_tokens)
+        weight = [norm.weight] if norm is not None and eps is not None else []
+        hidden = self._expert_products(inputs, routing, layer, num_tokens, eps, weight)
+        if epilogue.post_norm is None:
+            return self._expert_sum(hidden, routing, layer, num_tokens, epilogue)
+        total = self._expert_sum(hidden, routing, layer, num_tokens, PLAIN)
+        return self._finish(total, layer.down.expert_size, num_tokens, epilogue)
+
+    def scale_rows(self, x: Activation, factors: Tensor, num_tokens: int) -> Activation:
+        outs, widths = [], []
+        for tensor in _tensors(x):
+            cols = int(tensor.numel()) // num_tokens
+            out = empty(num_tokens * cols, device=str(tensor.device))
+            outs += run_kernel(scale_rows_kernel(num_tokens, cols), [out], [tensor, factors])
+            widths.append(cols)
+        return _sharded(outs, widths)
 
     def attend(self, qkv: Sequence[Activation], layer: AttentionLayer, step: Step) -> Activation:
         if layer.kind.head_norm_is_whole:
@@ -333,9 +415,9 @@ class CpuBackend(DeviceSampling):
             widths.append(spec.out_cols)
         return _sharded(outs, widths)
 
-    def _finish(self, y: Activation, matrix: Matrix, num_tokens: int, epilogue: Epilogue) -> Activation:
+    def _finish(self, y: Activation, num_cols: int, num_tokens: int, epilogue: Epilogue) -> Activation:
         """An epilogue's norm and what follows it. Each core computes its own columns, from all cores' columns of y."""
-        y_cols = _widths(y, matrix.num_rows if epilogue.activation is None else matrix.num_rows // 2)
+        y_cols = _widths(y, num_cols)
         norm, first, outs = epilogue.post_norm, 0, []
         weight = [] if norm is None else [norm.weight]
         out_scale = [] if epilogue.out_scale is None else [epilogue.out_scale]
@@ -357,6 +439,89 @@ class CpuBackend(DeviceSampling):
             first += cols
         return _sharded(outs, y_cols)
 
+    def _expert_tile_rows(self, num_pairs: int, num_experts: int) -> int:
+        """Rows of a tile: as many as an expert has on average, because a tile that it does not fill costs the same."""
+        return max(rows for rows in ROWS_PER_PASS if rows <= min(self.tile_rows, max(1, num_pairs // num_experts)))
+
+    def _expert_spec(
+        self, name: str, matrix: Matrix, layer: ExpertLayer, num_tokens: int, x: Activation, routing: Routing
+    ) -> ExpertSpec:
+        return ExpertSpec(
+            name=name,
+            format=matrix.format,
+            num_tokens=num_tokens,
+            num_chosen=layer.num_chosen,
+            num_experts=matrix.num_experts,
+            num_rows=matrix.expert_size,
+            num_cols=matrix.num_cols,
+            x_cols=_widths(x, matrix.num_cols),
+            plan=routing.plan if isinstance(routing, PlannedRouting) else None,
+        )
+
+    def _expert_products(
+        self,
+        inputs: Sequence[Activation],
+        routing: Routing,
+        layer: ExpertLayer,
+        num_tokens: int,
+        eps: float | None,
+        norm_weight: list[Tensor],
+    ) -> Activation:
+        """The gated hidden values of each pair, (T * k, ffn). `eps`: as from `_normed`."""
+        widths: list[int] = []
+        outs, size = [], layer.gate_up.expert_size // 2
+        for i, shard in enumerate(layer.gate_up.shards):
+            start = sum(widths)
+            spec = replace(
+                self._expert_spec("experts_gate_up", shard, layer, num_tokens, inputs[i], routing),
+                norm_eps=eps,
+                activation=layer.kind.activation,
+                bias_starts=None if layer.gate_up_bias is None else (start, size + start),
+                bias_cols=2 * size,
+            )
+            bias = [] if layer.gate_up_bias is None else [layer.gate_up_bias]
+            out = empty(spec.num_pairs * spec.out_cols, device=self.cores[i])
+            operands = [routing.ids, *_order(routing), *shard.planes, *_tensors(inputs[i]), *norm_weight, *bias]
+            outs += run_kernel(experts_kernel(spec), [out], operands)
+            widths.append(spec.out_cols)
+        return _sharded(outs, widths)
+
+    def _expert_sum(
+        self, hidden: Activation, routing: Routing, layer: ExpertLayer, num_tokens: int, epilogue: Epilogue
+    ) -> Activation:
+        """The experts' outputs, added up by weight, and an epilogue without a norm."""
+        widths: list[int] = []
+        outs, bias = [], [] if layer.down_bias is None else [layer.down_bias]
+        for i, shard in enumerate(layer.down.shards):
+            spec = replace(
+                self._expert_spec("experts_down", shard, layer, num_tokens, hidden, routing),
+                x_has_pairs=True,
+                bias_starts=None if layer.down_bias is None else (sum(widths),),
+                bias_cols=layer.down.expert_size,
+            )
+            end = SumSpec(
+                num_tokens=num_tokens,
+                num_chosen=spec.num_chosen,
+                num_cols=spec.num_rows,
+                scale=epilogue.scale,
+                has_residual=epilogue.residual is not None,
+                has_out_scale=epilogue.out_scale is not None,
+                softcap=epilogue.softcap,
+            )
+            rest = [] if epilogue.residual is None else [_tensors(epilogue.residual)[i]]
+            rest += [] if epilogue.out_scale is None else [epilogue.out_scale]
+            out, read = empty(num_tokens * spec.num_rows, device=self.cores[i]), [*shard.planes, *_tensors(hidden)]
+            if spec.plan is None:
+                operands = [routing.ids, routing.weights, *read, *bias, *rest]
+                outs += run_kernel(one_row_kernel(spec, end), [out], operands)
+            else:
+                y = empty(spec.num_pairs * spec.num_rows, device=self.cores[i])
+                operands = [routing.ids, *_order(routing), *read, *bias]
+                (y,) = run_kernel(experts_kernel(spec), [y], operands)
+                outs += run_kernel(sum_kernel(end), [out], [routing.weights, y, *rest])
+            widths.append(spec.num_rows)
+        return _sharded(outs, widths)
+
     def _attend(
         self,
         spec: CpuAttentionSpec,
@@ -373,6 +538,10 @@ class CpuBackend(DeviceSampling):
             written = [step.inputs, *layer.key_tables, *qkv]
             pool = tuple(run_kernel(write_kv_kernel(spec), list(pool), written))
         return run_kernel(attention_kernel(spec), [out], [*pool, *read])[0]
+
+
+def _order(routing: Routing) -> list[Tensor]:
+    return [routing.order] if isinstance(routing, PlannedRouting) and routing.order is not None else []
 
 
 def _sharded(tensors: Sequence[Tensor], widths: Sequence[int]) -> Activation:
@@ -410,10 +579,10 @@ def _count_cores(available: int, layers: Sequence[LayerKind]) -> int:
     return next((num for num in range(most, 1, -1) if all(fills_panels(num, *shape) for shape in shapes)), 1)
 
 
-def _require_panels(host: HostMatrix) -> None:
+def _require_panels(num_rows: int) -> None:
     """The rows of gate and up are interleaved in halves of panels."""
-    if host.shape[0] % PANEL:
-        raise UnsupportedModelError(f"the feed-forward has {host.shape[0]} columns, which is not a multiple of {PANEL}")
+    if num_rows % PANEL:
+        raise UnsupportedModelError(f"the feed-forward has {num_rows} columns, which is not a multiple of {PANEL}")
 
 
 @cached_kernel

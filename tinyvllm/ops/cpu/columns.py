@@ -9,7 +9,7 @@ from itertools import accumulate
 from tinygrad import UOp
 
 from tinyvllm.ops.activation import gated
-from tinyvllm.ops.cpu.linear import CPU_ARITHMETIC
+from tinyvllm.ops.cpu.product import CPU_ARITHMETIC
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, clamp, fill, finish
 
 

@@ -5,40 +5,36 @@ weights in registers. That is faster than unpacking a panel to memory once for a
 GFLOP/s on a core instead of 110, float16 at 224 (AVX-512; with half as many registers, two rows are the limit).
 
 RMSNorm is part of the product for a few rows, and a separate pass for many. What follows a product is part of it too,
-except a norm: that needs all cores' columns, and is a separate pass (`finish_kernel`) with what follows it. Each lane
-adds up its products in the order of k, so a row's result depends on neither its neighbors nor the machine.
+except a norm: that needs all cores' columns, and is a separate pass (`finish_kernel`) with what follows it. The inner
+loops are in product.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from tinygrad import UOp
 
 from tinyvllm.arrays import Format
-from tinyvllm.ops.activation import arithmetic, gated, tanh
-from tinyvllm.ops.cpu.shuffle import LookedUp, look_up_run, lookup_of
-from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes, code_lanes, high_bits, panel_unit
-from tinyvllm.ops.kernel.body import Body, KernelFn, balanced, cached_kernel, exp2, fill, finish
+from tinyvllm.ops.activation import gated, tanh
+from tinyvllm.ops.cpu.product import (
+    CPU_ARITHMETIC,
+    STAGED_ROWS,
+    NormSpec,
+    Product,
+    Shard,
+    rms_scale,
+    stage_rows,
+    take_shards,
+)
+from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes
+from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, exp2, fill, finish
 from tinyvllm.ops.kernel.tuning import Tunable
 from tinyvllm.ops.sampling.token_ids import token_id
 
 ROWS_PER_PASS = (8, 4, 2, 1)
-STAGED_ROWS = 16  # up to this many input rows are copied to the kernel's stack and normalized there; more by rms_norm
-NORM_LANES = 16
-CPU_ARITHMETIC = arithmetic(exp2)
-
-
-@dataclass(frozen=True)
-class NormSpec:
-    """RMSNorm of T rows of K columns."""
-
-    num_tokens: int  # T
-    num_cols: int  # K
-    eps: float
-    x_cols: tuple[int, ...] = ()  # as in LinearSpec
 
 
 @dataclass(frozen=True)
@@ -76,31 +72,8 @@ class LinearSpec(Tunable):
         return {"rows_per_pass": rows} if self.num_tokens > 1 else {}
 
     @property
-    def norm(self) -> NormSpec:
-        assert self.norm_eps is not None
-        return NormSpec(self.num_tokens, self.num_cols, self.norm_eps)
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """Columns [start, start + width) of an input, (T, width) in a buffer: those of one core."""
-
-    buffer: UOp
-    start: int
-    width: int
-
-    def at(self, row: UOp, col: UOp) -> UOp:
-        """Index of a column counted from `start`."""
-        return row * self.width + col
-
-
-def _take_shards(operands: list[UOp], x_cols: tuple[int, ...], num_cols: int) -> list[_Shard]:
-    """An input's shards, removed from the front of the operands."""
-    shards, start = [], 0
-    for width in x_cols or (num_cols,):
-        shards.append(_Shard(operands.pop(0), start, width))
-        start += width
-    return shards
+    def norm(self) -> NormSpec | None:
+        return None if self.norm_eps is None else NormSpec(self.num_tokens, self.num_cols, self.norm_eps)
 
 
 @cached_kernel
@@ -110,13 +83,13 @@ def linear_kernel(spec: LinearSpec) -> KernelFn:
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands = list(rest)
         planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
-        x = _take_shards(operands, spec.x_cols, spec.num_cols)
+        x = take_shards(operands, spec.x_cols, spec.num_cols)
         norm_weight = operands.pop(0) if spec.norm_eps is not None else None
         bias = operands.pop(0) if spec.bias_starts is not None else None
-        ending = _Ending.take(spec, operands)
+        ending = Ending.take(spec, operands)
         body = Body()
         if spec.num_tokens <= STAGED_ROWS:
-            x = [_stage(body, spec, x, norm_weight)]
+            x = [stage_rows(body, x, spec.num_tokens, spec.norm, norm_weight)]
         panel = body.loop(spec.num_rows // PANEL)
         tile = _multiply_panel(body, spec, planes, x, panel)
         stores = _epilogue(body, spec, out, bias, ending, panel, tile)
@@ -131,49 +104,16 @@ def _name(spec: LinearSpec) -> str:
     return f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
 
 
-def _stage(body: Body, spec: LinearSpec, x: list[_Shard], norm_weight: UOp | None) -> _Shard:
-    """Copy x (T, K) to the stack, normed if there is a norm: x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019)."""
-    tokens, cols = spec.num_tokens, spec.num_cols
-    staged = body.registers(tokens * cols)
-    copies = []
-    for shard in x:
-        row, col = body.loop(tokens), body.loop(shard.width)
-        value = shard.buffer[shard.at(row, col)].load()
-        copies.append(staged[row * cols + shard.start + col].store(value).end(col, row))
-    staged = staged.after(UOp.group(*copies))
-    if norm_weight is None:
-        return _Shard(staged, 0, cols)
-    token = body.loop(tokens)
-    scale = _rms_scale(body, [_Shard(staged, 0, cols)], token, spec.norm)
-    col = body.loop(cols)
-    target = staged.after(scale)
-    normed = target[token * cols + col] * scale[0] * norm_weight[col]
-    return _Shard(staged.after(target[token * cols + col].store(normed).end(col).end(token)), 0, cols)
-
-
-def _rms_scale(body: Body, x: list[_Shard], token: UOp, spec: NormSpec) -> UOp:
-    """A register with 1 / sqrt(mean(x[token]^2) + eps)."""
-    sums = fill(body, body.registers(NORM_LANES), 0.0, token, *[shard.buffer for shard in x])
-    for shard in x:
-        k = body.fold(shard.width // NORM_LANES)
-        inner = sums.after(k)
-        values = [shard.buffer[shard.at(token, k * NORM_LANES + lane)].load() for lane in range(NORM_LANES)]
-        sums = sums.after(UOp.group(*[inner[i].store(inner[i] + v * v) for i, v in enumerate(values)]).end(k))
-    total = balanced(sums[i].load() for i in range(NORM_LANES))
-    scale = body.registers(1)
-    return scale.after(scale.after(token)[0].store((total * (1.0 / spec.num_cols) + spec.eps).sqrt().reciprocal()))
-
-
 @cached_kernel
 def rms_norm_kernel(spec: NormSpec) -> KernelFn:
     """fn(out, *x shards, weight): RMSNorm of T rows, for products of more than STAGED_ROWS."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         body, cols, operands = Body(), spec.num_cols, list(rest)
-        x = _take_shards(operands, spec.x_cols, cols)
+        x = take_shards(operands, spec.x_cols, cols)
         weight = operands.pop(0)
         token = body.loop(spec.num_tokens)
-        scale = _rms_scale(body, x, token, spec)
+        scale = rms_scale(body, x, token, spec)
         stores = []
         for shard in x:
             col = body.loop(shard.width)
@@ -196,123 +136,32 @@ class _Tile:
     loops: list[UOp]  # to end after the stores of the registers
 
 
-def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: list[_Shard], panel: UOp) -> _Tile:
+def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: list[Shard], panel: UOp) -> _Tile:
     """The product of a tile of x's rows with a panel: 32 accumulators, one per lane, for each row."""
     rows = spec.rows_per_pass
     tile_row = body.loop(spec.num_tokens // rows) if spec.num_tokens > rows else None
     loops = [tile_row] if tile_row is not None else []
     first = tile_row * rows if tile_row is not None else UOp.const(0)
     acc = fill(body, body.registers(rows * PANEL), 0.0, panel, *[shard.buffer for shard in x], *loops)
-    product = _Product(body, spec, planes, panel, first)
-    for shard in x:
-        acc = acc.after(product.add_groups(acc, shard) if spec.format.is_quantized else product.add(acc, shard))
-    return _Tile(first, rows, acc, loops)
+    product = Product(body, spec.format, spec.num_cols, planes, panel, [first + r for r in range(rows)])
+    return _Tile(first, rows, product.add_shards(acc, x), loops)
+
+
+class HasEnding(Protocol):
+    """A spec whose kernel computes an `Ending`."""
+
+    @property
+    def scale(self) -> float: ...
+    @property
+    def has_residual(self) -> bool: ...
+    @property
+    def has_out_scale(self) -> bool: ...
+    @property
+    def softcap(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
-class _Product:
-    """Rows [first, first + rows_per_pass) of x times a panel. Weights are unpacked in registers and used at once."""
-
-    body: Body
-    spec: LinearSpec
-    planes: Planes
-    panel: UOp
-    first: UOp
-
-    def add(self, acc: UOp, x: _Shard) -> UOp:
-        """Add the product of a shard of x with dense weights."""
-        k = self.body.fold(x.width)
-        return self._multiply(acc.after(k), x, k).end(k)
-
-    def add_groups(self, acc: UOp, x: _Shard) -> UOp:
-        """The same with quantized weights: first the codes' products by group, which are then scaled. So a weight costs
-        one multiply-add, and its scale 1 / group."""
-        body, fmt, rows, width = self.body, self.spec.format, self.spec.rows_per_pass, self.spec.format.code_cols
-        size = math.gcd(fmt.group, x.start, x.width)  # less than a group if a shard of x ends inside one
-        step = body.fold(x.width // size)
-        group = step + x.start // size if size == fmt.group else (step * size + x.start) // fmt.group
-        dots = fill(body, body.registers(rows * PANEL), 0.0, acc, step)
-        k = body.fold(size // width)
-        col = step * size + k * width
-        multiply = self._multiply if fmt.grid is None else self._multiply_vectors
-        stores = [multiply(dots.after(k), x, col)]
-        total = body.registers(rows)  # the sum of x over the group
-        if fmt.needs_input_sum:
-            total = fill(body, total, 0.0, acc, step)
-            inner = total.after(k)
-            for r in range(rows):
-                values = [x.buffer[x.at(self.first + r, col + i)].load() for i in range(width)]
-                stores.append(inner[r].store(sum(values, inner[r].load())))
-        done = UOp.group(*stores).end(k)
-        return self._add_scaled(acc.after(step, done), dots.after(done), total.after(done), group, step)
-
-    def _add_scaled(self, acc: UOp, dots: UOp, total: UOp, group: UOp, step: UOp) -> UOp:
-        """acc += scale * (dots - offset * total) + minimum * total; ends the loop `step`."""
-        spec, fmt = self.spec, self.spec.format
-        lane = self.body.loop(PANEL)
-        scale = self.planes.panel_factor("scale", self.panel, group, lane, spec.num_cols)
-        lookup = lookup_of(fmt)
-        unit = panel_unit(fmt) if lookup is None else lookup.unit
-        scale = scale if unit == 1.0 else scale * unit
-        minimum = None
-        if self.planes.minimum is not None:
-            minimum = self.planes.panel_factor("minimum", self.panel, group, lane, spec.num_cols)
-        stores = []
-        for r in range(spec.rows_per_pass):
-            dot = dots[r * PANEL + lane].load()
-            if fmt.offset:
-                dot = dot - total[r].load() * float(fmt.offset)
-            dot = dot * scale
-            if minimum is not None:
-                dot = dot + total[r].load() * minimum
-            stores.append(acc[r * PANEL + lane].store(acc[r * PANEL + lane].load() + dot))
-        return UOp.group(*stores).end(lane, step)
-
-    def _multiply(self, acc: UOp, x: _Shard, col: UOp) -> UOp:
-        """acc[r][lane] += code[lane] * x[r] for one column, counted from the shard's start."""
-        values = [x.buffer[x.at(self.first + r, col)].load() for r in range(self.spec.rows_per_pass)]
-        lanes = code_lanes(self.spec.format)
-        looked_up = self._looked_up(acc, col + x.start)
-        if looked_up is not None:
-            lanes = PANEL
-        lane = self.body.loop(lanes)
-        stores = []
-        for part in range(PANEL // lanes):
-            if looked_up is None:
-                code = self.planes.panel_code(self.panel, col + x.start, lane, self.spec.num_cols, part)
-            else:
-                code = looked_up[lane]
-            for r, value in enumerate(values):
-                at = r * PANEL + part * lanes + lane
-                stores.append(acc[at].store(acc[at].load() + code * value))
-        return UOp.group(*stores).end(lane)
-
-    def _looked_up(self, acc: UOp, col: UOp) -> LookedUp | None:
-        """What one column's codes stand for, if a shuffle can look them up."""
-        lookup = lookup_of(self.spec.format)
-        if lookup is None:
-            return None
-        run = (self.panel * self.spec.num_cols + col) * code_lanes(self.spec.format)
-        return look_up_run(self.body.registers(PANEL).after(acc), lookup, self.planes.codes[run])
-
-    def _multiply_vectors(self, acc: UOp, x: _Shard, col: UOp) -> UOp:
-        """The same for the columns of one code of a grid, by parts of the lanes whose codes' high bits share a word."""
-        body, spec, parts = self.body, self.spec, max(1, high_bits(self.spec.format))
-        vector, width, lane = (col + x.start) // spec.format.code_cols, spec.format.code_cols, body.loop(PANEL // parts)
-        stores = []
-        for part in range(parts):
-            place = lane + part * (PANEL // parts)
-            weights = self.planes.panel_vector(self.panel, vector, place, spec.num_cols)
-            for r in range(spec.rows_per_pass):
-                total = acc[r * PANEL + place].load()
-                for i in range(width):
-                    total = total + weights[i] * x.buffer[x.at(self.first + r, col + i)].load()
-                stores.append(acc[r * PANEL + place].store(total))
-        return UOp.group(*stores).end(lane)
-
-
-@dataclass(frozen=True)
-class _Ending:
+class Ending:
     """What an epilogue ends with, after its norm if there is one. `residual`: at the same places as the result."""
 
     scale: float
@@ -321,7 +170,7 @@ class _Ending:
     softcap: float | None
 
     @classmethod
-    def take(cls, spec: LinearSpec | FinishSpec, operands: list[UOp]) -> _Ending:
+    def take(cls, spec: HasEnding, operands: list[UOp]) -> Ending:
         """With the operands at the front of `operands`, which are removed."""
         residual = operands.pop(0) if spec.has_residual else None
         return cls(spec.scale, residual, operands.pop(0) if spec.has_out_scale else None, spec.softcap)
@@ -336,9 +185,7 @@ class _Ending:
         return tanh(value * (1.0 / self.softcap), exp2) * self.softcap
 
 
-def _epilogue(
-    body: Body, spec: LinearSpec, out: UOp, bias: UOp | None, ending: _Ending, panel: UOp, tile: _Tile
-) -> UOp:
+def _epilogue(body: Body, spec: LinearSpec, out: UOp, bias: UOp | None, ending: Ending, panel: UOp, tile: _Tile) -> UOp:
     """Stores of the tile's rows."""
     width = PANEL if spec.activation is None else HALF
     lane = body.loop(width)
@@ -381,13 +228,13 @@ def finish_kernel(spec: FinishSpec) -> KernelFn:
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands, body, cols = list(rest), Body(), sum(spec.y_cols)
-        shards = _take_shards(operands, spec.y_cols, cols)
+        shards = take_shards(operands, spec.y_cols, cols)
         weight = operands.pop(0) if spec.norm_eps is not None else None
-        ending = _Ending.take(spec, operands)
+        ending = Ending.take(spec, operands)
         token = body.loop(spec.num_tokens)
         scale = None
         if spec.norm_eps is not None:
-            scale = _rms_scale(body, shards, token, NormSpec(spec.num_tokens, cols, spec.norm_eps))
+            scale = rms_scale(body, shards, token, NormSpec(spec.num_tokens, cols, spec.norm_eps))
         stores = []
         for shard in shards:
             first, end = (
@@ -456,7 +303,7 @@ def join_kernel(num_rows: int, shard_cols: tuple[int, ...]) -> KernelFn:
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         body, cols, stores = Body(), sum(shard_cols), []
-        for shard in _take_shards(list(rest), shard_cols, cols):
+        for shard in take_shards(list(rest), shard_cols, cols):
             row, col = body.loop(num_rows), body.loop(shard.width)
             value = shard.buffer[shard.at(row, col)].load()
             stores.append(out[row * cols + shard.start + col].store(value).end(col, row))

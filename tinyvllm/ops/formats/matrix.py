@@ -100,6 +100,11 @@ class Matrix:
         """The planes that no other matrix shares: all but the table of a grid."""
         return self.planes if self.format.grid is None else self.planes[:-1]
 
+    @property
+    def expert_size(self) -> int:
+        """Rows of one expert."""
+        return self.num_rows // self.num_experts
+
     def expert(self, index: int) -> Matrix:
         """The matrix of one expert: views of its part of the planes. Experts' rows are whole panels, so that the planes
         of a matrix are those of its experts one after the other, in either layout."""
@@ -107,7 +112,7 @@ class Matrix:
             raise InvariantError(f"expert {index} of a matrix with {self.num_experts}")
         if self.row_shards:
             return join_shards([shard.expert(index) for shard in self.row_shards])
-        rows = self.num_rows // self.num_experts
+        rows = self.expert_size
         planes = tuple(plane.reshape(self.num_experts, -1)[index] for plane in self.own_planes)
         planes += self.planes[len(planes) :]
         return replace(self, num_rows=rows, used_rows=rows, planes=planes, num_experts=0)

@@ -20,16 +20,19 @@ from tinyvllm.ops.backend import (
     Norm,
     PoolGroup,
     Step,
+    expert_gate_over_up,
     gate_over_up,
     stack_qkv,
     zeroed_pool,
 )
 from tinyvllm.ops.coverage import Coverage
+from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import Matrix, Planes, pack, unpack
 from tinyvllm.ops.gpu.attention import THREADS, attention_kernel, take_rows_kernel, write_kv_kernel
 from tinyvllm.ops.gpu.columns import GateSpec, gate_columns_kernel
+from tinyvllm.ops.gpu.expert_rows import ExpertRowsSpec, expert_rows_kernel
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
-from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, rms_norm
+from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, plain_routing, rms_norm
 from tinyvllm.ops.sampling.token_ids import token_id
 
 MAX_HEAD_DIM = 512  # threads of an attention threadgroup
@@ -56,6 +59,13 @@ class GpuBackend(DeviceSampling):
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
         """Gate rows, then up rows."""
         return self.matrix(gate_over_up(gate, up))
+
+    def expert_matrix(self, host: HostMatrix, num_experts: int) -> Matrix:
+        return pack(host, "row", self.dtype, self.device.name, dequantize=self.dequantize, num_experts=num_experts)
+
+    def expert_gate_up(self, gate: HostMatrix, up: HostMatrix, num_experts: int) -> Matrix:
+        """Each expert's gate rows, then its up rows."""
+        return self.expert_matrix(expert_gate_over_up(gate, up, num_experts), num_experts)
 
     def make_pool(
         self, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
@@ -89,6 +99,37 @@ class GpuBackend(DeviceSampling):
     ) -> list[Tensor]:
         rows = x.reshape(num_tokens, -1) if norm is None else self._normed(x, norm, num_tokens)
         return [self._product(rows, matrix, epilogue) for matrix in matrices]
+
+    def route(self, x: Tensor, layer: ExpertLayer, num_tokens: int, norm: Norm | None = None) -> Routing:
+        """In Tensor arithmetic, from the router's products in float32."""
+        (logits,) = self.linear("router", x, [layer.router], num_tokens, norm)
+        found = plain_routing(self.parts_of(logits)[0].reshape(num_tokens, -1), layer)
+        shared = None if found.shared is None else found.shared.contiguous()
+        return Routing(found.ids.contiguous(), found.weights.contiguous(), shared)
+
+    def experts(
+        self,
+        x: Tensor,
+        routing: Routing,
+        layer: ExpertLayer,
+        num_tokens: int,
+        norm: Norm | None = None,
+        epilogue: Epilogue = PLAIN,
+    ) -> Tensor:
+        x = self.parts_of(x)[0]
+        rows = x.reshape(-1) if norm is None else self._normed(x, norm, num_tokens).reshape(-1)
+        hidden = self._expert_rows(rows, routing, layer, num_tokens, is_gate=True)
+        out = self._expert_rows(hidden, routing, layer, num_tokens, is_gate=False)
+        out = out.reshape(num_tokens, layer.num_chosen, -1) * routing.weights.reshape(num_tokens, -1, 1)
+        # written before it is normed, as in _product
+        total = out.sum(1) if epilogue.post_norm is None else out.sum(1).contiguous()
+        if epilogue.residual is not None:
+            epilogue = replace(epilogue, residual=self.parts_of(epilogue.residual)[0].cast(dtypes.float))
+        return plain_epilogue(total, epilogue).cast(self.float).reshape(-1).contiguous()
+
+    def scale_rows(self, x: Tensor, factors: Tensor, num_tokens: int) -> Tensor:
+        rows = self.parts_of(x)[0].reshape(num_tokens, -1).cast(dtypes.float)
+        return (rows * factors.reshape(-1, 1)).cast(self.float).reshape(-1).contiguous()
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         qkv, layer = self._with_whole_norm(qkv, layer, step)
@@ -133,6 +174,29 @@ class GpuBackend(DeviceSampling):
         self.coverage.take_general("attention", "a norm of whole queries and keys", layer.index)
         parts = [self.parts_of(part)[0] for part in qkv]
         return [norm_whole_sections(parts, layer, step.num_tokens).contiguous()], layer.without_whole_norm()
+
+    def _expert_rows(
+        self, x: Tensor, routing: Routing, layer: ExpertLayer, num_tokens: int, *, is_gate: bool
+    ) -> Tensor:
+        """One of the two products of each token's experts, with its bias: the gated hidden values (T * k, ffn), or the
+        outputs (T * k, hidden) in float32."""
+        matrix, bias = (layer.gate_up, layer.gate_up_bias) if is_gate else (layer.down, layer.down_bias)
+        rows = matrix.expert_size
+        spec = ExpertRowsSpec(
+            format=matrix.format,
+            num_tokens=num_tokens,
+            num_chosen=layer.num_chosen,
+            num_experts=matrix.num_experts,
+            num_rows=rows // 2 if is_gate else rows,
+            num_cols=matrix.num_cols,
+            x_has_pairs=not is_gate,
+            activation=layer.kind.activation if is_gate else None,
+            has_bias=bias is not None,
+        )
+        size = num_tokens * spec.num_chosen * spec.num_rows
+        out = self._empty(size) if is_gate else empty(size, dtypes.float, self.device.name)
+        operands = [routing.ids, x, *matrix.planes, *([] if bias is None else [bias])]
+        return run_kernel(expert_rows_kernel(spec), [out], operands)[0]
 
     def _normed(self, x: Tensor, norm: Norm, num_tokens: int) -> Tensor:
         """RMSNorm in float32, (T, K) in the activations' dtype."""

@@ -480,6 +480,9 @@ class Capacity:
     explanation: tuple[str, ...] = ()
     window: int | None = None  # of the same group: set if every layer has a window
     other_groups: tuple[BlockGroup, ...] = ()
+    # slots of recurrent states (scheduling/state_pool.py), including slot 0, the dummy; 0: no recurrent layers
+    num_state_slots: int = 0
+    checkpoint_interval: int = 1  # blocks whose keys and values take as many bytes as a state
 
     @property
     def groups(self) -> tuple[BlockGroup, ...]:

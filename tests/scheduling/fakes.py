@@ -2,7 +2,8 @@
 
 Each slot holds a digest of its token and of the slot before it in the sequence, as keys and values depend on all that
 came before. The next token is a hash of all the digests that are read back through the table. So a block that was
-given away too early, shared while it was written, found for the wrong text or not computed changes the output.
+given away too early, shared while it was written, found for the wrong text or not computed changes the output. A slot
+of recurrent states holds a position and the digest of the token before it, and must fit the sequence that reads it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class FakeRunner:
         self.block_size, self.windows = block_size, windows
         self.vocab_size = vocab_size
         self.pools: list[dict[int, int]] = [{} for _ in windows]
+        self.states: dict[int, tuple[int, int]] = {}  # by slot: a position, and the digest of the token before it
         self.plans: list[StepPlan] = []
         self.before_step: Callable[[StepPlan], None] = lambda plan: None
         self.choose: Callable[[Request, int], int] = lambda request, digest: digest % self.vocab_size
@@ -63,6 +65,7 @@ class FakeRunner:
         written: set[tuple[int, int]] = set()
         for entry in plan.entries:
             self._write(entry, written)
+        self._move_states(plan)
         sampled = [self._sample(entry.request) for entry in plan.sampled]
         self._newest = {entry.request: ids for entry, (ids, _) in zip(plan.sampled, sampled, strict=True)}
         ids, logprobs = [token for token, _ in sampled], [logprob for _, logprob in sampled]
@@ -93,6 +96,21 @@ class FakeRunner:
                 written.add((group, slot))
                 before = pool[self._slot(request, position - 1, group)] if position else 0
                 pool[slot] = mix(before, token_id)
+
+    def _move_states(self, plan: StepPlan) -> None:
+        """Read all states, and then write all: a step's sequences are computed in any order."""
+        moving = [(entry, entry.request.state) for entry in plan.entries if entry.request.state is not None]
+        for entry, state in moving:
+            if entry.start:
+                expected = (entry.start, self.pools[0][self._slot(entry.request, entry.start - 1)])
+                assert self.states[state.read_slot] == expected, f"slot {state.read_slot} has another sequence's state"
+        writes = [state.slot for _, state in moving]
+        reads = {state.read_slot for entry, state in moving if entry.start and state.read_slot != state.slot}
+        assert 0 not in writes and len(set(writes)) == len(writes), f"sequences write the same slot: {writes}"
+        assert reads.isdisjoint(writes), f"a slot is read and written by different sequences: {reads}, {writes}"
+        for entry, state in moving:
+            stop = entry.start + entry.count
+            self.states[state.slot] = (stop, self.pools[0][self._slot(entry.request, stop - 1)])
 
     def _sample(self, request: Request) -> tuple[int, TokenLogprobs | None]:
         digests, end = [], request.num_tokens
@@ -129,7 +147,7 @@ def make_scheduler(
     num_blocks: int = 1000, block_size: int = 4, policy: str = "fcfs", prefix_caching: bool = True, **fields: Any
 ) -> Scheduler:
     capacity = make_capacity(num_blocks, block_size, **fields)
-    return Scheduler(BlockManager(capacity.groups, block_size, prefix_caching), capacity, policy)
+    return Scheduler(BlockManager.of(capacity, prefix_caching), capacity, policy)
 
 
 def make_runner(scheduler: Scheduler) -> FakeRunner:

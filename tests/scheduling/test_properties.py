@@ -133,6 +133,37 @@ def test_random_traffic_over_windows_keeps_the_pools_and_the_answers(
         assert scheduler.prefix_hits > 0
 
 
+@pytest.mark.parametrize(
+    ("seed", "num_blocks", "num_states", "interval", "windows", "budget"),
+    [
+        (1, 12, 6, 2, (), 8),  # preemptions; at times no slot is left for a checkpoint
+        (2, 60, 30, 3, (), 24),
+        (3, 60, 3, 2, (), 16),  # fewer sequences run than may
+        (4, 30, 12, 4, (BlockGroup(14, 6),), 16),
+        (5, 24, 12, 1, (), 64),
+    ],
+)
+def test_random_traffic_with_states_keeps_the_slots_and_the_answers(
+    seed: int, num_blocks: int, num_states: int, interval: int, windows: tuple[BlockGroup, ...], budget: int
+) -> None:
+    scheduler = make_scheduler(
+        num_blocks,
+        max_num_seqs=6,
+        max_num_batched_tokens=budget,
+        max_model_len=60,
+        other_groups=windows,
+        num_state_slots=num_states + 1,
+        checkpoint_interval=interval,
+    )
+    check_traffic(Traffic(scheduler, seed, depth=1 + seed % 2), 400)
+    states = scheduler.block_manager.state_pool
+    assert states is not None and scheduler.prefix_hits > 0 and states.num_hits > 0
+    states.begin_step()
+    assert states.num_live == 0
+    if num_blocks < 20:
+        assert scheduler.num_preemptions > 10
+
+
 def check_traffic(traffic: Traffic, num_moves: int) -> None:
     """Steps with arrivals, and then steps until all have ended."""
     scheduler, num_steps = traffic.scheduler, 0
@@ -161,6 +192,8 @@ prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_siz
     policy=st.sampled_from(["fcfs", "priority"]),
     depth=st.sampled_from([1, 2]),
     windows=st.sampled_from([[None], [None, 3], [5], [None, 7, 2]]),
+    num_states=st.sampled_from([0, 0, 1, 2, 5, 20]),
+    interval=st.sampled_from([1, 2, 5]),
 )
 def test_batched_chunked_cached_and_preempted_answers_equal_those_alone(
     prompts: list[list[int]],
@@ -171,6 +204,8 @@ def test_batched_chunked_cached_and_preempted_answers_equal_those_alone(
     policy: str,
     depth: int,
     windows: list[int | None],
+    num_states: int,
+    interval: int,
 ) -> None:
     max_tokens = 6
     longest = max(map(len, prompts)) + max_tokens
@@ -184,6 +219,8 @@ def test_batched_chunked_cached_and_preempted_answers_equal_those_alone(
         policy=policy,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + spare_budget,
+        num_state_slots=num_states and num_states + 1,
+        checkpoint_interval=interval,
     )
     requests = [make_request(f"r{i}", p, max_tokens, priority=i % 2) for i, p in enumerate(prompts)]
     assert run(scheduler, *requests, depth=depth) == [run_alone(request, windows) for request in requests]

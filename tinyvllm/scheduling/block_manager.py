@@ -7,6 +7,9 @@ that the padded rows of a graph may write; it is never allocated.
 Each group of layers (`ops.backend.pool_groups`) has blocks of its own, and each request a table for each group. In a
 group with a window, a request gives back the blocks that no later token attends to, so it holds about a window; the
 place of such a block in the table is 0. It stays cached, like every free block.
+
+If the model has recurrent layers, a request also owns a slot of the `StatePool` while it has blocks, and a prefix is
+found only if there is a checkpoint of the state at its end.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 
-from tinyvllm.config import BlockGroup
+from tinyvllm.config import BlockGroup, Capacity
 from tinyvllm.errors import InvariantError
 from tinyvllm.scheduling.group_pool import GroupPool
 from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.state_pool import MIN_SHARED_BLOCKS, SequenceState, StatePool
 
 
 def pack_tokens(tokens: Sequence[int]) -> bytes:
@@ -67,12 +71,30 @@ class BlockManager:
     about the prefix cache to routers is this group's.
     """
 
-    def __init__(self, groups: Sequence[BlockGroup], block_size: int, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        groups: Sequence[BlockGroup],
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        state_pool: StatePool | None = None,
+    ) -> None:
+        """`state_pool`: None if the model has no recurrent layers."""
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.pools = [GroupPool(group, block_size) for group in groups]
+        self.state_pool = state_pool
+        if state_pool is not None:
+            self.pools[0].on_hide = state_pool.drop
         self._windowed = [(index, pool) for index, pool in enumerate(self.pools) if pool.window is not None]
         self._holders: set[Request] = set()
+
+    @classmethod
+    def of(cls, capacity: Capacity, enable_prefix_caching: bool = True) -> BlockManager:
+        """The pools of a capacity, all free."""
+        states = None
+        if capacity.num_state_slots:
+            states = StatePool(capacity.num_state_slots, capacity.block_size, capacity.checkpoint_interval)
+        return cls(capacity.groups, capacity.block_size, enable_prefix_caching, states)
 
     @property
     def has_windows(self) -> bool:
@@ -100,12 +122,15 @@ class BlockManager:
         """Give a request without blocks the longest cached prefix of its tokens; return the prefix's number of tokens.
 
         A group without a window must have every block of the prefix, one with a window those that the first token after
-        the prefix attends to. At least one token is left to compute. Only whole blocks are shared, so a request writes
-        to its own blocks only: if all its blocks are cached, the last one is recomputed instead of shared.
+        the prefix attends to; and with recurrent layers there must be a checkpoint at its end. At least one token is
+        left to compute. Only whole blocks are shared, so a request writes to its own blocks only: if all its blocks are
+        cached, the last one is recomputed instead of shared.
         """
         if not self.enable_prefix_caching:
             return 0
         num_blocks = self._longest_match(request)
+        if self.state_pool is not None:
+            num_blocks = self._resume(request, self.state_pool, num_blocks)
         if num_blocks:
             request.tables = [self._share(pool, request, num_blocks) for pool in self.pools]
             request.room = num_blocks * self.block_size
@@ -122,6 +147,9 @@ class BlockManager:
         if not request.tables:
             request.tables = [[] for _ in self.pools]
             self._holders.add(request)
+        if self.state_pool is not None and request.state is None:
+            makes_checkpoints = self.enable_prefix_caching and request.pooling is None
+            request.state = SequenceState(makes_checkpoints=makes_checkpoints)
         if self._windowed:
             self.give_back(request)
         stop = far = -(-num_tokens // self.block_size)
@@ -171,6 +199,8 @@ class BlockManager:
             for pool, table in zip(self.pools, request.tables, strict=True):
                 pool.seal(table[index], block_hash, tokens)
         request.num_sealed = num_full
+        if self.state_pool is not None and request.state is not None:
+            self.state_pool.seal(request.state, num_full, request.block_hashes)
 
     def free(self, request: Request, keep: bool = True) -> None:
         """Free all blocks of a request. keep=False: their content is invalid, so drop it from the prefix cache, with
@@ -178,6 +208,11 @@ class BlockManager:
 
         The tail is freed first, and so is reused first: a continuation is useless without the head of its prefix.
         """
+        if self.state_pool is not None and request.state is not None:
+            if keep and request.state.marks:
+                self.seal(request)
+            self.state_pool.release(request.state)
+            request.state = None
         tables, request.tables, request.num_sealed, request.room = request.tables, [], 0, 0
         for pool, table in zip(self.pools, tables, strict=bool(tables)):
             if not keep:
@@ -210,6 +245,8 @@ class BlockManager:
             pool.audit(self._tables_of(index))
             for request in self._holders:
                 self._audit_table(request, pool, request.tables[index])
+        if self.state_pool is not None:
+            self.state_pool.audit(request.state for request in self._holders if request.state is not None)
 
     def _tables_of(self, group: int) -> Counter[int]:
         """The blocks that are in tables of a group, and in how many."""
@@ -221,11 +258,28 @@ class BlockManager:
         for pool in self.pools:
             if pool.window is None:
                 num_blocks = next((i for i in range(num_blocks) if not self._has(pool, request, i)), num_blocks)
+        return self._last_covered_by_all(request, num_blocks)
+
+    def _last_covered_by_all(self, request: Request, num_blocks: int) -> int:
+        """The longest prefix of at most `num_blocks` blocks of whose last window every group has every block."""
         before = -1
         while num_blocks != before:  # what one group lacks may end the prefix where another lacks something
             before = num_blocks
             for _, pool in self._windowed:
                 num_blocks = self._last_covered(pool, request, num_blocks)
+        return num_blocks
+
+    def _resume(self, request: Request, states: StatePool, num_blocks: int) -> int:
+        """Give a request the last checkpoint in its first `num_blocks` blocks, which were found; return its blocks."""
+        num_found = num_blocks
+        while num_blocks and not states.has(request.block_hashes[num_blocks - 1]):
+            num_blocks = self._last_covered_by_all(request, num_blocks - 1)
+        if num_blocks:
+            request.state = states.resume(request.block_hashes[num_blocks - 1], num_blocks)
+        else:
+            request.state = SequenceState()
+        if num_found - num_blocks >= MIN_SHARED_BLOCKS:
+            request.state.branch = num_found
         return num_blocks
 
     def _last_covered(self, pool: GroupPool, request: Request, end: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from tinyvllm.config import BlockGroup
 from tinyvllm.errors import CapacityError, InvariantError
@@ -27,6 +27,7 @@ class GroupPool:
         self._tokens = [b""] * group.num_blocks  # of sealed blocks, int32: objects that the collector need not visit
         self._findable: dict[bytes, int] = {}  # hash -> the one block found by it
         self._changes: dict[bytes, bool] | None = None  # hash -> whether it can be found now
+        self.on_hide: Callable[[bytes], None] | None = None  # called with the hash of a block that is found no more
 
     @property
     def num_free(self) -> int:
@@ -96,6 +97,8 @@ class GroupPool:
             del self._findable[self._hashes[block_id]]
             if self._changes is not None:
                 self._changes[self._hashes[block_id]] = False
+            if self.on_hide is not None:
+                self.on_hide(self._hashes[block_id])
 
     def hide_hash(self, block_hash: bytes) -> None:
         """Remove the block of this hash from the prefix cache, if there is one."""

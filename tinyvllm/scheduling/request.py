@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from tinyvllm.config import SamplingParams
+from tinyvllm.scheduling.state_pool import SequenceState
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,6 +97,7 @@ class Request:
     room: int = 0  # tokens that the blocks of every group's table hold
     block_hashes: list[bytes] = field(default_factory=list)  # of full blocks, in order
     num_sealed: int = 0  # of its blocks, those that can be shared
+    state: SequenceState | None = None  # its recurrent layers'; None while it has no blocks, or without such layers
     status: Status = Status.WAITING
     finish_reason: str | None = None  # stop, length, abort, error
     stop_reason: int | str | None = None  # the stop id or stop string that ended it

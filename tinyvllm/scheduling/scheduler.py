@@ -106,6 +106,7 @@ class Scheduler:
         self._by_priority = policy == "priority"
         self._max_len = max_request_len(capacity)
         self._max_chunk = capacity.max_chunk
+        self._states = block_manager.state_pool
         self._requests: dict[str, Request] = {}  # all unfinished ones
         # A heap by rank. Requests that end while they wait stay in it until they reach the top: removal would be O(n).
         self._waiting: list[tuple[tuple[int, int], Request]] = []
@@ -162,6 +163,8 @@ class Scheduler:
         """
         if not self._requests:
             return None
+        if self._states is not None:
+            self._states.begin_step()
         entries: list[Scheduled] = []
         preempted: list[Request] = []
         budget = self._continue_running(entries, preempted)
@@ -245,12 +248,16 @@ class Scheduler:
                 count = 0  # the token in flight is the last, whatever its id
             if request.num_prompt_logprobs is not None:
                 count = self._limit_scored(request, start, count)
+            if self._states is not None and count > 1:
+                count = self._cut(request, start, count)
             if start + count > request.room:  # seldom: a block lasts for many steps
                 count = min(count, self._max_chunk)
                 if not self._make_room(request, start + count, preempted):
                     break
             if count:
                 entries.append(Scheduled(request, start, count))
+                if self._states is not None:
+                    self._plan_state(request, start + count)
             budget -= count
             index += 1
         return budget
@@ -268,6 +275,17 @@ class Scheduler:
         count = min(count, num_free + 1 + num_spare)
         self._num_spare_rows -= max(0, count - num_free - 1)
         return count
+
+    def _cut(self, request: Request, start: int, count: int) -> int:
+        """The number of tokens from `start` on, at most `count`, whose end is where a checkpoint belongs."""
+        assert self._states is not None and request.state is not None
+        stop = start + min(count, self._max_chunk)
+        return self._states.cut(request.state, start, stop, request.num_tokens) - start
+
+    def _plan_state(self, request: Request, stop: int) -> None:
+        """Choose the slots of a step that computes a request's tokens up to `stop`."""
+        assert self._states is not None and request.state is not None
+        self._states.step(request.state, stop, request.num_tokens)
 
     def _make_room(self, request: Request, num_tokens: int, preempted: list[Request]) -> bool:
         """Grow the request's block table, preempting the last in rank. False if the request itself was preempted."""
@@ -296,6 +314,9 @@ class Scheduler:
             self._num_spare_rows -= 1
             count = min(request.num_pending, budget, self._max_chunk)
             count = self._limit_scored(request, request.num_computed, count)
+            if self._states is not None:
+                count = self._cut(request, request.num_computed, count)
+                self._plan_state(request, request.num_computed + count)
             entries.append(Scheduled(request, request.num_computed, count))
             budget -= count
 
@@ -307,7 +328,7 @@ class Scheduler:
         only to preempt it wastes steps. If nothing runs, nothing is reserved, so every request that fits can run.
         """
         manager, num_reserved = self.block_manager, len(self.running)
-        if manager.least_free <= num_reserved:
+        if manager.least_free <= num_reserved or (self._states is not None and not self._states.has_room):
             return False
         # prompt logprobs and embeddings need hidden states, which the pool does not hold: compute the whole prompt
         is_cacheable = request.num_to_score <= 0 and request.pooling is None

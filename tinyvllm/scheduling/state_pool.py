@@ -1,0 +1,280 @@
+"""The slots of recurrent states: which sequences own them, and which hold checkpoints that a prefix can resume from.
+
+A slot holds the state of one sequence in all recurrent layers, at one position. Unlike keys and values, a state cannot
+be cut back to a prefix, so a cached prefix is of use only if the state at its end was kept: a *checkpoint*, found by
+the hash of the block that ends there. A slot's life cycle: free -> owned and written by one sequence -> sealed (never
+written again) -> cached, once its sequence has moved to another slot -> evicted, the least recently used first.
+A checkpoint is also evicted with its block, since it is useless without keys and values. Slot 0 is a dummy for the
+padded rows of a graph.
+
+Nothing is copied. A step that continues from a checkpoint reads its slot and writes another one.
+
+Where checkpoints are made, which the chunks of a prompt must end at:
+
+- at the last border of a block before the end of the prompt, for the same prompt again and for the next turn;
+- at a border where other requests left a prefix that they share with this one: blocks that were found without a
+  checkpoint (Pan et al. 2025, "Marconi", sec. 4.1);
+- at the border nearest to a chunk's end, if the latest checkpoint is `interval` blocks away: the number of blocks whose
+  keys and values take as many bytes as a state, so that a prefix's checkpoints take no more than its blocks;
+- at every border that a generated token reaches. Unless `interval` keeps it, the next one replaces it, so a sequence
+  that decodes owns two slots: its state, and the state at the latest border.
+
+Checkpoints give way to sequences: if no slot is free and none can be evicted, a sequence overwrites its own checkpoint.
+So a pool of as many slots as running sequences always suffices.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from tinyvllm.errors import CapacityError, InvariantError
+
+MIN_SHARED_BLOCKS = 4  # a shorter prefix that others share is not worth a slot, nor the step that ends at its border
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A slot that becomes the checkpoint of the first `num_blocks` blocks once their tokens are known."""
+
+    num_blocks: int
+    slot: int
+    is_rolling: bool  # the sequence's next checkpoint replaces it
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """Where one sequence's state is, after the steps that were planned, and which checkpoints it makes."""
+
+    slot: int = 0  # what its latest step writes and its next one reads; 0: none yet
+    read_slot: int = 0  # what its latest step reads: the same, or a checkpoint
+    makes_checkpoints: bool = True
+    is_kept: bool = False  # the slot is a checkpoint or marked to become one, so the next step writes another
+    marks: list[Mark] = field(default_factory=list)  # those not sealed yet, in order
+    rolling_hash: bytes = b""  # of the checkpoint that the next one replaces
+    num_kept_blocks: int = 0  # before its latest checkpoint that is not replaced
+    branch: int = 0  # blocks that were found, also without a checkpoint; 0: no more than its checkpoint has
+
+
+class StatePool:
+    """Owns the free list of slots and the checkpoints. Every operation is O(1), but for `audit`."""
+
+    def __init__(self, num_slots: int, block_size: int, interval: int = 1) -> None:
+        if num_slots < 2:
+            raise CapacityError(f"the pool has {num_slots} state slots: it needs 2, because slot 0 is a dummy")
+        self.num_slots, self.interval = num_slots, interval
+        self.num_hits = 0  # sequences that resumed from a checkpoint, since start
+        self.num_evictions = 0  # checkpoints dropped for lack of slots, or with their blocks, since start
+        self._block_size = block_size
+        self._free = list(range(num_slots - 1, 0, -1))
+        self._hashes = [b""] * num_slots  # b"": not sealed
+        self._findable: dict[bytes, int] = {}  # hash -> the one slot found by it
+        self._cached: OrderedDict[int, None] = OrderedDict()  # checkpoints that nobody owns, next to evict first
+        # read by the step being planned, or planned last: not to be written in it
+        self._pinned: dict[int, None] = {}
+        self._rolling: set[bytes] = set()  # checkpoints that the next one of their sequence replaces
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a further sequence can have a slot."""
+        return bool(self._free or self._cached)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_checkpoints(self) -> int:
+        """Checkpoints that no sequence owns."""
+        return len(self._cached) + len(self._pinned)
+
+    @property
+    def num_live(self) -> int:
+        """Slots that sequences own."""
+        return self.num_slots - 1 - self.num_free - self.num_checkpoints
+
+    def has(self, block_hash: bytes) -> bool:
+        """Whether a sequence can resume from the end of the block with this hash: there is a checkpoint, and the
+        sequence that made it has moved on."""
+        slot = self._findable.get(block_hash)
+        return slot is not None and (slot in self._cached or slot in self._pinned)
+
+    # -- planning a step -----------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Let slots be written that the previous step reads: steps run in order."""
+        for slot in self._pinned:
+            if self._hashes[slot]:
+                self._cached[slot] = None
+            else:
+                self._free.append(slot)
+        self._pinned.clear()
+
+    def resume(self, block_hash: bytes, num_blocks: int) -> SequenceState:
+        """A sequence that continues from the checkpoint of this hash, which is `num_blocks` blocks long."""
+        slot = self._findable[block_hash]
+        if slot in self._cached:
+            del self._cached[slot]
+            self._pinned[slot] = None
+        self._rolling.discard(block_hash)  # others need it: it stays
+        return SequenceState(slot=slot, read_slot=slot, is_kept=True, num_kept_blocks=num_blocks)
+
+    def cut(self, state: SequenceState, start: int, stop: int, num_tokens: int) -> int:
+        """Where a step that could compute tokens [start, stop) of a sequence of `num_tokens` should stop: at the first
+        border where a checkpoint belongs."""
+        if not state.makes_checkpoints:
+            return stop
+        size = self._block_size
+        for border in sorted((state.branch * size, (num_tokens - 1) // size * size)):
+            if start < border < stop:
+                return border
+        border = stop // size
+        if stop < num_tokens and border * size > start and border - state.num_kept_blocks >= self.interval:
+            return border * size
+        return stop
+
+    def step(self, state: SequenceState, stop: int, num_tokens: int) -> None:
+        """Plan a step that takes the state of a sequence of `num_tokens` known tokens to position `stop`."""
+        state.read_slot = state.slot
+        if state.is_kept or not state.slot:
+            self._move(state)
+        if stop % self._block_size == 0 and state.makes_checkpoints:
+            self._mark(state, stop // self._block_size, (num_tokens - 1) // self._block_size)
+
+    # -- between steps -------------------------------------------------------------------------------------------------
+
+    def seal(self, state: SequenceState, num_sealed: int, hashes: Sequence[bytes]) -> None:
+        """Make the checkpoints of at most `num_sealed` blocks findable, by the hashes of the sequence's blocks."""
+        while state.marks and state.marks[0].num_blocks <= num_sealed:
+            mark = state.marks.pop(0)
+            block_hash, is_current = hashes[mark.num_blocks - 1], mark.slot == state.slot
+            if block_hash in self._findable:  # another sequence was first
+                self._touch(self._findable[block_hash])
+                if is_current:
+                    state.is_kept = False
+                else:
+                    self._free.append(mark.slot)
+                continue
+            self._findable[block_hash] = mark.slot
+            self._hashes[mark.slot] = block_hash
+            if mark.is_rolling:
+                self._rolling.add(block_hash)
+                state.rolling_hash = block_hash
+            if not is_current:
+                self._cached[mark.slot] = None
+
+    def release(self, state: SequenceState) -> None:
+        """Take a sequence's slots; what it has sealed stays cached."""
+        slots = {mark.slot: None for mark in state.marks}
+        if state.slot and state.slot not in self._pinned:
+            slots[state.slot] = None
+        for slot in slots:
+            if self._hashes[slot]:
+                self._cached[slot] = None
+            else:
+                self._free.append(slot)
+        state.marks.clear()
+        state.slot = state.read_slot = 0
+
+    def drop(self, block_hash: bytes) -> None:
+        """Forget the checkpoint of a block that can no longer be found, if there is one."""
+        slot = self._findable.get(block_hash)
+        if slot is None:
+            return
+        self._unseal(slot)
+        self.num_evictions += 1
+        if slot in self._cached:
+            del self._cached[slot]
+            self._free.append(slot)
+
+    def audit(self, states: Iterable[SequenceState]) -> None:
+        """Check every invariant, given the states of all sequences. Raises InvariantError."""
+        owners: Counter[int] = Counter()
+        for state in states:
+            slots = {mark.slot for mark in state.marks}
+            if state.slot and state.slot not in self._pinned:
+                slots.add(state.slot)
+            owners.update(slots)
+        counts = owners + Counter(self._free) + Counter(self._cached.keys()) + Counter(self._pinned.keys())
+        for slot in range(self.num_slots):
+            if counts[slot] != (slot > 0):
+                raise InvariantError(
+                    f"state slot {slot} is in {counts[slot]} places: {owners[slot]} owners, "
+                    f"{self._free.count(slot)} times free, cached: {slot in self._cached}, read: {slot in self._pinned}"
+                )
+            block_hash = self._hashes[slot]
+            if block_hash and self._findable.get(block_hash) != slot:
+                raise InvariantError(f"state slot {slot} is sealed by hash {block_hash.hex()}, but not found by it")
+        for block_hash, slot in self._findable.items():
+            if self._hashes[slot] != block_hash:
+                raise InvariantError(f"state slot {slot} is found by hash {block_hash.hex()}, but not sealed by it")
+        if unsealed := [slot for slot in self._cached if not self._hashes[slot]]:
+            raise InvariantError(f"state slots {unsealed} are cached, but not sealed")
+        if not self._rolling <= self._findable.keys():
+            raise InvariantError("a rolling checkpoint cannot be found")
+
+    # -- its parts -----------------------------------------------------------------------------------------------------
+
+    def _move(self, state: SequenceState) -> None:
+        """Give a sequence that has no slot, or must keep the one it has, another one to write."""
+        slot, kept = self._allocate(state), state.slot
+        state.is_kept = False
+        self.num_hits += kept in self._pinned
+        if slot:
+            state.slot = slot
+            if not kept:
+                state.read_slot = slot  # at position 0, where nothing is read
+            elif not (state.marks and state.marks[-1].slot == kept):
+                self._pinned[kept] = None
+            return
+        if not kept:
+            raise InvariantError(f"no state slot is left for a sequence: all {self.num_slots - 1} are owned")
+        if state.marks and state.marks[-1].slot == kept:
+            state.marks.pop()
+            return
+        self._pinned.pop(kept, None)
+        if self._hashes[kept]:
+            self._unseal(kept)
+            self.num_evictions += 1
+
+    def _allocate(self, state: SequenceState) -> int:
+        """A slot to write: that of the checkpoint that is to be replaced, or a free one, or that of the least recently
+        used checkpoint. 0 if there is none."""
+        if state.rolling_hash in self._rolling:
+            slot = self._findable[state.rolling_hash]
+            if slot in self._cached:
+                del self._cached[slot]
+                self._unseal(slot)
+                return slot
+        if self._free:
+            return self._free.pop()
+        if not self._cached:
+            return 0
+        slot, _ = self._cached.popitem(last=False)
+        self._unseal(slot)
+        self.num_evictions += 1
+        return slot
+
+    def _mark(self, state: SequenceState, num_blocks: int, num_before_last: int) -> None:
+        """Keep the state after `num_blocks` blocks, if a checkpoint belongs there. Of the known tokens,
+        `num_before_last` blocks end before the last one."""
+        is_end = num_blocks > num_before_last
+        is_due = num_blocks - state.num_kept_blocks >= self.interval
+        if not (is_end or is_due or num_blocks in (num_before_last, state.branch)):
+            return
+        is_rolling = is_end and not is_due
+        if not is_rolling:
+            state.num_kept_blocks = num_blocks
+        state.is_kept = True
+        state.marks.append(Mark(num_blocks, state.slot, is_rolling))
+
+    def _touch(self, slot: int) -> None:
+        if slot in self._cached:
+            self._cached.move_to_end(slot)
+
+    def _unseal(self, slot: int) -> None:
+        block_hash = self._hashes[slot]
+        self._rolling.discard(block_hash)
+        del self._findable[block_hash]
+        self._hashes[slot] = b""

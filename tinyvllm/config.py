@@ -201,6 +201,13 @@ class LayerKind:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def stored_elements(self) -> int:
+        """Elements that the pool holds of one token in this layer: its keys and values, or its latent."""
+        if not self.stores_kv:
+            return 0
+        return 2 * self.kv_size if self.latent is None else self.latent.stored_dim
+
+    @property
     def scale(self) -> float:
         return self.head_dim**-0.5 if self.score_scale is None else self.score_scale
 
@@ -327,8 +334,8 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes that one token's keys and values take over all layers."""
-        return 2 * itemsize * sum(kind.kv_size for kind in self.layers if kind.stores_kv)
+        """Bytes that one token's keys and values, or its latents, take over all layers."""
+        return itemsize * sum(kind.stored_elements for kind in self.layers)
 
     @property
     def state_bytes(self) -> int:

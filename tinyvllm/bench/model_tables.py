@@ -92,9 +92,8 @@ def num_weights(config: ModelConfig) -> int:
 def kv_bytes(config: ModelConfig, num_tokens: int) -> float:
     """Keys and values of one sequence. A layer with a window keeps no more than that."""
     return sum(
-        2 * KV_ITEMSIZE * kind.kv_size * min(num_tokens, config.kv_window(layer) or num_tokens)
+        KV_ITEMSIZE * kind.stored_elements * min(num_tokens, config.kv_window(layer) or num_tokens)
         for layer, kind in enumerate(config.layers)
-        if kind.kv_layer is None
     )
 
 

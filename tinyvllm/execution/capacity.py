@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from tinyvllm.config import BlockGroup, Capacity, EngineConfig, Limits, ModelConfig
+from tinyvllm.config import BlockGroup, Capacity, EngineConfig, LayerKind, Limits, ModelConfig
 from tinyvllm.errors import CapacityError, TinyvllmError
 from tinyvllm.execution.buckets import Bucket
 
@@ -228,10 +228,19 @@ def jit_scratch_bytes(buckets: Iterable[Bucket], num_instances: int, model: Mode
 
 
 def _step_scratch_bytes(num_tokens: int, num_seqs: int, model: ModelConfig) -> int:
-    widest = max(2 * max(model.ffn_sizes), *[2 * kind.q_size + 2 * kind.kv_size for kind in model.layers])
+    widest = max(2 * max(model.ffn_sizes), *map(_attention_values, model.layers))
     per_layer = model.num_layers * model.per_layer_size  # of one token's embeddings: read, projected, and their sum
     by_token, by_sequence = 4 * model.hidden_size + 2 * widest + 3 * per_layer, 4 * model.vocab_size
     return 4 * (num_tokens * by_token + num_seqs * by_sequence)
+
+
+def _attention_values(kind: LayerKind) -> int:
+    """Values of one token in attention: q, k, v and the attended values. Of latents, queries and attended values are
+    there in the latents' space too."""
+    if kind.latent is None:
+        return 2 * kind.q_size + 2 * kind.kv_size
+    latent = kind.latent
+    return kind.num_heads * (kind.head_dim + 2 * latent.rank + latent.value_dim) + latent.stored_dim
 
 
 def _longest(config: EngineConfig, model: ModelConfig) -> int:

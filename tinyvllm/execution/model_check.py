@@ -216,7 +216,7 @@ def _left_out(files: ModelFiles, config: ModelConfig) -> Iterator[str]:
 
 def _kv_costs(config: ModelConfig) -> Iterator[KVCost]:
     for group in pool_groups(config.layers, config.max_position):
-        yield KVCost(len(group.shapes), 2 * KV_ITEMSIZE * group.slot_elements, group.window)
+        yield KVCost(len(group.shapes), KV_ITEMSIZE * group.token_elements, group.window)
 
 
 def _general(device: str, config: ModelConfig, formats: Mapping[str, Format | None]) -> Iterator[str]:

@@ -29,7 +29,7 @@ from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.timing import CallTime, make_timer
 from tinyvllm.profiling.kernels import Kernel, Launch, StepProfile
 from tinyvllm.profiling.names import SAMPLE, is_generated, role_of, strip_colors
-from tinyvllm.profiling.roofline import attended_keys
+from tinyvllm.profiling.roofline import attended_keys, operations_a_key
 from tinyvllm.scheduling.plan import StepPlan
 
 _LAYER = re.compile(r"\.(?:layers|keys|values)\.(\d+)")
@@ -234,6 +234,9 @@ class FlopCounter:
             return 0
         kind = self._model.config.layers[layer]
         seen = sum(attended_keys(entry.start, entry.count, kind.window) for entry in plan.entries)
+        if kind.latent is not None:  # cores share the heads, and each reads the whole latents
+            (up,) = self._model.layers[layer].mixer.matrices["key_up"]
+            return operations_a_key(kind) * seen // len(up.shards)
         group = kind.num_heads // kind.num_kv_heads  # query heads that a KV head serves
         return 2 * group * seen * sum(self._pool[base] for base in in_pool)
 

@@ -112,7 +112,7 @@ def make_runner(
         if config.capture == "replay"
         else jit_scratch_bytes(buckets, num_instances, model_config),
         kv_groups=tuple(
-            KVGroup(2 * FLOATS[kv_dtype].itemsize * group.slot_elements, group.window) for group in model.pool_groups
+            KVGroup(FLOATS[kv_dtype].itemsize * group.token_elements, group.window) for group in model.pool_groups
         ),
     )
     capacity = plan_capacity(config, limits, model_config, memory)

@@ -24,6 +24,7 @@ from tinyvllm.ops.coverage import Coverage, in_words
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.common import in_common_format
 from tinyvllm.ops.formats.matrix import PANEL, Matrix
+from tinyvllm.ops.latent_spec import LatentLayer
 from tinyvllm.ops.sampling.logits_processing import SamplingState, sample_processed
 from tinyvllm.ops.sampling.sample import OUT_WIDTH, SampleSpec, sample
 from tinyvllm.ops.step_inputs import StepLayout
@@ -36,26 +37,33 @@ class PoolGroup:
     """Layers that share a block table, because they need the keys and values of the same tokens: those of the same
     window, whatever the shape of their keys. A layer that reads another layer's keys stores none and is in no group."""
 
-    shapes: dict[int, tuple[int, int]]  # by layer: K, D
+    shapes: dict[int, tuple[int, int]]  # by layer: K, D; of a latent 1, and its elements
     window: int | None = None  # tokens that are needed, the newest included; None: all
+    latents: frozenset[int] = frozenset()  # layers that store one latent for each token, as keys without values
 
     @property
-    def slot_elements(self) -> int:
-        """Elements of one token's keys (or values) in all layers."""
-        return sum(num_kv_heads * head_dim for num_kv_heads, head_dim in self.shapes.values())
+    def token_elements(self) -> int:
+        """Elements of one token's keys and values in all layers."""
+        return sum(math.prod(shape) * (1 if layer in self.latents else 2) for layer, shape in self.shapes.items())
 
 
 def pool_groups(layers: Sequence[LayerKind], max_model_len: int | None = None) -> tuple[PoolGroup, ...]:
     """The groups of a model's layers: first the one that keeps all tokens, then those of windows, the widest first. A
     window that no sequence exceeds is none. A model has at least one group."""
     by_window: dict[int | None, dict[int, tuple[int, int]]] = {}
+    latents = {index: kind.latent for index, kind in enumerate(layers) if kind.latent is not None}
     for index, kind in enumerate(layers):
         if kind.stores_kv:
             window = stored_window(layers, index)
             if window is not None and max_model_len is not None and window >= max_model_len:
                 window = None
-            by_window.setdefault(window, {})[index] = (kind.num_kv_heads, kind.head_dim)
-    groups = [PoolGroup(shapes, window) for window, shapes in by_window.items()]
+            shape = (kind.num_kv_heads, kind.head_dim)
+            if index in latents:
+                shape = (1, latents[index].stored_dim)
+            by_window.setdefault(window, {})[index] = shape
+    groups = [
+        PoolGroup(shapes, window, frozenset(latents.keys() & shapes.keys())) for window, shapes in by_window.items()
+    ]
     return tuple(sorted(groups, key=lambda group: -math.inf if group.window is None else -group.window))
 
 
@@ -72,7 +80,7 @@ class KVPool:
     """The paged KV cache. Block b of a layer starts at b * block_elements in its flat tensor of keys or values."""
 
     keys: dict[int, Stored]  # by layer
-    values: dict[int, Stored]
+    values: dict[int, Stored]  # by layer, except those whose keys are latents
     num_blocks: dict[int, int]  # by layer
     dtype: str
     # by recurrent layer, float32: the matrices of all slots, and their convolution's inputs (config.StateKind)
@@ -87,8 +95,8 @@ class KVPool:
         return [tensor for entry in stored for tensor in (entry if isinstance(entry, tuple) else (entry,))]
 
     def tensors_of(self, layer: int) -> list[Tensor]:
-        """Those of one layer that has keys and values of its own."""
-        stored = (self.keys[layer], self.values[layer])
+        """Those of one layer that has keys and values, or latents, of its own."""
+        stored = (self.keys[layer], self.values.get(layer, ()))
         return [tensor for entry in stored for tensor in (entry if isinstance(entry, tuple) else (entry,))]
 
 
@@ -102,12 +110,19 @@ def blocks_by_layer(groups: Sequence[PoolGroup], num_blocks: int | Sequence[int]
 def zeroed_pool(
     device: DeviceHandle, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
 ) -> KVPool:
-    """A pool with one tensor of keys and one of values for each layer."""
+    """A pool with one tensor of keys and one of values for each layer; of keys alone where they are latents."""
     counts, float_type = blocks_by_layer(groups, num_blocks), FLOATS[dtype]
     shapes = {layer: shape for group in groups for layer, shape in group.shapes.items()}
     sizes = {layer: count * block_size * math.prod(shapes[layer]) for layer, count in counts.items()}
-    keys, values = ({layer: device.zeros(size, float_type) for layer, size in sizes.items()} for _ in range(2))
+    keys = {layer: device.zeros(size, float_type) for layer, size in sizes.items()}
+    latents = latent_layers(groups)
+    values = {layer: device.zeros(size, float_type) for layer, size in sizes.items() if layer not in latents}
     return KVPool(keys, values, counts, dtype)
+
+
+def latent_layers(groups: Sequence[PoolGroup]) -> frozenset[int]:
+    """The layers that store latents."""
+    return frozenset().union(*(group.latents for group in groups))
 
 
 @dataclass(frozen=True)
@@ -244,6 +259,10 @@ class Operations(Protocol):
 
     def scale_rows(self, x: Tensor, factors: Tensor, num_tokens: int) -> Tensor:
         """(T * N,): row t of x times factors[t]."""
+
+    def attend_latent(self, queries: Tensor, latents: Tensor, layer: LatentLayer, step: Step) -> Tensor:
+        """(T * H * value,): norm and rotate the latents (T, rank + rope), write them to their slots, rotate the last
+        part of each head's query (T, H, nope + rope), and attend."""
 
     def norm_groups(self, x: Tensor, norm: Norm, num_tokens: int, addend: Tensor) -> Tensor:
         """(T * M,): RMSNorm of each group of x's columns that is as wide as the norm's weight, plus `addend` (T * M,).

@@ -29,6 +29,7 @@ from tinyvllm.ops.backend import (
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import Matrix, pack, unpack
+from tinyvllm.ops.latent_spec import LatentLayer
 from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, plain_routing, rms_norm, softcap, unit_norm
 from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.sampling.reference import HostState, sample_row
@@ -149,17 +150,50 @@ class ReferenceBackend:
             values[slots] = v.cast(values.dtype)
             keys.realize(values)  # now: a later layer that reads them has no other tie to this write
 
-        # context slots, (T, C): every slot of the row's block table, in the order of positions
-        tables = _words(step.inputs, layout.table_offset(layer.pool_group), (layout.num_seqs + 1) * layout.max_blocks)
-        seq_rows = _words(step.inputs, layout.offset("seq_rows"), tokens)
-        blocks = tables.reshape(-1, layout.max_blocks)[seq_rows].unsqueeze(-1)  # (T, M, 1)
-        context = (blocks * layout.block_size + Tensor.arange(layout.block_size)).reshape(tokens, -1)
+        context = self._context(layer.pool_group, step)
         near_k, near_v = keys[context].float(), values[context].float()  # (T, C, K, D)
 
         q = q.reshape(tokens, kv_heads, heads // kv_heads, dim)  # G query heads share a KV head
         scores = Tensor.einsum("tkgd,tckd->tkgc", q, near_k) * kind.scale
         weights = attention_weights(scores, positions, kind, layer.sinks)
         return Tensor.einsum("tkgc,tckd->tkgd", weights, near_v).reshape(-1)
+
+    def attend_latent(self, queries: Tensor, latents: Tensor, layer: LatentLayer, step: Step) -> Tensor:
+        """Not absorbed: each head's keys and values are computed from the latents."""
+        kind, latent, layout, tokens = layer.kind, layer.latent, step.layout, step.num_tokens
+        positions = _words(step.inputs, layout.offset("positions"), tokens)
+        assert kind.rope is not None
+        rotation = rotate_pairs if kind.rope.is_interleaved else rotate
+        angles = layer.rope.reshape(-1, latent.rope_dim)[positions].unsqueeze(1)  # (T, 1, rope)
+        rows = latents.reshape(tokens, -1)[:, : latent.stored_dim]  # zeros may follow
+        normed = rms_norm(rows[:, : latent.rank], Norm(layer.norm, latent.norm_eps))
+        rotated = rotation(rows[:, latent.rank :].unsqueeze(1), angles).squeeze(1)
+        pool = step.pool.keys[layer.index]
+        assert isinstance(pool, Tensor)
+        stored = pool.reshape(-1, latent.stored_dim)
+        slots = _words(step.inputs, layout.slots_offset(layer.pool_group), tokens)
+        stored[slots] = normed.cat(rotated, dim=1).cast(stored.dtype)
+
+        near = stored[self._context(layer.pool_group, step)].float()  # (T, C, rank + rope)
+        key_up = unpack(layer.key_up)[: layer.key_up.used_rows].reshape(kind.num_heads, latent.rank, latent.nope_dim)
+        value_up = unpack(layer.value_up)[: layer.value_up.used_rows]
+        value_up = value_up.reshape(kind.num_heads, latent.value_dim, latent.rank)
+        keys = Tensor.einsum("tcr,hrn->tchn", near[..., : latent.rank], key_up)
+        values = Tensor.einsum("tcr,hvr->tchv", near[..., : latent.rank], value_up)
+        q = queries.reshape(tokens, -1)[:, : kind.q_size].reshape(tokens, kind.num_heads, kind.head_dim)
+        scores = Tensor.einsum("thn,tchn->thc", q[..., : latent.nope_dim], keys)
+        turned = rotation(q[..., latent.nope_dim :], angles)
+        scores = (scores + Tensor.einsum("thd,tcd->thc", turned, near[..., latent.rank :])) * kind.scale
+        weights = attention_weights(scores.unsqueeze(2), positions, kind, None).squeeze(2)
+        return Tensor.einsum("thc,tchv->thv", weights, values).reshape(-1)
+
+    def _context(self, pool_group: int, step: Step) -> Tensor:
+        """Slots (T, C): every slot of the row's block table, in the order of positions."""
+        layout, tokens = step.layout, step.num_tokens
+        tables = _words(step.inputs, layout.table_offset(pool_group), (layout.num_seqs + 1) * layout.max_blocks)
+        seq_rows = _words(step.inputs, layout.offset("seq_rows"), tokens)
+        blocks = tables.reshape(-1, layout.max_blocks)[seq_rows].unsqueeze(-1)  # (T, M, 1)
+        return (blocks * layout.block_size + Tensor.arange(layout.block_size)).reshape(tokens, -1)
 
     def _rotated(self, x: Tensor, weight: Tensor | None, layer: AttentionLayer, positions: Tensor) -> Tensor:
         """Heads (T, heads, D) of queries or keys, with the layer's norm and rotation."""

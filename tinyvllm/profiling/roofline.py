@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tinyvllm.config import ModelConfig
+from tinyvllm.config import LayerKind, ModelConfig
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import GB, Chip
 from tinyvllm.profiling.kernels import floor_s
@@ -58,10 +58,31 @@ class Work:
 
 def weights_of(config: ModelConfig) -> tuple[int, int]:
     """(weights in the matrices of all layers, weights in one matrix of V rows: the embedding, or the head)."""
-    attention = sum(2 * kind.q_size + (2 * kind.kv_size if kind.kv_layer is None else 0) for kind in config.layers)
+    attention = sum(_attention_weights(kind, config.hidden_size) for kind in config.layers)
     per_layer_embeddings = 3 * config.num_layers * config.per_layer_size
-    in_layers = config.hidden_size * (attention + 3 * sum(config.ffn_sizes) + per_layer_embeddings)
+    in_layers = attention + config.hidden_size * (3 * sum(config.ffn_sizes) + per_layer_embeddings)
     return in_layers, config.vocab_size * config.hidden_size
+
+
+def _attention_weights(kind: LayerKind, hidden_size: int) -> int:
+    latent = kind.latent
+    if latent is None:
+        return hidden_size * (2 * kind.q_size + (2 * kind.kv_size if kind.kv_layer is None else 0))
+    queries = hidden_size * kind.q_size
+    if latent.query_rank is not None:
+        queries = latent.query_rank * (hidden_size + kind.q_size)
+    expanded = kind.num_heads * (latent.nope_dim + latent.value_dim)
+    out = kind.num_heads * latent.value_dim
+    return queries + hidden_size * (latent.stored_dim + out) + latent.rank * expanded
+
+
+def operations_a_key(kind: LayerKind) -> int:
+    """Operations of a layer's attention for each key that a token attends to, of all heads: two for each element of
+    the keys, and of the values. Of latents, which all heads share, the whole is the key, and `rank` elements are the
+    value."""
+    if kind.latent is None:
+        return 4 * kind.q_size
+    return 2 * kind.num_heads * (kind.latent.stored_dim + kind.latent.rank)
 
 
 def attended_keys(start: int, count: int, window: int | None = None) -> int:
@@ -95,14 +116,16 @@ def count_work(
         weight_bytes=bytes_per_weight
         * (in_layers + in_table + (0 if config.tie_embeddings else num_tokens * config.hidden_size)),
         kv_read_bytes=sum(
-            2 * kv_itemsize * kind.kv_size * sum(earlier_keys(start, config.kv_window(layer)) for start, _ in entries)
+            kv_itemsize
+            * kind.stored_elements
+            * sum(earlier_keys(start, config.kv_window(layer)) for start, _ in entries)
             for layer, kind in enumerate(config.layers)
-            if kind.kv_layer is None
+            if kind.stores_kv
         ),
         kv_written_bytes=kv_token * num_tokens,
         matrix_flops=2 * (num_tokens * in_layers + num_rows * in_table),
         attention_flops=sum(
-            4 * kind.q_size * attended_keys(start, count, kind.window)
+            operations_a_key(kind) * attended_keys(start, count, kind.window)
             for kind in config.layers
             for start, count in entries
         ),

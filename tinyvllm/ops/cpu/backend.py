@@ -26,6 +26,7 @@ from tinyvllm.ops.backend import (
     Stored,
     blocks_by_layer,
     gate_over_up,
+    latent_layers,
     stack_qkv,
 )
 from tinyvllm.ops.coverage import Coverage
@@ -39,6 +40,7 @@ from tinyvllm.ops.cpu.experts import (
     scale_rows_kernel,
     sum_kernel,
 )
+from tinyvllm.ops.cpu.latent_attention import latent_attention_kernel, write_latents_kernel
 from tinyvllm.ops.cpu.linear import (
     ROWS_PER_PASS,
     EmbedSpec,
@@ -57,6 +59,7 @@ from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Matrix, join_shards, pack
 from tinyvllm.ops.kernel.body import I32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.tuning import choose
+from tinyvllm.ops.latent_spec import LatentLayer, LatentSpec
 from tinyvllm.ops.step_inputs import StepLayout
 
 
@@ -150,9 +153,10 @@ class CpuBackend(DeviceSampling):
     def make_pool(
         self, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
     ) -> KVPool:
-        """A pool in which each core's KV heads have their own tensors."""
+        """A pool in which each core's KV heads have their own tensors. All cores read the first one's latents."""
         pool = KVPool({}, {}, blocks_by_layer(groups, num_blocks), dtype)
         shapes = {layer: shape for group in groups for layer, shape in group.shapes.items()}
+        latents = latent_layers(groups)
         for layer, count in pool.num_blocks.items():
             num_kv_heads, head_dim = shapes[layer]
             per_head, bounds = count * block_size * head_dim, self._bounds(num_kv_heads)
@@ -161,7 +165,9 @@ class CpuBackend(DeviceSampling):
                 tensors = [self.device.zeros((b - a) * per_head, FLOATS[dtype], core) for (a, b), core in bounds]
                 return tuple(tensors) if len(tensors) > 1 else tensors[0]
 
-            pool.keys[layer], pool.values[layer] = half(), half()
+            pool.keys[layer] = half()
+            if layer not in latents:
+                pool.values[layer] = half()
         return pool
 
     def _bounds(self, count: int) -> list[tuple[tuple[int, int], str]]:
@@ -297,6 +303,36 @@ class CpuBackend(DeviceSampling):
             outs.append(self._attend(spec, out, (keys[i], values[i]), layer, step, mine))
             out_widths.append(spec.num_heads * spec.head_dim)
         return _sharded(outs, out_widths)
+
+    def attend_latent(self, queries: Activation, latents: Activation, layer: LatentLayer, step: Step) -> Activation:
+        spec = LatentSpec.of(layer, step.layout, step.pool.num_blocks[layer.index])
+        (pool,) = _tensors(step.pool.keys[layer.index])
+        write = write_latents_kernel(spec, _widths(latents, -(-spec.stored_dim // PANEL) * PANEL))
+        (pool,) = run_kernel(write, [pool], [step.inputs, layer.norm, layer.rope, *_tensors(latents)])
+        outs, widths = [], []
+        for i, ((a, b), core) in enumerate(self._bounds(spec.num_heads)):
+            mine, q = replace(spec, num_heads=b - a), _tensors(queries)[i]
+            absorbed = self._by_head("key_up", q, layer.key_up.shards[i], step.num_tokens, mine)
+            out = empty(step.num_tokens * mine.num_heads * mine.rank, device=core)
+            (out,) = run_kernel(latent_attention_kernel(mine), [out], [pool, step.inputs, layer.rope, absorbed, q])
+            outs.append(self._by_head("value_up", out, layer.value_up.shards[i], step.num_tokens, mine))
+            widths.append(layer.value_up.shards[i].num_rows)
+        return _sharded(outs, widths)
+
+    def _by_head(self, name: str, x: Tensor, shard: Matrix, num_tokens: int, spec: LatentSpec) -> Tensor:
+        """A core's heads of a block-diagonal product: (T, rows)."""
+        fields = LinearSpec(
+            name=name,
+            format=shard.format,
+            num_tokens=num_tokens,
+            num_rows=shard.num_rows,
+            num_cols=shard.num_cols,
+            block_rows=shard.num_rows // spec.num_heads,
+            block_stride=int(x.numel()) // num_tokens // spec.num_heads,
+            tile_rows=self.tile_rows,
+        )
+        out = empty(num_tokens * shard.num_rows, device=str(x.device))
+        return run_kernel(linear_kernel(choose(fields)), [out], [*shard.planes, x])[0]
 
     def _norm_whole(self, qkv: Sequence[Activation], layer: AttentionLayer, num_tokens: int) -> Activation:
         """qkv in one part, its queries and its keys normed over all heads. Each core writes its own heads."""
@@ -568,7 +604,9 @@ def _take_shard(host: HostMatrix, first: int, last: int, num_units: int) -> Host
 def _count_cores(available: int, layers: Sequence[LayerKind]) -> int:
     """The most cores among which each layer's KV heads can be shared so that every core's rows of k and v fill whole
     panels; one if there is no such number, and zeros then pad the rows of q, k and v together."""
-    shapes = {(kind.num_kv_heads, kind.head_dim) for kind in layers}
+    shapes = {(kind.num_kv_heads, kind.head_dim) for kind in layers if kind.latent is None}
+    for latent, heads in {(kind.latent, kind.num_heads) for kind in layers if kind.latent is not None}:
+        shapes |= {(heads, dim) for dim in (latent.nope_dim + latent.rope_dim, latent.rank, latent.value_dim)}
     if not shapes:
         return 1
 

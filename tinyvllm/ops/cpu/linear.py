@@ -55,6 +55,10 @@ class LinearSpec(Tunable):
     # where the biases of this shard's rows begin: of all rows, or of its gate and of its up rows; None: no biases
     bias_starts: tuple[int, ...] | None = None
     x_cols: tuple[int, ...] = ()  # columns of each shard of x; (): one buffer of K
+    # Of a block-diagonal matrix: the rows of a block, which multiply columns of their own of x, and the columns of x
+    # from one block's first to the next one's. num_cols is a block's K. No norm; x is one buffer. 0: it is not one
+    block_rows: int = 0
+    block_stride: int = 0
     tile_rows: int = 4  # input rows whose accumulators fit into the vector registers: 32 lanes each
 
     @property
@@ -83,14 +87,17 @@ def linear_kernel(spec: LinearSpec) -> KernelFn:
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands = list(rest)
         planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
-        x = take_shards(operands, spec.x_cols, spec.num_cols)
+        x = take_shards(operands, () if spec.block_rows else spec.x_cols, spec.num_cols)
         norm_weight = operands.pop(0) if spec.norm_eps is not None else None
         bias = operands.pop(0) if spec.bias_starts is not None else None
         ending = Ending.take(spec, operands)
         body = Body()
-        if spec.num_tokens <= STAGED_ROWS:
+        if spec.num_tokens <= STAGED_ROWS and not spec.block_rows:
             x = [stage_rows(body, x, spec.num_tokens, spec.norm, norm_weight)]
         panel = body.loop(spec.num_rows // PANEL)
+        if spec.block_rows:
+            stride, block = spec.num_rows // spec.block_rows * spec.block_stride, panel // (spec.block_rows // PANEL)
+            x = [Shard(x[0].buffer, 0, spec.num_cols, stride, block * spec.block_stride)]
         tile = _multiply_panel(body, spec, planes, x, panel)
         stores = _epilogue(body, spec, out, bias, ending, panel, tile)
         nbytes = int(spec.num_rows * spec.num_cols * spec.format.code_bits) // 8

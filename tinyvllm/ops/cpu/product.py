@@ -39,10 +39,12 @@ class Shard:
     buffer: UOp
     start: int
     width: int
+    stride: int = 0  # columns of the buffer's rows, if they are more than `width`
+    first: UOp | int = 0  # the column of the buffer's rows at which these begin
 
     def at(self, row: UOp, col: UOp) -> UOp:
         """Index of a column counted from `start`."""
-        return row * self.width + col
+        return row * (self.stride or self.width) + self.first + col
 
 
 def take_shards(operands: list[UOp], x_cols: tuple[int, ...], num_cols: int) -> list[Shard]:

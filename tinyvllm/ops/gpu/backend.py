@@ -22,6 +22,7 @@ from tinyvllm.ops.backend import (
     Step,
     expert_gate_over_up,
     gate_over_up,
+    latent_layers,
     stack_qkv,
     zeroed_pool,
 )
@@ -31,7 +32,9 @@ from tinyvllm.ops.formats.matrix import Matrix, Planes, pack, unpack
 from tinyvllm.ops.gpu.attention import THREADS, attention_kernel, take_rows_kernel, write_kv_kernel
 from tinyvllm.ops.gpu.columns import GateSpec, gate_columns_kernel
 from tinyvllm.ops.gpu.expert_rows import ExpertRowsSpec, expert_rows_kernel
+from tinyvllm.ops.gpu.latent_attention import latent_attention_kernel, store_latents_kernel
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
+from tinyvllm.ops.latent_spec import LatentLayer, LatentSpec
 from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, plain_routing, rms_norm
 from tinyvllm.ops.sampling.token_ids import token_id
 
@@ -70,7 +73,9 @@ class GpuBackend(DeviceSampling):
     def make_pool(
         self, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
     ) -> KVPool:
-        for _, head_dim in (shape for group in groups for shape in group.shapes.values()):
+        latents = latent_layers(groups)
+        shapes = [(layer, shape) for group in groups for layer, shape in group.shapes.items()]
+        for head_dim in {head_dim for layer, (_, head_dim) in shapes if layer not in latents}:
             if head_dim > MAX_HEAD_DIM or head_dim % 8:
                 raise UnsupportedModelError(f"head_dim {head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}")
         return zeroed_pool(self.device, groups, num_blocks, block_size, dtype)
@@ -143,6 +148,19 @@ class GpuBackend(DeviceSampling):
         read = [keys, values, step.inputs, *layer.tables, *qkv[spec.query_parts]]
         return run_kernel(attention_kernel(spec), [out], read)[0]
 
+    def attend_latent(self, queries: Tensor, latents: Tensor, layer: LatentLayer, step: Step) -> Tensor:
+        tokens, pool = step.num_tokens, step.pool.keys[layer.index]
+        assert isinstance(pool, Tensor)
+        spec = LatentSpec.of(layer, step.layout, step.pool.num_blocks[layer.index])
+        store = store_latents_kernel(spec, int(latents.numel()) // tokens)
+        (pool,) = run_kernel(store, [pool], [step.inputs, layer.norm, layer.rope, latents])
+        nope = queries.reshape(tokens, spec.num_heads, -1)[:, :, : spec.nope_dim]
+        absorbed = self._by_head(nope, layer.key_up)
+        out = self._empty(tokens * spec.num_heads * spec.rank)
+        read = [pool, step.inputs, layer.rope, absorbed, queries]
+        (out,) = run_kernel(latent_attention_kernel(spec), [out], read)
+        return self._by_head(out.reshape(tokens, spec.num_heads, -1), layer.value_up)
+
     def norm_groups(self, x: Tensor, norm: Norm, num_tokens: int, addend: Tensor) -> Tensor:
         groups, addend = (self.parts_of(value)[0].cast(dtypes.float) for value in (x, addend))
         normed = rms_norm(groups.reshape(-1, norm.weight.shape[0]), norm).reshape(-1)
@@ -203,6 +221,12 @@ class GpuBackend(DeviceSampling):
         rows = x.reshape(num_tokens, -1).cast(dtypes.float)
         scale = (rows.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
         return (rows * scale * norm.weight).cast(self.float).contiguous()
+
+    def _by_head(self, x: Tensor, matrix: Matrix) -> Tensor:
+        """A block-diagonal product: (T * rows,), of each head's columns x (T, H, K) and its rows of the matrix."""
+        by_head = unpack(matrix, self.float).reshape(x.shape[1], -1, matrix.num_cols)
+        out = x.cast(self.float).transpose(0, 1).matmul(by_head.transpose(1, 2), dtype=dtypes.float)
+        return out.transpose(0, 1).cast(self.float).reshape(-1).contiguous()
 
     def _product(self, x: Tensor, matrix: Matrix, epilogue: Epilogue) -> Tensor:
         """epilogue(x (T, K) @ matrix.T), flat: in float32 if it is qkv or logits, which no activation, norm or

@@ -365,8 +365,9 @@ def names_of(family: str) -> gguf.TensorNameMap:
 
 
 def gguf_name(hf_name: str, family: str = "llama") -> str:
-    """llama.cpp's name of a Hugging Face tensor, from the gguf package's own map."""
-    name = names_of(family).get_name(hf_name, try_suffixes=(".weight", ".bias"))
+    """llama.cpp's name of a Hugging Face tensor, from the gguf package's own map of the family, or of llama."""
+    found = (names_of(one).get_name(hf_name, try_suffixes=(".weight", ".bias")) for one in (family, "llama"))
+    name = next(filter(None, found), None)
     assert name is not None, hf_name
     return name
 

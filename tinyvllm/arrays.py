@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -182,14 +183,17 @@ class Scales:
         steps = None if self.steps is None else self.steps[index]
         return Scales(self.base[index], steps, None if self.multiplier is None else self.multiplier[index])
 
-    def over(self, other: Scales) -> Scales:
-        """These rows, then those of `other`, which has the same format."""
-        base = np.concatenate([self.base, other.base])
-        return Scales(base, _join(self.steps, other.steps), _join(self.multiplier, other.multiplier))
+    @staticmethod
+    def joined(parts: Sequence[Scales]) -> Scales:
+        """The rows of all parts, which have the same format, one part after another."""
+        base = np.concatenate([part.base for part in parts])
+        return Scales(base, _joined([part.steps for part in parts]), _joined([part.multiplier for part in parts]))
 
 
-def _join(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
-    return None if a is None or b is None else np.concatenate([a, b])
+def _joined(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """All rows; None if the arrays are: all or none of them."""
+    present = [array for array in arrays if array is not None]
+    return np.concatenate(present) if present else None
 
 
 @cache
@@ -226,10 +230,13 @@ class LazyCodes:
     def __getitem__(self, index: np.ndarray | slice) -> LazyCodes:
         return self._of(self._sources, self._source[index], self._row[index])
 
-    def over(self, other: LazyCodes) -> LazyCodes:
-        """These rows, then those of `other`."""
-        source = np.concatenate([self._source, other._source + len(self._sources)])
-        return self._of(self._sources + other._sources, source, np.concatenate([self._row, other._row]))
+    @staticmethod
+    def joined(parts: Sequence[LazyCodes]) -> LazyCodes:
+        """The rows of all parts, one part after another."""
+        firsts = np.cumsum([0, *[len(part._sources) for part in parts]])  # of each part's sources
+        source = np.concatenate([part._source + first for part, first in zip(parts, firsts, strict=False)])
+        sources = tuple(source for part in parts for source in part._sources)
+        return parts[0]._of(sources, source.astype(np.int32), np.concatenate([part._row for part in parts]))
 
     def _of(
         self, sources: tuple[Callable[[np.ndarray], np.ndarray], ...], source: np.ndarray, row: np.ndarray
@@ -292,16 +299,27 @@ class QuantizedMatrix:
         signs = None if self.signs is None else self.signs[index]
         return QuantizedMatrix(self.format, self.codes[index], self.scale.rows(index), minimum, signs)
 
-    def over(self, other: QuantizedMatrix) -> QuantizedMatrix:
-        """These rows, then those of `other`, which has the same format."""
+    @staticmethod
+    def joined(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+        """The rows of all parts, which have the same format, one part after another. Codes are unpacked when they are
+        read, if those of any part are."""
         codes: np.ndarray | LazyCodes
-        if isinstance(self.codes, LazyCodes) and isinstance(other.codes, LazyCodes):
-            codes = self.codes.over(other.codes)
+        if any(isinstance(part.codes, LazyCodes) for part in parts):
+            codes = LazyCodes.joined([part.lazy_codes for part in parts])
         else:
-            codes = np.concatenate([self.read_codes(), other.read_codes()])
-        scale = self.scale.over(other.scale)
-        minimum = None if self.minimum is None or other.minimum is None else self.minimum.over(other.minimum)
-        return QuantizedMatrix(self.format, codes, scale, minimum, _join(self.signs, other.signs))
+            codes = np.concatenate([part.read_codes() for part in parts])
+        scale = Scales.joined([part.scale for part in parts])
+        minimums = [part.minimum for part in parts if part.minimum is not None]
+        minimum = Scales.joined(minimums) if minimums else None
+        return QuantizedMatrix(parts[0].format, codes, scale, minimum, _joined([part.signs for part in parts]))
+
+    @property
+    def lazy_codes(self) -> LazyCodes:
+        """The codes, to be selected before they are read."""
+        if isinstance(self.codes, LazyCodes):
+            return self.codes
+        rows, cols = self.codes.shape
+        return LazyCodes(self.codes.__getitem__, (rows, cols))
 
 
 HostMatrix = np.ndarray | QuantizedMatrix
@@ -326,15 +344,22 @@ def take_rows(matrix: HostMatrix, index: np.ndarray | slice) -> HostMatrix:
     return matrix.rows(index) if isinstance(matrix, QuantizedMatrix) else matrix[index]
 
 
+def join_rows(matrices: Sequence[HostMatrix]) -> HostMatrix:
+    """The rows of all matrices, which have the same format, one matrix after another."""
+    if len(matrices) == 1:
+        return matrices[0]
+    quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix)]
+    if quantized:
+        assert len(quantized) == len(matrices), "quantized and dense matrices have no format in common"
+        return QuantizedMatrix.joined(quantized)
+    return np.concatenate([matrix for matrix in matrices if isinstance(matrix, np.ndarray)])
+
+
 def stack_rows(matrices: Sequence[HostMatrix]) -> list[HostMatrix]:
     """The same rows in as few matrices as possible: neighbors of one format become one."""
-    stacked: list[HostMatrix] = []
-    for matrix in matrices:
-        above = stacked[-1] if stacked else None
-        if isinstance(above, QuantizedMatrix) and isinstance(matrix, QuantizedMatrix) and above.format == matrix.format:
-            stacked[-1] = above.over(matrix)
-        elif isinstance(above, np.ndarray) and isinstance(matrix, np.ndarray) and above.dtype == matrix.dtype:
-            stacked[-1] = np.concatenate([above, matrix])
-        else:
-            stacked.append(matrix)
-    return stacked
+    return [join_rows(list(group)) for _, group in groupby(matrices, key=format_of)]
+
+
+def format_of(matrix: HostMatrix) -> Format | np.dtype[Any]:
+    """What matrices that can be joined share."""
+    return matrix.format if isinstance(matrix, QuantizedMatrix) else matrix.dtype

@@ -24,6 +24,7 @@ from tests.builders import (
     write_json,
     write_safetensors,
 )
+from tests.families.experts import LLAMA_CPP, MLX, stacked
 from tinyvllm.config import ModelFiles
 
 # Means of norms' weights. The last one's makes logits sharp, so that no two tokens are nearly as likely. Those after
@@ -60,6 +61,8 @@ class Recipe:
     is_slow: bool = False
     # What GGUF stores under other names or in another form: the tensors of this model by llama.cpp's names
     gguf_tensors: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None
+    # The same for mlx-lm, before anything is quantized; None: experts are stacked
+    mlx_tensors: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None
 
 
 def sizes(layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, ffn: int) -> dict[str, Any]:
@@ -137,8 +140,8 @@ def _fuse(weights: dict[str, np.ndarray], fused: Mapping[str, tuple[str, ...]]) 
 
 def _draw(recipe: Recipe, name: str, shape: tuple[int, ...]) -> np.ndarray:
     values = np.random.default_rng([recipe.seed, zlib.crc32(name.encode())]).standard_normal(shape)
-    if len(shape) == 2:
-        return (values / math.sqrt(shape[1])).astype(np.float32)
+    if len(shape) > 1:
+        return (values / math.sqrt(shape[-1])).astype(np.float32)
     if name.endswith(".bias"):
         return (BIAS_SPREAD * values).astype(np.float32)
     middle = LAST_NORM if name == "model.norm.weight" else 1.0
@@ -193,7 +196,7 @@ def write_gguf(path: Path, recipe: Recipe, dtype: str = "float32") -> ModelFiles
         writer.add_key_value(f"{arch}.{key}", value, unsigned)
     add_tokenizer_metadata(writer, NUM_TOKENS)
     for name, weight in (gguf_weights(recipe) | dict(recipe.gguf_more)).items():
-        writer.add_tensor(name, weight.astype(dtype) if weight.ndim == 2 else weight)
+        writer.add_tensor(name, weight.astype(dtype) if weight.ndim > 1 else weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -208,11 +211,18 @@ def gguf_weights(recipe: Recipe) -> dict[str, np.ndarray]:
     weights = make_weights(recipe)
     if recipe.gguf_tensors is not None:
         return recipe.gguf_tensors(weights)
+    weights = stacked(weights, LLAMA_CPP)
     for name, weight in weights.items():
         if weight.ndim == 1 and not name.endswith(".bias"):
             weight = weight + np.float32(recipe.norm_offset)
         if arch in INTERLEAVED and ("q_proj" in name or "k_proj" in name):
             rows = interleave_rotary_rows(weight.reshape(len(weight), -1), recipe.config["head_dim"])
             weight = rows.reshape(weight.shape)
-        found[gguf_name(name, arch)] = weight
+        found[gguf_name(name, arch.replace("-", "_"))] = weight
     return found
+
+
+def mlx_weights(recipe: Recipe) -> dict[str, np.ndarray]:
+    """The tensors as mlx-lm names and stacks them, before any are quantized."""
+    weights = make_weights(recipe)
+    return stacked(weights, MLX) if recipe.mlx_tensors is None else recipe.mlx_tensors(weights)

@@ -16,6 +16,7 @@ from tinyvllm.arrays import to_float32
 from tinyvllm.config import LayerKind, ModelConfig, QueryScaling, Rope
 from tinyvllm.device.recording import keep
 from tinyvllm.model.attention import Placed, load_attention
+from tinyvllm.model.experts import load_sparse
 from tinyvllm.model.feed_forward import load_dense
 from tinyvllm.model.layer import FeedForward, Layer, Mixer
 from tinyvllm.model.loading import Loader
@@ -144,4 +145,7 @@ class Decoder:
         return load_attention(self.load, kind, placed, self.ATTENTION_NORM, self.ATTENTION_POST_NORM)
 
     def _load_feed_forward(self, index: int) -> FeedForward:
+        kind = self.config.experts_of(index)
+        if kind is not None:
+            return load_sparse(self.load, index, kind, self.FFN_NORM, self.FFN_POST_NORM)
         return load_dense(self.load, index, self.FFN_NORM, self.FFN_POST_NORM)

@@ -66,3 +66,9 @@ class _NoBackend:
 
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
         return self.matrix(gate)
+
+    def expert_gate_up(self, gate: HostMatrix, up: HostMatrix, num_experts: int) -> Matrix:
+        return self.matrix(gate)
+
+    def expert_matrix(self, host: HostMatrix, num_experts: int) -> Matrix:
+        return self.matrix(host)

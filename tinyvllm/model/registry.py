@@ -12,10 +12,12 @@ from tinyvllm.model.gemma2 import Gemma2
 from tinyvllm.model.gemma3 import Gemma3
 from tinyvllm.model.gemma4 import Gemma4
 from tinyvllm.model.glm4 import Glm, Glm4
+from tinyvllm.model.gpt_oss import GptOss
 from tinyvllm.model.granite import Granite
 from tinyvllm.model.llama import Llama
 from tinyvllm.model.mistral import Ministral3, Mistral
 from tinyvllm.model.olmo2 import Olmo2
+from tinyvllm.model.olmoe import Olmoe
 from tinyvllm.model.phi3 import Phi3
 from tinyvllm.model.qwen2 import Qwen2
 from tinyvllm.model.qwen3 import Qwen3
@@ -43,6 +45,10 @@ FAMILIES: dict[str, type[Decoder]] = {
     "granite": Granite,
     "glm": Glm,
     "glm4": Glm4,
+    "qwen3_moe": Qwen3,
+    "mixtral": Mistral,
+    "olmoe": Olmoe,
+    "gpt_oss": GptOss,
 }
 
 

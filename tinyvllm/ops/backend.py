@@ -348,7 +348,7 @@ def gate_over_up(gate: HostMatrix, up: HostMatrix) -> HostMatrix:
     both are kept in a common one; without one both become float16, with a warning."""
     stacked = stack_rows([gate, up])
     if len(stacked) > 1:
-        stacked = stack_rows(in_common_format(gate, up) or _as_float16(gate, up))
+        stacked = stack_rows(in_common_format([gate, up]) or _as_float16(gate, up))
     return stacked[0]
 
 

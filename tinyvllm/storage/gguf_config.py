@@ -84,17 +84,22 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
 
 
 def _architecture(values: Values) -> str:
-    for key, names in families.KNOWN_ARCHITECTURES.items():
-        if values.get("general.architecture") in names.gguf:
-            return key
-    known = ", ".join(name for names in families.KNOWN_ARCHITECTURES.values() for name in names.gguf)
-    values.unsupported("general.architecture", known)
+    """The registry's key. Mixtral's files are called `llama`, as those of the dense models are."""
+    name = values.get("general.architecture")
+    found = {key: family for key, family in families.KNOWN_ARCHITECTURES.items() if name in family.gguf}
+    if not found:
+        known = ", ".join(name for names in families.KNOWN_ARCHITECTURES.values() for name in names.gguf)
+        values.unsupported("general.architecture", known)
+    own = Values(values.source, values.values, f"{name}.")
+    has_experts = bool(own.optional_integer("expert_count", at_least=0))
+    fitting = [key for key, family in found.items() if family.has_experts in (None, has_experts)]
+    if not fitting:
+        own.unsupported("expert_count", "0 (no experts)" if has_experts else "1 and more (experts)")
+    return fitting[0]
 
 
 def _refuse_variants(values: Values, family: FamilyFiles) -> None:
     """Refuse settings that would change the computation, where running on would give wrong tokens."""
-    if values.optional_integer("expert_count", at_least=0):
-        values.unsupported("expert_count", "0 (no experts)")
     for key in SOFTCAPS:
         if key not in family.softcaps and values.optional_number(key):
             values.unsupported(key, "0 (none)")

@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 from tests.families.recipe import Recipe
-from tests.families.recipes import gemma2, gemma3, gemma4, glm4, granite, mistral, olmo, phi3, qwen2, smollm3
+from tests.families.recipes import (
+    gemma2,
+    gemma3,
+    gemma4,
+    glm4,
+    gpt_oss,
+    granite,
+    mistral,
+    mixtral,
+    olmo,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen3_moe,
+    smollm3,
+)
 
-MODULES = (qwen2, gemma2, gemma3, gemma4, mistral, phi3, smollm3, olmo, granite, glm4)
+DENSE = (qwen2, gemma2, gemma3, gemma4, mistral, phi3, smollm3, olmo, granite, glm4)
+SPARSE = (qwen3_moe, mixtral, olmoe, gpt_oss)
+MODULES = (*DENSE, *SPARSE)
 
 RECIPES: dict[str, Recipe] = {name: recipe for family in MODULES for name, recipe in family.RECIPES.items()}

@@ -32,7 +32,7 @@ KNOWN |= {fmt.name: fmt for fmt in BY_NAME.values() if fmt.name not in KNOWN}
 )
 def test_both_keep_their_values(gate: str, up: str, bits: int, group: int, has_minimum: bool) -> None:
     hosts = [draw_matrix(KNOWN[name], 32, 256, seed) for seed, name in enumerate((gate, up))]
-    common = in_common_format(*hosts)
+    common = in_common_format(hosts)
     assert common is not None
     assert common[0].format == common[1].format
     fmt = common[0].format

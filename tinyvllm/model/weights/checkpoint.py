@@ -14,6 +14,7 @@ import numpy as np
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.config import ModelConfig, ModelFiles
 from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
+from tinyvllm.model.weights.experts import stack_experts
 from tinyvllm.model.weights.fused import split_fused
 from tinyvllm.model.weights.gguf import read_gguf
 from tinyvllm.model.weights.hf_formats import assemble_matrices
@@ -42,6 +43,8 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
         read = with_model(language_model_tensors(assemble_matrices(files.path, stored), config.architecture))
     if family is not None and family.fused:
         read = split_fused(read, family.fused, config)
+    alternate = family is not None and family.alternates_experts
+    read = stack_experts(files.path, read, config, alternate=alternate)
     read = {name: tensor for name, tensor in read.items() if not name.startswith(_unread_modules(config))}
     if config.tie_embeddings:
         read = tied(files.path, read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -43,8 +44,23 @@ LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp.scale": "mlp.gate.scale",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_gate_up_exps": "mlp.experts.gate_up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_down_exps.scale": "mlp.gate.per_expert_scale",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "attn_sinks.weight": "self_attn.sinks",
 }
-LAYER_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>\w+)\.(?P<suffix>weight|bias)")
+LAYER_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>\w+)\.(?P<suffix>weight|bias|scale)")
+EXPERT_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<module>gate|up|down)\.(?P<expert>\d+)\.weight")  # until 2024
+SHARED_GATE = "mlp.shared_expert_gate.weight"
 TOP_TENSOR = re.compile(r"(?P<part>\w+)\.(?P<suffix>weight|bias)")
 
 ROTARY_TENSORS = tuple(f"{part}.{suffix}" for part in ("attn_q", "attn_k") for suffix in ("weight", "bias"))
@@ -62,7 +78,15 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     tensors = {canonical_name(name, config.architecture): tensor for name, tensor in kept.items()}
     if CLASSIFIER in tensors:
         tensors["score.weight"] = _as_one_label(tensors.pop(CLASSIFIER))
+    for name, tensor in tensors.items():
+        if name.endswith(SHARED_GATE) and len(tensor.shape) == 1:
+            tensors[name] = _as_row(tensor)
     return tensors
+
+
+def _as_row(tensor: StoredTensor) -> StoredTensor:
+    """A vector as a matrix of one row."""
+    return replace(tensor, shape=(1, *tensor.shape), read=lambda: to_float32(tensor.read())[None])
 
 
 def _as_one_label(tensor: StoredTensor) -> StoredTensor:
@@ -99,9 +123,13 @@ def canonical_name(gguf_name: str, architecture: str) -> str:
     if match := LAYER_TENSOR.fullmatch(gguf_name):
         names = LAYER_NAMES | dict(families.KNOWN_ARCHITECTURES[architecture].gguf_layer_names)
         layer, part, suffix = match.groups()
-        name = names.get(f"{part}.{suffix}") or (part in names and f"{names[part]}.{suffix}")
-        if name:
+        name = names.get(f"{part}.{suffix}")
+        if name is None and part in names and suffix != "scale":
+            name = f"{names[part]}.{suffix}"
+        if name is not None:
             return f"model.layers.{layer}.{name}"
+    if match := EXPERT_TENSOR.fullmatch(gguf_name):
+        return "model.layers.{layer}.mlp.experts.{expert}.{module}_proj.weight".format(**match.groupdict())
     if (match := TOP_TENSOR.fullmatch(gguf_name)) and match["part"] in TOP_NAMES:
         return f"{TOP_NAMES[match['part']]}.{match['suffix']}"
     return gguf_name
@@ -118,30 +146,33 @@ def _is_multiplier(name: str, stored: Mapping[str, GGUFTensor]) -> bool:
     return name.endswith((".scale", ".input_scale")) and weight is not None and weight.ggml_type == MULTIPLIED_TYPE
 
 
-def _multiplier(path: Path, weight: GGUFTensor, stored: Mapping[str, GGUFTensor]) -> float | None:
-    """The scale of a whole matrix, if it has one."""
+def _multiplier(path: Path, weight: GGUFTensor, stored: Mapping[str, GGUFTensor]) -> np.ndarray | None:
+    """The scale of a whole matrix, (1,), or of each expert's, (E,), if it has one."""
     tensor = stored.get(_sibling(weight.name, "scale")) if weight.ggml_type == MULTIPLIED_TYPE else None
     if tensor is None:
         return None
-    if tensor.ggml_type != "F32" or tensor.data.size != 4:
+    count = weight.shape[0] if len(weight.shape) == 3 else 1
+    if tensor.ggml_type != "F32" or tensor.data.size != 4 * count:
+        wanted = "one F32" if count == 1 else f"F32 of {count} experts"
         raise UnsupportedModelError(
-            f"{path}: tensor {tensor.name} is {tensor.ggml_type} of shape {tensor.shape}; supported is one F32"
+            f"{path}: tensor {tensor.name} is {tensor.ggml_type} of shape {tensor.shape}; supported is {wanted}"
         )
-    return float(tensor.data.view(np.float32)[0])
+    return tensor.data.view(np.float32)
 
 
-def _read(tensor: GGUFTensor, rotary_dim: int | None, multiplier: float | None) -> HostMatrix:
-    """The values. `rotary_dim`: of heads whose rows come in Hugging Face's order; whole rows of blocks are moved before
-    they are split. `multiplier`: of all values."""
-    raw, num_rows = tensor.data, tensor.shape[0]
+def _read(tensor: GGUFTensor, rotary_dim: int | None, multiplier: np.ndarray | None) -> HostMatrix:
+    """The values; of quantized experts, the rows of all. `rotary_dim`: of heads whose rows come in Hugging Face's
+    order; whole rows of blocks are moved before they are split. `multiplier`: of all values, or of each expert's."""
+    raw, num_rows = tensor.data, math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.shape[0]
     if rotary_dim is not None:
         raw = raw.reshape(num_rows, -1)[half_order(num_rows, rotary_dim)].reshape(-1)
     if tensor.ggml_type not in QUANTIZED_KINDS:
         return view_dense(raw, tensor.ggml_type, tensor.shape)
-    matrix = decompose(tensor.ggml_type, raw, tensor.shape)
+    matrix = decompose(tensor.ggml_type, raw, (num_rows, tensor.shape[-1]))
     if multiplier is None:
         return matrix
-    return replace(matrix, scale=replace(matrix.scale, multiplier=np.full(num_rows, multiplier, np.float32)))
+    factors = np.repeat(multiplier, num_rows // len(multiplier))
+    return replace(matrix, scale=replace(matrix.scale, multiplier=factors))
 
 
 def half_order(num_rows: int, head_dim: int) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""A format that holds two matrices of different formats, so that one kernel can read both."""
+"""A format that holds matrices of different formats, so that one kernel can read all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,22 +10,24 @@ import numpy as np
 from tinyvllm.arrays import Format, HostMatrix, LazyCodes, QuantizedMatrix, ScaleFormat, Scales
 
 
-def in_common_format(a: HostMatrix, b: HostMatrix) -> tuple[QuantizedMatrix, QuantizedMatrix] | None:
-    """Both matrices (of the same width) in one format, with the values that they have, or None if they are not both of
-    integer codes. It has the longer codes and the shorter groups."""
-    if not (isinstance(a, QuantizedMatrix) and isinstance(b, QuantizedMatrix)):
+def in_common_format(matrices: Sequence[HostMatrix]) -> list[QuantizedMatrix] | None:
+    """The matrices (of the same width) in one format, with the values that they have, or None if they are not all of
+    integer codes. It has the longest codes and the shortest groups."""
+    quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix)]
+    if len(quantized) < len(matrices) or not all(_has_integers(matrix.format) for matrix in quantized):
         return None
-    if not (_has_integers(a.format) and _has_integers(b.format)):
-        return None
-    bits, group = max(a.format.bits, b.format.bits), min(a.format.group, b.format.group)
-    scale = ScaleFormat(group, dtype=_scale_dtype(a.format, b.format))
-    name = a.format.name if a.format.name == b.format.name else f"{a.format.name}+{b.format.name}"
-    if a.format.minimum is None and b.format.minimum is None and min(a.format.offset, b.format.offset) >= 0:
-        offset = 0 if bits == 8 else max(a.format.offset, b.format.offset)
-        common = Format(name, bits, group, offset=offset, scale=scale)
-    else:
-        common = Format(name, bits, group, scale=scale, minimum=ScaleFormat(group, dtype="float32"))
-    return _recast(a, common), _recast(b, common)
+    common = _common_format(list(dict.fromkeys(matrix.format for matrix in quantized)))
+    return [_recast(matrix, common) for matrix in quantized]
+
+
+def _common_format(formats: Sequence[Format]) -> Format:
+    bits, group = max(fmt.bits for fmt in formats), min(fmt.group for fmt in formats)
+    scale = ScaleFormat(group, dtype=_scale_dtype(*formats))
+    name = "+".join(dict.fromkeys(fmt.name for fmt in formats))
+    if all(fmt.minimum is None and fmt.offset >= 0 for fmt in formats):
+        offset = 0 if bits == 8 else max(fmt.offset for fmt in formats)
+        return Format(name, bits, group, offset=offset, scale=scale)
+    return Format(name, bits, group, scale=scale, minimum=ScaleFormat(group, dtype="float32"))
 
 
 def _has_integers(fmt: Format) -> bool:

@@ -8,16 +8,20 @@ from tinyvllm.storage.families import (
     gemma4,
     glm,
     glm4,
+    gpt_oss,
     granite,
     llama,
     ministral,
     ministral3,
     mistral,
+    mixtral,
     olmo2,
     olmo3,
+    olmoe,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
 )
 from tinyvllm.storage.families.family import SOFTCAPS, FamilyFiles
@@ -41,6 +45,10 @@ KNOWN_ARCHITECTURES: dict[str, FamilyFiles] = {
     "granite": granite.FILES,
     "glm": glm.FILES,
     "glm4": glm4.FILES,
+    "qwen3_moe": qwen3_moe.FILES,
+    "mixtral": mixtral.FILES,
+    "olmoe": olmoe.FILES,
+    "gpt_oss": gpt_oss.FILES,
 }
 
 __all__ = ["KNOWN_ARCHITECTURES", "SOFTCAPS", "FamilyFiles"]

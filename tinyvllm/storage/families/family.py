@@ -66,6 +66,11 @@ class FamilyFiles:
     # Modules that are stored as one under another name, their rows one after another: {"self_attn.qkv_proj":
     # ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}; in both formats
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Whether models have sparse feed-forwards, which the refine functions read; None: some have
+    has_experts: bool | None = False
+    # Where the experts' gate and up projection are one tensor, their rows alternate, and unquantized matrices have a
+    # row for each input (gpt-oss)
+    alternates_experts: bool = False
     # Applied last, to config.json's values for the text model with the family's defaults
     hf_refine: Refine = as_read
     # Applied last, to the metadata under {arch}, without this prefix

@@ -1,0 +1,36 @@
+"""What files of several families say about experts."""
+
+from __future__ import annotations
+
+from tinyvllm.config import ExpertsKind, ModelConfig
+from tinyvllm.storage.values import Values
+
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")  # of config.json
+
+
+def hf_experts(values: Values, ffn_key: str, top_k_key: str = "num_experts_per_tok") -> ExpertsKind:
+    """The numbers and the size in config.json; a family replaces what else its experts have. `ffn_key`: of the size of
+    one expert."""
+    count_key = next((key for key in COUNT_KEYS if values.get(key) is not None), COUNT_KEYS[0])
+    return _experts(values, (count_key, top_k_key, ffn_key))
+
+
+def gguf_experts(values: Values, ffn_key: str = "expert_feed_forward_length") -> ExpertsKind:
+    """The same in a GGUF file's metadata."""
+    return _experts(values, ("expert_count", "expert_used_count", ffn_key))
+
+
+def _experts(values: Values, keys: tuple[str, str, str]) -> ExpertsKind:
+    count, top_k, ffn_size = (values.integer(key) for key in keys)
+    if top_k > count:
+        values.refuse(keys[1], f"at most {count} ({keys[0]})")
+    return ExpertsKind(num_experts=count, top_k=top_k, ffn_size=ffn_size)
+
+
+def sparse_layers(config: ModelConfig, values: Values) -> tuple[bool, ...]:
+    """ModelConfig.with_experts by Qwen's keys: every decoder_sparse_step-th layer, but those in mlp_only_layers."""
+    step, dense = values.integer("decoder_sparse_step", 1), values.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        values.refuse("mlp_only_layers", "a list of layers")
+    flags = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(config.num_layers))
+    return () if all(flags) else flags

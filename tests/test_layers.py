@@ -37,7 +37,7 @@ MAY_IMPORT = {
     | {f"ops/{name}" for name in ("latent_spec", "sampling", "step_inputs")},
     "ops/experts_spec": BASE | {"ops/formats"},
     "ops/latent_spec": BASE | {"ops/formats", "ops/kernel", "ops/step_inputs"},
-    "ops/recurrent_spec": BASE,
+    "ops/recurrent_spec": BASE | {"ops/kernel", "ops/step_inputs"},
     "ops/plain": BASE
     | {f"ops/{name}" for name in ("activation", "attention_spec", "backend", "experts_spec", "recurrent_spec")},
     "ops/cpu": INSIDE_OPS,

@@ -114,7 +114,7 @@ class StateKind:
     num_key_heads: int  # Hk, of queries and of keys
     key_dim: int  # Dk
     value_dim: int  # Dv
-    conv_width: int  # taps of the convolution: a sequence keeps the last conv_width - 1 columns of its input
+    conv_width: int  # taps of the convolution
     norm_eps: float  # of the RMSNorm on each head's output, which silu(z) gates
 
     @property
@@ -137,8 +137,9 @@ class StateKind:
 
     @property
     def conv_elements(self) -> int:
-        """float32 elements of the convolution's inputs that a sequence keeps: (conv_width - 1, conv_size)."""
-        return (self.conv_width - 1) * self.conv_size
+        """float32 elements of the convolution's inputs that a sequence keeps: (conv_width, conv_size). The input at
+        position p is in row p % conv_width, so that a step overwrites none that another thread still reads."""
+        return self.conv_width * self.conv_size
 
     @property
     def num_bytes(self) -> int:

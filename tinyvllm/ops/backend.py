@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -17,7 +17,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinyvllm.arrays import HostMatrix, QuantizedMatrix, stack_rows, take_rows, to_float32
-from tinyvllm.config import LayerKind, stored_window
+from tinyvllm.config import LayerKind, StateKind, stored_window
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.coverage import Coverage, in_words
@@ -25,6 +25,7 @@ from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.common import in_common_format
 from tinyvllm.ops.formats.matrix import PANEL, Matrix
 from tinyvllm.ops.latent_spec import LatentLayer
+from tinyvllm.ops.recurrent_spec import RecurrentLayer
 from tinyvllm.ops.sampling.logits_processing import SamplingState, sample_processed
 from tinyvllm.ops.sampling.sample import OUT_WIDTH, SampleSpec, sample
 from tinyvllm.ops.step_inputs import StepLayout
@@ -73,6 +74,7 @@ def group_of(groups: Sequence[PoolGroup], layer: int) -> int:
 
 
 Stored: TypeAlias = Tensor | tuple[Tensor, ...]  # a layer's keys or values; a tuple: each CPU core's
+NO_STATES: Mapping[int, StateKind] = {}
 
 
 @dataclass
@@ -83,7 +85,8 @@ class KVPool:
     values: dict[int, Stored]  # by layer, except those whose keys are latents
     num_blocks: dict[int, int]  # by layer
     dtype: str
-    # by recurrent layer, float32: the matrices of all slots, and their convolution's inputs (config.StateKind)
+    # by recurrent layer, float32: the matrices (Hv, Dk, Dv) of each slot, and its convolution's inputs (conv_width,
+    # conv_size), of which each CPU core has its own heads' (config.StateKind)
     matrices: dict[int, Stored] = field(default_factory=dict)
     convs: dict[int, Stored] = field(default_factory=dict)
     num_state_slots: int = 0
@@ -108,7 +111,13 @@ def blocks_by_layer(groups: Sequence[PoolGroup], num_blocks: int | Sequence[int]
 
 
 def zeroed_pool(
-    device: DeviceHandle, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
+    device: DeviceHandle,
+    groups: Sequence[PoolGroup],
+    num_blocks: int | Sequence[int],
+    block_size: int,
+    dtype: str,
+    states: Mapping[int, StateKind] = NO_STATES,
+    num_state_slots: int = 0,
 ) -> KVPool:
     """A pool with one tensor of keys and one of values for each layer; of keys alone where they are latents."""
     counts, float_type = blocks_by_layer(groups, num_blocks), FLOATS[dtype]
@@ -117,7 +126,11 @@ def zeroed_pool(
     keys = {layer: device.zeros(size, float_type) for layer, size in sizes.items()}
     latents = latent_layers(groups)
     values = {layer: device.zeros(size, float_type) for layer, size in sizes.items() if layer not in latents}
-    return KVPool(keys, values, counts, dtype)
+    pool = KVPool(keys, values, counts, dtype, num_state_slots=num_state_slots)
+    for layer, kind in states.items():
+        pool.matrices[layer] = device.zeros(num_state_slots * kind.matrix_elements, FLOATS["float32"])
+        pool.convs[layer] = device.zeros(num_state_slots * kind.conv_elements, FLOATS["float32"])
+    return pool
 
 
 def latent_layers(groups: Sequence[PoolGroup]) -> frozenset[int]:
@@ -212,9 +225,16 @@ class Weights(Protocol):
         `stored`."""
 
     def make_pool(
-        self, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
+        self,
+        groups: Sequence[PoolGroup],
+        num_blocks: int | Sequence[int],
+        block_size: int,
+        dtype: str,
+        states: Mapping[int, StateKind] = NO_STATES,
+        num_state_slots: int = 0,
     ) -> KVPool:
-        """A zeroed pool with `num_blocks` blocks in each group, or in all of them."""
+        """A zeroed pool with `num_blocks` blocks in each group, or in all of them, and `num_state_slots` slots, the
+        dummy included, for the states of the recurrent layers `states`."""
 
 
 class Operations(Protocol):
@@ -263,6 +283,15 @@ class Operations(Protocol):
     def attend_latent(self, queries: Tensor, latents: Tensor, layer: LatentLayer, step: Step) -> Tensor:
         """(T * H * value,): norm and rotate the latents (T, rank + rope), write them to their slots, rotate the last
         part of each head's query (T, H, nope + rope), and attend."""
+
+    def recur(self, projections: Sequence[Tensor], layer: RecurrentLayer, step: Step) -> Tensor:
+        """(T * Hv * Dv,): a recurrent layer's outputs, normed and gated (`RecurrentLayer` has the equations).
+
+        Sequence s of the step has rows [first_rows[s], first_rows[s + 1]); in a decode step, row s. It starts from the
+        state in slot state_reads[s], or from zeros if its first row is at position 0, and leaves its state after its
+        last row in slot state_writes[s]. The two may be equal, and several sequences may read a slot that none of them
+        writes. A sequence that has no rows, or writes to slot 0, touches no slot; its outputs are zeros, as are those
+        of padding."""
 
     def norm_groups(self, x: Tensor, norm: Norm, num_tokens: int, addend: Tensor) -> Tensor:
         """(T * M,): RMSNorm of each group of x's columns that is as wide as the norm's weight, plus `addend` (T * M,).
@@ -375,6 +404,7 @@ def _format_name(matrix: HostMatrix) -> str:
 
 
 __all__ = [
+    "NO_STATES",
     "OUT_WIDTH",
     "PLAIN",
     "Backend",

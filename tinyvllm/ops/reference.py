@@ -1,21 +1,23 @@
 """Every operation of `Backend` in plain Tensor arithmetic, for any device: the documentation of the kernels, and what
-their tests compare against. Sampling is in NumPy, in ops/sampling/reference.py. Written to be read, not to be fast: its
+their tests compare against. Two are in NumPy: sampling (ops/sampling/reference.py), and recurrent layers
+(ops/recurrent_reference.py). Written to be read, not to be fast: its
 cost depends on the pool and the longest possible context, not on the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from tinygrad import Tensor
 
 from tinyvllm.arrays import HostMatrix, stack_rows, to_float32
-from tinyvllm.config import LayerKind
+from tinyvllm.config import LayerKind, StateKind
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.activation import gated_plain
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import (
+    NO_STATES,
     PLAIN,
     Epilogue,
     KVPool,
@@ -31,6 +33,8 @@ from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import Matrix, pack, unpack
 from tinyvllm.ops.latent_spec import LatentLayer
 from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, plain_routing, rms_norm, softcap, unit_norm
+from tinyvllm.ops.recurrent_reference import RecurrentTables, recur_reference
+from tinyvllm.ops.recurrent_spec import RecurrentLayer
 from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.sampling.reference import HostState, sample_row
 from tinyvllm.ops.sampling.sample import OUT_TOKEN, OUT_WIDTH
@@ -66,9 +70,15 @@ class ReferenceBackend:
         return self.expert_matrix(expert_gate_over_up(gate, up, num_experts), num_experts)
 
     def make_pool(
-        self, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
+        self,
+        groups: Sequence[PoolGroup],
+        num_blocks: int | Sequence[int],
+        block_size: int,
+        dtype: str,
+        states: Mapping[int, StateKind] = NO_STATES,
+        num_state_slots: int = 0,
     ) -> KVPool:
-        return zeroed_pool(self.device, groups, num_blocks, block_size, dtype)
+        return zeroed_pool(self.device, groups, num_blocks, block_size, dtype, states, num_state_slots)
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
         return "float32" if wanted == "auto" else wanted
@@ -215,6 +225,27 @@ class ReferenceBackend:
         keys, values = step.pool.keys[stored], step.pool.values[stored]
         assert isinstance(keys, Tensor) and isinstance(values, Tensor)
         return keys.reshape(shape), values.reshape(shape)
+
+    def recur(self, projections: Sequence[Tensor], layer: RecurrentLayer, step: Step) -> Tensor:
+        kind, pool = layer.kind, step.pool
+        parts = [part.numpy().reshape(step.num_tokens, -1) for part in projections]
+        tables = [table.numpy() for table in (layer.conv, layer.log_decay, layer.decay_bias, layer.norm)]
+        stored = [
+            tensor for tensor in (pool.matrices[layer.index], pool.convs[layer.index]) if isinstance(tensor, Tensor)
+        ]
+        matrices, convs = (tensor.numpy().copy() for tensor in stored)
+        out = recur_reference(
+            np.concatenate(parts, axis=1),
+            kind,
+            RecurrentTables(tables[0].reshape(kind.conv_width, kind.conv_size), *tables[1:]),
+            step.layout.views(step.inputs.numpy()),
+            matrices.reshape(-1, kind.num_heads, kind.key_dim, kind.value_dim),
+            convs.reshape(-1, kind.conv_width, kind.conv_size),
+            is_decode=step.is_decode,
+        )
+        for tensor, values in zip(stored, (matrices, convs), strict=True):
+            self.device.write(tensor, values)
+        return Tensor(out.reshape(-1), device=self.device.name)
 
     def norm_groups(self, x: Tensor, norm: Norm, num_tokens: int, addend: Tensor) -> Tensor:
         groups = x.reshape(-1, norm.weight.shape[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -11,11 +11,12 @@ from tinygrad import Tensor, UOp
 
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.arrays import take_rows as take_host_rows
-from tinyvllm.config import LayerKind
+from tinyvllm.config import LayerKind, StateKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle, has_many_registers
 from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import (
+    NO_STATES,
     PLAIN,
     DeviceSampling,
     Epilogue,
@@ -53,6 +54,7 @@ from tinyvllm.ops.cpu.linear import (
     rms_norm_kernel,
 )
 from tinyvllm.ops.cpu.product import STAGED_ROWS, NormSpec
+from tinyvllm.ops.cpu.recurrent import CpuRecurrentSpec, recur_on_core
 from tinyvllm.ops.cpu.routing import Plan, RouteSpec, route_kernel
 from tinyvllm.ops.cpu.whole_norm import WholeNormSpec, whole_norm_kernel
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
@@ -60,6 +62,7 @@ from tinyvllm.ops.formats.matrix import HALF, PANEL, Matrix, join_shards, pack
 from tinyvllm.ops.kernel.body import I32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.tuning import choose
 from tinyvllm.ops.latent_spec import LatentLayer, LatentSpec
+from tinyvllm.ops.recurrent_spec import RecurrentLayer
 from tinyvllm.ops.step_inputs import StepLayout
 
 
@@ -151,10 +154,21 @@ class CpuBackend(DeviceSampling):
         return join_shards(shards)
 
     def make_pool(
-        self, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
+        self,
+        groups: Sequence[PoolGroup],
+        num_blocks: int | Sequence[int],
+        block_size: int,
+        dtype: str,
+        states: Mapping[int, StateKind] = NO_STATES,
+        num_state_slots: int = 0,
     ) -> KVPool:
-        """A pool in which each core's KV heads have their own tensors. All cores read the first one's latents."""
-        pool = KVPool({}, {}, blocks_by_layer(groups, num_blocks), dtype)
+        """A pool in which each core's KV heads, and its heads of recurrent layers, have their own tensors. All cores
+        read the first one's latents."""
+        pool = KVPool({}, {}, blocks_by_layer(groups, num_blocks), dtype, num_state_slots=num_state_slots)
+        for layer, state in states.items():
+            owned = [(_heads_of(state, b - a), core) for (a, b), core in self._bounds(state.num_key_heads)]
+            pool.matrices[layer] = self._states([(kind.matrix_elements, core) for kind, core in owned], num_state_slots)
+            pool.convs[layer] = self._states([(kind.conv_elements, core) for kind, core in owned], num_state_slots)
         shapes = {layer: shape for group in groups for layer, shape in group.shapes.items()}
         latents = latent_layers(groups)
         for layer, count in pool.num_blocks.items():
@@ -169,6 +183,11 @@ class CpuBackend(DeviceSampling):
             if layer not in latents:
                 pool.values[layer] = half()
         return pool
+
+    def _states(self, sizes: Sequence[tuple[int, str]], num_slots: int) -> Stored:
+        """Each core's part of the slots of a recurrent layer. `sizes`: its elements of a slot."""
+        tensors = [self.device.zeros(num_slots * size, FLOATS["float32"], core) for size, core in sizes]
+        return tuple(tensors) if len(tensors) > 1 else tensors[0]
 
     def _bounds(self, count: int) -> list[tuple[tuple[int, int], str]]:
         """[((first, end), core)]: `count` units divided between the cores as evenly as possible."""
@@ -356,6 +375,20 @@ class CpuBackend(DeviceSampling):
             outs += run_kernel(whole_norm_kernel(mine), [empty(num_tokens * mine.num_cols, device=name)], read)
             cols.append(mine.num_cols)
         return _sharded(outs, cols)
+
+    def recur(self, projections: Sequence[Activation], layer: RecurrentLayer, step: Step) -> Activation:
+        shards = [tensor for part in projections for tensor in _tensors(part)]
+        cols = [width for part, own in zip(projections, layer.cols, strict=True) for width in _widths(part, own)]
+        matrices, convs = (_tensors(stored[layer.index]) for stored in (step.pool.matrices, step.pool.convs))
+        outs, widths = [], []
+        for i, ((a, b), core) in enumerate(self._bounds(layer.kind.num_key_heads)):
+            kind = _heads_of(layer.kind, b - a)
+            own: dict[str, Any] = dict(kind=kind, layer_kind=layer.kind, first=a, cols=tuple(cols))
+            spec = CpuRecurrentSpec.of(layer, step.layout, step.pool.num_state_slots, step.is_decode, **own)
+            out = empty(step.num_tokens * kind.value_size, device=core)
+            outs.append(recur_on_core(spec, out, (matrices[i], convs[i]), layer, step.inputs, shards))
+            widths.append(kind.value_size)
+        return _sharded(outs, widths)
 
     def norm_groups(self, x: Activation, norm: Norm, num_tokens: int, addend: Activation) -> Activation:
         cols = sum(int(tensor.numel()) for tensor in _tensors(x)) // num_tokens
@@ -578,6 +611,11 @@ class CpuBackend(DeviceSampling):
 
 def _order(routing: Routing) -> list[Tensor]:
     return [routing.order] if isinstance(routing, PlannedRouting) and routing.order is not None else []
+
+
+def _heads_of(kind: StateKind, key_heads: int) -> StateKind:
+    """`key_heads` heads of queries and keys, and the value heads that read them."""
+    return replace(kind, num_key_heads=key_heads, num_heads=kind.num_heads // kind.num_key_heads * key_heads)
 
 
 def _sharded(tensors: Sequence[Tensor], widths: Sequence[int]) -> Activation:

@@ -3,16 +3,18 @@ unpack matrices in row layout; attention, KV write, embedding and sampling are o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tinygrad import Tensor, UOp, dtypes
 
 from tinyvllm.arrays import Format, HostMatrix
+from tinyvllm.config import StateKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.ops.attention_spec import AttentionLayer, AttentionSpec
 from tinyvllm.ops.backend import (
+    NO_STATES,
     PLAIN,
     DeviceSampling,
     Epilogue,
@@ -33,9 +35,11 @@ from tinyvllm.ops.gpu.attention import THREADS, attention_kernel, take_rows_kern
 from tinyvllm.ops.gpu.columns import GateSpec, gate_columns_kernel
 from tinyvllm.ops.gpu.expert_rows import ExpertRowsSpec, expert_rows_kernel
 from tinyvllm.ops.gpu.latent_attention import latent_attention_kernel, store_latents_kernel
+from tinyvllm.ops.gpu.recurrent import GpuRecurrentSpec, recur_by_rows
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.latent_spec import LatentLayer, LatentSpec
 from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, plain_routing, rms_norm
+from tinyvllm.ops.recurrent_spec import RecurrentLayer
 from tinyvllm.ops.sampling.token_ids import token_id
 
 MAX_HEAD_DIM = 512  # threads of an attention threadgroup
@@ -71,14 +75,20 @@ class GpuBackend(DeviceSampling):
         return self.expert_matrix(expert_gate_over_up(gate, up, num_experts), num_experts)
 
     def make_pool(
-        self, groups: Sequence[PoolGroup], num_blocks: int | Sequence[int], block_size: int, dtype: str
+        self,
+        groups: Sequence[PoolGroup],
+        num_blocks: int | Sequence[int],
+        block_size: int,
+        dtype: str,
+        states: Mapping[int, StateKind] = NO_STATES,
+        num_state_slots: int = 0,
     ) -> KVPool:
         latents = latent_layers(groups)
         shapes = [(layer, shape) for group in groups for layer, shape in group.shapes.items()]
         for head_dim in {head_dim for layer, (_, head_dim) in shapes if layer not in latents}:
             if head_dim > MAX_HEAD_DIM or head_dim % 8:
                 raise UnsupportedModelError(f"head_dim {head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}")
-        return zeroed_pool(self.device, groups, num_blocks, block_size, dtype)
+        return zeroed_pool(self.device, groups, num_blocks, block_size, dtype, states, num_state_slots)
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
         """That of the activations for "auto"."""
@@ -160,6 +170,12 @@ class GpuBackend(DeviceSampling):
         read = [pool, step.inputs, layer.rope, absorbed, queries]
         (out,) = run_kernel(latent_attention_kernel(spec), [out], read)
         return self._by_head(out.reshape(tokens, spec.num_heads, -1), layer.value_up)
+
+    def recur(self, projections: Sequence[Tensor], layer: RecurrentLayer, step: Step) -> Tensor:
+        slots, partials = step.pool.num_state_slots, (1,) * len(projections)
+        spec = GpuRecurrentSpec.of(layer, step.layout, slots, step.is_decode, partials=partials)
+        out = self._empty(step.num_tokens * layer.kind.value_size)
+        return recur_by_rows(spec, out, layer, step, [self.parts_of(part)[0] for part in projections])
 
     def norm_groups(self, x: Tensor, norm: Norm, num_tokens: int, addend: Tensor) -> Tensor:
         groups, addend = (self.parts_of(value)[0].cast(dtypes.float) for value in (x, addend))

@@ -477,6 +477,16 @@ class BlockGroup:
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """What device memory is used for, in bytes."""
+
+    weights: int = 0  # and each sequence's row of what logits processing keeps
+    scratch: int = 0  # at most, for a step's intermediate values
+    kv_groups: tuple[int, ...] = ()  # keys and values, by group of layers
+    state_slot: int = 0  # one of `num_state_slots`
+
+
+@dataclass(frozen=True)
 class Capacity:
     """The size of the KV pool and the limits that follow from it. `explanation` has the derivation, line by line."""
 
@@ -491,6 +501,7 @@ class Capacity:
     # slots of recurrent states (scheduling/state_pool.py), including slot 0, the dummy; 0: no recurrent layers
     num_state_slots: int = 0
     checkpoint_interval: int = 1  # blocks whose keys and values take as many bytes as a state
+    memory: MemoryUse = MemoryUse()
 
     @property
     def groups(self) -> tuple[BlockGroup, ...]:

@@ -17,6 +17,7 @@ from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.ops.backend import Step
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.sampling.sample import OUT_WIDTH
+from tinyvllm.scheduling.block_manager import fixed_states
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan
 from tinyvllm.scheduling.request import Request, TokenLogprobs
 from tinyvllm.storage.model_config import read_model_config
@@ -44,7 +45,9 @@ def give_blocks(requests: list[Request], num_tokens: int, capacity: Capacity, *,
     """Blocks of every group for `num_tokens` tokens each, none shared, in no order."""
     each = -(-num_tokens // capacity.block_size)
     ids = (first + np.random.default_rng(each).permutation(len(requests) * each)).tolist()
+    states = fixed_states(capacity, len(requests))
     for index, request in enumerate(requests):
+        request.state = states[index]
         request.tables = [ids[index * each : (index + 1) * each]] * len(capacity.groups)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tinyvllm.config import EngineConfig, LayerKind, Limits, ModelConfig, Rope, RopeScaling
+from tinyvllm.config import EngineConfig, LayerKind, Limits, MemoryUse, ModelConfig, Rope, RopeScaling
 from tinyvllm.errors import CapacityError, TinyvllmError
 from tinyvllm.execution.capacity import GIB, KVGroup, MemoryFacts, plan_capacity, scratch_bytes
 
@@ -189,3 +189,57 @@ def test_without_layers_that_keep_all_tokens_the_length_is_the_models() -> None:
     )
     assert plan(memory, max_num_seqs=4).num_blocks == 2 * 4 * 9 + 18, "four windows, four cached ones and a chunk"
     assert plan(memory, num_gpu_blocks_override=9).max_model_len == 128, "no room for a window that begins in a block"
+
+
+# -- recurrent states --------------------------------------------------------------------------------------------------
+
+STATES = replace(MEMORY, state_bytes=4 << 20)  # as much as four blocks
+
+
+def all_bytes(capacity: Any, memory: MemoryFacts) -> int:
+    return num_bytes(capacity, memory) + capacity.num_state_slots * memory.state_bytes
+
+
+def test_states_have_slots_for_all_sequences_and_as_many_checkpoints() -> None:
+    capacity = plan(STATES, max_num_seqs=16)
+    assert (capacity.num_state_slots, capacity.checkpoint_interval) == (33, 4)
+    assert capacity.num_blocks == 880 and GIB * 0.97 < all_bytes(capacity, STATES) <= GIB
+    assert capacity.explanation[0].endswith("room for 880 blocks of 1.00 MiB, and 33 state slots of 4.00 MiB")
+    assert capacity.explanation[2] == (
+        "32 state slots of 4.00 MiB for recurrent layers: 16 for sequences and 16 for checkpoints of cached prefixes, "
+        "one for each 4 blocks of a long prompt"
+    )
+    assert capacity.memory == MemoryUse(weights=GIB, kv_groups=(880 << 20,), state_slot=4 << 20)
+
+
+def test_a_large_pool_has_a_checkpoint_for_each_prefix_that_it_may_hold() -> None:
+    memory = replace(STATES, kv_groups=(KVGroup(1 << 10),))
+    capacity = plan(memory, max_num_seqs=64)
+    assert capacity.num_blocks == 64 * 128 + 1 and capacity.num_state_slots == 1 + 2 * 64
+    capacity = plan(replace(memory, state_bytes=1 << 16), max_num_seqs=4, num_gpu_blocks_override=40 * 256)
+    assert capacity.num_state_slots == 1 + 4 + 40, "4096 tokens each"
+    assert capacity.checkpoint_interval == 4
+
+
+def test_states_take_half_of_the_memory_unless_the_rest_suffices() -> None:
+    large = replace(STATES, state_bytes=64 << 20)
+    capacity = plan(large, max_num_seqs=16)
+    assert (capacity.num_blocks, capacity.num_state_slots, capacity.max_num_seqs) == (512, 8, 16)
+    assert capacity.explanation[2] == (
+        "7 state slots of 64.00 MiB for recurrent layers: at most 7 of 16 sequences run at once; checkpoints have what "
+        "they leave"
+    )
+    short = plan(large, max_num_seqs=16, max_model_len=100)
+    assert short.num_blocks == 16 * 7 + 1 and short.num_state_slots == (1024 - 113) // 64 > 8
+
+
+def test_states_give_way_to_a_length_that_was_asked_for() -> None:
+    memory = replace(STATES, weight_bytes=2 * GIB - (140 << 20))
+    assert plan(memory).max_model_len < 2048
+    asked = plan(memory, max_model_len=2048)
+    assert asked.max_model_len == 2048 and asked.num_state_slots == 2 and all_bytes(asked, memory) <= 140 << 20
+
+
+def test_no_room_for_one_sequences_state_is_refused_with_the_numbers() -> None:
+    with pytest.raises(CapacityError, match=r"room for 0 blocks of .* 2 state slots of 600"):
+        plan(replace(STATES, state_bytes=600 << 20))

@@ -14,6 +14,7 @@ from tinyvllm.execution.inputs import InputPacker
 from tinyvllm.ops.step_inputs import StepLayout
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.state_pool import SequenceState
 
 LAYOUT = StepLayout(num_tokens=8, num_seqs=3, max_blocks=4, block_size=4)
 
@@ -163,3 +164,18 @@ def test_each_group_has_slots_and_tables_of_its_own() -> None:
     assert (views["block_tables"][:, layout.num_seqs] == 0).all(), "the table after the last, of each group"
     offsets = [layout.slots_offset(0), layout.slots_offset(1), layout.table_offset(0), layout.table_offset(1)]
     assert [offset - offsets[0] for offset in offsets[1:]] == [8, 2 * 8 + 8 + 3, 2 * 8 + 8 + 3 + 4 * 4]
+
+
+def test_each_sequence_has_slots_of_its_state_and_a_first_row() -> None:
+    layout = StepLayout(8, 3, 4, 4, has_states=True)
+    packer = make_packer(layout)
+    decode, chunk = running(9, [7, 2, 5], outputs=1, computed=9), running(9, [3, 9, 4], computed=2)
+    with pytest.raises(InvariantError, match="2 of 2 sequences have no slot"):
+        packer.pack(plan_of((chunk, 4), (decode, 1)))
+    decode.state, chunk.state = SequenceState(slot=4, read_slot=4), SequenceState(slot=2, read_slot=6)
+    packer.pack(plan_of((chunk, 4), (decode, 1)))
+    packed = {name: packer.views[name].tolist() for name in ("state_reads", "state_writes", "first_rows")}
+    assert packed == {"state_reads": [6, 4, 0], "state_writes": [2, 4, 0], "first_rows": [0, 4, 5, 5]}
+    packer.pack(plan_of((decode, 1)))
+    packed = {name: packer.views[name].tolist() for name in packed}
+    assert packed == {"state_reads": [4, 0, 0], "state_writes": [4, 0, 0], "first_rows": [0, 1, 1, 1]}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tinyvllm.bench.latency import prefill_plans
 from tinyvllm.config import Capacity, EngineConfig, SamplingParams
 from tinyvllm.execution.buckets import lengths_that_fill
-from tinyvllm.scheduling.block_manager import fixed_tables
+from tinyvllm.scheduling.block_manager import fixed_states, fixed_tables
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
@@ -186,6 +186,7 @@ def _answer_once(runner: ModelRunner) -> float:
     request = Request("first", [1] * min(FIRST_PROMPT, runner.capacity.max_num_batched_tokens), GREEDY)
     capacity = runner.capacity
     (request.tables,) = fixed_tables(capacity.groups, [-(-request.num_tokens // capacity.block_size)])
+    (request.state,) = fixed_states(capacity, 1)
     start_s = time.perf_counter()
     runner.execute(StepPlan((Scheduled(request, 0, request.num_tokens),)))
     return time.perf_counter() - start_s
@@ -212,9 +213,10 @@ def plans_for(bucket: Bucket, capacity: Capacity, context: int = 0, params: Samp
     else:
         lengths = lengths_that_fill(bucket, limit)
     tables = fixed_tables(capacity.groups, [-(-length // size) for length in lengths])
+    states = fixed_states(capacity, len(lengths))
     requests = [
-        Request(f"{bucket.name}-{number}", [1] * length, params, tables=own)
-        for number, (length, own) in enumerate(zip(lengths, tables, strict=True))
+        Request(f"{bucket.name}-{number}", [1] * length, params, tables=own, state=state)
+        for number, (length, own, state) in enumerate(zip(lengths, tables, states, strict=True))
     ]
     if bucket.is_decode:
         return [StepPlan(tuple(Scheduled(request, request.num_tokens - 1, 1) for request in requests))]

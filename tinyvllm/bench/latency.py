@@ -22,7 +22,7 @@ from tinyvllm.config import Capacity, EngineConfig, ModelConfig, SamplingParams
 from tinyvllm.errors import CapacityError, DeviceError, TinyvllmError
 from tinyvllm.execution.buckets import make_buckets
 from tinyvllm.execution.cost import StepCost
-from tinyvllm.scheduling.block_manager import fixed_tables
+from tinyvllm.scheduling.block_manager import fixed_states, fixed_tables
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan
 from tinyvllm.scheduling.request import Request
 
@@ -155,6 +155,7 @@ def make_requests(runner: Runner, work: LatencyWork, case: Case) -> list[Request
     rng = random.Random(work.seed)
     per_request = work.num_blocks(case, runner.capacity.block_size) // case.batch
     tables = fixed_tables(runner.capacity.groups, [per_request] * case.batch, rng)
+    states = fixed_states(runner.capacity, case.batch)
     num_tokens = case.length + (1 if case.phase == "decode" else 0)
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=None)
     return [
@@ -163,6 +164,7 @@ def make_requests(runner: Runner, work: LatencyWork, case: Case) -> list[Request
             [rng.randrange(runner.model_config.vocab_size) for _ in range(num_tokens)],
             params,
             tables=tables[index],
+            state=states[index],
         )
         for index in range(case.batch)
     ]

@@ -318,7 +318,7 @@ class Driver:
 
     def _make_block_manager(self) -> BlockManager:
         capacity = self.runner.capacity
-        return BlockManager(capacity.groups, capacity.block_size, self._prefix_caching)
+        return BlockManager.of(capacity, self._prefix_caching)
 
 
 class _PlanWatcher:

@@ -102,7 +102,7 @@ def measure_throughput(runner: Runner, machine: Machine, work: ThroughputWork, r
 def run_once(runner: Runner, work: ThroughputWork) -> Repeat:
     """Generate from all prompts, with a new scheduler and an empty pool. Raises DeviceError if a step fails."""
     capacity = runner.capacity
-    block_manager = BlockManager(capacity.groups, capacity.block_size, enable_prefix_caching=False)
+    block_manager = BlockManager.of(capacity, enable_prefix_caching=False)
     core = EngineCore(runner, Scheduler(block_manager, capacity))
     vocab_size = runner.model_config.vocab_size
     factory = RequestFactory(vocab_size, capacity, frozenset(), work.seed)

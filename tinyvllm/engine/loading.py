@@ -134,7 +134,7 @@ def assemble_engine(
 ) -> LoadedEngine:
     """Build scheduler, core and text engine around a runner. `captures` makes the graphs that the runner lacks."""
     capacity = runner.capacity
-    block_manager = BlockManager(capacity.groups, capacity.block_size, config.enable_prefix_caching)
+    block_manager = BlockManager.of(capacity, config.enable_prefix_caching)
     scheduler = Scheduler(block_manager, capacity, config.scheduling_policy)
     text = Text(tokenizer=tokenizer, chat_template=chat_template, generation_defaults=generation_defaults)
     loaded = text.for_callers(runner.model_config, capacity, config.seed)

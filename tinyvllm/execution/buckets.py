@@ -41,7 +41,14 @@ class Bucket:
 
     def layout(self, capacity: Capacity) -> StepLayout:
         max_blocks = -(-capacity.max_model_len // capacity.block_size)
-        return StepLayout(self.num_tokens, self.num_seqs, max_blocks, capacity.block_size, len(capacity.groups))
+        return StepLayout(
+            num_tokens=self.num_tokens,
+            num_seqs=self.num_seqs,
+            max_blocks=max_blocks,
+            block_size=capacity.block_size,
+            num_groups=len(capacity.groups),
+            has_states=capacity.num_state_slots > 0,
+        )
 
     def holds(self, plan: StepPlan) -> bool:
         """Whether the plan fits this shape. A token bucket can run decodes too."""

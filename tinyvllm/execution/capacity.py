@@ -7,11 +7,14 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from tinyvllm.config import BlockGroup, Capacity, EngineConfig, LayerKind, Limits, ModelConfig
+from tinyvllm.config import BlockGroup, Capacity, EngineConfig, LayerKind, Limits, MemoryUse, ModelConfig
 from tinyvllm.errors import CapacityError, TinyvllmError
 from tinyvllm.execution.buckets import Bucket
 
 GIB = 1 << 30
+MIB = 1 << 20
+PLANNED_PREFIX = 4096  # tokens of a cached prefix, for each of which there should be a checkpoint
+STATE_SHARE = 2  # state slots take at most 1/2 of the memory for KV and states, if more cannot be left
 PLANNED_WINDOWS = 4  # windows that a sequence is expected to be long, when memory is divided between groups
 
 
@@ -33,6 +36,7 @@ class MemoryFacts:
     kv_groups: tuple[KVGroup, ...]
     scratch_bytes: int = 0  # intermediate values: of the largest step, or of all graphs together
     max_share: float = 1.0  # of free_bytes that weights and KV may take at most, whatever the user requests
+    state_bytes: int = 0  # of one sequence's state in all recurrent layers; 0: there are none
 
     @property
     def budget(self) -> int:
@@ -46,19 +50,25 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
     Raises CapacityError, with the numbers, if one sequence of max_model_len or the requested blocks do not fit, and
     TinyvllmError if max_model_len exceeds the length that the model was trained for.
     """
-    split = PoolSplit(config.block_size, _longest(config, model), limits, memory.kv_groups)
     room = max(0, memory.budget - memory.weight_bytes - memory.scratch_bytes)
+    split = PoolSplit(
+        block_size=config.block_size,
+        longest=_longest(config, model),
+        limits=limits,
+        kv_groups=memory.kv_groups,
+        state_bytes=memory.state_bytes,
+    ).with_states_in(room)
     by_memory = _steady(split.most_blocks(room))
-    if config.max_model_len is not None:  # it is wanted: shrink the windows' groups until it fits
-        while split.share and not config.num_gpu_blocks_override and not split.holds_longest(by_memory):
-            split = split.with_less_for_windows()
+    if config.max_model_len is not None:  # it is wanted: shrink everything else until it fits
+        while split.can_shrink and not config.num_gpu_blocks_override and not split.holds_longest(by_memory):
+            split = split.with_less_besides()
             by_memory = _steady(split.most_blocks(room))
     num_blocks = config.num_gpu_blocks_override or min(by_memory, split.useful_blocks)
     if config.num_gpu_blocks_override:
         _check_override(split, num_blocks, memory)
     source = _explain(config, split, memory, by_memory, num_blocks)
     if not config.num_gpu_blocks_override and num_blocks < by_memory:  # memory is left
-        split = split.with_more_for_windows(num_blocks, room)
+        split = split.with_more_besides(num_blocks, room)
     if num_blocks < 2:
         raise CapacityError(
             f"no room for KV blocks: {source}. "
@@ -73,6 +83,16 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
         max_num_batched_tokens=limits.max_num_batched_tokens,
         window=first.window,
         other_groups=tuple(others),
+        num_state_slots=split.num_state_slots(num_blocks),
+        checkpoint_interval=split.checkpoint_interval,
+        memory=MemoryUse(
+            weights=memory.weight_bytes,
+            scratch=memory.scratch_bytes,
+            kv_groups=tuple(
+                group.num_blocks * split.block_bytes(number) for number, group in enumerate((first, *others))
+            ),
+            state_slot=memory.state_bytes,
+        ),
     )
     max_model_len = min(split.longest, capacity.num_tokens)
     if config.max_model_len is not None and max_model_len < split.longest:
@@ -88,6 +108,7 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
         + f"; max_model_len {max_model_len}"
         + (f" (the model's {split.longest} do not fit)" if max_model_len < split.longest else ""),
         *[split.explain(group, num_blocks) for group in range(1, len(split.kv_groups))],
+        *([split.explain_states(num_blocks)] if split.state_bytes else []),
     )
     return replace(capacity, max_model_len=max_model_len, explanation=explanation)
 
@@ -102,6 +123,10 @@ class PoolSplit:
     window and one step's tokens, and for at most what all sequences can use: their windows, as much again for prefixes
     of earlier requests, and one step's tokens. It has room for these if memory is left by a first group of the size
     that all sequences can use. It never holds more tokens than the first group.
+
+    Recurrent states have a slot for each sequence that may run, and as many for the checkpoints that they make while
+    they decode, or one for each PLANNED_PREFIX tokens of the first group, if these are more. But slots take at most
+    half of the memory, unless the rest suffices for all that sequences can use; fewer sequences then run at once.
     """
 
     block_size: int  # tokens
@@ -109,6 +134,8 @@ class PoolSplit:
     limits: Limits
     kv_groups: tuple[KVGroup, ...]
     share: float = 1.0
+    state_bytes: int = 0
+    max_state_slots: int = 0  # by memory; the dummy counts
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -117,9 +144,30 @@ class PoolSplit:
         return self.block_size * self.kv_groups[group].bytes_per_token
 
     def num_bytes(self, num_blocks: int) -> int:
-        """Bytes of all groups if the first has `num_blocks` blocks."""
+        """Bytes of all groups and states if the first group has `num_blocks` blocks."""
         groups = enumerate(self.groups(num_blocks))
-        return sum(group.num_blocks * self.block_bytes(number) for number, group in groups)
+        of_groups = sum(group.num_blocks * self.block_bytes(number) for number, group in groups)
+        return of_groups + self.num_state_slots(num_blocks) * self.state_bytes
+
+    def num_state_slots(self, num_blocks: int) -> int:
+        """Slots of recurrent states, if the first group has `num_blocks` blocks."""
+        if not self.state_bytes:
+            return 0
+        num_seqs = self.limits.max_num_seqs
+        num_checkpoints = max(num_seqs, num_blocks * self.block_size // PLANNED_PREFIX)
+        return min(1 + num_seqs + num_checkpoints, self.max_state_slots)
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """The blocks whose keys and values take as many bytes as a state: with a checkpoint for each of these, a
+        prefix's states take no more than its keys and values."""
+        return max(1, -(-self.state_bytes // sum(self.block_bytes(group) for group in range(len(self.kv_groups)))))
+
+    def with_states_in(self, room: int) -> PoolSplit:
+        """The same with state slots in at most half of `room` bytes, but one besides the dummy."""
+        if not self.state_bytes:
+            return self
+        return replace(self, max_state_slots=max(2, _steady(room // STATE_SHARE // self.state_bytes)))
 
     def most_blocks(self, room: int) -> int:
         """The most blocks of the first group with which all groups fit into `room` bytes."""
@@ -136,13 +184,22 @@ class PoolSplit:
         """Whether a pool with `num_blocks` blocks in its first group holds one sequence of full length."""
         return self.kv_groups[0].window is not None or num_blocks > self.blocks_for(self.longest)
 
-    def with_less_for_windows(self) -> PoolSplit:
-        """The same with half the tokens for windows, or in the end with the least."""
-        return replace(self, share=self.share / 2 if self.share > 1 / 64 else 0.0)
+    @property
+    def can_shrink(self) -> bool:
+        return self.share > 0 or self.max_state_slots > 2
 
-    def with_more_for_windows(self, num_blocks: int, room: int) -> PoolSplit:
-        """The same with all the tokens for windows that sequences can use, if they fit into `room` bytes."""
-        wide = replace(self, share=float(PLANNED_WINDOWS))
+    def with_less_besides(self) -> PoolSplit:
+        """The same with half the tokens for windows and half the state slots, or in the end with the least."""
+        share = self.share / 2 if self.share > 1 / 64 else 0.0
+        return replace(self, share=share, max_state_slots=max(min(2, self.max_state_slots), self.max_state_slots // 2))
+
+    def with_more_besides(self, num_blocks: int, room: int) -> PoolSplit:
+        """The same with all the tokens for windows, and all the states, that sequences can use, if they fit into `room`
+        bytes."""
+        wide = replace(self, share=float(PLANNED_WINDOWS), max_state_slots=0)
+        if self.state_bytes:
+            left = max(0, room - wide.num_bytes(num_blocks)) // self.state_bytes
+            wide = replace(wide, max_state_slots=max(self.max_state_slots, _steady(left)))
         return wide if wide.num_bytes(num_blocks) <= room else self
 
     def groups(self, num_blocks: int) -> tuple[BlockGroup, ...]:
@@ -167,6 +224,17 @@ class PoolSplit:
         return (
             f"layers with a window of {kv_group.window} tokens: {found.num_blocks - 1} blocks of "
             f"{self.block_bytes(group) / 2**20:.2f} MiB, {why}"
+        )
+
+    def explain_states(self, num_blocks: int) -> str:
+        """How many sequences and checkpoints the state slots are for."""
+        usable, num_seqs = self.num_state_slots(num_blocks) - 1, self.limits.max_num_seqs
+        text = f"{usable} state slots of {self.state_bytes / MIB:.2f} MiB for recurrent layers: "
+        if usable < num_seqs:
+            return text + f"at most {usable} of {num_seqs} sequences run at once; checkpoints have what they leave"
+        return text + (
+            f"{num_seqs} for sequences and {usable - num_seqs} for checkpoints of cached prefixes, one for each "
+            f"{self.checkpoint_interval} blocks of a long prompt"
         )
 
     def _sizes(self, group: KVGroup, num_blocks: int) -> tuple[int, int]:
@@ -210,6 +278,8 @@ def _in_words(split: PoolSplit, num_blocks: int) -> str:
     for number, group in enumerate(split.groups(num_blocks)[1:], 1):
         size = split.block_bytes(number) / 2**20
         text += f", with {group.num_blocks} of {size:.2f} MiB for windows of {group.window} tokens"
+    if split.state_bytes:
+        text += f", and {split.num_state_slots(num_blocks)} state slots of {split.state_bytes / MIB:.2f} MiB"
     return text
 
 

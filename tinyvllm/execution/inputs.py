@@ -70,7 +70,25 @@ class InputPacker:
         padding = (("token_ids", 0), ("positions", 0), ("slots", 0), ("seq_rows", layout.num_seqs))
         for name, value in padding:
             views[name][..., plan.num_tokens :] = value
+        if layout.has_states:
+            self._pack_states(plan)
         self._pack_samples(plan)
+
+    def _pack_states(self, plan: StepPlan) -> None:
+        """The slots of each sequence's state, and its first token row. Padding has slot 0, and no rows."""
+        views, num = self.views, len(plan.entries)
+        states = [entry.request.state for entry in plan.entries if entry.request.state is not None]
+        if len(states) != num:
+            raise InvariantError(f"{num - len(states)} of {num} sequences have no slot for their recurrent state")
+        for name, slots in (
+            ("state_reads", [state.read_slot for state in states]),
+            ("state_writes", [state.slot for state in states]),
+        ):
+            views[name][:num] = slots
+            views[name][num:] = 0
+        first_rows = views["first_rows"]
+        first_rows[: num + 1] = [0, *accumulate(entry.count for entry in plan.entries)]
+        first_rows[num + 1 :] = plan.num_tokens
 
     def _pack_tables(self, index: int, entry: Scheduled) -> None:
         """Add the sequence's missing blocks to the block tables `index`."""

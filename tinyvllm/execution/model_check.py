@@ -129,6 +129,7 @@ def fit(report: ModelReport, device: str, memory_bytes: int | None = None) -> Fi
         weight_bytes=report.device_bytes,
         scratch_bytes=scratch_bytes(limits, report.config),
         kv_groups=tuple(KVGroup(one.bytes_per_token, one.window) for one in report.kv),
+        state_bytes=report.config.state_bytes,
     )
     try:
         capacity = plan_capacity(EngineConfig("", max_num_seqs=1), limits, report.config, facts)

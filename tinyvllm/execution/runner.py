@@ -114,6 +114,7 @@ def make_runner(
         kv_groups=tuple(
             KVGroup(FLOATS[kv_dtype].itemsize * group.token_elements, group.window) for group in model.pool_groups
         ),
+        state_bytes=model_config.state_bytes,
     )
     capacity = plan_capacity(config, limits, model_config, memory)
     counts = [group.num_blocks for group in capacity.groups]

@@ -18,7 +18,7 @@ from tinyvllm.execution.buckets import Bucket, lengths_that_fill
 from tinyvllm.execution.runner import ModelRunner
 from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.kernel.tuning import Chosen, Tunable, candidates
-from tinyvllm.scheduling.block_manager import fixed_tables
+from tinyvllm.scheduling.block_manager import fixed_states, fixed_tables
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
@@ -109,10 +109,12 @@ def make_plan(runner: ModelRunner, bucket: Bucket) -> StepPlan:
         lengths = [max(1, min(capacity.max_model_len // 2, room // 2, MOST_CONTEXT))] * bucket.num_seqs
     else:
         lengths = lengths_that_fill(bucket, min(capacity.max_model_len, capacity.num_tokens))
-    entries, tables = [], fixed_tables(capacity.groups, [-(-length // capacity.block_size) for length in lengths])
+    tables = fixed_tables(capacity.groups, [-(-length // capacity.block_size) for length in lengths])
+    states, entries = fixed_states(capacity, len(lengths)), []
     for index, length in enumerate(lengths):
         prompt = rng.integers(0, runner.model_config.vocab_size, length).tolist()
-        request = Request(f"tune-{index}", prompt, SamplingParams(temperature=0.0), tables=tables[index])
+        params, state = SamplingParams(temperature=0.0), states[index]
+        request = Request(f"tune-{index}", prompt, params, tables=tables[index], state=state)
         start = len(prompt) - 1 if bucket.is_decode else 0
         entries.append(Scheduled(request, start, len(prompt) - start))
     return StepPlan(tuple(entries))

@@ -64,6 +64,15 @@ def fixed_tables(
     return tables
 
 
+def fixed_states(capacity: Capacity, count: int) -> list[SequenceState | None]:
+    """For measurements without a scheduler: the states of `count` sequences in a pool that holds nothing else. If there
+    are too few slots, sequences share them."""
+    usable = capacity.num_state_slots - 1
+    if usable < 1:
+        return [None] * count
+    return [SequenceState(slot=1 + index % usable, read_slot=1 + index % usable) for index in range(count)]
+
+
 class BlockManager:
     """Fills and empties `request.tables` from the pools of all groups.
 

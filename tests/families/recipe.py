@@ -55,6 +55,8 @@ class Recipe:
     more_shapes: Callable[[Mapping[str, Any], int], Shapes] = lambda config, layer: {}
     top_shapes: Shapes = field(default_factory=dict)  # of tensors outside the layers, besides every family's
     norm_offset: float = 0.0  # what the class adds to norms' weights, and GGUF's converter too
+    # other vectors, by the ends of their names: mean and spread
+    vectors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # modules stored as one, by its name
     gguf_more: Mapping[str, np.ndarray] = field(default_factory=dict)  # tensors that only GGUF has
     # Another recipe has all of its features: through an engine only with -m slow
@@ -142,6 +144,9 @@ def _draw(recipe: Recipe, name: str, shape: tuple[int, ...]) -> np.ndarray:
     values = np.random.default_rng([recipe.seed, zlib.crc32(name.encode())]).standard_normal(shape)
     if len(shape) > 1:
         return (values / math.sqrt(shape[-1])).astype(np.float32)
+    own = next((own for end, own in recipe.vectors.items() if name.endswith(end)), None)
+    if own is not None:
+        return (own[0] + own[1] * values).astype(np.float32)
     if name.endswith(".bias"):
         return (BIAS_SPREAD * values).astype(np.float32)
     middle = LAST_NORM if name == "model.norm.weight" else 1.0

@@ -36,10 +36,21 @@ def check_config(found: ModelConfig, expected: ModelConfig) -> None:
 
 def check_layer(found: LayerKind, expected: LayerKind) -> None:
     same, other = (
-        replace(kind, rope=None, score_scale=None, query_scaling=None, head_norm_eps=None, value_norm_eps=None)
+        replace(
+            kind,
+            rope=None,
+            score_scale=None,
+            query_scaling=None,
+            head_norm_eps=None,
+            value_norm_eps=None,
+            state=kind.state and replace(kind.state, norm_eps=0.0),
+        )
         for kind in (found, expected)
     )
     assert same == other
+    if found.state is not None and expected.state is not None:
+        assert close(found.state.norm_eps, expected.state.norm_eps)
+        return
     for name in ("scale", "head_norm_eps", "value_norm_eps"):
         assert close(getattr(found, name), getattr(expected, name)), name
     if found.rope is None or expected.rope is None:
@@ -64,7 +75,8 @@ def values_of(checkpoint: Checkpoint, offset: float) -> dict[str, np.ndarray]:
     found = {}
     for name, tensor in checkpoint.tensors.items():
         values = to_float32(tensor.read())
-        found[name] = values + np.float32(offset) if values.ndim == 1 and not name.endswith(".bias") else values
+        is_norm = values.ndim == 1 and not name.endswith(".bias") and ".linear_attn." not in name
+        found[name] = values + np.float32(offset) if is_norm else values
     return found
 
 

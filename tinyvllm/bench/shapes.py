@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinyvllm.config import LayerSizes, ModelConfig, QueryScaling, Rope, RopeScaling
+from tinyvllm.config import LayerSizes, ModelConfig, QueryScaling, Rope, RopeScaling, StateKind
 from tinyvllm.errors import UnsupportedModelError
 
 GEMMA3_WINDOWED = (True, True, True, True, True, False)  # by layer: each sixth attends to everything
@@ -17,6 +17,14 @@ GEMMA4_E2B_SIZES = tuple(
     )
     for layer in range(35)
 )
+
+THREE_OF_FOUR = (True, True, True, False)  # by layer: recurrent, but for each fourth
+
+
+def delta_net(num_heads: int) -> StateKind:
+    """Gated DeltaNet of Qwen3-Next and Qwen3.5, which differ in the number of value heads."""
+    return StateKind(num_heads, num_key_heads=16, key_dim=128, value_dim=128, conv_width=4, norm_eps=1e-6)
+
 
 SHAPES: dict[str, ModelConfig] = {
     shape.name: shape
@@ -340,6 +348,42 @@ SHAPES: dict[str, ModelConfig] = {
             norm_eps=1e-5,
             tie_embeddings=False,
             biases=("qkv",),
+        ),
+        ModelConfig(
+            name="qwen3.5-0.8b",  # Qwen/Qwen3.5-0.8B, the text part
+            architecture="qwen3_5",
+            num_layers=24,
+            hidden_size=1024,
+            ffn_size=3584,
+            num_heads=8,
+            num_kv_heads=2,
+            head_dim=256,
+            vocab_size=248320,
+            max_position=262144,
+            rope=Rope(10000000.0, num_dims=64),
+            norm_eps=1e-6,
+            tie_embeddings=True,
+            state=delta_net(16),
+            recurrent=THREE_OF_FOUR,
+            has_output_gate=True,
+        ),
+        ModelConfig(
+            name="qwen3.5-27b",  # Qwen/Qwen3.5-27B, the text part
+            architecture="qwen3_5",
+            num_layers=64,
+            hidden_size=5120,
+            ffn_size=17408,
+            num_heads=24,
+            num_kv_heads=4,
+            head_dim=256,
+            vocab_size=248320,
+            max_position=262144,
+            rope=Rope(10000000.0, num_dims=64),
+            norm_eps=1e-6,
+            tie_embeddings=False,
+            state=delta_net(48),
+            recurrent=THREE_OF_FOUR,
+            has_output_gate=True,
         ),
         ModelConfig(
             name="qwen3-4b",  # Qwen/Qwen3-4B

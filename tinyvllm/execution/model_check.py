@@ -34,6 +34,7 @@ CLASSES = (
     ("embeddings", "embed_tokens"),
     ("head", "lm_head"),
     ("attention", "self_attn"),
+    ("recurrence", "linear_attn"),
     ("feed-forward", "mlp"),
 )
 

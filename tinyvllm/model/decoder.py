@@ -16,6 +16,7 @@ from tinyvllm.arrays import to_float32
 from tinyvllm.config import LayerKind, ModelConfig, QueryScaling, Rope
 from tinyvllm.device.recording import keep
 from tinyvllm.model.attention import Placed, load_attention
+from tinyvllm.model.delta_net import load_delta_net
 from tinyvllm.model.experts import load_sparse
 from tinyvllm.model.feed_forward import load_dense
 from tinyvllm.model.layer import FeedForward, Layer, Mixer
@@ -137,6 +138,8 @@ class Decoder:
         return Layer(self._load_mixer(index, kind), self._load_feed_forward(index))
 
     def _load_mixer(self, index: int, kind: LayerKind) -> Mixer:
+        if kind.state is not None:
+            return load_delta_net(self.load, index, kind.state, self.ATTENTION_NORM)
         rope = None
         if kind.rope is not None:
             rope = self.ropes[self.rope_list.index((kind.rope, kind.head_dim, kind.query_scaling))]

@@ -34,6 +34,10 @@ class Loader:
         taken = [to_float32(self.checkpoint.take(name, (size,))) for name, size in sizes.items()]
         return self.backend.device.upload(np.concatenate(taken).astype(np.float32))
 
+    def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """float32, on the host."""
+        return to_float32(self.checkpoint.take(name, shape))
+
     def norm(self, *names: str, size: int | None = None, factor: float = 1.0) -> Norm:
         """The norms of these names, side by side, each of `size` weights, or of hidden_size, times `factor`."""
         shape = (size or self.config.hidden_size,)

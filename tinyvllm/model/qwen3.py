@@ -13,4 +13,5 @@ class Qwen3(Decoder):
 
     @classmethod
     def layer_kinds(cls, config: ModelConfig) -> tuple[LayerKind, ...]:
-        return tuple(replace(kind, head_norm_eps=config.norm_eps) for kind in super().layer_kinds(config))
+        kinds = super().layer_kinds(config)
+        return tuple(kind if kind.state else replace(kind, head_norm_eps=config.norm_eps) for kind in kinds)

@@ -41,7 +41,7 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
     if num_heads % num_kv_heads != 0:
         values.refuse("attention.head_count_kv", f"a divisor of attention.head_count ({num_heads})")
     head_dim = _head_dim(values, num_heads)
-    num_layers, hidden_size = values.integer("block_count"), values.integer("embedding_length")
+    num_layers, hidden_size = _num_layers(values), values.integer("embedding_length")
     window, windowed = _windows(values, family, num_layers)
     if CLASSIFIER in file.tensors and file.tensors[CLASSIFIER].shape != (2, hidden_size):
         raise UnsupportedModelError(f"{file.path}: a classifier is supported with the labels yes and no only")
@@ -103,6 +103,15 @@ def _refuse_variants(values: Values, family: FamilyFiles) -> None:
     for key in SOFTCAPS:
         if key not in family.softcaps and values.optional_number(key):
             values.unsupported(key, "0 (none)")
+
+
+def _num_layers(values: Values) -> int:
+    """Without those that follow them to draft tokens (multi-token prediction)."""
+    drafting = values.optional_integer("nextn_predict_layers", at_least=0) or 0
+    count = values.integer("block_count") - drafting
+    if count < 1:
+        values.refuse("nextn_predict_layers", f"less than block_count ({values.integer('block_count')})")
+    return count
 
 
 def _largest(values: Values, family: FamilyFiles, key: str, default: int | None = None) -> int:

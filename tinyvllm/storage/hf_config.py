@@ -9,6 +9,7 @@ from tinyvllm.config import DTYPES, ModelConfig, Rope
 from tinyvllm.errors import ModelError
 from tinyvllm.storage import families
 from tinyvllm.storage.families import SOFTCAPS, FamilyFiles
+from tinyvllm.storage.families.delta_net import RECURRENT
 from tinyvllm.storage.hf_rope import FULL, WINDOWED, read_rope, read_rope_by_layer
 from tinyvllm.storage.values import Values
 
@@ -150,7 +151,7 @@ def _windows(values: Values, family: FamilyFiles, num_layers: int) -> tuple[int 
     differ in their rope too."""
     if not values.flag("use_sliding_window", default=True):
         return None, ()
-    kinds = _layer_types(values, num_layers)
+    kinds = _layer_types(values, family, num_layers)
     if kinds is not None and WINDOWED in kinds and family.hf_windows != "by layer":
         values.unsupported("layer_types", f"{FULL} in every layer")
     window = values.optional_integer("sliding_window")
@@ -163,12 +164,13 @@ def _windows(values: Values, family: FamilyFiles, num_layers: int) -> tuple[int 
     return (values.integer("sliding_window"), shortest_period(windowed)) if any(windowed) else (None, ())
 
 
-def _layer_types(values: Values, num_layers: int) -> list[str] | None:
+def _layer_types(values: Values, family: FamilyFiles, num_layers: int) -> list[str] | None:
     kinds = values.get("layer_types")
     if kinds is None:
         return None
-    if not isinstance(kinds, list) or any(kind not in (FULL, WINDOWED) for kind in kinds):
-        values.unsupported("layer_types", f"a list of {FULL} and {WINDOWED}")
+    known = (FULL, RECURRENT) if family.has_recurrent_layers else (FULL, WINDOWED)
+    if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
+        values.unsupported("layer_types", f"a list of {' and '.join(known)}")
     if len(kinds) != num_layers:
         values.refuse("layer_types", f"a list of num_hidden_layers ({num_layers}) entries")
     return kinds

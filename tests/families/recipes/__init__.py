@@ -16,12 +16,14 @@ from tests.families.recipes import (
     olmoe,
     phi3,
     qwen2,
+    qwen3_5,
     qwen3_moe,
     smollm3,
 )
 
 DENSE = (qwen2, gemma2, gemma3, gemma4, mistral, phi3, smollm3, olmo, granite, glm4)
 SPARSE = (qwen3_moe, mixtral, olmoe, gpt_oss)
-MODULES = (*DENSE, *SPARSE)
+HYBRID = (qwen3_5,)
+MODULES = (*DENSE, *SPARSE, *HYBRID)
 
 RECIPES: dict[str, Recipe] = {name: recipe for family in MODULES for name, recipe in family.RECIPES.items()}

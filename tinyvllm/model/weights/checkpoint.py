@@ -19,11 +19,14 @@ from tinyvllm.model.weights.fused import split_fused
 from tinyvllm.model.weights.gguf import read_gguf
 from tinyvllm.model.weights.hf_formats import assemble_matrices
 from tinyvllm.model.weights.names import HEAD_NAME, tied, unwrapped, with_model
+from tinyvllm.model.weights.recurrent import from_hf
 from tinyvllm.model.weights.safetensors import RAW_DTYPES, read_safetensors
 from tinyvllm.model.weights.stored import DENSE_DTYPES, StoredTensor
 from tinyvllm.storage import families
 
 logger = logging.getLogger(__name__)
+
+DRAFTING = "mtp"  # multi-token prediction: a part of its own in Hugging Face's files
 
 # Buffers that old versions of transformers saved; the model computes them
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "position_ids")
@@ -41,6 +44,8 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
             logger.info("%s: %s", files.name, line)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith(unread)}
         read = with_model(language_model_tensors(assemble_matrices(files.path, stored), config.architecture))
+        if config.state is not None:
+            read = from_hf(read, config.state)
     if family is not None and family.fused:
         read = split_fused(read, family.fused, config)
     alternate = family is not None and family.alternates_experts
@@ -66,10 +71,10 @@ def unread_lines(tensors: Mapping[str, StoredTensor], unread: Sequence[str]) -> 
     for prefix in unread:
         sizes = [tensor.num_bytes for name, tensor in tensors.items() if name.startswith(prefix)]
         if sizes:
-            part = prefix.strip(".").rpartition(".")[2].replace("_", " ")
-            lines.append(
-                f"{part}: {len(sizes)} tensors, {sum(sizes) / 1e9:.1f} GB not loaded: this model runs text only"
-            )
+            part = prefix.strip(".").rpartition(".")[2]
+            why = "this engine does not draft tokens" if part == DRAFTING else "this model runs text only"
+            size = f"{len(sizes)} tensors, {sum(sizes) / 1e9:.1f} GB"
+            lines.append(f"{part.replace('_', ' ')}: {size} not loaded: {why}")
     return lines
 
 

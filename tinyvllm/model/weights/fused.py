@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
+
+import numpy as np
 
 from tinyvllm.arrays import HostMatrix, take_rows
 from tinyvllm.config import ModelConfig
@@ -24,7 +27,8 @@ def split_fused(
             continue
         prefix, parts = module.removesuffix(whole), fused[whole]
         names = [f"{prefix}{part}.{suffix}" for part in parts]
-        found |= dict(zip(names, _parts(tensor, [_num_rows(part, config) for part in parts]), strict=True))
+        slices = _slices(tensor.shape[0], [_num_rows(part, config) for part in parts])
+        found |= dict(zip(names, split_rows(tensor, slices), strict=True))
     return found
 
 
@@ -34,16 +38,21 @@ def _num_rows(module: str, config: ModelConfig) -> int:
     return sizes.get(name, config.ffn_size)
 
 
-def _parts(tensor: StoredTensor, counts: Sequence[int]) -> list[StoredTensor]:
-    """The tensor's rows, `counts` of them at a time."""
-    source, parts, start = _Source(tensor.read, len(counts)), [], 0
-    for index, count in enumerate(counts):
-        end = start + count if index < len(counts) - 1 else max(start, tensor.shape[0])
-        read = partial(source.rows, slice(start, end))
-        num_bytes = tensor.num_bytes * (end - start) // max(tensor.shape[0], 1)
-        parts.append(replace(tensor, shape=(end - start, *tensor.shape[1:]), read=read, num_bytes=num_bytes))
-        start = end
-    return parts
+def _slices(num_rows: int, counts: Sequence[int]) -> list[slice]:
+    """`counts` rows at a time, the last one's up to the end."""
+    *starts, last, _ = accumulate(counts, initial=0)
+    return [*map(slice, starts, [*starts[1:], last]), slice(last, max(last, num_rows))]
+
+
+def split_rows(tensor: StoredTensor, parts: Sequence[slice | np.ndarray]) -> list[StoredTensor]:
+    """A tensor for each of the parts, which say what its rows are. The values are decoded once for all of them."""
+    source, found = _Source(tensor.read, len(parts)), []
+    for rows in parts:
+        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        num_bytes = tensor.num_bytes * count // max(tensor.shape[0], 1)
+        shape, read = (count, *tensor.shape[1:]), partial(source.rows, rows)
+        found.append(replace(tensor, shape=shape, read=read, num_bytes=num_bytes))
+    return found
 
 
 class _Source:
@@ -54,7 +63,7 @@ class _Source:
         self._num_left = num_parts
         self._values: HostMatrix | None = None
 
-    def rows(self, rows: slice) -> HostMatrix:
+    def rows(self, rows: slice | np.ndarray) -> HostMatrix:
         values = self._read() if self._values is None else self._values
         self._num_left -= 1
         self._values = values if self._num_left else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -15,11 +16,14 @@ from tinyvllm.arrays import HostMatrix, to_float32
 from tinyvllm.config import ModelConfig
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
+from tinyvllm.model.weights.recurrent import from_gguf
 from tinyvllm.model.weights.stored import DENSE_DTYPES, DENSE_NAMES, StoredTensor, view_dense
 from tinyvllm.storage import families
 from tinyvllm.storage.gguf_config import CLASSIFIER
 from tinyvllm.storage.gguf_file import GGUFFile, GGUFTensor
 from tinyvllm.storage.gguf_rope import ROPE_TENSORS
+
+logger = logging.getLogger(__name__)
 
 MULTIPLIED_TYPE = "NVFP4"  # whose matrices have a scale as a tensor beside them
 KNOWN_TYPES = (*DENSE_DTYPES, *QUANTIZED_KINDS)
@@ -58,9 +62,10 @@ LAYER_NAMES = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
     "attn_sinks.weight": "self_attn.sinks",
 }
-LAYER_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>\w+)\.(?P<suffix>weight|bias|scale)")
+LAYER_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>\w+)(?:\.(?P<suffix>weight|bias|scale))?")
 EXPERT_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<module>gate|up|down)\.(?P<expert>\d+)\.weight")  # until 2024
 SHARED_GATE = "mlp.shared_expert_gate.weight"
+LAYER_NUMBER = re.compile(r"blk\.(?P<layer>\d+)\.")
 TOP_TENSOR = re.compile(r"(?P<part>\w+)\.(?P<suffix>weight|bias)")
 
 ROTARY_TENSORS = tuple(f"{part}.{suffix}" for part in ("attn_q", "attn_k") for suffix in ("weight", "bias"))
@@ -75,7 +80,10 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     family = families.KNOWN_ARCHITECTURES[config.architecture]
     stored = read_as_written(path, config.head_dim if family.gguf_interleaves_pairs else None)
     kept = {name: tensor for name, tensor in stored.items() if name not in ROPE_TENSORS}
+    kept = _without_drafting(path, kept, config.num_layers)
     tensors = {canonical_name(name, config.architecture): tensor for name, tensor in kept.items()}
+    if config.state is not None:
+        tensors = from_gguf(tensors, config.state, tiles_value_heads=family.gguf_tiles_value_heads)
     if CLASSIFIER in tensors:
         tensors["score.weight"] = _as_one_label(tensors.pop(CLASSIFIER))
     for name, tensor in tensors.items():
@@ -87,6 +95,18 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
 def _as_row(tensor: StoredTensor) -> StoredTensor:
     """A vector as a matrix of one row."""
     return replace(tensor, shape=(1, *tensor.shape), read=lambda: to_float32(tensor.read())[None])
+
+
+def _without_drafting(path: Path, tensors: Mapping[str, StoredTensor], num_layers: int) -> dict[str, StoredTensor]:
+    """Without the layers after the model's own, which draft tokens (multi-token prediction)."""
+    found = {}
+    for name, tensor in tensors.items():
+        match = LAYER_NUMBER.match(name)
+        if match is None or int(match["layer"]) < num_layers:
+            found[name] = tensor
+    if count := len(tensors) - len(found):
+        logger.info("%s: %d tensors not loaded: they draft tokens, which this engine does not do", path.name, count)
+    return found
 
 
 def _as_one_label(tensor: StoredTensor) -> StoredTensor:
@@ -123,7 +143,7 @@ def canonical_name(gguf_name: str, architecture: str) -> str:
     if match := LAYER_TENSOR.fullmatch(gguf_name):
         names = LAYER_NAMES | dict(families.KNOWN_ARCHITECTURES[architecture].gguf_layer_names)
         layer, part, suffix = match.groups()
-        name = names.get(f"{part}.{suffix}")
+        name = names.get(part) if suffix is None else names.get(f"{part}.{suffix}")
         if name is None and part in names and suffix != "scale":
             name = f"{names[part]}.{suffix}"
         if name is not None:

@@ -58,10 +58,13 @@ class RandomWeights:
         self._seed = seed
 
     def take(self, name: str, shape: tuple[int, ...]) -> HostMatrix:
-        """A vector or a matrix. Raises ModelError if a quantized matrix's rows are not whole blocks."""
+        """A vector, a matrix, or the taps of a depthwise convolution (channels, 1, taps). Raises ModelError if a
+        quantized matrix's rows are not whole blocks."""
         rng = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
         if len(shape) == 1:
             return (1 + 0.1 * rng.standard_normal(shape)).astype(np.float32)
+        if len(shape) == 3:  # the taps of a convolution
+            return (rng.standard_normal(shape) / math.sqrt(shape[2])).astype(np.float32)
         rows, cols = shape
         order = np.arange(rows) % DRAWN_ROWS
         if self._kind not in DENSE_KINDS:

@@ -642,7 +642,7 @@ def _take_shard(host: HostMatrix, first: int, last: int, num_units: int) -> Host
 def _count_cores(available: int, layers: Sequence[LayerKind]) -> int:
     """The most cores among which each layer's KV heads can be shared so that every core's rows of k and v fill whole
     panels; one if there is no such number, and zeros then pad the rows of q, k and v together."""
-    shapes = {(kind.num_kv_heads, kind.head_dim) for kind in layers if kind.latent is None}
+    shapes = {(kind.num_kv_heads, kind.head_dim) for kind in layers if kind.latent is None and kind.state is None}
     for latent, heads in {(kind.latent, kind.num_heads) for kind in layers if kind.latent is not None}:
         shapes |= {(heads, dim) for dim in (latent.nope_dim + latent.rope_dim, latent.rank, latent.value_dim)}
     if not shapes:

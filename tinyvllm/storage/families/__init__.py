@@ -21,6 +21,7 @@ from tinyvllm.storage.families import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_5,
     qwen3_moe,
     smollm3,
 )
@@ -34,6 +35,7 @@ KNOWN_ARCHITECTURES: dict[str, FamilyFiles] = {
     "ministral3": ministral3.FILES,
     "qwen2": qwen2.FILES,
     "qwen3": qwen3.FILES,
+    "qwen3_5": qwen3_5.FILES,
     "gemma2": gemma2.FILES,
     "gemma3": gemma3.FILES,
     "gemma4": gemma4.FILES,

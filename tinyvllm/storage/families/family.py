@@ -39,6 +39,7 @@ class FamilyFiles:
     # "by layer": those that layer_types names; without it, those from max_window_layers on (Qwen), or all but every
     # sliding_window_pattern-th (Gemma)
     hf_windows: str | None = None
+    has_recurrent_layers: bool = False  # layer_types may name layers of linear attention, which hf_refine reads
     gguf_defaults: Mapping[str, Any] = field(default_factory=dict)  # llama.cpp's for missing keys under {arch}
     # The period of {arch}.attention.sliding_window if the file has no sliding_window_pattern: every layer but each
     # n-th attends to the window, with 0 every layer. None: windows are not understood
@@ -63,6 +64,9 @@ class FamilyFiles:
     # llama.cpp's converter reorders the rows of q and k (and their biases): there a rotated pair lies in neighboring
     # rows, here in the two halves of a head
     gguf_interleaves_pairs: bool = False
+    # llama.cpp's converter reorders the value heads of recurrent layers: there head h reads the queries and keys of
+    # head h % Hk, here those of head h // (Hv / Hk)
+    gguf_tiles_value_heads: bool = False
     # Modules that are stored as one under another name, their rows one after another: {"self_attn.qkv_proj":
     # ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}; in both formats
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -290,8 +290,8 @@ class Operations(Protocol):
         Sequence s of the step has rows [first_rows[s], first_rows[s + 1]); in a decode step, row s. It starts from the
         state in slot state_reads[s], or from zeros if its first row is at position 0, and leaves its state after its
         last row in slot state_writes[s]. The two may be equal, and several sequences may read a slot that none of them
-        writes. A sequence that has no rows, or writes to slot 0, touches no slot; its outputs are zeros, as are those
-        of padding."""
+        writes. A sequence that has no rows, or writes to slot 0, touches no other slot than 0; its outputs are zeros,
+        as are those of padding."""
 
     def norm_groups(self, x: Tensor, norm: Norm, num_tokens: int, addend: Tensor) -> Tensor:
         """(T * M,): RMSNorm of each group of x's columns that is as wide as the norm's weight, plus `addend` (T * M,).

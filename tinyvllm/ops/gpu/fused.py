@@ -31,12 +31,15 @@ from tinyvllm.ops.gpu.backend import GpuBackend, embed_kernel
 from tinyvllm.ops.gpu.gemm import MIN_TOKENS, GemmSpec, multiply_rows
 from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector, quantized_vector_kernel
+from tinyvllm.ops.gpu.recurrent import GpuRecurrentSpec, recur_by_rows
+from tinyvllm.ops.gpu.recurrent_decode import DecodeStateSpec, recur_rows
 from tinyvllm.ops.gpu.row_sum import RUN_COLS, EmbedSpec, SumSpec, sum_kernel
 from tinyvllm.ops.gpu.vector import NormedSum, VectorSpec, vector_kernel
 from tinyvllm.ops.kernel.body import F32, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import allows_wgmma
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import choose
+from tinyvllm.ops.recurrent_spec import RecurrentLayer
 from tinyvllm.ops.step_inputs import StepLayout
 
 # measured on an H200: chaining gains 5 % at 8 rows and loses 2 % at 64; with quantized weights it gains 10 % at 32
@@ -206,6 +209,22 @@ class FusedGpuBackend(GpuBackend):
             rows = self._empty(step.num_tokens * spec.num_heads * spec.head_dim)
             return attend_tiles(spec, rows, pool, layer, step, parts)
         return self._decode(spec, pool, [step.inputs, *layer.tables, *parts], step)
+
+    def recur(self, projections: Sequence[Tensor], layer: RecurrentLayer, step: Step) -> Tensor:
+        sums = [part if isinstance(part, Summed) and part.epilogue.is_plain else None for part in projections]
+        counts = tuple(1 if lazy is None else lazy.num_partials for lazy in sums)
+        parts = [
+            self.whole(part) if lazy is None else lazy.partials for part, lazy in zip(projections, sums, strict=True)
+        ]
+        slots, out = step.pool.num_state_slots, self._empty(step.num_tokens * layer.kind.value_size)
+        own: dict[str, Any] = dict(lanes=self._lanes(step.num_tokens), partials=counts)
+        if step.is_decode:
+            spec = DecodeStateSpec.of(layer, step.layout, slots, is_decode=True, **own)
+            if not (reason := spec.uncovered_shape()):
+                return recur_rows(choose(spec), out, layer, step, parts)
+            self.coverage.take_general("recurrence", reason, layer.index)
+        walk = GpuRecurrentSpec.of(layer, step.layout, slots, step.is_decode, **own)
+        return recur_by_rows(walk, out, layer, step, parts)
 
     def _decode(self, spec: DecodeSpec, pool: tuple[Tensor, Tensor], read: list[Tensor], step: Step) -> Tensor:
         """Attention of rows that are each the last token of their sequence."""

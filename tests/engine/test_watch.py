@@ -32,7 +32,10 @@ async def test_each_step_is_remembered_once() -> None:
     assert sum(step.stats.num_tokens for step in steps) == len(b"hello") + (GREEDY.max_tokens or 0) - 1
     assert all(before.end_s <= after.end_s for before, after in itertools.pairwise(steps))
     assert sum(steps[-1].stats.step_sizes) == len(steps)
-    assert counts["requests"] == counts["owned_requests"] == 0 and counts["free_blocks"] == counts["all_blocks"]
+    assert (
+        counts["requests"] == counts["owned_requests"] == counts["live_states"] == 0
+        and counts["free_blocks"] == counts["all_blocks"]
+    )
 
 
 async def test_a_question_that_cannot_be_answered_concerns_its_asker_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -13,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.client import client_of
 from tests.server.fake_engine import FakeEngine, serving
+from tinyvllm.config import BlockGroup, MemoryUse
 from tinyvllm.scheduling.plan import StepStats, count_step
 from tinyvllm.server.app import make_app
 from tinyvllm.server.metrics import token_count_buckets
@@ -65,6 +67,27 @@ async def test_counts_of_the_engine_are_shown() -> None:
     assert value_of(families, "tinyvllm:graphs_to_capture") == 2
     assert value_of(families, "tinyvllm:general_operations") == 5
     assert value_of(families, "tinyvllm:failed_graph_captures_total") == 1
+
+
+async def test_memory_is_shown_by_kind() -> None:
+    engine = FakeEngine()
+    memory = MemoryUse(weights=1000, scratch=200, kv_groups=(300, 40), state_slot=7)
+    engine.capacity = replace(
+        engine.capacity, other_groups=(BlockGroup(9, 64),), num_state_slots=11, checkpoint_interval=3, memory=memory
+    )
+    engine.statistics.num_live_states, engine.statistics.num_checkpoints = 2, 5
+    engine.statistics.num_checkpoint_hits, engine.statistics.num_checkpoint_evictions = 6, 4
+    async with client_of(engine) as client:
+        families = await scrape(client)
+        state = (await client.get("/engine/state")).json()
+    kinds = {sample.labels["kind"]: sample.value for sample in families["tinyvllm:memory_bytes"].samples}
+    assert kinds == {
+        "weights": 1000, "scratch": 200, "kv": 300, "kv window 64": 40,
+        "states live": 14, "states checkpoints": 35, "states free": 21,
+    }  # fmt: skip
+    assert state["memory"] == kinds and state["counts"]["num_live_states"] == 2
+    assert value_of(families, "tinyvllm:checkpoint_hits_total") == 6
+    assert value_of(families, "tinyvllm:checkpoint_evictions_total") == 4
 
 
 async def test_names_types_and_buckets_are_those_of_vllm() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.server.fake_engine import FakeEngine, serving
-from tinyvllm.config import SamplingParams
+from tinyvllm.config import MemoryUse, SamplingParams
 from tinyvllm.scheduling.request import Request
 
 pytestmark = pytest.mark.browser
@@ -205,6 +205,14 @@ def test_the_engine_view_shows_its_state(browser: object, engine: FakeEngine) ->
             ".getImageData(0, 0, 300, 60).data.buffer)).size"
         )
         assert painted >= 4  # in use, cached, free, and nothing
+        assert not visit.page.is_visible("#memory"), "it is not known"
+        memory = MemoryUse(weights=3 << 30, kv_groups=(1 << 30,), state_slot=1 << 20)
+        engine.capacity = dataclasses.replace(engine.capacity, num_state_slots=9, memory=memory)
+        engine.statistics.num_live_states = 2
+        visit.wait_for("#states-text:not([hidden])")
+        assert "2 states in use, 0 checkpoints" in visit.text("#states-text")
+        assert visit.text("#memory-rows").split("\n")[0].split("\t") == ["Weights", "3.0 GiB"]
+        assert visit.text("#memory-text") == "4.0 GiB"
         visit.context.close()
 
 

@@ -244,6 +244,15 @@ class EngineCore:
 
     def _publish(self, stats: StepStats) -> None:
         """Replace `stats` by a copy with the current gauges."""
+        states = self.scheduler.block_manager.state_pool
+        if states is not None:
+            stats = dataclasses.replace(
+                stats,
+                num_live_states=states.num_live,
+                num_checkpoints=states.num_checkpoints,
+                num_checkpoint_hits=states.num_hits,
+                num_checkpoint_evictions=states.num_evictions,
+            )
         self.stats = dataclasses.replace(
             stats,
             num_running=self.scheduler.num_running,

@@ -311,6 +311,7 @@ class EngineLoop:
         return {
             "free_blocks": sum(pool.num_free for pool in manager.pools),
             "all_blocks": sum(pool.num_blocks - 1 for pool in manager.pools),
+            "live_states": 0 if manager.state_pool is None else manager.state_pool.num_live,
             "requests": self.core.scheduler.num_running + self.core.scheduler.num_waiting,
             "owned_requests": len(self._owners),
             "waiting_calls": len(self._waiting),

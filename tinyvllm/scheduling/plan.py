@@ -127,6 +127,10 @@ class StepStats:
     prefix_queries: int = 0  # tokens looked up in the prefix cache, since start
     prefix_hits: int = 0  # tokens found, since start
     num_preemptions: int = 0  # since start
+    num_live_states: int = 0  # slots of recurrent states that sequences own
+    num_checkpoints: int = 0  # slots that hold a checkpoint and that no sequence owns
+    num_checkpoint_hits: int = 0  # sequences that resumed from a checkpoint, since start
+    num_checkpoint_evictions: int = 0  # checkpoints dropped for lack of slots, or with their blocks, since start
     num_captures: int = 0  # graphs captured, since start
     num_captures_to_come: int = 0  # graphs still to be captured between steps; at 0, num_captures is final
     num_failed_captures: int = 0  # since start; larger graphs are used in their place

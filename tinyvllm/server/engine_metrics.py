@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from tinyvllm.engine.async_engine import STEP_SIZES, StepStats
+from tinyvllm.server.memory import memory_by_kind
 
 if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AsyncEngine
@@ -37,6 +38,16 @@ _COUNTERS: tuple[Measure, ...] = (
     ("vllm:num_preemptions", "Requests preempted for lack of KV blocks.", lambda stats: stats.num_preemptions),
     ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", lambda stats: stats.prefix_queries),
     ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda stats: stats.prefix_hits),
+    (
+        "tinyvllm:checkpoint_hits",
+        "Sequences that resumed from a checkpoint of their recurrent state.",
+        lambda stats: stats.num_checkpoint_hits,
+    ),
+    (
+        "tinyvllm:checkpoint_evictions",
+        "Checkpoints of recurrent states dropped for lack of slots, or with their KV blocks.",
+        lambda stats: stats.num_checkpoint_evictions,
+    ),
     (
         "tinyvllm:graph_captures",
         "Graphs captured since start. Constant once tinyvllm:graphs_to_capture is 0.",
@@ -106,11 +117,15 @@ class EngineCollector(Collector):
         awake = GaugeMetricFamily(
             "vllm:engine_sleep_state", "1 for the current state of the engine, else 0.", labels=(*LABELS, "sleep_state")
         )
+        memory = GaugeMetricFamily("tinyvllm:memory_bytes", "Device memory by kind.", labels=(*LABELS, "kind"))
         for values, stats in each:
+            for kind, num_bytes in memory_by_kind(self._engine.capacity, stats).items():
+                memory.add_metric((*values, kind), num_bytes)
             for reason, value in (("capacity", stats.num_waiting), ("deferred", 0)):
                 waiting.add_metric((*values, reason), value)
             for state, value in _SLEEP_STATES:
                 awake.add_metric((*values, state), value)
+        yield memory
         yield waiting
         yield awake
 

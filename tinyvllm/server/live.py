@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from tinyvllm import __version__
 from tinyvllm.errors import EngineDeadError
+from tinyvllm.server.memory import memory_by_kind
 
 if TYPE_CHECKING:
     from tinyvllm.engine.step_history import CompletedStep
@@ -41,6 +42,9 @@ class LiveCounts(BaseModel):
     num_preemptions: int
     num_failed_steps: int
     num_captures_to_come: int  # graphs still to be captured between steps
+    num_live_states: int  # slots of recurrent states that sequences own
+    num_checkpoints: int  # slots that hold a checkpoint
+    num_checkpoint_hits: int
 
 
 class Quantiles(BaseModel):
@@ -90,6 +94,7 @@ class EngineState(BaseModel):
     itl_s: Quantiles = Quantiles()
     steps: list[LiveStep] = []
     pool: PoolSnapshot | None = None
+    memory: dict[str, int] = {}  # bytes by kind, as in the metric tinyvllm:memory_bytes
 
 
 async def engine_state(state: ServerState) -> EngineState:
@@ -116,6 +121,7 @@ async def engine_state(state: ServerState) -> EngineState:
         num_blocks=capacity.num_usable_blocks * engine.num_engines,
     )
     shown.counts = _counts(state)
+    shown.memory = memory_by_kind(capacity, engine.stats(), engine.num_engines)
     shown.ttft_s, shown.itl_s = quantiles(board.recent_ttft_s()), quantiles(board.recent_itl_s())
     try:
         steps = sorted((step for each in await engine.latest_steps() for step in each), key=lambda step: step.end_s)
@@ -143,6 +149,9 @@ def _counts(state: ServerState) -> LiveCounts:
         num_preemptions=stats.num_preemptions,
         num_failed_steps=int(stats.extra.get("num_failed_steps", 0)),
         num_captures_to_come=stats.num_captures_to_come,
+        num_live_states=stats.num_live_states,
+        num_checkpoints=stats.num_checkpoints,
+        num_checkpoint_hits=stats.num_checkpoint_hits,
     )
 
 

@@ -263,6 +263,7 @@ function show(state) {
   if (!state.counts) return;
   showCounts(state);
   showPool(state);
+  showMemory(state);
   showSteps(state.steps);
 }
 
@@ -339,6 +340,41 @@ function showPool({ pool, limits }) {
     "aria-label",
     `${text} in use, ${count(pool.num_shared)} of them shared; ${count(pool.num_cached)} cached for prompts with the same prefix`,
   );
+}
+
+const KINDS = {
+  weights: "Weights",
+  scratch: "Intermediate values, at most",
+  kv: "Keys and values",
+  "states live": "States of running sequences",
+  "states checkpoints": "Checkpoints of states",
+  "states free": "Free state slots",
+};
+
+const bytes = (value) =>
+  value < 2 ** 30 ? `${(value / 2 ** 20).toFixed(value < 10 * 2 ** 20 ? 1 : 0)} MiB` : `${(value / 2 ** 30).toFixed(1)} GiB`;
+
+/** List the device's memory by kind, and what recurrent states have checkpoints for. */
+function showMemory({ memory, counts }) {
+  const rows = Object.entries(memory);
+  const total = rows.reduce((sum, [, value]) => sum + value, 0);
+  $("memory").hidden = total === 0;
+  $("memory-text").textContent = bytes(total);
+  $("memory-rows").replaceChildren(
+    ...rows.map(([kind, value]) => {
+      const row = document.createElement("tr");
+      const name = document.createElement("th");
+      name.scope = "row";
+      name.textContent = KINDS[kind] ?? kind.replace("kv window", "Keys and values, window of");
+      row.append(name, document.createElement("td"));
+      row.lastChild.textContent = bytes(value);
+      return row;
+    }),
+  );
+  $("states-text").hidden = !("states live" in memory);
+  $("states-text").textContent =
+    `${count(counts.num_live_states)} states in use, ${count(counts.num_checkpoints)} checkpoints; ` +
+    `${count(counts.num_checkpoint_hits)} prompts resumed from one`;
 }
 
 /** Columns and side length of the largest squares of which `cells` fit into this area, row by row. */

@@ -339,9 +339,14 @@ class ModelConfig:
         return itemsize * sum(kind.stored_elements for kind in self.layers)
 
     @property
+    def states(self) -> dict[int, StateKind]:
+        """The recurrent layers."""
+        return {index: kind.state for index, kind in enumerate(self.layers) if kind.state is not None}
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of one sequence's state in all recurrent layers; 0 without any."""
-        return sum(kind.state.num_bytes for kind in self.layers if kind.state is not None)
+        return sum(state.num_bytes for state in self.states.values())
 
     def kv_window(self, layer: int) -> int | None:
         """As `stored_window`."""

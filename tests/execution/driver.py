@@ -88,7 +88,9 @@ class EagerRunner:
         checkpoint = open_checkpoint(files, config)
         self._model = make_model(config, checkpoint, self._backend, capacity.max_model_len, lambda done, total: None)
         counts = [group.num_blocks for group in capacity.groups]
-        self._pool = self._backend.make_pool(self._model.pool_groups, counts, capacity.block_size, "float32")
+        self._pool = self._backend.make_pool(
+            self._model.pool_groups, counts, capacity.block_size, "float32", config.states, capacity.num_state_slots
+        )
 
     def execute(self, plan: StepPlan) -> StepOutput:
         layout = choose_bucket(self._buckets, plan).layout(self.capacity)

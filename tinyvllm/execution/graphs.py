@@ -314,7 +314,7 @@ def step_name(
         sources_digest(),
         tuning.current.digest,
         model_digest(model, backend),
-        (pool.num_blocks, pool.dtype),
+        (pool.num_blocks, pool.dtype, pool.num_state_slots),
         (bucket, layout),
         {key: (tensor.numel(), tensor.dtype) for key, tensor in tensors.items()},
     )

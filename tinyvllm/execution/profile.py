@@ -32,7 +32,8 @@ from tinyvllm.profiling.names import SAMPLE, is_generated, role_of, strip_colors
 from tinyvllm.profiling.roofline import attended_keys, operations_a_key
 from tinyvllm.scheduling.plan import StepPlan
 
-_LAYER = re.compile(r"\.(?:layers|keys|values)\.(\d+)")
+_LAYER = re.compile(r"\.(?:layers|keys|values|matrices|convs)\.(\d+)")
+_STATES = ("pool.matrices.", "pool.convs.")  # the paths of tensors of recurrent states
 UNPACK = "unpack"  # the role of a kernel that unpacks a quantized matrix for a product
 _OUTSIDE_LAYERS = ("take rows", "embed")  # roles of kernels that touch no tensor with a name
 
@@ -107,7 +108,7 @@ class CallNamer:
             return None
         first, role = touched[0], role_of(_program(call))
         if first.is_pool:
-            return CallName(role or "attention", first.layer)
+            return CallName(role or ("recur" if first.path.startswith(_STATES) else "attention"), first.layer)
         if role == "embed":
             return CallName(role, None)
         return CallName(f"{first.role}, unpacked" if role == UNPACK else first.role, first.layer)

@@ -118,7 +118,9 @@ def make_runner(
     )
     capacity = plan_capacity(config, limits, model_config, memory)
     counts = [group.num_blocks for group in capacity.groups]
-    pool = backend.make_pool(model.pool_groups, counts, capacity.block_size, kv_dtype)
+    pool = backend.make_pool(
+        model.pool_groups, counts, capacity.block_size, kv_dtype, model_config.states, capacity.num_state_slots
+    )
     store = open_program_store(device.name) if config.compile_cache else None
     return ModelRunner(model, backend, pool, capacity, buckets, store, num_instances, config.capture)
 
@@ -283,8 +285,8 @@ class ModelRunner:
     def close(self) -> None:
         """Release graphs, pool and weights. The runner cannot be used again."""
         self.captures.clear()
-        self.pool.keys.clear()
-        self.pool.values.clear()
+        for stored in (self.pool.keys, self.pool.values, self.pool.matrices, self.pool.convs):
+            stored.clear()
 
     # -- its parts ---------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from tinyvllm.model.attention import Placed, load_attention
 from tinyvllm.model.delta_net import load_delta_net
 from tinyvllm.model.experts import load_sparse
 from tinyvllm.model.feed_forward import load_dense
+from tinyvllm.model.latent_attention import load_latent_attention
 from tinyvllm.model.layer import FeedForward, Layer, Mixer
 from tinyvllm.model.loading import Loader
 from tinyvllm.model.rope import rope_table
@@ -145,6 +146,8 @@ class Decoder:
             rope = self.ropes[self.rope_list.index((kind.rope, kind.head_dim, kind.query_scaling))]
         group = group_of(self.pool_groups, index if kind.kv_layer is None else kind.kv_layer)
         placed = Placed(index, rope, group)
+        if kind.latent is not None:
+            return load_latent_attention(self.load, kind, placed, self.ATTENTION_NORM)
         return load_attention(self.load, kind, placed, self.ATTENTION_NORM, self.ATTENTION_POST_NORM)
 
     def _load_feed_forward(self, index: int) -> FeedForward:

@@ -12,6 +12,7 @@ from tinyvllm.model.gemma2 import Gemma2
 from tinyvllm.model.gemma3 import Gemma3
 from tinyvllm.model.gemma4 import Gemma4
 from tinyvllm.model.glm4 import Glm, Glm4
+from tinyvllm.model.glm4_moe_lite import Glm4MoeLite
 from tinyvllm.model.gpt_oss import GptOss
 from tinyvllm.model.granite import Granite
 from tinyvllm.model.llama import Llama
@@ -47,6 +48,9 @@ FAMILIES: dict[str, type[Decoder]] = {
     "granite": Granite,
     "glm": Glm,
     "glm4": Glm4,
+    "glm4_moe_lite": Glm4MoeLite,
+    "deepseek_v2": Glm4MoeLite,
+    "deepseek_v3": Glm4MoeLite,
     "qwen3_moe": Qwen3,
     "mixtral": Mistral,
     "olmoe": Olmoe,

@@ -40,7 +40,7 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
     num_kv_heads = _largest(values, family, "attention.head_count_kv", num_heads)
     if num_heads % num_kv_heads != 0:
         values.refuse("attention.head_count_kv", f"a divisor of attention.head_count ({num_heads})")
-    head_dim = _head_dim(values, num_heads)
+    head_dim = values.integer("rope.dimension_count") if family.has_latents else _head_dim(values, num_heads)
     num_layers, hidden_size = _num_layers(values), values.integer("embedding_length")
     window, windowed = _windows(values, family, num_layers)
     if CLASSIFIER in file.tensors and file.tensors[CLASSIFIER].shape != (2, hidden_size):

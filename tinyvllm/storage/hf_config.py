@@ -30,7 +30,7 @@ def read_hf_config(config: Values, name: str) -> ModelConfig:
     hidden_size = values.integer("hidden_size")
     num_heads = values.integer("num_attention_heads")
     num_layers = values.integer("num_hidden_layers")
-    head_dim = _head_dim(values, hidden_size, num_heads)
+    head_dim = _head_dim(values, "qk_rope_head_dim" if family.has_latents else "head_dim", hidden_size, num_heads)
     num_kv_heads = values.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads != 0:
         values.refuse("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
@@ -108,12 +108,12 @@ def _with_defaults(config: Values, family: FamilyFiles) -> Values:
     return Values(config.source, dict(family.hf_defaults) | dict(text_values(config).values))
 
 
-def _head_dim(values: Values, hidden_size: int, num_heads: int) -> int:
-    if values.get("head_dim") is None and hidden_size % num_heads != 0:
-        values.refuse("hidden_size", f"a multiple of num_attention_heads ({num_heads}) where head_dim is not given")
-    head_dim = values.integer("head_dim", hidden_size // num_heads)
+def _head_dim(values: Values, key: str, hidden_size: int, num_heads: int) -> int:
+    if values.get(key) is None and hidden_size % num_heads != 0:
+        values.refuse("hidden_size", f"a multiple of num_attention_heads ({num_heads}) where {key} is not given")
+    head_dim = values.integer(key, hidden_size // num_heads)
     if head_dim % 2 != 0:
-        raise ModelError(f"{values.source}: head_dim is {head_dim}: rotary embeddings need an even number")
+        raise ModelError(f"{values.source}: {key} is {head_dim}: rotary embeddings need an even number")
     return head_dim
 
 

@@ -8,6 +8,7 @@ from tests.families.recipes import (
     gemma3,
     gemma4,
     glm4,
+    glm4_moe_lite,
     gpt_oss,
     granite,
     mistral,
@@ -22,7 +23,7 @@ from tests.families.recipes import (
 )
 
 DENSE = (qwen2, gemma2, gemma3, gemma4, mistral, phi3, smollm3, olmo, granite, glm4)
-SPARSE = (qwen3_moe, mixtral, olmoe, gpt_oss)
+SPARSE = (qwen3_moe, mixtral, olmoe, gpt_oss, glm4_moe_lite)
 HYBRID = (qwen3_5,)
 MODULES = (*DENSE, *SPARSE, *HYBRID)
 

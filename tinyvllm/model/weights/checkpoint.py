@@ -18,6 +18,7 @@ from tinyvllm.model.weights.experts import stack_experts
 from tinyvllm.model.weights.fused import split_fused
 from tinyvllm.model.weights.gguf import read_gguf
 from tinyvllm.model.weights.hf_formats import assemble_matrices
+from tinyvllm.model.weights.latents import split_latents
 from tinyvllm.model.weights.names import HEAD_NAME, tied, unwrapped, with_model
 from tinyvllm.model.weights.recurrent import from_hf
 from tinyvllm.model.weights.safetensors import RAW_DTYPES, read_safetensors
@@ -50,6 +51,7 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
         read = split_fused(read, family.fused, config)
     alternate = family is not None and family.alternates_experts
     read = stack_experts(files.path, read, config, alternate=alternate)
+    read = split_latents(read, config)
     read = {name: tensor for name, tensor in read.items() if not name.startswith(_unread_modules(config))}
     if config.tie_embeddings:
         read = tied(files.path, read)
@@ -99,8 +101,10 @@ def format_lines(tensors: Mapping[str, StoredTensor]) -> list[str]:
 
 
 def _unread_modules(config: ModelConfig) -> tuple[str, ...]:
-    """Beginnings of the names of keys and values in layers that read another layer's: files have them all the same."""
-    return tuple(
+    """Beginnings of the names of tensors that files have, but no layer uses: keys and values in layers that read
+    another layer's, and the layers after the last, which draft tokens (GLM-4.7-Flash, DeepSeek V3)."""
+    drafting = (f"model.layers.{config.num_layers}.",) if config.latent is not None else ()
+    return drafting + tuple(
         f"model.layers.{layer}.self_attn.{module}."
         for layer, kind in enumerate(config.layers)
         if kind.kv_layer is not None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from tinyvllm.storage.families import (
+    deepseek,
     gemma2,
     gemma3,
     gemma4,
     glm,
     glm4,
+    glm4_moe_lite,
     gpt_oss,
     granite,
     llama,
@@ -47,6 +49,9 @@ KNOWN_ARCHITECTURES: dict[str, FamilyFiles] = {
     "granite": granite.FILES,
     "glm": glm.FILES,
     "glm4": glm4.FILES,
+    "glm4_moe_lite": glm4_moe_lite.FILES,
+    "deepseek_v2": deepseek.V2_FILES,
+    "deepseek_v3": deepseek.V3_FILES,
     "qwen3_moe": qwen3_moe.FILES,
     "mixtral": mixtral.FILES,
     "olmoe": olmoe.FILES,

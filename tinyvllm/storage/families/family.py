@@ -54,6 +54,9 @@ class FamilyFiles:
     rope_aliases: Mapping[str, str] = field(default_factory=dict)  # names of kinds of ropes, and transformers'
     norm_offset: float = 0.0  # to be added to norms' weights in Hugging Face's format; GGUF has it in the weights
     overflows_float16: bool = False  # as in ModelConfig
+    # Heads are expanded from latents, which the refine functions read. Until then, head_dim is that of a head's rotated
+    # part
+    has_latents: bool = False
     has_layer_sizes: bool = False  # GGUF may have a list of numbers, one for each layer, which gguf_refine reads
     # Numbers of layers with which GGUF, which has no key for it, means a score scale of (hidden / heads) ** -0.5
     gguf_wide_scale_layers: tuple[int, ...] = ()

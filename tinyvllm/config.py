@@ -589,6 +589,7 @@ class SamplingParams:
     logprobs: int | None = None  # None: none; 0: of the chosen token; k: and of the k most likely ones
     prompt_logprobs: int | None = None  # the same for every prompt token except the first
     skip_special_tokens: bool = True
+    mark_special_tokens: bool = False  # for parsers of the output: see text/detokenizer.py
     grammar: GrammarSpec | None = None  # the grammar that the output must follow
 
     def __post_init__(self) -> None:

@@ -31,7 +31,7 @@ WEATHER = Tool(
     },
 )
 TIME = Tool("time-now")
-NAMES = frozenset({"get_weather", "time-now"})
+TOOLS = {tool.name: tool for tool in (WEATHER, TIME)}
 FORMATS = {name: load_tool_format(name) for name in FAMILIES}
 
 Calls = list[tuple[str, str]]
@@ -39,7 +39,7 @@ Calls = list[tuple[str, str]]
 
 def read(family: str, pieces: Iterable[str]) -> tuple[str, Calls]:
     """(text, calls) of a message that comes in pieces; checks the events' order on the way."""
-    parser = FORMATS[family].parser(NAMES)
+    parser = FORMATS[family].parser(TOOLS)
     events = [event for piece in pieces for event in parser.push(piece)] + parser.flush()
     text, calls = "", list[Any]()
     for event in joined(events):
@@ -185,6 +185,16 @@ CASES: list[tuple[str, str, str, Calls]] = [
     ("gemma4", "<|tool_call>call:a{x:1}", "", [("a", '{"x": 1}')]),
     ("gemma4", "<|tool_call>call:a{x:bare}<tool_call|>", "<|tool_call>call:a{x:bare}<tool_call|>", []),
     ("gemma4", "<|tool_call>call:a{x:1", "<|tool_call>call:a{x:1", []),
+    # harmony; more in test_harmony.py
+    ("harmony", "Just words, with < and <|tool.", "Just words, with < and <|tool.", []),
+    (
+        "harmony",
+        '<|channel|>commentary<|message|>Let me see.<|end|><|start|>assistant<|channel|>commentary '
+        'to=functions.get_weather <|constrain|>json<|message|>{"city": "Rom"}<|call|>',
+        "Let me see.",
+        [("get_weather", '{"city": "Rom"}')],
+    ),
+    ("harmony", " to=time-now<|channel|>commentary<|message|>", "", [("time-now", "{}")]),
     # glm
     ("glm4", 'get_weather\n{"city": "Rom"}', "", [("get_weather", '{"city": "Rom"}')]),
     (
@@ -214,6 +224,7 @@ FRAGMENTS = [
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", '{"name": "time-now"', ', "arguments": ',
     "<|tool_call|>", "functools", "<function_calls>", "</function_calls>", "f(x=1)", "<|tool_call>", "call:a{",
     "}<tool_call|>", '<|"|>', "time-now\n",
+    "<|start|>assistant", "<|channel|>commentary to=functions.f", "<|message|>", "<|end|>",
     '"parameters": ', "{", "}", "[", "]", '"', "\\", ",", ";", ":", " ", "\n", "x", "1", "null", "<tool", "[TOOL", "é",
 ]  # fmt: skip
 
@@ -247,7 +258,7 @@ def test_no_word_of_a_message_without_calls_is_lost(family: str, message: str) -
 
 
 def test_arguments_come_in_pieces_and_the_name_before_them() -> None:
-    parser = FORMATS["hermes"].parser(NAMES)
+    parser = FORMATS["hermes"].parser(TOOLS)
     assert parser.push('<tool_call>\n{"name": "get_wea') == []
     assert parser.push('ther", ') == [CallBegin(0, "get_weather")]
     assert parser.push('"arguments": {"ci') == [CallArguments(0, '{"ci')]
@@ -255,7 +266,7 @@ def test_arguments_come_in_pieces_and_the_name_before_them() -> None:
 
 
 def test_text_is_not_held_longer_than_it_may_be_a_mark() -> None:
-    parser = FORMATS["hermes"].parser(NAMES)
+    parser = FORMATS["hermes"].parser(TOOLS)
     assert parser.push("a < b") == [Text("a < b")]
     assert parser.push(" <tool") == []
     assert parser.push("box>") == [Text(" <toolbox>")]
@@ -295,11 +306,12 @@ def test_a_free_answer_may_be_text_or_calls(family: str) -> None:
     def call(name: str, **arguments: Any) -> str:
         return format.write([{"name": name, "arguments": arguments}])
 
-    assert accepts("No call at all. <tool [TOOL") and accepts(call("get_weather", city="Rom", days=1))
+    header = "<|channel|>final<|message|>" if family == "harmony" else ""
+    assert accepts(f"{header}No call at all. <tool [TOOL") and accepts(call("get_weather", city="Rom", days=1))
     assert accepts(call("time-now", x=1)), "not strict, so any object will do"
     assert not accepts(call("get_weather", town="Rom"))
     assert not accepts(call("unknown")) or family == "glm4", "without marks, an unknown function's name is text"
-    if family not in ("llama3_json", "json", "glm4"):
+    if family not in ("llama3_json", "json", "glm4", "harmony"):
         assert accepts("Words " + call("get_weather", city="Rom", days=1))
 
 
@@ -334,6 +346,7 @@ def test_a_schema_that_cannot_be_enforced_is_refused_where_it_stands() -> None:
         ("<function_calls>", "olmo3"),
         ("{{ '<|tool_call>call:' }}", "gemma4"),
         ("<|observation|>", "glm4"),
+        ("<|start|>assistant<|channel|>analysis<|message|>", "harmony"),
         ("{{ messages }}", "json"),
         ("", "json"),
     ],
@@ -386,7 +399,7 @@ def test_tools_are_described_to_a_template_that_knows_none() -> None:
 
 def test_a_template_that_knows_tools_gets_the_messages_as_they_are() -> None:
     for name, format in FORMATS.items():
-        if name != "gemma4":
+        if name not in ("gemma4", "harmony"):
             assert format.prepare(HISTORY, [WEATHER], has_template=True) == HISTORY
 
 

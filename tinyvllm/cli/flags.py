@@ -180,7 +180,7 @@ class EngineFlags(RunnerFlags):
         str | None,
         Option(
             metavar="NAME",
-            help=f"Format of the model's tool calls: {', '.join(FAMILIES)}. Qwen uses hermes. "
+            help=f"Format of the model's tool calls: {', '.join(FAMILIES)}. Qwen 2.5 and 3 use hermes. "
             "[default: from its chat template]",
         ),
     ] = None
@@ -188,7 +188,7 @@ class EngineFlags(RunnerFlags):
         str | None,
         Option(
             metavar="NAME",
-            help=f"How the model marks its reasoning: {', '.join(FORMATS)}, none; or a family that uses the first: "
+            help=f"How the model marks its reasoning: {', '.join(FORMATS)}, none; or another name of one of them: "
             f"{', '.join(ALIASES)}. [default: from its chat template]",
         ),
     ] = None

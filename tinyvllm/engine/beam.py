@@ -22,6 +22,7 @@ from tinyvllm.config import MAX_LOGPROBS, Capacity, GenerationDefaults, Sampling
 from tinyvllm.engine.output import Delta, TokenLogprob
 from tinyvllm.errors import InvariantError, RequestError
 from tinyvllm.scheduling.scheduler import check_length, max_request_len
+from tinyvllm.text.detokenizer import detokenize
 from tinyvllm.text.tokenizer import Tokenizer
 
 
@@ -250,7 +251,12 @@ def _to_delta(
     wanted = params.logprobs
     return Delta(
         index=index,
-        text=tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens, is_continuation=True),
+        text=detokenize(
+            tokenizer,
+            ids,
+            skip_special_tokens=params.skip_special_tokens,
+            mark_special_tokens=params.mark_special_tokens,
+        ),
         token_ids=beam.token_ids,
         logprobs=() if wanted is None else tuple(replace(token, top=token.top[:wanted]) for token in beam.tokens),
         finish_reason=beam.finish_reason,

@@ -105,7 +105,9 @@ class OutputProcessor:
         self.num_output_tokens = 0
         self._request = request
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens)
+        self._detokenizer = Detokenizer(
+            tokenizer, params.skip_special_tokens, mark_special_tokens=params.mark_special_tokens
+        )
         self._stop = StopChecker(params.stop, params.include_stop_str_in_output) if params.stop else None
         self._num_cached_tokens = 0
         self._num_preemptions = 0

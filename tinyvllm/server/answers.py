@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tinyvllm.server.generation import Item, Job
-from tinyvllm.server.protocol.common import PromptLogprob, PromptLogprobs, PromptTokensDetails, Usage
+from tinyvllm.server.protocol.common import (
+    CompletionTokensDetails,
+    PromptLogprob,
+    PromptLogprobs,
+    PromptTokensDetails,
+    Usage,
+)
 
 if TYPE_CHECKING:
     from tinyvllm.engine.output import TokenLogprob
@@ -70,8 +76,9 @@ class Tally:
         self._prompts.setdefault(item.prompt, (item.delta.num_prompt_tokens, item.delta.num_cached_tokens))
         self._outputs[item.choice] = item.delta.num_output_tokens
 
-    def usage(self, *, has_output: bool = True) -> Usage:
-        """has_output: False if only the prompt was requested."""
+    def usage(self, *, has_output: bool = True, num_reasoning_tokens: int | None = None) -> Usage:
+        """has_output: False if only the prompt was requested. num_reasoning_tokens: None if reasoning cannot be told
+        from the answer."""
         prompt_tokens = sum(tokens for tokens, _ in self._prompts.values())
         completion_tokens = sum(self._outputs.values()) if has_output else 0
         return Usage(
@@ -80,6 +87,9 @@ class Tally:
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(
                 cached_tokens=sum(cached for _, cached in self._prompts.values())
+            ),
+            completion_tokens_details=(
+                None if num_reasoning_tokens is None else CompletionTokensDetails(reasoning_tokens=num_reasoning_tokens)
             ),
         )
 

@@ -77,7 +77,7 @@ def _read(state: ServerState, body: ChatRequest) -> tuple[Prompt, SamplingParams
         max_tokens=body.token_limit,
         logprobs=body.num_logprobs,
         grammar=prompt.grammar,
-        keeps_special_tokens=prompt.keeps_special_tokens,
+        special_tokens=prompt.special_tokens,
     )
     return prompt, params
 

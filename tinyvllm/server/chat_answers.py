@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tinyvllm.server.answers import finite, gather, write_prompt_logprobs
+from tinyvllm.server.answers import Choice, Tally, collect, finite, write_prompt_logprobs
 from tinyvllm.server.events import ChunkEvents, TextEvent, frame
 from tinyvllm.server.generation import Item, Job
 from tinyvllm.server.intake import Heading
-from tinyvllm.server.message import MessageParser, OutputFormat, ParsedMessage, Piece, Reasoning
+from tinyvllm.server.message import MessageParser, OutputFormat, ParsedMessage
 from tinyvllm.server.protocol.chat import (
     AssistantMessage,
     CalledFunction,
@@ -24,7 +24,7 @@ from tinyvllm.server.protocol.chat import (
     ToolCallDelta,
     TopLogprob,
 )
-from tinyvllm.text.tools.events import CallArguments, CallBegin, Text
+from tinyvllm.text.tools.events import CallArguments, CallBegin, Event, Reasoning, Text
 
 if TYPE_CHECKING:
     from tinyvllm.engine.output import TokenLogprob
@@ -40,10 +40,19 @@ async def chat_answer(
     logprobs: bool,
     prompt_logprobs: int | None = None,
 ) -> ChatCompletion:
-    choices, tally = await gather(state, job)
+    choices, tally = [Choice() for _ in range(job.num_choices)], Tally()
+    parsed = [(format.parser(), ParsedMessage()) for _ in choices]
+
+    def add(item: Item) -> None:
+        tally.add(item)
+        choices[item.choice].add(item)
+        parser, message = parsed[item.choice]
+        message.add_all(parser.push(item.delta.text, len(item.delta.token_ids)), format)
+
+    await collect(state, job, add)
     answers = []
-    for index, choice in enumerate(choices):
-        message, parser = ParsedMessage.parse(choice.text, format)
+    for index, (choice, (parser, message)) in enumerate(zip(choices, parsed, strict=True)):
+        message.add_all(parser.flush(), format)
         answer = ChatChoice(
             index=index,
             message=_assistant_message(message),
@@ -60,7 +69,7 @@ async def chat_answer(
         created=heading.created,
         model=heading.model,
         choices=answers,
-        usage=tally.usage(),
+        usage=tally.usage(num_reasoning_tokens=format.count_reasoning(parser for parser, _ in parsed)),
         prompt_logprobs=prompt_scores,
     )
 
@@ -107,7 +116,7 @@ class ChatEvents(ChunkEvents):
 
     def _choices(self, item: Item, parser: MessageParser) -> list[ChatChunkChoice]:
         delta = item.delta
-        pieces = parser.push(delta.text)
+        pieces = parser.push(delta.text, len(delta.token_ids))
         if delta.finish_reason is not None:
             pieces += parser.flush()
         choices = [ChatChunkChoice(index=item.choice, delta=self._delta(piece)) for piece in pieces]
@@ -125,7 +134,7 @@ class ChatEvents(ChunkEvents):
             choices.append(ended)
         return choices
 
-    def _delta(self, piece: Piece) -> ChatDelta:
+    def _delta(self, piece: Event) -> ChatDelta:
         match piece:
             case Reasoning():
                 return ChatDelta(reasoning_content=piece.text)
@@ -146,7 +155,8 @@ class ChatEvents(ChunkEvents):
 
     def _frame(self, choices: list[ChatChunkChoice], *, has_usage: bool) -> bytes:
         heading = self._heading
-        usage = self._tally.usage() if has_usage else None
+        count = self._format.count_reasoning(self._parsers)
+        usage = self._tally.usage(num_reasoning_tokens=count) if has_usage else None
         chunk = ChatChunk(id=heading.id, created=heading.created, model=heading.model, choices=choices, usage=usage)
         return frame(chunk, omit=None if self._include_usage else {"usage"})
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tinyvllm.text.reasoning import ReasoningFormat
-from tinyvllm.text.tools.base import ToolFormat
-from tinyvllm.text.tools.events import CallArguments, CallBegin, Event, Text
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """A piece of the model's reasoning."""
-
-    text: str
-
-
-Piece = Reasoning | Event
+from tinyvllm.text.tools.base import Tool, ToolFormat
+from tinyvllm.text.tools.events import CallArguments, CallBegin, Event, Reasoning, Text, ToolParser
+from tinyvllm.text.tools.harmony import HarmonyFormat
 
 
 @dataclass(frozen=True)
@@ -25,14 +16,21 @@ class OutputFormat:
     """How the outputs of one request are parsed."""
 
     prompt: str = ""  # the end of the rendered prompt: it may have opened the reasoning
+    harmony: HarmonyFormat | None = None  # reads everything, in place of `reasoning` and `tools`
+    marks_special_tokens: bool = False  # with `harmony`
+    is_chat: bool = True  # the answer has one text, however many messages the model writes
     reasoning: ReasoningFormat | None = None
     shows_reasoning: bool = True
     tools: ToolFormat | None = None  # None: do not look for calls
-    tool_names: frozenset[str] = frozenset()
+    functions: Mapping[str, Tool] = field(default_factory=dict)  # by name
     is_parallel: bool = True  # several calls are allowed
 
     def parser(self) -> MessageParser:
         return MessageParser(self)
+
+    def count_reasoning(self, parsers: Iterable[MessageParser]) -> int | None:
+        """The tokens of reasoning that the parsers of all choices have read; None without a format of reasoning."""
+        return None if self.reasoning is None else sum(parser.num_reasoning_tokens for parser in parsers)
 
 
 class MessageParser:
@@ -40,9 +38,24 @@ class MessageParser:
 
     def __init__(self, format: OutputFormat) -> None:
         self._format = format
-        self._reasoning = None if format.reasoning is None else format.reasoning.parser(format.prompt)
-        self._tools = None if format.tools is None else format.tools.parser(format.tool_names)
+        self._reasoning = None
+        if format.reasoning is not None and format.harmony is None:
+            self._reasoning = format.reasoning.parser(format.prompt)
+        self._tools = self._make_tool_parser()
         self._has_called = False
+        self.num_reasoning_tokens = 0  # of the deltas that added to the reasoning, shown or not
+
+    def _make_tool_parser(self) -> ToolParser | None:
+        format = self._format
+        if format.harmony is not None:
+            return format.harmony.completion_parser(
+                None if format.tools is None else format.functions,
+                format.prompt,
+                is_marked=format.marks_special_tokens,
+                is_chat=format.is_chat,
+                splits_reasoning=format.reasoning is not None,
+            )
+        return None if format.tools is None else format.tools.parser(format.functions)
 
     @property
     def is_plain(self) -> bool:
@@ -54,45 +67,48 @@ class MessageParser:
         made = 0 if self._tools is None else self._tools.num_calls
         return made if self._format.is_parallel else min(made, 1)
 
-    def push(self, text: str) -> list[Piece]:
-        """Parse more text. Returns the pieces that are now final."""
-        if self._reasoning is None:
-            return self._read_content(text)
-        reasoning, content = self._reasoning.push(text)
-        return self._shown(reasoning) + self._read_content(content)
+    def push(self, text: str, num_tokens: int = 0) -> list[Event]:
+        """Parse more text, of so many tokens. Returns the pieces that are now final."""
+        reasoning, content = ("", text) if self._reasoning is None else self._reasoning.push(text)
+        events: list[Event] = [Reasoning(reasoning)] if reasoning else []
+        events += self._read_content(content)
+        if any(isinstance(event, Reasoning) for event in events):
+            self.num_reasoning_tokens += num_tokens
+        return self._shown(events)
 
-    def flush(self) -> list[Piece]:
+    def flush(self) -> list[Event]:
         """End the text. Returns the remaining pieces."""
         reasoning, content = ("", "") if self._reasoning is None else self._reasoning.flush()
-        pieces = self._shown(reasoning) + self._read_content(content)
-        return pieces + (self._allowed(self._tools.flush()) if self._tools is not None else [])
+        events: list[Event] = [Reasoning(reasoning)] if reasoning else []
+        events += self._read_content(content)
+        return self._shown(events + (self._tools.flush() if self._tools is not None else []))
 
     def finish_reason(self, reason: str) -> str:
         """OpenAI's finish_reason for a choice that the engine ended with `reason`."""
         return "tool_calls" if reason == "stop" and self.num_calls else reason
 
-    def _shown(self, reasoning: str) -> list[Piece]:
-        return [Reasoning(reasoning)] if reasoning and self._format.shows_reasoning else []
-
-    def _read_content(self, text: str) -> list[Piece]:
+    def _read_content(self, text: str) -> list[Event]:
         if not text:
             return []
-        if self._tools is None:
-            return [Text(text)]
-        return self._allowed(self._tools.push(text))
+        return [Text(text)] if self._tools is None else self._tools.push(text)
 
-    def _allowed(self, events: Sequence[Event]) -> list[Piece]:
-        """`events`, up to the first call if only one is allowed."""
-        if self._format.is_parallel:
-            return list(events)
-        kept: list[Piece] = []
+    def _shown(self, events: Sequence[Event]) -> list[Event]:
+        """`events` as the request and the server's settings want them: up to the first call if only one is allowed,
+        and without reasoning if it is left out."""
+        kept: list[Event] = []
         for event in events:
-            is_further = not isinstance(event, Text) and event.index > 0
             if isinstance(event, CallBegin) and event.index == 0:
                 self._has_called = True
-            if not is_further and not (isinstance(event, Text) and self._has_called):
+            if self._is_after_only_call(event):
+                continue
+            if not isinstance(event, Reasoning) or self._format.shows_reasoning:
                 kept.append(event)
         return kept
+
+    def _is_after_only_call(self, event: Event) -> bool:
+        if self._format.is_parallel:
+            return False
+        return event.index > 0 if isinstance(event, CallBegin | CallArguments) else self._has_called
 
 
 @dataclass
@@ -112,14 +128,11 @@ class ParsedMessage:
     content: str = ""
     calls: list[ParsedCall] = field(default_factory=list)
 
-    @classmethod
-    def parse(cls, text: str, format: OutputFormat) -> tuple[ParsedMessage, MessageParser]:
-        parser, message = format.parser(), cls()
-        for piece in parser.push(text) + parser.flush():
-            message.add(piece, format)
-        return message, parser
+    def add_all(self, pieces: Sequence[Event], format: OutputFormat) -> None:
+        for piece in pieces:
+            self.add(piece, format)
 
-    def add(self, piece: Piece, format: OutputFormat) -> None:
+    def add(self, piece: Event, format: OutputFormat) -> None:
         match piece:
             case Reasoning():
                 self.reasoning += piece.text

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from tinyvllm.server.chat_answers import chat_logprobs
 from tinyvllm.server.events import TextEvent
-from tinyvllm.server.message import OutputFormat, Piece, Reasoning
+from tinyvllm.server.message import OutputFormat
 from tinyvllm.server.protocol.chat import ChatTokenLogprob
 from tinyvllm.server.protocol.responses import (
     FunctionCallItem,
@@ -27,7 +27,8 @@ from tinyvllm.server.protocol.responses import (
     ResponseUsage,
     Status,
 )
-from tinyvllm.text.tools.events import CallArguments, CallBegin, Text
+from tinyvllm.text.tools.events import CallArguments, CallBegin, Reasoning, Text
+from tinyvllm.text.tools.events import Event as Piece
 
 if TYPE_CHECKING:
     from tinyvllm.engine.output import Delta
@@ -46,7 +47,6 @@ class ResponseWriter:
         self._parser = format.parser()
         self._number = 0
         self._is_open = False
-        self._num_reasoning_tokens = 0
         self._logprobs: list[ChatTokenLogprob] = []  # of tokens whose text has not been written yet
         self._texts: list[str] = []  # of the last item: what its part will contain when it is closed
         self._text_event: _TextEvent | None = None  # while the last item is a message
@@ -69,10 +69,8 @@ class ResponseWriter:
 
     def push(self, delta: Delta) -> Iterator[Event]:
         """The events of a delta. After the last delta the answer is complete."""
-        pieces = self._parser.push(delta.text)
+        pieces = self._parser.push(delta.text, len(delta.token_ids))
         self._logprobs += chat_logprobs(delta.logprobs).content
-        if any(isinstance(piece, Reasoning) for piece in pieces):
-            self._num_reasoning_tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             pieces += self._parser.flush()
         for piece in pieces:
@@ -181,7 +179,7 @@ class ResponseWriter:
             input_tokens=delta.num_prompt_tokens,
             input_tokens_details=InputTokensDetails(cached_tokens=delta.num_cached_tokens),
             output_tokens=delta.num_output_tokens,
-            output_tokens_details=OutputTokensDetails(reasoning_tokens=self._num_reasoning_tokens),
+            output_tokens_details=OutputTokensDetails(reasoning_tokens=self._parser.num_reasoning_tokens),
             total_tokens=delta.num_prompt_tokens + delta.num_output_tokens,
         )
         yield self._event(f"response.{answer.status}", response=_dump(answer))

@@ -17,6 +17,7 @@ from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
 from tinyvllm.server.failures import failure_of
 from tinyvllm.server.generation import Item, Job, PromptCall
 from tinyvllm.server.intake import ERRORS, check_ids, check_request, event_stream, json_response, openapi_event_stream
+from tinyvllm.server.protocol.common import effort_arguments
 from tinyvllm.server.protocol.responses import (
     DeletedResponse,
     InputItem,
@@ -130,7 +131,7 @@ def _read(
         max_tokens=body.max_output_tokens,
         logprobs=body.num_logprobs,
         grammar=prompt.grammar,
-        keeps_special_tokens=prompt.keeps_special_tokens,
+        special_tokens=prompt.special_tokens,
     )
     return prompt, params
 
@@ -142,9 +143,7 @@ def _conversation_of(body: ResponsesRequest, messages: tuple[Mapping[str, Any], 
     elif body.tool_choice is not None:
         choice = {"tool_choice": body.tool_choice}
     tools = body.tools or []
-    effort = (
-        {} if body.reasoning is None or body.reasoning.effort is None else {"reasoning_effort": body.reasoning.effort}
-    )
+    effort = effort_arguments(body.reasoning.effort if body.reasoning is not None else None)
     instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
     return Conversation(
         messages=[*instructions, *messages],
@@ -153,6 +152,7 @@ def _conversation_of(body: ResponsesRequest, messages: tuple[Mapping[str, Any], 
         is_parallel=body.parallel_tool_calls is not False and "named_tool" not in choice,
         grammar=body.grammar(),
         template_arguments=effort | (body.chat_template_kwargs or {}),
+        is_chat=False,
         **choice,
     )
 

@@ -137,16 +137,19 @@ PROBE_ANSWER = "Certainly 7413."  # an answer that no template contains
 def end_of_turn_ids(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The special token that the template writes after an answer, which ends a turn: (id,), or () if there is none.
 
-    Models are trained to write it, but some files state another token as their end: that of a document. A template that
-    also writes <|return|> (harmony) ends messages, not turns, with what follows an answer.
+    Models are trained to write it, but some files state another token as their end: that of a document. In harmony it
+    only ends a message; turns end with <|return|> or <|call|>.
     """
+    if "<|return|>" in template.source:
+        ends = [tokenizer.encode_chat(text) for text in ("<|return|>", "<|call|>")]
+        return tuple(ids[0] for ids in ends if len(ids) == 1 and ids[0] in tokenizer.special_ids)
     chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": PROBE_ANSWER}]
     try:
         rendered = template.render([*chat, chat[0]], add_generation_prompt=False)
     except RequestError:  # a template of another kind of chat
         return ()
     _, found, rest = rendered.partition(PROBE_ANSWER)
-    if not found or "<|return|>" in template.source:
+    if not found:
         return ()
     first = tokenizer.encode_chat(rest[:64].lstrip())[:1]
     return tuple(token_id for token_id in first if token_id in tokenizer.special_ids and token_id != tokenizer.bos_id)
@@ -201,6 +204,12 @@ def make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
+class Verbatim(str):
+    """Text that a template's `tojson` leaves as it is."""
+
+    __slots__ = ()
+
+
 def to_json(
     value: Any,
     ensure_ascii: bool = False,
@@ -209,6 +218,8 @@ def to_json(
     sort_keys: bool = False,
 ) -> str:
     """JSON without HTML escapes, which Jinja's own filter adds."""
+    if isinstance(value, Verbatim):
+        return str(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -19,12 +19,16 @@ class ReasoningFormat:
     begin: str
     end: str
     head: str = ""  # what follows `begin`, and belongs to it
+    named_by: str = ""  # a text by which the family's chat templates are recognized; "": `end`
 
     def shows_special_tokens(self, tokenizer: Tokenizer) -> bool:
         """Whether special tokens must be kept in the output's text, because the marks are among them."""
         from tinyvllm.text.tools.base import special_id  # here: grammars load NumPy, and --help lists the formats
 
         return any(special_id(tokenizer, text) is not None for text in (self.begin, self.end))
+
+    def is_named_in(self, template_source: str) -> bool:
+        return (self.named_by or self.end) in template_source
 
     def starts_inside(self, prompt: str) -> bool:
         """Whether the prompt ends inside reasoning, because the chat template writes the opening mark."""
@@ -54,10 +58,13 @@ FORMATS = {
     "think": ReasoningFormat("<think>", "</think>"),
     "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
     "gemma4": ReasoningFormat("<|channel>", "<channel|>", head="thought\n"),
+    # only if calls are in another format: text/tools/harmony.py reads reasoning and calls at once
+    "harmony": ReasoningFormat("<|channel|>analysis<|message|>", "<|end|>", named_by="<|channel|>analysis"),
     "granite": ReasoningFormat("Here is my thought process:", "Here is my response:"),
 }
-# vLLM's names of families that use "think"
+# vLLM's names
 ALIASES = {name: "think" for name in ("qwen3", "deepseek_r1", "deepseek_v3", "glm45", "smollm3", "exaone4", "olmo3")}
+ALIASES["openai_gptoss"] = "harmony"
 
 
 def find_reasoning_format(name: str | None, template_source: str) -> ReasoningFormat | None:
@@ -65,7 +72,7 @@ def find_reasoning_format(name: str | None, template_source: str) -> ReasoningFo
 
     Raises TinyvllmError for an unknown name."""
     if name is None:
-        return next((format for format in FORMATS.values() if format.end in template_source), None)
+        return next((format for format in FORMATS.values() if format.is_named_in(template_source)), None)
     if name == "none":
         return None
     known = ALIASES.get(name, name)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tinyvllm.config import MAX_LOGPROBS
 from tinyvllm.errors import RequestError
-from tinyvllm.server.protocol.common import PromptLogprobs, Usage, optional, unsupported
+from tinyvllm.server.protocol.common import PromptLogprobs, Usage, effort_arguments, optional, unsupported
 from tinyvllm.server.protocol.generation import GenerationRequest
 from tinyvllm.server.protocol.tools import (
     MAX_TOOLS,
@@ -176,8 +176,7 @@ class ChatRequest(GenerationRequest):
     @property
     def template_arguments(self) -> dict[str, Any]:
         """Additional variables of the template."""
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return effort | (self.chat_template_kwargs or {})
+        return effort_arguments(self.reasoning_effort) | (self.chat_template_kwargs or {})
 
 
 # ---- Answers ----

@@ -8,6 +8,9 @@ from pydantic import BaseModel, Field
 
 from tinyvllm.errors import RequestError
 
+# What a parser needs of an output's special tokens: nothing, their text, or their text after SPECIAL_MARK
+SpecialTokens = Literal["skip", "keep", "mark"]
+
 
 def unsupported(param: str, value: object, remedy: str) -> RequestError:
     """The error for a field that is known but not supported."""
@@ -37,11 +40,24 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(BaseModel):
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = optional()
+
+
+def effort_arguments(effort: str | None) -> dict[str, Any]:
+    """The template's variables for an effort of reasoning. "none" also turns reasoning off in templates that know only
+    `enable_thinking`."""
+    if effort is None:
+        return {}
+    return {"reasoning_effort": effort} | ({"enable_thinking": False} if effort == "none" else {})
 
 
 class ModelCard(BaseModel):

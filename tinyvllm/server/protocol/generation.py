@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from tinyvllm.config import MAX_CHOICES, GenerationDefaults, GrammarSpec, SamplingParams
 from tinyvllm.engine.beam import BeamSettings
 from tinyvllm.errors import RequestError
-from tinyvllm.server.protocol.common import unsupported
+from tinyvllm.server.protocol.common import SpecialTokens, unsupported
 
 log = logging.getLogger(__name__)
 
@@ -282,9 +282,11 @@ class GenerationRequest(BaseModel):
         max_tokens: int | None,
         logprobs: int | None,
         grammar: GrammarSpec | None,
-        keeps_special_tokens: bool = False,
+        special_tokens: SpecialTokens = "skip",
     ) -> SamplingParams:
-        """The request's settings, else the model's defaults, else vLLM's. Raises RequestError, naming the field."""
+        """The request's settings, else the model's defaults, else vLLM's. Raises RequestError, naming the field.
+
+        special_tokens: what the parser of the output needs of them. "skip": nothing, so the request decides."""
         settings: dict[str, Any] = {
             "max_tokens": max_tokens,
             "logprobs": logprobs,
@@ -306,8 +308,8 @@ class GenerationRequest(BaseModel):
             settings["logit_bias"] = self.logit_bias
         if self.use_beam_search:
             settings["n"] = self.num_beams
-        if keeps_special_tokens:
-            settings["skip_special_tokens"] = False
+        if special_tokens != "skip":
+            settings |= {"skip_special_tokens": False, "mark_special_tokens": special_tokens == "mark"}
         return SamplingParams(**settings)
 
 

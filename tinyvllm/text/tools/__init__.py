@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # The names for --tool-call-parser, and the module of each, which defines FORMAT. Chat templates are searched for their
 # marks in this order; the last format matches every template. Names, so that --help can list them without imports.
 FAMILIES = {
+    "harmony": "harmony",
     "mistral_args": "mistral_args",
     "mistral": "mistral",
     "gemma4": "gemma4",
@@ -24,6 +25,8 @@ FAMILIES = {
     "llama3_json": "llama3",
     "json": "generic",
 }
+# other names of vLLM's
+ALIASES = {"openai": "harmony"}
 
 
 def load_tool_format(name: str) -> ToolFormat:
@@ -38,7 +41,9 @@ def find_tool_format(name: str | None, template_source: str) -> ToolFormat:
 
     Raises TinyvllmError for an unknown name."""
     if name is not None:
-        if name not in FAMILIES:
-            raise TinyvllmError(f"--tool-call-parser is {name!r}: choose from {', '.join(FAMILIES)}")
-        return load_tool_format(name)
+        known = ALIASES.get(name, name)
+        if known not in FAMILIES:
+            names = ", ".join([*FAMILIES, *ALIASES])
+            raise TinyvllmError(f"--tool-call-parser is {name!r}: choose from {names}")
+        return load_tool_format(known)
     return next(found for found in map(load_tool_format, FAMILIES) if found.is_named_in(template_source))

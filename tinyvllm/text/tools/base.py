@@ -56,8 +56,8 @@ class ToolFormat(ABC):
         return any(special_id(tokenizer, text) is not None for text in self.special_texts)
 
     @abstractmethod
-    def parser(self, names: frozenset[str]) -> ToolParser:
-        """A parser for one message. names: the available functions."""
+    def parser(self, tools: Mapping[str, Tool]) -> ToolParser:
+        """A parser for one message. tools: those available, by name."""
 
     @abstractmethod
     def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:

@@ -10,6 +10,13 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Reasoning:
+    """A piece of the model's reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Text:
     """Text for the user."""
 
@@ -32,7 +39,7 @@ class CallArguments:
     text: str
 
 
-Event = Text | CallBegin | CallArguments
+Event = Reasoning | Text | CallBegin | CallArguments
 
 
 def joined(events: list[Event]) -> list[Event]:
@@ -42,6 +49,8 @@ def joined(events: list[Event]) -> list[Event]:
         last = out[-1] if out else None
         if isinstance(event, Text) and isinstance(last, Text):
             out[-1] = Text(last.text + event.text)
+        elif isinstance(event, Reasoning) and isinstance(last, Reasoning):
+            out[-1] = Reasoning(last.text + event.text)
         elif isinstance(event, CallArguments) and isinstance(last, CallArguments) and event.index == last.index:
             out[-1] = CallArguments(event.index, last.text + event.text)
         else:

@@ -119,7 +119,7 @@ class Gemma4Format(ToolFormat):
     marks = (BEGIN,)
     special_texts = (BEGIN, END, QUOTE)
 
-    def parser(self, names: frozenset[str]) -> ToolParser:
+    def parser(self, tools: Mapping[str, Tool]) -> ToolParser:
         return Gemma4Parser()
 
     def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:

@@ -20,8 +20,8 @@ class GenericFormat(ToolFormat):
     def is_named_in(self, template_source: str) -> bool:
         return True
 
-    def parser(self, names: frozenset[str]) -> ToolParser:
-        return BareParser(names)
+    def parser(self, tools: Mapping[str, Tool]) -> ToolParser:
+        return BareParser(frozenset(tools))
 
     def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:
         several = ' | "[" call (", " call)+ "]"' if is_parallel else ""

@@ -72,8 +72,8 @@ class Glm4Parser(ToolParser):
 class Glm4Format(ToolFormat):
     marks = ("<|observation|>",)
 
-    def parser(self, names: frozenset[str]) -> ToolParser:
-        return Glm4Parser(names)
+    def parser(self, tools: Mapping[str, Tool]) -> ToolParser:
+        return Glm4Parser(frozenset(tools))
 
     def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:
         more = ' ("\\n" call)*' if is_parallel else ""

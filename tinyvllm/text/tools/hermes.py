@@ -78,7 +78,7 @@ class HermesFormat(ToolFormat):
     marks = (BEGIN,)
     special_texts = (BEGIN, END)
 
-    def parser(self, names: frozenset[str]) -> ToolParser:
+    def parser(self, tools: Mapping[str, Tool]) -> ToolParser:
         return HermesParser()
 
     def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:

@@ -90,8 +90,8 @@ class Llama3Format(ToolFormat):
     marks = ("<|python_tag|>", "Environment: ipython", '"ipython"', "'ipython'")
     special_texts = (PYTHON_TAG,)
 
-    def parser(self, names: frozenset[str]) -> ToolParser:
-        return BareParser(names, mark=PYTHON_TAG)
+    def parser(self, tools: Mapping[str, Tool]) -> ToolParser:
+        return BareParser(frozenset(tools), mark=PYTHON_TAG)
 
     def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:
         more = ' ("; " call)*' if is_parallel else ""

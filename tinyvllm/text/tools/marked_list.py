@@ -89,7 +89,7 @@ class MarkedListFormat(ToolFormat):
         self.end = end
         self.special_texts = (*begins, *([] if end is None else [end]))
 
-    def parser(self, names: frozenset[str]) -> ToolParser:
+    def parser(self, tools: Mapping[str, Tool]) -> ToolParser:
         return MarkedListParser(self.begins, self.end)
 
     def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:

@@ -84,7 +84,7 @@ class MistralFormat(ToolFormat):
     id_prefix = ""  # its templates require nine letters and digits
     id_length = 9
 
-    def parser(self, names: frozenset[str]) -> ToolParser:
+    def parser(self, tools: Mapping[str, Tool]) -> ToolParser:
         return MistralParser()
 
     def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:

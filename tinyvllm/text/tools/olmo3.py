@@ -93,7 +93,7 @@ class Olmo3Format(ToolFormat):
     marks = (BEGIN,)
     special_texts = (BEGIN, END)
 
-    def parser(self, names: frozenset[str]) -> ToolParser:
+    def parser(self, tools: Mapping[str, Tool]) -> ToolParser:
         return Olmo3Parser()
 
     def forced_grammar(self, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinyvllm.config import LayerSizes, ModelConfig, QueryScaling, Rope, RopeScaling, StateKind
+from tinyvllm.config import ExpertsKind, LayerSizes, ModelConfig, QueryScaling, Rope, RopeScaling, StateKind
 from tinyvllm.errors import UnsupportedModelError
 
 GEMMA3_WINDOWED = (True, True, True, True, True, False)  # by layer: each sixth attends to everything
@@ -464,6 +464,48 @@ SHAPES: dict[str, ModelConfig] = {
             rope=Rope(1000000.0),
             norm_eps=1e-6,
             tie_embeddings=False,
+        ),
+        ModelConfig(
+            name="qwen3-30b-a3b",  # Qwen/Qwen3-30B-A3B
+            architecture="qwen3_moe",
+            num_layers=48,
+            hidden_size=2048,
+            ffn_size=6144,
+            num_heads=32,
+            num_kv_heads=4,
+            head_dim=128,
+            vocab_size=151936,
+            max_position=40960,
+            rope=Rope(1000000.0),
+            norm_eps=1e-6,
+            tie_embeddings=False,
+            experts=ExpertsKind(num_experts=128, top_k=8, ffn_size=768),
+        ),
+        ModelConfig(
+            name="gpt-oss-20b",  # openai/gpt-oss-20b
+            architecture="gpt_oss",
+            num_layers=24,
+            hidden_size=2880,
+            ffn_size=2880,
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=64,
+            vocab_size=201088,
+            max_position=131072,
+            rope=Rope(150000.0, RopeScaling("yarn", 32.0, original_max_position=4096, truncate=False)),
+            norm_eps=1e-5,
+            tie_embeddings=False,
+            biases=("qkv", "out"),
+            window=128,
+            windowed=(True, False),
+            experts=ExpertsKind(
+                num_experts=32,
+                top_k=4,
+                ffn_size=2880,
+                activation="clamped_swiglu",
+                has_router_bias=True,
+                has_biases=True,
+            ),
         ),
         ModelConfig(
             name="llama-3.1-70b",  # meta-llama/Llama-3.1-70B

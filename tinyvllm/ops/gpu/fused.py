@@ -20,6 +20,7 @@ from tinyvllm.arrays import HostMatrix
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import PLAIN, Epilogue, Norm, Step
+from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.formats.runs import covers
 from tinyvllm.ops.gpu.attention_decode import decode_kernel
@@ -28,6 +29,8 @@ from tinyvllm.ops.gpu.attention_prefill import attend_tiles
 from tinyvllm.ops.gpu.attention_prefill_inputs import PrefillSpec
 from tinyvllm.ops.gpu.attention_split import SplitHeads, combine_kernel
 from tinyvllm.ops.gpu.backend import GpuBackend, embed_kernel
+from tinyvllm.ops.gpu.experts import FusedRouting, ManyRows, OneRow, run_route, uncovered_layer
+from tinyvllm.ops.gpu.experts_route import uncovered_kind
 from tinyvllm.ops.gpu.gemm import MIN_TOKENS, GemmSpec, multiply_rows
 from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector, quantized_vector_kernel
@@ -64,12 +67,14 @@ class Summed(Pending):
     num_partials: int  # S
     num_tokens: int  # T
     epilogue: Epilogue
+    weights: Tensor | None = None  # (T, S), of partial products (T, S, N): those of each token's experts
 
     @property
     def is_normed_sum(self) -> bool:
         """Whether it is a `NormedSum` that is still to be computed: one row's product can do so as it reads it."""
         end = self.epilogue
-        has_all = self.num_partials == self.num_tokens == 1 and end.post_norm is not None and end.residual is not None
+        is_one = self.num_partials == self.num_tokens == 1 and self.weights is None
+        has_all = is_one and end.post_norm is not None and end.residual is not None
         return has_all and not self.is_written and end.bias is None and end.softcap is None
 
     @property
@@ -77,7 +82,8 @@ class Summed(Pending):
         """What `sum_kernel` reads."""
         norm = self.epilogue.post_norm
         epilogue = self.epilogue
-        rest = (epilogue.residual, epilogue.bias, None if norm is None else norm.weight, epilogue.out_scale)
+        norm_weight = None if norm is None else norm.weight
+        rest = (epilogue.residual, epilogue.bias, norm_weight, epilogue.out_scale, self.weights)
         return [self.partials, *[tensor for tensor in rest if tensor is not None]]
 
     def spec(self, lanes: Lanes, num_cols: int, norm_eps: float | None) -> SumSpec:
@@ -95,6 +101,7 @@ class Summed(Pending):
             scale=epilogue.scale,
             has_out_scale=epilogue.out_scale is not None,
             softcap=epilogue.softcap,
+            is_weighted=self.weights is not None,
         )
 
 
@@ -186,6 +193,45 @@ class FusedGpuBackend(GpuBackend):
         if norm is not None:
             x = self._normed_rows(x, norm, num_tokens)
         return [self._many_rows(name, self.whole(x), matrix, num_tokens, epilogue) for matrix in matrices]
+
+    def route(self, x: Tensor, layer: ExpertLayer, num_tokens: int, norm: Norm | None = None) -> Routing:
+        if reason := uncovered_kind(layer.kind):
+            self.coverage.take_general("a router", reason, layer.index)
+            return super().route(self.whole(x), layer, num_tokens, norm)
+        memory = {}
+        if num_tokens > 1 and norm is not None:
+            normed = self._normed_rows(x, norm, num_tokens)
+            memory, x, norm = dict(x=x, norm=norm, normed=normed), normed, None
+        (logits,) = self.linear("router", x, [layer.router], num_tokens, norm)
+        count = 1
+        if isinstance(logits, Summed) and not logits.is_written:
+            logits, count = logits.partials, logits.num_partials
+        return run_route(self._lanes(num_tokens), layer, logits, num_tokens, count, memory)
+
+    def experts(
+        self,
+        x: Tensor,
+        routing: Routing,
+        layer: ExpertLayer,
+        num_tokens: int,
+        norm: Norm | None = None,
+        epilogue: Epilogue = PLAIN,
+    ) -> Tensor:
+        if epilogue.residual is not None:
+            epilogue = replace(epilogue, residual=self.whole(epilogue.residual))
+        if reason := uncovered_layer(layer, num_tokens, self.mma, self.dtype):
+            self.coverage.take_general("experts", reason, layer.index)
+            return super().experts(self.whole(x), routing, layer, num_tokens, norm, epilogue)
+        if num_tokens == 1:
+            return self._experts_of_one(x, routing, layer, norm, epilogue)
+        assert self.mma is not None
+        rows = ManyRows(self._lanes(num_tokens), self.mma, layer, num_tokens)
+        normed = routing.normed_rows(x, norm) if isinstance(routing, FusedRouting) else None
+        if normed is None:
+            normed = self.whole(x) if norm is None else self._normed_rows(x, norm, num_tokens)
+        order = rows.sort(routing)
+        partials = rows.down(rows.gate_up(normed, order, self.float), order, self._partial_dtype(rows))
+        return self._pending_sum(partials, layer.num_chosen, num_tokens, epilogue, routing.weights)
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         qkv, layer = self._with_whole_norm(qkv, layer, step)
@@ -308,6 +354,23 @@ class FusedGpuBackend(GpuBackend):
         result = self._vector(name, x, matrix, out_dtype, norm, product, is_normed=is_normed)
         return result if product is epilogue else self._pending_sum(result, 1, 1, epilogue)
 
+    def _experts_of_one(
+        self, x: Tensor, routing: Routing, layer: ExpertLayer, norm: Norm | None, epilogue: Epilogue
+    ) -> Tensor:
+        """One row's experts. A norm after them, and what follows it, is left to the next operation."""
+        is_float = self.dtype == "float32"
+        row = OneRow(self.lanes, None if is_float else self._mma(dtypes.half), layer, routing)
+        may_exceed = self.dtype == "bfloat16"  # float16's range
+        states = row.gate_up(self.whole(x), norm, self.float, rescales_input=may_exceed and norm is None)
+        if epilogue.uncovered():
+            result = row.down(states, None, F32, rescales_input=may_exceed)
+            return self._pending_sum(result, 1, 1, epilogue)
+        return row.down(states, epilogue.residual, self.float, rescales_input=may_exceed)
+
+    def _partial_dtype(self, rows: ManyRows) -> DType:
+        """Of experts' results before they are added up: float32 where there are so few that it costs nothing."""
+        return F32 if rows.is_few else self.float
+
     def _vector(
         self,
         name: str,
@@ -385,16 +448,23 @@ class FusedGpuBackend(GpuBackend):
             return partials
         return self._pending_sum(partials, spec.splits, num_tokens, epilogue)
 
-    def _pending_sum(self, partials: Tensor, num_partials: int, num_tokens: int, epilogue: Epilogue) -> Summed:
+    def _pending_sum(
+        self,
+        partials: Tensor,
+        num_partials: int,
+        num_tokens: int,
+        epilogue: Epilogue,
+        weights: Tensor | None = None,
+    ) -> Summed:
         """The lazy sum of partial products: in float32 if it is qkv or logits, which nothing is added to, otherwise in
-        the activations' dtype."""
+        the activations' dtype. `weights`: of experts."""
         size = partials.numel() // num_partials
         in_floats = epilogue.residual is None and epilogue.post_norm is None
         result = Summed((self._floats(size) if in_floats else self._empty(size)).uop)
         if epilogue.residual is not None:
             epilogue = replace(epilogue, residual=self.whole(epilogue.residual))
         result.partials, result.num_partials = partials, num_partials
-        result.num_tokens, result.epilogue = num_tokens, epilogue
+        result.num_tokens, result.epilogue, result.weights = num_tokens, epilogue, weights
         return result
 
     def _matrix_spec(

@@ -9,9 +9,9 @@ opposite.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from tinygrad import Tensor, UOp
+from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
@@ -28,6 +28,7 @@ from tinyvllm.ops.gpu.gemm_hopper import (
     best_cut,
     wgmma_kernel,
 )
+from tinyvllm.ops.gpu.token_tiles import ExpertTile, ExpertTiles, TokenTile
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.hopper import WGMMA_COLS
 from tinyvllm.ops.kernel.lanes import LANES, Mma, axes_of, grid, load_floats, warps
@@ -62,6 +63,11 @@ class GemmSpec(Tunable):
     activation: str | None = None  # the matrix is gate over up: out = activation(gate) * up
     has_wgmma: bool = False  # the device has wgmma, Hopper's matrix instruction of four warps
     adds_residual: bool = False  # if S is 1
+
+    @property
+    def experts(self) -> ExpertTiles | None:
+        """Set if the matrix has an axis of experts: then N is of one, and each tile of tokens has its own."""
+        return None
 
     @property
     def is_gated(self) -> bool:
@@ -168,6 +174,32 @@ class GemmSpec(Tunable):
         return self.num_cols // TILE_COLS // self.splits
 
 
+@dataclass(frozen=True)
+class ExpertGemmSpec(GemmSpec):
+    """The same with experts: T are the pairs of a token and an expert."""
+
+    expert_tiles: ExpertTiles = field(kw_only=True)
+
+    @property
+    def experts(self) -> ExpertTiles:
+        return self.expert_tiles
+
+    @property
+    def token_tile(self) -> int:
+        return self.expert_tiles.tile_rows
+
+    @property
+    def token_groups(self) -> int:
+        return self.expert_tiles.num_tiles
+
+    @property
+    def splits(self) -> int:
+        return 1
+
+    def knobs(self) -> Mapping[str, tuple[int, ...]]:
+        return {}
+
+
 def multiply_rows(
     spec: GemmSpec, out: Tensor, planes: Sequence[Tensor], x: Tensor, residual: Tensor | None = None
 ) -> Tensor:
@@ -186,14 +218,16 @@ def multiply_rows(
 
 @cached_kernel
 def gemm_kernel(spec: GemmSpec) -> KernelFn:
-    """fn(out, *planes, x[, residual]): see GemmSpec. Token rows after the last repeat it, and are not stored."""
+    """fn(out, *planes, x[, residual][, tile map, sorted pairs[, bias]]): see GemmSpec. Token rows after the last repeat
+    it, and are not stored."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         tile = _Tile(spec, list(rest))
         sums = tile.sums_async() if spec.is_async else tile.sums_plain()
         stores = tile.stores(out, sums)
         name = f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
-        nbytes = int(spec.num_rows * spec.num_cols * spec.format.code_bits / 8)
+        matrices = 1 if spec.experts is None else spec.experts.work[1]
+        nbytes = int(matrices * spec.num_rows * spec.num_cols * spec.format.code_bits / 8)
         ops = 2 * spec.num_tokens * spec.num_rows * spec.num_cols
         return finish(UOp.group(*stores).end(*reversed(tile.axes)), name, ops=ops, nbytes=nbytes)
 
@@ -241,12 +275,15 @@ class _Tile:
         self.x = operands.pop(0)
         self.residual = operands.pop(0) if spec.adds_residual else None
         # threadgroups that run together share rows of the matrix, and as much of x as fits into the cache
-        together = min(spec.token_groups, CACHED_TOKENS // spec.token_tile)
+        together = 1 if spec.experts is not None else min(spec.token_groups, CACHED_TOKENS // spec.token_tile)
         if spec.token_groups % together:
             together = spec.token_groups
         self.split, outer = grid(body, spec.splits), grid(body, spec.token_groups // together)
         self.row_group, inner = grid(body, spec.row_groups), grid(body, together)
-        self.token_group = outer * together + inner
+        token_group = outer * together + inner
+        self.tile = TokenTile(token_group * spec.token_tile, spec.token_tile, spec.num_tokens)
+        if spec.experts is not None:
+            self.tile = ExpertTile(spec.experts, token_group, spec.num_rows, operands)
         self.lane, warp = body.threads(LANES), warps(body, spec.num_warps)
         self.axes = axes_of(self.split, outer, self.row_group, inner, self.lane, warp)
         self.body, self.thread = body, warp * LANES + self.lane
@@ -255,17 +292,12 @@ class _Tile:
         self.row_blocks = spec.row_tile // across // self.mma.right_rows
         self.warp_token = warp // across * (spec.token_tile // down)
         self.warp_row = warp % across
-        self.first_token = self.token_group * spec.token_tile
 
     @property
     def threads(self) -> int:
         return self.spec.num_warps * LANES
 
     # -- the tile's rows -----------------------------------------------------------------------------------------------
-
-    def token(self, row: UOp) -> UOp:
-        token = self.first_token + row
-        return token if self.spec.num_tokens % self.spec.token_tile == 0 else token.minimum(self.spec.num_tokens - 1)
 
     def block_row(self, block: int) -> UOp:
         """The tile's row where a block of the warp's rows begins. Of gate and up, the first half are gate."""
@@ -282,12 +314,13 @@ class _Tile:
         spec = self.spec
         if not spec.is_gated:
             whole = self.row_group * spec.row_tile + row
-            return whole if spec.num_rows % spec.row_tile == 0 else whole.minimum(spec.num_rows - 1)
+            whole = whole if spec.num_rows % spec.row_tile == 0 else whole.minimum(spec.num_rows - 1)
+            return self.tile.matrix_row(whole)
         half = spec.row_tile // 2
         inner = self.row_group * half + row % half
         if spec.out_rows % half:
             inner = inner.minimum(spec.out_rows - 1)
-        return inner + row // half * spec.out_rows
+        return self.tile.matrix_row(inner + row // half * spec.out_rows)
 
     # -- sums ----------------------------------------------------------------------------------------------------------
 
@@ -318,21 +351,21 @@ class _Tile:
         registers, count = body.registers(self._num_sums), self._num_sums
         zeroed = UOp.group(*[registers.after(*self.axes)[i].store(UOp.const(0.0, F32)) for i in range(count)])
         registers = registers.after(zeroed)
-        loop = body.fold(steps)
+        loop, turn = self._loop()
         arrived = arrival(STAGES - 2, loop, primed[-1], *unpacked)
-        begun = begin(loop + (STAGES - 1), arrived)
+        begun = begin(turn + (STAGES - 1), arrived)
         added = self._multiply(
             tile_x.after(arrived),
-            loop % STAGES * size,
+            turn % STAGES * size,
             tile_w.after(arrived),
-            loop % weight_stages * weight_size,
+            turn % weight_stages * weight_size,
             registers.after(loop),
             begun,
         )
         ends = [added, begun]
         if not spec.weights_as_stored:
-            following = (loop + 1).minimum(steps - 1)
-            ends += self._unpack(tile_w.after(arrived), (loop + 1) % 2 * weight_size, following)
+            following = (turn + 1).minimum(steps - 1)
+            ends += self._unpack(tile_w.after(arrived), (turn + 1) % 2 * weight_size, following)
         done = together(*ends).end(loop)
         return [registers.after(done)[i].load() for i in range(count)]
 
@@ -347,7 +380,7 @@ class _Tile:
         for start in range(0, rows * per_row, self.threads):
             piece = start + self.thread
             row, slot = piece // per_row, piece % per_row
-            whole = self.token(row) if is_x else self.matrix_row(row)
+            whole = self.tile.source(row) if is_x else self.matrix_row(row)
             at = whole * spec.num_cols + (self.split * spec.steps + step) * TILE_COLS + slot * PIECE
             copies.append(copy_piece(tile[base + self.mma.at(row, slot)], source[at], wanted, *after))
         return copies
@@ -360,11 +393,20 @@ class _Tile:
         registers, count = body.registers(self._num_sums), self._num_sums
         zeroed = UOp.group(*[registers.after(*self.axes)[i].store(UOp.const(0.0, F32)) for i in range(count)])
         registers = registers.after(zeroed)
-        loop = body.fold(spec.steps)
-        filled = UOp.group(*self._load_x(tile_x.after(loop), loop), *self._unpack(tile_w.after(loop), 0, loop))
+        loop, turn = self._loop()
+        filled = UOp.group(*self._load_x(tile_x.after(loop), turn), *self._unpack(tile_w.after(loop), 0, turn))
         added = self._multiply(tile_x.after(filled), 0, tile_w.after(filled), 0, registers.after(loop))
         done = UOp(Ops.BARRIER, src=(added,)).end(loop)  # before the tiles are overwritten
         return [registers.after(done)[i].load() for i in range(count)]
+
+    def _loop(self) -> tuple[UOp, UOp]:
+        """(a loop over the steps, the step's number)."""
+        turns = self.tile.turns(self.spec.steps)
+        if isinstance(turns, int):
+            loop = self.body.fold(turns)
+            return loop, loop
+        loop = self.body.fold_while(turns)
+        return loop, UOp.const(0, dtypes.weakint) + self.tile.turn(loop, self.spec.steps)
 
     def _load_x(self, tile: UOp, step: UOp) -> list[UOp]:
         spec, stores = self.spec, []
@@ -372,7 +414,7 @@ class _Tile:
         for start in range(0, spec.token_tile * per_row, self.threads):
             piece = start + self.thread
             row, slot = piece // per_row, piece % per_row
-            at = self.token(row) * spec.num_cols + (self.split * spec.steps + step) * TILE_COLS + slot * PIECE
+            at = self.tile.source(row) * spec.num_cols + (self.split * spec.steps + step) * TILE_COLS + slot * PIECE
             stores += self.mma.write(tile, 0, row, slot * (PIECE // self.mma.slot_cols), load_floats(self.x, at, PIECE))
         return stores
 
@@ -425,21 +467,29 @@ class _Tile:
 
         for i in range(self.token_blocks):
             for j in range(half):
-                values = block(i, j)
-                if spec.activation is not None:
-                    values = gated(spec.activation, values, block(i, j + half), quick_arithmetic(mma.mma.kind))
                 first_row = self.row_group * (spec.row_tile // (2 if spec.is_gated else 1)) + self.block_row(j)
+                values = self._biased(block(i, j), first_row)
+                if spec.activation is not None:
+                    ups = self._biased(block(i, j + half), first_row + spec.out_rows)
+                    values = gated(spec.activation, values, ups, quick_arithmetic(mma.mma.kind))
                 for e, value in enumerate(values):
                     token, row = mma.place(self.lane, e)
                     stores.append(self._store(out, first_row, row, i, token, value))
         return stores
 
+    def _biased(self, values: list[UOp], first_row: UOp) -> list[UOp]:
+        """A block's sums plus the bias of their rows."""
+        rows = [first_row + self.mma.place(self.lane, e)[1] for e in range(len(values))]
+        biases = [self.tile.bias(row.minimum(self.spec.num_rows - 1)) for row in rows]
+        return [value if bias is None else value + bias for value, bias in zip(values, biases, strict=True)]
+
     def _store(self, out: UOp, first_row: UOp, row: UOp, block: int, token: UOp, value: UOp) -> UOp:
         spec = self.spec
-        whole = self.first_token + self.warp_token + block * self.mma.left_rows + token
-        at = (self.split * spec.num_tokens + whole) * spec.out_rows + first_row + row
-        if spec.num_tokens % spec.token_tile:
-            at = at.valid(whole < spec.num_tokens)
+        index = self.warp_token + block * self.mma.left_rows + token
+        at = (self.split * spec.num_tokens + self.tile.target(index)) * spec.out_rows + first_row + row
+        exists = self.tile.exists(index)
+        if exists is not None:
+            at = at.valid(exists)
         if spec.num_rows % spec.row_tile:
             at = at.valid(first_row < spec.out_rows)
         if self.residual is not None:

@@ -7,7 +7,7 @@ between threadgroups where the rows alone would not fill the device (split-K).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from tinygrad import UOp
 from tinygrad.uop.ops import Ops
@@ -17,6 +17,7 @@ from tinyvllm.ops.activation import gated
 from tinyvllm.ops.formats.matrix import Planes
 from tinyvllm.ops.formats.pairs import read_halves
 from tinyvllm.ops.formats.runs import read_run, run_cols
+from tinyvllm.ops.gpu.token_tiles import ExpertTile, ExpertTiles, TokenTile
 from tinyvllm.ops.kernel.body import F16, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.kernel.lanes import (
     LANES,
@@ -56,6 +57,11 @@ class MatrixSpec(Tunable):
     num_rows: int  # N
     num_cols: int  # K
     activation: str | None = None  # the matrix is gate over up: out = activation(gate) * up
+
+    @property
+    def experts(self) -> ExpertTiles | None:
+        """Set if the matrix has an axis of experts: then N is of one, and each tile of tokens has its own."""
+        return None
 
     @property
     def is_gated(self) -> bool:
@@ -197,6 +203,32 @@ class MatrixSpec(Tunable):
         return self.knob("ahead", ahead)
 
 
+@dataclass(frozen=True)
+class ExpertMatrixSpec(MatrixSpec):
+    """The same with experts: T are the rows of a tile, and out has a row for each pair of a token and an expert."""
+
+    tiles: ExpertTiles = field(kw_only=True)
+
+    @property
+    def experts(self) -> ExpertTiles:
+        return self.tiles
+
+    @property
+    def token_groups(self) -> int:
+        return self.tiles.num_tiles
+
+    @property
+    def splits(self) -> int:
+        return 1
+
+    @property
+    def begins_early(self) -> bool:
+        return False  # the previous kernel chooses the experts
+
+    def knobs(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: values for name, values in super().knobs().items() if name != "splits"}
+
+
 def fits_matrix_unit(mma: Mma, matrix_rows: int, *, is_gated: bool) -> bool:
     """Whether a matrix's rows (of gate and up, each half) fill whole tiles."""
     return (matrix_rows // 2 if is_gated else matrix_rows) % mma.rows == 0
@@ -204,22 +236,29 @@ def fits_matrix_unit(mma: Mma, matrix_rows: int, *, is_gated: bool) -> bool:
 
 @cached_kernel
 def matrix_kernel(spec: MatrixSpec) -> KernelFn:
-    """fn(out, *planes, x): see MatrixSpec. Token rows after the last repeat it, and are not stored."""
+    """fn(out, *planes, x[, tile map, sorted pairs[, bias]]): see MatrixSpec. Token rows after the last repeat it, and
+    are not stored."""
 
     def kernel(out: UOp, *operands: UOp) -> UOp:
-        *planes, x = operands
+        count = Planes.count(spec.format)
+        planes, (x, *sorting) = operands[:count], operands[count:]
         place = _make_place(spec)
         loads = _Loads(spec, place, Planes(spec.format, planes))
         early = loads.weights(0) if spec.begins_early else []
-        (x,) = await_previous(spec.lanes, x, ahead=[value for chunk in early for value in chunk.values])
+        x, *sorting = await_previous(spec.lanes, x, *sorting, ahead=[v for chunk in early for v in chunk.values])
+        if spec.experts is not None:
+            place = replace(place, tile=ExpertTile(spec.experts, place.token_group, spec.num_rows, sorting))
+            loads = replace(loads, place=place)
         totals = _multiply(loads, x, early)
         kept, first = _add_warps(spec, place, totals)
         stores = _store(spec, place, out, kept, first)
+        rows, matrices = (spec.num_tokens, 1) if spec.experts is None else spec.experts.work
+        size = spec.num_rows * spec.num_cols
         return finish(
             UOp.group(*stores).end(*reversed(place.axes)),
-            f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}",
-            ops=2 * spec.num_tokens * spec.num_rows * spec.num_cols,
-            nbytes=int(spec.num_rows * spec.num_cols * spec.format.code_bits / 8),
+            f"{spec.name}_{spec.format.name}_{rows}x{spec.num_rows}x{spec.num_cols}",
+            ops=2 * rows * size,
+            nbytes=int(matrices * size * spec.format.code_bits / 8),
         )
 
     return kernel
@@ -234,7 +273,8 @@ class _Place:
     body: Body
     axes: tuple[UOp, ...]
     bases: list[UOp]
-    first_token: UOp | int
+    token_group: UOp | int
+    tile: TokenTile
     split: UOp | int  # of the columns
     warp: UOp | int
     row_warp: UOp | int
@@ -253,9 +293,10 @@ def _make_place(spec: MatrixSpec) -> _Place:
         + (spec.out_rows * (i % 2) if spec.is_gated else 0)
         for i in range(row_tiles)
     ]
-    first_token = token_group * (spec.token_tiles * TOKENS)
+    rows = spec.token_tiles * TOKENS
+    tile = TokenTile(token_group * rows, rows, spec.num_tokens)
     axes = axes_of(token_group, group, split, lane, warp, row_warp)
-    return _Place(body, axes, bases, first_token, split, warp, row_warp, lane)
+    return _Place(body, axes, bases, token_group, tile, split, warp, row_warp, lane)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -289,7 +330,8 @@ class _Loads:
 
     def _chunk(self, number: UOp) -> _Chunk:
         places = [(row, self._run(number, slot)[0]) for row, slot in self.spec.mma.row_runs(self.place.lane)]
-        return _Chunk(number, [[self._weights(base + row, run) for row, run in places] for base in self.place.bases])
+        bases = [self.place.tile.matrix_row(base) for base in self.place.bases]
+        return _Chunk(number, [[self._weights(base + row, run) for row, run in places] for base in bases])
 
     def _weights(self, row: UOp, run: UOp) -> list[UOp]:
         spec = self.spec
@@ -302,7 +344,7 @@ class _Loads:
         spec, runs = self.spec, []
         for token, slot in spec.mma.token_runs(self.place.lane):
             run, is_inside = self._run(chunk, slot)
-            at = self._token_row(tile, token) * spec.num_cols + run * spec.cols
+            at = self.place.tile.source(tile * TOKENS + token) * spec.num_cols + run * spec.cols
             if spec.has_pairs:
                 values = spec.mma.load_pairs(x, at, spec.cols)
             else:
@@ -318,10 +360,6 @@ class _Loads:
             return run, None
         return (run < num_runs).where(run, 0), run < num_runs
 
-    def _token_row(self, tile: int, token: UOp) -> UOp:
-        row, spec = self.place.first_token + tile * TOKENS + token, self.spec
-        return row if spec.num_tokens % (spec.token_tiles * TOKENS) == 0 else row.minimum(spec.num_tokens - 1)
-
 
 # -- computing ---------------------------------------------------------------------------------------------------------
 
@@ -333,15 +371,14 @@ def _multiply(loads: _Loads, x: UOp, early: list[_Chunk]) -> list[UOp]:
     totals, past = zeros(spec.row_tiles * spec.token_tiles * spec.mma.elements), 0
     if early:
         totals, past = _add_chunks(loads, x, early, totals), 1
-    if spec.steps == past:
+    steps = spec.steps - past
+    if steps == 0:
         return totals
-    return carry(
-        place.body,
-        totals,
-        spec.steps - past,
-        place.axes,
-        lambda i, old: _add_chunks(loads, x, loads.weights(i + past), old),
-    )
+
+    def step(iteration: UOp | int, old: list[UOp]) -> list[UOp]:
+        return _add_chunks(loads, x, loads.weights(place.tile.turn(iteration, steps) + past), old)
+
+    return carry(place.body, totals, place.tile.turns(steps), place.axes, step)
 
 
 def _add_chunks(loads: _Loads, x: UOp, chunks: list[_Chunk], old: list[UOp]) -> list[UOp]:
@@ -402,23 +439,31 @@ def _store(spec: MatrixSpec, place: _Place, out: UOp, kept: list[list[UOp]], fir
     """Stores of a lane's elements, from number `first` on, of each tile of rows; of gate and up, their product."""
     stores = []
     for r in range(0, spec.row_tiles, 2 if spec.is_gated else 1):
-        values = kept[r]
+        values = _biased(spec, place, kept[r], place.bases[r], first)
         if spec.activation is not None:
-            values = gated(spec.activation, values, kept[r + 1])
+            values = gated(spec.activation, values, _biased(spec, place, kept[r + 1], place.bases[r + 1], first))
         for i, value in enumerate(values):
             at = _output(spec, place, place.bases[r], first + i)
             stores.append(out[at].store(value.cast(out.dtype)))
     return stores
 
 
+def _biased(spec: MatrixSpec, place: _Place, values: list[UOp], base: UOp, first: UOp | int) -> list[UOp]:
+    """A lane's elements of the tile that begins at row `base`, plus the bias of their rows."""
+    rows = [base + spec.mma.place(place.lane, (first + i) % spec.mma.elements)[1] for i in range(len(values))]
+    biases = [place.tile.bias(row) for row in rows]
+    return [value if bias is None else value + bias for value, bias in zip(values, biases, strict=True)]
+
+
 def _output(spec: MatrixSpec, place: _Place, base: UOp, element: UOp | int) -> UOp:
     """Where a lane's element of the tile that begins at row `base` goes: valid only if the element and its token
     exist."""
     token, row = spec.mma.place(place.lane, element % spec.mma.elements)
-    at = place.first_token + element // spec.mma.elements * TOKENS + token
-    index = (place.split * spec.num_tokens + at) * spec.out_rows + base + row
-    if spec.num_tokens % (spec.token_tiles * TOKENS):
-        index = index.valid(at < spec.num_tokens)
+    at = element // spec.mma.elements * TOKENS + token
+    index = (place.split * spec.num_tokens + place.tile.target(at)) * spec.out_rows + base + row
+    exists = place.tile.exists(at)
+    if exists is not None:
+        index = index.valid(exists)
     if spec.warps > spec.token_tiles * spec.mma.elements:
         index = index.valid(element < spec.token_tiles * spec.mma.elements)
     return index

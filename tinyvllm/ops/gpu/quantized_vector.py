@@ -16,16 +16,16 @@ each column of the tile's sums belongs to one run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinygrad import UOp
 from tinygrad.uop.ops import Ops
 
-from tinyvllm.ops.activation import gated
 from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits
 from tinyvllm.ops.formats.pairs import CODE_ORDER, pair_form, read_pairs
 from tinyvllm.ops.formats.runs import CodeForm, group_of, group_scale, groups_in_run
 from tinyvllm.ops.gpu.attention_split import SplitOperands
+from tinyvllm.ops.gpu.chosen import ChosenExperts, ChosenRows
 from tinyvllm.ops.gpu.vector import RowOperands, RowProductSpec
 from tinyvllm.ops.kernel.body import F16, F32, U16, U32, Body, KernelFn, balanced, cached_kernel
 from tinyvllm.ops.kernel.lanes import (
@@ -34,6 +34,7 @@ from tinyvllm.ops.kernel.lanes import (
     axes_of,
     carry,
     dot,
+    grid,
     load_floats,
     warps,
     zeros,
@@ -122,7 +123,8 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
     def is_resident(self) -> bool:
         """Whether a chained kernel's threadgroups all run at once, and load their codes while they wait for the
         previous kernel: if the codes fit into the registers of 132 cores."""
-        return self.lanes.is_chained and self.num_rows * self.num_cols * self.format.code_bits / 8 <= RESIDENT_BYTES
+        fits = self.num_rows * self.num_cols * self.format.code_bits / 8 <= RESIDENT_BYTES
+        return self.lanes.is_chained and fits and self.experts is None  # the previous kernel chooses the experts
 
     @property
     def tiles_at_once(self) -> int:
@@ -146,7 +148,7 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
     def _fills_device(self, tiles: int) -> bool:
         """Whether threadgroups of so many tiles divide the rows evenly and are enough to fill the device."""
         rows = tiles * self.mma.rows
-        return self.num_rows % rows == 0 and self.num_rows // rows >= GROUPS_WANTED
+        return self.num_rows % rows == 0 and self.num_rows // rows * self.slots >= GROUPS_WANTED
 
     @property
     def ahead(self) -> int:
@@ -189,6 +191,17 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
         return staged + self.warps * (self.tiles * self.mma.rows + 1 + (self.sum is not None)) * 4
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertQuantizedVectorSpec(QuantizedVectorSpec):
+    """The same of a row's experts."""
+
+    chosen_experts: ChosenExperts
+
+    @property
+    def experts(self) -> ChosenExperts:
+        return self.chosen_experts
+
+
 def fits_quantized_vector(spec: QuantizedVectorSpec) -> bool:
     """Whether x fits into threadgroup memory, and the rows into tiles."""
     return (
@@ -196,6 +209,10 @@ def fits_quantized_vector(spec: QuantizedVectorSpec) -> bool:
         and spec.out_rows % spec.mma.rows == 0
         and (spec.split is None or spec.split.head_dim % PIECE == 0)
     )
+
+
+# (a row, a run of x) -> (row of the whole matrix, run in it)
+Locate = Callable[[UOp, UOp], tuple[UOp, UOp]]
 
 
 @dataclass(frozen=True)
@@ -225,7 +242,8 @@ def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
         rounds = _rounds(spec, place.group)
         loads = _Loads(spec, planes, place.warp, place.lane)
         early = loads.chunks(0, rounds[0]) if spec.is_resident else []
-        source = _Source(spec, operands, place.thread, [value for chunk in early for value in chunk.values])
+        source = _Source(spec, operands, place, [value for chunk in early for value in chunk.values])
+        loads = replace(loads, chosen=source.operands.chosen)
         loaded = source.read(place.body, place.axes)
         stores = []
         if x_out is not None:
@@ -250,13 +268,14 @@ class _Place:
     """A thread's place. A threadgroup has its own rows, and its warps split the columns between them."""
 
     body: Body
+    slot: UOp | int  # which of the row's experts
     group: UOp
     lane: UOp
     warp: UOp | int
 
     @property
     def axes(self) -> tuple[UOp, ...]:
-        return axes_of(self.group, self.lane, self.warp)
+        return axes_of(self.slot, self.group, self.lane, self.warp)
 
     @property
     def thread(self) -> UOp:
@@ -265,8 +284,9 @@ class _Place:
 
 def _make_place(spec: QuantizedVectorSpec) -> _Place:
     body = Body()
+    slot = grid(body, spec.slots)
     group, lane = body.grid(spec.out_rows // (spec.tiles_per_section * spec.mma.rows)), body.threads(LANES)
-    return _Place(body, group, lane, warps(body, spec.warps))
+    return _Place(body, slot, group, lane, warps(body, spec.warps))
 
 
 def _rounds(spec: QuantizedVectorSpec, group: UOp) -> list[list[UOp]]:
@@ -305,11 +325,12 @@ class _Loads:
     planes: Planes
     warp: UOp | int
     lane: UOp
+    chosen: ChosenRows | None = None
 
     def chunks(self, iteration: UOp | int, bases: list[UOp]) -> list[_Chunk]:
         """An iteration's chunks of the tiles that begin at rows `bases`, all loaded before any is used: as many loads
         in flight as there are registers."""
-        spec, shape = self.spec, (self.planes, self.lane, self._bounded)
+        spec, shape = self.spec, (self.planes, self.lane, self._locate)
         first = (iteration * spec.warps + self.warp) * spec.ahead
         return [
             _Chunk(
@@ -320,10 +341,12 @@ class _Loads:
             for i in range(spec.ahead)
         ]
 
-    def _bounded(self, run: UOp) -> UOp:
+    def _locate(self, row: UOp, run: UOp) -> tuple[UOp, UOp]:
+        """(row of the whole matrix, run in it); the first run for those after the last."""
         spec = self.spec
-        is_ragged = spec.num_runs % (spec.mma.slots * spec.warps * spec.ahead) != 0
-        return (run < spec.num_runs).where(run, 0) if is_ragged else run
+        if spec.num_runs % (spec.mma.slots * spec.warps * spec.ahead):
+            run = (run < spec.num_runs).where(run, 0)
+        return spec.locate(self.chosen, row, run, PANEL)
 
 
 def _add_chunks(
@@ -348,8 +371,9 @@ def _add_chunks(
 class _Source:
     """The pieces of x that a thread stages; x is in a buffer, or in the splits of an attention."""
 
-    def __init__(self, spec: QuantizedVectorSpec, operands: RowOperands, thread: UOp, ahead: Sequence[UOp]) -> None:
+    def __init__(self, spec: QuantizedVectorSpec, operands: RowOperands, place: _Place, ahead: Sequence[UOp]) -> None:
         """Waits for the previous kernels, and loads `ahead` meanwhile."""
+        thread = place.thread
         threads, pieces = spec.warps * LANES, spec.num_cols // PIECE
         self.inside = [
             None if start + threads <= pieces else start + thread < pieces for start in range(0, pieces, threads)
@@ -361,7 +385,7 @@ class _Source:
             for weight in (operands.norm_weight, operands.sum_weight)
         )
         weights = [weight for piece in self.norm_weights + self.sum_weights for weight in piece]
-        self.operands = operands.awaited(spec.lanes, [*ahead, *weights])
+        self.operands = operands.awaited(spec.lanes, [*ahead, *weights]).with_experts(spec, place.slot)
         self._split, sums, inputs = None, self.operands.split_sums, self.operands.inputs
         if spec.split is not None and sums is not None and inputs is not None:
             self._split = SplitOperands(spec.split, self.operands.x, sums, inputs)
@@ -507,29 +531,29 @@ def _multiply(
 
 
 def _codes(
-    spec: QuantizedVectorSpec, base: UOp, chunk: UOp, planes: Planes, lane: UOp, bounded: Callable[[UOp], UOp]
+    spec: QuantizedVectorSpec, base: UOp, chunk: UOp, planes: Planes, lane: UOp, locate: Locate
 ) -> list[list[UOp]]:
     """The lane's runs of a tile that begins at row `base`."""
     mma = spec.mma
-    runs = [(base + row, bounded(chunk * mma.slots + slot)) for row, slot in mma.row_runs(lane)]
-    return [read_pairs(planes, row, run, spec.num_runs, mma) for row, run in runs]
+    runs = [locate(base + row, chunk * mma.slots + slot) for row, slot in mma.row_runs(lane)]
+    return [read_pairs(planes, row, run, spec.matrix_cols // PANEL, mma) for row, run in runs]
 
 
 def _factors(
-    spec: QuantizedVectorSpec, base: UOp, chunk: UOp, planes: Planes, lane: UOp, bounded: Callable[[UOp], UOp]
+    spec: QuantizedVectorSpec, base: UOp, chunk: UOp, planes: Planes, lane: UOp, locate: Locate
 ) -> list[list[tuple[UOp, UOp | None]]]:
     """By element and group: the scale, and the minimum if the format has one."""
     fmt, factors = spec.format, []
     for element in range(spec.mma.elements):
         column, row = spec.mma.place(lane, element)
-        run = bounded(chunk * spec.mma.slots + column % spec.mma.slots)
+        row, run = locate(base + row, chunk * spec.mma.slots + column % spec.mma.slots)
         groups = [group_of(fmt, run, g) for g in range(spec.groups)]
-        scales = [group_scale(planes.scale, base + row, group, fmt, spec.num_cols) for group in groups]
+        scales = [group_scale(planes.scale, row, group, fmt, spec.matrix_cols) for group in groups]
         if spec.form.unit != 1.0:
             scales = [scale * spec.form.unit for scale in scales]
         minima: list[UOp | None] = [None] * spec.groups
         if planes.minimum is not None:
-            minima = [group_scale(planes.minimum, base + row, group, fmt, spec.num_cols) for group in groups]
+            minima = [group_scale(planes.minimum, row, group, fmt, spec.matrix_cols) for group in groups]
         factors.append(list(zip(scales, minima, strict=True)))
     return factors
 
@@ -555,9 +579,11 @@ def _finish_rows(
         total = balanced(shared[at + w * count].load() for w in range(spec.warps))
         return total if rms is None else total * rms
 
-    value = summed(index)
+    value, target = summed(index), place.group * per_group + index
     if spec.activation is not None:
-        (value,) = gated(spec.activation, [value], [summed(index + per_group)])
-    target = place.group * per_group + index
-    value = spec.epilogue(operands, value, target)
+        (value,) = spec.gate(operands.chosen, [value], [summed(index + per_group)], [target])
+    else:
+        value = spec.epilogue(operands, value, target)
+    if operands.chosen is not None:
+        target = operands.chosen.target(target, spec.out_rows)
     return [out[target.valid(is_inside)].store(value.cast(out.dtype))]

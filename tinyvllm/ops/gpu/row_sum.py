@@ -48,6 +48,7 @@ class SumSpec:
     scale: float = 1.0  # of the sum, after its norm
     has_out_scale: bool = False  # of what the residual has been added to: data
     softcap: float | None = None
+    is_weighted: bool = False  # the partial products are (T, S, K), of S experts of each token, and have weights (T, S)
 
     @property
     def num_warps(self) -> int:
@@ -57,7 +58,7 @@ class SumSpec:
 @cached_kernel
 def sum_kernel(spec: SumSpec) -> KernelFn:
     """fn([x][, h], SOURCE[, norm weight]): a threadgroup for each row. Writes x unless it is given, and h if there is a
-    norm. SOURCE: partials (S, T, K)[, residual][, bias][, post-norm weight][, out scale], or
+    norm. SOURCE: partials (S, T, K)[, residual][, bias][, post-norm weight][, out scale][, weights], or
     inputs[, previous_output], *planes, or x."""
 
     def kernel(*operands: UOp) -> UOp:
@@ -90,6 +91,7 @@ class _SumRow:
     def __init__(self, spec: SumSpec, operands: list[UOp]) -> None:
         """`operands`: those between the outputs and the last norm's weight."""
         self.spec, self.body = spec, Body()
+        self.weights = operands.pop() if spec.is_weighted else None
         self.out_scale = operands.pop() if spec.has_out_scale else None
         self.post_weight = operands.pop() if spec.post_norm_eps is not None else None
         self.bias = operands.pop() if spec.has_bias else None
@@ -109,7 +111,10 @@ class _SumRow:
         """The thread's runs of x, in float32."""
         if self.spec.embed is not None:
             return [self._read_table(self.spec.embed, start) for start in self.starts]
-        source, *residual = await_previous(self.spec.lanes, *self.operands)
+        weights = [] if self.weights is None else [self.weights]
+        source, *residual = await_previous(self.spec.lanes, *self.operands, *weights)
+        if self.weights is not None:
+            self.weights = residual.pop()
         values = [self._read_sum(source, start) for start in self.starts]
         if self.post_weight is not None and self.spec.post_norm_eps is not None:
             values = self.normed(values, self.post_weight, self.spec.post_norm_eps)
@@ -124,9 +129,15 @@ class _SumRow:
         return values if embed.scale == 1.0 else [value * embed.scale for value in values]
 
     def _read_sum(self, source: UOp, start: UOp) -> list[UOp]:
-        spec = self.spec
+        spec, count = self.spec, max(1, self.spec.num_partials)
         at, size = self.row * spec.num_cols + start, spec.num_tokens * spec.num_cols
-        partials = [load_floats(source, at + s * size, RUN_COLS) for s in range(max(1, spec.num_partials))]
+        if self.weights is None:
+            partials = [load_floats(source, at + s * size, RUN_COLS) for s in range(count)]
+        else:
+            rows = [self.row * count + s for s in range(count)]
+            weights = [self.weights[row].load() for row in rows]
+            values = [load_floats(source, row * spec.num_cols + start, RUN_COLS) for row in rows]
+            partials = [[value * w for value in new] for new, w in zip(values, weights, strict=True)]
         new = [balanced(column) for column in zip(*partials, strict=True)]
         if self.bias is None:
             return new

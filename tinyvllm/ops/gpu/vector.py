@@ -16,6 +16,7 @@ from tinyvllm.ops.activation import gated, tanh
 from tinyvllm.ops.formats.matrix import PANEL, Planes
 from tinyvllm.ops.formats.runs import Run, group_sums, read_run, run_cols
 from tinyvllm.ops.gpu.attention_split import SplitHeads, SplitOperands
+from tinyvllm.ops.gpu.chosen import ChosenExperts, ChosenRows
 from tinyvllm.ops.gpu.row_sum import add_warps
 from tinyvllm.ops.kernel.body import F32, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.kernel.lanes import (
@@ -26,6 +27,7 @@ from tinyvllm.ops.kernel.lanes import (
     axes_of,
     carry,
     dot,
+    grid,
     load_floats,
     warps,
     zeros,
@@ -65,11 +67,41 @@ class RowProductSpec:
     sum: NormedSum | None = None  # x is a sum that is still to be computed, which the kernel also writes
 
     @property
+    def experts(self) -> ChosenExperts | None:
+        """Set if the matrix has an axis of experts: then N is of one, and K of x, which may hold several."""
+        return None
+
+    @property
+    def matrix_cols(self) -> int:
+        """Columns of a row as it is stored."""
+        return self.num_cols if self.experts is None else self.experts.num_cols
+
+    @property
+    def slots(self) -> int:
+        """Experts that have threadgroups of their own."""
+        return 1 if self.experts is None or self.experts.adds_up else self.experts.count
+
+    @property
     def out_rows(self) -> int:
         return self.num_rows if self.activation is None else self.num_rows // 2
 
+    def locate(self, chosen: ChosenRows | None, row: UOp, run: UOp, cols: int) -> tuple[UOp, UOp]:
+        """(row of the whole matrix, run in it) of a run of `cols` columns of x."""
+        return (row, run) if chosen is None else chosen.locate(row, run, cols)
+
+    def gate(self, chosen: ChosenRows | None, gates: list[UOp], ups: list[UOp], rows: Sequence[UOp]) -> list[UOp]:
+        """activation(gate) * up of the output's `rows`."""
+        assert self.activation is not None
+        if chosen is None:
+            return gated(self.activation, gates, ups)
+        gates = [chosen.biased(value, row) for value, row in zip(gates, rows, strict=True)]
+        ups = [chosen.biased(value, row + self.out_rows) for value, row in zip(ups, rows, strict=True)]
+        return [chosen.weighted(value) for value in gated(self.activation, gates, ups)]
+
     def epilogue(self, operands: RowOperands, value: UOp, row: UOp) -> UOp:
         """What follows a row's product, except an activation."""
+        if operands.chosen is not None:
+            value = operands.chosen.biased(value, row)
         if operands.bias is not None:
             value = value + operands.bias[row].load()
         if self.scale != 1.0:
@@ -84,9 +116,9 @@ class RowProductSpec:
         """Close the kernel."""
         return finish(
             UOp.group(*stores).end(*reversed(axes)),
-            f"{self.name}_{self.format.name}_1x{self.num_rows}x{self.num_cols}",
-            ops=2 * self.num_rows * self.num_cols,
-            nbytes=int(self.num_rows * self.num_cols * self.format.code_bits / 8),
+            f"{self.name}_{self.format.name}_{self.slots}x{self.num_rows}x{self.num_cols}",
+            ops=2 * self.slots * self.num_rows * self.num_cols,
+            nbytes=int(self.slots * self.num_rows * self.num_cols * self.format.code_bits / 8),
         )
 
 
@@ -103,6 +135,10 @@ class RowOperands:
     norm_weight: UOp | None
     bias: UOp | None
     residual: UOp | None
+    ids: UOp | None = None  # of the row's experts
+    weights: UOp | None = None  # of the row's experts
+    expert_bias: UOp | None = None
+    chosen: ChosenRows | None = None  # made of these
 
     @classmethod
     def take(cls, spec: RowProductSpec, rest: list[UOp]) -> RowOperands:
@@ -121,13 +157,23 @@ class RowOperands:
             norm_weight=take_if(spec.norm_eps is not None),
             bias=take_if(spec.has_bias),
             residual=take_if(spec.has_residual),
+            ids=take_if(spec.experts is not None),
+            weights=take_if(spec.experts is not None),
+            expert_bias=take_if(spec.experts is not None and spec.experts.has_bias),
         )
 
     def awaited(self, lanes: Lanes, ahead: Iterable[UOp]) -> RowOperands:
         """The same, to be read once the previous kernels have ended. `ahead`: as in `await_previous`."""
-        written = ("x", "split_sums", "sum_residual", "residual")  # by kernels of the step
+        written = ("x", "split_sums", "sum_residual", "residual", "ids", "weights")  # by kernels of the step
         given = {name: getattr(self, name) for name in written if getattr(self, name) is not None}
         return replace(self, **dict(zip(given, await_previous(lanes, *given.values(), ahead=ahead), strict=True)))
+
+    def with_experts(self, spec: RowProductSpec, slot: UOp | int) -> RowOperands:
+        """The same, once they are awaited, for the threadgroups of one of the row's experts."""
+        if spec.experts is None or self.ids is None or self.weights is None:
+            return self
+        rows = ChosenRows(spec.experts, spec.num_rows, slot, self.ids, self.weights, self.expert_bias)
+        return replace(self, chosen=rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,17 +220,29 @@ class VectorSpec(RowProductSpec):
         Quantized runs are longer than a vector load of x, so more rows must share the cost of loading x."""
         passes = -(-self.num_cols // (self.cols * LANES))  # runs of a lane, if one warp had all columns
         if self.format.is_quantized:
-            rows = 4 if self.activation is not None or self.out_rows <= 4096 else 8
+            per_warp = 4 if self.activation is not None or self.out_rows <= 4096 else 8
             across = _power_below(min(8, passes))
-            return rows, max(1, 4 // across), across, 1
-        if self.out_rows <= FEW_ROWS and passes <= 8:
+            return per_warp, max(1, 4 // across), across, 1
+        rows = self.out_rows * self.slots
+        if rows <= FEW_ROWS and passes <= 8:
             return 4, 2, _power_below(min(4, -(-passes // 2))), min(2, passes)
-        if self.out_rows <= FEW_ROWS and self.norm_eps is None and passes <= 16:
+        if rows <= FEW_ROWS and self.norm_eps is None and passes <= 16:
             return 2, 2, 8, 2
-        if self.out_rows <= FEW_ROWS * 3 // 4 and self.norm_eps is None:
+        if rows <= FEW_ROWS * 3 // 4 and self.norm_eps is None:
             return 2, 1, 16, min(4, -(-passes // 16))
         across = _power_below(min(4, passes))
-        return (4 if self.out_rows > 32768 else 2), 1, across, min(4, -(-passes // across))
+        return (4 if rows > 32768 else 2), 1, across, min(4, -(-passes // across))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertVectorSpec(VectorSpec):
+    """The same of a row's experts."""
+
+    chosen_experts: ChosenExperts
+
+    @property
+    def experts(self) -> ChosenExperts:
+        return self.chosen_experts
 
 
 def _power_below(value: int) -> int:
@@ -202,8 +260,9 @@ def vector_kernel(spec: VectorSpec) -> KernelFn:
         planes = Planes(spec.format, [buffers.pop(0) for _ in range(Planes.count(spec.format))])
         operands, place = RowOperands.take(spec, buffers), _make_place(spec)
         loads = _Loads(spec, place, planes, operands)
-        only = loads.runs(0) if spec.steps == 1 else []
+        only = loads.runs(0) if spec.steps == 1 and spec.experts is None else []
         x = _Input(spec, place, operands, [value for run in only for value in run.values])
+        loads = replace(loads, operands=x.operands)
 
         def step(iteration: UOp | int, old: list[UOp]) -> list[UOp]:
             return _add_runs(spec, only or loads.runs(iteration), x, iteration, old)
@@ -222,7 +281,7 @@ def vector_kernel(spec: VectorSpec) -> KernelFn:
                 ]
         results = _finish_rows(spec, totals, x, place)
         stores += [
-            out[row.valid(place.is_first)].store(value.cast(out.dtype))
+            out[x.target(row).valid(place.is_first)].store(value.cast(out.dtype))
             for row, value in zip(place.rows, results, strict=False)  # of gate and up, gate's rows
         ]
         return spec.finish(stores, place.axes)
@@ -239,6 +298,7 @@ class _Place:
     down: int  # warps along the rows
     rows: list[UOp]
     axes: tuple[UOp, ...]
+    slot: UOp | int  # which of the row's experts
     group: UOp  # the threadgroup's number
     lane: UOp
     column_warp: UOp | int
@@ -258,14 +318,15 @@ class _Place:
 def _make_place(spec: VectorSpec) -> _Place:
     body = Body()
     count, down, across, _ = spec.shape
+    slot = grid(body, spec.slots)
     group, lane = body.grid(spec.out_rows // (count * down)), body.threads(LANES)
     column_warp, row_warp = warps(body, across), warps(body, down)
     first = (group * down + row_warp) * count
     rows = [first + i for i in range(count)]
     if spec.activation is not None:
         rows += [row + spec.out_rows for row in rows]
-    axes = axes_of(group, lane, column_warp, row_warp)
-    return _Place(body, across, down, rows, axes, group, lane, column_warp, row_warp)
+    axes = axes_of(slot, group, lane, column_warp, row_warp)
+    return _Place(body, across, down, rows, axes, slot, group, lane, column_warp, row_warp)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -303,7 +364,8 @@ class _Loads:
             wanted = ((iteration * ahead + i) * across + place.column_warp) * LANES + place.lane
             is_inside = wanted < spec.num_runs if spec.num_runs % (LANES * across * ahead) else None
             run = wanted if is_inside is None else is_inside.where(wanted, 0)
-            weights = [read_run(self.planes, row, run, spec.num_cols, spec.cols) for row in place.rows]
+            places = [spec.locate(self.operands.chosen, row, run, spec.cols) for row in place.rows]
+            weights = [read_run(self.planes, *at, spec.matrix_cols, spec.cols) for at in places]
             norm_weight = None if spec.is_staged else self.operands.norm_weight
             norms, sum_norms = (
                 [] if weight is None else load_floats(weight, run * spec.cols, spec.cols)
@@ -319,7 +381,7 @@ class _Input:
     def __init__(self, spec: VectorSpec, place: _Place, operands: RowOperands, ahead: Sequence[UOp]) -> None:
         """Waits for the previous kernels, and loads `ahead` meanwhile."""
         self.spec, self.place, self.split = spec, place, None
-        self.operands = operands.awaited(spec.lanes, ahead)
+        self.operands = operands.awaited(spec.lanes, ahead).with_experts(spec, place.slot)
         self.x, sums, inputs = self.operands.x, self.operands.split_sums, self.operands.inputs
         if spec.split is not None and sums is not None and inputs is not None:
             self.split = SplitOperands(spec.split, self.x, sums, inputs)
@@ -338,6 +400,11 @@ class _Input:
         else:
             values = load_floats(self.x, start, cols)
         return _inside(run, values)
+
+    def target(self, row: UOp) -> UOp:
+        """The place of a row's result."""
+        chosen = self.operands.chosen
+        return row if chosen is None else chosen.target(row, self.spec.out_rows)
 
     def read_residual(self, run: _LoadedRun) -> list[UOp]:
         """The same of a sum's residual."""
@@ -463,5 +530,5 @@ def _finish_rows(spec: VectorSpec, totals: list[UOp], x: _Input, place: _Place) 
         totals = [total * scale for total in totals]
     if spec.activation is not None:
         half = len(totals) // 2
-        return gated(spec.activation, totals[:half], totals[half:])
+        return spec.gate(x.operands.chosen, totals[:half], totals[half:], place.rows[:half])
     return [spec.epilogue(x.operands, total, row) for total, row in zip(totals, place.rows, strict=True)]

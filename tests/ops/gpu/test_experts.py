@@ -1,0 +1,143 @@
+"""The fused experts of CUDA and METAL: rendered anywhere, run where there is such a device:
+DEV=CUDA python -m pytest -m gpu tests/ops/gpu/test_experts.py
+DEV=METAL python -m pytest -p tests.metal.plugin -m gpu tests/ops/gpu/test_experts.py (on the simulator)"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tinygrad import Tensor
+
+from tests.ops.builders import largest_difference, normal
+from tests.ops.experts import Case, make_kind, make_layer
+from tests.ops.gpu.products import TOLERANCE, read, upload
+from tests.ops.rendering import KINDS, check_limits, kernels_of, rendered, unwritten
+from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm
+from tinyvllm.ops.experts_spec import ExpertLayer
+from tinyvllm.ops.gpu.experts_order import OrderSpec, count_kernel, most_tiles, order_kernel
+from tinyvllm.ops.gpu.fused import FusedGpuBackend
+from tinyvllm.ops.gpu.token_tiles import TILE_WORDS
+from tinyvllm.ops.kernel.body import I32, empty, run_kernel
+from tinyvllm.ops.kernel.lanes import Lanes
+from tinyvllm.ops.reference import ReferenceBackend
+
+HIDDEN = 256
+QWEN = make_kind(renormalizes=True)
+GPT_OSS = make_kind(activation="clamped_swiglu", has_router_bias=True, has_biases=True)
+DEEPSEEK = make_kind(16, 3, score="sigmoid", has_choice_bias=True, scale=2.5)
+GATED = make_kind(40, 4, renormalizes=False, shared_size=64, has_shared_gate=True, has_expert_scale=True)
+
+
+def run(backend: Backend, layer: ExpertLayer, tokens: int, end: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, weights, result) of a layer whose epilogue has r(esidual), n(orm), s(cale)."""
+    x = upload(backend, normal(tokens, HIDDEN, seed=10))
+    norm = Norm(backend.device.upload(1 + 0.3 * normal(HIDDEN, seed=11)), 1e-5)
+    routing = backend.route(x, layer, tokens, norm)
+    epilogue = PLAIN
+    if end:
+        epilogue = Epilogue(
+            post_norm=Norm(backend.device.upload(1 + 0.3 * normal(HIDDEN, seed=12)), 0.05) if "n" in end else None,
+            scale=0.7 if "s" in end else 1.0,
+            residual=x if "r" in end else None,
+        )
+    out = read(backend, backend.experts(x, routing, layer, tokens, norm, epilogue), tokens)
+    ids, weights = (tensor.numpy().reshape(tokens, -1) for tensor in (routing.ids, routing.weights))
+    return ids, weights, out
+
+
+def compare(device: DeviceHandle, lanes: Lanes, case: Case, end: str) -> None:
+    dtype = "bfloat16" if case.fmt == "bfloat16" else "float16"
+    fused = FusedGpuBackend(device, dtype, lanes)
+    reference = ReferenceBackend(DeviceHandle("CPU", has_threads=False, is_unified=True, cores=("CPU",)))
+    ids, weights, out = run(fused, make_layer(fused, case), case.num_tokens, end)
+    assert not fused.coverage.lines()
+    wanted_ids, wanted_weights, wanted = run(reference, make_layer(reference, case), case.num_tokens, end)
+    is_same = (ids == wanted_ids).all(axis=1)
+    assert is_same.mean() > 0.9, "a tie may fall on either side, but not often"
+    assert largest_difference(weights[is_same], wanted_weights[is_same]) < TOLERANCE[dtype]
+    assert largest_difference(out[is_same], wanted[is_same]) < 2 * TOLERANCE[dtype]
+
+
+CASES = [
+    (Case(QWEN, "float16", 1), "r"),
+    (Case(QWEN, "float16", 5), "r"),
+    (Case(QWEN, "float16", 70), ""),
+    (Case(QWEN, "bfloat16", 1), ""),
+    (Case(QWEN, "bfloat16", 6), "r"),
+    (Case(GPT_OSS, "MXFP4-e8m0", 1), "r"),
+    (Case(GPT_OSS, "MXFP4-e8m0", 3), "r"),
+    (Case(replace(GPT_OSS, ffn_size=256), "Q4_K", 1), "n"),
+    (Case(GPT_OSS, "float16", 90), "rns"),
+    (Case(DEEPSEEK, "Q8_0", 4), "rns"),
+    (Case(DEEPSEEK, "Q8_0", 1, stacks_shared=True), "r"),
+    (Case(GATED, "float16", 2, stacks_shared=True), "r"),
+    (Case(GATED, "float16", 3), "r"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "end"), CASES, ids=lambda value: getattr(value, "fmt", value))
+def test_experts_match_the_reference(device: DeviceHandle, lanes: Lanes, case: Case, end: str) -> None:
+    compare(device, lanes, case, end)
+
+
+def sort(spec: OrderSpec, ids: np.ndarray, device: DeviceHandle) -> tuple[np.ndarray, np.ndarray]:
+    outs = [empty(spec.num_pairs, I32, device.name), empty(spec.num_tiles * TILE_WORDS, I32, device.name)]
+    read = [device.upload(ids.astype(np.int32))]
+    if spec.parts > 1:
+        read += run_kernel(count_kernel(spec), [empty(spec.counts_size, I32, device.name)], read)
+    pairs, tiles = run_kernel(order_kernel(spec), outs, read)
+    return pairs.numpy(), tiles.numpy().reshape(-1, TILE_WORDS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("experts", "pairs", "rows"), [(8, 14, 8), (128, 1500, 16), (40, 300, 8)])
+def test_the_order_has_each_pair_once_and_tiles_of_one_expert(
+    device: DeviceHandle, lanes: Lanes, experts: int, pairs: int, rows: int
+) -> None:
+    ids = np.random.default_rng(0).integers(0, experts, pairs) // 2
+    found, tiles = sort(OrderSpec(lanes, experts, pairs, most_tiles(pairs, experts, rows), rows), ids, device)
+    assert sorted(found) == list(range(pairs))
+    assert (np.diff(ids[found]) >= 0).all()
+    used = tiles[tiles[:, 3] == 1]
+    assert (tiles[len(used) :] == 0).all() and len(used) == sum(-(-np.bincount(ids) // rows))
+    covered = []
+    for expert, first, end, _ in used:
+        assert first < end <= first + rows and (ids[found[first:end]] == expert).all()
+        covered += list(range(first, end))
+    assert covered == list(range(pairs))
+
+
+def plan(backend: FusedGpuBackend, case: Case) -> list[Tensor]:
+    layer = make_layer(backend, case)
+    x = unwritten(backend, case.num_tokens * case.hidden, backend.float)
+    norm = Norm(unwritten(backend, case.hidden), 1e-5)
+    routing = backend.route(x, layer, case.num_tokens, norm)
+    out = backend.experts(x, routing, layer, case.num_tokens, norm, Epilogue(residual=x))
+    return [backend.whole(out)]
+
+
+SLOW = pytest.mark.slow
+LAYERS = [
+    ("bfloat16", "METAL", 1, 4),
+    ("MXFP4-e8m0", "CUDA", 1, 4),
+    ("MXFP4-e8m0", "METAL", 8, 7),
+    pytest.param("bfloat16", "CUDA", 1, 4, marks=SLOW),
+    pytest.param("bfloat16", "CUDA", 8, 7, marks=SLOW),
+    pytest.param("MXFP4-e8m0", "CUDA", 8, 7, marks=SLOW),
+    *[pytest.param(fmt, kind, 100, 7, marks=SLOW) for fmt in ("bfloat16", "MXFP4-e8m0") for kind in KINDS],
+]
+
+
+@pytest.mark.parametrize(("fmt", "kind", "tokens", "count"), LAYERS)
+def test_a_layer_of_experts_renders_within_the_limits(fmt: str, kind: str, tokens: int, count: int) -> None:
+    """One row takes four kernels: router, route, gate and up, down. More take a norm before them, an order, and a
+    sum."""
+    backend = rendered(kind, "bfloat16" if fmt == "bfloat16" else "float16")
+    kernels = kernels_of(plan(backend, Case(GPT_OSS, fmt, tokens)))
+    assert len(kernels) == count and not backend.coverage.lines()
+    for kernel in kernels:
+        check_limits(kernel, KINDS[kind])

@@ -1,0 +1,239 @@
+"""Products with experts in fused kernels: which kernels, in which tiles, and what passes from one to the next.
+
+One token row: a product for gate and up, whose threadgroups read the rows of the k chosen experts, and one for down,
+which adds up the k products. Several rows: the pairs of a token and an expert are sorted by expert (experts_order.py),
+and both products work on tiles of rows that have the same expert; the k results of each token are added up where the
+sum is normed. The inner loops are those of other products: vector.py, quantized_vector.py, matrix.py and gemm.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tinygrad import Tensor
+from tinygrad.dtype import DType
+
+from tinyvllm.ops.backend import Norm
+from tinyvllm.ops.experts_spec import ExpertLayer, Routing
+from tinyvllm.ops.formats.matrix import Matrix
+from tinyvllm.ops.formats.runs import uncovered
+from tinyvllm.ops.gpu.chosen import ChosenExperts
+from tinyvllm.ops.gpu.experts_order import OrderSpec, count_kernel, most_tiles, order_kernel
+from tinyvllm.ops.gpu.experts_route import RouteSpec, route_kernel
+from tinyvllm.ops.gpu.gemm import ExpertGemmSpec, gemm_kernel
+from tinyvllm.ops.gpu.matrix import TOKENS, ExpertMatrixSpec, fits_matrix_unit, matrix_kernel
+from tinyvllm.ops.gpu.quantized_vector import (
+    ExpertQuantizedVectorSpec,
+    fits_quantized_vector,
+    quantized_vector_kernel,
+)
+from tinyvllm.ops.gpu.token_tiles import TILE_WORDS, ExpertTiles
+from tinyvllm.ops.gpu.vector import ExpertVectorSpec, vector_kernel
+from tinyvllm.ops.kernel.body import F32, I32, empty, run_kernel
+from tinyvllm.ops.kernel.lanes import Lanes, Mma
+from tinyvllm.ops.kernel.tuning import choose
+
+MOST_ROWS = 16  # of an expert, on average, up to which weights go from memory straight into registers
+MOST_TILES = 4  # of TOKENS rows each, in a tile there
+
+
+@dataclass(frozen=True)
+class SortedRows:
+    """The order of a step's pairs: tile map and sorted pairs."""
+
+    spec: OrderSpec
+    tiles: Tensor
+    pairs: Tensor
+
+
+@dataclass(frozen=True)
+class FusedRouting(Routing):
+    """A routing that remembers the norm that its router was given. `normed`: what the norm made of `x`."""
+
+    x: Tensor | None = None
+    norm: Norm | None = None
+    normed: Tensor | None = None
+
+    def normed_rows(self, x: Tensor, norm: Norm | None) -> Tensor | None:
+        """norm(x), if it was the router's input."""
+        if norm is None or self.norm is None or x is not self.x:
+            return None
+        is_same = norm.weight is self.norm.weight and norm.eps == self.norm.eps
+        return self.normed if is_same else None
+
+
+def uncovered_layer(layer: ExpertLayer, num_tokens: int, mma: Mma | None, dtype: str) -> str:
+    """Why the fused kernels do not cover a layer's experts, in words; "" if they do."""
+    for matrix in (layer.gate_up, layer.down):
+        if reason := uncovered(matrix.format):
+            return f"weights in {matrix.format.name}, which have {reason}"
+    if num_tokens == 1:
+        return ""
+    if mma is None:
+        return f"several rows, and no matrix unit for {dtype}"
+    sizes = [(layer.gate_up.expert_size, True), (layer.down.expert_size, False)]
+    odd = [rows for rows, is_gated in sizes if not fits_matrix_unit(mma, rows, is_gated=is_gated)]
+    return f"{odd[0]} rows of a matrix, which do not fill the matrix unit's tiles" if odd else ""
+
+
+def run_route(
+    lanes: Lanes, layer: ExpertLayer, logits: Tensor, num_tokens: int, num_partials: int, more: dict[str, Any]
+) -> FusedRouting:
+    """The routing by the router's logits, in `num_partials` partial sums. `more`: other fields of the result."""
+    spec = RouteSpec(lanes, layer.kind, num_tokens, layer.router.num_rows, num_partials, layer.stacks_shared)
+    device, size = str(logits.device), num_tokens * spec.num_chosen
+    outs = [empty(size, I32, device), empty(size, F32, device)]
+    if spec.has_shared_weight:
+        outs.append(empty(num_tokens, F32, device))
+    rest = (layer.router_bias, layer.choice_bias, layer.expert_scale)
+    read = [logits, *[tensor for tensor in rest if tensor is not None]]
+    ids, weights, *shared = run_kernel(route_kernel(spec), outs, read)
+    return FusedRouting(ids=ids, weights=weights, shared=shared[0] if shared else None, **more)
+
+
+# -- one row -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OneRow:
+    """The products of one row. `half`: the matrix unit for quantized weights, if those are to be used on it."""
+
+    lanes: Lanes
+    half: Mma | None
+    layer: ExpertLayer
+    routing: Routing
+
+    def gate_up(self, x: Tensor, norm: Norm | None, dtype: DType, *, rescales_input: bool) -> Tensor:
+        """(k, ffn): activation(gate) * up of the row's experts, times their weights."""
+        matrix, layer = self.layer.gate_up, self.layer
+        chosen = ChosenExperts(
+            matrix.num_experts,
+            layer.num_chosen,
+            matrix.num_cols,
+            adds_up=False,
+            has_bias=layer.gate_up_bias is not None,
+        )
+        norm_eps = None if norm is None else norm.eps
+        fields = dict(name="experts_gate_up", norm_eps=norm_eps, activation=layer.kind.activation)
+        spec = self._spec(matrix, chosen, matrix.num_cols, fields, rescales_input=rescales_input)
+        read = [x, *([] if norm is None else [norm.weight]), self.routing.ids, self.routing.weights]
+        read += [] if layer.gate_up_bias is None else [layer.gate_up_bias]
+        return self._run(spec, spec.slots * spec.out_rows, dtype, matrix, read)
+
+    def down(self, states: Tensor, residual: Tensor | None, dtype: DType, *, rescales_input: bool) -> Tensor:
+        """(hidden,): the sum of the experts' products, plus the residual."""
+        matrix, layer = self.layer.down, self.layer
+        count, has_bias = layer.num_chosen, layer.down_bias is not None
+        chosen = ChosenExperts(matrix.num_experts, count, matrix.num_cols, adds_up=True, has_bias=has_bias)
+        fields = dict(name="experts_down", has_residual=residual is not None)
+        spec = self._spec(matrix, chosen, count * matrix.num_cols, fields, rescales_input=rescales_input)
+        read = [states, *([] if residual is None else [residual]), self.routing.ids, self.routing.weights]
+        read += [] if layer.down_bias is None else [layer.down_bias]
+        return self._run(spec, spec.out_rows, dtype, matrix, read)
+
+    def _spec(
+        self, matrix: Matrix, chosen: ChosenExperts, num_cols: int, more: dict[str, Any], *, rescales_input: bool
+    ) -> ExpertVectorSpec | ExpertQuantizedVectorSpec:
+        """`num_cols`: of x."""
+        shape = dict(lanes=self.lanes, format=matrix.format, num_rows=matrix.expert_size, num_cols=num_cols)
+        fields: dict[str, Any] = {**shape, "chosen_experts": chosen, **more}
+        if matrix.format.is_quantized and self.half is not None:
+            packed = ExpertQuantizedVectorSpec(mma=self.half, rescales_input=rescales_input, **fields)
+            if fits_quantized_vector(packed):
+                return choose(packed)
+        return ExpertVectorSpec(**fields)
+
+    @staticmethod
+    def _run(
+        spec: ExpertVectorSpec | ExpertQuantizedVectorSpec, size: int, dtype: DType, matrix: Matrix, read: list[Tensor]
+    ) -> Tensor:
+        fn = vector_kernel(spec) if isinstance(spec, ExpertVectorSpec) else quantized_vector_kernel(spec)
+        return run_kernel(fn, [empty(size, dtype, str(read[0].device))], [*matrix.planes, *read])[0]
+
+
+# -- several rows ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ManyRows:
+    """The products of several rows."""
+
+    lanes: Lanes
+    mma: Mma
+    layer: ExpertLayer
+    num_tokens: int
+
+    @property
+    def num_pairs(self) -> int:
+        return self.num_tokens * self.layer.num_chosen
+
+    @property
+    def rows_per_expert(self) -> float:
+        """Rows of each expert, if all are chosen equally often."""
+        return self.num_pairs / self.layer.gate_up.num_experts
+
+    @property
+    def is_few(self) -> bool:
+        """Whether there are so few rows that the weights take most of the time."""
+        return self.rows_per_expert <= MOST_ROWS
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of a tile: as many as most experts have, so that few weights are read twice."""
+        if self.is_few:
+            tiles = 1
+            while tiles < MOST_TILES and tiles * TOKENS < 1.5 * self.rows_per_expert:
+                tiles *= 2
+            return tiles * TOKENS
+        largest = 128 if self.mma.kind == "CUDA" else 64
+        return largest if self.rows_per_expert >= 2 * largest else largest // 2
+
+    def tiles(self, matrix: Matrix, *, is_first: bool, has_bias: bool) -> ExpertTiles:
+        count = most_tiles(self.num_pairs, matrix.num_experts, self.tile_rows)
+        return ExpertTiles(
+            num_experts=matrix.num_experts,
+            num_pairs=self.num_pairs,
+            num_chosen=self.layer.num_chosen,
+            num_tiles=count,
+            tile_rows=self.tile_rows,
+            is_first=is_first,
+            has_bias=has_bias,
+        )
+
+    def sort(self, routing: Routing) -> SortedRows:
+        """The rows by expert."""
+        spec = OrderSpec.of(self.lanes, self.tiles(self.layer.gate_up, is_first=True, has_bias=False))
+        device = str(routing.ids.device)
+        outs = [empty(spec.num_pairs, I32, device), empty(spec.num_tiles * TILE_WORDS, I32, device)]
+        read = [routing.ids]
+        if spec.parts > 1:
+            read += run_kernel(count_kernel(spec), [empty(spec.counts_size, I32, device)], read)
+        pairs, tiles = run_kernel(order_kernel(spec), outs, read)
+        return SortedRows(spec, tiles, pairs)
+
+    def gate_up(self, x: Tensor, rows: SortedRows, dtype: DType) -> Tensor:
+        """(P, ffn) in sorted order: activation(gate) * up."""
+        return self._multiply("experts_gate_up", self.layer.gate_up, x, rows, dtype, self.layer.gate_up_bias)
+
+    def down(self, states: Tensor, rows: SortedRows, dtype: DType) -> Tensor:
+        """(T, k, hidden): each expert's result."""
+        return self._multiply("experts_down", self.layer.down, states, rows, dtype, self.layer.down_bias)
+
+    def _multiply(
+        self, name: str, matrix: Matrix, x: Tensor, rows: SortedRows, dtype: DType, bias: Tensor | None
+    ) -> Tensor:
+        is_first = matrix is self.layer.gate_up
+        tiles = self.tiles(matrix, is_first=is_first, has_bias=bias is not None)
+        shape = (matrix.expert_size, matrix.num_cols, self.layer.kind.activation if is_first else None)
+        read = [*matrix.planes, x, rows.tiles, rows.pairs, *([] if bias is None else [bias])]
+        if self.is_few:
+            few = ExpertMatrixSpec(name, self.lanes, self.mma, matrix.format, self.tile_rows, *shape, tiles=tiles)
+            fn, out_rows = matrix_kernel(choose(few)), few.out_rows
+        else:
+            many = ExpertGemmSpec(name, self.mma, matrix.format, x.dtype, self.num_pairs, *shape, expert_tiles=tiles)
+            fn, out_rows = gemm_kernel(many), many.out_rows
+        return run_kernel(fn, [empty(self.num_pairs * out_rows, dtype, str(x.device))], read)[0]
+
+
+__all__ = ["FusedRouting", "ManyRows", "OneRow", "run_route", "uncovered_layer"]

@@ -11,6 +11,7 @@ import functools
 import operator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from math import gcd
 
 from tinygrad import Tensor, UOp
 
@@ -34,6 +35,7 @@ from tinyvllm.ops.recurrent_spec import (
     sequence_of,
 )
 
+VECTOR = 4  # values of a load: the widest vector of all devices
 STATE_THREADS = 32  # of a threadgroup whose threads hold whole columns of the state
 
 
@@ -68,6 +70,12 @@ class GpuRecurrentSpec(RecurrentSpec):
     def rows(self) -> int:
         """Rows of the state that a thread holds of its column."""
         return self.kind.key_dim // self.down
+
+    def row(self, lane: UOp, i: int) -> UOp:
+        """The i-th row of the state that a lane of those that share a column holds. Neighbors hold neighboring vectors
+        of rows."""
+        run = gcd(self.rows, VECTOR)
+        return lane % self.down * run + (i // run * (self.down * run) + i % run)
 
 
 def recur_by_rows(
@@ -265,13 +273,12 @@ class _Walk:
         self.thread = self.body.threads(self.threads)
         self.axes = axes_of(seq, self.head, self.block, self.thread)
         self.sequence = sequence_at(spec, inputs, seq)
-        self.first = self.thread % spec.down * spec.rows
         self.column = self.block * spec.across + self.thread // spec.down
 
     def place(self, slot: UOp, i: int) -> UOp:
         """Of the thread's i-th element in the pool."""
         kind = self.spec.kind
-        row = (slot * kind.num_heads + self.head) * kind.key_dim + self.first + i
+        row = (slot * kind.num_heads + self.head) * kind.key_dim + self.spec.row(self.thread, i)
         return row * kind.value_dim + self.column
 
     def run(self, o: UOp) -> tuple[UOp, list[UOp]]:
@@ -301,8 +308,8 @@ class _Walk:
         """(the thread's elements of the state after a row, the output of its column)."""
         spec, kind = self.spec, self.spec.kind
         base = row * spec.mixed_cols
-        key = base + self.head // spec.group * kind.key_dim + self.first
-        q, k = ([self.mixed[key + start + i].load() for i in range(spec.rows)] for start in (0, kind.key_size))
+        key, rows = base + self.head // spec.group * kind.key_dim, [spec.row(self.thread, i) for i in range(spec.rows)]
+        q, k = ([self.mixed[key + start + row].load() for row in rows] for start in (0, kind.key_size))
         v = self.mixed[base + (2 * kind.key_size) + self.head * kind.value_dim + self.column].load()
         decay, beta = (self.mixed[base + kind.conv_size + i * kind.num_heads + self.head].load() for i in range(2))
         # o = S^T q with the new S, in terms of the old one: so that no sum waits for another

@@ -14,7 +14,7 @@ from tinygrad import Tensor, UOp
 
 from tinyvllm.ops.backend import Step
 from tinyvllm.ops.coverage import in_words
-from tinyvllm.ops.gpu.recurrent import GpuRecurrentSpec, Inputs, Projections, columns, sigmoid, silu
+from tinyvllm.ops.gpu.recurrent import VECTOR, GpuRecurrentSpec, Inputs, Projections, columns, sigmoid, silu
 from tinyvllm.ops.gpu.row_sum import add_warps
 from tinyvllm.ops.kernel.body import Body, KernelFn, balanced, cached_kernel, finish, run_kernel
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, await_previous, axes_of, dot, grid, warps
@@ -31,7 +31,7 @@ from tinyvllm.ops.recurrent_spec import (
     sequence_at,
 )
 
-RUN = 4  # columns of a thread: the widest vector of all devices
+RUN = VECTOR  # columns of a thread
 SECTIONS = (QUERIES, KEYS, VALUES, GATES, BETAS, DECAYS)
 
 
@@ -118,23 +118,22 @@ class _Head:
         self.axes = axes_of(self.row, self.head, self.lane, self.warp)
         self.thread, self.threads = self.warp * LANES + self.lane, spec.num_warps * LANES
         self.sequence = sequence_at(spec, inputs, self.row)
-        self.rows = kind.key_dim // spec.down
-        self.first = self.lane % spec.down * self.rows
+        self.rows = [spec.row(self.lane, i) for i in range(spec.rows)]
         self.column = self.warp * spec.across + self.lane // spec.down * RUN
         self.masks = [1 << i for i in range(spec.down.bit_length() - 1)]
 
-    def _place(self, slot: UOp, i: int) -> UOp:
-        """Where the thread's columns of its i-th row begin in the pool."""
+    def _place(self, slot: UOp, row: UOp) -> UOp:
+        """Where the thread's columns of a row begin in the pool."""
         kind = self.spec.kind
-        return ((slot * kind.num_heads + self.head) * kind.key_dim + (self.first + i)) * kind.value_dim + self.column
+        return ((slot * kind.num_heads + self.head) * kind.key_dim + row) * kind.value_dim + self.column
 
     def load(self, matrices: UOp) -> list[list[UOp]]:
         """The thread's elements of the old state, by row."""
-        starts = [self._place(self.sequence.read_slot, i) for i in range(self.rows)]
+        starts = [self._place(self.sequence.read_slot, row) for row in self.rows]
         return [[matrices[start + c].load() for c in range(RUN)] for start in starts]
 
     def store(self, matrices: UOp, new: list[list[UOp]]) -> list[UOp]:
-        starts = [self._place(self.sequence.write_slot, i) for i in range(self.rows)]
+        starts = [self._place(self.sequence.write_slot, row) for row in self.rows]
         return [
             matrices[start + c].store(value)
             for start, row in zip(starts, new, strict=True)
@@ -178,7 +177,7 @@ class _Head:
         """(the thread's elements of the new state, the outputs of its columns)."""
         kind, is_new = self.spec.kind, self.sequence.is_new
         old = [[is_new.where(0.0, value) for value in row] for row in old]
-        q, k = ([mixed[start + self.first + i].load() for i in range(self.rows)] for start in (0, kind.key_dim))
+        q, k = ([mixed[start + row].load() for row in self.rows] for start in (0, kind.key_dim))
         v = [mixed[2 * kind.key_dim + self.column + c].load() for c in range(RUN)]
         by_column = [[row[c] for row in old] for c in range(RUN)]
         sums = [dot(q, q), dot(k, k), dot(q, k), *[dot(x, s) for x in (k, q) for s in by_column]]

@@ -155,7 +155,7 @@ def test_random_traffic_with_states_keeps_the_slots_and_the_answers(
         num_state_slots=num_states + 1,
         checkpoint_interval=interval,
     )
-    check_traffic(Traffic(scheduler, seed, depth=1 + seed % 2), 400)
+    check_traffic(Traffic(scheduler, seed, depth=1 + seed % 2), 250)
     states = scheduler.block_manager.state_pool
     assert states is not None and scheduler.prefix_hits > 0 and states.num_hits > 0
     states.begin_step()

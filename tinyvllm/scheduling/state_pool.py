@@ -145,10 +145,13 @@ class StatePool:
     # -- between steps -------------------------------------------------------------------------------------------------
 
     def seal(self, state: SequenceState, num_sealed: int, hashes: Sequence[bytes]) -> None:
-        """Make the checkpoints of at most `num_sealed` blocks findable, by the hashes of the sequence's blocks."""
+        """Make the checkpoints of at most `num_sealed` blocks findable, by the hashes of the sequence's blocks. Each
+        replaces the one before it, if that is rolling."""
         while state.marks and state.marks[0].num_blocks <= num_sealed:
             mark = state.marks.pop(0)
             block_hash, is_current = hashes[mark.num_blocks - 1], mark.slot == state.slot
+            if state.rolling_hash in self._rolling:
+                self._free_cached(state.rolling_hash)
             if block_hash in self._findable:  # another sequence was first
                 self._touch(self._findable[block_hash])
                 if is_current:
@@ -179,14 +182,9 @@ class StatePool:
 
     def drop(self, block_hash: bytes) -> None:
         """Forget the checkpoint of a block that can no longer be found, if there is one."""
-        slot = self._findable.get(block_hash)
-        if slot is None:
-            return
-        self._unseal(slot)
-        self.num_evictions += 1
-        if slot in self._cached:
-            del self._cached[slot]
-            self._free.append(slot)
+        if block_hash in self._findable:
+            self._free_cached(block_hash)
+            self.num_evictions += 1
 
     def audit(self, states: Iterable[SequenceState]) -> None:
         """Check every invariant, given the states of all sequences. Raises InvariantError."""
@@ -239,22 +237,14 @@ class StatePool:
             self.num_evictions += 1
 
     def _allocate(self, state: SequenceState) -> int:
-        """A slot to write: that of the checkpoint that is to be replaced, or a free one, or that of the least recently
-        used checkpoint. 0 if there is none."""
-        if state.rolling_hash in self._rolling:
-            slot = self._findable[state.rolling_hash]
-            if slot in self._cached:
-                del self._cached[slot]
-                self._unseal(slot)
-                return slot
-        if self._free:
-            return self._free.pop()
-        if not self._cached:
-            return 0
-        slot, _ = self._cached.popitem(last=False)
-        self._unseal(slot)
-        self.num_evictions += 1
-        return slot
+        """A slot to write: a free one, that of the sequence's checkpoint that is to be replaced, or that of the least
+        recently used checkpoint. 0 if there is none."""
+        if not self._free and self._cached:
+            old = self._findable[state.rolling_hash] if state.rolling_hash in self._rolling else 0
+            slot = old if old in self._cached else next(iter(self._cached))
+            self._free_cached(self._hashes[slot])
+            self.num_evictions += 1
+        return self._free.pop() if self._free else 0
 
     def _mark(self, state: SequenceState, num_blocks: int, num_before_last: int) -> None:
         """Keep the state after `num_blocks` blocks, if a checkpoint belongs there. Of the known tokens,
@@ -272,6 +262,14 @@ class StatePool:
     def _touch(self, slot: int) -> None:
         if slot in self._cached:
             self._cached.move_to_end(slot)
+
+    def _free_cached(self, block_hash: bytes) -> None:
+        """Unseal the slot of a checkpoint, and free it if nobody owns or reads it."""
+        slot = self._findable[block_hash]
+        self._unseal(slot)
+        if slot in self._cached:
+            del self._cached[slot]
+            self._free.append(slot)
 
     def _unseal(self, slot: int) -> None:
         block_hash = self._hashes[slot]

@@ -64,13 +64,14 @@ LEAST_SUM = 1e-20  # added to the sum that weights are divided by: all scores of
 
 def plain_routing(logits: Tensor, layer: ExpertLayer) -> Routing:
     """The routing of tokens by the products (T, rows) of the router: see `ExpertsKind`. It is chosen by rank, so that
-    equal scores have an order."""
+    equal scores have an order. Scores and ranks are written before they are compared: kernels would compute them again
+    for every pair of experts."""
     kind, tokens = layer.kind, logits.shape[0]
     experts = logits[:, : kind.num_experts].float()
     if layer.router_bias is not None:
         experts = experts + layer.router_bias
-    scores = experts.softmax(-1) if kind.score == "softmax" else experts.sigmoid()
-    choice = scores if layer.choice_bias is None else scores + layer.choice_bias
+    scores = (experts.softmax(-1) if kind.score == "softmax" else experts.sigmoid()).contiguous()
+    choice = scores if layer.choice_bias is None else (scores + layer.choice_bias).contiguous()
     if kind.num_groups > 1:
         choice = _of_top_groups(choice, kind.num_groups, kind.top_groups)
     is_chosen = _ranks(choice).unsqueeze(1) == Tensor.arange(kind.top_k).reshape(1, -1, 1)  # (T, k, E)
@@ -93,7 +94,7 @@ def _ranks(scores: Tensor) -> Tensor:
     """(T, E): how many of a row's scores are higher, or equal and before it."""
     index, mine, other = Tensor.arange(scores.shape[1]), scores.unsqueeze(2), scores.unsqueeze(1)
     is_before = index.unsqueeze(0) < index.unsqueeze(1)
-    return ((other > mine) | ((other == mine) & is_before)).sum(-1)
+    return ((other > mine) | ((other == mine) & is_before)).sum(-1).contiguous()
 
 
 def _of_top_groups(choice: Tensor, num_groups: int, top_groups: int) -> Tensor:
@@ -102,5 +103,5 @@ def _of_top_groups(choice: Tensor, num_groups: int, top_groups: int) -> Tensor:
     groups = choice.reshape(choice.shape[0], num_groups, -1)
     size = groups.shape[-1]
     ranks = _ranks(groups.reshape(-1, size)).reshape(groups.shape)
-    is_top = _ranks((ranks < 2).where(groups, 0.0).sum(-1)) < top_groups  # (T, groups)
-    return is_top.unsqueeze(-1).where(groups, -float("inf")).reshape(choice.shape)
+    is_top = _ranks((ranks < 2).where(groups, 0.0).sum(-1).contiguous()) < top_groups  # (T, groups)
+    return is_top.unsqueeze(-1).where(groups, -float("inf")).reshape(choice.shape).contiguous()

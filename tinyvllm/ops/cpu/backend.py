@@ -55,7 +55,7 @@ from tinyvllm.ops.cpu.linear import (
 )
 from tinyvllm.ops.cpu.product import STAGED_ROWS, NormSpec
 from tinyvllm.ops.cpu.recurrent import CpuRecurrentSpec, recur_on_core
-from tinyvllm.ops.cpu.routing import Plan, RouteSpec, route_kernel
+from tinyvllm.ops.cpu.routing import GatherSpec, Plan, RouteSpec, gather_kernel, route_kernel
 from tinyvllm.ops.cpu.whole_norm import WholeNormSpec, whole_norm_kernel
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Matrix, join_shards, pack
@@ -277,12 +277,7 @@ class CpuBackend(DeviceSampling):
         norm: Norm | None = None,
         epilogue: Epilogue = PLAIN,
     ) -> Activation:
-        inputs: Sequence[Activation] = [x] * len(self.cores)
-        eps = None
-        if norm is not None:
-            inputs, eps = self._normed(x, norm, layer.gate_up.num_cols, num_tokens)
-        weight = [norm.weight] if norm is not None and eps is not None else []
-        hidden = self._expert_products(inputs, routing, layer, num_tokens, eps, weight)
+        hidden = self._expert_products(x, routing, layer, num_tokens, norm)
         if epilogue.post_norm is None:
             return self._expert_sum(hidden, routing, layer, num_tokens, epilogue)
         total = self._expert_sum(hidden, routing, layer, num_tokens, PLAIN)
@@ -513,7 +508,7 @@ class CpuBackend(DeviceSampling):
         return max(rows for rows in ROWS_PER_PASS if rows <= min(self.tile_rows, max(1, num_pairs // num_experts)))
 
     def _expert_spec(
-        self, name: str, matrix: Matrix, layer: ExpertLayer, num_tokens: int, x: Activation, routing: Routing
+        self, name: str, matrix: Matrix, layer: ExpertLayer, num_tokens: int, x: Activation, plan: Plan | None
     ) -> ExpertSpec:
         return ExpertSpec(
             name=name,
@@ -524,47 +519,55 @@ class CpuBackend(DeviceSampling):
             num_rows=matrix.expert_size,
             num_cols=matrix.num_cols,
             x_cols=_widths(x, matrix.num_cols),
-            plan=routing.plan if isinstance(routing, PlannedRouting) else None,
+            plan=plan,
         )
 
     def _expert_products(
-        self,
-        inputs: Sequence[Activation],
-        routing: Routing,
-        layer: ExpertLayer,
-        num_tokens: int,
-        eps: float | None,
-        norm_weight: list[Tensor],
+        self, x: Activation, routing: Routing, layer: ExpertLayer, num_tokens: int, norm: Norm | None
     ) -> Activation:
-        """The gated hidden values of each pair, (T * k, ffn). `eps`: as from `_normed`."""
+        """The gated hidden values (T * k, ffn), in the order of the routing's plan."""
+        plan, order = _plan_of(routing)
+        inputs, eps = [x] * len(self.cores), None if norm is None else norm.eps
+        if plan is not None:
+            inputs, eps, norm = self._gathered(x, plan, order, layer, norm), None, None
         widths: list[int] = []
         outs, size = [], layer.gate_up.expert_size // 2
         for i, shard in enumerate(layer.gate_up.shards):
             start = sum(widths)
             spec = replace(
-                self._expert_spec("experts_gate_up", shard, layer, num_tokens, inputs[i], routing),
+                self._expert_spec("experts_gate_up", shard, layer, num_tokens, inputs[i], plan),
                 norm_eps=eps,
                 activation=layer.kind.activation,
                 bias_starts=None if layer.gate_up_bias is None else (start, size + start),
                 bias_cols=2 * size,
             )
-            bias = [] if layer.gate_up_bias is None else [layer.gate_up_bias]
-            out = empty(spec.num_pairs * spec.out_cols, device=self.cores[i])
-            operands = [routing.ids, *_order(routing), *shard.planes, *_tensors(inputs[i]), *norm_weight, *bias]
-            outs += run_kernel(experts_kernel(spec), [out], operands)
+            tables = [] if norm is None else [norm.weight]
+            tables += [] if layer.gate_up_bias is None else [layer.gate_up_bias]
+            out = empty(spec.out_rows * spec.out_cols, device=self.cores[i])
+            outs += run_kernel(experts_kernel(spec), [out], [order, *shard.planes, *_tensors(inputs[i]), *tables])
             widths.append(spec.out_cols)
         return _sharded(outs, widths)
+
+    def _gathered(
+        self, x: Activation, plan: Plan, order: Tensor, layer: ExpertLayer, norm: Norm | None
+    ) -> list[Activation]:
+        """The rows of x in the order of a plan, normed: for each core its own."""
+        cols, eps = layer.gate_up.num_cols, None if norm is None else norm.eps
+        spec = GatherSpec(plan, layer.num_chosen, cols, _widths(x, cols), eps)
+        read = [order, *_tensors(x), *([] if norm is None else [norm.weight])]
+        outs = [empty(plan.num_rows * cols, device=core) for core in self.cores]
+        return [run_kernel(gather_kernel(spec), [out], read)[0] for out in outs]
 
     def _expert_sum(
         self, hidden: Activation, routing: Routing, layer: ExpertLayer, num_tokens: int, epilogue: Epilogue
     ) -> Activation:
         """The experts' outputs, added up by weight, and an epilogue without a norm."""
+        plan, order = _plan_of(routing)
         widths: list[int] = []
         outs, bias = [], [] if layer.down_bias is None else [layer.down_bias]
         for i, shard in enumerate(layer.down.shards):
             spec = replace(
-                self._expert_spec("experts_down", shard, layer, num_tokens, hidden, routing),
-                x_has_pairs=True,
+                self._expert_spec("experts_down", shard, layer, num_tokens, hidden, plan),
                 bias_starts=None if layer.down_bias is None else (sum(widths),),
                 bias_cols=layer.down.expert_size,
             )
@@ -572,6 +575,7 @@ class CpuBackend(DeviceSampling):
                 num_tokens=num_tokens,
                 num_chosen=spec.num_chosen,
                 num_cols=spec.num_rows,
+                plan=plan,
                 scale=epilogue.scale,
                 has_residual=epilogue.residual is not None,
                 has_out_scale=epilogue.out_scale is not None,
@@ -580,14 +584,13 @@ class CpuBackend(DeviceSampling):
             rest = [] if epilogue.residual is None else [_tensors(epilogue.residual)[i]]
             rest += [] if epilogue.out_scale is None else [epilogue.out_scale]
             out, read = empty(num_tokens * spec.num_rows, device=self.cores[i]), [*shard.planes, *_tensors(hidden)]
-            if spec.plan is None:
+            if plan is None:
                 operands = [routing.ids, routing.weights, *read, *bias, *rest]
                 outs += run_kernel(one_row_kernel(spec, end), [out], operands)
             else:
-                y = empty(spec.num_pairs * spec.num_rows, device=self.cores[i])
-                operands = [routing.ids, *_order(routing), *read, *bias]
-                (y,) = run_kernel(experts_kernel(spec), [y], operands)
-                outs += run_kernel(sum_kernel(end), [out], [routing.weights, y, *rest])
+                y = empty(spec.out_rows * spec.num_rows, device=self.cores[i])
+                (y,) = run_kernel(experts_kernel(spec), [y], [order, *read, *bias])
+                outs += run_kernel(sum_kernel(end), [out], [routing.weights, order, y, *rest])
             widths.append(spec.num_rows)
         return _sharded(outs, widths)
 
@@ -609,8 +612,11 @@ class CpuBackend(DeviceSampling):
         return run_kernel(attention_kernel(spec), [out], [*pool, *read])[0]
 
 
-def _order(routing: Routing) -> list[Tensor]:
-    return [routing.order] if isinstance(routing, PlannedRouting) and routing.order is not None else []
+def _plan_of(routing: Routing) -> tuple[Plan | None, Tensor]:
+    """(the plan of several rows, its buffer), or (None, the experts of one row)."""
+    if isinstance(routing, PlannedRouting) and routing.plan is not None and routing.order is not None:
+        return routing.plan, routing.order
+    return None, routing.ids
 
 
 def _heads_of(kind: StateKind, key_heads: int) -> StateKind:

@@ -1,8 +1,8 @@
 """Products of the experts' matrices on the CPU device, over packed panels: each core holds some rows of every expert.
 
 One token passes through its k experts, whose panels are read one after another; the down product adds up what they
-return by weight. Several tokens are taken by expert, in tiles of rows (routing.py): a panel is read from memory once
-for all tiles of its expert, because they follow each other. An expert that no token chose is not read.
+return by weight. Rows of several tokens are sorted by expert, and multiplied in tiles (routing.py): a panel is read
+from memory once for all tiles of its expert, because they follow each other. An expert that no token chose is not read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from tinyvllm.ops.activation import gated
 from tinyvllm.ops.cpu.linear import Ending
 from tinyvllm.ops.cpu.product import (
     CPU_ARITHMETIC,
-    STAGED_ROWS,
     NormSpec,
     Product,
     Shard,
@@ -25,7 +24,7 @@ from tinyvllm.ops.cpu.product import (
 )
 from tinyvllm.ops.cpu.routing import Plan
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes
-from tinyvllm.ops.kernel.body import F32, Body, KernelFn, cached_kernel, clamp, fill, finish
+from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, clamp, fill, finish
 from tinyvllm.ops.kernel.tuning import Tunable
 
 
@@ -42,17 +41,20 @@ class ExpertSpec(Tunable):
     num_rows: int  # N of one expert, on this core
     num_cols: int  # K
     x_cols: tuple[int, ...]  # columns of each shard of x
-    x_has_pairs: bool = False  # x has a row for each pair, not for each token
-    norm_eps: float | None = None  # of an RMSNorm of x, inside the kernel
+    norm_eps: float | None = None  # of an RMSNorm of one token, inside the kernel
     activation: str | None = None  # panels have 16 gate and 16 up rows
     # where the biases of this core's rows begin in those of an expert: of all rows, or of its gate and of its up rows
     bias_starts: tuple[int, ...] | None = None
     bias_cols: int = 0  # biases of an expert on all cores
-    plan: Plan | None = None  # the order of the pairs; None: one token's, as they come
+    plan: Plan | None = None  # x and out are in its order; None: one token, and x is the row of all its pairs
 
     @property
     def num_pairs(self) -> int:
         return self.num_tokens * self.num_chosen
+
+    @property
+    def out_rows(self) -> int:
+        return self.num_pairs if self.plan is None else self.plan.num_rows
 
     @property
     def out_cols(self) -> int:
@@ -79,53 +81,50 @@ class ExpertSpec(Tunable):
 
 @dataclass(frozen=True)
 class _Tile:
-    """Pairs that share an expert, and the loop over the tiles."""
+    """Rows that share an expert, and the loop over the tiles."""
 
     loop: UOp
     expert: UOp
-    pairs: list[UOp]
+    rows: list[UOp]
 
 
-def _next_tile(body: Body, spec: ExpertSpec, ids: UOp, plan: UOp | None) -> _Tile:
-    if plan is None or spec.plan is None:
+def _next_tile(body: Body, spec: ExpertSpec, ids: UOp) -> _Tile:
+    """`ids`: the experts of one token, or a plan."""
+    if spec.plan is None:
         pair = body.loop(spec.num_pairs)
-        return _Tile(pair, _expert(spec, ids, pair), [pair])
-    places, last = spec.plan, spec.num_pairs - 1
+        return _Tile(pair, _expert(spec, ids[pair]), [pair])
+    plan, pairs = spec.plan, spec.num_pairs
     # any number of tiles, for tinygrad: Body.fold_while
-    tile = body.fold_while(clamp(plan[places.count].load(), 0, max(spec.num_pairs, 2)))
-    at = tile.minimum(last)
-    first, end = plan[places.firsts + at].load(), plan[places.ends + at].load()
-    # a tile that its expert does not fill repeats the last pair, and writes its result more than once
-    pairs = [clamp(plan[clamp((first + r).minimum(end - 1), 0, last)].load(), 0, last) for r in range(places.tile_rows)]
-    return _Tile(tile, _expert(spec, ids, pairs[0]), pairs)
+    tile = body.fold_while(clamp(ids[plan.count].load(), 0, max(pairs, 2)))
+    at = tile.minimum(pairs - 1)
+    first = clamp(ids[plan.firsts + at].load(), 0, pairs - 1)
+    return _Tile(tile, _expert(spec, ids[plan.experts + at]), [first + r for r in range(plan.tile_rows)])
 
 
-def _expert(spec: ExpertSpec, ids: UOp, pair: UOp) -> UOp:
-    return clamp(ids[pair].load(), 0, spec.num_experts - 1)
+def _expert(spec: ExpertSpec, place: UOp) -> UOp:
+    return clamp(place.load(), 0, spec.num_experts - 1)
 
 
 @cached_kernel
 def experts_kernel(spec: ExpertSpec) -> KernelFn:
-    """fn(out (P, columns), ids (P,)[, plan], *planes, *x shards[, norm weight][, bias (E, bias columns)])."""
+    """fn(out (rows, columns), ids (k,) or plan, *planes, *x shards[, norm weight][, bias (E, bias columns)])."""
 
     def kernel(out: UOp, ids: UOp, *rest: UOp) -> UOp:
         operands, body = list(rest), Body()
-        plan = operands.pop(0) if spec.plan is not None else None
         planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
         x = take_shards(operands, spec.x_cols, spec.num_cols)
-        norm = None if spec.norm_eps is None else NormSpec(spec.num_tokens, spec.num_cols, spec.norm_eps)
-        weight = operands.pop(0) if norm is not None else None
+        if spec.plan is None:
+            norm = None if spec.norm_eps is None else NormSpec(1, spec.num_cols, spec.norm_eps)
+            x = [stage_rows(body, x, 1, norm, operands.pop(0) if norm is not None else None)]
         bias = operands.pop(0) if spec.bias_starts is not None else None
-        if not spec.x_has_pairs and spec.num_tokens <= STAGED_ROWS:
-            x = [stage_rows(body, x, spec.num_tokens, norm, weight)]
         panel = body.loop(spec.num_rows // PANEL)
-        tile = _next_tile(body, spec, ids, plan)
-        rows = tile.pairs if spec.x_has_pairs else [pair // spec.num_chosen for pair in tile.pairs]
+        tile = _next_tile(body, spec, ids)
+        rows = tile.rows if spec.plan is not None else [UOp.const(0)]
         acc = body.registers(len(rows) * PANEL)
         acc = fill(body, acc, 0.0, panel, tile.loop, *[shard.buffer for shard in x])
         own_panel = tile.expert * (spec.num_rows // PANEL) + panel
         acc = Product(body, spec.format, spec.num_cols, planes, own_panel, rows).add_shards(acc, x)
-        stores = _store_pairs(body, spec, out, bias, panel, tile, acc)
+        stores = _store_rows(body, spec, out, bias, panel, tile, acc)
         # one token's experts one after another; those of several by panels, so that tiles of an expert share them
         loops = (panel, tile.loop) if spec.plan is None else (tile.loop, panel)
         return finish(stores.end(*loops), spec.kernel_name, ops=spec.num_ops, nbytes=spec.nbytes)
@@ -133,7 +132,7 @@ def experts_kernel(spec: ExpertSpec) -> KernelFn:
     return kernel
 
 
-def _store_pairs(body: Body, spec: ExpertSpec, out: UOp, bias: UOp | None, panel: UOp, tile: _Tile, acc: UOp) -> UOp:
+def _store_rows(body: Body, spec: ExpertSpec, out: UOp, bias: UOp | None, panel: UOp, tile: _Tile, acc: UOp) -> UOp:
     """Stores of a tile's results in one panel."""
     width = PANEL if spec.activation is None else HALF
     lane = body.loop(width)
@@ -144,12 +143,12 @@ def _store_pairs(body: Body, spec: ExpertSpec, out: UOp, bias: UOp | None, panel
         return value + bias[tile.expert * spec.bias_cols + spec.bias_starts[section] + panel * width + lane].load()
 
     stores = []
-    for r, pair in enumerate(tile.pairs):
+    for r, row in enumerate(tile.rows):
         value = with_bias(acc[r * PANEL + lane].load(), 0)
         if spec.activation is not None:
             up = with_bias(acc[r * PANEL + HALF + lane].load(), 1)
             (value,) = gated(spec.activation, [value], [up], CPU_ARITHMETIC)
-        stores.append(out[pair * spec.out_cols + panel * width + lane].store(value))
+        stores.append(out[row * spec.out_cols + panel * width + lane].store(value))
     return UOp.group(*stores).end(lane)
 
 
@@ -160,6 +159,7 @@ class SumSpec:
     num_tokens: int  # T
     num_chosen: int  # k
     num_cols: int  # N, on this core
+    plan: Plan | None = None  # the order of the experts' rows; None: one token's are not stored
     scale: float = 1.0
     has_residual: bool = False
     has_out_scale: bool = False
@@ -179,14 +179,14 @@ def one_row_kernel(spec: ExpertSpec, end: SumSpec) -> KernelFn:
         ending = Ending.take(end, operands)
         panel, pair = body.loop(spec.num_rows // PANEL), body.fold(spec.num_chosen)
         acc = fill(body, body.registers(PANEL), 0.0, panel, x.buffer)
-        own_panel = _expert(spec, ids, pair) * (spec.num_rows // PANEL) + panel
+        own_panel = _expert(spec, ids[pair]) * (spec.num_rows // PANEL) + panel
         product = Product(body, spec.format, spec.num_cols, planes, own_panel, [pair])
         acc = acc.after(product.add_shard(acc.after(pair), x).end(pair))
         lane = body.loop(PANEL)
         value, at = acc[lane].load(), panel * PANEL + lane
         if bias is not None and spec.bias_starts is not None:
             for i in range(spec.num_chosen):
-                row = _expert(spec, ids, UOp.const(i)) * spec.bias_cols + spec.bias_starts[0]
+                row = _expert(spec, ids[i]) * spec.bias_cols + spec.bias_starts[0]
                 value = value + weights[i].load() * bias[row + at].load()
         store = out[at].store(ending.finish(value, at)).end(lane, panel)
         return finish(store, spec.kernel_name, ops=spec.num_ops, nbytes=spec.nbytes)
@@ -207,20 +207,20 @@ def _stage_weighted(body: Body, spec: ExpertSpec, x: list[Shard], weights: UOp) 
 
 @cached_kernel
 def sum_kernel(spec: SumSpec) -> KernelFn:
-    """fn(out (T, N), weights (T * k,), y (T * k, N)[, residual][, out scale]): the sum of each token's rows of y by
-    weight, and what follows it."""
+    """fn(out (T, N), weights (T * k,), plan, y (rows of the plan, N)[, residual][, out scale]): the sum of each token's
+    rows of y by weight, and what follows it."""
 
-    def kernel(out: UOp, weights: UOp, y: UOp, *rest: UOp) -> UOp:
-        operands, body, k = list(rest), Body(), spec.num_chosen
+    def kernel(out: UOp, weights: UOp, order: UOp, y: UOp, *rest: UOp) -> UOp:
+        operands, body, k, plan = list(rest), Body(), spec.num_chosen, spec.plan
+        assert plan is not None
         ending = Ending.take(spec, operands)
-        token, col = body.loop(spec.num_tokens), body.loop(spec.num_cols)
-        total = UOp.const(0.0, F32)
-        for i in range(k):
-            pair = token * k + i
-            total = total + weights[pair].load() * y[pair * spec.num_cols + col].load()
-        at = token * spec.num_cols + col
-        size = spec.num_tokens * spec.num_cols
-        store = out[at].store(ending.finish(total, at)).end(col, token)
+        token = body.loop(spec.num_tokens)
+        pairs = [token * k + i for i in range(k)]
+        rows = [clamp(order[plan.places + pair].load(), 0, plan.num_pairs - 1) for pair in pairs]
+        col = body.loop(spec.num_cols)
+        values = [weights[p].load() * y[row * spec.num_cols + col].load() for p, row in zip(pairs, rows, strict=True)]
+        at, size = token * spec.num_cols + col, spec.num_tokens * spec.num_cols
+        store = out[at].store(ending.finish(sum(values[1:], values[0]), at)).end(col, token)
         return finish(
             store, f"sum_experts_{spec.num_tokens}x{k}x{spec.num_cols}", ops=2 * k * size, nbytes=4 * k * size
         )

@@ -76,9 +76,10 @@ def stage_rows(body: Body, x: list[Shard], num_tokens: int, norm: NormSpec | Non
     return Shard(staged.after(target[token * cols + col].store(normed).end(col).end(token)), 0, cols)
 
 
-def rms_scale(body: Body, x: list[Shard], token: UOp, spec: NormSpec) -> UOp:
-    """A register with 1 / sqrt(mean(x[token]^2) + eps)."""
-    sums = fill(body, body.registers(NORM_LANES), 0.0, token, *[shard.buffer for shard in x])
+def rms_scale(body: Body, x: list[Shard], token: UOp, spec: NormSpec, loop: UOp | None = None) -> UOp:
+    """A register with 1 / sqrt(mean(x[token]^2) + eps). `loop`: the one around it, if it is not `token`."""
+    around = token if loop is None else loop
+    sums = fill(body, body.registers(NORM_LANES), 0.0, around, *[shard.buffer for shard in x])
     for shard in x:
         k = body.fold(shard.width // NORM_LANES)
         inner = sums.after(k)
@@ -86,7 +87,7 @@ def rms_scale(body: Body, x: list[Shard], token: UOp, spec: NormSpec) -> UOp:
         sums = sums.after(UOp.group(*[inner[i].store(inner[i] + v * v) for i, v in enumerate(values)]).end(k))
     total = balanced(sums[i].load() for i in range(NORM_LANES))
     scale = body.registers(1)
-    return scale.after(scale.after(token)[0].store((total * (1.0 / spec.num_cols) + spec.eps).sqrt().reciprocal()))
+    return scale.after(scale.after(around)[0].store((total * (1.0 / spec.num_cols) + spec.eps).sqrt().reciprocal()))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Routing on the CPU device: which experts each row passes through, and in which order their products take the rows.
 
 One core does it, from the router's products. A product of several rows reads each chosen expert once: rows are sorted
-by expert, and cut into tiles of rows that share one (`Plan`).
+by expert, and cut into tiles of neighbors that share one (`Plan`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tinygrad import UOp
 
 from tinyvllm.config import ExpertsKind
-from tinyvllm.ops.cpu.product import Shard, take_shards
+from tinyvllm.ops.cpu.product import NormSpec, Shard, rms_scale, take_shards
 from tinyvllm.ops.kernel.body import (
     F32,
     I32,
@@ -33,24 +33,36 @@ from tinyvllm.ops.plain import LEAST_SUM
 class Plan:
     """Where the parts of a plan lie in its buffer (int32). A pair is one expert of one token: number t * k + i.
 
-    `order` (P): the pairs, sorted by expert. Then for each tile, of which there are at most P: where its pairs begin in
-    `order`, and where those of its expert end. Last the number of tiles.
+    `order` (P): the pairs, sorted by expert; `places` (P): where each pair is in that order. Then for each tile, of
+    which there are at most P: where its rows begin in the order, and its expert. Last the number of tiles.
+
+    A tile that its expert does not fill goes on with rows of the next expert, whose own tile comes later and overwrites
+    what it wrote; buffers of sorted rows have room for the rows of a whole tile at the end.
     """
 
     num_pairs: int  # P
     tile_rows: int
 
     @property
-    def firsts(self) -> int:
+    def num_rows(self) -> int:
+        """Rows of a buffer in the order of the experts."""
+        return self.num_pairs + self.tile_rows - 1
+
+    @property
+    def places(self) -> int:
         return self.num_pairs
 
     @property
-    def ends(self) -> int:
+    def firsts(self) -> int:
+        return 2 * self.num_pairs
+
+    @property
+    def experts(self) -> int:
         return self.firsts + self.num_pairs + 1  # one more, which writing them may touch
 
     @property
     def count(self) -> int:
-        return self.ends + self.num_pairs + 1
+        return self.experts + self.num_pairs + 1
 
     @property
     def size(self) -> int:
@@ -243,10 +255,12 @@ def _write_plan(body: Body, plan: Plan, num_experts: int, out: UOp, ids: UOp) ->
     ends = ends.after(ends_set)
     pair = body.fold(pairs)
     inner = ends.after(pair)
-    place = inner[expert(pair)].load()
-    moved = UOp.group(out[clamp(place, 0, pairs - 1)].store(pair.cast(I32)), inner[expert(pair)].store(place + 1)).end(
-        pair
-    )
+    place = clamp(inner[expert(pair)].load(), 0, pairs - 1)
+    moved = UOp.group(
+        out[place].store(pair.cast(I32)),
+        out[plan.places + pair].store(place.cast(I32)),
+        inner[expert(pair)].store(place.cast(I32) + 1),
+    ).end(pair)
     return _write_tiles(body, plan, out.after(moved), ends.after(moved), expert)
 
 
@@ -257,16 +271,51 @@ def _write_tiles(body: Body, plan: Plan, out: UOp, ends: UOp, expert: Callable[[
     place = body.fold(pairs)
     inner = state.after(place)
     count, covered = inner[0].load(), inner[1].load()
-    end = ends[expert(clamp(out[place].load(), 0, pairs - 1))].load()
+    own = expert(clamp(out[place].load(), 0, pairs - 1))
     is_first = covered <= place.cast(I32)
     # what is no tile is written too, where the next one overwrites it
-    at = clamp(count, 0, pairs)
-    until = (place.cast(I32) + plan.tile_rows).minimum(end)
+    at, until = clamp(count, 0, pairs), (place.cast(I32) + plan.tile_rows).minimum(ends[own].load())
     stores = [
         out[plan.firsts + at].store(place.cast(I32)),
-        out[plan.ends + at].store(end),
+        out[plan.experts + at].store(own.cast(I32)),
         inner[0].store(count + is_first.cast(I32)),
         inner[1].store(is_first.where(until, covered)),
     ]
     done = UOp.group(*stores).end(place)
     return out[plan.count].store(state.after(done)[0].load())
+
+
+@dataclass(frozen=True)
+class GatherSpec:
+    """Rows of x (T, K) in the order of a plan, perhaps normed."""
+
+    plan: Plan
+    num_chosen: int  # k
+    num_cols: int  # K
+    x_cols: tuple[int, ...]  # columns of each shard of x
+    norm_eps: float | None = None
+
+
+@cached_kernel
+def gather_kernel(spec: GatherSpec) -> KernelFn:
+    """fn(out (rows of the plan, K), plan, *x shards[, norm weight]). The rows after the last pair are not written."""
+
+    def kernel(out: UOp, plan: UOp, *rest: UOp) -> UOp:
+        operands, body, pairs = list(rest), Body(), spec.plan.num_pairs
+        shards = take_shards(operands, spec.x_cols, spec.num_cols)
+        place = body.loop(pairs)
+        token = clamp(plan[place].load(), 0, pairs - 1) // spec.num_chosen
+        scale, stores = None, []
+        if spec.norm_eps is not None:
+            norm = NormSpec(pairs // spec.num_chosen, spec.num_cols, spec.norm_eps)
+            scale = rms_scale(body, shards, token, norm, place)
+        for shard in shards:
+            col = body.loop(shard.width)
+            value = shard.buffer[shard.at(token, col)].load()
+            if scale is not None:
+                value = value * scale[0] * operands[0][shard.start + col].load()
+            stores.append(out[place * spec.num_cols + shard.start + col].store(value).end(col))
+        name, size = f"gather_{pairs}x{spec.num_cols}", pairs * spec.num_cols
+        return finish(UOp.group(*stores).end(place), name, ops=4 * size, nbytes=8 * size)
+
+    return kernel

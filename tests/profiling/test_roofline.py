@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvllm.bench.shapes import SHAPES
-from tinyvllm.config import ModelConfig, Rope
+from tinyvllm.config import ModelConfig, Rope, StateKind
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import CHIPS, Chip, find_chip, guess_chip, measured_chip
 from tinyvllm.profiling.kernels import Kernel
@@ -75,6 +75,17 @@ def test_keys_before_a_window_are_not_read() -> None:
     full, narrow = windowed.layers
     shared = replace(TINY, num_layers=3, layer_kinds=(full, narrow, replace(full, kv_layer=1)))
     assert count_work(shared, 2.0, 2, [(5, 1)]).kv_read_bytes == (5 + 5) * of_layer, "the third reads the second's"
+
+
+def test_a_recurrent_layers_state_is_read_and_written_for_each_sequence() -> None:
+    state = StateKind(num_heads=2, num_key_heads=1, key_dim=4, value_dim=3, conv_width=4, norm_eps=1e-6)
+    hybrid = replace(TINY, state=state, recurrent=(True, False))
+    full, work = count_work(TINY, 2.0, 2, [(5, 3), (9, 1)]), count_work(hybrid, 2.0, 2, [(5, 3), (9, 1)])
+    assert work.state_bytes == 2 * 2 * 4 * (2 * 4 * 3 + 4 * (4 + 4 + 6)), "two sequences; float32; matrices, columns"
+    assert work.kv_bytes == full.kv_bytes / 2, "the other layer's"
+    projections = 8 * (14 + 6 + 2 * 2) + 6 * 8  # of q, k and v, of z, of b and a; the output's
+    assert full.weight_bytes - work.weight_bytes == 2 * (64 + 64 + 32 + 32 - projections)
+    assert work.attention_flops == full.attention_flops / 2 + 7 * 4 * (2 * 4 * 3), "four tokens"
 
 
 def test_the_floor_is_the_larger_of_two() -> None:

@@ -214,6 +214,7 @@ def _measure_prefill(inspector: Inspector, machine: Machine, work: LatencyWork, 
         weight_bytes=sum(cost.weight_bytes for cost in costs),
         kv_read_bytes=sum(cost.kv_read_bytes for cost in costs),
         kv_written_bytes=sum(cost.kv_written_bytes for cost in costs),
+        state_bytes=sum(cost.state_bytes for cost in costs),
         moved_bytes=sum(cost.moved_bytes for cost in costs),
         more={"padding_share": 1 - case.batch * case.length / num_rows if num_rows else 0.0},
     )
@@ -258,6 +259,7 @@ def _measure_decode(inspector: Inspector, machine: Machine, work: LatencyWork, c
         weight_bytes=_mean([cost.weight_bytes for cost in costs]),
         kv_read_bytes=_mean([cost.kv_read_bytes for cost in costs]),
         kv_written_bytes=_mean([cost.kv_written_bytes for cost in costs]),
+        state_bytes=_mean([cost.state_bytes for cost in costs]),
         moved_bytes=_mean([cost.moved_bytes for cost in costs]),
     )
 

@@ -90,8 +90,8 @@ def num_weights(config: ModelConfig) -> int:
 
 
 def kv_bytes(config: ModelConfig, num_tokens: int) -> float:
-    """Keys and values of one sequence. A layer with a window keeps no more than that."""
-    return sum(
+    """Keys and values of one sequence, and its recurrent state. A layer with a window keeps no more than that."""
+    return config.state_bytes + sum(
         KV_ITEMSIZE * kind.stored_elements * min(num_tokens, config.kv_window(layer) or num_tokens)
         for layer, kind in enumerate(config.layers)
     )

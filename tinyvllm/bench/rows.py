@@ -42,6 +42,7 @@ class Row:
     weight_bytes: int | None = None
     kv_read_bytes: int | None = None
     kv_written_bytes: int | None = None
+    state_bytes: int | None = None  # of recurrent layers, read and written
     moved_bytes: int | None = None  # what its kernels actually move, counted from their arguments
     more: dict[str, Any] = field(default_factory=dict)  # fields of this benchmark only; JSON values or Spreads
 
@@ -88,6 +89,7 @@ class Row:
             "weight_bytes": self.weight_bytes,
             "kv_read_bytes": self.kv_read_bytes,
             "kv_written_bytes": self.kv_written_bytes,
+            "state_bytes": self.state_bytes,
             "moved_bytes": self.moved_bytes,
             "bytes_ratio": self.bytes_ratio,
             "bandwidth_gbps": machine.bandwidth_gbps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinygrad import Tensor
@@ -28,8 +29,8 @@ class WeightFacts:
 class StepCost:
     """The cost of one step. `nbytes` is the plan's minimum, without the bucket's padding: each matrix once, the tokens'
     rows of the embedding table, keys and values of the context before this step, or of its part that is in a layer's
-    window, and those of its tokens. Norms and activations, which need not leave the chip, count in `moved_bytes`
-    only."""
+    window, and those of its tokens; each sequence's recurrent state twice. Norms and activations, which need not leave
+    the chip, count in `moved_bytes` only."""
 
     bucket: str
     num_kernels: int
@@ -37,10 +38,11 @@ class StepCost:
     kv_read_bytes: int
     kv_written_bytes: int
     moved_bytes: int  # by the launched kernels, each of which touches each of its arguments once
+    state_bytes: int = 0  # of recurrent layers, read and written
 
     @property
     def nbytes(self) -> int:
-        return self.weight_bytes + self.kv_read_bytes + self.kv_written_bytes
+        return self.weight_bytes + self.kv_read_bytes + self.kv_written_bytes + self.state_bytes
 
 
 def formats_in_use(model: Model) -> list[str]:
@@ -77,6 +79,8 @@ class CostCounter:
             for layer, count in pool.num_blocks.items()
             for tensor in pool.tensors_of(layer)
         }
+        # bytes of one sequence's state in each of its tensors
+        self._state_bytes = {_buffer(tensor): tensor.nbytes() // pool.num_state_slots for tensor in pool.state_tensors}
         windows = {layer: model.config.kv_window(layer) for layer in pool.keys}
         self._kv_windows = {_buffer(tensor): windows[layer] for layer in windows for tensor in pool.tensors_of(layer)}
         self._table = {_buffer(plane) for shard in model.embedding.shards for plane in shard.planes}
@@ -97,13 +101,14 @@ class CostCounter:
             weight_bytes=weights,
             kv_read_bytes=sum(size * self._tokens_read(base, plan) for base, size in self._kv_bytes.items()),
             kv_written_bytes=num_tokens * all_layers,
+            state_bytes=2 * len(plan.entries) * model.config.state_bytes,
             moved_bytes=sum(self.moved_by(call, inputs, plan) for call in calls),
         )
 
     def moved_by(self, call: Call, inputs: Tensor, plan: StepPlan) -> int:
-        """Bytes of one call: each argument once and whole, except lookups: the pool by the sequences' lengths; rope and
-        (in calls that read the step's inputs) the embedding table by rows; and sampling by the requests' settings. The
-        step's inputs do not count."""
+        """Bytes of one call: each argument once and whole, except lookups: the pool by the sequences' lengths, and
+        states by their number; rope and (in calls that read the step's inputs) the embedding table by rows; and
+        sampling by the requests' settings. The step's inputs do not count."""
         own = _buffer(inputs)
         looks_up = any(id(buffer.base) == own for buffer in call.buffers)
         # by place: scratch buffers are views of one arena, and a kernel may take the same one twice
@@ -112,6 +117,8 @@ class CostCounter:
         for (base, _), (index, buffer) in args.items():
             if base in self._kv_bytes:
                 moved += self._kv_bytes[base] * self._tokens_moved(call, index, base, plan)
+            elif base in self._state_bytes:
+                moved += self._state_bytes[base] * len(plan.entries) * _times_moved(call, index)
             elif base in self._rope_bytes:
                 moved += plan.num_tokens * self._rope_bytes[base]
             elif base in self._table and looks_up:
@@ -127,9 +134,20 @@ class CostCounter:
     def _tokens_moved(self, call: Call, index: int, base: int, plan: StepPlan) -> int:
         """The number of tokens whose keys (or values) `call` reads and writes in argument `index`, a tensor of the
         pool."""
-        outs, ins = (call.target.arg.outs, call.target.arg.ins) if call.target.op is Ops.PROGRAM else ((0,), (1,))
+        outs, ins = _outs_and_ins(call)
         num_read = self._tokens_read(base, plan) if index in ins else 0
         return num_read + (plan.num_tokens if index in outs else 0)
+
+
+def _outs_and_ins(call: Call) -> tuple[Sequence[int], Sequence[int]]:
+    """The arguments that a call writes, and those that it reads."""
+    return (call.target.arg.outs, call.target.arg.ins) if call.target.op is Ops.PROGRAM else ((0,), (1,))
+
+
+def _times_moved(call: Call, index: int) -> int:
+    """1 if a call reads or writes its argument `index`, 2 for both."""
+    outs, ins = _outs_and_ins(call)
+    return (index in outs) + (index in ins)
 
 
 def _share_looked_at(call: Call, index: int, plan: StepPlan) -> float:

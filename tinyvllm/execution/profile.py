@@ -29,7 +29,7 @@ from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.timing import CallTime, make_timer
 from tinyvllm.profiling.kernels import Kernel, Launch, StepProfile
 from tinyvllm.profiling.names import SAMPLE, is_generated, role_of, strip_colors
-from tinyvllm.profiling.roofline import attended_keys, operations_a_key
+from tinyvllm.profiling.roofline import OPERATIONS_A_STATE, attended_keys, operations_a_key
 from tinyvllm.scheduling.plan import StepPlan
 
 _LAYER = re.compile(r"\.(?:layers|keys|values|matrices|convs)\.(\d+)")
@@ -199,6 +199,12 @@ class FlopCounter:
             for layer, count in pool.num_blocks.items()
             for tensor in pool.tensors_of(layer)
         }
+        # elements of one sequence's matrices in each of their tensors
+        self._states = {
+            _base(tensor): tensor.numel() // pool.num_state_slots
+            for tensors in pool.matrices.values()
+            for tensor in (tensors if isinstance(tensors, tuple) else (tensors,))
+        }
 
     def count(self, calls: Sequence[Call], plan: StepPlan) -> list[int]:
         """Operations of one run of each call."""
@@ -212,7 +218,9 @@ class FlopCounter:
                 unpacked.pop(_place(buffer), None)
                 if role == UNPACK and first is not None:
                     unpacked[_place(buffer)] = first
-            if first is not None and first.is_pool:
+            if first is not None and first.path.startswith(_STATES):
+                counts.append(self._of_recurrence(call, plan))
+            elif first is not None and first.is_pool:
                 counts.append(self._of_attention(call, first.layer or 0, plan))
             elif role in (UNPACK, "embed"):  # these copy weights, and multiply nothing
                 counts.append(0)
@@ -226,6 +234,12 @@ class FlopCounter:
         weights = sum(part.matrix.used_rows * part.matrix.num_cols for part in parts.values() if part.matrix)
         rows = plan.num_tokens if all(part.layer is not None for part in parts.values()) else len(plan.sampled)
         return 2 * rows * weights
+
+    def _of_recurrence(self, call: Call, plan: StepPlan) -> int:
+        """Operations on the elements of the matrices that a call touches, once for each token."""
+        touched = {id(buffer.base) for buffer in call.buffers}
+        elements = sum(count for base, count in self._states.items() if base in touched)
+        return OPERATIONS_A_STATE * elements * plan.num_tokens
 
     def _of_attention(self, call: Call, layer: int, plan: StepPlan) -> int:
         """Products with keys and with values, each two operations per element of a head; 0 if the call only writes the

@@ -97,6 +97,12 @@ class KVPool:
         stored = (*self.keys.values(), *self.values.values(), *self.matrices.values(), *self.convs.values())
         return [tensor for entry in stored for tensor in (entry if isinstance(entry, tuple) else (entry,))]
 
+    @property
+    def state_tensors(self) -> list[Tensor]:
+        """Those of recurrent states."""
+        stored = (*self.matrices.values(), *self.convs.values())
+        return [tensor for entry in stored for tensor in (entry if isinstance(entry, tuple) else (entry,))]
+
     def tensors_of(self, layer: int) -> list[Tensor]:
         """Those of one layer that has keys and values, or latents, of its own."""
         stored = (self.keys[layer], self.values.get(layer, ()))

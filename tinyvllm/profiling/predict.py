@@ -214,7 +214,7 @@ class _Setup:
         weights_share = factors.bandwidth_share if bytes_per_weight(self.kind) >= 2 else factors.quantized_share
         layer, others = factors.layer_kernels[self.column], factors.other_kernels[self.column]
         num_kernels = self.num_steps * (config.num_layers * layer + others)
-        moved = work.weight_bytes / weights_share + work.kv_bytes / factors.bandwidth_share
+        moved = work.weight_bytes / weights_share + (work.kv_bytes + work.state_bytes) / factors.bandwidth_share
         return Prediction(
             chip,
             batch,

@@ -31,17 +31,23 @@ BYTES_PER_WEIGHT = {
 }
 
 
+# For each token and element of a recurrent layer's matrices: the element decays, and its products with the key, with
+# what is new of the value and with the query are added up.
+OPERATIONS_A_STATE = 7
+
+
 @dataclass(frozen=True)
 class Work:
     """The minimal work of one step. Bytes: each weight once, keys and values of the context, or of its part that is in
-    a layer's window, and those written. Of the embedding table only the tokens' rows count, unless it is also the head,
-    which is read whole."""
+    a layer's window, and those written; the recurrent state of each sequence, read and written. Of the embedding table
+    only the tokens' rows count, unless it is also the head, which is read whole."""
 
     weight_bytes: float
     kv_read_bytes: float
     kv_written_bytes: float
     matrix_flops: float  # including the head's
-    attention_flops: float
+    attention_flops: float  # and the recurrent layers'
+    state_bytes: float = 0.0
 
     @property
     def kv_bytes(self) -> float:
@@ -49,7 +55,7 @@ class Work:
 
     @property
     def nbytes(self) -> float:
-        return self.weight_bytes + self.kv_bytes
+        return self.weight_bytes + self.kv_bytes + self.state_bytes
 
     @property
     def flops(self) -> float:
@@ -65,7 +71,10 @@ def weights_of(config: ModelConfig) -> tuple[int, int]:
 
 
 def _attention_weights(kind: LayerKind, hidden_size: int) -> int:
-    latent = kind.latent
+    latent, state = kind.latent, kind.state
+    if state is not None:
+        projected = state.conv_size + state.value_size + 2 * state.num_heads  # q, k, v; z; b and a
+        return hidden_size * (projected + state.value_size)
     if latent is None:
         return hidden_size * (2 * kind.q_size + (2 * kind.kv_size if kind.kv_layer is None else 0))
     queries = hidden_size * kind.q_size
@@ -128,7 +137,9 @@ def count_work(
             operations_a_key(kind) * attended_keys(start, count, kind.window)
             for kind in config.layers
             for start, count in entries
-        ),
+        )
+        + OPERATIONS_A_STATE * num_tokens * sum(state.matrix_elements for state in config.states.values()),
+        state_bytes=2 * len(entries) * config.state_bytes,
     )
 
 

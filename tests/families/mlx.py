@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.families.recipe import Recipe, sizes, write_hf
+from tests.families.recipe import Recipe, mlx_weights, sizes, write_hf
 from tests.families.recipes import RECIPES
 from tinyvllm.config import ModelFiles
 
@@ -38,10 +38,10 @@ def write_mlx(directory: Path, recipe: Recipe) -> ModelFiles:
 
     def quantize(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         tensors: dict[str, np.ndarray] = {}
-        for name, weight in weights.items():
+        for name, weight in mlx_weights(recipe).items():
             module = name.removesuffix(".weight")
             own = next((value for end, value in OTHERS.items() if module.endswith(end)), None)
-            if weight.ndim != 2 or own is False:
+            if weight.ndim < 2 or module == name or own is False:
                 tensors[name] = weight
                 continue
             if own is not None:
@@ -65,13 +65,14 @@ def write_settings(directory: Path, quantization: Mapping[str, Any]) -> None:
 
 
 def quantize_affine(weight: np.ndarray, group_size: int, bits: int) -> dict[str, np.ndarray]:
-    """MLX's three tensors of a matrix (N, K). Every second group has a negative scale, as MLX's may be."""
-    groups = weight.reshape(len(weight), -1, group_size)
-    low, high = groups.min(axis=2, keepdims=True), groups.max(axis=2, keepdims=True)
-    is_odd = np.arange(groups.shape[1])[:, None] % 2 == 1
+    """MLX's three tensors of a matrix (N, K), or of several (E, N, K). Every second group has a negative scale, as
+    MLX's may be."""
+    groups = weight.reshape(*weight.shape[:-1], -1, group_size)
+    low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
+    is_odd = np.arange(groups.shape[-2])[:, None] % 2 == 1
     bias = np.where(is_odd, high, low)
     scale = np.where(is_odd, low - high, high - low) / np.float32((1 << bits) - 1)
     codes = np.rint((groups - bias) / scale).astype(np.uint8).reshape(weight.shape)
-    stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little").reshape(len(codes), -1)
+    stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little").reshape(*weight.shape[:-1], -1)
     words = np.packbits(stream, axis=-1, bitorder="little").view(np.uint32)
     return {"weight": words, "scales": scale[..., 0].astype(np.float32), "biases": bias[..., 0].astype(np.float32)}

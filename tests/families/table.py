@@ -78,7 +78,7 @@ def measure(job: Job, folder: Path) -> Cell:
         return compare(job, write_gguf(folder / "tiny.gguf", recipe).path, case)
     if job.source == "hf":
         return compare(job, write_hf(folder / "tiny", recipe).path, case)
-    dense = write_hf(folder / "dense", recipe, transform=for_matrices(dequantized))
+    dense = write_hf(folder / "dense", recipe, transform=for_matrices(recipe, dequantized))
     case = case | {"given": case["tokens"], "top": score(job, dense.path, case), "tokens": None}
     return compare(job, write_mlx(folder / "mlx", recipe), case)
 
@@ -88,7 +88,7 @@ def write_mlx(path: Path, recipe: Any) -> Path:
     from tests.families.mlx import write_settings
     from tests.families.recipe import write_hf
 
-    write_hf(path, recipe, transform=for_matrices(quantized))
+    write_hf(path, recipe, transform=for_matrices(recipe, quantized))
     write_settings(path, {"group_size": GROUP, "bits": BITS})
     return path
 
@@ -96,11 +96,14 @@ def write_mlx(path: Path, recipe: Any) -> Path:
 Transform = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
-def for_matrices(change: Callable[[str, np.ndarray], dict[str, np.ndarray]]) -> Transform:
+def for_matrices(recipe: Any, change: Callable[[str, np.ndarray], dict[str, np.ndarray]]) -> Transform:
+    """Of the recipe's tensors as mlx-lm stores them, with `change` for the matrices of whole groups, stacked or not."""
+    from tests.families.recipe import mlx_weights
+
     def transform(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         tensors: dict[str, np.ndarray] = {}
-        for name, weight in weights.items():
-            is_whole = weight.ndim == 2 and weight.shape[1] % GROUP == 0
+        for name, weight in mlx_weights(recipe).items():
+            is_whole = weight.ndim > 1 and weight.shape[-1] % GROUP == 0 and name.endswith(".weight")
             tensors |= change(name, weight) if is_whole else {name: weight}
         return tensors
 
@@ -118,7 +121,7 @@ def dequantized(name: str, weight: np.ndarray) -> dict[str, np.ndarray]:
     from tests.families.mlx import quantize_affine
 
     parts = quantize_affine(weight, GROUP, BITS)
-    codes = parts["weight"].view(np.uint8).reshape(len(weight), -1, GROUP).astype(np.float32)
+    codes = parts["weight"].view(np.uint8).reshape(*weight.shape[:-1], -1, GROUP).astype(np.float32)
     values = codes * parts["scales"][..., None] + parts["biases"][..., None]
     return {name: values.reshape(weight.shape).astype(np.float32)}
 

@@ -10,7 +10,7 @@ import pytest
 from tests.ops.builders import largest_difference, make_epilogue, make_host, normal, run_product
 from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import open_device
-from tinyvllm.ops.backend import Backend, Norm
+from tinyvllm.ops.backend import Backend, Epilogue, Norm
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.reference import ReferenceBackend
 
@@ -53,3 +53,31 @@ def test_a_scale_after_the_residual_equals_the_reference(
         return run_product(ops, x, matrix, tokens, epilogue=epilogue).numpy()
 
     assert largest_difference(run(backend), run(reference)) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_sum_s_own_norm_and_residual_equal_the_reference(
+    backend: Backend, reference: ReferenceBackend, tokens: int
+) -> None:
+    assert largest_difference(finished(backend, tokens), finished(reference, tokens)) < 1e-5
+
+
+def test_a_sum_on_two_cores_is_normed_as_a_whole(reference: ReferenceBackend) -> None:
+    two = CpuBackend(open_device(2), None, [LayerKind(4, 2, 32)])
+    assert largest_difference(finished(two, 3), finished(reference, 3)) < 1e-5
+
+
+def finished(ops: Backend, tokens: int) -> np.ndarray:
+    """A product and what `finish` makes of it: normed, added to another product, and scaled."""
+    upload = ops.device.upload
+    matrices = [ops.matrix(make_host("Q8_0", 96, HIDDEN, seed=seed)) for seed in (5, 6)]
+    x = upload(normal(tokens, HIDDEN, seed=1))
+    total, residual = (run_product(ops, x, matrix, tokens) for matrix in matrices)
+    epilogue = Epilogue(
+        post_norm=Norm(upload(1 + 0.3 * normal(96, seed=2)), 0.05),
+        scale=0.7,
+        residual=residual,
+        out_scale=upload(np.array([0.37], np.float32)),
+    )
+    out = ops.finish(total, tokens, epilogue)
+    return np.concatenate([part.numpy().reshape(tokens, -1) for part in ops.parts_of(out)], axis=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tinygrad import Tensor
@@ -42,34 +42,23 @@ class SparseFeedForward:
         return {role: (matrix,) for role, matrix in roles.items()}
 
     def run(self, ops: Operations, x: Tensor, step: Step, out_scale: Tensor | None = None) -> Tensor:
-        routing = ops.route(x, self.layer, step.num_tokens, self.router_norm)
-        if self.shared is None:
-            return ops.experts(
-                x, routing, self.layer, step.num_tokens, self.ffn_norm, self._epilogue(residual=x, out_scale=out_scale)
-            )
-        added = ops.experts(x, routing, self.layer, step.num_tokens, self.ffn_norm, self._epilogue(residual=x))
-        return self._add_shared(ops, x, self.shared, routing.shared, added, step, out_scale)
+        return self.compute(ops, x, step, residual=x, out_scale=out_scale)
 
-    def _add_shared(
-        self,
-        ops: Operations,
-        x: Tensor,
-        shared: SharedExpert,
-        weights: Tensor | None,
-        added: Tensor,
-        step: Step,
-        out_scale: Tensor | None,
+    def compute(
+        self, ops: Operations, x: Tensor, step: Step, residual: Tensor, out_scale: Tensor | None = None
     ) -> Tensor:
-        """`added`, and the shared expert's output times `weights` (T,)."""
-        tokens, gate = step.num_tokens, Epilogue(activation=self.layer.kind.activation)
-        (hidden,) = ops.linear("shared_gate_up", x, [shared.gate_up], tokens, self.ffn_norm, gate)
-        if weights is not None:
-            hidden = ops.scale_rows(hidden, weights, tokens)
-        epilogue = self._epilogue(residual=added, out_scale=out_scale)
-        return ops.linear("shared_down", hidden, [shared.down], tokens, None, epilogue)[0]
-
-    def _epilogue(self, residual: Tensor, out_scale: Tensor | None = None) -> Epilogue:
-        return Epilogue(post_norm=self.ffn_post_norm, scale=self.residual_scale, residual=residual, out_scale=out_scale)
+        """Its output of x, added to `residual`."""
+        tokens, norm, scale = step.num_tokens, self.ffn_norm, self.residual_scale
+        routing = ops.route(x, self.layer, tokens, self.router_norm)
+        last = Epilogue(post_norm=self.ffn_post_norm, scale=scale, residual=residual, out_scale=out_scale)
+        if self.shared is None:
+            return ops.experts(x, routing, self.layer, tokens, norm, last)
+        added = ops.experts(x, routing, self.layer, tokens, norm, replace(last, out_scale=None))
+        gate = Epilogue(activation=self.layer.kind.activation)
+        (hidden,) = ops.linear("shared_gate_up", x, [self.shared.gate_up], tokens, norm, gate)
+        if routing.shared is not None:
+            hidden = ops.scale_rows(hidden, routing.shared, tokens)
+        return ops.linear("shared_down", hidden, [self.shared.down], tokens, None, replace(last, residual=added))[0]
 
 
 def load_sparse(

@@ -27,13 +27,19 @@ class DenseFeedForward:
         return {"gate_up": (self.gate_up,), "down": (self.down,)}
 
     def run(self, ops: Operations, x: Tensor, step: Step, out_scale: Tensor | None = None) -> Tensor:
+        return self.compute(ops, x, step, residual=x, out_scale=out_scale)
+
+    def compute(
+        self, ops: Operations, x: Tensor, step: Step, residual: Tensor | None, out_scale: Tensor | None = None
+    ) -> Tensor:
+        """Its output of x, added to `residual`."""
         tokens, gate = step.num_tokens, Epilogue(bias=self.gate_up_bias, activation=self.activation)
         (hidden,) = ops.linear("gate_up", x, [self.gate_up], tokens, self.ffn_norm, gate)  # (T * ffn,)
         epilogue = Epilogue(
             bias=self.down_bias,
             post_norm=self.ffn_post_norm,
             scale=self.residual_scale,
-            residual=x,
+            residual=residual,
             out_scale=out_scale,
         )
         return ops.linear("down", hidden, [self.down], tokens, None, epilogue)[0]

@@ -1,4 +1,5 @@
-"""Gemma 4, text (dense): Gemma 3's layers with normed values, and in E2B and E4B an embedding of each layer's own."""
+"""Gemma 4, text: Gemma 3's layers with normed values; in E2B and E4B also an embedding of each layer's own, in 26B-A4B
+experts beside the dense feed-forward."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinyvllm.config import LayerKind, ModelConfig
+from tinyvllm.model.experts import SparseFeedForward, load_sparse
+from tinyvllm.model.feed_forward import DenseFeedForward, load_dense
 from tinyvllm.model.gemma3 import Gemma3
-from tinyvllm.model.layer import Layer
-from tinyvllm.ops.backend import Epilogue, Norm, Step
+from tinyvllm.model.layer import FeedForward, Layer
+from tinyvllm.ops.backend import Epilogue, Norm, Operations, Step
 from tinyvllm.ops.formats.matrix import Matrix
 
 
@@ -44,6 +47,24 @@ class EmbeddingInputs:
     table: Matrix  # (V, L * size)
     projection: Matrix  # (L * size, hidden)
     norm: Norm  # of each layer's part of the projection
+
+
+@dataclass(frozen=True)
+class Gemma4Experts:
+    """Experts beside the dense feed-forward, which both read the same residual stream, through norms of their own."""
+
+    dense: DenseFeedForward
+    experts: SparseFeedForward
+    post_norm: Norm  # of their sum
+
+    @property
+    def matrices(self) -> dict[str, tuple[Matrix, ...]]:
+        return self.dense.matrices | self.experts.matrices
+
+    def run(self, ops: Operations, x: Tensor, step: Step, out_scale: Tensor | None = None) -> Tensor:
+        total = self.dense.compute(ops, x, step, residual=None)
+        total = self.experts.compute(ops, x, step, residual=total)
+        return ops.finish(total, step.num_tokens, Epilogue(post_norm=self.post_norm, residual=x, out_scale=out_scale))
 
 
 class Gemma4(Gemma3):
@@ -109,6 +130,20 @@ class Gemma4(Gemma3):
         scale = self.load.vectors({f"model.layers.{index}.layer_scalar": 1})
         own = self._load_embedding(index) if self.config.per_layer_size else None
         return Gemma4Layer(layer.mixer, layer.feed_forward, scale=scale, embedding=own)
+
+    def _load_feed_forward(self, index: int) -> FeedForward:
+        kind = self.config.experts_of(index)
+        if kind is None:
+            return super()._load_feed_forward(index)
+        prefix, load = f"model.layers.{index}", self.load
+        first, second = (f"post_feedforward_layernorm_{i}" for i in (1, 2))
+        experts = load_sparse(load, index, kind, "pre_feedforward_layernorm_2", second)
+        router_norm = load.norm(f"{prefix}.mlp.gate.scale", factor=self.config.hidden_size**-0.5)
+        return Gemma4Experts(
+            dense=load_dense(load, index, self.FFN_NORM, first),
+            experts=replace(experts, router_norm=router_norm),
+            post_norm=load.norm(f"{prefix}.{self.FFN_POST_NORM}.weight"),
+        )
 
     def _load_embedding(self, index: int) -> LayerEmbedding:
         prefix, ops = f"model.layers.{index}", self.backend

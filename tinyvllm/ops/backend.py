@@ -286,6 +286,9 @@ class Operations(Protocol):
     def scale_rows(self, x: Tensor, factors: Tensor, num_tokens: int) -> Tensor:
         """(T * N,): row t of x times factors[t]."""
 
+    def finish(self, x: Tensor, num_tokens: int, epilogue: Epilogue) -> Tensor:
+        """(T * N,): epilogue(x), which has neither a bias nor an activation: of a sum that is not one product's."""
+
     def attend_latent(self, queries: Tensor, latents: Tensor, layer: LatentLayer, step: Step) -> Tensor:
         """(T * H * value,): norm and rotate the latents (T, rank + rope), write them to their slots, rotate the last
         part of each head's query (T, H, nope + rope), and attend."""

@@ -1,5 +1,6 @@
-"""Gemma 4, dense: a model like E2B (layers' own embeddings, shared keys, wider feed-forwards), and one like 31B (values
-that are keys). In both, layers without a window have larger heads, of which a quarter rotates."""
+"""Gemma 4: a model like E2B (layers' own embeddings, shared keys, wider feed-forwards), one like 31B (values that are
+keys), and one like 26B (which has experts, too). In all, layers without a window have larger heads, of which a quarter
+rotates."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from tests.families.recipes.gemma3 import NORMS, POST_NORMS
 
 WINDOWED, FULL = "sliding_attention", "full_attention"
 LAYERS = [WINDOWED, FULL, WINDOWED, FULL, WINDOWED, FULL]
+EXPERT_NORMS = ("pre_feedforward_layernorm_2", "post_feedforward_layernorm_1", "post_feedforward_layernorm_2")
 GLOBAL_DIM, SIZE = 64, 32  # of heads without a window; of a layer's own embedding
 NUM_SHARED = 3
 
@@ -56,6 +58,8 @@ def layer_shapes(config: Mapping[str, Any], layer: int) -> Shapes:
     shapes["self_attn.o_proj.weight"] = (hidden, heads["q"] * dim)
     if has_v_from_k:
         shapes["self_attn.v_proj.weight"] = ()
+    if config.get("enable_moe_block"):
+        shapes |= sparse_shapes(config)
     if layer >= config["num_hidden_layers"] - config["num_kv_shared_layers"]:
         ffn = 2 * config["intermediate_size"]
         shapes |= {"mlp.gate_proj.weight": (ffn, hidden), "mlp.up_proj.weight": (ffn, hidden)}
@@ -66,9 +70,44 @@ def layer_shapes(config: Mapping[str, Any], layer: int) -> Shapes:
     return shapes
 
 
+def sparse_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Of experts, which have fused gates and up projections, beside the dense feed-forward."""
+    hidden, count, ffn = config["hidden_size"], config["num_experts"], config["moe_intermediate_size"]
+    shapes: Shapes = {"router.proj.weight": (count, hidden), "router.scale": (hidden,)}
+    shapes |= {"router.per_expert_scale": (count,), "experts.gate_up_proj": (count, 2 * ffn, hidden)}
+    shapes |= {f"{name}.weight": (hidden,) for name in EXPERT_NORMS}
+    return shapes | {"experts.down_proj": (count, hidden, ffn)}
+
+
+def gguf_expert_name(name: str) -> str:
+    """llama.cpp's conversion/gemma.py, where it has another suffix than `weight`, or ours has none."""
+    layer = name.split(".")[2]
+    special = {
+        "router.scale": f"blk.{layer}.ffn_gate_inp.scale",
+        "router.per_expert_scale": f"blk.{layer}.ffn_down_exps.scale",
+    }
+    for end, found in special.items():
+        if name.endswith(end):
+            return found
+    return gguf_name(f"{name}.weight" if ".experts." in name else name, "gemma4")
+
+
+def mlx_tensors(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """mlx-lm's gemma4_text: gate and up projection apart, in `switch_glu`."""
+    found: dict[str, np.ndarray] = {}
+    for name, weight in weights.items():
+        module = name.replace(".experts.", ".experts.switch_glu.")
+        if name.endswith("experts.gate_up_proj"):
+            for part, rows in zip(("gate_proj", "up_proj"), np.split(weight, 2, axis=1), strict=True):
+                found[module.replace("gate_up_proj", part) + ".weight"] = np.ascontiguousarray(rows)
+        else:
+            found[module + (".weight" if ".experts." in name else "")] = weight
+    return found
+
+
 def gguf_tensors(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """llama.cpp's conversion/gemma.py: the pairs that do not rotate have a huge divisor."""
-    found = {gguf_name(name.replace("_scalar", "_scalar.weight"), "gemma4"): w for name, w in weights.items()}
+    found = {gguf_expert_name(name.replace("_scalar", "_scalar.weight")): w for name, w in weights.items()}
     rotated = GLOBAL_DIM // 8
     return found | {"rope_freqs.weight": np.array([1.0] * rotated + [1e30] * (GLOBAL_DIM // 2 - rotated), np.float32)}
 
@@ -81,6 +120,7 @@ make = partial(
     post_norms=(*POST_NORMS, "post_per_layer_input_norm"),
     more_shapes=layer_shapes,
     gguf_tensors=gguf_tensors,
+    mlx_tensors=mlx_tensors,
 )
 
 RECIPES = {
@@ -124,6 +164,33 @@ RECIPES = {
             "attention.shared_kv_layers": 0,
             "embedding_length_per_layer_input": 0,
             "attention.head_count_kv": [2, 1, 2, 1],
+        },
+        is_slow=True,
+    ),
+    "gemma4_26b": make(
+        sizes(2, 64, 4, 2, 32, 96)
+        | COMMON
+        | {
+            "layer_types": LAYERS[:2],
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 6,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+        seed=8,
+        gguf_keys=COMMON_KEYS
+        | {
+            "attention.sliding_window_pattern": [kind == WINDOWED for kind in LAYERS[:2]],
+            "attention.shared_kv_layers": 0,
+            "embedding_length_per_layer_input": 0,
+            "attention.head_count_kv": [2, 1],
+            "expert_count": 6,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 32,
         },
         is_slow=True,
     ),

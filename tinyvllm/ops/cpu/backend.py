@@ -283,6 +283,10 @@ class CpuBackend(DeviceSampling):
         total = self._expert_sum(hidden, routing, layer, num_tokens, PLAIN)
         return self._finish(total, layer.down.expert_size, num_tokens, epilogue)
 
+    def finish(self, x: Activation, num_tokens: int, epilogue: Epilogue) -> Activation:
+        num_cols = sum(int(tensor.numel()) for tensor in _tensors(x)) // num_tokens
+        return self._finish(x, num_cols, num_tokens, epilogue)
+
     def scale_rows(self, x: Activation, factors: Tensor, num_tokens: int) -> Activation:
         outs, widths = [], []
         for tensor in _tensors(x):

@@ -142,6 +142,12 @@ class GpuBackend(DeviceSampling):
             epilogue = replace(epilogue, residual=self.parts_of(epilogue.residual)[0].cast(dtypes.float))
         return plain_epilogue(total, epilogue).cast(self.float).reshape(-1).contiguous()
 
+    def finish(self, x: Tensor, num_tokens: int, epilogue: Epilogue) -> Tensor:
+        if epilogue.residual is not None:
+            epilogue = replace(epilogue, residual=self.parts_of(epilogue.residual)[0].cast(dtypes.float))
+        rows = self.parts_of(x)[0].reshape(num_tokens, -1).cast(dtypes.float)
+        return plain_epilogue(rows, epilogue).cast(self.float).reshape(-1).contiguous()
+
     def scale_rows(self, x: Tensor, factors: Tensor, num_tokens: int) -> Tensor:
         rows = self.parts_of(x)[0].reshape(num_tokens, -1).cast(dtypes.float)
         return (rows * factors.reshape(-1, 1)).cast(self.float).reshape(-1).contiguous()

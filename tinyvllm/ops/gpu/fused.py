@@ -289,6 +289,9 @@ class FusedGpuBackend(GpuBackend):
         result.values, result.sums, result.inputs, result.split = values, sums, step.inputs, split
         return result
 
+    def finish(self, x: Tensor, num_tokens: int, epilogue: Epilogue) -> Tensor:
+        return self._pending_sum(self.whole(x), 1, num_tokens, epilogue)
+
     def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
         return super().take_rows(self.whole(x), step, num_cols)
 

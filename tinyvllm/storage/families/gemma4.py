@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from tinyvllm.config import LayerSizes, ModelConfig
+from tinyvllm.config import ExpertsKind, LayerSizes, ModelConfig
+from tinyvllm.storage.families.experts import gguf_experts, hf_experts
 from tinyvllm.storage.families.family import FamilyFiles
 from tinyvllm.storage.values import Values
 
@@ -33,8 +34,6 @@ def _num_shared(config: ModelConfig, values: Values, key: str) -> int:
 
 def refine_hf(config: ModelConfig, values: Values) -> ModelConfig:
     """transformers' Gemma4TextConfig: layers without a window have heads of another size, and perhaps no v_proj."""
-    if values.flag("enable_moe_block"):
-        values.unsupported("enable_moe_block", "false (no experts)")
     if values.inner("rope_parameters") is None:
         values.refuse("rope_parameters", "an object with those of sliding_attention and of full_attention")
     # the class makes the last layer see every token, whatever layer_types says
@@ -57,12 +56,20 @@ def refine_hf(config: ModelConfig, values: Values) -> ModelConfig:
     per_layer_size = values.optional_integer("hidden_size_per_layer_input", at_least=0) or 0
     if per_layer_size and values.integer("vocab_size_per_layer_input") != config.vocab_size:
         values.unsupported("vocab_size_per_layer_input", f"{config.vocab_size} (vocab_size)")
+    experts = None
+    if values.flag("enable_moe_block"):
+        experts = _with_scales(hf_experts(values, "moe_intermediate_size", "top_k_experts"))
     return replace(
         config,
         layer_sizes=_shared(config, sizes, num_shared),
         per_layer_size=per_layer_size,
         score_scale=1.0,
+        experts=experts,
     )
+
+
+def _with_scales(experts: ExpertsKind) -> ExpertsKind:
+    return replace(experts, activation="gelu_tanh", has_expert_scale=True)
 
 
 def _head_sizes(config: ModelConfig, values: Values, layer: int, *, is_global: bool) -> tuple[int, int]:
@@ -105,6 +112,7 @@ def refine_gguf(config: ModelConfig, values: Values, tensors: Collection[str]) -
         layer_sizes=_shared(config, sizes, num_shared),
         per_layer_size=values.optional_integer("embedding_length_per_layer_input", at_least=0) or 0,
         score_scale=1.0,
+        experts=_with_scales(gguf_experts(values)) if values.get("expert_count") else None,
     )
 
 
@@ -157,10 +165,14 @@ FILES = FamilyFiles(
         "post_ffw_norm": "post_feedforward_layernorm",
         "inp_gate": "per_layer_input_gate",
         "proj": "per_layer_projection",
+        "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+        "post_ffw_norm_1": "post_feedforward_layernorm_1",
+        "post_ffw_norm_2": "post_feedforward_layernorm_2",
         "post_norm": "post_per_layer_input_norm",
         "layer_output_scale.weight": "layer_scalar",
     },
     has_layer_sizes=True,
+    has_experts=None,
     hf_refine=refine_hf,
     gguf_refine=refine_gguf,
 )

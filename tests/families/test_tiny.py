@@ -81,7 +81,7 @@ def check_alone(files: ModelFiles, case: dict[str, Any]) -> None:
 
 # test_gguf.py says of all of them that GGUF holds the same model
 GGUF_NAMES = [name for name, recipe in RECIPES.items() if recipe.gguf_arch]
-GGUF_BY_DEFAULT = ("qwen2", "gemma2", "gemma3", "gemma4_26b", "mistral")
+GGUF_BY_DEFAULT = ("qwen2", "gemma2", "gemma3", "gemma4_26b", "mistral", "qwen3_5")
 
 
 @pytest.mark.parametrize("name", [marked(name, is_slow=name not in GGUF_BY_DEFAULT) for name in GGUF_NAMES])

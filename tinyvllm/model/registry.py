@@ -37,6 +37,8 @@ FAMILIES: dict[str, type[Decoder]] = {
     "qwen2": Qwen2,
     "qwen3": Qwen3,
     "qwen3_5": Qwen3Next,
+    "qwen3_5_moe": Qwen3Next,
+    "qwen3_next": Qwen3Next,
     "gemma2": Gemma2,
     "gemma3": Gemma3,
     "gemma4": Gemma4,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
 from tests.builders import random_rows, write_json, write_safetensors
 from tests.families.recipe import Recipe, make_weights, write_gguf, write_hf
-from tests.families.recipes.qwen3_5 import LINEAR, RECIPES
+from tests.families.recipes.qwen3_5 import RECIPES, mlx_tensors
 from tinyvllm.arrays import to_float32
 from tinyvllm.config import ModelFiles, StateKind
 from tinyvllm.model.dry_load import require_tensors
@@ -44,18 +43,7 @@ def check_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 def test_mlx_adds_one_to_norms_and_moves_the_taps_of_convolutions(tmp_path: Path) -> None:
     expected = values(write_hf(tmp_path / "hf", DENSE))
 
-    def as_mlx(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """mlx_lm's qwen3_5.py, sanitize."""
-        found = {}
-        for name, weight in weights.items():
-            if name.endswith("conv1d.weight"):
-                weight = np.ascontiguousarray(np.moveaxis(weight, 2, 1))
-            elif name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
-                weight = weight + np.float32(1)
-            found["language_model." + name] = weight
-        return found
-
-    check_equal(values(write_hf(tmp_path / "mlx", DENSE, transform=as_mlx)), expected)
+    check_equal(values(write_hf(tmp_path / "mlx", DENSE, transform=mlx_tensors)), expected)
 
 
 def test_the_vision_tower_and_the_layers_that_draft_are_left_out(tmp_path: Path) -> None:
@@ -131,9 +119,3 @@ def test_columns_of_heads_that_share_a_group_become_float16() -> None:
     expected = to_float32(matrix).reshape(4, 4, 16)[:, [1, 0, 3, 2]].reshape(4, -1)
     assert isinstance(moved, np.ndarray) and moved.dtype == np.float16
     np.testing.assert_allclose(moved, expected, rtol=1e-3)
-
-
-def test_the_recipe_has_more_value_heads_than_key_heads() -> None:
-    """So that orders of heads differ between formats."""
-    assert LINEAR["linear_num_value_heads"] > LINEAR["linear_num_key_heads"] > 1
-    assert gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN35] == DENSE.gguf_arch

@@ -24,7 +24,9 @@ from tinyvllm.storage.families import (
     qwen2,
     qwen3,
     qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     smollm3,
 )
 from tinyvllm.storage.families.family import SOFTCAPS, FamilyFiles
@@ -38,6 +40,8 @@ KNOWN_ARCHITECTURES: dict[str, FamilyFiles] = {
     "qwen2": qwen2.FILES,
     "qwen3": qwen3.FILES,
     "qwen3_5": qwen3_5.FILES,
+    "qwen3_5_moe": qwen3_5_moe.FILES,
+    "qwen3_next": qwen3_next.FILES,
     "gemma2": gemma2.FILES,
     "gemma3": gemma3.FILES,
     "gemma4": gemma4.FILES,

@@ -4,24 +4,28 @@ DEV=METAL python -m pytest -p tests.metal.plugin -m gpu tests/ops/gpu/test_exper
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from tinygrad import Tensor
+from tinygrad import Tensor, UOp, dtypes
+from tinygrad.codegen import to_program
+from tinygrad.dtype import DType
 
 from tests.ops.builders import largest_difference, normal
 from tests.ops.experts import Case, make_kind, make_layer
 from tests.ops.gpu.products import TOLERANCE, read, upload
-from tests.ops.rendering import KINDS, check_limits, kernels_of, rendered, unwritten
+from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, rendered, unwritten
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm
 from tinyvllm.ops.experts_spec import ExpertLayer
 from tinyvllm.ops.gpu.experts_order import OrderSpec, count_kernel, most_tiles, order_kernel
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
-from tinyvllm.ops.gpu.token_tiles import TILE_WORDS
+from tinyvllm.ops.gpu.gemm_hopper import ExpertWgmmaSpec, wgmma_kernel
+from tinyvllm.ops.gpu.token_tiles import TILE_WORDS, ExpertTiles
 from tinyvllm.ops.kernel.body import I32, empty, run_kernel
-from tinyvllm.ops.kernel.lanes import Lanes
+from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.reference import ReferenceBackend
 
 HIDDEN = 256
@@ -85,12 +89,13 @@ def test_experts_match_the_reference(device: DeviceHandle, lanes: Lanes, case: C
 
 
 def sort(spec: OrderSpec, ids: np.ndarray, device: DeviceHandle) -> tuple[np.ndarray, np.ndarray]:
-    outs = [empty(spec.num_pairs, I32, device.name), empty(spec.num_tiles * TILE_WORDS, I32, device.name)]
+    outs = [empty(spec.num_pairs, I32, device.name), empty(spec.map_size, I32, device.name)]
     read = [device.upload(ids.astype(np.int32))]
     if spec.parts > 1:
         read += run_kernel(count_kernel(spec), [empty(spec.counts_size, I32, device.name)], read)
     pairs, tiles = run_kernel(order_kernel(spec), outs, read)
-    return pairs.numpy(), tiles.numpy().reshape(-1, TILE_WORDS)
+    words = tiles.numpy()
+    return pairs.numpy(), np.append(words[:-1].reshape(-1, TILE_WORDS), [[words[-1]] * TILE_WORDS], axis=0)
 
 
 @pytest.mark.gpu
@@ -102,7 +107,9 @@ def test_the_order_has_each_pair_once_and_tiles_of_one_expert(
     found, tiles = sort(OrderSpec(lanes, experts, pairs, most_tiles(pairs, experts, rows), rows), ids, device)
     assert sorted(found) == list(range(pairs))
     assert (np.diff(ids[found]) >= 0).all()
+    count, tiles = tiles[-1, 0], tiles[:-1]
     used = tiles[tiles[:, 3] == 1]
+    assert count == len(used)
     assert (tiles[len(used) :] == 0).all() and len(used) == sum(-(-np.bincount(ids) // rows))
     covered = []
     for expert, first, end, _ in used:
@@ -141,3 +148,17 @@ def test_a_layer_of_experts_renders_within_the_limits(fmt: str, kind: str, token
     assert len(kernels) == count and not backend.coverage.lines()
     for kernel in kernels:
         check_limits(kernel, KINDS[kind])
+
+
+@pytest.mark.parametrize(("dtype", "is_first"), [(dtypes.half, True), (dtypes.bfloat16, False)])
+def test_hoppers_tiles_of_experts_have_the_loops_of_others(dtype: DType, is_first: bool) -> None:
+    """Conditions that are data must not split the loops that the stores are in."""
+    tiles = ExpertTiles(8, 600, 2, most_tiles(600, 8, 128), 128, is_first=is_first, is_gathered=True, has_bias=True)
+    mma, activation = Mma("CUDA", dtype), "clamped_swiglu" if is_first else None
+    spec = ExpertWgmmaSpec("test", mma, 600, 320, 128, 128, 1, activation, expert_tiles=tiles)
+    types = [dtypes.half if is_first else dtypes.float, dtypes.uint, dtypes.half, dtypes.half, I32, I32, dtypes.float]
+    sizes = (600 * spec.out_rows, spec.map_size, 8 * 320 * 128, 600 * 128, tiles.num_tiles * TILE_WORDS + 1, 600, 2560)
+    read = [UOp.placeholder((size,), kind, slot) for slot, (size, kind) in enumerate(zip(sizes, types, strict=True))]
+    source = to_program(wgmma_kernel(spec)(*read), make_renderer("CUDA sm_90")).src[2].arg
+    loops = re.findall(r"for \(int (Ridx\d+)", source)
+    assert len(loops) == len(set(loops)) == 4  # tiles and stages, of the warps that fetch and of those that multiply

@@ -8,33 +8,52 @@ sum is normed. The inner loops are those of other products: vector.py, quantized
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tinygrad import Tensor
 from tinygrad.dtype import DType
 
+from tinyvllm.device.handle import FLOATS
 from tinyvllm.ops.backend import Norm
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.formats.runs import uncovered
 from tinyvllm.ops.gpu.chosen import ChosenExperts
-from tinyvllm.ops.gpu.experts_order import OrderSpec, count_kernel, most_tiles, order_kernel
+from tinyvllm.ops.gpu.experts_order import (
+    GatherSpec,
+    OrderSpec,
+    count_kernel,
+    gather_kernel,
+    most_tiles,
+    order_kernel,
+)
 from tinyvllm.ops.gpu.experts_route import RouteSpec, route_kernel
-from tinyvllm.ops.gpu.gemm import ExpertGemmSpec, gemm_kernel
+from tinyvllm.ops.gpu.gemm import ExpertGemmSpec, gemm_kernel, unpack_kernel
+from tinyvllm.ops.gpu.gemm_hopper import (
+    MIN_STEPS,
+    RUN_ROWS,
+    TOKEN_TILE,
+    ExpertWgmmaSpec,
+    expert_row_tile,
+    wgmma_kernel,
+)
 from tinyvllm.ops.gpu.matrix import TOKENS, ExpertMatrixSpec, fits_matrix_unit, matrix_kernel
 from tinyvllm.ops.gpu.quantized_vector import (
     ExpertQuantizedVectorSpec,
     fits_quantized_vector,
     quantized_vector_kernel,
 )
-from tinyvllm.ops.gpu.token_tiles import TILE_WORDS, ExpertTiles
+from tinyvllm.ops.gpu.token_tiles import ExpertTiles
 from tinyvllm.ops.gpu.vector import ExpertVectorSpec, vector_kernel
-from tinyvllm.ops.kernel.body import F32, I32, empty, run_kernel
+from tinyvllm.ops.kernel.body import F16, F32, I32, U32, empty, run_kernel
+from tinyvllm.ops.kernel.hopper import WGMMA_COLS
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import choose
 
 MOST_ROWS = 16  # of an expert, on average, up to which weights go from memory straight into registers
+UNPACK_ROWS = 64  # of an expert, on average, from which on quantized weights are unpacked first
 MOST_TILES = 4  # of TOKENS rows each, in a tile there
 
 
@@ -163,6 +182,7 @@ class ManyRows:
     mma: Mma
     layer: ExpertLayer
     num_tokens: int
+    has_wgmma: bool = False
 
     @property
     def num_pairs(self) -> int:
@@ -179,6 +199,27 @@ class ManyRows:
         return self.rows_per_expert <= MOST_ROWS
 
     @property
+    def uses_wgmma(self) -> bool:
+        """Whether Hopper's kernel is used, after a kernel that sorts x, and for quantized weights one that unpacks
+        them."""
+        return (
+            self.has_wgmma
+            and not self.is_few
+            and self._suits_wgmma(self.layer.gate_up, 2)
+            and self._suits_wgmma(self.layer.down, 1)
+        )
+
+    def _suits_wgmma(self, matrix: Matrix, sections: int) -> bool:
+        """`sections`: gate and up, or one."""
+        is_read = self._is_as_stored(matrix) or (matrix.format.is_quantized and self.rows_per_expert >= UNPACK_ROWS)
+        is_long = matrix.num_cols % WGMMA_COLS == 0 and matrix.num_cols >= MIN_STEPS * WGMMA_COLS
+        return is_read and is_long and matrix.expert_size // sections % RUN_ROWS == 0
+
+    def _is_as_stored(self, matrix: Matrix) -> bool:
+        """Whether the matrix unit takes the matrix as it is."""
+        return FLOATS.get(matrix.format.name) == self.mma.dtype
+
+    @property
     def tile_rows(self) -> int:
         """Rows of a tile: as many as most experts have, so that few weights are read twice."""
         if self.is_few:
@@ -186,6 +227,8 @@ class ManyRows:
             while tiles < MOST_TILES and tiles * TOKENS < 1.5 * self.rows_per_expert:
                 tiles *= 2
             return tiles * TOKENS
+        if self.uses_wgmma:
+            return TOKEN_TILE
         largest = 128 if self.mma.kind == "CUDA" else 64
         return largest if self.rows_per_expert >= 2 * largest else largest // 2
 
@@ -205,7 +248,7 @@ class ManyRows:
         """The rows by expert."""
         spec = OrderSpec.of(self.lanes, self.tiles(self.layer.gate_up, is_first=True, has_bias=False))
         device = str(routing.ids.device)
-        outs = [empty(spec.num_pairs, I32, device), empty(spec.num_tiles * TILE_WORDS, I32, device)]
+        outs = [empty(spec.num_pairs, I32, device), empty(spec.map_size, I32, device)]
         read = [routing.ids]
         if spec.parts > 1:
             read += run_kernel(count_kernel(spec), [empty(spec.counts_size, I32, device)], read)
@@ -223,6 +266,8 @@ class ManyRows:
     def _multiply(
         self, name: str, matrix: Matrix, x: Tensor, rows: SortedRows, dtype: DType, bias: Tensor | None
     ) -> Tensor:
+        if self.uses_wgmma:
+            return self._multiply_wgmma(name, matrix, x, rows, dtype, bias)
         is_first = matrix is self.layer.gate_up
         tiles = self.tiles(matrix, is_first=is_first, has_bias=bias is not None)
         shape = (matrix.expert_size, matrix.num_cols, self.layer.kind.activation if is_first else None)
@@ -234,6 +279,36 @@ class ManyRows:
             many = ExpertGemmSpec(name, self.mma, matrix.format, x.dtype, self.num_pairs, *shape, expert_tiles=tiles)
             fn, out_rows = gemm_kernel(many), many.out_rows
         return run_kernel(fn, [empty(self.num_pairs * out_rows, dtype, str(x.device))], read)[0]
+
+    def _multiply_wgmma(
+        self, name: str, matrix: Matrix, x: Tensor, rows: SortedRows, dtype: DType, bias: Tensor | None
+    ) -> Tensor:
+        """The same on Hopper. The first product's results are 16 bits wide."""
+        is_first, device, size = matrix is self.layer.gate_up, str(x.device), (matrix.expert_size, matrix.num_cols)
+        if is_first:
+            gather = GatherSpec(self.num_pairs, self.layer.num_chosen, matrix.num_cols, self.mma.dtype)
+            sorted_x = empty(self.num_pairs * matrix.num_cols, F16, device)
+            x, dtype = run_kernel(gather_kernel(gather), [sorted_x], [x, rows.pairs])[0], F16
+        planes: Sequence[Tensor] = matrix.planes
+        if not self._is_as_stored(matrix):
+            unpacked = empty(matrix.num_rows * matrix.num_cols, F16, device)
+            fn = unpack_kernel(matrix.format, matrix.num_rows, matrix.num_cols, self.mma.dtype)
+            planes = run_kernel(fn, [unpacked], planes)
+        tiles = self.tiles(matrix, is_first=is_first, has_bias=bias is not None)
+        expected = self.num_pairs // TOKEN_TILE + matrix.num_experts // 2
+        spec = ExpertWgmmaSpec(
+            name,
+            self.mma,
+            self.num_pairs,
+            *size,
+            row_tile=expert_row_tile(*size, expected, is_first),
+            splits=1,
+            activation=self.layer.kind.activation if is_first else None,
+            expert_tiles=tiles,
+        )
+        outs = [empty(self.num_pairs * spec.out_rows, dtype, device), empty(spec.map_size, U32, device)]
+        read = [*planes, x, rows.tiles, rows.pairs, *([] if bias is None else [bias])]
+        return run_kernel(wgmma_kernel(spec), outs, read)[0]
 
 
 __all__ = ["FusedRouting", "ManyRows", "OneRow", "run_route", "uncovered_layer"]

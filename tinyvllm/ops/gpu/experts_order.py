@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tinygrad import UOp
+from tinygrad import UOp, dtypes
+from tinygrad.dtype import DType
 
 from tinyvllm.ops.gpu.token_tiles import TILE_WORDS, ExpertTiles
-from tinyvllm.ops.kernel.body import I32, Body, KernelFn, cached_kernel, clamp, finish
-from tinyvllm.ops.kernel.lanes import LANES, Lanes, await_previous, axes_of
+from tinyvllm.ops.kernel.body import F16, I32, Body, KernelFn, cached_kernel, clamp, finish
+from tinyvllm.ops.kernel.lanes import LANES, Lanes, await_previous, axes_of, load_floats
 
 PART = 1024  # pairs of a threadgroup
 THREADS = 512
 UNROLLED = 4
+GATHER_THREADS = 256
+RUN_COLS = 8  # columns that a thread copies
 NO_EXPERT = -1
 
 
 @dataclass(frozen=True)
 class OrderSpec:
-    """pairs (P,), tile map (tiles, 4) = the order of ids (P,)."""
+    """pairs (P,), tile map (tiles, 4) and the number of used tiles = the order of ids (P,)."""
 
     lanes: Lanes
     num_experts: int
@@ -55,6 +58,10 @@ class OrderSpec:
         """Pairs of a piece: a multiple of those that are looked at together, and not so few that a loop is none."""
         pairs = min(self.num_pairs, PART)
         return max(2, -(-pairs // (self.pieces * UNROLLED))) * UNROLLED
+
+    @property
+    def map_size(self) -> int:
+        return self.num_tiles * TILE_WORDS + 1
 
     @property
     def counts_size(self) -> int:
@@ -100,6 +107,38 @@ def order_kernel(spec: OrderSpec) -> KernelFn:
         stores += sections.write_map(tiles)
         name = f"order_experts_{spec.num_pairs}x{spec.num_experts}"
         return finish(UOp.group(*stores).end(*reversed(part.axes)), name, nbytes=8 * spec.num_pairs)
+
+    return kernel
+
+
+@dataclass(frozen=True)
+class GatherSpec:
+    """sorted rows (P, K) of x (T, K), in the matrix unit's dtype."""
+
+    num_pairs: int  # P
+    num_chosen: int  # k
+    num_cols: int  # K
+    dtype: DType
+
+
+@cached_kernel
+def gather_kernel(spec: GatherSpec) -> KernelFn:
+    """fn(out (P, K) float16, x, pairs): the rows of x sorted by expert; bfloat16 as its bits."""
+
+    def kernel(out: UOp, x: UOp, pairs: UOp) -> UOp:
+        body, per_row = Body(), spec.num_cols // RUN_COLS
+        total = spec.num_pairs * per_row
+        group, thread = body.grid(-(-total // GATHER_THREADS)), body.threads(GATHER_THREADS)
+        piece = (group * GATHER_THREADS + thread).minimum(total - 1)  # the last one again: no condition
+        row, start = piece // per_row, piece % per_row * RUN_COLS
+        token = clamp(pairs[row].load(), 0, spec.num_pairs - 1) // spec.num_chosen
+        values = load_floats(x, token * spec.num_cols + start, RUN_COLS)
+        halves = [value.cast(spec.dtype) for value in values]
+        if spec.dtype != F16:
+            halves = [value.bitcast(F16) for value in halves]
+        stores = [out[row * spec.num_cols + start + i].store(value) for i, value in enumerate(halves)]
+        ended = UOp.group(*stores).end(thread, group)
+        return finish(ended, f"sort_rows_{spec.num_pairs}x{spec.num_cols}", nbytes=4 * spec.num_pairs * spec.num_cols)
 
     return kernel
 
@@ -227,4 +266,6 @@ class _Sections:
             held = [part._register(is_used.where(word, 0))[0].load() for word in words]
             is_inside = part.condition(tile < spec.num_tiles)
             stores += [tiles[(tile * TILE_WORDS + i).valid(is_inside)].store(word) for i, word in enumerate(held)]
-        return stores
+        used = part._register(self.firsts[spec.padded].load())[0].load()
+        is_one = part.condition(part.number.eq(0) & part.thread.eq(0))
+        return [*stores, tiles[UOp.const(spec.num_tiles * TILE_WORDS, dtypes.weakint).valid(is_one)].store(used)]

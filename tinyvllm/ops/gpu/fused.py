@@ -225,7 +225,7 @@ class FusedGpuBackend(GpuBackend):
         if num_tokens == 1:
             return self._experts_of_one(x, routing, layer, norm, epilogue)
         assert self.mma is not None
-        rows = ManyRows(self._lanes(num_tokens), self.mma, layer, num_tokens)
+        rows = ManyRows(self._lanes(num_tokens), self.mma, layer, num_tokens, self.has_wgmma)
         normed = routing.normed_rows(x, norm) if isinstance(routing, FusedRouting) else None
         if normed is None:
             normed = self.whole(x) if norm is None else self._normed_rows(x, norm, num_tokens)

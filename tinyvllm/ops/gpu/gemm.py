@@ -235,9 +235,9 @@ def gemm_kernel(spec: GemmSpec) -> KernelFn:
 
 
 @cached_kernel
-def unpack_kernel(fmt: Format, num_rows: int, num_cols: int) -> KernelFn:
-    """fn(out (N, K), *planes): a quantized matrix as float16. A thread unpacks a run of 32 values; through threadgroup
-    memory, neighboring threads then store neighboring pieces of 16 bytes."""
+def unpack_kernel(fmt: Format, num_rows: int, num_cols: int, dtype: DType = F16) -> KernelFn:
+    """fn(out (N, K), *planes): a quantized matrix as float16, or as bfloat16 in a float16 buffer. A thread unpacks a
+    run of 32 values; through threadgroup memory, neighboring threads then store neighboring pieces of 16 bytes."""
 
     def kernel(out: UOp, *planes: UOp) -> UOp:
         body, runs, threads = Body(), num_rows * num_cols // PANEL, 128
@@ -248,7 +248,8 @@ def unpack_kernel(fmt: Format, num_rows: int, num_cols: int) -> KernelFn:
             PANEL // PIECE,
             PANEL + PIECE,
         )  # padded by a piece: different banks
-        values = read_run(Planes(fmt, planes), run // per_row, run % per_row, num_cols, PANEL).values(F16)
+        values = read_run(Planes(fmt, planes), run // per_row, run % per_row, num_cols, PANEL).values(dtype)
+        values = [value if dtype == F16 else value.bitcast(F16) for value in values]
         shared = body.shared(threads * stride, F16)
         shared = shared.after(UOp.group(*[shared[thread * stride + i].store(value) for i, value in enumerate(values)]))
         stores = []

@@ -9,7 +9,8 @@ they fetch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from tinygrad import UOp
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.activation import Arithmetic, gated
+from tinyvllm.ops.gpu.token_tiles import TILE_WORDS, ExpertTile, ExpertTiles, TokenTile
 from tinyvllm.ops.kernel.body import F16, F32, I32, LOG2E, U32, Body, KernelFn, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.hopper import (
     CLUSTER,
@@ -88,6 +90,11 @@ class WgmmaSpec:
     adds_residual: bool = False  # if S is 1
 
     @property
+    def experts(self) -> ExpertTiles | None:
+        """Set if the matrix has an axis of experts: then N is of one, and each tile of tokens has its own."""
+        return None
+
+    @property
     def is_gated(self) -> bool:
         return self.activation is not None
 
@@ -121,11 +128,12 @@ class WgmmaSpec:
 
     @property
     def row_box(self) -> Box:
-        """The part of the matrix that a copy fetches, with its rows permuted. wgmma gives each of four lanes two
-        consecutive rows of every eight. So row (b, l, e) of a tile, of (run / 2, 4, 2), is row (l, b, e) of the matrix:
-        a lane's results of run / 2 blocks are consecutive."""
+        """The part of the matrix (of all experts') that a copy fetches, with its rows permuted. wgmma gives each of
+        four lanes two consecutive rows of every eight. So row (b, l, e) of a tile, of (run / 2, 4, 2), is row (l, b, e)
+        of the matrix: a lane's results of run / 2 blocks are consecutive."""
         row, group = self.num_cols * 2, 4 * self.run
-        sizes = (self.num_cols, 2, 4, self.run // 2, self.num_rows // group)
+        num_rows = self.num_rows * (1 if self.experts is None else self.experts.num_experts)
+        sizes = (self.num_cols, 2, 4, self.run // 2, num_rows // group)
         box = (WGMMA_COLS, 2, 4, self.run // 2, self.row_tile // self.boxes // group)
         return Box(sizes, (row, self.run * row, 2 * row, group * row), box)
 
@@ -185,6 +193,26 @@ class WgmmaSpec:
         return turns * (self.steps * max(self.row_tile * ROW_CYCLES, fetched) + TILE_CYCLES) + added
 
 
+@dataclass(frozen=True)
+class ExpertWgmmaSpec(WgmmaSpec):
+    """The same with experts: T are the pairs of a token and an expert, and x has a row for each, sorted by expert. The
+    first product's results are in the matrix unit's dtype, in a float16 buffer; S is 1."""
+
+    expert_tiles: ExpertTiles = field(kw_only=True)
+
+    @property
+    def experts(self) -> ExpertTiles:
+        return self.expert_tiles
+
+    @property
+    def cluster(self) -> int:
+        return 1
+
+    @property
+    def token_groups(self) -> int:
+        return self.expert_tiles.num_tiles
+
+
 @cache
 def best_cut(num_tokens: int, num_rows: int, num_cols: int, is_gated: bool) -> tuple[int, int]:
     """The fastest (rows of the matrix in a tile, splits of K) for a product, by `WgmmaSpec.cycles`."""
@@ -199,20 +227,30 @@ def best_cut(num_tokens: int, num_rows: int, num_cols: int, is_gated: bool) -> t
     return best.row_tile, best.splits
 
 
+def expert_row_tile(num_rows: int, num_cols: int, num_tiles: int, is_gated: bool) -> int:
+    """The fastest number of an expert's matrix rows in a tile, for so many tiles of tokens."""
+    activation = "silu" if is_gated else None
+    shape = (num_tiles * TOKEN_TILE, num_rows, num_cols)
+    specs = [WgmmaSpec("", Mma("CUDA", F16), *shape, rows, 1, activation) for rows in ROW_TILES]
+    return min(specs, key=lambda spec: spec.cycles).row_tile
+
+
 @cached_kernel
 def wgmma_kernel(spec: WgmmaSpec) -> KernelFn:
-    """fn(out, maps (map_size,) uint32, w, x[, residual]): see WgmmaSpec."""
+    """fn(out, maps (map_size,) uint32, w, x[, residual][, tile map, sorted pairs[, bias]]): see WgmmaSpec."""
 
-    def kernel(out: UOp, maps: UOp, w: UOp, x: UOp, *residual: UOp) -> UOp:
+    def kernel(out: UOp, maps: UOp, w: UOp, x: UOp, *rest: UOp) -> UOp:
         assert spec.steps >= MIN_STEPS, f"{spec} has {spec.steps} stages in a tile"
-        work = _WgmmaKernel(spec, out, maps, w, x, residual[0] if residual else None)
+        work = _WgmmaKernel(spec, out, maps, w, x, rest)
         ready = work.prepare()
         done = UOp(Ops.BARRIER, src=(work.fetch_tiles(ready), work.multiply_tiles(ready)))
         if spec.cluster > 1:  # neither may end while the other still writes to its memory
             done = meet(done)
-        name = f"{spec.name}_float16_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
+        kind = "float16" if spec.mma.dtype == F16 else "bfloat16"
+        name = f"{spec.name}_{kind}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
         size = spec.num_rows * spec.num_cols
-        return finish(done.end(*reversed(work.axes)), name, ops=2 * spec.num_tokens * size, nbytes=2 * size)
+        nbytes = 2 * size * (1 if spec.experts is None else spec.experts.work[1])
+        return finish(done.end(*reversed(work.axes)), name, ops=2 * spec.num_tokens * size, nbytes=nbytes)
 
     return kernel
 
@@ -238,8 +276,10 @@ def row_of(spec: WgmmaSpec, block: int, element: int, lane: Number) -> Number:
 class _WgmmaKernel:
     """One threadgroup's work: its cluster's tiles of the list, one after another."""
 
-    def __init__(self, spec: WgmmaSpec, out: UOp, maps: UOp, w: UOp, x: UOp, residual: UOp | None) -> None:
-        self.spec, self.out, self.maps, self.w, self.x, self.residual = spec, out, maps, w, x, residual
+    def __init__(self, spec: WgmmaSpec, out: UOp, maps: UOp, w: UOp, x: UOp, rest: Sequence[UOp]) -> None:
+        self.spec, self.out, self.maps, self.w, self.x = spec, out, maps, w, x
+        self.residual = rest[0] if spec.adds_residual else None
+        self.sorting = rest[spec.adds_residual :]  # of rows by expert
         body = self.body = Body()
         count = spec.num_clusters * spec.cluster
         self.number: UOp | int = body.grid(count) if count > 1 else 0
@@ -285,11 +325,24 @@ class _WgmmaKernel:
         spec = self.spec
         # never a single turn: with a constant turn, the compiler keeps everything that follows from it in registers
         most = max(2, -(-spec.num_tiles // spec.num_clusters))
-        count = (spec.num_tiles - 1 - self.unit) // spec.num_clusters + 1
+        if spec.experts is None:
+            count = (spec.num_tiles - 1 - self.unit) // spec.num_clusters + 1
+        else:
+            used = clamp(self.sorting[0][spec.experts.num_tiles * TILE_WORDS].load(), 0, spec.experts.num_tiles)
+            count = (used * spec.row_groups + (spec.num_clusters - 1) - self.unit) // spec.num_clusters
         count = uniform(has_role.where(count, 0))
         loop = self.body.fold_while(self.lane.eq(0).where(count, 0) if one_lane else count)
         turn = clamp(loop, 0, most - 1)
         return loop, turn, (turn * spec.num_clusters + self.unit).minimum(spec.num_tiles - 1)
+
+    def _tile(self, number: UOp) -> tuple[UOp | int, UOp, TokenTile]:
+        """(split of K, first row of the output, token rows) of a tile of the list."""
+        spec = self.spec
+        if spec.experts is None:
+            split, first_row, first_token = tile_of(spec, number, self.rank)
+            return split, first_row, TokenTile(first_token, TOKEN_TILE * spec.cluster, spec.num_tokens)
+        tile = ExpertTile(spec.experts, number // spec.row_groups, spec.num_rows, self.sorting)
+        return 0, number % spec.row_groups * spec.out_tile, tile
 
     # -- the warp that fetches -----------------------------------------------------------------------------------------
 
@@ -297,7 +350,7 @@ class _WgmmaKernel:
         """Fetch all stages of all tiles in order, each as soon as it is empty."""
         spec = self.spec
         loop, turn, number = self._loop_tiles(self.role.eq(FETCHER), one_lane=True)
-        split, first_row, first_token = tile_of(spec, number, self.rank)
+        split, first_row, tile = self._tile(number)
         maps = [self.maps[self.number * (2 * MAP_WORDS) + i * MAP_WORDS] for i in range(2)]
         acquired = [acquire_map(each, loop, ready) for each in maps]
         step = self.body.fold(spec.steps)
@@ -305,13 +358,13 @@ class _WgmmaKernel:
         col = (split * spec.steps + step) * WGMMA_COLS
         waited = wait(empty, 1 - parity, step, *acquired)
         last = expect(full, spec.stage_bytes, waited)
-        last = fetch(place, maps[0], full, [col, first_token], last)
+        last = fetch(place, maps[0], full, [col, UOp.const(0, I32) + tile.first], last)
         rows, box, nil = place + TOKEN_TILE * WGMMA_COLS * 2, spec.row_tile // spec.boxes, UOp.const(0, I32)
         for i in range(1 if spec.cluster > 1 else spec.boxes):
             share = (
                 self.rank if spec.cluster > 1 else i
             )  # each threadgroup of a cluster fetches half of the rows for both
-            row = first_row + share * (spec.out_rows if spec.is_gated else box)
+            row = tile.matrix_row(first_row + share * (spec.out_rows if spec.is_gated else box))
             at = [col, nil, nil, nil, row // (4 * spec.run)]
             place = rows + share * (box * WGMMA_COLS * 2)
             last = fetch(place, maps[1], full, at, last, is_shared=spec.cluster > 1)
@@ -324,11 +377,10 @@ class _WgmmaKernel:
         spec = self.spec
         count = spec.row_tile // 8 * 4
         loop, turn, number = self._loop_tiles(self.role < FETCHER, one_lane=False)
-        places = self._places(*tile_of(spec, number, self.rank))
+        tile = self._tile(number)
+        places = self._places(*tile)
         registers = self.body.registers(count)
-        begun = [UOp.const(0.0, F32)] * count
-        if self.residual is not None:  # the sums start from it: it is loaded while the first stages arrive
-            begun = [self.residual[at].load().cast(F32) for at in places]
+        begun = self._begun(places, *tile[1:])
         empty = registers.after(loop, ready)
         registers = registers.after(UOp.group(*[empty[i].store(value) for i, value in enumerate(begun)]))
         step = self.body.fold(spec.steps)
@@ -346,8 +398,28 @@ class _WgmmaKernel:
         if spec.activation is not None:
             half = count // 2
             values = gated(spec.activation, values[:half], values[half:], HOPPER_ARITHMETIC)
-        stores = [self.out[at].store(value.cast(self.out.dtype)) for at, value in zip(places, values, strict=True)]
+        stores = [self.out[at].store(self._result(value)) for at, value in zip(places, values, strict=True)]
         return UOp.group(*stores).end(loop)
+
+    def _begun(self, places: list[UOp], first_row: UOp, tile: TokenTile) -> list[UOp]:
+        """What the sums start from, loaded while the first stages arrive: the residual, or the rows' biases."""
+        spec = self.spec
+        if self.residual is not None:
+            return [self.residual[at].load().cast(F32) for at in places]
+        elements, out_blocks = TileMma(spec.mma).elements, spec.out_tile // 8
+        begun = []
+        for i in range(spec.row_tile // 8 * elements):
+            block, element = i // elements, i % elements
+            row = first_row + row_of(spec, block % out_blocks, element, self.lane)
+            bias = tile.bias(row.minimum(spec.out_rows - 1) + block // out_blocks * spec.out_rows)
+            begun.append(UOp.const(0.0, F32) if bias is None else bias)
+        return begun
+
+    def _result(self, value: UOp) -> UOp:
+        """A result as it is stored."""
+        if self.spec.experts is not None and self.out.dtype == F16:
+            return TileMma(self.spec.mma).encode(value)
+        return value.cast(self.out.dtype)
 
     def _release(self, empty: UOp, condition: UOp | None, *after: UOp) -> UOp:
         """Tell the cluster's threadgroups that this group of warps has read a stage: one thread tells each of them."""
@@ -357,17 +429,18 @@ class _WgmmaKernel:
             is_one = is_one & condition
         return arrive(empty, is_one, *after, threadgroup=None if spec.cluster == 1 else self.lane % spec.cluster)
 
-    def _places(self, split: UOp, first_row: UOp, first_token: UOp) -> list[UOp]:
+    def _places(self, split: UOp | int, first_row: UOp, tile: TokenTile) -> list[UOp]:
         """Where the thread's results of a tile go: runs of consecutive rows (`WgmmaSpec.row_box`)."""
         spec, mma, places = self.spec, TileMma(self.spec.mma), []
         for block in range(spec.out_tile // 8):
             for element in range(mma.elements):
-                token = first_token + self.warp * mma.left_rows + mma.place(self.lane, element)[0]
+                token = self.warp * mma.left_rows + mma.place(self.lane, element)[0]
+                exists = tile.exists(token)
                 row = first_row + row_of(spec, block, element, self.lane)
                 run = first_row + row_of(spec, block // (spec.run // 2) * (spec.run // 2), 0, self.lane)
-                at = (split * spec.num_tokens + token) * spec.out_rows + row
-                if spec.num_tokens % (TOKEN_TILE * spec.cluster):
-                    at = at.valid(token < spec.num_tokens)
+                at = (split * spec.num_tokens + tile.target(token)) * spec.out_rows + row
+                if exists is not None:
+                    at = at.valid(exists)
                 if spec.out_rows % spec.out_tile:
                     at = at.valid(run < spec.out_rows)  # a whole run or nothing
                 places.append(at)

@@ -99,7 +99,7 @@ class ExpertTile(TokenTile):
         return self._place(index)
 
     def target(self, index: UOp) -> UOp:
-        return self._place(index) if self.spec.is_first else self._pair(index)
+        return self.first + index if self.spec.is_first else self._pair(index)
 
     def exists(self, index: UOp) -> UOp:
         return self.first + index < self.end

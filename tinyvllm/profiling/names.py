@@ -18,6 +18,9 @@ _WORDS = {
     "prefill_attention": "attention",
     "write_kv": "kv write",
     "store_kv": "kv write",
+    "latent_attention": "attention",
+    "write_latents": "kv write",
+    "store_latents": "kv write",
     "sum": "residual sum",
     "join": "join logits",
 }

@@ -34,6 +34,7 @@ class SplitHeads:
     num_splits: int  # S; how many are in use depends on the context's length
     window: int | None = None  # tokens that a row attends to, its own included
     has_own_token: bool = False  # the row's own token is among those that are split
+    shortest_span: int = SHORTEST_SPAN
 
     @property
     def num_cols(self) -> int:
@@ -55,7 +56,7 @@ class SplitHeads:
         if self.num_splits == 1:
             return past
         unit = TILE_TOKENS * self.num_splits
-        return ((past + (unit - 1)) // unit * TILE_TOKENS).maximum(SHORTEST_SPAN)
+        return ((past + (unit - 1)) // unit * TILE_TOKENS).maximum(self.shortest_span)
 
     def used(self, past: UOp) -> UOp:
         """Splits in use, at least one, if `past` tokens are split."""
@@ -64,7 +65,7 @@ class SplitHeads:
 
     def past(self, inputs: UOp) -> UOp:
         """How many tokens of row 0's context are split."""
-        limit = max(self.layout.max_blocks * self.layout.block_size, 2 * SHORTEST_SPAN * self.num_splits)
+        limit = max(self.layout.max_blocks * self.layout.block_size, 2 * self.shortest_span * self.num_splits)
         return self.shared(clamp(inputs[self.layout.offset("positions")].load(), 0, limit - 1))
 
 

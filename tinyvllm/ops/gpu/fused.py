@@ -32,6 +32,8 @@ from tinyvllm.ops.gpu.backend import GpuBackend, embed_kernel
 from tinyvllm.ops.gpu.experts import FusedRouting, ManyRows, OneRow, run_route, uncovered_layer
 from tinyvllm.ops.gpu.experts_route import uncovered_kind
 from tinyvllm.ops.gpu.gemm import MIN_TOKENS, GemmSpec, multiply_rows
+from tinyvllm.ops.gpu.latent_attention import store_latents_kernel
+from tinyvllm.ops.gpu.latent_fused import FusedLatentSpec, combine_latents_kernel, fused_latent_kernel
 from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector, quantized_vector_kernel
 from tinyvllm.ops.gpu.recurrent import GpuRecurrentSpec, recur_by_rows
@@ -42,6 +44,7 @@ from tinyvllm.ops.kernel.body import F32, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import allows_wgmma
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import choose
+from tinyvllm.ops.latent_spec import LatentLayer
 from tinyvllm.ops.recurrent_spec import RecurrentLayer
 from tinyvllm.ops.step_inputs import StepLayout
 
@@ -291,6 +294,66 @@ class FusedGpuBackend(GpuBackend):
 
     def finish(self, x: Tensor, num_tokens: int, epilogue: Epilogue) -> Tensor:
         return self._pending_sum(self.whole(x), 1, num_tokens, epilogue)
+
+    def attend_latent(self, queries: Tensor, latents: Tensor, layer: LatentLayer, step: Step) -> Tensor:
+        queries, latents = self.whole(queries), self.whole(latents)
+        mma, tokens = self._mma(dtypes.half), step.num_tokens
+        reason = f"a pool in {step.pool.dtype}" if step.pool.dtype != "float16" else "no matrix unit for float16"
+        if mma is not None and step.pool.dtype == "float16":
+            own = dict(lanes=self._lanes(tokens), mma=mma)
+            spec = FusedLatentSpec.of(layer, step.layout, step.pool.num_blocks[layer.index], **own)
+            reason = spec.uncovered_shape() or self._uncovered_product([layer.key_up, layer.value_up], tokens, PLAIN)
+        if reason:
+            self.coverage.take_general("latent attention", reason, layer.index)
+            return super().attend_latent(queries, latents, layer, step)
+        pool = step.pool.keys[layer.index]
+        assert isinstance(pool, Tensor)
+        store = store_latents_kernel(spec, int(latents.numel()) // tokens, spec.lanes)
+        (pool,) = run_kernel(store, [pool], [step.inputs, layer.norm, layer.rope, latents])
+        absorbed = self._by_head_fused("key_up", queries, layer.key_up, spec)
+        attended = self._attend_latents(spec, [pool, step.inputs, layer.rope, absorbed, queries])
+        return self._by_head_fused("value_up", attended, layer.value_up, spec)
+
+    def _attend_latents(self, spec: FusedLatentSpec, read: list[Tensor]) -> Tensor:
+        """(T * H * rank,): attention in the latents' space."""
+        split, tokens = spec.split, spec.layout.num_tokens
+        out = self._empty(tokens * split.num_cols)
+        if split.num_splits == 1:
+            return run_kernel(fused_latent_kernel(spec), [out], read)[0]
+        rows = split.num_splits * tokens
+        parts = [self._floats(rows * split.num_cols), self._floats(rows * split.num_heads)]
+        parts = run_kernel(fused_latent_kernel(spec), parts, read)
+        return run_kernel(combine_latents_kernel(spec), [out], [*parts, read[1]])[0]
+
+    def _by_head_fused(self, name: str, x: Tensor, matrix: Matrix, spec: FusedLatentSpec) -> Tensor:
+        """A block-diagonal product: (T * rows,), of each head's columns of x and its rows of the matrix."""
+        tokens = spec.layout.num_tokens
+        block_rows, block_stride = matrix.num_rows // spec.num_heads, int(x.numel()) // tokens // spec.num_heads
+        out = self._empty(tokens * matrix.num_rows)
+        if tokens == 1:
+            row = VectorSpec(
+                name=name,
+                lanes=self.lanes,
+                format=matrix.format,
+                num_rows=matrix.num_rows,
+                num_cols=matrix.num_cols,
+                block_rows=block_rows,
+                block_stride=block_stride,
+            )
+            return run_kernel(vector_kernel(row), [out], [*matrix.planes, x])[0]
+        assert self.mma is not None
+        rows = MatrixSpec(
+            name=name,
+            lanes=spec.lanes,
+            mma=self.mma,
+            format=matrix.format,
+            num_tokens=tokens,
+            num_rows=matrix.num_rows,
+            num_cols=matrix.num_cols,
+            block_rows=block_rows,
+            block_stride=block_stride,
+        )
+        return run_kernel(matrix_kernel(choose(rows)), [out], [*matrix.planes, x])[0]
 
     def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
         return super().take_rows(self.whole(x), step, num_cols)

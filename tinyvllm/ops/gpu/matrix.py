@@ -57,6 +57,15 @@ class MatrixSpec(Tunable):
     num_rows: int  # N
     num_cols: int  # K
     activation: str | None = None  # the matrix is gate over up: out = activation(gate) * up
+    # Of a block-diagonal matrix: the rows of a block, which multiply columns of their own of x, and the columns of x
+    # from one block's first to the next one's; num_cols is a block's K. 0: it is not one
+    block_rows: int = 0
+    block_stride: int = 0
+
+    @property
+    def x_cols(self) -> int:
+        """Columns of x."""
+        return self.num_rows // self.block_rows * self.block_stride if self.block_rows else self.num_cols
 
     @property
     def experts(self) -> ExpertTiles | None:
@@ -78,7 +87,8 @@ class MatrixSpec(Tunable):
     @property
     def has_pairs(self) -> bool:
         """Whether weights are unpacked two at a time, in float16."""
-        return self.format.is_quantized and self.mma.dtype == F16 and self.token_tiles <= MAX_PAIR_TILES
+        few = self.token_tiles <= MAX_PAIR_TILES and not self.block_rows  # whose x may be in float32
+        return self.format.is_quantized and self.mma.dtype == F16 and few
 
     @property
     def token_tiles(self) -> int:
@@ -100,12 +110,12 @@ class MatrixSpec(Tunable):
         if self.is_gated:
             wanted = 4 if self._is_broad else max(2, wanted)
         wanted *= scale
-        while wanted > 1 + self.is_gated and self.num_rows % (wanted * self.mma.rows):
+        while wanted > 1 + self.is_gated and (self.block_rows or self.num_rows) % (wanted * self.mma.rows):
             wanted //= 2
         return self.knob("row_tiles", wanted)
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
-        splits = () if self.is_gated else (1, 2, 4, 8, 16)
+        splits = () if self.is_gated or self.block_rows else (1, 2, 4, 8, 16)
         return {
             "row_tiles": (1, 2, 4, 8),
             "splits": splits,
@@ -118,6 +128,7 @@ class MatrixSpec(Tunable):
         least = 2 if self.is_gated else 1
         return (
             self.row_tiles >= least
+            and self.block_rows % (self.row_tiles * self.mma.rows) == 0
             and self.num_rows % (self.row_tiles * self.mma.rows * self.down) == 0
             and self.warps * self.down <= MAX_WARPS
             and (self._sums % self.warps == 0 or self.warps > self._sums)
@@ -172,7 +183,11 @@ class MatrixSpec(Tunable):
         """S: splits of K, each with its own threadgroups, if there are too few rows to fill the device."""
         splits, groups = 1, self._num_groups
         wanted = GROUPS_WANTED * 3 // 2 if self.token_tiles == 1 else GROUPS_WANTED
-        while not self.is_gated and groups * splits < wanted and self.chunks >= 4 * splits * min(4, self.warps):
+        while (
+            not (self.is_gated or self.block_rows)
+            and groups * splits < wanted
+            and self.chunks >= 4 * splits * min(4, self.warps)
+        ):
             splits *= 2
         return self.knob("splits", splits)
 
@@ -344,7 +359,9 @@ class _Loads:
         spec, runs = self.spec, []
         for token, slot in spec.mma.token_runs(self.place.lane):
             run, is_inside = self._run(chunk, slot)
-            at = self.place.tile.source(tile * TOKENS + token) * spec.num_cols + run * spec.cols
+            at = self.place.tile.source(tile * TOKENS + token) * spec.x_cols + run * spec.cols
+            if spec.block_rows:  # all rows of a warp are in one block
+                at = at + self.place.bases[0] // spec.block_rows * spec.block_stride
             if spec.has_pairs:
                 values = spec.mma.load_pairs(x, at, spec.cols)
             else:

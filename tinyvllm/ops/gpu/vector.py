@@ -65,6 +65,10 @@ class RowProductSpec:
     softcap: float | None = None  # softcap * tanh(y / softcap)
     split: SplitHeads | None = None  # x is attention whose splits are still to be combined
     sum: NormedSum | None = None  # x is a sum that is still to be computed, which the kernel also writes
+    # Of a block-diagonal matrix: the rows of a block, which multiply columns of their own of x, and the columns of x
+    # from one block's first to the next one's. 0: it is not one
+    block_rows: int = 0
+    block_stride: int = 0
 
     @property
     def experts(self) -> ChosenExperts | None:
@@ -393,6 +397,8 @@ class _Input:
     def read(self, run: _LoadedRun, iteration: UOp | int) -> list[UOp]:
         """The columns of a run, 0 outside the matrix."""
         start, cols = run.number * self.spec.cols, self.spec.cols
+        if self.spec.block_rows:  # all rows of a warp are in one block
+            start = start + self.place.rows[0] // self.spec.block_rows * self.spec.block_stride
         if self.split is not None:
             values = self.split.read(self.place.body, start, cols, [*self.place.axes, *axes_of(iteration)])
         elif self.staged is not None:

@@ -12,25 +12,41 @@ from typing import Any
 
 import pytest
 
-from tests.text.write_family_reference import CHATS, OUTPUT, TEXTS, digest
+from tests.text.harmony import encode
+from tests.text.write_family_reference import CHATS, OUTPUT, TEXTS, dated, digest
+from tests.text.write_harmony_reference import CHATS as HARMONY_CHATS
+from tests.text.write_harmony_reference import FORMED
+from tests.text.write_harmony_reference import OUTPUT as HARMONY_OUTPUT
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import RequestError
 from tinyvllm.storage.resolve import models_dir
-from tinyvllm.text.chat import end_of_turn_ids, load_chat_template
+from tinyvllm.text.chat import ChatTemplate, end_of_turn_ids, load_chat_template
 from tinyvllm.text.reasoning import find_reasoning_format
 from tinyvllm.text.tokenizer import load_tokenizer
-from tinyvllm.text.tools import FAMILIES, find_tool_format, load_tool_format
+from tinyvllm.text.tools import FAMILIES, find_tool_format, harmony, load_tool_format
 
 pytestmark = [pytest.mark.tokenizers, pytest.mark.timeout(300)]
 
-REFERENCE: dict[str, Any] = json.loads(OUTPUT.read_text(encoding="utf-8"))["families"]
-FORMATS = {"llama3_2": "llama3_json", "mistral_nemo": "mistral", "qwen2_5": "hermes", "qwen3": "hermes"}
+WRITTEN = json.loads(OUTPUT.read_text(encoding="utf-8"))
+REFERENCE: dict[str, Any] = WRITTEN["families"]
+FORMATS = {
+    "llama3_2": "llama3_json",
+    "mistral_nemo": "mistral",
+    "qwen2_5": "hermes",
+    "qwen3": "hermes",
+    "qwen3_5": "qwen3_coder",
+    "qwen3_coder": "qwen3_coder",
+    "glm4_7": "glm45",
+    "gpt_oss": "harmony",
+}
+THINKERS = ("qwen3", "qwen3_5", "glm4_7", "gpt_oss")
 ENDS = {
-    "gemma3": "<end_of_turn>",
-    "llama3_2": "<|eot_id|>",
-    "mistral_nemo": "</s>",
-    "qwen2_5": "<|im_end|>",
-    "qwen3": "<|im_end|>",
+    "gemma3": ["<end_of_turn>"],
+    "llama3_2": ["<|eot_id|>"],
+    "mistral_nemo": ["</s>"],
+    "qwen2_5": ["<|im_end|>"],
+    "qwen3": ["<|im_end|>"],
+    "gpt_oss": ["<|return|>", "<|call|>"],
 }
 
 
@@ -54,7 +70,7 @@ def test_ids_and_chats_are_transformers(files: ModelFiles) -> None:
             with pytest.raises(RequestError):
                 template.render(chat["messages"], **variables)
             continue
-        text = template.render(chat["messages"], **variables)
+        text = dated(template.render(chat["messages"], **variables))
         assert text == expected["chats"][name]["text"], name
         ids = tokenizer.encode_chat(text)
         assert (len(ids), digest(ids)) == (expected["chats"][name]["num_ids"], expected["chats"][name]["ids"]), name
@@ -67,5 +83,47 @@ def test_formats_and_ends_are_found_by_the_template(files: ModelFiles) -> None:
         return
     name = FORMATS.get(files.name, "json")
     assert name in FAMILIES and find_tool_format(None, template.source) is load_tool_format(name)
-    assert (find_reasoning_format(None, template.source) is not None) == (files.name == "qwen3")
-    assert [tokenizer.token_text(one) for one in end_of_turn_ids(template, tokenizer)] == [ENDS[files.name]]
+    assert (find_reasoning_format(None, template.source) is not None) == (files.name in THINKERS)
+    assert [tokenizer.token_text(one) for one in end_of_turn_ids(template, tokenizer)] == ENDS[files.name]
+
+
+@pytest.mark.parametrize("name", WRITTEN["templates"])
+def test_templates_without_tokenizers_are_rendered_as_by_transformers(name: str) -> None:
+    template = template_of(name)
+    for chat_name, chat in CHATS.items():
+        variables = {key: value for key, value in chat.items() if key != "messages"}
+        assert dated(template.render(chat["messages"], **variables)) == WRITTEN["templates"][name][chat_name], chat_name
+    assert find_tool_format(None, template.source) is load_tool_format(FORMATS[name])
+    reasoning = find_reasoning_format(None, template.source)
+    assert (reasoning is not None) == (name in THINKERS)
+    if reasoning is not None:  # their prompts open the reasoning, unless it is disabled
+        assert reasoning.starts_inside(WRITTEN["templates"][name]["tools"])
+        assert not reasoning.starts_inside(WRITTEN["templates"][name]["no thinking"])
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_coder", "glm4_7"])
+def test_calls_are_written_as_by_the_template(name: str) -> None:
+    [call] = CHATS["results"]["messages"][1]["tool_calls"]
+    assert load_tool_format(FORMATS[name]).write([call["function"]]) in WRITTEN["templates"][name]["results"]
+
+
+def template_of(name: str) -> ChatTemplate:
+    path = models_dir() / "tokenizers" / name / "chat_template.jinja"
+    if not path.is_file():
+        pytest.fail(f"there is no {path}: run `bash scripts/fetch_tokenizers.sh`", pytrace=False)
+    return ChatTemplate({"default": path.read_text(encoding="utf-8")}, {}, name)
+
+
+def test_gpt_oss_ids_and_prompts_are_the_librarys() -> None:
+    """Where the template deviates, it is followed: it has a comma after the comment with a default."""
+    reference = json.loads(HARMONY_OUTPUT.read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(ModelFiles("hf", models_dir() / "tokenizers" / "gpt_oss", "gpt_oss"))
+    assert [encode(tokenizer, text) for text in FORMED] == reference["ids"]
+    assert tokenizer.encode_chat("<|return|><|call|>") == reference["ends"]
+    for name, chat in HARMONY_CHATS.items():
+        system = [{"role": "system", "content": chat["instructions"]}] if "instructions" in chat else []
+        said = [one for one in chat["messages"] if one["role"] != "system"]
+        messages = harmony.FORMAT.prepare([*system, *said], [], has_template=True)
+        effort = {"reasoning_effort": chat.get("effort", "medium")}
+        text = template_of("gpt_oss").render(messages, tools=chat.get("tools"), **effort)
+        assert dated(text).replace("default: C,", "default: C") == reference["chats"][name], name

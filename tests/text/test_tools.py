@@ -17,6 +17,7 @@ from tinyvllm.config import GrammarSpec
 from tinyvllm.errors import RequestError, TinyvllmError
 from tinyvllm.text.grammar import compile_grammar
 from tinyvllm.text.tools import FAMILIES, find_tool_format, load_tool_format
+from tinyvllm.text.tools.argument_types import property_schema, typed
 from tinyvllm.text.tools.base import Tool, ToolFormat
 from tinyvllm.text.tools.events import CallArguments, CallBegin, Text, joined
 
@@ -195,6 +196,52 @@ CASES: list[tuple[str, str, str, Calls]] = [
         [("get_weather", '{"city": "Rom"}')],
     ),
     ("harmony", " to=time-now<|channel|>commentary<|message|>", "", [("time-now", "{}")]),
+    # qwen3_coder
+    (
+        "qwen3_coder",
+        "Let me see.\n\n<tool_call>\n<function=get_weather>\n<parameter=city>\nRom \"x\"\n\n</parameter>\n"
+        "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>\n",
+        "Let me see.",
+        [("get_weather", '{"city": "Rom \\"x\\"\\n", "days": 2}')],
+    ),
+    (
+        "qwen3_coder",
+        "<tool_call>\n<function=time-now>\n</function>\n</tool_call>\n<tool_call>\n<function=get_weather>\n"
+        "<parameter=city>\n2\n</parameter>\n<parameter=more>\n[1, {}]\n</parameter>\n</function>\n</tool_call>",
+        "",
+        [("time-now", "{}"), ("get_weather", '{"city": "2", "more": [1, {}]}')],
+    ),
+    (
+        "qwen3_coder",
+        "<function=get_weather><parameter=days>many</parameter><parameter=x>True</parameter></function> Done.",
+        "Done.",
+        [("get_weather", '{"days": "many", "x": true}')],
+    ),
+    (
+        "qwen3_coder",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nRo",
+        "",
+        [("get_weather", '{"city": "Ro"}')],
+    ),
+    ("qwen3_coder", '<tool_call>{"name": "a"}</tool_call>', '<tool_call>{"name": "a"}</tool_call>', []),
+    ("qwen3_coder", "a <functions are <tool", "a <functions are <tool", []),
+    # glm45
+    (
+        "glm45",
+        "Hm.<tool_call>get_weather<arg_key>city</arg_key><arg_value>5</arg_value><arg_key>days</arg_key>"
+        "<arg_value>2</arg_value></tool_call><tool_call>time-now</tool_call>",
+        "Hm.",
+        [("get_weather", '{"city": "5", "days": 2}'), ("time-now", "{}")],
+    ),
+    (
+        "glm45",
+        "\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>\nRom</arg_value>\n</tool_call>\nDone",
+        "Done",
+        [("get_weather", '{"city": "\\nRom"}')],
+    ),
+    ("glm45", "<tool_call>two words</tool_call>", "<tool_call>two words</tool_call>", []),
+    ("glm45", "<tool_call>get_weather<arg_key>city</arg_key></tool_call>", "", [("get_weather", "{}")]),
+    ("glm45", "<tool_call></tool_call>", "<tool_call></tool_call>", []),
     # glm
     ("glm4", 'get_weather\n{"city": "Rom"}', "", [("get_weather", '{"city": "Rom"}')]),
     (
@@ -224,6 +271,8 @@ FRAGMENTS = [
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", '{"name": "time-now"', ', "arguments": ',
     "<|tool_call|>", "functools", "<function_calls>", "</function_calls>", "f(x=1)", "<|tool_call>", "call:a{",
     "}<tool_call|>", '<|"|>', "time-now\n",
+    "<function=get_weather>", "<parameter=city>", "</parameter>", "</function>", "<arg_key>", "</arg_key>",
+    "<arg_value>", "</arg_value>", "get_weather",
     "<|start|>assistant", "<|channel|>commentary to=functions.f", "<|message|>", "<|end|>",
     '"parameters": ', "{", "}", "[", "]", '"', "\\", ",", ";", ":", " ", "\n", "x", "1", "null", "<tool", "[TOOL", "é",
 ]  # fmt: skip
@@ -263,6 +312,47 @@ def test_arguments_come_in_pieces_and_the_name_before_them() -> None:
     assert parser.push('ther", ') == [CallBegin(0, "get_weather")]
     assert parser.push('"arguments": {"ci') == [CallArguments(0, '{"ci')]
     assert parser.push('ty": "R') == [CallArguments(0, 'ty": "R')]
+
+
+def test_strings_between_tags_come_in_pieces() -> None:
+    parser = FORMATS["qwen3_coder"].parser(TOOLS)
+    assert parser.push("<tool_call>\n<function=get_weather>\n<parameter=city>\n") == [
+        CallBegin(0, "get_weather"),
+        CallArguments(0, '{"city": "'),
+    ]
+    assert parser.push('a "b"\n') == [CallArguments(0, 'a \\"b\\"')]
+    assert parser.push("c</par") == [CallArguments(0, "\\nc")]
+    assert parser.push("ameter>") == [CallArguments(0, '"')]
+    assert parser.push("<parameter=days>1") == [CallArguments(0, ', "days": ')] and parser.push("7") == []
+    assert parser.push("</parameter>") == [CallArguments(0, "17")]
+
+
+REFERRED = {"$defs": {"unit": {"enum": ["C", 3, None]}}, "properties": {"u": {"$ref": "#/$defs/unit"}}}
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "value"),
+    [
+        ("5", {"type": "string"}, "5"),
+        ("null", {"type": "string"}, "null"),
+        ("null", {"type": ["string", "null"]}, None),
+        ("5", {"anyOf": [{"type": "string"}, {"type": "integer"}]}, "5"),
+        ("5", {"type": "integer"}, 5),
+        ("five", {"type": "integer"}, "five"),
+        ("True", {"type": "boolean"}, True),
+        ('{"a": [1.5]}', {"type": "object"}, {"a": [1.5]}),
+        ("[1", {"type": "array"}, "[1"),
+        ("NaN", {"type": "number"}, "NaN"),
+        ("[1]", {}, [1]),
+        ("words", {}, "words"),
+        ("3", {"enum": ["3", 3]}, "3"),
+        ("3", property_schema(Tool("f", parameters=REFERRED), "u"), 3),
+        ("D", {"enum": ["C", 3]}, "D"),
+    ],
+)
+def test_values_between_tags_are_typed_by_the_schema(text: str, schema: dict[str, Any], value: Any) -> None:
+    found = typed(text, schema)
+    assert found == value and type(found) is type(value)
 
 
 def test_text_is_not_held_longer_than_it_may_be_a_mark() -> None:
@@ -346,6 +436,8 @@ def test_a_schema_that_cannot_be_enforced_is_refused_where_it_stands() -> None:
         ("<function_calls>", "olmo3"),
         ("{{ '<|tool_call>call:' }}", "gemma4"),
         ("<|observation|>", "glm4"),
+        ("<tool_call> <|observation|> <arg_key>", "glm45"),
+        ("<tool_call> <function= <parameter=", "qwen3_coder"),
         ("<|start|>assistant<|channel|>analysis<|message|>", "harmony"),
         ("{{ messages }}", "json"),
         ("", "json"),
@@ -431,7 +523,7 @@ SCHEMA = {
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("family", ["gemma4", "olmo3"])
+@pytest.mark.parametrize("family", ["gemma4", "olmo3", "qwen3_coder", "glm45"])
 def test_notations_that_are_not_json_keep_to_schemas(family: str, seed: int) -> None:
     text = FORMATS[family].forced_grammar([Tool("f", "", SCHEMA)], TOKENIZERS["byte-level"], is_parallel=False)
     written = walk(compile_grammar(lark(text), VOCABULARIES["byte-level"]), "byte-level", seed)

@@ -44,7 +44,7 @@ END_TEXTS = frozenset(
     }
 )
 # These end a document where they are special tokens, but may be ordinary text: markup, or words of a code vocabulary
-PLAIN_END_TEXTS = frozenset({"</s>", "<eos>", "[EOS]"})
+PLAIN_END_TEXTS = frozenset({"</s>", "<eos>", "[EOS]", "<|observation|>"})  # the last: GLM's, after its calls
 
 
 class TokenType(IntEnum):

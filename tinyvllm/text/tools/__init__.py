@@ -20,13 +20,15 @@ FAMILIES = {
     "phi4_mini_json": "phi4_mini",
     "granite": "granite",
     "olmo3": "olmo3",
+    "qwen3_coder": "qwen3_coder",
+    "glm45": "glm45",
     "hermes": "hermes",
     "glm4": "glm4",
     "llama3_json": "llama3",
     "json": "generic",
 }
 # other names of vLLM's
-ALIASES = {"openai": "harmony"}
+ALIASES = {"openai": "harmony", "qwen3_xml": "qwen3_coder", "glm47": "glm45"}
 
 
 def load_tool_format(name: str) -> ToolFormat:

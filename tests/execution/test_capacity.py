@@ -200,22 +200,23 @@ def all_bytes(capacity: Any, memory: MemoryFacts) -> int:
     return num_bytes(capacity, memory) + capacity.num_state_slots * memory.state_bytes
 
 
-def test_states_have_slots_for_all_sequences_and_as_many_checkpoints() -> None:
+def test_states_have_slots_for_all_sequences_and_two_checkpoints_of_each() -> None:
     capacity = plan(STATES, max_num_seqs=16)
-    assert (capacity.num_state_slots, capacity.checkpoint_interval) == (33, 4)
-    assert capacity.num_blocks == 880 and GIB * 0.97 < all_bytes(capacity, STATES) <= GIB
-    assert capacity.explanation[0].endswith("room for 880 blocks of 1.00 MiB, and 33 state slots of 4.00 MiB")
+    assert (capacity.num_state_slots, capacity.checkpoint_interval) == (49, 4)
+    assert capacity.num_blocks == 816 and GIB * 0.97 < all_bytes(capacity, STATES) <= GIB
+    assert capacity.explanation[0].endswith("room for 816 blocks of 1.00 MiB, and 49 state slots of 4.00 MiB")
     assert capacity.explanation[2] == (
-        "32 state slots of 4.00 MiB for recurrent layers: 16 for sequences and 16 for checkpoints of cached prefixes, "
+        "48 state slots of 4.00 MiB for recurrent layers: 16 for sequences and 32 for checkpoints of cached prefixes, "
         "one for each 4 blocks of a long prompt"
     )
-    assert capacity.memory == MemoryUse(weights=GIB, kv_groups=(880 << 20,), state_slot=4 << 20)
+    assert capacity.memory == MemoryUse(weights=GIB, kv_groups=(816 << 20,), state_slot=4 << 20)
 
 
 def test_a_large_pool_has_a_checkpoint_for_each_prefix_that_it_may_hold() -> None:
     memory = replace(STATES, kv_groups=(KVGroup(1 << 10),))
     capacity = plan(memory, max_num_seqs=64)
-    assert capacity.num_blocks == 64 * 128 + 1 and capacity.num_state_slots == 1 + 2 * 64
+    assert capacity.num_blocks == 64 * 128 + 1 and capacity.num_state_slots == 1 + 3 * 64
+    assert plan(memory, max_num_seqs=1).num_state_slots == 1 + 1 + 8
     capacity = plan(replace(memory, state_bytes=1 << 16), max_num_seqs=4, num_gpu_blocks_override=40 * 256)
     assert capacity.num_state_slots == 1 + 4 + 40, "4096 tokens each"
     assert capacity.checkpoint_interval == 4

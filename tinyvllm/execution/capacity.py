@@ -14,6 +14,8 @@ from tinyvllm.execution.buckets import Bucket
 GIB = 1 << 30
 MIB = 1 << 20
 PLANNED_PREFIX = 4096  # tokens of a cached prefix, for each of which there should be a checkpoint
+SEQUENCE_CHECKPOINTS = 2  # of one sequence while it decodes: at the end of its prompt, and at the latest border
+FEWEST_CHECKPOINTS = 8  # for a few conversations that one user returns to
 STATE_SHARE = 2  # state slots take at most 1/2 of the memory for KV and states, if more cannot be left
 PLANNED_WINDOWS = 4  # windows that a sequence is expected to be long, when memory is divided between groups
 
@@ -124,9 +126,10 @@ class PoolSplit:
     of earlier requests, and one step's tokens. It has room for these if memory is left by a first group of the size
     that all sequences can use. It never holds more tokens than the first group.
 
-    Recurrent states have a slot for each sequence that may run, and as many for the checkpoints that they make while
-    they decode, or one for each PLANNED_PREFIX tokens of the first group, if these are more. But slots take at most
-    half of the memory, unless the rest suffices for all that sequences can use; fewer sequences then run at once.
+    Recurrent states have a slot for each sequence that may run, and slots for checkpoints: two for each sequence, or
+    FEWEST_CHECKPOINTS, or one for each PLANNED_PREFIX tokens of the first group, whichever is the most. But slots take
+    at most half of the memory, unless the rest suffices for all that sequences can use. If not even each sequence has
+    one, fewer run at once.
     """
 
     block_size: int  # tokens
@@ -154,7 +157,8 @@ class PoolSplit:
         if not self.state_bytes:
             return 0
         num_seqs = self.limits.max_num_seqs
-        num_checkpoints = max(num_seqs, num_blocks * self.block_size // PLANNED_PREFIX)
+        num_prefixes = num_blocks * self.block_size // PLANNED_PREFIX
+        num_checkpoints = max(SEQUENCE_CHECKPOINTS * num_seqs, FEWEST_CHECKPOINTS, num_prefixes)
         return min(1 + num_seqs + num_checkpoints, self.max_state_slots)
 
     @property

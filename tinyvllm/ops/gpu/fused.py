@@ -37,6 +37,7 @@ from tinyvllm.ops.gpu.latent_fused import FusedLatentSpec, combine_latents_kerne
 from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector, quantized_vector_kernel
 from tinyvllm.ops.gpu.recurrent import GpuRecurrentSpec, recur_by_rows
+from tinyvllm.ops.gpu.recurrent_chunks import MIN_ROWS, ChunkSpec, recur_by_chunks
 from tinyvllm.ops.gpu.recurrent_decode import DecodeStateSpec, recur_rows
 from tinyvllm.ops.gpu.row_sum import RUN_COLS, EmbedSpec, SumSpec, sum_kernel
 from tinyvllm.ops.gpu.vector import NormedSum, VectorSpec, vector_kernel
@@ -272,6 +273,12 @@ class FusedGpuBackend(GpuBackend):
             if not (reason := spec.uncovered_shape()):
                 return recur_rows(choose(spec), out, layer, step, parts)
             self.coverage.take_general("recurrence", reason, layer.index)
+        half = self._mma(dtypes.half)
+        if half is not None and self.dtype != "float32" and step.num_tokens >= MIN_ROWS:
+            chunks = ChunkSpec.of(layer, step.layout, slots, step.is_decode, mma=half, **own)
+            if not (reason := chunks.uncovered_shape()):
+                return recur_by_chunks(choose(chunks), out, layer, step, parts)
+            self.coverage.take_general("a recurrence over prompts", reason, layer.index)
         walk = GpuRecurrentSpec.of(layer, step.layout, slots, step.is_decode, **own)
         return recur_by_rows(walk, out, layer, step, parts)
 

@@ -11,6 +11,7 @@ import functools
 import operator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from itertools import accumulate
 from math import gcd
 
 from tinygrad import Tensor, UOp
@@ -36,6 +37,8 @@ from tinyvllm.ops.recurrent_spec import (
 )
 
 VECTOR = 4  # values of a load: the widest vector of all devices
+CONVOLVED = (QUERIES, KEYS, VALUES)  # what kernels read of the projections
+MIXED = (*CONVOLVED, BETAS, DECAYS)
 STATE_THREADS = 32  # of a threadgroup whose threads hold whole columns of the state
 
 
@@ -48,9 +51,16 @@ class GpuRecurrentSpec(RecurrentSpec):
     lanes: Lanes | None = None
 
     @property
+    def mixed_sections(self) -> tuple[int, ...]:
+        """Where each section begins in a row of what the first kernel leaves to the second, in float32: queries, keys,
+        values, the exponents of decays, betas, and the end."""
+        kind = self.kind
+        sizes = (kind.key_size, kind.key_size, kind.value_size, kind.num_heads, kind.num_heads)
+        return tuple(accumulate(sizes, initial=0))
+
+    @property
     def mixed_cols(self) -> int:
-        """Columns of what the first kernel leaves to the second: q, k, v, the decays' exponents, betas."""
-        return self.kind.conv_size + 2 * self.kind.num_heads
+        return self.mixed_sections[-1]
 
     @property
     def down(self) -> int:
@@ -84,20 +94,31 @@ def recur_by_rows(
     """A recurrent layer's outputs, written to `out`; its states, to the pool."""
     matrices, convs = step.pool.matrices[layer.index], step.pool.convs[layer.index]
     assert isinstance(matrices, Tensor) and isinstance(convs, Tensor)
-    tokens, device = step.num_tokens, str(out.device)
-    mixed = empty(tokens * spec.mixed_cols, F32, device)
-    tables = [layer.conv, layer.log_decay, layer.decay_bias]
-    read = [step.inputs, convs, *tables, *_held(spec, parts, QUERIES, KEYS, VALUES, BETAS, DECAYS)]
-    (mixed,) = run_kernel(mix_kernel(spec), [mixed], read)
-    o = empty(tokens * spec.kind.value_size, F32, device)
-    read = [step.inputs, mixed, *_held(spec, parts, QUERIES, KEYS, VALUES)]
+    (mixed,) = mix_rows(spec, layer, step, parts)
+    o = empty(step.num_tokens * spec.kind.value_size, F32, str(out.device))
+    read = [step.inputs, mixed, *[parts[i] for i in spec.parts(*CONVOLVED)]]
     o, *_ = run_kernel(walk_kernel(spec), [o, matrices, convs], read)
-    return run_kernel(gate_kernel(spec), [out], [step.inputs, o, layer.norm, *_held(spec, parts, GATES)])[0]
+    return gate_heads(spec, out, layer, step, parts, o)
 
 
-def _held(spec: RecurrentSpec, parts: Many[Tensor], *sections: int) -> list[Tensor]:
-    """The parts of the projections that hold some sections."""
-    return [parts[i] for i in spec.parts(*sections)]
+def mix_rows(
+    spec: GpuRecurrentSpec, layer: RecurrentLayer, step: Step, parts: Many[Tensor], *units: Tensor
+) -> list[Tensor]:
+    """[queries and keys, written to `units`, if that is given; what else `mix_kernel` computes]."""
+    convs = step.pool.convs[layer.index]
+    assert isinstance(convs, Tensor)
+    mixed = empty(step.num_tokens * spec.mixed_cols, F32, str(step.inputs.device))
+    tables = [layer.conv, layer.log_decay, layer.decay_bias]
+    read = [step.inputs, convs, *tables, *[parts[i] for i in spec.parts(*MIXED)]]
+    return run_kernel(mix_kernel(spec, bool(units)), [*units, mixed], read)
+
+
+def gate_heads(
+    spec: GpuRecurrentSpec, out: Tensor, layer: RecurrentLayer, step: Step, parts: Many[Tensor], o: Tensor
+) -> Tensor:
+    """The outputs `o`, normed and gated, written to `out`."""
+    read = [step.inputs, o, layer.norm, *[parts[i] for i in spec.parts(GATES)]]
+    return run_kernel(gate_kernel(spec), [out], read)[0]
 
 
 class Projections:
@@ -174,6 +195,21 @@ class Inputs:
             stores.append(self.convs[self.place(sequence.write_slot, known, channel).valid(is_stored)].store(value))
         return stores
 
+    def keep_head(self, head: UOp | int, is_first: UOp, thread: UOp, threads: int) -> list[UOp]:
+        """Stores of the last inputs of a value head's channels, by the first of its threadgroups; those of queries and
+        keys, by the first head that reads them."""
+        spec, kind = self.spec, self.spec.kind
+        leads = is_first & (thread * 0 + head % spec.group).eq(0)
+        key = head // spec.group * kind.key_dim
+        ranges = [(QUERIES, key, kind.key_dim, leads), (KEYS, key, kind.key_dim, leads)]
+        ranges.append((VALUES, head * kind.value_dim, kind.value_dim, is_first))
+        return [
+            store
+            for section, first, size, wanted in ranges
+            for col, inside in columns(first, size, thread, threads)
+            for store in self.keep(section, col, wanted & inside)
+        ]
+
 
 def silu(x: UOp) -> UOp:
     return DEVICE_ARITHMETIC.swish(x, 1.0)
@@ -202,35 +238,38 @@ def add_threads(body: Body, values: list[UOp], thread: UOp, threads: int, lanes:
 
 
 @cached_kernel
-def mix_kernel(spec: GpuRecurrentSpec) -> KernelFn:
-    """fn(mixed (T, mixed_cols), inputs, convs, conv, log_decay, decay_bias, *parts): each row's queries and keys, of
-    length 1 (and Dk ** -0.5), its values, the exponents of its decays, and its betas."""
+def mix_kernel(spec: GpuRecurrentSpec, with_units: bool) -> KernelFn:
+    """fn([units (T, 2 * Hk * Dk), ]mixed (T, mixed_cols), inputs, convs, conv, log_decay, decay_bias, *parts): each
+    row's queries and keys, of length 1 (and Dk ** -0.5), its values, the exponents of its decays, and its betas."""
 
-    def kernel(mixed: UOp, inputs: UOp, convs: UOp, conv: UOp, *rest: UOp) -> UOp:
+    def kernel(*operands: UOp) -> UOp:
+        units, mixed = operands[0], operands[int(with_units)]
+        inputs, convs, conv, *rest = operands[1 + with_units :]
         (log_decay, bias), kind, body = rest[:2], spec.kind, Body()
-        tokens, cols = spec.layout.num_tokens, spec.mixed_cols
+        tokens, cols, starts = spec.layout.num_tokens, spec.mixed_cols, spec.mixed_sections
+        unit_cols = 2 * kind.key_size if with_units else cols
         row, head, thread = grid(body, tokens), grid(body, kind.num_key_heads), body.threads(LANES)
-        projections = Projections(spec, rest[2:], QUERIES, KEYS, VALUES, BETAS, DECAYS)
+        projections = Projections(spec, rest[2:], *MIXED)
         source = Inputs(projections, convs, conv, sequence_of(spec, inputs, row)[0])
-        stores, units, squares = [], [], []
+        stores, drawn, squares = [], [], []
         for section in (QUERIES, KEYS):
             places = columns(head * kind.key_dim, kind.key_dim, thread, LANES)
             values = [inside.where(source.mixed(section, row, col)[0], 0.0) for col, inside in places]
-            units.append((places, values))
+            drawn.append((places, values))
             squares.append(dot(values, values))
         totals = add_threads(body, squares, thread, LANES, spec.lanes)
-        for section, (places, values), total in zip((QUERIES, KEYS), units, totals, strict=True):
+        for section, (places, values), total in zip((QUERIES, KEYS), drawn, totals, strict=True):
             scale = (total + UNIT_EPS).sqrt().reciprocal() * (kind.key_dim**-0.5 if section == QUERIES else 1.0)
             for (col, inside), value in zip(places, values, strict=True):
-                at = row * cols + (spec.section_start(section) + col)
-                stores.append(mixed[at.valid(inside)].store(value * scale))
+                at = row * unit_cols + (section * kind.key_size + col)
+                stores.append(units[at.valid(inside)].store((value * scale).cast(units.dtype)))
         width = spec.group * kind.value_dim
         for col, inside in columns(head * width, width, thread, LANES):
-            at = row * cols + (spec.section_start(VALUES) + col)
+            at = row * cols + (starts[2] + col)
             stores.append(mixed[at.valid(inside)].store(source.mixed(VALUES, row, col)[0]))
         for h, inside in columns(head * spec.group, spec.group, thread, LANES):
             (a,), (b,) = projections.load(DECAYS, row, h), projections.load(BETAS, row, h)
-            at = row * cols + (kind.conv_size + h)
+            at = row * cols + (starts[3] + h)
             exponent, beta = decay_exponent(a, log_decay[h].load(), bias[h].load()), sigmoid(b)
             stores += [mixed[at.valid(inside)].store(exponent), mixed[(at + kind.num_heads).valid(inside)].store(beta)]
         size = tokens * kind.conv_size
@@ -249,7 +288,7 @@ def walk_kernel(spec: GpuRecurrentSpec) -> KernelFn:
         walk = _Walk(spec, inputs, mixed, matrices)
         done, state = walk.run(o)
         stores = [done, *walk.store(matrices, state)]
-        projections = Projections(spec, rest, QUERIES, KEYS, VALUES)
+        projections = Projections(spec, rest, *CONVOLVED)
         stores += walk.keep(Inputs(projections, convs, convs, walk.sequence))
         kind, layout = spec.kind, spec.layout
         tokens, seqs = layout.num_tokens, min(layout.num_seqs, layout.num_tokens)
@@ -310,8 +349,8 @@ class _Walk:
         base = row * spec.mixed_cols
         key, rows = base + self.head // spec.group * kind.key_dim, [spec.row(self.thread, i) for i in range(spec.rows)]
         q, k = ([self.mixed[key + start + row].load() for row in rows] for start in (0, kind.key_size))
-        v = self.mixed[base + (2 * kind.key_size) + self.head * kind.value_dim + self.column].load()
-        decay, beta = (self.mixed[base + kind.conv_size + i * kind.num_heads + self.head].load() for i in range(2))
+        v = self.mixed[base + spec.mixed_sections[2] + self.head * kind.value_dim + self.column].load()
+        decay, beta = (self.mixed[base + start + self.head].load() for start in spec.mixed_sections[3:5])
         # o = S^T q with the new S, in terms of the old one: so that no sum waits for another
         sums = [dot(k, state), dot(q, state), dot(q, k)]
         if spec.lanes is not None and spec.down > 1:
@@ -328,18 +367,7 @@ class _Walk:
 
     def keep(self, source: Inputs) -> list[UOp]:
         """Stores of the head's last inputs of the convolution, by the first threadgroup of each head."""
-        spec, kind = self.spec, self.spec.kind
-        is_first = (self.thread * 0 + self.block).eq(0)
-        leads = is_first & (self.thread * 0 + self.head % spec.group).eq(0)
-        key = self.head // spec.group * kind.key_dim
-        ranges = [(QUERIES, key, kind.key_dim, leads), (KEYS, key, kind.key_dim, leads)]
-        ranges.append((VALUES, self.head * kind.value_dim, kind.value_dim, is_first))
-        return [
-            store
-            for section, first, size, wanted in ranges
-            for col, inside in columns(first, size, self.thread, self.threads)
-            for store in source.keep(section, col, wanted & inside)
-        ]
+        return source.keep_head(self.head, (self.thread * 0 + self.block).eq(0), self.thread, self.threads)
 
 
 @cached_kernel

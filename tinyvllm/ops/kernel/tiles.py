@@ -140,6 +140,14 @@ class TileMma:
         starts = [base + (first_row + i * 8 + row) * TILE_COLS + first_col + column for i in range(TILE_COLS // 8)]
         return [[self.decode(tile[start + e].load()) for e in range(2)] for start in starts]
 
+    def upright(self, tile: UOp, base: UOp | int, first_row: UOp | int, lane: UOp, *after: UOp) -> Operands:
+        """The right operand of 8 rows from `first_row` on, to be multiplied by `weights` of its 32 columns."""
+        if self.is_cuda:
+            return self.right(tile, base, first_row, lane, *after)
+        row, column = self.mma.place(lane, 0)  # `right` permutes columns, which `weights` are not
+        starts = [base + (first_row + column) * TILE_COLS + i * 8 + row for i in range(TILE_COLS // 8)]
+        return [[self.decode(tile[start + e * TILE_COLS].load()) for e in range(2)] for start in starts]
+
     def weights(self, blocks: list[list[UOp]]) -> Operands:
         """Four adjacent blocks of sums as a left operand of 32 columns; each value is in the right lane already."""
         if not self.is_cuda:

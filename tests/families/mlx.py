@@ -30,6 +30,7 @@ MODELS: dict[str, Recipe] = {
     "phi3": replace(RECIPES["phi3"], config=PHI, seed=1),  # fused tensors, of which rows are taken
     # MLX rounds the square root of hidden_size to bfloat16: that of 64 is exact
     "gemma3": replace(RECIPES["gemma3"], config=dict(RECIPES["gemma3"].config) | GEMMA, seed=7),
+    "qwen3_5": replace(RECIPES["qwen3_5"], config=dict(RECIPES["qwen3_5"].config) | {"model_type": "qwen3_5"}),
 }
 
 
@@ -41,7 +42,7 @@ def write_mlx(directory: Path, recipe: Recipe) -> ModelFiles:
         for name, weight in mlx_weights(recipe).items():
             module = name.removesuffix(".weight")
             own = next((value for end, value in OTHERS.items() if module.endswith(end)), None)
-            if weight.ndim < 2 or module == name or own is False:
+            if weight.ndim < 2 or module == name or module.endswith("conv1d") or own is False:
                 tensors[name] = weight
                 continue
             if own is not None:

@@ -10,7 +10,7 @@ from tinygrad.uop.ops import Ops
 
 from tests.ops.rendering import KINDS, rendered, unwritten
 from tinyvllm.bench.shapes import find_shape
-from tinyvllm.config import ModelConfig, Rope
+from tinyvllm.config import ModelConfig, Rope, StateKind
 from tinyvllm.device.recording import trace_step
 from tinyvllm.model.registry import make_model
 from tinyvllm.model.weights.random import RandomWeights
@@ -48,8 +48,11 @@ def kernels_a_layer(kind: str, config: ModelConfig, tokens: int, weights: str) -
     """(names of the kernels from one layer's gate_up to the next one's, why some are general)."""
     backend = rendered(kind, is_chained=kind == "CUDA")
     model = make_model(config, RandomWeights(weights, seed=0), backend, 64, lambda done, total: None)
-    layout = StepLayout(tokens, min(tokens, 8), 4, 16, num_groups=len(pool_groups(model.config.layers)))
-    pool = backend.make_pool(pool_groups(model.config.layers), 5, layout.block_size, "float16")
+    layers = model.config.layers
+    states = {index: layer.state for index, layer in enumerate(layers) if layer.state is not None}
+    groups = pool_groups(layers)
+    layout = StepLayout(tokens, min(tokens, 8), 4, 16, num_groups=len(groups), has_states=bool(states))
+    pool = backend.make_pool(groups, 5, layout.block_size, "float16", states, 9 if states else 0)
     step = Step(layout, unwritten(backend, layout.size, dtypes.int), pool, tokens < 100)
     launches = trace_step(lambda: backend.whole(model(step)).realize()).launches
     names = [sink.arg.name for sink, _ in launches if sink.op is Ops.SINK]
@@ -76,3 +79,21 @@ def test_a_family_takes_at_most_one_kernel_a_layer_more_than_llama(kind: str, fa
             names, reasons = kernels_a_layer(kind, config, tokens, weights)
             assert len(names) == count + (more if tokens == 1 else 0), (tokens, weights, names)
             assert not reasons, reasons
+
+
+QWEN3_5 = {"head_dim": 256, "num_heads": 8, "state": StateKind(4, 2, 128, 128, 4, 1e-6), "has_output_gate": True}
+# kernels of a layer, by the tokens of a step
+RECURRENT, GATED = {1: 5, 8: 7, 100: 9}, {1: 8, 8: 9, 100: 10}
+
+
+@pytest.mark.parametrize(
+    "tokens", [1, pytest.param(8, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(("recurrent", "counts"), [((True, True, True), RECURRENT), ((True, False, False), GATED)])
+def test_kernels_of_recurrent_layers_and_of_gated_attention(
+    tokens: int, recurrent: tuple[bool, ...], counts: dict[int, int]
+) -> None:
+    """Attention takes one more for the gate's product, one for the gate, and one where splits are combined before."""
+    config = narrow("qwen3.5-0.8b", **(QWEN3_5 | {"recurrent": recurrent}))
+    names, reasons = kernels_a_layer("CUDA", config, tokens, "float16")
+    assert len(names) == counts[tokens] and not reasons, (names, reasons)

@@ -309,10 +309,13 @@ def _step_scratch_bytes(num_tokens: int, num_seqs: int, model: ModelConfig) -> i
 
 
 def _attention_values(kind: LayerKind) -> int:
-    """Values of one token in attention: q, k, v and the attended values. Of latents, queries and attended values are
-    there in the latents' space too."""
+    """Values of one token in attention: q, k, v and the attended values, and perhaps their gate. Of latents, queries
+    and attended values are there in the latents' space too. In a recurrent layer: its projections and its output."""
+    if (state := kind.state) is not None:
+        return state.conv_size + 2 * state.value_size + 2 * state.num_heads
     if kind.latent is None:
-        return 2 * kind.q_size + 2 * kind.kv_size
+        gates = 2 * kind.q_size if kind.has_output_gate else 0  # and the gated values
+        return 2 * kind.q_size + 2 * kind.kv_size + gates
     latent = kind.latent
     return kind.num_heads * (kind.head_dim + 2 * latent.rank + latent.value_dim) + latent.stored_dim
 

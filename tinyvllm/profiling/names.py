@@ -24,6 +24,7 @@ _WORDS = {
     "sum": "residual sum",
     "join": "join logits",
 }
+FIRST_OF_LAYER = ("qkv", "recurrent in")  # the products that a layer begins with
 # Kernels after the head, which turn logits into a token.
 SAMPLE = "sample"
 _SAMPLING = ("logprobs_", "leaders_", "draw_", "process_", "bias_", "typical_", "count_")
@@ -64,11 +65,13 @@ def layers_by_order(operations: Iterable[str]) -> Iterator[int | None]:
     layers."""
     layer: int | None = None
     inside = False  # between the embedding and the head of a step
+    before = ""
     for operation in operations:
         if operation == "embed":
             layer, inside = None, True
         elif operation in ("head", SAMPLE):
             inside = False
-        elif inside and operation == "qkv":
+        elif inside and operation in FIRST_OF_LAYER and operation != before:  # several kernels: parts, a gate
             layer = 0 if layer is None else layer + 1
+        before = operation
         yield layer if inside else None

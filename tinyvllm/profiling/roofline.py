@@ -76,7 +76,8 @@ def _attention_weights(kind: LayerKind, hidden_size: int) -> int:
         projected = state.conv_size + state.value_size + 2 * state.num_heads  # q, k, v; z; b and a
         return hidden_size * (projected + state.value_size)
     if latent is None:
-        return hidden_size * (2 * kind.q_size + (2 * kind.kv_size if kind.kv_layer is None else 0))
+        gate = kind.q_size if kind.has_output_gate else 0
+        return hidden_size * (2 * kind.q_size + gate + (2 * kind.kv_size if kind.kv_layer is None else 0))
     queries = hidden_size * kind.q_size
     if latent.query_rank is not None:
         queries = latent.query_rank * (hidden_size + kind.q_size)

@@ -393,6 +393,9 @@ def gate_over_up(gate: HostMatrix, up: HostMatrix) -> HostMatrix:
 def expert_gate_over_up(gate: HostMatrix, up: HostMatrix, num_experts: int) -> HostMatrix:
     """The same for many experts' (E * ffn, K): each expert's gate rows, and then its rows of the up projection."""
     size = gate.shape[0] // num_experts
+    if isinstance(gate, np.ndarray) and isinstance(up, np.ndarray) and gate.dtype == up.dtype:  # copied once
+        halves = [half.reshape(num_experts, size, -1) for half in (gate, up)]
+        return np.concatenate(halves, axis=1).reshape(-1, gate.shape[1])
     index = np.arange(gate.shape[0]).reshape(num_experts, 1, size)
     return take_rows(gate_over_up(gate, up), np.concatenate([index, index + gate.shape[0]], axis=1).reshape(-1))
 

@@ -68,12 +68,14 @@ class RandomWeights:
         rows, cols = shape
         order = np.arange(rows) % DRAWN_ROWS
         if self._kind not in DENSE_KINDS:
-            return draw_quantized(self._kind, DRAWN_ROWS, cols, rng).rows(order)
+            drawn = draw_quantized(self._kind, DRAWN_ROWS, cols, rng)
+            # repeated when they are packed, some rows at a time
+            return replace(drawn, codes=drawn.lazy_codes).rows(order)
         values = (rng.standard_normal((DRAWN_ROWS, cols)) / math.sqrt(cols)).astype(np.float32)
         if self._kind == "bfloat16":
             return (values.view(np.uint32) >> 16).astype(np.uint16).view(bfloat16)[order]
-        drawn: np.ndarray = values.astype(self._kind)[order]
-        return drawn
+        repeated: np.ndarray = values.astype(self._kind)[order]
+        return repeated
 
     def finish(self) -> None:
         """Nothing can be left over: tensors are made when they are taken."""

@@ -15,6 +15,7 @@ planes. Readers here are general: they read every `Format`, in either layout. Wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -36,13 +37,15 @@ from tinyvllm.arrays import (
     grid_table,
     to_float32,
 )
+from tinyvllm.config import usable_cores
 from tinyvllm.device.handle import has_half, upload
 from tinyvllm.errors import InvariantError, UnsupportedModelError
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32
 
 PANEL = RUN  # output rows of a panel, and codes of one packed run
 HALF = PANEL // 2
-CHUNK_WEIGHTS = 1 << 22  # that are packed at a time
+CHUNK_WEIGHTS = 1 << 21  # that are packed at a time, by each of up to MOST_PACKERS threads
+MOST_PACKERS = 8
 WORD = 32  # bits of a word of the high plane: the bits of a run of 32 codes fill one word, two or four
 SIGNS = 8  # columns whose signs share a byte, where signs are apart
 SIGN_BIT = 0x80000000
@@ -479,17 +482,22 @@ def _as_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _quantized_planes(host: QuantizedMatrix, padded: int, layout: str, keeps_half: bool) -> list[np.ndarray]:
-    """Packed some rows at a time, so that unpacked codes and copies of them take little memory."""
-    planes: list[np.ndarray] = []
-    for rows in _row_slices(padded, host.shape[1]):
-        count = rows.stop - rows.start
-        parts = _pack_rows(host.rows(rows), count, layout, keeps_half)
-        if count == padded:
-            return parts
-        planes = planes or [np.empty((len(part) * padded // count, *part.shape[1:]), part.dtype) for part in parts]
+    """Packed some rows at a time, so that unpacked codes and copies of them take little memory, by a few threads, which
+    NumPy lets run at the same time."""
+    begin, *rest = _row_slices(padded, host.shape[1])
+    parts = _pack_rows(host.rows(begin), begin.stop, layout, keeps_half)
+    if not rest:
+        return parts
+    planes = [np.empty((len(part) * padded // begin.stop, *part.shape[1:]), part.dtype) for part in parts]
+
+    def write(rows: slice) -> None:
+        parts = _pack_rows(host.rows(rows), rows.stop - rows.start, layout, keeps_half)
         for plane, part in zip(planes, parts, strict=True):
             first = rows.start * len(plane) // padded
             plane[first : first + len(part)] = part
+
+    with ThreadPoolExecutor(min(usable_cores(), MOST_PACKERS)) as pool:
+        list(pool.map(write, (begin, *rest)))
     return planes
 
 

@@ -79,6 +79,18 @@ def test_the_tensors_of_every_family_are_those_that_it_loads(tmp_path: Path) -> 
         assert report.num_weights > 0, name
 
 
+def test_experts_are_a_part_of_their_own_of_which_few_are_active(tmp_path: Path) -> None:
+    recipe = RECIPES["qwen3_moe"]
+    found = check(write_hf(tmp_path / "sparse", recipe).path)
+    parts = {row["part"]: row for row in found["weights"]}
+    assert parts["experts"]["num_tensors"] == 2 * 3 and parts["router"]["num_tensors"] == 2
+    in_experts = 2 * recipe.config["num_experts"] * 3 * recipe.config["moe_intermediate_size"] * 64
+    assert parts["experts"]["num_weights"] == in_experts
+    assert found["active_parameters"] == found["parameters"] - in_experts * 5 // 8
+    done = run(write_hf(tmp_path / "again", recipe).path)
+    assert " active) parameters" in done.stdout.replace("\n", " ")
+
+
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     found = check(write_multimodal_hf(tmp_path / "gemma", RECIPES["gemma3"]).path)
     assert found["runs"] and any("vision tower" in line for line in found["left_out"])

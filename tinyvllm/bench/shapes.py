@@ -18,6 +18,14 @@ GEMMA4_E2B_SIZES = tuple(
     for layer in range(35)
 )
 
+# each sixth attends to everything, with wider heads, whose values are their keys
+GEMMA4_26B_SIZES = tuple(
+    LayerSizes(num_kv_heads=2, head_dim=512, ffn_size=2112, has_v_from_k=True)
+    if layer % 6 == 5
+    else LayerSizes(num_kv_heads=8, head_dim=256, ffn_size=2112)
+    for layer in range(30)
+)
+
 THREE_OF_FOUR = (True, True, True, False)  # by layer: recurrent, but for each fourth
 
 
@@ -492,7 +500,11 @@ SHAPES: dict[str, ModelConfig] = {
             head_dim=64,
             vocab_size=201088,
             max_position=131072,
-            rope=Rope(150000.0, RopeScaling("yarn", 32.0, original_max_position=4096, truncate=False)),
+            rope=Rope(
+                150000.0,
+                RopeScaling("yarn", 32.0, original_max_position=4096, truncate=False),
+                attention_factor=1.3466,
+            ),
             norm_eps=1e-5,
             tie_embeddings=False,
             biases=("qkv", "out"),
@@ -506,6 +518,65 @@ SHAPES: dict[str, ModelConfig] = {
                 has_router_bias=True,
                 has_biases=True,
             ),
+        ),
+        ModelConfig(
+            name="qwen3.5-35b-a3b",  # Qwen/Qwen3.5-35B-A3B, the text part
+            architecture="qwen3_5_moe",
+            num_layers=40,
+            hidden_size=2048,
+            ffn_size=512,
+            num_heads=16,
+            num_kv_heads=2,
+            head_dim=256,
+            vocab_size=248320,
+            max_position=262144,
+            rope=Rope(10000000.0, num_dims=64),
+            norm_eps=1e-6,
+            tie_embeddings=False,
+            state=delta_net(32),
+            recurrent=THREE_OF_FOUR,
+            has_output_gate=True,
+            experts=ExpertsKind(num_experts=256, top_k=8, ffn_size=512, shared_size=512, has_shared_gate=True),
+        ),
+        ModelConfig(
+            name="gemma-4-26b-a4b",  # google/gemma-4-26B-A4B, the text part
+            architecture="gemma4",
+            num_layers=30,
+            hidden_size=2816,
+            ffn_size=2112,
+            num_heads=16,
+            num_kv_heads=8,
+            head_dim=256,
+            vocab_size=262144,
+            max_position=262144,
+            rope=Rope(1000000.0, RopeScaling("proportional", proportion=0.25)),
+            norm_eps=1e-6,
+            tie_embeddings=True,
+            activation="gelu_tanh",
+            window=1024,
+            windowed=GEMMA3_WINDOWED,
+            local_rope=Rope(10000.0),
+            score_scale=1.0,
+            logit_softcap=30.0,
+            overflows_float16=True,
+            layer_sizes=GEMMA4_26B_SIZES,
+            experts=ExpertsKind(num_experts=128, top_k=8, ffn_size=704, activation="gelu_tanh", has_expert_scale=True),
+        ),
+        ModelConfig(
+            name="mixtral-8x7b",  # mistralai/Mixtral-8x7B-v0.1
+            architecture="mixtral",
+            num_layers=32,
+            hidden_size=4096,
+            ffn_size=14336,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            vocab_size=32000,
+            max_position=32768,
+            rope=Rope(1000000.0),
+            norm_eps=1e-5,
+            tie_embeddings=False,
+            experts=ExpertsKind(num_experts=8, top_k=2, ffn_size=14336),
         ),
         ModelConfig(
             name="llama-3.1-70b",  # meta-llama/Llama-3.1-70B

@@ -165,7 +165,7 @@ def print_check(result: CheckResult) -> None:
 def _print_report(report: ModelReport, result: CheckResult) -> None:
     config = report.config
     lines = [
-        f"{result.name}: {report.source}, family {report.architecture}, {_count(report.num_weights)} parameters",
+        f"{result.name}: {report.source}, family {report.architecture}, {_parameters(report)}",
         f"{config.num_layers} layers, {config.max_position} tokens of context, "
         + ("with a chat template" if result.has_chat_template else "without a chat template"),
         *report.left_out,
@@ -210,6 +210,12 @@ def _kernel_lines(report: ModelReport) -> Iterator[str]:
 
 def _mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def _parameters(report: ModelReport) -> str:
+    """How many, and of sparse models how many a token passes through."""
+    active = "" if report.config.experts is None else f" ({_count(report.num_active)} active)"
+    return f"{_count(report.num_weights)}{active} parameters"
 
 
 def _count(number: int) -> str:

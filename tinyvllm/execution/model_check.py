@@ -29,11 +29,14 @@ from tinyvllm.storage.model_config import read_model_config
 
 KV_ITEMSIZE = 2  # float16, as --kv-cache-dtype auto has it
 DENSE = {"float32": 4, "float16": 2, "bfloat16": 2}
+EXPERTS = "experts"
 # Parts of a model by what their tensors' names contain, in the order of the table
 CLASSES = (
     ("embeddings", "embed_tokens"),
     ("head", "lm_head"),
     ("attention", "self_attn"),
+    (EXPERTS, ".experts."),
+    ("router", ".mlp.gate."),
     ("recurrence", "linear_attn"),
     ("feed-forward", "mlp"),
 )
@@ -75,6 +78,14 @@ class ModelReport:
     @property
     def num_weights(self) -> int:
         return sum(one.num_weights for one in self.classes)
+
+    @property
+    def num_active(self) -> int:
+        """Weights that a token passes through: all but those of experts that are not chosen for it."""
+        experts = self.config.experts
+        in_experts = sum(one.num_weights for one in self.classes if one.part == EXPERTS)
+        chosen = 0 if experts is None else in_experts * experts.top_k // experts.num_experts
+        return self.num_weights - in_experts + chosen
 
     @property
     def device_bytes(self) -> int:
@@ -238,6 +249,7 @@ def as_json(report: ModelReport, fitting: Fit | None) -> dict[str, Any]:
         "architecture": report.architecture,
         "source": report.source,
         "parameters": report.num_weights,
+        "active_parameters": report.num_active,
         "layers": config.num_layers,
         "max_position": config.max_position,
         "weights": [vars(one) for one in report.classes],

@@ -68,7 +68,12 @@ class _NoBackend:
         return self.matrix(gate)
 
     def expert_gate_up(self, gate: HostMatrix, up: HostMatrix, num_experts: int) -> Matrix:
-        return self.matrix(gate)
+        return self.expert_matrix(gate, num_experts)
 
     def expert_matrix(self, host: HostMatrix, num_experts: int) -> Matrix:
+        if host.shape[0] % (num_experts * PANEL):
+            raise UnsupportedModelError(
+                f"an expert's matrix has {host.shape[0] // num_experts} rows, but kernels read {PANEL} at a time: "
+                f"hidden_size and the size of an expert must be multiples of {PANEL}"
+            )
         return self.matrix(host)

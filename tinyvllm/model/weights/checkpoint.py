@@ -85,7 +85,8 @@ def format_lines(tensors: Mapping[str, StoredTensor]) -> list[str]:
     modules: dict[str, dict[str, None]] = {}  # in the order of the files
     for name, tensor in tensors.items():
         if len(tensor.shape) > 1:
-            module = name.removesuffix(".weight").rpartition(".")[2]
+            parent, _, module = name.removesuffix(".weight").rpartition(".")
+            module = f"experts.{module}" if parent.endswith(".experts") else module
             modules.setdefault(tensor.format_name, {})[module] = None
     lines = [f"{', '.join(names)}: {format_name}" for format_name, names in modules.items()]
     converted = [tensor for tensor in tensors.values() if tensor.is_converted]

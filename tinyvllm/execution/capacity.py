@@ -53,18 +53,7 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
     TinyvllmError if max_model_len exceeds the length that the model was trained for.
     """
     room = max(0, memory.budget - memory.weight_bytes - memory.scratch_bytes)
-    split = PoolSplit(
-        block_size=config.block_size,
-        longest=_longest(config, model),
-        limits=limits,
-        kv_groups=memory.kv_groups,
-        state_bytes=memory.state_bytes,
-    ).with_states_in(room)
-    by_memory = _steady(split.most_blocks(room))
-    if config.max_model_len is not None:  # it is wanted: shrink everything else until it fits
-        while split.can_shrink and not config.num_gpu_blocks_override and not split.holds_longest(by_memory):
-            split = split.with_less_besides()
-            by_memory = _steady(split.most_blocks(room))
+    split, by_memory = _split_for(config, limits, _longest(config, model), memory, room)
     num_blocks = config.num_gpu_blocks_override or min(by_memory, split.useful_blocks)
     if config.num_gpu_blocks_override:
         _check_override(split, num_blocks, memory)
@@ -87,14 +76,7 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
         other_groups=tuple(others),
         num_state_slots=split.num_state_slots(num_blocks),
         checkpoint_interval=split.checkpoint_interval,
-        memory=MemoryUse(
-            weights=memory.weight_bytes,
-            scratch=memory.scratch_bytes,
-            kv_groups=tuple(
-                group.num_blocks * split.block_bytes(number) for number, group in enumerate((first, *others))
-            ),
-            state_slot=memory.state_bytes,
-        ),
+        memory=_memory_use(split, memory, num_blocks),
     )
     max_model_len = min(split.longest, capacity.num_tokens)
     if config.max_model_len is not None and max_model_len < split.longest:
@@ -258,6 +240,35 @@ class PoolSplit:
     def _chunk(self) -> int:
         """The most tokens of one sequence in one step."""
         return min(self.longest, self.limits.max_num_batched_tokens)
+
+
+def _split_for(
+    config: EngineConfig, limits: Limits, longest: int, memory: MemoryFacts, room: int
+) -> tuple[PoolSplit, int]:
+    """How `room` bytes are divided, and the blocks of the first group that they hold."""
+    split = PoolSplit(
+        block_size=config.block_size,
+        longest=longest,
+        limits=limits,
+        kv_groups=memory.kv_groups,
+        state_bytes=memory.state_bytes,
+    ).with_states_in(room)
+    num_blocks = _steady(split.most_blocks(room))
+    if config.max_model_len is not None:  # it is wanted: shrink everything else until it fits
+        while split.can_shrink and not config.num_gpu_blocks_override and not split.holds_longest(num_blocks):
+            split = split.with_less_besides()
+            num_blocks = _steady(split.most_blocks(room))
+    return split, num_blocks
+
+
+def _memory_use(split: PoolSplit, memory: MemoryFacts, num_blocks: int) -> MemoryUse:
+    groups = enumerate(split.groups(num_blocks))
+    return MemoryUse(
+        weights=memory.weight_bytes,
+        scratch=memory.scratch_bytes,
+        kv_groups=tuple(group.num_blocks * split.block_bytes(number) for number, group in groups),
+        state_slot=memory.state_bytes,
+    )
 
 
 def _check_override(split: PoolSplit, num_blocks: int, memory: MemoryFacts) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from safetensors import deserialize
@@ -303,3 +304,20 @@ def test_a_tokenizer_without_merges_is_named_by_its_file(tmp_path: Path) -> None
         UnsupportedModelError, match=r"hf/tokenizer.json has no merges, which a GGUF file cannot be without"
     ):
         convert(source, "q8_0", tmp_path / "x.gguf")
+
+
+def test_experts_of_a_gguf_file_are_quantized_and_directories_of_them_refused(tmp_path: Path) -> None:
+    recipe = RECIPES["qwen3_moe"]
+    source = write_gguf(tmp_path / "x.gguf", recipe)
+    written = convert(source, "q8_0", tmp_path / "y.gguf").files
+    name, before = "blk.0.ffn_down_exps.weight", GGUFFile(source.path).tensors
+    tensor = GGUFFile(written.path).tensors[name]
+    assert (tensor.ggml_type, tensor.shape) == ("Q8_0", before[name].shape)
+    values = before[name].data.view(np.float32).reshape(-1, before[name].shape[-1])
+    expected = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+    np.testing.assert_array_equal(tensor.data, expected.reshape(-1))
+    again = convert(written, "f16", tmp_path / "z.gguf").files
+    assert GGUFFile(again.path).tensors[name].ggml_type == "F16"
+    for to in ("mlx-4", "fp8"):
+        with pytest.raises(ModelError, match="has experts, which are not written as"):
+            convert(write_hf(tmp_path / f"hf-{to}", recipe), to, tmp_path / to)

@@ -101,7 +101,7 @@ def _wanted(name: str, mixture: Mixture, facts: ModelFacts) -> str:
     layer, part = int(found[1]), found[2]
     if part == "attn_v":
         return _of_attn_v(layer, mixture, facts)
-    if part == "ffn_down":
+    if part in ("ffn_down", "ffn_down_exps", "ffn_down_shexp"):
         return _of_ffn_down(layer, mixture, facts)
     if part == "attn_qkv" and mixture.size == "M":
         return "Q5_K" if base == "Q4_K" else "Q6_K"

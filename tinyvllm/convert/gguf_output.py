@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -158,11 +159,19 @@ def make_piece(
     order: np.ndarray | None = None,
     added: float = 0.0,
 ) -> Piece:
-    """A tensor in one of ggml's types. `added`: to every value."""
+    """A tensor in one of ggml's types; the rows of experts follow one another. `added`: to every value."""
     block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[ggml_type]]
     num_bytes = int(np.prod(shape, dtype=np.int64)) // block_size * block_bytes
     encode_rows = partial(encode_dense, dtype=ggml_type, what=name)
     if ggml_type not in ("F32", "F16", "BF16"):
         encode_rows = partial(encode, ggml_type)
     plane = Plane(name, ggml_type, shape, num_bytes)
+    if len(shape) > 2:
+        shape, read = (math.prod(shape[:-1]), shape[-1]), partial(_rows_of_all, read)
     return Piece(name, shape, read, (plane,), lambda values: (encode_rows(values + np.float32(added)),), order)
+
+
+def _rows_of_all(read: Callable[[], HostMatrix]) -> HostMatrix:
+    """The rows of all experts, which quantized tensors have already."""
+    values = read()
+    return values.reshape(-1, values.shape[-1]) if isinstance(values, np.ndarray) else values

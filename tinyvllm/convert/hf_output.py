@@ -21,6 +21,7 @@ from tinyvllm.convert.pieces import Encode, Piece, Plane
 from tinyvllm.convert.safetensors_header import ITEM_BYTES, write_headers
 from tinyvllm.convert.stream import Place
 from tinyvllm.convert.targets import Target
+from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.checkpoint import IGNORED_SUFFIXES, language_model_tensors
 from tinyvllm.model.weights.gguf import read_gguf
 from tinyvllm.model.weights.hf_formats import assemble_matrices
@@ -39,6 +40,11 @@ class DirectoryOutput:
 
     def __init__(self, source: ModelFiles, config: ModelConfig, target: Target) -> None:
         """Raises ModelError for a source that cannot be read or written so."""
+        if config.experts is not None:
+            raise UnsupportedModelError(
+                f"{source.path} has experts, which are not written as {target.name}: take the model's own MLX or FP8 "
+                "files, or a GGUF file, which can be quantized to other types of GGUF"
+            )
         self._source, self._config, self._target = source, config, target
         self._dtype = TYPE_NAMES[config.dtype]
         self.unquantized: list[str] = []  # matrices that do not fit the target's groups

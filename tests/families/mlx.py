@@ -20,9 +20,14 @@ OTHERS: dict[str, Any] = {
     "lm_head": {"group_size": 32, "bits": 8},
     "v_proj": {"group_size": 32, "bits": 5},
     "layers.1.mlp.down_proj": False,
+    "layers.2.mlp.gate": False,  # GLM's router is no matrix that mlx-lm quantizes
 }
 LLAMA = sizes(2, 64, 4, 2, 16, 128) | {"model_type": "llama", "rope_theta": 10000.0}
 PHI = sizes(2, 64, 4, 2, 16, 128) | {"model_type": "phi3", "rope_theta": 10000.0}
+GLM = dict(RECIPES["glm4_moe_lite"].config) | {
+    "first_k_dense_replace": 2,
+    "mlp_layer_types": ["dense", "dense", "sparse"],
+}
 GEMMA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODELS: dict[str, Recipe] = {
     "llama": replace(RECIPES["mistral"], hf_class="LlamaForCausalLM", config=LLAMA, seed=1),
@@ -31,6 +36,7 @@ MODELS: dict[str, Recipe] = {
     # MLX rounds the square root of hidden_size to bfloat16: that of 64 is exact
     "gemma3": replace(RECIPES["gemma3"], config=dict(RECIPES["gemma3"].config) | GEMMA, seed=7),
     "qwen3_5": replace(RECIPES["qwen3_5"], config=dict(RECIPES["qwen3_5"].config) | {"model_type": "qwen3_5"}),
+    "glm4_moe_lite": replace(RECIPES["glm4_moe_lite"], config=GLM, seed=3),
 }
 
 

@@ -4,17 +4,17 @@ softmax, YaRN with its factor of scores, a shared expert of another size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from tests.builders import gguf_name
-from tests.families.experts import LLAMA_CPP, expert_shapes, stacked
+from tests.families.experts import LLAMA_CPP, MLX, expert_shapes, stacked
 from tests.families.recipe import Recipe, Shapes, sizes
 
-LATENTS = {"kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
+LATENTS = {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
 SPARSE = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
@@ -32,7 +32,7 @@ YARN = {
 }
 GGUF_KEYS = {
     "attention.kv_lora_rank": 64,
-    "rope.dimension_count": 16,
+    "rope.dimension_count": 32,
     "leading_dense_block_count": 1,
     "expert_count": 8,
     "expert_used_count": 3,
@@ -87,9 +87,9 @@ def to_gguf(config: Mapping[str, Any], weights: Mapping[str, np.ndarray], *, is_
     return found
 
 
-def to_mlx(config: Mapping[str, Any], weights: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+def to_mlx(config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
-    for key, weight in stacked(weights, name).items():
+    for key, weight in stacked(weights, MLX).items():
         if key.endswith("kv_b_proj.weight"):
             for module, part in zip(("embed_q", "unembed_out"), by_head(config, weight), strict=True):
                 found[key.replace("kv_b_proj", module)] = part
@@ -99,7 +99,7 @@ def to_mlx(config: Mapping[str, Any], weights: Mapping[str, np.ndarray], name: s
 
 
 GLM = (
-    sizes(3, 64, 4, 4, 16, 96)
+    sizes(3, 64, 4, 4, 32, 96)
     | LATENTS
     | SPARSE
     | {
@@ -114,7 +114,7 @@ GLM = (
     }
 )
 LITE = (
-    sizes(3, 64, 4, 4, 16, 96)
+    sizes(3, 64, 4, 4, 32, 96)
     | LATENTS
     | SPARSE
     | {
@@ -128,21 +128,19 @@ LITE = (
     }
 )
 
-Converter = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
-
 RECIPES = {
     "glm4_moe_lite": Recipe(
         "Glm4MoeLiteForCausalLM",
         "deepseek2",
         GLM,
-        seed=4,
+        seed=1,
         more_shapes=layer_shapes,
         gguf_keys=GGUF_KEYS
         | {
             "attention.head_count_kv": 1,  # the latents as one head of keys and values
-            "attention.key_length": 80,
+            "attention.key_length": 96,
             "attention.value_length": 64,
-            "attention.key_length_mla": 48,
+            "attention.key_length_mla": 64,
             "attention.value_length_mla": 32,
             "attention.q_lora_rank": 32,
             "expert_shared_count": 1,
@@ -153,17 +151,18 @@ RECIPES = {
             "expert_group_used_count": 2,
         },
         gguf_tensors=partial(to_gguf, GLM, is_split=True),
+        mlx_tensors=partial(to_mlx, GLM),
     ),
     "deepseek_v2_lite": Recipe(
         "DeepseekV2ForCausalLM",
         "deepseek2",
         LITE,
-        seed=4,
+        seed=1,
         is_slow=True,
         more_shapes=layer_shapes,
         gguf_keys=GGUF_KEYS  # as older files have it
         | {
-            "attention.key_length": 48,
+            "attention.key_length": 64,
             "attention.value_length": 32,
             "expert_shared_count": 2,
             "expert_weights_scale": 1.0,

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from tests.cli.fakes import Terminal, make_terminal
+from tests.text.harmony import TEMPLATE
 from tinyvllm.errors import EngineDeadError
+from tinyvllm.text.chat import ChatTemplate
 
 
 def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
@@ -110,3 +112,13 @@ def test_model_without_a_template_cannot_chat(monkeypatch: pytest.MonkeyPatch, t
     type_in(monkeypatch, "hi")
     result = terminal.run("chat")
     assert result.exit_code == 1 and "--chat-template" in result.stderr and terminal.engine.has_shut_down
+
+
+def test_reasoning_is_shown_and_told_from_the_answer(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+    terminal.engine.reply = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes."
+    terminal.engine.chat_template = ChatTemplate({"default": TEMPLATE}, {}, "tiny")  # type: ignore[assignment]
+    type_in(monkeypatch, "hi", "again")
+    result = terminal.run("chat", "--max-tokens", "200")
+    assert result.stdout.count("Hm.\n\nYes.\n") == 2
+    assert "<|start|>assistant<|channel|>final<|message|>Yes.<|end|>" in terminal.engine.calls[1].prompt
+    assert "Hm." not in terminal.engine.calls[1].prompt

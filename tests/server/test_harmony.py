@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
+from tests.engine.fakes import FakeModelRunner
 from tests.server.client import CHAT, chat, complete, error_of, events, post
 from tests.server.fake_engine import FakeEngine, serving
 from tests.server.test_responses import events_of, respond
-from tests.text.harmony import TEMPLATE
-from tinyvllm.config import EngineConfig
-from tinyvllm.text.chat import ChatTemplate
+from tests.text.harmony import TEMPLATE, encode, make_tokenizer
+from tinyvllm.config import EngineConfig, GenerationDefaults
+from tinyvllm.engine.async_engine import AsyncEngine
+from tinyvllm.engine.loading import LoadedEngine, Progress, assemble_engine
+from tinyvllm.scheduling.request import Request
+from tinyvllm.text.chat import ChatTemplate, end_of_turn_ids
 
 THOUGHT = "<|channel|>analysis<|message|>Hm. Well.<|end|><|start|>assistant"
 FINAL = "<|channel|>final<|message|>"
@@ -20,6 +30,7 @@ CALL = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|messag
 PREAMBLE = "<|channel|>commentary<|message|>I'll look.<|end|><|start|>assistant"
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER: Any = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
+NOW: Any = {"type": "function", "function": {"name": "now"}}
 FLAT: Any = {"type": "function", "name": "get_weather", "parameters": PARAMETERS}
 
 
@@ -193,3 +204,79 @@ def test_the_openai_client_reads_a_stream() -> None:
         assert choice.message.tool_calls is not None
         assert choice.message.tool_calls[0].function.arguments == '{"city": "Köln"}'
         assert completion.usage is None or completion.usage.completion_tokens > 0
+
+
+# ---- With a real engine, whose device writes given tokens ----
+
+
+TOKENIZER = make_tokenizer()
+
+
+def load_engine(choose: Callable[[Request, int], int]) -> Callable[[EngineConfig, Progress], LoadedEngine]:
+    tokenizer, template = TOKENIZER, ChatTemplate({"default": TEMPLATE}, {}, "tiny")
+    runner = FakeModelRunner(num_blocks=128, max_model_len=512)
+    runner.choose = choose
+    runner.vocab_size = tokenizer.vocab_size
+    runner.model_config = dataclasses.replace(runner.model_config, vocab_size=tokenizer.vocab_size)
+    defaults = GenerationDefaults(eos_ids=end_of_turn_ids(template, tokenizer))
+    return lambda config, _: assemble_engine(config, runner, tokenizer, template, defaults)
+
+
+@contextlib.contextmanager
+def client_of_engine(choose: Callable[[Request, int], int]) -> Iterator[openai.OpenAI]:
+    engine = AsyncEngine.start(EngineConfig("tiny", served_model_name="tiny"), load=load_engine(choose))
+    asyncio.run(engine.wait_ready())
+    try:
+        with serving(engine) as url, openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+            yield client
+    finally:
+        asyncio.run(engine.shutdown())
+
+
+def test_tokens_become_reasoning_content_and_calls() -> None:
+    completion = (
+        "«channel»analysis«message»Is <|end|> text? «end»«start»assistant«channel»commentary«message»Só.«end»"
+        '«start»assistant«channel»commentary to=functions.get_weather «constrain»json«message»{"city": "Köln"}«call»'
+    )
+    ids = encode(TOKENIZER, completion)
+    with client_of_engine(lambda request, digest: ids[len(request.output_ids)]) as client:
+        asked: dict[str, Any] = {"model": "tiny", "tools": [WEATHER], "max_completion_tokens": 300, **CHAT}
+        answer = client.chat.completions.create(**asked)
+        streamed = list(client.chat.completions.create(stream=True, **asked))
+        response = client.responses.create(model="tiny", input="hi", tools=[FLAT])
+    [choice] = answer.choices
+    message = choice.message.model_dump()
+    assert (message["reasoning_content"], message["content"]) == ("Is <|end|> text? ", "Só.")
+    assert choice.finish_reason == streamed[-1].choices[0].finish_reason == "tool_calls"
+    [call] = message["tool_calls"]
+    assert call["function"] == {"name": "get_weather", "arguments": '{"city": "Köln"}'}
+    chunks = [chunk.model_dump() for chunk in streamed]
+    assert joined(chunks, "reasoning_content") == "Is <|end|> text? " and joined(chunks, "content") == "Só."
+    assert [item.type for item in response.output] == ["reasoning", "message", "function_call"]
+    assert answer.usage is not None and answer.usage.completion_tokens == len(ids)
+    details = answer.usage.completion_tokens_details
+    assert details is not None and details.reasoning_tokens == len("Is <|end|> text? ")
+
+
+def draw(request: Request, digest: int) -> int:
+    """Some id that the request's grammar allows, often one that ends what is open."""
+    assert request.constraint is not None
+    mask = np.zeros((TOKENIZER.vocab_size + 31) // 32, np.int32)
+    request.constraint.fill_mask(mask)
+    ids = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    special = [int(token_id) for token_id in ids if token_id in TOKENIZER.special_ids]
+    return special[digest % len(special)] if special and digest % 8 == 0 else int(ids[digest % len(ids)])
+
+
+def test_forced_calls_and_documents_are_valid_whatever_the_model_would_write() -> None:
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": [17, "yes"]}}}
+    asked: dict[str, Any] = {"model": "tiny", "max_completion_tokens": 400, "seed": 3, **CHAT}
+    with client_of_engine(draw) as client:
+        for seed in range(3):
+            asked["seed"] = seed
+            answer = client.chat.completions.create(tool_choice="required", tools=[NOW], **asked)
+            document = client.chat.completions.create(response_format=schema, **asked)
+            [call], content = answer.choices[0].message.tool_calls or [], document.choices[0].message.content
+            called = call.model_dump()["function"]
+            assert called["name"] == "now" and json.loads(called["arguments"]) == {}
+            assert answer.choices[0].finish_reason == "tool_calls" and json.loads(content or "") in (17, "yes")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from rich.text import Text
@@ -17,11 +19,12 @@ from tinyvllm.cli.terminal import err, out
 from tinyvllm.config import GenerationDefaults
 from tinyvllm.errors import EngineDeadError, RequestError, TinyvllmError
 from tinyvllm.storage.catalog import DEFAULT_MODEL
+from tinyvllm.text.tools.events import Event, Reasoning
+from tinyvllm.text.tools.events import Text as ContentText
 
 if TYPE_CHECKING:
     from tinyvllm.config import SamplingParams
     from tinyvllm.engine.async_engine import AsyncEngine
-    from tinyvllm.text.chat import ChatTemplate
 
 HELP = "Ctrl-C stops an answer, /reset clears the conversation, /exit or Ctrl-D quits."
 
@@ -46,17 +49,17 @@ def chat(
         started = runner.run(ready_engine(config))
         try:
             params = sampling.make_params(started.generation_defaults)
-            _Conversation(runner, started, _template_of(started), params, system).hold()
+            _require_template(started)
+            _Conversation(runner, started, params, system).hold()
         finally:
             runner.run(started.shutdown())
 
 
-def _template_of(engine: AsyncEngine) -> ChatTemplate:
+def _require_template(engine: AsyncEngine) -> None:
     if engine.chat_template is None:
         raise TinyvllmError(
             "this model has no chat template: give one with --chat-template FILE, or use `tinyvllm generate`"
         )
-    return engine.chat_template
 
 
 class _Conversation:
@@ -66,13 +69,11 @@ class _Conversation:
         self,
         runner: asyncio.Runner,
         engine: AsyncEngine,
-        template: ChatTemplate,
         params: SamplingParams,
         system: str | None,
     ) -> None:
         self._runner = runner
         self._engine = engine
-        self._template = template
         self._params = params
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._opening)
@@ -103,9 +104,9 @@ class _Conversation:
     def _take_turn(self, line: str) -> None:
         """Answer one question. An answer that was interrupted stays in the history as far as it got."""
         self._messages.append({"role": "user", "content": line})
-        pieces: list[str] = []
+        said: dict[str, str] = {"content": ""}
         try:
-            self._runner.run(self._answer(pieces))
+            self._runner.run(self._answer(said))
         except KeyboardInterrupt:
             write(" [stopped]")
         except RequestError as error:
@@ -113,17 +114,36 @@ class _Conversation:
             err.print(Text(f"error: {error} (/reset clears the conversation)", style="red"))
             return
         write("\n")
-        self._messages.append({"role": "assistant", "content": "".join(pieces)})
+        self._messages.append({"role": "assistant", **said})
 
-    async def _answer(self, pieces: list[str]) -> None:
-        ids = self._engine.tokenizer.encode_chat(self._template.render(self._messages))
+    async def _answer(self, said: dict[str, str]) -> None:
+        """Show an answer as it comes, and note it in `said`: its content, and its reasoning if there is any."""
+        from tinyvllm.server.conversation import Conversation, make_prompt  # here: --help needs neither
+        from tinyvllm.server.protocol.common import params_for
+
+        prompt = make_prompt(Conversation(self._messages), self._engine)
+        parser = prompt.format.parser()
+        params = replace(self._params, **params_for(prompt.special_tokens))
         self._num_answers += 1
-        answer = self._engine.generate(ids, self._params, request_id=f"chat-{self._num_answers}")
+        answer = self._engine.generate(prompt.ids, params, request_id=f"chat-{self._num_answers}")
         async with contextlib.aclosing(answer) as deltas:
             async for delta in deltas:
                 if delta.finish_reason == "abort":
                     raise EngineDeadError("the engine aborted the answer")
                 if delta.finish_reason == "error":
                     raise RequestError(f"generation failed: {delta.error}")
-                pieces.append(delta.text)
-                write(delta.text)
+                self._show(parser.push(delta.text), said)
+                if delta.finish_reason is not None:
+                    self._show(parser.flush(), said)
+
+    def _show(self, pieces: Sequence[Event], said: dict[str, str]) -> None:
+        for piece in pieces:
+            match piece:
+                case Reasoning():
+                    out.print(Text(piece.text, style="dim"), end="", soft_wrap=True)
+                    said["reasoning_content"] = said.get("reasoning_content", "") + piece.text
+                case ContentText():
+                    if "reasoning_content" in said and not said["content"]:
+                        write("\n\n")
+                    write(piece.text)
+                    said["content"] += piece.text

@@ -12,6 +12,13 @@ from tinyvllm.errors import RequestError
 SpecialTokens = Literal["skip", "keep", "mark"]
 
 
+def params_for(special_tokens: SpecialTokens) -> dict[str, Any]:
+    """The fields of SamplingParams that make the engine's text have what the parser needs."""
+    if special_tokens == "skip":
+        return {}
+    return {"skip_special_tokens": False, "mark_special_tokens": special_tokens == "mark"}
+
+
 def unsupported(param: str, value: object, remedy: str) -> RequestError:
     """The error for a field that is known but not supported."""
     shown = ascii(value)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from tinyvllm.config import MAX_CHOICES, GenerationDefaults, GrammarSpec, SamplingParams
 from tinyvllm.engine.beam import BeamSettings
 from tinyvllm.errors import RequestError
-from tinyvllm.server.protocol.common import SpecialTokens, unsupported
+from tinyvllm.server.protocol.common import SpecialTokens, params_for, unsupported
 
 log = logging.getLogger(__name__)
 
@@ -308,8 +308,7 @@ class GenerationRequest(BaseModel):
             settings["logit_bias"] = self.logit_bias
         if self.use_beam_search:
             settings["n"] = self.num_beams
-        if special_tokens != "skip":
-            settings |= {"skip_special_tokens": False, "mark_special_tokens": special_tokens == "mark"}
+        settings |= params_for(special_tokens)
         return SamplingParams(**settings)
 
 

@@ -154,6 +154,25 @@ def test_experts_in_fp8_stay_packed_and_are_unpacked_later(tmp_path: Path) -> No
     np.testing.assert_array_equal(to_float32(matrix), expected)
 
 
+def fused_fp8(size: int) -> dict[str, np.ndarray]:
+    """All experts' gate and up projections, of `size` rows each, with a scale for each block."""
+    rows, cols = 2 * size, HIDDEN
+    blocks = np.arange(EXPERTS * -(-rows // 128) * (cols // 128), dtype=np.float32).reshape(EXPERTS, -1, cols // 128)
+    name = f"{LAYER}mlp.experts.gate_up_proj"
+    return {name: np.ones((EXPERTS, rows, cols), float8_e4m3fn), f"{name}_scale_inv": blocks}
+
+
+def test_experts_in_one_fp8_tensor_have_scales_for_their_own_blocks(tmp_path: Path) -> None:
+    tensors = fused_fp8(FFN)
+    found = read(assemble(tmp_path, {"quant_method": "fp8", "weight_block_size": [128, 128]}, tensors))
+    blocks = tensors[f"{LAYER}mlp.experts.gate_up_proj_scale_inv"]  # (E, 1, columns / 128)
+    for module in ("gate", "up"):
+        expected = np.repeat(np.repeat(blocks, FFN, axis=1), 128, axis=2).reshape(-1, HIDDEN)
+        np.testing.assert_array_equal(to_float32(found[f"{LAYER}mlp.experts.{module}_proj.weight"]), expected)
+    with pytest.raises(UnsupportedModelError, match="experts of 96 rows in blocks of 128"):
+        assemble(tmp_path / "odd", {"quant_method": "fp8"}, fused_fp8(48))
+
+
 def test_experts_in_nvfp4_keep_their_own_global_scales(tmp_path: Path) -> None:
     def nvfp4(expert: int, values: np.ndarray) -> dict[str, np.ndarray]:
         rows, cols = values.shape

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # By config.json's `quant_method`; MLX's files have none
 METHODS: dict[str, tuple[HFFormat, ...]] = {
     "mlx": (mlx.FORMAT,),
-    "fp8": (scaled.INVERSE, scaled.SCALED),
+    "fp8": (scaled.INVERSE, scaled.EXPERTS, scaled.SCALED),
     "fbgemm_fp8": (scaled.SCALED,),
     "compressed-tensors": (compressed.PACKED, scaled.SCALED),
     "modelopt": (modelopt.NVFP4, scaled.SCALED),

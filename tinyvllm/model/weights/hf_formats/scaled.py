@@ -38,22 +38,23 @@ class Cover:
     label: str  # "tensor", "channel", "g128", "block128"
 
 
-def build(suffix: str, parts: Parts) -> StoredTensor:
-    """Raises UnsupportedModelError, WeightMismatchError."""
-    weight = parts[".weight"]
+def build(key: str, suffix: str, parts: Parts) -> StoredTensor:
+    """`key`, `suffix`: the ends of the names of the weight and of its scale. Raises UnsupportedModelError,
+    WeightMismatchError."""
+    weight = parts[key]
     if weight.format_name not in NAMES:
         raise parts.unsupported(f"has weights of type {weight.format_name} with scales: known are {', '.join(NAMES)}")
-    cover = _cover(suffix, parts)
+    cover = _cover(key, suffix, parts)
     name = f"{NAMES[weight.format_name]}-{cover.label}"
     if name == "fp8-g32" and parts[suffix].format_name in ("U8", "F8_E8M0"):
         name = "mxfp8"
     if weight.format_name == "F8_E5M2":  # Format's float8 codes are e4m3
-        return parts.converted(weight.shape, name, partial(_wide, suffix, cover))
-    return parts.stored(weight.shape, name, partial(_read, name, suffix, cover))
+        return parts.converted(weight.shape, name, partial(_wide, key, suffix, cover))
+    return parts.stored(weight.shape, name, partial(_read, name, key, suffix, cover))
 
 
-def _cover(suffix: str, parts: Parts) -> Cover:
-    rows, cols = parts[".weight"].shape[-2:]
+def _cover(key: str, suffix: str, parts: Parts) -> Cover:
+    rows, cols = parts[key].shape[-2:]
     shape = parts[suffix].shape
     if math.prod(shape) == 1:
         return Cover(rows, groups_of(parts, cols, cols), "tensor")
@@ -63,9 +64,9 @@ def _cover(suffix: str, parts: Parts) -> Cover:
         return Cover(1, groups, groups.label)
     block_rows, block_cols = _block(parts)
     if (per_col, per_row) != (-(-rows // block_rows), -(-cols // block_cols)):
-        raise parts.mismatch(
-            suffix, f"a weight of {parts['.weight'].shape} has other blocks of {block_rows} x {block_cols}"
-        )
+        raise parts.mismatch(suffix, f"a weight of {parts[key].shape} has other blocks of {block_rows} x {block_cols}")
+    if rows % block_rows and len(parts[key].shape) > 2:
+        raise parts.unsupported(f"has experts of {rows} rows in blocks of {block_rows}: supported are whole blocks")
     label = f"block{block_rows}" if block_rows == block_cols else f"block{block_rows}x{block_cols}"
     return Cover(block_rows, groups_of(parts, cols, block_cols), label)
 
@@ -79,31 +80,33 @@ def _block(parts: Parts) -> tuple[int, int]:
     return int(rows), int(cols)
 
 
-def _scale(suffix: str, cover: Cover, parts: Parts) -> np.ndarray:
+def _scale(key: str, suffix: str, cover: Cover, parts: Parts) -> np.ndarray:
     """(N, groups that the file has in a row)."""
     scale = parts.read(suffix)
-    num_rows = math.prod(parts[".weight"].shape[:-1])
+    num_rows = math.prod(parts[key].shape[:-1])
     scale = scale.reshape(-1, 1) if scale.ndim < 2 else scale
     if scale.dtype == np.uint8:
         scale = scale.view(float8_e8m0fnu)
     return np.repeat(scale, cover.rows, axis=0)[:num_rows]
 
 
-def _read(name: str, suffix: str, cover: Cover, parts: Parts) -> HostMatrix:
-    weight, groups = parts.read(".weight"), cover.groups
-    scale = groups.spread(_scale(suffix, cover, parts))
+def _read(name: str, key: str, suffix: str, cover: Cover, parts: Parts) -> HostMatrix:
+    weight, groups = parts.read(key), cover.groups
+    scale = groups.spread(_scale(key, suffix, cover, parts))
     if weight.dtype != np.int8:
         return scaled_fp8(name, groups.group, weight, scale)
     zeros = None
     if ".weight_zero_point" in parts:
-        zeros = groups.spread(_scale(".weight_zero_point", cover, parts).astype(np.int8))
+        zeros = groups.spread(_scale(key, ".weight_zero_point", cover, parts).astype(np.int8))
     return scaled_integers(name, 8, groups.group, weight, 0, scale, zeros)
 
 
-def _wide(suffix: str, cover: Cover, parts: Parts) -> np.ndarray:
-    scale = cover.groups.spread(_scale(suffix, cover, parts).astype(np.float32))
-    return parts.read(".weight").astype(np.float32) * np.repeat(scale, cover.groups.group, axis=1)
+def _wide(key: str, suffix: str, cover: Cover, parts: Parts) -> np.ndarray:
+    scale = cover.groups.spread(_scale(key, suffix, cover, parts).astype(np.float32))
+    return parts.read(key).astype(np.float32) * np.repeat(scale, cover.groups.group, axis=1)
 
 
-INVERSE = HFFormat(".weight_scale_inv", (".weight",), partial(build, ".weight_scale_inv"))
-SCALED = HFFormat(".weight_scale", (".weight", ".weight_zero_point"), partial(build, ".weight_scale"))
+INVERSE = HFFormat(".weight_scale_inv", (".weight",), partial(build, ".weight", ".weight_scale_inv"))
+SCALED = HFFormat(".weight_scale", (".weight", ".weight_zero_point"), partial(build, ".weight", ".weight_scale"))
+# of all experts in one tensor, as transformers 5 names them
+EXPERTS = HFFormat("_proj_scale_inv", ("_proj",), partial(build, "_proj", "_proj_scale_inv"), result="_proj")

@@ -14,6 +14,7 @@ from tests.server.hermes import CALL, THINKING, hermes
 from tinyvllm.config import EngineConfig, GenerationDefaults
 from tinyvllm.engine.beam import BeamSettings
 from tinyvllm.server import state
+from tinyvllm.text.chat import ChatTemplate
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Weather.", "parameters": PARAMETERS}}
@@ -207,6 +208,26 @@ async def test_reasoning_may_precede_a_constrained_answer() -> None:
     assert answer["choices"][0]["message"]["content"] == "{}"
     grammar = engine.calls[0].params.grammar
     assert grammar is not None and "@answer" in grammar.prefix
+
+
+OPENS = """{{ messages[0].content }}{# <parameter= #}{% if tools %}T{% endif %}<|assistant|>
+{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% else %}{{ '<think>\n' }}{% endif %}"""
+
+
+async def test_the_prompt_may_open_the_reasoning_and_calls_may_be_between_tags() -> None:
+    """As Qwen3.5's template and calls."""
+    template: Any = ChatTemplate({"default": OPENS}, {}, "tiny")
+    call = "<tool_call>\n<function=get_weather>\n<parameter=city>\nKöln\n</parameter>\n</function>\n</tool_call>"
+    engine = FakeEngine(reply=f"Hm.\n</think>\n\n{call}", chat_template=template)
+    answer = await chat(engine, tools=[WEATHER])
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm.", None)
+    assert message["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Köln"}'}
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 3}
+    engine = FakeEngine(reply="Yes.", chat_template=template)
+    answer = await chat(engine, tools=[WEATHER], reasoning_effort="none")
+    assert engine.calls[0].prompt.endswith("</think>\n\n")
+    assert answer["choices"][0]["message"]["content"] == "Yes."
 
 
 # ---- Constrained output ----

@@ -21,8 +21,9 @@ from tinyvllm.config import ModelFiles
 from tinyvllm.errors import RequestError
 from tinyvllm.storage.resolve import models_dir
 from tinyvllm.text.chat import ChatTemplate, end_of_turn_ids, load_chat_template
+from tinyvllm.text.gguf_tokenizer import read_gguf_tokenizer
 from tinyvllm.text.reasoning import find_reasoning_format
-from tinyvllm.text.tokenizer import load_tokenizer
+from tinyvllm.text.tokenizer import Tokenizer, load_tokenizer
 from tinyvllm.text.tools import FAMILIES, find_tool_format, harmony, load_tool_format
 
 pytestmark = [pytest.mark.tokenizers, pytest.mark.timeout(300)]
@@ -124,6 +125,31 @@ def test_gpt_oss_ids_and_prompts_are_the_librarys() -> None:
         system = [{"role": "system", "content": chat["instructions"]}] if "instructions" in chat else []
         said = [one for one in chat["messages"] if one["role"] != "system"]
         messages = harmony.FORMAT.prepare([*system, *said], [], has_template=True)
-        effort = {"reasoning_effort": chat.get("effort", "medium")}
-        text = template_of("gpt_oss").render(messages, tools=chat.get("tools"), **effort)
+        variables = {"reasoning_effort": chat.get("effort", "medium")}
+        if "identity" in chat:
+            variables |= {"model_identity": chat["identity"], "builtin_tools": ["browser", "python"]}
+        text = template_of("gpt_oss").render(messages, tools=chat.get("tools"), **variables)
         assert dated(text).replace("default: C,", "default: C") == reference["chats"][name], name
+
+
+def test_gpt_oss_as_gguf_has_the_same_ids() -> None:
+    """What llama.cpp's converter writes of its tokenizer.json: the pre-tokenizer gpt-4o, and unused ids at the end."""
+    path = models_dir() / "tokenizers" / "gpt_oss" / "tokenizer.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    special = {token["id"]: token["content"] for token in written["added_tokens"]}
+    texts = {token_id: text for text, token_id in written["model"]["vocab"].items()} | special
+    size = 201_088
+    metadata = {
+        "model": "gpt2",
+        "pre": "gpt-4o",
+        "tokens": [texts.get(token_id, f"[PAD{token_id}]") for token_id in range(size)],
+        "token_type": [3 if token_id in special else 1 if token_id in texts else 5 for token_id in range(size)],
+        "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in written["model"]["merges"]],
+        "bos_token_id": 199_998,
+        "eos_token_id": 200_002,
+    }
+    tokenizer = Tokenizer(read_gguf_tokenizer({f"tokenizer.ggml.{key}": value for key, value in metadata.items()}))
+    reference = json.loads(HARMONY_OUTPUT.read_text(encoding="utf-8"))
+    assert [encode(tokenizer, text) for text in FORMED] == reference["ids"]
+    assert [tokenizer.encode(text) for text in TEXTS] == REFERENCE["gpt_oss"]["texts"]
+    assert tokenizer.eos_ids >= {*reference["ends"]} and tokenizer.encode_chat("<|end|>")[0] not in tokenizer.eos_ids

@@ -120,6 +120,8 @@ class Library:
         library, role = self.library, self.library.Role
         system = library.SystemContent.new().with_conversation_start_date(DATE)
         system = system.with_reasoning_effort(library.ReasoningEffort[chat.get("effort", "medium").upper()])
+        if "identity" in chat:
+            system = system.with_model_identity(chat["identity"]).with_browser_tool().with_python_tool()
         messages = [library.Message.from_role_and_content(role.SYSTEM, system)]
         developer = library.DeveloperContent.new()
         if "instructions" in chat:
@@ -197,6 +199,11 @@ def result(text: str) -> dict[str, Any]:
 ASKED = {"author": "user", "text": QUESTION}
 CHATS: dict[str, dict[str, Any]] = {
     "question": {"messages": [{"role": "user", "content": QUESTION}], "harmony": [ASKED], "effort": "low"},
+    "builtin": {
+        "messages": [{"role": "user", "content": QUESTION}],
+        "harmony": [ASKED],
+        "identity": "You are a test.",
+    },
     "turns": {
         "messages": [
             {"role": "user", "content": QUESTION},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinyvllm.config import ExpertsKind, LayerSizes, ModelConfig, QueryScaling, Rope, RopeScaling, StateKind
+from tinyvllm.config import ExpertsKind, LatentKind, LayerSizes, ModelConfig, QueryScaling, Rope, RopeScaling, StateKind
 from tinyvllm.errors import UnsupportedModelError
 
 GEMMA3_WINDOWED = (True, True, True, True, True, False)  # by layer: each sixth attends to everything
@@ -518,6 +518,32 @@ SHAPES: dict[str, ModelConfig] = {
                 has_router_bias=True,
                 has_biases=True,
             ),
+        ),
+        ModelConfig(
+            name="glm-4.7-flash",  # zai-org/GLM-4.7-Flash
+            architecture="glm4_moe_lite",
+            num_layers=47,
+            hidden_size=2048,
+            ffn_size=10240,
+            num_heads=20,
+            num_kv_heads=20,
+            head_dim=256,
+            vocab_size=154880,
+            max_position=202752,
+            rope=Rope(1000000.0, num_dims=64, is_interleaved=True),
+            norm_eps=1e-5,
+            tie_embeddings=False,
+            latent=LatentKind(rank=512, rope_dim=64, nope_dim=192, value_dim=256, query_rank=768),
+            experts=ExpertsKind(
+                num_experts=64,
+                top_k=4,
+                ffn_size=1536,
+                score="sigmoid",
+                scale=1.8,
+                has_choice_bias=True,
+                shared_size=1536,
+            ),
+            with_experts=(False, *[True] * 46),
         ),
         ModelConfig(
             name="qwen3.5-35b-a3b",  # Qwen/Qwen3.5-35B-A3B, the text part

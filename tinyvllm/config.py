@@ -95,6 +95,7 @@ class ExpertsKind:
     has_biases: bool = False  # of the experts' gate, up and down
     shared_size: int = 0  # ffn size of the expert that every token passes through, with weight 1; 0: none
     has_shared_gate: bool = False  # its weight is the sigmoid of a product of its own
+    is_beside_dense: bool = False  # the layer has its dense feed-forward too, whose output theirs is added to (Gemma 4)
 
     @property
     def num_shared(self) -> int:
@@ -291,6 +292,18 @@ class ModelConfig:
         """The experts of a layer; None if its feed-forward is dense."""
         has = not self.with_experts or self.with_experts[layer % len(self.with_experts)]
         return self.experts if has else None
+
+    @property
+    def dense_sizes(self) -> list[int]:
+        """The columns of each layer's dense feed-forward; 0: it has experts in its place."""
+        kinds = [self.experts_of(layer) for layer in range(self.num_layers)]
+        has_dense = [kind is None or kind.is_beside_dense for kind in kinds]
+        return [size if has else 0 for size, has in zip(self.ffn_sizes, has_dense, strict=True)]
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """The layers with experts."""
+        return [layer for layer in range(self.num_layers) if self.experts_of(layer) is not None]
 
     def kind_of(self, layer: int) -> LayerKind:
         """A layer's attention according to the files; a family adds what its architecture implies."""

@@ -94,6 +94,7 @@ def _case_json(breakdown: Breakdown, result: CaseResult) -> dict[str, Any]:
         "sampling_share": result.sampling_shares,
         "per_step": {phase: counts.as_json() for phase, counts in result.counts.items()},
         "kernels": [] if decode is None else [row.as_json() for row in tabulate(decode.kernels, chip=breakdown.chip)],
+        "experts": {phase: [load.as_json() for load in one.experts] for phase, one in result.profiles.items()},
     }
 
 

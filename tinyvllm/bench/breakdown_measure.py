@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from tinyvllm.bench.breakdown import Breakdown, BreakdownWork, CaseResult
@@ -18,6 +18,7 @@ from tinyvllm.errors import TinyvllmError
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.cost import StepCost
 from tinyvllm.profiling.chips import Chip
+from tinyvllm.profiling.expert_load import ExpertLoad
 from tinyvllm.profiling.kernels import StepProfile
 from tinyvllm.profiling.names import SAMPLE
 from tinyvllm.scheduling.plan import StepPlan
@@ -59,7 +60,7 @@ class Inspector(Protocol):
 
     def account(self) -> Account: ...
 
-    def cost(self, plan: StepPlan) -> StepCost: ...
+    def cost(self, plan: StepPlan, loads: Sequence[ExpertLoad] = ()) -> StepCost: ...
 
     def profile(self, plan: StepPlan, *, repeats: int, warmup: int) -> StepProfile: ...
 
@@ -146,7 +147,7 @@ def measure_case(driver: Driver, inspector: Inspector, work: BreakdownWork, case
         context = num_prompt_tokens + case.num_output // 2
         plan = plans_for(bucket, inspector.runner.capacity, context, work.params)[0]
         profiles[phase] = inspector.profile(plan, repeats=work.num_profiled, warmup=1)
-        costs[phase] = inspector.cost(plan)
+        costs[phase] = inspector.cost(plan, profiles[phase].experts)
     shares = {phase: sampling_share(profile) for phase, profile in profiles.items()}
     finished = {phase: _with_sampling(one, profiles[phase]) for phase, one in counts.items()}
     return CaseResult(

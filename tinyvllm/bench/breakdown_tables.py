@@ -15,6 +15,7 @@ from tinyvllm.bench.breakdown_rows import bench_rows
 from tinyvllm.bench.cold_start import ColdStart
 from tinyvllm.bench.stages import DECODE, PREFILL
 from tinyvllm.bench.tables import format_number, latency_table, make_title
+from tinyvllm.profiling.expert_load import describe_loads
 from tinyvllm.profiling.kernels import tabulate
 
 NUM_TOP_KERNELS = 5
@@ -167,10 +168,11 @@ def _kernel_table(breakdown: Breakdown) -> Table:
             format_number(None if row.flops_per_s is None else row.flops_per_s / 1e9),
             "-" if row.roof_share is None else f"{row.roof_share:.0%}",
         )
-    table.caption = (
+    caption = (
         f"{profile.num_kernels} kernels, {profile.kernels_s * 1e3:.3f} ms one by one, "
         f"{profile.step_s * 1e3:.3f} ms as one step"
     )
+    table.caption = "\n".join([caption, *describe_loads(profile.experts)])
     table.caption_justify = "left"
     return table
 

@@ -44,7 +44,7 @@ def profile_case(inspector: RunnerInspector, subject: Subject, work: LatencyWork
             turns_s.append(time.perf_counter() - start)
             packs_s.append(output.pack_s)
     profile = inspector.profile(plan, repeats=work.num_repeats, warmup=work.num_warmup)
-    cost = inspector.cost(plan)
+    cost = inspector.cost(plan, profile.experts)
     flops = sum(kernel.flops or 0 for kernel in profile.kernels)
     roofline = Roofline(find_hardware(inspector, chip), cost.nbytes, flops, profile.step_s)
     turn_s = statistics.median(turns_s)

@@ -120,8 +120,12 @@ class DeviceHandle:
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """A copy of a realized int32 tensor's values. Waits for the device."""
+        return self.read_ints(tensor.uop.base.buffer)
+
+    def read_ints(self, buffer: Buffer) -> np.ndarray:
+        """A copy of an int32 buffer's values. Waits for the device."""
         self.wait()
-        return copy_out(tensor.uop.base.buffer, self._is_mapped)
+        return copy_out(buffer, self._is_mapped)
 
 
 def open_device(num_cores: int = 1) -> DeviceHandle:

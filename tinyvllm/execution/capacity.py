@@ -301,10 +301,10 @@ def _in_words(split: PoolSplit, num_blocks: int) -> str:
 def scratch_bytes(limits: Limits, model: ModelConfig) -> int:
     """An upper bound for the intermediate values of the largest step, all counted as float32.
 
-    At once there are, per token: two states of its residual stream, its normed state, and its last state, which is
-    kept; and a layer's values, as input and as output of a kernel: q, k, v and the attended values, or gate and up, of
-    all chosen experts if there are any. Per sequence: its logits, raw and processed, and twice sampling's own values.
-    """
+    At once there are, per token: two states of its residual stream, its normed state, its last state and the experts
+    that it chose, which are kept; and a layer's values, as input and as output of a kernel: q, k, v and the attended
+    values, or gate and up, or what its experts read and write. Per sequence: its logits, raw and processed, and twice
+    sampling's own values."""
     return _step_scratch_bytes(limits.max_num_batched_tokens, limits.max_num_seqs, model)
 
 
@@ -314,18 +314,22 @@ def jit_scratch_bytes(buckets: Iterable[Bucket], num_instances: int, model: Mode
 
 
 def _step_scratch_bytes(num_tokens: int, num_seqs: int, model: ModelConfig) -> int:
-    widest = max(2 * max(model.ffn_sizes), _expert_values(model), *map(_attention_values, model.layers))
+    widest = max(2 * max(model.dense_sizes), _expert_values(model), *map(_attention_values, model.layers))
+    routed = 0 if model.experts is None else len(model.sparse_layers) * (model.experts.top_k + 1)  # ids, which are kept
     per_layer = model.num_layers * model.per_layer_size  # of one token's embeddings: read, projected, and their sum
-    by_token, by_sequence = 4 * model.hidden_size + 2 * widest + 3 * per_layer, 4 * model.vocab_size
+    by_token, by_sequence = 4 * model.hidden_size + 2 * widest + 3 * per_layer + routed, 4 * model.vocab_size
     return 4 * (num_tokens * by_token + num_seqs * by_sequence)
 
 
 def _expert_values(model: ModelConfig) -> int:
-    """Of one token: gate and up of the experts that are chosen for it, or their results before they are added up."""
+    """Values of one token in a sparse feed-forward, as input or as output of a kernel: of each of its experts a row of
+    its input or output, and its gate and up or what they give; where it is in the order of experts; the router's; and a
+    shared expert's."""
     kind = model.experts
     if kind is None:
         return 0
-    return (kind.top_k + kind.num_shared) * max(2 * kind.ffn_size, model.hidden_size)
+    chosen = kind.top_k + kind.num_shared
+    return chosen * (model.hidden_size + kind.ffn_size + 4) + kind.num_experts + kind.shared_size
 
 
 def _attention_values(kind: LayerKind) -> int:

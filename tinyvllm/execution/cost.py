@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from tinygrad import Tensor
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.device.recording import Call
 from tinyvllm.model.registry import Model
 from tinyvllm.ops.backend import KVPool
-from tinyvllm.profiling.roofline import earlier_keys
+from tinyvllm.ops.formats.matrix import Matrix
+from tinyvllm.profiling.expert_load import ExpertLoad
+from tinyvllm.profiling.roofline import earlier_keys, experts_touched
 from tinyvllm.scheduling.plan import StepPlan
 
 
@@ -27,10 +30,11 @@ class WeightFacts:
 
 @dataclass(frozen=True)
 class StepCost:
-    """The cost of one step. `nbytes` is the plan's minimum, without the bucket's padding: each matrix once, the tokens'
-    rows of the embedding table, keys and values of the context before this step, or of its part that is in a layer's
-    window, and those of its tokens; each sequence's recurrent state twice. Norms and activations, which need not leave
-    the chip, count in `moved_bytes` only."""
+    """The cost of one step. `nbytes` is the plan's minimum, without the bucket's padding: each matrix once, of experts
+    those that its tokens choose, or as many as are expected to be chosen where that is not known; the tokens' rows of
+    the embedding table; keys and values of the context before this step, or of its part that is in a layer's window,
+    and those of its tokens; each sequence's recurrent state twice. Norms and activations, which need not leave the
+    chip, count in `moved_bytes` only."""
 
     bucket: str
     num_kernels: int
@@ -71,8 +75,17 @@ def weight_facts(model: Model) -> WeightFacts:
 class CostCounter:
     """Counts the cost of plans for one model and pool."""
 
-    def __init__(self, model: Model, pool: KVPool, block_size: int) -> None:
+    def __init__(self, model: Model, pool: KVPool, block_size: int, loads: Sequence[ExpertLoad] = ()) -> None:
+        """`loads`: of the sparse layers, if they were measured."""
         self._model = model
+        self._loads = {load.layer: load for load in loads}
+        # the layer of each plane of experts, and how many experts it holds
+        self._experts = {
+            _buffer(plane): (layer, matrix.num_experts)
+            for layer, matrix in _expert_matrices(model)
+            for shard in matrix.shards
+            for plane in shard.own_planes
+        }
         # bytes of one token in each of the pool's tensors, and the window in which they are read
         self._kv_bytes = {
             _buffer(tensor): tensor.nbytes() // (count * block_size)
@@ -92,6 +105,8 @@ class CostCounter:
         """The cost of one run of `calls`, which read the packed `plan` from `inputs`."""
         model, num_tokens = self._model, plan.num_tokens
         weights = sum(matrix.nbytes for matrix in model.matrices)
+        for layer, matrix in _expert_matrices(model):
+            weights -= round(matrix.nbytes * (1 - self._share_touched(layer, matrix.num_experts, num_tokens)))
         if model.head is not model.embedding:
             weights += num_tokens * self._row_bytes - model.embedding.nbytes
         all_layers = sum(self._kv_bytes.values())
@@ -106,9 +121,9 @@ class CostCounter:
         )
 
     def moved_by(self, call: Call, inputs: Tensor, plan: StepPlan) -> int:
-        """Bytes of one call: each argument once and whole, except lookups: the pool by the sequences' lengths, and
-        states by their number; rope and (in calls that read the step's inputs) the embedding table by rows; and
-        sampling by the requests' settings. The step's inputs do not count."""
+        """Bytes of one call: each argument once and whole, except experts that no token chooses, and lookups: the pool
+        by the sequences' lengths, and states by their number; rope and (in calls that read the step's inputs) the
+        embedding table by rows; and sampling by the requests' settings. The step's inputs do not count."""
         own = _buffer(inputs)
         looks_up = any(id(buffer.base) == own for buffer in call.buffers)
         # by place: scratch buffers are views of one arena, and a kernel may take the same one twice
@@ -121,11 +136,20 @@ class CostCounter:
                 moved += self._state_bytes[base] * len(plan.entries) * _times_moved(call, index)
             elif base in self._rope_bytes:
                 moved += plan.num_tokens * self._rope_bytes[base]
+            elif base in self._experts:
+                moved += round(buffer.nbytes * self._share_touched(*self._experts[base], plan.num_tokens))
             elif base in self._table and looks_up:
                 moved += plan.num_tokens * self._row_bytes * buffer.nbytes // self._model.embedding.nbytes
             elif base != own:
                 moved += round(buffer.nbytes * _share_looked_at(call, index, plan))
         return moved
+
+    def _share_touched(self, layer: int, num_stacked: int, num_tokens: int) -> float:
+        """The share of a layer's stacked experts that the tokens choose, a shared one included."""
+        kind, load = self._model.config.experts_of(layer), self._loads.get(layer)
+        assert kind is not None, f"layer {layer} has experts, but its configuration has none"
+        touched = experts_touched(kind, num_tokens) if load is None else load.num_touched
+        return (touched + num_stacked - kind.num_experts) / num_stacked
 
     def _tokens_read(self, base: int, plan: StepPlan) -> int:
         """The number of tokens before the plan's own whose keys (or values) in a tensor of the pool are read."""
@@ -148,6 +172,42 @@ def _times_moved(call: Call, index: int) -> int:
     """1 if a call reads or writes its argument `index`, 2 for both."""
     outs, ins = _outs_and_ins(call)
     return (index in outs) + (index in ins)
+
+
+def _expert_matrices(model: Model) -> Iterator[tuple[int, Matrix]]:
+    """The matrices with an axis of experts, each with its layer."""
+    for index, layer in enumerate(model.layers):
+        for role in layer.feed_forward.matrices.values():
+            yield from ((index, matrix) for matrix in role if matrix.num_experts)
+
+
+def count_loads(model: Model, routings: Sequence[np.ndarray], num_tokens: int) -> list[ExpertLoad]:
+    """The load of each sparse layer in a step. `routings`: the ids that each of them chose, (rows * k,), of which the
+    first `num_tokens` rows are those of tokens."""
+    matrices: dict[int, list[Matrix]] = {}
+    for layer, matrix in _expert_matrices(model):
+        matrices.setdefault(layer, []).append(matrix)
+    loads = []
+    for (layer, parts), ids in zip(matrices.items(), routings, strict=True):
+        kind, num_stacked = model.config.experts_of(layer), parts[0].num_experts
+        assert kind is not None, f"layer {layer} has experts, but its configuration has none"
+        stacks_shared = num_stacked - kind.num_experts
+        chosen = ids.reshape(-1, kind.top_k + stacks_shared)[:num_tokens, : kind.top_k]
+        counts = np.bincount(chosen.reshape(-1), minlength=kind.num_experts)
+        touched = int(np.count_nonzero(counts))
+        nbytes = sum(part.nbytes // num_stacked * (touched + stacks_shared) for part in parts)
+        loads.append(
+            ExpertLoad(
+                layer=layer,
+                num_experts=kind.num_experts,
+                num_pairs=chosen.size,
+                num_touched=touched,
+                num_expected=experts_touched(kind, num_tokens),
+                busiest=int(counts.max()),
+                nbytes=nbytes,
+            )
+        )
+    return loads
 
 
 def _share_looked_at(call: Call, index: int, plan: StepPlan) -> float:

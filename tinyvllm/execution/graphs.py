@@ -67,6 +67,7 @@ class GraphInstance:
     send: Callable[[], None]  # moves the packed inputs to the device
     step: RecordedStep  # what `run` launches
     processed: RecordedStep  # what `run_processed` launches: sampling from processed logits
+    routings: tuple[Buffer, ...]  # (T * k,) int32: the experts that each sparse layer chose (ops/experts_spec.py)
     hidden: tuple[Buffer, ...]  # (T, columns) before the last norm, side by side; () of a decode bucket
     run: Callable[[], None]  # enqueues the step on what was sent last
     run_forward: Callable[[], None]  # enqueues the step up to its logits
@@ -181,6 +182,11 @@ class PendingGraph:
         self._context.backend.device.wait()
         return Graph(self.bucket, self._layout, self._buffers[0].tensor, tuple(instances), self.trace_s)
 
+    @property
+    def _num_routings(self) -> int:
+        """How many sparse layers keep what they chose, before anything else is kept."""
+        return len(self._context.model.config.sparse_layers)
+
     def _code(self, index: int) -> StepCode:
         outputs = self._context.outputs
         turned = outputs[index:] + outputs[:index]
@@ -201,7 +207,8 @@ class PendingGraph:
             send=send,
             step=step,
             processed=processed,
-            hidden=step.kept[:-1],
+            routings=step.kept[: self._num_routings],
+            hidden=step.kept[self._num_routings : -1],
             run=run,
             run_forward=LazyReplay(device, head_of(step)),
             run_processed=LazyReplay(device, processed),
@@ -214,8 +221,8 @@ class PendingGraph:
         give the kernels of the recorded steps, which are compiled already."""
         code = self._code(index)
         run_forward = JitReplay(code.forward)
-        *hidden, logits_buffer = run_forward.step.kept
-        logits = Tensor(UOp.from_buffer(logits_buffer))
+        kept = run_forward.step.kept
+        logits = Tensor(UOp.from_buffer(kept[-1]))
         run_sample = JitReplay(lambda: code.sample(logits))
         run_processed = JitReplay(lambda: code.sample(logits, self._context.state))
         step = join_steps(run_forward.step, run_sample.step)
@@ -231,7 +238,8 @@ class PendingGraph:
             send=send,
             step=step,
             processed=run_processed.step,
-            hidden=tuple(hidden),
+            routings=kept[: self._num_routings],
+            hidden=kept[self._num_routings : -1],
             run=run,
             run_forward=run_forward,
             run_processed=run_processed,

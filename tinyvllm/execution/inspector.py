@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tinyvllm.device import hardware
@@ -11,6 +13,7 @@ from tinyvllm.device.program_limits import ProgramFacts, program_facts
 from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, formats_in_use, weight_facts
 from tinyvllm.execution.profile import profile_step
 from tinyvllm.execution.runner import ModelRunner
+from tinyvllm.profiling.expert_load import ExpertLoad
 from tinyvllm.profiling.kernels import StepProfile
 from tinyvllm.scheduling.plan import StepPlan
 
@@ -63,11 +66,12 @@ class RunnerInspector:
         """The operations in the general kernels, a line for each reason."""
         return self.runner.backend.coverage.lines()
 
-    def cost(self, plan: StepPlan) -> StepCost:
-        """Kernels and bytes of the step that executes `plan`, counted."""
+    def cost(self, plan: StepPlan, loads: Sequence[ExpertLoad] = ()) -> StepCost:
+        """Kernels and bytes of the step that executes `plan`, counted. `loads`: of its experts, if they were
+        measured."""
         runner = self.runner
         graph = runner.captures.graph_for(plan)
-        counter = CostCounter(runner.model, runner.pool, runner.capacity.block_size)
+        counter = CostCounter(runner.model, runner.pool, runner.capacity.block_size, loads)
         return counter.count(graph.bucket.name, graph.calls, graph.inputs, plan)
 
     def programs(self) -> list[ProgramFacts]:

@@ -21,12 +21,13 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import Call
-from tinyvllm.execution.cost import CostCounter
+from tinyvllm.execution.cost import CostCounter, count_loads
 from tinyvllm.execution.graphs import Graph
 from tinyvllm.model.registry import Model
 from tinyvllm.ops.backend import KVPool
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.timing import CallTime, make_timer
+from tinyvllm.profiling.expert_load import ExpertLoad
 from tinyvllm.profiling.kernels import Kernel, Launch, StepProfile
 from tinyvllm.profiling.names import SAMPLE, is_generated, role_of, strip_colors
 from tinyvllm.profiling.roofline import OPERATIONS_A_STATE, attended_keys, operations_a_key
@@ -142,7 +143,8 @@ def profile_step(
             passes.append(times)
     calls, block_size = instance.step.calls, graph.layout.block_size
     names = CallNamer(model, pool).name(calls, instance.step.cut)
-    counter = CostCounter(model, pool, block_size)
+    loads = read_loads(graph, model, device, plan)
+    counter = CostCounter(model, pool, block_size, loads)
     flops = FlopCounter(model, pool, block_size).count(calls, plan)
     each = [
         Kernel(
@@ -165,7 +167,14 @@ def profile_step(
         step_s=statistics.median(step_s),
         profiled_s=statistics.median(walls_s),
         launches=tuple(_launches(each, passes[-1])),
+        experts=tuple(loads),
     )
+
+
+def read_loads(graph: Graph, model: Model, device: DeviceHandle, plan: StepPlan) -> list[ExpertLoad]:
+    """What the sparse layers chose in the last run of the graph's first instance, which was of `plan`."""
+    routings = [device.read_ints(buffer) for buffer in graph.instances[0].routings]
+    return count_loads(model, routings, plan.num_tokens)
 
 
 def merge_cores(kernels: Sequence[Kernel]) -> list[Kernel]:
@@ -231,7 +240,7 @@ class FlopCounter:
     def _of_product(self, touched: Sequence[Named], plan: StepPlan) -> int:
         """Two operations for each weight and row, over the matrices that a call touches."""
         parts = {id(named.matrix): named for named in touched if named.matrix is not None}
-        weights = sum(part.matrix.used_rows * part.matrix.num_cols for part in parts.values() if part.matrix)
+        weights = sum(self._weights_used(part) for part in parts.values())
         rows = plan.num_tokens if all(part.layer is not None for part in parts.values()) else len(plan.sampled)
         return 2 * rows * weights
 
@@ -240,6 +249,15 @@ class FlopCounter:
         touched = {id(buffer.base) for buffer in call.buffers}
         elements = sum(count for base, count in self._states.items() if base in touched)
         return OPERATIONS_A_STATE * elements * plan.num_tokens
+
+    def _weights_used(self, named: Named) -> int:
+        """The weights of a matrix that one token is multiplied by."""
+        matrix, kind = named.matrix, None if named.layer is None else self._model.config.experts_of(named.layer)
+        assert matrix is not None
+        weights = matrix.used_rows * matrix.num_cols
+        if not matrix.num_experts or kind is None:
+            return weights
+        return weights // matrix.num_experts * (kind.top_k + matrix.num_experts - kind.num_experts)
 
     def _of_attention(self, call: Call, layer: int, plan: StepPlan) -> int:
         """Products with keys and with values, each two operations per element of a head; 0 if the call only writes the

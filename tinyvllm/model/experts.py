@@ -10,6 +10,7 @@ from tinygrad import Tensor
 
 from tinyvllm.arrays import HostMatrix, format_of, join_rows, to_float32
 from tinyvllm.config import ExpertsKind
+from tinyvllm.device.recording import keep
 from tinyvllm.model.loading import Loader
 from tinyvllm.ops.backend import Epilogue, Norm, Operations, Step
 from tinyvllm.ops.experts_spec import ExpertLayer
@@ -50,6 +51,7 @@ class SparseFeedForward:
         """Its output of x, added to `residual`."""
         tokens, norm, scale = step.num_tokens, self.ffn_norm, self.residual_scale
         routing = ops.route(x, self.layer, tokens, self.router_norm)
+        keep(routing.ids)  # profiles read them
         last = Epilogue(post_norm=self.ffn_post_norm, scale=scale, residual=residual, out_scale=out_scale)
         if self.shared is None:
             return ops.experts(x, routing, self.layer, tokens, norm, last)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import GB, Chip
+from tinyvllm.profiling.expert_load import ExpertLoad
 from tinyvllm.profiling.names import label
 
 GROUPINGS = ("operation", "layer", "kernel", "program")
@@ -57,6 +58,7 @@ class StepProfile:
     step_s: float  # from launch to done, without packing inputs and reading tokens
     profiled_s: float  # the same, while its kernels were timed
     launches: tuple[Launch, ...]  # of the last repeat, in order
+    experts: tuple[ExpertLoad, ...] = ()  # of the sparse layers
 
     @property
     def kernels_s(self) -> float:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinyvllm.profiling.chips import Chip
+from tinyvllm.profiling.expert_load import describe_loads
 from tinyvllm.profiling.kernels import KernelRow, StepProfile, tabulate
 from tinyvllm.profiling.measure import Recording
 from tinyvllm.profiling.predict import Measured, Prediction
@@ -69,6 +70,7 @@ class ProfileReport:
             "pack_s": self.pack_s,
             "kernels": profile.num_kernels,
             "moved_bytes": self.moved_bytes,
+            "experts": [load.as_json() for load in profile.experts],
             "timed": "in the step as served" if profile.is_graphed else "one by one",
             "roofline": self.roofline.as_json(),
             "verdict": [finding.as_json() for finding in self.findings],
@@ -88,6 +90,7 @@ def profile_table(report: ProfileReport, by: str) -> RenderableType:
         Text(""),
         *(Text(line) for line in _explain_times(report)),
         *(Text(line) for line in _explain_roof(report)),
+        *(Text(line) for line in describe_loads(profile.experts)),
         Text(""),
         *(_finding_text(finding, index == 0) for index, finding in enumerate(report.findings)),
     )

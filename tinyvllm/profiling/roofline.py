@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tinyvllm.config import LayerKind, ModelConfig
+from tinyvllm.config import ExpertsKind, LayerKind, ModelConfig
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import GB, Chip
 from tinyvllm.profiling.kernels import floor_s
@@ -38,9 +38,10 @@ OPERATIONS_A_STATE = 7
 
 @dataclass(frozen=True)
 class Work:
-    """The minimal work of one step. Bytes: each weight once, keys and values of the context, or of its part that is in
-    a layer's window, and those written; the recurrent state of each sequence, read and written. Of the embedding table
-    only the tokens' rows count, unless it is also the head, which is read whole."""
+    """The minimal work of one step. Bytes: each weight once, of experts as many as are expected to be chosen; keys and
+    values of the context, or of its part that is in a layer's window, and those written; the recurrent state of each
+    sequence, read and written. Of the embedding table only the tokens' rows count, unless it is also the head, which is
+    read whole."""
 
     weight_bytes: float
     kv_read_bytes: float
@@ -66,8 +67,25 @@ def weights_of(config: ModelConfig) -> tuple[int, int]:
     """(weights in the matrices of all layers, weights in one matrix of V rows: the embedding, or the head)."""
     attention = sum(_attention_weights(kind, config.hidden_size) for kind in config.layers)
     per_layer_embeddings = 3 * config.num_layers * config.per_layer_size
-    in_layers = attention + config.hidden_size * (3 * sum(config.ffn_sizes) + per_layer_embeddings)
+    in_layers = attention + config.hidden_size * (3 * sum(config.dense_sizes) + per_layer_embeddings)
+    if config.experts is not None:
+        kind, count = config.experts, len(config.sparse_layers)
+        router = kind.num_experts + kind.has_shared_gate
+        in_layers += count * config.hidden_size * (router + 3 * kind.shared_size + 3 * kind.num_experts * kind.ffn_size)
     return in_layers, config.vocab_size * config.hidden_size
+
+
+def weights_in_experts(config: ModelConfig, num_experts: float) -> float:
+    """Weights of `num_experts` experts in every sparse layer, without shared ones."""
+    if config.experts is None:
+        return 0.0
+    return len(config.sparse_layers) * 3 * config.hidden_size * config.experts.ffn_size * num_experts
+
+
+def experts_touched(kind: ExpertsKind, num_tokens: int) -> float:
+    """How many experts some of `num_tokens` tokens are expected to choose, if each chooses any k of them: one is left
+    out by all with a probability of (1 - k / E) ** T."""
+    return kind.num_experts * (1 - (1 - kind.top_k / kind.num_experts) ** num_tokens)
 
 
 def _attention_weights(kind: LayerKind, hidden_size: int) -> int:
@@ -121,10 +139,15 @@ def count_work(
     num_tokens = sum(count for _, count in entries)
     num_rows = len(entries) if num_sampled is None else num_sampled
     in_layers, in_table = weights_of(config)
+    idle, unused = 0.0, 0.0  # weights of experts that no token, and that one token, passes by
+    if config.experts is not None:
+        kind = config.experts
+        idle = weights_in_experts(config, kind.num_experts - experts_touched(kind, num_tokens))
+        unused = weights_in_experts(config, kind.num_experts - kind.top_k)
     kv_token = config.kv_bytes_per_token(kv_itemsize)
     return Work(
         weight_bytes=bytes_per_weight
-        * (in_layers + in_table + (0 if config.tie_embeddings else num_tokens * config.hidden_size)),
+        * (in_layers - idle + in_table + (0 if config.tie_embeddings else num_tokens * config.hidden_size)),
         kv_read_bytes=sum(
             kv_itemsize
             * kind.stored_elements
@@ -133,7 +156,7 @@ def count_work(
             if kind.stores_kv
         ),
         kv_written_bytes=kv_token * num_tokens,
-        matrix_flops=2 * (num_tokens * in_layers + num_rows * in_table),
+        matrix_flops=2 * (num_tokens * (in_layers - unused) + num_rows * in_table),
         attention_flops=sum(
             operations_a_key(kind) * attended_keys(start, count, kind.window)
             for kind in config.layers

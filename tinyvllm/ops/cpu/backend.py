@@ -531,16 +531,15 @@ class CpuBackend(DeviceSampling):
     ) -> Activation:
         """The gated hidden values (T * k, ffn), in the order of the routing's plan."""
         plan, order = _plan_of(routing)
-        inputs, eps = [x] * len(self.cores), None if norm is None else norm.eps
         if plan is not None:
-            inputs, eps, norm = self._gathered(x, plan, order, layer, norm), None, None
+            x, norm = self._gathered(x, plan, order, layer, norm), None
         widths: list[int] = []
         outs, size = [], layer.gate_up.expert_size // 2
         for i, shard in enumerate(layer.gate_up.shards):
             start = sum(widths)
             spec = replace(
-                self._expert_spec("experts_gate_up", shard, layer, num_tokens, inputs[i], plan),
-                norm_eps=eps,
+                self._expert_spec("experts_gate_up", shard, layer, num_tokens, x, plan),
+                norm_eps=None if norm is None else norm.eps,
                 activation=layer.kind.activation,
                 bias_starts=None if layer.gate_up_bias is None else (start, size + start),
                 bias_cols=2 * size,
@@ -548,19 +547,19 @@ class CpuBackend(DeviceSampling):
             tables = [] if norm is None else [norm.weight]
             tables += [] if layer.gate_up_bias is None else [layer.gate_up_bias]
             out = empty(spec.out_rows * spec.out_cols, device=self.cores[i])
-            outs += run_kernel(experts_kernel(spec), [out], [order, *shard.planes, *_tensors(inputs[i]), *tables])
+            outs += run_kernel(experts_kernel(spec), [out], [order, *shard.planes, *_tensors(x), *tables])
             widths.append(spec.out_cols)
         return _sharded(outs, widths)
 
-    def _gathered(
-        self, x: Activation, plan: Plan, order: Tensor, layer: ExpertLayer, norm: Norm | None
-    ) -> list[Activation]:
-        """The rows of x in the order of a plan, normed: for each core its own."""
-        cols, eps = layer.gate_up.num_cols, None if norm is None else norm.eps
-        spec = GatherSpec(plan, layer.num_chosen, cols, _widths(x, cols), eps)
+    def _gathered(self, x: Activation, plan: Plan, order: Tensor, layer: ExpertLayer, norm: Norm | None) -> Activation:
+        """The rows of x in the order of a plan, normed. Each core writes its own columns."""
+        widths = _widths(x, layer.gate_up.num_cols)
         read = [order, *_tensors(x), *([] if norm is None else [norm.weight])]
-        outs = [empty(plan.num_rows * cols, device=core) for core in self.cores]
-        return [run_kernel(gather_kernel(spec), [out], read)[0] for out in outs]
+        outs = []
+        for shard, (tensor, cols) in enumerate(zip(_tensors(x), widths, strict=True)):
+            spec = GatherSpec(plan, layer.num_chosen, widths, shard, None if norm is None else norm.eps)
+            outs += run_kernel(gather_kernel(spec), [empty(plan.num_rows * cols, device=str(tensor.device))], read)
+        return _sharded(outs, widths)
 
     def _expert_sum(
         self, hidden: Activation, routing: Routing, layer: ExpertLayer, num_tokens: int, epilogue: Epilogue

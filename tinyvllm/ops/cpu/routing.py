@@ -287,35 +287,39 @@ def _write_tiles(body: Body, plan: Plan, out: UOp, ends: UOp, expert: Callable[[
 
 @dataclass(frozen=True)
 class GatherSpec:
-    """Rows of x (T, K) in the order of a plan, perhaps normed."""
+    """Rows of x (T, K) in the order of a plan, perhaps normed: the columns of one of x's shards."""
 
     plan: Plan
     num_chosen: int  # k
-    num_cols: int  # K
     x_cols: tuple[int, ...]  # columns of each shard of x
+    shard: int
     norm_eps: float | None = None
+
+    @property
+    def num_cols(self) -> int:
+        """Columns that are written."""
+        return self.x_cols[self.shard]
 
 
 @cached_kernel
 def gather_kernel(spec: GatherSpec) -> KernelFn:
-    """fn(out (rows of the plan, K), plan, *x shards[, norm weight]). The rows after the last pair are not written."""
+    """fn(out (rows of the plan, columns), plan, *x shards[, norm weight (K,)]). The rows after the last pair are not
+    written."""
 
     def kernel(out: UOp, plan: UOp, *rest: UOp) -> UOp:
         operands, body, pairs = list(rest), Body(), spec.plan.num_pairs
-        shards = take_shards(operands, spec.x_cols, spec.num_cols)
-        place = body.loop(pairs)
+        shards = take_shards(operands, spec.x_cols, sum(spec.x_cols))
+        place, own = body.loop(pairs), shards[spec.shard]
         token = clamp(plan[place].load(), 0, pairs - 1) // spec.num_chosen
-        scale, stores = None, []
+        scale = None
         if spec.norm_eps is not None:
-            norm = NormSpec(pairs // spec.num_chosen, spec.num_cols, spec.norm_eps)
+            norm = NormSpec(pairs // spec.num_chosen, sum(spec.x_cols), spec.norm_eps)
             scale = rms_scale(body, shards, token, norm, place)
-        for shard in shards:
-            col = body.loop(shard.width)
-            value = shard.buffer[shard.at(token, col)].load()
-            if scale is not None:
-                value = value * scale[0] * operands[0][shard.start + col].load()
-            stores.append(out[place * spec.num_cols + shard.start + col].store(value).end(col))
-        name, size = f"gather_{pairs}x{spec.num_cols}", pairs * spec.num_cols
-        return finish(UOp.group(*stores).end(place), name, ops=4 * size, nbytes=8 * size)
+        col = body.loop(own.width)
+        value = own.buffer[own.at(token, col)].load()
+        if scale is not None:
+            value = value * scale[0] * operands[0][own.start + col].load()
+        store, size = out[place * own.width + col].store(value).end(col, place), pairs * own.width
+        return finish(store, f"gather_{pairs}x{own.width}", ops=4 * size, nbytes=8 * size)
 
     return kernel

@@ -58,7 +58,7 @@ def refine_hf(config: ModelConfig, values: Values) -> ModelConfig:
         values.unsupported("vocab_size_per_layer_input", f"{config.vocab_size} (vocab_size)")
     experts = None
     if values.flag("enable_moe_block"):
-        experts = _with_scales(hf_experts(values, "moe_intermediate_size", "top_k_experts"))
+        experts = _as_gemma_has_them(hf_experts(values, "moe_intermediate_size", "top_k_experts"))
     return replace(
         config,
         layer_sizes=_shared(config, sizes, num_shared),
@@ -68,8 +68,8 @@ def refine_hf(config: ModelConfig, values: Values) -> ModelConfig:
     )
 
 
-def _with_scales(experts: ExpertsKind) -> ExpertsKind:
-    return replace(experts, activation="gelu_tanh", has_expert_scale=True)
+def _as_gemma_has_them(experts: ExpertsKind) -> ExpertsKind:
+    return replace(experts, activation="gelu_tanh", has_expert_scale=True, is_beside_dense=True)
 
 
 def _head_sizes(config: ModelConfig, values: Values, layer: int, *, is_global: bool) -> tuple[int, int]:
@@ -112,7 +112,7 @@ def refine_gguf(config: ModelConfig, values: Values, tensors: Collection[str]) -
         layer_sizes=_shared(config, sizes, num_shared),
         per_layer_size=values.optional_integer("embedding_length_per_layer_input", at_least=0) or 0,
         score_scale=1.0,
-        experts=_with_scales(gguf_experts(values)) if values.get("expert_count") else None,
+        experts=_as_gemma_has_them(gguf_experts(values)) if values.get("expert_count") else None,
     )
 
 

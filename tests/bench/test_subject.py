@@ -127,6 +127,11 @@ def test_shapes_have_the_parameters_of_their_names() -> None:
         "gemma-3-12b": 11766,
         "mistral-small-24b": 23572,
         "qwen2.5-32b": 32763,
+        "qwen3-30b-a3b": 30532,
+        "gpt-oss-20b": 20915,
+        "qwen3.5-0.8b": 752,
+        "qwen3.5-27b": 26893,
+        "sparse-100m": 115.5,
         "llama-3.1-70b": 70553,
     }
     assert millions == pytest.approx(expected, rel=1e-3)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvllm.bench.shapes import SHAPES
-from tinyvllm.config import ModelConfig, Rope, StateKind
+from tinyvllm.config import ExpertsKind, ModelConfig, Rope, StateKind
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import CHIPS, Chip, find_chip, guess_chip, measured_chip
 from tinyvllm.profiling.kernels import Kernel
@@ -75,6 +75,19 @@ def test_keys_before_a_window_are_not_read() -> None:
     full, narrow = windowed.layers
     shared = replace(TINY, num_layers=3, layer_kinds=(full, narrow, replace(full, kv_layer=1)))
     assert count_work(shared, 2.0, 2, [(5, 1)]).kv_read_bytes == (5 + 5) * of_layer, "the third reads the second's"
+
+
+def test_of_experts_as_many_count_as_tokens_are_expected_to_choose() -> None:
+    kind = ExpertsKind(num_experts=8, top_k=2, ffn_size=4, shared_size=5)
+    sparse = replace(TINY, experts=kind, with_experts=(False, True))
+    dense, expert = LAYER + (LAYER - 3 * 128) + TABLE + 8 * 8 + 3 * 8 * 5, 3 * 8 * 4  # with the router and the shared
+    one, four = (count_work(sparse, 2.0, 2, [(5, 1)] * count) for count in (1, 4))
+    assert one.weight_bytes == 2 * (dense + 8 + 2 * expert)
+    assert one.matrix_flops == 2 * (dense + 2 * expert)
+    assert four.weight_bytes == pytest.approx(2 * (dense + 4 * 8 + 8 * (1 - 0.75**4) * expert))
+    assert four.matrix_flops == 4 * one.matrix_flops
+    beside = replace(sparse, experts=replace(kind, is_beside_dense=True))
+    assert count_work(beside, 2.0, 2, [(5, 1)]).weight_bytes == one.weight_bytes + 2 * 3 * 128
 
 
 def test_a_recurrent_layers_state_is_read_and_written_for_each_sequence() -> None:

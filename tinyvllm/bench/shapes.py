@@ -53,6 +53,22 @@ SHAPES: dict[str, ModelConfig] = {
             tie_embeddings=True,
         ),
         ModelConfig(
+            name="sparse-100m",  # no model: experts small enough to measure on two cores
+            architecture="qwen3_moe",
+            num_layers=8,
+            hidden_size=512,
+            ffn_size=1536,
+            num_heads=8,
+            num_kv_heads=4,
+            head_dim=64,
+            vocab_size=16384,
+            max_position=4096,
+            rope=Rope(1000000.0),
+            norm_eps=1e-6,
+            tie_embeddings=True,
+            experts=ExpertsKind(num_experts=32, top_k=4, ffn_size=256),
+        ),
+        ModelConfig(
             name="tinyllama-1.1b",  # TinyLlama/TinyLlama-1.1B-Chat-v1.0
             architecture="llama",
             num_layers=22,

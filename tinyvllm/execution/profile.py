@@ -66,10 +66,29 @@ class Named:
 
     @property
     def role(self) -> str:
-        """`model.layers.3.mixer.qkv.planes.0` is "qkv", `model.norm.weight` "final norm"."""
+        """`model.layers.3.mixer.qkv.planes.0` is "qkv", `model.norm.weight` "final norm"; of a sparse feed-forward,
+        `model.layers.3.feed_forward.layer.down.planes.0` is "experts down"."""
         parts = self.path.split(".")
-        role = parts[1] if self.layer is None else parts[4 if parts[3] in ("mixer", "feed_forward") else 3]
+        if self.layer is None:
+            role = parts[1]
+        elif parts[3] == "feed_forward":
+            role = _role_in_feed_forward(parts[4:])
+        else:
+            role = parts[4 if parts[3] == "mixer" else 3]
         return {"norm": "final norm", "embedding": "head"}.get(role, role.replace("_", " "))
+
+
+def _role_in_feed_forward(parts: Sequence[str]) -> str:
+    """The role of a feed-forward's tensor, by the names that lead to it."""
+    first, *rest = parts
+    if first in ("experts", "dense"):  # each of two feed-forwards in one layer
+        return _role_in_feed_forward(rest)
+    if first == "shared":
+        return f"shared {rest[0]}"
+    if first != "layer":
+        return first
+    roles = {"router": "router", "gate_up": "experts gate_up", "down": "experts down"}
+    return roles.get(rest[0], "route")  # else a vector that the choice reads, or a bias beside its matrix
 
 
 class CallNamer:

@@ -218,7 +218,8 @@ def test_states_have_slots_for_all_sequences_and_two_checkpoints_of_each() -> No
 def test_a_large_pool_has_a_checkpoint_for_each_prefix_that_it_may_hold() -> None:
     memory = replace(STATES, kv_groups=(KVGroup(1 << 10),))
     capacity = plan(memory, max_num_seqs=64)
-    assert capacity.num_blocks == 64 * 128 + 1 and capacity.num_state_slots == 1 + 3 * 64
+    assert capacity.num_blocks == 64 * 128 + 1 and capacity.num_state_slots == 220, "the memory that blocks leave"
+    assert plan(memory, max_num_seqs=8).num_state_slots == 1 + 8 + 8 * 2048 // 256, "one for each turn"
     assert plan(memory, max_num_seqs=1).num_state_slots == 1 + 1 + 8
     capacity = plan(replace(memory, state_bytes=1 << 16), max_num_seqs=4, num_gpu_blocks_override=40 * 256)
     assert capacity.num_state_slots == 1 + 4 + 40, "4096 tokens each"

@@ -13,7 +13,8 @@ from tinyvllm.execution.buckets import Bucket
 
 GIB = 1 << 30
 MIB = 1 << 20
-PLANNED_PREFIX = 4096  # tokens of a cached prefix, for each of which there should be a checkpoint
+PLANNED_PREFIX = 4096  # tokens of the pool, for each of which there should be a checkpoint
+PLANNED_TURN = 256  # the same if memory is left: a turn of a conversation, to which a client may go back
 SEQUENCE_CHECKPOINTS = 2  # of one sequence while it decodes: at the end of its prompt, and at the latest border
 FEWEST_CHECKPOINTS = 8  # for a few conversations that one user returns to
 STATE_SHARE = 2  # state slots take at most 1/2 of the memory for KV and states, if more cannot be left
@@ -110,8 +111,8 @@ class PoolSplit:
 
     Recurrent states have a slot for each sequence that may run, and slots for checkpoints: two for each sequence, or
     FEWEST_CHECKPOINTS, or one for each PLANNED_PREFIX tokens of the first group, whichever is the most. But slots take
-    at most half of the memory, unless the rest suffices for all that sequences can use. If not even each sequence has
-    one, fewer run at once.
+    at most half of the memory. If not even each sequence has one, fewer run at once. If memory is left by a first group
+    of the size that all sequences can use, slots take what they can use of it, one for each PLANNED_TURN tokens.
     """
 
     block_size: int  # tokens
@@ -121,6 +122,7 @@ class PoolSplit:
     share: float = 1.0
     state_bytes: int = 0
     max_state_slots: int = 0  # by memory; the dummy counts
+    checkpoint_tokens: int = PLANNED_PREFIX  # of the first group, for each of which there should be a checkpoint
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -139,7 +141,7 @@ class PoolSplit:
         if not self.state_bytes:
             return 0
         num_seqs = self.limits.max_num_seqs
-        num_prefixes = num_blocks * self.block_size // PLANNED_PREFIX
+        num_prefixes = num_blocks * self.block_size // self.checkpoint_tokens
         num_checkpoints = max(SEQUENCE_CHECKPOINTS * num_seqs, FEWEST_CHECKPOINTS, num_prefixes)
         return min(1 + num_seqs + num_checkpoints, self.max_state_slots)
 
@@ -181,8 +183,8 @@ class PoolSplit:
 
     def with_more_besides(self, num_blocks: int, room: int) -> PoolSplit:
         """The same with all the tokens for windows, and all the states, that sequences can use, if they fit into `room`
-        bytes."""
-        wide = replace(self, share=float(PLANNED_WINDOWS), max_state_slots=0)
+        bytes; of the states, those that fit."""
+        wide = replace(self, share=float(PLANNED_WINDOWS), max_state_slots=0, checkpoint_tokens=PLANNED_TURN)
         if self.state_bytes:
             left = max(0, room - wide.num_bytes(num_blocks)) // self.state_bytes
             wide = replace(wide, max_state_slots=max(self.max_state_slots, _steady(left)))

@@ -11,6 +11,7 @@ import numpy as np
 
 from tests.families.recipe import Recipe, mlx_weights, sizes, write_hf
 from tests.families.recipes import RECIPES
+from tests.families.recipes.gpt_oss import YARN
 from tinyvllm.config import ModelFiles
 
 DEFAULT = {"group_size": 32, "bits": 4}
@@ -28,6 +29,9 @@ GLM = dict(RECIPES["glm4_moe_lite"].config) | {
     "first_k_dense_replace": 2,
     "mlp_layer_types": ["dense", "dense", "sparse"],
 }
+# mlx-lm reads the older keys, and makes YaRN's limits whole dimensions
+GPT_OSS = {key: value for key, value in RECIPES["gpt_oss"].config.items() if key != "rope_parameters"}
+GPT_OSS |= {"rope_theta": 150000.0, "rope_scaling": YARN | {"truncate": True}}
 GEMMA = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 MODELS: dict[str, Recipe] = {
     "llama": replace(RECIPES["mistral"], hf_class="LlamaForCausalLM", config=LLAMA, seed=1),
@@ -37,6 +41,7 @@ MODELS: dict[str, Recipe] = {
     "gemma3": replace(RECIPES["gemma3"], config=dict(RECIPES["gemma3"].config) | GEMMA, seed=7),
     "qwen3_5": replace(RECIPES["qwen3_5"], config=dict(RECIPES["qwen3_5"].config) | {"model_type": "qwen3_5"}),
     "glm4_moe_lite": replace(RECIPES["glm4_moe_lite"], config=GLM, seed=3),
+    "gpt_oss": replace(RECIPES["gpt_oss"], config=GPT_OSS, seed=2),
 }
 
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tests.families.mlx import DEFAULT, MODELS, write_mlx
-from tests.families.recipe import write_hf
+from tests.families.recipe import mlx_weights, write_hf
 
 DATA = Path(__file__).parent / "data" / "mlx.json"
+# mlx_lm.convert reads its unquantized experts only by mlx-lm's own names
+RENAMED = ("gpt_oss",)
 PROMPT = "two are company, three are none"
 NUM_STEPS = 48
 LEAST_GAP = 0.003  # between the two likeliest logprobs: what sums in another order do not turn round
@@ -26,7 +29,8 @@ def main() -> None:
     for name, recipe in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
             files = write_mlx(Path(folder) / "mlx", recipe)
-            plain = write_hf(Path(folder) / "hf", recipe)
+            of_mlx = partial(lambda recipe, weights: mlx_weights(recipe), recipe) if name in RENAMED else None
+            plain = write_hf(Path(folder) / "hf", recipe, transform=of_mlx)
             written[name] = {
                 "names": converted_names(plain.path, Path(folder) / "converted"),
                 "tokens": generate(files.path),

@@ -132,6 +132,7 @@ def test_shapes_have_the_parameters_of_their_names() -> None:
         "qwen3.5-0.8b": 752,
         "qwen3.5-27b": 26893,
         "sparse-100m": 115.5,
+        "glm-4.7-flash": 29943,
         "llama-3.1-70b": 70553,
     }
     assert millions == pytest.approx(expected, rel=1e-3)

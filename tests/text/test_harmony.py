@@ -64,6 +64,8 @@ def expected(messages: list[list[str | None]]) -> Read:
         recipient = None if recipient is not None and recipient.startswith(("<|", "json")) else recipient
         if role == "assistant" and recipient is not None and recipient.startswith("functions."):
             calls.append([recipient.removeprefix("functions."), text or "{}"])
+        elif role == "assistant" and channel == "final":
+            content.append(text)
         elif role != "assistant" or channel == "analysis" or recipient not in (None, "assistant", "all"):
             reasoning.append(text)
         else:
@@ -111,6 +113,8 @@ def test_malformed_output_is_not_lost(message: str, found: Read) -> None:
         ("«channel»analysis«message»a«start»" + "b" * 300, ("a<|start|>" + "b" * 300, "", [])),
         ("«channel»commentary to=get_weather«message»{}", ("", "", [["get_weather", "{}"]])),
         ("«channel»commentary to=unknown«message»{}", ("{}", "", [])),
+        (" assistant«channel»final«message»a", ("", "a", [])),
+        ("«end»«start»assistant odd words«channel»analysis«message»a", ("odd words a", "", [])),
         ("to be or not to be", ("", "to be or not to be", [])),
         (" \n", ("", " \n", [])),
     ],

@@ -6,8 +6,9 @@ accepts: https://github.com/openai/harmony/blob/f573ab5f5299fa339eac413808492d18
 What becomes of a message:
 
 - addressed to `functions.NAME`, or to a tool of the request by its bare name: a call, if the request has tools;
+- in the channel `final`: content;
 - of another role than the assistant's, in the channel `analysis`, or addressed to a built-in tool: reasoning;
-- everything else (`final`, `commentary` without a recipient, other channels or none): content.
+- everything else (`commentary` without a recipient, other channels or none): content.
 
 Messages of one kind are separated by a blank line. What is not a message (no `<|message|>` after a header) is content,
 or belongs to the message that it interrupts; only roles, channels, recipients and types are dropped.
@@ -36,7 +37,7 @@ _ROLE = re.compile(
     r"\s*(?:(assistant|user|system|developer|tool)(?::[^\s<]*)?(?=[\s<]|$)|(functions\.[^\s<]+)(?=\s+to=))"
 )
 _FIELD = re.compile(
-    r"\s*(?:<\|channel\|>(?P<channel>[^\s<]*)|<\|constrain\|>[^\s<]*|(?:json|code|text)(?=[\s<]|$)"
+    r"\s*(?:<\|channel\|>(?P<channel>[^\s<]*)|<\|constrain\|>[^\s<]*|(?:json|code|text|assistant)(?=[\s<]|$)"
     r"|(?:to=|(?=functions\.))(?P<recipient>[^\s<]+))"
 )
 _BARE_RECIPIENT = re.compile(r"\s*([^\s<]+)\s*(?:<\|constrain\|>[^\s<]*|json|code|text)?\s*$")
@@ -57,14 +58,19 @@ class Header:
         that a single unknown word is a recipient."""
         role = _ROLE.match(text)
         position = role.end() if role is not None else 0
-        found = {"channel": "", "recipient": ""}
-        while field := _FIELD.match(text, position):
-            position = field.end()
-            found |= {name: value for name, value in field.groupdict().items() if value and not found[name]}
-        bare = _BARE_RECIPIENT.match(text, position) if is_complete and not found["recipient"] else None
+        found, rest = {"channel": "", "recipient": ""}, ""
+        while position < len(text):
+            if field := _FIELD.match(text, position):
+                position = field.end()
+                found |= {name: value for name, value in field.groupdict().items() if value and not found[name]}
+                continue
+            channel = text.find(CHANNEL, position)  # what precedes it is unknown
+            end = len(text) if channel < 0 else channel
+            rest, position = rest + text[position:end], end
+        bare = _BARE_RECIPIENT.fullmatch(rest) if is_complete and not found["recipient"] else None
         if bare is not None:
-            found["recipient"], position = bare[1], len(text)
-        rest = text[position:].lstrip().replace(CHANNEL, "").replace(CONSTRAIN, "")
+            found["recipient"], rest = bare[1], ""
+        rest = rest.lstrip().replace(CONSTRAIN, "")
         return cls("assistant" if role is None else role[1] or role[2], rest=rest, **found)
 
     def function(self, names: Collection[str] | None) -> str:
@@ -78,8 +84,10 @@ class Header:
     @property
     def kind(self) -> Kind:
         """Where the content of a message that is not a call belongs."""
-        is_inner = self.role != "assistant" or self.channel == "analysis"
-        is_inner |= self.recipient not in ("", *_TO_NOBODY) and not self.recipient.startswith(FUNCTIONS)
+        if self.role == "assistant" and self.channel == "final":
+            return "text"
+        is_to_tool = self.recipient not in ("", *_TO_NOBODY) and not self.recipient.startswith(FUNCTIONS)
+        is_inner = self.role != "assistant" or self.channel == "analysis" or is_to_tool
         return "reasoning" if is_inner else "text"
 
 
@@ -211,7 +219,7 @@ class HarmonyParser(ToolParser):
         if name:
             self._seen = self._seen if self._is_chat else set()
             return events + self._called([CallBegin(self.num_calls, name)])
-        return events + self._write(header.rest)
+        return events + self._write(f"{header.rest.rstrip()} " if header.rest else "")
 
     def _end_message(self) -> list[Event]:
         """The end of a message. What follows is a header, and so is the rest of a completion that begins with one."""

@@ -79,6 +79,20 @@ def test_products_equal_the_reference(fmt: str, tokens: int, operation: str) -> 
     assert difference < TOLERANCE[DTYPE_OF.get(fmt, "float16")]
 
 
+def test_recurrent_layers_equal_the_reference() -> None:
+    """Prompts by chunks, among which others decode; then decoding."""
+    from tests.ops.recurrent import States, Turn, check_steps, make_kind
+    from tinyvllm.ops.step_inputs import StepLayout
+
+    kind, (chosen, reference) = make_kind(2, 1, 32, 32), backends("float16")
+    mixed, decode = (StepLayout(tokens, seqs, 2, 16, has_states=True) for tokens, seqs in ((80, 3), (3, 3)))
+    steps = [
+        (mixed, [Turn(0, 40, 3, 3), Turn(7, 1, 4, 5), Turn(16, 36, 4, 6)], False),
+        (decode, [Turn(40, 1, 3, 3), Turn(8, 1, 5, 7)], True),
+    ]
+    check_steps(States(reference, kind), States(chosen, kind, (1, 2, 3), padding=3), steps, TOLERANCE["float16"])
+
+
 # (heads, kv heads, D), (T, R, M, block size), is decode, the pool's dtype
 ATTENTION = [
     ((9, 3, 64), (1, 1, 8, 16), True, "float16"),

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tinygrad import Tensor, dtypes
 
-from tests.ops.builders import make_step_of, normal
+from tests.ops.builders import largest_difference, make_step_of, normal
+from tests.ops.rendering import unwritten
 from tinyvllm.config import StateKind
-from tinyvllm.ops.backend import Backend, KVPool
+from tinyvllm.ops.backend import Backend, KVPool, Step
 from tinyvllm.ops.cpu.backend import CpuBackend, Sharded
 from tinyvllm.ops.recurrent_spec import RecurrentLayer, section_sizes
 from tinyvllm.ops.step_inputs import StepLayout
@@ -136,3 +138,35 @@ class States:
 def draw_rows(kind: StateKind, count: int, seed: int = 0) -> np.ndarray:
     """Projections (count, columns)."""
     return normal(count, sum(section_sizes(kind)), seed=seed)
+
+
+def plan_recurrence(backend: Backend, kind: StateKind, layout: StepLayout, *, is_decode: bool = False) -> Tensor:
+    """A recurrent layer of a step, on tensors that are never realized."""
+    cols = sum(section_sizes(kind))
+    sizes = (kind.conv_elements, kind.num_heads, kind.num_heads, kind.value_dim)
+    layer = RecurrentLayer(0, kind, (cols,), *[unwritten(backend, size) for size in sizes])
+    pool = backend.make_pool([], [], 16, "float16", {0: kind}, 3)
+    step = Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode)
+    return backend.recur([unwritten(backend, layout.num_tokens * cols)], layer, step)
+
+
+def check_steps(
+    expected: States, found: States, steps: Sequence[tuple[StepLayout, Sequence[Turn], bool]], tolerance: float
+) -> None:
+    """Run consecutive steps (layout, turns, is decode) by both, and compare outputs, the states of the slots that were
+    written, and the others bit for bit. Differences are of the largest value."""
+    kind, ends = found.kind, dict[int, int]()
+    for number, (layout, turns, is_decode) in enumerate(steps):
+        before = found.read()
+        rows = draw_rows(kind, sum(turn.count for turn in turns), seed=number)
+        wanted, outs = (states.run(layout, turns, rows, is_decode=is_decode) for states in (expected, found))
+        assert largest_difference(outs, wanted) < tolerance
+        assert not outs[len(rows) :].any(), "rows of padding are not zeros"
+        ends.update({turn.write: turn.start + turn.count for turn in turns if turn.count})
+        for slot, end in ends.items():
+            for ours, theirs in zip(found.state(slot, end), expected.state(slot, end), strict=True):
+                assert largest_difference(ours, theirs) < tolerance, f"the state in slot {slot}"
+        written = {0, *(turn.write for turn in turns if turn.count)}
+        kept = [slot for slot in range(NUM_SLOTS) if slot not in written]
+        for old, new in zip(before, found.read(), strict=True):
+            np.testing.assert_array_equal(new[kept], old[kept])

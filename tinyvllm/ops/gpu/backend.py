@@ -35,7 +35,8 @@ from tinyvllm.ops.gpu.attention import THREADS, attention_kernel, take_rows_kern
 from tinyvllm.ops.gpu.columns import GateSpec, gate_columns_kernel
 from tinyvllm.ops.gpu.expert_rows import ExpertRowsSpec, expert_rows_kernel
 from tinyvllm.ops.gpu.latent_attention import latent_attention_kernel, store_latents_kernel
-from tinyvllm.ops.gpu.recurrent import GpuRecurrentSpec, recur_by_rows
+from tinyvllm.ops.gpu.recurrent import recur_by_rows
+from tinyvllm.ops.gpu.recurrent_rows import GpuRecurrentSpec
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.latent_spec import LatentLayer, LatentSpec
 from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, plain_routing, rms_norm

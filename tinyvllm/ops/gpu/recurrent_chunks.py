@@ -22,7 +22,7 @@ from tinygrad import Tensor, UOp, dtypes
 
 from tinyvllm.ops.backend import Step
 from tinyvllm.ops.coverage import in_words
-from tinyvllm.ops.gpu.recurrent import (
+from tinyvllm.ops.gpu.recurrent_rows import (
     CONVOLVED,
     GpuRecurrentSpec,
     Inputs,

@@ -14,7 +14,7 @@ from tinygrad import Tensor, UOp
 
 from tinyvllm.ops.backend import Step
 from tinyvllm.ops.coverage import in_words
-from tinyvllm.ops.gpu.recurrent import VECTOR, GpuRecurrentSpec, Inputs, Projections, columns, sigmoid, silu
+from tinyvllm.ops.gpu.recurrent_rows import VECTOR, GpuRecurrentSpec, Inputs, Projections, columns, sigmoid, silu
 from tinyvllm.ops.gpu.row_sum import add_warps
 from tinyvllm.ops.kernel.body import Body, KernelFn, balanced, cached_kernel, finish, run_kernel
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, await_previous, axes_of, dot, grid, warps

@@ -220,7 +220,26 @@ def _without_weights(backend: Backend) -> Backend:
     def load_gate_up(gate: Any, up: Any) -> Matrix:
         return _enlarged(gate_up(_stand_in(gate, 1), _stand_in(up, 1)), gate.shape[0] + up.shape[0])
 
+    def enlarge_experts(made: Matrix, rows: int, num_experts: int) -> Matrix:
+        return replace(_enlarged(made, rows), num_experts=num_experts)
+
+    def load_experts(host: Any, count: int) -> Matrix:
+        if not isinstance(host, _Shape):
+            return expert_matrix(host, count)
+        rows = host.shape[0]
+        loaded: Matrix = once((host, count), lambda: enlarge_experts(expert_matrix(_stand_in(host, 1), 1), rows, count))
+        return loaded
+
+    def load_gated_experts(gate: Any, up: Any, count: int) -> Matrix:
+        stand_ins, rows = (_stand_in(gate, 1), _stand_in(up, 1)), gate.shape[0] + up.shape[0]
+        return enlarge_experts(expert_gate_up(*stand_ins, 1), rows, count)
+
+    expert_matrix, expert_gate_up = backend.expert_matrix, backend.expert_gate_up
     patched: Any = backend
+    patched.expert_matrix = load_experts
+    patched.expert_gate_up = lambda gate, up, count: once(
+        (gate, up, count), lambda: load_gated_experts(gate, up, count)
+    )
     patched.matrix = load_one
     patched.stacked = lambda hosts, num_kv_heads=None: once(tuple(hosts), lambda: load_stacked(hosts))
     patched.gate_up = lambda gate, up: once((gate, up, "gated"), lambda: load_gate_up(gate, up))

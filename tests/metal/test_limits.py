@@ -27,6 +27,8 @@ SWEEP = [
 KINDS = ("mlx-4bit-g64", "mlx-3bit-g64", "mlx-8bit-g64", "awq-4bit-g128", "fp8-block128", "nvfp4", "IQ4_XS", "IQ3_S")
 SWEEP += [Case("llama-3.2-1b", "Apple7", kind, (1, 8, 64), (64, 1024)) for kind in ("bfloat16", "Q4_0", "Q8_0", *KINDS)]
 SWEEP += [Case(shape, "Apple7", "Q4_K", (1, 8, 64), (64, 1024)) for shape in OTHER_FAMILIES]
+SPARSE = (("qwen3-30b-a3b", "bfloat16"), ("gpt-oss-20b", "mxfp4"))
+SWEEP += [Case(shape, "Apple7", kind, (1, 8, 64), (64, 1024)) for shape, kind in SPARSE]
 SWEEP += [Case("qwen3-0.6b", "Apple7", "bfloat16", (1, 2, 4, 8, 16, 32, 64), (64, 256, 1024))]
 
 

@@ -52,10 +52,16 @@ def run(backend: Backend, layer: ExpertLayer, tokens: int, end: str) -> tuple[np
     return ids, weights, out
 
 
-def compare(device: DeviceHandle, lanes: Lanes, case: Case, end: str) -> None:
-    dtype = "bfloat16" if case.fmt == "bfloat16" else "float16"
+def make_reference(device: DeviceHandle) -> ReferenceBackend:
+    """On the CPU, where the device is simulated."""
+    on_cpu = DeviceHandle("CPU", has_threads=False, is_unified=True, cores=("CPU",))
+    return ReferenceBackend(on_cpu if device.name.startswith("METAL") else device)
+
+
+def compare(device: DeviceHandle, lanes: Lanes, case: Case, end: str, dtype: str | None = None) -> None:
+    dtype = dtype or ("bfloat16" if case.fmt == "bfloat16" else "float16")
     fused = FusedGpuBackend(device, dtype, lanes)
-    reference = ReferenceBackend(DeviceHandle("CPU", has_threads=False, is_unified=True, cores=("CPU",)))
+    reference = make_reference(device)
     ids, weights, out = run(fused, make_layer(fused, case), case.num_tokens, end)
     assert not fused.coverage.lines()
     wanted_ids, wanted_weights, wanted = run(reference, make_layer(reference, case), case.num_tokens, end)
@@ -86,6 +92,14 @@ CASES = [
 @pytest.mark.parametrize(("case", "end"), CASES, ids=lambda value: getattr(value, "fmt", value))
 def test_experts_match_the_reference(device: DeviceHandle, lanes: Lanes, case: Case, end: str) -> None:
     compare(device, lanes, case, end)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_packed_experts_of_a_bfloat16_model_match_the_reference(
+    device: DeviceHandle, lanes: Lanes, tokens: int
+) -> None:
+    compare(device, lanes, Case(GPT_OSS, "MXFP4-e8m0", tokens), "r", "bfloat16")
 
 
 def sort(spec: OrderSpec, ids: np.ndarray, device: DeviceHandle) -> tuple[np.ndarray, np.ndarray]:
@@ -155,8 +169,10 @@ def test_hoppers_tiles_of_experts_have_the_loops_of_others(dtype: DType, is_firs
     """Conditions that are data must not split the loops that the stores are in."""
     tiles = ExpertTiles(8, 600, 2, most_tiles(600, 8, 128), 128, is_first=is_first, is_gathered=True, has_bias=True)
     mma, activation = Mma("CUDA", dtype), "clamped_swiglu" if is_first else None
-    spec = ExpertWgmmaSpec("test", mma, 600, 320, 128, 128, 1, activation, expert_tiles=tiles)
-    types = [dtypes.half if is_first else dtypes.float, dtypes.uint, dtypes.half, dtypes.half, I32, I32, dtypes.float]
+    spec = ExpertWgmmaSpec(
+        "test", mma, 600, 320, 128, 128, 1, activation, expert_tiles=tiles, has_bfloat_results=not is_first
+    )
+    types = [dtypes.half, dtypes.uint, dtypes.half, dtypes.half, I32, I32, dtypes.float]
     sizes = (600 * spec.out_rows, spec.map_size, 8 * 320 * 128, 600 * 128, tiles.num_tiles * TILE_WORDS + 1, 600, 2560)
     read = [UOp.placeholder((size,), kind, slot) for slot, (size, kind) in enumerate(zip(sizes, types, strict=True))]
     source = to_program(wgmma_kernel(spec)(*read), make_renderer("CUDA sm_90")).src[2].arg

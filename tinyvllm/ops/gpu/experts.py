@@ -182,7 +182,8 @@ class ManyRows:
     mma: Mma
     layer: ExpertLayer
     num_tokens: int
-    has_wgmma: bool = False
+    has_wgmma: bool
+    rounds_to_bfloat: bool  # results of experts, where 16 bits are enough: they may exceed float16's range
 
     @property
     def num_pairs(self) -> int:
@@ -208,6 +209,11 @@ class ManyRows:
             and self._suits_wgmma(self.layer.gate_up, 2)
             and self._suits_wgmma(self.layer.down, 1)
         )
+
+    @property
+    def has_bfloat_bits(self) -> bool:
+        """Whether the results are bfloat16 in float16 buffers."""
+        return self.uses_wgmma and self.rounds_to_bfloat
 
     def _suits_wgmma(self, matrix: Matrix, sections: int) -> bool:
         """`sections`: gate and up, or one."""
@@ -260,7 +266,8 @@ class ManyRows:
         return self._multiply("experts_gate_up", self.layer.gate_up, x, rows, dtype, self.layer.gate_up_bias)
 
     def down(self, states: Tensor, rows: SortedRows, dtype: DType) -> Tensor:
-        """(T, k, hidden): each expert's result."""
+        """(T, k, hidden): each expert's result. In float32 where there are so few that it costs nothing."""
+        dtype = F32 if self.is_few else F16 if self.uses_wgmma else dtype
         return self._multiply("experts_down", self.layer.down, states, rows, dtype, self.layer.down_bias)
 
     def _multiply(
@@ -305,6 +312,7 @@ class ManyRows:
             splits=1,
             activation=self.layer.kind.activation if is_first else None,
             expert_tiles=tiles,
+            has_bfloat_results=self.mma.dtype != F16 if is_first else self.has_bfloat_bits,
         )
         outs = [empty(self.num_pairs * spec.out_rows, dtype, device), empty(spec.map_size, U32, device)]
         read = [*planes, x, rows.tiles, rows.pairs, *([] if bias is None else [bias])]

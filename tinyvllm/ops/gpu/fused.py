@@ -55,6 +55,7 @@ MAX_CHAINED_TOKENS, MAX_CHAINED_QUANTIZED = 16, 32
 # Rows of a matrix, as a multiple of its columns, up to which one row's product computes a normed sum that it reads:
 # each of its threadgroups reads all operands of the sum, so with more rows a kernel of its own costs less
 MOST_ROWS_WITH_SUM = 4
+SMALL_ACTIVATIONS = ("clamped_swiglu",)  # whose results are far below float16's largest number
 
 
 class Pending(Tensor):
@@ -73,6 +74,7 @@ class Summed(Pending):
     num_tokens: int  # T
     epilogue: Epilogue
     weights: Tensor | None = None  # (T, S), of partial products (T, S, N): those of each token's experts
+    has_bfloat_bits: bool = False  # as in SumSpec
 
     @property
     def is_normed_sum(self) -> bool:
@@ -107,6 +109,7 @@ class Summed(Pending):
             has_out_scale=epilogue.out_scale is not None,
             softcap=epilogue.softcap,
             is_weighted=self.weights is not None,
+            has_bfloat_bits=self.has_bfloat_bits,
         )
 
 
@@ -203,11 +206,15 @@ class FusedGpuBackend(GpuBackend):
         if reason := uncovered_kind(layer.kind):
             self.coverage.take_general("a router", reason, layer.index)
             return super().route(self.whole(x), layer, num_tokens, norm)
-        memory = {}
+        memory, mma = {}, self.mma
         if num_tokens > 1 and norm is not None:
-            normed = self._normed_rows(x, norm, num_tokens)
+            mma, dtype = self._expert_types(layer, norm)
+            normed = self._normed_rows(x, norm, num_tokens, dtype)
             memory, x, norm = dict(x=x, norm=norm, normed=normed), normed, None
-        (logits,) = self.linear("router", x, [layer.router], num_tokens, norm)
+        if num_tokens > 1 and not self._uncovered_product([layer.router], num_tokens, PLAIN):
+            logits = self._many_rows("router", self.whole(x), layer.router, num_tokens, PLAIN, mma)
+        else:
+            (logits,) = self.linear("router", x, [layer.router], num_tokens, norm)
         count = 1
         if isinstance(logits, Summed) and not logits.is_written:
             logits, count = logits.partials, logits.num_partials
@@ -229,14 +236,25 @@ class FusedGpuBackend(GpuBackend):
             return super().experts(self.whole(x), routing, layer, num_tokens, norm, epilogue)
         if num_tokens == 1:
             return self._experts_of_one(x, routing, layer, norm, epilogue)
-        assert self.mma is not None
-        rows = ManyRows(self._lanes(num_tokens), self.mma, layer, num_tokens, self.has_wgmma)
+        mma, dtype = self._expert_types(layer, norm)
+        assert mma is not None
+        may_exceed = self.dtype == "bfloat16"  # float16's range
+        rows = ManyRows(
+            lanes=self._lanes(num_tokens),
+            mma=mma,
+            layer=layer,
+            num_tokens=num_tokens,
+            has_wgmma=self.has_wgmma,
+            rounds_to_bfloat=may_exceed,
+        )
         normed = routing.normed_rows(x, norm) if isinstance(routing, FusedRouting) else None
         if normed is None:
-            normed = self.whole(x) if norm is None else self._normed_rows(x, norm, num_tokens)
+            normed = self.whole(x) if norm is None else self._normed_rows(x, norm, num_tokens, dtype)
         order = rows.sort(routing)
-        partials = rows.down(rows.gate_up(normed, order, self.float), order, self._partial_dtype(rows))
-        return self._pending_sum(partials, layer.num_chosen, num_tokens, epilogue, routing.weights)
+        partials = rows.down(rows.gate_up(normed, order, dtype), order, self.float)
+        result = self._pending_sum(partials, layer.num_chosen, num_tokens, epilogue)
+        result.weights, result.has_bfloat_bits = routing.weights, rows.has_bfloat_bits
+        return result
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         qkv, layer = self._with_whole_norm(qkv, layer, step)
@@ -428,6 +446,16 @@ class FusedGpuBackend(GpuBackend):
         result = self._vector(name, x, matrix, out_dtype, norm, product, is_normed=is_normed)
         return result if product is epilogue else self._pending_sum(result, 1, 1, epilogue)
 
+    def _expert_types(self, layer: ExpertLayer, norm: Norm | None) -> tuple[Mma | None, DType]:
+        """(the matrix unit of several rows' experts, the dtype of what they pass on): float16 also in a bfloat16 model
+        where all of that is small, because quantized weights become float16 in half the instructions."""
+        is_small = norm is not None and layer.kind.activation in SMALL_ACTIVATIONS
+        is_packed = layer.gate_up.format.is_quantized and layer.down.format.is_quantized
+        half = self._mma(dtypes.half)
+        if self.dtype == "bfloat16" and is_small and is_packed and half is not None:
+            return half, dtypes.half
+        return self.mma, self.float
+
     def _experts_of_one(
         self, x: Tensor, routing: Routing, layer: ExpertLayer, norm: Norm | None, epilogue: Epilogue
     ) -> Tensor:
@@ -440,10 +468,6 @@ class FusedGpuBackend(GpuBackend):
             result = row.down(states, None, F32, rescales_input=may_exceed)
             return self._pending_sum(result, 1, 1, epilogue)
         return row.down(states, epilogue.residual, self.float, rescales_input=may_exceed)
-
-    def _partial_dtype(self, rows: ManyRows) -> DType:
-        """Of experts' results before they are added up: float32 where there are so few that it costs nothing."""
-        return F32 if rows.is_few else self.float
 
     def _vector(
         self,
@@ -506,10 +530,14 @@ class FusedGpuBackend(GpuBackend):
         out_scale = [] if x.epilogue.out_scale is None else [x.epilogue.out_scale]
         return [x.partials, residual, norm.weight, *out_scale], NormedSum(norm.eps, x.epilogue.scale, bool(out_scale))
 
-    def _many_rows(self, name: str, x: Tensor, matrix: Matrix, num_tokens: int, epilogue: Epilogue) -> Tensor:
-        """The product of several rows. Its epilogue is left to `sum_kernel`, unless it is an activation."""
-        assert self.mma is not None
-        spec = self._matrix_spec(name, self.mma, matrix, num_tokens, epilogue.activation)
+    def _many_rows(
+        self, name: str, x: Tensor, matrix: Matrix, num_tokens: int, epilogue: Epilogue, mma: Mma | None = None
+    ) -> Tensor:
+        """The product of several rows. Its epilogue is left to `sum_kernel`, unless it is an activation. `mma`: instead
+        of the backend's."""
+        mma = mma or self.mma
+        assert mma is not None
+        spec = self._matrix_spec(name, mma, matrix, num_tokens, epilogue.activation)
         if epilogue.activation is not None:
             return multiply(spec, self._empty(num_tokens * spec.out_rows), matrix, x)
         size = num_tokens * spec.num_rows
@@ -522,23 +550,16 @@ class FusedGpuBackend(GpuBackend):
             return partials
         return self._pending_sum(partials, spec.splits, num_tokens, epilogue)
 
-    def _pending_sum(
-        self,
-        partials: Tensor,
-        num_partials: int,
-        num_tokens: int,
-        epilogue: Epilogue,
-        weights: Tensor | None = None,
-    ) -> Summed:
+    def _pending_sum(self, partials: Tensor, num_partials: int, num_tokens: int, epilogue: Epilogue) -> Summed:
         """The lazy sum of partial products: in float32 if it is qkv or logits, which nothing is added to, otherwise in
-        the activations' dtype. `weights`: of experts."""
+        the activations' dtype."""
         size = partials.numel() // num_partials
         in_floats = epilogue.residual is None and epilogue.post_norm is None
         result = Summed((self._floats(size) if in_floats else self._empty(size)).uop)
         if epilogue.residual is not None:
             epilogue = replace(epilogue, residual=self.whole(epilogue.residual))
         result.partials, result.num_partials = partials, num_partials
-        result.num_tokens, result.epilogue, result.weights = num_tokens, epilogue, weights
+        result.num_tokens, result.epilogue = num_tokens, epilogue
         return result
 
     def _matrix_spec(
@@ -556,10 +577,11 @@ class FusedGpuBackend(GpuBackend):
         x.is_written = True
         return x
 
-    def _normed_rows(self, x: Tensor, norm: Norm, num_tokens: int) -> Tensor:
-        """RMSNorm of rows. If x is a lazy sum or lazy rows of a table, the same kernel computes and writes it."""
+    def _normed_rows(self, x: Tensor, norm: Norm, num_tokens: int, dtype: DType | None = None) -> Tensor:
+        """RMSNorm of rows, in the activations' dtype unless another one is given. If x is a lazy sum or lazy rows of a
+        table, the same kernel computes and writes it."""
         cols, weight = norm.weight.shape[0], norm.weight
-        normed = self._empty(num_tokens * cols)
+        normed = empty(num_tokens * cols, dtype or self.float, self.device.name)
         lanes, outs = self._lanes(num_tokens), [self._empty(num_tokens * cols), normed]
         given = SumSpec(
             lanes=lanes, num_tokens=num_tokens, num_cols=cols, num_partials=0, has_residual=False, norm_eps=norm.eps

@@ -90,7 +90,7 @@ class GemmSpec(Tunable):
     def uses_wgmma(self) -> bool:
         """Whether Hopper's kernel is used, possibly after unpacking. Its `splits` then count, because the output is
         allocated for them."""
-        is_dense = self.weights_as_stored or self.unpacks_first
+        is_dense = self.weights_as_stored or self.unpacks_first or self.rounds_input
         is_long = self.num_cols % WGMMA_COLS == 0 and self.num_cols >= MIN_STEPS * WGMMA_COLS
         return self.has_wgmma and is_dense and is_long and self.out_rows % RUN_ROWS == 0
 
@@ -113,6 +113,11 @@ class GemmSpec(Tunable):
             and self.num_tokens >= UNPACK_TOKENS
             and self.num_rows * self.num_cols <= UNPACK_ELEMENTS
         )
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether a separate kernel rounds x to bfloat16 first, for a matrix in bfloat16."""
+        return self.has_wgmma and self.format.name == "bfloat16" and self.mma.dtype == dtypes.bfloat16
 
     @property
     def weights_as_stored(self) -> bool:
@@ -210,6 +215,9 @@ def multiply_rows(
         planes = run_kernel(unpack_kernel(spec.format, spec.num_rows, spec.num_cols), [whole], planes)
         spec = replace(spec, format=DENSE)
     rest = [] if residual is None else [residual]
+    if spec.uses_wgmma and spec.rounds_input:
+        rounded = empty(spec.num_tokens * spec.num_cols, F16, str(out.device))
+        x = run_kernel(round_kernel(spec.num_tokens, spec.num_cols, spec.mma.dtype), [rounded], [x])[0]
     if spec.uses_wgmma:
         maps = empty(spec.wgmma.map_size, U32, str(out.device))
         return run_kernel(wgmma_kernel(spec.wgmma), [out, maps], [*planes, x, *rest])[0]
@@ -263,6 +271,23 @@ def unpack_kernel(fmt: Format, num_rows: int, num_cols: int, dtype: DType = F16)
         name = f"unpack_{fmt.name}_{num_rows}x{num_cols}"
         ended = UOp.group(*stores).end(*reversed(axes_of(group, thread)))
         return finish(ended, name, nbytes=num_rows * num_cols * 3)
+
+    return kernel
+
+
+@cached_kernel
+def round_kernel(num_rows: int, num_cols: int, dtype: DType) -> KernelFn:
+    """fn(out (T, K) float16, x): x rounded to the matrix unit's dtype; bfloat16 as its bits."""
+
+    def kernel(out: UOp, x: UOp) -> UOp:
+        body, threads, pieces = Body(), 256, num_rows * num_cols // PIECE
+        group, thread = grid(body, -(-pieces // threads)), body.threads(threads)
+        at = (group * threads + thread).minimum(pieces - 1) * PIECE  # the last one again: no condition
+        values = [value.cast(dtype) for value in load_floats(x, at, PIECE)]
+        halves = values if dtype == F16 else [value.bitcast(F16) for value in values]
+        stores = UOp.group(*[out[at + i].store(value) for i, value in enumerate(halves)])
+        ended = stores.end(*reversed(axes_of(group, thread)))
+        return finish(ended, f"round_{num_rows}x{num_cols}", nbytes=6 * num_rows * num_cols)
 
     return kernel
 

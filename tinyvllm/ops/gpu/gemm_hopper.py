@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeVar
 
-from tinygrad import UOp
+from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.activation import Arithmetic, gated
@@ -195,10 +195,11 @@ class WgmmaSpec:
 
 @dataclass(frozen=True)
 class ExpertWgmmaSpec(WgmmaSpec):
-    """The same with experts: T are the pairs of a token and an expert, and x has a row for each, sorted by expert. The
-    first product's results are in the matrix unit's dtype, in a float16 buffer; S is 1."""
+    """The same with experts: T are the pairs of a token and an expert, and x has a row for each, sorted by expert. S is
+    1."""
 
     expert_tiles: ExpertTiles = field(kw_only=True)
+    has_bfloat_results: bool = field(default=False, kw_only=True)  # as bits, in a float16 buffer
 
     @property
     def experts(self) -> ExpertTiles:
@@ -417,8 +418,8 @@ class _WgmmaKernel:
 
     def _result(self, value: UOp) -> UOp:
         """A result as it is stored."""
-        if self.spec.experts is not None and self.out.dtype == F16:
-            return TileMma(self.spec.mma).encode(value)
+        if isinstance(self.spec, ExpertWgmmaSpec) and self.spec.has_bfloat_results:
+            return value.cast(dtypes.bfloat16).bitcast(F16)
         return value.cast(self.out.dtype)
 
     def _release(self, empty: UOp, condition: UOp | None, *after: UOp) -> UOp:

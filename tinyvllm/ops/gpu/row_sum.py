@@ -49,6 +49,7 @@ class SumSpec:
     has_out_scale: bool = False  # of what the residual has been added to: data
     softcap: float | None = None
     is_weighted: bool = False  # the partial products are (T, S, K), of S experts of each token, and have weights (T, S)
+    has_bfloat_bits: bool = False  # the partial products are bfloat16, in a float16 buffer
 
     @property
     def num_warps(self) -> int:
@@ -132,16 +133,22 @@ class _SumRow:
         spec, count = self.spec, max(1, self.spec.num_partials)
         at, size = self.row * spec.num_cols + start, spec.num_tokens * spec.num_cols
         if self.weights is None:
-            partials = [load_floats(source, at + s * size, RUN_COLS) for s in range(count)]
+            partials = [self._load(source, at + s * size) for s in range(count)]
         else:
             rows = [self.row * count + s for s in range(count)]
             weights = [self.weights[row].load() for row in rows]
-            values = [load_floats(source, row * spec.num_cols + start, RUN_COLS) for row in rows]
+            values = [self._load(source, row * spec.num_cols + start) for row in rows]
             partials = [[value * w for value in new] for new, w in zip(values, weights, strict=True)]
         new = [balanced(column) for column in zip(*partials, strict=True)]
         if self.bias is None:
             return new
         return [a + b for a, b in zip(new, load_floats(self.bias, start, RUN_COLS), strict=True)]
+
+    def _load(self, source: UOp, at: UOp) -> list[UOp]:
+        """A run of the partial products."""
+        if not self.spec.has_bfloat_bits:
+            return load_floats(source, at, RUN_COLS)
+        return [source[at + i].load().bitcast(dtypes.bfloat16).cast(F32) for i in range(RUN_COLS)]
 
     def _finished(self, new: list[UOp], start: UOp, residual: Sequence[UOp]) -> list[UOp]:
         spec = self.spec

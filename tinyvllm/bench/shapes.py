@@ -602,7 +602,14 @@ SHAPES: dict[str, ModelConfig] = {
             logit_softcap=30.0,
             overflows_float16=True,
             layer_sizes=GEMMA4_26B_SIZES,
-            experts=ExpertsKind(num_experts=128, top_k=8, ffn_size=704, activation="gelu_tanh", has_expert_scale=True),
+            experts=ExpertsKind(
+                num_experts=128,
+                top_k=8,
+                ffn_size=704,
+                activation="gelu_tanh",
+                has_expert_scale=True,
+                is_beside_dense=True,
+            ),
         ),
         ModelConfig(
             name="mixtral-8x7b",  # mistralai/Mixtral-8x7B-v0.1

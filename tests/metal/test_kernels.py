@@ -207,3 +207,22 @@ def test_sampled_tokens_and_logprobs_equal_the_reference(vocab: int) -> None:
             assert got.logprobs[row] == pytest.approx(expected.logprobs[row], abs=1e-4)
             np.testing.assert_array_equal(got.top_ids[row, :count], expected.top_ids[row, :count])
             np.testing.assert_allclose(got.top_logprobs[row, :count], expected.top_logprobs[row, :count], atol=1e-4)
+
+
+def test_latent_attention_equals_the_reference(simulator: Settings | None) -> None:
+    """A context in splits, heads that do not fill a tile, and blocks of half a tile."""
+    from tests.ops.builders import Piece, largest_difference, make_step
+    from tests.ops.latents import Case, attend, make_history
+    from tinyvllm.ops.step_inputs import StepLayout
+
+    case = Case(10, 64, 32, 32, 32, StepLayout(2, 2, 12, 8), True, "float16", "float16")
+    buffer, history = make_step(case.layout, [Piece(94), Piece(0)]), make_history(case)
+    chosen, reference = backends("float16")
+    with watching_device_memory(simulator):
+        found = attend(chosen, case, buffer, history)
+    expected = attend(reference, case, buffer, history)
+    assert not chosen.coverage.count
+    difference = largest_difference(found.out, expected.out)
+    print(f"{case.name}: {difference:.1e}")
+    assert difference < TOLERANCE["float16"]
+    np.testing.assert_allclose(found.latents, expected.latents, rtol=1e-3, atol=1e-3)

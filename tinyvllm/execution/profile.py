@@ -74,7 +74,8 @@ class Named:
         elif parts[3] == "feed_forward":
             role = _role_in_feed_forward(parts[4:])
         else:
-            role = parts[4 if parts[3] == "mixer" else 3]
+            inner = parts[4:] if parts[3] == "mixer" else parts[3:]
+            role = inner[1] if inner[0] == "latent" else inner[0]  # the expansions of latents
         return {"norm": "final norm", "embedding": "head"}.get(role, role.replace("_", " "))
 
 

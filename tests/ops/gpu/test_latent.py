@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 CASES = {
     "one row in splits": Case(10, 128, 32, 32, 64, StepLayout(1, 1, 12, 16), True, "float16", "float16"),
     "rows": Case(20, 64, 32, 64, 32, StepLayout(3, 3, 5, 32), True, "float16", "Q8_0"),
-    "a prompt": Case(8, 64, 32, 32, 32, StepLayout(20, 2, 4, 16), False, "float16", "float16"),
+    "a prompt": Case(8, 64, 32, 32, 32, StepLayout(20, 2, 7, 8), False, "float16", "float16"),
 }
 
 

@@ -20,7 +20,7 @@ from tinygrad import UOp, dtypes
 from tinyvllm.ops.coverage import in_words
 from tinyvllm.ops.gpu.attention_split import NOTHING, TILE_TOKENS, SplitHeads
 from tinyvllm.ops.gpu.latent_attention import LatentRow
-from tinyvllm.ops.kernel.body import F16, F32, Body, KernelFn, balanced, cached_kernel, clamp, fill, finish
+from tinyvllm.ops.kernel.body import F16, F32, Body, KernelFn, balanced, cached_kernel, fill, finish
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma, await_previous, axes_of, carry, grid, load_floats, warps
 from tinyvllm.ops.latent_spec import LatentSpec
 
@@ -48,7 +48,6 @@ class FusedLatentSpec(LatentSpec):
         found = {
             f"latents of {self.rank} + {self.rope_dim}": bool(self.rank % self.span or self.rope_dim % CHUNK_DIMS),
             f"{self.num_heads} heads": self.heads_together * 2 <= min(self.num_heads, MOST_HEADS),
-            f"blocks of {self.layout.block_size} tokens": self.layout.block_size % TILE_TOKENS != 0,
         }
         return in_words([name for name, has in found.items() if has])
 
@@ -320,13 +319,14 @@ class _Context:
         """The thread's pieces of a tile. In place of tokens after the last, whose slots may hold another sequence's
         NaN, the last."""
         spec, first = self.place.spec, self.first(number)
-        size = spec.layout.block_size
-        block = clamp(self.row.inputs[self.row.table + first // size].load(), 0, spec.num_blocks - 1)
-        base = block * size + first % size
+        is_whole = spec.layout.block_size % TILE_TOKENS == 0  # the tile lies in one block
+        base = self.row.slot_of(first) if is_whole else None
         last = (self.high - 1 - first).maximum(0)
         per_row, values = spec.stored_dim // PIECE, []
         for piece, _ in self.pieces:
-            at = (base + (piece // per_row).minimum(last)) * spec.stored_dim + piece % per_row * PIECE
+            token = (piece // per_row).minimum(last)
+            slot = self.row.slot_of(first + token) if base is None else base + token
+            at = slot * spec.stored_dim + piece % per_row * PIECE
             values += [self.pool[at + i].load() for i in range(PIECE)]
         return values
 

@@ -21,6 +21,7 @@ ENGINE: dict[str, Any] = {
     "max_model_len": 512,
     "max_num_seqs": 4,
     "max_num_batched_tokens": 24,  # prompts in chunks, in steps with others' decodes
+    "async_scheduling": True,
     "num_gpu_blocks_override": 66,  # one sequence of full length, so four preempt each other
     "block_size": BLOCK,
     "decode_buckets": (4,),

@@ -43,6 +43,7 @@ class InputPacker:
         self._suppressing: set[int] = set()  # sampled rows with suppressed ids
         self._with_minimum: set[int] = set()  # sampled rows of requests with min_tokens
         self._rows = np.arange(layout.num_seqs, dtype=np.int32)
+        self._of_states: dict[str, Sequence[int]] = {}  # by field, what is there
         self.clear()
 
     def clear(self) -> None:
@@ -52,6 +53,7 @@ class InputPacker:
         for name in ("num_logprobs", "suppressed_ids", "forced"):
             self.views[name][:] = -1
         self.views["seq_rows"][:] = self.layout.num_seqs
+        self._of_states.clear()
 
     def pack(self, plan: StepPlan) -> None:
         """Fill the buffer. Rows after the plan's become padding again."""
@@ -75,20 +77,24 @@ class InputPacker:
         self._pack_samples(plan)
 
     def _pack_states(self, plan: StepPlan) -> None:
-        """The slots of each sequence's state, and its first token row. Padding has slot 0, and no rows."""
-        views, num = self.views, len(plan.entries)
+        """The slots of each sequence's state, and its first token row. Padding has slot 0, and no rows. Steps that only
+        decode seldom change any of these."""
+        num = len(plan.entries)
         states = [entry.request.state for entry in plan.entries if entry.request.state is not None]
         if len(states) != num:
             raise InvariantError(f"{num - len(states)} of {num} sequences have no slot for their recurrent state")
-        for name, slots in (
-            ("state_reads", [state.read_slot for state in states]),
-            ("state_writes", [state.slot for state in states]),
+        is_one_each = plan.num_tokens == num
+        ends = range(1, num + 1) if is_one_each else list(accumulate(entry.count for entry in plan.entries))
+        for name, values, rest in (
+            ("state_reads", [state.read_slot for state in states], 0),
+            ("state_writes", [state.slot for state in states], 0),
+            ("first_rows", ends, plan.num_tokens),
         ):
-            views[name][:num] = slots
-            views[name][num:] = 0
-        first_rows = views["first_rows"]
-        first_rows[: num + 1] = [0, *accumulate(entry.count for entry in plan.entries)]
-        first_rows[num + 1 :] = plan.num_tokens
+            if self._of_states.get(name) != values:
+                view = self.views[name][-self.layout.num_seqs :]  # all but the first sequence's first row, which is 0
+                view[:num] = values
+                view[num:] = rest
+                self._of_states[name] = values
 
     def _pack_tables(self, index: int, entry: Scheduled) -> None:
         """Add the sequence's missing blocks to the block tables `index`."""

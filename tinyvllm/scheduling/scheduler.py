@@ -256,7 +256,8 @@ class Scheduler:
                     break
             if count:
                 entries.append(Scheduled(request, start, count))
-                if self._states is not None:
+                state = request.state
+                if state is not None and start + count >= state.next_event:  # as seldom as a new block
                     self._plan_state(request, start + count)
             budget -= count
             index += 1

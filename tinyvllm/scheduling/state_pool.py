@@ -50,6 +50,7 @@ class SequenceState:
     slot: int = 0  # what its latest step writes and its next one reads; 0: none yet
     read_slot: int = 0  # what its latest step reads: the same, or a checkpoint
     makes_checkpoints: bool = True
+    next_event: int = 0  # the position from which on a step changes more than the slot's content
     is_kept: bool = False  # the slot is a checkpoint or marked to become one, so the next step writes another
     marks: list[Mark] = field(default_factory=list)  # those not sealed yet, in order
     rolling_hash: bytes = b""  # of the checkpoint that the next one replaces
@@ -135,12 +136,16 @@ class StatePool:
         return stop
 
     def step(self, state: SequenceState, stop: int, num_tokens: int) -> None:
-        """Plan a step that takes the state of a sequence of `num_tokens` known tokens to position `stop`."""
+        """Plan a step that takes the state of a sequence of `num_tokens` known tokens to position `stop`. Steps that
+        end before `state.next_event` need no call."""
+        size = self._block_size
         state.read_slot = state.slot
         if state.is_kept or not state.slot:
             self._move(state)
-        if stop % self._block_size == 0 and state.makes_checkpoints:
-            self._mark(state, stop // self._block_size, (num_tokens - 1) // self._block_size)
+        if stop % size == 0 and state.makes_checkpoints:
+            self._mark(state, stop // size, (num_tokens - 1) // size)
+        is_moving = state.is_kept or state.read_slot != state.slot
+        state.next_event = stop + 1 if is_moving else (stop // size + 1) * size
 
     # -- between steps -------------------------------------------------------------------------------------------------
 

@@ -52,7 +52,8 @@ class SubjectFlags:
         str | None,
         Option(
             metavar="KIND",
-            help="With --shape, their format: float16, bfloat16, Q4_0, Q4_K, mlx-4bit-g64, fp8-block128, mxfp4, ... "
+            help="With --shape, their format: float16, bfloat16, Q4_0, Q4_K, mlx-4bit-g64, fp8-block128, mxfp4, ...; "
+            "bfloat16+mxfp4: mxfp4 of experts, and bfloat16 of the rest. "
             f"[default: {DEFAULT_WEIGHTS}]",
             show_default=False,
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tinyvllm.arrays import QuantizedMatrix, to_float32
+from tinyvllm.arrays import LazyCodes, QuantizedMatrix, to_float32
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.model.weights.random import DRAWN_ROWS, RANDOM_KINDS, RandomWeights
 
@@ -55,3 +55,19 @@ def test_rows_without_whole_blocks_are_refused() -> None:
 def test_unknown_kind_lists_the_known() -> None:
     with pytest.raises(UnsupportedModelError, match=r"float16.*Q4_K"):
         RandomWeights("int3", 0)
+
+
+def test_a_router_s_rows_all_differ() -> None:
+    values = to_float32(RandomWeights("float16", 0).take("model.layers.0.mlp.gate.weight", SHAPE))
+    assert len(np.unique(values, axis=0)) == len(values)
+
+
+def test_experts_may_be_of_another_kind() -> None:
+    weights = RandomWeights("bfloat16+mxfp4", 0)
+    experts = weights.take("model.layers.0.mlp.experts.gate_proj.weight", SHAPE)
+    assert isinstance(experts, QuantizedMatrix) and experts.format.name == "mxfp4"
+    assert isinstance(experts.codes, LazyCodes), "rows are repeated when they are packed"
+    rest = weights.take("model.layers.0.mlp.shared_expert.gate_proj.weight", SHAPE)
+    assert isinstance(rest, np.ndarray) and str(rest.dtype) == "bfloat16"
+    with pytest.raises(UnsupportedModelError, match="the second is that of experts"):
+        RandomWeights("bfloat16+mxfp4+Q4_0", 0)

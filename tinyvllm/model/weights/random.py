@@ -51,10 +51,15 @@ class RandomWeights:
     The same seed and name give the same values."""
 
     def __init__(self, kind: str, seed: int) -> None:
-        """Raises UnsupportedModelError for an unknown kind."""
-        if kind not in RANDOM_KINDS:
-            raise UnsupportedModelError(f"weights of kind {kind!r} are not known; known: {', '.join(RANDOM_KINDS)}")
-        self._kind = kind
+        """`kind`: of all matrices, or, as gpt-oss has them, `KIND+KIND`: of experts the second one. Raises
+        UnsupportedModelError for an unknown kind."""
+        kinds = kind.split("+")
+        if len(kinds) > 2 or any(one not in RANDOM_KINDS for one in kinds):
+            raise UnsupportedModelError(
+                f"weights of kind {kind!r} are not known; known: {', '.join(RANDOM_KINDS)}, and two of them with a +: "
+                "the second is that of experts"
+            )
+        self._kind, self._expert_kind = kinds[0], kinds[-1]
         self._seed = seed
 
     def take(self, name: str, shape: tuple[int, ...]) -> HostMatrix:
@@ -66,15 +71,18 @@ class RandomWeights:
         if len(shape) == 3:  # the taps of a convolution
             return (rng.standard_normal(shape) / math.sqrt(shape[2])).astype(np.float32)
         rows, cols = shape
-        order = np.arange(rows) % DRAWN_ROWS
-        if self._kind not in DENSE_KINDS:
-            drawn = draw_quantized(self._kind, DRAWN_ROWS, cols, rng)
+        # equal rows of a router would choose equal experts together
+        num_drawn = rows if ".mlp.gate." in name else DRAWN_ROWS
+        order = np.arange(rows) % num_drawn
+        kind = self._expert_kind if ".experts." in name else self._kind
+        if kind not in DENSE_KINDS:
+            drawn = draw_quantized(kind, num_drawn, cols, rng)
             # repeated when they are packed, some rows at a time
             return replace(drawn, codes=drawn.lazy_codes).rows(order)
-        values = (rng.standard_normal((DRAWN_ROWS, cols)) / math.sqrt(cols)).astype(np.float32)
-        if self._kind == "bfloat16":
+        values = (rng.standard_normal((num_drawn, cols)) / math.sqrt(cols)).astype(np.float32)
+        if kind == "bfloat16":
             return (values.view(np.uint32) >> 16).astype(np.uint16).view(bfloat16)[order]
-        repeated: np.ndarray = values.astype(self._kind)[order]
+        repeated: np.ndarray = values.astype(kind)[order]
         return repeated
 
     def finish(self) -> None:

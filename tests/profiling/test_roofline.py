@@ -265,3 +265,13 @@ def test_a_measured_chip_has_the_measured_rates() -> None:
     chip = measured_chip("cpu", 40e9, 2e11, "CPU")
     assert chip.bandwidth_gbps == pytest.approx(40) and chip.half_tflops == pytest.approx(0.2)
     assert predict(SHAPES["smollm2-135m"], "Q4_1", chip, 1, 128).num_kernels == 30 * 5 + 6
+
+
+def test_a_latent_is_stored_and_read_once_for_all_heads() -> None:
+    config = SHAPES["glm-4.7-flash"]
+    latent = 2 * 47 * (512 + 64)  # bytes of float16, in all layers
+    assert config.kv_bytes_per_token(2) == latent
+    work = count_work(config, 2.0, 2, [(1000, 1), (0, 3)])
+    assert (work.kv_read_bytes, work.kv_written_bytes) == (1000 * latent, 4 * latent)
+    per_key = 2 * 20 * (512 + 64 + 512)
+    assert work.attention_flops == 47 * per_key * (1001 + 1 + 2 + 3)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.builders import GGUFTweaks, write_json, write_safetensors, write_tiny_gguf, write_tiny_hf_llama
 from tests.families.mlx import MODELS, write_mlx
-from tests.families.recipe import write_hf
+from tests.families.recipe import write_gguf, write_hf
 from tests.families.recipes import RECIPES
 from tests.families.recipes.gemma3 import write_multimodal_hf
 from tinyvllm.arrays import Format
@@ -64,6 +64,15 @@ def test_people_are_shown_the_same(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stdout
     for text in ("MLX directory, family llama", "mlx-6bit-g32", "KiB for every token", "METAL: fused", "it runs"):
         assert text in done.stdout
+
+
+def test_recurrent_layers_cost_a_state_for_every_sequence(tmp_path: Path) -> None:
+    files = write_gguf(tmp_path / "tiny.gguf", RECIPES["qwen3_5"])
+    found = check(files.path)
+    matrices, convolution = 4 * 32 * 32, 4 * (2 * 2 * 32 + 4 * 32)  # elements of each of three layers
+    assert found["state_bytes"] == 3 * 4 * (matrices + convolution)
+    assert {one["part"] for one in found["weights"]} >= {"attention", "recurrence"}
+    assert "state of 3 recurrent layers" in run(files.path).stdout
 
 
 def test_windows_cost_what_they_keep(tmp_path: Path) -> None:

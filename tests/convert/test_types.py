@@ -56,6 +56,11 @@ def test_rows_that_are_not_whole_blocks_take_another_type() -> None:
     assert set(types("attn_q", "q6_k", columns=576)) == {"Q8_0"} and set(types("attn_q", "q4_0", columns=40)) == {"F16"}
 
 
+def test_convolutions_of_recurrent_layers_stay_in_float32() -> None:
+    """ggml_ssm_conv reads no other type."""
+    assert set(types("ssm_conv1d", "q8_0", columns=4)) == set(types("ssm_conv1d", "f16", columns=4)) == {"F32"}
+
+
 def test_norms_and_small_matrices_are_not_quantized() -> None:
     mixture = MIXTURES["q4_k_m"]
     assert choose_type("blk.0.attn_norm.weight", (64,), mixture, LLAMA_8B, "BF16") == "F32"

@@ -99,6 +99,14 @@ SCENARIOS: dict[str, Scenario] = {
         max_tokens=8,
         tie=0.03,
     ),
+    # two recurrent layers, whose states are resumed, and one of attention with an output gate
+    "qwen3_5": Scenario(
+        _family("qwen3_5", num_hidden_layers=3, linear_key_head_dim=64, linear_value_head_dim=64),
+        BRIEF | {"decode_buckets": (2,)},
+        PROMPTS[:2],
+        max_tokens=8,
+        tie=0.03,
+    ),
     "mixed": Scenario(_quantized("Q4_K", MIXED), BRIEF, PROMPTS[:3], max_tokens=8, tie=0.03),
     "sampled": Scenario(_dense("float32", GENERAL), CROWDED | EXACT, sampling=SAMPLING),
 }

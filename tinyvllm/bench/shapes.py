@@ -31,7 +31,7 @@ THREE_OF_FOUR = (True, True, True, False)  # by layer: recurrent, but for each f
 
 def delta_net(num_heads: int) -> StateKind:
     """Gated DeltaNet of Qwen3-Next and Qwen3.5, which differ in the number of value heads."""
-    return StateKind(num_heads, num_key_heads=16, key_dim=128, value_dim=128, conv_width=4, norm_eps=1e-6)
+    return StateKind(num_heads=num_heads, num_key_heads=16, key_dim=128, value_dim=128, conv_width=4, norm_eps=1e-6)
 
 
 SHAPES: dict[str, ModelConfig] = {
@@ -406,6 +406,44 @@ SHAPES: dict[str, ModelConfig] = {
             norm_eps=1e-6,
             tie_embeddings=False,
             state=delta_net(48),
+            recurrent=THREE_OF_FOUR,
+            has_output_gate=True,
+        ),
+        ModelConfig(
+            name="qwen3.5-35b-a3b",  # Qwen/Qwen3.5-35B-A3B, the text part
+            architecture="qwen3_5_moe",
+            num_layers=40,
+            hidden_size=2048,
+            ffn_size=512,
+            num_heads=16,
+            num_kv_heads=2,
+            head_dim=256,
+            vocab_size=248320,
+            max_position=262144,
+            rope=Rope(10000000.0, num_dims=64),
+            norm_eps=1e-6,
+            tie_embeddings=False,
+            experts=ExpertsKind(num_experts=256, top_k=8, ffn_size=512, shared_size=512, has_shared_gate=True),
+            state=delta_net(32),
+            recurrent=THREE_OF_FOUR,
+            has_output_gate=True,
+        ),
+        ModelConfig(
+            name="qwen3-next-80b-a3b",  # Qwen/Qwen3-Next-80B-A3B-Instruct
+            architecture="qwen3_next",
+            num_layers=48,
+            hidden_size=2048,
+            ffn_size=5120,
+            num_heads=16,
+            num_kv_heads=2,
+            head_dim=256,
+            vocab_size=151936,
+            max_position=262144,
+            rope=Rope(10000000.0, num_dims=64),
+            norm_eps=1e-6,
+            tie_embeddings=False,
+            experts=ExpertsKind(num_experts=512, top_k=10, ffn_size=512, shared_size=512, has_shared_gate=True),
+            state=delta_net(32),
             recurrent=THREE_OF_FOUR,
             has_output_gate=True,
         ),

@@ -187,6 +187,10 @@ def _memory_lines(report: ModelReport, fitting: Fit | None) -> Iterator[str]:
     for cost in report.kv:
         kept = "for every token" if cost.window is None else f"for each of the last {cost.window} tokens"
         yield f"KV cache of {cost.num_layers} layers: {cost.bytes_per_token / 1024:g} KiB {kept}"
+    if report.config.state_bytes:
+        num_layers = sum(kind.state is not None for kind in report.config.layers)
+        size = _mib(report.config.state_bytes)
+        yield f"state of {num_layers} recurrent layers: {size} for every sequence, and for each checkpoint of a prefix"
     contexts = [length for length in CONTEXTS if length < report.config.max_position]
     sizes = [f"{_mib(report.kv_bytes(length))} for {length} tokens" for length in contexts]
     longest = report.config.max_position

@@ -255,6 +255,7 @@ def as_json(report: ModelReport, fitting: Fit | None) -> dict[str, Any]:
         "weights": [vars(one) for one in report.classes],
         "weight_bytes": report.device_bytes,
         "kv_cache": [vars(one) for one in report.kv],
+        "state_bytes": config.state_bytes,
         "left_out": list(report.left_out),
         "general_kernels": {name: list(lines) for name, lines in report.general.items()},
         "device": None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.builders import gguf_name
-from tests.families.experts import LLAMA_CPP, expert_shapes, stacked
+from tests.families.experts import LLAMA_CPP, MLX, expert_shapes, stacked
 from tests.families.recipe import Recipe, Shapes, head_norms, sizes
 
 INTERVAL, TAPS = 3, 4  # every third layer has attention
@@ -136,14 +136,21 @@ def qwen35_tensors(config: Mapping[str, Any], arch: str, weights: Mapping[str, n
             found[name] = tiled(weight, *heads)
         elif part == "out_proj.weight":
             found[name] = tiled(weight, *heads, axis=1)
-        elif name.endswith("experts.gate_up_proj"):
-            halves = zip(("gate_proj.weight", "up_proj.weight"), np.split(weight, 2, axis=1), strict=True)
-            found |= {name.replace("gate_up_proj", half): rows for half, rows in halves}
-        elif name.endswith("experts.down_proj"):
-            found[f"{name}.weight"] = weight
         else:
             found[name] = weight
-    return as_ggml(found, arch)
+    return as_ggml(split_experts(found), arch)
+
+
+def split_experts(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Qwen3.5's experts as one tensor for each product."""
+    found: dict[str, np.ndarray] = {}
+    for name, weight in weights.items():
+        if name.endswith("experts.gate_up_proj"):
+            halves = zip(("gate_proj.weight", "up_proj.weight"), np.split(weight, 2, axis=1), strict=True)
+            found |= {name.replace("gate_up_proj", half): rows for half, rows in halves}
+        else:
+            found[f"{name}.weight" if name.endswith("experts.down_proj") else name] = weight
+    return found
 
 
 def qwen3next_tensors(config: Mapping[str, Any], arch: str, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -177,15 +184,15 @@ def as_ggml(weights: Mapping[str, np.ndarray], arch: str) -> dict[str, np.ndarra
 # --- mlx-lm's `sanitize` -----------------------------------------------------------------------------------------
 
 
-def mlx_tensors(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """mlx_lm/models/qwen3_5.py: taps before the one input channel, and norms with 1 added."""
+def mlx_tensors(weights: Mapping[str, np.ndarray], prefix: str = "language_model.") -> dict[str, np.ndarray]:
+    """mlx_lm/models/qwen3_5.py: taps before the one input channel, norms with 1 added, stacks of experts."""
     found = {}
-    for name, weight in weights.items():
+    for name, weight in stacked(split_experts(weights), MLX).items():
         if name.endswith("conv1d.weight"):
             weight = np.ascontiguousarray(np.moveaxis(weight, 2, 1))
         elif name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
             weight = weight + np.float32(1)
-        found["language_model." + name] = weight
+        found[prefix + name.replace(".mlp.experts.", ".mlp.switch_mlp.")] = weight
     return found
 
 
@@ -212,6 +219,7 @@ def recipe(
         norm_offset=1.0,
         vectors=VECTORS,
         gguf_tensors=partial(convert, config, arch),
+        mlx_tensors=partial(mlx_tensors, prefix="" if arch == "qwen3next" else "language_model."),
         **more,
     )
 
@@ -227,7 +235,6 @@ RECIPES = {
         qwen35_tensors,
         mixer_shapes,
         seed=1,
-        mlx_tensors=mlx_tensors,
         is_slow=True,
     ),
     "qwen3_5_moe": recipe(

@@ -114,6 +114,11 @@ def test_malformed_output_is_not_lost(message: str, found: Read) -> None:
         ("«channel»commentary to=get_weather«message»{}", ("", "", [["get_weather", "{}"]])),
         ("«channel»commentary to=unknown«message»{}", ("{}", "", [])),
         (" assistant«channel»final«message»a", ("", "a", [])),
+        ("«channel»final«message»a«end»b", ("", "a\n\nb", [])),
+        (
+            "«channel»commentary to=functions.f«message»«start»assistant«channel»final«message»a",
+            ("", "a", [["f", "{}"]]),
+        ),
         ("«end»«start»assistant odd words«channel»analysis«message»a", ("odd words a", "", [])),
         ("to be or not to be", ("", "to be or not to be", [])),
         (" \n", ("", " \n", [])),

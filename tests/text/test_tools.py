@@ -12,10 +12,12 @@ import jsonschema
 import pytest
 from hypothesis import strategies as st
 
+from tests.builders import byte_vocabulary, is_special
 from tests.text.test_grammar import TOKENIZERS, VOCABULARIES, walk
+from tests.text.vocabularies import make_byte_level
 from tinyvllm.config import GrammarSpec
 from tinyvllm.errors import RequestError, TinyvllmError
-from tinyvllm.text.grammar import compile_grammar
+from tinyvllm.text.grammar import Vocabulary, compile_grammar
 from tinyvllm.text.tools import FAMILIES, find_tool_format, load_tool_format
 from tinyvllm.text.tools.argument_types import property_schema, typed
 from tinyvllm.text.tools.base import Tool, ToolFormat
@@ -403,6 +405,26 @@ def test_a_free_answer_may_be_text_or_calls(family: str) -> None:
     assert not accepts(call("unknown")) or family == "glm4", "without marks, an unknown function's name is text"
     if family not in ("llama3_json", "json", "glm4", "harmony"):
         assert accepts("Words " + call("get_weather", city="Rom", days=1))
+
+
+@pytest.mark.parametrize("family", ["qwen3_coder", "glm45"])
+def test_tags_may_be_special_tokens(family: str) -> None:
+    format = FORMATS[family]
+    tags = ["<tool_call>", "</tool_call>", "</parameter>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
+    tokens = [*byte_vocabulary(), *tags]
+    types = [3 if is_special(index) or token in tags else 1 for index, token in enumerate(tokens)]
+    tokenizer = make_byte_level(tokens=tokens, token_type=types)
+    vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size, tokenizer.eos_ids)
+    grammar = compile_grammar(lark(format.forced_grammar([WEATHER], tokenizer, is_parallel=False)), vocabulary)
+
+    def accepts(**arguments: Any) -> bool:
+        ids = tokenizer.encode(format.write([{"name": "get_weather", "arguments": arguments}]))
+        assert {*ids} & tokenizer.special_ids and format.shows_special_tokens(tokenizer)
+        matcher = grammar.matcher()
+        return all(map(matcher.accept, ids))
+
+    assert accepts(city="Rom", days=2)
+    assert not accepts(city="Rom", days=0) and not accepts(days=2) and not accepts(city="Constantinople", days=1)
 
 
 @pytest.mark.parametrize("family", FORMATS)

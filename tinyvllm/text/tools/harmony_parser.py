@@ -214,34 +214,36 @@ class HarmonyParser(ToolParser):
         name = header.function(self._names)
         self._header, self._kind = None, "call" if name else self._kind_of(header)
         self._has_arguments = False
-        if self._kind in self._seen:
-            self._separated.add(self._kind)
+        self._begin_text()
         if name:
             self._seen = self._seen if self._is_chat else set()
             return events + self._called([CallBegin(self.num_calls, name)])
         return events + self._write(f"{header.rest.rstrip()} " if header.rest else "")
 
     def _end_message(self) -> list[Event]:
-        """The end of a message. What follows is a header, and so is the rest of a completion that begins with one."""
+        """The end of a message; a header follows."""
         events: list[Event] = []
-        if self._kind == "call" and self._header is None and not self._has_arguments:
+        if self._kind == "call" and not self._has_arguments:
             events = [CallArguments(self.num_calls - 1, "{}")]
         self._header, self._raw, self._has_marks, self._interrupts = "", "", False, False
         self._kind = "text"
         return events
 
     def _end_header(self) -> list[Event]:
-        """A header without a message: it is dropped, and words in it that belong to none of its fields are text."""
+        """Give up a header that has no message. Inside a message, and if it has no marks at all, it was text; otherwise
+        only the words in it that are none of its fields are."""
         assert self._header is not None
-        header, raw = Header.parse(self._header, is_complete=False), self._raw
-        self._header = None
+        header, self._header = Header.parse(self._header, is_complete=False), None
         if self._interrupts:
             self._interrupts = False
-            return self._write(raw)
-        if not self._has_marks:
-            return self._write(raw)
-        self._kind = self._kind_of(header)
-        return self._write(header.rest)
+            return self._write(self._raw)
+        self._kind = self._kind_of(header) if self._has_marks else "text"
+        self._begin_text()
+        return self._write(header.rest if self._has_marks else self._raw)
+
+    def _begin_text(self) -> None:
+        if self._kind in self._seen:
+            self._separated.add(self._kind)
 
     def _write(self, text: str) -> list[Event]:
         """The next piece of the message's content."""

@@ -43,7 +43,7 @@ _NAME = re.compile(r"\s*[\w.\-]*\s*")
 
 
 class TaggedParser(ToolParser):
-    """Text and calls. A call is reported once its name is read; what is no argument in it is dropped."""
+    """Text and calls. A call is reported once its name is read; anything in it that is not an argument is dropped."""
 
     def __init__(self, tags: Tags, tools: Mapping[str, Tool]) -> None:
         super().__init__()
@@ -266,7 +266,9 @@ class TaggedFormat(ToolFormat):
             )
 
         line = tags.line
-        writer = TextRules(tag(line, tags.value_end, line))
+        # before a special token, the line break is part of the value's text, from which the parser takes it
+        is_special = mark(tokenizer, tags.value_end).startswith("<[")
+        writer = TextRules(tag("" if is_special else line, tags.value_end, line))
         calls = []
         for tool in tools:
             schema = properties_of(tool, is_enforced=all_strict or tool.is_strict)

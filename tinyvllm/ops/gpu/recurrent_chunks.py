@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from tinygrad import Tensor, UOp, dtypes
+from tinygrad.dtype import DType
 
 from tinyvllm.ops.backend import Step
 from tinyvllm.ops.coverage import in_words
@@ -51,6 +52,7 @@ CHUNK = TILE_COLS  # rows
 SQUARE = CHUNK * CHUNK
 WARP_COLS = 16  # columns of the state that a warp has
 SOLVE_WARPS = 4
+FAR = 1 << 20  # more rows than a step has
 MIN_ROWS = 64  # rows of a step from which on its sequences are divided into chunks
 
 Blocks = list[list[UOp]]  # the sums of neighboring blocks of a product, as a lane has them
@@ -149,8 +151,8 @@ def chunk_of(sequence: Sequence, index: UOp) -> Chunk:
     return Chunk(sequence.first_row + index * CHUNK, count)
 
 
-def find_chunk(spec: ChunkSpec, inputs: UOp, number: UOp | int) -> Chunk:
-    """The chunk with a number."""
+def find_chunk(spec: ChunkSpec, inputs: UOp, number: UOp | int) -> tuple[Chunk, UOp]:
+    """(the chunk with a number, whether there is such: 1 or 0, for `Body.fold_while`)."""
     layout, found = spec.layout, UOp.const(0, I32)
 
     def first_number(index: UOp) -> UOp:
@@ -162,7 +164,11 @@ def find_chunk(spec: ChunkSpec, inputs: UOp, number: UOp | int) -> Chunk:
         is_further = (wanted < layout.num_seqs) & (first_number(index) <= number)
         found = is_further.where(wanted, found)
     index = clamp(found, 0, layout.num_seqs - 1)
-    return chunk_of(sequence_at(spec, inputs, index), (number - first_number(index)).maximum(0))
+    place = (number - first_number(index)).maximum(0)
+    # of rows as they are, not clamped, and divided by more than there are, so that tinygrad does not know the bound
+    begin, end = (inputs[layout.offset("first_rows") + at].load() for at in (index, index + 1))
+    rest = (end - begin - place.cast(I32) * CHUNK).maximum(0)
+    return chunk_of(sequence_at(spec, inputs, index), place), (rest + (FAR - 1)) // FAR
 
 
 # -- what depends on no state ------------------------------------------------------------------------------------------
@@ -192,14 +198,19 @@ class _Solve:
     """A threadgroup's work: one chunk and value head."""
 
     def __init__(self, spec: ChunkSpec, inputs: UOp, units: UOp, mixed: UOp) -> None:
-        self.spec, self.mma, self.units, self.mixed, self.body = spec, spec.tiles, units, mixed, Body()
+        self.spec, self.mma, self.body = spec, spec.tiles, Body()
         number, self.head = grid(self.body, spec.max_chunks), grid(self.body, spec.kind.num_heads)
         self.lane, self.warp = self.body.threads(LANES), warps(self.body, SOLVE_WARPS)
-        self.axes = axes_of(number, self.head, self.lane, self.warp)
         self.thread, self.threads = self.warp * LANES + self.lane, SOLVE_WARPS * LANES
         self.is_first = self.thread < LANES
-        self.chunk = find_chunk(spec, inputs, number)
+        self.chunk, exists = find_chunk(spec, inputs, number)
+        self.once = self.body.fold_while(exists)  # a loop of one pass, or of none: a threadgroup without work ends
+        self.units, self.mixed = units.after(self.once), mixed.after(self.once)
+        self.axes = (*axes_of(number, self.head, self.lane, self.warp), self.once)
         self.place = number * spec.kind.num_heads + self.head
+
+    def _shared(self, size: int, dtype: DType = F32) -> UOp:
+        return self.body.shared(size, dtype).after(self.once)
 
     def products(self) -> list[UOp]:
         """k[i] . k[j] and q[i] . k[j], in threadgroup memory."""
@@ -208,7 +219,7 @@ class _Solve:
         first, size, found = self.warp * mma.right_rows, CHUNK * TILE_COLS, []
         right = [op for c in range(spec.unit_chunks) for op in mma.right(keys, c * size, first, self.lane)]
         for left_tile in (keys, queries):
-            shared, stores = self.body.shared(SQUARE), []
+            shared, stores = self._shared(SQUARE), []
             for block in range(CHUNK // mma.left_rows):
                 row = block * mma.left_rows
                 left = [op for c in range(spec.unit_chunks) for op in mma.left(left_tile, c * size, row, self.lane)]
@@ -221,7 +232,7 @@ class _Solve:
     def _stage(self, section: int) -> UOp:
         """The chunk's queries or keys, in threadgroup memory; zeros for rows that it does not have."""
         spec, mma, stores = self.spec, self.mma, []
-        shared = self.body.shared(CHUNK * spec.kind.key_dim, F16)
+        shared = self._shared(CHUNK * spec.kind.key_dim, F16)
         for i, dim, _ in pieces(spec, mma, self.thread, self.threads):
             values = load_floats(self.units, unit_place(spec, self.chunk, section, self.head, i, dim), PIECE)
             values = [(i < self.chunk.count).where(value, 0.0) for value in values]
@@ -235,11 +246,11 @@ class _Solve:
         spec, i = self.spec, self.lane
         at = self.chunk.row(i, spec) * spec.mixed_cols + self.head
         own = [(i < self.chunk.count).where(self.mixed[at + start].load(), 0.0) for start in spec.mixed_sections[3:5]]
-        shared = self.body.shared(2 * CHUNK)
+        shared = self._shared(2 * CHUNK)
         leads = [(n * CHUNK + i).valid(self.is_first) for n in range(2)]
         shared = shared.after(UOp.group(*[shared[at].store(value) for at, value in zip(leads, own, strict=True)]))
         total = balanced((i >= j).where(shared[j].load(), 0.0) for j in range(CHUNK))
-        summed = self.body.shared(CHUNK)
+        summed = self._shared(CHUNK)
         summed = summed.after(summed[i.valid(self.is_first)].store(total))
         base = self.place * (2 * CHUNK) + i
         places = [(base + n * CHUNK).valid(self.is_first) for n in range(2)]
@@ -248,7 +259,7 @@ class _Solve:
 
     def weigh(self, squares: UOp, kk: UOp, qk: UOp, exponents: UOp, own: UOp) -> tuple[UOp, list[UOp]]:
         """(A in threadgroup memory, stores of P)."""
-        a, stores, kept = self.body.shared(SQUARE), [], []
+        a, stores, kept = self._shared(SQUARE), [], []
         for start in range(0, SQUARE, self.threads):
             at = start + self.thread
             i, j = at // CHUNK, at % CHUNK

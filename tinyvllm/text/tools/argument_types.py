@@ -79,10 +79,12 @@ class TextRules:
 
     Schemas are enforced but for the patterns and formats of strings."""
 
-    def __init__(self, end: str) -> None:
-        """end: the Lark of what follows a value, a literal or a special token."""
+    def __init__(self, end: str, line: str = "") -> None:
+        """end: the Lark of what follows a value, a literal or a special token. line: what may be between the two; text
+        contains it anyway."""
         self.rules = Rules()
         self._end = end
+        self._line = f"{lark_string(line)}? " if line else ""
 
     def value(self, schema: Schema, param: str) -> str:
         """The name of a rule for a value of `schema` and its end."""
@@ -98,7 +100,7 @@ class TextRules:
         resolved = _resolved(schema, schema)
         if "enum" in resolved or "const" in resolved:
             values = resolved.get("enum", [resolved.get("const")])
-            yield from (f"{lark_string(write_value(value))} {self._end}" for value in values)
+            yield from (f"{lark_string(write_value(value))} {self._line}{self._end}" for value in values)
             return
         branches = resolved.get("anyOf") or resolved.get("oneOf")
         if branches:
@@ -113,4 +115,4 @@ class TextRules:
         if types:
             others = sorted(types - {"string"})
             document = {**definitions, **resolved, "type": others if len(others) > 1 else others[0]}
-            yield f"{self.rules.add(lark_json(document, param))} {self._end}"
+            yield f"{self.rules.add(lark_json(document, param))} {self._line}{self._end}"

@@ -266,9 +266,10 @@ class TaggedFormat(ToolFormat):
             )
 
         line = tags.line
-        # before a special token, the line break is part of the value's text, from which the parser takes it
-        is_special = mark(tokenizer, tags.value_end).startswith("<[")
-        writer = TextRules(tag("" if is_special else line, tags.value_end, line))
+        if mark(tokenizer, tags.value_end).startswith("<["):  # a lexer cannot look ahead for it
+            writer = TextRules(tag("", tags.value_end, line), line)
+        else:
+            writer = TextRules(tag(line, tags.value_end, line))
         calls = []
         for tool in tools:
             schema = properties_of(tool, is_enforced=all_strict or tool.is_strict)

@@ -217,6 +217,12 @@ def test_states_have_slots_for_all_sequences_and_two_checkpoints_of_each() -> No
     assert capacity.memory == MemoryUse(weights=GIB, kv_groups=(816 << 20,), state_slot=4 << 20)
 
 
+def test_without_prefix_caching_each_sequence_has_one_slot() -> None:
+    capacity = plan(STATES, max_num_seqs=16, enable_prefix_caching=False)
+    assert capacity.num_state_slots == 17
+    assert capacity.explanation[2] == "16 state slots of 4.00 MiB for recurrent layers: one for each sequence"
+
+
 def test_a_large_pool_has_a_checkpoint_for_each_prefix_that_it_may_hold() -> None:
     memory = replace(STATES, kv_groups=(KVGroup(1 << 10),))
     capacity = plan(memory, max_num_seqs=64)

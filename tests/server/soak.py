@@ -327,7 +327,7 @@ async def settle(process: Process, figures: Figures) -> None:
 def check_nothing_is_left(figures: Figures) -> None:
     """Check that every block is free and that no task, thread or stream is left. Each report has audited the pool."""
     first, last = figures.reports[0], figures.reports[-1]
-    assert last["free_blocks"] == last["all_blocks"] == NUM_BLOCKS - 1, last
+    assert last["free_blocks"] == last["all_blocks"] == NUM_BLOCKS - 1 and last["live_states"] == 0, last
     assert last["requests"] == last["owned_requests"] == last["calls"] == 0, last
     assert last["tasks"] <= first["tasks"], (first, last)
     assert last["threads"] <= first["threads"] + 8, (first, last)  # for tokenizing, created on demand

@@ -122,6 +122,7 @@ class PoolSplit:
     share: float = 1.0
     state_bytes: int = 0
     max_state_slots: int = 0  # by memory; the dummy counts
+    makes_checkpoints: bool = True  # of states: not without prefix caching
     checkpoint_tokens: int = PLANNED_PREFIX  # of the first group, for each of which there should be a checkpoint
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -143,7 +144,7 @@ class PoolSplit:
         num_seqs = self.limits.max_num_seqs
         num_prefixes = num_blocks * self.block_size // self.checkpoint_tokens
         num_checkpoints = max(SEQUENCE_CHECKPOINTS * num_seqs, FEWEST_CHECKPOINTS, num_prefixes)
-        return min(1 + num_seqs + num_checkpoints, self.max_state_slots)
+        return min(1 + num_seqs + self.makes_checkpoints * num_checkpoints, self.max_state_slots)
 
     @property
     def checkpoint_interval(self) -> int:
@@ -218,6 +219,8 @@ class PoolSplit:
         """How many sequences and checkpoints the state slots are for."""
         usable, num_seqs = self.num_state_slots(num_blocks) - 1, self.limits.max_num_seqs
         text = f"{usable} state slots of {self.state_bytes / MIB:.2f} MiB for recurrent layers: "
+        if usable == num_seqs:
+            return text + "one for each sequence"
         if usable < num_seqs:
             return text + f"at most {usable} of {num_seqs} sequences run at once; checkpoints have what they leave"
         return text + (
@@ -254,6 +257,7 @@ def _split_for(
         limits=limits,
         kv_groups=memory.kv_groups,
         state_bytes=memory.state_bytes,
+        makes_checkpoints=config.enable_prefix_caching,
     ).with_states_in(room)
     num_blocks = _steady(split.most_blocks(room))
     if config.max_model_len is not None:  # it is wanted: shrink everything else until it fits

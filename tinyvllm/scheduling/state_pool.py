@@ -13,7 +13,7 @@ Where checkpoints are made, which the chunks of a prompt must end at:
 
 - at the last border of a block before the end of the prompt, for the same prompt again and for the next turn;
 - at a border where other requests left a prefix that they share with this one: blocks that were found without a
-  checkpoint (Pan et al. 2025, "Marconi", sec. 4.1);
+  checkpoint (Pan et al. 2025, "Marconi");
 - at the border nearest to a chunk's end, if the latest checkpoint is `interval` blocks away: the number of blocks whose
   keys and values take as many bytes as a state, so that a prefix's checkpoints take no more than its blocks;
 - at every border that a generated token reaches. Unless `interval` keeps it, the next one replaces it, so a sequence

@@ -38,7 +38,7 @@ class _Headers:
         if len(shape) == 2 and shape[1] % PANEL:
             raise UnsupportedModelError(
                 f"{name} has {shape[1]} columns, but kernels read {PANEL} at a time: hidden_size, "
-                f"intermediate_size and num_attention_heads * head_dim must be multiples of {PANEL}"
+                f"intermediate_size (of experts too) and num_attention_heads * head_dim must be multiples of {PANEL}"
             )
         return np.broadcast_to(np.float32(0), shape)
 
@@ -71,9 +71,4 @@ class _NoBackend:
         return self.expert_matrix(gate, num_experts)
 
     def expert_matrix(self, host: HostMatrix, num_experts: int) -> Matrix:
-        if host.shape[0] % (num_experts * PANEL):
-            raise UnsupportedModelError(
-                f"an expert's matrix has {host.shape[0] // num_experts} rows, but kernels read {PANEL} at a time: "
-                f"hidden_size and the size of an expert must be multiples of {PANEL}"
-            )
         return self.matrix(host)

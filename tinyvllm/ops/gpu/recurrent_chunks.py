@@ -152,7 +152,7 @@ def chunk_of(sequence: Sequence, index: UOp) -> Chunk:
 
 
 def find_chunk(spec: ChunkSpec, inputs: UOp, number: UOp | int) -> tuple[Chunk, UOp]:
-    """(the chunk with a number, whether there is such: 1 or 0, for `Body.fold_while`)."""
+    """(the chunk with a number, its rows and those of the sequence after it: 0 if there is no such)."""
     layout, found = spec.layout, UOp.const(0, I32)
 
     def first_number(index: UOp) -> UOp:
@@ -165,10 +165,10 @@ def find_chunk(spec: ChunkSpec, inputs: UOp, number: UOp | int) -> tuple[Chunk, 
         found = is_further.where(wanted, found)
     index = clamp(found, 0, layout.num_seqs - 1)
     place = (number - first_number(index)).maximum(0)
-    # of rows as they are, not clamped, and divided by more than there are, so that tinygrad does not know the bound
+    # of rows as they are, not clamped: `_Solve._if_any` needs a number whose bound tinygrad does not know
     begin, end = (inputs[layout.offset("first_rows") + at].load() for at in (index, index + 1))
     rest = (end - begin - place.cast(I32) * CHUNK).maximum(0)
-    return chunk_of(sequence_at(spec, inputs, index), place), (rest + (FAR - 1)) // FAR
+    return chunk_of(sequence_at(spec, inputs, index), place), rest
 
 
 # -- what depends on no state ------------------------------------------------------------------------------------------
@@ -203,11 +203,15 @@ class _Solve:
         self.lane, self.warp = self.body.threads(LANES), warps(self.body, SOLVE_WARPS)
         self.thread, self.threads = self.warp * LANES + self.lane, SOLVE_WARPS * LANES
         self.is_first = self.thread < LANES
-        self.chunk, exists = find_chunk(spec, inputs, number)
-        self.once = self.body.fold_while(exists)  # a loop of one pass, or of none: a threadgroup without work ends
+        self.chunk, self.rest = find_chunk(spec, inputs, number)
+        self.once = self._if_any(self.rest)  # a threadgroup without work ends
         self.units, self.mixed = units.after(self.once), mixed.after(self.once)
         self.axes = (*axes_of(number, self.head, self.lane, self.warp), self.once)
         self.place = number * spec.kind.num_heads + self.head
+
+    def _if_any(self, rows: UOp) -> UOp:
+        """A loop of one pass if there are rows, or else of none."""
+        return self.body.fold_while((rows + (FAR - 1)) // FAR)
 
     def _shared(self, size: int, dtype: DType = F32) -> UOp:
         return self.body.shared(size, dtype).after(self.once)
@@ -270,14 +274,17 @@ class _Solve:
         return a.after(UOp.group(*kept)), stores
 
     def invert(self, squares: UOp, a: UOp) -> list[UOp]:
-        """Stores of T = (I + A)^-1, a column for each lane, by forward substitution."""
+        """Stores of T = (I + A)^-1, a column for each lane of the first warp, by forward substitution."""
         column: list[UOp] = []
+        alone = self._if_any(self.is_first.where(self.rest, 0))
+        a = a.after(alone)
         for i in range(CHUNK):
             own = self.lane.eq(i).where(UOp.const(1.0, F32), 0.0)
             known = [a[i * CHUNK + j].load() * value for j, value in enumerate(column)]
             column.append(own - balanced(known) if known else own)
         base = self.place * (2 * SQUARE) + self.lane
-        return [squares[(base + i * CHUNK).valid(self.is_first)].store(t.cast(F16)) for i, t in enumerate(column)]
+        stores = [squares[base + i * CHUNK].store(t.cast(F16)) for i, t in enumerate(column)]
+        return [UOp.group(*stores).end(alone)]
 
 
 def pieces(spec: ChunkSpec, mma: TileMma, thread: UOp, threads: int) -> list[tuple[UOp, UOp, UOp]]:

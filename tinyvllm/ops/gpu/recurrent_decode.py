@@ -214,7 +214,7 @@ class _Head:
             own = which.eq(c).where(outputs[c], own)
         column = self.column + (which.minimum(RUN - 1) if spec.down > RUN else which)
         (z,) = source.projections.load(GATES, self.row, self.head * kind.value_dim + column)
-        value = own * scale * norm[column].load() * silu(z)
+        value = own * scale * norm[column].load() * silu(z, spec.lanes)
         value = (self.sequence.count > 0).where(value, 0.0)
         at = self.row * kind.value_size + self.head * kind.value_dim + column
         return [out[at.valid(which < RUN)].store(value.cast(out.dtype))]

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import gcd
 
-from tinygrad import Tensor, UOp
+from tinygrad import Tensor, UOp, dtypes
 
-from tinyvllm.ops.activation import DEVICE_ARITHMETIC, LOG2E
+from tinyvllm.ops.activation import LOG2E
 from tinyvllm.ops.backend import Step
 from tinyvllm.ops.kernel.body import F32, Body, KernelFn, balanced, cached_kernel, clamp, empty, finish, run_kernel
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, axes_of, dot, grid
+from tinyvllm.ops.kernel.tiles import quick_division
 from tinyvllm.ops.recurrent_spec import (
     BETAS,
     DECAYS,
@@ -57,6 +58,11 @@ class GpuRecurrentSpec(RecurrentSpec):
     @property
     def mixed_cols(self) -> int:
         return self.mixed_sections[-1]
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a threadgroup of `mix_kernel`: neighbors read the same inputs of the convolution."""
+        return 4 if self.layout.num_tokens >= 64 and self.layout.num_tokens % 4 == 0 else 1
 
     @property
     def down(self) -> int:
@@ -137,12 +143,12 @@ class Inputs:
     def mixed(self, section: int, row: UOp | int, col: UOp | int, count: int = 1) -> list[UOp]:
         """SiLU(conv) of columns [col, col + count) of queries, keys or values."""
         taps = [self._taps(section, row, col + i) for i in range(count)]
-        return [silu(balanced(values)) for values in taps]
+        return [silu(balanced(values), self.spec.lanes) for values in taps]
 
     def _taps(self, section: int, row: UOp | int, col: UOp | int) -> list[UOp]:
         """The weighted inputs of a row's channel, its own first."""
         spec, sequence = self.spec, self.sequence
-        kind, channel, limit = spec.kind, spec.section_start(section) + col, spec.layout.num_tokens - 1
+        kind, channel = spec.kind, spec.section_start(section) + col
         values = self.projections.load(section, row, col)
         for tap in range(1, kind.conv_width):
             if spec.is_decode:
@@ -150,7 +156,7 @@ class Inputs:
                 continue
             offset = sequence.first_row * -1 + row
             (old,) = self._kept(sequence.position + offset - tap, channel, offset < tap)
-            (own,) = self.projections.load(section, clamp(offset - tap + sequence.first_row, 0, limit), col)
+            (own,) = self.projections.load(section, (row - UOp.const(tap, dtypes.weakint)).maximum(0), col)
             values.append((offset >= tap).where(own, old))
         last = kind.conv_width - 1
         return [v * self.conv[(last - tap) * kind.conv_size + channel].load() for tap, v in enumerate(values)]
@@ -194,8 +200,10 @@ class Inputs:
         ]
 
 
-def silu(x: UOp) -> UOp:
-    return DEVICE_ARITHMETIC.swish(x, 1.0)
+def silu(x: UOp, lanes: Lanes | None) -> UOp:
+    """x * sigmoid(x), by the device's fast division if its lanes are known."""
+    bottom = (x * -LOG2E).exp2() + 1.0
+    return x / bottom if lanes is None else quick_division(x, bottom, lanes.kind)
 
 
 def sigmoid(x: UOp) -> UOp:
@@ -233,7 +241,7 @@ def mix_kernel(spec: GpuRecurrentSpec, with_units: bool) -> KernelFn:
         mix = _Mix(spec, outputs, inputs, convs, conv, parts)
         stores = [*mix.units(), *mix.values(), *mix.gates(log_decay, bias)]
         tokens, channels = spec.layout.num_tokens, spec.kind.conv_size
-        done = UOp.group(*stores).end(*reversed(axes_of(mix.row, mix.head, mix.thread)))
+        done = UOp.group(*stores).end(*reversed(mix.axes))
         ops = 2 * spec.kind.conv_width * tokens * channels
         return finish(done, f"mix_{tokens}x{channels}", ops=ops, nbytes=8 * tokens * channels)
 
@@ -241,34 +249,40 @@ def mix_kernel(spec: GpuRecurrentSpec, with_units: bool) -> KernelFn:
 
 
 class _Mix:
-    """A threadgroup's work: one row, one head of queries and keys, and the value heads that read it."""
+    """A threadgroup's work: some neighboring rows, one head of queries and keys, and the value heads that read it."""
 
     def __init__(
         self, spec: GpuRecurrentSpec, outputs: Many[UOp], inputs: UOp, convs: UOp, conv: UOp, parts: Many[UOp]
     ) -> None:
         self.spec, self.body, self.outputs = spec, Body(), outputs
-        self.row, self.head = grid(self.body, spec.layout.num_tokens), grid(self.body, spec.kind.num_key_heads)
+        count = spec.rows_at_once
+        block, self.head = grid(self.body, spec.layout.num_tokens // count), grid(self.body, spec.kind.num_key_heads)
         self.thread = self.body.threads(LANES)
+        self.axes = axes_of(block, self.head, self.thread)
         self.projections = Projections(spec, parts, *MIXED)
-        self.source = Inputs(self.projections, convs, conv, sequence_of(spec, inputs, self.row)[0])
+        self.rows = [block * count + i for i in range(count)]
+        self.sources = [Inputs(self.projections, convs, conv, sequence_of(spec, inputs, row)[0]) for row in self.rows]
 
     def units(self) -> list[UOp]:
         """Stores of the queries and keys."""
         spec, kind, units = self.spec, self.spec.kind, self.outputs[0]
         run, cols = gcd(kind.key_dim, VECTOR), spec.mixed_cols if len(self.outputs) == 1 else 2 * kind.key_size
         places = columns(self.head * kind.key_dim, kind.key_dim, self.thread, LANES, run)
-        sections = [
-            [self.source.mixed(section, self.row, col, run) for col, _ in places] for section in (QUERIES, KEYS)
+        which = [
+            (section, row, source)
+            for section in (QUERIES, KEYS)
+            for row, source in zip(self.rows, self.sources, strict=True)
         ]
+        drawn = [[source.mixed(section, row, col, run) for col, _ in places] for section, row, source in which]
         squares = [
             balanced(inside.where(dot(values, values), 0.0) for values, (_, inside) in zip(runs, places, strict=True))
-            for runs in sections
+            for runs in drawn
         ]
         totals, stores = add_threads(self.body, squares, self.thread, LANES, spec.lanes), []
-        for section, (runs, total) in enumerate(zip(sections, totals, strict=True)):
+        for (section, row, _), runs, total in zip(which, drawn, totals, strict=True):
             scale = (total + UNIT_EPS).sqrt().reciprocal() * (kind.key_dim**-0.5 if section == QUERIES else 1.0)
             for values, (col, inside) in zip(runs, places, strict=True):
-                start = self.row * cols + (section * kind.key_size + col)
+                start = row * cols + (section * kind.key_size + col)
                 scaled = [value * scale for value in values]
                 stores += [units[(start + i).valid(inside)].store(v.cast(units.dtype)) for i, v in enumerate(scaled)]
         return stores
@@ -278,18 +292,21 @@ class _Mix:
         width, stores = spec.group * spec.kind.value_dim, []
         run = gcd(width, VECTOR)
         for col, inside in columns(self.head * width, width, self.thread, LANES, run):
-            start = self.row * spec.mixed_cols + (spec.mixed_sections[2] + col)
-            values = self.source.mixed(VALUES, self.row, col, run)
-            stores += [mixed[(start + i).valid(inside)].store(value) for i, value in enumerate(values)]
+            for row, source in zip(self.rows, self.sources, strict=True):
+                start = row * spec.mixed_cols + (spec.mixed_sections[2] + col)
+                values = source.mixed(VALUES, row, col, run)
+                stores += [mixed[(start + i).valid(inside)].store(value) for i, value in enumerate(values)]
         return stores
 
     def gates(self, log_decay: UOp, bias: UOp) -> list[UOp]:
         """Stores of the exponents and betas."""
         spec, mixed, stores = self.spec, self.outputs[-1], []
-        for head, inside in columns(self.head * spec.group, spec.group, self.thread, LANES):
-            (a,), (b,) = (self.projections.load(section, self.row, head) for section in (DECAYS, BETAS))
+        count = spec.group * len(self.rows)
+        for item, inside in columns(0, count, self.thread, LANES):
+            row, head = self.rows[0] + item // spec.group, self.head * spec.group + item % spec.group
+            (a,), (b,) = (self.projections.load(section, row, head) for section in (DECAYS, BETAS))
             found = decay_exponent(a, log_decay[head].load(), bias[head].load()), sigmoid(b)
-            at = self.row * spec.mixed_cols + head
+            at = row * spec.mixed_cols + head
             stores += [
                 mixed[(at + start).valid(inside)].store(value)
                 for start, value in zip(spec.mixed_sections[3:5], found, strict=True)
@@ -315,7 +332,7 @@ def gate_kernel(spec: GpuRecurrentSpec) -> KernelFn:
         for (col, inside), own in zip(places, values, strict=True):
             gates = z.load(GATES, row, head * kind.value_dim + col, run)
             for i, (value, gate) in enumerate(zip(own, gates, strict=True)):
-                gated = is_real.where(value * scale * norm[col + i].load() * silu(gate), 0.0)
+                gated = is_real.where(value * scale * norm[col + i].load() * silu(gate, spec.lanes), 0.0)
                 stores.append(out[(base + col + i).valid(inside)].store(gated.cast(out.dtype)))
         size = tokens * kind.value_size
         done = UOp.group(*stores).end(*reversed(axes_of(row, head, thread)))

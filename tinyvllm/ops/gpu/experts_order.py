@@ -13,12 +13,13 @@ from tinygrad import UOp, dtypes
 from tinygrad.dtype import DType
 
 from tinyvllm.ops.gpu.token_tiles import TILE_WORDS, ExpertTiles
-from tinyvllm.ops.kernel.body import F16, I32, Body, KernelFn, cached_kernel, clamp, finish
+from tinyvllm.ops.kernel.body import F16, I32, Body, KernelFn, balanced, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, await_previous, axes_of, load_floats
 
 PART = 1024  # pairs of a threadgroup
 THREADS = 512
 UNROLLED = 4
+SECTIONS = 16  # experts that are looked at together
 GATHER_THREADS = 256
 RUN_COLS = 8  # columns that a thread copies
 NO_EXPERT = -1
@@ -169,18 +170,18 @@ class _Part:
             stores.append(shared[at].store(value))
         return shared.after(UOp.group(*stores))
 
-    def _register(self, value: UOp | int, *after: UOp) -> UOp:
+    def register(self, value: UOp | int, *after: UOp) -> UOp:
         register = self.body.registers(1, I32)
         return register.after(register.after(*self.axes, *after)[0].store(UOp.const(0, I32) + value))
 
     def condition(self, flag: UOp) -> UOp:
         """A store's condition, by way of a register: tinygrad would otherwise apply it to all that the value depends
         on."""
-        return self._register(flag.cast(I32))[0].load().ne(0)
+        return self.register(flag.cast(I32))[0].load().ne(0)
 
     def counted(self) -> UOp:
         """Each thread's pairs, (pieces, experts) in threadgroup memory."""
-        spec, count = self.spec, self._register(0)
+        spec, count = self.spec, self.register(0)
         loop = self.body.fold(spec.piece_pairs // UNROLLED)
         inner, first = count.after(loop), self.piece * spec.piece_pairs + loop * UNROLLED
         own = [self.ids[first + i].load().eq(self.expert.cast(I32)).cast(I32) for i in range(UNROLLED)]
@@ -192,7 +193,7 @@ class _Part:
         self, values: UOp, count: int, start: UOp | int, stride: int, column: UOp, below: UOp | None = None
     ) -> UOp:
         """The sum of a column of `values`, or of its entries before number `below`."""
-        total = self._register(0, values)
+        total = self.register(0, values)
         if count == 1:
             here = values[start + column].load()
             return here if below is None else UOp.const(0, I32)
@@ -206,7 +207,7 @@ class _Part:
     def place(self, pairs: UOp, first: UOp) -> UOp:
         """Store the thread's pairs, from place `first` on."""
         spec = self.spec
-        index, flag = self._register(first), self.body.registers(1, I32)
+        index, flag = self.register(first), self.body.registers(1, I32)
         loop = self.body.fold(spec.piece_pairs)
         inner, local = index.after(loop), self.piece * spec.piece_pairs + loop
         is_own = self.ids[local].load().eq(self.expert.cast(I32)).cast(I32)
@@ -225,12 +226,13 @@ class _Sections:
         self.part, spec, body = part, part.spec, part.body
         is_first = part.condition(part.piece.eq(0))
         totals, self.starts, self.firsts = (body.shared(spec.padded + 1, I32) for _ in range(3))
-        held = part._register(total)[0].load()
+        held = part.register(total)[0].load()
         totals = totals.after(totals[part.expert.valid(is_first)].store(held))
-        sums = [part._register(0, totals), part._register(0, totals)]
-        loop = body.fold(spec.padded)
-        here = (loop < part.expert).where(totals[loop].load(), 0)
-        new = [here, (here + (spec.tile_rows - 1)) // spec.tile_rows]
+        sums = [part.register(0, totals), part.register(0, totals)]
+        loop = body.fold(spec.padded // SECTIONS)
+        experts = [loop * SECTIONS + i for i in range(SECTIONS)]
+        before = [(expert < part.expert).where(totals[expert].load(), 0) for expert in experts]
+        new = [balanced(before), balanced((here + (spec.tile_rows - 1)) // spec.tile_rows for here in before)]
         inner = [each.after(loop)[0] for each in sums]
         done = UOp.group(*[at.store(at.load() + value) for at, value in zip(inner, new, strict=True)]).end(loop)
         start, tile = (each.after(done)[0].load() for each in sums)
@@ -252,20 +254,26 @@ class _Sections:
         stores, together = [], part.threads * spec.parts
         for first in range(0, spec.num_tiles, together):
             tile = part.number * part.threads + part.thread + first
-            count = part._register(0, self.firsts)
-            loop = part.body.fold(spec.padded)
-            inner = count.after(loop)
-            is_past = (self.firsts[loop + 1].load() <= tile.cast(I32)).cast(I32)
-            done = inner[0].store(inner[0].load() + is_past).end(loop)
-            expert = clamp(count.after(done)[0].load(), 0, spec.padded)
+            expert = self._expert_of(tile.cast(I32))
             is_used = expert < spec.num_experts
             bounded = expert.minimum(spec.padded - 1)
             row = self.starts[bounded].load() + (tile.cast(I32) - self.firsts[bounded].load()) * spec.tile_rows
             end = (row + spec.tile_rows).minimum(self.starts[bounded + 1].load())
             words = [expert.cast(I32), row, end, UOp.const(1, I32)]
-            held = [part._register(is_used.where(word, 0))[0].load() for word in words]
+            held = [part.register(is_used.where(word, 0))[0].load() for word in words]
             is_inside = part.condition(tile < spec.num_tiles)
             stores += [tiles[(tile * TILE_WORDS + i).valid(is_inside)].store(word) for i, word in enumerate(held)]
-        used = part._register(self.firsts[spec.padded].load())[0].load()
+        used = part.register(self.firsts[spec.padded].load())[0].load()
         is_one = part.condition(part.number.eq(0) & part.thread.eq(0))
         return [*stores, tiles[UOp.const(spec.num_tiles * TILE_WORDS, dtypes.weakint).valid(is_one)].store(used)]
+
+    def _expert_of(self, tile: UOp) -> UOp:
+        """The last expert whose tiles begin at `tile` or before; the number of experts for a tile that is not used."""
+        found, size = UOp.const(0, dtypes.weakint), self.part.spec.padded
+        step = 1 << (size.bit_length() - 1)
+        while step:
+            wanted = (found + step).minimum(size)
+            is_past = self.firsts[wanted].load() <= tile
+            found = clamp(self.part.register(is_past.where(wanted.cast(I32), found.cast(I32)))[0].load(), 0, size)
+            step //= 2
+        return found

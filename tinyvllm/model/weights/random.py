@@ -61,10 +61,19 @@ class RandomWeights:
             )
         self._kind, self._expert_kind = kinds[0], kinds[-1]
         self._seed = seed
+        self._experts: dict[tuple[str, tuple[int, ...]], HostMatrix] = {}
 
     def take(self, name: str, shape: tuple[int, ...]) -> HostMatrix:
-        """A vector, a matrix, or the taps of a depthwise convolution (channels, 1, taps). Raises ModelError if a
-        quantized matrix's rows are not whole blocks."""
+        """A vector, a matrix, or the taps of a depthwise convolution (channels, 1, taps). All layers have the same
+        experts, which are most of a model. Raises ModelError if a quantized matrix's rows are not whole blocks."""
+        if ".experts." not in name:
+            return self._draw(name, shape)
+        key = name.partition(".experts.")[2], shape
+        if key not in self._experts:
+            self._experts[key] = self._draw(".experts." + key[0], shape)
+        return self._experts[key]
+
+    def _draw(self, name: str, shape: tuple[int, ...]) -> HostMatrix:
         rng = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
         if len(shape) == 1:
             return (1 + 0.1 * rng.standard_normal(shape)).astype(np.float32)

@@ -26,7 +26,8 @@ from tinyvllm.ops.kernel.body import (
 )
 from tinyvllm.ops.latent_spec import LatentSpec
 
-LANES = 32  # sums of a key's product that are added up at its end
+LANES = 16  # sums of a key's product that are added up at its end
+KEYS_TOGETHER = 4  # keys that share the loads of a query, and whose sums fit into the vector registers
 VALUE_CHUNK = 64  # elements of a value whose sums stay in vector registers
 
 
@@ -162,17 +163,23 @@ def _scores(body: Body, spec: LatentSpec, loops: tuple[UOp, UOp, UOp], position:
     block, number, head = loops
     dim, size = spec.stored_dim, spec.layout.block_size
     lanes = math.gcd(LANES, dim)
-    token = body.loop(size)
-    sums = fill(body, body.registers(lanes), 0.0, block, head, token, near, query)
+    tokens = body.loop(size // KEYS_TOGETHER)
+    first = tokens * KEYS_TOGETHER
+    sums = fill(body, body.registers(KEYS_TOGETHER * lanes), 0.0, block, head, tokens, near, query)
     chunk = body.fold(dim // lanes)
     lane = body.loop(lanes)
     inner, at = sums.after(chunk), chunk * lanes + lane
-    product = near[token * dim + at].load() * query[head * dim + at].load()
-    sums = sums.after(inner[lane].store(inner[lane].load() + product).end(lane, chunk))
-    score = balanced(sums[i].load() for i in range(lanes))
-    is_seen = number * size + token <= position
-    scores = body.registers(size)
-    return scores.after(scores.after(block, head)[token].store(is_seen.where(score, LOWEST)).end(token))
+    own, stores = query[head * dim + at].load(), []
+    for i in range(KEYS_TOGETHER):
+        total = inner[i * lanes + lane]
+        stores.append(total.store(total.load() + near[(first + i) * dim + at].load() * own))
+    sums = sums.after(UOp.group(*stores).end(lane, chunk))
+    scores, stores = body.registers(size), []
+    for i in range(KEYS_TOGETHER):
+        score = balanced(sums[i * lanes + j].load() for j in range(lanes))
+        is_seen = number * size + first + i <= position
+        stores.append(scores.after(block, head)[first + i].store(is_seen.where(score, LOWEST)))
+    return scores.after(UOp.group(*stores).end(tokens))
 
 
 def _add_values(body: Body, spec: LatentSpec, loops: tuple[UOp, UOp], scores: UOp, near: UOp, state: _State) -> UOp:

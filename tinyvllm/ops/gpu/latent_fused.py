@@ -12,6 +12,7 @@ Decoding and prompts take the same kernel, which reads a row's own latent from t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,9 @@ from tinyvllm.ops.coverage import in_words
 from tinyvllm.ops.gpu.attention_split import NOTHING, TILE_TOKENS, SplitHeads
 from tinyvllm.ops.gpu.latent_attention import LatentRow
 from tinyvllm.ops.kernel.body import F16, F32, Body, KernelFn, balanced, cached_kernel, fill, finish
+from tinyvllm.ops.kernel.hopper import pair_threadgroups
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma, await_previous, axes_of, carry, grid, load_floats, warps
+from tinyvllm.ops.kernel.tiles import together
 from tinyvllm.ops.latent_spec import LatentSpec
 
 CHUNK_DIMS = 32  # dimensions that a warp multiplies at a time
@@ -30,10 +33,11 @@ PIECE = 8  # values that a thread brings from the pool at once
 LINE = 64  # values of 16 bits that all banks hold
 MOST_HEADS = 32  # that one threadgroup serves
 MAX_WARPS = 8
+PAIRED_TILES = 3  # of heads, whose sums leave registers for a second threadgroup
 MAX_SPLITS = 64
 GROUPS_WANTED = 256  # threadgroups that fill a large GPU
 SHORTEST_SPAN = 64  # the fewest tokens that are worth a threadgroup
-COMBINE_THREADS = 128
+COMBINE_WARPS, COMBINED_DIMS = 8, 128  # of a threadgroup that combines splits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,12 @@ class FusedLatentSpec(LatentSpec):
         different banks."""
         return TILE_TOKENS + 4 if self.mma.kind == "CUDA" else TILE_TOKENS
 
+    @property
+    def is_paired(self) -> bool:
+        """Whether two threadgroups shall share a multiprocessor, so that one computes while the other waits: if they
+        have registers for their sums."""
+        return self.mma.kind == "CUDA" and self.head_tiles <= PAIRED_TILES
+
     def _shared_bytes(self, num_warps: int) -> int:
         heads = self.padded_heads
         scores = 4 * num_warps * heads * self.score_stride
@@ -167,8 +177,9 @@ def fused_latent_kernel(spec: FusedLatentSpec) -> KernelFn:
         stores = _finish(place, context, outs, acc, best, total)
         length = spec.layout.max_blocks * spec.layout.block_size
         tokens = spec.layout.num_tokens
+        limits = [pair_threadgroups(place.thread)] if spec.is_paired else []
         return finish(
-            UOp.group(*stores).end(*reversed(place.axes)),
+            together(*stores, *limits).end(*reversed(place.axes)),
             f"latent_attention_{tokens}x{spec.num_heads}x{spec.rank}",
             ops=2 * tokens * spec.num_heads * (spec.stored_dim + spec.rank) * length,
             nbytes=2 * tokens * spec.stored_dim * length,
@@ -252,9 +263,16 @@ class _Query:
     queries: UOp
 
     def load(self) -> list[list[Runs]]:
-        """By round and tile of heads; zeros where there is no head or no chunk."""
-        spec = self.place.spec
-        return [[self._runs(number, tile) for tile in range(spec.head_tiles)] for number in range(spec.rounds)]
+        """By round and tile of heads; zeros where there is no head or no chunk. In registers, because the compiler
+        would otherwise scale and round them again for each tile of the context."""
+        spec, place = self.place.spec, self.place
+        runs = [[self._runs(number, tile) for tile in range(spec.head_tiles)] for number in range(spec.rounds)]
+        values = [value for tiles in runs for tile in tiles for run in tile for value in run]
+        held = place.body.registers(len(values), F16)
+        target = held.after(*place.axes)
+        held = held.after(UOp.group(*[target[i].store(value) for i, value in enumerate(values)]))
+        numbers = iter(range(len(values)))
+        return [[[[held[next(numbers)].load() for _ in run] for run in tile] for tile in tiles] for tiles in runs]
 
     def _runs(self, number: int, tile: int) -> Runs:
         spec, place = self.place.spec, self.place
@@ -529,32 +547,52 @@ def _finish(
 
 @cached_kernel
 def combine_latents_kernel(spec: FusedLatentSpec) -> KernelFn:
-    """fn(out (T, H * rank), split values, split sums, inputs): combines the splits of every row."""
+    """fn(out (T, H * rank), split values, split sums, inputs): combines the splits of every row. The warps of a
+    threadgroup divide them between them."""
 
     def kernel(out: UOp, values: UOp, sums: UOp, inputs: UOp) -> UOp:
-        body, tokens, heads, rank = Body(), spec.layout.num_tokens, spec.num_heads, spec.rank
-        row, head, thread = body.grid(tokens), body.grid(heads), body.threads(COMBINE_THREADS)
-        axes = (row, head, thread)
+        body, tokens, heads = Body(), spec.layout.num_tokens, spec.num_heads
+        width = math.gcd(spec.rank, COMBINED_DIMS)  # of a threadgroup
+        row, head, part = body.grid(tokens), body.grid(heads), body.grid(spec.rank // width)
+        lane, warp = body.threads(LANES), body.threads(COMBINE_WARPS)
+        axes = (row, head, part, lane, warp)
         values, sums = await_previous(spec.lanes, values, sums)
-        width = -(-rank // COMBINE_THREADS)
-        wanted = thread * width
-        is_inside = None if rank % COMBINE_THREADS == 0 else wanted < rank
-        col = wanted if is_inside is None else is_inside.where(wanted, 0)
-        count = LatentRow(spec, row, inputs).position + 1
+        used = spec.split.used(LatentRow(spec, row, inputs).position + 1)
+        own = width // LANES
 
         def step(number: UOp | int, old: list[UOp]) -> list[UOp]:
-            at = (number * tokens + row) * heads + head
-            here = sums[at].load()
+            wanted = number * COMBINE_WARPS + warp
+            exists = wanted < used
+            at = (exists.where(wanted, 0) * tokens + row) * heads + head
+            here = exists.where(sums[at].load(), UOp.const(NOTHING, F32))
             top = old[0].maximum(here)
-            before, now = (old[0] - top).exp2(), (here - top).exp2()
-            new = load_floats(values, at * rank + col, width)
+            before, now = (old[0] - top).exp2(), exists.where((here - top).exp2(), UOp.const(0.0, F32))
+            new = load_floats(values, at * spec.rank + part * width + lane * own, own)
             return [top, old[1] * before + now, *[a * before + b * now for a, b in zip(old[2:], new, strict=True)]]
 
-        init = [UOp.const(NOTHING, F32), *[UOp.const(0.0, F32)] * (width + 1)]
-        _, total, *acc = carry(body, init, spec.split.used(count), axes, step)
-        start = (row * heads + head) * rank + col
-        stores = [out[_gate(start + i, is_inside)].store((a / total).cast(out.dtype)) for i, a in enumerate(acc)]
-        name = f"combine_latents_{tokens}x{heads}x{rank}"
-        return finish(UOp.group(*stores).end(*reversed(axes)), name, nbytes=8 * tokens * heads * rank)
+        passes = (used + (COMBINE_WARPS - 1)) // COMBINE_WARPS
+        init = [UOp.const(NOTHING, F32), *[UOp.const(0.0, F32)] * (own + 1)]
+        best, total, *acc = carry(body, init, passes if passes.vmax > 1 else 1, axes, step)
+        shared, stats = body.shared(COMBINE_WARPS * width), body.shared(COMBINE_WARPS * 2)
+        stores = [shared[warp * width + lane * own + i].store(value) for i, value in enumerate(acc)]
+        stores += [stats[(warp * 2 + i).valid(lane.eq(0))].store(value) for i, value in enumerate((best, total))]
+        done = UOp.group(*stores)
+        thread = warp * LANES + lane
+        exists = thread < width
+        result = _combine_warps(shared.after(done), stats.after(done), exists.where(thread, 0), width)
+        target = (row * heads + head) * spec.rank + part * width + thread
+        store = out[target.valid(exists)].store(result.cast(out.dtype))
+        name = f"combine_latents_{tokens}x{heads}x{spec.rank}"
+        return finish(store.end(*reversed(axes)), name, nbytes=8 * tokens * heads * spec.rank)
 
     return kernel
+
+
+def _combine_warps(values: UOp, stats: UOp, col: UOp, width: int) -> UOp:
+    """A column of the combined attention. values (warps, width); stats (warps, 2): maxima and sums of weights."""
+    warp_range = range(COMBINE_WARPS)
+    bests = [stats[2 * w].load() for w in warp_range]
+    top = balanced(bests, lambda a, b: a.maximum(b))
+    factors = [(best - top).exp2() for best in bests]
+    total = balanced(f * stats[2 * w + 1].load() for w, f in enumerate(factors))
+    return balanced(f * values[w * width + col].load() for w, f in enumerate(factors)) / total

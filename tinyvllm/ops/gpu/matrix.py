@@ -93,7 +93,8 @@ class MatrixSpec(Tunable):
     @property
     def token_tiles(self) -> int:
         """Tiles of tokens in a threadgroup."""
-        return min(MAX_TOKEN_TILES, -(-self.num_tokens // TOKENS))
+        most = 2 if self.block_rows else MAX_TOKEN_TILES  # few columns: more threadgroups instead
+        return min(most, -(-self.num_tokens // TOKENS))
 
     @property
     def token_groups(self) -> int:

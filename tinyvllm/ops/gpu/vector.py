@@ -223,6 +223,8 @@ class VectorSpec(RowProductSpec):
         each, take twice as long: such a threadgroup reads more of x and the norm's weights than of the matrix.
         Quantized runs are longer than a vector load of x, so more rows must share the cost of loading x."""
         passes = -(-self.num_cols // (self.cols * LANES))  # runs of a lane, if one warp had all columns
+        if self.block_rows:  # few columns: without warps beside each other there would be thousands of threadgroups
+            return 4, 4, 1, min(2, passes)
         if self.format.is_quantized:
             per_warp = 4 if self.activation is not None or self.out_rows <= 4096 else 8
             across = _power_below(min(8, passes))

@@ -22,8 +22,13 @@ class ExpertLoad:
 
     @property
     def busiest_share(self) -> float:
-        """The busiest expert's share of all choices; 1 / E if the load is even."""
+        """The busiest expert's share of all choices."""
         return self.busiest / self.num_pairs
+
+    @property
+    def least_share(self) -> float:
+        """The same if the load is as even as it can be."""
+        return -(-self.num_pairs // self.num_experts) / self.num_pairs
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -47,5 +52,5 @@ def describe_loads(loads: Sequence[ExpertLoad]) -> list[str]:
         f"experts that the tokens chose, of {loads[0].num_experts} in each of {len(loads)} layers: {min(touched)} to "
         f"{max(touched)}, {statistics.fmean(touched):.1f} on average ({loads[0].num_expected:.1f} if choices were "
         f"even), {megabytes:,.1f} MB; the busiest expert has {busiest.busiest_share:.0%} of the choices in layer "
-        f"{busiest.layer} ({1 / busiest.num_experts:.0%} if they were even)"
+        f"{busiest.layer} (at least {busiest.least_share:.0%})"
     ]

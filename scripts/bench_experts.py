@@ -193,7 +193,7 @@ def main() -> None:
         bench = Bench(find_shape(args.shape), weights, args.cores)
         rows += [bench.run(int(count), args.repeats) for count in args.rows.split(",")]
     print(
-        "| weights | rows | experts read, a layer | us a layer | router and choice, us | GB/s a core | floor | share | x dense |"
+        "| weights | rows | experts read, a layer | us a layer | routing, us | GB/s a core | floor | share | x dense |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:

@@ -5,12 +5,15 @@ A backend is asked for a step on tensors that are never realized; what it would 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from tinygrad import Device
+from tinygrad import Device, dtypes
 from tinygrad.codegen import to_program
 from tinygrad.dtype import AddrSpace
 
 from tests.ops.builders import make_host
+from tests.ops.experts import Case, make_kind, make_layer
 from tests.ops.rendering import (
     TARGETS,
     buffer_bytes,
@@ -25,7 +28,7 @@ from tests.ops.rendering import (
 )
 from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import KERNEL_STACK_BYTES, DeviceHandle
-from tinyvllm.ops.backend import Norm
+from tinyvllm.ops.backend import Epilogue, Norm
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.step_inputs import StepLayout
@@ -54,6 +57,23 @@ def test_every_way_to_store_weights_renders(target: str, formats: tuple[str, str
     dtype = "bfloat16" if formats[0] == "bfloat16" else "float16"
     for kernel in kernels_of(plan_layer(gpu_backend(dtype), StepLayout(2, 2, 2, 16), formats, is_decode=True)):
         check_limits(kernel, target)
+
+
+@pytest.mark.parametrize("target", GENERAL_TARGETS)
+@pytest.mark.parametrize("fmt", ["float16", "MXFP4-e8m0"])
+def test_general_experts_render_within_the_limits(target: str, fmt: str) -> None:
+    """Of one row and of several, with groups, biases and a shared expert's weight."""
+    kind = make_kind(8, 2, score="sigmoid", num_groups=4, top_groups=2, has_choice_bias=True, has_expert_scale=True)
+    kind, backend = replace(kind, has_biases=True, has_shared_gate=True), gpu_backend("float16")
+    layer = make_layer(backend, Case(kind, fmt))
+    norm = Norm(unwritten(backend, 256), 1e-5)
+    for tokens in (1, 3):
+        x = unwritten(backend, tokens * 256, dtypes.half)
+        routing = backend.route(x, layer, tokens, norm)
+        assert routing.shared is not None
+        out = backend.experts(x, routing, layer, tokens, norm, Epilogue(post_norm=norm, residual=x))
+        for kernel in kernels_of([backend.scale_rows(out, routing.shared, tokens)]):
+            check_limits(kernel, target)
 
 
 @pytest.mark.parametrize("target", GENERAL_TARGETS)

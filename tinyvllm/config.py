@@ -518,7 +518,7 @@ class Capacity:
     other_groups: tuple[BlockGroup, ...] = ()
     # slots of recurrent states (scheduling/state_pool.py), including slot 0, the dummy; 0: no recurrent layers
     num_state_slots: int = 0
-    checkpoint_interval: int = 1  # blocks whose keys and values take as many bytes as a state
+    checkpoint_interval: int = 1  # blocks between the checkpoints of a long prompt's states
     memory: MemoryUse = MemoryUse()
 
     @property

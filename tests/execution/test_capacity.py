@@ -207,12 +207,12 @@ def all_bytes(capacity: Any, memory: MemoryFacts) -> int:
 
 def test_states_have_slots_for_all_sequences_and_two_checkpoints_of_each() -> None:
     capacity = plan(STATES, max_num_seqs=16)
-    assert (capacity.num_state_slots, capacity.checkpoint_interval) == (49, 4)
+    assert (capacity.num_state_slots, capacity.checkpoint_interval) == (49, 32)
     assert capacity.num_blocks == 816 and GIB * 0.97 < all_bytes(capacity, STATES) <= GIB
     assert capacity.explanation[0].endswith("room for 816 blocks of 1.00 MiB, and 49 state slots of 4.00 MiB")
     assert capacity.explanation[2] == (
         "48 state slots of 4.00 MiB for recurrent layers: 16 for sequences and 32 for checkpoints of cached prefixes, "
-        "one for each 4 blocks of a long prompt"
+        "one for each 32 blocks of a long prompt"
     )
     assert capacity.memory == MemoryUse(weights=GIB, kv_groups=(816 << 20,), state_slot=4 << 20)
 
@@ -231,7 +231,7 @@ def test_a_large_pool_has_a_checkpoint_for_each_prefix_that_it_may_hold() -> Non
     assert plan(memory, max_num_seqs=1).num_state_slots == 1 + 1 + 8
     capacity = plan(replace(memory, state_bytes=1 << 16), max_num_seqs=4, num_gpu_blocks_override=40 * 256)
     assert capacity.num_state_slots == 1 + 4 + 40, "4096 tokens each"
-    assert capacity.checkpoint_interval == 4
+    assert plan(replace(memory, state_bytes=600 << 10), max_num_seqs=4).checkpoint_interval == 64, "as many bytes"
 
 
 def test_states_take_half_of_the_memory_unless_the_rest_suffices() -> None:

@@ -138,7 +138,7 @@ def test_random_traffic_over_windows_keeps_the_pools_and_the_answers(
     [
         (1, 12, 6, 2, (), 8),  # preemptions; at times no slot is left for a checkpoint
         (2, 60, 30, 3, (), 24),
-        (3, 60, 3, 2, (), 16),  # fewer sequences run than may
+        (3, 60, 5, 2, (), 16),  # fewer sequences run than may
         (4, 30, 12, 4, (BlockGroup(14, 6),), 16),
         (5, 24, 12, 1, (), 64),
     ],

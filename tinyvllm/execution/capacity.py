@@ -17,6 +17,7 @@ PLANNED_PREFIX = 4096  # tokens of the pool, for each of which there should be a
 PLANNED_TURN = 256  # the same if memory is left: a turn of a conversation, to which a client may go back
 SEQUENCE_CHECKPOINTS = 2  # of one sequence while it decodes: at the end of its prompt, and at the latest border
 FEWEST_CHECKPOINTS = 8  # for a few conversations that one user returns to
+MIN_INTERVAL = 512  # tokens between a long prompt's checkpoints: shorter chunks would not use a GPU
 STATE_SHARE = 2  # state slots take at most 1/2 of the memory for KV and states, if more cannot be left
 PLANNED_WINDOWS = 4  # windows that a sequence is expected to be long, when memory is divided between groups
 
@@ -148,9 +149,10 @@ class PoolSplit:
 
     @property
     def checkpoint_interval(self) -> int:
-        """The blocks whose keys and values take as many bytes as a state: with a checkpoint for each of these, a
-        prefix's states take no more than its keys and values."""
-        return max(1, -(-self.state_bytes // sum(self.block_bytes(group) for group in range(len(self.kv_groups)))))
+        """The blocks between the checkpoints of a long prompt: the least power of two (so that chunks fill their
+        graphs) with which a prefix's states take no more than its keys and values, and at least MIN_INTERVAL tokens."""
+        ratio = -(-self.state_bytes // sum(self.block_bytes(group) for group in range(len(self.kv_groups))))
+        return int(max(MIN_INTERVAL // self.block_size, 1 << max(0, ratio - 1).bit_length()))
 
     def with_states_in(self, room: int) -> PoolSplit:
         """The same with state slots in at most half of `room` bytes, but one besides the dummy."""

@@ -14,8 +14,8 @@ Where checkpoints are made, which the chunks of a prompt must end at:
 - at the last border of a block before the end of the prompt, for the same prompt again and for the next turn;
 - at a border where other requests left a prefix that they share with this one: blocks that were found without a
   checkpoint (Pan et al. 2025, "Marconi");
-- at the border nearest to a chunk's end, if the latest checkpoint is `interval` blocks away: the number of blocks whose
-  keys and values take as many bytes as a state, so that a prefix's checkpoints take no more than its blocks;
+- at each `interval` blocks of a long prompt: at least as many as take the bytes of a state, so that a prefix's
+  checkpoints take no more than its blocks (`execution/capacity.py`);
 - at every border that a generated token reaches. Unless `interval` keeps it, the next one replaces it, so a sequence
   that decodes owns two slots: its state, and the state at the latest border.
 
@@ -127,13 +127,8 @@ class StatePool:
         if not state.makes_checkpoints:
             return stop
         size = self._block_size
-        for border in sorted((state.branch * size, (num_tokens - 1) // size * size)):
-            if start < border < stop:
-                return border
-        border = stop // size
-        if stop < num_tokens and border * size > start and border - state.num_kept_blocks >= self.interval:
-            return border * size
-        return stop
+        borders = (state.branch, (num_tokens - 1) // size, state.num_kept_blocks + self.interval)
+        return min([border * size for border in borders if start < border * size < stop], default=stop)
 
     def step(self, state: SequenceState, stop: int, num_tokens: int) -> None:
         """Plan a step that takes the state of a sequence of `num_tokens` known tokens to position `stop`. Steps that

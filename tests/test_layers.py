@@ -12,7 +12,7 @@ BASE = {"config", "errors"}
 DOWN_TO_ENGINE = BASE | {"storage", "text", "scheduling", "execution", "engine", "profiling"}
 INSIDE_OPS = BASE | {"arrays", "device"} | {f"ops/{name}" for name in ("step_inputs", "kernel", "formats")}
 INSIDE_OPS |= {f"ops/{name}" for name in ("activation", "attention_spec", "backend", "coverage", "plain", "sampling")}
-INSIDE_OPS |= {"ops/experts_spec", "ops/latent_spec", "ops/recurrent_spec"}
+INSIDE_OPS |= {"ops/experts_spec", "ops/latent_spec", "ops/recurrent_spec", "ops/short_conv"}
 # A room is a directory or a file, and one inside another has its own entry. A name on the right includes inner rooms.
 MAY_IMPORT = {
     "errors": set(),
@@ -33,11 +33,15 @@ MAY_IMPORT = {
     "ops/attention_spec": BASE | {"ops/activation", "ops/coverage", "ops/kernel", "ops/step_inputs"},
     "ops/backend": BASE
     | {"arrays", "device"}
-    | {f"ops/{name}" for name in ("attention_spec", "coverage", "experts_spec", "formats", "recurrent_spec")}
+    | {
+        f"ops/{name}"
+        for name in ("attention_spec", "coverage", "experts_spec", "formats", "recurrent_spec", "short_conv")
+    }
     | {f"ops/{name}" for name in ("latent_spec", "sampling", "step_inputs")},
     "ops/experts_spec": BASE | {"ops/formats"},
     "ops/latent_spec": BASE | {"ops/formats", "ops/kernel", "ops/step_inputs"},
     "ops/recurrent_spec": BASE | {"ops/kernel", "ops/step_inputs"},
+    "ops/short_conv": BASE | {"device", "ops/kernel", "ops/recurrent_spec", "ops/step_inputs"},
     "ops/plain": BASE
     | {f"ops/{name}" for name in ("activation", "attention_spec", "backend", "experts_spec", "recurrent_spec")},
     "ops/cpu": INSIDE_OPS,

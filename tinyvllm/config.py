@@ -149,6 +149,30 @@ class StateKind:
 
 
 @dataclass(frozen=True)
+class ConvKind(StateKind):
+    """A gated short convolution (LFM2), which has no matrices: a product gives b, c and x of each token, and the output
+    is c * conv(b * x). A sequence keeps the last inputs of the convolution."""
+
+    num_channels: int = field(kw_only=True)
+
+    @classmethod
+    def of(cls, num_channels: int, conv_width: int) -> ConvKind:
+        return cls(
+            num_heads=0,
+            num_key_heads=0,
+            key_dim=0,
+            value_dim=0,
+            conv_width=conv_width,
+            norm_eps=0.0,
+            num_channels=num_channels,
+        )
+
+    @property
+    def conv_size(self) -> int:
+        return self.num_channels
+
+
+@dataclass(frozen=True)
 class LatentKind:
     """Multi-head latent attention (DeepSeek V2): the keys and values of all heads are products of one latent vector
     for each token, which is what the pool holds, beside one rotated key that all heads share."""

@@ -53,7 +53,8 @@ class Recipe:
     biases: tuple[str, ...] = ()  # modules of a layer that have one: "self_attn.q_proj"
     # a layer's tensors, by our names; they replace those that every family has. (): a tensor that it does not have
     more_shapes: Callable[[Mapping[str, Any], int], Shapes] = lambda config, layer: {}
-    top_shapes: Shapes = field(default_factory=dict)  # of tensors outside the layers, besides every family's
+    # of tensors outside the layers, besides every family's. (): one that it does not have
+    top_shapes: Shapes = field(default_factory=dict)
     norm_offset: float = 0.0  # what the class adds to norms' weights, and GGUF's converter too
     # other vectors, by the ends of their names: mean and spread
     vectors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -116,7 +117,7 @@ def tensor_shapes(recipe: Recipe) -> Shapes:
     shapes |= {"model.norm.weight": (c["hidden_size"],)} | recipe.top_shapes
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (c["vocab_size"], c["hidden_size"])
-    return shapes
+    return {name: shape for name, shape in shapes.items() if shape}
 
 
 def make_weights(recipe: Recipe) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.storage.test_families import read, read_gguf
-from tinyvllm.config import ModelConfig, Rope, StateKind
+from tinyvllm.config import ConvKind, ModelConfig, Rope, StateKind
 from tinyvllm.errors import ModelError, UnsupportedModelError
 
 # Qwen/Qwen3.5-27B's file, without what does not matter here
@@ -116,3 +116,46 @@ def test_gguf_has_the_numbers_of_state_space_models(tmp_path: Path) -> None:
     assert recurrent(read_gguf(tmp_path, "qwen35", **GGUF_SSM, **flags)) == "raar"
     with pytest.raises(ModelError, match="inner_size"):
         read_gguf(tmp_path, "qwen35", **GGUF_SSM | {"ssm.inner_size": 100})
+
+
+# LiquidAI/LFM2-1.2B's file, without what does not matter here
+LFM2_1_2B: dict[str, Any] = {
+    "architectures": ["Lfm2ForCausalLM"],
+    "block_auto_adjust_ff_dim": True,
+    "block_ff_dim": 12288,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_multiple_of": 256,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    "hidden_size": 2048,
+    "max_position_embeddings": 128000,
+    "model_type": "lfm2",
+    "norm_eps": 1e-05,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "rope_theta": 1000000.0,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 65536,
+}
+
+
+def test_lfm2s_layers_are_convolutions_but_for_those_that_it_lists(tmp_path: Path) -> None:
+    config = read(tmp_path, LFM2_1_2B)
+    assert recurrent(config) == "rrarrarrarararar"
+    assert config.state == ConvKind.of(2048, conv_width=3) and config.state.num_bytes == 4 * 3 * 2048
+    assert (config.ffn_size, config.norm_eps, config.tie_embeddings, config.head_dim) == (8192, 1e-5, True, 64)
+    kinds = ["conv" if kind == "r" else "full_attention" for kind in recurrent(config)]
+    other = {"layer_types": kinds, "intermediate_size": 10752, "block_ff_dim": None, "tie_embedding": False}
+    config = read(tmp_path, LFM2_1_2B | {"full_attn_idxs": None, "block_auto_adjust_ff_dim": False} | other)
+    assert (recurrent(config), config.ffn_size, config.tie_embeddings) == ("rrarrarrarararar", 10752, False)
+    with pytest.raises(UnsupportedModelError, match="conv_bias is True"):
+        read(tmp_path, LFM2_1_2B, conv_bias=True)
+
+
+def test_gguf_has_no_heads_of_keys_where_a_layer_is_a_convolution(tmp_path: Path) -> None:
+    heads: dict[str, Any] = {"attention.head_count_kv": [0, 2, 0, 2], "shortconv.l_cache": 3}
+    config = read_gguf(tmp_path, "lfm2", **heads)
+    assert recurrent(config) == "rara" and config.state == ConvKind.of(64, conv_width=3)
+    assert [kind.num_kv_heads for kind in config.layers] == [0, 2, 0, 2]

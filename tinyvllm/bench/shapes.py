@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from tinyvllm.config import ExpertsKind, LatentKind, LayerSizes, ModelConfig, QueryScaling, Rope, RopeScaling, StateKind
+from tinyvllm.config import (
+    ConvKind,
+    ExpertsKind,
+    LatentKind,
+    LayerSizes,
+    ModelConfig,
+    QueryScaling,
+    Rope,
+    RopeScaling,
+    StateKind,
+)
 from tinyvllm.errors import UnsupportedModelError
 
 GEMMA3_WINDOWED = (True, True, True, True, True, False)  # by layer: each sixth attends to everything
@@ -26,6 +36,7 @@ GEMMA4_26B_SIZES = tuple(
     for layer in range(30)
 )
 
+LFM2_ATTENTION = (2, 5, 8, 10, 12, 14)  # layers of 1.2B; the others are convolutions
 THREE_OF_FOUR = (True, True, True, False)  # by layer: recurrent, but for each fourth
 
 
@@ -372,6 +383,23 @@ SHAPES: dict[str, ModelConfig] = {
             norm_eps=1e-5,
             tie_embeddings=False,
             biases=("qkv",),
+        ),
+        ModelConfig(
+            name="lfm2-1.2b",  # LiquidAI/LFM2-1.2B
+            architecture="lfm2",
+            num_layers=16,
+            hidden_size=2048,
+            ffn_size=8192,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=64,
+            vocab_size=65536,
+            max_position=128000,
+            rope=Rope(1000000.0),
+            norm_eps=1e-5,
+            tie_embeddings=True,
+            state=ConvKind.of(2048, conv_width=3),
+            recurrent=tuple(layer not in LFM2_ATTENTION for layer in range(16)),
         ),
         ModelConfig(
             name="qwen3.5-0.8b",  # Qwen/Qwen3.5-0.8B, the text part

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from tinyvllm.config import BlockGroup, Capacity, EngineConfig, LayerKind, Limits, MemoryUse, ModelConfig
+from tinyvllm.config import BlockGroup, Capacity, ConvKind, EngineConfig, LayerKind, Limits, MemoryUse, ModelConfig
 from tinyvllm.errors import CapacityError, TinyvllmError
 from tinyvllm.execution.buckets import Bucket
 
@@ -343,6 +343,8 @@ def _expert_values(model: ModelConfig) -> int:
 def _attention_values(kind: LayerKind) -> int:
     """Values of one token in attention: q, k, v and the attended values, and perhaps their gate. Of latents, queries
     and attended values are there in the latents' space too. In a recurrent layer: its projections and its output."""
+    if isinstance(kind.state, ConvKind):
+        return 5 * kind.state.num_channels
     if (state := kind.state) is not None:
         return state.conv_size + 2 * state.value_size + 2 * state.num_heads
     if kind.latent is None:

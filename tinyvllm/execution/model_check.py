@@ -38,6 +38,7 @@ CLASSES = (
     (EXPERTS, ".experts."),
     ("router", ".mlp.gate."),
     ("recurrence", "linear_attn"),
+    ("recurrence", ".conv."),
     ("feed-forward", "mlp"),
 )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from tinygrad import Tensor
 
 from tinyvllm.arrays import to_float32
-from tinyvllm.config import LayerKind, ModelConfig, QueryScaling, Rope
+from tinyvllm.config import ConvKind, LayerKind, ModelConfig, QueryScaling, Rope
 from tinyvllm.device.recording import keep
 from tinyvllm.model.attention import Placed, load_attention
 from tinyvllm.model.delta_net import load_delta_net
@@ -23,6 +23,7 @@ from tinyvllm.model.latent_attention import load_latent_attention
 from tinyvllm.model.layer import FeedForward, Layer, Mixer
 from tinyvllm.model.loading import Loader
 from tinyvllm.model.rope import rope_table
+from tinyvllm.model.short_conv import load_short_conv
 from tinyvllm.ops.backend import Backend, Epilogue, Step, group_of, pool_groups
 from tinyvllm.ops.formats.matrix import Matrix
 
@@ -139,6 +140,8 @@ class Decoder:
         return Layer(self._load_mixer(index, kind), self._load_feed_forward(index))
 
     def _load_mixer(self, index: int, kind: LayerKind) -> Mixer:
+        if isinstance(kind.state, ConvKind):
+            return load_short_conv(self.load, index, kind.state, self.ATTENTION_NORM)
         if kind.state is not None:
             return load_delta_net(self.load, index, kind.state, self.ATTENTION_NORM)
         rope = None

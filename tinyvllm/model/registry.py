@@ -36,6 +36,7 @@ FAMILIES: dict[str, type[Decoder]] = {
     "ministral3": Ministral3,
     "qwen2": Qwen2,
     "qwen3": Qwen3,
+    "lfm2": Qwen3,
     "qwen3_5": Qwen3Next,
     "qwen3_5_moe": Qwen3Next,
     "qwen3_next": Qwen3Next,

@@ -28,6 +28,7 @@ from tinyvllm.ops.latent_spec import LatentLayer
 from tinyvllm.ops.recurrent_spec import RecurrentLayer
 from tinyvllm.ops.sampling.logits_processing import SamplingState, sample_processed
 from tinyvllm.ops.sampling.sample import OUT_WIDTH, SampleSpec, sample
+from tinyvllm.ops.short_conv import ConvLayer
 from tinyvllm.ops.step_inputs import StepLayout
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,8 @@ def zeroed_pool(
     values = {layer: device.zeros(size, float_type) for layer, size in sizes.items() if layer not in latents}
     pool = KVPool(keys, values, counts, dtype, num_state_slots=num_state_slots)
     for layer, kind in states.items():
-        pool.matrices[layer] = device.zeros(num_state_slots * kind.matrix_elements, FLOATS["float32"])
+        if kind.matrix_elements:
+            pool.matrices[layer] = device.zeros(num_state_slots * kind.matrix_elements, FLOATS["float32"])
         pool.convs[layer] = device.zeros(num_state_slots * kind.conv_elements, FLOATS["float32"])
     return pool
 
@@ -301,6 +303,10 @@ class Operations(Protocol):
         last row in slot state_writes[s]. The two may be equal, and several sequences may read a slot that none of them
         writes. A sequence that has no rows, or writes to slot 0, touches no other slot than 0; its outputs are zeros,
         as are those of padding."""
+
+    def convolve(self, projected: Tensor, layer: ConvLayer, step: Step) -> Tensor:
+        """(T * channels,): a gated short convolution. States are read and written as by `recur`. The projection's
+        matrix is stacked from b, c and x by units of 32 rows (`Weights.stacked`)."""
 
     def norm_groups(self, x: Tensor, norm: Norm, num_tokens: int, addend: Tensor) -> Tensor:
         """(T * M,): RMSNorm of each group of x's columns that is as wide as the norm's weight, plus `addend` (T * M,).

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tinyvllm.config import StateKind
+from tinyvllm.config import ConvKind, StateKind
 from tinyvllm.ops.recurrent_spec import UNIT_EPS, section_sizes
 
 
@@ -50,6 +50,32 @@ def recur_reference(
             mixed = silu((ordered * tables.conv).sum(0))
             matrix, out[row] = _step(mixed, projections[row, kind.conv_size :], matrix, kind, tables)
         matrices[writes[seq]], convs[writes[seq]] = matrix, conv
+    return out
+
+
+def convolve_reference(
+    projected: np.ndarray,
+    kind: ConvKind,
+    taps: np.ndarray,
+    views: Mapping[str, np.ndarray],
+    convs: np.ndarray,
+    *,
+    is_decode: bool,
+) -> np.ndarray:
+    """`Operations.convolve` of a projection (T, 3 * channels): (T, channels). `taps` (conv_width, channels). Overwrites
+    slots of convs (slots, conv_width, channels)."""
+    b, c, x = np.split(projected[:, : 3 * kind.num_channels], 3, axis=1)
+    out, old = np.zeros_like(c), convs[views["state_reads"]].copy()
+    for seq, (first, end) in enumerate(_rows(views, is_decode)):
+        if end <= first or views["state_writes"][seq] == 0:
+            continue
+        position = int(views["positions"][first])
+        conv = np.zeros_like(old[seq]) if position == 0 else old[seq]
+        for row in range(first, end):
+            conv[(position + row - first) % kind.conv_width] = b[row] * x[row]
+            ordered = np.roll(conv, -((position + row - first + 1) % kind.conv_width), axis=0)  # the oldest first
+            out[row] = c[row] * (ordered * taps).sum(0)
+        convs[views["state_writes"][seq]] = conv
     return out
 
 

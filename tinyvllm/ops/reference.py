@@ -1,7 +1,7 @@
 """Every operation of `Backend` in plain Tensor arithmetic, for any device: the documentation of the kernels, and what
 their tests compare against. Two are in NumPy: sampling (ops/sampling/reference.py), and recurrent layers
-(ops/recurrent_reference.py). Written to be read, not to be fast: its
-cost depends on the pool and the longest possible context, not on the step.
+(ops/recurrent_reference.py). Written to be read, not to be fast: its cost depends on the pool and the longest possible
+context, not on the step.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import Matrix, pack, unpack
 from tinyvllm.ops.latent_spec import LatentLayer
 from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, plain_routing, rms_norm, softcap, unit_norm
-from tinyvllm.ops.recurrent_reference import RecurrentTables, recur_reference
+from tinyvllm.ops.recurrent_reference import RecurrentTables, convolve_reference, recur_reference
 from tinyvllm.ops.recurrent_spec import RecurrentLayer
 from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.sampling.reference import HostState, sample_row
 from tinyvllm.ops.sampling.sample import OUT_TOKEN, OUT_WIDTH
+from tinyvllm.ops.short_conv import ConvLayer
 from tinyvllm.ops.step_inputs import StepLayout
 
 
@@ -248,6 +249,21 @@ class ReferenceBackend:
         )
         for tensor, values in zip(stored, (matrices, convs), strict=True):
             self.device.write(tensor, values)
+        return Tensor(out.reshape(-1), device=self.device.name)
+
+    def convolve(self, projected: Tensor, layer: ConvLayer, step: Step) -> Tensor:
+        kind, stored = layer.kind, step.pool.convs[layer.index]
+        assert isinstance(stored, Tensor)
+        convs = stored.numpy().copy()
+        out = convolve_reference(
+            projected.numpy().reshape(step.num_tokens, -1),
+            kind,
+            layer.taps.numpy().reshape(kind.conv_width, -1),
+            step.layout.views(step.inputs.numpy()),
+            convs.reshape(-1, kind.conv_width, kind.num_channels),
+            is_decode=step.is_decode,
+        )
+        self.device.write(stored, convs)
         return Tensor(out.reshape(-1), device=self.device.name)
 
     def norm_groups(self, x: Tensor, norm: Norm, num_tokens: int, addend: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ _WORDS = {
     "sum": "residual sum",
     "join": "join logits",
 }
-FIRST_OF_LAYER = ("qkv", "recurrent in")  # the products that a layer begins with
+FIRST_OF_LAYER = ("qkv", "recurrent in", "conv in")  # the products that a layer begins with
 # Kernels after the head, which turn logits into a token.
 SAMPLE = "sample"
 _SAMPLING = ("logprobs_", "leaders_", "draw_", "process_", "bias_", "typical_", "count_")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tinyvllm.config import ExpertsKind, LayerKind, ModelConfig
+from tinyvllm.config import ConvKind, ExpertsKind, LayerKind, ModelConfig
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import GB, Chip
 from tinyvllm.profiling.kernels import floor_s
@@ -90,6 +90,8 @@ def experts_touched(kind: ExpertsKind, num_tokens: int) -> float:
 
 def _attention_weights(kind: LayerKind, hidden_size: int) -> int:
     latent, state = kind.latent, kind.state
+    if isinstance(state, ConvKind):
+        return 4 * hidden_size * state.num_channels  # b, c and x, and the output
     if state is not None:
         projected = state.conv_size + state.value_size + 2 * state.num_heads  # q, k, v; z; b and a
         return hidden_size * (projected + state.value_size)

@@ -119,7 +119,8 @@ def _largest(values: Values, family: FamilyFiles, key: str, default: int | None 
     layers are alike."""
     if not isinstance(values.get(key), list):
         return values.integer(key, default)
-    counts = values.integers(key, values.integer("block_count"))
+    counts = values.integers(key, values.integer("block_count"), at_least=0 if family.hf_recurrent else 1)
+    counts = [count for count in counts if count]  # recurrent layers have no heads
     if len(set(counts)) > 1 and not family.has_layer_sizes:
         values.unsupported(key, "the same number for every layer")
     return max(counts)

@@ -9,7 +9,6 @@ from tinyvllm.config import DTYPES, ModelConfig, Rope
 from tinyvllm.errors import ModelError
 from tinyvllm.storage import families
 from tinyvllm.storage.families import SOFTCAPS, FamilyFiles
-from tinyvllm.storage.families.delta_net import RECURRENT
 from tinyvllm.storage.hf_rope import FULL, WINDOWED, read_rope, read_rope_by_layer
 from tinyvllm.storage.values import Values
 
@@ -168,7 +167,7 @@ def _layer_types(values: Values, family: FamilyFiles, num_layers: int) -> list[s
     kinds = values.get("layer_types")
     if kinds is None:
         return None
-    known = (FULL, RECURRENT) if family.has_recurrent_layers else (FULL, WINDOWED)
+    known = (FULL, family.hf_recurrent or WINDOWED)
     if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
         values.unsupported("layer_types", f"a list of {' and '.join(known)}")
     if len(kinds) != num_layers:

@@ -62,13 +62,13 @@ class Values:
             self.refuse(key, "a whole number of at least 1")
         return value
 
-    def integers(self, key: str, count: int) -> list[int]:
-        """A list of `count` whole numbers of at least 1, or one number for all of them."""
+    def integers(self, key: str, count: int, at_least: int = 1) -> list[int]:
+        """A list of `count` whole numbers, or one number for all of them."""
         value = self.get(key)
         if not isinstance(value, list):
             return [self.integer(key)] * count
-        if len(value) != count or any(isinstance(i, bool) or not isinstance(i, int) or i < 1 for i in value):
-            self.refuse(key, f"a whole number of at least 1, or a list of {count} of them")
+        if len(value) != count or any(isinstance(i, bool) or not isinstance(i, int) or i < at_least for i in value):
+            self.refuse(key, f"a whole number of at least {at_least}, or a list of {count} of them")
         return value
 
     def optional_number(self, key: str) -> float | None:

@@ -11,6 +11,7 @@ from tests.families.recipes import (
     glm4_moe_lite,
     gpt_oss,
     granite,
+    lfm2,
     mistral,
     mixtral,
     olmo,
@@ -24,7 +25,7 @@ from tests.families.recipes import (
 
 DENSE = (qwen2, gemma2, gemma3, gemma4, mistral, phi3, smollm3, olmo, granite, glm4)
 SPARSE = (qwen3_moe, mixtral, olmoe, gpt_oss, glm4_moe_lite)
-HYBRID = (qwen3_5,)
+HYBRID = (qwen3_5, lfm2)
 MODULES = (*DENSE, *SPARSE, *HYBRID)
 
 RECIPES: dict[str, Recipe] = {name: recipe for family in MODULES for name, recipe in family.RECIPES.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from tinyvllm.storage import families
 
 logger = logging.getLogger(__name__)
 
+LAYER_TENSOR = re.compile(r"(?P<layer>model\.layers\.\d+\.)(?P<module>.+?)(?P<suffix>\.\w+)")
 DRAFTING = "mtp"  # multi-token prediction: a part of its own in Hugging Face's files
 
 # Buffers that old versions of transformers saved; the model computes them
@@ -122,8 +124,17 @@ def language_model_tensors(tensors: Mapping[str, StoredTensor], architecture: st
     for name, tensor in tensors.items():
         if not name.startswith(family.hf_unread):
             prefix = next((prefix for prefix in family.hf_renamed if name.startswith(prefix)), "")
-            found[family.hf_renamed.get(prefix, "") + name.removeprefix(prefix)] = tensor
+            name = family.hf_renamed.get(prefix, "") + name.removeprefix(prefix)
+            found[_layer_name(name, family.hf_layer_names)] = tensor
     return found
+
+
+def _layer_name(name: str, names: Mapping[str, str]) -> str:
+    """Our name of a layer's tensor, by those of its modules."""
+    match = LAYER_TENSOR.fullmatch(name)
+    if match is None or match["module"] not in names:
+        return name
+    return f"{match['layer']}{names[match['module']]}{match['suffix']}"
 
 
 class WeightSource(Protocol):

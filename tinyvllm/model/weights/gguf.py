@@ -31,6 +31,7 @@ KNOWN_TYPES = (*DENSE_DTYPES, *QUANTIZED_KINDS)
 TOP_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
+    "token_embd_norm": "model.norm",  # LFM2's last norm
     "output": "lm_head",
     "per_layer_token_embd": "model.embed_tokens_per_layer",
     "per_layer_model_proj": "model.per_layer_model_projection",
@@ -62,7 +63,7 @@ LAYER_NAMES = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
     "attn_sinks.weight": "self_attn.sinks",
 }
-LAYER_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>\w+)(?:\.(?P<suffix>weight|bias|scale))?")
+LAYER_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>[\w.]+?)(?:\.(?P<suffix>weight|bias|scale))?")
 EXPERT_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<module>gate|up|down)\.(?P<expert>\d+)\.weight")  # until 2024
 SHARED_GATE = "mlp.shared_expert_gate.weight"
 LAYER_NUMBER = re.compile(r"blk\.(?P<layer>\d+)\.")

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from tinyvllm.arrays import HostMatrix, QuantizedMatrix, ScaleFormat, Scales, take_rows, to_float32
-from tinyvllm.config import StateKind
+from tinyvllm.config import ConvKind, StateKind
 from tinyvllm.model.weights.fused import split_rows
 from tinyvllm.model.weights.stored import StoredTensor
 
@@ -30,6 +30,8 @@ Tensors = Mapping[str, StoredTensor]
 def from_hf(tensors: Tensors, kind: StateKind) -> dict[str, StoredTensor]:
     """From Hugging Face's directories, and from MLX's, where the taps of convolutions come before the one input channel
     and 1 is added to norms."""
+    if isinstance(kind, ConvKind):
+        return _with_taps_last(tensors, kind)
     found = dict(_split(tensors, kind))
     convs = {name: tensor for name, tensor in found.items() if name.endswith(CONV)}
     is_mlx = any(tensor.shape[1:] == (kind.conv_width, 1) for tensor in convs.values())
@@ -43,6 +45,8 @@ def from_hf(tensors: Tensors, kind: StateKind) -> dict[str, StoredTensor]:
 
 def from_gguf(tensors: Tensors, kind: StateKind, *, tiles_value_heads: bool) -> dict[str, StoredTensor]:
     """From GGUF files, which hold -exp(A_log). `tiles_value_heads`: as in FamilyFiles."""
+    if isinstance(kind, ConvKind):
+        return _with_taps_last(tensors, kind)
     found = {}
     for name, tensor in _split(tensors, kind):
         part = match["name"] if (match := MIXER_TENSOR.fullmatch(name)) else ""
@@ -55,6 +59,19 @@ def from_gguf(tensors: Tensors, kind: StateKind, *, tiles_value_heads: bool) -> 
             tensor = _changed(tensor, lambda values: np.log(-values))
         found[name] = tensor
     return found
+
+
+def _with_taps_last(tensors: Tensors, kind: ConvKind) -> dict[str, StoredTensor]:
+    """The convolutions of LFM2 as (channels, 1, taps), which are (channels, taps, 1) in MLX's files, and in GGUF files
+    have two dimensions."""
+    shape = (kind.num_channels, 1, kind.conv_width)
+    other = shape[::2], (*shape[::2], 1)
+    return {
+        name: _changed(tensor, partial(np.reshape, shape=shape), shape)
+        if name.endswith(".conv.conv.weight") and tensor.shape in other
+        else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _changed(

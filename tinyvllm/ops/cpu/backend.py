@@ -11,7 +11,7 @@ from tinygrad import Tensor, UOp
 
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.arrays import take_rows as take_host_rows
-from tinyvllm.config import LayerKind, StateKind
+from tinyvllm.config import ConvKind, LayerKind, StateKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle, has_many_registers
 from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.attention_spec import AttentionLayer
@@ -63,6 +63,7 @@ from tinyvllm.ops.kernel.body import I32, Body, KernelFn, cached_kernel, empty, 
 from tinyvllm.ops.kernel.tuning import choose
 from tinyvllm.ops.latent_spec import LatentLayer, LatentSpec
 from tinyvllm.ops.recurrent_spec import RecurrentLayer
+from tinyvllm.ops.short_conv import ConvLayer, ConvSpec, convolve
 from tinyvllm.ops.step_inputs import StepLayout
 
 
@@ -166,6 +167,10 @@ class CpuBackend(DeviceSampling):
         read the first one's latents."""
         pool = KVPool({}, {}, blocks_by_layer(groups, num_blocks), dtype, num_state_slots=num_state_slots)
         for layer, state in states.items():
+            if isinstance(state, ConvKind):
+                parts = [((b - a) * PANEL * state.conv_width, core) for (a, b), core in self._channels(state)]
+                pool.convs[layer] = self._states(parts, num_state_slots)
+                continue
             owned = [(_heads_of(state, b - a), core) for (a, b), core in self._bounds(state.num_key_heads)]
             pool.matrices[layer] = self._states([(kind.matrix_elements, core) for kind, core in owned], num_state_slots)
             pool.convs[layer] = self._states([(kind.conv_elements, core) for kind, core in owned], num_state_slots)
@@ -183,6 +188,10 @@ class CpuBackend(DeviceSampling):
             if layer not in latents:
                 pool.values[layer] = half()
         return pool
+
+    def _channels(self, kind: ConvKind) -> list[tuple[tuple[int, int], str]]:
+        """Each core's channels of a short convolution, in panels."""
+        return self._bounds(kind.num_channels // PANEL)
 
     def _states(self, sizes: Sequence[tuple[int, str]], num_slots: int) -> Stored:
         """Each core's part of the slots of a recurrent layer. `sizes`: its elements of a slot."""
@@ -387,6 +396,27 @@ class CpuBackend(DeviceSampling):
             out = empty(step.num_tokens * kind.value_size, device=core)
             outs.append(recur_on_core(spec, out, (matrices[i], convs[i]), layer, step.inputs, shards))
             widths.append(kind.value_size)
+        return _sharded(outs, widths)
+
+    def convolve(self, projected: Activation, layer: ConvLayer, step: Step) -> Activation:
+        shards, convs = _tensors(projected), _tensors(step.pool.convs[layer.index])
+        outs, widths = [], []
+        for i, ((a, b), core) in enumerate(self._channels(layer.kind)):
+            size = (b - a) * PANEL
+            spec = ConvSpec(
+                layout=step.layout,
+                kind=layer.kind,
+                cols=_widths(projected, layer.cols)[i : i + 1],
+                num_slots=step.pool.num_state_slots,
+                is_decode=step.is_decode,
+                channels=size,
+                first=a * PANEL,
+                table_channels=layer.kind.num_channels,
+                has_threads=False,
+            )
+            out = empty(step.num_tokens * size, device=core)
+            outs.append(convolve(spec, out, convs[i], layer.taps, step.inputs, shards[i]))
+            widths.append(size)
         return _sharded(outs, widths)
 
     def norm_groups(self, x: Activation, norm: Norm, num_tokens: int, addend: Activation) -> Activation:

@@ -42,6 +42,7 @@ from tinyvllm.ops.latent_spec import LatentLayer, LatentSpec
 from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, plain_routing, rms_norm
 from tinyvllm.ops.recurrent_spec import RecurrentLayer
 from tinyvllm.ops.sampling.token_ids import token_id
+from tinyvllm.ops.short_conv import ConvLayer, ConvSpec, convolve
 
 MAX_HEAD_DIM = 512  # threads of an attention threadgroup
 
@@ -183,6 +184,23 @@ class GpuBackend(DeviceSampling):
         spec = GpuRecurrentSpec.of(layer, step.layout, slots, step.is_decode, partials=partials)
         out = self._empty(step.num_tokens * layer.kind.value_size)
         return recur_by_rows(spec, out, layer, step, [self.parts_of(part)[0] for part in projections])
+
+    def convolve(self, projected: Tensor, layer: ConvLayer, step: Step) -> Tensor:
+        channels, convs = layer.kind.num_channels, step.pool.convs[layer.index]
+        assert isinstance(convs, Tensor)
+        spec = ConvSpec(
+            layout=step.layout,
+            kind=layer.kind,
+            cols=(layer.cols,),
+            num_slots=step.pool.num_state_slots,
+            is_decode=step.is_decode,
+            channels=channels,
+            first=0,
+            table_channels=channels,
+            has_threads=True,
+        )
+        out = self._empty(step.num_tokens * channels)
+        return convolve(spec, out, convs, layer.taps, step.inputs, self.parts_of(projected)[0])
 
     def norm_groups(self, x: Tensor, norm: Norm, num_tokens: int, addend: Tensor) -> Tensor:
         groups, addend = (self.parts_of(value)[0].cast(dtypes.float) for value in (x, addend))

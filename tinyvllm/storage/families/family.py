@@ -39,7 +39,9 @@ class FamilyFiles:
     # "by layer": those that layer_types names; without it, those from max_window_layers on (Qwen), or all but every
     # sliding_window_pattern-th (Gemma)
     hf_windows: str | None = None
-    has_recurrent_layers: bool = False  # layer_types may name layers of linear attention, which hf_refine reads
+    hf_recurrent: str | None = (
+        None  # what layer_types calls recurrent layers, which hf_refine reads; None: there are none
+    )
     gguf_defaults: Mapping[str, Any] = field(default_factory=dict)  # llama.cpp's for missing keys under {arch}
     # The period of {arch}.attention.sliding_window if the file has no sliding_window_pattern: every layer but each
     # n-th attends to the window, with 0 every layer. None: windows are not understood
@@ -61,6 +63,7 @@ class FamilyFiles:
     # Numbers of layers with which GGUF, which has no key for it, means a score scale of (hidden / heads) ** -0.5
     gguf_wide_scale_layers: tuple[int, ...] = ()
     hf_renamed: Mapping[str, str] = field(default_factory=dict)  # beginnings of tensors' names, and ours
+    hf_layer_names: Mapping[str, str] = field(default_factory=dict)  # names of a layer's modules, and ours
     hf_unread: tuple[str, ...] = ()  # beginnings of the names of tensors outside the language model
     # llama.cpp's names of a layer's modules, or of single tensors ("x.weight"), where they mean others than llama's
     gguf_layer_names: Mapping[str, str] = field(default_factory=dict)

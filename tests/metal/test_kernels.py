@@ -93,6 +93,27 @@ def test_recurrent_layers_equal_the_reference() -> None:
     check_steps(States(reference, kind), States(chosen, kind, (1, 2, 3), padding=3), steps, TOLERANCE["float16"])
 
 
+@pytest.mark.parametrize(("fmt", "tokens"), [("float16", 1), ("MXFP4-e8m0", 3), ("float16", 70)])
+def test_experts_equal_the_reference(fmt: str, tokens: int) -> None:
+    from tests.ops.builders import largest_difference, normal
+    from tests.ops.experts import Case, make_kind, make_layer
+    from tinyvllm.ops.backend import Epilogue, Norm
+
+    kind = make_kind(activation="clamped_swiglu", has_router_bias=True, has_biases=True)
+    case, found = Case(kind, fmt, tokens), []
+    for ops in backends(fmt):
+        x = activations(ops, normal(tokens, case.hidden, seed=1))
+        norm, layer = Norm(ops.device.upload(normal(case.hidden, seed=2)), 1e-5), make_layer(ops, case)
+        routing = ops.route(x, layer, tokens, norm)
+        (out,) = ops.parts_of(ops.experts(x, routing, layer, tokens, norm, Epilogue(residual=x)))
+        found.append((routing.ids.numpy().reshape(tokens, -1), out.float().numpy().reshape(tokens, -1)))
+        assert not ops.coverage.lines()
+    (ids, out), (expected_ids, expected) = found
+    is_same = (ids == expected_ids).all(axis=1)  # a tie may fall on either side
+    assert is_same.mean() > 0.9
+    assert largest_difference(out[is_same], expected[is_same]) < 2 * TOLERANCE[DTYPE_OF.get(fmt, "float16")]
+
+
 # (heads, kv heads, D), (T, R, M, block size), is decode, the pool's dtype
 ATTENTION = [
     ((9, 3, 64), (1, 1, 8, 16), True, "float16"),

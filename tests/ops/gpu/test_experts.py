@@ -17,9 +17,11 @@ from tests.ops.builders import largest_difference, normal
 from tests.ops.experts import Case, make_kind, make_layer
 from tests.ops.gpu.products import TOLERANCE, read, upload
 from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, rendered, unwritten
+from tinyvllm.config import ExpertsKind
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm
 from tinyvllm.ops.experts_spec import ExpertLayer
+from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.gpu.experts_order import OrderSpec, count_kernel, most_tiles, order_kernel
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.gemm_hopper import ExpertWgmmaSpec, wgmma_kernel
@@ -95,11 +97,29 @@ def test_experts_match_the_reference(device: DeviceHandle, lanes: Lanes, case: C
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", [GPT_OSS, replace(GPT_OSS, activation="silu")], ids=["clamped", "silu"])
 @pytest.mark.parametrize("tokens", [1, 5, 70])
 def test_packed_experts_of_a_bfloat16_model_match_the_reference(
-    device: DeviceHandle, lanes: Lanes, tokens: int
+    device: DeviceHandle, lanes: Lanes, tokens: int, kind: ExpertsKind
 ) -> None:
-    compare(device, lanes, Case(GPT_OSS, "MXFP4-e8m0", tokens), "r", "bfloat16")
+    compare(device, lanes, Case(kind, "MXFP4-e8m0", tokens), "r", "bfloat16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_weights_of_experts_that_nobody_chose_are_not_read(device: DeviceHandle, lanes: Lanes, tokens: int) -> None:
+    """They are NaN here, and 0 * NaN is NaN."""
+    backend = FusedGpuBackend(device, "float16", lanes)
+    layer = make_layer(backend, Case(make_kind(16, 2), "float16", tokens))
+    ids, _, clean = run(backend, layer, tokens, "r")
+
+    def spoiled(matrix: Matrix) -> Matrix:
+        (values,) = (plane.numpy().reshape(matrix.num_experts, -1).copy() for plane in matrix.planes)
+        values[np.setdiff1d(np.arange(matrix.num_experts), ids)] = np.nan
+        return replace(matrix, planes=(device.upload(values.reshape(-1)),))
+
+    layer = replace(layer, gate_up=spoiled(layer.gate_up), down=spoiled(layer.down))
+    np.testing.assert_array_equal(run(backend, layer, tokens, "r")[2], clean)
 
 
 def sort(spec: OrderSpec, ids: np.ndarray, device: DeviceHandle) -> tuple[np.ndarray, np.ndarray]:

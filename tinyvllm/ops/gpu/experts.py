@@ -184,6 +184,7 @@ class ManyRows:
     num_tokens: int
     has_wgmma: bool
     rounds_to_bfloat: bool  # results of experts, where 16 bits are enough: they may exceed float16's range
+    factor: float = 1.0  # of what the first product passes on
 
     @property
     def num_pairs(self) -> int:
@@ -248,6 +249,7 @@ class ManyRows:
             tile_rows=self.tile_rows,
             is_first=is_first,
             has_bias=has_bias,
+            factor=self.factor,
         )
 
     def sort(self, routing: Routing) -> SortedRows:

@@ -55,7 +55,10 @@ MAX_CHAINED_TOKENS, MAX_CHAINED_QUANTIZED = 16, 32
 # Rows of a matrix, as a multiple of its columns, up to which one row's product computes a normed sum that it reads:
 # each of its threadgroups reads all operands of the sum, so with more rows a kernel of its own costs less
 MOST_ROWS_WITH_SUM = 4
-SMALL_ACTIVATIONS = ("clamped_swiglu",)  # whose results are far below float16's largest number
+# What experts pass on in float16, in bfloat16 models, is multiplied by this: that of two numbers may exceed float16's
+# range. It leaves 4,194,240, and what is below 0.004 loses bits, but keeps an error below 2e-6
+HALF_FACTORS = {"clamped_swiglu": 1.0}  # at most 7 * 8
+HALF_FACTOR = 1 / 64
 
 
 class Pending(Tensor):
@@ -238,6 +241,7 @@ class FusedGpuBackend(GpuBackend):
             return self._experts_of_one(x, routing, layer, norm, epilogue)
         mma, dtype = self._expert_types(layer, norm)
         assert mma is not None
+        is_narrowed = mma != self.mma
         may_exceed = self.dtype == "bfloat16"  # float16's range
         rows = ManyRows(
             lanes=self._lanes(num_tokens),
@@ -246,6 +250,7 @@ class FusedGpuBackend(GpuBackend):
             num_tokens=num_tokens,
             has_wgmma=self.has_wgmma,
             rounds_to_bfloat=may_exceed,
+            factor=HALF_FACTORS.get(layer.kind.activation, HALF_FACTOR) if is_narrowed else 1.0,
         )
         normed = routing.normed_rows(x, norm) if isinstance(routing, FusedRouting) else None
         if normed is None:
@@ -447,12 +452,11 @@ class FusedGpuBackend(GpuBackend):
         return result if product is epilogue else self._pending_sum(result, 1, 1, epilogue)
 
     def _expert_types(self, layer: ExpertLayer, norm: Norm | None) -> tuple[Mma | None, DType]:
-        """(the matrix unit of several rows' experts, the dtype of what they pass on): float16 also in a bfloat16 model
-        where all of that is small, because quantized weights become float16 in half the instructions."""
-        is_small = norm is not None and layer.kind.activation in SMALL_ACTIVATIONS
+        """(the matrix unit of several rows' experts, the dtype of their input and of what they pass on): float16 also
+        in a bfloat16 model if x is normed, because quantized weights become float16 in half the instructions."""
         is_packed = layer.gate_up.format.is_quantized and layer.down.format.is_quantized
         half = self._mma(dtypes.half)
-        if self.dtype == "bfloat16" and is_small and is_packed and half is not None:
+        if self.dtype == "bfloat16" and norm is not None and is_packed and half is not None:
             return half, dtypes.half
         return self.mma, self.float
 

@@ -506,8 +506,8 @@ class _Tile:
     def _biased(self, values: list[UOp], first_row: UOp) -> list[UOp]:
         """A block's sums plus the bias of their rows."""
         rows = [first_row + self.mma.place(self.lane, e)[1] for e in range(len(values))]
-        biases = [self.tile.bias(row.minimum(self.spec.num_rows - 1)) for row in rows]
-        return [value if bias is None else value + bias for value, bias in zip(values, biases, strict=True)]
+        inside = [row.minimum(self.spec.num_rows - 1) for row in rows]
+        return [self.tile.finished(value, row) for value, row in zip(values, inside, strict=True)]
 
     def _store(self, out: UOp, first_row: UOp, row: UOp, block: int, token: UOp, value: UOp) -> UOp:
         spec = self.spec
@@ -520,4 +520,4 @@ class _Tile:
             at = at.valid(first_row < spec.out_rows)
         if self.residual is not None:
             value = value + self.residual[at].load().cast(F32)
-        return out[at].store(value.cast(out.dtype))
+        return out[at].store(self.tile.passed_on(value).cast(out.dtype))

@@ -399,6 +399,9 @@ class _WgmmaKernel:
         if spec.activation is not None:
             half = count // 2
             values = gated(spec.activation, values[:half], values[half:], HOPPER_ARITHMETIC)
+        if spec.experts is not None and spec.experts.factor != 1.0:
+            factor = spec.experts.factor if spec.is_gated else 1.0 / spec.experts.factor
+            values = [value * factor for value in values]
         stores = [self.out[at].store(self._result(value)) for at, value in zip(places, values, strict=True)]
         return UOp.group(*stores).end(loop)
 
@@ -408,12 +411,12 @@ class _WgmmaKernel:
         if self.residual is not None:
             return [self.residual[at].load().cast(F32) for at in places]
         elements, out_blocks = TileMma(spec.mma).elements, spec.out_tile // 8
-        begun = []
+        begun, begins_by = [], 1.0 if spec.experts is None or spec.is_gated else spec.experts.factor
         for i in range(spec.row_tile // 8 * elements):
             block, element = i // elements, i % elements
             row = first_row + row_of(spec, block % out_blocks, element, self.lane)
             bias = tile.bias(row.minimum(spec.out_rows - 1) + block // out_blocks * spec.out_rows)
-            begun.append(UOp.const(0.0, F32) if bias is None else bias)
+            begun.append(UOp.const(0.0, F32) if bias is None else bias * begins_by)
         return begun
 
     def _result(self, value: UOp) -> UOp:

@@ -462,15 +462,14 @@ def _store(spec: MatrixSpec, place: _Place, out: UOp, kept: list[list[UOp]], fir
             values = gated(spec.activation, values, _biased(spec, place, kept[r + 1], place.bases[r + 1], first))
         for i, value in enumerate(values):
             at = _output(spec, place, place.bases[r], first + i)
-            stores.append(out[at].store(value.cast(out.dtype)))
+            stores.append(out[at].store(place.tile.passed_on(value).cast(out.dtype)))
     return stores
 
 
 def _biased(spec: MatrixSpec, place: _Place, values: list[UOp], base: UOp, first: UOp | int) -> list[UOp]:
     """A lane's elements of the tile that begins at row `base`, plus the bias of their rows."""
     rows = [base + spec.mma.place(place.lane, (first + i) % spec.mma.elements)[1] for i in range(len(values))]
-    biases = [place.tile.bias(row) for row in rows]
-    return [value if bias is None else value + bias for value, bias in zip(values, biases, strict=True)]
+    return [place.tile.finished(value, row) for value, row in zip(values, rows, strict=True)]
 
 
 def _output(spec: MatrixSpec, place: _Place, base: UOp, element: UOp | int) -> UOp:

@@ -30,6 +30,7 @@ class ExpertTiles:
     is_first: bool
     is_gathered: bool = False  # the first product's x has been sorted before it
     has_bias: bool = False  # (E, N)
+    factor: float = 1.0  # of the first product's results; the second one's are divided by it
 
     @property
     def work(self) -> tuple[int, int]:
@@ -61,8 +62,16 @@ class TokenTile:
         return row
 
     def bias(self, row: UOp) -> UOp | None:
-        """What is added to the product of a row of the tile's expert."""
+        """What is added to the product of a row of the tile's expert; None: nothing."""
         return None
+
+    def finished(self, value: UOp, row: UOp) -> UOp:
+        """The product of a row of the tile's expert, from its sum: with the row's bias."""
+        return value
+
+    def passed_on(self, value: UOp) -> UOp:
+        """A result as it is stored."""
+        return value
 
     def turns(self, steps: int) -> int | UOp:
         """How often a loop of `steps` iterations runs."""
@@ -109,6 +118,14 @@ class ExpertTile(TokenTile):
 
     def bias(self, row: UOp) -> UOp | None:
         return None if self.biases is None else self.biases[self.matrix_row(row)].load().cast(F32)
+
+    def finished(self, value: UOp, row: UOp) -> UOp:
+        bias = self.bias(row)
+        value = value if self.spec.is_first or self.spec.factor == 1.0 else value * (1.0 / self.spec.factor)
+        return value if bias is None else value + bias
+
+    def passed_on(self, value: UOp) -> UOp:
+        return value * self.spec.factor if self.spec.is_first and self.spec.factor != 1.0 else value
 
     def turns(self, steps: int) -> UOp:
         # loaded, so that tinygrad cannot prove that the loop is short: it would drop it

@@ -237,3 +237,16 @@ async def test_an_end_token_is_no_part_of_the_text() -> None:
     async with running_engine(runner) as engine:
         (delta,) = await collect(generate_beams(engine, [65], SamplingParams(max_tokens=5), request_id="a"))
     assert (delta.token_ids, delta.text, delta.finish_reason) == ((EOS_ID,), "", "stop")
+
+
+async def test_beams_resume_from_checkpoints_of_recurrent_states() -> None:
+    """The same beams as without states; each round computes at most a block of a beam's tokens."""
+    found, prompt, params = [], [65, 66, 67] * 5, SamplingParams(n=3, max_tokens=14)
+    for slots in (0, 40):
+        runner = FakeModelRunner(num_state_slots=slots)
+        async with running_engine(runner) as engine:
+            found.append(await collect(generate_beams(engine, prompt, params, request_id="a")))
+            assert (engine.stats().num_checkpoint_hits > 20) == (slots > 0)
+    assert [delta.token_ids for delta in found[0]] == [delta.token_ids for delta in found[1]]
+    rounds = [entry for plan in runner.plans for entry in plan.entries if "beam0." not in entry.request.request_id]
+    assert len(rounds) > 30 and max(entry.count for entry in rounds) <= runner.capacity.block_size

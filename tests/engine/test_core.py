@@ -17,12 +17,12 @@ from tinyvllm.scheduling.scheduler import Scheduler
 def make_core(runner: FakeModelRunner | None = None) -> EngineCore:
     runner = runner or FakeModelRunner()
     capacity = runner.capacity
-    return EngineCore(runner, Scheduler(BlockManager(capacity.groups, capacity.block_size), capacity))
+    return EngineCore(runner, Scheduler(BlockManager.of(capacity), capacity))
 
 
-def fail(*steps: int) -> FakeModelRunner:
+def fail(*steps: int, **capacity: int) -> FakeModelRunner:
     """A runner whose steps of these numbers throw."""
-    runner = FakeModelRunner()
+    runner = FakeModelRunner(**capacity)
     number = iter(range(1000))
 
     def before_step(plan: StepPlan) -> None:
@@ -117,6 +117,34 @@ def test_what_a_failed_step_wrote_is_not_a_cached_prefix() -> None:
     core.add(again)
     core.step()
     assert again.num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_failed_steps_leave_no_states_behind(depth: int) -> None:
+    runner = fail(3, 30, num_state_slots=10, num_blocks=40)
+    runner.max_in_flight = depth
+    core = make_core(runner)
+    requests = [make_request(f"r{i}", range(i // 4, 9 + i // 4), max_tokens=9 + i % 7) for i in range(40)]
+    for request in requests:
+        core.add(request)
+    while core.has_work:
+        core.step()
+        core.scheduler.block_manager.audit()
+    states = core.scheduler.block_manager.state_pool
+    assert states is not None and core.stats.extra["num_failed_steps"] == 2
+    states.begin_step()
+    assert states.num_live == 0 and states.num_checkpoints > 0
+    ends = [request.finish_reason for request in requests]
+    assert ends.count("error") > 3 and ends.count("length") > 3
+    for request in requests:
+        if request.finish_reason == "length":
+            assert request.output_ids == run_alone(request)
+    again = [make_request(f"again{i}", range(i, 12 + i)) for i in range(4)]
+    for request in again:
+        core.add(request)
+    while core.has_work:
+        core.step()
+    assert [request.output_ids for request in again] == [run_alone(request) for request in again]
 
 
 def test_failures_in_a_row_end_the_engine() -> None:

@@ -13,9 +13,8 @@ from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.step_inputs import StepLayout
 
 CASES = [
-    Case(4, 32, 32, 32, 64, StepLayout(3, 3, 4, 8), True, "float16", "Q8_0"),
-    Case(2, 64, 16, 32, 32, StepLayout(1, 1, 4, 16), True, is_interleaved=False),
-    Case(5, 96, 32, 64, 32, StepLayout(20, 3, 3, 16), False, "float16"),
+    Case(4, 32, 16, 32, 64, StepLayout(3, 3, 4, 8), True, "float16", "Q8_0", is_interleaved=False),
+    Case(5, 96, 32, 64, 32, StepLayout(20, 3, 3, 16), False),
 ]
 
 

@@ -334,7 +334,8 @@ class CpuBackend(DeviceSampling):
     def attend_latent(self, queries: Activation, latents: Activation, layer: LatentLayer, step: Step) -> Activation:
         spec = LatentSpec.of(layer, step.layout, step.pool.num_blocks[layer.index])
         (pool,) = _tensors(step.pool.keys[layer.index])
-        write = write_latents_kernel(spec, _widths(latents, -(-spec.stored_dim // PANEL) * PANEL))
+        cols = tuple(int(part.numel()) // step.num_tokens for part in _tensors(latents))
+        write = write_latents_kernel(spec, cols)
         (pool,) = run_kernel(write, [pool], [step.inputs, layer.norm, layer.rope, *_tensors(latents)])
         outs, widths = [], []
         for i, ((a, b), core) in enumerate(self._bounds(spec.num_heads)):

@@ -58,7 +58,8 @@ def test_rows_that_are_not_whole_blocks_take_another_type() -> None:
 
 def test_convolutions_of_recurrent_layers_stay_in_float32() -> None:
     """ggml_ssm_conv reads no other type."""
-    assert set(types("ssm_conv1d", "q8_0", columns=4)) == set(types("ssm_conv1d", "f16", columns=4)) == {"F32"}
+    for part in ("ssm_conv1d", "shortconv.conv"):
+        assert set(types(part, "q8_0", columns=4)) == set(types(part, "f16", columns=4)) == {"F32"}
 
 
 def test_norms_and_small_matrices_are_not_quantized() -> None:

@@ -189,7 +189,8 @@ def _memory_lines(report: ModelReport, fitting: Fit | None) -> Iterator[str]:
         yield f"KV cache of {cost.num_layers} layers: {cost.bytes_per_token / 1024:g} KiB {kept}"
     if report.config.state_bytes:
         num_layers = sum(kind.state is not None for kind in report.config.layers)
-        size = _mib(report.config.state_bytes)
+        state_bytes = report.config.state_bytes
+        size = _mib(state_bytes) if state_bytes >= 2**20 else f"{state_bytes / 1024:g} KiB"
         yield f"state of {num_layers} recurrent layers: {size} for every sequence, and for each checkpoint of a prefix"
     contexts = [length for length in CONTEXTS if length < report.config.max_position]
     sizes = [f"{_mib(report.kv_bytes(length))} for {length} tokens" for length in contexts]

@@ -14,7 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 # For rows that are not whole blocks; then float16
 FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 KEPT_PARTS = ("_norm.weight", "ffn_gate_inp.weight", "altup", "laurel", "per_layer_model_proj")
-CONVOLUTION = "ssm_conv1d.weight"  # a few values for each channel, which ggml reads in float32
+CONVOLUTIONS = ("ssm_conv1d.weight", "shortconv.conv.weight")  # which ggml reads in float32 only
 LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 LAYERS_OF_70B = 80  # of llama: its attn_v are small beside the rest
 
@@ -70,7 +70,7 @@ class ModelFacts:
 def choose_type(name: str, shape: tuple[int, ...], mixture: Mixture, facts: ModelFacts, dense: str) -> str:
     """The ggml type of a tensor of that name and shape, rows first. `dense`: of matrices that llama-quantize leaves as
     they are."""
-    if len(shape) < 2 or name.endswith(CONVOLUTION):
+    if len(shape) < 2 or name.endswith(CONVOLUTIONS):
         return "F32"
     if not is_quantizable(name):
         return mixture.base if mixture.is_dense else dense

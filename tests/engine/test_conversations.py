@@ -11,7 +11,9 @@ from typing import Any
 from tests.families.recipe import write_hf
 from tests.families.recipes import RECIPES
 from tinyvllm import LLM, EngineConfig, SamplingParams
+from tinyvllm.bench.cold_start import plans_for
 from tinyvllm.engine.loading import assemble_engine
+from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.scheduling.plan import StepPlan
 
 BLOCK = 8
@@ -91,7 +93,16 @@ def test_a_turn_computes_one_block_and_what_is_new_and_answers_as_without_a_cach
     prompts, params, answers = zip(*talks.answers, strict=True)
     assert talks.ask(list(prompts), list(params)) == list(answers)
     assert talks.num_computed >= sum(len(prompt) * one.n for prompt, one in zip(prompts, params, strict=True))
+    check_bytes(llm._loaded.runner)
     llm.close()
+
+
+def check_bytes(runner: Any) -> None:
+    """A step of four decodes reads and writes four states, and touches no other slot."""
+    (plan,) = plans_for(runner.buckets[0], runner.capacity, context=20)
+    cost = RunnerInspector(runner).cost(plan)
+    assert cost.state_bytes == 2 * 4 * runner.model_config.state_bytes
+    assert cost.nbytes < cost.moved_bytes < 1.3 * cost.nbytes
 
 
 def turn_caching_off(llm: LLM) -> None:

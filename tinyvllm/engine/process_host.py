@@ -108,7 +108,14 @@ class ProcessHost:
         each = [row.read() for row in self._rows]
         for engine in self._dead:
             num_blocks = each[engine].num_free_blocks if self.loaded is None else self.loaded.capacity.num_blocks - 1
-            each[engine] = replace(each[engine], num_running=0, num_waiting=0, num_free_blocks=num_blocks)
+            each[engine] = replace(
+                each[engine],
+                num_running=0,
+                num_waiting=0,
+                num_free_blocks=num_blocks,
+                num_live_states=0,
+                num_checkpoints=0,
+            )
         return each
 
     def client(self, loop: asyncio.AbstractEventLoop) -> Client:

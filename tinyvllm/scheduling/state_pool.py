@@ -54,8 +54,8 @@ class SequenceState:
     is_kept: bool = False  # the slot is a checkpoint or marked to become one, so the next step writes another
     marks: list[Mark] = field(default_factory=list)  # those not sealed yet, in order
     rolling_hash: bytes = b""  # of the checkpoint that the next one replaces
-    num_kept_blocks: int = 0  # before its latest checkpoint that is not replaced
-    branch: int = 0  # blocks that were found, also without a checkpoint; 0: no more than its checkpoint has
+    num_kept_blocks: int = 0  # length of its latest checkpoint that is not replaced; 0: none
+    branch: int = 0  # blocks of a prefix that others share, which should have a checkpoint; 0: none
 
 
 class StatePool:

@@ -13,7 +13,8 @@ from tests.ops.builders import largest_difference, make_step_of, normal
 from tests.ops.rendering import unwritten
 from tinyvllm.config import StateKind
 from tinyvllm.ops.backend import Backend, KVPool, Step
-from tinyvllm.ops.cpu.backend import CpuBackend, Sharded
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.cpu.sharded import Sharded
 from tinyvllm.ops.recurrent_spec import RecurrentLayer, section_sizes
 from tinyvllm.ops.step_inputs import StepLayout
 

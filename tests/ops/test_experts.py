@@ -16,7 +16,8 @@ from tests.ops.experts import Case, Result, expected_layer, expected_routing, ma
 from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import DeviceHandle, open_device, upload
 from tinyvllm.ops.backend import Backend
-from tinyvllm.ops.cpu.backend import CpuBackend, Sharded
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.cpu.sharded import Sharded
 from tinyvllm.ops.reference import ReferenceBackend
 
 GPT_OSS = make_kind(4, 4, activation="clamped_swiglu", has_router_bias=True, has_biases=True)

@@ -12,7 +12,8 @@ from tests.ops.recurrent import NUM_SLOTS, Turn, state_step
 from tinyvllm.config import ConvKind, LayerKind
 from tinyvllm.device.handle import open_device
 from tinyvllm.ops.backend import Backend
-from tinyvllm.ops.cpu.backend import CpuBackend, Sharded
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.cpu.sharded import Sharded
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.short_conv import ConvLayer
 from tinyvllm.ops.step_inputs import StepLayout

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from tinygrad import Tensor, UOp
@@ -33,17 +33,9 @@ from tinyvllm.ops.backend import (
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.cpu.attention import CpuAttentionSpec, attention_kernel, write_kv_kernel
 from tinyvllm.ops.cpu.columns import GateSpec, GroupNormSpec, gate_columns_kernel, norm_groups_kernel
-from tinyvllm.ops.cpu.experts import (
-    ExpertSpec,
-    SumSpec,
-    experts_kernel,
-    one_row_kernel,
-    scale_rows_kernel,
-    sum_kernel,
-)
+from tinyvllm.ops.cpu.expert_layers import ExpertProducts, route_rows, scale_activation
 from tinyvllm.ops.cpu.latent_attention import latent_attention_kernel, write_latents_kernel
 from tinyvllm.ops.cpu.linear import (
-    ROWS_PER_PASS,
     EmbedSpec,
     FinishSpec,
     LinearSpec,
@@ -55,36 +47,16 @@ from tinyvllm.ops.cpu.linear import (
 )
 from tinyvllm.ops.cpu.product import STAGED_ROWS, NormSpec
 from tinyvllm.ops.cpu.recurrent import CpuRecurrentSpec, recur_on_core
-from tinyvllm.ops.cpu.routing import GatherSpec, Plan, RouteSpec, gather_kernel, route_kernel
+from tinyvllm.ops.cpu.sharded import Activation, Sharded, sharded, tensors_of, widths_of
 from tinyvllm.ops.cpu.whole_norm import WholeNormSpec, whole_norm_kernel
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Matrix, join_shards, pack
-from tinyvllm.ops.kernel.body import I32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
+from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.tuning import choose
 from tinyvllm.ops.latent_spec import LatentLayer, LatentSpec
 from tinyvllm.ops.recurrent_spec import RecurrentLayer
 from tinyvllm.ops.short_conv import ConvLayer, ConvSpec, convolve
 from tinyvllm.ops.step_inputs import StepLayout
-
-
-@dataclass(frozen=True)
-class Sharded:
-    """An activation whose columns are sharded over several cores: each holds (T * width,), in the order of the
-    columns."""
-
-    tensors: tuple[Tensor, ...]
-    widths: tuple[int, ...]
-
-
-Activation: TypeAlias = Tensor | Sharded  # a Tensor if there is one core
-
-
-@dataclass(frozen=True)
-class PlannedRouting(Routing):
-    """The routing of several rows, and the order in which the experts' products take them."""
-
-    plan: Plan | None = None
-    order: Tensor | None = None  # the plan's buffer
 
 
 class CpuBackend(DeviceSampling):
@@ -238,7 +210,7 @@ class CpuBackend(DeviceSampling):
             )
             outs += run_kernel(embed_kernel(spec), [empty(tokens * cols, device=core)], [*sources, *planes])
             widths.append(cols)
-        return _sharded(outs, widths)
+        return sharded(outs, widths)
 
     def linear(
         self,
@@ -265,17 +237,7 @@ class CpuBackend(DeviceSampling):
     def route(self, x: Activation, layer: ExpertLayer, num_tokens: int, norm: Norm | None = None) -> Routing:
         """On one core, which reads the products of all cores' rows of the router."""
         (logits,) = self.linear("router", x, [layer.router], num_tokens, norm)
-        kind, pairs, core = layer.kind, num_tokens * layer.num_chosen, self.cores[0]
-        plan = None if num_tokens == 1 else Plan(pairs, self._expert_tile_rows(pairs, layer.gate_up.num_experts))
-        spec = RouteSpec(kind, num_tokens, _widths(logits, layer.router.num_rows), layer.stacks_shared, plan)
-        outs = [empty(pairs, I32, core), empty(pairs, device=core)]
-        outs += [empty(num_tokens, device=core)] if spec.has_shared else []
-        outs += [empty(plan.size, I32, core)] if plan is not None else []
-        tables = (layer.router_bias, layer.choice_bias, layer.expert_scale)
-        read = [*_tensors(logits), *[table for table in tables if table is not None]]
-        ids, weights, *rest = run_kernel(route_kernel(spec), outs, read)
-        shared = rest[0] if spec.has_shared else None
-        return PlannedRouting(ids, weights, shared, plan, rest[-1] if plan is not None else None)
+        return route_rows(logits, layer, num_tokens, self.cores[0], self.tile_rows)
 
     def experts(
         self,
@@ -286,31 +248,25 @@ class CpuBackend(DeviceSampling):
         norm: Norm | None = None,
         epilogue: Epilogue = PLAIN,
     ) -> Activation:
-        hidden = self._expert_products(x, routing, layer, num_tokens, norm)
+        products = ExpertProducts(routing, layer, num_tokens, self.cores)
+        hidden = products.gate_up(x, norm)
         if epilogue.post_norm is None:
-            return self._expert_sum(hidden, routing, layer, num_tokens, epilogue)
-        total = self._expert_sum(hidden, routing, layer, num_tokens, PLAIN)
-        return self._finish(total, layer.down.expert_size, num_tokens, epilogue)
+            return products.down(hidden, epilogue)
+        return self._finish(products.down(hidden, PLAIN), layer.down.expert_size, num_tokens, epilogue)
 
     def finish(self, x: Activation, num_tokens: int, epilogue: Epilogue) -> Activation:
-        num_cols = sum(int(tensor.numel()) for tensor in _tensors(x)) // num_tokens
+        num_cols = sum(int(tensor.numel()) for tensor in tensors_of(x)) // num_tokens
         return self._finish(x, num_cols, num_tokens, epilogue)
 
     def scale_rows(self, x: Activation, factors: Tensor, num_tokens: int) -> Activation:
-        outs, widths = [], []
-        for tensor in _tensors(x):
-            cols = int(tensor.numel()) // num_tokens
-            out = empty(num_tokens * cols, device=str(tensor.device))
-            outs += run_kernel(scale_rows_kernel(num_tokens, cols), [out], [tensor, factors])
-            widths.append(cols)
-        return _sharded(outs, widths)
+        return scale_activation(x, factors, num_tokens)
 
     def attend(self, qkv: Sequence[Activation], layer: AttentionLayer, step: Step) -> Activation:
         if layer.kind.head_norm_is_whole:
             qkv, layer = [self._norm_whole(qkv, layer, step.num_tokens)], layer.without_whole_norm()
         kind, pool = layer.kind, step.pool
         outs, out_widths = [], []
-        keys, values = _tensors(pool.keys[layer.pool_layer]), _tensors(pool.values[layer.pool_layer])
+        keys, values = tensors_of(pool.keys[layer.pool_layer]), tensors_of(pool.values[layer.pool_layer])
         group = kind.num_heads // kind.num_kv_heads
         bounds = self._bounds(kind.num_kv_heads)
         for i, ((a, b), core) in enumerate(bounds):
@@ -320,32 +276,32 @@ class CpuBackend(DeviceSampling):
                 pool.num_blocks[layer.pool_layer],
                 num_heads=(b - a) * group,
                 num_kv_heads=b - a,
-                qkv_cols=tuple(_widths(part, cols)[i] for part, cols in zip(qkv, layer.qkv_cols, strict=True)),
+                qkv_cols=tuple(widths_of(part, cols)[i] for part, cols in zip(qkv, layer.qkv_cols, strict=True)),
                 shard=None if len(bounds) == 1 else (a, kind.num_heads, kind.num_kv_heads),
                 fused_write=step.is_decode and kind.kv_layer is None,
                 kv_dtype=pool.dtype,
             )
             out = empty(step.num_tokens * spec.num_heads * spec.head_dim, device=core)
-            mine = [_tensors(part)[i] for part in qkv]
+            mine = [tensors_of(part)[i] for part in qkv]
             outs.append(self._attend(spec, out, (keys[i], values[i]), layer, step, mine))
             out_widths.append(spec.num_heads * spec.head_dim)
-        return _sharded(outs, out_widths)
+        return sharded(outs, out_widths)
 
     def attend_latent(self, queries: Activation, latents: Activation, layer: LatentLayer, step: Step) -> Activation:
         spec = LatentSpec.of(layer, step.layout, step.pool.num_blocks[layer.index])
-        (pool,) = _tensors(step.pool.keys[layer.index])
-        cols = tuple(int(part.numel()) // step.num_tokens for part in _tensors(latents))
+        (pool,) = tensors_of(step.pool.keys[layer.index])
+        cols = tuple(int(part.numel()) // step.num_tokens for part in tensors_of(latents))
         write = write_latents_kernel(spec, cols)
-        (pool,) = run_kernel(write, [pool], [step.inputs, layer.norm, layer.rope, *_tensors(latents)])
+        (pool,) = run_kernel(write, [pool], [step.inputs, layer.norm, layer.rope, *tensors_of(latents)])
         outs, widths = [], []
         for i, ((a, b), core) in enumerate(self._bounds(spec.num_heads)):
-            mine, q = replace(spec, num_heads=b - a), _tensors(queries)[i]
+            mine, q = replace(spec, num_heads=b - a), tensors_of(queries)[i]
             absorbed = self._by_head("key_up", q, layer.key_up.shards[i], step.num_tokens, mine)
             out = empty(step.num_tokens * mine.num_heads * mine.rank, device=core)
             (out,) = run_kernel(latent_attention_kernel(mine), [out], [pool, step.inputs, layer.rope, absorbed, q])
             outs.append(self._by_head("value_up", out, layer.value_up.shards[i], step.num_tokens, mine))
             widths.append(layer.value_up.shards[i].num_rows)
-        return _sharded(outs, widths)
+        return sharded(outs, widths)
 
     def _by_head(self, name: str, x: Tensor, shard: Matrix, num_tokens: int, spec: LatentSpec) -> Tensor:
         """A core's heads of a block-diagonal product: (T, rows)."""
@@ -367,7 +323,7 @@ class CpuBackend(DeviceSampling):
         kind = layer.kind
         bounds = self._bounds(kind.num_kv_heads)
         sizes = [kind.q_size // kind.num_kv_heads, kind.head_dim, kind.head_dim]  # columns for each KV head
-        widths = [_widths(part, cols) for part, cols in zip(qkv, layer.qkv_cols, strict=True)]
+        widths = [widths_of(part, cols) for part, cols in zip(qkv, layer.qkv_cols, strict=True)]
         spec = WholeNormSpec(
             num_tokens=num_tokens,
             eps=kind.head_norm_eps or 0.0,
@@ -376,19 +332,19 @@ class CpuBackend(DeviceSampling):
             core=0,
             has_bias=layer.bias is not None,
         )
-        read = [_tensors(part)[core] for core in range(len(bounds)) for part in qkv]
+        read = [tensors_of(part)[core] for core in range(len(bounds)) for part in qkv]
         read += [table for table in (layer.head_norm, layer.bias) if table is not None]
         outs, cols = [], []
         for core, (_, name) in enumerate(bounds):
             mine = replace(spec, core=core)
             outs += run_kernel(whole_norm_kernel(mine), [empty(num_tokens * mine.num_cols, device=name)], read)
             cols.append(mine.num_cols)
-        return _sharded(outs, cols)
+        return sharded(outs, cols)
 
     def recur(self, projections: Sequence[Activation], layer: RecurrentLayer, step: Step) -> Activation:
-        shards = [tensor for part in projections for tensor in _tensors(part)]
-        cols = [width for part, own in zip(projections, layer.cols, strict=True) for width in _widths(part, own)]
-        matrices, convs = (_tensors(stored[layer.index]) for stored in (step.pool.matrices, step.pool.convs))
+        shards = [tensor for part in projections for tensor in tensors_of(part)]
+        cols = [width for part, own in zip(projections, layer.cols, strict=True) for width in widths_of(part, own)]
+        matrices, convs = (tensors_of(stored[layer.index]) for stored in (step.pool.matrices, step.pool.convs))
         outs, widths = [], []
         for i, ((a, b), core) in enumerate(self._bounds(layer.kind.num_key_heads)):
             kind = _heads_of(layer.kind, b - a)
@@ -397,17 +353,17 @@ class CpuBackend(DeviceSampling):
             out = empty(step.num_tokens * kind.value_size, device=core)
             outs.append(recur_on_core(spec, out, (matrices[i], convs[i]), layer, step.inputs, shards))
             widths.append(kind.value_size)
-        return _sharded(outs, widths)
+        return sharded(outs, widths)
 
     def convolve(self, projected: Activation, layer: ConvLayer, step: Step) -> Activation:
-        shards, convs = _tensors(projected), _tensors(step.pool.convs[layer.index])
+        shards, convs = tensors_of(projected), tensors_of(step.pool.convs[layer.index])
         outs, widths = [], []
         for i, ((a, b), core) in enumerate(self._channels(layer.kind)):
             size = (b - a) * PANEL
             spec = ConvSpec(
                 layout=step.layout,
                 kind=layer.kind,
-                cols=_widths(projected, layer.cols)[i : i + 1],
+                cols=widths_of(projected, layer.cols)[i : i + 1],
                 num_slots=step.pool.num_state_slots,
                 is_decode=step.is_decode,
                 channels=size,
@@ -418,19 +374,19 @@ class CpuBackend(DeviceSampling):
             out = empty(step.num_tokens * size, device=core)
             outs.append(convolve(spec, out, convs[i], layer.taps, step.inputs, shards[i]))
             widths.append(size)
-        return _sharded(outs, widths)
+        return sharded(outs, widths)
 
     def norm_groups(self, x: Activation, norm: Norm, num_tokens: int, addend: Activation) -> Activation:
-        cols = sum(int(tensor.numel()) for tensor in _tensors(x)) // num_tokens
-        spec = GroupNormSpec(num_tokens, _widths(x, cols), int(norm.weight.shape[0]), norm.eps)
-        assert spec.x_cols == _widths(addend, cols), f"{spec.x_cols} and {_widths(addend, cols)}"
+        cols = sum(int(tensor.numel()) for tensor in tensors_of(x)) // num_tokens
+        spec = GroupNormSpec(num_tokens, widths_of(x, cols), int(norm.weight.shape[0]), norm.eps)
+        assert spec.x_cols == widths_of(addend, cols), f"{spec.x_cols} and {widths_of(addend, cols)}"
         out = empty(num_tokens * cols, device=self.cores[0])
-        return run_kernel(norm_groups_kernel(spec), [out], [*_tensors(x), *_tensors(addend), norm.weight])[0]
+        return run_kernel(norm_groups_kernel(spec), [out], [*tensors_of(x), *tensors_of(addend), norm.weight])[0]
 
     def gate_columns(
         self, gate: Activation, factors: Activation, start: Tensor, num_tokens: int, activation: str
     ) -> Activation:
-        gates, own = _tensors(gate), _tensors(factors)
+        gates, own = tensors_of(gate), tensors_of(factors)
         is_shared = len(own) == 1  # else each core reads its own columns
         outs, first, widths = [], 0, []
         for tensor, factor in zip(gates, own * len(gates) if is_shared else own, strict=True):
@@ -440,17 +396,17 @@ class CpuBackend(DeviceSampling):
             outs += run_kernel(gate_columns_kernel(spec), [out], [tensor, factor, start])
             widths.append(cols)
             first += cols if is_shared else 0
-        return _sharded(outs, widths)
+        return sharded(outs, widths)
 
     def take_rows(self, x: Activation, step: Step, num_cols: int) -> Activation:
-        layout, outs, widths = step.layout, [], _widths(x, num_cols)
-        for tensor, cols in zip(_tensors(x), widths, strict=True):
+        layout, outs, widths = step.layout, [], widths_of(x, num_cols)
+        for tensor, cols in zip(tensors_of(x), widths, strict=True):
             out = empty(layout.num_seqs * cols, device=str(tensor.device))
             outs += run_kernel(take_rows_kernel(layout, cols), [out], [tensor, step.inputs])
-        return _sharded(outs, widths)
+        return sharded(outs, widths)
 
     def parts_of(self, x: Activation) -> Sequence[Tensor]:
-        return _tensors(x)
+        return tensors_of(x)
 
     def join(self, logits: Activation, stride: int, layout: StepLayout) -> Tensor:
         if not isinstance(logits, Sharded):
@@ -466,9 +422,9 @@ class CpuBackend(DeviceSampling):
         None."""
         if num_tokens <= STAGED_ROWS:
             return [x] * len(self.cores), norm.eps
-        spec = NormSpec(num_tokens, cols, norm.eps, _widths(x, cols))
+        spec = NormSpec(num_tokens, cols, norm.eps, widths_of(x, cols))
         outs = [empty(num_tokens * cols, device=core) for core in self.cores]
-        return [run_kernel(rms_norm_kernel(spec), [out], [*_tensors(x), norm.weight])[0] for out in outs], None
+        return [run_kernel(rms_norm_kernel(spec), [out], [*tensors_of(x), norm.weight])[0] for out in outs], None
 
     def _linear(
         self,
@@ -500,27 +456,27 @@ class CpuBackend(DeviceSampling):
                 has_out_scale=epilogue.out_scale is not None,
                 softcap=epilogue.softcap,
                 bias_starts=None if epilogue.bias is None else (sum(widths), all_cols + sum(widths)),
-                x_cols=_widths(inputs[i], matrix.num_cols),
+                x_cols=widths_of(inputs[i], matrix.num_cols),
                 tile_rows=self.tile_rows,
             )
             spec = choose(spec)
             out = empty(num_tokens * spec.out_cols, device=self.cores[i])
-            operands = [*shard.planes, *_tensors(inputs[i]), *tables]
+            operands = [*shard.planes, *tensors_of(inputs[i]), *tables]
             if epilogue.residual is not None:
-                operands.append(_tensors(epilogue.residual)[i])
+                operands.append(tensors_of(epilogue.residual)[i])
             if epilogue.out_scale is not None:
                 operands.append(epilogue.out_scale)
             outs += run_kernel(linear_kernel(spec), [out], operands)
             widths.append(spec.out_cols)
-        return _sharded(outs, widths)
+        return sharded(outs, widths)
 
     def _finish(self, y: Activation, num_cols: int, num_tokens: int, epilogue: Epilogue) -> Activation:
         """An epilogue's norm and what follows it. Each core computes its own columns, from all cores' columns of y."""
-        y_cols = _widths(y, num_cols)
+        y_cols = widths_of(y, num_cols)
         norm, first, outs = epilogue.post_norm, 0, []
         weight = [] if norm is None else [norm.weight]
         out_scale = [] if epilogue.out_scale is None else [epilogue.out_scale]
-        for i, (tensor, cols) in enumerate(zip(_tensors(y), y_cols, strict=True)):
+        for i, (tensor, cols) in enumerate(zip(tensors_of(y), y_cols, strict=True)):
             spec = FinishSpec(
                 num_tokens=num_tokens,
                 y_cols=y_cols,
@@ -532,101 +488,11 @@ class CpuBackend(DeviceSampling):
                 has_out_scale=epilogue.out_scale is not None,
                 softcap=epilogue.softcap,
             )
-            residual = [] if epilogue.residual is None else [_tensors(epilogue.residual)[i]]
+            residual = [] if epilogue.residual is None else [tensors_of(epilogue.residual)[i]]
             out = empty(num_tokens * cols, device=str(tensor.device))
-            outs += run_kernel(finish_kernel(spec), [out], [*_tensors(y), *weight, *residual, *out_scale])
+            outs += run_kernel(finish_kernel(spec), [out], [*tensors_of(y), *weight, *residual, *out_scale])
             first += cols
-        return _sharded(outs, y_cols)
-
-    def _expert_tile_rows(self, num_pairs: int, num_experts: int) -> int:
-        """Rows of a tile: as many as an expert has on average, because a tile that it does not fill costs the same."""
-        return max(rows for rows in ROWS_PER_PASS if rows <= min(self.tile_rows, max(1, num_pairs // num_experts)))
-
-    def _expert_spec(
-        self, name: str, matrix: Matrix, layer: ExpertLayer, num_tokens: int, x: Activation, plan: Plan | None
-    ) -> ExpertSpec:
-        return ExpertSpec(
-            name=name,
-            format=matrix.format,
-            num_tokens=num_tokens,
-            num_chosen=layer.num_chosen,
-            num_experts=matrix.num_experts,
-            num_rows=matrix.expert_size,
-            num_cols=matrix.num_cols,
-            x_cols=_widths(x, matrix.num_cols),
-            plan=plan,
-        )
-
-    def _expert_products(
-        self, x: Activation, routing: Routing, layer: ExpertLayer, num_tokens: int, norm: Norm | None
-    ) -> Activation:
-        """The gated hidden values (T * k, ffn), in the order of the routing's plan."""
-        plan, order = _plan_of(routing)
-        if plan is not None:
-            x, norm = self._gathered(x, plan, order, layer, norm), None
-        widths: list[int] = []
-        outs, size = [], layer.gate_up.expert_size // 2
-        for i, shard in enumerate(layer.gate_up.shards):
-            start = sum(widths)
-            spec = replace(
-                self._expert_spec("experts_gate_up", shard, layer, num_tokens, x, plan),
-                norm_eps=None if norm is None else norm.eps,
-                activation=layer.kind.activation,
-                bias_starts=None if layer.gate_up_bias is None else (start, size + start),
-                bias_cols=2 * size,
-            )
-            tables = [] if norm is None else [norm.weight]
-            tables += [] if layer.gate_up_bias is None else [layer.gate_up_bias]
-            out = empty(spec.out_rows * spec.out_cols, device=self.cores[i])
-            outs += run_kernel(experts_kernel(spec), [out], [order, *shard.planes, *_tensors(x), *tables])
-            widths.append(spec.out_cols)
-        return _sharded(outs, widths)
-
-    def _gathered(self, x: Activation, plan: Plan, order: Tensor, layer: ExpertLayer, norm: Norm | None) -> Activation:
-        """The rows of x in the order of a plan, normed. Each core writes its own columns."""
-        widths = _widths(x, layer.gate_up.num_cols)
-        read = [order, *_tensors(x), *([] if norm is None else [norm.weight])]
-        outs = []
-        for shard, (tensor, cols) in enumerate(zip(_tensors(x), widths, strict=True)):
-            spec = GatherSpec(plan, layer.num_chosen, widths, shard, None if norm is None else norm.eps)
-            outs += run_kernel(gather_kernel(spec), [empty(plan.num_rows * cols, device=str(tensor.device))], read)
-        return _sharded(outs, widths)
-
-    def _expert_sum(
-        self, hidden: Activation, routing: Routing, layer: ExpertLayer, num_tokens: int, epilogue: Epilogue
-    ) -> Activation:
-        """The experts' outputs, added up by weight, and an epilogue without a norm."""
-        plan, order = _plan_of(routing)
-        widths: list[int] = []
-        outs, bias = [], [] if layer.down_bias is None else [layer.down_bias]
-        for i, shard in enumerate(layer.down.shards):
-            spec = replace(
-                self._expert_spec("experts_down", shard, layer, num_tokens, hidden, plan),
-                bias_starts=None if layer.down_bias is None else (sum(widths),),
-                bias_cols=layer.down.expert_size,
-            )
-            end = SumSpec(
-                num_tokens=num_tokens,
-                num_chosen=spec.num_chosen,
-                num_cols=spec.num_rows,
-                plan=plan,
-                scale=epilogue.scale,
-                has_residual=epilogue.residual is not None,
-                has_out_scale=epilogue.out_scale is not None,
-                softcap=epilogue.softcap,
-            )
-            rest = [] if epilogue.residual is None else [_tensors(epilogue.residual)[i]]
-            rest += [] if epilogue.out_scale is None else [epilogue.out_scale]
-            out, read = empty(num_tokens * spec.num_rows, device=self.cores[i]), [*shard.planes, *_tensors(hidden)]
-            if plan is None:
-                operands = [routing.ids, routing.weights, *read, *bias, *rest]
-                outs += run_kernel(one_row_kernel(spec, end), [out], operands)
-            else:
-                y = empty(spec.out_rows * spec.num_rows, device=self.cores[i])
-                (y,) = run_kernel(experts_kernel(spec), [y], [order, *read, *bias])
-                outs += run_kernel(sum_kernel(end), [out], [routing.weights, order, y, *rest])
-            widths.append(spec.num_rows)
-        return _sharded(outs, widths)
+        return sharded(outs, y_cols)
 
     def _attend(
         self,
@@ -646,31 +512,9 @@ class CpuBackend(DeviceSampling):
         return run_kernel(attention_kernel(spec), [out], [*pool, *read])[0]
 
 
-def _plan_of(routing: Routing) -> tuple[Plan | None, Tensor]:
-    """(the plan of several rows, its buffer), or (None, the experts of one row)."""
-    if isinstance(routing, PlannedRouting) and routing.plan is not None and routing.order is not None:
-        return routing.plan, routing.order
-    return None, routing.ids
-
-
 def _heads_of(kind: StateKind, key_heads: int) -> StateKind:
     """`key_heads` heads of queries and keys, and the value heads that read them."""
     return replace(kind, num_key_heads=key_heads, num_heads=kind.num_heads // kind.num_key_heads * key_heads)
-
-
-def _sharded(tensors: Sequence[Tensor], widths: Sequence[int]) -> Activation:
-    return tensors[0] if len(tensors) == 1 else Sharded(tuple(tensors), tuple(widths))
-
-
-def _tensors(x: Any) -> tuple[Tensor, ...]:
-    """Each core's tensor of an activation or of a layer's pool."""
-    if isinstance(x, Sharded):
-        return x.tensors
-    return x if isinstance(x, tuple) else (x,)
-
-
-def _widths(x: Activation, cols: int) -> tuple[int, ...]:
-    return x.widths if isinstance(x, Sharded) else (cols,)
 
 
 def _take_shard(host: HostMatrix, first: int, last: int, num_units: int) -> HostMatrix:

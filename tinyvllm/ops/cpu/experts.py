@@ -25,11 +25,10 @@ from tinyvllm.ops.cpu.product import (
 from tinyvllm.ops.cpu.routing import Plan
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, clamp, fill, finish
-from tinyvllm.ops.kernel.tuning import Tunable
 
 
 @dataclass(frozen=True)
-class ExpertSpec(Tunable):
+class ExpertSpec:
     """out (P, N) = x @ w[expert].T + bias[expert] for each pair of a token and one of its k experts, P = T * k; with an
     activation, (P, N / 2) = activation(gate) * up."""
 

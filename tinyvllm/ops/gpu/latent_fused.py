@@ -22,9 +22,7 @@ from tinyvllm.ops.coverage import in_words
 from tinyvllm.ops.gpu.attention_split import NOTHING, TILE_TOKENS, SplitHeads
 from tinyvllm.ops.gpu.latent_attention import LatentRow
 from tinyvllm.ops.kernel.body import F16, F32, Body, KernelFn, balanced, cached_kernel, fill, finish
-from tinyvllm.ops.kernel.hopper import pair_threadgroups
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma, await_previous, axes_of, carry, grid, load_floats, warps
-from tinyvllm.ops.kernel.tiles import together
 from tinyvllm.ops.latent_spec import LatentSpec
 
 CHUNK_DIMS = 32  # dimensions that a warp multiplies at a time
@@ -33,7 +31,6 @@ PIECE = 8  # values that a thread brings from the pool at once
 LINE = 64  # values of 16 bits that all banks hold
 MOST_HEADS = 32  # that one threadgroup serves
 MAX_WARPS = 8
-PAIRED_TILES = 3  # of heads, whose sums leave registers for a second threadgroup
 MAX_SPLITS = 64
 GROUPS_WANTED = 256  # threadgroups that fill a large GPU
 SHORTEST_SPAN = 64  # the fewest tokens that are worth a threadgroup
@@ -110,12 +107,6 @@ class FusedLatentSpec(LatentSpec):
         different banks."""
         return TILE_TOKENS + 4 if self.mma.kind == "CUDA" else TILE_TOKENS
 
-    @property
-    def is_paired(self) -> bool:
-        """Whether two threadgroups shall share a multiprocessor, so that one computes while the other waits: if they
-        have registers for their sums."""
-        return self.mma.kind == "CUDA" and self.head_tiles <= PAIRED_TILES
-
     def _shared_bytes(self, num_warps: int) -> int:
         heads = self.padded_heads
         scores = 4 * num_warps * heads * self.score_stride
@@ -177,9 +168,8 @@ def fused_latent_kernel(spec: FusedLatentSpec) -> KernelFn:
         stores = _finish(place, context, outs, acc, best, total)
         length = spec.layout.max_blocks * spec.layout.block_size
         tokens = spec.layout.num_tokens
-        limits = [pair_threadgroups(place.thread)] if spec.is_paired else []
         return finish(
-            together(*stores, *limits).end(*reversed(place.axes)),
+            UOp.group(*stores).end(*reversed(place.axes)),
             f"latent_attention_{tokens}x{spec.num_heads}x{spec.rank}",
             ops=2 * tokens * spec.num_heads * (spec.stored_dim + spec.rank) * length,
             nbytes=2 * tokens * spec.stored_dim * length,

@@ -93,7 +93,8 @@ class MatrixSpec(Tunable):
     @property
     def token_tiles(self) -> int:
         """Tiles of tokens in a threadgroup."""
-        most = 2 if self.block_rows else MAX_TOKEN_TILES  # few columns: more threadgroups instead
+        # of a block's few columns, a warp multiplies more tokens only if there are enough for all cores
+        most = 2 if self.block_rows and self.num_tokens <= 64 else MAX_TOKEN_TILES
         return min(most, -(-self.num_tokens // TOKENS))
 
     @property

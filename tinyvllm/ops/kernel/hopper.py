@@ -30,8 +30,6 @@ ARCH = "sm_90"
 CLUSTER = 2  # threadgroups of a cluster, on two neighboring multiprocessors
 CLUSTERED = "barrier.cluster"  # occurs in the source of kernels whose threadgroups form clusters
 
-PAIRED = "// two threadgroups for each multiprocessor"  # occurs in the source of kernels whose registers allow for two
-
 WGMMA_TOKENS = 64  # left rows of one instruction
 WGMMA_COLS = 64  # columns of a tile: 128 bytes, the span that the copy engine swizzles
 MAP_WORDS = 32  # words of a tensor map
@@ -106,8 +104,8 @@ COMMIT = 'asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");'
 
 
 class HopperRenderer(CUDARenderer):
-    """tinygrad's renderer, with a compiler for the full target, clusters, and limits of registers. The class's name is
-    part of the key of compiled programs."""
+    """tinygrad's renderer, with a compiler for the full target, and with clusters. The class's name is part of the key
+    of compiled programs."""
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
@@ -115,8 +113,6 @@ class HopperRenderer(CUDARenderer):
 
     def render_kernel(self, function_name: str, kernel: list[str], *args: Any, **more: Any) -> str:
         source: str = super().render_kernel(function_name, kernel, *args, **more)
-        if any(PAIRED in line for line in kernel):
-            source = re.sub(r"__launch_bounds__\((\d+)\)", r"__launch_bounds__(\1, 2)", source, count=1)
         if not any(CLUSTERED in line for line in kernel):
             return source
         return source.replace("__launch_bounds__", f"__cluster_dims__({CLUSTER}) __launch_bounds__", 1)
@@ -163,12 +159,6 @@ def has_wgmma(device_name: str) -> bool:
 
 def statement(text: str, *operands: UOp) -> UOp:
     return UOp(Ops.CUSTOM, dtypes.void, src=operands, arg=text)
-
-
-def pair_threadgroups(*operands: UOp) -> UOp:
-    """Have the compiler use no more registers than two threadgroups on a multiprocessor can have. `operands`: any
-    values of the kernel."""
-    return statement(f'asm volatile("{PAIRED}");', *operands)
 
 
 def declare(num_bytes: int) -> UOp:

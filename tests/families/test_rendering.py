@@ -45,6 +45,13 @@ def test_a_step_renders_within_the_limits(tmp_path: Path, name: str, is_decode: 
     check_step(config, is_decode=is_decode)
 
 
+@pytest.mark.parametrize("is_decode", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param("qwen3_5", marks=pytest.mark.slow), "lfm2"])
+def test_recurrent_layers_and_gated_attention_render(tmp_path: Path, name: str, is_decode: bool) -> None:
+    config = read_model_config(write_hf(tmp_path, RECIPES[name]))
+    check_step(replace(config, num_layers=2, recurrent=(True, False)), is_decode=is_decode)
+
+
 @pytest.mark.parametrize("is_decode", [True, False])
 def test_what_other_families_ask_for_renders_all_at_once(tmp_path: Path, is_decode: bool) -> None:
     """OLMo's norms, after only and of whole queries and keys; Ministral 3's scaled queries; GLM-4's rope; a layer
@@ -70,9 +77,10 @@ def test_what_other_families_ask_for_renders_all_at_once(tmp_path: Path, is_deco
 def check_step(config: ModelConfig, *, is_decode: bool) -> None:
     backend = gpu_backend("float16")
     model = make_model(config, RandomWeights("float16", seed=0), backend, 64, lambda done, total: None)
-    groups = model.pool_groups
-    layout = StepLayout(4, 4, 2, 16, len(groups)) if is_decode else StepLayout(16, 3, 2, 16, len(groups))
-    pool = backend.make_pool(groups, 5, layout.block_size, "float16")
+    groups, states = model.pool_groups, model.config.states
+    shape = (4, 4, 2, 16, len(groups)) if is_decode else (16, 3, 2, 16, len(groups))
+    layout = StepLayout(*shape, has_states=bool(states))
+    pool = backend.make_pool(groups, 5, layout.block_size, "float16", states, 5 if states else 0)
     logits = model(Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode))
     kernels = kernels_of([logits])
     assert {kernel.arg.name.split("_")[0] for kernel in kernels} >= {"embed", "write", "attention"}

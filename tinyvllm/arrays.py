@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -15,12 +16,15 @@ from typing import Any
 import numpy as np
 from ml_dtypes import bfloat16, float8_e4m3fn, float8_e8m0fnu
 
+from tinyvllm.config import usable_cores
 from tinyvllm.errors import UnsupportedModelError
 
 GROUPS = (16, 32, 64, 128)
 CODE_BITS = (1, 2, 3, 4, 5, 6, 8)
 MAX_CODEBOOK_BITS = 4
 GRID_BITS, GRID_WIDTHS = (8, 9, 10, 12), (4, 8)
+THREADED_BYTES = 1 << 26  # from which on copies take several threads
+MOST_THREADS = 8
 RUN = 32  # codes that are packed together
 DENSE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # fp4's values
@@ -352,7 +356,26 @@ def join_rows(matrices: Sequence[HostMatrix]) -> HostMatrix:
     if quantized:
         assert len(quantized) == len(matrices), "quantized and dense matrices have no format in common"
         return QuantizedMatrix.joined(quantized)
-    return np.concatenate([matrix for matrix in matrices if isinstance(matrix, np.ndarray)])
+    dense = [matrix for matrix in matrices if isinstance(matrix, np.ndarray)]
+    joined = np.empty((sum(len(matrix) for matrix in dense), *dense[0].shape[1:]), dense[0].dtype)
+    copy_all(np.split(joined, np.cumsum([len(matrix) for matrix in dense])[:-1]), dense)
+    return joined
+
+
+def copy_all(targets: Sequence[np.ndarray], sources: Sequence[np.ndarray]) -> None:
+    """Copy each source to its target, of the same shape and dtype: large ones by several threads, which read a file's
+    pages at the same time, too."""
+
+    def copy(target: np.ndarray, source: np.ndarray) -> None:
+        if source.dtype.kind == "V":  # bfloat16, which NumPy copies in one thread at a time
+            target, source = (array.view(f"u{source.dtype.itemsize}") for array in (target, source))
+        target[...] = source
+
+    if sum(source.nbytes for source in sources) < THREADED_BYTES:
+        list(map(copy, targets, sources))
+        return
+    with ThreadPoolExecutor(min(usable_cores(), MOST_THREADS)) as pool:
+        list(pool.map(copy, targets, sources))
 
 
 def stack_rows(matrices: Sequence[HostMatrix]) -> list[HostMatrix]:

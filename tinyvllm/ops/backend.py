@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from tinygrad import Tensor
 
-from tinyvllm.arrays import HostMatrix, QuantizedMatrix, stack_rows, take_rows, to_float32
+from tinyvllm.arrays import HostMatrix, QuantizedMatrix, copy_all, stack_rows, take_rows, to_float32
 from tinyvllm.config import LayerKind, StateKind, stored_window
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.attention_spec import AttentionLayer
@@ -400,8 +400,10 @@ def expert_gate_over_up(gate: HostMatrix, up: HostMatrix, num_experts: int) -> H
     """The same for many experts' (E * ffn, K): each expert's gate rows, and then its rows of the up projection."""
     size = gate.shape[0] // num_experts
     if isinstance(gate, np.ndarray) and isinstance(up, np.ndarray) and gate.dtype == up.dtype:  # copied once
+        both = np.empty((num_experts, 2, size, gate.shape[1]), gate.dtype)
         halves = [half.reshape(num_experts, size, -1) for half in (gate, up)]
-        return np.concatenate(halves, axis=1).reshape(-1, gate.shape[1])
+        copy_all([*both[:, 0], *both[:, 1]], [*halves[0], *halves[1]])
+        return both.reshape(-1, gate.shape[1])
     index = np.arange(gate.shape[0]).reshape(num_experts, 1, size)
     return take_rows(gate_over_up(gate, up), np.concatenate([index, index + gate.shape[0]], axis=1).reshape(-1))
 

@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from ml_dtypes import float8_e4m3fn
+from ml_dtypes import bfloat16, float8_e4m3fn
 
 from tests.families.mlx import quantize_affine
 from tests.families.recipe import make_weights
@@ -23,6 +23,7 @@ from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.weights.experts import stack_experts
 from tinyvllm.model.weights.gguf import read_gguf
 from tinyvllm.model.weights.stored import StoredTensor
+from tinyvllm.ops.backend import expert_gate_over_up
 
 EXPERTS, FFN, HIDDEN = 4, 64, 256
 LAYER = "model.layers.0."
@@ -107,6 +108,20 @@ def test_every_layout_gives_the_same(layout: str) -> None:
     assert found.keys() == EXPECTED.keys()
     for name, values in EXPECTED.items():
         np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_large_matrices_are_joined_by_several_threads(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr("tinyvllm.arrays.THREADED_BYTES", 0)
+    kind = np.dtype(bfloat16 if dtype == "bfloat16" else dtype)
+    found = read(stored({name: array.astype(kind) for name, array in LAYOUTS["one by one"].items()}))
+    for name, values in EXPECTED.items():
+        assert found[name].dtype == kind
+        np.testing.assert_array_equal(found[name], values.astype(kind), err_msg=name)
+    gate, up = (found[f"{LAYER}mlp.experts.{module}_proj.weight"] for module in ("gate", "up"))
+    both = expert_gate_over_up(gate, up, EXPERTS)
+    assert isinstance(both, np.ndarray)
+    np.testing.assert_array_equal(both, HALVES.reshape(-1, HIDDEN).astype(kind))
 
 
 def test_alternating_rows_are_told_apart_in_matrices_and_biases() -> None:

@@ -27,6 +27,7 @@ from tinygrad.dtype import DType
 
 from tinyvllm.arrays import (
     DENSE_BITS,
+    MOST_THREADS,
     RUN,
     Format,
     Grid,
@@ -44,8 +45,7 @@ from tinyvllm.ops.kernel.body import F16, F32, I32, U32
 
 PANEL = RUN  # output rows of a panel, and codes of one packed run
 HALF = PANEL // 2
-CHUNK_WEIGHTS = 1 << 21  # that are packed at a time, by each of up to MOST_PACKERS threads
-MOST_PACKERS = 8
+CHUNK_WEIGHTS = 1 << 21  # that are packed at a time, by each of up to MOST_THREADS threads
 WORD = 32  # bits of a word of the high plane: the bits of a run of 32 codes fill one word, two or four
 SIGNS = 8  # columns whose signs share a byte, where signs are apart
 SIGN_BIT = 0x80000000
@@ -496,7 +496,7 @@ def _quantized_planes(host: QuantizedMatrix, padded: int, layout: str, keeps_hal
             first = rows.start * len(plane) // padded
             plane[first : first + len(part)] = part
 
-    with ThreadPoolExecutor(min(usable_cores(), MOST_PACKERS)) as pool:
+    with ThreadPoolExecutor(min(usable_cores(), MOST_THREADS)) as pool:
         list(pool.map(write, (begin, *rest)))
     return planes
 

@@ -211,8 +211,9 @@ class FusedGpuBackend(GpuBackend):
             return super().route(self.whole(x), layer, num_tokens, norm)
         memory, mma = {}, self.mma
         if num_tokens > 1 and norm is not None:
-            mma, dtype = self._expert_types(layer, norm)
-            normed = self._normed_rows(x, norm, num_tokens, dtype)
+            # of a normed x, float16 keeps three bits more than bfloat16, and a near choice depends on them
+            mma = self._mma(dtypes.half) or mma
+            normed = self._normed_rows(x, norm, num_tokens, self._expert_types(layer, norm)[1])
             memory, x, norm = dict(x=x, norm=norm, normed=normed), normed, None
         if num_tokens > 1 and not self._uncovered_product([layer.router], num_tokens, PLAIN):
             logits = self._many_rows("router", self.whole(x), layer.router, num_tokens, PLAIN, mma)

@@ -34,6 +34,7 @@ from tinyvllm.ops.kernel.lanes import (
 from tinyvllm.ops.kernel.tuning import Tunable
 
 FEW_GROUPS = 96
+MANY_GROUPS = 8192  # threadgroups that may as well be half as many
 GROUPS_WANTED = 256  # threadgroups that keep every core of a large GPU busy: two each on 132
 
 TOKENS = 8  # token rows of a tile
@@ -237,6 +238,15 @@ class ExpertMatrixSpec(MatrixSpec):
     @property
     def splits(self) -> int:
         return 1
+
+    @property
+    def row_tiles(self) -> int:
+        """Two also without gate and up, where there are enough threadgroups anyway (6 % less on an NVIDIA H200)."""
+        rule = super().row_tiles
+        wanted = max(rule, 2 * 16 // self.mma.rows)
+        is_enough = self.token_groups * self.num_rows // (wanted * self.mma.rows) >= MANY_GROUPS
+        fits = self.num_rows % (wanted * self.mma.rows) == 0
+        return self.knob("row_tiles", wanted if is_enough and fits else rule)
 
     @property
     def begins_early(self) -> bool:

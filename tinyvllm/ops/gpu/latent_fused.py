@@ -21,7 +21,7 @@ from tinygrad import UOp, dtypes
 from tinyvllm.ops.coverage import in_words
 from tinyvllm.ops.gpu.attention_split import NOTHING, TILE_TOKENS, SplitHeads
 from tinyvllm.ops.gpu.latent_attention import LatentRow
-from tinyvllm.ops.kernel.body import F16, F32, Body, KernelFn, balanced, cached_kernel, fill, finish
+from tinyvllm.ops.kernel.body import F16, F32, Body, KernelFn, balanced, cached_kernel, clamp, fill, finish
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma, await_previous, axes_of, carry, grid, load_floats, warps
 from tinyvllm.ops.latent_spec import LatentSpec
 
@@ -69,10 +69,6 @@ class FusedLatentSpec(LatentSpec):
         return -(-self.heads_together // 8)
 
     @property
-    def padded_heads(self) -> int:
-        return 8 * self.head_tiles
-
-    @property
     def span(self) -> int:
         """Dimensions of values of which each lane has a run."""
         return RUN * (8 if self.mma.kind == "CUDA" else 4)
@@ -80,9 +76,24 @@ class FusedLatentSpec(LatentSpec):
     @property
     def num_warps(self) -> int:
         count = MAX_WARPS
-        while count > 1 and (self.rank % (count * self.span) or self._shared_bytes(count) > self.lanes.shared_bytes):
+        while count > 1 and (self.rank % (count * self.span) or self._shared_bytes(count, 1) > self.lanes.shared_bytes):
             count //= 2
         return count
+
+    @property
+    def parts(self) -> int:
+        """Parts of 16 tokens that a tile of the context has: what threadgroup memory holds. Warps divide them between
+        them for the scores."""
+        return 2 if self.num_warps > 1 and self._shared_bytes(self.num_warps, 2) <= self.lanes.shared_bytes else 1
+
+    @property
+    def tile_tokens(self) -> int:
+        return self.parts * TILE_TOKENS
+
+    @property
+    def key_warps(self) -> int:
+        """Warps that divide the dimensions of the keys of one part."""
+        return self.num_warps // self.parts
 
     @property
     def spans(self) -> int:
@@ -103,14 +114,16 @@ class FusedLatentSpec(LatentSpec):
 
     @property
     def score_stride(self) -> int:
-        """Scores from one head to the next in threadgroup memory. On CUDA, lanes write those of four heads at once, to
-        different banks."""
-        return TILE_TOKENS + 4 if self.mma.kind == "CUDA" else TILE_TOKENS
+        """Scores from one head to the next in threadgroup memory. On CUDA, lanes write those of four heads at once,
+        most of them to different banks."""
+        return self._stride(self.parts)
 
-    def _shared_bytes(self, num_warps: int) -> int:
-        heads = self.padded_heads
-        scores = 4 * num_warps * heads * self.score_stride
-        return 2 * TILE_TOKENS * self.row_size + scores + 2 * heads * TILE_TOKENS + 8 * heads
+    def _stride(self, parts: int) -> int:
+        return parts * TILE_TOKENS + (4 if self.mma.kind == "CUDA" else 0)
+
+    def _shared_bytes(self, num_warps: int, parts: int) -> int:
+        scores = num_warps // parts * self.heads_together * self._stride(parts)
+        return 2 * parts * TILE_TOKENS * self.row_size + 4 * scores + 8 * self.heads_together
 
     @property
     def chunks(self) -> int:
@@ -119,7 +132,7 @@ class FusedLatentSpec(LatentSpec):
     @property
     def rounds(self) -> int:
         """Chunks of a warp; in the last round some warps may have none."""
-        return -(-self.chunks // self.num_warps)
+        return -(-self.chunks // self.key_warps)
 
     @property
     def key_run(self) -> int:
@@ -128,17 +141,18 @@ class FusedLatentSpec(LatentSpec):
 
     @property
     def token_run(self) -> int:
-        """Tokens of a lane's run in a tile."""
+        """Tokens of a lane's run in a part of a tile."""
         return TILE_TOKENS // self.mma.slots
 
     def token_at(self, slot: UOp, number: int) -> UOp:
-        """The token of a tile that is number `number` of a slot's run: neighbors are those of neighboring slots."""
+        """The token of a part that is number `number` of a slot's run: neighbors are those of neighboring slots."""
         return slot + number * self.mma.slots
 
-    def weight_at(self, head: UOp, token: UOp) -> UOp:
-        """Where a token's weight lies in threadgroup memory, so that a slot's run is contiguous."""
-        slots, run = self.mma.slots, self.token_run
-        return head * TILE_TOKENS + token % slots * run + token // slots
+    def score_at(self, head: UOp, token: UOp) -> UOp:
+        """Where the score of a token of a tile lies in threadgroup memory, so that a slot's run is contiguous."""
+        slots, run, inner = self.mma.slots, self.token_run, token % TILE_TOKENS
+        place = token // TILE_TOKENS * TILE_TOKENS + inner % slots * run + inner // slots
+        return head * self.score_stride + place
 
     @property
     def split(self) -> SplitHeads:
@@ -195,6 +209,16 @@ class _Place:
     @property
     def thread(self) -> UOp:
         return self.warp * LANES + self.lane
+
+    @property
+    def part(self) -> UOp:
+        """The part of a tile whose keys the warp multiplies."""
+        return self.warp % self.spec.parts
+
+    @property
+    def key_warp(self) -> UOp:
+        """The warp's number among those of its part."""
+        return self.warp // self.spec.parts
 
     @property
     def num_threads(self) -> int:
@@ -266,9 +290,9 @@ class _Query:
 
     def _runs(self, number: int, tile: int) -> Runs:
         spec, place = self.place.spec, self.place
-        chunk = number * spec.num_warps + place.warp
+        chunk = number * spec.key_warps + place.key_warp
         in_latent = spec.rank // CHUNK_DIMS  # chunks before those that rotate
-        is_mixed = number * spec.num_warps < in_latent < (number + 1) * spec.num_warps
+        is_mixed = number * spec.key_warps < in_latent < (number + 1) * spec.key_warps
         runs = []
         for head, slot in spec.mma.token_runs(place.lane):
             wanted = tile * 8 + head
@@ -276,10 +300,10 @@ class _Query:
             number_of = place.row * spec.num_heads + place.first_head + exists.where(wanted, 0)
             dim = slot * spec.key_run
             latent, rotated = None, None
-            if number * spec.num_warps < in_latent:
+            if number * spec.key_warps < in_latent:
                 at = (chunk < in_latent).where(chunk, 0) if is_mixed else chunk
                 latent = load_floats(self.absorbed, number_of * spec.rank + at * CHUNK_DIMS + dim, spec.key_run)
-            if (number + 1) * spec.num_warps > in_latent:
+            if (number + 1) * spec.key_warps > in_latent:
                 after = chunk - in_latent
                 at = ((after >= 0) & (chunk < spec.chunks)).where(after, 0)
                 rotated = self._rotated(number_of, at * CHUNK_DIMS + dim)
@@ -304,7 +328,7 @@ class _Query:
 
 
 class _Context:
-    """The threadgroup's split of the row's context, tokens [low, high), in tiles of 16."""
+    """The threadgroup's split of the row's context, tokens [low, high), in tiles."""
 
     def __init__(self, place: _Place, row: LatentRow, pool: UOp) -> None:
         spec, split = place.spec, place.spec.split
@@ -314,12 +338,12 @@ class _Context:
         self.low = place.split * span
         self.high = (self.low + span).minimum(self.count) if split.num_splits > 1 else self.count
         self.used = split.used(self.count)
-        self.tiles = ((self.high - self.low).maximum(0) + (TILE_TOKENS - 1)) // TILE_TOKENS
-        self.pieces = place.shares(TILE_TOKENS * spec.stored_dim // PIECE)
+        self.tiles = ((self.high - self.low).maximum(0) + (spec.tile_tokens - 1)) // spec.tile_tokens
+        self.pieces = place.shares(spec.tile_tokens * spec.stored_dim // PIECE)
 
     def first(self, number: UOp | int) -> UOp:
         """The first token of a tile; of some other of the row's tiles if there is none of this number."""
-        wanted = self.low + number * TILE_TOKENS
+        wanted = self.low + number * self.place.spec.tile_tokens
         last = (self.high - 1).maximum(0) // TILE_TOKENS * TILE_TOKENS
         return wanted.minimum(last) if isinstance(wanted, UOp) else last.minimum(wanted)
 
@@ -327,16 +351,24 @@ class _Context:
         """The thread's pieces of a tile. In place of tokens after the last, whose slots may hold another sequence's
         NaN, the last."""
         spec, first = self.place.spec, self.first(number)
-        is_whole = spec.layout.block_size % TILE_TOKENS == 0  # the tile lies in one block
-        base = self.row.slot_of(first) if is_whole else None
-        last = (self.high - 1 - first).maximum(0)
+        size, last = spec.layout.block_size, (self.high - 1 - first).maximum(0)
+        count = -(-spec.tile_tokens // size) + (spec.tile_tokens > TILE_TOKENS and size > TILE_TOKENS)
+        starts = [self._block_start(first // size + i) for i in range(count)]
         per_row, values = spec.stored_dim // PIECE, []
         for piece, _ in self.pieces:
-            token = (piece // per_row).minimum(last)
-            slot = self.row.slot_of(first + token) if base is None else base + token
-            at = slot * spec.stored_dim + piece % per_row * PIECE
+            token = first % size + (piece // per_row).minimum(last)  # counted from the first block's first
+            start = starts[0]
+            for i in range(1, count):
+                start = (token < i * size).where(start, starts[i])
+            at = (start + token % size) * spec.stored_dim + piece % per_row * PIECE
             values += [self.pool[at + i].load() for i in range(PIECE)]
         return values
+
+    def _block_start(self, number: UOp) -> UOp:
+        """The first slot of the row's block of this number; of the last one that is read if there is none."""
+        size, spec = self.place.spec.layout.block_size, self.place.spec
+        existing = number.minimum((self.high - 1).maximum(0) // size)
+        return clamp(self.row.inputs[self.row.table + existing].load(), 0, spec.num_blocks - 1) * size
 
     def store(self, tile: UOp, values: Sequence[UOp]) -> UOp:
         """Stores of the thread's pieces in threadgroup memory."""
@@ -355,7 +387,7 @@ class _Context:
 def _attend(place: _Place, context: _Context, query: list[list[Runs]]) -> tuple[UOp, list[UOp], list[UOp]]:
     """(the lane's sums of weighted values, in registers; by item of `_Softmax`: maximum score, sum of weights)."""
     spec, body = place.spec, place.body
-    tile = body.shared(TILE_TOKENS * spec.row_size, F16)
+    tile = body.shared(spec.tile_tokens * spec.row_size, F16)
     held = body.registers(len(context.pieces) * PIECE, F16)
     first = UOp.group(*[held.after(*place.axes)[i].store(value) for i, value in enumerate(context.load(0))])
     held = held.after(first)
@@ -376,29 +408,32 @@ def _attend(place: _Place, context: _Context, query: list[list[Runs]]) -> tuple[
 
 
 def _store_scores(place: _Place, loop: UOp, tile: UOp, query: list[list[Runs]]) -> UOp:
-    """Every warp's share of a tile's scores, (warps, heads, 16), in threadgroup memory."""
+    """Every warp's share of the scores of its part of a tile, (key warps, heads, tokens), in threadgroup memory."""
     spec, mma = place.spec, place.spec.mma
-    heads, stores = spec.padded_heads, []
-    shares = place.body.shared(spec.num_warps * heads * spec.score_stride)
+    heads, stores = spec.heads_together, []
+    shares = place.body.shared(spec.key_warps * heads * spec.score_stride)
     target = shares.after(loop)
-    for first_token in range(0, TILE_TOKENS, mma.rows):
+    for start in range(0, TILE_TOKENS, mma.rows):
+        first_token = place.part * TILE_TOKENS + start
         sums = [UOp.stack(*[UOp.const(0.0, F32)] * mma.elements) for _ in range(spec.head_tiles)]
         for number in range(spec.rounds):
             keys = _load_keys(place, tile, number, first_token)
             sums = [mma.multiply(keys, query[number][t], one) for t, one in enumerate(sums)]
         for t, one in enumerate(sums):
             for e in range(mma.elements):
-                head, token = mma.place(place.lane, e)
-                at = ((place.warp * heads) + t * 8 + head) * spec.score_stride + first_token + token
-                stores.append(target[at].store(one.index(e)))
+                inner, token = mma.place(place.lane, e)
+                head = t * 8 + inner
+                at = place.key_warp * (heads * spec.score_stride) + spec.score_at(head, first_token + token)
+                exists = None if (t + 1) * 8 <= heads else head < heads
+                stores.append(target[_gate(at, exists)].store(one.index(e)))
     return shares.after(UOp.group(*stores))
 
 
-def _load_keys(place: _Place, tile: UOp, number: int, first_token: int) -> Runs:
+def _load_keys(place: _Place, tile: UOp, number: int, first_token: UOp) -> Runs:
     """The lane's share of a chunk of keys. Where there is no chunk, any other: the query is zero there."""
     spec = place.spec
-    wanted = number * spec.num_warps + place.warp
-    chunk = wanted if (number + 1) * spec.num_warps <= spec.chunks else (wanted < spec.chunks).where(wanted, 0)
+    wanted = number * spec.key_warps + place.key_warp
+    chunk = wanted if (number + 1) * spec.key_warps <= spec.chunks else (wanted < spec.chunks).where(wanted, 0)
     runs = []
     for token, slot in spec.mma.row_runs(place.lane):
         dim = chunk * CHUNK_DIMS + slot * spec.key_run
@@ -408,41 +443,42 @@ def _load_keys(place: _Place, tile: UOp, number: int, first_token: int) -> Runs:
 
 
 class _Softmax:
-    """The threadgroup's online softmax. An item of a thread is a head and one token of a tile; 16 neighboring lanes
-    have the same head."""
+    """The threadgroup's online softmax. An item of a thread is a head and one token of a tile; 16 or 32 neighboring
+    lanes have the same head."""
 
     def __init__(self, place: _Place, context: _Context) -> None:
         body, spec = place.body, place.spec
         self.place, self.context = place, context
-        self.items = place.shares(spec.padded_heads * TILE_TOKENS)
+        self.items = place.shares(spec.heads_together * spec.tile_tokens)
+        self.masks = (16, 8, 4, 2, 1)[2 - spec.parts :]
         self.best = fill(body, body.registers(len(self.items)), NOTHING, *place.axes)
         self.total = fill(body, body.registers(len(self.items)), 0.0, *place.axes)
 
     def step(self, loop: UOp, number: UOp, shares: UOp) -> tuple[UOp, UOp, list[UOp]]:
-        """(a tile's weights (heads, 16), and the heads' factors by which earlier sums decay, in threadgroup memory; the
-        stores that update the state)."""
+        """(a tile's weights (heads, tokens), in place of the first warp's scores, and the heads' factors by which
+        earlier sums decay, in threadgroup memory; the stores that update the state)."""
         spec, lanes = self.place.spec, self.place.spec.lanes
-        size, stride = spec.padded_heads * TILE_TOKENS, spec.score_stride
-        weights, factors = self.place.body.shared(size, F16), self.place.body.shared(spec.padded_heads)
+        size, tile_tokens = spec.heads_together * spec.score_stride, spec.tile_tokens
+        factors = self.place.body.shared(spec.heads_together)
         shared, updates = [], []
         for i, (item, is_inside) in enumerate(self.items):
-            at = item // TILE_TOKENS * stride + item % TILE_TOKENS
-            score = balanced(shares[w * spec.padded_heads * stride + at].load() for w in range(spec.num_warps))
-            token = self.context.low + number * TILE_TOKENS + item % TILE_TOKENS
+            head, inner = item // tile_tokens, item % tile_tokens
+            at = spec.score_at(head, inner)
+            # not of another item where there is none: its own thread replaces the score by a weight
+            score = balanced(shares[_gate(w * size + at, is_inside)].load() for w in range(spec.key_warps))
+            token = self.context.low + number * tile_tokens + inner
             score = (token < self.context.high).where(score, UOp.const(NOTHING, F32))
             old = self.best.after(loop)[i].load()
-            top = old.maximum(lanes.maximum(score, (8, 4, 2, 1)))
+            top = old.maximum(lanes.maximum(score, self.masks))
             weight = (score > NOTHING / 10).where((score - top).exp2(), UOp.const(0.0, F32))
             decay = (old - top).exp2()
-            at = spec.weight_at(item // TILE_TOKENS, item % TILE_TOKENS)
-            shared.append(weights.after(loop)[_gate(at, is_inside)].store(weight.cast(F16)))
-            leads = (item % TILE_TOKENS).eq(0)
-            shared.append(factors.after(loop)[_gate(item // TILE_TOKENS, is_inside, leads)].store(decay))
+            shared.append(shares[_gate(at, is_inside)].store(weight))
+            shared.append(factors.after(loop)[_gate(head, is_inside, inner.eq(0))].store(decay))
             total = self.total.after(loop)[i]
             updates += [(total, total.load() * decay + weight), (self.best.after(loop)[i], top)]
         done = UOp.group(*shared)
         stores = [place.after(done).store(value) for place, value in updates]
-        return weights.after(done), factors.after(done), stores
+        return shares.after(done), factors.after(done), stores
 
     def after(self, done: UOp) -> tuple[list[UOp], list[UOp]]:
         count = len(self.items)
@@ -463,36 +499,44 @@ class _Values:
     def add(self, loop: UOp, tile: UOp, weights: UOp, factors: UOp) -> list[UOp]:
         """The stores that add a tile's values."""
         spec, mma, lane = self.place.spec, self.place.spec.mma, self.place.lane
-        heads = [[mma.place(lane, e)[0] + t * 8 for e in range(mma.elements)] for t in range(spec.head_tiles)]
+        tiles, parts = range(spec.head_tiles), range(spec.parts)
+        heads = [[self._existing(mma.place(lane, e)[0], t) for e in range(mma.elements)] for t in tiles]
         decay = [[factors[head].load() for head in tile_heads] for tile_heads in heads]
-        operands = [self._load_weights(weights, t) for t in range(spec.head_tiles)]
+        operands = [[self._load_weights(weights, t, part) for t in tiles] for part in parts]
         old, stores, at = self.sums.after(loop, weights), [], 0
         for span in range(spec.spans):
-            runs = self._load_runs(tile, span)
+            runs = [self._load_runs(tile, span, part) for part in parts]
             for pair in range(RUN // 2):
-                values = [[run[2 * pair + side] for run in runs] for side in range(2)]
-                for t in range(spec.head_tiles):
-                    sums = [old[at + e].load() * decay[t][e] for e in range(mma.elements)]
-                    new = mma.multiply(values, operands[t], UOp.stack(*sums))
+                for t in tiles:
+                    new = UOp.stack(*[old[at + e].load() * decay[t][e] for e in range(mma.elements)])
+                    for part in parts:
+                        values = [[run[2 * pair + side] for run in runs[part]] for side in range(2)]
+                        new = mma.multiply(values, operands[part][t], new)
                     stores += [old[at + e].store(new.index(e)) for e in range(mma.elements)]
                     at += mma.elements
         return stores
 
-    def _load_weights(self, weights: UOp, tile: int) -> Runs:
+    def _existing(self, head: UOp, tile: int) -> UOp:
+        """A head of a tile; of a head that does not exist, whose sums nobody reads, the last one."""
+        count = self.place.spec.heads_together
+        return head + tile * 8 if (tile + 1) * 8 <= count else (head + tile * 8).minimum(count - 1)
+
+    def _load_weights(self, weights: UOp, tile: int, part: int) -> Runs:
         spec = self.place.spec
         starts = [
-            (tile * 8 + head) * TILE_TOKENS + slot * spec.token_run
+            self._existing(head, tile) * spec.score_stride + part * TILE_TOKENS + slot * spec.token_run
             for head, slot in spec.mma.token_runs(self.place.lane)
         ]
-        return [[weights[start + i].load() for i in range(spec.token_run)] for start in starts]
+        return [[weights[start + i].load().cast(spec.mma.dtype) for i in range(spec.token_run)] for start in starts]
 
-    def _load_runs(self, tile: UOp, span: int) -> Runs:
-        """The lane's run of dimensions of each of its tokens."""
+    def _load_runs(self, tile: UOp, span: int, part: int) -> Runs:
+        """The lane's run of dimensions of each of its tokens in a part of the tile."""
         spec, lane = self.place.spec, self.place.lane
         row, slot = spec.mma.row_runs(lane)[0]
         group = row if spec.mma.kind == "CUDA" else row // 2
         dim = (self.place.warp * spec.spans + span) * spec.span + group * RUN
-        starts = [spec.piece_at(spec.token_at(slot, i), dim // PIECE) for i in range(spec.token_run)]
+        tokens = [part * TILE_TOKENS + spec.token_at(slot, i) for i in range(spec.token_run)]
+        starts = [spec.piece_at(token, dim // PIECE) for token in tokens]
         return [[tile[start + d].load() for d in range(RUN)] for start in starts]
 
 
@@ -505,21 +549,21 @@ def _finish(
     """Stores of the result: the row's attention, or that over its split of the context, normalized by itself, and the
     split's log-sum-exp."""
     spec, mma, is_split = place.spec, place.spec.mma, len(outs) > 1
-    softmax_items = place.shares(spec.padded_heads * TILE_TOKENS)
-    sums = place.body.shared(spec.padded_heads)
+    tile_tokens, masks = spec.tile_tokens, (16, 8, 4, 2, 1)[2 - spec.parts :]
+    softmax_items = place.shares(spec.heads_together * tile_tokens)
+    sums = place.body.shared(spec.heads_together)
     is_used = place.split < context.used if isinstance(place.split, UOp) else None
     number = place.split * spec.layout.num_tokens + place.row
     stores, log_sums = [], []
     for (item, is_inside), top, own in zip(softmax_items, best, total, strict=True):
-        whole = spec.lanes.sum(own, (8, 4, 2, 1))
-        head, leads = item // TILE_TOKENS, (item % TILE_TOKENS).eq(0)
+        whole = spec.lanes.sum(own, masks)
+        head, leads = item // tile_tokens, (item % tile_tokens).eq(0)
         safe = (whole > 0.0).where(whole, UOp.const(1.0, F32))
         stores.append(sums[_gate(head, is_inside, leads)].store(safe))
         if is_split:
             lse = (whole > 0.0).where(top + safe.log2(), UOp.const(NOTHING, F32))
             at = number * spec.num_heads + place.first_head + head
-            exists = head < spec.heads_together
-            log_sums.append(outs[1][_gate(at, is_inside, leads, exists, is_used)].store(lse))
+            log_sums.append(outs[1][_gate(at, is_inside, leads, is_used)].store(lse))
     shared, at, results = sums.after(UOp.group(*stores)), 0, list(log_sums)
     for span in range(spec.spans):
         for pair in range(RUN // 2):
@@ -528,7 +572,7 @@ def _finish(
                     token, unit_row = mma.place(place.lane, e)
                     head, dim = t * 8 + token, _value_dim(place, span, pair, unit_row)
                     exists = None if (t + 1) * 8 <= spec.heads_together else head < spec.heads_together
-                    value = acc[at + e].load() / shared[head].load()
+                    value = acc[at + e].load() / shared[head.minimum(spec.heads_together - 1)].load()
                     target = (number * spec.num_heads + place.first_head + head) * spec.rank + dim
                     results.append(outs[0][_gate(target, exists, is_used)].store(value.cast(outs[0].dtype)))
                 at += mma.elements

@@ -189,7 +189,7 @@ def test_gemma4s_unified_model_has_no_embeddings_of_layers(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"enable_moe_block": True}, "enable_moe_block is True, which is not supported; known: false"),
+        ({"enable_moe_block": True, "num_experts": None}, "has no num_experts"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'"),
         ({"num_kv_shared_layers": 4}, "num_kv_shared_layers is 4: it must be less than"),
         ({"vocab_size_per_layer_input": 1000}, "vocab_size_per_layer_input is 1000"),

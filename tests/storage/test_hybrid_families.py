@@ -97,6 +97,10 @@ def test_its_class_knows_what_the_file_does_not_say(tmp_path: Path) -> None:
         ({"attn_output_gate": False}, "attn_output_gate is False"),
         ({"linear_num_value_heads": 40}, r"a multiple of linear_num_key_heads \(16\)"),
         ({"attention_bias": True}, "no biases"),
+        ({"layer_types": ["full_attention"] * 63}, r"a list of num_hidden_layers \(64\) entries"),
+        ({"layer_types": ["full_attention"] * 63, "use_sliding_window": False}, r"num_hidden_layers \(64\) entries"),
+        ({"layer_types": None, "full_attention_interval": 65}, "full_attention_interval is 65, .* up to 64"),
+        ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim is 1: it must be a whole number of at least 2"),
     ],
 )
 def test_what_it_does_not_know_is_refused(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
@@ -114,8 +118,24 @@ def test_gguf_has_the_numbers_of_state_space_models(tmp_path: Path) -> None:
     assert recurrent(config) == "rara"
     flags: dict[str, Any] = {"attention.recurrent_layers": [True, False, False, True]}
     assert recurrent(read_gguf(tmp_path, "qwen35", **GGUF_SSM, **flags)) == "raar"
-    with pytest.raises(ModelError, match="inner_size"):
-        read_gguf(tmp_path, "qwen35", **GGUF_SSM | {"ssm.inner_size": 100})
+    drafting: dict[str, Any] = {"attention.recurrent_layers": [True, False, True], "nextn_predict_layers": 1}
+    assert recurrent(read_gguf(tmp_path, "qwen35", layers=3, **GGUF_SSM, **drafting)) == "ra"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"ssm.inner_size": 100}, "inner_size"),
+        ({"ssm.conv_kernel": 1}, "ssm.conv_kernel is 1: it must be a whole number of at least 2"),
+        ({"attention.recurrent_layers": [True, False]}, "a list with a flag for each of 4 layers"),
+        ({"attention.recurrent_layers": 2}, "a list with a flag for each of 4 layers"),
+        ({"attention.recurrent_layers": [True] * 4}, "false in one layer at least"),
+        ({"full_attention_interval": 5}, "full_attention_interval is 5"),
+    ],
+)
+def test_gguf_numbers_that_make_no_sense_are_refused(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ModelError, match=problem):
+        read_gguf(tmp_path, "qwen35", **GGUF_SSM | changes)
 
 
 # LiquidAI/LFM2-1.2B's file, without what does not matter here

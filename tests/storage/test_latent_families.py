@@ -98,6 +98,23 @@ def test_what_is_not_understood_is_refused(tmp_path: Path, changes: dict[str, An
         read(tmp_path, SIZES | own, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_group": 3}, r"n_group is 3: .* a divisor of the number of experts \(64\)"),
+        ({"n_group": 64, "topk_group": 64}, "n_group is 64: .* 2 or more in a group"),
+        ({"n_group": 4, "topk_group": 5}, r"topk_group is 5: it must be at most 4 \(n_group\)"),
+        ({"n_group": 32, "topk_group": 1}, "topk_group is 1: .* enough groups of 2 experts to choose 4 from"),
+        ({"mlp_layer_types": [["dense"]] * 47}, "mlp_layer_types is .* dense and sparse"),
+    ],
+)
+def test_groups_and_layers_that_make_no_sense_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        read(tmp_path, GLM, **changes)
+
+
 def test_gguf_of_groups_chosen_by_their_best_score_is_refused(tmp_path: Path) -> None:
     keys = {
         "rope.dimension_count": 16,

@@ -180,5 +180,7 @@ def test_experts_in_a_family_without_them_are_refused(tmp_path: Path) -> None:
         read_gguf(tmp_path, "qwen2", EXPERTS)
     with pytest.raises(UnsupportedModelError, match=r"qwen3moe.expert_count is None, .* known: 1 and more"):
         read_gguf(tmp_path, "qwen3moe")
+    with pytest.raises(ModelError, match=r"has no gpt-oss.attention.sliding_window"):
+        read_gguf(tmp_path, "gpt-oss", EXPERTS | {"expert_feed_forward_length": 32})
     with pytest.raises(ModelError, match=r"has no olmoe.expert_used_count"):
         read_gguf(tmp_path, "olmoe", {"expert_count": 8})

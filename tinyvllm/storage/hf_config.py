@@ -148,9 +148,9 @@ def _refuse_variants(values: Values, family: FamilyFiles) -> None:
 def _windows(values: Values, family: FamilyFiles, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """ModelConfig's `window` and `windowed`. A window that holds every position counts as none, unless windowed layers
     differ in their rope too."""
+    kinds = _layer_types(values, family, num_layers)
     if not values.flag("use_sliding_window", default=True):
         return None, ()
-    kinds = _layer_types(values, family, num_layers)
     if kinds is not None and WINDOWED in kinds and family.hf_windows != "by layer":
         values.unsupported("layer_types", f"{FULL} in every layer")
     window = values.optional_integer("sliding_window")

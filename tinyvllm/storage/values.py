@@ -54,12 +54,12 @@ class Values:
             self.refuse(key, f"a whole number of at least {at_least}")
         return value
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.optional_integer(key)
+    def integer(self, key: str, default: int | None = None, at_least: int = 1) -> int:
+        value = self.optional_integer(key, at_least)
         if value is None:
             value = default
         if value is None:
-            self.refuse(key, "a whole number of at least 1")
+            self.refuse(key, f"a whole number of at least {at_least}")
         return value
 
     def integers(self, key: str, count: int, at_least: int = 1) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.families.recipe import Recipe, make_weights, write_gguf, write_hf
 from tests.families.recipes.qwen3_5 import RECIPES, mlx_tensors
 from tinyvllm.arrays import to_float32
 from tinyvllm.config import ModelFiles, StateKind
+from tinyvllm.errors import WeightMismatchError
 from tinyvllm.model.dry_load import require_tensors
 from tinyvllm.model.registry import complete_config
 from tinyvllm.model.weights.checkpoint import open_checkpoint, unread_lines
@@ -80,6 +82,33 @@ def with_layers(recipe: Recipe, count: int) -> Recipe:
     return replace(recipe, config=config, gguf_tensors=lambda _: tensors(weights))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("blk.0.ssm_conv1d.weight", lambda conv: conv[:, :3], r"conv1d.weight has shape \(256, 3\), .* \(256, 1, 4\)"),
+        ("blk.0.ssm_a", np.negative, r"tiny.gguf: tensor .*A_log has the value .*: GGUF files hold -exp\(A_log\)"),
+    ],
+)
+def test_gguf_tensors_that_make_no_sense_are_named(
+    tmp_path: Path, name: str, change: Callable[[np.ndarray], np.ndarray], message: str
+) -> None:
+    def changed(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        assert DENSE.gguf_tensors is not None
+        found = DENSE.gguf_tensors(weights)
+        return found | {name: np.ascontiguousarray(change(found[name]))}
+
+    files = write_gguf(tmp_path / "tiny.gguf", replace(DENSE, gguf_tensors=changed))
+    with pytest.raises(WeightMismatchError, match=message):
+        values(files)
+
+
+def test_fused_projections_of_another_size_are_named() -> None:
+    kind = StateKind(num_heads=6, num_key_heads=2, key_dim=4, value_dim=8, conv_width=4, norm_eps=1e-6)
+    tensor = StoredTensor((111, 64), lambda: np.zeros((111, 64), np.float32), "float32", 0)
+    with pytest.raises(WeightMismatchError, match=r"in_proj_qkvz\.weight has 111 rows, .* ask for 112: 2 heads"):
+        from_hf(Path("tiny"), {"model.layers.0.linear_attn.in_proj_qkvz.weight": tensor}, kind)
+
+
 def test_fused_projections_are_split_by_key_heads() -> None:
     """As transformers' Qwen3NextGatedDeltaNet.fix_query_key_value_ordering takes their products apart."""
     kind = StateKind(num_heads=6, num_key_heads=2, key_dim=4, value_dim=8, conv_width=4, norm_eps=1e-6)
@@ -93,7 +122,8 @@ def test_fused_projections_are_split_by_key_heads() -> None:
         return StoredTensor(matrix.shape, lambda: matrix, "float32", matrix.nbytes)
 
     prefix = "model.layers.0.linear_attn."
-    found = from_hf({f"{prefix}in_proj_qkvz.weight": column(112), f"{prefix}in_proj_ba.weight": column(12)}, kind)
+    fused = {f"{prefix}in_proj_qkvz.weight": column(112), f"{prefix}in_proj_ba.weight": column(12)}
+    found = from_hf(Path("tiny"), fused, kind)
     assert {name: tensor.shape for name, tensor in found.items()} == {
         f"{prefix}{name}.weight": (len(index), 1) for name, index in expected.items()
     }

@@ -48,7 +48,7 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith(unread)}
         read = with_model(language_model_tensors(assemble_matrices(files.path, stored), config.architecture))
         if config.state is not None:
-            read = from_hf(read, config.state)
+            read = from_hf(files.path, read, config.state)
     if family is not None and family.fused:
         read = split_fused(read, family.fused, config)
     alternate = family is not None and family.alternates_experts

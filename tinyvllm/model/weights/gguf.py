@@ -84,7 +84,7 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     kept = _without_drafting(path, kept, config.num_layers)
     tensors = {canonical_name(name, config.architecture): tensor for name, tensor in kept.items()}
     if config.state is not None:
-        tensors = from_gguf(tensors, config.state, tiles_value_heads=family.gguf_tiles_value_heads)
+        tensors = from_gguf(path, tensors, config.state, tiles_value_heads=family.gguf_tiles_value_heads)
     if CLASSIFIER in tensors:
         tensors["score.weight"] = _as_one_label(tensors.pop(CLASSIFIER))
     for name, tensor in tensors.items():

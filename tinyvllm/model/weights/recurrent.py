@@ -9,11 +9,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from tinyvllm.arrays import HostMatrix, QuantizedMatrix, ScaleFormat, Scales, take_rows, to_float32
 from tinyvllm.config import ConvKind, StateKind
+from tinyvllm.errors import WeightMismatchError
 from tinyvllm.model.weights.fused import split_rows
 from tinyvllm.model.weights.stored import StoredTensor
 
@@ -27,12 +29,12 @@ OFFSET_NORMS = tuple(
 Tensors = Mapping[str, StoredTensor]
 
 
-def from_hf(tensors: Tensors, kind: StateKind) -> dict[str, StoredTensor]:
+def from_hf(source: Path, tensors: Tensors, kind: StateKind) -> dict[str, StoredTensor]:
     """From Hugging Face's directories, and from MLX's, where the taps of convolutions come before the one input channel
     and 1 is added to norms."""
     if isinstance(kind, ConvKind):
         return _with_taps_last(tensors, kind)
-    found = dict(_split(tensors, kind))
+    found = dict(_split(source, tensors, kind))
     convs = {name: tensor for name, tensor in found.items() if name.endswith(CONV)}
     is_mlx = any(tensor.shape[1:] == (kind.conv_width, 1) for tensor in convs.values())
     if is_mlx:
@@ -43,22 +45,33 @@ def from_hf(tensors: Tensors, kind: StateKind) -> dict[str, StoredTensor]:
     return found
 
 
-def from_gguf(tensors: Tensors, kind: StateKind, *, tiles_value_heads: bool) -> dict[str, StoredTensor]:
+def from_gguf(source: Path, tensors: Tensors, kind: StateKind, *, tiles_value_heads: bool) -> dict[str, StoredTensor]:
     """From GGUF files, which hold -exp(A_log). `tiles_value_heads`: as in FamilyFiles."""
     if isinstance(kind, ConvKind):
         return _with_taps_last(tensors, kind)
     found = {}
-    for name, tensor in _split(tensors, kind):
+    for name, tensor in _split(source, tensors, kind):
         part = match["name"] if (match := MIXER_TENSOR.fullmatch(name)) else ""
         if part and tiles_value_heads and kind.num_heads != kind.num_key_heads:
             tensor = _untiled(part, tensor, kind)
-        if part == CONV:
+        if part == CONV and tensor.shape == (kind.conv_size, kind.conv_width):  # else it is refused by its shape
             shape = (kind.conv_size, 1, kind.conv_width)
             tensor = _changed(tensor, partial(np.reshape, shape=shape), shape)
         if part == "A_log":
-            tensor = _changed(tensor, lambda values: np.log(-values))
+            tensor = _changed(tensor, partial(_log_decays, source, name))
         found[name] = tensor
     return found
+
+
+def _log_decays(source: Path, name: str, values: np.ndarray) -> np.ndarray:
+    """A_log of -exp(A_log), which is 0 in heads that do not decay."""
+    if not np.all(values <= 0):
+        raise WeightMismatchError(
+            f"{source}: tensor {name} has the value {np.max(values):g}: GGUF files hold -exp(A_log), which is "
+            "negative; convert or download the file again"
+        )
+    with np.errstate(divide="ignore"):
+        return np.log(-values)
 
 
 def _with_taps_last(tensors: Tensors, kind: ConvKind) -> dict[str, StoredTensor]:
@@ -85,7 +98,7 @@ def _changed(
 # --- Fused projections (Qwen3-Next) ------------------------------------------------------------------------------
 
 
-def _split(tensors: Tensors, kind: StateKind) -> Iterator[tuple[str, StoredTensor]]:
+def _split(source: Path, tensors: Tensors, kind: StateKind) -> Iterator[tuple[str, StoredTensor]]:
     """Tensors with those that hold the rows of several projections, key head by key head, as one for each."""
     parts = {"in_proj_qkvz.weight": _qkvz_rows(kind), "in_proj_ba.weight": _ba_rows(kind)}
     for name, tensor in tensors.items():
@@ -95,9 +108,11 @@ def _split(tensors: Tensors, kind: StateKind) -> Iterator[tuple[str, StoredTenso
             yield name, tensor
             continue
         num_rows = sum(len(index) for index in rows.values())
-        if tensor.shape[0] != num_rows:  # it is refused by its name, as a tensor that no model has
-            yield name, tensor
-            continue
+        if tensor.shape[0] != num_rows:
+            raise WeightMismatchError(
+                f"{source}: tensor {name} has {tensor.shape[0]} rows, but the model's settings ask for {num_rows}: "
+                f"{kind.num_key_heads} heads of queries and keys, {kind.num_heads} of values"
+            )
         names = [f"{match['prefix']}{part}.weight" for part in rows]
         yield from zip(names, split_rows(tensor, list(rows.values())), strict=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tinyvllm.config import ExpertsKind, ModelConfig
-from tinyvllm.storage.families.experts import hf_experts
+from tinyvllm.storage.families.experts import hf_experts, with_groups
 from tinyvllm.storage.families.family import FamilyFiles
 from tinyvllm.storage.families.latents import dense_first, with_hf_latents
 from tinyvllm.storage.values import Values
@@ -20,12 +20,10 @@ def sigmoid_experts(values: Values) -> ExpertsKind:
     if values.get("scoring_func") not in (None, "sigmoid"):
         values.unsupported("scoring_func", "sigmoid")
     return replace(
-        experts,
+        with_groups(experts, values, ("n_group", "topk_group")),
         score="sigmoid",
         renormalizes=values.flag("norm_topk_prob", default=True),
         scale=values.positive("routed_scaling_factor"),
-        num_groups=values.integer("n_group", 1),
-        top_groups=values.integer("topk_group", 1),
         has_choice_bias=True,
         shared_size=shared_size(values, experts),
     )

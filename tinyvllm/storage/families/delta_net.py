@@ -10,6 +10,7 @@ from tinyvllm.storage.families.qwen2 import MROPE, VISUAL, VL_NAMES
 from tinyvllm.storage.values import Values
 
 RECURRENT, FULL = "linear_attention", "full_attention"  # of layer_types
+MIN_TAPS = 2  # of a convolution: kernels keep the inputs of the others
 USUAL_INTERVAL = 4  # every fourth layer is one of attention, where a file does not say which are
 
 # transformers' defaults for keys that are missing, whatever the size of the model
@@ -54,23 +55,19 @@ def refine_hf(config: ModelConfig, values: Values) -> ModelConfig:
         num_key_heads=values.integer("linear_num_key_heads"),
         key_dim=values.integer("linear_key_head_dim"),
         value_dim=values.integer("linear_value_head_dim"),
-        conv_width=values.integer("linear_conv_kernel_dim"),
+        conv_width=values.integer("linear_conv_kernel_dim", at_least=MIN_TAPS),
         norm_eps=config.norm_eps,
     )
     if state.num_heads % state.num_key_heads:
         values.refuse("linear_num_value_heads", f"a multiple of linear_num_key_heads ({state.num_key_heads})")
-    if all(recurrent):
+    if all(recurrent) and kinds is not None:
         values.unsupported("layer_types", f"a list with {FULL} in one layer at least")
+    _require_attention(recurrent, values)
     return replace(config, state=state, recurrent=recurrent, has_output_gate=True)
 
 
 def refine_gguf(config: ModelConfig, values: Values, tensors: Collection[str]) -> ModelConfig:
     """llama.cpp's src/models/qwen3next.cpp and qwen35.cpp: a layer's values have ssm.inner_size columns."""
-    flags = values.get("attention.recurrent_layers")
-    interval = values.integer("full_attention_interval", USUAL_INTERVAL)
-    recurrent = _every(interval, config.num_layers)
-    if isinstance(flags, list):
-        recurrent = tuple(bool(flag) for flag in flags[: config.num_layers])
     num_heads, size = values.integer("ssm.time_step_rank"), values.integer("ssm.inner_size")
     if size % num_heads:
         values.refuse("ssm.inner_size", f"a multiple of ssm.time_step_rank ({num_heads})")
@@ -79,14 +76,33 @@ def refine_gguf(config: ModelConfig, values: Values, tensors: Collection[str]) -
         num_key_heads=values.integer("ssm.group_count"),
         key_dim=values.integer("ssm.state_size"),
         value_dim=size // num_heads,
-        conv_width=values.integer("ssm.conv_kernel"),
+        conv_width=values.integer("ssm.conv_kernel", at_least=MIN_TAPS),
         norm_eps=config.norm_eps,
     )
     if num_heads % state.num_key_heads:
         values.refuse("ssm.time_step_rank", f"a multiple of ssm.group_count ({state.num_key_heads})")
+    return replace(config, state=state, recurrent=_gguf_recurrent(config, values), has_output_gate=True)
+
+
+def _gguf_recurrent(config: ModelConfig, values: Values) -> tuple[bool, ...]:
+    """A flag for each layer, also for those that draft; or a period."""
+    key = "attention.recurrent_layers"
+    flags = values.get(key)
+    if flags is None:
+        recurrent = _every(values.integer("full_attention_interval", USUAL_INTERVAL), config.num_layers)
+        _require_attention(recurrent, values)
+        return recurrent
+    if not isinstance(flags, list) or len(flags) not in (config.num_layers, values.integer("block_count")):
+        values.refuse(key, f"a list with a flag for each of {config.num_layers} layers")
+    recurrent = tuple(bool(flag) for flag in flags[: config.num_layers])
     if all(recurrent):
-        values.unsupported("full_attention_interval", f"up to {config.num_layers}, the number of layers")
-    return replace(config, state=state, recurrent=recurrent, has_output_gate=True)
+        values.unsupported(key, "a list with false in one layer at least")
+    return recurrent
+
+
+def _require_attention(recurrent: tuple[bool, ...], values: Values) -> None:
+    if all(recurrent):
+        values.unsupported("full_attention_interval", f"up to {len(recurrent)}, the number of layers")
 
 
 def _every(interval: int, num_layers: int) -> tuple[bool, ...]:

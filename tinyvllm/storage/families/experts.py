@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tinyvllm.config import ExpertsKind, ModelConfig
 from tinyvllm.storage.values import Values
 
@@ -25,6 +27,20 @@ def _experts(values: Values, keys: tuple[str, str, str]) -> ExpertsKind:
     if top_k > count:
         values.refuse(keys[1], f"at most {count} ({keys[0]})")
     return ExpertsKind(num_experts=count, top_k=top_k, ffn_size=ffn_size)
+
+
+def with_groups(experts: ExpertsKind, values: Values, keys: tuple[str, str]) -> ExpertsKind:
+    """The experts in groups, of which only the best are chosen from. `keys`: of the number of groups, and of those that
+    are chosen from; 1 where a file does not say."""
+    num_groups, top_groups = (values.integer(key, 1) for key in keys)
+    size = experts.num_experts // num_groups
+    if num_groups > 1 and (experts.num_experts % num_groups or size < 2):  # a group's score is the sum of its best two
+        values.refuse(keys[0], f"a divisor of the number of experts ({experts.num_experts}), with 2 or more in a group")
+    if top_groups > num_groups:
+        values.refuse(keys[1], f"at most {num_groups} ({keys[0]})")
+    if top_groups * size < experts.top_k:
+        values.refuse(keys[1], f"enough groups of {size} experts to choose {experts.top_k} from")
+    return replace(experts, num_groups=num_groups, top_groups=top_groups)
 
 
 def sparse_layers(config: ModelConfig, values: Values) -> tuple[bool, ...]:

@@ -7,18 +7,19 @@ from dataclasses import replace
 
 from tinyvllm.config import ModelConfig
 from tinyvllm.storage.families.deepseek import sigmoid_experts
-from tinyvllm.storage.families.experts import gguf_experts
+from tinyvllm.storage.families.experts import gguf_experts, with_groups
 from tinyvllm.storage.families.family import FamilyFiles
 from tinyvllm.storage.families.latents import dense_first, with_gguf_latents, with_hf_latents
 from tinyvllm.storage.values import Values
 
+KINDS = ("dense", "sparse")  # of mlp_layer_types
 GATINGS = {1: "softmax", 2: "sigmoid"}  # {arch}.expert_gating_func
 
 
 def refine_hf(config: ModelConfig, values: Values) -> ModelConfig:
     kinds, with_experts = values.get("mlp_layer_types"), dense_first(config, _first_dense(values))
     if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) != config.num_layers or set(kinds) - {"dense", "sparse"}:
+        if not isinstance(kinds, list) or len(kinds) != config.num_layers or any(kind not in KINDS for kind in kinds):
             values.refuse("mlp_layer_types", f"a list of num_hidden_layers ({config.num_layers}) of dense and sparse")
         with_experts = tuple(kind == "sparse" for kind in kinds)
     return with_hf_latents(replace(config, experts=sigmoid_experts(values), with_experts=with_experts), values)
@@ -34,16 +35,16 @@ def refine_gguf(config: ModelConfig, values: Values, tensors: Collection[str]) -
     if gating not in GATINGS:
         values.unsupported("expert_gating_func", "1 (softmax), 2 (sigmoid)")
     experts = gguf_experts(values)
-    num_groups = values.optional_integer("expert_group_count", at_least=0) or 1
-    if num_groups > 1 and gating != 2:  # V2's groups are chosen by their best score, not by the sum of two
+    has_groups = (values.optional_integer("expert_group_count", at_least=0) or 1) > 1
+    if has_groups and gating != 2:  # V2's groups are chosen by their best score, not by the sum of two
         values.unsupported("expert_group_count", "1, with the gating softmax")
+    if has_groups:
+        experts = with_groups(experts, values, ("expert_group_count", "expert_group_used_count"))
     experts = replace(
         experts,
         score=GATINGS[gating],
         renormalizes=values.flag("expert_weights_norm"),
         scale=values.optional_number("expert_weights_scale") or 1.0,
-        num_groups=num_groups,
-        top_groups=values.optional_integer("expert_group_used_count", at_least=0) or 1,
         has_choice_bias=has_choice_bias,
         shared_size=(values.optional_integer("expert_shared_count", at_least=0) or 0) * experts.ffn_size,
     )

@@ -27,6 +27,7 @@ def refine_hf(config: ModelConfig, values: Values) -> ModelConfig:
 
 def refine_gguf(config: ModelConfig, values: Values, tensors: Collection[str]) -> ModelConfig:
     """GGUF has no key for YaRN's limits that are not whole dimensions, with which the models were trained."""
+    values.integer("attention.sliding_window")  # there is no usual one
     rope = config.rope
     if rope.scaling is not None:
         rope = replace(rope, scaling=replace(rope.scaling, truncate=False))

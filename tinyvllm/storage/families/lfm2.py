@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from tinyvllm.config import ConvKind, ModelConfig
+from tinyvllm.storage.families.delta_net import MIN_TAPS
 from tinyvllm.storage.families.family import FamilyFiles
 from tinyvllm.storage.values import Values
 
@@ -26,7 +27,9 @@ def refine_hf(config: ModelConfig, values: Values) -> ModelConfig:
         ffn_size=_ffn_size(values),
         tie_embeddings=values.flag("tie_embedding", config.tie_embeddings),
     )
-    return _with_convolutions(config, values, tuple(kind == CONV for kind in kinds), values.integer("conv_L_cache"))
+    return _with_convolutions(
+        config, values, tuple(kind == CONV for kind in kinds), values.integer("conv_L_cache", at_least=MIN_TAPS)
+    )
 
 
 def _ffn_size(values: Values) -> int:
@@ -42,7 +45,7 @@ def refine_gguf(config: ModelConfig, values: Values, tensors: Collection[str]) -
     """llama.cpp's src/models/lfm2.cpp: layers without heads of keys are convolutions."""
     heads = values.get("attention.head_count_kv")
     flags = tuple(count == 0 for count in heads) if isinstance(heads, list) else (False,) * config.num_layers
-    return _with_convolutions(config, values, flags, values.integer("shortconv.l_cache"))
+    return _with_convolutions(config, values, flags, values.integer("shortconv.l_cache", at_least=MIN_TAPS))
 
 
 def _with_convolutions(config: ModelConfig, values: Values, recurrent: tuple[bool, ...], width: int) -> ModelConfig:

@@ -1,4 +1,5 @@
-"""Qwen3 (dense): llama's layers, and an RMSNorm of every head of queries and keys before they are rotated."""
+"""Qwen3, Qwen3.5, Qwen3-Next and LFM2: llama's layers, and an RMSNorm of every head of queries and keys before they are
+rotated. Which layers have experts, or are recurrent, and whether attention's output is gated, is in the config."""
 
 from __future__ import annotations
 

@@ -22,7 +22,6 @@ from tinyvllm.model.olmoe import Olmoe
 from tinyvllm.model.phi3 import Phi3
 from tinyvllm.model.qwen2 import Qwen2
 from tinyvllm.model.qwen3 import Qwen3
-from tinyvllm.model.qwen3_next import Qwen3Next
 from tinyvllm.model.smollm3 import SmolLM3
 from tinyvllm.model.weights.checkpoint import WeightSource
 from tinyvllm.ops.backend import Backend
@@ -37,9 +36,9 @@ FAMILIES: dict[str, type[Decoder]] = {
     "qwen2": Qwen2,
     "qwen3": Qwen3,
     "lfm2": Qwen3,
-    "qwen3_5": Qwen3Next,
-    "qwen3_5_moe": Qwen3Next,
-    "qwen3_next": Qwen3Next,
+    "qwen3_5": Qwen3,
+    "qwen3_5_moe": Qwen3,
+    "qwen3_next": Qwen3,
     "gemma2": Gemma2,
     "gemma3": Gemma3,
     "gemma4": Gemma4,

@@ -91,7 +91,7 @@ def test_fused_forms_render_within_the_limits(device_kind: str) -> None:
     kind, backend = make_kind(6, 2, 128, 128), rendered(device_kind, is_chained=True)
     kernels = kernels_of([plan_recurrence(backend, kind, DECODE, is_decode=True), plan_recurrence(backend, kind, LONG)])
     names = {kernel.arg.name.rsplit("_", 1)[0] for kernel in kernels}
-    assert names == {"decode_state", "mix", "solve_chunks", "scan_chunks", "gate_heads"}
+    assert names == {"decode_state", "mix_keys", "mix_values", "solve_chunks", "scan_chunks", "gate_heads"}
     for kernel in kernels:
         check_limits(kernel, DEVICES[device_kind])
 

@@ -24,20 +24,20 @@ def recur_by_rows(
     """A recurrent layer's outputs, written to `out`; its states, to the pool."""
     matrices, convs = step.pool.matrices[layer.index], step.pool.convs[layer.index]
     assert isinstance(matrices, Tensor) and isinstance(convs, Tensor)
-    (mixed,) = mix_rows(spec, layer, step, parts)
+    units, mixed = mix_rows(spec, layer, step, parts)
     o = empty(step.num_tokens * spec.kind.value_size, F32, str(out.device))
-    read = [step.inputs, mixed, *[parts[i] for i in spec.parts(*CONVOLVED)]]
+    read = [step.inputs, units, mixed, *[parts[i] for i in spec.parts(*CONVOLVED)]]
     o, *_ = run_kernel(walk_kernel(spec), [o, matrices, convs], read)
     return gate_heads(spec, out, layer, step, parts, o)
 
 
 @cached_kernel
 def walk_kernel(spec: GpuRecurrentSpec) -> KernelFn:
-    """fn(o (T, Hv * Dv), matrices, convs, inputs, mixed, *parts): each sequence's rows one after another, in float32.
-    Moves the states to the slots where they go."""
+    """fn(o (T, Hv * Dv), matrices, convs, inputs, units, mixed, *parts): each sequence's rows one after another, in
+    float32. Moves the states to the slots where they go."""
 
-    def kernel(o: UOp, matrices: UOp, convs: UOp, inputs: UOp, mixed: UOp, *rest: UOp) -> UOp:
-        walk = _Walk(spec, inputs, mixed, matrices)
+    def kernel(o: UOp, matrices: UOp, convs: UOp, inputs: UOp, units: UOp, mixed: UOp, *rest: UOp) -> UOp:
+        walk = _Walk(spec, inputs, units, mixed, matrices)
         done, state = walk.run(o)
         stores = [done, *walk.store(matrices, state)]
         projections = Projections(spec, rest, *CONVOLVED)
@@ -46,7 +46,7 @@ def walk_kernel(spec: GpuRecurrentSpec) -> KernelFn:
         tokens, seqs = layout.num_tokens, min(layout.num_seqs, layout.num_tokens)
         name = f"walk_{tokens}x{kind.num_heads}x{kind.key_dim}x{kind.value_dim}"
         ops = 7 * tokens * kind.matrix_elements
-        nbytes = 2 * seqs * kind.num_bytes + 4 * tokens * (spec.mixed_cols + kind.value_size)
+        nbytes = 2 * seqs * kind.num_bytes + 4 * tokens * (spec.unit_cols + spec.mixed_cols + kind.value_size)
         return finish(UOp.group(*stores).end(*reversed(walk.axes)), name, ops=ops, nbytes=nbytes)
 
     return kernel
@@ -55,8 +55,8 @@ def walk_kernel(spec: GpuRecurrentSpec) -> KernelFn:
 class _Walk:
     """A thread's work: some rows of a column of one sequence's and head's state."""
 
-    def __init__(self, spec: GpuRecurrentSpec, inputs: UOp, mixed: UOp, matrices: UOp) -> None:
-        self.spec, self.mixed, self.matrices, self.body = spec, mixed, matrices, Body()
+    def __init__(self, spec: GpuRecurrentSpec, inputs: UOp, units: UOp, mixed: UOp, matrices: UOp) -> None:
+        self.spec, self.units, self.mixed, self.matrices, self.body = spec, units, mixed, matrices, Body()
         kind, layout = spec.kind, spec.layout
         self.threads = spec.across * spec.down
         seq, self.head = grid(self.body, layout.num_seqs), grid(self.body, kind.num_heads)
@@ -98,11 +98,11 @@ class _Walk:
     def _step(self, row: UOp, state: list[UOp]) -> tuple[list[UOp], UOp]:
         """(the thread's elements of the state after a row, the output of its column)."""
         spec, kind = self.spec, self.spec.kind
-        base = row * spec.mixed_cols
-        key, rows = base + self.head // spec.group * kind.key_dim, [spec.row(self.thread, i) for i in range(spec.rows)]
-        q, k = ([self.mixed[key + start + row].load() for row in rows] for start in (0, kind.key_size))
-        v = self.mixed[base + spec.mixed_sections[2] + self.head * kind.value_dim + self.column].load()
-        decay, beta = (self.mixed[base + start + self.head].load() for start in spec.mixed_sections[3:5])
+        base, rows = row * spec.mixed_cols, [spec.row(self.thread, i) for i in range(spec.rows)]
+        key = row * spec.unit_cols + self.head // spec.group * kind.key_dim
+        q, k = ([self.units[key + start + i].load() for i in rows] for start in (0, kind.key_size))
+        v = self.mixed[base + self.head * kind.value_dim + self.column].load()
+        decay, beta = (self.mixed[base + start + self.head].load() for start in spec.gate_starts)
         # o = S^T q with the new S, in terms of the old one: so that no sum waits for another
         sums = [dot(k, state), dot(q, state), dot(q, k)]
         if spec.lanes is not None and spec.down > 1:

@@ -70,12 +70,6 @@ class ChunkSpec(GpuRecurrentSpec):
         return TileMma(self.mma)
 
     @property
-    def mixed_sections(self) -> tuple[int, ...]:
-        """Queries and keys are in float16, in a buffer of their own."""
-        starts = super().mixed_sections
-        return tuple(max(0, start - starts[2]) for start in starts)
-
-    @property
     def max_chunks(self) -> int:
         """Numbers of chunks in a step: see `Chunk`."""
         return self.layout.num_tokens // CHUNK + self.layout.num_seqs
@@ -121,8 +115,7 @@ def recur_by_chunks(spec: ChunkSpec, out: Tensor, layer: RecurrentLayer, step: S
     matrices, convs = step.pool.matrices[layer.index], step.pool.convs[layer.index]
     assert isinstance(matrices, Tensor) and isinstance(convs, Tensor)
     device, tokens, heads = str(out.device), step.num_tokens, spec.kind.num_heads
-    units = empty(tokens * 2 * spec.kind.key_size, F16, device)
-    units, mixed = mix_rows(spec, layer, step, parts, units)
+    units, mixed = mix_rows(spec, layer, step, parts, F16)
     squares = empty(spec.max_chunks * heads * 2 * SQUARE, F16, device)
     gates = empty(spec.max_chunks * heads * 2 * CHUNK, F32, device)
     squares, gates = run_kernel(solve_kernel(spec), [squares, gates], [step.inputs, units, mixed])
@@ -249,7 +242,7 @@ class _Solve:
         that the chunk does not have neither decay nor change a state."""
         spec, i = self.spec, self.lane
         at = self.chunk.row(i, spec) * spec.mixed_cols + self.head
-        own = [(i < self.chunk.count).where(self.mixed[at + start].load(), 0.0) for start in spec.mixed_sections[3:5]]
+        own = [(i < self.chunk.count).where(self.mixed[at + start].load(), 0.0) for start in spec.gate_starts]
         shared = self._shared(2 * CHUNK)
         leads = [(n * CHUNK + i).valid(self.is_first) for n in range(2)]
         shared = shared.after(UOp.group(*[shared[at].store(value) for at, value in zip(leads, own, strict=True)]))
@@ -302,7 +295,7 @@ def unit_place(spec: ChunkSpec, chunk: Chunk, section: int, head: UOp | int, i: 
     """Where column `dim` of a chunk's i-th query or key is in `units`."""
     kind = spec.kind
     start = section * kind.key_size + head // spec.group * kind.key_dim
-    return chunk.row(i, spec) * (2 * kind.key_size) + start + dim
+    return chunk.row(i, spec) * spec.unit_cols + start + dim
 
 
 # -- the scan ----------------------------------------------------------------------------------------------------------
@@ -555,7 +548,7 @@ class _Scan:
 
     def _values(self, chunk: Chunk, block: int) -> Blocks:
         """The chunk's values; zeros for rows that it does not have."""
-        spec, start = self.spec, self.spec.mixed_sections[2] + self.head * self.spec.kind.value_dim
+        spec, start = self.spec, self.head * self.spec.kind.value_dim
         return [
             [
                 (i < chunk.count).where(

@@ -8,15 +8,15 @@ import functools
 import operator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from itertools import accumulate
 from math import gcd
 
 from tinygrad import Tensor, UOp, dtypes
+from tinygrad.dtype import DType
 
 from tinyvllm.ops.activation import LOG2E
 from tinyvllm.ops.backend import Step
 from tinyvllm.ops.kernel.body import F32, Body, KernelFn, balanced, cached_kernel, clamp, empty, finish, run_kernel
-from tinyvllm.ops.kernel.lanes import LANES, Lanes, axes_of, dot, grid
+from tinyvllm.ops.kernel.lanes import LANES, Lanes, axes_of, dot, grid, warps
 from tinyvllm.ops.kernel.tiles import quick_division
 from tinyvllm.ops.recurrent_spec import (
     BETAS,
@@ -35,7 +35,6 @@ from tinyvllm.ops.recurrent_spec import (
 
 VECTOR = 4  # values of a load: the widest vector of all devices
 CONVOLVED = (QUERIES, KEYS, VALUES)  # what kernels read of the projections
-MIXED = (*CONVOLVED, BETAS, DECAYS)
 STATE_THREADS = 32  # of a threadgroup whose threads hold whole columns of the state
 
 
@@ -48,21 +47,29 @@ class GpuRecurrentSpec(RecurrentSpec):
     lanes: Lanes | None = None
 
     @property
-    def mixed_sections(self) -> tuple[int, ...]:
-        """Where each section begins in a row of what the first kernel leaves to the second, in float32: queries, keys,
-        values, the exponents of decays, betas, and the end."""
-        kind = self.kind
-        sizes = (kind.key_size, kind.key_size, kind.value_size, kind.num_heads, kind.num_heads)
-        return tuple(accumulate(sizes, initial=0))
+    def unit_cols(self) -> int:
+        """Columns of `units`: queries, keys."""
+        return 2 * self.kind.key_size
 
     @property
     def mixed_cols(self) -> int:
-        return self.mixed_sections[-1]
+        """Columns of `mixed`: values, the exponents of decays, betas."""
+        return self.kind.value_size + 2 * self.kind.num_heads
+
+    @property
+    def gate_starts(self) -> tuple[int, int]:
+        """Where the exponents and the betas begin in a row of `mixed`."""
+        return self.kind.value_size, self.kind.value_size + self.kind.num_heads
 
     @property
     def rows_at_once(self) -> int:
-        """Rows of a threadgroup of `mix_kernel`: neighbors read the same inputs of the convolution."""
+        """Rows of a warp of the kernels before and after the recurrence: neighbors read the same inputs of the
+        convolution."""
         return 4 if self.layout.num_tokens >= 64 and self.layout.num_tokens % 4 == 0 else 1
+
+    def row_warps(self, items: int) -> int:
+        """Warps of a threadgroup of these kernels, of `items` in all: a GPU takes time to start a threadgroup."""
+        return 1 if self.lanes is None else next(count for count in (8, 4, 2, 1) if items % count == 0)
 
     @property
     def down(self) -> int:
@@ -91,15 +98,19 @@ class GpuRecurrentSpec(RecurrentSpec):
 
 
 def mix_rows(
-    spec: GpuRecurrentSpec, layer: RecurrentLayer, step: Step, parts: Many[Tensor], *units: Tensor
-) -> list[Tensor]:
-    """[queries and keys, written to `units`, if that is given; what else `mix_kernel` computes]."""
-    convs = step.pool.convs[layer.index]
+    spec: GpuRecurrentSpec, layer: RecurrentLayer, step: Step, parts: Many[Tensor], dtype: DType = F32
+) -> tuple[Tensor, Tensor]:
+    """(`units` in a dtype, `mixed`): what the recurrence reads of each row."""
+    convs, device = step.pool.convs[layer.index], str(step.inputs.device)
     assert isinstance(convs, Tensor)
-    mixed = empty(step.num_tokens * spec.mixed_cols, F32, str(step.inputs.device))
-    tables = [layer.conv, layer.log_decay, layer.decay_bias]
-    read = [step.inputs, convs, *tables, *[parts[i] for i in spec.parts(*MIXED)]]
-    return run_kernel(mix_kernel(spec, bool(units)), [*units, mixed], read)
+    read, tables = [step.inputs, convs, layer.conv], [layer.log_decay, layer.decay_bias]
+    units, mixed = (
+        empty(step.num_tokens * cols, t, device) for cols, t in ((spec.unit_cols, dtype), (spec.mixed_cols, F32))
+    )
+    held = [[parts[i] for i in spec.parts(*sections)] for sections in ((QUERIES, KEYS), (VALUES, BETAS, DECAYS))]
+    (units,) = run_kernel(key_kernel(spec), [units], [*read, *held[0]])
+    (mixed,) = run_kernel(value_kernel(spec), [mixed], [*read, *tables, *held[1]])
+    return units, mixed
 
 
 def gate_heads(
@@ -131,7 +142,11 @@ class Projections:
 class Inputs:
     """Where a row's convolution finds its inputs: among the step's own rows, and before them in the pool."""
 
-    def __init__(self, projections: Projections, convs: UOp, conv: UOp, sequence: Sequence) -> None:
+    def __init__(
+        self, projections: Projections, convs: UOp, conv: UOp, sequence: Sequence, position: UOp | None = None
+    ) -> None:
+        """`position`: of the row; None: of the sequence's first."""
+        self.position = sequence.position if position is None else position
         self.spec, self.projections = projections.spec, projections
         self.convs, self.conv, self.sequence = convs, conv, sequence
 
@@ -152,10 +167,10 @@ class Inputs:
         values = self.projections.load(section, row, col)
         for tap in range(1, kind.conv_width):
             if spec.is_decode:
-                values += self._kept(sequence.position - tap, channel)
+                values += self._kept(self.position - tap, channel)
                 continue
             offset = sequence.first_row * -1 + row
-            (old,) = self._kept(sequence.position + offset - tap, channel, offset < tap)
+            (old,) = self._kept(self.position - tap, channel, offset < tap)
             (own,) = self.projections.load(section, (row - UOp.const(tap, dtypes.weakint)).maximum(0), col)
             values.append((offset >= tap).where(own, old))
         last = kind.conv_width - 1
@@ -231,87 +246,87 @@ def add_threads(body: Body, values: list[UOp], thread: UOp, threads: int, lanes:
     return [balanced(shared[i * threads + t].load() for t in range(threads)) for i in range(len(values))]
 
 
+class _Rows:
+    """A warp's work: some neighboring rows and one head."""
+
+    def __init__(self, spec: GpuRecurrentSpec, num_heads: int) -> None:
+        self.spec, self.body = spec, Body()
+        count, tokens = spec.rows_at_once, spec.layout.num_tokens
+        num_warps = spec.row_warps(tokens // count * num_heads)
+        group = grid(self.body, tokens // count * num_heads // num_warps)
+        self.lane, warp = self.body.threads(LANES), warps(self.body, num_warps)
+        self.axes = axes_of(group, self.lane, warp)
+        item = group * num_warps + warp
+        self.head = item % num_heads
+        self.rows = [item // num_heads * count + i for i in range(count)]
+
+    def sources(self, projections: Projections, inputs: UOp, convs: UOp, conv: UOp) -> list[Inputs]:
+        """Where each row's convolution finds its inputs."""
+        found = []
+        for row in self.rows:
+            position = inputs[self.spec.layout.offset("positions") + row].load().maximum(0)
+            found.append(Inputs(projections, convs, conv, sequence_of(self.spec, inputs, row)[0], position))
+        return found
+
+    def finish(self, stores: list[UOp], name: str, *, ops: int, nbytes: int) -> UOp:
+        return finish(UOp.group(*stores).end(*reversed(self.axes)), name, ops=ops, nbytes=nbytes)
+
+
 @cached_kernel
-def mix_kernel(spec: GpuRecurrentSpec, with_units: bool) -> KernelFn:
-    """fn([units (T, 2 * Hk * Dk), ]mixed (T, mixed_cols), inputs, convs, conv, log_decay, decay_bias, *parts): each
-    row's queries and keys, of length 1 (and Dk ** -0.5), its values, the exponents of its decays, and its betas."""
+def key_kernel(spec: GpuRecurrentSpec) -> KernelFn:
+    """fn(units (T, 2 * Hk * Dk), inputs, convs, conv, *parts): each row's queries and then its keys, convolved and of
+    length 1, queries times Dk ** -0.5 besides."""
 
-    def kernel(*operands: UOp) -> UOp:
-        outputs, (inputs, convs, conv, log_decay, bias, *parts) = operands[: 1 + with_units], operands[1 + with_units :]
-        mix = _Mix(spec, outputs, inputs, convs, conv, parts)
-        stores = [*mix.units(), *mix.values(), *mix.gates(log_decay, bias)]
-        tokens, channels = spec.layout.num_tokens, spec.kind.conv_size
-        done = UOp.group(*stores).end(*reversed(mix.axes))
-        ops = 2 * spec.kind.conv_width * tokens * channels
-        return finish(done, f"mix_{tokens}x{channels}", ops=ops, nbytes=8 * tokens * channels)
-
-    return kernel
-
-
-class _Mix:
-    """A threadgroup's work: some neighboring rows, one head of queries and keys, and the value heads that read it."""
-
-    def __init__(
-        self, spec: GpuRecurrentSpec, outputs: Many[UOp], inputs: UOp, convs: UOp, conv: UOp, parts: Many[UOp]
-    ) -> None:
-        self.spec, self.body, self.outputs = spec, Body(), outputs
-        count = spec.rows_at_once
-        block, self.head = grid(self.body, spec.layout.num_tokens // count), grid(self.body, spec.kind.num_key_heads)
-        self.thread = self.body.threads(LANES)
-        self.axes = axes_of(block, self.head, self.thread)
-        self.projections = Projections(spec, parts, *MIXED)
-        self.rows = [block * count + i for i in range(count)]
-        self.sources = [Inputs(self.projections, convs, conv, sequence_of(spec, inputs, row)[0]) for row in self.rows]
-
-    def units(self) -> list[UOp]:
-        """Stores of the queries and keys."""
-        spec, kind, units = self.spec, self.spec.kind, self.outputs[0]
-        run, cols = gcd(kind.key_dim, VECTOR), spec.mixed_cols if len(self.outputs) == 1 else 2 * kind.key_size
-        places = columns(self.head * kind.key_dim, kind.key_dim, self.thread, LANES, run)
-        which = [
-            (section, row, source)
-            for section in (QUERIES, KEYS)
-            for row, source in zip(self.rows, self.sources, strict=True)
-        ]
+    def kernel(units: UOp, inputs: UOp, convs: UOp, conv: UOp, *parts: UOp) -> UOp:
+        kind, rows = spec.kind, _Rows(spec, spec.kind.num_key_heads)
+        run, tokens = gcd(kind.key_dim, VECTOR), spec.layout.num_tokens
+        places = columns(rows.head * kind.key_dim, kind.key_dim, rows.lane, LANES, run)
+        sources = rows.sources(Projections(spec, parts, QUERIES, KEYS), inputs, convs, conv)
+        which = [(section, *each) for section in (QUERIES, KEYS) for each in zip(rows.rows, sources, strict=True)]
         drawn = [[source.mixed(section, row, col, run) for col, _ in places] for section, row, source in which]
         squares = [
             balanced(inside.where(dot(values, values), 0.0) for values, (_, inside) in zip(runs, places, strict=True))
             for runs in drawn
         ]
-        totals, stores = add_threads(self.body, squares, self.thread, LANES, spec.lanes), []
+        totals, stores = add_threads(rows.body, squares, rows.lane, LANES, spec.lanes), []
         for (section, row, _), runs, total in zip(which, drawn, totals, strict=True):
             scale = (total + UNIT_EPS).sqrt().reciprocal() * (kind.key_dim**-0.5 if section == QUERIES else 1.0)
             for values, (col, inside) in zip(runs, places, strict=True):
-                start = row * cols + (section * kind.key_size + col)
+                start = row * spec.unit_cols + (section * kind.key_size + col)
                 scaled = [value * scale for value in values]
                 stores += [units[(start + i).valid(inside)].store(v.cast(units.dtype)) for i, v in enumerate(scaled)]
-        return stores
+        size = tokens * spec.unit_cols
+        name = f"mix_keys_{tokens}x{spec.unit_cols}"
+        return rows.finish(stores, name, ops=2 * kind.conv_width * size, nbytes=(4 + units.dtype.itemsize) * size)
 
-    def values(self) -> list[UOp]:
-        spec, mixed = self.spec, self.outputs[-1]
-        width, stores = spec.group * spec.kind.value_dim, []
-        run = gcd(width, VECTOR)
-        for col, inside in columns(self.head * width, width, self.thread, LANES, run):
-            for row, source in zip(self.rows, self.sources, strict=True):
-                start = row * spec.mixed_cols + (spec.mixed_sections[2] + col)
-                values = source.mixed(VALUES, row, col, run)
+    return kernel
+
+
+@cached_kernel
+def value_kernel(spec: GpuRecurrentSpec) -> KernelFn:
+    """fn(mixed (T, mixed_cols), inputs, convs, conv, log_decay, decay_bias, *parts): each row's convolved values, the
+    exponents of its decays, and its betas."""
+
+    def kernel(mixed: UOp, inputs: UOp, convs: UOp, conv: UOp, *rest: UOp) -> UOp:
+        kind, rows, (log_decay, bias, *parts) = spec.kind, _Rows(spec, spec.kind.num_heads), rest
+        run, tokens = gcd(kind.value_dim, VECTOR), spec.layout.num_tokens
+        projections, stores = Projections(spec, parts, VALUES, BETAS, DECAYS), []
+        sources = rows.sources(projections, inputs, convs, conv)
+        for col, inside in columns(rows.head * kind.value_dim, kind.value_dim, rows.lane, LANES, run):
+            for row, source in zip(rows.rows, sources, strict=True):
+                values, start = source.mixed(VALUES, row, col, run), row * spec.mixed_cols + col
                 stores += [mixed[(start + i).valid(inside)].store(value) for i, value in enumerate(values)]
-        return stores
+        for item, inside in columns(0, len(rows.rows), rows.lane, LANES):
+            row = rows.rows[0] + item
+            (a,), (b,) = (projections.load(section, row, rows.head) for section in (DECAYS, BETAS))
+            exponent = decay_exponent(a, log_decay[rows.head].load(), bias[rows.head].load())
+            for start, value in zip(spec.gate_starts, (exponent, sigmoid(b)), strict=True):
+                stores.append(mixed[(row * spec.mixed_cols + start + rows.head).valid(inside)].store(value))
+        size = tokens * kind.value_size
+        name = f"mix_values_{tokens}x{kind.value_size}"
+        return rows.finish(stores, name, ops=2 * kind.conv_width * size, nbytes=8 * size)
 
-    def gates(self, log_decay: UOp, bias: UOp) -> list[UOp]:
-        """Stores of the exponents and betas."""
-        spec, mixed, stores = self.spec, self.outputs[-1], []
-        count = spec.group * len(self.rows)
-        for item, inside in columns(0, count, self.thread, LANES):
-            row, head = self.rows[0] + item // spec.group, self.head * spec.group + item % spec.group
-            (a,), (b,) = (self.projections.load(section, row, head) for section in (DECAYS, BETAS))
-            found = decay_exponent(a, log_decay[head].load(), bias[head].load()), sigmoid(b)
-            at = row * spec.mixed_cols + head
-            stores += [
-                mixed[(at + start).valid(inside)].store(value)
-                for start, value in zip(spec.mixed_sections[3:5], found, strict=True)
-            ]
-        return stores
+    return kernel
 
 
 @cached_kernel
@@ -320,22 +335,25 @@ def gate_kernel(spec: GpuRecurrentSpec) -> KernelFn:
     rows of padding."""
 
     def kernel(out: UOp, inputs: UOp, o: UOp, norm: UOp, part: UOp) -> UOp:
-        kind, body, tokens = spec.kind, Body(), spec.layout.num_tokens
-        row, head, thread = grid(body, tokens), grid(body, kind.num_heads), body.threads(LANES)
-        z, (_, is_real) = Projections(spec, [part], GATES), sequence_of(spec, inputs, row)
-        run, base = gcd(kind.value_dim, VECTOR), row * kind.value_size + head * kind.value_dim
-        places = columns(0, kind.value_dim, thread, LANES, run)
-        values = [[o[base + col + i].load() for i in range(run)] for col, _ in places]
-        squares = [inside.where(dot(v, v), 0.0) for v, (_, inside) in zip(values, places, strict=True)]
-        (total,) = add_threads(body, [balanced(squares)], thread, LANES, spec.lanes)
-        scale, stores = (total * (1.0 / kind.value_dim) + kind.norm_eps).sqrt().reciprocal(), []
-        for (col, inside), own in zip(places, values, strict=True):
-            gates = z.load(GATES, row, head * kind.value_dim + col, run)
-            for i, (value, gate) in enumerate(zip(own, gates, strict=True)):
-                gated = is_real.where(value * scale * norm[col + i].load() * silu(gate, spec.lanes), 0.0)
-                stores.append(out[(base + col + i).valid(inside)].store(gated.cast(out.dtype)))
-        size = tokens * kind.value_size
-        done = UOp.group(*stores).end(*reversed(axes_of(row, head, thread)))
-        return finish(done, f"gate_heads_{tokens}x{kind.num_heads}x{kind.value_dim}", ops=6 * size, nbytes=10 * size)
+        kind, rows, stores = spec.kind, _Rows(spec, spec.kind.num_heads), []
+        z, run = Projections(spec, [part], GATES), gcd(spec.kind.value_dim, VECTOR)
+        places = columns(0, kind.value_dim, rows.lane, LANES, run)
+        bases = [row * kind.value_size + rows.head * kind.value_dim for row in rows.rows]
+        values = [[[o[base + col + i].load() for i in range(run)] for col, _ in places] for base in bases]
+        squares = [
+            balanced(inside.where(dot(v, v), 0.0) for v, (_, inside) in zip(own, places, strict=True)) for own in values
+        ]
+        totals = add_threads(rows.body, squares, rows.lane, LANES, spec.lanes)
+        for row, base, runs, total in zip(rows.rows, bases, values, totals, strict=True):
+            is_real = sequence_of(spec, inputs, row)[1]
+            scale = (total * (1.0 / kind.value_dim) + kind.norm_eps).sqrt().reciprocal()
+            for (col, inside), own in zip(places, runs, strict=True):
+                gates = z.load(GATES, row, rows.head * kind.value_dim + col, run)
+                for i, (value, gate) in enumerate(zip(own, gates, strict=True)):
+                    gated = is_real.where(value * scale * norm[col + i].load() * silu(gate, spec.lanes), 0.0)
+                    stores.append(out[(base + col + i).valid(inside)].store(gated.cast(out.dtype)))
+        tokens, size = spec.layout.num_tokens, spec.layout.num_tokens * kind.value_size
+        name = f"gate_heads_{tokens}x{kind.num_heads}x{kind.value_dim}"
+        return rows.finish(stores, name, ops=6 * size, nbytes=(8 + out.dtype.itemsize) * size)
 
     return kernel

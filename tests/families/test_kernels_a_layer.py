@@ -10,12 +10,13 @@ from tinygrad.uop.ops import Ops
 
 from tests.ops.rendering import KINDS, rendered, unwritten
 from tinyvllm.bench.shapes import find_shape
-from tinyvllm.config import ModelConfig, Rope, StateKind
+from tinyvllm.config import ExpertsKind, ModelConfig, Rope, StateKind
 from tinyvllm.device.recording import trace_step
 from tinyvllm.model.registry import make_model
 from tinyvllm.model.weights.random import RandomWeights
 from tinyvllm.ops.backend import Step, pool_groups
 from tinyvllm.ops.step_inputs import StepLayout
+from tinyvllm.profiling.predict import FACTORS
 
 LLAMA = {1: 5, 8: 7, 100: 8}  # kernels a layer, by the tokens of a step; of 100, in a step with prompts
 
@@ -44,8 +45,10 @@ FAMILIES: dict[str, tuple[ModelConfig, int]] = {
 }
 
 
-def kernels_a_layer(kind: str, config: ModelConfig, tokens: int, weights: str) -> tuple[list[str], list[str]]:
-    """(names of the kernels from one layer's gate_up to the next one's, why some are general)."""
+def kernels_a_layer(
+    kind: str, config: ModelConfig, tokens: int, weights: str, first: str = "gate_up"
+) -> tuple[list[str], list[str]]:
+    """(names of the kernels from one layer's kernel called `first` to the next one's, why some are general)."""
     backend = rendered(kind, is_chained=kind == "CUDA")
     model = make_model(config, RandomWeights(weights, seed=0), backend, 64, lambda done, total: None)
     layers = model.config.layers
@@ -56,7 +59,7 @@ def kernels_a_layer(kind: str, config: ModelConfig, tokens: int, weights: str) -
     step = Step(layout, unwritten(backend, layout.size, dtypes.int), pool, tokens < 100)
     launches = trace_step(lambda: backend.whole(model(step)).realize()).launches
     names = [sink.arg.name for sink, _ in launches if sink.op is Ops.SINK]
-    starts = [i for i, name in enumerate(names) if name.startswith("gate_up")]
+    starts = [i for i, name in enumerate(names) if name.startswith(first)]
     return names[starts[-2] : starts[-1]], backend.coverage.lines()
 
 
@@ -97,3 +100,15 @@ def test_kernels_of_recurrent_layers_and_of_gated_attention(
     config = narrow("qwen3.5-0.8b", **(QWEN3_5 | {"recurrent": recurrent}))
     names, reasons = kernels_a_layer("CUDA", config, tokens, "float16")
     assert len(names) == counts[tokens] and not reasons, (names, reasons)
+
+
+@pytest.mark.parametrize(
+    "tokens", [1, pytest.param(8, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+)
+def test_a_sparse_layer_takes_as_many_kernels_more_as_predictions_say(tokens: int) -> None:
+    """A router, the choice, and for several rows their order."""
+    config = narrow("qwen3-30b-a3b", experts=ExpertsKind(8, 2, 512))
+    names, reasons = kernels_a_layer("CUDA", config, tokens, "float16", first="router")
+    column = {1: 0, 8: 1, 100: 2}[tokens]
+    assert len(names) == LLAMA[tokens] + FACTORS["CUDA"].sparse_kernels[column], names
+    assert not reasons, reasons

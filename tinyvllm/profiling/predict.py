@@ -36,6 +36,7 @@ class Factors:
     host_us: float  # per step, plus host_us_per_seq for each sequence
     host_us_per_seq: float
     layer_kernels: tuple[int, int, int]  # per layer: for one sequence, for more, for a prompt
+    sparse_kernels: tuple[int, int, int]  # as many more in a layer with experts
     other_kernels: tuple[int, int, int]  # the same, outside layers
     sources: tuple[str, ...]
 
@@ -51,6 +52,7 @@ FACTORS = {
         host_us=39,
         host_us_per_seq=1.1,
         layer_kernels=(5, 7, 8),
+        sparse_kernels=(2, 3, 3),
         other_kernels=(4, 4, 7),
         sources=(
             "bandwidth 90 %, 2.2 us per kernel and 42 % of the peak: fitted to three device times of a prototype of "
@@ -71,6 +73,7 @@ FACTORS = {
         host_us=90,
         host_us_per_seq=1.1,
         layer_kernels=(5, 7, 8),
+        sparse_kernels=(2, 3, 3),
         other_kernels=(4, 4, 7),
         sources=(
             "bandwidth 79 %: a 4-bit matrix-vector product on an M1 Max, 315.7 of 400 GB/s "
@@ -93,6 +96,7 @@ FACTORS = {
         host_us=150,
         host_us_per_seq=10,
         layer_kernels=(5, 5, 5),
+        sparse_kernels=(2, 4, 4),
         other_kernels=(6, 6, 6),
         sources=(
             "1.5 us per kernel: one call through the table and one exchange with the other core, 1.3 to 1.9 us "
@@ -213,7 +217,8 @@ class _Setup:
         chip, factors = self.chip, FACTORS[self.chip.device]
         weights_share = factors.bandwidth_share if bytes_per_weight(self.kind) >= 2 else factors.quantized_share
         layer, others = factors.layer_kernels[self.column], factors.other_kernels[self.column]
-        num_kernels = self.num_steps * (config.num_layers * layer + others)
+        sparse, more = len(config.sparse_layers), factors.sparse_kernels[self.column]
+        num_kernels = self.num_steps * (config.num_layers * layer + sparse * more + others)
         moved = work.weight_bytes / weights_share + (work.kv_bytes + work.state_bytes) / factors.bandwidth_share
         return Prediction(
             chip,
@@ -228,7 +233,8 @@ class _Setup:
             host_s=self.num_steps * (factors.host_us + batch * factors.host_us_per_seq) * 1e-6,
             assumptions=(
                 f"{chip.name}: {chip.bandwidth_gbps:,g} GB/s, {chip.half_tflops:,g} TFLOP/s ({chip.source})",
-                f"{num_kernels} kernels: {layer} per layer, {others} more per step",
+                f"{num_kernels} kernels: {layer} per layer, {others} more per step"
+                + (f", {more} more per layer with experts" if sparse else ""),
                 *factors.sources,
             ),
         )

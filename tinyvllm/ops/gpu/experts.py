@@ -9,10 +9,10 @@ sum is normed. The inner loops are those of other products: vector.py, quantized
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyvllm.device.handle import FLOATS
@@ -201,6 +201,12 @@ class ManyRows:
         return self.rows_per_expert <= MOST_ROWS
 
     @property
+    def passes_words(self) -> bool:
+        """Whether what few rows pass on is bfloat16 in a float16 buffer, as `MatrixSpec.has_words` takes it."""
+        is_bfloat = self.layer.down.format.name == "bfloat16" and self.mma.dtype == dtypes.bfloat16
+        return self.is_few and is_bfloat and self.mma.kind == "CUDA"
+
+    @property
     def uses_wgmma(self) -> bool:
         """Whether Hopper's kernel is used, after a kernel that sorts x, and for quantized weights one that unpacks
         them."""
@@ -283,7 +289,10 @@ class ManyRows:
         read = [*matrix.planes, x, rows.tiles, rows.pairs, *([] if bias is None else [bias])]
         if self.is_few:
             few = ExpertMatrixSpec(name, self.lanes, self.mma, matrix.format, self.tile_rows, *shape, tiles=tiles)
-            fn, out_rows = matrix_kernel(choose(few)), few.out_rows
+            rounds = is_first and self.passes_words
+            dtype = F16 if rounds else dtype
+            few = replace(choose(few), rounds_results=rounds, has_words=self.passes_words and not is_first)
+            fn, out_rows = matrix_kernel(few), few.out_rows
         else:
             many = ExpertGemmSpec(name, self.mma, matrix.format, x.dtype, self.num_pairs, *shape, expert_tiles=tiles)
             fn, out_rows = gemm_kernel(many), many.out_rows

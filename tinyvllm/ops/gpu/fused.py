@@ -31,7 +31,7 @@ from tinyvllm.ops.gpu.attention_split import SplitHeads, combine_kernel
 from tinyvllm.ops.gpu.backend import GpuBackend, embed_kernel
 from tinyvllm.ops.gpu.experts import FusedRouting, ManyRows, OneRow, run_route, uncovered_layer
 from tinyvllm.ops.gpu.experts_route import uncovered_kind
-from tinyvllm.ops.gpu.gemm import MIN_TOKENS, GemmSpec, multiply_rows
+from tinyvllm.ops.gpu.gemm import MIN_TOKENS, GemmSpec, multiply_rows, round_rows
 from tinyvllm.ops.gpu.latent_attention import store_latents_kernel
 from tinyvllm.ops.gpu.latent_fused import FusedLatentSpec, combine_latents_kernel, fused_latent_kernel
 from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
@@ -55,6 +55,8 @@ MAX_CHAINED_TOKENS, MAX_CHAINED_QUANTIZED = 16, 32
 # Rows of a matrix, as a multiple of its columns, up to which one row's product computes a normed sum that it reads:
 # each of its threadgroups reads all operands of the sum, so with more rows a kernel of its own costs less
 MOST_ROWS_WITH_SUM = 4
+# The fewest rows that are worth a kernel which rounds them to bfloat16 before a product whose x is not normed
+ROUND_TOKENS = 32
 # What experts pass on in float16, in bfloat16 models, is multiplied by this: that of two numbers may exceed float16's
 # range. It leaves 4,194,240, and what is below 0.004 loses bits, but keeps an error below 2e-6
 HALF_FACTORS = {"clamped_swiglu": 1.0}  # at most 7 * 8
@@ -201,7 +203,9 @@ class FusedGpuBackend(GpuBackend):
             return super().linear(name, self.whole(x), matrices, num_tokens, norm, epilogue)
         if num_tokens == 1:
             return [self._one_row(name, x, matrix, norm, epilogue) for matrix in matrices]
-        if norm is not None:
+        if norm is not None and self._takes_words(matrices, num_tokens):
+            x = self._normed_rows(x, norm, num_tokens, dtypes.half, rounds_to_bfloat=True)
+        elif norm is not None:
             x = self._normed_rows(x, norm, num_tokens)
         return [self._many_rows(name, self.whole(x), matrix, num_tokens, epilogue) for matrix in matrices]
 
@@ -543,6 +547,10 @@ class FusedGpuBackend(GpuBackend):
         mma = mma or self.mma
         assert mma is not None
         spec = self._matrix_spec(name, mma, matrix, num_tokens, epilogue.activation)
+        if isinstance(spec, MatrixSpec) and mma == self.mma and self._takes_words([matrix], num_tokens):
+            if x.dtype != dtypes.half and num_tokens >= ROUND_TOKENS:
+                x = round_rows(x, num_tokens, matrix.num_cols)
+            spec = replace(spec, has_words=x.dtype == dtypes.half)
         if epilogue.activation is not None:
             return multiply(spec, self._empty(num_tokens * spec.out_rows), matrix, x)
         size = num_tokens * spec.num_rows
@@ -554,6 +562,17 @@ class FusedGpuBackend(GpuBackend):
         if spec.splits == 1 and epilogue.is_plain:
             return partials
         return self._pending_sum(partials, spec.splits, num_tokens, epilogue)
+
+    def _takes_words(self, matrices: Sequence[Matrix], num_tokens: int) -> bool:
+        """Whether the products of several rows take x as bfloat16 in a float16 buffer (which is loaded in vectors)."""
+        if self.mma is None or self.mma.kind != "CUDA" or self.mma.dtype != dtypes.bfloat16:
+            return False
+        if any(matrix.format.name != "bfloat16" for matrix in matrices):
+            return False
+        if num_tokens < MIN_TOKENS:
+            return True
+        specs = [self._matrix_spec("", self.mma, matrix, num_tokens, None) for matrix in matrices]
+        return all(isinstance(spec, GemmSpec) and spec.uses_wgmma for spec in specs)
 
     def _pending_sum(self, partials: Tensor, num_partials: int, num_tokens: int, epilogue: Epilogue) -> Summed:
         """The lazy sum of partial products: in float32 if it is qkv or logits, which nothing is added to, otherwise in
@@ -582,19 +601,29 @@ class FusedGpuBackend(GpuBackend):
         x.is_written = True
         return x
 
-    def _normed_rows(self, x: Tensor, norm: Norm, num_tokens: int, dtype: DType | None = None) -> Tensor:
-        """RMSNorm of rows, in the activations' dtype unless another one is given. If x is a lazy sum or lazy rows of a
-        table, the same kernel computes and writes it."""
+    def _normed_rows(
+        self,
+        x: Tensor,
+        norm: Norm,
+        num_tokens: int,
+        dtype: DType | None = None,
+        *,
+        rounds_to_bfloat: bool = False,
+    ) -> Tensor:
+        """RMSNorm of rows, in the activations' dtype unless another one is given, or as bfloat16 in a float16 buffer.
+        If x is a lazy sum or lazy rows of a table, the same kernel computes and writes it."""
         cols, weight = norm.weight.shape[0], norm.weight
         normed = empty(num_tokens * cols, dtype or self.float, self.device.name)
         lanes, outs = self._lanes(num_tokens), [self._empty(num_tokens * cols), normed]
         given = SumSpec(
             lanes=lanes, num_tokens=num_tokens, num_cols=cols, num_partials=0, has_residual=False, norm_eps=norm.eps
         )
+        given = replace(given, rounds_norm=rounds_to_bfloat)
         if isinstance(x, Embedded) and not x.is_written:
             value, normed = run_kernel(sum_kernel(replace(given, embed=x.spec)), outs, [*x.sources, weight])
         elif isinstance(x, Summed) and not x.is_written:
-            value, normed = run_kernel(sum_kernel(x.spec(lanes, cols, norm.eps)), outs, [*x.operands, weight])
+            spec = replace(x.spec(lanes, cols, norm.eps), rounds_norm=rounds_to_bfloat)
+            value, normed = run_kernel(sum_kernel(spec), outs, [*x.operands, weight])
         else:
             return run_kernel(sum_kernel(given), [normed], [x, weight])[0]
         self._written(x, value)

@@ -215,9 +215,8 @@ def multiply_rows(
         planes = run_kernel(unpack_kernel(spec.format, spec.num_rows, spec.num_cols), [whole], planes)
         spec = replace(spec, format=DENSE)
     rest = [] if residual is None else [residual]
-    if spec.uses_wgmma and spec.rounds_input:
-        rounded = empty(spec.num_tokens * spec.num_cols, F16, str(out.device))
-        x = run_kernel(round_kernel(spec.num_tokens, spec.num_cols, spec.mma.dtype), [rounded], [x])[0]
+    if spec.uses_wgmma and spec.rounds_input and x.dtype != F16:
+        x = round_rows(x, spec.num_tokens, spec.num_cols)
     if spec.uses_wgmma:
         maps = empty(spec.wgmma.map_size, U32, str(out.device))
         return run_kernel(wgmma_kernel(spec.wgmma), [out, maps], [*planes, x, *rest])[0]
@@ -275,16 +274,21 @@ def unpack_kernel(fmt: Format, num_rows: int, num_cols: int, dtype: DType = F16)
     return kernel
 
 
+def round_rows(x: Tensor, num_rows: int, num_cols: int) -> Tensor:
+    """x (T, K) as bfloat16, in a float16 buffer."""
+    rounded = empty(num_rows * num_cols, F16, str(x.device))
+    return run_kernel(round_kernel(num_rows, num_cols), [rounded], [x])[0]
+
+
 @cached_kernel
-def round_kernel(num_rows: int, num_cols: int, dtype: DType) -> KernelFn:
-    """fn(out (T, K) float16, x): x rounded to the matrix unit's dtype; bfloat16 as its bits."""
+def round_kernel(num_rows: int, num_cols: int) -> KernelFn:
+    """fn(out (T, K) float16, x): x rounded to bfloat16, as its bits."""
 
     def kernel(out: UOp, x: UOp) -> UOp:
         body, threads, pieces = Body(), 256, num_rows * num_cols // PIECE
         group, thread = grid(body, -(-pieces // threads)), body.threads(threads)
         at = (group * threads + thread).minimum(pieces - 1) * PIECE  # the last one again: no condition
-        values = [value.cast(dtype) for value in load_floats(x, at, PIECE)]
-        halves = values if dtype == F16 else [value.bitcast(F16) for value in values]
+        halves = [value.cast(dtypes.bfloat16).bitcast(F16) for value in load_floats(x, at, PIECE)]
         stores = UOp.group(*[out[at + i].store(value) for i, value in enumerate(halves)])
         ended = stores.end(*reversed(axes_of(group, thread)))
         return finish(ended, f"round_{num_rows}x{num_cols}", nbytes=6 * num_rows * num_cols)

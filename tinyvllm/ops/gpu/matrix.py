@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from tinygrad import UOp
+from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.arrays import Format
@@ -62,6 +62,8 @@ class MatrixSpec(Tunable):
     # from one block's first to the next one's; num_cols is a block's K. 0: it is not one
     block_rows: int = 0
     block_stride: int = 0
+    # x is bfloat16, in a float16 buffer, and so is the matrix: words of both go into the matrix unit as they are (CUDA)
+    has_words: bool = field(default=False, repr=False)
 
     @property
     def x_cols(self) -> int:
@@ -226,6 +228,7 @@ class ExpertMatrixSpec(MatrixSpec):
     """The same with experts: T are the rows of a tile, and out has a row for each pair of a token and an expert."""
 
     tiles: ExpertTiles = field(kw_only=True)
+    rounds_results: bool = field(default=False, kw_only=True, repr=False)  # to bfloat16, in a float16 buffer
 
     @property
     def experts(self) -> ExpertTiles:
@@ -362,6 +365,9 @@ class _Loads:
 
     def _weights(self, row: UOp, run: UOp) -> list[UOp]:
         spec = self.spec
+        if spec.has_words:
+            start = row * (spec.num_cols // 2) + run * (spec.cols // 2)
+            return [self.planes.codes[start + i].load() for i in range(spec.cols // 2)]
         if spec.has_pairs:
             return read_halves(self.planes, row, run, spec.num_cols, spec.mma)
         return read_run(self.planes, row, run, spec.num_cols, spec.cols).values(spec.mma.dtype)
@@ -374,7 +380,7 @@ class _Loads:
             at = self.place.tile.source(tile * TOKENS + token) * spec.x_cols + run * spec.cols
             if spec.block_rows:  # all rows of a warp are in one block
                 at = at + self.place.bases[0] // spec.block_rows * spec.block_stride
-            if spec.has_pairs:
+            if spec.has_pairs or spec.has_words:
                 values = spec.mma.load_pairs(x, at, spec.cols)
             else:
                 values = [x[at + i].load().cast(spec.mma.dtype) for i in range(spec.cols)]
@@ -424,7 +430,7 @@ def _add_chunks(loads: _Loads, x: UOp, chunks: list[_Chunk], old: list[UOp]) -> 
 
 def _multiply_tile(body: Body, spec: MatrixSpec, w: list[list[UOp]], x: list[list[UOp]], sums: list[UOp]) -> list[UOp]:
     """`sums` of a tile of rows and one of tokens, after a chunk."""
-    if spec.has_pairs:
+    if spec.has_pairs or spec.has_words:
         return spec.mma.multiply_pairs(body, w, x, sums)
     total = spec.mma.multiply(w, x, UOp.stack(*sums))
     return [total.index(e) for e in range(spec.mma.elements)]
@@ -473,7 +479,10 @@ def _store(spec: MatrixSpec, place: _Place, out: UOp, kept: list[list[UOp]], fir
             values = gated(spec.activation, values, _biased(spec, place, kept[r + 1], place.bases[r + 1], first))
         for i, value in enumerate(values):
             at = _output(spec, place, place.bases[r], first + i)
-            stores.append(out[at].store(place.tile.passed_on(value).cast(out.dtype)))
+            value = place.tile.passed_on(value)
+            if isinstance(spec, ExpertMatrixSpec) and spec.rounds_results:
+                value = value.cast(dtypes.bfloat16).bitcast(F16)
+            stores.append(out[at].store(value.cast(out.dtype)))
     return stores
 
 

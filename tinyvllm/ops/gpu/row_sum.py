@@ -50,6 +50,7 @@ class SumSpec:
     softcap: float | None = None
     is_weighted: bool = False  # the partial products are (T, S, K), of S experts of each token, and have weights (T, S)
     has_bfloat_bits: bool = False  # the partial products are bfloat16, in a float16 buffer
+    rounds_norm: bool = False  # so is h
 
     @property
     def num_warps(self) -> int:
@@ -74,7 +75,10 @@ def sum_kernel(spec: SumSpec) -> KernelFn:
         stores = [] if x_out is None else row.stores(x_out, values)
         if h_out is not None:
             assert norm_weight is not None and spec.norm_eps is not None
-            stores += row.stores(h_out, row.normed(values, norm_weight, spec.norm_eps))
+            normed = row.normed(values, norm_weight, spec.norm_eps)
+            if spec.rounds_norm:
+                normed = [[value.cast(dtypes.bfloat16).bitcast(dtypes.half) for value in new] for new in normed]
+            stores += row.stores(h_out, normed)
         kind = f"sum{spec.num_partials}{'_norm' if h_out is not None else ''}"
         if spec.embed is not None:
             kind = f"embed_{spec.embed.format.name}"

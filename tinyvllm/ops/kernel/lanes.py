@@ -36,7 +36,7 @@ AND_OR = (
     '[](uint w){{{{ uint d; asm("lop3.b32 %0, %1, {0:#x}, {1:#x}, 0xea;" : "=r"(d) : "r"(w)); return d; }}}}({{0}})'
 )
 MULTIPLY_WORDS = (
-    'asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32'
+    'asm("mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32'
     ' {{{{%0,%1,%2,%3}}}}, {{{{%4,%5,%6,%7}}}}, {{{{%8,%9}}}}, {{{{%0,%1,%2,%3}}}};"'
     ' : "+f"({sums}_0), "+f"({sums}_1), "+f"({sums}_2), "+f"({sums}_3) : {words});'
 )
@@ -258,7 +258,8 @@ class Mma:
         operands = list(start)
         for i in range(0, len(low), 2):
             words = ", ".join(f'"r"({{{len(operands) + j}}})' for j in range(6))
-            lines.append(MULTIPLY_WORDS.format(sums=name, words=words))
+            kind = "f16" if self.dtype == dtypes.half else "bf16"
+            lines.append(MULTIPLY_WORDS.format(sums=name, words=words, kind=kind))
             operands += [low[i], high[i], low[i + 1], high[i + 1], right[i], right[i + 1]]
         done = UOp(Ops.CUSTOM, dtypes.void, src=tuple(operands), arg="\n".join(lines))
         # the zero is not rendered: it tells tinygrad the shape, one value

@@ -1,7 +1,7 @@
 """Latent attention on devices with matrix units: all heads of a token share its latents, which are read once.
 
 A threadgroup serves one token row, all of its heads (or up to 32), and one split of the context (Dao et al. 2023,
-"Flash-Decoding"). It brings 16 latents at a time into threadgroup memory, where they are keys and then values:
+"Flash-Decoding"). It brings 16 or 32 latents at a time into threadgroup memory, where they are keys and then values:
 
 - Scores: the warps divide the latents' dimensions between them, and add up their shares through threadgroup memory.
 - Softmax: a thread holds the score of a head and a token or two (Milakov & Gimelshein 2018).

@@ -133,6 +133,8 @@ def test_shapes_have_the_parameters_of_their_names() -> None:
         "qwen3.5-27b": 26893,
         "sparse-100m": 115.5,
         "glm-4.7-flash": 29943,
+        "lfm2-1.2b": 1170,
+        "qwen3-next-80b-a3b": 79673,
         "qwen3.5-35b-a3b": 34659,
         "gemma-4-26b-a4b": 25247,
         "mixtral-8x7b": 46703,

@@ -53,6 +53,7 @@ from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import choose
 
 MOST_ROWS = 16  # of an expert, on average, up to which weights go from memory straight into registers
+UNPACK_ELEMENTS = 640 << 20  # of the largest stack of experts that is unpacked first: 1.25 GiB of float16
 UNPACK_ROWS = 64  # of an expert, on average, from which on quantized weights are unpacked first
 MOST_TILES = 4  # of TOKENS rows each, in a tile there
 
@@ -224,7 +225,9 @@ class ManyRows:
 
     def _suits_wgmma(self, matrix: Matrix, sections: int) -> bool:
         """`sections`: gate and up, or one."""
-        is_read = self._is_as_stored(matrix) or (matrix.format.is_quantized and self.rows_per_expert >= UNPACK_ROWS)
+        is_small = matrix.num_rows * matrix.num_cols <= UNPACK_ELEMENTS
+        unpacks = matrix.format.is_quantized and self.rows_per_expert >= UNPACK_ROWS and is_small
+        is_read = self._is_as_stored(matrix) or unpacks
         is_long = matrix.num_cols % WGMMA_COLS == 0 and matrix.num_cols >= MIN_STEPS * WGMMA_COLS
         return is_read and is_long and matrix.expert_size // sections % RUN_ROWS == 0
 

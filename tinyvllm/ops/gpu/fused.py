@@ -37,9 +37,10 @@ from tinyvllm.ops.gpu.latent_fused import FusedLatentSpec, combine_latents_kerne
 from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector, quantized_vector_kernel
 from tinyvllm.ops.gpu.recurrent import recur_by_rows
-from tinyvllm.ops.gpu.recurrent_chunks import MIN_ROWS, ChunkSpec, recur_by_chunks
+from tinyvllm.ops.gpu.recurrent_chunks import MIN_ROWS, recur_by_chunks
 from tinyvllm.ops.gpu.recurrent_decode import DecodeStateSpec, recur_rows
 from tinyvllm.ops.gpu.recurrent_rows import GpuRecurrentSpec
+from tinyvllm.ops.gpu.recurrent_solve import ChunkSpec
 from tinyvllm.ops.gpu.row_sum import RUN_COLS, EmbedSpec, SumSpec, sum_kernel
 from tinyvllm.ops.gpu.vector import NormedSum, VectorSpec, vector_kernel
 from tinyvllm.ops.kernel.body import F32, empty, run_kernel

@@ -145,7 +145,8 @@ def measure_case(driver: Driver, inspector: Inspector, work: BreakdownWork, case
     profiles, costs = {}, {}
     for phase, bucket in plans.items():
         context = num_prompt_tokens + case.num_output // 2
-        plan = plans_for(bucket, inspector.runner.capacity, context, work.params)[0]
+        vocab_size = inspector.runner.model_config.vocab_size
+        plan = plans_for(bucket, inspector.runner.capacity, context, work.params, vocab_size)[0]
         profiles[phase] = inspector.profile(plan, repeats=work.num_profiled, warmup=1)
         costs[phase] = inspector.cost(plan, profiles[phase].experts)
     shares = {phase: sampling_share(profile) for phase, profile in profiles.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -203,8 +204,11 @@ def _call(runner: ModelRunner, bucket: Bucket, start: BucketStart, num_calls: in
     return BucketStart(start.name, start.schedule_s, start.compile_s, start.capture_s, tuple(calls_s))
 
 
-def plans_for(bucket: Bucket, capacity: Capacity, context: int = 0, params: SamplingParams = GREEDY) -> list[StepPlan]:
+def plans_for(
+    bucket: Bucket, capacity: Capacity, context: int = 0, params: SamplingParams = GREEDY, vocab_size: int = 2
+) -> list[StepPlan]:
     """Plans that fill a bucket with as few sequences as possible. Sequences of a decode have `context` tokens already.
+    Token ids are random, and below `vocab_size`: rows that differ choose different experts.
 
     The sequences own blocks from the start of the pool, so it must hold nothing else."""
     size, limit = capacity.block_size, capacity.max_model_len
@@ -214,8 +218,9 @@ def plans_for(bucket: Bucket, capacity: Capacity, context: int = 0, params: Samp
         lengths = lengths_that_fill(bucket, limit)
     tables = fixed_tables(capacity.groups, [-(-length // size) for length in lengths])
     states = fixed_states(capacity, len(lengths))
+    rng = random.Random(bucket.name)
     requests = [
-        Request(f"{bucket.name}-{number}", [1] * length, params, tables=own, state=state)
+        Request(f"{bucket.name}-{number}", rng.choices(range(vocab_size), k=length), params, tables=own, state=state)
         for number, (length, own, state) in enumerate(zip(lengths, tables, states, strict=True))
     ]
     if bucket.is_decode:

@@ -69,7 +69,7 @@ from tinyvllm.device.replay import make_replay
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS
 from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm, Step, pool_groups
 from tinyvllm.ops.gpu.attention_decode import existing_tile
-from tinyvllm.ops.gpu.fused import FusedGpuBackend
+from tinyvllm.ops.gpu.fused import FusedGpuBackend, Summed
 from tinyvllm.ops.gpu.matrix import MatrixSpec
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
@@ -261,6 +261,21 @@ def test_a_quantized_row_is_rescaled_where_it_may_exceed_float16() -> None:
             plan_layer(rendered("CUDA", dtype), StepLayout(1, 1, 2, 16), ("Q4_K", "Q6_K"), is_decode=True)
         packed = [spec for spec in asked.values() if isinstance(spec, QuantizedVectorSpec)]
         assert {spec.name: spec.rescales_input for spec in packed} == rescaled
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_rows_of_bfloat16_models_are_rounded_where_they_are_written(kind: str) -> None:
+    """CUDA's products read them as they are stored; METAL's unit takes values, which each threadgroup rounds."""
+    backend = rendered(kind, "bfloat16")
+    (matrix,) = backend.stacked([make_host("bfloat16", 32, 256)])
+    norm = Norm(unwritten(backend, 256), 1e-5)
+    (out,) = backend.linear("qkv", unwritten(backend, 16 * 256), [matrix], 16, norm)
+    kernel = kernels_of([out.partials if isinstance(out, Summed) else out])[-1]
+    source = to_program(kernel, make_renderer(KINDS[kind])).src[2].arg
+    before, _, arguments = source.partition("void __launch_bounds__" if kind == "CUDA" else "kernel void")
+    assert f"{'half' if kind == 'CUDA' else 'float'}* data2_" in arguments
+    assert ("f32.bf16.bf16.f32 {%0" in arguments) == (kind == "CUDA")
+    assert kind != "CUDA" or "cuda_fp16.h" in before  # which declares half
 
 
 # -- products ----------------------------------------------------------------------------------------------------------

@@ -236,7 +236,9 @@ class Mma:
         """`count` neighbors in a float16 buffer (a multiple of 8), as an operand of `multiply_pairs`."""
         if self.kind == "METAL":
             return [buffer[at + i].load() for i in range(count)]
-        words = [UOp(Ops.CUSTOM, WORDS, src=(buffer[at + i],), arg=LOAD_WORDS) for i in range(0, count, 8)]
+        # the zero is not rendered: it makes tinygrad include the header that declares the buffer's type
+        zero = UOp.const(0.0, buffer.dtype)
+        words = [UOp(Ops.CUSTOM, WORDS, src=(buffer[at + i], zero), arg=LOAD_WORDS) for i in range(0, count, 8)]
         return [UOp(Ops.CUSTOMI, dtypes.uint, src=(four,), arg=f"{{0}}.{name}") for four in words for name in "xyzw"]
 
     def multiply_pairs(self, body: Body, w: list[list[UOp]], x: list[list[UOp]], start: list[UOp]) -> list[UOp]:

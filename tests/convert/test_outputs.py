@@ -321,3 +321,5 @@ def test_experts_of_a_gguf_file_are_quantized_and_directories_of_them_refused(tm
     for to in ("mlx-4", "fp8"):
         with pytest.raises(ModelError, match="has experts, which are not written as"):
             convert(write_hf(tmp_path / f"hf-{to}", recipe), to, tmp_path / to)
+    with pytest.raises(ModelError, match=r"can then be quantized$"):  # and no word of what is refused as well
+        convert(write_hf(tmp_path / "hf", recipe), "q8_0", tmp_path / "w.gguf")

@@ -34,9 +34,10 @@ LONG_CONTEXT = 1 << 30  # tokens: longer than any that ropes distinguish
 def architecture_of(config: ModelConfig) -> str:
     """Raises UnsupportedModelError for a family without an entry in ARCHITECTURES."""
     if config.architecture not in ARCHITECTURES:
+        other = "" if config.experts else ", or --to mlx-4"
         raise UnsupportedModelError(
             f"{config.architecture} models cannot be written as GGUF here; known: {', '.join(ARCHITECTURES)}. Use "
-            "llama.cpp's converter, whose file can then be quantized, or --to mlx-4"
+            f"llama.cpp's converter, whose file can then be quantized{other}"
         )
     return ARCHITECTURES[config.architecture]
 

@@ -19,7 +19,7 @@ from tests.model.weights.hf_formats.directory import assemble
 from tests.model.weights.hf_formats.test_layouts import interleave
 from tinyvllm.arrays import E2M1, LazyCodes, QuantizedMatrix, to_float32
 from tinyvllm.config import ExpertsKind, ModelConfig, Rope
-from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
+from tinyvllm.errors import ModelError, UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.weights.experts import stack_experts
 from tinyvllm.model.weights.gguf import read_gguf
 from tinyvllm.model.weights.stored import StoredTensor
@@ -244,6 +244,31 @@ def test_alternating_rows_of_mxfp4_are_told_apart(tmp_path: Path) -> None:
         matrix = found[f"{LAYER}mlp.experts.{module}_proj.weight"]
         assert isinstance(matrix.codes, LazyCodes)
         np.testing.assert_array_equal(to_float32(matrix), both[:, :, place].reshape(-1, HIDDEN))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "scales", "message"),
+    [
+        ((6, 64, 3, 15), np.zeros((6, 64, 3), np.uint8), r"shape \(6, 64, 3, 15\), but 32 codes take 16 bytes"),
+        ((16,), np.zeros((), np.uint8), r"shape \(16,\), but 32 codes take 16 bytes"),
+        ((6, 64, 3, 16), np.zeros((6, 64, 2), np.uint8), r"down_proj_scales has shape \(6, 64, 2\)"),
+        (
+            (6, 64, 3, 16),
+            np.zeros((6, 64, 3), np.float32),
+            "blocks of type U8 and scales of float32: MXFP4 has U8 in both",
+        ),
+    ],
+)
+def test_mxfp4_of_other_sizes_and_types_is_named(
+    tmp_path: Path, blocks: tuple[int, ...], scales: np.ndarray, message: str
+) -> None:
+    name = f"{LAYER}mlp.experts.down_proj"
+    with pytest.raises(ModelError, match=message):
+        assemble(
+            tmp_path,
+            {"quant_method": "mxfp4"},
+            {f"{name}_blocks": np.zeros(blocks, np.uint8), f"{name}_scales": scales},
+        )
 
 
 def test_mlx_s_stacks_are_read(tmp_path: Path) -> None:

@@ -16,13 +16,18 @@ GROUP = 32
 
 
 def build(parts: Parts) -> StoredTensor:
-    """Raises WeightMismatchError."""
-    *rows, num_groups, num_bytes = parts["_blocks"].shape
-    if num_bytes * 2 != GROUP:
+    """Raises WeightMismatchError, UnsupportedModelError."""
+    blocks, scales = parts["_blocks"], parts["_scales"]
+    if (blocks.format_name, scales.format_name) != ("U8", "U8"):
+        raise parts.unsupported(
+            f"has blocks of type {blocks.format_name} and scales of {scales.format_name}: MXFP4 has U8 in both"
+        )
+    *rows, num_bytes = blocks.shape
+    if len(rows) < 2 or num_bytes * 2 != GROUP:
         raise parts.mismatch("_blocks", f"{GROUP} codes take {GROUP // 2} bytes")
-    if parts["_scales"].shape != (*rows, num_groups):
-        raise parts.mismatch("_scales", f"the blocks have {parts['_blocks'].shape}")
-    return parts.stored((*rows, num_groups * GROUP), "mxfp4", _read)
+    if scales.shape != tuple(rows):
+        raise parts.mismatch("_scales", f"the blocks have {blocks.shape}")
+    return parts.stored((*rows[:-1], rows[-1] * GROUP), "mxfp4", _read)
 
 
 def _read(parts: Parts) -> QuantizedMatrix:

@@ -103,8 +103,10 @@ def graphs_of(settings: Settings, case: Case, *, is_whole: bool = False) -> list
     with _nothing_runs(settings, case.family):
         if is_whole:
             return _record(settings, model, case)
-        graphs, less = (_record(settings, replace(model, num_layers=count), case) for count in (LAYERS, LAYERS - 1))
-    missing = model.num_layers - LAYERS
+        period = len(model.recurrent)  # layers of a hybrid differ, and are repeated as a pattern
+        counts = (2 * period, period) if period else (LAYERS, LAYERS - 1)
+        graphs, less = (_record(settings, replace(model, num_layers=count), case) for count in counts)
+    missing = (model.num_layers - counts[0]) // (counts[0] - counts[1])
     return [graph.with_more_layers(missing, other) for graph, other in zip(graphs, less, strict=True)]
 
 
@@ -133,6 +135,7 @@ def _record(settings: Settings, model: ModelConfig, case: Case) -> list[GraphFac
 def _nothing_runs(settings: Settings, family: str) -> Iterator[None]:
     from tinyvllm.device.handle import DeviceHandle
     from tinyvllm.execution import runner
+    from tinyvllm.model import delta_net
     from tinyvllm.ops import backends
 
     old = settings.family, settings.memory_bytes
@@ -148,6 +151,7 @@ def _nothing_runs(settings: Settings, family: str) -> Iterator[None]:
             where_nothing_runs(settings),
             mock.patch.object(runner, "make_backend", make_backend),
             mock.patch.object(DeviceHandle, "free_memory", lambda self: MEMORY_BYTES),
+            mock.patch.object(delta_net, "_b_over_a", _b_over_a),
         ):
             yield
     finally:
@@ -177,15 +181,19 @@ class _Shape:
     kind: str
     shape: tuple[int, int]
 
+    def __getitem__(self, rows: np.ndarray) -> _Shape:
+        return _Shape(self.kind, (len(rows), self.shape[1]))
+
 
 class _Weights:
-    """A checkpoint of shapes; vectors are ones. In a mixture called Q4_K, V and down are Q6_K, as in llama.cpp's."""
+    """A checkpoint of shapes; vectors and convolutions are ones. In a mixture called Q4_K, V and down are Q6_K, as in
+    llama.cpp's."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
 
     def take(self, name: str, shape: tuple[int, ...]) -> Any:
-        if len(shape) == 1:
+        if len(shape) == 1 or "conv1d" in name:
             return np.ones(shape, np.float32)
         is_finer = self._kind == "Q4_K" and any(part in name for part in ("v_proj", "down_proj", "embed", "lm_head"))
         return _Shape("Q6_K" if is_finer else self._kind, (shape[0], shape[1]))
@@ -244,6 +252,10 @@ def _without_weights(backend: Backend) -> Backend:
     patched.stacked = lambda hosts, num_kv_heads=None: once(tuple(hosts), lambda: load_stacked(hosts))
     patched.gate_up = lambda gate, up: once((gate, up, "gated"), lambda: load_gate_up(gate, up))
     return backend
+
+
+def _b_over_a(b: _Shape, a: _Shape) -> _Shape:
+    return _Shape(b.kind, (b.shape[0] + a.shape[0], b.shape[1]))
 
 
 def _stand_in(host: _Shape, blocks: int) -> HostMatrix:

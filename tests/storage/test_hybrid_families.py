@@ -172,6 +172,11 @@ def test_lfm2s_layers_are_convolutions_but_for_those_that_it_lists(tmp_path: Pat
     assert (recurrent(config), config.ffn_size, config.tie_embeddings) == ("rrarrarrarararar", 10752, False)
     with pytest.raises(UnsupportedModelError, match="conv_bias is True"):
         read(tmp_path, LFM2_1_2B, conv_bias=True)
+    with pytest.raises(ModelError, match="conv_L_cache is 1: it must be a whole number of at least 2"):
+        read(tmp_path, LFM2_1_2B, conv_L_cache=1)
+    for layers in (3, [], [16], [[1]], ["2"]):
+        with pytest.raises(ModelError, match=r"full_attn_idxs is .* less than num_hidden_layers \(16\)"):
+            read(tmp_path, LFM2_1_2B, full_attn_idxs=layers)
 
 
 def test_gguf_has_no_heads_of_keys_where_a_layer_is_a_convolution(tmp_path: Path) -> None:
@@ -179,3 +184,5 @@ def test_gguf_has_no_heads_of_keys_where_a_layer_is_a_convolution(tmp_path: Path
     config = read_gguf(tmp_path, "lfm2", **heads)
     assert recurrent(config) == "rara" and config.state == ConvKind.of(64, conv_width=3)
     assert [kind.num_kv_heads for kind in config.layers] == [0, 2, 0, 2]
+    with pytest.raises(ModelError, match=r"head_count_kv is \[0, 0, 0, 0\]: it must be above 0 in one layer"):
+        read_gguf(tmp_path, "lfm2", **heads | {"attention.head_count_kv": [0, 0, 0, 0]})

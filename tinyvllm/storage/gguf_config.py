@@ -121,6 +121,8 @@ def _largest(values: Values, family: FamilyFiles, key: str, default: int | None 
         return values.integer(key, default)
     counts = values.integers(key, values.integer("block_count"), at_least=0 if family.hf_recurrent else 1)
     counts = [count for count in counts if count]  # recurrent layers have no heads
+    if not counts:
+        values.refuse(key, "above 0 in one layer at least")
     if len(set(counts)) > 1 and not family.has_layer_sizes:
         values.unsupported(key, "the same number for every layer")
     return max(counts)

@@ -19,7 +19,7 @@ def refine_hf(config: ModelConfig, values: Values) -> ModelConfig:
         values.unsupported("conv_bias", "false (no biases)")
     kinds = values.get("layer_types")
     if kinds is None:
-        attends = set(values.get("full_attn_idxs") or range(config.num_layers))
+        attends = _attending_layers(values, config.num_layers)
         kinds = [FULL if layer in attends else CONV for layer in range(config.num_layers)]
     config = replace(
         config,
@@ -30,6 +30,16 @@ def refine_hf(config: ModelConfig, values: Values) -> ModelConfig:
     return _with_convolutions(
         config, values, tuple(kind == CONV for kind in kinds), values.integer("conv_L_cache", at_least=MIN_TAPS)
     )
+
+
+def _attending_layers(values: Values, num_layers: int) -> list[int]:
+    """Where a file does not list them, all layers have attention."""
+    layers = values.get("full_attn_idxs")
+    if layers is None:
+        return list(range(num_layers))
+    if not isinstance(layers, list) or not layers or any(layer not in range(num_layers) for layer in layers):
+        values.refuse("full_attn_idxs", f"a list of layers, each less than num_hidden_layers ({num_layers})")
+    return layers
 
 
 def _ffn_size(values: Values) -> int:

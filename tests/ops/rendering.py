@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -149,6 +150,9 @@ def check_limits(kernel: UOp, target: str) -> None:
     assert buffer_bytes(program, AddrSpace.LOCAL) <= limit, f"{name} shares too much"
     assert threads <= THREADS, f"{name} has {threads} threads"
     assert "double" not in source, f"{name} computes in double precision"
+    if target.startswith("CUDA"):  # tinygrad includes the header for values of a type, but not for buffers
+        for declared, header in (("half", "cuda_fp16.h"), ("nv_bfloat16", "cuda_bf16.h")):
+            assert header in source or re.search(rf"\b{declared}\b", source) is None, f"{name} lacks {header}"
 
 
 def gpu_backend(dtype: str) -> Backend:

@@ -296,7 +296,7 @@ def test_a_row_of_float32_equals_the_reference(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("operation", SHAPES)
-@pytest.mark.parametrize("tokens", [1, 2, 8, 20, 64, 70])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 33, 64, 70])
 @pytest.mark.parametrize("fmt", ["float16", "bfloat16", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q6_K", "Q8_0"])
 def test_rows_in_half_precision_equal_the_reference(
     device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str, tokens: int, operation: str

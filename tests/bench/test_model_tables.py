@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tinyvllm.bench.model_tables import MACHINES, MODELS, kv_bytes, num_weights
+from tinyvllm.bench.model_tables import MACHINES, MODELS, SPARSE_AND_HYBRID, kv_bytes, num_active, num_weights
 from tinyvllm.bench.shapes import SHAPES
 from tinyvllm.convert.gguf_metadata import ARCHITECTURES
 from tinyvllm.convert.hf_files import FAMILIES
@@ -48,6 +48,14 @@ def test_counts_are_those_of_the_models_cards() -> None:
     for name, count in billions.items():
         assert abs(num_weights(SHAPES[name]) / 1e9 - count) < 0.01, name
     assert set(billions) <= set(MODELS)
+
+
+def test_active_weights_are_those_of_the_models_cards() -> None:
+    billions = {"qwen3-30b-a3b": 3.3, "mixtral-8x7b": 12.9}
+    for name, count in billions.items():
+        assert abs(num_active(SHAPES[name]) / 1e9 - count) < 0.1, name
+    assert set(billions) <= set(SPARSE_AND_HYBRID)
+    assert num_active(SHAPES["qwen3-8b"]) == num_weights(SHAPES["qwen3-8b"])
 
 
 def test_a_window_bounds_the_cache() -> None:

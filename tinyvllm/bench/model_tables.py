@@ -11,7 +11,7 @@ from tinyvllm.bench.shapes import SHAPES
 from tinyvllm.config import ModelConfig
 from tinyvllm.profiling.chips import CHIPS, GB, Chip
 from tinyvllm.profiling.predict import FACTORS, predict
-from tinyvllm.profiling.roofline import bytes_per_weight, weights_of
+from tinyvllm.profiling.roofline import bytes_per_weight, weights_in_experts, weights_of
 
 CONTEXT = 1024  # tokens before the predicted step
 KV_ITEMSIZE = 2
@@ -29,6 +29,19 @@ MODELS = (
     "mistral-small-24b",
     "qwen2.5-32b",
     "llama-3.1-70b",
+)
+# With experts, recurrent layers or latents: predictions of their speed have not been compared with measurements
+SPARSE_AND_HYBRID = (
+    "lfm2-1.2b",
+    "qwen3.5-0.8b",
+    "qwen3.5-27b",
+    "qwen3.5-35b-a3b",
+    "qwen3-next-80b-a3b",
+    "qwen3-30b-a3b",
+    "gpt-oss-20b",
+    "glm-4.7-flash",
+    "gemma-4-26b-a4b",
+    "mixtral-8x7b",
 )
 CONTEXTS = (4096, 32768)
 LAPTOP = Chip("laptop CPU", 89.6, 0.5, "two channels of DDR5-5600: 128 bits x 5600 MT/s; its rate is assumed", "CPU")
@@ -89,6 +102,13 @@ def num_weights(config: ModelConfig) -> int:
     return in_layers + table * (1 if config.tie_embeddings else 2)
 
 
+def num_active(config: ModelConfig) -> int:
+    """Those that one token passes through: all but the experts that are not chosen for it."""
+    if config.experts is None:
+        return num_weights(config)
+    return num_weights(config) - round(weights_in_experts(config, config.experts.num_experts - config.experts.top_k))
+
+
 def kv_bytes(config: ModelConfig, num_tokens: int) -> float:
     """Keys and values of one sequence, and its recurrent state. A layer with a window keeps no more than that."""
     return config.state_bytes + sum(
@@ -105,6 +125,26 @@ def memory_table() -> str:
         count = num_weights(config)
         sizes = [_gb(count * bytes_per_weight(kind)) for kind in ("float16", "Q8_0", "Q4_K")]
         rows.append([name, f"{count / 1e9:.2f} B", *sizes, *(_gb(kv_bytes(config, n)) for n in CONTEXTS)])
+    return _markdown(rows)
+
+
+def sparse_table() -> str:
+    """Weights and those of one token, and what a sequence takes: keys and values or latents, and recurrent states."""
+    head = ["model", "weights", "for one token", "16 bits", "4 bits (Q4_K)", "KV of a token", "state"]
+    rows = [[*head, *(f"KV and state, {n:,} tokens" for n in CONTEXTS)]]
+    for name in SPARSE_AND_HYBRID:
+        config = SHAPES[name]
+        count, state = num_weights(config), config.state_bytes
+        rows.append(
+            [
+                name,
+                *(f"{n / 1e9:.2f} B" for n in (count, num_active(config))),
+                *(_gb(count * bytes_per_weight(kind)) for kind in ("float16", "Q4_K")),
+                f"{config.kv_bytes_per_token(KV_ITEMSIZE) / 1e3:.0f} KB",
+                f"{state / 1e6:.{2 if state < 1e6 else 0}f} MB" if state else "",
+                *(_gb(kv_bytes(config, n)) for n in CONTEXTS),
+            ]
+        )
     return _markdown(rows)
 
 
@@ -144,6 +184,10 @@ def sections() -> str:
     text = [
         "Weights in GB (1e9 bytes), with embeddings, and the KV cache of one sequence in float16:",
         memory_table(),
+        "The same for models with experts, recurrent layers or latents, with the weights that one token passes "
+        "through. KV is keys and values, or latents; layers with a window keep only its tokens. The state does not "
+        "grow with the context. The experts of gpt-oss are published in MXFP4, which takes about as much as Q4_K:",
+        sparse_table(),
         f"Assumed: {shares_line()}; the time of each kernel and of the host besides. A cell is empty where the weights "
         "and 4,096 tokens of context do not fit into the share of the memory that the engine takes by default.",
         *speeds,

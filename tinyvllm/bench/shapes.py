@@ -628,25 +628,6 @@ SHAPES: dict[str, ModelConfig] = {
             with_experts=(False, *[True] * 46),
         ),
         ModelConfig(
-            name="qwen3.5-35b-a3b",  # Qwen/Qwen3.5-35B-A3B, the text part
-            architecture="qwen3_5_moe",
-            num_layers=40,
-            hidden_size=2048,
-            ffn_size=512,
-            num_heads=16,
-            num_kv_heads=2,
-            head_dim=256,
-            vocab_size=248320,
-            max_position=262144,
-            rope=Rope(10000000.0, num_dims=64),
-            norm_eps=1e-6,
-            tie_embeddings=False,
-            state=delta_net(32),
-            recurrent=THREE_OF_FOUR,
-            has_output_gate=True,
-            experts=ExpertsKind(num_experts=256, top_k=8, ffn_size=512, shared_size=512, has_shared_gate=True),
-        ),
-        ModelConfig(
             name="gemma-4-26b-a4b",  # google/gemma-4-26B-A4B, the text part
             architecture="gemma4",
             num_layers=30,

@@ -11,7 +11,7 @@ Four clients, each with its own system prompt:
     appending   sends back what it received, as a chat without reasoning does
     thinking    leaves out the first half of the last answer, as chat templates drop the reasoning of earlier turns
     branching   appends; after the last turn it goes back to the fifth and asks something else
-    sharing     asks ten questions of one turn each after the same system prompt, as an agent's helpers do
+    sharing     asks ten questions of one turn each after the same system prompt, as an agent's subagents do
 
 A turn has to compute the tokens that are new to the server: the user's, and with `thinking` the shortened answer.
 Answers are forced to be printable ASCII, so that their text and their tokens are the same with the byte tokenizer.

@@ -195,7 +195,7 @@ class Scales:
 
 
 def _joined(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """All rows; None if the arrays are: all or none of them."""
+    """The rows of all arrays, or None if the arrays are None: all of them are, or none is."""
     present = [array for array in arrays if array is not None]
     return np.concatenate(present) if present else None
 

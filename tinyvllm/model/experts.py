@@ -48,7 +48,7 @@ class SparseFeedForward:
     def compute(
         self, ops: Operations, x: Tensor, step: Step, residual: Tensor, out_scale: Tensor | None = None
     ) -> Tensor:
-        """Its output of x, added to `residual`."""
+        """(T * hidden,): `residual` plus the output for x."""
         tokens, norm, scale = step.num_tokens, self.ffn_norm, self.residual_scale
         routing = ops.route(x, self.layer, tokens, self.router_norm)
         keep(routing.ids)  # profiles read them

@@ -32,7 +32,7 @@ class DenseFeedForward:
     def compute(
         self, ops: Operations, x: Tensor, step: Step, residual: Tensor | None, out_scale: Tensor | None = None
     ) -> Tensor:
-        """Its output of x, added to `residual`."""
+        """(T * hidden,): `residual` plus the output for x."""
         tokens, gate = step.num_tokens, Epilogue(bias=self.gate_up_bias, activation=self.activation)
         (hidden,) = ops.linear("gate_up", x, [self.gate_up], tokens, self.ffn_norm, gate)  # (T * ffn,)
         epilogue = Epilogue(

@@ -20,7 +20,7 @@ class Mixer(Protocol):
         """By role."""
 
     def run(self, ops: Operations, x: Tensor, step: Step) -> Tensor:
-        """(T * hidden,): x, and added to it what the layer makes of it and of the tokens before."""
+        """(T * hidden,): x plus the layer's output for x and the tokens before."""
 
 
 class FeedForward(Protocol):
@@ -31,7 +31,7 @@ class FeedForward(Protocol):
         """By role."""
 
     def run(self, ops: Operations, x: Tensor, step: Step, out_scale: Tensor | None = None) -> Tensor:
-        """(T * hidden,): x, and added to it what the layer makes of it; the sum times `out_scale` (1,) float32."""
+        """(T * hidden,): x plus the layer's output for x; the sum times `out_scale` (1,) float32."""
 
 
 @dataclass(frozen=True)

@@ -119,12 +119,12 @@ class Sequence:
 
     @property
     def is_moved(self) -> UOp:
-        """Whether its new state goes to another slot than the old one's."""
+        """Whether its state is written to another slot than it is read from."""
         return self.read_slot.ne(self.write_slot)
 
 
 def sequence_at(spec: RecurrentSpec, inputs: UOp, index: UOp | int) -> Sequence:
-    """The sequence with a number in the step."""
+    """The step's sequence number `index`."""
     layout, tokens = spec.layout, spec.layout.num_tokens
     reads, writes = (
         clamp(inputs[layout.offset(name) + index].load(), 0, spec.num_slots - 1)
@@ -143,7 +143,7 @@ def sequence_at(spec: RecurrentSpec, inputs: UOp, index: UOp | int) -> Sequence:
 
 
 def sequence_of(spec: RecurrentSpec, inputs: UOp, row: UOp | int) -> tuple[Sequence, UOp]:
-    """(the sequence of a row, whether the row is one of it and not padding)."""
+    """(the sequence that a row belongs to, whether the row is not padding)."""
     layout = spec.layout
     if spec.is_decode:
         sequence = sequence_at(spec, inputs, row)

@@ -47,7 +47,7 @@ class ConvSpec(RecurrentSpec):
         return f"{self.layout.num_tokens}x{self.channels}"
 
     def axes(self, body: Body) -> tuple[UOp, UOp, tuple[UOp, ...]]:
-        """(row, channel, what a store of them ends)."""
+        """(row, channel, the axes that a store of them ends)."""
         if not self.has_threads:
             row, channel = body.loop(self.layout.num_tokens), body.loop(self.channels)
             return row, channel, (channel, row)
@@ -56,12 +56,12 @@ class ConvSpec(RecurrentSpec):
         return row, chunk * THREADS + thread, (thread, chunk, row)
 
     def address(self, slot: UOp, position: UOp, channel: UOp) -> UOp:
-        """Of an input in the core's part of the pool."""
+        """The index of an input in the core's part of the pool."""
         return (slot * self.width + position.maximum(0) % self.width) * self.channels + channel
 
 
 def convolve(spec: ConvSpec, out: Tensor, convs: Tensor, taps: Tensor, inputs: Tensor, projected: Tensor) -> Tensor:
-    """A core's outputs, written to `out`; its last inputs, to the pool."""
+    """Write a core's outputs to `out`, and its last inputs to the pool."""
     if spec.is_decode:
         return run_kernel(step_kernel(spec), [out, convs], [inputs, taps, projected])[0]
     mixed = empty(spec.layout.num_tokens * spec.channels, F32, str(out.device))
@@ -95,7 +95,7 @@ class Row:
         return (position >= 0).where(value, 0.0)
 
     def keep(self, position: UOp, value: UOp, is_wanted: UOp) -> UOp:
-        """A store of an input where the sequence's state goes; in the dummy slot if it is not wanted."""
+        """Store an input in the sequence's slot, or in the dummy slot if it is not wanted."""
         slot = is_wanted.where(self.sequence.write_slot, 0)
         return self.convs[self.spec.address(slot, position, self.channel)].store(value)
 
@@ -161,7 +161,7 @@ def keep_kernel(spec: ConvSpec) -> KernelFn:
 
 
 def _kept_by(here: Row, is_real: UOp) -> Iterator[UOp]:
-    """Stores of a row's input, if it is among the last, and by the first row of earlier ones that still are."""
+    """Stores of a row's input if it is among the last; the first row also stores earlier inputs that still are."""
     spec, sequence = here.spec, here.sequence
     offset = here.row - sequence.first_row
     is_last = sequence.count - offset < spec.width

@@ -58,7 +58,7 @@ def write_latents_kernel(spec: LatentSpec, x_cols: tuple[int, ...]) -> KernelFn:
 
 
 def _staged_row(body: Body, spec: LatentSpec, axis: UOp, parts: tuple[UOp, ...], x_cols: tuple[int, ...]) -> UOp:
-    """The row's latent, of all cores' parts, on the stack; without columns that pad it."""
+    """The row's latent on the stack, joined from all cores' parts, without the columns that pad it."""
     row, copies, start = body.registers(spec.stored_dim), [], 0
     for part, cols in zip(parts, x_cols, strict=True):
         count = min(cols, spec.stored_dim - start)

@@ -148,7 +148,7 @@ class Inputs:
         return self.shards[run.shard][row * self.spec.cols[run.shard] + (col + run.at)].load()
 
     def place(self, slot: UOp, position: UOp, channel: UOp) -> UOp:
-        """Of an input in the core's part of the pool."""
+        """The index of an input in the core's part of the pool."""
         kind = self.spec.kind
         return slot * kind.conv_elements + position % kind.conv_width * kind.conv_size + channel
 

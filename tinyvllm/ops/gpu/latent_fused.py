@@ -342,7 +342,7 @@ class _Context:
         self.pieces = place.shares(spec.tile_tokens * spec.stored_dim // PIECE)
 
     def first(self, number: UOp | int) -> UOp:
-        """The first token of a tile; of some other of the row's tiles if there is none of this number."""
+        """The first token of a tile, or of another of the row's tiles if it has fewer."""
         wanted = self.low + number * self.place.spec.tile_tokens
         last = (self.high - 1).maximum(0) // TILE_TOKENS * TILE_TOKENS
         return wanted.minimum(last) if isinstance(wanted, UOp) else last.minimum(wanted)
@@ -365,7 +365,7 @@ class _Context:
         return values
 
     def _block_start(self, number: UOp) -> UOp:
-        """The first slot of the row's block of this number; of the last one that is read if there is none."""
+        """The first slot of the row's block of this number, or of the last block that is read if there are fewer."""
         size, spec = self.place.spec.layout.block_size, self.place.spec
         existing = number.minimum((self.high - 1).maximum(0) // size)
         return clamp(self.row.inputs[self.row.table + existing].load(), 0, spec.num_blocks - 1) * size
@@ -517,7 +517,7 @@ class _Values:
         return stores
 
     def _existing(self, head: UOp, tile: int) -> UOp:
-        """A head of a tile; of a head that does not exist, whose sums nobody reads, the last one."""
+        """A head of a tile; the last one in place of a head that does not exist, whose sums nobody reads."""
         count = self.place.spec.heads_together
         return head + tile * 8 if (tile + 1) * 8 <= count else (head + tile * 8).minimum(count - 1)
 

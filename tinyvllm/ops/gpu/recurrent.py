@@ -67,7 +67,7 @@ class _Walk:
         self.column = self.block * spec.across + self.thread // spec.down
 
     def place(self, slot: UOp, i: int) -> UOp:
-        """Of the thread's i-th element in the pool."""
+        """The index of the thread's i-th element in the pool."""
         kind = self.spec.kind
         row = (slot * kind.num_heads + self.head) * kind.key_dim + self.spec.row(self.thread, i)
         return row * kind.value_dim + self.column

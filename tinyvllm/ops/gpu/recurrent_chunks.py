@@ -360,9 +360,9 @@ class _Rows:
         return self._betas[block][element]
 
     def decay(self, block: int, element: int) -> UOp:
-        """Of the state, from before the chunk to a row."""
+        """The decay of the state, from before the chunk to a row."""
         return self._decays[block][element]
 
     def later(self, block: int, element: int) -> UOp:
-        """Of what a row adds to the state, from there to the chunk's end."""
+        """The decay of what a row adds to the state, from there to the chunk's end."""
         return self._later[block][element]

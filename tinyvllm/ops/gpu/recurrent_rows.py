@@ -151,7 +151,7 @@ class Inputs:
         self.convs, self.conv, self.sequence = convs, conv, sequence
 
     def place(self, slot: UOp, position: UOp, channel: UOp | int) -> UOp:
-        """Of an input in the pool."""
+        """The index of an input in the pool."""
         kind = self.spec.kind
         return slot * kind.conv_elements + position % kind.conv_width * kind.conv_size + channel
 

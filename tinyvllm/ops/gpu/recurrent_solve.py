@@ -102,13 +102,13 @@ class Chunk:
 
 
 def chunk_of(sequence: Sequence, index: UOp) -> Chunk:
-    """The index-th chunk of a sequence; it has no rows if there is no such."""
+    """The index-th chunk of a sequence, without rows if the sequence has fewer chunks."""
     count = (sequence.count - index * CHUNK).maximum(0).minimum(CHUNK)
     return Chunk(sequence.first_row + index * CHUNK, count)
 
 
 def find_chunk(spec: ChunkSpec, inputs: UOp, number: UOp | int) -> tuple[Chunk, UOp]:
-    """(the chunk with a number, its rows and those of the sequence after it: 0 if there is no such)."""
+    """(the chunk of this number, its rows and those of the sequence after it: 0 if there is no such chunk)."""
     layout, found = spec.layout, UOp.const(0, I32)
 
     def first_number(index: UOp) -> UOp:

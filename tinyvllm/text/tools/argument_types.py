@@ -22,7 +22,7 @@ def property_schema(tool: Tool | None, key: str) -> Schema:
 
 
 def _resolved(schema: Schema, root: Schema) -> Schema:
-    """The schema that a reference inside the document leads to. Takes a few steps at most: references may be cycles."""
+    """The schema that references inside the document lead to. Follows at most 8, which may form a cycle."""
     for _ in range(8):
         reference = schema.get("$ref")
         if not isinstance(reference, str) or not reference.startswith("#/"):

@@ -230,8 +230,8 @@ class HarmonyParser(ToolParser):
         return events
 
     def _end_header(self) -> list[Event]:
-        """Give up a header that has no message. Inside a message, and if it has no marks at all, it was text; otherwise
-        only the words in it that are none of its fields are."""
+        """Give up a header without a message. Inside a message, or without any marks, it was text; otherwise only those
+        of its words are text that are none of its fields."""
         assert self._header is not None
         header, self._header = Header.parse(self._header, is_complete=False), None
         if self._interrupts:

@@ -197,7 +197,7 @@ class Value:
         return f"{', ' if num_earlier else '{'}{json.dumps(self._key, ensure_ascii=False)}: {quote}"
 
     def take(self, text: str) -> str:
-        """What can be passed on: of a string everything but a line break that may be the one before the end."""
+        """What can be passed on: of a string, all but a last line break, which may belong to the end."""
         self._text += text
         if not self._is_text:
             return ""
@@ -257,7 +257,7 @@ class TaggedFormat(ToolFormat):
         tags = self.tags
 
         def tag(before: str, text: str, after: str = "") -> str:
-            """A tag with literals around it, of which it is one if it is no special token."""
+            """A tag with literals around it; unless it is a special token, they are one literal."""
             marked = mark(tokenizer, text) if text else ""
             if not marked.startswith("<["):
                 return lark_string(before + text + after) if before + text + after else ""

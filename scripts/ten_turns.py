@@ -2,8 +2,8 @@
 layers: measured through the OpenAI-compatible API of any server, from `usage.prompt_tokens_details.cached_tokens`.
 
     python scripts/ten_turns.py --write /tmp/turns        # a tiny Qwen3.5, in two formats
-    tinyvllm serve /tmp/turns/tiny.gguf --port 8000 &     # or llama-server, mlx_lm.server, ...
-    python scripts/ten_turns.py --url http://127.0.0.1:8000 --name tinyvllm --json tinyvllm.json
+    tinyvllm serve /tmp/turns/tiny.gguf --max-num-batched-tokens 128 &     # or llama-server, mlx_lm.server, ...
+    python scripts/ten_turns.py --url http://127.0.0.1:8000 --model tiny --name tinyvllm --json tinyvllm.json
     python scripts/ten_turns.py --table tinyvllm.json llama.json mlx.json
 
 Four clients, each with its own system prompt:
@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prompt tokens that a server recomputes in ten turns.")
     parser.add_argument("--write", type=Path, help="write the tiny model into this directory, and end")
     parser.add_argument("--url", help="of the server, without /v1")
-    parser.add_argument("--model", default="default_model", help="its name, if the server wants one")
+    parser.add_argument("--model", default="default_model", help="the name that the server knows the model by")
     parser.add_argument("--name", default="server", help="in the table")
     parser.add_argument("--json", type=Path, help="where the counts go")
     parser.add_argument("--table", type=Path, nargs="+", help="print these files as a table, and end")

@@ -369,8 +369,9 @@ def test_a_row_that_exceeds_float16_equals_the_reference(
         for make in (added, lambda ops: Epilogue(activation="silu")):
             got, expected = (run(ops, make(ops)) for ops in (backend, reference))
             assert largest_difference(got, expected) < TOLERANCE["float16"], size
-        zero = np.zeros_like(x)
-        np.testing.assert_array_equal(run(backend, added(backend), zero), run(reference, added(reference), zero))
+        zero = np.zeros_like(x)  # whose RMS is 0
+        got, expected = run(backend, added(backend), zero), run(reference, added(reference), zero)
+        np.testing.assert_allclose(got, expected, rtol=1e-6)  # a device may multiply and add at once
     assert not backend.coverage.lines()
 
 

@@ -149,6 +149,22 @@ def test_missing_tensor_is_named(tmp_path: Path, form: str) -> None:
         open_files(files).take(Q_NAME, (64, 64))
 
 
+@pytest.mark.parametrize(
+    ("packed", "missing"),
+    [
+        ("mlp.experts.gate_up_proj_blocks", "mlp.experts.gate_proj.weight"),
+        ("self_attn.q_proj.qweight", "self_attn.q_proj.weight"),
+    ],
+)
+def test_a_quantized_module_without_settings_is_named(tmp_path: Path, packed: str, missing: str) -> None:
+    codes = StoredTensor((4, 4), lambda: np.zeros((4, 4), np.uint8), "uint8", 16, False)
+    checkpoint = Checkpoint(tmp_path, {f"model.layers.0.{packed}": codes})
+    with pytest.raises(
+        WeightMismatchError, match=rf"quantized \(model\.layers\.0\.{packed}\), but config\.json has no"
+    ):
+        checkpoint.take(f"model.layers.0.{missing}", (4, 4))
+
+
 def test_surplus_tensors_are_named(tmp_path: Path) -> None:
     tweaks = GGUFTweaks(extra={"blk.0.attn_q.bias": np.ones(64), "strange.weight": np.ones(3)})
     checkpoint = open_files(write_tiny_gguf(tmp_path / "m.gguf", tweaks=tweaks))

@@ -33,6 +33,8 @@ DRAFTING = "mtp"  # multi-token prediction: a part of its own in Hugging Face's 
 
 # Buffers that old versions of transformers saved; the model computes them
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "position_ids")
+# Ends of the names of codes, which are left as they are if nothing says how they are packed
+PACKED_SUFFIXES = ("_blocks", ".qweight", ".weight_packed")
 
 
 def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
@@ -176,9 +178,7 @@ class Checkpoint:
         """
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise WeightMismatchError(
-                f"{self._source} has no tensor {name} (shape {shape}): it is incomplete or of another architecture"
-            )
+            raise WeightMismatchError(f"{self._source} has no tensor {name} (shape {shape}): {self._why_missing(name)}")
         if tensor.shape != shape:
             raise WeightMismatchError(
                 f"{self._source}: tensor {name} has shape {tensor.shape}, but the model's settings ask for {shape}"
@@ -190,6 +190,17 @@ class Checkpoint:
             )
         self._taken.add(name)
         return tensor
+
+    def _why_missing(self, name: str) -> str:
+        """What the tensors beside it tell: that the module is quantized, for example."""
+        module = name.removesuffix(".weight").rpartition(".")[0]
+        packed = [other for other in self.names() if other.startswith(module) and other.endswith(PACKED_SUFFIXES)]
+        if packed:
+            return (
+                f"it is quantized ({packed[0]}), but config.json has no quantization_config that says how: add the "
+                "original's"
+            )
+        return "it is incomplete or of another architecture"
 
     def finish(self) -> None:
         """Raise WeightMismatchError if the files have tensors that were never taken: the model would be another one."""

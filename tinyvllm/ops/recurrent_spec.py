@@ -18,6 +18,7 @@ from tinyvllm.ops.kernel.tuning import Tunable
 from tinyvllm.ops.step_inputs import StepLayout
 
 QUERIES, KEYS, VALUES, GATES, BETAS, DECAYS = range(6)  # sections of the projections: q, k, v, z, b, a
+CONVOLVED = (QUERIES, KEYS, VALUES)
 UNIT_EPS = 1e-6  # added to the sum of squares of a query or key before it is normed to length 1
 
 

@@ -31,12 +31,10 @@ from tinyvllm.ops.kernel.body import (
 )
 from tinyvllm.ops.recurrent_spec import (
     BETAS,
+    CONVOLVED,
     DECAYS,
     GATES,
-    KEYS,
-    QUERIES,
     UNIT_EPS,
-    VALUES,
     RecurrentLayer,
     RecurrentSpec,
     Sequence,
@@ -48,8 +46,7 @@ from tinyvllm.ops.recurrent_spec import (
 
 BLOCK_COLS = 32  # columns of a state that a walk handles at once: 16 KiB of a state with 128 rows
 LANES = 16  # sums that run side by side
-CONVOLVED = (QUERIES, KEYS, VALUES)  # what each kernel reads of the projections
-MIXED = (*CONVOLVED, BETAS, DECAYS)
+MIXED = (*CONVOLVED, BETAS, DECAYS)  # what each kernel reads of the projections, besides CONVOLVED
 GATED = (GATES,)
 
 
@@ -176,7 +173,7 @@ def mix_kernel(spec: CpuRecurrentSpec) -> KernelFn:
         row = body.grid(tokens) if tokens > 1 else body.loop(1)
         source = Inputs(spec, MIXED, rest[2:], convs, sequence_of(spec, inputs, row)[0])
         base, done = row * spec.mixed_cols, []
-        for section in (QUERIES, KEYS, VALUES):
+        for section in CONVOLVED:
             own = spec.own_channel(section)
             for run in runs(spec, section):
                 i = body.loop(run.count)
@@ -330,7 +327,7 @@ class _Walk:
 def _keep(spec: CpuRecurrentSpec, body: Body, source: Inputs, seq: UOp) -> Iterator[UOp]:
     """Stores of the last inputs of the convolution, the oldest first."""
     kind, sequence = spec.kind, source.sequence
-    for section in (QUERIES, KEYS, VALUES):
+    for section in CONVOLVED:
         own = spec.own_channel(section)
         for run in runs(spec, section):
             for age in reversed(range(kind.conv_width - 1)):

@@ -269,10 +269,7 @@ class FusedGpuBackend(GpuBackend):
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         qkv, layer = self._with_whole_norm(qkv, layer, step)
-        # the kernels add up partial products; they compute no epilogue
-        sums = [part if isinstance(part, Summed) and part.epilogue.is_plain else None for part in qkv]
-        counts = tuple(1 if lazy is None else lazy.num_partials for lazy in sums)
-        parts = [self.whole(part) if lazy is None else lazy.partials for part, lazy in zip(qkv, sums, strict=True)]
+        counts, parts = self._as_partials(qkv)
         kind = DecodeSpec if step.is_decode else PrefillSpec
         mma = self._mma(dtypes.half) if step.pool.dtype == "float16" else None
         reason = f"a pool in {step.pool.dtype}" if step.pool.dtype != "float16" else "no matrix unit for float16"
@@ -291,11 +288,7 @@ class FusedGpuBackend(GpuBackend):
         return self._decode(spec, pool, [step.inputs, *layer.tables, *parts], step)
 
     def recur(self, projections: Sequence[Tensor], layer: RecurrentLayer, step: Step) -> Tensor:
-        sums = [part if isinstance(part, Summed) and part.epilogue.is_plain else None for part in projections]
-        counts = tuple(1 if lazy is None else lazy.num_partials for lazy in sums)
-        parts = [
-            self.whole(part) if lazy is None else lazy.partials for part, lazy in zip(projections, sums, strict=True)
-        ]
+        counts, parts = self._as_partials(projections)
         slots, out = step.pool.num_state_slots, self._empty(step.num_tokens * layer.kind.value_size)
         own: dict[str, Any] = dict(lanes=self._lanes(step.num_tokens), partials=counts)
         if step.is_decode:
@@ -595,6 +588,15 @@ class FusedGpuBackend(GpuBackend):
             return choose(GemmSpec(name, mma, matrix.format, self.float, *shape))
         size = (num_tokens, matrix.num_rows, matrix.num_cols)
         return choose(MatrixSpec(name, self._lanes(num_tokens), mma, matrix.format, *size, activation))
+
+    def _as_partials(self, products: Sequence[Tensor]) -> tuple[tuple[int, ...], list[Tensor]]:
+        """(the number of partial products of each, the partial products), for kernels that add them up, and compute no
+        epilogue. A product that has an epilogue is computed first, and counts as one."""
+        sums = [x if isinstance(x, Summed) and x.epilogue.is_plain else None for x in products]
+        counts = tuple(1 if lazy is None else lazy.num_partials for lazy in sums)
+        return counts, [
+            self.whole(x) if lazy is None else lazy.partials for x, lazy in zip(products, sums, strict=True)
+        ]
 
     def _written(self, x: Pending, value: Tensor) -> Tensor:
         """x, whose values a kernel has written to `value`."""

@@ -12,10 +12,10 @@ from collections.abc import Sequence as Many
 from tinygrad import Tensor, UOp
 
 from tinyvllm.ops.backend import Step
-from tinyvllm.ops.gpu.recurrent_rows import CONVOLVED, GpuRecurrentSpec, Inputs, Projections, gate_heads, mix_rows
+from tinyvllm.ops.gpu.recurrent_rows import GpuRecurrentSpec, Inputs, Projections, gate_heads, mix_rows
 from tinyvllm.ops.kernel.body import F32, Body, KernelFn, cached_kernel, clamp, empty, finish, run_kernel
 from tinyvllm.ops.kernel.lanes import axes_of, dot, grid
-from tinyvllm.ops.recurrent_spec import RecurrentLayer, sequence_at
+from tinyvllm.ops.recurrent_spec import CONVOLVED, RecurrentLayer, sequence_at
 
 
 def recur_by_rows(

@@ -21,7 +21,6 @@ from tinygrad import Tensor, UOp, dtypes
 
 from tinyvllm.ops.backend import Step
 from tinyvllm.ops.gpu.recurrent_rows import (
-    CONVOLVED,
     Inputs,
     Projections,
     gate_heads,
@@ -51,7 +50,7 @@ from tinyvllm.ops.kernel.body import (
 )
 from tinyvllm.ops.kernel.lanes import LANES, axes_of, grid, load_floats, warps, zeros
 from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, Operands, arrival, commit, copy_piece, together
-from tinyvllm.ops.recurrent_spec import RecurrentLayer, sequence_at
+from tinyvllm.ops.recurrent_spec import CONVOLVED, RecurrentLayer, sequence_at
 
 MIN_ROWS = 64  # rows of a step from which on its sequences are divided into chunks
 

@@ -34,7 +34,6 @@ from tinyvllm.ops.recurrent_spec import (
 )
 
 VECTOR = 4  # values of a load: the widest vector of all devices
-CONVOLVED = (QUERIES, KEYS, VALUES)  # what kernels read of the projections
 STATE_THREADS = 32  # of a threadgroup whose threads hold whole columns of the state
 
 

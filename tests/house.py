@@ -133,7 +133,7 @@ def drawn_rooms(page: Path = PAGE) -> list[tuple[str, set[str], bool]]:
 
 
 def drawn_frames(page: Path = PAGE) -> list[str]:
-    """The functions of the page's "A request in 14 frames", in order, each as "server/chat.py:chat_completions"."""
+    """The functions of the page's "A request in 14 frames", in order: "server/openai/chat.py:chat_completions"."""
     section = page.read_text(encoding="utf-8").partition("### A request in 14 frames")[2].partition("\n#")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
     frames = [(number, name.strip("`")) for number, name, _ in rows if number.isdigit()]

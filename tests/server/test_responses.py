@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from tests.server.client import client_of, error_of, post
 from tests.server.fake_engine import FakeEngine, TagTemplate, serving
 from tests.server.hermes import CALL, THINKING, hermes
-from tinyvllm.server import response_store
-from tinyvllm.server.response_store import ResponseStore
+from tinyvllm.server.openai import response_store
+from tinyvllm.server.openai.response_store import ResponseStore
 
 WEATHER: Any = {
     "type": "function",

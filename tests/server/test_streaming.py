@@ -19,16 +19,16 @@ from tests.server.fake_engine import TIMING, FakeEngine
 from tinyvllm.config import SamplingParams
 from tinyvllm.engine.output import Delta
 from tinyvllm.server.app import make_app
-from tinyvllm.server.chat_answers import ChatEvents
-from tinyvllm.server.completion_answers import CompletionEvents, CompletionForm, Echo
 from tinyvllm.server.events import frame, json_string
 from tinyvllm.server.generation import Item
 from tinyvllm.server.intake import Heading
 from tinyvllm.server.message import OutputFormat
-from tinyvllm.server.protocol.chat import ChatChunk, ChatChunkChoice, ChatDelta
-from tinyvllm.server.protocol.completions import Completion, CompletionChoice
-from tinyvllm.server.protocol.responses import ReasoningSettings, ResponseAnswer, TextSettings
-from tinyvllm.server.response_events import ResponseWriter, frame_event
+from tinyvllm.server.openai.chat_answers import ChatEvents
+from tinyvllm.server.openai.completion_answers import CompletionEvents, CompletionForm, Echo
+from tinyvllm.server.openai.protocol.chat import ChatChunk, ChatChunkChoice, ChatDelta
+from tinyvllm.server.openai.protocol.completions import Completion, CompletionChoice
+from tinyvllm.server.openai.protocol.responses import ReasoningSettings, ResponseAnswer, TextSettings
+from tinyvllm.server.openai.response_events import ResponseWriter, frame_event
 from tinyvllm.server.settings import ServerSettings
 
 HEADING = Heading(id="cmpl-1", created=1_700_000_000, model='a "model" — %s {}')

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tinyvllm.server.generation import Item, Job
-from tinyvllm.server.protocol.common import (
+from tinyvllm.server.openai.protocol.common import (
     CompletionTokensDetails,
     PromptLogprob,
     PromptLogprobs,

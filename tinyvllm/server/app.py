@@ -22,8 +22,8 @@ from tinyvllm.server import operations
 from tinyvllm.server.context import RequestContext, as_current
 from tinyvllm.server.failures import BodyInterrupted, ClientGone, answer_failure, failure_of
 from tinyvllm.server.large_lane import LargeLane
+from tinyvllm.server.openai.response_store import ResponseStore
 from tinyvllm.server.request_limits import DrainingError
-from tinyvllm.server.response_store import ResponseStore
 from tinyvllm.server.routes import include_routes
 from tinyvllm.server.security import HostCheck, KeyCheck, KeyRing
 from tinyvllm.server.settings import ServerSettings

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tinyvllm.errors import EngineDeadError, RequestError, TinyvllmError
-from tinyvllm.server.protocol.common import ErrorBody, ErrorDetail
+from tinyvllm.server.openai.protocol.common import ErrorBody, ErrorDetail
 from tinyvllm.server.request_limits import DrainingError, QueueFullError, RequestTimeoutError
 
 log = logging.getLogger(__name__)

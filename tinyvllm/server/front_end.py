@@ -27,8 +27,8 @@ from tinyvllm.server.control import ChildLink, Message
 from tinyvllm.server.counters import Counters
 from tinyvllm.server.endpoints import endpoint_of
 from tinyvllm.server.front_ends import FrontEnds
+from tinyvllm.server.openai.response_store import ResponseStore
 from tinyvllm.server.questions import GET_RESPONSE, REMOVE_RESPONSE, Asker
-from tinyvllm.server.response_store import ResponseStore
 from tinyvllm.server.serve import uvicorn_config
 from tinyvllm.server.sockets import bind_unix
 from tinyvllm.server.specs import FrontEndSpec, client_name

@@ -16,11 +16,11 @@ from tinyvllm.server.events import Events
 from tinyvllm.server.failures import UnknownModelError
 from tinyvllm.server.generation import Job
 from tinyvllm.server.measured_stream import make_writer
-from tinyvllm.server.protocol.common import ErrorBody
+from tinyvllm.server.openai.protocol.common import ErrorBody
 from tinyvllm.server.streaming import EventStream
 
 if TYPE_CHECKING:
-    from tinyvllm.server.protocol.generation import GenerationRequest
+    from tinyvllm.server.openai.protocol.generation import GenerationRequest
     from tinyvllm.server.state import ServerState
 
 # The error responses of OpenAI's routes, for the OpenAPI document.

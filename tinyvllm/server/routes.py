@@ -11,12 +11,12 @@ from starlette.types import Scope
 
 # Files in this directory, each with a `router`. Requests look for their route in this order: the busiest come first.
 ROUTES = (
-    "completions",
-    "chat",
-    "responses",
-    "embeddings",
-    "rerank",
-    "models",
+    "openai.completions",
+    "openai.chat",
+    "openai.responses",
+    "openai.embeddings",
+    "openai.rerank",
+    "openai.models",
     "operations",
     "profile_routes",
 )

@@ -9,9 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tinyvllm.config import MAX_LOGPROBS
 from tinyvllm.errors import RequestError
-from tinyvllm.server.protocol.common import PromptLogprobs, Usage, effort_arguments, optional, unsupported
-from tinyvllm.server.protocol.generation import GenerationRequest
-from tinyvllm.server.protocol.tools import (
+from tinyvllm.server.openai.protocol.common import PromptLogprobs, Usage, effort_arguments, optional, unsupported
+from tinyvllm.server.openai.protocol.generation import GenerationRequest
+from tinyvllm.server.openai.protocol.tools import (
     MAX_TOOLS,
     FunctionTool,
     NamedChoice,

@@ -9,8 +9,8 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from tinyvllm.config import MAX_LOGPROBS, GenerationDefaults, SamplingParams
 from tinyvllm.errors import RequestError
-from tinyvllm.server.protocol.common import PromptLogprobs, Usage, optional
-from tinyvllm.server.protocol.generation import GenerationRequest
+from tinyvllm.server.openai.protocol.common import PromptLogprobs, Usage, optional
+from tinyvllm.server.openai.protocol.generation import GenerationRequest
 
 DEFAULT_TOKENS = 16  # OpenAI's default of max_tokens here; chat has none
 MAX_CHOICES_PER_CALL = 2048  # prompts x n of one HTTP request: each is a sequence in the scheduler's queue

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from tinyvllm.server.intake import ERRORS, json_response, make_heading, require_model
-from tinyvllm.server.protocol.rerank import (
+from tinyvllm.server.openai.protocol.rerank import (
     Document,
     Relevance,
     RerankAnswer,
@@ -18,7 +18,7 @@ from tinyvllm.server.protocol.rerank import (
     ScoreRequest,
     ScoreUsage,
 )
-from tinyvllm.server.relevance import Judge, Pair, Scores
+from tinyvllm.server.openai.relevance import Judge, Pair, Scores
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
 

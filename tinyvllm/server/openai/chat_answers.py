@@ -9,7 +9,7 @@ from tinyvllm.server.events import ChunkEvents, TextEvent, frame
 from tinyvllm.server.generation import Item, Job
 from tinyvllm.server.intake import Heading
 from tinyvllm.server.message import MessageParser, OutputFormat, ParsedMessage
-from tinyvllm.server.protocol.chat import (
+from tinyvllm.server.openai.protocol.chat import (
     AssistantMessage,
     CalledFunction,
     ChatChoice,

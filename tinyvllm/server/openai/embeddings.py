@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from tinyvllm.profiling import measure
 from tinyvllm.server.intake import ERRORS, check_ids, json_response, make_heading, require_model
-from tinyvllm.server.protocol.embeddings import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
+from tinyvllm.server.openai.protocol.embeddings import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
 

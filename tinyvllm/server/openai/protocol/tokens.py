@@ -7,8 +7,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from tinyvllm.errors import RequestError
-from tinyvllm.server.protocol.chat import MAX_MESSAGES, ChatRequest, Message
-from tinyvllm.server.protocol.tools import MAX_TOOLS, FunctionTool
+from tinyvllm.server.openai.protocol.chat import MAX_MESSAGES, ChatRequest, Message
+from tinyvllm.server.openai.protocol.tools import MAX_TOOLS, FunctionTool
 
 
 class TokenizeRequest(BaseModel):

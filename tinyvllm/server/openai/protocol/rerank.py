@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tinyvllm.errors import RequestError
-from tinyvllm.server.protocol.common import optional
+from tinyvllm.server.openai.protocol.common import optional
 
 MAX_DOCUMENTS = 1000  # per request, as at Cohere
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tinyvllm.errors import RequestError
-from tinyvllm.server.protocol.completions import check_prompt
+from tinyvllm.server.openai.protocol.completions import check_prompt
 
 MAX_INPUTS = 2048  # per request, as at OpenAI
 

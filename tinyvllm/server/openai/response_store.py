@@ -14,7 +14,7 @@ from typing import Any
 from tinyvllm.server.control import Message
 from tinyvllm.server.failures import UnknownResponseError
 from tinyvllm.server.front_ends import Ask, nobody
-from tinyvllm.server.protocol.responses import ResponseAnswer
+from tinyvllm.server.openai.protocol.responses import ResponseAnswer
 from tinyvllm.server.questions import GET_RESPONSE, REMOVE_RESPONSE
 
 MAX_RESPONSES = 1000

@@ -10,10 +10,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tinyvllm.config import MAX_LOGPROBS, GrammarSpec
 from tinyvllm.errors import RequestError
-from tinyvllm.server.protocol.chat import MAX_MESSAGES, ChatTokenLogprob, PastCall, PastFunction, join_parts
-from tinyvllm.server.protocol.common import optional, unsupported
-from tinyvllm.server.protocol.generation import GenerationRequest, Schema
-from tinyvllm.server.protocol.tools import MAX_TOOLS, NamedChoice, ToolChoice, ToolName, check_choice, check_names
+from tinyvllm.server.openai.protocol.chat import MAX_MESSAGES, ChatTokenLogprob, PastCall, PastFunction, join_parts
+from tinyvllm.server.openai.protocol.common import optional, unsupported
+from tinyvllm.server.openai.protocol.generation import GenerationRequest, Schema
+from tinyvllm.server.openai.protocol.tools import (
+    MAX_TOOLS,
+    NamedChoice,
+    ToolChoice,
+    ToolName,
+    check_choice,
+    check_names,
+)
 from tinyvllm.text.tools.base import Tool
 
 LOGPROBS = "message.output_text.logprobs"  # the value of `include` that requests logprobs

@@ -10,7 +10,7 @@ from tinyvllm.server.answers import finite, gather, write_prompt_logprobs
 from tinyvllm.server.events import ChunkEvents, TextEvent, frame
 from tinyvllm.server.generation import Item, Job
 from tinyvllm.server.intake import Heading
-from tinyvllm.server.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
+from tinyvllm.server.openai.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
 
 if TYPE_CHECKING:
     from tinyvllm.engine.output import TokenLogprob

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from tinyvllm.profiling import measure
-from tinyvllm.server.completion_answers import CompletionEvents, CompletionForm, Echo, completion_answer
 from tinyvllm.server.context import request_span
 from tinyvllm.server.generation import Job, PromptCall
 from tinyvllm.server.intake import (
@@ -23,7 +22,8 @@ from tinyvllm.server.intake import (
     make_heading,
     openapi_event_stream,
 )
-from tinyvllm.server.protocol.completions import DEFAULT_TOKENS, Completion, CompletionRequest
+from tinyvllm.server.openai.completion_answers import CompletionEvents, CompletionForm, Echo, completion_answer
+from tinyvllm.server.openai.protocol.completions import DEFAULT_TOKENS, Completion, CompletionRequest
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
 

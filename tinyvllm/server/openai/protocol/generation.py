@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from tinyvllm.config import MAX_CHOICES, GenerationDefaults, GrammarSpec, SamplingParams
 from tinyvllm.engine.beam import BeamSettings
 from tinyvllm.errors import RequestError
-from tinyvllm.server.protocol.common import SpecialTokens, params_for, unsupported
+from tinyvllm.server.openai.protocol.common import SpecialTokens, params_for, unsupported
 
 log = logging.getLogger(__name__)
 

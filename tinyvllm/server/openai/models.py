@@ -7,11 +7,11 @@ import asyncio
 from fastapi import APIRouter, Request
 
 from tinyvllm.errors import RequestError
-from tinyvllm.server.chat import conversation_of
 from tinyvllm.server.conversation import make_prompt
 from tinyvllm.server.intake import ERRORS, require_model
-from tinyvllm.server.protocol.common import ModelCard, ModelList
-from tinyvllm.server.protocol.tokens import (
+from tinyvllm.server.openai.chat import conversation_of
+from tinyvllm.server.openai.protocol.common import ModelCard, ModelList
+from tinyvllm.server.openai.protocol.tokens import (
     Detokenized,
     DetokenizeRequest,
     Tokenized,

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from tinyvllm.server.chat_answers import chat_logprobs
 from tinyvllm.server.events import TextEvent
 from tinyvllm.server.message import OutputFormat
-from tinyvllm.server.protocol.chat import ChatTokenLogprob
-from tinyvllm.server.protocol.responses import (
+from tinyvllm.server.openai.chat_answers import chat_logprobs
+from tinyvllm.server.openai.protocol.chat import ChatTokenLogprob
+from tinyvllm.server.openai.protocol.responses import (
     FunctionCallItem,
     IncompleteDetails,
     InputTokensDetails,

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from tinyvllm.config import SamplingParams
-from tinyvllm.server.chat_answers import ChatEvents, chat_answer
 from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
 from tinyvllm.server.generation import Job, PromptCall
 from tinyvllm.server.intake import (
@@ -22,8 +21,9 @@ from tinyvllm.server.intake import (
     make_heading,
     openapi_event_stream,
 )
-from tinyvllm.server.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
-from tinyvllm.server.protocol.tools import NamedChoice
+from tinyvllm.server.openai.chat_answers import ChatEvents, chat_answer
+from tinyvllm.server.openai.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
+from tinyvllm.server.openai.protocol.tools import NamedChoice
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
 

@@ -17,8 +17,8 @@ from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
 from tinyvllm.server.failures import failure_of
 from tinyvllm.server.generation import Item, Job, PromptCall
 from tinyvllm.server.intake import ERRORS, check_ids, check_request, event_stream, json_response, openapi_event_stream
-from tinyvllm.server.protocol.common import effort_arguments
-from tinyvllm.server.protocol.responses import (
+from tinyvllm.server.openai.protocol.common import effort_arguments
+from tinyvllm.server.openai.protocol.responses import (
     DeletedResponse,
     InputItem,
     ReasoningSettings,
@@ -28,9 +28,9 @@ from tinyvllm.server.protocol.responses import (
     TextSettings,
     messages_of,
 )
-from tinyvllm.server.protocol.tools import NamedChoice
-from tinyvllm.server.response_events import Event, ResponseWriter, frame_event
-from tinyvllm.server.response_store import ResponseStore, StoredResponse
+from tinyvllm.server.openai.protocol.tools import NamedChoice
+from tinyvllm.server.openai.response_events import Event, ResponseWriter, frame_event
+from tinyvllm.server.openai.response_store import ResponseStore, StoredResponse
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
 

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "convert": BASE | {"arrays", "model", "storage", "text"},
     "execution": BASE | {"arrays", "device", "ops", "model", "profiling", "scheduling", "storage"},
     "engine": BASE | {"text", "scheduling", "execution", "profiling", "storage"},
-    "server": BASE | {"text", "engine", "profiling", "__init__"},
+    "server": BASE | {"text", "engine", "profiling", "storage", "__init__"},
     "ray_app": BASE | {"engine", "scheduling", "server"},
     "bench": DOWN_TO_ENGINE | {"__init__"},
     "cli": DOWN_TO_ENGINE | {"bench", "convert", "server", "__init__"},

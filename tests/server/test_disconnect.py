@@ -14,6 +14,7 @@ from tests.server.client import raw_post
 from tests.server.fake_engine import FakeEngine, serving
 from tinyvllm.config import SamplingParams
 from tinyvllm.server.context import RequestContext, as_current
+from tinyvllm.server.events import ServerSentEvents
 from tinyvllm.server.failures import ClientGone
 from tinyvllm.server.generation import Item, Job, PromptCall
 from tinyvllm.server.intake import event_stream
@@ -87,7 +88,7 @@ async def leave() -> dict[str, Any]:
     return {"type": "http.disconnect"}
 
 
-class Texts:
+class Texts(ServerSentEvents):
     """Events that are the items' texts."""
 
     def begin(self) -> bytes:

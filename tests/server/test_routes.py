@@ -473,7 +473,7 @@ async def test_nothing_is_generated_before_the_engine_is_ready() -> None:
 async def test_models_are_listed_and_retrieved() -> None:
     card = {
         "id": "tiny", "object": "model", "created": 1_700_000_000, "owned_by": "tinyvllm", "root": "tiny-model",
-        "parent": None, "max_model_len": 1000,
+        "state": "ready", "parent": None, "max_model_len": 1000,
     }  # fmt: skip
     assert (await get(FakeEngine(), "/v1/models")).json() == {"object": "list", "data": [card]}
     assert (await get(FakeEngine(), "/v1/models/tiny")).json() == card
@@ -497,3 +497,21 @@ async def test_request_id_is_echoed_when_valid_and_generated_otherwise() -> None
 async def test_schema_describes_the_routes() -> None:
     schema = (await get(FakeEngine(), "/openapi.json")).json()
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics"} <= set(schema["paths"])
+
+
+async def test_a_model_answers_to_its_aliases_and_to_ollamas_tag() -> None:
+    async with client_of(FakeEngine(), model_aliases=("small", "gpt-4o")) as client:
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert [card["id"] for card in listed] == ["tiny", "small", "gpt-4o"]
+        for name in ("tiny", "small", "tiny:latest", "gpt-4o:latest"):
+            response = await client.post("/v1/completions", json={"model": name, "prompt": "x"})
+            assert response.status_code == 200 and response.json()["model"] == "tiny"
+            assert (await client.get(f"/v1/models/{name}")).json()["id"] == name
+        response = await client.post("/v1/completions", json={"model": "tiny:7b", "prompt": "x"})
+        assert response.status_code == 404 and "'tiny', 'small', 'gpt-4o'" in error_of(response)["message"]
+
+
+async def test_an_api_that_is_off_has_no_routes() -> None:
+    async with client_of(FakeEngine(), apis=("anthropic",)) as client:
+        assert (await client.post("/v1/completions", json={"prompt": "x"})).status_code == 404
+        assert (await client.get("/health")).status_code == 200

@@ -38,6 +38,26 @@ async def test_a_key_is_required(path: str) -> None:
         for key in KEYS:
             response = await client.get(path, headers={"authorization": f"bearer {key}"})
             assert response.status_code in (200, 404)
+            assert (await client.get(path, headers={"x-api-key": key})).status_code in (200, 404)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"type": "error", "error": {"type": "authentication_error"}}),
+        ("/v1/messages/count_tokens", {"type": "error", "error": {"type": "authentication_error"}}),
+        ("/api/chat", {"error": ...}),
+        ("/v1/messages2", {"error": {"type": "invalid_request_error", "code": "invalid_api_key"}}),
+    ],
+)
+async def test_an_error_has_the_format_of_the_paths_api(path: str, body: dict[str, Any]) -> None:
+    async with client_of(FakeEngine(), api_keys=KEYS) as client:
+        answer = (await client.post(path, headers={"x-api-key": "wrong"}, json={})).json()
+    if body["error"] is ...:
+        assert "API key" in answer["error"]
+    else:
+        assert answer["error"] == answer["error"] | body["error"] and "API key" in answer["error"]["message"]
+        assert answer.get("type") == body.get("type")
 
 
 async def test_generation_needs_a_key_and_probes_do_not() -> None:

@@ -119,7 +119,7 @@ class _Conversation:
     async def _answer(self, said: dict[str, str]) -> None:
         """Show an answer as it comes, and note it in `said`: its content, and its reasoning if there is any."""
         from tinyvllm.server.conversation import Conversation, make_prompt  # here: --help needs neither
-        from tinyvllm.server.openai.protocol.common import params_for
+        from tinyvllm.server.sampling import params_for
 
         prompt = make_prompt(Conversation(self._messages), self._engine)
         parser = prompt.format.parser()

@@ -27,6 +27,7 @@ from tinyvllm.server.request_limits import DrainingError
 from tinyvllm.server.routes import include_routes
 from tinyvllm.server.security import HostCheck, KeyCheck, KeyRing
 from tinyvllm.server.settings import ServerSettings
+from tinyvllm.server.shelf import SingleModel
 from tinyvllm.server.state import ServerState
 
 if TYPE_CHECKING:
@@ -47,14 +48,15 @@ def make_app(
     settings = settings or ServerSettings()
     app = FastAPI(title="tinyvllm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     state = app.state.server = ServerState(engine, settings, front_ends)
+    app.state.shelf = SingleModel(state)
     app.state.responses = ResponseStore(ask_others=state.front_ends.ask_others)
-    include_routes(app)
+    include_routes(app, settings.apis)
     app.mount("/static", operations.PageFiles(directory=operations.STATIC))
     for kind in (TinyvllmError, ClientGone, RequestValidationError, AnyHTTPException):
         app.add_exception_handler(kind, answer_failure)
     # the middleware added last is the outermost
     if state.front_ends.large_lane is not None:
-        app.add_middleware(LargeLane, uds=state.front_ends.large_lane)
+        app.add_middleware(LargeLane, uds=state.front_ends.large_lane, apis=settings.apis)
     if settings.api_keys:
         app.add_middleware(KeyCheck, keys=KeyRing(settings.api_keys))
     if settings.cors.origins:
@@ -126,7 +128,7 @@ class _Exchange:
             except Exception as error:
                 if self._has_started:
                     raise
-                await failure_of(error).response()(self._scope, self.receive, self.send)
+                await failure_of(error).response(self._scope["path"])(self._scope, self.receive, self.send)
             finally:
                 for close in self._context.closers:
                     close()

@@ -11,7 +11,7 @@ from tinyvllm.errors import RequestError
 from tinyvllm.profiling import measure
 from tinyvllm.server.context import request_span
 from tinyvllm.server.message import OutputFormat
-from tinyvllm.server.openai.protocol.common import SpecialTokens
+from tinyvllm.server.sampling import SpecialTokens
 from tinyvllm.text.grammar import lark_json
 from tinyvllm.text.json_schema import parse_schema
 from tinyvllm.text.reasoning import FORMATS, ReasoningFormat, find_reasoning_format

@@ -10,10 +10,13 @@ import msgspec
 from pydantic import BaseModel
 
 from tinyvllm.server.answers import Tally
+from tinyvllm.server.error_bodies import DONE
 from tinyvllm.server.failures import failure_of
 from tinyvllm.server.generation import Item
 
-DONE = b"data: [DONE]\n\n"
+EVENT_STREAM = "text/event-stream"
+NDJSON = "application/x-ndjson"
+STREAM_TYPES = (EVENT_STREAM, NDJSON)
 KEEPALIVE = b": keep-alive\n\n"  # a comment, which clients of server-sent events skip
 
 # A string as JSON in UTF-8: the same bytes as pydantic's for every string, in 0.1 us. Both refuse lone surrogates,
@@ -25,6 +28,14 @@ _MARK = uuid.uuid4().hex  # stands for a text that is not known yet; no model's 
 
 class Events(Protocol):
     """Formats the events of one answer. Each method returns the bytes of any number of events."""
+
+    @property
+    def media_type(self) -> str:
+        """One of STREAM_TYPES."""
+
+    def keepalive(self) -> bytes:
+        """What is sent when the stream has been silent for a while, because proxies end silent streams. Nothing, if the
+        format has no event without a meaning."""
 
     def begin(self) -> bytes:
         """The events before the first item."""
@@ -44,11 +55,6 @@ def frame(chunk: BaseModel, *, omit: set[str] | None = None) -> bytes:
     return b"data: " + chunk.model_dump_json(exclude=omit).encode() + b"\n\n"
 
 
-def frame_error(error: BaseException) -> bytes:
-    """The last events of a stream that fails, in the format of completions and chats."""
-    return b"data: " + failure_of(error).body().encode() + b"\n\n" + DONE
-
-
 class TextEvent:
     """An event that differs from others in one text only: its bytes before and after the text, made once.
 
@@ -64,7 +70,16 @@ class TextEvent:
         self.head, self.tail = parts
 
 
-class ChunkEvents(ABC):
+class ServerSentEvents:
+    """What all formats of server-sent events share."""
+
+    media_type = EVENT_STREAM
+
+    def keepalive(self) -> bytes:
+        return KEEPALIVE
+
+
+class ChunkEvents(ServerSentEvents, ABC):
     """What the events of completions and chats share: a token's event from bytes made once, the rest from models, and
     the usage at the end if requested. Owns the token counts."""
 
@@ -87,7 +102,7 @@ class ChunkEvents(ABC):
         return (self._frame([], has_usage=True) if self._include_usage else b"") + DONE
 
     def fail(self, error: BaseException) -> bytes:
-        return frame_error(error)
+        return failure_of(error).event("")  # OpenAI's
 
     @abstractmethod
     def _write(self, item: Item) -> bytes:

@@ -1,4 +1,4 @@
-"""Errors as HTTP: the one place that turns them into status codes and OpenAI's error body."""
+"""Errors as HTTP: the one place that turns them into status codes, types and codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tinyvllm.errors import EngineDeadError, RequestError, TinyvllmError
-from tinyvllm.server.openai.protocol.common import ErrorBody, ErrorDetail
+from tinyvllm.server.error_bodies import ErrorDetail, error_body, error_event
 from tinyvllm.server.request_limits import DrainingError, QueueFullError, RequestTimeoutError
 
 log = logging.getLogger(__name__)
@@ -85,12 +85,14 @@ class Failure:
     def detail(self) -> ErrorDetail:
         return ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
 
-    def body(self) -> str:
-        """OpenAI's error body. ASCII, because messages quote client input that may not be encodable as UTF-8."""
-        return json.dumps(ErrorBody(error=self.detail()).model_dump())
+    def response(self, path: str) -> Response:
+        """In the format of the API that `path` belongs to."""
+        body = error_body(path, self.status, self.detail())
+        return Response(body, self.status, headers=self.headers, media_type="application/json")
 
-    def response(self) -> Response:
-        return Response(self.body(), self.status, headers=self.headers, media_type="application/json")
+    def event(self, path: str) -> bytes:
+        """The end of a stream that has begun with status 200, in the format of the API that `path` belongs to."""
+        return error_event(path, self.status, self.detail())
 
 
 _RETRY_LATER = {"retry-after": str(RETRY_AFTER_S)}
@@ -191,7 +193,7 @@ async def answer_failure(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it; the status is nginx's for a client that left
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         error = HTTPException(error.status_code, _unrouted(request, error), error.headers)
-    return failure_of(error).response()
+    return failure_of(error).response(request.url.path)
 
 
 def _unrouted(request: Request, error: HTTPException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,11 @@ from starlette.responses import Response
 
 from tinyvllm.errors import ContextLengthError, RequestError
 from tinyvllm.server.context import current
+from tinyvllm.server.error_bodies import ErrorBody
 from tinyvllm.server.events import Events
 from tinyvllm.server.failures import UnknownModelError
 from tinyvllm.server.generation import Job
 from tinyvllm.server.measured_stream import make_writer
-from tinyvllm.server.openai.protocol.common import ErrorBody
 from tinyvllm.server.streaming import EventStream
 
 if TYPE_CHECKING:
@@ -50,9 +51,14 @@ def make_heading(state: ServerState, prefix: str) -> Heading:
 
 def require_model(state: ServerState, name: str | None) -> None:
     """Raise UnknownModelError if `name` is given and is not the served model."""
-    served = state.engine.served_model_name
-    if name is not None and name != served:
-        raise UnknownModelError(f"the model {name!a} does not exist: this server has {served!r}")
+    if name is not None and not is_name_of(name, state.model_names):
+        known = ", ".join(map(repr, state.model_names))
+        raise UnknownModelError(f"the model {name!a} does not exist: this server has {known}")
+
+
+def is_name_of(name: str, known: Collection[str]) -> bool:
+    """Whether `name` is a known one, or one with the tag that Ollama's clients add to names without a tag."""
+    return name in known or name.removesuffix(":latest") in known
 
 
 def check_request(state: ServerState, body: GenerationRequest) -> None:

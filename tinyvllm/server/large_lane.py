@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 
 import httpx
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyvllm.server.context import current
-from tinyvllm.server.events import frame_error
+from tinyvllm.server.events import STREAM_TYPES
 from tinyvllm.server.failures import ClientGone, LaneGoneError, failure_of
 from tinyvllm.server.routes import find_route
 
@@ -33,8 +33,9 @@ class LargeLane:
     It is the innermost, so that what others enforce holds before a body is passed on: access, time, size and the drain.
     """
 
-    def __init__(self, app: ASGIApp, uds: str) -> None:
+    def __init__(self, app: ASGIApp, uds: str, apis: Collection[str]) -> None:
         self._app = app
+        self._apis = apis
         # no limit of time: both front-ends have the server's own limits
         self._client = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=uds, limits=httpx.Limits(max_connections=None)), timeout=None
@@ -54,14 +55,14 @@ class LargeLane:
         if scope["method"] in ("GET", "HEAD", "OPTIONS") or (length is not None and length <= LARGE_BYTES):
             await self._app(scope, receive, send)
             return
-        scope["route"] = find_route(scope)  # requests are counted by it
+        scope["route"] = find_route(scope, self._apis)  # requests are counted by it
         body = _Body(receive)
         try:
             if await body.is_large(scope):
                 await self._pass_on(scope, body, send)
                 return
         except (HTTPException, LaneGoneError) as error:  # all come before the answer's start
-            await failure_of(error).response()(scope, receive, send)
+            await failure_of(error).response(scope["path"])(scope, receive, send)
             return
         except (ClientGone, OSError):  # OSError: the client does not read
             return
@@ -96,10 +97,11 @@ class LargeLane:
             except httpx.TransportError as error:
                 reason = type(error).__name__
                 log.error("the front-end for large bodies has ended in the middle of an answer (%s)", reason)
-                if not response.headers.get("content-type", "").startswith("text/event-stream"):
+                if not response.headers.get("content-type", "").startswith(STREAM_TYPES):
                     return  # the server breaks the connection
                 gone = LaneGoneError("the front-end for large bodies has died: try again later")
-                await send({"type": "http.response.body", "body": b"\n\n" + frame_error(gone), "more_body": True})
+                last = b"\n\n" + failure_of(gone).event(scope["path"])
+                await send({"type": "http.response.body", "body": last, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _request(self, scope: Scope, body: _Body) -> httpx.Request:

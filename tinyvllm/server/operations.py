@@ -13,7 +13,6 @@ from starlette.staticfiles import StaticFiles
 from tinyvllm import __version__
 from tinyvllm.server.failures import StalledError
 from tinyvllm.server.live import EngineState, engine_state
-from tinyvllm.server.openai.protocol.common import Version
 from tinyvllm.server.state import state_of
 
 STATIC = Path(__file__).parent / "static"
@@ -27,6 +26,10 @@ PAGE_HEADERS = {
 }
 
 router = APIRouter()
+
+
+class Version(BaseModel):
+    version: str
 
 
 class Readiness(BaseModel):

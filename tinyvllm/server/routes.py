@@ -1,15 +1,16 @@
-"""The files that have routes: ours, OpenAI's, and the few of vLLM's that OpenAI clients use."""
+"""The files that have routes, and the APIs that they belong to."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from fastapi import APIRouter, FastAPI
 from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
-# Files in this directory, each with a `router`. Requests look for their route in this order: the busiest come first.
+# Files below this directory, each with a `router`. Those in a directory of their own belong to that API, the others are
+# the operator's. Requests look for their route in this order: the busiest come first.
 ROUTES = (
     "openai.completions",
     "openai.chat",
@@ -22,18 +23,20 @@ ROUTES = (
 )
 
 
-def include_routes(app: FastAPI) -> None:
-    """Add the routes of every file in ROUTES."""
-    for router in _routers():
+def include_routes(app: FastAPI, apis: Collection[str]) -> None:
+    """Add the operator's routes and those of `apis`."""
+    for router in _routers(apis):
         app.include_router(router)
 
 
-def find_route(scope: Scope) -> BaseRoute | None:
+def find_route(scope: Scope, apis: Collection[str]) -> BaseRoute | None:
     """The route that a request will take, for those that need to know before the app looks for it."""
-    routes = (route for router in _routers() for route in router.routes)
+    routes = (route for router in _routers(apis) for route in router.routes)
     return next((route for route in routes if route.matches(scope)[0] is Match.FULL), None)
 
 
-def _routers() -> Iterator[APIRouter]:
+def _routers(apis: Collection[str]) -> Iterator[APIRouter]:
     for name in ROUTES:
-        yield importlib.import_module(f"tinyvllm.server.{name}").router
+        api = name.rpartition(".")[0]
+        if not api or api in apis:
+            yield importlib.import_module(f"tinyvllm.server.{name}").router

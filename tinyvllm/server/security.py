@@ -1,4 +1,4 @@
-"""Access control: API keys as bearer tokens, and the names that the server answers to."""
+"""Access control: API keys, and the names that the server answers to."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class KeyCheck:
         if scope["type"] != "http" or needs_no_key(scope["method"], scope["path"]):
             await self._app(scope, receive, send)
             return
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._keys.holds(key.strip()):
+        key = _key_of(Headers(scope=scope))
+        if key is not None and self._keys.holds(key):
             await self._app(scope, receive, send)
             return
         # read the body to its end: a client that is still writing would not see the answer
         while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
             pass
-        remedy = "send a key that this server knows, as Authorization: Bearer KEY"
+        remedy = "send a key that this server knows, as Authorization: Bearer KEY or as x-api-key: KEY"
         failure = Failure(
             401,
             f"the API key is {'missing' if not key else 'not known'}: {remedy}",
@@ -65,7 +65,13 @@ class KeyCheck:
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},
         )
-        await failure.response()(scope, receive, send)
+        await failure.response(scope["path"])(scope, receive, send)
+
+
+def _key_of(headers: Headers) -> str | None:
+    """From OpenAI's header, or from Anthropic's."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
 
 
 class HostCheck:
@@ -85,7 +91,7 @@ class HostCheck:
             if _PORT.sub("", host).lower() not in self._hosts:
                 message = f"the server is not called {host[:100]!a}: allow that name with --allowed-hosts"
                 failure = Failure(403, message, INVALID_REQUEST, code="host_not_allowed")
-                await failure.response()(scope, receive, send)
+                await failure.response(scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -9,6 +9,7 @@ from tinyvllm.errors import TinyvllmError
 
 API_KEY_VARIABLE = "TINYVLLM_API_KEY"  # environment variable: accepted API keys, separated by whitespace
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")  # names of the loopback address
+APIS = ("openai", "anthropic", "ollama")  # whose routes a server may have
 GRACE_S = 5.0  # how long a stop waits for responses being written, and one in haste for the engine's step
 MIN_KEY_CHARS = 8  # a shorter one can be guessed over the network
 
@@ -38,6 +39,8 @@ class ServerSettings:
     stats_interval_s: float | None = 10.0  # between status lines in the log
     log_requests: bool = False  # log prompts and settings of requests
     enable_profiling: bool = False  # allow /start_profile and /stop_profile
+    apis: tuple[str, ...] = APIS
+    model_aliases: tuple[str, ...] = ()  # further names of the served model
     api_keys: tuple[str, ...] = ()
     cors: Cors = Cors()
     allowed_hosts: tuple[str, ...] | None = None  # host names that the server answers to; None: any

@@ -50,6 +50,11 @@ class ServerState:
         self.start_s = time.monotonic()
         self.watchdog = Watchdog(engine, settings.watchdog_timeout_s)
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The served model's names. Answers have the first."""
+        return (self.engine.served_model_name, *self.settings.model_aliases)
+
     def require_engine(self) -> None:
         """Raise EngineDeadError or NotReadyError unless the engine can take requests."""
         if self.engine.error is not None:

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from tinyvllm.server.context import current
-from tinyvllm.server.events import KEEPALIVE, Events
+from tinyvllm.server.events import Events
 from tinyvllm.server.failures import ClientGone
 from tinyvllm.server.generation import Generation, Item
 
@@ -55,7 +55,7 @@ class EventStream(Response):
 
     def __init__(self, writer: EventWriter, generation: Generation) -> None:
         self.status_code = 200
-        self.media_type = "text/event-stream"
+        self.media_type = writer.media_type
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})  # proxies must not buffer events
         self._writer = writer
@@ -80,6 +80,7 @@ class EventWriter:
         context.times_own_events = True
         self._keepalive_s, self._idle_timeout_s = context.keepalive_s, context.idle_timeout_s
         self._events = events
+        self.media_type = events.media_type
         self._loop = asyncio.get_running_loop()
         self._send: Send | None = None  # None until the response has started
         self._is_live = False  # an event may be written now
@@ -197,15 +198,15 @@ class EventWriter:
         self._wake()
 
     def _keep_alive(self) -> None:
-        """Send a comment if nothing has been sent for a while, because proxies end silent streams. Sets the timer."""
+        """Send a sign of life if nothing has been sent for a while. Sets the timer."""
         every_s = self._keepalive_s
         if every_s is None:
             return
         now_s = self._loop.time()
         if now_s - self._written_s >= every_s:
             self._written_s = now_s
-            if self._is_live:
-                self._write(KEEPALIVE)
+            if self._is_live and (data := self._events.keepalive()):
+                self._write(data)
         self._timer = self._loop.call_at(self._written_s + every_s, self._keep_alive)
 
     def _wake(self) -> None:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 
 from tinyvllm.errors import RequestError
 from tinyvllm.server.conversation import make_prompt
-from tinyvllm.server.intake import ERRORS, require_model
+from tinyvllm.server.intake import ERRORS, is_name_of, require_model
 from tinyvllm.server.openai.chat import conversation_of
 from tinyvllm.server.openai.protocol.common import ModelCard, ModelList
 from tinyvllm.server.openai.protocol.tokens import (
@@ -18,6 +18,7 @@ from tinyvllm.server.openai.protocol.tokens import (
     TokenizeRequest,
     TokenizerInfo,
 )
+from tinyvllm.server.shelf import ShelvedModel, shelf_of
 from tinyvllm.server.state import ServerState, state_of
 
 router = APIRouter(responses=ERRORS)
@@ -25,24 +26,22 @@ router = APIRouter(responses=ERRORS)
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> ModelList:
-    return ModelList(data=[_model_card(state_of(request))])
+    state_of(request).require_engine()
+    return ModelList(data=[_card(model, name) for model in shelf_of(request).models() for name in model.names])
 
 
 @router.get("/v1/models/{model_id:path}")
 async def retrieve_model(model_id: str, request: Request) -> ModelCard:
     state = state_of(request)
     require_model(state, model_id)
-    return _model_card(state)
-
-
-def _model_card(state: ServerState) -> ModelCard:
     state.require_engine()
-    engine = state.engine
+    model = next(model for model in shelf_of(request).models() if is_name_of(model_id, model.names))
+    return _card(model, model_id)
+
+
+def _card(model: ShelvedModel, name: str) -> ModelCard:
     return ModelCard(
-        id=engine.served_model_name,
-        created=engine.created,
-        root=engine.model_config.name or engine.served_model_name,
-        max_model_len=engine.capacity.max_model_len,
+        id=name, created=model.created, root=model.root, max_model_len=model.max_model_len, state=model.state
     )
 
 

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from tinyvllm.config import SamplingParams
 from tinyvllm.server.answers import collect
 from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
+from tinyvllm.server.events import ServerSentEvents
 from tinyvllm.server.failures import failure_of
 from tinyvllm.server.generation import Item, Job, PromptCall
 from tinyvllm.server.intake import ERRORS, check_ids, check_request, event_stream, json_response, openapi_event_stream
@@ -83,7 +84,7 @@ async def _respond(state: ServerState, store: ResponseStore, body: ResponsesRequ
     return json_response(answer)
 
 
-class _ResponseEvents:
+class _ResponseEvents(ServerSentEvents):
     """The events of one response, which is stored once it is complete, unless the request says store=false."""
 
     def __init__(self, writer: ResponseWriter, store: ResponseStore, messages: tuple[Mapping[str, Any], ...]) -> None:

@@ -1,4 +1,4 @@
-"""What several routes share: usage, logprobs of tokens, models, errors."""
+"""What several routes share: usage, logprobs of tokens, models."""
 
 from __future__ import annotations
 
@@ -7,16 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from tinyvllm.errors import RequestError
-
-# What a parser needs of an output's special tokens: nothing, their text, or their text after SPECIAL_MARK
-SpecialTokens = Literal["skip", "keep", "mark"]
-
-
-def params_for(special_tokens: SpecialTokens) -> dict[str, Any]:
-    """The fields of SamplingParams that make the engine's text have what the parser needs."""
-    if special_tokens == "skip":
-        return {}
-    return {"skip_special_tokens": False, "mark_special_tokens": special_tokens == "mark"}
+from tinyvllm.server.shelf import LoadState
 
 
 def unsupported(param: str, value: object, remedy: str) -> RequestError:
@@ -74,26 +65,10 @@ class ModelCard(BaseModel):
     owned_by: str = "tinyvllm"
     root: str
     parent: str | None = None
-    max_model_len: int
+    max_model_len: int | None = optional()  # None until it is loaded for the first time
+    state: LoadState
 
 
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]
-
-
-class Version(BaseModel):
-    version: str
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorBody(BaseModel):
-    """The body of every answer with a status of 400 or above."""
-
-    error: ErrorDetail

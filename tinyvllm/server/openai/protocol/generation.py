@@ -16,7 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from tinyvllm.config import MAX_CHOICES, GenerationDefaults, GrammarSpec, SamplingParams
 from tinyvllm.engine.beam import BeamSettings
 from tinyvllm.errors import RequestError
-from tinyvllm.server.openai.protocol.common import SpecialTokens, params_for, unsupported
+from tinyvllm.server.openai.protocol.common import unsupported
+from tinyvllm.server.sampling import SpecialTokens, sampling_params
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ _IGNORED = frozenset((
 
 # Fields that are copied to SamplingParams under the same name, if they are given.
 _COPIED = (
-    "n", "frequency_penalty", "presence_penalty", "seed", "min_tokens",
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty",
+    "n", "frequency_penalty", "presence_penalty", "seed", "min_tokens", "stop_token_ids",
     "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "bad_words", "allowed_token_ids",
     "prompt_logprobs",
 )  # fmt: skip
@@ -287,29 +289,12 @@ class GenerationRequest(BaseModel):
         """The request's settings, else the model's defaults, else vLLM's. Raises RequestError, naming the field.
 
         special_tokens: what the parser of the output needs of them. "skip": nothing, so the request decides."""
-        settings: dict[str, Any] = {
-            "max_tokens": max_tokens,
-            "logprobs": logprobs,
-            "stop": tuple(self.stop),
-            "stop_token_ids": tuple(self.stop_token_ids or ()),
-            "grammar": grammar,
-        }
+        settings: dict[str, Any] = {name: getattr(self, name) for name in _COPIED}
+        settings |= {"logprobs": logprobs, "grammar": grammar, "stop": self.stop, "logit_bias": self.logit_bias or None}
         if self.use_beam_search:  # does not sample, so the model's sampling defaults do not apply
             defaults = GenerationDefaults()
-        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty"):
-            value = _first(getattr(self, name), getattr(defaults, name))
-            if value is not None:
-                settings[name] = value
-        for name in _COPIED:
-            value = getattr(self, name)
-            if value is not None:
-                settings[name] = tuple(value) if isinstance(value, list) else value
-        if self.logit_bias:
-            settings["logit_bias"] = self.logit_bias
-        if self.use_beam_search:
             settings["n"] = self.num_beams
-        settings |= params_for(special_tokens)
-        return SamplingParams(**settings)
+        return sampling_params(settings, defaults, max_tokens=max_tokens, special_tokens=special_tokens)
 
 
 def refuse_extras(extras: Mapping[str, object]) -> None:
@@ -341,7 +326,3 @@ def _specs(prefix: str, *, json: Any, **texts: Any) -> dict[str, GrammarSpec]:
 def _dumps(value: object) -> str:
     """json.dumps, which a parameter hides in `_specs`."""
     return json.dumps(value)
-
-
-def _first(*values: float | None) -> float | None:
-    return next((value for value in values if value is not None), None)

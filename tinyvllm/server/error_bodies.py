@@ -1,0 +1,74 @@
+"""How each API writes an error: as the body of an answer, and as the last event of a stream that fails.
+
+A path tells which API a request is of, so that what comes before any route (keys, limits, unknown paths) is answered in
+the format that its client reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+DONE = b"data: [DONE]\n\n"
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's body of every answer with a status of 400 or above."""
+
+    error: ErrorDetail
+
+
+def error_body(path: str, status: int, detail: ErrorDetail) -> str:
+    """ASCII, because messages quote client input that may not be encodable as UTF-8."""
+    return json.dumps(_body(path, status, detail))
+
+
+def error_event(path: str, status: int, detail: ErrorDetail) -> bytes:
+    """The end of a stream, in the format that `path` streams."""
+    body = error_body(path, status, detail).encode()
+    match api_of(path):
+        case "anthropic":
+            return b"event: error\ndata: " + body + b"\n\n"
+        case "ollama":
+            return body + b"\n"
+        case _:
+            return b"data: " + body + b"\n\n" + DONE
+
+
+def api_of(path: str) -> str:
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return "anthropic"
+    return "ollama" if path.startswith("/api/") else "openai"
+
+
+def _body(path: str, status: int, detail: ErrorDetail) -> Mapping[str, Any]:
+    match api_of(path):
+        case "anthropic":
+            kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+            return {"type": "error", "error": {"type": kind, "message": detail.message}}
+        case "ollama":
+            return {"error": detail.message}
+        case _:
+            return ErrorBody(error=detail).model_dump()
+
+
+# https://docs.anthropic.com/en/api/errors
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}

@@ -1,0 +1,77 @@
+"""The models that a server has, loaded or not: what the routes that list models read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from tinyvllm.errors import ModelError
+from tinyvllm.storage.resolve import resolve_model
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from tinyvllm.config import ModelFiles
+    from tinyvllm.server.state import ServerState
+
+LoadState = Literal["unloaded", "loading", "ready", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShelvedModel:
+    """A model by the names that requests may use."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    model: str  # as it was given: catalog name, directory, file or hub id. A path stays on this machine
+    root: str  # the name in the model's own files
+    created: int  # Unix time
+    state: LoadState
+    max_model_len: int | None = None  # None until it is loaded for the first time
+    num_device_bytes: int | None = None  # of weights and KV cache while it is loaded
+    expires_s: float | None = None  # Unix time when it will be unloaded unless it is used; None: never
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    def files(self) -> ModelFiles | None:
+        """None if they are not on this machine."""
+        try:
+            return resolve_model(self.model)
+        except ModelError:
+            return None
+
+
+class Shelf(Protocol):
+    """All models of one server. Used on its event loop."""
+
+    def models(self) -> Sequence[ShelvedModel]: ...
+
+
+class SingleModel:
+    """The shelf of a server with one engine, or several of the same model, which stays loaded."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    def models(self) -> Sequence[ShelvedModel]:
+        engine = self._state.engine
+        is_ready = engine.is_ready and engine.error is None
+        return [
+            ShelvedModel(
+                name=engine.served_model_name,
+                aliases=self._state.settings.model_aliases,
+                model=engine.config.model,
+                root=(engine.model_config.name if is_ready else "") or engine.served_model_name,
+                created=engine.created,
+                state="failed" if engine.error is not None else "ready" if is_ready else "loading",
+                max_model_len=engine.capacity.max_model_len if is_ready else None,
+            )
+        ]
+
+
+def shelf_of(request: Request) -> Shelf:
+    shelf: Shelf = request.app.state.shelf
+    return shelf

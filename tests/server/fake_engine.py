@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import uvicorn
 from numpy.typing import NDArray
+from starlette.types import ASGIApp
 
 from tinyvllm.config import BlockGroup, Capacity, EngineConfig, GenerationDefaults, SamplingParams
 from tinyvllm.engine.async_engine import AsyncEngine
@@ -212,14 +213,15 @@ class FakeEngine:
         try:
             if self.hang_before:
                 await asyncio.Event().wait()
-            for position in range(len(self.reply) + 1):
+            reply = self.reply_to(prompt_ids)
+            num_cached_tokens = self.count_cached(prompt_ids)
+            for position in range(len(reply) + 1):
                 for index in range(params.n):
                     await asyncio.sleep(0)
-                    delta = self._delta(position, index, prompt_ids, params)
-                    if delta is not None:
-                        if delta.finish_reason is not None and index == params.n - 1:
-                            self._note(request_id, running=False)
-                        yield delta
+                    delta = self._delta(reply, position, index, prompt_ids, num_cached_tokens, params)
+                    if delta.finish_reason is not None and index == params.n - 1:
+                        self._note(request_id, running=False)
+                    yield delta
                 if self.hang_after is not None and position >= self.hang_after:
                     await asyncio.Event().wait()
                 if self.crash_after is not None and position >= self.crash_after:
@@ -269,13 +271,28 @@ class FakeEngine:
         with self.changed:
             assert self.changed.wait_for(condition, timeout_s), f"{self.running=} {self.closed=}"
 
-    def _delta(self, position: int, index: int, prompt_ids: list[int], params: SamplingParams) -> Delta | None:
+    def reply_to(self, prompt_ids: list[int]) -> str:
+        return self.reply
+
+    def count_cached(self, prompt_ids: list[int]) -> int:
+        """How many of the prompt's tokens the engine says it had in its cache."""
+        return min(4, len(prompt_ids) - 1)
+
+    def _delta(
+        self,
+        reply: str,
+        position: int,
+        index: int,
+        prompt_ids: list[int],
+        num_cached_tokens: int,
+        params: SamplingParams,
+    ) -> Delta:
         """The delta at `position`: 0 has no text, p has the p-th character."""
-        limit = params.max_tokens or len(self.reply) + 1
-        text, finish, stop_reason, error = self.reply[:position][-1:], None, None, None
-        if position and self.reply[:position].endswith(params.stop or ("\0",)):
-            finish, stop_reason, text = "stop", next(s for s in params.stop if self.reply[:position].endswith(s)), ""
-        elif position >= len(self.reply):
+        limit = params.max_tokens or len(reply) + 1
+        text, finish, stop_reason, error = reply[:position][-1:], None, None, None
+        if position and reply[:position].endswith(params.stop or ("\0",)):
+            finish, stop_reason, text = "stop", next(s for s in params.stop if reply[:position].endswith(s)), ""
+        elif position >= len(reply):
             finish = "stop"
         elif position >= limit:
             finish = "length"
@@ -292,7 +309,7 @@ class FakeEngine:
             finish_reason=finish,
             stop_reason=stop_reason,
             num_prompt_tokens=len(prompt_ids),
-            num_cached_tokens=min(4, len(prompt_ids) - 1),
+            num_cached_tokens=num_cached_tokens,
             num_output_tokens=position,
             error=error,
             timing=None if finish is None else TIMING,
@@ -324,8 +341,14 @@ def serving(
     engine: FakeEngine | AsyncEngine, http: type[asyncio.Protocol] | None = None, **settings: Any
 ) -> Iterator[str]:
     """The URL of a server around `engine`, which runs on a thread of its own. http: the class of its connections."""
+    with serving_app(make_app(engine, ServerSettings(**settings)), http) as url:  # type: ignore[arg-type]
+        yield url
+
+
+@contextlib.contextmanager
+def serving_app(app: ASGIApp, http: type[asyncio.Protocol] | None = None) -> Iterator[str]:
+    """The URL of a server of `app`, which runs on a thread of its own. http: the class of its connections."""
     sock = bind("127.0.0.1", 0)
-    app = make_app(engine, ServerSettings(**settings))  # type: ignore[arg-type]
     config = uvicorn.Config(app, http=http or http_protocol(), log_config=None, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})

@@ -7,7 +7,6 @@ output but is not supported is refused by name, so that nothing is silently igno
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -16,10 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from tinyvllm.config import MAX_CHOICES, GenerationDefaults, GrammarSpec, SamplingParams
 from tinyvllm.engine.beam import BeamSettings
 from tinyvllm.errors import RequestError
+from tinyvllm.server.notices import warn_once
 from tinyvllm.server.openai.protocol.common import unsupported
 from tinyvllm.server.sampling import SpecialTokens, sampling_params
-
-log = logging.getLogger(__name__)
 
 # Unsupported fields that would change the output, each with the values (besides null) that request nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -56,9 +54,6 @@ _COPIED = (
     "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "bad_words", "allowed_token_ids",
     "prompt_logprobs",
 )  # fmt: skip
-
-_logged_fields: set[str] = set()
-_MAX_LOGGED_FIELDS = 200  # clients choose the names, so the set needs a bound
 
 
 class StreamOptions(BaseModel):
@@ -305,9 +300,8 @@ def refuse_extras(extras: Mapping[str, object]) -> None:
             if value is not None and value not in neutral:
                 usual = f" or send {json.dumps(neutral[0])}" if neutral else ""
                 raise unsupported(name, value, f"leave it out{usual}")
-        elif name not in _IGNORED and name not in _logged_fields and len(_logged_fields) < _MAX_LOGGED_FIELDS:
-            _logged_fields.add(name)
-            log.warning("the request field %s is unknown and has no effect (logged once)", ascii(name[:80]))
+        elif name not in _IGNORED:
+            warn_once("the request field %s is unknown and has no effect", name)
 
 
 def _specs(prefix: str, *, json: Any, **texts: Any) -> dict[str, GrammarSpec]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
 import socket
@@ -104,6 +105,18 @@ async def test_a_body_of_unstated_length_is_passed_on_once_it_is_large(lanes: La
         for size, text in ((1000, "small"), (3 * LARGE_BYTES, "large")):
             response = await client.post("/v1/completions", content=parts(body_of(size)))
             assert response.json()["choices"][0]["text"] == text, size
+
+
+async def test_a_compressed_body_is_large_by_what_it_stands_for(lanes: Lanes) -> None:
+    headers = {"content-encoding": "gzip"}
+    async with lanes.client() as client:
+        for size, text in ((1000, "small"), (3 * LARGE_BYTES, "large")):
+            content = gzip.compress(body_of(size))
+            response = await client.post("/v1/completions", content=content, headers=headers)
+            assert response.json()["choices"][0]["text"] == text, size
+        bomb = await client.post("/v1/completions", content=gzip.compress(body_of(5 * LARGE_BYTES)), headers=headers)
+        damaged = await client.post("/v1/completions", content=gzip.compress(body_of(100))[:-1], headers=headers)
+        assert (bomb.status_code, damaged.status_code) == (413, 400)
 
 
 async def test_a_stream_passes_event_by_event_and_errors_keep_their_status(lanes: Lanes) -> None:

@@ -6,10 +6,11 @@ import json
 import logging
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.server.client import CHAT, chat, client_of, complete, error_of, events, get, post
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import FakeEngine, serving
 from tests.server.request_fields import BOTH, CHAT_ONLY, COMPLETION_ONLY, NEUTRAL
 from tinyvllm.config import GenerationDefaults
 from tinyvllm.errors import ContextLengthError, EngineDeadError
@@ -381,6 +382,21 @@ async def test_output_that_cannot_fit_is_refused_and_the_default_gives_way() -> 
     assert {len(call.prompt_ids): call.params.max_tokens for call in engine.calls} == {1: 16, 990: 10}
 
 
+async def test_output_that_cannot_fit_is_clamped_if_the_server_says_so() -> None:
+    for path, body, room in (
+        ("/v1/completions", {"prompt": "ab", "max_tokens": 5000, "min_tokens": 500}, 98),
+        ("/v1/chat/completions", {**CHAT, "max_completion_tokens": 5000}, 100 - len("<user>hi\n<assistant>")),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 5000}, 100 - len("<user>hi\n<assistant>")),
+        ("/v1/completions", {"prompt": "ab", "max_tokens": 9}, 9),
+    ):
+        engine = FakeEngine(reply="x" * 200, max_model_len=100)
+        response = await post(engine, path, body, clamp_max_tokens=True)
+        assert response.status_code == 200, response.text
+        assert engine.calls[0].params.max_tokens == room and engine.calls[0].params.min_tokens <= room
+    full = await post(FakeEngine(max_model_len=100), "/v1/completions", {"prompt": "x" * 100}, clamp_max_tokens=True)
+    assert error_of(full)["code"] == "context_length_exceeded"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_refusal_by_the_engine_has_its_status_in_streams_too(stream: bool) -> None:
     engine = FakeEngine(refuse=ContextLengthError("prompt has 5 tokens, but the pool holds 4"))
@@ -479,6 +495,16 @@ async def test_models_are_listed_and_retrieved() -> None:
     assert (await get(FakeEngine(), "/v1/models/tiny")).json() == card
     with_slash = FakeEngine(served_model_name="org/name")
     assert (await get(with_slash, "/v1/models/org/name")).json()["id"] == "org/name"
+
+
+async def test_probes_may_send_head() -> None:
+    engine, paths = FakeEngine(), ("/health", "/ready", "/ping", "/version", "/metrics", "/v1/models", "/")
+    with serving(engine) as url, httpx.Client(base_url=url) as client:
+        for path in paths:
+            answer = client.head(path)
+            assert answer.status_code == 200 and answer.content == b"", path
+        engine.is_ready = False
+        assert [path for path in paths if client.head(path).status_code != 503] == ["/version", "/metrics", "/"]
 
 
 async def test_version_is_a_string() -> None:

@@ -170,6 +170,13 @@ class ServerFlags:
     max_body_bytes: Annotated[
         int, Option(metavar="BYTES", help="Maximum size of a request body; larger ones are rejected with 413.")
     ] = _STANDARD.max_body_bytes
+    clamp_max_tokens: Annotated[
+        bool,
+        Option(
+            "--clamp-max-tokens",
+            help="Shorten a max_tokens that exceeds the context to what fits, instead of answering 400.",
+        ),
+    ] = False
     request_timeout: Annotated[
         float,
         Option(metavar="SECONDS", help="Maximum time for a request, including its wait in the queue; 0: no limit."),
@@ -220,6 +227,7 @@ class ServerFlags:
             max_num_queued_requests=self.max_num_queued_requests,
             max_num_queued_tokens=self.max_num_queued_tokens,
             max_body_bytes=self.max_body_bytes,
+            clamp_max_tokens=self.clamp_max_tokens,
             request_timeout_s=self.request_timeout or None,
             idle_timeout_s=self.idle_timeout or None,
             keepalive_s=self.sse_keepalive_interval or None,

@@ -19,6 +19,7 @@ from tinyvllm import __version__
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.profiling import measure
 from tinyvllm.server import operations
+from tinyvllm.server.content_encoding import ContentEncoding
 from tinyvllm.server.context import RequestContext, as_current
 from tinyvllm.server.failures import BodyInterrupted, ClientGone, answer_failure, failure_of
 from tinyvllm.server.large_lane import LargeLane
@@ -57,6 +58,7 @@ def make_app(
     # the middleware added last is the outermost
     if state.front_ends.large_lane is not None:
         app.add_middleware(LargeLane, uds=state.front_ends.large_lane, apis=settings.apis)
+    app.add_middleware(ContentEncoding, max_bytes=settings.max_body_bytes)
     if settings.api_keys:
         app.add_middleware(KeyCheck, keys=KeyRing(settings.api_keys))
     if settings.cors.origins:

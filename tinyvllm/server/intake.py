@@ -68,14 +68,12 @@ def check_request(state: ServerState, body: GenerationRequest) -> None:
     body.refuse_unsupported()
 
 
-def context_limit(state: ServerState) -> int:
-    """The most tokens of prompt and output together. The pool may hold fewer than the model's context."""
-    return min(state.engine.capacity.max_model_len, state.engine.capacity.num_tokens)
-
-
 def check_ids(state: ServerState, ids: list[int], max_tokens: int | None, *, param: str) -> None:
-    """Raise RequestError, naming the field, for a prompt that can never run. Called before anything is queued."""
-    vocab_size, limit = state.engine.model_config.vocab_size, context_limit(state)
+    """Raise RequestError, naming the field, for a prompt that can never run. Called before anything is queued.
+
+    With --clamp-max-tokens, `max_tokens` may be any: `ServerState.generate` shortens it.
+    """
+    vocab_size, limit = state.engine.model_config.vocab_size, state.context_limit
     if not ids:
         raise RequestError(f"{param} has no tokens: give at least one", param=param)
     if max(ids) >= vocab_size:
@@ -88,7 +86,7 @@ def check_ids(state: ServerState, ids: list[int], max_tokens: int | None, *, par
             "left for the output: shorten it, or start the server with a larger --max-model-len",
             param=param,
         )
-    if max_tokens is not None and len(ids) + max_tokens > limit:
+    if max_tokens is not None and len(ids) + max_tokens > limit and not state.settings.clamp_max_tokens:
         raise ContextLengthError(
             f"{len(ids)} tokens of {param} and {max_tokens} of output exceed the maximum context length of {limit} "
             f"tokens: shorten {param}, ask for fewer tokens, or start the server with a larger --max-model-len",

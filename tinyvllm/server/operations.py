@@ -1,4 +1,7 @@
-"""Routes for operators: health, readiness, metrics, the engine's state, and the page that shows it."""
+"""Routes for operators: health, readiness, metrics, the engine's state, and the page that shows it.
+
+Probes may send HEAD: the answer is GET's without its body, which the server leaves out.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,7 @@ class Readiness(BaseModel):
 
 
 @router.get("/health", response_class=Response)
+@router.head("/health", include_in_schema=False)
 async def health(request: Request) -> Response:
     """200 with an empty body while the engine works; 503 until it is warm, when it has died, and when it stalls."""
     state = state_of(request)
@@ -52,6 +56,7 @@ async def health(request: Request) -> Response:
 
 
 @router.get("/ping", response_class=Response)
+@router.head("/ping", include_in_schema=False)
 @router.post("/ping", response_class=Response, include_in_schema=False)
 async def ping(request: Request) -> Response:
     """/health under the name that SageMaker requires."""
@@ -59,6 +64,7 @@ async def ping(request: Request) -> Response:
 
 
 @router.get("/ready")
+@router.head("/ready", include_in_schema=False)
 async def ready(request: Request) -> Readiness:
     """200 while new requests are accepted; 503 from the first stop signal on, while /health may still be 200.
 
@@ -77,11 +83,13 @@ async def ready(request: Request) -> Readiness:
 
 
 @router.get("/version")
+@router.head("/version", include_in_schema=False)
 async def version() -> Version:
     return Version(version=__version__)
 
 
 @router.get("/metrics", response_class=Response)
+@router.head("/metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
     return Response(state_of(request).metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
 
@@ -93,6 +101,7 @@ async def live_state(request: Request) -> EngineState:
 
 
 @router.get("/", include_in_schema=False)
+@router.head("/", include_in_schema=False)
 async def page() -> FileResponse:
     return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
 

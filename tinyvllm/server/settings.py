@@ -31,6 +31,7 @@ class ServerSettings:
     max_num_queued_requests: int | None = 2048  # sequences beyond those that can run; the most that one call may have
     max_num_queued_tokens: int | None = None  # prompt tokens of sequences without output
     max_body_bytes: int = 16 * 2**20  # a few million tokens of text, more than any context that a laptop serves
+    clamp_max_tokens: bool = False  # a max_tokens that the context has no room for becomes the room; else it is refused
     request_timeout_s: float | None = None  # from arrival to the last token
     idle_timeout_s: float | None = 60.0  # without a byte sent or read, in the middle of a request or response
     keepalive_s: float | None = 15.0  # a stream that is silent for so long sends a comment

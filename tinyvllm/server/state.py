@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from tinyvllm.profiling import measure
 from tinyvllm.server.context import RequestContext, current
 from tinyvllm.server.failures import NotReadyError
 from tinyvllm.server.front_ends import FrontEnds
-from tinyvllm.server.generation import BeamCall, Generation, Job, OpenCall, Sink
+from tinyvllm.server.generation import BeamCall, Generation, Job, OpenCall, PromptCall, Sink
 from tinyvllm.server.metrics import Metrics, PromptObserver
 from tinyvllm.server.request_limits import Admission, Drain, DrainingError, timed_out
 from tinyvllm.server.watchdog import Watchdog
@@ -54,6 +55,11 @@ class ServerState:
     def model_names(self) -> tuple[str, ...]:
         """The served model's names. Answers have the first."""
         return (self.engine.served_model_name, *self.settings.model_aliases)
+
+    @property
+    def context_limit(self) -> int:
+        """The most tokens of prompt and output together. The pool may hold fewer than the model's context."""
+        return min(self.engine.capacity.max_model_len, self.engine.capacity.num_tokens)
 
     def require_engine(self) -> None:
         """Raise EngineDeadError or NotReadyError unless the engine can take requests."""
@@ -111,7 +117,7 @@ class ServerState:
     async def _start(self, generation: Generation, job: Job, position: int, context: RequestContext) -> None:
         """Start the call of one prompt."""
         prompt = job.prompts[position]
-        ids, params = prompt.ids, prompt.params
+        ids, params = prompt.ids, self._clamped(prompt)
         if self.settings.log_requests:
             self._log_request(ids, params, prompt.request_id)
         observer = PromptObserver(
@@ -134,6 +140,13 @@ class ServerState:
             observer.abandon()
             raise
         generation.add(call, observer)
+
+    def _clamped(self, prompt: PromptCall) -> SamplingParams:
+        """The prompt's parameters; with --clamp-max-tokens, those that fit into the context."""
+        params, room = prompt.params, self.context_limit - len(prompt.ids)
+        if not self.settings.clamp_max_tokens or params.max_tokens is None or params.max_tokens <= room:
+            return params
+        return dataclasses.replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
 
     async def embed(
         self, ids: list[int], pooling: str, *, request_id: str, arrival_s: float, priority: int = 0

@@ -16,7 +16,6 @@ from tinyvllm.server.intake import (
     ERRORS,
     check_ids,
     check_request,
-    context_limit,
     event_stream,
     json_response,
     make_heading,
@@ -51,7 +50,7 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
     for position, ids in enumerate(prompts):
         fitted_params = params
         if body.max_tokens is None:  # only the default shrinks to fit a long prompt
-            room = context_limit(state) - len(ids)
+            room = state.context_limit - len(ids)
             fitted_params = dataclasses.replace(params, max_tokens=min(DEFAULT_TOKENS, room))
         calls.append(PromptCall(ids, fitted_params, request_id=f"{heading.id}-{position}"))
     job = Job(calls, n=body.num_choices, arrival_s=arrival_s, priority=body.priority or 0, beams=body.beams())

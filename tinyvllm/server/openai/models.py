@@ -25,6 +25,7 @@ router = APIRouter(responses=ERRORS)
 
 
 @router.get("/v1/models")
+@router.head("/v1/models", include_in_schema=False)
 async def list_models(request: Request) -> ModelList:
     state_of(request).require_engine()
     return ModelList(data=[_card(model, name) for model in shelf_of(request).models() for name in model.names])

@@ -7,9 +7,10 @@ the template's adapter and the parser of tool calls run as they do for a model.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,11 @@ def num_results(prompt: str) -> int:
 def loop(task: str, *replies: str | Callable[[str], str]) -> list[Turn]:
     """The turns of a conversation in which `task` occurs: the n-th reply answers n results of tools.
 
-    All but the last reply must make one tool call each."""
+    All but the last reply must make one tool call each. Requests without tools, such as for a title, are other ones.
+    """
 
     def has_results(number: int) -> Callable[[str], bool]:
-        return lambda prompt: task in prompt and num_results(prompt) == number
+        return lambda prompt: "<tools>" in prompt and task in prompt and num_results(prompt) == number
 
     return [Turn(has_results(number), reply) for number, reply in enumerate(replies)]
 
@@ -71,6 +73,11 @@ class ScriptedEngine(FakeEngine):
     reply: str = "All right."  # to what the script has no turn for, such as a request for a title
     max_model_len: int = 1_000_000
     prompts: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # room for four conversations, as an agent's requests run side by side
+        self.capacity = replace(self.capacity, num_blocks=4 * self.max_model_len // BLOCK_SIZE + 1)
 
     def reply_to(self, prompt_ids: list[int]) -> str:
         prompt = bytes(prompt_ids).decode()
@@ -101,13 +108,29 @@ class ScriptedServer:
     def requests(self) -> list[Request]:
         return self.recorder.requests
 
+    def check_cache(self, task: str) -> None:
+        """Assert that each turn of the conversation about `task` finds the turn before it in the prefix cache.
+
+        All of it but the prompt's end, which a template replaces by the answer."""
+        turns = [prompt for prompt in self.engine.prompts if "<tools>" in prompt and task in prompt]
+        assert len(turns) > 1
+        for before, after in itertools.pairwise(turns):
+            shared = shared_length(before.encode(), after.encode())
+            assert shared > len(before.encode()) - 100, f"{shared=} {before[shared:][:80]!r} {after[shared:][:80]!r}"
+
+
+def make_scripted_engine(
+    reply: str = "All right.", *, script: Sequence[Turn] = (), template: Path = TEMPLATE
+) -> ScriptedEngine:
+    source = template.read_text(encoding="utf-8")
+    chat_template = ChatTemplate({"default": source}, {"bos_token": "", "eos_token": "<|im_end|>"}, "scripted")
+    return ScriptedEngine(script=script, reply=reply, chat_template=chat_template)  # type: ignore[arg-type]
+
 
 @contextlib.contextmanager
 def scripted_server(script: Sequence[Turn], template: Path = TEMPLATE, **settings: Any) -> Iterator[ScriptedServer]:
     """A server on loopback whose model "tiny" answers by `script`. settings: those of ServerSettings."""
-    source = template.read_text(encoding="utf-8")
-    chat_template = ChatTemplate({"default": source}, {"bos_token": "", "eos_token": "<|im_end|>"}, "scripted")
-    engine = ScriptedEngine(script=script, chat_template=chat_template)  # type: ignore[arg-type]
+    engine = make_scripted_engine(script=script, template=template)
     recorder = Recorder(make_app(engine, ServerSettings(**settings)))  # type: ignore[arg-type]
     with serving_app(recorder) as url:
         yield ScriptedServer(url, engine, recorder)

@@ -23,7 +23,7 @@ MAX_BAD_WORDS = 256
 MAX_CHOICES = 128  # upper limit of `n`
 
 DTYPES = ("float32", "float16", "bfloat16")
-WARM_UPS = ("background", "full")
+WARM_UPS = ("background", "full", "idle")
 CAPTURES = ("replay", "tinyjit")
 
 MODELS_DIR_VARIABLE = "TINYVLLM_MODELS"  # environment variable: the directory of pulled models
@@ -437,7 +437,7 @@ class EngineConfig:
     # token counts of prefill and mixed graphs; (): powers of two from 16 up to max_num_batched_tokens
     token_buckets: tuple[int, ...] = ()
     # full: capture all graphs before serving; background: serve as soon as some graphs can run any step, and capture
-    # the others between steps
+    # the others between steps; idle: as background, but only while no request runs
     warm_up: str = "full"
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"  # or "priority": lower numbers first

@@ -124,7 +124,7 @@ def test_server_warms_up_answers_and_stops_cleanly(tmp_path: Path, number: signa
             rest = "\n".join(events)
         assert "aborted" in rest and rest.rstrip().endswith("data: [DONE]")
         assert process.wait(timeout=20) == 0
-        assert process.stdout.read() == "shut down\n"
+        assert process.stdout.read().endswith("docs/CLIENTS.md\nshut down\n")
     assert "event loop: uvloop; HTTP parser: httptools" in "".join(lines)
 
 

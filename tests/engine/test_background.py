@@ -13,6 +13,7 @@ import pytest
 from tests.engine.fakes import FakeCaptures, FakeModelRunner, load_text
 from tests.scheduling.fakes import make_request, run_alone
 from tinyvllm.config import EngineConfig, GenerationDefaults, ModelFiles, SamplingParams
+from tinyvllm.engine import loop as loop_module
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.engine.loading import LoadedEngine, Progress, assemble_engine
@@ -100,11 +101,11 @@ async def collect(engine: AsyncEngine, request_id: str) -> list[Delta]:
     return [delta async for delta in engine.generate([1, 2, 3], params, request_id=request_id)]
 
 
-def start(captures: FakeCaptures, runner: FakeModelRunner) -> AsyncEngine:
+def start(captures: FakeCaptures, runner: FakeModelRunner, warm_up: str = "background") -> AsyncEngine:
     def load(config: EngineConfig, progress: Progress) -> LoadedEngine:
         return assemble_engine(config, runner, *load_text(), GenerationDefaults(), captures)
 
-    return AsyncEngine.start(EngineConfig("tiny"), load=load)
+    return AsyncEngine.start(EngineConfig("tiny", warm_up=warm_up), load=load)
 
 
 async def until(is_true: Callable[[], bool]) -> None:
@@ -144,6 +145,22 @@ async def test_one_part_of_one_graph_comes_between_two_steps() -> None:
     assert all(event != "step" for event in while_busy[1::2]), "a step, a part of a graph, a step, ..."
     await engine.shutdown()
     assert captures.num_to_come > 0, "a shutdown does not wait for graphs"
+
+
+async def test_warm_up_when_idle_waits_until_no_request_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "IDLE_S", 0.05)
+    events: list[str] = []
+    runner = FakeModelRunner()
+    runner.before_step = lambda plan: events.append("step")
+    captures = FakeCaptures(2, events)
+    engine = start(captures, runner, "idle")
+    await engine.wait_ready()
+    await collect(engine, "a")
+    first = events.index("step")
+    assert events[first:][:20] == ["step"] * 20
+    await until(lambda: captures.num_to_come == 0)
+    assert events.count("capture") == 2
+    await engine.shutdown()
 
 
 @pytest.mark.parametrize("warm_up", ["background", "full"])

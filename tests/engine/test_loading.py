@@ -52,7 +52,7 @@ def test_graphs_come_in_the_background_where_that_is_asked_for(tiny_hf_files: Mo
     assert core.has_captures_to_come and core.stats.num_captures_to_come == 5
     full = load_engine(EngineConfig(str(tiny_hf_files.path)), lambda *report: None)
     assert not full.engine.core.has_captures_to_come
-    with pytest.raises(TinyvllmError, match="--warm-up is 'never': choose one of background, full"):
+    with pytest.raises(TinyvllmError, match="--warm-up is 'never': choose one of background, full, idle"):
         EngineConfig("tiny", warm_up="never")
 
 

@@ -131,7 +131,7 @@ def test_a_graph_that_cannot_be_made_is_said_once_and_the_others_go_on(
         return finish(pending)
 
     monkeypatch.setattr(PendingGraph, "finish", fail)
-    with caplog.at_level(logging.INFO, captures_module.__name__):
+    with caplog.at_level(logging.DEBUG, captures_module.__name__):
         while runner.captures.num_to_come:
             capture_one(runner.captures)
     (error,) = [record for record in caplog.records if record.levelno == logging.ERROR]
@@ -139,6 +139,7 @@ def test_a_graph_that_cannot_be_made_is_said_once_and_the_others_go_on(
     assert error.exc_info is not None and str(error.exc_info[1]) == "out of everything"
     assert (runner.captures.num_failed, runner.num_captures) == (1, 3)
     assert "captured prefill 8 in" in caplog.text and "0 to come" in caplog.text
+    assert "3 graphs are captured: nothing is left to compile" in caplog.text
     assert tokens_of(runner) == tokens_of(whole)
 
 

@@ -154,9 +154,10 @@ class EngineFlags(RunnerFlags):
         Option(
             metavar="WHEN",
             help="background: answer once the first graphs are captured, which can run every request, and capture the "
-            "rest between steps; the first answer comes soonest, but steps may be slower for some seconds. full: "
-            "capture all graphs before the first answer, as benchmarks need. "
-            "/ready and /metrics show how many are left. [default: background for serve and chat, else full]",
+            "rest between steps; the first answer comes soonest, but steps may be slower for some seconds. idle: the "
+            "same, but capture the rest only while no request runs. full: capture all graphs before the first answer, "
+            "as benchmarks need. /ready and /metrics show how many are left. "
+            "[default: background for serve, idle for generate and chat, else full]",
             show_default=False,
         ),
     ] = None

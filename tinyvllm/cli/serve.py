@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
-import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Protocol
 
@@ -15,16 +13,17 @@ from typer import Option
 
 from tinyvllm.cli import engine as engines
 from tinyvllm.cli.flags import DEVICE_VARIABLE, EngineFlags, Model
+from tinyvllm.cli.greeting import Greeting
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.record_flags import RecordFlags
 from tinyvllm.cli.server_flags import ListenFlags, ProcessFlags, ServerFlags
-from tinyvllm.cli.terminal import Progress, out, progress_bars
+from tinyvllm.cli.terminal import Progress, progress_bars
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     import socket
 
-    from tinyvllm.config import EngineConfig
+    from tinyvllm.config import Capacity, EngineConfig
     from tinyvllm.engine.async_engine import AsyncEngine
     from tinyvllm.server.settings import ServerSettings
     from tinyvllm.server.sockets import TlsFiles
@@ -71,9 +70,17 @@ def serve(
         bars = stack.enter_context(contextlib.ExitStack())  # a stack of its own: the bars end when the engine is ready
         report = bars.enter_context(progress_bars())
 
-        def greet(*, can_chat: bool) -> None:
+        def greet(*, can_chat: bool, capacity: Capacity | None = None) -> None:
             bars.close()
-            _greet(config, address, can_chat=can_chat, needs_key=bool(settings.api_keys))
+            Greeting(
+                address=address,
+                names=(config.served_model_name or config.model,),
+                apis=settings.apis,
+                needs_key=bool(settings.api_keys),
+                can_chat=can_chat,
+                context_tokens=None if capacity is None else capacity.max_model_len,
+                num_slots=None if capacity is None else capacity.max_num_seqs,
+            ).show()
 
         served = Served(sock, config, settings, tls, http.access_log, record)
         if num_front_ends:
@@ -97,7 +104,7 @@ class Served:
 class Greet(Protocol):
     """Says that the server is ready."""
 
-    def __call__(self, *, can_chat: bool) -> None: ...
+    def __call__(self, *, can_chat: bool, capacity: Capacity | None = None) -> None: ...
 
 
 def _serve_in_this_process(served: Served, report: Progress, greet: Greet) -> None:
@@ -108,7 +115,7 @@ def _serve_in_this_process(served: Served, report: Progress, greet: Greet) -> No
 
         def on_ready(engine: AsyncEngine) -> None:
             recording.enter_context(served.record.recording())
-            greet(can_chat=engine.chat_template is not None)
+            greet(can_chat=engine.chat_template is not None, capacity=engine.capacity)
 
         event_loop.run(
             server.serve(
@@ -141,31 +148,3 @@ def _serve_in_processes(
     recordings = asyncio.run(supervisor.supervise(plan, served.sock, report, lambda can_chat: greet(can_chat=can_chat)))
     if served.record.is_on:
         served.record.show_all(recordings)
-
-
-def _greet(config: EngineConfig, address: str, *, can_chat: bool, needs_key: bool) -> None:
-    """Print where the server listens and how to try it."""
-    name = config.served_model_name or config.model
-    page = "" if address.startswith("unix:") else f" and a web page on {address}/"
-    out.print(
-        f"{name} is served on {address} with OpenAI's API{page}; Ctrl-C stops it. Try:", highlight=False, markup=False
-    )
-    line = _curl_line(address, name, can_chat=can_chat, needs_key=needs_key)
-    out.print(line, highlight=False, markup=False)
-
-
-def _curl_line(address: str, model: str, *, can_chat: bool, needs_key: bool) -> str:
-    """A command to paste into a shell, with KEY in place of a real key, which must not reach a log."""
-    body: dict[str, object] = {"model": model}
-    if can_chat:
-        path = "chat/completions"
-        body["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
-    else:
-        path = "completions"
-        body["prompt"] = "The capital of France is"
-    target = f"{address}/v1/{path}"
-    if address.startswith("unix:"):
-        target = f"--unix-socket {shlex.quote(address.removeprefix('unix:'))} http://localhost/v1/{path}"
-    key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
-    text = shlex.quote(json.dumps(body))
-    return f"curl {target}{key} -H 'Content-Type: application/json' -d {text}"

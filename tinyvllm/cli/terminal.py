@@ -45,24 +45,42 @@ def set_up_logging(level: str) -> None:
 
 
 def _log_handler() -> logging.Handler:
-    """On a terminal rich's handler, which writes above the progress bars; elsewhere plain lines, without wrapping."""
+    """On a terminal colored lines above the progress bars; elsewhere plain lines with date and level."""
     if err.is_terminal:
-        from rich.logging import RichHandler
-
-        return RichHandler(console=err, show_path=False, log_time_format="%H:%M:%S")
+        return _TerminalHandler()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
 
 
+class _TerminalHandler(logging.Handler):
+    """Writes through rich, above the progress bars. The level is told by the color and, from warnings on, in words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            style, word = "dim", ""
+            if record.levelno >= logging.WARNING:
+                style, word = ("red", "error: ") if record.levelno >= logging.ERROR else ("yellow", "warning: ")
+            text = self.format(record)
+            start = len("00:00:00 ")
+            err.print(Text(f"{text[:start]}{word}{text[start:]}", style=style), highlight=False)
+        except Exception:
+            self.handleError(record)
+
+
 @contextlib.contextmanager
 def progress_bars(*, in_bytes: bool = False) -> Iterator[Progress]:
-    """A bar for each reported stage, from any thread. If stderr is not a terminal, one line for each stage."""
+    """A bar for each reported stage, from any thread; they vanish at the end. If stderr is not a terminal, one line for
+    each stage at the end."""
     from rich import progress
 
     count = progress.DownloadColumn() if in_bytes else progress.MofNCompleteColumn()
     columns = (progress.TextColumn("{task.description:<10}"), progress.BarColumn(), count, progress.TimeElapsedColumn())
-    bars = progress.Progress(*columns, console=err)
+    bars = progress.Progress(*columns, console=err, transient=err.is_terminal)
     tasks: dict[str, progress.TaskID] = {}
 
     def report(stage: str, done: int, total: int) -> None:

@@ -97,10 +97,19 @@ class EngineCore:
     `stats` is replaced by a new object on every change, so other threads may read it at any time.
     """
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, captures: Captures | None = None) -> None:
-        """`captures` makes the graphs that the runner lacks; None if it has them all."""
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        captures: Captures | None = None,
+        *,
+        captures_when_idle: bool = False,
+    ) -> None:
+        """`captures` makes the graphs that the runner lacks; None if it has them all. captures_when_idle: the caller
+        is to call `advance_captures` only while no request runs."""
         self.runner = runner
         self.scheduler = scheduler
+        self.captures_when_idle = captures_when_idle
         self._captures = captures
         self.stats = StepStats(
             num_captures=runner.num_captures,

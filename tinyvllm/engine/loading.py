@@ -138,5 +138,6 @@ def assemble_engine(
     scheduler = Scheduler(block_manager, capacity, config.scheduling_policy)
     text = Text(tokenizer=tokenizer, chat_template=chat_template, generation_defaults=generation_defaults)
     loaded = text.for_callers(runner.model_config, capacity, config.seed)
-    engine = TextEngine(EngineCore(runner, scheduler, captures), tokenizer)
+    core = EngineCore(runner, scheduler, captures, captures_when_idle=config.warm_up == "idle")
+    engine = TextEngine(core, tokenizer)
     return LoadedEngine(runner=runner, engine=engine, **vars(loaded))

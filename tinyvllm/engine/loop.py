@@ -45,6 +45,8 @@ from tinyvllm.text.grammar import Grammar
 logger = logging.getLogger(__name__)
 
 COMPILE_POLL_S = 0.01  # how often an idle engine checks whether background compilation has finished
+# how long an engine that captures while idle waits for a request first: one that comes during a trace waits for its end
+IDLE_S = 0.5
 
 ClientId = Hashable
 Task = Callable[[], None]  # runs on the loop's thread, between two steps
@@ -124,11 +126,12 @@ class EngineLoop:
                     self._handle(*item)
             if self._stop_at_s is not None and (self._is_idle or time.monotonic() >= self._stop_at_s):
                 return
+            is_busy = bool(items) or core.has_work
             if core.has_work:
                 outs = core.step()
                 with measure.span(measure.REPLY):
                     self._pass_on(outs)
-            if core.has_captures_to_come:
+            if core.has_captures_to_come and not (is_busy and core.captures_when_idle):
                 self._pass_on(core.advance_captures())
 
     @property
@@ -141,7 +144,9 @@ class EngineLoop:
             return 0.0
         if self._stop_at_s is not None:
             return max(0.0, self._stop_at_s - time.monotonic()) if self._waiting else 0.0
-        return COMPILE_POLL_S if self.core.has_captures_to_come else None
+        if not self.core.has_captures_to_come:
+            return None
+        return IDLE_S if self.core.captures_when_idle else COMPILE_POLL_S
 
     def _pass_on(self, outs: list[TokenOut]) -> None:
         """Send each client its part of a step's tokens in one message, and report the stats."""

@@ -139,7 +139,7 @@ class Captures:
         self.graphs[pending.bucket] = pending.finish()
         self.num_made += 1
         seconds = pending.trace_s + time.perf_counter() - start_s
-        logger.info("captured %s in %.2f s, %d to come", pending.bucket.name, seconds, self.num_to_come)
+        logger.debug("captured %s in %.2f s, %d to come", pending.bucket.name, seconds, self.num_to_come)
 
     def _give_up(self, bucket: Bucket, error: Exception) -> None:
         self.failed[bucket] = error
@@ -149,6 +149,8 @@ class Captures:
         """Finish once all graphs are there."""
         if not self._is_closed:
             self._is_closed = True
+            if self.graphs:
+                logger.info("%d graphs are captured: nothing is left to compile", len(self.graphs))
             self._compiler.close()
             if self.store is not None:
                 self.store.close()

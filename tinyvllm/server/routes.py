@@ -14,6 +14,7 @@ from starlette.types import Scope
 ROUTES = (
     "openai.completions",
     "openai.chat",
+    "anthropic.messages",
     "openai.responses",
     "openai.embeddings",
     "openai.rerank",

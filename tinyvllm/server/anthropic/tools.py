@@ -1,0 +1,96 @@
+"""Tools of Anthropic's API: their definitions, and tool_choice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tinyvllm.errors import RequestError
+from tinyvllm.server.notices import warn_once
+from tinyvllm.server.openai.protocol.tools import check_choice, check_names
+from tinyvllm.text.tools.base import Tool
+
+if TYPE_CHECKING:
+    from tinyvllm.server.anthropic.protocol import ToolChoice
+
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+_NO_PARAMETERS = {"type": "object", "properties": {}}
+
+
+@dataclass(frozen=True)
+class OfferedTools:
+    """The tools that the model is shown."""
+
+    tools: Sequence[Tool]
+
+    @classmethod
+    def read(cls, definitions: Sequence[Mapping[str, Any]] | None) -> OfferedTools:
+        """Leaves out what a server would have to run (web search, code execution), and logs it. Raises RequestError,
+        naming the field, for a definition that is incomplete."""
+        tools = []
+        for position, definition in enumerate(definitions or []):
+            kind = definition.get("type")
+            if kind in (None, "custom"):
+                tools.append(_custom(definition, f"tools.{position}"))
+            else:
+                warn_once("tools of type %s cannot be run here and are left out", str(kind))
+        check_names([tool.name for tool in tools], "tools")
+        return cls(tools)
+
+    def for_template(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "type": "function",
+                "function": {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "parameters": tool.parameters or _NO_PARAMETERS,
+                },
+            }
+            for tool in self.tools
+        ]
+
+    def choice(self, given: ToolChoice | None) -> dict[str, Any]:
+        """The fields of Conversation that `given` sets. Raises RequestError if it asks for a tool that is not there."""
+        if given is None:
+            return {}
+        names = [tool.name for tool in self.tools]
+        is_parallel = given.disable_parallel_tool_use is not True
+        match given.type:
+            case "any" if not names:
+                raise RequestError("tool_choice is 'any', but no tool is left to call: send some", param="tool_choice")
+            case "any":
+                return {"tool_choice": "required", "is_parallel": is_parallel}
+            case "tool":
+                if given.name is None:
+                    raise RequestError("tool_choice.name is required and missing", param="tool_choice.name")
+                check_choice(given.name, names)
+                return {"tool_choice": "required", "named_tool": given.name, "is_parallel": False}
+            case "none":
+                return {"tool_choice": "none"}
+            case _:
+                return {"is_parallel": is_parallel}
+
+
+def _custom(definition: Mapping[str, Any], param: str) -> Tool:
+    name = definition.get("name")
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+        raise RequestError(
+            f"{param}.name is {name!a:.80}: give 1 to 128 letters, digits, underscores, dots and hyphens",
+            param=f"{param}.name",
+        )
+    schema = definition.get("input_schema")
+    if not isinstance(schema, dict):
+        raise RequestError(f"{param}.input_schema is missing or is not an object", param=f"{param}.input_schema")
+    description = definition.get("description")
+    if description is not None and not isinstance(description, str):
+        raise RequestError(f"{param}.description is not a string", param=f"{param}.description")
+    return Tool(
+        name=name,
+        description=description or "",
+        parameters=schema or None,
+        is_strict=definition.get("strict") is True,
+        param=f"{param}.input_schema",
+    )

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from tests.server.fake_engine import FakeEngine
 from tinyvllm.server.app import make_app
 from tinyvllm.server.front_ends import FrontEnds
-from tinyvllm.server.large_lane import LARGE_BYTES, _Body
+from tinyvllm.server.large_lane import LARGE_BYTES
+from tinyvllm.server.relay import ChunkDecoder, RequestBody
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import bind, bind_unix
 from tinyvllm.server.state import ServerState
@@ -178,7 +179,7 @@ async def test_a_lane_that_dies_ends_its_streams_with_an_error(lanes: Lanes, cap
                     lanes.cut()
     assert lines[-1] == "[DONE]" and json.loads(lines[-2])["error"]["code"] == "front_end_gone"
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
-        "the front-end for large bodies has ended in the middle of an answer (RemoteProtocolError)"
+        "an answer ends too early: the front-end for large bodies has died: try again later"
     ]
 
 
@@ -229,6 +230,17 @@ async def test_what_was_read_to_see_the_size_is_not_lost(sizes: list[int]) -> No
     async def receive() -> dict[str, object]:
         return dict(next(left))
 
-    body = _Body(receive)
-    assert await body.is_large({"headers": []}) == (len(whole) > LARGE_BYTES)
-    assert b"".join([chunk async for chunk in body.chunks()]) == whole
+    body = RequestBody(receive)
+    assert await body.read_beyond(LARGE_BYTES) == (len(whole) > LARGE_BYTES)
+    assert b"".join([part async for part in body.parts()]) == whole
+
+
+@given(st.lists(st.binary(min_size=1, max_size=40), max_size=8), st.lists(st.integers(1, 50), min_size=1))
+def test_chunks_are_taken_apart_however_they_arrive(chunks: list[bytes], sizes: list[int]) -> None:
+    wire = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+    decoder, found, start = ChunkDecoder(), b"", 0
+    for size in [*sizes, len(wire)]:
+        assert decoder.is_complete == (start >= len(wire))
+        found += decoder.feed(wire[start : start + size])
+        start += size
+    assert decoder.is_complete and found == b"".join(chunks)

@@ -1,4 +1,4 @@
-"""What a front-end and an engine process do first: read their spec, log under their name, and end with their parent."""
+"""What each process of a server does first: read its spec, log under its name, and end with its parent."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import msgspec
 from tinyvllm.profiling import measure
 from tinyvllm.server.context import QuietPollsFilter, RequestIdFilter
 from tinyvllm.server.control import ChildLink
-from tinyvllm.server.specs import EngineSpec, FrontEndSpec
+from tinyvllm.server.specs import Spec
 
-Spec = TypeVar("Spec", EngineSpec, FrontEndSpec)
+AnySpec = TypeVar("AnySpec", bound=Spec)
 
 PIDS_FILE = "processes.json"  # in the run directory: the processes by name, rewritten whenever one starts
 _PR_SET_PDEATHSIG = 1
 
 
-def start_child(kind: type[Spec]) -> tuple[Spec, ChildLink]:
+def start_child(kind: type[AnySpec]) -> tuple[AnySpec, ChildLink]:
     """The spec that the parent sends, and the link to it. The argument of the command is the link's file descriptor."""
     # the supervisor decides when to stop: an orchestrator's signal may reach every process of the server. Not SIG_IGN,
     # which would pass to programs that this process starts, so that they could not be ended
@@ -32,7 +32,7 @@ def start_child(kind: type[Spec]) -> tuple[Spec, ChildLink]:
         signal.signal(number, lambda number, frame: None)
     link = ChildLink(int(sys.argv[1]))
     spec = msgspec.convert(link.receive()["spec"], kind)
-    set_up_logging(spec.log_level, spec.name)
+    set_up_logging(spec.log_level, spec.log_prefix + spec.name)
     measure.name_process(spec.name)
     return spec, link
 

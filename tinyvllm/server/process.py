@@ -15,7 +15,7 @@ from pathlib import Path
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.server.control import Message, ParentLink
 from tinyvllm.server.settings import API_KEY_VARIABLE
-from tinyvllm.server.specs import EngineSpec, FrontEndSpec
+from tinyvllm.server.specs import Spec
 
 EXIT_CODE_S = 0.5  # how long the exit code may take after the link has closed; freeing a device may take seconds
 LAST_WORDS_S = 0.1  # after a process has ended: until the event loop has read all that it has sent
@@ -114,7 +114,7 @@ class Restarts:
 
 async def start_process(
     module: str,
-    spec: EngineSpec | FrontEndSpec,
+    spec: Spec,
     *,
     fds: Sequence[int] = (),
     environment: Mapping[str, str] | None = None,

@@ -22,11 +22,13 @@ from tinyvllm.server.event_loop import http_protocol
 from tinyvllm.server.settings import GRACE_S, ServerSettings
 from tinyvllm.server.sockets import TlsFiles, end_silent_peers
 from tinyvllm.server.status_log import log_status
+from tinyvllm.server.stop_requests import StopRequests
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from tinyvllm.engine.async_engine import AsyncEngine
+    from tinyvllm.server.request_limits import Drain
     from tinyvllm.server.state import ServerState
 
 log = logging.getLogger(__name__)
@@ -43,8 +45,9 @@ async def serve(
     settings: ServerSettings | None = None,
     tls: TlsFiles | None = None,
     access_log: bool = True,
+    stops: StopRequests | None = None,
 ) -> None:
-    """Serve on `sock` until SIGINT or SIGTERM, starting before the engine is warm.
+    """Serve on `sock` until SIGINT or SIGTERM (or what `stops` hears), starting before the engine is warm.
 
     After the first signal, /ready returns 503 and new requests are refused. Running requests may continue for the
     settings' shutdown_timeout_s; then they are aborted and the engine is shut down. A second signal skips the wait.
@@ -55,7 +58,7 @@ async def serve(
     engine = start_engine()
     app = make_app(engine, settings)
     end_silent_peers(sock, settings.idle_timeout_s)
-    server = Server(uvicorn_config(app, tls, access_log=access_log), app.state.server)
+    server = Server(uvicorn_config(app, tls, access_log=access_log), app.state.server, stops)
 
     async def announce() -> None:
         try:
@@ -96,60 +99,68 @@ def uvicorn_config(app: ASGIApp, tls: TlsFiles | None, *, access_log: bool) -> u
     )
 
 
-class Server(uvicorn.Server):
-    """uvicorn's server, which also drains before it stops, and stops the engine before it waits for responses."""
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, which also drains before it stops, and ends what computes answers before it waits for them."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+    def __init__(
+        self, config: uvicorn.Config, drain: Drain, shutdown_timeout_s: float, stops: StopRequests | None = None
+    ) -> None:
+        """stops: who asks the server to stop, if it is not the system's signals."""
         super().__init__(config)
-        self._state = state
+        self.drain = drain
+        self._shutdown_timeout_s = shutdown_timeout_s
+        self._stops = stops
         self._drain_until_s: float | None = None  # monotonic clock; None until the drain's time limit starts
+
+    def observe(self) -> None:
+        """Called at every tick."""
+
+    def can_answer(self) -> bool:
+        """Whether running requests can come to an end."""
+        return True
+
+    async def end_work(self) -> None:
+        """End whatever still computes answers, and tell those who wait for them."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a stop signal: the first starts draining, any later one ends it."""
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
-        self._state.drain.has_begun = True  # here, so that /ready shows it at once
+        self.drain.has_begun = True  # here, so that /ready shows it at once
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to stop now. Sockets stay open during the drain, so that refusals and /ready are still answered."""
-        self._state.metrics.process.observe(len(self.server_state.connections))
-        self._state.watchdog.observe()
-        self._state.drain.observe()
+        self.observe()
+        self.drain.observe()
         if not await super().on_tick(counter):
             return False
-        drain = self._state.drain
-        if self.force_exit or not drain.num_requests or not self._state.engine.is_ready:
+        if self.force_exit or not self.drain.num_requests or not self.can_answer():
             return True
         if self._drain_until_s is None:
-            timeout_s = self._state.settings.shutdown_timeout_s
+            timeout_s = self._shutdown_timeout_s
             self._drain_until_s = time.monotonic() + timeout_s
             if timeout_s:
                 log.warning(
                     "stopping: %d requests may continue for up to %g s; a second signal stops at once",
-                    drain.num_requests,
+                    self.drain.num_requests,
                     timeout_s,
                 )
         return time.monotonic() >= self._drain_until_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        engine = self._state.engine
-        if self._state.drain.num_requests:
-            log.warning("stopping: aborting %d requests", self._state.drain.num_requests)
-        # While the engine loads there is nothing to abort, and waiting could take as long as a graph's capture. Its
-        # thread is a daemon, so it ends with the process.
-        if engine.is_ready:
-            ended = asyncio.create_task(engine.shutdown())
-            if not (await asyncio.wait((ended,), timeout=GRACE_S))[0] and self.force_exit:
-                # the shutdown waits for a step that may never end, on a thread that Python would join at exit
-                log.critical("the engine's current step does not end: terminating the process")
-                os._exit(1)
-            await ended
+        if self.drain.num_requests:
+            log.warning("stopping: aborting %d requests", self.drain.num_requests)
+        await self.end_work()
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Like uvicorn's, but without raising the signal again at the end, so that a clean stop has exit code 0."""
+        if self._stops is not None:
+            with self._stops.heard_by(lambda: self.handle_exit(signal.SIGTERM, None)):
+                yield
+            return
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -159,3 +170,30 @@ class Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class Server(DrainingServer):
+    """The server of an engine in this process."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState, stops: StopRequests | None = None) -> None:
+        super().__init__(config, state.drain, state.settings.shutdown_timeout_s, stops)
+        self._state = state
+
+    def observe(self) -> None:
+        self._state.metrics.process.observe(len(self.server_state.connections))
+        self._state.watchdog.observe()
+
+    def can_answer(self) -> bool:
+        return self._state.engine.is_ready
+
+    async def end_work(self) -> None:
+        engine = self._state.engine
+        # While the engine loads there is nothing to abort, and waiting could take as long as a graph's capture. Its
+        # thread is a daemon, so it ends with the process.
+        if engine.is_ready:
+            ended = asyncio.create_task(engine.shutdown())
+            if not (await asyncio.wait((ended,), timeout=GRACE_S))[0] and self.force_exit:
+                # the shutdown waits for a step that may never end, on a thread that Python would join at exit
+                log.critical("the engine's current step does not end: terminating the process")
+                os._exit(1)
+            await ended

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 from tinyvllm.config import EngineConfig
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import TlsFiles
 
 LOAD_ENGINE = "tinyvllm.engine.loading:load_engine"
+
+
+class Spec(Protocol):
+    """What every process is told: its name, and how it logs. A dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def log_level(self) -> str: ...
+
+    @property
+    def log_prefix(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +35,7 @@ class EngineSpec:
     run_dir: str
     config: EngineConfig
     log_level: str
+    log_prefix: str = ""
     cores: tuple[int, ...] | None = None  # the CPU cores that it may use; None: all
     load: str = LOAD_ENGINE  # module:function that loads the engine
 
@@ -43,6 +60,7 @@ class FrontEndSpec:
     tls: TlsFiles | None
     access_log: bool
     log_level: str
+    log_prefix: str = ""
     generation: int  # how many times this front-end has been started before
     supervisor_pid: int
 

@@ -235,3 +235,16 @@ class _Rest:
 
     def close(self) -> None:
         self._started.close()
+
+
+async def send_promptly(send: Send, message: Message, idle_timeout_s: float | None) -> None:
+    """Send one part of an answer. Sets a timer only if the client does not read: a stream sends a part per token.
+
+    For a response that has set its context's `times_own_events`. Raises TimeoutError."""
+    sending = send(message).__await__()
+    try:
+        waits_for = next(sending)
+    except StopIteration:
+        return
+    async with asyncio.timeout(idle_timeout_s):
+        await _Rest(sending, waits_for)

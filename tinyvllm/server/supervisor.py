@@ -33,6 +33,7 @@ from tinyvllm.server.run_directory import run_directory
 from tinyvllm.server.settings import GRACE_S, ServerSettings
 from tinyvllm.server.sockets import TlsFiles, end_silent_peers
 from tinyvllm.server.specs import LOAD_ENGINE, EngineSpec, FrontEndSpec, client_name, engine_name, front_end_name
+from tinyvllm.server.stop_requests import StopRequests
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class ServePlan:
     tls: TlsFiles | None = None
     access_log: bool = True
     log_level: str = "info"
+    log_prefix: str = ""  # of every process's name in the log
     records: bool = False  # record where every process's time goes, from when all are ready until the stop
     load: str = LOAD_ENGINE
     front_end_module: str = _FRONT_END
@@ -76,14 +78,19 @@ class ServePlan:
 
 
 async def supervise(
-    plan: ServePlan, listener: socket.socket, report: Report, on_ready: Callable[[bool], None]
+    plan: ServePlan,
+    listener: socket.socket,
+    report: Report,
+    on_ready: Callable[[bool], None],
+    stops: StopRequests | None = None,
 ) -> dict[str, Recording]:
     """Serve by `plan` until a stop signal; returns the processes' recordings by name, if the plan has any made.
 
-    report: progress of loading. on_ready: called once all is ready, with whether the model has a chat template. Takes
-    over the listening socket. Raises TinyvllmError if an engine cannot start, or if the server cannot go on.
+    report: progress of loading. on_ready: called once all is ready, with whether the model has a chat template. stops:
+    who asks the server to stop, if it is not the system's signals. Takes over the listening socket. Raises
+    TinyvllmError if an engine cannot start, or if the server cannot go on.
     """
-    supervisor = Supervisor(plan, listener, report, on_ready)
+    supervisor = Supervisor(plan, listener, report, on_ready, stops)
     await supervisor.run()
     return supervisor.recordings
 
@@ -92,9 +99,15 @@ class Supervisor:
     """Owns the processes of one server."""
 
     def __init__(
-        self, plan: ServePlan, listener: socket.socket, report: Report, on_ready: Callable[[bool], None]
+        self,
+        plan: ServePlan,
+        listener: socket.socket,
+        report: Report,
+        on_ready: Callable[[bool], None],
+        stops: StopRequests | None = None,
     ) -> None:
         """For the arguments see `supervise`. Made and used on one event loop."""
+        self._stops = stops
         self._plan = plan
         self._listener = listener
         self._report = report
@@ -182,6 +195,7 @@ class Supervisor:
             run_dir=str(self._directory),
             config=place.config,
             log_level=plan.log_level,
+            log_prefix=plan.log_prefix,
             cores=place.cores,
             load=plan.load,
         )
@@ -272,6 +286,7 @@ class Supervisor:
                 tls=plan.tls,
                 access_log=plan.access_log,
                 log_level=plan.log_level,
+                log_prefix=plan.log_prefix,
                 generation=generation,
                 supervisor_pid=os.getpid(),
             )
@@ -375,6 +390,10 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _stop_signals(self) -> Iterator[None]:
+        if self._stops is not None:
+            with self._stops.heard_by(self._on_signal):
+                yield
+            return
         loop = asyncio.get_running_loop()
         for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal)

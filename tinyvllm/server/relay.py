@@ -1,0 +1,265 @@
+"""Pass a request on to a server of ours that listens on a Unix socket, and its answer back, as bytes and as they come.
+
+Each request has a connection of its own, because connecting to a Unix socket takes less time than finding out whether
+an old connection is still good. What arrives at once is passed on at once: a burst of tokens is one part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+
+from starlette.types import Message, Receive, Scope, Send
+
+from tinyvllm.errors import TinyvllmError
+from tinyvllm.server.context import current
+from tinyvllm.server.events import EVENT_STREAM, STREAM_TYPES
+from tinyvllm.server.failures import ClientGone, failure_of
+from tinyvllm.server.streaming import send_promptly
+
+log = logging.getLogger(__name__)
+
+Header = tuple[bytes, bytes]
+Gone = Callable[[str], TinyvllmError]  # the error that clients get if the other server is gone, from the reason
+
+# of one connection only (RFC 9110, section 7.6.1); the servers on both sides write their own
+HOP_HEADERS = frozenset((b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"date"))
+# `expect` has been answered by the first server, and the id is the one that it has chosen
+OWN_HEADERS = HOP_HEADERS | {b"expect", b"x-request-id"}
+READ_BYTES = 64 * 2**10
+
+
+class PeerGoneError(Exception):
+    """The other server does not listen, or has closed the connection before its answer was complete."""
+
+
+@dataclass
+class Answer:
+    """The answer of the other server, whose head has arrived."""
+
+    status: int
+    headers: list[Header]  # without those of the connection
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    length: int | None  # of the body; None: it is chunked
+    last_bytes: bytes = field(default=b"", init=False)  # of what has been read of the body
+
+    @property
+    def stream_type(self) -> str | None:
+        """The format of its events; None if it is no stream of events."""
+        value = next((value for name, value in self.headers if name == b"content-type"), b"").decode("latin-1")
+        return next((kind for kind in STREAM_TYPES if value.startswith(kind)), None)
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        """The body, in the parts in which it arrives. Raises PeerGoneError if it ends too early."""
+        decoder, left = ChunkDecoder(), self.length
+        while not decoder.is_complete and left != 0:
+            try:
+                data = await self.reader.read(READ_BYTES)
+            except OSError as error:
+                raise PeerGoneError(str(error)) from error
+            if not data:
+                raise PeerGoneError("it has closed the connection")
+            if left is None:
+                data = decoder.feed(data)
+            else:
+                left -= len(data)
+            if data:
+                self.last_bytes = data[-2:]
+                yield data
+
+    async def aclose(self) -> None:
+        self.writer.transport.abort()  # at once: the other server ends what it computes for this request
+
+
+class ChunkDecoder:
+    """Takes the chunks of a body apart (RFC 9112, section 7.1). Our servers send no trailers."""
+
+    def __init__(self) -> None:
+        self.is_complete = False
+        self._num_left = 0  # bytes of the current chunk that are still to come, with the line end after it
+        self._is_last = False
+        self._line = b""  # the beginning of a line with a chunk's size
+
+    def feed(self, data: bytes) -> bytes:
+        """The body's next bytes, from those that have arrived."""
+        if self._line:
+            data = self._line + data
+        parts, start = [], 0
+        while start < len(data):
+            if self._num_left == 0:
+                end = data.find(b"\r\n", start)
+                if end < 0:
+                    break
+                size = int(data[start:end].partition(b";")[0], 16)
+                self._num_left, self._is_last = size + 2, size == 0
+                start = end + 2
+                continue
+            num_bytes = min(max(self._num_left - 2, 0), len(data) - start)
+            if num_bytes:
+                parts.append(data[start : start + num_bytes])
+            else:
+                num_bytes = min(self._num_left, len(data) - start)
+            start += num_bytes
+            self._num_left -= num_bytes
+            self.is_complete = self._is_last and self._num_left == 0
+        self._line = data[start:]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def ask(uds: str, scope: Scope, body: RequestBody) -> Answer:
+    """Send a request; returns once the head of the answer has arrived. The caller closes the answer.
+
+    Raises PeerGoneError, and ClientGone if the client leaves in the middle of its body."""
+    try:
+        reader, writer = await asyncio.open_unix_connection(uds)
+    except OSError as error:
+        raise PeerGoneError(f"it does not listen: {error}") from error
+    try:
+        writer.write(request_head(scope, body.length))
+        async for part in body.parts():
+            writer.write(part if body.length is not None else b"%x\r\n%b\r\n" % (len(part), part))
+            await writer.drain()
+        if body.length is None:
+            writer.write(b"0\r\n\r\n")
+        return _answer(scope["method"], await reader.readuntil(b"\r\n\r\n"), reader, writer)
+    except (OSError, asyncio.IncompleteReadError) as error:
+        writer.transport.abort()
+        raise PeerGoneError(str(error)) from error
+    except BaseException:
+        writer.transport.abort()
+        raise
+
+
+def request_head(scope: Scope, length: int | None) -> bytes:
+    """The head of the request as it is passed on. length: of the body; None: it is chunked."""
+    target = (scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0]
+    if scope["query_string"]:
+        target += b"?" + scope["query_string"]
+    lines = [b"%b %b HTTP/1.1" % (scope["method"].encode(), target)]
+    lines += [b"%b: %b" % header for header in scope["headers"] if header[0] not in OWN_HEADERS | {b"content-length"}]
+    lines += [b"connection: close", b"x-request-id: " + current().request_id.encode()]
+    if length is None:
+        lines.append(b"transfer-encoding: chunked")
+    elif length or scope["method"] not in ("GET", "HEAD"):
+        lines.append(b"content-length: %d" % length)
+    return b"\r\n".join([*lines, b"", b""])
+
+
+def _answer(method: str, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Answer:
+    first, *lines = head[:-4].split(b"\r\n")
+    status = int(first.split(b" ", 2)[1])
+    pairs = (line.partition(b":")[::2] for line in lines)
+    headers = [(name.strip().lower(), value.strip()) for name, value in pairs]
+    fields = dict(headers)
+    length = int(fields[b"content-length"]) if b"content-length" in fields else None
+    if method == "HEAD" or status in (204, 304):
+        length = 0
+    kept = [(name, value) for name, value in headers if name not in HOP_HEADERS]
+    return Answer(status, kept, reader, writer, length)
+
+
+async def relay(uds: str, scope: Scope, body: RequestBody, send: Send, gone: Gone) -> int:
+    """Pass a request on, and its answer to the client; returns the answer's status.
+
+    A stream that the other server does not complete ends with an error event; other answers break the connection.
+    Raises `gone` if there is no answer at all, and what `send` raises."""
+    try:
+        answer = await ask(uds, scope, body)
+    except PeerGoneError as error:
+        raise gone(str(error)) from error
+    async with contextlib.aclosing(answer):
+        await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+        if await relay_body(answer, scope["path"], send, gone):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+    return answer.status
+
+
+async def relay_body(answer: Answer, path: str, send: Send, gone: Gone) -> bool:
+    """Pass on an answer's body, but not its end. Whether what the client got is complete, as a stream with an error
+    at its end is, too."""
+    context = current()
+    context.times_own_events = True
+    try:
+        async for part in answer.parts():
+            message: Message = {"type": "http.response.body", "body": part, "more_body": True}
+            await send_promptly(send, message, context.idle_timeout_s)
+    except PeerGoneError as error:
+        failure = gone(str(error))
+        log.error("an answer ends too early: %s", failure)
+        if answer.stream_type is None:
+            return False  # the server breaks the connection
+        last = _event_end(answer) + failure_of(failure).event(path)
+        await send({"type": "http.response.body", "body": last, "more_body": True})
+    return True
+
+
+def _event_end(answer: Answer) -> bytes:
+    """What ends an event of which the client has got a part; nothing between two events."""
+    end = b"\n\n" if answer.stream_type == EVENT_STREAM else b"\n"
+    return b"" if not answer.last_bytes or answer.last_bytes.endswith(end) else end
+
+
+class RequestBody:
+    """The body of a request: parts that have been read, and those that are still to come."""
+
+    def __init__(self, receive: Receive, read: Iterable[Message] = (), length: int | None = None) -> None:
+        """length: in bytes, if it is known."""
+        self._receive = receive
+        self._read = list(read)
+        self.length = length
+        self._is_complete = asyncio.Event()
+
+    @classmethod
+    def of(cls, data: bytes, receive: Receive) -> RequestBody:
+        """A body that has arrived."""
+        return cls(receive, [{"type": "http.request", "body": data, "more_body": False}], len(data))
+
+    async def read_beyond(self, limit: int) -> bool:
+        """Read until there are more than `limit` bytes, or until the end. Whether there are."""
+        num_bytes = 0
+        while num_bytes <= limit:
+            message = await self._receive()
+            self._read.append(message)
+            num_bytes += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                break
+        return num_bytes > limit
+
+    async def receive(self) -> Message:
+        return self._read.pop(0) if self._read else await self._receive()
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        """The body, as it comes. Raises ClientGone if the client leaves in the middle."""
+        more = True
+        while more:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            more = message.get("more_body", False)
+            if message.get("body"):
+                yield message["body"]
+        self._is_complete.set()
+
+    async def until_gone(self) -> None:
+        """Return when the client leaves, after it has sent its body."""
+        await self._is_complete.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+async def relay_while_connected(uds: str, scope: Scope, body: RequestBody, send: Send, gone: Gone) -> None:
+    """`relay`, until the client leaves."""
+    relaying = asyncio.ensure_future(relay(uds, scope, body, send, gone))
+    watching = asyncio.ensure_future(body.until_gone())
+    try:
+        await asyncio.wait((relaying, watching), return_when=asyncio.FIRST_COMPLETED)
+        if relaying.done():
+            relaying.result()
+    finally:
+        relaying.cancel()
+        watching.cancel()
+        await asyncio.gather(relaying, watching, return_exceptions=True)

@@ -1,0 +1,41 @@
+"""Requests to stop that come from another process instead of the system's signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+
+class StopRequests:
+    """What a server that is another process's child hears in place of signals: the first request to stop starts the
+    drain, and a second one ends it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_unheard = 0
+        self._tell: Callable[[], object] | None = None
+
+    def request(self) -> None:
+        """Ask the server to stop. May be called from any thread, and before anybody listens."""
+        with self._lock:
+            if self._tell is None:
+                self._num_unheard += 1
+            else:
+                self._tell()
+
+    @contextlib.contextmanager
+    def heard_by(self, on_stop: Callable[[], None]) -> Iterator[None]:
+        """Within the block, call `on_stop` on this event loop for each request, those before the block included."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            num_unheard, self._num_unheard = self._num_unheard, 0
+            self._tell = lambda: loop.call_soon_threadsafe(on_stop)
+        for _ in range(num_unheard):
+            on_stop()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._tell = None

@@ -30,6 +30,7 @@ from tinyvllm.server.app import make_app
 from tinyvllm.server.event_loop import http_protocol
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import bind
+from tinyvllm.text.fim import FillInTheMiddle
 from tinyvllm.text.tokenizer import check_characters
 
 
@@ -41,6 +42,7 @@ class ByteTokenizer:
     eos_id = 256
     eos_ids = special_ids = frozenset({256})
     strips_leading_space = False
+    fim: FillInTheMiddle | None = None
 
     def token_bytes(self, token_id: int) -> bytes:
         return b"<end>" if token_id == 256 else bytes([token_id])
@@ -55,6 +57,14 @@ class ByteTokenizer:
     def encode_chat(self, text: str) -> list[int]:
         check_characters(text, "messages")
         return list(text.encode())
+
+    def encode_middle(self, prefix: str | list[int], suffix: str, *, add_special_tokens: bool = True) -> list[int]:
+        if self.fim is None:
+            raise RequestError("suffix is not supported: no tokens for filling in the middle", param="suffix")
+        return self.fim.arrange(list(prefix.encode()) if isinstance(prefix, str) else prefix, suffix.encode())
+
+    def cut(self, ids: list[int], num_tokens: int, *, keeps_end: bool, has_special_tokens: bool = False) -> list[int]:
+        return ids[-num_tokens:] if keeps_end else ids[:num_tokens]
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode(errors="replace")

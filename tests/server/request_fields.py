@@ -7,7 +7,10 @@ from typing import Any
 NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": {}, "best_of": 1,
     "suffix": None, "response_format": {"type": "text"}, "n": 1, "user": "u", "metadata": {"a": "b"}, "store": True,
-    "service_tier": "auto", "parallel_tool_calls": True, "reasoning_effort": "low", "prompt_logprobs": None,
+    "service_tier": "auto", "truncate_prompt_tokens": None, "truncation_side": None, "return_token_ids": False,
+    "return_tokens_as_token_ids": False, "vllm_xargs": {}, "kv_transfer_params": {}, "thinking_token_budget": -1,
+    "session_id": "s", "stream_interval": 4, "watermarking": False,
+    "parallel_tool_calls": True, "reasoning_effort": "low", "prompt_logprobs": None,
 }  # fmt: skip
 
 # Refused by completions and chats.
@@ -53,6 +56,7 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"use_beam_search": True, "length_penalty": 99}, "length_penalty"),
     ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
     ({"suffix": "x"}, "suffix"),
+    ({"suffix": 5}, "suffix"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
@@ -64,7 +68,18 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"xml": 1}}, "structured_outputs.xml"),
     ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs.choice"),
     ({"structured_outputs": {"regex": "a"}, "guided_regex": "a"}, "guided_regex"),
-    ({"truncate_prompt_tokens": 4}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": "4"}, "truncate_prompt_tokens"),
+    ({"truncation_side": "middle"}, "truncation_side"),
+    ({"kv_transfer_params": {"a": 1}}, "kv_transfer_params"),
+    ({"vllm_xargs": {"a": 1}}, "vllm_xargs"),
+    ({"logprob_token_ids": [1]}, "logprob_token_ids"),
+    ({"repetition_detection": {"max_pattern_size": 3}}, "repetition_detection"),
+    ({"thinking_token_budget": 5}, "thinking_token_budget"),
+    ({"watermarking": True}, "watermarking"),
+    ({"cache_salt": "s"}, "cache_salt"),
+    ({"prompt_embeds": ["x"]}, "prompt_embeds"),
     ({"priority": 2**40}, "priority"),
     ({"model": 5}, "model"),
 ]
@@ -84,6 +99,9 @@ COMPLETION_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": -1, "echo": True}, "max_tokens"),
     ({"logprobs": 21}, "logprobs"),
+    ({"return_token_ids": 1}, "return_token_ids"),
+    ({"suffix": "x", "echo": True}, "echo"),
+    ({"suffix": "x", "truncate_prompt_tokens": 4}, "truncate_prompt_tokens"),
     ({"logprobs": True}, "logprobs"),
 ]
 

@@ -32,6 +32,7 @@ class Choice:
     """The deltas of one choice, gathered."""
 
     texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str = "stop"
     stop_reason: int | str | None = None
@@ -39,6 +40,7 @@ class Choice:
 
     def add(self, item: Item) -> None:
         self.texts.append(item.delta.text)
+        self.token_ids += item.delta.token_ids
         self.logprobs += item.delta.logprobs
         self.prompt_logprobs = self.prompt_logprobs or item.delta.prompt_logprobs
         if item.delta.finish_reason is not None:

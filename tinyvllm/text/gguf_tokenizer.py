@@ -115,6 +115,7 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> TokenizerSpec:
         prefix_ids=(check_id("tokenizer.ggml.bos_token_id", bos_id, vocabulary),) if add_bos else (),
         suffix_ids=(check_id("tokenizer.ggml.eos_token_id", eos_id, vocabulary),) if add_eos else (),
         strips_leading_space=add_space,
+        fim_ids=read_fim_ids(metadata, vocabulary),
         doubled=vocabulary.doubled,
     )
 
@@ -250,6 +251,25 @@ def read_ends(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int 
         ends |= {vocabulary.ids["<|return|>"], vocabulary.ids["<|call|>"]}
     eos_ids = ends | {token_id for name, token_id in valid.items() if name != "bos"}
     return valid.get("bos"), valid.get("eos"), frozenset(eos_ids)
+
+
+def read_fim_ids(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, int]:
+    """The ids for filling in the middle that the file names, under llama.cpp's keys or its older ones."""
+    keys = {
+        "prefix": ("fim_pre", "prefix"),
+        "suffix": ("fim_suf", "suffix"),
+        "middle": ("fim_mid", "middle"),
+        "pad": ("fim_pad",),
+        "rep": ("fim_rep",),
+        "sep": ("fim_sep",),
+    }
+    found = {}
+    for name, spellings in keys.items():
+        ids = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in spellings)
+        token_id = next((int(one) for one in ids if one is not None), None)
+        if token_id is not None and token_id < len(vocabulary.tokens):
+            found[name] = token_id
+    return found
 
 
 def add_added_tokens(

@@ -9,6 +9,7 @@ import tokenizers
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import RequestError
 from tinyvllm.storage.gguf_file import GGUFFile
+from tinyvllm.text.fim import find_marks
 from tinyvllm.text.gguf_tokenizer import read_gguf_tokenizer
 from tinyvllm.text.hf_tokenizer import read_hf_tokenizer
 from tinyvllm.text.tokenizer_spec import TokenizerSpec
@@ -19,6 +20,9 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     if files.kind == "gguf":
         return Tokenizer(read_gguf_tokenizer(GGUFFile(files.path).metadata))
     return Tokenizer(read_hf_tokenizer(files.path))
+
+
+APART = "☺"  # a character that SentencePiece vocabularies merge with no other
 
 
 class Tokenizer:
@@ -35,6 +39,7 @@ class Tokenizer:
         self.eos_id = spec.eos_id
         self.eos_ids = spec.eos_ids
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.fim = find_marks(spec.backend.token_to_id, spec.backend.id_to_token, spec.fim_ids)
         self.strips_leading_space = spec.strips_leading_space
         self.vocab_size = 1 + max(spec.backend.get_vocab().values(), default=-1)  # ids may have gaps
 
@@ -49,6 +54,42 @@ class Tokenizer:
         backend = self._backend if parse_special else self._plain_backend
         ids = backend.encode(text, add_special_tokens=False).ids
         return [*self._spec.prefix_ids, *ids, *self._spec.suffix_ids] if add_special_tokens else ids
+
+    def encode_middle(self, prefix: str | list[int], suffix: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt for the text between `prefix` and `suffix`. Special tokens in the two are text.
+
+        Raises RequestError for a model without tokens for it, and for a lone surrogate."""
+        if self.fim is None:
+            raise RequestError(
+                "suffix is not supported: this model has no tokens for filling in the middle: leave it out",
+                param="suffix",
+            )
+        check_characters(suffix, "suffix")
+        if isinstance(prefix, str):
+            prefix = self.encode(prefix, add_special_tokens=False, parse_special=False)
+        ids = self.fim.arrange(prefix, self._encode_continuation(suffix))
+        return [*self._spec.prefix_ids, *ids] if add_special_tokens else ids
+
+    def _encode_continuation(self, text: str) -> list[int]:
+        """Token ids of a text that follows another, so that no space is put before it."""
+        if not self.strips_leading_space:
+            return self.encode(text, add_special_tokens=False, parse_special=False)
+        # https://github.com/meta-llama/codellama/blob/e81b597e44dbecc2a0dedb9949fdf84adfc22395/llama/tokenizer.py
+        mark, ids = (self.encode(part, add_special_tokens=False, parse_special=False) for part in (APART, APART + text))
+        is_apart = ids[: len(mark)] == mark
+        return ids[len(mark) :] if is_apart else self.encode(text, add_special_tokens=False, parse_special=False)
+
+    def cut(self, ids: list[int], num_tokens: int, *, keeps_end: bool, has_special_tokens: bool = False) -> list[int]:
+        """At most `num_tokens` of a text's ids: the last ones, or the first ones.
+
+        has_special_tokens: `encode` has added BOS and EOS, which stay."""
+        if len(ids) <= num_tokens:
+            return ids
+        head, tail = (self._spec.prefix_ids, self._spec.suffix_ids) if has_special_tokens else ((), ())
+        inner = ids[len(head) : len(ids) - len(tail)]
+        room = max(num_tokens - len(head) - len(tail), 0)
+        kept = inner[len(inner) - room :] if keeps_end else inner[:room]
+        return [*head, *kept, *tail][:num_tokens]
 
     def encode_chat(self, text: str) -> list[int]:
         """Token ids of a rendered chat. Nothing is added: the template itself writes BOS if the model needs it."""

@@ -28,6 +28,7 @@ class TokenizerSpec:
     prefix_ids: tuple[int, ...]  # inserted before a text by add_special_tokens: BOS, or nothing
     suffix_ids: tuple[int, ...]  # appended after it
     strips_leading_space: bool  # encoding prepends a space to a text, so decoding removes one
+    fim_ids: Mapping[str, int] = field(default_factory=dict)  # see text/fim.py, if the files name them
     doubled: Mapping[int, str] = field(default_factory=dict)  # texts of ids that share them with another id
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from typing import Any
 
@@ -71,6 +72,7 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
 def _read(state: ServerState, body: ChatRequest) -> tuple[Prompt, SamplingParams]:
     """The prompt and the sampling parameters. Runs on a worker thread."""
     prompt = make_prompt(conversation_of(body), state.engine)
+    prompt = dataclasses.replace(prompt, ids=body.fitted(state.engine.tokenizer, prompt.ids, state.context_limit))
     check_ids(state, prompt.ids, body.token_limit, param="messages")
     params = body.make_params(
         state.engine.generation_defaults,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from tinyvllm.engine.output import TokenLogprob
 from tinyvllm.server.answers import finite, gather, write_prompt_logprobs
 from tinyvllm.server.events import ChunkEvents, TextEvent, frame
 from tinyvllm.server.generation import Item, Job
@@ -13,7 +15,6 @@ from tinyvllm.server.intake import Heading
 from tinyvllm.server.openai.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
 
 if TYPE_CHECKING:
-    from tinyvllm.engine.output import TokenLogprob
     from tinyvllm.server.state import ServerState
 
 EMPTY_LOGPROBS = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
@@ -25,6 +26,7 @@ class Echo:
 
     text: str = ""
     first_token: bytes = b""  # the prompt's first, which has no logprob
+    first_id: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class CompletionForm:
     has_logprobs: bool = False
     num_echoed_top: int | None = None  # likeliest tokens for each echoed one; None: no logprobs of the echo
     num_prompt_logprobs: int | None = None
+    prompt_ids: list[list[int]] | None = None  # None: the answer has no token ids
+    names_ids: bool = False  # logprobs name tokens by their ids
     has_output: bool = True  # False for max_tokens=0: hide the one token that the engine has to generate
 
     @property
@@ -48,7 +52,7 @@ async def completion_answer(state: ServerState, job: Job, heading: Heading, form
     answers = []
     for index, choice in enumerate(choices):
         scores = choices[index - index % form.n].prompt_logprobs  # they come with a prompt's first choice
-        echo, writer = form.echoes[index // form.n], CompletionLogprobsWriter()
+        echo, writer = form.echoes[index // form.n], CompletionLogprobsWriter(names_ids=form.names_ids)
         logprobs = None
         if form.has_logprobs:
             logprobs = EMPTY_LOGPROBS if form.num_echoed_top is None else writer.echo(echo, scores, form.num_echoed_top)
@@ -62,6 +66,9 @@ async def completion_answer(state: ServerState, job: Job, heading: Heading, form
         )
         if form.num_prompt_logprobs is not None:
             answer.prompt_logprobs = write_prompt_logprobs(scores, form.num_prompt_logprobs)
+        if form.prompt_ids is not None:
+            answer.token_ids = choice.token_ids if form.has_output else []
+            answer.prompt_token_ids = form.prompt_ids[index // form.n]
         answers.append(answer)
     return Completion(
         id=heading.id,
@@ -84,9 +91,11 @@ class CompletionEvents(ChunkEvents):
         super().__init__(include_usage=include_usage, continuous_usage=continuous_usage)
         self._heading = heading
         self._form = form
-        self._writers = [CompletionLogprobsWriter() for _ in range(form.num_choices)]
+        self._writers = [CompletionLogprobsWriter(names_ids=form.names_ids) for _ in range(form.num_choices)]
         # a prompt whose echo waits for its logprobs -> the items that must follow the echo
         self._waiting: dict[int, list[Item]] = {}
+        # choices whose first chunk, which has the prompt's ids, is still to come
+        self._unbegun = set(range(form.num_choices)) if form.prompt_ids is not None else set()
 
     def begin(self) -> bytes:
         echoes = b""
@@ -101,7 +110,9 @@ class CompletionEvents(ChunkEvents):
     def _write(self, item: Item) -> bytes:
         """The events of an item, made from models."""
         self._tally.add(item)
-        is_plain = self._form.has_output and not self._continuous_usage and item.prompt not in self._waiting
+        form = self._form
+        is_plain = form.has_output and form.prompt_ids is None and not self._continuous_usage
+        is_plain = is_plain and item.prompt not in self._waiting
         if is_plain and item.choice not in self._texts:
             example = CompletionChoice(index=item.choice, text=TextEvent.MARK)
             self._texts[item.choice] = TextEvent(self._chunk(example))
@@ -129,7 +140,8 @@ class CompletionEvents(ChunkEvents):
         is_last = delta.finish_reason is not None
         if not self._form.has_output:
             return [CompletionChoice(index=item.choice, text="", finish_reason="length")] if is_last else []
-        if not delta.text and not delta.logprobs and not is_last:
+        token_ids = None if self._form.prompt_ids is None else list(delta.token_ids)
+        if not delta.text and not delta.logprobs and not token_ids and not is_last:
             return []
         choice = CompletionChoice(
             index=item.choice,
@@ -137,10 +149,15 @@ class CompletionEvents(ChunkEvents):
             logprobs=self._writers[item.choice].write(delta.logprobs) if delta.logprobs else None,
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
+            token_ids=token_ids,
         )
         return [choice]
 
     def _chunk(self, choice: CompletionChoice) -> bytes:
+        if choice.index in self._unbegun:
+            assert self._form.prompt_ids is not None
+            choice.prompt_token_ids = self._form.prompt_ids[choice.index // self._form.n]
+            self._unbegun.remove(choice.index)
         return self._frame([choice], has_usage=self._continuous_usage)
 
     def _frame(self, choices: list[CompletionChoice], *, has_usage: bool) -> bytes:
@@ -153,7 +170,8 @@ class CompletionEvents(ChunkEvents):
 class CompletionLogprobsWriter:
     """Writes one choice's logprobs incrementally. Owns the running character offset."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, names_ids: bool) -> None:
+        self._name = id_name if names_ids else token_name
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._num_chars = 0
 
@@ -161,7 +179,7 @@ class CompletionLogprobsWriter:
         """The prompt's logprobs. The first token has none, because nothing predicts it."""
         self._num_chars = len(self._decoder.decode(echo.first_token))
         first = CompletionLogprobs(
-            tokens=[bytes_name(echo.first_token)], token_logprobs=[None], top_logprobs=[None], text_offset=[0]
+            tokens=[self._name(_first(echo))], token_logprobs=[None], top_logprobs=[None], text_offset=[0]
         )
         known = [replace(score, top=score.top[:num_top]) for score in scores or () if score is not None]
         return first.then(self.write(known))
@@ -172,23 +190,32 @@ class CompletionLogprobsWriter:
             offsets.append(self._num_chars)
             self._num_chars += len(self._decoder.decode(entry.bytes))
         return CompletionLogprobs(
-            tokens=[token_name(entry) for entry in logprobs],
+            tokens=[self._name(entry) for entry in logprobs],
             token_logprobs=[finite(entry.logprob) for entry in logprobs],
-            top_logprobs=[named_top(entry) for entry in logprobs],
+            top_logprobs=[named_top(entry, self._name) for entry in logprobs],
             text_offset=offsets,
         )
 
 
-def named_top(entry: TokenLogprob) -> dict[str, float]:
+def _first(echo: Echo) -> TokenLogprob:
+    """A prompt's first token, which has no logprob."""
+    return TokenLogprob(token_id=echo.first_id, token="", bytes=echo.first_token, logprob=0.0)
+
+
+def named_top(entry: TokenLogprob, name: Callable[[TokenLogprob], str]) -> dict[str, float]:
     """The logprobs of the likeliest tokens and of the chosen one, by name. The first of equal names is kept."""
     named: dict[str, float] = {}
     for token in (*entry.top, entry):
-        named.setdefault(token_name(token), finite(token.logprob))
+        named.setdefault(name(token), finite(token.logprob))
     return named
 
 
 def token_name(entry: TokenLogprob) -> str:
     return bytes_name(entry.bytes)
+
+
+def id_name(entry: TokenLogprob) -> str:
+    return f"token_id:{entry.token_id}"
 
 
 def bytes_name(data: bytes) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -26,6 +27,10 @@ from tinyvllm.server.openai.protocol.completions import DEFAULT_TOKENS, Completi
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
 
+if TYPE_CHECKING:
+    from tinyvllm.config import SamplingParams
+    from tinyvllm.text.tokenizer import Tokenizer
+
 MAX_QUICK_LENGTH = 1000  # characters or ids of all prompts; a tokenizer takes 0.35 us for each
 
 router = APIRouter(responses=ERRORS)
@@ -45,6 +50,8 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
         prompts, echoes = _read_prompts(state, body)
     else:
         prompts, echoes = await asyncio.to_thread(_read_prompts, state, body)
+    if body.suffix:
+        params = _ending_at_marks(state, params)
     heading = make_heading(state, "cmpl-")
     calls = []
     for position, ids in enumerate(prompts):
@@ -61,6 +68,8 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
         num_echoed_top=body.logprobs if body.echo else None,
         num_prompt_logprobs=body.prompt_logprobs,
         has_output=body.max_tokens != 0,
+        prompt_ids=prompts if body.return_token_ids else None,
+        names_ids=bool(body.return_tokens_as_token_ids),
     )
     if not body.stream:
         return json_response(await completion_answer(state, job, heading, form))
@@ -70,7 +79,7 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
 
 def _is_quick(body: CompletionRequest) -> bool:
     """Whether the prompts are read in less than half a millisecond: a worker thread would cost as much."""
-    return not body.echo and sum(len(prompt) for prompt in body.prompt) <= MAX_QUICK_LENGTH
+    return not body.echo and sum(len(prompt) for prompt in body.prompt) + len(body.suffix or "") <= MAX_QUICK_LENGTH
 
 
 def _read_prompts(state: ServerState, body: CompletionRequest) -> tuple[list[list[int]], list[Echo]]:
@@ -79,18 +88,34 @@ def _read_prompts(state: ServerState, body: CompletionRequest) -> tuple[list[lis
     prompts: list[list[int]] = []
     echoes: list[Echo] = []
     for prompt in body.prompt:
-        if isinstance(prompt, str):
-            with request_span(measure.TOKENIZE):
-                ids = tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
-        else:
-            ids = prompt
+        with request_span(measure.TOKENIZE):
+            whole = _encode(tokenizer, prompt, body)
+        ids = body.fitted(tokenizer, whole, state.context_limit, has_special_tokens=_adds_special(prompt, body))
         check_ids(state, ids, body.max_tokens, param="prompt")
         prompts.append(ids)
         if not body.echo:
             echoes.append(Echo())
             continue
         text = prompt
-        if not isinstance(prompt, str):
+        if ids != whole or not isinstance(prompt, str):
             text = tokenizer.decode(ids, skip_special_tokens=body.skip_special_tokens is not False)
-        echoes.append(Echo(text, tokenizer.token_bytes(ids[0])))
+        echoes.append(Echo(text, tokenizer.token_bytes(ids[0]), ids[0]))
     return prompts, echoes
+
+
+def _adds_special(prompt: str | list[int], body: CompletionRequest) -> bool:
+    return isinstance(prompt, str) and body.add_special_tokens is not False
+
+
+def _encode(tokenizer: Tokenizer, prompt: str | list[int], body: CompletionRequest) -> list[int]:
+    adds_special = _adds_special(prompt, body)
+    if body.suffix:
+        return tokenizer.encode_middle(prompt, body.suffix, add_special_tokens=adds_special)
+    return tokenizer.encode(prompt, add_special_tokens=adds_special) if isinstance(prompt, str) else prompt
+
+
+def _ending_at_marks(state: ServerState, params: SamplingParams) -> SamplingParams:
+    """The parameters of a request with a suffix: what marks the parts of a prompt ends the answer."""
+    fim = state.engine.tokenizer.fim
+    ends = frozenset() if fim is None else fim.end_ids - state.engine.tokenizer.eos_ids
+    return dataclasses.replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *sorted(ends)))))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from tinyvllm.errors import RequestError
 from tinyvllm.server.shelf import LoadState
+
+if TYPE_CHECKING:
+    from tinyvllm.text.tokenizer import Tokenizer
 
 
 def unsupported(param: str, value: object, remedy: str) -> RequestError:
@@ -20,6 +23,33 @@ def unsupported(param: str, value: object, remedy: str) -> RequestError:
 def optional(default: Any = None) -> Any:
     """A field that is left out of the answer while it is None, as clients expect."""
     return Field(default=default, exclude_if=lambda value: value is None)
+
+
+def _check_truncation(value: object) -> object:
+    if type(value) is int and (value < -1 or value == 0):
+        raise ValueError("give the number of tokens to keep, or -1 for as many as fit")
+    return value
+
+
+# vLLM's: how many tokens of a prompt are kept, and whether its beginning or its end is cut off
+TruncatePromptTokens = Annotated[int | None, Field(ge=-1), BeforeValidator(_check_truncation)]
+TruncationSide = Literal["left", "right"] | None
+
+
+def truncated(
+    tokenizer: Tokenizer,
+    ids: list[int],
+    num_tokens: int | None,
+    *,
+    room: int,
+    keeps_end: bool,
+    has_special_tokens: bool = False,
+) -> list[int]:
+    """A prompt's ids after truncate_prompt_tokens. room: what -1 stands for. keeps_end: the beginning is cut off."""
+    if num_tokens is None:
+        return ids
+    kept = max(room, 1) if num_tokens == -1 else num_tokens
+    return tokenizer.cut(ids, kept, keeps_end=keeps_end, has_special_tokens=has_special_tokens)
 
 
 class PromptLogprob(BaseModel):

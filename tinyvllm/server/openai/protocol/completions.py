@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from tinyvllm.config import MAX_LOGPROBS, GenerationDefaults, SamplingParams
 from tinyvllm.errors import RequestError
-from tinyvllm.server.openai.protocol.common import PromptLogprobs, Usage, optional
+from tinyvllm.server.openai.protocol.common import PromptLogprobs, Usage, optional, unsupported
 from tinyvllm.server.openai.protocol.generation import GenerationRequest
 
 DEFAULT_TOKENS = 16  # OpenAI's default of max_tokens here; chat has none
@@ -49,10 +49,21 @@ class CompletionRequest(GenerationRequest):
     max_tokens: Annotated[int | None, Field(ge=0)] = None  # 0, with echo: only the prompt and its logprobs
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
     echo: bool | None = None
+    suffix: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     add_special_tokens: bool | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        return DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
+        if self.suffix:
+            for name, value in (("echo", self.echo), ("truncate_prompt_tokens", self.truncate_prompt_tokens)):
+                if value:
+                    raise unsupported(name, value, "the prompt of a request with suffix has two parts: leave it out")
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens is 0, which leaves only the prompt: send echo=true", param="max_tokens")
         if len(self.prompt) * self.num_choices > MAX_CHOICES_PER_CALL:
@@ -98,6 +109,8 @@ class CompletionChoice(BaseModel):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     prompt_logprobs: PromptLogprobs | None = optional()
+    token_ids: list[int] | None = optional()  # vLLM's, with return_token_ids
+    prompt_token_ids: list[int] | None = optional()  # the same; in streams, in the first chunk of a choice
 
 
 class Completion(BaseModel):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -16,8 +16,16 @@ from tinyvllm.config import MAX_CHOICES, GenerationDefaults, GrammarSpec, Sampli
 from tinyvllm.engine.beam import BeamSettings
 from tinyvllm.errors import RequestError
 from tinyvllm.server.notices import warn_once
-from tinyvllm.server.openai.protocol.common import unsupported
+from tinyvllm.server.openai.protocol.common import (
+    TruncatePromptTokens,
+    TruncationSide,
+    truncated,
+    unsupported,
+)
 from tinyvllm.server.sampling import SpecialTokens, sampling_params
+
+if TYPE_CHECKING:
+    from tinyvllm.text.tokenizer import Tokenizer
 
 # Unsupported fields that would change the output, each with the values (besides null) that request nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -28,14 +36,21 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "echo": (False,),  # in chats; completions have a field for it
     "function_call": ("none",),
     "functions": ([],),
+    "ec_transfer_params": ({},),
+    "kv_transfer_params": ({},),  # vLLM's, for prompts that another server computes
     "logits_processors": ([],),
+    "logprob_token_ids": ([],),
     "modalities": (["text"],),
     "prediction": (),
     "prompt_embeds": ([],),
-    "return_token_ids": (False,),
+    "repetition_detection": ({},),
+    "return_prompt_text": (False,),
+    "return_token_ids": (False,),  # in chats, as the next two
     "return_tokens_as_token_ids": (False,),
     "suffix": ("",),
-    "truncate_prompt_tokens": (),
+    "thinking_token_budget": (-1,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
     "web_search_options": (),
 }
 
@@ -43,7 +58,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 # fmt: off
 _IGNORED = frozenset((
     "metadata", "prompt_cache_key", "prompt_cache_retention", "request_id", "safety_identifier", "service_tier",
-    "store", "user", "verbosity",
+    "session_id", "store", "stream_interval", "user", "verbosity",
 ))
 # fmt: on
 
@@ -165,6 +180,8 @@ class GenerationRequest(BaseModel):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: TruncatePromptTokens = None
+    truncation_side: TruncationSide = None
     priority: Annotated[int | None, Field(ge=-(2**31), lt=2**31)] = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -177,6 +194,26 @@ class GenerationRequest(BaseModel):
     @property
     def num_choices(self) -> int:
         return self.n or 1
+
+    def fitted(
+        self, tokenizer: Tokenizer, ids: list[int], limit: int, *, has_special_tokens: bool = False
+    ) -> list[int]:
+        """A prompt's ids, shortened if the request says so. limit: of prompt and output together.
+
+        has_special_tokens: the ids have the BOS and EOS that the tokenizer adds, which stay."""
+        return truncated(
+            tokenizer,
+            ids,
+            self.truncate_prompt_tokens,
+            room=limit - (self.token_limit or 1),
+            keeps_end=self.truncation_side != "right",
+            has_special_tokens=has_special_tokens,
+        )
+
+    @property
+    def token_limit(self) -> int | None:
+        """The most tokens of output; None: as many as fit."""
+        return self.max_tokens
 
     @property
     def include_usage(self) -> bool:

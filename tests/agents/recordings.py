@@ -22,8 +22,7 @@ RECORD_VARIABLE = "TINYVLLM_RECORD_AGENTS"  # environment variable: if set, the 
 MAX_TEXT = 60
 FILLER = "$filler"
 
-# Texts that stay as they are, however long: arguments of the script's calls, and what a protocol or a header defines.
-_KEPT_KEYS = frozenset({"arguments", "$schema", "pattern", "anthropic-beta", "user-agent", "accept"})
+_KEPT_KEYS = frozenset({"arguments", "$schema", "pattern"})  # a script's arguments, and what a schema defines
 _KEPT_START = "x-anthropic-billing-header:"
 _IDS = re.compile(
     r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"  # a UUID
@@ -48,6 +47,10 @@ class Scrubber:
         self._folders = folders  # path -> stand-in; a path that begins with another comes before it
         self._ids: dict[str, str] = {}
 
+    def request(self, request: Request) -> dict[str, Any]:
+        headers = {name: _PLATFORM.sub("(platform)", value) for name, value in request.headers.items()}
+        return {**request.sent(), "headers": headers, "body": self.scrub(request.body)}
+
     def scrub(self, value: Any, key: str = "") -> Any:
         """`value` of the field `key` for a file of recorded requests."""
         if isinstance(value, dict):
@@ -61,7 +64,7 @@ class Scrubber:
             return {FILLER: len(value)}
         for folder, name in self._folders.items():
             value = value.replace(folder, name)
-        return _PLATFORM.sub("(platform)", _DATE.sub("2026-01-01", _IDS.sub(self._stand_in, value)))
+        return _DATE.sub("2026-01-01", _IDS.sub(self._stand_in, value))
 
     def _stand_in(self, match: re.Match[str]) -> str:
         text = match[0]
@@ -80,7 +83,7 @@ def record(agent: str, version: str, requests: Iterable[Request], folders: dict[
     value = {
         "agent": agent,
         "version": version,
-        "requests": [scrubber.scrub(request.sent()) for request in requests],
+        "requests": [scrubber.request(request) for request in requests],
     }
     (DATA / f"{agent}.json").write_text(to_lines(value) + "\n", encoding="utf-8")
 

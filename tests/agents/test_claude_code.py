@@ -1,0 +1,57 @@
+"""Claude Code, which speaks Anthropic's Messages API.
+
+scripts/fetch_agents.sh /tmp/agents && TINYVLLM_AGENTS=/tmp/agents pytest -m agents tests/agents/test_claude_code.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.agents.recordings import record
+from tests.agents.running import Agent, make_agent, no_network
+from tests.agents.scripted_engine import call, loop, scripted_server
+
+pytestmark = [pytest.mark.agents, pytest.mark.timeout(200)]
+
+
+def make_claude(folder: Path, url: str, **environment: str) -> Agent:
+    """Claude Code with the settings of docs/CLIENTS.md."""
+    settings = {
+        "ANTHROPIC_BASE_URL": url,
+        "ANTHROPIC_API_KEY": "none",
+        "ANTHROPIC_MODEL": "tiny",
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": "tiny",  # for its small requests
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "131072",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    }
+    return make_agent("claude", folder, {**settings, **environment})
+
+
+def test_a_file_is_read_edited_and_shown(tmp_path: Path) -> None:
+    file = tmp_path / "project" / "hello.txt"
+    script = loop(
+        "Fix the greeting",
+        call("Read", file_path=str(file)),
+        call("Edit", file_path=str(file), old_string="Helo", new_string="Hello"),
+        call("Bash", command="cat hello.txt missing.txt", description="Show the file"),
+        "The greeting is fixed.",
+    )
+    with no_network() as network, scripted_server(script) as server:
+        claude = make_claude(tmp_path, server.url)
+        file.write_text("Helo\n")
+        tools = ("--allowedTools", "Read,Edit,Bash")
+        ended = claude.run("-p", "Fix the greeting in hello.txt.", *tools, proxy=network.url)
+        other = claude.run("-p", "Hello?", proxy=network.url)
+        version = claude.run("--version", proxy=network.url).output.split()[0]
+    assert (ended.status, ended.output.strip()) == (0, "The greeting is fixed."), ended.errors
+    assert (other.status, other.output.strip()) == (0, "All right."), other.errors
+    assert "context window" not in ended.errors  # it would assume one of a million tokens
+    assert file.read_text() == "Hello\n"
+    assert network.wanted == []
+    assert {request.status for request in server.requests} == {200}
+    results = [block for block in server.requests[3].body["messages"][-1]["content"] if block["type"] == "tool_result"]
+    assert results[0]["is_error"] and "missing.txt" in results[0]["content"]
+    server.check_cache("Fix the greeting")
+    record("claude_code", version, server.requests[:4], claude.folders)

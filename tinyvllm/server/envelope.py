@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyvllm.profiling import measure
 from tinyvllm.server.context import RequestContext, as_current
+from tinyvllm.server.error_bodies import api_of, path_of
 from tinyvllm.server.failures import BodyInterrupted, failure_of
 from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.request_limits import Admission, Drain, DrainingError
@@ -130,7 +131,10 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self._has_started = True
             self._status = message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self._context.request_id
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self._context.request_id
+            if api_of(path_of(self._scope)) == "anthropic":
+                headers["request-id"] = self._context.request_id  # its clients show this one
         elif self._context.times_own_events and message.get("more_body", False):
             await self._send(message)  # without a timer: a stream sends one event per token, and not always from a task
             return

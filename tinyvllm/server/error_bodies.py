@@ -11,8 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
+from starlette.types import Scope
+
+from tinyvllm.server.context import current
 
 DONE = b"data: [DONE]\n\n"
+ANTHROPIC_PATH = "/v1/messages"
 
 
 class ErrorDetail(BaseModel):
@@ -45,8 +49,19 @@ def error_event(path: str, status: int, detail: ErrorDetail) -> bytes:
             return b"data: " + body + b"\n\n" + DONE
 
 
+def path_of(scope: Scope) -> str:
+    """The request's path, or for /v1/models, which two APIs have, one of the API that the request's headers name."""
+    path: str = scope["path"]
+    return ANTHROPIC_PATH if path.startswith("/v1/models") and names_anthropic(scope) else path
+
+
+def names_anthropic(scope: Scope) -> bool:
+    """Whether the request has the header that Anthropic's API requires."""
+    return any(name == b"anthropic-version" for name, _ in scope["headers"])
+
+
 def api_of(path: str) -> str:
-    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+    if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
         return "anthropic"
     return "ollama" if path.startswith("/api/") else "openai"
 
@@ -55,7 +70,8 @@ def _body(path: str, status: int, detail: ErrorDetail) -> Mapping[str, Any]:
     match api_of(path):
         case "anthropic":
             kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-            return {"type": "error", "error": {"type": kind, "message": detail.message}}
+            error = {"type": kind, "message": detail.message}
+            return {"type": "error", "error": error, "request_id": current().request_id}
         case "ollama":
             return {"error": detail.message}
         case _:

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tinyvllm.errors import EngineDeadError, RequestError, TinyvllmError
-from tinyvllm.server.error_bodies import ErrorDetail, error_body, error_event
+from tinyvllm.server.error_bodies import ErrorDetail, error_body, error_event, path_of
 from tinyvllm.server.request_limits import DrainingError, QueueFullError, RequestTimeoutError
 
 log = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ async def answer_failure(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it; the status is nginx's for a client that left
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
         error = HTTPException(error.status_code, _unrouted(request, error), error.headers)
-    return failure_of(error).response(request.url.path)
+    return failure_of(error).response(path_of(request.scope))
 
 
 def _unrouted(request: Request, error: HTTPException) -> str:

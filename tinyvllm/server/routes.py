@@ -18,6 +18,7 @@ ROUTES = (
     "openai.responses",
     "openai.embeddings",
     "openai.rerank",
+    "anthropic.models",  # before OpenAI's: it takes requests with its own header only
     "openai.models",
     "operations",
     "profile_routes",

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tinyvllm.server.error_bodies import path_of
 from tinyvllm.server.failures import INVALID_REQUEST, Failure
 
 # What orchestrators, scrapers and browsers request without a key. None of it shows the content of requests.
@@ -65,7 +66,7 @@ class KeyCheck:
             code="invalid_api_key",
             headers={"www-authenticate": "Bearer"},
         )
-        await failure.response(scope["path"])(scope, receive, send)
+        await failure.response(path_of(scope))(scope, receive, send)
 
 
 def _key_of(headers: Headers) -> str | None:

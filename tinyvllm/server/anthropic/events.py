@@ -8,6 +8,7 @@ import msgspec
 
 from tinyvllm.server.anthropic.answers import Form, Signature
 from tinyvllm.server.anthropic.protocol import MessageAnswer, TextBlock, ThinkingBlock, ToolUseBlock, Usage
+from tinyvllm.server.error_bodies import ANTHROPIC_PATH
 from tinyvllm.server.events import ServerSentEvents, TextEvent, json_string
 from tinyvllm.server.failures import failure_of
 from tinyvllm.server.generation import Item
@@ -15,8 +16,6 @@ from tinyvllm.text.tools.events import CallArguments, CallBegin, Event, Reasonin
 
 if TYPE_CHECKING:
     from tinyvllm.engine.output import Delta
-
-PATH = "/v1/messages"
 
 _encode = msgspec.json.Encoder().encode
 
@@ -61,7 +60,7 @@ class MessageEvents(ServerSentEvents):
         return b""  # the last item has ended the message
 
     def fail(self, error: BaseException) -> bytes:
-        return failure_of(error).event(PATH)
+        return failure_of(error).event(ANTHROPIC_PATH)
 
     def _write(self, delta: Delta) -> bytes:
         out = b"" if self._has_started else self._start(delta.num_cached_tokens)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tinyvllm.errors import RequestError
+from tinyvllm.server.anthropic.client_tools import client_tool
 from tinyvllm.server.notices import warn_once
 from tinyvllm.server.openai.protocol.tools import check_choice, check_names
 from tinyvllm.text.tools.base import Tool
@@ -27,15 +28,18 @@ class OfferedTools:
 
     @classmethod
     def read(cls, definitions: Sequence[Mapping[str, Any]] | None) -> OfferedTools:
-        """Leaves out what a server would have to run (web search, code execution), and logs it. Raises RequestError,
-        naming the field, for a definition that is incomplete."""
+        """Leaves out what a server would have to run (web search, code execution) or needs images (computer use), and
+        logs it. Raises RequestError, naming the field, for a definition that is incomplete.
+
+        Tools with defer_loading are shown from the start: the prompt begins with the tools, so showing one later would
+        change its beginning, and with it all that the prefix cache holds of the conversation."""
         tools = []
         for position, definition in enumerate(definitions or []):
-            kind = definition.get("type")
-            if kind in (None, "custom"):
-                tools.append(_custom(definition, f"tools.{position}"))
+            tool = _read(definition, f"tools.{position}")
+            if tool is not None:
+                tools.append(tool)
             else:
-                warn_once("tools of type %s cannot be run here and are left out", str(kind))
+                warn_once("tools of type %s cannot be run here and are left out", str(definition["type"]))
         check_names([tool.name for tool in tools], "tools")
         return cls(tools)
 
@@ -74,13 +78,26 @@ class OfferedTools:
                 return {"is_parallel": is_parallel}
 
 
-def _custom(definition: Mapping[str, Any], param: str) -> Tool:
+def _read(definition: Mapping[str, Any], param: str) -> Tool | None:
+    """None for a tool that is left out."""
+    kind, is_strict = definition.get("type"), definition.get("strict") is True
+    if kind in (None, "custom"):
+        return _custom(definition, _name(definition, param), is_strict=is_strict, param=param)
+    tool = client_tool(str(kind), is_strict=is_strict, param=param)
+    return None if tool is None else replace(tool, name=_name(definition, param))
+
+
+def _name(definition: Mapping[str, Any], param: str) -> str:
     name = definition.get("name")
     if not isinstance(name, str) or _NAME.fullmatch(name) is None:
         raise RequestError(
             f"{param}.name is {name!a:.80}: give 1 to 128 letters, digits, underscores, dots and hyphens",
             param=f"{param}.name",
         )
+    return name
+
+
+def _custom(definition: Mapping[str, Any], name: str, *, is_strict: bool, param: str) -> Tool:
     schema = definition.get("input_schema")
     if not isinstance(schema, dict):
         raise RequestError(f"{param}.input_schema is missing or is not an object", param=f"{param}.input_schema")
@@ -91,6 +108,6 @@ def _custom(definition: Mapping[str, Any], param: str) -> Tool:
         name=name,
         description=description or "",
         parameters=schema or None,
-        is_strict=definition.get("strict") is True,
+        is_strict=is_strict,
         param=f"{param}.input_schema",
     )

@@ -28,7 +28,7 @@ from tinyvllm.server.counters import Counters
 from tinyvllm.server.endpoints import endpoint_of
 from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.openai.response_store import ResponseStore
-from tinyvllm.server.questions import GET_RESPONSE, REMOVE_RESPONSE, Asker
+from tinyvllm.server.questions import OF_RESPONSES, Asker
 from tinyvllm.server.serve import uvicorn_config
 from tinyvllm.server.sockets import bind_unix
 from tinyvllm.server.specs import FrontEndSpec, client_name
@@ -162,7 +162,7 @@ class _FrontEnd:
 
     def _answer(self, message: Message) -> Message:
         question = message["question"]
-        if question in (GET_RESPONSE, REMOVE_RESPONSE):
+        if question in OF_RESPONSES:
             return self._responses.answer(question, message["about"])
         return recordings.answer(question)
 

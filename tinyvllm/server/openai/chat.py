@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -22,9 +21,8 @@ from tinyvllm.server.intake import (
     make_heading,
     openapi_event_stream,
 )
-from tinyvllm.server.openai.chat_answers import ChatEvents, chat_answer
+from tinyvllm.server.openai.chat_answers import CallForm, ChatEvents, chat_answer
 from tinyvllm.server.openai.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
-from tinyvllm.server.openai.protocol.tools import NamedChoice
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
 
@@ -55,6 +53,7 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
             job,
             heading,
             prompt.format,
+            form=CallForm(body.toolbox, body.uses_functions),
             logprobs=bool(body.logprobs),
             prompt_logprobs=body.prompt_logprobs,
         )
@@ -65,6 +64,7 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
         n=job.n,
         include_usage=body.include_usage,
         continuous_usage=body.continuous_usage,
+        form=CallForm(body.toolbox, body.uses_functions),
     )
     return await event_stream(state, job, events)
 
@@ -85,23 +85,16 @@ def _read(state: ServerState, body: ChatRequest) -> tuple[Prompt, SamplingParams
 
 
 def conversation_of(body: ChatRequest) -> Conversation:
-    choice: dict[str, Any] = {}
-    if isinstance(body.tool_choice, NamedChoice):
-        choice = {"tool_choice": "required", "named_tool": body.tool_choice.name}
-    elif body.tool_choice is not None:
-        choice = {"tool_choice": body.tool_choice}
-    tools = body.tools or []
+    choice = body.choice()
     continues = bool(body.continue_final_message)
     return Conversation(
         messages=[message.for_template() for message in body.messages],
-        tools=[tool.as_tool(f"tools.{position}") for position, tool in enumerate(tools)],
-        tools_for_template=[tool.for_template() for tool in tools],
         # naming a function asks for one call of it
-        is_parallel=body.parallel_tool_calls is not False and "named_tool" not in choice,
+        is_parallel=body.parallel_tool_calls is not False and choice.named_tool is None and not body.uses_functions,
         grammar=body.grammar(),
         shows_reasoning=body.include_reasoning is not False,
         add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=continues,
         template_arguments=body.template_arguments,
-        **choice,
+        **choice.conversation(),
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinyvllm.server.answers import Choice, Tally, collect, finite, write_prompt_logprobs
 from tinyvllm.server.events import ChunkEvents, TextEvent, frame
 from tinyvllm.server.generation import Item, Job
 from tinyvllm.server.intake import Heading
-from tinyvllm.server.message import MessageParser, OutputFormat, ParsedMessage
+from tinyvllm.server.message import MessageParser, OutputFormat, ParsedCall, ParsedMessage
 from tinyvllm.server.openai.protocol.chat import (
     AssistantMessage,
+    CalledCustom,
     CalledFunction,
     ChatChoice,
     ChatChunk,
@@ -19,11 +21,14 @@ from tinyvllm.server.openai.protocol.chat import (
     ChatDelta,
     ChatLogprobs,
     ChatTokenLogprob,
+    CustomDelta,
     FunctionDelta,
     ToolCall,
     ToolCallDelta,
     TopLogprob,
 )
+from tinyvllm.server.openai.protocol.tools import NO_TOOLS, Toolbox
+from tinyvllm.text.tools.custom import InputReader
 from tinyvllm.text.tools.events import CallArguments, CallBegin, Event, Reasoning, Text
 
 if TYPE_CHECKING:
@@ -37,6 +42,7 @@ async def chat_answer(
     heading: Heading,
     format: OutputFormat,
     *,
+    form: CallForm,
     logprobs: bool,
     prompt_logprobs: int | None = None,
 ) -> ChatCompletion:
@@ -55,9 +61,9 @@ async def chat_answer(
         message.add_all(parser.flush(), format)
         answer = ChatChoice(
             index=index,
-            message=_assistant_message(message),
+            message=_assistant_message(message, form),
             logprobs=chat_logprobs(choice.logprobs) if logprobs else None,
-            finish_reason=parser.finish_reason(choice.finish_reason),
+            finish_reason=form.finish_reason(parser.finish_reason(choice.finish_reason)),
             stop_reason=choice.stop_reason,
         )
         answers.append(answer)
@@ -74,16 +80,80 @@ async def chat_answer(
     )
 
 
-def _assistant_message(message: ParsedMessage) -> AssistantMessage:
-    calls = [
-        ToolCall(id=call.id, function=CalledFunction(name=call.name, arguments=call.arguments))
-        for call in message.calls
-    ]
+@dataclass(frozen=True)
+class CallForm:
+    """How calls are written for a client."""
+
+    toolbox: Toolbox = NO_TOOLS
+    uses_functions: bool = False  # OpenAI's form before tools: a message has one call, without an id
+
+    def is_custom(self, name: str) -> bool:
+        offer = self.toolbox.find(name)
+        return offer is not None and offer.is_custom
+
+    def finish_reason(self, reason: str) -> str:
+        return "function_call" if self.uses_functions and reason == "tool_calls" else reason
+
+    def call(self, call: ParsedCall) -> ToolCall:
+        if not self.is_custom(call.name):
+            return ToolCall(id=call.id, function=CalledFunction(name=call.name, arguments=call.arguments))
+        reader = InputReader()
+        text = reader.push(call.arguments) + reader.flush()
+        return ToolCall(id=call.id, type="custom", custom=CalledCustom(name=call.name, input=text))
+
+
+_PLAIN = CallForm()
+
+
+def _assistant_message(message: ParsedMessage, form: CallForm) -> AssistantMessage:
+    calls = [form.call(call) for call in message.calls]
     return AssistantMessage(
         content=message.content if message.content or not calls else None,
         reasoning_content=message.reasoning or None,
-        tool_calls=calls or None,
+        tool_calls=None if form.uses_functions else calls or None,
+        function_call=calls[0].function if calls and form.uses_functions else None,
     )
+
+
+class _CallDeltas:
+    """Writes the pieces of one choice's calls. Owns the reader of the custom call that is open, if one is."""
+
+    def __init__(self, form: CallForm, format: OutputFormat) -> None:
+        self._form = form
+        self._format = format
+        self._reader: InputReader | None = None
+        self._index = 0  # of the latest call
+
+    def begin(self, piece: CallBegin) -> list[ChatDelta]:
+        deltas = self.end()
+        self._index = piece.index
+        if self._form.uses_functions:
+            return [*deltas, ChatDelta(function_call=FunctionDelta(name=piece.name, arguments=""))]
+        assert self._format.tools is not None
+        call = ToolCallDelta(index=piece.index, id=self._format.tools.make_id(), type="function")
+        if self._form.is_custom(piece.name):
+            self._reader = InputReader()
+            call.type, call.custom = "custom", CustomDelta(name=piece.name, input="")
+        else:
+            call.function = FunctionDelta(name=piece.name, arguments="")
+        return [*deltas, ChatDelta(tool_calls=[call])]
+
+    def add(self, piece: CallArguments) -> list[ChatDelta]:
+        if self._reader is not None:
+            return self._input(self._reader.push(piece.text))
+        function = FunctionDelta(arguments=piece.text)
+        if self._form.uses_functions:
+            return [ChatDelta(function_call=function)]
+        return [ChatDelta(tool_calls=[ToolCallDelta(index=piece.index, function=function)])]
+
+    def end(self) -> list[ChatDelta]:
+        """What remains of a custom call, before the next one or at the end."""
+        reader, self._reader = self._reader, None
+        return [] if reader is None else self._input(reader.flush())
+
+    def _input(self, text: str) -> list[ChatDelta]:
+        call = ToolCallDelta(index=self._index, custom=CustomDelta(input=text))
+        return [ChatDelta(tool_calls=[call])] if text else []
 
 
 class ChatEvents(ChunkEvents):
@@ -92,12 +162,21 @@ class ChatEvents(ChunkEvents):
     """
 
     def __init__(
-        self, heading: Heading, format: OutputFormat, *, n: int, include_usage: bool, continuous_usage: bool = False
+        self,
+        heading: Heading,
+        format: OutputFormat,
+        *,
+        n: int,
+        include_usage: bool,
+        continuous_usage: bool = False,
+        form: CallForm = _PLAIN,
     ) -> None:
         super().__init__(include_usage=include_usage, continuous_usage=continuous_usage)
         self._heading = heading
         self._format = format
+        self._form = form
         self._parsers = [format.parser() for _ in range(n)]
+        self._calls = [_CallDeltas(form, format) for _ in range(n)]
 
     def begin(self) -> bytes:
         roles = [
@@ -119,7 +198,11 @@ class ChatEvents(ChunkEvents):
         pieces = parser.push(delta.text, len(delta.token_ids))
         if delta.finish_reason is not None:
             pieces += parser.flush()
-        choices = [ChatChunkChoice(index=item.choice, delta=self._delta(piece)) for piece in pieces]
+        calls = self._calls[item.choice]
+        deltas = [delta for piece in pieces for delta in _deltas(piece, calls)]
+        if delta.finish_reason is not None:
+            deltas += calls.end()
+        choices = [ChatChunkChoice(index=item.choice, delta=delta) for delta in deltas]
         if delta.logprobs:  # with the pieces that are now final, of which there may be none
             if not choices:
                 choices = [ChatChunkChoice(index=item.choice, delta=ChatDelta(content=""))]
@@ -128,27 +211,11 @@ class ChatEvents(ChunkEvents):
             ended = ChatChunkChoice(
                 index=item.choice,
                 delta=ChatDelta(),
-                finish_reason=parser.finish_reason(delta.finish_reason),
+                finish_reason=self._form.finish_reason(parser.finish_reason(delta.finish_reason)),
                 stop_reason=delta.stop_reason,
             )
             choices.append(ended)
         return choices
-
-    def _delta(self, piece: Event) -> ChatDelta:
-        match piece:
-            case Reasoning():
-                return ChatDelta(reasoning_content=piece.text)
-            case Text():
-                return ChatDelta(content=piece.text)
-            case CallBegin():
-                assert self._format.tools is not None
-                function = FunctionDelta(name=piece.name, arguments="")
-                call_id = self._format.tools.make_id()
-                call = ToolCallDelta(index=piece.index, id=call_id, type="function", function=function)
-                return ChatDelta(tool_calls=[call])
-            case CallArguments():
-                call = ToolCallDelta(index=piece.index, function=FunctionDelta(arguments=piece.text))
-                return ChatDelta(tool_calls=[call])
 
     def _chunk(self, choice: ChatChunkChoice) -> bytes:
         return self._frame([choice], has_usage=self._continuous_usage)
@@ -159,6 +226,18 @@ class ChatEvents(ChunkEvents):
         usage = self._tally.usage(num_reasoning_tokens=count) if has_usage else None
         chunk = ChatChunk(id=heading.id, created=heading.created, model=heading.model, choices=choices, usage=usage)
         return frame(chunk, omit=None if self._include_usage else {"usage"})
+
+
+def _deltas(piece: Event, calls: _CallDeltas) -> list[ChatDelta]:
+    match piece:
+        case Reasoning():
+            return [ChatDelta(reasoning_content=piece.text)]
+        case Text():
+            return [ChatDelta(content=piece.text)]
+        case CallBegin():
+            return calls.begin(piece)
+        case CallArguments():
+            return calls.add(piece)
 
 
 def chat_logprobs(logprobs: tuple[TokenLogprob, ...] | list[TokenLogprob]) -> ChatLogprobs:

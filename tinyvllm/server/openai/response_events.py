@@ -14,11 +14,14 @@ from tinyvllm.server.events import TextEvent
 from tinyvllm.server.message import OutputFormat
 from tinyvllm.server.openai.chat_answers import chat_logprobs
 from tinyvllm.server.openai.protocol.chat import ChatTokenLogprob
+from tinyvllm.server.openai.protocol.response_items import seal
 from tinyvllm.server.openai.protocol.responses import (
+    CustomCallItem,
     FunctionCallItem,
     IncompleteDetails,
     InputTokensDetails,
     MessageItem,
+    OutputItem,
     OutputText,
     OutputTokensDetails,
     ReasoningItem,
@@ -27,6 +30,8 @@ from tinyvllm.server.openai.protocol.responses import (
     ResponseUsage,
     Status,
 )
+from tinyvllm.server.openai.protocol.tools import NO_TOOLS, Toolbox
+from tinyvllm.text.tools.custom import InputReader
 from tinyvllm.text.tools.events import CallArguments, CallBegin, Reasoning, Text
 from tinyvllm.text.tools.events import Event as Piece
 
@@ -40,10 +45,20 @@ _TEXT_DELTA = "response.output_text.delta"
 class ResponseWriter:
     """Writes one response. Owns its items, of which the last may still grow, and the events' sequence numbers."""
 
-    def __init__(self, answer: ResponseAnswer, format: OutputFormat) -> None:
-        """answer: in progress, without output."""
+    def __init__(
+        self,
+        answer: ResponseAnswer,
+        format: OutputFormat,
+        toolbox: Toolbox = NO_TOOLS,
+        *,
+        seals_reasoning: bool = False,
+    ) -> None:
+        """answer: in progress, without output. seals_reasoning: reasoning also has `encrypted_content`."""
         self.answer = answer
         self._format = format
+        self._toolbox = toolbox
+        self._seals_reasoning = seals_reasoning
+        self._input: InputReader | None = None  # while the last item is a custom tool's call
         self._parser = format.parser()
         self._number = 0
         self._is_open = False
@@ -82,12 +97,12 @@ class ResponseWriter:
         match piece:
             case Reasoning():
                 if not self._is_last(ReasoningItem):
-                    yield from self._open(ReasoningItem(id=_new_id("rs"), content=[], status="in_progress"))
+                    yield from self._open(ReasoningItem(id=new_item_id("reasoning"), content=[], status="in_progress"))
                     yield from self._add_part(ReasoningText(text=""))
                 yield from self._grow_text("response.reasoning_text.delta", piece.text)
             case Text():
                 if not self._is_last(MessageItem):
-                    yield from self._open(MessageItem(id=_new_id("msg"), content=[], status="in_progress"))
+                    yield from self._open(MessageItem(id=new_item_id("message"), content=[], status="in_progress"))
                     yield from self._add_part(OutputText(text=""))
                     if self._parser.is_plain:
                         self._text_event = _TextEvent(self._make_text_event(TextEvent.MARK, 0))
@@ -96,30 +111,49 @@ class ResponseWriter:
                 shown = [entry.model_dump() for entry in logprobs]
                 yield from self._grow_text(_TEXT_DELTA, piece.text, logprobs=shown)
             case CallBegin():
-                assert self._format.tools is not None
-                call_id = self._format.tools.make_id()
-                item = FunctionCallItem(
-                    id=_new_id("fc"), call_id=call_id, name=piece.name, arguments="", status="in_progress"
-                )
-                yield from self._open(item)
+                yield from self._open(self._make_call(piece.name))
             case CallArguments():
-                call = self.answer.output[-1]
-                assert isinstance(call, FunctionCallItem)
-                call.arguments += piece.text
-                yield self._item_event("response.function_call_arguments.delta", delta=piece.text)
+                yield from self._grow_call(piece.text)
+
+    def _make_call(self, name: str) -> FunctionCallItem | CustomCallItem:
+        """The item of a call, under the name that the client knows."""
+        assert self._format.tools is not None
+        offer = self._toolbox.find(name)
+        call_id = self._format.tools.make_id()
+        name, namespace = (name, None) if offer is None else (offer.name, offer.namespace)
+        known: dict[str, Any] = {"call_id": call_id, "name": name, "namespace": namespace, "status": "in_progress"}
+        if offer is not None and offer.is_custom:
+            return CustomCallItem(id=new_item_id("custom_tool_call"), input="", **known)
+        return FunctionCallItem(id=new_item_id("function_call"), arguments="", **known)
+
+    def _grow_call(self, arguments: str) -> Iterator[Event]:
+        call = self.answer.output[-1]
+        if isinstance(call, FunctionCallItem):
+            call.arguments += arguments
+            yield self._item_event("response.function_call_arguments.delta", delta=arguments)
+        elif self._input is not None:
+            yield from self._grow_input(self._input.push(arguments))
+
+    def _grow_input(self, text: str) -> Iterator[Event]:
+        call = self.answer.output[-1]
+        assert isinstance(call, CustomCallItem)
+        if text:
+            call.input += text
+            yield self._item_event("response.custom_tool_call_input.delta", delta=text)
 
     @property
     def _parts(self) -> list[Any]:
         item = self.answer.output[-1]
-        assert not isinstance(item, FunctionCallItem)
+        assert isinstance(item, MessageItem | ReasoningItem)
         return item.content
 
     def _is_last(self, kind: type[BaseModel]) -> bool:
         return self._is_open and isinstance(self.answer.output[-1], kind)
 
-    def _open(self, item: MessageItem | ReasoningItem | FunctionCallItem) -> Iterator[Event]:
+    def _open(self, item: OutputItem) -> Iterator[Event]:
         yield from self._close("completed")
         self.answer.output.append(item)
+        self._input = InputReader() if isinstance(item, CustomCallItem) else None
         self._is_open = True
         yield self._event(
             "response.output_item.added", output_index=len(self.answer.output) - 1, item=item.model_dump()
@@ -146,14 +180,23 @@ class ResponseWriter:
         self._is_open = False
         self._text_event = None
         item = self.answer.output[-1]
+        if self._input is not None:
+            yield from self._grow_input(self._input.flush())
         item.status = status
-        if not isinstance(item, FunctionCallItem):
+        if isinstance(item, MessageItem | ReasoningItem):
             item.content[0].text, self._texts = "".join(self._texts), []
+        yield from self._end_item(item)
+        yield self._event("response.output_item.done", output_index=len(self.answer.output) - 1, item=item.model_dump())
+
+    def _end_item(self, item: OutputItem) -> Iterator[Event]:
+        """The events that repeat what an item has become."""
         match item:
             case FunctionCallItem():
                 yield self._item_event(
                     "response.function_call_arguments.done", name=item.name, arguments=item.arguments
                 )
+            case CustomCallItem():
+                yield self._item_event("response.custom_tool_call_input.done", input=item.input)
             case MessageItem():
                 part = item.content[0]
                 shown = [entry.model_dump() for entry in part.logprobs]
@@ -161,9 +204,10 @@ class ResponseWriter:
                 yield self._item_event("response.content_part.done", content_index=0, part=part.model_dump())
             case ReasoningItem():
                 thought = item.content[0]
+                if self._seals_reasoning:
+                    item.encrypted_content = seal(thought.text)
                 yield self._item_event("response.reasoning_text.done", content_index=0, text=thought.text)
                 yield self._item_event("response.reasoning_part.done", content_index=0, part=thought.model_dump())
-        yield self._event("response.output_item.done", output_index=len(self.answer.output) - 1, item=item.model_dump())
 
     def _end(self, delta: Delta) -> Iterator[Event]:
         is_cut = delta.finish_reason == "length"
@@ -223,5 +267,9 @@ def _dump(answer: ResponseAnswer) -> dict[str, Any]:
     return answer.model_dump(mode="json", by_alias=True)
 
 
-def _new_id(prefix: str) -> str:
-    return f"{prefix}_{uuid.uuid4().hex}"
+_ID_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
+
+
+def new_item_id(kind: str) -> str:
+    """An id for an item of this type."""
+    return f"{_ID_PREFIXES.get(kind, 'item')}_{uuid.uuid4().hex}"

@@ -15,7 +15,9 @@ from tinyvllm.server.control import Message
 from tinyvllm.server.failures import UnknownResponseError
 from tinyvllm.server.front_ends import Ask, nobody
 from tinyvllm.server.openai.protocol.responses import ResponseAnswer
-from tinyvllm.server.questions import GET_RESPONSE, REMOVE_RESPONSE
+from tinyvllm.server.questions import GET_ITEM, GET_RESPONSE, REMOVE_RESPONSE
+
+Item = Mapping[str, Any]  # of a response's input or output, as JSON values
 
 MAX_RESPONSES = 1000
 MAX_CHARS = 64 * 2**20  # of all conversations together
@@ -24,19 +26,23 @@ MAX_CHARS = 64 * 2**20  # of all conversations together
 @dataclass(frozen=True)
 class StoredResponse:
     answer: ResponseAnswer
-    messages: tuple[Mapping[str, Any], ...]  # the conversation up to and including the answer, without instructions
+    items: tuple[Item, ...]  # the conversation that it answers, without instructions
 
     @property
     def num_chars(self) -> int:
-        return sum(len(str(message)) for message in self.messages)
+        return sum(len(str(item)) for item in self.conversation())
+
+    def conversation(self) -> tuple[Item, ...]:
+        """The conversation up to and including the answer."""
+        return (*self.items, *(item.model_dump() for item in self.answer.output))
 
     def as_message(self) -> Message:
         """For another front-end, as JSON values."""
-        return {"answer": self.answer.model_dump(mode="json"), "messages": self.messages}
+        return {"answer": self.answer.model_dump(mode="json", by_alias=True), "items": self.items}
 
     @classmethod
     def from_message(cls, message: Message) -> StoredResponse:
-        return cls(ResponseAnswer.model_validate(message["answer"]), tuple(message["messages"]))
+        return cls(ResponseAnswer.model_validate(message["answer"]), tuple(message["items"]))
 
 
 class ResponseStore:
@@ -73,6 +79,28 @@ class ResponseStore:
                 return StoredResponse.from_message(message)
         raise self._unknown(response_id, param)
 
+    async def get_item(self, item_id: str, param: str) -> Item:
+        """An item of a stored response's conversation. Raises UnknownResponseError, naming the field `param`."""
+        found = self._find_item(item_id)
+        if found is not None:
+            return found
+        answers = await self._ask_others(GET_ITEM, item_id)
+        for message in answers.values():
+            if "item" in message:
+                other: Item = message["item"]
+                return other
+        raise UnknownResponseError(
+            f"{param} refers to the item {ascii(item_id)[:80]}, which no stored response has: send the item itself",
+            param,
+        )
+
+    def _find_item(self, item_id: str) -> Item | None:
+        for stored, _ in reversed(self._responses.values()):
+            for item in reversed(stored.conversation()):
+                if item.get("id") == item_id:
+                    return item
+        return None
+
     async def remove(self, response_id: str, param: str) -> None:
         """Raises UnknownResponseError, naming the field `param`, if no front-end has it."""
         if self._remove(response_id):
@@ -82,9 +110,12 @@ class ResponseStore:
             raise self._unknown(response_id, param)
 
     def answer(self, question: str, response_id: str) -> Message:
-        """The answer to another front-end's question about a response: empty if it is not stored here."""
+        """The answer to another front-end's question about a response or an item: empty if it is not stored here."""
         if question == REMOVE_RESPONSE:
             return {"removed": True} if self._remove(response_id) else {}
+        if question == GET_ITEM:
+            item = self._find_item(response_id)
+            return {} if item is None else {"item": item}
         return self._responses[response_id][0].as_message() if response_id in self._responses else {}
 
     def _remove(self, response_id: str) -> bool:

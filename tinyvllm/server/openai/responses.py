@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,22 +15,22 @@ from tinyvllm.server.answers import collect
 from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
 from tinyvllm.server.events import ServerSentEvents
 from tinyvllm.server.failures import failure_of
-from tinyvllm.server.generation import Item, Job, PromptCall
+from tinyvllm.server.generation import Item as Output
+from tinyvllm.server.generation import Job, PromptCall
 from tinyvllm.server.intake import ERRORS, check_ids, check_request, event_stream, json_response, openapi_event_stream
 from tinyvllm.server.openai.protocol.common import effort_arguments
+from tinyvllm.server.openai.protocol.response_items import InputItem, messages_of
 from tinyvllm.server.openai.protocol.responses import (
     DeletedResponse,
-    InputItem,
     ReasoningSettings,
     ResponseAnswer,
     ResponsesRequest,
     TextFormat,
     TextSettings,
-    messages_of,
 )
-from tinyvllm.server.openai.protocol.tools import NamedChoice
-from tinyvllm.server.openai.response_events import Event, ResponseWriter, frame_event
-from tinyvllm.server.openai.response_store import ResponseStore, StoredResponse
+from tinyvllm.server.openai.protocol.tools import shown_choice
+from tinyvllm.server.openai.response_events import Event, ResponseWriter, frame_event, new_item_id
+from tinyvllm.server.openai.response_store import Item, ResponseStore, StoredResponse
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
 
@@ -64,11 +63,11 @@ async def delete_response(response_id: str, request: Request) -> DeletedResponse
 async def _respond(state: ServerState, store: ResponseStore, body: ResponsesRequest) -> Response:
     arrival_s = time.perf_counter()
     check_request(state, body)
-    earlier: tuple[Mapping[str, Any], ...] = ()
+    earlier: tuple[Item, ...] = ()
     if body.previous_response_id is not None:
-        earlier = (await store.get(body.previous_response_id, "previous_response_id")).messages
-    messages = (*earlier, *body.messages())
-    prompt, params = await asyncio.to_thread(_read, state, body, messages)
+        earlier = (await store.get(body.previous_response_id, "previous_response_id")).conversation()
+    items = (*earlier, *await _resolve(store, body.input))
+    prompt, params = await asyncio.to_thread(_read, state, body, items)
     answer = _make_answer(state, body, params)
     job = Job(
         [PromptCall(prompt.ids, params, request_id=answer.id)],
@@ -77,25 +76,37 @@ async def _respond(state: ServerState, store: ResponseStore, body: ResponsesRequ
         priority=body.priority or 0,
         beams=body.beams(),
     )
-    events = _ResponseEvents(ResponseWriter(answer, prompt.format), store, messages)
+    writer = ResponseWriter(answer, prompt.format, body.toolbox, seals_reasoning=body.seals_reasoning)
+    events = _ResponseEvents(writer, store, items)
     if body.stream:
         return await event_stream(state, job, events)
     await collect(state, job, events.grow)
     return json_response(answer)
 
 
+async def _resolve(store: ResponseStore, given: list[InputItem]) -> list[Item]:
+    """The items of a request, each with an id, and references replaced by what they refer to."""
+    items: list[Item] = []
+    for position, item in enumerate(given):
+        if item.type == "item_reference":
+            items.append(await store.get_item(item.id or "", f"input.{position}.id"))
+        else:
+            items.append({"id": new_item_id(item.type), **item.model_dump(exclude_none=True)})
+    return items
+
+
 class _ResponseEvents(ServerSentEvents):
     """The events of one response, which is stored once it is complete, unless the request says store=false."""
 
-    def __init__(self, writer: ResponseWriter, store: ResponseStore, messages: tuple[Mapping[str, Any], ...]) -> None:
+    def __init__(self, writer: ResponseWriter, store: ResponseStore, items: tuple[Item, ...]) -> None:
         self._writer = writer
         self._store = store
-        self._messages = messages
+        self._items = items  # of the conversation that is answered
 
     def begin(self) -> bytes:
         return b"".join(map(frame_event, self._writer.begin()))
 
-    def take(self, item: Item) -> bytes:
+    def take(self, item: Output) -> bytes:
         return self._writer.frame_text(item.delta) or b"".join(map(frame_event, self.grow(item)))
 
     def end(self) -> bytes:
@@ -104,7 +115,7 @@ class _ResponseEvents(ServerSentEvents):
     def fail(self, error: BaseException) -> bytes:
         return frame_event(self._writer.failure(failure_of(error).detail().model_dump()))
 
-    def grow(self, item: Item) -> list[Event]:
+    def grow(self, item: Output) -> list[Event]:
         """Add an item to the answer. Returns its events.
 
         A complete answer is stored before its last event is sent, because the client may continue it at once.
@@ -117,14 +128,13 @@ class _ResponseEvents(ServerSentEvents):
     def _keep(self) -> None:
         answer = self._writer.answer
         if answer.store:
-            said = messages_of([InputItem.model_validate(item.model_dump()) for item in answer.output])
-            self._store.add(StoredResponse(answer, (*self._messages, *said)))
+            self._store.add(StoredResponse(answer, self._items))
 
 
-def _read(
-    state: ServerState, body: ResponsesRequest, messages: tuple[Mapping[str, Any], ...]
-) -> tuple[Prompt, SamplingParams]:
+def _read(state: ServerState, body: ResponsesRequest, items: tuple[Item, ...]) -> tuple[Prompt, SamplingParams]:
     """The prompt and the sampling parameters. Runs on a worker thread."""
+    first = len(body.input) - len(items)
+    messages = messages_of([InputItem.model_validate(item) for item in items], first)
     prompt = make_prompt(_conversation_of(body, messages), state.engine)
     check_ids(state, prompt.ids, body.max_output_tokens, param="input")
     params = body.make_params(
@@ -137,30 +147,22 @@ def _read(
     return prompt, params
 
 
-def _conversation_of(body: ResponsesRequest, messages: tuple[Mapping[str, Any], ...]) -> Conversation:
-    choice: dict[str, Any] = {}
-    if isinstance(body.tool_choice, NamedChoice):
-        choice = {"tool_choice": "required", "named_tool": body.tool_choice.name}
-    elif body.tool_choice is not None:
-        choice = {"tool_choice": body.tool_choice}
-    tools = body.tools or []
+def _conversation_of(body: ResponsesRequest, messages: list[dict[str, Any]]) -> Conversation:
+    choice = body.choice()
     effort = effort_arguments(body.reasoning.effort if body.reasoning is not None else None)
     instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
     return Conversation(
         messages=[*instructions, *messages],
-        tools=[tool.as_tool(f"tools.{position}") for position, tool in enumerate(tools)],
-        tools_for_template=[tool.for_template() for tool in tools],
-        is_parallel=body.parallel_tool_calls is not False and "named_tool" not in choice,
+        is_parallel=body.parallel_tool_calls is not False and choice.named_tool is None,
         grammar=body.grammar(),
         template_arguments=effort | (body.chat_template_kwargs or {}),
         is_chat=False,
-        **choice,
+        **choice.conversation(),
     )
 
 
 def _make_answer(state: ServerState, body: ResponsesRequest, params: SamplingParams) -> ResponseAnswer:
     """The answer, still without output."""
-    choice = body.tool_choice
     text = body.text or TextSettings()
     return ResponseAnswer(
         id=f"resp_{uuid.uuid4().hex}",  # never the client's choice: whoever knows it may read the conversation
@@ -176,8 +178,8 @@ def _make_answer(state: ServerState, body: ResponsesRequest, params: SamplingPar
         store=body.store is not False,
         temperature=params.temperature,
         text=text if text.format is not None else TextSettings(format=TextFormat(type="text")),
-        tool_choice={"type": "function", "name": choice.name} if isinstance(choice, NamedChoice) else choice or "auto",
-        tools=body.tools or [],
+        tool_choice=shown_choice(body.tool_choice),
+        tools=[tool.shown() for tool in body.tools or []],
         top_logprobs=body.top_logprobs or 0,
         top_p=params.top_p,
         user=(body.model_extra or {}).get("user"),

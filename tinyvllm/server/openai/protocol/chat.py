@@ -3,64 +3,55 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from tinyvllm.config import MAX_LOGPROBS
 from tinyvllm.errors import RequestError
 from tinyvllm.server.openai.protocol.common import PromptLogprobs, Usage, effort_arguments, optional, unsupported
+from tinyvllm.server.openai.protocol.content import Content
 from tinyvllm.server.openai.protocol.generation import GenerationRequest
 from tinyvllm.server.openai.protocol.tools import (
     MAX_TOOLS,
-    FunctionTool,
+    ChatTool,
+    Choice,
+    Function,
     NamedChoice,
+    Toolbox,
     ToolChoice,
-    ToolName,
-    check_choice,
-    check_names,
+    choose,
 )
+from tinyvllm.text.tools.custom import input_arguments
 
 MAX_MESSAGES = 4096
-# What content parts of these types hold, which models here cannot read: they run text only
-MEDIA = {
-    "image": "an image",
-    "image_url": "an image",
-    "input_image": "an image",
-    "input_audio": "audio",
-    "audio_url": "audio",
-    "video_url": "a video",
-    "file": "a file",
-    "input_file": "a file",
-}
 
 
-def join_parts(value: object) -> object:
-    """Content as one string. Text parts are joined by newlines, as vLLM does for text-only templates."""
-    if not isinstance(value, list):
-        return value
-    texts: list[str] = []
-    for position, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in MEDIA:
-            raise ValueError(f"part {position} is {MEDIA[kind]} ({kind}), but this model runs text only: leave it out")
-        name = "refusal" if kind == "refusal" else "text"
-        text = part.get(name) if isinstance(part, dict) else None
-        if kind not in ("text", "refusal", "input_text", "output_text") or not isinstance(text, str):
-            shown = "not an object" if kind is None else f"of type {ascii(kind)[:40]}"
-            raise ValueError(f'part {position} is {shown}: only {{"type": "text", "text": "..."}} is supported')
-        texts.append(text)
-    return "\n".join(texts)
-
-
-Content = Annotated[str | None, BeforeValidator(join_parts, json_schema_input_type=str | list[dict[str, Any]] | None)]
+def past_arguments(arguments: object) -> object:
+    """The arguments of an earlier call as chat templates expect them: an object, or text if the model wrote something
+    else."""
+    if not isinstance(arguments, str):
+        return {} if arguments is None else arguments
+    try:
+        parsed = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return arguments
+    return parsed if isinstance(parsed, dict) else arguments
 
 
 class PastFunction(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
-    name: ToolName
-    arguments: str | None = None
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class PastCustom(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str
+    input: str
 
 
 class PastCall(BaseModel):
@@ -69,20 +60,25 @@ class PastCall(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     id: str | None = None
-    type: Literal["function"] = "function"
-    function: PastFunction
+    type: Literal["function", "custom"] | None = None
+    function: PastFunction | None = None
+    custom: PastCustom | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: with arguments as an object, or as text if the model wrote something else."""
-        text = self.function.arguments or "{}"
-        try:
-            arguments = json.loads(text)
-        except (ValueError, RecursionError):
-            arguments = text
-        if not isinstance(arguments, dict):
-            arguments = text
-        call: dict[str, Any] = {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+        """As chat templates expect it: a custom call as the call of a function."""
+        if self.custom is not None:
+            function: dict[str, Any] = {"name": self.custom.name, "arguments": input_arguments(self.custom.input)}
+        else:
+            assert self.function is not None, "checked before"
+            function = {"name": self.function.name, "arguments": past_arguments(self.function.arguments)}
+        call: dict[str, Any] = {"type": "function", "function": function}
         return call if self.id is None else {"id": self.id, **call}
+
+
+# Fields of a message that servers send and that say nothing to a model.
+_NOT_FOR_TEMPLATES = ("annotations", "audio", "function_call", "reasoning", "refusal", "tool_calls")
+# Roles in templates, where they differ.
+_TEMPLATE_ROLES = {"developer": "system", "function": "tool"}
 
 
 class Message(BaseModel):
@@ -90,24 +86,53 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = None
+    refusal: str | None = None
+    reasoning: Any = None  # newer vLLM's name of reasoning_content
     tool_calls: list[PastCall] | None = None
+    function_call: PastFunction | None = None  # OpenAI's form before tools
+
+    def check(self, param: str) -> None:
+        """Raise RequestError for what contradicts the role."""
+        if self.content is None and self.role in ("system", "developer", "user"):
+            raise RequestError(f"{param} has no content: give a string or text parts", param=f"{param}.content")
+        if (self.tool_calls or self.function_call) and self.role != "assistant":
+            name = "tool_calls" if self.tool_calls else "function_call"
+            raise unsupported(f"{param}.{name}", "...", "only messages of an assistant may have them")
+        for position, call in enumerate(self.tool_calls or []):
+            if call.function is None and call.custom is None:
+                missing = f"{param}.tool_calls.{position}.{call.type or 'function'}"
+                raise RequestError(f"{missing} is required and missing", param=missing)
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: no nulls, `system` for `developer`, arguments of calls as objects."""
-        message = {name: value for name, value in self if value is not None}
-        message["role"] = "system" if self.role == "developer" else self.role
-        message["content"] = self.content or ""
-        if self.tool_calls:
-            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        else:
-            message.pop("tool_calls", None)
+        message = {name: value for name, value in self if value is not None and name not in _NOT_FOR_TEMPLATES}
+        message["role"] = _TEMPLATE_ROLES.get(self.role, self.role)
+        message["content"] = self.content or self.refusal or ""
+        if isinstance(self.reasoning, str) and self.reasoning:
+            message.setdefault("reasoning_content", self.reasoning)
+        if calls := self._calls():
+            message["tool_calls"] = calls
         return message
+
+    def _calls(self) -> list[dict[str, Any]]:
+        calls = self.tool_calls or []
+        if self.function_call is not None:
+            calls = [PastCall(function=self.function_call)]
+        return [call.for_template() for call in calls]
 
 
 # Variables that the template's renderer sets itself.
 RESERVED_TEMPLATE_NAMES = ("self", "messages", "tools", "add_generation_prompt")
+
+
+class FunctionChoice(BaseModel):
+    """A function_call that names a function."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str
 
 
 class ChatRequest(GenerationRequest):
@@ -117,8 +142,11 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
-    tools: Annotated[list[FunctionTool] | None, Field(max_length=MAX_TOOLS)] = None
+    tools: Annotated[list[ChatTool] | None, Field(max_length=MAX_TOOLS)] = None
     tool_choice: ToolChoice = None
+    # OpenAI's forms before `tools` and `tool_choice`; calls are answered in the old form too
+    functions: Annotated[list[Function] | None, Field(max_length=MAX_TOOLS)] = None
+    function_call: Literal["none", "auto"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -130,15 +158,7 @@ class ChatRequest(GenerationRequest):
         super().refuse_unsupported()
         self._check_tools()
         for position, message in enumerate(self.messages):
-            if message.content is None and not message.tool_calls:
-                raise RequestError(
-                    f"messages.{position} has no content: give a string, or tool_calls of an assistant",
-                    param=f"messages.{position}.content",
-                )
-            if message.tool_calls and message.role != "assistant":
-                raise unsupported(
-                    f"messages.{position}.tool_calls", "...", "only messages of an assistant may have them"
-                )
+            message.check(f"messages.{position}")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError(
                 "top_logprobs needs logprobs=true: send it, or leave top_logprobs out", param="top_logprobs"
@@ -156,13 +176,30 @@ class ChatRequest(GenerationRequest):
                 )
 
     def _check_tools(self) -> None:
-        names = [tool.function.name for tool in self.tools or []]
-        check_names(names, "tools")
-        choice = self.tool_choice
-        if isinstance(choice, NamedChoice):
-            check_choice(choice.name, names)
-        elif choice == "required" and not names:
-            raise RequestError("tool_choice is 'required', but there are no tools: send some", param="tool_choice")
+        for new, old in (("tools", "functions"), ("tool_choice", "function_call")):
+            if getattr(self, new) is not None and getattr(self, old) is not None:
+                raise RequestError(f"{new} and {old} are two forms of the same: send {new}", param=old)
+        self.toolbox.check_names("tools" if self.functions is None else "functions")
+        self.choice()
+
+    @cached_property
+    def toolbox(self) -> Toolbox:
+        """The tools that the model is offered."""
+        offers = [tool.offer(f"tools.{position}") for position, tool in enumerate(self.tools or [])]
+        offers += [function.offer(f"functions.{position}") for position, function in enumerate(self.functions or [])]
+        return Toolbox(offers)
+
+    @property
+    def uses_functions(self) -> bool:
+        """Whether calls are answered in the form before tools, in which a message has at most one."""
+        return bool(self.functions)
+
+    def choice(self) -> Choice:
+        """What the model may call. Raises RequestError for a tool_choice that names what is not there."""
+        choice = self.tool_choice if self.function_call is None else self.function_call
+        if isinstance(choice, FunctionChoice):
+            choice = NamedChoice(choice.name)
+        return choose(choice, self.toolbox)
 
     @property
     def token_limit(self) -> int | None:
@@ -202,10 +239,18 @@ class CalledFunction(BaseModel):
     arguments: str
 
 
+class CalledCustom(BaseModel):
+    name: str
+    input: str
+
+
 class ToolCall(BaseModel):
+    """A call of a function, or of a custom tool."""
+
     id: str
-    type: Literal["function"] = "function"
-    function: CalledFunction
+    type: Literal["function", "custom"] = "function"
+    function: CalledFunction | None = optional()
+    custom: CalledCustom | None = optional()
 
 
 class AssistantMessage(BaseModel):
@@ -214,6 +259,7 @@ class AssistantMessage(BaseModel):
     refusal: str | None = None
     reasoning_content: str | None = optional()
     tool_calls: list[ToolCall] | None = optional()
+    function_call: CalledFunction | None = optional()
 
 
 class ChatChoice(BaseModel):
@@ -240,13 +286,19 @@ class FunctionDelta(BaseModel):
     arguments: str
 
 
+class CustomDelta(BaseModel):
+    name: str | None = optional()
+    input: str
+
+
 class ToolCallDelta(BaseModel):
     """A piece of a call. Only the first has the id, the type and the name."""
 
     index: int
     id: str | None = optional()
-    type: Literal["function"] | None = optional()
-    function: FunctionDelta
+    type: Literal["function", "custom"] | None = optional()
+    function: FunctionDelta | None = optional()
+    custom: CustomDelta | None = optional()
 
 
 class ChatDelta(BaseModel):
@@ -256,6 +308,7 @@ class ChatDelta(BaseModel):
     content: str | None = optional()
     reasoning_content: str | None = optional()
     tool_calls: list[ToolCallDelta] | None = optional()
+    function_call: FunctionDelta | None = optional()
 
 
 class ChatChunkChoice(BaseModel):

@@ -3,54 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tinyvllm.config import MAX_LOGPROBS, GrammarSpec
 from tinyvllm.errors import RequestError
-from tinyvllm.server.openai.protocol.chat import MAX_MESSAGES, ChatTokenLogprob, PastCall, PastFunction, join_parts
+from tinyvllm.server.notices import warn_once
+from tinyvllm.server.openai.protocol.chat import MAX_MESSAGES, ChatTokenLogprob
 from tinyvllm.server.openai.protocol.common import optional, unsupported
 from tinyvllm.server.openai.protocol.generation import GenerationRequest, Schema
+from tinyvllm.server.openai.protocol.response_items import AnyItem, qualified
 from tinyvllm.server.openai.protocol.tools import (
     MAX_TOOLS,
-    NamedChoice,
+    Choice,
+    Custom,
+    Function,
+    InputFormat,
+    Offer,
+    Toolbox,
     ToolChoice,
     ToolName,
-    check_choice,
-    check_names,
+    choose,
 )
-from tinyvllm.text.tools.base import Tool
 
 LOGPROBS = "message.output_text.logprobs"  # the value of `include` that requests logprobs
-# Values of `include` for things that this server never has.
-_INCLUDE_WITHOUT_EFFECT = ("reasoning.encrypted_content",)
+SEALED_REASONING = "reasoning.encrypted_content"
+# Values of `include` for what this server never has, because it runs no tools and reads no images.
+_INCLUDE_WITHOUT_EFFECT = (
+    "web_search_call.action.sources", "web_search_call.results", "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url", "file_search_call.results", "message.input_image.image_url",
+)  # fmt: skip
+_INCLUDE = (LOGPROBS, SEALED_REASONING, *_INCLUDE_WITHOUT_EFFECT)
 
-# Unsupported fields that would change the answer, each with the values besides null that request nothing.
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "background": (False,),
-    "conversation": (),
-    "max_tool_calls": (),
-    "prompt": (),
-    "truncation": ("disabled",),
+# Unsupported fields that would change the answer, each with the values besides null that request nothing, and a remedy.
+_UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
+    "background": ((False,), "leave it out"),
+    "conversation": ((), "this server stores responses, not conversations: send previous_response_id"),
+    "moderation": ((), "this server has no moderation: leave it out"),
+    "prompt": ((), "prompts stored with OpenAI cannot be read here: send instructions and input"),
+    "truncation": (("disabled",), "leave it out"),
 }
 _OF_OTHER_ROUTES = {"max_tokens": "max_output_tokens", "response_format": "text.format", "prompt_logprobs": "nothing"}
-
-
-class InputItem(BaseModel):
-    """One item of `input`: a message, a call that the model made, or its result. `type` says which fields apply."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
-    role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: Any = None
-    call_id: str | None = None
-    name: ToolName | None = None
-    arguments: str | None = None
-    output: Any = None
-    summary: Any = None
 
 
 def _check_input(value: object) -> object:
@@ -58,30 +54,65 @@ def _check_input(value: object) -> object:
 
 
 class ResponseTool(BaseModel):
-    """A function. Flat here, where chat completions nest it."""
+    """A tool: `type` says which fields it has. Flat here, where chat completions nest it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    type: Literal["function"]
-    name: ToolName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    type: Annotated[str, Field(min_length=1)]
+    name: ToolName | None = optional()
+    description: str | None = optional()
+    parameters: dict[str, Any] | None = optional()
+    strict: bool | None = optional()
+    format: InputFormat | None = optional()
+    tools: Annotated[list[AnyTool] | None, Field(max_length=MAX_TOOLS, exclude_if=lambda value: value is None)] = None
 
-    def as_tool(self, param: str) -> Tool:
-        parameters = self.parameters or None
-        return Tool(
-            name=self.name,
-            description=self.description or "",
-            parameters=parameters,
-            is_strict=bool(self.strict),
-            param=f"{param}.parameters",
-        )
+    def offers(self, param: str, namespace: str | None = None) -> list[Offer]:
+        """What a model is offered of this tool: none if only a hosted service can run it, and of a namespace its tools.
 
-    def for_template(self) -> dict[str, Any]:
-        parameters = self.parameters or {"type": "object", "properties": {}}
-        function = {"name": self.name, "description": self.description or "", "parameters": parameters}
-        return {"type": "function", "function": function}
+        param: path of the tool in the request, for messages.
+        """
+        if self.type not in OFFERED_TYPES:
+            return []
+        if self.name is None:
+            raise RequestError(f"{param}.name is required and missing", param=f"{param}.name")
+        if self.type == "namespace":
+            tools = enumerate(self.tools or [])
+            return [offer for number, tool in tools for offer in tool.offers(f"{param}.tools.{number}", self.name)]
+        model_name = qualified(self.name, namespace)
+        if self.type == "custom":
+            offer = Custom.model_construct(name=model_name, **self._given("description", "format")).offer(param)
+        else:
+            given = self._given("description", "parameters", "strict")
+            offer = Function.model_construct(name=model_name, **given).offer(param)
+        return [replace(offer, name=self.name, namespace=namespace)]
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
+    def shown(self) -> dict[str, Any]:
+        """As responses show it: what was sent."""
+        if self.type not in OFFERED_TYPES:  # its fields have not been checked
+            return {name: value for name, value in self if value is not None}
+        return self.model_dump(mode="json") | ({"tools": [tool.shown() for tool in self.tools]} if self.tools else {})
+
+    def left_out(self) -> list[str]:
+        """The types of what a model is not offered of this tool."""
+        inner = [kind for tool in self.tools or [] for kind in tool.left_out()]
+        return inner if self.type in OFFERED_TYPES else [self.type]
+
+
+OFFERED_TYPES = ("function", "custom", "namespace")
+
+
+def _keep_hosted(value: object) -> object:
+    """A tool of a hosted service as it is: its fields are not ours to check."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind and kind not in OFFERED_TYPES:
+        return ResponseTool.model_construct(**value)  # type: ignore[arg-type]
+    return value
+
+
+AnyTool = Annotated[ResponseTool, BeforeValidator(_keep_hosted, json_schema_input_type=ResponseTool)]
 
 
 class TextFormat(BaseModel):
@@ -110,16 +141,16 @@ class ResponsesRequest(GenerationRequest):
     """POST /v1/responses."""
 
     input: Annotated[
-        list[InputItem],
+        list[AnyItem],
         Field(min_length=1, max_length=MAX_MESSAGES),
-        BeforeValidator(_check_input, json_schema_input_type=str | list[InputItem]),
+        BeforeValidator(_check_input, json_schema_input_type=str | list[AnyItem]),
     ]
     instructions: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: Annotated[int | None, Field(ge=1)] = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
     include: list[str] | None = None
-    tools: Annotated[list[ResponseTool] | None, Field(max_length=MAX_TOOLS)] = None
+    tools: Annotated[list[AnyTool] | None, Field(max_length=MAX_TOOLS)] = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
@@ -135,19 +166,34 @@ class ResponsesRequest(GenerationRequest):
         for name, instead in _OF_OTHER_ROUTES.items():
             if getattr(self, name) is not None:
                 raise unsupported(name, "...", f"send {instead} here")
-        for name, neutral in _UNSUPPORTED.items():
+        for name, (neutral, remedy) in _UNSUPPORTED.items():
             value = (self.model_extra or {}).get(name)
             if value is not None and value not in neutral:
-                raise unsupported(name, value, "leave it out")
+                raise unsupported(name, value, remedy)
         for position, value in enumerate(self.include or []):
-            if value != LOGPROBS and value not in _INCLUDE_WITHOUT_EFFECT:
-                raise unsupported(f"include.{position}", value, f"the only one is {LOGPROBS}")
-        names = [tool.name for tool in self.tools or []]
-        check_names(names, "tools")
-        if isinstance(self.tool_choice, NamedChoice):
-            check_choice(self.tool_choice.name, names)
-        elif self.tool_choice == "required" and not names:
-            raise RequestError("tool_choice is 'required', but there are no tools: send some", param="tool_choice")
+            if value not in _INCLUDE:
+                raise unsupported(f"include.{position}", value, f"choose from {', '.join(_INCLUDE)}")
+        self.toolbox.check_names("tools")
+        self.choice()
+
+    @cached_property
+    def toolbox(self) -> Toolbox:
+        """The tools that the model is offered, and the types of those that it is not."""
+        tools = self.tools or []
+        offers = [offer for number, tool in enumerate(tools) for offer in tool.offers(f"tools.{number}")]
+        left_out = list(dict.fromkeys(kind for tool in tools for kind in tool.left_out()))
+        for kind in left_out:
+            warn_once("tools of type %s are left out of requests: only a hosted service can run them", kind)
+        return Toolbox(offers, left_out)
+
+    def choice(self) -> Choice:
+        """What the model may call. Raises RequestError for a tool_choice that names what is not there."""
+        return choose(self.tool_choice, self.toolbox)
+
+    @property
+    def seals_reasoning(self) -> bool:
+        """Whether items of reasoning have `encrypted_content`."""
+        return SEALED_REASONING in (self.include or [])
 
     @property
     def num_logprobs(self) -> int | None:
@@ -169,65 +215,6 @@ class ResponsesRequest(GenerationRequest):
             )
         text = text_format.schema_ if isinstance(text_format.schema_, str) else json.dumps(text_format.schema_)
         return GrammarSpec("json_schema", text, param="text.format.schema")
-
-    def messages(self) -> list[dict[str, Any]]:
-        """The input as messages for a chat template, without those of earlier responses."""
-        return messages_of(self.input)
-
-
-def messages_of(items: Sequence[InputItem]) -> list[dict[str, Any]]:
-    """Items as messages. The assistant's reasoning, text and calls between other messages become one message."""
-    messages: list[dict[str, Any]] = []
-    for position, item in enumerate(items):
-        param = f"input.{position}"
-        match item.type:
-            case "message":
-                role = item.role or "user"
-                message = {"role": "system" if role == "developer" else role, "content": _text(item.content, param)}
-                if role == "assistant" and _is_unfinished(messages):
-                    messages[-1]["content"] = message["content"]
-                else:
-                    messages.append(message)
-            case "reasoning":
-                text = _text(item.content or [], param)
-                if text:  # a template cannot use summaries or encrypted reasoning
-                    messages.append({"role": "assistant", "content": "", "reasoning_content": text})
-            case "function_call":
-                if item.name is None or item.call_id is None:
-                    raise RequestError(f"{param} needs a name and a call_id", param=param)
-                function = PastFunction(name=item.name, arguments=item.arguments)
-                call = PastCall(id=item.call_id, function=function).for_template()
-                if not messages or messages[-1]["role"] != "assistant":
-                    messages.append({"role": "assistant", "content": ""})
-                messages[-1].setdefault("tool_calls", []).append(call)
-            case "function_call_output":
-                if item.call_id is None:
-                    raise RequestError(f"{param}.call_id is missing", param=f"{param}.call_id")
-                text = _text(item.output, f"{param}.output")
-                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
-    return messages
-
-
-def _is_unfinished(messages: list[dict[str, Any]]) -> bool:
-    """Whether the last message has reasoning, but no content yet."""
-    return bool(messages) and "reasoning_content" in messages[-1] and not messages[-1]["content"]
-
-
-_PART_TYPES = ("input_text", "output_text", "text", "reasoning_text", "refusal")
-
-
-def _text(content: object, param: str) -> str:
-    if isinstance(content, list):
-        for part in content:
-            if isinstance(part, dict) and part.get("type") == "reasoning_text":
-                part["type"] = "text"
-    try:
-        text = join_parts(content)
-    except ValueError as error:
-        raise RequestError(f"{param}.content: {error}", param=f"{param}.content") from None
-    if not isinstance(text, str):
-        raise RequestError(f"{param}.content is missing: give a string or text parts", param=f"{param}.content")
-    return text
 
 
 # ---- Answers ----
@@ -261,6 +248,7 @@ class ReasoningItem(BaseModel):
     type: Literal["reasoning"] = "reasoning"
     summary: list[Any] = []
     content: list[ReasoningText]
+    encrypted_content: str | None = optional()
     status: Status
 
 
@@ -270,10 +258,23 @@ class FunctionCallItem(BaseModel):
     call_id: str
     name: str
     arguments: str
+    namespace: str | None = optional()
     status: Status
 
 
-OutputItem = MessageItem | ReasoningItem | FunctionCallItem
+class CustomCallItem(BaseModel):
+    """A call of a custom tool, whose input is free text."""
+
+    id: str
+    type: Literal["custom_tool_call"] = "custom_tool_call"
+    call_id: str
+    name: str
+    input: str
+    namespace: str | None = optional()
+    status: Status
+
+
+OutputItem = MessageItem | ReasoningItem | FunctionCallItem | CustomCallItem
 
 
 class InputTokensDetails(BaseModel):
@@ -318,7 +319,7 @@ class ResponseAnswer(BaseModel):
     temperature: float
     text: TextSettings
     tool_choice: Any
-    tools: list[ResponseTool]
+    tools: list[dict[str, Any]]
     top_logprobs: int
     top_p: float
     truncation: Literal["disabled"] = "disabled"

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tinyvllm.errors import RequestError
 from tinyvllm.server.openai.protocol.chat import MAX_MESSAGES, ChatRequest, Message
-from tinyvllm.server.openai.protocol.tools import MAX_TOOLS, FunctionTool
+from tinyvllm.server.openai.protocol.tools import MAX_TOOLS, ChatTool
 
 
 class TokenizeRequest(BaseModel):
@@ -19,7 +19,7 @@ class TokenizeRequest(BaseModel):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message] | None, Field(min_length=1, max_length=MAX_MESSAGES)] = None
-    tools: Annotated[list[FunctionTool] | None, Field(max_length=MAX_TOOLS)] = None
+    tools: Annotated[list[ChatTool] | None, Field(max_length=MAX_TOOLS)] = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

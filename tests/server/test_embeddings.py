@@ -58,13 +58,35 @@ async def test_base64_is_little_endian_float32_and_pooling_can_be_the_last_token
         ({"input": "a", "dimensions": 2}, "dimensions"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
         ({"input": "a", "pooling": "max"}, "pooling"),
-        ({"input": "a", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"input": "a", "truncation_side": "both"}, "truncation_side"),
+        ({"input": "a", "use_activation": False}, "use_activation"),
+        ({"input": "a", "normalize": False}, "normalize"),
+        ({"input": "a", "task": "retrieval.query"}, "task"),
+        ({"input": "a", "embed_dtype": "float16"}, "embed_dtype"),
         ({"input": ["a"] * 2049}, "input"),
     ],
 )
 async def test_bad_fields_are_refused_by_name(body: dict[str, Any], param: str) -> None:
     response = await embed(FakeEngine(), **body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+
+
+async def test_a_text_is_cut_to_the_tokens_that_the_request_keeps() -> None:
+    for fields, vector in (
+        ({"truncate_prompt_tokens": 2}, [2, 97, 98, 1]),
+        ({"truncate_prompt_tokens": 2, "truncation_side": "left"}, [2, 98, 99, 1]),
+        ({"truncate_prompt_tokens": 2, "input": [97, 98, 99]}, [2, 97, 98, 1]),
+        ({"truncate_prompt_tokens": -1, "input": "a" * 2000}, [999, 97, 97, 1]),
+    ):
+        (item,) = (await embed(FakeEngine(), **{"input": "abc", **fields})).json()["data"]
+        assert item["embedding"] == vector, fields
+
+
+async def test_fields_without_effect_are_accepted() -> None:
+    fields = {"user": "u", "request_id": "r", "padding": "do_not_pad", "endianness": "native", "unheard_of": 1}
+    response = await embed(FakeEngine(), input="a", use_activation=True, embed_dtype="float32", task=None, **fields)
+    assert response.status_code == 200, response.text
 
 
 async def test_an_embedding_model_has_a_pooling_of_its_own_and_can_be_shortened() -> None:

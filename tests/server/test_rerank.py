@@ -44,6 +44,37 @@ async def test_texts_are_scored_in_pairs_or_all_against_one() -> None:
     assert answer["object"] == "list" and answer["data"][0]["object"] == "score"
 
 
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
+async def test_other_servers_paths_and_fields_are_answered(path: str) -> None:
+    body = {"query": "a", "documents": ["bc", "z"], "top_n": 0, "priority": 3, "user": "u", "unheard_of": 1}
+    results = (await post(embedder(), path, body)).json()["results"]
+    assert [result["index"] for result in results] == [1, 0]
+    cut = (await post(embedder(), path, body | {"max_tokens_per_doc": 1})).json()["results"]
+    assert {result["index"]: result["relevance_score"] for result in cut}[0] == 1 + 2 * 97 * 98
+    assert cut[1]["document"]["text"] == "bc"  # as sent
+    cut = (await post(embedder(), path, body | {"truncate_prompt_tokens": 1})).json()["results"]
+    assert {result["index"]: result["relevance_score"] for result in cut}[0] == 1 + 2 * 97 * 98
+
+
+@pytest.mark.parametrize("names", [("queries", "documents"), ("queries", "items"), ("data_1", "data_2")])
+async def test_scored_texts_have_further_names(names: tuple[str, str]) -> None:
+    answer = (await post(embedder(), "/score", {names[0]: "a", names[1]: ["b"]})).json()
+    assert answer["data"][0]["score"] == 1 + 2 * 97 * 98
+
+
+async def test_a_classifiers_score_is_a_probability_or_its_logit() -> None:
+    engine = FakeEngine()
+    engine.model_config.num_labels = 1
+    body = {"text_1": "a", "text_2": "b"}
+    scores = []
+    for fields in ({}, {"use_activation": False}, {"use_activation": False, "truncate_prompt_tokens": 300}):
+        scores.append((await post(engine, SCORE, body | fields)).json()["data"][0]["score"])
+    probability, logit, cut = scores  # the fake's logit is the length of the prompt
+    assert logit > 300 and probability == 1.0 and cut == 300
+    refused = await post(engine, SCORE, body | {"truncate_prompt_tokens": 3})
+    assert error_of(refused)["param"] == "truncate_prompt_tokens"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -51,8 +82,11 @@ async def test_texts_are_scored_in_pairs_or_all_against_one() -> None:
         (RERANK, {"query": "a", "documents": []}, "documents"),
         (RERANK, {"query": "a", "documents": [1]}, "documents.0"),
         (RERANK, {"query": "a", "documents": ["a"] * 1001}, "documents"),
-        (RERANK, {"query": "a", "documents": ["a"], "top_n": 0}, "top_n"),
-        (RERANK, {"query": "a", "documents": ["a"], "rank_fields": []}, "rank_fields"),
+        (RERANK, {"query": "a", "documents": ["a"], "top_n": -1}, "top_n"),
+        (RERANK, {"query": "a", "documents": ["a"], "rank_fields": ["text"]}, "rank_fields"),
+        (RERANK, {"query": "a", "documents": ["a"], "max_tokens_per_doc": 0}, "max_tokens_per_doc"),
+        (RERANK, {"query": "a", "documents": ["a"], "truncation_side": "left"}, "truncation_side"),
+        (RERANK, {"query": "a", "documents": ["a"], "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         (RERANK, {"query": "a", "documents": ["a" * 1000]}, "documents"),
         (SCORE, {"text_1": ["a", "b"], "text_2": ["a"]}, "text_1"),
         (SCORE, {"text_1": "a"}, "text_2"),

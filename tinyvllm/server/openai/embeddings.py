@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from tinyvllm.profiling import measure
 from tinyvllm.server.intake import ERRORS, check_ids, json_response, make_heading, require_model
+from tinyvllm.server.openai.protocol.common import truncated
 from tinyvllm.server.openai.protocol.embeddings import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
@@ -61,10 +62,18 @@ def _read_inputs(state: ServerState, body: EmbeddingRequest) -> list[list[int]]:
     """Each text's token ids. Runs on a worker thread."""
     texts: list[list[int]] = []
     for text in body.input:
-        ids = text
+        ids, adds_special = text, isinstance(text, str) and body.add_special_tokens is not False
         if isinstance(text, str):
             with measure.span(measure.TOKENIZE):
-                ids = state.engine.tokenizer.encode(text, add_special_tokens=body.add_special_tokens is not False)
+                ids = state.engine.tokenizer.encode(text, add_special_tokens=adds_special)
+        ids = truncated(
+            state.engine.tokenizer,
+            ids,
+            body.truncate_prompt_tokens,
+            room=state.context_limit - 1,
+            keeps_end=body.truncation_side == "left",  # vLLM's default for embeddings is the beginning
+            has_special_tokens=adds_special,
+        )
         check_ids(state, ids, None, param="input")
         texts.append(ids)
     return texts

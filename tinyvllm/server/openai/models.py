@@ -11,6 +11,7 @@ from tinyvllm.server.conversation import make_prompt
 from tinyvllm.server.intake import ERRORS, is_name_of, require_model
 from tinyvllm.server.openai.chat import conversation_of
 from tinyvllm.server.openai.protocol.common import ModelCard, ModelList
+from tinyvllm.server.openai.protocol.generation import refuse_extras
 from tinyvllm.server.openai.protocol.tokens import (
     Detokenized,
     DetokenizeRequest,
@@ -53,6 +54,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Tokenized:
     state.require_engine()
     require_model(state, body.model)
     body.check()
+    refuse_extras(body.model_extra or {})
     return await asyncio.to_thread(_tokenize, state, body)
 
 

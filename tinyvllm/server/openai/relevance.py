@@ -57,18 +57,24 @@ class Judge:
     arrival_s: float
     priority: int
     param: str  # the request's field with documents
+    instruction: str = INSTRUCTION
+    num_prompt_tokens: int | None = None  # of a query with its document that are kept; -1: as many as fit
+    num_document_tokens: int | None = None  # of a document that are kept
+    gives_logits: bool = False  # instead of probabilities
 
-    async def score(self, pairs: Sequence[Pair], instruction: str | None) -> Scores:
+    async def score(self, pairs: Sequence[Pair]) -> Scores:
         """Raises RequestError for a model that cannot judge, and what admission and the engine raise."""
         model = self.state.engine.model_config
         if model.num_labels > 1:
             raise RequestError(
                 f"this model has {model.num_labels} labels: a reranker has one, whose logit is the score"
             )
+        if self.num_document_tokens is not None:
+            pairs = await asyncio.to_thread(self._shorten, pairs)
         if model.pooling is not None:
             return await self._compare(pairs)
         answers = None if model.num_labels else answer_ids(self.state.engine.tokenizer)
-        prompts = await asyncio.to_thread(self._prompts, pairs, instruction or INSTRUCTION)
+        prompts = await asyncio.to_thread(self._prompts, pairs)
         each = [self._judge(number, ids, answers) for number, ids in enumerate(prompts)]
         return Scores(await _gather(each), sum(map(len, prompts)))
 
@@ -81,14 +87,15 @@ class Judge:
         return Scores([float(found[pair.query] @ found[pair.document]) for pair in pairs], sum(map(len, ids)))
 
     async def _judge(self, number: int, ids: list[int], answers: tuple[int, int] | None) -> float:
-        """The probability that the answer is yes."""
+        """The probability that the answer is yes, or its logit."""
         if answers is None:
-            (logit,) = await self._embed(number, ids, "score")
-            return float(1.0 / (1.0 + np.exp(-logit)))
-        no, yes = await self.state.logprobs_of(
-            ids, answers, request_id=f"{self.request_id}-{number}", arrival_s=self.arrival_s, priority=self.priority
-        )
-        return 1.0 / (1.0 + math.exp(min(no - yes, 700.0)))
+            logit = float((await self._embed(number, ids, "score"))[0])
+        else:
+            no, yes = await self.state.logprobs_of(
+                ids, answers, request_id=f"{self.request_id}-{number}", arrival_s=self.arrival_s, priority=self.priority
+            )
+            logit = yes - no
+        return logit if self.gives_logits else 1.0 / (1.0 + math.exp(min(-logit, 700.0)))
 
     def _embed(self, number: int, ids: list[int], pooling: str) -> Awaitable[np.ndarray]:
         return self.state.embed(
@@ -101,26 +108,55 @@ class Judge:
 
     # -- on a worker thread -------------------------------------------------------------------------------------------
 
+    def _shorten(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """The pairs, with the beginning of each document."""
+        tokenizer, limit = self.state.engine.tokenizer, self.num_document_tokens
+
+        def beginning(text: str) -> str:
+            ids = tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+            # the last character may be cut
+            return text if len(ids) <= (limit or 0) else tokenizer.decode(ids[:limit]).rstrip("\ufffd")
+
+        with measure.span(measure.TOKENIZE):
+            return [Pair(pair.query, beginning(pair.document)) for pair in pairs]
+
+    def _cut(self, ids: list[int], num_others: int, *, has_special_tokens: bool) -> list[int]:
+        """The beginning of a text, with room for `num_others` tokens around it."""
+        if self.num_prompt_tokens is None:
+            return ids
+        fitting = self.state.context_limit - 1
+        kept = (fitting if self.num_prompt_tokens == -1 else self.num_prompt_tokens) - num_others
+        if kept < 1:
+            raise RequestError(
+                f"truncate_prompt_tokens is {self.num_prompt_tokens}, but the prompt around the texts has {num_others} "
+                "tokens: give more",
+                param="truncate_prompt_tokens",
+            )
+        return self.state.engine.tokenizer.cut(ids, kept, keeps_end=False, has_special_tokens=has_special_tokens)
+
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         with measure.span(measure.TOKENIZE):
             encoded = [self.state.engine.tokenizer.encode(text) for text in texts]
+        encoded = [self._cut(ids, 0, has_special_tokens=True) for ids in encoded]
         for ids in encoded:
             check_ids(self.state, ids, None, param=self.param)
         return encoded
 
-    def _prompts(self, pairs: Sequence[Pair], instruction: str) -> list[list[int]]:
+    def _prompts(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """Marks of the prompt's format in a query or a document are text."""
         tokenizer = self.state.engine.tokenizer
         with measure.span(measure.TOKENIZE):
             prefix, suffix = (tokenizer.encode(text, add_special_tokens=False) for text in (PREFIX, SUFFIX))
             asked = [
                 tokenizer.encode(
-                    f"<Instruct>: {instruction}\n<Query>: {pair.query}\n<Document>: {pair.document}",
+                    f"<Instruct>: {self.instruction}\n<Query>: {pair.query}\n<Document>: {pair.document}",
                     add_special_tokens=False,
                     parse_special=False,
                 )
                 for pair in pairs
             ]
+        num_others = len(prefix) + len(suffix)
+        asked = [self._cut(ids, num_others, has_special_tokens=False) for ids in asked]
         prompts = [[*prefix, *ids, *suffix] for ids in asked]
         for ids in prompts:
             check_ids(self.state, ids, 1, param=self.param)

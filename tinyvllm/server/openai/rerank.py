@@ -18,7 +18,7 @@ from tinyvllm.server.openai.protocol.rerank import (
     ScoreRequest,
     ScoreUsage,
 )
-from tinyvllm.server.openai.relevance import Judge, Pair, Scores
+from tinyvllm.server.openai.relevance import INSTRUCTION, Judge, Pair, Scores
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
 
@@ -26,12 +26,15 @@ router = APIRouter(responses=ERRORS)
 
 
 @router.post("/v1/rerank", response_model=RerankAnswer)
+@router.post("/v2/rerank", response_model=RerankAnswer, include_in_schema=False)  # Cohere's
+@router.post("/rerank", response_model=RerankAnswer, include_in_schema=False)  # vLLM's, as the next
 async def rerank(body: RerankRequest, request: Request) -> Response:
     """The documents in the order of their relevance to the query, each with a score."""
     return await until_disconnect(request.receive, _rerank(state_of(request), body))
 
 
 @router.post("/v1/score", response_model=ScoreList)
+@router.post("/score", response_model=ScoreList, include_in_schema=False)
 async def score(body: ScoreRequest, request: Request) -> Response:
     """The relevance of each text of `text_2` to that of `text_1`."""
     return await until_disconnect(request.receive, _score(state_of(request), body))
@@ -48,7 +51,7 @@ async def _rerank(state: ServerState, body: RerankRequest) -> Response:
             relevance_score=scores.values[index],
             document=Document(text=body.documents[index]) if keeps else None,
         )
-        for index in best[: body.top_n]
+        for index in best[: body.top_n or None]
     ]
     usage = ScoreUsage(prompt_tokens=scores.num_tokens, total_tokens=scores.num_tokens)
     return json_response(
@@ -79,5 +82,15 @@ async def _judge(
     require_model(state, body.model)
     body.refuse_unsupported()
     heading = make_heading(state, prefix)
-    judge = Judge(state, heading.id, arrival_s, body.priority or 0, param)
-    return heading.id, await judge.score(pairs, body.instruction)
+    judge = Judge(
+        state=state,
+        request_id=heading.id,
+        arrival_s=arrival_s,
+        priority=body.priority or 0,
+        param=param,
+        instruction=body.instruction or INSTRUCTION,
+        num_prompt_tokens=body.truncate_prompt_tokens,
+        num_document_tokens=body.max_tokens_per_doc if isinstance(body, RerankRequest) else None,
+        gives_logits=body.use_activation is False,
+    )
+    return heading.id, await judge.score(pairs)

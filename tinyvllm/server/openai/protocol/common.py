@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
 from tinyvllm.errors import RequestError
+from tinyvllm.server.notices import warn_once
 from tinyvllm.server.shelf import LoadState
 
 if TYPE_CHECKING:
@@ -18,6 +21,47 @@ def unsupported(param: str, value: object, remedy: str) -> RequestError:
     shown = ascii(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return RequestError(f"{param}={shown} is not supported: {remedy}", param=param)
+
+
+def refuse_unsupported_fields(
+    extras: Mapping[str, object], refused: Mapping[str, tuple[object, ...]], ignored: Collection[str]
+) -> None:
+    """Raise RequestError for a field of `refused`, unless its value is one of those there, which request nothing. Log
+    the names of fields that are neither there nor in `ignored`, once each."""
+    for name, value in extras.items():
+        if name in refused:
+            neutral = refused[name]
+            if value is not None and value not in neutral:
+                usual = f" or send {json.dumps(neutral[0])}" if neutral else ""
+                raise unsupported(name, value, f"leave it out{usual}")
+        elif name not in ignored:
+            warn_once("the request field %s is unknown and has no effect", name)
+
+
+# Fields of other servers' requests for embeddings and scores that would change the numbers, each with the values
+# (besides null) that request nothing
+POOLING_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    # vLLM's
+    "cache_salt": (),
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
+    "messages": ([],),
+    "mm_processor_kwargs": ({},),
+    "normalize": (True,),
+    "padding": ("do_not_pad",),
+    # Jina's, Cohere's and Voyage's
+    "embedding_type": ("float",),
+    "embedding_types": (["float"],),
+    "input_type": (),
+    "late_chunking": (False,),
+    "max_chunks_per_doc": (),
+    "normalized": (True,),
+    "output_dtype": ("float",),
+    "rank_fields": ([],),
+    "return_multivector": (False,),
+    "task": (),
+}
+POOLING_IGNORED = frozenset(("metadata", "request_id", "user"))
 
 
 def optional(default: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""/v1/embeddings: OpenAI's request and answer, with vLLM's `pooling` and `add_special_tokens`."""
+"""/v1/embeddings: OpenAI's request and answer, with vLLM's further fields."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tinyvllm.errors import RequestError
+from tinyvllm.server.openai.protocol.common import (
+    POOLING_IGNORED,
+    POOLING_UNSUPPORTED,
+    TruncatePromptTokens,
+    TruncationSide,
+    refuse_unsupported_fields,
+    unsupported,
+)
 from tinyvllm.server.openai.protocol.completions import check_prompt
 
 MAX_INPUTS = 2048  # per request, as at OpenAI
@@ -30,13 +38,16 @@ class EmbeddingRequest(BaseModel):
     dimensions: Annotated[int | None, Field(ge=1)] = None
     pooling: Literal["mean", "cls", "last"] | None = None
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: TruncatePromptTokens = None
+    truncation_side: TruncationSide = None
+    use_activation: bool | None = None
     priority: Annotated[int | None, Field(ge=-(2**31), lt=2**31)] = None
     user: str | None = None
 
     def refuse_unsupported(self, hidden_size: int, *, is_embedding_model: bool = False) -> None:
-        if self.model_extra:
-            name = min(self.model_extra)
-            raise RequestError(f"{name} is not a field of an embedding request: leave it out", param=name)
+        refuse_unsupported_fields(self.model_extra or {}, POOLING_UNSUPPORTED, POOLING_IGNORED)
+        if self.use_activation is False:
+            raise unsupported("use_activation", False, "embeddings have length 1: leave it out")
         if len(self.input) > MAX_INPUTS:
             raise RequestError(
                 f"input has {len(self.input)} texts, but a request takes at most {MAX_INPUTS}: split it", param="input"

@@ -15,10 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from tinyvllm.config import MAX_CHOICES, GenerationDefaults, GrammarSpec, SamplingParams
 from tinyvllm.engine.beam import BeamSettings
 from tinyvllm.errors import RequestError
-from tinyvllm.server.notices import warn_once
 from tinyvllm.server.openai.protocol.common import (
     TruncatePromptTokens,
     TruncationSide,
+    refuse_unsupported_fields,
     truncated,
     unsupported,
 )
@@ -331,14 +331,7 @@ class GenerationRequest(BaseModel):
 
 def refuse_extras(extras: Mapping[str, object]) -> None:
     """Raise RequestError for a known field that is not supported. Log the names of unknown fields, once each."""
-    for name, value in extras.items():
-        if name in _UNSUPPORTED:
-            neutral = _UNSUPPORTED[name]
-            if value is not None and value not in neutral:
-                usual = f" or send {json.dumps(neutral[0])}" if neutral else ""
-                raise unsupported(name, value, f"leave it out{usual}")
-        elif name not in _IGNORED:
-            warn_once("the request field %s is unknown and has no effect", name)
+    refuse_unsupported_fields(extras, _UNSUPPORTED, _IGNORED)
 
 
 def _specs(prefix: str, *, json: Any, **texts: Any) -> dict[str, GrammarSpec]:

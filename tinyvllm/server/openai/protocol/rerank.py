@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from tinyvllm.errors import RequestError
-from tinyvllm.server.openai.protocol.common import optional
+from tinyvllm.server.openai.protocol.common import (
+    POOLING_IGNORED,
+    POOLING_UNSUPPORTED,
+    TruncatePromptTokens,
+    optional,
+    refuse_unsupported_fields,
+)
 
 MAX_DOCUMENTS = 1000  # per request, as at Cohere
 
@@ -33,13 +39,14 @@ class _Request(BaseModel):
 
     model: str | None = None
     instruction: str | None = None  # what makes a document relevant; None: the one that Qwen3-Reranker was trained with
+    truncate_prompt_tokens: TruncatePromptTokens = None  # of a query with its document: the beginning is kept
+    use_activation: bool | None = None  # False: a reranker's logit instead of its probability
     priority: Annotated[int | None, Field(ge=-(2**31), lt=2**31)] = None
     user: str | None = None
 
     def refuse_unsupported(self) -> None:
-        if self.model_extra:
-            name = min(self.model_extra)
-            raise RequestError(f"{name} is not a field of this request: leave it out", param=name)
+        refused = POOLING_UNSUPPORTED | {"truncation_side": ("right",)}
+        refuse_unsupported_fields(self.model_extra or {}, refused, POOLING_IGNORED)
 
 
 class RerankRequest(_Request):
@@ -47,15 +54,20 @@ class RerankRequest(_Request):
 
     query: str
     documents: Texts
-    top_n: Annotated[int | None, Field(ge=1)] = None
+    top_n: Annotated[int | None, Field(ge=0)] = None  # 0: all, as in vLLM
     return_documents: bool | None = None
+    max_tokens_per_doc: Annotated[int | None, Field(ge=1)] = None  # Cohere's: the beginning of each is kept
 
 
 class ScoreRequest(_Request):
-    """POST /v1/score: how relevant each text of `text_2` is to that of `text_1`, or to the only one there."""
+    """POST /v1/score: how relevant each text of `text_2` is to that of `text_1`, or to the only one there.
 
-    text_1: Texts
-    text_2: Texts
+    vLLM has further names for the two."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    text_1: Annotated[Texts, Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))]
+    text_2: Annotated[Texts, Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))]
 
     @property
     def pairs(self) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typer import Option
 
 from tinyvllm.config import usable_cores
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.server.settings import API_KEY_VARIABLE, LOOPBACK_HOSTS, Cors, ServerSettings, gather_api_keys
+from tinyvllm.server.settings import API_KEY_VARIABLE, APIS, LOOPBACK_HOSTS, Cors, ServerSettings, gather_api_keys
 
 if TYPE_CHECKING:
     import socket
@@ -114,10 +114,26 @@ def default_front_ends(num_cores: int) -> int:
     return 0 if num_cores <= 4 else min(4, num_cores // 4)
 
 
+def read_apis(given: str) -> tuple[str, ...]:
+    """The APIs that --api names, in the usual order. Raises TinyvllmError for an unknown one, and for none."""
+    names = {name.strip().lower() for name in given.split(",")} - {""}
+    if not names or not names <= set(APIS):
+        raise TinyvllmError(f"--api is {given!r}: give one or more of {', '.join(APIS)}, separated by commas")
+    return tuple(name for name in APIS if name in names)
+
+
 @dataclasses.dataclass(frozen=True)
 class ServerFlags:
     """What the server accepts, how long it waits, who may call it, and what it logs."""
 
+    api: Annotated[
+        str,
+        Option(
+            metavar="NAMES",
+            help=f"APIs whose routes the server has, separated by commas: any of {', '.join(APIS)}. The operator's "
+            "routes are always there.",
+        ),
+    ] = ",".join(APIS)
     api_key: Annotated[
         list[str] | None,
         Option(
@@ -223,6 +239,7 @@ class ServerFlags:
         elif local_host is not None and not keys:
             hosts = (*LOOPBACK_HOSTS, local_host)
         return ServerSettings(
+            apis=read_apis(self.api),
             enable_profiling=self.enable_profiling,
             max_num_queued_requests=self.max_num_queued_requests,
             max_num_queued_tokens=self.max_num_queued_tokens,

@@ -20,6 +20,9 @@ ROUTES = (
     "openai.rerank",
     "anthropic.models",  # before OpenAI's: it takes requests with its own header only
     "openai.models",
+    "ollama.chat",
+    "ollama.generate",
+    "ollama.models",
     "operations",
     "profile_routes",
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from tinyvllm.errors import ModelError
+from tinyvllm.server.memory import memory_by_kind
 from tinyvllm.storage.resolve import resolve_model
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class ShelvedModel:
     state: LoadState
     max_model_len: int | None = None  # None until it is loaded for the first time
     num_device_bytes: int | None = None  # of weights and KV cache while it is loaded
+    chat_template: str | None = None  # a file that replaces the model's own template
+    reasoning_parser: str | None = None  # as in EngineConfig
     expires_s: float | None = None  # Unix time when it will be unloaded unless it is used; None: never
 
     @property
@@ -59,17 +62,25 @@ class SingleModel:
     def models(self) -> Sequence[ShelvedModel]:
         engine = self._state.engine
         is_ready = engine.is_ready and engine.error is None
+        config = engine.config
         return [
             ShelvedModel(
                 name=engine.served_model_name,
                 aliases=self._state.settings.model_aliases,
-                model=engine.config.model,
+                model=config.model,
                 root=(engine.model_config.name if is_ready else "") or engine.served_model_name,
                 created=engine.created,
                 state="failed" if engine.error is not None else "ready" if is_ready else "loading",
                 max_model_len=engine.capacity.max_model_len if is_ready else None,
+                num_device_bytes=self._num_device_bytes() if is_ready else None,
+                chat_template=config.chat_template,
+                reasoning_parser=config.reasoning_parser,
             )
         ]
+
+    def _num_device_bytes(self) -> int:
+        engine = self._state.engine
+        return sum(memory_by_kind(engine.capacity, engine.stats(), engine.num_engines).values())
 
 
 def shelf_of(request: Request) -> Shelf:

@@ -1,0 +1,90 @@
+"""Prompts that fit: what is left out of a conversation or a text that is longer than the context.
+
+The rules are Ollama's (server/prompt.go, and the truncation of its runners), with one addition: a conversation is cut
+in front of a user's message, so that it never begins with the result of a call that is gone. Ollama goes on generating
+when the context is full, without the oldest half; here the answer ends with done_reason "length", so room for an answer
+is left when messages are dropped anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
+from tinyvllm.server.intake import check_ids
+from tinyvllm.server.notices import warn_once
+
+if TYPE_CHECKING:
+    from tinyvllm.server.ollama.options import Options
+    from tinyvllm.server.state import ServerState
+
+log = logging.getLogger(__name__)
+
+USUAL_ROOM = 512  # tokens left for an answer without num_predict; never more than a quarter of the context
+
+
+def context_of(state: ServerState, options: Options) -> int:
+    """Tokens of prompt and answer together: the request's num_ctx, but no more than the server has."""
+    limit = state.context_limit
+    if options.num_ctx is not None and options.num_ctx > limit:
+        warn_once("option %s is larger than the server's context, which applies instead", "num_ctx")
+    return limit if options.num_ctx is None else min(options.num_ctx, limit)
+
+
+def fitting_prompt(state: ServerState, conversation: Conversation, options: Options) -> Prompt:
+    """The prompt of the conversation, without its oldest messages if it would not fit otherwise.
+
+    System messages and the last message are always kept. What is too long even so is cut as by `cut_ids`."""
+    context = context_of(state, options)
+    prompt = make_prompt(conversation, state.engine)
+    if len(prompt.ids) >= context:
+        room = min(options.num_predict or USUAL_ROOM, context // 4)
+        prompt = _without_oldest(state, conversation, max(1, context - room))
+    return replace(prompt, ids=cut_ids(prompt.ids, context - 1, options.num_keep))
+
+
+def _without_oldest(state: ServerState, conversation: Conversation, max_tokens: int) -> Prompt:
+    """The prompt of as many of the latest messages as fit into max_tokens, or of the last one."""
+    messages = conversation.messages
+    last = len(messages) - 1
+    starts = [position for position in range(1, last) if messages[position]["role"] == "user"] + [last]
+    prompts: dict[int, Prompt] = {}
+
+    def fits(start: int) -> bool:
+        prompts[start] = make_prompt(replace(conversation, messages=latest(messages, start)), state.engine)
+        return len(prompts[start].ids) <= max_tokens
+
+    low, high = 0, len(starts) - 1  # the first start that fits is in [low, high], or none does
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(starts[middle]) else (middle + 1, high)
+    chosen = starts[low]
+    if chosen not in prompts:
+        fits(chosen)
+    log.info("dropped the oldest of %d messages, to fit the context: those before message %d", len(messages), chosen)
+    return prompts[chosen]
+
+
+def latest(messages: Sequence[Mapping[str, Any]], start: int) -> list[Mapping[str, Any]]:
+    """The messages from `start` on, after the system messages among those before."""
+    return [*(message for message in messages[:start] if message["role"] == "system"), *messages[start:]]
+
+
+def cut_ids(ids: list[int], max_tokens: int, num_keep: int) -> list[int]:
+    """At most max_tokens ids: the first num_keep (negative: as many as possible) and the latest."""
+    if len(ids) <= max_tokens:
+        return ids
+    kept = max_tokens - 1 if num_keep < 0 else min(num_keep, max_tokens - 1)
+    return ids[:kept] + ids[len(ids) - (max_tokens - kept) :]
+
+
+def output_limit(state: ServerState, ids: list[int], options: Options, *, param: str) -> int:
+    """The most tokens of the answer: num_predict, but no more than fit after the prompt.
+
+    Raises RequestError for a prompt that can never run."""
+    check_ids(state, ids, None, param=param)
+    room = max(1, context_of(state, options) - len(ids))
+    return room if options.num_predict is None else min(options.num_predict, room)

@@ -80,8 +80,17 @@ class TagTemplate:
         self.messages: list[dict[str, Any]] = []
         self.tools: Any = None
 
+    def renders_tools(self) -> bool:
+        return "tools" in self.source
+
     def render(
-        self, messages: list[dict[str, Any]], *, tools: Any = None, add_generation_prompt: bool = True, **kwargs: Any
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: Any = None,
+        add_generation_prompt: bool = True,
+        tool_format: Any = None,
+        **kwargs: Any,
     ) -> str:
         self.messages, self.tools, self.kwargs = messages, tools, kwargs
         if kwargs.get("fail"):

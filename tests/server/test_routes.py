@@ -207,7 +207,7 @@ async def test_final_message_can_be_continued() -> None:
     engine = FakeEngine()
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, "}]
     await chat(engine, messages=messages, continue_final_message=True)
-    assert engine.calls[0].prompt == "<user>hi\n<assistant>Well,"
+    assert engine.calls[0].prompt == "<user>hi\n<assistant>Well, "
 
 
 async def test_generation_prompt_can_be_left_out() -> None:

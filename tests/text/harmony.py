@@ -15,10 +15,13 @@ TEMPLATE = """
 {%- macro message(header, content, end='<|end|>') -%}
   <|start|>{{ header }}<|message|>{{ content }}{{ end }}
 {%- endmacro -%}
+{%- macro described(tools) -%}
+  {%- for tool in tools %}{{ tool.function.name }}({{ tool.function.parameters.properties|join }}){% endfor -%}
+{%- endmacro -%}
 {{- message('system', strftime_now('%Y-%m-%d') ~ ' Reasoning: ' ~ (reasoning_effort or 'medium')) }}
 {%- set first = messages[0].role == 'system' %}
 {%- if first or tools -%}
-  {{- message('developer', (messages[0].content if first else '') ~ (tools or [])|length) }}
+  {{- message('developer', (messages[0].content if first else '') ~ described(tools or [])) }}
 {%- endif %}
 {%- set last = namespace(name=none) %}
 {%- for one in messages[first|int:] %}

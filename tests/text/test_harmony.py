@@ -184,7 +184,7 @@ def render(name: str, **more: Any) -> str:
 
 @pytest.mark.parametrize("name", CHATS)
 def test_history_is_rendered_as_by_the_library(name: str) -> None:
-    """Everything after the developer's message: the template of the tests does not describe tools."""
+    """Everything after the developer's message, in which the template of the tests describes tools its own way."""
 
     def history(text: str) -> str:
         return text[text.index("<|start|>user") :]

@@ -12,6 +12,7 @@ from tinyvllm.profiling import measure
 from tinyvllm.server.context import request_span
 from tinyvllm.server.message import OutputFormat
 from tinyvllm.server.sampling import SpecialTokens
+from tinyvllm.text.continuation import cut_at_mark, mark_end
 from tinyvllm.text.grammar import lark_json
 from tinyvllm.text.json_schema import parse_schema
 from tinyvllm.text.reasoning import FORMATS, ReasoningFormat, find_reasoning_format
@@ -31,7 +32,7 @@ JSON_KINDS = ("json_object", "json_schema")
 class Conversation:
     """A conversation as the routes hand it over, whatever its wire format."""
 
-    messages: Sequence[Mapping[str, Any]]  # as templates expect them
+    messages: Sequence[Mapping[str, Any]]  # in the client's order; `text/template_adapter` fits them to the template
     tools: Sequence[Tool] = ()
     tools_for_template: Sequence[Mapping[str, Any]] = ()
     tool_choice: Literal["none", "auto", "required"] = "auto"
@@ -73,15 +74,17 @@ def make_prompt(conversation: Conversation, engine: AsyncEngine) -> Prompt:
     formats = Formats.find(engine.config, template.source)
     tools = conversation.tools if conversation.has_tools else ()
     arguments = formats.template_arguments(conversation.template_arguments)
+    messages = mark_end(conversation.messages) if conversation.continue_final_message else conversation.messages
     with request_span(measure.TEMPLATE):
         text = template.render(
-            formats.tools.prepare(conversation.messages, tools, has_template="tools" in template.source),
+            formats.tools.prepare(messages, tools, has_template=template.renders_tools()),
             tools=list(conversation.tools_for_template) if tools else None,
             add_generation_prompt=conversation.add_generation_prompt,
+            tool_format=formats.tools,
             **arguments,
         )
     if conversation.continue_final_message:
-        text = cut_after(text, str(conversation.messages[-1]["content"]))
+        text = cut_at_mark(text, conversation.messages)
     elif formats.harmony is not None and not tools and arguments.get("enable_thinking") is False:
         text += formats.harmony.without_reasoning()
     special_tokens = formats.special_tokens(engine.tokenizer, has_tools=bool(tools))
@@ -168,15 +171,3 @@ def _grammar(conversation: Conversation, formats: Formats, engine: AsyncEngine) 
     head = formats.document_head(engine.tokenizer)
     text = f"start: calls | {head}document\ndocument: {lark_json(schema, answer.param)}\n"
     return GrammarSpec("lark", text + calls.replace("start:", "calls:", 1), param=answer.param)
-
-
-def cut_after(text: str, last_content: str) -> str:
-    """`text` without what the template puts after the last message's content, so that the model continues it."""
-    content = last_content.strip()  # templates strip it
-    start = text.rfind(content) if content else -1
-    if start < 0:
-        raise RequestError(
-            "continue_final_message needs a last message whose content the chat template renders unchanged",
-            param="continue_final_message",
-        )
-    return text[: start + len(content)]

@@ -8,7 +8,9 @@ The remaining risk: a malicious template can spend time in nested loops without 
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -24,9 +26,14 @@ from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, RequestError
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.text import gguf_tokenizer, hf_tokenizer
+from tinyvllm.text.template_abilities import Abilities, find_abilities
+from tinyvllm.text.template_adapter import adapt
 
 if TYPE_CHECKING:
     from tinyvllm.text.tokenizer import Tokenizer
+    from tinyvllm.text.tools.base import ToolFormat
+
+logger = logging.getLogger(__name__)
 
 MAX_CHAT_CHARS = 16 * 1024 * 1024  # of a rendered chat: far more than any context window holds
 
@@ -79,7 +86,10 @@ class ChatTemplate:
         self.sources = dict(sources)
         # of all templates, in which the formats of tools and reasoning are recognized
         self.source = "\n".join(sources.values())
+        self._name = model_name
         self._special_texts = dict(special_texts)
+        self._abilities: dict[bool, Abilities] = {}  # by whether there are tools
+        self._logged: set[str] = set()
         environment = make_environment()
         self._templates: dict[str, jinja2.Template] = {}
         for name, source in sources.items():
@@ -95,33 +105,79 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        tool_format: ToolFormat | None = None,
         **kwargs: Any,
     ) -> str:
         """The chat as text, with special tokens written out: encode it with `Tokenizer.encode_chat`.
 
-        `kwargs` are additional template variables. Raises RequestError(param="messages") if the template rejects the
+        Messages that the template cannot take are rewritten (`template_adapter`). tool_format: how calls and results
+        are written if the template has none of its own; None: as the template's source suggests. `kwargs` are
+        additional template variables. Raises RequestError(param="messages") if the template rejects the
         messages or fails on them, and for content that is not text.
         """
-        variables = {
-            **self._special_texts,
-            **kwargs,
-            "messages": [flatten_content(message, index) for index, message in enumerate(messages)],
-            "tools": tools,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        template = self._choose(bool(tools))
-        pieces, num_chars = [], 0
+        abilities = self.abilities(has_tools=bool(tools))
+        adapted, changes = adapt(messages, abilities, self._as_text if tool_format is None else tool_format.as_text)
+        self._log(changes)
+        if tools and abilities.tools == "bare":
+            tools = [tool.get("function", tool) for tool in tools]
+        elif not tools:
+            tools = [] if abilities.empty_tools else None
         try:
-            for piece in template.generate(variables):
-                pieces.append(piece)
-                num_chars += len(piece)
-                if num_chars > MAX_CHAT_CHARS:
-                    raise refuse(f"produced more than {MAX_CHAT_CHARS} characters: send fewer or shorter messages")
+            return self._write(
+                adapted, tools=tools, add_generation_prompt=add_generation_prompt, has_tools=bool(tools), **kwargs
+            )
         except RequestError:
             raise
         except Exception as error:  # a template can raise anything
             raise refuse(f"rejected the messages: {error or type(error).__name__}") from error
+
+    def abilities(self, *, has_tools: bool) -> Abilities:
+        """What the template renders of a conversation with tools or without: found at the first call."""
+        if has_tools not in self._abilities:
+            write = functools.partial(self._write, add_generation_prompt=False, has_tools=has_tools)
+            self._abilities[has_tools] = find_abilities(write, has_tools=has_tools)
+        return self._abilities[has_tools]
+
+    def renders_tools(self) -> bool:
+        """Whether it describes tools to the model by itself."""
+        return self.abilities(has_tools=True).tools != "no"
+
+    def _write(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        has_tools: bool,
+        **kwargs: Any,
+    ) -> str:
+        """What the template makes of these very messages. Raises whatever it raises."""
+        variables = {
+            **self._special_texts,
+            **kwargs,
+            "messages": messages,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        pieces, num_chars = [], 0
+        for piece in self._choose(has_tools).generate(variables):
+            pieces.append(piece)
+            num_chars += len(piece)
+            if num_chars > MAX_CHAT_CHARS:
+                raise refuse(f"produced more than {MAX_CHAT_CHARS} characters: send fewer or shorter messages")
         return "".join(pieces)
+
+    def _as_text(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        from tinyvllm.text.tools import find_tool_format  # here: grammars load NumPy
+
+        return find_tool_format(None, self.source).as_text(message)
+
+    def _log(self, changes: Sequence[str]) -> None:
+        """Each kind of change once."""
+        for change in changes:
+            if change not in self._logged:
+                self._logged.add(change)
+                logger.info("the chat template of %s cannot take a conversation as it is: %s", self._name, change)
 
     def _choose(self, has_tools: bool) -> jinja2.Template:
         name = "tool_use" if has_tools and "tool_use" in self._templates else "default"
@@ -157,26 +213,6 @@ def end_of_turn_ids(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, 
 
 def refuse(what: str) -> RequestError:
     return RequestError(f"the model's chat template {what}", param="messages")
-
-
-def flatten_content(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The message with its content as one string: text parts are joined by newlines, as in vLLM; no content is ""."""
-    content = message.get("content")
-    if content is None:
-        return {**message, "content": ""}
-    if isinstance(content, str):
-        return dict(message)
-    if not isinstance(content, Sequence):
-        what = f"messages[{index}].content is a {type(content).__name__}"
-        raise RequestError(f"{what}: send a string or a list of text parts", param="messages")
-    texts = []
-    for part in content:
-        kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (type(part).__name__, None)
-        if kind != "text" or not isinstance(text, str):
-            what = f"messages[{index}].content has a part of type {kind!r}"
-            raise RequestError(f"{what}: this model accepts text parts only", param="messages")
-        texts.append(text)
-    return {**message, "content": "\n".join(texts)}
 
 
 # --- Functions and tags for templates, as in transformers --------------------------------------------------------

@@ -80,7 +80,7 @@ class ToolFormat(ABC):
         """
         if has_template:
             return list(messages)
-        written = [self._as_text(message) for message in messages]
+        written = [self.as_text(message) for message in messages]
         if not tools:
             return written
         instructions = self._describe(tools)
@@ -98,7 +98,7 @@ class ToolFormat(ABC):
         lines = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
         return f"You can call functions. To call one, answer with nothing but:\n{example}\nThe functions:\n{lines}"
 
-    def _as_text(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    def as_text(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """A call in the model's format; a result as a message of the user."""
         if message["role"] == "tool":
             of = message.get("name") or message.get("tool_call_id")

@@ -1,0 +1,316 @@
+"""Rewrites a conversation into one that a chat template can take, by what `template_abilities` found out about it.
+
+Nothing is rewritten that the template renders by itself. What is rewritten keeps its place: a prompt grows at its end
+from turn to turn, so the prefix cache finds the beginning again. docs/OUTPUT.md has the rules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tinyvllm.errors import RequestError
+from tinyvllm.text.template_abilities import REASONING_FIELDS, Abilities, Message
+
+SEPARATOR = "\n\n"  # between messages that become one
+SHORT_ID_CHARACTERS = string.digits + string.ascii_lowercase
+SHORT_ID_LENGTH = 9
+
+
+def adapt(
+    messages: Sequence[Mapping[str, Any]],
+    abilities: Abilities,
+    as_text: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> tuple[list[Message], list[str]]:
+    """The messages for the template, and what was changed, a sentence for each kind of change.
+
+    as_text: writes a message's calls or result into its content. Raises RequestError for content that is not text.
+    """
+    adapter = Adapter(abilities, as_text)
+    return adapter.adapt(messages), list(dict.fromkeys(adapter.changes))
+
+
+class Adapter:
+    """Rewrites one conversation. Owns the list of changes."""
+
+    def __init__(self, abilities: Abilities, as_text: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+        self.abilities = abilities
+        self.changes: list[str] = []
+        self._as_text = as_text
+
+    def adapt(self, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+        found = [flatten_content(message, index) for index, message in enumerate(messages)]
+        if not self.abilities.is_known:
+            return found
+        found = [self._with_role_and_reasoning(message) for message in found]
+        found = self._with_tools(found)
+        found = self._with_systems(found)
+        found = self._with_turns(found)
+        return [self._with_form(message) for message in found]
+
+    def _with_role_and_reasoning(self, message: Message) -> Message:
+        """`system` for `developer`, and reasoning under the template's name for it."""
+        if message.get("role") == "developer":
+            message["role"] = "system"
+        thoughts = [message.pop(name) for name in REASONING_FIELDS if name in message]
+        thought = next(filter(None, thoughts), None)
+        if thought:  # also if no probe was rendered with it: a variable may decide
+            message[self.abilities.reasoning_field or REASONING_FIELDS[0]] = thought
+        return message
+
+    # ---- Tools ----
+
+    def _with_tools(self, messages: Sequence[Message]) -> list[Message]:
+        abilities = self.abilities
+        messages = [self._as_rendered_text(with_parsed_arguments(message)) for message in messages]
+        if not abilities.calls:
+            return messages
+        if abilities.short_ids or abilities.needs_ids:
+            messages = with_ids(messages, is_short=abilities.short_ids)
+        if abilities.needs_result_names:
+            messages = with_result_names(messages)
+        if not abilities.parallel_calls and any(len(calls_of(message)) > 1 for message in messages):
+            self.changes.append("parallel calls are separated into a message each")
+            messages = separate_calls(messages)
+        return [self._with_calls(message) if calls_of(message) else message for message in messages]
+
+    def _as_rendered_text(self, message: Message) -> Message:
+        if calls_of(message) and not self.abilities.calls:
+            self.changes.append("tool calls are written as text")
+        elif message.get("role") == "tool" and not self.abilities.results:
+            self.changes.append("tool results are written as text of the user")
+        else:
+            return message
+        return dict(self._as_text(message))
+
+    def _with_calls(self, message: Message) -> Message:
+        calls = [{**call, "function": self._with_arguments(call.get("function", {}))} for call in calls_of(message)]
+        message = {**message, "tool_calls": calls}
+        if message["content"] and not self.abilities.text_with_calls:
+            self.changes.append("text beside tool calls is left out")
+            message["content"] = ""
+        return message
+
+    def _with_arguments(self, function: Mapping[str, Any]) -> dict[str, Any]:
+        given = function.get("arguments", {})
+        if self.abilities.arguments == "text":
+            given = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        elif isinstance(given, str) and not self.abilities.malformed_arguments:
+            given = {"arguments": given}
+        return {**function, "arguments": given}
+
+    # ---- System messages ----
+
+    def _with_systems(self, messages: Sequence[Message]) -> list[Message]:
+        count = next((n for n, message in enumerate(messages) if message.get("role") != "system"), len(messages))
+        systems, others = list(messages[:count]), list(messages[count:])
+        if not self.abilities.later_systems and any(message.get("role") == "system" for message in others):
+            self.changes.append("system messages after others become the user's")
+            others = [{**one, "role": "user"} if one.get("role") == "system" else one for one in others]
+        if not systems:
+            return others
+        if not self._takes_system_before(others):
+            self.changes.append("the system message becomes part of the user's")
+            return self._folded(join(systems)["content"], others)
+        if len(systems) > 1 and not self.abilities.several_systems:
+            self.changes.append("system messages are joined")
+            systems = [join(systems)]
+        return [*systems, *others]
+
+    def _takes_system_before(self, others: Sequence[Message]) -> bool:
+        abilities = self.abilities
+        if abilities.system == "no":
+            return False
+        if abilities.needs_user and not any(message.get("role") == "user" for message in others):
+            return False
+        return abilities.system_in_tool_loop or not others or others[-1].get("role") != "tool"
+
+    def _folded(self, system: str, others: list[Message]) -> list[Message]:
+        """The system's text at the beginning of the message of the user that the template would put it into."""
+        users = [index for index, message in enumerate(others) if message.get("role") == "user"]
+        if self.abilities.system == "last user" and users:
+            index = users[-1]
+        elif users[:1] == [0]:
+            index = 0
+        else:
+            return [{"role": "user", "content": system}, *others]
+        user = others[index]
+        others[index] = {**user, "content": join([{"content": system}, user])["content"]}
+        return others
+
+    # ---- Turns ----
+
+    def _with_turns(self, messages: Sequence[Message]) -> list[Message]:
+        found: list[Message] = []
+        for message in messages:
+            if found and self._is_droppable(message):
+                self.changes.append("empty messages are left out")
+            elif found and self._must_join(found[-1], message):
+                self.changes.append(f"consecutive messages are joined: {found[-1]['role']} and {message['role']}")
+                found[-1] = join([found[-1], message])
+            else:
+                found.append(message)
+        count = next((n for n, message in enumerate(found) if message.get("role") != "system"), len(found))
+        if not self.abilities.assistant_first and found[count:] and found[count].get("role") == "assistant":
+            self.changes.append("a message of the user is put before the assistant's")
+            found.insert(count, {"role": "user", "content": "" if self.abilities.empty_users else "."})
+        return found
+
+    def _is_droppable(self, message: Message) -> bool:
+        allowed = {"user": self.abilities.empty_users, "assistant": self.abilities.empty_assistants}
+        return allowed.get(message.get("role", ""), True) is False and not message["content"] and not calls_of(message)
+
+    def _must_join(self, first: Message, second: Message) -> bool:
+        roles = (str(first.get("role")), str(second.get("role")))
+        if roles == ("assistant", "assistant"):
+            return not (self.abilities.consecutive_assistants or calls_of(first) or calls_of(second))
+        allowed = {
+            ("user", "user"): self.abilities.consecutive_users,
+            ("tool", "user"): self.abilities.user_after_result,
+        }
+        return not allowed.get(roles, True)
+
+    # ---- The form of content ----
+
+    def _with_form(self, message: Message) -> Message:
+        content = message["content"]
+        if self.abilities.call_content == "null" and calls_of(message) and not content:
+            return {**message, "content": None}
+        if message.get("role") in self.abilities.part_roles:
+            return {**message, "content": [{"type": "text", "text": content}]}
+        return message
+
+
+def flatten_content(message: Mapping[str, Any], index: int) -> Message:
+    """The message with its content as one string: text parts are joined by newlines, as in vLLM; no content is ""."""
+    content = message.get("content")
+    if content is None:
+        return {**message, "content": ""}
+    if isinstance(content, str):
+        return dict(message)
+    if not isinstance(content, Sequence):
+        what = f"messages[{index}].content is a {type(content).__name__}"
+        raise RequestError(f"{what}: send a string or a list of text parts", param="messages")
+    texts = []
+    for part in content:
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (type(part).__name__, None)
+        if kind != "text" or not isinstance(text, str):
+            what = f"messages[{index}].content has a part of type {kind!r}"
+            raise RequestError(f"{what}: this model accepts text parts only", param="messages")
+        texts.append(text)
+    return {**message, "content": "\n".join(texts)}
+
+
+def calls_of(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return message.get("tool_calls") or ()
+
+
+def join(messages: Sequence[Message]) -> Message:
+    """One message of the first one's role, with the content of all."""
+    contents = [message["content"] for message in messages]
+    return {**messages[-1], **messages[0], "content": SEPARATOR.join(filter(None, contents))}
+
+
+# ---- Calls and their results -----------------------------------------------------------------------------------------
+
+
+def with_parsed_arguments(message: Message) -> Message:
+    """The message with the arguments of its calls as objects, but for text that is none in JSON."""
+    if not calls_of(message):
+        return message
+    calls = []
+    for call in calls_of(message):
+        function = call.get("function", {})
+        calls.append({**call, "function": {**function, "arguments": parse_object(function.get("arguments"))}})
+    return {**message, "tool_calls": calls}
+
+
+def parse_object(arguments: Any) -> Any:
+    if not isinstance(arguments, str | None):
+        return arguments
+    try:
+        value = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def with_ids(messages: Sequence[Message], *, is_short: bool) -> list[Message]:
+    """Calls and results with ids. Those that are missing are numbered, and results without one answer the calls in
+    their order; is_short: an id of another form becomes 9 letters and digits that depend on it alone."""
+    found: list[Message] = []
+    num_made, open_ids = 0, list[str]()
+    for message in messages:
+        message = dict(message)
+        if calls_of(message):
+            calls = []
+            for call in calls_of(message):
+                call_id = call.get("id")
+                if not call_id:
+                    call_id, num_made = f"call{num_made:05}", num_made + 1
+                calls.append({**call, "id": short_id(call_id) if is_short else call_id})
+            open_ids = [call["id"] for call in calls]
+            message["tool_calls"] = calls
+        elif message.get("role") == "tool":
+            given = message.get("tool_call_id")
+            if given and is_short:
+                given = short_id(given)
+            message["tool_call_id"] = given or (open_ids[0] if open_ids else short_id(""))
+            open_ids = [one for one in open_ids if one != message["tool_call_id"]]
+        found.append(message)
+    return found
+
+
+def short_id(call_id: str) -> str:
+    if len(call_id) == SHORT_ID_LENGTH and call_id.isascii() and call_id.isalnum():
+        return call_id
+    number = int.from_bytes(hashlib.sha256(call_id.encode()).digest()[:8])
+    digits = ""
+    for _ in range(SHORT_ID_LENGTH):
+        number, digit = divmod(number, len(SHORT_ID_CHARACTERS))
+        digits += SHORT_ID_CHARACTERS[digit]
+    return digits
+
+
+def with_result_names(messages: Sequence[Message]) -> list[Message]:
+    """Results with the name of the function that was called."""
+    names: dict[str, str] = {}
+    found = []
+    for message in messages:
+        names |= {call.get("id", ""): call.get("function", {}).get("name", "") for call in calls_of(message)}
+        name = names.get(message.get("tool_call_id", ""))
+        if message.get("role") == "tool" and name and not message.get("name"):
+            message = {**message, "name": name}
+        found.append(message)
+    return found
+
+
+def separate_calls(messages: Sequence[Message]) -> list[Message]:
+    """Each call as a message of its own, followed by its result. Text and reasoning stay with the first."""
+    found: list[Message] = []
+    position = 0
+    while position < len(messages):
+        message = messages[position]
+        position += 1
+        calls, results = calls_of(message), []
+        if len(calls) < 2:
+            found.append(message)
+            continue
+        while position < len(messages) and messages[position].get("role") == "tool":
+            results.append(messages[position])
+            position += 1
+        for index, call in enumerate(calls):
+            said = message if index == 0 else {"role": "assistant", "content": ""}
+            found.append({**said, "tool_calls": [call]})
+            found += [one for one in results if owner_of(one, calls) == index]
+    return found
+
+
+def owner_of(result: Message, calls: Sequence[Mapping[str, Any]]) -> int:
+    """The index of the call that it answers: the last one if its id is unknown."""
+    ids = [call.get("id") for call in calls]
+    call_id = result.get("tool_call_id")
+    return ids.index(call_id) if call_id in ids else len(calls) - 1

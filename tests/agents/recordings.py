@@ -22,7 +22,8 @@ RECORD_VARIABLE = "TINYVLLM_RECORD_AGENTS"  # environment variable: if set, the 
 MAX_TEXT = 60
 FILLER = "$filler"
 
-_KEPT_KEYS = frozenset({"arguments", "$schema", "pattern"})  # a script's arguments, and what a schema defines
+# A script's arguments, and what a schema or a grammar (of Codex, Apache License 2.0) defines.
+_KEPT_KEYS = frozenset({"arguments", "input", "$schema", "pattern", "definition"})
 _KEPT_START = "x-anthropic-billing-header:"
 _IDS = re.compile(
     r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"  # a UUID

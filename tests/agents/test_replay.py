@@ -13,47 +13,46 @@ from typing import Any
 
 import pytest
 
-from tests.agents.recorder import Request
 from tests.agents.recordings import DATA, load
-from tests.agents.scripted_engine import ScriptedEngine, call, make_scripted_engine
+from tests.agents.scripted_engine import call, make_scripted_engine
 from tests.server.client import client_of
 
-Event = dict[str, Any]
+Event = tuple[str | None, Any]  # its name and its data
 FILES = sorted(DATA.glob("*.json"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 async def test_recorded_requests_are_answered(file: Path) -> None:
     for number, request in enumerate(load(file).requests):
-        for reply in replies_to(request):
+        body = request.body or {}
+        for reply, kinds in replies_to(body):
             engine = make_scripted_engine(reply)
-            async with client_of(engine) as client:
+            async with client_of(engine, model_aliases=(body.get("model", "tiny"),)) as client:
                 headers = {name: value for name, value in request.headers.items() if name != "content-encoding"}
                 response = await client.request(
                     request.method, request.path, headers=headers, content=json.dumps(request.body)
                 )
             where = f"{file.name}, request {number}"
             assert response.status_code == 200, f"{where}: {response.text}"
-            if request.body is not None and request.body.get("stream"):
+            if body.get("stream"):
                 assert response.headers["content-type"].startswith("text/event-stream"), where
-                check_stream(request.path, list(read_events(response.text)), engine, reply)
-            elif request.body is not None:
+                CHECKS[request.path.partition("?")[0]](list(read_events(response.text)), kinds)
+                assert len(engine.prompts) == 1
+            elif body:
                 response.json()
 
 
-def replies_to(request: Request) -> list[str]:
-    """An answer in text, and a call of each kind of tool that the request has."""
-    replies = ["All right."]
-    names = [name for name in tool_names(request.body) if name is not None]
-    return replies + [f"Wait.\n{call(names[0], path='a.txt')}" for _ in names[:1]]
+def replies_to(body: Any) -> Iterator[tuple[str, list[str]]]:
+    """Replies, and the kinds of what they have: a text, and after a text a call of each kind of tool in the request."""
+    yield "All right.", ["text"]
+    tools = {tool.get("type", "function"): tool for tool in reversed(body.get("tools") or [])}
+    for kind in ("function", "custom"):
+        if kind in tools:
+            name = tools[kind].get("name") or tools[kind]["function"]["name"]
+            yield f"Wait.\n{call(name, input='a')}", ["text", kind]
 
 
-def tool_names(body: Any) -> list[str | None]:
-    tools = (body or {}).get("tools") or []
-    return [tool.get("name") or tool.get("function", {}).get("name") for tool in tools]
-
-
-def read_events(text: str) -> Iterator[tuple[str | None, Any]]:
+def read_events(text: str) -> Iterator[Event]:
     """The name and the data of each server-sent event; comments are left out."""
     assert text.endswith("\n\n")
     for frame in text[:-2].split("\n\n"):
@@ -65,22 +64,16 @@ def read_events(text: str) -> Iterator[tuple[str | None, Any]]:
         yield fields.get("event"), data if data == "[DONE]" else json.loads(data)
 
 
-def check_stream(path: str, events: list[tuple[str | None, Any]], engine: ScriptedEngine, reply: str) -> None:
-    route = path.partition("?")[0]
-    CHECKS[route](events, "<tool_call>" in reply)
-    assert len(engine.prompts) == 1
-
-
-def check_chat(events: list[tuple[str | None, Any]], is_call: bool) -> None:
+def check_chat(events: list[Event], kinds: list[str]) -> None:
     assert events[-1] == (None, "[DONE]")
     choices = [choice for _, event in events[:-1] for choice in event["choices"]]
     finish = [choice["finish_reason"] for choice in choices if choice["finish_reason"] is not None]
-    assert finish == ["tool_calls" if is_call else "stop"]
+    assert finish == ["stop" if kinds == ["text"] else "tool_calls"]
     text = "".join(choice["delta"].get("content") or "" for choice in choices)
-    assert text.strip() == ("Wait." if is_call else "All right.")
+    assert text.strip() == ("All right." if kinds == ["text"] else "Wait.")
 
 
-def check_responses(events: list[tuple[str | None, Any]], is_call: bool) -> None:
+def check_responses(events: list[Event], kinds: list[str]) -> None:
     """Codex reads the events of items; their numbers are without a gap."""
     for number, (name, event) in enumerate(events):
         assert (name, number) == (event["type"], event["sequence_number"])
@@ -88,10 +81,11 @@ def check_responses(events: list[tuple[str | None, Any]], is_call: bool) -> None
     added = [event["item"]["type"] for name, event in events if name == "response.output_item.added"]
     done = [event["item"]["type"] for name, event in events if name == "response.output_item.done"]
     assert added == done == [item["type"] for item in events[-1][1]["response"]["output"]]
-    assert done == (["message", "function_call"] if is_call else ["message"])
+    names = {"text": "message", "function": "function_call", "custom": "custom_tool_call"}
+    assert done == [names[kind] for kind in kinds]
 
 
-def check_messages(events: list[tuple[str | None, Any]], is_call: bool) -> None:
+def check_messages(events: list[Event], kinds: list[str]) -> None:
     """Blocks open and close one after the other, and the stop reason says whether there is a call."""
     assert all(name == event["type"] for name, event in events)
     names = [str(name) for name, _ in events if name != "ping"]
@@ -99,12 +93,12 @@ def check_messages(events: list[tuple[str | None, Any]], is_call: bool) -> None:
     block = "content_block_start (deltas )?content_block_stop "
     assert re.fullmatch(f"message_start ({block})+message_delta message_stop ", order), order
     [end] = [event for name, event in events if name == "message_delta"]
-    assert end["delta"]["stop_reason"] == ("tool_use" if is_call else "end_turn")
-    kinds = [event["content_block"]["type"] for name, event in events if name == "content_block_start"]
-    assert kinds == (["text", "tool_use"] if is_call else ["text"])
+    assert end["delta"]["stop_reason"] == ("end_turn" if kinds == ["text"] else "tool_use")
+    opened = [event["content_block"]["type"] for name, event in events if name == "content_block_start"]
+    assert opened == [{"text": "text", "function": "tool_use"}[kind] for kind in kinds]
 
 
-CHECKS: dict[str, Callable[[list[tuple[str | None, Any]], bool], None]] = {
+CHECKS: dict[str, Callable[[list[Event], list[str]], None]] = {
     "/v1/chat/completions": check_chat,
     "/v1/responses": check_responses,
     "/v1/messages": check_messages,

@@ -61,6 +61,8 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
     ({"response_format": "json"}, "response_format"),
+    ({"response_format": {"type": "json_object", "schema": [1]}}, "response_format.schema"),
+    ({"response_format": {"type": "json_object", "schema": {"type": "x"}}}, "response_format.schema.type"),
     ({"prompt_logprobs": 21}, "prompt_logprobs"),
     ({"guided_json": [1]}, "guided_json"),
     ({"structured_outputs": {}}, "structured_outputs"),

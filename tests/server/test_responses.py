@@ -12,7 +12,7 @@ import pytest
 from openai.types.responses import ResponseCompletedEvent, ResponseFunctionToolCall
 from pydantic import BaseModel
 
-from tests.server.client import client_of, error_of, post
+from tests.server.client import chat, client_of, error_of, post
 from tests.server.fake_engine import FakeEngine, TagTemplate, serving
 from tests.server.hermes import CALL, THINKING, hermes
 from tinyvllm.server.openai import response_store
@@ -189,6 +189,18 @@ async def test_structured_text_reaches_the_engine() -> None:
     grammar = engine.calls[0].params.grammar
     assert grammar is not None and (grammar.kind, grammar.text) == ("json_schema", '{"type": "null"}')
     assert answer["text"]["format"] == form
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+async def test_a_schema_is_enforced_wherever_it_is_given(kind: str) -> None:
+    """llama.cpp takes a schema next to the type, also with json_object."""
+    engine, form = FakeEngine(reply="{}"), {"type": kind, "schema": {"type": "object", "required": ["zz"]}}
+    await respond(engine, text={"format": form})
+    await chat(engine, response_format=form)
+    grammars = [call.params.grammar for call in engine.calls]
+    assert [grammar and (grammar.kind, grammar.text) for grammar in grammars] == [
+        ("json_schema", '{"type": "object", "required": ["zz"]}')
+    ] * 2
 
 
 async def test_logprobs_come_with_the_text() -> None:

@@ -101,10 +101,32 @@ class JsonSchemaFormat(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
+    """OpenAI's, and llama.cpp's with the schema next to the type. A schema is enforced wherever it is given."""
+
+    model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
+    schema_: Annotated[Schema, Field(alias="schema")] = None
+
+    def grammar(self, name: str) -> GrammarSpec | None:
+        """name: the field of the request, for messages."""
+        if self.type == "text":
+            return None
+        if self.schema_ is not None:
+            return schema_grammar(self.schema_, f"{name}.schema")
+        if self.type == "json_object":
+            return GrammarSpec("json_object", param=name)
+        param = f"{name}.json_schema"
+        if self.json_schema is None or self.json_schema.schema_ is None:
+            missing = param if self.json_schema is None else f"{param}.schema"
+            raise RequestError(f"{missing} is missing: give the schema of the output", param=missing)
+        return schema_grammar(self.json_schema.schema_, f"{param}.schema")
+
+
+def schema_grammar(schema: object, param: str) -> GrammarSpec:
+    """The grammar of a document of this schema, which is an object or text."""
+    return GrammarSpec("json_schema", schema if isinstance(schema, str) else json.dumps(schema), param=param)
 
 
 class StructuredOutputs(BaseModel):
@@ -268,18 +290,9 @@ class GenerationRequest(BaseModel):
         return next(iter(found.values()), None)
 
     def _response_grammar(self) -> dict[str, GrammarSpec]:
-        response_format = self.response_format
-        if response_format is None or response_format.type == "text":
-            return {}
-        if response_format.type == "json_object":
-            return {"response_format": GrammarSpec("json_object", param="response_format")}
-        param = "response_format.json_schema"
-        if response_format.json_schema is None or response_format.json_schema.schema_ is None:
-            missing = param if response_format.json_schema is None else f"{param}.schema"
-            raise RequestError(f"{missing} is missing: give the schema of the output", param=missing)
-        schema = response_format.json_schema.schema_
-        text = schema if isinstance(schema, str) else json.dumps(schema)
-        return {"response_format": GrammarSpec("json_schema", text, param=f"{param}.schema")}
+        name = "response_format"
+        found = None if self.response_format is None else self.response_format.grammar(name)
+        return {} if found is None else {name: found}
 
     def _structured_grammar(self) -> dict[str, GrammarSpec]:
         outputs = self.structured_outputs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from tinyvllm.errors import RequestError
 from tinyvllm.server.notices import warn_once
 from tinyvllm.server.openai.protocol.chat import MAX_MESSAGES, ChatTokenLogprob
 from tinyvllm.server.openai.protocol.common import optional, unsupported
-from tinyvllm.server.openai.protocol.generation import GenerationRequest, Schema
+from tinyvllm.server.openai.protocol.generation import GenerationRequest, Schema, schema_grammar
 from tinyvllm.server.openai.protocol.response_items import AnyItem, qualified
 from tinyvllm.server.openai.protocol.tools import (
     MAX_TOOLS,
@@ -207,14 +206,11 @@ class ResponsesRequest(GenerationRequest):
             return other
         if other is not None:
             raise RequestError(f"text.format and {other.param} both constrain the output: send one", param=other.param)
+        if text_format.schema_ is not None:
+            return schema_grammar(text_format.schema_, "text.format.schema")
         if text_format.type == "json_object":
             return GrammarSpec("json_object", param="text.format")
-        if text_format.schema_ is None:
-            raise RequestError(
-                "text.format.schema is missing: give the schema of the output", param="text.format.schema"
-            )
-        text = text_format.schema_ if isinstance(text_format.schema_, str) else json.dumps(text_format.schema_)
-        return GrammarSpec("json_schema", text, param="text.format.schema")
+        raise RequestError("text.format.schema is missing: give the schema of the output", param="text.format.schema")
 
 
 # ---- Answers ----

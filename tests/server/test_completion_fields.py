@@ -68,6 +68,24 @@ async def test_logprobs_may_name_tokens_by_their_ids() -> None:
     assert choice["logprobs"]["text_offset"] == [0, 1, 2]
 
 
+async def test_chats_have_token_ids_too() -> None:
+    body = {**CHAT, "n": 2, "return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": True}
+    body |= {"max_tokens": 3, "top_logprobs": 1}
+    answer = await chat(FakeEngine(), **body)
+    assert bytes(answer["prompt_token_ids"]) == b"<user>hi\n<assistant>"
+    assert [choice["token_ids"] for choice in answer["choices"]] == [[1, 1, 1]] * 2
+    token = answer["choices"][0]["logprobs"]["content"][0]
+    assert (token["token"], token["top_logprobs"][0]["token"]) == ("token_id:99", "token_id:0")
+    first, *others = await events(FakeEngine(), "/v1/chat/completions", body)
+    assert first["prompt_token_ids"] == answer["prompt_token_ids"]
+    assert not any("prompt_token_ids" in event for event in others)
+    for index in range(2):
+        pieces = [choice for event in others for choice in event["choices"] if choice["index"] == index]
+        assert [one for piece in pieces for one in piece.get("token_ids", ())] == [1, 1, 1]
+        assert "".join(piece["delta"].get("content", "") for piece in pieces) == "Hel"
+    assert "token_ids" not in (await chat(FakeEngine()))["choices"][0]
+
+
 @pytest.mark.parametrize(
     ("fields", "kept"),
     [

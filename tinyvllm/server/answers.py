@@ -27,6 +27,11 @@ def finite(logprob: float) -> float:
     return max(logprob, LOWEST_LOGPROB)
 
 
+def id_name(token: TokenLogprob) -> str:
+    """What vLLM calls a token with return_tokens_as_token_ids."""
+    return f"token_id:{token.token_id}"
+
+
 @dataclass
 class Choice:
     """The deltas of one choice, gathered."""

@@ -21,7 +21,7 @@ from tinyvllm.server.intake import (
     make_heading,
     openapi_event_stream,
 )
-from tinyvllm.server.openai.chat_answers import CallForm, ChatEvents, chat_answer
+from tinyvllm.server.openai.chat_answers import CallForm, ChatEvents, TokenForm, chat_answer
 from tinyvllm.server.openai.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
@@ -47,6 +47,7 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
         priority=body.priority or 0,
         beams=body.beams(),
     )
+    tokens = TokenForm(prompt.ids if body.return_token_ids else None, bool(body.return_tokens_as_token_ids))
     if not body.stream:
         answer = await chat_answer(
             state,
@@ -56,6 +57,7 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
             form=CallForm(body.toolbox, body.uses_functions),
             logprobs=bool(body.logprobs),
             prompt_logprobs=body.prompt_logprobs,
+            tokens=tokens,
         )
         return json_response(answer)
     events = ChatEvents(
@@ -65,6 +67,7 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
         include_usage=body.include_usage,
         continuous_usage=body.continuous_usage,
         form=CallForm(body.toolbox, body.uses_functions),
+        tokens=tokens,
     )
     return await event_stream(state, job, events)
 

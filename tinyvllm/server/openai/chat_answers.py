@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tinyvllm.server.answers import Choice, Tally, collect, finite, write_prompt_logprobs
+from tinyvllm.server.answers import Choice, Tally, collect, finite, id_name, write_prompt_logprobs
 from tinyvllm.server.events import ChunkEvents, TextEvent, frame
 from tinyvllm.server.generation import Item, Job
 from tinyvllm.server.intake import Heading
@@ -45,6 +45,7 @@ async def chat_answer(
     form: CallForm,
     logprobs: bool,
     prompt_logprobs: int | None = None,
+    tokens: TokenForm,
 ) -> ChatCompletion:
     choices, tally = [Choice() for _ in range(job.num_choices)], Tally()
     parsed = [(format.parser(), ParsedMessage()) for _ in choices]
@@ -62,9 +63,10 @@ async def chat_answer(
         answer = ChatChoice(
             index=index,
             message=_assistant_message(message, form),
-            logprobs=chat_logprobs(choice.logprobs) if logprobs else None,
+            logprobs=chat_logprobs(choice.logprobs, tokens.names_ids) if logprobs else None,
             finish_reason=form.finish_reason(parser.finish_reason(choice.finish_reason)),
             stop_reason=choice.stop_reason,
+            token_ids=None if tokens.prompt_ids is None else choice.token_ids,
         )
         answers.append(answer)
     prompt_scores = (
@@ -77,7 +79,16 @@ async def chat_answer(
         choices=answers,
         usage=tally.usage(num_reasoning_tokens=format.count_reasoning(parser for parser, _ in parsed)),
         prompt_logprobs=prompt_scores,
+        prompt_token_ids=tokens.prompt_ids,
     )
+
+
+@dataclass(frozen=True)
+class TokenForm:
+    """What an answer shows of token ids."""
+
+    prompt_ids: list[int] | None = None  # None: it shows none
+    names_ids: bool = False  # logprobs name tokens by their ids
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,7 @@ class CallForm:
 
 
 _PLAIN = CallForm()
+_NO_IDS = TokenForm()
 
 
 def _assistant_message(message: ParsedMessage, form: CallForm) -> AssistantMessage:
@@ -170,11 +182,13 @@ class ChatEvents(ChunkEvents):
         include_usage: bool,
         continuous_usage: bool = False,
         form: CallForm = _PLAIN,
+        tokens: TokenForm = _NO_IDS,
     ) -> None:
         super().__init__(include_usage=include_usage, continuous_usage=continuous_usage)
         self._heading = heading
         self._format = format
         self._form = form
+        self._tokens = tokens
         self._parsers = [format.parser() for _ in range(n)]
         self._calls = [_CallDeltas(form, format) for _ in range(n)]
 
@@ -182,13 +196,16 @@ class ChatEvents(ChunkEvents):
         roles = [
             ChatChunkChoice(index=n, delta=ChatDelta(role="assistant", content="")) for n in range(len(self._parsers))
         ]
-        return b"".join(map(self._chunk, roles))
+        first, *others = roles
+        events = self._frame([first], has_usage=self._continuous_usage, prompt_ids=self._tokens.prompt_ids)
+        return events + b"".join(map(self._chunk, others))
 
     def _write(self, item: Item) -> bytes:
         """The events of an item, made from models."""
         self._tally.add(item)
         parser = self._parsers[item.choice]
-        if parser.is_plain and not self._continuous_usage and item.choice not in self._texts:
+        shows_ids = self._tokens.prompt_ids is not None
+        if parser.is_plain and not self._continuous_usage and not shows_ids and item.choice not in self._texts:
             example = ChatChunkChoice(index=item.choice, delta=ChatDelta(content=TextEvent.MARK))
             self._texts[item.choice] = TextEvent(self._chunk(example))
         return b"".join(map(self._chunk, self._choices(item, parser)))
@@ -203,10 +220,13 @@ class ChatEvents(ChunkEvents):
         if delta.finish_reason is not None:
             deltas += calls.end()
         choices = [ChatChunkChoice(index=item.choice, delta=delta) for delta in deltas]
-        if delta.logprobs:  # with the pieces that are now final, of which there may be none
+        token_ids = None if self._tokens.prompt_ids is None else list(delta.token_ids)
+        if delta.logprobs or token_ids:  # with the pieces that are now final, of which there may be none
             if not choices:
                 choices = [ChatChunkChoice(index=item.choice, delta=ChatDelta(content=""))]
-            choices[0].logprobs = chat_logprobs(delta.logprobs)
+            choices[0].token_ids = token_ids
+        if delta.logprobs:
+            choices[0].logprobs = chat_logprobs(delta.logprobs, self._tokens.names_ids)
         if delta.finish_reason is not None:
             ended = ChatChunkChoice(
                 index=item.choice,
@@ -220,11 +240,18 @@ class ChatEvents(ChunkEvents):
     def _chunk(self, choice: ChatChunkChoice) -> bytes:
         return self._frame([choice], has_usage=self._continuous_usage)
 
-    def _frame(self, choices: list[ChatChunkChoice], *, has_usage: bool) -> bytes:
+    def _frame(self, choices: list[ChatChunkChoice], *, has_usage: bool, prompt_ids: list[int] | None = None) -> bytes:
         heading = self._heading
         count = self._format.count_reasoning(self._parsers)
         usage = self._tally.usage(num_reasoning_tokens=count) if has_usage else None
-        chunk = ChatChunk(id=heading.id, created=heading.created, model=heading.model, choices=choices, usage=usage)
+        chunk = ChatChunk(
+            id=heading.id,
+            created=heading.created,
+            model=heading.model,
+            choices=choices,
+            usage=usage,
+            prompt_token_ids=prompt_ids,
+        )
         return frame(chunk, omit=None if self._include_usage else {"usage"})
 
 
@@ -240,15 +267,20 @@ def _deltas(piece: Event, calls: _CallDeltas) -> list[ChatDelta]:
             return calls.add(piece)
 
 
-def chat_logprobs(logprobs: tuple[TokenLogprob, ...] | list[TokenLogprob]) -> ChatLogprobs:
+def chat_logprobs(logprobs: tuple[TokenLogprob, ...] | list[TokenLogprob], names_ids: bool = False) -> ChatLogprobs:
+    """names_ids: tokens are named by their ids."""
+
+    def name(token: TokenLogprob) -> str:
+        return id_name(token) if names_ids else token.token
+
     return ChatLogprobs(
         content=[
             ChatTokenLogprob(
-                token=entry.token,
+                token=name(entry),
                 logprob=finite(entry.logprob),
                 bytes=list(entry.bytes),
                 top_logprobs=[
-                    TopLogprob(token=top.token, logprob=finite(top.logprob), bytes=list(top.bytes)) for top in entry.top
+                    TopLogprob(token=name(top), logprob=finite(top.logprob), bytes=list(top.bytes)) for top in entry.top
                 ],
             )
             for entry in logprobs

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tinyvllm.engine.output import TokenLogprob
-from tinyvllm.server.answers import finite, gather, write_prompt_logprobs
+from tinyvllm.server.answers import finite, gather, id_name, write_prompt_logprobs
 from tinyvllm.server.events import ChunkEvents, TextEvent, frame
 from tinyvllm.server.generation import Item, Job
 from tinyvllm.server.intake import Heading
@@ -212,10 +212,6 @@ def named_top(entry: TokenLogprob, name: Callable[[TokenLogprob], str]) -> dict[
 
 def token_name(entry: TokenLogprob) -> str:
     return bytes_name(entry.bytes)
-
-
-def id_name(entry: TokenLogprob) -> str:
-    return f"token_id:{entry.token_id}"
 
 
 def bytes_name(data: bytes) -> str:

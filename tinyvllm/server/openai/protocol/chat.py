@@ -268,6 +268,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None = None
     finish_reason: str
     stop_reason: int | str | None = None
+    token_ids: list[int] | None = optional()  # vLLM's, with return_token_ids
 
 
 class ChatCompletion(BaseModel):
@@ -279,6 +280,7 @@ class ChatCompletion(BaseModel):
     usage: Usage
     system_fingerprint: str | None = None
     prompt_logprobs: PromptLogprobs | None = optional()
+    prompt_token_ids: list[int] | None = optional()  # with return_token_ids
 
 
 class FunctionDelta(BaseModel):
@@ -317,6 +319,7 @@ class ChatChunkChoice(BaseModel):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    token_ids: list[int] | None = optional()
 
 
 class ChatChunk(BaseModel):
@@ -327,3 +330,4 @@ class ChatChunk(BaseModel):
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     system_fingerprint: str | None = None
+    prompt_token_ids: list[int] | None = optional()  # in the first chunk

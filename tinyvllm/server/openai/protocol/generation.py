@@ -45,8 +45,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "prompt_embeds": ([],),
     "repetition_detection": ({},),
     "return_prompt_text": (False,),
-    "return_token_ids": (False,),  # in chats, as the next two
-    "return_tokens_as_token_ids": (False,),
     "suffix": ("",),
     "thinking_token_budget": (-1,),
     "vllm_xargs": ({},),
@@ -202,6 +200,8 @@ class GenerationRequest(BaseModel):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: TruncatePromptTokens = None
     truncation_side: TruncationSide = None
     priority: Annotated[int | None, Field(ge=-(2**31), lt=2**31)] = None

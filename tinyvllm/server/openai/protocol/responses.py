@@ -45,7 +45,15 @@ _UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
     "prompt": ((), "prompts stored with OpenAI cannot be read here: send instructions and input"),
     "truncation": (("disabled",), "leave it out"),
 }
-_OF_OTHER_ROUTES = {"max_tokens": "max_output_tokens", "response_format": "text.format", "prompt_logprobs": "nothing"}
+_OF_OTHER_ROUTES = {
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "prompt_logprobs": "nothing",
+    "return_token_ids": "nothing",
+    "return_tokens_as_token_ids": "nothing",
+    "truncate_prompt_tokens": "truncation",
+    "truncation_side": "truncation",
+}
 
 
 def _check_input(value: object) -> object:
@@ -163,7 +171,7 @@ class ResponsesRequest(GenerationRequest):
         if self.num_choices != 1:
             raise unsupported("n", self.n, "a response has one choice: leave it out, or use /v1/chat/completions")
         for name, instead in _OF_OTHER_ROUTES.items():
-            if getattr(self, name) is not None:
+            if getattr(self, name) not in (None, False):
                 raise unsupported(name, "...", f"send {instead} here")
         for name, (neutral, remedy) in _UNSUPPORTED.items():
             value = (self.model_extra or {}).get(name)

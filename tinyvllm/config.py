@@ -699,6 +699,13 @@ class ModelFiles:
     extra: dict[str, str] = field(default_factory=dict)
 
 
+def cache_dir() -> Path:
+    """$TINYVLLM_CACHE, else in the user's cache directory (XDG Base Directory Specification)."""
+    if named := os.environ.get(CACHE_DIR_VARIABLE):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyvllm"
+
+
 def usable_cores() -> int:
     """Cores that this process may use: its affinity, limited by a container's CPU quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

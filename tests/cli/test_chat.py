@@ -49,7 +49,7 @@ def test_reset_forgets_and_exit_leaves(monkeypatch: pytest.MonkeyPatch, terminal
     type_in(monkeypatch, "hi", "/reset", "again", "/what", "/exit", "never")
     result = terminal.run("chat")
     assert [call.prompt for call in terminal.engine.calls] == ["<user>hi\n<assistant>", "<user>again\n<assistant>"]
-    assert "/what is not a command" in result.stdout
+    assert "/what is not a command" in result.stderr
 
 
 def test_interrupt_at_the_prompt_does_not_leave(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:

@@ -11,16 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from tests.cli.fakes import make_terminal
+from tests.text.harmony import TEMPLATE
 from tinyvllm.cli import app
 from tinyvllm.cli import models as models_commands
 from tinyvllm.config import EngineConfig, GenerationDefaults, ModelFiles
 from tinyvllm.errors import DownloadError
 from tinyvllm.storage import pull as storage_pull
 from tinyvllm.storage.catalog import DEFAULT_MODEL
+from tinyvllm.text.chat import ChatTemplate
+
+HARMONY_REPLY = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes."
 
 
 def run(*arguments: str, **options: Any) -> Any:
@@ -76,7 +81,10 @@ def test_an_error_before_any_progress_is_the_first_line() -> None:
 def test_defaults_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     terminal = make_terminal(monkeypatch, tmp_path)
     assert terminal.run("generate", "-p", "x").exit_code == 0
-    assert terminal.configs == [EngineConfig(model=terminal.model, max_num_seqs=1)]
+    short: dict[str, Any] = {"warm_up": "idle", "max_num_batched_tokens": 64}
+    assert terminal.configs == [EngineConfig(model=terminal.model, max_num_seqs=1, **short)]
+    assert terminal.run("generate", "-p", "x" * 1000, "--warm-up", "full").exit_code == 0
+    assert terminal.configs[1:] == [EngineConfig(model=terminal.model, max_num_seqs=1)]
 
 
 def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -93,6 +101,7 @@ def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert terminal.configs == [
         EngineConfig(
             model=terminal.model,
+            warm_up="idle",
             dtype="float32",
             kv_cache_dtype="float16",
             max_model_len=512,
@@ -145,12 +154,13 @@ def test_one_prompt_streams_its_text_alone(monkeypatch: pytest.MonkeyPatch, tmp_
     result = terminal.run("generate", "--prompt", "hi")
     assert result.exit_code == 0 and result.stdout == "Hello, wörld!\n"
     assert "load" in result.stderr and "warm-up" in result.stderr
-    assert terminal.engine.has_shut_down and terminal.engine.calls[0].prompt == "hi"
+    assert terminal.engine.has_shut_down and terminal.engine.calls[0].prompt == "<user>hi\n<assistant>"
 
 
 def test_several_prompts_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     terminal = make_terminal(monkeypatch, tmp_path, reply="abc")
-    result = terminal.run("generate", "-p", "x", "-p", "-", "--n", "2", "--max-tokens", "2", stdin="from stdin")
+    flags = ("--n", "2", "--max-tokens", "2", "--raw")
+    result = terminal.run("generate", "-p", "x", "-p", "-", *flags, stdin="from stdin")
     assert result.exit_code == 0
     for title in ("prompt 1, answer 1", "prompt 2, answer 2"):
         assert title in result.stdout
@@ -161,7 +171,7 @@ def test_several_prompts_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_json_is_one_document_on_stdout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     terminal = make_terminal(monkeypatch, tmp_path, reply="ö!")
-    result = terminal.run("generate", "-p", "x", "--json", "--logprobs", "1")
+    result = terminal.run("generate", "-p", "x", "--raw", "--json", "--logprobs", "1")
     document = json.loads(result.stdout)
     assert document["model"] == "tiny"
     (output,) = document["outputs"]
@@ -170,6 +180,68 @@ def test_json_is_one_document_on_stdout(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (choice["text"], choice["finish_reason"], choice["token_ids"]) == ("ö!", "stop", [1, 1])
     assert [entry["token"] for entry in choice["logprobs"]] == ["ö", "!"]
     assert choice["logprobs"][0]["top"] == [{"token_id": 0, "token": "a", "logprob": -0.5}]
+    assert choice["timings"] == {"first_token_s": 3.0, "tokens_per_s": 0.25}
+    assert document["usage"] == {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+    assert document["timings"]["start_s"] >= 0
+
+
+def test_a_prompt_is_a_message_in_the_models_template(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    terminal = make_terminal(monkeypatch, tmp_path)
+    assert terminal.run("generate", "--system", "Be kind.", "--no-think", stdin="from\na pipe\n").exit_code == 0
+    assert terminal.engine.calls[0].prompt == "<system>Be kind.\n<user>from\na pipe\n<assistant>"
+    assert terminal.engine.chat_template is not None
+    assert terminal.engine.chat_template.kwargs == {"enable_thinking": False}
+
+
+def test_a_model_without_a_template_continues_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    terminal = make_terminal(monkeypatch, tmp_path, chat_template=None)
+    result = terminal.run("generate", "-p", "hi", "-p", "ho")
+    assert result.exit_code == 0 and result.stderr.count("no chat template") == 1
+    assert [call.prompt for call in terminal.engine.calls] == ["hi", "ho"]
+    assert "no chat template" not in terminal.run("generate", "-p", "hi", "--raw").stderr
+    for flags, remedy in (("--system x", "--chat-template"), ("--system x --raw", "--raw")):
+        result = terminal.run("generate", "-p", "hi", *flags.split())
+        assert result.exit_code == 1 and remedy in result.stderr
+
+
+def test_stdout_has_the_answer_without_its_reasoning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    terminal = make_terminal(monkeypatch, tmp_path, reply=HARMONY_REPLY)
+    terminal.engine.chat_template = ChatTemplate({"default": TEMPLATE}, {}, "tiny")  # type: ignore[assignment]
+    assert terminal.run("generate", "-p", "hi", "--max-tokens", "200").stdout == "Yes.\n"
+    result = terminal.run("generate", "-p", "hi", "--max-tokens", "200", "--json")
+    choice = json.loads(result.stdout)["outputs"][0]["outputs"][0]
+    assert (choice["text"], choice["reasoning_content"]) == ("Yes.", "Hm.")
+
+
+def test_a_full_context_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    terminal = make_terminal(monkeypatch, tmp_path, reply="x" * 30)
+    assert "context" not in terminal.run("generate", "-p", "hi", "--max-tokens", "5").stderr
+    delta = terminal.engine._delta
+
+    def cut(*arguments: Any) -> Any:
+        made = delta(*arguments)
+        return structs.replace(made, finish_reason="length") if made.finish_reason else made
+
+    monkeypatch.setattr(terminal.engine, "_delta", cut)
+    assert "the context of 50 tokens is full: see --max-model-len" in terminal.run("generate", "-p", "hi").stderr
+
+
+@pytest.mark.parametrize(
+    ("stated", "flags", "used"),
+    [
+        ({}, "", (0.7, 0.95, 0)),
+        ({}, "--temperature 0", (0.0, 0.95, 0)),
+        ({"temperature": 0.3}, "", (0.3, 1.0, 0)),
+        ({"top_k": 20}, "--top-p 0.5", (1.0, 0.5, 20)),
+    ],
+)
+def test_sampling_is_the_models_own_or_makes_sense(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stated: dict[str, Any], flags: str, used: tuple[float, float, int]
+) -> None:
+    terminal = make_terminal(monkeypatch, tmp_path, generation_defaults=GenerationDefaults(**stated))
+    assert terminal.run("generate", "-p", "x", *flags.split()).exit_code == 0
+    params = terminal.engine.calls[0].params
+    assert (params.temperature, params.top_p, params.top_k) == used
 
 
 def test_sampling_flags_reach_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

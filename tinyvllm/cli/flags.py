@@ -214,6 +214,15 @@ class EngineFlags(RunnerFlags):
         return EngineConfig(model=model, **(self.settings() | resolved))
 
 
+@dataclasses.dataclass(frozen=True)
+class TerminalEngineFlags(EngineFlags):
+    """Those of the commands whose answers are read in a terminal: log lines would come between."""
+
+    log_level: Annotated[
+        str, Option(metavar="LEVEL", help=f"Least severe level to log on stderr: {', '.join(LOG_LEVELS)}.")
+    ] = "warning"
+
+
 def _parse_model_len(text: str) -> int | None:
     if text == "auto":
         return None
@@ -221,6 +230,12 @@ def _parse_model_len(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise TinyvllmError(f"--max-model-len is {text!r}: give a number of tokens, or auto") from None
+
+
+# Where the model's files recommend no sampling: at the APIs' temperature of 1, a small model's answers make no sense.
+TERMINAL_DEFAULTS = GenerationDefaults(temperature=0.7, top_p=0.95)
+_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
+_RULE = "[default: the model's own; for a model that recommends no sampling at all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,13 +248,17 @@ class SamplingFlags:
     ] = None
     temperature: Annotated[
         float | None,
-        Option(metavar="NUMBER", help="0: greedy, always the most likely token. [default: the model's own, else 1]"),
+        Option(
+            metavar="NUMBER",
+            help=f"0: greedy, always the most likely token. {_RULE} {TERMINAL_DEFAULTS.temperature}, else 1]",
+        ),
     ] = None
     top_p: Annotated[
         float | None,
         Option(
             metavar="SHARE",
-            help="Sample from the most likely tokens that make up this probability. [default: the model's own, else 1]",
+            help="Sample from the most likely tokens that make up this probability. "
+            f"{_RULE} {TERMINAL_DEFAULTS.top_p}, else 1]",
         ),
     ] = None
     top_k: Annotated[
@@ -261,13 +280,13 @@ class SamplingFlags:
     ignore_eos: Annotated[bool, Option("--ignore-eos", help="Continue past the model's end-of-text token.")] = False
 
     def make_params(self, defaults: GenerationDefaults, **more: Any) -> SamplingParams:
-        """Sampling settings from flags, else the model's defaults, else vLLM's. Raises RequestError for a bad value."""
-        settings: dict[str, Any] = {}
-        for name in ("temperature", "top_p", "top_k", "min_p"):
-            given = getattr(self, name)
-            value = getattr(defaults, name) if given is None else given
-            if value is not None:
-                settings[name] = value
+        """Sampling settings from flags, else the model's, else TERMINAL_DEFAULTS if the model recommends none, else
+        vLLM's. Raises RequestError for a bad value."""
+        recommended = {name: getattr(defaults, name) for name in _RECOMMENDED}
+        if all(value is None for value in recommended.values()):
+            recommended = {name: getattr(TERMINAL_DEFAULTS, name) for name in _RECOMMENDED}
+        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+        settings = {name: value for name, value in [*recommended.items(), *given.items()] if value is not None}
         return SamplingParams(
             max_tokens=self.max_tokens,
             min_tokens=self.min_tokens,

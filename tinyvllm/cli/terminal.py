@@ -22,12 +22,18 @@ err = Console(stderr=True, soft_wrap=True)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C has ended, as shells count
+
+
 class RedErrors(TyperGroup):
     """A group of commands that shows our own errors as one line with exit code 1, not as a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            err.print()
+            raise typer.Exit(INTERRUPTED) from None
         except TinyvllmError as error:
             if logging.getLogger("tinyvllm").isEnabledFor(logging.DEBUG):
                 raise

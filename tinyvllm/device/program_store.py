@@ -22,7 +22,7 @@ from tinygrad import Device, UOp
 from tinygrad.helpers import ContextVar
 from tinygrad.uop.ops import Ops, ProgramInfo
 
-from tinyvllm.config import CACHE_DIR_VARIABLE
+from tinyvllm.config import cache_dir
 from tinyvllm.device.private_folder import PrivateFolder
 from tinyvllm.errors import CacheError
 
@@ -101,11 +101,7 @@ def open_program_store(device: str) -> ProgramStore | None:
 
 
 def default_root() -> Path:
-    """$TINYVLLM_CACHE/programs, else in the user's cache directory (XDG Base Directory Specification)."""
-    if named := os.environ.get(CACHE_DIR_VARIABLE):
-        return Path(named) / "programs"
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "tinyvllm" / "programs"
+    return cache_dir() / "programs"
 
 
 def slim(program: UOp) -> UOp:

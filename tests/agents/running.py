@@ -76,9 +76,9 @@ def find_program(name: str) -> Path:
     """The program that scripts/fetch_agents.sh installed, else the one on PATH. Skips the test if there is neither."""
     directory = os.environ.get(DIRECTORY_VARIABLE)
     if directory is not None:
-        path = Path(directory) / "node_modules" / ".bin" / name
-        if path.exists():
-            return path
+        for path in (Path(directory) / "node_modules" / ".bin" / name, Path(directory) / name / "bin" / name):
+            if path.exists():
+                return path
     found = shutil.which(name)
     if found is None:
         pytest.skip(f"{name} is not installed: scripts/fetch_agents.sh DIR, then {DIRECTORY_VARIABLE}=DIR")

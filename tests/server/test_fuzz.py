@@ -137,11 +137,70 @@ responses = objects(
     stream=st.booleans(),
     store=st.booleans(),
 )
+options = objects(
+    {},
+    temperature=st.floats(0, 2),
+    top_k=st.integers(-1, 50),
+    top_p=st.floats(0, 1.5),
+    min_p=st.floats(0, 1),
+    typical_p=st.floats(0.1, 1),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    stop=words | st.lists(names, max_size=3),
+    repeat_penalty=st.floats(0.5, 2),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    repeat_last_n=st.integers(-1, 64),
+    num_predict=st.integers(-2, 9000),
+    num_ctx=st.integers(0, 9000),
+    num_keep=st.integers(-1, 9000),
+    mirostat=st.integers(0, 2),
+)
+ollama_generation: dict[str, Any] = {
+    "options": nullable(options),
+    "stream": st.booleans(),
+    "think": st.sampled_from([None, True, False, "low", "max"]),
+    "format": st.sampled_from([None, "", "json"]) | schemas,
+    "keep_alive": st.sampled_from([None, 0, -1, "5m", "1h30m", "-1"]),
+    "truncate": st.booleans(),
+    "logprobs": st.booleans(),
+    "top_logprobs": st.integers(0, 20),
+}
+ollama_messages = st.lists(
+    st.one_of(
+        objects({"role": st.sampled_from(["system", "user", "assistant"])}, content=nullable(words), thinking=words),
+        objects(
+            {"role": st.just("assistant")},
+            tool_calls=st.lists(
+                st.builds(lambda name: {"function": {"name": name, "arguments": {"a": 1}}}, names), max_size=2
+            ),
+        ),
+        objects({"role": st.just("tool"), "content": words}, tool_name=names, tool_call_id=names),
+    ),
+    max_size=4,
+)
+ollama_chats = objects({"model": st.just("tiny"), "messages": ollama_messages}, tools=tools, **ollama_generation)
+ollama_generates = objects(
+    {"model": st.just("tiny:latest")},
+    prompt=words,
+    system=words,
+    raw=st.just(False),
+    context=st.lists(st.integers(0, 255), max_size=9),
+    **ollama_generation,
+)
+ollama_embeds = objects(
+    {"model": st.just("tiny"), "input": nullable(names | st.lists(names, max_size=3))},
+    truncate=st.booleans(),
+    dimensions=st.integers(0, 9),
+)
 tokenizations = objects({"prompt": words}) | objects({"messages": messages}, tools=tools)
 ROUTES = {
     "/v1/chat/completions": chats,
     "/v1/completions": completions,
     "/v1/responses": responses,
+    "/api/chat": ollama_chats,
+    "/api/generate": ollama_generates,
+    "/api/embed": ollama_embeds,
+    "/api/show": objects({"model": st.just("tiny")}, verbose=st.booleans()),
     "/tokenize": tokenizations,
 }
 requests = st.one_of([st.tuples(st.just(path), bodies) for path, bodies in ROUTES.items()])
@@ -231,6 +290,9 @@ def test_broken_requests_are_answered_or_refused_by_name(request: tuple[str, Any
     assert "internal error" not in text, text
     if status != 200:
         error = json.loads(text)["error"]
+        if request[0].startswith("/api/"):  # Ollama's
+            assert isinstance(error, str) and error
+            return
         assert set(error) == {"message", "type", "param", "code"}
         assert error["message"] and error["type"] == "invalid_request_error"
 
@@ -246,7 +308,7 @@ def test_schemathesis_finds_no_crash_and_no_undocumented_answer() -> None:
     with serving(FakeEngine(reply="ab")) as url:
         flags = f"--checks {CHECKS} --max-examples 50 --seed 1 --phases examples,coverage,fuzzing"
         done = subprocess.run(
-            [command, "run", f"{url}/openapi.json", *flags.split(), "--exclude-path-regex", "profile"],
+            [command, "run", f"{url}/openapi.json", *flags.split(), "--exclude-path-regex", "profile|pull"],
             capture_output=True,
             text=True,
             check=False,

@@ -22,7 +22,9 @@ ROUTES = (
     "openai.models",
     "ollama.chat",
     "ollama.generate",
+    "ollama.embed",
     "ollama.models",
+    "ollama.library",
     "operations",
     "profile_routes",
 )

@@ -47,7 +47,7 @@ class StoredTensor:
 
     name: str
     dtype: str  # GGUF's or safetensors' name
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # as in the file: GGUF lists the columns first
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _summarize(kind: str, path: Path, name: str, versions: tuple[tuple[str, int,
     config = read_model_config(files)
     if kind == "gguf":
         file = GGUFFile(path)
-        tensors = [StoredTensor(one.name, one.ggml_type, one.shape) for one in file.tensors.values()]
+        tensors = [StoredTensor(one.name, one.ggml_type, one.shape[::-1]) for one in file.tensors.values()]
         num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
         quantization = _gguf_quantization(file)
         info = {key: [] if _is_long(value) else value for key, value in file.metadata.items()}
@@ -151,7 +151,7 @@ def _hf_quantization(values: Mapping[str, Any]) -> tuple[str, int]:
     settings = values.get("quantization_config") or values.get("quantization")
     if not isinstance(settings, dict):
         return "", 16
-    method = str(settings.get("quant_method") or "mlx").replace("compressed-tensors", "int").replace("_", "-").upper()
+    method = str(settings.get("quant_method") or "mlx").replace("_", "-").upper()
     groups = settings.get("config_groups")
     group: Any = next(iter(groups.values()), None) if isinstance(groups, dict) else None
     weights = group.get("weights") if isinstance(group, dict) else None

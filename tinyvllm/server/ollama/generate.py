@@ -10,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tinyvllm.config import SamplingParams
-from tinyvllm.errors import RequestError
 from tinyvllm.profiling import measure
 from tinyvllm.server.context import request_span
 from tinyvllm.server.conversation import Conversation, Prompt
@@ -23,10 +22,13 @@ from tinyvllm.server.ollama.prompts import context_of, cut_ids
 from tinyvllm.server.ollama.protocol import GenerateAnswer, GenerateRequest
 from tinyvllm.server.ollama.thinking import template_arguments
 from tinyvllm.server.ollama.wire import make_router, openapi_lines, require_model
+from tinyvllm.server.openai.completions import ending_at_marks
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
 
 router = make_router()
+
+_SPARE = 16  # tokens by which the parts of a text may differ from the whole
 
 
 @router.post("/api/generate", response_model=GenerateAnswer, responses=openapi_lines(GenerateAnswer))
@@ -53,7 +55,9 @@ def _read(state: ServerState, body: GenerateRequest, options: Options) -> tuple[
     """The prompt and the sampling parameters. Runs on a worker thread."""
     arguments = template_arguments(state.engine, body.think, body.model)
     if body.suffix:
-        raise RequestError(f'"{body.model}" does not support insert: leave suffix out', param="suffix")
+        prompt = _middle_prompt(state, body, options)
+        params = params_of(state, body, options, prompt, param="prompt")
+        return prompt, ending_at_marks(state, params)
     if body.raw or state.engine.chat_template is None:
         prompt = _plain_prompt(state, body)
     else:
@@ -76,6 +80,23 @@ def _plain_prompt(state: ServerState, body: GenerateRequest) -> Prompt:
     text = f"{body.system}\n\n{body.prompt}" if body.system else body.prompt or ""
     with request_span(measure.TOKENIZE):
         ids = state.engine.tokenizer.encode(text)
+    return Prompt(ids=ids, grammar=body.grammar(), format=OutputFormat(), special_tokens="skip")
+
+
+def _middle_prompt(state: ServerState, body: GenerateRequest, options: Options) -> Prompt:
+    """The prompt for the text between `prompt` and `suffix`. If both do not fit, what is nearest to the middle is kept:
+    three parts of the one, and one of the other."""
+    tokenizer, prefix, suffix = state.engine.tokenizer, body.prompt or "", body.suffix or ""
+    room = context_of(state, options) - 1
+    with request_span(measure.TOKENIZE):
+        ids = tokenizer.encode_middle(prefix, suffix)
+        if len(ids) > room and body.is_truncated:
+            before = tokenizer.encode(prefix, add_special_tokens=False, parse_special=False)
+            after = tokenizer.encode(suffix, add_special_tokens=False, parse_special=False)
+            room -= len(ids) - len(before) - len(after) + _SPARE
+            num_after = max(0, min(len(after), max(room // 4, room - len(before))))
+            num_before = max(0, room - num_after)
+            ids = tokenizer.encode_middle(before[len(before) - num_before :], tokenizer.decode(after[:num_after]))
     return Prompt(ids=ids, grammar=body.grammar(), format=OutputFormat(), special_tokens="skip")
 
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from tinyvllm.config import GenerationDefaults, ModelFiles
-from tinyvllm.errors import TinyvllmError
 from tinyvllm.server.openai.protocol.common import optional
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.storage.model_config import read_generation_defaults
 from tinyvllm.storage.model_summary import ModelSummary, summarize
+from tinyvllm.text import gguf_tokenizer, hf_tokenizer
 from tinyvllm.text.chat import load_chat_template
+from tinyvllm.text.fim import find_marks
 from tinyvllm.text.reasoning import find_reasoning_format
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def describe(model: ShelvedModel) -> Description | None:
             return None
         summary = summarize(files)
         return _describe(files.kind, files.path, summary, model.chat_template, model.reasoning_parser)
-    except (TinyvllmError, OSError) as error:
+    except Exception as error:  # damaged files fail in the libraries that read them, in as many ways as there are
         log.warning("the files of %s cannot be described: %s", model.name, error)
         return None
 
@@ -124,12 +125,30 @@ def _describe_cached(
     files = ModelFiles(kind, path, path.name)
     template = load_chat_template(files, chat_template)
     defaults = read_generation_defaults(files)
+    capabilities = ["insert"] if _can_fill_in(files) else []
     if template is None:
-        return (), "", defaults
-    capabilities = ["tools"] if "tools" in template.source else []
+        return tuple(capabilities), "", defaults
+    if "tools" in template.source:
+        capabilities.append("tools")
     if find_reasoning_format(reasoning_parser, template.source) is not None:
         capabilities.append("thinking")
     return tuple(capabilities), template.sources.get("default", template.source), defaults
+
+
+def _can_fill_in(files: ModelFiles) -> bool:
+    """Whether the vocabulary has tokens for filling in the middle."""
+    stated: dict[str, int] = {}
+    if files.kind == "gguf":
+        metadata = GGUFFile(files.path).metadata
+        vocabulary = gguf_tokenizer.read_vocabulary(metadata, may_repeat=True)
+        texts, stated = vocabulary.tokens, gguf_tokenizer.read_fim_ids(metadata, vocabulary)
+    else:
+        stored = hf_tokenizer.read_json(files.path / "tokenizer.json")
+        words = stored.get("model", {}).get("vocab", {})  # a list for some kinds, whose marks are added tokens
+        added = [token["content"] for token in stored.get("added_tokens", ())]
+        texts = [*(words if isinstance(words, dict) else ()), *added]
+    ids = {text: position for position, text in enumerate(texts)}
+    return find_marks(ids.get, lambda token_id: texts[token_id], stated) is not None
 
 
 def _describe(

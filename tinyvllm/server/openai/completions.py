@@ -51,7 +51,7 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
     else:
         prompts, echoes = await asyncio.to_thread(_read_prompts, state, body)
     if body.suffix:
-        params = _ending_at_marks(state, params)
+        params = ending_at_marks(state, params)
     heading = make_heading(state, "cmpl-")
     calls = []
     for position, ids in enumerate(prompts):
@@ -114,7 +114,7 @@ def _encode(tokenizer: Tokenizer, prompt: str | list[int], body: CompletionReque
     return tokenizer.encode(prompt, add_special_tokens=adds_special) if isinstance(prompt, str) else prompt
 
 
-def _ending_at_marks(state: ServerState, params: SamplingParams) -> SamplingParams:
+def ending_at_marks(state: ServerState, params: SamplingParams) -> SamplingParams:
     """The parameters of a request with a suffix: what marks the parts of a prompt ends the answer."""
     fim = state.engine.tokenizer.fim
     ends = frozenset() if fim is None else fim.end_ids - state.engine.tokenizer.eos_ids

@@ -1,6 +1,6 @@
-"""JavaScript clients of OpenAI's API: npm's openai, and Vercel's AI SDK, which parses every chunk strictly.
+"""JavaScript clients: npm's openai and @anthropic-ai/sdk, and Vercel's AI SDK, which parses every chunk strictly.
 
-npm install --prefix tests/clients openai ai @ai-sdk/openai-compatible zod && pytest -m clients tests/clients
+npm install --prefix tests/clients && pytest -m clients tests/clients/test_node.py
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.clients, pytest.mark.model, pytest.mark.timeout(300)]
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("script", ["openai.mjs", "ai_sdk.mjs"])
+@pytest.mark.parametrize("script", ["openai.mjs", "ai_sdk.mjs", "anthropic.mjs"])
 def test_script(server_url: str, script: str) -> None:
     """The script checks the answers itself, and exits with an error code if one is wrong."""
     environment = {**os.environ, "BASE_URL": server_url, "MODEL": "smol"}

@@ -192,6 +192,47 @@ ollama_embeds = objects(
     truncate=st.booleans(),
     dimensions=st.integers(0, 9),
 )
+blocks = st.builds(lambda text: {"type": "text", "text": text}, words)
+results = st.builds(
+    lambda content, is_error: {"type": "tool_result", "tool_use_id": "t", "content": content, "is_error": is_error},
+    words | st.lists(blocks, max_size=2),
+    st.booleans(),
+)
+uses = st.builds(
+    lambda name, text: {"type": "tool_use", "id": "t", "name": name, "input": {"a": text}},
+    names,
+    words,
+)
+thoughts = st.builds(lambda text: {"type": "thinking", "thinking": text, "signature": "s"}, words)
+anthropic_messages = objects(
+    {
+        "max_tokens": st.integers(0, 5000),
+        "messages": st.lists(
+            st.one_of(
+                objects({"role": st.sampled_from(["user", "assistant", "system"]), "content": words}),
+                objects({"role": st.just("user"), "content": st.lists(blocks | results, max_size=3)}),
+                objects({"role": st.just("assistant"), "content": st.lists(blocks | uses | thoughts, max_size=3)}),
+            ),
+            min_size=1,
+            max_size=4,
+        ),
+    },
+    system=nullable(words | st.lists(blocks, max_size=2)),
+    temperature=nullable(st.floats(0, 1)),
+    top_p=nullable(st.floats(0.1, 1)),
+    top_k=nullable(st.integers(0, 50)),
+    stop_sequences=nullable(st.lists(names, max_size=3)),
+    stream=nullable(st.booleans()),
+    tools=st.lists(
+        st.builds(lambda name, schema: {"name": name, "input_schema": schema}, names, arguments)
+        | st.sampled_from([{"type": "web_search_20250305", "name": "w"}, {"type": "bash_20250124", "name": "sh"}]),
+        max_size=3,
+        unique_by=lambda tool: tool["name"],
+    ),
+    tool_choice=st.sampled_from([{"type": "auto", "disable_parallel_tool_use": True}, {"type": "none"}]),
+    thinking=st.sampled_from([{"type": "enabled", "budget_tokens": 2000}, {"type": "disabled"}, {"type": "adaptive"}]),
+    output_config=st.builds(lambda schema: {"format": {"type": "json_schema", "schema": schema}}, arguments),
+)
 tokenizations = objects({"prompt": words}) | objects({"messages": messages}, tools=tools)
 ROUTES = {
     "/v1/chat/completions": chats,
@@ -202,6 +243,8 @@ ROUTES = {
     "/api/embed": ollama_embeds,
     "/api/show": objects({"model": st.just("tiny")}, verbose=st.booleans()),
     "/tokenize": tokenizations,
+    "/v1/messages": anthropic_messages,
+    "/v1/messages/count_tokens": anthropic_messages,
 }
 requests = st.one_of([st.tuples(st.just(path), bodies) for path, bodies in ROUTES.items()])
 
@@ -269,7 +312,15 @@ async def ask(path: str, body: Any, reply: str) -> tuple[int, str]:
 
 def is_reason_to_refuse(message: str) -> bool:
     """Valid fields may be incompatible, and a valid schema may not be enforceable."""
-    known = ("cannot be enforced", "has no tokens", "is more than", "must be at most", "both say", "cannot bind")
+    known = (
+        "cannot be enforced",
+        "has no tokens",
+        "have no content",
+        "is more than",
+        "must be at most",
+        "both say",
+        "cannot bind",
+    )
     return any(word in message for word in known)
 
 
@@ -293,8 +344,11 @@ def test_broken_requests_are_answered_or_refused_by_name(request: tuple[str, Any
         if request[0].startswith("/api/"):  # Ollama's
             assert isinstance(error, str) and error
             return
-        assert set(error) == {"message", "type", "param", "code"}
-        assert error["message"] and error["type"] == "invalid_request_error"
+        is_anthropic = request[0].startswith("/v1/messages")
+        assert set(error) - {"details"} == (
+            {"message", "type"} if is_anthropic else {"message", "type", "param", "code"}
+        )
+        assert error["message"] and error["type"] in ("invalid_request_error", "not_found_error")
 
 
 # Every answer must be as the document says, whatever is sent.

@@ -70,7 +70,9 @@ def _body(path: str, status: int, detail: ErrorDetail) -> Mapping[str, Any]:
     match api_of(path):
         case "anthropic":
             kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-            error = {"type": kind, "message": detail.message}
+            error: dict[str, Any] = {"type": kind, "message": detail.message}
+            if detail.code is not None:
+                error["details"] = {"error_code": detail.code}
             return {"type": "error", "error": error, "request_id": current().request_id}
         case "ollama":
             return {"error": detail.message}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from tinyvllm.server.anthropic.protocol import (
     ToolUseBlock,
     Usage,
 )
+from tinyvllm.server.anthropic.signatures import Signature
 from tinyvllm.text.tools.events import CallArguments, CallBegin, Event, Reasoning, Text
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class Form:
     num_prompt_tokens: int
     is_clamped: bool = False  # the context ends before max_tokens
     is_empty: bool = False  # only the prompt was to be computed
-    omits_thoughts: bool = False  # thinking blocks have a signature, but no text
+    omits_thoughts: bool = False  # thinking blocks have no text, but a signature that carries it
 
     def usage(self, delta: Delta, parser: MessageParser) -> Usage:
         """The usage after the last delta."""
@@ -68,19 +67,6 @@ class Form:
         assert self.format.tools is not None
         call_id = self.format.tools.make_id()
         return "toolu_" + call_id.removeprefix("call_") if call_id.startswith("call_") else call_id
-
-
-class Signature:
-    """The signature of a thinking block: a hash of its text. Clients hand it back, and it is not checked."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256(b"tinyvllm")
-
-    def add(self, text: str) -> None:
-        self._hash.update(text.encode())
-
-    def __str__(self) -> str:
-        return base64.b64encode(self._hash.digest()).decode()
 
 
 class AnswerBuilder:
@@ -126,7 +112,7 @@ class _ThinkingBuilder:
         self._is_omitted = is_omitted
 
     def build(self) -> ThinkingBlock:
-        text, signature = "".join(self.texts), Signature()
+        text, signature = "".join(self.texts), Signature(carries_text=self._is_omitted)
         signature.add(text)
         return ThinkingBlock(thinking="" if self._is_omitted else text, signature=str(signature))
 

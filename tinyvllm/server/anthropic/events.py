@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tinyvllm.server.anthropic.answers import Form, Signature
+from tinyvllm.server.anthropic.answers import Form
 from tinyvllm.server.anthropic.protocol import MessageAnswer, TextBlock, ThinkingBlock, ToolUseBlock, Usage
+from tinyvllm.server.anthropic.signatures import Signature
 from tinyvllm.server.error_bodies import ANTHROPIC_PATH
 from tinyvllm.server.events import ServerSentEvents, TextEvent, json_string
 from tinyvllm.server.failures import failure_of
@@ -26,6 +27,7 @@ def frame(kind: str, **fields: Any) -> bytes:
 
 
 PING = frame("ping")
+REPORT_TOKENS = 32  # of reasoning that is omitted: after so many, an event says how many there were
 
 
 class MessageEvents(ServerSentEvents):
@@ -39,7 +41,8 @@ class MessageEvents(ServerSentEvents):
         self._block: type[Event] | None = None  # what the open block consists of; CallArguments for a call
         self._text: TextEvent | None = None  # of the open block
         self._is_direct = False  # a delta's text is a text of the open block, unparsed
-        self._signature = Signature()  # of the open block, if it is a thinking block
+        self._signature = Signature(carries_text=form.omits_thoughts)  # of the open block, if it is a thinking block
+        self._num_reported = 0  # tokens of reasoning whose text is omitted, as far as events have told of them
 
     def keepalive(self) -> bytes:
         # before the first output, the message begins without knowing what was cached: message_delta corrects it
@@ -96,15 +99,24 @@ class MessageEvents(ServerSentEvents):
         if isinstance(piece, Reasoning):
             self._signature.add(piece.text)
             if self._form.omits_thoughts:
-                return out
+                return out + self._report()
         assert self._text is not None, "arguments follow their call"
         return out + self._text.head + json_string(piece.text) + self._text.tail
+
+    def _report(self) -> bytes:
+        """Now and then, how many tokens of reasoning there are more, in place of their text."""
+        more = self._parser.num_reasoning_tokens - self._num_reported
+        if more < REPORT_TOKENS:
+            return b""
+        self._num_reported += more
+        return self._delta(type="thinking_delta", thinking="", estimated_tokens=more)
 
     def _open(self, piece: Event) -> bytes:
         self._index += 1
         match piece:
             case Reasoning():
-                self._block, self._signature = Reasoning, Signature()
+                self._block = Reasoning
+                self._signature = Signature(carries_text=self._form.omits_thoughts)
                 return self._begin_block(ThinkingBlock(), "thinking_delta", "thinking")
             case CallBegin():
                 self._block = CallArguments
@@ -136,5 +148,5 @@ class MessageEvents(ServerSentEvents):
         ended = frame("message_delta", delta={"stop_reason": reason, "stop_sequence": sequence}, usage=usage)
         return ended + frame("message_stop")
 
-    def _delta(self, **delta: str) -> bytes:
+    def _delta(self, **delta: str | int) -> bytes:
         return frame("content_block_delta", index=self._index, delta=delta)

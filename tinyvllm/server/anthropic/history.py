@@ -3,8 +3,8 @@
 The rules, block by block:
 
 - `text` is kept. The texts of one message are joined by newlines.
-- `thinking` becomes the message's reasoning, whatever its signature; `redacted_thinking` is skipped, since only its
-  author can read it.
+- `thinking` becomes the message's reasoning, whatever its signature, or the text that the signature carries;
+  `redacted_thinking` is skipped, since only its author can read it.
 - `tool_use` becomes a tool call, `tool_result` a message of the role `tool`. The results of a message come before its
   text, as Anthropic requires. A result with `is_error` begins with "Error: ", because templates have no field for it.
 - `search_result`, and documents of plain text, become text. `compaction` is text: a summary of what came before.
@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinyvllm.errors import RequestError
+from tinyvllm.server.anthropic.signatures import carried_text
 from tinyvllm.server.notices import warn_once
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _assistant_message(blocks: Sequence[Block], param: str) -> Canonical:
         here = f"{param}.{position}"
         match block["type"]:
             case "thinking":
-                thoughts.append(_string(block, "thinking", here))
+                thoughts.append(_string(block, "thinking", here) or carried_text(block.get("signature")))
             case "tool_use":
                 calls.append(_call(block, here))
             case _ if not _is_skipped(block):

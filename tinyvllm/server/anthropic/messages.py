@@ -55,6 +55,7 @@ async def count_tokens(body: CountTokensRequest, request: Request) -> TokenCount
 async def _answer(state: ServerState, body: MessagesRequest) -> Response:
     arrival_s = time.perf_counter()
     _check(state, body)
+    body.refuse_unsupported()
     prompt, params = await asyncio.to_thread(_read, state, body)
     heading = make_heading(state, "msg_")
     form = Form(

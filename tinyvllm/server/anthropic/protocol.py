@@ -24,14 +24,22 @@ Block = dict[str, Any]
 
 # Known fields without effect: bookkeeping, hints to a hosted service, and what the server would have to run itself.
 _IGNORED = frozenset((
-    "cache_control", "diagnostics", "inference_geo", "metadata", "service_tier", "speed", "user_profile_id",
-    "workspace_id",
+    "billing_policy", "cache_control", "diagnostics", "fallback_credit_token", "inference_geo", "metadata",
+    "service_tier", "speed", "user_profile_id", "workspace_id",
 ))  # fmt: skip
 # Fields that ask the server to do something beside generating, with the values that ask for nothing.
 _LEFT_OUT: dict[str, tuple[object, ...]] = {
     "container": (),
     "context_management": ({}, {"edits": []}),
+    "fallbacks": ([],),
     "mcp_servers": ([],),
+}
+
+# Fields without which a request has another meaning: why they are refused, and the code by which SDKs know it. After
+# this one, they send the whole conversation.
+_REFUSED = {
+    "thread": ("conversations are not stored: send all messages, without it", "thread_unsupported_request"),
+    "compaction": ("ask for a summary in a message instead", None),
 }
 
 # Efforts that templates do not know, as the nearest that they do.
@@ -116,7 +124,9 @@ class CountTokensRequest(BaseModel):
             if name in _LEFT_OUT:
                 if value is not None and value not in _LEFT_OUT[name]:
                     warn_once("the request field %s asks for what this server cannot do, and has no effect", name)
-            elif name not in _IGNORED and name not in MessagesRequest.model_fields:  # the same body may be counted
+            elif (
+                name not in _IGNORED and name not in _REFUSED and name not in MessagesRequest.model_fields
+            ):  # the same body may be counted
                 warn_once("the request field %s is unknown and has no effect", name)
         for name in RESERVED_TEMPLATE_NAMES:
             if name in (self.chat_template_kwargs or {}):
@@ -132,7 +142,7 @@ class CountTokensRequest(BaseModel):
 
     @property
     def omits_thoughts(self) -> bool:
-        """Whether thinking blocks have a signature, but no text."""
+        """Whether thinking blocks have no text."""
         return self.thinking is not None and self.thinking.display == "omitted"
 
     @property
@@ -141,7 +151,8 @@ class CountTokensRequest(BaseModel):
         effort = self.output_config.effort if self.output_config is not None else None
         arguments = effort_arguments(effort if effort is None else _EFFORTS.get(effort, effort))
         if self.thinking is not None and self.thinking.type != "adaptive":
-            arguments["enable_thinking"] = self.thinking.type != "disabled"
+            thinks = self.thinking.type != "disabled"
+            arguments |= {"enable_thinking": thinks, "thinking": thinks}  # templates know one or the other
         return arguments | (self.chat_template_kwargs or {})
 
     def grammar(self) -> GrammarSpec | None:
@@ -162,6 +173,12 @@ class MessagesRequest(CountTokensRequest):
     temperature: Annotated[float | None, Field(ge=0)] = None
     top_p: float | None = None
     top_k: int | None = None
+
+    def refuse_unsupported(self) -> None:
+        """Raise RequestError for a field that asks for another kind of answer."""
+        for name, (remedy, code) in _REFUSED.items():
+            if (self.model_extra or {}).get(name) is not None:
+                raise RequestError(f"{name} is not supported: {remedy}", param=name, code=code)
 
 
 # ---- Answers ----
@@ -219,9 +236,14 @@ class TokenCount(BaseModel):
     input_tokens: int
 
 
+class ErrorDetails(BaseModel):
+    error_code: str
+
+
 class ErrorObject(BaseModel):
     type: str
     message: str
+    details: ErrorDetails | None = optional()
 
 
 class ErrorAnswer(BaseModel):

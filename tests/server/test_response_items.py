@@ -105,6 +105,23 @@ async def test_the_tools_of_a_namespace_are_offered_and_called_by_it() -> None:
     assert [call["function"]["name"] for call in calls] == names_of(engine)
 
 
+async def test_items_add_tools_to_those_of_the_request() -> None:
+    engine = hermes(call_of("mcp__files__get_weather", {"city": "Rom"}))
+    space = {"type": "namespace", "name": "mcp__files", "tools": [WEATHER], "description": ""}
+    items: list[Any] = [
+        {"type": "additional_tools", "role": "developer", "tools": [PATCH]},
+        {"type": "tool_search_call", "call_id": "1", "execution": "client", "arguments": {"query": "weather"}},
+        {"type": "tool_search_output", "call_id": "1", "execution": "client", "tools": [space]},
+        {"role": "user", "content": "a"},
+    ]
+    answer = await respond(engine, tools=[WEATHER], input=items)
+    assert names_of(engine) == ["get_weather", "apply_patch", "mcp__files__get_weather"]
+    assert answer["output"][0]["namespace"] == "mcp__files" and len(messages_of(engine)) == 3
+    items[0]["tools"] = [{"type": "function"}]
+    refused = await post(engine, "/v1/responses", {"input": items})
+    assert error_of(refused)["param"] == "input.0.tools.0.name"
+
+
 async def test_tool_choice_takes_custom_and_allowed_tools() -> None:
     engine = hermes(CALL)
     answer = await respond(engine, tools=[WEATHER, PATCH], tool_choice={"type": "custom", "name": "apply_patch"})

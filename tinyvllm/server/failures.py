@@ -159,7 +159,7 @@ def _of_validation(errors: Sequence[Mapping[str, Any]]) -> Failure:
         position = first["loc"][-1]
         reason = first.get("ctx", {}).get("error", "it cannot be parsed")
         return Failure(400, f"the body is not JSON: {reason} at character {position}", INVALID_REQUEST)
-    path = [str(part) for part in first["loc"] if part != "body"]
+    path = [str(part) for part in first["loc"][1:]]  # the first says where: body, query or path
     if not path:
         remedy = "send a JSON object with the header Content-Type: application/json"
         return Failure(400, f"the body is missing or is not a JSON object: {remedy}", INVALID_REQUEST)

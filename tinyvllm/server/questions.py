@@ -13,8 +13,9 @@ from tinyvllm.server.process import Process
 log = logging.getLogger(__name__)
 
 # Questions to which at most one front-end knows the answer: about a stored response, or one of its items.
-GET_RESPONSE, REMOVE_RESPONSE, GET_ITEM = "get_response", "remove_response", "get_item"
-OF_RESPONSES = (GET_RESPONSE, REMOVE_RESPONSE, GET_ITEM)
+GET_RESPONSE, REMOVE_RESPONSE, CANCEL_RESPONSE = "get_response", "remove_response", "cancel_response"
+GET_ITEM, GET_EVENTS = "get_item", "get_events"
+OF_RESPONSES = (GET_RESPONSE, REMOVE_RESPONSE, CANCEL_RESPONSE, GET_ITEM, GET_EVENTS)
 
 ALL_TIMEOUT_S = 8.0  # a process that has not answered by then is left out; one may write a long recording
 FIRST_TIMEOUT_S = 1.0  # for a question of which the processes just look up the answer

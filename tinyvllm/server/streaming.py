@@ -23,6 +23,7 @@ from tinyvllm.server.failures import ClientGone
 from tinyvllm.server.generation import Generation, Item
 
 T = TypeVar("T")
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies must not buffer events
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -57,7 +58,7 @@ class EventStream(Response):
         self.status_code = 200
         self.media_type = writer.media_type
         self.background = None
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})  # proxies must not buffer events
+        self.init_headers(STREAM_HEADERS)
         self._writer = writer
         self._generation = generation
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from tinyvllm.server.error_bodies import ErrorDetail
 from tinyvllm.server.events import TextEvent
 from tinyvllm.server.message import OutputFormat
 from tinyvllm.server.openai.chat_answers import chat_logprobs
@@ -66,9 +67,17 @@ class ResponseWriter:
         self._texts: list[str] = []  # of the last item: what its part will contain when it is closed
         self._text_event: _TextEvent | None = None  # while the last item is a message
 
-    def begin(self) -> Iterator[Event]:
-        for kind in ("response.created", "response.in_progress"):
+    NUM_QUEUED_EVENTS = 2  # that `begin` writes for a response in the background
+
+    def begin(self, *, is_queued: bool = False) -> Iterator[Event]:
+        """is_queued: the response is in the background, and `progress` follows once there is output."""
+        self.answer.status = "queued" if is_queued else "in_progress"
+        for kind in ("response.created", f"response.{self.answer.status}"):
             yield self._event(kind, response=_dump(self.answer))
+
+    def progress(self) -> Iterator[Event]:
+        self.answer.status = "in_progress"
+        yield self._event("response.in_progress", response=_dump(self.answer))
 
     def frame_text(self, delta: Delta) -> bytes | None:
         """The event of a delta that only adds text to an open message: what `push` returns, as bytes, in a fraction of
@@ -238,9 +247,21 @@ class ResponseWriter:
         self._number += 1
         return event
 
-    def failure(self, error: dict[str, Any]) -> Event:
-        """The last event of a response that fails. `error` is OpenAI's error; clients raise if they find the key."""
-        return self._event("error", error=error, **{name: error[name] for name in ("code", "message", "param")})
+    def fail(self, error: ErrorDetail) -> Iterator[Event]:
+        """The last events of a response that fails: for clients that read the response (Codex), and for those that read
+        the error (OpenAI's)."""
+        yield from self._close("incomplete")
+        self.answer.status = "failed"
+        self.answer.error = {"code": error.code or error.type, "message": error.message}
+        yield self._event("response.failed", response=_dump(self.answer))
+        shown = error.model_dump()
+        yield self._event("error", error=shown, **{name: shown[name] for name in ("code", "message", "param")})
+
+    def cancel(self) -> Iterator[Event]:
+        """The last events of a response that is cancelled. OpenAI's document has no event for it; clients skip it."""
+        yield from self._close("incomplete")
+        self.answer.status = "cancelled"
+        yield self._event("response.cancelled", response=_dump(self.answer))
 
 
 class _TextEvent:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from typing import Any
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Request
-from starlette.responses import Response
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response, StreamingResponse
 
 from tinyvllm.config import SamplingParams
+from tinyvllm.errors import RequestError
 from tinyvllm.server.answers import collect
-from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
-from tinyvllm.server.events import ServerSentEvents
-from tinyvllm.server.failures import failure_of
-from tinyvllm.server.generation import Item as Output
+from tinyvllm.server.events import EVENT_STREAM
 from tinyvllm.server.generation import Job, PromptCall
-from tinyvllm.server.intake import ERRORS, check_ids, check_request, event_stream, json_response, openapi_event_stream
-from tinyvllm.server.openai.protocol.common import effort_arguments
-from tinyvllm.server.openai.protocol.response_items import InputItem, messages_of
+from tinyvllm.server.intake import ERRORS, check_request, event_stream, json_response, openapi_event_stream
+from tinyvllm.server.openai.protocol.response_items import InputItem, listed
 from tinyvllm.server.openai.protocol.responses import (
     DeletedResponse,
+    InputTokens,
+    ItemList,
     ReasoningSettings,
     ResponseAnswer,
     ResponsesRequest,
@@ -29,10 +27,12 @@ from tinyvllm.server.openai.protocol.responses import (
     TextSettings,
 )
 from tinyvllm.server.openai.protocol.tools import shown_choice
-from tinyvllm.server.openai.response_events import Event, ResponseWriter, frame_event, new_item_id
-from tinyvllm.server.openai.response_store import Item, ResponseStore, StoredResponse
+from tinyvllm.server.openai.response_events import ResponseWriter, new_item_id
+from tinyvllm.server.openai.response_prompt import read_prompt
+from tinyvllm.server.openai.response_runs import BackgroundRun, ResponseEvents
+from tinyvllm.server.openai.response_store import Item, ResponseStore
 from tinyvllm.server.state import ServerState, state_of
-from tinyvllm.server.streaming import until_disconnect
+from tinyvllm.server.streaming import STREAM_HEADERS, until_disconnect
 
 router = APIRouter(responses=ERRORS)
 
@@ -48,10 +48,34 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
     return await until_disconnect(request.receive, _respond(state, store_of(request), body))
 
 
-@router.get("/v1/responses/{response_id}")
-async def retrieve_response(response_id: str, request: Request) -> ResponseAnswer:
-    """A response that is still stored."""
-    return (await store_of(request).get(response_id, "response_id")).answer
+@router.post("/v1/responses/input_tokens")
+async def count_input_tokens(body: ResponsesRequest, request: Request) -> InputTokens:
+    """The tokens that a request's prompt would have."""
+    state, store = state_of(request), store_of(request)
+    check_request(state, body)
+    prompt, _ = await read_prompt(state, body, await _conversation(store, body))
+    return InputTokens(input_tokens=len(prompt.ids))
+
+
+@router.get("/v1/responses/{response_id}", response_model=ResponseAnswer)
+async def retrieve_response(
+    response_id: str,
+    request: Request,
+    stream: bool = False,
+    starting_after: Annotated[int, Query(ge=-1)] = -1,
+) -> Response:
+    """A response that is still stored; or with `stream`, the events of one in the background."""
+    store = store_of(request)
+    stored = await store.get(response_id, "response_id")
+    if not stream:
+        return json_response(stored.answer)
+    if not stored.answer.background:
+        raise RequestError(
+            "only the events of a response in the background are kept: leave stream out, or create the response with "
+            "background=true",
+            param="stream",
+        )
+    return StreamingResponse(store.follow(stored, starting_after), media_type=EVENT_STREAM, headers=STREAM_HEADERS)
 
 
 @router.delete("/v1/responses/{response_id}")
@@ -60,14 +84,49 @@ async def delete_response(response_id: str, request: Request) -> DeletedResponse
     return DeletedResponse(id=response_id)
 
 
+@router.post("/v1/responses/{response_id}/cancel")
+async def cancel_response(response_id: str, request: Request) -> ResponseAnswer:
+    """End a response in the background. One that is complete stays as it is."""
+    store = store_of(request)
+    if not (await store.get(response_id, "response_id")).answer.background:
+        raise RequestError(
+            "only a response in the background can be cancelled: of any other, close the connection",
+            param="response_id",
+        )
+    return (await store.cancel(response_id, "response_id")).answer
+
+
+@router.get("/v1/responses/{response_id}/input_items")
+async def list_input_items(
+    response_id: str,
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+    after: str | None = None,
+) -> ItemList:
+    """The items that a stored response answers, those of the responses that it continues included."""
+    items = list((await store_of(request).get(response_id, "response_id")).items)
+    if order == "desc":
+        items.reverse()
+    if after is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise RequestError(f"after names the item {after!a:.80}, which the response does not have", param="after")
+        items = items[ids.index(after) + 1 :]
+    page = [listed(item) for item in items[:limit]]
+    return ItemList(
+        data=page,
+        first_id=page[0]["id"] if page else None,
+        last_id=page[-1]["id"] if page else None,
+        has_more=len(items) > limit,
+    )
+
+
 async def _respond(state: ServerState, store: ResponseStore, body: ResponsesRequest) -> Response:
     arrival_s = time.perf_counter()
     check_request(state, body)
-    earlier: tuple[Item, ...] = ()
-    if body.previous_response_id is not None:
-        earlier = (await store.get(body.previous_response_id, "previous_response_id")).conversation()
-    items = (*earlier, *await _resolve(store, body.input))
-    prompt, params = await asyncio.to_thread(_read, state, body, items)
+    items = await _conversation(store, body)
+    prompt, params = await read_prompt(state, body, items)
     answer = _make_answer(state, body, params)
     job = Job(
         [PromptCall(prompt.ids, params, request_id=answer.id)],
@@ -77,11 +136,31 @@ async def _respond(state: ServerState, store: ResponseStore, body: ResponsesRequ
         beams=body.beams(),
     )
     writer = ResponseWriter(answer, prompt.format, body.toolbox, seals_reasoning=body.seals_reasoning)
-    events = _ResponseEvents(writer, store, items)
+    if body.background:
+        run = BackgroundRun(writer, store, items)
+        await run.start(state, job)
+        if body.stream:
+            return StreamingResponse(run.follow(-1), media_type=EVENT_STREAM, headers=STREAM_HEADERS)
+        return json_response(answer)
+    events = ResponseEvents(writer, store, items)
     if body.stream:
         return await event_stream(state, job, events)
     await collect(state, job, events.grow)
     return json_response(answer)
+
+
+async def _conversation(store: ResponseStore, body: ResponsesRequest) -> tuple[Item, ...]:
+    """The items of the whole conversation, the request's own last."""
+    own = await _resolve(store, body.input)
+    if body.previous_response_id is None:
+        return tuple(own)
+    earlier = await store.get(body.previous_response_id, "previous_response_id")
+    if earlier.answer.status in ("queued", "in_progress"):
+        raise RequestError(
+            f"the response {body.previous_response_id!a:.80} is {earlier.answer.status}: wait until it is complete",
+            param="previous_response_id",
+        )
+    return (*earlier.conversation(), *own)
 
 
 async def _resolve(store: ResponseStore, given: list[InputItem]) -> list[Item]:
@@ -95,72 +174,6 @@ async def _resolve(store: ResponseStore, given: list[InputItem]) -> list[Item]:
     return items
 
 
-class _ResponseEvents(ServerSentEvents):
-    """The events of one response, which is stored once it is complete, unless the request says store=false."""
-
-    def __init__(self, writer: ResponseWriter, store: ResponseStore, items: tuple[Item, ...]) -> None:
-        self._writer = writer
-        self._store = store
-        self._items = items  # of the conversation that is answered
-
-    def begin(self) -> bytes:
-        return b"".join(map(frame_event, self._writer.begin()))
-
-    def take(self, item: Output) -> bytes:
-        return self._writer.frame_text(item.delta) or b"".join(map(frame_event, self.grow(item)))
-
-    def end(self) -> bytes:
-        return b""
-
-    def fail(self, error: BaseException) -> bytes:
-        return frame_event(self._writer.failure(failure_of(error).detail().model_dump()))
-
-    def grow(self, item: Output) -> list[Event]:
-        """Add an item to the answer. Returns its events.
-
-        A complete answer is stored before its last event is sent, because the client may continue it at once.
-        """
-        events = list(self._writer.push(item.delta))
-        if item.delta.finish_reason is not None:
-            self._keep()
-        return events
-
-    def _keep(self) -> None:
-        answer = self._writer.answer
-        if answer.store:
-            self._store.add(StoredResponse(answer, self._items))
-
-
-def _read(state: ServerState, body: ResponsesRequest, items: tuple[Item, ...]) -> tuple[Prompt, SamplingParams]:
-    """The prompt and the sampling parameters. Runs on a worker thread."""
-    first = len(body.input) - len(items)
-    messages = messages_of([InputItem.model_validate(item) for item in items], first)
-    prompt = make_prompt(_conversation_of(body, messages), state.engine)
-    check_ids(state, prompt.ids, body.max_output_tokens, param="input")
-    params = body.make_params(
-        state.engine.generation_defaults,
-        max_tokens=body.max_output_tokens,
-        logprobs=body.num_logprobs,
-        grammar=prompt.grammar,
-        special_tokens=prompt.special_tokens,
-    )
-    return prompt, params
-
-
-def _conversation_of(body: ResponsesRequest, messages: list[dict[str, Any]]) -> Conversation:
-    choice = body.choice()
-    effort = effort_arguments(body.reasoning.effort if body.reasoning is not None else None)
-    instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    return Conversation(
-        messages=[*instructions, *messages],
-        is_parallel=body.parallel_tool_calls is not False and choice.named_tool is None,
-        grammar=body.grammar(),
-        template_arguments=effort | (body.chat_template_kwargs or {}),
-        is_chat=False,
-        **choice.conversation(),
-    )
-
-
 def _make_answer(state: ServerState, body: ResponsesRequest, params: SamplingParams) -> ResponseAnswer:
     """The answer, still without output."""
     text = body.text or TextSettings()
@@ -168,6 +181,7 @@ def _make_answer(state: ServerState, body: ResponsesRequest, params: SamplingPar
         id=f"resp_{uuid.uuid4().hex}",  # never the client's choice: whoever knows it may read the conversation
         created_at=int(time.time()),
         status="in_progress",
+        background=bool(body.background),
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,
         model=state.engine.served_model_name,
@@ -182,6 +196,11 @@ def _make_answer(state: ServerState, body: ResponsesRequest, params: SamplingPar
         tools=[tool.shown() for tool in body.tools or []],
         top_logprobs=body.top_logprobs or 0,
         top_p=params.top_p,
+        truncation=body.truncation or "disabled",
         user=(body.model_extra or {}).get("user"),
+        max_tool_calls=body.max_tool_calls,
+        prompt_cache_key=body.prompt_cache_key,
+        safety_identifier=body.safety_identifier,
+        service_tier=None if body.service_tier is None else "default",
         metadata=body.metadata or {},
     )

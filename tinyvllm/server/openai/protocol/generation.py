@@ -55,8 +55,9 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 # Known fields that do not affect the output: the caller's bookkeeping, hints to a hosted service.
 # fmt: off
 _IGNORED = frozenset((
-    "metadata", "prompt_cache_key", "prompt_cache_retention", "request_id", "safety_identifier", "service_tier",
-    "session_id", "store", "stream_interval", "user", "verbosity",
+    "access_programs", "background_options", "client_metadata", "context_management", "image", "metadata",
+    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "request_id", "safety_identifier",
+    "service_tier", "session_id", "store", "stream_interval", "user", "verbosity",
 ))
 # fmt: on
 

@@ -230,6 +230,7 @@ _RENDERERS: Mapping[str, Callable[[list[Message], _Position], None]] = {
     "tool_search_output": _add_hosted_output,
     "program": _add_hosted_call("program", "code", "call_id"),
     "program_output": _add_hosted_output,
+    "additional_tools": lambda messages, at: None,  # the request's toolbox has them
     "mcp_call": _add_mcp_call,
     "code_interpreter_call": _add_interpreter_call,
     "file_search_call": _add_file_search,
@@ -259,6 +260,16 @@ def result_text(output: object, param: str) -> str:
             for part in output
         ]
     return _text(output, param)
+
+
+def listed(item: Mapping[str, Any]) -> dict[str, Any]:
+    """An item as the server lists it: the content of a message as parts."""
+    if item["type"] != "message" or not isinstance(item.get("content"), str):
+        return dict(item)
+    part: dict[str, Any] = {"type": "input_text", "text": item["content"]}
+    if item.get("role") == "assistant":
+        part = {**part, "type": "output_text", "annotations": []}
+    return {"role": "user", "status": "completed", **item, "content": [part]}
 
 
 # ---- Sealed reasoning ----

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tinyvllm.config import MAX_LOGPROBS, GrammarSpec
 from tinyvllm.errors import RequestError
@@ -14,7 +14,7 @@ from tinyvllm.server.notices import warn_once
 from tinyvllm.server.openai.protocol.chat import MAX_MESSAGES, ChatTokenLogprob
 from tinyvllm.server.openai.protocol.common import optional, unsupported
 from tinyvllm.server.openai.protocol.generation import GenerationRequest, Schema, schema_grammar
-from tinyvllm.server.openai.protocol.response_items import AnyItem, qualified
+from tinyvllm.server.openai.protocol.response_items import AnyItem, InputItem, qualified
 from tinyvllm.server.openai.protocol.tools import (
     MAX_TOOLS,
     Choice,
@@ -39,11 +39,9 @@ _INCLUDE = (LOGPROBS, SEALED_REASONING, *_INCLUDE_WITHOUT_EFFECT)
 
 # Unsupported fields that would change the answer, each with the values besides null that request nothing, and a remedy.
 _UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
-    "background": ((False,), "leave it out"),
     "conversation": ((), "this server stores responses, not conversations: send previous_response_id"),
     "moderation": ((), "this server has no moderation: leave it out"),
     "prompt": ((), "prompts stored with OpenAI cannot be read here: send instructions and input"),
-    "truncation": (("disabled",), "leave it out"),
 }
 _OF_OTHER_ROUTES = {
     "max_tokens": "max_output_tokens",
@@ -122,6 +120,20 @@ def _keep_hosted(value: object) -> object:
 AnyTool = Annotated[ResponseTool, BeforeValidator(_keep_hosted, json_schema_input_type=ResponseTool)]
 
 
+_Tools = TypeAdapter(list[AnyTool])
+
+
+def _added_tools(item: InputItem, param: str) -> list[tuple[str, ResponseTool]]:
+    """The tools that an item adds to those of the request, each with its path in the request."""
+    if item.type not in ("additional_tools", "tool_search_output"):
+        return []
+    try:
+        tools = _Tools.validate_python(item.get("tools") or [])
+    except ValidationError as error:
+        raise RequestError(f"{param}: {error.errors()[0]['msg']}", param=param) from None
+    return [(f"{param}.{number}", tool) for number, tool in enumerate(tools)]
+
+
 class TextFormat(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
 
@@ -163,6 +175,12 @@ class ResponsesRequest(GenerationRequest):
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
     store: bool | None = None
+    background: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    max_tool_calls: Annotated[int | None, Field(ge=1)] = None  # of tools that the server runs: there are none
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
     metadata: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -180,15 +198,22 @@ class ResponsesRequest(GenerationRequest):
         for position, value in enumerate(self.include or []):
             if value not in _INCLUDE:
                 raise unsupported(f"include.{position}", value, f"choose from {', '.join(_INCLUDE)}")
+        if self.background and self.store is False:
+            raise RequestError(
+                "a response in the background is read from the store: leave store out, or send background=false",
+                param="store",
+            )
         self.toolbox.check_names("tools")
         self.choice()
 
     @cached_property
     def toolbox(self) -> Toolbox:
         """The tools that the model is offered, and the types of those that it is not."""
-        tools = self.tools or []
-        offers = [offer for number, tool in enumerate(tools) for offer in tool.offers(f"tools.{number}")]
-        left_out = list(dict.fromkeys(kind for tool in tools for kind in tool.left_out()))
+        tools = [(f"tools.{number}", tool) for number, tool in enumerate(self.tools or [])]
+        for position, item in enumerate(self.input):
+            tools += _added_tools(item, f"input.{position}.tools")
+        offers = [offer for param, tool in tools for offer in tool.offers(param)]
+        left_out = list(dict.fromkeys(kind for _, tool in tools for kind in tool.left_out()))
         for kind in left_out:
             warn_once("tools of type %s are left out of requests: only a hosted service can run them", kind)
         return Toolbox(offers, left_out)
@@ -308,7 +333,7 @@ class ResponseAnswer(BaseModel):
     object: Literal["response"] = "response"
     created_at: int
     completed_at: int | None = None
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
     background: bool = False
     error: dict[str, Any] | None = None
     incomplete_details: IncompleteDetails | None = None
@@ -326,10 +351,29 @@ class ResponseAnswer(BaseModel):
     tools: list[dict[str, Any]]
     top_logprobs: int
     top_p: float
-    truncation: Literal["disabled"] = "disabled"
+    truncation: Literal["auto", "disabled"] = "disabled"
     usage: ResponseUsage | None = None
     user: str | None = None
+    max_tool_calls: int | None = optional()
+    prompt_cache_key: str | None = optional()
+    safety_identifier: str | None = optional()
+    service_tier: Literal["default"] | None = optional()
     metadata: dict[str, Any]
+
+
+class ItemList(BaseModel):
+    """A page of the items that a response answers."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class InputTokens(BaseModel):
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
 
 
 class DeletedResponse(BaseModel):

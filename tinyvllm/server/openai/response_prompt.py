@@ -1,0 +1,103 @@
+"""From the items of a response's conversation to its prompt, shortened to the context if the request allows it."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+from collections.abc import Sequence
+
+from tinyvllm.config import SamplingParams
+from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
+from tinyvllm.server.intake import check_ids
+from tinyvllm.server.openai.protocol.common import effort_arguments
+from tinyvllm.server.openai.protocol.response_items import InputItem, Message, messages_of
+from tinyvllm.server.openai.protocol.responses import ResponsesRequest
+from tinyvllm.server.openai.response_store import Item
+from tinyvllm.server.state import ServerState
+
+
+async def read_prompt(
+    state: ServerState, body: ResponsesRequest, items: Sequence[Item]
+) -> tuple[Prompt, SamplingParams]:
+    """The prompt and the sampling parameters. items: of the whole conversation, the request's own last."""
+    return await asyncio.to_thread(_read, state, body, items)
+
+
+def _read(state: ServerState, body: ResponsesRequest, items: Sequence[Item]) -> tuple[Prompt, SamplingParams]:
+    first = len(body.input) - len(items)
+    messages = messages_of([InputItem.model_validate(item) for item in items], first)
+    prompt = _make_prompt(state, body, messages)
+    if body.truncation == "auto" and len(prompt.ids) + (body.max_output_tokens or 1) > state.context_limit:
+        prompt = _truncated(state, body, messages) or prompt
+    check_ids(state, prompt.ids, body.max_output_tokens, param="input")
+    params = body.make_params(
+        state.engine.generation_defaults,
+        max_tokens=body.max_output_tokens,
+        logprobs=body.num_logprobs,
+        grammar=prompt.grammar,
+        special_tokens=prompt.special_tokens,
+    )
+    return prompt, params
+
+
+def _make_prompt(state: ServerState, body: ResponsesRequest, messages: Sequence[Message]) -> Prompt:
+    choice = body.choice()
+    effort = effort_arguments(body.reasoning.effort if body.reasoning is not None else None)
+    instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    conversation = Conversation(
+        messages=[*instructions, *messages],
+        is_parallel=body.parallel_tool_calls is not False and choice.named_tool is None,
+        grammar=body.grammar(),
+        template_arguments=effort | (body.chat_template_kwargs or {}),
+        is_chat=False,
+        **choice.conversation(),
+    )
+    return make_prompt(conversation, state.engine)
+
+
+# ---- Truncation ----
+
+_OUTPUT_SHARE = 4  # one part in so many of the context is left for an output whose limit is not given
+
+
+def _truncated(state: ServerState, body: ResponsesRequest, messages: Sequence[Message]) -> Prompt | None:
+    """The prompt without the oldest messages, so that it fits; None if not even the latest ones do.
+
+    Removes the fewest units of `_units` from the oldest on, whose number bisection finds: a prompt takes milliseconds.
+    """
+    room = state.context_limit - (body.max_output_tokens or state.context_limit // _OUTPUT_SHARE)
+    units = _units(messages)
+    prompts: dict[int, Prompt] = {}
+
+    def fits(number: int) -> bool:
+        removed = {position for unit in units[:number] for position in unit}
+        kept = [message for position, message in enumerate(messages) if position not in removed]
+        prompts[number] = _make_prompt(state, body, kept)
+        return len(prompts[number].ids) <= room
+
+    if not units or not fits(len(units)):
+        return None
+    return prompts[bisect.bisect_left(range(len(units)), True, lo=1, key=fits)]
+
+
+def _units(messages: Sequence[Message]) -> list[list[int]]:
+    """Positions of the messages that may be removed, in the order of removal, grouped by what belongs together.
+
+    First whole turns: a message of the user with all that answers it. Then, of the last turn, each message of the
+    assistant with the results of its calls, but for the latest. System messages and the last turn's user message stay.
+    """
+    turns: list[list[int]] = [[]]
+    for position, message in enumerate(messages):
+        if message["role"] == "system":
+            continue
+        if message["role"] == "user" and turns[-1]:
+            turns.append([])
+        turns[-1].append(position)
+    *earlier, last = turns
+    steps: list[list[int]] = []
+    for position in last:
+        if messages[position]["role"] == "assistant":
+            steps.append([])
+        if steps:
+            steps[-1].append(position)
+    return [*earlier, *steps[:-1]]

@@ -80,8 +80,10 @@ class Tty:
         self.screen = Screen()
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
-            os.environ.pop("NO_COLOR", None)
-            os.execvpe(command[0], list(command), {**os.environ, "TERM": "xterm-256color", **environment})
+            inherited = {
+                name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")
+            }
+            os.execvpe(command[0], list(command), {**inherited, "TERM": "xterm-256color", **environment})
         fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
 
     def __enter__(self) -> Tty:

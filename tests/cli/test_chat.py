@@ -13,7 +13,7 @@ import pytest
 
 from tests.cli.fakes import Terminal, make_terminal
 from tests.text.harmony import TEMPLATE
-from tinyvllm.errors import EngineDeadError
+from tinyvllm.errors import ContextLengthError, EngineDeadError
 from tinyvllm.text.chat import ChatTemplate
 
 
@@ -122,3 +122,30 @@ def test_reasoning_is_shown_and_told_from_the_answer(monkeypatch: pytest.MonkeyP
     assert result.stdout.count("Hm.\n\nYes.\n") == 2
     assert "<|start|>assistant<|channel|>final<|message|>Yes.<|end|>" in terminal.engine.calls[1].prompt
     assert "Hm." not in terminal.engine.calls[1].prompt
+
+
+def test_commands_change_the_conversation(monkeypatch: pytest.MonkeyPatch, terminal: Terminal, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    lines = ("/regen", "/system", "/system Be kind.", "one", "two\\", "more", "/regen", f"/save {path}", "/reset")
+    type_in(monkeypatch, "/help", *lines, f"/load {path}", "three", "/save nowhere", "/load nowhere", "/stats", "four")
+    result = terminal.run("chat")
+    assert result.exit_code == 0
+    prompts = [call.prompt for call in terminal.engine.calls]
+    start = "<system>Be kind.\n<user>one\n<assistant>"
+    second = f"{start}Fine.\n<user>two\nmore\n<assistant>"
+    assert prompts[:3] == [start, second, second], "the answer is made again, not continued"
+    assert prompts[3] == f"{second}Fine.\n<user>three\n<assistant>", "reset forgets, and load brings it back"
+    for told in ("no answer yet", "chat template decides", "Saved 5 messages", "Loaded 4 messages", "tokens/s"):
+        assert told in result.stderr
+    assert result.stderr.count("error: ") == 2 and "/regen" in result.stderr
+    assert result.stdout == "Fine.\n" * 5
+
+
+def test_a_full_context_comes_with_advice(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+    type_in(monkeypatch, "hi", "again")
+    terminal.engine.refuse = ContextLengthError("the prompt has 5000 tokens")
+    result = terminal.run("chat")
+    assert result.exit_code == 0 and "/reset starts a new conversation" in result.stderr
+    type_in(monkeypatch, "hi")
+    terminal.engine.refuse = None
+    assert "cut after --max-tokens 2" in terminal.run("chat", "--max-tokens", "2").stderr

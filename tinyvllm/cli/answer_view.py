@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
 import time
@@ -29,6 +30,9 @@ class AnswerView(Protocol):
 
     def close(self, note: str = "") -> None:
         """End the answer, with a note after its text."""
+
+    def abandon(self) -> None:
+        """End an answer that failed: the line, if one was begun."""
 
 
 def make_view(*, plain: bool, shows_reasoning: bool = True) -> AnswerView:
@@ -66,6 +70,10 @@ class PlainView:
     def close(self, note: str = "") -> None:
         write(f" {note}\n" if note else "\n")
 
+    def abandon(self) -> None:
+        if self._has_reasoning or self._has_content:
+            self.close()
+
 
 class MarkdownView:
     """Prints each block for good when the next one begins. The last block is drawn again as it grows, and only as much
@@ -82,6 +90,7 @@ class MarkdownView:
         self._tail = _Tail()
         self._live: Live | None = None
         self._next_draw_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     def reasoning(self, text: str) -> None:
         self._has_reasoning = True
@@ -100,6 +109,9 @@ class MarkdownView:
         self._draw()
 
     def close(self, note: str = "") -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         rest, self._pending = self._pending, ""
         if self._live is not None:
             self._tail.inner = None
@@ -110,6 +122,9 @@ class MarkdownView:
             self._console.print()
         if note:
             self._console.print(Text(note, style="dim"))
+
+    def abandon(self) -> None:
+        self.close()
 
     def _print_finished(self) -> None:
         """Print all blocks but the last. Only whole lines tell where a block ends: `2` may become `2. two`."""
@@ -135,12 +150,24 @@ class MarkdownView:
 
     def _draw(self) -> None:
         now_s = time.monotonic()
-        if self._live is None or now_s < self._next_draw_s:
+        if self._live is None:
+            return
+        if now_s < self._next_draw_s:
+            self._draw_later(self._next_draw_s - now_s)
             return
         self._set_tail(follows_block=self._has_printed)
         self._live.refresh()
         end_s = time.monotonic()
         self._next_draw_s = end_s + max(MIN_DRAW_S, (end_s - now_s) / MAX_DRAW_SHARE)
+
+    def _draw_later(self, seconds: float) -> None:
+        """So that what has come is seen, even if nothing more comes for a while."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._draw_in_time)
+
+    def _draw_in_time(self) -> None:
+        self._timer = None
+        self._draw()
 
     def _set_tail(self, *, follows_block: bool) -> None:
         self._tail.inner = self._render(self._pending) if self._pending.strip() else None
@@ -179,7 +206,8 @@ class _Trimmed:
 
 def _trimmed_lines(inner: RenderableType, console: Console, options: ConsoleOptions) -> list[list[Segment]]:
     """Without spaces at the ends of lines, and empty lines at both ends."""
-    lines = console.render_lines(inner, options.update(height=None), pad=False)
+    options = options.update(height=None, no_wrap=False, overflow="fold")  # where the console's own are soft wraps
+    lines = console.render_lines(inner, options, pad=False)
     for line in lines:
         while line and not line[-1].text.strip():
             line.pop()

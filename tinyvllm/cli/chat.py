@@ -146,8 +146,7 @@ class _Conversation:
             except KeyboardInterrupt:
                 view.close("[stopped]")
             except BaseException:
-                if answer.text or answer.reasoning:
-                    view.close()
+                view.abandon()
                 raise
             else:
                 view.close()

@@ -143,6 +143,10 @@ async def _generate(
             results = await _answer_all(engine, questions, view)
             if view is not None:
                 view.close()
+        except BaseException:  # Ctrl-C too: what was begun on the terminal is ended
+            if view is not None:
+                view.abandon()
+            raise
         finally:
             await engine.shutdown()
     if view is not None:

@@ -194,6 +194,36 @@ def test_content_beside_calls_is_null_or_left_out_where_it_hides_the_calls() -> 
     assert render(hides, *chat) == '[user]a[assistant]{f|{"x": 1}}[assistant]{f|{"x": 2}}'
 
 
+def test_text_beside_calls_is_a_plan_or_left_out() -> None:
+    dropped = "{% if m.tool_calls %}CALLS{% else %}{{ m.content }}{% endif %}"
+    chat = (user("a"), said("b", {"x": 1}))
+    assert render(turns(dropped), *chat) == '[user]a[assistant]{f|{"x": 1}}'
+    assert render(turns("{{ m.tool_plan }}" + dropped), *chat) == '[user]a[assistant]b{f|{"x": 1}}'
+
+
+def test_calls_without_results_and_results_without_calls_are_text_where_they_are_refused() -> None:
+    chat = (user("a"), said("", {"x": 1}), user("b"))
+    text = '[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}}]'
+    assert render(MISTRAL + "{# [TOOL_CALLS] #}", *chat) == f"[INST]a[/INST]{text}</s>[INST]b[/INST]"
+    check = (
+        "{% if m.role == 'tool' and messages[loop.index0 - 1].role == 'user' %}{{ raise_exception('no') }}{% endif %}"
+    )
+    orphan = (user("a"), result("b"), said("", {"x": 1}), result("c"))
+    assert render(turns(check + "{{ m.content }}"), *orphan) == (
+        '[user]a[user]Result of the call call_0: b[assistant]{f|{"x": 1}}[tool]c'
+    )
+    assert render(TURNS, *orphan) == '[user]a[tool]b[assistant]{f|{"x": 1}}[tool]c'
+
+
+def test_calls_of_consecutive_messages_are_joined_where_results_must_follow_at_once() -> None:
+    before = "messages[loop.index0 - 1]"
+    strict = "{% if m.tool_calls and " + before + ".tool_calls %}{{ raise_exception('results') }}{% endif %}"
+    chat = (user("a"), said("", {"x": 1}), said("", {"x": 2}), result("b"), result("c", 1))
+    assert render(turns(strict + "{{ m.content }}"), *chat) == (
+        '[user]a[assistant]{f|{"x": 1}}{f|{"x": 2}}[tool]b[tool]c'
+    )
+
+
 @pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}'])
 def test_calls_and_results_are_text_where_the_template_knows_none(arguments: Any) -> None:
     chat = (user("a"), said("", arguments), result("b"))
@@ -215,6 +245,32 @@ def test_tools_are_bare_functions_where_the_template_looks_for_them() -> None:
     bare = turns(tools="{% for tool in tools %}{{ tool.name }}({{ tool.parameters.properties|join }}){% endfor %}")
     assert render(bare, user("a"), tools=[tool]) == "[user]af(x)"
     assert json.dumps(tool) in render(TURNS, user("a"), tools=[tool])
+
+
+def test_definitions_are_completed_and_made_plain_where_the_template_fails_on_them() -> None:
+    types = "{% for name, p in tool.function.parameters.properties|items %}{{ name ~ ':' + p.type + p.description }}"
+    loop = (
+        "{% for tool in tools %}{{ tool.function.name + tool.function.description }}"
+        + types
+        + ",{% endfor %}{% endfor %}"
+    )
+    schema = {"x": {"type": ["null", "integer"]}, "y": {"anyOf": [{"type": "array"}]}, "z": {"$ref": "#"}, "w": {}}
+    tools = [
+        {"type": "function", "function": {"name": "f"}},
+        {"type": "function", "function": {"name": "g", "description": "d", "parameters": {"properties": schema}}},
+    ]
+    assert render(turns(tools=loop), user("a"), tools=tools) == "[user]afgdx:integer,y:array,z:object,w:string,"
+    assert render(TURNS, user("a"), tools=tools) == "[user]a" + json.dumps(tools)
+
+
+def test_the_variable_of_tools_is_what_the_template_can_do_without() -> None:
+    for condition in ("tools is defined", "true"):
+        source = turns(
+            tools="{% if " + condition + " %}{% for tool in tools %}{{ tool|tojson }}{% endfor %}{% endif %}"
+        )
+        assert render(source, user("a")) == "[user]a"
+    lists = turns(tools="{{ tools|length }}")
+    assert render(lists, user("a")) == "[user]a0"
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])

@@ -28,6 +28,7 @@ from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.text import gguf_tokenizer, hf_tokenizer
 from tinyvllm.text.template_abilities import Abilities, find_abilities
 from tinyvllm.text.template_adapter import adapt
+from tinyvllm.text.template_tools import WITHOUT_TOOLS, bare, complete, plain
 
 if TYPE_CHECKING:
     from tinyvllm.text.tokenizer import Tokenizer
@@ -118,13 +119,13 @@ class ChatTemplate:
         abilities = self.abilities(has_tools=bool(tools))
         adapted, changes = adapt(messages, abilities, self._as_text if tool_format is None else tool_format.as_text)
         self._log(changes)
-        if tools and abilities.tools == "bare":
-            tools = [tool.get("function", tool) for tool in tools]
-        elif not tools:
-            tools = [] if abilities.empty_tools else None
         try:
             return self._write(
-                adapted, tools=tools, add_generation_prompt=add_generation_prompt, has_tools=bool(tools), **kwargs
+                adapted,
+                tools=self._tools_variable(tools, abilities),
+                add_generation_prompt=add_generation_prompt,
+                has_tools=bool(tools),
+                **kwargs,
             )
         except RequestError:
             raise
@@ -142,11 +143,20 @@ class ChatTemplate:
         """Whether it describes tools to the model by itself."""
         return self.abilities(has_tools=True).tools != "no"
 
+    def _tools_variable(self, tools: Sequence[Mapping[str, Any]] | None, abilities: Abilities) -> Any:
+        if not tools:
+            return WITHOUT_TOOLS[abilities.without_tools]
+        if abilities.is_known and abilities.tools == "no":  # it may fail on them
+            return None
+        tools = tools if abilities.incomplete_tools else complete(tools)
+        tools = tools if abilities.any_schemas else plain(tools)
+        return bare(tools) if abilities.tools == "bare" else tools
+
     def _write(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None,
+        tools: Any,
         add_generation_prompt: bool,
         has_tools: bool,
         **kwargs: Any,

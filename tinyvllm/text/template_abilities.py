@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tinyvllm.text.template_tools import WITHOUT_TOOLS, bare, complete, plain
+
 Message = dict[str, Any]
 
 # A probe's texts: words that no template contains, without anything that a template may strip, escape or split at.
@@ -56,15 +58,21 @@ class Abilities:
     empty_users: bool = True
     empty_assistants: bool = True
     reasoning_field: str | None = REASONING_FIELDS[0]  # None: reasoning of earlier messages is not rendered
-    empty_tools: bool = False  # without tools, it needs an empty list of them
+    without_tools: str = "none"  # the value of `tools` if there are none: a key of WITHOUT_TOOLS
     tools: Literal["wrapped", "bare", "no"] = "wrapped"  # {"type": "function", "function": ...}, or the function itself
+    incomplete_tools: bool = True  # functions without parameters, without a description, and so their parameters
+    any_schemas: bool = True  # parameters of several types, of any type, or by a reference
     calls: bool = True
     results: bool = True
     parallel_calls: bool = True
     arguments: Literal["object", "text"] = "object"
+    consecutive_calls: bool = True  # messages with calls may follow each other, and their results later
+    unanswered_calls: bool = True  # a message of the user may follow calls
+    orphan_results: bool = True  # a result need not follow calls
     malformed_arguments: bool = True  # takes text where it expects an object
     call_content: Literal["empty", "null"] = "empty"  # the content of a message that has calls only
-    text_with_calls: bool = True  # False: the calls are lost if the message has text too
+    # where a text beside calls is rendered; "hides": the calls are lost if there is a text
+    text_with_calls: Literal["content", "tool_plan", "no", "hides"] = "content"
     short_ids: bool = False  # ids must have 9 letters and digits
     needs_ids: bool = False
     needs_result_names: bool = False
@@ -95,7 +103,18 @@ class Abilities:
             (self.tools != "no" and not self.results, "no tool results: they are written as text of the user"),
             (self.calls and not self.parallel_calls, "one call a message: parallel calls are separated"),
             (self.calls and self.arguments == "text", "arguments as JSON text"),
-            (self.calls and not self.text_with_calls, "no text beside calls: it is left out"),
+            (self.calls and self.text_with_calls in ("no", "hides"), "no text beside calls: it is left out"),
+            (self.calls and self.text_with_calls == "tool_plan", "text beside calls as `tool_plan`"),
+            (
+                self.tools != "no" and not self.incomplete_tools,
+                "tools with descriptions and parameters: empty ones are added",
+            ),
+            (self.tools != "no" and not self.any_schemas, "parameters of one type each"),
+            (self.calls and not self.unanswered_calls, "no calls without results: they are written as text"),
+            (
+                self.results and not self.orphan_results,
+                "no results without calls: they are written as text of the user",
+            ),
             (self.short_ids, "call ids of 9 letters and digits: others are replaced"),
             (self.needs_result_names, "results with the function's name"),
         )
@@ -113,14 +132,15 @@ def find_abilities(write: Write, *, has_tools: bool) -> Abilities:
     found: dict[str, Any] = {"is_known": True}
     form, definitions = _find_definitions(probe)
     probe.tools = definitions if has_tools else None
-    if probe.find_form("user") is None:
-        probe.tools = []  # some loop over the tools without a look whether there are any
-        if probe.find_form("user") is None:  # a template of another kind of chat, or one that needs more variables
-            return Abilities()
-        found["empty_tools"] = True
+    if not has_tools:
+        found["without_tools"] = next(filter(None, map(probe.works_without, WITHOUT_TOOLS)), "none")
+    if probe.find_form("user") is None:  # a template of another kind of chat, or one that needs more variables
+        return Abilities()
     probe.find_form("assistant", probe.user())
     probe.find_form("system")
-    found["tools"] = form
+    found |= {"tools": form, "incomplete_tools": True, "any_schemas": True}
+    if probe.tools:
+        found |= _find_schemas(probe, is_bare=form == "bare")
     found |= _find_calls(probe)
     # a template that knows neither may write the role of a result, as any other, but its model has never seen it
     found |= _find_results(probe) if probe.has_calls or form != "no" else {"results": False}
@@ -135,7 +155,7 @@ class Probe:
     """Renders probes. Owns what is known so far of the form of messages, which later probes need."""
 
     write: Write
-    tools: Sequence[Mapping[str, Any]] | None = None
+    tools: Any = None  # the template's variable
     part_roles: set[str] = field(default_factory=set)
     has_null_content: bool = False  # of a message that has calls only
     has_text_arguments: bool = False
@@ -157,9 +177,10 @@ class Probe:
     def system(self, text: str = SYSTEMS[0]) -> Message:
         return self.message("system", text)
 
-    def calls(self, num_calls: int = 1, text: str = "", **others: Any) -> Message:
+    def calls(self, num_calls: int = 1, text: str = "", *, index: int = 0, **others: Any) -> Message:
+        """A message with calls, from the one of that index on."""
         calls = []
-        for call_id, name, value in list(zip(self.ids(), CALLED, VALUES, strict=True))[:num_calls]:
+        for call_id, name, value in list(zip(self.ids(), CALLED, VALUES, strict=True))[index : index + num_calls]:
             arguments: Any = {PARAMETER: value}
             if self.has_text_arguments:
                 arguments = json.dumps(arguments)
@@ -191,6 +212,11 @@ class Probe:
         """Whether the template renders all of these texts; by default, the content of all messages."""
         written = self.text(*messages)
         return written is not None and all(text in written for text in texts or map(text_of, messages))
+
+    def works_without(self, kind: str) -> str | None:
+        """`kind` if the template works with this value of `tools`, which stays set."""
+        self.tools = WITHOUT_TOOLS[kind]
+        return kind if self.find_form("user") is not None else None
 
     def find_form(self, role: str, *before: Message, **others: Any) -> Literal["string", "parts"] | None:
         """How the content of a role's messages must be passed; None if the template renders neither form."""
@@ -227,6 +253,40 @@ def _find_definitions(probe: Probe) -> tuple[Literal["wrapped", "bare", "no"], l
     return "no", None
 
 
+# Tools as some clients send them: nothing that may be left out, and the schemas that generators write.
+INCOMPLETE = {"type": "object", "properties": {DEFINED_PARAMETER: {"type": "string"}}}
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "list": {"type": ["string", "null"]},
+    "any": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+    "none": {"enum": ["a", 1]},
+    "reference": {"$ref": "#/$defs/a"},
+    "array": {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "object"}]}},
+    "object": {"type": "object", "properties": {"a": {"type": ["integer", "null"]}}, "additionalProperties": False},
+    "anything": {"type": "object"},
+}
+
+
+def _find_schemas(probe: Probe, *, is_bare: bool) -> dict[str, Any]:
+    """Leaves the probe's tools as they are."""
+
+    def renders(*functions: Mapping[str, Any]) -> bool:
+        wrapped: Sequence[Mapping[str, Any]] = [{"type": "function", "function": function} for function in functions]
+        wrapped = wrapped if found["incomplete_tools"] else complete(wrapped)
+        wrapped = wrapped if found["any_schemas"] else plain(wrapped)
+        probe.tools = bare(wrapped) if is_bare else wrapped
+        return probe.shows(probe.user())
+
+    found: dict[str, Any] = {"incomplete_tools": True, "any_schemas": True}
+    kept = probe.tools
+    nothing = ({"name": DEFINED}, {"name": DEFINED, "parameters": {}}, {"name": DEFINED, "parameters": INCOMPLETE})
+    found["incomplete_tools"] = renders(*nothing)
+    properties = {name: {"description": DESCRIPTION, **schema} for name, schema in UNUSUAL.items()}
+    schemas = {"type": "object", "properties": properties, "required": ["any"]}
+    found["any_schemas"] = renders({"name": DEFINED, "description": DESCRIPTION, "parameters": schemas})
+    probe.tools = kept
+    return found
+
+
 def _find_calls(probe: Probe) -> dict[str, Any]:
     """How calls must be passed. Leaves the probe in that form."""
     for probe.has_short_ids, probe.has_text_arguments in itertools.product((False, True), repeat=2):
@@ -259,14 +319,26 @@ def _details_of_calls(probe: Probe) -> dict[str, Any]:
         "arguments": "text" if probe.has_text_arguments else "object",
         "short_ids": probe.has_short_ids,
         "call_content": "null" if probe.has_null_content else "empty",
-        "text_with_calls": probe.shows(user, probe.calls(text=ANSWERS[0]), texts=(CALLED[0], VALUES[0])),
+        "text_with_calls": _find_text_with_calls(probe),
         "needs_ids": probe.text(user, _without_ids(call)) is None,
+        "unanswered_calls": probe.shows(user, call, probe.user(USERS[1]), texts=(VALUES[0], USERS[1])),
     }
     if not probe.has_text_arguments:
         [of_call] = call["tool_calls"]
         malformed = {**of_call, "function": {**of_call["function"], "arguments": VALUES[0]}}
         found["malformed_arguments"] = probe.text(user, {**call, "tool_calls": [malformed]}) is not None
     return found
+
+
+def _find_text_with_calls(probe: Probe) -> Literal["content", "tool_plan", "no", "hides"]:
+    chat = (probe.user(), probe.calls(text=ANSWERS[0]))
+    if not probe.shows(*chat, texts=(CALLED[0], VALUES[0])):
+        return "hides"
+    results = [probe.result()] if probe.shows(*chat, probe.result(), texts=VALUES[:1]) else []
+    if probe.shows(*chat, *results, texts=ANSWERS[:1]):  # Gemma 4 writes it after the result
+        return "content"
+    planned = probe.shows(probe.user(), probe.calls(tool_plan=ANSWERS[0]), texts=(VALUES[0], ANSWERS[0]))
+    return "tool_plan" if planned else "no"
 
 
 def _find_results(probe: Probe) -> dict[str, Any]:
@@ -279,6 +351,10 @@ def _find_results(probe: Probe) -> dict[str, Any]:
         found["parallel_calls"] = probe.shows(*probe.loop(2), texts=(*VALUES, *RESULTS))
         if probe.text(user, _without_ids(said), _without_ids(probe.result())) is None:
             found["needs_ids"] = True
+        first, second = (probe.calls(index=index) for index in (0, 1))
+        chat = (user, first, second, probe.result(0), probe.result(1))
+        found["consecutive_calls"] = probe.shows(*chat, texts=(*VALUES, *RESULTS))
+        found["orphan_results"] = probe.shows(user, probe.result())
     return found
 
 
@@ -314,7 +390,7 @@ def _find_systems(probe: Probe) -> dict[str, Any]:
         "system": "last user" if is_last else "first",
         "several_systems": probe.shows(system, later, user),
         "system_in_tool_loop": not probe.has_results or probe.shows(system, *probe.loop(), texts=SYSTEMS[:1]),
-        "needs_user": not probe.shows(system),
+        "needs_user": not probe.shows(system, texts=(SYSTEMS[0], DEFINED) if probe.tools else ()),
     }
 
 

@@ -46,9 +46,13 @@ class Adapter:
         if not self.abilities.is_known:
             return found
         found = [self._with_role_and_reasoning(message) for message in found]
-        found = self._with_tools(found)
-        found = self._with_systems(found)
-        found = self._with_turns(found)
+        systems, others = self._split_systems(self._with_tools(found))
+        others = self._with_turns(others)
+        systems, others = self._with_systems(systems, others)
+        if not self.abilities.assistant_first and others and others[0].get("role") == "assistant":
+            self.changes.append("a message of the user is put before the assistant's")
+            others = [{"role": "user", "content": "" if self.abilities.empty_users else "."}, *others]
+        found = [*systems, *others]
         return [self._with_form(message) for message in found]
 
     def _with_role_and_reasoning(self, message: Message) -> Message:
@@ -65,7 +69,9 @@ class Adapter:
 
     def _with_tools(self, messages: Sequence[Message]) -> list[Message]:
         abilities = self.abilities
-        messages = [self._as_rendered_text(with_parsed_arguments(message)) for message in messages]
+        messages = [with_parsed_arguments(message) for message in messages]
+        alone = unmatched(messages)
+        messages = [self._as_rendered_text(message, is_alone=index in alone) for index, message in enumerate(messages)]
         if not abilities.calls:
             return messages
         if abilities.short_ids or abilities.needs_ids:
@@ -77,10 +83,12 @@ class Adapter:
             messages = separate_calls(messages)
         return [self._with_calls(message) if calls_of(message) else message for message in messages]
 
-    def _as_rendered_text(self, message: Message) -> Message:
-        if calls_of(message) and not self.abilities.calls:
+    def _as_rendered_text(self, message: Message, *, is_alone: bool) -> Message:
+        """is_alone: a call without a result, or a result without a call."""
+        abilities = self.abilities
+        if calls_of(message) and not (abilities.calls and (abilities.unanswered_calls or not is_alone)):
             self.changes.append("tool calls are written as text")
-        elif message.get("role") == "tool" and not self.abilities.results:
+        elif message.get("role") == "tool" and not (abilities.results and (abilities.orphan_results or not is_alone)):
             self.changes.append("tool results are written as text of the user")
         else:
             return message
@@ -89,7 +97,9 @@ class Adapter:
     def _with_calls(self, message: Message) -> Message:
         calls = [{**call, "function": self._with_arguments(call.get("function", {}))} for call in calls_of(message)]
         message = {**message, "tool_calls": calls}
-        if message["content"] and not self.abilities.text_with_calls:
+        if message["content"] and self.abilities.text_with_calls == "tool_plan":
+            return {"tool_plan": message["content"], **message, "content": ""}
+        if message["content"] and self.abilities.text_with_calls in ("no", "hides"):
             self.changes.append("text beside tool calls is left out")
             message["content"] = ""
         return message
@@ -104,21 +114,23 @@ class Adapter:
 
     # ---- System messages ----
 
-    def _with_systems(self, messages: Sequence[Message]) -> list[Message]:
+    def _split_systems(self, messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+        """Those at the beginning, and the others, of which none is a system message where the template takes none."""
         count = next((n for n, message in enumerate(messages) if message.get("role") != "system"), len(messages))
         systems, others = list(messages[:count]), list(messages[count:])
         if not self.abilities.later_systems and any(message.get("role") == "system" for message in others):
             self.changes.append("system messages after others become the user's")
             others = [{**one, "role": "user"} if one.get("role") == "system" else one for one in others]
-        if not systems:
-            return others
-        if not self._takes_system_before(others):
+        return systems, others
+
+    def _with_systems(self, systems: list[Message], others: list[Message]) -> tuple[list[Message], list[Message]]:
+        if systems and not self._takes_system_before(others):
             self.changes.append("the system message becomes part of the user's")
-            return self._folded(join(systems)["content"], others)
+            return [], self._folded(join(systems)["content"], others)
         if len(systems) > 1 and not self.abilities.several_systems:
             self.changes.append("system messages are joined")
             systems = [join(systems)]
-        return [*systems, *others]
+        return systems, others
 
     def _takes_system_before(self, others: Sequence[Message]) -> bool:
         abilities = self.abilities
@@ -153,10 +165,6 @@ class Adapter:
                 found[-1] = join([found[-1], message])
             else:
                 found.append(message)
-        count = next((n for n, message in enumerate(found) if message.get("role") != "system"), len(found))
-        if not self.abilities.assistant_first and found[count:] and found[count].get("role") == "assistant":
-            self.changes.append("a message of the user is put before the assistant's")
-            found.insert(count, {"role": "user", "content": "" if self.abilities.empty_users else "."})
         return found
 
     def _is_droppable(self, message: Message) -> bool:
@@ -166,6 +174,8 @@ class Adapter:
     def _must_join(self, first: Message, second: Message) -> bool:
         roles = (str(first.get("role")), str(second.get("role")))
         if roles == ("assistant", "assistant"):
+            if calls_of(first) and calls_of(second):  # unless they have their results with them, as Gemma 4's
+                return not (self.abilities.consecutive_calls or first.get("tool_responses"))
             return not (self.abilities.consecutive_assistants or calls_of(first) or calls_of(second))
         allowed = {
             ("user", "user"): self.abilities.consecutive_users,
@@ -209,12 +219,29 @@ def calls_of(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def join(messages: Sequence[Message]) -> Message:
-    """One message of the first one's role, with the content of all."""
+    """One message of the first one's role, with the content and the calls of all."""
     contents = [message["content"] for message in messages]
-    return {**messages[-1], **messages[0], "content": SEPARATOR.join(filter(None, contents))}
+    joined = {**messages[-1], **messages[0], "content": SEPARATOR.join(filter(None, contents))}
+    calls = [call for message in messages for call in calls_of(message)]
+    return {**joined, "tool_calls": calls} if calls else joined
 
 
 # ---- Calls and their results -----------------------------------------------------------------------------------------
+
+
+def unmatched(messages: Sequence[Message]) -> set[int]:
+    """The indices of calls that a message other than a result follows, and of results that follow no call."""
+    found: set[int] = set()
+    calling: int | None = None  # the index of the latest message with calls, as long as nothing but results follows it
+    for index, message in enumerate(messages):
+        is_result, has_calls = message.get("role") == "tool", bool(calls_of(message))
+        if is_result and calling is None:
+            found.add(index)
+        elif not is_result and not has_calls and calling == index - 1:
+            found.add(calling)
+        if not is_result:
+            calling = index if has_calls else None
+    return found
 
 
 def with_parsed_arguments(message: Message) -> Message:

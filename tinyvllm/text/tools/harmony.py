@@ -177,7 +177,8 @@ def _calls_with_results(
     found: list[Mapping[str, Any]] = []
     ids = [call.get("id") for call in calls]
     # a result without a known id answers the last call
-    owners = [ids.index(one["tool_call_id"]) if one.get("tool_call_id") in ids else len(calls) - 1 for one in results]
+    named = [one.get("tool_call_id") for one in results]
+    owners = [ids.index(call_id) if call_id in ids else len(calls) - 1 for call_id in named]
     for index, call in enumerate(calls):
         said = _with_thinking(message) if index == 0 else {"role": "assistant", "content": ""}
         found.append({**said, "tool_calls": [call]})

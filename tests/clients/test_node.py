@@ -1,4 +1,5 @@
-"""JavaScript clients: npm's openai and @anthropic-ai/sdk, and Vercel's AI SDK, which parses every chunk strictly.
+"""JavaScript clients: npm's openai, @anthropic-ai/sdk and ollama, and Vercel's AI SDK, which parses every chunk
+strictly.
 
 npm install --prefix tests/clients && pytest -m clients tests/clients/test_node.py
 """
@@ -16,7 +17,7 @@ pytestmark = [pytest.mark.clients, pytest.mark.model, pytest.mark.timeout(300)]
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("script", ["openai.mjs", "ai_sdk.mjs", "anthropic.mjs"])
+@pytest.mark.parametrize("script", ["openai.mjs", "ai_sdk.mjs", "anthropic.mjs", "ollama.mjs"])
 def test_script(server_url: str, script: str) -> None:
     """The script checks the answers itself, and exits with an error code if one is wrong."""
     environment = {**os.environ, "BASE_URL": server_url, "MODEL": "smol"}

@@ -41,8 +41,8 @@ class Agent:
         """Stand-ins for the run's folders in recorded requests."""
         return {str(self.project): "/project", str(self.home): "/home/user"}
 
-    def run(self, *arguments: str, proxy: str) -> Ended:
-        """Run to the end. The environment has nothing of the tests' own but PATH. proxy: where the network would be."""
+    def variables(self, proxy: str) -> dict[str, str]:
+        """The environment, which has nothing of the tests' own but PATH. proxy: where the network would be."""
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(self.home),
@@ -58,11 +58,14 @@ class Agent:
             "NO_PROXY": "127.0.0.1,localhost",
             **self.environment,
         }
-        environment |= {name.lower(): environment[name] for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")}
+        return environment | {name.lower(): environment[name] for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")}
+
+    def run(self, *arguments: str, proxy: str) -> Ended:
+        """Run to the end. proxy: where the network would be."""
         done = subprocess.run(
             [str(self.program), *arguments],
             cwd=self.project,
-            env=environment,
+            env=self.variables(proxy),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -35,8 +35,11 @@ async def test_recorded_requests_are_answered(file: Path) -> None:
             where = f"{file.name}, request {number}"
             assert response.status_code == 200, f"{where}: {response.text}"
             if body.get("stream"):
-                assert response.headers["content-type"].startswith("text/event-stream"), where
-                CHECKS[request.path.partition("?")[0]](list(read_events(response.text)), kinds)
+                path = request.path.partition("?")[0]
+                is_ollama = path.startswith("/api/")
+                media_type = "application/x-ndjson" if is_ollama else "text/event-stream"
+                assert response.headers["content-type"].startswith(media_type), where
+                CHECKS[path](list((read_lines if is_ollama else read_events)(response.text)), kinds)
                 assert len(engine.prompts) == 1
             elif body:
                 response.json()
@@ -62,6 +65,20 @@ def read_events(text: str) -> Iterator[Event]:
         assert fields.keys() <= {"event", "data"}, frame
         data = fields["data"]
         yield fields.get("event"), data if data == "[DONE]" else json.loads(data)
+
+
+def read_lines(text: str) -> Iterator[Event]:
+    """Each line of an NDJSON stream, as an event without a name."""
+    for line in text.splitlines():
+        yield None, json.loads(line)
+
+
+def check_ollama(events: list[Event], kinds: list[str]) -> None:
+    assert [event["done"] for _, event in events] == [False] * (len(events) - 1) + [True]
+    text = "".join(event["message"]["content"] for _, event in events)
+    assert text.strip() == ("All right." if kinds == ["text"] else "Wait.")
+    calls = [call for _, event in events for call in event["message"].get("tool_calls", ())]
+    assert len(calls) == len(kinds) - 1
 
 
 def check_chat(events: list[Event], kinds: list[str]) -> None:
@@ -99,6 +116,7 @@ def check_messages(events: list[Event], kinds: list[str]) -> None:
 
 
 CHECKS: dict[str, Callable[[list[Event], list[str]], None]] = {
+    "/api/chat": check_ollama,
     "/v1/chat/completions": check_chat,
     "/v1/responses": check_responses,
     "/v1/messages": check_messages,

@@ -76,7 +76,7 @@ class Thinking(BaseModel):
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None
-    display: Literal["summarized", "omitted"] | None = None
+    display: str | None = None  # all but "omitted" show the whole reasoning: "summarized", and Claude Code's "updates"
 
 
 class OutputFormat(BaseModel):

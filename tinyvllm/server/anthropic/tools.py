@@ -32,14 +32,19 @@ class OfferedTools:
         logs it. Raises RequestError, naming the field, for a definition that is incomplete.
 
         Tools with defer_loading are shown from the start: the prompt begins with the tools, so showing one later would
-        change its beginning, and with it all that the prefix cache holds of the conversation."""
-        tools = []
+        change its beginning, and with it all that the prefix cache holds of the conversation. They come last, since
+        clients that search for tools themselves, such as Claude Code, send only those that they have found."""
+        tools: list[Tool] = []
+        deferred: list[Tool] = []
         for position, definition in enumerate(definitions or []):
             tool = _read(definition, f"tools.{position}")
-            if tool is not None:
-                tools.append(tool)
-            else:
+            if tool is None:
                 warn_once("tools of type %s cannot be run here and are left out", str(definition["type"]))
+            elif definition.get("defer_loading") is True:
+                deferred.append(tool)
+            else:
+                tools.append(tool)
+        tools += deferred
         check_names([tool.name for tool in tools], "tools")
         return cls(tools)
 

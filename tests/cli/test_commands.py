@@ -271,6 +271,7 @@ def test_engine_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch,
 def test_prompt_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = make_terminal(monkeypatch, tmp_path).run("generate")
     assert result.exit_code == 1 and "--prompt" in result.stderr
+    assert "'Why is it?' was taken for a MODEL" in run("generate", "Why is it?").stderr
 
 
 # ---- Models ----

@@ -128,9 +128,10 @@ def test_generate_on_a_terminal_shows_the_answer_alone(tmp_path: Path) -> None:
 def test_ctrl_c_ends_generate_with_what_was_said(tmp_path: Path) -> None:
     with open_tty(tmp_path, "generate", "-p", "hi", reply="Once upon a time", HANG="9") as tty:
         tty.wait_for("Once upo")
+        tty.type("keys\n")  # which are not shown
         tty.type("\x03")
         assert tty.wait() == 130
-        assert tty.screen.text().startswith("Once upo") and "Traceback" not in tty.screen.text()
+        assert tty.screen.text() == "Once upon\n"
 
 
 def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def at_prompt(text: str) -> bool:
 def test_a_chat_on_a_terminal(tmp_path: Path) -> None:
     saved = tmp_path / "chat.json"
     with open_tty(tmp_path, "chat", "--max-tokens", "200", reply="Fine **day**.") as tty:
-        assert "/help lists the commands" in tty.wait_for(at_prompt)
+        assert "/help: commands" in tty.wait_for(at_prompt)
         tty.type('"""\none\n')
         tty.wait_for("…")
         tty.type('two"""\n')

@@ -17,7 +17,7 @@ from tinyvllm.cli.engine import ready_engine
 from tinyvllm.cli.flags import Model, SamplingFlags, TerminalEngineFlags
 from tinyvllm.cli.line_input import LineInput
 from tinyvllm.cli.models import require_model
-from tinyvllm.cli.terminal import err, out
+from tinyvllm.cli.terminal import err, out, without_echo
 from tinyvllm.config import GenerationDefaults
 from tinyvllm.errors import ContextLengthError, RequestError, TinyvllmError
 from tinyvllm.storage.catalog import DEFAULT_MODEL
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tinyvllm.config import SamplingParams
     from tinyvllm.engine.async_engine import AsyncEngine
 
-HINT = "/help lists the commands; Ctrl-C stops an answer; /exit or Ctrl-D quits."
+HINT = "/help: commands. Ctrl-C: stop an answer. Ctrl-D: quit."
 START_ANEW = "/reset starts a new conversation; a larger --max-model-len makes longer ones possible"
 
 
@@ -65,7 +65,8 @@ def chat(
     require_model(model, pull=engine.pull)
     make_view(plain=plain)  # imports what it needs while the model is loaded
     with asyncio.Runner() as runner:
-        started = runner.run(ready_engine(config))
+        with without_echo():
+            started = runner.run(ready_engine(config))
         try:
             params = sampling.make_params(started.generation_defaults)
             _require_template(started)
@@ -108,7 +109,7 @@ class _Conversation:
     def hold(self, lines: LineInput) -> None:
         """Answer messages until the user quits. Raises EngineDeadError if the engine dies."""
         limit = self._engine.capacity.max_model_len
-        _tell(f"{self._engine.served_model_name}, {limit:,} tokens of context. {HINT}")
+        _tell(f"{self._engine.served_model_name}, {limit:,} tokens of context\n{HINT}")
         while True:
             try:
                 message = lines.read()
@@ -142,7 +143,8 @@ class _Conversation:
         answer, view = Answer(), make_view(plain=self._manner.plain)
         try:
             try:
-                self._runner.run(self._generate(turns, answer, view))
+                with without_echo():
+                    self._runner.run(self._generate(turns, answer, view))
             except KeyboardInterrupt:
                 view.close("[stopped]")
             except BaseException:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tinyvllm.cli.bench import bench
+from tinyvllm.cli.examples import epilog
 from tinyvllm.cli.flags import spread
 from tinyvllm.cli.terminal import RedErrors, out
 
@@ -35,11 +36,12 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,  # a plain traceback can be pasted into an issue
         rich_markup_mode=None,  # help texts contain brackets, which rich would read as markup
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+        epilog="Begin with: tinyvllm pull, then tinyvllm chat. Every command has --help, with examples.",
         help="Serve language models with tinygrad: paged KV cache, continuous batching, OpenAI-compatible HTTP API.",
     )
     for name in COMMANDS:
         command = getattr(importlib.import_module(f"tinyvllm.cli.{name}"), name)
-        app.command()(spread(command))
+        app.command(epilog=epilog(name))(spread(command))
     app.add_typer(bench)
     app.callback()(_options)
     return app

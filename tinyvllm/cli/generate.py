@@ -20,7 +20,7 @@ from tinyvllm.cli.engine import ready_engine
 from tinyvllm.cli.flags import Model, SamplingFlags, TerminalEngineFlags
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.record_flags import RecordFlags
-from tinyvllm.cli.terminal import err, out
+from tinyvllm.cli.terminal import err, out, without_echo
 from tinyvllm.config import EngineConfig, GenerationDefaults, SamplingParams
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.storage.catalog import DEFAULT_MODEL
@@ -91,16 +91,17 @@ def generate(
     engine.apply()
     if raw and system is not None:
         raise TinyvllmError("--system needs the chat template, which --raw leaves out: put it into the prompt")
-    task = Task(_read_prompts(prompt or [], raw=raw), system, raw, not no_think, plain, as_json)
+    task = Task(_read_prompts(prompt or [], model, raw=raw), system, raw, not no_think, plain, as_json)
     config = _fit_to(task, engine.make_config(model, num_seqs=_num_seqs(task, n), warm_up="idle"))
     more = {"n": n, "logprobs": logprobs}
     sampling.make_params(GenerationDefaults(), **more)  # raises for a bad value before the model is loaded
     require_model(model, pull=engine.pull)
-    asyncio.run(_generate(config, task, sampling, more, record))
+    with without_echo():
+        asyncio.run(_generate(config, task, sampling, more, record))
 
 
-def _read_prompts(given: Sequence[str], *, raw: bool) -> list[str]:
-    """The prompts, with stdin in place of -. Raises TinyvllmError if there is none."""
+def _read_prompts(given: Sequence[str], model: str, *, raw: bool) -> list[str]:
+    """The prompts, with stdin in place of -. Raises TinyvllmError if there is none; `model` may be meant as one."""
     if not given and not sys.stdin.isatty():
         given = ["-"]
     piped = ""
@@ -110,7 +111,8 @@ def _read_prompts(given: Sequence[str], *, raw: bool) -> list[str]:
             piped = piped.removesuffix("\n")  # which `echo` adds
     prompts = [piped if text == "-" else text for text in given]
     if not any(prompts):
-        raise TinyvllmError("no prompt given: use --prompt TEXT, or pipe a text in")
+        taken = f" ({model!r} was taken for a MODEL)" if " " in model else ""
+        raise TinyvllmError(f"no prompt given: use --prompt TEXT, or pipe a text in{taken}")
     return prompts
 
 

@@ -28,11 +28,13 @@ class LineInput:
         """The next message, without blanks around it. Raises EOFError at the end, KeyboardInterrupt for Ctrl-C.
 
         A message continues on the next line after a backslash, until the closing quotes after an opening triple of
-        them, and as long as pasted lines follow."""
+        them, and as long as pasted lines follow. A command has one line."""
         first = self._line("> ").strip()
         if first.startswith(QUOTES):
             return self._quoted(first.removeprefix(QUOTES))
         lines = [first]
+        if first.startswith("/"):
+            return first
         while lines[-1].endswith("\\") or self._is_pasting():
             lines[-1] = lines[-1].removesuffix("\\")
             lines.append(self._line("… ").rstrip())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,6 +40,26 @@ class RedErrors(TyperGroup):
                 raise
             err.print(Text(f"error: {' '.join(str(error).split())}", style="red"))
             raise typer.Exit(1) from error
+
+
+@contextlib.contextmanager
+def without_echo() -> Iterator[None]:
+    """Do not show typed keys, which would displace what is drawn over. They wait for the next prompt; Ctrl-C works."""
+    try:
+        import termios
+
+        descriptor = sys.stdin.fileno()
+        before = termios.tcgetattr(descriptor)
+    except (ImportError, OSError, ValueError, termios.error):  # no terminal
+        yield
+        return
+    quiet = before.copy()
+    quiet[3] &= ~termios.ECHO  # local modes
+    termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSANOW, before)
 
 
 def set_up_logging(level: str) -> None:

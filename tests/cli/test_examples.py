@@ -1,0 +1,36 @@
+"""The examples in --help, and what the program says to those who mistype."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from tinyvllm.cli import app
+from tinyvllm.cli.commands import COMMANDS
+from tinyvllm.cli.examples import EXAMPLES
+
+
+def test_every_command_has_examples_that_parse() -> None:
+    assert list(EXAMPLES) == list(COMMANDS)
+    group: Any = get_command(app)
+    for examples in EXAMPLES.values():
+        for line, _ in examples:
+            program, command, *arguments = shlex.split(line.partition(" < ")[0])
+            assert program == "tinyvllm"
+            group.commands[command].make_context(command, arguments)  # raises for what is unknown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_them(name: str) -> None:
+    shown = CliRunner().invoke(app, [name.replace("_", "-"), "--help"]).stdout
+    assert all(line in shown for line, _ in EXAMPLES[name])
+
+
+def test_typos_are_answered_with_what_was_meant() -> None:
+    assert "Did you mean 'generate'?" in CliRunner().invoke(app, ["genrate"]).stderr
+    assert "--prompt" in CliRunner().invoke(app, ["generate", "--promt", "x"]).stderr
+    assert "tinyvllm chat" in CliRunner().invoke(app, []).output

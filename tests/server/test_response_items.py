@@ -105,6 +105,22 @@ async def test_the_tools_of_a_namespace_are_offered_and_called_by_it() -> None:
     assert [call["function"]["name"] for call in calls] == names_of(engine)
 
 
+async def test_a_grammar_that_cannot_be_enforced_is_only_shown(caplog: pytest.LogCaptureFixture) -> None:
+    engine = hermes("Hello.")
+    recursive = {"type": "grammar", "syntax": "lark", "definition": 'start: "(" start? ")"'}
+    tools = [{**PATCH, "format": recursive}]
+    with caplog.at_level(logging.WARNING):
+        await respond(engine, tools=tools)
+    assert engine.calls[-1].params.grammar is None and "cannot be enforced" in caplog.text
+    for choice in ("required", {"type": "custom", "name": "apply_patch"}):
+        refused = await post(engine, "/v1/responses", {"input": "a", "tools": tools, "tool_choice": choice})
+        assert error_of(refused)["param"] == "tools.0.format" and "recursive" in error_of(refused)["message"]
+    tools[0]["format"] = {"type": "grammar", "syntax": "regex", "definition": "[a-z]+"}
+    await respond(engine, tools=tools)
+    grammar = engine.calls[-1].params.grammar
+    assert grammar is not None and "^(?:[a-z]+)$" in grammar.text
+
+
 async def test_items_add_tools_to_those_of_the_request() -> None:
     engine = hermes(call_of("mcp__files__get_weather", {"city": "Rom"}))
     space = {"type": "namespace", "name": "mcp__files", "tools": [WEATHER], "description": ""}

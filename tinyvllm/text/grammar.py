@@ -235,6 +235,15 @@ def lark_json(schema: Any, param: str) -> str:
     return "%json " + json.dumps(prepare_schema(schema, param), ensure_ascii=False)
 
 
+def pattern_fault(pattern: str, limits: GrammarLimits = GrammarLimits()) -> str | None:
+    """Why strings of a JSON schema cannot be made to match `pattern`; None if they can."""
+    if len(pattern) > limits.max_chars:
+        return f"it has {len(pattern)} characters, but the limit is {limits.max_chars}"
+    grammar = LLMatcher.grammar_from_json_schema({"type": "string", "pattern": pattern})
+    fault = LLMatcher.validate_grammar(grammar, limits=limits.for_parser())
+    return _on_one_line(fault) if fault else None
+
+
 def _from_grammar(spec: GrammarSpec) -> Source:
     if not spec.text.strip():
         raise RequestError(f"{spec.param} is empty: give a grammar in GBNF or Lark", param=spec.param)
@@ -313,7 +322,11 @@ class _Locator:
 
 def _reason(matcher: LLMatcher) -> str:
     """The library's message on one line, without its markers of the position."""
-    lines = [line.strip() for line in matcher.get_error().splitlines()]
+    return _on_one_line(matcher.get_error()) or matcher.stop_reason()
+
+
+def _on_one_line(error: str) -> str:
+    lines = [line.strip() for line in error.splitlines()]
     kept = [line for line in lines if line and line != "<non-verbose/>" and not re.fullmatch(r"[\^|\s]*", line)]
-    text = " ".join(kept) or matcher.stop_reason()
+    text = " ".join(kept)
     return text if len(text) <= 400 else text[:397] + "..."

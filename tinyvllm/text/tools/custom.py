@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
+from tinyvllm.text.grammar import pattern_fault
+from tinyvllm.text.lark_regex import lark_to_regex
 from tinyvllm.text.tools.base import Tool
 
 INPUT = "input"  # the name of the string
@@ -22,19 +25,37 @@ class InputGrammar:
     syntax: str  # "lark" or "regex"
     definition: str
 
+    @property
+    def shown(self) -> str:
+        kind = "regular expression" if self.syntax == "regex" else "Lark grammar"
+        return f"The input must match this {kind}:\n{self.definition}"
 
-def custom_tool(name: str, description: str, grammar: InputGrammar | None, param: str) -> Tool:
-    """The function that stands for a custom tool. param: path of the tool in the request, for messages."""
-    parts = [description] if description else []
+
+@lru_cache(maxsize=256)  # agents send the same grammar with each request
+def pattern_of(grammar: InputGrammar) -> str:
+    """The pattern of a JSON schema that enforces a grammar. Raises ValueError for one that cannot be enforced."""
+    expression = grammar.definition if grammar.syntax == "regex" else lark_to_regex(grammar.definition)
+    pattern = f"^(?:{expression})$"
+    fault = pattern_fault(pattern)
+    if fault is not None:
+        raise ValueError(fault)
+    return pattern
+
+
+def custom_tool(name: str, description: str, grammar: InputGrammar | None, pattern: str | None, param: str) -> Tool:
+    """The function that stands for a custom tool.
+
+    pattern: enforces `grammar`, which the model is shown too. param: path of the tool in the request, for messages."""
+    parts = [*filter(None, [description]), *([] if grammar is None else [grammar.shown])]
     text = {"type": "string", "description": "the whole input of the tool, as plain text"}
-    if grammar is not None:
-        kind = "regular expression" if grammar.syntax == "regex" else "Lark grammar"
-        parts.append(f"The input must match this {kind}:\n{grammar.definition}")
+    if pattern is not None:
+        text["pattern"] = pattern
     return Tool(
         name=name,
         description="\n\n".join(parts),
         parameters={"type": "object", "properties": {INPUT: text}, "required": [INPUT], "additionalProperties": False},
-        param=param,
+        is_strict=pattern is not None,
+        param=f"{param}.format",
     )
 
 

@@ -179,8 +179,6 @@ class ChatRequest(GenerationRequest):
         for new, old in (("tools", "functions"), ("tool_choice", "function_call")):
             if getattr(self, new) is not None and getattr(self, old) is not None:
                 raise RequestError(f"{new} and {old} are two forms of the same: send {new}", param=old)
-        self.toolbox.check_names("tools" if self.functions is None else "functions")
-        self.choice()
 
     @cached_property
     def toolbox(self) -> Toolbox:
@@ -195,7 +193,9 @@ class ChatRequest(GenerationRequest):
         return bool(self.functions)
 
     def choice(self) -> Choice:
-        """What the model may call. Raises RequestError for a tool_choice that names what is not there."""
+        """What the model may call. Raises RequestError for tools that are wrong, and for a tool_choice that names what
+        is not there. Converts grammars, which takes milliseconds, so it belongs on a worker thread."""
+        self.toolbox.check("tools" if self.functions is None else "functions")
         choice = self.tool_choice if self.function_call is None else self.function_call
         if isinstance(choice, FunctionChoice):
             choice = NamedChoice(choice.name)

@@ -203,8 +203,6 @@ class ResponsesRequest(GenerationRequest):
                 "a response in the background is read from the store: leave store out, or send background=false",
                 param="store",
             )
-        self.toolbox.check_names("tools")
-        self.choice()
 
     @cached_property
     def toolbox(self) -> Toolbox:
@@ -219,7 +217,9 @@ class ResponsesRequest(GenerationRequest):
         return Toolbox(offers, left_out)
 
     def choice(self) -> Choice:
-        """What the model may call. Raises RequestError for a tool_choice that names what is not there."""
+        """What the model may call. Raises RequestError for tools that are wrong, and for a tool_choice that names what
+        is not there. Converts grammars, which takes milliseconds, so it belongs on a worker thread."""
+        self.toolbox.check("tools")
         return choose(self.tool_choice, self.toolbox)
 
     @property

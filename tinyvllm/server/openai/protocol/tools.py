@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tinyvllm.errors import RequestError
+from tinyvllm.server.notices import warn_once
 from tinyvllm.text.tools.base import Tool
-from tinyvllm.text.tools.custom import InputGrammar, custom_tool
+from tinyvllm.text.tools.custom import InputGrammar, custom_tool, pattern_of
 
 MAX_TOOLS = 1024  # more than OpenAI's 128: agents pass on all tools of all their MCP servers
 
@@ -76,7 +77,13 @@ class Custom(BaseModel):
     def offer(self, param: str) -> Offer:
         """param: path of the tool in the request, for messages."""
         grammar = None if self.format is None else self.format.input_grammar(f"{param}.format")
-        return Offer(self.name, custom_tool(self.name, self.description or "", grammar, param), is_custom=True)
+        pattern, fault = None, None
+        try:
+            pattern = None if grammar is None else pattern_of(grammar)
+        except ValueError as error:
+            fault = str(error)
+        tool = custom_tool(self.name, self.description or "", grammar, pattern, param)
+        return Offer(self.name, tool, is_custom=True, fault=fault)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Offer:
     tool: Tool  # the model's, perhaps with another name
     namespace: str | None = None
     is_custom: bool = False  # its calls carry free text
+    fault: str | None = None  # why the grammar of that text cannot be enforced, if so
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: without nulls and without fields that only the server needs."""
@@ -103,13 +111,13 @@ class Toolbox:
     offers: Sequence[Offer] = ()
     left_out: Sequence[str] = ()  # types of tools that only a hosted service can run
 
+    def check(self, param: str) -> None:
+        """Raise RequestError if two tools have the same name."""
+        check_names([offer.tool.name for offer in self.offers], param)
+
     def find(self, tool_name: str) -> Offer | None:
         """The tool that the model calls by this name."""
         return next((offer for offer in self.offers if offer.tool.name == tool_name), None)
-
-    def check_names(self, param: str) -> None:
-        """Raise RequestError if two tools have the same name."""
-        check_names([offer.tool.name for offer in self.offers], param)
 
 
 NO_TOOLS = Toolbox()
@@ -250,7 +258,9 @@ def choose(choice: object, toolbox: Toolbox) -> Choice:
     Tools that are not allowed are not shown to the model either.
     """
     if isinstance(choice, NamedChoice):
-        return Choice("required", choice.find(toolbox).tool.name, toolbox.offers)
+        named = choice.find(toolbox)
+        _check_grammars([named], is_forced=True)
+        return Choice("required", named.tool.name, toolbox.offers)
     mode, offers = choice or "auto", toolbox.offers
     if isinstance(choice, AllowedChoice):
         mode = choice.mode
@@ -259,7 +269,24 @@ def choose(choice: object, toolbox: Toolbox) -> Choice:
     if mode == "required" and not offers:
         but = f" that this server can offer a model, only {', '.join(toolbox.left_out)}" if toolbox.left_out else ""
         raise RequestError(f"tool_choice is 'required', but there are no tools{but}: send some", param="tool_choice")
+    if mode != "none":
+        _check_grammars(offers, is_forced=mode == "required")
     return Choice(mode, None, offers)  # type: ignore[arg-type]
+
+
+def _check_grammars(offers: Sequence[Offer], *, is_forced: bool) -> None:
+    """Refuse a grammar that cannot be enforced if the output must be a call; otherwise the model sees it, at least."""
+    for offer in offers:
+        if offer.fault is None:
+            continue
+        if is_forced:
+            param = offer.tool.param
+            raise RequestError(
+                f"{param}: the grammar cannot be enforced: {offer.fault}. Change it, or send tool_choice 'auto', with "
+                "which the model is only shown it",
+                param=param,
+            )
+        warn_once("the grammar of the custom tool %s is shown to the model, but cannot be enforced", offer.name)
 
 
 def shown_choice(choice: object) -> object:

@@ -21,6 +21,7 @@ from tinyvllm.server.settings import ServerSettings
 from tinyvllm.text.chat import ChatTemplate
 
 TEMPLATE = Path(__file__).parent / "qwen2_5.jinja"
+REASONING_TEMPLATE = Path(__file__).parent / "qwen3.jinja"  # the same calls, after a reasoning in <think>
 BLOCK_SIZE = 16  # of the prefix cache, in tokens
 
 
@@ -42,6 +43,11 @@ def call(name: str, **arguments: Any) -> str:
     """A tool call as Qwen 2.5 and other models of the Hermes format write it."""
     body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
     return f"<tool_call>\n{body}\n</tool_call>"
+
+
+def thought(reply: str) -> str:
+    """A reply that follows a reasoning, as Qwen 3 and others write it."""
+    return f"<think>\nThis needs some care.\n</think>\n\n{reply}"
 
 
 def num_results(prompt: str) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.agents.recordings import record
 from tests.agents.running import Agent, make_agent, no_network
-from tests.agents.scripted_engine import call, loop, scripted_server
+from tests.agents.scripted_engine import REASONING_TEMPLATE, call, loop, scripted_server, thought
 
 pytestmark = [pytest.mark.agents, pytest.mark.timeout(200)]
 
@@ -55,3 +55,27 @@ def test_a_file_is_read_edited_and_shown(tmp_path: Path) -> None:
     assert results[0]["is_error"] and "missing.txt" in results[0]["content"]
     server.check_cache("Fix the greeting")
     record("claude_code", version, server.requests[:4], claude.folders)
+
+
+def test_reasoning_is_handed_back_and_a_searched_tool_is_called(tmp_path: Path) -> None:
+    """With --output-format text, thoughts are omitted from the stream, and come back in their signature."""
+    script = loop(
+        "Look for tools",
+        thought(call("ToolSearch", query="select:NotebookEdit,WebFetch")),
+        thought("Now the command.\n\n" + call("Bash", command="echo one", description="Say one")),
+        thought("Two tools were found."),
+    )
+    with no_network() as network, scripted_server(script, REASONING_TEMPLATE) as server:
+        claude = make_claude(tmp_path, server.url)
+        question = ("-p", "Look for tools that edit notebooks.", "--allowedTools", "Bash,ToolSearch")
+        ended = claude.run(*question, proxy=network.url)
+        events = claude.run(*question, "--output-format", "stream-json", "--verbose", proxy=network.url)
+        version = claude.run("--version", proxy=network.url).output.split()[0]
+    assert (ended.status, ended.output.strip()) == (0, "Two tools were found."), ended.errors
+    assert events.status == 0 and "This needs some care." in events.output
+    assert [request.status for request in server.requests] == [200] * 6
+    results = [request.body["messages"][-1]["content"] for request in server.requests[1:3]]
+    assert {part["type"] for part in results[0][0]["content"]} == {"tool_reference"}
+    for prompt in server.engine.prompts[1:3]:
+        assert prompt.count("<think>\nThis needs some care.\n</think>") == prompt.count("<tool_response>\n")
+    record("claude_code_reasoning", version, [server.requests[2], server.requests[5]], claude.folders)

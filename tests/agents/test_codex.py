@@ -11,7 +11,7 @@ import pytest
 
 from tests.agents.recordings import record
 from tests.agents.running import Agent, Ended, make_agent, no_network
-from tests.agents.scripted_engine import call, loop, scripted_server
+from tests.agents.scripted_engine import REASONING_TEMPLATE, call, loop, scripted_server, thought
 
 pytestmark = [pytest.mark.agents, pytest.mark.timeout(200)]
 
@@ -73,3 +73,23 @@ def test_a_file_is_edited_by_a_command_and_by_a_patch(tmp_path: Path) -> None:
     assert [request.status for request in server.requests] == [200] * 4
     assert server.requests[3].body["input"][-1]["type"] == "custom_tool_call_output"
     record("codex", version, server.requests, codex.folders)
+
+
+def test_reasoning_is_handed_back_and_a_session_is_resumed(tmp_path: Path) -> None:
+    script = loop(
+        "Run two commands",
+        thought(call("exec_command", cmd="echo one")),
+        thought("Now the other.\n\n" + call("exec_command", cmd="echo two")),
+        thought("Both ran."),
+    )
+    with no_network() as network, scripted_server(script, REASONING_TEMPLATE) as server:
+        codex = make_codex(tmp_path, server.url)
+        ended = ask(codex, "Run two commands.", network.url)
+        server.check_cache("Run two commands")
+        more = codex.run("exec", "--skip-git-repo-check", "resume", "--last", "And now?", proxy=network.url)
+        version = codex.run("--version", proxy=network.url).output.split()[-1]
+    assert (ended.status, ended.output.strip()) == (0, "Both ran."), ended.errors
+    assert (more.status, more.output.strip()) == (0, "Both ran."), more.errors
+    assert [request.status for request in server.requests] == [200] * 4
+    assert server.engine.prompts[2].count("<think>\nThis needs some care.\n</think>") == 2
+    record("codex_reasoning", version, server.requests[2:], codex.folders)

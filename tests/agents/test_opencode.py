@@ -12,7 +12,7 @@ import pytest
 
 from tests.agents.recordings import record
 from tests.agents.running import Agent, make_agent, no_network
-from tests.agents.scripted_engine import call, loop, scripted_server
+from tests.agents.scripted_engine import REASONING_TEMPLATE, call, loop, scripted_server, thought
 
 pytestmark = [pytest.mark.agents, pytest.mark.timeout(200)]
 
@@ -61,3 +61,21 @@ def test_a_file_is_read_edited_and_shown(tmp_path: Path) -> None:
     assert {request.status for request in server.requests} == {200}
     server.check_cache("Fix the greeting")
     record("opencode", version, server.requests, opencode.folders)
+
+
+def test_reasoning_is_handed_back(tmp_path: Path) -> None:
+    script = loop(
+        "Run two commands",
+        thought(call("bash", command="echo one", description="Say one")),
+        thought("Now the other.\n\n" + call("bash", command="echo two", description="Say two")),
+        thought("Both ran."),
+    )
+    with no_network() as network, scripted_server(script, REASONING_TEMPLATE) as server:
+        opencode = make_opencode(tmp_path, server.url)
+        ended = opencode.run("run", "--title", "Commands", "Run two commands.", proxy=network.url)
+        version = opencode.run("--version", proxy=network.url).output.strip()
+    assert (ended.status, ended.output.split("\n")) == (0, ["Now the other.", "Both ran.", ""]), ended.errors
+    assert [request.status for request in server.requests] == [200] * 3
+    assert server.engine.prompts[2].count("<think>\nThis needs some care.\n</think>") == 2
+    server.check_cache("Run two commands")
+    record("opencode_reasoning", version, server.requests[2:], opencode.folders)

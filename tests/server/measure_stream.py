@@ -34,7 +34,12 @@ from tinyvllm.server.app import make_app
 from tinyvllm.server.sockets import bind
 
 NUM_WARM_UP = 20  # requests
-PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions", "responses": "/v1/responses"}
+PATHS = {
+    "completions": "/v1/completions",
+    "chat": "/v1/chat/completions",
+    "responses": "/v1/responses",
+    "ollama": "/api/chat",
+}
 
 
 class TokenSource:
@@ -150,11 +155,16 @@ async def run_server(source: TokenSource, *, is_plain: bool) -> None:
 
 
 def request_of(path: str, num_tokens: int, *, stream: bool = True) -> bytes:
-    body: dict[str, Any] = {"model": "tiny", "stream": stream, "ignore_eos": True}
+    body: dict[str, Any] = {"model": "tiny", "stream": stream}
+    if path != PATHS["ollama"]:
+        body["ignore_eos"] = True
     if path == PATHS["completions"]:
         body |= {"prompt": [97 + n % 26 for n in range(128)], "max_tokens": num_tokens}
     elif path == PATHS["chat"]:
         body |= {"messages": [{"role": "user", "content": "hello " * 20}], "max_tokens": num_tokens}
+    elif path == PATHS["ollama"]:
+        messages = [{"role": "user", "content": "hello " * 20}]
+        body |= {"messages": messages, "options": {"num_predict": num_tokens, "temperature": 1}}
     else:
         body |= {"input": "hello " * 20, "max_output_tokens": num_tokens, "store": False}
     content = json.dumps(body).encode()
@@ -175,7 +185,7 @@ def read_streams(port: int, num_streams: int, request: bytes) -> int:
     while selector.get_map():
         for key, _ in selector.select():
             data = key.fileobj.recv(1 << 18)  # type: ignore[union-attr]
-            num_events += data.count(b"data: ")
+            num_events += data.count(b"data: ") + data.count(b'"done":')
             if not data or data.endswith(b"0\r\n\r\n"):
                 selector.unregister(key.fileobj)
                 key.fileobj.close()  # type: ignore[union-attr]

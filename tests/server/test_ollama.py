@@ -136,6 +136,15 @@ async def test_the_model_is_named_as_the_request_names_it() -> None:
     assert "model 'other' not found" in await refusal(FakeEngine(), "/api/chat", 404, model="other", messages=[USER])
 
 
+async def test_an_answer_that_has_begun_is_continued() -> None:
+    engine = FakeEngine()
+    begun = {"role": "assistant", "content": "Well, "}
+    answer = await ask(engine, "/api/chat", messages=[USER, begun])
+    assert engine.calls[0].prompt == "<user>hi\n<assistant>Well, " and answer["message"]["content"] == "Hello, wörld!"
+    await ask(engine, "/api/chat", messages=[USER, {**begun, "content": ""}])
+    assert engine.calls[-1].prompt.endswith("\n<assistant>")
+
+
 async def test_calls_are_objects_and_come_whole() -> None:
     text = f"Let me see.{CALL}" + CALL.replace("Köln", "Bonn")
     engine = hermes(text)

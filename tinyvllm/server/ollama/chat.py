@@ -64,11 +64,17 @@ async def answer(
 def _read(state: ServerState, body: ChatRequest, options: Options) -> tuple[Prompt, SamplingParams]:
     """The prompt and the sampling parameters. Runs on a worker thread."""
     tools = body.tools or []
+    messages = canonical_messages(body.messages or [])
+    # as in Ollama, the model goes on with an answer that the conversation ends with
+    is_begun = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
+    continues = is_begun and bool(messages[-1]["content"].strip())
     conversation = Conversation(
-        messages=canonical_messages(body.messages or []),
+        messages=messages,
         tools=[tool.as_tool(position) for position, tool in enumerate(tools)],
         tools_for_template=[tool.for_template() for tool in tools],
         grammar=body.grammar(),
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
         template_arguments=template_arguments(state.engine, body.think, body.model),
     )
     prompt = prompt_of(state, conversation, body, options)

@@ -128,7 +128,7 @@ def _describe_cached(
     capabilities = ["insert"] if _can_fill_in(files) else []
     if template is None:
         return tuple(capabilities), "", defaults
-    if "tools" in template.source:
+    if template.renders_tools():
         capabilities.append("tools")
     if find_reasoning_format(reasoning_parser, template.source) is not None:
         capabilities.append("thinking")

@@ -30,7 +30,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {
 
 def openapi_event_stream(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI entry of a route that answers `stream=true` with server-sent events of `model`."""
-    schema = {"type": "string", "description": f"Events of {model.__name__} as JSON, then [DONE]."}
+    # without a type: tools that validate answers hold it against an event, whose data is a string
+    schema = {"description": f"Events of {model.__name__} as JSON, then [DONE]."}
     return {200: {"content": {"text/event-stream": {"schema": schema}}}}
 
 

@@ -40,7 +40,7 @@ class MessageEvents(ServerSentEvents):
         self._index = -1  # of the latest block
         self._block: type[Event] | None = None  # what the open block consists of; CallArguments for a call
         self._text: TextEvent | None = None  # of the open block
-        self._is_direct = False  # a delta's text is a text of the open block, unparsed
+        self._direct: TextEvent | None = None  # the same, while every delta's text is a text of this block, unparsed
         self._signature = Signature(carries_text=form.omits_thoughts)  # of the open block, if it is a thinking block
         self._num_reported = 0  # tokens of reasoning whose text is omitted, as far as events have told of them
 
@@ -52,8 +52,8 @@ class MessageEvents(ServerSentEvents):
         return b""  # with the first item, which knows the tokens that were cached
 
     def take(self, item: Item) -> bytes:
-        delta, event = item.delta, self._text
-        if not self._is_direct or event is None or delta.finish_reason is not None:
+        delta, event = item.delta, self._direct
+        if event is None or delta.finish_reason is not None:
             return self._write(delta)
         if not delta.text:
             return b""
@@ -124,8 +124,10 @@ class MessageEvents(ServerSentEvents):
                 begun = self._begin_block(block, "input_json_delta", "partial_json")
                 return begun + self._delta(type="input_json_delta", partial_json="")
             case _:
-                self._block, self._is_direct = Text, self._parser.is_plain
-                return self._begin_block(TextBlock(), "text_delta", "text")
+                self._block = Text
+                begun = self._begin_block(TextBlock(), "text_delta", "text")
+                self._direct = self._text if self._parser.is_plain else None
+                return begun
 
     def _begin_block(self, block: TextBlock | ThinkingBlock | ToolUseBlock, kind: str, field: str) -> bytes:
         """Begin a block whose deltas have this type, and their text in this field."""
@@ -139,7 +141,7 @@ class MessageEvents(ServerSentEvents):
         signed = b""
         if self._block is Reasoning:
             signed = self._delta(type="signature_delta", signature=str(self._signature))
-        self._block, self._text, self._is_direct = None, None, False
+        self._block, self._text, self._direct = None, None, None
         return signed + frame("content_block_stop", index=self._index)
 
     def _stop(self, delta: Delta) -> bytes:

@@ -31,7 +31,11 @@ from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
-_STREAM_SCHEMA = {"type": "string", "description": "message_start, content blocks, message_delta, message_stop."}
+_STREAM_SCHEMA = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "description": "message_start, content blocks, message_delta, message_stop; the data as JSON.",
+}
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _STREAM_SCHEMA}}}}
 
 router = APIRouter(responses=ERRORS)

@@ -224,6 +224,15 @@ async def test_items_of_other_services_are_rendered_or_skipped() -> None:
     assert [message["role"] for message in middle] == ["assistant", "tool"] * 7
 
 
+async def test_an_incomplete_message_at_the_end_is_continued() -> None:
+    engine = FakeEngine(reply=", world")
+    said = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Hello"}]}
+    await respond(engine, input=[{"role": "user", "content": "a"}, {**said, "status": "incomplete"}])
+    assert engine.calls[-1].prompt.endswith("<assistant>Hello")
+    await respond(engine, input=[{"role": "user", "content": "a"}, {**said, "status": "completed"}])
+    assert engine.calls[-1].prompt.endswith("<assistant>Hello\n<assistant>")
+
+
 async def test_a_reference_stands_for_the_item_of_a_stored_response() -> None:
     engine = FakeEngine(reply="Earlier.")
     async with client_of(engine) as client:

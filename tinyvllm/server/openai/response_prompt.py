@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from tinyvllm.config import SamplingParams
 from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
 from tinyvllm.server.intake import check_ids
-from tinyvllm.server.openai.protocol.common import effort_arguments
+from tinyvllm.server.openai.protocol.common import effort_arguments, thinking_arguments
 from tinyvllm.server.openai.protocol.response_items import InputItem, Message, messages_of
 from tinyvllm.server.openai.protocol.responses import ResponsesRequest
 from tinyvllm.server.openai.response_store import Item
@@ -42,17 +42,29 @@ def _read(state: ServerState, body: ResponsesRequest, items: Sequence[Item]) -> 
 
 def _make_prompt(state: ServerState, body: ResponsesRequest, messages: Sequence[Message]) -> Prompt:
     choice = body.choice()
-    effort = effort_arguments(body.reasoning.effort if body.reasoning is not None else None)
+    effort = thinking_arguments(body.model_extra or {})
+    effort |= effort_arguments(body.reasoning.effort if body.reasoning is not None else None)
+    continues = _is_unfinished(body.input[-1], messages)
     instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
     conversation = Conversation(
         messages=[*instructions, *messages],
         is_parallel=body.parallel_tool_calls is not False and choice.named_tool is None,
         grammar=body.grammar(),
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
         template_arguments=effort | (body.chat_template_kwargs or {}),
         is_chat=False,
         **choice.conversation(),
     )
     return make_prompt(conversation, state.engine)
+
+
+def _is_unfinished(last: InputItem, messages: Sequence[Message]) -> bool:
+    """Whether the input ends with a part of a message, which the model continues, as in vLLM."""
+    is_part = (
+        last.type == "message" and last.role == "assistant" and last.get("status") in ("in_progress", "incomplete")
+    )
+    return is_part and bool(messages[-1]["content"])
 
 
 # ---- Truncation ----

@@ -10,7 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tinyvllm.config import MAX_LOGPROBS
 from tinyvllm.errors import RequestError
-from tinyvllm.server.openai.protocol.common import PromptLogprobs, Usage, effort_arguments, optional, unsupported
+from tinyvllm.server.openai.protocol.common import (
+    PromptLogprobs,
+    Usage,
+    effort_arguments,
+    optional,
+    thinking_arguments,
+    unsupported,
+)
 from tinyvllm.server.openai.protocol.content import Content
 from tinyvllm.server.openai.protocol.generation import GenerationRequest
 from tinyvllm.server.openai.protocol.tools import (
@@ -159,7 +166,7 @@ class ChatRequest(GenerationRequest):
         self._check_tools()
         for position, message in enumerate(self.messages):
             message.check(f"messages.{position}")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError(
                 "top_logprobs needs logprobs=true: send it, or leave top_logprobs out", param="top_logprobs"
             )
@@ -213,7 +220,8 @@ class ChatRequest(GenerationRequest):
     @property
     def template_arguments(self) -> dict[str, Any]:
         """Additional variables of the template."""
-        return effort_arguments(self.reasoning_effort) | (self.chat_template_kwargs or {})
+        asked = thinking_arguments(self.model_extra or {}) | effort_arguments(self.reasoning_effort)
+        return asked | (self.chat_template_kwargs or {})
 
 
 # ---- Answers ----

@@ -125,11 +125,24 @@ class Usage(BaseModel):
 
 
 def effort_arguments(effort: str | None) -> dict[str, Any]:
-    """The template's variables for an effort of reasoning. "none" also turns reasoning off in templates that know only
-    `enable_thinking`."""
-    if effort is None:
-        return {}
-    return {"reasoning_effort": effort} | ({"enable_thinking": False} if effort == "none" else {})
+    """The template's variables for an effort of reasoning. It also turns reasoning on, or off for "none", in templates
+    that know only `enable_thinking`, as in vLLM."""
+    return {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+
+
+def thinking_arguments(extras: Mapping[str, Any]) -> dict[str, Any]:
+    """The template's variables for what other services call an effort: `reasoning` (OpenRouter), `thinking` (DeepSeek,
+    Z.ai) and `enable_thinking` (DashScope), among the fields of a chat that OpenAI does not have."""
+    found: dict[str, Any] = {}
+    reasoning, thinking, enabled = (extras.get(name) for name in ("reasoning", "thinking", "enable_thinking"))
+    if isinstance(reasoning, dict):
+        effort = reasoning.get("effort")
+        found |= effort_arguments(effort) if isinstance(effort, str) else {}
+        if isinstance(reasoning.get("enabled"), bool):
+            found["enable_thinking"] = reasoning["enabled"]
+    if isinstance(thinking, dict) and thinking.get("type") in ("enabled", "disabled"):
+        found["enable_thinking"] = thinking["type"] == "enabled"
+    return found | ({"enable_thinking": enabled} if isinstance(enabled, bool) else {})
 
 
 class ModelCard(BaseModel):

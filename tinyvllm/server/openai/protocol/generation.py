@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Unsupported fields that would change the output, each with the values (besides null) that request nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "add_special_tokens": (False,),  # in chats: the template writes them
     "audio": (),
     "cache_salt": (),
     "chat_template": (),
@@ -41,7 +42,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
     "modalities": (["text"],),
-    "prediction": (),
+    "moderation": (),
     "prompt_embeds": ([],),
     "repetition_detection": ({},),
     "return_prompt_text": (False,),
@@ -49,15 +50,17 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "thinking_token_budget": (-1,),
     "vllm_xargs": ({},),
     "watermarking": (False,),
-    "web_search_options": (),
 }
 
-# Known fields that do not affect the output: the caller's bookkeeping, hints to a hosted service.
+# Known fields that do not affect the output: the caller's bookkeeping, hints to a hosted service, settings of what only
+# such a service has; and other names of an effort of reasoning, which chats read.
 # fmt: off
 _IGNORED = frozenset((
-    "access_programs", "background_options", "client_metadata", "context_management", "image", "metadata",
-    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "request_id", "safety_identifier",
-    "service_tier", "session_id", "store", "stream_interval", "user", "verbosity",
+    "access_programs", "background_options", "client_metadata", "context_management", "enable_thinking", "image",
+    "media_io_kwargs", "metadata", "mm_processor_kwargs", "prediction", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "reasoning", "request_id", "return_mm_kwargs", "return_token_offsets",
+    "routed_experts_prompt_start", "safety_identifier", "service_tier", "session_id", "store", "stream_interval",
+    "thinking", "user", "verbosity",
 ))
 # fmt: on
 

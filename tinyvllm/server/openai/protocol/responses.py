@@ -40,7 +40,9 @@ _INCLUDE = (LOGPROBS, SEALED_REASONING, *_INCLUDE_WITHOUT_EFFECT)
 # Unsupported fields that would change the answer, each with the values besides null that request nothing, and a remedy.
 _UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
     "conversation": ((), "this server stores responses, not conversations: send previous_response_id"),
-    "moderation": ((), "this server has no moderation: leave it out"),
+    "enable_response_messages": ((False,), "leave it out, or send false"),
+    "previous_input_messages": (([],), "send the items of the conversation as input"),
+    "previous_response": ((), "send previous_response_id, or the items of the conversation as input"),
     "prompt": ((), "prompts stored with OpenAI cannot be read here: send instructions and input"),
 }
 _OF_OTHER_ROUTES = {

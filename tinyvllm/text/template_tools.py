@@ -25,46 +25,55 @@ def complete(tools: Tools) -> Tools:
 
 
 def _complete_function(function: Mapping[str, Any]) -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": "object", "properties": {}, **(function.get("parameters") or {})}
-    return {"description": "", **function, "parameters": _complete_schema(schema)}
+    schema = _with(function.get("parameters") or {}, type="object", properties={})
+    return _with({**function, "parameters": _complete_schema(schema)}, description="")
 
 
-def _complete_schema(schema: Any) -> Any:
-    if not isinstance(schema, Mapping) or not isinstance(schema.get("properties"), Mapping):
+def _complete_schema(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    properties = schema.get("properties")
+    if not isinstance(properties, Mapping):
         return schema
     properties = {
-        name: {"description": "", **_complete_schema(one if isinstance(one, Mapping) else {})}
-        for name, one in schema["properties"].items()
+        name: _with(_complete_schema(one if isinstance(one, Mapping) else {}), description="")
+        for name, one in properties.items()
     }
-    return {"required": [], **schema, "properties": properties}
+    return _with({**schema, "properties": properties}, required=[])
+
+
+def _with(given: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
+    """With defaults at the end, so that what is complete stays as it is."""
+    return {**given, **{name: value for name, value in defaults.items() if name not in given}}
 
 
 def plain(tools: Tools) -> Tools:
     """With one type for each parameter: the first alternative of several, and a string where there is none."""
     return [
-        {
-            **tool,
-            "function": {**tool["function"], "parameters": _plain_schema(tool["function"].get("parameters") or {})},
-        }
+        {**tool, "function": {**tool["function"], "parameters": _plain(tool["function"].get("parameters") or {})}}
         for tool in tools
     ]
 
 
-KEPT = ("description", "enum", "default", "required")
+ALTERNATIVES = ("anyOf", "oneOf", "allOf")
+KEPT = ("description", "enum", "default", "properties", "required", "items")
 
 
-def _plain_schema(schema: Any) -> dict[str, Any]:
-    schema = schema if isinstance(schema, Mapping) else {}
-    alternatives = [one for name in ("anyOf", "oneOf", "allOf") for one in schema.get(name) or ()]
-    first = next((one for one in alternatives if isinstance(one, Mapping) and one.get("type") != "null"), {})
+def _plain(schema: Any) -> dict[str, Any]:
+    found = dict(schema) if isinstance(schema, Mapping) else {}
+    if not isinstance(found.get("type"), str):
+        found = _of_one_type(found)
+    if isinstance(found.get("properties"), Mapping):
+        found["properties"] = {name: _plain(one) for name, one in found["properties"].items()}
+    if "items" in found:
+        found["items"] = _plain(found["items"])
+    return found
+
+
+def _of_one_type(schema: Mapping[str, Any]) -> dict[str, Any]:
+    alternatives = [one for name in ALTERNATIVES for one in schema.get(name) or () if isinstance(one, Mapping)]
+    first = next((one for one in alternatives if one.get("type") != "null"), {})
     schema = {**first, **schema}
     types = schema.get("type")
     types = [types] if isinstance(types, str) else [one for one in types or () if one != "null"]
-    default = "object" if "properties" in schema or "$ref" in schema else "array" if "items" in schema else "string"
-    found: dict[str, Any] = {"type": types[0] if types else default}
-    found |= {name: schema[name] for name in KEPT if name in schema}
-    if found["type"] == "object":
-        found["properties"] = {name: _plain_schema(one) for name, one in (schema.get("properties") or {}).items()}
-    elif found["type"] == "array":
-        found["items"] = _plain_schema(schema.get("items"))
-    return found
+    is_object = "properties" in schema or "$ref" in schema
+    default = "object" if is_object else "array" if "items" in schema else "string"
+    return {"type": types[0] if types else default} | {name: schema[name] for name in KEPT if name in schema}

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Fetch tokenizers of families with their chat templates, for `pytest -m tokenizers`: 180 MB in all. Tokenizers come from
 # npm. Templates that are not with them come from llama.cpp's collection in the source of llama-cpp-python (77 MB, of
-# which only the templates are kept); those of families whose tokenizers npm has not are directories of a template alone.
+# which only the templates are kept, all of them in models/templates); those of families whose tokenizers npm has not are
+# directories of a template alone.
 set -euo pipefail
 repo="$(cd "$(dirname "$0")/.." && pwd)"
 target="${TINYVLLM_MODELS:-$repo/models}/tokenizers"
@@ -19,12 +20,15 @@ for name in gemma2 gemma3 llama3_2 mistral_nemo qwen2_5 qwen3 gpt_oss; do
   printf 'fetched %s\n' "$name"
 done
 
-if [ ! -f "$target/gpt_oss/chat_template.jinja" ]; then
+templates="$(dirname "$target")/templates"
+if [ ! -f "$target/gpt_oss/chat_template.jinja" ] || [ ! -d "$templates" ]; then
   work="$(mktemp -d)"
   python3 -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest "$work" llama-cpp-python==0.3.36
   # by name: GNU's and BSD's tar have different options for patterns
   tar tzf "$work"/*.tar.gz | grep '/models/templates/.*jinja$' >"$work/templates"
   tar xzf "$work"/*.tar.gz -C "$work" -T "$work/templates"
+  mkdir -p "$templates"
+  cp "$work"/*/vendor/llama.cpp/models/templates/*.jinja "$templates"
   while read -r name template; do
     mkdir -p "$target/$name"
     cp "$work"/*/vendor/llama.cpp/models/templates/"$template".jinja "$target/$name/chat_template.jinja"

@@ -57,12 +57,14 @@ def test_a_gguf_file_is_described(tmp_path: Path) -> None:
     assert found["weight_bytes"] == sum(row["device_bytes"] for row in found["weights"])
     assert found["general_kernels"]["CUDA"] == [] and found["has_chat_template"] is True
     assert found["device"]["context"] == found["max_position"]
+    assert "no reasoning of earlier messages: it is left out by the template" in found["chat_template_limits"]
 
 
 def test_people_are_shown_the_same(tmp_path: Path) -> None:
     done = run(write_mlx(tmp_path / "mlx", MODELS["llama"]).path)
     assert done.exit_code == 0, done.stdout
-    for text in ("MLX directory, family llama", "mlx-6bit-g32", "KiB for every token", "METAL: fused", "it runs"):
+    texts = ("MLX directory, family llama", "mlx-6bit-g32", "KiB for every token", "METAL: fused", "it runs")
+    for text in (*texts, "chat template: no tools"):
         assert text in done.stdout
 
 

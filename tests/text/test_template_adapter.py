@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from tests.builders import CHATML
 from tinyvllm.errors import RequestError
@@ -54,7 +57,8 @@ MISTRAL = """{% set count = namespace(value=0) %}{% for m in messages if m.role 
 {% endif %}{{ m.content }}[/INST]{% if tools and m == users[-1] %}{{ tools|tojson }}{% endif %}
 {%- elif m.role == 'tool' %}{% if m.tool_call_id|length != 9 %}{{ raise_exception('9') }}{% endif -%}
 [RESULT]{{ m.tool_call_id }}:{{ m.content }}
-{%- elif m.tool_calls %}{% for call in m.tool_calls %}{% if call.id|length != 9 %}{{ raise_exception('9') }}{% endif -%}
+{%- elif m.tool_calls %}{{ m.content }}{% for call in m.tool_calls %}
+{%- if call.id|length != 9 %}{{ raise_exception('9') }}{% endif -%}
 [CALL]{{ call.id }}{{ call.function|tojson }}{% endfor %}
 {%- elif m.role == 'assistant' %}{{ m.content }}</s>
 {%- elif not loop.first %}{{ raise_exception('role') }}{% endif %}{% endfor %}"""
@@ -278,6 +282,42 @@ def test_reasoning_has_the_templates_name(name: str) -> None:
     source = turns(f"{{% if m.{name} %}}<{{{{ m.{name} }}}}>{{% endif %}}{{{{ m.content }}}}")
     for given in ("reasoning_content", "thinking"):
         assert render(source, user("a"), said("c", **{given: "b"})) == "[user]a[assistant]<b>c"
+
+
+# ---- All at once ----
+
+NUMBERED = re.compile(r"<\d+>")
+TURN = st.sampled_from(["system", "user", "assistant", "call", "calls", "result", "empty answer", "empty question"])
+COMPILED = [
+    template(source)
+    for source in (TURNS, GEMMA, FIRST_ONLY, MISTRAL, PARTS_ONLY, turns(calls="(m.tool_calls or [])[:1]"))
+]
+
+
+def conversation(turns: list[str]) -> list[Message]:
+    """A message for each turn, with a text for each but the empty ones."""
+    chat: list[Message] = []
+    for index, turn in enumerate(turns):
+        text = f"<{index}>"
+        if turn in ("system", "user", "assistant"):
+            chat.append({"role": turn, "content": text})
+        elif turn == "result":
+            chat.append(result(text))
+        elif turn in ("call", "calls"):
+            arguments = [{"x": text}, {"x": f"<{index}0>"}][: 2 if turn == "calls" else 1]
+            chat.append(said("", *arguments))
+        else:
+            chat.append(said("") if turn == "empty answer" else user(""))
+    return chat
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(st.lists(TURN, min_size=1, max_size=9))
+def test_no_conversation_is_refused_and_no_text_is_lost(turns: list[str]) -> None:
+    chat = conversation(turns)
+    wanted = sorted(NUMBERED.findall(json.dumps(chat)))
+    for one in COMPILED:
+        assert sorted(NUMBERED.findall(one.render(chat))) == wanted
 
 
 # ---- Continued messages ----

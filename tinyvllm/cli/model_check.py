@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ class CheckResult:
     fitting: Fit | None = None
     has_chat_template: bool | None = None
     warning: str = ""
+    template_limits: tuple[str, ...] = ()  # what the chat template cannot take, and what becomes of it
 
     @property
     def runs(self) -> bool:
@@ -52,6 +53,7 @@ class CheckResult:
             "problem": self.problem or None,
             "warning": self.warning or None,
             "has_chat_template": self.has_chat_template,
+            "chat_template_limits": list(self.template_limits),
         } | found
 
 
@@ -124,14 +126,16 @@ def _check_files(files: ModelFiles, device: str | None, memory_bytes: int | None
     report = examine_files(files, device)
     load_tokenizer(files)
     try:
-        has_template = load_chat_template(files) is not None
+        template = load_chat_template(files)
     except ModelError:
-        has_template = False
+        template = None
+    limits = () if template is None else tuple(template.abilities(has_tools=True).deviations())
+    result = CheckResult(files.name, "", report, None, template is not None, template_limits=limits)
     try:
         fitting = fit(report, device, memory_bytes)
     except DeviceError as error:
-        return CheckResult(files.name, "", report, None, has_template, str(error))
-    return CheckResult(files.name, fitting.problem, report, fitting, has_template)
+        return replace(result, warning=str(error))
+    return replace(result, problem=fitting.problem, fitting=fitting)
 
 
 def parse_size(text: str | None) -> int | None:
@@ -168,6 +172,7 @@ def _print_report(report: ModelReport, result: CheckResult) -> None:
         f"{result.name}: {report.source}, family {report.architecture}, {_parameters(report)}",
         f"{config.num_layers} layers, {config.max_position} tokens of context, "
         + ("with a chat template" if result.has_chat_template else "without a chat template"),
+        *(f"chat template: {limit}" for limit in result.template_limits),
         *report.left_out,
     ]
     for line in lines:

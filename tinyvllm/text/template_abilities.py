@@ -46,7 +46,7 @@ class Abilities:
 
     is_known: bool = False  # False: the probes failed, so messages are passed as they are
     system: Literal["first", "last user", "no"] = "first"  # where a leading system message is rendered, if at all
-    system_in_tool_loop: bool = True  # it is also rendered if the conversation ends with a tool's result
+    system_needs_last_user: bool = False  # it is lost if the conversation ends with a result or an answer
     several_systems: bool = True  # at the beginning
     later_systems: bool = True  # after other messages
     needs_user: bool = False  # refuses conversations without a message of the user
@@ -67,6 +67,7 @@ class Abilities:
     parallel_calls: bool = True
     arguments: Literal["object", "text"] = "object"
     consecutive_calls: bool = True  # messages with calls may follow each other, and their results later
+    answer_before_calls: bool = True  # a message with text may precede one with calls
     unanswered_calls: bool = True  # a message of the user may follow calls
     orphan_results: bool = True  # a result need not follow calls
     malformed_arguments: bool = True  # takes text where it expects an object
@@ -86,8 +87,8 @@ class Abilities:
         return (
             (self.system == "no", "no system messages: they go into the user's first message"),
             (
-                self.system != "no" and not self.system_in_tool_loop,
-                "no system message after tool results: it goes into the user's message",
+                self.system != "no" and self.system_needs_last_user,
+                "no system message unless the user's is the last: it goes into the user's message",
             ),
             (self.system != "no" and not self.several_systems, "one system message only: several are joined"),
             (not self.later_systems, "no system message after others: it becomes the user's"),
@@ -110,6 +111,8 @@ class Abilities:
                 "tools with descriptions and parameters: empty ones are added",
             ),
             (self.tools != "no" and not self.any_schemas, "parameters of one type each"),
+            (self.calls and not self.answer_before_calls, "no answer before calls: they become one message"),
+            (self.calls and not self.consecutive_calls, "no consecutive messages with calls: they become one"),
             (self.calls and not self.unanswered_calls, "no calls without results: they are written as text"),
             (
                 self.results and not self.orphan_results,
@@ -347,15 +350,25 @@ def _find_results(probe: Probe) -> dict[str, Any]:
         return {"results": False}
     probe.has_results = True
     found: dict[str, Any] = {"results": True, "needs_result_names": _needs_names(probe)}
-    if probe.has_calls:
-        found["parallel_calls"] = probe.shows(*probe.loop(2), texts=(*VALUES, *RESULTS))
-        if probe.text(user, _without_ids(said), _without_ids(probe.result())) is None:
-            found["needs_ids"] = True
-        first, second = (probe.calls(index=index) for index in (0, 1))
-        chat = (user, first, second, probe.result(0), probe.result(1))
-        found["consecutive_calls"] = probe.shows(*chat, texts=(*VALUES, *RESULTS))
-        found["orphan_results"] = probe.shows(user, probe.result())
-    return found
+    if not probe.has_calls:
+        return found
+    if probe.text(user, _without_ids(said), _without_ids(probe.result())) is None:
+        found["needs_ids"] = True
+    return found | _find_order_of_calls(probe)
+
+
+def _find_order_of_calls(probe: Probe) -> dict[str, Any]:
+    user, question, answer = probe.user(), probe.user(USERS[1]), probe.answer()
+    first, second = (probe.calls(index=index) for index in (0, 1))
+    results = (probe.result(0), probe.result(1))
+    answer_first = (user, answer, first, results[0], probe.answer(ANSWERS[1]), question)
+    orphans = ((user, results[0]), (results[0], answer, user))
+    return {
+        "parallel_calls": probe.shows(*probe.loop(2), texts=(*VALUES, *RESULTS)),
+        "consecutive_calls": probe.shows(user, first, second, *results, texts=(*VALUES, *RESULTS)),
+        "answer_before_calls": probe.shows(*answer_first, texts=(*ANSWERS, VALUES[0], RESULTS[0])),
+        "orphan_results": all(probe.shows(*messages) for messages in orphans),
+    }
 
 
 def _without_ids(message: Message) -> Message:
@@ -389,7 +402,9 @@ def _find_systems(probe: Probe) -> dict[str, Any]:
     return found | {
         "system": "last user" if is_last else "first",
         "several_systems": probe.shows(system, later, user),
-        "system_in_tool_loop": not probe.has_results or probe.shows(system, *probe.loop(), texts=SYSTEMS[:1]),
+        "system_needs_last_user": not all(
+            probe.shows(system, *messages, texts=SYSTEMS[:1]) for messages in ((user, answer), probe.loop())
+        ),
         "needs_user": not probe.shows(system, texts=(SYSTEMS[0], DEFINED) if probe.tools else ()),
     }
 

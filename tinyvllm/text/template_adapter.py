@@ -138,7 +138,7 @@ class Adapter:
             return False
         if abilities.needs_user and not any(message.get("role") == "user" for message in others):
             return False
-        return abilities.system_in_tool_loop or not others or others[-1].get("role") != "tool"
+        return not abilities.system_needs_last_user or not others or others[-1].get("role") == "user"
 
     def _folded(self, system: str, others: list[Message]) -> list[Message]:
         """The system's text at the beginning of the message of the user that the template would put it into."""
@@ -174,14 +174,19 @@ class Adapter:
     def _must_join(self, first: Message, second: Message) -> bool:
         roles = (str(first.get("role")), str(second.get("role")))
         if roles == ("assistant", "assistant"):
-            if calls_of(first) and calls_of(second):  # unless they have their results with them, as Gemma 4's
-                return not (self.abilities.consecutive_calls or first.get("tool_responses"))
-            return not (self.abilities.consecutive_assistants or calls_of(first) or calls_of(second))
+            return self._must_join_answers(first, second)
         allowed = {
             ("user", "user"): self.abilities.consecutive_users,
             ("tool", "user"): self.abilities.user_after_result,
         }
         return not allowed.get(roles, True)
+
+    def _must_join_answers(self, first: Message, second: Message) -> bool:
+        abilities = self.abilities
+        if not calls_of(first):
+            return not (abilities.answer_before_calls if calls_of(second) else abilities.consecutive_assistants)
+        # unless the results are with them, as Gemma 4's
+        return bool(calls_of(second)) and not (abilities.consecutive_calls or first.get("tool_responses"))
 
     # ---- The form of content ----
 
@@ -230,17 +235,22 @@ def join(messages: Sequence[Message]) -> Message:
 
 
 def unmatched(messages: Sequence[Message]) -> set[int]:
-    """The indices of calls that a message other than a result follows, and of results that follow no call."""
+    """The indices of calls without any result before the next message of another kind, and of results without calls."""
     found: set[int] = set()
-    calling: int | None = None  # the index of the latest message with calls, as long as nothing but results follows it
+    unanswered: list[int] = []
+    may_be_answered = False
     for index, message in enumerate(messages):
-        is_result, has_calls = message.get("role") == "tool", bool(calls_of(message))
-        if is_result and calling is None:
-            found.add(index)
-        elif not is_result and not has_calls and calling == index - 1:
-            found.add(calling)
-        if not is_result:
-            calling = index if has_calls else None
+        if calls_of(message):
+            unanswered.append(index)
+            may_be_answered = True
+        elif message.get("role") == "tool":
+            unanswered.clear()
+            if not may_be_answered:
+                found.add(index)
+        else:
+            found.update(unanswered)
+            unanswered.clear()
+            may_be_answered = False
     return found
 
 

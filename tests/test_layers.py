@@ -52,8 +52,9 @@ MAY_IMPORT = {
     "engine": BASE | {"text", "scheduling", "execution", "profiling", "storage"},
     "server": BASE | {"text", "engine", "profiling", "storage", "__init__"},
     "ray_app": BASE | {"engine", "scheduling", "server"},
+    "door": BASE | {"device", "engine", "execution", "server", "storage", "__init__"},
     "bench": DOWN_TO_ENGINE | {"__init__"},
-    "cli": DOWN_TO_ENGINE | {"bench", "convert", "server", "__init__"},
+    "cli": DOWN_TO_ENGINE | {"bench", "convert", "door", "server", "__init__"},
     "__init__": BASE | {"engine"},
     "__main__": {"cli"},
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -11,6 +13,7 @@ from typer.main import get_command
 
 from tests.server.fake_engine import FakeEngine
 from tinyvllm.cli.commands import app as cli
+from tinyvllm.door.metrics import ModelsCollector
 from tinyvllm.server.app import make_app
 from tinyvllm.server.failures import _STATES
 
@@ -40,6 +43,11 @@ async def test_metrics() -> None:
         f"{family.name}_total" if family.type == "counter" else family.name
         for family in text_string_to_metric_families(text)
         if not family.name.startswith(("process_", "python_")) and not family.name.endswith("_created")
+    }
+    fleet: Any = SimpleNamespace(counts={})  # of several models
+    families |= {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in ModelsCollector(fleet).collect()
     }
     named = set(re.findall(r"`((?:tiny)?vllm:\w+|http_\w+)`", PAGE))
     assert named == families

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 from typer import Option
 
 from tinyvllm.cli import engine as engines
-from tinyvllm.cli.flags import DEVICE_VARIABLE, EngineFlags, Model
+from tinyvllm.cli.door_flags import DoorFlags, Models, split_name
+from tinyvllm.cli.flags import DEVICE_VARIABLE, EngineFlags
 from tinyvllm.cli.greeting import Greeting
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.record_flags import RecordFlags
 from tinyvllm.cli.server_flags import ListenFlags, ProcessFlags, ServerFlags
 from tinyvllm.cli.terminal import Progress, progress_bars
+from tinyvllm.errors import TinyvllmError
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -33,40 +36,67 @@ log = logging.getLogger(__name__)
 
 def serve(
     *,
-    model: Model = DEFAULT_MODEL,
+    model: Models = None,
     served_model_name: Annotated[
-        str | None, Option(metavar="NAME", help="The model's name in the API. [default: MODEL]")
+        list[str] | None,
+        Option(
+            metavar="NAME",
+            help="The model's name in the API. Repeatable: further names are aliases. [default: MODEL]",
+            show_default=False,
+        ),
     ] = None,
+    door: DoorFlags,
     listen: ListenFlags,
     http: ServerFlags,
     processes: ProcessFlags,
     record: RecordFlags,
     engine: EngineFlags,
 ) -> None:
-    """Serve a model over HTTP with OpenAI's API."""
+    """Serve one or several models over HTTP, with the APIs of OpenAI, Anthropic and Ollama.
+
+    tinyvllm serve MODEL keeps one model loaded. tinyvllm serve A NAME=B --keep-alive 5m --max-loaded 2 loads each
+    model at its first request, and ends it when it is idle or when another one needs its room."""
     engine.apply()
-    engine.make_config(model)  # rejects bad values before anything starts
+    engine.make_config("")  # rejects bad values before anything starts
     settings = http.settings(local_host=listen.local_host)
-    num_front_ends = processes.num_front_ends()
-
-    from tinyvllm.server import sockets
-    from tinyvllm.server.context import QuietPollsFilter, RequestIdFilter
-
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(QuietPollsFilter())
-        handler.addFilter(RequestIdFilter())
+    names = served_model_name or []
+    _filter_logs()
     tls = listen.tls()
+    models = model or ([] if door.config else [DEFAULT_MODEL])
+    if door.applies(models):
+        _serve_several(models, names, door, listen, http, processes, record, engine)
+        return
+    _serve_one(models[0], names, settings, tls, listen, http, processes, record, engine)
+
+
+def _serve_one(
+    model: str,
+    names: list[str],
+    settings: ServerSettings,
+    tls: TlsFiles | None,
+    listen: ListenFlags,
+    http: ServerFlags,
+    processes: ProcessFlags,
+    record: RecordFlags,
+    engine: EngineFlags,
+) -> None:
+    """Serve a model that stays loaded. names: what clients call it; the first is its name in answers."""
+    from tinyvllm.server import sockets
+
+    num_front_ends = processes.num_front_ends()
     with contextlib.ExitStack() as stack:
         sock = listen.bind()
         stack.enter_context(sockets.closing(sock))
-        files = require_model(model, pull=engine.pull)
-        config = engine.make_config(model, warm_up="background", served_model_name=served_model_name or files.name)
+        given_name, path = split_name(model)
+        names = names or ([] if given_name is None else [given_name])
+        files = require_model(path, pull=engine.pull)
+        settings = dataclasses.replace(settings, model_aliases=tuple(names[1:]))
+        config = engine.make_config(path, warm_up="background", served_model_name=names[0] if names else files.name)
         address = sockets.address_of(sock, has_tls=tls is not None)
         log.info(
             "loading %s; HTTP is up on %s, where /health is 503 until it is ready", config.served_model_name, address
         )
-        if sockets.is_public(sock) and not settings.api_keys:
-            log.warning("%s is open to everyone who can reach it: see --api-key-file", address)
+        _warn_if_open(sock, settings, address)
         bars = stack.enter_context(contextlib.ExitStack())  # a stack of its own: the bars end when the engine is ready
         report = bars.enter_context(progress_bars())
 
@@ -87,6 +117,64 @@ def serve(
             _serve_in_processes(served, report, greet, processes, num_front_ends, engine)
         else:
             _serve_in_this_process(served, report, greet)
+
+
+def _filter_logs() -> None:
+    from tinyvllm.server.context import QuietPollsFilter, RequestIdFilter
+
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(QuietPollsFilter())
+        handler.addFilter(RequestIdFilter())
+
+
+def _warn_if_open(sock: socket.socket, settings: ServerSettings, address: str) -> None:
+    from tinyvllm.server import sockets
+
+    if sockets.is_public(sock) and not settings.api_keys:
+        log.warning("%s is open to everyone who can reach it: see --api-key-file", address)
+
+
+def _serve_several(
+    models: list[str],
+    names: list[str],
+    door: DoorFlags,
+    listen: ListenFlags,
+    http: ServerFlags,
+    processes: ProcessFlags,
+    record: RecordFlags,
+    engine: EngineFlags,
+) -> None:
+    """Serve models behind a door, each in a process of its own while it is loaded."""
+    from tinyvllm.door.fleet import Plan
+    from tinyvllm.door.serve import serve_door
+    from tinyvllm.server import event_loop, sockets
+
+    if record.is_on:
+        raise TinyvllmError("--profile and --trace are for a server of one model: leave them out, or serve one model")
+    settings, tls = http.settings(local_host=listen.local_host), listen.tls()
+    served = door.settings(models, names, engine, processes.num_front_ends_each())
+    with contextlib.ExitStack() as stack:
+        sock = listen.bind()
+        stack.enter_context(sockets.closing(sock))
+        address = sockets.address_of(sock, has_tls=tls is not None)
+        _warn_if_open(sock, settings, address)
+        greeting = Greeting(
+            address=address,
+            names=[model.name for model in served.models],
+            apis=settings.apis,
+            needs_key=bool(settings.api_keys),
+            can_chat=True,
+        )
+        event_loop.run(
+            serve_door(
+                served,
+                Plan(settings=settings, log_level=engine.log_level),
+                sock,
+                on_serving=lambda server: greeting.show(),
+                tls=tls,
+                access_log=http.access_log,
+            )
+        )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _STANDARD = ServerSettings()
 MAX_FRONT_ENDS, MAX_ENGINES = 64, 64
+MAX_DEFAULT_EACH = 2  # front-ends of each of several models, unless the user says otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,17 @@ class ProcessFlags:
         if count is None:
             count = default_front_ends(usable_cores())
         return max(count, 1) if needs_processes else count
+
+    def num_front_ends_each(self) -> int:
+        """Of each of several models. Raises TinyvllmError for what several models cannot have."""
+        for is_given, flag in (
+            (self.data_parallel_size > 1, "--data-parallel-size"),
+            (self.restart_engine, "--restart-engine"),
+        ):
+            if is_given:
+                raise TinyvllmError(f"{flag} is for a server of one model: leave it out, or serve one model")
+        count = self.num_front_ends()
+        return count if self.api_server_count is not None else min(count, MAX_DEFAULT_EACH)
 
 
 def default_front_ends(num_cores: int) -> int:

@@ -13,7 +13,14 @@ def resolve_limits(config: EngineConfig, device: DeviceHandle | None = None) -> 
     seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
     if seqs is not None and tokens is not None:
         return Limits(seqs, tokens)
-    own = device_limits(device or open_device())
+    return fit_limits(config, device_limits(device or open_device()))
+
+
+def fit_limits(config: EngineConfig, own: Limits) -> Limits:
+    """The limits in the settings, or else `own`, the device's, fitted to each other."""
+    seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    if seqs is not None and tokens is not None:
+        return Limits(seqs, tokens)
     if seqs is not None:
         return Limits(seqs, max(seqs, own.max_num_batched_tokens))
     return Limits(min(own.max_num_seqs, tokens or own.max_num_seqs), tokens or own.max_num_batched_tokens)

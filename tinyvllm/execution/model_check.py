@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from tinyvllm.arrays import SCALE_DTYPES, Format, QuantizedMatrix
-from tinyvllm.config import EngineConfig, ModelConfig, ModelFiles
+from tinyvllm.config import EngineConfig, Limits, ModelConfig, ModelFiles
 from tinyvllm.device.kinds import KINDS, kind_of
 from tinyvllm.errors import CapacityError
 from tinyvllm.execution.capacity import KVGroup, MemoryFacts, plan_capacity, scratch_bytes
@@ -29,6 +29,7 @@ from tinyvllm.storage.model_config import read_model_config
 
 KV_ITEMSIZE = 2  # float16, as --kv-cache-dtype auto has it
 DENSE = {"float32": 4, "float16": 2, "bfloat16": 2}
+USEFUL_CONTEXT = 4096  # tokens of one sequence: with less room for keys and values a model is not worth loading
 EXPERTS = "experts"
 # Parts of a model by what their tensors' names contain, in the order of the table
 CLASSES = (
@@ -108,6 +109,16 @@ class Fit:
     problem: str = ""
 
 
+@dataclass(frozen=True)
+class LeastMemory:
+    """Bytes without which a model cannot be loaded. `kv`: of one sequence of `context` tokens, with its states."""
+
+    weights: int
+    scratch: int
+    kv: int
+    context: int
+
+
 def examine_files(files: ModelFiles, device: str) -> ModelReport:
     """Read the headers. `device`: tinygrad's name of the one whose memory counts. Raises ModelError for files that
     cannot be run, with the reason."""
@@ -149,6 +160,23 @@ def fit(report: ModelReport, device: str, memory_bytes: int | None = None) -> Fi
     except CapacityError as error:
         return Fit(device, memory_bytes, kind.default_share, 0, str(error))
     return Fit(device, memory_bytes, kind.default_share, capacity.max_model_len)
+
+
+def least_memory(report: ModelReport, config: EngineConfig, limits: Limits, device: str) -> LeastMemory:
+    """What a model needs on `device` to be loaded by these settings. An estimate, which leaves out a GPU's driver."""
+    weights = report.device_bytes
+    if config.dequantize:
+        weights = report.num_weights * (4 if kind_of(device).name == "CPU" else 2)
+    context = config.max_model_len or min(report.config.usual_context, USEFUL_CONTEXT)
+    step = min(context, limits.max_num_batched_tokens)
+    kept = ((one, context if one.window is None else min(context, one.window + step)) for one in report.kv)
+    kv = sum(one.bytes_per_token * (num_tokens + 2 * config.block_size) for one, num_tokens in kept)
+    return LeastMemory(
+        weights=weights,
+        scratch=scratch_bytes(limits, report.config),
+        kv=kv + 2 * report.config.state_bytes,
+        context=context,
+    )
 
 
 def default_device() -> str:

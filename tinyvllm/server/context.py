@@ -19,6 +19,7 @@ class RequestContext:
     is_own_id: bool = True  # we chose it, so it is unique; clients may repeat theirs
     keepalive_s: float | None = 15.0
     idle_timeout_s: float | None = 60.0
+    is_counted_elsewhere: bool = False  # another server of ours answers it, and counts it
     times_own_events: bool = False  # its response applies idle_timeout_s to its parts by itself
     closers: list[Callable[[], None]] = field(default_factory=list)  # called once it has been answered or has failed
     num_seqs: int = 0  # sequences admitted for it

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import traceback
-from collections.abc import Callable
-from typing import Any
 
 from tinyvllm.engine.engine_server import EngineServer
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.server import recordings
-from tinyvllm.server.child import start_child
+from tinyvllm.server.child import find, start_child
 from tinyvllm.server.control import ChildLink, Message
 from tinyvllm.server.endpoints import endpoint_of
 from tinyvllm.server.specs import EngineSpec
@@ -47,7 +44,7 @@ class _EngineProcess:
         """Load and serve until the supervisor says stop; returns the exit code."""
         self._link.watch(self._handle)
         try:
-            self._server.run(self._report, lambda engine: self._announce(), _find(self._spec.load))
+            self._server.run(self._report, lambda engine: self._announce(), find(self._spec.load))
         except TinyvllmError as error:
             if self._is_ready:
                 log.critical("the engine stops", exc_info=error)
@@ -76,13 +73,6 @@ class _EngineProcess:
                 self._server.drop_client(message["client"])
             case "question":
                 self._link.send("answer", number=message["number"], answer=recordings.answer(message["question"]))
-
-
-def _find(name: str) -> Callable[..., Any]:
-    """The function that "module:function" names."""
-    module, _, function = name.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
 
 
 if __name__ == "__main__":

@@ -112,13 +112,13 @@ class _Exchange:
                 state.admission.release(self._context)
                 if asks_for_work:
                     state.drain.end_request()
-                    if self._status >= 400:
+                    if self._status >= 400 and not self._context.is_counted_elsewhere:
                         state.metrics.count_refusal(self._status)
                 route = self._scope.get("route")
                 handler = getattr(route, "path", "none")
                 if measure.is_on():
                     self._measure(start_s, handler)
-                if is_counted:
+                if is_counted and not self._context.is_counted_elsewhere:
                     state.metrics.count_http(method, handler, self._status, time.perf_counter() - start_s)
 
     def _measure(self, start_s: float, handler: str) -> None:

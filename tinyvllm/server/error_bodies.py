@@ -39,7 +39,11 @@ def error_body(path: str, status: int, detail: ErrorDetail) -> str:
 
 def error_event(path: str, status: int, detail: ErrorDetail) -> bytes:
     """The end of a stream, in the format that `path` streams."""
-    body = error_body(path, status, detail).encode()
+    return event_of(path, error_body(path, status, detail).encode())
+
+
+def event_of(path: str, body: bytes) -> bytes:
+    """The body of an error as the end of a stream."""
     match api_of(path):
         case "anthropic":
             return b"event: error\ndata: " + body + b"\n\n"

@@ -55,6 +55,18 @@ class LaneGoneError(TinyvllmError):
     """The front-end for large bodies has died, and is being started again: HTTP 503, worth a retry."""
 
 
+class LoadFailedError(TinyvllmError):
+    """One of several models could not be loaded: HTTP 503. A later request tries again."""
+
+
+class DoesNotFitError(TinyvllmError):
+    """There is no memory or no place for one of several models: HTTP 503, with the numbers."""
+
+
+class ModelGoneError(TinyvllmError):
+    """The process of one of several models has died: HTTP 503. The next request starts it again."""
+
+
 class StalledError(TinyvllmError):
     """The engine has work, but its current step does not end: HTTP 503."""
 
@@ -104,6 +116,9 @@ _STATES: tuple[tuple[type[TinyvllmError], int, str, str, Mapping[str, str]], ...
     (NotReadyError, 503, SERVER_ERROR, "engine_not_ready", _RETRY_LATER),
     (DrainingError, 503, SERVER_ERROR, "server_draining", {**_RETRY_LATER, "connection": "close"}),
     (LaneGoneError, 503, SERVER_ERROR, "front_end_gone", {"retry-after": str(QUEUE_RETRY_AFTER_S)}),
+    (LoadFailedError, 503, SERVER_ERROR, "model_load_failed", _RETRY_LATER),
+    (DoesNotFitError, 503, SERVER_ERROR, "model_does_not_fit", _RETRY_LATER),
+    (ModelGoneError, 503, SERVER_ERROR, "model_gone", {"retry-after": str(QUEUE_RETRY_AFTER_S)}),
     (AbortedError, 503, SERVER_ERROR, "request_aborted", _RETRY_LATER),
     (StalledError, 503, SERVER_ERROR, "engine_stalled", _RETRY_LATER),
     (EngineDeadError, 503, SERVER_ERROR, "engine_dead", _NO_RETRY),

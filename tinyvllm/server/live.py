@@ -83,7 +83,7 @@ class PoolSnapshot(BaseModel):
 
 
 class EngineState(BaseModel):
-    status: Literal["loading", "ready", "draining", "dead"]
+    status: Literal["unloaded", "loading", "ready", "draining", "dead"]
     model: str
     version: str
     uptime_s: float

@@ -133,7 +133,8 @@ async def start_process(
                 module,
                 str(there.fileno()),
                 pass_fds=(there.fileno(), *fds),
-                process_group=0,  # a Ctrl-C in a terminal reaches the supervisor alone, which forwards it
+                # with a process group of its own: a Ctrl-C in a terminal reaches this process alone, which forwards it
+                start_new_session=True,
                 stdin=asyncio.subprocess.DEVNULL,
                 env={**os.environ, **(environment or {}), API_KEY_VARIABLE: ""},
             )

@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.server.context import current
+from tinyvllm.server.error_bodies import event_of
 from tinyvllm.server.events import EVENT_STREAM, STREAM_TYPES
 from tinyvllm.server.failures import ClientGone, failure_of
 from tinyvllm.server.streaming import send_promptly
@@ -162,20 +163,50 @@ def _answer(method: str, head: bytes, reader: asyncio.StreamReader, writer: asyn
     return Answer(status, kept, reader, writer, length)
 
 
-async def relay(uds: str, scope: Scope, body: RequestBody, send: Send, gone: Gone) -> int:
-    """Pass a request on, and its answer to the client; returns the answer's status.
+async def fetch(uds: str, path: str) -> bytes:
+    """GET from another server of ours. Raises PeerGoneError, for other answers than 200 too."""
+    scope: Scope = {"method": "GET", "path": path, "query_string": b"", "headers": [(b"host", b"localhost")]}
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    answer = await ask(uds, scope, RequestBody.of(b"", receive))
+    async with contextlib.aclosing(answer):
+        body = b"".join([part async for part in answer.parts()])
+    if answer.status != 200:
+        raise PeerGoneError(f"{path} is answered with {answer.status}")
+    return body
+
+
+async def relay(
+    uds: str, scope: Scope, body: RequestBody, send: Send, gone: Gone, *, has_started: bool = False
+) -> None:
+    """Pass a request on, and its answer to the client.
 
     A stream that the other server does not complete ends with an error event; other answers break the connection.
+    has_started: the client has got the head of a stream of events, so an answer of another kind becomes an event.
     Raises `gone` if there is no answer at all, and what `send` raises."""
     try:
         answer = await ask(uds, scope, body)
     except PeerGoneError as error:
         raise gone(str(error)) from error
     async with contextlib.aclosing(answer):
-        await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+        if not has_started:
+            await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+        elif answer.stream_type is None:
+            await send({"type": "http.response.body", "body": await _as_event(answer, scope, gone), "more_body": False})
+            return
         if await relay_body(answer, scope["path"], send, gone):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-    return answer.status
+
+
+async def _as_event(answer: Answer, scope: Scope, gone: Gone) -> bytes:
+    """An error that was answered where the client already reads a stream."""
+    try:
+        body = b"".join([part async for part in answer.parts()])
+    except PeerGoneError as error:
+        return failure_of(gone(str(error))).event(scope["path"])
+    return event_of(scope["path"], body)
 
 
 async def relay_body(answer: Answer, path: str, send: Send, gone: Gone) -> bool:

@@ -1,0 +1,106 @@
+"""Models for a door in tests: their processes are real, and the device in them is fake.
+
+What a model does is in its name: "size 30" needs 30 of the device's 100 GiB, "slow" is loaded once the file that
+TINYVLLM_TEST_GO names is there, "broken" cannot be loaded, and "endless" never ends an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.server import fake_load
+from tinyvllm.config import EngineConfig
+from tinyvllm.door.fleet import Plan
+from tinyvllm.door.policy import Need
+from tinyvllm.door.serve import DoorServer, serve_door
+from tinyvllm.door.settings import DoorSettings, ModelSettings
+from tinyvllm.engine.loading import LoadedEngine
+from tinyvllm.errors import ModelError
+from tinyvllm.server import event_loop
+from tinyvllm.server.settings import ServerSettings
+from tinyvllm.server.sockets import bind
+
+GIB = 2**30
+GO_VARIABLE = "TINYVLLM_TEST_GO"
+EXAMINE, LOAD = "tests.door.fake_models:examine", "tests.door.fake_models:load"
+
+
+def examine(config: EngineConfig) -> Need:
+    size = re.search(r"size (\d+)", config.model)
+    weights = GIB * int(size[1] if size else 1)
+    return Need(device="FAKE", weights=weights, scratch=0, kv=0, context=256, free=100 * GIB, share=1.0, is_total=True)
+
+
+def load(config: EngineConfig, progress: Callable[[str, int, int], None]) -> LoadedEngine:
+    if "broken" in config.model:
+        raise ModelError("its file is damaged")
+    while "slow" in config.model and not Path(os.environ[GO_VARIABLE]).exists():
+        time.sleep(0.01)
+    return (fake_load.endless if "endless" in config.model else fake_load.answering)(config, progress)
+
+
+def model(name: str, kind: str = "", **options: Any) -> ModelSettings:
+    return ModelSettings(name=name, config=EngineConfig(kind or name, served_model_name=name), **options)
+
+
+class RunningDoor:
+    """A door on a thread of this process."""
+
+    def __init__(self, url: str, server: DoorServer) -> None:
+        self.url = url
+        self.server = server
+        self.fleet = server.state.fleet
+
+    def client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, timeout=60)
+
+    def stop(self) -> None:
+        """A stop signal."""
+        self.server.handle_exit(15, None)
+
+    def pids(self) -> dict[str, int]:
+        return {name: child.process.pid for name, child in dict(self.fleet.children).items()}
+
+    def states(self) -> dict[str, str]:
+        return {name: self.fleet.state_of(name).value for name in self.fleet.counts}
+
+    async def wait_for(self, condition: Callable[[], object], timeout_s: float = 40.0) -> None:
+        end_s = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < end_s, f"the condition did not come true: {self.states()}"
+            await asyncio.sleep(0.02)
+
+
+@contextlib.contextmanager
+def running_door(*models: ModelSettings, door: dict[str, Any] | None = None, **settings: Any) -> Iterator[RunningDoor]:
+    """door: DoorSettings' other fields. settings: ServerSettings'."""
+    sock = bind("127.0.0.1", 0)
+    found: list[DoorServer] = []
+    is_serving = threading.Event()
+
+    def on_serving(server: DoorServer) -> None:
+        found.append(server)
+        is_serving.set()
+
+    plan = Plan(settings=ServerSettings(**{"stats_interval_s": None, **settings}), examine=EXAMINE, load=LOAD)
+    work = serve_door(DoorSettings(models=models, **(door or {})), plan, sock, on_serving=on_serving, access_log=False)
+    thread = threading.Thread(target=event_loop.run, args=(work,))
+    thread.start()
+    try:
+        assert is_serving.wait(20)
+        yield RunningDoor(f"http://127.0.0.1:{sock.getsockname()[1]}", found[0])
+    finally:
+        if found:
+            found[0].handle_exit(15, None)
+            found[0].handle_exit(15, None)  # at once
+        thread.join()

@@ -1,0 +1,89 @@
+"""What a model needs, and what its device has: found out by the process that is going to load it.
+
+The rule is that of `tinyvllm models --check`: the files' headers are read, and nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from tinyvllm.config import EngineConfig
+from tinyvllm.door.policy import Need
+from tinyvllm.errors import TinyvllmError
+
+DEVICE_VARIABLE = "DEV"  # tinygrad's
+MAX_UNIFIED_SHARE = 0.9  # of the free memory: an engine refuses more where it is the computer's own
+
+Examine = Callable[[EngineConfig], Need]
+
+
+def examine(config: EngineConfig) -> Need:
+    """What the model needs. Raises TinyvllmError if it cannot be run. Opens the device, on whose thread it must run."""
+    from tinyvllm.device.kinds import kind_of
+    from tinyvllm.execution.limits import fit_limits, limits_of_kind
+    from tinyvllm.execution.model_check import default_device, examine_files, least_memory
+    from tinyvllm.storage.resolve import resolve_model
+
+    device = (os.environ.get(DEVICE_VARIABLE) or default_device()).upper()
+    kind = kind_of(device)
+    kind.check()
+    free = kind.free_memory(device)
+    with _quietly():  # loading says the same again
+        report = examine_files(resolve_model(config.model), device)
+    least = least_memory(report, config, fit_limits(config, limits_of_kind(device, free)), device)
+    return Need(
+        device=device,
+        weights=least.weights,
+        scratch=least.scratch,
+        kv=least.kv,
+        context=least.context,
+        free=free,
+        share=config.gpu_memory_utilization or kind.default_share,
+        max_share=MAX_UNIFIED_SHARE if kind.is_unified else 1.0,
+        is_total=kind.name == "METAL",  # which says what it recommends, whoever uses it
+    )
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def examine_in_process(config: EngineConfig) -> Need:
+    """`examine` in a process that ends at once, so that this one keeps neither tinygrad nor the device."""
+    code = "from tinyvllm.door import needs; needs.main()"
+    command = [sys.executable, *(["-P"] if "" not in sys.path else []), "-c", code]
+    found = subprocess.run(command, input=msgspec.json.encode(config), capture_output=True, check=False)
+    if found.returncode:
+        lines = found.stderr.decode(errors="replace").strip().splitlines()
+        raise TinyvllmError(lines[-1] if lines else f"it ended with exit code {found.returncode}")
+    return msgspec.json.decode(found.stdout, type=Need)
+
+
+def main() -> None:
+    """Read settings, print needs."""
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
+    try:
+        need = examine(config)
+    except TinyvllmError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(1) from error
+    sys.stdout.buffer.write(msgspec.json.encode(need))
+
+
+def within(config: EngineConfig, num_bytes: int, need: Need) -> EngineConfig:
+    """The settings with which an engine takes `num_bytes` of the memory that is free."""
+    share = max(1e-6, min(need.max_share, num_bytes / max(1, need.free)))
+    return dataclasses.replace(config, gpu_memory_utilization=share)

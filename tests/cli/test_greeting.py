@@ -62,10 +62,17 @@ def test_only_what_is_on_and_can_be_reached_is_named() -> None:
     assert named(apis=("openai", "ollama")) == ["OPENAI_BASE_URL=", "OLLAMA_HOST="]
     assert named(apis=("anthropic",)) == ["ANTHROPIC_BASE_URL="]
     assert named(can_chat=False) == ["OPENAI_BASE_URL=", "OLLAMA_HOST="], "an agent needs a chat template"
-    assert named(needs_key=True) == ["OPENAI_BASE_URL=", "ANTHROPIC_BASE_URL="], "`ollama` cannot send a key"
+    assert named(needs_key=True) == ["OPENAI_BASE_URL=", "ANTHROPIC_BASE_URL="], "they cannot send a key"
     assert named(address="unix:/run/tiny.sock") == []
 
 
 def test_keys_are_placeholders() -> None:
     text = "\n".join(greeting(needs_key=True).lines())
-    assert "Bearer KEY" in text and "OPENAI_API_KEY=KEY" in text and "ANTHROPIC_AUTH_TOKEN=KEY" in text
+    assert "Bearer KEY" in text and "OPENAI_API_KEY=KEY" in text and "ANTHROPIC_API_KEY=KEY" in text
+
+
+def test_many_models_are_counted() -> None:
+    names = tuple(f"model-{number}" for number in range(9))
+    line, command = list(greeting(names=names, context_tokens=None, num_slots=1).lines())[:2]
+    assert "model-3 and 5 more are served on http://127.0.0.1:8000 (1 request at once)" in line
+    assert '"model": "model-0"' in command

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tinyvllm.cli.terminal import out
 
 LABEL_WIDTH = 16
+MAX_NAMES = 4
 QUESTION = "What is the capital of France?"
 UNIX = "unix:"
 
@@ -53,19 +54,22 @@ class Greeting:
         if self.num_slots is not None:
             facts.append(f"{self.num_slots} request{'s' * (self.num_slots != 1)} at once")
         told = f" ({', '.join(facts)})" if facts else ""
-        return f"{', '.join(self.names)} {verb} served on {self.address}{told}; Ctrl-C stops it. Try:"
+        names = ", ".join(self.names[:MAX_NAMES])
+        if len(self.names) > MAX_NAMES:
+            names += f" and {len(self.names) - MAX_NAMES} more"
+        return f"{names} {verb} served on {self.address}{told}; Ctrl-C stops it. Try:"
 
     def _settings(self) -> Iterator[str]:
-        """One line for each API that is on: environment variables, and a program that reads them."""
-        key = "KEY" if self.needs_key else "unused"
+        """One line for each API that is on: environment variables as in docs/CLIENTS.md."""
+        key = "KEY" if self.needs_key else "none"
         model = shlex.quote(self.names[0])
         if "openai" in self.apis:
             yield _labeled("OpenAI clients", f"OPENAI_BASE_URL={self.address}/v1 OPENAI_API_KEY={key}")
         if "anthropic" in self.apis and self.can_chat:
-            variables = f"ANTHROPIC_BASE_URL={self.address} ANTHROPIC_AUTH_TOKEN={key}"
-            yield _labeled("Claude Code", f"{variables} claude --model {model}")
-        if "ollama" in self.apis and not self.needs_key:  # its own program cannot send a key
-            yield _labeled("Ollama clients", f"OLLAMA_HOST={self.address} ollama run {model}")
+            variables = f"ANTHROPIC_BASE_URL={self.address} ANTHROPIC_API_KEY={key} ANTHROPIC_MODEL={model}"
+            yield _labeled("Claude Code", f"{variables} claude")
+        if "ollama" in self.apis and not self.needs_key:  # most of them cannot send a key
+            yield _labeled("Ollama clients", f"OLLAMA_HOST={self.address}")
 
     def _curl_openai(self) -> str:
         body: dict[str, object] = {"model": self.names[0]}

@@ -95,6 +95,12 @@ sampling: dict[str, Any] = {
     "user": words,
     "metadata": st.dictionaries(words, words, max_size=2),
 }
+truncation: dict[str, Any] = {
+    "truncate_prompt_tokens": st.none() | st.integers(1, 2000) | st.just(-1),
+    "truncation_side": st.sampled_from([None, "left", "right"]),
+    "return_token_ids": st.booleans(),
+    "return_tokens_as_token_ids": st.booleans(),
+}
 formats = st.one_of(
     st.sampled_from([{"type": "text"}, {"type": "json_object"}]),
     st.builds(lambda schema: {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}, schemas),
@@ -110,6 +116,7 @@ chats = objects(
     response_format=formats,
     stream=st.booleans(),
     logprobs=st.booleans(),
+    **truncation,
     chat_template_kwargs=st.just({"enable_thinking": False}),
 )
 completions = objects(
@@ -120,6 +127,7 @@ completions = objects(
     logprobs=st.integers(0, 5),
     echo=st.booleans(),
     structured_outputs=st.sampled_from([{"regex": "a+"}, {"choice": ["a", "b"]}, {"grammar": 'root ::= "a"'}]),
+    **truncation,
 )
 responses = objects(
     {
@@ -233,6 +241,25 @@ anthropic_messages = objects(
     thinking=st.sampled_from([{"type": "enabled", "budget_tokens": 2000}, {"type": "disabled"}, {"type": "adaptive"}]),
     output_config=st.builds(lambda schema: {"format": {"type": "json_schema", "schema": schema}}, arguments),
 )
+embeddings = objects(
+    {"input": names | st.lists(names, min_size=1, max_size=3) | st.lists(st.integers(0, 255), min_size=1, max_size=4)},
+    dimensions=st.integers(1, 4),
+    encoding_format=st.sampled_from(["float", "base64"]),
+    truncate_prompt_tokens=st.sampled_from([None, -1, 1, 7]),
+    truncation_side=st.sampled_from([None, "left", "right"]),
+    add_special_tokens=st.booleans(),
+)
+documents = st.lists(names | st.builds(lambda text: {"text": text}, names), min_size=1, max_size=3)
+scoring: dict[str, Any] = {"use_activation": st.booleans(), "instruction": words, "priority": st.integers(0, 9)}
+reranks = objects(
+    {"query": names, "documents": documents},
+    top_n=st.integers(0, 5),
+    return_documents=st.booleans(),
+    max_tokens_per_doc=st.integers(1, 9),
+    truncate_prompt_tokens=st.sampled_from([None, -1, 1, 7]),
+    **scoring,
+)
+scores = objects({"text_1": names, "text_2": documents}, **scoring) | objects({"queries": names, "items": documents})
 tokenizations = objects({"prompt": words}) | objects({"messages": messages}, tools=tools)
 ROUTES = {
     "/v1/chat/completions": chats,
@@ -243,6 +270,9 @@ ROUTES = {
     "/api/embed": ollama_embeds,
     "/api/show": objects({"model": st.just("tiny")}, verbose=st.booleans()),
     "/tokenize": tokenizations,
+    "/v1/embeddings": embeddings,
+    "/v1/rerank": reranks,
+    "/v1/score": scores,
     "/v1/messages": anthropic_messages,
     "/v1/messages/count_tokens": anthropic_messages,
 }
@@ -297,6 +327,7 @@ REPLIES = ["ab", f"<think>x</think>{CALL}", '{"name": "a", "arguments": {}}', "{
 def shared() -> tuple[FakeEngine, httpx.ASGITransport]:
     """One app for all examples, because making one takes longer than a request."""
     engine = FakeEngine(chat_template=TagTemplate(THINKING), max_model_len=5000)
+    engine.model_config.pooling = "last"
     return engine, httpx.ASGITransport(make_app(engine))  # type: ignore[arg-type]
 
 

@@ -22,7 +22,15 @@ PATCH = """*** Begin Patch
 -Helo
 +Hello
 *** End Patch"""
-# whom it asks without need, and without which it goes on
+QUIET = """
+[features]
+plugins = false
+apps = false
+
+[analytics]
+enabled = false
+"""
+# whom it asks without these settings, and without which it goes on
 HOSTS = {"github.com", "api.github.com", "chatgpt.com", "ab.chatgpt.com"}
 
 
@@ -84,11 +92,14 @@ def test_reasoning_is_handed_back_and_a_session_is_resumed(tmp_path: Path) -> No
     )
     with no_network() as network, scripted_server(script, REASONING_TEMPLATE) as server:
         codex = make_codex(tmp_path, server.url)
+        with (codex.home / ".codex" / "config.toml").open("a") as file:
+            file.write(QUIET)
         ended = ask(codex, "Run two commands.", network.url)
         server.check_cache("Run two commands")
         more = codex.run("exec", "--skip-git-repo-check", "resume", "--last", "And now?", proxy=network.url)
         version = codex.run("--version", proxy=network.url).output.split()[-1]
     assert (ended.status, ended.output.strip()) == (0, "Both ran."), ended.errors
+    assert network.wanted == []
     assert (more.status, more.output.strip()) == (0, "Both ran."), more.errors
     assert [request.status for request in server.requests] == [200] * 4
     assert server.engine.prompts[2].count("<think>\nThis needs some care.\n</think>") == 2

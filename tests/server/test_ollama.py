@@ -308,7 +308,23 @@ async def test_the_oldest_messages_are_dropped_and_system_messages_stay() -> Non
     assert prompt.startswith("<system>Rules.\n<user>") and prompt.endswith("." * 97 + "\n<assistant>")
     assert "<user>020" in prompt and len(prompt) <= 750  # a quarter of the context is left for the answer
     kept = [int(line.partition(">")[2][:3]) for line in prompt.splitlines()[1:-1]]
-    assert kept == list(range(kept[0], 21)) and kept[0] % 2 == 0 and len(kept) >= 5
+    assert kept[0] % 2 == 0 and kept[-5:] == list(range(16, 21)) and kept == sorted(kept)
+
+
+async def test_a_long_loop_keeps_its_task_and_whole_rounds() -> None:
+    engine = hermes("x")
+    rounds: list[dict[str, Any]] = []
+    for n in range(9):
+        call = {"id": f"call-{n}", "function": {"name": "get_weather", "arguments": {}}}
+        rounds.append({"role": "assistant", "content": f"Round {n}.", "tool_calls": [call]})
+        rounds.append({"role": "tool", "content": "." * 150, "tool_call_id": f"call-{n}"})
+    history = [USER, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "The task."}, *rounds]
+    await ask(engine, "/api/chat", messages=history, tools=TOOLS)
+    assert engine.chat_template is not None
+    task, *kept = engine.chat_template.messages
+    assert task["content"] == "The task." and len(kept) >= 6
+    assert [message["role"] for message in kept] == ["assistant", "tool"] * (len(kept) // 2)
+    assert kept[-1]["tool_call_id"] == "call-8"
 
 
 async def test_a_chat_that_fits_is_left_alone() -> None:

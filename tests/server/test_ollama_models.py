@@ -53,6 +53,10 @@ async def test_a_gguf_file_is_described_by_its_metadata(tmp_path: Path) -> None:
     assert "tokenizer.chat_template" not in info and shown["template"] == THINKER
     assert dict(line.split() for line in shown["parameters"].splitlines()) == {"num_ctx": "1000", "temperature": "0.5"}
     assert "FROM tiny" in shown["modelfile"] and "PARAMETER temperature 0.5" in shown["modelfile"]
+    async with client_of(engine) as client:
+        copilot = {"user-agent": "GitHubCopilotChat/0.30"}
+        named = (await client.post("/api/show", json={"model": "tiny"}, headers=copilot)).json()
+    assert named["model_info"] == {**info, "general.basename": "tiny"}
     verbose = (await post(engine, "/api/show", {"name": "tiny:latest", "verbose": True})).json()
     assert len(verbose["model_info"]["tokenizer.ggml.tokens"]) == info["llama.vocab_size"]
     assert {"name": "token_embd.weight", "type": "Q4_1", "shape": [64, 260]} in verbose["tensors"]

@@ -20,6 +20,7 @@ from tinyvllm.server.openai.protocol.common import optional
 from tinyvllm.server.shelf import ShelvedModel, shelf_of
 
 NEVER_S = 10_982_044_800  # the year 2318, as Ollama says of a model that stays loaded
+COPILOT = "GitHubCopilotChat/"  # names models by `general.basename`; Ollama gives it the name that requests use
 UNKNOWN_DIGEST = "0" * 64  # of a model whose files are not on this machine
 
 router = make_router()
@@ -123,7 +124,10 @@ async def show(body: ShowRequest, request: Request) -> ModelDescription:
     model = next((model for model in models if is_name_of(name, model.names)), None)
     if model is None:
         raise unknown_model(name, [known for other in models for known in other.names])
-    return await asyncio.to_thread(_show, body, model)
+    description = await asyncio.to_thread(_show, body, model)
+    if request.headers.get("user-agent", "").startswith(COPILOT):
+        description.model_info["general.basename"] = name
+    return description
 
 
 def _names(

@@ -1,9 +1,9 @@
 """Prompts that fit: what is left out of a conversation or a text that is longer than the context.
 
-The rules are Ollama's (server/prompt.go, and the truncation of its runners), with one addition: a conversation is cut
-in front of a user's message, so that it never begins with the result of a call that is gone. Ollama goes on generating
-when the context is full, without the oldest half; here the answer ends with done_reason "length", so room for an answer
-is left when messages are dropped anyway.
+The rules are Ollama's (server/prompt.go, and the truncation of its runners), with additions. The result of a call is
+never kept without the call, nor a call without the user's message that led to it, so that a long loop of an agent keeps
+its task. Ollama goes on generating when the context is full, without the oldest half; here the answer ends with
+done_reason "length", so room for an answer is left when messages are dropped anyway.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def fitting_prompt(state: ServerState, conversation: Conversation, options: Opti
 
 
 def _without_oldest(state: ServerState, conversation: Conversation, max_tokens: int) -> Prompt:
-    """The prompt of as many of the latest messages as fit into max_tokens, or of the last one."""
+    """The prompt of as many of the latest messages as fit into max_tokens; of the fewest possible if none do."""
     messages = conversation.messages
-    last = len(messages) - 1
-    starts = [position for position in range(1, last) if messages[position]["role"] == "user"] + [last]
+    starts = [at for at in range(1, len(messages)) if messages[at]["role"] in ("user", "assistant")]
+    starts = starts or [len(messages) - 1]
     prompts: dict[int, Prompt] = {}
 
     def fits(start: int) -> bool:
@@ -69,8 +69,12 @@ def _without_oldest(state: ServerState, conversation: Conversation, max_tokens: 
 
 
 def latest(messages: Sequence[Mapping[str, Any]], start: int) -> list[Mapping[str, Any]]:
-    """The messages from `start` on, after the system messages among those before."""
-    return [*(message for message in messages[:start] if message["role"] == "system"), *messages[start:]]
+    """The messages from `start` on. Of those before, the system messages, and the user's that `start` answers."""
+    question = -1
+    if messages[start]["role"] != "user":
+        question = next((at for at in reversed(range(start)) if messages[at]["role"] == "user"), -1)
+    before = [message for at, message in enumerate(messages[:start]) if message["role"] == "system" or at == question]
+    return [*before, *messages[start:]]
 
 
 def cut_ids(ids: list[int], max_tokens: int, num_keep: int) -> list[int]:

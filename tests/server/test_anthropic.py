@@ -368,7 +368,7 @@ async def test_omitted_thoughts_come_back_in_their_signature() -> None:
 async def test_tools_that_a_server_would_run_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     engine = hermes("ok")
     tools = [
-        {"type": "custom", **TOOL, "cache_control": {"type": "ephemeral"}, "defer_loading": True},
+        {"type": "custom", **TOOL, "cache_control": {"type": "ephemeral"}},
         {"type": "web_search_20250305", "name": "web_search", "max_uses": 8},
         {"type": "computer_20250124", "name": "computer", "display_width_px": 1, "display_height_px": 1},
         {"type": "bash_20250124", "name": "bash"},
@@ -381,9 +381,57 @@ async def test_tools_that_a_server_would_run_are_left_out(caplog: pytest.LogCapt
     assert sum("web_search_20250305" in record.getMessage() for record in caplog.records) <= 1
     assert engine.chat_template is not None
     shown = {tool["function"]["name"]: tool["function"] for tool in engine.chat_template.tools}
-    # a tool that is loaded later leaves the beginning of the prompt as it was
-    assert list(shown) == ["bash", "str_replace_based_edit_tool", "memory", "get_weather"]
+    assert list(shown) == ["get_weather", "bash", "str_replace_based_edit_tool", "memory"]
     assert "insert_text" in shown["str_replace_based_edit_tool"]["parameters"]["properties"]
+
+
+async def test_deferred_tools_are_described_where_they_are_named() -> None:
+    """The beginning of the prompt, and with it what the prefix cache holds, stays as it was."""
+    deferred = [{**TOOL, "defer_loading": True}, {**TOOL, "name": "unused", "defer_loading": True}]
+    search = {**TOOL, "name": "search"}
+    inline = {"name": "inline", "input_schema": {"type": "object", "properties": {"a": {"type": "string"}}}}
+    found = [{"type": "tool_reference", "tool_name": "get_weather"}]
+    added = [
+        {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": inline}},
+        {"type": "tool_addition", "tool": {"type": "tool_reference", "name": "search"}},
+        {"type": "tool_addition", "tool": {"type": "mcp_toolset_reference", "server_name": "s"}},
+        {"type": "tool_removal", "tool": {"type": "tool_reference", "name": "unused"}},
+    ]
+    messages = [
+        USER,
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "search", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": found}]},
+        {"role": "system", "content": added},
+    ]
+    engine = hermes(CALL)
+    answer = await ask(engine, tools=[*deferred, search], messages=messages)
+    assert answer["content"][0]["name"] == "get_weather"
+    template = engine.chat_template
+    assert template is not None and [tool["function"]["name"] for tool in template.tools] == ["search"]
+    *_, result, system = template.messages
+    assert json.loads(result["content"].partition(": ")[2])["description"] == "Weather."
+    first, second, third = system["content"].split("\n")
+    assert json.loads(first.partition(": ")[2]) == {
+        "name": "inline", "description": "", "parameters": inline["input_schema"]
+    }  # fmt: skip
+    assert second == "The tool search is available." and third == "The tool unused is no longer available."
+    elsewhere = {"type": "tool_search_tool_bm25_20251119", "name": "tool_search"}
+    await ask(engine, tools=[*deferred, search, elsewhere])
+    assert [tool["function"]["name"] for tool in template.tools] == ["search", "get_weather", "unused"]
+    await ask(engine, tools=deferred)
+    assert [tool["function"]["name"] for tool in template.tools] == ["get_weather", "unused"]
+
+
+async def test_system_messages_may_end_and_change_the_effort() -> None:
+    engine = FakeEngine()
+    reminder = {"role": "system", "content": "Now be brief.", "clear_at": "next_user_message"}
+    effort = {"role": "system", "output_config": {"effort": "low"}}
+    await ask(engine, messages=[USER, reminder, effort], output_config={"effort": "high"})
+    template = engine.chat_template
+    assert template is not None and template.kwargs["reasoning_effort"] == "low"
+    assert [message["content"] for message in template.messages] == ["hi", "Now be brief."]
+    await ask(engine, messages=[USER, reminder, {"role": "assistant", "content": "ok"}, USER])
+    assert [message["content"] for message in template.messages] == ["hi", "ok", "hi"]
 
 
 async def test_tool_choice_constrains_the_output() -> None:

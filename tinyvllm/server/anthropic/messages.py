@@ -117,8 +117,8 @@ def _read(state: ServerState, body: MessagesRequest) -> tuple[Prompt, SamplingPa
 
 
 def conversation_of(body: CountTokensRequest) -> Conversation:
-    tools = OfferedTools.read(body.tools)
-    messages = canonical_messages(body.system, body.messages)
+    tools = OfferedTools.read(body.tools or [], body.messages)
+    messages = canonical_messages(body.system, body.messages, tools.describe)
     is_prefilled = False
     if messages and _is_open(messages[-1]):
         is_prefilled = bool(messages[-1]["content"].strip())

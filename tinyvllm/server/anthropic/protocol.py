@@ -13,14 +13,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tinyvllm.config import GrammarSpec
 from tinyvllm.errors import RequestError
+from tinyvllm.server.anthropic.blocks import Block
 from tinyvllm.server.notices import warn_once
 from tinyvllm.server.openai.protocol.chat import RESERVED_TEMPLATE_NAMES
 from tinyvllm.server.openai.protocol.common import effort_arguments, optional
 
 MAX_MESSAGES = 100_000  # Anthropic's limit
 MAX_TOOLS = 1024
-
-Block = dict[str, Any]
 
 # Known fields without effect: bookkeeping, hints to a hosted service, and what the server would have to run itself.
 _IGNORED = frozenset((
@@ -62,23 +61,6 @@ def _check_content(value: object) -> object:
 Content = Annotated[Any, BeforeValidator(_check_content, json_schema_input_type=str | list[dict[str, Any]])]
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    role: Literal["user", "assistant", "system"]  # system: instructions in the middle of a conversation
-    content: Content
-
-
-class Thinking(BaseModel):
-    """budget_tokens is accepted, but the length of the reasoning is up to the model."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
-    budget_tokens: int | None = None
-    display: str | None = None  # all but "omitted" show the whole reasoning: "summarized", and Claude Code's "updates"
-
-
 class OutputFormat(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
 
@@ -91,6 +73,25 @@ class OutputConfig(BaseModel):
 
     effort: str | None = None
     format: OutputFormat | None = None
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Literal["user", "assistant", "system"]  # system: instructions in the middle of a conversation
+    content: Content | None = None  # only system messages may do without
+    clear_at: Literal["next_user_message", "never"] | None = None  # of a system message
+    output_config: OutputConfig | None = None  # of a system message: the effort from here on
+
+
+class Thinking(BaseModel):
+    """budget_tokens is accepted, but the length of the reasoning is up to the model."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    budget_tokens: int | None = None
+    display: str | None = None  # all but "omitted" show the whole reasoning: "summarized", and Claude Code's "updates"
 
 
 class ToolChoice(BaseModel):
@@ -148,7 +149,8 @@ class CountTokensRequest(BaseModel):
     @property
     def template_arguments(self) -> dict[str, Any]:
         """Variables of the template. Without `thinking`, whether to think is up to the template."""
-        effort = self.output_config.effort if self.output_config is not None else None
+        configs = (self.output_config, *(message.output_config for message in self.messages))
+        effort = next((config.effort for config in reversed(configs) if config is not None and config.effort), None)
         arguments = effort_arguments(effort if effort is None else _EFFORTS.get(effort, effort))
         if self.thinking is not None and self.thinking.type != "adaptive":
             thinks = self.thinking.type != "disabled"

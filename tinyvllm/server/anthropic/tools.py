@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tinyvllm.errors import RequestError
 from tinyvllm.server.anthropic.client_tools import client_tool
+from tinyvllm.server.anthropic.history import inline_definition
 from tinyvllm.server.notices import warn_once
 from tinyvllm.server.openai.protocol.tools import check_choice, check_names
 from tinyvllm.text.tools.base import Tool
 
 if TYPE_CHECKING:
-    from tinyvllm.server.anthropic.protocol import ToolChoice
+    from tinyvllm.server.anthropic.protocol import Message, ToolChoice
 
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
@@ -22,44 +24,42 @@ _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 @dataclass(frozen=True)
 class OfferedTools:
-    """The tools that the model is shown."""
+    """The tools that the model may call. The prompt begins with some of them; the others, which are deferred, are
+    described in the conversation where a message first names them, so that what the prefix cache holds stays valid."""
 
     tools: Sequence[Tool]
+    shown: Sequence[Tool]
 
     @classmethod
-    def read(cls, definitions: Sequence[Mapping[str, Any]] | None) -> OfferedTools:
+    def read(cls, definitions: Sequence[Mapping[str, Any]], messages: Sequence[Message]) -> OfferedTools:
         """Leaves out what a server would have to run (web search, code execution) or needs images (computer use), and
-        logs it. Raises RequestError, naming the field, for a definition that is incomplete.
-
-        Tools with defer_loading are shown from the start: the prompt begins with the tools, so showing one later would
-        change its beginning, and with it all that the prefix cache holds of the conversation. They come last, since
-        clients that search for tools themselves, such as Claude Code, send only those that they have found."""
+        logs it. Raises RequestError, naming the field, for a definition that is incomplete."""
         tools: list[Tool] = []
         deferred: list[Tool] = []
-        for position, definition in enumerate(definitions or []):
+        is_searched_here = True
+        for position, definition in enumerate(definitions):
             tool = _read(definition, f"tools.{position}")
             if tool is None:
-                warn_once("tools of type %s cannot be run here and are left out", str(definition["type"]))
-            elif definition.get("defer_loading") is True:
-                deferred.append(tool)
+                kind = str(definition["type"])
+                warn_once("tools of type %s cannot be run here and are left out", kind)
+                is_searched_here = is_searched_here and not kind.startswith("tool_search_tool")
             else:
-                tools.append(tool)
-        tools += deferred
-        check_names([tool.name for tool in tools], "tools")
-        return cls(tools)
+                (deferred if definition.get("defer_loading") is True else tools).append(tool)
+        check_names([tool.name for tool in (*tools, *deferred)], "tools")
+        # nobody would find them without the search that the server does not have, or if there is nothing else to call
+        shown = tools if tools and is_searched_here else [*tools, *deferred]
+        named = {tool.name: tool for tool in (*tools, *deferred, *_inline_tools(messages))}  # the latest of a name
+        return cls(tools=list(named.values()), shown=shown or list(named.values()))
 
     def for_template(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "type": "function",
-                "function": {
-                    "name": tool.name,
-                    "description": tool.description,
-                    "parameters": tool.parameters or _NO_PARAMETERS,
-                },
-            }
-            for tool in self.tools
-        ]
+        return [{"type": "function", "function": _function(tool)} for tool in self.shown]
+
+    def describe(self, name: str) -> str:
+        """What a message says of a tool that can be called from there on."""
+        tool = next((tool for tool in self.tools if tool.name == name and tool not in self.shown), None)
+        if tool is None:
+            return f"The tool {name} is available."
+        return f"This tool is available: {json.dumps(_function(tool), ensure_ascii=False)}"
 
     def choice(self, given: ToolChoice | None) -> dict[str, Any]:
         """The fields of Conversation that `given` sets. Raises RequestError if it asks for a tool that is not there."""
@@ -100,6 +100,21 @@ def _name(definition: Mapping[str, Any], param: str) -> str:
             param=f"{param}.name",
         )
     return name
+
+
+def _inline_tools(messages: Sequence[Message]) -> Iterator[Tool]:
+    """The tools that system messages define."""
+    for position, message in enumerate(messages):
+        for number, block in enumerate(message.content if isinstance(message.content, list) else []):
+            definition = inline_definition(block)
+            if message.role == "system" and definition is not None:
+                tool = _read(definition, f"messages.{position}.content.{number}.tool.definition")
+                if tool is not None:
+                    yield tool
+
+
+def _function(tool: Tool) -> dict[str, Any]:
+    return {"name": tool.name, "description": tool.description, "parameters": tool.parameters or _NO_PARAMETERS}
 
 
 def _custom(definition: Mapping[str, Any], name: str, *, is_strict: bool, param: str) -> Tool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ from tinyvllm.errors import ContextLengthError, EngineDeadError
 from tinyvllm.text.chat import ChatTemplate
 
 
-def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
-    """What input() returns, line by line; an exception is what a key press raises."""
+def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException] | Callable[[], str]) -> None:
+    """What input() returns, line by line; an exception is what a key press raises, a function is asked."""
     typed: Iterator[Any] = iter((*lines, EOFError))
 
     def read(_: str = "") -> str:
         line = next(typed)
         if isinstance(line, str):
             return line
-        raise line
+        if isinstance(line, type):
+            raise line
+        return str(line())
 
     monkeypatch.setattr(builtins, "input", read)
 
@@ -105,6 +107,17 @@ def test_dead_engine_ends_the_chat(monkeypatch: pytest.MonkeyPatch, terminal: Te
     result = terminal.run("chat")
     assert result.exit_code == 1 and "thread has stopped" in result.stderr
     assert len(terminal.engine.calls) == 1
+
+
+def test_dead_engine_ends_the_chat_in_a_command_too(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+    def die() -> str:
+        terminal.engine.refuse = EngineDeadError("the engine's thread has stopped")
+        return "/regen"
+
+    type_in(monkeypatch, "hi", die, "again")
+    result = terminal.run("chat")
+    assert result.exit_code == 1 and "thread has stopped" in result.stderr
+    assert len(terminal.engine.calls) == 2
 
 
 def test_model_without_a_template_cannot_chat(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:

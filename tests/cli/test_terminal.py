@@ -186,7 +186,7 @@ def test_pasted_lines_are_one_message(tmp_path: Path) -> None:
     saved = tmp_path / "chat.md"
     with open_tty(tmp_path, "chat", "--no-history", "--max-tokens", "200", reply="Fine.") as tty:
         tty.wait_for(at_prompt)
-        tty.type("first\nsecond\nthird\n")
+        tty.type("first\nsecond\nthird\n")  # without the marks that many terminals put around a paste
         tty.wait_for(lambda text: at_prompt(text) and "Fine." in text)
         tty.type(f"/save {saved}\n")
         tty.wait_for(lambda text: at_prompt(text) and "Saved 2 messages" in text)

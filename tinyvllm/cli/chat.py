@@ -19,10 +19,11 @@ from tinyvllm.cli.line_input import LineInput
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.terminal import err, out, without_echo
 from tinyvllm.config import GenerationDefaults
-from tinyvllm.errors import ContextLengthError, RequestError, TinyvllmError
+from tinyvllm.errors import ContextLengthError, EngineDeadError, RequestError, TinyvllmError
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    from tinyvllm.cli.answer_view import AnswerView
     from tinyvllm.config import SamplingParams
     from tinyvllm.engine.async_engine import AsyncEngine
 
@@ -156,10 +157,12 @@ class _Conversation:
             remedy = f" ({START_ANEW})" if isinstance(error, ContextLengthError) else ""
             err.print(Text(f"error: {error}{remedy}", style="red"))
             return
+        if answer.finish_reason is None and not answer.text and not answer.reasoning:
+            return  # interrupted before it began
         self._turns = [*turns, answer.message]
         self._tell_end(answer)
 
-    async def _generate(self, turns: list[dict[str, Any]], answer: Answer, view: Any) -> None:
+    async def _generate(self, turns: list[dict[str, Any]], answer: Answer, view: AnswerView) -> None:
         question = chat_question(self._engine, self._with_system(turns), self._params, thinks=self._manner.thinks)
         self._num_answers += 1
         await ask(self._engine, question, [answer], view, request_id=f"chat-{self._num_answers}")
@@ -184,6 +187,8 @@ class _Conversation:
             return
         try:
             command.run(self, argument.strip())
+        except EngineDeadError:
+            raise
         except TinyvllmError as error:
             err.print(Text(f"error: {error}", style="red"))
 

@@ -63,6 +63,8 @@ def _set_up_editing(history: Path | None) -> None:
     with contextlib.suppress(ImportError):
         import readline
 
+        # Python turns it off; with it, a terminal's paste is edited as a whole and sent by the next Enter
+        readline.parse_and_bind("set enable-bracketed-paste on")
         readline.set_history_length(HISTORY_LINES)
         if history is not None:
             with contextlib.suppress(OSError):

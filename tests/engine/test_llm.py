@@ -108,6 +108,8 @@ def test_chat_writes_the_template(make_llm: Any) -> None:
     assert output.prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert output.prompt_token_ids[0] == 257
     assert len(llm.chat([messages, messages], GREEDY)) == 2
+    (output,) = llm.chat([*messages, {"role": "assistant", "content": "i"}], GREEDY, continue_final_message=True)
+    assert output.prompt is not None and output.prompt.endswith("assistant\ni")
     with pytest.raises(RequestError):
         llm.chat([{"role": "user", "content": 5}], GREEDY)
     llm._loaded = dataclasses.replace(llm._loaded, chat_template=None)

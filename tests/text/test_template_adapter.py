@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from tests.builders import CHATML
 from tinyvllm.errors import RequestError
+from tinyvllm.text import template_abilities
 from tinyvllm.text.chat import ChatTemplate
-from tinyvllm.text.continuation import cut_at_mark, mark_end
+from tinyvllm.text.continuation import cut_at_mark, mark_end, render_continued
 
 Message = dict[str, Any]
 
@@ -284,6 +285,20 @@ def test_reasoning_has_the_templates_name(name: str) -> None:
         assert render(source, user("a"), said("c", **{given: "b"})) == "[user]a[assistant]<b>c"
 
 
+def test_reasoning_may_be_a_part_of_the_content() -> None:
+    part = "{% for p in m.content %}{% if p.type == 'thinking' %}<{{ p.thinking }}>{% else %}{{ p.text }}{% endif %}"
+    source = turns("{% if m.content is string %}{{ m.content }}{% else %}" + part + "{% endfor %}{% endif %}")
+    chat = (user("a"), said("c", reasoning_content="b"), said("", {"x": 1}, reasoning_content="d"))
+    assert render(source, *chat) == '[user]a[assistant]<b>c[assistant]<d>{f|{"x": 1}}'
+
+
+def test_tools_are_described_where_the_template_does_not() -> None:
+    tool = {"type": "function", "function": {"name": "f", "description": "d"}}
+    text = render(GEMMA, user("a"), said("", {"x": 1}), result("b"), tools=[tool])
+    assert text.startswith("[user]You can call functions.") and '"name": "f", "description": "d"' in text
+    assert "\n\na<|end|>[assistant]" in text
+
+
 # ---- All at once ----
 
 NUMBERED = re.compile(r"<\d+>")
@@ -329,7 +344,7 @@ FORMS = {"plain": CHATML, "trimmed": CHATML.replace("['content']", "['content']|
 @pytest.mark.parametrize("content", ["i", "<", "end", "|", "\n", "im", " a b ", "assistant", ""])
 def test_a_prompt_ends_where_the_last_message_does(form: str, content: str) -> None:
     chat = [user("im_end"), said(content)]
-    text = cut_at_mark(template(FORMS[form]).render(mark_end(chat), add_generation_prompt=False), chat)
+    text = render_continued(template(FORMS[form]), chat)
     ends = content.strip() if form == "trimmed" else content
     assert text.endswith(f"<|im_start|>assistant\n{ends}")
 
@@ -351,6 +366,12 @@ def test_a_template_that_fails_on_probes_is_used_as_it_is() -> None:
     assert not template(source).abilities(has_tools=False).is_known
     chat = (system("a"), user("b"), system("c"), said("", {"x": 1}, thinking="t"))
     assert render(source, *chat, secret=1) == '[system]a[user]b[system]c[assistant]{f|{"x": 1}}'
+
+
+def test_a_slow_template_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(template_abilities, "PROBE_BUDGET_S", -1)
+    assert not template(GEMMA).abilities(has_tools=False).is_known
+    assert "too slow" in caplog.text
 
 
 def test_changes_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:

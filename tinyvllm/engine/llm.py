@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from tinyvllm.errors import RequestError, TinyvllmError
 from tinyvllm.profiling import measure
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.scheduling.request import Request
+from tinyvllm.text.continuation import render_continued
 
 Prompt = str | Mapping[str, Any]  # text, {"prompt": text} or {"prompt_token_ids": ids}
 Message = Mapping[str, Any]
@@ -132,14 +134,20 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        continue_final_message: bool = False,
         **template_arguments: Any,
     ) -> list[RequestOutput]:
-        """Generate the next message of one conversation or several, formatted by the model's chat template."""
+        """Generate the next message of one conversation or several, formatted by the model's chat template.
+
+        continue_final_message: continue the last message instead. template_arguments: `tools`, and variables of the
+        template. Raises RequestError for messages that the template refuses.
+        """
         template = self._loaded.chat_template
         if template is None:
             raise RequestError("the model has no chat template: set chat_template", param="messages")
         batch: Any = [messages] if not messages or isinstance(messages[0], Mapping) else messages
-        texts = [template.render(conversation, **template_arguments) for conversation in batch]
+        render = functools.partial(render_continued, template) if continue_final_message else template.render
+        texts = [render(conversation, **template_arguments) for conversation in batch]
         return self._run([(text, self._loaded.tokenizer.encode_chat(text)) for text in texts], params, use_tqdm)
 
     def close(self) -> None:

@@ -76,9 +76,10 @@ def make_prompt(conversation: Conversation, engine: AsyncEngine) -> Prompt:
     arguments = formats.template_arguments(conversation.template_arguments)
     messages = mark_end(conversation.messages) if conversation.continue_final_message else conversation.messages
     with request_span(measure.TEMPLATE):
+        has_template = template.renders_tools()
         text = template.render(
-            formats.tools.prepare(messages, tools, has_template=template.renders_tools()),
-            tools=list(conversation.tools_for_template) if tools else None,
+            formats.tools.prepare(messages, tools, has_template=has_template),
+            tools=list(conversation.tools_for_template) if tools and has_template else None,
             add_generation_prompt=conversation.add_generation_prompt,
             tool_format=formats.tools,
             **arguments,

@@ -111,13 +111,15 @@ class ChatTemplate:
     ) -> str:
         """The chat as text, with special tokens written out: encode it with `Tokenizer.encode_chat`.
 
-        Messages that the template cannot take are rewritten (`template_adapter`). tool_format: how calls and results
-        are written if the template has none of its own; None: as the template's source suggests. `kwargs` are
-        additional template variables. Raises RequestError(param="messages") if the template rejects the
+        Messages that the template cannot take are rewritten (`template_adapter`). tool_format: how tools, calls and
+        results are written if the template does not render them; None: as its source suggests. `kwargs` are additional
+        template variables. Raises RequestError(param="messages") if the template rejects the
         messages or fails on them, and for content that is not text.
         """
+        if tools and not self.renders_tools():
+            messages, tools = self._describe(messages, tools, tool_format or self._tool_format()), None
         abilities = self.abilities(has_tools=bool(tools))
-        adapted, changes = adapt(messages, abilities, self._as_text if tool_format is None else tool_format.as_text)
+        adapted, changes = adapt(messages, abilities, lambda one: (tool_format or self._tool_format()).as_text(one))
         self._log(changes)
         try:
             return self._write(
@@ -141,13 +143,12 @@ class ChatTemplate:
 
     def renders_tools(self) -> bool:
         """Whether it describes tools to the model by itself."""
-        return self.abilities(has_tools=True).tools != "no"
+        abilities = self.abilities(has_tools=True)
+        return abilities.tools != "no" if abilities.is_known else "tools" in self.source
 
     def _tools_variable(self, tools: Sequence[Mapping[str, Any]] | None, abilities: Abilities) -> Any:
         if not tools:
             return WITHOUT_TOOLS[abilities.without_tools]
-        if abilities.is_known and abilities.tools == "no":  # it may fail on them
-            return None
         tools = tools if abilities.incomplete_tools else complete(tools)
         tools = tools if abilities.any_schemas else plain(tools)
         return bare(tools) if abilities.tools == "bare" else tools
@@ -177,10 +178,20 @@ class ChatTemplate:
                 raise refuse(f"produced more than {MAX_CHAT_CHARS} characters: send fewer or shorter messages")
         return "".join(pieces)
 
-    def _as_text(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _describe(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], format: ToolFormat
+    ) -> Sequence[Mapping[str, Any]]:
+        """The messages with the tools, calls and results as text."""
+        from tinyvllm.text.tools.base import Tool  # here: grammars load NumPy
+
+        functions = [tool.get("function", tool) for tool in tools]
+        described = [Tool(one["name"], one.get("description") or "", one.get("parameters")) for one in functions]
+        return format.prepare(messages, described, has_template=False)
+
+    def _tool_format(self) -> ToolFormat:
         from tinyvllm.text.tools import find_tool_format  # here: grammars load NumPy
 
-        return find_tool_format(None, self.source).as_text(message)
+        return find_tool_format(None, self.source)
 
     def _log(self, changes: Sequence[str]) -> None:
         """Each kind of change once."""

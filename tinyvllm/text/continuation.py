@@ -7,14 +7,22 @@ search for the content itself would also find it in what the template writes beh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinyvllm.errors import RequestError
+
+if TYPE_CHECKING:
+    from tinyvllm.text.chat import ChatTemplate
 
 # The space tells templates that strip content: then it is gone, and so is what the model would have to continue after.
 MARK = "Continues-here-7413"
 MARKED_END = MARK + " "
 PARAM = "continue_final_message"
+
+
+def render_continued(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    """The chat as text up to the end of the last message's content. Raises RequestError if that cannot be had."""
+    return cut_at_mark(template.render(mark_end(messages), add_generation_prompt=False, **variables), messages)
 
 
 def mark_end(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

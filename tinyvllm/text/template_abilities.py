@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tinyvllm.text.template_tools import WITHOUT_TOOLS, bare, complete, plain
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 
@@ -34,8 +37,8 @@ RESULTS, RESULT_NAME = ("Proberesult7413", "Proberesult8524"), "probe_named_7413
 LONG_IDS = ("call_Probe7413aaaaaaaaaaaaaa", "call_Probe8524bbbbbbbbbbbbbb")  # as OpenAI's
 SHORT_IDS = ("Probe7413", "Probe8524")  # as Mistral's: 9 letters and digits
 
-# of the thread's own time; templates of real models take 2 to 20 ms for all probes
-PROBE_BUDGET_S = 2.0
+# Of the thread's own time, for all probes. Templates of real models take 1 to 50 ms.
+PROBE_BUDGET_S = 1.0
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
@@ -57,7 +60,8 @@ class Abilities:
     assistant_first: bool = True
     empty_users: bool = True
     empty_assistants: bool = True
-    reasoning_field: str | None = REASONING_FIELDS[0]  # None: reasoning of earlier messages is not rendered
+    # "content": it is a part of the content, of the type "thinking"; None: that of earlier messages is not rendered
+    reasoning_field: str | None = REASONING_FIELDS[0]
     without_tools: str = "none"  # the value of `tools` if there are none: a key of WITHOUT_TOOLS
     tools: Literal["wrapped", "bare", "no"] = "wrapped"  # {"type": "function", "function": ...}, or the function itself
     incomplete_tools: bool = True  # functions without parameters, without a description, and so their parameters
@@ -97,6 +101,7 @@ class Abilities:
             (not self.consecutive_assistants, "no consecutive messages of the assistant: they are joined"),
             (not self.user_after_result, "no user after a tool's result: the text is added to the result"),
             (not self.assistant_first, "no assistant at the beginning: an empty message of the user precedes it"),
+            (self.reasoning_field == "content", "reasoning of earlier messages as a part of the content"),
             (self.reasoning_field is None, "no reasoning of earlier messages: it is left out by the template"),
             (self.tools == "no", "no tools: definitions, calls and results are written as text"),
             (self.tools == "bare", "tools as bare functions"),
@@ -129,9 +134,20 @@ Write = Callable[..., str]  # (messages, tools=...): the template's text. Raises
 def find_abilities(write: Write, *, has_tools: bool) -> Abilities:
     """Render probes with a template, with a tool's definition if has_tools: some templates render calls only then.
 
-    Never raises: what cannot be found out is taken for granted.
+    Never raises: a template that fails on everything, or takes too long, gets messages as they are.
     """
-    probe = Probe(write)
+    try:
+        return _find_abilities(Probe(write), has_tools=has_tools)
+    except _OutOfTime:
+        logger.warning("the chat template is too slow to find out what it takes: it gets messages as they are")
+        return Abilities()
+
+
+class _OutOfTime(Exception):
+    """PROBE_BUDGET_S is spent."""
+
+
+def _find_abilities(probe: Probe, *, has_tools: bool) -> Abilities:
     found: dict[str, Any] = {"is_known": True}
     form, definitions = _find_definitions(probe)
     probe.tools = definitions if has_tools else None
@@ -203,9 +219,9 @@ class Probe:
         return SHORT_IDS if self.has_short_ids else LONG_IDS
 
     def text(self, *messages: Message) -> str | None:
-        """The conversation as the template writes it; None if it fails, or if the time is up."""
+        """The conversation as the template writes it; None if it fails. Raises _OutOfTime."""
         if time.thread_time() > self._end:
-            return None
+            raise _OutOfTime
         try:
             return self.write(list(messages), tools=self.tools)
         except Exception:  # a template can raise anything
@@ -445,4 +461,13 @@ def _find_reasoning(probe: Probe) -> str | None:
         chats = [answered, (*answered, probe.user(USERS[1])), probe.loop(**thought), probe.loop(**thought)[:2]]
         if any(probe.shows(*messages, texts=(THOUGHT,)) for messages in chats):
             return name
+    parts = [thinking_part(THOUGHT), {"type": "text", "text": ANSWERS[0]}]
+    if probe.shows(probe.user(), {"role": "assistant", "content": parts}, texts=(THOUGHT, ANSWERS[0])):
+        whole = probe.text(probe.user(), {"role": "assistant", "content": parts}) or ""
+        return None if "'thinking'" in whole or '"thinking"' in whole else "content"  # a list written as it is
     return None
+
+
+def thinking_part(text: str) -> dict[str, Any]:
+    """Reasoning as a part of the content."""
+    return {"type": "thinking", "thinking": text}

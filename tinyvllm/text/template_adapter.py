@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tinyvllm.errors import RequestError
-from tinyvllm.text.template_abilities import REASONING_FIELDS, Abilities, Message
+from tinyvllm.text.template_abilities import REASONING_FIELDS, Abilities, Message, thinking_part
 
 SEPARATOR = "\n\n"  # between messages that become one
 SHORT_ID_CHARACTERS = string.digits + string.ascii_lowercase
@@ -62,7 +62,8 @@ class Adapter:
         thoughts = [message.pop(name) for name in REASONING_FIELDS if name in message]
         thought = next(filter(None, thoughts), None)
         if thought:  # also if no probe was rendered with it: a variable may decide
-            message[self.abilities.reasoning_field or REASONING_FIELDS[0]] = thought
+            name = self.abilities.reasoning_field
+            message[name if name in REASONING_FIELDS else REASONING_FIELDS[0]] = thought
         return message
 
     # ---- Tools ----
@@ -192,6 +193,9 @@ class Adapter:
 
     def _with_form(self, message: Message) -> Message:
         content = message["content"]
+        if self.abilities.reasoning_field == "content" and message.get(REASONING_FIELDS[0]):
+            thought = thinking_part(message.pop(REASONING_FIELDS[0]))
+            return {**message, "content": [thought, *([{"type": "text", "text": content}] if content else [])]}
         if self.abilities.call_content == "null" and calls_of(message) and not content:
             return {**message, "content": None}
         if message.get("role") in self.abilities.part_roles:
@@ -224,9 +228,11 @@ def calls_of(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def join(messages: Sequence[Message]) -> Message:
-    """One message of the first one's role, with the content and the calls of all."""
-    contents = [message["content"] for message in messages]
-    joined = {**messages[-1], **messages[0], "content": SEPARATOR.join(filter(None, contents))}
+    """One message of the first one's role, with the content, the reasoning and the calls of all."""
+    joined = {**messages[-1], **messages[0]}
+    for name in ("content", *REASONING_FIELDS):
+        if name in joined:
+            joined[name] = SEPARATOR.join(filter(None, (message.get(name) for message in messages)))
     calls = [call for message in messages for call in calls_of(message)]
     return {**joined, "tool_calls": calls} if calls else joined
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -309,6 +310,15 @@ async def test_the_oldest_messages_are_dropped_and_system_messages_stay() -> Non
     assert "<user>020" in prompt and len(prompt) <= 750  # a quarter of the context is left for the answer
     kept = [int(line.partition(">")[2][:3]) for line in prompt.splitlines()[1:-1]]
     assert kept[0] % 2 == 0 and kept[-5:] == list(range(16, 21)) and kept == sorted(kept)
+
+
+async def test_the_turns_after_a_cut_begin_alike() -> None:
+    engine = FakeEngine(reply="x")
+    for count in range(11, 41, 2):
+        await ask(engine, "/api/chat", messages=turns(count, 40), options={"num_predict": 20})
+    prompts = [call.prompt.removesuffix("<assistant>") for call in engine.calls[::2]]
+    extended = sum(later.startswith(earlier) for earlier, later in itertools.pairwise(prompts))
+    assert extended >= 10 and prompts[-1].startswith("<user>") and "000" not in prompts[-1]
 
 
 async def test_a_long_loop_keeps_its_task_and_whole_rounds() -> None:

@@ -9,6 +9,7 @@ done_reason "length", so room for an answer is left when messages are dropped an
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -41,8 +42,10 @@ def fitting_prompt(state: ServerState, conversation: Conversation, options: Opti
     context = context_of(state, options)
     prompt = make_prompt(conversation, state.engine)
     if len(prompt.ids) >= context:
-        room = min(options.num_predict or USUAL_ROOM, context // 4)
-        prompt = _without_oldest(state, conversation, max(1, context - room))
+        step = max(1, context // 4)
+        excess = len(prompt.ids) - context + min(options.num_predict or USUAL_ROOM, step)
+        # whole steps: the next turns are cut at the same message, and find their beginning in the prefix cache
+        prompt = _without_oldest(state, conversation, len(prompt.ids) - step * math.ceil(excess / step))
     return replace(prompt, ids=cut_ids(prompt.ids, context - 1, options.num_keep))
 
 

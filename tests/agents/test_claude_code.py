@@ -69,6 +69,7 @@ def test_reasoning_is_handed_back_and_a_searched_tool_is_called(tmp_path: Path) 
         claude = make_claude(tmp_path, server.url)
         question = ("-p", "Look for tools that edit notebooks.", "--allowedTools", "Bash,ToolSearch")
         ended = claude.run(*question, proxy=network.url)
+        server.check_cache("Look for tools")  # found tools stand where they are found, not at the beginning
         events = claude.run(*question, "--output-format", "stream-json", "--verbose", proxy=network.url)
         version = claude.run("--version", proxy=network.url).output.split()[0]
     assert (ended.status, ended.output.strip()) == (0, "Two tools were found."), ended.errors

@@ -194,3 +194,16 @@ def test_pasted_lines_are_one_message(tmp_path: Path) -> None:
         assert tty.wait() == 0
     assert "## User\n\nfirst\nsecond\nthird\n\n## Assistant\n\nFine.\n" in saved.read_text()
     assert not (tmp_path / "chat_history").exists()
+
+
+# ---- serve ----
+
+
+def test_a_start_of_serve_fits_on_a_screen(tmp_path: Path) -> None:
+    with open_tty(tmp_path, "serve", "--port", "0") as tty:
+        shown = tty.wait_for("docs/CLIENTS.md")
+        assert shown.count("\n") <= 24 and "━" not in shown, "progress is gone"
+        assert "HTTP is up on" in shown and "Web page" in shown and "INFO" not in shown
+        tty.type("\x03")
+        assert tty.wait() == 0
+        assert "Traceback" not in tty.screen.text()

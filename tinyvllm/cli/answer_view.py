@@ -37,7 +37,7 @@ class AnswerView(Protocol):
 
 def make_view(*, plain: bool, shows_reasoning: bool = True) -> AnswerView:
     """Markdown if stdout is a terminal and `plain` is False. Without shows_reasoning, only a terminal shows it."""
-    if out.is_terminal and not plain:
+    if out.is_terminal and not out.is_dumb_terminal and not plain:
         return MarkdownView(out)
     return PlainView(shows_reasoning=shows_reasoning or out.is_terminal)
 

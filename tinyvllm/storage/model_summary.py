@@ -151,7 +151,7 @@ def _hf_quantization(values: Mapping[str, Any]) -> tuple[str, int]:
     settings = values.get("quantization_config") or values.get("quantization")
     if not isinstance(settings, dict):
         return "", 16
-    method = str(settings.get("quant_method") or "mlx").replace("_", "-").upper()
+    method = str(settings.get("quant_algo") or settings.get("quant_method") or "mlx").replace("_", "-").upper()
     groups = settings.get("config_groups")
     group: Any = next(iter(groups.values()), None) if isinstance(groups, dict) else None
     weights = group.get("weights") if isinstance(group, dict) else None

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from tinyvllm.config import GrammarSpec
+from tinyvllm.config import MAX_STOP_STRINGS, GrammarSpec
 from tinyvllm.errors import RequestError
 from tinyvllm.server.anthropic.blocks import Block
 from tinyvllm.server.notices import warn_once
@@ -171,7 +171,9 @@ class MessagesRequest(CountTokensRequest):
 
     max_tokens: Annotated[int, Field(ge=0)]  # 0: compute the prompt for the prefix cache, and generate nothing
     stream: bool | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]] | None, Field(max_length=MAX_STOP_STRINGS)] = (
+        None
+    )
     temperature: Annotated[float | None, Field(ge=0)] = None
     top_p: float | None = None
     top_k: int | None = None

@@ -275,6 +275,8 @@ async def test_system_prompts_lose_the_accounting_line_of_claude_code() -> None:
     assert await messages_for(system=[text(billing), text("You help."), text("Be brief.")]) == [system, USER]
     assert await messages_for(system=f"{billing}\nYou help.\nBe brief.") == [system, USER]
     assert await messages_for(system=billing) == [USER]
+    quoted = {"role": "system", "content": f"You are told:\n{billing}"}
+    assert await messages_for(system=[text(quoted["content"])]) == [quoted, USER]  # only at the beginning of a block
     later = {"role": "system", "content": [text("Agents: a, b")]}
     assert await messages_for(messages=[USER, later]) == [USER, {"role": "system", "content": "Agents: a, b"}]
 

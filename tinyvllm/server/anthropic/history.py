@@ -35,7 +35,7 @@ Canonical = dict[str, Any]
 
 # Claude Code's system prompt begins with a line for the accounting of Anthropic's service. It differs from request to
 # request, so a prefix cache would never find the prompt again: https://github.com/vllm-project/vllm/pull/36829
-_PSEUDO_HEADER = re.compile(r"\s*x-anthropic-[\w-]+:[^\n]*\n*")
+_PSEUDO_HEADER = re.compile(r"\A\s*x-anthropic-[\w-]+:[^\n]*\n*")
 
 _SERVER_BLOCK = re.compile(r"(server|mcp)_tool_use|(?!tool_result$).*tool_result|container_upload|mcp_tool_listing")
 
@@ -93,7 +93,7 @@ class _Reader:
 
     def _system_text(self, block: Block, param: str) -> str:
         if block["type"] not in ("tool_addition", "tool_removal"):
-            return _PSEUDO_HEADER.sub("", text_of(block, param), count=1)
+            return _PSEUDO_HEADER.sub("", text_of(block, param))
         tool = inline_definition(block) or block.get("tool")
         name = tool.get("name") if isinstance(tool, dict) else None
         if not isinstance(name, str):  # a set of MCP's tools, which only their server could name

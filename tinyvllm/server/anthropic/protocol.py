@@ -125,9 +125,7 @@ class CountTokensRequest(BaseModel):
             if name in _LEFT_OUT:
                 if value is not None and value not in _LEFT_OUT[name]:
                     warn_once("the request field %s asks for what this server cannot do, and has no effect", name)
-            elif (
-                name not in _IGNORED and name not in _REFUSED and name not in MessagesRequest.model_fields
-            ):  # the same body may be counted
+            elif name not in _KNOWN:
                 warn_once("the request field %s is unknown and has no effect", name)
         for name in RESERVED_TEMPLATE_NAMES:
             if name in (self.chat_template_kwargs or {}):
@@ -183,6 +181,10 @@ class MessagesRequest(CountTokensRequest):
         for name, (remedy, code) in _REFUSED.items():
             if (self.model_extra or {}).get(name) is not None:
                 raise RequestError(f"{name} is not supported: {remedy}", param=name, code=code)
+
+
+# Extra fields that nobody need hear of: those of either request, because the tokens of the same body may be counted.
+_KNOWN = _IGNORED | _REFUSED.keys() | MessagesRequest.model_fields.keys()
 
 
 # ---- Answers ----

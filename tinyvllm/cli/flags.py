@@ -22,6 +22,7 @@ from tinyvllm.config import (
     SamplingParams,
 )
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.server.sampling import sampling_params
 from tinyvllm.text.reasoning import ALIASES, FORMATS
 from tinyvllm.text.tools import FAMILIES
 
@@ -234,8 +235,10 @@ def _parse_model_len(text: str) -> int | None:
 
 # Where the model's files recommend no sampling: at the APIs' temperature of 1, a small model's answers make no sense.
 TERMINAL_DEFAULTS = GenerationDefaults(temperature=0.7, top_p=0.95)
-_RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
-_RULE = "[default: the model's own; for a model that recommends no sampling at all"
+
+
+def _default(value: float | None) -> str:
+    return f"[default: the model's own; {value} if its files recommend no sampling at all, else 1]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +253,7 @@ class SamplingFlags:
         float | None,
         Option(
             metavar="NUMBER",
-            help=f"0: greedy, always the most likely token. {_RULE} {TERMINAL_DEFAULTS.temperature}, else 1]",
+            help=f"0: greedy, always the most likely token. {_default(TERMINAL_DEFAULTS.temperature)}",
         ),
     ] = None
     top_p: Annotated[
@@ -258,7 +261,7 @@ class SamplingFlags:
         Option(
             metavar="SHARE",
             help="Sample from the most likely tokens that make up this probability. "
-            f"{_RULE} {TERMINAL_DEFAULTS.top_p}, else 1]",
+            f"{_default(TERMINAL_DEFAULTS.top_p)}",
         ),
     ] = None
     top_k: Annotated[
@@ -282,19 +285,10 @@ class SamplingFlags:
     def make_params(self, defaults: GenerationDefaults, **more: Any) -> SamplingParams:
         """Sampling settings from flags, else the model's, else TERMINAL_DEFAULTS if the model recommends none, else
         vLLM's. Raises RequestError for a bad value."""
-        recommended = {name: getattr(defaults, name) for name in _RECOMMENDED}
-        if all(value is None for value in recommended.values()):
-            recommended = {name: getattr(TERMINAL_DEFAULTS, name) for name in _RECOMMENDED}
-        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p")}
-        settings = {name: value for name, value in [*recommended.items(), *given.items()] if value is not None}
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            min_tokens=self.min_tokens,
-            stop=tuple(self.stop or ()),
-            ignore_eos=self.ignore_eos,
-            **settings,
-            **more,
-        )
+        recommends_none = dataclasses.replace(defaults, eos_ids=()) == GenerationDefaults()
+        names = ("temperature", "top_p", "top_k", "min_p", "min_tokens", "ignore_eos")
+        given = {name: getattr(self, name) for name in names} | {"stop": self.stop, **more}
+        return sampling_params(given, TERMINAL_DEFAULTS if recommends_none else defaults, max_tokens=self.max_tokens)
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from tests.server.fake_engine import FakeEngine, TagTemplate, serving
 from tests.server.hermes import CALL, THINKING
+from tests.server.test_response_items import HISTORY, HOSTED, SKIPPED
 from tinyvllm.server.app import make_app
 
 # ---- Valid requests ----
@@ -56,6 +57,7 @@ tools = st.lists(
     max_size=3,
     unique_by=lambda tool: tool["function"]["name"],
 )
+chat_tools = tools | st.builds(lambda name: [{"type": "custom", "custom": {"name": name}}], names)
 contents = words | st.lists(st.builds(lambda text: {"type": "text", "text": text}, words), max_size=2)
 past_calls = st.lists(
     st.builds(
@@ -71,6 +73,8 @@ messages = st.lists(
         objects({"role": st.sampled_from(["system", "developer", "user", "assistant"]), "content": contents}),
         objects({"role": st.just("assistant"), "tool_calls": past_calls}, content=nullable(words)),
         objects({"role": st.just("tool"), "content": contents, "tool_call_id": st.just("c")}),
+        objects({"role": st.just("function"), "content": nullable(words), "name": names}),
+        objects({"role": st.just("assistant"), "function_call": objects({"name": names, "arguments": words})}),
     ),
     min_size=1,
     max_size=4,
@@ -110,7 +114,7 @@ chats = objects(
     **{name: nullable(strategy) for name, strategy in sampling.items()},
     max_tokens=st.integers(1, 50),
     max_completion_tokens=st.integers(1, 50),
-    tools=tools,
+    tools=chat_tools,
     tool_choice=st.sampled_from(["none", "auto"]),
     parallel_tool_calls=st.booleans(),
     response_format=formats,
@@ -129,19 +133,38 @@ completions = objects(
     structured_outputs=st.sampled_from([{"regex": "a+"}, {"choice": ["a", "b"]}, {"grammar": 'root ::= "a"'}]),
     **truncation,
 )
+grammars = st.sampled_from([("regex", "[a-z]+"), ("lark", 'start: "a"+'), ("lark", 'start: "(" start? ")"')])
+flat_tools = st.one_of(
+    st.builds(lambda function: {"type": "function", **function}, functions),
+    st.builds(
+        lambda name, grammar: {
+            "type": "custom",
+            "name": name,
+            "format": {"type": "grammar", "syntax": grammar[0], "definition": grammar[1]},
+        },
+        names,
+        grammars,
+    ),
+    st.builds(lambda name: {"type": "namespace", "name": name, "tools": [{"type": "custom", "name": name}]}, names),
+    st.sampled_from(HOSTED),
+)
 responses = objects(
     {
         "input": words
-        | st.lists(objects({"role": st.sampled_from(["user", "assistant"]), "content": words}), min_size=1, max_size=3)
+        | st.lists(
+            objects({"role": st.sampled_from(["user", "assistant"]), "content": words})
+            | st.sampled_from([*HISTORY, *SKIPPED]),
+            min_size=1,
+            max_size=5,
+        )
     },
     instructions=words,
     max_output_tokens=st.integers(1, 50),
     temperature=st.floats(0, 2),
-    tools=st.lists(
-        st.builds(lambda function: {"type": "function", **function}, functions),
-        max_size=2,
-        unique_by=lambda tool: tool["name"],
-    ),
+    tools=st.lists(flat_tools, max_size=3, unique_by=lambda tool: str(tool.get("name", tool["type"]))),
+    tool_choice=st.sampled_from(["auto", "none", {"type": "allowed_tools", "mode": "auto", "tools": []}]),
+    include=st.just(["reasoning.encrypted_content", "message.output_text.logprobs"]),
+    truncation=st.sampled_from(["auto", "disabled"]),
     stream=st.booleans(),
     store=st.booleans(),
 )
@@ -316,7 +339,7 @@ def broken_requests(draw: st.DrawFn) -> tuple[str, Any]:
         if isinstance(holder, dict) and draw(st.booleans()):
             holder.pop(last, None)
         elif isinstance(holder, dict | list):
-            holder[last] = draw(junk)
+            holder[last] = copy.deepcopy(draw(junk))  # `junk` draws the same objects again
     return path, body
 
 

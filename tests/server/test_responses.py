@@ -240,6 +240,7 @@ async def test_logprobs_come_with_the_text() -> None:
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
         ({"previous_response_id": "resp_x"}, "previous_response_id"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": 10**6}, "max_output_tokens"),
     ],
 )
 async def test_bad_field_is_refused_by_name(body: dict[str, Any], param: str) -> None:

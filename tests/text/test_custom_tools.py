@@ -106,7 +106,7 @@ def test_what_is_no_expression_is_refused(grammar: str, reason: str) -> None:
 def test_the_pattern_is_enforced_inside_of_json() -> None:
     grammar = InputGrammar("lark", PATCHES)
     tool = custom_tool("apply_patch", "Edits files.", grammar, pattern_of(grammar), "tools.0")
-    assert tool.is_strict and PATCHES in tool.description
+    assert tool.is_strict and PATCHES in tool.description and "pattern" not in str(tool.shown_parameters)
     vocabulary = Vocabulary(ByteTokenizer(), 257, frozenset({256}))  # type: ignore[arg-type]
     compiled = compile_grammar(GrammarSpec("lark", f"start: {tool.rule()}", param="x"), vocabulary)
 

@@ -69,7 +69,9 @@ def check_request(state: ServerState, body: GenerationRequest) -> None:
     body.refuse_unsupported()
 
 
-def check_ids(state: ServerState, ids: list[int], max_tokens: int | None, *, param: str) -> None:
+def check_ids(
+    state: ServerState, ids: list[int], max_tokens: int | None, *, param: str, limit_param: str = "max_tokens"
+) -> None:
     """Raise RequestError, naming the field, for a prompt that can never run. Called before anything is queued.
 
     With --clamp-max-tokens, `max_tokens` may be any: `ServerState.generate` shortens it.
@@ -91,7 +93,7 @@ def check_ids(state: ServerState, ids: list[int], max_tokens: int | None, *, par
         raise ContextLengthError(
             f"{len(ids)} tokens of {param} and {max_tokens} of output exceed the maximum context length of {limit} "
             f"tokens: shorten {param}, ask for fewer tokens, or start the server with a larger --max-model-len",
-            param="max_tokens",
+            param=limit_param,
         )
 
 

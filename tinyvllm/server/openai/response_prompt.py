@@ -29,7 +29,7 @@ def _read(state: ServerState, body: ResponsesRequest, items: Sequence[Item]) -> 
     prompt = _make_prompt(state, body, messages)
     if body.truncation == "auto" and len(prompt.ids) + (body.max_output_tokens or 1) > state.context_limit:
         prompt = _truncated(state, body, messages) or prompt
-    check_ids(state, prompt.ids, body.max_output_tokens, param="input")
+    check_ids(state, prompt.ids, body.max_output_tokens, param="input", limit_param="max_output_tokens")
     params = body.make_params(
         state.engine.generation_defaults,
         max_tokens=body.max_output_tokens,

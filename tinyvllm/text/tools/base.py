@@ -26,6 +26,19 @@ class Tool:
     parameters: Mapping[str, Any] | None = None  # a JSON schema; None: no parameters
     is_strict: bool = False  # enforce the schema even if the model chooses whether to call
     param: str = "tools"  # path of the schema in the request, for messages
+    hides_pattern: bool = False  # the schema has a pattern that the description says better
+
+    @property
+    def shown_parameters(self) -> Mapping[str, Any]:
+        """The schema as the model is shown it."""
+        schema = self.parameters or {"type": "object", "properties": {}}
+        if not self.hides_pattern:
+            return schema
+        properties = {
+            name: {key: value for key, value in inner.items() if key != "pattern"}
+            for name, inner in schema["properties"].items()
+        }
+        return {**schema, "properties": properties}
 
     def rule(self, *, is_enforced: bool = True) -> str:
         """The body of a Lark rule for the arguments. Raises RequestError if the schema cannot be enforced."""
@@ -93,7 +106,12 @@ class ToolFormat(ABC):
     def _describe(self, tools: Sequence[Tool]) -> str:
         example = self.write([{"name": "function name", "arguments": {"argument": "value"}}])
         functions = (
-            {"name": tool.name, "description": tool.description, "parameters": tool.parameters or {}} for tool in tools
+            {
+                "name": tool.name,
+                "description": tool.description,
+                "parameters": tool.shown_parameters if tool.parameters else {},
+            }
+            for tool in tools
         )
         lines = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
         return f"You can call functions. To call one, answer with nothing but:\n{example}\nThe functions:\n{lines}"

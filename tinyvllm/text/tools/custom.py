@@ -55,6 +55,7 @@ def custom_tool(name: str, description: str, grammar: InputGrammar | None, patte
         description="\n\n".join(parts),
         parameters={"type": "object", "properties": {INPUT: text}, "required": [INPUT], "additionalProperties": False},
         is_strict=pattern is not None,
+        hides_pattern=True,
         param=f"{param}.format",
     )
 

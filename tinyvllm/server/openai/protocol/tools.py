@@ -99,8 +99,7 @@ class Offer:
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: without nulls and without fields that only the server needs."""
         tool = self.tool
-        parameters = tool.parameters or {"type": "object", "properties": {}}
-        function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+        function = {"name": tool.name, "description": tool.description, "parameters": tool.shown_parameters}
         return {"type": "function", "function": function}
 
 

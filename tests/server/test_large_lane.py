@@ -183,6 +183,21 @@ async def test_a_lane_that_dies_ends_its_streams_with_an_error(lanes: Lanes, cap
     ]
 
 
+async def test_lines_of_ollama_pass_and_end_with_its_error(lanes: Lanes) -> None:
+    content = json.dumps({"model": "tiny", "prompt": "hello"}).encode().ljust(2 * LARGE_BYTES)
+    async with httpx.AsyncClient(base_url=lanes.url) as client:  # without a content type, as curl's bodies are
+        whole = await client.post("/api/generate", content=content)
+        assert "".join(json.loads(line)["response"] for line in whole.text.splitlines()) == "large"
+        lanes.large.hang_after = 2
+        async with client.stream("POST", "/api/generate", content=content) as response:
+            lines = []
+            async for line in response.aiter_lines():
+                lines.append(json.loads(line))
+                if len(lines) == 2:
+                    lanes.cut()
+    assert [line["response"] for line in lines[:-1]] == ["l", "a"] and list(lines[-1]) == ["error"]
+
+
 # ---- Clients that stall or leave ----
 
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

@@ -83,8 +83,9 @@ def test_agents_run_with_the_settings_of_the_page(make: Make) -> None:
     command = block("aider", "sh").splitlines()[-1].split()
     assert command == ["aider", *renamed(test_aider.OPTIONS[:1]), "openai/local", *test_aider.OPTIONS[2:4]]
     assert yaml.safe_load(block("Continue", "yaml")) == renamed(yaml.safe_load(test_continue.CONFIG))
-    assert exported("Open WebUI") == test_open_webui.SETTINGS
-    assert test_open_webui.SETTINGS.items() <= make(test_open_webui, "make_open_webui").environment.items()
+    settings = test_open_webui.SETTINGS | test_open_webui.DOCUMENTS
+    assert exported("Open WebUI") == renamed(settings)
+    assert settings.items() <= make(test_open_webui, "make_open_webui").environment.items()
 
 
 @pytest.mark.parametrize("file", sorted(DATA.glob("*.json")), ids=lambda file: file.stem)

@@ -32,11 +32,17 @@ SETTINGS = {
     "OLLAMA_BASE_URL": "http://127.0.0.1:8000",
     "WEBUI_AUTH": "False",
 }
+DOCUMENTS = {
+    "RAG_EMBEDDING_ENGINE": "openai",
+    "RAG_OPENAI_API_BASE_URL": "http://127.0.0.1:8000/v1",
+    "RAG_OPENAI_API_KEY": "none",
+    "RAG_EMBEDDING_MODEL": "tiny",
+}
 
 
 def make_open_webui(folder: Path, url: str) -> Agent:
-    """Open WebUI with the settings of docs/CLIENTS.md, and without models of its own for documents."""
-    settings = {name: value.replace("http://127.0.0.1:8000", url) for name, value in SETTINGS.items()}
+    """Open WebUI with the settings of docs/CLIENTS.md."""
+    settings = {name: value.replace("http://127.0.0.1:8000", url) for name, value in (SETTINGS | DOCUMENTS).items()}
     offline = {"OFFLINE_MODE": "True", "HF_HUB_OFFLINE": "1", "WEBUI_SECRET_KEY": "none"}
     return make_agent("open-webui", folder, {**settings, **offline, "DATA_DIR": str(folder / "home" / "data")})
 
@@ -84,6 +90,24 @@ def ask(client: httpx.Client, model: str, *, stream: bool) -> str:
     return "".join(choice["delta"].get("content") or "" for choice in choices)
 
 
+def ask_about(client: httpx.Client, text: str, question: str) -> str:
+    """The answer to a question about a document, which Open WebUI cuts up, embeds and searches."""
+    file = client.post("/api/v1/files/", files={"file": ("note.txt", text, "text/plain")}).json()
+    for _ in range(60):
+        if client.get(f"/api/v1/files/{file['id']}/process/status").json().get("status") == "completed":
+            break
+        time.sleep(0.5)
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": question}],
+        "files": [{"type": "file", "id": file["id"]}],
+        "stream": False,
+    }
+    answer = client.post("/api/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
 def ask_in_browser(url: str, text: str, reply: str) -> None:
     """Type a message on the page, and wait for the reply."""
     from playwright.sync_api import sync_playwright  # imported here: other test runs need not have it
@@ -105,9 +129,11 @@ def ask_in_browser(url: str, text: str, reply: str) -> None:
 def test_models_of_both_apis_answer_and_the_page_calls_a_tool(tmp_path: Path) -> None:
     script = [
         Turn("capital of France", "Paris, of course."),
+        Turn(lambda prompt: "The password is" in prompt and "What is the password?" in prompt, "Swordfish."),
         *loop("Tell me the time", call("get_current_timestamp"), "It is late."),
     ]
     with no_network() as network, scripted_server(script) as server:
+        server.engine.model_config.pooling = "last"
         agent = make_open_webui(tmp_path, server.url)
         with started(agent, network.url) as client:
             version = client.get("/api/version").json()["version"]
@@ -117,9 +143,11 @@ def test_models_of_both_apis_answer_and_the_page_calls_a_tool(tmp_path: Path) ->
                 assert [ask(client, model, stream=stream) for stream in (False, True)] == ["Paris, of course."] * 2
             listed = client.get("/ollama/api/tags").json()["models"]
             assert [model["name"] for model in listed] == ["tiny:latest"]
+            assert ask_about(client, "The password is swordfish.", "What is the password?") == "Swordfish."
             ask_in_browser(str(client.base_url), "Tell me the time.", "It is late.")
             time.sleep(3.0)  # for what the page asks afterwards: a title, tags, what to ask next
     assert {request.status for request in server.requests} == {200}
+    assert any(request.path == "/v1/embeddings" for request in server.requests)
     asked = [request for request in server.requests if "Tell me the time" in json.dumps(request.body)]
     assert any(message["role"] == "tool" for request in asked for message in request.body["messages"])
     record("open_webui", version, distinct(server.requests), agent.folders)

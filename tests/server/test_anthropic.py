@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from tests.server.client import client_of, get, post
 from tests.server.fake_engine import FakeEngine, TagTemplate, serving
 from tests.server.hermes import CALL, THINKING, hermes
+from tests.server.test_harmony import CALL as HARMONY_CALL
+from tests.server.test_harmony import PREAMBLE, THOUGHT, harmony
 from tinyvllm.engine.output import Delta
 from tinyvllm.server.anthropic.answers import AnswerBuilder, Form
 from tinyvllm.server.anthropic.events import PING, MessageEvents
@@ -348,6 +350,16 @@ async def test_settings_of_thinking_and_effort_reach_the_template() -> None:
     assert answer["content"][0]["thinking"]
     await ask(engine, thinking={"type": "enabled", "budget_tokens": 1024}, output_config={"effort": "max"})
     assert template.kwargs["enable_thinking"] is True and template.kwargs["reasoning_effort"] == "high"
+
+
+async def test_the_channels_of_gpt_oss_are_blocks() -> None:
+    engine = harmony(THOUGHT + PREAMBLE + HARMONY_CALL)
+    fields = {"tools": [TOOL], "output_config": {"effort": "max"}, "thinking": {"type": "enabled"}}
+    answer = await ask(engine, **fields)
+    assert [block["type"] for block in answer["content"]] == ["thinking", "text", "tool_use"]
+    assert answer["content"][1]["text"] == "I'll look." and answer["stop_reason"] == "tool_use"
+    assert without_ids(message_of(await stream(engine, **fields))) == without_ids(answer)
+    assert "Reasoning: high" in engine.calls[0].prompt
 
 
 async def test_omitted_thoughts_come_back_in_their_signature() -> None:

@@ -33,4 +33,5 @@ def test_help_shows_them(name: str) -> None:
 def test_typos_are_answered_with_what_was_meant() -> None:
     assert "Did you mean 'generate'?" in CliRunner().invoke(app, ["genrate"]).stderr
     assert "--prompt" in CliRunner().invoke(app, ["generate", "--promt", "x"]).stderr
+    assert "did you mean 'smollm2-135m-instruct'?" in CliRunner().invoke(app, ["chat", "smollm2-135m-instuct"]).stderr
     assert "tinyvllm chat" in CliRunner().invoke(app, []).output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -100,8 +101,10 @@ def looks_like_path(name: str) -> bool:
 
 
 def unknown_name(name: str) -> str:
-    """The beginning of an error: the name, and the catalog's names."""
-    return f"there is no model {name!r}: give a catalog name ({', '.join(CATALOG)})"
+    """The beginning of an error: the name, a similar one of a model that exists, and the catalog's names."""
+    similar = difflib.get_close_matches(name, {*CATALOG, *(model.name for model in list_models(models_dir()))}, n=1)
+    meant = f" (did you mean {similar[0]!r}?)" if similar else ""
+    return f"there is no model {name!r}{meant}: give a catalog name ({', '.join(CATALOG)})"
 
 
 def _at_path(path: Path, name: str) -> ModelFiles:

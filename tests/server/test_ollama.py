@@ -260,7 +260,16 @@ async def test_special_values_of_options() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": "hot"}, {"top_k": 1.5}, {"stop": [1]}, {"seed": True}, {"min_p": 2}, {"num_ctx": "4k"}]
+    "options",
+    [
+        {"temperature": "hot"},
+        {"top_k": 1.5},
+        {"stop": [1]},
+        {"seed": True},
+        {"min_p": 2},
+        {"num_ctx": "4k"},
+        {"repeat_penalty": 0},
+    ],
 )
 async def test_a_wrong_option_is_named(options: dict[str, Any]) -> None:
     assert next(iter(options)) in await refusal(FakeEngine(), "/api/chat", messages=[USER], options=options)

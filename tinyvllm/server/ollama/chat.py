@@ -40,14 +40,11 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
     body.refuse_unsupported()
     options = read_options(body.options)
     if not body.messages:
-        return json_response(_empty_form(body, arrival_s).without_output("unload" if body.keep_alive == 0 else "load"))
+        form = AnswerForm(body.model, OutputFormat(), arrival_s, is_chat=True)
+        return json_response(form.without_output("unload" if body.keep_alive == 0 else "load"))
     prompt, params = await asyncio.to_thread(_read, state, body, options)
     form = AnswerForm(body.model, prompt.format, arrival_s, is_chat=True)
     return await answer(state, body, prompt.ids, params, form)
-
-
-def _empty_form(body: ChatRequest, arrival_s: float) -> AnswerForm:
-    return AnswerForm(body.model, OutputFormat(), arrival_s, is_chat=True)
 
 
 async def answer(

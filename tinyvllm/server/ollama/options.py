@@ -47,7 +47,7 @@ def with_defaults(recommended: GenerationDefaults) -> GenerationDefaults:
 
 
 def read_options(given: Mapping[str, Any] | None) -> Options:
-    """Raises RequestError for a value of the wrong type."""
+    """Raises RequestError for a value of the wrong type, naming the option."""
     found: dict[str, Any] = {}
     for name, value in (given or {}).items():
         if value is None:
@@ -105,6 +105,16 @@ def _share(name: str, value: object) -> float:
     return min(_number(name, value), 1.0)
 
 
+def _penalty(name: str, value: object) -> float:
+    """Checked here, because SamplingParams has another name for it."""
+    number = _number(name, value)
+    if not 0.0 < number <= 100.0:
+        raise RequestError(
+            f"option {name!r} is {number:g}: it must be above 0 and at most 100", param=f"options.{name}"
+        )
+    return number
+
+
 def _wrong_type(name: str, kind: str) -> RequestError:
     return RequestError(f"option {name!r} must be {kind}", param=f"options.{name}")
 
@@ -117,7 +127,7 @@ _READERS: dict[str, Callable[[str, object], Any]] = {
     "typical_p": _share,
     "seed": _integer,
     "stop": _strings,
-    "repeat_penalty": _number,
+    "repeat_penalty": _penalty,
     "presence_penalty": _number,
     "frequency_penalty": _number,
     "repeat_last_n": _integer,

@@ -104,13 +104,18 @@ class DoorFlags:
             known = ", ".join(model.name for model in found)
             raise TinyvllmError(f"--pin names {', '.join(sorted(unknown))}, which is not served: give one of {known}")
         given: dict[str, Any] = {}
-        if (keep_alive := self.keep_alive or top.get("keep_alive")) is not None:
+        if (keep_alive := _first(self.keep_alive, top.get("keep_alive"))) is not None:
             given["keep_alive_s"] = _duration("keep_alive", keep_alive)
-        if (max_loaded := self.max_loaded or top.get("max_loaded")) is not None:
+        if (max_loaded := _first(self.max_loaded, top.get("max_loaded"))) is not None:
             given["max_loaded"] = _value("max_loaded", max_loaded, int)
-        if (load_timeout := self.load_timeout or top.get("load_timeout")) is not None:
+        if (load_timeout := _first(self.load_timeout, top.get("load_timeout"))) is not None:
             given["load_timeout_s"] = _value("load_timeout", load_timeout, float)
         return DoorSettings(models=found, **given)
+
+
+def _first(flag: object, value: object) -> object:
+    """What the command line says, or else the file."""
+    return value if flag is None else flag
 
 
 def split_name(text: str) -> tuple[str | None, str]:

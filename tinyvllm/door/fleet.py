@@ -73,7 +73,7 @@ class _Facts:
     root: str = ""
     max_model_len: int | None = None
     num_device_bytes: int | None = None
-    can_chat: bool = False
+    can_chat: bool = True  # until it is known
 
 
 def settings_behind(settings: ServerSettings, model: ModelSettings) -> ServerSettings:

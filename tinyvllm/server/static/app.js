@@ -10,6 +10,8 @@ const messages = []; // the conversation, in the form that the API takes
 let running = null; // AbortController of the answer in progress
 let canChat = true;
 let model = null;
+let chosen = null; // of several models; null while there is only one
+let hasListed = false;
 let apiKey = sessionStorage.getItem("api-key") ?? "";
 
 // ---- Talking to the server ----
@@ -33,6 +35,7 @@ $("key-form").addEventListener("submit", (event) => {
   $("key").value = "";
   $("key-form").hidden = true;
   $("prompt").focus();
+  hasListed = false;
   poll();
 });
 
@@ -216,6 +219,31 @@ for (const name of ["system", ...NUMBERS]) {
   $(name).addEventListener("change", () => localStorage.setItem(name, $(name).value));
 }
 
+// ---- Several models ----
+
+/** Offer the server's models, if it has several names for them. */
+async function listModels() {
+  const response = await fetch("/v1/models", { headers: headers() });
+  if (!response.ok) return; // it is asked again at the next poll
+  hasListed = true;
+  const names = (await response.json()).data.map((card) => card.id);
+  if (names.length < 2) return;
+  const before = sessionStorage.getItem("model");
+  chosen = names.includes(before) ? before : names[0];
+  $("models").replaceChildren(...names.map((name) => new Option(name, name, false, name === chosen)));
+  $("models").hidden = false;
+  $("model").hidden = true;
+}
+
+$("models").addEventListener("change", () => {
+  chosen = $("models").value;
+  sessionStorage.setItem("model", chosen);
+  earlier = null;
+  history.length = 0;
+  for (const id of ["running", "waiting", "output-rate", "prompt-rate", "ttft", "itl", "hits"]) $(id).textContent = "–";
+  poll();
+});
+
 // ---- Light and dark ----
 
 const darkScheme = matchMedia("(prefers-color-scheme: dark)");
@@ -254,12 +282,12 @@ function show(state) {
   const toCome = state.counts?.num_captures_to_come ?? 0;
   $("warming").hidden = toCome === 0;
   $("warming").textContent = `warming up: ${count(toCome)} ${toCome === 1 ? "graph" : "graphs"} left`;
-  model = state.model;
+  model = chosen ?? state.model;
   canChat = state.can_chat;
   $("model").textContent = state.model;
   document.title = `${state.model} – tinyvllm`;
   $("uptime").textContent = `version ${state.version}, up for ${duration(state.uptime_s)}`;
-  $("send").disabled = state.status !== "ready";
+  $("send").disabled = state.status !== "ready" && state.status !== "unloaded"; // its first message loads a model
   if (!state.counts) return;
   showCounts(state);
   showPool(state);
@@ -434,12 +462,14 @@ async function poll() {
   if (isPolling || document.hidden) return;
   isPolling = true;
   try {
-    const response = await fetch("/engine/state", { headers: headers() });
+    const query = chosen === null ? "" : `?model=${encodeURIComponent(chosen)}`;
+    const response = await fetch(`/engine/state${query}`, { headers: headers() });
     if (response.status === 401) {
       setStatus("key needed");
       askForKey();
     } else if (response.ok) {
       show(await response.json());
+      if (!hasListed && lastState.status !== "loading") await listModels(); // while it loads, a single server lists none
     } else {
       setStatus("unreachable");
     }

@@ -30,6 +30,7 @@ from tinyvllm.server import event_loop
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import bind
 
+ROOT = Path(__file__).parents[2]
 GIB = 2**30
 GO_VARIABLE = "TINYVLLM_TEST_GO"
 EXAMINE, LOAD = "tests.door.fake_models:examine", "tests.door.fake_models:load"
@@ -82,8 +83,10 @@ class RunningDoor:
 
 
 @contextlib.contextmanager
-def running_door(*models: ModelSettings, door: dict[str, Any] | None = None, **settings: Any) -> Iterator[RunningDoor]:
-    """door: DoorSettings' other fields. settings: ServerSettings'."""
+def running_door(
+    *models: ModelSettings, door: dict[str, Any] | None = None, plan: dict[str, str] | None = None, **settings: Any
+) -> Iterator[RunningDoor]:
+    """door: DoorSettings' other fields. plan: Plan's; without it, devices are fake. settings: ServerSettings'."""
     sock = bind("127.0.0.1", 0)
     found: list[DoorServer] = []
     is_serving = threading.Event()
@@ -92,8 +95,11 @@ def running_door(*models: ModelSettings, door: dict[str, Any] | None = None, **s
         found.append(server)
         is_serving.set()
 
-    plan = Plan(settings=ServerSettings(**{"stats_interval_s": None, **settings}), examine=EXAMINE, load=LOAD)
-    work = serve_door(DoorSettings(models=models, **(door or {})), plan, sock, on_serving=on_serving, access_log=False)
+    how = Plan(
+        settings=ServerSettings(**{"stats_interval_s": None, **settings}),
+        **(plan or {"examine": EXAMINE, "load": LOAD}),
+    )
+    work = serve_door(DoorSettings(models=models, **(door or {})), how, sock, on_serving=on_serving, access_log=False)
     thread = threading.Thread(target=event_loop.run, args=(work,))
     thread.start()
     try:

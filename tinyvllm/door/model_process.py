@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import sys
 import traceback
 from collections.abc import Callable
 
@@ -32,7 +33,7 @@ Report = Callable[[str, int, int], None]
 
 
 def main() -> None:
-    """Never returns: the exit does not wait for threads and compiling processes, which the door kills."""
+    """Ends like a single server, which ends its compiling processes first. The door kills what does not end."""
     spec, link = start_child(ModelSpec)
     code = 1
     try:
@@ -40,8 +41,7 @@ def main() -> None:
     except BaseException as error:
         log.critical("the model's server ends with an unexpected error", exc_info=True)
         link.send("failed", error="".join(traceback.format_exception_only(error)).strip())
-    logging.shutdown()
-    os._exit(code)
+    sys.exit(code)
 
 
 class _ModelProcess:

@@ -138,6 +138,15 @@ def test_consecutive_messages_are_joined_where_roles_must_alternate() -> None:
     assert render(GEMMA, said("a"), user("b")) == "[user]<|end|>[assistant]a<|end|>[user]b<|end|>"
 
 
+def test_a_user_is_put_first_where_there_must_be_one() -> None:
+    asks = turns(
+        tools="{% if not messages|selectattr('role', 'eq', 'user')|list %}{{ raise_exception('ask') }}{% endif %}"
+    )
+    assert render(asks, system("a")) == "[user]a"
+    assert render(asks, system("a"), said("b")) == "[user]a[assistant]b"
+    assert render(asks, said("", {"x": 1}), result("b")) == '[user][assistant]{f|{"x": 1}}[tool]b'
+
+
 def test_a_user_after_a_result_is_joined_to_it_where_it_is_refused() -> None:
     chat = (user("a"), said("", {"x": 1}), result("b"), user("c"), said("d"), user("e"))
     assert render(MISTRAL, *chat).endswith(":b\n\ncd</s>[INST]e[/INST]")
@@ -297,6 +306,16 @@ def test_tools_are_described_where_the_template_does_not() -> None:
     text = render(GEMMA, user("a"), said("", {"x": 1}), result("b"), tools=[tool])
     assert text.startswith("[user]You can call functions.") and '"name": "f", "description": "d"' in text
     assert "\n\na<|end|>[assistant]" in text
+
+
+def test_an_effort_that_the_template_refuses_becomes_the_nearest_one() -> None:
+    refusal = "{% if reasoning_effort not in ['low', 'high'] %}{{ raise_exception('effort') }}{% endif %}"
+    source = refusal + "{{ reasoning_effort }}"
+    efforts = {"none": "low", "minimal": "low", "medium": "low", "xhigh": "high"}
+    for asked, taken in efforts.items():
+        assert render(source + TURNS, user("a"), reasoning_effort=asked).startswith(taken)
+    with pytest.raises(RequestError, match="effort"):
+        render(source + TURNS, user("a"), reasoning_effort="little")
 
 
 # ---- All at once ----

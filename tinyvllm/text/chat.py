@@ -26,7 +26,7 @@ from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, RequestError
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.text import gguf_tokenizer, hf_tokenizer
-from tinyvllm.text.template_abilities import Abilities, find_abilities
+from tinyvllm.text.template_abilities import EFFORTS, Abilities, find_abilities, find_effort
 from tinyvllm.text.template_adapter import adapt
 from tinyvllm.text.template_tools import WITHOUT_TOOLS, bare, complete, plain
 
@@ -90,6 +90,7 @@ class ChatTemplate:
         self._name = model_name
         self._special_texts = dict(special_texts)
         self._abilities: dict[bool, Abilities] = {}  # by whether there are tools
+        self._efforts: dict[str, str] = {}  # those that the template takes, by what was asked for
         self._logged: set[str] = set()
         environment = make_environment()
         self._templates: dict[str, jinja2.Template] = {}
@@ -120,7 +121,8 @@ class ChatTemplate:
             messages, tools = self._describe(messages, tools, tool_format or self._tool_format()), None
         abilities = self.abilities(has_tools=bool(tools))
         adapted, changes = adapt(messages, abilities, lambda one: (tool_format or self._tool_format()).as_text(one))
-        self._log(changes)
+        kwargs, refused = self._with_effort(kwargs)
+        self._log([*changes, *refused])
         try:
             return self._write(
                 adapted,
@@ -145,6 +147,18 @@ class ChatTemplate:
         """Whether it describes tools to the model by itself."""
         abilities = self.abilities(has_tools=True)
         return abilities.tools != "no" if abilities.is_known else "tools" in self.source
+
+    def _with_effort(self, variables: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """The variables with a `reasoning_effort` that the template takes, and what was changed."""
+        effort = variables.get("reasoning_effort")
+        if effort not in EFFORTS:
+            return variables, []
+        if effort not in self._efforts:
+            write = functools.partial(self._write, tools=None, add_generation_prompt=False, has_tools=False)
+            self._efforts[effort] = find_effort(write, effort) or effort
+        taken = self._efforts[effort]
+        changes = [] if taken == effort else [f"reasoning_effort is {taken!r} for {effort!r}"]
+        return {**variables, "reasoning_effort": taken}, changes
 
     def _tools_variable(self, tools: Sequence[Mapping[str, Any]] | None, abilities: Abilities) -> Any:
         if not tools:

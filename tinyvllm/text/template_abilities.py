@@ -8,6 +8,7 @@ found by one or two probes: a conversation whose texts occur nowhere else, which
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -167,6 +168,19 @@ def _find_abilities(probe: Probe, *, has_tools: bool) -> Abilities:
     found |= _find_turns(probe)
     found["reasoning_field"] = _find_reasoning(probe)
     return Abilities(part_roles=frozenset(probe.part_roles), **found)
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+def find_effort(write: Write, effort: str) -> str | None:
+    """The effort of EFFORTS nearest to this one that the template takes as `reasoning_effort`; None: it takes none."""
+    start = EFFORTS.index(effort)
+    for candidate in sorted(EFFORTS, key=lambda one: abs(EFFORTS.index(one) - start)):
+        probe = Probe(functools.partial(write, reasoning_effort=candidate))
+        if probe.find_form("user") is not None:
+            return candidate
+    return None
 
 
 @dataclass

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ from tinyvllm.errors import RequestError
 from tinyvllm.text.template_abilities import REASONING_FIELDS, Abilities, Message, thinking_part
 
 SEPARATOR = "\n\n"  # between messages that become one
-SHORT_ID_CHARACTERS = string.digits + string.ascii_lowercase
 SHORT_ID_LENGTH = 9
 
 
@@ -49,7 +47,7 @@ class Adapter:
         systems, others = self._split_systems(self._with_tools(found))
         others = self._with_turns(others)
         systems, others = self._with_systems(systems, others)
-        if not self.abilities.assistant_first and others and others[0].get("role") == "assistant":
+        if others and self._misses_user(others):
             self.changes.append("a message of the user is put before the assistant's")
             others = [{"role": "user", "content": "" if self.abilities.empty_users else "."}, *others]
         found = [*systems, *others]
@@ -132,6 +130,11 @@ class Adapter:
             self.changes.append("system messages are joined")
             systems = [join(systems)]
         return systems, others
+
+    def _misses_user(self, others: Sequence[Message]) -> bool:
+        if others[0].get("role") == "assistant" and not self.abilities.assistant_first:
+            return True
+        return self.abilities.needs_user and all(message.get("role") != "user" for message in others)
 
     def _takes_system_before(self, others: Sequence[Message]) -> bool:
         abilities = self.abilities
@@ -308,14 +311,8 @@ def with_ids(messages: Sequence[Message], *, is_short: bool) -> list[Message]:
 
 
 def short_id(call_id: str) -> str:
-    if len(call_id) == SHORT_ID_LENGTH and call_id.isascii() and call_id.isalnum():
-        return call_id
-    number = int.from_bytes(hashlib.sha256(call_id.encode()).digest()[:8])
-    digits = ""
-    for _ in range(SHORT_ID_LENGTH):
-        number, digit = divmod(number, len(SHORT_ID_CHARACTERS))
-        digits += SHORT_ID_CHARACTERS[digit]
-    return digits
+    is_short = len(call_id) == SHORT_ID_LENGTH and call_id.isascii() and call_id.isalnum()
+    return call_id if is_short else hashlib.sha256(call_id.encode()).hexdigest()[:SHORT_ID_LENGTH]
 
 
 def with_result_names(messages: Sequence[Message]) -> list[Message]:

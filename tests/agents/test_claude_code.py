@@ -5,13 +5,15 @@ scripts/fetch_agents.sh /tmp/agents && TINYVLLM_AGENTS=/tmp/agents pytest -m age
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.agents.recordings import record
 from tests.agents.running import Agent, make_agent, no_network
-from tests.agents.scripted_engine import REASONING_TEMPLATE, call, loop, scripted_server, thought
+from tests.agents.scripted_engine import REASONING_TEMPLATE, Turn, call, loop, scripted_server, thought
+from tests.agents.terminal import terminal_of
 
 pytestmark = [pytest.mark.agents, pytest.mark.timeout(200)]
 
@@ -20,7 +22,7 @@ def make_claude(folder: Path, url: str, **environment: str) -> Agent:
     """Claude Code with the settings of docs/CLIENTS.md."""
     settings = {
         "ANTHROPIC_BASE_URL": url,
-        "ANTHROPIC_API_KEY": "none",
+        "ANTHROPIC_AUTH_TOKEN": "none",
         "ANTHROPIC_MODEL": "tiny",
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": "tiny",  # for its small requests
         "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "131072",
@@ -80,3 +82,32 @@ def test_reasoning_is_handed_back_and_a_searched_tool_is_called(tmp_path: Path) 
     for prompt in server.engine.prompts[1:3]:
         assert prompt.count("<think>\nThis needs some care.\n</think>") == prompt.count("<tool_response>\n")
     record("claude_code_reasoning", version, [server.requests[2], server.requests[5]], claude.folders)
+
+
+def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
+    """It starts without Anthropic's service, asks before it runs a command, and makes a summary when told to."""
+    script = [
+        Turn(lambda prompt: "Do NOT call any tools" in prompt[-3000:], "<summary>A file was made.</summary>"),
+        *loop("Make a file", call("Bash", command="touch made.txt", description="Make it"), "The file is made."),
+    ]
+    with no_network() as network, scripted_server(script) as server:
+        claude = make_claude(tmp_path, server.url)
+        # a person answers these once
+        settings = {"hasCompletedOnboarding": True, "projects": {str(claude.project): {"hasTrustDialogAccepted": True}}}
+        (claude.home / ".claude.json").write_text(json.dumps(settings))
+        with terminal_of(claude, "--permission-mode", "manual", proxy=network.url) as terminal:
+            terminal.settle()
+            terminal.enter("Make a file.")
+            terminal.wait_for("Do you want to proceed?")
+            assert not (claude.project / "made.txt").exists()
+            terminal.enter("")
+            terminal.wait_for("The file is made.")
+            terminal.enter("/compact")
+            terminal.wait_for("Compacted")
+            terminal.enter("Thanks.")
+            terminal.wait_for("All right.")
+        version = claude.run("--version", proxy=network.url).output.split()[0]
+    assert (claude.project / "made.txt").exists()
+    assert {request.status for request in server.requests} == {200}
+    assert not any("api.anthropic.com" in request for request in network.wanted)
+    record("claude_code_terminal", version, server.requests[:1] + server.requests[-1:], claude.folders)

@@ -68,7 +68,7 @@ def test_only_what_is_on_and_can_be_reached_is_named() -> None:
 
 def test_keys_are_placeholders() -> None:
     text = "\n".join(greeting(needs_key=True).lines())
-    assert "Bearer KEY" in text and "OPENAI_API_KEY=KEY" in text and "ANTHROPIC_API_KEY=KEY" in text
+    assert "Bearer KEY" in text and "OPENAI_API_KEY=KEY" in text and "ANTHROPIC_AUTH_TOKEN=KEY" in text
 
 
 def test_many_models_are_counted() -> None:

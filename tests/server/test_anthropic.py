@@ -475,7 +475,7 @@ async def test_fields_without_effect_are_accepted() -> None:
     await ask(engine)
     await ask(
         engine,
-        metadata={"user_id": "u"}, service_tier="auto", container="c", mcp_servers=[{"type": "url"}],
+        metadata={"user_id": "u"}, service_tier="auto", container="c", mcp_servers=[{"type": "url"}], safeguards=[{}],
         context_management={"edits": [{"type": "clear_tool_uses_20250919"}]}, cache_control={"type": "ephemeral"},
         temperature=None, tools=[], stop_sequences=[], thinking=None,
     )  # fmt: skip

@@ -66,7 +66,7 @@ class Greeting:
         if "openai" in self.apis:
             yield _labeled("OpenAI clients", f"OPENAI_BASE_URL={self.address}/v1 OPENAI_API_KEY={key}")
         if "anthropic" in self.apis and self.can_chat:
-            variables = f"ANTHROPIC_BASE_URL={self.address} ANTHROPIC_API_KEY={key} ANTHROPIC_MODEL={model}"
+            variables = f"ANTHROPIC_BASE_URL={self.address} ANTHROPIC_AUTH_TOKEN={key} ANTHROPIC_MODEL={model}"
             yield _labeled("Claude Code", f"{variables} claude")
         if "ollama" in self.apis and not self.needs_key:  # most of them cannot send a key
             yield _labeled("Ollama clients", f"OLLAMA_HOST={self.address}")

@@ -29,9 +29,11 @@ _IGNORED = frozenset((
 # Fields that ask the server to do something beside generating, with the values that ask for nothing.
 _LEFT_OUT: dict[str, tuple[object, ...]] = {
     "container": (),
-    "context_management": ({}, {"edits": []}),
+    # the last is what Claude Code sends: all thoughts stay
+    "context_management": ({}, {"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
     "fallbacks": ([],),
     "mcp_servers": ([],),
+    "safeguards": ([],),  # Claude Code's check of dangerous calls: it asks the user where no answer has one
 }
 
 # Fields without which a request has another meaning: why they are refused, and the code by which SDKs know it. After

@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from tests.agents.running import Agent
 
 TIMEOUT_S = 30.0
-QUIET_S = 0.5  # without output, a program is waiting for keys
-SETTLED_S = 5.0  # at the latest, as some programs draw without end
+PAUSE_S = 1.0  # programs ignore a key that comes sooner than a person could have read what it answers
 CONTROL = re.compile(rb"\x1b\[[0-9;?<>=]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[=>78c()].?")
 
 
@@ -30,16 +29,12 @@ class Terminal:
         self._drawn = b""
 
     def enter(self, line: str) -> None:
-        """Type a line, and then the key that ends it: keys that arrive together count as pasted text."""
-        os.write(self._descriptor, line.encode())
-        self.settle()
+        """Type a line, and the key that ends it once the line is drawn: keys that arrive together count as pasted."""
+        if line:
+            os.write(self._descriptor, line.encode())
+            self.wait_for(line)
+        time.sleep(PAUSE_S)
         os.write(self._descriptor, b"\r")
-
-    def settle(self) -> None:
-        """Wait until the program waits for keys."""
-        deadline = time.monotonic() + SETTLED_S
-        while self._read(QUIET_S) and time.monotonic() < deadline:
-            pass
 
     def wait_for(self, text: str) -> None:
         """Wait until the program has drawn `text` since the last call."""
@@ -47,22 +42,17 @@ class Terminal:
         while wanted not in self.text():
             if time.monotonic() > deadline:
                 raise AssertionError(f"{text!r} is not on the screen: {self.text()[-2000:]}")
-            self._read(0.2)
+            self._read()
         self._drawn = b""
 
     def text(self) -> str:
         return re.sub(r"\s", "", CONTROL.sub(b"", self._drawn).decode(errors="replace"))
 
-    def _read(self, timeout_s: float) -> bool:
-        ready, _, _ = select.select([self._descriptor], [], [], timeout_s)
-        if not ready:
-            return False
-        try:
-            piece = os.read(self._descriptor, 65536)
-        except OSError:  # the program has ended
-            return False
-        self._drawn += piece
-        return bool(piece)
+    def _read(self) -> None:
+        ready, _, _ = select.select([self._descriptor], [], [], 0.2)
+        if ready:
+            with contextlib.suppress(OSError):  # the program has ended
+                self._drawn += os.read(self._descriptor, 65536)
 
 
 @contextlib.contextmanager

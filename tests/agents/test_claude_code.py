@@ -96,7 +96,7 @@ def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
         settings = {"hasCompletedOnboarding": True, "projects": {str(claude.project): {"hasTrustDialogAccepted": True}}}
         (claude.home / ".claude.json").write_text(json.dumps(settings))
         with terminal_of(claude, "--permission-mode", "manual", proxy=network.url) as terminal:
-            terminal.settle()
+            terminal.wait_for("manual mode on")
             terminal.enter("Make a file.")
             terminal.wait_for("Do you want to proceed?")
             assert not (claude.project / "made.txt").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import re
@@ -46,6 +47,9 @@ async def test_models_are_loaded_at_their_first_request_and_make_room_for_each_o
             assert text_of(await ask(client, "gpt:latest")) == ANSWER
             ollama = await client.post("/api/chat", json={**CHAT, "model": "two", "stream": False, "keep_alive": -1})
             assert ollama.json()["message"]["content"] == ANSWER
+            packed = gzip.compress(json.dumps({**CHAT, "model": "one"}).encode())
+            headers = {"content-type": "application/json", "content-encoding": "gzip"}
+            assert text_of(await client.post("/v1/chat/completions", content=packed, headers=headers)) == ANSWER
             claude = await client.post("/v1/messages", json={**CHAT, "model": "one", "max_tokens": 50})
             assert claude.json()["content"][0]["text"] == ANSWER and claude.json()["model"] == "one"
             expiry = {each["name"]: each["expires_at"][:4] for each in (await client.get("/api/ps")).json()["models"]}
@@ -79,7 +83,7 @@ async def check_metrics(client: httpx.AsyncClient) -> None:
     assert 'tinyvllm:model_state{model_name="two",state="unloaded"} 1.0' in lines
     assert 'tinyvllm:model_loads_total{model_name="one"} 1.0' in lines
     assert 'tinyvllm:model_unloads_total{model_name="two",reason="evicted"} 1.0' in lines
-    chats = 'http_requests_total{handler="/v1/chat/completions",method="POST",status="2xx",model_name="one"} 2.0'
+    chats = 'http_requests_total{handler="/v1/chat/completions",method="POST",status="2xx",model_name="one"} 3.0'
     assert chats in lines
     assert re.search(r'^vllm:prompt_tokens_total\{engine="0",model_name="one"\} \d', text, re.MULTILINE)
     assert re.search(r'^process_resident_memory_bytes\{model_name="one"\} \d', text, re.MULTILINE)

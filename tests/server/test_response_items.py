@@ -7,7 +7,8 @@ import logging
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from openai.types.responses import response_input_item_param
+from openai.types.responses import ResponseStreamEvent, response_input_item_param
+from pydantic import TypeAdapter
 
 from tests.server.client import client_of, error_of, post
 from tests.server.fake_engine import FakeEngine, TagTemplate
@@ -289,6 +290,23 @@ async def test_the_output_is_taken_back_as_input(reply: str, include: list[str])
         await ask(input=[question, *kept, *results, more], store=False)
         assert messages_of(engine) == continued
     assert len([message for message in continued if "tool_calls" in message]) == bool(results)
+
+
+async def test_events_are_as_openai_s_document_says() -> None:
+    reply = f"<think>Hm.</think>Wait. {CALL}{call_of('apply_patch', {'input': 'x'})}"
+    engine = FakeEngine(reply=reply, chat_template=TagTemplate(THINKING))
+    known: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+    tools = [WEATHER, PATCH, {"type": "namespace", "name": "n", "description": "d", "tools": [PATCH]}, *HOSTED[:3]]
+    logprobs = {"include": ["message.output_text.logprobs", "reasoning.encrypted_content"]}
+    kinds: set[str] = set()
+    for body in ({}, {"max_output_tokens": 20}, logprobs, {"instructions": "Fail."}):
+        engine.fail_after = 30 if "instructions" in body else None
+        for event in await events_of(engine, tools=tools, **body):
+            kinds.add(event["type"])
+            known.validate_python(event)
+    assert {"response.completed", "response.incomplete", "response.failed", "error"} <= kinds and len(kinds) == 18, (
+        kinds
+    )
 
 
 def test_what_others_have_encrypted_is_not_read() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types.responses import ResponseItemList
 
 from tests.server.client import client_of, error_of, post
 from tests.server.fake_engine import FakeEngine, serving
@@ -94,7 +95,7 @@ async def test_a_response_in_the_background_fails_with_its_reason() -> None:
     async with client_of(FakeEngine(fail_after=3)) as client:
         begun = (await client.post("/v1/responses", json={"input": "a", "background": True})).json()
         answer = await wait_for(client, begun["id"], "failed")
-        assert "not finite" in answer["error"]["message"] and answer["error"]["code"] == "generation_failed"
+        assert "not finite" in answer["error"]["message"] and answer["error"]["code"] == "server_error"
         events = events_in((await client.get(f"/v1/responses/{begun['id']}", params={"stream": True})).text)
         assert [event["type"] for event in events[-2:]] == ["response.failed", "error"]
     refused = await post(
@@ -179,6 +180,7 @@ async def test_input_items_are_listed_in_pages() -> None:
         kinds = [item["type"] for item in whole["data"]]
         assert kinds == ["message", "message", "function_call", "function_call_output", "message"]
         assert whole["data"][0]["content"] == [{"type": "input_text", "text": "a"}]
+        ResponseItemList.model_validate(whole)
         assert whole["data"][1] == first["output"][0] and whole["data"][4]["content"][0]["type"] == "output_text"
         ids = [item["id"] for item in whole["data"]]
         assert len(set(ids)) == 5 and (whole["first_id"], whole["last_id"]) == (ids[0], ids[-1])

@@ -56,7 +56,7 @@ async def test_response_has_every_field_of_the_format() -> None:
     }
     assert answer.pop("usage") == {
         "input_tokens": 38,
-        "input_tokens_details": {"cached_tokens": 4},
+        "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 0},
         "output_tokens": 13,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": 51,
@@ -250,6 +250,7 @@ async def test_bad_field_is_refused_by_name(body: dict[str, Any], param: str) ->
 
 async def test_failure_inside_a_stream_is_an_event() -> None:
     events = await events_of(FakeEngine(fail_after=3))
+    assert events[-2]["type"] == "response.failed" and events[-2]["response"]["status"] == "failed"
     assert events[-1]["type"] == "error" and "not finite" in events[-1]["message"]
     response = await post(FakeEngine(fail_after=3), "/v1/responses", {"input": "hi"})
     assert response.status_code == 500

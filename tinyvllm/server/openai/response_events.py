@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from tinyvllm.engine.output import Delta
 
 Event = dict[str, Any]
+# The codes that OpenAI's document has for a response's error, by the type of ours
+_FAILURES = {"invalid_request_error": "invalid_prompt", "rate_limit_error": "rate_limit_exceeded"}
 _TEXT_DELTA = "response.output_text.delta"
 
 
@@ -170,8 +172,7 @@ class ResponseWriter:
 
     def _add_part(self, part: OutputText | ReasoningText) -> Iterator[Event]:
         self._parts.append(part)
-        kind = "content_part" if isinstance(part, OutputText) else "reasoning_part"
-        yield self._item_event(f"response.{kind}.added", content_index=0, part=part.model_dump())
+        yield self._item_event("response.content_part.added", content_index=0, part=part.model_dump())
 
     def _grow_text(self, kind: str, text: str, **more: Any) -> Iterator[Event]:
         self._texts.append(text)
@@ -216,7 +217,7 @@ class ResponseWriter:
                 if self._seals_reasoning:
                     item.encrypted_content = seal(thought.text)
                 yield self._item_event("response.reasoning_text.done", content_index=0, text=thought.text)
-                yield self._item_event("response.reasoning_part.done", content_index=0, part=thought.model_dump())
+                yield self._item_event("response.content_part.done", content_index=0, part=thought.model_dump())
 
     def _end(self, delta: Delta) -> Iterator[Event]:
         is_cut = delta.finish_reason == "length"
@@ -252,7 +253,7 @@ class ResponseWriter:
         the error (OpenAI's)."""
         yield from self._close("incomplete")
         self.answer.status = "failed"
-        self.answer.error = {"code": error.code or error.type, "message": error.message}
+        self.answer.error = {"code": _FAILURES.get(error.type, "server_error"), "message": error.message}
         yield self._event("response.failed", response=_dump(self.answer))
         shown = error.model_dump()
         yield self._event("error", error=shown, **{name: shown[name] for name in ("code", "message", "param")})

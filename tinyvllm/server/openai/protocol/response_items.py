@@ -263,13 +263,14 @@ def result_text(output: object, param: str) -> str:
 
 
 def listed(item: Mapping[str, Any]) -> dict[str, Any]:
-    """An item as the server lists it: the content of a message as parts."""
+    """An item as the server lists it: with a status, and the content of a message as parts."""
+    item = {"status": "completed", **item}
     if item["type"] != "message" or not isinstance(item.get("content"), str):
-        return dict(item)
+        return item
     part: dict[str, Any] = {"type": "input_text", "text": item["content"]}
     if item.get("role") == "assistant":
         part = {**part, "type": "output_text", "annotations": []}
-    return {"role": "user", "status": "completed", **item, "content": [part]}
+    return {"role": "user", **item, "content": [part]}
 
 
 # ---- Sealed reasoning ----

@@ -310,6 +310,7 @@ OutputItem = MessageItem | ReasoningItem | FunctionCallItem | CustomCallItem
 
 class InputTokensDetails(BaseModel):
     cached_tokens: int
+    cache_write_tokens: int = 0  # which OpenAI charges for, so clients expect the field
 
 
 class OutputTokensDetails(BaseModel):

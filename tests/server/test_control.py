@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tinyvllm.config import EngineConfig
+from tinyvllm.server import process
 from tinyvllm.server.control import EXIT_ORPHANED, ChildLink, ParentLink
 
 # A child that computes in C without end, with a child of its own that sleeps.
@@ -128,3 +129,13 @@ async def test_long_messages_are_whole(size: int) -> None:
     assert message == {"kind": "long", "text": "é" * size}
     link.close()
     child.close()
+
+
+@pytest.mark.parametrize("is_quiet", [True, False])
+def test_an_exit_without_cleaning_up_prints_nothing(is_quiet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compiling processes leave them: semaphores that the resource tracker removes."""
+    monkeypatch.delenv("PYTHONWARNINGS", raising=False)
+    code = "import multiprocessing as m, os; lock = m.get_context('spawn').Lock(); os._exit(0)"
+    environment = {**os.environ, **(process.quiet_tracker() if is_quiet else {})}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ("leaked semaphore" in ended.stderr) == (not is_quiet)

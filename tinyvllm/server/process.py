@@ -136,7 +136,7 @@ async def start_process(
                 # with a process group of its own: a Ctrl-C in a terminal reaches this process alone, which forwards it
                 start_new_session=True,
                 stdin=asyncio.subprocess.DEVNULL,
-                env={**os.environ, **(environment or {}), API_KEY_VARIABLE: ""},
+                env={**os.environ, **(environment or {}), API_KEY_VARIABLE: "", **quiet_tracker()},
             )
         except OSError as error:
             here.close()
@@ -144,6 +144,13 @@ async def start_process(
     link = await ParentLink.open(here)
     link.send("spec", spec=spec)
     return Process(spec.name, process, link)
+
+
+def quiet_tracker() -> dict[str, str]:
+    """These processes end without Python's clean-up, which may take long. multiprocessing's resource tracker removes
+    the semaphores of their compiling processes then, and would print a warning each time."""
+    rule = "ignore::UserWarning:multiprocessing.resource_tracker"
+    return {"PYTHONWARNINGS": ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), rule)))}
 
 
 def _path_flags() -> list[str]:

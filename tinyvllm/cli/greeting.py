@@ -57,7 +57,7 @@ class Greeting:
         names = ", ".join(self.names[:MAX_NAMES])
         if len(self.names) > MAX_NAMES:
             names += f" and {len(self.names) - MAX_NAMES} more"
-        return f"{names} {verb} served on {self.address}{told}; Ctrl-C stops it. Try:"
+        return f"{names} {verb} served on {self.address}{told} until Ctrl-C. Try:"
 
     def _settings(self) -> Iterator[str]:
         """One line for each API that is on: environment variables as in docs/CLIENTS.md."""

@@ -21,8 +21,8 @@ HOSTED: Any = [
     {"type": "web_search", "external_web_access": False},
     {"type": "local_shell"},
     {"type": "image_generation", "output_format": "png"},
-    {"type": "tool_search", "execution": "client", "description": "d", "parameters": {"type": "object"}},
-    {"type": "mcp", "server_label": "x", "server_url": "https://x", "require_approval": "never"},
+    {"type": "tool_search"},
+    {"type": "mcp", "server_label": "x", "server_url": "https://x", "require_approval": "never", "tools": [{"a": 1}]},
     {"type": "file_search", "vector_store_ids": ["v"], "name": 5},
     {"type": "code_interpreter", "container": {"type": "auto"}},
     {"type": "computer_use_preview", "display_width": 1, "display_height": 1, "environment": "linux"},
@@ -122,6 +122,28 @@ async def test_a_grammar_that_cannot_be_enforced_is_only_shown(caplog: pytest.Lo
     assert grammar is not None and "^(?:[a-z]+)$" in grammar.text
 
 
+async def test_a_search_that_the_client_runs_is_called() -> None:
+    """Codex lets models search for the tools of MCP servers."""
+    engine = hermes("First. " + call_of("tool_search", {"query": "weather", "limit": 3}))
+    schema = {"type": "object", "properties": {"query": {"type": "string"}, "limit": {"type": "number"}}}
+    search = {"type": "tool_search", "execution": "client", "description": "Finds tools.", "parameters": schema}
+    events = await events_of(engine, tools=[search])
+    assert names_of(engine) == ["tool_search"]
+    [_, call] = events[-1]["response"]["output"]
+    assert {**call, "id": "", "call_id": ""} == {
+        "type": "tool_search_call", "id": "", "call_id": "", "execution": "client", "status": "completed",
+        "arguments": {"query": "weather", "limit": 3},
+    }  # fmt: skip
+    space = {"type": "namespace", "name": "mcp", "tools": [WEATHER], "description": ""}
+    found = {"type": "tool_search_output", "call_id": call["call_id"], "execution": "client", "tools": [space]}
+    engine.reply = "Done."
+    await respond(engine, tools=[search], input=[{"role": "user", "content": "a"}, call, found, call, found])
+    assert names_of(engine) == ["tool_search", "mcp__get_weather"]
+    _, assistant, result, *_ = messages_of(engine)
+    assert assistant["tool_calls"][0]["function"]["arguments"] == {"query": "weather", "limit": 3}
+    assert "get_weather" in result["content"]
+
+
 async def test_items_add_tools_to_those_of_the_request() -> None:
     engine = hermes(call_of("mcp__files__get_weather", {"city": "Rom"}))
     space = {"type": "namespace", "name": "mcp__files", "tools": [WEATHER], "description": ""}
@@ -148,6 +170,10 @@ async def test_tool_choice_takes_custom_and_allowed_tools() -> None:
     allowed = {"type": "allowed_tools", "mode": "auto", "tools": [WEATHER, {"type": "web_search"}]}
     answer = await respond(engine, tools=[WEATHER, PATCH, *HOSTED], tool_choice=allowed)
     assert names_of(engine) == ["get_weather"] and answer["tool_choice"]["mode"] == "auto"
+    space = {"type": "namespace", "name": "n", "description": "d", "tools": [PATCH]}
+    allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "namespace", "name": "n"}]}
+    answer = await respond(engine, tools=[WEATHER, space], tool_choice=allowed)
+    assert names_of(engine) == ["n__apply_patch"] and answer["tool_choice"] == allowed
     for tools, mode in ((["f"], "auto"), ([], "required")):
         choice = {
             "type": "allowed_tools",

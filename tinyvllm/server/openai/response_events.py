@@ -14,7 +14,7 @@ from tinyvllm.server.error_bodies import ErrorDetail
 from tinyvllm.server.events import TextEvent
 from tinyvllm.server.message import OutputFormat
 from tinyvllm.server.openai.chat_answers import chat_logprobs
-from tinyvllm.server.openai.protocol.chat import ChatTokenLogprob
+from tinyvllm.server.openai.protocol.chat import ChatTokenLogprob, past_arguments
 from tinyvllm.server.openai.protocol.response_items import seal
 from tinyvllm.server.openai.protocol.responses import (
     CustomCallItem,
@@ -30,6 +30,7 @@ from tinyvllm.server.openai.protocol.responses import (
     ResponseAnswer,
     ResponseUsage,
     Status,
+    ToolSearchCallItem,
 )
 from tinyvllm.server.openai.protocol.tools import NO_TOOLS, Toolbox
 from tinyvllm.text.tools.custom import InputReader
@@ -126,11 +127,14 @@ class ResponseWriter:
             case CallArguments():
                 yield from self._grow_call(piece.text)
 
-    def _make_call(self, name: str) -> FunctionCallItem | CustomCallItem:
+    def _make_call(self, name: str) -> FunctionCallItem | CustomCallItem | ToolSearchCallItem:
         """The item of a call, under the name that the client knows."""
         assert self._format.tools is not None
         offer = self._toolbox.find(name)
         call_id = self._format.tools.make_id()
+        if offer is not None and offer.kind == "tool_search":
+            item_id = new_item_id("tool_search_call")
+            return ToolSearchCallItem(id=item_id, call_id=call_id, arguments={}, status="in_progress")
         name, namespace = (name, None) if offer is None else (offer.name, offer.namespace)
         known: dict[str, Any] = {"call_id": call_id, "name": name, "namespace": namespace, "status": "in_progress"}
         if offer is not None and offer.is_custom:
@@ -144,6 +148,8 @@ class ResponseWriter:
             yield self._item_event("response.function_call_arguments.delta", delta=arguments)
         elif self._input is not None:
             yield from self._grow_input(self._input.push(arguments))
+        else:  # of a search for tools, whose arguments are an object
+            self._texts.append(arguments)
 
     def _grow_input(self, text: str) -> Iterator[Event]:
         call = self.answer.output[-1]
@@ -193,8 +199,11 @@ class ResponseWriter:
         if self._input is not None:
             yield from self._grow_input(self._input.flush())
         item.status = status
+        text, self._texts = "".join(self._texts), []
         if isinstance(item, MessageItem | ReasoningItem):
-            item.content[0].text, self._texts = "".join(self._texts), []
+            item.content[0].text = text
+        elif isinstance(item, ToolSearchCallItem):
+            item.arguments = past_arguments(text)
         yield from self._end_item(item)
         yield self._event("response.output_item.done", output_index=len(self.answer.output) - 1, item=item.model_dump())
 
@@ -289,7 +298,13 @@ def _dump(answer: ResponseAnswer) -> dict[str, Any]:
     return answer.model_dump(mode="json", by_alias=True)
 
 
-_ID_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
+_ID_PREFIXES = {
+    "message": "msg",
+    "reasoning": "rs",
+    "function_call": "fc",
+    "custom_tool_call": "ctc",
+    "tool_search_call": "tsc",
+}
 
 
 def new_item_id(kind: str) -> str:

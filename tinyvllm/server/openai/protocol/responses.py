@@ -78,8 +78,12 @@ class ResponseTool(BaseModel):
 
         param: path of the tool in the request, for messages.
         """
-        if self.type not in OFFERED_TYPES:
+        if not self.is_offered:
             return []
+        if self.type == "tool_search":
+            given = self._given("description", "parameters")
+            offer = Function.model_construct(name=self.type, strict=None, **given).offer(param)
+            return [replace(offer, kind="tool_search")]
         if self.name is None:
             raise RequestError(f"{param}.name is required and missing", param=f"{param}.name")
         if self.type == "namespace":
@@ -98,24 +102,31 @@ class ResponseTool(BaseModel):
 
     def shown(self) -> dict[str, Any]:
         """As responses show it: what was sent."""
-        if self.type not in OFFERED_TYPES:  # its fields have not been checked
+        if not self.is_offered:  # its fields have not been checked
             return {name: value for name, value in self if value is not None}
         return self.model_dump(mode="json") | ({"tools": [tool.shown() for tool in self.tools]} if self.tools else {})
 
     def left_out(self) -> list[str]:
         """The types of what a model is not offered of this tool."""
-        inner = [kind for tool in self.tools or [] for kind in tool.left_out()]
-        return inner if self.type in OFFERED_TYPES else [self.type]
+        if not self.is_offered:
+            return [self.type]
+        return [kind for tool in self.tools or [] for kind in tool.left_out()]
+
+    @property
+    def is_offered(self) -> bool:
+        return _is_offered(self.type, (self.model_extra or {}).get("execution"))
 
 
-OFFERED_TYPES = ("function", "custom", "namespace")
+def _is_offered(kind: str, execution: object) -> bool:
+    """Whether the client runs tools of this type, of those that are not defined by it alone."""
+    return kind in ("function", "custom", "namespace") or (kind == "tool_search" and execution == "client")
 
 
 def _keep_hosted(value: object) -> object:
     """A tool of a hosted service as it is: its fields are not ours to check."""
     kind = value.get("type") if isinstance(value, dict) else None
-    if isinstance(kind, str) and kind and kind not in OFFERED_TYPES:
-        return ResponseTool.model_construct(**value)  # type: ignore[arg-type]
+    if isinstance(value, dict) and isinstance(kind, str) and kind and not _is_offered(kind, value.get("execution")):
+        return ResponseTool.model_construct(**value)
     return value
 
 
@@ -210,9 +221,15 @@ class ResponsesRequest(GenerationRequest):
     def toolbox(self) -> Toolbox:
         """The tools that the model is offered, and the types of those that it is not."""
         tools = [(f"tools.{number}", tool) for number, tool in enumerate(self.tools or [])]
-        for position, item in enumerate(self.input):
-            tools += _added_tools(item, f"input.{position}.tools")
         offers = [offer for param, tool in tools for offer in tool.offers(param)]
+        names = {offer.tool.name for offer in offers}
+        for position, item in enumerate(self.input):
+            added = _added_tools(item, f"input.{position}.tools")
+            for offer in (offer for param, tool in added for offer in tool.offers(param)):
+                if offer.tool.name not in names:  # a search may find a tool again
+                    names.add(offer.tool.name)
+                    offers.append(offer)
+            tools += added
         left_out = list(dict.fromkeys(kind for _, tool in tools for kind in tool.left_out()))
         for kind in left_out:
             warn_once("tools of type %s are left out of requests: only a hosted service can run them", kind)
@@ -305,7 +322,18 @@ class CustomCallItem(BaseModel):
     status: Status
 
 
-OutputItem = MessageItem | ReasoningItem | FunctionCallItem | CustomCallItem
+class ToolSearchCallItem(BaseModel):
+    """A call of the client's search for tools."""
+
+    id: str
+    type: Literal["tool_search_call"] = "tool_search_call"
+    call_id: str
+    execution: Literal["client"] = "client"
+    arguments: Any
+    status: Status
+
+
+OutputItem = MessageItem | ReasoningItem | FunctionCallItem | CustomCallItem | ToolSearchCallItem
 
 
 class InputTokensDetails(BaseModel):

@@ -83,7 +83,7 @@ class Custom(BaseModel):
         except ValueError as error:
             fault = str(error)
         tool = custom_tool(self.name, self.description or "", grammar, pattern, param)
-        return Offer(self.name, tool, is_custom=True, fault=fault)
+        return Offer(self.name, tool, kind="custom", fault=fault)
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,13 @@ class Offer:
     name: str  # the client's
     tool: Tool  # the model's, perhaps with another name
     namespace: str | None = None
-    is_custom: bool = False  # its calls carry free text
+    kind: Literal["function", "custom", "tool_search"] = "function"  # how its calls go back
     fault: str | None = None  # why the grammar of that text cannot be enforced, if so
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether its calls carry free text."""
+        return self.kind == "custom"
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: without nulls and without fields that only the server needs."""
@@ -168,21 +173,32 @@ class NamedChoice:
 
     name: str | None
     kind: str = "function"
+    namespace: str | None = None  # all of its tools; in allowed tools only
 
     def find(self, toolbox: Toolbox) -> Offer:
         """The tool that is named. Raises RequestError if there is none."""
+        of_kind = [offer for offer in toolbox.offers if offer.kind == self.kind]
+        if self.name is None and of_kind:
+            return of_kind[0]
         if self.name is None:
             raise RequestError(
                 f"tool_choice names the tool {self.kind!a:.80}, which this server cannot run: name a function or a "
                 "custom tool, or send 'auto'",
                 param="tool_choice",
             )
-        of_kind = [offer for offer in toolbox.offers if offer.is_custom == (self.kind == "custom")]
         found = next((offer for offer in of_kind if self.name in (offer.name, offer.tool.name)), None)
         if found is None:
             check_choice(self.name, [offer.name for offer in of_kind])
         assert found is not None, self
         return found
+
+    def allowed(self, toolbox: Toolbox) -> Sequence[Offer]:
+        """The tools that it allows: of a type that is left out, none. Raises RequestError for an unknown name."""
+        if self.namespace is not None:
+            return [offer for offer in toolbox.offers if offer.namespace == self.namespace]
+        if self.name is None:
+            return [offer for offer in toolbox.offers if offer.kind == self.kind]
+        return [self.find(toolbox)]
 
 
 @dataclass(frozen=True)
@@ -217,7 +233,8 @@ def _named_choice(value: object) -> NamedChoice:
     if not isinstance(value, dict) or not isinstance(kind, str):
         raise ValueError(_FORMS)
     if kind not in ("function", "custom"):
-        return NamedChoice(name=None, kind=kind)
+        namespace = value.get("name") if kind == "namespace" else None
+        return NamedChoice(name=None, kind=kind, namespace=namespace if isinstance(namespace, str) else None)
     named = value.get(kind, value)
     if not isinstance(named, dict) or not isinstance(named.get("name"), str):
         raise ValueError(_FORMS)
@@ -263,8 +280,7 @@ def choose(choice: object, toolbox: Toolbox) -> Choice:
     mode, offers = choice or "auto", toolbox.offers
     if isinstance(choice, AllowedChoice):
         mode = choice.mode
-        # of the types that are left out, there is nothing to allow
-        offers = [tool.find(toolbox) for tool in choice.tools if tool.name is not None]
+        offers = [offer for tool in choice.tools for offer in tool.allowed(toolbox)]
     if mode == "required" and not offers:
         but = f" that this server can offer a model, only {', '.join(toolbox.left_out)}" if toolbox.left_out else ""
         raise RequestError(f"tool_choice is 'required', but there are no tools{but}: send some", param="tool_choice")
@@ -291,7 +307,8 @@ def _check_grammars(offers: Sequence[Offer], *, is_forced: bool) -> None:
 def shown_choice(choice: object) -> object:
     """A tool_choice as responses show it."""
     if isinstance(choice, NamedChoice):
-        return {"type": choice.kind} | ({} if choice.name is None else {"name": choice.name})
+        name = choice.name or choice.namespace
+        return {"type": choice.kind} | ({} if name is None else {"name": name})
     if isinstance(choice, AllowedChoice):
         return {"type": "allowed_tools", "mode": choice.mode, "tools": list(map(shown_choice, choice.tools))}
     return choice or "auto"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
@@ -108,6 +110,16 @@ def all_chats() -> Iterator[tuple[str, list[Message], bool]]:
     for name, chat in (CHATS | LOOPS).items():
         for has_tools in (False, True):
             yield f"{name}{', with tools' if has_tools else ''}", chat, has_tools
+
+
+def read_sources(models: Path) -> dict[str, str]:
+    """The templates that scripts/fetch_tokenizers.sh has put into this directory, by model."""
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in (models / "templates").glob("*.jinja")}
+    for path in (models / "tokenizers").glob("*/tokenizer_config.json"):
+        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+        if isinstance(template, str):
+            sources[path.parent.name] = template
+    return dict(sorted(sources.items()))
 
 
 def date(date_format: str) -> str:

@@ -242,8 +242,17 @@ def test_calls_of_consecutive_messages_are_joined_where_results_must_follow_at_o
 def test_calls_and_results_are_text_where_the_template_knows_none(arguments: Any) -> None:
     chat = (user("a"), said("", arguments), result("b"))
     assert render(GEMMA, *chat) == (
-        '[user]a<|end|>[assistant]{"name": "f", "arguments": {"x": 1}}<|end|>[user]Result of the call call_0: b<|end|>'
+        '[user]a<|end|>[assistant]{"name": "f", "arguments": {"x": 1}}<|end|>[user]Result of the call f: b<|end|>'
     )
+
+
+def test_each_version_of_a_template_has_abilities_of_its_own() -> None:
+    plain = "{% for m in messages if m.role != 'tool' %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    both = ChatTemplate({"default": plain, "tool_use": TURNS}, {}, "tiny")
+    chat = (user("a"), said("", {"x": 1}), result("b"))
+    tool = {"type": "function", "function": {"name": "g", "description": "", "parameters": {"properties": {}}}}
+    assert both.render(chat, tools=[tool]) == '[user]a[assistant]{f|{"x": 1}}[tool]b' + json.dumps([tool])
+    assert both.render(chat) == '[user]a[assistant]{"name": "f", "arguments": {"x": 1}}[user]Result of the call f: b'
 
 
 def test_results_are_named_where_the_name_is_missing() -> None:

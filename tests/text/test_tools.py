@@ -506,9 +506,17 @@ def test_tools_are_described_to_a_template_that_knows_none() -> None:
     assert messages[0]["content"].startswith("Be brief.\n\n") and "get_weather" in messages[0]["content"]
     assert messages[2]["content"] == '{"name": "get_weather", "arguments": {"city": "Rom"}}'
     assert "tool_calls" not in messages[2]
-    assert messages[3] == {"role": "user", "content": "Result of the call 1: sunny"}
+    assert messages[3] == {"role": "user", "content": "Result of the call get_weather: sunny"}
     alone = FORMATS["json"].prepare(HISTORY[1:2], [WEATHER], has_template=False)
     assert [message["role"] for message in alone] == ["system", "user"]
+
+
+@pytest.mark.parametrize("format", FORMATS.values())
+def test_every_format_writes_calls_whose_arguments_are_no_object(format: ToolFormat) -> None:
+    for given, shown in (('{"city": "Rom"}', "Rom"), ("Rom{", "Rom{"), ("[1]", "[1]"), (None, "")):
+        call = {"id": "1", "function": {"name": "get_weather", "arguments": given}}
+        [message] = format.prepare([{"role": "assistant", "content": "", "tool_calls": [call]}], [], has_template=False)
+        assert "get_weather" in message["content"] and shown in message["content"]
 
 
 def test_a_template_that_knows_tools_gets_the_messages_as_they_are() -> None:

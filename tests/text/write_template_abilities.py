@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.text.template_chats import SPECIAL
+from tests.text.template_chats import SPECIAL, read_sources
 from tinyvllm.storage.resolve import models_dir
 from tinyvllm.text.chat import ChatTemplate
 from tinyvllm.text.template_abilities import Abilities
@@ -21,8 +21,7 @@ OUTPUT = Path(__file__).parent / "data" / "template_abilities.json"
 
 @functools.cache
 def load_templates() -> dict[str, ChatTemplate]:
-    paths = sorted((models_dir() / "templates").glob("*.jinja"))
-    sources = {path.stem: path.read_text(encoding="utf-8") for path in paths}
+    sources = read_sources(models_dir())
     return {name: ChatTemplate({"default": source}, SPECIAL, name) for name, source in sources.items()}
 
 

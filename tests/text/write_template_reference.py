@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.text.template_chats import CONTINUED, SPECIAL, TOOL, all_chats, date, said, texts_of, user
+from tests.text.template_chats import CONTINUED, SPECIAL, TOOL, all_chats, date, read_sources, said, texts_of, user
 
 OUTPUT = Path(__file__).parent / "data" / "template_reference.json"
 NUM_DIGITS = 10
@@ -65,9 +65,8 @@ def main() -> None:
 
     models = Path(os.environ.get("TINYVLLM_MODELS", "models"))
     written = {}
-    for path in sorted((models / "templates").glob("*.jinja")):
-        source = path.read_text(encoding="utf-8")
-        written[path.stem] = {"sha256": hashlib.sha256(source.encode()).hexdigest(), "prompts": reference(source)}
+    for name, source in read_sources(models).items():
+        written[name] = {"sha256": hashlib.sha256(source.encode()).hexdigest(), "prompts": reference(source)}
     lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in written.items()]
     OUTPUT.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tinyvllm.errors import RequestError
+from tinyvllm.text.messages import as_object, calls_of, with_parsed_arguments, with_result_names
 from tinyvllm.text.template_abilities import REASONING_FIELDS, Abilities, Message, thinking_part
 
 SEPARATOR = "\n\n"  # between messages that become one
@@ -68,33 +69,35 @@ class Adapter:
 
     def _with_tools(self, messages: Sequence[Message]) -> list[Message]:
         abilities = self.abilities
-        messages = [with_parsed_arguments(message) for message in messages]
-        alone = unmatched(messages)
-        messages = [self._as_rendered_text(message, is_alone=index in alone) for index, message in enumerate(messages)]
+        named, alone = with_result_names(messages), unmatched(messages)
+        messages = [
+            dict(self._as_text(named[index])) if self._must_be_text(message, is_alone=index in alone) else message
+            for index, message in enumerate(messages)
+        ]
         if not abilities.calls:
             return messages
         if abilities.short_ids or abilities.needs_ids:
             messages = with_ids(messages, is_short=abilities.short_ids)
         if abilities.needs_result_names:
-            messages = with_result_names(messages)
+            messages = [dict(message) for message in with_result_names(messages)]
         if not abilities.parallel_calls and any(len(calls_of(message)) > 1 for message in messages):
             self.changes.append("parallel calls are separated into a message each")
             messages = separate_calls(messages)
         return [self._with_calls(message) if calls_of(message) else message for message in messages]
 
-    def _as_rendered_text(self, message: Message, *, is_alone: bool) -> Message:
-        """is_alone: a call without a result, or a result without a call."""
+    def _must_be_text(self, message: Message, *, is_alone: bool) -> bool:
+        """Whether its calls or result are written into its content. is_alone: calls without result, or the reverse."""
         abilities = self.abilities
         if calls_of(message) and not (abilities.calls and (abilities.unanswered_calls or not is_alone)):
             self.changes.append("tool calls are written as text")
-        elif message.get("role") == "tool" and not (abilities.results and (abilities.orphan_results or not is_alone)):
+            return True
+        if message.get("role") == "tool" and not (abilities.results and (abilities.orphan_results or not is_alone)):
             self.changes.append("tool results are written as text of the user")
-        else:
-            return message
-        return dict(self._as_text(message))
+            return True
+        return False
 
     def _with_calls(self, message: Message) -> Message:
-        calls = [{**call, "function": self._with_arguments(call.get("function", {}))} for call in calls_of(message)]
+        calls = [self._with_arguments(with_parsed_arguments(call)) for call in calls_of(message)]
         message = {**message, "tool_calls": calls}
         if message["content"] and self.abilities.text_with_calls == "tool_plan":
             return {"tool_plan": message["content"], **message, "content": ""}
@@ -103,13 +106,14 @@ class Adapter:
             message["content"] = ""
         return message
 
-    def _with_arguments(self, function: Mapping[str, Any]) -> dict[str, Any]:
-        given = function.get("arguments", {})
+    def _with_arguments(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        given = function["arguments"]
         if self.abilities.arguments == "text":
             given = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-        elif isinstance(given, str) and not self.abilities.malformed_arguments:
-            given = {"arguments": given}
-        return {**function, "arguments": given}
+        elif not self.abilities.malformed_arguments:
+            given = as_object(given)
+        return {**call, "function": {**function, "arguments": given}}
 
     # ---- System messages ----
 
@@ -226,10 +230,6 @@ def flatten_content(message: Mapping[str, Any], index: int) -> Message:
     return {**message, "content": "\n".join(texts)}
 
 
-def calls_of(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    return message.get("tool_calls") or ()
-
-
 def join(messages: Sequence[Message]) -> Message:
     """One message of the first one's role, with the content, the reasoning and the calls of all."""
     joined = {**messages[-1], **messages[0]}
@@ -263,27 +263,6 @@ def unmatched(messages: Sequence[Message]) -> set[int]:
     return found
 
 
-def with_parsed_arguments(message: Message) -> Message:
-    """The message with the arguments of its calls as objects, but for text that is none in JSON."""
-    if not calls_of(message):
-        return message
-    calls = []
-    for call in calls_of(message):
-        function = call.get("function", {})
-        calls.append({**call, "function": {**function, "arguments": parse_object(function.get("arguments"))}})
-    return {**message, "tool_calls": calls}
-
-
-def parse_object(arguments: Any) -> Any:
-    if not isinstance(arguments, str | None):
-        return arguments
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return arguments
-    return value if isinstance(value, dict) else arguments
-
-
 def with_ids(messages: Sequence[Message], *, is_short: bool) -> list[Message]:
     """Calls and results with ids. Those that are missing are numbered, and results without one answer the calls in
     their order; is_short: an id of another form becomes 9 letters and digits that depend on it alone."""
@@ -313,19 +292,6 @@ def with_ids(messages: Sequence[Message], *, is_short: bool) -> list[Message]:
 def short_id(call_id: str) -> str:
     is_short = len(call_id) == SHORT_ID_LENGTH and call_id.isascii() and call_id.isalnum()
     return call_id if is_short else hashlib.sha256(call_id.encode()).hexdigest()[:SHORT_ID_LENGTH]
-
-
-def with_result_names(messages: Sequence[Message]) -> list[Message]:
-    """Results with the name of the function that was called."""
-    names: dict[str, str] = {}
-    found = []
-    for message in messages:
-        names |= {call.get("id", ""): call.get("function", {}).get("name", "") for call in calls_of(message)}
-        name = names.get(message.get("tool_call_id", ""))
-        if message.get("role") == "tool" and name and not message.get("name"):
-            message = {**message, "name": name}
-        found.append(message)
-    return found
 
 
 def separate_calls(messages: Sequence[Message]) -> list[Message]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tinyvllm.text.grammar import lark_json, lark_string
+from tinyvllm.text.messages import as_object, with_parsed_arguments, with_result_names
 from tinyvllm.text.tools.events import ToolParser
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class ToolFormat(ABC):
         """
         if has_template:
             return list(messages)
-        written = [self.as_text(message) for message in messages]
+        written = [self.as_text(message) for message in with_result_names(messages)]
         if not tools:
             return written
         instructions = self._describe(tools)
@@ -125,8 +126,8 @@ class ToolFormat(ABC):
         calls = message.get("tool_calls")
         if not calls:
             return message
-        functions = [call.get("function", {}) for call in calls]
-        text = self.write([{"name": f.get("name"), "arguments": f.get("arguments", {})} for f in functions])
+        functions = [with_parsed_arguments(call).get("function", {}) for call in calls]
+        text = self.write([{"name": f.get("name"), "arguments": as_object(f.get("arguments", {}))} for f in functions])
         content = message.get("content")
         kept = {name: value for name, value in message.items() if name != "tool_calls"}
         return {**kept, "content": f"{content}\n{text}" if content else text}

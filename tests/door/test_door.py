@@ -57,6 +57,8 @@ async def test_models_are_loaded_at_their_first_request_and_make_room_for_each_o
 
             stored = (await client.post("/v1/responses", json={"model": "one", "input": "hi"})).json()
             assert (await client.get(f"/v1/responses/{stored['id']}")).json()["id"] == stored["id"]
+            follow_up = {"previous_response_id": stored["id"], "input": "and?", "store": False}
+            assert (await client.post("/v1/responses", json=follow_up)).json()["model"] == "one"
             missing = await client.get("/v1/responses/resp_nobody")
             assert missing.status_code == 404 and missing.json()["error"]["code"] == "response_not_found"
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from tests.door.fake_models import model, running_door
 from tests.server.fake_engine import FakeEngine, serving
+from tests.server.fake_load import ANSWER
 from tinyvllm.config import MemoryUse, SamplingParams
 from tinyvllm.scheduling.request import Request
 
@@ -274,4 +276,21 @@ def test_the_keyboard_reaches_everything_in_order(browser: object, engine: FakeE
             name for name in reached if name in ("theme", "log", "prompt", "fresh", "send", "Settings", "As a table")
         ]
         assert named == ["theme", "log", "prompt", "fresh", "send", "Settings", "As a table"]
+        visit.context.close()
+
+
+def test_a_model_is_chosen_and_loaded_by_the_first_message(browser: object) -> None:
+    with running_door(model("one"), model("two"), door={"max_loaded": 1}) as door:
+        visit = Visit(browser, door.url, DESKTOP)
+        visit.until("document.querySelectorAll('#models option').length === 2")
+        visit.wait_for("#status[data-status=unloaded]")
+        visit.page.select_option("#models", "two")
+        visit.ask("hi")
+        visit.wait_for(".message.assistant .facts")
+        assert visit.text(".message.assistant .text") == ANSWER
+        assert door.states() == {"one": "unloaded", "two": "ready"}
+        visit.wait_for("#status[data-status=ready]")
+        visit.page.select_option("#models", "one")
+        visit.wait_for("#status[data-status=unloaded]")
+        assert not visit.errors and visit.page.title() == "one – tinyvllm"
         visit.context.close()

@@ -14,6 +14,7 @@ from typer import Argument, Option
 from tinyvllm.cli.flags import DEVICE_VARIABLE, EngineFlags, RunnerFlags
 from tinyvllm.config import MODELS_DIR_VARIABLE
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from tinyvllm.door.settings import DoorSettings, ModelSettings
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 Models = Annotated[
     list[str] | None,
     Argument(
-        metavar="[NAME=]MODEL...",
+        metavar="[NAME=]MODEL",
         help="One model, or several behind one address, each by its name: a catalog name (see `tinyvllm models`), a "
         "downloaded org/name, a .gguf file, or a directory in Hugging Face format. NAME: what clients call it. "
-        f"Downloads are kept in ${MODELS_DIR_VARIABLE}.",
+        f"Downloads are kept in ${MODELS_DIR_VARIABLE}. [default: {DEFAULT_MODEL}]",
         show_default=False,
     ),
 ]
@@ -52,7 +53,7 @@ class DoorFlags:
         Option(
             metavar="TIME",
             help="Unload a model that nobody has used for so long: 5m, 1h30m, seconds, 0 (at once) or -1 (never). "
-            "Given even with one model, it is loaded at the first request. [default: 5m with several models]",
+            "A single model, too, is then loaded at its first request. [default: 5m with several models]",
             show_default=False,
         ),
     ] = None

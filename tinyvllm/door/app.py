@@ -7,11 +7,12 @@ no loaded model are answered here: what lists models (over the door's shelf), pr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Request
@@ -19,7 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tinyvllm import __version__
 from tinyvllm.door.fields import BodyFields, read_fields
@@ -66,6 +67,11 @@ OWN_PATHS = frozenset(
         "/api/ps",
         "/api/show",
         "/api/pull",
+        "/api/delete",
+        "/api/copy",
+        "/api/create",
+        "/api/push",
+        "/api/blobs/{digest}",
     )
 )
 RESPONSE_PATH = "/v1/responses/{response_id}"
@@ -245,10 +251,16 @@ class _Exchange:
         body = await self._read()
         fields = await read_fields(body)
         if self._path.startswith(RESPONSE_PATH):
-            child = await until_disconnect(self._receive, self._child_with_response())
+            child = await until_disconnect(self._receive, self._child_with(self._scope["path"].split("/")[3]))
+            if child is None:
+                raise self._unknown_response()
             await until_disconnect(self._receive, self._relay(child, body))
             return
-        model = self._state.find(self._named_model(fields))
+        name = self._named_model(fields)
+        if name is None and isinstance(fields.previous_response_id, str):
+            maker = await until_disconnect(self._receive, self._child_with(fields.previous_response_id))
+            name = None if maker is None else maker.process.name
+        model = self._state.find(name)
         if self._only_unloads(fields) and self._fleet.state_of(model) is State.UNLOADED:
             await self._answer_unloaded(fields)
             return
@@ -281,18 +293,19 @@ class _Exchange:
         )
         await _json(answer)(self._scope, self._receive, self._send)
 
-    async def _child_with_response(self) -> Child:
-        """The loaded model whose server has stored the response that the path names."""
-        response_id = self._scope["path"].split("/")[3]
+    async def _child_with(self, response_id: str) -> Child | None:
+        """The loaded model whose server has stored this response."""
         for child in self._fleet.loaded().values():
-            try:
-                await fetch(child.uds, f"/v1/responses/{response_id}")
-            except PeerGoneError:
-                continue
-            return child
-        raise UnknownResponseError(
-            f"the response {ascii(response_id)[:80]} is not stored: a model's responses are kept while it is loaded. "
-            "Send the whole conversation as input",
+            with contextlib.suppress(PeerGoneError):
+                await fetch(child.uds, f"/v1/responses/{quote(response_id, safe='')}")
+                return child
+        return None
+
+    def _unknown_response(self) -> UnknownResponseError:
+        response_id = ascii(self._scope["path"].split("/")[3])[:80]
+        return UnknownResponseError(
+            f"the response {response_id} is not stored: a model's responses are kept while it is loaded. Send the "
+            "whole conversation as input",
             "response_id",
         )
 
@@ -342,14 +355,14 @@ class _Exchange:
             child.uds,
             self._scope,
             RequestBody.of(body, self._receive),
-            self._send_noted,
+            self._send,
             lambda reason: ModelGoneError(f"the process of the model {name!r} has ended: try again"),
             has_started=self._has_started,
+            on_start=self._note_start,
         )
 
-    async def _send_noted(self, message: Message) -> None:
+    def _note_start(self) -> None:
         self._has_started = True
-        await self._send(message)
 
     async def _fail(self, error: BaseException) -> None:
         """Answer with an error, as an event if a stream has begun. Raises it if nothing has been sent."""

@@ -83,6 +83,10 @@ def settings_behind(settings: ServerSettings, model: ModelSettings) -> ServerSet
     )
 
 
+def _load_failed(model: str, error: str) -> LoadFailedError:
+    return LoadFailedError(f"the model {model!r} could not be loaded: {error}")
+
+
 class Child:
     """A model's process, and where it listens."""
 
@@ -142,7 +146,7 @@ class Fleet:
         if self._is_closing:
             raise DrainingError("the server is stopping and takes no new requests: use another, or try again later")
         if error := self._policy.error_of(model, now_s):
-            raise (DoesNotFitError(error) if not entry.num_failures else LoadFailedError(error))
+            raise _load_failed(model, error) if entry.num_failures else DoesNotFitError(error)
         limit = self._plan.settings.max_num_queued_requests
         if limit is not None and len(entry.waiting) >= max(1, limit):
             raise QueueFullError(
@@ -364,7 +368,7 @@ class Fleet:
         else:
             counts.failed_loads += 1
         for waiting in self._of(failed):
-            waiting.admitted.set_exception(LoadFailedError(f"the model {model!r} could not be loaded: {error}"))
+            waiting.admitted.set_exception(_load_failed(model, error))
         self._decide()
 
     # ---- The end ----

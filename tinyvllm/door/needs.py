@@ -18,6 +18,7 @@ import msgspec
 from tinyvllm.config import EngineConfig
 from tinyvllm.door.policy import Need
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.server.process import path_flags
 
 DEVICE_VARIABLE = "DEV"  # tinygrad's
 MAX_UNIFIED_SHARE = 0.9  # of the free memory: an engine refuses more where it is the computer's own
@@ -64,7 +65,7 @@ def _quietly() -> Iterator[None]:
 def examine_in_process(config: EngineConfig) -> Need:
     """`examine` in a process that ends at once, so that this one keeps neither tinygrad nor the device."""
     code = "from tinyvllm.door import needs; needs.main()"
-    command = [sys.executable, *(["-P"] if "" not in sys.path else []), "-c", code]
+    command = [sys.executable, *path_flags(), "-c", code]
     found = subprocess.run(command, input=msgspec.json.encode(config), capture_output=True, check=False)
     if found.returncode:
         lines = found.stderr.decode(errors="replace").strip().splitlines()

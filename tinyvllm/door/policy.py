@@ -296,7 +296,7 @@ class Policy:
             entry.held = max(need.least, min(budget, available))
             return Load(entry.rule.name, entry.held)
         if need.least > available + sum(other.held for other in others if not other.rule.is_pinned):
-            entry.error, entry.retry_s = self.explain(entry.rule.name), now_s + REFUSED_S
+            entry.error, entry.retry_s, entry.num_failures = self.explain(entry.rule.name), now_s + REFUSED_S, 0
             if entry.waiting:
                 tickets, entry.waiting = tuple(entry.waiting), []
                 return Refuse(tickets, entry.error)

@@ -128,7 +128,7 @@ async def start_process(
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *_path_flags(),
+                *path_flags(),
                 "-m",
                 module,
                 str(there.fileno()),
@@ -153,7 +153,7 @@ def quiet_tracker() -> dict[str, str]:
     return {"PYTHONWARNINGS": ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), rule)))}
 
 
-def _path_flags() -> list[str]:
+def path_flags() -> list[str]:
     """-P, unless this process itself imports modules from its current directory, as `python -m` does without it."""
     return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
 

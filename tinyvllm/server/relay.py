@@ -179,19 +179,28 @@ async def fetch(uds: str, path: str) -> bytes:
 
 
 async def relay(
-    uds: str, scope: Scope, body: RequestBody, send: Send, gone: Gone, *, has_started: bool = False
+    uds: str,
+    scope: Scope,
+    body: RequestBody,
+    send: Send,
+    gone: Gone,
+    *,
+    has_started: bool = False,
+    on_start: Callable[[], None] = lambda: None,
 ) -> None:
     """Pass a request on, and its answer to the client.
 
     A stream that the other server does not complete ends with an error event; other answers break the connection.
     has_started: the client has got the head of a stream of events, so an answer of another kind becomes an event.
-    Raises `gone` if there is no answer at all, and what `send` raises."""
+    on_start: called before the head is sent, because later errors have no status. Raises `gone` if there is no answer
+    at all, and what `send` raises."""
     try:
         answer = await ask(uds, scope, body)
     except PeerGoneError as error:
         raise gone(str(error)) from error
     async with contextlib.aclosing(answer):
         if not has_started:
+            on_start()
             await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
         elif answer.stream_type is None:
             await send({"type": "http.response.body", "body": await _as_event(answer, scope, gone), "more_body": False})

@@ -38,6 +38,7 @@ TABLES = (
     ("tinyvllm.text.reasoning", "FORMATS"),
     ("tinyvllm.text.tools", "FAMILIES"),
 )
+WITHOUT_TABLE = {"A habit of chat templates"}  # a habit is found by rendering: nothing is registered
 
 
 def read_sections() -> dict[str, list[str]]:
@@ -94,7 +95,7 @@ def test_the_example_works_and_leaves_nothing_registered(title: str) -> None:
     before = read_tables()
     with copied_tables():
         run_example(title)
-        assert read_tables() != before, "the example registers nothing"
+        assert (read_tables() != before) == (title not in WITHOUT_TABLE), "the example registers nothing"
     assert read_tables() == before
 
 

@@ -104,3 +104,21 @@ def test_reasoning_is_handed_back_and_a_session_is_resumed(tmp_path: Path) -> No
     assert [request.status for request in server.requests] == [200] * 4
     assert server.engine.prompts[2].count("<think>\nThis needs some care.\n</think>") == 2
     record("codex_reasoning", version, server.requests[2:], codex.folders)
+
+
+@pytest.mark.parametrize("provider", ["ollama", "lmstudio"])
+def test_it_takes_the_server_for_a_local_one_that_it_knows(provider: str, tmp_path: Path) -> None:
+    """`codex --oss` needs no file of settings. It asks which models there are, and pulls or loads its own."""
+    script = loop("Run a command", call("exec_command", cmd="echo one"), "It ran.")
+    with no_network() as network, scripted_server(script) as server:
+        codex = make_agent("codex", tmp_path, {"CODEX_OSS_BASE_URL": f"{server.url}/v1"})
+        (codex.home / ".codex").mkdir()
+        (codex.home / ".codex" / "config.toml").write_text(QUIET)
+        ended = codex.run(
+            "exec", "--oss", "--local-provider", provider, "-m", "tiny", "--skip-git-repo-check",
+            "--dangerously-bypass-approvals-and-sandbox", "Run a command.", proxy=network.url,
+        )  # fmt: skip
+        version = codex.run("--version", proxy=network.url).output.split()[-1]
+    assert (ended.status, ended.output.strip().splitlines()[-1]) == (0, "It ran."), ended.errors
+    assert {request.status for request in server.requests} == {200}
+    record(f"codex_{provider}", version, server.requests[:-2], codex.folders)

@@ -17,11 +17,11 @@ from tests.agents.scripted_engine import REASONING_TEMPLATE, call, loop, scripte
 pytestmark = [pytest.mark.agents, pytest.mark.timeout(200)]
 
 
-def make_opencode(folder: Path, url: str) -> Agent:
-    """opencode with the settings of docs/CLIENTS.md."""
+def make_opencode(folder: Path, url: str, package: str = "@ai-sdk/openai-compatible") -> Agent:
+    """opencode with the settings of docs/CLIENTS.md. package: Vercel's provider, one for each API; all are built in."""
     model = {"name": "tiny", "limit": {"context": 131072, "output": 8192}}
     provider = {
-        "npm": "@ai-sdk/openai-compatible",
+        "npm": package,
         "name": "tinyvllm",
         "options": {"baseURL": f"{url}/v1", "apiKey": "none"},
         "models": {"tiny": model},
@@ -63,7 +63,15 @@ def test_a_file_is_read_edited_and_shown(tmp_path: Path) -> None:
     record("opencode", version, server.requests, opencode.folders)
 
 
-def test_reasoning_is_handed_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("package", "name", "num_handed_back"),
+    [
+        ("@ai-sdk/openai-compatible", "opencode_reasoning", 2),
+        ("@ai-sdk/openai", "opencode_responses", 0),  # for models whose names it does not know, it leaves reasoning out
+        ("@ai-sdk/anthropic", "opencode_messages", 2),
+    ],
+)
+def test_reasoning_is_handed_back(package: str, name: str, num_handed_back: int, tmp_path: Path) -> None:
     script = loop(
         "Run two commands",
         thought(call("bash", command="echo one", description="Say one")),
@@ -71,11 +79,12 @@ def test_reasoning_is_handed_back(tmp_path: Path) -> None:
         thought("Both ran."),
     )
     with no_network() as network, scripted_server(script, REASONING_TEMPLATE) as server:
-        opencode = make_opencode(tmp_path, server.url)
+        opencode = make_opencode(tmp_path, server.url, package)
         ended = opencode.run("run", "--title", "Commands", "Run two commands.", proxy=network.url)
         version = opencode.run("--version", proxy=network.url).output.strip()
     assert (ended.status, ended.output.split("\n")) == (0, ["Now the other.", "Both ran.", ""]), ended.errors
     assert [request.status for request in server.requests] == [200] * 3
-    assert server.engine.prompts[2].count("<think>\nThis needs some care.\n</think>") == 2
+    thoughts = server.engine.prompts[2].count("<think>\nThis needs some care.\n</think>")
+    assert thoughts == num_handed_back
     server.check_cache("Run two commands")
-    record("opencode_reasoning", version, server.requests[2:], opencode.folders)
+    record(name, version, server.requests[2:], opencode.folders)

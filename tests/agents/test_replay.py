@@ -40,7 +40,7 @@ async def test_recorded_requests_are_answered(file: Path) -> None:
                 media_type = "application/x-ndjson" if is_ollama else "text/event-stream"
                 assert response.headers["content-type"].startswith(media_type), where
                 CHECKS[path](list((read_lines if is_ollama else read_events)(response.text)), kinds)
-                assert len(engine.prompts) == 1
+                assert len(engine.prompts) == (path != "/api/pull")
             elif body:
                 response.json()
 
@@ -115,11 +115,16 @@ def check_messages(events: list[Event], kinds: list[str]) -> None:
     assert opened == [{"text": "text", "function": "tool_use"}[kind] for kind in kinds]
 
 
+def check_pull(events: list[Event], kinds: list[str]) -> None:
+    assert events[-1][1] == {"status": "success"}
+
+
 CHECKS: dict[str, Callable[[list[Event], list[str]], None]] = {
     "/api/chat": check_ollama,
     "/v1/chat/completions": check_chat,
     "/v1/responses": check_responses,
     "/v1/messages": check_messages,
+    "/api/pull": check_pull,
 }
 
 

@@ -6,6 +6,7 @@ EXAMPLES = {
     "serve": (
         ("tinyvllm serve", "the default model, on http://127.0.0.1:8000"),
         ("tinyvllm serve gemma-3-270m --port 8001 --max-model-len 4096", ""),
+        ("tinyvllm serve smollm2-135m-instruct gemma-3-270m --max-loaded 1", "several, loaded when asked for"),
         ("tinyvllm serve --host 0.0.0.0 --api-key-file keys.txt", "for other machines, which need a key"),
     ),
     "generate": (

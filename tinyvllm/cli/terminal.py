@@ -45,14 +45,13 @@ class RedErrors(TyperGroup):
 @contextlib.contextmanager
 def without_echo() -> Iterator[None]:
     """Do not show typed keys, which would displace what is drawn over. They wait for the next prompt; Ctrl-C works."""
-    try:
-        import termios
-
-        descriptor = sys.stdin.fileno()
-        before = termios.tcgetattr(descriptor)
-    except (ImportError, OSError, ValueError, termios.error):  # no terminal
+    if not sys.stdin.isatty():
         yield
         return
+    import termios  # here: a system without it has no terminal of this kind
+
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
     quiet = before.copy()
     quiet[3] &= ~termios.ECHO  # local modes
     termios.tcsetattr(descriptor, termios.TCSANOW, quiet)

@@ -149,6 +149,16 @@ def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in told and "Broken" not in told
 
 
+def test_a_job_in_the_background_of_a_terminal_is_not_stopped(tmp_path: Path) -> None:
+    words = "import os\nfrom tinyvllm.cli.terminal import without_echo\nos.setpgid(0, 0)\n"  # as a shell does for `&`
+    words += "with without_echo():\n    print('it ran')\n"
+    with Tty(
+        ["/bin/sh", "-c", f'"{sys.executable}" -c "$WORDS"; true'], {"WORDS": words, "PYTHONPATH": str(ROOT)}
+    ) as tty:
+        tty.wait_for("it ran")
+        assert tty.wait() == 0
+
+
 # ---- chat ----
 
 

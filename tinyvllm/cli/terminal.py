@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,7 +46,8 @@ class RedErrors(TyperGroup):
 @contextlib.contextmanager
 def without_echo() -> Iterator[None]:
     """Do not show typed keys, which would displace what is drawn over. They wait for the next prompt; Ctrl-C works."""
-    if not sys.stdin.isatty():
+    # a job in the background would be stopped for changing the terminal
+    if not sys.stdin.isatty() or os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp():
         yield
         return
     import termios  # here: a system without it has no terminal of this kind

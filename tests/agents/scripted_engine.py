@@ -126,17 +126,32 @@ class ScriptedServer:
 
 
 def make_scripted_engine(
-    reply: str = "All right.", *, script: Sequence[Turn] = (), template: Path = TEMPLATE
+    reply: str = "All right.",
+    *,
+    script: Sequence[Turn] = (),
+    template: Path = TEMPLATE,
+    max_model_len: int = ScriptedEngine.max_model_len,
 ) -> ScriptedEngine:
     source = template.read_text(encoding="utf-8")
     chat_template = ChatTemplate({"default": source}, {"bos_token": "", "eos_token": "<|im_end|>"}, "scripted")
-    return ScriptedEngine(script=script, reply=reply, chat_template=chat_template)  # type: ignore[arg-type]
+    return ScriptedEngine(
+        script=script,
+        reply=reply,
+        chat_template=chat_template,  # type: ignore[arg-type]
+        max_model_len=max_model_len,
+    )
 
 
 @contextlib.contextmanager
-def scripted_server(script: Sequence[Turn], template: Path = TEMPLATE, **settings: Any) -> Iterator[ScriptedServer]:
+def scripted_server(
+    script: Sequence[Turn],
+    template: Path = TEMPLATE,
+    *,
+    max_model_len: int = ScriptedEngine.max_model_len,
+    **settings: Any,
+) -> Iterator[ScriptedServer]:
     """A server on loopback whose model "tiny" answers by `script`. settings: those of ServerSettings."""
-    engine = make_scripted_engine(script=script, template=template)
+    engine = make_scripted_engine(script=script, template=template, max_model_len=max_model_len)
     recorder = Recorder(make_app(engine, ServerSettings(**settings)))  # type: ignore[arg-type]
     with serving_app(recorder) as url:
         yield ScriptedServer(url, engine, recorder)

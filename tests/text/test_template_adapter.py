@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.builders import CHATML
 from tinyvllm.errors import RequestError
-from tinyvllm.text import template_abilities
+from tinyvllm.text import template_probes
 from tinyvllm.text.chat import ChatTemplate
 from tinyvllm.text.continuation import cut_at_mark, mark_end, render_continued
 
@@ -397,7 +397,7 @@ def test_a_template_that_fails_on_probes_is_used_as_it_is() -> None:
 
 
 def test_a_slow_template_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(template_abilities, "PROBE_BUDGET_S", -1)
+    monkeypatch.setattr(template_probes, "PROBE_BUDGET_S", -1)
     assert not template(GEMMA).abilities(has_tools=False).is_known
     assert "too slow" in caplog.text
 

@@ -26,8 +26,9 @@ from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, RequestError
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.text import gguf_tokenizer, hf_tokenizer
-from tinyvllm.text.template_abilities import EFFORTS, Abilities, find_abilities, find_effort
+from tinyvllm.text.template_abilities import EFFORTS, Abilities
 from tinyvllm.text.template_adapter import adapt
+from tinyvllm.text.template_probes import find_abilities, find_effort
 from tinyvllm.text.template_tools import WITHOUT_TOOLS, bare, complete, plain
 
 if TYPE_CHECKING:

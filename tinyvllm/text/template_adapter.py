@@ -1,4 +1,4 @@
-"""Rewrites a conversation into one that a chat template can take, by what `template_abilities` found out about it.
+"""Rewrites a conversation into one that a chat template can take, by what `template_probes` found out about it.
 
 Nothing is rewritten that the template renders by itself. What is rewritten keeps its place: a prompt grows at its end
 from turn to turn, so the prefix cache finds the beginning again. docs/OUTPUT.md has the rules.

@@ -251,6 +251,18 @@ async def test_items_of_other_services_are_rendered_or_skipped() -> None:
     assert [message["role"] for message in middle] == ["assistant", "tool"] * 7
 
 
+async def test_reasoning_is_the_summary_if_one_is_asked_for() -> None:
+    engine = FakeEngine(reply="<think>Hm.</think>Hello.", chat_template=TagTemplate(THINKING))
+    events = await events_of(engine, reasoning={"summary": "auto"})
+    deltas = [event for event in events if event["type"] == "response.reasoning_summary_text.delta"]
+    assert "".join(event["delta"] for event in deltas) == "Hm." and deltas[0]["summary_index"] == 0
+    [thought, _] = events[-1]["response"]["output"]
+    assert thought["summary"] == [{"type": "summary_text", "text": "Hm."}] and thought["content"] == []
+    thoughts = [{**thought, "id": "a"}, {**thought, "id": "b"}]
+    await respond(engine, input=[{"role": "user", "content": "a"}, *thoughts, {"role": "assistant", "content": "b"}])
+    assert messages_of(engine)[1] == {"role": "assistant", "content": "b", "reasoning_content": "Hm.\nHm."}
+
+
 async def test_an_incomplete_message_at_the_end_is_continued() -> None:
     engine = FakeEngine(reply=", world")
     said = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Hello"}]}
@@ -284,14 +296,16 @@ REPLIES = [
 
 @pytest.mark.parametrize("reply", REPLIES)
 @pytest.mark.parametrize("include", [[], ["reasoning.encrypted_content"]])
-async def test_the_output_is_taken_back_as_input(reply: str, include: list[str]) -> None:
+@pytest.mark.parametrize("summary", [None, "auto"])
+async def test_the_output_is_taken_back_as_input(reply: str, include: list[str], summary: str | None) -> None:
     """The next prompt is the same by previous_response_id, by the whole output, and by what clients keep of it."""
     engine = FakeEngine(reply=reply, chat_template=TagTemplate(THINKING))
     more = {"role": "user", "content": "More."}
     async with client_of(engine) as client:
 
         async def ask(**body: Any) -> dict[str, Any]:
-            response = await client.post("/v1/responses", json={"tools": [WEATHER, PATCH], "include": include, **body})
+            fixed = {"tools": [WEATHER, PATCH], "include": include, "reasoning": {"summary": summary}}
+            response = await client.post("/v1/responses", json={**fixed, **body})
             assert response.status_code == 200, response.text
             return dict(response.json())
 
@@ -312,7 +326,7 @@ async def test_the_output_is_taken_back_as_input(reply: str, include: list[str])
         if include:
             for item in kept:
                 if item["type"] == "reasoning":
-                    assert item.pop("content")
+                    assert item.pop("content") or item.pop("summary")
         await ask(input=[question, *kept, *results, more], store=False)
         assert messages_of(engine) == continued
     assert len([message for message in continued if "tool_calls" in message]) == bool(results)
@@ -325,12 +339,13 @@ async def test_events_are_as_openai_s_document_says() -> None:
     tools = [WEATHER, PATCH, {"type": "namespace", "name": "n", "description": "d", "tools": [PATCH]}, *HOSTED[:3]]
     logprobs = {"include": ["message.output_text.logprobs", "reasoning.encrypted_content"]}
     kinds: set[str] = set()
-    for body in ({}, {"max_output_tokens": 20}, logprobs, {"instructions": "Fail."}):
+    summary = {"reasoning": {"summary": "auto"}}
+    for body in ({}, {"max_output_tokens": 20}, logprobs, summary, {"instructions": "Fail."}):
         engine.fail_after = 30 if "instructions" in body else None
         for event in await events_of(engine, tools=tools, **body):
             kinds.add(event["type"])
             known.validate_python(event)
-    assert {"response.completed", "response.incomplete", "response.failed", "error"} <= kinds and len(kinds) == 18, (
+    assert {"response.completed", "response.incomplete", "response.failed", "error"} <= kinds and len(kinds) == 22, (
         kinds
     )
 

@@ -30,6 +30,7 @@ from tinyvllm.server.openai.protocol.responses import (
     ResponseAnswer,
     ResponseUsage,
     Status,
+    SummaryText,
     ToolSearchCallItem,
 )
 from tinyvllm.server.openai.protocol.tools import NO_TOOLS, Toolbox
@@ -55,12 +56,15 @@ class ResponseWriter:
         format: OutputFormat,
         toolbox: Toolbox = NO_TOOLS,
         *,
+        summarizes: bool = False,
         seals_reasoning: bool = False,
     ) -> None:
-        """answer: in progress, without output. seals_reasoning: reasoning also has `encrypted_content`."""
+        """answer: in progress, without output. summarizes: reasoning is the item's summary instead of its content.
+        seals_reasoning: it is also `encrypted_content`."""
         self.answer = answer
         self._format = format
         self._toolbox = toolbox
+        self._summarizes = summarizes
         self._seals_reasoning = seals_reasoning
         self._input: InputReader | None = None  # while the last item is a custom tool's call
         self._parser = format.parser()
@@ -110,8 +114,9 @@ class ResponseWriter:
             case Reasoning():
                 if not self._is_last(ReasoningItem):
                     yield from self._open(ReasoningItem(id=new_item_id("reasoning"), content=[], status="in_progress"))
-                    yield from self._add_part(ReasoningText(text=""))
-                yield from self._grow_text("response.reasoning_text.delta", piece.text)
+                    yield from self._add_part(SummaryText(text="") if self._summarizes else ReasoningText(text=""))
+                kind = "reasoning_summary_text" if self._summarizes else "reasoning_text"
+                yield from self._grow_text(f"response.{kind}.delta", piece.text)
             case Text():
                 if not self._is_last(MessageItem):
                     yield from self._open(MessageItem(id=new_item_id("message"), content=[], status="in_progress"))
@@ -162,7 +167,7 @@ class ResponseWriter:
     def _parts(self) -> list[Any]:
         item = self.answer.output[-1]
         assert isinstance(item, MessageItem | ReasoningItem)
-        return item.content
+        return item.summary if isinstance(item, ReasoningItem) and self._summarizes else item.content
 
     def _is_last(self, kind: type[BaseModel]) -> bool:
         return self._is_open and isinstance(self.answer.output[-1], kind)
@@ -176,13 +181,20 @@ class ResponseWriter:
             "response.output_item.added", output_index=len(self.answer.output) - 1, item=item.model_dump()
         )
 
-    def _add_part(self, part: OutputText | ReasoningText) -> Iterator[Event]:
+    def _add_part(self, part: OutputText | ReasoningText | SummaryText) -> Iterator[Event]:
         self._parts.append(part)
-        yield self._item_event("response.content_part.added", content_index=0, part=part.model_dump())
+        kind = "reasoning_summary_part" if isinstance(part, SummaryText) else "content_part"
+        yield self._item_event(f"response.{kind}.added", **self._index, part=part.model_dump())
 
     def _grow_text(self, kind: str, text: str, **more: Any) -> Iterator[Event]:
         self._texts.append(text)
-        yield self._item_event(kind, content_index=0, delta=text, **more)
+        yield self._item_event(kind, **self._index, delta=text, **more)
+
+    @property
+    def _index(self) -> dict[str, int]:
+        """Where the text of the last item is: its only part."""
+        is_summary = self._summarizes and isinstance(self.answer.output[-1], ReasoningItem)
+        return {"summary_index" if is_summary else "content_index": 0}
 
     def _make_text_event(self, text: str, number: int) -> Event:
         """The event of a text in the last item, without counting it."""
@@ -201,7 +213,7 @@ class ResponseWriter:
         item.status = status
         text, self._texts = "".join(self._texts), []
         if isinstance(item, MessageItem | ReasoningItem):
-            item.content[0].text = text
+            self._parts[0].text = text
         elif isinstance(item, ToolSearchCallItem):
             item.arguments = past_arguments(text)
         yield from self._end_item(item)
@@ -222,11 +234,14 @@ class ResponseWriter:
                 yield self._item_event("response.output_text.done", content_index=0, text=part.text, logprobs=shown)
                 yield self._item_event("response.content_part.done", content_index=0, part=part.model_dump())
             case ReasoningItem():
-                thought = item.content[0]
+                thought = self._parts[0]
                 if self._seals_reasoning:
                     item.encrypted_content = seal(thought.text)
-                yield self._item_event("response.reasoning_text.done", content_index=0, text=thought.text)
-                yield self._item_event("response.content_part.done", content_index=0, part=thought.model_dump())
+                kinds = ("reasoning_text", "content_part")
+                if self._summarizes:
+                    kinds = ("reasoning_summary_text", "reasoning_summary_part")
+                yield self._item_event(f"response.{kinds[0]}.done", **self._index, text=thought.text)
+                yield self._item_event(f"response.{kinds[1]}.done", **self._index, part=thought.model_dump())
 
     def _end(self, delta: Delta) -> Iterator[Event]:
         is_cut = delta.finish_reason == "length"

@@ -135,7 +135,13 @@ async def _respond(state: ServerState, store: ResponseStore, body: ResponsesRequ
         priority=body.priority or 0,
         beams=body.beams(),
     )
-    writer = ResponseWriter(answer, prompt.format, body.toolbox, seals_reasoning=body.seals_reasoning)
+    writer = ResponseWriter(
+        answer,
+        prompt.format,
+        body.toolbox,
+        summarizes=body.summarizes,
+        seals_reasoning=body.seals_reasoning,
+    )
     if body.background:
         run = BackgroundRun(writer, store, items)
         await run.start(state, job)

@@ -116,7 +116,10 @@ def _add_reasoning(messages: list[Message], at: _Position) -> None:
     item = at.item
     text = _text(item.content or [], f"{at.param}.content") or unseal(item.get("encrypted_content"))
     text = text or _text(item.summary or [], f"{at.param}.summary")
-    if text:
+    last = messages[-1] if messages else {}
+    if text and last.get("reasoning_content") and not last["content"] and "tool_calls" not in last:
+        last["reasoning_content"] += f"\n{text}"
+    elif text:
         messages.append({"role": "assistant", "content": "", "reasoning_content": text})
 
 
@@ -228,7 +231,7 @@ _RENDERERS: Mapping[str, Callable[[list[Message], _Position], None]] = {
     "apply_patch_call_output": _add_hosted_output,
     "tool_search_call": _add_hosted_call("tool_search", "arguments"),
     "tool_search_output": _add_hosted_output,
-    "program": _add_hosted_call("program", "code", "call_id"),
+    "program": _add_hosted_call("program", "code"),
     "program_output": _add_hosted_output,
     "additional_tools": lambda messages, at: None,  # the request's toolbox has them
     "mcp_call": _add_mcp_call,

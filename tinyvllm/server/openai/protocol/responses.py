@@ -167,6 +167,7 @@ class ReasoningSettings(BaseModel):
 
     effort: str | None = None
     summary: str | None = None
+    generate_summary: str | None = optional()  # its older name
 
 
 class ResponsesRequest(GenerationRequest):
@@ -242,6 +243,12 @@ class ResponsesRequest(GenerationRequest):
         return choose(self.tool_choice, self.toolbox)
 
     @property
+    def summarizes(self) -> bool:
+        """Whether reasoning is returned where OpenAI returns summaries, which is what some clients show (Codex)."""
+        settings = self.reasoning
+        return settings is not None and (settings.summary or settings.generate_summary or "none") != "none"
+
+    @property
     def seals_reasoning(self) -> bool:
         """Whether items of reasoning have `encrypted_content`."""
         return SEALED_REASONING in (self.include or [])
@@ -280,6 +287,11 @@ class ReasoningText(BaseModel):
     text: str
 
 
+class SummaryText(BaseModel):
+    type: Literal["summary_text"] = "summary_text"
+    text: str
+
+
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -294,7 +306,7 @@ class MessageItem(BaseModel):
 class ReasoningItem(BaseModel):
     id: str
     type: Literal["reasoning"] = "reasoning"
-    summary: list[Any] = []
+    summary: list[SummaryText] = []
     content: list[ReasoningText]
     encrypted_content: str | None = optional()
     status: Status

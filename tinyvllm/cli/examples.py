@@ -49,8 +49,10 @@ EXAMPLES = {
 }
 
 
-def epilog(command: str) -> str:
-    """The examples as click prints them: \\b keeps the line breaks."""
+def epilog(command: str) -> str | None:
+    """The examples as click prints them: \\b keeps the line breaks. None: the command has none."""
+    if command not in EXAMPLES:
+        return None
     lines = ["\b", "Examples:"]
     for line, comment in EXAMPLES[command]:
         lines.append(f"  {line}" + (f"  # {comment}" if comment else ""))

@@ -33,6 +33,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": (),
     "cache_salt": (),
     "chat_template": (),
+    "detokenize": (True,),
     "documents": ([],),
     "echo": (False,),  # in chats; completions have a field for it
     "function_call": ("none",),
@@ -41,6 +42,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "kv_transfer_params": ({},),  # vLLM's, for prompts that another server computes
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
+    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "moderation": (),
     "prompt_embeds": ([],),

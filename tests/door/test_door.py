@@ -16,6 +16,7 @@ import pytest
 
 from tests.door.fake_models import GO_VARIABLE, model, running_door
 from tests.server.fake_load import ANSWER
+from tinyvllm.door.fields import LARGE_BYTES
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -89,6 +90,26 @@ async def check_metrics(client: httpx.AsyncClient) -> None:
     assert chats in lines
     assert re.search(r'^vllm:prompt_tokens_total\{engine="0",model_name="one"\} \d', text, re.MULTILINE)
     assert re.search(r'^process_resident_memory_bytes\{model_name="one"\} \d', text, re.MULTILINE)
+
+
+async def test_the_door_checks_access_and_names_and_loads_nothing_for_it() -> None:
+    with running_door(model("one"), model("two"), api_keys=("secret-key",)) as door:
+        async with door.client() as client:
+            assert (await client.head("/health")).status_code == (await client.get("/ready")).status_code == 200
+            assert (await client.get("/v1/models")).status_code == 401
+            client.headers["x-api-key"] = "secret-key"
+            claude = (await client.get("/v1/models", headers={"anthropic-version": "2023-06-01"})).json()
+            assert [card["id"] for card in claude["data"]] == ["one", "two"] and claude["has_more"] is False
+            assert (await client.get("/v1/models/two:latest")).json()["state"] == "unloaded"
+            assert (await client.get("/v1/models/three")).status_code == 404
+            shown = (await client.get("/engine/state", params={"model": "two"})).json()
+            assert (shown["status"], shown["model"]) == ("unloaded", "two")
+            large = json.dumps({"prompt": "x" * 2 * LARGE_BYTES, "model": "three"}).encode()
+            for body, headers in ((large, {}), (gzip.compress(large), {"content-encoding": "gzip"})):
+                unknown = await client.post("/v1/completions", content=body, headers=headers)
+                assert unknown.status_code == 404 and "'three' does not exist" in unknown.text
+            assert (await client.post("/api/delete", json={"model": "one"})).status_code >= 400
+            assert door.states() == {"one": "unloaded", "two": "unloaded"}
 
 
 async def test_requests_wait_for_their_model_while_others_go_on(

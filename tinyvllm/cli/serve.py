@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import socket
 
     from tinyvllm.config import Capacity, EngineConfig
+    from tinyvllm.door.settings import DoorSettings
     from tinyvllm.engine.async_engine import AsyncEngine
     from tinyvllm.server.settings import ServerSettings
     from tinyvllm.server.sockets import TlsFiles
@@ -64,7 +65,12 @@ def serve(
     tls = listen.tls()
     models = model or ([] if door.config else [DEFAULT_MODEL])
     if door.applies(models):
-        _serve_several(models, names, door, listen, http, processes, record, engine)
+        if record.is_on:
+            raise TinyvllmError(
+                "--profile and --trace are for a server of one model: leave them out, or serve one model"
+            )
+        served = door.settings(models, names, engine, processes.num_front_ends_each())
+        _serve_several(served, settings, tls, listen, access_log=http.access_log, log_level=engine.log_level)
         return
     _serve_one(models[0], names, settings, tls, listen, http, processes, record, engine)
 
@@ -135,24 +141,19 @@ def _warn_if_open(sock: socket.socket, settings: ServerSettings, address: str) -
 
 
 def _serve_several(
-    models: list[str],
-    names: list[str],
-    door: DoorFlags,
+    served: DoorSettings,
+    settings: ServerSettings,
+    tls: TlsFiles | None,
     listen: ListenFlags,
-    http: ServerFlags,
-    processes: ProcessFlags,
-    record: RecordFlags,
-    engine: EngineFlags,
+    *,
+    access_log: bool,
+    log_level: str,
 ) -> None:
     """Serve models behind a door, each in a process of its own while it is loaded."""
     from tinyvllm.door.fleet import Plan
     from tinyvllm.door.serve import serve_door
     from tinyvllm.server import event_loop, sockets
 
-    if record.is_on:
-        raise TinyvllmError("--profile and --trace are for a server of one model: leave them out, or serve one model")
-    settings, tls = http.settings(local_host=listen.local_host), listen.tls()
-    served = door.settings(models, names, engine, processes.num_front_ends_each())
     with contextlib.ExitStack() as stack:
         sock = listen.bind()
         stack.enter_context(sockets.closing(sock))
@@ -168,11 +169,11 @@ def _serve_several(
         event_loop.run(
             serve_door(
                 served,
-                Plan(settings=settings, log_level=engine.log_level),
+                Plan(settings=settings, log_level=log_level),
                 sock,
                 on_serving=lambda server: greeting.show(),
                 tls=tls,
-                access_log=http.access_log,
+                access_log=access_log,
             )
         )
 

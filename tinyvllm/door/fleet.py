@@ -208,6 +208,8 @@ class Fleet:
             state="failed" if state == "unloaded" and entry.num_failures else state,
             max_model_len=facts.max_model_len,
             num_device_bytes=facts.num_device_bytes if state == "ready" else None,
+            chat_template=model.config.chat_template,
+            reasoning_parser=model.config.reasoning_parser,
             expires_s=expires_s,
         )
 

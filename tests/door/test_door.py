@@ -46,7 +46,7 @@ async def test_models_are_loaded_at_their_first_request_and_make_room_for_each_o
 
             assert text_of(await ask(client, None)) == ANSWER  # the first model is the default
             assert text_of(await ask(client, "gpt:latest")) == ANSWER
-            ollama = await client.post("/api/chat", json={**CHAT, "model": "two", "stream": False, "keep_alive": -1})
+            ollama = await client.post("/api/chat", json={**CHAT, "model": "two", "stream": False, "keep_alive": 1e300})
             assert ollama.json()["message"]["content"] == ANSWER
             packed = gzip.compress(json.dumps({**CHAT, "model": "one"}).encode())
             headers = {"content-type": "application/json", "content-encoding": "gzip"}
@@ -68,6 +68,8 @@ async def test_models_are_loaded_at_their_first_request_and_make_room_for_each_o
 
             unknown = await ask(client, "four")
             assert unknown.status_code == 404 and "'gpt'" in unknown.json()["error"]["message"]
+            unknown = await client.post("/api/chat", json={"model": "four"})
+            assert unknown.status_code == 404 and unknown.json()["error"].startswith("model 'four' not found")
             assert (await client.post("/v1/nothing", json={})).status_code == 404
             assert (await client.get("/v1/chat/completions")).status_code == 405
 

@@ -467,7 +467,7 @@ def test_durations_add_up(times: list[float], is_sorted: bool) -> None:
             (0, 0.0),
             ("0", 0.0),
         ),
-        *((given, float("inf")) for given in (-1, "-1", "-5m")),
+        *((given, float("inf")) for given in (-1, "-1", "-5m", 1e300, 10**400, "9223372036854775807h", "inf")),
     ],
 )
 def test_keep_alive_is_a_number_or_a_duration(given_value: Any, seconds: float | None) -> None:

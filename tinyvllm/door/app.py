@@ -44,6 +44,7 @@ from tinyvllm.server.intake import is_name_of, json_response
 from tinyvllm.server.live import EngineState
 from tinyvllm.server.ollama.keep_alive import read_duration
 from tinyvllm.server.ollama.model_details import rfc3339
+from tinyvllm.server.ollama.wire import unknown_model
 from tinyvllm.server.relay import PeerGoneError, RequestBody, fetch, relay
 from tinyvllm.server.request_limits import Admission, Drain, DrainingError, timed_out
 from tinyvllm.server.routes import find_route, include_routes
@@ -102,12 +103,15 @@ class DoorState:
     def require_engine(self) -> None:
         """Models can be listed at any time."""
 
-    def find(self, name: object) -> str:
-        """The name of the model that a request means: the first one if it names none. Raises UnknownModelError."""
+    def find(self, name: object, path: str = "") -> str:
+        """The name of the model that a request to `path` means: the first one if it names none. Raises
+        UnknownModelError, in the words of the path's API."""
         models = self.fleet.settings.models
         if name is None:
             return models[0].name
         found = next((model.name for model in models if isinstance(name, str) and is_name_of(name, model.names)), None)
+        if found is None and path.startswith("/api/"):
+            raise unknown_model(name, self.model_names)
         if found is None:
             known = ", ".join(map(repr, self.model_names))
             raise UnknownModelError(f"the model {name!a} does not exist: this server has {known}")
@@ -260,7 +264,7 @@ class _Exchange:
         if name is None and isinstance(fields.previous_response_id, str):
             maker = await until_disconnect(self._receive, self._child_with(fields.previous_response_id))
             name = None if maker is None else maker.process.name
-        model = self._state.find(name)
+        model = self._state.find(name, self._path)
         if self._only_unloads(fields) and self._fleet.state_of(model) is State.UNLOADED:
             await self._answer_unloaded(fields)
             return

@@ -14,10 +14,12 @@ _PART = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)"
 _DURATION = re.compile(rf"[+-]?(?:{_PART})+")
 _PARTS = re.compile(_PART)
 MAX_CHARS = 100
+FOREVER_S = 2**63 / 1e9  # Go's longest duration, 292 years
 
 
 def read_duration(value: object) -> object:
-    """Seconds; infinite for a negative duration, which means forever; None for null, which means the server's default.
+    """Seconds; infinite for a negative duration, which means forever, and for more than Go can count; None for null,
+    which means the server's default.
 
     Accepts a number of seconds, also as a string, and Go's durations: "5m", "1h30m", "300ms".
     """
@@ -27,12 +29,17 @@ def read_duration(value: object) -> object:
         text = value.strip()
         if _DURATION.fullmatch(text):
             seconds = sum(float(number) * _UNITS[unit] for number, unit in _PARTS.findall(text))
-            return math.inf if text.startswith("-") else seconds
+            return _in_reach(-seconds if text.startswith("-") else seconds)
         with contextlib.suppress(ValueError):
             value = float(text)
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         raise ValueError('give a number of seconds, or a duration such as "5m" or "1h30m"; -1: forever')
-    return math.inf if value < 0 else float(value)
+    return _in_reach(value)
+
+
+def _in_reach(seconds: float) -> float:
+    """Compared before it is converted: an int of 400 digits is no float, and no date lies that far ahead."""
+    return float(seconds) if 0 <= seconds <= FOREVER_S else math.inf
 
 
 KeepAlive = Annotated[float | None, BeforeValidator(read_duration, json_schema_input_type=str | float | None)]

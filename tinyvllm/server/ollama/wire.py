@@ -68,7 +68,7 @@ def require_model(state: ServerState, name: str) -> None:
         raise unknown_model(name, state.model_names)
 
 
-def unknown_model(name: str, known: Collection[str]) -> UnknownModelError:
+def unknown_model(name: object, known: Collection[str]) -> UnknownModelError:
     """In Ollama's words, which clients look for; and the models that there are."""
     return UnknownModelError(f"model {name!a} not found: this server has {', '.join(map(repr, known))}")
 

@@ -374,6 +374,7 @@ def is_reason_to_refuse(message: str) -> bool:
         "must be at most",
         "both say",
         "cannot bind",
+        "nothing that a model can read",
     )
     return any(word in message for word in known)
 

@@ -216,6 +216,7 @@ async def test_logprobs_come_with_the_text() -> None:
         ({"input": []}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.id"),
         ({"input": [{"type": "wizardry"}]}, "input.0.type"),
+        ({"input": [{"type": "mcp_list_tools"}]}, "input"),
         ({"input": [{"type": "compaction_trigger"}]}, "input.0"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content"),
         ({"input": [{"role": "user"}]}, "input.0.content"),

@@ -7,6 +7,7 @@ import bisect
 from collections.abc import Sequence
 
 from tinyvllm.config import SamplingParams
+from tinyvllm.errors import RequestError
 from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
 from tinyvllm.server.intake import check_ids
 from tinyvllm.server.openai.protocol.common import effort_arguments, thinking_arguments
@@ -26,6 +27,8 @@ async def read_prompt(
 def _read(state: ServerState, body: ResponsesRequest, items: Sequence[Item]) -> tuple[Prompt, SamplingParams]:
     first = len(body.input) - len(items)
     messages = messages_of([InputItem.model_validate(item) for item in items], first)
+    if not messages and not body.instructions:
+        raise RequestError("input has nothing that a model can read: send a message", param="input")
     prompt = _make_prompt(state, body, messages)
     if body.truncation == "auto" and len(prompt.ids) + (body.max_output_tokens or 1) > state.context_limit:
         prompt = _truncated(state, body, messages) or prompt

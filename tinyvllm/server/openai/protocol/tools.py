@@ -116,7 +116,7 @@ class Toolbox:
     left_out: Sequence[str] = ()  # types of tools that only a hosted service can run
 
     def check(self, param: str) -> None:
-        """Raise RequestError if two tools have the same name."""
+        """Raise RequestError if two tools have the same name. param: the field that they are in."""
         check_names([offer.tool.name for offer in self.offers], param)
 
     def find(self, tool_name: str) -> Offer | None:

@@ -1,7 +1,8 @@
 """Models for a door in tests: their processes are real, and the device in them is fake.
 
 What a model does is in its name: "size 30" needs 30 of the device's 100 GiB, "slow" is loaded once the file that
-TINYVLLM_TEST_GO names is there, "broken" cannot be loaded, and "endless" never ends an answer.
+TINYVLLM_TEST_GO names is there, "broken" cannot be loaded, "failing" fails at every step, and "endless" never ends an
+answer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tinyvllm.door.policy import Need
 from tinyvllm.door.serve import DoorServer, serve_door
 from tinyvllm.door.settings import DoorSettings, ModelSettings
 from tinyvllm.engine.loading import LoadedEngine
-from tinyvllm.errors import ModelError
+from tinyvllm.errors import DeviceError, ModelError
 from tinyvllm.server import event_loop
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import bind
@@ -47,7 +48,15 @@ def load(config: EngineConfig, progress: Callable[[str, int, int], None]) -> Loa
         raise ModelError("its file is damaged")
     while "slow" in config.model and not Path(os.environ[GO_VARIABLE]).exists():
         time.sleep(0.01)
-    return (fake_load.endless if "endless" in config.model else fake_load.answering)(config, progress)
+    loaded = (fake_load.endless if "endless" in config.model else fake_load.answering)(config, progress)
+    if "failing" in config.model:
+        runner: Any = loaded.runner
+        runner.before_step = _fail
+    return loaded
+
+
+def _fail(plan: object) -> None:
+    raise DeviceError("the device has fallen off")
 
 
 def model(name: str, kind: str = "", **options: Any) -> ModelSettings:

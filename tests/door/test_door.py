@@ -173,7 +173,7 @@ async def test_a_model_that_does_not_fit_is_refused_with_the_numbers() -> None:
 
 
 async def test_a_model_that_dies_ends_its_requests_and_is_started_again() -> None:
-    with running_door(model("endless"), model("one")) as door:
+    with running_door(model("endless"), model("failing")) as door:
         async with door.client() as client:
             body = {**CHAT, "stream": True, "ignore_eos": True, "max_tokens": 200}
             seen: list[str] = []
@@ -187,6 +187,10 @@ async def test_a_model_that_dies_ends_its_requests_and_is_started_again() -> Non
             assert (await ask(client, "endless", max_tokens=2)).status_code == 200
             assert door.pids()["endless"] != first
             assert door.fleet.counts["endless"].unloads["died"] == 1
+
+            for _ in range(3):  # failed steps, after which an engine gives up
+                assert (await ask(client, "failing")).status_code >= 500
+            await door.wait_for(lambda: door.fleet.counts["failing"].unloads["died"] == 1)
 
 
 async def test_a_client_that_leaves_ends_its_request_and_a_stop_lets_the_others_finish() -> None:

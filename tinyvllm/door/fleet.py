@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import dataclasses
+import functools
 import itertools
 import logging
 import math
 import os
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from tinyvllm.server.specs import LOAD_ENGINE
 log = logging.getLogger(__name__)
 
 MODULE = "tinyvllm.door.model_process"
+MAX_TIMER_S = 86_400.0
 END_S = 10.0  # how long a model's process may take to end, before it is killed
 
 STATES: Mapping[State, LoadState] = {
@@ -228,7 +230,7 @@ class Fleet:
         wake_up_s = self._policy.wake_up_s(now_s)
         if wake_up_s < math.inf:
             delay_s = max(0.0, wake_up_s - now_s) + 1e-3
-            self._timer = asyncio.get_running_loop().call_later(min(delay_s, 86_400.0), self._decide)
+            self._timer = self._later(min(delay_s, MAX_TIMER_S), self._decide)
 
     def _do(self, action: Action) -> None:
         match action:
@@ -240,7 +242,7 @@ class Fleet:
                 log.info("%s: loading in %.2f GiB of the device's memory", action.model, action.num_bytes / 2**30)
                 self._tell(action.model, "load", num_bytes=action.num_bytes)
                 child = self.children[action.model]
-                asyncio.get_running_loop().call_later(self.settings.load_timeout_s, self._limit_load, child)
+                self._later(self.settings.load_timeout_s, functools.partial(self._limit_load, child))
             case Admit():
                 child = self.children[action.tickets[0].model]
                 for waiting in self._of(action.tickets):
@@ -267,7 +269,7 @@ class Fleet:
             return
         child.unload_reason, child.is_eviction = reason, is_eviction
         child.process.send("stop")
-        asyncio.get_running_loop().call_later(END_S, self._kill, child)
+        self._later(END_S, functools.partial(self._kill, child))
 
     def _kill(self, child: Child) -> None:
         if self.children.get(child.process.name) is child:
@@ -401,6 +403,9 @@ class Fleet:
         task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())  # no request's
         self._tasks.add(task)
         task.add_done_callback(self._finished)
+
+    def _later(self, delay_s: float, call: Callable[[], None]) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(delay_s, call, context=contextvars.Context())
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

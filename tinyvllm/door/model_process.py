@@ -6,6 +6,7 @@ has several front-ends for each model, this process is their supervisor.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import queue
@@ -29,6 +30,7 @@ from tinyvllm.server.stop_requests import StopRequests
 
 log = logging.getLogger(__name__)
 
+WATCH_S = 0.5  # how often it is checked that the engine lives
 Report = Callable[[str, int, int], None]
 
 
@@ -73,12 +75,25 @@ class _ModelProcess:
             serve.serve(
                 lambda: AsyncEngine.start(self._spec.config, self._report, self._load),
                 bind_unix(self._spec.uds),
-                on_ready=lambda engine: self._announce(),
+                on_ready=self._watch_engine,
                 settings=self._spec.settings,
                 access_log=False,  # the door logs each request
                 stops=self._stops,
             )
         )
+
+    def _watch_engine(self, engine: AsyncEngine) -> None:
+        """The model is loaded. If its engine dies, end this process, so that the next request starts another."""
+        self._announce()
+
+        async def watch() -> None:
+            while engine.error is None:
+                await asyncio.sleep(WATCH_S)
+            self._link.send("failed", error=f"its engine has stopped: {engine.error}")
+            await asyncio.sleep(WATCH_S)  # clients get their answers
+            self._stops.request()
+
+        self._watching = asyncio.get_running_loop().create_task(watch())
 
     def _load(self, config: EngineConfig, progress: Report) -> LoadedEngine:
         """Load the model when the door says so. On the engine's thread, the only one that may use the device."""

@@ -270,6 +270,16 @@ def test_tools_are_bare_functions_where_the_template_looks_for_them() -> None:
     assert json.dumps(tool) in render(TURNS, user("a"), tools=[tool])
 
 
+def test_tools_are_text_of_the_system_message_where_the_template_looks_for_them_there() -> None:
+    """As Phi-4-mini's."""
+    source = turns("{{ m.content }}{% if m.tools %}<{{ m.tools }}>{% endif %}", tools="")
+    tool = {"type": "function", "function": {"name": "f", "description": "é"}}
+    assert (
+        render(source, system("a"), user("b"), tools=[tool]) == '[system]a<[{"name": "f", "description": "é"}]>[user]b'
+    )
+    assert render(source, user("b"), tools=[tool]) == '[system]<[{"name": "f", "description": "é"}]>[user]b'
+
+
 def test_definitions_are_completed_and_made_plain_where_the_template_fails_on_them() -> None:
     types = "{% for name, p in tool.function.parameters.properties|items %}{{ name ~ ':' + p.type + p.description }}"
     loop = (

@@ -29,7 +29,7 @@ from tinyvllm.text import gguf_tokenizer, hf_tokenizer
 from tinyvllm.text.template_abilities import EFFORTS, Abilities
 from tinyvllm.text.template_adapter import adapt
 from tinyvllm.text.template_probes import find_abilities, find_effort
-from tinyvllm.text.template_tools import WITHOUT_TOOLS, bare, complete, plain
+from tinyvllm.text.template_tools import WITHOUT_TOOLS, bare, complete, describe_in_system, plain
 
 if TYPE_CHECKING:
     from tinyvllm.text.tokenizer import Tokenizer
@@ -122,6 +122,8 @@ class ChatTemplate:
             messages, tools = self._describe(messages, tools, tool_format or self._tool_format()), None
         abilities = self.abilities(has_tools=bool(tools))
         adapted, changes = adapt(messages, abilities, lambda one: (tool_format or self._tool_format()).as_text(one))
+        if tools and abilities.tools == "system":
+            adapted, tools = describe_in_system(adapted, tools), None
         kwargs, refused = self._with_effort(kwargs)
         self._log([*changes, *refused])
         try:

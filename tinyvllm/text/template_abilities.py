@@ -32,7 +32,8 @@ class Abilities:
     # "content": it is a part of the content, of the type "thinking"; None: that of earlier messages is not rendered
     reasoning_field: str | None = REASONING_FIELDS[0]
     without_tools: str = "none"  # the value of `tools` if there are none: a key of WITHOUT_TOOLS
-    tools: Literal["wrapped", "bare", "no"] = "wrapped"  # {"type": "function", "function": ...}, or the function itself
+    # {"type": "function", "function": ...}, the function itself, or JSON text in the system message's `tools`
+    tools: Literal["wrapped", "bare", "system", "no"] = "wrapped"
     incomplete_tools: bool = True  # functions without parameters, without a description, and so their parameters
     any_schemas: bool = True  # parameters of several types, of any type, or by a reference
     calls: bool = True
@@ -74,6 +75,7 @@ class Abilities:
             (self.reasoning_field is None, "no reasoning of earlier messages: it is left out by the template"),
             (self.tools == "no", "no tools: definitions, calls and results are written as text"),
             (self.tools == "bare", "tools as bare functions"),
+            (self.tools == "system", "tools as JSON text of the system message"),
             (self.tools != "no" and not self.calls, "no tool calls: they are written as text"),
             (self.tools != "no" and not self.results, "no tool results: they are written as text of the user"),
             (self.calls and not self.parallel_calls, "one call a message: parallel calls are separated"),

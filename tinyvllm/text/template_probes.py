@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tinyvllm.text.template_abilities import EFFORTS, REASONING_FIELDS, Abilities, Message, thinking_part
-from tinyvllm.text.template_tools import WITHOUT_TOOLS, bare, complete, plain
+from tinyvllm.text.template_tools import WITHOUT_TOOLS, bare, complete, describe_in_system, plain
 
 logger = logging.getLogger(__name__)
 
@@ -180,19 +180,22 @@ def text_of(message: Message) -> str:
 # ---- Tools ---------------------------------------------------------------------------------------------------------
 
 
-def _find_definitions(probe: Probe) -> tuple[Literal["wrapped", "bare", "no"], list[dict[str, Any]] | None]:
-    """The form of definitions, and one of that form."""
+def _find_definitions(probe: Probe) -> tuple[Literal["wrapped", "bare", "system", "no"], list[dict[str, Any]] | None]:
+    """The form of definitions, and the variable `tools` with one of that form."""
     properties = {DEFINED_PARAMETER: {"type": "string", "description": DESCRIPTION}}
     schema = {"type": "object", "properties": properties, "required": [DEFINED_PARAMETER]}
     function: dict[str, Any] = {"name": DEFINED, "description": DESCRIPTION, "parameters": schema}
-    forms: list[tuple[Literal["wrapped", "bare"], dict[str, Any]]]
-    forms = [("wrapped", {"type": "function", "function": function}), ("bare", function)]
+    wrapped = {"type": "function", "function": function}
+    forms: tuple[tuple[Literal["wrapped", "bare"], dict[str, Any]], ...] = (("wrapped", wrapped), ("bare", function))
     for form, tool in forms:
         probe.tools = [tool]
         for probe.part_roles in (set(), {"user"}):
             if probe.shows(probe.user(), texts=(DEFINED, DEFINED_PARAMETER, USERS[0])):
                 return form, [tool]
-    probe.part_roles = set()
+    probe.tools, probe.part_roles = None, set()
+    with_tools = describe_in_system([probe.system(), probe.user()], [wrapped])
+    if probe.shows(*with_tools, texts=(DEFINED, DEFINED_PARAMETER, USERS[0], SYSTEMS[0])):
+        return "system", None
     return "no", None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,15 @@ Tools = Sequence[Mapping[str, Any]]
 def bare(tools: Tools) -> Tools:
     """Functions without `{"type": "function", "function": ...}`."""
     return [tool.get("function", tool) for tool in tools]
+
+
+def describe_in_system(messages: Sequence[dict[str, Any]], tools: Tools) -> list[dict[str, Any]]:
+    """The messages with the functions as JSON text in `tools` of the first system message, or of a new one."""
+    text = json.dumps(bare(tools), ensure_ascii=False)
+    first, rest = ({"role": "system", "content": ""}, messages)
+    if messages and messages[0].get("role") == "system":
+        first, rest = messages[0], messages[1:]
+    return [{**first, "tools": text}, *rest]
 
 
 def complete(tools: Tools) -> Tools:

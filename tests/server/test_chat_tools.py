@@ -103,6 +103,13 @@ async def test_what_servers_emit_is_taken_back() -> None:
     ]  # fmt: skip
 
 
+async def test_an_image_in_a_result_is_replaced_by_a_note() -> None:
+    engine = FakeEngine()
+    parts = [{"type": "text", "text": "a.png:"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
+    await chat(engine, messages=[*CHAT["messages"], {"role": "tool", "tool_call_id": "1", "content": parts}])
+    assert template_messages(engine)[-1]["content"].startswith("a.png:\n(an image, which this model cannot read")
+
+
 def test_the_client_reads_a_custom_call() -> None:
     engine = hermes(SQL_CALL)
     with serving(engine) as url, openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:

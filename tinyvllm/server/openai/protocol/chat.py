@@ -6,7 +6,7 @@ import json
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tinyvllm.config import MAX_LOGPROBS
 from tinyvllm.errors import RequestError
@@ -18,7 +18,7 @@ from tinyvllm.server.openai.protocol.common import (
     thinking_arguments,
     unsupported,
 )
-from tinyvllm.server.openai.protocol.content import Content
+from tinyvllm.server.openai.protocol.content import Content, note_media
 from tinyvllm.server.openai.protocol.generation import GenerationRequest
 from tinyvllm.server.openai.protocol.tools import (
     MAX_TOOLS,
@@ -99,6 +99,13 @@ class Message(BaseModel):
     reasoning: Any = None  # newer vLLM's name of reasoning_content
     tool_calls: list[PastCall] | None = None
     function_call: PastFunction | None = None  # OpenAI's form before tools
+
+    @model_validator(mode="before")
+    @classmethod
+    def _note_media(cls, value: object) -> object:
+        if isinstance(value, dict) and value.get("role") in ("tool", "function"):
+            return {**value, "content": note_media(value.get("content"))}
+        return value
 
     def check(self, param: str) -> None:
         """Raise RequestError for what contradicts the role."""

@@ -46,5 +46,18 @@ def join_parts(value: object) -> object:
     return "\n".join(texts)
 
 
+def note_media(value: object) -> object:
+    """A tool's result with notes in place of what is not text. It is not refused, because the client cannot take back
+    the call, and an agent could not go on."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {"type": "text", "text": f"({MEDIA[part['type']]}, which this model cannot read, has been left out)"}
+        if isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] in MEDIA
+        else part
+        for part in value
+    ]
+
+
 _Sent = str | list[dict[str, object]] | None
 Content = Annotated[str | None, BeforeValidator(join_parts, json_schema_input_type=_Sent)]

@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from tinyvllm.errors import RequestError
 from tinyvllm.server.notices import warn_once
 from tinyvllm.server.openai.protocol.chat import past_arguments
-from tinyvllm.server.openai.protocol.content import MEDIA, join_parts
+from tinyvllm.server.openai.protocol.content import join_parts, note_media
 from tinyvllm.text.tools.custom import input_arguments
 
 ItemType = Literal[
@@ -149,7 +149,7 @@ def _add_custom_call(messages: list[Message], at: _Position) -> None:
 
 def _add_output(messages: list[Message], at: _Position) -> None:
     """The result of a call that the client ran: text, or parts of which those that are not text are named only."""
-    _add_result(messages, at.required("call_id"), result_text(at.item.output, f"{at.param}.output"))
+    _add_result(messages, at.required("call_id"), _text(note_media(at.item.output), f"{at.param}.output"))
 
 
 def _add_hosted_call(name: str, *fields: str) -> Callable[[list[Message], _Position], None]:
@@ -250,19 +250,6 @@ def _text(content: object, param: str) -> str:
     if not isinstance(text, str):
         raise RequestError(f"{param} is missing: give a string or text parts", param=param)
     return text
-
-
-def result_text(output: object, param: str) -> str:
-    """A tool's result. Parts that are not text are named instead of refused: an agent did not choose to send them, and
-    could not go on without them."""
-    if isinstance(output, list):
-        output = [
-            {"type": "text", "text": f"({MEDIA[part['type']]}, which this model cannot read, has been left out)"}
-            if isinstance(part, dict) and part.get("type") in MEDIA
-            else part
-            for part in output
-        ]
-    return _text(output, param)
 
 
 def listed(item: Mapping[str, Any]) -> dict[str, Any]:

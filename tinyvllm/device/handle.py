@@ -26,6 +26,7 @@ from tinyvllm.errors import DeviceError, TinyvllmError
 NAP_S = 30e-6
 KERNEL_STACK_BYTES = 64 << 20  # CPU kernels keep tiles on the stack; a Mac's threads get 512 KiB by default
 MAX_UNIFIED_SHARE = 0.9  # of shared memory, whatever is asked for
+COPIED_BYTES = 64 << 20  # zeros up to this size are copied; beyond, a kernel is faster than the bus
 
 FLOATS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.bfloat16}
 
@@ -90,11 +91,21 @@ class DeviceHandle:
     def zeros(self, size: int, dtype: DType, core: str | None = None) -> Tensor:
         """A flat zeroed tensor. On a CPU it is fresh anonymous memory: zero, and taking no room until it is used."""
         if not self.is_cpu:
-            return Tensor.zeros(size, dtype=dtype, device=self.name).clone().realize()
+            make = self._copied_zeros if size * dtype.itemsize <= COPIED_BYTES else self._filled
+            return make(size, dtype)
         uop = UOp.new_buffer(core or self.name, size, dtype)
         # nolru: a recycled buffer would have its old contents
         buffers[uop] = Buffer(core or self.name, size, dtype, options=BufferSpec(nolru=True)).allocate().ref(1)
         return Tensor(uop)
+
+    def _copied_zeros(self, size: int, dtype: DType) -> Tensor:
+        uop = UOp.new_buffer(self.name, size, dtype)
+        _copy_in(uop.buffer.allocate(), np.zeros(size * dtype.itemsize, np.uint8))
+        return Tensor(uop)
+
+    def _filled(self, size: int, dtype: DType) -> Tensor:
+        """Zeros by a kernel, which is compiled for each size: 70 ms with CUDA's compiler."""
+        return Tensor.zeros(size, dtype=dtype, device=self.name).clone().realize()
 
     @property
     def _is_mapped(self) -> bool:

@@ -215,6 +215,17 @@ def test_text_beside_calls_is_a_plan_or_left_out() -> None:
     assert render(turns("{{ m.tool_plan }}" + dropped), *chat) == '[user]a[assistant]b{f|{"x": 1}}'
 
 
+def test_text_before_calls_does_not_hide_them_when_it_is_joined() -> None:
+    follows = "m.tool_calls and loop.index0 and messages[loop.index0 - 1].role == 'assistant'"
+    hides = turns(
+        "{% if "
+        + follows
+        + " %}{{ m.none.x }}{% endif %}{% if m.content is not none %}{{ m.content }}{% else %}CALLS{% endif %}"
+    )
+    chat = (user("a"), said("b"), said("", {"x": 1}), result("c"))
+    assert render(hides, *chat) == '[user]a[assistant]{f|{"x": 1}}[tool]c'
+
+
 def test_calls_without_results_and_results_without_calls_are_text_where_they_are_refused() -> None:
     chat = (user("a"), said("", {"x": 1}), user("b"))
     text = '[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}}]'

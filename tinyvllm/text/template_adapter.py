@@ -83,7 +83,7 @@ class Adapter:
         if not abilities.parallel_calls and any(len(calls_of(message)) > 1 for message in messages):
             self.changes.append("parallel calls are separated into a message each")
             messages = separate_calls(messages)
-        return [self._with_calls(message) if calls_of(message) else message for message in messages]
+        return [self._with_arguments(message) if calls_of(message) else message for message in messages]
 
     def _must_be_text(self, message: Message, *, is_alone: bool) -> bool:
         """Whether its calls or result are written into its content. is_alone: calls without result, or the reverse."""
@@ -96,24 +96,17 @@ class Adapter:
             return True
         return False
 
-    def _with_calls(self, message: Message) -> Message:
-        calls = [self._with_arguments(with_parsed_arguments(call)) for call in calls_of(message)]
-        message = {**message, "tool_calls": calls}
-        if message["content"] and self.abilities.text_with_calls == "tool_plan":
-            return {"tool_plan": message["content"], **message, "content": ""}
-        if message["content"] and self.abilities.text_with_calls in ("no", "hides"):
-            self.changes.append("text beside tool calls is left out")
-            message["content"] = ""
-        return message
-
-    def _with_arguments(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        function = call["function"]
-        given = function["arguments"]
-        if self.abilities.arguments == "text":
-            given = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-        elif not self.abilities.malformed_arguments:
-            given = as_object(given)
-        return {**call, "function": {**function, "arguments": given}}
+    def _with_arguments(self, message: Message) -> Message:
+        """The message with the arguments of its calls in the template's form."""
+        calls = []
+        for call in map(with_parsed_arguments, calls_of(message)):
+            given = call["function"]["arguments"]
+            if self.abilities.arguments == "text":
+                given = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+            elif not self.abilities.malformed_arguments:
+                given = as_object(given)
+            calls.append({**call, "function": {**call["function"], "arguments": given}})
+        return {**message, "tool_calls": calls}
 
     # ---- System messages ----
 
@@ -177,7 +170,9 @@ class Adapter:
 
     def _is_droppable(self, message: Message) -> bool:
         allowed = {"user": self.abilities.empty_users, "assistant": self.abilities.empty_assistants}
-        return allowed.get(message.get("role", ""), True) is False and not message["content"] and not calls_of(message)
+        has_thought = self.abilities.reasoning_field == "content" and bool(message.get(REASONING_FIELDS[0]))
+        is_empty = not message["content"] and not calls_of(message) and not has_thought
+        return is_empty and not allowed.get(message.get("role", ""), True)
 
     def _must_join(self, first: Message, second: Message) -> bool:
         roles = (str(first.get("role")), str(second.get("role")))
@@ -199,6 +194,8 @@ class Adapter:
     # ---- The form of content ----
 
     def _with_form(self, message: Message) -> Message:
+        if calls_of(message) and message["content"]:
+            message = self._with_text_beside_calls(message)
         content = message["content"]
         if self.abilities.reasoning_field == "content" and message.get(REASONING_FIELDS[0]):
             thought = thinking_part(message.pop(REASONING_FIELDS[0]))
@@ -208,6 +205,15 @@ class Adapter:
         if message.get("role") in self.abilities.part_roles:
             return {**message, "content": [{"type": "text", "text": content}]}
         return message
+
+    def _with_text_beside_calls(self, message: Message) -> Message:
+        match self.abilities.text_with_calls:
+            case "content":
+                return message
+            case "tool_plan":
+                return {"tool_plan": message["content"], **message, "content": ""}
+        self.changes.append("text beside tool calls is left out")
+        return {**message, "content": ""}
 
 
 def flatten_content(message: Mapping[str, Any], index: int) -> Message:

@@ -102,6 +102,8 @@ def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
             assert not (claude.project / "made.txt").exists()
             terminal.enter("")
             terminal.wait_for("The file is made.")
+            terminal.enter("/context")  # asks for counts of tokens
+            terminal.wait_for("Context usage")
             terminal.enter("/compact")
             terminal.wait_for("Compacted")
             terminal.enter("Thanks.")
@@ -110,4 +112,18 @@ def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
     assert (claude.project / "made.txt").exists()
     assert {request.status for request in server.requests} == {200}
     assert not any("api.anthropic.com" in request for request in network.wanted)
-    record("claude_code_terminal", version, server.requests[:1] + server.requests[-1:], claude.folders)
+    counted = [request for request in server.requests if "count_tokens" in request.path]
+    with_tools = [request for request in counted if len(request.body.get("tools", [])) == 1]
+    record("claude_code_terminal", version, [server.requests[0], with_tools[0], server.requests[-1]], claude.folders)
+
+
+def test_an_answer_has_the_form_of_a_schema(tmp_path: Path) -> None:
+    """A schema is that of a tool which it must call."""
+    schema = {"type": "object", "properties": {"lines": {"type": "integer"}}, "required": ["lines"]}
+    script = loop("How many lines", call("StructuredOutput", lines=3), "Three.")
+    with no_network() as network, scripted_server(script) as server:
+        claude = make_claude(tmp_path, server.url)
+        options = ("--output-format", "json", "--json-schema", json.dumps(schema))
+        ended = claude.run("-p", "How many lines?", *options, proxy=network.url)
+    assert ended.status == 0 and json.loads(ended.output)["structured_output"] == {"lines": 3}, ended.errors
+    assert {request.status for request in server.requests} == {200}

@@ -18,7 +18,6 @@ from tests.text.write_harmony_reference import CHATS as HARMONY_CHATS
 from tests.text.write_harmony_reference import FORMED
 from tests.text.write_harmony_reference import OUTPUT as HARMONY_OUTPUT
 from tinyvllm.config import ModelFiles
-from tinyvllm.errors import RequestError
 from tinyvllm.storage.resolve import models_dir
 from tinyvllm.text.chat import ChatTemplate, end_of_turn_ids, load_chat_template
 from tinyvllm.text.gguf_tokenizer import read_gguf_tokenizer
@@ -67,11 +66,11 @@ def test_ids_and_chats_are_transformers(files: ModelFiles) -> None:
     for name, chat in CHATS.items() if template is not None else ():
         variables = {key: value for key, value in chat.items() if key != "messages"} | {"date_string": "26 Jul 2024"}
         assert template is not None
-        if expected["chats"][name] is None:
-            with pytest.raises(RequestError):
-                template.render(chat["messages"], **variables)
-            continue
         text = dated(template.render(chat["messages"], **variables))
+        if "tools" in chat and not template.renders_tools():  # Gemma 3's ignores them, and refuses results
+            contents = [message["content"] for message in chat["messages"]]
+            assert all(one in text for one in ("You can call functions.", "get_weather", *contents)), name
+            continue
         assert text == expected["chats"][name]["text"], name
         ids = tokenizer.encode_chat(text)
         assert (len(ids), digest(ids)) == (expected["chats"][name]["num_ids"], expected["chats"][name]["ids"]), name

@@ -110,6 +110,8 @@ async def test_the_door_checks_access_and_names_and_loads_nothing_for_it() -> No
             for body, headers in ((large, {}), (gzip.compress(large), {"content-encoding": "gzip"})):
                 unknown = await client.post("/v1/completions", content=body, headers=headers)
                 assert unknown.status_code == 404 and "'three' does not exist" in unknown.text
+            ollama = await client.post("/api/chat", json={**CHAT, "model": "three"})
+            assert ollama.status_code == 404 and "model 'three' not found" in ollama.json()["error"]
             assert (await client.post("/api/delete", json={"model": "one"})).status_code >= 400
             assert door.states() == {"one": "unloaded", "two": "unloaded"}
 

@@ -153,6 +153,14 @@ def test_a_request_says_how_long_its_model_stays() -> None:
     machine.use("A")  # back to the model's own
     machine.pass_time(300.0)
     assert not machine.states()
+    earlier = machine.enter("A")
+    machine.settle()
+    machine.now_s += 1
+    machine.use("A", keep_alive_s=0.0)
+    assert machine.states() == {"A": "ready"}  # busy
+    machine.leave(earlier)
+    machine.settle()
+    assert not machine.states()
 
 
 def test_models_are_loaded_one_at_a_time_in_the_order_of_their_first_requests() -> None:

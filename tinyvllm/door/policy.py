@@ -78,6 +78,7 @@ class Entry:
     waiting: list[Ticket] = field(default_factory=list)
     running: set[Ticket] = field(default_factory=set)
     keep_alive_s: float = 0.0
+    keep_alive_since_s: float = -math.inf  # when the request came that keep_alive_s is of
     used_s: float = -math.inf  # when its last request ended
     loaded_s: float = -math.inf
     is_retiring: bool = False  # it takes no more requests, and ends once it is idle
@@ -177,7 +178,9 @@ class Policy:
         elif ticket in entry.running:
             entry.running.discard(ticket)
             entry.used_s = now_s
-            entry.keep_alive_s = entry.rule.keep_alive_s if ticket.keep_alive_s is None else ticket.keep_alive_s
+            if ticket.since_s >= entry.keep_alive_since_s:  # a longer one that came before has no say any more
+                entry.keep_alive_since_s = ticket.since_s
+                entry.keep_alive_s = entry.rule.keep_alive_s if ticket.keep_alive_s is None else ticket.keep_alive_s
 
     def error_of(self, model: str, now_s: float) -> str:
         """Why the model cannot be loaded now; "" if it can be tried."""
@@ -196,7 +199,7 @@ class Policy:
         """num_bytes: what it really takes, if that is known."""
         entry = self.entries[model]
         entry.state, entry.loaded_s, entry.used_s = State.READY, now_s, now_s
-        entry.keep_alive_s = entry.rule.keep_alive_s
+        entry.keep_alive_s, entry.keep_alive_since_s = entry.rule.keep_alive_s, -math.inf
         entry.num_failures, entry.error, entry.retry_s = 0, "", -math.inf
         if num_bytes is not None:
             entry.held = num_bytes

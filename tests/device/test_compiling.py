@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import time
 from multiprocessing import TimeoutError
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 from tinygrad import UOp
 from tinygrad.codegen import to_program_cache
+from tinygrad.engine import worker
 
 from tests.ops.kernel.examples import add_one_kernel
 from tinyvllm.device import compiling
@@ -73,3 +78,16 @@ def test_a_kernel_that_is_lost_is_compiled_here(
         assert all(one.is_done for one in pending)
         assert len(compiler.programs(kernels)) == 2
     assert caplog.text.count("a compiling process lost kernel") == 2
+
+
+def test_processes_that_a_signal_has_ended_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal to the process group ends them too, while an idle one holds the lock of the queue."""
+    monkeypatch.setattr(compiling, "PARALLEL", SimpleNamespace(value=1))
+    monkeypatch.setattr(compiling, "TERMINATE_S", 1.0)
+    monkeypatch.setattr(worker, "worker_pool", None)
+    pool = compiling._get_pool()
+    assert pool is not None and pool.apply(int, ("1",)) == 1
+    os.kill(pool._pool[0].pid, signal.SIGTERM)  # type: ignore[attr-defined]
+    start_s = time.monotonic()
+    Compiler().close()
+    assert time.monotonic() - start_s < 5 and worker.worker_pool is None

@@ -7,6 +7,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterable
 from multiprocessing.pool import AsyncResult, Pool
@@ -24,6 +25,7 @@ WORKER_NICENESS = 5
 WORKER_GC = (200_000, 20, 1000)  # gc.set_threshold's arguments
 # A kernel is lost if its process is killed (by the OOM killer, say). After this time it is compiled here.
 LOST_S = 300.0
+TERMINATE_S = 5.0  # for the processes to end, which takes milliseconds
 
 logger = logging.getLogger(__name__)
 Kernel = tuple[UOp, str]  # a SINK, and the device that it is for
@@ -88,7 +90,7 @@ class Compiler:
     def close(self) -> None:
         """End the compiling processes, to free their memory. New ones are started on demand."""
         self._begun.clear()
-        worker.terminate_worker_pool()
+        _end_pool()
 
     def _is_known(self, key: Key) -> bool:
         """Whether the program exists or is being compiled. Reads it from the store if it is there."""
@@ -148,5 +150,22 @@ def _get_pool() -> Pool | None:
         return None
     if worker.worker_pool is None:
         worker.worker_pool = worker._WorkerContext().Pool(PARALLEL.value, _begin_worker)
-        atexit.register(worker.terminate_worker_pool)
+        atexit.register(_end_pool)
     return worker.worker_pool
+
+
+def _end_pool() -> None:
+    """End tinygrad's pool of processes.
+
+    A signal to the whole process group, as systemd and `timeout` send it, also ends the pool's processes. An idle one
+    holds the lock of the queue of tasks, for which Pool.terminate() then waits forever. So it has limited time.
+    """
+    pool, worker.worker_pool = worker.worker_pool, None
+    if pool is None:
+        return
+    ending = threading.Thread(target=pool.terminate, daemon=True)
+    ending.start()
+    ending.join(TERMINATE_S)
+    if ending.is_alive():
+        for process in list(pool._pool):
+            process.kill()

@@ -30,7 +30,7 @@ class Terminal:
                 progress(stage, done, total)
         return self.engine
 
-    def run(self, command: str, *arguments: str, stdin: str = "") -> Result:
+    def run(self, command: str, *arguments: str, stdin: str | bytes = "") -> Result:
         return CliRunner().invoke(app, [command, self.model, *arguments], input=stdin)
 
 

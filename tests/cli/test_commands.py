@@ -193,6 +193,12 @@ def test_a_prompt_is_a_message_in_the_models_template(monkeypatch: pytest.Monkey
     assert terminal.engine.chat_template.kwargs == {"enable_thinking": False}
 
 
+def test_stdin_that_is_not_text_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    terminal = make_terminal(monkeypatch, tmp_path)
+    result = terminal.run("generate", stdin=b"caf\xe9")
+    assert result.exit_code == 1 and "stdin is not UTF-8" in result.stderr
+
+
 def test_a_model_without_a_template_continues_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     terminal = make_terminal(monkeypatch, tmp_path, chat_template=None)
     result = terminal.run("generate", "-p", "hi", "-p", "ho")

@@ -99,6 +99,7 @@ def test_what_is_wrong_is_named(files: Path) -> None:
         (f"[[models]]\nmodel='{a}'\nmax_num_seqs='many'", "max_num_seqs is 'many'"),
         (f"[[models]]\nmodel='{a}'\nkeep_alive='soon'", "keep_alive is 'soon'"),
         (f"[[models]]\nmodel='{a}'\nblock_size=7", "--block-size is 7"),
+        (f"[[models]]\nmodel='{a}'\ngpu_memory_utilization=7", "--gpu-memory-utilization is 7"),
         ("[[models", "cannot be read"),
     ):
         file.write_text(text)

@@ -169,9 +169,10 @@ def _model_settings(
     model = _value("model", table["model"], str)
     name = _value("name", table.get("name") or require_model(model, pull=engine.pull).name, str)
     overrides = dict(_overrides({key: value for key, value in table.items() if key in flags}))
-    share = overrides.pop("gpu_memory_utilization", None)  # of the whole memory; the door divides the rest
     device = overrides.pop("device", None)
     config = dataclasses.replace(engine, **overrides).make_config(model, warm_up="background", served_model_name=name)
+    share = overrides.get("gpu_memory_utilization")  # of the whole memory; the door divides the rest
+    config = dataclasses.replace(config, gpu_memory_utilization=engine.gpu_memory_utilization)
     keep_alive = table.get("keep_alive")
     return ModelSettings(
         name=name,

@@ -20,7 +20,7 @@ from tinyvllm.cli.engine import ready_engine
 from tinyvllm.cli.flags import Model, SamplingFlags, TerminalEngineFlags
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.record_flags import RecordFlags
-from tinyvllm.cli.terminal import err, out, without_echo
+from tinyvllm.cli.terminal import err, out, read_stdin, without_echo
 from tinyvllm.config import EngineConfig, GenerationDefaults, SamplingParams
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.storage.catalog import DEFAULT_MODEL
@@ -106,7 +106,7 @@ def _read_prompts(given: Sequence[str], model: str, *, raw: bool) -> list[str]:
         given = ["-"]
     piped = ""
     if "-" in given:
-        piped = sys.stdin.read()
+        piped = read_stdin()
         if not raw:
             piped = piped.removesuffix("\n")  # which `echo` adds
     prompts = [piped if text == "-" else text for text in given]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typer import Exit, Option
 from tinyvllm.cli.engine import ready_engine
 from tinyvllm.cli.flags import EngineFlags, Model
 from tinyvllm.cli.models import require_model
-from tinyvllm.cli.terminal import err, progress_bars
+from tinyvllm.cli.terminal import err, progress_bars, read_stdin
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 
@@ -85,7 +84,7 @@ def open_output(file: str) -> IO[str]:
 def read_batch(file: str) -> list[BatchLine]:
     """All requests. Raises TinyvllmError with the number of the first invalid line, before a model is loaded."""
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        text = read_stdin() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TinyvllmError(f"--input-file {file} cannot be read: {error}") from error
     lines = list(_read_lines(text, file))

@@ -43,6 +43,16 @@ class RedErrors(TyperGroup):
             raise typer.Exit(1) from error
 
 
+def read_stdin() -> str:
+    """All of stdin. Raises TinyvllmError if it is not UTF-8, whether the locale lets Python read that or not."""
+    try:
+        text = sys.stdin.read()
+        text.encode()  # bytes that are no UTF-8 may have been read as lone surrogates
+    except UnicodeError as error:
+        raise TinyvllmError("stdin is not UTF-8 text: convert it, for example with iconv") from error
+    return text
+
+
 @contextlib.contextmanager
 def without_echo() -> Iterator[None]:
     """Do not show typed keys, which would displace what is drawn over. They wait for the next prompt; Ctrl-C works."""

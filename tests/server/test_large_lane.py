@@ -20,12 +20,14 @@ from hypothesis import strategies as st
 
 from tests.server.fake_engine import FakeEngine
 from tinyvllm.server.app import make_app
+from tinyvllm.server.failures import ClientGone
 from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.large_lane import LARGE_BYTES
 from tinyvllm.server.relay import ChunkDecoder, RequestBody
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import bind, bind_unix
 from tinyvllm.server.state import ServerState
+from tinyvllm.server.streaming import send_promptly
 
 
 class Lanes:
@@ -259,3 +261,16 @@ def test_chunks_are_taken_apart_however_they_arrive(chunks: list[bytes], sizes: 
         found += decoder.feed(wire[start : start + size])
         start += size
     assert decoder.is_complete and found == b"".join(chunks)
+
+
+async def test_a_client_that_does_not_read_counts_as_gone() -> None:
+    sent: list[object] = []
+
+    async def send(message: object) -> None:
+        sent.append(message)
+        if len(sent) > 1:
+            await asyncio.Event().wait()
+
+    await send_promptly(send, {"body": b"1"}, 0.01)
+    with pytest.raises(ClientGone):
+        await send_promptly(send, {"body": b"2"}, 0.01)

@@ -31,6 +31,7 @@ HOP_HEADERS = frozenset((b"connection", b"keep-alive", b"transfer-encoding", b"u
 # `expect` has been answered by the first server, and the id is the one that it has chosen
 OWN_HEADERS = HOP_HEADERS | {b"expect", b"x-request-id"}
 READ_BYTES = 64 * 2**10
+FETCH_S = 10.0
 
 
 class PeerGoneError(Exception):
@@ -164,15 +165,19 @@ def _answer(method: str, head: bytes, reader: asyncio.StreamReader, writer: asyn
 
 
 async def fetch(uds: str, path: str) -> bytes:
-    """GET from another server of ours. Raises PeerGoneError, for other answers than 200 too."""
+    """GET from another server of ours. Raises PeerGoneError, for another status than 200 or a late answer, too."""
     scope: Scope = {"method": "GET", "path": path, "query_string": b"", "headers": [(b"host", b"localhost")]}
 
     async def receive() -> Message:
         return {"type": "http.disconnect"}
 
-    answer = await ask(uds, scope, RequestBody.of(b"", receive))
-    async with contextlib.aclosing(answer):
-        body = b"".join([part async for part in answer.parts()])
+    try:
+        async with asyncio.timeout(FETCH_S):
+            answer = await ask(uds, scope, RequestBody.of(b"", receive))
+            async with contextlib.aclosing(answer):
+                body = b"".join([part async for part in answer.parts()])
+    except TimeoutError as error:
+        raise PeerGoneError(f"{path} is not answered within {FETCH_S:g} s") from error
     if answer.status != 200:
         raise PeerGoneError(f"{path} is answered with {answer.status}")
     return body

@@ -241,11 +241,14 @@ class _Rest:
 async def send_promptly(send: Send, message: Message, idle_timeout_s: float | None) -> None:
     """Send one part of an answer. Sets a timer only if the client does not read: a stream sends a part per token.
 
-    For a response that has set its context's `times_own_events`. Raises TimeoutError."""
+    For a response that has set its context's `times_own_events`. Raises ClientGone if it does not read for too long."""
     sending = send(message).__await__()
     try:
         waits_for = next(sending)
     except StopIteration:
         return
-    async with asyncio.timeout(idle_timeout_s):
-        await _Rest(sending, waits_for)
+    try:
+        async with asyncio.timeout(idle_timeout_s):
+            await _Rest(sending, waits_for)
+    except TimeoutError as error:
+        raise ClientGone from error

@@ -161,22 +161,18 @@ async def lines_of(client: httpx.AsyncClient, path: str, **fields: Any) -> list[
         return [line async for line in response.aiter_lines() if line]
 
 
-async def test_a_model_that_does_not_fit_is_refused_with_the_numbers() -> None:
-    models = (model("pinned", "size 40", pinned=True), model("large", "size 70"))
+async def test_what_does_not_fit_is_refused_and_what_dies_is_started_again() -> None:
+    models = (model("endless", "endless size 40", pinned=True), model("large", "size 70"), model("failing"))
     with running_door(*models) as door:
-        await door.wait_for(lambda: door.states()["pinned"] == "ready")  # without a request
+        await door.wait_for(lambda: door.states()["endless"] == "ready")  # without a request
         async with door.client() as client:
             refused = await ask(client, "large")
             assert refused.status_code == 503 and refused.headers["retry-after"]
             error = refused.json()["error"]
             assert error["code"] == "model_does_not_fit"
-            assert "'large' needs 70.00 GiB" in error["message"] and "'pinned' (" in error["message"]
-            await door.wait_for(lambda: list(door.pids()) == ["pinned"])
+            assert "'large' needs 70.00 GiB" in error["message"] and "'endless' (" in error["message"]
+            await door.wait_for(lambda: list(door.pids()) == ["endless"])
 
-
-async def test_a_model_that_dies_ends_its_requests_and_is_started_again() -> None:
-    with running_door(model("endless"), model("failing")) as door:
-        async with door.client() as client:
             body = {**CHAT, "stream": True, "ignore_eos": True, "max_tokens": 200}
             seen: list[str] = []
             async with client.stream("POST", "/v1/chat/completions", json=body) as response:

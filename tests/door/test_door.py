@@ -212,3 +212,9 @@ async def test_a_client_that_leaves_ends_its_request_and_a_stop_lets_the_others_
             answer = (await running).json()
             assert answer["usage"]["completion_tokens"] == 60
         await door.wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.values()))
+
+
+def test_a_stop_at_once_logs_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    with running_door(model("one")):
+        pass  # its end is two signals
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]

@@ -89,6 +89,7 @@ def uvicorn_config(app: ASGIApp, tls: TlsFiles | None, *, access_log: bool) -> u
     return uvicorn.Config(
         app,
         http=http_protocol(),
+        lifespan="off",  # nothing hears of it, and uvicorn logs a traceback if a second signal cuts it off
         log_config=None,  # the process has configured logging
         access_log=access_log,
         timeout_keep_alive=KEEP_ALIVE_S,

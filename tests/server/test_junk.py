@@ -66,3 +66,14 @@ def test_junk_fields_are_answered_or_refused(path: str, body: Any) -> None:
 @given(path=st.sampled_from(["/v1/completions", "/v1/chat/completions"]), content=st.binary(max_size=40))
 def test_junk_bytes_are_refused(path: str, content: bytes) -> None:
     asyncio.run(check(path, content))
+
+
+async def test_what_is_too_deep_or_too_short_is_refused_in_words_of_ours() -> None:
+    stop = {"max_tokens": 1, "messages": [{"role": "user", "content": "x"}], "stop_sequences": [""]}
+    for content, words in (
+        (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (json.dumps(stop).encode(), "stop_sequences.0 is '': it must have at least 1 character"),
+    ):
+        async with client_of(FakeEngine()) as client:
+            response = await client.post("/v1/messages", content=content, headers={"content-type": "application/json"})
+        assert response.status_code == 400 and words in response.json()["error"]["message"]

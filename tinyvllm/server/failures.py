@@ -107,6 +107,7 @@ class Failure:
         return error_event(path, self.status, self.detail())
 
 
+_UNREADABLE = "There was an error parsing the body"  # FastAPI, for what json.loads raises, as RecursionError
 _RETRY_LATER = {"retry-after": str(RETRY_AFTER_S)}
 _NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients retry otherwise
 
@@ -142,7 +143,8 @@ def failure_of(error: BaseException) -> Failure:
             return _of_state(error.reason)
         case HTTPException():
             kind = INVALID_REQUEST if error.status_code < 500 else SERVER_ERROR
-            return Failure(error.status_code, str(error.detail), kind, headers=error.headers or {})
+            message = str(error.detail).replace(_UNREADABLE, "the body cannot be read: is it nested too deeply?")
+            return Failure(error.status_code, message, kind, headers=error.headers or {})
         case TinyvllmError():
             return _of_state(error)
         case MemoryError():
@@ -199,7 +201,7 @@ def _shown(value: object) -> str:
 def _rule(error: Mapping[str, Any]) -> str:
     """pydantic's message in our words: "Input should be a valid integer" -> "it must be a valid integer"."""
     message = str(error["msg"]).removeprefix("Value error, ").replace(" after validation", "")
-    return message.replace("Input should be", "it must be").replace("List should have", "it must have")
+    return re.sub(r"^(Input|List|String|Dictionary) should ", "it must ", message)
 
 
 async def answer_failure(request: Request, error: Exception) -> Response:

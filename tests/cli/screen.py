@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import os
@@ -27,6 +28,7 @@ class Screen:
         self.columns = columns
         self.lines: list[list[str]] = [[]]
         self.row = self.column = 0
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode  # reads may divide a letter
 
     def feed(self, data: bytes) -> None:
         for match in PIECE.finditer(data):
@@ -40,7 +42,7 @@ class Screen:
             elif piece == b"\x08":
                 self.column = max(0, self.column - 1)
             elif not piece.startswith((b"\x1b", b"\x07")):
-                for letter in piece.decode(errors="replace"):
+                for letter in self._decode(piece):
                     self._put(letter)
 
     def text(self) -> str:

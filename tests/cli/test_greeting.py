@@ -66,6 +66,12 @@ def test_only_what_is_on_and_can_be_reached_is_named() -> None:
     assert named(address="unix:/run/tiny.sock") == []
 
 
+def test_claude_code_is_offered_where_its_prompt_fits() -> None:
+    assert "claude" not in "\n".join(greeting(context_tokens=8192).lines())
+    for num_tokens in (16_384, None):
+        assert "ANTHROPIC_MODEL=smollm2-135m-instruct claude" in "\n".join(greeting(context_tokens=num_tokens).lines())
+
+
 def test_keys_are_placeholders() -> None:
     text = "\n".join(greeting(needs_key=True).lines())
     assert "Bearer KEY" in text and "OPENAI_API_KEY=KEY" in text and "ANTHROPIC_AUTH_TOKEN=KEY" in text

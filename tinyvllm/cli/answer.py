@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """What the engine is asked, and how its output is parsed; format None: not at all."""
+    """A prompt for the engine, and how its output is parsed. format: None for raw text."""
 
     ids: list[int]
     params: SamplingParams
@@ -29,7 +29,7 @@ class Question:
 
 @dataclass
 class Answer:
-    """One answer, as far as it has come."""
+    """One answer, complete or in progress."""
 
     text: str = ""
     reasoning: str = ""
@@ -43,7 +43,7 @@ class Answer:
 
     @property
     def message(self) -> dict[str, Any]:
-        """As the conversation's next message."""
+        """The answer as the next message of the conversation."""
         reasoning = {"reasoning_content": self.reasoning} if self.reasoning else {}
         return {"role": "assistant", "content": self.text, **reasoning}
 
@@ -61,7 +61,7 @@ class Answer:
         return (len(self.token_ids) - 1) / seconds if seconds > 0 else None
 
     def add(self, delta: Delta) -> None:
-        """Note everything but the text, which may need parsing."""
+        """Record everything but the text, which may need parsing."""
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
@@ -84,7 +84,7 @@ def chat_question(
 
 
 def raw_question(engine: AsyncEngine, text: str, params: SamplingParams) -> Question:
-    """The text as it is, to be continued."""
+    """The text itself as the prompt, without a template."""
     return Question(engine.tokenizer.encode(text), params, None)
 
 

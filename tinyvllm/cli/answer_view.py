@@ -17,8 +17,8 @@ from tinyvllm.cli.terminal import out
 
 # A model's output must not control the terminal: all control characters but tab and newline.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-MIN_DRAW_S = 1 / 15  # between two drawings of the block that is being written
-MAX_DRAW_SHARE = 0.2  # of the time that drawing may take
+MIN_DRAW_S = 1 / 15  # between redraws of the last block
+MAX_DRAW_SHARE = 0.2  # of the time, at most, that drawing takes
 
 
 class AnswerView(Protocol):
@@ -32,7 +32,7 @@ class AnswerView(Protocol):
         """End the answer, with a note after its text."""
 
     def abandon(self) -> None:
-        """End an answer that failed: the line, if one was begun."""
+        """End an answer that failed, and its line if one was begun."""
 
 
 def make_view(*, plain: bool, shows_reasoning: bool = True) -> AnswerView:
@@ -43,14 +43,13 @@ def make_view(*, plain: bool, shows_reasoning: bool = True) -> AnswerView:
 
 
 def write(text: str) -> None:
-    """Write a piece of an answer to stdout without buffering: verbatim, but without control characters for a
-    terminal."""
+    """Write a piece of an answer to stdout and flush it. A terminal gets no control characters."""
     sys.stdout.write(CONTROLS.sub("", text) if out.is_terminal else text)
     sys.stdout.flush()
 
 
 class PlainView:
-    """The text as it is, with the reasoning in front of it dimmed on a terminal, or left out."""
+    """Shows the text verbatim, after the reasoning, which is dimmed on a terminal or left out."""
 
     def __init__(self, *, shows_reasoning: bool) -> None:
         self._shows_reasoning = shows_reasoning
@@ -76,8 +75,8 @@ class PlainView:
 
 
 class MarkdownView:
-    """Prints each block for good when the next one begins. The last block is drawn again as it grows, and only as much
-    of its end as fits on the screen, so that nothing is lost from the scrollback."""
+    """Prints a block permanently once the next one begins. The last block is redrawn as it grows, and only as much of
+    its end as fits on the screen, so that the scrollback stays complete."""
 
     def __init__(self, console: Console) -> None:
         from tinyvllm.cli import markdown  # here: with its parser and colors it takes 0.1 s to import
@@ -161,7 +160,7 @@ class MarkdownView:
         self._next_draw_s = end_s + max(MIN_DRAW_S, (end_s - now_s) / MAX_DRAW_SHARE)
 
     def _draw_later(self, seconds: float) -> None:
-        """So that what has come is seen, even if nothing more comes for a while."""
+        """Draw the text that has arrived after a delay, even if nothing more arrives."""
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(seconds, self._draw_in_time)
 
@@ -193,7 +192,7 @@ class _Tail:
 
 
 class _Trimmed:
-    """A renderable without the spaces that rich pads lines with, which would be copied too."""
+    """A renderable without rich's padding at the ends of lines, which would be copied too."""
 
     def __init__(self, inner: RenderableType) -> None:
         self._inner = inner

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AsyncEngine
 
 HINT = "/help: commands. Ctrl-C: stop an answer. Ctrl-D: quit."
-START_ANEW = "/reset starts a new conversation; a larger --max-model-len makes longer ones possible"
+START_ANEW = "/reset starts a new conversation; a larger --max-model-len allows longer ones"
 
 
 @dataclass
@@ -89,7 +89,7 @@ def _require_template(engine: AsyncEngine) -> None:
 
 
 def _tell(text: str) -> None:
-    """A word from the program, not the model."""
+    """Print a message of the program, dimmed to set it apart from the model's text."""
     err.print(Text(text, style="dim"))
 
 
@@ -138,8 +138,8 @@ class _Conversation:
         return turns if self._system is None else [{"role": "system", "content": self._system}, *turns]
 
     def _answer(self, turns: list[dict[str, Any]], question: str) -> None:
-        """Answer a question after these turns. If that fails, the history stays as it was; an answer that was
-        interrupted stays in it as far as it got."""
+        """Answer a question that follows `turns`. If that fails, the history is unchanged; an interrupted answer is
+        kept as far as it got."""
         turns = [*turns, {"role": "user", "content": question}]
         answer, view = Answer(), make_view(plain=self._manner.plain)
         try:
@@ -196,7 +196,7 @@ class _Conversation:
         width = max(len(f"{name} {command.argument}") for name, command in COMMANDS.items())
         for name, command in COMMANDS.items():
             _tell(f"{f'{name} {command.argument}':<{width}}  {command.help}")
-        _tell('A message of several lines: between """ and """, with a backslash at the end of a line, or pasted.')
+        _tell('For a message of several lines, put it between """ and """, end lines with a backslash, or paste it.')
 
     def set_system(self, text: str) -> None:
         if text:
@@ -238,7 +238,7 @@ class _Conversation:
         _tell(f"The speed of answers is {'shown' if self._manner.shows_stats else 'not shown'}.")
 
     def leave(self, _: str) -> None:
-        """`hold` recognizes it."""
+        """Does nothing: `hold` handles the command."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ COMMANDS = {
     "/system": Command("TEXT", "set the system message; without TEXT, show it", _Conversation.set_system),
     "/regen": Command("", "answer the last message again", _Conversation.answer_again),
     "/save": Command("FILE", "write the conversation: .md to read, .json to load", _Conversation.save),
-    "/load": Command("FILE", "go on with a conversation saved as .json", _Conversation.load),
+    "/load": Command("FILE", "continue a conversation saved as .json", _Conversation.load),
     "/reset": Command("", "start a new conversation, with the same system message", _Conversation.reset),
     "/stats": Command("", "show the speed of answers, or stop showing it", _Conversation.toggle_stats),
     "/exit": Command("", "quit, as Ctrl-D does", _Conversation.leave),

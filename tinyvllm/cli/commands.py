@@ -36,8 +36,8 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,  # a plain traceback can be pasted into an issue
         rich_markup_mode=None,  # help texts contain brackets, which rich would read as markup
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
-        epilog="Begin with: tinyvllm pull, then tinyvllm chat. Every command has --help, with examples.",
-        help="Serve language models with tinygrad: paged KV cache, continuous batching, OpenAI-compatible HTTP API.",
+        epilog="To start: tinyvllm pull, then tinyvllm chat. Every command has --help, with examples.",
+        help="Run language models on tinygrad: over the APIs of OpenAI, Anthropic and Ollama, or in the terminal.",
     )
     for name in COMMANDS:
         command = getattr(importlib.import_module(f"tinyvllm.cli.{name}"), name)

@@ -23,8 +23,8 @@ Models = Annotated[
     list[str] | None,
     Argument(
         metavar="[NAME=]MODEL",
-        help="One model, or several behind one address, each by its name: a catalog name (see `tinyvllm models`), a "
-        "downloaded org/name, a .gguf file, or a directory in Hugging Face format. NAME: what clients call it. "
+        help="One or more models, each a catalog name (see `tinyvllm models`), a downloaded org/name, a .gguf file, or "
+        "a directory in Hugging Face format. NAME: what clients call it. "
         f"Downloads are kept in ${MODELS_DIR_VARIABLE}. [default: {DEFAULT_MODEL}]",
         show_default=False,
     ),
@@ -38,22 +38,22 @@ SHARED_FLAGS = ("pull", "log_level")
 
 @dataclasses.dataclass(frozen=True)
 class DoorFlags:
-    """Several models: which, how many of them at once, and for how long."""
+    """Several models: which ones, how many at once, and how long they stay loaded."""
 
     config: Annotated[
         str | None,
         Option(
             metavar="FILE",
             help="TOML file with a [[models]] table for each model: model, name, aliases, pinned, keep_alive, and any "
-            "flag about models by its name (max_model_len = 8192); above them keep_alive, max_loaded and load_timeout.",
+            "engine flag under its name (max_model_len = 8192); above them keep_alive, max_loaded and load_timeout.",
         ),
     ] = None
     keep_alive: Annotated[
         str | None,
         Option(
             metavar="TIME",
-            help="Unload a model that nobody has used for so long: 5m, 1h30m, seconds, 0 (at once) or -1 (never). "
-            "A single model, too, is then loaded at its first request. [default: 5m with several models]",
+            help="Unload a model that has been idle for this long: 5m, 1h30m, seconds, 0 (at once) or -1 (never). A "
+            "single model is then also loaded at its first request. [default: 5m with several models]",
             show_default=False,
         ),
     ] = None
@@ -61,8 +61,8 @@ class DoorFlags:
         int | None,
         Option(
             metavar="COUNT",
-            help="Models that may be loaded at once, which share the memory in equal parts; the one that was used "
-            "least recently makes room for another. [default: 3]",
+            help="Maximum models loaded at once. They share the memory equally; the least recently used one makes room "
+            "for another. [default: 3]",
             show_default=False,
         ),
     ] = None
@@ -70,27 +70,26 @@ class DoorFlags:
         float | None,
         Option(
             metavar="SECONDS",
-            help="Maximum time that a request waits for its model to be loaded, and that a load may take. "
-            "[default: 300]",
+            help="Maximum time that a request waits for its model, and that a load may take. [default: 300]",
             show_default=False,
         ),
     ] = None
     pin: Annotated[
         list[str] | None,
         Option(
-            metavar="NAME", help="Load this model at the start, and never unload it. Repeatable.", show_default=False
+            metavar="NAME", help="Load this model at startup, and never unload it. Repeatable.", show_default=False
         ),
     ] = None
 
     def applies(self, models: Sequence[str]) -> bool:
-        """Whether these models are served behind a door, rather than one model by itself."""
+        """Whether these models need a door, rather than a single server."""
         given = (self.config, self.keep_alive, self.max_loaded, self.load_timeout, self.pin)
         return len(models) > 1 or any(value is not None for value in given)
 
     def settings(
         self, models: Sequence[str], names: Sequence[str], engine: EngineFlags, num_front_ends: int
     ) -> DoorSettings:
-        """What the door serves. names: of --served-model-name. Raises TinyvllmError for anything that is wrong."""
+        """The door's settings. names: of --served-model-name. Raises TinyvllmError for settings that are wrong."""
         from tinyvllm.door.settings import DoorSettings
 
         top, tables = _read_toml(self.config) if self.config is not None else ({}, [])
@@ -115,7 +114,7 @@ class DoorFlags:
 
 
 def _first(flag: object, value: object) -> object:
-    """What the command line says, or else the file."""
+    """The flag if given, else the file's value."""
     return value if flag is None else flag
 
 

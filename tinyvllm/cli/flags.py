@@ -217,7 +217,7 @@ class EngineFlags(RunnerFlags):
 
 @dataclasses.dataclass(frozen=True)
 class TerminalEngineFlags(EngineFlags):
-    """Those of the commands whose answers are read in a terminal: log lines would come between."""
+    """For commands whose answers are read in a terminal, where log lines would interrupt them."""
 
     log_level: Annotated[
         str, Option(metavar="LEVEL", help=f"Least severe level to log on stderr: {', '.join(LOG_LEVELS)}.")
@@ -233,7 +233,7 @@ def _parse_model_len(text: str) -> int | None:
         raise TinyvllmError(f"--max-model-len is {text!r}: give a number of tokens, or auto") from None
 
 
-# Where the model's files recommend no sampling: at the APIs' temperature of 1, a small model's answers make no sense.
+# Used if the model's files recommend no sampling: at the APIs' temperature of 1, small models write nonsense.
 TERMINAL_DEFAULTS = GenerationDefaults(temperature=0.7, top_p=0.95)
 
 

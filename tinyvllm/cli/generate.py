@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from tinyvllm.engine.output import TokenLogprob
 
 MAX_SEQS = 16  # per step, even with more prompts: each batch size is another graph to capture
-# One graph computes every prompt until the program ends, so that of a short prompt gets few rows: on a CPU, 256 rows of
-# an 8B model take 20 s. Characters, because the tokenizer is not loaded yet; a prompt may have more tokens than rows.
+# One graph computes every prompt of the process. For short prompts it gets few rows, because 256 rows of an 8B model
+# take 20 s on a CPU. In characters, because the tokenizer is not loaded yet; a prompt may have more tokens than rows.
 SHORT_PROMPT_CHARS, SHORT_PROMPT_ROWS = 160, 64
 
 
@@ -57,7 +57,7 @@ def generate(
             "--prompt",
             "-p",
             metavar="TEXT",
-            help="The question; - reads stdin, as does leaving it out if stdin is a pipe. Repeatable.",
+            help="The question; -, or no prompt when stdin is a pipe, reads stdin. Repeatable.",
         ),
     ] = None,
     system: Annotated[
@@ -101,7 +101,7 @@ def generate(
 
 
 def _read_prompts(given: Sequence[str], model: str, *, raw: bool) -> list[str]:
-    """The prompts, with stdin in place of -. Raises TinyvllmError if there is none; `model` may be meant as one."""
+    """The prompts, with stdin in place of -. Raises TinyvllmError if there are none; `model` may be a misplaced one."""
     if not given and not sys.stdin.isatty():
         given = ["-"]
     piped = ""
@@ -112,7 +112,8 @@ def _read_prompts(given: Sequence[str], model: str, *, raw: bool) -> list[str]:
     prompts = [piped if text == "-" else text for text in given]
     if not any(prompts):
         taken = f" ({model!r} was taken for a MODEL)" if " " in model else ""
-        raise TinyvllmError(f"no prompt given: use --prompt TEXT, or pipe a text in{taken}")
+        empty = ", and stdin is empty" if "-" in given else ""
+        raise TinyvllmError(f"no prompt given{empty}: use --prompt TEXT, or pipe a text in{taken}")
     return prompts
 
 

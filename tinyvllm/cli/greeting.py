@@ -1,4 +1,4 @@
-"""What `tinyvllm serve` prints when it is ready: where it listens, and what to try next. It fits on one screen."""
+"""What `tinyvllm serve` prints when it is ready: its address and what to try next, on one screen."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ LABEL_WIDTH = 16
 MAX_NAMES = 4
 QUESTION = "What is the capital of France?"
 UNIX = "unix:"
+MIN_AGENT_TOKENS = 16_384  # Claude Code's first prompt has about 12,000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Greeting:
-    """The facts that the greeting tells. None: unknown, or of no interest."""
+    """The facts in the greeting. None: unknown, or not worth mentioning."""
 
     address: str  # http://HOST:PORT, https://HOST:PORT or unix:PATH
     names: Sequence[str]  # of the models, in the API; the first is used in the examples
@@ -66,8 +67,11 @@ class Greeting:
         if "openai" in self.apis:
             yield _labeled("OpenAI clients", f"OPENAI_BASE_URL={self.address}/v1 OPENAI_API_KEY={key}")
         if "anthropic" in self.apis and self.can_chat:
-            variables = f"ANTHROPIC_BASE_URL={self.address} ANTHROPIC_AUTH_TOKEN={key} ANTHROPIC_MODEL={model}"
-            yield _labeled("Claude Code", f"{variables} claude")
+            variables = f"ANTHROPIC_BASE_URL={self.address} ANTHROPIC_AUTH_TOKEN={key}"
+            if self.context_tokens is None or self.context_tokens >= MIN_AGENT_TOKENS:
+                yield _labeled("Claude Code", f"{variables} ANTHROPIC_MODEL={model} claude")
+            else:
+                yield _labeled("Anthropic SDKs", variables)
         if "ollama" in self.apis and not self.needs_key:  # most of them cannot send a key
             yield _labeled("Ollama clients", f"OLLAMA_HOST={self.address}")
 
@@ -93,7 +97,7 @@ class Greeting:
         target = f"{self.address}{path}"
         if self._is_unix:
             target = f"--unix-socket {shlex.quote(self.address.removeprefix(UNIX))} http://localhost{path}"
-        # a certificate of one's own is not known to curl
+        # curl does not trust a self-signed certificate
         insecure = "-k " if self.address.startswith("https:") else ""
         key = " -H 'Authorization: Bearer KEY'" if self.needs_key else ""
         text = shlex.quote(json.dumps(body, ensure_ascii=False))

@@ -25,10 +25,10 @@ class LineInput:
             _set_up_editing(self._history)
 
     def read(self) -> str:
-        """The next message, without blanks around it. Raises EOFError at the end, KeyboardInterrupt for Ctrl-C.
+        """The next message, stripped. Raises EOFError at the end, KeyboardInterrupt for Ctrl-C.
 
-        A message continues on the next line after a backslash, until the closing quotes after an opening triple of
-        them, and as long as pasted lines follow. A command has one line."""
+        A message continues after a line that ends with a backslash, between triple quotes, and as long as pasted lines
+        follow. A command is one line."""
         first = self._line("> ").strip()
         if first.startswith(QUOTES):
             return self._quoted(first.removeprefix(QUOTES))
@@ -72,8 +72,8 @@ def _set_up_editing(history: Path | None) -> None:
 
 
 def _write_history(path: Path) -> None:
-    """For this user's eyes only."""
-    with contextlib.suppress(ImportError, OSError):  # a chat does not fail for its history
+    """Write the history to a file that only this user can read."""
+    with contextlib.suppress(ImportError, OSError):  # a chat must not fail because of its history
         import readline
 
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -53,10 +53,10 @@ def serve(
     record: RecordFlags,
     engine: EngineFlags,
 ) -> None:
-    """Serve one or several models over HTTP, with the APIs of OpenAI, Anthropic and Ollama.
+    """Serve models over the APIs of OpenAI, Anthropic and Ollama.
 
-    tinyvllm serve MODEL keeps one model loaded. tinyvllm serve A NAME=B --keep-alive 5m --max-loaded 2 loads each
-    model at its first request, and ends it when it is idle or when another one needs its room."""
+    One model stays loaded. With several, or with any of --config, --keep-alive, --max-loaded, --load-timeout and --pin,
+    each model is loaded at its first request, and unloaded when it is idle or when another one needs its memory."""
     engine.apply()
     engine.make_config("")  # rejects bad values before anything starts
     settings = http.settings(local_host=listen.local_host)
@@ -67,7 +67,7 @@ def serve(
     if door.applies(models):
         if record.is_on:
             raise TinyvllmError(
-                "--profile and --trace are for a server of one model: leave them out, or serve one model"
+                "--profile and --trace work with a single model only: leave them out, or serve one model"
             )
         served = door.settings(models, names, engine, processes.num_front_ends_each())
         _serve_several(served, settings, tls, listen, access_log=http.access_log, log_level=engine.log_level)
@@ -149,7 +149,7 @@ def _serve_several(
     access_log: bool,
     log_level: str,
 ) -> None:
-    """Serve models behind a door, each in a process of its own while it is loaded."""
+    """Serve models through a door, each in a process of its own while it is loaded."""
     from tinyvllm.door.fleet import Plan
     from tinyvllm.door.serve import serve_door
     from tinyvllm.server import event_loop, sockets

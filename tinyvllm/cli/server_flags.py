@@ -84,7 +84,7 @@ class ProcessFlags:
         ),
     ] = 1
     restart_engine: Annotated[
-        bool, Option("--restart-engine", help="Start an engine that has died again, instead of stopping the server.")
+        bool, Option("--restart-engine", help="Restart an engine that has died, instead of stopping the server.")
     ] = False
 
     def num_front_ends(self) -> int:
@@ -105,13 +105,13 @@ class ProcessFlags:
         return max(count, 1) if needs_processes else count
 
     def num_front_ends_each(self) -> int:
-        """Of each of several models. Raises TinyvllmError for what several models cannot have."""
+        """Front-ends of each of several models. Raises TinyvllmError for flags that need a single model."""
         for is_given, flag in (
             (self.data_parallel_size > 1, "--data-parallel-size"),
             (self.restart_engine, "--restart-engine"),
         ):
             if is_given:
-                raise TinyvllmError(f"{flag} is for a server of one model: leave it out, or serve one model")
+                raise TinyvllmError(f"{flag} works with a single model only: leave it out, or serve one model")
         count = self.num_front_ends()
         return count if self.api_server_count is not None else min(count, MAX_DEFAULT_EACH)
 
@@ -142,8 +142,8 @@ class ServerFlags:
         str,
         Option(
             metavar="NAMES",
-            help=f"APIs whose routes the server has, separated by commas: any of {', '.join(APIS)}. The operator's "
-            "routes are always there.",
+            help=f"APIs to serve, separated by commas: any of {', '.join(APIS)}. Probes, metrics and other routes for "
+            "the operator are always there.",
         ),
     ] = ",".join(APIS)
     api_key: Annotated[

@@ -24,7 +24,7 @@ err = Console(stderr=True, soft_wrap=True)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
-INTERRUPTED = 130  # the exit code of a program that Ctrl-C has ended, as shells count
+INTERRUPTED = 130  # the exit code that shells give a program ended by Ctrl-C
 
 
 class RedErrors(TyperGroup):
@@ -55,12 +55,12 @@ def read_stdin() -> str:
 
 @contextlib.contextmanager
 def without_echo() -> Iterator[None]:
-    """Do not show typed keys, which would displace what is drawn over. They wait for the next prompt; Ctrl-C works."""
-    # a job in the background would be stopped for changing the terminal
+    """Turn off echo, because typed keys would displace what is drawn. They wait for the next prompt; Ctrl-C works."""
+    # changing the terminal would stop a background job
     if not sys.stdin.isatty() or os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp():
         yield
         return
-    import termios  # here: a system without it has no terminal of this kind
+    import termios  # here: not every system has it
 
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
@@ -92,7 +92,7 @@ def _log_handler() -> logging.Handler:
 
 
 class _TerminalHandler(logging.Handler):
-    """Writes through rich, above the progress bars. The level is told by the color and, from warnings on, in words."""
+    """Writes through rich, above the progress bars. Colors show the level, and from warnings up a word does too."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ MARKDOWN, JSON = (".md", ".markdown"), (".json",)
 
 
 def save(name: str, model: str, messages: Messages) -> Path:
-    """Write the conversation, as its suffix says, and return where. The file is whole or not there.
+    """Write the conversation in the format of the suffix, atomically, and return the path.
 
     Raises TinyvllmError."""
     path = Path(name).expanduser().absolute()

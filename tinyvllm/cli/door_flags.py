@@ -76,9 +76,7 @@ class DoorFlags:
     ] = None
     pin: Annotated[
         list[str] | None,
-        Option(
-            metavar="NAME", help="Load this model at startup, and never unload it. Repeatable.", show_default=False
-        ),
+        Option(metavar="NAME", help="Load this model at startup, and never unload it. Repeatable.", show_default=False),
     ] = None
 
     def applies(self, models: Sequence[str]) -> bool:

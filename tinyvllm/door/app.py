@@ -1,7 +1,7 @@
-"""The door's ASGI app: requests for a model are passed on to the model's own server, once it is loaded.
+"""The door's ASGI app: relays requests for a model to the model's own server, once it is loaded.
 
-All routes of the single server are there, so that unknown paths and the OpenAPI document are the same. Those that need
-no loaded model are answered here: what lists models (over the door's shelf), probes, metrics, and the page.
+It has all routes of the single server, so that unknown paths and the OpenAPI document are the same. It answers those
+that need no loaded model: lists of models (from the door's shelf), probes, metrics, and the page.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ OWN_PATHS = frozenset(
     )
 )
 RESPONSE_PATH = "/v1/responses/{response_id}"
-# Routes whose streams are server-sent events, so that clients can be kept waiting by comments.
+# Routes whose streams are server-sent events, which comments can keep alive while a client waits.
 SSE_PATHS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"))
 MAX_KEPT_CHARS = 64  # of a path whose route is kept
 UNLOAD_PATHS = ("/api/generate", "/api/chat")  # without input they load or unload a model
@@ -104,8 +104,8 @@ class DoorState:
         """Models can be listed at any time."""
 
     def find(self, name: object, path: str = "") -> str:
-        """The name of the model that a request to `path` means: the first one if it names none. Raises
-        UnknownModelError, in the words of the path's API."""
+        """The name of the model that a request to `path` asks for; the first one if it names none. Raises
+        UnknownModelError, worded as in the path's API."""
         models = self.fleet.settings.models
         if name is None:
             return models[0].name
@@ -150,7 +150,7 @@ def door_of(request: Request) -> DoorState:
 @router.head("/ping")
 @router.post("/ping", response_class=Response)
 async def health() -> Response:
-    """200 with an empty body while the door works, whatever its models do."""
+    """200 with an empty body while the door works, whatever the state of its models."""
     return Response()
 
 
@@ -199,11 +199,11 @@ def _refuse_in_drain(state: DoorState) -> None:
         raise DrainingError("the server is stopping and takes no new requests: use another, or try again later")
 
 
-# ---- Requests that are passed on ----
+# ---- Requests that are relayed ----
 
 
 class Relays:
-    """Middleware that passes on the requests for a model. It is the innermost, so that what others enforce holds."""
+    """Middleware that relays requests for a model. It is innermost, so that the checks of the others apply."""
 
     def __init__(self, app: ASGIApp, state: DoorState) -> None:
         self._app = app
@@ -222,7 +222,7 @@ class Relays:
             return
 
     def _route_of(self, scope: Scope) -> Route | None:
-        """The route that the request will take. Looking for it takes 20 us, so that of the usual paths is kept."""
+        """The route that the request will take. Looking it up takes 20 us, so those of common paths are cached."""
         find = self._find_fixed if len(scope["path"]) <= MAX_KEPT_CHARS else self._find_by_path
         return find(scope["method"], scope["path"])
 
@@ -245,7 +245,7 @@ class _Exchange:
         self._has_started = False
         settings = state.settings
         start_s = asyncio.get_running_loop().time()
-        # of requests that had to wait; the model's own server limits the others
+        # for requests that have to wait; the model's own server limits the others
         self._deadline_s = None if settings.request_timeout_s is None else start_s + settings.request_timeout_s
         self._load_until_s = start_s + self._fleet.settings.load_timeout_s
 
@@ -289,7 +289,7 @@ class _Exchange:
         return self._path in UNLOAD_PATHS and not fields.has_input and _keep_alive_of(self._path, fields) == 0
 
     async def _answer_unloaded(self, fields: BodyFields) -> None:
-        """Ollama's answer to a request that unloads a model, for one that is not loaded."""
+        """Ollama's answer to a request to unload a model that is not loaded."""
         answer: dict[str, Any] = {"model": fields.model, "created_at": rfc3339(time.time()), "done": True}
         answer["done_reason"] = "unload"
         answer |= (
@@ -314,7 +314,7 @@ class _Exchange:
         )
 
     async def _serve(self, model: str, fields: BodyFields, body: bytes) -> None:
-        """Wait for the model, and pass the request on to it."""
+        """Wait for the model, and relay the request to it."""
         waiting = self._fleet.enter(model, _keep_alive_of(self._path, fields))
         try:
             async with asyncio.timeout_at(None if waiting.admitted.done() else self._deadline_s):
@@ -330,8 +330,8 @@ class _Exchange:
             self._fleet.leave(waiting)
 
     async def _wait(self, model: str, admitted: asyncio.Future[Child], *, has_stream: bool) -> None:
-        """Wait until the request is admitted. A stream is kept alive from when it has been silent for long; until then,
-        its answer can still have another status. Raises what the model's load raised."""
+        """Wait until the request is admitted. A stream is kept alive only after a silent interval, because its status
+        can still change until then. Raises what the model's load raised."""
         loop, keepalive_s = asyncio.get_running_loop(), self._state.settings.keepalive_s
         is_kept_alive = has_stream and self._path in SSE_PATHS and keepalive_s is not None
         while not admitted.done():
@@ -378,7 +378,7 @@ class _Exchange:
 
 
 def _keep_alive_of(path: str, fields: BodyFields) -> float | None:
-    """Seconds that the request wants its model to stay loaded. What is wrong is left to the route."""
+    """Seconds for which the request wants its model to stay loaded. Invalid values are left to the route."""
     if not path.startswith("/api/"):
         return None
     try:

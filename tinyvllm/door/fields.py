@@ -1,7 +1,7 @@
 """The few fields of a request's body that the door reads, without parsing the rest.
 
-msgspec skips 16 MiB in 15 to 45 ms, during which it holds the interpreter, and every stream would stand still. So large
-bodies are searched on a thread, in many short steps that let others take turns.
+msgspec takes 15 to 45 ms to skip 16 MiB and holds the interpreter meanwhile, which would stall every stream. So large
+bodies are searched on a thread, in many short steps that let other threads run.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class BodyFields(msgspec.Struct):
 
     @property
     def has_input(self) -> bool:
-        """Whether an Ollama request asks for more than that its model is loaded or unloaded."""
+        """Whether an Ollama request does more than load or unload its model."""
         return any(bytes(raw) not in (b"", b'""', b"[]", b"null") for raw in (self.prompt, self.messages))
 
 
 async def read_fields(body: bytes) -> BodyFields:
-    """The fields that the door reads; those of a body that is no JSON object are all missing."""
+    """The fields that the door reads. All are missing if the body is not a JSON object."""
     if len(body) > LARGE_BYTES:
         return await asyncio.to_thread(search_fields, body)
     try:
@@ -46,7 +46,7 @@ async def read_fields(body: bytes) -> BodyFields:
 
 
 def search_fields(body: bytes) -> BodyFields:
-    """The same, found by going from string to string. The values of fields other than these are not checked."""
+    """The same, found by skipping from string to string. The values of other fields are not checked."""
     found: dict[str, object] = {}
     for key, start in _top_level_keys(body):
         if key not in (b"model", b"stream", b"keep_alive", b"previous_response_id"):

@@ -1,4 +1,4 @@
-"""The models' processes, and the requests that wait for them: does what the policy decides."""
+"""Runs the models' processes and holds the requests that wait for them, as the policy decides."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Plan:
 
 @dataclass
 class Counts:
-    """Of one model, for the metrics."""
+    """Counts of one model, for the metrics."""
 
     loads: int = 0
     failed_loads: int = 0
@@ -70,7 +70,7 @@ class Counts:
 
 @dataclass
 class _Facts:
-    """What a loaded model has said of itself. It stays true while the model is not loaded."""
+    """What a model reported when it was loaded. It remains valid after the model is unloaded."""
 
     root: str = ""
     max_model_len: int | None = None
@@ -79,7 +79,7 @@ class _Facts:
 
 
 def settings_behind(settings: ServerSettings, model: ModelSettings) -> ServerSettings:
-    """Those of a model's own server: the door checks access, and it drains before it stops a model."""
+    """Settings of a model's own server. The door checks access, and drains before it stops a model."""
     return dataclasses.replace(
         settings, api_keys=(), cors=Cors(), allowed_hosts=None, shutdown_timeout_s=0.0, model_aliases=model.aliases
     )
@@ -142,7 +142,7 @@ class Fleet:
     # ---- Requests ----
 
     def enter(self, model: str, keep_alive_s: float | None = None) -> Waiting:
-        """A request for `model` has come; `leave` must be called when it ends. Raises TinyvllmError if it cannot
+        """Register a request for `model`; `leave` must be called when it ends. Raises TinyvllmError if it cannot
         even wait."""
         entry, now_s = self._policy.entries[model], time.monotonic()
         if self._is_closing:
@@ -218,7 +218,7 @@ class Fleet:
     # ---- What the policy decides ----
 
     def _decide(self) -> None:
-        """Do what there is to do, and set the timer for the next time."""
+        """Carry out the policy's actions, and set the timer for the next ones."""
         if self._is_closing:
             return
         now_s = time.monotonic()
@@ -239,7 +239,7 @@ class Fleet:
             case Measure():
                 self._tell(action.model, "measure")
             case Load():
-                log.info("%s: loading in %.2f GiB of the device's memory", action.model, action.num_bytes / 2**30)
+                log.info("%s: loading with up to %.2f GiB of device memory", action.model, action.num_bytes / 2**30)
                 self._tell(action.model, "load", num_bytes=action.num_bytes)
                 child = self.children[action.model]
                 self._later(self.settings.load_timeout_s, functools.partial(self._limit_load, child))
@@ -254,7 +254,7 @@ class Fleet:
                     waiting.admitted.set_exception(DoesNotFitError(action.reason))
 
     def _of(self, tickets: tuple[Ticket, ...]) -> list[Waiting]:
-        """Those of the requests that still wait."""
+        """The requests of these tickets that still wait."""
         found = [self._waiting[ticket] for ticket in tickets if ticket in self._waiting]
         return [waiting for waiting in found if not waiting.admitted.done()]
 
@@ -273,11 +273,11 @@ class Fleet:
 
     def _kill(self, child: Child) -> None:
         if self.children.get(child.process.name) is child:
-            log.error("%s does not end, and is killed", child.process.name)
+            log.error("%s does not end: killing it", child.process.name)
             child.process.kill()
 
     def _limit_load(self, child: Child) -> None:
-        """End a load that takes too long, because others wait for it."""
+        """End a load that takes too long, because other models wait for it."""
         limit_s, model = self.settings.load_timeout_s, child.process.name
         if self.children.get(model) is child and self.state_of(model) is State.LOADING:
             child.error = f"it was not loaded within {limit_s:g} s ({child.stage}): raise --load-timeout"
@@ -378,12 +378,12 @@ class Fleet:
     # ---- The end ----
 
     def refuse_waiting(self) -> None:
-        """The server stops: nothing is loaded any more, and nothing waits."""
+        """The server is stopping: load nothing more, and refuse the requests that wait."""
         self._is_closing = True
         for waiting in list(self._waiting.values()):
             if not waiting.admitted.done():
                 waiting.admitted.set_exception(
-                    DrainingError("the server is stopping and loads no model any more: use another, or try again later")
+                    DrainingError("the server is stopping and loads no more models: use another, or try again later")
                 )
 
     async def close(self) -> None:
@@ -394,7 +394,7 @@ class Fleet:
         for child in self.children.values():
             child.process.send("stop")
         if self._tasks and (await asyncio.wait(self._tasks, timeout=END_S))[1]:
-            log.error("a model's process does not end, and is killed")
+            log.error("a model's process does not end: killing it")
             for child in self.children.values():
                 child.process.kill()
             await asyncio.wait(self._tasks, timeout=END_S)

@@ -63,7 +63,7 @@ class DoorMetrics:
 
 
 class ModelsCollector(Collector):
-    """What the door knows of its models."""
+    """The states and counts of the door's models."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
@@ -79,7 +79,7 @@ class ModelsCollector(Collector):
         loads = CounterMetricFamily("tinyvllm:model_loads", "Loads of a model.", labels=labels)
         failed = CounterMetricFamily("tinyvllm:model_failed_loads", "Loads that failed.", labels=labels)
         seconds = CounterMetricFamily("tinyvllm:model_load_seconds", "Time that loads took.", labels=labels)
-        unloads = CounterMetricFamily("tinyvllm:model_unloads", "Ends of a loaded model.", labels=[*labels, "reason"])
+        unloads = CounterMetricFamily("tinyvllm:model_unloads", "Unloads and deaths.", labels=[*labels, "reason"])
         for name, counts in self._fleet.counts.items():
             shown = _shown(self._fleet.state_of(name))
             for each in SHOWN_STATES:
@@ -99,8 +99,8 @@ def _shown(state: State) -> str:
 
 
 def merge(texts: Mapping[str, str]) -> str:
-    """Expositions of several models as one: each family once, its samples with the model's name. Those of the model ""
-    are the door's own, and stay as they are."""
+    """Merge the expositions of several models: each family once, each sample with its model's name. Those of the model
+    "" are the door's own, and stay unchanged."""
     heads: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     for model, text in texts.items():

@@ -1,7 +1,7 @@
-"""The main function of a model's process: the server of one model, on a Unix socket of the door's.
+"""The main function of a model's process: the server of one model, on a Unix socket that the door chose.
 
-It says what the model needs, waits until the door has room for it, and serves until the door says stop. Where the door
-has several front-ends for each model, this process is their supervisor.
+It reports what the model needs, waits until the door has room for it, and serves until the door tells it to stop. If
+each model has several front-ends, this process is their supervisor.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from tinyvllm.server.stop_requests import StopRequests
 
 log = logging.getLogger(__name__)
 
-WATCH_S = 0.5  # how often it is checked that the engine lives
+WATCH_S = 0.5  # how often it is checked that the engine is alive
 Report = Callable[[str, int, int], None]
 
 
 def main() -> None:
-    """Ends like a single server, which ends its compiling processes first. The door kills what does not end."""
+    """Ends like a single server, which ends its compiling processes first. The door kills it if it does not end."""
     spec, link = start_child(ModelSpec)
     code = 1
     try:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 class _ModelProcess:
-    """Serves on the main thread, and hears the door on that of the control link."""
+    """Serves on the main thread, and receives the door's messages on the control link's thread."""
 
     def __init__(self, spec: ModelSpec, link: ChildLink) -> None:
         self._spec = spec
@@ -120,7 +120,7 @@ class _ModelProcess:
         )
 
     def _wait_for_room(self, config: EngineConfig, examine: Examine) -> EngineConfig:
-        """Say what the model needs, until there is room for it. Returns the settings with which it fits."""
+        """Report what the model needs until there is room for it. Returns settings with which it fits."""
         while True:
             need: Need = examine(config)
             self._link.send("need", need=need)
@@ -136,7 +136,7 @@ class _ModelProcess:
         self._link.send("ready")
 
     def _handle(self, message: Message) -> None:
-        """Do what the door says. On the link's thread."""
+        """Handle a message from the door. Runs on the link's thread."""
         if message["kind"] != "stop":
             self._orders.put(message)
         elif self._is_ready:

@@ -1,6 +1,6 @@
-"""What a model needs, and what its device has: found out by the process that is going to load it.
+"""How much memory a model needs and its device has, as found by the process that is going to load it.
 
-The rule is that of `tinyvllm models --check`: the files' headers are read, and nothing is loaded.
+As in `tinyvllm models --check`, only the headers of the files are read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tinyvllm.errors import TinyvllmError
 from tinyvllm.server.process import path_flags
 
 DEVICE_VARIABLE = "DEV"  # tinygrad's
-MAX_UNIFIED_SHARE = 0.9  # of the free memory: an engine refuses more where it is the computer's own
+MAX_UNIFIED_SHARE = 0.9  # of the free memory: an engine refuses more on a device that shares the host's memory
 
 Examine = Callable[[EngineConfig], Need]
 
@@ -37,7 +37,7 @@ def examine(config: EngineConfig) -> Need:
     kind = kind_of(device)
     kind.check()
     free = kind.free_memory(device)
-    with _quietly():  # loading says the same again
+    with _quietly():  # loading logs the same again
         report = examine_files(resolve_model(config.model), device)
     least = least_memory(report, config, fit_limits(config, limits_of_kind(device, free)), device)
     return Need(
@@ -85,6 +85,6 @@ def main() -> None:
 
 
 def within(config: EngineConfig, num_bytes: int, need: Need) -> EngineConfig:
-    """The settings with which an engine takes `num_bytes` of the memory that is free."""
+    """The settings that make an engine take `num_bytes` of the free memory."""
     share = max(1e-6, min(need.max_share, num_bytes / max(1, need.free)))
     return dataclasses.replace(config, gpu_memory_utilization=share)

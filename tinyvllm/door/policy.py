@@ -1,13 +1,13 @@
-"""Which model is loaded next, and which one ends for it. Numbers and names only: no process, no clock.
+"""Decides which model is loaded next, and which is unloaded for it. Has no processes and no clock.
 
 Requests enter and leave. A request for a loaded model runs at once; others wait. Models are loaded one at a time, in
-the order in which their first requests came, because the memory that is free is measured before each load. A model
-that needs room gets it from the one that has been idle longest. If all are busy, it waits for the first that becomes
-idle; after PATIENCE_S, the one that was loaded first takes no more requests, so that it becomes idle for certain.
+the order of their first requests, because the free memory is measured before each load. A model that needs room gets
+it from the one that has been idle longest. If all are busy, it waits until one becomes idle; after PATIENCE_S, the one
+that was loaded first accepts no more requests, so that it is certain to become idle.
 
     unloaded -> starting -> examined -> loading -> ready -> ending -> unloaded
 
-A process that starts reads its model's files first, and says what the model needs and how much memory is free.
+A process first reads its model's files, and reports what the model needs and how much memory is free.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-PATIENCE_S = 10.0  # until a busy model takes no more requests, because another one waits for its room
-BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0  # after a load that failed: the first time, and at most
-REFUSED_S = 5.0  # how long the answer holds that a model does not fit
+PATIENCE_S = 10.0  # until a busy model accepts no more requests, because another one waits for room
+BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0  # after a failed load: the first time, and at most
+REFUSED_S = 5.0  # how long requests are refused after a model did not fit
 
 
 class State(Enum):
@@ -33,7 +33,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """What the policy needs to know of a model. Times are in seconds."""
+    """What the policy needs to know about a model. Times are in seconds."""
 
     name: str
     keep_alive_s: float  # inf: forever
@@ -43,7 +43,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Need:
-    """What a model's own process has found out. Sizes are in bytes."""
+    """What a model's own process has measured. Sizes are in bytes."""
 
     device: str  # tinygrad's name
     weights: int
@@ -51,9 +51,9 @@ class Need:
     kv: int  # of the shortest useful context
     context: int  # its length in tokens
     free: int  # of the device's memory, now
-    share: float  # of the memory that is free without any model, which models may take together
+    share: float  # of the memory that would be free without models: what all models together may take
     max_share: float = 1.0  # of `free` that one engine may take
-    is_total: bool = False  # `free` is what the device has, whoever uses it
+    is_total: bool = False  # `free` is the device's total, whoever uses it
 
     @property
     def least(self) -> int:
@@ -62,7 +62,7 @@ class Need:
 
 @dataclass(eq=False)
 class Ticket:
-    """One request. `keep_alive_s`: what it wants for its model after its end; None: the model's own."""
+    """One request. keep_alive_s: how long its model should stay loaded after it; None: the model's own setting."""
 
     model: str
     since_s: float
@@ -71,7 +71,7 @@ class Ticket:
 
 @dataclass
 class Entry:
-    """One model. `held`: bytes of device memory that it has been given."""
+    """One model. held: bytes of device memory that it has been given."""
 
     rule: Rule
     state: State = State.UNLOADED
@@ -87,7 +87,7 @@ class Entry:
     held: int = 0
     num_failures: int = 0  # loads in a row
     error: str = ""  # of the latest load, or why it does not fit
-    retry_s: float = -math.inf  # requests before are answered with the error
+    retry_s: float = -math.inf  # until then, requests are answered with the error
 
     @property
     def is_resident(self) -> bool:
@@ -99,16 +99,16 @@ class Entry:
 
     @property
     def expires_s(self) -> float:
-        """When it ends unless it is used; inf: never."""
+        """When it is unloaded if it is not used; inf: never."""
         return math.inf if self.rule.is_pinned else self.used_s + self.keep_alive_s
 
 
-# ---- What is to be done ----
+# ---- Actions ----
 
 
 @dataclass(frozen=True)
 class Start:
-    """Start the model's process, which then says what it needs."""
+    """Start the model's process, which then reports what it needs."""
 
     model: str
 
@@ -122,7 +122,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Load:
-    """Have the model's process load it, in so many bytes."""
+    """Have the model's process load it, in at most `num_bytes`."""
 
     model: str
     num_bytes: int
@@ -156,7 +156,7 @@ Action = Start | Measure | Load | Admit | Unload | Refuse
 
 
 class Policy:
-    """Owns the state of every model, as far as decisions depend on it."""
+    """Owns the state of every model that decisions depend on."""
 
     def __init__(self, rules: Sequence[Rule], max_loaded: int) -> None:
         self.entries = {rule.name: Entry(rule) for rule in rules}
@@ -165,7 +165,7 @@ class Policy:
     # ---- Requests ----
 
     def enter(self, model: str, now_s: float, keep_alive_s: float | None = None) -> Ticket:
-        """A request has come. It runs or waits; see `Admit`. The caller has looked at `error_of`."""
+        """A request has arrived. It runs or waits; see `Admit`. The caller has checked `error_of`."""
         entry, ticket = self.entries[model], Ticket(model, now_s, keep_alive_s)
         entry.waiting.append(ticket)
         return ticket
@@ -183,7 +183,7 @@ class Policy:
                 entry.keep_alive_s = entry.rule.keep_alive_s if ticket.keep_alive_s is None else ticket.keep_alive_s
 
     def error_of(self, model: str, now_s: float) -> str:
-        """Why the model cannot be loaded now; "" if it can be tried."""
+        """Why the model cannot be loaded now; "" if loading may be tried."""
         entry = self.entries[model]
         return entry.error if entry.state is State.UNLOADED and now_s < entry.retry_s else ""
 
@@ -196,7 +196,7 @@ class Policy:
             entry.state = State.EXAMINED
 
     def loaded(self, model: str, now_s: float, num_bytes: int | None = None) -> None:
-        """num_bytes: what it really takes, if that is known."""
+        """num_bytes: what it actually takes, if that is known."""
         entry = self.entries[model]
         entry.state, entry.loaded_s, entry.used_s = State.READY, now_s, now_s
         entry.keep_alive_s, entry.keep_alive_since_s = entry.rule.keep_alive_s, -math.inf
@@ -211,7 +211,7 @@ class Policy:
             entry.state = State.ENDING
 
     def ended(self, model: str, now_s: float, error: str = "") -> tuple[Ticket, ...]:
-        """Its process is gone. error: why it could not be loaded. Returns the requests that end with this error."""
+        """Its process has ended. error: why it could not be loaded. Returns the requests that end with this error."""
         entry = self.entries[model]
         has_failed = entry.state in (State.STARTING, State.EXAMINED, State.LOADING)
         entry.state, entry.held, entry.is_retiring = State.UNLOADED, 0, False
@@ -229,13 +229,12 @@ class Policy:
     # ---- Decisions ----
 
     def actions(self, now_s: float) -> Iterator[Action]:
-        """What is to be done now, one after the other. Each has been done, as far as the policy knows, when the next
-        one is asked for."""
+        """What to do now, one action after the other. The policy takes each as done when the next is requested."""
         while (action := self._next(now_s)) is not None:
             yield action
 
     def wake_up_s(self, now_s: float) -> float:
-        """When `actions` may yield something although nothing has happened; inf: never."""
+        """When `actions` may yield something without a further event; inf: never."""
         times = [entry.expires_s for entry in self.entries.values() if entry.is_idle]
         times += [entry.retry_s for entry in self.entries.values() if entry.rule.is_pinned and not entry.is_resident]
         seeker = self._seeker(now_s)
@@ -265,7 +264,7 @@ class Policy:
         return self._make_room(seeker, self.entries.values(), now_s)
 
     def _seeker(self, now_s: float) -> Entry | None:
-        """The model that is to be loaded next, or that is being loaded and has no memory yet."""
+        """The model to load next, or the one that is being loaded and has no memory yet."""
         for entry in self.entries.values():
             if entry.state is State.EXAMINED:
                 return entry
@@ -284,9 +283,9 @@ class Policy:
         return Unload(entry.rule.name, reason, is_eviction)
 
     def _find_memory(self, entry: Entry, now_s: float) -> Action | None:
-        """Load a model whose needs are known, or end another one, or refuse it."""
+        """Load a model whose needs are known, or unload another one, or refuse it."""
         if not entry.waiting and not entry.rule.is_pinned:
-            return self._unload(entry, "nobody waits for it any more")
+            return self._unload(entry, "no request waits for it any more")
         if not entry.is_measured:
             entry.state = State.STARTING
             return Measure(entry.rule.name)
@@ -307,12 +306,12 @@ class Policy:
         return self._make_room(entry, others, now_s)
 
     def _make_room(self, seeker: Entry, others: Iterable[Entry], now_s: float) -> Unload | None:
-        """End the idle model among `others` that was used least recently. If none is idle, have one become idle."""
+        """Unload the least recently used of the idle models in `others`. If none is idle, have one become idle."""
         candidates = [entry for entry in others if entry.state is State.READY and not entry.rule.is_pinned]
         idle = [entry for entry in candidates if entry.is_idle]
         if idle:
             victim = min(idle, key=lambda entry: entry.used_s)
-            return self._unload(victim, f"{seeker.rule.name} needs its room", is_eviction=True)
+            return self._unload(victim, f"{seeker.rule.name} needs room", is_eviction=True)
         since_s = seeker.waiting[0].since_s if seeker.waiting else now_s
         if candidates and now_s >= since_s + PATIENCE_S and not any(entry.is_retiring for entry in candidates):
             min(candidates, key=lambda entry: entry.loaded_s).is_retiring = True
@@ -321,7 +320,7 @@ class Policy:
     # ---- Memory ----
 
     def memory_for(self, entry: Entry) -> tuple[int, int]:
-        """(the bytes that the model should have, those that it can have now).
+        """(the bytes that the model should get, those that it can get now).
 
         All models together may take `share` of the memory that would be free without them. Each should have an equal
         part of it, so that as many fit as may be loaded, unless a share of its own is set."""
@@ -335,7 +334,7 @@ class Policy:
         return budget, max(0, min(need.free, usable - held))
 
     def explain(self, model: str) -> str:
-        """In words, with the numbers: why a model is not loaded yet, and what helps."""
+        """A message with the numbers: why a model is not loaded yet, and what to change."""
         entry = self.entries[model]
         others = [e for e in self.entries.values() if e is not entry and e.is_resident]
         shown = ", ".join(self._in_words(other) for other in others) or "none"

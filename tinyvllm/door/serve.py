@@ -1,4 +1,4 @@
-"""Run the door: several models behind one address."""
+"""Run the door: several models at one address."""
 
 from __future__ import annotations
 

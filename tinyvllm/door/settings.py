@@ -23,9 +23,9 @@ class ModelSettings:
     aliases: tuple[str, ...] = ()
     config: EngineConfig
     pinned: bool = False  # loaded at the start, and never unloaded
-    keep_alive_s: float | None = None  # unused for so long, it is unloaded; inf: never; None: as the door says
+    keep_alive_s: float | None = None  # unloaded when idle for this long; inf: never; None: the door's setting
     memory_share: float | None = None  # of the device's memory, for weights and KV cache; None: an equal part
-    environment: Mapping[str, str] = field(default_factory=dict)  # of its process, in addition: its device
+    environment: Mapping[str, str] = field(default_factory=dict)  # additional variables of its process: its device
     num_front_ends: int = 0  # processes for HTTP, next to one for the engine; 0: a single process for all
 
     @property
@@ -35,7 +35,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DoorSettings:
-    """All models behind the door. The first is meant by requests that name none."""
+    """All models behind the door. Requests that name none go to the first."""
 
     models: Sequence[ModelSettings]
     max_loaded: int | None = None  # models that may be loaded at once; None: MAX_LOADED
@@ -44,7 +44,7 @@ class DoorSettings:
 
     def __post_init__(self) -> None:
         if not self.models:
-            raise TinyvllmError("there is no model to serve: name one or more")
+            raise TinyvllmError("no model to serve: name one or more")
         if self.max_loaded is not None and self.max_loaded < 1:
             raise TinyvllmError(f"--max-loaded is {self.max_loaded}: give at least 1")
         if not 0 < self.load_timeout_s < math.inf:

@@ -1,4 +1,4 @@
-"""What the door tells the process of a model. Travels as JSON over the control link."""
+"""What the door tells a model's process, as JSON over the control link."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a model's output to the content blocks of a message, and how the message ended."""
+"""Converts a model's output to the content blocks and the stop reason of a message."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Form:
-    """What the events and the blocks of one answer are made from."""
+    """What the events and blocks of one answer depend on besides the output."""
 
     id: str
     model: str
@@ -35,7 +35,7 @@ class Form:
     stop_sequences: Sequence[str]
     num_prompt_tokens: int
     is_clamped: bool = False  # the context ends before max_tokens
-    is_empty: bool = False  # only the prompt was to be computed
+    is_empty: bool = False  # max_tokens is 0: only the prompt was computed
     omits_thoughts: bool = False  # thinking blocks have no text, but a signature that carries it
 
     def usage(self, delta: Delta, parser: MessageParser) -> Usage:
@@ -63,7 +63,7 @@ class Form:
                 return "end_turn", None
 
     def make_call_id(self) -> str:
-        """An id as the model's own template takes it, with Anthropic's prefix where the format leaves it open."""
+        """An id in the form that the model's template takes, with Anthropic's prefix unless the format forbids it."""
         assert self.format.tools is not None
         call_id = self.format.tools.make_id()
         return "toolu_" + call_id.removeprefix("call_") if call_id.startswith("call_") else call_id
@@ -150,7 +150,7 @@ def _blocks(pieces: Sequence[Event], form: Form) -> list[_Builder]:
 
 
 def _input(arguments: str) -> dict[str, Any]:
-    """A call's arguments as an object: as far as they go, if the output was cut. Anthropic's SDKs do the same with the
+    """A call's arguments as an object, parsed as far as they go if the output was cut, as Anthropic's SDKs do with the
     events of a stream. Empty if the model did not write an object."""
     try:
         value = from_json(arguments, allow_partial=True)

@@ -11,7 +11,7 @@ Block = dict[str, Any]
 
 
 def text_of(block: Block, param: str) -> str:
-    """Raises RequestError, naming the block, if it has none that a model could read."""
+    """The block's text. Raises RequestError, naming the block, if it has none that a model could read."""
     match block.get("type"):
         case "text":
             return string_of(block, "text", param)
@@ -56,7 +56,7 @@ def _unreadable(block: Block, what: str, param: str) -> RequestError:
 
 
 def source_of(block: Block) -> Mapping[str, Any]:
-    """Of an image or a document; empty if it is missing."""
+    """The source of an image or a document; empty if it is missing."""
     source = block.get("source")
     return source if isinstance(source, dict) else {}
 

@@ -1,7 +1,7 @@
 """The schemas of tools that Anthropic defines and the client runs: bash, the text editor, memory.
 
-Requests name them by a type with a date, without a schema, because Claude was trained on them. Other models are shown
-the schema as that of any tool. https://docs.anthropic.com/en/docs/agents-and-tools/tool-use
+Requests give them a dated type and no schema, because Claude was trained on them. Other models are shown the schema, as
+for any tool. https://docs.anthropic.com/en/docs/agents-and-tools/tool-use
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _EDITOR = ("path", "file_text", "old_str", "new_str", "insert_line")
 
 
 def client_tool(kind: str, *, is_strict: bool, param: str) -> Tool | None:
-    """The tool of this type, still without a name; None if the type is another's."""
+    """The tool of this type, without a name yet; None for a type that is not in this file."""
     family, _, version = kind.rpartition("_")
     if re.fullmatch(r"\d{8}", version) is None:
         return None

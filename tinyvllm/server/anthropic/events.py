@@ -27,7 +27,7 @@ def frame(kind: str, **fields: Any) -> bytes:
 
 
 PING = frame("ping")
-REPORT_TOKENS = 32  # of reasoning that is omitted: after so many, an event says how many there were
+REPORT_TOKENS = 32  # of omitted reasoning between the events that report their number
 
 
 class MessageEvents(ServerSentEvents):
@@ -38,14 +38,14 @@ class MessageEvents(ServerSentEvents):
         self._parser = form.format.parser()
         self._has_started = False
         self._index = -1  # of the latest block
-        self._block: type[Event] | None = None  # what the open block consists of; CallArguments for a call
+        self._block: type[Event] | None = None  # the kind of the open block; CallArguments for a call
         self._text: TextEvent | None = None  # of the open block
-        self._direct: TextEvent | None = None  # the same, while every delta's text is a text of this block, unparsed
+        self._direct: TextEvent | None = None  # the same, while deltas only add text to it, unparsed
         self._signature = Signature(carries_text=form.omits_thoughts)  # of the open block, if it is a thinking block
-        self._num_reported = 0  # tokens of reasoning whose text is omitted, as far as events have told of them
+        self._num_reported = 0  # omitted tokens of reasoning that events have reported
 
     def keepalive(self) -> bytes:
-        # before the first output, the message begins without knowing what was cached: message_delta corrects it
+        # what was cached is not known before the first output: message_delta corrects it
         return PING if self._has_started else self._start(0)
 
     def begin(self) -> bytes:
@@ -104,7 +104,7 @@ class MessageEvents(ServerSentEvents):
         return out + self._text.head + json_string(piece.text) + self._text.tail
 
     def _report(self) -> bytes:
-        """Now and then, how many tokens of reasoning there are more, in place of their text."""
+        """An event with the number of new tokens of reasoning, in place of their text, once there are enough."""
         more = self._parser.num_reasoning_tokens - self._num_reported
         if more < REPORT_TOKENS:
             return b""

@@ -1,20 +1,20 @@
-"""From Anthropic's messages to the canonical ones of `Conversation`.
+"""Converts Anthropic's messages to the canonical ones of `Conversation`.
 
 The rules, block by block:
 
 - `text` is kept. The texts of one message are joined by newlines.
-- `thinking` becomes the message's reasoning, whatever its signature, or the text that the signature carries;
-  `redacted_thinking` is skipped, since only its author can read it.
+- `thinking` becomes the message's reasoning, with any signature; if it is empty, the text that the signature carries
+  does. `redacted_thinking` is skipped, since only its author can read it.
 - `tool_use` becomes a tool call, `tool_result` a message of the role `tool`. The results of a message come before its
   text, as Anthropic requires. A result with `is_error` begins with "Error: ", because templates have no field for it.
 - `search_result`, and documents of plain text, become text. `compaction` is text: a summary of what came before.
-- Images, and documents in other forms, are refused: the models here read text. Within a tool's result they are replaced
-  by a note to the model, because the client cannot take back a call that has been made.
+- Images, and documents in other forms, are refused: the models here read text. In a tool result they are replaced by a
+  note to the model, because the client cannot take back a call that has been made.
 - `tool_reference` in a result, and `tool_addition` in a system message, become a description of the tool, if the prompt
-  does not begin with it; `tool_removal` becomes a sentence. A system message with `clear_at` is left out once a later
-  message of the user is there.
-- Uses and results of tools that a server runs (web search, code execution, MCP) are skipped and logged: their results
-  are encrypted for the service that made them.
+  does not begin with it; `tool_removal` becomes a sentence. A system message with `clear_at` is left out once a user
+  message follows it.
+- Uses and results of server tools (web search, code execution, MCP) are skipped and logged: their results are encrypted
+  for the service that made them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 Canonical = dict[str, Any]
 
-# Claude Code's system prompt begins with a line for the accounting of Anthropic's service. It differs from request to
-# request, so a prefix cache would never find the prompt again: https://github.com/vllm-project/vllm/pull/36829
+# Claude Code's system prompt begins with a line for Anthropic's accounting. It differs from request to request, so a
+# prefix cache would never find the prompt again: https://github.com/vllm-project/vllm/pull/36829
 _PSEUDO_HEADER = re.compile(r"\A\s*x-anthropic-[\w-]+:[^\n]*\n*")
 
 _SERVER_BLOCK = re.compile(r"(server|mcp)_tool_use|(?!tool_result$).*tool_result|container_upload|mcp_tool_listing")
@@ -45,7 +45,7 @@ def canonical_messages(
 ) -> list[Canonical]:
     """Raises RequestError, naming the block, for content that cannot be rendered.
 
-    describe: what the model is told of a tool of that name, where a message makes it available.
+    describe: what the model is told about the tool of that name where a message makes it available.
     """
     reader = _Reader(describe)
     found = list(reader.system_message(system, "system"))
@@ -65,7 +65,7 @@ def inline_definition(block: Block) -> Mapping[str, Any] | None:
 
 
 class _Reader:
-    """Reads messages, one after the other."""
+    """Converts messages one by one."""
 
     def __init__(self, describe: Callable[[str], str]) -> None:
         self._describe = describe
@@ -84,7 +84,7 @@ class _Reader:
             yield _assistant_message(content, here)
 
     def system_message(self, content: str | Sequence[Block] | None, param: str) -> Iterator[Canonical]:
-        """One message, unless nothing is left without the pseudo-headers."""
+        """One message, or none if nothing but pseudo-headers was there."""
         blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
         texts = (self._system_text(block, f"{param}.{n}") for n, block in enumerate(blocks))
         text = "\n".join(filter(None, texts))
@@ -96,7 +96,7 @@ class _Reader:
             return _PSEUDO_HEADER.sub("", text_of(block, param))
         tool = inline_definition(block) or block.get("tool")
         name = tool.get("name") if isinstance(tool, dict) else None
-        if not isinstance(name, str):  # a set of MCP's tools, which only their server could name
+        if not isinstance(name, str):  # a set of MCP tools, which only their server could name
             return ""
         return self._describe(name) if block["type"] == "tool_addition" else f"The tool {name} is no longer available."
 
@@ -172,7 +172,7 @@ def _call(block: Block, param: str) -> Canonical:
 
 
 def _is_skipped(block: Block) -> bool:
-    """Whether the block says nothing to this model."""
+    """Whether the block means nothing to this model."""
     kind: str = block["type"]
     if kind in ("redacted_thinking", "thinking", "fallback"):
         return True

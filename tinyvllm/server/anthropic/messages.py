@@ -49,7 +49,7 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: CountTokensRequest, request: Request) -> TokenCount:
-    """The tokens of the prompt that the same body makes at /v1/messages."""
+    """The number of tokens in the prompt that the same body makes at /v1/messages."""
     state = state_of(request)
     _check(state, body)
     prompt = await asyncio.to_thread(lambda: make_prompt(conversation_of(body), state.engine))
@@ -81,7 +81,7 @@ async def _answer(state: ServerState, body: MessagesRequest) -> Response:
 
 
 def _check(state: ServerState, body: CountTokensRequest) -> None:
-    """Raise the errors that can be found before the prompt is made."""
+    """Raise errors that can be found before the prompt is made."""
     state.require_ready()
     require_model(state, body.model)
     body.note_extras()
@@ -91,7 +91,7 @@ def _read(state: ServerState, body: MessagesRequest) -> tuple[Prompt, SamplingPa
     """The prompt and the sampling parameters. Runs on a worker thread."""
     prompt = make_prompt(conversation_of(body), state.engine)
     limit, num_tokens = state.context_limit, len(prompt.ids)
-    if num_tokens >= limit:  # Anthropic's words, by which its clients know when to shorten a conversation
+    if num_tokens >= limit:  # Anthropic's wording, on which its clients shorten the conversation
         raise ContextLengthError(
             f"prompt is too long: {num_tokens} tokens > {limit - 1} maximum: shorten it, or start the server with a "
             "larger --max-model-len",
@@ -105,7 +105,7 @@ def _read(state: ServerState, body: MessagesRequest) -> tuple[Prompt, SamplingPa
         "stop": body.stop_sequences or None,
         "grammar": prompt.grammar if body.max_tokens else None,
     }
-    # more than fits is not an error: such an answer ends with model_context_window_exceeded
+    # asking for more than fits is not an error: the answer ends with model_context_window_exceeded
     max_tokens = min(max(body.max_tokens, 1), limit - num_tokens)
     params = sampling_params(
         settings,
@@ -124,7 +124,7 @@ def conversation_of(body: CountTokensRequest) -> Conversation:
         is_prefilled = bool(messages[-1]["content"].strip())
         messages = messages if is_prefilled else messages[:-1]
     if not messages:
-        raise RequestError("messages have no content: give at least one message with a text", param="messages")
+        raise RequestError("messages have no content: give at least one message with text", param="messages")
     return Conversation(
         messages=messages,
         tools=tools.tools,

@@ -1,4 +1,4 @@
-"""GET /v1/models for Anthropic's clients, which send the header anthropic-version. OpenAI's have the same path."""
+"""GET /v1/models for Anthropic's clients, which send the header anthropic-version. OpenAI's API has the same path."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tinyvllm.server.state import state_of
 
 
 class _VersionedRoute(APIRoute):
-    """A route for requests with the header, and for all requests where OpenAI's API is off."""
+    """A route for requests with the header, or for all requests if OpenAI's API is off."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         if scope["type"] == "http" and not names_anthropic(scope) and "openai" in _apis(scope):
@@ -35,7 +35,7 @@ def _apis(scope: Scope) -> Collection[str]:
     return APIS if app is None else app.state.server.settings.apis
 
 
-# not in the OpenAPI document, which has one operation for a path and a method: OpenAI's
+# not in the OpenAPI document, which allows one operation per path and method: OpenAI's
 router = APIRouter(route_class=_VersionedRoute, include_in_schema=False, responses={"4XX": {"model": ErrorAnswer}})
 
 
@@ -45,7 +45,7 @@ class ModelInfo(BaseModel):
     display_name: str
     created_at: datetime
     lifecycle: Literal["active"] = "active"
-    max_input_tokens: int | None  # of prompt and answer together; None until the model has been loaded
+    max_input_tokens: int | None  # prompt and answer together; None until the model has been loaded
     max_tokens: int | None
 
 

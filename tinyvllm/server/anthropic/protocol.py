@@ -1,7 +1,7 @@
 """The wire format of /v1/messages: https://docs.anthropic.com/en/api/messages
 
-Content blocks stay dicts here, as their kinds are many and most mean nothing to a model that reads text: `history.py`
-reads them by the rules written there.
+Content blocks stay dicts here, because there are many kinds and most mean nothing to a model that reads text.
+`history.py` has the rules by which they are read.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from tinyvllm.server.openai.protocol.common import effort_arguments, optional
 MAX_MESSAGES = 100_000  # Anthropic's limit
 MAX_TOOLS = 1024
 
-# Known fields without effect: bookkeeping, hints to a hosted service, and what the server would have to run itself.
+# Known fields without effect: bookkeeping, and hints to a hosted service.
 _IGNORED = frozenset((
     "billing_policy", "cache_control", "diagnostics", "fallback_credit_token", "inference_geo", "metadata",
     "service_tier", "speed", "user_profile_id", "workspace_id",
 ))  # fmt: skip
-# Fields that ask the server to do something beside generating, with the values that ask for nothing.
+# Fields that ask for more than generation, with the values that ask for nothing.
 _LEFT_OUT: dict[str, tuple[object, ...]] = {
     "container": (),
-    # the last is what Claude Code sends: all thoughts stay
+    # Claude Code sends the last one: all thoughts stay
     "context_management": ({}, {"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
     "fallbacks": ([],),
     "mcp_servers": ([],),
-    "safeguards": ([],),  # Claude Code's check of dangerous calls: it asks the user where no answer has one
+    "safeguards": ([],),  # Claude Code's check of dangerous calls: without results, it asks the user
 }
 
-# Fields without which a request has another meaning: why they are refused, and the code by which SDKs know it. After
-# this one, they send the whole conversation.
+# Fields without which a request would mean something else: what to do instead, and the error code that SDKs recognize.
+# On the one for `thread`, they send the whole conversation.
 _REFUSED = {
     "thread": ("conversations are not stored: send all messages, without it", "thread_unsupported_request"),
     "compaction": ("ask for a summary in a message instead", None),
 }
 
-# Efforts that templates do not know, as the nearest that they do.
+# Efforts that templates do not know, and the nearest that they do.
 _EFFORTS = {"xhigh": "high", "max": "high"}
 
 
@@ -81,7 +81,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["user", "assistant", "system"]  # system: instructions in the middle of a conversation
-    content: Content | None = None  # only system messages may do without
+    content: Content | None = None  # optional for system messages only
     clear_at: Literal["next_user_message", "never"] | None = None  # of a system message
     output_config: OutputConfig | None = None  # of a system message: the effort from here on
 
@@ -185,7 +185,7 @@ class MessagesRequest(CountTokensRequest):
                 raise RequestError(f"{name} is not supported: {remedy}", param=name, code=code)
 
 
-# Extra fields that nobody need hear of: those of either request, because the tokens of the same body may be counted.
+# Extra fields that are not logged: those of either request, because the tokens of the same body may be counted.
 _KNOWN = _IGNORED | _REFUSED.keys() | MessagesRequest.model_fields.keys()
 
 

@@ -1,8 +1,8 @@
-"""Signatures of thinking blocks, which clients hand back unread with the conversation.
+"""Signatures of thinking blocks, which clients send back unread with the conversation.
 
-Where a request omits the text of thinking (`display: "omitted"`, as Claude Code's do), the signature carries it, so
-that the next prompt has it: many models read their reasoning between tool calls. Otherwise the signature is a hash.
-None is checked, so that conversations may come from other servers.
+If a request omits the text of thinking (`display: "omitted"`, as Claude Code's do), the signature carries it, so that
+the next prompt has it: many models read their reasoning between tool calls. Otherwise the signature is a hash.
+Signatures are not checked, so conversations may come from other servers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Signature:
 
 
 def carried_text(signature: object) -> str:
-    """The text that a signature carries; "" if it is another kind."""
+    """The text that a signature carries; "" for other signatures."""
     if not isinstance(signature, str) or not signature.startswith(_CARRIER):
         return ""
     try:

@@ -24,16 +24,16 @@ _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 @dataclass(frozen=True)
 class OfferedTools:
-    """The tools that the model may call. The prompt begins with some of them; the others, which are deferred, are
-    described in the conversation where a message first names them, so that what the prefix cache holds stays valid."""
+    """The tools that the model may call. `shown` are at the beginning of the prompt. The others are deferred: they are
+    described where a message first names them, so that cached prefixes stay valid."""
 
     tools: Sequence[Tool]
     shown: Sequence[Tool]
 
     @classmethod
     def read(cls, definitions: Sequence[Mapping[str, Any]], messages: Sequence[Message]) -> OfferedTools:
-        """Leaves out what a server would have to run (web search, code execution) or needs images (computer use), and
-        logs it. Raises RequestError, naming the field, for a definition that is incomplete."""
+        """Leaves out and logs tools that a server would have to run (web search, code execution) or that need images
+        (computer use). Raises RequestError, naming the field, for an incomplete definition."""
         tools: list[Tool] = []
         deferred: list[Tool] = []
         is_searched_here = True
@@ -46,23 +46,23 @@ class OfferedTools:
             else:
                 (deferred if definition.get("defer_loading") is True else tools).append(tool)
         check_names([tool.name for tool in (*tools, *deferred)], "tools")
-        # nobody would find them without the search that the server does not have, or if there is nothing else to call
+        # all are shown if the search that finds them is one that this server lacks, or if there is nothing else to call
         shown = tools if tools and is_searched_here else [*tools, *deferred]
-        named = {tool.name: tool for tool in (*tools, *deferred, *_inline_tools(messages))}  # the latest of a name
+        named = {tool.name: tool for tool in (*tools, *deferred, *_inline_tools(messages))}  # the latest of each name
         return cls(tools=list(named.values()), shown=shown or list(named.values()))
 
     def for_template(self) -> list[dict[str, Any]]:
         return [{"type": "function", "function": _function(tool)} for tool in self.shown]
 
     def describe(self, name: str) -> str:
-        """What a message says of a tool that can be called from there on."""
+        """What a message says about a tool that can be called from there on."""
         tool = next((tool for tool in self.tools if tool.name == name and tool not in self.shown), None)
         if tool is None:
             return f"The tool {name} is available."
         return f"This tool is available: {json.dumps(_function(tool), ensure_ascii=False)}"
 
     def choice(self, given: ToolChoice | None) -> dict[str, Any]:
-        """The fields of Conversation that `given` sets. Raises RequestError if it asks for a tool that is not there."""
+        """The fields of Conversation that `given` sets. Raises RequestError if it names an unknown tool."""
         if given is None:
             return {}
         names = [tool.name for tool in self.tools]

@@ -140,19 +140,19 @@ class ChatTemplate:
             raise refuse(f"rejected the messages: {error or type(error).__name__}") from error
 
     def abilities(self, *, has_tools: bool) -> Abilities:
-        """What the template renders of a conversation with tools or without: found at the first call."""
+        """What the template can take, with tools or without: probed at the first call."""
         if has_tools not in self._abilities:
             write = functools.partial(self._write, add_generation_prompt=False, has_tools=has_tools)
             self._abilities[has_tools] = find_abilities(write, has_tools=has_tools)
         return self._abilities[has_tools]
 
     def renders_tools(self) -> bool:
-        """Whether it describes tools to the model by itself."""
+        """Whether the template itself describes tools to the model."""
         abilities = self.abilities(has_tools=True)
         return abilities.tools != "no" if abilities.is_known else "tools" in self.source
 
     def _with_effort(self, variables: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """The variables with a `reasoning_effort` that the template takes, and what was changed."""
+        """The variables, with a `reasoning_effort` that the template accepts, and the changes."""
         effort = variables.get("reasoning_effort")
         if effort not in EFFORTS:
             return variables, []
@@ -179,7 +179,7 @@ class ChatTemplate:
         has_tools: bool,
         **kwargs: Any,
     ) -> str:
-        """What the template makes of these very messages. Raises whatever it raises."""
+        """The template's output for the messages unchanged. Raises whatever it raises."""
         variables = {
             **self._special_texts,
             **kwargs,
@@ -211,7 +211,7 @@ class ChatTemplate:
         return find_tool_format(None, self.source)
 
     def _log(self, changes: Sequence[str]) -> None:
-        """Each kind of change once."""
+        """Log each kind of change once."""
         for change in changes:
             if change not in self._logged:
                 self._logged.add(change)

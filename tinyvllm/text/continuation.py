@@ -1,7 +1,7 @@
 """Prompts that end inside the last message, so that the model continues it.
 
-Where the message ends in the prompt is found by a mark: text appended to its content, at which the prompt is cut. A
-search for the content itself would also find it in what the template writes behind it: "i" in "<|im_end|>".
+The end of the message is found by a mark: text appended to its content, at which the rendered prompt is cut. Searching
+for the content itself would also find it in what the template writes after it: "i" in "<|im_end|>".
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PARAM = "continue_final_message"
 
 
 def render_continued(template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """The chat as text up to the end of the last message's content. Raises RequestError if that cannot be had."""
+    """The chat as text up to the end of the last message's content. Raises RequestError if that is impossible."""
     return cut_at_mark(template.render(mark_end(messages), add_generation_prompt=False, **variables), messages)
 
 

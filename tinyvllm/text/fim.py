@@ -1,6 +1,6 @@
 """Fill in the middle: prompts that ask for the text between a prefix and a suffix (Bavarian et al. 2022).
 
-A model that was trained for it has tokens that mark the two parts. Which tokens it has says how they are arranged.
+A model trained for it has tokens that mark the two parts. The tokens determine how the parts are arranged.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class FillInTheMiddle:
 def find_marks(
     id_of: Callable[[str], int | None], text_of: Callable[[int], str | None], stated: Mapping[str, int]
 ) -> FillInTheMiddle | None:
-    """What a vocabulary has for filling in the middle; None: nothing.
+    """The marks in a vocabulary for filling in the middle; None if it has none.
 
     stated: the ids that a GGUF file names, by "prefix", "suffix", "middle", "pad", "rep" and "sep". Their texts say how
     the parts are arranged; unknown ones are arranged as most are.

@@ -1,6 +1,6 @@
 """Lark grammars without recursion as one regular expression.
 
-The input of a custom tool is a string inside of JSON. A grammar of characters cannot describe it, but the pattern of a
+The input of a custom tool is a string inside JSON. A grammar of characters cannot describe it, but the pattern of a
 JSON schema can, because llguidance escapes it. The language is Lark's without templates, %ignore, %declare and %extend:
 https://lark-parser.readthedocs.io/en/stable/grammar.html
 """

@@ -1,4 +1,4 @@
-"""What chat templates and the formats of tool calls both need of a conversation's messages."""
+"""Helpers for messages that chat templates and the formats of tool calls share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def with_result_names(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str
 
 
 def with_parsed_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The call with its arguments as an object, unless they are text that is none in JSON."""
+    """The call with its arguments as an object, unless they are text that is not a JSON object."""
     function = call.get("function", {})
     return {**call, "function": {**function, "arguments": parse_object(function.get("arguments"))}}
 
@@ -41,5 +41,5 @@ def parse_object(arguments: Any) -> Any:
 
 
 def as_object(arguments: Any) -> Mapping[str, Any]:
-    """Arguments for what can write objects only: those that are none are the value of `arguments`."""
+    """Arguments for formats that can only write objects: any other value becomes that of `arguments`."""
     return arguments if isinstance(arguments, Mapping) else {"arguments": arguments}

@@ -1,7 +1,7 @@
-"""Rewrites a conversation into one that a chat template can take, by what `template_probes` found out about it.
+"""Rewrites a conversation into one that a chat template can take, according to what `template_probes` found out.
 
-Nothing is rewritten that the template renders by itself. What is rewritten keeps its place: a prompt grows at its end
-from turn to turn, so the prefix cache finds the beginning again. docs/OUTPUT.md has the rules.
+Whatever the template renders unchanged is left alone. What is rewritten keeps its place, so that from turn to turn a
+prompt grows only at its end and the prefix cache finds the beginning again. docs/OUTPUT.md has the rules.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def adapt(
     abilities: Abilities,
     as_text: Callable[[Mapping[str, Any]], Mapping[str, Any]],
 ) -> tuple[list[Message], list[str]]:
-    """The messages for the template, and what was changed, a sentence for each kind of change.
+    """The messages for the template, and the changes, a sentence for each kind.
 
     as_text: writes a message's calls or result into its content. Raises RequestError for content that is not text.
     """
@@ -49,18 +49,18 @@ class Adapter:
         others = self._with_turns(others)
         systems, others = self._with_systems(systems, others)
         if others and self._misses_user(others):
-            self.changes.append("a message of the user is put before the assistant's")
+            self.changes.append("a user message is put before the assistant's")
             others = [{"role": "user", "content": "" if self.abilities.empty_users else "."}, *others]
         found = [*systems, *others]
         return [self._with_form(message) for message in found]
 
     def _with_role_and_reasoning(self, message: Message) -> Message:
-        """`system` for `developer`, and reasoning under the template's name for it."""
+        """Rename `developer` to `system`, and reasoning to the template's name for it."""
         if message.get("role") == "developer":
             message["role"] = "system"
         thoughts = [message.pop(name) for name in REASONING_FIELDS if name in message]
         thought = next(filter(None, thoughts), None)
-        if thought:  # also if no probe was rendered with it: a variable may decide
+        if thought:  # even if no probe rendered it: a variable may decide
             name = self.abilities.reasoning_field
             message[name if name in REASONING_FIELDS else REASONING_FIELDS[0]] = thought
         return message
@@ -81,12 +81,12 @@ class Adapter:
         if abilities.needs_result_names:
             messages = [dict(message) for message in with_result_names(messages)]
         if not abilities.parallel_calls and any(len(calls_of(message)) > 1 for message in messages):
-            self.changes.append("parallel calls are separated into a message each")
+            self.changes.append("parallel calls become a message each")
             messages = separate_calls(messages)
         return [self._with_arguments(message) if calls_of(message) else message for message in messages]
 
     def _must_be_text(self, message: Message, *, is_alone: bool) -> bool:
-        """Whether its calls or result are written into its content. is_alone: calls without result, or the reverse."""
+        """Whether its calls or result become text of its content. is_alone: calls without a result, or the reverse."""
         abilities = self.abilities
         if calls_of(message) and not (abilities.calls and (abilities.unanswered_calls or not is_alone)):
             self.changes.append("tool calls are written as text")
@@ -111,7 +111,7 @@ class Adapter:
     # ---- System messages ----
 
     def _split_systems(self, messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
-        """Those at the beginning, and the others, of which none is a system message where the template takes none."""
+        """System messages at the beginning, and the others. If no later ones are taken, these are the user's."""
         count = next((n for n, message in enumerate(messages) if message.get("role") != "system"), len(messages))
         systems, others = list(messages[:count]), list(messages[count:])
         if not self.abilities.later_systems and any(message.get("role") == "system" for message in others):
@@ -142,7 +142,7 @@ class Adapter:
         return not abilities.system_needs_last_user or not others or others[-1].get("role") == "user"
 
     def _folded(self, system: str, others: list[Message]) -> list[Message]:
-        """The system's text at the beginning of the message of the user that the template would put it into."""
+        """Put the system text at the beginning of the user message into which the template would put it."""
         users = [index for index, message in enumerate(others) if message.get("role") == "user"]
         if self.abilities.system == "last user" and users:
             index = users[-1]
@@ -237,7 +237,7 @@ def flatten_content(message: Mapping[str, Any], index: int) -> Message:
 
 
 def join(messages: Sequence[Message]) -> Message:
-    """One message of the first one's role, with the content, the reasoning and the calls of all."""
+    """One message with the first one's role, and the content, reasoning and calls of all."""
     joined = {**messages[-1], **messages[0]}
     for name in ("content", *REASONING_FIELDS):
         if name in joined:
@@ -250,7 +250,7 @@ def join(messages: Sequence[Message]) -> Message:
 
 
 def unmatched(messages: Sequence[Message]) -> set[int]:
-    """The indices of calls without any result before the next message of another kind, and of results without calls."""
+    """Indices of calls that no result follows before another kind of message, and of results without calls."""
     found: set[int] = set()
     unanswered: list[int] = []
     may_be_answered = False
@@ -270,8 +270,8 @@ def unmatched(messages: Sequence[Message]) -> set[int]:
 
 
 def with_ids(messages: Sequence[Message], *, is_short: bool) -> list[Message]:
-    """Calls and results with ids. Those that are missing are numbered, and results without one answer the calls in
-    their order; is_short: an id of another form becomes 9 letters and digits that depend on it alone."""
+    """Calls and results with ids. Calls without one are numbered; results without one answer the calls in order.
+    is_short: an id of another form becomes 9 letters and digits that depend only on it."""
     found: list[Message] = []
     num_made, open_ids = 0, list[str]()
     for message in messages:
@@ -322,7 +322,7 @@ def separate_calls(messages: Sequence[Message]) -> list[Message]:
 
 
 def owner_of(result: Message, calls: Sequence[Mapping[str, Any]]) -> int:
-    """The index of the call that it answers: the last one if its id is unknown."""
+    """The index of the call that it answers, or of the last one if its id is unknown."""
     ids = [call.get("id") for call in calls]
     call_id = result.get("tool_call_id")
     return ids.index(call_id) if call_id in ids else len(calls) - 1

@@ -1,8 +1,8 @@
 """Finds out what a chat template can take, by rendering short conversations with it.
 
-Templates disagree on nearly everything but a user's text: whether there may be a system message, how many and where,
-the form of content and arguments, which roles may follow each other. They declare none of it, so each ability is
-found by one or two probes: a conversation whose texts occur nowhere else, which the template renders, drops or refuses.
+Templates differ in nearly everything but a user's text: whether, where and how many system messages there may be, the
+form of content and arguments, which roles may follow each other. They do not declare it, so each ability is found by
+one or two probes: conversations with unique texts, which the template renders, drops or refuses.
 docs/OUTPUT.md has the rules.
 """
 
@@ -38,21 +38,21 @@ RESULTS, RESULT_NAME = ("Proberesult7413", "Proberesult8524"), "probe_named_7413
 LONG_IDS = ("call_Probe7413aaaaaaaaaaaaaa", "call_Probe8524bbbbbbbbbbbbbb")  # as OpenAI's
 SHORT_IDS = ("Probe7413", "Probe8524")  # as Mistral's: 9 letters and digits
 
-# Of the thread's own time, for all probes. Templates of real models take 1 to 50 ms.
+# The thread's own time for all probes. Templates of real models take 1 to 50 ms.
 PROBE_BUDGET_S = 1.0
 
 Write = Callable[..., str]  # (messages, tools=...): the template's text. Raises anything.
 
 
 def find_abilities(write: Write, *, has_tools: bool) -> Abilities:
-    """Render probes with a template, with a tool's definition if has_tools: some templates render calls only then.
+    """Probe a template, with a tool's definition if has_tools, because some templates render calls only then.
 
-    Never raises: a template that fails on everything, or takes too long, gets messages as they are.
+    Never raises: a template that fails on everything, or takes too long, gets messages unchanged.
     """
     try:
         return _find_abilities(Probe(write), has_tools=has_tools)
     except _OutOfTime:
-        logger.warning("the chat template is too slow to find out what it takes: it gets messages as they are")
+        logger.warning("the chat template is too slow to be probed: it gets messages unchanged")
         return Abilities()
 
 
@@ -74,7 +74,7 @@ def _find_abilities(probe: Probe, *, has_tools: bool) -> Abilities:
     if probe.tools:
         found |= _find_schemas(probe, is_bare=form == "bare")
     found |= _find_calls(probe)
-    # a template that knows neither may write the role of a result, as any other, but its model has never seen it
+    # a template with neither may write a result under its role, as for any role, but its model has never seen one
     found |= _find_results(probe) if probe.has_calls or form != "no" else {"results": False}
     found |= _find_systems(probe)
     found |= _find_turns(probe)
@@ -95,7 +95,7 @@ def find_effort(write: Write, effort: str) -> str | None:
 
 @dataclass
 class Probe:
-    """Renders probes. Owns what is known so far of the form of messages, which later probes need."""
+    """Renders probes. Owns what is known so far about the form of messages, which later probes need."""
 
     write: Write
     tools: Any = None  # the template's variable
@@ -121,7 +121,7 @@ class Probe:
         return self.message("system", text)
 
     def calls(self, num_calls: int = 1, text: str = "", *, index: int = 0, **others: Any) -> Message:
-        """A message with calls, from the one of that index on."""
+        """A message with calls, starting with the one at that index."""
         calls = []
         for call_id, name, value in list(zip(self.ids(), CALLED, VALUES, strict=True))[index : index + num_calls]:
             arguments: Any = {PARAMETER: value}
@@ -135,7 +135,7 @@ class Probe:
         return self.message("tool", RESULTS[index], tool_call_id=self.ids()[index], **others)
 
     def loop(self, num_calls: int = 1, **others: Any) -> list[Message]:
-        """A question, calls and their results, as far as they are rendered. others: of the message with the calls."""
+        """A question, calls and, if they are rendered, results. others: fields of the message with the calls."""
         said = self.calls(num_calls, **others) if self.has_calls else self.answer(**others)
         return [self.user(), said, *(self.result(index) for index in range(num_calls) if self.has_results)]
 
@@ -143,7 +143,7 @@ class Probe:
         return SHORT_IDS if self.has_short_ids else LONG_IDS
 
     def text(self, *messages: Message) -> str | None:
-        """The conversation as the template writes it; None if it fails. Raises _OutOfTime."""
+        """The template's output for the conversation; None if it fails. Raises _OutOfTime."""
         if time.thread_time() > self._end:
             raise _OutOfTime
         try:
@@ -199,7 +199,7 @@ def _find_definitions(probe: Probe) -> tuple[Literal["wrapped", "bare", "system"
     return "no", None
 
 
-# Tools as some clients send them: nothing that may be left out, and the schemas that generators write.
+# Tools as some clients send them: without optional parts, and with schemas that generators write.
 INCOMPLETE = {"type": "object", "properties": {DEFINED_PARAMETER: {"type": "string"}}}
 UNUSUAL: dict[str, dict[str, Any]] = {
     "list": {"type": ["string", "null"]},
@@ -248,12 +248,12 @@ def _find_calls(probe: Probe) -> dict[str, Any]:
 
 
 def _written_call(probe: Probe, *, is_null: bool) -> str | None:
-    """The call as the template writes it; None if that is not its arguments, or not all that was passed."""
+    """The template's text of the call; None if its arguments are garbled or something is missing."""
     probe.has_null_content = is_null
     written = probe.text(probe.user(), probe.calls())
     if written is None or CALLED[0] not in written or VALUES[0] not in written:
         return None
-    # an object as Python writes it, JSON text as a string within JSON, null as a text
+    # an object in Python's notation, JSON text as a string within JSON, null as text
     wrong = (f"'{PARAMETER}'", f'\\"{PARAMETER}', *(("None",) if is_null else ()))
     return None if any(text in written for text in wrong) else written
 
@@ -322,7 +322,7 @@ def _without_ids(message: Message) -> Message:
 
 
 def _needs_names(probe: Probe) -> bool:
-    """Whether results without the function's name leave a gap: an error, or a place where only the name is missing."""
+    """Whether results without the function's name fail, or leave a gap where the name would be."""
     before = probe.loop()[:2]
     named = probe.text(*before, probe.result(name=RESULT_NAME))
     if named is None or RESULT_NAME not in named:
@@ -353,7 +353,7 @@ def _find_systems(probe: Probe) -> dict[str, Any]:
 
 
 def _takes_later_systems(probe: Probe) -> bool:
-    """Whether they are rendered wherever they are, and not as the assistant's."""
+    """Whether they are rendered in any place, and not as the assistant's."""
     system, later = probe.system(), probe.system(SYSTEMS[1])
     user, answer, question = probe.user(), probe.answer(), probe.user(USERS[1])
     between = (user, answer, later, question)
@@ -381,7 +381,7 @@ def _find_turns(probe: Probe) -> dict[str, Any]:
 
 
 def _find_reasoning(probe: Probe) -> str | None:
-    """The name under which a message's reasoning is rendered, which many templates do only within a turn."""
+    """The name under which a message's reasoning is rendered. Many templates render it only within a turn."""
     for name in REASONING_FIELDS:
         thought: dict[str, Any] = {name: THOUGHT}
         answered = (probe.user(), probe.answer(**thought))
@@ -391,5 +391,5 @@ def _find_reasoning(probe: Probe) -> str | None:
     parts = [thinking_part(THOUGHT), {"type": "text", "text": ANSWERS[0]}]
     if probe.shows(probe.user(), {"role": "assistant", "content": parts}, texts=(THOUGHT, ANSWERS[0])):
         whole = probe.text(probe.user(), {"role": "assistant", "content": parts}) or ""
-        return None if "'thinking'" in whole or '"thinking"' in whole else "content"  # a list written as it is
+        return None if "'thinking'" in whole or '"thinking"' in whole else "content"  # a list written verbatim
     return None

@@ -8,8 +8,8 @@ from typing import Any
 
 import jinja2
 
-# The template's variable `tools` without any: templates ask `if tools`, `if tools is defined`, or nothing before they
-# loop over them.
+# The template's variable `tools` when there are none: before looping over it, templates check `if tools`,
+# `if tools is defined`, or nothing.
 WITHOUT_TOOLS = {"none": None, "undefined": jinja2.Undefined(name="tools"), "empty": ()}
 
 Tools = Sequence[Mapping[str, Any]]
@@ -30,7 +30,7 @@ def describe_in_system(messages: Sequence[dict[str, Any]], tools: Tools) -> list
 
 
 def complete(tools: Tools) -> Tools:
-    """With an empty description of each function and parameter that has none, and with properties."""
+    """Add an empty description to functions and parameters without one, and missing properties."""
     return [{**tool, "function": _complete_function(tool["function"])} for tool in tools]
 
 
@@ -51,12 +51,12 @@ def _complete_schema(schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _with(given: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
-    """With defaults at the end, so that what is complete stays as it is."""
+    """Add defaults at the end, so that what is complete is unchanged."""
     return {**given, **{name: value for name, value in defaults.items() if name not in given}}
 
 
 def plain(tools: Tools) -> Tools:
-    """With one type for each parameter: the first alternative of several, and a string where there is none."""
+    """Give each parameter one type: the first of several alternatives, and a string if there is none."""
     return [
         {**tool, "function": {**tool["function"], "parameters": _plain(tool["function"].get("parameters") or {})}}
         for tool in tools

@@ -50,13 +50,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """What an answer consists of."""
+    """What the lines of one answer depend on besides the output."""
 
     model: str  # as the request names it
     format: OutputFormat
     arrival_s: float  # perf_counter() when the request arrived
-    is_chat: bool  # else of /api/generate
-    context: tuple[int, ...] | None = None  # the prompt's ids, if the answer ends with those of both
+    is_chat: bool  # False: /api/generate
+    context: tuple[int, ...] | None = None  # the prompt's ids, if the answer returns those of prompt and output
 
     def body(self, piece: Piece, **fields: Any) -> Answer:
         heading: dict[str, Any] = {"model": self.model, "created_at": now(), **fields}
@@ -71,7 +71,7 @@ class AnswerForm:
         return self.body(Piece(), done=True, done_reason=reason)
 
     def final_fields(self, last: Delta, output_ids: list[int]) -> dict[str, Any]:
-        """The fields of the answer's end."""
+        """The fields at the end of an answer."""
         fields: dict[str, Any] = {
             "done": True,
             "done_reason": last.finish_reason,
@@ -87,7 +87,7 @@ class AnswerForm:
 def durations(timing: Timing | None, total_s: float, arrival_s: float) -> dict[str, int]:
     """Ollama's durations in ns, none of which is negative; the total is at least the sum of the others.
 
-    Loading is all that precedes the prompt's computation: reading the request, and its wait in the queue."""
+    Loading is everything before the prompt is computed: reading the request, and its wait in the queue."""
     if timing is None:
         return {"total_duration": _ns(total_s)}
     prompt_ns = _ns(timing.first_token_s - timing.scheduled_s)
@@ -107,7 +107,7 @@ def _ns(seconds: float) -> int:
 
 
 class MessageReader:
-    """Reads the pieces of one message from deltas. Calls are held back until they are complete."""
+    """Extracts the pieces of one message from deltas. Calls are held back until they are complete."""
 
     def __init__(self, format: OutputFormat) -> None:
         self._format = format
@@ -117,11 +117,11 @@ class MessageReader:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every text is content, unchanged."""
+        """Whether all text is content, unchanged."""
         return self._parser.is_plain
 
     def read(self, delta: Delta) -> Piece:
-        """What is now final of the message."""
+        """The parts of the message that are now final."""
         events = self._parser.push(delta.text, len(delta.token_ids))
         if delta.finish_reason is not None:
             events += self._parser.flush()
@@ -152,7 +152,7 @@ class MessageReader:
         if call is None:
             return
         arguments = _object_of(call.arguments)
-        if arguments is None:  # cut short, or not as the tool's format wants it: shown as it is
+        if arguments is None:  # cut short or malformed: returned as text
             piece.content += f"{call.name}({call.arguments})"
             return
         function = CalledFunction(index=self._num_calls, name=call.name, arguments=arguments)
@@ -161,7 +161,7 @@ class MessageReader:
 
 
 def _object_of(text: str) -> dict[str, Any] | None:
-    """A JSON object; {} of an empty text, None of anything else."""
+    """The text as a JSON object; {} if it is empty, None if it is anything else."""
     if not text.strip():
         return {}
     try:
@@ -190,7 +190,7 @@ async def whole_answer(state: ServerState, job: Job, form: AnswerForm) -> Answer
 class AnswerLines:
     """An answer as lines of JSON: pieces of the message, each when it is final; at the end, counts and durations.
 
-    A plain text's line is made of bytes that were serialized once."""
+    Lines of plain text reuse bytes that were serialized once."""
 
     media_type = NDJSON
 
@@ -203,7 +203,7 @@ class AnswerLines:
         self._is_plain = self._reader.is_plain
 
     def keepalive(self) -> bytes:
-        return self._content.with_text("")  # clients add what each line has, and a blank line is an error to some
+        return self._content.with_text("")  # clients append each line's text, and some fail on a blank line
 
     def begin(self) -> bytes:
         return b""
@@ -239,7 +239,7 @@ class AnswerLines:
 
 
 class _PlainLine:
-    """A line that differs from others in its time and one text."""
+    """A line of which only the time and one text vary."""
 
     def __init__(self, form: AnswerForm, example: Piece) -> None:
         body = form.body(example).model_copy(update={"created_at": _TIME_MARK})

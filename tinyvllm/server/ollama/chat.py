@@ -50,7 +50,7 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
 async def answer(
     state: ServerState, body: GenerationRequest, ids: list[int], params: SamplingParams, form: AnswerForm
 ) -> Response:
-    """Generate, and answer as the request wants it."""
+    """Generate, and answer whole or streamed, as the request asks."""
     heading = make_heading(state, "chat-" if form.is_chat else "gen-")
     job = Job([PromptCall(ids, params, request_id=heading.id)], n=1, arrival_s=form.arrival_s)
     if body.is_streamed:
@@ -62,7 +62,7 @@ def _read(state: ServerState, body: ChatRequest, options: Options) -> tuple[Prom
     """The prompt and the sampling parameters. Runs on a worker thread."""
     tools = body.tools or []
     messages = canonical_messages(body.messages or [])
-    # as in Ollama, the model goes on with an answer that the conversation ends with
+    # as in Ollama, the model continues an answer at the end of the conversation
     is_begun = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
     continues = is_begun and bool(messages[-1]["content"].strip())
     conversation = Conversation(
@@ -97,10 +97,10 @@ def params_of(
 
 
 def canonical_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as all APIs hand them over.
+    """The messages in the form that all APIs pass on.
 
-    Ollama's calls need no ids, and results name a function at most: a call without an id gets one, and a result without
-    one belongs to the first call of that name that has no result yet, or to the first at all if it names none."""
+    Ollama's calls need no ids, and results at most name a function. A call without an id gets one. A result without one
+    belongs to the first call of its name that has no result yet, or to the first of all calls if it has no name."""
     canonical: list[dict[str, Any]] = []
     open_calls: list[tuple[str, str]] = []  # (id, name) of calls without a result
     num_calls = 0
@@ -123,7 +123,7 @@ def canonical_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _result_fields(message: Message, open_calls: list[tuple[str, str]]) -> dict[str, str]:
-    """The call that a result belongs to, which is taken from `open_calls`."""
+    """The fields that name the call of a result, which is removed from `open_calls`."""
     fields = {"tool_call_id": message.tool_call_id, "name": message.tool_name}
     for position, (call_id, name) in enumerate(open_calls):
         is_its = call_id == message.tool_call_id if message.tool_call_id else message.tool_name in (None, "", name)

@@ -32,7 +32,7 @@ router = make_router()
 
 
 def _check_input(value: object) -> object:
-    """One text or several, as a list; an empty text alone, or null, is no text."""
+    """One text or several, as a list. A single empty text, or null, gives an empty list."""
     if value is None or isinstance(value, str):
         return [value] if value else []
     if isinstance(value, list) and all(isinstance(text, str) for text in value):
@@ -76,7 +76,7 @@ class EmbeddingsAnswer(BaseModel):
 
 @router.post("/api/embed", response_model=EmbedAnswer)
 async def embed(body: EmbedRequest, request: HttpRequest) -> Response:
-    """A unit vector for each text, pooled as the model's own files say; without them, the mean of its states."""
+    """A unit vector for each text, pooled as the model's files say, or else the mean of its states."""
     return await until_disconnect(request.receive, _embed(state_of(request), body))
 
 
@@ -111,7 +111,7 @@ async def _embed_one(state: ServerState, body: EmbeddingsRequest) -> Response:
 async def _read(
     state: ServerState, body: EmbedRequest | EmbeddingsRequest, texts: list[str], *, is_truncated: bool
 ) -> list[list[int]]:
-    """Each text's ids, after the checks of the request."""
+    """Each text's ids, after checking the request."""
     state.require_ready()
     require_model(state, body.model)
     body.log_unknown()
@@ -152,7 +152,7 @@ async def _vectors(state: ServerState, texts: list[list[int]], arrival_s: float)
 
 
 def _shortened(vector: NDArray[np.float32], dimensions: int | None) -> list[float]:
-    """The first numbers, again with length 1; all of them if `dimensions` is 0, null or not fewer."""
+    """The first numbers, normalized to length 1; all of them if `dimensions` is 0, null or not smaller."""
     if dimensions and dimensions < len(vector):
         vector = vector[:dimensions]
         vector = (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)

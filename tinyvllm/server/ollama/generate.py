@@ -76,7 +76,7 @@ def _read(state: ServerState, body: GenerateRequest, options: Options) -> tuple[
 
 
 def _plain_prompt(state: ServerState, body: GenerateRequest) -> Prompt:
-    """The prompt as it is, without a template; after the system message, if the model has no template for it."""
+    """The prompt without a template; preceded by the system message if the model has no template."""
     text = f"{body.system}\n\n{body.prompt}" if body.system else body.prompt or ""
     with request_span(measure.TOKENIZE):
         ids = state.engine.tokenizer.encode(text)
@@ -84,8 +84,8 @@ def _plain_prompt(state: ServerState, body: GenerateRequest) -> Prompt:
 
 
 def _middle_prompt(state: ServerState, body: GenerateRequest, options: Options) -> Prompt:
-    """The prompt for the text between `prompt` and `suffix`. If both do not fit, what is nearest to the middle is kept:
-    three parts of the one, and one of the other."""
+    """The prompt for the text between `prompt` and `suffix`. If they do not fit, the text nearest to the middle is
+    kept, three quarters of it from `prompt`."""
     tokenizer, prefix, suffix = state.engine.tokenizer, body.prompt or "", body.suffix or ""
     room = context_of(state, options) - 1
     with request_span(measure.TOKENIZE):
@@ -101,7 +101,7 @@ def _middle_prompt(state: ServerState, body: GenerateRequest, options: Options) 
 
 
 def _after_context(state: ServerState, context: list[int], ids: list[int]) -> list[int]:
-    """`ids` after those of an earlier answer's `context`, without a second BOS. Raises RequestError for unknown ids."""
+    """`context` of an earlier answer, then `ids` without a second BOS. Raises RequestError for unknown ids."""
     check_ids(state, [max(context)], None, param="context")
     bos_id = state.engine.tokenizer.bos_id
     return context + (ids[1:] if bos_id is not None and ids[:1] == [bos_id] else ids)

@@ -18,7 +18,7 @@ FOREVER_S = 2**63 / 1e9  # Go's longest duration, 292 years
 
 
 def read_duration(value: object) -> object:
-    """Seconds; infinite for a negative duration, which means forever, and for more than Go can count; None for null,
+    """Seconds. Infinite for a negative duration, which means forever, and for more than Go can count. None for null,
     which means the server's default.
 
     Accepts a number of seconds, also as a string, and Go's durations: "5m", "1h30m", "300ms".
@@ -38,7 +38,7 @@ def read_duration(value: object) -> object:
 
 
 def _in_reach(seconds: float) -> float:
-    """Compared before it is converted: an int of 400 digits is no float, and no date lies that far ahead."""
+    """Compared before it is converted, because an int of 400 digits does not fit into a float."""
     return float(seconds) if 0 <= seconds <= FOREVER_S else math.inf
 
 

@@ -1,6 +1,4 @@
-"""POST /api/pull, and the routes that change which models a server has: this server refuses those, and says what to do
-instead.
-"""
+"""POST /api/pull, and the routes that change which models a server has, which are refused with what to do instead."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ class CopyRequest(BaseModel):
 
 @router.post("/api/pull", response_model=Progress, responses=openapi_lines(Progress))
 async def pull_model(body: PullRequest, request: Request) -> Response:
-    """Download a model, unless it is there. The server does not serve it by that."""
+    """Download a model, unless it is there. This does not make the server serve it."""
     lines = _progress(request, body.model_name)
     if body.stream is not False:
         return StreamingResponse(_as_json(lines, request.url.path), media_type=NDJSON)
@@ -52,7 +50,7 @@ async def pull_model(body: PullRequest, request: Request) -> Response:
 
 
 def _progress(request: Request, name: str) -> AsyncIterator[Progress]:
-    """Lines of progress, which raise what the download raises. Raises UnknownModelError for a name of no model."""
+    """Lines of progress, which raise what the download raises. Raises UnknownModelError for an unknown name."""
     known = [known for model in shelf_of(request).models() for known in model.names]
     if is_name_of(name, known):
         return _progress_of(None)
@@ -74,7 +72,7 @@ async def _as_json(lines: AsyncIterator[Progress], path: str) -> AsyncIterator[b
     try:
         async for line in lines:
             yield line.model_dump_json().encode() + b"\n"
-    except Exception as error:  # any error: a stream that just ended would look complete
+    except Exception as error:  # any error: a stream that simply ended would look complete
         yield failure_of(error).event(path)
 
 
@@ -101,7 +99,7 @@ async def create_model(body: NamedRequest) -> None:
 @router.post("/api/push")
 async def push_model(body: NamedRequest) -> None:
     """Refused."""
-    _refuse("push", "upload the model's files to where they are wanted")
+    _refuse("push", "upload the model's files yourself")
 
 
 @router.head("/api/blobs/{digest}", include_in_schema=False)
@@ -113,7 +111,7 @@ async def has_blob(digest: str) -> Response:
 @router.post("/api/blobs/{digest}")
 async def add_blob(digest: str, request: Request) -> None:
     """Refused."""
-    async for _ in request.stream():  # a client that is still writing would not see the answer
+    async for _ in request.stream():  # a client that is still sending would not see the answer
         pass
     _refuse("blobs", "pull a model, or start the server with its files")
 

@@ -1,4 +1,4 @@
-"""What /api/tags, /api/ps and /api/show say of a model, from its files. Nothing of it tells where the files are."""
+"""What /api/tags, /api/ps and /api/show say about a model, from its files. It does not reveal where they are."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TEMPLATE_KEY = "tokenizer.chat_template"
-# Ollama's names of parameters -> those of GenerationDefaults
+# Ollama's names of parameters -> GenerationDefaults'
 _PARAMETERS = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -99,20 +99,20 @@ class Description:
         return info
 
     def parameters(self, max_model_len: int | None) -> dict[str, int | float]:
-        """What applies to a request that does not say otherwise, as far as the model's files or the server say it."""
+        """The defaults of requests that the model's files or the server set."""
         given = {name: getattr(self.defaults, field) for name, field in _PARAMETERS.items()}
         return {name: value for name, value in {"num_ctx": max_model_len, **given}.items() if value is not None}
 
 
 def describe(model: ShelvedModel) -> Description | None:
-    """Reads files, so it belongs on a worker thread. None if they are not on this machine or cannot be read."""
+    """A model's description; None if its files are not on this machine or cannot be read. For a worker thread."""
     try:
         files = model.files()
         if files is None:
             return None
         summary = summarize(files)
         return _describe(files.kind, files.path, summary, model.chat_template, model.reasoning_parser)
-    except Exception as error:  # damaged files fail in the libraries that read them, in as many ways as there are
+    except Exception as error:  # damaged files can raise anything in the libraries that read them
         log.warning("the files of %s cannot be described: %s", model.name, error)
         return None
 

@@ -1,6 +1,6 @@
 """GET /api/tags, /api/ps and /api/version, POST /api/show: the models that this server has.
 
-These routes read the shelf alone, so that they answer while a model is still loading.
+These routes read only the shelf, so that they answer while a model is still loading.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tinyvllm.server.ollama.wire import API_VERSION, make_router, tagged, unknow
 from tinyvllm.server.openai.protocol.common import optional
 from tinyvllm.server.shelf import ShelvedModel, shelf_of
 
-NEVER_S = 10_982_044_800  # the year 2318, as Ollama says of a model that stays loaded
+NEVER_S = 10_982_044_800  # until the year 2318: Ollama's value for a model that stays loaded
 COPILOT = "GitHubCopilotChat/"  # names models by `general.basename`; Ollama gives it the name that requests use
 UNKNOWN_DIGEST = "0" * 64  # of a model whose files are not on this machine
 
@@ -98,7 +98,7 @@ class ModelDescription(BaseModel):
 @router.get("/api/version")
 @router.head("/api/version", include_in_schema=False)
 async def version() -> Version:
-    """The version of Ollama whose API this is, because clients compare it with the one that they need."""
+    """The version of Ollama that this API follows, because clients require a minimum."""
     return Version(version=API_VERSION)
 
 

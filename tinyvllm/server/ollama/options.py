@@ -1,8 +1,8 @@
 """`options`: how a request samples, under Ollama's names. Null means the default.
 
-What a request leaves out is the model's own recommendation (generation_config.json, or general.sampling.* of a GGUF
-file), else Ollama's default. Options that no request can set here, because they belong to the start of a server, are
-ignored, and so are unknown ones, as in Ollama: with one log line for each name.
+The defaults are the model's own recommendations (generation_config.json, or general.sampling.* of a GGUF file), else
+Ollama's. Options that only matter when a model is started cannot be set by a request here. They are ignored and, like
+unknown ones, logged once for each name.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _OF_THE_SERVER = frozenset((
 class Options:
     """Checked options."""
 
-    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of SamplingParams that are given
-    num_predict: int | None = None  # the most tokens of the answer; None: as many as fit
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the given fields of SamplingParams
+    num_predict: int | None = None  # maximum tokens of the answer; None: as many as fit
     num_ctx: int | None = None  # tokens of prompt and answer together; None: the server's context
     num_keep: int = DEFAULT_NUM_KEEP  # first tokens of a prompt that is cut; negative: all that fit
 
@@ -57,12 +57,12 @@ def read_options(given: Mapping[str, Any] | None) -> Options:
         elif name not in _OF_THE_SERVER:
             warn_once("option %s is not supported here: ignored", name)
     sampling = {field: found[name] for name, field in _SAMPLING.items() if name in found}
-    if found.get("repeat_last_n") == 0:  # penalties look at no token
+    if found.get("repeat_last_n") == 0:  # penalties apply to no token
         for field in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
             sampling[field] = 1.0 if field == "repetition_penalty" else 0.0
     elif "repeat_last_n" in found:
         warn_once("option %s is ignored: penalties apply to all tokens", "repeat_last_n")
-    if sampling.get("seed", 0) < 0:  # Ollama's way to ask for a random one
+    if sampling.get("seed", 0) < 0:  # in Ollama, a random one
         del sampling["seed"]
     if sampling.get("top_p") == 0.0:  # llama.cpp keeps the likeliest token
         sampling["top_p"], sampling["top_k"] = 1.0, 1
@@ -93,7 +93,7 @@ def _integer(name: str, value: object) -> int:
 
 
 def _strings(name: str, value: object) -> list[str]:
-    """Also one string, which Ollama's own clients refuse to send and others do."""
+    """A list of strings, or one string, which some clients send."""
     given = [value] if isinstance(value, str) else value
     if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
         raise _wrong_type(name, "a list of strings")
@@ -101,7 +101,7 @@ def _strings(name: str, value: object) -> list[str]:
 
 
 def _share(name: str, value: object) -> float:
-    """A probability, of which 1 and all above mean the same."""
+    """A probability; values above 1 mean 1."""
     return min(_number(name, value), 1.0)
 
 

@@ -1,9 +1,9 @@
-"""Prompts that fit: what is left out of a conversation or a text that is longer than the context.
+"""Prompts that fit: shortens a conversation or a text that is longer than the context.
 
 The rules are Ollama's (server/prompt.go, and the truncation of its runners), with additions. The result of a call is
-never kept without the call, nor a call without the user's message that led to it, so that a long loop of an agent keeps
-its task. Ollama goes on generating when the context is full, without the oldest half; here the answer ends with
-done_reason "length", so room for an answer is left when messages are dropped anyway.
+never kept without the call, nor a call without the user message that led to it, so that an agent in a long loop keeps
+its task. When the context is full, Ollama drops the oldest half and continues generating; here the answer ends with
+done_reason "length". So when messages are dropped, room is left for an answer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def context_of(state: ServerState, options: Options) -> int:
 def fitting_prompt(state: ServerState, conversation: Conversation, options: Options) -> Prompt:
     """The prompt of the conversation, without its oldest messages if it would not fit otherwise.
 
-    System messages and the last message are always kept. What is too long even so is cut as by `cut_ids`."""
+    System messages and the last message are always kept. If they are too long, the prompt is cut by `cut_ids`."""
     context = context_of(state, options)
     prompt = make_prompt(conversation, state.engine)
     if len(prompt.ids) >= context:
@@ -50,7 +50,7 @@ def fitting_prompt(state: ServerState, conversation: Conversation, options: Opti
 
 
 def _without_oldest(state: ServerState, conversation: Conversation, max_tokens: int) -> Prompt:
-    """The prompt of as many of the latest messages as fit into max_tokens; of the fewest possible if none do."""
+    """The prompt of as many of the latest messages as fit into max_tokens, or of the fewest possible if none do."""
     messages = conversation.messages
     starts = [at for at in range(1, len(messages)) if messages[at]["role"] in ("user", "assistant")]
     starts = starts or [len(messages) - 1]
@@ -72,7 +72,7 @@ def _without_oldest(state: ServerState, conversation: Conversation, max_tokens: 
 
 
 def latest(messages: Sequence[Mapping[str, Any]], start: int) -> list[Mapping[str, Any]]:
-    """The messages from `start` on. Of those before, the system messages, and the user's that `start` answers."""
+    """The messages from `start` on, and before them the system messages and the user message that `start` answers."""
     question = -1
     if messages[start]["role"] != "user":
         question = next((at for at in reversed(range(start)) if messages[at]["role"] == "user"), -1)
@@ -89,7 +89,7 @@ def cut_ids(ids: list[int], max_tokens: int, num_keep: int) -> list[int]:
 
 
 def output_limit(state: ServerState, ids: list[int], options: Options, *, param: str) -> int:
-    """The most tokens of the answer: num_predict, but no more than fit after the prompt.
+    """Maximum tokens of the answer: num_predict, but no more than fit after the prompt.
 
     Raises RequestError for a prompt that can never run."""
     check_ids(state, ids, None, param=param)

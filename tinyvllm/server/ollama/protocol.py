@@ -1,6 +1,6 @@
 """Requests and answers of the routes that generate. Fields are those of Ollama's api/types.go.
 
-Requests are strict, as Ollama's are, but for what its clients differ in. Unknown fields are ignored with a log line.
+Requests are strict, as Ollama's are, except where its clients differ. Unknown fields are ignored and logged.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Request(BaseModel):
 
     def log_unknown(self) -> None:
         for name in self.model_extra or {}:
-            warn_once("the field %s is not one of Ollama's API here: ignored", name)
+            warn_once("the request field %s is unknown and has no effect", name)
 
 
 class PastFunction(BaseModel):
@@ -154,7 +154,7 @@ class ChatRequest(GenerationRequest):
         for position, name in enumerate(names):
             if name in names[:position]:
                 param = f"tools.{position}"
-                raise RequestError(f"{param} is named {name!a:.80}, as another one is: give each a name", param=param)
+                raise RequestError(f"{param} is {name!a:.80}, as is another tool's: give each its own", param=param)
         self.log_unknown()
 
 
@@ -230,7 +230,7 @@ class _Heading(BaseModel):
 
 
 class Answer(_Heading):
-    """What answers of both routes share, whole or a piece of a stream. Durations are in nanoseconds."""
+    """Fields of both routes' answers, whole or streamed. Durations are in nanoseconds."""
 
     done: bool = False
     done_reason: str | None = optional()  # stop, length, load or unload

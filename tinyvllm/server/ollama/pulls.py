@@ -24,7 +24,7 @@ from tinyvllm.storage.resolve import is_pullable, models_dir
 log = logging.getLogger(__name__)
 
 MAX_PULLS = 4  # at a time
-REPEAT_S = 5.0  # a line is repeated after so long without news, because proxies end silent streams
+REPEAT_S = 5.0  # a line is repeated after this long without news, because proxies close silent streams
 HUB_PREFIXES = ("hf.co/", "huggingface.co/")  # with which Ollama's clients name the hub's models
 
 
@@ -38,7 +38,7 @@ class Progress(BaseModel):
 
 
 def pulled_name(name: str) -> str:
-    """The name by which storage knows a model. Raises UnknownModelError if it is none that can be downloaded."""
+    """The name by which storage knows a model. Raises UnknownModelError if it cannot be downloaded."""
     plain = name.removesuffix(DEFAULT_TAG)
     for prefix in HUB_PREFIXES:
         plain = plain.removeprefix(prefix)
@@ -59,9 +59,9 @@ class _Stage:
 
 
 class Pull:
-    """One download, on a thread of its own. Goes on when its followers leave, so that others may wait for it again.
+    """One download, on a thread of its own. It continues when its followers leave, so that others may follow it later.
 
-    Used on the event loop, except for what its name says is on the thread."""
+    Used on the event loop, except for methods whose names say that they run on the thread."""
 
     def __init__(self, name: str) -> None:
         self.name = name

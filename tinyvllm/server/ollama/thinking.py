@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def template_arguments(engine: AsyncEngine, think: bool | str | None, model: str) -> dict[str, Any]:
     """The template's variables. As in Ollama, a model that can reason does, unless the request says otherwise.
 
-    Raises RequestError if the request wants a model to reason that does not."""
+    Raises RequestError if the request wants reasoning and the model has none."""
     can_think = engine.chat_template is not None and (
         Formats.find(engine.config, engine.chat_template.source).reasoning is not None
     )

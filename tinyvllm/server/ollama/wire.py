@@ -19,7 +19,7 @@ from tinyvllm.server.intake import is_name_of
 if TYPE_CHECKING:
     from tinyvllm.server.state import ServerState
 
-API_VERSION = "0.32.15"  # of Ollama, whose API these routes follow; clients ask for a minimum
+API_VERSION = "0.32.15"  # of Ollama's API that these routes follow; clients require a minimum
 DEFAULT_TAG = ":latest"
 _JSON_TYPE = (b"content-type", b"application/json")
 
@@ -69,7 +69,7 @@ def require_model(state: ServerState, name: str) -> None:
 
 
 def unknown_model(name: object, known: Collection[str]) -> UnknownModelError:
-    """In Ollama's words, which clients look for; and the models that there are."""
+    """The error in Ollama's wording, which clients look for, with the served names."""
     return UnknownModelError(f"model {name!a} not found: this server has {', '.join(map(repr, known))}")
 
 

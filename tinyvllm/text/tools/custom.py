@@ -75,8 +75,8 @@ _UNFINISHED = re.compile(r"\\(u[0-9a-fA-F]{0,3})?|\\u[dD][89abAB][0-9a-fA-F]{2}(
 class InputReader:
     """Reads the text of a custom tool's call from the call's arguments while they arrive.
 
-    A model may write other arguments than it was offered. These are the text themselves, and final at the end only.
-    The pieces, joined, do not depend on how the arguments are divided between pushes.
+    A model may write other arguments than it was offered. Then the arguments themselves are the text, which is final
+    only at the end. The joined pieces do not depend on how the arguments are divided between pushes.
     """
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ def _unescaped(piece: str) -> str:
 
 
 def _other_text(arguments: str) -> str:
-    """The text of arguments that do not begin as they should: their only value if it is a string, else all of them."""
+    """The text of unexpected arguments: their only value if it is a string, else all of them."""
     try:
         value = json.loads(arguments)
     except (ValueError, RecursionError):

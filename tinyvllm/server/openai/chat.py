@@ -92,7 +92,7 @@ def conversation_of(body: ChatRequest) -> Conversation:
     continues = bool(body.continue_final_message)
     return Conversation(
         messages=[message.for_template() for message in body.messages],
-        # naming a function asks for one call of it
+        # naming a function requests a single call
         is_parallel=body.parallel_tool_calls is not False and choice.named_tool is None and not body.uses_functions,
         grammar=body.grammar(),
         shows_reasoning=body.include_reasoning is not False,

@@ -85,15 +85,15 @@ async def chat_answer(
 
 @dataclass(frozen=True)
 class TokenForm:
-    """What an answer shows of token ids."""
+    """Which token ids an answer includes."""
 
-    prompt_ids: list[int] | None = None  # None: it shows none
-    names_ids: bool = False  # logprobs name tokens by their ids
+    prompt_ids: list[int] | None = None  # None: no ids
+    names_ids: bool = False  # logprobs name tokens by id
 
 
 @dataclass(frozen=True)
 class CallForm:
-    """How calls are written for a client."""
+    """The form of calls for a client."""
 
     toolbox: Toolbox = NO_TOOLS
     uses_functions: bool = False  # OpenAI's form before tools: a message has one call, without an id
@@ -159,7 +159,7 @@ class _CallDeltas:
         return [ChatDelta(tool_calls=[ToolCallDelta(index=piece.index, function=function)])]
 
     def end(self) -> list[ChatDelta]:
-        """What remains of a custom call, before the next one or at the end."""
+        """The rest of a custom call, before the next one or at the end."""
         reader, self._reader = self._reader, None
         return [] if reader is None else self._input(reader.flush())
 
@@ -201,7 +201,7 @@ class ChatEvents(ChunkEvents):
         return events + b"".join(map(self._chunk, others))
 
     def _write(self, item: Item) -> bytes:
-        """The events of an item, made from models."""
+        """The events of an item, serialized from models."""
         self._tally.add(item)
         parser = self._parsers[item.choice]
         shows_ids = self._tokens.prompt_ids is not None
@@ -221,7 +221,7 @@ class ChatEvents(ChunkEvents):
             deltas += calls.end()
         choices = [ChatChunkChoice(index=item.choice, delta=delta) for delta in deltas]
         token_ids = None if self._tokens.prompt_ids is None else list(delta.token_ids)
-        if delta.logprobs or token_ids:  # with the pieces that are now final, of which there may be none
+        if delta.logprobs or token_ids:  # with the pieces that are now final, if any
             if not choices:
                 choices = [ChatChunkChoice(index=item.choice, delta=ChatDelta(content=""))]
             choices[0].token_ids = token_ids

@@ -1,4 +1,4 @@
-"""How relevant a document is to a query, in whichever way the model says it.
+"""How relevant a document is to a query, by the method that the model supports.
 
 - An embedding model: the cosine of the two texts' embeddings.
 - A reranker: Qwen3-Reranker's prompt asks whether the document meets the query. The score is the probability of "yes"
@@ -42,7 +42,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Scores:
-    """A score for each pair, and the tokens that were computed for all of them."""
+    """A score for each pair, and the number of tokens that were computed."""
 
     values: list[float]
     num_tokens: int

@@ -1,4 +1,4 @@
-"""From deltas to the items of a response, and the events that report them as they grow."""
+"""Converts deltas to the items of a response, and the events that report them as they grow."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from tinyvllm.engine.output import Delta
 
 Event = dict[str, Any]
-# The codes that OpenAI's document has for a response's error, by the type of ours
+# OpenAI's codes for a response's error, by our error types
 _FAILURES = {"invalid_request_error": "invalid_prompt", "rate_limit_error": "rate_limit_exceeded"}
 _TEXT_DELTA = "response.output_text.delta"
 
@@ -71,13 +71,13 @@ class ResponseWriter:
         self._number = 0
         self._is_open = False
         self._logprobs: list[ChatTokenLogprob] = []  # of tokens whose text has not been written yet
-        self._texts: list[str] = []  # of the last item: what its part will contain when it is closed
+        self._texts: list[str] = []  # of the last item's part, until it is closed
         self._text_event: _TextEvent | None = None  # while the last item is a message
 
-    NUM_QUEUED_EVENTS = 2  # that `begin` writes for a response in the background
+    NUM_QUEUED_EVENTS = 2  # that `begin` writes for a background response
 
     def begin(self, *, is_queued: bool = False) -> Iterator[Event]:
-        """is_queued: the response is in the background, and `progress` follows once there is output."""
+        """is_queued: for a background response; `progress` follows once there is output."""
         self.answer.status = "queued" if is_queued else "in_progress"
         for kind in ("response.created", f"response.{self.answer.status}"):
             yield self._event(kind, response=_dump(self.answer))
@@ -153,7 +153,7 @@ class ResponseWriter:
             yield self._item_event("response.function_call_arguments.delta", delta=arguments)
         elif self._input is not None:
             yield from self._grow_input(self._input.push(arguments))
-        else:  # of a search for tools, whose arguments are an object
+        else:  # a search for tools, whose arguments are an object
             self._texts.append(arguments)
 
     def _grow_input(self, text: str) -> Iterator[Event]:
@@ -220,7 +220,7 @@ class ResponseWriter:
         yield self._event("response.output_item.done", output_index=len(self.answer.output) - 1, item=item.model_dump())
 
     def _end_item(self, item: OutputItem) -> Iterator[Event]:
-        """The events that repeat what an item has become."""
+        """The events with an item's final content."""
         match item:
             case FunctionCallItem():
                 yield self._item_event(
@@ -283,14 +283,14 @@ class ResponseWriter:
         yield self._event("error", error=shown, **{name: shown[name] for name in ("code", "message", "param")})
 
     def cancel(self) -> Iterator[Event]:
-        """The last events of a response that is cancelled. OpenAI's document has no event for it; clients skip it."""
+        """The last events of a cancelled response. OpenAI documents no event for it; clients skip it."""
         yield from self._close("incomplete")
         self.answer.status = "cancelled"
         yield self._event("response.cancelled", response=_dump(self.answer))
 
 
 class _TextEvent:
-    """The event of a text in one message: its bytes around the sequence number and the text, made once."""
+    """The event of a text in one message, whose bytes around the sequence number and the text are made once."""
 
     def __init__(self, example: Event) -> None:
         """example: with the number 0 and the text MARK."""

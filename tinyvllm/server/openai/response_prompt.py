@@ -1,4 +1,4 @@
-"""From the items of a response's conversation to its prompt, shortened to the context if the request allows it."""
+"""Makes the prompt of a response from its conversation's items, shortened to fit if the request allows it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _make_prompt(state: ServerState, body: ResponsesRequest, messages: Sequence[
 
 
 def _is_unfinished(last: InputItem, messages: Sequence[Message]) -> bool:
-    """Whether the input ends with a part of a message, which the model continues, as in vLLM."""
+    """Whether the input ends with an incomplete message, which the model continues, as in vLLM."""
     is_part = (
         last.type == "message" and last.role == "assistant" and last.get("status") in ("in_progress", "incomplete")
     )
@@ -72,13 +72,13 @@ def _is_unfinished(last: InputItem, messages: Sequence[Message]) -> bool:
 
 # ---- Truncation ----
 
-_OUTPUT_SHARE = 4  # one part in so many of the context is left for an output whose limit is not given
+_OUTPUT_SHARE = 4  # 1/4 of the context is left for output if the request sets no limit
 
 
 def _truncated(state: ServerState, body: ResponsesRequest, messages: Sequence[Message]) -> Prompt | None:
     """The prompt without the oldest messages, so that it fits; None if not even the latest ones do.
 
-    Removes the fewest units of `_units` from the oldest on, whose number bisection finds: a prompt takes milliseconds.
+    Removes as few of the oldest `_units` as possible, found by bisection, because a prompt takes milliseconds.
     """
     room = state.context_limit - (body.max_output_tokens or state.context_limit // _OUTPUT_SHARE)
     units = _units(messages)
@@ -96,10 +96,10 @@ def _truncated(state: ServerState, body: ResponsesRequest, messages: Sequence[Me
 
 
 def _units(messages: Sequence[Message]) -> list[list[int]]:
-    """Positions of the messages that may be removed, in the order of removal, grouped by what belongs together.
+    """Positions of messages that may be removed, in order of removal, grouped by what belongs together.
 
-    First whole turns: a message of the user with all that answers it. Then, of the last turn, each message of the
-    assistant with the results of its calls, but for the latest. System messages and the last turn's user message stay.
+    First whole turns: a user message with everything that answers it. Then, in the last turn, each assistant message
+    with the results of its calls, except for the latest. System messages and the last turn's user message stay.
     """
     turns: list[list[int]] = [[]]
     for position, message in enumerate(messages):

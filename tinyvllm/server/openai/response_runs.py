@@ -1,6 +1,6 @@
-"""How a response comes to be: while its request waits, or in the background.
+"""Generates a response, while its request waits or in the background.
 
-A response in the background outlives its request. It is stored from the beginning, so clients can poll it, cancel it,
+A background response outlives its request. It is stored from the beginning, so clients can poll it, cancel it,
 and read its events from any one on.
 """
 
@@ -66,7 +66,7 @@ class BackgroundRun:
         self._stored = StoredResponse(writer.answer, items, self)
 
     async def start(self, state: ServerState, job: Job) -> None:
-        """Returns once the engine has the request. Raises what keeps it from taking it."""
+        """Returns once the engine has accepted the request. Raises the error if it does not."""
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._append(self._writer.begin(is_queued=True))
         self._store.add(self._stored)
@@ -79,7 +79,7 @@ class BackgroundRun:
             raise
 
     async def _run(self, state: ServerState, job: Job, started: asyncio.Future[None]) -> None:
-        """With a context of its own, so that what the response holds of the queue is its own until it ends."""
+        """Run in a context of its own, so that the response keeps its place in the queue until it ends."""
         context = RequestContext(request_id=self._writer.answer.id)
         state.drain.begin_request()
         with as_current(context):
@@ -87,7 +87,7 @@ class BackgroundRun:
                 await state.generate(job, self)
                 started.set_result(None)
                 await self._done
-            except Exception as error:  # any error: nobody else would hear of it
+            except Exception as error:  # any error: nothing else would report it
                 if started.done():
                     self.end(error)
                 else:
@@ -122,7 +122,7 @@ class BackgroundRun:
     # ---- Called by routes ----
 
     def cancel(self) -> None:
-        """End the response as it is. A complete one stays as it is."""
+        """End the response with the output so far. A complete one is unchanged."""
         if not self.is_complete:
             self._append(self._writer.cancel())
             self._finish()

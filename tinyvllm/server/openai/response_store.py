@@ -1,7 +1,7 @@
 """A bounded store, in memory, of responses that later requests may continue.
 
-Each front-end stores those that it has made, and asks the others for one that it does not have, because a client's next
-request may come over another connection.
+Each front-end stores the responses that it made, and asks the others for one that it does not have, because a client's
+next request may arrive over another connection.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tinyvllm.server.questions import CANCEL_RESPONSE, GET_EVENTS, GET_ITEM, GET
 
 Item = Mapping[str, Any]  # of a response's input or output, as JSON values
 
-POLL_S = 0.2  # between questions for the events of a response that another front-end generates
+POLL_S = 0.2  # between requests for the events of a response that another front-end generates
 
 MAX_RESPONSES = 1000
 MAX_CHARS = 64 * 2**20  # of all conversations together
 
 
 class Run(Protocol):
-    """A response in the background: its events so far, one for each sequence number."""
+    """A background response: its events so far, one for each sequence number."""
 
     frames: list[bytes]
     is_complete: bool
@@ -41,7 +41,7 @@ class Run(Protocol):
 class StoredResponse:
     answer: ResponseAnswer
     items: tuple[Item, ...]  # the conversation that it answers, without instructions
-    run: Run | None = None  # of a response in the background, in the front-end that generates it
+    run: Run | None = None  # of a background response, in the front-end that generates it
 
     @property
     def num_chars(self) -> int:
@@ -145,24 +145,24 @@ class ResponseStore:
         return self._responses[response_id][0].as_message() if response_id in self._responses else {}
 
     def _remove(self, response_id: str) -> bool:
-        """Remove a response, and end it if it is still being generated. Whether it was there."""
+        """Remove a response, and end it if it is still being generated. Returns whether it was there."""
         if response_id not in self._responses:
             return False
         self._cancel(self._responses[response_id][0])
         return self.discard(response_id)
 
     def discard(self, response_id: str) -> bool:
-        """Remove a response, which may still be generated. Whether it was there."""
+        """Remove a response without ending its generation. Returns whether it was there."""
         if response_id not in self._responses:
             return False
         _, num_chars = self._responses.pop(response_id)
         self._num_chars -= num_chars
         return True
 
-    # ---- Responses in the background ----
+    # ---- Background responses ----
 
     async def cancel(self, response_id: str, param: str) -> StoredResponse:
-        """End a response in the background; one that is complete stays as it is. Raises UnknownResponseError, naming
+        """End a background response; a complete one is unchanged. Raises UnknownResponseError, naming
         the field `param`, if no front-end has it."""
         if response_id not in self._responses:
             for message in (await self._ask_others(CANCEL_RESPONSE, response_id)).values():
@@ -178,7 +178,7 @@ class ResponseStore:
             stored.run.cancel()
 
     def follow(self, stored: StoredResponse, after: int) -> AsyncIterator[bytes]:
-        """The events of a response in the background with a larger sequence number than `after`, as they come."""
+        """The events of a background response with a sequence number above `after`, as they come."""
         if stored.run is not None:
             return stored.run.follow(after)
         return self._follow_other(stored.answer.id, after)

@@ -50,7 +50,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response:
 
 @router.post("/v1/responses/input_tokens")
 async def count_input_tokens(body: ResponsesRequest, request: Request) -> InputTokens:
-    """The tokens that a request's prompt would have."""
+    """The number of tokens that a request's prompt would have."""
     state, store = state_of(request), store_of(request)
     check_request(state, body)
     prompt, _ = await read_prompt(state, body, await _conversation(store, body))
@@ -64,14 +64,14 @@ async def retrieve_response(
     stream: bool = False,
     starting_after: Annotated[int, Query(ge=-1)] = -1,
 ) -> Response:
-    """A response that is still stored; or with `stream`, the events of one in the background."""
+    """A stored response or, with `stream`, the events of a background one."""
     store = store_of(request)
     stored = await store.get(response_id, "response_id")
     if not stream:
         return json_response(stored.answer)
     if not stored.answer.background:
         raise RequestError(
-            "only the events of a response in the background are kept: leave stream out, or create the response with "
+            "only the events of background responses are kept: leave stream out, or create the response with "
             "background=true",
             param="stream",
         )
@@ -86,11 +86,11 @@ async def delete_response(response_id: str, request: Request) -> DeletedResponse
 
 @router.post("/v1/responses/{response_id}/cancel")
 async def cancel_response(response_id: str, request: Request) -> ResponseAnswer:
-    """End a response in the background. One that is complete stays as it is."""
+    """End a background response. A complete one is unchanged."""
     store = store_of(request)
     if not (await store.get(response_id, "response_id")).answer.background:
         raise RequestError(
-            "only a response in the background can be cancelled: of any other, close the connection",
+            "only background responses can be cancelled: for others, close the connection",
             param="response_id",
         )
     return (await store.cancel(response_id, "response_id")).answer
@@ -104,7 +104,7 @@ async def list_input_items(
     order: Literal["asc", "desc"] = "desc",
     after: str | None = None,
 ) -> ItemList:
-    """The items that a stored response answers, those of the responses that it continues included."""
+    """The items that a stored response answers, including those of the responses that it continues."""
     items = list((await store_of(request).get(response_id, "response_id")).items)
     if order == "desc":
         items.reverse()

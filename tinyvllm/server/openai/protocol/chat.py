@@ -36,8 +36,7 @@ MAX_MESSAGES = 4096
 
 
 def past_arguments(arguments: object) -> object:
-    """The arguments of an earlier call as chat templates expect them: an object, or text if the model wrote something
-    else."""
+    """The arguments of an earlier call as chat templates expect them: an object, or the text if it is not one."""
     if not isinstance(arguments, str):
         return {} if arguments is None else arguments
     try:
@@ -82,7 +81,7 @@ class PastCall(BaseModel):
         return call if self.id is None else {"id": self.id, **call}
 
 
-# Fields of a message that servers send and that say nothing to a model.
+# Fields of a message that servers send and that mean nothing to a model.
 _NOT_FOR_TEMPLATES = ("annotations", "audio", "function_call", "reasoning", "refusal", "tool_calls")
 # Roles in templates, where they differ.
 _TEMPLATE_ROLES = {"developer": "system", "function": "tool"}
@@ -108,12 +107,12 @@ class Message(BaseModel):
         return value
 
     def check(self, param: str) -> None:
-        """Raise RequestError for what contradicts the role."""
+        """Raise RequestError for fields that contradict the role."""
         if self.content is None and self.role in ("system", "developer", "user"):
             raise RequestError(f"{param} has no content: give a string or text parts", param=f"{param}.content")
         if (self.tool_calls or self.function_call) and self.role != "assistant":
             name = "tool_calls" if self.tool_calls else "function_call"
-            raise unsupported(f"{param}.{name}", "...", "only messages of an assistant may have them")
+            raise unsupported(f"{param}.{name}", "...", "only assistant messages may have them")
         for position, call in enumerate(self.tool_calls or []):
             if call.function is None and call.custom is None:
                 missing = f"{param}.tool_calls.{position}.{call.type or 'function'}"
@@ -137,7 +136,7 @@ class Message(BaseModel):
         return [call.for_template() for call in calls]
 
 
-# Variables that the template's renderer sets itself.
+# Variables that the renderer sets itself.
 RESERVED_TEMPLATE_NAMES = ("self", "messages", "tools", "add_generation_prompt")
 
 
@@ -192,7 +191,7 @@ class ChatRequest(GenerationRequest):
     def _check_tools(self) -> None:
         for new, old in (("tools", "functions"), ("tool_choice", "function_call")):
             if getattr(self, new) is not None and getattr(self, old) is not None:
-                raise RequestError(f"{new} and {old} are two forms of the same: send {new}", param=old)
+                raise RequestError(f"{new} and {old} are two forms of the same field: send {new}", param=old)
 
     @cached_property
     def toolbox(self) -> Toolbox:
@@ -207,8 +206,8 @@ class ChatRequest(GenerationRequest):
         return bool(self.functions)
 
     def choice(self) -> Choice:
-        """What the model may call. Raises RequestError for tools that are wrong, and for a tool_choice that names what
-        is not there. Converts grammars, which takes milliseconds, so it belongs on a worker thread."""
+        """What the model may call. Raises RequestError for invalid tools, and for a tool_choice that names an unknown
+        one. Converts grammars, which takes milliseconds, so it belongs on a worker thread."""
         self.toolbox.check("tools" if self.functions is None else "functions")
         choice = self.tool_choice if self.function_call is None else self.function_call
         if isinstance(choice, FunctionChoice):
@@ -217,7 +216,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def token_limit(self) -> int | None:
-        """The most tokens of the answer; None: as many as fit."""
+        """Maximum tokens of the answer; None: as many as fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property

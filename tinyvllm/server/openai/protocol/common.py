@@ -26,8 +26,8 @@ def unsupported(param: str, value: object, remedy: str) -> RequestError:
 def refuse_unsupported_fields(
     extras: Mapping[str, object], refused: Mapping[str, tuple[object, ...]], ignored: Collection[str]
 ) -> None:
-    """Raise RequestError for a field of `refused`, unless its value is one of those there, which request nothing. Log
-    the names of fields that are neither there nor in `ignored`, once each."""
+    """Raise RequestError for a field in `refused`, unless its value is one of those there, which request nothing. Log
+    the names of fields in neither `refused` nor `ignored`, once each."""
     for name, value in extras.items():
         if name in refused:
             neutral = refused[name]
@@ -65,7 +65,7 @@ POOLING_IGNORED = frozenset(("metadata", "request_id", "user"))
 
 
 def optional(default: Any = None) -> Any:
-    """A field that is left out of the answer while it is None, as clients expect."""
+    """A field that the answer leaves out if it is None, as clients expect."""
     return Field(default=default, exclude_if=lambda value: value is None)
 
 
@@ -75,7 +75,7 @@ def _check_truncation(value: object) -> object:
     return value
 
 
-# vLLM's: how many tokens of a prompt are kept, and whether its beginning or its end is cut off
+# vLLM's: how many tokens of a prompt are kept, and at which side it is cut
 TruncatePromptTokens = Annotated[int | None, Field(ge=-1), BeforeValidator(_check_truncation)]
 TruncationSide = Literal["left", "right"] | None
 
@@ -97,7 +97,7 @@ def truncated(
 
 
 class PromptLogprob(BaseModel):
-    """vLLM's: the logprob of a token of the prompt, or of another one in its place."""
+    """vLLM's: the logprob of a prompt token, or of another token in its place."""
 
     logprob: float
     rank: int | None
@@ -125,13 +125,13 @@ class Usage(BaseModel):
 
 
 def effort_arguments(effort: str | None) -> dict[str, Any]:
-    """The template's variables for an effort of reasoning. It also turns reasoning on, or off for "none", in templates
-    that know only `enable_thinking`, as in vLLM."""
+    """The template's variables for a reasoning effort. As in vLLM, it also turns reasoning on, or off for "none", in
+    templates that know only `enable_thinking`."""
     return {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
 
 
 def thinking_arguments(extras: Mapping[str, Any]) -> dict[str, Any]:
-    """The template's variables for what other services call an effort: `reasoning` (OpenRouter), `thinking` (DeepSeek,
+    """The template's variables for other services' names of an effort: `reasoning` (OpenRouter), `thinking` (DeepSeek,
     Z.ai) and `enable_thinking` (DashScope), among the fields of a chat that OpenAI does not have."""
     found: dict[str, Any] = {}
     reasoning, thinking, enabled = (extras.get(name) for name in ("reasoning", "thinking", "enable_thinking"))

@@ -1,4 +1,4 @@
-"""The content of messages: a string, or parts of which this server reads text."""
+"""The content of messages: a string, or parts of which this server reads the text parts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-# What content parts of these types hold, which models here cannot read: they run text only
+# Content parts that models here cannot read, because they read text only: what each holds
 MEDIA = {
     "image": "an image",
     "image_url": "an image",
@@ -47,8 +47,8 @@ def join_parts(value: object) -> object:
 
 
 def note_media(value: object) -> object:
-    """A tool's result with notes in place of what is not text. It is not refused, because the client cannot take back
-    the call, and an agent could not go on."""
+    """A tool result with notes in place of what is not text. It is not refused, because the client cannot take back the
+    call, and an agent could not continue."""
     if not isinstance(value, list):
         return value
     return [

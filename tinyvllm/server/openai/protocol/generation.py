@@ -54,8 +54,8 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "watermarking": (False,),
 }
 
-# Known fields that do not affect the output: the caller's bookkeeping, hints to a hosted service, settings of what only
-# such a service has; and other names of an effort of reasoning, which chats read.
+# Known fields that do not affect the output: the caller's bookkeeping, hints and settings for a hosted service; and
+# other services' names of a reasoning effort, which chats read.
 # fmt: off
 _IGNORED = frozenset((
     "access_programs", "background_options", "client_metadata", "context_management", "enable_thinking", "image",
@@ -105,7 +105,7 @@ class JsonSchemaFormat(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """OpenAI's, and llama.cpp's with the schema next to the type. A schema is enforced wherever it is given."""
+    """OpenAI's form, or llama.cpp's with the schema next to the type. A schema in either place is enforced."""
 
     model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
 
@@ -226,7 +226,7 @@ class GenerationRequest(BaseModel):
     def fitted(
         self, tokenizer: Tokenizer, ids: list[int], limit: int, *, has_special_tokens: bool = False
     ) -> list[int]:
-        """A prompt's ids, shortened if the request says so. limit: of prompt and output together.
+        """A prompt's ids, shortened if the request asks for it. limit: for prompt and output together.
 
         has_special_tokens: the ids have the BOS and EOS that the tokenizer adds, which stay."""
         return truncated(
@@ -240,7 +240,7 @@ class GenerationRequest(BaseModel):
 
     @property
     def token_limit(self) -> int | None:
-        """The most tokens of output; None: as many as fit."""
+        """Maximum tokens of output; None: as many as fit."""
         return self.max_tokens
 
     @property

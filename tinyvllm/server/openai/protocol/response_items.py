@@ -1,7 +1,7 @@
 """The items of a response's input, and how they become messages for a chat template.
 
-Every type of OpenAI's document is accepted. What a model can read of an item becomes a message; the rest is skipped,
-and logged once for each type. docs/SERVING.md has the rules as a table.
+Every type that OpenAI documents is accepted. Items that a model can read become messages; the others are skipped, and
+logged once for each type. docs/SERVING.md has a table of the rules.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class InputItem(BaseModel):
     summary: Any = None
 
     def get(self, name: str) -> Any:
-        """A field that only some types have; None if it is missing."""
+        """A field that only some types have; None if missing."""
         return (self.model_extra or {}).get(name)
 
 
 def _add_type(value: object) -> object:
-    """An item that only names another one may lack its type."""
+    """Add the type to an item without one, such as a reference."""
     if isinstance(value, dict) and value.get("type") is None:
         kind = "item_reference" if "id" in value and "role" not in value and "content" not in value else "message"
         return {**value, "type": kind}
@@ -69,7 +69,7 @@ AnyItem = Annotated[InputItem, BeforeValidator(_add_type, json_schema_input_type
 
 
 def qualified(name: str, namespace: str | None) -> str:
-    """The name by which a model is offered the tool of a namespace."""
+    """The name under which a model is offered a namespace's tool."""
     return name if not namespace else f"{namespace.removesuffix('__')}__{name}"
 
 
@@ -112,7 +112,7 @@ def _add_message(messages: list[Message], at: _Position) -> None:
 
 
 def _add_reasoning(messages: list[Message], at: _Position) -> None:
-    """The full text if it is there, else our own sealed one, else the summary."""
+    """Add the full text if it is there, else the one that this server sealed, else the summary."""
     item = at.item
     text = _text(item.content or [], f"{at.param}.content") or unseal(item.get("encrypted_content"))
     text = text or _text(item.summary or [], f"{at.param}.summary")
@@ -148,7 +148,7 @@ def _add_custom_call(messages: list[Message], at: _Position) -> None:
 
 
 def _add_output(messages: list[Message], at: _Position) -> None:
-    """The result of a call that the client ran: text, or parts of which those that are not text are named only."""
+    """Add the result of a call that the client ran: text, or parts, with notes in place of those that are not text."""
     _add_result(messages, at.required("call_id"), _text(note_media(at.item.output), f"{at.param}.output"))
 
 
@@ -166,14 +166,14 @@ def _add_hosted_call(name: str, *fields: str) -> Callable[[list[Message], _Posit
 
 
 def _add_hosted_output(messages: list[Message], at: _Position) -> None:
-    """The result of one of OpenAI's own tools that the client ran."""
+    """Add the result of one of OpenAI's own tools that the client ran."""
     output = at.item.output if at.item.output is not None else at.item.get("result") or at.item.get("tools")
     text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
     _add_result(messages, at.item.call_id or at.item.id, text if output is not None else str(at.item.get("status")))
 
 
 def _add_mcp_call(messages: list[Message], at: _Position) -> None:
-    """A call that a hosted service ran: the item has its result too."""
+    """Add a call that a hosted service ran, with the result in the same item."""
     name = qualified(at.required("name"), at.item.get("server_label"))
     _add_call(messages, at.item.id, name, past_arguments(at.item.arguments))
     result = at.item.output if at.item.output is not None else at.item.get("error")
@@ -269,8 +269,8 @@ _SEAL = "tinyvllm:"
 
 
 def seal(reasoning: str) -> str:
-    """Reasoning in the form of `encrypted_content`, for clients that keep nothing else of it. It is not secret: the
-    same item has it as text."""
+    """Reasoning in the form of `encrypted_content`, for clients that keep only that. It is not secret: the same item
+    has it as text."""
     return _SEAL + base64.b64encode(zlib.compress(reasoning.encode())).decode()
 
 

@@ -61,7 +61,7 @@ def _check_input(value: object) -> object:
 
 
 class ResponseTool(BaseModel):
-    """A tool: `type` says which fields it has. Flat here, where chat completions nest it."""
+    """A tool, whose `type` determines its fields. Flat, unlike in chat completions."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -74,7 +74,7 @@ class ResponseTool(BaseModel):
     tools: Annotated[list[AnyTool] | None, Field(max_length=MAX_TOOLS, exclude_if=lambda value: value is None)] = None
 
     def offers(self, param: str, namespace: str | None = None) -> list[Offer]:
-        """What a model is offered of this tool: none if only a hosted service can run it, and of a namespace its tools.
+        """What a model is offered: nothing if only a hosted service can run the tool; for a namespace, its tools.
 
         param: path of the tool in the request, for messages.
         """
@@ -101,13 +101,13 @@ class ResponseTool(BaseModel):
         return {name: getattr(self, name) for name in names}
 
     def shown(self) -> dict[str, Any]:
-        """As responses show it: what was sent."""
+        """The tool as responses show it: as it was sent."""
         if not self.is_offered:  # its fields have not been checked
             return {name: value for name, value in self if value is not None}
         return self.model_dump(mode="json") | ({"tools": [tool.shown() for tool in self.tools]} if self.tools else {})
 
     def left_out(self) -> list[str]:
-        """The types of what a model is not offered of this tool."""
+        """The types in this tool that a model is not offered."""
         if not self.is_offered:
             return [self.type]
         return [kind for tool in self.tools or [] for kind in tool.left_out()]
@@ -118,12 +118,12 @@ class ResponseTool(BaseModel):
 
 
 def _is_offered(kind: str, execution: object) -> bool:
-    """Whether the client runs tools of this type, of those that are not defined by it alone."""
+    """Whether the client runs tools of this type, so that a model can be offered them."""
     return kind in ("function", "custom", "namespace") or (kind == "tool_search" and execution == "client")
 
 
 def _keep_hosted(value: object) -> object:
-    """A tool of a hosted service as it is: its fields are not ours to check."""
+    """Keep a hosted service's tool unchecked: its fields are not ours to check."""
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(value, dict) and isinstance(kind, str) and kind and not _is_offered(kind, value.get("execution")):
         return ResponseTool.model_construct(**value)
@@ -220,14 +220,14 @@ class ResponsesRequest(GenerationRequest):
 
     @cached_property
     def toolbox(self) -> Toolbox:
-        """The tools that the model is offered, and the types of those that it is not."""
+        """The tools that the model is offered, and the types of the others."""
         tools = [(f"tools.{number}", tool) for number, tool in enumerate(self.tools or [])]
         offers = [offer for param, tool in tools for offer in tool.offers(param)]
         names = {offer.tool.name for offer in offers}
         for position, item in enumerate(self.input):
             added = _added_tools(item, f"input.{position}.tools")
             for offer in (offer for param, tool in added for offer in tool.offers(param)):
-                if offer.tool.name not in names:  # a search may find a tool again
+                if offer.tool.name not in names:  # a search may find the same tool again
                     names.add(offer.tool.name)
                     offers.append(offer)
             tools += added
@@ -237,8 +237,8 @@ class ResponsesRequest(GenerationRequest):
         return Toolbox(offers, left_out)
 
     def choice(self) -> Choice:
-        """What the model may call. Raises RequestError for tools that are wrong, and for a tool_choice that names what
-        is not there. Converts grammars, which takes milliseconds, so it belongs on a worker thread."""
+        """What the model may call. Raises RequestError for invalid tools, and for a tool_choice that names an unknown
+        one. Converts grammars, which takes milliseconds, so it belongs on a worker thread."""
         self.toolbox.check("tools")
         return choose(self.tool_choice, self.toolbox)
 

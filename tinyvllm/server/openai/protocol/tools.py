@@ -1,4 +1,4 @@
-"""Tools on the wire: their definitions, what of them a model is offered, and tool_choice."""
+"""Tools on the wire: definitions, what a model is offered, and tool_choice."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ class Custom(BaseModel):
 
 @dataclass(frozen=True)
 class Offer:
-    """A tool as a model is offered it, and as the client knows it."""
+    """A tool as the model is offered it and as the client knows it."""
 
     name: str  # the client's
     tool: Tool  # the model's, perhaps with another name
     namespace: str | None = None
-    kind: Literal["function", "custom", "tool_search"] = "function"  # how its calls go back
+    kind: Literal["function", "custom", "tool_search"] = "function"  # how its calls are returned
     fault: str | None = None  # why the grammar of that text cannot be enforced, if so
 
     @property
@@ -102,7 +102,7 @@ class Offer:
         return self.kind == "custom"
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: without nulls and without fields that only the server needs."""
+        """The tool as chat templates expect it: without nulls and fields that only the server needs."""
         tool = self.tool
         function = {"name": tool.name, "description": tool.description, "parameters": tool.shown_parameters}
         return {"type": "function", "function": function}
@@ -148,7 +148,7 @@ def check_choice(name: str, names: list[str]) -> None:
 
 
 class ChatTool(BaseModel):
-    """A tool of chat completions. `type` says which of the other fields it has."""
+    """A tool of chat completions. `type` determines the other fields."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -193,7 +193,7 @@ class NamedChoice:
         return found
 
     def allowed(self, toolbox: Toolbox) -> Sequence[Offer]:
-        """The tools that it allows: of a type that is left out, none. Raises RequestError for an unknown name."""
+        """The tools that it allows; none for a type that is left out. Raises RequestError for an unknown name."""
         if self.namespace is not None:
             return [offer for offer in toolbox.offers if offer.namespace == self.namespace]
         if self.name is None:
@@ -258,7 +258,7 @@ class Choice:
     offers: Sequence[Offer] = ()
 
     def conversation(self) -> dict[str, Any]:
-        """The fields of a Conversation that follow from this."""
+        """The fields of a Conversation for this choice."""
         named = {} if self.named_tool is None else {"named_tool": self.named_tool}
         return {
             "tools": [offer.tool for offer in self.offers],
@@ -269,7 +269,7 @@ class Choice:
 
 
 def choose(choice: object, toolbox: Toolbox) -> Choice:
-    """What a tool_choice lets the model call. Raises RequestError for one that names what is not there.
+    """What a tool_choice lets the model call. Raises RequestError for one that names an unknown tool.
 
     Tools that are not allowed are not shown to the model either.
     """
@@ -290,7 +290,7 @@ def choose(choice: object, toolbox: Toolbox) -> Choice:
 
 
 def _check_grammars(offers: Sequence[Offer], *, is_forced: bool) -> None:
-    """Refuse a grammar that cannot be enforced if the output must be a call; otherwise the model sees it, at least."""
+    """Refuse a grammar that cannot be enforced if the output must be a call; otherwise the model is only shown it."""
     for offer in offers:
         if offer.fault is None:
             continue

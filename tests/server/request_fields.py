@@ -81,7 +81,6 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"thinking_token_budget": 5}, "thinking_token_budget"),
     ({"watermarking": True}, "watermarking"),
     ({"detokenize": False}, "detokenize"),
-    ({"mm_processor_kwargs": {"a": 1}}, "mm_processor_kwargs"),
     ({"cache_salt": "s"}, "cache_salt"),
     ({"prompt_embeds": ["x"]}, "prompt_embeds"),
     ({"priority": 2**40}, "priority"),

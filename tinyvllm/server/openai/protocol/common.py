@@ -46,7 +46,6 @@ POOLING_UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "embed_dtype": ("float32",),
     "endianness": ("native", "little"),
     "messages": ([],),
-    "mm_processor_kwargs": ({},),
     "normalize": (True,),
     "padding": ("do_not_pad",),
     # Jina's, Cohere's and Voyage's
@@ -61,7 +60,7 @@ POOLING_UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "return_multivector": (False,),
     "task": (),
 }
-POOLING_IGNORED = frozenset(("metadata", "request_id", "user"))
+POOLING_IGNORED = frozenset(("metadata", "mm_processor_kwargs", "request_id", "user"))
 
 
 def optional(default: Any = None) -> Any:

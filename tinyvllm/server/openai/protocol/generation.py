@@ -42,7 +42,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "kv_transfer_params": ({},),  # vLLM's, for prompts that another server computes
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
-    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "moderation": (),
     "prompt_embeds": ([],),

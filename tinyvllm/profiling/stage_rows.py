@@ -50,8 +50,9 @@ def stage_rows(requests: Sequence[ServedRequest]) -> list[StageRow]:
     rows = []
     for stage in STAGES:
         each_ns = [one.get(stage, 0) for one in whole]
-        if any(each_ns):
-            rows.append(row(stage, each_ns, sum(one.get(stage, 0) for one in first), decode.get(stage, 0)))
+        first_ns = sum(one.get(stage, 0) for one in first)
+        if any(each_ns) or first_ns:  # a stage may be known of the first output alone
+            rows.append(row(stage, each_ns, first_ns, decode.get(stage, 0)))
     to_first_ns = sum(request.first_ns - request.start_ns for request in requests)
     first_rest_ns = to_first_ns - sum(sum(one.values()) for one in first)
     window_ns = sum(request.last_token_ns - request.first_token_ns for request in requests)

@@ -171,8 +171,10 @@ def test_a_chat_on_a_terminal(tmp_path: Path) -> None:
     saved = tmp_path / "chat.json"
     with open_tty(tmp_path, "chat", "--max-tokens", "200", reply="Fine **day**.") as tty:
         assert "/help: commands" in tty.wait_for(at_prompt)
-        tty.type('"""\none\n')
-        tty.wait_for("…")
+        tty.type('"""\n')
+        tty.wait_for("\n…")
+        tty.type("one\n")
+        tty.wait_for("one\n…")
         tty.type('two"""\n')
         tty.wait_for(lambda text: at_prompt(text) and text.count("Fine day.") == 1)
         tty.type("/stats\n")

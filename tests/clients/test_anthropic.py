@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-import anthropic
 import pytest
 from pydantic import BaseModel
 
 from tests.agents.scripted_engine import ScriptedServer, Turn, call, loop, scripted_server
 from tests.server.fake_engine import FakeEngine, TagTemplate, serving
 from tests.server.hermes import CALL, THINKING
+
+pytest.importorskip("anthropic")
+import anthropic
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
 

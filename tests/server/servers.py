@@ -147,7 +147,7 @@ def own_run_dirs(pid: int) -> list[Path]:
     found = []
     for path in base.glob(f"{run_directory.PREFIX}*"):
         with contextlib.suppress(OSError, ValueError):
-            if json.loads((path / "processes.json").read_text())["supervisor"] == pid:
+            if json.loads((path / "processes.json").read_text()).get("supervisor") == pid:
                 found.append(path)
     return found
 

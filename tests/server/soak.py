@@ -89,10 +89,10 @@ class Process:
         assert self.popen.stdin is not None and self.popen.stdout is not None
         self.popen.stdin.write("report\n")
         self.popen.stdin.flush()
-        line = self.popen.stdout.readline()
-        if not line:
-            raise ServerFault("the server sent no report: its stderr says why")
-        return dict(json.loads(line))
+        for line in self.popen.stdout:
+            if line.startswith("{"):  # before it comes what the server prints when it is ready
+                return dict(json.loads(line))
+        raise ServerFault("the server sent no report: its stderr says why")
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ SHARED: dict[str, tuple[Fate, Any]] = {
     "request_id": ("ignored", "r"),
     "session_id": ("ignored", "s"),
     "stream_interval": ("ignored", 2),
-    "mm_processor_kwargs": ("refused", {"a": 1}),
+    "mm_processor_kwargs": ("ignored", {"a": 1}),
     "moderation": ("refused", {"model": "m"}),
     "cache_salt": ("refused", "salt"),
     "vllm_xargs": ("refused", {"a": 1}),

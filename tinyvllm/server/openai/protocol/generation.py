@@ -58,7 +58,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 # fmt: off
 _IGNORED = frozenset((
     "access_programs", "background_options", "client_metadata", "context_management", "enable_thinking", "image",
-    "media_io_kwargs", "metadata", "prediction", "prompt_cache_key", "prompt_cache_options",
+    "media_io_kwargs", "metadata", "mm_processor_kwargs", "prediction", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "reasoning", "request_id", "return_mm_kwargs", "return_token_offsets",
     "routed_experts_prompt_start", "safety_identifier", "service_tier", "session_id", "store", "stream_interval",
     "thinking", "user", "verbosity",

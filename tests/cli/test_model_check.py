@@ -57,7 +57,7 @@ def test_a_gguf_file_is_described(tmp_path: Path) -> None:
     assert found["weight_bytes"] == sum(row["device_bytes"] for row in found["weights"])
     assert found["general_kernels"]["CUDA"] == [] and found["has_chat_template"] is True
     assert found["device"]["context"] == found["max_position"]
-    assert "no reasoning of earlier messages: it is left out by the template" in found["chat_template_limits"]
+    assert "no reasoning of earlier messages: the template leaves it out" in found["chat_template_limits"]
 
 
 def test_people_are_shown_the_same(tmp_path: Path) -> None:

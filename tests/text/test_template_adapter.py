@@ -107,7 +107,7 @@ def test_a_template_that_takes_everything_gets_everything() -> None:
         '[system]a[system]b[user]c[user]d[assistant]{f|{"x": 1}}{f|{"x": 2}}[tool]e[system]f'
     )
     assert template(TURNS).abilities(has_tools=True).deviations() == [
-        "no reasoning of earlier messages: it is left out by the template"
+        "no reasoning of earlier messages: the template leaves it out"
     ]
 
 

@@ -1,6 +1,6 @@
 """Compressed request bodies: `Content-Encoding: gzip` and `deflate` (RFC 9110, section 8.4).
 
-A few bytes can stand for gigabytes, so a body is decompressed in pieces and given up as soon as it is too large.
+A few bytes can expand to gigabytes, so a body is decompressed in pieces and rejected as soon as it is too large.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ ENCODINGS = {"gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate"}  # names of
 ACCEPTED = "gzip, deflate"
 MAX_ENCODINGS = 4  # of one body, applied one after the other; more serve only to use up memory
 PIECE_BYTES = 64 * 2**10  # of decompressed data at a time: 0.2 ms
-INLINE_BYTES = 2**10  # a longer message, which may stand for megabytes, is decompressed on a worker thread
+INLINE_BYTES = 2**10  # a longer message, which may expand to megabytes, is decompressed on a worker thread
 
 
 class ContentEncoding:
-    """Middleware that decompresses the bodies of requests. Those who follow see plain bodies of unstated length."""
+    """Middleware that decompresses request bodies. Inner apps see plain bodies of unstated length."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         """max_bytes: of a decompressed body."""
@@ -94,7 +94,7 @@ class _Decompressed:
         return b"".join(self._pieces(data, is_last, 0))
 
     def _pieces(self, data: bytes, is_last: bool, number: int) -> Iterator[bytes]:
-        """What stage `number` and those after it make of `data`."""
+        """The output of `data` from stage `number` and those after it."""
         if number == len(self._stages):
             yield data
             return

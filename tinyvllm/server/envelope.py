@@ -1,4 +1,4 @@
-"""The middleware around every request: its id, limits on its body and on its client, counts, and unhandled errors."""
+"""The middleware around every request: its id, limits on body and client, counts, and unhandled errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class HttpCounts(Protocol):
 
 
 class AppState(Protocol):
-    """What the envelope needs to know of its app."""
+    """What the envelope needs of its app."""
 
     @property
     def settings(self) -> ServerSettings: ...

@@ -1,7 +1,7 @@
 """How each API writes an error: as the body of an answer, and as the last event of a stream that fails.
 
-A path tells which API a request is of, so that what comes before any route (keys, limits, unknown paths) is answered in
-the format that its client reads.
+A request's path determines its API, so that errors before any route (keys, limits, unknown paths) have the format that
+its client reads.
 """
 
 from __future__ import annotations

@@ -60,11 +60,11 @@ class LoadFailedError(TinyvllmError):
 
 
 class DoesNotFitError(TinyvllmError):
-    """There is no memory or no place for one of several models: HTTP 503, with the numbers."""
+    """One of several models does not fit in memory or within --max-loaded: HTTP 503, with the numbers."""
 
 
 class ModelGoneError(TinyvllmError):
-    """The process of one of several models has died: HTTP 503. The next request starts it again."""
+    """The process of one of several models has died: HTTP 503. The next request restarts it."""
 
 
 class StalledError(TinyvllmError):

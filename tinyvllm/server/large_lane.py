@@ -1,7 +1,7 @@
 """Large requests go to a front-end of their own, because parsing one stops a process's event loop.
 
-A body of 16 MiB takes 100 ms or more to parse and validate, in calls that hold the interpreter lock: every stream of
-the process would stand still. So a front-end passes large bodies on, as bytes, to one that serves nothing else.
+A body of 16 MiB takes 100 ms or more to parse and validate, in calls that hold the interpreter lock, which would stall
+every stream of the process. So a front-end relays large bodies, as bytes, to one that serves nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LARGE_BYTES = 256 * 2**10  # of a body: up to 2 ms to parse
 class LargeLane:
     """Middleware that passes requests with large bodies on to the front-end that listens on a Unix socket.
 
-    It is the innermost, so that what others enforce holds before a body is passed on: access, time, size and the drain.
+    It is innermost, so that the checks of the others come first: access, time, size and the drain.
     """
 
     def __init__(self, app: ASGIApp, uds: str, apis: Collection[str]) -> None:

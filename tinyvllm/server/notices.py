@@ -1,4 +1,4 @@
-"""What the log says once about requests: fields, tools and blocks that have no effect here."""
+"""Warnings that are logged once: fields, tools and blocks of requests that have no effect here."""
 
 from __future__ import annotations
 

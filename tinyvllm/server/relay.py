@@ -1,7 +1,7 @@
-"""Pass a request on to a server of ours that listens on a Unix socket, and its answer back, as bytes and as they come.
+"""Relay a request to another of our servers, on a Unix socket, and its answer back, as bytes and as they arrive.
 
-Each request has a connection of its own, because connecting to a Unix socket takes less time than finding out whether
-an old connection is still good. What arrives at once is passed on at once: a burst of tokens is one part.
+Each request has its own connection, because connecting to a Unix socket takes less time than checking whether an old
+connection is still usable. Bytes that arrive together are relayed together: a burst of tokens is one part.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Answer:
 
     @property
     def stream_type(self) -> str | None:
-        """The format of its events; None if it is no stream of events."""
+        """The format of its events; None if it is not a stream of events."""
         value = next((value for name, value in self.headers if name == b"content-type"), b"").decode("latin-1")
         return next((kind for kind in STREAM_TYPES if value.startswith(kind)), None)
 
@@ -78,7 +78,7 @@ class Answer:
 
 
 class ChunkDecoder:
-    """Takes the chunks of a body apart (RFC 9112, section 7.1). Our servers send no trailers."""
+    """Decodes a chunked body (RFC 9112, section 7.1). Our servers send no trailers."""
 
     def __init__(self) -> None:
         self.is_complete = False
@@ -137,7 +137,7 @@ async def ask(uds: str, scope: Scope, body: RequestBody) -> Answer:
 
 
 def request_head(scope: Scope, length: int | None) -> bytes:
-    """The head of the request as it is passed on. length: of the body; None: it is chunked."""
+    """The head of the relayed request. length: of the body; None: it is chunked."""
     target = (scope.get("raw_path") or scope["path"].encode()).partition(b"?")[0]
     if scope["query_string"]:
         target += b"?" + scope["query_string"]
@@ -165,7 +165,7 @@ def _answer(method: str, head: bytes, reader: asyncio.StreamReader, writer: asyn
 
 
 async def fetch(uds: str, path: str) -> bytes:
-    """GET from another server of ours. Raises PeerGoneError, for another status than 200 or a late answer, too."""
+    """GET from another of our servers. Raises PeerGoneError, also for a status other than 200 and a late answer."""
     scope: Scope = {"method": "GET", "path": path, "query_string": b"", "headers": [(b"host", b"localhost")]}
 
     async def receive() -> Message:
@@ -193,7 +193,7 @@ async def relay(
     has_started: bool = False,
     on_start: Callable[[], None] = lambda: None,
 ) -> None:
-    """Pass a request on, and its answer to the client.
+    """Relay a request, and its answer to the client.
 
     A stream that the other server does not complete ends with an error event; other answers break the connection.
     has_started: the client has got the head of a stream of events, so an answer of another kind becomes an event.
@@ -215,7 +215,7 @@ async def relay(
 
 
 async def _as_event(answer: Answer, scope: Scope, gone: Gone) -> bytes:
-    """An error that was answered where the client already reads a stream."""
+    """An error answer as an event, for a client that already reads a stream."""
     try:
         body = b"".join([part async for part in answer.parts()])
     except PeerGoneError as error:
@@ -243,13 +243,13 @@ async def relay_body(answer: Answer, path: str, send: Send, gone: Gone) -> bool:
 
 
 def _event_end(answer: Answer) -> bytes:
-    """What ends an event of which the client has got a part; nothing between two events."""
+    """What completes an event of which the client has received a part; nothing between two events."""
     end = b"\n\n" if answer.stream_type == EVENT_STREAM else b"\n"
     return b"" if not answer.last_bytes or answer.last_bytes.endswith(end) else end
 
 
 class RequestBody:
-    """The body of a request: parts that have been read, and those that are still to come."""
+    """A request's body: the parts that have been read, and those still to come."""
 
     def __init__(self, receive: Receive, read: Iterable[Message] = (), length: int | None = None) -> None:
         """length: in bytes, if it is known."""
@@ -264,7 +264,7 @@ class RequestBody:
         return cls(receive, [{"type": "http.request", "body": data, "more_body": False}], len(data))
 
     async def read_beyond(self, limit: int) -> bool:
-        """Read until there are more than `limit` bytes, or until the end. Whether there are."""
+        """Read until there are more than `limit` bytes, or to the end. Returns whether there are more."""
         num_bytes = 0
         while num_bytes <= limit:
             message = await self._receive()
@@ -297,7 +297,7 @@ class RequestBody:
 
 
 async def relay_while_connected(uds: str, scope: Scope, body: RequestBody, send: Send, gone: Gone) -> None:
-    """`relay`, until the client leaves."""
+    """`relay`, but stop when the client leaves."""
     relaying = asyncio.ensure_future(relay(uds, scope, body, send, gone))
     watching = asyncio.ensure_future(body.until_gone())
     try:

@@ -1,4 +1,4 @@
-"""From the settings of a request, in whichever API's words, to SamplingParams."""
+"""Makes SamplingParams from a request's settings, for every API."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sampling_params(
     """The request's settings, else the model's, else vLLM's. Raises RequestError, naming the field.
 
     given: other fields of SamplingParams; None: not in the request. max_tokens: None for as many as fit.
-    special_tokens: what the parser of the output needs of them. "skip": nothing, so the request decides.
+    special_tokens: how the output's parser needs them. "skip": it needs none, so the request decides.
     """
     recommended = {name: getattr(defaults, name) for name in _RECOMMENDED}
     settings: dict[str, Any] = {"max_tokens": max_tokens}
@@ -35,7 +35,7 @@ def sampling_params(
 
 
 def params_for(special_tokens: SpecialTokens) -> dict[str, Any]:
-    """The fields of SamplingParams that make the engine's text have what the parser needs."""
+    """The fields of SamplingParams that keep the special tokens that the parser needs in the text."""
     if special_tokens == "skip":
         return {}
     return {"skip_special_tokens": False, "mark_special_tokens": special_tokens == "mark"}

@@ -21,7 +21,7 @@ LoadState = Literal["unloaded", "loading", "ready", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class ShelvedModel:
-    """A model by the names that requests may use."""
+    """A model, loaded or not, under the names that requests may use."""
 
     name: str
     aliases: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Requests to stop that come from another process instead of the system's signals."""
+"""Requests to stop from another process, in place of signals."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 
 
 class StopRequests:
-    """What a server that is another process's child hears in place of signals: the first request to stop starts the
-    drain, and a second one ends it."""
+    """Stop requests to a server that runs as a child process: the first starts the drain, and a second ends it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -18,7 +17,7 @@ class StopRequests:
         self._tell: Callable[[], object] | None = None
 
     def request(self) -> None:
-        """Ask the server to stop. May be called from any thread, and before anybody listens."""
+        """Ask the server to stop. May be called from any thread, and before the server listens."""
         with self._lock:
             if self._tell is None:
                 self._num_unheard += 1
@@ -27,7 +26,7 @@ class StopRequests:
 
     @contextlib.contextmanager
     def heard_by(self, on_stop: Callable[[], None]) -> Iterator[None]:
-        """Within the block, call `on_stop` on this event loop for each request, those before the block included."""
+        """Within the block, call `on_stop` on this event loop for each request, including earlier ones."""
         loop = asyncio.get_running_loop()
         with self._lock:
             num_unheard, self._num_unheard = self._num_unheard, 0

@@ -72,7 +72,7 @@ class Abilities:
             (not self.user_after_result, "no user message after a tool result: the text is added to the result"),
             (not self.assistant_first, "no assistant message at the beginning: an empty user message precedes it"),
             (self.reasoning_field == "content", "reasoning of earlier messages as a part of the content"),
-            (self.reasoning_field is None, "no reasoning of earlier messages: it is left out by the template"),
+            (self.reasoning_field is None, "no reasoning of earlier messages: the template leaves it out"),
             (self.tools == "no", "no tools: definitions, calls and results are written as text"),
             (self.tools == "bare", "tools as bare functions"),
             (self.tools == "system", "tools as JSON text of the system message"),

@@ -31,6 +31,7 @@ def with_parsed_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def parse_object(arguments: Any) -> Any:
+    """The arguments of a call as chat templates expect them: an object, or the text if it is not one in JSON."""
     if not isinstance(arguments, str | None):
         return arguments
     try:

@@ -14,7 +14,7 @@ from tinyvllm.server.error_bodies import ErrorDetail
 from tinyvllm.server.events import TextEvent
 from tinyvllm.server.message import OutputFormat
 from tinyvllm.server.openai.chat_answers import chat_logprobs
-from tinyvllm.server.openai.protocol.chat import ChatTokenLogprob, past_arguments
+from tinyvllm.server.openai.protocol.chat import ChatTokenLogprob
 from tinyvllm.server.openai.protocol.response_items import seal
 from tinyvllm.server.openai.protocol.responses import (
     CustomCallItem,
@@ -34,6 +34,7 @@ from tinyvllm.server.openai.protocol.responses import (
     ToolSearchCallItem,
 )
 from tinyvllm.server.openai.protocol.tools import NO_TOOLS, Toolbox
+from tinyvllm.text.messages import parse_object
 from tinyvllm.text.tools.custom import InputReader
 from tinyvllm.text.tools.events import CallArguments, CallBegin, Reasoning, Text
 from tinyvllm.text.tools.events import Event as Piece
@@ -215,7 +216,7 @@ class ResponseWriter:
         if isinstance(item, MessageItem | ReasoningItem):
             self._parts[0].text = text
         elif isinstance(item, ToolSearchCallItem):
-            item.arguments = past_arguments(text)
+            item.arguments = parse_object(text)
         yield from self._end_item(item)
         yield self._event("response.output_item.done", output_index=len(self.answer.output) - 1, item=item.model_dump())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -30,20 +29,10 @@ from tinyvllm.server.openai.protocol.tools import (
     ToolChoice,
     choose,
 )
+from tinyvllm.text.messages import parse_object
 from tinyvllm.text.tools.custom import input_arguments
 
 MAX_MESSAGES = 4096
-
-
-def past_arguments(arguments: object) -> object:
-    """The arguments of an earlier call as chat templates expect them: an object, or the text if it is not one."""
-    if not isinstance(arguments, str):
-        return {} if arguments is None else arguments
-    try:
-        parsed = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return arguments
-    return parsed if isinstance(parsed, dict) else arguments
 
 
 class PastFunction(BaseModel):
@@ -76,7 +65,7 @@ class PastCall(BaseModel):
             function: dict[str, Any] = {"name": self.custom.name, "arguments": input_arguments(self.custom.input)}
         else:
             assert self.function is not None, "checked before"
-            function = {"name": self.function.name, "arguments": past_arguments(self.function.arguments)}
+            function = {"name": self.function.name, "arguments": parse_object(self.function.arguments)}
         call: dict[str, Any] = {"type": "function", "function": function}
         return call if self.id is None else {"id": self.id, **call}
 

@@ -18,8 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from tinyvllm.errors import RequestError
 from tinyvllm.server.notices import warn_once
-from tinyvllm.server.openai.protocol.chat import past_arguments
 from tinyvllm.server.openai.protocol.content import join_parts, note_media
+from tinyvllm.text.messages import parse_object
 from tinyvllm.text.tools.custom import input_arguments
 
 ItemType = Literal[
@@ -136,7 +136,7 @@ def _add_result(messages: list[Message], call_id: str | None, text: str) -> None
 
 def _add_function_call(messages: list[Message], at: _Position) -> None:
     name = qualified(at.required("name"), at.item.namespace)
-    _add_call(messages, at.required("call_id"), name, past_arguments(at.item.arguments))
+    _add_call(messages, at.required("call_id"), name, parse_object(at.item.arguments))
 
 
 def _add_custom_call(messages: list[Message], at: _Position) -> None:
@@ -175,7 +175,7 @@ def _add_hosted_output(messages: list[Message], at: _Position) -> None:
 def _add_mcp_call(messages: list[Message], at: _Position) -> None:
     """Add a call that a hosted service ran, with the result in the same item."""
     name = qualified(at.required("name"), at.item.get("server_label"))
-    _add_call(messages, at.item.id, name, past_arguments(at.item.arguments))
+    _add_call(messages, at.item.id, name, parse_object(at.item.arguments))
     result = at.item.output if at.item.output is not None else at.item.get("error")
     if result is not None:
         text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)

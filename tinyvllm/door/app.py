@@ -35,13 +35,13 @@ from tinyvllm.server.failures import (
     ClientGone,
     DoesNotFitError,
     ModelGoneError,
-    UnknownModelError,
     UnknownResponseError,
     failure_of,
 )
 from tinyvllm.server.front_ends import FrontEnds
-from tinyvllm.server.intake import is_name_of, json_response
+from tinyvllm.server.intake import does_not_exist, json_response
 from tinyvllm.server.live import EngineState
+from tinyvllm.server.model_names import is_name_of
 from tinyvllm.server.ollama.keep_alive import read_duration
 from tinyvllm.server.ollama.model_details import rfc3339
 from tinyvllm.server.ollama.wire import unknown_model
@@ -113,8 +113,7 @@ class DoorState:
         if found is None and path.startswith("/api/"):
             raise unknown_model(name, self.model_names)
         if found is None:
-            known = ", ".join(map(repr, self.model_names))
-            raise UnknownModelError(f"the model {name!a} does not exist: this server has {known}")
+            raise does_not_exist(name, self.model_names)
         return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tinyvllm.config import EngineConfig
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.server.intake import is_name_of
+from tinyvllm.server.model_names import is_name_of
 
 KEEP_ALIVE_S = 300.0  # Ollama's default
 LOAD_TIMEOUT_S = 300.0  # Ollama's default

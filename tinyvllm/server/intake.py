@@ -18,6 +18,7 @@ from tinyvllm.server.events import Events
 from tinyvllm.server.failures import UnknownModelError
 from tinyvllm.server.generation import Job
 from tinyvllm.server.measured_stream import make_writer
+from tinyvllm.server.model_names import is_name_of
 from tinyvllm.server.streaming import EventStream
 
 if TYPE_CHECKING:
@@ -53,13 +54,11 @@ def make_heading(state: ServerState, prefix: str) -> Heading:
 def require_model(state: ServerState, name: str | None) -> None:
     """Raise UnknownModelError if `name` is given and is not the served model."""
     if name is not None and not is_name_of(name, state.model_names):
-        known = ", ".join(map(repr, state.model_names))
-        raise UnknownModelError(f"the model {name!a} does not exist: this server has {known}")
+        raise does_not_exist(name, state.model_names)
 
 
-def is_name_of(name: str, known: Collection[str]) -> bool:
-    """Whether `name` is a known one, or one with the tag that Ollama's clients add to names without a tag."""
-    return name in known or name.removesuffix(":latest") in known
+def does_not_exist(name: object, known: Collection[str]) -> UnknownModelError:
+    return UnknownModelError(f"the model {name!a} does not exist: this server has {', '.join(map(repr, known))}")
 
 
 def check_request(state: ServerState, body: GenerationRequest) -> None:

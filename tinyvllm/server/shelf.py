@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from tinyvllm.errors import ModelError
 from tinyvllm.server.memory import memory_by_kind
+from tinyvllm.server.model_names import is_name_of
 from tinyvllm.storage.resolve import resolve_model
 
 if TYPE_CHECKING:
@@ -45,6 +46,15 @@ class ShelvedModel:
             return resolve_model(self.model)
         except ModelError:
             return None
+
+
+def find_model(models: Sequence[ShelvedModel], name: str) -> ShelvedModel | None:
+    return next((model for model in models if is_name_of(name, model.names)), None)
+
+
+def all_names(models: Sequence[ShelvedModel]) -> list[str]:
+    """The names and aliases of all models."""
+    return [name for model in models for name in model.names]
 
 
 class Shelf(Protocol):

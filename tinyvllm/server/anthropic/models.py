@@ -15,9 +15,9 @@ from starlette.types import Scope
 from tinyvllm.errors import RequestError
 from tinyvllm.server.anthropic.protocol import ErrorAnswer
 from tinyvllm.server.error_bodies import names_anthropic
-from tinyvllm.server.intake import is_name_of, require_model
+from tinyvllm.server.intake import require_model
 from tinyvllm.server.settings import APIS
-from tinyvllm.server.shelf import ShelvedModel, shelf_of
+from tinyvllm.server.shelf import ShelvedModel, find_model, shelf_of
 from tinyvllm.server.state import state_of
 
 
@@ -87,7 +87,8 @@ async def retrieve_model(model_id: str, request: Request) -> ModelInfo:
     state = state_of(request)
     require_model(state, model_id)
     state.require_engine()
-    model = next(model for model in shelf_of(request).models() if is_name_of(model_id, model.names))
+    model = find_model(shelf_of(request).models(), model_id)
+    assert model is not None, "the shelf has every name that require_model accepts"
     return _info(model, model_id)
 
 

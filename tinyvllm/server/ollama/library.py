@@ -12,11 +12,12 @@ from starlette.responses import Response, StreamingResponse
 from tinyvllm.errors import RequestError
 from tinyvllm.server.events import NDJSON
 from tinyvllm.server.failures import failure_of
-from tinyvllm.server.intake import is_name_of, json_response
+from tinyvllm.server.intake import json_response
+from tinyvllm.server.model_names import is_name_of
 from tinyvllm.server.ollama.models import NamedRequest
 from tinyvllm.server.ollama.pulls import Progress, Pull, pulled_name, pulls_of
 from tinyvllm.server.ollama.wire import make_router, openapi_lines, unknown_model
-from tinyvllm.server.shelf import shelf_of
+from tinyvllm.server.shelf import all_names, shelf_of
 
 router = make_router()
 
@@ -51,7 +52,7 @@ async def pull_model(body: PullRequest, request: Request) -> Response:
 
 def _progress(request: Request, name: str) -> AsyncIterator[Progress]:
     """Lines of progress, which raise what the download raises. Raises UnknownModelError for an unknown name."""
-    known = [known for model in shelf_of(request).models() for known in model.names]
+    known = all_names(shelf_of(request).models())
     if is_name_of(name, known):
         return _progress_of(None)
     return _progress_of(pulls_of(request).start(pulled_name(name)))
@@ -117,7 +118,7 @@ async def add_blob(digest: str, request: Request) -> None:
 
 
 def _require(request: Request, name: str) -> None:
-    known = [known for model in shelf_of(request).models() for known in model.names]
+    known = all_names(shelf_of(request).models())
     if not is_name_of(name, known):
         raise unknown_model(name, known)
 

@@ -13,11 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
 from tinyvllm.errors import RequestError
-from tinyvllm.server.intake import is_name_of
 from tinyvllm.server.ollama.model_details import Description, Details, Tensor, describe, rfc3339
 from tinyvllm.server.ollama.wire import API_VERSION, make_router, tagged, unknown_model
 from tinyvllm.server.openai.protocol.common import optional
-from tinyvllm.server.shelf import ShelvedModel, shelf_of
+from tinyvllm.server.shelf import ShelvedModel, all_names, find_model, shelf_of
 
 NEVER_S = 10_982_044_800  # until the year 2318: Ollama's value for a model that stays loaded
 COPILOT = "GitHubCopilotChat/"  # names models by `general.basename`; Ollama gives it the name that requests use
@@ -121,9 +120,9 @@ async def list_running(request: Request) -> RunningList:
 @router.post("/api/show")
 async def show(body: ShowRequest, request: Request) -> ModelDescription:
     name, models = body.model_name, shelf_of(request).models()
-    model = next((model for model in models if is_name_of(name, model.names)), None)
+    model = find_model(models, name)
     if model is None:
-        raise unknown_model(name, [known for other in models for known in other.names])
+        raise unknown_model(name, all_names(models))
     description = await asyncio.to_thread(_show, body, model)
     if request.headers.get("user-agent", "").startswith(COPILOT):
         description.model_info["general.basename"] = name

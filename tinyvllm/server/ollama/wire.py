@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tinyvllm.server.failures import UnknownModelError
-from tinyvllm.server.intake import is_name_of
+from tinyvllm.server.model_names import is_name_of
 
 if TYPE_CHECKING:
     from tinyvllm.server.state import ServerState

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 
 from tinyvllm.errors import RequestError
 from tinyvllm.server.conversation import make_prompt
-from tinyvllm.server.intake import ERRORS, is_name_of, require_model
+from tinyvllm.server.intake import ERRORS, require_model
 from tinyvllm.server.openai.chat import conversation_of
 from tinyvllm.server.openai.protocol.common import ModelCard, ModelList
 from tinyvllm.server.openai.protocol.generation import refuse_extras
@@ -19,7 +19,7 @@ from tinyvllm.server.openai.protocol.tokens import (
     TokenizeRequest,
     TokenizerInfo,
 )
-from tinyvllm.server.shelf import ShelvedModel, shelf_of
+from tinyvllm.server.shelf import ShelvedModel, find_model, shelf_of
 from tinyvllm.server.state import ServerState, state_of
 
 router = APIRouter(responses=ERRORS)
@@ -37,7 +37,8 @@ async def retrieve_model(model_id: str, request: Request) -> ModelCard:
     state = state_of(request)
     require_model(state, model_id)
     state.require_engine()
-    model = next(model for model in shelf_of(request).models() if is_name_of(model_id, model.names))
+    model = find_model(shelf_of(request).models(), model_id)
+    assert model is not None, "the shelf has every name that require_model accepts"
     return _card(model, model_id)
 
 

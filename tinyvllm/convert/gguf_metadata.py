@@ -11,6 +11,7 @@ import numpy as np
 from tinyvllm.config import ModelConfig, Rope
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.rope import inverse_frequencies
+from tinyvllm.storage.gguf_keys import size_keys
 from tinyvllm.storage.gguf_rope import DIVISORS, LONG, SHORT
 
 # general.architecture by the registry's key, of the families whose files llama.cpp was seen to read (tests/convert)
@@ -45,20 +46,7 @@ def architecture_of(config: ModelConfig) -> str:
 def settings_metadata(config: ModelConfig) -> dict[str, Any]:
     """general.* and {arch}.* keys, without the file type."""
     architecture = architecture_of(config)
-    sizes: dict[str, Any] = {
-        "context_length": config.max_position,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_layers,
-        "feed_forward_length": config.ffn_size,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-        "rope.dimension_count": config.rope.num_dims or config.head_dim,
-        "rope.freq_base": config.rope.theta,
-        "vocab_size": config.vocab_size,
-    }
+    sizes = size_keys(config) | {"rope.dimension_count": config.rope.num_dims or config.head_dim}
     general = {"general.architecture": architecture, "general.type": "model", "general.name": config.name}
     chosen = general | {f"{architecture}.{key}": value for key, value in (sizes | _optional(config)).items()}
     return chosen | {"general.quantization_version": QUANTIZATION_VERSION}

@@ -19,6 +19,7 @@ from gguf.constants import LlamaFileType
 
 from tinyvllm.config import ModelConfig, ModelFiles
 from tinyvllm.storage.gguf_file import GGUFFile, split_files
+from tinyvllm.storage.gguf_keys import size_keys
 from tinyvllm.storage.model_config import read_model_config
 from tinyvllm.storage.stored_dtype import read_header
 from tinyvllm.storage.values import read_json
@@ -184,19 +185,7 @@ def _described(config: ModelConfig, architecture: str, name: str) -> dict[str, A
         "general.basename": name.rpartition("/")[2],
         "general.type": "model",
     }
-    values = {
-        "context_length": config.max_position,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_layers,
-        "feed_forward_length": config.ffn_size,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-        "rope.freq_base": config.rope.theta,
-        "vocab_size": config.vocab_size,
-    }
+    values = size_keys(config)
     if config.window is not None:
         values["attention.sliding_window"] = config.window
     if config.experts is not None:

@@ -28,6 +28,7 @@ CAPTURES = ("replay", "tinyjit")
 
 MODELS_DIR_VARIABLE = "TINYVLLM_MODELS"  # environment variable: the directory of pulled models
 CACHE_DIR_VARIABLE = "TINYVLLM_CACHE"  # environment variable: the directory of compiled programs
+DEVICE_VARIABLE = "DEV"  # tinygrad's environment variable, which it reads once, on import
 CAPTURE_VARIABLE = "TINYVLLM_CAPTURE"  # environment variable: the default of EngineConfig.capture
 
 

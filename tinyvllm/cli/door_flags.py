@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import msgspec
 from typer import Argument, Option
 
-from tinyvllm.cli.flags import DEVICE_VARIABLE, EngineFlags, RunnerFlags
-from tinyvllm.config import MODELS_DIR_VARIABLE
+from tinyvllm.cli.flags import EngineFlags, RunnerFlags
+from tinyvllm.config import DEVICE_VARIABLE, MODELS_DIR_VARIABLE
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 

@@ -15,6 +15,7 @@ from tinyvllm.cli.terminal import LOG_LEVELS, set_up_logging
 from tinyvllm.config import (
     CACHE_DIR_VARIABLE,
     CAPTURE_VARIABLE,
+    DEVICE_VARIABLE,
     DTYPES,
     MODELS_DIR_VARIABLE,
     EngineConfig,
@@ -26,7 +27,6 @@ from tinyvllm.server.sampling import sampling_params
 from tinyvllm.text.reasoning import ALIASES, FORMATS
 from tinyvllm.text.tools import FAMILIES
 
-DEVICE_VARIABLE = "DEV"  # tinygrad reads it once, on import
 _STANDARD = EngineConfig(model="")  # for its defaults
 _DTYPES = ", ".join(("auto", *DTYPES))
 

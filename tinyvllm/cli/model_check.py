@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from tinyvllm.cli.flags import DEVICE_VARIABLE
 from tinyvllm.cli.terminal import out
-from tinyvllm.config import ModelFiles
+from tinyvllm.config import DEVICE_VARIABLE, ModelFiles
 from tinyvllm.errors import DeviceError, ModelError, TinyvllmError
 
 if TYPE_CHECKING:

@@ -14,12 +14,13 @@ from typer import Option
 
 from tinyvllm.cli import engine as engines
 from tinyvllm.cli.door_flags import DoorFlags, Models, split_name
-from tinyvllm.cli.flags import DEVICE_VARIABLE, EngineFlags
+from tinyvllm.cli.flags import EngineFlags
 from tinyvllm.cli.greeting import Greeting
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.record_flags import RecordFlags
 from tinyvllm.cli.server_flags import ListenFlags, ProcessFlags, ServerFlags
 from tinyvllm.cli.terminal import Progress, progress_bars
+from tinyvllm.config import DEVICE_VARIABLE
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 

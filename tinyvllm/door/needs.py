@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from tinyvllm.config import EngineConfig
+from tinyvllm.config import DEVICE_VARIABLE, EngineConfig
 from tinyvllm.door.policy import Need
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.server.process import path_flags
 
-DEVICE_VARIABLE = "DEV"  # tinygrad's
 MAX_UNIFIED_SHARE = 0.9  # of the free memory: an engine refuses more on a device that shares the host's memory
 
 Examine = Callable[[EngineConfig], Need]

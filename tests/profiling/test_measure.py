@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tinyvllm.errors import InvariantError, ProfilingError
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.measure import Recorder, Recording
+from tinyvllm.profiling.recording_codec import decode_recordings, encode_recordings
 
 
 @pytest.fixture(autouse=True)
@@ -161,3 +162,49 @@ def test_a_recording_knows_its_process() -> None:
     finally:
         measure.name_process("host")
     assert (recording.process, recording.pid) == ("engine 3", os.getpid())
+
+
+class Clocks:
+    """Stands in for the module `time`: `work` moves both clocks, `wait` the wall clock only."""
+
+    def __init__(self) -> None:
+        self.wall_ns = self.cpu_ns = 0
+
+    def work(self, ns: int) -> None:
+        self.wall_ns, self.cpu_ns = self.wall_ns + ns, self.cpu_ns + ns
+
+    def wait(self, ns: int) -> None:
+        self.wall_ns += ns
+
+    def perf_counter_ns(self) -> int:
+        return self.wall_ns
+
+    def thread_time_ns(self) -> int:
+        return self.cpu_ns
+
+
+def test_processor_time_tells_work_from_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = Clocks()
+    monkeypatch.setattr(measure, "time", clocks)
+    recorder = Recorder()
+    with recorder.span("step"):
+        clocks.work(10)
+        with recorder.span("wait"):
+            clocks.work(2)
+            clocks.wait(100)
+        clocks.wait(3)
+        recorder.tally("send", clocks.wall_ns - 1, clocks.wall_ns, cpu_ns=9)  # a clock that ticks coarsely
+    recorder.add("queue", 0, 50)
+    recording = recorder.finish()
+    (step,), (wait,), (queue,) = (recording.named(name) for name in ("step", "wait", "queue"))
+    assert (wait.duration_ns, wait.cpu_ns, wait.own_cpu_ns) == (102, 2, 2)
+    assert (step.duration_ns, step.cpu_ns, step.inner_cpu_ns, step.own_cpu_ns) == (115, 12, 3, 9)
+    assert queue.cpu_ns is None and recording.totals["queue"].timed_ns == 0
+    waited_ns = {name: total.waited_ns for name, total in recording.totals.items()}
+    assert waited_ns == {"wait": 100, "step": 12 - 9, "send": 0, "queue": 0}
+
+
+def test_processor_time_survives_the_codec() -> None:
+    recording = record_nested()
+    [decoded] = decode_recordings(encode_recordings([recording]))
+    assert decoded == recording and all(span.cpu_ns is not None for span in decoded.spans)

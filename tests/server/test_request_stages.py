@@ -81,6 +81,8 @@ def check_request(request: ServedRequest) -> None:
     assert 0 <= request.residual_ns == request.wall_ns - covered_ns
     stages = [segment.stage for segment in request.segments]
     assert set(stages) <= set(STAGES)
+    assert all(0 <= segment.cpu_ns <= segment.duration_ns for segment in request.segments if segment.cpu_ns is not None)
+    assert {segment.stage for segment in request.segments if segment.cpu_ns} >= {"commit", "loop"}
     assert stages.index("hop") < stages.index("prefill") < stages.index("decode") < stages.index("hop back")
 
 

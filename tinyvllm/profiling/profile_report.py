@@ -203,7 +203,7 @@ def recording_table(recording: Recording) -> RenderableType:
     """The spans of a recording by name: where the host's time went."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("span", no_wrap=True)
-    for column in ("count", "total ms", "own ms", "mean ms", "median ms", "p95 ms", "share"):
+    for column in ("count", "total ms", "own ms", "CPU ms", "mean ms", "median ms", "p95 ms", "share"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, total in sorted(recording.totals.items(), key=lambda item: -item[1].total_ns):
         times = sorted(span.duration_ns for span in recording.named(name))
@@ -212,6 +212,7 @@ def recording_table(recording: Recording) -> RenderableType:
             f"{total.count:,}",
             f"{total.total_ns / 1e6:,.2f}",
             f"{total.own_ns / 1e6:,.2f}",
+            f"{total.own_cpu_ns / 1e6:,.2f}" if total.timed_ns else "-",
             f"{total.total_ns / total.count / 1e6:,.3f}",
             f"{_quantile(times, 0.5) / 1e6:,.3f}",
             f"{_quantile(times, 0.95) / 1e6:,.3f}",
@@ -219,7 +220,7 @@ def recording_table(recording: Recording) -> RenderableType:
         )
     for thread, rest_ns in sorted(outside_spans(recording).items()):
         share = f"{rest_ns / recording.wall_ns:.1%}"
-        table.add_row(f"outside spans ({thread})", "", f"{rest_ns / 1e6:,.2f}", "", "", "", "", share)
+        table.add_row(f"outside spans ({thread})", "", f"{rest_ns / 1e6:,.2f}", "", "", "", "", "", share)
     notes = [Text(f"{name}: {count:,}") for name, count in sorted(recording.counts.items())]
     if recording.num_dropped:
         notes.append(Text(f"percentiles cover the latest spans: {recording.num_dropped:,} earlier ones were dropped"))
@@ -249,6 +250,7 @@ def recording_as_json(recording: Recording) -> dict[str, Any]:
                 "count": total.count,
                 "total_s": total.total_ns / 1e9,
                 "own_s": total.own_ns / 1e9,
+                "own_cpu_s": total.own_cpu_ns / 1e9 if total.timed_ns else None,
                 "share": total.total_ns / recording.wall_ns,
             }
             for name, total in recording.totals.items()

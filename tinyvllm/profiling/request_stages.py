@@ -78,15 +78,23 @@ _ENGINE_STAGES = {
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """[start_ns, end_ns) of one stage."""
+    """[start_ns, end_ns) of one stage. `cpu_ns`: processor time of the engine's thread meanwhile; of a part of a span,
+    its share by duration. None outside the engine's thread."""
 
     stage: str
     start_ns: int
     end_ns: int
+    cpu_ns: int | None = None
 
     @property
     def duration_ns(self) -> int:
         return self.end_ns - self.start_ns
+
+    def cut(self, stage: str, start_ns: int, end_ns: int) -> Segment:
+        """The part in [start_ns, end_ns), under another name."""
+        start_ns, end_ns = max(self.start_ns, start_ns), min(self.end_ns, end_ns)
+        cpu_ns = None if self.cpu_ns is None else self.cpu_ns * (end_ns - start_ns) // self.duration_ns
+        return Segment(stage, start_ns, end_ns, cpu_ns)
 
 
 @dataclass(frozen=True)
@@ -194,26 +202,27 @@ class _Engine:
             if segment.start_ns >= end_ns:
                 break
             stage = device if segment.stage == DEVICE else segment.stage
-            found.append(Segment(stage, max(segment.start_ns, start_ns), min(segment.end_ns, end_ns)))
+            found.append(segment.cut(stage, start_ns, end_ns))
         return found
 
 
 def innermost_segments(spans: Iterable[Span]) -> list[Segment]:
     """One thread's time by its innermost span that belongs to a stage of the engine; in order, without overlap."""
     segments: list[Segment] = []
-    stack: list[tuple[str, int]] = []  # stage and end of the open spans
+    stack: list[tuple[str, Span]] = []  # the open spans and their stages
     cursor_ns = 0
 
     def advance(to_ns: int) -> None:
         """Give the time until `to_ns` to the innermost span."""
         nonlocal cursor_ns
         while stack:
-            stage, end_ns = stack[-1]
-            until_ns = min(end_ns, to_ns)
+            stage, span = stack[-1]
+            until_ns = min(span.end_ns, to_ns)
             if until_ns > cursor_ns:
-                segments.append(Segment(stage, cursor_ns, until_ns))
+                cpu_ns = (span.own_cpu_ns or 0) * (until_ns - cursor_ns) // max(1, span.own_ns)
+                segments.append(Segment(stage, cursor_ns, until_ns, cpu_ns))
                 cursor_ns = until_ns
-            if end_ns > to_ns:
+            if span.end_ns > to_ns:
                 return
             stack.pop()
 
@@ -223,8 +232,8 @@ def innermost_segments(spans: Iterable[Span]) -> list[Segment]:
             continue
         advance(span.start_ns)
         cursor_ns = max(cursor_ns, span.start_ns)
-        stack.append((stage, span.end_ns))
-    advance(max((end_ns for _, end_ns in stack), default=0))
+        stack.append((stage, span))
+    advance(max((span.end_ns for _, span in stack), default=0))
     return segments
 
 

@@ -23,6 +23,7 @@ class StageRow:
     share: float
     first_ms: float  # mean until the first output; a request's last token is not in it
     token_ms: float  # mean per token after the first, while the engine decodes
+    cpu_ms: float | None = None  # mean processor time of the engine's thread; None for stages outside it
 
 
 def stage_rows(requests: Sequence[ServedRequest]) -> list[StageRow]:
@@ -34,6 +35,7 @@ def stage_rows(requests: Sequence[ServedRequest]) -> list[StageRow]:
     whole = [_by_stage(request.segments) for request in requests]
     first = [_by_stage(request.first_segments) for request in requests]
     decode = _by_stage(segment for request in requests for segment in request.decode_segments)
+    cpu_ns = _cpu_by_stage(segment for request in requests for segment in request.segments)
 
     def row(stage: str, each_ns: Sequence[int], first_ns: int, decode_ns: int) -> StageRow:
         ordered = sorted(each_ns)
@@ -45,6 +47,7 @@ def stage_rows(requests: Sequence[ServedRequest]) -> list[StageRow]:
             share=sum(each_ns) / wall_ns,
             first_ms=first_ns / len(requests) / 1e6,
             token_ms=decode_ns / num_gaps / 1e6,
+            cpu_ms=cpu_ns[stage] / len(requests) / 1e6 if stage in cpu_ns else None,
         )
 
     rows = []
@@ -124,6 +127,15 @@ def _by_stage(segments: Iterable[Segment]) -> dict[str, int]:
     sums: dict[str, int] = {}
     for segment in segments:
         sums[segment.stage] = sums.get(segment.stage, 0) + segment.duration_ns
+    return sums
+
+
+def _cpu_by_stage(segments: Iterable[Segment]) -> dict[str, int]:
+    """Processor time of each stage that runs on the engine's thread, in ns."""
+    sums: dict[str, int] = {}
+    for segment in segments:
+        if segment.cpu_ns is not None:
+            sums[segment.stage] = sums.get(segment.stage, 0) + segment.cpu_ns
     return sums
 
 

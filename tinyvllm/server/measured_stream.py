@@ -52,17 +52,17 @@ class MeasuredWriter(EventWriter):
             measure.add(measure.ANSWER, start_ns, now_ns, http=self._http_id, num_tokens=self._num_tokens, **times_ns)
 
     def _format(self, item: Item) -> bytes:
-        start_ns = time.perf_counter_ns()
+        start_ns, start_cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
         data = super()._format(item)
         end_ns = time.perf_counter_ns()
-        measure.tally(measure.SERIALIZE, start_ns, end_ns)
+        measure.tally(measure.SERIALIZE, start_ns, end_ns, time.thread_time_ns() - start_cpu_ns)
         self._times_ns.setdefault("first_formatted_ns", end_ns)
         self._times_ns["last_formatted_ns"] = end_ns
         return data
 
     def _write(self, data: bytes) -> None:
-        start_ns = time.perf_counter_ns()
+        start_ns, start_cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
         super()._write(data)
         end_ns = time.perf_counter_ns()
-        measure.tally(measure.SEND, start_ns, end_ns)
+        measure.tally(measure.SEND, start_ns, end_ns, time.thread_time_ns() - start_cpu_ns)
         self._times_ns.setdefault("first_sent_ns", end_ns)

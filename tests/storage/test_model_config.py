@@ -208,7 +208,7 @@ def test_what_would_be_computed_wrongly_is_refused(tmp_path: Path, changes: dict
         ({"num_key_value_heads": 3}, r"num_key_value_heads is 3: .*divisor of num_attention_heads \(4\)"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0: it must be a number above 0"),
         ({"rope_theta": "big"}, "rope_theta is 'big'"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "has no factor"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "has no rope_scaling.factor"),
         (
             {"rope_scaling": LLAMA3_SCALING | {"high_freq_factor": 1.0}},
             "low_freq_factor is 1.0: .*below high_freq_factor",
@@ -223,7 +223,9 @@ def test_values_that_make_no_sense_are_named(tmp_path: Path, changes: dict[str, 
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "cannot read"), ("[1]", "holds a list, not a JSON object")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "cannot read"), ("[1]", "holds a list, but must hold a JSON object")]
+)
 def test_damaged_json_names_the_file(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ModelError, match=message) as caught:

@@ -44,5 +44,5 @@ def test_other_modules_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"module 'x\.Dense'"):
         read_pooling(write(tmp_path, LAST, "Dense"))
     (tmp_path / "modules.json").write_text("{}")
-    with pytest.raises(ModelError, match="not a list of modules"):
+    with pytest.raises(ModelError, match="holds an object, but must hold a JSON list"):
         read_pooling(tmp_path)

@@ -21,7 +21,7 @@ from tinyvllm.config import ModelConfig, ModelFiles
 from tinyvllm.storage.gguf_file import GGUFFile, split_files
 from tinyvllm.storage.gguf_keys import size_keys
 from tinyvllm.storage.model_config import read_model_config
-from tinyvllm.storage.stored_dtype import read_header
+from tinyvllm.storage.safetensors_header import read_header
 from tinyvllm.storage.values import read_json
 
 MAX_LISTED = 5  # longer lists are left out of `ModelSummary.info`, as in Ollama
@@ -143,8 +143,7 @@ def _gguf_quantization(file: GGUFFile) -> str:
 def _stored_tensors(directory: Path) -> Iterable[StoredTensor]:
     for path in sorted(directory.glob("*.safetensors")):
         for name, entry in read_header(path).items():
-            if name != "__metadata__":
-                yield StoredTensor(name, str(entry["dtype"]), tuple(entry["shape"]))
+            yield StoredTensor(name, entry.dtype, entry.shape)
 
 
 def _hf_quantization(values: Mapping[str, Any]) -> tuple[str, int]:

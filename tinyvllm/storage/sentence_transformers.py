@@ -6,11 +6,12 @@ perhaps a normalization to length 1.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from tinyvllm.errors import ModelError, UnsupportedModelError
-from tinyvllm.storage.stored_dtype import read_header
+from tinyvllm.errors import UnsupportedModelError
+from tinyvllm.storage.regular_file import file_inside, is_present
+from tinyvllm.storage.safetensors_header import read_header
+from tinyvllm.storage.strict_json import read_json_list
 from tinyvllm.storage.values import Values, read_json
 
 MODULES = "modules.json"
@@ -27,17 +28,17 @@ def read_pooling(directory: Path) -> str | None:
     Raises UnsupportedModelError for other modules and modes, ModelError for a file that cannot be read.
     """
     path = directory / MODULES
-    if not path.is_file():
+    if not is_present(path):
         return None
     pooling = None
-    for module in _read_list(path):
-        kind = str(module.get("type", ""))
+    for module in Values(path, {MODULES: read_json_list(path)}).inners(MODULES):
+        kind = module.text("type", "")
         if not kind.endswith(SUFFIXES):
             raise UnsupportedModelError(
                 f"{path} has the module {kind!r}, which is not supported; known: {', '.join(SUFFIXES)}"
             )
         if kind.endswith("Pooling"):
-            config = directory / str(module.get("path", "1_Pooling")) / "config.json"
+            config = file_inside(directory, f"{module.text('path', '1_Pooling')}/config.json", path)
             pooling = _mode(Values(config, read_json(config)))
     return pooling
 
@@ -45,26 +46,13 @@ def read_pooling(directory: Path) -> str | None:
 def tensor_names(directory: Path) -> set[str]:
     """Of the tensors in a directory's safetensors: from their index, or from the headers of the files."""
     index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        return set(weight_map) if isinstance(weight_map, dict) else set()
+    if is_present(index):
+        weight_map = Values(index, read_json(index)).inner("weight_map")
+        return set() if weight_map is None else set(weight_map.values)
     names: set[str] = set()
     for path in directory.glob("*.safetensors"):
-        try:
-            names |= set(read_header(path))
-        except ValueError as error:
-            raise ModelError(f"{path} is cut short or damaged ({error}); download it again") from error
+        names |= set(read_header(path))
     return names
-
-
-def _read_list(path: Path) -> list[dict[str, object]]:
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        raise ModelError(f"{path} is not a list of modules")
-    return modules
 
 
 def _mode(values: Values) -> str:

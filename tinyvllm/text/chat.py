@@ -25,6 +25,9 @@ import jinja2.sandbox
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, RequestError
 from tinyvllm.storage.gguf_file import GGUFFile
+from tinyvllm.storage.regular_file import is_present, read_regular
+from tinyvllm.storage.strict_json import read_json_if_present
+from tinyvllm.storage.values import Values
 from tinyvllm.text import gguf_tokenizer, hf_tokenizer
 from tinyvllm.text.template_abilities import EFFORTS, Abilities
 from tinyvllm.text.template_adapter import adapt
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_TEMPLATE_BYTES = 1 << 22  # of a template's source; the largest known have 40 kB
 MAX_CHAT_CHARS = 16 * 1024 * 1024  # of a rendered chat: far more than any context window holds
 
 
@@ -66,18 +70,20 @@ def read_gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 def read_hf_templates(directory: Path) -> dict[str, str]:
     path = directory / "chat_template.jinja"
-    if path.is_file():
+    if is_present(path):
         return {"default": read_template_file(path)}
-    value = hf_tokenizer.read_json(directory / "tokenizer_config.json").get("chat_template")
-    if isinstance(value, list):  # several named templates
-        return {str(entry["name"]): str(entry["template"]) for entry in value}
-    return {} if value is None else {"default": str(value)}
+    path = directory / "tokenizer_config.json"
+    settings = Values(path, read_json_if_present(path))
+    if isinstance(settings.get("chat_template"), list):  # several named templates
+        return {entry.text("name"): entry.text("template") for entry in settings.inners("chat_template")}
+    text = settings.optional_text("chat_template")
+    return {} if text is None else {"default": text}
 
 
 def read_template_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_regular(path, MAX_TEMPLATE_BYTES).decode("utf-8")
+    except (ModelError, UnicodeDecodeError) as error:
         raise ModelError(f"the chat template {path} cannot be read: {error}") from error
 
 

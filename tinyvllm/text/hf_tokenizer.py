@@ -12,10 +12,13 @@ from typing import Any
 import tokenizers
 
 from tinyvllm.errors import ModelError, UnsupportedModelError
+from tinyvllm.storage.strict_json import read_json, read_json_if_present
+from tinyvllm.storage.values import Values
 from tinyvllm.text.tokenizer_spec import SPACE_MARK, ToBytes, TokenizerSpec, byte_level_bytes, sentencepiece_bytes
 
 logger = logging.getLogger(__name__)
 
+MAX_TOKENIZER_BYTES = 1 << 28  # of tokenizer.json; the largest known have 35 MB
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -35,7 +38,7 @@ def read_hf_tokenizer(directory: Path) -> TokenizerSpec:
     backend.no_padding()
 
     texts = read_special_texts(directory)
-    settings = read_json(directory / "tokenizer_config.json")
+    settings = read_json_if_present(directory / "tokenizer_config.json")
     add_decoder_tokens(backend, settings.get("added_tokens_decoder") or {}, directory / "tokenizer_config.json")
     add_special_texts(backend, texts)
     bos_id, eos_id = (token_id_of(backend, texts.get(name)) for name in ("bos_token", "eos_token"))
@@ -55,30 +58,29 @@ def read_hf_tokenizer(directory: Path) -> TokenizerSpec:
 
 def read_special_texts(directory: Path) -> dict[str, str]:
     """Texts of bos_token, eos_token, unk_token and pad_token, if the files name them."""
-    named = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
+    named = read_json_if_present(directory / "special_tokens_map.json") | read_json_if_present(
+        directory / "tokenizer_config.json"
+    )
     values = {name: named.get(name) for name in SPECIAL_NAMES}
     # a token is its text, or an object with the text and how to match it
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds a {type(value).__name__}, but must hold a JSON object")
-    return value
+def read_token_texts(directory: Path) -> list[str]:
+    """Texts of the vocabulary, if tokenizer.json has it as an object, and of the added tokens; without ids."""
+    path = directory / "tokenizer.json"
+    stored = Values(path, read_json(path, MAX_TOKENIZER_BYTES))
+    model = stored.inner("model") or Values(path, {})
+    words = model.get("vocab")  # a list for some kinds, whose marks are added tokens
+    added = [token.text("content") for token in stored.inners("added_tokens")]
+    return [*(words if isinstance(words, dict) else ()), *added]
 
 
 def read_eos_ids(directory: Path) -> frozenset[int]:
     """eos_token_id, one id or several, from generation_config.json or else from config.json."""
     for name in ("generation_config.json", "config.json"):
-        value = read_json(directory / name).get("eos_token_id")
+        value = read_json_if_present(directory / name).get("eos_token_id")
         if value is not None:
             return frozenset(value if isinstance(value, list) else [value])
     return frozenset()

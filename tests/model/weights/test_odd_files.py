@@ -96,13 +96,15 @@ def test_tensors_that_only_the_index_lists_are_not_missed_until_they_are_needed(
     assert_same(take_all(files), make_weights(TinyLlama()))
 
 
-def test_an_index_may_lead_to_folders_and_links(tmp_path: Path) -> None:
-    files = write_tiny_hf_llama(tmp_path / "m", shards=2)
+def test_an_index_may_lead_to_folders_and_to_links_of_the_hubs_cache(tmp_path: Path) -> None:
+    files = write_tiny_hf_llama(tmp_path / "models--org--m" / "snapshots" / "0123abc", shards=2)
+    blobs = tmp_path / "models--org--m" / "blobs"
+    blobs.mkdir()
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     (files.path / "parts").mkdir()
     (files.path / names[0]).rename(files.path / "parts" / names[0])
-    (files.path / names[1]).rename(tmp_path / "blob")
-    (files.path / names[1]).symlink_to(tmp_path / "blob")
+    (files.path / names[1]).rename(blobs / "4567def")
+    (files.path / names[1]).symlink_to("../../blobs/4567def")
     weight_map = json.loads((files.path / INDEX).read_text(encoding="utf-8"))["weight_map"]
     moved = {name: "parts/" + place if place == names[0] else place for name, place in weight_map.items()}
     edit_json(files.path / INDEX, weight_map=moved)

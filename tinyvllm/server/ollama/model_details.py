@@ -143,10 +143,7 @@ def _can_fill_in(files: ModelFiles) -> bool:
         vocabulary = gguf_tokenizer.read_vocabulary(metadata, may_repeat=True)
         texts, stated = vocabulary.tokens, gguf_tokenizer.read_fim_ids(metadata, vocabulary)
     else:
-        stored = hf_tokenizer.read_json(files.path / "tokenizer.json")
-        words = stored.get("model", {}).get("vocab", {})  # a list for some kinds, whose marks are added tokens
-        added = [token["content"] for token in stored.get("added_tokens", ())]
-        texts = [*(words if isinstance(words, dict) else ()), *added]
+        texts = hf_tokenizer.read_token_texts(files.path)
     ids = {text: position for position, text in enumerate(texts)}
     return find_marks(ids.get, lambda token_id: texts[token_id], stated) is not None
 

@@ -28,6 +28,7 @@ CAPTURES = ("replay", "tinyjit")
 
 MODELS_DIR_VARIABLE = "TINYVLLM_MODELS"  # environment variable: the directory of pulled models
 CACHE_DIR_VARIABLE = "TINYVLLM_CACHE"  # environment variable: the directory of compiled programs
+_XDG_CACHE_VARIABLE = "XDG_CACHE_HOME"
 DEVICE_VARIABLE = "DEV"  # tinygrad's environment variable, which it reads once, on import
 CAPTURE_VARIABLE = "TINYVLLM_CAPTURE"  # environment variable: the default of EngineConfig.capture
 
@@ -704,7 +705,22 @@ def cache_dir() -> Path:
     """$TINYVLLM_CACHE, else in the user's cache directory (XDG Base Directory Specification)."""
     if named := os.environ.get(CACHE_DIR_VARIABLE):
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyvllm"
+    return Path(os.environ.get(_XDG_CACHE_VARIABLE) or home_dir() / ".cache") / "tinyvllm"
+
+
+def cache_dir_variable() -> str:
+    """The environment variable that names the cache directory; if none does, the one that can."""
+    names_ours = os.environ.get(CACHE_DIR_VARIABLE) or not os.environ.get(_XDG_CACHE_VARIABLE)
+    return CACHE_DIR_VARIABLE if names_ours else _XDG_CACHE_VARIABLE
+
+
+def home_dir() -> Path:
+    """The user's home directory; without one, as for a container's user who has no name, a path that cannot exist, so
+    that what would be kept there is not."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.devnull) / "this-user-has-no-home-directory"
 
 
 def usable_cores() -> int:

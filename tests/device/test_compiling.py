@@ -5,20 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
-from multiprocessing import TimeoutError
-from types import SimpleNamespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 from tinygrad import UOp
 from tinygrad.codegen import to_program_cache
-from tinygrad.engine import worker
 
 from tests.ops.kernel.examples import add_one_kernel
+from tests.server.test_control import is_running, wait_until_gone
 from tinyvllm.device import compiling
+from tinyvllm.device.compile_workers import CompileWorkers, Job, LostJobError
 from tinyvllm.device.compiling import Compiler
 from tinyvllm.ops.kernel.body import F32
+from tinyvllm.processes import MEANINGLESS_SIGNALS, STOP_SIGNALS
 
 
 def kernel(size: int) -> tuple[UOp, str]:
@@ -48,28 +53,17 @@ def test_a_kernel_that_fails_is_raised_to_who_waits_and_tried_again_when_asked_f
         assert len(compiler.programs([kernel(1004)])) == 1
 
 
-class Lost:
-    """What a process that was killed leaves behind."""
+class SlowPool:
+    """Its jobs never end."""
 
-    def ready(self) -> bool:
-        return False
-
-    def wait(self, timeout_s: float) -> None:
-        pass
-
-    def get(self) -> None:
-        raise TimeoutError
-
-
-class LosingPool:
-    def apply_async(self, function: object, arguments: object) -> Lost:
-        return Lost()
+    def submit(self, function: Any, argument: Any) -> Job:
+        return Job(function, argument)
 
 
 def test_a_kernel_that_is_lost_is_compiled_here(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compiling, "_get_pool", LosingPool)
+    monkeypatch.setattr(compiling, "_get_pool", SlowPool)
     compiler, kernels = Compiler(), [kernel(1005), kernel(1006)]
     with mock.patch.dict(to_program_cache, clear=True), caplog.at_level(logging.WARNING):
         pending = compiler.begin(kernels)
@@ -80,14 +74,96 @@ def test_a_kernel_that_is_lost_is_compiled_here(
     assert caplog.text.count("a compiling process lost kernel") == 2
 
 
-def test_processes_that_a_signal_has_ended_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal to the process group ends them too, while an idle one holds the lock of the queue."""
-    monkeypatch.setattr(compiling, "PARALLEL", SimpleNamespace(value=1))
-    monkeypatch.setattr(compiling, "TERMINATE_S", 1.0)
-    monkeypatch.setattr(worker, "worker_pool", None)
-    pool = compiling._get_pool()
-    assert pool is not None and pool.apply(int, ("1",)) == 1
-    os.kill(pool._pool[0].pid, signal.SIGTERM)  # type: ignore[attr-defined]
+def test_kernels_of_a_dead_process_are_compiled_here_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a signal to the whole process group, or the OOM killer's."""
+    pool = CompileWorkers(1, f"{__name__}:stop")
+    monkeypatch.setattr(compiling, "_get_pool", lambda: pool)
+    compiler, kernels = Compiler(), [kernel(1007), kernel(1008)]
+    with mock.patch.dict(to_program_cache, clear=True), caplog.at_level(logging.WARNING):
+        pending = compiler.begin(kernels)
+        pid = wait_for_stop(pool)
+        start_s = time.monotonic()
+        pool.terminate()  # the second kernel is not begun in another process
+        wait_until_gone([pid])
+        assert all(one.is_done for one in pending) and len(compiler.programs(kernels)) == 2
+        assert time.monotonic() - start_s < 5
+    assert caplog.text.count("a compiling process lost kernel") == 2
+
+
+# ---- The processes ----
+
+
+def stop() -> None:
+    """A process that never begins its job."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def begin() -> None:
+    """Nothing to prepare."""
+
+
+def wait_for_stop(pool: CompileWorkers) -> int:
+    """The id of the only process, once it has stopped."""
+    while not pool.pids() or Path(f"/proc/{pool.pids()[0]}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
+    return pool.pids()[0]
+
+
+@pytest.fixture
+def pool() -> Iterator[CompileWorkers]:
+    pool = CompileWorkers(2, f"{__name__}:begin")
+    yield pool
+    pool.terminate()
+    assert pool.pids() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_jobs_end_with_their_value_their_error_or_their_process(pool: CompileWorkers) -> None:
+    jobs = [pool.submit(int, text) for text in ("1", "x", "2")]
+    assert jobs[0].result(20) == 1 and jobs[2].result(20) == 2
+    with pytest.raises(ValueError, match="'x'"):
+        jobs[1].result(20)
+    for pid in pool.pids():
+        for number in (*STOP_SIGNALS, *MEANINGLESS_SIGNALS, signal.SIGUSR1):
+            os.kill(pid, number)
+    pids = set(pool.pids())
+    slow = [pool.submit(time.sleep, 60) for _ in range(2)]
+    time.sleep(0.2)
+    assert set(pool.pids()) == pids and not any(job.is_done() for job in slow), "signals to the group are ignored"
     start_s = time.monotonic()
-    Compiler().close()
-    assert time.monotonic() - start_s < 5 and worker.worker_pool is None
+    os.kill(pool.pids()[0], signal.SIGKILL)
+    while not any(job.is_done() for job in slow):
+        time.sleep(0.01)
+    assert time.monotonic() - start_s < 2
+    (lost,) = [job for job in slow if job.is_done()]
+    with pytest.raises(LostJobError):
+        lost.result()
+    assert sorted(pool.imap_unordered(int, ["4", "5"])) == [4, 5], "by a new process, since the other is busy"
+    pool.terminate()
+    with pytest.raises(LostJobError):
+        next(job for job in slow if job is not lost).result(0)
+    wait_until_gone(list(pids))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dies_with_parent", [True, False])
+def test_a_busy_process_ends_with_its_killed_parent(dies_with_parent: bool) -> None:
+    """Whether the system kills it, or its pipe closes."""
+    program = f"""
+import time
+from tinyvllm.device import compile_workers
+if not {dies_with_parent}:
+    compile_workers._PROGRAM = compile_workers._PROGRAM.replace("main(", "import tinyvllm.device.compile_workers as w; "
+        "w.die_with_parent = lambda parent: None; main(", 1)
+pool = compile_workers.CompileWorkers(1, "{__name__}:begin")
+print(pool.submit(int, "1").result(), pool.pids()[0], flush=True)
+pool.submit(time.sleep, 1000).result()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline().split()[1])
+        assert is_running(pid)
+        process.kill()
+    wait_until_gone([pid])

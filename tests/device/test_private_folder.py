@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tinyvllm.config import cache_dir
 from tinyvllm.device.private_folder import PrivateFolder
 from tinyvllm.errors import CacheError, TinyvllmError
 
@@ -115,13 +116,48 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path) -> Non
         PrivateFolder(tmp_path / "root", "key")
 
 
-def test_a_value_that_cannot_be_written_is_only_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"TINYVLLM_CACHE": "x", "XDG_CACHE_HOME": "y"}, "TINYVLLM_CACHE"),
+        ({"XDG_CACHE_HOME": "y"}, "XDG_CACHE_HOME"),
+        ({}, "TINYVLLM_CACHE"),
+    ],
+)
+def test_the_hint_names_the_variable_that_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], named: str
+) -> None:
+    for variable in ("TINYVLLM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+    with pytest.raises(CacheError, match=rf"name another folder in {named}$"):
+        PrivateFolder(tmp_path, "key")
+
+
+def test_a_user_without_a_home_directory_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in ("TINYVLLM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(CacheError, match="this-user-has-no-home-directory"):
+        PrivateFolder(cache_dir(), "key")
+
+
+def test_a_value_that_cannot_be_written_is_only_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     folder = PrivateFolder(tmp_path, "key")
     monkeypatch.setattr(os, "replace", full)
-    folder.write("name", 1)
+    for name in ("name", "another"):
+        folder.write(name, 1)
+    assert caplog.text.count("cannot be kept") == 1
     assert list((tmp_path / "key").iterdir()) == []
     assert folder.read("name") is None
 

@@ -7,25 +7,23 @@ import gc
 import logging
 import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Iterable
-from multiprocessing.pool import AsyncResult, Pool
 
 from tinygrad import Device, UOp
 from tinygrad.codegen import to_program_cache, to_program_context, to_program_key
 from tinygrad.engine import worker
 from tinygrad.engine.realize import _compile_kernel, pm_optimize_local_size
-from tinygrad.helpers import PARALLEL
+from tinygrad.helpers import PARALLEL, Context
 from tinygrad.uop.ops import CallInfo, Ops, graph_rewrite
 
+from tinyvllm.device.compile_workers import CompileWorkers, Job, LostJobError
+from tinyvllm.device.disk_cache import share_disk_cache
 from tinyvllm.device.program_store import ProgramStore
 
 WORKER_NICENESS = 5
 WORKER_GC = (200_000, 20, 1000)  # gc.set_threshold's arguments
-# A kernel is lost if its process is killed (by the OOM killer, say). After this time it is compiled here.
-LOST_S = 300.0
-TERMINATE_S = 5.0  # for the processes to end, which takes milliseconds
+LOST_S = 300.0  # a kernel that takes longer is compiled here: its process may have been stopped
 
 logger = logging.getLogger(__name__)
 Kernel = tuple[UOp, str]  # a SINK, and the device that it is for
@@ -35,23 +33,27 @@ Key = tuple  # tinygrad's key of a kernel and of all settings that affect its pr
 class Pending:
     """A kernel that another process is compiling."""
 
-    def __init__(self, result: AsyncResult) -> None:
-        self._result = result
+    def __init__(self, job: Job) -> None:
+        self._job = job
         self._begun_s = time.monotonic()
 
     @property
     def is_done(self) -> bool:
         """Whether `wait` would return at once."""
-        return self._result.ready() or self._left_s <= 0
+        return self._job.is_done() or self._left_s <= 0
 
     @property
     def _left_s(self) -> float:
         return self._begun_s + LOST_S - time.monotonic()
 
     def wait(self) -> UOp | None:
-        """The program, or None if it was lost. Raises the compiler's error."""
-        self._result.wait(max(0.0, self._left_s))
-        return self._result.get()[1] if self._result.ready() else None
+        """The program, or None if it was lost, as when its process was killed (by the OOM killer, say). Raises the
+        compiler's error."""
+        try:
+            program: UOp = self._job.result(max(0.0, self._left_s))[1]
+        except (LostJobError, TimeoutError):
+            return None
+        return program
 
 
 class Compiler:
@@ -77,7 +79,7 @@ class Compiler:
             else:
                 context = {variable.key: variable.value for variable in to_program_context}
                 task = (0, (sink, Device[device].renderer), context)
-                self._begun[key] = Pending(pool.apply_async(_compile_kernel, (task,)))
+                self._begun[key] = Pending(pool.submit(_compile_kernel, task))
         pending = [self._begun.get(_key_of(kernel)) for kernel in kernels]
         return [one for one in pending if one is not None]
 
@@ -135,37 +137,31 @@ def _with_local_size(program: UOp) -> UOp:
     return graph_rewrite(call, pm_optimize_local_size, walk=True).src[0]
 
 
-def _begin_worker() -> None:
+def begin_worker() -> None:
     """Yield to running steps, which share the cores if the device is a CPU. Collect garbage rarely: a kernel has many
     nodes, which reference counts free, and the search for cycles took a third of the compile time."""
-    worker._init_worker()
+    Context(ALLOW_DEVICE_USAGE=0, VIZ=0, TRACK_MATCH_STATS=0, PARALLEL=0).__enter__()
+    share_disk_cache()
     gc.set_threshold(*WORKER_GC)
     os.nice(WORKER_NICENESS)
 
 
-def _get_pool() -> Pool | None:
-    """tinygrad's pool of processes, which its searches use too. Created here because tinygrad's ends each process after
-    16 programs (a search compiles thousands), and a new one takes a second to start."""
+def _get_pool() -> CompileWorkers | None:
+    """The processes, which are tinygrad's pool too: it compiles the kernels of eager operations and of its searches in
+    them. A pool of its own would wait without end for the job of a process that was killed."""
     if PARALLEL.value == 0 or multiprocessing.current_process().daemon:  # a daemon may not have children
         return None
     if worker.worker_pool is None:
-        worker.worker_pool = worker._WorkerContext().Pool(PARALLEL.value, _begin_worker)
+        worker.worker_pool = CompileWorkers(PARALLEL.value, f"{__name__}:begin_worker")
         atexit.register(_end_pool)
-    return worker.worker_pool
+    pool: CompileWorkers = worker.worker_pool
+    return pool
 
 
 def _end_pool() -> None:
-    """End tinygrad's pool of processes.
+    """End the processes."""
+    if worker.worker_pool is not None:
+        worker.worker_pool.terminate()
 
-    A signal to the whole process group, as systemd and `timeout` send it, also ends the pool's processes. An idle one
-    holds the lock of the queue of tasks, for which Pool.terminate() then waits forever. So it has limited time.
-    """
-    pool, worker.worker_pool = worker.worker_pool, None
-    if pool is None:
-        return
-    ending = threading.Thread(target=pool.terminate, daemon=True)
-    ending.start()
-    ending.join(TERMINATE_S)
-    if ending.is_alive():
-        for process in list(pool._pool):
-            process.kill()
+
+_get_pool()  # now, before tinygrad makes a pool of its own

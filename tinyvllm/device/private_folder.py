@@ -17,6 +17,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from tinyvllm.config import cache_dir_variable
 from tinyvllm.errors import CacheError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class PrivateFolder:
     def __init__(self, root: Path, key: str) -> None:
         """Create or check the folders. Raises CacheError for a folder that others could write."""
         self.root, self.folder = root, root / key
+        self._has_failed = False  # to write a value
         for folder in (self.root, self.folder):
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -81,7 +83,9 @@ class PrivateFolder:
                 file.write(hashlib.sha256(payload).digest() + payload)
             os.replace(temporary, self.folder / name)
         except OSError as error:
-            logger.warning("%s cannot be kept for the next start: %s", self.folder / name, error)
+            if not self._has_failed:  # on a full disk, each of hundreds of values fails
+                logger.warning("%s cannot be kept for the next start: %s", self.folder / name, error)
+            self._has_failed = True
             with contextlib.suppress(OSError):
                 temporary.unlink()
 
@@ -104,7 +108,7 @@ def _require_private(path: Path, info: os.stat_result) -> None:
     if info.st_uid != os.getuid():
         raise CacheError(
             f"{path} belongs to user {info.st_uid}, not to you ({os.getuid()}): "
-            f"delete it, or name another folder in XDG_CACHE_HOME"
+            f"delete it, or name another folder in {cache_dir_variable()}"
         )
     if stat.S_ISLNK(info.st_mode):
         raise CacheError(f"{path} is a symbolic link: put the folder itself there")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -23,7 +21,6 @@ from tinyvllm.server.specs import Spec
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
 PIDS_FILE = "processes.json"  # in the run directory: the processes by name, rewritten whenever one starts
-_PR_SET_PDEATHSIG = 1
 
 
 def start_child(kind: type[AnySpec]) -> tuple[AnySpec, ChildLink]:
@@ -48,16 +45,6 @@ def set_up_logging(level: str, name: str) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for logger in ("tinyvllm", "uvicorn.access"):
         logging.getLogger(logger).setLevel(level.upper())
-
-
-def die_with_parent(parent: int) -> None:
-    """Have Linux kill this process when its parent ends, even while a regular expression, say, holds the interpreter.
-
-    Only for processes without children of their own, which the control link's end would have killed, too."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended a moment ago
-            os._exit(1)
 
 
 def find(name: str) -> Callable[..., Any]:

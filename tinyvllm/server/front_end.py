@@ -18,10 +18,11 @@ import uvicorn
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.heap import settle_heap
 from tinyvllm.engine.process_host import ProcessHost
+from tinyvllm.processes import die_with_parent
 from tinyvllm.server import event_loop, recordings
 from tinyvllm.server.app import make_app
 from tinyvllm.server.board import Board
-from tinyvllm.server.child import die_with_parent, read_pids, start_child
+from tinyvllm.server.child import read_pids, start_child
 from tinyvllm.server.connections import Connections, Intake
 from tinyvllm.server.control import ChildLink, Message
 from tinyvllm.server.counters import Counters

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyvllm.config import MODELS_DIR_VARIABLE, ModelFiles
+from tinyvllm.config import MODELS_DIR_VARIABLE, ModelFiles, home_dir
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.storage.catalog import CATALOG
 
@@ -35,7 +35,7 @@ def models_dir() -> Path:
     here = Path.cwd()
     if (here / "tinyvllm" / "storage").is_dir() and (here / "models" / "README.md").is_file():
         return here / "models"
-    return Path.home() / ".cache" / "tinyvllm" / "models"
+    return home_dir() / ".cache" / "tinyvllm" / "models"
 
 
 def resolve_model(name_or_path: str, models_dir: Path | None = None) -> ModelFiles:

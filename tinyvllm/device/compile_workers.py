@@ -1,0 +1,244 @@
+"""Processes that compile kernels, each with a pipe of its own, so that the death of one concerns its own job only.
+
+multiprocessing.Pool shares a lock between its processes: one that dies while it holds the lock stops all others, and
+the job of a dead one is waited for without end. Here a dead process closes its pipe, which ends its job at once.
+
+The processes never outlive this one. Linux kills them when the thread that started them ends, whatever ended it;
+elsewhere they end when their pipe closes. They ignore the signals that stop a server, because service managers send
+these to every process, and a server still compiles while it drains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tinyvllm.processes import die_with_parent, ignore_all_signals
+
+# Runs in the new process, whose modules are found where this one's are.
+_PROGRAM = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[3])
+from tinyvllm.device.compile_workers import main
+main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[4])
+"""
+_END_S = 1.0  # for a killed process to be gone, which takes milliseconds
+
+
+class LostJobError(Exception):
+    """The process that ran the job has died, or could not be started."""
+
+
+class Job:
+    """A call in another process."""
+
+    def __init__(self, function: Callable[[Any], Any], argument: Any) -> None:
+        self.function = function
+        self.argument = argument
+        self.answer: Future[bytes] = Future()  # pickled: (has_failed, value); LostJobError if there is none
+
+    def is_done(self) -> bool:
+        return self.answer.done()
+
+    def result(self, timeout_s: float | None = None) -> Any:
+        """The call's value, unpickled on the caller's thread, because tinygrad's caches are not thread-safe.
+
+        Raises what the call raised, LostJobError, and TimeoutError."""
+        has_failed, value = pickle.loads(self.answer.result(timeout_s))
+        if has_failed:
+            raise value
+        return value
+
+
+class CompileWorkers:
+    """Owns up to `size` processes, which are started on demand. May be used again after `terminate`."""
+
+    def __init__(self, size: int, initialize: str) -> None:
+        """initialize: "module:function", which each process calls first."""
+        self._size = size
+        self._initialize = initialize
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._workers: list[_Worker] = []
+
+    def submit(self, function: Callable[[Any], Any], argument: Any) -> Job:
+        """Run `function(argument)` in one of the processes."""
+        job = Job(function, argument)
+        with self._lock:
+            if len(self._workers) < self._size:
+                with contextlib.suppress(RuntimeError):  # no more threads: those that run do the work
+                    self._workers.append(_Worker(self._jobs, self._initialize))
+            if self._workers:
+                self._jobs.put(job)
+            else:
+                job.answer.set_exception(LostJobError("this process may not start another thread"))
+        return job
+
+    def imap_unordered(self, function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
+        """Each call's value, in the order in which they are ready; a lost one is repeated in this process.
+
+        Has the name of multiprocessing.Pool's method, for tinygrad, which uses this object as its pool."""
+        pending = {job.answer: job for job in [self.submit(function, argument) for argument in arguments]}
+        while pending:
+            for answer in wait(pending, return_when=FIRST_COMPLETED).done:
+                job = pending.pop(answer)
+                try:
+                    value = job.result()
+                except LostJobError:
+                    value = function(job.argument)
+                yield value
+
+    def terminate(self) -> None:
+        """Kill the processes. Jobs that are not done are lost."""
+        with self._lock:
+            workers, self._workers = self._workers, []
+            jobs, self._jobs = self._jobs, queue.SimpleQueue()
+        for worker in workers:
+            worker.end()
+            jobs.put(None)
+        for worker in workers:
+            worker.thread.join(_END_S)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = jobs.get_nowait()
+                if job is not None:
+                    job.answer.set_exception(LostJobError("the compiling processes were ended"))
+
+    def pids(self) -> list[int]:
+        """Of the processes that run."""
+        return [worker.pid for worker in list(self._workers) if worker.pid is not None]
+
+
+class _Worker:
+    """A process, started at its first job, and started again after its death; and the thread that waits for it."""
+
+    def __init__(self, jobs: queue.SimpleQueue[Job | None], initialize: str) -> None:
+        """Raises RuntimeError if the system starts no more threads."""
+        self._jobs = jobs
+        self._initialize = initialize
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._has_ended = False
+        # a daemon: it may wait for a compiler when this process ends, which kills the compiler
+        self.thread = threading.Thread(target=self._run, name="tinyvllm-compile", daemon=True)
+        self.thread.start()
+
+    @property
+    def pid(self) -> int | None:
+        process = self._process
+        return None if process is None else process.pid
+
+    def end(self) -> None:
+        """Kill the process. From any thread."""
+        with self._lock:
+            self._has_ended = True
+            if self._process is not None:
+                self._process.kill()
+
+    def _run(self) -> None:
+        while not self._has_ended and (job := self._jobs.get()) is not None:
+            try:
+                job.answer.set_result(self._do(job))
+            except BaseException as error:  # whatever it is, the caller must not wait for this job
+                self._discard()
+                job.answer.set_exception(error)
+        self._discard()
+
+    def _do(self, job: Job) -> bytes:
+        """The process's answer. Raises LostJobError, and what pickling raises."""
+        message = pickle.dumps((job.function, job.argument), protocol=5)
+        try:
+            connection = self._connection or self._start()
+            connection.send_bytes(message)
+            return connection.recv_bytes()
+        except (OSError, EOFError) as error:
+            raise LostJobError(f"a compiling process is gone: {error or 'it has closed its pipe'}") from error
+
+    def _start(self) -> Connection:
+        """Start a process. Raises OSError if the system starts no more."""
+        here, there = socket.socketpair()
+        with there:
+            try:
+                with self._lock:
+                    if self._has_ended:
+                        raise LostJobError("the compiling processes were ended")
+                    self._process = subprocess.Popen(
+                        _command(there.fileno(), self._initialize),
+                        pass_fds=(there.fileno(),),
+                        stdin=subprocess.DEVNULL,
+                    )
+            except BaseException:
+                here.close()
+                raise
+        self._connection = Connection(here.detach())
+        return self._connection
+
+    def _discard(self) -> None:
+        """Close the pipe, and collect the process."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+        with self._lock:
+            process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
+def _command(fd: int, initialize: str) -> list[str]:
+    return [sys.executable, "-c", _PROGRAM, str(fd), str(os.getpid()), json.dumps(sys.path), initialize]
+
+
+# ---- In the process ----
+
+
+def main(fd: int, parent: int, initialize: str) -> None:
+    """Answer jobs until the pipe closes."""
+    ignore_all_signals()
+    die_with_parent(parent)
+    module, _, function = initialize.partition(":")
+    getattr(__import__(module, fromlist=[function]), function)()
+    connection = Connection(fd)
+    jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, jobs), daemon=True).start()
+    while True:
+        answer = _answer(jobs.get())
+        try:
+            connection.send_bytes(answer)
+        except OSError:
+            os._exit(0)
+
+
+def _receive(connection: Connection, jobs: queue.SimpleQueue[bytes]) -> None:
+    """On a thread of its own, so that the process ends with its parent even while it compiles."""
+    try:
+        while True:
+            jobs.put(connection.recv_bytes())
+    except (OSError, EOFError):
+        os._exit(0)
+
+
+def _answer(message: bytes) -> bytes:
+    try:
+        function, argument = pickle.loads(message)
+        return pickle.dumps((False, function(argument)), protocol=5)
+    except Exception as error:
+        error.add_note(f"in a compiling process:\n{traceback.format_exc()}")
+        try:
+            pickle.loads(answer := pickle.dumps((True, error), protocol=5))
+        except Exception:  # an error that cannot be pickled
+            answer = pickle.dumps((True, RuntimeError(f"{type(error).__name__}: {error}")), protocol=5)
+        return answer

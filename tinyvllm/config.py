@@ -21,6 +21,8 @@ MAX_LOGIT_BIAS = 1024  # ids in a request's logit_bias: vLLM's limit; a fixed-wi
 MAX_BIAS = 100.0  # OpenAI's limit for the magnitude of a logit_bias
 MAX_BAD_WORDS = 256
 MAX_CHOICES = 128  # upper limit of `n`
+# The least positive setting: divided by a smaller one, logits overflow in float32, and below 1e-45 it would be 0 there.
+MIN_POSITIVE = 1e-30
 
 DTYPES = ("float32", "float16", "bfloat16")
 WARM_UPS = ("background", "full", "idle")
@@ -642,6 +644,8 @@ class SamplingParams:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
+        if 0.0 < self.temperature < MIN_POSITIVE:  # greedy, as everything below about 1e-5 is
+            object.__setattr__(self, "temperature", 0.0)
 
         self._check_draw()
         self._check_logits_processing()
@@ -662,12 +666,13 @@ class SamplingParams:
         check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
         check(0 <= self.top_k < 2**31, "top_k", "0 (off), -1 (off) or a positive count")
         check(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
-        check(0.0 < self.typical_p <= 1.0, "typical_p", "above 0 and at most 1")
+        check(MIN_POSITIVE <= self.typical_p <= 1.0, "typical_p", f"at least {MIN_POSITIVE:g} and at most 1")
         check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
 
     def _check_logits_processing(self) -> None:
         check = self._check
-        check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0 and at most 100")
+        penalty = self.repetition_penalty
+        check(MIN_POSITIVE <= penalty <= 100.0, "repetition_penalty", f"at least {MIN_POSITIVE:g} and at most 100")
         check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
         check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
         check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"of at most {MAX_LOGIT_BIAS} ids")

@@ -112,11 +112,13 @@ def test_bad_words_become_tokens_with_and_without_a_space_before_them() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0: it must be above 0"),
-        ({"repetition_penalty": math.inf}, "repetition_penalty is inf: it must be above 0 and at most 100"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0: it must be at least 1e-30"),
+        ({"repetition_penalty": 1e-46}, "repetition_penalty is 1e-46: it must be at least 1e-30"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty is inf: it must be at least 1e-30 and at most 100"),
         ({"frequency_penalty": 2.5}, "frequency_penalty is 2.5: it must be between -2 and 2"),
         ({"presence_penalty": math.nan}, "presence_penalty is nan: it must be between -2 and 2"),
-        ({"typical_p": 0.0}, "typical_p is 0.0: it must be above 0 and at most 1"),
+        ({"typical_p": 0.0}, "typical_p is 0.0: it must be at least 1e-30 and at most 1"),
+        ({"typical_p": 1e-46}, "typical_p is 1e-46: it must be at least 1e-30 and at most 1"),
         ({"logit_bias": {3: 100.5}}, "logit_bias is {3: 100.5}: it must be of values between -100 and 100"),
         ({"logit_bias": dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 0.0)}, "it must be of at most 1024 ids"),
         ({"bad_words": ("a", "")}, "bad_words is .*: it must be strings that are not empty"),
@@ -134,3 +136,8 @@ def test_settings_out_of_range_are_refused_by_name(settings: dict[str, Any], mes
 def test_lists_and_nothing_become_what_the_fields_say() -> None:
     params = SamplingParams(bad_words=["a"], allowed_token_ids=[1, 2], logit_bias=None)  # type: ignore[arg-type]
     assert (params.bad_words, params.allowed_token_ids, params.logit_bias) == (("a",), (1, 2), {})
+
+
+def test_a_temperature_that_float32_cannot_divide_by_is_greedy() -> None:
+    assert SamplingParams(temperature=1e-40).temperature == 0.0
+    assert SamplingParams(temperature=1e-5).temperature == 1e-5

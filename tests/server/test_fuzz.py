@@ -9,13 +9,16 @@ import asyncio
 import copy
 import functools
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +26,7 @@ from tests.server.fake_engine import FakeEngine, TagTemplate, serving
 from tests.server.hermes import CALL, THINKING
 from tests.server.test_response_items import HISTORY, HOSTED, SKIPPED
 from tinyvllm.server.app import make_app
+from tinyvllm.server.ollama.options import _READERS
 
 # ---- Valid requests ----
 
@@ -404,6 +408,52 @@ def test_broken_requests_are_answered_or_refused_by_name(request: tuple[str, Any
             {"message", "type"} if is_anthropic else {"message", "type", "param", "code"}
         )
         assert error["message"] and error["type"] in ("invalid_request_error", "not_found_error")
+
+
+# ---- Extremes of every number ----
+
+EXTREMES: list[Any] = [
+    *(0, -1, 2**31, 2**63, -(2**63) - 1, 10**400, -(10**400), 1e-46, -1e-46, 1e-320, 1e308, -1e308, 0.5, True, "1"),
+    *(math.nan, math.inf, -math.inf),
+]
+LISTS = ("stop_token_ids", "allowed_token_ids", "prompt", "input", "tokens", "context", "token_ids")
+MINIMAL: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    "/v1/completions": {"prompt": "x"},
+    "/v1/responses": {"input": "x"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5},
+    "/v1/embeddings": {"input": "x"},
+    "/v1/rerank": {"query": "x", "documents": ["a"]},
+    "/v1/score": {"text_1": "x", "text_2": "a"},
+    "/api/chat": {"model": "tiny", "messages": [{"role": "user", "content": "x"}]},
+    "/api/generate": {"model": "tiny", "prompt": "x"},
+    "/api/embed": {"model": "tiny", "input": "x"},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [1]},
+}
+
+
+def extreme_bodies(app: FastAPI, path: str) -> Iterator[dict[str, Any]]:
+    """The minimal body with each of the numbers that the document names, and each of these at each extreme."""
+    document = app.openapi()
+    reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    fields = document["components"]["schemas"][reference.rpartition("/")[2]]["properties"]
+    for name, schema in fields.items():
+        for value in EXTREMES:
+            if any(f'"type": "{kind}"' in json.dumps(schema) for kind in ("integer", "number")):
+                yield {**MINIMAL[path], name: [value] if name in LISTS else value}
+    for value in EXTREMES:
+        yield {**MINIMAL[path], "logit_bias": {"5": value}}
+        yield from ({**MINIMAL[path], "options": {name: value}} for name in _READERS if path.startswith("/api/"))
+
+
+@pytest.mark.parametrize("path", MINIMAL)
+def test_no_extreme_of_a_number_is_an_error_of_the_server(path: str) -> None:
+    app = shared()[1].app
+    for body in extreme_bodies(app, path):  # type: ignore[arg-type]
+        status, text = asyncio.run(ask(path, body, "a"))
+        assert status in (200, 400), (body, text)
+        assert "internal error" not in text, (body, text)
 
 
 # Every answer must be as the document says, whatever is sent.

@@ -327,6 +327,46 @@ def test_an_expression_that_explodes_hits_a_limit_and_says_so(pattern: str) -> N
     assert matcher.error is not None and "limit" in matcher.error
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "reason"),
+    [
+        ("json_schema", {"$ref": "#"}, "no output matches it"),
+        ("json_schema", {"anyOf": [{"$ref": "#"}]}, "no output matches it"),
+        ("json_schema", {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "no output matches it"),
+        ("lark", "start: start", "no output matches it"),
+        ("regex", "a{1000000}", "1000000 characters with its repetitions written out"),
+        ("regex", "(((a{100}){100}){100}){100}", "100000000 characters"),
+        ("regex", r"([\]a]{2,100}|\{\d{3}){1000}", "104000 characters"),
+        ("lark", "start: /x{60000}/", "60000 characters"),
+        ("json_schema", {"type": "string", "pattern": "a{1000000}"}, "pattern has 1000000 characters"),
+        ("json_schema", {"type": "object", "patternProperties": {"a{1000000}": {}}}, "has 1000000 characters"),
+        ("regex", "\ud800", "lone surrogate"),
+    ],
+)
+def test_what_no_step_could_follow_is_refused_when_it_is_compiled(kind: str, value: Any, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        compiled(kind, value)
+
+
+def test_a_long_forced_text_is_encoded_a_piece_at_a_time() -> None:
+    lengths: list[int] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(TOKENIZERS["byte-level"], name)
+
+        def encode(self, text: str, **settings: Any) -> list[int]:
+            lengths.append(len(text))
+            return TOKENIZERS["byte-level"].encode(text, **settings)
+
+    tokenizer: Any = Counting()
+    vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size, tokenizer.eos_ids)
+    matcher = compile_grammar(GrammarSpec("regex", "a{20000}"), vocabulary).matcher()
+    for _ in range(5):
+        assert matcher.accept(int(allowed(matcher, vocabulary.vocab_size)[0])), matcher.error
+    assert 1000 < max(lengths) < 2000
+
+
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(RequestError, match="json_schema"):
         GrammarSpec("xml", "")

@@ -21,11 +21,14 @@ from numpy.typing import NDArray
 from tinyvllm.config import GrammarSpec
 from tinyvllm.errors import RequestError
 from tinyvllm.text.json_schema import parse_schema, prepare_schema, refuse, subschemas
+from tinyvllm.text.regex_size import MAX_SIZE, expanded_size
+from tinyvllm.text.tokenizer import check_characters
 
 if TYPE_CHECKING:
     from tinyvllm.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 1000
+_MAX_FORCED_BYTES = 1024  # of a forced text that are encoded for one mask: 1 ms
 _LOCATE_TRIES = 200  # subschemas that are compiled separately to find the faulty one
 
 
@@ -78,7 +81,12 @@ class _Bytes:
         self._longest = 0
 
     def __call__(self, data: bytes) -> list[int]:
-        """Token ids of `data` in the middle of a text: forced text is generated in these tokens."""
+        """Token ids of `data` in the middle of a text: forced text is generated in these tokens.
+
+        Of a long text, only the beginning: llguidance asks again after each token, so encoding the whole of `a{100000}`
+        would take 120 ms of every step."""
+        if len(data) > _MAX_FORCED_BYTES:
+            data = data[:_MAX_FORCED_BYTES]
         ids = self._encode(data.decode(errors="replace"))
         if self._tokenizer.strips_leading_space:  # it prepends a space to a text, but this is not the beginning
             ids = self._encode("\n" + data.decode(errors="replace"))[len(self._encode("\n")) :]
@@ -162,6 +170,7 @@ def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, limits: GrammarLi
     Raises RequestError, with a param that begins with spec.param, for a grammar that is invalid, too large or cannot be
     enforced.
     """
+    check_characters(spec.text, spec.param)
     if len(spec.text) > limits.max_chars:
         raise RequestError(
             f"{spec.param} has {len(spec.text)} characters, but the limit is {limits.max_chars}: simplify it",
@@ -184,11 +193,15 @@ def compile_source(source: str, vocabulary: Vocabulary, limits: GrammarLimits = 
 
 
 def _compile(source: str, vocabulary: Vocabulary, limits: GrammarLimits) -> LLMatcher:
+    """A matcher at the grammar's start, or one with an error."""
     root = LLMatcher(vocabulary.trie, source, log_level=0, limits=limits.for_parser())
-    if not root.is_error():
-        # the first mask builds most of the lexer's states: do it here, not on the engine's thread
-        root.deep_copy().compute_bitmask()
-    return root
+    if root.is_error():
+        return root
+    # the first mask builds most of the lexer's states: do it here, not on the engine's thread. It is also the first
+    # that fails: at a limit, or because no token can begin an output, as in {"$ref": "#"}
+    first = root.deep_copy()
+    first.compute_bitmask()
+    return first if first.is_error() else root
 
 
 # One of llguidance's grammars, as an object in its JSON.
@@ -210,6 +223,7 @@ def _json_source(schema: Any, param: str) -> Source:
 def _from_regex(spec: GrammarSpec) -> Source:
     if not spec.text:
         raise RequestError(f"{spec.param} is empty: give a regular expression", param=spec.param)
+    _check_size(spec.text, spec.param)
     [source] = json.loads(LLMatcher.grammar_from_regex(spec.text))["grammars"]  # escaped for Lark
     return {"lark_grammar": source["lark_grammar"]}
 
@@ -239,6 +253,8 @@ def pattern_fault(pattern: str, limits: GrammarLimits = GrammarLimits()) -> str 
     """Why strings of a JSON schema cannot be made to match `pattern`; None if they can."""
     if len(pattern) > limits.max_chars:
         return f"it has {len(pattern)} characters, but the limit is {limits.max_chars}"
+    if (size := expanded_size(pattern)) > MAX_SIZE:
+        return f"it has {size} characters with its repetitions written out, but the limit is {MAX_SIZE}"
     grammar = LLMatcher.grammar_from_json_schema({"type": "string", "pattern": pattern})
     fault = LLMatcher.validate_grammar(grammar, limits=limits.for_parser())
     return _on_one_line(fault) if fault else None
@@ -261,7 +277,19 @@ def _from_lark(spec: GrammarSpec) -> Source:
     # in the brackets after a rule's name; llguidance only passes it to the sampler, which would ignore it
     if re.search(r"^[^\"/]*\[[^\]]*\btemperature\s*=", spec.text, re.MULTILINE):
         raise RequestError(f"{spec.param}: a rule's temperature is not supported: omit it", param=spec.param)
+    for expression in re.findall(r"/(?!/)((?:\\.|[^/\\\n])+)/", spec.text):
+        _check_size(expression, spec.param)
     return {"lark_grammar": spec.text}
+
+
+def _check_size(expression: str, param: str) -> None:
+    size = expanded_size(expression)
+    if size > MAX_SIZE:
+        raise RequestError(
+            f"{param} has {size} characters with its repetitions written out, but the limit is {MAX_SIZE}: lower the "
+            "counts in {}, or leave them open as in {1,}",
+            param=param,
+        )
 
 
 _SOURCES: dict[str, Callable[[GrammarSpec], Source]] = {
@@ -321,8 +349,11 @@ class _Locator:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """The library's message on one line, without its markers of the position."""
-    return _on_one_line(matcher.get_error()) or matcher.stop_reason()
+    """The library's message on one line, without its markers of the position and its dump of the parser's state."""
+    error = _on_one_line(matcher.get_error().partition("<state>")[0])
+    if error == "NoExtensionBias":
+        return "no token can follow, because no output matches it"
+    return error or matcher.stop_reason()
 
 
 def _on_one_line(error: str) -> str:

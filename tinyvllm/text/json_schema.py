@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tinyvllm.errors import RequestError
+from tinyvllm.text.regex_size import MAX_SIZE, expanded_size
 
 MAX_DEPTH = 64  # of nested schemas; the compiler's JSON parser stops at 128 levels of brackets
 MAX_PROPERTIES = 5000  # in one schema, on all levels together: OpenAI's limit
@@ -129,6 +130,9 @@ class _Preparation:
         raise refuse(f"{path}.{keyword}", "cannot be enforced", f"omit it. Supported keywords: {known}")
 
     def _copy_value(self, keyword: str, value: Any, path: str, depth: int) -> Any:
+        if keyword == "pattern" or (keyword == "patternProperties" and isinstance(value, Mapping)):
+            for pattern in [value] if keyword == "pattern" else value:
+                _check_pattern(pattern, path)
         if keyword in _MAPS_OF_SCHEMAS and isinstance(value, Mapping):
             self._num_properties += len(value)
             if self._num_properties > MAX_PROPERTIES:
@@ -147,6 +151,12 @@ class _Preparation:
         if keyword == "format" and value not in FORMATS:
             raise refuse(path, f"is {value!a:.60}", f"choose from {', '.join(FORMATS)}, or omit it")
         return value
+
+
+def _check_pattern(pattern: object, path: str) -> None:
+    if isinstance(pattern, str) and (size := expanded_size(pattern)) > MAX_SIZE:
+        what = f"has {size} characters with its repetitions written out"
+        raise refuse(path, what, f"the limit is {MAX_SIZE}, lower its counts")
 
 
 def refuse(path: str, what: str, remedy: str) -> RequestError:

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tinyvllm.config import GenerationDefaults
+from tinyvllm.config import MIN_POSITIVE, GenerationDefaults
 from tinyvllm.errors import RequestError
 from tinyvllm.server.notices import warn_once
 
@@ -108,9 +108,10 @@ def _share(name: str, value: object) -> float:
 def _penalty(name: str, value: object) -> float:
     """Checked here, because SamplingParams has another name for it."""
     number = _number(name, value)
-    if not 0.0 < number <= 100.0:
+    if not MIN_POSITIVE <= number <= 100.0:
         raise RequestError(
-            f"option {name!r} is {number:g}: it must be above 0 and at most 100", param=f"options.{name}"
+            f"option {name!r} is {number:g}: it must be at least {MIN_POSITIVE:g} and at most 100",
+            param=f"options.{name}",
         )
     return number
 

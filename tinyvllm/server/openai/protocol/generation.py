@@ -165,7 +165,10 @@ def _check_biases(value: object) -> object:
             raise ValueError(f"{ascii(key)[:40]} is not a token id: give decimal numbers as keys")
         if isinstance(bias, bool) or not isinstance(bias, int | float):
             raise ValueError(f"the bias of {key} is not a number")
-        biases[int(key)] = float(bias)
+        try:
+            biases[int(key)] = float(bias)
+        except OverflowError:
+            raise ValueError(f"the bias of {key} is too large for a number") from None
     return biases
 
 

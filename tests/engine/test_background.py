@@ -19,6 +19,7 @@ from tinyvllm.engine.core import EngineCore
 from tinyvllm.engine.loading import LoadedEngine, Progress, assemble_engine
 from tinyvllm.engine.output import Delta
 from tinyvllm.execution.runner import load_runner
+from tinyvllm.profiling import measure
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 from tinyvllm.scheduling.scheduler import Scheduler
@@ -55,6 +56,7 @@ def test_a_graph_is_made_while_no_step_is_in_flight_and_no_token_is_lost() -> No
     events: list[str] = []
     runner, captures = Overlapping(events), FakeCaptures(3, events)
     core = make_core(runner, captures)
+    measure.start()
     requests = [make_request(f"r{index}", [5, 6, 7 + index], max_tokens=12) for index in range(3)]
     for request in requests:
         core.add(request)
@@ -68,6 +70,9 @@ def test_a_graph_is_made_while_no_step_is_in_flight_and_no_token_is_lost() -> No
         in_flight += {"launch": 1, "collect": -1}.get(event, 0)
         assert event != "capture" or in_flight == 0
     assert "trace" in events[: events.index("capture")], "tracing continues during a step"
+    captured = measure.stop().named(measure.CAPTURE)
+    assert len(captured) == sum(event in ("trace", "capture") for event in events)
+    assert all(span.depth == 0 for span in captured), "no step contains it"
     for request in requests:
         assert len(request.output_ids) == 12
         assert request.output_ids == run_alone(request)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dis
 import threading
+import time
 
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.interpreter import PROBE_NAME, summarize_probes
+from tinyvllm.profiling.lock_holders import Sighting, find_holder, holders_by_thread
+from tinyvllm.profiling.measure import Recording
+from tinyvllm.profiling.recording_codec import decode_recordings, encode_recordings
+from tinyvllm.profiling.recording_verdict import judge_recording
 
 
 def test_the_lock_is_held_as_often_as_probes_wait_for_it() -> None:
@@ -48,3 +54,60 @@ def test_nothing_is_watched_unless_a_recording_asks_for_it() -> None:
 
 def names_of_threads() -> set[str]:
     return {PROBE_NAME, *(thread.name for thread in threading.enumerate())}
+
+
+def spin(done: threading.Event) -> None:
+    while not done.is_set():
+        sum(range(100))
+
+
+def record_beside_a_hog() -> Recording:
+    """Steps that wait for their device with the lock released, while a thread runs Python all the time."""
+    done = threading.Event()
+    hog = threading.Thread(target=spin, args=(done,), name="hog")
+    measure.start(watches=True)
+    hog.start()
+    for _ in range(100):
+        with measure.span(measure.STEP, kind="decode"), measure.span(measure.WAIT):
+            time.sleep(0.002)
+    done.set()
+    hog.join()
+    return measure.stop()
+
+
+def test_a_thread_that_hogs_the_lock_is_named() -> None:
+    recordings = (record_beside_a_hog() for _ in range(5))  # a busy machine may give the hog no core
+    recording = next(one for one in recordings if judge_recording(one))
+    first = judge_recording(recording)[0]
+    assert first.name == "lock contention" and first.share > 0.3
+    assert "on thread hog" in first.because and "test_interpreter.py" in first.because
+    assert recording.interpreter is not None and recording.interpreter.lock is not None
+    assert holders_by_thread(recording.interpreter.lock.holders)[0][0] == "hog"
+    [decoded] = decode_recordings(encode_recordings([recording]))
+    assert decoded.interpreter == recording.interpreter
+
+
+def sighting(name: str, instruction: int, cpu_ns: int | None) -> Sighting:
+    """At an instruction of `spin`."""
+    return Sighting(name, spin.__code__, instruction, 50, cpu_ns)
+
+
+CALLS = [one.offset for one in dis.get_instructions(spin) if one.opname.startswith("CALL")]
+
+
+def test_a_thread_within_one_call_holds_the_lock_only_if_no_other_thread_ran_on() -> None:
+    in_c = {1: sighting("in-c", CALLS[0], 0)}, {1: sighting("in-c", CALLS[0], 5_000_000)}
+    runs_on = {2: sighting("hog", 0, 0)}, {2: sighting("hog", CALLS[0], 4_000_000)}
+    sleeps = {3: sighting("idle", CALLS[1], 9)}, {3: sighting("idle", CALLS[1], 9)}
+    found = find_holder(in_c[0] | runs_on[0] | sleeps[0], in_c[1] | runs_on[1] | sleeps[1], 5_000_000)
+    assert found is not None and found.name == "hog"
+    found = find_holder(in_c[0] | sleeps[0], in_c[1] | sleeps[1], 5_000_000)
+    assert found is not None and found.name == "in-c"
+    assert find_holder(*sleeps, 5_000_000) is None and find_holder({}, in_c[1], 5_000_000) is None
+
+
+def test_without_clocks_of_other_threads_the_one_that_ran_on_is_the_holder() -> None:
+    before = {1: sighting("hog", 0, None), 2: sighting("idle", CALLS[0], None)}
+    after = {1: sighting("hog", CALLS[0], None), 2: sighting("idle", CALLS[0], None)}
+    found = find_holder(before, after, 5_000_000)
+    assert found is not None and found.name == "hog"

@@ -23,7 +23,6 @@ from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.output import Delta, Timing, TokenLogprob
 from tinyvllm.engine.step_history import CompletedStep, StepHistory
 from tinyvllm.errors import RequestError
-from tinyvllm.profiling.measure import Recording
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.server.app import make_app
@@ -100,7 +99,9 @@ class TagTemplate:
 
 
 # The same for every choice: 1 s in the queue, 2 s to the first token, 4 s more to the last.
-TIMING = Timing(queued_s=10.0, scheduled_s=11.0, first_token_s=13.0, last_token_s=17.0, num_preemptions=1)
+TIMING = Timing(
+    submitted_s=9.5, queued_s=10.0, scheduled_s=11.0, first_token_s=13.0, last_token_s=17.0, num_preemptions=1
+)
 
 
 @dataclass
@@ -210,12 +211,6 @@ class FakeEngine:
 
     async def latest_steps(self) -> list[list[CompletedStep]]:
         return [self.history.latest()]
-
-    async def start_profile(self) -> None:
-        """The engine is in this process, whose spans are recorded anyway."""
-
-    async def stop_profile(self) -> list[Recording]:
-        return []
 
     async def shutdown(self) -> None:
         self.has_shut_down = True

@@ -446,7 +446,14 @@ async def test_apis_can_be_turned_off() -> None:
 @given(st.lists(st.floats(-5, 1e6), min_size=5, max_size=5), st.booleans())
 def test_durations_add_up(times: list[float], is_sorted: bool) -> None:
     arrival, queued, scheduled, first, last = sorted(times) if is_sorted else times
-    timing = Timing(queued_s=queued, scheduled_s=scheduled, first_token_s=first, last_token_s=last, num_preemptions=0)
+    timing = Timing(
+        submitted_s=queued,
+        queued_s=queued,
+        scheduled_s=scheduled,
+        first_token_s=first,
+        last_token_s=last,
+        num_preemptions=0,
+    )
     found = durations(timing, last - arrival, arrival)
     parts = found["load_duration"] + found["prompt_eval_duration"] + found["eval_duration"]
     assert min(found.values()) >= 0 and parts <= found["total_duration"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.server.client import client_of, error_of
 from tests.server.fake_engine import FakeEngine
+from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.recording_codec import decode_recordings
 
@@ -16,8 +18,9 @@ from tinyvllm.profiling.recording_codec import decode_recordings
 @pytest.fixture(autouse=True)
 def _off() -> Iterator[None]:
     yield
-    if measure.is_on():
-        measure.stop()
+    for owner in (measure.CODE, measure.ROUTE, measure.FLAGS):
+        with contextlib.suppress(ProfilingError):
+            measure.stop(owner)
 
 
 @pytest.mark.parametrize("path", ["/start_profile", "/stop_profile"])
@@ -75,3 +78,13 @@ async def test_one_recording_at_a_time() -> None:
         second = await client.post("/start_profile")
     assert nothing.status_code == second.status_code == 409
     assert "start one first" in error_of(nothing)["message"] and "already" in error_of(second)["message"]
+
+
+async def test_the_process_s_own_recording_is_not_stopped_by_a_client() -> None:
+    """It would be lost: --profile and --trace write it when the process ends."""
+    measure.start(owner=measure.FLAGS)
+    async with client_of(FakeEngine(), enable_profiling=True) as client:
+        refused = [await client.post("/start_profile"), await client.post("/stop_profile")]
+    assert [response.status_code for response in refused] == [409, 409]
+    assert all("--profile or --trace started it" in error_of(response)["message"] for response in refused)
+    assert measure.stop(measure.FLAGS).wall_ns > 0

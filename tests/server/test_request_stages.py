@@ -93,7 +93,7 @@ def test_the_stages_of_a_stream_divide_its_wall_time(device: Device, url: str, p
     assert served.num_left_out == 0 and request.http_id == "test-0"
     check_request(request)
     stages = {segment.stage for segment in request.segments}
-    assert stages >= {"admit", "schedule", "commit", "serialize", "send"} | FIRST_STAGES[path]
+    assert stages >= {"admission", "schedule", "commit", "serialize", "send"} | FIRST_STAGES[path]
     assert request.num_tokens > 1
 
 

@@ -15,15 +15,16 @@ from tinyvllm.bench.cold_start import GREEDY, ColdStart
 from tinyvllm.bench.counts import Fault, StepCounts
 from tinyvllm.bench.rows import Machine
 from tinyvllm.bench.spread import Spread
-from tinyvllm.bench.stages import DECODE, PREFILL, REST, SAMPLING, STAGES, Case, PlainRound, Round
+from tinyvllm.bench.stages import DECODE, PREFILL, REST, SAMPLING, STAGES, Case, PlainRound, Round, StepTimes
 from tinyvllm.config import SamplingParams
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.execution.cost import StepCost
 from tinyvllm.profiling.chips import Chip
+from tinyvllm.profiling.interpreter import Interpreter
 from tinyvllm.profiling.kernels import StepProfile
 from tinyvllm.profiling.measure import DETOKENIZE, PACK, QUEUE, SCHEDULE, TOKENIZE
 from tinyvllm.profiling.roofline import Roofline
-from tinyvllm.profiling.verdict import Evidence, Finding, judge
+from tinyvllm.profiling.verdict import Evidence, Finding, Turn, judge
 
 MAX_RESIDUAL_SHARE = 0.02  # of the wall time that no stage accounts for
 
@@ -123,6 +124,7 @@ class Breakdown:
     faults: tuple[Fault, ...]
     chip: Chip
     vocab_size: int
+    interpreter: Interpreter | None = None  # while the cases were measured
 
     @property
     def wall_s(self) -> float:
@@ -171,18 +173,25 @@ class Breakdown:
         main = self.main
         profile = main.profiles[DECODE]
         phases = {name: [s for one in main.rounds for s in one.steps if s.kind == name] for name in (PREFILL, DECODE)}
-        plain_s = [(one.wall_s - one.first_token_s) / (main.case.num_output - 1) for one in main.plain]
         return judge(
             Evidence(
                 kernels=profile.kernels,
                 step_s=profile.step_s,
                 roofline=roofline,
                 context=main.num_prompt_tokens + main.case.num_output // 2,
-                turn_s=statistics.median(plain_s),
+                turns=[_turn(step, overlaps=self.max_in_flight > 1) for step in phases[DECODE]],
                 prefill_s=sum(step.device_s for step in phases[PREFILL]),
                 decode_s=sum(step.device_s for step in phases[DECODE]),
+                interpreter=self.interpreter,
             )
         )
+
+
+def _turn(step: StepTimes, *, overlaps: bool) -> Turn:
+    """An instrumented step as a turn. overlaps: when serving, the host works on the next step meanwhile."""
+    host_s = step.schedule_s + step.pack_s + step.read_s + step.rest_s + step.detokenize_s
+    device_s = step.device_s
+    return Turn(max(host_s, device_s) if overlaps else host_s + device_s, device_s)
 
 
 def sum_stages(cases: Sequence[CaseResult]) -> list[StageTimes]:

@@ -19,6 +19,7 @@ from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.cost import StepCost
 from tinyvllm.profiling.chips import Chip
 from tinyvllm.profiling.expert_load import ExpertLoad
+from tinyvllm.profiling.interpreter import RARE_PROBES_S, Watch
 from tinyvllm.profiling.kernels import StepProfile
 from tinyvllm.profiling.names import SAMPLE
 from tinyvllm.scheduling.plan import StepPlan
@@ -104,10 +105,11 @@ def measure_breakdown(
     roofline applies."""
     runner = inspector.runner
     driver = Driver(runner, tokenizer, seed=work.seed, prefix_caching=work.prefix_caching, params=work.params)
-    results = []
+    results, watch = [], Watch(RARE_PROBES_S)
     for done, case in enumerate(work.cases):
         report("measure", done, len(work.cases))
         results.append(measure_case(driver, inspector, work, case))
+    interpreter = watch.stop()
     report("measure", len(work.cases), len(work.cases))
     faults: dict[tuple[str, str], Fault] = {}
     for result in results:
@@ -128,6 +130,7 @@ def measure_breakdown(
         faults=tuple(faults.values()),
         chip=chip,
         vocab_size=runner.model_config.vocab_size,
+        interpreter=interpreter,
     )
 
 

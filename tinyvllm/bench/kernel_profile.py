@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import threading
 import time
 
 from tinyvllm.bench.environment import describe_environment
@@ -13,9 +14,10 @@ from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import ModelRunner
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.chips import Chip, guess_chip, measured_chip
+from tinyvllm.profiling.interpreter import RARE_PROBES_S, Watch
 from tinyvllm.profiling.profile_report import ProfileReport
 from tinyvllm.profiling.roofline import Roofline
-from tinyvllm.profiling.verdict import Evidence, judge
+from tinyvllm.profiling.verdict import Evidence, Turn, judge
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 
 
@@ -35,21 +37,32 @@ def profile_case(inspector: RunnerInspector, subject: Subject, work: LatencyWork
     (case,), runner = work.cases, inspector.runner
     inspector.fill_pool(1 + work.num_blocks(case, runner.capacity.block_size), work.seed)
     plan = _plan(runner, work, case)
-    turns_s, packs_s = [], []
+    turns, packs_s, watch = [], [], Watch(RARE_PROBES_S)
     for number in range(work.num_warmup + work.num_repeats):
         start = time.perf_counter()
         with measure.span(measure.STEP, kind=case.phase):
             output = runner.execute(plan)
         if number >= work.num_warmup:
-            turns_s.append(time.perf_counter() - start)
+            turns.append(Turn(whole_s=time.perf_counter() - start, device_s=output.device_s))
             packs_s.append(output.pack_s)
+    interpreter = watch.stop()
     profile = inspector.profile(plan, repeats=work.num_repeats, warmup=work.num_warmup)
     cost = inspector.cost(plan, profile.experts)
     flops = sum(kernel.flops or 0 for kernel in profile.kernels)
     roofline = Roofline(find_hardware(inspector, chip), cost.nbytes, flops, profile.step_s)
-    turn_s = statistics.median(turns_s)
     context = max(entry.start for entry in plan.entries)
-    findings = judge(Evidence(profile.kernels, profile.step_s, roofline, context, turn_s, profile.between_s))
+    findings = judge(
+        Evidence(
+            kernels=profile.kernels,
+            step_s=profile.step_s,
+            roofline=roofline,
+            context=context,
+            turns=turns,
+            between_s=profile.between_s,
+            interpreter=interpreter,
+            engine_thread=threading.current_thread().name,
+        )
+    )
     return ProfileReport(
         model=subject.name,
         dtype=inspector.weights.dtype,
@@ -60,7 +73,8 @@ def profile_case(inspector: RunnerInspector, subject: Subject, work: LatencyWork
         profile=profile,
         roofline=roofline,
         findings=tuple(findings),
-        turn_s=turn_s,
+        turn_s=statistics.median(turn.whole_s for turn in turns),
+        host_s=statistics.median(turn.host_s for turn in turns),
         pack_s=statistics.median(packs_s),
         moved_bytes=cost.moved_bytes,
         num_repeats=work.num_repeats,

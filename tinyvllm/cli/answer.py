@@ -50,7 +50,7 @@ class Answer:
     @property
     def first_token_s(self) -> float | None:
         """Seconds from the question to the first token."""
-        return None if self.timing is None else self.timing.first_token_s - self.timing.queued_s
+        return None if self.timing is None else self.timing.first_token_s - self.timing.submitted_s
 
     @property
     def tokens_per_s(self) -> float | None:

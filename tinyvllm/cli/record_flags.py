@@ -40,11 +40,11 @@ class RecordFlags:
         if not self.is_on:
             yield
             return
-        measure.start()
+        measure.start(watches=True, owner=measure.FLAGS)
         try:
             yield
         finally:
-            self._show(measure.stop())
+            self._show(measure.stop(measure.FLAGS))
 
     def _show(self, recording: measure.Recording) -> None:
         if self.profile:

@@ -26,7 +26,6 @@ from tinyvllm.engine.output import Delta
 from tinyvllm.engine.step_history import CompletedStep
 from tinyvllm.engine.thread_host import ThreadHost
 from tinyvllm.errors import DeviceError, EngineDeadError, RequestError
-from tinyvllm.profiling.measure import Recording
 from tinyvllm.scheduling.plan import STEP_SIZES as STEP_SIZES  # for the rooms above, which may not import scheduling
 from tinyvllm.scheduling.plan import StepStats as StepStats
 from tinyvllm.text.chat import ChatTemplate
@@ -192,16 +191,6 @@ class AsyncEngine:
     async def audit(self) -> list[dict[str, int]]:
         """Check each engine's pool, and count what it holds. Raises EngineDeadError, also for a pool with a fault."""
         return [msgspec.convert(answer, dict[str, int]) for answer in await self._ask_all("audit")]
-
-    async def start_profile(self) -> None:
-        """Start recording the spans of every engine that has a process of its own. Raises EngineDeadError."""
-        if self._host.is_remote:
-            await self._ask_all("start_profile")
-
-    async def stop_profile(self) -> list[Recording]:
-        """The recordings of every engine that has a process of its own. Raises EngineDeadError."""
-        answers = await self._ask_all("stop_profile") if self._host.is_remote else []
-        return [msgspec.convert(answer, Recording) for answer in answers]
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Stop the engine if it runs in this process: refuse new requests, give the running ones `drain_s` seconds,

@@ -127,6 +127,7 @@ class EngineCore:
 
     def add(self, request: Request) -> None:
         """Queue a new request. Raises RequestError or ContextLengthError if it can never run."""
+        request.queued_s = time.monotonic()
         self.scheduler.add(request)
         self._publish(self.stats)
 
@@ -161,7 +162,8 @@ class EngineCore:
                     outs += self._collect()
             except Exception as error:
                 outs += self._fail(None, error)
-        captures.advance()
+        with measure.span(measure.CAPTURE):
+            captures.advance()
         self._publish(self.stats)
         return outs
 
@@ -297,7 +299,7 @@ def _measure_queues(plan: StepPlan | None) -> None:
     for entry in plan.entries if plan is not None else ():
         request = entry.request
         if entry.start == request.num_cached_tokens and not request.num_output_tokens and not request.num_preemptions:
-            waited_ns = max(0, int((time.monotonic() - request.arrival_s) * 1e9))
+            waited_ns = max(0, int((time.monotonic() - request.queued_s) * 1e9))
             measure.add(measure.QUEUE, now_ns - waited_ns, now_ns, request=request.request_id)
 
 

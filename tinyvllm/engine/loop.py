@@ -331,6 +331,4 @@ QUESTIONS: dict[str, Callable[[EngineLoop], Any]] = {
     "pool_states": EngineLoop.pool_states,
     "latest_steps": EngineLoop.latest_steps,
     "audit": EngineLoop.audit,
-    "start_profile": lambda loop: measure.start(watches=True),
-    "stop_profile": lambda loop: measure.stop(),
 }

@@ -80,6 +80,7 @@ class Output(Struct, array_like=True, gc=False):
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token, if requested
     num_cached_tokens: int = 0
+    queued_s: float = 0.0
     scheduled_s: float = 0.0
     num_preemptions: int = 0
     pooled: bytes | None = None  # (hidden,) float32, with the last token of a request that pools

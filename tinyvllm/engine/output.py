@@ -40,6 +40,7 @@ class TokenLogprob:
 class Timing:
     """When one choice reached each stage, on the monotonic clock. A skipped stage has the time of the next one."""
 
+    submitted_s: float  # its client sent it to the engine
     queued_s: float  # it entered the engine's queue
     scheduled_s: float  # it last left the queue
     first_token_s: float
@@ -111,7 +112,7 @@ class OutputProcessor:
         self._stop = StopChecker(params.stop, params.include_stop_str_in_output) if params.stop else None
         self._num_cached_tokens = 0
         self._num_preemptions = 0
-        self._scheduled_s = self._first_token_s = self._last_token_s = 0.0
+        self._queued_s = self._scheduled_s = self._first_token_s = self._last_token_s = 0.0
 
     def push_token(self, token_id: int, time_s: float) -> Delta:
         """`push` for a token that neither ends the output nor has logprobs, and is not the first."""
@@ -141,7 +142,7 @@ class OutputProcessor:
         token_id = output.token_id
         self._num_cached_tokens = output.num_cached_tokens
         self._num_preemptions = output.num_preemptions
-        self._scheduled_s = output.scheduled_s
+        self._queued_s, self._scheduled_s = output.queued_s, output.scheduled_s
         if token_id is not None:
             self.num_output_tokens += 1
             self._last_token_s = time_s
@@ -182,7 +183,8 @@ class OutputProcessor:
         """The request's times; called when it ends."""
         first_token_s = self._first_token_s or time.monotonic()
         return Timing(
-            queued_s=self._request.arrival_s,
+            submitted_s=self._request.arrival_s,
+            queued_s=self._queued_s or first_token_s,
             scheduled_s=self._scheduled_s or first_token_s,
             first_token_s=first_token_s,
             last_token_s=self._last_token_s or first_token_s,
@@ -253,6 +255,7 @@ def output_of(out: TokenOut, number: int = 0) -> Output:
         logprobs=out.logprobs,
         prompt_logprobs=request.prompt_logprobs if is_first and request.num_prompt_logprobs is not None else None,
         num_cached_tokens=request.num_cached_tokens,
+        queued_s=request.queued_s,
         scheduled_s=request.scheduled_s,
         num_preemptions=request.num_preemptions,
         pooled=request.pooled.tobytes() if is_last and request.pooled is not None else None,

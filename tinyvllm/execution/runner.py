@@ -253,10 +253,12 @@ class ModelRunner:
         """Wait for a launched step's tokens. Raises DeviceError."""
         with self._named_failure(flight), flight.measured(measure.WAIT):
             rows = flight.reader.read().reshape(-1, OUT_WIDTH)
+        read_s = time.perf_counter()
+        with self._named_failure(flight), flight.measured(measure.TOKENS):
             pooled = self._pool_states(flight)
-        device_s = time.perf_counter() - flight.packed_s
-        output = make_output(flight.plan, rows, pack_s=flight.pack_s, device_s=device_s)
-        return dataclasses.replace(output, num_rows=flight.graph.bucket.num_tokens, pooled=pooled)
+            output = make_output(flight.plan, rows, pack_s=flight.pack_s, device_s=read_s - flight.packed_s)
+        tokens_s = time.perf_counter() - read_s
+        return dataclasses.replace(output, num_rows=flight.graph.bucket.num_tokens, pooled=pooled, tokens_s=tokens_s)
 
     def _pool_states(self, flight: Flight) -> tuple[np.ndarray, ...]:
         """By pooled entry (hidden,) float32: the sum of its rows' states after the final norm, or the last row's."""

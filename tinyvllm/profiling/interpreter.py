@@ -6,7 +6,8 @@ such as a kernel on the CPU, counts too, so a thread's share is an upper bound o
 probe, a thread that sleeps for about 5 ms at a time, measures how late it wakes up. It is late by what the timer takes
 (the floor, told by the earliest tenth of all probes), by waiting for a core (which Linux counts for each thread), and
 by waiting for the lock. The probes come at random times, so the share of them that had to wait is the share of time in
-which the lock is held. `python -m tests.profiling.lock_loads` checks that with known loads.
+which the lock is held. Who held it, each probe that had to wait finds out (`lock_holders.py`). `python -m
+tests.profiling.lock_loads` checks that with known loads.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyvllm.profiling.lock_holders import Holder, Sighting, count_holders, find_holder, sight_threads
+
 PROBE_S = (0.003, 0.007)  # between probes: random, so that they are not in step with the engine
+RARE_PROBES_S = (0.01, 0.03)  # the same beside a benchmark, for a quarter of the cost
 HELD_NS = 50_000  # a probe that waits longer than this found the lock held; shorter waits are the timer's noise
 FLOOR_SHARE = 0.1  # of the probes, the earliest, tell what a wake-up takes ...
 MAX_FLOOR_NS = 200_000  # ... but not more than this, because the lock may be held all the time
@@ -53,6 +57,7 @@ class LockWait:
     max_ns: int
     floor_ns: int  # what a wake-up takes when nobody holds the lock
     core_wait_ns: int  # mean wait for a core, which is left out of the above; 0 where the system does not tell
+    holders: tuple[Holder, ...] = ()  # who held it in the probes that had to wait, the most frequent first
 
     @property
     def held_share(self) -> float:
@@ -79,10 +84,11 @@ class Interpreter:
 class Watch:
     """Measures from its creation until `stop`."""
 
-    def __init__(self) -> None:
+    def __init__(self, pauses_s: tuple[float, float] = PROBE_S) -> None:
+        """pauses_s: the least and the longest pause between probes."""
         self._start_ns, self._start_cpu_ns = time.perf_counter_ns(), time.process_time_ns()
         self._before = _thread_times()
-        self._probe = _Probe()
+        self._probe = _Probe(pauses_s)
         self._probe.start()
 
     def stop(self) -> Interpreter:
@@ -106,41 +112,50 @@ class Watch:
 
 
 class _Probe(threading.Thread):
-    """Wakes up at random times, and keeps how late it was and how long it waited for a core."""
+    """Wakes up at random times, and keeps how late it was, how long it waited for a core, and who held the lock."""
 
-    def __init__(self) -> None:
+    def __init__(self, pauses_s: tuple[float, float]) -> None:
         super().__init__(name=PROBE_NAME, daemon=True)
+        self._pauses_s = pauses_s
         self._is_stopping = threading.Event()
         self._late_ns: list[int] = []
         self._core_wait_ns: list[int] = []
+        self._holders: list[Sighting | None] = []
 
     def run(self) -> None:
         rng = random.Random(0)
         _wake_precisely()
         core_wait_ns = _core_wait_reader()
         while not self._is_stopping.is_set():
-            pause_s = rng.uniform(*PROBE_S)
-            waited_ns = core_wait_ns()
+            pause_s = rng.uniform(*self._pauses_s)
+            threads, waited_ns = sight_threads(), core_wait_ns()
             due_ns = time.perf_counter_ns() + int(pause_s * 1e9)
             time.sleep(pause_s)
-            self._late_ns.append(time.perf_counter_ns() - due_ns)
-            self._core_wait_ns.append(core_wait_ns() - waited_ns)
+            late_ns, waited_ns = time.perf_counter_ns() - due_ns, core_wait_ns() - waited_ns
+            self._late_ns.append(late_ns)
+            self._core_wait_ns.append(waited_ns)
+            may_be_held = late_ns - waited_ns > HELD_NS
+            self._holders.append(find_holder(threads, sight_threads(), late_ns - waited_ns) if may_be_held else None)
 
     def stop(self) -> None:
         self._is_stopping.set()
         self.join()
 
     def result(self) -> LockWait | None:
-        return summarize_probes(self._late_ns, self._core_wait_ns)
+        return summarize_probes(self._late_ns, self._core_wait_ns, self._holders)
 
 
-def summarize_probes(late_ns: list[int], core_wait_ns: list[int]) -> LockWait | None:
-    """From how late each probe woke up, and how much of that it waited for a core. None without probes."""
+def summarize_probes(
+    late_ns: list[int], core_wait_ns: list[int], holders: Sequence[Sighting | None] = ()
+) -> LockWait | None:
+    """From how late each probe woke up, how much of that it waited for a core, and who held the lock. None without
+    probes."""
     if not late_ns:
         return None
     late = [max(0, late - waited) for late, waited in zip(late_ns, core_wait_ns, strict=True)]
     floor_ns = min(sorted(late)[int(FLOOR_SHARE * (len(late) - 1))], MAX_FLOOR_NS)
-    waits = sorted(max(0, one - floor_ns) for one in late)
+    each = [max(0, one - floor_ns) for one in late]
+    waits = sorted(each)
     return LockWait(
         num_probes=len(waits),
         num_held=sum(wait > HELD_NS for wait in waits),
@@ -149,6 +164,7 @@ def summarize_probes(late_ns: list[int], core_wait_ns: list[int]) -> LockWait | 
         max_ns=waits[-1],
         floor_ns=floor_ns,
         core_wait_ns=sum(core_wait_ns) // len(waits),
+        holders=count_holders(holder for holder, wait in zip(holders, each, strict=False) if wait > HELD_NS),
     )
 
 

@@ -23,11 +23,15 @@ from types import TracebackType
 from tinyvllm.errors import InvariantError, ProfilingError
 from tinyvllm.profiling.interpreter import Interpreter, Watch
 
-# The stages of a request and a step, in order. The engine, tables and traces use the same words.
+# The stages of a request and a step, in order. The engine, tables and traces use the same words. Admission: a request
+# is checked and passed to the engine; queue: it waits in the scheduler's queue; tokens: sampled rows become token ids
+# and logprobs.
+ADMISSION = "admission"
 TOKENIZE, QUEUE, SCHEDULE, PACK = "tokenize", "queue", "schedule", "pack"
-LAUNCH, WAIT, COMMIT, DETOKENIZE = "launch", "wait", "commit", "detokenize"
-STAGES = (TOKENIZE, QUEUE, SCHEDULE, PACK, LAUNCH, WAIT, COMMIT, DETOKENIZE)
+LAUNCH, WAIT, TOKENS, COMMIT, DETOKENIZE = "launch", "wait", "tokens", "commit", "detokenize"
+STAGES = (TOKENIZE, QUEUE, SCHEDULE, PACK, LAUNCH, WAIT, TOKENS, COMMIT, DETOKENIZE)
 STEP = "step"  # one turn of the engine loop, around its stages; facts: kind (prefill, decode, mixed), bucket
+CAPTURE = "capture"  # part of capturing a graph between two steps, on the engine's thread
 
 # What a server adds, so that one request can be followed from socket to socket (request_stages.py). Facts: `http`, the
 # id of the HTTP request, and `request`, the engine's id of one call.
@@ -37,6 +41,9 @@ TEMPLATE, SUBMIT, RECEIVE, REPLY = "template", "submit", "receive", "reply"
 INBOX = "inbox"  # the engine's loop takes messages, or waits for them
 HOP_BACK, SERIALIZE, SEND = "hop back", "serialize", "send"
 ANSWER = "answer"  # a stream, from its first output until its last byte was sent; its facts are the times in between
+
+# Who may start a recording. Only the one that started it can stop it.
+FLAGS, ROUTE, CODE = "--profile or --trace", "POST /start_profile", "a function of this program"
 
 MAX_SPANS = 1 << 18  # about 60 MB when full: an hour at 64 tokens per second with four spans each
 
@@ -274,6 +281,7 @@ class Nothing:
 _NOTHING = Nothing()
 _recorder: Recorder | None = None
 _watch: Watch | None = None
+_owner = CODE  # of the recording that runs
 _process = "host"
 _switch = threading.Lock()
 
@@ -313,26 +321,39 @@ def is_on() -> bool:
     return _recorder is not None
 
 
-def start(max_spans: int = MAX_SPANS, *, watches: bool = False) -> None:
+def start(max_spans: int = MAX_SPANS, *, watches: bool = False, owner: str = CODE) -> None:
     """Start measuring in all threads. Raises ProfilingError if measuring is already on.
 
-    watches: also measure the processor time of each thread, and how often the interpreter lock is held. It takes a
-    thread that wakes up 200 times a second."""
-    global _recorder, _watch
+    watches: also measure the processor time of each thread, and how often the interpreter lock is held, and by whom. It
+    takes a thread that wakes up 200 times a second. owner: who may stop the recording."""
+    global _recorder, _watch, _owner
     with _switch:
         if _recorder is not None:
-            raise ProfilingError("a profile is already being recorded: stop it first")
-        _recorder = Recorder(max_spans)
+            raise ProfilingError(f"a profile is already being recorded: {_owner} started it{_remedy(_owner)}")
+        _recorder, _owner = Recorder(max_spans), owner
         _watch = Watch() if watches else None
 
 
-def stop() -> Recording:
-    """Stop measuring and return the recording. Raises ProfilingError if measuring is off."""
+def stop(owner: str = CODE) -> Recording:
+    """Stop measuring and return the recording. Raises ProfilingError if measuring is off, or if someone else than
+    `owner` started it: that one would lose its recording."""
     global _recorder, _watch
     with _switch:
         if _recorder is None:
             raise ProfilingError("no profile is being recorded: start one first")
+        if owner != _owner:
+            raise ProfilingError(
+                f"the profile that is being recorded is not yours: {_owner} started it{_remedy(_owner)}"
+            )
         recorder, _recorder = _recorder, None
         watch, _watch = _watch, None
     recording = recorder.finish()
     return recording if watch is None else replace(recording, interpreter=watch.stop())
+
+
+def _remedy(owner: str) -> str:
+    """How a recording of this owner ends, for error messages."""
+    return {
+        FLAGS: ", and it ends with the process: start the server without these flags to record on request",
+        ROUTE: ": POST /stop_profile ends it",
+    }.get(owner, ": it has to stop it first")

@@ -15,10 +15,11 @@ from tinyvllm.profiling.expert_load import describe_loads
 from tinyvllm.profiling.kernels import KernelRow, StepProfile, tabulate
 from tinyvllm.profiling.measure import Recording
 from tinyvllm.profiling.predict import Measured, Prediction
+from tinyvllm.profiling.recording_verdict import judge_recording
 from tinyvllm.profiling.roofline import Roofline
 from tinyvllm.profiling.stage_rows import process_as_json
 from tinyvllm.profiling.trace import Trace
-from tinyvllm.profiling.verdict import Finding, judge_recording
+from tinyvllm.profiling.verdict import Finding
 
 SCHEMA = 2  # version of the JSON: raised when a field changes its name or meaning
 
@@ -38,6 +39,7 @@ class ProfileReport:
     findings: tuple[Finding, ...]
     turn_s: float  # one step including the host's work, median
     pack_s: float
+    host_s: float  # the host's part of a turn, median over the same turns
     moved_bytes: int  # by the kernels, counted from their arguments
     num_repeats: int
     environment: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +70,7 @@ class ProfileReport:
             "kernels_s": profile.kernels_s,
             "turn_s": self.turn_s,
             "pack_s": self.pack_s,
+            "host_s": self.host_s,
             "kernels": profile.num_kernels,
             "moved_bytes": self.moved_bytes,
             "experts": [load.as_json() for load in profile.experts],
@@ -152,10 +155,9 @@ def _explain_times(report: ProfileReport) -> list[str]:
             f"each kernel {each_us:,.1f} us longer than in the graph: read the shares here, the speed from the step as "
             "served"
         )
-    host = report.turn_s - profile.step_s
     return [
         *lines,
-        f"with the host's work {_ms(report.turn_s)}: packing {_ms(report.pack_s)}, host in total {_ms(max(0.0, host))}",
+        f"with the host's work {_ms(report.turn_s)}: packing {_ms(report.pack_s)}, host in total {_ms(report.host_s)}",
     ]
 
 

@@ -7,13 +7,14 @@ life into stages that do not overlap:
     parse      its body arrives and becomes a checked object
     template   waits for a worker thread, and messages become text              (chats only)
     tokenize   text becomes ids; for a completion, with the wait for the worker thread
-    admit      limits, parameters, and the way back to the event loop
+    admission  limits, parameters, a grammar's compilation, and the way back to the event loop
     hop        until the engine's loop takes the message: the engine reads between steps, so this contains the rest of
                the step that it was in
-    queue      until a step includes the request
-    schedule, pack, prefill, decode, commit, loop
+    queue      waits in the scheduler's queue, until a step includes the request
+    schedule, pack, prefill, decode, tokens, commit, capture, loop
                what the engine's thread does until the request's last token is known. Prefill is the device's time until
-               the first token, decode that after it; loop is the time between the others, such as sending tokens
+               the first token, decode that after it; tokens turns sampled rows into token ids and logprobs; capture is
+               work on a graph between two steps; loop is the time between the others, such as sending tokens
     hop back   until the front-end takes the message with the last token
     detokenize, serialize, send
                the last token's text and event, and the rest of the response
@@ -30,8 +31,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tinyvllm.profiling.measure import (
+    ADMISSION,
     ANSWER,
     CALL,
+    CAPTURE,
     COMMIT,
     DETOKENIZE,
     HOP_BACK,
@@ -49,16 +52,18 @@ from tinyvllm.profiling.measure import (
     SUBMIT,
     TEMPLATE,
     TOKENIZE,
+    TOKENS,
     WAIT,
     Recording,
     Span,
 )
 
-ACCEPT, PARSE, ADMIT, HOP, PREFILL, DECODE, LOOP = "accept", "parse", "admit", "hop", "prefill", "decode", "loop"
+ACCEPT, PARSE, HOP = "accept", "parse", "hop"
+PREFILL, DECODE, LOOP = "prefill", "decode", "loop"
 TRANSFER = "transfer"
 STAGES = (
-    *(ACCEPT, PARSE, TEMPLATE, TOKENIZE, ADMIT, HOP, QUEUE),
-    *(SCHEDULE, PACK, PREFILL, DECODE, COMMIT, LOOP),
+    *(ACCEPT, PARSE, TEMPLATE, TOKENIZE, ADMISSION, HOP, QUEUE),
+    *(SCHEDULE, PACK, PREFILL, DECODE, TOKENS, COMMIT, CAPTURE, LOOP),
     *(HOP_BACK, DETOKENIZE, SERIALIZE, SEND, TRANSFER),
 )
 DEVICE = "device"  # prefill or decode, depending on when
@@ -68,7 +73,9 @@ _ENGINE_STAGES = {
     PACK: PACK,
     LAUNCH: DEVICE,
     WAIT: DEVICE,
+    TOKENS: TOKENS,
     COMMIT: COMMIT,
+    CAPTURE: CAPTURE,
     STEP: LOOP,
     INBOX: LOOP,
     RECEIVE: LOOP,
@@ -270,7 +277,7 @@ class _FrontEnd:
         before = [
             *([] if client is None else [(ACCEPT, whole.start_ns)]),
             *self._prompt_stages(http_id, call),
-            (ADMIT, submitted.start_ns),
+            (ADMISSION, submitted.start_ns),
             (HOP, taken.start_ns),
             (QUEUE, scheduled_ns),
         ]

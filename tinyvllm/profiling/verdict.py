@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tinyvllm.profiling.interpreter import Interpreter
 from tinyvllm.profiling.kernels import Kernel, floor_s, tabulate
-from tinyvllm.profiling.measure import COMMIT, DETOKENIZE, LAUNCH, PACK, SCHEDULE, STEP, WAIT, Recording
 from tinyvllm.profiling.roofline import Roofline
 
 # The shares from which a cause gets a verdict.
+LOCK_SHARE = 0.3  # of the time another thread holds the interpreter lock
 COPY_SHARE, HOST_SHARE, PREFILL_SHARE, DISPATCH_SHARE, ATTENTION_SHARE = 0.15, 0.25, 0.5, 0.3, 0.35
 IDLE_SHARE = 0.1  # a kernel is mostly a launch if its bytes and operations account for less of its time
 ROOF_SHARE = 0.6  # above this share of the roofline, the chip is the limit and not how the kernels are written
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of the engine's loop, in seconds. `device_s` of it passed from launch until the device was done."""
+
+    whole_s: float
+    device_s: float
+
+    @property
+    def host_s(self) -> float:
+        return max(0.0, self.whole_s - self.device_s)
+
+    @property
+    def host_share(self) -> float:
+        return self.host_s / self.whole_s if self.whole_s else 0.0
 
 
 @dataclass(frozen=True)
@@ -23,11 +41,14 @@ class Evidence:
     step_s: float  # on the device, as when serving
     roofline: Roofline
     context: int  # tokens of a sequence before this step
-    turn_s: float | None = None  # including the host's work: packing, launching, reading
+    # steps with the host's work (packing, launching, reading): both parts of each are of the same moment
+    turns: Sequence[Turn] = ()
     between_s: float | None = None  # part of the step in which a CPU's slowest core ran no kernel
     copy_s: float | None = None  # copies between host and device that are not kernels of the step
     prefill_s: float | None = None  # these two for recordings with steps of both kinds
     decode_s: float | None = None
+    interpreter: Interpreter | None = None  # while the turns were measured
+    engine_thread: str = "MainThread"  # the thread that ran them
 
 
 @dataclass(frozen=True)
@@ -47,6 +68,7 @@ def judge(evidence: Evidence) -> list[Finding]:
     """The causes that apply, the verdict first. Causes outside the kernels precede those inside. Never empty."""
     rules: tuple[Callable[[Evidence], Finding | None], ...] = (
         _copies,
+        _lock,
         _host,
         _between,
         _prefill,
@@ -59,39 +81,10 @@ def judge(evidence: Evidence) -> list[Finding]:
     return found or [_below_the_roof(evidence)]
 
 
-def judge_recording(recording: Recording) -> list[Finding]:
-    """The causes that apply to steps recorded while serving: host or device, prompts or decoding. May be empty."""
-    steps = recording.named(STEP)
-    steps_s = sum(span.duration_ns for span in steps) / 1e9
-    if not steps:
-        return []
-    wait_s = sum(span.duration_ns for span in recording.named(WAIT)) / 1e9
-    prompts_s = sum(span.duration_ns for span in steps if span.facts.get("kind") in ("prefill", "mixed")) / 1e9
-    found = []
-    if steps_s - wait_s >= HOST_SHARE * steps_s:
-        host = max((SCHEDULE, PACK, LAUNCH, COMMIT, DETOKENIZE), key=lambda name: _own_ns(recording, name))
-        found.append(
-            Finding(
-                "host-bound",
-                1 - wait_s / steps_s,
-                f"steps take {_ms(steps_s)}, in which the host waits {_ms(wait_s)} for the device; most of its own "
-                f"time goes to {host}, {_ms(_own_ns(recording, host) / 1e9)}",
-                "let host and device overlap (async scheduling), or give a step more sequences",
-            )
-        )
-    if prompts_s >= PREFILL_SHARE * steps_s:
-        found.append(_of_prompts(prompts_s, steps_s - prompts_s))
-    return found
-
-
-def _own_ns(recording: Recording, name: str) -> int:
-    return recording.totals[name].own_ns if name in recording.totals else 0
-
-
 def _copies(evidence: Evidence) -> Finding | None:
     in_kernels_s = sum(kernel.seconds for kernel in evidence.kernels if kernel.operation.startswith("copy"))
     copy_s = in_kernels_s + (evidence.copy_s or 0.0)
-    whole_s = evidence.turn_s or evidence.step_s
+    whole_s = statistics.median(turn.whole_s for turn in evidence.turns) if evidence.turns else evidence.step_s
     if copy_s < COPY_SHARE * whole_s:
         return None
     return Finding(
@@ -102,15 +95,44 @@ def _copies(evidence: Evidence) -> Finding | None:
     )
 
 
-def _host(evidence: Evidence) -> Finding | None:
-    if evidence.turn_s is None or evidence.turn_s - evidence.step_s < HOST_SHARE * evidence.turn_s:
+def _lock(evidence: Evidence) -> Finding | None:
+    return judge_lock(evidence.interpreter, evidence.engine_thread)
+
+
+def judge_lock(interpreter: Interpreter | None, engine_thread: str) -> Finding | None:
+    """Another thread holds the interpreter lock so often that the engine's thread waits for it: whenever it has waited
+    for the device, or called into C, it has to get the lock back. None if that was not measured."""
+    lock = None if interpreter is None else interpreter.lock
+    if lock is None or not lock.holders:
         return None
-    host_s = evidence.turn_s - evidence.step_s
+    others = [holder for holder in lock.holders if holder.thread != engine_thread]
+    num_known = sum(holder.num_probes for holder in lock.holders)
+    share = lock.held_share * sum(holder.num_probes for holder in others) / num_known
+    if share - 2 * lock.held_error < LOCK_SHARE:
+        return None
+    named = ", ".join(f"{one.where} on thread {one.thread}" for one in others[:3])
+    return Finding(
+        "lock contention",
+        share,
+        f"other threads hold the interpreter lock {share:.0%} of the time: {named}; a thread that wants it waits "
+        f"{_ms(lock.mean_ns / 1e9)} on average, {_ms(lock.max_ns / 1e9)} at most",
+        "move that work to another process (serve: --api-server-count), or into C code that releases the lock",
+    )
+
+
+def _host(evidence: Evidence) -> Finding | None:
+    if not evidence.turns:
+        return None
+    share = statistics.median(turn.host_share for turn in evidence.turns)
+    if share < HOST_SHARE:
+        return None
+    whole_s = statistics.median(turn.whole_s for turn in evidence.turns)
+    host_s = statistics.median(turn.host_s for turn in evidence.turns)
     return Finding(
         "host-bound",
-        host_s / evidence.turn_s,
-        f"a step takes {_ms(evidence.turn_s)}, but the device works for {_ms(evidence.step_s)}: "
-        f"packing, launching and reading take {_ms(host_s)}",
+        share,
+        f"in the median of {len(evidence.turns)} turns the host's own work (packing, launching, reading) takes "
+        f"{_ms(host_s)}, {share:.0%} of {_ms(whole_s)}",
         "let host and device overlap (async scheduling), or give a step more sequences",
     )
 
@@ -136,10 +158,11 @@ def _prefill(evidence: Evidence) -> Finding | None:
     whole_s = evidence.prefill_s + evidence.decode_s
     if whole_s == 0 or evidence.prefill_s < PREFILL_SHARE * whole_s:
         return None
-    return _of_prompts(evidence.prefill_s, evidence.decode_s)
+    return prefill_bound(evidence.prefill_s, evidence.decode_s)
 
 
-def _of_prompts(prefill_s: float, decode_s: float) -> Finding:
+def prefill_bound(prefill_s: float, decode_s: float) -> Finding:
+    """Most of the time goes to steps that compute prompts."""
     return Finding(
         "prefill-bound",
         prefill_s / (prefill_s + decode_s),

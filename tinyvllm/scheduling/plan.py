@@ -94,6 +94,7 @@ class StepOutput:
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
     pack_s: float = 0.0
     device_s: float = 0.0
+    tokens_s: float = 0.0  # to turn the sampled rows into token ids and logprobs
     num_rows: int = 0  # token rows of the graph that ran: the plan's tokens plus padding
     pooled: tuple[NDArray[np.float32], ...] = ()  # (hidden,): the sum of an entry's normed states, or the last state
 

@@ -79,7 +79,8 @@ class Request:
     # params.prompt_logprobs: how many most likely tokens to report for each prompt token; None: no prompt logprobs
     num_prompt_logprobs: int | None = None
     arrival: int = 0  # a counter that gives the order of arrival
-    arrival_s: float = 0.0  # monotonic clock
+    arrival_s: float = 0.0  # monotonic clock: when its client submitted it
+    queued_s: float = 0.0  # monotonic clock: when the engine took it into its queue
     scheduled_s: float = 0.0  # monotonic clock: when it last left the queue
     # "mean", "cls", "last" or "score": the prompt is embedded, and the generated token is discarded
     pooling: str | None = None

@@ -24,7 +24,8 @@ FORMATS = ("table", "trace", "recordings")
 
 @router.post("/start_profile")
 async def start_profile(request: Request) -> dict[str, str]:
-    """Start recording the named spans of all threads and processes. 403 if profiling is off, 409 if it is running."""
+    """Start recording the named spans of all threads and processes. 403 if profiling is off, 409 if it is running, also
+    for --profile or --trace."""
     state = _require_profiling(request)
     answer = recordings.answer(recordings.START_PROFILE)
     if "error" in answer:
@@ -38,12 +39,13 @@ async def stop_profile(request: Request, format: str = "table") -> Any:
     """Stop recording, and answer with its times by name and those of requests (`table`), with every span for Perfetto
     (`trace`), or with all there is in MessagePack (`recordings`), which `bench breakdown --served` reads.
 
-    A server of several processes answers with a table for each, and with one trace that has rows for each."""
+    A server of several processes answers with a table for each, and with one trace that has rows for each. 409 if no
+    recording runs that /start_profile started."""
     state = _require_profiling(request)
     if format not in FORMATS:
         raise HTTPException(400, f"format is {format!r}: choose one of {', '.join(FORMATS)}")
     try:
-        own = measure.stop()
+        own = measure.stop(measure.ROUTE)
     except ProfilingError as error:
         raise HTTPException(409, str(error)) from error
     others = recordings.read(await state.front_ends.ask_others(recordings.STOP_PROFILE))

@@ -12,17 +12,20 @@ from tinyvllm.profiling.measure import Recording
 from tinyvllm.profiling.recording_codec import decode_recordings, encode_recordings
 from tinyvllm.server.control import Message
 
-START_PROFILE, STOP_PROFILE = "start_profile", "stop_profile"
+START_PROFILE, STOP_PROFILE = "start_profile", "stop_profile"  # the routes' recording
+START_FLAGS_PROFILE, STOP_FLAGS_PROFILE = "start_flags_profile", "stop_flags_profile"  # that of --profile and --trace
+_STARTS = {START_PROFILE: measure.ROUTE, START_FLAGS_PROFILE: measure.FLAGS}
+_STOPS = {STOP_PROFILE: measure.ROUTE, STOP_FLAGS_PROFILE: measure.FLAGS}
 
 
 def answer(question: str) -> Message:
     """Start or stop this process's recording; {"error"} if that is not possible, and {"file"} for a recording."""
     try:
-        if question == START_PROFILE:
-            measure.start(watches=True)
+        if question in _STARTS:
+            measure.start(watches=True, owner=_STARTS[question])
             return {}
-        if question == STOP_PROFILE:
-            return {"file": _write(measure.stop())}
+        if question in _STOPS:
+            return {"file": _write(measure.stop(_STOPS[question]))}
     except ProfilingError as error:
         return {"error": str(error)}
     return {"error": f"no question {question!r}"}

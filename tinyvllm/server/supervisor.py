@@ -356,7 +356,7 @@ class Supervisor:
         if len(self._ready_front_ends) == self._plan.num_http:
             if self._plan.records:
                 for process in self._processes.values():
-                    process.send("question", number=0, question=recordings.START_PROFILE, about="")
+                    process.send("question", number=0, question=recordings.START_FLAGS_PROFILE, about="")
             self._on_ready(can_chat)
 
     def _serving(self) -> set[int]:
@@ -449,7 +449,7 @@ class Supervisor:
         self._handover.close()
         self._kill(self._front_ends[index] for index in self._front_ends.keys() - self._serving())
         if self._plan.records:
-            self.recordings = recordings.read(await self._questions.ask_all(recordings.STOP_PROFILE))
+            self.recordings = recordings.read(await self._questions.ask_all(recordings.STOP_FLAGS_PROFILE))
         self._tell_front_ends("stop")
         if not await self._have_ended(front_ends, lambda: 2 * GRACE_S if self._num_signals < 2 else HASTE_S):
             log.error("a front-end does not end, and is killed")

@@ -79,7 +79,7 @@ def generate(
 
 
 class EagerRunner:
-    """The plain reference of a runner: no graph, no kernels of ours, one scheduling of Tensor operations a step."""
+    """The plain reference of a runner: no graph, no kernels, a step in NumPy."""
 
     def __init__(self, files: ModelFiles, capacity: Capacity, buckets: list[Bucket]) -> None:
         config = complete_config(read_model_config(files))

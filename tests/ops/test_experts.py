@@ -18,6 +18,7 @@ from tinyvllm.device.handle import DeviceHandle, open_device, upload
 from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.cpu.sharded import Sharded
+from tinyvllm.ops.gpu.backend import GpuBackend
 from tinyvllm.ops.reference import ReferenceBackend
 
 GPT_OSS = make_kind(4, 4, activation="clamped_swiglu", has_router_bias=True, has_biases=True)
@@ -73,8 +74,10 @@ def test_a_layer_equals_numpy(backend: Backend, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "qwen3.5", "qwen3.5, stacked"])
-def test_the_reference_chooses_what_numpy_chooses(reference: ReferenceBackend, name: str) -> None:
-    check_routing(run_routing(reference, ROUTERS[name]), expected_routing(ROUTERS[name]))
+def test_the_reference_and_the_general_form_choose_what_numpy_chooses(device: DeviceHandle, name: str) -> None:
+    expected = expected_routing(ROUTERS[name])
+    for backend in (ReferenceBackend(device), GpuBackend(device, "float32")):
+        check_routing(run_routing(backend, ROUTERS[name]), expected)
 
 
 def test_the_reference_equals_numpy(reference: ReferenceBackend) -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import erf as erf_of_number
 from math import pi, sqrt
 
+import numpy as np
 from tinygrad import Tensor, UOp
 
 LOG2E = 1.4426950408889634
@@ -36,8 +38,10 @@ DEVICE_ARITHMETIC = arithmetic(lambda x: x.exp2())  # by the exponential of the 
 
 @dataclass(frozen=True)
 class Activation:
-    """activation(gate) * up: `plain` on Tensors, `emit` inside a kernel, in float32 and by the given arithmetic."""
+    """activation(gate) * up: `exact` in NumPy, in the arrays' precision; `plain` on Tensors; `emit` inside a kernel, in
+    float32 and by the given arithmetic."""
 
+    exact: Callable[[np.ndarray, np.ndarray], np.ndarray]
     plain: Callable[[Tensor, Tensor], Tensor]
     emit: Callable[[UOp, UOp, Arithmetic], UOp]
 
@@ -46,6 +50,11 @@ def gated(activation: str, gates: Sequence[UOp], ups: Sequence[UOp], by: Arithme
     """activation(gate) * up, elementwise, inside a kernel."""
     emit = ACTIVATIONS[activation].emit
     return [emit(gate, up, by) for gate, up in zip(gates, ups, strict=True)]
+
+
+def gated_exact(activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """activation(gate) * up of arrays."""
+    return ACTIVATIONS[activation].exact(gate, up).astype(gate.dtype, copy=False)
 
 
 def gated_plain(activation: str, gate: Tensor, up: Tensor) -> Tensor:
@@ -95,11 +104,30 @@ def _plain_clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * (gate * ALPHA).sigmoid() * (up.clip(-CLAMP, CLAMP) + 1.0)
 
 
+def _exact_sigmoid(x: np.ndarray) -> np.ndarray:
+    """By tanh, which does not overflow."""
+    return (np.tanh(x / 2) + 1) / 2
+
+
+def _exact_gelu_tanh(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return gate / 2 * (1 + np.tanh(sqrt(2 / pi) * (gate + 0.044715 * gate**3))) * up
+
+
+def _exact_gelu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return gate / 2 * (1 + np.vectorize(erf_of_number, [gate.dtype])(gate / sqrt(2))) * up
+
+
+def _exact_clamped_swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    gate = np.minimum(gate, CLAMP)
+    return gate * _exact_sigmoid(ALPHA * gate) * (np.clip(up, -CLAMP, CLAMP) + 1)
+
+
 # To add an activation, add a line here; storage/hf_config.py maps config.json's `hidden_act` to these names.
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": Activation(lambda gate, up: gate.silu() * up, _silu),
-    "sigmoid": Activation(lambda gate, up: gate.sigmoid() * up, _sigmoid),  # of attention's output gate
-    "gelu_tanh": Activation(lambda gate, up: gate.gelu() * up, _gelu_tanh),
-    "gelu": Activation(lambda gate, up: gate * 0.5 * ((gate * sqrt(0.5)).erf() + 1.0) * up, _gelu),
-    "clamped_swiglu": Activation(_plain_clamped_swiglu, _clamped_swiglu),
+    "silu": Activation(lambda gate, up: gate * _exact_sigmoid(gate) * up, lambda gate, up: gate.silu() * up, _silu),
+    # of attention's output gate
+    "sigmoid": Activation(lambda gate, up: _exact_sigmoid(gate) * up, lambda gate, up: gate.sigmoid() * up, _sigmoid),
+    "gelu_tanh": Activation(_exact_gelu_tanh, lambda gate, up: gate.gelu() * up, _gelu_tanh),
+    "gelu": Activation(_exact_gelu, lambda gate, up: gate * 0.5 * ((gate * sqrt(0.5)).erf() + 1.0) * up, _gelu),
+    "clamped_swiglu": Activation(_exact_clamped_swiglu, _plain_clamped_swiglu, _clamped_swiglu),
 }

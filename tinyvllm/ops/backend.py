@@ -1,8 +1,7 @@
 """The operations that a transformer layer is made of: the protocol that each kind of device implements.
 
 Activations are flat tensors, (T * columns,): one row after another. A model uses `Backend` only, so everything that
-differs between devices (layouts, fusion, kernels) is in this room. `reference.py` has each operation in plain Tensor
-arithmetic.
+differs between devices (layouts, fusion, kernels) is in this room. `reference.py` has each operation in NumPy.
 """
 
 from __future__ import annotations

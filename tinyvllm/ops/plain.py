@@ -1,4 +1,4 @@
-"""Norms, epilogues and routing in plain Tensor arithmetic, for the reference and for the general forms of GPUs."""
+"""Norms, epilogues and routing in plain Tensor arithmetic, for the general forms of GPUs."""
 
 from __future__ import annotations
 

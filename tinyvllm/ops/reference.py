@@ -1,40 +1,38 @@
-"""Every operation of `Backend` in plain Tensor arithmetic, for any device: the documentation of the kernels, and what
-their tests compare against. Two are in NumPy: sampling (ops/sampling/reference.py), and recurrent layers
-(ops/recurrent_reference.py). Written to be read, not to be fast: its cost depends on the pool and the longest possible
-context, not on the step.
+"""Every operation of `Backend` in NumPy: the documentation of the kernels, and what their tests compare against.
+
+Tensors are copied to the host and back. Written to be read, not to be fast: its cost depends on the pool and the
+longest possible context, not on the step. Attention is in ops/attention_reference.py, recurrent layers in
+ops/recurrent_reference.py, sampling in ops/sampling/reference.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from ml_dtypes import bfloat16
 from tinygrad import Tensor
 
-from tinyvllm.arrays import HostMatrix, stack_rows, to_float32
-from tinyvllm.config import LayerKind, StateKind
+from tinyvllm.arrays import Format, HostMatrix, to_float32
+from tinyvllm.config import StateKind
 from tinyvllm.device.handle import DeviceHandle
-from tinyvllm.ops.activation import gated_plain
-from tinyvllm.ops.attention_spec import AttentionLayer
-from tinyvllm.ops.backend import (
-    NO_STATES,
-    PLAIN,
-    Epilogue,
-    KVPool,
-    Norm,
-    PoolGroup,
-    Step,
-    expert_gate_over_up,
-    stack_qkv,
-    zeroed_pool,
+from tinyvllm.ops.activation import gated_exact
+from tinyvllm.ops.attention_reference import (
+    AttentionTables,
+    LatentTables,
+    attend_latent_reference,
+    attend_reference,
 )
+from tinyvllm.ops.attention_spec import AttentionLayer
+from tinyvllm.ops.backend import NO_STATES, PLAIN, Epilogue, KVPool, Norm, PoolGroup, Step, zeroed_pool
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
-from tinyvllm.ops.formats.matrix import Matrix, pack, unpack
+from tinyvllm.ops.formats.matrix import PANEL, Matrix, check_shape
 from tinyvllm.ops.latent_spec import LatentLayer
-from tinyvllm.ops.plain import norm_whole_sections, plain_epilogue, plain_routing, rms_norm, softcap, unit_norm
 from tinyvllm.ops.recurrent_reference import RecurrentTables, convolve_reference, recur_reference
 from tinyvllm.ops.recurrent_spec import RecurrentLayer
+from tinyvllm.ops.reference_forms import apply_epilogue, apply_norm, choose_experts, to_host
 from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.sampling.reference import HostState, sample_row
 from tinyvllm.ops.sampling.sample import OUT_TOKEN, OUT_WIDTH
@@ -42,33 +40,44 @@ from tinyvllm.ops.short_conv import ConvLayer
 from tinyvllm.ops.step_inputs import StepLayout
 
 
-class ReferenceBackend:
-    """Activations are float32. Matrices keep their formats, in row layout; the pool is `[slot][kv head][D]`."""
+@dataclass(frozen=True)
+class PlainMatrix(Matrix):
+    """A matrix whose `values` (N, K), float32, are on the host; it has no planes."""
 
-    def __init__(self, device: DeviceHandle, *, dequantize: bool = False) -> None:
+    values: np.ndarray = field(kw_only=True)
+
+    @property
+    def of_experts(self) -> np.ndarray:
+        """(E, rows, K)."""
+        return self.values.reshape(self.num_experts, -1, self.num_cols)
+
+
+class ReferenceBackend:
+    """Activations are float32, and so are weights, whatever their format; the pool is `[slot][kv head][D]`."""
+
+    def __init__(self, device: DeviceHandle) -> None:
         self.device = device
-        self.dequantize = dequantize
         self.coverage = Coverage()
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def matrix(self, host: HostMatrix) -> Matrix:
-        return pack(host, "row", None, self.device.name, dequantize=self.dequantize)
+        return plain_matrix([host])
 
     def stacked(self, hosts: Sequence[HostMatrix], num_kv_heads: int | None = None) -> tuple[Matrix, ...]:
-        return tuple(self.matrix(host) for host in stack_qkv(hosts))
+        return (plain_matrix(hosts),)
 
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
-        """Gate rows, then up rows; in float32 if their formats differ."""
-        stacked = stack_rows([gate, up])
-        return self.matrix(stacked[0] if len(stacked) == 1 else np.concatenate([to_float32(gate), to_float32(up)]))
+        """Gate rows, then up rows."""
+        return plain_matrix([gate, up])
 
     def expert_matrix(self, host: HostMatrix, num_experts: int) -> Matrix:
-        return pack(host, "row", None, self.device.name, dequantize=self.dequantize, num_experts=num_experts)
+        return plain_matrix([host], num_experts)
 
     def expert_gate_up(self, gate: HostMatrix, up: HostMatrix, num_experts: int) -> Matrix:
         """Each expert's gate rows, then its up rows."""
-        return self.expert_matrix(expert_gate_over_up(gate, up, num_experts), num_experts)
+        halves = (to_float32(host).reshape(num_experts, -1, host.shape[1]) for host in (gate, up))
+        return plain_matrix([np.concatenate([*halves], axis=1).reshape(-1, gate.shape[1])], num_experts)
 
     def make_pool(
         self,
@@ -86,12 +95,15 @@ class ReferenceBackend:
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
+    def _upload(self, values: np.ndarray) -> Tensor:
+        return self.device.upload(np.ascontiguousarray(values, np.float32))
+
     def embed(self, table: Matrix, step: Step, scale: float = 1.0) -> Tensor:
-        token_ids = _words(step.inputs, step.layout.offset("token_ids"), step.num_tokens)
+        token_ids = _views(step)["token_ids"]
         if step.previous_output is not None:
-            tokens = step.previous_output.reshape(-1, OUT_WIDTH)[:, OUT_TOKEN]
-            token_ids = (token_ids < 0).where(tokens[(-1 - token_ids).clip(0, tokens.shape[0] - 1)], token_ids)
-        return unpack(table)[token_ids.clip(0, table.used_rows - 1)].reshape(-1) * scale
+            tokens = step.previous_output.numpy().reshape(-1, OUT_WIDTH)[:, OUT_TOKEN]
+            token_ids = np.where(token_ids < 0, tokens[np.clip(-1 - token_ids, 0, len(tokens) - 1)], token_ids)
+        return self._upload(_values(table)[np.clip(token_ids, 0, table.used_rows - 1)] * np.float32(scale))
 
     def linear(
         self,
@@ -102,13 +114,14 @@ class ReferenceBackend:
         norm: Norm | None = None,
         epilogue: Epilogue = PLAIN,
     ) -> list[Tensor]:
-        rows = x.reshape(num_tokens, -1)
-        normed = rows if norm is None else rms_norm(rows, norm)
-        return [plain_epilogue(normed @ unpack(matrix).T, epilogue).reshape(-1) for matrix in matrices]
+        rows = apply_norm(to_host(x, num_tokens, -1), norm)
+        return [self._upload(apply_epilogue(rows @ _values(matrix).T, epilogue)) for matrix in matrices]
 
     def route(self, x: Tensor, layer: ExpertLayer, num_tokens: int, norm: Norm | None = None) -> Routing:
-        rows = x.reshape(num_tokens, -1)
-        return plain_routing((rows if norm is None else rms_norm(rows, norm)) @ unpack(layer.router).T, layer)
+        logits = apply_norm(to_host(x, num_tokens, -1), norm) @ _values(layer.router).T
+        chosen = choose_experts(logits, layer)
+        shared = None if chosen.shared is None else self._upload(chosen.shared)
+        return Routing(self.device.upload(chosen.ids), self._upload(chosen.weights), shared)
 
     def experts(
         self,
@@ -119,116 +132,76 @@ class ReferenceBackend:
         norm: Norm | None = None,
         epilogue: Epilogue = PLAIN,
     ) -> Tensor:
-        rows = x.reshape(num_tokens, -1)
-        rows = rows if norm is None else rms_norm(rows, norm)
-        ids = routing.ids.reshape(num_tokens, -1)
-        both = Tensor.einsum("tknc,tc->tkn", _of_experts(layer.gate_up, ids), rows)
+        rows = apply_norm(to_host(x, num_tokens, -1), norm)
+        ids = routing.ids.numpy().reshape(num_tokens, -1)  # (T, k)
+        gate_up, down = layer.gate_up, layer.down
+        assert isinstance(gate_up, PlainMatrix) and isinstance(down, PlainMatrix)
+        both = np.einsum("tknc,tc->tkn", gate_up.of_experts[ids], rows)
         if layer.gate_up_bias is not None:
-            both = both + layer.gate_up_bias.reshape(layer.gate_up.num_experts, -1)[ids]
-        hidden = gated_plain(layer.kind.activation, *both.chunk(2, dim=-1))  # (T, k, ffn)
-        out = Tensor.einsum("tknf,tkf->tkn", _of_experts(layer.down, ids), hidden)
+            both = both + to_host(layer.gate_up_bias, gate_up.num_experts, -1)[ids]
+        hidden = gated_exact(layer.kind.activation, *np.split(both, 2, axis=-1))  # (T, k, ffn)
+        out = np.einsum("tknf,tkf->tkn", down.of_experts[ids], hidden)
         if layer.down_bias is not None:
-            out = out + layer.down_bias.reshape(layer.down.num_experts, -1)[ids]
-        out = (out * routing.weights.reshape(num_tokens, -1, 1)).sum(1)
-        return plain_epilogue(out, epilogue).reshape(-1)
+            out = out + to_host(layer.down_bias, down.num_experts, -1)[ids]
+        out = (out * to_host(routing.weights, num_tokens, -1, 1)).sum(axis=1)
+        return self._upload(apply_epilogue(out, epilogue))
 
     def finish(self, x: Tensor, num_tokens: int, epilogue: Epilogue) -> Tensor:
-        return plain_epilogue(x.reshape(num_tokens, -1), epilogue).reshape(-1)
+        return self._upload(apply_epilogue(to_host(x, num_tokens, -1), epilogue))
 
     def scale_rows(self, x: Tensor, factors: Tensor, num_tokens: int) -> Tensor:
-        return (x.reshape(num_tokens, -1) * factors.reshape(-1, 1)).reshape(-1)
+        return self._upload(to_host(x, num_tokens, -1) * to_host(factors, num_tokens, 1))
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
-        kind, layout, tokens = layer.kind, step.layout, step.num_tokens
-        heads, kv_heads, dim = kind.num_heads, kind.num_kv_heads, kind.head_dim
-        positions = _words(step.inputs, layout.offset("positions"), tokens)
-        if kind.head_norm_is_whole:
-            qkv, layer = [norm_whole_sections(qkv, layer, tokens)], layer.without_whole_norm()
-        parts = [part.reshape(tokens, width) for part, width in zip(qkv, layer.qkv_cols, strict=True)]
-        num_cols = (heads if kind.kv_layer is not None else heads + 2 * kv_heads) * dim
-        values = Tensor.cat(*parts, dim=1)[:, :num_cols]  # zeros may follow
-        if layer.bias is not None:
-            values = values + layer.bias
-        sections = values.reshape(tokens, -1, dim).split(
-            [heads, kv_heads, kv_heads] if kind.kv_layer is None else [heads], 1
+        kind, views = layer.kind, _views(step)
+        parts = [to_host(part, step.num_tokens, width) for part, width in zip(qkv, layer.qkv_cols, strict=True)]
+        shape = (-1, kind.num_kv_heads, kind.head_dim)
+        pool = [tensors[layer.pool_layer] for tensors in (step.pool.keys, step.pool.values)]
+        keys, values = (_stored(tensor, step.pool.dtype).reshape(shape) for tensor in pool)
+        out = attend_reference(
+            np.concatenate(parts, axis=1),
+            kind,
+            AttentionTables(
+                None if layer.rope is None else to_host(layer.rope, -1, _rope_cols(layer)),
+                *(None if table is None else to_host(table) for table in (layer.head_norm, layer.bias, layer.sinks)),
+            ),
+            views["positions"],
+            views["slots"][layer.pool_group],
+            _context(views, layer.pool_group, step.layout),
+            keys,
+            values,
         )
-        weights = [None, None] if layer.head_norm is None else layer.head_norm.chunk(2)
-        q = self._rotated(sections[0], weights[0], layer, positions)
-        if layer.rope is not None and kind.query_scaling is not None:
-            q = q * layer.rope.reshape(-1, _rope_cols(kind))[positions][:, -1:].unsqueeze(1)
-        keys, values = self._pool(layer, step)
         if kind.kv_layer is None:
-            slots = _words(step.inputs, layout.slots_offset(layer.pool_group), tokens)
-            v = sections[2] if kind.value_norm_eps is None else unit_norm(sections[2], kind.value_norm_eps)
-            keys[slots] = self._rotated(sections[1], weights[1], layer, positions).cast(keys.dtype)
-            values[slots] = v.cast(values.dtype)
-            keys.realize(values)  # now: a later layer that reads them has no other tie to this write
-
-        context = self._context(layer.pool_group, step)
-        near_k, near_v = keys[context].float(), values[context].float()  # (T, C, K, D)
-
-        q = q.reshape(tokens, kv_heads, heads // kv_heads, dim)  # G query heads share a KV head
-        scores = Tensor.einsum("tkgd,tckd->tkgc", q, near_k) * kind.scale
-        weights = attention_weights(scores, positions, kind, layer.sinks)
-        return Tensor.einsum("tkgc,tckd->tkgd", weights, near_v).reshape(-1)
+            self._overwrite(pool[0], keys)
+            self._overwrite(pool[1], values)
+        return self._upload(out)
 
     def attend_latent(self, queries: Tensor, latents: Tensor, layer: LatentLayer, step: Step) -> Tensor:
         """Not absorbed: each head's keys and values are computed from the latents."""
-        kind, latent, layout, tokens = layer.kind, layer.latent, step.layout, step.num_tokens
-        positions = _words(step.inputs, layout.offset("positions"), tokens)
-        assert kind.rope is not None
-        rotation = rotate_pairs if kind.rope.is_interleaved else rotate
-        angles = layer.rope.reshape(-1, latent.rope_dim)[positions].unsqueeze(1)  # (T, 1, rope)
-        rows = latents.reshape(tokens, -1)[:, : latent.stored_dim]  # zeros may follow
-        normed = rms_norm(rows[:, : latent.rank], Norm(layer.norm, latent.norm_eps))
-        rotated = rotation(rows[:, latent.rank :].unsqueeze(1), angles).squeeze(1)
-        pool = step.pool.keys[layer.index]
-        assert isinstance(pool, Tensor)
-        stored = pool.reshape(-1, latent.stored_dim)
-        slots = _words(step.inputs, layout.slots_offset(layer.pool_group), tokens)
-        stored[slots] = normed.cat(rotated, dim=1).cast(stored.dtype)
+        kind, latent, views, heads = layer.kind, layer.latent, _views(step), layer.kind.num_heads
+        tables = LatentTables(
+            _values(layer.key_up)[: layer.key_up.used_rows].reshape(heads, latent.rank, latent.nope_dim),
+            _values(layer.value_up)[: layer.value_up.used_rows].reshape(heads, latent.value_dim, latent.rank),
+            to_host(layer.norm),
+            to_host(layer.rope, -1, latent.rope_dim),
+        )
+        stored = _stored(step.pool.keys[layer.index], step.pool.dtype).reshape(-1, latent.stored_dim)
+        out = attend_latent_reference(
+            to_host(queries, step.num_tokens, -1)[:, : kind.q_size],
+            to_host(latents, step.num_tokens, -1),
+            kind,
+            tables,
+            views["positions"],
+            views["slots"][layer.pool_group],
+            _context(views, layer.pool_group, step.layout),
+            stored,
+        )
+        self._overwrite(step.pool.keys[layer.index], stored)
+        return self._upload(out)
 
-        near = stored[self._context(layer.pool_group, step)].float()  # (T, C, rank + rope)
-        key_up = unpack(layer.key_up)[: layer.key_up.used_rows].reshape(kind.num_heads, latent.rank, latent.nope_dim)
-        value_up = unpack(layer.value_up)[: layer.value_up.used_rows]
-        value_up = value_up.reshape(kind.num_heads, latent.value_dim, latent.rank)
-        keys = Tensor.einsum("tcr,hrn->tchn", near[..., : latent.rank], key_up)
-        values = Tensor.einsum("tcr,hvr->tchv", near[..., : latent.rank], value_up)
-        q = queries.reshape(tokens, -1)[:, : kind.q_size].reshape(tokens, kind.num_heads, kind.head_dim)
-        scores = Tensor.einsum("thn,tchn->thc", q[..., : latent.nope_dim], keys)
-        turned = rotation(q[..., latent.nope_dim :], angles)
-        scores = (scores + Tensor.einsum("thd,tcd->thc", turned, near[..., latent.rank :])) * kind.scale
-        weights = attention_weights(scores.unsqueeze(2), positions, kind, None).squeeze(2)
-        return Tensor.einsum("thc,tchv->thv", weights, values).reshape(-1)
-
-    def _context(self, pool_group: int, step: Step) -> Tensor:
-        """Slots (T, C): every slot of the row's block table, in the order of positions."""
-        layout, tokens = step.layout, step.num_tokens
-        tables = _words(step.inputs, layout.table_offset(pool_group), (layout.num_seqs + 1) * layout.max_blocks)
-        seq_rows = _words(step.inputs, layout.offset("seq_rows"), tokens)
-        blocks = tables.reshape(-1, layout.max_blocks)[seq_rows].unsqueeze(-1)  # (T, M, 1)
-        return (blocks * layout.block_size + Tensor.arange(layout.block_size)).reshape(tokens, -1)
-
-    def _rotated(self, x: Tensor, weight: Tensor | None, layer: AttentionLayer, positions: Tensor) -> Tensor:
-        """Heads (T, heads, D) of queries or keys, with the layer's norm and rotation."""
-        kind = layer.kind
-        if weight is not None and kind.head_norm_eps is not None:
-            x = rms_norm(x, Norm(weight, kind.head_norm_eps))
-        if layer.rope is None or kind.rope is None:
-            return x
-        num_dims = kind.rope.num_dims or kind.head_dim
-        rows = layer.rope.reshape(-1, _rope_cols(kind))[positions]
-        angles = rows[:, :num_dims].unsqueeze(1)  # (T, 1, R): R/2 cosines, then R/2 sines
-        rotation = rotate_pairs if kind.rope.is_interleaved else rotate
-        rotated = rotation(x[..., :num_dims], angles)
-        return rotated if num_dims == kind.head_dim else rotated.cat(x[..., num_dims:], dim=-1)
-
-    def _pool(self, layer: AttentionLayer, step: Step) -> tuple[Tensor, Tensor]:
-        """The layer's keys and values, (slots, K, D)."""
-        shape, stored = (-1, layer.kind.num_kv_heads, layer.kind.head_dim), layer.pool_layer
-        keys, values = step.pool.keys[stored], step.pool.values[stored]
-        assert isinstance(keys, Tensor) and isinstance(values, Tensor)
-        return keys.reshape(shape), values.reshape(shape)
+    def _overwrite(self, tensor: Tensor | tuple[Tensor, ...], values: np.ndarray) -> None:
+        assert isinstance(tensor, Tensor)
+        self.device.write(tensor, values)
 
     def recur(self, projections: Sequence[Tensor], layer: RecurrentLayer, step: Step) -> Tensor:
         kind, pool = layer.kind, step.pool
@@ -249,7 +222,7 @@ class ReferenceBackend:
         )
         for tensor, values in zip(stored, (matrices, convs), strict=True):
             self.device.write(tensor, values)
-        return Tensor(out.reshape(-1), device=self.device.name)
+        return self._upload(out)
 
     def convolve(self, projected: Tensor, layer: ConvLayer, step: Step) -> Tensor:
         kind, stored = layer.kind, step.pool.convs[layer.index]
@@ -264,20 +237,19 @@ class ReferenceBackend:
             is_decode=step.is_decode,
         )
         self.device.write(stored, convs)
-        return Tensor(out.reshape(-1), device=self.device.name)
+        return self._upload(out)
 
     def norm_groups(self, x: Tensor, norm: Norm, num_tokens: int, addend: Tensor) -> Tensor:
-        groups = x.reshape(-1, norm.weight.shape[0])
-        return (rms_norm(groups, norm) + addend.reshape(groups.shape)).reshape(-1)
+        groups = to_host(x, -1, int(norm.weight.shape[0]))
+        return self._upload(apply_norm(groups, norm) + to_host(addend, *groups.shape))
 
     def gate_columns(self, gate: Tensor, factors: Tensor, start: Tensor, num_tokens: int, activation: str) -> Tensor:
-        first, rows = int(start.item()), gate.reshape(num_tokens, -1)
-        columns = factors.reshape(num_tokens, -1)[:, first : first + int(rows.shape[1])]
-        return gated_plain(activation, rows, columns).reshape(-1)
+        first, rows = int(start.item()), to_host(gate, num_tokens, -1)
+        columns = to_host(factors, num_tokens, -1)[:, first : first + rows.shape[1]]
+        return self._upload(gated_exact(activation, rows, columns))
 
     def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
-        rows = _words(step.inputs, step.layout.offset("logit_rows"), step.layout.num_seqs)
-        return x.reshape(-1, num_cols)[rows].reshape(-1)
+        return self._upload(to_host(x, -1, num_cols)[_views(step)["logit_rows"]])
 
     def parts_of(self, x: Tensor) -> Sequence[Tensor]:
         return [x]
@@ -307,52 +279,44 @@ class ReferenceBackend:
         return out
 
 
-def _of_experts(matrix: Matrix, ids: Tensor) -> Tensor:
-    """The matrices (T, k, rows, columns) of the experts `ids` (T, k)."""
-    return unpack(matrix).reshape(matrix.num_experts, -1, matrix.num_cols)[ids]
+def plain_matrix(hosts: Sequence[HostMatrix], num_experts: int = 0) -> PlainMatrix:
+    """The rows of all, one after the other, as float32. Raises UnsupportedModelError as `pack` does."""
+    values = np.concatenate([to_float32(host) for host in hosts])
+    for host in hosts:
+        check_shape(host, num_experts)
+    rows, cols = values.shape
+    padded = np.pad(values, ((0, -rows % PANEL), (0, 0)))
+    plain = Format("float32", 32)
+    return PlainMatrix(plain, len(padded), cols, rows, "row", (), num_experts=num_experts, values=padded)
 
 
-def _rope_cols(kind: LayerKind) -> int:
+def _values(matrix: Matrix) -> np.ndarray:
+    assert isinstance(matrix, PlainMatrix)
+    return matrix.values
+
+
+def _views(step: Step) -> dict[str, np.ndarray]:
+    """The step's inputs by name."""
+    return step.layout.views(step.inputs.numpy())
+
+
+def _stored(tensor: Tensor | tuple[Tensor, ...], dtype: str) -> np.ndarray:
+    """A copy of a layer's part of the pool, in the pool's own dtype, to which what is stored there is rounded."""
+    assert isinstance(tensor, Tensor)
+    return np.array(tensor.numpy(), bfloat16 if dtype == "bfloat16" else dtype).reshape(-1)
+
+
+def _context(views: Mapping[str, np.ndarray], group: int, layout: StepLayout) -> np.ndarray:
+    """Slots (T, C): every slot of each row's block table, in the order of positions."""
+    blocks = views["block_tables"][group][views["seq_rows"]]  # (T, M)
+    slots: np.ndarray = blocks[:, :, None] * layout.block_size + np.arange(layout.block_size)
+    return slots.reshape(len(blocks), -1)
+
+
+def _rope_cols(layer: AttentionLayer) -> int:
+    kind = layer.kind
     assert kind.rope is not None
     return (kind.rope.num_dims or kind.head_dim) + (kind.query_scaling is not None)
-
-
-def _words(inputs: Tensor, start: int, count: int) -> Tensor:
-    """Words [start, start + count) of a step's inputs, int32."""
-    return inputs[start : start + count]
-
-
-def attention_weights(scores: Tensor, positions: Tensor, kind: LayerKind, sinks: Tensor | None) -> Tensor:
-    """Softmax of scores (T, K, G, C) over the tokens that each row attends to, and over a sink, which has no value."""
-    if kind.softcap is not None:
-        scores = softcap(scores, kind.softcap)
-    tokens, kv_heads, group, num_keys = scores.shape
-    distance = positions.unsqueeze(1) - Tensor.arange(num_keys)  # (T, C): from a key to the row
-    seen = distance >= 0
-    if kind.window is not None:
-        seen = seen & (distance < kind.window)
-    scores = seen.reshape(tokens, 1, 1, num_keys).where(scores, -float("inf"))
-    if sinks is None:
-        return scores.softmax(-1)
-    column = sinks.reshape(1, kv_heads, group, 1).expand(tokens, kv_heads, group, 1)
-    return scores.cat(column, dim=-1).softmax(-1)[..., :num_keys]
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """RoPE with half-split pairs: elements i and i + R/2 of x (T, heads, R) rotate together (Su et al. 2021)."""
-    (low, high), (cos, sin) = x.chunk(2, dim=-1), angles.chunk(2, dim=-1)
-    return Tensor.cat(low * cos - high * sin, high * cos + low * sin, dim=-1)
-
-
-def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
-    """RoPE with interleaved pairs: elements 2i and 2i + 1 rotate together."""
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
-    return (
-        rotate(pairs[..., 0].cat(pairs[..., 1], dim=-1), angles)
-        .reshape(*x.shape[:-1], 2, -1)
-        .transpose(-1, -2)
-        .reshape(x.shape)
-    )
 
 
 def _read_state(state: SamplingState) -> HostState:

@@ -410,7 +410,7 @@ def pack(
     rows, cols = host.shape
     if isinstance(host, QuantizedMatrix) and dequantize:
         host = _dequantized(host, dtype or "float16")
-    _check_shape(host, num_experts)
+    check_shape(host, num_experts)
     padded = -(-rows // PANEL) * PANEL
     if isinstance(host, QuantizedMatrix):
         fmt, planes = host.format, _quantized_planes(host, padded, layout, has_half(device))
@@ -442,7 +442,7 @@ def _table_on(device: str, grid: Grid) -> Tensor:
     return upload(grid_table(grid.name).reshape(-1).view(np.uint32), device)
 
 
-def _check_shape(host: HostMatrix, num_experts: int) -> None:
+def check_shape(host: HostMatrix, num_experts: int) -> None:
     rows, cols = host.shape
     if cols % PANEL:
         raise UnsupportedModelError(f"a matrix of {rows} x {cols} has a width that is not a multiple of {PANEL}")

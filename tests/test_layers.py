@@ -8,7 +8,7 @@ import pytest
 
 from tests.house import PACKAGE, drawn_rooms, find_cycles, import_graph, read_package, room_of
 
-BASE = {"config", "errors", "processes"}
+BASE = {"config", "errors", "faults", "processes"}
 DOWN_TO_ENGINE = BASE | {"storage", "text", "scheduling", "execution", "engine", "profiling"}
 INSIDE_OPS = BASE | {"arrays", "device"} | {f"ops/{name}" for name in ("step_inputs", "kernel", "formats")}
 INSIDE_OPS |= {f"ops/{name}" for name in ("activation", "attention_spec", "backend", "coverage", "plain", "sampling")}
@@ -16,6 +16,7 @@ INSIDE_OPS |= {"ops/experts_spec", "ops/latent_spec", "ops/recurrent_spec", "ops
 # A room is a directory or a file, and one inside another has its own entry. A name on the right includes inner rooms.
 MAY_IMPORT = {
     "errors": set(),
+    "faults": set(),
     "processes": set(),
     "arrays": BASE,
     "config": {"errors"},

@@ -56,6 +56,10 @@ class ProfilingError(TinyvllmError):
     """A measurement cannot be made: another one is running, or its subject is unknown."""
 
 
+class LostError(TinyvllmError):
+    """The engine could not handle or answer a message of this caller, for a reason of its own; the engine goes on."""
+
+
 class EngineDeadError(TinyvllmError):
     """The engine's thread has stopped; nothing more can be generated in this process."""
 

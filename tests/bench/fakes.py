@@ -62,6 +62,8 @@ class FakeRunner:
     def collect(self, flight: StepOutput) -> StepOutput:
         return flight
 
+    def wait(self) -> None: ...
+
     def execute(self, plan: StepPlan) -> StepOutput:
         self.steps.append(
             [

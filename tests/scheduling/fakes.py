@@ -59,6 +59,8 @@ class FakeRunner:
     def collect(self, flight: StepOutput) -> StepOutput:
         return flight
 
+    def wait(self) -> None: ...
+
     def execute(self, plan: StepPlan) -> StepOutput:
         self.before_step(plan)
         self.plans.append(plan)

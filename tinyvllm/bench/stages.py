@@ -200,6 +200,9 @@ class StagedRunner:
         span.tell(pack_s=output.pack_s)
         return output
 
+    def wait(self) -> None:
+        self._runner.wait()
+
     def close(self) -> None:
         """The runner belongs to the caller."""
 
@@ -217,9 +220,9 @@ class StagedScheduler(Scheduler):
         with self.recorder.span(SCHEDULE):
             super().advance(plan)
 
-    def commit(self, plan: StepPlan, output: StepOutput) -> list[TokenOut]:
+    def commit(self, plan: StepPlan, output: StepOutput, outs: list[TokenOut] | None = None) -> list[TokenOut]:
         with self.recorder.span(SCHEDULE):
-            return super().commit(plan, output)
+            return super().commit(plan, output, outs)
 
 
 class Driver:
@@ -346,6 +349,9 @@ class _PlanWatcher:
 
     def collect(self, flight: Any) -> StepOutput:
         return self._runner.collect(flight)
+
+    def wait(self) -> None:
+        self._runner.wait()
 
     def take(self) -> StepPlan | None:
         plan, self._plan = self._plan, None

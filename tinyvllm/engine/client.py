@@ -7,7 +7,6 @@ deltas. Everything here runs on the client's event loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
@@ -21,6 +20,7 @@ from tinyvllm.engine.messages import (
     Batch,
     Blocks,
     Closed,
+    Lost,
     NewRequest,
     Output,
     Refused,
@@ -31,7 +31,8 @@ from tinyvllm.engine.messages import (
 from tinyvllm.engine.output import Delta, OutputProcessor
 from tinyvllm.engine.placement import Placement
 from tinyvllm.engine.routing import Route
-from tinyvllm.errors import ContextLengthError, EngineDeadError, RequestError, TinyvllmError
+from tinyvllm.errors import ContextLengthError, EngineDeadError, LostError, RequestError, TinyvllmError
+from tinyvllm.faults import reach
 from tinyvllm.profiling import measure
 from tinyvllm.text.tokenizer import Tokenizer
 
@@ -133,8 +134,9 @@ class Client:
             call.engine = engine
         with measure.span(measure.SUBMIT, request=requests[0].request_id):
             try:
+                reach("hop.submit")
                 self.lines[call.engine].send(Submit(requests))
-            except EngineDeadError:
+            except BaseException:
                 self.note_end(call)
                 raise
         for choice in call.choices:
@@ -177,7 +179,22 @@ class Client:
             self._questions.pop(number, None)
 
     def receive(self, message: ToClient, engine: int = 0) -> None:
-        """Take a message of an engine."""
+        """Take a message of an engine. If that fails, the engine's calls end, because what it said is lost."""
+        try:
+            reach("hop.arrive")
+            self._receive(message, engine)
+        except Exception as error:
+            logger.exception("a message of engine %d cannot be handled", engine)
+            self.lose(engine, f"a message of the engine could not be handled: {type(error).__name__}: {error}")
+
+    def lose(self, engine: int, reason: str) -> None:
+        """End the calls of an engine, some of whose messages were lost."""
+        for call in [call for call in self.calls.values() if call.engine == engine]:
+            self._end(call.choices, engine)
+            if call.num_open:
+                call.fail(LostError(reason))
+
+    def _receive(self, message: ToClient, engine: int) -> None:
         match message:
             case Batch():
                 if measure.is_on():
@@ -198,6 +215,8 @@ class Client:
             case Blocks():
                 if self.placement is not None:
                     self.placement.learn(engine, message)
+            case Lost():
+                self.lose(engine, message.reason)
             case Closed():
                 self.fail_engine(engine, message.reason)
 
@@ -270,8 +289,11 @@ class Client:
     def _take_refusal(self, refused: Refused) -> None:
         choices = [choice for number in refused.numbers if (choice := self._choices.pop(number, None)) is not None]
         if choices:
-            if refused.code == "context_length_exceeded":
-                error: RequestError = ContextLengthError(refused.message, param=refused.param)
+            error: TinyvllmError
+            if refused.is_own_fault:
+                error = LostError(refused.message)
+            elif refused.code == "context_length_exceeded":
+                error = ContextLengthError(refused.message, param=refused.param)
             else:
                 error = RequestError(refused.message, param=refused.param, code=refused.code)
             choices[0].call.fail(error)
@@ -280,8 +302,13 @@ class Client:
         """Abort the unfinished ones of `choices` at their engine; returns them."""
         ended = [choice for choice in choices if self._choices.pop(choice.request.number, None) is not None]
         if ended:
-            with contextlib.suppress(EngineDeadError):  # a dead engine does not run them either
+            try:
+                reach("hop.abort")
                 self.lines[engine].send(Abort([choice.request.number for choice in ended]))
+            except EngineDeadError:  # it does not run them either
+                pass
+            except Exception:  # nobody waits for them: they run to their end for nothing
+                logger.exception("engine %d could not be told to abort requests", engine)
         return ended
 
 

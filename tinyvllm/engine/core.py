@@ -6,6 +6,7 @@ planned, packed and enqueued, so the device never waits for Python. The end of a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tinyvllm.config import Capacity, ModelConfig
-from tinyvllm.errors import EngineDeadError
+from tinyvllm.errors import EngineDeadError, InvariantError
+from tinyvllm.faults import reach
 from tinyvllm.profiling import measure
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, StepStats, TokenOut, count_step
 from tinyvllm.scheduling.request import Request, Status
@@ -59,6 +61,9 @@ class Runner(Protocol):
 
     def collect(self, handle: Any) -> StepOutput:
         """Wait for the oldest launched step and read its tokens."""
+
+    def wait(self) -> None:
+        """Return when the device has run everything that was launched. Raises what the device raises."""
 
     def close(self) -> None: ...
 
@@ -153,15 +158,16 @@ class EngineCore:
         """Do part of the work on the next graph. If it instantiates one, collect the steps in flight first.
 
         Returns their new tokens and ends. Raises what `step` raises."""
-        captures, outs = self._captures, []
+        captures = self._captures
+        outs: list[TokenOut] = []
         if captures is None:
             return []
         if captures.is_next_compiled:
             try:
                 while self._in_flight:
-                    outs += self._collect()
+                    self._collect(outs)
             except Exception as error:
-                outs += self._fail(None, error)
+                outs += self._fail([], error)
         with measure.span(measure.CAPTURE):
             captures.advance()
         self._publish(self.stats)
@@ -171,16 +177,23 @@ class EngineCore:
         """Launch a step if anything can be scheduled; collect the oldest when the maximum is in flight.
 
         Returns new tokens and ends; [] if there is nothing to do, or nothing to read yet. If a step raises, the
-        requests of all steps in flight end with finish_reason "error", and the next step may succeed. Raises
-        EngineDeadError after MAX_CONSECUTIVE_FAILURES of those in a row.
+        requests of all steps in flight end with finish_reason "error", and the next step may succeed. If a step cannot
+        be planned, all requests end so, since any of them may be half planned. Raises EngineDeadError after
+        MAX_CONSECUTIVE_FAILURES of those in a row, and if a failure has left the pool in disorder.
         """
         with measure.span(measure.STEP) as span:
             return self._step(span)
 
     def _step(self, span: measure.OpenSpan | measure.Nothing) -> list[TokenOut]:
         start_s = time.perf_counter()
-        with measure.span(measure.SCHEDULE):
-            plan = self.scheduler.schedule()
+        try:
+            with measure.span(measure.SCHEDULE):
+                reach("engine.schedule")
+                plan = self.scheduler.schedule()
+        except InvariantError:
+            raise
+        except Exception as error:
+            return self._fail(self.scheduler.requests, error)
         if plan is None and not self._in_flight:
             return []
         if measure.is_on():
@@ -191,29 +204,33 @@ class EngineCore:
             if plan is not None:
                 self._launch(plan, time.perf_counter() - start_s)
             if plan is None or len(self._in_flight) == MAX_IN_FLIGHT:
-                outs += self._collect()
+                self._collect(outs)
             if plan is not None:
+                reach("engine.sample")
                 self.runner.sample(self._in_flight[-1].handle)
                 # pooled hidden states are in scratch memory, which the next step would overwrite
                 if self.runner.max_in_flight == 1 or plan.pooled:
-                    outs += self._collect()
+                    self._collect(outs)
         except Exception as error:
-            outs += self._fail(plan, error)
+            outs += self._fail([] if plan is None else [entry.request for entry in plan.entries], error)
         return outs
 
     def _launch(self, plan: StepPlan, schedule_s: float) -> None:
+        reach("engine.launch")
         handle = self.runner.launch(plan)
         with measure.span(measure.COMMIT):
             self.scheduler.advance(plan)
         self._in_flight.append(LaunchedStep(plan, handle, schedule_s))
 
-    def _collect(self) -> list[TokenOut]:
-        """Wait for the oldest step and commit its tokens."""
+    def _collect(self, outs: list[TokenOut]) -> None:
+        """Wait for the oldest step, commit its tokens, and add them to `outs`, which has what was known if it fails."""
         step = self._in_flight[0]
+        reach("engine.collect")
         output = self.runner.collect(step.handle)
         collected_s = time.perf_counter()
         with measure.span(measure.COMMIT):
-            outs = self.scheduler.commit(step.plan, output)
+            num_before = len(outs)
+            self.scheduler.commit(step.plan, output, outs)
         self._in_flight.popleft()
         self._num_failures = 0
         stats = self._count(
@@ -221,7 +238,7 @@ class EngineCore:
             num_steps=1,
             num_computed_tokens=step.plan.num_tokens,
             num_padded_rows=max(0, output.num_rows - step.plan.num_tokens),
-            num_output_tokens=sum(out.token_id is not None for out in outs),
+            num_output_tokens=sum(out.token_id is not None for out in outs[num_before:]),
         )
         stats.schedule_s = step.schedule_s
         stats.pack_s, stats.device_s = output.pack_s, output.device_s
@@ -230,14 +247,23 @@ class EngineCore:
         stats.step_sizes = count_step(stats.step_sizes, step.plan.num_tokens)
         stats.num_tokens, stats.num_seqs = step.plan.num_tokens, len(step.plan.entries)
         self._publish(stats)
-        return outs
 
-    def _fail(self, plan: StepPlan | None, error: Exception) -> list[TokenOut]:
-        """End the requests of all steps in flight, and of `plan`, which may not have been launched."""
+    def check(self) -> None:
+        """After an unexpected error: raise EngineDeadError if it has left the pool in disorder."""
+        try:
+            self.scheduler.audit()
+        except InvariantError as error:
+            raise EngineDeadError(f"a failure has left the pool of blocks in disorder: {error}") from error
+
+    def _fail(self, requests: list[Request], error: Exception) -> list[TokenOut]:
+        """End the requests of all steps in flight, and `requests`, of a step that may not have been launched."""
         self._num_failures += 1
-        plans = [step.plan for step in self._in_flight] + ([plan] if plan is not None else [])
+        in_flight = [entry.request for step in self._in_flight for entry in step.plan.entries]
+        if self._in_flight:  # the next step's inputs take the place of theirs
+            with contextlib.suppress(Exception):  # what failed once may fail again
+                self.runner.wait()
         self._in_flight.clear()
-        failed = {entry.request: None for each in plans for entry in each.entries}  # in order, without duplicates
+        failed = dict.fromkeys(in_flight + requests)  # in order, without duplicates
         message = f"the step that computed this request failed with {_describe(error)}"
         outs = []
         for request in failed:
@@ -247,6 +273,7 @@ class EngineCore:
         names = ", ".join(out.request.request_id for out in outs)
         logger.error("a step failed (%d in a row), ending %s", self._num_failures, names, exc_info=error)
         self._publish(self._count(self.stats, num_failed_steps=1))
+        self.check()
         if self._num_failures >= MAX_CONSECUTIVE_FAILURES:
             raise EngineDeadError(
                 f"{self._num_failures} steps in a row have failed, the last with {_describe(error)}"

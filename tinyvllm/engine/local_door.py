@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 
-from tinyvllm.engine.loop import ClientId, Task
+from tinyvllm.engine.loop import ClientId, Item, Task
 from tinyvllm.engine.messages import Closed, Goodbye, ToClient, ToEngine
 
 
@@ -15,7 +15,7 @@ class LocalDoor:
 
     def __init__(self) -> None:
         self._wake = threading.Condition()
-        self._inbox: list[tuple[ClientId, ToEngine] | Task] = []
+        self._inbox: list[Item] = []
         self._is_closed = False
         self._receivers: dict[ClientId, tuple[asyncio.AbstractEventLoop, Callable[[ToClient], None]]] = {}
 
@@ -40,7 +40,7 @@ class LocalDoor:
 
     # ---- On the step loop's thread ----
 
-    def receive(self, timeout_s: float | None) -> list[tuple[ClientId, ToEngine] | Task]:
+    def receive(self, timeout_s: float | None) -> list[Item]:
         with self._wake:
             if not self._inbox and timeout_s != 0.0:
                 self._wake.wait(timeout_s)

@@ -25,18 +25,21 @@ from tinyvllm.engine.messages import (
     Blocks,
     Goodbye,
     Hello,
+    Lost,
     NewRequest,
     Output,
     Refused,
     Submit,
     ToClient,
     ToEngine,
+    Unreadable,
     Welcome,
 )
 from tinyvllm.engine.output import output_of
 from tinyvllm.engine.placement import pack_hashes
 from tinyvllm.engine.step_history import StepHistory
-from tinyvllm.errors import RequestError
+from tinyvllm.errors import EngineDeadError, InvariantError, RequestError
+from tinyvllm.faults import reach
 from tinyvllm.profiling import measure
 from tinyvllm.scheduling.plan import StepStats, TokenOut
 from tinyvllm.scheduling.request import Constraint, Request
@@ -49,17 +52,18 @@ COMPILE_POLL_S = 0.01  # how often an idle engine checks whether background comp
 IDLE_S = 0.5
 
 ClientId = Hashable
-Task = Callable[[], None]  # runs on the loop's thread, between two steps
+Task = Callable[[], None]  # runs on the loop's thread, between two steps; one that fails is run once more
+Item = tuple[ClientId, ToEngine | Unreadable] | Task
 
 
 class Door(Protocol):
     """The step loop's side of its connections. `post` may be called from any thread, the others on the loop's only."""
 
-    def receive(self, timeout_s: float | None) -> list[tuple[ClientId, ToEngine] | Task]:
+    def receive(self, timeout_s: float | None) -> list[Item]:
         """What has arrived, in order. Waits up to `timeout_s` for the first; None: as long as it takes."""
 
     def send(self, client: ClientId, message: ToClient) -> None:
-        """Queue a message. Never waits for the client, and ignores one that is gone."""
+        """Queue a message. Never waits for the client, and ignores one that is gone. Raises if it cannot be sent."""
 
     def post(self, task: Task) -> None:
         """Have `receive` return `task`."""
@@ -120,10 +124,7 @@ class EngineLoop:
             with measure.span(measure.INBOX):
                 items = self._door.receive(self._patience_s())
             for item in items:
-                if callable(item):
-                    item()
-                else:
-                    self._handle(*item)
+                self._take(item)
             if self._stop_at_s is not None and (self._is_idle or time.monotonic() >= self._stop_at_s):
                 return
             is_busy = bool(items) or core.has_work
@@ -179,7 +180,21 @@ class EngineLoop:
             if out.finish_reason is not None:
                 self._release(request)
         for client, batch in batches.items():
-            self._door.send(client, batch)
+            self._send(client, batch)
+
+    def _send(self, client: ClientId, message: ToClient) -> None:
+        """Send a message. If that fails, the client's calls end, because they would wait for it."""
+        try:
+            reach("engine.deliver")
+            self._door.send(client, message)
+        except Exception as error:
+            logger.exception("a message to client %s cannot be sent: its requests are ended", client)
+            self._lose(client, f"the engine could not send a message: {_describe(error)}")
+
+    def _lose(self, client: ClientId, reason: str) -> None:
+        """End the requests of a client whose messages were lost, and tell it. Raises if that cannot be told either."""
+        self._abort_all(client)
+        self._door.send(client, Lost(reason))
 
     def _send_changes(self) -> None:
         """Tell the routers how the prefix cache has changed."""
@@ -187,13 +202,38 @@ class EngineLoop:
         if stored or removed:
             changes = Blocks(pack_hashes(stored), pack_hashes(removed))
             for client in self._routers:
-                self._door.send(client, changes)
+                self._send(client, changes)
 
     def _release(self, request: Request) -> None:
         client, number = self._owners.pop(request)
         self._clients[client].pop(number, None)
 
-    def _handle(self, client: ClientId, message: ToEngine) -> None:
+    def _take(self, item: Item) -> None:
+        """Run a task, or handle a message. An error concerns the sender only. Raises EngineDeadError if it has left the
+        pool in disorder."""
+        try:
+            reach("engine.receive")
+            self._run_item(item)
+        except (EngineDeadError, InvariantError):
+            raise
+        except Exception as error:
+            logger.exception("a client's message cannot be handled")
+            self.core.check()
+            match item:
+                case (client, Submit() as call):
+                    self._refuse(client, call, error)
+                case (client, Ask() as ask):
+                    self._send(client, Answer(ask.number, error=_describe(error)))
+                case _:  # may be done twice: once more, and a second error ends the engine
+                    self._run_item(item)
+
+    def _run_item(self, item: Item) -> None:
+        if callable(item):
+            item()
+        else:
+            self._handle(*item)
+
+    def _handle(self, client: ClientId, message: ToEngine | Unreadable) -> None:
         match message:
             case Submit():
                 with measure.span(measure.RECEIVE, request=message.requests[0].request_id):
@@ -203,20 +243,22 @@ class EngineLoop:
                     self._abort(client, number)
                 self._report()
             case Ask():
-                self._door.send(client, self._answer(message))
+                self._send(client, self._answer(message))
             case Hello():
                 self._welcome(client, message)
             case Goodbye():
                 self._forget(client)
+            case Unreadable():
+                self._lose(client, message.reason)
 
     def _welcome(self, client: ClientId, hello: Hello) -> None:
         runner, manager = self.core.runner, self.core.scheduler.block_manager
-        self._door.send(client, Welcome(runner.model_config, runner.capacity))
+        self._send(client, Welcome(runner.model_config, runner.capacity))
         if hello.routes:
             self._send_changes()
             self._routers.add(client)
             self._has_routed = True
-            self._door.send(client, Blocks(pack_hashes(manager.cached_hashes()), b""))
+            self._send(client, Blocks(pack_hashes(manager.cached_hashes()), b""))
 
     def _submit(self, client: ClientId, call: Submit) -> None:
         source = call.requests[0].grammar
@@ -241,18 +283,22 @@ class EngineLoop:
         try:
             for new in call.requests:
                 self._add(client, new, None if grammar is None else grammar.result().matcher())
-        except RequestError as error:
-            self._refuse(client, call, error)
         except Exception as error:  # of the grammar's compiler, say: it concerns this call only
-            logger.exception("request %s cannot be started", call.requests[0].request_id)
-            self._refuse(client, call, RequestError(f"the request cannot be started: {type(error).__name__}: {error}"))
+            if not isinstance(error, RequestError):
+                logger.exception("request %s cannot be started", call.requests[0].request_id)
+            self._refuse(client, call, error)
         self._report()
 
-    def _refuse(self, client: ClientId, call: Submit, error: RequestError) -> None:
+    def _refuse(self, client: ClientId, call: Submit, error: Exception) -> None:
         numbers = [new.number for new in call.requests]
         for number in numbers:
             self._abort(client, number)
-        self._door.send(client, Refused(numbers, str(error), error.param, error.code))
+        if isinstance(error, RequestError):
+            refused = Refused(numbers=numbers, message=str(error), param=error.param, code=error.code)
+        else:
+            message = f"the request cannot be started: {_describe(error)}"
+            refused = Refused(numbers=numbers, message=message, is_own_fault=True)
+        self._send(client, refused)
 
     def _add(self, client: ClientId, new: NewRequest, constraint: Constraint | None) -> None:
         request = to_request(new, constraint)
@@ -282,7 +328,7 @@ class EngineLoop:
         ]
         outputs += [Output(number, None, "abort") for number in waiting]
         if tells and outputs:
-            self._door.send(client, Batch(time.monotonic(), [], [], outputs))
+            self._send(client, Batch(time.monotonic(), [], [], outputs))
         self._report()
 
     def _forget(self, client: ClientId) -> None:
@@ -312,7 +358,7 @@ class EngineLoop:
     def audit(self) -> dict[str, int]:
         """Check the pool, and count what the engine holds. Raises InvariantError."""
         manager = self.core.scheduler.block_manager
-        manager.audit()
+        self.core.scheduler.audit()
         return {
             "free_blocks": sum(pool.num_free for pool in manager.pools),
             "all_blocks": sum(pool.num_blocks - 1 for pool in manager.pools),
@@ -324,6 +370,10 @@ class EngineLoop:
 
     def latest_steps(self) -> list[Any]:
         return self._history.latest()
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 # What a client may ask: a name, and what answers it between two steps, quickly.

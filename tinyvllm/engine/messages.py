@@ -64,6 +64,12 @@ class Goodbye(Struct, tag="goodbye", array_like=True):
     """The client leaves: its requests are aborted."""
 
 
+class Unreadable(Struct):
+    """What a door makes of a client's message that it could not read. Not sent."""
+
+    reason: str
+
+
 ToEngine = Hello | Submit | Abort | Ask | Goodbye
 
 # ---- To a client ----
@@ -110,12 +116,13 @@ class Blocks(Struct, tag="blocks", array_like=True):
 
 
 class Refused(Struct, tag="refused", array_like=True):
-    """A call cannot run. The fields are those of RequestError."""
+    """A call cannot run. The fields are those of RequestError, unless the engine is at fault."""
 
     numbers: list[int]  # of all its choices
     message: str
     param: str | None = None
     code: str | None = None
+    is_own_fault: bool = False  # the engine's, not the caller's
 
 
 class Answer(Struct, tag="answer", array_like=True):
@@ -126,13 +133,19 @@ class Answer(Struct, tag="answer", array_like=True):
     error: str | None = None
 
 
+class Lost(Struct, tag="lost", array_like=True):
+    """Messages to or from this client could not be handled: its calls have ended. The engine goes on."""
+
+    reason: str
+
+
 class Closed(Struct, tag="closed", array_like=True):
     """The engine has stopped. Nothing follows."""
 
     reason: str
 
 
-ToClient = Batch | Welcome | Blocks | Refused | Answer | Closed
+ToClient = Batch | Welcome | Blocks | Refused | Answer | Lost | Closed
 
 encode_message = msgspec.msgpack.Encoder().encode
 decode_for_engine = msgspec.msgpack.Decoder(ToEngine).decode

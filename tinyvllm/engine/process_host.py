@@ -20,6 +20,7 @@ from tinyvllm.engine.messages import Goodbye, Hello, ToEngine, Welcome, decode_f
 from tinyvllm.engine.placement import Placement
 from tinyvllm.engine.socket_door import LINGER_MS
 from tinyvllm.errors import EngineDeadError
+from tinyvllm.faults import reach
 from tinyvllm.scheduling.plan import StepStats
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ class ProcessHost:
 
     def deliver(self, engine: int, data: bytes) -> None:
         """Take a message of an engine."""
+        reach("hop.read")
         message = decode_for_client(data)
         if isinstance(message, Welcome):
             self._lines[engine].is_ready = True
@@ -155,6 +157,13 @@ class ProcessHost:
             self._complete()
         elif self._client is not None:
             self._client.receive(message, engine)
+
+    def lose(self, engine: int, reason: str) -> None:
+        """End the calls of an engine, a message of which was lost. If it was its Welcome, ask for it again."""
+        if self._client is not None:
+            self._client.lose(engine, reason)
+        if not self._lines[engine].is_ready:
+            self._lines[engine].introduce()
 
     def _finish_loading(self, task: asyncio.Task[tuple[Text, GrammarCompiler | None]]) -> None:
         if task.cancelled():
@@ -214,6 +223,9 @@ class _Line:
         socket.setsockopt(zmq.LINGER, LINGER_MS)
         socket.connect(self._address)
         self._host.loop.add_reader(socket, self._read)
+        self.introduce()
+
+    def introduce(self) -> None:
         self.send(Hello(routes=self._host.num_engines > 1))
 
     def close(self, says: ToEngine | None = None) -> None:
@@ -245,6 +257,8 @@ class _Line:
                 return
             try:
                 self._host.deliver(self._engine, data)
-            except Exception:  # one bad message must not stop the reading: the file descriptor signals each only once
-                logger.exception("a message of engine %d cannot be handled", self._engine)
+            except Exception as error:  # must not stop the reading: the file descriptor signals each only once
+                logger.exception("a message of engine %d cannot be read: its requests are ended", self._engine)
+                reason = f"a message of the engine could not be read: {type(error).__name__}: {error}"
+                self._host.lose(self._engine, reason)
         self._host.loop.call_soon(self._read)

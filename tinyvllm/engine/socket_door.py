@@ -7,11 +7,11 @@ import logging
 import os
 from collections import deque
 
-import msgspec
 import zmq
 
-from tinyvllm.engine.loop import ClientId, Task
-from tinyvllm.engine.messages import Closed, ToClient, ToEngine, decode_for_engine, encode_message
+from tinyvllm.engine.loop import ClientId, Item, Task
+from tinyvllm.engine.messages import Closed, ToClient, Unreadable, decode_for_engine, encode_message
+from tinyvllm.faults import reach
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,10 @@ class SocketDoor:
         with contextlib.suppress(BlockingIOError, OSError):  # full: the loop will wake anyway; closed: nobody listens
             os.write(self._wake_write, b"\0")
 
-    def receive(self, timeout_s: float | None) -> list[tuple[ClientId, ToEngine] | Task]:
+    def receive(self, timeout_s: float | None) -> list[Item]:
         if timeout_s != 0.0 and not self._tasks:
             self._poller.poll(None if timeout_s is None else max(1, round(1000 * timeout_s)))
-        items: list[tuple[ClientId, ToEngine] | Task] = []
+        items: list[Item] = []
         while True:
             try:
                 client, data = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -54,9 +54,12 @@ class SocketDoor:
                 break
             self._clients.add(client)
             try:
+                reach("hop.take")
                 items.append((client, decode_for_engine(data)))
-            except msgspec.DecodeError:
-                logger.exception("a message of client %s cannot be read; it is ignored", client)
+            except Exception as error:
+                logger.exception("a message of client %s cannot be read: its requests are ended", client)
+                reason = f"the engine could not read a message: {type(error).__name__}: {error}"
+                items.append((client, Unreadable(reason)))
         if self._tasks:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_read, 1 << 16)
@@ -66,6 +69,7 @@ class SocketDoor:
 
     def send(self, client: ClientId, message: ToClient) -> None:
         if isinstance(client, bytes) and client in self._clients:
+            reach("hop.reply")
             self._socket.send_multipart([client, encode_message(message)], zmq.NOBLOCK)
 
     def close(self, reason: str) -> None:

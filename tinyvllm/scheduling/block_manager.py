@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 from tinyvllm.config import BlockGroup, Capacity
 from tinyvllm.errors import InvariantError
+from tinyvllm.faults import reach
 from tinyvllm.scheduling.group_pool import GroupPool
 from tinyvllm.scheduling.request import Request
 from tinyvllm.scheduling.state_pool import MIN_SHARED_BLOCKS, SequenceState, StatePool
@@ -106,6 +107,11 @@ class BlockManager:
         return cls(capacity.groups, capacity.block_size, enable_prefix_caching, states)
 
     @property
+    def holders(self) -> set[Request]:
+        """The requests that hold blocks."""
+        return self._holders
+
+    @property
     def has_windows(self) -> bool:
         """Whether requests give blocks back."""
         return bool(self._windowed)
@@ -137,6 +143,7 @@ class BlockManager:
         """
         if not self.enable_prefix_caching:
             return 0
+        reach("pool.match")
         num_blocks = self._longest_match(request)
         if self.state_pool is not None:
             num_blocks = self._resume(request, self.state_pool, num_blocks)
@@ -203,6 +210,7 @@ class BlockManager:
             return
         num_full = min(request.num_computed, len(request.prompt_ids) + len(request.output_ids)) // self.block_size
         for index in range(request.num_sealed, num_full):
+            reach("pool.seal")
             tokens = self._block_tokens(request, index)
             block_hash = self._hash(request, index, tokens)
             for pool, table in zip(self.pools, request.tables, strict=True):
@@ -217,6 +225,7 @@ class BlockManager:
 
         The tail is freed first, and so is reused first: a continuation is useless without the head of its prefix.
         """
+        reach("pool.free")
         if self.state_pool is not None and request.state is not None:
             if keep and request.state.marks:
                 self.seal(request)

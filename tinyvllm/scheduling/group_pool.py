@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from tinyvllm.config import BlockGroup
 from tinyvllm.errors import CapacityError, InvariantError
+from tinyvllm.faults import reach
 
 
 class GroupPool:
@@ -44,6 +45,7 @@ class GroupPool:
 
     def allocate(self) -> int:
         """A block to write, taken from the free list, which must not be empty."""
+        reach("pool.grow")
         block_id, _ = self._free.popitem(last=False)
         self._ref_counts[block_id] = 1
         if self._hashes[block_id]:

@@ -17,6 +17,7 @@ from bisect import insort
 
 from tinyvllm.config import Capacity
 from tinyvllm.errors import ContextLengthError, InvariantError, RequestError
+from tinyvllm.faults import reach
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenOut
 from tinyvllm.scheduling.request import Request, Status, TokenLogprobs
@@ -125,6 +126,17 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._requests)
 
+    @property
+    def requests(self) -> list[Request]:
+        """All unfinished ones, in order of arrival."""
+        return list(self._requests.values())
+
+    def audit(self) -> None:
+        """Check the pools, and that blocks belong to unfinished requests only. Raises InvariantError."""
+        self.block_manager.audit()
+        for request in self.block_manager.holders - set(self._requests.values()):
+            raise InvariantError(f"request {request.request_id} has ended, but holds blocks: {request.tables}")
+
     def add(self, request: Request) -> None:
         """Queue a new request. Raises RequestError or ContextLengthError if it can never run."""
         check_length(request.num_prompt_tokens, None, self.capacity)
@@ -153,8 +165,8 @@ class Scheduler:
         if request.status is Status.RUNNING:
             self.running.remove(request)
         request.status = Status.FINISHED
-        self.block_manager.free(request, keep=reason != "error")  # after a failure the blocks may hold NaN
         del self._requests[request.request_id]
+        self.block_manager.free(request, keep=reason != "error")  # after a failure the blocks may hold NaN
 
     def schedule(self) -> StepPlan | None:
         """Choose the next step's tokens and allocate their blocks.
@@ -190,11 +202,14 @@ class Scheduler:
             request.num_in_flight += 1
             request.flight_row = row
 
-    def commit(self, plan: StepPlan, output: StepOutput) -> list[TokenOut]:
+    def commit(self, plan: StepPlan, output: StepOutput, outs: list[TokenOut] | None = None) -> list[TokenOut]:
         """Take the tokens of an advanced step: append them, seal full blocks, and end requests that are complete.
 
-        Returns one TokenOut per new token, but none for requests that ended while their token was in flight.
+        Returns one TokenOut per new token, but none for requests that ended while their token was in flight. outs: the
+        list that they are added to. If a request raises, it has those of the requests before it, which may have ended.
         """
+        outs = [] if outs is None else outs
+        reach("engine.commit")
         num_sampled = len(plan.sampled)
         if len(output.token_ids) != num_sampled or len(output.logprobs) != num_sampled:
             raise InvariantError(
@@ -210,7 +225,6 @@ class Scheduler:
                 request.pooled = states
             elif request.pooling == "mean":
                 request.pooled = earlier + states
-        outs: list[TokenOut] = []
         sampled = iter(zip(output.token_ids, output.logprobs, strict=True))
         for entry in plan.entries:
             request = entry.request

@@ -30,6 +30,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tinyvllm.errors import CapacityError, InvariantError
+from tinyvllm.faults import reach
 
 MIN_SHARED_BLOCKS = 4  # a shorter prefix that others share is not worth a slot, nor the step that ends at its border
 
@@ -148,6 +149,7 @@ class StatePool:
         """Make the checkpoints of at most `num_sealed` blocks findable, by the hashes of the sequence's blocks. Each
         replaces the one before it, if that is rolling."""
         while state.marks and state.marks[0].num_blocks <= num_sealed:
+            reach("state.seal")
             mark = state.marks.pop(0)
             block_hash, is_current = hashes[mark.num_blocks - 1], mark.slot == state.slot
             if state.rolling_hash in self._rolling:
@@ -216,6 +218,7 @@ class StatePool:
 
     def _move(self, state: SequenceState) -> None:
         """Give a sequence that has no slot, or must keep the one it has, another one to write."""
+        reach("state.move")
         slot, kept = self._allocate(state), state.slot
         state.is_kept = False
         self.num_hits += kept in self._pinned

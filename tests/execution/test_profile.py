@@ -11,16 +11,21 @@ import pytest
 
 from tests.builders import write_tiny_hf_llama
 from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.device.jit_replay import choose_capture
+from tinyvllm.errors import DeviceError
 from tinyvllm.execution.cost import CostCounter
 from tinyvllm.execution.inspector import RunnerInspector
-from tinyvllm.execution.profile import merge_cores
 from tinyvllm.execution.runner import load_runner
-from tinyvllm.profiling.kernels import Kernel, tabulate
+from tinyvllm.profiling.kernels import Kernel, merge_cores, tabulate
+from tinyvllm.profiling.trace import parse_trace
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
+from tinygrad.helpers import Context  # isort: skip  (tinyvllm makes its settings first)
+
 NUM_LAYERS, HIDDEN, HEADS, HEAD_DIM, FFN, QKV = 2, 64, 4, 16, 96, (4 + 2 * 2) * 16  # of TinyLlama
 CONTEXT = 20
+CONFIG = EngineConfig(model="tiny", max_num_seqs=2, max_model_len=64, max_num_batched_tokens=16, token_buckets=(16,))
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +33,11 @@ def inspectors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Runner
     """The same model twice: with steps that were traced, and with those that the first left on disk."""
     files = write_tiny_hf_llama(tmp_path_factory.mktemp("model"))
     cache: Path = tmp_path_factory.mktemp("cache")
-    config = EngineConfig(
-        model="tiny", max_num_seqs=2, max_model_len=64, max_num_batched_tokens=16, token_buckets=(16,)
-    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINYVLLM_CACHE", str(cache))
         loaded = []
         for _ in range(2):
-            runner = load_runner(files, config)
+            runner = load_runner(files, CONFIG)
             runner.warm_up()
             loaded.append(runner)
     assert loaded[1].store is not None and loaded[1].store.num_steps_read
@@ -144,7 +146,47 @@ def test_the_shares_of_cores_are_one_kernel_with_the_slowest_time() -> None:
         Kernel("qkv", 1, "qkv_1", "CPU", 1.0, 5, 5),
     ]
     merged = merge_cores(shares)
-    assert [(k.label, k.seconds, k.nbytes, k.flops, k.count) for k in merged] == [
+    assert [(k.label, k.seconds, k.nbytes, k.flops, k.shares) for k in merged] == [
         ("layer 0 · qkv", 3.0, 30, 3, 2),
         ("layer 1 · qkv", 1.0, 5, 5, 1),
     ]
+
+
+def test_a_log_of_debug_2_and_a_profile_have_the_same_kernels(
+    inspectors: list[RunnerInspector], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Context(DEBUG=2):
+        watched = load_runner(write_tiny_hf_llama(tmp_path), CONFIG)
+        watched.warm_up()
+        loading = parse_trace(capsys.readouterr().out).kernels()
+        assert {kernel.operation for kernel in loading} == {"copy"}, "of weights; capturing runs no step"
+        for plan in (decode_plan(CONTEXT, 9), prefill_plan(11)):
+            output = watched.execute(plan)
+            trace = parse_trace(capsys.readouterr().out)
+            assert trace.num_cut == trace.num_untimed == 0
+            lines, profile = trace.kernels(last_steps=1), inspectors[0].profile(plan, repeats=1, warmup=0)
+            assert [facts(line) for line in lines] == [facts(kernel) for kernel in profile.kernels]
+            for line, kernel in zip(lines, profile.kernels, strict=True):
+                # tinygrad rounds the rate of each share to whole GB/s
+                assert line.nbytes == pytest.approx(kernel.nbytes, abs=0.51e9 * line.seconds * line.shares)
+            if plan.entries[0].start == 0:  # else it reads what else is in the pool
+                assert output.token_ids == inspectors[0].runner.execute(plan).token_ids
+    watched.close()
+
+
+def facts(kernel: Kernel) -> tuple[str, int, int]:
+    return kernel.label, kernel.count, kernel.shares
+
+
+def test_a_watched_step_is_captured_by_tinyjit_whatever_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So no step runs in a graph, in a CUDA chain or in a CPU's tables of commands, none of which prints kernels."""
+    with caplog.at_level("WARNING", "tinyvllm"):
+        assert choose_capture("replay") == "replay" and not caplog.text
+        with Context(DEBUG=2):
+            assert choose_capture("replay") == choose_capture("tinyjit") == "tinyjit"
+    assert "DEBUG=2: every step runs kernel by kernel" in caplog.text
+    monkeypatch.setattr("tinygrad.helpers.JIT.value", 0)
+    with Context(DEBUG=2), pytest.raises(DeviceError, match="JIT=0 turns TinyJit off: unset it, or unset DEBUG"):
+        load_runner(write_tiny_hf_llama(tmp_path), CONFIG)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,25 +14,29 @@ from tinyvllm.config import EngineConfig, SamplingParams
 from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.profiling.kernels import StepProfile, tabulate
+from tinyvllm.profiling.trace import parse_trace
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
+
+from tinygrad.helpers import Context  # isort: skip  (tinyvllm makes its settings first)
 
 MODEL = TinyLlama()
 PROMPT = 70  # more rows than a decode step has: the kernels for prompts
 
 
+CONFIG = EngineConfig(
+    model="tiny",
+    max_num_seqs=1,
+    max_model_len=96,
+    max_num_batched_tokens=80,
+    token_buckets=(80,),
+    compile_cache=False,
+)
+
+
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelRunner]:
-    files = write_tiny_hf_llama(tmp_path_factory.mktemp("model"))
-    config = EngineConfig(
-        model="tiny",
-        max_num_seqs=1,
-        max_model_len=96,
-        max_num_batched_tokens=80,
-        token_buckets=(80,),
-        compile_cache=False,
-    )
-    loaded = load_runner(files, config)
+    loaded = load_runner(write_tiny_hf_llama(tmp_path_factory.mktemp("model")), CONFIG)
     loaded.warm_up()
     yield loaded
     loaded.close()
@@ -85,3 +90,18 @@ def test_the_doctor_names_the_family_and_the_limits_and_says_where_graphs_are_mi
     assert found.status == doctor.ODD and "without graphs" in found.value and "virtual machine" in found.remedy
     (programs,) = doctor.programs(RunnerInspector(runner))
     assert programs.status == doctor.GOOD and "threadgroup memory" in programs.value
+
+
+def test_a_log_of_debug_2_has_the_kernels_of_a_profile_and_no_graph(
+    runner: ModelRunner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Context(DEBUG=2):
+        watched = load_runner(write_tiny_hf_llama(tmp_path), CONFIG)
+        watched.warm_up()
+        capsys.readouterr()
+        tokens = watched.execute(prefill_plan()).token_ids
+        trace = parse_trace(capsys.readouterr().out)
+    lines, kernels = trace.kernels(last_steps=1), profile(runner, prefill_plan()).kernels
+    assert trace.num_untimed == 0 and [line.label for line in lines] == [kernel.label for kernel in kernels]
+    assert tokens == runner.execute(prefill_plan()).token_ids
+    watched.close()

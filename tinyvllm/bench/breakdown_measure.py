@@ -173,7 +173,7 @@ def sampling_share(profile: StepProfile) -> float:
 
 
 def _with_sampling(counts: StepCounts, profile: StepProfile) -> StepCounts:
-    num_kernels = sum(kernel.count for kernel in profile.kernels if kernel.operation == SAMPLE)
+    num_kernels = sum(kernel.launches for kernel in profile.kernels if kernel.operation == SAMPLE)
     return dataclasses.replace(counts, sampling_kernels=num_kernels)
 
 

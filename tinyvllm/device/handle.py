@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from tinygrad.uop.ops import buffers
 from tinyvllm.device.kinds import KINDS, DeviceKind, kind_of
 from tinyvllm.device.mapping import OutputReader, is_mapped
 from tinyvllm.device.transfer import InputBuffer, copy_out, copy_out_floats, input_buffer, output_reader
+from tinyvllm.device.watching import HOST, WatchedReader, is_watched, watched_copy, watched_send
 from tinyvllm.errors import DeviceError, TinyvllmError
 
 # tinygrad's wait spins, which takes a core from the workers: with naps 60 products on two cores take 2.6 ms, not 4.1
@@ -113,11 +114,15 @@ class DeviceHandle:
 
     def input_buffer(self, words: int) -> InputBuffer:
         """A persistent zeroed tensor for a step's inputs."""
-        return input_buffer(self.zeros(words, dtypes.int), self._is_mapped)
+        made = input_buffer(self.zeros(words, dtypes.int), self._is_mapped)
+        if self._is_mapped:
+            return made
+        return replace(made, send=watched_send(made.send, self.name, made.host.nbytes))
 
     def output_reader(self, tensor: Tensor) -> OutputReader:
         """A reader of a step's output that does not wait for later steps."""
-        return output_reader(tensor, self._is_mapped, self.mark)
+        reader = output_reader(tensor, self._is_mapped, self.mark)
+        return reader if self._is_mapped or not is_watched() else WatchedReader(reader, self.name, tensor.nbytes())
 
     def write(self, tensor: Tensor, array: np.ndarray) -> None:
         """Overwrite the beginning of a realized tensor with an array's bytes. Waits for the device."""
@@ -174,12 +179,13 @@ def upload(array: np.ndarray, device: str) -> Tensor:
 def _copy_in(buffer: Buffer, array: np.ndarray) -> None:
     """Overwrite the beginning of a buffer. Waits for the device, which may still use recycled memory."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    if is_mapped(buffer.device):
-        np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.uint8)[: data.size] = data
-    else:
-        # tinygrad takes writable memory only, and a checkpoint's values are views of a file's pages
-        data = data if data.flags.writeable else data.copy()
-        buffer.allocator._copyin(buffer._buf, data.data)
+    with watched_copy(buffer.device, HOST, data.size):
+        if is_mapped(buffer.device):
+            np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.uint8)[: data.size] = data
+        else:
+            # tinygrad takes writable memory only, and a checkpoint's values are views of a file's pages
+            data = data if data.flags.writeable else data.copy()
+            buffer.allocator._copyin(buffer._buf, data.data)
 
 
 def has_many_registers() -> bool:

@@ -3,20 +3,44 @@
 TinyJit gets the same kernels in the same order as our recorder (`recording.launch`); it plans their memory, makes a
 graph of them for the device, and launches it. It cannot share intermediate memory between steps, be saved without its
 buffers, or run a CPU's cores side by side: docs/CAPTURE.md.
+
+With DEBUG=2 every step runs this way, whatever --capture says, because tinygrad's executor prints a line for each
+kernel that it launches. `JitReplay.describe` gives these lines the names and the counts that our own profiles have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from tinygrad import Tensor, TinyJit, UOp
+from tinygrad.engine.realize import get_runtime, runtime_cache
 from tinygrad.helpers import DEBUG, JIT, Context, getenv
+from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import Ops, buffers
 
 from tinyvllm.device.recording import Call, RecordedStep, collect_kept
+from tinyvllm.device.watching import is_watched
 from tinyvllm.errors import DeviceError, InvariantError
 
 KERNEL_BY_KERNEL = 2  # tinygrad's JIT=2: captured, but launched one by one
+MAX_AMOUNT = 1 << 62  # bytes or operations of one launch
+
+logger = logging.getLogger(__name__)
+Amounts = Callable[[], Sequence[tuple[int, int]]]  # (bytes, operations) of each launch of the step that runs next
+
+
+def choose_capture(wanted: str) -> str:
+    """How steps are captured: as wanted, or by TinyJit if kernels are watched, since our replays print nothing."""
+    if not is_watched():
+        return wanted
+    logger.warning(
+        "DEBUG=%d: every step runs kernel by kernel through tinygrad's executor, which waits after each one. Use the "
+        "lines for shares and counts, and a run without DEBUG for the speed",
+        DEBUG.value,
+    )
+    return "tinyjit"
 
 
 class JitReplay:
@@ -38,22 +62,64 @@ class JitReplay:
 
         self._jit = TinyJit(traced)
         self._jit.cnt = 1  # capture now: a plain run before would find nothing that is not in its buffer yet
-        with Context(JIT=KERNEL_BY_KERNEL if DEBUG >= 2 else JIT.value):  # DEBUG=2 prints a graph as one line
+        # capturing runs the function on padding, which is no step: its kernels have no lines
+        jit = KERNEL_BY_KERNEL if is_watched() else JIT.value  # DEBUG=2 prints a graph as one line
+        with Context(JIT=jit, DEBUG=min(DEBUG.value, 1)):
             output = self._jit()
         self.step = _as_step(tuple(_calls(self._jit.captured.linear)), output, before, kept)
+        self._amounts: Amounts | None = None
 
     def __call__(self) -> None:
-        self._jit()
+        if self._amounts is None:
+            self._jit()
+            return
+        values: dict[str, int] = {}
+        for number, (nbytes, flops) in enumerate(self._amounts()):
+            values |= {_bytes_name(number): nbytes, _flops_name(number): flops}
+        self._jit.captured([], values)
+
+    def describe(self, labels: Sequence[str], amounts: Amounts) -> None:
+        """Let the lines of DEBUG=2 begin with these labels, and count what `amounts` says at each run. tinygrad's own
+        estimates take a loop whose length comes from data, as attention's, for as long as it may be."""
+        captured = self._jit.captured
+        named = [
+            _described(call, number, label)
+            for number, (call, label) in enumerate(zip(captured.linear.src, labels, strict=True))
+        ]
+        captured.linear, self._amounts = captured.linear.replace(src=tuple(named)), amounts
+
+
+def _described(call: UOp, number: int, label: str) -> UOp:
+    """A call whose program has the label in its name, and variables as its estimates. It is the same program, so it
+    shares the one that is loaded; tinygrad finds that by a key that contains the name."""
+    program = call.src[0]
+    if program.op is not Ops.PROGRAM:
+        return call
+    nbytes, flops = (UOp.variable(name, 0, MAX_AMOUNT) for name in (_bytes_name(number), _flops_name(number)))
+    sink, *rest = program.src
+    sink = sink.replace(arg=replace(sink.arg, estimates=Estimates(ops=flops, lds=nbytes, mem=nbytes)))
+    info = replace(program.arg, name=f"{label}: {program.arg.name}")
+    named = program.replace(src=(sink, *rest), arg=info)
+    device = call.src[1].device
+    runtime_cache[named.key, device] = get_runtime(device, program)
+    return call.replace(src=(named, *call.src[1:]))
+
+
+def _bytes_name(number: int) -> str:
+    return f"bytes{number}"
+
+
+def _flops_name(number: int) -> str:
+    return f"operations{number}"
 
 
 def check_environment() -> None:
     """Raise DeviceError if a setting of tinygrad's keeps TinyJit from capturing a step kernel by kernel."""
+    instead = "unset DEBUG" if is_watched() else "use --capture replay"
     if JIT.value == 0:
-        raise DeviceError("JIT=0 turns TinyJit off: unset it, or use --capture replay")
+        raise DeviceError(f"JIT=0 turns TinyJit off: unset it, or {instead}")
     if getenv("HCQ2"):
-        raise DeviceError(
-            "HCQ2=1 merges a step's kernels, so TinyJit's cannot be checked: unset it, or use --capture replay"
-        )
+        raise DeviceError(f"HCQ2=1 merges a step's kernels, so TinyJit's cannot be checked: unset it, or {instead}")
 
 
 def join_steps(first: RecordedStep, second: RecordedStep) -> RecordedStep:

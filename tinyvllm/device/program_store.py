@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tinygrad
 from tinygrad import Device, UOp
-from tinygrad.helpers import ContextVar
+from tinygrad.helpers import DEBUG, ContextVar
 from tinygrad.uop.ops import Ops, ProgramInfo
 
 from tinyvllm.config import cache_dir
@@ -65,6 +65,7 @@ class ProgramStore:
         if not isinstance(program, UOp) or program.op is not Ops.PROGRAM:
             return None
         self.num_programs_read += 1
+        show_compiled(program)
         return program
 
     def write_program(self, key: tuple, program: UOp) -> None:
@@ -114,6 +115,17 @@ def slim(program: UOp) -> UOp:
     return program.replace(
         src=(UOp(Ops.SINK, arg=sink.arg), UOp(Ops.LINEAR, src=parameters), source, binary, *program.src[4:])
     )
+
+
+def show_compiled(program: UOp) -> None:
+    """Print what tinygrad prints when it compiles a kernel, since this one was compiled by an earlier process: with
+    DEBUG=3 the optimizations that were applied, with DEBUG=4 its source."""
+    sink, *others = program.src
+    if DEBUG.value >= 3 and sink.arg.applied_opts:
+        print(f"{sink.arg.function_name:<25} opts: {sink.arg.applied_opts}")
+    if DEBUG.value >= 4:
+        for source in (uop.arg for uop in others if uop.op is Ops.SOURCE):
+            print(source)
 
 
 # -- keys ------------------------------------------------------------------------------------------------------------

@@ -45,9 +45,11 @@ from tinyvllm.device.recording import (
 )
 from tinyvllm.device.replay import LazyReplay, make_replay
 from tinyvllm.device.scratch import Scratch
+from tinyvllm.device.watching import is_watched
 from tinyvllm.errors import CacheError
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.inputs import InputPacker
+from tinyvllm.execution.watched import Describer
 from tinyvllm.model.registry import Model
 from tinyvllm.ops.backend import Backend, KVPool, Step
 from tinyvllm.ops.coverage import Coverage, Note
@@ -112,6 +114,11 @@ class GraphContext:
     @property
     def is_jit(self) -> bool:
         return self.capture == "tinyjit"
+
+    @functools.cached_property
+    def describer(self) -> Describer:
+        """What names kernels while they are watched."""
+        return Describer(self.model, self.pool, self.capacity.block_size)
 
 
 @dataclass(frozen=True)
@@ -228,6 +235,10 @@ class PendingGraph:
         step = join_steps(run_forward.step, run_sample.step)
         for captured, recorded in ((step, forward), (run_processed.step, processed)):
             check_same_kernels(self.bucket.name, captured, recorded)
+        if is_watched():
+            describer, inputs = self._context.describer, code.inputs
+            describer.describe_step(step, run_forward, run_sample, packer, inputs)
+            describer.describe_sampling(run_processed, packer, inputs)
 
         def run() -> None:
             run_forward()

@@ -44,6 +44,7 @@ class InputPacker:
         self._with_minimum: set[int] = set()  # sampled rows of requests with min_tokens
         self._rows = np.arange(layout.num_seqs, dtype=np.int32)
         self._of_states: dict[str, Sequence[int]] = {}  # by field, what is there
+        self.plan: StepPlan | None = None  # what was packed last
         self.clear()
 
     def clear(self) -> None:
@@ -57,7 +58,7 @@ class InputPacker:
 
     def pack(self, plan: StepPlan) -> None:
         """Fill the buffer. Rows after the plan's become padding again."""
-        views, layout = self.views, self.layout
+        views, layout, self.plan = self.views, self.layout, plan
         if plan.num_tokens > layout.num_tokens or len(plan.entries) > layout.num_seqs:
             raise InvariantError(f"{plan.num_tokens} tokens of {len(plan.entries)} sequences do not fit into {layout}")
         tables, size = self._tables, layout.block_size

@@ -15,7 +15,7 @@ from tinygrad import dtypes
 from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles, usable_cores
 from tinyvllm.device.handle import FLOATS, open_device
 from tinyvllm.device.hardware import hardware_name, processor_name
-from tinyvllm.device.jit_replay import check_environment
+from tinyvllm.device.jit_replay import check_environment, choose_capture
 from tinyvllm.device.mapping import OutputReader
 from tinyvllm.device.program_store import ProgramStore, default_root, open_program_store
 from tinyvllm.errors import DeviceError
@@ -75,7 +75,8 @@ def make_runner(
     report = progress or (lambda stage, done, total: None)
     model_config = complete_config(model_config)
     device = open_device(min(config.cpu_cores or usable_cores(), model_config.num_kv_heads))
-    if config.capture == "tinyjit":
+    capture = choose_capture(config.capture)
+    if capture == "tinyjit":
         check_environment()
     free_bytes = device.free_memory()
     limits = resolve_limits(config, device)
@@ -109,7 +110,7 @@ def make_runner(
         weight_bytes=weight_facts(model).nbytes
         + state_bytes(padded_rows(limits.max_num_seqs), model_config.vocab_size),
         scratch_bytes=scratch_bytes(limits, model_config)
-        if config.capture == "replay"
+        if capture == "replay"
         else jit_scratch_bytes(buckets, num_instances, model_config),
         kv_groups=tuple(
             KVGroup(FLOATS[kv_dtype].itemsize * group.token_elements, group.window) for group in model.pool_groups
@@ -122,7 +123,7 @@ def make_runner(
         model.pool_groups, counts, capacity.block_size, kv_dtype, model_config.states, capacity.num_state_slots
     )
     store = open_program_store(device.name) if config.compile_cache else None
-    return ModelRunner(model, backend, pool, capacity, buckets, store, num_instances, config.capture)
+    return ModelRunner(model, backend, pool, capacity, buckets, store, num_instances, capture)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import GB, Chip
@@ -25,11 +25,17 @@ class Kernel:
     seconds: float
     nbytes: float | None = None
     flops: float | None = None
-    count: int = 1  # launches that this stands for, such as the kernels of a graph
+    count: int = 1  # kernels that this stands for: those of a graph whose time is known as a whole
+    shares: int = 1  # cores of a CPU that run a share of it at the same time
 
     @property
     def label(self) -> str:
         return label(self.layer, self.operation)
+
+    @property
+    def launches(self) -> int:
+        """Launches on all cores together."""
+        return self.count * self.shares
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,11 @@ class StepProfile:
     @property
     def num_kernels(self) -> int:
         """Kernels launched by all cores together."""
+        return sum(kernel.launches for kernel in self.kernels)
+
+    @property
+    def num_dispatches(self) -> int:
+        """Kernels, of which all cores' shares are one."""
         return sum(kernel.count for kernel in self.kernels)
 
 
@@ -80,8 +91,8 @@ class KernelRow:
     """The kernels of one label. Rates cover only the kernels whose bytes or operations are known."""
 
     label: str
-    num_timed: int  # timed items: a graph, or a kernel's shares on several cores, counts as one
-    dispatches: int
+    dispatches: int  # of which the shares on several cores are one
+    launches: int  # by all cores
     total_s: float
     share: float  # of the time of all kernels
     nbytes: float | None
@@ -92,12 +103,13 @@ class KernelRow:
 
     @property
     def average_s(self) -> float:
-        return self.total_s / self.num_timed
+        return self.total_s / self.dispatches
 
     def as_json(self) -> dict[str, object]:
         return {
             "label": self.label,
             "dispatches": self.dispatches,
+            "launches": self.launches,
             "total_s": self.total_s,
             "average_s": self.average_s,
             "share": self.share,
@@ -107,6 +119,26 @@ class KernelRow:
             "gflop_per_s": None if self.flops_per_s is None else self.flops_per_s / 1e9,
             "roof_share": self.roof_share,
         }
+
+
+def merge_cores(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """Merge the cores' shares of each kernel: the slowest one's time, and the bytes and operations of all. The n-th
+    kernels of a name on each core are the shares of one."""
+    shares: dict[tuple[str, str, int], list[Kernel]] = {}
+    seen: dict[tuple[str, str], int] = {}
+    for kernel in kernels:
+        place = seen[kernel.label, kernel.device] = seen.get((kernel.label, kernel.device), -1) + 1
+        shares.setdefault((kernel.label, kernel.device.split(":")[0], place), []).append(kernel)
+    return [_merged(group) if len(group) > 1 else group[0] for group in shares.values()]
+
+
+def _merged(group: Sequence[Kernel]) -> Kernel:
+    return replace(
+        max(group, key=lambda kernel: kernel.seconds),
+        nbytes=_known((kernel.nbytes, 0.0) for kernel in group)[0],
+        flops=_known((kernel.flops, 0.0) for kernel in group)[0],
+        shares=len(group),
+    )
 
 
 def tabulate(kernels: Sequence[Kernel], by: str = "operation", chip: Chip | None = None) -> list[KernelRow]:
@@ -133,8 +165,8 @@ def _row(name: str, group: list[Kernel], whole_s: float, chip: Chip | None) -> K
     flops, flops_s = _known((kernel.flops, kernel.seconds) for kernel in group)
     return KernelRow(
         label=name,
-        num_timed=len(group),
         dispatches=sum(kernel.count for kernel in group),
+        launches=sum(kernel.launches for kernel in group),
         total_s=total_s,
         share=total_s / whole_s if whole_s else 0.0,
         nbytes=nbytes,

@@ -60,6 +60,22 @@ def label(layer: int | None, operation: str) -> str:
     return operation if layer is None else f"layer {layer} · {operation}"
 
 
+_TRACE_NAME = re.compile(r"^(?:layer (?P<layer>\d{1,6}) )?(?P<operation>[^:]+): (?P<program>\S.*)$")
+
+
+def trace_label(layer: int | None, operation: str) -> str:
+    """The same in ASCII, before the program's name in a line of DEBUG=2: `layer 3 qkv: qkv_Q4_0_1x960x576`."""
+    return operation if layer is None else f"layer {layer} {operation}"
+
+
+def split_trace_name(name: str) -> tuple[int | None, str | None, str]:
+    """(layer, operation, program) of the name in a line of DEBUG=2; no operation if it has no label."""
+    found = _TRACE_NAME.match(name)
+    if found is None:
+        return None, None, name
+    return None if found["layer"] is None else int(found["layer"]), found["operation"], found["program"]
+
+
 def layers_by_order(operations: Iterable[str]) -> Iterator[int | None]:
     """The layer of each kernel of a log, counted from the embedding, since the log does not say; None outside
     layers."""

@@ -14,9 +14,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tinyvllm.profiling.kernels import Kernel
-from tinyvllm.profiling.names import SAMPLE, is_sampling, layers_by_order, role_of, strip_colors
+from tinyvllm.profiling.kernels import Kernel, merge_cores
+from tinyvllm.profiling.names import SAMPLE, is_sampling, layers_by_order, role_of, split_trace_name, strip_colors
 
+COPY = "copy"
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 _SCALE = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 
@@ -37,7 +38,9 @@ class TraceLine:
     """The contents of one line. `seconds` and the rates are None if the line lacks them or was truncated earlier."""
 
     device: str
-    name: str
+    layer: int | None  # these two from the label of a step's kernel, before the program's name
+    label: str | None
+    program: str
     number: int | None  # kernels run so far; the kernels of one graph share it
     num_args: int | None
     memory_bytes: float | None  # in use at that time
@@ -79,20 +82,26 @@ class Trace:
         return sum(line.seconds or 0.0 for line in self.lines)
 
     def kernels(self, last_steps: int | None = None) -> list[Kernel]:
-        """The lines with a time, named by what they do. `last_steps`: only this many of the last steps, each of which
-        begins with an embedding; this skips loading and warm-up. All lines if the log has fewer steps."""
+        """The lines with a time, named by what they do; the shares of a CPU's cores are one kernel, as in profiles.
+        `last_steps`: only this many of the last steps, each of which begins with an embedding; this skips loading and
+        warm-up. All lines if the log has fewer steps."""
         operations = [_operation(line) for line in self.lines]
         layers = self._layers(operations)
         first = _start_of(operations, last_steps)
-        return [
-            Kernel(operation, layer, line.name, line.device, line.seconds, line.nbytes, line.flops, line.num_kernels)
+        each = [
+            Kernel(operation, layer, line.program, line.device, line.seconds, line.nbytes, line.flops, line.num_kernels)
             for line, operation, layer in list(zip(self.lines, operations, layers, strict=True))[first:]
             if line.seconds is not None
         ]
+        copies = [kernel for kernel in each if kernel.operation == COPY]
+        return copies + merge_cores([kernel for kernel in each if kernel.operation != COPY])
 
     def _layers(self, operations: Sequence[str]) -> list[int | None]:
-        """The layer of each line, counted per device, since every core of a CPU runs every layer."""
-        layers: list[int | None] = [None] * len(operations)
+        """The layer of each line: the one in its label, or counted per device, since every core of a CPU runs every
+        layer."""
+        layers: list[int | None] = [line.layer for line in self.lines]
+        if any(line.label is not None for line in self.lines):
+            return layers
         for device in {line.device for line in self.lines}:
             places = [index for index, line in enumerate(self.lines) if line.device == device]
             found = layers_by_order(operations[index] for index in places)
@@ -132,15 +141,17 @@ def _parse_line(piece: str) -> TraceLine | None:
     end = _NAME_END.search(rest)
     if head["number"] is None and end is None:
         return None  # not a kernel's `***`
-    name = (rest[: end.start()] if end else rest).strip()
+    layer, label, name = split_trace_name((rest[: end.start()] if end else rest).strip())
     args, memory, time = _ARGS.search(rest), _MEMORY.search(rest), _TIME.search(rest)
     figures = rest[time.end() :] if time else ""
     flops, rates = _FLOPS.search(figures), _RATES.search(figures)
     batch = _BATCH.match(name)
-    is_copy = name.startswith("copy")
+    is_copy = name.startswith(COPY)
     return TraceLine(
         device=head["device"],
-        name=name,
+        layer=layer,
+        label=label,
+        program=name,
         number=None if head["number"] is None else int(head["number"]),
         num_args=int(args[1]) if args else None,
         memory_bytes=float(memory[1]) * _SCALE[memory[2]] if memory else None,
@@ -155,12 +166,14 @@ def _parse_line(piece: str) -> TraceLine | None:
 
 def _operation(line: TraceLine) -> str:
     if line.is_copy:
-        return "copy"
+        return COPY
+    if line.label is not None:
+        return line.label
     if line.num_kernels > 1:
         return f"graph of {line.num_kernels} kernels"
-    if is_sampling(line.name):
+    if is_sampling(line.program):
         return SAMPLE
-    return role_of(line.name) or line.name or "a kernel without a name"
+    return role_of(line.program) or line.program or "a kernel without a name"
 
 
 def _start_of(operations: Sequence[str], last_steps: int | None) -> int:

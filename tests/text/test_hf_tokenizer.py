@@ -202,10 +202,10 @@ def test_id_that_the_library_cannot_give_is_logged(directory: Path, caplog: pyte
 @pytest.mark.parametrize(
     ("listed", "message"),
     [
-        ([], "is a list"),
+        ([], r"added_tokens_decoder is \[1\]: it must be an object"),
         ({"a": token("x")}, "key 'a'"),
-        ({"300": "x"}, r"added_tokens_decoder\[300\] is 'x'"),
-        ({"300": {"content": ""}}, r"added_tokens_decoder\[300\]"),
+        ({"300": "x"}, r"added_tokens_decoder\.300 is 'x'"),
+        ({"300": {"content": ""}}, r"added_tokens_decoder\.300 is"),
     ],
 )
 def test_malformed_lists_of_added_tokens_are_named(directory: Path, listed: Any, message: str) -> None:

@@ -8,6 +8,7 @@ from tests.engine.fakes import FakeModelRunner
 from tests.scheduling.fakes import make_request, run_alone
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.errors import ContextLengthError, EngineDeadError, InvariantError
+from tinyvllm.faults import Fault, planned
 from tinyvllm.profiling import measure
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
@@ -261,3 +262,35 @@ def test_a_steps_time_is_named_while_somebody_measures(depth: int) -> None:
     assert {span.facts["request"] for span in recording.named(measure.QUEUE)} == {"r0", "r1", "r2"}
     for span in recording.named(measure.STEP):
         assert 0 < span.inner_ns <= span.duration_ns
+
+
+def test_what_ended_before_an_error_in_the_same_commit_is_told() -> None:
+    core = make_core(FakeModelRunner(block_size=4))
+    first, second = make_request("a", [1, 2, 3, 4], max_tokens=1), make_request("b", [5, 6, 7, 8], max_tokens=8)
+    for request in (first, second):
+        core.add(request)
+    with planned(Fault("pool.seal", "memory", at=2)):
+        outs = core.step()
+    assert [(out.request, out.finish_reason) for out in outs] == [(first, "length"), (second, "error")]
+    assert "MemoryError: planned at pool.seal" in str(second.error) and not core.has_work
+    core.scheduler.audit()
+
+
+def test_a_step_that_cannot_be_planned_ends_all_requests_and_the_next_is_served() -> None:
+    core = make_core()
+    requests = [make_request(name, 20, max_tokens=4) for name in "ab"]
+    for request in requests:
+        core.add(request)
+    with planned(Fault("pool.grow", "memory", at=7)):
+        outs = core.step()
+    assert [(out.request, out.finish_reason) for out in outs] == [(request, "error") for request in requests]
+    core.scheduler.audit()
+    core.add(make_request("c", 20, max_tokens=1))
+    assert [out.finish_reason for out in core.step()] == ["length"]
+
+
+def test_a_pool_in_disorder_ends_the_engine() -> None:
+    core = make_core()
+    core.add(make_request(max_tokens=1))
+    with planned(Fault("pool.free")), pytest.raises(EngineDeadError, match="request r has ended, but holds blocks"):
+        core.step()

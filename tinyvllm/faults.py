@@ -67,6 +67,29 @@ POINTS: dict[str, Point] = {
     "pool.free": Point("an ended request's blocks are freed", ENGINE),
     "state.move": Point("a sequence moves to another slot of recurrent state", STEP),
     "state.seal": Point("a checkpoint of a recurrent state is made findable", STEP),
+    # -- the device --
+    "device.allocate": Point("memory of the device is allocated, for weights, the pool or a graph", START),
+    "device.copy_in": Point("bytes are copied to the device: weights, a step's inputs, sampling state", STEP),
+    "device.run": Point("a captured graph is enqueued", STEP),
+    "device.copy_out": Point("a step's output is read back", STEP),
+    "device.logits": Point("the logits of a sequence are not finite", REQUEST),
+    "device.pool": Point("the hidden states of a prompt are read back and pooled", STEP),
+    "runner.pack": Point("a plan is packed into a graph's inputs", STEP),
+    "runner.capture": Point("a graph is captured while the engine serves", NOTHING),
+    "compile.begin": Point("a kernel is handed to a compiling process", NOTHING),
+    "compile.worker": Point("a kernel is compiled in another process", NOTHING),
+    "compile.here": Point("a kernel is compiled in this process", START),
+    "cache.open": Point("the folder of compiled programs is opened", NOTHING),
+    "cache.read": Point("a compiled program or a recorded step is read from disk", NOTHING),
+    "cache.write": Point("a compiled program or a recorded step is written to disk", NOTHING),
+    # -- text --
+    "text.encode": Point("a text is tokenized", REQUEST),
+    "text.render": Point("a conversation is rendered by the chat template", REQUEST),
+    "text.detokenize": Point("a token becomes text", REQUEST),
+    "grammar.compile": Point("a grammar is compiled", REQUEST),
+    "grammar.mask": Point("the tokens that a grammar allows are computed", REQUEST),
+    "grammar.accept": Point("a grammar is advanced by a token", REQUEST),
+    "beam.round": Point("beams are extended by a token", REQUEST),
 }
 
 

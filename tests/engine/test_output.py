@@ -111,7 +111,8 @@ def test_a_request_that_fails_says_why() -> None:
     runner = FakeModelRunner()
     runner.choose = lambda request, digest: -1
     (delta,) = ask(make_loaded(runner))
-    assert (delta.finish_reason, delta.error) == ("error", "the model produced no finite logits")
+    assert delta.finish_reason == "error"
+    assert str(delta.error).startswith("the model produced no finite logits for the token at position")
     assert (delta.token_ids, delta.text) == ((), "")
 
 

@@ -21,7 +21,8 @@ from tinyvllm.faults import ENGINE, NOTHING, POINTS, REQUEST, Fault, planned
 HERE = sorted(
     point
     for point in POINTS
-    if point.startswith(("engine.", "pool.", "state.")) or point in ("hop.submit", "hop.abort", "hop.arrive")
+    if point.startswith(("engine.", "pool.", "state.", "grammar.", "beam."))
+    or point in ("hop.submit", "hop.abort", "hop.arrive", "text.detokenize")
 )
 HOWS = ("os", "memory", "device")
 

@@ -8,7 +8,7 @@ from tests.scheduling.fakes import FakeRunner, make_request, make_scheduler, run
 from tinyvllm.errors import ContextLengthError, InvariantError, RequestError
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 from tinyvllm.scheduling.request import Request, Status
-from tinyvllm.scheduling.scheduler import NO_FINITE_LOGITS, NOTHING_ALLOWED
+from tinyvllm.scheduling.scheduler import NO_FINITE_LOGITS, NOTHING_ALLOWED, no_finite_logits
 
 
 def token_at(index: int, **fields: Any) -> int:
@@ -369,7 +369,8 @@ def test_a_token_without_finite_logits_ends_its_request_alone() -> None:
     bad, good = make_request("bad", 9), make_request("good", 9)
     runner.choose = lambda request, digest: -1 if request is bad and request.output_ids else digest % 50
     run(scheduler, bad, good, runner=runner)
-    assert (bad.finish_reason, bad.error, len(bad.output_ids)) == ("error", NO_FINITE_LOGITS, 1)
+    assert (bad.finish_reason, len(bad.output_ids)) == ("error", 1)
+    assert bad.error == no_finite_logits(bad, "the model") and "position 10, after 1 tokens of output" in bad.error
     assert (good.finish_reason, len(good.output_ids)) == ("length", 8)
     again = make_request("again", bad.prompt_ids)
     run(scheduler, again, runner=FakeRunner(4))
@@ -450,7 +451,7 @@ def test_a_token_that_cannot_be_sampled_says_what_may_be_to_blame() -> None:
         runner.choose = lambda request, digest: -1
         run(scheduler, request, runner=runner)
         errors.append(request.error)
-    assert errors == [NO_FINITE_LOGITS, NOTHING_ALLOWED]
+    assert str(errors[0]).startswith(NO_FINITE_LOGITS) and errors[1] == NOTHING_ALLOWED
 
 
 def test_a_prompt_of_one_token_has_nothing_to_score() -> None:

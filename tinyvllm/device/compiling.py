@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterable
+from typing import Any
 
 from tinygrad import Device, UOp
 from tinygrad.codegen import to_program_cache, to_program_context, to_program_key
@@ -20,6 +21,7 @@ from tinygrad.uop.ops import CallInfo, Ops, graph_rewrite
 from tinyvllm.device.compile_workers import CompileWorkers, Job, LostJobError
 from tinyvllm.device.disk_cache import share_disk_cache
 from tinyvllm.device.program_store import ProgramStore
+from tinyvllm.faults import reach
 
 WORKER_NICENESS = 5
 WORKER_GC = (200_000, 20, 1000)  # gc.set_threshold's arguments
@@ -27,6 +29,7 @@ LOST_S = 300.0  # a kernel that takes longer is compiled here: its process may h
 
 logger = logging.getLogger(__name__)
 Kernel = tuple[UOp, str]  # a SINK, and the device that it is for
+Task = tuple[int, tuple[UOp, Any], dict[str, Any]]  # tinygrad's argument of _compile_kernel
 Key = tuple  # tinygrad's key of a kernel and of all settings that affect its program
 
 
@@ -47,11 +50,14 @@ class Pending:
         return self._begun_s + LOST_S - time.monotonic()
 
     def wait(self) -> UOp | None:
-        """The program, or None if it was lost, as when its process was killed (by the OOM killer, say). Raises the
-        compiler's error."""
+        """The program, or None if it was lost, as when its process was killed (by the OOM killer, say), or failed: what
+        is not that process's own trouble fails again where it is compiled next."""
         try:
             program: UOp = self._job.result(max(0.0, self._left_s))[1]
         except (LostJobError, TimeoutError):
+            return None
+        except Exception as error:
+            logger.warning("a compiling process failed: %s: %s", type(error).__name__, error)
             return None
         return program
 
@@ -79,7 +85,7 @@ class Compiler:
             else:
                 context = {variable.key: variable.value for variable in to_program_context}
                 task = (0, (sink, Device[device].renderer), context)
-                self._begun[key] = Pending(pool.submit(_compile_kernel, task))
+                self._begun[key] = _begin_there(pool, task)
         pending = [self._begun.get(_key_of(kernel)) for kernel in kernels]
         return [one for one in pending if one is not None]
 
@@ -124,7 +130,25 @@ def _key_of(kernel: Kernel) -> Key:
     return to_program_key(sink, Device[device].renderer)
 
 
+def _begin_there(pool: CompileWorkers, task: Task) -> Pending | None:
+    """None if no process takes it, for lack of memory, say."""
+    try:
+        reach("compile.begin")
+        return Pending(pool.submit(_compile_there, task))
+    except (OSError, MemoryError, RuntimeError) as error:
+        logger.warning("a kernel is compiled here: no process takes it: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _compile_there(task: Task) -> tuple[int, UOp]:
+    """Runs in a compiling process."""
+    reach("compile.worker")
+    compiled: tuple[int, UOp] = _compile_kernel(task)
+    return compiled
+
+
 def _compile_here(sink: UOp, device: str) -> UOp:
+    reach("compile.here")
     context = {variable.key: variable.value for variable in to_program_context}
     return _compile_kernel((0, (sink, Device[device].renderer), context))[1]
 

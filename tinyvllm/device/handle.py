@@ -22,6 +22,7 @@ from tinyvllm.device.mapping import OutputReader, is_mapped
 from tinyvllm.device.transfer import InputBuffer, copy_out, copy_out_floats, input_buffer, output_reader
 from tinyvllm.device.watching import HOST, WatchedReader, is_watched, watched_copy, watched_send
 from tinyvllm.errors import DeviceError, TinyvllmError
+from tinyvllm.faults import reach
 
 # tinygrad's wait spins, which takes a core from the workers: with naps 60 products on two cores take 2.6 ms, not 4.1
 NAP_S = 30e-6
@@ -91,6 +92,7 @@ class DeviceHandle:
 
     def zeros(self, size: int, dtype: DType, core: str | None = None) -> Tensor:
         """A flat zeroed tensor. On a CPU it is fresh anonymous memory: zero, and taking no room until it is used."""
+        reach("device.allocate")
         if not self.is_cpu:
             make = self._copied_zeros if size * dtype.itemsize <= COPIED_BYTES else self._filled
             return make(size, dtype)
@@ -171,6 +173,7 @@ def open_device(num_cores: int = 1) -> DeviceHandle:
 
 def upload(array: np.ndarray, device: str) -> Tensor:
     """Copy a host array to a new flat tensor on `device`. Bypasses tinygrad's scheduler, which takes 2 ms a tensor."""
+    reach("device.allocate")
     uop = UOp.new_buffer(device, array.size, _from_np_dtype(array.dtype))
     _copy_in(uop.buffer.allocate(), array)
     return Tensor(uop)
@@ -178,6 +181,7 @@ def upload(array: np.ndarray, device: str) -> Tensor:
 
 def _copy_in(buffer: Buffer, array: np.ndarray) -> None:
     """Overwrite the beginning of a buffer. Waits for the device, which may still use recycled memory."""
+    reach("device.copy_in")
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     with watched_copy(buffer.device, HOST, data.size):
         if is_mapped(buffer.device):

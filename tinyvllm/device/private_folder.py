@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tinyvllm.config import cache_dir_variable
 from tinyvllm.errors import CacheError
+from tinyvllm.faults import reach
 
 logger = logging.getLogger(__name__)
 
@@ -49,19 +50,21 @@ class PrivateFolder:
         self._has_failed = False  # to write a value
         for folder in (self.root, self.folder):
             try:
+                reach("cache.open")
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 _require_private(folder, os.lstat(folder))
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 raise CacheError(f"{folder} cannot be used: {error}") from error
 
     def read(self, name: str) -> object | None:
         """The value, or None if there is none that can be trusted. A damaged file is deleted."""
         path = self.folder / name
         try:
+            reach("cache.read")
             value = _load(_read_private(path))
         except FileNotFoundError:
             return None
-        except (CacheError, OSError) as error:
+        except (CacheError, OSError, MemoryError) as error:
             logger.warning("%s is not used: %s", path, error)
             return None
         except Exception as error:  # unpickling damaged data may raise anything
@@ -75,14 +78,15 @@ class PrivateFolder:
 
     def write(self, name: str, value: object) -> None:
         """Save a value. If it cannot be written (a full disk), the next start does without it."""
-        payload = pickle.dumps(value, protocol=5)
         temporary = self.folder / f".{name}.{os.getpid()}"
         try:
+            payload = pickle.dumps(value, protocol=5)
+            reach("cache.write")
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
             with os.fdopen(fd, "wb") as file:
                 file.write(hashlib.sha256(payload).digest() + payload)
             os.replace(temporary, self.folder / name)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             if not self._has_failed:  # on a full disk, each of hundreds of values fails
                 logger.warning("%s cannot be kept for the next start: %s", self.folder / name, error)
             self._has_failed = True

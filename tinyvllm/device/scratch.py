@@ -9,6 +9,7 @@ from tinygrad import dtypes
 from tinygrad.device import Buffer
 
 from tinyvllm.device.recording import Call, RecordedStep, view_of
+from tinyvllm.faults import reach
 
 ALIGNMENT = 256  # bytes: that of tinygrad's memory planner, and the largest that a device requires of a buffer's offset
 
@@ -40,6 +41,7 @@ class Scratch:
             sizes |= {device: max(end, sizes.get(device, 0)) for device, end in ends.items()}
         for device, size in sizes.items():
             if device not in self._arenas or self._arenas[device].nbytes < size:
+                reach("device.allocate")
                 self._arenas[device] = Buffer(device, size, dtypes.uint8).allocate()
         return [self._moved(step, places) for step in (first, *later)]
 

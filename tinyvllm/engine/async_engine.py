@@ -167,6 +167,11 @@ class AsyncEngine:
         if data is None or deltas[-1].finish_reason not in ("stop", "length"):
             raise DeviceError(f"the prompt could not be embedded: {deltas[-1].error or deltas[-1].finish_reason}")
         pooled = np.frombuffer(data, np.float32)
+        if not np.isfinite(pooled).all():
+            raise DeviceError(
+                f"the embedding of these {len(prompt_ids)} tokens is not finite: the weights of "
+                f"{self.model_config.name}, or its kernels on this device, give NaN or infinity"
+            )
         if pooling == "score":
             return pooled
         return np.asarray(pooled / max(float(np.linalg.norm(pooled)), 1e-12), np.float32)

@@ -21,6 +21,7 @@ from msgspec import structs
 from tinyvllm.config import MAX_LOGPROBS, Capacity, GenerationDefaults, SamplingParams
 from tinyvllm.engine.output import Delta, TokenLogprob
 from tinyvllm.errors import InvariantError, RequestError
+from tinyvllm.faults import reach
 from tinyvllm.scheduling.scheduler import check_length, max_request_len
 from tinyvllm.text.detokenizer import detokenize
 from tinyvllm.text.tokenizer import Tokenizer
@@ -157,6 +158,7 @@ async def generate_beams(
     one_token = SamplingParams(temperature=0.0, max_tokens=1, logprobs=search.num_candidates, ignore_eos=True)
     num_cached = 0
     while not search.is_done:
+        reach("beam.round")
         length = len(search.live[0].tokens)
         names = [f"{request_id}-beam{length}.{index}" for index in range(len(search.live))]
         deltas = await _all(

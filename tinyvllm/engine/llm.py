@@ -53,6 +53,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None  # per token: the chosen one and the most likely ones
     finish_reason: str | None = None  # stop, length, error
     stop_reason: int | str | None = None
+    error: str | None = None  # a message, if finish_reason is "error"
 
     @classmethod
     def begin(cls, index: int, params: SamplingParams) -> CompletionOutput:
@@ -62,7 +63,7 @@ class CompletionOutput:
     def append(self, delta: Delta) -> None:
         self.text += delta.text
         self.token_ids += delta.token_ids
-        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        self.finish_reason, self.stop_reason, self.error = delta.finish_reason, delta.stop_reason, delta.error
         for token in delta.logprobs:
             assert self.logprobs is not None and self.cumulative_logprob is not None
             self.logprobs.append(_by_id(token))

@@ -135,7 +135,7 @@ def assemble_engine(
     """Build scheduler, core and text engine around a runner. `captures` makes the graphs that the runner lacks."""
     capacity = runner.capacity
     block_manager = BlockManager.of(capacity, config.enable_prefix_caching)
-    scheduler = Scheduler(block_manager, capacity, config.scheduling_policy)
+    scheduler = Scheduler(block_manager, capacity, config.scheduling_policy, runner.model_config.name or "the model")
     text = Text(tokenizer=tokenizer, chat_template=chat_template, generation_defaults=generation_defaults)
     loaded = text.for_callers(runner.model_config, capacity, config.seed)
     core = EngineCore(runner, scheduler, captures, captures_when_idle=config.warm_up == "idle")

@@ -149,6 +149,7 @@ class OutputProcessor:
             self._first_token_s = self._first_token_s or time_s
         text, stop_string = self._make_text(output)
         finish_reason = output.finish_reason if stop_string is None else "stop"
+        is_corrupted = output.error is not None and output.error.startswith(NO_FINITE_LOGITS)
         logprobs = () if token_id is None or output.logprobs is None else (self._with_text(token_id, output.logprobs),)
         return Delta(
             index=self.index,
@@ -161,7 +162,7 @@ class OutputProcessor:
             num_cached_tokens=self._num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
             error=output.error if output.finish_reason == "error" else None,
-            timing=None if finish_reason is None else self._timing(is_corrupted=output.error == NO_FINITE_LOGITS),
+            timing=None if finish_reason is None else self._timing(is_corrupted=is_corrupted),
             prompt_logprobs=self._prompt_logprobs(output),
         )
 

@@ -13,6 +13,7 @@ from tinyvllm.device.scratch import own_bytes
 from tinyvllm.errors import InvariantError
 from tinyvllm.execution.buckets import Bucket, choose_bucket, first_buckets
 from tinyvllm.execution.graphs import Graph, GraphContext, PendingGraph
+from tinyvllm.faults import reach
 from tinyvllm.scheduling.plan import StepPlan
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class Captures:
         elif self._next.is_compiled:
             pending, self._next = self._next, None
             try:
+                reach("runner.capture")
                 self._finish(pending)
             except Exception as error:
                 self._give_up(pending.bucket, error)

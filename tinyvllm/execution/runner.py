@@ -27,6 +27,7 @@ from tinyvllm.execution.cost import weight_facts
 from tinyvllm.execution.graphs import Graph, GraphContext, GraphInstance, model_digest
 from tinyvllm.execution.limits import resolve_limits
 from tinyvllm.execution.logits_processing import SamplingRows
+from tinyvllm.faults import is_poisoned, reach
 from tinyvllm.model.dry_load import require_tensors
 from tinyvllm.model.pooling import final_norm, pool
 from tinyvllm.model.registry import Model, complete_config, make_model
@@ -225,11 +226,14 @@ class ModelRunner:
         graph, number = self.captures.graph_for(plan), self._num_launched % len(self.outputs)
         instance = graph.instances[number]
         with measure.span(measure.PACK):
+            reach("runner.pack")
             instance.packer.pack(plan)
         packed = time.perf_counter()
         flight = Flight(self._num_launched, plan, graph, instance, self._readers[number], packed - start, packed)
         with self._named_failure(flight), flight.measured(measure.LAUNCH):
+            reach("device.copy_in")
             instance.send()
+            reach("device.run")
             if plan.needs_logits_processing:
                 instance.run_forward()
             else:
@@ -246,14 +250,19 @@ class ModelRunner:
         with measure.span(measure.PACK):
             self._rows.pack(flight.plan, flight.instance.packer.views)
         with self._named_failure(flight), flight.measured(measure.LAUNCH):
+            reach("device.copy_in")
             flight.instance.send()
+            reach("device.run")
             flight.instance.run_processed()
             flight.reader.start()
 
     def collect(self, flight: Flight) -> StepOutput:
         """Wait for a launched step's tokens. Raises DeviceError."""
         with self._named_failure(flight), flight.measured(measure.WAIT):
+            reach("device.copy_out")
             rows = flight.reader.read().reshape(-1, OUT_WIDTH)
+            if is_poisoned("device.logits"):
+                rows[0, OUT_TOKEN] = -1
         read_s = time.perf_counter()
         with self._named_failure(flight), flight.measured(measure.TOKENS):
             pooled = self._pool_states(flight)
@@ -265,6 +274,7 @@ class ModelRunner:
         """By pooled entry (hidden,) float32: the sum of its rows' states after the final norm, or the last row's."""
         if not flight.plan.pooled:
             return ()
+        reach("device.pool")
         tokens = flight.graph.layout.num_tokens
         parts = [self.backend.device.read_floats(buffer).reshape(tokens, -1) for buffer in flight.instance.hidden]
         norm = self.model.norm

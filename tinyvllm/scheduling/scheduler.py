@@ -22,11 +22,19 @@ from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenOut
 from tinyvllm.scheduling.request import Request, Status, TokenLogprobs
 
-NO_FINITE_LOGITS = "the model produced no finite logits"
+NO_FINITE_LOGITS = "the model produced no finite logits"  # how such an error begins
 NOTHING_ALLOWED = (
     "no token is left to sample: allowed_token_ids, bad_words and the grammar together exclude every one, or "
     "the model produced no finite logits"
 )
+
+
+def no_finite_logits(request: Request, model: str) -> str:
+    """The error of a request whose next token cannot be sampled, because its logits are NaN or infinite."""
+    return (
+        f"{NO_FINITE_LOGITS} for the token at position {request.num_tokens}, after {request.num_output_tokens} tokens "
+        f"of output: the weights of {model}, or its kernels on this device, give NaN or infinity there"
+    )
 
 
 def max_request_len(capacity: Capacity) -> int:
@@ -93,7 +101,10 @@ class Scheduler:
     queue, so within one priority none starves.
     """
 
-    def __init__(self, block_manager: BlockManager, capacity: Capacity, policy: str = "fcfs") -> None:
+    def __init__(
+        self, block_manager: BlockManager, capacity: Capacity, policy: str = "fcfs", model: str = "the model"
+    ) -> None:
+        """model: its name, for error messages."""
         if capacity.max_num_batched_tokens < capacity.max_num_seqs:
             raise InvariantError(
                 f"a step of {capacity.max_num_batched_tokens} tokens cannot decode {capacity.max_num_seqs} sequences"
@@ -105,6 +116,7 @@ class Scheduler:
         self.prefix_queries = 0  # prompt tokens looked up in the prefix cache, since start
         self.prefix_hits = 0  # prompt tokens found there, since start
         self._by_priority = policy == "priority"
+        self._model = model
         self._max_len = max_request_len(capacity)
         self._max_chunk = capacity.max_chunk
         self._states = block_manager.state_pool
@@ -373,7 +385,8 @@ class Scheduler:
 
     def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenOut:
         if token_id < 0:
-            self.finish(request, "error", error=NOTHING_ALLOWED if request.is_masked else NO_FINITE_LOGITS)
+            error = NOTHING_ALLOWED if request.is_masked else no_finite_logits(request, self._model)
+            self.finish(request, "error", error=error)
             return TokenOut(request, token_id=None, finish_reason="error")
         request.output_ids.append(token_id)
         if request.num_computed // self.capacity.block_size > request.num_sealed:

@@ -24,7 +24,8 @@ LOWEST_LOGPROB = -9999.0  # JSON has no -inf; OpenAI and vLLM write this number
 
 
 def finite(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB)
+    """JSON has no NaN either, which a prompt's logprobs are where its logits are not finite."""
+    return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB
 
 
 def id_name(token: TokenLogprob) -> str:

@@ -24,6 +24,7 @@ import jinja2.sandbox
 
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, RequestError
+from tinyvllm.faults import reach
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.storage.regular_file import is_present, read_regular
 from tinyvllm.storage.strict_json import read_json_if_present
@@ -124,6 +125,7 @@ class ChatTemplate:
         template variables. Raises RequestError(param="messages") if the template rejects the
         messages or fails on them, and for content that is not text.
         """
+        reach("text.render")
         if tools and not self.renders_tools():
             messages, tools = self._describe(messages, tools, tool_format or self._tool_format()), None
         abilities = self.abilities(has_tools=bool(tools))
@@ -140,7 +142,7 @@ class ChatTemplate:
                 has_tools=bool(tools),
                 **kwargs,
             )
-        except RequestError:
+        except (RequestError, MemoryError):
             raise
         except Exception as error:  # a template can raise anything
             raise refuse(f"rejected the messages: {error or type(error).__name__}") from error

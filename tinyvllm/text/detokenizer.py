@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable
 
+from tinyvllm.faults import reach
 from tinyvllm.text.tokenizer import Tokenizer
 
 # Precedes the text of each special token if the output's reader has to tell `<|end|>` the token from the same
@@ -37,6 +38,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Text that is now final; empty while a character is incomplete."""
+        reach("text.detokenize")
         if token_id in self._skipped:
             return ""
         data = self._tokenizer.token_bytes(token_id)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from tinyvllm.config import GrammarSpec
 from tinyvllm.errors import RequestError
+from tinyvllm.faults import reach
 from tinyvllm.text.json_schema import parse_schema, prepare_schema, refuse, subschemas
 from tinyvllm.text.regex_size import MAX_SIZE, expanded_size
 from tinyvllm.text.tokenizer import check_characters
@@ -133,6 +134,7 @@ class Matcher:
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
         self._num_words = -(-vocab_size // 32)
+        self._failure: Exception | None = None  # of the library: it ends this output only
 
     def fill_mask(self, out: NDArray[np.int32]) -> None:
         """Set the bits of the ids that may come next. out: (ceil(V/32),), four bytes per item, C-contiguous.
@@ -141,13 +143,24 @@ class Matcher:
         """
         assert out.shape == (self._num_words,) and out.itemsize == 4, f"{out.shape=} {out.dtype=} {self._num_words=}"
         assert out.flags.c_contiguous and out.flags.writeable, f"{out.flags=}"
-        self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
-        if self._matcher.is_error():
+        try:
+            reach("grammar.mask")
+            self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
+        except Exception as error:
+            self._failure = error
+        if self._failure is not None or self._matcher.is_error():
             out.fill(-1)
 
     def accept(self, token_id: int) -> bool:
         """Advance by a sampled token. False if it is not allowed or a limit was hit; then nothing more is accepted."""
-        return self._matcher.consume_token(token_id)
+        if self._failure is not None:
+            return False
+        try:
+            reach("grammar.accept")
+            return self._matcher.consume_token(token_id)
+        except Exception as error:
+            self._failure = error
+            return False
 
     @property
     def is_finished(self) -> bool:
@@ -156,6 +169,8 @@ class Matcher:
 
     @property
     def error(self) -> str | None:
+        if self._failure is not None:
+            return f"the output cannot be matched with its grammar: {type(self._failure).__name__}: {self._failure}"
         if not self._matcher.is_error():
             return None
         return (
@@ -194,6 +209,7 @@ def compile_source(source: str, vocabulary: Vocabulary, limits: GrammarLimits = 
 
 def _compile(source: str, vocabulary: Vocabulary, limits: GrammarLimits) -> LLMatcher:
     """A matcher at the grammar's start, or one with an error."""
+    reach("grammar.compile")
     root = LLMatcher(vocabulary.trie, source, log_level=0, limits=limits.for_parser())
     if root.is_error():
         return root

@@ -8,6 +8,7 @@ import tokenizers
 
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import RequestError
+from tinyvllm.faults import reach
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.text.fim import find_marks
 from tinyvllm.text.gguf_tokenizer import read_gguf_tokenizer
@@ -51,6 +52,7 @@ class Tokenizer:
         Raises RequestError(param="prompt") for a lone surrogate, which is not a character.
         """
         check_characters(text, "prompt")
+        reach("text.encode")
         backend = self._backend if parse_special else self._plain_backend
         ids = backend.encode(text, add_special_tokens=False).ids
         return [*self._spec.prefix_ids, *ids, *self._spec.suffix_ids] if add_special_tokens else ids

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,74 +13,29 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.bench.fakes import FakeRunner
+from tests.bench.clocked import LOOK_NS, PACK_NS, STEP_NS, Clock, ClockedRunner, install
 from tinyvllm.bench.breakdown import MAX_RESIDUAL_SHARE, BreakdownWork
 from tinyvllm.bench.breakdown_measure import longest_case
 from tinyvllm.bench.plots import draw_breakdown
 from tinyvllm.bench.prompts import LENGTHS, make_ids, make_text
-from tinyvllm.bench.stages import DECODE, PREFILL, STAGES, Case, Driver, PlainRound, RequestTimes
+from tinyvllm.bench.stages import STAGES, WAIT, Case, Driver, PlainRound, RequestTimes
 from tinyvllm.cli import app
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.scheduling.plan import StepOutput, StepPlan
+from tinyvllm.profiling.measure import PACK
+from tinyvllm.profiling.request_stages import DECODE, PREFILL
 from tinyvllm.text.tokenizer import load_tokenizer
-
-LOOK_NS, STEP_NS, PACK_NS = 1_000, 2_000_000, 50_000
-
-
-class Clock:
-    """A clock on which each reading takes a microsecond, and nothing else takes time."""
-
-    def __init__(self) -> None:
-        self.now_ns = 0
-
-    def look_ns(self) -> int:
-        self.now_ns += LOOK_NS
-        return self.now_ns
-
-    def look_s(self) -> float:
-        return self.look_ns() / 1e9
-
-
-class ClockedRunner(FakeRunner):
-    """Launching takes as long as packing, waiting as long as the device."""
-
-    def __init__(self, clock: Clock) -> None:
-        super().__init__()
-        self._clock, self._is_busy = clock, False
-
-    def launch(self, plan: StepPlan) -> StepOutput:
-        self._clock.now_ns += PACK_NS
-        self._is_busy = True
-        output = self.execute(plan)
-        return StepOutput(output.token_ids, output.logprobs, pack_s=PACK_NS / 1e9)
-
-    def sample(self, flight: StepOutput) -> None:
-        """Nothing to add."""
-
-    def wait(self) -> None:
-        self._clock.now_ns += STEP_NS * self._is_busy
-        self._is_busy = False
-
-    def collect(self, flight: StepOutput) -> StepOutput:
-        self.wait()
-        return flight
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(time, "perf_counter_ns", clock.look_ns)
-    monkeypatch.setattr(time, "perf_counter", clock.look_s)
-    return clock
+    return install(Clock(), monkeypatch)
 
 
 def test_stages_sum_to_the_wall_time(clock: Clock) -> None:
     one = Driver(ClockedRunner(clock), None).run(Case(None, 100, 2, 5))
-    in_steps = sum(
-        s.schedule_s + s.pack_s + s.enqueue_s + s.wait_s + s.read_s + s.rest_s + s.detokenize_s for s in one.steps
-    )
-    named_s = sum(one.tokenize_s) + sum(one.queue_s) + in_steps
+    in_steps = sum(took.wall_s for step in one.steps for took in step.parts.values())
+    named_s = sum(took.wall_s for took in (*one.tokenize, *one.admission)) + in_steps
     assert named_s <= one.wall_s
     assert 1 - named_s / one.wall_s < MAX_RESIDUAL_SHARE
 
@@ -91,9 +45,11 @@ def test_times_lie_in_the_stage_that_took_them(clock: Clock) -> None:
     assert [step.kind for step in one.steps] == [PREFILL] * 2 + [DECODE] * 4
     assert [step.num_tokens for step in one.steps] == [64, 36, 1, 1, 1, 1]
     for step in one.steps:
-        assert step.pack_s == pytest.approx(PACK_NS / 1e9)
-        assert step.wait_s == pytest.approx(STEP_NS / 1e9, rel=0.01)  # none of it is left for the read
-        assert max(step.enqueue_s, step.read_s, step.schedule_s, step.rest_s) < 100 * LOOK_NS / 1e9
+        assert step.wall_s(PACK) == pytest.approx(PACK_NS / 1e9, rel=0.05)
+        assert step.parts[PACK].cpu_s == pytest.approx(PACK_NS / 1e9, rel=0.05)
+        assert step.wall_s(WAIT) == pytest.approx(STEP_NS / 1e9, rel=0.01)  # none of it is left for the read
+        assert step.parts[WAIT].cpu_s < 10 * LOOK_NS / 1e9  # the thread does not run meanwhile
+        assert max(step.wall_s(part) for part in step.parts if part not in (PACK, WAIT)) < 100 * LOOK_NS / 1e9
     (request,) = one.requests
     assert request.num_prompt_tokens == 100 and len(request.token_s) == 5
     assert request.token_s[0] == pytest.approx(2 * (STEP_NS + PACK_NS) / 1e9, rel=0.05)
@@ -194,7 +150,7 @@ def test_every_request_is_counted_in_its_stage(figures: dict[str, Any]) -> None:
         "short text, batch 2",
         "16 ids, batch 2",
     ]
-    assert (counts["tokenize"], counts["queue"]) == (1 + 2, 1 + 1 + 2 + 2)  # ids are tokens already
+    assert (counts["tokenize"], counts["admission"]) == (1 + 2, 1 + 1 + 2 + 2)  # ids are tokens already
     assert counts["schedule"] == counts["pack"] == counts["prefill"] + counts["decode"] == counts["sampling"]
 
 

@@ -15,18 +15,33 @@ from tinyvllm.bench.cold_start import GREEDY, ColdStart
 from tinyvllm.bench.counts import Fault, StepCounts
 from tinyvllm.bench.rows import Machine
 from tinyvllm.bench.spread import Spread
-from tinyvllm.bench.stages import DECODE, PREFILL, REST, SAMPLING, STAGES, Case, PlainRound, Round, StepTimes
+from tinyvllm.bench.stages import (
+    DEVICE_STAGES,
+    ENQUEUE,
+    NO_TIME,
+    READ,
+    SAMPLING,
+    STAGES,
+    WAIT,
+    Case,
+    PlainRound,
+    Round,
+    StepTimes,
+    Took,
+)
 from tinyvllm.config import SamplingParams
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.execution.cost import StepCost
 from tinyvllm.profiling.chips import Chip
 from tinyvllm.profiling.interpreter import Interpreter
 from tinyvllm.profiling.kernels import StepProfile
-from tinyvllm.profiling.measure import DETOKENIZE, PACK, QUEUE, SCHEDULE, TOKENIZE
+from tinyvllm.profiling.measure import ADMISSION, TOKENIZE
+from tinyvllm.profiling.request_stages import DECODE, PREFILL
 from tinyvllm.profiling.roofline import Roofline
 from tinyvllm.profiling.verdict import Evidence, Finding, Turn, judge
 
 MAX_RESIDUAL_SHARE = 0.02  # of the wall time that no stage accounts for
+STEP_HOST_STAGES = tuple(name for name in STAGES if name not in (TOKENIZE, ADMISSION, *DEVICE_STAGES))
 
 
 @dataclass(frozen=True)
@@ -52,20 +67,23 @@ class BreakdownWork:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """One stage over all repeats: the spread of its times in seconds, and their sum."""
+    """One stage over all repeats: the spread of its times in seconds, and their sum. `cpu`: of its thread's processor
+    time; None for a stage of the device."""
 
     name: str
     spread: Spread | None  # None: it never ran
     total_s: float
     share: float  # of the wall time
+    cpu: Spread | None = None
     components: dict[str, float] = field(default_factory=dict)  # seconds: enqueue, wait, read
 
     def as_json(self) -> dict[str, Any]:
-        spread = self.spread
+        spread, cpu = self.spread, self.cpu
         numbers = ("mean", "std", "min", "median", "p95", "p99")
         times = {f"{name}_s": 0.0 if spread is None else getattr(spread, name) for name in numbers}
         count = 0 if spread is None else spread.count
-        return {"count": count, "total_s": self.total_s, "share": self.share, **times, **self.components}
+        of_thread = {} if cpu is None else {"cpu_mean_s": cpu.mean, "cpu_std_s": cpu.std}
+        return {"count": count, "total_s": self.total_s, "share": self.share, **times, **of_thread, **self.components}
 
 
 @dataclass(frozen=True)
@@ -86,30 +104,33 @@ class CaseResult:
         return sum(one.wall_s for one in self.rounds)
 
     @property
-    def samples(self) -> dict[str, list[float]]:
-        """All times of each stage, in seconds."""
-        out: dict[str, list[float]] = {name: [] for name in STAGES}
+    def samples(self) -> dict[str, list[Took]]:
+        """All times of each stage."""
+        out: dict[str, list[Took]] = {name: [] for name in STAGES}
         for one in self.rounds:
-            out[TOKENIZE] += one.tokenize_s
-            out[QUEUE] += one.queue_s
-            for step in one.steps:
-                sampling_s = step.device_s * self.sampling_shares[step.kind]
-                out[SCHEDULE].append(step.schedule_s)
-                out[PACK].append(step.pack_s)
-                out[step.kind].append(step.device_s - sampling_s + step.read_s)
-                out[SAMPLING].append(sampling_s)
-                out[DETOKENIZE].append(step.detokenize_s)
-                out[REST].append(step.rest_s)
+            for name, values in self.samples_of(one).items():
+                out[name] += values
+        return out
+
+    def samples_of(self, one: Round) -> dict[str, list[Took]]:
+        """The times of each stage in one round: of tokenize and admission a request's, of the others a step's. Sampling
+        is its share of the device's time, and what the host does for it."""
+        out: dict[str, list[Took]] = {name: [] for name in STAGES}
+        out[TOKENIZE], out[ADMISSION] = list(one.tokenize), list(one.admission)
+        for step in one.steps:
+            sampling_s = step.device_s * self.sampling_shares[step.kind]
+            device_s = step.device_s - sampling_s + step.wall_s(READ)
+            out[step.kind].append(Took(device_s, 0.0))
+            host = step.parts.get(SAMPLING, NO_TIME)
+            out[SAMPLING].append(Took(sampling_s + host.wall_s, host.cpu_s))
+            for name in STEP_HOST_STAGES:
+                out[name].append(step.parts.get(name, NO_TIME))
         return out
 
     def components(self, phase: str) -> dict[str, float]:
         """A phase's seconds, sampling included, split by what the host did: enqueue, wait for the device, read."""
         steps = [step for one in self.rounds for step in one.steps if step.kind == phase]
-        return {
-            "enqueue_s": sum(step.enqueue_s for step in steps),
-            "wait_s": sum(step.wait_s for step in steps),
-            "read_s": sum(step.read_s for step in steps),
-        }
+        return {f"{part}_s": sum(step.wall_s(part) for step in steps) for part in (ENQUEUE, WAIT, READ)}
 
 
 @dataclass(frozen=True)
@@ -189,15 +210,15 @@ class Breakdown:
 
 def _turn(step: StepTimes, *, overlaps: bool) -> Turn:
     """An instrumented step as a turn. overlaps: when serving, the host works on the next step meanwhile."""
-    host_s = step.schedule_s + step.pack_s + step.read_s + step.rest_s + step.detokenize_s
     device_s = step.device_s
+    host_s = sum(took.wall_s for took in step.parts.values()) - device_s
     return Turn(max(host_s, device_s) if overlaps else host_s + device_s, device_s)
 
 
 def sum_stages(cases: Sequence[CaseResult]) -> list[StageTimes]:
     """The stages of several cases together, in the order in which a request passes them."""
     wall_s = sum(case.wall_s for case in cases)
-    pooled: dict[str, list[float]] = {name: [] for name in STAGES}
+    pooled: dict[str, list[Took]] = {name: [] for name in STAGES}
     for case in cases:
         for name, values in case.samples.items():
             pooled[name] += values
@@ -207,8 +228,12 @@ def sum_stages(cases: Sequence[CaseResult]) -> list[StageTimes]:
         if name in (PREFILL, DECODE):
             each = [case.components(name) for case in cases]
             components = {key: sum(one[key] for one in each) for key in each[0]}
-        spread = Spread.of(values) if values else None
-        out.append(StageTimes(name, spread, sum(values), sum(values) / wall_s, components))
+        total_s = sum(value.wall_s for value in values)
+        spread = Spread.of([value.wall_s for value in values]) if values else None
+        has_cpu = values and name not in DEVICE_STAGES
+        cpu = Spread.of([value.cpu_s for value in values]) if has_cpu else None
+        share = total_s / wall_s
+        out.append(StageTimes(name=name, spread=spread, total_s=total_s, share=share, cpu=cpu, components=components))
     return out
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tinyvllm.bench.breakdown import Breakdown, CaseResult, residual_share, sum_stages
 from tinyvllm.bench.rows import Machine
 from tinyvllm.bench.spread import Spread
-from tinyvllm.bench.stages import DECODE, PREFILL
+from tinyvllm.bench.stages import DEVICE_STAGES, PlainRound, RequestTimes, Round
 from tinyvllm.profiling.kernels import tabulate
+from tinyvllm.profiling.request_stages import DECODE, PREFILL
 
-SCHEMA = 2  # of the JSON: raised when a field changes its name or meaning
+SCHEMA = 3  # of the JSON: raised when a field changes its name or meaning
 
 
 def breakdown_json(breakdown: Breakdown) -> dict[str, Any]:
@@ -33,6 +35,7 @@ def breakdown_json(breakdown: Breakdown) -> dict[str, Any]:
             "top_k": breakdown.work.params.top_k,
         },
         "prefix_caching": breakdown.work.prefix_caching,
+        "settings": breakdown.machine.settings,
         "repeats": breakdown.work.num_repeats,
         "stages": {stage.name: stage.as_json() for stage in breakdown.stages},
         "cold_start": breakdown.cold_start.as_json(),
@@ -71,13 +74,6 @@ def _per_step(cases: Sequence[CaseResult]) -> dict[str, Any]:
 def _case_json(breakdown: Breakdown, result: CaseResult) -> dict[str, Any]:
     walls = Spread.of([one.wall_s for one in result.rounds])
     plain = Spread.of([one.wall_s for one in result.plain])
-    ttft = [request.token_s[0] for one in result.plain for request in one.requests]
-    tpot = [
-        (request.token_s[-1] - request.token_s[0]) / (len(request.token_s) - 1)
-        for one in result.plain
-        for request in one.requests
-    ]
-    waited = [request.waited_s for one in result.rounds for request in one.requests]
     decode = result.profiles.get(DECODE)
     return {
         "name": result.case.name,
@@ -87,15 +83,41 @@ def _case_json(breakdown: Breakdown, result: CaseResult) -> dict[str, Any]:
         "wall_s": _spread_json(walls),
         "plain_wall_s": _spread_json(plain),
         "residual_share": residual_share([result]),
-        "ttft_s": _spread_json(Spread.of(ttft)),
-        "tpot_s": _spread_json(Spread.of(tpot)),
-        "queue_wait_s": _spread_json(Spread.of(waited)),
-        "stages": {stage.name: stage.as_json() for stage in sum_stages([result])},
+        "ttft_s": _of_requests(result.plain, lambda request: request.token_s[0]),
+        "tpot_s": _of_requests(
+            result.plain, lambda request: (request.token_s[-1] - request.token_s[0]) / (len(request.token_s) - 1)
+        ),
+        "queue_wait_s": _of_requests(result.rounds, lambda request: request.waited_s),
+        "stages": _stages_json(result),
         "sampling_share": result.sampling_shares,
         "per_step": {phase: counts.as_json() for phase, counts in result.counts.items()},
         "kernels": [] if decode is None else [row.as_json() for row in tabulate(decode.kernels, chip=breakdown.chip)],
         "experts": {phase: [load.as_json() for load in one.experts] for phase, one in result.profiles.items()},
     }
+
+
+def _stages_json(result: CaseResult) -> dict[str, Any]:
+    """The stages of one case. `by_repeat`: of each repeat the median, and for a stage of the host the mean of its
+    thread's processor time, which varies less."""
+    stages = {stage.name: stage.as_json() for stage in sum_stages([result])}
+    for one in result.rounds:
+        for name, values in result.samples_of(one).items():
+            if not values:
+                continue
+            row = {"median_s": statistics.median(value.wall_s for value in values)}
+            if name not in DEVICE_STAGES:
+                row["cpu_mean_s"] = statistics.fmean(value.cpu_s for value in values)
+            stages[name].setdefault("by_repeat", []).append(row)
+    return stages
+
+
+def _of_requests(
+    repeats: Sequence[Round] | Sequence[PlainRound], seconds: Callable[[RequestTimes], float]
+) -> dict[str, Any]:
+    """The spread over all requests, and the mean of each repeat's."""
+    groups = [[seconds(request) for request in one.requests] for one in repeats]
+    spread = Spread.of([value for group in groups for value in group])
+    return _spread_json(spread) | {"by_repeat": [statistics.fmean(group) for group in groups]}
 
 
 def _spread_json(spread: Spread) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tinyvllm.bench.cold_start import ColdStart, plans_for
 from tinyvllm.bench.counts import Fault, StepCounts, find_faults
 from tinyvllm.bench.prompts import make_text
 from tinyvllm.bench.rows import Machine
-from tinyvllm.bench.stages import DECODE, PREFILL, Case, Driver, PlainRound, Round, Runner
+from tinyvllm.bench.stages import Case, Driver, PlainRound, Round, Runner
 from tinyvllm.config import EngineConfig, ModelConfig
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.execution.buckets import Bucket
@@ -22,6 +22,7 @@ from tinyvllm.profiling.expert_load import ExpertLoad
 from tinyvllm.profiling.interpreter import RARE_PROBES_S, Watch
 from tinyvllm.profiling.kernels import StepProfile
 from tinyvllm.profiling.names import SAMPLE
+from tinyvllm.profiling.request_stages import DECODE, PREFILL
 from tinyvllm.scheduling.plan import StepPlan
 from tinyvllm.text.tokenizer import Tokenizer
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from tinyvllm.bench.breakdown import Breakdown, CaseResult
 from tinyvllm.bench.rows import Row
 from tinyvllm.bench.spread import Spread
-from tinyvllm.bench.stages import DECODE, PREFILL
 from tinyvllm.execution.buckets import Bucket
+from tinyvllm.profiling.request_stages import DECODE, PREFILL
 
 
 def bench_rows(breakdown: Breakdown) -> list[Row]:

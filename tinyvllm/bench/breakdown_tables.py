@@ -13,10 +13,10 @@ from rich.text import Text
 from tinyvllm.bench.breakdown import MAX_RESIDUAL_SHARE, Breakdown, CaseResult, sum_stages
 from tinyvllm.bench.breakdown_rows import bench_rows
 from tinyvllm.bench.cold_start import ColdStart
-from tinyvllm.bench.stages import DECODE, PREFILL
 from tinyvllm.bench.tables import MIB, format_number, latency_table, make_title
 from tinyvllm.profiling.expert_load import describe_loads
 from tinyvllm.profiling.kernels import tabulate
+from tinyvllm.profiling.request_stages import DECODE, PREFILL
 
 NUM_TOP_KERNELS = 5
 STAGE_COLUMNS = ("count", "total ms", "share", "mean ± std ms", "min", "median", "p95", "p99")

@@ -8,6 +8,8 @@ from typing import Any
 
 from tinyvllm.bench.spread import Spread
 
+LATENCY, THROUGHPUT = "latency", "throughput"  # kinds of rows
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -20,6 +22,7 @@ class Machine:
     device: str
     bandwidth_gbps: float | None  # 1e9 bytes per second; None if no floor is computed
     environment: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)  # the engine's, as they were resolved
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Row:
         """Flat, except for `environment` and the spreads of `more`."""
         machine = self.machine
         return {
+            "kind": THROUGHPUT if self.phase == THROUGHPUT else LATENCY,
             "test": self.test,
             "phase": self.phase,
             "batch": self.batch,
@@ -96,5 +100,6 @@ class Row:
             "floor_ms": self.floor_ms,
             "floor_share": self.floor_share,
             **{k: dataclasses.asdict(v) if isinstance(v, Spread) else v for k, v in self.more.items()},
+            "settings": machine.settings,
             "environment": machine.environment,
         }

@@ -1,17 +1,21 @@
 """The whole engine on one thread, with every stage of its loop timed.
 
-The stages: text becomes ids (tokenize), ids become a queued request (queue), the scheduler plans a step and commits its
-tokens (schedule), the plan is packed into arrays (pack), the device computes (prefill, decode), tokens become text
-(detokenize). The time of the engine's own loop is `rest`. The host waits for the device at the border of each stage, so
-that device time does not hide behind host time. Nothing overlaps then: the difference from a plain run is the
-measurement overhead.
+The stages: text becomes ids (tokenize), ids become a queued request (admission), the scheduler plans a step (schedule),
+the plan is packed into arrays (pack), the device computes (prefill, decode), the host's part of sampling runs
+(sampling), sampled rows become token ids (tokens), the scheduler takes them (commit), they become text (detokenize).
+The time of the engine's own loop is `loop`. The spans are the engine's own, as when serving. The host waits for the
+device at the border of each stage, so that device time does not hide behind host time. Nothing overlaps then: the
+difference from a plain run is the measurement overhead.
+
+Each stage of the host has two times: the wall time, and the processor time of its thread. What else the machine does
+lengthens the former.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,16 +25,46 @@ from tinyvllm.engine.admission import RequestFactory
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.engine.output import OutputProcessor, output_of
 from tinyvllm.errors import DeviceError, TinyvllmError
-from tinyvllm.profiling.measure import DETOKENIZE, PACK, QUEUE, SCHEDULE, STEP, TOKENIZE, Recorder, Span
+from tinyvllm.profiling import measure
+from tinyvllm.profiling.measure import (
+    ADMISSION,
+    COMMIT,
+    DETOKENIZE,
+    LAUNCH,
+    PACK,
+    SCHEDULE,
+    STEP,
+    TOKENIZE,
+    TOKENS,
+    Span,
+)
+from tinyvllm.profiling.request_stages import DECODE, LOOP, PREFILL
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, TokenOut
 from tinyvllm.scheduling.request import Request
 from tinyvllm.scheduling.scheduler import Scheduler
 from tinyvllm.text.tokenizer import Tokenizer
 
-PREFILL, DECODE, SAMPLING, REST = "prefill", "decode", "sampling", "rest"
-STAGES = (TOKENIZE, QUEUE, SCHEDULE, PACK, PREFILL, DECODE, SAMPLING, DETOKENIZE, REST)
+SAMPLING = "sampling"
+STAGES = (TOKENIZE, ADMISSION, SCHEDULE, PACK, PREFILL, DECODE, SAMPLING, TOKENS, COMMIT, DETOKENIZE, LOOP)
+DEVICE_STAGES = (PREFILL, DECODE, SAMPLING)  # the others are the host's
 ENQUEUE, WAIT, READ = "enqueue", "wait", "read"  # the components of a prefill's or a decode's time
+_DEVICE_WAIT, _SAMPLE = "wait for the device", "sample"  # spans of StagedRunner only
+# The engine's spans of a step, each counted without those inside it, and the parts of a step that they belong to.
+_PARTS = {
+    SCHEDULE: SCHEDULE,
+    PACK: PACK,
+    ENQUEUE: ENQUEUE,
+    LAUNCH: ENQUEUE,
+    _DEVICE_WAIT: WAIT,
+    READ: READ,
+    measure.WAIT: READ,  # the device is done by then: the runner only copies
+    _SAMPLE: SAMPLING,
+    TOKENS: TOKENS,
+    COMMIT: COMMIT,
+    DETOKENIZE: DETOKENIZE,
+    STEP: LOOP,
+}
 
 
 class Runner(Protocol):
@@ -86,24 +120,36 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Took:
+    """How long something took, in seconds: by the clock, and of its thread's processor time."""
+
+    wall_s: float
+    cpu_s: float
+
+    def __add__(self, other: Took) -> Took:
+        return Took(self.wall_s + other.wall_s, self.cpu_s + other.cpu_s)
+
+
+NO_TIME = Took(0.0, 0.0)
+
+
+@dataclass(frozen=True)
 class StepTimes:
-    """Seconds of one turn of the engine loop. `device_s`: from the first launch until the device is done; during
-    `wait_s` of it the host was idle. `read_s`: copying the tokens to the host."""
+    """One turn of the engine loop. `parts`: its stages, where prefill or decode is divided into `enqueue`, `wait` (the
+    host is idle) and `read` (copying the tokens to the host); `sampling` is the host's part of it."""
 
     kind: str  # prefill (mixed steps too) or decode
     num_tokens: int
     num_seqs: int
-    schedule_s: float
-    pack_s: float
-    enqueue_s: float
-    wait_s: float
-    read_s: float
-    rest_s: float
-    detokenize_s: float
+    parts: Mapping[str, Took]
+
+    def wall_s(self, part: str) -> float:
+        return self.parts.get(part, NO_TIME).wall_s
 
     @property
     def device_s(self) -> float:
-        return self.enqueue_s + self.wait_s
+        """From the first launch until the device is done, without other stages in between."""
+        return self.wall_s(ENQUEUE) + self.wall_s(WAIT)
 
 
 @dataclass(frozen=True)
@@ -145,8 +191,8 @@ class Round:
     """One instrumented repeat of a case, stage by stage."""
 
     wall_s: float
-    tokenize_s: list[float]
-    queue_s: list[float]
+    tokenize: list[Took]
+    admission: list[Took]
     steps: list[StepTimes]
     requests: list[RequestTimes]
 
@@ -170,9 +216,9 @@ class StagedRunner:
 
     max_in_flight = 1
 
-    def __init__(self, runner: Runner, recorder: Recorder) -> None:
+    def __init__(self, runner: Runner) -> None:
         self.model_config, self.capacity = runner.model_config, runner.capacity
-        self._runner, self._recorder = runner, recorder
+        self._runner = runner
 
     @property
     def num_captures(self) -> int:
@@ -185,44 +231,24 @@ class StagedRunner:
     def launch(self, plan: StepPlan) -> Any:
         self._runner.wait()  # so that no work of an earlier step is counted as this one's
         kind = DECODE if plan.is_decode else PREFILL
-        with self._recorder.span(ENQUEUE, kind=kind, num_tokens=plan.num_tokens, num_seqs=len(plan.entries)):
+        with measure.span(ENQUEUE, kind=kind, num_tokens=plan.num_tokens, num_seqs=len(plan.entries)):
             return self._runner.launch(plan)
 
     def sample(self, flight: Any) -> None:
-        with self._recorder.span(ENQUEUE):
+        with measure.span(_SAMPLE):
             self._runner.sample(flight)
 
     def collect(self, flight: Any) -> StepOutput:
-        with self._recorder.span(WAIT):
+        with measure.span(_DEVICE_WAIT):
             self._runner.wait()
-        with self._recorder.span(READ) as span:
-            output = self._runner.collect(flight)
-        span.tell(pack_s=output.pack_s)
-        return output
+        with measure.span(READ):
+            return self._runner.collect(flight)
 
     def wait(self) -> None:
         self._runner.wait()
 
     def close(self) -> None:
         """The runner belongs to the caller."""
-
-
-class StagedScheduler(Scheduler):
-    """A scheduler whose methods are timed."""
-
-    recorder: Recorder
-
-    def schedule(self) -> StepPlan | None:
-        with self.recorder.span(SCHEDULE):
-            return super().schedule()
-
-    def advance(self, plan: StepPlan) -> None:
-        with self.recorder.span(SCHEDULE):
-            super().advance(plan)
-
-    def commit(self, plan: StepPlan, output: StepOutput, outs: list[TokenOut] | None = None) -> list[TokenOut]:
-        with self.recorder.span(SCHEDULE):
-            return super().commit(plan, output, outs)
 
 
 class Driver:
@@ -245,19 +271,19 @@ class Driver:
     def run(self, case: Case) -> Round:
         """Run a case with every stage timed, waiting for the device at the border of each."""
         prompts = self._prompts(case)
-        recorder = Recorder()
-        scheduler = StagedScheduler(self._new_pool(), self.runner.capacity)
-        scheduler.recorder = recorder
-        core = EngineCore(StagedRunner(self.runner, recorder), scheduler)
-        start_s = time.perf_counter()
-        progress = self._admit(core, prompts, case.num_output, recorder, start_s)
-        while core.has_work:
-            with recorder.span(STEP):
+        core = EngineCore(StagedRunner(self.runner), Scheduler(self._new_pool(), self.runner.capacity))
+        measure.start()
+        try:
+            start_s = time.perf_counter()
+            progress = self._admit(core, prompts, case.num_output, start_s)
+            while core.has_work:
                 outs = core.step()
-            with recorder.span(DETOKENIZE):
-                _take(outs, progress)
-        wall_s = time.perf_counter() - start_s
-        return _make_round(wall_s, recorder.finish().spans, list(progress.values()))
+                with measure.span(DETOKENIZE):
+                    _take(outs, progress)
+            wall_s = time.perf_counter() - start_s
+        finally:
+            recording = measure.stop()
+        return _make_round(wall_s, recording.spans, list(progress.values()))
 
     def run_plain(self, case: Case, after_step: Callable[[StepPlan | None], None] | None = None) -> PlainRound:
         """Run a case as the engine does when serving, with overlapping steps. `after_step`, for counting, is called
@@ -266,7 +292,7 @@ class Driver:
         watched = _PlanWatcher(self.runner) if after_step else self.runner
         core = EngineCore(watched, Scheduler(self._new_pool(), self.runner.capacity))
         start_s = time.perf_counter()
-        progress = self._admit(core, prompts, case.num_output, Recorder(1), start_s)
+        progress = self._admit(core, prompts, case.num_output, start_s)
         while core.has_work:
             _take(core.step(), progress)
             if after_step and isinstance(watched, _PlanWatcher):
@@ -295,7 +321,6 @@ class Driver:
         core: EngineCore,
         prompts: Sequence[str | list[int]],
         num_output: int,
-        recorder: Recorder,
         start_s: float,
     ) -> dict[str, _Progress]:
         """Tokenize and queue the prompts, one after another."""
@@ -304,9 +329,9 @@ class Driver:
         for number, prompt in enumerate(prompts):
             if isinstance(prompt, str):
                 assert self.tokenizer is not None, "texts are made for a tokenizer only"
-                with recorder.span(TOKENIZE):
+                with measure.span(TOKENIZE):
                     prompt = self.tokenizer.encode(prompt)
-            with recorder.span(QUEUE):
+            with measure.span(ADMISSION):
                 (request,) = self._factory.make_requests(str(number), prompt, params)
                 core.add(request)
                 processor = None if self.tokenizer is None else OutputProcessor(request, self.tokenizer)
@@ -373,48 +398,36 @@ def _take(outs: Sequence[TokenOut], progress: dict[str, _Progress]) -> None:
 
 
 def _make_round(wall_s: float, spans: Sequence[Span], progress: list[_Progress]) -> Round:
-    """Group spans, which are in the order of their ends, into steps."""
-    alone: dict[str, list[float]] = {TOKENIZE: [], QUEUE: []}
+    """Group spans, which are in the order of their ends, into steps. Those that were added without a thread's stack,
+    such as a request's time in the queue, overlap others and are left out."""
+    alone: dict[str, list[Took]] = {TOKENIZE: [], ADMISSION: []}
     steps: list[StepTimes] = []
     inner: list[Span] = []
     for span in spans:
+        if span.depth < 0:
+            continue
         if span.name == STEP:
-            steps.append(_make_step(span, inner))
+            steps.append(_make_step([*inner, span]))
             inner = []
-        elif span.name == DETOKENIZE:
-            steps[-1] = dataclasses.replace(steps[-1], detokenize_s=_seconds(span))
+        elif span.name == DETOKENIZE and not span.depth:
+            parts = steps[-1].parts
+            steps[-1] = dataclasses.replace(steps[-1], parts={**parts, DETOKENIZE: _own(span)})
         elif span.name in alone:
-            alone[span.name].append(_seconds(span))
+            alone[span.name].append(_own(span))
         else:
             inner.append(span)
-    return Round(
-        wall_s,
-        alone[TOKENIZE],
-        alone[QUEUE],
-        steps,
-        [one.times for one in progress],
-    )
+    return Round(wall_s, alone[TOKENIZE], alone[ADMISSION], steps, [one.times for one in progress])
 
 
-def _make_step(step: Span, inner: Sequence[Span]) -> StepTimes:
-    def total_s(name: str) -> float:
-        return sum(_seconds(span) for span in inner if span.name == name)
-
-    launched = next(span for span in inner if span.name == ENQUEUE and span.facts)
-    pack_s = sum(float(span.facts["pack_s"]) for span in inner if span.name == READ)
-    return StepTimes(
-        kind=str(launched.facts["kind"]),
-        num_tokens=int(launched.facts["num_tokens"]),
-        num_seqs=int(launched.facts["num_seqs"]),
-        schedule_s=total_s(SCHEDULE),
-        pack_s=pack_s,
-        enqueue_s=total_s(ENQUEUE) - pack_s,
-        wait_s=total_s(WAIT),
-        read_s=total_s(READ),
-        rest_s=step.own_ns / 1e9,
-        detokenize_s=0.0,
-    )
+def _make_step(spans: Sequence[Span]) -> StepTimes:
+    parts: dict[str, Took] = {}
+    for span in spans:
+        part = _PARTS.get(span.name, LOOP)
+        parts[part] = parts.get(part, NO_TIME) + _own(span)
+    facts = next(span.facts for span in spans if span.name == ENQUEUE)
+    return StepTimes(str(facts["kind"]), int(facts["num_tokens"]), int(facts["num_seqs"]), parts)
 
 
-def _seconds(span: Span) -> float:
-    return span.duration_ns / 1e9
+def _own(span: Span) -> Took:
+    """The time of a span outside those inside it."""
+    return Took(span.own_ns / 1e9, (span.own_cpu_ns or 0) / 1e9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from tinyvllm.bench.environment import describe_environment
 from tinyvllm.bench.rows import Machine
@@ -67,4 +68,19 @@ class Subject:
             device=runner.device,
             bandwidth_gbps=bandwidth_gbps,
             environment=describe_environment(seed),
+            settings=_settings(runner),
         )
+
+
+def _settings(runner: ModelRunner) -> dict[str, Any]:
+    """The settings that a speed depends on, as the runner resolved them."""
+    capacity, device = runner.capacity, runner.backend.device
+    return {
+        "max_num_batched_tokens": capacity.max_num_batched_tokens,
+        "block_size": capacity.block_size,
+        "kv_cache_dtype": str(runner.pool.dtype),
+        "cpu_cores": len(device.cores) or None,
+        "max_in_flight": runner.max_in_flight,
+        "capture": runner.captures.capture,
+        "is_tuned": runner.is_tuned,
+    }

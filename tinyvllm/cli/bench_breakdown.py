@@ -16,6 +16,7 @@ from tinyvllm.errors import TinyvllmError
 
 if TYPE_CHECKING:
     from tinyvllm.bench.breakdown import Breakdown, BreakdownWork
+    from tinyvllm.bench.runs import Run
     from tinyvllm.bench.subject import Subject
     from tinyvllm.profiling.chips import Chip
     from tinyvllm.text.tokenizer import Tokenizer
@@ -141,12 +142,13 @@ def breakdown(
 
     from tinyvllm.bench.breakdown_json import breakdown_json
     from tinyvllm.bench.breakdown_tables import breakdown_csv
-    from tinyvllm.bench.compare import parse_share, read_breakdown
+    from tinyvllm.bench.compare import parse_share
     from tinyvllm.bench.plots import check_plot, draw_breakdown
+    from tinyvllm.bench.runs import make_run, read_run
     from tinyvllm.profiling.chips import find_chip
 
     limit = parse_share(comparing.max_regress)
-    earlier = None if flags.baseline is None else read_breakdown(flags.baseline)
+    earlier = None if flags.baseline is None else read_run(flags.baseline)
     if flags.plot is not None:
         check_plot(flags.plot)
     roof = None if flags.chip is None else find_chip(flags.chip)
@@ -161,7 +163,7 @@ def breakdown(
     if flags.plot is not None:
         draw_breakdown(figures, flags.plot)
     if earlier is not None:
-        _judge(earlier, figures, limit, counts_only=comparing.counts_only)
+        _judge(earlier, make_run(figures), limit, counts_only=comparing.counts_only)
 
 
 def _is_served(served: ServedFlags, flags: BreakdownFlags) -> bool:
@@ -179,17 +181,20 @@ def _is_served(served: ServedFlags, flags: BreakdownFlags) -> bool:
 
 def compare(
     *,
-    before: Annotated[str, Argument(metavar="BEFORE", help="The JSON of a breakdown.")],
-    after: Annotated[str, Argument(metavar="AFTER", help="The JSON of a later breakdown of the same cases.")],
+    before: Annotated[str, Argument(metavar="BEFORE", help="The JSON of a benchmark.")],
+    after: Annotated[str, Argument(metavar="AFTER", help="The JSON of a later run of the same benchmark.")],
     comparing: CompareFlags,
 ) -> None:
-    """Compare two breakdowns side by side.
+    """Compare two runs of a benchmark, stage by stage.
 
-    Exits with code 1 if the later one is slower beyond its spread, or if any count rose."""
-    from tinyvllm.bench.compare import parse_share, read_breakdown
+    Takes what any benchmark's --json wrote: breakdown (with --served too), latency, throughput, serve, cold-start, and
+    `tinyvllm profile`. Exits with code 1 and names the stage if the later run is slower beyond its spread, or if any
+    count rose. Runs of different work are refused."""
+    from tinyvllm.bench.compare import parse_share
+    from tinyvllm.bench.runs import read_run
 
     limit = parse_share(comparing.max_regress)
-    _judge(read_breakdown(before), read_breakdown(after), limit, counts_only=comparing.counts_only)
+    _judge(read_run(before), read_run(after), limit, counts_only=comparing.counts_only)
 
 
 def _find(subject: SubjectFlags, named: str | None, *, pull: bool) -> tuple[Subject, Tokenizer | None]:
@@ -243,7 +248,7 @@ def _show(result: Breakdown, subject: SubjectFlags) -> None:
         print_table(breakdown_tables(result))
 
 
-def _judge(before: dict[str, object], after: dict[str, object], limit: float, *, counts_only: bool) -> None:
+def _judge(before: Run, after: Run, limit: float, *, counts_only: bool) -> None:
     """Print both side by side. Raises typer.Exit with code 1 if there is a regression."""
     from tinyvllm.bench.compare import compare as compare_runs
     from tinyvllm.bench.compare import comparison_table, regressions

@@ -41,6 +41,11 @@ class Captures:
         self._is_closed = False
 
     @property
+    def capture(self) -> str:
+        """How steps are captured: replay or tinyjit."""
+        return self._context.capture
+
+    @property
     def num_to_come(self) -> int:
         """Graphs still to be captured. Read at every step, so it costs nothing once all are there."""
         return 0 if self._is_closed else len(self._to_come)

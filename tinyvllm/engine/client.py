@@ -245,13 +245,13 @@ class Client:
         return True
 
     def _take_batch(self, batch: Batch) -> None:
-        choices, time_s = self._choices, batch.time_s
+        choices, time_s, received_s = self._choices, batch.time_s, time.monotonic()
         for number, token_id in zip(batch.numbers, batch.token_ids, strict=True):
             choice = choices.get(number)
             if choice is None:  # closed a moment ago
                 continue
             try:
-                delta = choice.processor.push_token(token_id, time_s)
+                delta = choice.processor.push_token(token_id, time_s, received_s)
             except Exception as error:
                 delta = self._undecodable(choice, error)
             if delta.finish_reason is not None:  # found a stop string, or failed: the engine does not know yet
@@ -260,11 +260,11 @@ class Client:
         for output in batch.outputs:
             choice = choices.get(output.number)
             if choice is not None:
-                self._take_output(choice, output, time_s)
+                self._take_output(choice, output, time_s, received_s)
 
-    def _take_output(self, choice: Choice, output: Output, time_s: float) -> None:
+    def _take_output(self, choice: Choice, output: Output, time_s: float, received_s: float) -> None:
         try:
-            delta = choice.processor.push(output, time_s)
+            delta = choice.processor.push(output, time_s, received_s)
         except Exception as error:
             delta = self._undecodable(choice, error)
         if output.finish_reason is not None:

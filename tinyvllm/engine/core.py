@@ -15,6 +15,18 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tinyvllm.config import Capacity, ModelConfig
+from tinyvllm.engine.step_clock import (
+    CAPTURE,
+    COMMIT,
+    DECODE,
+    LOOP,
+    PACK,
+    PREFILL,
+    SCHEDULE,
+    TOKENS,
+    Passage,
+    StepClock,
+)
 from tinyvllm.errors import EngineDeadError, InvariantError
 from tinyvllm.faults import reach
 from tinyvllm.profiling import measure
@@ -29,6 +41,14 @@ COUNTERS = ("num_steps", "num_failed_steps", "num_computed_tokens", "num_padded_
 MAX_IN_FLIGHT = 2  # one that runs, and the next
 
 logger = logging.getLogger(__name__)
+
+
+class Launched(Protocol):
+    """A step that a runner has launched."""
+
+    @property
+    def pack_s(self) -> float:
+        """Seconds of `launch` that went to packing its inputs."""
 
 
 class Runner(Protocol):
@@ -94,6 +114,12 @@ class LaunchedStep:
     plan: StepPlan
     handle: Any
     schedule_s: float
+    launch_s: float  # without packing
+
+    @property
+    def stage(self) -> int:
+        """What the device's time counts as."""
+        return DECODE if self.plan.is_decode else PREFILL
 
 
 class EngineCore:
@@ -123,6 +149,7 @@ class EngineCore:
             num_free_blocks=scheduler.block_manager.num_free,
             extra=dict.fromkeys(COUNTERS, 0),
         )
+        self.clock = StepClock()
         self._in_flight: deque[LaunchedStep] = deque()  # oldest first
         self._num_failures = 0  # consecutive
 
@@ -132,12 +159,14 @@ class EngineCore:
 
     def add(self, request: Request) -> None:
         """Queue a new request. Raises RequestError or ContextLengthError if it can never run."""
-        request.queued_s = time.monotonic()
+        self.clock.mark(LOOP)
+        request.queued_s, request.passage = self.clock.now_s, Passage.begin(self.clock)
         self.scheduler.add(request)
         self._publish(self.stats)
 
     def abort(self, request_id: str) -> Request | None:
         """End a request now and free its blocks. None if it is unknown or has finished."""
+        self.clock.mark(LOOP)
         request = self.scheduler.abort(request_id)
         self._publish(self.stats)
         return request
@@ -168,8 +197,10 @@ class EngineCore:
                     self._collect(outs)
             except Exception as error:
                 outs += self._fail([], error)
+        self.clock.mark(LOOP)
         with measure.span(measure.CAPTURE):
             captures.advance()
+        self.clock.mark(CAPTURE)
         self._publish(self.stats)
         return outs
 
@@ -185,7 +216,7 @@ class EngineCore:
             return self._step(span)
 
     def _step(self, span: measure.OpenSpan | measure.Nothing) -> list[TokenOut]:
-        start_s = time.perf_counter()
+        self.clock.mark(LOOP)
         try:
             with measure.span(measure.SCHEDULE):
                 reach("engine.schedule")
@@ -194,6 +225,7 @@ class EngineCore:
             raise
         except Exception as error:
             return self._fail(self.scheduler.requests, error)
+        schedule_s = self.clock.mark(SCHEDULE)
         if plan is None and not self._in_flight:
             return []
         if measure.is_on():
@@ -202,12 +234,14 @@ class EngineCore:
         outs: list[TokenOut] = []
         try:
             if plan is not None:
-                self._launch(plan, time.perf_counter() - start_s)
+                self._launch(plan, schedule_s)
             if plan is None or len(self._in_flight) == MAX_IN_FLIGHT:
                 self._collect(outs)
             if plan is not None:
                 reach("engine.sample")
+                self.clock.mark(LOOP)
                 self.runner.sample(self._in_flight[-1].handle)
+                self.clock.mark(self._in_flight[-1].stage)
                 # pooled hidden states are in scratch memory, which the next step would overwrite
                 if self.runner.max_in_flight == 1 or plan.pooled:
                     self._collect(outs)
@@ -217,20 +251,34 @@ class EngineCore:
 
     def _launch(self, plan: StepPlan, schedule_s: float) -> None:
         reach("engine.launch")
-        handle = self.runner.launch(plan)
+        clock = self.clock
+        for request in plan.admitted:
+            if request.passage is not None:
+                request.passage.leave_queue()
+        handle: Launched = self.runner.launch(plan)
+        launch_s = clock.mark(PREFILL if not plan.is_decode else DECODE) - handle.pack_s
+        step = LaunchedStep(plan, handle, schedule_s, launch_s)
+        clock.move(handle.pack_s, step.stage, PACK)
         with measure.span(measure.COMMIT):
             self.scheduler.advance(plan)
-        self._in_flight.append(LaunchedStep(plan, handle, schedule_s))
+        clock.mark(COMMIT)
+        self._in_flight.append(step)
 
     def _collect(self, outs: list[TokenOut]) -> None:
         """Wait for the oldest step, commit its tokens, and add them to `outs`, which has what was known if it fails."""
         step = self._in_flight[0]
         reach("engine.collect")
+        clock = self.clock
+        clock.mark(LOOP)
         output = self.runner.collect(step.handle)
-        collected_s = time.perf_counter()
+        wait_s = clock.mark(step.stage) - output.tokens_s
+        clock.move(output.tokens_s, step.stage, TOKENS)
+        if step.plan.admitted or not step.plan.is_decode:
+            _note_chunks(step, step.launch_s + wait_s)
         with measure.span(measure.COMMIT):
             num_before = len(outs)
             self.scheduler.commit(step.plan, output, outs)
+        commit_s = clock.mark(COMMIT)
         self._in_flight.popleft()
         self._num_failures = 0
         stats = self._count(
@@ -242,8 +290,7 @@ class EngineCore:
         )
         stats.schedule_s = step.schedule_s
         stats.pack_s, stats.device_s = output.pack_s, output.device_s
-        stats.commit_s = time.perf_counter() - collected_s
-        stats.end_s = time.monotonic()
+        stats.commit_s, stats.end_s = commit_s, clock.now_s
         stats.step_sizes = count_step(stats.step_sizes, step.plan.num_tokens)
         stats.num_tokens, stats.num_seqs = step.plan.num_tokens, len(step.plan.entries)
         self._publish(stats)
@@ -309,6 +356,15 @@ class EngineCore:
     def _count(stats: StepStats, **more: int) -> StepStats:
         """A copy with the counters in `extra` increased by `more`."""
         return dataclasses.replace(stats, extra={name: n + more.get(name, 0) for name, n in stats.extra.items()})
+
+
+def _note_chunks(step: LaunchedStep, seconds: float) -> None:
+    """Tell the requests whose prompts a step computed how long the device took."""
+    admitted = set(step.plan.admitted)
+    for entry in step.plan.entries:
+        request = entry.request
+        if request.passage is not None and (entry.count > 1 or not entry.samples or request in admitted):
+            request.passage.add_chunk(step.stage, seconds)
 
 
 def _facts(plan: StepPlan) -> dict[str, measure.Fact]:

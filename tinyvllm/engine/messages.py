@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from tinyvllm.config import Capacity, ModelConfig, SamplingParams
+from tinyvllm.engine.step_clock import Parts
 from tinyvllm.scheduling.request import TokenLogprobs
 
 # ---- To the step loop ----
@@ -90,6 +91,12 @@ class Output(Struct, array_like=True, gc=False):
     scheduled_s: float = 0.0
     num_preemptions: int = 0
     pooled: bytes | None = None  # (hidden,) float32, with the last token of a request that pools
+    # Where its time in the engine went: in the queue and from there to the first token, with that token or with an end
+    # before it; after the first token, with the last
+    queue: Parts | None = None
+    prefill: Parts | None = None
+    decode: Parts | None = None
+    num_chunks: int = 0
 
 
 class Batch(Struct, tag="batch", array_like=True):

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from tinyvllm.config import SamplingParams
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.engine.messages import Output
+from tinyvllm.engine.step_clock import Parts, Passage
 from tinyvllm.profiling import measure
 from tinyvllm.scheduling.plan import TokenOut
 from tinyvllm.scheduling.request import Request, TokenLogprobs
@@ -47,6 +48,13 @@ class Timing:
     last_token_s: float
     num_preemptions: int
     is_corrupted: bool = False  # the choice ended because the model produced no finite logits
+    received_s: float = 0.0  # the client took the engine's message with the last token
+    # What the engine did in the queue, until the first token, and until the last. None if it has not told: of what
+    # follows the first token, if the text reached a stop string
+    queue: Parts | None = None
+    prefill: Parts | None = None
+    decode: Parts | None = None
+    num_chunks: int = 0  # steps that computed a part of its prompt
 
 
 class Delta(Struct, frozen=True, kw_only=True, gc=False):
@@ -62,7 +70,7 @@ class Delta(Struct, frozen=True, kw_only=True, gc=False):
     num_cached_tokens: int
     num_output_tokens: int  # of this choice, so far
     error: str | None = None  # a message, when finish_reason is "error"
-    timing: Timing | None = None  # in the last delta
+    timing: Timing | None = None  # in the first delta and in the last
     # one per prompt token, None for the first; in the first delta of choice 0, if requested
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
@@ -113,8 +121,11 @@ class OutputProcessor:
         self._num_cached_tokens = 0
         self._num_preemptions = 0
         self._queued_s = self._scheduled_s = self._first_token_s = self._last_token_s = 0.0
+        self._parts: tuple[Parts | None, Parts | None] = (None, None)  # of the queue, and until the first token
+        self._decode: Parts | None = None
+        self._num_chunks = 0
 
-    def push_token(self, token_id: int, time_s: float) -> Delta:
+    def push_token(self, token_id: int, time_s: float, received_s: float = 0.0) -> Delta:
         """`push` for a token that neither ends the output nor has logprobs, and is not the first."""
         self.num_output_tokens += 1
         self._last_token_s = time_s
@@ -131,15 +142,19 @@ class OutputProcessor:
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
-            timing=None if finish_reason is None else self._timing(),
+            timing=None if finish_reason is None else self._timing(received_s),
         )
 
-    def push(self, output: Output, time_s: float) -> Delta:
+    def push(self, output: Output, time_s: float, received_s: float = 0.0) -> Delta:
         """Convert new output to text. If it completes a stop string, the delta ends before the engine's output does.
 
-        time_s: when the token was known, on the monotonic clock.
+        time_s: when the token was known, on the monotonic clock. received_s: when its message arrived.
         """
         token_id = output.token_id
+        is_first = token_id is not None and not self.num_output_tokens
+        if output.prefill is not None:
+            self._parts, self._num_chunks = (output.queue, output.prefill), output.num_chunks
+        self._decode = output.decode
         self._num_cached_tokens = output.num_cached_tokens
         self._num_preemptions = output.num_preemptions
         self._queued_s, self._scheduled_s = output.queued_s, output.scheduled_s
@@ -162,7 +177,9 @@ class OutputProcessor:
             num_cached_tokens=self._num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
             error=output.error if output.finish_reason == "error" else None,
-            timing=None if finish_reason is None else self._timing(is_corrupted=is_corrupted),
+            timing=(
+                self._timing(received_s, is_corrupted=is_corrupted) if is_first or finish_reason is not None else None
+            ),
             prompt_logprobs=self._prompt_logprobs(output),
         )
 
@@ -180,8 +197,8 @@ class OutputProcessor:
             timing=self._timing(),
         )
 
-    def _timing(self, *, is_corrupted: bool = False) -> Timing:
-        """The request's times; called when it ends."""
+    def _timing(self, received_s: float = 0.0, *, is_corrupted: bool = False) -> Timing:
+        """The request's times so far."""
         first_token_s = self._first_token_s or time.monotonic()
         return Timing(
             submitted_s=self._request.arrival_s,
@@ -191,6 +208,11 @@ class OutputProcessor:
             last_token_s=self._last_token_s or first_token_s,
             num_preemptions=self._num_preemptions,
             is_corrupted=is_corrupted,
+            received_s=received_s,
+            queue=self._parts[0],
+            prefill=self._parts[1],
+            decode=self._decode,
+            num_chunks=self._num_chunks,
         )
 
     def _make_text(self, output: Output) -> tuple[str, str | None]:
@@ -247,6 +269,12 @@ def output_of(out: TokenOut, number: int = 0) -> Output:
     request = out.request
     is_first = out.token_id is not None and len(request.output_ids) == 1
     is_last = out.finish_reason is not None
+    passage: Passage | None = request.passage
+    queue = prefill = decode = None
+    if passage is not None and passage.first is None and (is_first or is_last):
+        queue, prefill = passage.before_first()
+    if passage is not None and is_last:
+        decode = passage.after_first()
     return Output(
         number=number,
         token_id=out.token_id,
@@ -260,6 +288,10 @@ def output_of(out: TokenOut, number: int = 0) -> Output:
         scheduled_s=request.scheduled_s,
         num_preemptions=request.num_preemptions,
         pooled=request.pooled.tobytes() if is_last and request.pooled is not None else None,
+        queue=queue,
+        prefill=prefill,
+        decode=decode,
+        num_chunks=0 if passage is None else passage.num_chunks,
     )
 
 

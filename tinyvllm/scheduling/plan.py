@@ -51,6 +51,7 @@ class StepPlan:
 
     entries: tuple[Scheduled, ...]
     preempted: tuple[Request, ...] = ()
+    admitted: tuple[Request, ...] = ()  # those of the entries that have just left the queue
 
     @cached_property
     def num_tokens(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tinyvllm.config import SamplingParams
 from tinyvllm.scheduling.state_pool import SequenceState
@@ -104,6 +104,7 @@ class Request:
     stop_reason: int | str | None = None  # the stop id or stop string that ended it
     error: str | None = None  # a message, when finish_reason is error
     num_preemptions: int = 0
+    passage: Any = None  # the engine's notes on where its time goes (engine/step_clock.py)
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -192,6 +192,7 @@ class Scheduler:
         entries: list[Scheduled] = []
         preempted: list[Request] = []
         budget = self._continue_running(entries, preempted)
+        num_continued = len(entries)
         if not preempted:  # otherwise the pool has just run out
             self._admit_waiting(entries, budget)
         if not entries:
@@ -201,7 +202,8 @@ class Scheduler:
                 f"nothing can be scheduled: {self.num_running} running, {self.num_waiting} waiting, "
                 f"{self.block_manager.least_free} blocks free"
             )
-        return StepPlan(tuple(in_stable_rows(entries)), tuple(preempted))
+        admitted = tuple(entry.request for entry in entries[num_continued:])
+        return StepPlan(tuple(in_stable_rows(entries)), tuple(preempted), admitted)
 
     def advance(self, plan: StepPlan) -> None:
         """Mark a step as launched: its tokens count as computed, and the tokens that it samples are in flight."""

@@ -35,7 +35,7 @@ class MeasuredWriter(EventWriter):
         delta, now_ns = item.delta, time.perf_counter_ns()
         self._times_ns.setdefault("first_taken_ns", now_ns)
         self._num_tokens = delta.num_output_tokens
-        if (timing := delta.timing) is not None:  # with the last delta
+        if (timing := delta.timing) is not None and delta.finish_reason is not None:
             self._times_ns |= {
                 "last_taken_ns": now_ns,
                 "scheduled_ns": int(timing.scheduled_s * 1e9),

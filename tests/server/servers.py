@@ -24,6 +24,7 @@ from tinyvllm.server import run_directory, sockets, supervisor
 from tinyvllm.server.engine_placement import Placement
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import TlsFiles
+from tinyvllm.server.stop_clock import StopClock
 from tinyvllm.server.supervisor import ServePlan, supervise
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,7 @@ def main() -> None:
             sock,
             lambda stage, done, total: say("progress", stage=stage),
             lambda can_chat: say("ready", can_chat=can_chat),
+            clock=StopClock(),
         )
         say("stopped", recordings=sorted(recordings))
 

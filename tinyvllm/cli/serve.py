@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+RECORDING_S = 30.0  # for --profile and --trace to gather and write what was recorded, after the stop
+
 
 def serve(
     *,
@@ -58,6 +60,9 @@ def serve(
 
     One model stays loaded. With several, or with any of --config, --keep-alive, --max-loaded, --load-timeout and --pin,
     each model is loaded at its first request, and unloaded when it is idle or when another one needs its memory."""
+    from tinyvllm.server.child import prepare_process
+
+    prepare_process()
     engine.apply()
     engine.make_config("")  # rejects bad values before anything starts
     settings = http.settings(local_host=listen.local_host)
@@ -154,6 +159,7 @@ def _serve_several(
     from tinyvllm.door.fleet import Plan
     from tinyvllm.door.serve import serve_door
     from tinyvllm.server import event_loop, sockets
+    from tinyvllm.server.stop_clock import StopClock
 
     with contextlib.ExitStack() as stack:
         sock = listen.bind()
@@ -175,6 +181,7 @@ def _serve_several(
                 on_serving=lambda server: greeting.show(),
                 tls=tls,
                 access_log=access_log,
+                clock=StopClock(),
             )
         )
 
@@ -200,6 +207,7 @@ class Greet(Protocol):
 def _serve_in_this_process(served: Served, report: Progress, greet: Greet) -> None:
     from tinyvllm.server import event_loop
     from tinyvllm.server import serve as server
+    from tinyvllm.server.stop_clock import StopClock
 
     with contextlib.ExitStack() as recording:
 
@@ -215,6 +223,7 @@ def _serve_in_this_process(served: Served, report: Progress, greet: Greet) -> No
                 settings=served.settings,
                 tls=served.tls,
                 access_log=served.access_log,
+                clock=StopClock(RECORDING_S if served.record.is_on else 0.0),
             )
         )
 
@@ -224,6 +233,7 @@ def _serve_in_processes(
 ) -> None:
     from tinyvllm.server import supervisor
     from tinyvllm.server.engine_placement import place_engines
+    from tinyvllm.server.stop_clock import StopClock
 
     plan = supervisor.ServePlan(
         engines=place_engines(served.config, processes.data_parallel_size, os.environ.get(DEVICE_VARIABLE)),
@@ -235,6 +245,14 @@ def _serve_in_processes(
         log_level=engine.log_level,
         records=served.record.is_on,
     )
-    recordings = asyncio.run(supervisor.supervise(plan, served.sock, report, lambda can_chat: greet(can_chat=can_chat)))
+    recordings = asyncio.run(
+        supervisor.supervise(
+            plan,
+            served.sock,
+            report,
+            lambda can_chat: greet(can_chat=can_chat),
+            clock=StopClock(RECORDING_S if served.record.is_on else 0.0),
+        )
+    )
     if served.record.is_on:
         served.record.show_all(recordings)

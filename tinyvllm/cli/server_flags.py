@@ -195,6 +195,15 @@ class ServerFlags:
             help="Maximum prompt tokens that may wait; more are rejected with 429. [default: no limit]",
         ),
     ] = None
+    max_connections: Annotated[
+        int | None,
+        Option(
+            metavar="COUNT",
+            help="Maximum open connections; idle ones are closed to make room, then new ones are refused with 503. "
+            "[default: as many as the limit of open files has room for, at most 16384]",
+            show_default=False,
+        ),
+    ] = None
     max_body_bytes: Annotated[
         int, Option(metavar="BYTES", help="Maximum size of a request body; larger ones are rejected with 413.")
     ] = _STANDARD.max_body_bytes
@@ -255,6 +264,7 @@ class ServerFlags:
             enable_profiling=self.enable_profiling,
             max_num_queued_requests=self.max_num_queued_requests,
             max_num_queued_tokens=self.max_num_queued_tokens,
+            max_connections=self.max_connections,
             max_body_bytes=self.max_body_bytes,
             clamp_max_tokens=self.clamp_max_tokens,
             request_timeout_s=self.request_timeout or None,

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 MODULE = "tinyvllm.door.model_process"
 MAX_TIMER_S = 86_400.0
 END_S = 10.0  # how long a model's process may take to end, before it is killed
+CLOSE_S, KILL_S = 1.8, 1.0  # the same when the server stops, and until a killed one is gone
 
 STATES: Mapping[State, LoadState] = {
     State.UNLOADED: "unloaded",
@@ -393,11 +394,11 @@ class Fleet:
             self._timer.cancel()
         for child in self.children.values():
             child.process.send("stop")
-        if self._tasks and (await asyncio.wait(self._tasks, timeout=END_S))[1]:
+        if self._tasks and (await asyncio.wait(self._tasks, timeout=CLOSE_S))[1]:
             log.error("a model's process does not end: killing it")
             for child in self.children.values():
                 child.process.kill()
-            await asyncio.wait(self._tasks, timeout=END_S)
+            await asyncio.wait(self._tasks, timeout=KILL_S)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())  # no request's

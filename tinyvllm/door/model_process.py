@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import queue
 import sys
 import traceback
@@ -25,7 +24,9 @@ from tinyvllm.server import event_loop, serve, supervisor
 from tinyvllm.server.child import find, start_child
 from tinyvllm.server.control import ChildLink, Message
 from tinyvllm.server.engine_placement import Placement
+from tinyvllm.server.output_queue import exit_now
 from tinyvllm.server.sockets import bind_unix
+from tinyvllm.server.stop_clock import StopClock
 from tinyvllm.server.stop_requests import StopRequests
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class _ModelProcess:
                 settings=self._spec.settings,
                 access_log=False,  # the door logs each request
                 stops=self._stops,
+                clock=StopClock(),
             )
         )
 
@@ -115,7 +117,12 @@ class _ModelProcess:
         )
         event_loop.run(
             supervisor.supervise(
-                plan, bind_unix(spec.uds), self._report, lambda can_chat: self._announce(), self._stops
+                plan,
+                bind_unix(spec.uds),
+                self._report,
+                lambda can_chat: self._announce(),
+                stops=self._stops,
+                clock=StopClock(),
             )
         )
 
@@ -142,7 +149,7 @@ class _ModelProcess:
         elif self._is_ready:
             self._stops.request()
         else:  # nothing is lost, and loading could take minutes
-            os._exit(0)
+            exit_now(0)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from tinyvllm.server import operations
 from tinyvllm.server.content_encoding import ContentEncoding
 from tinyvllm.server.envelope import AppState, Envelope
 from tinyvllm.server.failures import ClientGone, answer_failure
+from tinyvllm.server.gate import ConnectionCheck
 from tinyvllm.server.large_lane import LargeLane
 from tinyvllm.server.openai.response_store import ResponseStore
 from tinyvllm.server.routes import include_routes
@@ -74,4 +75,5 @@ def guard(app: FastAPI, state: AppState) -> None:
         )
     if settings.allowed_hosts is not None:
         app.add_middleware(HostCheck, hosts=settings.allowed_hosts)
+    app.add_middleware(ConnectionCheck)
     app.add_middleware(Envelope, state=state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -13,9 +14,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from tinyvllm.processes import STOP_SIGNALS, die_with_parent, ignore_meaningless_signals
 from tinyvllm.profiling import measure
 from tinyvllm.server.context import QuietPollsFilter, RequestIdFilter
 from tinyvllm.server.control import ChildLink
+from tinyvllm.server.file_limit import raise_file_limit
+from tinyvllm.server.output_queue import queue_outputs, show_stacks_on_usr1
 from tinyvllm.server.specs import Spec
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
@@ -23,12 +27,23 @@ AnySpec = TypeVar("AnySpec", bound=Spec)
 PIDS_FILE = "processes.json"  # in the run directory: the processes by name, rewritten whenever one starts
 
 
+def prepare_process() -> None:
+    """What every process of a server does before all else, `tinyvllm serve` itself included: nothing that it writes
+    makes it wait, SIGUSR1 shows its stacks, and signals that have no meaning here do not end it."""
+    queue_outputs()
+    show_stacks_on_usr1()
+    ignore_meaningless_signals()
+    raise_file_limit()
+
+
 def start_child(kind: type[AnySpec]) -> tuple[AnySpec, ChildLink]:
     """The spec that the parent sends, and the link to it. The argument of the command is the link's file descriptor."""
     # the supervisor decides when to stop: an orchestrator's signal may reach every process of the server. Not SIG_IGN,
     # which would pass to programs that this process starts, so that they could not be ended
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: None)
+    prepare_process()
+    die_with_parent(os.getppid())
     link = ChildLink(int(sys.argv[1]))
     spec = msgspec.convert(link.receive()["spec"], kind)
     set_up_logging(spec.log_level, spec.log_prefix + spec.name)

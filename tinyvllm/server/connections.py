@@ -11,19 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
 import time
-from collections.abc import Callable
 from typing import Any
 
 from tinyvllm.server.board import ALIVE_MS, NUM_CONNECTIONS, NUM_TAKEN, Board
+from tinyvllm.server.gate import MAX_ACCEPTS, Gate, RareLog
 
-log = logging.getLogger(__name__)
-
-MAX_ACCEPTS = 64  # a turn of the event loop
 LATE_MS = 1000  # a front-end that has not been seen for so long is busy: it gets connections only if all are
 RETRY_S = 0.02  # while no front-end can take a connection
-ERROR_RETRY_S = 1.0  # while the supervisor cannot accept any
+ERROR_RETRY_S = 0.1  # while the supervisor cannot accept any
 _MARK = b"c"  # a connection travels as ancillary data, which needs at least one byte of ordinary data
 
 
@@ -40,6 +36,7 @@ class Handover:
         self._turn = 0
         self._is_accepting = False
         self._is_closed = False
+        self._failed = RareLog(logging.ERROR, "connections cannot be accepted (%d times by now): %s")
         listener.setblocking(False)
 
     def add(self, number: int, sock: socket.socket) -> None:
@@ -84,7 +81,7 @@ class Handover:
             except (BlockingIOError, ConnectionAbortedError, InterruptedError):
                 return
             except OSError as error:  # too many open files, say
-                log.error("cannot accept a connection: %s", error)
+                self._failed.add(error)
                 self._retry_later(ERROR_RETRY_S)
                 return
             self._waiting = None if self._give(connection) else connection
@@ -122,21 +119,14 @@ class Handover:
 
 
 class Intake:
-    """A front-end's end: takes connections over, and serves each with a protocol of `make_protocol`."""
+    """A front-end's end: takes connections over, and passes them through its gate."""
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        make_protocol: Callable[[], asyncio.Protocol],
-        board: Board,
-        tls: ssl.SSLContext | None,
-    ) -> None:
+    def __init__(self, sock: socket.socket, gate: Gate, board: Board) -> None:
         self._sock = sock
-        self._make_protocol = make_protocol
+        self._gate = gate
         self._board = board
-        self._tls = tls
         self._loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._lost = RareLog(logging.ERROR, "connections are lost (%d by now): %s")
         sock.setblocking(False)
         self._loop.add_reader(sock, self._take)
 
@@ -154,24 +144,18 @@ class Intake:
                 self._loop.remove_reader(self._sock)
                 return
             if not fds:  # the kernel has closed it
-                log.error("a connection is lost: this process has too many open files")
+                self._lost.add("this process has too many open files")
+                self._gate.make_room()
                 self._board.add(NUM_TAKEN, 1)
             for fd in fds:
-                task = self._loop.create_task(self._serve(socket.socket(fileno=fd)))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                task = self._gate.admit(socket.socket(fileno=fd))
+                if task is None:
+                    self._count()
+                else:  # until it ends, the supervisor counts the connection as given
+                    task.add_done_callback(self._count)
 
-    async def _serve(self, connection: socket.socket) -> None:
-        try:
-            connection.setblocking(False)
-            if connection.family != socket.AF_UNIX:  # uvloop would do it for connections that it accepts itself only
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self._loop.connect_accepted_socket(self._make_protocol, connection, ssl=self._tls)
-        except OSError as error:  # it was closed in the meantime, or is not TLS
-            log.debug("a connection ended before its first request: %s", error)
-            connection.close()
-        finally:
-            self._board.add(NUM_TAKEN, 1)  # not earlier: until then, the supervisor counts it as given
+    def _count(self, task: asyncio.Task[None] | None = None) -> None:
+        self._board.add(NUM_TAKEN, 1)
 
 
 class Connections(set[Any]):

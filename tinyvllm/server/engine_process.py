@@ -12,6 +12,7 @@ from tinyvllm.server import recordings
 from tinyvllm.server.child import find, start_child
 from tinyvllm.server.control import ChildLink, Message
 from tinyvllm.server.endpoints import endpoint_of
+from tinyvllm.server.output_queue import exit_now
 from tinyvllm.server.specs import EngineSpec
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,7 @@ def main() -> None:
         code = _EngineProcess(spec, link).run()
     except BaseException:
         log.critical("the engine ends with an unexpected error", exc_info=True)
-    logging.shutdown()
-    os._exit(code)
+    exit_now(code)
 
 
 class _EngineProcess:
@@ -67,7 +67,7 @@ class _EngineProcess:
         match message["kind"]:
             case "stop":
                 if not self._is_ready:  # nothing is lost, and loading could take minutes
-                    os._exit(0)
+                    exit_now(0)
                 self._server.stop()
             case "client_gone":
                 self._server.drop_client(message["client"])

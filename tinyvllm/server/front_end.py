@@ -6,19 +6,18 @@ import asyncio
 import contextlib
 import functools
 import logging
-import os
+import math
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import uvicorn
 
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.heap import settle_heap
 from tinyvllm.engine.process_host import ProcessHost
-from tinyvllm.processes import die_with_parent
 from tinyvllm.server import event_loop, recordings
 from tinyvllm.server.app import make_app
 from tinyvllm.server.board import Board
@@ -27,10 +26,12 @@ from tinyvllm.server.connections import Connections, Intake
 from tinyvllm.server.control import ChildLink, Message
 from tinyvllm.server.counters import Counters
 from tinyvllm.server.endpoints import endpoint_of
+from tinyvllm.server.file_limit import default_max_connections
 from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.openai.response_store import ResponseStore
+from tinyvllm.server.output_queue import exit_now
 from tinyvllm.server.questions import OF_RESPONSES, Asker
-from tinyvllm.server.serve import uvicorn_config
+from tinyvllm.server.serve import make_gate, uvicorn_config
 from tinyvllm.server.sockets import bind_unix
 from tinyvllm.server.specs import FrontEndSpec, client_name
 from tinyvllm.server.status_log import log_status
@@ -68,7 +69,6 @@ def main(connect: Connect = connect_engine) -> None:
 
     Never returns: the exit does not wait for threads, which may still be reading a tokenizer."""
     spec, link = start_child(FrontEndSpec)
-    die_with_parent(spec.supervisor_pid)
     sys.setswitchinterval(SWITCH_S)
     event_loop.run(_run_and_exit(_FrontEnd(spec, link), connect))
 
@@ -81,8 +81,7 @@ async def _run_and_exit(served: _FrontEnd, connect: Connect) -> None:
         code = 0
     except BaseException:
         log.critical("the front-end ends with an unexpected error", exc_info=True)
-    logging.shutdown()
-    os._exit(code)
+    exit_now(code)
 
 
 class _FrontEnd:
@@ -117,6 +116,7 @@ class _FrontEnd:
             ),
             self._state,
             socket.socket(fileno=spec.connections_fd),
+            spec.num_front_ends,
             on_serving=lambda: self._link.send("serving"),
         )
         loop = asyncio.get_running_loop()
@@ -172,21 +172,26 @@ class FrontEndServer(uvicorn.Server):
     """uvicorn's server, which gets its connections from the supervisor, and which only that can stop."""
 
     def __init__(
-        self, config: uvicorn.Config, state: ServerState, connections: socket.socket, on_serving: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        state: ServerState,
+        connections: socket.socket,
+        num_front_ends: int,
+        on_serving: Callable[[], None],
     ) -> None:
+        """num_front_ends: those that share the connections."""
         super().__init__(config)
         self.server_state.connections = Connections(state.board)
         self._state = state
         self._connections = connections
+        self._num_front_ends = num_front_ends
         self._on_serving = on_serving
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        protocol: Any = self.config.http_protocol_class
-        make_protocol = functools.partial(
-            protocol, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
-        self._intake = Intake(self._connections, make_protocol, self._state.board, self.config.ssl)
+        limit = self._state.settings.max_connections or default_max_connections()
+        gate = make_gate(self, math.ceil(limit / self._num_front_ends))
+        self._intake = Intake(self._connections, gate, self._state.board)
         self._on_serving()
 
     async def on_tick(self, counter: int) -> bool:

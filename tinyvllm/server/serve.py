@@ -5,23 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from tinyvllm.processes import STOP_SIGNALS, hears_stop
 from tinyvllm.profiling import measure
 from tinyvllm.server.app import make_app
 from tinyvllm.server.event_loop import http_protocol
-from tinyvllm.server.settings import GRACE_S, ServerSettings
+from tinyvllm.server.file_limit import default_max_connections
+from tinyvllm.server.gate import Acceptor, Gate
+from tinyvllm.server.output_queue import exit_now
+from tinyvllm.server.settings import ENGINE_END_S, LAST_WRITES_S, ServerSettings
 from tinyvllm.server.sockets import TlsFiles, end_silent_peers
 from tinyvllm.server.status_log import log_status
+from tinyvllm.server.stop_clock import StopClock
 from tinyvllm.server.stop_requests import StopRequests
 
 if TYPE_CHECKING:
@@ -34,7 +38,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75  # longer than clients' pools keep idle connections, so they rarely reuse one that has just closed
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 async def serve(
@@ -46,19 +49,20 @@ async def serve(
     tls: TlsFiles | None = None,
     access_log: bool = True,
     stops: StopRequests | None = None,
+    clock: StopClock | None = None,
 ) -> None:
-    """Serve on `sock` until SIGINT or SIGTERM (or what `stops` hears), starting before the engine is warm.
+    """Serve on `sock` until a stop signal (or what `stops` hears), starting before the engine is warm.
 
     After the first signal, /ready returns 503 and new requests are refused. Running requests may continue for the
     settings' shutdown_timeout_s; then they are aborted and the engine is shut down. A second signal skips the wait.
-    Raises the error that kept the engine from starting.
+    clock: ends the process if any of this takes too long. Raises the error that kept the engine from starting.
     """
     settings = settings or ServerSettings()
     measure.name_process("server")
     engine = start_engine()
     app = make_app(engine, settings)
     end_silent_peers(sock, settings.idle_timeout_s)
-    server = Server(uvicorn_config(app, tls, access_log=access_log), app.state.server, stops)
+    server = Server(uvicorn_config(app, tls, access_log=access_log), app.state.server, stops, clock)
 
     async def announce() -> None:
         try:
@@ -93,24 +97,47 @@ def uvicorn_config(app: ASGIApp, tls: TlsFiles | None, *, access_log: bool) -> u
         log_config=None,  # the process has configured logging
         access_log=access_log,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(GRACE_S),
+        timeout_graceful_shutdown=LAST_WRITES_S,
         ssl_certfile=tls.certfile if tls else None,
         ssl_keyfile=tls.keyfile if tls else None,
         server_header=False,
     )
 
 
+def make_gate(server: uvicorn.Server, max_connections: int) -> Gate:
+    """The gate of a server that has started."""
+    config: Any = server.config
+
+    def make_protocol(state: dict[str, Any]) -> asyncio.Protocol:
+        protocol: asyncio.Protocol = config.http_protocol_class(
+            config=config, server_state=server.server_state, app_state={**server.lifespan.state, **state}
+        )
+        return protocol
+
+    return Gate(make_protocol, server.server_state.connections, config.ssl, max_connections)
+
+
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server, which also drains before it stops, and ends what computes answers before it waits for them."""
+    """uvicorn's server, which also drains before it stops, and ends what computes answers before it waits for them.
+
+    It accepts connections itself: uvicorn's event loops accept without a limit, and fail when they are out of files."""
 
     def __init__(
-        self, config: uvicorn.Config, drain: Drain, shutdown_timeout_s: float, stops: StopRequests | None = None
+        self,
+        config: uvicorn.Config,
+        drain: Drain,
+        settings: ServerSettings,
+        stops: StopRequests | None = None,
+        clock: StopClock | None = None,
     ) -> None:
-        """stops: who asks the server to stop, if it is not the system's signals."""
+        """stops: who asks the server to stop, if it is not the system's signals. clock: limits the time of the stop."""
         super().__init__(config)
         self.drain = drain
-        self._shutdown_timeout_s = shutdown_timeout_s
+        self._shutdown_timeout_s = settings.shutdown_timeout_s
+        self._max_connections = settings.max_connections or default_max_connections()
+        self._acceptor: Acceptor | None = None
         self._stops = stops
+        self._clock = clock
         self._drain_until_s: float | None = None  # monotonic clock; None until the drain's time limit starts
 
     def observe(self) -> None:
@@ -125,6 +152,8 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a stop signal: the first starts draining, any later one ends it."""
+        if self._clock is not None:
+            self._clock.on_signal(self._shutdown_timeout_s)
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
@@ -149,7 +178,13 @@ class DrainingServer(uvicorn.Server):
                 )
         return time.monotonic() >= self._drain_until_s
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup([])
+        self._acceptor = Acceptor(sockets or [], make_gate(self, self._max_connections))
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._acceptor is not None:
+            self._acceptor.close()
         if self.drain.num_requests:
             log.warning("stopping: aborting %d requests", self.drain.num_requests)
         await self.end_work()
@@ -165,7 +200,7 @@ class DrainingServer(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in _STOP_SIGNALS}
+        before = {number: signal.signal(number, self.handle_exit) for number in STOP_SIGNALS if hears_stop(number)}
         try:
             yield
         finally:
@@ -176,8 +211,14 @@ class DrainingServer(uvicorn.Server):
 class Server(DrainingServer):
     """The server of an engine in this process."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState, stops: StopRequests | None = None) -> None:
-        super().__init__(config, state.drain, state.settings.shutdown_timeout_s, stops)
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        state: ServerState,
+        stops: StopRequests | None = None,
+        clock: StopClock | None = None,
+    ) -> None:
+        super().__init__(config, state.drain, state.settings, stops, clock)
         self._state = state
 
     def observe(self) -> None:
@@ -193,8 +234,8 @@ class Server(DrainingServer):
         # thread is a daemon, so it ends with the process.
         if engine.is_ready:
             ended = asyncio.create_task(engine.shutdown())
-            if not (await asyncio.wait((ended,), timeout=GRACE_S))[0] and self.force_exit:
+            if not (await asyncio.wait((ended,), timeout=ENGINE_END_S))[0] and self._clock is not None:
                 # the shutdown waits for a step that may never end, on a thread that Python would join at exit
                 log.critical("the engine's current step does not end: terminating the process")
-                os._exit(1)
+                exit_now(1)
             await ended

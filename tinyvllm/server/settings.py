@@ -10,7 +10,10 @@ from tinyvllm.errors import TinyvllmError
 API_KEY_VARIABLE = "TINYVLLM_API_KEY"  # environment variable: accepted API keys, separated by whitespace
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")  # names of the loopback address
 APIS = ("openai", "anthropic", "ollama")  # whose routes a server may have
-GRACE_S = 5.0  # how long a stop waits for responses being written, and one in haste for the engine's step
+# A stop takes at most 5 s after the drain: of these, the engine's last step has the first, and clients that still read
+# their last bytes have the second. See also server/stop_clock.py, which ends what takes longer.
+ENGINE_END_S = 2.5
+LAST_WRITES_S = 1
 MIN_KEY_CHARS = 8  # a shorter one can be guessed over the network
 
 
@@ -30,6 +33,7 @@ class ServerSettings:
 
     max_num_queued_requests: int | None = 2048  # sequences beyond those that can run; the most that one call may have
     max_num_queued_tokens: int | None = None  # prompt tokens of sequences without output
+    max_connections: int | None = None  # of all front-ends; None: as many as the limit of open files has room for
     max_body_bytes: int = 16 * 2**20  # a few million tokens of text, more than any context that a laptop serves
     clamp_max_tokens: bool = False  # a max_tokens that the context has no room for becomes the room; else it is refused
     request_timeout_s: float | None = None  # from arrival to the last token
@@ -56,6 +60,8 @@ class ServerSettings:
             ("max-num-queued-tokens", self.max_num_queued_tokens),
         ):
             check(count is None or count >= 0, flag, count, "give 0 or more, or leave it out")
+        count = self.max_connections
+        check(count is None or count >= 1, "max-connections", count, "give 1 or more, or leave it out")
         check(self.max_body_bytes >= 1024, "max-body-bytes", self.max_body_bytes, "give at least 1024")
         check(self.shutdown_timeout_s >= 0, "shutdown-timeout", self.shutdown_timeout_s, "give 0 seconds or more")
         for flag, seconds in (

@@ -62,7 +62,6 @@ class FrontEndSpec:
     log_level: str
     log_prefix: str = ""
     generation: int  # how many times this front-end has been started before
-    supervisor_pid: int
 
     @property
     def name(self) -> str:

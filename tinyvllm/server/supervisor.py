@@ -11,15 +11,14 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import math
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tinyvllm.errors import EngineDeadError, TinyvllmError
+from tinyvllm.processes import STOP_SIGNALS, hears_stop
 from tinyvllm.profiling.measure import Recording
 from tinyvllm.server import recordings
 from tinyvllm.server.board import ALIVE_MS, NUM_REQUESTS, Board
@@ -30,22 +29,24 @@ from tinyvllm.server.engine_placement import Placement
 from tinyvllm.server.process import Process, Restarts, start_process
 from tinyvllm.server.questions import OF_RESPONSES, Questions
 from tinyvllm.server.run_directory import run_directory
-from tinyvllm.server.settings import GRACE_S, ServerSettings
+from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import TlsFiles, end_silent_peers
 from tinyvllm.server.specs import LOAD_ENGINE, EngineSpec, FrontEndSpec, client_name, engine_name, front_end_name
+from tinyvllm.server.stop_clock import StopClock
 from tinyvllm.server.stop_requests import StopRequests
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05  # how often the end of the drain, and of processes, is checked
 DRAIN_NOTICE_S = 1.0  # how long front-ends have to say that they refuse new requests
-HASTE_S = 2.0  # how long front-ends write their last answers after a second signal
+# How long front-ends write their last answers, and engines compute their last step; together less than the 5 s that a
+# stop may take after the drain. HASTE_S: each after a second signal.
+FRONT_ENDS_END_S, ENGINES_END_S, HASTE_S = 2.0, 1.5, 0.5
 MESSAGE_DELAY_S = 1.0  # how long messages of a dead front-end may take to reach an engine
 UNSEEN_S = 60.0  # a front-end that has not been seen for so long is ended: the engines' messages to it pile up
 ENGINE_EXIT_S = 1.0  # how long clients hear 503 after the last engine has died, before the server ends
 
 Report = Callable[[str, int, int], None]  # stage, done, total
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FRONT_END, _ENGINE = "tinyvllm.server.front_end", "tinyvllm.server.engine_process"
 
 
@@ -82,15 +83,17 @@ async def supervise(
     listener: socket.socket,
     report: Report,
     on_ready: Callable[[bool], None],
+    *,
     stops: StopRequests | None = None,
+    clock: StopClock | None = None,
 ) -> dict[str, Recording]:
     """Serve by `plan` until a stop signal; returns the processes' recordings by name, if the plan has any made.
 
     report: progress of loading. on_ready: called once all is ready, with whether the model has a chat template. stops:
-    who asks the server to stop, if it is not the system's signals. Takes over the listening socket. Raises
-    TinyvllmError if an engine cannot start, or if the server cannot go on.
+    who asks the server to stop, if it is not the system's signals. clock: limits the time of the stop. Takes over the
+    listening socket. Raises TinyvllmError if an engine cannot start, or if the server cannot go on.
     """
-    supervisor = Supervisor(plan, listener, report, on_ready, stops)
+    supervisor = Supervisor(plan, listener, report, on_ready, stops, clock or StopClock.without_end())
     await supervisor.run()
     return supervisor.recordings
 
@@ -104,10 +107,13 @@ class Supervisor:
         listener: socket.socket,
         report: Report,
         on_ready: Callable[[bool], None],
-        stops: StopRequests | None = None,
+        stops: StopRequests | None,
+        clock: StopClock,
     ) -> None:
         """For the arguments see `supervise`. Made and used on one event loop."""
         self._stops = stops
+        self._clock = clock
+        clock.before_end(lambda: self._kill(self._processes.values()))
         self._plan = plan
         self._listener = listener
         self._report = report
@@ -288,7 +294,6 @@ class Supervisor:
                 log_level=plan.log_level,
                 log_prefix=plan.log_prefix,
                 generation=generation,
-                supervisor_pid=os.getpid(),
             )
             process = await start_process(plan.front_end_module, spec, fds=(there.fileno(),))
         self._front_ends[index] = process
@@ -395,16 +400,18 @@ class Supervisor:
                 yield
             return
         loop = asyncio.get_running_loop()
-        for number in _STOP_SIGNALS:
+        numbers = [number for number in STOP_SIGNALS if hears_stop(number)]
+        for number in numbers:
             loop.add_signal_handler(number, self._on_signal)
         try:
             yield
         finally:
-            for number in _STOP_SIGNALS:
+            for number in numbers:
                 loop.remove_signal_handler(number)
 
     def _on_signal(self) -> None:
         """The first signal starts the drain, the second ends it, and any later one kills what does not end."""
+        self._clock.on_signal(self._plan.settings.shutdown_timeout_s)
         self._num_signals += 1
         if self._num_signals == 1:
             self._spawn(self._drain())
@@ -451,25 +458,26 @@ class Supervisor:
         if self._plan.records:
             self.recordings = recordings.read(await self._questions.ask_all(recordings.STOP_FLAGS_PROFILE))
         self._tell_front_ends("stop")
-        if not await self._have_ended(front_ends, lambda: 2 * GRACE_S if self._num_signals < 2 else HASTE_S):
+        if not await self._have_ended(front_ends, FRONT_ENDS_END_S):
             log.error("a front-end does not end, and is killed")
             self._kill(self._front_ends.values())
             await asyncio.wait(front_ends)
         for process in self._processes.values():
             process.send("stop")
         is_clean = not self._end.cancelled() and self._end.exception() is None
-        # a step may take long; after a first signal, it is waited for
-        if not await self._have_ended(engines, lambda: math.inf if is_clean and self._num_signals < 2 else GRACE_S):
+        if not await self._have_ended(engines, ENGINES_END_S if self._num_signals < 2 else HASTE_S):
             self._kill(self._processes.values())
             await asyncio.wait(engines)
             if is_clean:
                 raise TinyvllmError("the engine's current step does not end: its process was killed")
 
-    async def _have_ended(self, tasks: Sequence[asyncio.Task[None]], limit_s: Callable[[], float]) -> bool:
-        """Wait for the tasks, until the time is over or a third signal arrives. Whether all have ended."""
-        start_s = time.monotonic()
+    async def _have_ended(self, tasks: Sequence[asyncio.Task[None]], limit_s: float) -> bool:
+        """Wait for the tasks, until the time is over. Whether all have ended."""
+        start_s, num_signals = time.monotonic(), self._num_signals
         while not all(task.done() for task in tasks):
-            if self._num_signals > 2 or time.monotonic() - start_s >= limit_s():
+            if self._num_signals > num_signals:  # in haste now
+                limit_s = min(limit_s, HASTE_S)
+            if time.monotonic() - start_s >= limit_s:
                 return False
             await asyncio.wait(tasks, timeout=TICK_S)
         return True

@@ -1,0 +1,88 @@
+"""Output that nobody reads makes nobody wait, and what is missing is said."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tinyvllm.server.output_queue import QueuedOutput
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_pipe(max_chars: int) -> tuple[int, QueuedOutput]:
+    reader, writer = os.pipe()
+    return reader, QueuedOutput(os.fdopen(writer, "w"), max_chars)
+
+
+def count(read: str) -> int:
+    """Lines that are there, and lines that are said to be missing."""
+    return sum(int(line.split()[0]) if "missing" in line else len(line) == 99 for line in read.splitlines())
+
+
+def test_lines_that_do_not_fit_are_counted_where_they_are_missing() -> None:
+    reader, output = make_pipe(max_chars=200_000)
+    for number in range(10_000):  # more than the pipe and the queue hold
+        output.write(f"{number:099d}\n")
+    assert not output.finish(quiet_s=0.05), "nobody reads"
+    assert output.num_lost > 0
+    read = b""
+    while count(read.decode()) < 10_000:
+        read += os.read(reader, 1 << 20)
+    assert count(read.decode()) == 10_000 and len(read) < 700_000
+    assert read.decode().endswith(" lines are missing here: nobody read the log\n")
+    print("after", file=output)
+    assert output.finish() and os.read(reader, 100) == b"after\n"
+    os.close(reader)
+
+
+def test_a_reader_that_is_gone_is_no_error() -> None:
+    reader, output = make_pipe(max_chars=1000)
+    os.close(reader)
+    print("x", file=output)
+    output.finish()
+    print("y", file=output)
+    output.finish()
+
+
+def test_it_is_the_terminal_that_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    primary, secondary = os.openpty()
+    target = os.fdopen(secondary, "w")
+    output = QueuedOutput(target, 1000)
+    assert output.isatty() and output.fileno() == secondary and output.encoding == target.encoding
+    print("é", file=output)
+    assert output.finish() and os.read(primary, 100).decode() == "é\r\n"
+
+
+PROGRAM = """
+import os, sys, threading
+from tinyvllm.server.output_queue import queue_outputs, show_stacks_on_usr1, exit_now
+queue_outputs()
+show_stacks_on_usr1()
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "words"),
+    [
+        ("raise ValueError('crash')", 1, "ValueError: crash"),
+        ("exit_now(3)", 3, "last words"),
+        ("os.kill(os.getpid(), 10); threading.Event().wait(0.5)", 0, "in <module>"),
+    ],
+)
+def test_last_words_come_out_and_a_full_pipe_does_not_hold_up_the_end(end: str, code: int, words: str) -> None:
+    program = f"{PROGRAM}\nsys.stderr.write('last words\\n')\n{end}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    assert done.returncode == code and words in done.stderr
+    program = f"{PROGRAM}\nsys.stderr.write('x' * 500_000)\nsys.stdout.write('y' * 500_000)\n{end}"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        start_s = time.monotonic()
+        assert process.wait(timeout=30) == code
+        assert time.monotonic() - start_s < 10

@@ -42,7 +42,7 @@ MakeProtocol = Callable[[dict[str, Any]], asyncio.Protocol]  # of the state that
 
 
 class RareLog:
-    """Logs an event that may happen thousands of times a second: once in LOG_PERIOD_S, with the count since the start."""
+    """Logs an event that may happen thousands of times a second: once in LOG_PERIOD_S, with its count so far."""
 
     def __init__(self, level: int, text: str) -> None:
         """text: has %d for the count, and %s for the latest detail."""

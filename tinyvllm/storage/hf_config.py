@@ -10,7 +10,7 @@ from tinyvllm.errors import ModelError
 from tinyvllm.storage import families
 from tinyvllm.storage.families import SOFTCAPS, FamilyFiles
 from tinyvllm.storage.hf_rope import FULL, WINDOWED, read_rope, read_rope_by_layer
-from tinyvllm.storage.values import Values
+from tinyvllm.storage.values import MAX_LAYERS, MAX_SIZE, Values
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}  # ours by transformers' name
 # What a model of several parts states once, outside its text_config
@@ -26,9 +26,9 @@ def read_hf_config(config: Values, name: str) -> ModelConfig:
     family = families.KNOWN_ARCHITECTURES[architecture]
     values = _with_defaults(config, family)
     _refuse_variants(values, family)
-    hidden_size = values.integer("hidden_size")
-    num_heads = values.integer("num_attention_heads")
-    num_layers = values.integer("num_hidden_layers")
+    hidden_size = values.integer("hidden_size", at_most=MAX_SIZE)
+    num_heads = values.integer("num_attention_heads", at_most=MAX_SIZE)
+    num_layers = values.integer("num_hidden_layers", at_most=MAX_LAYERS)
     head_dim = _head_dim(values, "qk_rope_head_dim" if family.has_latents else "head_dim", hidden_size, num_heads)
     num_kv_heads = values.integer("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads != 0:
@@ -39,11 +39,11 @@ def read_hf_config(config: Values, name: str) -> ModelConfig:
         architecture=architecture,
         num_layers=num_layers,
         hidden_size=hidden_size,
-        ffn_size=values.integer("intermediate_size"),
+        ffn_size=values.integer("intermediate_size", at_most=MAX_SIZE),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        vocab_size=values.integer("vocab_size"),
+        vocab_size=values.integer("vocab_size", at_most=MAX_SIZE),
         max_position=values.integer("max_position_embeddings"),
         rope=rope,
         norm_eps=values.positive("rms_norm_eps", 1e-6),
@@ -77,8 +77,8 @@ def text_values(config: Values) -> Values:
 
 def _architecture(config: Values) -> tuple[str, bool]:
     """(the registry's key, whether the class has a language model's head)."""
-    classes, model_type = config.get("architectures") or [], config.get("model_type")
-    text_type = text_values(config).get("model_type")
+    classes, model_type = config.texts("architectures"), config.optional_text("model_type")
+    text_type = text_values(config).optional_text("model_type")
     for key, names in families.KNOWN_ARCHITECTURES.items():
         is_wrapped = any(name in names.hf_wrappers for name in classes) and text_type in (None, *names.hf_types)
         if is_wrapped or any(name in names.hf_classes for name in classes):
@@ -96,10 +96,10 @@ def _architecture(config: Values) -> tuple[str, bool]:
 
 def _num_labels(config: Values) -> int:
     """Of a classifier: transformers' default is 2."""
-    if not any(name.endswith(CLASSIFIER) for name in config.get("architectures") or []):
+    if not any(name.endswith(CLASSIFIER) for name in config.texts("architectures")):
         return 0
     labels = config.inner("id2label")
-    return config.integer("num_labels", 2 if labels is None else len(labels.values))
+    return config.integer("num_labels", 2 if labels is None else len(labels.values), at_most=MAX_SIZE)
 
 
 def _with_defaults(config: Values, family: FamilyFiles) -> Values:
@@ -110,7 +110,7 @@ def _with_defaults(config: Values, family: FamilyFiles) -> Values:
 def _head_dim(values: Values, key: str, hidden_size: int, num_heads: int) -> int:
     if values.get(key) is None and hidden_size % num_heads != 0:
         values.refuse("hidden_size", f"a multiple of num_attention_heads ({num_heads}) where {key} is not given")
-    head_dim = values.integer(key, hidden_size // num_heads)
+    head_dim = values.integer(key, hidden_size // num_heads, at_most=MAX_SIZE)
     if head_dim % 2 != 0:
         raise ModelError(f"{values.source}: {key} is {head_dim}: rotary embeddings need an even number")
     return head_dim
@@ -127,8 +127,9 @@ def _score_scale(values: Values, family: FamilyFiles, head_dim: int) -> float | 
 def _refuse_variants(values: Values, family: FamilyFiles) -> None:
     """Refuse settings that would change the computation, where running on would give wrong tokens."""
     for key in ("hidden_act", "hidden_activation"):
-        if values.get(key) is not None and ACTIVATIONS.get(values.get(key)) != family.activation:
-            values.unsupported(key, ", ".join(name for name, ours in ACTIVATIONS.items() if ours == family.activation))
+        name = values.optional_text(key)
+        if name is not None and ACTIVATIONS.get(name) != family.activation:
+            values.unsupported(key, ", ".join(one for one, ours in ACTIVATIONS.items() if ours == family.activation))
     for key in ("attention_bias", "mlp_bias"):
         if key not in family.hf_biases and values.flag(key):
             values.unsupported(key, "false (no biases)")
@@ -223,7 +224,7 @@ def _refuse_partial_rope(values: Values, family: FamilyFiles) -> None:
 
 def _dtype(values: Values) -> str:
     key = "dtype" if values.get("dtype") is not None else "torch_dtype"
-    dtype = str(values.get(key) or "float32").removeprefix("torch.")
+    dtype = (values.optional_text(key) or "float32").removeprefix("torch.")
     if dtype not in DTYPES:
         values.unsupported(key, ", ".join(DTYPES))
     return dtype

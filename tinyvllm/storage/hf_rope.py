@@ -15,6 +15,8 @@ from tinyvllm.storage.values import Values
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 FULL, WINDOWED = "full_attention", "sliding_attention"  # of layer_types and of rope_parameters by kind of layer
 DEFAULT_THETA = 10000.0
+MIN_THETA, MAX_THETA = 2.0, 1e18  # known are 1e4 to 1e10
+MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6  # of a stretched context; known are up to 128
 
 
 def rope_values(values: Values) -> Values:
@@ -43,7 +45,7 @@ def read_rope_by_layer(values: Values, head_dim: int, layer_type: str, local_the
     rope: dict[str, Any] = dict((nested.inner(layer_type) or Values(values.source, {})).values)
     if layer_type == WINDOWED:
         if local_theta is not None or values.get("rope_local_base_freq") is not None:
-            rope.setdefault("rope_theta", values.positive("rope_local_base_freq", local_theta))
+            rope.setdefault("rope_theta", values.positive("rope_local_base_freq", local_theta, MIN_THETA, MAX_THETA))
     elif (scaling := values.inner("rope_scaling")) is not None:
         rope |= dict(scaling.values)
     return _read(values, Values(values.source, rope), head_dim, {})
@@ -60,10 +62,13 @@ def _kind(rope: Values, aliases: Mapping[str, str]) -> str:
 
 def _read(values: Values, rope: Values, head_dim: int, aliases: Mapping[str, str]) -> Rope:
     kind = _kind(rope, aliases)
-    theta = rope.positive("rope_theta", values.positive("rope_theta", DEFAULT_THETA))
+    outside = values.positive("rope_theta", DEFAULT_THETA, MIN_THETA, MAX_THETA)
+    theta = rope.positive("rope_theta", outside, MIN_THETA, MAX_THETA)
     share = rope.positive("partial_rotary_factor", values.positive("partial_rotary_factor", 1.0))
     if kind == "proportional":  # its share is of the pairs that rotate, in a rope of all dimensions
-        return Rope(theta, RopeScaling("proportional", rope.positive("factor", 1.0), proportion=share))
+        return Rope(
+            theta, RopeScaling("proportional", rope.positive("factor", 1.0, MIN_FACTOR, MAX_FACTOR), proportion=share)
+        )
     num_dims = int(head_dim * share)
     if num_dims % 2 or not 0 < num_dims <= head_dim:
         source = rope if rope.get("partial_rotary_factor") is not None else values
@@ -78,14 +83,14 @@ def _scaling(values: Values, rope: Values, kind: str, num_dims: int) -> tuple[Ro
     if kind == "default":
         return None, 1.0
     if kind == "linear":
-        return RopeScaling("linear", rope.positive("factor")), 1.0
+        return RopeScaling("linear", _factor(rope)), 1.0
     original = _original_max_position(values, rope)
     if kind == "llama3":
         low, high = rope.positive("low_freq_factor"), rope.positive("high_freq_factor")
         if low >= high:
             rope.refuse("low_freq_factor", f"below high_freq_factor ({high})")
-        return RopeScaling("llama3", rope.positive("factor"), low, high, original), 1.0
-    factor = rope.positive("factor", values.integer("max_position_embeddings") / original)
+        return RopeScaling("llama3", _factor(rope), low, high, original), 1.0
+    factor = _factor(rope, values.integer("max_position_embeddings") / original)
     stretch = _longrope if kind == "longrope" else _yarn
     return stretch(rope, factor, original, num_dims)
 
@@ -102,11 +107,11 @@ def _yarn(rope: Values, factor: float, original: int, num_dims: int) -> tuple[Ro
         "yarn",
         factor,
         original_max_position=original,
-        beta_fast=rope.optional_number("beta_fast") or 32.0,
-        beta_slow=rope.optional_number("beta_slow") or 1.0,
+        beta_fast=rope.optional_number("beta_fast", MAX_FACTOR) or 32.0,
+        beta_slow=rope.optional_number("beta_slow", MAX_FACTOR) or 1.0,
         truncate=rope.flag("truncate", default=True),
     )
-    slope, all_dims = rope.optional_number("mscale"), rope.optional_number("mscale_all_dim")
+    slope, all_dims = (rope.optional_number(key, MAX_FACTOR) for key in ("mscale", "mscale_all_dim"))
     usual = yarn_magnitude(factor)
     if slope and all_dims:
         usual = yarn_magnitude(factor, slope) / yarn_magnitude(factor, all_dims)
@@ -116,8 +121,12 @@ def _yarn(rope: Values, factor: float, original: int, num_dims: int) -> tuple[Ro
 def _original_max_position(values: Values, rope: Values) -> int:
     """Tokens of the context before it was stretched. A class that has the key outside (Phi-3) reads it there."""
     key = "original_max_position_embeddings"
-    outside = values.optional_integer(key)
-    return outside or rope.integer(key, values.optional_integer("max_position_embeddings"))
+    outside = values.optional_integer(key, at_least=2)  # longrope divides by its logarithm
+    return outside or rope.integer(key, values.optional_integer("max_position_embeddings"), at_least=2)
+
+
+def _factor(rope: Values, default: float | None = None) -> float:
+    return rope.positive("factor", default, MIN_FACTOR, MAX_FACTOR)
 
 
 def yarn_magnitude(factor: float, slope: float = 1.0) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tinyvllm.config import GenerationDefaults, ModelConfig, ModelFiles
+from tinyvllm.config import MIN_POSITIVE, GenerationDefaults, ModelConfig, ModelFiles
 from tinyvllm.storage.gguf_config import read_gguf_config
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.storage.hf_config import DTYPE_KEYS, read_hf_config, text_values
 from tinyvllm.storage.sentence_transformers import HEAD_NAME, read_pooling, tensor_names
 from tinyvllm.storage.stored_dtype import stored_dtype
-from tinyvllm.storage.values import Values, read_json
+from tinyvllm.storage.strict_json import read_json, read_json_if_present
+from tinyvllm.storage.values import MAX_SIZE, Values
 
 
 def read_model_config(files: ModelFiles) -> ModelConfig:
@@ -49,23 +50,31 @@ def read_generation_defaults(files: ModelFiles) -> GenerationDefaults:
             tuple(i for key in eos_keys for i in values.token_ids(key)),
         )
     config_path, path = files.path / "config.json", files.path / "generation_config.json"
-    values = Values(path, read_json(path) if path.is_file() else {})
-    eos_ids = values.token_ids("eos_token_id")
-    if config_path.is_file():
-        config = Values(config_path, read_json(config_path))
-        eos_ids += config.token_ids("eos_token_id") or text_values(config).token_ids("eos_token_id")
+    values = Values(path, read_json_if_present(path))
+    config = Values(config_path, read_json_if_present(config_path))
+    text = text_values(config)
+    vocab_size = text.optional_integer("vocab_size", at_most=MAX_SIZE)
+    for place in (values, config, text):
+        place.token_ids("bos_token_id", vocab_size)  # unused: the tokenizer's is; but not a lie
+    eos_ids = values.token_ids("eos_token_id", vocab_size)
+    eos_ids += config.token_ids("eos_token_id", vocab_size) or text.token_ids("eos_token_id", vocab_size)
     return _generation_defaults(values, "", "temperature", "repetition_penalty", eos_ids)
 
 
 def _generation_defaults(
     values: Values, prefix: str, temperature_key: str, repetition_key: str, eos_ids: tuple[int, ...]
 ) -> GenerationDefaults:
+    """Limits are those of requests (config.py:SamplingParams), which would all be refused for values beyond them."""
     return GenerationDefaults(
-        temperature=values.optional_number(prefix + temperature_key),
-        top_p=values.optional_number(prefix + "top_p"),
+        temperature=values.optional_number(prefix + temperature_key, at_most=100),
+        top_p=_above_0(values, prefix + "top_p", at_most=1),
         top_k=values.optional_integer(prefix + "top_k", at_least=-1),
-        min_p=values.optional_number(prefix + "min_p"),
+        min_p=values.optional_number(prefix + "min_p", at_most=1),
         eos_ids=tuple(dict.fromkeys(eos_ids)),
-        repetition_penalty=values.optional_number(prefix + repetition_key),
-        typical_p=values.optional_number(prefix + "typical_p"),
+        repetition_penalty=_above_0(values, prefix + repetition_key, at_most=100),
+        typical_p=_above_0(values, prefix + "typical_p", at_most=1),
     )
+
+
+def _above_0(values: Values, key: str, at_most: float) -> float | None:
+    return None if values.get(key) is None else values.positive(key, at_least=MIN_POSITIVE, at_most=at_most)

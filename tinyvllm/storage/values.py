@@ -14,7 +14,7 @@ __all__ = ["MAX_INTEGER", "MAX_LAYERS", "MAX_SIZE", "Values", "read_json", "show
 
 MAX_INTEGER = 2**31 - 1  # of every count, size and id: kernels index with 32 bits
 MAX_SIZE = 1 << 24  # of a vocabulary or of a vector: 64 times the largest known
-MAX_LAYERS = 4096  # 32 times the most known: readers make lists of layers
+MAX_LAYERS = 1024  # 8 times the most known: readers compare lists of layers with one another
 # Of numbers, which kernels multiply in float32: beyond these they become infinite or zero
 LARGEST, SMALLEST = 3e38, 1.2e-38
 MAX_SHOWN = 300  # characters of a value in a message
@@ -89,14 +89,14 @@ class Values:
             self.refuse(key, f"{_whole_number(at_least, at_most, value)}, or a list of {count} of them")
         return value
 
-    def indices(self, key: str, count: int) -> list[int]:
-        """A list of whole numbers below `count`; empty if absent."""
+    def indices(self, key: str, count: int, limit: str) -> set[int]:
+        """The whole numbers of a list, below `count`; none if absent. `limit`: what the list must be, for messages."""
         value = self.get(key)
         if value is None:
-            return []
+            return set()
         if not isinstance(value, list) or not all(is_integer(item, 0, count - 1) for item in value):
-            self.refuse(key, f"a list of whole numbers from 0 to {count - 1}")
-        return value
+            self.refuse(key, limit)
+        return set(value)
 
     def token_ids(self, key: str, vocab_size: int | None = None) -> tuple[int, ...]:
         """An id, a list of ids or nothing."""
@@ -118,21 +118,30 @@ class Values:
 
     # --- Numbers -------------------------------------------------------------------------------------------------
 
-    def optional_number(self, key: str) -> float | None:
+    def optional_number(self, key: str, at_most: float = LARGEST) -> float | None:
         value = self.get(key)
         if value is None:
             return None
-        if not _is_number(value) or not 0 <= value <= LARGEST:
-            self.refuse(key, f"a number that is not negative{_and_finite(value)}")
+        if not _is_number(value) or not 0 <= value <= at_most:
+            self.refuse(key, f"a number that is not negative{_at_most(value, at_most)}")
         return float(value)
 
-    def positive(self, key: str, default: float | None = None) -> float:
-        value = self.optional_number(key)
+    def positive(
+        self, key: str, default: float | None = None, at_least: float = SMALLEST, at_most: float = LARGEST
+    ) -> float:
+        value = self.optional_number(key, at_most)
         if value is None:
             value = default
-        if not value or value < SMALLEST:
-            self.refuse(key, "a number above 0")
+        if not value or value < at_least:
+            self.refuse(key, "a number above 0" if at_least == SMALLEST else f"a number of at least {at_least:g}")
         return value
+
+    def signed(self, key: str) -> float:
+        """A number of either sign."""
+        value = self.get(key)
+        if not _is_number(value) or not -LARGEST <= value <= LARGEST:
+            self.refuse(key, "a number")
+        return float(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         """A list of `count` numbers above 0."""
@@ -219,9 +228,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _and_finite(value: Any) -> str:
+def _at_most(value: Any, limit: float) -> str:
     """The upper limit, left out where it was not missed."""
-    return f", and at most {LARGEST:g}" if _is_number(value) and value > LARGEST else ""
+    return f", and at most {limit:g}" if _is_number(value) and value > limit else ""
 
 
 def _is_positive(value: Any) -> bool:

@@ -7,20 +7,23 @@ from collections.abc import Iterable
 import tokenizers
 
 from tinyvllm.config import ModelFiles
-from tinyvllm.errors import RequestError
+from tinyvllm.errors import ModelError, RequestError
 from tinyvllm.faults import reach
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.text.fim import find_marks
 from tinyvllm.text.gguf_tokenizer import read_gguf_tokenizer
 from tinyvllm.text.hf_tokenizer import read_hf_tokenizer
 from tinyvllm.text.tokenizer_spec import TokenizerSpec
+from tinyvllm.text.tokenizers_library import failures_as
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
     """Read a model's tokenizer. Raises ModelError (or UnsupportedModelError), naming what is missing or unknown."""
     if files.kind == "gguf":
         return Tokenizer(read_gguf_tokenizer(GGUFFile(files.path).metadata))
-    return Tokenizer(read_hf_tokenizer(files.path))
+    spec = read_hf_tokenizer(files.path)
+    with failures_as(lambda text: ModelError(f"{files.path} has a tokenizer that cannot be used: {text}")):
+        return Tokenizer(spec)
 
 
 APART = "☺"  # a character that SentencePiece vocabularies merge with no other
@@ -54,7 +57,10 @@ class Tokenizer:
         check_characters(text, "prompt")
         reach("text.encode")
         backend = self._backend if parse_special else self._plain_backend
-        ids = backend.encode(text, add_special_tokens=False).ids
+        with failures_as(
+            lambda reason: RequestError(f"the tokenizer cannot encode this text: {reason}", param="prompt")
+        ):
+            ids = backend.encode(text, add_special_tokens=False).ids
         return [*self._spec.prefix_ids, *ids, *self._spec.suffix_ids] if add_special_tokens else ids
 
     def encode_middle(self, prefix: str | list[int], suffix: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -136,8 +142,12 @@ def make_plain_backend(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     added = backend.get_added_tokens_decoder()
     twin.add_tokens([added[token_id] for token_id in sorted(added)])  # ids are assigned in this order
     twin.encode_special_tokens = True
-    same = all(twin.token_to_id(token.content) == token_id for token_id, token in added.items())
-    assert same, "added tokens have other ids in the copy"
+    for token_id, token in added.items():
+        if twin.token_to_id(token.content) != token_id:
+            raise ModelError(
+                f"the tokenizer's added token {token.content!r} has the id {token_id}, which the library gives to "
+                f"{twin.id_to_token(token_id)!r}: its files contradict each other"
+            )
     return twin
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tinyvllm.config import ExpertsKind, ModelConfig
-from tinyvllm.storage.values import Values
+from tinyvllm.storage.values import MAX_LAYERS, MAX_SIZE, Values
 
+MAX_EXPERTS = 1 << 16  # of a layer; the most known are 512
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")  # of config.json
 
 
@@ -23,7 +24,8 @@ def gguf_experts(values: Values, ffn_key: str = "expert_feed_forward_length") ->
 
 
 def _experts(values: Values, keys: tuple[str, str, str]) -> ExpertsKind:
-    count, top_k, ffn_size = (values.integer(key) for key in keys)
+    count, top_k = (values.integer(key, at_most=MAX_EXPERTS) for key in keys[:2])
+    ffn_size = values.integer(keys[2], at_most=MAX_SIZE)
     if top_k > count:
         values.refuse(keys[1], f"at most {count} ({keys[0]})")
     return ExpertsKind(num_experts=count, top_k=top_k, ffn_size=ffn_size)
@@ -45,8 +47,9 @@ def with_groups(experts: ExpertsKind, values: Values, keys: tuple[str, str]) -> 
 
 def sparse_layers(config: ModelConfig, values: Values) -> tuple[bool, ...]:
     """ModelConfig.with_experts by Qwen's keys: every decoder_sparse_step-th layer, but those in mlp_only_layers."""
-    step, dense = values.integer("decoder_sparse_step", 1), values.get("mlp_only_layers") or []
-    if not isinstance(dense, list):
-        values.refuse("mlp_only_layers", "a list of layers")
+    step, dense = (
+        values.integer("decoder_sparse_step", 1),
+        values.indices("mlp_only_layers", MAX_LAYERS, "a list of layers"),
+    )
     flags = tuple((layer + 1) % step == 0 and layer not in dense for layer in range(config.num_layers))
     return () if all(flags) else flags

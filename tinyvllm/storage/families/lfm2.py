@@ -8,7 +8,7 @@ from dataclasses import replace
 from tinyvllm.config import ConvKind, ModelConfig
 from tinyvllm.storage.families.delta_net import MIN_TAPS
 from tinyvllm.storage.families.family import FamilyFiles
-from tinyvllm.storage.values import Values
+from tinyvllm.storage.values import MAX_SIZE, Values
 
 CONV, FULL = "conv", "full_attention"  # of layer_types
 
@@ -32,22 +32,23 @@ def refine_hf(config: ModelConfig, values: Values) -> ModelConfig:
     )
 
 
-def _attending_layers(values: Values, num_layers: int) -> list[int]:
+def _attending_layers(values: Values, num_layers: int) -> set[int]:
     """Where a file does not list them, all layers have attention."""
-    layers = values.get("full_attn_idxs")
-    if layers is None:
-        return list(range(num_layers))
-    if not isinstance(layers, list) or not layers or any(layer not in range(num_layers) for layer in layers):
-        values.refuse("full_attn_idxs", f"a list of layers, each less than num_hidden_layers ({num_layers})")
+    if values.get("full_attn_idxs") is None:
+        return set(range(num_layers))
+    limit = f"a list of layers, each less than num_hidden_layers ({num_layers})"
+    layers = values.indices("full_attn_idxs", num_layers, limit)
+    if not layers:
+        values.refuse("full_attn_idxs", limit)
     return layers
 
 
 def _ffn_size(values: Values) -> int:
-    size = values.integer("block_ff_dim", values.integer("intermediate_size"))
+    size = values.integer("block_ff_dim", values.integer("intermediate_size"), at_most=MAX_SIZE)
     if not values.flag("block_auto_adjust_ff_dim", default=True):
         return size
-    size = int(values.positive("block_ffn_dim_multiplier", 1.0) * int(2 * size / 3))
-    multiple = values.integer("block_multiple_of", 256)
+    size = int(values.positive("block_ffn_dim_multiplier", 1.0, at_most=1024) * int(2 * size / 3))
+    multiple = values.integer("block_multiple_of", 256, at_most=MAX_SIZE)
     return -(-size // multiple) * multiple
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -303,6 +304,52 @@ def test_missing_scores_are_named() -> None:
 def test_broken_metadata_says_what_is_wrong(tweaks: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         make_byte_level(**tweaks)
+
+
+NAN = float("nan")
+LIES: list[tuple[dict[str, Any], str]] = [
+    ({"model": 7}, r"model is 7, which is not supported; known: gpt2"),
+    ({"pre": ["gpt-2"]}, r"pre is \['gpt-2'\], which is not supported"),
+    ({"tokens": 3}, r"tokens is 3: it must be a list of texts"),
+    ({"tokens": []}, r"tokens is \[\]: it must be a list of texts, one for each token"),
+    ({"tokens": [1, 2]}, r"tokens is \[1, 2\]"),
+    ({"merges": 1.5}, r"merges is 1\.5: it must be a list of texts"),
+    ({"merges": [1]}, r"merges is \[1\]: it must be a list of texts"),
+    ({"token_type": 1}, r"token_type is 1: it must be a list of whole numbers"),
+    ({"token_type": ["1"] * 260}, r"token_type is \['1'.*: it must be a list of whole numbers"),
+    ({"bos_token_id": -1}, r"bos_token_id is -1: it must be a whole number of at least 0"),
+    ({"bos_token_id": NAN}, r"bos_token_id is nan: it must be a whole number"),
+    ({"eos_token_id": [2]}, r"eos_token_id is \[2\]: it must be a whole number"),
+    ({"eot_token_id": True}, r"eot_token_id is True: it must be a whole number"),
+    ({"fim_pre_token_id": "5"}, r"fim_pre_token_id is '5': it must be a whole number"),
+    ({"add_bos_token": "yes"}, r"add_bos_token is 'yes': it must be true or false"),
+]
+
+
+@pytest.mark.parametrize(("tweaks", "message"), LIES, ids=[f"{number}" for number in range(len(LIES))])
+def test_metadata_of_another_type_are_refused_by_name(tweaks: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=rf"m\.gguf: tokenizer\.ggml\.{message}"):
+        read_gguf_tokenizer(byte_level_metadata(**tweaks), Path("m.gguf"))
+
+
+def test_scores_that_are_no_numbers_are_refused_by_name() -> None:
+    scores = spm_metadata()["tokenizer.ggml.scores"]
+    for odd, message in (
+        (None, r"scores is \[None.*a list of numbers"),
+        (NAN, r"scores\[0\] is nan"),
+        (-1 / 1e-320, r"scores\[0\] is -inf: it must be a finite number"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            make_spm(scores=[odd, *scores[1:]])
+    with pytest.raises(ModelError, match=r"scores is 0\.5"):
+        make_spm(scores=0.5)
+
+
+def test_a_scored_token_of_a_megabyte_is_refused() -> None:
+    """Each of its cuts would be tried: hours."""
+    tokens = spm_metadata()["tokenizer.ggml.tokens"]
+    with pytest.raises(ModelError, match=r"tokens\[\d+\] has 1000000 characters.*at most 1024"):
+        make_spm(tokens=[*tokens[:-1], "a" * 1_000_000])
 
 
 def test_empty_token_text_is_no_obstacle() -> None:

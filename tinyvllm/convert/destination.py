@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError
-from tinyvllm.storage.gguf_file import MAGIC, split_files
+from tinyvllm.storage.gguf_file import split_files
+from tinyvllm.storage.gguf_header import MAGIC
 
 SPARE_BYTES = 64 << 20  # of disk, for headers, tokenizer files and others' writing
 # What a model directory has: weights, settings, the tokenizer's files and the license

@@ -163,7 +163,7 @@ def _turn_end(directory: Path, spec: TokenizerSpec, found: dict[str, Any]) -> di
 
 def _check(directory: Path, spec: TokenizerSpec, metadata: dict[str, Any]) -> None:
     """Raise UnsupportedModelError if the metadata's tokenizer encodes a probe in another way."""
-    source, written = Tokenizer(spec), Tokenizer(read_gguf_tokenizer(metadata))
+    source, written = Tokenizer(spec), Tokenizer(read_gguf_tokenizer(metadata, directory))
     for text in PROBES:
         if source.encode(text) != written.encode(text):
             raise UnsupportedModelError(

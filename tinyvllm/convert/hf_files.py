@@ -47,7 +47,7 @@ def copy_directory(source: Path, target: Path, edit: Callable[[dict[str, Any]], 
 def make_directory(source: ModelFiles, config: ModelConfig, target: Path, added: Mapping[str, Any]) -> None:
     """A directory's files besides weights, from a GGUF file. Raises UnsupportedModelError for an unknown family."""
     metadata = GGUFFile(source.path).metadata
-    spec = read_gguf_tokenizer(metadata)
+    spec = read_gguf_tokenizer(metadata, source.path)
     eos_ids = read_generation_defaults(source).eos_ids or tuple(sorted(spec.eos_ids))
     stated = {"bos_token_id": spec.bos_id, "eos_token_id": list(eos_ids) if len(eos_ids) > 1 else spec.eos_id}
     settings = config_json(config) | {key: value for key, value in stated.items() if value is not None}
@@ -55,8 +55,8 @@ def make_directory(source: ModelFiles, config: ModelConfig, target: Path, added:
     backend = _with_ends(spec)
     backend.save(str(target / "tokenizer.json"))
     tokenizer: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    tokenizer |= read_special_texts(metadata)
-    templates = read_gguf_templates(metadata)
+    tokenizer |= read_special_texts(metadata, source.path)
+    templates = read_gguf_templates(metadata, source.path)
     if templates:
         named = [{"name": name, "template": text} for name, text in templates.items()]
         tokenizer["chat_template"] = templates["default"] if list(templates) == ["default"] else named

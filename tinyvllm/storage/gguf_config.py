@@ -9,7 +9,7 @@ from tinyvllm.storage.families import SOFTCAPS, FamilyFiles
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.storage.gguf_rope import read_gguf_rope
 from tinyvllm.storage.hf_config import shortest_period
-from tinyvllm.storage.values import Values
+from tinyvllm.storage.values import MAX_LAYERS, Values
 
 # What ModelConfig.biases calls the bias of a module, which no key mentions
 BIASES = {
@@ -108,9 +108,10 @@ def _refuse_variants(values: Values, family: FamilyFiles) -> None:
 def _num_layers(values: Values) -> int:
     """Without those that follow them to draft tokens (multi-token prediction)."""
     drafting = values.optional_integer("nextn_predict_layers", at_least=0) or 0
-    count = values.integer("block_count") - drafting
+    stated = values.integer("block_count", at_most=MAX_LAYERS)
+    count = stated - drafting
     if count < 1:
-        values.refuse("nextn_predict_layers", f"less than block_count ({values.integer('block_count')})")
+        values.refuse("nextn_predict_layers", f"less than block_count ({stated})")
     return count
 
 
@@ -119,7 +120,8 @@ def _largest(values: Values, family: FamilyFiles, key: str, default: int | None 
     layers are alike."""
     if not isinstance(values.get(key), list):
         return values.integer(key, default)
-    counts = values.integers(key, values.integer("block_count"), at_least=0 if family.hf_recurrent else 1)
+    num_layers = values.integer("block_count", at_most=MAX_LAYERS)
+    counts = values.integers(key, num_layers, at_least=0 if family.hf_recurrent else 1)
     counts = [count for count in counts if count]  # recurrent layers have no heads
     if not counts:
         values.refuse(key, "above 0 in one layer at least")

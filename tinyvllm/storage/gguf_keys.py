@@ -1,10 +1,14 @@
-"""A model's configuration under GGUF's keys, for files that are written and models that are described."""
+"""GGUF's keys: a model's configuration under them, for files that are written and models that are described, and the
+ids of tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tinyvllm.config import ModelConfig
+from tinyvllm.storage.values import Values
+
+MAX_STORED = 2**64 - 1  # the largest number that a file can hold
 
 
 def size_keys(config: ModelConfig) -> dict[str, Any]:
@@ -22,3 +26,10 @@ def size_keys(config: ModelConfig) -> dict[str, Any]:
         "rope.freq_base": config.rope.theta,
         "vocab_size": config.vocab_size,
     }
+
+
+def token_id_below(values: Values, key: str, num_tokens: int) -> int | None:
+    """The id of a token, or None: an id that the vocabulary does not have counts as absent, as in llama.cpp, because
+    files in use state such ids for tokens that a model lacks. Raises ModelError for what is no id."""
+    token_id = values.optional_integer(key, at_least=0, at_most=MAX_STORED)
+    return token_id if token_id is not None and token_id < num_tokens else None

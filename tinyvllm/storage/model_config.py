@@ -7,6 +7,7 @@ from dataclasses import replace
 from tinyvllm.config import MIN_POSITIVE, GenerationDefaults, ModelConfig, ModelFiles
 from tinyvllm.storage.gguf_config import read_gguf_config
 from tinyvllm.storage.gguf_file import GGUFFile
+from tinyvllm.storage.gguf_keys import token_id_below
 from tinyvllm.storage.hf_config import DTYPE_KEYS, read_hf_config, text_values
 from tinyvllm.storage.sentence_transformers import HEAD_NAME, read_pooling, tensor_names
 from tinyvllm.storage.stored_dtype import stored_dtype
@@ -41,13 +42,16 @@ def read_generation_defaults(files: ModelFiles) -> GenerationDefaults:
     """Sampling values that the model's authors recommend, and every id that ends an answer, the format's own first."""
     if files.kind == "gguf":
         values = Values(files.path, GGUFFile(files.path).metadata)
-        eos_keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+        num_tokens = len(values.texts("tokenizer.ggml.tokens"))
+        stated = (
+            token_id_below(values, f"tokenizer.ggml.{name}_token_id", num_tokens) for name in ("eos", "eot", "eom")
+        )
         return _generation_defaults(
             values,
             "general.sampling.",
             "temp",
             "penalty_repeat",
-            tuple(i for key in eos_keys for i in values.token_ids(key)),
+            tuple(token_id for token_id in stated if token_id is not None),
         )
     config_path, path = files.path / "config.json", files.path / "generation_config.json"
     values = Values(path, read_json_if_present(path))

@@ -22,7 +22,7 @@ from tinyvllm.storage.gguf_file import GGUFFile, split_files
 from tinyvllm.storage.gguf_keys import size_keys
 from tinyvllm.storage.model_config import read_model_config
 from tinyvllm.storage.safetensors_header import read_header
-from tinyvllm.storage.values import read_json
+from tinyvllm.storage.values import Values, read_json
 
 MAX_LISTED = 5  # longer lists are left out of `ModelSummary.info`, as in Ollama
 SAMPLE_BYTES = 1 << 16  # of a file's start, middle and end, for its fingerprint
@@ -131,7 +131,7 @@ def _fingerprint(versions: Iterable[tuple[str, int, int]]) -> str:
 
 def _gguf_quantization(file: GGUFFile) -> str:
     """The file type that its writer states, else the type of most weights."""
-    stated = file.metadata.get("general.file_type")
+    stated = Values(file.path, file.metadata).optional_integer("general.file_type", at_least=0)
     if stated in {int(known) for known in LlamaFileType}:
         return LlamaFileType(stated).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     counts: Counter[str] = Counter()

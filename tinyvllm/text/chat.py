@@ -53,8 +53,8 @@ def load_chat_template(files: ModelFiles, override_path: str | Path | None = Non
     """
     if files.kind == "gguf":
         metadata = GGUFFile(files.path).metadata
-        special_texts = gguf_tokenizer.read_special_texts(metadata)
-        sources = read_gguf_templates(metadata)
+        special_texts = gguf_tokenizer.read_special_texts(metadata, files.path)
+        sources = read_gguf_templates(metadata, files.path)
     else:
         special_texts = hf_tokenizer.read_special_texts(files.path)
         sources = read_hf_templates(files.path)
@@ -63,10 +63,12 @@ def load_chat_template(files: ModelFiles, override_path: str | Path | None = Non
     return ChatTemplate(sources, special_texts, files.name) if sources else None
 
 
-def read_gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+def read_gguf_templates(metadata: Mapping[str, Any], source: Path) -> dict[str, str]:
     prefix = "tokenizer.chat_template"
     keys = {"default": prefix, "tool_use": f"{prefix}.tool_use"}
-    return {name: str(metadata[key]) for name, key in keys.items() if key in metadata}
+    values = Values(source, metadata)
+    found = {name: values.optional_text(key) for name, key in keys.items()}
+    return {name: text for name, text in found.items() if text is not None}
 
 
 def read_hf_templates(directory: Path) -> dict[str, str]:

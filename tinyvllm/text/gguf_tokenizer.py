@@ -8,19 +8,29 @@ https://github.com/ggml-org/llama.cpp/blob/00ad355e009e83abf98f96a6ded7193b95763
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-from tinyvllm.errors import ModelError, UnsupportedModelError
-from tinyvllm.text.pre_tokenizers import find_pre_tokenizer
+from tinyvllm.errors import ModelError
+from tinyvllm.storage.gguf_keys import token_id_below
+from tinyvllm.storage.values import Values, shown
+from tinyvllm.text.pre_tokenizers import PRE_TOKENIZERS
 from tinyvllm.text.tokenizer_spec import SPACE_MARK, TokenizerSpec, byte_level_bytes, sentencepiece_bytes
 
+logger = logging.getLogger(__name__)
+
+PREFIX = "tokenizer.ggml."
+IN_MEMORY = Path("the GGUF metadata")  # what messages call metadata that were not read from a file
 MODELS = ("gpt2", "llama", "gemma4")  # values of tokenizer.ggml.model
+MAX_PIECE = 1024  # characters of a scored piece, of which every cut is tried; SentencePiece's own limit is 16
 LINES = r"[^\n]+|[\n]+"  # of `gemma4`: line breaks are apart from everything else
 
 # Texts that end a turn or a document. Files name one EOS, but a chat model has two or three: Llama 3 ends a turn with
@@ -75,134 +85,162 @@ class Vocabulary:
         return [token_id for token_id, token_type in enumerate(self.types) if token_type in types]
 
 
-def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> TokenizerSpec:
-    """Build a tokenizer. Raises UnsupportedModelError for an unknown kind, ModelError for invalid metadata."""
-    kind = require(metadata, "tokenizer.ggml.model")
-    vocabulary = read_vocabulary(metadata, may_repeat=kind == "gemma4")
+def read_gguf_tokenizer(metadata: Mapping[str, Any], source: Path = IN_MEMORY) -> TokenizerSpec:
+    """Build a tokenizer. `source`: the file, for messages. Raises UnsupportedModelError for an unknown kind, ModelError
+    for metadata that are missing or make no sense."""
+    values = Values(source, metadata, PREFIX)
+    kind = values.choice("model", MODELS)
+    vocabulary = read_vocabulary(metadata, source, may_repeat=kind == "gemma4")
     if kind == "gpt2":
-        pre_tokenizer = find_pre_tokenizer(metadata.get("tokenizer.ggml.pre", "default"))
-        merges = read_merges(metadata, vocabulary)
+        pre_tokenizer = PRE_TOKENIZERS[values.choice("pre", sorted(PRE_TOKENIZERS), "default")]
+        merges = read_merges(values, vocabulary)
         model = models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=pre_tokenizer.ignore_merges)
         backend = tokenizers.Tokenizer(model)
         backend.pre_tokenizer = pre_tokenizer.build()
         to_bytes, add_bos, add_space = byte_level_bytes, pre_tokenizer.add_bos, False
     elif kind == "llama":
-        add_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-        backend = tokenizers.Tokenizer(make_score_bpe(metadata, vocabulary))
+        add_space = values.flag("add_space_prefix", default=True)
+        backend = tokenizers.Tokenizer(make_score_bpe(values, vocabulary))
         # the space is prepended to every segment of text, so after each special token too
         prepend = [normalizers.Prepend(SPACE_MARK)] if add_space else []
         backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE_MARK)])
         to_bytes, add_bos = sentencepiece_bytes, True
-    elif kind == "gemma4":
-        backend = tokenizers.Tokenizer(make_merged_bpe(metadata, vocabulary))
+    else:
+        backend = tokenizers.Tokenizer(make_merged_bpe(values, vocabulary))
         backend.normalizer = normalizers.Replace(" ", SPACE_MARK)
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(LINES), behavior="isolated")
         to_bytes, add_bos, add_space = sentencepiece_bytes, True, False
-    else:
-        raise UnsupportedModelError(f"tokenizer.ggml.model is {kind!r}, which is not known; known: {', '.join(MODELS)}")
 
-    bos_id, eos_id, eos_ids = read_ends(metadata, vocabulary)
-    rstripped = rstripped_texts(metadata, vocabulary)
+    bos_id, eos_id, eos_ids = read_ends(values, vocabulary)
+    rstripped = rstripped_texts(Values(source, metadata), vocabulary)
     add_added_tokens(backend, vocabulary, {*eos_ids, *([] if bos_id is None else [bos_id])}, rstripped)
-    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
-    add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
+    add_bos, add_eos = values.flag("add_bos_token", default=add_bos), values.flag("add_eos_token")
     return TokenizerSpec(
         backend=backend,
         to_bytes=to_bytes,
         bos_id=bos_id,
         eos_id=eos_id,
         eos_ids=eos_ids,
-        prefix_ids=(check_id("tokenizer.ggml.bos_token_id", bos_id, vocabulary),) if add_bos else (),
-        suffix_ids=(check_id("tokenizer.ggml.eos_token_id", eos_id, vocabulary),) if add_eos else (),
+        prefix_ids=(check_id(values, "bos_token_id", bos_id, vocabulary),) if add_bos else (),
+        suffix_ids=(check_id(values, "eos_token_id", eos_id, vocabulary),) if add_eos else (),
         strips_leading_space=add_space,
-        fim_ids=read_fim_ids(metadata, vocabulary),
+        fim_ids=read_fim_ids(metadata, vocabulary, source),
         doubled=vocabulary.doubled,
     )
 
 
-def read_special_texts(metadata: Mapping[str, Any]) -> dict[str, str]:
+def read_special_texts(metadata: Mapping[str, Any], source: Path = IN_MEMORY) -> dict[str, str]:
     """Texts of the special tokens that chat templates use: bos_token, eos_token and unk_token, if they exist."""
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    values = Values(source, metadata, PREFIX)
+    tokens = values.texts("tokens")
     found = {}
     for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown")):
-        token_id = special_id(metadata, key)
-        if token_id is not None and token_id < len(tokens):
-            found[name] = str(tokens[token_id])
+        token_id = special_id(values, key, len(tokens))
+        if token_id is not None:
+            found[name] = tokens[token_id]
     return found
 
 
-def require(metadata: Mapping[str, Any], key: str) -> Any:
-    if key not in metadata:
-        raise ModelError(f"the GGUF file has no {key}, so its tokenizer cannot be built: convert the model again")
-    return metadata[key]
-
-
-def read_vocabulary(metadata: Mapping[str, Any], *, may_repeat: bool = False) -> Vocabulary:
+def read_vocabulary(metadata: Mapping[str, Any], source: Path = IN_MEMORY, *, may_repeat: bool = False) -> Vocabulary:
     """The vocabulary. `may_repeat`: several tokens may have the same text; Gemma 4 has three such pairs."""
-    raw_tokens = require(metadata, "tokenizer.ggml.tokens")
+    values = Values(source, metadata, PREFIX)
+    texts = values.texts("tokens")
+    if not texts:
+        values.refuse("tokens", "a list of texts, one for each token")
     # an empty text cannot be looked up; these are llama.cpp's names for them
-    tokens = [str(token) or f"[EMPTY_{token_id}]" for token_id, token in enumerate(raw_tokens)]
-    types = [int(token_type) for token_type in metadata.get("tokenizer.ggml.token_type", [])] or [
-        int(TokenType.NORMAL)
-    ] * len(tokens)
-    check_length("tokenizer.ggml.token_type", len(types), len(tokens))
+    tokens = [text or f"[EMPTY_{token_id}]" for token_id, text in enumerate(texts)]
+    types = read_types(values, len(tokens))
     ids = {token: token_id for token_id, token in enumerate(tokens)}
     if len(ids) < len(tokens) and not may_repeat:
         double = next(token for token_id, token in enumerate(tokens) if ids[token] != token_id)
-        raise ModelError(f"tokenizer.ggml.tokens contains {double!r} more than once: tokens must be unique")
+        raise ModelError(f"{source}: {PREFIX}tokens contains {shown(double)} more than once: tokens must be unique")
     return Vocabulary(tokens, types, ids)
 
 
-def check_length(key: str, length: int, expected: int) -> None:
+def read_types(values: Values, num_tokens: int) -> list[int]:
+    """A type for each token. Numbers that are no TokenType mean a normal token, as in llama.cpp."""
+    types = values.get("token_type")
+    if types is None or types == []:
+        return [int(TokenType.NORMAL)] * num_tokens
+    if not isinstance(types, list) or not all(type(one) is int for one in types):
+        values.refuse("token_type", "a list of whole numbers, one for each token")
+    check_length(values, "token_type", len(types), num_tokens)
+    return types
+
+
+def check_length(values: Values, key: str, length: int, expected: int) -> None:
     if length != expected:
-        raise ModelError(f"{key} has {length} entries, but tokenizer.ggml.tokens has {expected}: they must match")
+        raise ModelError(
+            f"{values.source}: {values.name(key)} has {length} entries, but {PREFIX}tokens has {expected}: they must "
+            "match"
+        )
 
 
 # --- Models ----------------------------------------------------------------------------------------------
 
 
-def read_merges(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> list[tuple[str, str]]:
+def read_merges(values: Values, vocabulary: Vocabulary) -> list[tuple[str, str]]:
     """The pairs of tokens that are merged, the most frequent first. Raises ModelError."""
+    if values.get("merges") is None:
+        values.refuse("merges", "a list of texts, each of two tokens with a space between them")
     merges = []
-    for rank, line in enumerate(require(metadata, "tokenizer.ggml.merges")):
+    for rank, line in enumerate(values.texts("merges")):
         left, space, right = line[1:].partition(" ")  # from the second character: the first may be a space
         left = line[:1] + left
         if not (space and right and {left, right, left + right} <= vocabulary.ids.keys()):
-            raise ModelError(f"tokenizer.ggml.merges[{rank}] is {line!r}, which is not two tokens that form a third")
+            raise ModelError(
+                f"{values.source}: {PREFIX}merges[{rank}] is {shown(line)}, which is not two tokens that form a third"
+            )
         merges.append((left, right))
     return merges
 
 
-def make_merged_bpe(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> models.BPE:
+def make_merged_bpe(values: Values, vocabulary: Vocabulary) -> models.BPE:
     """SentencePiece's pieces, whose merges are listed. A character without a piece becomes its bytes."""
     return models.BPE(
         vocab=vocabulary.ids,
-        merges=read_merges(metadata, vocabulary),
-        unk_token=unknown_text(metadata, vocabulary),
+        merges=read_merges(values, vocabulary),
+        unk_token=unknown_text(values, vocabulary),
         fuse_unk=True,
         byte_fallback=True,
     )
 
 
-def make_score_bpe(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> models.BPE:
+def make_score_bpe(values: Values, vocabulary: Vocabulary) -> models.BPE:
     """SentencePiece's BPE: of all adjacent pairs whose joint text is a piece, merge the best-scoring piece first."""
-    scores = [float(score) for score in require(metadata, "tokenizer.ggml.scores")]
-    check_length("tokenizer.ggml.scores", len(scores), len(vocabulary.tokens))
+    scores = read_scores(values, len(vocabulary.tokens))
     # control, unknown and byte tokens cannot be produced from text, as in SentencePiece
     pieces = vocabulary.of_type(TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED)
+    longest = max(pieces, key=lambda token_id: len(vocabulary.tokens[token_id]), default=0)
+    if (length := len(vocabulary.tokens[longest])) > MAX_PIECE:
+        raise ModelError(
+            f"{values.source}: {PREFIX}tokens[{longest}] has {length} characters: a token with a score must have at "
+            f"most {MAX_PIECE}"
+        )
     return models.BPE(
         vocab=vocabulary.ids,
         merges=rank_merges({vocabulary.tokens[token_id]: scores[token_id] for token_id in pieces}),
-        unk_token=unknown_text(metadata, vocabulary),
+        unk_token=unknown_text(values, vocabulary),
         fuse_unk=True,
         byte_fallback=True,
     )
 
 
-def unknown_text(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> str | None:
+def read_scores(values: Values, num_tokens: int) -> list[float]:
+    scores = values.get("scores")
+    if not isinstance(scores, list) or not all(type(score) in (int, float) for score in scores):
+        values.refuse("scores", "a list of numbers, one for each token")
+    check_length(values, "scores", len(scores), num_tokens)
+    odd = next((token_id for token_id, score in enumerate(scores) if not math.isfinite(score)), None)
+    if odd is not None:
+        raise ModelError(f"{values.source}: {PREFIX}scores[{odd}] is {scores[odd]}: it must be a finite number")
+    return scores
+
+
+def unknown_text(values: Values, vocabulary: Vocabulary) -> str | None:
     """The text of the unknown token, if there is one."""
-    unk_id = special_id(metadata, "unknown")
-    return vocabulary.tokens[unk_id] if unk_id is not None and unk_id < len(vocabulary.tokens) else None
+    unk_id = special_id(values, "unknown", len(vocabulary.tokens))
+    return None if unk_id is None else vocabulary.tokens[unk_id]
 
 
 def rank_merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -228,18 +266,28 @@ def rank_merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 # --- Special tokens --------------------------------------------------------------------------------------
 
 
-def special_id(metadata: Mapping[str, Any], name: str) -> int | None:
-    """The value of tokenizer.ggml.<name>_token_id. Defaults of `llama` files: <unk> 0, <s> 1, </s> 2."""
-    defaults = {"unknown": 0, "bos": 1, "eos": 2} if metadata.get("tokenizer.ggml.model") == "llama" else {}
-    token_id = metadata.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name))
-    return None if token_id is None else int(token_id)
+def special_id(values: Values, name: str, num_tokens: int) -> int | None:
+    """The value of tokenizer.ggml.<name>_token_id. Defaults of `llama` files: <unk> 0, <s> 1, </s> 2. An id that the
+    vocabulary does not have is ignored, with a warning, and takes the default's place."""
+    key = f"{name}_token_id"
+    if values.get(key) is None:
+        defaults = {"unknown": 0, "bos": 1, "eos": 2} if values.get("model") == "llama" else {}
+        usual = defaults.get(name, num_tokens)
+        return usual if usual < num_tokens else None
+    token_id = token_id_below(values, key, num_tokens)
+    if token_id is None:
+        logger.warning(
+            "%s: %s is %s, but the vocabulary has %d tokens: it is ignored",
+            values.source, values.name(key), values.get(key), num_tokens,
+        )  # fmt: skip
+    return token_id
 
 
-def read_ends(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int | None, int | None, frozenset[int]]:
-    """(bos_id, eos_id, eos_ids). An id outside the vocabulary is ignored, as in llama.cpp."""
+def read_ends(values: Values, vocabulary: Vocabulary) -> tuple[int | None, int | None, frozenset[int]]:
+    """(bos_id, eos_id, eos_ids)."""
     num_tokens = len(vocabulary.tokens)
-    stated = {name: special_id(metadata, name) for name in ("bos", "eos", "eot", "eom")}
-    valid = {name: token_id for name, token_id in stated.items() if token_id is not None and token_id < num_tokens}
+    stated = {name: special_id(values, name, num_tokens) for name in ("bos", "eos", "eot", "eom")}
+    valid = {name: token_id for name, token_id in stated.items() if token_id is not None}
     special = set(vocabulary.of_type(TokenType.CONTROL, TokenType.USER_DEFINED))
     ends = {vocabulary.ids[text] for text in END_TEXTS if text in vocabulary.ids}
     ends |= {vocabulary.ids[text] for text in PLAIN_END_TEXTS if vocabulary.ids.get(text) in special}
@@ -253,7 +301,7 @@ def read_ends(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[int 
     return valid.get("bos"), valid.get("eos"), frozenset(eos_ids)
 
 
-def read_fim_ids(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, int]:
+def read_fim_ids(metadata: Mapping[str, Any], vocabulary: Vocabulary, source: Path = IN_MEMORY) -> dict[str, int]:
     """The ids for filling in the middle that the file names, under llama.cpp's keys or its older ones."""
     keys = {
         "prefix": ("fim_pre", "prefix"),
@@ -263,11 +311,11 @@ def read_fim_ids(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> dict[st
         "rep": ("fim_rep",),
         "sep": ("fim_sep",),
     }
-    found = {}
+    values, found = Values(source, metadata, PREFIX), {}
     for name, spellings in keys.items():
-        ids = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in spellings)
-        token_id = next((int(one) for one in ids if one is not None), None)
-        if token_id is not None and token_id < len(vocabulary.tokens):
+        ids = (special_id(values, key, len(vocabulary.tokens)) for key in spellings)
+        token_id = next((one for one in ids if one is not None), None)
+        if token_id is not None:
             found[name] = token_id
     return found
 
@@ -289,10 +337,10 @@ def add_added_tokens(
         )
 
 
-def rstripped_texts(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> frozenset[str]:
+def rstripped_texts(values: Values, vocabulary: Vocabulary) -> frozenset[str]:
     """Texts of the added tokens that take the whitespace after them: Phi-3's. GGUF does not say so; as llama.cpp, by
     the model's name."""
-    name = str(metadata.get("general.name", "")).lower()
+    name = values.text("general.name", "").lower()
     if "phi-3" not in name and "phi3" not in name:
         return frozenset()
     added = vocabulary.of_type(TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
@@ -300,7 +348,7 @@ def rstripped_texts(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> froz
     return frozenset(texts - {"<unk>", "<s>", "<|endoftext|>"})
 
 
-def check_id(key: str, token_id: int | None, vocabulary: Vocabulary) -> int:
+def check_id(values: Values, key: str, token_id: int | None, vocabulary: Vocabulary) -> int:
     if token_id is None:
-        raise ModelError(f"the tokenizer adds {key}, which is missing or not below {len(vocabulary.tokens)}")
+        values.refuse(key, f"below {len(vocabulary.tokens)}, because the tokenizer adds this token to each text")
     return token_id

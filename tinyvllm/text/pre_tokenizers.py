@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 from tokenizers import Regex, pre_tokenizers
 
-from tinyvllm.errors import UnsupportedModelError
-
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -76,10 +74,3 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     **dict.fromkeys(("gpt-4o", "llama4"), GPT4O),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), DEEPSEEK3),
 }
-
-
-def find_pre_tokenizer(name: str) -> PreTokenizer:
-    if name not in PRE_TOKENIZERS:
-        known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise UnsupportedModelError(f"tokenizer.ggml.pre is {name!r}, which is not known; known: {known}")
-    return PRE_TOKENIZERS[name]

@@ -20,8 +20,9 @@ from tinyvllm.text.tokenizers_library import failures_as
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
     """Read a model's tokenizer. Raises ModelError (or UnsupportedModelError), naming what is missing or unknown."""
     if files.kind == "gguf":
-        return Tokenizer(read_gguf_tokenizer(GGUFFile(files.path).metadata))
-    spec = read_hf_tokenizer(files.path)
+        spec = read_gguf_tokenizer(GGUFFile(files.path).metadata, files.path)
+    else:
+        spec = read_hf_tokenizer(files.path)
     with failures_as(lambda text: ModelError(f"{files.path} has a tokenizer that cannot be used: {text}")):
         return Tokenizer(spec)
 

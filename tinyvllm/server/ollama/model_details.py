@@ -140,8 +140,8 @@ def _can_fill_in(files: ModelFiles) -> bool:
     stated: dict[str, int] = {}
     if files.kind == "gguf":
         metadata = GGUFFile(files.path).metadata
-        vocabulary = gguf_tokenizer.read_vocabulary(metadata, may_repeat=True)
-        texts, stated = vocabulary.tokens, gguf_tokenizer.read_fim_ids(metadata, vocabulary)
+        vocabulary = gguf_tokenizer.read_vocabulary(metadata, files.path, may_repeat=True)
+        texts, stated = vocabulary.tokens, gguf_tokenizer.read_fim_ids(metadata, vocabulary, files.path)
     else:
         texts = hf_tokenizer.read_token_texts(files.path)
     ids = {text: position for position, text in enumerate(texts)}

@@ -1,0 +1,91 @@
+"""Damaged and lying GGUF files: each is loaded or refused with a ModelError, in time, and without much memory.
+
+The default run has a few hundred cases. A long one, from any first seed (a fault's name is its seed):
+
+    TINYVLLM_FUZZ_CASES=1000000 TINYVLLM_FUZZ_FIRST=0 python -m pytest -m slow --timeout 0 tests/fuzz/test_gguf.py
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.gguf_cases import base_images, make_case
+from tests.fuzz.outcome import Runner, run_cases
+from tinyvllm.config import ModelFiles
+from tinyvllm.errors import ModelError
+from tinyvllm.execution.model_check import examine_files, fit
+from tinyvllm.model.registry import complete_config
+from tinyvllm.model.weights.checkpoint import open_checkpoint
+from tinyvllm.storage.model_config import read_generation_defaults, read_model_config
+from tinyvllm.storage.model_summary import summarize
+from tinyvllm.text.chat import end_of_turn_ids, load_chat_template
+from tinyvllm.text.tokenizer import load_tokenizer
+
+NUM_CASES = 300
+TEXT = "Hello, wörld!\n  12345 \N{GRINNING FACE} <|im_end|>"
+
+
+def load(path: Path) -> None:
+    """What a start reads of a file, and what `tinyvllm models` and `--check` say of it, up to compiling kernels. Each
+    part is tried, whatever the others say; raises the first refusal."""
+    files = ModelFiles("gguf", path, path.stem)
+    refusals = []
+    for part in (load_weights, load_text, summarize, read_generation_defaults):
+        try:
+            part(files)
+        except ModelError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
+
+
+def load_weights(files: ModelFiles) -> None:
+    report = examine_files(files, "CPU")
+    fit(report, "CPU", 1 << 30)
+    checkpoint = open_checkpoint(files, complete_config(read_model_config(files)))
+    for tensor in checkpoint.tensors.values():
+        tensor.read()
+
+
+def load_text(files: ModelFiles) -> None:
+    template = load_chat_template(files)
+    if template is not None:
+        template.abilities(has_tools=True)
+    tokenizer = load_tokenizer(files)
+    tokenizer.decode(tokenizer.encode(TEXT))
+    tokenizer.decode(range(tokenizer.vocab_size))
+    if template is not None:
+        end_of_turn_ids(template, tokenizer)
+
+
+def cases(folder: Path, first: int, count: int) -> Iterator[tuple[str, Path]]:
+    for seed in range(first, first + count):
+        path = folder / f"{seed}.gguf"
+        path.write_bytes(make_case(seed))
+        yield str(seed), path
+        path.unlink()
+
+
+def test_the_files_that_are_mutated_load(tmp_path: Path) -> None:
+    with Runner(load) as runner:
+        for number, image in enumerate(base_images()):
+            path = tmp_path / f"{number}.gguf"
+            path.write_bytes(image.to_bytes())
+            assert runner.run(path).kind == "ok", image.values[0]
+
+
+def test_a_mutated_file_is_loaded_or_refused(tmp_path: Path) -> None:
+    counts = run_cases(load, cases(tmp_path, 0, NUM_CASES))
+    assert counts["ok"] > NUM_CASES // 20, counts
+    assert counts["refused"] > NUM_CASES // 3, counts
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_many_mutated_files_are_loaded_or_refused(tmp_path: Path) -> None:
+    first = int(os.environ.get("TINYVLLM_FUZZ_FIRST", NUM_CASES))
+    print(run_cases(load, cases(tmp_path, first, int(os.environ.get("TINYVLLM_FUZZ_CASES", 20_000)))))

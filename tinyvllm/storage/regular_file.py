@@ -115,11 +115,11 @@ def read_regular(path: Path, at_most: int) -> bytes:
         if size > at_most:
             raise ModelError(f"{path} has {size} bytes, but a file of its kind must have at most {at_most}")
         try:
-            data = file.read(at_most + 1)  # one more: it may have grown
+            data = file.read(size + 1)  # one more: it may have grown
         except OSError as error:
             raise ModelError(f"cannot read {path}: {reason_of(error)}") from error
-    if len(data) > at_most:
-        raise ModelError(f"{path} has more than {at_most} bytes, the most for a file of its kind")
+    if len(data) > size:
+        raise ModelError(f"{path} grew while it was read: wait until it is complete")
     return data
 
 

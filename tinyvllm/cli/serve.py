@@ -132,10 +132,10 @@ def _serve_one(
 
 
 def _filter_logs() -> None:
-    from tinyvllm.server.context import QuietPollsFilter, RequestIdFilter
+    from tinyvllm.server.context import AccessLogFilter, RequestIdFilter
 
     for handler in logging.getLogger().handlers:
-        handler.addFilter(QuietPollsFilter())
+        handler.addFilter(AccessLogFilter())
         handler.addFilter(RequestIdFilter())
 
 

@@ -19,7 +19,7 @@ from tinyvllm.server.gate import ConnectionCheck
 from tinyvllm.server.large_lane import LargeLane
 from tinyvllm.server.openai.response_store import ResponseStore
 from tinyvllm.server.routes import include_routes
-from tinyvllm.server.security import HostCheck, KeyCheck, KeyRing
+from tinyvllm.server.security import FramingCheck, HostCheck, KeyCheck, KeyRing
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.shelf import SingleModel
 from tinyvllm.server.state import ServerState
@@ -76,4 +76,5 @@ def guard(app: FastAPI, state: AppState) -> None:
     if settings.allowed_hosts is not None:
         app.add_middleware(HostCheck, hosts=settings.allowed_hosts)
     app.add_middleware(ConnectionCheck)
+    app.add_middleware(FramingCheck)
     app.add_middleware(Envelope, state=state)

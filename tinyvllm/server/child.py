@@ -16,7 +16,7 @@ import msgspec
 
 from tinyvllm.processes import STOP_SIGNALS, die_with_parent, ignore_meaningless_signals
 from tinyvllm.profiling import measure
-from tinyvllm.server.context import QuietPollsFilter, RequestIdFilter
+from tinyvllm.server.context import AccessLogFilter, RequestIdFilter
 from tinyvllm.server.control import ChildLink
 from tinyvllm.server.file_limit import raise_file_limit
 from tinyvllm.server.output_queue import queue_outputs, show_stacks_on_usr1
@@ -55,7 +55,7 @@ def set_up_logging(level: str, name: str) -> None:
     """Log to stderr like the command line, with the process's name in each line."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {name}: %(message)s"))
-    handler.addFilter(QuietPollsFilter())
+    handler.addFilter(AccessLogFilter())
     handler.addFilter(RequestIdFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for logger in ("tinyvllm", "uvicorn.access"):

@@ -63,8 +63,9 @@ class RequestIdFilter(logging.Filter):
         return True
 
 
-class QuietPollsFilter(logging.Filter):
-    """Drops access log lines of successful probes and scrapes, which come every second and say nothing."""
+class AccessLogFilter(logging.Filter):
+    """Drops access log lines of successful probes and scrapes, which come every second and say nothing, and cuts query
+    strings off the others: they may hold keys (`?api_key=`)."""
 
     PATHS = ("/health", "/ready", "/ping", "/metrics", "/engine/state")
 
@@ -72,4 +73,7 @@ class QuietPollsFilter(logging.Filter):
         arguments = record.args  # uvicorn's: client, method, path, HTTP version, status
         if record.name != "uvicorn.access" or not isinstance(arguments, tuple) or len(arguments) != 5:
             return True
-        return not (str(arguments[2]).partition("?")[0] in self.PATHS and arguments[4] == 200)
+        client, method, target, version, status = arguments
+        path = str(target).partition("?")[0]
+        record.args = (client, method, path, version, status)
+        return not (path in self.PATHS and status == 200)

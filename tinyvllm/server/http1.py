@@ -11,6 +11,12 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _OFFER_HEADERS = (b"upgrade", b"http2-settings")
+MAX_HEAD_BYTES = 64 << 10  # of a request's head; the parser itself has no limit, and h11 has this one
+_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+class HeadTooLargeError(Exception):
+    """Raised in the parser's callbacks, to end it."""
 
 
 class Http1Protocol(HttpToolsProtocol):
@@ -20,29 +26,58 @@ class Http1Protocol(HttpToolsProtocol):
     its offer, and all bytes that follow.
     """
 
+    _num_unparsed = 0  # bytes that have arrived of a head that is not complete
+    _num_head_bytes = 0  # of the current head's parsed fields
+    _is_in_head = False
+
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
         try:
             while True:
                 try:
                     self.parser.feed_data(data)
+                    self._limit_head(len(data))
                     return
                 except httptools.HttpParserUpgrade as stop:
                     if not self._must_parse_again():
                         break
                     data = self._head_without_offer() + data[stop.args[0] :]
                     self.parser = _make_parser(self)
-        except httptools.HttpParserError:
-            message = "Invalid HTTP request received."
-            self.logger.warning(message)
-            self.send_400_response(message)
+        except (httptools.HttpParserError, HeadTooLargeError) as error:
+            self._refuse(is_too_large=HeadTooLargeError in (type(error), type(error.__context__)))
             return
         if self._should_upgrade():
             self.handle_websocket_upgrade()
         else:
             self._unsupported_upgrade_warning()
 
+    def _refuse(self, *, is_too_large: bool) -> None:
+        if is_too_large:
+            self.transport.write(_TOO_LARGE)
+            self.transport.close()
+            return
+        message = "Invalid HTTP request received."
+        self.logger.warning(message)
+        self.send_400_response(message)
+
+    def _limit_head(self, num_bytes: int) -> None:
+        """Count bytes that may belong to a head. Raises HeadTooLargeError."""
+        self._num_unparsed = self._num_unparsed + num_bytes if self._is_in_head else 0
+        if self._num_unparsed > MAX_HEAD_BYTES:
+            raise HeadTooLargeError
+
+    def on_message_begin(self) -> None:
+        self._is_in_head, self._num_head_bytes, self._num_unparsed = True, 0, 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_head_bytes += len(name) + len(value)
+        if self._num_head_bytes > MAX_HEAD_BYTES:
+            raise HeadTooLargeError
+        super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        self._is_in_head = False
         if not self._must_parse_again():
             super().on_headers_complete()
 

@@ -19,7 +19,11 @@ async def post(app: ASGIApp, path: str, body: bytes, request_id: str) -> tuple[i
         "raw_path": path.encode(),
         "query_string": b"",
         "root_path": "",
-        "headers": [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())],
+        "headers": [
+            (b"host", b"localhost"),
+            (b"content-type", b"application/json"),
+            (b"x-request-id", request_id.encode()),
+        ],
         "client": None,
         "server": None,
     }

@@ -75,6 +75,36 @@ def _key_of(headers: Headers) -> str | None:
     return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key")
 
 
+class FramingCheck:
+    """Middleware that refuses requests whose end or host a proxy in front of this server may read differently, and
+    closes their connections (RFC 9112, sections 3.2, 6.1 and 11.2). The parsers refuse most of them, and differ in the
+    rest."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        failure = None if scope["type"] != "http" else _ambiguity(Headers(scope=scope), scope["http_version"])
+        if failure is None:
+            await self._app(scope, receive, send)
+        else:
+            await failure.response(path_of(scope))(scope, receive, send)
+
+
+def _ambiguity(headers: Headers, version: str) -> Failure | None:
+    close = {"connection": "close"}
+    codings = headers.getlist("transfer-encoding")
+    if codings and "content-length" in headers:
+        message = "the request has both Content-Length and Transfer-Encoding: send one of them"
+        return Failure(400, message, INVALID_REQUEST, headers=close)
+    if codings and [coding.strip().lower() for coding in codings] != ["chunked"]:
+        message = "the request's Transfer-Encoding is not chunked: no other is supported"
+        return Failure(501, message, INVALID_REQUEST, headers=close)
+    if len(headers.getlist("host")) != 1 and version == "1.1":
+        return Failure(400, "the request must have exactly one Host header", INVALID_REQUEST, headers=close)
+    return None
+
+
 class HostCheck:
     """Middleware that answers 403 to requests for a host name that is not the server's.
 

@@ -1,6 +1,7 @@
 """What is refused in JSON and in the files that hold it, before any value is used."""
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,13 @@ def test_messages_are_short() -> None:
         assert len(str(caught.value)) < 500
     with pytest.raises(ModelError, match=r"config.json: c\.d is 'xxx"):
         (values.inner("c") or values).integer("d")
+
+
+def test_reading_allocates_what_the_file_has(tmp_path: Path) -> None:
+    (tmp_path / "small.json").write_bytes(b"{}")
+    tracemalloc.start()
+    try:
+        read_json(tmp_path / "small.json", at_most=1 << 28)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

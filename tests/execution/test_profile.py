@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.builders import write_tiny_hf_llama
+from tinyvllm.bench.kernel_profile import one_case, profile_case
+from tinyvllm.bench.latency import Case
+from tinyvllm.bench.subject import Subject
 from tinyvllm.config import EngineConfig, SamplingParams
 from tinyvllm.device.jit_replay import choose_capture
 from tinyvllm.errors import DeviceError
 from tinyvllm.execution.cost import CostCounter
 from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import load_runner
+from tinyvllm.profiling.chips import CHIPS
 from tinyvllm.profiling.kernels import Kernel, merge_cores, tabulate
+from tinyvllm.profiling.profile_report import profile_table
 from tinyvllm.profiling.trace import parse_trace
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
@@ -190,3 +197,35 @@ def test_a_watched_step_is_captured_by_tinyjit_whatever_was_asked_for(
     monkeypatch.setattr("tinygrad.helpers.JIT.value", 0)
     with Context(DEBUG=2), pytest.raises(DeviceError, match="JIT=0 turns TinyJit off: unset it, or unset DEBUG"):
         load_runner(write_tiny_hf_llama(tmp_path), CONFIG)
+
+
+def test_all_steps_of_a_prompt_are_profiled_together(inspectors: list[RunnerInspector]) -> None:
+    """Of 40 tokens, in steps of 16."""
+    config = inspectors[0].runner.model_config
+    subject, chip = Subject("tiny", config), CHIPS["m4"]
+    one, three = (
+        profile_case(inspectors[0], subject, one_case(Case("prefill", 1, n), repeats=1, warmup=1, seed=0), chip)
+        for n in (16, 40)
+    )
+    assert three.profile.bucket == f"3 x {one.profile.bucket}" and three.context == 0
+    assert three.profile.num_dispatches == 3 * one.profile.num_dispatches
+    assert three.counts["kernels"] == one.counts["kernels"], "the most of a step"
+    attended, head = (
+        HEADS * HEAD_DIM * 4 * NUM_LAYERS,
+        2 * config.vocab_size * HIDDEN,
+    )  # the last step's alone has logits
+    products = [report.roofline.flops - attended * n * (n + 1) // 2 - head for report, n in ((one, 16), (three, 40))]
+    assert products[1] * 16 == products[0] * 40
+    assert three.turn_s > 0 and three.roofline.seconds == three.profile.step_s
+
+
+def test_every_count_of_a_step_has_its_limit_beside_it(inspectors: list[RunnerInspector]) -> None:
+    work = one_case(Case("decode", 2, CONTEXT), repeats=1, warmup=1, seed=0)
+    report = profile_case(inspectors[0], Subject("tiny", inspectors[0].runner.model_config), work, CHIPS["m4"])
+    counts = report.counts
+    assert counts["kernels"] == report.profile.num_kernels and counts["graph_launches"] == counts["syncs"] == 1
+    assert (counts["barriers"] > 0) == (report.profile.num_cores > 1), "cores wait for each other"
+    assert {name for name, limit in report.limits.items() if counts[name] > limit} == set()
+    text = Console(width=200, file=io.StringIO(), record=True)
+    text.print(profile_table(report, "layer"))
+    assert f"barriers {counts['barriers']}, graph launches 1 (at most 1), syncs 1 (at most 3)" in text.export_text()

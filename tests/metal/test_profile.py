@@ -103,5 +103,8 @@ def test_a_log_of_debug_2_has_the_kernels_of_a_profile_and_no_graph(
         trace = parse_trace(capsys.readouterr().out)
     lines, kernels = trace.kernels(last_steps=1), profile(runner, prefill_plan()).kernels
     assert trace.num_untimed == 0 and [line.label for line in lines] == [kernel.label for kernel in kernels]
-    assert tokens == runner.execute(prefill_plan()).token_ids
+    with RunnerInspector(runner).account() as account:
+        assert tokens == runner.execute(prefill_plan()).token_ids
+        counts = account.take()
+    assert counts.graph_launches == 1 and counts.barriers == counts.kernels == len(kernels), "METAL's has one for each"
     watched.close()

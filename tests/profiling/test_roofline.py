@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,17 @@ from tinyvllm.config import ExpertsKind, ModelConfig, Rope, StateKind
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import CHIPS, Chip, find_chip, guess_chip, measured_chip
 from tinyvllm.profiling.interpreter import Interpreter, LockWait
-from tinyvllm.profiling.kernels import Kernel
+from tinyvllm.profiling.kernels import Kernel, tabulate
 from tinyvllm.profiling.lock_holders import Holder
 from tinyvllm.profiling.predict import FACTORS, MEASURED, Measured, predict, predict_prompt
-from tinyvllm.profiling.roofline import BYTES_PER_WEIGHT, Roofline, bytes_per_weight, count_work
+from tinyvllm.profiling.roofline import (
+    BYTES_PER_WEIGHT,
+    Roofline,
+    bytes_per_weight,
+    count_work,
+    raise_roof,
+    row_warnings,
+)
 from tinyvllm.profiling.verdict import Evidence, Turn, judge
 
 TINY = ModelConfig(
@@ -140,15 +149,64 @@ def test_larger_chips_of_a_family_are_not_slower() -> None:
         ("NVIDIA H200", "h200"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA GeForce RTX 4090", "rtx-4090"),
-        ("Apple M4 Max", "m4-max"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("A100-SXM4-80GB", "a100-80gb"),
         ("Apple M4", "m4"),
+        ("Apple M4 Pro", "m4-pro"),
         ("AMD EPYC 9B14", None),
         ("CPU", None),
+        # near to a name in the table, but other chips
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA GH200 480GB", None),
+        ("Quadro M4000", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("Apple M4 Max", None),  # 410 or 546 GB/s
     ],
 )
 def test_a_chip_is_known_by_what_the_device_calls_itself(hardware: str, name: str | None) -> None:
     chip = guess_chip(hardware)
     assert (None if chip is None else chip.name) == name
+
+
+def test_variants_of_a_chip_are_told_apart_by_their_cores() -> None:
+    for family, cores in (("m3", 30), ("m4", 32), ("m5", 32)):
+        hardware, small = f"Apple {family.upper()} Max", CHIPS[f"{family}-max-{cores}"]
+        assert guess_chip(hardware, cores) is small and guess_chip(hardware, 40) is CHIPS[f"{family}-max"]
+        assert small.bandwidth_gbps < CHIPS[f"{family}-max"].bandwidth_gbps and guess_chip(hardware, 36) is None
+    seven = guess_chip("Apple M1", 7)
+    assert seven is not None and seven.bandwidth_gbps == 68.25 and seven.half_tflops == pytest.approx(2.29)
+
+
+def test_no_roof_that_was_measured_is_below_what_a_kernel_reached() -> None:
+    """A busy machine's test once found 0.013 TFLOP/s, where a kernel of a prompt reached 0.2."""
+    kernels = [
+        Kernel("gate up", 0, "gate_up", "CPU", 1e-3, 2e6, 0.2e9),
+        Kernel("norm", 0, "norm", "CPU", 1e-6, 1e6, 5e9),  # too short to be timed well
+        Kernel("head", None, "head", "CPU", 1e-3, 30e6, 1.0),
+        Kernel("sum", 0, "sum", "CPU", 1e-5, 0.9e6),  # few bytes, from a cache
+    ]
+    low = measured_chip("cpu", 10e9, 0.013e12, "CPU")
+    roof = raise_roof(low, kernels)
+    assert roof.half_tflops == pytest.approx(0.2) and roof.bandwidth_gbps == pytest.approx(30)
+    assert "the test found 0.013 TFLOP/s, but a kernel reached 0.2" in roof.source
+    assert raise_roof(measured_chip("cpu", 60e9, 1e12, "CPU"), kernels).source == low.source
+    assert raise_roof(CHIP, kernels) is CHIP, "a rate from a data sheet stays"
+    rows = tabulate(kernels, "operation", roof)
+    assert all((row.roof_share or 0) <= 1.01 for row in rows if row.label in ("gate up", "head"))
+    assert row_warnings(rows, roof) == []
+    (warning,) = row_warnings(tabulate(kernels[:1], "operation", low), low)
+    assert "gate up is at 1538% of the roof of cpu" in warning
+
+
+def test_measurements_that_predictions_are_checked_against_are_in_the_docs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "PERFORMANCE.md").read_text(encoding="utf-8")
+    for measured in MEASURED:
+        assert re.search(rf"(?<![\d,.]){measured.tok_s:,g}(?![\d,.])", text), measured.title
 
 
 def test_an_unknown_chip_lists_the_known_ones() -> None:

@@ -15,7 +15,16 @@ MAX_COPIES_H2D = 1
 MAX_COPIES_D2H = 1
 MAX_KERNELS_PER_LAYER, MAX_OTHER_KERNELS = 12, 16
 GRAPH_KERNELS = 32  # tinygrad's smallest batch of kernels in a graph: at most one graph for each batch
-COUNTED = ("kernels", "graph_launches", "single_launches", "eager_kernels", "syncs", "copies_h2d", "copies_d2h")
+COUNTED = (
+    "kernels",
+    "barriers",
+    "graph_launches",
+    "single_launches",
+    "eager_kernels",
+    "syncs",
+    "copies_h2d",
+    "copies_d2h",
+)
 COUNTED_BYTES = ("bytes_h2d", "bytes_d2h", "bytes")
 GUARDED = (
     *COUNTED,
@@ -38,6 +47,7 @@ class StepCounts:
     phase: str  # prefill or decode
     steps: int
     kernels: int
+    barriers: int  # at which a kernel waits for an earlier one
     graph_launches: int
     single_launches: int
     eager_kernels: int
@@ -78,8 +88,22 @@ class Fault:
         return {"name": self.name, "text": self.text}
 
 
+def limits_of_a_step(num_kernels: int, *, num_layers: int, num_cores: int) -> dict[str, int]:
+    """The most of each count that a step may have, by its name. `num_kernels`: those that it has."""
+    return {
+        "kernels": (MAX_KERNELS_PER_LAYER * num_layers + MAX_OTHER_KERNELS) * num_cores,
+        "graph_launches": max(1, -(-num_kernels // GRAPH_KERNELS)),
+        "syncs": MAX_SYNCS,
+        "copies_h2d": MAX_COPIES_H2D,
+        "copies_d2h": MAX_COPIES_D2H,
+        "eager_kernels": 0,
+        "compilations": 0,
+    }
+
+
 def find_faults(counts: StepCounts, *, num_layers: int, num_cores: int, vocab_size: int) -> list[Fault]:
     """Everything that breaks the limits above, the worst first."""
+    limits = limits_of_a_step(counts.kernels, num_layers=num_layers, num_cores=num_cores)
     checks = (
         _recompiles(counts),
         _runs_ungraphed(counts),
@@ -87,20 +111,8 @@ def find_faults(counts: StepCounts, *, num_layers: int, num_cores: int, vocab_si
         _over("extra synchronization", counts, "syncs", MAX_SYNCS, "waits for the device"),
         _over("extra copy to the device", counts, "copies_h2d", MAX_COPIES_H2D, "copies to the device"),
         _over("extra copy to the host", counts, "copies_d2h", MAX_COPIES_D2H, "copies to the host"),
-        _over(
-            "too many kernels",
-            counts,
-            "kernels",
-            (MAX_KERNELS_PER_LAYER * num_layers + MAX_OTHER_KERNELS) * num_cores,
-            "kernels",
-        ),
-        _over(
-            "too many launches",
-            counts,
-            "graph_launches",
-            max(1, -(-counts.kernels // GRAPH_KERNELS)),
-            "launches of graphs",
-        ),
+        _over("too many kernels", counts, "kernels", limits["kernels"], "kernels"),
+        _over("too many launches", counts, "graph_launches", limits["graph_launches"], "launches of graphs"),
     )
     return [finding for finding in checks if finding is not None]
 

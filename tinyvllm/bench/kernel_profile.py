@@ -6,7 +6,9 @@ import dataclasses
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 
+from tinyvllm.bench.counts import limits_of_a_step
 from tinyvllm.bench.environment import describe_environment
 from tinyvllm.bench.latency import Case, LatencyWork, make_requests, prefill_plans
 from tinyvllm.bench.subject import Subject
@@ -15,8 +17,9 @@ from tinyvllm.execution.runner import ModelRunner
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.chips import Chip, guess_chip, measured_chip
 from tinyvllm.profiling.interpreter import RARE_PROBES_S, Watch
+from tinyvllm.profiling.kernels import join_steps
 from tinyvllm.profiling.profile_report import ProfileReport
-from tinyvllm.profiling.roofline import Roofline
+from tinyvllm.profiling.roofline import Roofline, raise_roof
 from tinyvllm.profiling.verdict import Evidence, Turn, judge
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 
@@ -24,7 +27,7 @@ from tinyvllm.scheduling.plan import Scheduled, StepPlan
 def find_hardware(inspector: RunnerInspector, given: Chip | None) -> Chip:
     """The given chip, else the one in the device's name, else one with rates measured now."""
     hardware = inspector.hardware
-    if chip := given or guess_chip(hardware):
+    if chip := given or guess_chip(hardware, inspector.gpu_cores):
         return chip
     kind = inspector.runner.device.split(":")[0]
     return measured_chip(hardware, inspector.measure_bandwidth(), inspector.measure_flops(), kind)
@@ -33,24 +36,28 @@ def find_hardware(inspector: RunnerInspector, given: Chip | None) -> Chip:
 def profile_case(inspector: RunnerInspector, subject: Subject, work: LatencyWork, chip: Chip | None) -> ProfileReport:
     """Time the single case of `work`: its kernels, the step as served, and the step with the host's work.
 
-    If a prompt takes several steps, the last one is profiled."""
+    Of a prompt that takes several steps, all are profiled and added up."""
     (case,), runner = work.cases, inspector.runner
     inspector.fill_pool(1 + work.num_blocks(case, runner.capacity.block_size), work.seed)
-    plan = _plan(runner, work, case)
+    plans = _plans(runner, work, case)
     turns, packs_s, watch = [], [], Watch(RARE_PROBES_S)
     for number in range(work.num_warmup + work.num_repeats):
         start = time.perf_counter()
         with measure.span(measure.STEP, kind=case.phase):
-            output = runner.execute(plan)
+            outputs = [runner.execute(plan) for plan in plans]
         if number >= work.num_warmup:
-            turns.append(Turn(whole_s=time.perf_counter() - start, device_s=output.device_s))
-            packs_s.append(output.pack_s)
+            whole_s = time.perf_counter() - start
+            turns.append(Turn(whole_s=whole_s, device_s=sum(output.device_s for output in outputs)))
+            packs_s.append(sum(output.pack_s for output in outputs))
     interpreter = watch.stop()
-    profile = inspector.profile(plan, repeats=work.num_repeats, warmup=work.num_warmup)
-    cost = inspector.cost(plan, profile.experts)
+    counts = _counts(inspector, plans)
+    steps = [inspector.profile(plan, repeats=work.num_repeats, warmup=work.num_warmup) for plan in plans]
+    costs = [inspector.cost(plan, step.experts) for plan, step in zip(plans, steps, strict=True)]
+    profile, nbytes = join_steps(steps), sum(cost.nbytes for cost in costs)
     flops = sum(kernel.flops or 0 for kernel in profile.kernels)
-    roofline = Roofline(find_hardware(inspector, chip), cost.nbytes, flops, profile.step_s)
-    context = max(entry.start for entry in plan.entries)
+    found = raise_roof(find_hardware(inspector, chip), profile.kernels)
+    roofline = Roofline(found, nbytes, flops, profile.step_s)
+    context = max(entry.start for entry in plans[0].entries)
     findings = judge(
         Evidence(
             kernels=profile.kernels,
@@ -76,17 +83,47 @@ def profile_case(inspector: RunnerInspector, subject: Subject, work: LatencyWork
         turn_s=statistics.median(turn.whole_s for turn in turns),
         host_s=statistics.median(turn.host_s for turn in turns),
         pack_s=statistics.median(packs_s),
-        moved_bytes=cost.moved_bytes,
+        moved_bytes=sum(cost.moved_bytes for cost in costs),
         num_repeats=work.num_repeats,
+        counts=counts,
+        limits=limits_of_a_step(
+            counts["kernels"], num_layers=runner.model_config.num_layers, num_cores=inspector.num_cores
+        ),
+        program_limits=_program_limits(inspector),
         environment=describe_environment(work.seed),
     )
 
 
-def _plan(runner: ModelRunner, work: LatencyWork, case: Case) -> StepPlan:
+def _counts(inspector: RunnerInspector, plans: Sequence[StepPlan]) -> dict[str, int]:
+    """What a step asks of the device: of several steps the most of each count."""
+    found = []
+    with inspector.account() as account:
+        for plan in plans:
+            account.take()
+            inspector.runner.execute(plan)
+            found.append(account.take().numbers)
+    return {name: max(counts[name] for counts in found) for name in found[0]}
+
+
+def _program_limits(inspector: RunnerInspector) -> list[str]:
+    """How much of the device's limits the largest programs use, in one line; [] of a device without such limits."""
+    device = inspector.runner.device
+    limits, programs = inspector.program_limits, inspector.programs()
+    if limits is None or not programs:
+        return []
+    return [
+        f"{device.split(':')[0]}'s limits of a program: at most {max(one.arguments for one in programs)} of "
+        f"{limits.arguments} arguments, {max(one.threads for one in programs):,} of {limits.threads:,} threads, "
+        f"{max(one.shared_bytes for one in programs):,} of {limits.shared_bytes:,} bytes of threadgroup memory"
+    ]
+
+
+def _plans(runner: ModelRunner, work: LatencyWork, case: Case) -> list[StepPlan]:
+    """One decode step, or the steps of a prompt."""
     requests = make_requests(runner, work, case)
     if case.phase == "decode":
-        return StepPlan(tuple(Scheduled(request, request.num_tokens - 1, 1) for request in requests))
-    return prefill_plans(requests, runner.capacity.max_num_batched_tokens)[-1]
+        return [StepPlan(tuple(Scheduled(request, request.num_tokens - 1, 1) for request in requests))]
+    return list(prefill_plans(requests, runner.capacity.max_num_batched_tokens))
 
 
 def one_case(case: Case, *, repeats: int, warmup: int, seed: int) -> LatencyWork:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from typing import Annotated, Any, get_type_hints
 
 from typer import Argument, Option
@@ -128,6 +128,18 @@ class RunnerFlags:
         set_up_logging(self.log_level)
         if self.device is not None:
             os.environ[DEVICE_VARIABLE] = self.device
+
+
+def refuse_others(groups: Sequence[Any], allowed: Container[str], reason: str) -> None:
+    """Raise TinyvllmError for the first flag that was given but is not among the `allowed` ones. `groups`: a command's
+    dataclasses of flags. `reason`: why it would have no effect."""
+    for group in groups:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if value != field.default and field.name not in allowed:
+                name = "MODEL" if field.name == "model" else f"--{field.name.strip('_').replace('_', '-')}"
+                given = name if value is True else f"{name} {value}"
+                raise TinyvllmError(f"{given} would have no effect: {reason}. Leave it out")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,23 +7,20 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Option
 
 from tinyvllm.cli.bench_flags import SubjectFlags, print_table, write_file
-from tinyvllm.cli.flags import RunnerFlags
+from tinyvllm.cli.flags import RunnerFlags, refuse_others
 from tinyvllm.cli.terminal import progress_bars
 from tinyvllm.config import EngineConfig
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.chips import CHIPS, Chip, find_chip, measured_chip
-from tinyvllm.profiling.kernels import GROUPINGS, tabulate
+from tinyvllm.profiling.kernels import GROUPINGS
 from tinyvllm.profiling.predict import MEASURED, predict, predict_prompt
 from tinyvllm.profiling.trace import parse_trace
-
-if TYPE_CHECKING:
-    from tinyvllm.bench.subject import Subject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +31,19 @@ class ProfileFlags:
     context: Annotated[int, Option(metavar="TOKENS", help="Tokens already in each sequence.")] = 128
     prefill: Annotated[
         int | None,
-        Option(metavar="TOKENS", help="Profile the step of a prompt of this length, instead of a decode step."),
+        Option(
+            metavar="TOKENS",
+            help="Profile a prompt of this length, with all of its steps together, instead of a decode step.",
+        ),
     ] = None
-    tokens: Annotated[int, Option(metavar="COUNT", help="Timed repeats of the step; medians are reported.")] = 20
+    tokens: Annotated[
+        int | None,
+        Option(
+            metavar="COUNT",
+            help="Timed repeats of the step; medians are reported. [default: 20, of a prompt 5]",
+            show_default=False,
+        ),
+    ] = None
     warmup: Annotated[int, Option(metavar="COUNT", help="Untimed repeats first.")] = 3
     by: Annotated[str, Option(metavar="WHAT", help=f"One row for each: {', '.join(GROUPINGS)}.")] = "operation"
     chip: Annotated[
@@ -68,15 +75,28 @@ class ProfileFlags:
     ] = None
 
 
+# the flags that a log and a prediction have a use for
+OF_LOGS = ("from_", "last_steps", "by", "chip", "trace", "json", "markdown", "log_level")
+OF_PREDICTIONS = (
+    *("predict", "model", "shape", "weights", "layers", "batch", "context", "prefill", "json", "pull", "log_level"),
+    *("max_num_batched_tokens", "cpu_cores"),
+)
+REPEATS, PROMPT_REPEATS = 20, 5
+
+
 def profile(*, flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> None:
     """Time the kernels of one step, named by what they do.
 
     Or read a DEBUG=2 log of tinygrad's (--from), or predict the speed of a chip that is not here (--predict)."""
-    chosen = [name for name in ("from_", "predict") if getattr(flags, name) is not None]
-    if len(chosen) > 1:
+    if flags.from_ is not None and flags.predict is not None:
         raise TinyvllmError("--from reads a log and --predict calculates: give one of them")
-    if flags.predict is not None and subject.markdown:
-        raise TinyvllmError("--markdown prints kernels, but --predict runs none: use --json, or leave it out")
+    groups = (flags, subject, runner)
+    if flags.from_ is not None:
+        refuse_others(groups, OF_LOGS, "--from reads a log, and runs nothing")
+    elif flags.predict is not None:
+        refuse_others(groups, OF_PREDICTIONS, "--predict calculates a step from counts, and runs no kernel")
+    elif flags.last_steps is not None:
+        raise TinyvllmError("--last-steps chooses steps of a log: give --from FILE too")
     if flags.by not in GROUPINGS:
         raise TinyvllmError(f"--by is {flags.by!r}: give one of {', '.join(GROUPINGS)}")
     runner.apply()
@@ -89,7 +109,8 @@ def profile(*, flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) 
 
 
 def _read(flags: ProfileFlags, subject: SubjectFlags) -> None:
-    from tinyvllm.profiling.profile_report import kernel_markdown, trace_table
+    from tinyvllm.profiling.profile_report import SCHEMA, markdown_by, tables_as_json, trace_table
+    from tinyvllm.profiling.trace_events import in_turn, trace_text
 
     text = _text(flags.from_ or "-")
     trace = parse_trace(text)
@@ -100,12 +121,14 @@ def _read(flags: ProfileFlags, subject: SubjectFlags) -> None:
         )
     chip = find_chip(flags.chip) if flags.chip else None
     if subject.markdown:
-        print(kernel_markdown(tabulate(kernels, flags.by, chip)))
+        print(markdown_by(flags.by, kernels, chip))
     else:
         print_table(trace_table(trace, flags.by, flags.last_steps, chip))
-    rows = {f"by_{by}": [row.as_json() for row in tabulate(kernels, by, chip)] for by in GROUPINGS}
+    rows = tables_as_json(kernels, chip, GROUPINGS)
+    if flags.trace is not None:
+        write_file(flags.trace, trace_text(None, in_turn(kernels)))
     counts = {"cut": trace.num_cut, "untimed": trace.num_untimed, "other_lines": trace.num_other_lines}
-    subject.write_json({"schema": 1, "source": flags.from_, **counts, **rows})
+    subject.write_json({"schema": SCHEMA, "source": flags.from_, **counts, **rows})
 
 
 def _text(path: str) -> str:
@@ -123,19 +146,21 @@ def _run(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> Non
     from tinyvllm.bench.kernel_profile import one_case, profile_case
     from tinyvllm.bench.latency import Case, fit_config
     from tinyvllm.execution.inspector import RunnerInspector
-    from tinyvllm.profiling.profile_report import kernel_markdown, profile_table
+    from tinyvllm.profiling.profile_report import markdown_by, profile_table
     from tinyvllm.profiling.trace_events import trace_text
 
     chip = find_chip(flags.chip) if flags.chip else None
     case = Case("decode", flags.batch, flags.context) if flags.prefill is None else Case("prefill", 1, flags.prefill)
-    work = one_case(case, repeats=flags.tokens, warmup=flags.warmup, seed=runner.seed)
+    usual = REPEATS if flags.prefill is None else PROMPT_REPEATS
+    repeats = usual if flags.tokens is None else flags.tokens
+    work = one_case(case, repeats=repeats, warmup=flags.warmup, seed=runner.seed)
     found = subject.find(pull=runner.pull)
     with progress_bars() as report:
         loaded = found.load(fit_config(config, work, found.model_config), report)
     with contextlib.closing(loaded), _recorded() as recorded:
         result = profile_case(RunnerInspector(loaded), found, work, chip)
     if subject.markdown:
-        print(kernel_markdown(result.rows(flags.by)))
+        print(markdown_by(flags.by, result.profile.kernels, result.chip))
     else:
         print_table(profile_table(result, flags.by))
     if flags.trace is not None:
@@ -157,21 +182,25 @@ def _recorded() -> Iterator[list[measure.Recording]]:
 def _predict(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> None:
     """Predict from the counts of the model's shape, without weights or graphs."""
     from tinyvllm.bench.shapes import find_shape
+    from tinyvllm.execution.stored_weights import stored_weights
     from tinyvllm.profiling.profile_report import prediction_table
+    from tinyvllm.profiling.roofline import WeightBytes
 
     chip = _chip_to_predict(flags.predict or "", runner)
     found = subject.find(pull=runner.pull)
-    kind = found.kind or _kind_of(found)
+    weights = (
+        WeightBytes.of_kind(found.kind) if found.files is None else stored_weights(found.files, found.model_config)
+    )
     if flags.prefill is None:
-        prediction = predict(found.model_config, kind, chip, flags.batch, flags.context)
+        prediction = predict(found.model_config, weights, chip, flags.batch, flags.context)
     else:
         step_tokens = runner.max_num_batched_tokens or _step_tokens(chip)
-        prediction = predict_prompt(found.model_config, kind, chip, flags.prefill, step_tokens)
+        prediction = predict_prompt(found.model_config, weights, chip, flags.prefill, step_tokens)
     checks = [(measured, measured.predict(find_shape(measured.shape))) for measured in MEASURED]
-    print_table(prediction_table(found.name, kind, prediction, checks))
+    print_table(prediction_table(found.name, weights.name, prediction, checks))
     document = prediction.as_json() | {
         "model": found.name,
-        "dtype": kind,
+        "dtype": weights.name,
         "checked": [
             {"what": m.title, "tok_s": m.tok_s, "predicted_tok_s": p.tok_s, "error": m.error_of(p)} for m, p in checks
         ],
@@ -192,16 +221,3 @@ def _chip_to_predict(name: str, runner: RunnerFlags) -> Chip:
     from tinyvllm.execution.hardware import measure_device
 
     return measured_chip("cpu", *measure_device(runner.cpu_cores), "CPU")
-
-
-def _kind_of(subject: Subject) -> str:
-    """The weight format whose size comes closest to that of the model's files."""
-    from tinyvllm.profiling.roofline import BYTES_PER_WEIGHT, weights_of
-
-    assert subject.files is not None, subject.name
-    path = subject.files.path
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    in_layers, in_table = weights_of(subject.model_config)
-    num_weights = in_layers + in_table * (1 if subject.model_config.tie_embeddings else 2)
-    size = sum(file.stat().st_size for file in files) / num_weights
-    return min(BYTES_PER_WEIGHT, key=lambda kind: abs(BYTES_PER_WEIGHT[kind] - size))

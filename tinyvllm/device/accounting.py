@@ -40,13 +40,15 @@ class DeviceCounts:
     """Counts since the last `take`.
 
     `replays`: launches of recorded steps, with `kernels` kernels in all, as `graph_launches` graphs and
-    `single_launches` single kernels (on a device without graphs). `eager_kernels`: kernels outside of recorded steps,
+    `single_launches` single kernels (on a device without graphs), and `barriers` at which a kernel waits for an earlier
+    one: on a CPU for one of another core, on a GPU for any. `eager_kernels`: kernels outside of recorded steps,
     which `kernels` includes. `syncs`: waits for the device; a blocking copy on CUDA waits too and is not among them.
     Where the host reads the device's memory in place (CPU, METAL), each access to a buffer counts as a copy of it.
     """
 
     replays: int = 0
     kernels: int = 0
+    barriers: int = 0
     graph_launches: int = 0
     single_launches: int = 0
     eager_kernels: int = 0
@@ -122,6 +124,10 @@ class DeviceAccount:
         """Every wait and copy on CUDA ends in these functions."""
         from tinygrad.runtime.autogen import cuda  # only where there is a driver to load
 
+        from tinyvllm.device.cuda_graph import ChainReplay
+
+        self._hook(ChainReplay, "__init__", self._on_make_replay)
+        self._hook(ChainReplay, "__call__", self._on_replay)
         for name in CUDA_WAITS:
             self._hook(cuda, name, self._on_driver_wait)
         for name in CUDA_COPIES_IN:
@@ -146,11 +152,11 @@ class DeviceAccount:
         with self._timed("replay_s"):
             original(*args)
 
-    def _on_replay(self, original: Callable[..., None], one: replay.CpuReplay | replay.GraphReplay | JitReplay) -> None:
+    def _on_replay(self, original: Callable[..., None], one: replay.Replay) -> None:
         self._counts.replays += 1
         self._counts.kernels += len(one.step.calls)
-        if isinstance(one, replay.CpuReplay):  # its own launch; the others' go through tinygrad's executor
-            self._counts.graph_launches += 1
+        self._counts.barriers += one.num_barriers
+        self._counts.graph_launches += one.is_own_launch  # the others' go through tinygrad's executor
         with self._flag("_is_replaying"), self._timed("replay_s"):
             original(one)
 

@@ -36,6 +36,8 @@ def _awaits(device: str, call: Call) -> bool:
 class ChainReplay:
     """A step as one captured graph, in the order of its calls. Keeps the step's buffers alive."""
 
+    is_own_launch = True
+
     def __init__(self, device: str, step: RecordedStep) -> None:
         self.step = step
         self._kept: list[Any] = []  # the programs, and their arguments until the graph has copied them
@@ -65,6 +67,11 @@ class ChainReplay:
         config.numAttrs = int(is_early)
         check(cuda.cuLaunchKernelEx(ctypes.byref(config), runtime.prg, None, extra))
         self._kept.append((arguments, extra, runtime))
+
+    @property
+    def num_barriers(self) -> int:
+        """Each kernel waits for the one before it, at its start or in its middle."""
+        return max(0, len(self.step.calls) - 1)
 
     def __call__(self) -> None:
         check(cuda.cuCtxSetCurrent(self._context))

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 
-import numpy as np
 from tinygrad import Device, Tensor, TinyJit, dtypes
 
 from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.errors import DeviceError
 
 CPU_SIZE, GPU_SIZE = 512, 4096  # rows and columns of the products that are timed: 1 to 100 ms
-ROUNDS = 60  # the fastest counts
+ROUNDS = 60  # the fastest counts; on a CPU, the median
+PRODUCTS_S = 120.0  # time for the products of a CPU, which take less than a second if nothing else runs
 
 
 def hardware_name(device: DeviceHandle) -> str:
     """The maker's name ("NVIDIA H200", "Apple M4"), or tinygrad's name of the device if there is none."""
     return device.kind.hardware_name(device.name)
+
+
+def gpu_cores(device: DeviceHandle) -> int | None:
+    """The number of cores of a Mac's GPU; None elsewhere."""
+    return device.kind.gpu_cores(device.name)
 
 
 def architecture(device: DeviceHandle) -> str:
@@ -44,13 +51,41 @@ def processor_name() -> str:
 
 def measure_flops(device: DeviceHandle) -> float:
     """Operations per second of a matrix product; a multiplication and an addition are two. On a CPU it is NumPy's, in
-    float32 with its BLAS's threads; elsewhere it is tinygrad's untuned product in float16."""
-    return _cpu_flops() if device.is_cpu else _gpu_flops(device)
+    float32 on each of the device's cores; elsewhere it is tinygrad's untuned product in float16."""
+    return _cpu_flops(len(device.cores)) if device.is_cpu else _gpu_flops(device)
 
 
-def _cpu_flops() -> float:
-    a = np.random.default_rng(0).standard_normal((CPU_SIZE, CPU_SIZE), np.float32)
-    return 2 * CPU_SIZE**3 / _fastest(lambda: a @ a)
+# One thread multiplies, and its processor time counts: the threads of NumPy's library wait for each other, so on a
+# machine that does something else its wall time says 10 to 16 times too little. The median, since the processor's
+# frequency changes.
+_PRODUCTS = f"""
+import statistics, time, numpy
+a = numpy.random.default_rng(0).standard_normal(({CPU_SIZE}, {CPU_SIZE}), numpy.float32)
+def product():
+    start = time.thread_time()
+    a @ a
+    return time.thread_time() - start
+product()
+print({2 * CPU_SIZE**3} / statistics.median(product() for _ in range({ROUNDS})))
+"""
+_ONE_THREAD = dict.fromkeys(
+    ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
+)
+
+
+def _cpu_flops(num_cores: int) -> float:
+    """By a process for each core, all at the same time. They are processes because the number of the library's threads
+    is an environment variable. Raises DeviceError."""
+    command = [sys.executable, "-c", _PRODUCTS]
+    running = [
+        subprocess.Popen(command, env=os.environ | _ONE_THREAD, stdout=subprocess.PIPE, text=True)
+        for _ in range(num_cores)
+    ]
+    outputs = [process.communicate(timeout=PRODUCTS_S)[0] for process in running]
+    try:
+        return sum(float(output) for output in outputs)
+    except ValueError:
+        raise DeviceError("the speed of matrix products cannot be measured: give --chip NAME") from None
 
 
 def _gpu_flops(device: DeviceHandle) -> float:

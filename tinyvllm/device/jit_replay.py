@@ -21,6 +21,7 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import Ops, buffers
 
 from tinyvllm.device.recording import Call, RecordedStep, collect_kept
+from tinyvllm.device.replay import count_dependent
 from tinyvllm.device.watching import is_watched
 from tinyvllm.errors import DeviceError, InvariantError
 
@@ -49,6 +50,8 @@ class JitReplay:
     `trace` launches kernels on buffers that all exist before, and returns one tensor. It takes no arguments, because a
     step's inputs, pool and output stay where they are."""
 
+    is_own_launch = False
+
     def __init__(self, trace: Callable[[], Tensor]) -> None:
         check_environment()
         before = {id(buffer) for buffer in buffers.values()}
@@ -68,6 +71,10 @@ class JitReplay:
             output = self._jit()
         self.step = _as_step(tuple(_calls(self._jit.captured.linear)), output, before, kept)
         self._amounts: Amounts | None = None
+
+    @property
+    def num_barriers(self) -> int:
+        return count_dependent(self.step)
 
     def __call__(self) -> None:
         if self._amounts is None:

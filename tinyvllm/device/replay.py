@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 from tinygrad import Device, UOp, dtypes
@@ -34,6 +35,19 @@ from tinyvllm.errors import InvariantError
 QUEUE = "COMPUTE:0"
 LINE_WORDS = 32  # uint32 words: two cache lines, since some processors fetch them in pairs
 MAX_COMMANDS = 1 << 20  # per step: keeps an index into its table within 32 bits
+
+
+class Replay(Protocol):
+    """A function that enqueues a step. `num_barriers`: how often a kernel waits for an earlier one. `is_own_launch`: it
+    bypasses tinygrad's executor."""
+
+    step: RecordedStep
+    is_own_launch: bool
+
+    @property
+    def num_barriers(self) -> int: ...
+
+    def __call__(self) -> None: ...
 
 
 def make_replay(device: DeviceHandle, step: RecordedStep) -> Callable[[], None]:
@@ -59,6 +73,8 @@ class LazyReplay:
 class GraphReplay:
     """A step as tinygrad's graph of the device, or as single launches on a device without graphs."""
 
+    is_own_launch = False
+
     def __init__(self, step: RecordedStep) -> None:
         self._linear = UOp(Ops.LINEAR, src=tuple(_call(call) for call in step.calls))
         if JIT < 2:
@@ -67,8 +83,25 @@ class GraphReplay:
             self._linear = graph_split_rewrite(self._linear, max_batch_size=0)
         self.step = step
 
+    @property
+    def num_barriers(self) -> int:
+        """On METAL tinygrad sets one before every command. Elsewhere a kernel waits if it depends on an earlier one."""
+        if self.step.calls and self.step.calls[0].buffers[0].device.split(":")[0] == "METAL":
+            return len(self.step.calls)
+        return count_dependent(self.step)
+
     def __call__(self) -> None:
         run_linear(self._linear, jit=True)
+
+
+def count_dependent(step: RecordedStep) -> int:
+    """The calls that touch memory which an earlier one writes, or write memory which an earlier one touches."""
+    tracker = DepsTracker()
+    written = [list(call.target.arg.outs) if call.target.op is Ops.PROGRAM else [0] for call in step.calls]
+    return sum(
+        bool(tracker.access_resources(list(call.buffers), outs, number))
+        for number, (call, outs) in enumerate(zip(step.calls, written, strict=True))
+    )
 
 
 def _call(call: Call) -> UOp:
@@ -81,17 +114,25 @@ class CpuReplay:
 
     `stamps`: where to write each kernel's start and end, (calls, 2, 2) words of seconds and nanoseconds."""
 
+    is_own_launch = True
+
     def __init__(self, cores: tuple[str, ...], step: RecordedStep, stamps: np.ndarray | None = None) -> None:
         self.step, self._stamps = step, stamps  # the tables hold their addresses
+        self._owner = [cores.index(call.buffers[0].device) for call in step.calls]
         # how far each core has come in this step; on separate cache lines, since every core watches the others'
         self._progress = np.zeros((len(cores), LINE_WORDS), np.uint32)
         self._queues = [
             _Queue(core, np.concatenate(rows))
-            for core, rows in zip(cores, _tables(cores, step, self._progress, stamps), strict=True)
+            for core, rows in zip(cores, _tables(cores, self._owner, step, self._progress, stamps), strict=True)
             if rows
         ]
         # the tables must outlive the workers' use, even if the replay is dropped or the process ends
         weakref.finalize(self, _drain, self._queues, self._progress, step)
+
+    @property
+    def num_barriers(self) -> int:
+        """How often a core waits for another."""
+        return sum(map(len, _waits(self._owner, self.step)))
 
     def __call__(self) -> None:
         if len(self._queues) > 1:  # the counters restart at 0: the previous step must have ended on every core
@@ -138,10 +179,10 @@ class _Queue:
 
 
 def _tables(
-    cores: tuple[str, ...], step: RecordedStep, progress: np.ndarray, stamps: np.ndarray | None
+    cores: tuple[str, ...], owner: list[int], step: RecordedStep, progress: np.ndarray, stamps: np.ndarray | None
 ) -> list[list[np.ndarray]]:
-    """Each core's rows. A core runs its own kernels in order, and waits for those of others that they depend on."""
-    owner = [cores.index(call.buffers[0].device) for call in step.calls]
+    """Each core's rows. `owner`: the core of each call. A core runs its own kernels in order, and waits for those of
+    others that they depend on."""
     waits = _waits(owner, step)
     awaited = {call for call_waits in waits for call in call_waits}
     rows: list[list[np.ndarray]] = [[] for _ in cores]

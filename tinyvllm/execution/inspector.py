@@ -9,6 +9,7 @@ import numpy as np
 from tinyvllm.device import hardware
 from tinyvllm.device.accounting import DeviceAccount
 from tinyvllm.device.bandwidth import measure_bandwidth
+from tinyvllm.device.kinds import ProgramLimits
 from tinyvllm.device.program_limits import ProgramFacts, program_facts
 from tinyvllm.execution.cost import CostCounter, StepCost, WeightFacts, formats_in_use, weight_facts
 from tinyvllm.execution.profile import profile_step
@@ -52,6 +53,11 @@ class RunnerInspector:
         return hardware.hardware_name(self.runner.backend.device)
 
     @property
+    def gpu_cores(self) -> int | None:
+        """The number of cores of a Mac's GPU; None elsewhere."""
+        return hardware.gpu_cores(self.runner.backend.device)
+
+    @property
     def architecture(self) -> str:
         """The target of the kernels: "Apple9", "sm_90"; "" on a CPU."""
         return hardware.architecture(self.runner.backend.device)
@@ -73,6 +79,11 @@ class RunnerInspector:
         graph = runner.captures.graph_for(plan)
         counter = CostCounter(runner.model, runner.pool, runner.capacity.block_size, loads)
         return counter.count(graph.bucket.name, graph.calls, graph.inputs, plan)
+
+    @property
+    def program_limits(self) -> ProgramLimits | None:
+        """What the device allows a program; None if it has no such limits."""
+        return self.runner.backend.device.kind.program_limits
 
     def programs(self) -> list[ProgramFacts]:
         """How much of the device's limits each program of each graph uses."""

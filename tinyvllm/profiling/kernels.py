@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import GB, Chip
@@ -84,6 +85,19 @@ class StepProfile:
     def num_dispatches(self) -> int:
         """Kernels, of which all cores' shares are one."""
         return sum(kernel.count for kernel in self.kernels)
+
+
+def join_steps(steps: Sequence[StepProfile]) -> StepProfile:
+    """The steps of one prompt as one, with all their kernels; what its experts chose is that of the last."""
+    names = [step.bucket for step in steps]
+    return replace(
+        steps[-1],
+        bucket=" + ".join(f"{len(list(same))} x {name}" if len(steps) > 1 else name for name, same in groupby(names)),
+        kernels=tuple(kernel for step in steps for kernel in step.kernels),
+        step_s=sum(step.step_s for step in steps),
+        profiled_s=sum(step.profiled_s for step in steps),
+        launches=tuple(launch for step in steps for launch in step.launches),
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tinyvllm.config import ModelConfig
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import CHIPS, GB, Chip
 from tinyvllm.profiling.kernels import floor_s
-from tinyvllm.profiling.roofline import Work, bytes_per_weight, count_work
+from tinyvllm.profiling.roofline import BYTES_PER_WEIGHT, WeightBytes, Work, count_work
 
 KV_ITEMSIZE = 2  # float16
 FEW_ROWS = 64  # steps of up to this many rows have kernels of their own; above, they use those of prompts
@@ -167,34 +167,36 @@ class Prediction:
         }
 
 
-def predict(config: ModelConfig, kind: str, chip: Chip, batch: int, context: int) -> Prediction:
+def predict(config: ModelConfig, kind: str | WeightBytes, chip: Chip, batch: int, context: int) -> Prediction:
     """Predict one decode step of `batch` sequences with `context` tokens each, weights in format `kind`, and a float16
     KV cache. Raises ProfilingError for an unknown format."""
+    weights = WeightBytes.of_kind(kind) if isinstance(kind, str) else kind
     if batch < 1 or context < 0:
         raise ProfilingError(f"a step needs at least one sequence and no negative context: {batch=}, {context=}")
-    work = count_work(config, bytes_per_weight(kind), KV_ITEMSIZE, [(context, 1)] * batch)
+    work = count_work(config, weights, KV_ITEMSIZE, [(context, 1)] * batch)
     factors = FACTORS[chip.device]
     matrix_flops = work.matrix_flops * (batch - 1) / batch
     share = factors.compute_share if batch <= FEW_ROWS else factors.prompt_share
     compute_s = _compute_s(chip, matrix_flops, share)
     compute_s += _compute_s(chip, work.attention_flops, factors.attention_share)
-    setup = _Setup(kind, chip, num_steps=1, column=int(batch > 1))
+    setup = _Setup(weights, chip, num_steps=1, column=int(batch > 1))
     return setup.prediction(config, work, compute_s, batch=batch, context=context, prompt=0)
 
 
 def predict_prompt(
-    config: ModelConfig, kind: str, chip: Chip, num_tokens: int, step_tokens: int, num_rows: int = 1
+    config: ModelConfig, kind: str | WeightBytes, chip: Chip, num_tokens: int, step_tokens: int, num_rows: int = 1
 ) -> Prediction:
     """Predict a single prompt of `num_tokens`, computed `step_tokens` at a time. `num_rows`: rows of logits in each
     step, one for each sequence that the engine allows. Otherwise like `predict`."""
     if min(num_tokens, step_tokens, num_rows) < 1:
         raise ProfilingError(f"counts of a prompt must be at least 1, but {num_tokens=}, {step_tokens=}, {num_rows=}")
     spans = [(start, min(step_tokens, num_tokens - start)) for start in range(0, num_tokens, step_tokens)]
-    steps = [count_work(config, bytes_per_weight(kind), KV_ITEMSIZE, [span], num_rows) for span in spans]
+    weights = WeightBytes.of_kind(kind) if isinstance(kind, str) else kind
+    steps = [count_work(config, weights, KV_ITEMSIZE, [span], num_rows) for span in spans]
     work = Work(*(sum(values) for values in zip(*map(astuple, steps), strict=True)))
     matrix_flops = sum(step.matrix_flops * (count - 1) / count for step, (_, count) in zip(steps, spans, strict=True))
     compute_s = _compute_s(chip, matrix_flops + work.attention_flops, FACTORS[chip.device].prompt_share)
-    setup = _Setup(kind, chip, num_steps=len(spans), column=2)
+    setup = _Setup(weights, chip, num_steps=len(spans), column=2)
     return setup.prediction(config, work, compute_s, batch=1, context=0, prompt=num_tokens)
 
 
@@ -206,7 +208,7 @@ def _compute_s(chip: Chip, flops: float, share: float) -> float:
 class _Setup:
     """What is predicted. `column`: which of the kernel counts applies."""
 
-    kind: str
+    weights: WeightBytes
     chip: Chip
     num_steps: int
     column: int
@@ -215,7 +217,7 @@ class _Setup:
         self, config: ModelConfig, work: Work, compute_s: float, *, batch: int, context: int, prompt: int
     ) -> Prediction:
         chip, factors = self.chip, FACTORS[self.chip.device]
-        weights_share = factors.bandwidth_share if bytes_per_weight(self.kind) >= 2 else factors.quantized_share
+        weights_share = factors.bandwidth_share if self.weights.layers >= 2 else factors.quantized_share
         layer, others = factors.layer_kernels[self.column], factors.other_kernels[self.column]
         sparse, more = len(config.sparse_layers), factors.sparse_kernels[self.column]
         num_kernels = self.num_steps * (config.num_layers * layer + sparse * more + others)
@@ -242,12 +244,12 @@ class _Setup:
 
 @dataclass(frozen=True)
 class Measured:
-    """A measurement from docs/PERFORMANCE.md: a decode step, or, if `prompt` is not 0, a prompt computed `step_tokens`
+    """A measurement in docs/PERFORMANCE.md: a decode step, or, if `prompt` is not 0, a prompt computed `step_tokens`
     at a time with `num_rows` rows of logits."""
 
     chip: Chip
     shape: str
-    kind: str
+    kind: str | WeightBytes
     tok_s: float
     batch: int = 1
     context: int = 0
@@ -260,7 +262,8 @@ class Measured:
         work = f"batch {self.batch}, context {self.context}"
         if self.prompt:
             work = f"prompt of {self.prompt} with logits of {self.num_rows}"
-        return f"{self.shape} {self.kind} on {self.chip.name}, {work}"
+        kind = self.kind if isinstance(self.kind, str) else self.kind.name
+        return f"{self.shape} {kind} on {self.chip.name}, {work}"
 
     def predict(self, config: ModelConfig) -> Prediction:
         """The prediction for the same work. `config`: that of the shape."""
@@ -281,6 +284,7 @@ EPYC = Chip(
     "measured idle: docs/PROFILING.md, 57 GFLOP in 0.227 s at 96 % of NumPy's rate",
     "CPU",
 )
+SMOLLM2 = WeightBytes("Q4_1, embedding and head Q8_0", BYTES_PER_WEIGHT["Q4_1"], BYTES_PER_WEIGHT["Q8_0"])
 MEASURED = (
     Measured(H200, "llama-3.2-1b", "float16", 1305, batch=1, context=128),
     Measured(H200, "llama-3.2-1b", "float16", 9382, batch=8, context=128),
@@ -294,9 +298,9 @@ MEASURED = (
     Measured(H200, "llama-3.2-1b", "float16", 298104, prompt=2048, step_tokens=8192, num_rows=16),
     Measured(H200, "qwen3-0.6b", "float16", 1623, batch=1, context=256),
     Measured(H200, "qwen3-0.6b", "float16", 35065, batch=64, context=256),
-    Measured(EPYC, "smollm2-135m", "Q4_1", 203, batch=1, context=128),
-    Measured(EPYC, "smollm2-135m", "Q4_1", 122, batch=1, context=1024),
-    Measured(EPYC, "smollm2-135m", "Q4_1", 587, batch=16, context=128),
-    Measured(EPYC, "smollm2-135m", "Q4_1", 229, batch=16, context=1024),
-    Measured(EPYC, "smollm2-135m", "Q4_1", 942, prompt=512, step_tokens=256),
+    Measured(EPYC, "smollm2-135m", SMOLLM2, 171.8, batch=1, context=128),
+    Measured(EPYC, "smollm2-135m", SMOLLM2, 117.8, batch=1, context=1024),
+    Measured(EPYC, "smollm2-135m", SMOLLM2, 552, batch=16, context=128),
+    Measured(EPYC, "smollm2-135m", SMOLLM2, 219, batch=16, context=1024),
+    Measured(EPYC, "smollm2-135m", SMOLLM2, 875, prompt=512, step_tokens=256),
 )

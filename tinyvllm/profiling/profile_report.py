@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,16 +12,17 @@ from rich.text import Text
 
 from tinyvllm.profiling.chips import Chip
 from tinyvllm.profiling.expert_load import describe_loads
-from tinyvllm.profiling.kernels import KernelRow, StepProfile, tabulate
+from tinyvllm.profiling.kernels import Kernel, KernelRow, StepProfile, tabulate
+from tinyvllm.profiling.layer_table import describe_layers, layer_markdown, layer_table, tabulate_layers
 from tinyvllm.profiling.measure import Recording
 from tinyvllm.profiling.predict import Measured, Prediction
 from tinyvllm.profiling.recording_verdict import judge_recording
-from tinyvllm.profiling.roofline import Roofline
+from tinyvllm.profiling.roofline import Roofline, row_warnings
 from tinyvllm.profiling.stage_rows import process_as_json
 from tinyvllm.profiling.trace import Trace
 from tinyvllm.profiling.verdict import Finding
 
-SCHEMA = 2  # version of the JSON: raised when a field changes its name or meaning
+SCHEMA = 3  # version of the JSON: raised when a field changes its name or meaning
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class ProfileReport:
     host_s: float  # the host's part of a turn, median over the same turns
     moved_bytes: int  # by the kernels, counted from their arguments
     num_repeats: int
+    counts: Mapping[str, int] = field(default_factory=dict)  # what a step asks of the device, by name
+    limits: Mapping[str, int] = field(default_factory=dict)  # of those that have one
+    program_limits: Sequence[str] = ()  # how much of the device's limits of a program is used, in words
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -50,6 +54,10 @@ class ProfileReport:
 
     def rows(self, by: str) -> list[KernelRow]:
         return tabulate(self.profile.kernels, by, self.chip)
+
+    @property
+    def row_warnings(self) -> list[str]:
+        return row_warnings(self.rows("operation"), self.chip)
 
     def as_json(self) -> dict[str, Any]:
         profile = self.profile
@@ -71,13 +79,17 @@ class ProfileReport:
             "turn_s": self.turn_s,
             "pack_s": self.pack_s,
             "host_s": self.host_s,
+            "dispatches": profile.num_dispatches,
             "kernels": profile.num_kernels,
+            "counts": dict(self.counts),
+            "limits": dict(self.limits),
             "moved_bytes": self.moved_bytes,
             "experts": [load.as_json() for load in profile.experts],
             "timed": "in the step as served" if profile.is_graphed else "one by one",
             "roofline": self.roofline.as_json(),
+            "row_warnings": self.row_warnings,
             "verdict": [finding.as_json() for finding in self.findings],
-            **{f"by_{by}": [row.as_json() for row in self.rows(by)] for by in ("operation", "layer", "kernel")},
+            **tables_as_json(profile.kernels, self.chip, ("operation", "kernel")),
             "environment": self.environment,
         }
 
@@ -89,14 +101,36 @@ def profile_table(report: ProfileReport, by: str) -> RenderableType:
     title = f"{report.model} ({report.dtype}) on {report.hardware}: {where}"
     return Group(
         Text(title, style="bold"),
-        kernel_table(report.rows(by)),
+        kernels_by(by, profile.kernels, report.chip),
         Text(""),
         *(Text(line) for line in _explain_times(report)),
+        *(Text(line) for line in _explain_counts(report)),
         *(Text(line) for line in _explain_roof(report)),
         *(Text(line) for line in describe_loads(profile.experts)),
         Text(""),
         *(_finding_text(finding, index == 0) for index, finding in enumerate(report.findings)),
     )
+
+
+def kernels_by(by: str, kernels: Sequence[Kernel], chip: Chip | None) -> RenderableType:
+    """The table of --by."""
+    if by != "layer":
+        return kernel_table(tabulate(kernels, by, chip))
+    rows = tabulate_layers(kernels, chip)
+    return Group(layer_table(rows), Text(""), *(Text(line) for line in describe_layers(rows)))
+
+
+def markdown_by(by: str, kernels: Sequence[Kernel], chip: Chip | None) -> str:
+    """The same in Markdown, for an issue or a page."""
+    if by == "layer":
+        return layer_markdown(tabulate_layers(kernels, chip))
+    return kernel_markdown(tabulate(kernels, by, chip))
+
+
+def tables_as_json(kernels: Sequence[Kernel], chip: Chip | None, groupings: Sequence[str]) -> dict[str, Any]:
+    """`by_operation` and so on; `by_layer` has each layer's operations."""
+    tables = {f"by_{by}": [row.as_json() for row in tabulate(kernels, by, chip)] for by in groupings if by != "layer"}
+    return tables | {"by_layer": [row.as_json() for row in tabulate_layers(kernels, chip)]}
 
 
 KERNEL_COLUMNS = ("name", "dispatches", "total ms", "average us", "share", "GB/s", "GFLOP/s", "of roof")
@@ -113,7 +147,7 @@ def kernel_table(rows: Sequence[KernelRow]) -> Table:
 
 
 def kernel_markdown(rows: Sequence[KernelRow]) -> str:
-    """The same in Markdown, for an issue or a page."""
+    """The same in Markdown."""
     lines = [KERNEL_COLUMNS, ("---", *("---:" for _ in KERNEL_COLUMNS[1:])), *(_kernel_cells(row) for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -142,7 +176,8 @@ def _explain_times(report: ProfileReport) -> list[str]:
     profile = report.profile
     kernels, step, profiled = (_ms(s) for s in (profile.kernels_s, profile.step_s, profile.profiled_s))
     cost = profile.profiled_s / profile.step_s - 1
-    lines = [f"kernels {kernels} in {profile.num_kernels:,} dispatches; the step as served {step}"]
+    shares = f" ({profile.num_kernels:,} launches of {profile.num_cores} cores)" if profile.num_cores > 1 else ""
+    lines = [f"kernels {kernels} in {profile.num_dispatches:,} dispatches{shares}; the step as served {step}"]
     if profile.between_s is not None:
         lines.append(
             f"timed inside the step on {profile.num_cores} core(s); a row has its slowest core's time; timed, the "
@@ -161,6 +196,31 @@ def _explain_times(report: ProfileReport) -> list[str]:
     ]
 
 
+COUNT_WORDS = {
+    "kernels": "kernels",
+    "barriers": "barriers",
+    "graph_launches": "graph launches",
+    "syncs": "syncs",
+    "copies_h2d": "copies to the device",
+    "copies_d2h": "copies to the host",
+    "eager_kernels": "kernels outside the graph",
+    "compilations": "compilations",
+}
+
+
+def _explain_counts(report: ProfileReport) -> list[str]:
+    """What a step asks of the device, each count with its limit."""
+    counts = [
+        f"{words} {report.counts[name]:,}" + (f" (at most {report.limits[name]:,})" if name in report.limits else "")
+        for name, words in COUNT_WORDS.items()
+        if name in report.counts
+    ]
+    lines = [f"a step's counts: {', '.join(counts)}"] if counts else []
+    over = [name for name, limit in report.limits.items() if report.counts.get(name, 0) > limit]
+    lines += [f"WARNING: {COUNT_WORDS.get(name, name)} exceed the limit" for name in over]
+    return lines + list(report.program_limits)
+
+
 def _explain_roof(report: ProfileReport) -> list[str]:
     roof, chip = report.roofline, report.chip
     bound = "memory" if roof.is_memory_bound else "compute"
@@ -172,7 +232,7 @@ def _explain_roof(report: ProfileReport) -> list[str]:
         f"floor {_ms(roof.floor_s)} ({bound}); achieved {roof.achieved_gbps:,.1f} GB/s and {roof.achieved_tflops:,.3f} "
         f"TFLOP/s: {roof.utilization:.0%} of the roof",
     ]
-    return lines + [f"WARNING: {warning}" for warning in roof.warnings()]
+    return lines + [f"WARNING: {warning}" for warning in (*roof.warnings(), *report.row_warnings)]
 
 
 def _finding_text(finding: Finding, is_verdict: bool) -> Text:
@@ -184,7 +244,8 @@ def trace_table(trace: Trace, by: str, last_steps: int | None, chip: Chip | None
     """The kernels of a DEBUG=2 log, with notes."""
     kernels = trace.kernels(last_steps)
     notes = [
-        f"{sum(kernel.count for kernel in kernels):,} dispatches, {_ms(sum(kernel.seconds for kernel in kernels))} on "
+        f"{sum(kernel.count for kernel in kernels):,} dispatches in {sum(kernel.launches for kernel in kernels):,} "
+        f"launches, {_ms(sum(kernel.seconds for kernel in kernels))} on "
         f"{', '.join(sorted({kernel.device for kernel in kernels})) or 'no device'}; tinygrad waited after each one"
     ]
     if any(kernel.operation.startswith("graph of") for kernel in kernels):
@@ -198,7 +259,7 @@ def trace_table(trace: Trace, by: str, last_steps: int | None, chip: Chip | None
     ):
         if count:
             notes.append(f"{count:,} {what}")
-    return Group(kernel_table(tabulate(kernels, by, chip)), Text(""), *(Text(note) for note in notes))
+    return Group(kernels_by(by, kernels, chip), Text(""), *(Text(note) for note in notes))
 
 
 def recording_table(recording: Recording) -> RenderableType:

@@ -7,13 +7,13 @@ counted: together they are less than 1 % of the matrix products.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from tinyvllm.config import ConvKind, ExpertsKind, LayerKind, ModelConfig
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import GB, Chip
-from tinyvllm.profiling.kernels import floor_s
+from tinyvllm.profiling.kernels import Kernel, KernelRow, floor_s
 
 # Bytes per weight on the device: ggml's blocks, with the 6-bit scales of K quants unpacked to one byte each.
 BYTES_PER_WEIGHT = {
@@ -61,6 +61,22 @@ class Work:
     @property
     def flops(self) -> float:
         return self.matrix_flops + self.attention_flops
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes per weight on the device: of the layers' matrices, and of the embedding and the head. `name`: the formats
+    in words."""
+
+    name: str
+    layers: float
+    table: float
+
+    @classmethod
+    def of_kind(cls, kind: str) -> WeightBytes:
+        """All matrices in one format. Raises ProfilingError for an unknown one."""
+        size = bytes_per_weight(kind)
+        return cls(kind, size, size)
 
 
 def weights_of(config: ModelConfig) -> tuple[int, int]:
@@ -130,14 +146,15 @@ def earlier_keys(start: int, window: int | None = None) -> int:
 
 def count_work(
     config: ModelConfig,
-    bytes_per_weight: float,
+    weights: WeightBytes | float,
     kv_itemsize: int,
     entries: Iterable[tuple[int, int]],
     num_sampled: int | None = None,
 ) -> Work:
     """Count the work of a step from the model's sizes. `entries`: (tokens before this step, tokens computed in it) for
-    each sequence. `num_sampled`: rows of logits; by default one per sequence."""
+    each sequence. `weights`: bytes of one. `num_sampled`: rows of logits; by default one per sequence."""
     entries = list(entries)
+    layer_size, table_size = (weights, weights) if isinstance(weights, float) else (weights.layers, weights.table)
     num_tokens = sum(count for _, count in entries)
     num_rows = len(entries) if num_sampled is None else num_sampled
     in_layers, in_table = weights_of(config)
@@ -148,8 +165,8 @@ def count_work(
         unused = weights_in_experts(config, kind.num_experts - kind.top_k)
     kv_token = config.kv_bytes_per_token(kv_itemsize)
     return Work(
-        weight_bytes=bytes_per_weight
-        * (in_layers - idle + in_table + (0 if config.tie_embeddings else num_tokens * config.hidden_size)),
+        weight_bytes=layer_size * (in_layers - idle)
+        + table_size * (in_table + (0 if config.tie_embeddings else num_tokens * config.hidden_size)),
         kv_read_bytes=sum(
             kv_itemsize
             * kind.stored_elements
@@ -175,6 +192,46 @@ def bytes_per_weight(kind: str) -> float:
     if found is None:
         raise ProfilingError(f"weight format {kind!r} is not known; known: {', '.join(BYTES_PER_WEIGHT)}")
     return found
+
+
+TIMED_S = 5e-6  # a shorter kernel's time is too uncertain for a rate
+LARGE_BYTES = (
+    1 << 20
+)  # what a kernel reads beyond this are weights or keys, which a step reads once: no cache keeps them
+ROOM, LEAST_SHARE = 1.02, 0.01  # rows above this share of the roof, with this share of the time, get a warning
+
+
+def raise_roof(chip: Chip, kernels: Sequence[Kernel]) -> Chip:
+    """A chip whose rates were measured, with roofs no lower than what a kernel just reached: a test of a second finds
+    too little on a machine that does something else. Rates of the table stay as they are."""
+    if not chip.is_measured:
+        return chip
+    timed = [kernel for kernel in kernels if kernel.seconds >= TIMED_S]
+    tflops = max((kernel.flops / kernel.seconds for kernel in timed if kernel.flops), default=0.0) / 1e12
+    large = [kernel for kernel in timed if (kernel.nbytes or 0) >= LARGE_BYTES]
+    gbps = max(((kernel.nbytes or 0) / kernel.seconds for kernel in large), default=0.0) / GB
+    notes = []
+    if tflops > chip.half_tflops:
+        notes.append(f"the test found {chip.half_tflops:.3g} TFLOP/s, but a kernel reached {tflops:.3g}")
+    if gbps > chip.bandwidth_gbps:
+        notes.append(f"the test found {chip.bandwidth_gbps:,.1f} GB/s, but a kernel reached {gbps:,.1f}")
+    return replace(
+        chip,
+        half_tflops=max(tflops, chip.half_tflops),
+        bandwidth_gbps=max(gbps, chip.bandwidth_gbps),
+        source="; ".join([chip.source, *notes]),
+    )
+
+
+def row_warnings(rows: Sequence[KernelRow], chip: Chip) -> list[str]:
+    """One for each row that is faster than the chip allows, unless it takes next to no time: its values are then few,
+    and come from a cache."""
+    return [
+        f"{row.label} is at {row.roof_share:.0%} of the roof of {chip.name}: its bytes came from a cache, a count is "
+        "wrong, or this is another chip"
+        for row in rows
+        if row.roof_share is not None and row.roof_share > ROOM and row.share >= LEAST_SHARE
+    ]
 
 
 @dataclass(frozen=True)

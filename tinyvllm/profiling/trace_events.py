@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from tinyvllm.profiling.kernels import Launch
+from tinyvllm.profiling.kernels import Kernel, Launch
 from tinyvllm.profiling.measure import ANSWER, CALL, DETOKENIZE, LAUNCH, RECEIVE, STEP, SUBMIT, WAIT, Recording, Span
 
 HOST, DEVICE = 1, 2  # process numbers of the first recording; those of the next are 3 and 4
@@ -56,6 +56,15 @@ def device_steps(recording: Recording) -> list[Launch]:
             seconds = (wait.end_ns - start_ns) / 1e9
             steps.append(Launch(str(wait.facts.get("bucket", STEP)), "a whole step", "steps", start_ns, seconds))
     return steps
+
+
+def in_turn(kernels: Sequence[Kernel]) -> list[Launch]:
+    """The kernels of a log one after the other: it has the time of each, but not when it began."""
+    launches, now_s = [], 0.0
+    for kernel in kernels:
+        launches.append(Launch(kernel.label, kernel.program, kernel.device, round(now_s * 1e9), kernel.seconds))
+        now_s += kernel.seconds
+    return launches
 
 
 def trace_text(recorded: Recording | Sequence[Recording] | None, launches: Sequence[Launch] = ()) -> str:

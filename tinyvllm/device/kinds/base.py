@@ -58,6 +58,10 @@ class DeviceKind:
         """The maker's name ("NVIDIA H200", "Apple M4"), or tinygrad's name of the device if there is none."""
         return name
 
+    def gpu_cores(self, name: str) -> int | None:
+        """The number of its cores where its name does not tell variants apart; None elsewhere, or if unknown."""
+        return None
+
     def input_array(self, buffer: Buffer) -> HostArray | None:
         """Host memory from which inputs reach `buffer` without waiting; None: use the allocator's copy."""
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +43,25 @@ class Metal(DeviceKind):
 
         return str(from_ns_str(Device[name].sysdevice.name()))
 
+    def gpu_cores(self, name: str) -> int | None:
+        """As the registry of devices has it, since Metal does not say."""
+        if sys.platform != "darwin":
+            return None
+        command = ["/usr/sbin/ioreg", "-rc", "AGXAccelerator", "-d", "1"]
+        try:
+            text = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return find_gpu_cores(text)
+
     def output_reader(self, buffer: Buffer) -> MetalReader:
         return MetalReader(buffer)
+
+
+def find_gpu_cores(text: str) -> int | None:
+    """The number of GPU cores in what `ioreg` prints."""
+    found = re.search(r'"gpu-core-count"\s*=\s*(\d+)', text)
+    return int(found[1]) if found else None
 
 
 class MetalReader:

@@ -105,7 +105,7 @@ QUICK = "--batch 1,2 --tokens 3 --repeats 1 --log-level warning --cpu-cores 1 --
 def run(tiny_hf_files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
     folder = tmp_path_factory.mktemp("breakdown")
     files = f"--json {folder / 'a.json'} --csv {folder / 'a.csv'} --plot {folder / 'a.html'}"
-    arguments = f"bench breakdown --prompts short --context 16 {QUICK} {files} --model".split()
+    arguments = f"bench breakdown --prompts short --context 16 --per-token {QUICK} {files} --model".split()
     yield CliRunner().invoke(app, [*arguments, str(tiny_hf_files.path)]), folder
 
 
@@ -170,6 +170,24 @@ def test_tables_name_stages_kernels_and_verdict(run: tuple[Any, Path], figures: 
     for row in main["kernels"][:5]:
         assert row["label"] in text and row["share"] > 0
     assert "…" not in text  # nothing is truncated
+    lines = text.splitlines()
+    assert lines[1].startswith("the time goes to prefill ") and "of what m4 allows" in lines[2]
+    assert lines[3].startswith("verdict: ")
+    assert text.index("Stages, all cases") < text.index("Counts of a step") < text.index("Checks")
+    assert "measuring 4 cases, 1 repeat each: about " in run[0].stderr and "left out" not in run[0].stderr
+
+
+def test_tokens_and_memory_are_shown_block_by_block(run: tuple[Any, Path], figures: dict[str, Any]) -> None:
+    assert [row["token"] for row in figures["tokens"]] == [1, 2, 3]
+    for row in figures["tokens"]:
+        assert row["total_ms"] == pytest.approx(row["sampling_ms"] + sum(row["stages_ms"].values()), rel=0.5)
+        assert 0 < row["device_ms"] < row["total_ms"] and row["kernels"] > 0 and row["syncs"] == 1
+    blocks = {row["block"]: row for row in figures["memory"]}
+    assert list(blocks)[:4] == ["import", "load", "capture 5 graphs", "warm-up calls"]
+    assert "16 ids, batch 2, decode" in blocks and blocks["load"]["device_delta_bytes"] > 0
+    if sys.platform.startswith("linux"):
+        assert all(row["rss_peak_bytes"] >= row["rss_bytes"] > 0 for row in blocks.values())
+    assert "Token by token" in run[0].stdout and "capture 5 graphs" in run[0].stdout
 
 
 def test_csv_has_a_line_for_each_case_and_stage(run: tuple[Any, Path], figures: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tinyvllm.bench.cold_start import GREEDY, ColdStart
 from tinyvllm.bench.counts import Fault, StepCounts
+from tinyvllm.bench.memory import MemoryBlock
 from tinyvllm.bench.rows import Machine
 from tinyvllm.bench.spread import Spread
 from tinyvllm.bench.stages import (
@@ -25,6 +26,7 @@ from tinyvllm.bench.stages import (
     WAIT,
     Case,
     PlainRound,
+    RequestTimes,
     Round,
     StepTimes,
     Took,
@@ -98,6 +100,8 @@ class CaseResult:
     counts: dict[str, StepCounts]  # by phase
     profiles: dict[str, StepProfile]  # by phase
     costs: dict[str, StepCost]  # by phase
+    step_counts: tuple[dict[str, int], ...] = ()  # of each step, in order
+    token_texts: tuple[str, ...] = ()  # of the first request
 
     @property
     def wall_s(self) -> float:
@@ -146,6 +150,7 @@ class Breakdown:
     chip: Chip
     vocab_size: int
     interpreter: Interpreter | None = None  # while the cases were measured
+    memory: tuple[MemoryBlock, ...] = ()  # of the start and of each case's phases
 
     @property
     def wall_s(self) -> float:
@@ -235,6 +240,11 @@ def sum_stages(cases: Sequence[CaseResult]) -> list[StageTimes]:
         share = total_s / wall_s
         out.append(StageTimes(name=name, spread=spread, total_s=total_s, share=share, cpu=cpu, components=components))
     return out
+
+
+def time_per_token(request: RequestTimes) -> float:
+    """Seconds of each token after the first."""
+    return (request.token_s[-1] - request.token_s[0]) / (len(request.token_s) - 1)
 
 
 def residual_share(cases: Sequence[CaseResult]) -> float:

@@ -7,10 +7,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tinyvllm.bench.breakdown import Breakdown, CaseResult, residual_share, sum_stages
+from tinyvllm.bench.breakdown import Breakdown, CaseResult, residual_share, sum_stages, time_per_token
 from tinyvllm.bench.rows import Machine
 from tinyvllm.bench.spread import Spread
 from tinyvllm.bench.stages import DEVICE_STAGES, PlainRound, RequestTimes, Round
+from tinyvllm.bench.token_table import token_rows
 from tinyvllm.profiling.kernels import tabulate
 from tinyvllm.profiling.request_stages import DECODE, PREFILL
 
@@ -47,7 +48,9 @@ def breakdown_json(breakdown: Breakdown) -> dict[str, Any]:
             for phase in (PREFILL, DECODE)
             if (roofline := breakdown.roofline(phase)) is not None
         },
+        "memory": [block.as_json() for block in breakdown.memory],
         "main_case": breakdown.main.case.name,
+        "tokens": [row.as_json() for row in token_rows(breakdown.main)],
         "cases": [_case_json(breakdown, result) for result in breakdown.cases],
         "environment": breakdown.machine.environment,
     }
@@ -84,9 +87,7 @@ def _case_json(breakdown: Breakdown, result: CaseResult) -> dict[str, Any]:
         "plain_wall_s": _spread_json(plain),
         "residual_share": residual_share([result]),
         "ttft_s": _of_requests(result.plain, lambda request: request.token_s[0]),
-        "tpot_s": _of_requests(
-            result.plain, lambda request: (request.token_s[-1] - request.token_s[0]) / (len(request.token_s) - 1)
-        ),
+        "tpot_s": _of_requests(result.plain, time_per_token),
         "queue_wait_s": _of_requests(result.rounds, lambda request: request.waited_s),
         "stages": _stages_json(result),
         "sampling_share": result.sampling_shares,

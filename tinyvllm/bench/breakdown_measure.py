@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tinyvllm.bench.breakdown import Breakdown, BreakdownWork, CaseResult
 from tinyvllm.bench.cold_start import ColdStart, plans_for
 from tinyvllm.bench.counts import Fault, StepCounts, find_faults
+from tinyvllm.bench.memory import MemoryWatch
 from tinyvllm.bench.prompts import make_text
 from tinyvllm.bench.rows import Machine
 from tinyvllm.bench.stages import Case, Driver, PlainRound, Round, Runner
 from tinyvllm.config import EngineConfig, ModelConfig
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.execution.buckets import Bucket
+from tinyvllm.execution.buckets import Bucket, make_buckets
 from tinyvllm.execution.cost import StepCost
 from tinyvllm.profiling.chips import Chip
 from tinyvllm.profiling.expert_load import ExpertLoad
@@ -67,30 +69,48 @@ class Inspector(Protocol):
     def profile(self, plan: StepPlan, *, repeats: int, warmup: int) -> StepProfile: ...
 
 
-def fit_config(config: dict[str, Any], work: BreakdownWork, longest: int, model: ModelConfig) -> EngineConfig:
-    """The engine's settings for this work: those of serving, with the limits that the cases need. `longest`: tokens of
-    the longest case, prompt plus output. Raises TinyvllmError if they exceed the model's context."""
+def fit_config(
+    config: dict[str, Any], work: BreakdownWork, longest: int, model: ModelConfig, totals: Sequence[int] = ()
+) -> EngineConfig:
+    """The engine's settings for this work: those of serving, with the limits that the cases need, and no graphs for
+    other numbers of requests. `longest`: tokens of the longest case, prompt plus output. `totals`: tokens of each
+    case's prompts; if given, there are no graphs for other numbers of tokens either, so that the start is short.
+
+    Raises TinyvllmError if they exceed the model's context."""
     if longest > model.max_position:
         raise TinyvllmError(
             f"the longest case has {longest} tokens, but the model's context is {model.max_position}: "
             "lower --context or --tokens"
         )
-    batch = max(case.batch for case in work.cases)
+    batches = sorted({case.batch for case in work.cases})
+    batch = batches[-1]
     budget = max(config["max_num_batched_tokens"], batch) if config["max_num_batched_tokens"] else None
-    return EngineConfig(
-        **(config | {"max_num_seqs": batch, "max_model_len": longest + 1, "max_num_batched_tokens": budget})
-    )
+    limits = {"max_num_seqs": batch, "max_model_len": longest + 1, "max_num_batched_tokens": budget}
+    fitted = EngineConfig(**(config | limits | {"decode_buckets": tuple(batches)}))
+    return dataclasses.replace(fitted, token_buckets=token_buckets(fitted, totals)) if totals else fitted
+
+
+def token_buckets(config: EngineConfig, totals: Sequence[int]) -> tuple[int, ...]:
+    """Those of the engine's own in which prompts of `totals` tokens run, cut into steps as full as possible; and the
+    largest, which everything fits into."""
+    from tinyvllm.execution.limits import resolve_limits  # here: it imports tinygrad, which --device must come before
+
+    limits = resolve_limits(config)
+    sizes = [bucket.num_tokens for bucket in make_buckets(limits, config) if not bucket.is_decode]
+    rest = {total % limits.max_num_batched_tokens for total in totals} - {0}
+    return tuple(sorted({min(size for size in sizes if size >= tokens) for tokens in rest} | {max(sizes)}))
 
 
 def longest_case(work: BreakdownWork, tokenizer: Tokenizer | None) -> int:
     """Tokens of the longest request of all cases, prompt plus output."""
+    return max(max(prompt_lengths(case, tokenizer)) + case.num_output for case in work.cases)
 
-    def length(case: Case, number: int) -> int:
-        if case.text is None or tokenizer is None:
-            return case.num_ids + case.num_output
-        return len(tokenizer.encode(make_text(case.text, number))) + case.num_output
 
-    return max(length(case, number) for case in work.cases for number in range(case.batch))
+def prompt_lengths(case: Case, tokenizer: Tokenizer | None) -> list[int]:
+    """Tokens of each prompt of a case."""
+    if case.text is None or tokenizer is None:
+        return [case.num_ids] * case.batch
+    return [len(tokenizer.encode(make_text(case.text, number))) for number in range(case.batch)]
 
 
 def measure_breakdown(
@@ -101,17 +121,17 @@ def measure_breakdown(
     cold_start: ColdStart,
     chip: Chip,
     report: Report,
+    memory: MemoryWatch | None = None,
 ) -> Breakdown:
     """Measure all cases. The runner must be warm, and its pool must not be used otherwise meanwhile. `chip`: whose
-    roofline applies."""
+    roofline applies. `memory`: has measured the start, and measures the cases."""
     runner = inspector.runner
     driver = Driver(runner, tokenizer, seed=work.seed, prefix_caching=work.prefix_caching, params=work.params)
-    results, watch = [], Watch(RARE_PROBES_S)
-    for done, case in enumerate(work.cases):
-        report("measure", done, len(work.cases))
-        results.append(measure_case(driver, inspector, work, case))
+    memory = memory or MemoryWatch()
+    results, watch, progress = [], Watch(RARE_PROBES_S), _Progress(report, work)
+    for case in work.cases:
+        results.append(measure_case(driver, inspector, work, case, memory, progress))
     interpreter = watch.stop()
-    report("measure", len(work.cases), len(work.cases))
     faults: dict[tuple[str, str], Fault] = {}
     for result in results:
         for counts in result.counts.values():
@@ -132,29 +152,50 @@ def measure_breakdown(
         chip=chip,
         vocab_size=runner.model_config.vocab_size,
         interpreter=interpreter,
+        memory=tuple(memory.blocks),
     )
 
 
-def measure_case(driver: Driver, inspector: Inspector, work: BreakdownWork, case: Case) -> CaseResult:
-    """Measure one case: counts first, which also warms up; then instrumented and plain runs in turn; then kernels."""
-    counts, plans = count_steps(driver, inspector, case)
+class _Progress:
+    """Reports each round of each case."""
+
+    def __init__(self, report: Report, work: BreakdownWork) -> None:
+        self._report, self._done = report, 0
+        self._total = len(work.cases) * (3 + work.num_repeats)  # counts, warm-up, repeats, kernels
+        report("measure", 0, self._total)
+
+    def advance(self) -> None:
+        self._done += 1
+        self._report("measure", self._done, self._total)
+
+
+def measure_case(
+    driver: Driver, inspector: Inspector, work: BreakdownWork, case: Case, memory: MemoryWatch, progress: _Progress
+) -> CaseResult:
+    """Measure one case: counts and memory first, which also warms up; then instrumented and plain runs in turn; then
+    kernels."""
+    memory.mark()
+    counts = count_steps(driver, inspector, case, memory)
+    progress.advance()
+    driver.run(case)
+    progress.advance()
     rounds: list[Round] = []
     plain: list[PlainRound] = []
-    for repeat in range(-1, work.num_repeats):
-        instrumented, uninstrumented = driver.run(case), driver.run_plain(case)
-        if repeat >= 0:
-            rounds.append(instrumented)
-            plain.append(uninstrumented)
+    for _ in range(work.num_repeats):
+        rounds.append(driver.run(case))
+        plain.append(driver.run_plain(case))
+        progress.advance()
     num_prompt_tokens = round(statistics.fmean(request.num_prompt_tokens for request in rounds[0].requests))
     profiles, costs = {}, {}
-    for phase, bucket in plans.items():
+    for phase, bucket in counts.buckets.items():
         context = num_prompt_tokens + case.num_output // 2
         vocab_size = inspector.runner.model_config.vocab_size
         plan = plans_for(bucket, inspector.runner.capacity, context, work.params, vocab_size)[0]
         profiles[phase] = inspector.profile(plan, repeats=work.num_profiled, warmup=1)
         costs[phase] = inspector.cost(plan, profiles[phase].experts)
+    progress.advance()
     shares = {phase: sampling_share(profile) for phase, profile in profiles.items()}
-    finished = {phase: _with_sampling(one, profiles[phase]) for phase, one in counts.items()}
+    finished = {phase: _with_sampling(one, profiles[phase]) for phase, one in counts.highest.items()}
     return CaseResult(
         case=case,
         num_prompt_tokens=num_prompt_tokens,
@@ -164,6 +205,8 @@ def measure_case(driver: Driver, inspector: Inspector, work: BreakdownWork, case
         counts=finished,
         profiles=profiles,
         costs=costs,
+        step_counts=tuple(counts.steps),
+        token_texts=driver.texts(rounds[-1].requests[0].token_ids),
     )
 
 
@@ -178,10 +221,21 @@ def _with_sampling(counts: StepCounts, profile: StepProfile) -> StepCounts:
     return dataclasses.replace(counts, sampling_kernels=num_kernels)
 
 
-def count_steps(driver: Driver, inspector: Inspector, case: Case) -> tuple[dict[str, StepCounts], dict[str, Bucket]]:
-    """The maximum of each count over the steps of each phase, and the bucket of each phase's largest step."""
+@dataclass(frozen=True)
+class CaseCounts:
+    """`highest`: the maximum of each count over the steps of each phase. `buckets`: that of each phase's largest step.
+    `steps`: the counts of each step, in order."""
+
+    highest: dict[str, StepCounts]
+    buckets: dict[str, Bucket]
+    steps: list[dict[str, int]]
+
+
+def count_steps(driver: Driver, inspector: Inspector, case: Case, memory: MemoryWatch) -> CaseCounts:
+    """Run a case with everything counted that its steps ask of the device."""
     highest: dict[str, dict[str, Any]] = {}
     buckets: dict[str, Bucket] = {}
+    steps: list[dict[str, int]] = []
     runner = inspector.runner
     by_name = {bucket.name: bucket for bucket in runner.buckets}
     num_captures = runner.num_captures
@@ -194,10 +248,12 @@ def count_steps(driver: Driver, inspector: Inspector, case: Case) -> tuple[dict[
             if plan is None:
                 return
             phase = DECODE if plan.is_decode else PREFILL
+            memory.end(f"{case.name}, {phase}")
             cost = inspector.cost(plan)
             bucket = by_name[cost.bucket]
             if bucket.num_tokens >= buckets.setdefault(phase, bucket).num_tokens:
                 buckets[phase] = bucket
+            steps.append(counts.numbers)
             values = counts.numbers | {
                 "captures": runner.num_captures - num_captures,
                 "moved_bytes": cost.moved_bytes,
@@ -212,9 +268,11 @@ def count_steps(driver: Driver, inspector: Inspector, case: Case) -> tuple[dict[
             for name, value in values.items():
                 kept[name] = max(kept.get(name, 0), value)
             account.take()  # drop what counting itself may have asked for
+            memory.mark()
 
         driver.run_plain(case, add_counts)
-    return {phase: _step_counts(phase, values, inspector.output_bytes) for phase, values in highest.items()}, buckets
+    found = {phase: _step_counts(phase, values, inspector.output_bytes) for phase, values in highest.items()}
+    return CaseCounts(found, buckets, steps)
 
 
 def _step_counts(phase: str, values: dict[str, Any], output_bytes: int) -> StepCounts:

@@ -1,19 +1,23 @@
-"""A breakdown as tables for a terminal, and as CSV with all stages of all cases."""
+"""A breakdown for a terminal: the answer, tables, and checks. And as CSV with all stages of all cases."""
 
 from __future__ import annotations
 
 import csv
 import io
+import statistics
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tinyvllm.bench.breakdown import MAX_RESIDUAL_SHARE, Breakdown, CaseResult, sum_stages
+from tinyvllm.bench.breakdown import MAX_RESIDUAL_SHARE, Breakdown, CaseResult, sum_stages, time_per_token
 from tinyvllm.bench.breakdown_rows import bench_rows
 from tinyvllm.bench.cold_start import ColdStart
+from tinyvllm.bench.memory import MemoryBlock
+from tinyvllm.bench.stages import DEVICE_STAGES
 from tinyvllm.bench.tables import MIB, format_number, latency_table, make_title
+from tinyvllm.bench.token_table import token_rows, token_table
 from tinyvllm.profiling.expert_load import describe_loads
 from tinyvllm.profiling.kernels import tabulate
 from tinyvllm.profiling.request_stages import DECODE, PREFILL
@@ -22,24 +26,75 @@ NUM_TOP_KERNELS = 5
 STAGE_COLUMNS = ("count", "total ms", "share", "mean ± std ms", "min", "median", "p95", "p99")
 
 
-def breakdown_tables(breakdown: Breakdown) -> RenderableType:
-    """All tables, from the parts of a start to the kernels of one step."""
+def breakdown_tables(breakdown: Breakdown, *, by_token: bool = False) -> RenderableType:
+    """The answer in three lines; then all tables, from the stages to the parts of a start; then how the figures were
+    checked. `by_token`: also the main case's tokens."""
+    rows = token_rows(breakdown.main) if by_token else []
+    by_tokens: list[RenderableType] = []
+    if rows:
+        by_tokens = [Text(f"\nToken by token: {breakdown.main.case.name}", style="bold"), token_table(rows)]
     return Group(
         Text(make_title(breakdown.machine), style="bold"),
-        Text("\nCold start", style="bold"),
-        cold_start_table(breakdown.cold_start),
+        *answer_lines(breakdown),
         Text("\nStages, all cases and repeats", style="bold"),
         _stage_table(breakdown),
-        Text(stage_summary(breakdown)),
         Text("\nWithout instrumentation", style="bold"),
         latency_table(bench_rows(breakdown), has_title=False),
-        Text("\nCounts of a step: the maximum over all steps of a phase", style="bold"),
-        _count_table(breakdown),
-        *[Text(f"fault: {fault.name}: {fault.text}", style="red") for fault in breakdown.faults],
         Text(f"\nKernels of a decode step: {breakdown.main.case.name}", style="bold"),
         _kernel_table(breakdown),
+        *by_tokens,
         *_verdict_lines(breakdown),
+        Text("\nCounts of a step: the maximum over all steps of a phase", style="bold"),
+        _count_table(breakdown),
+        Text("\nMemory", style="bold"),
+        memory_table(breakdown.memory),
+        Text("\nCold start", style="bold"),
+        cold_start_table(breakdown.cold_start),
+        Text("\nChecks", style="bold"),
+        Text(stage_summary(breakdown)),
     )
+
+
+def answer_lines(breakdown: Breakdown) -> list[Text]:
+    """Where the time goes, how fast one request is, and what limits it; then what does not belong in a step."""
+    share = {stage.name: stage.share for stage in breakdown.stages}
+    host = sum(share[name] for name in share if name not in DEVICE_STAGES)
+    device = ", ".join(f"{name} {_percent(share[name])}" for name in DEVICE_STAGES)
+    main = breakdown.main
+    first_s = statistics.median(request.token_s[0] for one in main.plain for request in one.requests)
+    token_s = statistics.median(time_per_token(request) for one in main.plain for request in one.requests)
+    roofline = breakdown.roofline(DECODE)
+    roof = "" if roofline is None else f", {roofline.utilization:.0%} of what {roofline.chip.name} allows"
+    verdict = breakdown.verdicts[0]
+    return [
+        Text(f"the time goes to {device}, and {_percent(host)} to the host"),
+        Text(
+            f"one request of {main.num_prompt_tokens} + {main.case.num_output} tokens: the first after "
+            f"{first_s * 1e3:,.0f} ms, then {token_s * 1e3:,.2f} ms a token ({1 / token_s:,.1f} tok/s){roof}"
+        ),
+        Text(f"verdict: {verdict.name}: {verdict.because}", style="bold"),
+        *[Text(f"fault: {fault.name}: {fault.text}", style="red") for fault in breakdown.faults],
+    ]
+
+
+def _percent(share: float) -> str:
+    """With two significant digits at least."""
+    return f"{share:.1%}" if share >= 0.01 else f"{share:.2%}"
+
+
+def memory_table(blocks: Sequence[MemoryBlock]) -> Table:
+    """One line per block."""
+    table = _table("MiB", "process", "of it new", "peak", "device", "of it new")
+    for block in blocks:
+        sizes = (block.rss, block.rss_delta, block.rss_peak, block.device, block.device_delta)
+        signs = ("", "+", "", "", "+")
+        table.add_row(
+            block.name,
+            *("-" if size is None else f"{size / MIB:{sign},.1f}" for size, sign in zip(sizes, signs, strict=True)),
+        )
+    table.caption = "Process: what of it is in RAM (Linux); on a CPU the device's buffers are part of it."
+    table.caption_justify = "left"
+    return table
 
 
 def stage_summary(breakdown: Breakdown) -> str:
@@ -132,7 +187,7 @@ def _count_table(breakdown: Breakdown) -> Table:
 
 
 def _verdict_lines(breakdown: Breakdown) -> list[Text]:
-    """Rooflines with their warnings, then each verdict with what to try next."""
+    """Rooflines with their warnings, then what to try next, and the other verdicts."""
     lines = [Text("")]
     for phase in (PREFILL, DECODE):
         roofline = breakdown.roofline(phase)
@@ -147,9 +202,9 @@ def _verdict_lines(breakdown: Breakdown) -> list[Text]:
             )
             lines += [Text(f"warning: {warning}", style="yellow") for warning in roofline.warnings()]
     for place, verdict in enumerate(breakdown.verdicts):
-        head = "verdict" if place == 0 else "also"
-        lines.append(Text(f"{head}: {verdict.name}: {verdict.because}", style="bold" if place == 0 else ""))
-        lines.append(Text(f"  next: {verdict.next_step}"))
+        if place:
+            lines.append(Text(f"also: {verdict.name}: {verdict.because}"))
+        lines.append(Text(f"{'' if place else verdict.name + ', '}next: {verdict.next_step}"))
     return lines
 
 

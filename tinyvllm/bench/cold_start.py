@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyvllm.bench.latency import prefill_plans
+from tinyvllm.bench.memory import MemoryWatch
 from tinyvllm.config import Capacity, EngineConfig, SamplingParams
 from tinyvllm.execution.buckets import lengths_that_fill
 from tinyvllm.scheduling.block_manager import fixed_states, fixed_tables
@@ -132,17 +133,24 @@ def start_engine(
     process_s: float | None,
     import_s: float,
     num_calls: int,
+    memory: MemoryWatch | None = None,
 ) -> tuple[ModelRunner, ColdStart]:
     """Start a runner and call every bucket `num_calls` times, at least MIN_WARM_UP_CALLS. The caller closes the
-    runner."""
+    runner. `memory`: measures the parts."""
+    memory = memory or MemoryWatch()
+    memory.mark()
     start_s = time.perf_counter()
     runner = subject.open(config, progress)
     load_s = time.perf_counter() - start_s
+    memory.device_bytes = _device_bytes(runner)
+    memory.end("load")
     try:
         first = _capture(runner, runner.warm_up_first, progress)
         first_step_s = _answer_once(runner)
         others = _capture(runner, runner.warm_up, progress)
+        memory.end(f"capture {len(first | others)} graphs")
         called = tuple(_call(runner, bucket, start, num_calls) for bucket, start in (first | others).items())
+        memory.end("warm-up calls")
     except BaseException:
         runner.close()
         raise
@@ -152,6 +160,12 @@ def start_engine(
     return runner, ColdStart(
         process_s, import_s, load_s, called, first_graphs_s, first_step_s, num_kept=kept, num_compiled=compiled
     )
+
+
+def _device_bytes(runner: ModelRunner) -> Callable[[], int]:
+    from tinyvllm.execution.inspector import RunnerInspector
+
+    return RunnerInspector(runner).account().used_memory
 
 
 def _capture(runner: ModelRunner, capture: Callable[[Progress], None], progress: Progress) -> dict[Bucket, BucketStart]:

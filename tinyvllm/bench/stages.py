@@ -160,6 +160,7 @@ class RequestTimes:
     num_prompt_tokens: int
     waited_s: float
     token_s: tuple[float, ...]
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class _Progress:
     def times(self) -> RequestTimes:
         request = self.request
         waited_s = max(0.0, (request.scheduled_s or request.arrival_s) - request.arrival_s)
-        return RequestTimes(request.num_prompt_tokens, waited_s, tuple(self.token_s))
+        return RequestTimes(request.num_prompt_tokens, waited_s, tuple(self.token_s), tuple(request.output_ids))
 
 
 class StagedRunner:
@@ -304,6 +305,11 @@ class Driver:
     def num_used_blocks(self) -> int:
         """Blocks of the pool that are in use now."""
         return self.runner.capacity.num_blocks - 1 - self._block_manager.num_free
+
+    def texts(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """The text of each token alone; () without a tokenizer."""
+        tokenizer = self.tokenizer
+        return () if tokenizer is None else tuple(tokenizer.decode([token_id]) for token_id in token_ids)
 
     def _prompts(self, case: Case) -> list[str | list[int]]:
         """A case's prompts, as text or ids. Raises TinyvllmError for text if there is no tokenizer."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tinyvllm.execution.runner import ModelRunner
 
 DEFAULT_WEIGHTS = "float16"  # of --shape
-TABLE_WIDTH = 168  # columns: the widest table, of `bench serve`, when its times have four digits
+MIN_TABLE_WIDTH, MAX_TABLE_WIDTH = 168, 1000  # columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +107,26 @@ def refuse_weights(kind: str | None) -> None:
 
 
 def print_table(table: RenderableType) -> None:
-    """Print at least TABLE_WIDTH columns wide: without a terminal rich assumes 80, which would cut figures off."""
+    """Print tables as wide as they are: in a narrower terminal rich would cut cells off ("requests..."), while the
+    terminal only breaks the lines."""
     from rich.console import Console
 
-    Console(width=max(out.width, TABLE_WIDTH), highlight=False).print(table, crop=False)
+    width = max(out.width, MIN_TABLE_WIDTH, _table_width(table))
+    Console(width=width, highlight=False).print(table, crop=False)
+
+
+def _table_width(part: RenderableType) -> int:
+    """Columns of the widest table in it."""
+    from rich.console import Console, Group
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    if isinstance(part, Group):
+        return max(map(_table_width, part.renderables), default=0)
+    if not isinstance(part, Table):
+        return 0  # text is wrapped
+    console = Console(width=MAX_TABLE_WIDTH)
+    return Measurement.get(console, console.options, part).maximum
 
 
 @contextlib.contextmanager

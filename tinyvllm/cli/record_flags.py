@@ -10,7 +10,7 @@ from typing import Annotated
 from rich.console import Console
 from typer import Option
 
-from tinyvllm.cli.bench_flags import TABLE_WIDTH, write_file
+from tinyvllm.cli.bench_flags import MIN_TABLE_WIDTH, write_file
 from tinyvllm.cli.terminal import err
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.trace_events import trace_text
@@ -66,4 +66,4 @@ def _print_table(recording: measure.Recording) -> None:
     """At its own width, even if stderr is not a terminal."""
     from tinyvllm.profiling.profile_report import recording_table
 
-    Console(stderr=True, width=max(err.width, TABLE_WIDTH), highlight=False).print(recording_table(recording))
+    Console(stderr=True, width=max(err.width, MIN_TABLE_WIDTH), highlight=False).print(recording_table(recording))

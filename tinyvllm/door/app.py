@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote
 
 import msgspec
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.responses import Response
@@ -47,6 +47,8 @@ from tinyvllm.server.ollama.model_details import rfc3339
 from tinyvllm.server.ollama.wire import unknown_model
 from tinyvllm.server.relay import PeerGoneError, RequestBody, fetch, relay
 from tinyvllm.server.request_limits import Admission, Drain, DrainingError, timed_out
+from tinyvllm.server.request_log import MAX_LISTED, RequestLog, merge
+from tinyvllm.server.request_routes import json_answer, selection, unknown_request
 from tinyvllm.server.routes import find_route, include_routes
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.streaming import until_disconnect
@@ -61,6 +63,8 @@ OWN_PATHS = frozenset(
         "/version",
         "/metrics",
         "/engine/state",
+        "/requests",
+        "/requests/{request_id:path}",
         "/v1/models",
         "/v1/models/{model_id:path}",
         "/api/version",
@@ -94,6 +98,7 @@ class DoorState:
         self.admission = Admission(settings)
         self.drain = Drain()
         self.metrics = DoorMetrics(fleet, self.front_ends)
+        self.requests = RequestLog(max_records=1)  # the models' servers keep those that they answer
         self.start_s = time.monotonic()
 
     @property
@@ -191,6 +196,36 @@ async def live_state(request: Request, model: str | None = None) -> Response:
             can_chat=state.fleet.facts[name].can_chat,
         )
     )
+
+
+@router.get("/requests")
+async def list_requests(
+    request: Request,
+    last: int | None = Query(None, ge=1, le=MAX_LISTED),
+    slowest: int | None = Query(None, ge=1, le=MAX_LISTED),
+) -> Response:
+    """The latest or slowest requests of all loaded models."""
+    num, is_slowest = selection(last, slowest)
+    path = f"/requests?{'slowest' if is_slowest else 'last'}={num}"
+    answers = await _fetch_all(door_of(request), path)
+    return json_answer({"requests": merge((one["requests"] for one in answers), num, slowest=is_slowest)})
+
+
+@router.get("/requests/{request_id:path}")
+async def get_request(request: Request, request_id: str) -> Response:
+    """Where the time of one request went, from the loaded model that answered it."""
+    for answer in await _fetch_all(door_of(request), f"/requests/{quote(request_id, safe='')}"):
+        return json_answer(answer)
+    raise unknown_request(request_id)
+
+
+async def _fetch_all(state: DoorState, path: str) -> list[Any]:
+    """What the loaded models' servers answer, without those that do not know."""
+    answers = []
+    for child in state.fleet.loaded().values():
+        with contextlib.suppress(PeerGoneError):
+            answers.append(msgspec.json.decode(await fetch(child.uds, path)))
+    return answers
 
 
 def _refuse_in_drain(state: DoorState) -> None:

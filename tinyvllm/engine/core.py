@@ -256,9 +256,8 @@ class EngineCore:
             if request.passage is not None:
                 request.passage.leave_queue()
         handle: Launched = self.runner.launch(plan)
-        launch_s = clock.mark(PREFILL if not plan.is_decode else DECODE) - handle.pack_s
+        launch_s = clock.mark_divided(DECODE if plan.is_decode else PREFILL, handle.pack_s, PACK)
         step = LaunchedStep(plan, handle, schedule_s, launch_s)
-        clock.move(handle.pack_s, step.stage, PACK)
         with measure.span(measure.COMMIT):
             self.scheduler.advance(plan)
         clock.mark(COMMIT)
@@ -271,8 +270,7 @@ class EngineCore:
         clock = self.clock
         clock.mark(LOOP)
         output = self.runner.collect(step.handle)
-        wait_s = clock.mark(step.stage) - output.tokens_s
-        clock.move(output.tokens_s, step.stage, TOKENS)
+        wait_s = clock.mark_divided(step.stage, output.tokens_s, TOKENS)
         if step.plan.admitted or not step.plan.is_decode:
             _note_chunks(step, step.launch_s + wait_s)
         with measure.span(measure.COMMIT):

@@ -54,10 +54,13 @@ class StepClock:
         self.seconds[stage] += passed_s
         return passed_s
 
-    def move(self, seconds: float, source: int, target: int) -> None:
-        """A part of what was just marked as `source` belongs to `target`."""
-        self.seconds[source] -= seconds
-        self.seconds[target] += seconds
+    def mark_divided(self, stage: int, seconds: float, other: int) -> float:
+        """As `mark`, but at most `seconds` of it belong to another stage. Returns the rest."""
+        passed_s = self.mark(stage)
+        seconds = min(seconds, passed_s)
+        self.seconds[stage] -= seconds
+        self.seconds[other] += seconds
+        return passed_s - seconds
 
 
 @dataclass(slots=True)

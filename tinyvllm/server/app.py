@@ -71,7 +71,7 @@ def guard(app: FastAPI, state: AppState) -> None:
             allow_methods=settings.cors.methods,
             allow_headers=settings.cors.headers,
             allow_credentials=settings.cors.credentials,
-            expose_headers=("x-request-id", "retry-after"),
+            expose_headers=("x-request-id", "retry-after", "server-timing"),
         )
     if settings.allowed_hosts is not None:
         app.add_middleware(HostCheck, hosts=settings.allowed_hosts)

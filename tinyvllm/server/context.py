@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from tinyvllm.profiling import measure
+from tinyvllm.server.request_times import RequestTimes
+
+# ASGI's extension and message for fields at the end of an answer; offered if the client reads them
+TRAILERS = "http.response.trailers"
 
 
 @dataclass
@@ -24,6 +29,7 @@ class RequestContext:
     closers: list[Callable[[], None]] = field(default_factory=list)  # called once it has been answered or has failed
     num_seqs: int = 0  # sequences admitted for it
     num_waiting_tokens: int = 0  # prompt tokens of those without output
+    times: RequestTimes = field(default_factory=RequestTimes)
 
 
 _current: ContextVar[RequestContext | None] = ContextVar("request", default=None)
@@ -44,9 +50,15 @@ def current() -> RequestContext:
     return _current.get() or RequestContext(request_id="-")
 
 
-def request_span(name: str) -> measure.OpenSpan | measure.Nothing:
-    """A span that names the request that is being handled."""
-    return measure.span(name, http=current().request_id) if measure.is_on() else measure.span(name)
+@contextlib.contextmanager
+def request_span(name: str) -> Iterator[None]:
+    """A span that names the request that is being handled, and counts among its times."""
+    context, start_s = current(), time.perf_counter()
+    try:
+        with measure.span(name, http=context.request_id):
+            yield
+    finally:
+        context.times.add(name, time.perf_counter() - start_s)
 
 
 class RequestIdFilter(logging.Filter):

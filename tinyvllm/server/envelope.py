@@ -13,14 +13,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyvllm.profiling import measure
-from tinyvllm.server.context import RequestContext, as_current
+from tinyvllm.server.context import TRAILERS, RequestContext, as_current
 from tinyvllm.server.error_bodies import api_of, path_of
 from tinyvllm.server.failures import BodyInterrupted, failure_of
 from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.request_limits import Admission, Drain, DrainingError
+from tinyvllm.server.request_log import RequestLog
+from tinyvllm.server.request_times import server_timing
 from tinyvllm.server.settings import ServerSettings
 
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+BODY = "http.response.body"
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")  # in the sense of RFC 9110: they change nothing
 
 
@@ -49,6 +52,9 @@ class AppState(Protocol):
 
     @property
     def metrics(self) -> HttpCounts: ...
+
+    @property
+    def requests(self) -> RequestLog: ...
 
 
 class SilentClientError(OSError):
@@ -80,6 +86,7 @@ class _Exchange:
         self._send = send
         self._status = 499  # until a response starts: nginx's code for a client that left first
         self._has_started = False
+        self._has_trailer = False  # the answer's end has fields, too
         self._num_body_bytes = 0
         self._has_whole_body = False
         self._start_s = asyncio.get_running_loop().time()
@@ -116,6 +123,8 @@ class _Exchange:
                         state.metrics.count_refusal(self._status)
                 route = self._scope.get("route")
                 handler = getattr(route, "path", "none")
+                if self._context.times.has_call:
+                    state.requests.add(self._context.request_id, self._context.times, handler, self._status)
                 if measure.is_on():
                     self._measure(start_s, handler)
                 if is_counted and not self._context.is_counted_elsewhere:
@@ -135,14 +144,31 @@ class _Exchange:
             headers["x-request-id"] = self._context.request_id
             if api_of(path_of(self._scope)) == "anthropic":
                 headers["request-id"] = self._context.request_id  # its clients show this one
+            self._add_timing(message, headers)
         elif self._context.times_own_events and message.get("more_body", False):
             await self._send(message)  # without a timer: a stream sends one event per token, and not always from a task
             return
         try:
             async with asyncio.timeout(self._state.settings.idle_timeout_s):
                 await self._send(message)
+                if self._has_trailer and not message.get("more_body", False) and message["type"] == BODY:
+                    self._has_trailer = False
+                    await self._send({"type": TRAILERS, "headers": [self._timing()], "more_trailers": False})
         except TimeoutError as error:
             raise SilentClientError("the client does not read") from error
+
+    def _add_timing(self, message: Message, headers: MutableHeaders) -> None:
+        """Say where the time has gone so far; of an answer without a length, a stream, its end says it of the whole, if
+        the client and the HTTP server know such fields (RFC 9110, section 6.5)."""
+        headers.append(*(part.decode() for part in self._timing()))
+        if "content-length" in headers or TRAILERS not in self._scope.get("extensions", {}):
+            return
+        if self._context.times.has_call and self._scope["method"] != "HEAD":
+            headers["trailer"] = "server-timing"
+            message["trailers"] = self._has_trailer = True
+
+    def _timing(self) -> tuple[bytes, bytes]:
+        return b"server-timing", server_timing(self._context.times, time.perf_counter()).encode()
 
     async def receive(self) -> Message:
         """The next message. Raises HTTPException 413 at the end of a body that is too large.

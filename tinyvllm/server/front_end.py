@@ -18,7 +18,7 @@ import uvicorn
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.heap import settle_heap
 from tinyvllm.engine.process_host import ProcessHost
-from tinyvllm.server import event_loop, recordings
+from tinyvllm.server import event_loop, recordings, request_routes
 from tinyvllm.server.app import make_app
 from tinyvllm.server.board import Board
 from tinyvllm.server.child import read_pids, start_child
@@ -30,7 +30,7 @@ from tinyvllm.server.file_limit import default_max_connections
 from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.openai.response_store import ResponseStore
 from tinyvllm.server.output_queue import exit_now
-from tinyvllm.server.questions import OF_RESPONSES, Asker
+from tinyvllm.server.questions import GET_REQUEST, LIST_REQUESTS, OF_RESPONSES, Asker
 from tinyvllm.server.serve import make_gate, uvicorn_config
 from tinyvllm.server.sockets import bind_unix
 from tinyvllm.server.specs import FrontEndSpec, client_name
@@ -165,6 +165,8 @@ class _FrontEnd:
         question = message["question"]
         if question in OF_RESPONSES:
             return self._responses.answer(question, message["about"])
+        if question in (GET_REQUEST, LIST_REQUESTS):
+            return request_routes.answer(self._state.requests, question, message["about"], self._spec.name)
         return recordings.answer(question)
 
 

@@ -8,7 +8,10 @@ it without its body (https://github.com/encode/uvicorn/issues/2722).
 from __future__ import annotations
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from tinyvllm.server.context import TRAILERS
+from tinyvllm.server.trailers import TrailerCycle, reads_trailers
 
 _OFFER_HEADERS = (b"upgrade", b"http2-settings")
 MAX_HEAD_BYTES = 64 << 10  # of a request's head; the parser itself has no limit, and h11 has this one
@@ -78,8 +81,14 @@ class Http1Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
-        if not self._must_parse_again():
-            super().on_headers_complete()
+        if self._must_parse_again():
+            return
+        wants_trailers = self.parser.get_http_version() == "1.1" and reads_trailers(self.headers)
+        if wants_trailers:
+            self.scope["extensions"] = {TRAILERS: {}}
+        super().on_headers_complete()
+        if wants_trailers and type(self.cycle) is RequestResponseCycle:  # its task has not started yet
+            self.cycle.__class__ = TrailerCycle
 
     def on_message_complete(self) -> None:
         if not self._must_parse_again():

@@ -22,6 +22,7 @@ from tinyvllm.server.counters import Counters, Family, Histogram, Value
 from tinyvllm.server.engine_metrics import LABELS, EngineCollector
 from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.process_metrics import ProcessesCollector, ProcessMetrics
+from tinyvllm.server.request_times import RequestTimes
 
 if TYPE_CHECKING:
     from tinyvllm.config import SamplingParams
@@ -280,13 +281,16 @@ class PromptObserver:
         *,
         arrival_s: float,
         on_first: Callable[[], None] = lambda: None,
+        times: RequestTimes | None = None,
     ) -> None:
-        """arrival_s: perf_counter() when the request arrived. on_first: called before the first delta is passed on."""
+        """arrival_s: perf_counter() when the request arrived. on_first: called before the first delta is passed on.
+        times: where the request's time goes."""
         self._metrics = metrics
         self._params = params
         self._receiver = receiver
         self._arrival_s = arrival_s
         self._on_first: Callable[[], None] | None = on_first
+        self._times = times or RequestTimes()
         self._num_open = params.n
         self._num_tokens = [0] * params.n
         self._last_s: list[float | None] = [None] * params.n  # by choice: when its latest token arrived
@@ -297,6 +301,8 @@ class PromptObserver:
             self._metrics.count_prompt(delta.num_prompt_tokens, delta.num_cached_tokens)
             self._on_first()
             self._on_first = None
+        if delta.timing is not None:
+            self._times.note(delta, now_s)
         num_new = delta.num_output_tokens - self._num_tokens[index]
         if num_new > 0:
             self._num_tokens[index] = delta.num_output_tokens

@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 GET_RESPONSE, REMOVE_RESPONSE, CANCEL_RESPONSE = "get_response", "remove_response", "cancel_response"
 GET_ITEM, GET_EVENTS = "get_item", "get_events"
 OF_RESPONSES = (GET_RESPONSE, REMOVE_RESPONSE, CANCEL_RESPONSE, GET_ITEM, GET_EVENTS)
+# About requests that have been answered: where the time of one went, and which there are.
+GET_REQUEST, LIST_REQUESTS = "get_request", "list_requests"
+OF_ONE_FRONT_END = (*OF_RESPONSES, GET_REQUEST)
 
 ALL_TIMEOUT_S = 8.0  # a process that has not answered by then is left out; one may write a long recording
 FIRST_TIMEOUT_S = 1.0  # for a question of which the processes just look up the answer
@@ -95,7 +98,7 @@ class Asker:
     async def ask_others(self, question: str, about: str = "") -> dict[str, Message]:
         """The answers of the server's other processes, by name. Those that died or stayed silent are missing.
 
-        Of a question about a response, those of other front-ends until one of them knows it."""
+        Of a question in OF_ONE_FRONT_END, those of other front-ends until one of them knows the answer."""
         number = next(self._numbers)
         answers = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:

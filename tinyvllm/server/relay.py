@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
 from starlette.types import Message, Receive, Scope, Send
 
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.server.context import current
+from tinyvllm.server.context import TRAILERS, current
 from tinyvllm.server.error_bodies import event_of
 from tinyvllm.server.events import EVENT_STREAM, STREAM_TYPES
 from tinyvllm.server.failures import ClientGone, failure_of
@@ -47,7 +48,9 @@ class Answer:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     length: int | None  # of the body; None: it is chunked
+    has_trailers: bool = False  # fields follow the body, as the request allowed
     last_bytes: bytes = field(default=b"", init=False)  # of what has been read of the body
+    trailers: list[Header] = field(default_factory=list, init=False)  # the fields after the body
 
     @property
     def stream_type(self) -> str | None:
@@ -72,16 +75,18 @@ class Answer:
             if data:
                 self.last_bytes = data[-2:]
                 yield data
+        self.trailers = decoder.trailers
 
     async def aclose(self) -> None:
         self.writer.transport.abort()  # at once: the other server ends what it computes for this request
 
 
 class ChunkDecoder:
-    """Decodes a chunked body (RFC 9112, section 7.1). Our servers send no trailers."""
+    """Decodes a chunked body (RFC 9112, section 7.1)."""
 
     def __init__(self) -> None:
         self.is_complete = False
+        self.trailers: list[Header] = []  # the fields after the last chunk
         self._num_left = 0  # bytes of the current chunk that are still to come, with the line end after it
         self._is_last = False
         self._line = b""  # the beginning of a line with a chunk's size
@@ -96,9 +101,16 @@ class ChunkDecoder:
                 end = data.find(b"\r\n", start)
                 if end < 0:
                     break
-                size = int(data[start:end].partition(b";")[0], 16)
-                self._num_left, self._is_last = size + 2, size == 0
-                start = end + 2
+                line, start = data[start:end], end + 2
+                if self._is_last:
+                    self.is_complete = not line
+                    if self.is_complete:
+                        break
+                    name, _, value = line.partition(b":")
+                    self.trailers.append((name.strip().lower(), value.strip()))
+                    continue
+                size = int(line.partition(b";")[0], 16)
+                self._num_left, self._is_last = size + 2 if size else 0, size == 0
                 continue
             num_bytes = min(max(self._num_left - 2, 0), len(data) - start)
             if num_bytes:
@@ -107,7 +119,6 @@ class ChunkDecoder:
                 num_bytes = min(self._num_left, len(data) - start)
             start += num_bytes
             self._num_left -= num_bytes
-            self.is_complete = self._is_last and self._num_left == 0
         self._line = data[start:]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -144,6 +155,8 @@ def request_head(scope: Scope, length: int | None) -> bytes:
     lines = [b"%b %b HTTP/1.1" % (scope["method"].encode(), target)]
     lines += [b"%b: %b" % header for header in scope["headers"] if header[0] not in OWN_HEADERS | {b"content-length"}]
     lines += [b"connection: close", b"x-request-id: " + current().request_id.encode()]
+    if TRAILERS in scope.get("extensions", {}):
+        lines.append(b"te: trailers")
     if length is None:
         lines.append(b"transfer-encoding: chunked")
     elif length or scope["method"] not in ("GET", "HEAD"):
@@ -161,12 +174,18 @@ def _answer(method: str, head: bytes, reader: asyncio.StreamReader, writer: asyn
     if method == "HEAD" or status in (204, 304):
         length = 0
     kept = [(name, value) for name, value in headers if name not in HOP_HEADERS]
-    return Answer(status, kept, reader, writer, length)
+    return Answer(status, kept, reader, writer, length, has_trailers=b"trailer" in fields)
 
 
 async def fetch(uds: str, path: str) -> bytes:
     """GET from another of our servers. Raises PeerGoneError, also for a status other than 200 and a late answer."""
-    scope: Scope = {"method": "GET", "path": path, "query_string": b"", "headers": [(b"host", b"localhost")]}
+    target, _, query = path.partition("?")
+    scope: Scope = {
+        "method": "GET",
+        "path": target,
+        "query_string": query.encode(),
+        "headers": [(b"host", b"localhost")],
+    }
 
     async def receive() -> Message:
         return {"type": "http.disconnect"}
@@ -199,6 +218,7 @@ async def relay(
     has_started: the client has got the head of a stream of events, so an answer of another kind becomes an event.
     on_start: called before the head is sent, because later errors have no status. Raises `gone` if there is no answer
     at all, and what `send` raises."""
+    current().times.relayed_s = time.perf_counter()
     try:
         answer = await ask(uds, scope, body)
     except PeerGoneError as error:
@@ -206,12 +226,23 @@ async def relay(
     async with contextlib.aclosing(answer):
         if not has_started:
             on_start()
-            await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+            await send(_start_of(answer))
         elif answer.stream_type is None:
             await send({"type": "http.response.body", "body": await _as_event(answer, scope, gone), "more_body": False})
             return
         if await relay_body(answer, scope["path"], send, gone):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if answer.has_trailers and not has_started:
+                await send({"type": TRAILERS, "headers": answer.trailers, "more_trailers": False})
+
+
+def _start_of(answer: Answer) -> Message:
+    """The head of an answer for the client."""
+    start: Message = {"type": "http.response.start", "status": answer.status, "headers": answer.headers}
+    if answer.has_trailers:
+        start["headers"] = [*answer.headers, (b"trailer", b"server-timing")]
+        start["trailers"] = True
+    return start
 
 
 async def _as_event(answer: Answer, scope: Scope, gone: Gone) -> bytes:

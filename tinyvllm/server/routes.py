@@ -26,6 +26,7 @@ ROUTES = (
     "ollama.models",
     "ollama.library",
     "operations",
+    "request_routes",
     "profile_routes",
 )
 

@@ -20,6 +20,7 @@ from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.generation import BeamCall, Generation, Job, OpenCall, PromptCall, Sink
 from tinyvllm.server.metrics import Metrics, PromptObserver
 from tinyvllm.server.request_limits import Admission, Drain, DrainingError, timed_out
+from tinyvllm.server.request_log import RequestLog
 from tinyvllm.server.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class ServerState:
         self.admission = Admission(settings, self.board)
         self.drain = Drain(self.board)
         self.metrics = Metrics(engine, self.front_ends)
+        self.requests = RequestLog()
         self.start_s = time.monotonic()
         self.watchdog = Watchdog(engine, settings.watchdog_timeout_s)
 
@@ -93,6 +95,8 @@ class ServerState:
         request holds of the queue is released when it ends, and its calls are closed then, if not before.
         """
         context = current()
+        context.times.begin(job.arrival_s)
+        context.times.call_ids += [prompt.request_id for prompt in job.prompts]
         for prompt in job.prompts:
             self._admit(prompt.params.n, len(prompt.ids))
         generation = Generation(sink, job.n, sum(prompt.params.n for prompt in job.prompts))
@@ -126,6 +130,7 @@ class ServerState:
             generation.receiver(position),
             arrival_s=job.arrival_s,
             on_first=lambda: self.admission.prompt_computed(context, len(ids)),
+            times=context.times,
         )
         options: Any = {"request_id": prompt.request_id, "priority": job.priority}
         call: OpenCall
@@ -152,7 +157,7 @@ class ServerState:
         self, ids: list[int], pooling: str, *, request_id: str, arrival_s: float, priority: int = 0
     ) -> NDArray[np.float32]:
         """(hidden_size,): the engine's embedding of one text, subject to admission and the deadline."""
-        context = self._admit(1, len(ids))
+        context = self._begin(len(ids), request_id, arrival_s)
         timeout_s = self.settings.request_timeout_s
         remaining_s = None if timeout_s is None else timeout_s - (time.perf_counter() - arrival_s)
         try:
@@ -160,7 +165,7 @@ class ServerState:
                 embedding = await self.engine.embed(ids, pooling, request_id=request_id, priority=priority)
         except TimeoutError as error:
             raise timed_out(timeout_s or 0.0) from error
-        self.admission.prompt_computed(context, len(ids))
+        self._note_result(context, len(ids))
         return embedding
 
     async def logprobs_of(
@@ -168,7 +173,7 @@ class ServerState:
     ) -> list[float]:
         """The model's logprob of each of `token_ids` as the next token of the prompt, subject to admission and the
         deadline. Each is the sampled one, or among the likeliest; otherwise it is asked for by itself."""
-        context, found = self._admit(1, len(ids)), dict[int, float]()
+        context, found = self._begin(len(ids), request_id, arrival_s), dict[int, float]()
         timeout_s = self.settings.request_timeout_s
         remaining_s = None if timeout_s is None else timeout_s - (time.perf_counter() - arrival_s)
         try:
@@ -182,8 +187,21 @@ class ServerState:
                     found |= {token.token_id: token.logprob for token in (*sampled.top, sampled)}
         except TimeoutError as error:
             raise timed_out(timeout_s or 0.0) from error
-        self.admission.prompt_computed(context, len(ids))
+        self._note_result(context, len(ids))
         return [found[token_id] for token_id in token_ids]
+
+    def _begin(self, num_tokens: int, request_id: str, arrival_s: float) -> RequestContext:
+        """Admit a text that is computed, but not continued."""
+        context = self._admit(1, num_tokens)
+        context.times.begin(arrival_s)
+        context.times.call_ids.append(request_id)
+        return context
+
+    def _note_result(self, context: RequestContext, num_tokens: int) -> None:
+        """The engine has computed a text."""
+        self.admission.prompt_computed(context, num_tokens)
+        context.times.result_s = time.perf_counter()
+        context.times.num_prompt_tokens += num_tokens
 
     def _log_request(self, ids: list[int], params: SamplingParams, request_id: str) -> None:
         text = self.engine.tokenizer.decode(ids[:MAX_LOGGED_CHARS], skip_special_tokens=False)

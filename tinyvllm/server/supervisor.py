@@ -27,7 +27,7 @@ from tinyvllm.server.connections import Handover
 from tinyvllm.server.control import Message
 from tinyvllm.server.engine_placement import Placement
 from tinyvllm.server.process import Process, Restarts, start_process
-from tinyvllm.server.questions import OF_RESPONSES, Questions
+from tinyvllm.server.questions import OF_ONE_FRONT_END, Questions
 from tinyvllm.server.run_directory import run_directory
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import TlsFiles, end_silent_peers
@@ -346,7 +346,7 @@ class Supervisor:
 
     async def _answer(self, process: Process, message: Message) -> None:
         question, about = message["question"], message["about"]
-        if question in OF_RESPONSES:
+        if question in OF_ONE_FRONT_END:
             others = [other for index in self._serving() if (other := self._front_ends[index]) is not process]
             answers = await self._questions.ask_first(others, question, about)
         else:

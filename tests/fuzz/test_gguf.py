@@ -8,9 +8,11 @@ The default run has a few hundred cases. A long one, from any first seed (a faul
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.fuzz.gguf_cases import base_images, make_case
@@ -19,6 +21,7 @@ from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError
 from tinyvllm.execution.model_check import examine_files, fit
 from tinyvllm.model.registry import complete_config
+from tinyvllm.model.rope import inverse_frequencies
 from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.storage.model_config import read_generation_defaults, read_model_config
 from tinyvllm.storage.model_summary import summarize
@@ -33,6 +36,7 @@ def load(path: Path) -> None:
     """What a start reads of a file, and what `tinyvllm models` and `--check` say of it, up to compiling kernels. Each
     part is tried, whatever the others say; raises the first refusal."""
     files = ModelFiles("gguf", path, path.stem)
+    warnings.simplefilter("error")  # numbers that overflow
     refusals = []
     for part in (load_weights, load_text, summarize, read_generation_defaults):
         try:
@@ -46,7 +50,11 @@ def load(path: Path) -> None:
 def load_weights(files: ModelFiles) -> None:
     report = examine_files(files, "CPU")
     fit(report, "CPU", 1 << 30)
-    checkpoint = open_checkpoint(files, complete_config(read_model_config(files)))
+    config = complete_config(read_model_config(files))
+    for kind in config.layers:
+        if kind.rope is not None:
+            assert np.isfinite(inverse_frequencies(kind.rope, kind.head_dim, 128)).all(), kind.rope
+    checkpoint = open_checkpoint(files, config)
     for tensor in checkpoint.tensors.values():
         tensor.read()
 

@@ -99,10 +99,19 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
 
 
 CONFIGS: dict[str, tuple[bytes, Value, str]] = {
-    "layers": (b"llama.block_count", Value(U32, 2**31), r"block_count is 2147483648.*at most 4096"),
+    "layers": (b"llama.block_count", Value(U32, 2**31), r"block_count is 2147483648.*at most 1024"),
     "heads": (b"llama.attention.head_count", Value(ARRAY, [4] * 2, U32), r"head_count is \[4, 4\]"),
     "context": (b"llama.context_length", Value(U64, 2**64 - 1), r"context_length is 18446744073709551615"),
     "eps": (b"llama.attention.layer_norm_rms_epsilon", Value(F32, float("nan")), r"layer_norm_rms_epsilon is nan"),
+    "eps_tiny": (
+        b"llama.attention.layer_norm_rms_epsilon",
+        Value(F32, 1e-45),
+        r"layer_norm_rms_epsilon is 1\.4\S+: it must be 0, or",
+    ),
+    "width": (b"llama.embedding_length", Value(U32, 2**31 - 1), r"embedding_length is 2147483647.*at most 16777216"),
+    "theta": (b"llama.rope.freq_base", Value(F32, 1.0), r"freq_base is 1\.0: it must be a number of at least 2"),
+    "factor": (b"llama.rope.scaling.factor", Value(F32, 3e38), r"factor is 3\S+: it must be a number that.*1e\+06"),
+    "window": (b"llama.attention.sliding_window_pattern", Value(ARRAY, [b"y"], STRING), r"_pattern is \['y'\]"),
     "pooling": (b"llama.pooling_type", Value(STRING, b"mean"), r"pooling_type is 'mean'"),
     "architecture": (b"general.architecture", Value(ARRAY, [b"llama"], STRING), r"architecture is \['llama'\]"),
 }
@@ -111,8 +120,16 @@ CONFIGS: dict[str, tuple[bytes, Value, str]] = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_setting_of_another_type_or_beyond_bounds_is_refused_by_name(tmp_path: Path, image: Image, name: str) -> None:
     key, value, message = CONFIGS[name]
+    narrow = image.with_value(b"llama.attention.sliding_window", Value(U32, 16))
     with pytest.raises(ModelError, match=rf"m\.gguf: (\w+\.)+{message}"):
-        read_model_config(write(tmp_path, image.with_value(key, value)))
+        read_model_config(write(tmp_path, narrow.with_value(key, value)))
+
+
+def test_a_rope_that_divides_by_zero_is_refused(tmp_path: Path, image: Image) -> None:
+    divisors = TensorInfo(b"rope_freqs.weight", (8,), 0, len(image.data))
+    files = write(tmp_path, replace(image, tensors=[*image.tensors, divisors], data=image.data + bytes(32)))
+    with pytest.raises(ModelError, match=r"rope_freqs\.weight must hold finite numbers of at least 1e-06"):
+        read_model_config(files)
 
 
 def test_what_lists_of_models_and_requests_take_from_a_file_is_checked(tmp_path: Path, image: Image) -> None:

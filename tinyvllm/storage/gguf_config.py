@@ -9,7 +9,8 @@ from tinyvllm.storage.families import SOFTCAPS, FamilyFiles
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.storage.gguf_rope import read_gguf_rope
 from tinyvllm.storage.hf_config import shortest_period
-from tinyvllm.storage.values import MAX_LAYERS, Values
+from tinyvllm.storage.hf_rope import MAX_THETA, MIN_THETA
+from tinyvllm.storage.values import MAX_LAYERS, MAX_SIZE, Values
 
 # What ModelConfig.biases calls the bias of a module, which no key mentions
 BIASES = {
@@ -41,7 +42,7 @@ def read_gguf_config(file: GGUFFile, name: str) -> ModelConfig:
     if num_heads % num_kv_heads != 0:
         values.refuse("attention.head_count_kv", f"a divisor of attention.head_count ({num_heads})")
     head_dim = values.integer("rope.dimension_count") if family.has_latents else _head_dim(values, num_heads)
-    num_layers, hidden_size = _num_layers(values), values.integer("embedding_length")
+    num_layers, hidden_size = _num_layers(values), values.integer("embedding_length", at_most=MAX_SIZE)
     window, windowed = _windows(values, family, num_layers)
     if CLASSIFIER in file.tensors and file.tensors[CLASSIFIER].shape != (2, hidden_size):
         raise UnsupportedModelError(f"{file.path}: a classifier is supported with the labels yes and no only")
@@ -119,7 +120,7 @@ def _largest(values: Values, family: FamilyFiles, key: str, default: int | None 
     """A number, or the largest of a list with one for each layer. Raises ModelError if they differ in a family whose
     layers are alike."""
     if not isinstance(values.get(key), list):
-        return values.integer(key, default)
+        return values.integer(key, default, at_most=MAX_SIZE)
     num_layers = values.integer("block_count", at_most=MAX_LAYERS)
     counts = values.integers(key, num_layers, at_least=0 if family.hf_recurrent else 1)
     counts = [count for count in counts if count]  # recurrent layers have no heads
@@ -147,10 +148,11 @@ def _windows(values: Values, family: FamilyFiles, num_layers: int) -> tuple[int 
 def _windowed_layers(values: Values, pattern: int, num_layers: int) -> tuple[bool, ...]:
     """Of each layer, from a flag for each or a period (llama.cpp's set_swa_pattern)."""
     key = "attention.sliding_window_pattern"
-    if isinstance(flags := values.get(key), list):
+    if isinstance(values.get(key), list):
+        flags = values.flags(key)
         if len(flags) != num_layers:
             values.refuse(key, f"a number, or one flag for each of {num_layers} layers")
-        return tuple(bool(flag) for flag in flags)
+        return flags
     stated = values.optional_integer(key, at_least=0)
     period = pattern if stated is None else stated
     return tuple(period == 0 or layer % period < period - 1 for layer in range(num_layers))
@@ -159,15 +161,16 @@ def _windowed_layers(values: Values, pattern: int, num_layers: int) -> tuple[boo
 def _local_rope(values: Values, family: FamilyFiles, rope: Rope) -> Rope | None:
     if not family.has_local_rope:
         return None
-    return Rope(values.positive("rope.freq_base_swa", family.local_rope_theta or rope.theta))
+    theta = family.local_rope_theta or rope.theta
+    return Rope(values.positive("rope.freq_base_swa", theta, MIN_THETA, MAX_THETA))
 
 
 def _head_dim(values: Values, num_heads: int) -> int:
-    hidden_size = values.integer("embedding_length")
+    hidden_size = values.integer("embedding_length", at_most=MAX_SIZE)
     key = "attention.key_length"
     if values.get(key) is None and hidden_size % num_heads != 0:
         values.refuse("embedding_length", f"a multiple of attention.head_count ({num_heads})")
-    head_dim = values.integer(key, hidden_size // num_heads)
+    head_dim = values.integer(key, hidden_size // num_heads, at_most=MAX_SIZE)
     if head_dim % 2 != 0:
         raise ModelError(f"{values.source}: heads have {head_dim} values: rotary embeddings need an even number")
     if values.integer("attention.value_length", head_dim) != head_dim:

@@ -124,6 +124,8 @@ class Values:
             return None
         if not _is_number(value) or not 0 <= value <= at_most:
             self.refuse(key, f"a number that is not negative{_at_most(value, at_most)}")
+        if 0 < value < SMALLEST:
+            self.refuse(key, f"0, or a number of at least {SMALLEST:g}")
         return float(value)
 
     def positive(
@@ -157,6 +159,13 @@ class Values:
         if not isinstance(value, bool):
             self.refuse(key, "true or false")
         return value
+
+    def flags(self, key: str) -> tuple[bool, ...]:
+        """A list of true and false, or of 1 and 0."""
+        value = self.get(key)
+        if not isinstance(value, list) or not all(isinstance(item, int) and item in (0, 1) for item in value):
+            self.refuse(key, "a list of true and false")
+        return tuple(map(bool, value))
 
     # --- Texts ---------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from tinyvllm.storage.gguf_keys import token_id_below
 from tinyvllm.storage.values import Values, shown
 from tinyvllm.text.pre_tokenizers import PRE_TOKENIZERS
 from tinyvllm.text.tokenizer_spec import SPACE_MARK, TokenizerSpec, byte_level_bytes, sentencepiece_bytes
+from tinyvllm.text.tokenizers_library import failures_as
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,11 @@ class Vocabulary:
 def read_gguf_tokenizer(metadata: Mapping[str, Any], source: Path = IN_MEMORY) -> TokenizerSpec:
     """Build a tokenizer. `source`: the file, for messages. Raises UnsupportedModelError for an unknown kind, ModelError
     for metadata that are missing or make no sense."""
+    with failures_as(lambda text: ModelError(f"{source} has a vocabulary that cannot be used: {text}")):
+        return _read(metadata, source)
+
+
+def _read(metadata: Mapping[str, Any], source: Path) -> TokenizerSpec:
     values = Values(source, metadata, PREFIX)
     kind = values.choice("model", MODELS)
     vocabulary = read_vocabulary(metadata, source, may_repeat=kind == "gemma4")

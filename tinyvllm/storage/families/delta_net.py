@@ -87,14 +87,14 @@ def refine_gguf(config: ModelConfig, values: Values, tensors: Collection[str]) -
 def _gguf_recurrent(config: ModelConfig, values: Values) -> tuple[bool, ...]:
     """A flag for each layer, also for those that draft; or a period."""
     key = "attention.recurrent_layers"
-    flags = values.get(key)
-    if flags is None:
+    if values.get(key) is None:
         recurrent = _every(values.integer("full_attention_interval", USUAL_INTERVAL), config.num_layers)
         _require_attention(recurrent, values)
         return recurrent
-    if not isinstance(flags, list) or len(flags) not in (config.num_layers, values.integer("block_count")):
+    flags = values.flags(key)
+    if len(flags) not in (config.num_layers, values.integer("block_count")):
         values.refuse(key, f"a list with a flag for each of {config.num_layers} layers")
-    recurrent = tuple(bool(flag) for flag in flags[: config.num_layers])
+    recurrent = flags[: config.num_layers]
     if all(recurrent):
         values.unsupported(key, "a list with false in one layer at least")
     return recurrent

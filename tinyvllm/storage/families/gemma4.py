@@ -8,7 +8,7 @@ from dataclasses import replace
 from tinyvllm.config import ExpertsKind, LayerSizes, ModelConfig
 from tinyvllm.storage.families.experts import gguf_experts, hf_experts
 from tinyvllm.storage.families.family import FamilyFiles
-from tinyvllm.storage.values import Values
+from tinyvllm.storage.values import MAX_SIZE, Values
 
 
 def _shared(config: ModelConfig, sizes: Sequence[LayerSizes], num_shared: int) -> tuple[LayerSizes, ...]:
@@ -90,10 +90,11 @@ def _head_sizes(config: ModelConfig, values: Values, layer: int, *, is_global: b
 def refine_gguf(config: ModelConfig, values: Values, tensors: Collection[str]) -> ModelConfig:
     """llama.cpp's conversion/gemma.py: lengths of heads have a second key for windows, and numbers that differ between
     layers are lists. Values are keys where a layer has no attn_v."""
-    local_head_dim = values.integer("attention.key_length_swa")
+    local_head_dim = values.integer("attention.key_length_swa", at_most=MAX_SIZE)
     num_shared = _num_shared(config, values, "attention.shared_kv_layers")
     kv_heads, ffn_sizes = (
-        values.integers(key, config.num_layers) for key in ("attention.head_count_kv", "feed_forward_length")
+        values.integers(key, config.num_layers, at_most=MAX_SIZE)
+        for key in ("attention.head_count_kv", "feed_forward_length")
     )
     sizes = [
         LayerSizes(
@@ -110,7 +111,7 @@ def refine_gguf(config: ModelConfig, values: Values, tensors: Collection[str]) -
         num_kv_heads=max(kv_heads),
         ffn_size=min(ffn_sizes),
         layer_sizes=_shared(config, sizes, num_shared),
-        per_layer_size=values.optional_integer("embedding_length_per_layer_input", at_least=0) or 0,
+        per_layer_size=values.optional_integer("embedding_length_per_layer_input", 0, MAX_SIZE) or 0,
         score_scale=1.0,
         experts=_as_gemma_has_them(gguf_experts(values)) if values.get("expert_count") else None,
     )

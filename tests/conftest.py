@@ -22,7 +22,11 @@ os.environ["COLUMNS"] = "120"
 import hypothesis
 import pytest
 
-from tinyvllm.config import CACHE_DIR_VARIABLE, ModelFiles
+from tinyvllm.config import CACHE_DIR_VARIABLE, CORES_VARIABLE, ModelFiles
+
+# Where there is a worker for each core, an engine on all cores would mostly wait for those that others hold.
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+    os.environ.setdefault(CORES_VARIABLE, "1")
 
 # Tests speak to this machine alone, and a proxy would answer for it.
 for name in ("http_proxy", "https_proxy", "all_proxy"):

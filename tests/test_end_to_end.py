@@ -28,6 +28,7 @@ SMALL: dict[str, Any] = {
     "num_gpu_blocks_override": 49,  # 768 tokens, where the prompts and outputs of eight need more: preemption
     "decode_buckets": (1, 8),
     "token_buckets": (64,),
+    "cpu_cores": 2,  # as on a user's machine
 }
 
 
@@ -51,7 +52,7 @@ def test_tokens_equal_the_reference_through_chunks_batches_preemption_and_prefix
         assert list(output.outputs[0].token_ids) == case["output_ids"], case["name"]
 
     hits = 0
-    for case, prompt in list(zip(cases, prompts, strict=True))[-6:]:
+    for case, prompt in list(zip(cases, prompts, strict=True))[-3:]:
         for _ in range(2):  # alone, and again with its prompt in the cache
             (output,) = llm.generate([prompt], GREEDY)
             assert list(output.outputs[0].token_ids) == case["output_ids"], case["name"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from tinyvllm.errors import RequestError, TinyvllmError
+from tinyvllm.errors import DeviceError, RequestError, TinyvllmError
 
 MAX_LOGPROBS = 20  # OpenAI's limit for top_logprobs; the graph's output row has room for this many
 MAX_STOP_IDS = 16  # ids that min_tokens can suppress, per request: a fixed-width row of the graph's input
@@ -31,6 +31,7 @@ CAPTURES = ("replay", "tinyjit")
 MODELS_DIR_VARIABLE = "TINYVLLM_MODELS"  # environment variable: the directory of pulled models
 CACHE_DIR_VARIABLE = "TINYVLLM_CACHE"  # environment variable: the directory of compiled programs
 _XDG_CACHE_VARIABLE = "XDG_CACHE_HOME"
+CORES_VARIABLE = "TINYVLLM_CPU_CORES"  # environment variable: the most cores that a process uses
 DEVICE_VARIABLE = "DEV"  # tinygrad's environment variable, which it reads once, on import
 CAPTURE_VARIABLE = "TINYVLLM_CAPTURE"  # environment variable: the default of EngineConfig.capture
 
@@ -729,8 +730,15 @@ def home_dir() -> Path:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, limited by a container's CPU quota."""
+    """Cores that this process may use: its affinity, limited by a container's CPU quota and by $TINYVLLM_CPU_CORES.
+
+    Raises DeviceError if the variable is not a whole number of at least 1.
+    """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted := os.environ.get(CORES_VARIABLE):
+        if not wanted.isdecimal() or int(wanted) < 1:
+            raise DeviceError(f"{CORES_VARIABLE} is {wanted!r}: it must be a whole number of at least 1")
+        count = min(count, int(wanted))
     try:
         with open("/sys/fs/cgroup/cpu.max") as file:
             quota, period = file.read().split()

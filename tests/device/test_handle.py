@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from tinygrad.helpers import from_mv
 
+from tinyvllm.config import CORES_VARIABLE, usable_cores
 from tinyvllm.device import handle
 from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.errors import DeviceError
 
 
 @pytest.mark.parametrize("is_mapped", [True, False])
@@ -43,3 +45,16 @@ def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     error = done.stderr.splitlines()[-1]
     assert error.endswith("device FOO is not known: give --device one of METAL, CUDA, CL, CPU")
+
+
+def test_an_environment_variable_limits_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CORES_VARIABLE, "1")
+    assert usable_cores() == 1
+    monkeypatch.setenv(CORES_VARIABLE, "100000")
+    most = usable_cores()
+    monkeypatch.delenv(CORES_VARIABLE)
+    assert usable_cores() == most
+    for wrong in ("0", "two", "-1", "1.5"):
+        monkeypatch.setenv(CORES_VARIABLE, wrong)
+        with pytest.raises(DeviceError, match=f"{CORES_VARIABLE} is '{wrong}': it must be a whole number"):
+            usable_cores()

@@ -39,6 +39,7 @@ CROWDED: dict[str, Any] = {
 }
 EXACT = {"dtype": "float32", "kv_cache_dtype": "float32"}
 BRIEF: dict[str, Any] = {"max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16}
+ALONE: dict[str, Any] = BRIEF | {"max_num_seqs": 1, "decode_buckets": (1,), "token_buckets": (16,)}
 
 LONG = "the quick brown fox jumps over"
 PROMPTS = (LONG, "a", LONG[:20] + " cat", "0123456789abcdefghi", "the quick brown dog")
@@ -107,7 +108,8 @@ SCENARIOS: dict[str, Scenario] = {
         max_tokens=8,
         tie=0.03,
     ),
-    "mixed": Scenario(_quantized("Q4_K", MIXED), BRIEF, PROMPTS[:3], max_tokens=8, tie=0.03),
+    # one row at a time: tests/metal/test_kernels.py has products of several
+    "mixed": Scenario(_quantized("Q4_K", MIXED), ALONE, PROMPTS[:3], max_tokens=8, tie=0.03),
     "sampled": Scenario(_dense("float32", GENERAL), CROWDED | EXACT, sampling=SAMPLING),
 }
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")

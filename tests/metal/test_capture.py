@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.builders import write_tiny_hf_llama
-from tests.metal.scenarios import FUSED
+from tests.metal.scenarios import CROWDED, FUSED
 from tests.metal.simulator import Settings, allowing_host_writes
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.execution.runner import ModelRunner
 
 pytestmark = pytest.mark.timeout(600)  # an engine compiles for 10 s on an idle core, and there may be no idle one
 
-ENGINE: dict[str, Any] = {
-    "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16, "decode_buckets": (2,),
-    "token_buckets": (16,), "num_gpu_blocks_override": 9,
-}  # fmt: skip
+ENGINE = CROWDED | {"decode_buckets": (4,)}  # whose programs tests/metal/test_engine.py needs, too
 PROMPTS = ("the quick brown fox", "a")
 SAMPLING = (
     SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True),

@@ -1,11 +1,13 @@
 """Every kernel as source for devices that are not here: it renders, and keeps to the device's limits.
 
-A backend is asked for a step on tensors that are never realized; what it would launch is rendered for each device.
+A backend is asked for a step on tensors that are never realized; what it would launch is rendered for each device. By
+default each step is rendered for one or two of them: all of it is python -m pytest -m "slow and not gpu" tests/ops
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from tinygrad import Device, dtypes
@@ -24,6 +26,7 @@ from tests.ops.rendering import (
     plan_attention,
     plan_layer,
     plan_processed,
+    swept,
     unwritten,
 )
 from tinyvllm.config import LayerKind, Rope
@@ -39,8 +42,10 @@ GENERAL_TARGETS = [target for target in TARGETS if target != "CUDA sm_80"]
 # -- the GPU kind ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", GENERAL_TARGETS)
-@pytest.mark.parametrize("is_decode", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize(
+    ("target", "is_decode"),
+    swept(product(GENERAL_TARGETS, (True, False)), {("METAL", True), ("METAL", False), ("OpenCL", False)}),
+)
 def test_a_step_renders_within_the_limits(target: str, is_decode: bool) -> None:
     layout = StepLayout(4, 4, 2, 16) if is_decode else StepLayout(16, 3, 2, 16)
     outputs = plan_layer(gpu_backend("float16"), layout, ("Q4_K", "Q6_K"), is_decode=is_decode, normed=not is_decode)
@@ -51,8 +56,19 @@ def test_a_step_renders_within_the_limits(target: str, is_decode: bool) -> None:
         check_limits(kernel, target)
 
 
-@pytest.mark.parametrize("target", GENERAL_TARGETS)
-@pytest.mark.parametrize("formats", [("Q5_1", "Q8_0"), ("bfloat16", "bfloat16"), ("Q4_0", "Q5_0")], ids="-".join)
+@pytest.mark.parametrize(
+    ("target", "formats"),
+    swept(
+        product(GENERAL_TARGETS, [("Q5_1", "Q8_0"), ("bfloat16", "bfloat16"), ("Q4_0", "Q5_0")]),
+        {
+            ("METAL", ("Q5_1", "Q8_0")),
+            ("METAL", ("bfloat16", "bfloat16")),
+            ("CUDA sm_90", ("bfloat16", "bfloat16")),
+            ("CUDA sm_90", ("Q4_0", "Q5_0")),
+            ("OpenCL", ("Q4_0", "Q5_0")),
+        },
+    ),
+)
 def test_every_way_to_store_weights_renders(target: str, formats: tuple[str, str]) -> None:
     dtype = "bfloat16" if formats[0] == "bfloat16" else "float16"
     for kernel in kernels_of(plan_layer(gpu_backend(dtype), StepLayout(2, 2, 2, 16), formats, is_decode=True)):
@@ -85,8 +101,9 @@ def test_attention_of_large_models_renders_within_the_limits(
         check_limits(kernel, target)
 
 
-@pytest.mark.parametrize("target", GENERAL_TARGETS)
-@pytest.mark.parametrize("vocab", [300, 49152])
+@pytest.mark.parametrize(
+    ("target", "vocab"), swept(product(GENERAL_TARGETS, (300, 49152)), {("METAL", 300), ("CUDA sm_90", 49152)})
+)
 def test_a_step_with_logits_processing_renders_within_the_limits(target: str, vocab: int) -> None:
     """One vocabulary is not a multiple of a mask's word."""
     kernels = kernels_of([plan_processed(gpu_backend("float16"), vocab)])
@@ -97,7 +114,7 @@ def test_a_step_with_logits_processing_renders_within_the_limits(target: str, vo
 
 
 def test_cuda_devices_are_given_the_same_general_kernels() -> None:
-    formats = ("Q5_1", "Q8_0")
+    formats = ("float16", "Q8_0")
     for kernel in kernels_of(plan_layer(gpu_backend("float16"), StepLayout(2, 2, 2, 16), formats, is_decode=True)):
         older, newer = (to_program(kernel, make_renderer(f"CUDA {arch}")).src[2].arg for arch in ("sm_80", "sm_90"))
         assert older == newer, kernel.arg.name

@@ -15,6 +15,7 @@ from tinyvllm.cli.terminal import LOG_LEVELS, set_up_logging
 from tinyvllm.config import (
     CACHE_DIR_VARIABLE,
     CAPTURE_VARIABLE,
+    CORES_VARIABLE,
     DEVICE_VARIABLE,
     DTYPES,
     MODELS_DIR_VARIABLE,
@@ -74,7 +75,11 @@ class RunnerFlags:
     )
     cpu_cores: Annotated[
         int | None,
-        Option(metavar="NUMBER", help="Cores that the CPU device uses. [default: all, but at most one per KV head]"),
+        Option(
+            metavar="NUMBER",
+            help="Cores that the CPU device uses. [default: all, but at most one per KV head]"
+            f" [env var of the maximum: {CORES_VARIABLE}]",
+        ),
     ] = _STANDARD.cpu_cores
     dequantize: Annotated[
         bool,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ from tests.ops.rendering import (
     plan_attention_layer,
     plan_layer,
     rendered,
+    swept,
     unwritten,
 )
 from tinyvllm.arrays import Format, to_float32
@@ -113,12 +115,18 @@ def test_warps_that_share_columns_keep_each_sum_once(kind: str, tokens: int) -> 
         assert kept == list(range(sums)), candidate.chosen
 
 
-@pytest.mark.parametrize("kind", KINDS)
+DECODING = [(1, ("Q4_K", "Q6_K")), (1, ("bfloat16", "Q4_K")), (3, ("Q8_0", "Q5_0")), (3, ("float16", "bfloat16"))]
+
+
 @pytest.mark.parametrize(
-    ("tokens", "formats"),
-    [(1, ("Q4_K", "Q6_K")), (1, ("bfloat16", "Q4_K")), (3, ("Q8_0", "Q5_0")), (3, ("float16", "bfloat16"))],
+    ("kind", "case"),
+    swept(
+        product(KINDS, DECODING),
+        {("METAL", DECODING[1]), ("METAL", DECODING[2]), ("CUDA", DECODING[0]), ("CUDA", DECODING[3])},
+    ),
 )
-def test_a_decoding_step_renders_within_the_limits(kind: str, tokens: int, formats: tuple[str, str]) -> None:
+def test_a_decoding_step_renders_within_the_limits(kind: str, case: tuple[int, tuple[str, str]]) -> None:
+    tokens, formats = case
     backend = rendered(kind, "bfloat16" if "bfloat16" in formats else "float16")
     layout = StepLayout(tokens, tokens, 2, 16)
     kernels = kernels_of(plan_layer(backend, layout, formats, is_decode=True, normed=tokens == 3))
@@ -127,7 +135,7 @@ def test_a_decoding_step_renders_within_the_limits(kind: str, tokens: int, forma
         check_limits(kernel, KINDS[kind])
 
 
-@pytest.mark.parametrize("kind", ["METAL", pytest.param("CUDA", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [pytest.param("METAL", marks=pytest.mark.slow), "CUDA"])
 def test_decoding_with_wide_heads_renders_within_the_limits(kind: str) -> None:
     """Two threadgroups serve the sixteen heads that share a KV head."""
     layer = LayerKind(32, 2, 256, Rope(10000.0), has_sinks=True, window=40)
@@ -136,7 +144,7 @@ def test_decoding_with_wide_heads_renders_within_the_limits(kind: str) -> None:
     check_limits(kernels[0], KINDS[kind])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["METAL", pytest.param("CUDA", marks=pytest.mark.slow)])
 def test_a_mixed_step_renders_within_the_limits(kind: str) -> None:
     layout = StepLayout(18, 3, 2, 16)
     outputs = plan_layer(rendered(kind), layout, ("Q4_1", "Q4_1"), is_decode=False, normed=True)

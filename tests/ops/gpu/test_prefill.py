@@ -34,7 +34,16 @@ from tests.ops.builders import (
     read_pool,
 )
 from tests.ops.gpu.products import SHAPES, TOLERANCE, multiply
-from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, plan_attention, plan_layer, rendered
+from tests.ops.rendering import (
+    KINDS,
+    check_limits,
+    kernels_of,
+    make_renderer,
+    plan_attention,
+    plan_layer,
+    rendered,
+    swept,
+)
 from tinyvllm.arrays import Format
 from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import FLOATS, DeviceHandle
@@ -64,7 +73,7 @@ from tinyvllm.ops.step_inputs import StepLayout
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["METAL", pytest.param("CUDA", marks=pytest.mark.slow)])
 def test_a_step_of_many_rows_renders_within_the_limits(kind: str) -> None:
     outputs = plan_layer(rendered(kind), StepLayout(100, 3, 9, 16), ("float16", "float16"), is_decode=False)
     kernels = kernels_of(outputs)
@@ -74,8 +83,13 @@ def test_a_step_of_many_rows_renders_within_the_limits(kind: str) -> None:
         check_limits(kernel, KINDS[kind])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("fmt", ["bfloat16", "Q8_0", "Q5_0", "Q6_K"])
+@pytest.mark.parametrize(
+    ("kind", "fmt"),
+    swept(
+        itertools.product(KINDS, ("bfloat16", "Q8_0", "Q5_0", "Q6_K")),
+        {("METAL", "bfloat16"), ("METAL", "Q6_K"), ("CUDA", "Q8_0"), ("CUDA", "Q5_0")},
+    ),
+)
 def test_products_of_every_way_to_store_weights_render_within_the_limits(kind: str, fmt: str) -> None:
     backend = rendered(kind, "bfloat16" if fmt == "bfloat16" else "float16")
     matrix = backend.matrix(make_host(fmt, 96, 256))
@@ -86,9 +100,12 @@ def test_products_of_every_way_to_store_weights_render_within_the_limits(kind: s
     check_limits(kernel, KINDS[kind])
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "heads", [(64, 8, 128), (9, 3, 64), (8, 4, 256), pytest.param((6, 6, 96), marks=pytest.mark.slow)]
+    ("kind", "heads"),
+    swept(
+        itertools.product(KINDS, [(64, 8, 128), (9, 3, 64), (8, 4, 256), (6, 6, 96)]),
+        {("METAL", (64, 8, 128)), ("METAL", (9, 3, 64)), ("CUDA", (8, 4, 256))},
+    ),
 )
 def test_tiled_attention_of_large_models_renders_within_the_limits(kind: str, heads: tuple[int, int, int]) -> None:
     layer = LayerKind(*heads, Rope(10000.0))

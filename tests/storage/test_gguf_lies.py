@@ -110,7 +110,7 @@ CONFIGS: dict[str, tuple[bytes, Value, str]] = {
     ),
     "width": (b"llama.embedding_length", Value(U32, 2**31 - 1), r"embedding_length is 2147483647.*at most 16777216"),
     "theta": (b"llama.rope.freq_base", Value(F32, 1.0), r"freq_base is 1\.0: it must be a number of at least 2"),
-    "factor": (b"llama.rope.scaling.factor", Value(F32, 3e38), r"factor is 3\S+: it must be a number that.*1e\+06"),
+    "factor": (b"llama.rope.scaling.factor", Value(F32, 1e30), r"factor is 1\S+: it must be a number that.*1e\+06"),
     "window": (b"llama.attention.sliding_window_pattern", Value(ARRAY, [b"y"], STRING), r"_pattern is \['y'\]"),
     "pooling": (b"llama.pooling_type", Value(STRING, b"mean"), r"pooling_type is 'mean'"),
     "architecture": (b"general.architecture", Value(ARRAY, [b"llama"], STRING), r"architecture is \['llama'\]"),

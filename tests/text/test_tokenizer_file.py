@@ -53,6 +53,11 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"post_processor": {"type": "BertProcessing", "sep": ["a", -1], "cls": ["b", 1]}}, "a text and its token id"),
     ({"model": {"type": "BPE", "vocab": {}, "merges": [], "end_of_word_suffix": "a" * 10_000}}, "length <= 64"),
     ({"added_tokens": [{"id": 2**40, "content": "x"}]}, r"Expected `int` <= 16777215 - at `\$.added_tokens\[0\].id`"),
+    # the library reports a token that is no UTF-8, fails at that, and aborts
+    (
+        {"model": {"type": "BPE", "continuing_subword_prefix": "a", "vocab": {"é": 0}, "merges": ["é é"]}},
+        "the merge 'é é'",
+    ),
     ({"decoder": []}, "decoder is .*must be an object"),
 ]
 
@@ -69,9 +74,10 @@ def test_a_panic_of_the_library_is_a_model_error(tmp_path: Path) -> None:
     write_byte_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
-    stored["model"] |= {"continuing_subword_prefix": "abc", "merges": [["a", "b"]]}
+    stored["added_tokens"] = [stored["added_tokens"][0] | {"content": " ", "normalized": True}]
+    stored["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
     path.write_text(json.dumps(stored), encoding="utf-8")
-    with pytest.raises(ModelError, match=r"tokenizer\.json is not a valid tokenizer: range end index"):
+    with pytest.raises(ModelError, match=r"tokenizer\.json is not a valid tokenizer: AddedVocabulary bad split"):
         load_tokenizer(ModelFiles("hf", tmp_path, "tiny"))
 
 

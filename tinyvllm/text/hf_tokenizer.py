@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from tinyvllm.text.tokenizers_library import failures_as
 logger = logging.getLogger(__name__)
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+PROBE = " é\N{GRINNING FACE}a1\n"  # an added token that normalizing leaves nothing of makes the library panic
 SETTINGS = "tokenizer_config.json"
 
 
@@ -43,6 +45,8 @@ def read_backend(backend: tokenizers.Tokenizer, directory: Path, path: Path) -> 
     """The tokenizer of tokenizer.json (`path`) with the settings in other files. Raises ModelError, and what the
     library raises."""
     check_vocabulary(backend, path)
+    with contextlib.suppress(Exception):  # a vocabulary may lack characters; but a panic would meet every such text
+        backend.encode(PROBE)
     texts = read_special_texts(directory)
     settings = read_values(directory / SETTINGS)
     add_decoder_tokens(backend, settings)

@@ -79,6 +79,20 @@ class _File(msgspec.Struct):
     decoder: msgspec.Raw = NULL
 
 
+def _check_merges(path: Path, model: _Model) -> None:
+    """With a `continuing_subword_prefix`, the library cuts as many bytes off the second part of a merge without looking
+    at them. The rest may be no UTF-8, and it aborts when it reports that such a token is unknown."""
+    prefix = model.continuing_subword_prefix
+    if not prefix or isinstance(model.merges, msgspec.UnsetType):
+        return
+    for merge in msgspec.json.decode(model.merges, type=list[str | tuple[str, str]]):
+        second = merge.partition(" ")[2] if isinstance(merge, str) else merge[1]
+        if not second.startswith(prefix):
+            raise ModelError(
+                f"{path}: the merge {shown(merge)} does not go on with the continuing_subword_prefix {prefix!r}"
+            )
+
+
 @dataclass(frozen=True)
 class Kinds:
     """The kinds of one of the file's parts. `checks`: by kind; None: nothing about it can do harm."""
@@ -103,6 +117,7 @@ def read_tokenizer_file(path: Path) -> CheckedFile:
         file = msgspec.json.decode(data, type=_File)
         if bytes(memoryview(file.model.vocab)[:1]) == b"[":  # of a Unigram model
             msgspec.json.decode(file.model.vocab, type=list[tuple[Text, float]])
+        _check_merges(path, file.model)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not a valid tokenizer: {error}") from error
     except RecursionError:

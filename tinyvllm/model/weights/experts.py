@@ -37,7 +37,7 @@ RENAMED = (
     ("mlp.switch_mlp.", "mlp.experts."),  # MLX
     ("mlp.shared_experts.", "mlp.shared_expert."),  # DeepSeek, GLM
 )
-EACH = re.compile(r"mlp\.experts\.(?P<expert>\d+)\.(?P<module>\w+)\.(?P<suffix>weight|bias)")
+EACH = re.compile(r"mlp\.experts\.(?P<expert>\d{1,6})\.(?P<module>\w+)\.(?P<suffix>weight|bias)")
 WHOLE = re.compile(r"mlp\.experts\.(?P<module>gate_up_proj|gate_proj|up_proj|down_proj)(?P<suffix>|\.weight|[._]bias)")
 MODULES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # Mixtral's names, and ours
 FUSED = ("gate_proj", "up_proj")  # the modules in gate_up_proj

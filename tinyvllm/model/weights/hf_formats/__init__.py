@@ -13,9 +13,11 @@ from pathlib import Path
 
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.hf_formats import awq, bitsandbytes, compressed, gptq, mlx, modelopt, mxfp4, scaled
-from tinyvllm.model.weights.hf_formats.matrices import HFFormat
+from tinyvllm.model.weights.hf_formats.matrices import HFFormat, weight_groups
 from tinyvllm.model.weights.stored import StoredTensor
-from tinyvllm.storage.values import Values, read_json
+from tinyvllm.storage.regular_file import is_present
+from tinyvllm.storage.strict_json import read_json_if_present
+from tinyvllm.storage.values import Values
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def assemble_matrices(directory: Path, tensors: Mapping[str, StoredTensor]) -> d
 
 def _quantizes_activations(settings: Values) -> bool:
     """Whether the model was meant to run with activations of 8 or 4 bits."""
-    groups = (settings.get("config_groups") or {}).values()
+    groups = weight_groups(settings)
     return settings.get("activation_scheme") is not None or any(group.get("input_activations") for group in groups)
 
 
@@ -94,7 +96,7 @@ def read_settings(directory: Path) -> Values | None:
             if (found := values.inner(key)) is not None:
                 return found
     for name, method in OTHER_FILES.items():
-        if (directory / name).is_file():
+        if is_present(directory / name):
             values = _read(directory / name)
             inner = values.inner("quantization") or values
             return Values(values.source, {"quant_method": method} | dict(inner.values))
@@ -102,15 +104,15 @@ def read_settings(directory: Path) -> Values | None:
 
 
 def _read(path: Path) -> Values:
-    return Values(path, read_json(path) if path.is_file() else {})
+    return Values(path, read_json_if_present(path))
 
 
 def _method(settings: Values) -> str:
     """The key of METHODS. Raises UnsupportedModelError."""
-    method = settings.get("quant_method") or "mlx"
+    method = settings.optional_text("quant_method") or "mlx"
     if method == "auto-round":  # which writes the files of others
-        packing = str(settings.get("packing_format") or "auto_round:auto_gptq")
+        packing = settings.optional_text("packing_format") or "auto_round:auto_gptq"
         method = next((kind for kind in ("gptq", "awq") if kind in packing), method)
     if method not in METHODS:
         settings.unsupported("quant_method", f"{', '.join(METHODS)}; or take the model's unquantized or GGUF file")
-    return str(method)
+    return method

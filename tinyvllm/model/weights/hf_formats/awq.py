@@ -12,6 +12,8 @@ import numpy as np
 
 from tinyvllm.arrays import HostMatrix, LazyCodes
 from tinyvllm.model.weights.hf_formats.matrices import (
+    FLOATS,
+    WORDS,
     Groups,
     HFFormat,
     Parts,
@@ -27,15 +29,17 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output of each code of a word, low bits 
 def build(parts: Parts) -> StoredTensor:
     """Raises UnsupportedModelError, WeightMismatchError."""
     settings = parts.settings
-    layout = str(settings.get("version") or "gemm").lower()
+    layout = (settings.optional_text("version") or "gemm").lower()
     if layout != "gemm":
         settings.unsupported("version", "gemm: quantize it again with that version, or take its GPTQ or GGUF file")
     if (settings.get("bits") or settings.get("w_bit") or BITS) != BITS:
         settings.unsupported("bits", str(BITS))
-    num_cols, num_groups = parts[".qweight"].shape[0], parts[".scales"].shape[0]
-    num_rows = parts[".qweight"].shape[1] * PER_WORD
-    if parts[".scales"].shape[1] != num_rows or num_cols % num_groups:
+    num_cols, words = parts.require_matrix(".qweight", (None, None), WORDS)
+    num_groups, num_rows = parts.require_matrix(".scales", (None, words * PER_WORD), FLOATS)
+    if num_cols % num_groups:
         raise parts.mismatch(".scales", f"qweight has {parts['.qweight'].shape}")
+    if ".qzeros" in parts:
+        parts.require_matrix(".qzeros", (num_groups, words), WORDS)
     groups = groups_of(parts, num_cols, num_cols // num_groups)
     name = f"awq-4bit-{groups.label}"
     return parts.stored((num_rows, num_cols), name, partial(_read, name, groups))

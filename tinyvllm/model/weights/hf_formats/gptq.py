@@ -10,6 +10,9 @@ from functools import partial
 
 from tinyvllm.arrays import CODE_BITS, HostMatrix
 from tinyvllm.model.weights.hf_formats.matrices import (
+    FLOATS,
+    INTEGERS,
+    WORDS,
     Groups,
     HFFormat,
     Parts,
@@ -27,17 +30,18 @@ LAYOUTS = ("gptq", "gptq_v2")
 
 def build(parts: Parts) -> StoredTensor:
     """Raises UnsupportedModelError, WeightMismatchError."""
-    layout = parts.settings.get("checkpoint_format") or "gptq"
-    if layout not in LAYOUTS:
-        parts.settings.unsupported("checkpoint_format", ", ".join(LAYOUTS))
-    num_groups, num_rows = parts[".scales"].shape
-    bits = parts[".qzeros"].shape[1] * 32 // num_rows
+    layout = parts.settings.choice("checkpoint_format", LAYOUTS, "gptq")
+    num_groups, num_rows = parts.require_matrix(".scales", (None, None), FLOATS)
+    bits = parts.require_matrix(".qzeros", (num_groups, None), WORDS)[1] * 32 // num_rows
     if bits not in CODE_BITS:
         known = ", ".join(map(str, CODE_BITS))
         raise parts.mismatch(".qzeros", f"{num_rows} rows with codes of {known} bits have others")
-    num_cols = parts[".qweight"].shape[0] * 32 // bits
+    num_cols = parts.require_matrix(".qweight", (None, num_rows), WORDS)[0] * 32 // bits
     groups = groups_of(parts, num_cols, -(-num_cols // num_groups))
+    if groups.num_stored != num_groups:
+        raise parts.mismatch(".scales", f"{num_cols} columns have {groups.num_stored} groups of {groups.stored}")
     if ".g_idx" in parts:
+        parts.require(".g_idx", (num_cols,), INTEGERS)
         require_order(parts, ".g_idx", groups)
     name = f"gptq-{bits}bit-{groups.label}"
     return parts.stored((num_rows, num_cols), name, partial(_read, name, bits, groups, layout == "gptq"))

@@ -21,7 +21,7 @@ from tinyvllm.arrays import (
     Scales,
 )
 from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
-from tinyvllm.model.weights.stored import StoredTensor
+from tinyvllm.model.weights.stored import DENSE_NAMES, StoredTensor
 from tinyvllm.storage.values import Values
 
 
@@ -50,6 +50,31 @@ class Parts:
         values = self[suffix].read()
         assert isinstance(values, np.ndarray), self.name + suffix
         return values.reshape(-1, values.shape[-1]) if values.ndim > 2 else values
+
+    def require(self, suffix: str, shape: tuple[int | None, ...], types: tuple[str, ...]) -> tuple[int, ...]:
+        """The shape of a tensor, whose last sizes must be those of `shape` (None: any), of one of the `types`. Others
+        before them are experts. Raises WeightMismatchError, UnsupportedModelError."""
+        tensor = self[suffix]
+        if tensor.format_name not in types:
+            raise self.unsupported(
+                f"has {suffix.lstrip('.')} of type {tensor.format_name}, which is not supported; known: "
+                + ", ".join(types)
+            )
+        last = tensor.shape[max(len(tensor.shape) - len(shape), 0) :]
+        fits = len(last) == len(shape) and all(need in (None, size) for size, need in zip(last, shape, strict=True))
+        if not fits or 0 in tensor.shape:
+            expected = ", ".join("any" if need is None else str(need) for need in shape)
+            raise self.mismatch(suffix, f"the other tensors and the settings ask for ({expected})")
+        return tensor.shape
+
+    def require_matrix(
+        self, suffix: str, shape: tuple[int | None, int | None], types: tuple[str, ...]
+    ) -> tuple[int, int]:
+        """As `require`, of a tensor of two dimensions."""
+        found = self.require(suffix, shape, types)
+        if len(found) != 2:
+            raise self.mismatch(suffix, "this format has no experts")
+        return found[0], found[1]
 
     @property
     def num_bytes(self) -> int:
@@ -97,6 +122,11 @@ class HFFormat:
             assembled[prefix + self.result] = self.build(Parts(prefix, found, settings))
         return assembled
 
+
+# Names of types of tensors
+WORDS = ("I32", "U32")
+INTEGERS = (*WORDS, "I64")
+FLOATS = tuple(DENSE_NAMES.values())
 
 # -- codes -----------------------------------------------------------------------------------------------------------
 
@@ -159,6 +189,11 @@ class Groups:
         """What users call them."""
         return f"g{self.stored}" if self.stored < self.num_cols else "channel"
 
+    @property
+    def num_stored(self) -> int:
+        """How many there are in a row of the file."""
+        return -(-self.num_cols // self.stored)
+
     def spread(self, values: np.ndarray) -> np.ndarray:
         """(N, ceil(num_cols / stored)) -> (N, num_cols // group)."""
         repeated = np.repeat(values, self.stored // self.group, axis=1) if self.stored > self.group else values
@@ -175,6 +210,12 @@ def groups_of(parts: Parts, num_cols: int, stored: int) -> Groups:
         known = ", ".join(map(str, GROUPS))
         raise parts.unsupported(f"has groups of {stored} in {num_cols} columns: supported are multiples of {known}")
     return Groups(num_cols, stored, found)
+
+
+def weight_groups(settings: Values) -> list[Values]:
+    """compressed-tensors' groups of modules that are quantized alike."""
+    groups = settings.inner("config_groups")
+    return [] if groups is None else [group for key in groups.values if (group := groups.inner(key)) is not None]
 
 
 # -- matrices --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from ml_dtypes import float8_e4m3fn, float8_e8m0fnu
 
 from tinyvllm.arrays import CODE_BITS, Format, QuantizedMatrix, Scales
 from tinyvllm.model.weights.hf_formats.matrices import (
+    FLOATS,
     HFFormat,
     Parts,
     scale_format,
@@ -30,11 +31,13 @@ GROUPS = (32, 64, 128)
 def build(parts: Parts) -> StoredTensor:
     """One matrix, or one for each of several experts. Raises UnsupportedModelError, WeightMismatchError."""
     mode, group, bits = _settings(parts)
-    *rows, words = parts[".weight"].shape
+    *rows, words = parts.require(".weight", (None, None), ("U32",))
     num_cols = words * 32 // bits
-    if parts[".scales"].shape != (*rows, num_cols // group):
+    if not num_cols // group or parts[".scales"].shape != (*rows, num_cols // group):
         raise parts.mismatch(".scales", f"{bits} bits in groups of {group} make it {(*rows, num_cols // group)}")
+    parts.require(".scales", (None, None), FLOATS if mode == "affine" else ("U8",))
     if mode == "affine":
+        parts.require(".biases", (None, None), FLOATS)
         if parts[".biases"].shape != parts[".scales"].shape:
             raise parts.mismatch(".biases", f"the scales have {parts['.scales'].shape}")
         return parts.stored((*rows, num_cols), f"mlx-{bits}bit-g{group}", partial(_affine, bits, group))
@@ -46,9 +49,7 @@ def _settings(parts: Parts) -> tuple[str, int, int]:
     general = parts.settings
     own = general.get(parts.name)
     values = Values(general.source, dict(general.values) | (own if isinstance(own, dict) else {}))
-    mode = values.get("mode") or "affine"
-    if mode not in DEFAULTS:
-        values.unsupported("mode", ", ".join(DEFAULTS))
+    mode = values.choice("mode", DEFAULTS, "affine")
     group, bits = values.integer("group_size", DEFAULTS[mode][0]), values.integer("bits", DEFAULTS[mode][1])
     if mode != "affine" and (group, bits) != (known := DEFAULTS[mode]):
         raise parts.unsupported(

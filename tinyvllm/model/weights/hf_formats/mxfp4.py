@@ -22,8 +22,8 @@ def build(parts: Parts) -> StoredTensor:
         raise parts.unsupported(
             f"has blocks of type {blocks.format_name} and scales of {scales.format_name}: MXFP4 has U8 in both"
         )
-    *rows, num_bytes = blocks.shape
-    if len(rows) < 2 or num_bytes * 2 != GROUP:
+    *rows, num_bytes = blocks.shape or (0,)
+    if len(rows) < 2 or num_bytes * 2 != GROUP or 0 in rows:
         raise parts.mismatch("_blocks", f"{GROUP} codes take {GROUP // 2} bytes")
     if scales.shape != tuple(rows):
         raise parts.mismatch("_scales", f"the blocks have {blocks.shape}")

@@ -16,12 +16,14 @@ from ml_dtypes import float8_e8m0fnu
 
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.model.weights.hf_formats.matrices import (
+    FLOATS,
     Groups,
     HFFormat,
     Parts,
     groups_of,
     scaled_fp8,
     scaled_integers,
+    weight_groups,
 )
 from tinyvllm.model.weights.stored import StoredTensor
 
@@ -44,6 +46,12 @@ def build(key: str, suffix: str, parts: Parts) -> StoredTensor:
     weight = parts[key]
     if weight.format_name not in NAMES:
         raise parts.unsupported(f"has weights of type {weight.format_name} with scales: known are {', '.join(NAMES)}")
+    *experts, _, _ = parts.require(key, (None, None), tuple(NAMES))
+    _check_scale(parts, suffix, experts, (*FLOATS, "U8", "F8_E8M0"))
+    if ".weight_zero_point" in parts:
+        _check_scale(parts, ".weight_zero_point", experts, ("I8",))
+        if parts[".weight_zero_point"].shape != parts[suffix].shape:
+            raise parts.mismatch(".weight_zero_point", f"the scales have {parts[suffix].shape}")
     cover = _cover(key, suffix, parts)
     name = f"{NAMES[weight.format_name]}-{cover.label}"
     if name == "fp8-g32" and parts[suffix].format_name in ("U8", "F8_E8M0"):
@@ -53,11 +61,19 @@ def build(key: str, suffix: str, parts: Parts) -> StoredTensor:
     return parts.stored(weight.shape, name, partial(_read, name, key, suffix, cover))
 
 
+def _check_scale(parts: Parts, suffix: str, experts: list[int], types: tuple[str, ...]) -> None:
+    """A scale for all, one for each row, or some in rows and columns, of each expert."""
+    shape = parts[suffix].shape
+    parts.require(suffix, (None,) * min(len(shape), 1), types)
+    if math.prod(shape) > 1 and list(shape[:-2]) != experts:
+        raise parts.mismatch(suffix, f"there are experts of {tuple(experts)}" if experts else "there are no experts")
+
+
 def _cover(key: str, suffix: str, parts: Parts) -> Cover:
     rows, cols = parts[key].shape[-2:]
     shape = parts[suffix].shape
     if math.prod(shape) == 1:
-        return Cover(rows, groups_of(parts, cols, cols), "tensor")
+        return Cover(math.prod(parts[key].shape[:-1]), groups_of(parts, cols, cols), "tensor")
     per_col, per_row = (shape[0], 1) if len(shape) == 1 else shape[-2:]
     if per_col == rows and cols % per_row == 0:
         groups = groups_of(parts, cols, cols // per_row)
@@ -73,11 +89,15 @@ def _cover(key: str, suffix: str, parts: Parts) -> Cover:
 
 def _block(parts: Parts) -> tuple[int, int]:
     """Rows and columns of a block, by DeepSeek's setting or compressed-tensors' (of the first group that has any)."""
-    block = parts.settings.get("weight_block_size")
-    for group in (parts.settings.get("config_groups") or {}).values():
-        block = block or (group.get("weights") or {}).get("block_structure")
-    rows, cols = block or DEFAULT_BLOCK
-    return int(rows), int(cols)
+    places = [(parts.settings, "weight_block_size")]
+    for group in weight_groups(parts.settings):
+        if (weights := group.inner("weights")) is not None:
+            places.append((weights, "block_structure"))
+    for values, key in places:
+        if values.get(key) is not None:
+            rows, cols = values.integers(key, 2)
+            return rows, cols
+    return DEFAULT_BLOCK
 
 
 def _scale(key: str, suffix: str, cover: Cover, parts: Parts) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -75,7 +76,7 @@ def delta_of(timing: Timing, finish_reason: str | None = "stop") -> Delta:
     return Delta(
         index=0,
         text="x",
-        token_ids=(1,),
+        token_ids=(1, 2, 3),
         finish_reason=finish_reason,
         num_prompt_tokens=7,
         num_cached_tokens=4,
@@ -253,3 +254,33 @@ async def test_the_routes_need_the_key() -> None:
         refused = [(await client.get(path)).status_code for path in ("/requests", "/requests/x")]
         known = await client.get("/requests", headers={"authorization": "Bearer secret"})
     assert refused == [401, 401] and known.json() == {"requests": []}
+
+
+# ---- `timings` in the body ----
+
+
+def check_timings(timings: dict[str, float], stages: dict[str, float]) -> None:
+    """They are the sums of the same stages."""
+    parts = ("prefill", "decode", "others'-prompts", "tokens", "capture", "host")
+    in_engine = sum(stages.get(name, 0.0) for name in parts)
+    assert timings["prompt_ms"] + timings["predicted_ms"] == pytest.approx(in_engine, abs=0.01)
+    assert timings["queue_ms"] == pytest.approx(stages["queue"], abs=0.002)
+    assert (timings["predicted_n"], timings["cache_n"]) == (6, 0)
+    assert timings["prompt_per_token_ms"] * timings["prompt_n"] == pytest.approx(timings["prompt_ms"])
+    assert timings["predicted_per_second"] == pytest.approx(6e3 / timings["predicted_ms"])
+
+
+def test_timings_in_the_body_are_from_the_same_accounting(url: str) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        plain = httpx.post(url + path, json=BODIES[path], timeout=20)
+        assert "timings" not in plain.json()
+        prompt = {"prompt": "another one"} if path == "/v1/completions" else {}
+        asked = httpx.post(url + path, json=BODIES[path] | prompt | {"timings_per_token": True}, timeout=20)
+        if path == "/v1/completions":
+            check_timings(asked.json()["timings"], stages_of(asked.headers["server-timing"]))
+        body = BODIES[path] | {"timings_per_token": True, "stream": True}
+        lines = httpx.post(url + path, json=body, timeout=20).text.split("\n\n")[:-2]
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+        timings = [chunk["timings"] for chunk in chunks if "timings" in chunk]
+        assert timings[-1]["predicted_n"] == 6 and len(timings) >= 2
+        assert all(a["predicted_n"] <= b["predicted_n"] for a, b in itertools.pairwise(timings))

@@ -24,6 +24,7 @@ COMMANDS = (
     "profile",
     "tune",
     "doctor",
+    "why",
 )
 
 

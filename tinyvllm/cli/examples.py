@@ -46,6 +46,11 @@ EXAMPLES = {
         ("tinyvllm doctor", ""),
         ("tinyvllm doctor --json report.json", "for a bug report"),
     ),
+    "why": (
+        ("tinyvllm why", "the latest requests of the server on port 8000"),
+        ("tinyvllm why --slowest 5", ""),
+        ("tinyvllm why cmpl-0f3a --url http://127.0.0.1:8001", "one request"),
+    ),
 }
 
 

@@ -84,6 +84,11 @@ class Tally:
         self._prompts.setdefault(item.prompt, (item.delta.num_prompt_tokens, item.delta.num_cached_tokens))
         self._outputs[item.choice] = item.delta.num_output_tokens
 
+    @property
+    def num_outputs(self) -> int:
+        """Output tokens of all choices so far."""
+        return sum(self._outputs.values())
+
     def usage(self, *, has_output: bool = True, num_reasoning_tokens: int | None = None) -> Usage:
         """has_output: False if only the prompt was requested. num_reasoning_tokens: None if reasoning cannot be told
         from the answer."""

@@ -10,9 +10,11 @@ import msgspec
 from pydantic import BaseModel
 
 from tinyvllm.server.answers import Tally
+from tinyvllm.server.body_timings import Timings, timings_of
 from tinyvllm.server.error_bodies import DONE
 from tinyvllm.server.failures import failure_of
 from tinyvllm.server.generation import Item
+from tinyvllm.server.request_times import RequestTimes
 
 EVENT_STREAM = "text/event-stream"
 NDJSON = "application/x-ndjson"
@@ -83,7 +85,9 @@ class ChunkEvents(ServerSentEvents, ABC):
     """What the events of completions and chats share: a token's event from bytes made once, the rest from models, and
     the usage at the end if requested. Owns the token counts."""
 
-    def __init__(self, *, include_usage: bool, continuous_usage: bool) -> None:
+    def __init__(self, *, include_usage: bool, continuous_usage: bool, times: RequestTimes | None = None) -> None:
+        """times: the request's, for `timings` in every chunk."""
+        self._times = times
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
         self._tally = Tally()
@@ -103,6 +107,10 @@ class ChunkEvents(ServerSentEvents, ABC):
 
     def fail(self, error: BaseException) -> bytes:
         return failure_of(error).event("")  # OpenAI's
+
+    def _timings(self) -> Timings | None:
+        """`timings` of a chunk, if they were asked for and there are any."""
+        return None if self._times is None else timings_of(self._times, self._tally.num_outputs)
 
     @abstractmethod
     def _write(self, item: Item) -> bytes:

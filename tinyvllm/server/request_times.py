@@ -92,11 +92,11 @@ class RequestTimes:
         timing = delta.timing
         if timing is None:
             return
-        if delta.finish_reason is None:
+        is_first = delta.num_output_tokens <= len(delta.token_ids)
+        if is_first and delta.index == 0:  # the choices of a prompt share it
             self.num_prompt_tokens += delta.num_prompt_tokens
             self.num_cached_tokens += delta.num_cached_tokens
-        else:
-            self.num_prompt_tokens = self.num_prompt_tokens or delta.num_prompt_tokens
+        if delta.finish_reason is not None:
             self.num_output_tokens += delta.num_output_tokens
             self.finish_reason = delta.finish_reason
         if self.timing is None or timing.last_token_s >= self.timing.last_token_s:

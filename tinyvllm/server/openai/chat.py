@@ -10,6 +10,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from tinyvllm.config import SamplingParams
+from tinyvllm.server.body_timings import timings_of
+from tinyvllm.server.context import current
 from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
 from tinyvllm.server.generation import Job, PromptCall
 from tinyvllm.server.intake import (
@@ -59,6 +61,8 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
             prompt_logprobs=body.prompt_logprobs,
             tokens=tokens,
         )
+        if body.timings_per_token:
+            answer.timings = timings_of(current().times)
         return json_response(answer)
     events = ChatEvents(
         heading,
@@ -68,6 +72,7 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
         continuous_usage=body.continuous_usage,
         form=CallForm(body.toolbox, body.uses_functions),
         tokens=tokens,
+        times=current().times if body.timings_per_token else None,
     )
     return await event_stream(state, job, events)
 

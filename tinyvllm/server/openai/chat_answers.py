@@ -33,6 +33,7 @@ from tinyvllm.text.tools.events import CallArguments, CallBegin, Event, Reasonin
 
 if TYPE_CHECKING:
     from tinyvllm.engine.output import TokenLogprob
+    from tinyvllm.server.request_times import RequestTimes
     from tinyvllm.server.state import ServerState
 
 
@@ -183,8 +184,9 @@ class ChatEvents(ChunkEvents):
         continuous_usage: bool = False,
         form: CallForm = _PLAIN,
         tokens: TokenForm = _NO_IDS,
+        times: RequestTimes | None = None,
     ) -> None:
-        super().__init__(include_usage=include_usage, continuous_usage=continuous_usage)
+        super().__init__(include_usage=include_usage, continuous_usage=continuous_usage, times=times)
         self._heading = heading
         self._format = format
         self._form = form
@@ -205,7 +207,8 @@ class ChatEvents(ChunkEvents):
         self._tally.add(item)
         parser = self._parsers[item.choice]
         shows_ids = self._tokens.prompt_ids is not None
-        if parser.is_plain and not self._continuous_usage and not shows_ids and item.choice not in self._texts:
+        is_plain = parser.is_plain and not self._continuous_usage and not shows_ids and self._times is None
+        if is_plain and item.choice not in self._texts:
             example = ChatChunkChoice(index=item.choice, delta=ChatDelta(content=TextEvent.MARK))
             self._texts[item.choice] = TextEvent(self._chunk(example))
         return b"".join(map(self._chunk, self._choices(item, parser)))
@@ -251,6 +254,7 @@ class ChatEvents(ChunkEvents):
             choices=choices,
             usage=usage,
             prompt_token_ids=prompt_ids,
+            timings=self._timings(),
         )
         return frame(chunk, omit=None if self._include_usage else {"usage"})
 

@@ -15,6 +15,7 @@ from tinyvllm.server.intake import Heading
 from tinyvllm.server.openai.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
 
 if TYPE_CHECKING:
+    from tinyvllm.server.request_times import RequestTimes
     from tinyvllm.server.state import ServerState
 
 EMPTY_LOGPROBS = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
@@ -86,9 +87,15 @@ class CompletionEvents(ChunkEvents):
     """
 
     def __init__(
-        self, heading: Heading, form: CompletionForm, *, include_usage: bool, continuous_usage: bool = False
+        self,
+        heading: Heading,
+        form: CompletionForm,
+        *,
+        include_usage: bool,
+        continuous_usage: bool = False,
+        times: RequestTimes | None = None,
     ) -> None:
-        super().__init__(include_usage=include_usage, continuous_usage=continuous_usage)
+        super().__init__(include_usage=include_usage, continuous_usage=continuous_usage, times=times)
         self._heading = heading
         self._form = form
         self._writers = [CompletionLogprobsWriter(names_ids=form.names_ids) for _ in range(form.num_choices)]
@@ -112,7 +119,7 @@ class CompletionEvents(ChunkEvents):
         self._tally.add(item)
         form = self._form
         is_plain = form.has_output and form.prompt_ids is None and not self._continuous_usage
-        is_plain = is_plain and item.prompt not in self._waiting
+        is_plain = is_plain and item.prompt not in self._waiting and self._times is None
         if is_plain and item.choice not in self._texts:
             example = CompletionChoice(index=item.choice, text=TextEvent.MARK)
             self._texts[item.choice] = TextEvent(self._chunk(example))
@@ -164,6 +171,7 @@ class CompletionEvents(ChunkEvents):
         heading = self._heading
         usage = self._tally.usage(has_output=self._form.has_output) if has_usage else None
         chunk = Completion(id=heading.id, created=heading.created, model=heading.model, choices=choices, usage=usage)
+        chunk.timings = self._timings()
         return frame(chunk, omit=None if self._include_usage else {"usage"})
 
 

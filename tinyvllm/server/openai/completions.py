@@ -11,7 +11,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from tinyvllm.profiling import measure
-from tinyvllm.server.context import request_span
+from tinyvllm.server.body_timings import timings_of
+from tinyvllm.server.context import current, request_span
 from tinyvllm.server.generation import Job, PromptCall
 from tinyvllm.server.intake import (
     ERRORS,
@@ -72,8 +73,17 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
         names_ids=bool(body.return_tokens_as_token_ids),
     )
     if not body.stream:
-        return json_response(await completion_answer(state, job, heading, form))
-    events = CompletionEvents(heading, form, include_usage=body.include_usage, continuous_usage=body.continuous_usage)
+        answer = await completion_answer(state, job, heading, form)
+        if body.timings_per_token:
+            answer.timings = timings_of(current().times)
+        return json_response(answer)
+    events = CompletionEvents(
+        heading,
+        form,
+        include_usage=body.include_usage,
+        continuous_usage=body.continuous_usage,
+        times=current().times if body.timings_per_token else None,
+    )
     return await event_stream(state, job, events)
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tinyvllm.config import MAX_LOGPROBS
 from tinyvllm.errors import RequestError
+from tinyvllm.server.body_timings import Timings
 from tinyvllm.server.openai.protocol.common import (
     PromptLogprobs,
     Usage,
@@ -284,6 +285,7 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str | None = None
     prompt_logprobs: PromptLogprobs | None = optional()
     prompt_token_ids: list[int] | None = optional()  # with return_token_ids
+    timings: Timings | None = optional()  # with timings_per_token
 
 
 class FunctionDelta(BaseModel):
@@ -334,3 +336,4 @@ class ChatChunk(BaseModel):
     usage: Usage | None = None
     system_fingerprint: str | None = None
     prompt_token_ids: list[int] | None = optional()  # in the first chunk
+    timings: Timings | None = optional()  # so far, with timings_per_token

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from tinyvllm.config import MAX_LOGPROBS, GenerationDefaults, SamplingParams
 from tinyvllm.errors import RequestError
+from tinyvllm.server.body_timings import Timings
 from tinyvllm.server.openai.protocol.common import PromptLogprobs, Usage, optional, unsupported
 from tinyvllm.server.openai.protocol.generation import GenerationRequest
 
@@ -121,3 +122,4 @@ class Completion(BaseModel):
     choices: list[CompletionChoice]
     usage: Usage | None = None
     system_fingerprint: str | None = None
+    timings: Timings | None = optional()  # with timings_per_token

@@ -210,6 +210,7 @@ class GenerationRequest(BaseModel):
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    timings_per_token: bool | None = None  # llama.cpp's: `timings` in the answer, or in every chunk of a stream
     truncate_prompt_tokens: TruncatePromptTokens = None
     truncation_side: TruncationSide = None
     priority: Annotated[int | None, Field(ge=-(2**31), lt=2**31)] = None

@@ -121,7 +121,7 @@ CONFIGS: dict[str, tuple[bytes, Value, str]] = {
 def test_a_setting_of_another_type_or_beyond_bounds_is_refused_by_name(tmp_path: Path, image: Image, name: str) -> None:
     key, value, message = CONFIGS[name]
     narrow = image.with_value(b"llama.attention.sliding_window", Value(U32, 16))
-    with pytest.raises(ModelError, match=rf"m\.gguf: (\w+\.)+{message}"):
+    with pytest.raises(ModelError, match=rf"m\.gguf: [\w.]+{message}"):
         read_model_config(write(tmp_path, narrow.with_value(key, value)))
 
 

@@ -149,10 +149,7 @@ def _windowed_layers(values: Values, pattern: int, num_layers: int) -> tuple[boo
     """Of each layer, from a flag for each or a period (llama.cpp's set_swa_pattern)."""
     key = "attention.sliding_window_pattern"
     if isinstance(values.get(key), list):
-        flags = values.flags(key)
-        if len(flags) != num_layers:
-            values.refuse(key, f"a number, or one flag for each of {num_layers} layers")
-        return flags
+        return values.flags(key, (num_layers,), f"a number, or one flag for each of {num_layers} layers")
     stated = values.optional_integer(key, at_least=0)
     period = pattern if stated is None else stated
     return tuple(period == 0 or layer % period < period - 1 for layer in range(num_layers))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
@@ -160,11 +160,11 @@ class Values:
             self.refuse(key, "true or false")
         return value
 
-    def flags(self, key: str) -> tuple[bool, ...]:
-        """A list of true and false, or of 1 and 0."""
+    def flags(self, key: str, counts: Collection[int], limit: str) -> tuple[bool, ...]:
+        """A list of true and false, or of 1 and 0, of one of these lengths. `limit`: what it must be, for messages."""
         value = self.get(key)
-        if not isinstance(value, list) or not all(isinstance(item, int) and item in (0, 1) for item in value):
-            self.refuse(key, "a list of true and false")
+        if not isinstance(value, list) or len(value) not in counts or not all(map(_is_flag, value)):
+            self.refuse(key, limit)
         return tuple(map(bool, value))
 
     # --- Texts ---------------------------------------------------------------------------------------------------
@@ -225,6 +225,10 @@ class Values:
 
 def is_integer(value: Any, at_least: int, at_most: int) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and at_least <= value <= at_most
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, int) and value in (0, 1)
 
 
 def _whole_number(at_least: int, at_most: int, value: Any) -> str:

@@ -91,9 +91,8 @@ def _gguf_recurrent(config: ModelConfig, values: Values) -> tuple[bool, ...]:
         recurrent = _every(values.integer("full_attention_interval", USUAL_INTERVAL), config.num_layers)
         _require_attention(recurrent, values)
         return recurrent
-    flags = values.flags(key)
-    if len(flags) not in (config.num_layers, values.integer("block_count")):
-        values.refuse(key, f"a list with a flag for each of {config.num_layers} layers")
+    counts = (config.num_layers, values.integer("block_count"))
+    flags = values.flags(key, counts, f"a list with a flag for each of {config.num_layers} layers")
     recurrent = flags[: config.num_layers]
     if all(recurrent):
         values.unsupported(key, "a list with false in one layer at least")

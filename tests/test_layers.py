@@ -17,7 +17,7 @@ INSIDE_OPS |= {"ops/experts_spec", "ops/latent_spec", "ops/recurrent_spec", "ops
 MAY_IMPORT = {
     "errors": set(),
     "faults": set(),
-    "processes": set(),
+    "processes": {"errors"},
     "arrays": BASE,
     "config": {"errors"},
     "storage": BASE,

@@ -1,12 +1,17 @@
-"""What processes of ours do about signals, and about the death of the process that started them."""
+"""What processes of ours do about signals, about the death of the process that started them, and about limits that the
+system sets them."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import sys
 
+from tinyvllm.errors import TinyvllmError
+
+MIN_ADDRESS_BYTES = 1 << 30  # of the server without a model; its libraries map much more than they use
 _PR_SET_PDEATHSIG = 1
 
 
@@ -51,3 +56,34 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended a moment ago
             os._exit(1)
+
+
+def require_memory_limit() -> None:
+    """Raise TinyvllmError if this process may not even map what the server's libraries need: they would abort."""
+    try:
+        import resource  # here: not every system has it
+    except ImportError:
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < MIN_ADDRESS_BYTES:
+        raise TinyvllmError(
+            f"this process may map {limit >> 20} MiB of memory, and needs {MIN_ADDRESS_BYTES >> 20} MiB beside the "
+            "model: raise the limit (ulimit -v)"
+        )
+
+
+def explain_limit(error: BaseException) -> str | None:
+    """What to do about an error that means that the system gives this process no more of something; None for others."""
+    text = (str(error).strip().splitlines() or [""])[-1]  # NumPy's has forty, and the last one is the cause
+    number = error.errno if isinstance(error, OSError) else None
+    is_unmapped = isinstance(error, ImportError) and ("failed to map" in text or "cannot allocate" in text.lower())
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or is_unmapped:
+        lack, remedy = "gets no more memory", "free some, or raise the limit (ulimit -v, or a container's)"
+    elif number == errno.EAGAIN or (isinstance(error, RuntimeError) and "start new thread" in text):
+        lack, remedy = "may start no more threads or processes", "end some, or raise the limits (ulimit -u, ulimit -v)"
+    elif number in (errno.EMFILE, errno.ENFILE):
+        lack, remedy = "may open no more files", "raise the limit (ulimit -n)"
+    else:
+        return None
+    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"this process {lack} ({what}): {remedy}"

@@ -11,6 +11,7 @@ from tinyvllm.cli.bench import bench
 from tinyvllm.cli.examples import epilog
 from tinyvllm.cli.flags import spread
 from tinyvllm.cli.terminal import RedErrors, out
+from tinyvllm.server.output_queue import end_process, is_queued
 
 # Files in this directory, each with a function of the same name. --help lists the commands in this order.
 COMMANDS = (
@@ -69,4 +70,9 @@ app = make_app()
 
 def main() -> None:
     """The console script."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if is_queued():  # a server, whose threads and objects Python would clean up for seconds
+            end_process(end.code)
+        raise

@@ -29,6 +29,7 @@ from tinyvllm.text.reasoning import ALIASES, FORMATS
 from tinyvllm.text.tools import FAMILIES
 
 _STANDARD = EngineConfig(model="")  # for its defaults
+MAX_NUMBER = 1e9  # of a flag with a fraction: as seconds, 30 years
 _DTYPES = ", ".join(("auto", *DTYPES))
 
 Model = Annotated[
@@ -324,6 +325,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def spread_command(**values: Any) -> None:
+        for name, value in values.items():
+            _check_number(name, value)
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
         command(**values)
@@ -331,6 +334,15 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     spread_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     spread_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return spread_command
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Raises TinyvllmError for a number that no flag can mean, and that would fail much later in other words."""
+    is_far = isinstance(value, float) and not abs(value) <= MAX_NUMBER  # so is nan
+    if is_far or (isinstance(value, int) and abs(value) >= 2**63):
+        shown = value if isinstance(value, float) else "a number of more than 64 bits"
+        flag = name.replace("_", "-")
+        raise TinyvllmError(f"--{flag} is {shown}: give a number between -{MAX_NUMBER:.0e} and {MAX_NUMBER:.0e}")
 
 
 def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:

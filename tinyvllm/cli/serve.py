@@ -22,6 +22,7 @@ from tinyvllm.cli.server_flags import ListenFlags, ProcessFlags, ServerFlags
 from tinyvllm.cli.terminal import Progress, progress_bars
 from tinyvllm.config import DEVICE_VARIABLE
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.processes import require_memory_limit
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def serve(
     from tinyvllm.server.child import prepare_process
 
     prepare_process()
+    require_memory_limit()
     engine.apply()
     engine.make_config("")  # rejects bad values before anything starts
     settings = http.settings(local_host=listen.local_host)

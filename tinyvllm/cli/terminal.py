@@ -15,6 +15,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.processes import explain_limit
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
@@ -39,8 +40,17 @@ class RedErrors(TyperGroup):
         except TinyvllmError as error:
             if logging.getLogger("tinyvllm").isEnabledFor(logging.DEBUG):
                 raise
-            err.print(Text(f"error: {' '.join(str(error).split())}", style="red"))
+            _print_error(str(error))
             raise typer.Exit(1) from error
+        except Exception as error:
+            if (advice := explain_limit(error)) is None:
+                raise
+            _print_error(advice)
+            raise typer.Exit(1) from error
+
+
+def _print_error(text: str) -> None:
+    err.print(Text(f"error: {' '.join(text.split())}", style="red"))
 
 
 def read_stdin() -> str:

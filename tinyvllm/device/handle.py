@@ -23,6 +23,7 @@ from tinyvllm.device.transfer import InputBuffer, copy_out, copy_out_floats, inp
 from tinyvllm.device.watching import HOST, WatchedReader, is_watched, watched_copy, watched_send
 from tinyvllm.errors import DeviceError, TinyvllmError
 from tinyvllm.faults import reach
+from tinyvllm.processes import explain_limit
 
 # tinygrad's wait spins, which takes a core from the workers: with naps 60 products on two cores take 2.6 ms, not 4.1
 NAP_S = 30e-6
@@ -165,6 +166,8 @@ def open_device(num_cores: int = 1) -> DeviceHandle:
         name, known = wanted or "of tinygrad", ", ".join(KINDS)
         if isinstance(error, ModuleNotFoundError):  # tinygrad has a module for each kind of device
             raise DeviceError(f"device {name} is not known: give --device one of {known}") from error
+        if (advice := explain_limit(error)) is not None:
+            raise DeviceError(f"device {name} cannot be opened: {advice}") from error
         raise DeviceError(f"device {name} cannot be opened: {error}. Give --device another of {known}") from error
     finally:
         threading.stack_size(previous)

@@ -20,6 +20,7 @@ from tinyvllm.door.specs import EXAMINE, ModelSpec
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.loading import LoadedEngine
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.processes import explain_limit
 from tinyvllm.server import event_loop, serve, supervisor
 from tinyvllm.server.child import find, start_child
 from tinyvllm.server.control import ChildLink, Message
@@ -42,8 +43,9 @@ def main() -> None:
     try:
         code = _ModelProcess(spec, link).run()
     except BaseException as error:
-        log.critical("the model's server ends with an unexpected error", exc_info=True)
-        link.send("failed", error="".join(traceback.format_exception_only(error)).strip())
+        if (advice := explain_limit(error)) is None:
+            log.critical("the model's server ends with an unexpected error", exc_info=True)
+        link.send("failed", error=advice or "".join(traceback.format_exception_only(error)).strip())
     sys.exit(code)
 
 

@@ -20,6 +20,8 @@ from tinyvllm.scheduling.plan import StepStats
 
 logger = logging.getLogger(__name__)
 
+JOIN_POLL_S = 0.01
+
 
 class ThreadHost:
     """Owns the engine's thread, and one client for each event loop that uses it."""
@@ -75,7 +77,8 @@ class ThreadHost:
         self._is_stopping = True
         if self._loop is not None:
             self._loop.stop(drain_s)
-        await asyncio.to_thread(self._thread.join)
+        while self._thread.is_alive():  # not join() on another thread, for which an event loop's end would wait
+            await asyncio.sleep(JOIN_POLL_S)
 
     def _connect(self, loop: asyncio.AbstractEventLoop) -> Client:
         if self.loaded is None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import traceback
 
 from tinyvllm.engine.engine_server import EngineServer
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.processes import explain_limit
 from tinyvllm.server import recordings
 from tinyvllm.server.child import find, start_child
 from tinyvllm.server.control import ChildLink, Message
@@ -16,6 +18,8 @@ from tinyvllm.server.output_queue import exit_now
 from tinyvllm.server.specs import EngineSpec
 
 log = logging.getLogger(__name__)
+
+LAST_STEP_S = 1.0  # less than the supervisor waits
 
 
 def main() -> None:
@@ -51,8 +55,11 @@ class _EngineProcess:
             self._link.send("failed", error=str(error))
             return 1
         except BaseException as error:
-            self._link.send("failed", error="".join(traceback.format_exception_only(error)).strip())
-            raise
+            advice = explain_limit(error)
+            self._link.send("failed", error=advice or "".join(traceback.format_exception_only(error)).strip())
+            if advice is None:
+                raise
+            return 1
         return 0
 
     def _report(self, stage: str, done: int, total: int) -> None:
@@ -62,6 +69,12 @@ class _EngineProcess:
         self._is_ready = True
         self._link.send("ready")
 
+    def _end_soon(self) -> None:
+        """End the process even if a step or a capture does not. Its clients have gone, so nobody waits for it."""
+        timer = threading.Timer(LAST_STEP_S, exit_now, (0,))
+        timer.daemon = True
+        timer.start()
+
     def _handle(self, message: Message) -> None:
         """Do what the supervisor says. On the link's thread."""
         match message["kind"]:
@@ -69,6 +82,7 @@ class _EngineProcess:
                 if not self._is_ready:  # nothing is lost, and loading could take minutes
                     exit_now(0)
                 self._server.stop()
+                self._end_soon()
             case "client_gone":
                 self._server.drop_client(message["client"])
             case "question":

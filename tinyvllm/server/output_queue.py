@@ -16,7 +16,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from typing import Any, NoReturn, TextIO
 
 MAX_LOG_CHARS = 1 << 20  # of stderr
@@ -152,7 +151,21 @@ def show_stacks_now() -> None:
         time.sleep(STACKS_S)
 
 
-def _queued() -> Iterable[QueuedOutput]:
+def is_queued() -> bool:
+    """Whether this process called `queue_outputs`."""
+    return bool(_queued())
+
+
+def end_process(code: object) -> NoReturn:
+    """End the process as sys.exit(code) does, but for its threads, which are not waited for, and its objects."""
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    atexit._run_exitfuncs()  # tinygrad's and others'
+    exit_now(code or 0)
+
+
+def _queued() -> list[QueuedOutput]:
     return [stream for stream in (sys.stderr, sys.stdout) if isinstance(stream, QueuedOutput)]
 
 

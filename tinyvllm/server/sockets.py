@@ -15,6 +15,7 @@ from pathlib import Path
 from tinyvllm.errors import TinyvllmError
 
 _BACKLOG = 2048
+MAX_TIMEOUT_MS = 2**31 - 1  # of TCP_USER_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -134,4 +135,4 @@ def end_silent_peers(sock: socket.socket, idle_timeout_s: float | None) -> None:
         return
     option = getattr(socket, "TCP_USER_TIMEOUT", None)
     if option is not None:
-        sock.setsockopt(socket.IPPROTO_TCP, option, int(1000 * idle_timeout_s))
+        sock.setsockopt(socket.IPPROTO_TCP, option, min(int(1000 * idle_timeout_s), MAX_TIMEOUT_MS))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.bench.fakes import KV_BYTES_PER_TOKEN, WEIGHT_BYTES, FakeRunner, make_machine, make_model_config
+from tinyvllm.bench import latency
+from tinyvllm.bench.estimate import Estimate
 from tinyvllm.bench.latency import Case, LatencyWork, fit_config, make_requests, measure_latency, prefill_plans
 from tinyvllm.bench.rows import Row
 from tinyvllm.config import EngineConfig
@@ -146,3 +148,27 @@ def test_bad_numbers_name_their_flag(case: Case, flag: str) -> None:
 def test_no_case_is_refused() -> None:
     with pytest.raises(TinyvllmError, match="nothing to measure"):
         make_work()
+
+
+# ---- Repeats ----
+
+
+def test_cases_take_turns() -> None:
+    runner = FakeRunner()
+    measure(runner, make_work(Case("decode", 1, 100), Case("decode", 2, 50), num_decoded=1))
+    assert [len(step) for step in runner.steps] == [1, 2] * 3
+
+
+def test_noisy_cases_are_repeated_and_rows_say_how_far_they_can_be_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, noisy = FakeRunner(), {"left": 2}
+
+    def is_noisy(estimate: Estimate) -> bool:
+        noisy["left"] -= 1
+        return noisy["left"] >= 0
+
+    monkeypatch.setattr(latency, "is_noisy", is_noisy)
+    rows = measure(runner, make_work(Case("decode", 1, 100), Case("decode", 2, 50), num_decoded=1, num_extra=3))
+    assert [len(step) for step in runner.steps] == [1, 2] * 3 + [1, 2]  # both are asked twice, and were noisy once
+    assert [row.tok_s.count for row in rows] == [3, 3]
+    for row in rows:
+        assert row.trust is not None and row.as_json()["trust"]["grade"] == row.trust.grade

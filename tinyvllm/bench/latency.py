@@ -4,6 +4,8 @@ Prefill computes whole prompts, in pieces as large as the engine's token budget.
 that is already in the pool: random keys and values, in shuffled blocks. Every step produces the next one's token. As in
 the engine, the next step is launched while one runs, if the device feeds it that token (--no-async-scheduling: one
 after another).
+
+The cases take turns, a repeat each, so that a slow minute of the machine touches all of them alike.
 """
 
 from __future__ import annotations
@@ -11,13 +13,17 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from tinyvllm.bench.estimate import Estimate
 from tinyvllm.bench.rows import Machine, Row
 from tinyvllm.bench.spread import Spread
+from tinyvllm.bench.trust import ConditionsWatch, is_noisy
 from tinyvllm.config import Capacity, EngineConfig, ModelConfig, SamplingParams
 from tinyvllm.errors import CapacityError, DeviceError, TinyvllmError
 from tinyvllm.execution.buckets import make_buckets
@@ -27,6 +33,8 @@ from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan
 from tinyvllm.scheduling.request import Request
 
 Report = Callable[[str, int, int], None]  # stage, done, total
+# Fields of a row that are those of a step's cost
+BYTES = ("nbytes", "weight_bytes", "kv_read_bytes", "kv_written_bytes", "state_bytes", "moved_bytes")
 
 
 class Runner(Protocol):
@@ -70,13 +78,15 @@ class Case:
 
 @dataclass(frozen=True)
 class LatencyWork:
-    """The cases, and how each is repeated: `num_warmup` untimed repeats, then `num_repeats`."""
+    """The cases, and how each is repeated: `num_warmup` untimed repeats, then `num_repeats`, and up to `num_extra` more
+    while the rates of the repeats differ too much (`trust.is_noisy`)."""
 
     cases: tuple[Case, ...]
     num_decoded: int = 32  # decode steps of a repeat
     num_repeats: int = 5
     num_warmup: int = 1
     seed: int = 0
+    num_extra: int = 0
 
     def __post_init__(self) -> None:
         if not self.cases:
@@ -141,13 +151,22 @@ def measure_latency(inspector: Inspector, machine: Machine, work: LatencyWork, r
                 f"{available}: lower --batch or --context, or raise --gpu-memory-utilization"
             )
     inspector.fill_pool(1 + max(work.num_blocks(case, size) for case in work.cases), work.seed)
-    rows = []
-    for done, case in enumerate(work.cases):
-        report("measure", done, len(work.cases))
-        measure = _measure_prefill if case.phase == "prefill" else _measure_decode
-        rows.append(measure(inspector, machine, work, case))
-    report("measure", len(work.cases), len(work.cases))
-    return rows
+    makers: dict[str, type[_TimedCase]] = {"prefill": _TimedPrefill, "decode": _TimedDecode}
+    timed = [makers[case.phase](inspector.runner, work, case) for case in work.cases]
+    run_in_turn(timed, work, report)
+    return [one.row(inspector, machine) for one in timed]
+
+
+def run_in_turn(timed: Sequence[_TimedCase], work: LatencyWork, report: Report) -> None:
+    """All repeats of all cases; then those of the noisy ones, in turn."""
+    num_rounds, done = work.num_warmup + work.num_repeats, 0
+    for number in range(num_rounds + work.num_extra):
+        chosen = timed if number < num_rounds else [one for one in timed if is_noisy(one.estimate)]
+        for one in chosen:
+            report("measure", done, max(done + 1, num_rounds * len(timed)))
+            one.repeat(is_timed=number >= work.num_warmup)
+            done += 1
+    report("measure", done, done)
 
 
 def make_requests(runner: Runner, work: LatencyWork, case: Case) -> list[Request]:
@@ -188,36 +207,118 @@ def prefill_plans(requests: Sequence[Request], budget: int) -> list[StepPlan]:
     return [*plans, StepPlan(tuple(entries))] if entries else plans
 
 
-def _measure_prefill(inspector: Inspector, machine: Machine, work: LatencyWork, case: Case) -> Row:
-    runner = inspector.runner
-    plans = prefill_plans(make_requests(runner, work, case), runner.capacity.max_num_batched_tokens)
-    times: list[float] = []
-    for repeat in range(-work.num_warmup, work.num_repeats):
+class _TimedCase(ABC):
+    """A case, the times of its repeats, and what the machine did meanwhile."""
+
+    def __init__(self, runner: Runner, work: LatencyWork, case: Case) -> None:
+        self._runner, self._case, self._watch = runner, case, ConditionsWatch()
+        self._requests = make_requests(runner, work, case)
+        self._repeats: list[list[float]] = []  # seconds of each step
+
+    def repeat(self, *, is_timed: bool) -> None:
+        with self._watch if is_timed else nullcontext():
+            times = self._run()
+        if is_timed:
+            self._repeats.append(times)
+
+    @property
+    def estimate(self) -> Estimate:
+        """Tokens per second of all sequences together, by repeat."""
+        return Estimate.of_values(self._rates)
+
+    @property
+    def _rates(self) -> list[float]:
+        return [self._case.batch * self._num_tokens / sum(times) for times in self._repeats]
+
+    def row(self, inspector: Inspector, machine: Machine) -> Row:
+        case = self._case
+        return Row(
+            test=self._name + (f", batch {case.batch}" if case.batch > 1 else ""),
+            phase=case.phase,
+            batch=case.batch,
+            num_tokens=self._num_tokens,
+            machine=machine,
+            tok_s=Spread.of(self._rates),
+            step_ms=Spread.of([seconds * 1e3 for times in self._repeats for seconds in times]),
+            trust=self._watch.trust(self.estimate),
+            **self._fields(inspector),
+        )
+
+    @property
+    @abstractmethod
+    def _name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def _num_tokens(self) -> int:
+        """Of one sequence in a repeat."""
+
+    @abstractmethod
+    def _run(self) -> list[float]:
+        """One repeat: the seconds of each step."""
+
+    @abstractmethod
+    def _fields(self, inspector: Inspector) -> dict[str, Any]:
+        """What the row has besides times."""
+
+
+class _TimedPrefill(_TimedCase):
+    """A whole prompt is one step here."""
+
+    def __init__(self, runner: Runner, work: LatencyWork, case: Case) -> None:
+        super().__init__(runner, work, case)
+        self._plans = prefill_plans(self._requests, runner.capacity.max_num_batched_tokens)
+        self._num_rows = 0  # of graphs
+
+    @property
+    def _name(self) -> str:
+        return f"pp{self._case.length}"
+
+    @property
+    def _num_tokens(self) -> int:
+        return self._case.length
+
+    def _run(self) -> list[float]:
         start_s = time.perf_counter()
-        num_rows = _run(runner, plans)
-        if repeat >= 0:
-            times.append(time.perf_counter() - start_s)
-    costs = [inspector.cost(plan) for plan in plans]
-    return Row(
-        test=f"pp{case.length}" + (f", batch {case.batch}" if case.batch > 1 else ""),
-        phase="prefill",
-        batch=case.batch,
-        context=0,
-        num_tokens=case.length,
-        machine=machine,
-        tok_s=Spread.of([case.batch * case.length / seconds for seconds in times]),
-        step_ms=Spread.of([seconds * 1e3 for seconds in times]),
-        num_replays=len(plans),
-        bucket=costs[0].bucket,
-        kernels=sum(cost.num_kernels for cost in costs),
-        nbytes=sum(cost.nbytes for cost in costs),
-        weight_bytes=sum(cost.weight_bytes for cost in costs),
-        kv_read_bytes=sum(cost.kv_read_bytes for cost in costs),
-        kv_written_bytes=sum(cost.kv_written_bytes for cost in costs),
-        state_bytes=sum(cost.state_bytes for cost in costs),
-        moved_bytes=sum(cost.moved_bytes for cost in costs),
-        more={"padding_share": 1 - case.batch * case.length / num_rows if num_rows else 0.0},
-    )
+        self._num_rows = _run(self._runner, self._plans)
+        return [time.perf_counter() - start_s]
+
+    def _fields(self, inspector: Inspector) -> dict[str, Any]:
+        case, costs = self._case, [inspector.cost(plan) for plan in self._plans]
+        padding = 1 - case.batch * case.length / self._num_rows if self._num_rows else 0.0
+        counts = {name: sum(getattr(cost, name) for cost in costs) for name in BYTES}
+        fields: dict[str, Any] = dict(
+            context=0,
+            num_replays=len(self._plans),
+            bucket=costs[0].bucket,
+            kernels=sum(cost.num_kernels for cost in costs),
+            more={"padding_share": padding},
+        )
+        return fields | counts
+
+
+class _TimedDecode(_TimedCase):
+    def __init__(self, runner: Runner, work: LatencyWork, case: Case) -> None:
+        super().__init__(runner, work, case)
+        self._num_steps = work.num_decoded
+
+    @property
+    def _name(self) -> str:
+        return f"tg{self._num_steps} @ d{self._case.length}"
+
+    @property
+    def _num_tokens(self) -> int:
+        return self._num_steps
+
+    def _run(self) -> list[float]:
+        return _decode(self._runner, self._requests, self._num_steps)
+
+    def _fields(self, inspector: Inspector) -> dict[str, Any]:
+        costs = _decode_costs(inspector, self._requests, self._num_steps)
+        # the context grows with the steps: their mean
+        counts = {name: _mean([getattr(cost, name) for cost in costs]) for name in BYTES}
+        fields = dict(context=self._case.length, bucket=costs[0].bucket, kernels=costs[0].num_kernels)
+        return fields | counts
 
 
 def _run(runner: Runner, plans: Sequence[StepPlan]) -> int:
@@ -232,36 +333,6 @@ def _run(runner: Runner, plans: Sequence[StepPlan]) -> int:
         runner.sample(flight)
         flights.append(flight)
     return num_rows + sum(runner.collect(flight).num_rows for flight in flights)
-
-
-def _measure_decode(inspector: Inspector, machine: Machine, work: LatencyWork, case: Case) -> Row:
-    runner = inspector.runner
-    requests = make_requests(runner, work, case)
-    repeats: list[list[float]] = []
-    for repeat in range(-work.num_warmup, work.num_repeats):
-        times = _decode(runner, requests, work.num_decoded)
-        if repeat >= 0:
-            repeats.append(times)
-    costs = _decode_costs(inspector, requests, work.num_decoded)
-    return Row(
-        test=f"tg{work.num_decoded} @ d{case.length}" + (f", batch {case.batch}" if case.batch > 1 else ""),
-        phase="decode",
-        batch=case.batch,
-        context=case.length,
-        num_tokens=work.num_decoded,
-        machine=machine,
-        tok_s=Spread.of([case.batch * len(times) / sum(times) for times in repeats]),
-        step_ms=Spread.of([seconds * 1e3 for times in repeats for seconds in times]),
-        bucket=costs[0].bucket,
-        kernels=costs[0].num_kernels,
-        # the context grows with the steps: their mean
-        nbytes=_mean([cost.nbytes for cost in costs]),
-        weight_bytes=_mean([cost.weight_bytes for cost in costs]),
-        kv_read_bytes=_mean([cost.kv_read_bytes for cost in costs]),
-        kv_written_bytes=_mean([cost.kv_written_bytes for cost in costs]),
-        state_bytes=_mean([cost.state_bytes for cost in costs]),
-        moved_bytes=_mean([cost.moved_bytes for cost in costs]),
-    )
 
 
 def _mean(counts: list[int]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinyvllm.bench.spread import Spread
+from tinyvllm.bench.trust import Trust
 
 LATENCY, THROUGHPUT = "latency", "throughput"  # kinds of rows
 
@@ -47,6 +48,7 @@ class Row:
     kv_written_bytes: int | None = None
     state_bytes: int | None = None  # of recurrent layers, read and written
     moved_bytes: int | None = None  # what its kernels actually move, counted from their arguments
+    trust: Trust | None = None  # of tok_s
     more: dict[str, Any] = field(default_factory=dict)  # fields of this benchmark only; JSON values or Spreads
 
     @property
@@ -100,6 +102,7 @@ class Row:
             "floor_ms": self.floor_ms,
             "floor_share": self.floor_share,
             **{k: dataclasses.asdict(v) if isinstance(v, Spread) else v for k, v in self.more.items()},
+            "trust": None if self.trust is None else self.trust.as_json(),
             "settings": machine.settings,
             "environment": machine.environment,
         }

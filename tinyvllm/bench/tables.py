@@ -26,6 +26,7 @@ def latency_table(rows: Sequence[Row], *, has_title: bool = True) -> RenderableT
     table.add_column("test", no_wrap=True)
     for column in ("t/s", "median ms", "mean ms", "min ms", "p95 ms", "kernels", "MB", "moved", "floor ms", "of floor"):
         table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("trust", no_wrap=True)
     for row in rows:
         step = row.step_ms
         table.add_row(
@@ -40,8 +41,19 @@ def latency_table(rows: Sequence[Row], *, has_title: bool = True) -> RenderableT
             "-" if row.bytes_ratio is None else f"{row.bytes_ratio:.2f} x",
             format_number(row.floor_ms),
             "-" if row.floor_share is None else f"{row.floor_share:.0%}",
+            "-" if row.trust is None else row.trust.grade,
         )
-    return Group(Text(make_title(rows[0].machine), style="bold"), table) if has_title else table
+    body = Group(table, *doubts(rows))
+    return Group(Text(make_title(rows[0].machine), style="bold"), body) if has_title else body
+
+
+def doubts(rows: Sequence[Row]) -> list[Text]:
+    """Why figures have a grade below A, once for each reason."""
+    tests: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.trust is not None and row.trust.why:
+            tests.setdefault((row.trust.grade, row.trust.why), []).append(row.test)
+    return [Text(f"trust {grade}: {why} ({', '.join(names)})", style="dim") for (grade, why), names in tests.items()]
 
 
 def throughput_table(row: Row) -> RenderableType:
@@ -58,7 +70,7 @@ def throughput_table(row: Row) -> RenderableType:
         f"{_plus_minus(row.tok_s)} output tokens/s, {format_number(row.more['input_tok_s'])} input tokens/s, "
         f"{row.more['preemptions']} preemptions, {row.more['padding_share']:.1%} of all rows are padding"
     )
-    return Group(Text(make_title(row.machine), style="bold"), Text(rates), table)
+    return Group(Text(make_title(row.machine), style="bold"), Text(rates), table, *doubts([row]))
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

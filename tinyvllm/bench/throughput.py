@@ -6,10 +6,13 @@ import itertools
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
+from tinyvllm.bench.estimate import Estimate
 from tinyvllm.bench.rows import Machine, Row
 from tinyvllm.bench.spread import Spread
+from tinyvllm.bench.trust import ConditionsWatch
 from tinyvllm.config import SamplingParams
 from tinyvllm.engine.admission import RequestFactory
 from tinyvllm.engine.core import EngineCore, Runner
@@ -61,10 +64,11 @@ class Repeat:
 
 def measure_throughput(runner: Runner, machine: Machine, work: ThroughputWork, report: Report) -> Row:
     """One row over all repeats. The prefix cache is off, since it would flatter the results."""
-    runs = []
+    runs, watch = [], ConditionsWatch()
     for repeat in range(-work.num_warmup, work.num_repeats):
         report("measure", work.num_warmup + repeat, work.num_warmup + work.num_repeats)
-        run = run_once(runner, work)
+        with watch if repeat >= 0 else nullcontext():
+            run = run_once(runner, work)
         if repeat >= 0:
             runs.append(run)
     report("measure", work.num_warmup + work.num_repeats, work.num_warmup + work.num_repeats)
@@ -79,6 +83,7 @@ def measure_throughput(runner: Runner, machine: Machine, work: ThroughputWork, r
         machine=machine,
         tok_s=Spread.of([num_out / run.wall_s for run in runs]),
         step_ms=_in_ms([seconds for run in runs for seconds in run.step_s]),
+        trust=watch.trust(Estimate.of_values([num_out / run.wall_s for run in runs])),
         more={
             "requests": work.num_requests,
             "input_len": work.input_len,

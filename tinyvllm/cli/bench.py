@@ -37,7 +37,9 @@ def latency(
         Option(metavar="LENGTHS", help="Tokens already in each sequence when decoding starts; runs with every batch."),
     ] = "128,1024",
     tokens: Annotated[int, Option(metavar="COUNT", help="Decode steps per repeat.")] = 32,
-    repeats: Annotated[int, Option(metavar="COUNT", help="Timed repeats of each case.")] = 5,
+    repeats: Annotated[
+        int, Option(metavar="COUNT", help="Timed repeats of each case, in turn; twice as many if they differ much.")
+    ] = 5,
     warmup: Annotated[int, Option(metavar="COUNT", help="Untimed repeats first.")] = 1,
     bandwidth: Annotated[
         float | None,
@@ -63,7 +65,7 @@ def latency(
     cases = [Case("prefill", *parse_prompt(text)) for text in split_list(prefill)]
     pairs = itertools.product(parse_counts("batch", batch), parse_counts("context", context))
     cases += [Case("decode", *pair) for pair in pairs]
-    work = LatencyWork(tuple(cases), tokens, repeats, warmup, runner.seed)
+    work = LatencyWork(tuple(cases), tokens, repeats, warmup, runner.seed, num_extra=repeats)
     found = subject.find(pull=runner.pull)
     fitted, rows_of = fit_config(config, work, found.model_config), {}
     for capture in CAPTURES if compare_capture else (config.capture,):

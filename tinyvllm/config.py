@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +20,9 @@ MAX_STOP_IDS = 16  # ids that min_tokens can suppress, per request: a fixed-widt
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024  # ids in a request's logit_bias: vLLM's limit; a fixed-width row of the sampling state
 MAX_BIAS = 100.0  # OpenAI's limit for the magnitude of a logit_bias
+MAX_STOP_CHARS = 8192  # of all stop strings together
 MAX_BAD_WORDS = 256
+MAX_BAD_WORDS_CHARS = 16_384  # of all together, each of which is encoded twice: 30 ms
 MAX_CHOICES = 128  # upper limit of `n`
 # The least positive setting: divided by a smaller one, logits overflow in float32, and below 1e-45 it would be 0 there.
 MIN_POSITIVE = 1e-30
@@ -658,7 +661,8 @@ class SamplingParams:
 
     def _check(self, ok: bool, param: str, limit: str) -> None:
         if not ok:
-            raise RequestError(f"{param} is {getattr(self, param)!r:.200}: it must be {limit}", param=param)
+            shown = reprlib.repr(getattr(self, param))
+            raise RequestError(f"{param} is {shown:.200}: it must be {limit}", param=param)
 
     def _check_draw(self) -> None:
         check = self._check
@@ -681,6 +685,8 @@ class SamplingParams:
         check(in_range, "logit_bias", f"of values between {-MAX_BIAS:g} and {MAX_BIAS:g}")
         check(len(self.bad_words) <= MAX_BAD_WORDS, "bad_words", f"at most {MAX_BAD_WORDS} strings")
         check(all(isinstance(s, str) and s for s in self.bad_words), "bad_words", "strings that are not empty")
+        is_short = sum(map(len, self.bad_words)) <= MAX_BAD_WORDS_CHARS
+        check(is_short, "bad_words", f"of at most {MAX_BAD_WORDS_CHARS} characters in all")
         check(self.allowed_token_ids != (), "allowed_token_ids", "at least one id, or omitted")
 
     def _check_output(self) -> None:
@@ -691,6 +697,7 @@ class SamplingParams:
             check(self.min_tokens <= self.max_tokens, "min_tokens", f"at most max_tokens ({self.max_tokens})")
         check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
         check(all(isinstance(s, str) and s for s in self.stop), "stop", "strings that are not empty")
+        check(sum(map(len, self.stop)) <= MAX_STOP_CHARS, "stop", f"of at most {MAX_STOP_CHARS} characters in all")
         check(len(self.stop_token_ids) <= MAX_STOP_IDS - 8, "stop_token_ids", f"at most {MAX_STOP_IDS - 8} ids")
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)

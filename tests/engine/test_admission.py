@@ -123,6 +123,8 @@ def test_bad_words_become_tokens_with_and_without_a_space_before_them() -> None:
         ({"logit_bias": dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 0.0)}, "it must be of at most 1024 ids"),
         ({"bad_words": ("a", "")}, "bad_words is .*: it must be strings that are not empty"),
         ({"bad_words": tuple(map(str, range(MAX_BAD_WORDS + 1)))}, "it must be at most 256 strings"),
+        ({"bad_words": ("a" * 20_000,)}, "it must be of at most 16384 characters in all"),
+        ({"stop": ("a" * 4096, "b" * 4097)}, "stop is .*: it must be of at most 8192 characters in all"),
         ({"allowed_token_ids": ()}, "it must be at least one id, or omitted"),
         ({"prompt_logprobs": 21}, "prompt_logprobs is 21: it must be between 0 and 20"),
     ],

@@ -62,6 +62,16 @@ class ByteTokenizer:
             raise RequestError("suffix is not supported: no tokens for filling in the middle", param="suffix")
         return self.fim.arrange(list(prefix.encode()) if isinstance(prefix, str) else prefix, suffix.encode())
 
+    def least_tokens(self, text: str) -> int:
+        return len(text)
+
+    def most_chars(self, num_tokens: int) -> int:
+        return num_tokens
+
+    def without_middle(self, text: str, num_tokens: int) -> str:
+        kept = num_tokens + 4096
+        return text if len(text) <= 2 * kept else text[:kept] + text[-kept:]
+
     def cut(self, ids: list[int], num_tokens: int, *, keeps_end: bool, has_special_tokens: bool = False) -> list[int]:
         return ids[-num_tokens:] if keeps_end else ids[:num_tokens]
 

@@ -321,7 +321,7 @@ async def test_nan_and_infinity_are_refused(constant: str) -> None:
         (b"[1]", "application/json"),
         (b'"x"', "application/json"),
         (b"\xff\xfe\x00", "application/json"),
-        (b"[" * 100_000, "application/json"),
+        (b"[" * 15_000, "application/json"),
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "application/json"),
         (b'{"prompt": "a"}', "text/plain"),
         (b'{"prompt": "a"}', "nonsense"),

@@ -201,6 +201,7 @@ class ProcessHost:
 def _load(config: EngineConfig) -> tuple[Text, GrammarCompiler | None]:
     """The model's text part, and a compiler of grammars that has read its tokenizer. Runs on a thread."""
     text = load_text(config)
+    text.tokenizer.encode_long_texts_elsewhere()
     return text, prepare_grammars(config, text)
 
 

@@ -93,6 +93,7 @@ class ThreadHost:
         """The thread's main function: load, serve, close. However it ends, no caller is left waiting."""
         try:
             engine = self._load(self._config, self._report)
+            engine.tokenizer.encode_long_texts_elsewhere()
             loop = EngineLoop(engine.core, engine.grammars, self.door)
         except BaseException as error:
             self._close(error)
@@ -115,6 +116,7 @@ class ThreadHost:
             logger.critical("the engine's thread stops", exc_info=cause)
         self._close(cause)
         engine.runner.close()
+        engine.tokenizer.close()
 
     def _report(self, stage: str, done: int, total: int) -> None:
         """Report progress. A shutdown requested during start-up takes effect here."""

@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from tinyvllm import __version__
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.server import operations
+from tinyvllm.server.body_shape import BodyShape
 from tinyvllm.server.content_encoding import ContentEncoding
 from tinyvllm.server.envelope import AppState, Envelope
 from tinyvllm.server.failures import ClientGone, answer_failure
@@ -42,6 +43,7 @@ def make_app(
     app.state.shelf = SingleModel(state)
     app.state.responses = ResponseStore(ask_others=state.front_ends.ask_others)
     include_routes(app, settings.apis)
+    app.add_middleware(BodyShape)
     if state.front_ends.large_lane is not None:
         app.add_middleware(LargeLane, uds=state.front_ends.large_lane, apis=settings.apis)
     guard(app, state)

@@ -27,6 +27,7 @@ class RequestContext:
     is_counted_elsewhere: bool = False  # another server of ours answers it, and counts it
     times_own_events: bool = False  # its response applies idle_timeout_s to its parts by itself
     closers: list[Callable[[], None]] = field(default_factory=list)  # called once it has been answered or has failed
+    num_body_bytes: int = 0  # of what has arrived, decompressed
     num_seqs: int = 0  # sequences admitted for it
     num_waiting_tokens: int = 0  # prompt tokens of those without output
     times: RequestTimes = field(default_factory=RequestTimes)

@@ -12,6 +12,7 @@ from tinyvllm.profiling import measure
 from tinyvllm.server.context import request_span
 from tinyvllm.server.message import OutputFormat
 from tinyvllm.server.sampling import SpecialTokens
+from tinyvllm.server.text_limits import Fit
 from tinyvllm.text.continuation import cut_at_mark, mark_end
 from tinyvllm.text.grammar import lark_json
 from tinyvllm.text.json_schema import parse_schema
@@ -60,10 +61,11 @@ class Prompt:
     special_tokens: SpecialTokens  # "keep" or "mark": marks of calls or reasoning are among them
 
 
-def make_prompt(conversation: Conversation, engine: AsyncEngine) -> Prompt:
+def make_prompt(conversation: Conversation, engine: AsyncEngine, fit: Fit | None = None) -> Prompt:
     """Render and encode. Takes milliseconds for long chats, so it belongs on a worker thread.
 
-    Raises RequestError for messages that the template refuses and for tools whose schema cannot be enforced.
+    fit: what is encoded of the rendered chat; None: all of it. Raises RequestError for messages that the template
+    refuses and for tools whose schema cannot be enforced.
     """
     template = engine.chat_template
     if template is None:
@@ -105,7 +107,7 @@ def make_prompt(conversation: Conversation, engine: AsyncEngine) -> Prompt:
         # with tools, the grammar contains the headers of harmony's messages
         grammar = replace(grammar, prefix=formats.prefix(text, engine.tokenizer, has_header=bool(tools)))
     with request_span(measure.TOKENIZE):
-        ids = engine.tokenizer.encode_chat(text)
+        ids = engine.tokenizer.encode_chat(text if fit is None else fit(text))
     return Prompt(ids=ids, grammar=grammar, format=output, special_tokens=special_tokens)
 
 

@@ -78,15 +78,15 @@ def check_ids(
     vocab_size, limit = state.engine.model_config.vocab_size, state.context_limit
     if not ids:
         raise RequestError(f"{param} has no tokens: give at least one", param=param)
-    if max(ids) >= vocab_size:
-        raise RequestError(
-            f"{param} has the token id {max(ids)}, but the vocabulary has {vocab_size} tokens", param=param
-        )
     if len(ids) >= limit:
         raise ContextLengthError(
             f"{param} has {len(ids)} tokens, but the maximum context length is {limit} tokens, of which one must be "
             "left for the output: shorten it, or start the server with a larger --max-model-len",
             param=param,
+        )
+    if max(ids) >= vocab_size:
+        raise RequestError(
+            f"{param} has the token id {max(ids)}, but the vocabulary has {vocab_size} tokens", param=param
         )
     if max_tokens is not None and len(ids) + max_tokens > limit and not state.settings.clamp_max_tokens:
         raise ContextLengthError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from tinyvllm.engine.heap import settle_heap
 from tinyvllm.processes import STOP_SIGNALS, hears_stop
 from tinyvllm.profiling import measure
 from tinyvllm.server.app import make_app
@@ -72,6 +73,7 @@ async def serve(
                 return
             server.should_exit = True
             raise
+        settle_heap()
         if not server.should_exit:
             on_ready(engine)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 
 class StopChecker:
     """Finds the first stop string to be completed; if one character completes several, the longest.
@@ -51,7 +54,8 @@ class StopChecker:
         return (text if self._include else text[: -len(pattern)]), pattern
 
 
-def make_fallbacks(pattern: str) -> list[int]:
+@functools.lru_cache(maxsize=64)  # the choices of a request have the same stop strings
+def make_fallbacks(pattern: str) -> Sequence[int]:
     """For each length, the length of the longest proper suffix of pattern[:length] that is also a prefix of it."""
     fallbacks = [0, 0]
     for character in pattern[1:]:

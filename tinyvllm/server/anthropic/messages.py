@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any
 
@@ -29,6 +28,8 @@ from tinyvllm.server.intake import check_ids, event_stream, json_response, make_
 from tinyvllm.server.sampling import sampling_params
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
+from tinyvllm.server.text_limits import fit_for_counting
+from tinyvllm.server.workers import on_thread
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
 _STREAM_SCHEMA = {
@@ -52,7 +53,7 @@ async def count_tokens(body: CountTokensRequest, request: Request) -> TokenCount
     """The number of tokens in the prompt that the same body makes at /v1/messages."""
     state = state_of(request)
     _check(state, body)
-    prompt = await asyncio.to_thread(lambda: make_prompt(conversation_of(body), state.engine))
+    prompt = await on_thread(_count, state, body)
     return TokenCount(input_tokens=len(prompt.ids))
 
 
@@ -60,7 +61,7 @@ async def _answer(state: ServerState, body: MessagesRequest) -> Response:
     arrival_s = time.perf_counter()
     _check(state, body)
     body.refuse_unsupported()
-    prompt, params = await asyncio.to_thread(_read, state, body)
+    prompt, params = await on_thread(_read, state, body)
     heading = make_heading(state, "msg_")
     form = Form(
         id=heading.id,
@@ -80,6 +81,11 @@ async def _answer(state: ServerState, body: MessagesRequest) -> Response:
     return json_response(builder.finish())
 
 
+def _count(state: ServerState, body: CountTokensRequest) -> Prompt:
+    """The prompt. Runs on a worker thread."""
+    return make_prompt(conversation_of(body), state.engine, fit_for_counting(state, param="messages"))
+
+
 def _check(state: ServerState, body: CountTokensRequest) -> None:
     """Raise errors that can be found before the prompt is made."""
     state.require_ready()
@@ -89,14 +95,23 @@ def _check(state: ServerState, body: CountTokensRequest) -> None:
 
 def _read(state: ServerState, body: MessagesRequest) -> tuple[Prompt, SamplingParams]:
     """The prompt and the sampling parameters. Runs on a worker thread."""
-    prompt = make_prompt(conversation_of(body), state.engine)
-    limit, num_tokens = state.context_limit, len(prompt.ids)
-    if num_tokens >= limit:  # Anthropic's wording, on which its clients shorten the conversation
-        raise ContextLengthError(
-            f"prompt is too long: {num_tokens} tokens > {limit - 1} maximum: shorten it, or start the server with a "
-            "larger --max-model-len",
-            param="messages",
-        )
+    limit = state.context_limit
+
+    def check_length(num_tokens: int) -> None:
+        if num_tokens >= limit:  # Anthropic's wording, on which its clients shorten the conversation
+            raise ContextLengthError(
+                f"prompt is too long: {num_tokens} tokens > {limit - 1} maximum: shorten it, or start the server with "
+                "a larger --max-model-len",
+                param="messages",
+            )
+
+    def check_text(text: str) -> str:
+        check_length(state.engine.tokenizer.least_tokens(text))
+        return text
+
+    prompt = make_prompt(conversation_of(body), state.engine, check_text)
+    num_tokens = len(prompt.ids)
+    check_length(num_tokens)
     check_ids(state, prompt.ids, None, param="messages")
     settings = {
         "temperature": body.temperature,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +23,8 @@ from tinyvllm.server.ollama.wire import make_router, openapi_lines, require_mode
 from tinyvllm.server.sampling import sampling_params
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
+from tinyvllm.server.text_limits import fit
+from tinyvllm.server.workers import on_thread
 
 router = make_router()
 
@@ -42,7 +43,7 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
     if not body.messages:
         form = AnswerForm(body.model, OutputFormat(), arrival_s, is_chat=True)
         return json_response(form.without_output("unload" if body.keep_alive == 0 else "load"))
-    prompt, params = await asyncio.to_thread(_read, state, body, options)
+    prompt, params = await on_thread(_read, state, body, options)
     form = AnswerForm(body.model, prompt.format, arrival_s, is_chat=True)
     return await answer(state, body, prompt.ids, params, form)
 
@@ -81,7 +82,7 @@ def _read(state: ServerState, body: ChatRequest, options: Options) -> tuple[Prom
 def prompt_of(state: ServerState, conversation: Conversation, body: GenerationRequest, options: Options) -> Prompt:
     if body.is_truncated:
         return fitting_prompt(state, conversation, options)
-    return make_prompt(conversation, state.engine)
+    return make_prompt(conversation, state.engine, fit(state, param="messages"))
 
 
 def params_of(

@@ -22,6 +22,7 @@ from tinyvllm.server.ollama.protocol import Request
 from tinyvllm.server.ollama.wire import make_router, require_model
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
+from tinyvllm.server.workers import on_thread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -116,22 +117,26 @@ async def _read(
     require_model(state, body.model)
     body.log_unknown()
     options = read_options(body.options)
-    return await asyncio.to_thread(_encode, state, texts, options, is_truncated)
+    return await on_thread(_encode, state, texts, options, is_truncated)
 
 
 def _encode(state: ServerState, texts: list[str], options: Options, is_truncated: bool) -> list[list[int]]:
     tokenizer, room = state.engine.tokenizer, context_of(state, options) - 1
     encoded = []
-    for text in texts:
-        with measure.span(measure.TOKENIZE):
-            ids = tokenizer.encode(text)
-        if is_truncated:
-            ids = tokenizer.cut(ids, room, keeps_end=False, has_special_tokens=True)
-        elif len(ids) > room:
+
+    def check_length(num_tokens: int) -> None:
+        if num_tokens > room and not is_truncated:
             raise RequestError(
-                f"the input length exceeds the context length: a text has {len(ids)} tokens, but at most {room} fit",
+                f"the input length exceeds the context length: a text has {num_tokens} tokens, but at most {room} fit",
                 param="input",
             )
+
+    for text in texts:
+        check_length(tokenizer.least_tokens(text))  # before it is encoded, which may take seconds
+        with measure.span(measure.TOKENIZE):
+            ids = tokenizer.encode(tokenizer.without_middle(text, room) if is_truncated else text)
+        check_length(len(ids))
+        ids = tokenizer.cut(ids, room, keeps_end=False, has_special_tokens=True) if is_truncated else ids
         check_ids(state, ids, None, param="input")
         encoded.append(ids)
     return encoded

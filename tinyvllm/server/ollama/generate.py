@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import replace
 
@@ -25,6 +24,8 @@ from tinyvllm.server.ollama.wire import make_router, openapi_lines, require_mode
 from tinyvllm.server.openai.completions import ending_at_marks
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
+from tinyvllm.server.text_limits import fit
+from tinyvllm.server.workers import on_thread
 
 router = make_router()
 
@@ -45,7 +46,7 @@ async def _generate(state: ServerState, body: GenerateRequest) -> Response:
     if not body.prompt and not body.suffix:
         form = AnswerForm(body.model, OutputFormat(), arrival_s, is_chat=False)
         return json_response(form.without_output("unload" if body.keep_alive == 0 else "load"))
-    prompt, params = await asyncio.to_thread(_read, state, body, options)
+    prompt, params = await on_thread(_read, state, body, options)
     context = None if body.raw else tuple(prompt.ids)
     form = AnswerForm(body.model, prompt.format, arrival_s, is_chat=False, context=context)
     return await answer(state, body, prompt.ids, params, form)
@@ -79,7 +80,7 @@ def _plain_prompt(state: ServerState, body: GenerateRequest) -> Prompt:
     """The prompt without a template; preceded by the system message if the model has no template."""
     text = f"{body.system}\n\n{body.prompt}" if body.system else body.prompt or ""
     with request_span(measure.TOKENIZE):
-        ids = state.engine.tokenizer.encode(text)
+        ids = state.engine.tokenizer.encode(fit(state, param="prompt", is_cut=body.is_truncated)(text))
     return Prompt(ids=ids, grammar=body.grammar(), format=OutputFormat(), special_tokens="skip")
 
 
@@ -88,6 +89,8 @@ def _middle_prompt(state: ServerState, body: GenerateRequest, options: Options) 
     kept, three quarters of it from `prompt`."""
     tokenizer, prefix, suffix = state.engine.tokenizer, body.prompt or "", body.suffix or ""
     room = context_of(state, options) - 1
+    fitted = fit(state, param="prompt", is_cut=body.is_truncated)
+    prefix, suffix = fitted(prefix), fitted(suffix)
     with request_span(measure.TOKENIZE):
         ids = tokenizer.encode_middle(prefix, suffix)
         if len(ids) > room and body.is_truncated:

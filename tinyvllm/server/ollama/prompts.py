@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tinyvllm.server.conversation import Conversation, Prompt, make_prompt
 from tinyvllm.server.intake import check_ids
 from tinyvllm.server.notices import warn_once
+from tinyvllm.server.text_limits import fit
 
 if TYPE_CHECKING:
     from tinyvllm.server.ollama.options import Options
@@ -40,7 +41,7 @@ def fitting_prompt(state: ServerState, conversation: Conversation, options: Opti
 
     System messages and the last message are always kept. If they are too long, the prompt is cut by `cut_ids`."""
     context = context_of(state, options)
-    prompt = make_prompt(conversation, state.engine)
+    prompt = make_prompt(conversation, state.engine, fit(state, param="messages", is_cut=True))
     if len(prompt.ids) >= context:
         step = max(1, context // 4)
         excess = len(prompt.ids) - context + min(options.num_predict or USUAL_ROOM, step)
@@ -57,7 +58,8 @@ def _without_oldest(state: ServerState, conversation: Conversation, max_tokens: 
     prompts: dict[int, Prompt] = {}
 
     def fits(start: int) -> bool:
-        prompts[start] = make_prompt(replace(conversation, messages=latest(messages, start)), state.engine)
+        kept = replace(conversation, messages=latest(messages, start))
+        prompts[start] = make_prompt(kept, state.engine, fit(state, param="messages", is_cut=True))
         return len(prompts[start].ids) <= max_tokens
 
     low, high = 0, len(starts) - 1  # the first start that fits is in [low, high], or none does

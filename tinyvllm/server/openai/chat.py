@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 
@@ -27,6 +26,8 @@ from tinyvllm.server.openai.chat_answers import CallForm, ChatEvents, TokenForm,
 from tinyvllm.server.openai.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
+from tinyvllm.server.text_limits import fit
+from tinyvllm.server.workers import on_thread
 
 router = APIRouter(responses=ERRORS)
 
@@ -40,7 +41,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
 async def _chat(state: ServerState, body: ChatRequest) -> Response:
     arrival_s = time.perf_counter()
     check_request(state, body)
-    prompt, params = await asyncio.to_thread(_read, state, body)
+    prompt, params = await on_thread(_read, state, body)
     heading = make_heading(state, "chatcmpl-")
     job = Job(
         [PromptCall(prompt.ids, params, request_id=heading.id)],
@@ -79,7 +80,8 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
 
 def _read(state: ServerState, body: ChatRequest) -> tuple[Prompt, SamplingParams]:
     """The prompt and the sampling parameters. Runs on a worker thread."""
-    prompt = make_prompt(conversation_of(body), state.engine)
+    is_cut = body.truncate_prompt_tokens is not None
+    prompt = make_prompt(conversation_of(body), state.engine, fit(state, param="messages", is_cut=is_cut))
     prompt = dataclasses.replace(prompt, ids=body.fitted(state.engine.tokenizer, prompt.ids, state.context_limit))
     check_ids(state, prompt.ids, body.token_limit, param="messages")
     params = body.make_params(

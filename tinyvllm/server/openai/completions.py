@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 from typing import TYPE_CHECKING
@@ -27,10 +26,11 @@ from tinyvllm.server.openai.completion_answers import CompletionEvents, Completi
 from tinyvllm.server.openai.protocol.completions import DEFAULT_TOKENS, Completion, CompletionRequest
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
+from tinyvllm.server.text_limits import fit
+from tinyvllm.server.workers import on_thread
 
 if TYPE_CHECKING:
     from tinyvllm.config import SamplingParams
-    from tinyvllm.text.tokenizer import Tokenizer
 
 MAX_QUICK_LENGTH = 1000  # characters or ids of all prompts; a tokenizer takes 0.35 us for each
 
@@ -50,7 +50,7 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
     if _is_quick(body):
         prompts, echoes = _read_prompts(state, body)
     else:
-        prompts, echoes = await asyncio.to_thread(_read_prompts, state, body)
+        prompts, echoes = await on_thread(_read_prompts, state, body)
     if body.suffix:
         params = ending_at_marks(state, params)
     heading = make_heading(state, "cmpl-")
@@ -99,7 +99,7 @@ def _read_prompts(state: ServerState, body: CompletionRequest) -> tuple[list[lis
     echoes: list[Echo] = []
     for prompt in body.prompt:
         with request_span(measure.TOKENIZE):
-            whole = _encode(tokenizer, prompt, body)
+            whole = _encode(state, prompt, body)
         ids = body.fitted(tokenizer, whole, state.context_limit, has_special_tokens=_adds_special(prompt, body))
         check_ids(state, ids, body.max_tokens, param="prompt")
         prompts.append(ids)
@@ -117,10 +117,13 @@ def _adds_special(prompt: str | list[int], body: CompletionRequest) -> bool:
     return isinstance(prompt, str) and body.add_special_tokens is not False
 
 
-def _encode(tokenizer: Tokenizer, prompt: str | list[int], body: CompletionRequest) -> list[int]:
-    adds_special = _adds_special(prompt, body)
+def _encode(state: ServerState, prompt: str | list[int], body: CompletionRequest) -> list[int]:
+    tokenizer, adds_special = state.engine.tokenizer, _adds_special(prompt, body)
+    fitted = fit(state, param="prompt", is_cut=body.truncate_prompt_tokens is not None)
+    if isinstance(prompt, str):
+        prompt = fitted(prompt)
     if body.suffix:
-        return tokenizer.encode_middle(prompt, body.suffix, add_special_tokens=adds_special)
+        return tokenizer.encode_middle(prompt, fitted(body.suffix), add_special_tokens=adds_special)
     return tokenizer.encode(prompt, add_special_tokens=adds_special) if isinstance(prompt, str) else prompt
 
 

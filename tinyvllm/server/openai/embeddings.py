@@ -14,6 +14,8 @@ from tinyvllm.server.openai.protocol.common import truncated
 from tinyvllm.server.openai.protocol.embeddings import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
 from tinyvllm.server.state import ServerState, state_of
 from tinyvllm.server.streaming import until_disconnect
+from tinyvllm.server.text_limits import fit
+from tinyvllm.server.workers import on_thread
 
 router = APIRouter(responses=ERRORS)
 
@@ -31,7 +33,7 @@ async def _embed(state: ServerState, body: EmbeddingRequest) -> Response:
     require_model(state, body.model)
     model = state.engine.model_config
     body.refuse_unsupported(model.hidden_size, is_embedding_model=model.pooling is not None)
-    texts = await asyncio.to_thread(_read_inputs, state, body)
+    texts = await on_thread(_read_inputs, state, body)
     heading = make_heading(state, "embd-")
     tasks = [
         asyncio.ensure_future(
@@ -61,11 +63,12 @@ async def _embed(state: ServerState, body: EmbeddingRequest) -> Response:
 def _read_inputs(state: ServerState, body: EmbeddingRequest) -> list[list[int]]:
     """Each text's token ids. Runs on a worker thread."""
     texts: list[list[int]] = []
+    fitted = fit(state, param="input", is_cut=body.truncate_prompt_tokens is not None)
     for text in body.input:
         ids, adds_special = text, isinstance(text, str) and body.add_special_tokens is not False
         if isinstance(text, str):
             with measure.span(measure.TOKENIZE):
-                ids = state.engine.tokenizer.encode(text, add_special_tokens=adds_special)
+                ids = state.engine.tokenizer.encode(fitted(text), add_special_tokens=adds_special)
         ids = truncated(
             state.engine.tokenizer,
             ids,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
+from collections.abc import Mapping, Sequence
 
 from fastapi import APIRouter, Request
+from starlette.responses import Response
 
 from tinyvllm.errors import RequestError
 from tinyvllm.server.conversation import make_prompt
@@ -21,6 +23,10 @@ from tinyvllm.server.openai.protocol.tokens import (
 )
 from tinyvllm.server.shelf import ShelvedModel, find_model, shelf_of
 from tinyvllm.server.state import ServerState, state_of
+from tinyvllm.server.text_limits import fit_for_counting
+from tinyvllm.server.workers import on_thread
+
+_PIECE_ITEMS = 2**15
 
 router = APIRouter(responses=ERRORS)
 
@@ -48,31 +54,41 @@ def _card(model: ShelvedModel, name: str) -> ModelCard:
     )
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, request: Request) -> Tokenized:
+@router.post("/tokenize", response_model=Tokenized)
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The token ids of a text, or of messages as the chat template renders them."""
     state = state_of(request)
     state.require_engine()
     require_model(state, body.model)
     body.check()
     refuse_extras(body.model_extra or {})
-    return await asyncio.to_thread(_tokenize, state, body)
+    return await on_thread(_tokenize, state, body)
 
 
-def _tokenize(state: ServerState, body: TokenizeRequest) -> Tokenized:
+def _tokenize(state: ServerState, body: TokenizeRequest) -> Response:
+    """Runs on a worker thread."""
     tokenizer = state.engine.tokenizer
     if body.prompt is not None:
-        ids = tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        prompt = fit_for_counting(state, param="prompt")(body.prompt)
+        ids = tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
     else:
         chat = body.as_chat()
         chat.refuse_unsupported()
-        ids = make_prompt(conversation_of(chat), state.engine).ids
-    return Tokenized(
-        count=len(ids),
-        max_model_len=state.engine.capacity.max_model_len,
-        tokens=ids,
-        token_strs=[tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None,
-    )
+        ids = make_prompt(conversation_of(chat), state.engine, fit_for_counting(state, param="messages")).ids
+    head = Tokenized(count=len(ids), max_model_len=state.engine.capacity.max_model_len, tokens=[])
+    texts = [tokenizer.token_text(token_id) for token_id in ids] if body.return_token_strs else None
+    lists = {"tokens": ids, "token_strs": texts}
+    return Response(json_with_lists(head.model_dump(), lists), media_type="application/json")
+
+
+def json_with_lists(head: Mapping[str, object], lists: Mapping[str, Sequence[object] | None]) -> bytes:
+    """JSON of an object with long lists, made a piece at a time, so that other threads run in between."""
+    fields = {name: json.dumps(value) for name, value in head.items()}
+    for name, values in lists.items():
+        if values is not None:
+            pieces = (json.dumps(values[at : at + _PIECE_ITEMS])[1:-1] for at in range(0, len(values), _PIECE_ITEMS))
+            fields[name] = f"[{', '.join(pieces)}]"
+    return ("{" + ", ".join(f"{json.dumps(name)}: {value}" for name, value in fields.items()) + "}").encode()
 
 
 @router.post("/detokenize")
@@ -81,6 +97,10 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Detokenized:
     state = state_of(request)
     state.require_engine()
     require_model(state, body.model)
+    return await on_thread(_detokenize, state, body)
+
+
+def _detokenize(state: ServerState, body: DetokenizeRequest) -> Detokenized:
     vocab_size = state.engine.model_config.vocab_size
     for token_id in body.tokens:
         if not 0 <= token_id < vocab_size:

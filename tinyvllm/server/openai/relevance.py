@@ -18,6 +18,8 @@ import numpy as np
 from tinyvllm.errors import RequestError
 from tinyvllm.profiling import measure
 from tinyvllm.server.intake import check_ids
+from tinyvllm.server.text_limits import fit
+from tinyvllm.server.workers import on_thread
 
 if TYPE_CHECKING:
     from tinyvllm.server.state import ServerState
@@ -70,17 +72,17 @@ class Judge:
                 f"this model has {model.num_labels} labels: a reranker has one, whose logit is the score"
             )
         if self.num_document_tokens is not None:
-            pairs = await asyncio.to_thread(self._shorten, pairs)
+            pairs = await on_thread(self._shorten, pairs)
         if model.pooling is not None:
             return await self._compare(pairs)
         answers = None if model.num_labels else answer_ids(self.state.engine.tokenizer)
-        prompts = await asyncio.to_thread(self._prompts, pairs)
+        prompts = await on_thread(self._prompts, pairs)
         each = [self._judge(number, ids, answers) for number, ids in enumerate(prompts)]
         return Scores(await _gather(each), sum(map(len, prompts)))
 
     async def _compare(self, pairs: Sequence[Pair]) -> Scores:
         texts = list(dict.fromkeys(text for pair in pairs for text in (pair.query, pair.document)))
-        ids = await asyncio.to_thread(self._encode, texts)
+        ids = await on_thread(self._encode, texts)
         pooling = self.state.engine.model_config.pooling or "mean"
         vectors = await _gather([self._embed(number, one, pooling) for number, one in enumerate(ids)])
         found = dict(zip(texts, vectors, strict=True))
@@ -113,7 +115,8 @@ class Judge:
         tokenizer, limit = self.state.engine.tokenizer, self.num_document_tokens
 
         def beginning(text: str) -> str:
-            ids = tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+            start = tokenizer.without_middle(text, limit or 0)
+            ids = tokenizer.encode(start, add_special_tokens=False, parse_special=False)
             # the last character may be cut
             return text if len(ids) <= (limit or 0) else tokenizer.decode(ids[:limit]).rstrip("\ufffd")
 
@@ -134,9 +137,12 @@ class Judge:
             )
         return self.state.engine.tokenizer.cut(ids, kept, keeps_end=False, has_special_tokens=has_special_tokens)
 
+    def _fitted(self, text: str) -> str:
+        return fit(self.state, param=self.param, is_cut=self.num_prompt_tokens is not None)(text)
+
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         with measure.span(measure.TOKENIZE):
-            encoded = [self.state.engine.tokenizer.encode(text) for text in texts]
+            encoded = [self.state.engine.tokenizer.encode(self._fitted(text)) for text in texts]
         encoded = [self._cut(ids, 0, has_special_tokens=True) for ids in encoded]
         for ids in encoded:
             check_ids(self.state, ids, None, param=self.param)
@@ -149,7 +155,7 @@ class Judge:
             prefix, suffix = (tokenizer.encode(text, add_special_tokens=False) for text in (PREFIX, SUFFIX))
             asked = [
                 tokenizer.encode(
-                    f"<Instruct>: {self.instruction}\n<Query>: {pair.query}\n<Document>: {pair.document}",
+                    self._fitted(f"<Instruct>: {self.instruction}\n<Query>: {pair.query}\n<Document>: {pair.document}"),
                     add_special_tokens=False,
                     parse_special=False,
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import bisect
 from collections.abc import Sequence
 
@@ -15,13 +14,15 @@ from tinyvllm.server.openai.protocol.response_items import InputItem, Message, m
 from tinyvllm.server.openai.protocol.responses import ResponsesRequest
 from tinyvllm.server.openai.response_store import Item
 from tinyvllm.server.state import ServerState
+from tinyvllm.server.text_limits import fit
+from tinyvllm.server.workers import on_thread
 
 
 async def read_prompt(
     state: ServerState, body: ResponsesRequest, items: Sequence[Item]
 ) -> tuple[Prompt, SamplingParams]:
     """The prompt and the sampling parameters. items: of the whole conversation, the request's own last."""
-    return await asyncio.to_thread(_read, state, body, items)
+    return await on_thread(_read, state, body, items)
 
 
 def _read(state: ServerState, body: ResponsesRequest, items: Sequence[Item]) -> tuple[Prompt, SamplingParams]:
@@ -59,7 +60,7 @@ def _make_prompt(state: ServerState, body: ResponsesRequest, messages: Sequence[
         is_chat=False,
         **choice.conversation(),
     )
-    return make_prompt(conversation, state.engine)
+    return make_prompt(conversation, state.engine, fit(state, param="input", is_cut=body.truncation == "auto"))
 
 
 def _is_unfinished(last: InputItem, messages: Sequence[Message]) -> bool:

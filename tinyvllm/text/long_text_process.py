@@ -1,0 +1,56 @@
+"""The process that encodes long texts (long_texts.py): reads requests from its standard input, and writes token ids."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from tinyvllm.config import ModelFiles
+from tinyvllm.text.long_texts import BYTES_PER_BYTE, COUNT, HEAD
+from tinyvllm.text.tokenizer import load_tokenizer
+
+NICENESS = 10
+
+
+def main() -> None:
+    """Answer requests until the parent closes the pipe."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # the parent decides when it ends
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)
+    kind, path, name, base_bytes = json.loads(sys.argv[1])
+
+    tokenizer = load_tokenizer(ModelFiles(kind, Path(path), name))
+    pipe, out = sys.stdin.buffer, sys.stdout.buffer
+    while len(head := pipe.read(HEAD.size)) == HEAD.size:
+        size, parse_special = HEAD.unpack(head)
+        _limit_memory(int(base_bytes) + BYTES_PER_BYTE * size)
+        text = pipe.read(size).decode()
+        ids = tokenizer.encode(text, add_special_tokens=False, parse_special=bool(parse_special))
+        out.write(COUNT.pack(len(ids)))
+        out.write(array.array("i", ids).tobytes())
+        out.flush()
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Limit the address space to what it is now and `num_bytes` more, where the system can do that."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = pages * resource.getpagesize() + num_bytes
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    except (ImportError, OSError, ValueError):  # not Linux
+        return
+
+
+if __name__ == "__main__":
+    main()

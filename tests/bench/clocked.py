@@ -123,6 +123,9 @@ class ClockedInspector:
         numbers = dict.fromkeys((*names, "copies_d2h", "bytes_h2d", "bytes_d2h", "compilations"), 1)
         return SimpleNamespace(numbers=numbers | {"eager_kernels": 0, "compilations": 0}, details={})
 
+    def fill_pool(self, num_blocks: int, seed: int) -> None:
+        """There is no pool."""
+
     def used_memory(self) -> int:
         return 1 << 20
 

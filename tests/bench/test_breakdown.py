@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,9 +201,27 @@ def test_csv_has_a_line_for_each_case_and_stage(run: tuple[Any, Path], figures: 
 
 def test_plots_are_drawn_in_each_format(run: tuple[Any, Path], figures: dict[str, Any]) -> None:
     page = (run[1] / "a.html").read_text(encoding="utf-8")
-    assert page.startswith("<!doctype html>") and page.count("<svg") == 1 and "roof of m4" in page
+    assert page.startswith("<!doctype html>") and page.count("<svg") == 1 and page.count("roof of m4") == 2
+    title = f"{figures['model']}, {figures['dtype']}, on CPU"
+    assert page.count(f"<h1>{title}</h1>") == 1 and page.count(f"<!-- {title} -->") == 0  # the picture has none
     draw_breakdown(figures, str(run[1] / "b.png"))
     assert (run[1] / "b.png").read_bytes().startswith(b"\x89PNG")
+    draw_breakdown(figures, str(run[1] / "b.svg"))
+    svg = (run[1] / "b.svg").read_text(encoding="utf-8")
+    assert svg.count(f"<!-- {title} -->") == 1
+
+
+def test_bars_and_points_say_their_numbers(run: tuple[Any, Path], figures: dict[str, Any]) -> None:
+    page = (run[1] / "a.html").read_text(encoding="utf-8")
+    for case in figures["cases"]:
+        for name in STAGES:
+            share = 100 * case["stages"][name]["share"]
+            assert f"<title>{case['name']}\n{name}: {share:.3g}% of the wall time" in page
+    for row in (row for row in figures["cases"][0]["kernels"] if row["flops"]):
+        assert f"<title>{row['label']}: " in page
+    assert "<title>16 ids\n2 requests at once\n" in page
+    axis = page[page.rindex('<g id="axes_') : page.index("<!-- requests at once -->")]
+    assert re.findall("<!-- (.*) -->", axis) == ["1", "2"]  # whole numbers of requests
 
 
 def test_markdown_has_llama_benchs_columns(tiny_hf_files: ModelFiles) -> None:

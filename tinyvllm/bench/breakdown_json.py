@@ -77,7 +77,6 @@ def _per_step(cases: Sequence[CaseResult]) -> dict[str, Any]:
 def _case_json(breakdown: Breakdown, result: CaseResult) -> dict[str, Any]:
     walls = Spread.of([one.wall_s for one in result.rounds])
     plain = Spread.of([one.wall_s for one in result.plain])
-    decode = result.profiles.get(DECODE)
     return {
         "name": result.case.name,
         "batch": result.case.batch,
@@ -92,9 +91,16 @@ def _case_json(breakdown: Breakdown, result: CaseResult) -> dict[str, Any]:
         "stages": _stages_json(result),
         "sampling_share": result.sampling_shares,
         "per_step": {phase: counts.as_json() for phase, counts in result.counts.items()},
-        "kernels": [] if decode is None else [row.as_json() for row in tabulate(decode.kernels, chip=breakdown.chip)],
+        "kernels": _kernels_json(breakdown, result, DECODE),
+        "prefill_kernels": _kernels_json(breakdown, result, PREFILL),
         "experts": {phase: [load.as_json() for load in one.experts] for phase, one in result.profiles.items()},
     }
+
+
+def _kernels_json(breakdown: Breakdown, result: CaseResult, phase: str) -> list[dict[str, object]]:
+    """The kernels of a phase's largest step by operation, the longest first."""
+    profile = result.profiles.get(phase)
+    return [] if profile is None else [row.as_json() for row in tabulate(profile.kernels, chip=breakdown.chip)]
 
 
 def _stages_json(result: CaseResult) -> dict[str, Any]:

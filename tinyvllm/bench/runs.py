@@ -24,6 +24,7 @@ from tinyvllm.profiling.request_stages import STAGES as SERVED_STAGES
 # Of figures: a whole that a user sees, a stage of it, or a part of a start; a rate is better if it is higher.
 WHOLE, STAGE, START, RATE = "whole", "stage", "start", "rate"
 BREAKDOWN, SERVED, LOAD, COLD_START, PROFILE = "breakdown", "served breakdown", "load", "cold start", "profile"
+CONTEXTS = "contexts"
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k")
 MACHINE_FIELDS = ("cpu", "cores", "system")
 START_PARTS = ("import_s", "load_s", "schedule_s", "compile_s", "capture_s", "first_token_s", "all_graphs_s")
@@ -301,6 +302,25 @@ def _profile(data: Mapping[str, Any]) -> Run:
     return _run(PROFILE, data, {name: data.get(name) for name in ("model", "dtype", "device")}, [case])
 
 
+def _contexts(data: Sequence[Mapping[str, Any]]) -> Run:
+    """Rows of `bench contexts`."""
+    conditions = {name: data[0].get(name) for name in ("model", "dtype", "params", "device")}
+    cases = [
+        RunCase(
+            name=f"context {row['context']}, batch {row['batch']}",
+            conditions={},
+            figures=[
+                Figure("step", WHOLE, Estimate(row["step_ms"])),
+                Figure("attention", STAGE, Estimate(row["attention_ms"])),
+            ],
+            step_ms=row["step_ms"],
+            counts={"decode": {name: row[name] for name in ("bytes", "kv_bytes")}},
+        )
+        for row in data
+    ]
+    return _run(CONTEXTS, data[0], conditions, cases)
+
+
 def _run(kind: str, data: Mapping[str, Any], conditions: Mapping[str, Any], cases: Sequence[RunCase]) -> Run:
     environment = data.get("environment", {})
     labels = {name: environment.get(name) for name in (*MACHINE_FIELDS, "tinygrad", "python")}
@@ -322,6 +342,7 @@ _READERS: dict[str, Callable[[Any], Run]] = {
     LOAD: _load,
     SERVED: _served,
     PROFILE: _profile,
+    CONTEXTS: _contexts,
 }
 
 

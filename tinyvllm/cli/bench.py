@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from tinyvllm.cli.bench_across import across, contexts
 from tinyvllm.cli.bench_breakdown import breakdown, compare
 from tinyvllm.cli.bench_flags import SubjectFlags, loaded, parse_counts, parse_prompt, print_table, split_list
 from tinyvllm.cli.bench_serve import serve
@@ -116,5 +117,5 @@ def throughput(
     subject.write([row])
 
 
-for command in (breakdown, cold_start, compare, serve):
+for command in (across, breakdown, cold_start, compare, contexts, serve):
     bench.command()(spread(command))

@@ -91,13 +91,18 @@ class SubjectFlags:
 
     def write_json(self, value: Any) -> None:
         """Write to the file of --json, or as the last line of stdout."""
-        if self.json is None:
-            return
-        text = json.dumps(value)
-        if self.json == "-":
-            print(text)  # not through rich, which would wrap the line
-        else:
-            write_file(self.json, text + "\n")
+        write_rows(self.json, value)
+
+
+def write_rows(path: str | None, value: Any) -> None:
+    """Write JSON to a file; "-": as the last line of stdout; None: nowhere. Raises TinyvllmError if it cannot be."""
+    if path is None:
+        return
+    text = json.dumps(value)
+    if path == "-":
+        print(text)  # not through rich, which would wrap the line
+    else:
+        write_file(path, text + "\n")
 
 
 def refuse_weights(kind: str | None) -> None:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.door.fake_models import GO_VARIABLE, model, running_door
+from tests.server.client import exchange
 from tests.server.fake_load import ANSWER
 from tinyvllm.door.fields import LARGE_BYTES
 
@@ -74,11 +75,28 @@ async def test_models_are_loaded_at_their_first_request_and_make_room_for_each_o
             assert (await client.get("/v1/chat/completions")).status_code == 405
 
             await check_metrics(client)
+            await check_times(client)
             unload = await client.post("/api/generate", json={"model": "one", "keep_alive": 0})
             assert unload.json()["done_reason"] == "unload"
             await door.wait_for(lambda: door.states()["one"] == "unloaded")
             again = await client.post("/api/generate", json={"model": "one", "keep_alive": 0})
             assert again.json()["done_reason"] == "unload" and door.states()["one"] == "unloaded"
+
+
+async def check_times(client: httpx.AsyncClient) -> None:
+    """Where the time of a request went: the wait for the model is the door's, the rest its server's."""
+    answer = await ask(client, "one")
+    timing = answer.headers["server-timing"]
+    assert "relay;dur=" in timing and "prefill;dur=" in timing and "total;dur=" in timing
+    found = (await client.get(f"/requests/{answer.headers['x-request-id']}")).json()
+    assert found["route"] == "/v1/chat/completions" and found["verdict"]["because"]
+    listed = (await client.get("/requests", params={"last": 1000})).json()["requests"]
+    assert found["id"] == listed[0]["id"] and len({one["id"] for one in listed}) == len(listed) > 3
+    assert (await client.get("/requests/nobody")).status_code == 404
+    url = str(client.base_url)
+    body = {**CHAT, "model": "one", "stream": True}
+    raw = await asyncio.to_thread(exchange, url, "/v1/chat/completions", body, "TE: trailers\r\n")
+    assert b"\r\ntrailer: server-timing" in raw and b"\r\n0\r\nserver-timing: parse;dur=" in raw
 
 
 async def check_metrics(client: httpx.AsyncClient) -> None:

@@ -126,6 +126,9 @@ def test_large_bodies_are_parsed_by_a_front_end_of_their_own(tmp_path: Path) -> 
                 response = client.post("/v1/completions", content=body)
                 assert response.status_code == 200, response.text
                 assert response.json()["usage"]["completion_tokens"] == 5
+                assert ("relay;dur=" in response.headers["server-timing"]) == (len(body) > 2**18)
+                found = client.get(f"/requests/{response.headers['x-request-id']}").json()
+                assert found["process"] == "front-end 2" or len(body) < 2**18
             too_large = client.post("/v1/completions", content=small.ljust(17 * 2**20))
             assert too_large.status_code == 413 and "larger than" in too_large.json()["error"]["message"]
             requests = 'http_requests_total{handler="/v1/completions",method="POST",status="2xx"}'
@@ -177,6 +180,24 @@ def test_a_stored_response_is_known_at_every_front_end(server: RunningServer) ->
         for client in (one, other):
             assert client.get(f"/v1/responses/{first['id']}").status_code == 404
             assert client.delete(f"/v1/responses/{first['id']}").status_code == 404
+
+
+def test_where_a_request_s_time_went_is_known_at_every_front_end(server: RunningServer) -> None:
+    with httpx.Client(base_url=server.address) as one, httpx.Client(base_url=server.address) as other:
+        sent = [
+            client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 5}, headers={"x-request-id": name})
+            for client, name in ((one, "from-one"), (other, "from-other"))
+        ]
+        assert all("prefill;dur=" in answer.headers["server-timing"] for answer in sent)
+        for client in (one, other):
+            waterfalls = [client.get(f"/requests/{name}").json() for name in ("from-one", "from-other")]
+            assert {waterfall["process"] for waterfall in waterfalls} == {"front-end 0", "front-end 1"}
+            for waterfall in waterfalls:
+                stages = [stage["ms"] for stage in waterfall["stages"]]
+                assert sum(stages) == pytest.approx(waterfall["total_ms"]) and waterfall["output_tokens"] == 5
+            listed = [one["id"] for one in client.get("/requests", params={"last": 2}).json()["requests"]]
+            assert listed == ["from-other", "from-one"]
+            assert client.get("/requests/nobody").status_code == 404
 
 
 # ---- Deaths ----

@@ -337,11 +337,13 @@ def test_failed_pull_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_models_lists_the_catalog_and_what_is_here(empty_models_dir: Path) -> None:
     empty_models_dir.mkdir()
-    (empty_models_dir / "mine.gguf").write_bytes(b"x" * 3_000_000)
+    (empty_models_dir / "mine.gguf").write_bytes(b"GGUF" + b"x" * 3_000_000)
+    (empty_models_dir / "torn.gguf").write_bytes(b"")
     result = run("models")
     lines = result.stdout.splitlines()
     assert any(line.startswith(DEFAULT_MODEL) and "98 MB" in line and " no " in line for line in lines)
     assert any(line.startswith("mine") and "3 MB" in line and " yes " in line for line in lines)
+    assert any(line.startswith("torn") and " damaged " in line for line in lines)
 
 
 def test_only_what_can_be_pulled_is_pulled(monkeypatch: pytest.MonkeyPatch) -> None:

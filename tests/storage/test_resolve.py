@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,27 @@ def test_models_directory_is_the_variable_then_the_checkout_then_the_cache(
 def test_catalog_names_are_no_hub_ids() -> None:
     assert all("/" not in name for name in CATALOG)
     assert DEFAULT_MODEL in CATALOG
+
+
+def test_damaged_models_are_listed_with_their_problem(tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "good.gguf")
+    (tmp_path / "cut.gguf").write_bytes(b"GG")
+    (tmp_path / "pipe.gguf").symlink_to("/dev/zero")
+    (tmp_path / "gone.gguf").symlink_to("nowhere")
+    for name, config in {"fine": "{}", "broken": "{", "list": "[]"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+        (tmp_path / name / "model.safetensors").symlink_to("nowhere")
+    (tmp_path / "fifo").mkdir()
+    os.mkfifo(tmp_path / "fifo" / "config.json")
+    problems = {model.name: model.problem for model in list_models(tmp_path)}
+    assert set(problems) == {"good", "cut", "pipe", "gone", "fine", "broken", "list", "fifo"}
+    assert {name for name, problem in problems.items() if not problem} == {"good", "fine"}
+    for name, problem in problems.items():
+        assert not problem or f"/{name}" in problem
+    assert "it is a pipe" in problems["fifo"] and "not a GGUF file" in problems["cut"]
+
+
+def test_a_name_that_no_file_can_have_is_unknown(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="there is no model"):
+        resolve_model("a" * 5000, tmp_path)

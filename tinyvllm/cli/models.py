@@ -92,12 +92,15 @@ def _list() -> None:
     table = Table("MODEL", "SIZE", "DOWNLOADED", "DESCRIPTION", box=None, pad_edge=False)
     installed = {model.name: model for model in list_models(directory)}
     for name, entry in CATALOG.items():
-        table.add_row(
-            name, _megabytes(entry.num_bytes), "yes" if name in installed else "no", escape(entry.description)
-        )
+        problem = installed[name].problem if name in installed else ""
+        state = "damaged" if problem else "yes" if name in installed else "no"
+        table.add_row(name, _megabytes(entry.num_bytes), state, escape(problem or entry.description))
     for name, model in installed.items():
         if name not in CATALOG:
-            table.add_row(escape(name), _megabytes(model.num_bytes), "yes", escape(str(model.path)))
+            text = model.problem or str(model.path)
+            table.add_row(
+                escape(name), _megabytes(model.num_bytes), "damaged" if model.problem else "yes", escape(text)
+            )
     out.print(table, soft_wrap=False)
     out.print(f"\nModels are kept in {directory}. To download one: tinyvllm pull MODEL", highlight=False, markup=False)
 

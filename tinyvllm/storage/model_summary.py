@@ -21,6 +21,7 @@ from tinyvllm.config import ModelConfig, ModelFiles
 from tinyvllm.storage.gguf_file import GGUFFile, split_files
 from tinyvllm.storage.gguf_keys import size_keys
 from tinyvllm.storage.model_config import read_model_config
+from tinyvllm.storage.regular_file import entries_of, file_status, is_regular, open_regular
 from tinyvllm.storage.safetensors_header import read_header
 from tinyvllm.storage.values import Values, read_json
 
@@ -67,10 +68,10 @@ class ModelSummary:
 
 
 def summarize(files: ModelFiles) -> ModelSummary:
-    """Reads headers, and again only if the files have changed. Raises ModelError as `read_model_config` does, and
-    OSError for files that cannot be read."""
-    paths = _paths(files)
-    versions = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
+    """Reads headers, and again only if the files have changed. Raises ModelError as `read_model_config` does, and for
+    files that cannot be read."""
+    statuses = [(path, file_status(path)) for path in _paths(files)]
+    versions = tuple((str(path), status.st_mtime_ns, status.st_size) for path, status in statuses)
     return _summarize(files.kind, files.path, files.name, versions)
 
 
@@ -114,7 +115,7 @@ def _is_long(value: object) -> bool:
 def _paths(files: ModelFiles) -> list[Path]:
     if files.kind == "gguf":
         return split_files(files.path)
-    return sorted(path for path in files.path.iterdir() if path.is_file() and not path.name.startswith("."))
+    return [path for path in entries_of(files.path) if is_regular(path) and not path.name.startswith(".")]
 
 
 def _fingerprint(versions: Iterable[tuple[str, int, int]]) -> str:
@@ -122,7 +123,7 @@ def _fingerprint(versions: Iterable[tuple[str, int, int]]) -> str:
     digest = hashlib.sha256()
     for path, _, num_bytes in versions:
         digest.update(f"{Path(path).name}\0{num_bytes}\0".encode())
-        with open(path, "rb") as file:
+        with open_regular(Path(path)) as file:
             for start in sorted({0, max(0, num_bytes // 2), max(0, num_bytes - SAMPLE_BYTES)}):
                 file.seek(start)
                 digest.update(file.read(SAMPLE_BYTES))

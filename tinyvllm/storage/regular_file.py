@@ -123,6 +123,14 @@ def read_regular(path: Path, at_most: int) -> bytes:
     return data
 
 
+def entries_of(directory: Path) -> list[Path]:
+    """All that a directory has, sorted. Raises ModelError if it cannot be read."""
+    try:
+        return sorted(directory.iterdir())
+    except OSError as error:
+        raise ModelError(f"cannot read {directory}: {reason_of(error)}") from error
+
+
 def reason_of(error: Exception) -> str:
     """The error's text without the path, which messages name once."""
     return (isinstance(error, OSError) and error.strerror) or str(error)

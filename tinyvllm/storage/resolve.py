@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyvllm.config import MODELS_DIR_VARIABLE, ModelFiles, home_dir
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.storage.catalog import CATALOG
+from tinyvllm.storage.regular_file import entries_of, is_present, is_regular, open_regular
+from tinyvllm.storage.strict_json import read_json
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SPLIT_FILE = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+GGUF_MAGIC = b"GGUF"
 PROJECTOR = "mmproj"  # how names of GGUF files begin that hold the vision part of a model
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -26,6 +31,7 @@ class InstalledModel:
     kind: str  # as in ModelFiles
     path: Path
     num_bytes: int
+    problem: str = ""  # why it cannot be used, as far as its first bytes or its config.json tell
 
 
 def models_dir() -> Path:
@@ -44,7 +50,7 @@ def resolve_model(name_or_path: str, models_dir: Path | None = None) -> ModelFil
     Raises ModelError, with the command that downloads the model if there is one.
     """
     path = Path(name_or_path).expanduser()
-    if path.exists():
+    if _exists(path):
         return _at_path(path, path.stem if path.suffix.lower() == ".gguf" else path.resolve().name)
     if looks_like_path(name_or_path):
         raise ModelError(
@@ -52,10 +58,10 @@ def resolve_model(name_or_path: str, models_dir: Path | None = None) -> ModelFil
         )
     models_dir = _or_default(models_dir)
     place = installed_path(name_or_path, models_dir)
-    if place.exists():
+    if _exists(place):
         return _at_path(place, name_or_path)
     for other in (models_dir / f"{name_or_path}.gguf", models_dir / name_or_path):  # placed there by hand
-        if other.exists():
+        if _exists(other):
             return _at_path(other, name_or_path)
     if is_pullable(name_or_path):
         raise ModelError(f"model {name_or_path} is not in {models_dir}: run `tinyvllm pull {name_or_path}`")
@@ -66,20 +72,56 @@ def resolve_model(name_or_path: str, models_dir: Path | None = None) -> ModelFil
 
 
 def list_models(models_dir: Path | None = None) -> list[InstalledModel]:
-    """The models that resolve_model can find by name, sorted by name."""
+    """The models that resolve_model can find by name, sorted by name. Damaged ones are listed with their problem.
+    Raises ModelError if the directory cannot be read."""
     models_dir = _or_default(models_dir)
     found: list[InstalledModel] = []
-    for path in sorted(models_dir.iterdir()) if models_dir.is_dir() else []:
+    for path in entries_of(models_dir) if models_dir.is_dir() else []:
         split = SPLIT_FILE.fullmatch(path.name)
         if path.name.startswith(".") or (split and split["number"] != "00001"):
             continue
-        if path.suffix == ".gguf" and path.is_file():
-            files = [path] if split is None else sorted(models_dir.glob(f"{split['stem']}-*-of-{split['count']}.gguf"))
-            found.append(InstalledModel(path.stem, "gguf", path, sum(file.stat().st_size for file in files)))
-        elif (path / "config.json").is_file():
-            name = path.name.replace("--", "/", 1)
-            found.append(InstalledModel(name, "hf", path, sum(file.stat().st_size for file in path.iterdir())))
+        if path.suffix == ".gguf":
+            parts = [path]
+            if split is not None:
+                pattern = f"{glob.escape(split['stem'])}-*-of-{split['count']}.gguf"
+                parts = sorted(models_dir.glob(pattern))
+            found.append(InstalledModel(path.stem, "gguf", path, _num_bytes(parts), _problem_of(_check_gguf, path)))
+        elif path.is_dir() and (is_present(path / "config.json") or not os.access(path, os.R_OK | os.X_OK)):
+            name, problem = path.name.replace("--", "/", 1), _problem_of(_check_directory, path)
+            found.append(InstalledModel(name, "hf", path, _num_bytes([] if problem else entries_of(path)), problem))
     return found
+
+
+def _num_bytes(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths if is_regular(path))
+
+
+def _problem_of(check: Callable[[Path], object], path: Path) -> str:
+    try:
+        check(path)
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+def _check_gguf(path: Path) -> None:
+    with open_regular(path) as file:
+        start = file.read(len(GGUF_MAGIC))
+    if start != GGUF_MAGIC:
+        raise ModelError(f"{path} is not a GGUF file: it begins with {start!r}")
+
+
+def _check_directory(path: Path) -> None:
+    entries_of(path)
+    read_json(path / "config.json")
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is a file or directory. A name that is too long names none, nor does a broken link."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _or_default(directory: Path | None) -> Path:
@@ -110,7 +152,7 @@ def unknown_name(name: str) -> str:
 def _at_path(path: Path, name: str) -> ModelFiles:
     """The model at `path`. Raises ModelError if there is none."""
     if path.is_dir():
-        if (path / "config.json").is_file():
+        if is_present(path / "config.json"):
             return ModelFiles("hf", path, name)
         return _only_gguf_file(path, name)
     if path.suffix.lower() == ".gguf":
@@ -126,7 +168,7 @@ def _only_gguf_file(directory: Path, name: str) -> ModelFiles:
     """The model of a directory with GGUF files, which tools that download such files make. Raises ModelError if there
     are several or none."""
     found = []
-    for path in sorted(directory.iterdir()):
+    for path in entries_of(directory):
         split = SPLIT_FILE.fullmatch(path.name)
         is_first = split is None or int(split["number"]) == 1
         if path.suffix.lower() == ".gguf" and is_first and not path.name.lower().startswith(PROJECTOR):

@@ -13,6 +13,7 @@ from tinygrad.helpers import from_mv
 from tinyvllm.config import CORES_VARIABLE, usable_cores
 from tinyvllm.device import handle
 from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.device.kinds import KINDS
 from tinyvllm.errors import DeviceError
 
 
@@ -39,12 +40,19 @@ def test_an_array_of_a_files_pages_is_uploaded(
         np.testing.assert_array_equal(device.upload(values).numpy(), values)
 
 
-def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
+@pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has METAL")
+def test_a_device_that_is_not_here_is_refused_with_those_that_are() -> None:
     program = "from tinyvllm.device.handle import open_device; open_device()"
-    environment = {**os.environ, "DEV": "FOO"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    error = done.stderr.splitlines()[-1]
-    assert error.endswith("device FOO is not known: give --device one of METAL, CUDA, CL, CPU")
+    here = ", ".join(name for name, kind in KINDS.items() if not kind.why_missing())
+    assert here.endswith("CPU") and "METAL" not in here
+    instead = f"give --device (or DEV) one of those here: {here}"
+    for name, says in (
+        ("FOO", f"device FOO is not known: {instead}"),
+        ("METAL", f"METAL is the GPU of a Mac, and this computer is not a Mac. Instead, {instead}"),
+    ):
+        environment = {**os.environ, "DEV": name}
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        assert done.stderr.splitlines()[-1].endswith(says), done.stderr
 
 
 def test_an_environment_variable_limits_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 
-from tinyvllm.device.kinds import KINDS, kind_of
+from tinyvllm.device.kinds import KINDS, check_known, kind_of
 from tinyvllm.errors import DeviceError
 
 
 def prepare_environment() -> None:
-    """Choose the device (DEV) unless the user has, and make its settings. Raises DeviceError if it is too late."""
+    """Choose the device (DEV) unless the user has, and make its settings. Raises DeviceError for a device that is not
+    known, and if it is too late."""
     wanted = {"DEV": os.environ.get("DEV") or default_device()}
+    check_known(wanted["DEV"])
     settings = kind_of(wanted["DEV"]).settings
     wanted |= {key: os.environ.get(key, value) for key, value in settings.items()}
     late = {key: value for key, value in wanted.items() if os.environ.get(key) != value}

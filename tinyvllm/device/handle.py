@@ -17,7 +17,7 @@ from tinygrad.device import Buffer, BufferSpec
 from tinygrad.dtype import DType, _from_np_dtype
 from tinygrad.uop.ops import buffers
 
-from tinyvllm.device.kinds import KINDS, DeviceKind, kind_of
+from tinyvllm.device.kinds import DeviceKind, choice, kind_of
 from tinyvllm.device.mapping import OutputReader, is_mapped
 from tinyvllm.device.transfer import InputBuffer, copy_out, copy_out_floats, input_buffer, output_reader
 from tinyvllm.device.watching import HOST, WatchedReader, is_watched, watched_copy, watched_send
@@ -163,12 +163,12 @@ def open_device(num_cores: int = 1) -> DeviceHandle:
             for core in cores:
                 Device[core].worker("COMPUTE:0")
     except Exception as error:
-        name, known = wanted or "of tinygrad", ", ".join(KINDS)
-        if isinstance(error, ModuleNotFoundError):  # tinygrad has a module for each kind of device
-            raise DeviceError(f"device {name} is not known: give --device one of {known}") from error
+        name = wanted or "of tinygrad"
         if (advice := explain_limit(error)) is not None:
             raise DeviceError(f"device {name} cannot be opened: {advice}") from error
-        raise DeviceError(f"device {name} cannot be opened: {error}. Give --device another of {known}") from error
+        raise DeviceError(
+            f"device {name} cannot be opened: {kind_of(wanted).why_missing() or error}. Instead, {choice()}"
+        ) from error
     finally:
         threading.stack_size(previous)
     return DeviceHandle(device.device, bool(device.renderer.has_local), kind_of(device.device).is_unified, cores)

@@ -41,6 +41,10 @@ class DeviceKind:
         """Whether this computer has it and should use it unless the user names another."""
         return False
 
+    def why_missing(self) -> str:
+        """Why this computer cannot have such a device, as far as can be told without opening it; "" if it may."""
+        return ""
+
     def check(self) -> None:
         """Raise DeviceError, with the remedy, if something that it needs is missing."""
 

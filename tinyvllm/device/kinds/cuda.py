@@ -37,6 +37,9 @@ class Cuda(DeviceKind):
     def is_default(self) -> bool:
         return ctypes.util.find_library("cuda") is not None
 
+    def why_missing(self) -> str:
+        return "" if self.is_default() else "this computer has no driver of NVIDIA's (libcuda)"
+
     def step_limits(self, free_bytes: Callable[[], int]) -> Limits:
         """As many sequences as still raise the decoding rate: an H200 decodes 86,000 tokens a second with 128 and
         120,000 with 256 (1B parameters). A step of 8192 tokens takes it 29 ms."""

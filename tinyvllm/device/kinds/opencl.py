@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes.util
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,10 @@ class OpenCl(DeviceKind):
 
     def __init__(self) -> None:
         super().__init__("CL")
+
+    def why_missing(self) -> str:
+        has_library = sys.platform == "darwin" or ctypes.util.find_library("OpenCL") is not None
+        return "" if has_library else "this computer has no OpenCL (libOpenCL)"
 
     def row_writer(self, buffer: Buffer, row_size: int) -> RowWriter:
         """By offset copies, since OpenCL has no addresses inside a buffer."""

@@ -432,6 +432,7 @@ class EngineConfig:
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"  # auto: float16; on a GPU float32 if dtype is; on OpenCL as dtype
     dequantize: bool = False  # unpack quantized weights at load
+    unfused: bool = False  # general kernels where there are fused ones, to see what fusing gains
     cpu_cores: int | None = None  # for a CPU device; None: all cores of the process, but at most one per KV head
     block_size: int = 16  # tokens per KV block
     num_gpu_blocks_override: int | None = None  # blocks in the pool; None: as many as fit in memory

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from tests.builders import write_tiny_hf_llama
-from tinyvllm.bench.kernel_profile import one_case, profile_case
+from tinyvllm.bench.kernel_profile import greedy_tokens, one_case, profile_case
 from tinyvllm.bench.latency import Case
 from tinyvllm.bench.subject import Subject
 from tinyvllm.config import EngineConfig, SamplingParams
@@ -22,6 +22,7 @@ from tinyvllm.execution.cost import CostCounter
 from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import load_runner
 from tinyvllm.profiling.chips import CHIPS
+from tinyvllm.profiling.fusion_table import fusion_as_json, fusion_table
 from tinyvllm.profiling.kernels import Kernel, merge_cores, tabulate
 from tinyvllm.profiling.profile_report import profile_table
 from tinyvllm.profiling.trace import parse_trace
@@ -229,3 +230,25 @@ def test_every_count_of_a_step_has_its_limit_beside_it(inspectors: list[RunnerIn
     text = Console(width=200, file=io.StringIO(), record=True)
     text.print(profile_table(report, "layer"))
     assert f"barriers {counts['barriers']}, graph launches 1 (at most 1), syncs 1 (at most 3)" in text.export_text()
+
+
+def test_unfused_kernels_are_more_and_generate_the_same_tokens(
+    inspectors: list[RunnerInspector], tmp_path: Path
+) -> None:
+    runner = load_runner(write_tiny_hf_llama(tmp_path), replace(CONFIG, unfused=True))
+    runner.warm_up()
+    both = (inspectors[0], RunnerInspector(runner))
+    work = one_case(Case("decode", 1, CONTEXT), repeats=1, warmup=1, seed=0)
+    fused, unfused = (profile_case(one, Subject("tiny", runner.model_config), work, CHIPS["m4"]) for one in both)
+    tokens = [greedy_tokens(one.runner, 12, seed=1) for one in both]
+    runner.close()
+    assert tokens[0] == tokens[1] and len(tokens[0]) == 12
+    extra = {row.label for row in unfused.rows("operation")} - {row.label for row in fused.rows("operation")}
+    assert {"attention norm", "ffn norm", "final norm", "finish"} == extra
+    assert unfused.profile.num_kernels > fused.profile.num_kernels and unfused.moved_bytes > fused.moved_bytes
+    console = Console(width=160, file=io.StringIO(), record=True)
+    console.print(fusion_table(fused, unfused, tokens))
+    text = console.export_text()
+    saved = unfused.profile.num_kernels - fused.profile.num_kernels
+    assert f"fusing saves {saved} kernels" in text and "both generate the same 12 tokens" in text
+    assert fusion_as_json(fused, unfused, [[1, 2, 3], [1, 2, 4]])["equal_tokens"] == 2

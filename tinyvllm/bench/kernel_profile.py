@@ -23,6 +23,8 @@ from tinyvllm.profiling.roofline import Roofline, raise_roof
 from tinyvllm.profiling.verdict import Evidence, Turn, judge
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 
+PROMPT = 32  # tokens of the prompt from which two backends generate
+
 
 def find_hardware(inspector: RunnerInspector, given: Chip | None) -> Chip:
     """The given chip, else the one in the device's name, else one with rates measured now."""
@@ -92,6 +94,22 @@ def profile_case(inspector: RunnerInspector, subject: Subject, work: LatencyWork
         program_limits=_program_limits(inspector),
         environment=describe_environment(work.seed),
     )
+
+
+def greedy_tokens(runner: ModelRunner, num_tokens: int, seed: int) -> list[int]:
+    """What the runner generates from a prompt of random ids, the same for each seed: at most `num_tokens`."""
+    room = runner.capacity.max_model_len
+    num_tokens = max(1, min(num_tokens, room // 2))
+    case = Case("decode", 1, max(1, min(PROMPT, room - num_tokens - 1)))
+    work = dataclasses.replace(LatencyWork((case,)), num_decoded=num_tokens, seed=seed)
+    (request,) = make_requests(runner, work, case)
+    for plan in prefill_plans([request], runner.capacity.max_num_batched_tokens):
+        tokens = runner.execute(plan).token_ids
+    request.output_ids.append(tokens[0])
+    while len(request.output_ids) < num_tokens:
+        plan = StepPlan((Scheduled(request, request.num_tokens - 1, 1),))
+        request.output_ids.append(runner.execute(plan).token_ids[0])
+    return list(request.output_ids)
 
 
 def _counts(inspector: RunnerInspector, plans: Sequence[StepPlan]) -> dict[str, int]:

@@ -16,6 +16,7 @@ from tinyvllm.cli.bench_serve import serve
 from tinyvllm.cli.bench_start import cold_start
 from tinyvllm.cli.flags import RunnerFlags, spread
 from tinyvllm.config import CAPTURES, EngineConfig
+from tinyvllm.errors import TinyvllmError
 
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure how fast a model runs on this machine.")
 
@@ -49,16 +50,22 @@ def latency(
     compare_capture: Annotated[
         bool, Option("--compare-capture", help="Measure with --capture replay, then tinyjit, and print both.")
     ] = False,
+    unfused: Annotated[
+        bool, Option("--unfused", help="Measure with fused kernels, then with unfused ones, and print both.")
+    ] = False,
     subject: SubjectFlags,
     runner: RunnerFlags,
 ) -> None:
     """Time single steps: prefill by length, decode by batch and context.
 
     Each is shown next to its floor, the least time that the memory's bandwidth allows."""
+    if unfused and compare_capture:
+        raise TinyvllmError("--unfused and --compare-capture each show two runs side by side: give one of them")
     runner.apply()
     config = EngineConfig(model=subject.model or "", max_num_seqs=1, **runner.settings())
 
     from tinyvllm.bench.capture_table import capture_table, tag_capture
+    from tinyvllm.bench.fusion_table import fusion_table, tag_fusion
     from tinyvllm.bench.latency import Case, LatencyWork, fit_config, measure_latency
     from tinyvllm.bench.tables import latency_table
     from tinyvllm.execution.inspector import RunnerInspector
@@ -69,15 +76,19 @@ def latency(
     work = LatencyWork(tuple(cases), tokens, repeats, warmup, runner.seed, num_extra=repeats)
     found = subject.find(pull=runner.pull)
     fitted, rows_of = fit_config(config, work, found.model_config), {}
-    for capture in CAPTURES if compare_capture else (config.capture,):
-        with loaded(found, dataclasses.replace(fitted, capture=capture)) as (model_runner, report):
+    variants = [(capture, False) for capture in (CAPTURES if compare_capture else (config.capture,))]
+    variants += [(config.capture, True)] if unfused else []
+    for capture, is_unfused in variants:
+        wanted = dataclasses.replace(fitted, capture=capture, unfused=is_unfused)
+        with loaded(found, wanted) as (model_runner, report):
             inspector = RunnerInspector(model_runner)
             bandwidth = inspector.measure_bandwidth() / 1e9 if bandwidth is None else bandwidth
             machine = found.describe(model_runner, bandwidth, runner.seed)
-            rows_of[capture] = tag_capture(measure_latency(inspector, machine, work, report), capture)
+            rows = tag_capture(measure_latency(inspector, machine, work, report), capture)
+            rows_of[capture, is_unfused] = tag_fusion(rows, unfused=True) if is_unfused else rows
     if not subject.markdown:
-        table = capture_table(*rows_of.values()) if compare_capture else latency_table(rows_of[config.capture])
-        print_table(table)
+        both = capture_table if compare_capture else fusion_table
+        print_table(both(*rows_of.values()) if len(rows_of) > 1 else latency_table(*rows_of.values()))
     subject.write([row for rows in rows_of.values() for row in rows])
 
 

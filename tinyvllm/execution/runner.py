@@ -90,6 +90,7 @@ def make_runner(
         model_config.layers,
         dequantize=config.dequantize,
         overflows_float16=model_config.overflows_float16,
+        unfused=config.unfused,
     )
     overlaps = not device.is_cpu if config.async_scheduling is None else config.async_scheduling
     num_instances, buckets = 2 if overlaps else 1, make_buckets(limits, config)

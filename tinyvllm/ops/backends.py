@@ -10,6 +10,7 @@ from tinyvllm.device.kinds import KINDS
 from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.cpu.unfused import UnfusedCpuBackend
 from tinyvllm.ops.gpu.backend import GpuBackend
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.kernel.lanes import lanes_of
@@ -23,13 +24,16 @@ def make_backend(
     *,
     dequantize: bool,
     overflows_float16: bool = False,
+    unfused: bool = False,
 ) -> Backend:
     """The backend for a device. `dtype`: "auto" or one of config.DTYPES; `stored`: the dtype of the checkpoint's dense
-    matrices; `layers`: the kinds of the model's layers; `overflows_float16`: as in ModelConfig. A CPU's activations are
-    always float32. Raises DeviceError for a device without kernels, and UnsupportedModelError for a dtype that the
-    model's activations exceed."""
+    matrices; `layers`: the kinds of the model's layers; `overflows_float16`: as in ModelConfig; `unfused`: with the
+    general kernels where there are fused ones. A CPU's activations are always float32. Raises DeviceError for a device
+    without kernels, or without fused ones to leave out, and UnsupportedModelError for a dtype that the model's
+    activations exceed."""
     if device.is_cpu:
-        return CpuBackend(device, None if dtype == "auto" else dtype, layers, dequantize=dequantize)
+        backend = UnfusedCpuBackend if unfused else CpuBackend
+        return backend(device, None if dtype == "auto" else dtype, layers, dequantize=dequantize)
     if not device.kind.has_kernels:
         known = ", ".join(kind.name for kind in KINDS.values() if kind.has_kernels)
         raise DeviceError(f"device {device.name} has no kernels here: choose one of {known} with --device")
@@ -40,6 +44,10 @@ def make_backend(
             "--dtype is 'float16', but this model's activations exceed its range: choose auto, bfloat16 or float32"
         )
     lanes = lanes_of(device.name)
-    if lanes is None:  # OpenCL
+    if lanes is None and unfused:
+        raise DeviceError(
+            f"device {device.name} has no fused kernels, so --unfused has nothing to compare: leave it out"
+        )
+    if lanes is None or unfused:  # OpenCL's are general
         return GpuBackend(device, dtype, dequantize=dequantize)
     return FusedGpuBackend(device, dtype, lanes, dequantize=dequantize)

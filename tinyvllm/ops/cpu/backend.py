@@ -422,9 +422,13 @@ class CpuBackend(DeviceSampling):
         None."""
         if num_tokens <= STAGED_ROWS:
             return [x] * len(self.cores), norm.eps
+        return self._norm_rows(x, norm, cols, num_tokens), None
+
+    def _norm_rows(self, x: Activation, norm: Norm, cols: int, num_tokens: int) -> list[Activation]:
+        """The normed rows, on each core."""
         spec = NormSpec(num_tokens, cols, norm.eps, widths_of(x, cols))
         outs = [empty(num_tokens * cols, device=core) for core in self.cores]
-        return [run_kernel(rms_norm_kernel(spec), [out], [*tensors_of(x), norm.weight])[0] for out in outs], None
+        return [run_kernel(rms_norm_kernel(spec), [out], [*tensors_of(x), norm.weight])[0] for out in outs]
 
     def _linear(
         self,

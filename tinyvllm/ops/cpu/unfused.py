@@ -1,0 +1,36 @@
+"""The CPU's backend with norms and epilogues in kernels of their own, to show what fusing them gains (`--unfused`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tinyvllm.ops.backend import PLAIN, Epilogue, Norm
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.cpu.sharded import Activation
+from tinyvllm.ops.formats.matrix import Matrix
+
+
+class UnfusedCpuBackend(CpuBackend):
+    """A product reads x as it is and writes its sums, with bias and activation: a kernel before it computes the norm,
+    and one after it the scale, the residual sum and what else follows. Experts keep their norm."""
+
+    def linear(
+        self,
+        name: str,
+        x: Activation,
+        matrices: Sequence[Matrix],
+        num_tokens: int,
+        norm: Norm | None = None,
+        epilogue: Epilogue = PLAIN,
+    ) -> list[Activation]:
+        before = Epilogue(bias=epilogue.bias, activation=epilogue.activation)
+        products = super().linear(name, x, matrices, num_tokens, norm, before)
+        after = replace(epilogue, bias=None, activation=None)
+        if after.is_plain:
+            return products
+        columns = [matrix.num_rows // (1 if epilogue.activation is None else 2) for matrix in matrices]
+        return [self._finish(y, count, num_tokens, after) for y, count in zip(products, columns, strict=True)]
+
+    def _normed(self, x: Activation, norm: Norm, cols: int, num_tokens: int) -> tuple[list[Activation], float | None]:
+        return self._norm_rows(x, norm, cols, num_tokens), None

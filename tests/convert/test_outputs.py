@@ -59,6 +59,12 @@ def metadata_that_counts(files: ModelFiles) -> dict[str, Any]:
     return {key: value for key, value in GGUFFile(files.path).metadata.items() if not key.startswith(chosen)}
 
 
+def test_a_rope_of_larger_heads_than_those_with_a_window_stays_as_it_is(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "m.gguf", RECIPES["gemma4_e2b"])
+    found = convert(source, "f16", tmp_path / "found.gguf").files
+    assert read_model_config(found).rope == read_model_config(source).rope
+
+
 @pytest.mark.parametrize("name", WRITABLE)
 def test_a_gguf_has_llama_cpps_names_rows_and_settings(tmp_path: Path, name: str) -> None:
     """Compared with the file that the gguf package writes of the same weights."""

@@ -94,6 +94,7 @@ ARCH_KEYS: dict[str, Any] = {
 def base_images() -> tuple[Image, ...]:
     """Valid files that differ in family, tokenizer and types of tensors."""
     spm = {key: value for key, value in spm_metadata().items() if value is not None}
+    num_pieces = len(spm["tokenizer.ggml.tokens"])
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rows = np.ones((2, 64), np.float32)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,8 +108,8 @@ def base_images() -> tuple[Image, ...]:
             image(),
             image(quant="Q8_0", family="qwen3"),
             image(quant="Q4_K", tweaks=GGUFTweaks(quant_of={"ffn_down": "Q6_K"}), layers=1, **WIDE),
-            image(tweaks=GGUFTweaks(metadata=spm)),
-            image(tweaks=GGUFTweaks(metadata=spm | _gemma4_tokenizer(spm))),
+            image(tweaks=GGUFTweaks(metadata=spm), vocab=num_pieces),
+            image(tweaks=GGUFTweaks(metadata=spm | _gemma4_tokenizer(spm)), vocab=num_pieces),
             image(rope_scaling=llama3 | {"original_max_position_embeddings": 64}, tie=False),
             image(
                 family="qwen3",

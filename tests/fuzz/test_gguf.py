@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.builders import CHATML
 from tests.fuzz.gguf_cases import base_images, make_case
-from tests.fuzz.outcome import Runner, run_cases
+from tests.fuzz.outcome import run_cases
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError
 from tinyvllm.execution.model_check import examine_files, fit
@@ -26,6 +27,7 @@ from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.storage.model_config import read_generation_defaults, read_model_config
 from tinyvllm.storage.model_summary import summarize
 from tinyvllm.text.chat import end_of_turn_ids, load_chat_template
+from tinyvllm.text.grammar import Vocabulary
 from tinyvllm.text.tokenizer import load_tokenizer
 
 NUM_CASES = 300
@@ -61,9 +63,12 @@ def load_weights(files: ModelFiles) -> None:
 
 def load_text(files: ModelFiles) -> None:
     template = load_chat_template(files)
+    if template is not None and template.source == CHATML:  # as in most cases: probing it takes half of their time
+        template = None
     if template is not None:
         template.abilities(has_tools=True)
     tokenizer = load_tokenizer(files)
+    Vocabulary(tokenizer, read_model_config(files).vocab_size, tokenizer.eos_ids)  # of grammars
     tokenizer.decode(tokenizer.encode(TEXT))
     tokenizer.decode(range(tokenizer.vocab_size))
     if template is not None:
@@ -79,11 +84,10 @@ def cases(folder: Path, first: int, count: int) -> Iterator[tuple[str, Path]]:
 
 
 def test_the_files_that_are_mutated_load(tmp_path: Path) -> None:
-    with Runner(load) as runner:
-        for number, image in enumerate(base_images()):
-            path = tmp_path / f"{number}.gguf"
-            path.write_bytes(image.to_bytes())
-            assert runner.run(path).kind == "ok", image.values[0]
+    for number, image in enumerate(base_images()):
+        path = tmp_path / f"{number}.gguf"
+        path.write_bytes(image.to_bytes())
+        load(path)
 
 
 def test_a_mutated_file_is_loaded_or_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tinyvllm.errors import ModelError
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.storage.model_config import read_generation_defaults, read_model_config
 from tinyvllm.storage.model_summary import summarize
+from tinyvllm.text.tokenizer import load_tokenizer
 
 U8, U32, I32, F32, BOOL, U64 = 0, 4, 5, 6, 7, 10
 
@@ -130,6 +131,20 @@ def test_a_rope_that_divides_by_zero_is_refused(tmp_path: Path, image: Image) ->
     files = write(tmp_path, replace(image, tensors=[*image.tensors, divisors], data=image.data + bytes(32)))
     with pytest.raises(ModelError, match=r"rope_freqs\.weight must hold finite numbers of at least 1e-06"):
         read_model_config(files)
+
+
+def test_a_token_without_a_row_of_the_embedding_is_refused(tmp_path: Path, image: Image) -> None:
+    tokens = dict(image.values)[b"tokenizer.ggml.tokens"]
+    more = image.with_value(b"tokenizer.ggml.tokens", replace(tokens, item=[*tokens.item, b"more"]))
+    with pytest.raises(ModelError, match=r"tokens has 261 entries, but token_embd\.weight has 260 rows"):
+        load_tokenizer(write(tmp_path, more))
+
+
+def test_numbers_that_json_lacks_are_left_out_of_summaries(tmp_path: Path, image: Image) -> None:
+    for number in (float("nan"), float("inf")):
+        strange = image.with_value(b"general.a", Value(F32, number)).with_value(b"a.b", Value(ARRAY, [number], F32))
+        info = summarize(write(tmp_path, strange)).info
+        assert (info["general.a"], info["a.b"]) == (None, [None])
 
 
 def test_what_lists_of_models_and_requests_take_from_a_file_is_checked(tmp_path: Path, image: Image) -> None:

@@ -132,6 +132,9 @@ def _same_rope(ours: Rope | None, theirs: Rope | None, head_dim: int) -> bool:
     """Whether two ropes rotate alike, in short contexts and in long ones, however their files say it."""
     if ours is None or theirs is None:
         return ours is theirs
+    divisors = ours.divisors or theirs.divisors
+    if divisors is not None:  # of heads that may be larger than those in layers with a window (Gemma 4)
+        head_dim = 2 * len(divisors)
     kinds = [(rope.num_dims or head_dim, rope.is_interleaved) for rope in (ours, theirs)]
     if kinds[0] != kinds[1] or not _same(ours.attention_factor, theirs.attention_factor):
         return False

@@ -84,7 +84,7 @@ def _summarize(kind: str, path: Path, name: str, versions: tuple[tuple[str, int,
         tensors = [StoredTensor(one.name, one.ggml_type, one.shape[::-1]) for one in file.tensors.values()]
         num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
         quantization = _gguf_quantization(file)
-        info = {key: [] if _is_long(value) else value for key, value in file.metadata.items()}
+        info = {key: [] if _is_long(value) else finite(value) for key, value in file.metadata.items()}
         info["general.parameter_count"] = num_parameters
     else:
         tensors = list(_stored_tensors(path))
@@ -106,6 +106,13 @@ def _summarize(kind: str, path: Path, name: str, versions: tuple[tuple[str, int,
         info=info,
         tensors=tuple(tensors),
     )
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no infinite numbers: None in their place."""
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_long(value: object) -> bool:

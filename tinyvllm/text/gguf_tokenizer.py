@@ -86,9 +86,17 @@ class Vocabulary:
         return [token_id for token_id, token_type in enumerate(self.types) if token_type in types]
 
 
-def read_gguf_tokenizer(metadata: Mapping[str, Any], source: Path = IN_MEMORY) -> TokenizerSpec:
-    """Build a tokenizer. `source`: the file, for messages. Raises UnsupportedModelError for an unknown kind, ModelError
-    for metadata that are missing or make no sense."""
+def read_gguf_tokenizer(
+    metadata: Mapping[str, Any], source: Path = IN_MEMORY, num_rows: int | None = None
+) -> TokenizerSpec:
+    """Build a tokenizer. `source`: the file, for messages. `num_rows`: of the embedding, which has one for each token.
+    Raises UnsupportedModelError for an unknown kind, ModelError for metadata that are missing or make no sense."""
+    num_tokens = len(Values(source, metadata, PREFIX).texts("tokens"))
+    if num_rows is not None and num_tokens > num_rows:
+        raise ModelError(
+            f"{source}: {PREFIX}tokens has {num_tokens} entries, but token_embd.weight has {num_rows} rows: there must "
+            "be a row for each token"
+        )
     with failures_as(lambda text: ModelError(f"{source} has a vocabulary that cannot be used: {text}")):
         return _read(metadata, source)
 

@@ -30,7 +30,9 @@ _MARGIN_CHARS = 4096  # of a text that is cut before it is encoded: farther than
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
     """Read a model's tokenizer. Raises ModelError (or UnsupportedModelError), naming what is missing or unknown."""
     if files.kind == "gguf":
-        spec = read_gguf_tokenizer(GGUFFile(files.path).metadata, files.path)
+        file = GGUFFile(files.path)
+        embedding = file.tensors.get("token_embd.weight")
+        spec = read_gguf_tokenizer(file.metadata, files.path, None if embedding is None else embedding.shape[0])
     else:
         spec = read_hf_tokenizer(files.path)
     with failures_as(lambda text: ModelError(f"{files.path} has a tokenizer that cannot be used: {text}")):

@@ -15,7 +15,7 @@ from tinyvllm.config import GenerationDefaults, ModelFiles
 from tinyvllm.server.openai.protocol.common import optional
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.storage.model_config import read_generation_defaults
-from tinyvllm.storage.model_summary import ModelSummary, summarize
+from tinyvllm.storage.model_summary import ModelSummary, finite, summarize
 from tinyvllm.text import gguf_tokenizer, hf_tokenizer
 from tinyvllm.text.chat import load_chat_template
 from tinyvllm.text.fim import find_marks
@@ -92,7 +92,7 @@ class Description:
         """The model's metadata under GGUF's keys. verbose: with vocabularies, if the files have them there."""
         info = dict(self.summary.info)
         if verbose and files.kind == "gguf":
-            info |= GGUFFile(files.path).metadata
+            info |= {key: finite(value) for key, value in GGUFFile(files.path).metadata.items()}
         info.pop("general.name", None)
         info.pop(TEMPLATE_KEY, None)
         info[f"{self.family}.context_length"] = self.context_length(max_model_len)

@@ -11,6 +11,7 @@ from typer import Option
 
 from tinyvllm.cli.bench_across import across, contexts
 from tinyvllm.cli.bench_breakdown import breakdown, compare
+from tinyvllm.cli.bench_explain import diff, ledger
 from tinyvllm.cli.bench_flags import SubjectFlags, loaded, parse_counts, parse_prompt, print_table, split_list
 from tinyvllm.cli.bench_serve import serve
 from tinyvllm.cli.bench_start import cold_start
@@ -128,5 +129,5 @@ def throughput(
     subject.write([row])
 
 
-for command in (across, breakdown, cold_start, compare, contexts, serve):
+for command in (across, breakdown, cold_start, compare, contexts, diff, ledger, serve):
     bench.command()(spread(command))

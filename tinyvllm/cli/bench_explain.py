@@ -1,0 +1,65 @@
+"""`tinyvllm bench diff` and `tinyvllm bench ledger`: what makes two runs differ, and where a step loses time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from tinyvllm.cli.bench_flags import print_table, write_rows
+
+JsonFile = Annotated[
+    str | None, Option("--json", metavar="FILE", help="Write the result as JSON; -: as the last line of stdout.")
+]
+
+
+def diff(
+    before: Annotated[
+        str, Argument(metavar="BEFORE", help="JSON of `tinyvllm bench breakdown` or `tinyvllm profile`.")
+    ],
+    after: Annotated[str, Argument(metavar="AFTER", help="JSON of the same command.")],
+    *,
+    json_file: JsonFile = None,
+) -> None:
+    """Explain the difference of two runs as a waterfall, in ms for each stage or kernel.
+
+    The runs may differ in anything: weights, device, commit, tuning, settings. What differs is listed first. Parts
+    that differ by less than the interval of their repeats are dim."""
+    from tinyvllm.bench.diff import diff_table, explain
+
+    found = explain(_read(before), _read(after))
+    print_table(diff_table(found))
+    write_rows(json_file, found.as_json())
+
+
+def ledger(
+    profile: Annotated[str, Argument(metavar="PROFILE", help="JSON of `tinyvllm profile` of a decode step.")],
+    *,
+    after: Annotated[
+        str | None,
+        Option(metavar="FILE", help="A later profile of the same step: how much of each loss is gone."),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Split a step into its floor, each kernel's loss, gaps and the host's part, and rank what to mend.
+
+    "tok/s without it" is what the step would give if that loss alone were gone."""
+    from tinyvllm.bench.ledger import check, ledger_table, make_ledger, promises_table
+
+    found = make_ledger(_read(profile))
+    if after is None:
+        print_table(ledger_table(found))
+    else:
+        later = make_ledger(_read(after))
+        print_table(promises_table(found, later, check(found, later)))
+    write_rows(json_file, found.as_json())
+
+
+def _read(path: str) -> Any:
+    """The value in a benchmark's JSON file."""
+    from tinyvllm.bench.runs import read_run
+
+    read_run(path)  # whose errors say what is wrong with the file
+    return json.loads(Path(path).read_text(encoding="utf-8"))

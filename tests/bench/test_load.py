@@ -231,6 +231,9 @@ def test_every_token_of_every_answer_is_counted(url: str, api: str) -> None:
         assert row["output_tokens"] == 3 * 4 and row["input_tokens"] > 0
         assert 0 < row["itl_ms"]["count"] <= 3 * 3
         assert 0 < row["ttft_ms"]["median"] <= row["e2e_ms"]["median"]
+        parts = {name: part["mean"] for name, part in row["server_ms"].items()}
+        total = parts.pop("total")
+        assert sum(parts.values()) == pytest.approx(total, abs=0.01) and {"queue", "prefill", "decode"} <= set(parts)
 
 
 def test_refused_requests_are_counted_by_their_reason(url: str) -> None:
@@ -268,6 +271,7 @@ def test_command_prints_levels_and_writes_them(url: str, tmp_path: Path) -> None
     arguments = ["bench", "serve", "--url", f"{url}/v1", *flags.split(), "--json", str(path)]
     result = CliRunner().invoke(app, [*arguments, "--plot", str(tmp_path / "load.svg")])
     assert result.exit_code == 0, result.output
+    assert "1 at once, in the server:" in result.stdout
     assert "1 at once" in result.stdout and "2 at once" in result.stdout and "100%" in result.stdout
     rows = json.loads(path.read_text(encoding="utf-8"))
     assert [row["concurrency"] for row in rows] == [1, 2] and rows[0]["environment"]["seed"] == 0

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvllm.bench.load_answers import Answer, Share, pack_share, unpack_share
-from tinyvllm.bench.load_stream import Response
+from tinyvllm.bench.load_stream import Response, parse_server_timing
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
 
@@ -94,6 +94,20 @@ def test_any_division_of_the_bytes_gives_the_same_events(framing: str, end: str,
     assert list(answer.text_s) == sorted(answer.text_s)
 
 
+def test_the_server_s_own_times_are_read_from_the_head_and_replaced_by_the_trailer() -> None:
+    at_start = 'Server-Timing: queue;dur=1.5, relay;desc="a door", total;dur="4"\r\n'
+    answer, _ = parse(sized(events(COMPLETION), more=at_start))
+    assert answer.server_ms == {"queue": 1.5, "total": 4.0}
+    head, _, rest = chunked(events(COMPLETION)).partition(b"\r\n\r\n")
+    with_trailer = rest.replace(b"0\r\nTrailer: x\r\n", b"0\r\nserver-timing: decode;dur=9.25, total;dur=12\r\n")
+    data = b"%b\r\n%b\r\n%b" % (head, at_start.encode(), with_trailer)
+    for cuts in ([], list(range(1, len(data)))):
+        answer, _ = parse(data, cuts)
+        assert answer.server_ms == {"decode": 9.25, "total": 12.0}
+    assert parse(chunked(events(COMPLETION)))[0].server_ms is None
+    assert parse_server_timing("a;dur=x, b;DUR=2 , ;;") == {"b": 2.0}
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_single_bytes_give_the_same_events(end: str) -> None:
     data = chunked(events(COMPLETION, end), size=3)
@@ -172,4 +186,4 @@ def test_share_is_the_same_after_it_was_handed_over(texts: list[list[float]], la
         share.answers.append(answer)
     packed = pack_share(share)
     assert unpack_share(packed) == share
-    assert len(packed) <= 60 + 80 * len(texts) + 8 * (len(late_s) + sum(map(len, texts)))  # 8 bytes an event
+    assert len(packed) <= 60 + 90 * len(texts) + 8 * (len(late_s) + sum(map(len, texts)))  # 8 bytes an event

@@ -131,5 +131,3 @@ def test_texts_are_bounded_and_cut_by_the_longest_token(files: ModelFiles) -> No
     whole, ids = tokenizer.encode(text), tokenizer.encode(cut)
     assert len(cut) < 20_000 and ids[:100] == whole[:100] and ids[-100:] == whole[-100:] and len(ids) > 100
     assert tokenizer.without_middle("short", 100) == "short"
-
-

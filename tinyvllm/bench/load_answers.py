@@ -8,7 +8,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-PLAIN_FIELDS = ("sent_s", "num_input", "num_output", "error", "end_s", "request_id")  # of Answer, all but its times
+# of Answer, all but its times
+PLAIN_FIELDS = ("sent_s", "num_input", "num_output", "error", "end_s", "request_id", "server_ms")
 
 
 def _no_times() -> array[float]:
@@ -26,6 +27,7 @@ class Answer:
     error: str | None = None
     end_s: float = 0.0  # when the response was complete
     request_id: str | None = None  # the response's x-request-id
+    server_ms: dict[str, float] | None = None  # where the server says its time went: the parts and "total", in ms
 
     @property
     def num_tokens(self) -> int:

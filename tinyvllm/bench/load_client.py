@@ -196,8 +196,8 @@ class Client:
         host = "localhost" if self._target.unix_socket is not None else self._url.netloc.rpartition("@")[2]
         path = "" if self._target.unix_socket is not None else self._url.path.rstrip("/")
         headers = {"Host": host, "Accept": "text/event-stream", "Content-Type": "application/json"}
-        if not self._target.keeps_alive:
-            headers["Connection"] = "close"
+        headers["TE"] = "trailers"  # our server says at the end of a stream where its time went
+        headers["Connection"] = "TE" if self._target.keeps_alive else "close, TE"
         if self._url.username is not None:
             user = f"{unquote(self._url.username)}:{unquote(self._url.password or '')}"
             headers["Authorization"] = f"Basic {base64.b64encode(user.encode()).decode()}"

@@ -54,9 +54,17 @@ def summarize(target: Target, work: LoadWork, load: Load, shares: Sequence[Share
         "ttft_ms": spread_of([answer.ttft_ms for answer in good]),
         "tpot_ms": spread_of([answer.tpot_ms for answer in good if answer.tpot_ms is not None]),
         "e2e_ms": spread_of([answer.e2e_ms for answer in good]),
+        "server_ms": _server_parts(good),
         **_stream_figures(good, duration_s),
         **_generator_figures(shares, duration_s),
     }
+
+
+def _server_parts(good: Sequence[Answer]) -> dict[str, Any] | None:
+    """Where the server says its time went: each part of all answers that have any. None if none has."""
+    told = [answer.server_ms for answer in good if answer.server_ms]
+    names = dict.fromkeys(name for one in told for name in one)
+    return {name: spread_of([one.get(name, 0.0) for one in told]) for name in names} or None
 
 
 def _stream_figures(good: Sequence[Answer], duration_s: float) -> dict[str, Any]:

@@ -6,6 +6,8 @@ microseconds a token. Every piece of text gets the arrival time of the read that
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -121,6 +123,7 @@ class Chunked:
         self._tail = b""  # the beginning of a chunk's size line, or of a trailer
         self._is_between = False  # the next size line comes after a chunk, whose CRLF is still to come
         self._is_after_last = False
+        self.trailers: list[bytes] = []  # the lines after the last chunk
 
     def take(self, data: bytes) -> bytes:
         if self._tail:
@@ -151,6 +154,8 @@ class Chunked:
         """A chunk's size, or a trailer; the empty line after the last chunk ends the body."""
         if self._is_after_last:
             self.is_complete = not line
+            if line:
+                self.trailers.append(line)
             return
         self._left = int(line.partition(b";")[0], 16)
         if self._left < 0:
@@ -227,6 +232,8 @@ class Response:
     def _finish(self, now_s: float) -> None:
         self.is_complete = True
         self._answer.end_s = now_s
+        if isinstance(self._framing, Chunked):  # of the whole answer, where the head could only tell of its beginning
+            self._take_timings(self._framing.trailers)
         if self.status == 200:
             self._stream.finish(now_s)
         else:
@@ -250,8 +257,19 @@ class Response:
                 self._take_headers(version, lines)
         return self._head
 
+    def _take_timings(self, lines: Sequence[bytes]) -> None:
+        """Where the server's time went, if the lines say so."""
+        found = dict[str, float]()
+        for line in lines:
+            name, _, value = line.partition(b":")
+            if name.strip().lower() == b"server-timing":
+                found |= parse_server_timing(value.decode("latin-1"))
+        if found:
+            self._answer.server_ms = found
+
     def _take_headers(self, version: bytes, lines: list[bytes]) -> None:
         headers = {}
+        self._take_timings(lines)
         for line in lines:
             name, _, value = line.partition(b":")
             headers[name.lower()] = value.strip().lower()
@@ -265,6 +283,20 @@ class Response:
             self._framing = Sized(int(headers.get(b"content-length", b"0")))
         else:
             self.keeps_alive = False
+
+
+def parse_server_timing(value: str) -> dict[str, float]:
+    """The durations of a `Server-Timing` field, in ms: `queue;dur=1.5, total;dur=9;desc="all"`. Metrics without one are
+    left out (https://www.w3.org/TR/server-timing/)."""
+    durations = {}
+    for metric in value.split(","):
+        name, *parameters = (part.strip() for part in metric.split(";"))
+        for parameter in parameters:
+            key, _, number = parameter.partition("=")
+            if key.strip().lower() == "dur":
+                with contextlib.suppress(ValueError):
+                    durations[name] = float(number.strip().strip('"'))
+    return durations
 
 
 def describe_error(status: int, body: bytes) -> str:

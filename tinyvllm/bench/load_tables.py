@@ -29,8 +29,21 @@ def load_table(rows: Sequence[dict[str, Any]]) -> RenderableType:
     title = f"{first['model']} at {first['url']}, {first['api']}, {first['requests']} requests per level; "
     title += "times are median / p95 / p99"
     notes = [Text(f"failed: {line}", style="red") for line in failed]
+    notes += [Text(parts) for row in rows if (parts := describe_server(row))]
     notes += [Text(warning, style="yellow") for row in rows if (warning := warn_of_generator(row))]
     return Group(Text(title, style="bold"), table, *notes)
+
+
+def describe_server(row: dict[str, Any], least_share: float = 0.005) -> str | None:
+    """Where the server's time went, on average: the parts from `least_share` on, the longest first."""
+    parts = row.get("server_ms")
+    if not parts or "total" not in parts:
+        return None
+    total_ms = parts["total"]["mean"]
+    means = {name: part["mean"] for name, part in parts.items() if name != "total"}
+    shown = sorted(((ms, name) for name, ms in means.items() if ms >= least_share * total_ms), reverse=True)
+    listed = ", ".join(f"{name} {format_number(ms)} ({ms / total_ms:.0%})" for ms, name in shown)
+    return f"{row_name(row)}, in the server: {format_number(total_ms)} ms an answer: {listed}"
 
 
 def warn_of_generator(row: dict[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from tinyvllm.bench.breakdown_json import breakdown_json
 from tinyvllm.bench.breakdown_measure import measure_breakdown
 from tinyvllm.bench.cold_start import ColdStart
 from tinyvllm.bench.stages import Case
+from tinyvllm.device.accounting import DeviceCounts
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.cost import StepCost
 from tinyvllm.profiling import measure
@@ -119,9 +120,10 @@ class ClockedInspector:
     ) -> None: ...
 
     def take(self) -> Any:
-        names = ("replays", "kernels", "graph_launches", "single_launches", "eager_kernels", "syncs", "copies_h2d")
-        numbers = dict.fromkeys((*names, "copies_d2h", "bytes_h2d", "bytes_d2h", "compilations"), 1)
-        return SimpleNamespace(numbers=numbers | {"eager_kernels": 0, "compilations": 0}, details={})
+        counts = DeviceCounts()
+        return SimpleNamespace(
+            numbers=dict.fromkeys(counts.numbers, 1) | {"eager_kernels": 0, "compilations": 0}, details=counts.details
+        )
 
     def fill_pool(self, num_blocks: int, seed: int) -> None:
         """There is no pool."""

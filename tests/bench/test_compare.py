@@ -89,10 +89,11 @@ def test_new_work_outside_the_graph_and_new_kernels_are_named() -> None:
 
 
 def test_count_that_only_later_runs_know_is_guarded_from_then_on() -> None:
-    old, new, more = make_run(), make_run(barriers=40), make_run(barriers=41)
+    old, new, more = make_run(), make_run(fences=40), make_run(fences=41, barriers=5)
     assert regressions(compare(old, new, 0.05)) == []
-    (line,) = regressions(compare(new, more, 0.05))
-    assert "extra barrier: barriers of a decode step rose from 40 to 41" in line
+    barriers, fences = regressions(compare(new, more, 0.05))
+    assert "extra barrier: barriers of a decode step rose from 4 to 5" in barriers
+    assert "more fences: fences of a decode step rose from 40 to 41" in fences
 
 
 def make_start(first_token_s: float, *, num_compiled: int = 0) -> dict[str, Any]:

@@ -14,10 +14,14 @@ from tinyvllm.config import ModelFiles
 from tinyvllm.engine import core
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.engine.output import OutputProcessor
+from tinyvllm.profiling.request_stages import STAGES as SERVED_STAGES
+from tinyvllm.profiling.request_stages import Delivery, Segment, Served, ServedRequest
+from tinyvllm.profiling.stage_rows import served_as_json
 from tinyvllm.scheduling.scheduler import Scheduler
 from tinyvllm.text.tokenizer import load_tokenizer
 
 PLANTED_NS = 5_000_000
+WAY_BACK = ("hop back", "detokenize", "serialize", "send")
 # Stage: the methods that it consists of, of classes or of the runner and the tokenizer under test
 PLACES: dict[str, tuple[Any, str]] = {
     "tokenize": ("tokenizer", "encode"),
@@ -92,6 +96,55 @@ def test_slower_sampling_kernel_is_sampling(clock: Clock, tiny_hf_files: ModelFi
 
 def test_nothing_is_found_where_nothing_was_planted(clock: Clock, tiny_hf_files: ModelFiles) -> None:
     assert regressions(compare(run(clock, tiny_hf_files), run(clock, tiny_hf_files), 0.05)) == []
+
+
+# -- served requests -------------------------------------------------------------------------------------------------
+
+
+def make_served(planted: str | None = None) -> dict[str, Any]:
+    """The JSON of `bench breakdown --served`: four requests, each stage of which takes 1 to 1.03 ms, and the planted
+    one 5 ms more. A token's way back is part of its delivery too."""
+    requests = []
+    for number in range(4):
+        segments, now_ns = [], 0
+        for stage in SERVED_STAGES:
+            took_ns = 1_000_000 + 10_000 * number + PLANTED_NS * (stage == planted)
+            segments.append(Segment(stage, now_ns, now_ns + took_ns))
+            now_ns += took_ns
+        requests.append(
+            ServedRequest(
+                http_id=str(number),
+                request_id=str(number),
+                front_end="front-end 0",
+                engine="engine 0",
+                start_ns=0,
+                first_ns=0,
+                end_ns=now_ns,
+                first_token_ns=0,
+                last_token_ns=0,
+                num_tokens=8,
+                segments=tuple(segments),
+                first_segments=(),
+                decode_segments=(),
+            )
+        )
+    sums = {f"{stage.replace(' ', '_')}_ns": 8 * 100_000 for stage in WAY_BACK}
+    if planted in WAY_BACK:
+        sums[f"{planted.replace(' ', '_')}_ns"] += 8 * PLANTED_NS
+    served = Served(tuple(requests), 0, Delivery(num_batches=8, num_events=8, **sums))
+    plain: dict[str, Any] = {"concurrency": 4, "rate": None, "requests": 4, "output_tok_s": 100.0, "errors": {}}
+    spread = {"mean": 20.0, "std": 0.1, "count": 4}
+    level = {"plain": plain | {"tpot_ms": spread}, **served_as_json(served)}
+    return {"kind": "served breakdown", "model": "tiny", "api": "chat", "levels": [level]}
+
+
+@pytest.mark.parametrize("stage", SERVED_STAGES)
+def test_planted_delay_in_a_server_is_named_by_its_stage(stage: str) -> None:
+    """From the socket to the socket: the writing of answers, and messages between processes, too."""
+    expected = {f"4 at once: {stage} grew by 5.000 ms a request, from 1.015 to 6.015 ms"}
+    if stage in WAY_BACK:
+        expected.add(f"4 at once: every token: {stage} grew by 5.000 ms a token, from 0.100 to 5.100 ms")
+    assert set(regressions(compare(make_served(), make_served(stage), 0.05))) == expected
 
 
 def test_two_repeats_have_wide_margins() -> None:

@@ -266,7 +266,8 @@ def _served(data: Mapping[str, Any]) -> Run:
 def _served_case(level: Mapping[str, Any]) -> RunCase:
     """A level: the figures without a recording, its stages, and what the way back of every token takes."""
     plain = _load_case(level["plain"])
-    stages = [_served_stage(name, level["stages"][name]) for name in SERVED_STAGES if name in level["stages"]]
+    rows, count = level["stages"], level.get("requests", 0)
+    stages = [_served_stage(name, rows[name], count) for name in SERVED_STAGES if name in rows]
     back = [
         Figure(f"every token: {name.removesuffix('_ms').replace('_', ' ')}", STAGE, Estimate(value), per="token")
         for name, value in level.get("delivery", {}).items()
@@ -281,11 +282,12 @@ def _served_case(level: Mapping[str, Any]) -> RunCase:
     )
 
 
-def _served_stage(name: str, row: Mapping[str, Any]) -> Figure:
+def _served_stage(name: str, row: Mapping[str, Any], num_requests: int) -> Figure:
     """The median of a stage over all requests, and its mean processor time where the engine's thread runs it."""
     is_host = name not in (SERVED_PREFILL, SERVED_DECODE)
     cpu = Estimate(row["cpu_ms"]) if is_host and row.get("cpu_ms") is not None else None
-    return Figure(name, STAGE, Estimate(row["p50_ms"]), cpu, per="request")
+    spread = {"mean": row["p50_ms"], "std": row.get("std_ms", 0.0), "count": num_requests}
+    return Figure(name, STAGE, Estimate.of_spread(spread), cpu, per="request")
 
 
 # -- a profile -------------------------------------------------------------------------------------------------------

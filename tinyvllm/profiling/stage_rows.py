@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import stdev
 from typing import Any
 
 from tinyvllm.profiling.measure import Recording
@@ -24,6 +25,7 @@ class StageRow:
     first_ms: float  # mean until the first output; a request's last token is not in it
     token_ms: float  # mean per token after the first, while the engine decodes
     cpu_ms: float | None = None  # mean processor time of the engine's thread; None for stages outside it
+    std_ms: float = 0.0  # per request: sample standard deviation
 
 
 def stage_rows(requests: Sequence[ServedRequest]) -> list[StageRow]:
@@ -48,6 +50,7 @@ def stage_rows(requests: Sequence[ServedRequest]) -> list[StageRow]:
             first_ms=first_ns / len(requests) / 1e6,
             token_ms=decode_ns / num_gaps / 1e6,
             cpu_ms=cpu_ns[stage] / len(requests) / 1e6 if stage in cpu_ns else None,
+            std_ms=stdev(each_ns) / 1e6 if len(each_ns) > 1 else 0.0,
         )
 
     rows = []

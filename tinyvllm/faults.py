@@ -82,6 +82,15 @@ POINTS: dict[str, Point] = {
     "cache.open": Point("the folder of compiled programs is opened", NOTHING),
     "cache.read": Point("a compiled program or a recorded step is read from disk", NOTHING),
     "cache.write": Point("a compiled program or a recorded step is written to disk", NOTHING),
+    # -- processes and files --
+    "process.start": Point("a process of the server is started: at first, or again after its death", START),
+    "control.tell": Point("the supervisor writes to a process", PROCESS),
+    "control.hear": Point("the supervisor reads what a process has written", PROCESS),
+    "control.send": Point("a process writes to the supervisor", PROCESS),
+    "control.handle": Point("a process does what the supervisor says", NOTHING),
+    "disk.pids": Point("the list of the server's processes is written", NOTHING),
+    "disk.recording": Point("a process writes its recording for another to read", NOTHING),
+    "disk.batch": Point("an answer of run-batch is written", START),
     # -- text --
     "text.encode": Point("a text is tokenized", REQUEST),
     "text.render": Point("a conversation is rendered by the chat template", REQUEST),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.cli.fakes import Terminal, make_terminal
+from tinyvllm.faults import Fault, planned
 
 
 def line(custom_id: str, url: str = "/v1/chat/completions", **body: Any) -> str:
@@ -92,3 +93,13 @@ def test_an_empty_or_missing_file_is_an_error(terminal: Terminal, tmp_path: Path
 def test_stdin_and_stdout(terminal: Terminal) -> None:
     result = terminal.run("run-batch", "-i", "-", stdin=line("a", max_tokens=5))
     assert result.exit_code == 0
+
+
+def test_a_full_disk_ends_the_batch_with_a_sentence_and_keeps_what_was_written(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    with planned(Fault("disk.batch", "os", at=2)):
+        code, answers, said = run(terminal, tmp_path, *[line(name) for name in "abc"])
+    assert code == 1 and len(answers) == 1 and "Traceback" not in said
+    assert "the answers cannot be written to" in said and "No space left on device" in said
+    assert terminal.engine.has_shut_down

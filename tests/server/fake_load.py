@@ -21,7 +21,7 @@ def answering(config: EngineConfig, progress: Callable[[str, int, int], None]) -
     """Answers everything with ANSWER."""
     progress("load", 1, 1)
     runner = _runner()
-    runner.choose = say(ANSWER)
+    runner.choose = say(ANSWER, ANSWER)
     return make_loaded(runner)
 
 

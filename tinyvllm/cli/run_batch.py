@@ -20,6 +20,7 @@ from tinyvllm.cli.flags import EngineFlags, Model
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.terminal import err, progress_bars, read_stdin
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.faults import reach
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -139,17 +140,28 @@ async def _answer_all(config: EngineConfig, lines: list[BatchLine], output: IO[s
                 result = await _answer(app, line)
             num_failed += result["error"] is not None or result["response"]["status_code"] >= 400
             num_done += 1
-            output.write(json.dumps(result, ensure_ascii=False) + "\n")
-            output.flush()  # finished answers survive a crash
+            _write(output, result)
             report("requests", num_done, len(lines))
 
         try:
             async with asyncio.TaskGroup() as group:
                 for line in lines:
                     group.create_task(answer(line))
+        except* TinyvllmError as errors:
+            raise errors.exceptions[0] from None
         finally:
             await engine.shutdown()
     return num_failed
+
+
+def _write(output: IO[str], result: dict[str, Any]) -> None:
+    """Write an answer, and flush it, so that finished answers survive a crash. Raises TinyvllmError."""
+    try:
+        reach("disk.batch")
+        output.write(json.dumps(result, ensure_ascii=False) + "\n")
+        output.flush()
+    except OSError as error:
+        raise TinyvllmError(f"the answers cannot be written to {output.name}: {error}") from error
 
 
 async def _answer(app: ASGIApp, line: BatchLine) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tinyvllm.engine.client import Client
 from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.hosts import Loaded
 from tinyvllm.engine.loading import Text, load_text, prepare_grammars
-from tinyvllm.engine.messages import Goodbye, Hello, ToEngine, Welcome, decode_for_client, encode_message
+from tinyvllm.engine.messages import Goodbye, Hello, Lost, ToEngine, Welcome, decode_for_client, encode_message
 from tinyvllm.engine.placement import Placement
 from tinyvllm.engine.socket_door import LINGER_MS
 from tinyvllm.errors import EngineDeadError
@@ -155,11 +155,14 @@ class ProcessHost:
                 self._client.placement.add(engine)
             self._welcome = message
             self._complete()
+        elif isinstance(message, Lost):
+            self.lose(engine, message.reason)
         elif self._client is not None:
             self._client.receive(message, engine)
 
     def lose(self, engine: int, reason: str) -> None:
-        """End the calls of an engine, a message of which was lost. If it was its Welcome, ask for it again."""
+        """End the calls of an engine, since a message from it or to it was lost. That may have been the Hello or the
+        Welcome: say Hello again if there was no Welcome."""
         if self._client is not None:
             self._client.lose(engine, reason)
         if not self._lines[engine].is_ready:

@@ -31,9 +31,11 @@ NOTHING_ALLOWED = (
 
 def no_finite_logits(request: Request, model: str) -> str:
     """The error of a request whose next token cannot be sampled, because its logits are NaN or infinite."""
+    num_output = len(request.output_ids)  # without those in flight
+    position = request.num_prompt_tokens + num_output
     return (
-        f"{NO_FINITE_LOGITS} for the token at position {request.num_tokens}, after {request.num_output_tokens} tokens "
-        f"of output: the weights of {model}, or its kernels on this device, give NaN or infinity there"
+        f"{NO_FINITE_LOGITS} for the token at position {position}, after {num_output} tokens of output: the weights "
+        f"of {model}, or its kernels on this device, give NaN or infinity there"
     )
 
 

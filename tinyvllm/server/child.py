@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from tinyvllm.faults import reach
 from tinyvllm.processes import STOP_SIGNALS, die_with_parent, ignore_meaningless_signals
 from tinyvllm.profiling import measure
 from tinyvllm.server.context import AccessLogFilter, RequestIdFilter
@@ -21,6 +22,8 @@ from tinyvllm.server.control import ChildLink
 from tinyvllm.server.file_limit import raise_file_limit
 from tinyvllm.server.output_queue import queue_outputs, show_stacks_on_usr1
 from tinyvllm.server.specs import Spec
+
+log = logging.getLogger(__name__)
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
@@ -80,5 +83,9 @@ def read_pids(run_dir: Path) -> dict[str, int]:
 
 def write_pids(run_dir: Path, pids: dict[str, int]) -> None:
     path = run_dir / f"{PIDS_FILE}.new"
-    path.write_text(json.dumps(pids))
-    path.replace(run_dir / PIDS_FILE)  # readers see the old file or the new one
+    try:
+        reach("disk.pids")
+        path.write_text(json.dumps(pids))
+        path.replace(run_dir / PIDS_FILE)  # readers see the old file or the new one
+    except (OSError, MemoryError) as error:  # it only informs
+        log.warning("%s cannot be written: %s", PIDS_FILE, error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -17,6 +18,10 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
+
+from tinyvllm.faults import reach
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]  # "kind" says what it is
 
@@ -46,14 +51,17 @@ class ParentLink:
         return cls(*await asyncio.open_unix_connection(sock=sock, limit=MAX_LINE_BYTES))
 
     def send(self, kind: str, **facts: Any) -> None:
-        """Send a message, without waiting. Does nothing if the child is gone: `messages` ends in that case."""
+        """Send a message, without waiting. Does nothing if the child is gone: `messages` ends in that case. Raises what
+        encoding the message raises."""
         if not self._writer.is_closing():
+            reach("control.tell")
             self._writer.write(encode(kind, **facts))
 
     async def messages(self) -> AsyncIterator[Message]:
-        """The child's messages, until it is gone."""
+        """The child's messages, until it is gone. Raises for one that cannot be read."""
         with contextlib.suppress(ConnectionError):
             while (line := await self._reader.readline()).endswith(b"\n"):
+                reach("control.hear")
                 yield decode(line)
 
     def end(self) -> None:
@@ -88,18 +96,38 @@ class ChildLink:
 
         def run() -> None:
             while True:
-                handle(self.receive())
+                _handle_twice(handle, self.receive())
 
         threading.Thread(target=run, name="tinyvllm-control", daemon=True).start()
 
     def send(self, kind: str, **facts: Any) -> None:
-        """Send a message. If the parent is gone, the watching thread is about to end the process."""
-        with self._sending, contextlib.suppress(OSError):
-            self._sock.sendall(encode(kind, **facts))
+        """Send a message. If the parent is gone, the watching thread is about to end the process. If another reason
+        prevents it, the process ends, because its parent would wait for what it was not told."""
+        try:
+            reach("control.send")
+            with self._sending:
+                self._sock.sendall(encode(kind, **facts))
+        except ConnectionError:
+            return
+        except Exception:
+            logger.exception("the parent process cannot be told %r: this process ends", kind)
+            end_orphan()
 
     def close(self) -> None:
         self._lines.close()
         self._sock.close()
+
+
+def _handle_twice(handle: Callable[[Message], None], message: Message) -> None:
+    """Handle a message, a second time if it fails; all messages may be handled twice. The thread must go on, since it
+    is the one that notices the parent's end."""
+    for _ in range(2):
+        try:
+            reach("control.handle")
+            handle(message)
+            return
+        except Exception:
+            logger.exception("the parent's message %r cannot be handled", message.get("kind"))
 
 
 def end_orphan() -> None:

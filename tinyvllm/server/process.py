@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -13,9 +14,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.faults import reach
 from tinyvllm.server.control import Message, ParentLink
 from tinyvllm.server.settings import API_KEY_VARIABLE
 from tinyvllm.server.specs import Spec
+
+log = logging.getLogger(__name__)
 
 EXIT_CODE_S = 0.5  # how long the exit code may take after the link has closed; freeing a device may take seconds
 LAST_WORDS_S = 0.1  # after a process has ended: until the event loop has read all that it has sent
@@ -38,12 +42,21 @@ class Process:
         self._end = loop.create_task(self._collect())
 
     def send(self, kind: str, **facts: object) -> None:
-        """Send a message. Does nothing if the process is gone."""
-        self._link.send(kind, **facts)
+        """Send a message. Does nothing if the process is gone. One that cannot be told is killed: it would wait."""
+        try:
+            self._link.send(kind, **facts)
+        except Exception:
+            log.exception("%s cannot be told %r, and is killed", self.name, kind)
+            self.kill()
 
-    def messages(self) -> AsyncIterator[Message]:
-        """Its messages, until it is gone."""
-        return self._link.messages()
+    async def messages(self) -> AsyncIterator[Message]:
+        """Its messages, until it is gone. If one cannot be read, the process is killed: what it said is lost."""
+        try:
+            async for message in self._link.messages():
+                yield message
+        except Exception:
+            log.exception("a message of %s cannot be read, and it is killed", self.name)
+            self.kill()
 
     async def how_it_ended(self) -> str:
         """For messages, once there are no more `messages`. It may still be ending, and so may what it started."""
@@ -97,9 +110,12 @@ class Restarts:
         self._stopping = stopping
         self._num_quick = 0  # deaths in a row soon after the start
 
-    async def wait(self, process: Process) -> None:
-        """Wait before the next start, or until the server stops. Raises TinyvllmError if there should not be one."""
-        lived_s = 0.0 if process.ready_s is None else time.monotonic() - process.ready_s
+    async def wait(self, process: Process | None) -> None:
+        """Wait before the next start, or until the server stops. process: None if it could not be started.
+
+        Raises TinyvllmError if there should not be another start."""
+        ready_s = None if process is None else process.ready_s
+        lived_s = 0.0 if ready_s is None else time.monotonic() - ready_s
         self._num_quick = self._num_quick + 1 if lived_s < QUICK_DEATH_S else 0
         if self._num_quick >= MAX_QUICK_DEATHS:
             raise TinyvllmError(
@@ -126,6 +142,7 @@ async def start_process(
     here, there = socket.socketpair()
     with there:
         try:
+            reach("process.start")
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *path_flags(),
@@ -138,7 +155,7 @@ async def start_process(
                 stdin=asyncio.subprocess.DEVNULL,
                 env={**os.environ, **(environment or {}), API_KEY_VARIABLE: "", **quiet_tracker()},
             )
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             here.close()
             raise TinyvllmError(f"{spec.name} cannot be started: {error}") from error
     link = await ParentLink.open(here)

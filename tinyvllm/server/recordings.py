@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from pathlib import Path
 
 from tinyvllm.errors import ProfilingError
+from tinyvllm.faults import reach
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.measure import Recording
 from tinyvllm.profiling.recording_codec import decode_recordings, encode_recordings
 from tinyvllm.server.control import Message
+
+log = logging.getLogger(__name__)
 
 START_PROFILE, STOP_PROFILE = "start_profile", "stop_profile"  # the routes' recording
 START_FLAGS_PROFILE, STOP_FLAGS_PROFILE = "start_flags_profile", "stop_flags_profile"  # that of --profile and --trace
@@ -28,6 +32,9 @@ def answer(question: str) -> Message:
             return {"file": _write(measure.stop(_STOPS[question]))}
     except ProfilingError as error:
         return {"error": str(error)}
+    except (OSError, MemoryError) as error:
+        log.exception("the recording is lost")
+        return {"error": f"the recording cannot be written: {error}"}
     return {"error": f"no question {question!r}"}
 
 
@@ -38,8 +45,13 @@ def read(answers: dict[str, Message]) -> dict[str, Recording]:
 
 def _write(recording: Recording) -> str:
     handle, path = tempfile.mkstemp(prefix="tinyvllm-recording-")
-    with os.fdopen(handle, "wb") as file:
-        file.write(encode_recordings([recording]))
+    try:
+        with os.fdopen(handle, "wb") as file:
+            reach("disk.recording")
+            file.write(encode_recordings([recording]))
+    except BaseException:
+        os.unlink(path)
+        raise
     return path
 
 

@@ -171,7 +171,14 @@ class Supervisor:
         """Run engine `index`, and restart it if the plan says so. Raises TinyvllmError if the server cannot go on."""
         restarts = Restarts(engine_name(index), self._stopping)
         while not self._stopping.is_set():
-            process = await self._start_engine(index)
+            try:
+                process = await self._start_engine(index)
+            except TinyvllmError as failure:
+                if index not in self._have_been_ready:
+                    raise
+                log.error("%s: it is tried again", failure)
+                await restarts.wait(None)
+                continue
             error = await self._follow_engine(index, process)
             reason = f"{process.name} {await process.how_it_ended()}"
             has_been_ready = index in self._have_been_ready
@@ -250,7 +257,16 @@ class Supervisor:
         """Run front-end `index`, and restart it whenever it dies. Raises TinyvllmError if it dies again and again."""
         restarts = Restarts(front_end_name(index), self._stopping)
         for generation in itertools.count():
-            process, connections = await self._start_front_end(index, generation)
+            try:
+                process, connections = await self._start_front_end(index, generation)
+            except TinyvllmError as error:
+                if not generation:
+                    raise
+                log.error("%s: it is tried again", error)
+                await restarts.wait(None)
+                if self._stopping.is_set():
+                    return
+                continue
             await self._follow_front_end(index, process, connections)
             end = await process.how_it_ended()
             if not self._stopping.is_set():
@@ -295,7 +311,11 @@ class Supervisor:
                 log_prefix=plan.log_prefix,
                 generation=generation,
             )
-            process = await start_process(plan.front_end_module, spec, fds=(there.fileno(),))
+            try:
+                process = await start_process(plan.front_end_module, spec, fds=(there.fileno(),))
+            except BaseException:
+                here.close()
+                raise
         self._front_ends[index] = process
         self._add(process)
         for engine, reason in self._dead_engines.items():

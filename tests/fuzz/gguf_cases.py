@@ -120,7 +120,21 @@ def base_images() -> tuple[Image, ...]:
             if recipe.gguf_arch is not None:
                 write_gguf(path, recipe)
                 images.append(parse(path.read_bytes()))
+        write_gguf(path, RECIPES["mixtral"])
+        images.append(_with_single_experts(parse(path.read_bytes())))
     return tuple(images)
+
+
+def _with_single_experts(image: Image) -> Image:
+    """With a tensor for each expert's matrix, as files had until 2024."""
+    tensors = []
+    for one in image.tensors:
+        columns, rows, count = one.lengths if len(one.lengths) == 3 else (0, 0, 1)
+        for expert in range(count):
+            name = one.name.replace(b"_exps", b".%d" % expert) if columns else one.name
+            offset = one.offset + expert * rows * columns * 4
+            tensors.append(replace(one, name=name, lengths=one.lengths[:2], offset=offset))
+    return replace(image, tensors=tensors)
 
 
 def _gemma4_tokenizer(spm: dict[str, Any]) -> dict[str, Any]:
@@ -129,10 +143,24 @@ def _gemma4_tokenizer(spm: dict[str, Any]) -> dict[str, Any]:
     return {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.merges": pairs}
 
 
-def make_case(seed: int) -> bytes:
-    """A mutated file: mostly one part of it, sometimes two or three, and now and then bytes of its header."""
+def make_case(seed: int) -> list[bytes]:
+    """The parts of a mutated model, mostly one."""
     rng = Random(seed)
     image = rng.choice(base_images())
+    if rng.random() < 0.95:
+        return [_mutated(rng, image)]
+    middle = rng.randrange(len(image.tensors) + 1)
+    parts = [image.with_value(b"split.count", Value(2, 2)), Image([(b"split.count", Value(2, 2))], [], image.data)]
+    parts = [
+        replace(part.with_value(b"split.no", Value(2, number)), tensors=tensors)
+        for number, part, tensors in zip((0, 1), parts, (image.tensors[:middle], image.tensors[middle:]), strict=True)
+    ]
+    changed = rng.randrange(2)
+    return [_mutated(rng, part) if number == changed else part.to_bytes() for number, part in enumerate(parts)]
+
+
+def _mutated(rng: Random, image: Image) -> bytes:
+    """A mutated file: mostly one part of it, sometimes two or three, and now and then bytes of its header."""
     if rng.random() < 0.1:
         return mutate_bytes(rng, image.to_bytes(), within=rng.choice((200, len(image.header()), None)))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):

@@ -77,10 +77,14 @@ def load_text(files: ModelFiles) -> None:
 
 def cases(folder: Path, first: int, count: int) -> Iterator[tuple[str, Path]]:
     for seed in range(first, first + count):
-        path = folder / f"{seed}.gguf"
-        path.write_bytes(make_case(seed))
-        yield str(seed), path
-        path.unlink()
+        parts = make_case(seed)
+        names = [f"{seed}-{number:05}-of-{len(parts):05}.gguf" for number in range(1, len(parts) + 1)]
+        paths = [folder / (name if len(parts) > 1 else f"{seed}.gguf") for name in names]
+        for path, content in zip(paths, parts, strict=True):
+            path.write_bytes(content)
+        yield str(seed), paths[seed % len(paths)]
+        for path in paths:
+            path.unlink()
 
 
 def test_the_files_that_are_mutated_load(tmp_path: Path) -> None:

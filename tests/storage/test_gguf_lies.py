@@ -15,6 +15,7 @@ from tests.builders import write_tiny_gguf
 from tests.fuzz.gguf_image import ARRAY, STRING, Image, TensorInfo, Value, parse
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError
+from tinyvllm.model.weights.gguf import read_gguf
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.storage.model_config import read_generation_defaults, read_model_config
 from tinyvllm.storage.model_summary import summarize
@@ -138,6 +139,12 @@ def test_a_token_without_a_row_of_the_embedding_is_refused(tmp_path: Path, image
     more = image.with_value(b"tokenizer.ggml.tokens", replace(tokens, item=[*tokens.item, b"more"]))
     with pytest.raises(ModelError, match=r"tokens has 261 entries, but token_embd\.weight has 260 rows"):
         load_tokenizer(write(tmp_path, more))
+
+
+def test_two_tensors_for_one_matrix_are_refused(tmp_path: Path, image: Image) -> None:
+    files = write(tmp_path, with_tensor(image, name=b"model.embed_tokens.weight"))
+    with pytest.raises(ModelError, match=r"two tensors are model\.embed_tokens\.weight"):
+        read_gguf(files.path, read_model_config(files))
 
 
 def test_numbers_that_json_lacks_are_left_out_of_summaries(tmp_path: Path, image: Image) -> None:

@@ -127,6 +127,7 @@ def test_gguf_has_the_numbers_of_state_space_models(tmp_path: Path) -> None:
     [
         ({"ssm.inner_size": 100}, "inner_size"),
         ({"ssm.conv_kernel": 1}, "ssm.conv_kernel is 1: it must be a whole number of at least 2"),
+        ({"ssm.state_size": 2**30}, r"would have \d+ channels .*: they must have at most 1048576"),
         ({"attention.recurrent_layers": [True, False]}, "a list with a flag for each of 4 layers"),
         ({"attention.recurrent_layers": 2}, "a list with a flag for each of 4 layers"),
         ({"attention.recurrent_layers": [True] * 4}, "false in one layer at least"),

@@ -14,13 +14,14 @@ import numpy as np
 
 from tinyvllm.arrays import HostMatrix, to_float32
 from tinyvllm.config import ModelConfig
-from tinyvllm.errors import UnsupportedModelError
+from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
 from tinyvllm.model.weights.recurrent import from_gguf
 from tinyvllm.model.weights.stored import DENSE_DTYPES, DENSE_NAMES, StoredTensor, view_dense
 from tinyvllm.storage import families
 from tinyvllm.storage.gguf_config import CLASSIFIER
 from tinyvllm.storage.gguf_file import GGUFFile, GGUFTensor
+from tinyvllm.storage.gguf_header import printable
 from tinyvllm.storage.gguf_rope import ROPE_TENSORS
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,12 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     stored = read_as_written(path, config.head_dim if family.gguf_interleaves_pairs else None)
     kept = {name: tensor for name, tensor in stored.items() if name not in ROPE_TENSORS}
     kept = _without_drafting(path, kept, config.num_layers)
-    tensors = {canonical_name(name, config.architecture): tensor for name, tensor in kept.items()}
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in kept.items():
+        ours = canonical_name(name, config.architecture)
+        if ours in tensors:
+            raise ModelError(f"{path}: two tensors are {ours}, of which {printable(name)} is one: the file is damaged")
+        tensors[ours] = tensor
     if config.state is not None:
         tensors = from_gguf(path, tensors, config.state, tiles_value_heads=family.gguf_tiles_value_heads)
     if CLASSIFIER in tensors:
@@ -129,7 +135,7 @@ def read_as_written(path: Path, rotary_dim: int | None = None) -> dict[str, Stor
             continue
         if tensor.ggml_type not in KNOWN_TYPES:
             raise UnsupportedModelError(
-                f"{path}: tensor {tensor.name} has type {tensor.ggml_type}, which is not supported; "
+                f"{path}: tensor {printable(tensor.name)} has type {tensor.ggml_type}, which is not supported; "
                 f"known: {', '.join(KNOWN_TYPES)}"
             )
         dim = rotary_dim if tensor.name.endswith(ROTARY_TENSORS) else None

@@ -6,10 +6,12 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from tinyvllm.config import ModelConfig, StateKind
+from tinyvllm.errors import ModelError
 from tinyvllm.storage.families.qwen2 import MROPE, VISUAL, VL_NAMES
 from tinyvllm.storage.values import Values
 
 RECURRENT, FULL = "linear_attention", "full_attention"  # of layer_types
+MAX_CHANNELS = 1 << 20  # of a layer's convolution; Qwen3-Next's have 8192
 MIN_TAPS = 2  # of a convolution: kernels keep the inputs of the others
 USUAL_INTERVAL = 4  # every fourth layer is one of attention, where a file does not say which are
 
@@ -58,6 +60,7 @@ def refine_hf(config: ModelConfig, values: Values) -> ModelConfig:
         conv_width=values.integer("linear_conv_kernel_dim", at_least=MIN_TAPS),
         norm_eps=config.norm_eps,
     )
+    _require_few_channels(state, values)
     if state.num_heads % state.num_key_heads:
         values.refuse("linear_num_value_heads", f"a multiple of linear_num_key_heads ({state.num_key_heads})")
     if all(recurrent) and kinds is not None:
@@ -79,9 +82,20 @@ def refine_gguf(config: ModelConfig, values: Values, tensors: Collection[str]) -
         conv_width=values.integer("ssm.conv_kernel", at_least=MIN_TAPS),
         norm_eps=config.norm_eps,
     )
+    _require_few_channels(state, values)
     if num_heads % state.num_key_heads:
         values.refuse("ssm.time_step_rank", f"a multiple of ssm.group_count ({state.num_key_heads})")
     return replace(config, state=state, recurrent=_gguf_recurrent(config, values), has_output_gate=True)
+
+
+def _require_few_channels(state: StateKind, values: Values) -> None:
+    """Weights are found by lists of their rows."""
+    if state.conv_size > MAX_CHANNELS:
+        raise ModelError(
+            f"{values.source}: recurrent layers would have {state.conv_size} channels ({state.num_key_heads} heads of "
+            f"queries and keys of {state.key_dim}, {state.num_heads} of values of {state.value_dim}): they must have "
+            f"at most {MAX_CHANNELS}"
+        )
 
 
 def _gguf_recurrent(config: ModelConfig, values: Values) -> tuple[bool, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from tests.engine.fakes import FakeModelRunner, make_loaded, say
 from tinyvllm.config import EngineConfig
+from tinyvllm.device.compile_workers import CompileWorkers
 from tinyvllm.engine.loading import LoadedEngine
 
 ANSWER = "Grüße, 世界! 👋"
@@ -31,3 +32,21 @@ def endless(config: EngineConfig, progress: Callable[[str, int, int], None]) -> 
     runner.choose = lambda request, digest: 97 + digest % 26
     runner.before_step = lambda plan: time.sleep(STEP_S)
     return make_loaded(runner)
+
+
+def compiling(config: EngineConfig, progress: Callable[[str, int, int], None]) -> LoadedEngine:
+    """Waits for a compiler that never ends."""
+    CompileWorkers(1, f"{__name__}:begin").submit(time.sleep, 1000).result()
+    return answering(config, progress)
+
+
+def stuck(config: EngineConfig, progress: Callable[[str, int, int], None]) -> LoadedEngine:
+    """Its first step waits for a compiler that never ends."""
+    progress("load", 1, 1)
+    runner = _runner()
+    runner.before_step = lambda plan: CompileWorkers(1, f"{__name__}:begin").submit(time.sleep, 1000).result()
+    return make_loaded(runner)
+
+
+def begin() -> None:
+    """Nothing to prepare in a compiling process."""

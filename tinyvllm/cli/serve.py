@@ -7,6 +7,8 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Protocol
 
@@ -22,7 +24,8 @@ from tinyvllm.cli.server_flags import ListenFlags, ProcessFlags, ServerFlags
 from tinyvllm.cli.terminal import Progress, progress_bars
 from tinyvllm.config import DEVICE_VARIABLE
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.processes import require_memory_limit
+from tinyvllm.processes import STOP_SIGNALS, hears_stop, require_memory_limit
+from tinyvllm.server.output_queue import is_queued
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -64,6 +67,7 @@ def serve(
     from tinyvllm.server.child import prepare_process
 
     prepare_process()
+    _end_on_signals()
     require_memory_limit()
     engine.apply()
     engine.make_config("")  # rejects bad values before anything starts
@@ -131,6 +135,14 @@ def _serve_one(
             _serve_in_processes(served, report, greet, processes, num_front_ends, engine)
         else:
             _serve_in_this_process(served, report, greet)
+
+
+def _end_on_signals() -> None:
+    """Until the server listens to signals, a stop signal ends the command, as a clean stop does."""
+    if is_queued():  # not in a test's process
+        for number in STOP_SIGNALS:
+            if number != signal.SIGINT and hears_stop(number):
+                signal.signal(number, lambda number, frame: sys.exit(0))
 
 
 def _filter_logs() -> None:

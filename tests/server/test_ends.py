@@ -1,0 +1,272 @@
+"""The whole command under floods, signals and deaths: it goes on, or it ends in time and leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.builders import write_byte_tokenizer
+from tests.server.test_control import wait_until_gone
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and sets the size of a pipe")
+
+ROOT = Path(__file__).parents[2]
+ALONE, SEVERAL = "0", "1"  # --api-server-count
+DOOR_FLAGS = ("--keep-alive", "5m")  # a door, which loads the model at the first request
+SLACK_S = 3.0  # for a busy machine
+
+# The command line, whose engine has a fake device. In processes of their own, its module is loaded by name.
+PROGRAM = """
+import functools, sys
+from tests.server import fake_load
+from tinyvllm.cli import engine as engines, main
+from tinyvllm.door import fleet
+from tinyvllm.engine.async_engine import AsyncEngine
+from tinyvllm.server import output_queue, supervisor
+
+load, max_log_chars = sys.argv.pop(1), int(sys.argv.pop(1))
+output_queue.MAX_LOG_CHARS = max_log_chars
+load_here = getattr(fake_load, load)
+engines.start_engine = lambda config, progress: AsyncEngine.start(config, progress, load_here)
+load = f"tests.server.fake_load:{load}"
+supervisor.ServePlan = functools.partial(supervisor.ServePlan, load=load)
+fleet.Plan = functools.partial(fleet.Plan, examine="tests.door.fake_models:examine", load=load)
+main()
+"""
+
+
+class Server:
+    """A server in a process group of its own, with what it starts."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.log = b""
+        self.address = ""
+        self.is_read = threading.Event()
+        self.is_read.set()
+
+    def read_log(self) -> None:
+        """While `is_read`."""
+        assert self.process.stdout is not None
+        while data := os.read(self.process.stdout.fileno(), 65536):
+            self.log += data
+            self.is_read.wait()
+
+    def wait_for_address(self) -> None:
+        def find() -> object:
+            found = re.search(r"(?:HTTP is up on|served on) (http://[0-9.:]+)", self.log.decode())
+            self.address = "" if found is None else found[1]
+            return found
+
+        wait_for(find)
+
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> float:
+        """Send it to the whole group, as service managers and terminals do. Returns the time."""
+        os.killpg(self.process.pid, number)
+        return time.monotonic()
+
+    def get(self, path: str) -> int:
+        return httpx.get(self.address + path, timeout=5).status_code
+
+    def descendants(self) -> list[int]:
+        found, new = [], [self.process.pid]
+        while new:
+            paths = Path(f"/proc/{new.pop()}/task").glob("*/children")
+            children = [int(pid) for path in paths for pid in path.read_text().split()]
+            found += children
+            new += children
+        return found
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 40.0) -> None:
+    end_s = time.monotonic() + timeout_s
+    while True:
+        with contextlib.suppress(httpx.TransportError, OSError):
+            if condition():
+                return
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def serving(
+    directory: Path, load: str, count: str, *flags: str, max_log_chars: int = 1 << 20, **options: Any
+) -> Iterator[Server]:
+    """A server that listens, with its log in a small pipe."""
+    write_byte_tokenizer(directory)
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    command = [sys.executable, "-c", PROGRAM, load, str(max_log_chars), "serve", str(directory), "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--api-server-count", count, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        **options,
+    ) as process:
+        server = Server(process)
+        assert process.stdout is not None
+        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        reader = threading.Thread(target=server.read_log, daemon=True)
+        reader.start()
+        try:
+            server.wait_for_address()
+            yield server
+        finally:
+            pids = server.descendants()
+            process.kill()
+            server.is_read.set()
+            reader.join()
+            wait_until_gone(pids)
+
+
+@contextlib.contextmanager
+def streaming(server: Server) -> Iterator[Iterator[str]]:
+    """A stream that has begun."""
+    body = {"prompt": "x", "max_tokens": 200, "stream": True}
+    with httpx.stream("POST", server.address + "/v1/completions", json=body, timeout=30) as response:
+        lines = response.iter_lines()
+        assert response.status_code == 200 and "data" in next(lines)
+        yield lines
+
+
+# ---- What it holds out ----
+
+
+@pytest.mark.parametrize("count", [ALONE, SEVERAL])
+def test_idle_connections_signals_and_keys_in_queries(tmp_path: Path, count: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))  # for this end of the connections
+    flags = ("--max-connections", "3000")
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving(tmp_path, "endless", count, *flags, preexec_fn=limit_files))
+        wait_for(lambda: server.get("/ready") == 200)
+        with streaming(server) as lines:
+            url = urlsplit(server.address)
+            for num_idle in (1200, 3800):
+                for _ in range(num_idle):
+                    sock = socket.socket()
+                    stack.enter_context(sock)
+                    sock.connect((url.hostname, url.port))
+                start_s = time.monotonic()
+                assert server.get("/health") == 200
+                assert time.monotonic() - start_s < 1 + SLACK_S
+            assert httpx.get(server.address + "/v1/models?api_key=sk-secret&x=1").status_code == 200
+            for number in (signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO):
+                server.signal(number)
+            server.signal(signal.SIGUSR1)
+            wait_for(lambda: b"most recent call first" in server.log)
+            assert server.get("/health") == 200
+            next(lines)
+            server.signal(signal.SIGHUP if count == ALONE else signal.SIGQUIT)
+            wait_for(lambda: server.get("/ready") == 503)
+            assert list(lines)[-2] == "data: [DONE]", "it drains"
+        assert server.process.wait(timeout=30) == 0
+        log = server.log.decode()
+        assert '"GET /v1/models HTTP/1.1" 200' in log and "sk-secret" not in log
+        assert log.count("idle connections make room") == 1 and len(log) < 100_000
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def limit_files() -> None:
+    """The soft limit of many systems."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+@pytest.mark.parametrize("count", [ALONE, SEVERAL])
+def test_a_log_that_nobody_reads_holds_nothing_up(tmp_path: Path, count: str) -> None:
+    with serving(tmp_path, "answering", count, max_log_chars=20_000) as server:
+        wait_for(lambda: server.get("/ready") == 200)
+        for _ in range(2):
+            server.is_read.clear()
+            with httpx.Client(base_url=server.address, timeout=10) as client:
+                for _ in range(400):  # each is a line of a hundred characters
+                    assert client.get("/version").status_code == 200
+            if count == ALONE and b"lines are missing here" not in server.log:
+                server.is_read.set()
+                wait_for(lambda: b"lines are missing here: nobody read the log" in server.log)
+        start_s = server.signal()
+        assert server.process.wait(timeout=30) == 0
+        assert time.monotonic() - start_s < 5 + SLACK_S
+
+
+# ---- How it ends ----
+
+
+@pytest.mark.parametrize(("count", "is_door"), [(ALONE, False), (SEVERAL, False), (ALONE, True), (SEVERAL, True)])
+def test_a_stop_during_a_load_that_compiles_is_clean_and_leaves_nothing(
+    tmp_path: Path, count: str, is_door: bool
+) -> None:
+    with serving(tmp_path, "compiling", count, *(DOOR_FLAGS if is_door else ())) as server:
+        if is_door:
+            threading.Thread(target=ask, args=(server,), daemon=True).start()
+        wait_for(lambda: len(worker_pids(server)) == 1)
+        pids = server.descendants()
+        start_s = server.signal()
+        assert server.process.wait(timeout=30) == 0
+        assert time.monotonic() - start_s < 5 + SLACK_S
+        wait_until_gone(pids)
+
+
+def worker_pids(server: Server) -> list[int]:
+    found = []
+    for pid in server.descendants():
+        with contextlib.suppress(OSError):
+            if b"compile_workers" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("count", "num_signals", "limit_s"),
+    [(ALONE, 1, 1 + 5.0), (SEVERAL, 1, 1 + 5.0), (SEVERAL, 2, 3.0), (ALONE, 3, 0.5)],
+)
+def test_a_step_that_never_ends_does_not_hold_up_a_stop(
+    tmp_path: Path, count: str, num_signals: int, limit_s: float
+) -> None:
+    with serving(tmp_path, "stuck", count, "--shutdown-timeout", "1") as server:
+        wait_for(lambda: server.get("/ready") == 200)
+        thread = threading.Thread(target=ask, args=(server,), daemon=True)
+        thread.start()
+        wait_for(lambda: len(worker_pids(server)) == 1)
+        pids = server.descendants()
+        for _ in range(num_signals):
+            start_s = server.signal()
+            time.sleep(0.2)  # else the system makes one of them
+        server.process.wait(timeout=30)
+        assert time.monotonic() - start_s < limit_s + SLACK_S
+        wait_until_gone(pids)
+
+
+def ask(server: Server) -> None:
+    with contextlib.suppress(httpx.TransportError):
+        httpx.post(server.address + "/v1/completions", json={"prompt": "x"}, timeout=60)
+
+
+@pytest.mark.parametrize("is_door", [False, True])
+def test_nothing_outlives_a_killed_server(tmp_path: Path, is_door: bool) -> None:
+    with serving(tmp_path, "compiling", SEVERAL, *(DOOR_FLAGS if is_door else ())) as server:
+        if is_door:
+            threading.Thread(target=ask, args=(server,), daemon=True).start()
+        wait_for(lambda: len(worker_pids(server)) == 1)
+        pids = server.descendants()
+        os.kill(server.process.pid, signal.SIGKILL)
+        wait_until_gone(pids)

@@ -100,6 +100,6 @@ def test_a_full_disk_ends_the_batch_with_a_sentence_and_keeps_what_was_written(
 ) -> None:
     with planned(Fault("disk.batch", "os", at=2)):
         code, answers, said = run(terminal, tmp_path, *[line(name) for name in "abc"])
-    assert code == 1 and len(answers) == 1 and "Traceback" not in said
+    assert code == 1 and 1 <= len(answers) < 3 and "Traceback" not in said
     assert "the answers cannot be written to" in said and "No space left on device" in said
     assert terminal.engine.has_shut_down

@@ -1,9 +1,14 @@
 """A long generation leaves no buffer behind: one per layer and token ended other engines after some thousand tokens.
-20,000 steps of one token: python -m pytest -m slow tests/engine/test_live_buffers.py"""
+20,000 steps of one token: python -m pytest -m slow tests/engine/test_live_buffers.py
+A million tokens, in steps of 64: python -m tests.engine.test_live_buffers 1000000"""
 
 from __future__ import annotations
 
 import gc
+import resource
+import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +52,35 @@ def test_a_long_generation_leaves_no_buffer_behind(tmp_path: Path, num_tokens: i
     generate(llm, num_tokens)
     assert counts() == before
     llm.close()
+
+
+def generate_batches(llm: LLM, num_tokens: int) -> int:
+    """Batches of 64 requests, at least `num_tokens` tokens in all; returns how many there were."""
+    params = SamplingParams(max_tokens=EACH, ignore_eos=True, temperature=1.0, seed=1)
+    done = 0
+    while done < num_tokens:
+        outputs = llm.generate([f"{done + index:07}" for index in range(64)], params, use_tqdm=False)
+        done += sum(len(output.outputs[0].token_ids) for output in outputs)
+    return done
+
+
+def main(num_tokens: int) -> None:
+    """Print what is live before, and after each tenth of the tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_tiny_hf_llama(Path(folder) / "model", **TINY)
+        llm = LLM(str(files.path), max_model_len=128, max_num_seqs=64, max_num_batched_tokens=64, warm_up="background")
+        done, start_s = generate_batches(llm, 64 * EACH), time.monotonic()
+        before = counts()
+        for _ in range(10):
+            done += generate_batches(llm, num_tokens // 10)
+            rss_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(
+                f"{done} tokens in {time.monotonic() - start_s:.0f} s: {counts()}, peak RSS {rss_mib:.0f} MiB",
+                flush=True,
+            )
+        assert counts() == before, (before, counts())
+        llm.close()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

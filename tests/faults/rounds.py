@@ -40,15 +40,9 @@ class PoolingRunner(FakeModelRunner):
         return replace(super().execute(plan), pooled=pooled)
 
 
-def make_runner(max_in_flight: int) -> FakeModelRunner:
-    runner = PoolingRunner(
-        num_blocks=NUM_BLOCKS,
-        num_state_slots=NUM_STATES,
-        max_num_seqs=6,
-        max_num_batched_tokens=32,
-        block_size=8,
-        max_model_len=160,
-    )
+def make_runner(max_in_flight: int, **capacity: int) -> FakeModelRunner:
+    """A device that says letters, and what a grammar allows."""
+    runner = PoolingRunner(**capacity)
     runner.max_in_flight = max_in_flight
     runner.plans = deque(maxlen=1)  # type: ignore[assignment]  # else it would keep them all
 
@@ -76,7 +70,16 @@ def start_fake_engine(max_in_flight: int = 1) -> AsyncEngine:
     """An engine around the device of integers, in a pool in which requests preempt each other."""
 
     def load(config: EngineConfig, progress: Progress) -> LoadedEngine:
-        return make_loaded(make_runner(max_in_flight))
+        runner = make_runner(
+            max_in_flight,
+            num_blocks=NUM_BLOCKS,
+            num_state_slots=NUM_STATES,
+            max_num_seqs=6,
+            max_num_batched_tokens=32,
+            block_size=8,
+            max_model_len=160,
+        )
+        return make_loaded(runner)
 
     return AsyncEngine.start(EngineConfig("tiny"), load=load)
 

@@ -1,15 +1,24 @@
-"""Rough traffic for a server process, checks of every answer, and checks that nothing is left over."""
+"""Rough traffic for a server process, checks of every answer, and checks that nothing is left over.
+
+    python -m tests.server.soak fake 100000 3600
+
+soaks a server on the tests' device of integers (or on a tiny random model: `model`) with so many requests, or for so
+many seconds, whichever ends first, and prints what came of it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -138,8 +147,8 @@ class RandomClient:
     async def ask(self) -> None:
         """Send one request of a random kind. Raises ServerFault for a wrong answer."""
         kinds = {
-            self._whole: 36, self._stream: 20, self._leave_stream: 14, self._leave_early: 8, self._long: 8,
-            self._bad: 8, self._guided: 6,
+            self._whole: 30, self._stream: 18, self._leave_stream: 14, self._leave_early: 6, self._long: 8,
+            self._bad: 8, self._guided: 6, self._embed: 4, self._beams: 3, self._tools: 3,
         }  # fmt: skip
         kind = self._random.choices(list(kinds), list(kinds.values()))[0]
         outcome = await kind()
@@ -154,7 +163,7 @@ class RandomClient:
             body["temperature"] = 0
         else:
             body |= {"temperature": 1.0, "top_p": 0.9, "n": pick.choice((1, 1, 2)), "seed": pick.randrange(1000)}
-            body |= pick.choice(({}, {"stop": ["e", "ab"]}, {"top_k": 5}, {"presence_penalty": 0.5}))
+            body |= pick.choice(({}, {"stop": ["e", "ab"]}, {"top_k": 5}, {"presence_penalty": 0.5}, {"min_p": 0.1}))
         text = f"{pick.choice(('A shared beginning of all prompts, ', ''))}{pick.randrange(30)}"
         if pick.random() < 0.5:
             return "/v1/completions", body | {"prompt": text}
@@ -169,6 +178,40 @@ class RandomClient:
         prompt = f"{self._random.randrange(8)} " * self._random.randint(40, 110)
         body = {"prompt": prompt[: MAX_MODEL_LEN - 20], "max_tokens": self._random.randint(1, 16), "ignore_eos": True}
         return self._judge(body, await self._client.post("/v1/completions", json=body))
+
+    async def _embed(self) -> str:
+        text = f"{self._random.randrange(30)} " * self._random.randint(1, 20)
+        response = await self._client.post("/v1/embeddings", json={"input": [text[:100], "another"]})
+        if response.status_code != 200:
+            return self._refused(response)
+        vectors = [entry["embedding"] for entry in response.json()["data"]]
+        self._require(len(vectors) == 2 and all(len(vector) > 4 for vector in vectors), "embeddings are missing")
+        return "embedded"
+
+    async def _beams(self) -> str:
+        body = {"prompt": f"{self._random.randrange(8)}", "max_tokens": 4, "n": 2, "use_beam_search": True}
+        return self._judge({**body, "max_tokens": 4}, await self._client.post("/v1/completions", json=body))
+
+    async def _tools(self) -> str:
+        if not self._has_grammar:
+            return await self._whole()
+        function = {"name": "add", "parameters": SCHEMA}
+        body = {
+            "messages": [{"role": "user", "content": "go"}],
+            "tools": [{"type": "function", "function": function}],
+            "tool_choice": "required",
+            "max_tokens": 80,
+            "logprobs": True,
+        }
+        response = await self._client.post("/v1/chat/completions", json=body)
+        if response.status_code != 200:
+            return self._refused(response)
+        (choice,) = response.json()["choices"]
+        self._require(choice["finish_reason"] in ("tool_calls", "stop", "length"), f"{choice}")
+        for call in choice["message"].get("tool_calls") or ():
+            if choice["finish_reason"] != "length":
+                self._require(set(json.loads(call["function"]["arguments"])) == {"a", "b"}, f"{call}")
+        return "called a tool"
 
     async def _guided(self) -> str:
         if not self._has_grammar:
@@ -293,8 +336,11 @@ async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 # ---- The traffic ----
 
 
-async def run_traffic(process: Process, num_requests: int, concurrency: int, *, has_grammar: bool) -> Figures:
-    """Send the requests. Reports before, after each quarter, and once everything is quiet."""
+async def run_traffic(
+    process: Process, num_requests: int, concurrency: int, *, has_grammar: bool, seconds: float = math.inf
+) -> Figures:
+    """Send the requests, but none after `seconds`. Reports before, after each quarter, and once everything is quiet."""
+    end_s = time.monotonic() + seconds
     figures = Figures()
     numbers = iter(range(num_requests))
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
@@ -303,6 +349,8 @@ async def run_traffic(process: Process, num_requests: int, concurrency: int, *, 
 
         async def send_requests() -> None:
             for number in numbers:
+                if time.monotonic() > end_s:
+                    return
                 await RandomClient(client, figures, seed=number, has_grammar=has_grammar).ask()
                 if (number + 1) % (num_requests // 4) == 0:
                     figures.reports.append(await asyncio.to_thread(process.report))
@@ -375,3 +423,20 @@ async def stop_under_load(process: Process, concurrency: int) -> Counter[str]:
             group.create_task(stream(client, number))
     assert await asyncio.to_thread(process.popen.wait, 20) == 0
     return outcomes
+
+
+async def main(device: str, num_requests: int, seconds: float) -> None:
+    from tests.builders import write_tiny_hf_llama
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_tiny_hf_llama(Path(folder) / "tiny").path
+        with serving_process(device, str(model), Path(folder) / "log", "--async-scheduling") as process:
+            figures = await run_traffic(process, num_requests, 32, has_grammar=True, seconds=seconds)
+            print(figures.lines(), flush=True)
+            check_nothing_is_left(figures)
+        errors = (Path(folder) / "log").read_text(encoding="utf-8").count("Traceback")
+    print(f"{errors} tracebacks in the log; nothing is left")
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])))

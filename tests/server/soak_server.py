@@ -13,11 +13,11 @@ import json
 import os
 import sys
 import threading
-from collections import deque
 from pathlib import Path
 from typing import Any
 
-from tests.engine.fakes import FakeModelRunner, make_loaded
+from tests.engine.fakes import make_loaded
+from tests.faults.rounds import make_runner
 from tinyvllm.cli import engine as engines
 from tinyvllm.cli import main
 from tinyvllm.cli.terminal import Progress
@@ -35,12 +35,14 @@ def start_engine(config: EngineConfig, progress: Progress) -> AsyncEngine:
 
 
 def load_fake(config: EngineConfig, progress: Progress | None) -> LoadedEngine:
-    runner = FakeModelRunner(
-        num_blocks=config.num_gpu_blocks_override or 64, block_size=16, max_num_seqs=config.max_num_seqs or 8
+    return make_loaded(
+        make_runner(
+            2 if config.async_scheduling else 1,
+            num_blocks=config.num_gpu_blocks_override or 64,
+            block_size=16,
+            max_num_seqs=config.max_num_seqs or 8,
+        )
     )
-    runner.max_in_flight = 2 if config.async_scheduling else 1
-    runner.plans = deque(maxlen=1)  # type: ignore[assignment]  # else it would keep them all
-    return make_loaded(runner)
 
 
 def answer(engine: AsyncEngine, loop: asyncio.AbstractEventLoop) -> None:

@@ -21,7 +21,7 @@ async def test_rough_traffic_leaves_nothing_behind(tmp_path: Path) -> None:
     model = tmp_path / "tiny.gguf"
     model.write_bytes(b"GGUF")  # the fake device does not read it
     with serving_process("fake", str(model), tmp_path / "log", "--async-scheduling") as process:
-        figures = await run_traffic(process, num_requests=150, concurrency=32, has_grammar=False)
+        figures = await run_traffic(process, num_requests=150, concurrency=32, has_grammar=True)
         check_nothing_is_left(figures)
         assert set(figures.outcomes) >= KINDS and sum(figures.outcomes.values()) == 150
         outcomes = await stop_under_load(process, concurrency=16)

@@ -86,6 +86,18 @@ def test_slower_device_is_a_longer_wait_with_the_same_kernels(clock: Clock, tiny
     assert any("wait +" in line and "as many kernels (1) and bytes" in line for line in found)
 
 
+def test_small_growth_beside_a_large_one_is_its_consequence(clock: Clock, tiny_hf_files: ModelFiles) -> None:
+    """After a wait caches are cold. Alone, the same growth is a regression."""
+    before = run(clock, tiny_hf_files)
+    runner, tokenizer = ClockedRunner(clock), load_tokenizer(tiny_hf_files)
+    with planted(OutputProcessor, "push", lambda: clock.compute(100_000)):
+        alone = measure_clocked(ClockedInspector(runner), tokenizer)
+        with planted(Scheduler, "schedule", lambda: clock.wait(PLANTED_NS)):
+            both = measure_clocked(ClockedInspector(runner), tokenizer)
+    assert stages_in(regressions(compare(before, alone, 0.05))) == ["detokenize"]
+    assert stages_in(regressions(compare(before, both, 0.05))) == ["schedule"]
+
+
 def test_slower_sampling_kernel_is_sampling(clock: Clock, tiny_hf_files: ModelFiles) -> None:
     before = run(clock, tiny_hf_files)
     inspector = ClockedInspector(ClockedRunner(clock))

@@ -122,7 +122,8 @@ class CaseResult:
         out: dict[str, list[Took]] = {name: [] for name in STAGES}
         out[TOKENIZE], out[ADMISSION] = list(one.tokenize), list(one.admission)
         for step in one.steps:
-            sampling_s = step.device_s * self.sampling_shares[step.kind]
+            # a wait beyond the step's own time on the device is none of sampling's
+            sampling_s = min(step.device_s, self.profiles[step.kind].step_s) * self.sampling_shares[step.kind]
             device_s = step.device_s - sampling_s + step.wall_s(READ)
             out[step.kind].append(Took(device_s, 0.0))
             host = step.parts.get(SAMPLING, NO_TIME)

@@ -58,14 +58,16 @@ def forecast(
 
 
 def fit(work: BreakdownWork, found: Forecast, left_s: float) -> BreakdownWork:
-    """The work that fits into `left_s`: fewer repeats, then fewer cases; at least one of each."""
+    """The work that fits into `left_s`: fewer repeats, then fewer cases. If nothing does, the case that takes least,
+    once."""
     for num_cases in range(len(work.cases), 0, -1):
         for num_repeats in range(work.num_repeats, 0, -1):
             smaller = dataclasses.replace(work, cases=work.cases[:num_cases], num_repeats=num_repeats)
             is_worth_it = num_repeats > 1 or num_cases == 1  # without a second repeat there is no spread
             if is_worth_it and found.total_s(smaller) <= left_s:
                 return smaller
-    return dataclasses.replace(work, cases=work.cases[:1], num_repeats=1)
+    least = min(work.cases, key=lambda case: found.case_s(case, 1))
+    return dataclasses.replace(work, cases=(least,), num_repeats=1)
 
 
 def describe_plan(work: BreakdownWork, found: Forecast, given: BreakdownWork) -> str:
@@ -76,7 +78,7 @@ def describe_plan(work: BreakdownWork, found: Forecast, given: BreakdownWork) ->
     )
     if work.num_repeats < given.num_repeats:
         text += f"; {work.num_repeats} instead of {given.num_repeats} repeats, to end within {BUDGET_S:.0f} s"
-    if left_out := given.cases[len(work.cases) :]:
+    if left_out := [case for case in given.cases if case not in work.cases]:
         text += f"; not {'; '.join(case.name for case in left_out)} (--full measures everything)"
     return text
 

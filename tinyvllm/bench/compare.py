@@ -7,6 +7,7 @@ where a thread waits. Its growth must also matter to a step: see `floor_ms`. A c
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,10 @@ from tinyvllm.errors import TinyvllmError
 STAGE_SHARE, MIN_STAGE_MS, MAX_STAGE_MS = 0.005, 0.01, 0.1
 # A start is measured once, so that its noise is not known: its parts have a wider limit.
 START_LIMITS, MIN_START_SHARE, MIN_START_MS = 4, 0.2, 250.0
+# A stage that grew by less than this share of the one that grew most is taken for a consequence of it: after a wait
+# caches are cold, so that all stages take longer.
+CONSEQUENCE_SHARE = 0.05
+COMPUTED_SHARE = 0.2  # of a stage's growth, from which its thread computes longer and does not only wait
 NUM_NAMED = 5  # of the kernels or places that a message lists
 # What a rise of a count is called.
 FAULTS = {
@@ -180,8 +185,16 @@ def _compare_figures(before: RunCase, after: RunCase, max_regress: float) -> lis
     pairs = [(earlier[figure.name], figure) for figure in after.figures if figure.name in earlier]
     stages = [_stage_change(before, after, one, two, max_regress) for one, two in pairs if two.kind == STAGE]
     most = max(stages, key=lambda change: change.growth_ms, default=None)
+    stages = [_without_consequence(change, most) for change in stages]
     wholes = [_whole_change(after.name, one, two, max_regress, most) for one, two in pairs if two.kind != STAGE]
     return [*wholes, *stages]
+
+
+def _without_consequence(change: Change, most: Change | None) -> Change:
+    """Not a regression if another stage grew so much more that this one's growth may follow from it."""
+    if most is None or not most.is_regression or change.growth_ms >= CONSEQUENCE_SHARE * most.growth_ms:
+        return change
+    return dataclasses.replace(change, is_regression=False)
 
 
 def _whole_change(case: str, before: Figure, after: Figure, max_regress: float, most: Change | None) -> Change:
@@ -241,7 +254,8 @@ def _explain_host(before: Figure, after: Figure) -> str:
     if before.cpu is None or after.cpu is None:
         return ""
     growth, computed = after.value.value - before.value.value, after.cpu.value - before.cpu.value
-    cause = "its thread computes longer" if computed > growth / 2 else "its thread waits"
+    # a thread that computes longer on a busy machine also waits longer for its core
+    cause = "its thread computes longer" if computed > COMPUTED_SHARE * growth else "its thread waits"
     return f": {cause} (processor time {before.cpu.value:,.3f} to {after.cpu.value:,.3f} ms)"
 
 

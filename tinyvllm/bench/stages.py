@@ -230,7 +230,8 @@ class StagedRunner:
         return self._runner.num_general_operations
 
     def launch(self, plan: StepPlan) -> Any:
-        self._runner.wait()  # so that no work of an earlier step is counted as this one's
+        with measure.span(_DEVICE_WAIT):
+            self._runner.wait()  # so that no work of an earlier step is counted as this one's
         kind = DECODE if plan.is_decode else PREFILL
         with measure.span(ENQUEUE, kind=kind, num_tokens=plan.num_tokens, num_seqs=len(plan.entries)):
             return self._runner.launch(plan)

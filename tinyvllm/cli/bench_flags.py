@@ -113,21 +113,26 @@ def refuse_weights(kind: str | None) -> None:
 
 def print_table(table: RenderableType) -> None:
     """Print tables as wide as they are: in a narrower terminal rich would cut cells off ("requests..."), while the
-    terminal only breaks the lines."""
-    from rich.console import Console
+    terminal only breaks the lines. Text between tables is wrapped to the terminal."""
+    from rich.console import Console, Group
+    from rich.text import Text
 
+    if isinstance(table, Group):
+        for part in table.renderables:
+            print_table(part)
+        return
     width = max(out.width, MIN_TABLE_WIDTH, _table_width(table))
+    if isinstance(table, Text) and out.is_terminal:
+        width = out.width
     Console(width=width, highlight=False).print(table, crop=False)
 
 
 def _table_width(part: RenderableType) -> int:
-    """Columns of the widest table in it."""
-    from rich.console import Console, Group
+    """Columns of a table; 0 of anything else."""
+    from rich.console import Console
     from rich.measure import Measurement
     from rich.table import Table
 
-    if isinstance(part, Group):
-        return max(map(_table_width, part.renderables), default=0)
     if not isinstance(part, Table):
         return 0  # text is wrapped
     console = Console(width=MAX_TABLE_WIDTH)

@@ -352,6 +352,13 @@ def test_a_scored_token_of_a_megabyte_is_refused() -> None:
         make_spm(tokens=[*tokens[:-1], "a" * 1_000_000])
 
 
+def test_tokens_with_damaged_characters_are_no_doubles() -> None:
+    tokens = [*byte_level_metadata()["tokenizer.ggml.tokens"], "\ufffd", "a\ufffd", "\ufffd"]
+    tokenizer = make_byte_level(tokens=tokens, token_type=[1] * len(tokens))
+    assert tokenizer.vocab_size == len(tokens)
+    assert [tokenizer.token_text(token_id) for token_id in (260, 262)] == ["\ufffd", "\ufffd"]
+
+
 def test_empty_token_text_is_no_obstacle() -> None:
     metadata = byte_level_metadata() | prefix_keys({"merges": []})
     metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], ""]

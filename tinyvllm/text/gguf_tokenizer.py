@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "tokenizer.ggml."
 IN_MEMORY = Path("the GGUF metadata")  # what messages call metadata that were not read from a file
 MODELS = ("gpt2", "llama", "gemma4")  # values of tokenizer.ggml.model
+DAMAGED = "\ufffd"  # what readers put in place of bytes that are no UTF-8
 MAX_PIECE = 1024  # characters of a scored piece, of which every cut is tried; SentencePiece's own limit is 16
 LINES = r"[^\n]+|[\n]+"  # of `gemma4`: line breaks are apart from everything else
 
@@ -156,7 +157,8 @@ def read_special_texts(metadata: Mapping[str, Any], source: Path = IN_MEMORY) ->
 
 
 def read_vocabulary(metadata: Mapping[str, Any], source: Path = IN_MEMORY, *, may_repeat: bool = False) -> Vocabulary:
-    """The vocabulary. `may_repeat`: several tokens may have the same text; Gemma 4 has three such pairs."""
+    """The vocabulary. `may_repeat`: several tokens may have the same text; Gemma 4 has three such pairs. So may tokens
+    with damaged characters, which differ in the file."""
     values = Values(source, metadata, PREFIX)
     texts = values.texts("tokens")
     if not texts:
@@ -165,8 +167,9 @@ def read_vocabulary(metadata: Mapping[str, Any], source: Path = IN_MEMORY, *, ma
     tokens = [text or f"[EMPTY_{token_id}]" for token_id, text in enumerate(texts)]
     types = read_types(values, len(tokens))
     ids = {token: token_id for token_id, token in enumerate(tokens)}
-    if len(ids) < len(tokens) and not may_repeat:
-        double = next(token for token_id, token in enumerate(tokens) if ids[token] != token_id)
+    doubles = [] if may_repeat else [token for token_id, token in enumerate(tokens) if ids[token] != token_id]
+    double = next((token for token in doubles if DAMAGED not in token), None)
+    if double is not None:
         raise ModelError(f"{source}: {PREFIX}tokens contains {shown(double)} more than once: tokens must be unique")
     return Vocabulary(tokens, types, ids)
 

@@ -36,7 +36,9 @@ EXAMPLES = {
     ),
     "profile": (
         ("tinyvllm profile", "a decode step of the default model"),
-        ("tinyvllm profile --prefill 256 --by kernel", ""),
+        ("tinyvllm profile --prefill 256 --by layer", ""),
+        ("tinyvllm profile --unfused", "what fusing gains"),
+        ("tinyvllm profile --from trace.txt --last-steps 4", "the output of DEBUG=2"),
     ),
     "tune": (
         ("tinyvllm tune", "the default model; once, then serve it with the same flags"),

@@ -158,6 +158,7 @@ def open_device(num_cores: int = 1) -> DeviceHandle:
     cores: tuple[str, ...] = ()
     try:
         device = Device[Device.DEFAULT]
+        kind_of(device.device).opened(device.device)
         if device.device.split(":")[0] == "CPU":
             cores = ("CPU", *[f"CPU:{i}" for i in range(1, num_cores)])
             for core in cores:

@@ -208,7 +208,7 @@ def raise_roof(chip: Chip, kernels: Sequence[Kernel]) -> Chip:
         return chip
     timed = [kernel for kernel in kernels if kernel.seconds >= TIMED_S]
     tflops = max((kernel.flops / kernel.seconds for kernel in timed if kernel.flops), default=0.0) / 1e12
-    large = [kernel for kernel in timed if (kernel.nbytes or 0) >= LARGE_BYTES]
+    large = [kernel for kernel in timed if kernel.flops and (kernel.nbytes or 0) >= LARGE_BYTES]
     gbps = max(((kernel.nbytes or 0) / kernel.seconds for kernel in large), default=0.0) / GB
     notes = []
     if tflops > chip.half_tflops:

@@ -45,6 +45,9 @@ class DeviceKind:
         """Why this computer cannot have such a device, as far as can be told without opening it; "" if it may."""
         return ""
 
+    def opened(self, name: str) -> None:
+        """What to do once tinygrad has opened the device."""
+
     def check(self) -> None:
         """Raise DeviceError, with the remedy, if something that it needs is missing."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import ctypes.util
 import sys
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +30,14 @@ class OpenCl(DeviceKind):
         has_library = sys.platform == "darwin" or ctypes.util.find_library("OpenCL") is not None
         return "" if has_library else "this computer has no OpenCL (libOpenCL)"
 
+    def opened(self, name: str) -> None:
+        """Let buffers be parts of others, as steps have them: tinygrad's allocator for OpenCL has no such parts."""
+        from tinygrad.device import Allocator
+        from tinygrad.runtime.ops_cl import CLAllocator  # loads OpenCL
+
+        if CLAllocator._offset is Allocator._offset:
+            CLAllocator._offset = _sub_buffer
+
     def row_writer(self, buffer: Buffer, row_size: int) -> RowWriter:
         """By offset copies, since OpenCL has no addresses inside a buffer."""
         from tinygrad import Device
@@ -44,3 +54,15 @@ class OpenCl(DeviceKind):
             device.pending_copyin.append(data)  # keeps it alive until the copy has run
 
         return copy
+
+
+def _sub_buffer(allocator: Any, buffer: Any, size: int, offset: int) -> Any:
+    """The part of a buffer of `size` bytes from `offset` on, which OpenCL counts as a use of the whole."""
+    from tinygrad.runtime.ops_cl import check, checked, cl  # loads OpenCL
+
+    region, status = cl.cl_buffer_region(origin=offset, size=size), ctypes.c_int32()
+    kind, place = cl.CL_BUFFER_CREATE_TYPE_REGION, ctypes.cast(ctypes.pointer(region), ctypes.c_void_p)
+    part = checked(cl.clCreateSubBuffer(buffer, cl.CL_MEM_READ_WRITE, kind, place, status), status)
+    address = ctypes.cast(part, ctypes.c_void_p).value
+    weakref.finalize(part, lambda: check(cl.clReleaseMemObject(ctypes.cast(ctypes.c_void_p(address), cl.cl_mem))))
+    return part

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +147,31 @@ def test_patterns_that_may_backtrack_without_end_are_risks(pattern: str) -> None
 )
 def test_patterns_of_known_models_are_no_risks(pattern: str) -> None:
     assert not find_risk(pattern)
+
+
+DECODE_AT_ONCE = """
+import json, sys, threading
+sys.setswitchinterval(1e-6)
+from tinyvllm.text.tokenizer_file import read_tokenizer_file
+from pathlib import Path
+barrier = threading.Barrier(4)
+
+def read():
+    barrier.wait()
+    read_tokenizer_file(Path(sys.argv[1]))
+
+threads = [threading.Thread(target=read) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_threads_may_read_their_first_file_at_once(tmp_path: Path) -> None:
+    """As an engine's process does, for the model and for grammars: one start in four crashed in msgspec."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"model": {"vocab": {}, "merges": []}, "added_tokens": []}))
+    for _ in range(6):
+        done = subprocess.run([sys.executable, "-c", DECODE_AT_ONCE, str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

@@ -79,6 +79,10 @@ class _File(msgspec.Struct):
     decoder: msgspec.Raw = NULL
 
 
+# Made at import: msgspec gathers a Struct's fields at its first use, and two threads that do so at once crash it.
+_decode_file = msgspec.json.Decoder(_File).decode
+
+
 def _check_merges(path: Path, model: _Model) -> None:
     """With a `continuing_subword_prefix`, the library cuts as many bytes off the second part of a merge without looking
     at them. The rest may be no UTF-8, and it aborts when it reports that such a token is unknown."""
@@ -114,7 +118,7 @@ def read_tokenizer_file(path: Path) -> CheckedFile:
     """Read and check a tokenizer.json. Raises ModelError, UnsupportedModelError for unknown kinds of parts."""
     data = read_regular(path, MAX_TOKENIZER_BYTES)
     try:
-        file = msgspec.json.decode(data, type=_File)
+        file = _decode_file(data)
         if bytes(memoryview(file.model.vocab)[:1]) == b"[":  # of a Unigram model
             msgspec.json.decode(file.model.vocab, type=list[tuple[Text, float]])
         _check_merges(path, file.model)

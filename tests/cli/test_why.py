@@ -40,7 +40,7 @@ def check(url: str) -> None:
     shown = run("mine", "--url", url)
     assert shown.exit_code == 0, shown.output
     assert shown.stdout.startswith("verdict: ") and "output 5 tokens (length)" in shown.stdout
-    for word in ("arrival", "parse", "tokenize", "first token", "prefill", "decode", "delivery", "█"):
+    for word in ("arrival", "parse", "first token", "further tokens", "delivery", "█"):
         assert word in shown.stdout
     listed = run("--url", url, "--slowest", "3")
     assert "mine" in listed.stdout and "/v1" not in listed.stdout

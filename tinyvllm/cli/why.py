@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 BAR_CELLS = 40
+LEAST_MS = 0.005  # of a stage that has a line
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -128,10 +129,12 @@ def waterfall(request: dict[str, Any]) -> RenderableType:
     shown = ""
     for stage in request["stages"]:
         phase = "" if stage["phase"] == shown else stage["phase"]
+        start_ms, place_ms = place_ms, place_ms + stage["ms"]
+        if stage["ms"] < LEAST_MS:
+            continue
         shown = stage["phase"]
-        bar = draw_bar(place_ms / total_ms, stage["ms"] / total_ms)
+        bar = draw_bar(start_ms / total_ms, stage["ms"] / total_ms)
         table.add_row(phase, stage["stage"], f"{stage['ms']:,.2f}", f"{stage['ms'] / total_ms:.1%}", bar)
-        place_ms += stage["ms"]
     verdict = request["verdict"]
     return Group(
         Text.assemble((f"verdict: {verdict['name']}", "bold"), f" ({verdict['share']:.0%}) - {verdict['because']}"),

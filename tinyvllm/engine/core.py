@@ -107,14 +107,14 @@ class Captures(Protocol):
         """Do part of the work on the next graph. Returns soon, and never raises."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class LaunchedStep:
     """A step on the device, and how long it took to schedule."""
 
     plan: StepPlan
     handle: Any
     schedule_s: float
-    launch_s: float  # without packing
+    launch_s: float  # without packing, and with the sampling that was enqueued later
 
     @property
     def stage(self) -> int:
@@ -240,8 +240,9 @@ class EngineCore:
             if plan is not None:
                 reach("engine.sample")
                 self.clock.mark(LOOP)
-                self.runner.sample(self._in_flight[-1].handle)
-                self.clock.mark(self._in_flight[-1].stage)
+                latest = self._in_flight[-1]
+                self.runner.sample(latest.handle)
+                latest.launch_s += self.clock.mark(latest.stage)
                 # pooled hidden states are in scratch memory, which the next step would overwrite
                 if self.runner.max_in_flight == 1 or plan.pooled:
                     self._collect(outs)

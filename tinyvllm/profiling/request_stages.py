@@ -61,7 +61,7 @@ from tinyvllm.profiling.measure import (
 ACCEPT, PARSE, HOP = "accept", "parse", "hop"
 PREFILL, DECODE, LOOP = "prefill", "decode", "loop"
 TRANSFER = "transfer"
-OTHERS = "others' prompts"  # on the device, steps for prompts of other requests: told apart by the engine's clock alone
+OTHERS = "other prompts"  # on the device, steps for prompts of other requests: told apart by the engine's clock alone
 STAGES = (
     *(ACCEPT, PARSE, TEMPLATE, TOKENIZE, ADMISSION, HOP, QUEUE),
     *(SCHEDULE, PACK, PREFILL, DECODE, TOKENS, COMMIT, CAPTURE, LOOP),

@@ -191,7 +191,7 @@ def judge_request(stages: Sequence[tuple[str, str, float]], total_s: float) -> R
             "until the engine had it: " + _longest(stages, ARRIVAL),
         ),
         "queue": (spent_s([WAITING]), f"it waited for a place in a step, while the engine did: {in_queue}"),
-        "others' prompts": (spent_s(work, [OTHERS]), "steps for prompts of other requests came between its own"),
+        "other prompts": (spent_s(work, [OTHERS]), "steps for prompts of other requests came between its own"),
         "own prompt": (spent_s(work, [PREFILL]), "steps that computed its own prompt"),
         "decoding": (spent_s(work, [DECODE]), "steps that only decode, on the device"),
         "capturing graphs": (spent_s(work, [CAPTURE]), "the engine traced and captured graphs between steps"),
